@@ -1,0 +1,255 @@
+"""The loss as functions: checks the inputs, applies autocast, adds the terms.
+
+Shapes, everywhere: image_features and text_features (N, D), N >= 1, D >= 1, of one floating dtype
+(float64, float32, bfloat16 or float16) on one device, in any strides, row i of one paired with row
+i of the other. The formulas take rows of unit length, as OpenCLIP's models return them; nothing is
+normalised here. logit_scale is a scalar and already exponentiated.
+
+Under `torch.autocast` the features are cast to the autocast dtype (float64 ones excepted, as
+autocast does); logits, sums and the returned loss are float32 (float64 for float64 features).
+First derivatives only.
+"""
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from cyclip_loss import contrastive, cyclic
+from cyclip_loss.eager import accumulation_dtype
+
+FEATURE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def contrastive_loss(
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float
+) -> Tensor:
+    """CLIP's loss, 1/2 * (rows' + columns' cross-entropy), as `open_clip.ClipLoss` on one device.
+
+    Takes 8 N^2 D flops and O(N D) memory. Returns a scalar.
+
+    Raises:
+        TypeError, ValueError: as `cyclip_loss` does.
+    """
+    image_features, text_features = _check_features(image_features, text_features)
+    scale = _check_logit_scale(logit_scale, image_features)
+    return contrastive.contrastive_loss(image_features, text_features, scale)
+
+
+def cyclic_penalty(
+    image_features: Tensor,
+    text_features: Tensor,
+    lambda_inmodal: float = 0.25,
+    lambda_crossmodal: float = 0.25,
+) -> Tensor:
+    """lambda_inmodal * P_in + lambda_crossmodal * P_cross (Goel et al. 2022, eq. 2 and 3).
+
+    Takes O(N D^2) flops and O(N D + D^2) memory; independent of any logit scale. Returns a scalar.
+
+    Raises:
+        TypeError, ValueError: as `cyclip_loss` does.
+    """
+    check_lambdas(lambda_inmodal, lambda_crossmodal)
+    image_features, text_features = _check_features(image_features, text_features)
+    return cyclic.cyclic_penalty(image_features, text_features, lambda_inmodal, lambda_crossmodal)
+
+
+def cyclic_penalties(
+    image_features: Tensor,
+    text_features: Tensor,
+    lambda_inmodal: float = 0.25,
+    lambda_crossmodal: float = 0.25,
+) -> dict[str, Tensor]:
+    """The two weighted penalties apart: `inmodal_cyclic_loss` and `crossmodal_cyclic_loss`.
+
+    Their sum is `cyclic_penalty`. Raises as `cyclip_loss` does.
+    """
+    check_lambdas(lambda_inmodal, lambda_crossmodal)
+    image_features, text_features = _check_features(image_features, text_features)
+    inmodal, crossmodal = cyclic.cyclic_penalties(
+        image_features, text_features, lambda_inmodal, lambda_crossmodal
+    )
+    return {"inmodal_cyclic_loss": inmodal, "crossmodal_cyclic_loss": crossmodal}
+
+
+def cyclip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | None = None,
+    output_dict: bool = False,
+    *,
+    lambda_inmodal: float = 0.25,
+    lambda_crossmodal: float = 0.25,
+    augmented_image_features: Tensor | None = None,
+    augmented_text_features: Tensor | None = None,
+) -> Tensor | dict[str, Tensor]:
+    """The CyCLIP loss: contrastive + lambda_inmodal * P_in + lambda_crossmodal * P_cross.
+
+    Args:
+        image_features, text_features: (N, D), rows of unit length, paired by position.
+        logit_scale: scalar (one element), exp'd; a tensor gets its gradient.
+        logit_bias: shifts every logit alike, so it changes nothing; its gradient is zero.
+        output_dict: return the terms, each already weighted, instead of their sum:
+            `contrastive_loss`, `inmodal_cyclic_loss`, `crossmodal_cyclic_loss`.
+        lambda_inmodal, lambda_crossmodal: weights of the penalties, 0.25 each in the paper. 0
+            switches a penalty off; both 0 is CLIP.
+        augmented_image_features, augmented_text_features: (N, D), features of a second, augmented
+            view of the same pairs; both or neither. The contrastive term is then the mean of the
+            cross-modal loss and the in-modal one, in which each row has to find its own augmented
+            view (the `--inmodal` option of the authors' code).
+
+    Returns:
+        A scalar of float32 (float64 for float64 features), or the dict of such scalars. NaN if a
+        feature is NaN or infinite.
+
+    Raises:
+        TypeError: an argument is no tensor or number, or has a dtype that is not supported.
+        ValueError: shapes or devices do not fit, a batch is empty, or a lambda is negative.
+    """
+    check_lambdas(lambda_inmodal, lambda_crossmodal)
+    image_features, text_features = _check_features(image_features, text_features)
+    scale = _check_logit_scale(logit_scale, image_features)
+    loss = contrastive.contrastive_loss(image_features, text_features, scale)
+    if augmented_image_features is not None or augmented_text_features is not None:
+        inmodal = _inmodal_contrastive(
+            image_features, text_features, augmented_image_features, augmented_text_features, scale
+        )
+        loss = (loss + inmodal) / 2
+    if logit_bias is not None:
+        loss = loss + _zero_of_bias(logit_bias, loss)
+    if output_dict:
+        inmodal, crossmodal = cyclic.cyclic_penalties(
+            image_features, text_features, lambda_inmodal, lambda_crossmodal
+        )
+        return {
+            "contrastive_loss": loss,
+            "inmodal_cyclic_loss": inmodal,
+            "crossmodal_cyclic_loss": crossmodal,
+        }
+    return loss + cyclic.cyclic_penalty(
+        image_features, text_features, lambda_inmodal, lambda_crossmodal
+    )
+
+
+def check_lambdas(lambda_inmodal: float, lambda_crossmodal: float) -> None:
+    """Raise unless both are finite numbers >= 0.
+
+    A bool is refused by name: `ClipLoss(False, True)` passes `local_loss` and `gather_with_grad` by
+    position, which must not turn into weights.
+    """
+    for name, value in (
+        ("lambda_inmodal", lambda_inmodal),
+        ("lambda_crossmodal", lambda_crossmodal),
+    ):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name} must be a number >= 0, got {value!r}")
+        if not math.isfinite(value) or value < 0:
+            raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
+
+
+def _inmodal_contrastive(
+    image_features: Tensor,
+    text_features: Tensor,
+    augmented_image_features: Tensor | None,
+    augmented_text_features: Tensor | None,
+    scale: Tensor,
+) -> Tensor:
+    """Mean over both modalities of the one-way loss from a row to its own augmented view."""
+    if augmented_image_features is None or augmented_text_features is None:
+        missing = "image" if augmented_image_features is None else "text"
+        raise ValueError(
+            "augmented_image_features and augmented_text_features go together, "
+            f"but augmented_{missing}_features is None"
+        )
+    pairs = (
+        ("image_features", image_features, augmented_image_features),
+        ("text_features", text_features, augmented_text_features),
+    )
+    losses = []
+    for name, features, augmented in pairs:
+        features, augmented = _check_features(features, augmented, name, f"augmented_{name}")
+        losses.append(contrastive.contrastive_loss(features, augmented, scale, symmetric=False))
+    return (losses[0] + losses[1]) / 2
+
+
+def _check_features(
+    first: Tensor,
+    second: Tensor,
+    first_name: str = "image_features",
+    second_name: str = "text_features",
+) -> tuple[Tensor, Tensor]:
+    """The two feature tensors, cast as autocast asks, or an error that names the argument."""
+    for name, features in ((first_name, first), (second_name, second)):
+        if not isinstance(features, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(features).__name__}")
+        if features.dtype not in FEATURE_DTYPES:
+            raise TypeError(
+                f"{name} must be float64, float32, bfloat16 or float16, got {features.dtype}"
+            )
+        if features.ndim != 2 or features.numel() == 0:
+            raise ValueError(
+                f"{name} must have shape (N, D) with N >= 1 and D >= 1, got {tuple(features.shape)}"
+            )
+    if first.shape != second.shape:
+        raise ValueError(
+            f"{first_name} and {second_name} must have the same shape, "
+            f"got {tuple(first.shape)} and {tuple(second.shape)}"
+        )
+    if first.device != second.device:
+        raise ValueError(
+            f"{first_name} and {second_name} must be on the same device, "
+            f"got {first.device} and {second.device}"
+        )
+    first, second = _autocast(first), _autocast(second)
+    if first.dtype != second.dtype:
+        raise TypeError(
+            f"{first_name} and {second_name} must have the same dtype, "
+            f"got {first.dtype} and {second.dtype}"
+        )
+    return first, second
+
+
+def _autocast(features: Tensor) -> Tensor:
+    device_type = features.device.type
+    if features.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+        return features.to(torch.get_autocast_dtype(device_type))
+    return features
+
+
+def _check_logit_scale(logit_scale: Tensor | float, features: Tensor) -> Tensor:
+    """logit_scale as a 0-dim tensor of the accumulation dtype on the features' device."""
+    dtype = accumulation_dtype(features.dtype)
+    if not isinstance(logit_scale, Tensor):
+        if isinstance(logit_scale, bool) or not isinstance(logit_scale, Real):
+            raise TypeError(
+                f"logit_scale must be a scalar tensor or a number, got {type(logit_scale).__name__}"
+            )
+        return features.new_full((), float(logit_scale), dtype=dtype)
+    if logit_scale.numel() != 1:
+        raise ValueError(
+            f"logit_scale must have one element, got shape {tuple(logit_scale.shape)}"
+        )
+    if not logit_scale.is_floating_point():
+        raise TypeError(f"logit_scale must be a floating-point tensor, got {logit_scale.dtype}")
+    # As in PyTorch's own arithmetic, a 0-dim CPU tensor goes with features on any device.
+    if logit_scale.device != features.device and (
+        logit_scale.device.type != "cpu" or logit_scale.ndim != 0
+    ):
+        raise ValueError(
+            f"logit_scale must be on the features' device {features.device}, "
+            f"got {logit_scale.device}"
+        )
+    return logit_scale.reshape(()).to(device=features.device, dtype=dtype)
+
+
+def _zero_of_bias(logit_bias: Tensor, loss: Tensor) -> Tensor:
+    """0, attached to the bias: DistributedDataParallel wants a gradient for every parameter."""
+    if not isinstance(logit_bias, Tensor):
+        if isinstance(logit_bias, Real):
+            return torch.zeros_like(loss)
+        raise TypeError(f"logit_bias must be a tensor or None, got {type(logit_bias).__name__}")
+    if logit_bias.numel() != 1:
+        raise ValueError(f"logit_bias must have one element, got shape {tuple(logit_bias.shape)}")
+    return (logit_bias.reshape(()) * 0).to(device=loss.device, dtype=loss.dtype)

@@ -1,0 +1,92 @@
+"""The definition: the CyCLIP loss, dense and literal.
+
+This is the oracle of the tests and the baseline of the benchmarks. It builds the N x N similarity
+matrices that the rest of the package avoids, and reads like the paper:
+
+    Goel et al. 2022, "CyCLIP: Cyclic Contrastive Language-Image Pretraining", arXiv 2205.14459.
+    Equation 1 is the contrastive loss, equations 2 and 3 the two cyclic penalties. Each penalty is
+    1/N times a sum over all N^2 pairs of rows.
+
+Call it with float64 features for a reference value, or with the dtype under test to learn the
+error that plain PyTorch itself makes.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def contrastive_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+    """Symmetric cross-entropy over the pairs of a batch (Goel et al. 2022, eq. 1).
+
+    image_features, text_features: (N, D); logit_scale: scalar, exp'd. Returns a scalar.
+    """
+    logits_per_image = logit_scale * image_features @ text_features.T  # (N, N)
+    labels = torch.arange(len(logits_per_image), device=logits_per_image.device)
+    image_to_text = F.cross_entropy(logits_per_image, labels)
+    text_to_image = F.cross_entropy(logits_per_image.T, labels)
+    return (image_to_text + text_to_image) / 2
+
+
+def inmodal_contrastive_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    augmented_image_features: Tensor,
+    augmented_text_features: Tensor,
+    logit_scale: Tensor,
+) -> Tensor:
+    """Each row must find its own augmented view among all augmented views, in both modalities.
+
+    The authors' `--inmodal` option. The direction is one way, from the row to the augmented views.
+    All features: (N, D); logit_scale: scalar, exp'd. Returns a scalar.
+    """
+    labels = torch.arange(len(image_features), device=image_features.device)
+    image_logits = logit_scale * image_features @ augmented_image_features.T  # (N, N)
+    text_logits = logit_scale * text_features @ augmented_text_features.T  # (N, N)
+    return (F.cross_entropy(image_logits, labels) + F.cross_entropy(text_logits, labels)) / 2
+
+
+def inmodal_cyclic_penalty(image_features: Tensor, text_features: Tensor) -> Tensor:
+    """P_in = 1/N * ||I I^T - T T^T||_F^2 (Goel et al. 2022, eq. 2). Features (N, D) -> scalar."""
+    image_image = image_features @ image_features.T  # (N, N)
+    text_text = text_features @ text_features.T  # (N, N)
+    return (image_image - text_text).square().sum() / len(image_features)
+
+
+def crossmodal_cyclic_penalty(image_features: Tensor, text_features: Tensor) -> Tensor:
+    """P_cross = 1/N * ||I T^T - T I^T||_F^2 (Goel et al. 2022, eq. 3). Features (N, D) -> scalar."""
+    image_text = image_features @ text_features.T  # (N, N)
+    return (image_text - image_text.T).square().sum() / len(image_features)
+
+
+def cyclip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    lambda_inmodal: float = 0.25,
+    lambda_crossmodal: float = 0.25,
+    augmented_image_features: Tensor | None = None,
+    augmented_text_features: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """The terms of the CyCLIP loss, each already weighted; their sum is the loss.
+
+    image_features, text_features and, for the in-modal contrastive term, both augmented features:
+    (N, D), rows of unit length; logit_scale: scalar, exp'd.
+    """
+    contrastive = contrastive_loss(image_features, text_features, logit_scale)
+    if augmented_image_features is not None and augmented_text_features is not None:
+        inmodal = inmodal_contrastive_loss(
+            image_features,
+            text_features,
+            augmented_image_features,
+            augmented_text_features,
+            logit_scale,
+        )
+        contrastive = (contrastive + inmodal) / 2
+    return {
+        "contrastive_loss": contrastive,
+        "inmodal_cyclic_loss": lambda_inmodal
+        * inmodal_cyclic_penalty(image_features, text_features),
+        "crossmodal_cyclic_loss": lambda_crossmodal
+        * crossmodal_cyclic_penalty(image_features, text_features),
+    }
