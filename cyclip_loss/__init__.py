@@ -1,7 +1,7 @@
 """CyCLIP's loss for PyTorch: exact, memory-lean, a drop-in for `open_clip.ClipLoss`."""
 
 from cyclip_loss.functional import cyclic_penalty, cyclip_loss
-from cyclip_loss.loss import CyCLIPLoss, CyclicPenalty
+from cyclip_loss.loss import CyclicPenalty, CyCLIPLoss
 from cyclip_loss.metrics import consistency_metrics
 
 __version__ = "0.1.0"

@@ -9,33 +9,37 @@ The backward pass computes the logits again: 8 N^2 D flops in all where dense au
 no N x N matrix is ever kept.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from cyclip_loss import ops
+from cyclip_loss import ops, reference
 
 
 class _Contrastive(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, symmetric: bool
+        ctx: Any,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        symmetric: bool,
+        impl: str,
     ) -> Tensor:
         row_lse, column_lse, pair_logits = ops.contrastive_lse(
-            image_features, text_features, logit_scale, 0, symmetric
+            image_features, text_features, logit_scale, 0, symmetric, impl
         )
         ctx.save_for_backward(image_features, text_features, logit_scale, row_lse, column_lse)
-        ctx.symmetric = symmetric
-        loss = (row_lse - pair_logits).mean()
+        ctx.symmetric, ctx.impl = symmetric, impl
+        loss: Tensor = (row_lse - pair_logits).mean()
         if symmetric:
             loss = (loss + (column_lse - pair_logits).mean()) / 2
         # An infinite feature may leave an infinite loss; inf - inf makes it NaN, as a NaN stays.
         return loss + (loss - loss)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         image_features, text_features, logit_scale, row_lse, column_lse = ctx.saved_tensors
         needs_image, needs_text, needs_scale = ctx.needs_input_grad[:3]
@@ -52,22 +56,33 @@ class _Contrastive(torch.autograd.Function):
             needs_image,
             needs_text,
             needs_scale,
+            ctx.impl,
         )
         return (
             image_grad if needs_image else None,
             text_grad if needs_text else None,
             scale_grad if needs_scale else None,
             None,
+            None,
         )
 
 
+_contrastive: Callable[..., Tensor] = _Contrastive.apply
+
+
 def contrastive_loss(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, symmetric: bool = True
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    impl: str,
+    symmetric: bool = True,
 ) -> Tensor:
     """The contrastive term of checked inputs: a scalar of the accumulation dtype.
 
     image_features, text_features: (N, D), row i of one is paired with row i of the other;
     logit_scale: scalar of the accumulation dtype, exp'd. Not `symmetric`: rows to columns only.
     """
-    loss: Tensor = _Contrastive.apply(image_features, text_features, logit_scale, symmetric)
-    return loss
+    if impl == "reference":
+        dense = reference.contrastive_loss if symmetric else reference.one_way_contrastive_loss
+        return dense(image_features, text_features, logit_scale)
+    return _contrastive(image_features, text_features, logit_scale, symmetric, impl)

@@ -14,13 +14,13 @@ sign. Two forms of p and q, the cheaper of which is taken:
 The gradients are in `eager.cyclic_grads`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from cyclip_loss import ops
+from cyclip_loss import ops, reference
 from cyclip_loss.eager import accumulation_dtype
 
 
@@ -44,11 +44,12 @@ class _CyclicPenalties(torch.autograd.Function):
         lambda_inmodal: float,
         lambda_crossmodal: float,
         separate: bool,
+        impl: str,
     ) -> Tensor:
         n, d = image_features.shape
         with_cross = separate or lambda_inmodal != lambda_crossmodal
         direct = direct_is_cheaper(n, d, with_cross)
-        statistics = ops.cyclic_statistics(image_features, text_features, direct, with_cross)
+        statistics = ops.cyclic_statistics(image_features, text_features, direct, with_cross, impl)
         if direct:
             p_plus_q = (statistics + statistics.T).square().sum() / 2
             p_minus_q = (statistics - statistics.T).square().sum() / 2
@@ -64,11 +65,11 @@ class _CyclicPenalties(torch.autograd.Function):
         ctx.save_for_backward(image_features, text_features, statistics)
         ctx.lambdas = (lambda_inmodal, lambda_crossmodal)
         ctx.direct, ctx.with_cross, ctx.separate = direct, with_cross, separate
+        ctx.impl = impl
         # An infinite feature may leave an infinite penalty; inf - inf makes it NaN.
         return terms + (terms - terms)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_terms: Tensor) -> tuple[Tensor | None, ...]:
         image_features, text_features, statistics = ctx.saved_tensors
         needs_image, needs_text = ctx.needs_input_grad[:2]
@@ -85,6 +86,7 @@ class _CyclicPenalties(torch.autograd.Function):
             ctx.with_cross,
             needs_image,
             needs_text,
+            ctx.impl,
         )
         return (
             image_grad if needs_image else None,
@@ -92,25 +94,11 @@ class _CyclicPenalties(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
-def cyclic_penalty(
-    image_features: Tensor,
-    text_features: Tensor,
-    lambda_inmodal: float,
-    lambda_crossmodal: float,
-) -> Tensor:
-    """lambda_inmodal * P_in + lambda_crossmodal * P_cross of checked inputs: a scalar.
-
-    Features (N, D); the scalar has the accumulation dtype. Both lambdas 0: nothing is computed.
-    """
-    if lambda_inmodal == 0 and lambda_crossmodal == 0:
-        return _zero(image_features)
-    terms: Tensor = _CyclicPenalties.apply(
-        image_features, text_features, lambda_inmodal, lambda_crossmodal, False
-    )
-    return terms[0]
+_cyclic_penalties: Callable[..., Tensor] = _CyclicPenalties.apply
 
 
 def cyclic_penalties(
@@ -118,18 +106,24 @@ def cyclic_penalties(
     text_features: Tensor,
     lambda_inmodal: float,
     lambda_crossmodal: float,
-) -> tuple[Tensor, Tensor]:
-    """lambda_inmodal * P_in and lambda_crossmodal * P_cross apart, as `cyclic_penalty` otherwise.
+    separate: bool,
+    impl: str,
+) -> tuple[Tensor, ...]:
+    """(lambda_inmodal * P_in, lambda_crossmodal * P_cross) of checked inputs, or (their sum,).
 
-    With equal lambdas this costs 2 N D^2 flops more in the Gram form: only the sum does without C.
+    Features (N, D); the scalars have the accumulation dtype. Both lambdas 0: nothing is computed.
+    With equal lambdas `separate` costs up to 2 N D^2 flops more: only the sum does without C.
     """
     if lambda_inmodal == 0 and lambda_crossmodal == 0:
-        return _zero(image_features), _zero(image_features)
-    terms: Tensor = _CyclicPenalties.apply(
-        image_features, text_features, lambda_inmodal, lambda_crossmodal, True
+        zero = image_features.new_zeros((), dtype=accumulation_dtype(image_features.dtype))
+        return (zero, torch.zeros_like(zero)) if separate else (zero,)
+    if impl == "reference":
+        inmodal = lambda_inmodal * reference.inmodal_cyclic_penalty(image_features, text_features)
+        crossmodal = lambda_crossmodal * reference.crossmodal_cyclic_penalty(
+            image_features, text_features
+        )
+        return (inmodal, crossmodal) if separate else (inmodal + crossmodal,)
+    terms = _cyclic_penalties(
+        image_features, text_features, lambda_inmodal, lambda_crossmodal, separate, impl
     )
-    return terms[0], terms[1]
-
-
-def _zero(features: Tensor) -> Tensor:
-    return features.new_zeros((), dtype=accumulation_dtype(features.dtype))
+    return terms.unbind()

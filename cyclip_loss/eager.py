@@ -204,6 +204,9 @@ def cyclic_grads(
         dtype = accumulation_dtype(image_features.dtype)
         n, d = image_features.shape
         total, difference = coefficients[0], coefficients[1]
+        # Terms asked for apart and then added come back with a = b; on CPU a look costs nothing.
+        if with_cross and difference.device.type == "cpu" and difference == 0:
+            with_cross = False
         if direct:
             both_ways = statistics * total
             if with_cross:

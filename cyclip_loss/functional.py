@@ -8,6 +8,9 @@ normalised here. logit_scale is a scalar and already exponentiated.
 Under `torch.autocast` the features are cast to the autocast dtype (float64 ones excepted, as
 autocast does); logits, sums and the returned loss are float32 (float64 for float64 features).
 First derivatives only.
+
+impl, everywhere: "auto" takes the fastest engine for the features' device; "eager" is PyTorch in
+bounded memory; "reference" is the dense definition, for tests and comparisons.
 """
 
 import math
@@ -18,23 +21,26 @@ from torch import Tensor
 
 from cyclip_loss import contrastive, cyclic
 from cyclip_loss.eager import accumulation_dtype
+from cyclip_loss.ops import IMPLS
 
 FEATURE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def contrastive_loss(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    impl: str = "auto",
 ) -> Tensor:
     """CLIP's loss, 1/2 * (rows' + columns' cross-entropy), as `open_clip.ClipLoss` on one device.
 
-    Takes 8 N^2 D flops and O(N D) memory. Returns a scalar.
-
-    Raises:
-        TypeError, ValueError: as `cyclip_loss` does.
+    Takes 8 N^2 D flops and O(N D) memory. Returns a scalar. Raises as `cyclip_loss` does.
     """
-    image_features, text_features = _check_features(image_features, text_features)
+    check_impl(impl)
+    image_features, text_features = check_features(image_features, text_features)
     scale = _check_logit_scale(logit_scale, image_features)
-    return contrastive.contrastive_loss(image_features, text_features, scale)
+    return contrastive.contrastive_loss(image_features, text_features, scale, impl)
 
 
 def cyclic_penalty(
@@ -42,35 +48,25 @@ def cyclic_penalty(
     text_features: Tensor,
     lambda_inmodal: float = 0.25,
     lambda_crossmodal: float = 0.25,
-) -> Tensor:
+    output_dict: bool = False,
+    *,
+    impl: str = "auto",
+) -> Tensor | dict[str, Tensor]:
     """lambda_inmodal * P_in + lambda_crossmodal * P_cross (Goel et al. 2022, eq. 2 and 3).
 
-    Takes O(N D^2) flops and O(N D + D^2) memory; independent of any logit scale. Returns a scalar.
-
-    Raises:
-        TypeError, ValueError: as `cyclip_loss` does.
+    Takes O(N D^2) flops and O(N D + D^2) memory; independent of any logit scale. Returns a scalar,
+    or with `output_dict` its two terms by name, which sum to it: `inmodal_cyclic_loss` and
+    `crossmodal_cyclic_loss`. Raises as `cyclip_loss` does.
     """
+    check_impl(impl)
     check_lambdas(lambda_inmodal, lambda_crossmodal)
-    image_features, text_features = _check_features(image_features, text_features)
-    return cyclic.cyclic_penalty(image_features, text_features, lambda_inmodal, lambda_crossmodal)
-
-
-def cyclic_penalties(
-    image_features: Tensor,
-    text_features: Tensor,
-    lambda_inmodal: float = 0.25,
-    lambda_crossmodal: float = 0.25,
-) -> dict[str, Tensor]:
-    """The two weighted penalties apart: `inmodal_cyclic_loss` and `crossmodal_cyclic_loss`.
-
-    Their sum is `cyclic_penalty`. Raises as `cyclip_loss` does.
-    """
-    check_lambdas(lambda_inmodal, lambda_crossmodal)
-    image_features, text_features = _check_features(image_features, text_features)
-    inmodal, crossmodal = cyclic.cyclic_penalties(
-        image_features, text_features, lambda_inmodal, lambda_crossmodal
+    image_features, text_features = check_features(image_features, text_features)
+    terms = cyclic.cyclic_penalties(
+        image_features, text_features, lambda_inmodal, lambda_crossmodal, output_dict, impl
     )
-    return {"inmodal_cyclic_loss": inmodal, "crossmodal_cyclic_loss": crossmodal}
+    if output_dict:
+        return {"inmodal_cyclic_loss": terms[0], "crossmodal_cyclic_loss": terms[1]}
+    return terms[0]
 
 
 def cyclip_loss(
@@ -84,6 +80,7 @@ def cyclip_loss(
     lambda_crossmodal: float = 0.25,
     augmented_image_features: Tensor | None = None,
     augmented_text_features: Tensor | None = None,
+    impl: str = "auto",
 ) -> Tensor | dict[str, Tensor]:
     """The CyCLIP loss: contrastive + lambda_inmodal * P_in + lambda_crossmodal * P_cross.
 
@@ -108,29 +105,32 @@ def cyclip_loss(
         TypeError: an argument is no tensor or number, or has a dtype that is not supported.
         ValueError: shapes or devices do not fit, a batch is empty, or a lambda is negative.
     """
+    check_impl(impl)
     check_lambdas(lambda_inmodal, lambda_crossmodal)
-    image_features, text_features = _check_features(image_features, text_features)
+    image_features, text_features = check_features(image_features, text_features)
     scale = _check_logit_scale(logit_scale, image_features)
-    loss = contrastive.contrastive_loss(image_features, text_features, scale)
+    loss = contrastive.contrastive_loss(image_features, text_features, scale, impl)
     if augmented_image_features is not None or augmented_text_features is not None:
-        inmodal = _inmodal_contrastive(
-            image_features, text_features, augmented_image_features, augmented_text_features, scale
+        pairs = _augmented_pairs(
+            image_features, text_features, augmented_image_features, augmented_text_features
         )
-        loss = (loss + inmodal) / 2
+        one_way = [
+            contrastive.contrastive_loss(features, augmented, scale, impl, symmetric=False)
+            for features, augmented in pairs
+        ]
+        loss = (loss + (one_way[0] + one_way[1]) / 2) / 2
     if logit_bias is not None:
         loss = loss + _zero_of_bias(logit_bias, loss)
+    penalties = cyclic.cyclic_penalties(
+        image_features, text_features, lambda_inmodal, lambda_crossmodal, output_dict, impl
+    )
     if output_dict:
-        inmodal, crossmodal = cyclic.cyclic_penalties(
-            image_features, text_features, lambda_inmodal, lambda_crossmodal
-        )
         return {
             "contrastive_loss": loss,
-            "inmodal_cyclic_loss": inmodal,
-            "crossmodal_cyclic_loss": crossmodal,
+            "inmodal_cyclic_loss": penalties[0],
+            "crossmodal_cyclic_loss": penalties[1],
         }
-    return loss + cyclic.cyclic_penalty(
-        image_features, text_features, lambda_inmodal, lambda_crossmodal
-    )
+    return loss + penalties[0]
 
 
 def check_lambdas(lambda_inmodal: float, lambda_crossmodal: float) -> None:
@@ -149,32 +149,13 @@ def check_lambdas(lambda_inmodal: float, lambda_crossmodal: float) -> None:
             raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
 
 
-def _inmodal_contrastive(
-    image_features: Tensor,
-    text_features: Tensor,
-    augmented_image_features: Tensor | None,
-    augmented_text_features: Tensor | None,
-    scale: Tensor,
-) -> Tensor:
-    """Mean over both modalities of the one-way loss from a row to its own augmented view."""
-    if augmented_image_features is None or augmented_text_features is None:
-        missing = "image" if augmented_image_features is None else "text"
-        raise ValueError(
-            "augmented_image_features and augmented_text_features go together, "
-            f"but augmented_{missing}_features is None"
-        )
-    pairs = (
-        ("image_features", image_features, augmented_image_features),
-        ("text_features", text_features, augmented_text_features),
-    )
-    losses = []
-    for name, features, augmented in pairs:
-        features, augmented = _check_features(features, augmented, name, f"augmented_{name}")
-        losses.append(contrastive.contrastive_loss(features, augmented, scale, symmetric=False))
-    return (losses[0] + losses[1]) / 2
+def check_impl(impl: str) -> None:
+    """Raise unless `impl` names an implementation."""
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
 
 
-def _check_features(
+def check_features(
     first: Tensor,
     second: Tensor,
     first_name: str = "image_features",
@@ -211,6 +192,29 @@ def _check_features(
     return first, second
 
 
+def _augmented_pairs(
+    image_features: Tensor,
+    text_features: Tensor,
+    augmented_image_features: Tensor | None,
+    augmented_text_features: Tensor | None,
+) -> list[tuple[Tensor, Tensor]]:
+    """Each modality's features with their augmented view, checked."""
+    if augmented_image_features is None or augmented_text_features is None:
+        missing = "image" if augmented_image_features is None else "text"
+        raise ValueError(
+            "augmented_image_features and augmented_text_features go together, "
+            f"but augmented_{missing}_features is None"
+        )
+    return [
+        check_features(
+            image_features, augmented_image_features, "image_features", "augmented_image_features"
+        ),
+        check_features(
+            text_features, augmented_text_features, "text_features", "augmented_text_features"
+        ),
+    ]
+
+
 def _autocast(features: Tensor) -> Tensor:
     device_type = features.device.type
     if features.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
@@ -228,9 +232,7 @@ def _check_logit_scale(logit_scale: Tensor | float, features: Tensor) -> Tensor:
             )
         return features.new_full((), float(logit_scale), dtype=dtype)
     if logit_scale.numel() != 1:
-        raise ValueError(
-            f"logit_scale must have one element, got shape {tuple(logit_scale.shape)}"
-        )
+        raise ValueError(f"logit_scale must have one element, got shape {tuple(logit_scale.shape)}")
     if not logit_scale.is_floating_point():
         raise TypeError(f"logit_scale must be a floating-point tensor, got {logit_scale.dtype}")
     # As in PyTorch's own arithmetic, a 0-dim CPU tensor goes with features on any device.

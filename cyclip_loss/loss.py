@@ -25,6 +25,8 @@ class CyCLIPLoss(nn.Module):
         rank, world_size: the rank and the number of processes. Only one process is supported so
             far; see Raises.
         use_horovod: taken as False only.
+        impl: "auto", the fastest engine for the features' device; "eager", bounded-memory PyTorch;
+            or "reference", the dense definition with its N x N matrices, for comparison.
 
     Raises:
         TypeError: a lambda is no number. A bool is refused too: `ClipLoss(True, True)` passes
@@ -44,14 +46,17 @@ class CyCLIPLoss(nn.Module):
         rank: int = 0,
         world_size: int = 1,
         use_horovod: bool = False,
+        impl: str = "auto",
     ) -> None:
         super().__init__()
         functional.check_lambdas(lambda_inmodal, lambda_crossmodal)
+        functional.check_impl(impl)
         if use_horovod:
             raise ValueError("use_horovod=True is not supported: use torch.distributed")
         _require_one_process(world_size)
         self.lambda_inmodal = lambda_inmodal
         self.lambda_crossmodal = lambda_crossmodal
+        self.impl = impl
 
     def forward(
         self,
@@ -79,12 +84,12 @@ class CyCLIPLoss(nn.Module):
             lambda_crossmodal=self.lambda_crossmodal,
             augmented_image_features=augmented_image_features,
             augmented_text_features=augmented_text_features,
+            impl=self.impl,
         )
 
     def extra_repr(self) -> str:
-        return (
-            f"lambda_inmodal={self.lambda_inmodal}, lambda_crossmodal={self.lambda_crossmodal}"
-        )
+        """The weights, for `print(module)`."""
+        return f"lambda_inmodal={self.lambda_inmodal}, lambda_crossmodal={self.lambda_crossmodal}"
 
 
 class CyclicPenalty(nn.Module):
@@ -95,12 +100,20 @@ class CyclicPenalty(nn.Module):
     Args and errors as in `CyCLIPLoss`.
     """
 
-    def __init__(self, lambda_inmodal: float = 0.25, lambda_crossmodal: float = 0.25) -> None:
+    def __init__(
+        self,
+        lambda_inmodal: float = 0.25,
+        lambda_crossmodal: float = 0.25,
+        *,
+        impl: str = "auto",
+    ) -> None:
         super().__init__()
         functional.check_lambdas(lambda_inmodal, lambda_crossmodal)
+        functional.check_impl(impl)
         _require_one_process(1)
         self.lambda_inmodal = lambda_inmodal
         self.lambda_crossmodal = lambda_crossmodal
+        self.impl = impl
 
     def forward(
         self, image_features: Tensor, text_features: Tensor, output_dict: bool = False
@@ -110,13 +123,18 @@ class CyclicPenalty(nn.Module):
         image_features, text_features: (N, D), rows of unit length. Errors as in
         `cyclip_loss.functional.cyclip_loss`.
         """
-        penalty = functional.cyclic_penalties if output_dict else functional.cyclic_penalty
-        return penalty(image_features, text_features, self.lambda_inmodal, self.lambda_crossmodal)
+        return functional.cyclic_penalty(
+            image_features,
+            text_features,
+            self.lambda_inmodal,
+            self.lambda_crossmodal,
+            output_dict,
+            impl=self.impl,
+        )
 
     def extra_repr(self) -> str:
-        return (
-            f"lambda_inmodal={self.lambda_inmodal}, lambda_crossmodal={self.lambda_crossmodal}"
-        )
+        """The weights, for `print(module)`."""
+        return f"lambda_inmodal={self.lambda_inmodal}, lambda_crossmodal={self.lambda_crossmodal}"
 
 
 def _require_one_process(world_size: int) -> None:

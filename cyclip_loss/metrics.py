@@ -5,7 +5,7 @@ from torch import Tensor
 
 from cyclip_loss.cyclic import cyclic_penalties
 from cyclip_loss.eager import strip_rows
-from cyclip_loss.functional import _check_features
+from cyclip_loss.functional import check_features
 
 
 @torch.no_grad()
@@ -18,9 +18,9 @@ def cyclic_gaps(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, 
     The penalties of Goel et al. 2022, eq. 2 and 3, before their factor N: comparable between batch
     sizes. Features (N, D); costs O(N D^2). Returns two scalars.
     """
-    image_features, text_features = _check_features(image_features, text_features)
+    image_features, text_features = check_features(image_features, text_features)
     n = len(image_features)
-    inmodal, crossmodal = cyclic_penalties(image_features, text_features, 1.0, 1.0)
+    inmodal, crossmodal = cyclic_penalties(image_features, text_features, 1.0, 1.0, True, "auto")
     return inmodal / n, crossmodal / n
 
 
@@ -30,7 +30,7 @@ def alignment(image_features: Tensor, text_features: Tensor) -> Tensor:
 
     0 is perfect. Features (N, D); costs O(N D). Returns a scalar.
     """
-    image_features, text_features = _check_features(image_features, text_features)
+    image_features, text_features = check_features(image_features, text_features)
     return (image_features.double() - text_features.double()).square().sum(dim=1).mean().float()
 
 
@@ -44,7 +44,7 @@ def uniformity(features: Tensor) -> Tensor:
     Raises:
         ValueError: fewer than two rows.
     """
-    features, _ = _check_features(features, features, "features", "features")
+    features, _ = check_features(features, features, "features", "features")
     n = len(features)
     if n < 2:
         raise ValueError(f"features must have at least two rows, got {tuple(features.shape)}")

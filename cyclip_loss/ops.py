@@ -1,9 +1,13 @@
-"""The custom operators: four names that autograd calls and the dispatcher sends to an engine.
+"""The custom operators: four names that autograd calls, each computed by one of two engines.
 
-Every device is served by `eager.py` unless a kernel is registered for it. Each operator is opaque
-to `torch.compile`, which needs only the shapes given here. None has a derivative of its own: the
-formulas of the gradients are in `contrastive.py` and `cyclic.py`.
+The engines are `eager.py` and, on CUDA and ROCm, the Triton kernels; both have a function of each
+operator's name, with the arguments of the signatures below less the last. To `torch.compile` an
+operator is opaque but for the shapes given here. None has a derivative of its own: the autograd of
+the loss is in `contrastive.py` and `cyclic.py`.
 """
+
+from types import ModuleType
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -11,70 +15,86 @@ from torch.library import custom_op
 
 from cyclip_loss import eager
 
-contrastive_lse = custom_op("cyclip_loss::contrastive_lse", mutates_args=())(eager.contrastive_lse)
-contrastive_grads = custom_op("cyclip_loss::contrastive_grads", mutates_args=())(
-    eager.contrastive_grads
+IMPLS = ("auto", "eager", "reference")
+
+
+def _engine(impl: str, features: Tensor) -> ModuleType:
+    return eager
+
+
+def _operator(name: str, signature: str) -> Any:
+    def run(*arguments: Any) -> Any:
+        *arguments_of_engine, impl = arguments
+        return getattr(_engine(impl, arguments[0]), name)(*arguments_of_engine)
+
+    return custom_op(f"cyclip_loss::{name}", run, mutates_args=(), schema=signature)
+
+
+contrastive_lse = _operator(
+    "contrastive_lse",
+    "(Tensor image_features, Tensor text_features, Tensor logit_scale, int first_column, "
+    "bool with_columns, str impl) -> (Tensor, Tensor, Tensor)",
 )
-cyclic_statistics = custom_op("cyclip_loss::cyclic_statistics", mutates_args=())(
-    eager.cyclic_statistics
+contrastive_grads = _operator(
+    "contrastive_grads",
+    "(Tensor image_features, Tensor text_features, Tensor logit_scale, Tensor row_lse, "
+    "Tensor column_lse, Tensor weight, int first_column, bool with_columns, bool needs_image, "
+    "bool needs_text, bool needs_scale, str impl) -> (Tensor, Tensor, Tensor)",
 )
-cyclic_grads = custom_op("cyclip_loss::cyclic_grads", mutates_args=())(eager.cyclic_grads)
+cyclic_statistics = _operator(
+    "cyclic_statistics",
+    "(Tensor image_features, Tensor text_features, bool direct, bool with_cross, str impl) "
+    "-> Tensor",
+)
+cyclic_grads = _operator(
+    "cyclic_grads",
+    "(Tensor image_features, Tensor text_features, Tensor statistics, Tensor coefficients, "
+    "bool direct, bool with_cross, bool needs_image, bool needs_text, str impl) "
+    "-> (Tensor, Tensor)",
+)
 
 
-def _grads_like(features: Tensor, needed: bool) -> Tensor:
-    return features.new_empty(features.shape if needed else (0,))
-
-
-@contrastive_lse.register_fake
-def _(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor,
-    first_column: int,
-    with_columns: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    n, m = len(image_features), len(text_features)
-    dtype = eager.accumulation_dtype(image_features.dtype)
-    row_lse = image_features.new_empty(n, dtype=dtype)
-    column_lse = image_features.new_empty(m if with_columns else 0, dtype=dtype)
+def _contrastive_lse_shapes(image: Tensor, text: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _, _, with_columns, _ = arguments
+    dtype = eager.accumulation_dtype(image.dtype)
+    row_lse = image.new_empty(len(image), dtype=dtype)
+    column_lse = image.new_empty(len(text) if with_columns else 0, dtype=dtype)
     return row_lse, column_lse, torch.empty_like(row_lse)
 
 
-@contrastive_grads.register_fake
-def _(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor,
-    row_lse: Tensor,
-    column_lse: Tensor,
-    weight: Tensor,
-    first_column: int,
-    with_columns: bool,
-    needs_image: bool,
-    needs_text: bool,
-    needs_scale: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    image_grad = _grads_like(image_features, needs_image)
-    text_grad = _grads_like(text_features, needs_text)
-    return image_grad, text_grad, row_lse.new_empty(())
+def _contrastive_grads_shapes(image: Tensor, text: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    row_lse, needs_image, needs_text = arguments[1], *arguments[6:8]
+    return _like(image, needs_image), _like(text, needs_text), row_lse.new_empty(())
 
 
-@cyclic_statistics.register_fake
-def _(image_features: Tensor, text_features: Tensor, direct: bool, with_cross: bool) -> Tensor:
-    n, d = image_features.shape
+def _cyclic_statistics_shapes(image: Tensor, text: Tensor, direct: bool, with_cross: bool, impl: str) -> Tensor:
+    n, d = image.shape
     shape = (n, n) if direct else (3 if with_cross else 2, d, d)
-    return image_features.new_empty(shape, dtype=eager.accumulation_dtype(image_features.dtype))
+    return image.new_empty(shape, dtype=eager.accumulation_dtype(image.dtype))
 
 
-@cyclic_grads.register_fake
-def _(
-    image_features: Tensor,
-    text_features: Tensor,
-    statistics: Tensor,
-    coefficients: Tensor,
-    direct: bool,
-    with_cross: bool,
-    needs_image: bool,
-    needs_text: bool,
-) -> tuple[Tensor, Tensor]:
-    return _grads_like(image_features, needs_image), _grads_like(text_features, needs_text)
+def _cyclic_grads_shapes(image: Tensor, text: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    needs_image, needs_text = arguments[4:6]
+    return _like(image, needs_image), _like(text, needs_text)
+
+
+contrastive_lse.register_fake(_contrastive_lse_shapes)
+contrastive_grads.register_fake(_contrastive_grads_shapes)
+cyclic_statistics.register_fake(_cyclic_statistics_shapes)
+cyclic_grads.register_fake(_cyclic_grads_shapes)
+
+
+def _like(features: Tensor, needed: bool) -> Tensor:
+    return features.new_empty(features.shape if needed else (0,))
+
+
+def _no_second_derivatives(ctx: Any, *grads: Tensor) -> NoReturn:
+    raise RuntimeError(
+        "cyclip_loss has first derivatives only: its gradients cannot be differentiated again "
+        "(as a gradient penalty or create_graph=True with a second backward would)"
+    )
+
+
+# Without these a second backward through the gradients would silently leave the loss out.
+contrastive_grads.register_autograd(_no_second_derivatives)
+cyclic_grads.register_autograd(_no_second_derivatives)

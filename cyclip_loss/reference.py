@@ -28,33 +28,24 @@ def contrastive_loss(image_features: Tensor, text_features: Tensor, logit_scale:
     return (image_to_text + text_to_image) / 2
 
 
-def inmodal_contrastive_loss(
-    image_features: Tensor,
-    text_features: Tensor,
-    augmented_image_features: Tensor,
-    augmented_text_features: Tensor,
-    logit_scale: Tensor,
-) -> Tensor:
-    """Each row must find its own augmented view among all augmented views, in both modalities.
+def one_way_contrastive_loss(features: Tensor, augmented: Tensor, logit_scale: Tensor) -> Tensor:
+    """Cross-entropy of each row finding its own augmented view among all augmented views.
 
-    The authors' `--inmodal` option. The direction is one way, from the row to the augmented views.
-    All features: (N, D); logit_scale: scalar, exp'd. Returns a scalar.
+    features, augmented: (N, D); logit_scale: scalar, exp'd. Returns a scalar.
     """
-    labels = torch.arange(len(image_features), device=image_features.device)
-    image_logits = logit_scale * image_features @ augmented_image_features.T  # (N, N)
-    text_logits = logit_scale * text_features @ augmented_text_features.T  # (N, N)
-    return (F.cross_entropy(image_logits, labels) + F.cross_entropy(text_logits, labels)) / 2
+    logits = logit_scale * features @ augmented.T  # (N, N)
+    return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
 
 
 def inmodal_cyclic_penalty(image_features: Tensor, text_features: Tensor) -> Tensor:
-    """P_in = 1/N * ||I I^T - T T^T||_F^2 (Goel et al. 2022, eq. 2). Features (N, D) -> scalar."""
+    """P_in = 1/N * ||I I^T - T T^T||_F^2 (Goel et al. 2022, eq. 2). (N, D) -> scalar."""
     image_image = image_features @ image_features.T  # (N, N)
     text_text = text_features @ text_features.T  # (N, N)
     return (image_image - text_text).square().sum() / len(image_features)
 
 
 def crossmodal_cyclic_penalty(image_features: Tensor, text_features: Tensor) -> Tensor:
-    """P_cross = 1/N * ||I T^T - T I^T||_F^2 (Goel et al. 2022, eq. 3). Features (N, D) -> scalar."""
+    """P_cross = 1/N * ||I T^T - T I^T||_F^2 (Goel et al. 2022, eq. 3). (N, D) -> scalar."""
     image_text = image_features @ text_features.T  # (N, N)
     return (image_text - image_text.T).square().sum() / len(image_features)
 
@@ -75,14 +66,10 @@ def cyclip_loss(
     """
     contrastive = contrastive_loss(image_features, text_features, logit_scale)
     if augmented_image_features is not None and augmented_text_features is not None:
-        inmodal = inmodal_contrastive_loss(
-            image_features,
-            text_features,
-            augmented_image_features,
-            augmented_text_features,
-            logit_scale,
-        )
-        contrastive = (contrastive + inmodal) / 2
+        # The authors' `--inmodal` option: the mean of the cross-modal and the in-modal parts.
+        image = one_way_contrastive_loss(image_features, augmented_image_features, logit_scale)
+        text = one_way_contrastive_loss(text_features, augmented_text_features, logit_scale)
+        contrastive = (contrastive + (image + text) / 2) / 2
     return {
         "contrastive_loss": contrastive,
         "inmodal_cyclic_loss": lambda_inmodal
