@@ -54,7 +54,9 @@ cyclic_grads = _operator(
 )
 
 
-def _contrastive_lse_shapes(image: Tensor, text: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _contrastive_lse_shapes(
+    image: Tensor, text: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     _, _, with_columns, _ = arguments
     dtype = eager.accumulation_dtype(image.dtype)
     row_lse = image.new_empty(len(image), dtype=dtype)
@@ -62,12 +64,16 @@ def _contrastive_lse_shapes(image: Tensor, text: Tensor, *arguments: Any) -> tup
     return row_lse, column_lse, torch.empty_like(row_lse)
 
 
-def _contrastive_grads_shapes(image: Tensor, text: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _contrastive_grads_shapes(
+    image: Tensor, text: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     row_lse, needs_image, needs_text = arguments[1], *arguments[6:8]
     return _like(image, needs_image), _like(text, needs_text), row_lse.new_empty(())
 
 
-def _cyclic_statistics_shapes(image: Tensor, text: Tensor, direct: bool, with_cross: bool, impl: str) -> Tensor:
+def _cyclic_statistics_shapes(
+    image: Tensor, text: Tensor, direct: bool, with_cross: bool, impl: str
+) -> Tensor:
     n, d = image.shape
     shape = (n, n) if direct else (3 if with_cross else 2, d, d)
     return image.new_empty(shape, dtype=eager.accumulation_dtype(image.dtype))
