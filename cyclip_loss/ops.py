@@ -6,6 +6,8 @@ operator is opaque but for the shapes given here. None has a derivative of its o
 the loss is in `contrastive.py` and `cyclic.py`.
 """
 
+from functools import lru_cache
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -15,11 +17,34 @@ from torch.library import custom_op
 
 from cyclip_loss import eager
 
-IMPLS = ("auto", "eager", "reference")
+IMPLS = ("auto", "triton", "eager", "reference")
 
 
 def _engine(impl: str, features: Tensor) -> ModuleType:
+    """The module that computes: what `impl` names, or the fastest for the features' device.
+
+    float64 is always computed by the eager engine: GPUs have no use for it here but in tests.
+    """
+    if impl == "eager" or features.dtype == torch.float64:
+        return eager
+    if impl == "triton" or (features.is_cuda and _has_kernels(features.device)):
+        from cyclip_loss import kernels
+
+        if not (features.is_cuda or kernels.INTERPRETED):
+            raise ValueError(
+                f"impl='triton' needs features on a CUDA or ROCm device, got {features.device} "
+                "(TRITON_INTERPRET=1 runs the kernels on CPU, for tests)"
+            )
+        return kernels
     return eager
+
+
+@lru_cache
+def _has_kernels(device: torch.device) -> bool:
+    """Whether Triton is there and the device has what the kernels need (NVIDIA: Ampere, 2020)."""
+    if find_spec("triton") is None:
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _operator(name: str, signature: str) -> Any:

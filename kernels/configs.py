@@ -1,0 +1,146 @@
+"""Which tiles a kernel runs with: per architecture and precision, never per N.
+
+Every configuration here is compiled ahead of time by `python -m cyclip_loss.kernels.compile`, which
+shows registers, spills, shared memory and tensor-core instructions.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+# True where kernels run on CPU tensors, decided by TRITON_INTERPRET when Triton is imported.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a kernel multiplies.
+
+    dot: Triton's input_precision, "ieee" or "tf32", of float32 operands; 16-bit operands ignore it.
+    bits: of the operands, which with `dot` picks the tiles.
+    widen: turn 16-bit operands into float32 first. Only under the interpreter, whose products of
+        bfloat16 are wrong (seen in Triton 3.7 and 3.9); products of 16-bit numbers are exact in
+        float32, so the interpreter computes what the tensor cores do.
+    """
+
+    dot: str
+    bits: int
+    widen: bool
+
+    @staticmethod
+    def of(features: Tensor, widened: bool = False) -> "Precision":
+        """For features multiplied as they are or, if `widened`, as float32 sums of them."""
+        if features.dtype == torch.float32:
+            exact = torch.get_float32_matmul_precision() == "highest"
+            return Precision("ieee" if exact else "tf32", 32, False)
+        if widened:
+            return Precision("tf32", 32, False)
+        return Precision("tf32", 16, INTERPRETED)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes (the kernel's constexprs) and the launch options."""
+
+    tile: dict[str, int]
+    num_warps: int
+    num_stages: int
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """Everything, as a kernel launch takes it."""
+        return {**self.tile, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def _product(bm: int, bn: int, bk: int, warps: int, stages: int) -> Config:
+    return Config({"BM": bm, "BN": bn, "BK": bk, "GROUP": 8}, warps, stages)
+
+
+def _gram(bd: int, bk: int, warps: int, stages: int) -> Config:
+    return Config({"BD": bd, "BK": bk}, warps, stages)
+
+
+def _cyclic(bm: int, bd: int, bk: int, warps: int, stages: int) -> Config:
+    return Config({"BM": bm, "BD": bd, "BK": bk, "GROUP": 8}, warps, stages)
+
+
+# (bits, dot) -> configuration, per kernel and architecture.
+_SM80 = {
+    "contrastive": {
+        (16, "tf32"): _product(128, 128, 32, 8, 4),
+        (32, "tf32"): _product(128, 128, 32, 8, 3),
+        (32, "ieee"): _product(64, 64, 16, 4, 3),
+    },
+    "cyclic_statistics": {(32, "tf32"): _gram(64, 32, 4, 3), (32, "ieee"): _gram(64, 16, 4, 2)},
+    "cyclic_grads": {
+        (32, "tf32"): _cyclic(64, 64, 32, 4, 3),
+        (32, "ieee"): _cyclic(64, 64, 16, 4, 2),
+    },
+}
+_SM90 = {
+    **_SM80,
+    "contrastive": {
+        (16, "tf32"): _product(128, 256, 64, 8, 4),
+        (32, "tf32"): _product(128, 128, 32, 8, 4),
+        (32, "ieee"): _product(64, 64, 16, 4, 3),
+    },
+    "cyclic_statistics": {(32, "tf32"): _gram(64, 32, 4, 4), (32, "ieee"): _gram(64, 16, 4, 2)},
+    "cyclic_grads": {
+        (32, "tf32"): _cyclic(128, 128, 32, 8, 3),
+        (32, "ieee"): _cyclic(64, 64, 16, 4, 2),
+    },
+}
+_GFX942 = {
+    "contrastive": {
+        (16, "tf32"): _product(128, 128, 32, 8, 2),
+        (32, "tf32"): _product(128, 64, 32, 8, 2),
+        (32, "ieee"): _product(64, 64, 16, 4, 2),
+    },
+    "cyclic_statistics": {(32, "tf32"): _gram(64, 32, 8, 1), (32, "ieee"): _gram(64, 16, 4, 1)},
+    "cyclic_grads": {
+        (32, "tf32"): _cyclic(64, 64, 32, 8, 1),
+        (32, "ieee"): _cyclic(64, 64, 16, 4, 1),
+    },
+}
+# Small, so that small tests cross tiles.
+_INTERPRETER = {
+    "contrastive": dict.fromkeys(
+        ((16, "tf32"), (32, "tf32"), (32, "ieee")), _product(32, 64, 32, 1, 1)
+    ),
+    "cyclic_statistics": dict.fromkeys(((32, "tf32"), (32, "ieee")), _gram(32, 16, 1, 1)),
+    "cyclic_grads": dict.fromkeys(((32, "tf32"), (32, "ieee")), _cyclic(32, 32, 16, 1, 1)),
+}
+ARCHITECTURES = {"sm_80": _SM80, "sm_90": _SM90, "sm_100": _SM90, "gfx942": _GFX942}
+
+
+@lru_cache
+def _architecture(device: torch.device) -> str:
+    """The entry of ARCHITECTURES for a device: its own, or the closest older one."""
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    return {8: "sm_80", 9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def config_for(kernel: str, features: Tensor, precision: Precision) -> Config:
+    """The configuration of `kernel` on the features' device."""
+    table = _INTERPRETER if INTERPRETED else ARCHITECTURES[_architecture(features.device)]
+    family = "contrastive" if kernel.startswith("contrastive") else kernel
+    return table[family][precision.bits, precision.dot]
+
+
+def rows_contiguous(features: Tensor) -> Tensor:
+    """The features, copied unless each row is contiguous (rows may be any distance apart)."""
+    if features.stride(1) == 1 and features.stride(0) >= features.shape[1]:
+        return features
+    return features.contiguous()
+
+
+def launch_on(features: Tensor) -> AbstractContextManager[Any]:
+    """Makes the features' device current, as Triton launches on the current one."""
+    return torch.cuda.device_of(features) if features.is_cuda else nullcontext()

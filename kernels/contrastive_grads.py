@@ -1,0 +1,189 @@
+"""Gradients of the contrastive term: strips of G by one kernel, then two library products.
+
+With l_ij = s * I_i . T_j and the log-sum-exps r, c of its rows and columns:
+
+    G_ij = exp(l_ij - r_i) + exp(l_ij - c_j) - 2 * [j is i's partner]
+    dI = w s G T          dT = w s G^T I          ds = w * sum_ij G_ij (I_i . T_j)
+
+The kernel computes a strip of logits again (2 n m D flops) and writes G in the features' dtype; the
+library's matrix products consume it (4 n m D), summing in float32. G is rounded once, after the
+subtraction of the pairs' 2.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cyclip_loss.kernels.configs import Precision, config_for, launch_on, rows_contiguous
+from cyclip_loss.kernels.tiles import LOG2_E, grouped_tile, tile_product
+
+# One strip of G: at most 256 MB. That is 2,048 rows of 16 bits at 65,536 columns. Fewer rows and
+# the products' sum over rows gets short (dT is read and written once per strip); more only costs
+# memory.
+STRIP_BYTES = 2**28
+
+# Rows and columns share one exponential while all their log-sum-exps lie within this of each other,
+# in units of log 2. What underflows in the shared factor is then below 2^(60 - 126).
+SHARED_SPAN = tl.constexpr(60.0)
+
+
+@triton.jit(do_not_specialize=["n", "m", "first_column"])
+def contrastive_grads_kernel(
+    image,  # (n, d), rows `image_stride` apart
+    text,  # (m, d), rows `text_stride` apart
+    logit_scale,  # scalar
+    row_lse,  # (n,)
+    column_lse,  # (m,)
+    gradient,  # (n, m) out: G * 2^SHIFT
+    scale_partials,  # (tiles,) out: sum over the tile of G_ij (I_i . T_j)
+    n,
+    m,
+    d,
+    image_stride,
+    text_stride,
+    first_column,  # row i is paired with column first_column + i
+    WITH_COLUMNS: tl.constexpr,
+    NEEDS_SCALE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    D_IS_MULTIPLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    row_tile, column_tile = grouped_tile(tl.cdiv(n, BM), tl.cdiv(m, BN), GROUP)
+    rows = row_tile * BM + tl.arange(0, BM)
+    columns = column_tile * BN + tl.arange(0, BN)
+    # Past the end the last row is read again: its values are finite, and nothing of it is kept.
+    row = tl.minimum(rows, n - 1)
+    column = tl.minimum(columns, m - 1)
+    product = tile_product(
+        image + row.to(tl.int64) * image_stride,
+        text + column.to(tl.int64) * text_stride,
+        d,
+        D_IS_MULTIPLE,
+        PRECISION,
+        WIDEN,
+        BM,
+        BN,
+        BK,
+    )
+    logits = product * (tl.load(logit_scale).to(tl.float32) * LOG2_E)
+    r = tl.load(row_lse + row) * LOG2_E
+    if WITH_COLUMNS:
+        c = tl.load(column_lse + column) * LOG2_E
+        low = tl.minimum(tl.min(r, axis=0), tl.min(c, axis=0))
+        high = tl.maximum(tl.max(r, axis=0), tl.max(c, axis=0))
+        by_row = tl.exp2(logits - (r - SHIFT)[:, None])
+        if high - low < SHARED_SPAN:
+            # exp(l - c) = exp(l - r) * exp(r - low) * exp(low - c)
+            ratio = tl.exp2(r - low)[:, None] * tl.exp2(low - c)[None, :]
+            g = by_row + by_row * ratio
+        else:
+            g = by_row + tl.exp2(logits - (c - SHIFT)[None, :])
+    else:
+        g = tl.exp2(logits - (r - SHIFT)[:, None])
+
+    first_pair = row_tile * BM + first_column
+    if (first_pair < column_tile * BN + BN) & (first_pair + BM > column_tile * BN):
+        is_pair = (rows + first_column)[:, None] == columns[None, :]
+        # 2 for rows and columns, 1 for rows alone, times 2^SHIFT.
+        g -= tl.where(is_pair, (2.0 if WITH_COLUMNS else 1.0) * (1 << SHIFT), 0.0)
+
+    valid = (rows < n)[:, None] & (columns < m)[None, :]
+    if NEEDS_SCALE:
+        tile_sum = tl.sum(tl.sum(tl.where(valid, g * product, 0.0), axis=1), axis=0)
+        tl.store(scale_partials + tl.program_id(0), tile_sum)
+    pointers = gradient + rows.to(tl.int64)[:, None] * m + columns[None, :]
+    tl.store(pointers, g.to(gradient.dtype.element_ty), mask=valid)
+
+
+def contrastive_grads(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    row_lse: Tensor,
+    column_lse: Tensor,
+    weight: Tensor,
+    first_column: int,
+    with_columns: bool,
+    needs_image: bool,
+    needs_text: bool,
+    needs_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `cyclip_loss.eager.contrastive_grads`."""
+    image, text = rows_contiguous(image_features), rows_contiguous(text_features)
+    (n, d), m = image.shape, len(text)
+    precision = Precision.of(image)
+    config = config_for("contrastive_grads", image, precision)
+    tile = config.tile
+    # float16 is exact to 11 bits only above 6e-5, and most of G is smaller: store 2^14 * G, of
+    # which the largest, 2^15, still fits.
+    shift = 14 if image.dtype == torch.float16 else 0
+    feature_weight = weight * logit_scale * 2.0**-shift
+    image_grad = image.new_empty(image.shape if needs_image else (0,))
+    text_sum = text.new_zeros(text.shape if needs_text else (0,), dtype=torch.float32)
+    scale_sum = weight.new_zeros(())
+
+    column_tiles = triton.cdiv(m, tile["BN"])
+    strip = max(1, STRIP_BYTES // (m * image.element_size() * tile["BM"])) * tile["BM"]
+    gradient_buffer = image.new_empty(min(strip, n), m)
+    for start in range(0, n, strip):
+        rows = min(strip, n - start)
+        row_tiles = triton.cdiv(rows, tile["BM"])
+        strip_image, gradient = image[start : start + rows], gradient_buffer[:rows]
+        scale_partials = row_lse.new_empty(row_tiles * column_tiles if needs_scale else 0)
+        with launch_on(image):
+            contrastive_grads_kernel[(row_tiles * column_tiles,)](
+                strip_image,
+                text,
+                logit_scale,
+                row_lse[start:],
+                column_lse,
+                gradient,
+                scale_partials,
+                rows,
+                m,
+                d,
+                image.stride(0),
+                text.stride(0),
+                first_column + start,
+                WITH_COLUMNS=with_columns,
+                NEEDS_SCALE=needs_scale,
+                SHIFT=shift,
+                D_IS_MULTIPLE=d % tile["BK"] == 0,
+                PRECISION=precision.dot,
+                WIDEN=precision.widen,
+                **config.kwargs,
+            )
+        if needs_scale:
+            scale_sum += scale_partials.sum()
+        if needs_image:
+            image_grad[start : start + rows] = wide_product(gradient, text) * feature_weight
+        if needs_text:
+            add_product(text_sum, gradient.T, strip_image)
+    text_grad = text_sum.mul_(feature_weight).to(text.dtype)
+    return image_grad, text_grad, scale_sum.mul_(weight * 2.0**-shift)
+
+
+def _has_wide_products(a: Tensor) -> bool:
+    """Whether the library multiplies 16-bit matrices into a float32 one."""
+    return a.device.type == "cuda" and torch.version.hip is None and a.dtype != torch.float32
+
+
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in float32, for a and b of the features' dtype."""
+    if _has_wide_products(a):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b in float32, for a and b of the features' dtype."""
+    if _has_wide_products(a):
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a.float(), b.float())

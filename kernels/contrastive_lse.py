@@ -1,0 +1,143 @@
+"""Row and column log-sum-exps of the logits l_ij = s * I_i . T_j, one sweep over their tiles.
+
+    r_i = log sum_j exp(l_ij)      c_j = log sum_i exp(l_ij)      l_ii for the pairs
+
+2 n m D flops. A tile's program leaves one log-sum-exp per row and one per column of its tile;
+PyTorch's `logsumexp` and `logaddexp` join them. So every sum has one order, no atomics are needed,
+and the same inputs give the same bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cyclip_loss.kernels.configs import Precision, config_for, launch_on, rows_contiguous
+from cyclip_loss.kernels.tiles import LN_2, LOG2_E, grouped_tile, tile_product
+
+# The log-sum-exps that the tiles leave: per strip of rows, at most this many float32 of either
+# kind (64 MB). At N = 65,536 that takes two strips with 128-row tiles.
+PARTIAL_ELEMENTS = 2**24
+
+# One exponential per element serves rows and columns while no row or column of the tile sums to
+# less than this: terms that underflow (2^-126) are then below float32's resolution of the sum.
+SMALLEST_SHARED_SUM = tl.constexpr(2.0**-60)
+
+
+@triton.jit(do_not_specialize=["n", "m", "first_column"])
+def contrastive_lse_kernel(
+    image,  # (n, d), rows `image_stride` apart
+    text,  # (m, d), rows `text_stride` apart
+    logit_scale,  # scalar
+    row_partials,  # (column tiles, n) out
+    column_partials,  # (row tiles, m) out
+    pair_logits,  # (n,) out, where row i has a partner
+    n,
+    m,
+    d,
+    image_stride,
+    text_stride,
+    first_column,  # row i is paired with column first_column + i
+    WITH_COLUMNS: tl.constexpr,
+    D_IS_MULTIPLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    row_tile, column_tile = grouped_tile(tl.cdiv(n, BM), tl.cdiv(m, BN), GROUP)
+    rows = row_tile * BM + tl.arange(0, BM)
+    columns = column_tile * BN + tl.arange(0, BN)
+    # Past the end the last row is read again, and masked after the product.
+    image_rows = image + tl.minimum(rows, n - 1).to(tl.int64) * image_stride
+    text_rows = text + tl.minimum(columns, m - 1).to(tl.int64) * text_stride
+    product = tile_product(image_rows, text_rows, d, D_IS_MULTIPLE, PRECISION, WIDEN, BM, BN, BK)
+    # In units of log 2: exp2 is what the hardware has.
+    logits = product * (tl.load(logit_scale).to(tl.float32) * LOG2_E)
+
+    first_pair = row_tile * BM + first_column
+    if (first_pair < column_tile * BN + BN) & (first_pair + BM > column_tile * BN):
+        is_pair = (rows + first_column)[:, None] == columns[None, :]
+        pair = tl.sum(tl.where(is_pair, logits, 0.0), axis=1) * LN_2
+        partner = rows + first_column
+        in_tile = (partner >= column_tile * BN) & (partner < column_tile * BN + BN)
+        tl.store(pair_logits + rows, pair, mask=in_tile & (partner < m) & (rows < n))
+
+    valid = (rows < n)[:, None] & (columns < m)[None, :]
+    logits = tl.where(valid, logits, -float("inf"))
+    tile_max = tl.max(tl.max(logits, axis=1), axis=0)
+    exps = tl.exp2(logits - tile_max)
+    row_max = tl.zeros((BM,), dtype=tl.float32) + tile_max
+    row_sum = tl.sum(exps, axis=1)
+    column_max = tl.zeros((BN,), dtype=tl.float32) + tile_max
+    smallest = tl.min(tl.where(rows < n, row_sum, 1.0), axis=0)
+    if WITH_COLUMNS:
+        column_sum = tl.sum(exps, axis=0)
+        smallest = tl.minimum(smallest, tl.min(tl.where(columns < m, column_sum, 1.0), axis=0))
+    else:
+        column_sum = column_max
+    if smallest < SMALLEST_SHARED_SUM:
+        row_max = tl.max(logits, axis=1)
+        row_sum = tl.sum(tl.exp2(logits - row_max[:, None]), axis=1)
+        if WITH_COLUMNS:
+            column_max = tl.max(logits, axis=0)
+            column_sum = tl.sum(tl.exp2(logits - column_max[None, :]), axis=0)
+
+    row_lse = (row_max + tl.log2(row_sum)) * LN_2
+    tl.store(row_partials + column_tile.to(tl.int64) * n + rows, row_lse, mask=rows < n)
+    if WITH_COLUMNS:
+        column_lse = (column_max + tl.log2(column_sum)) * LN_2
+        offset = row_tile.to(tl.int64) * m
+        tl.store(column_partials + offset + columns, column_lse, mask=columns < m)
+
+
+def contrastive_lse(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    first_column: int,
+    with_columns: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `cyclip_loss.eager.contrastive_lse`."""
+    image, text = rows_contiguous(image_features), rows_contiguous(text_features)
+    (n, d), m = image.shape, len(text)
+    precision = Precision.of(image)
+    config = config_for("contrastive_lse", image, precision)
+    tile = config.tile
+    row_lse = image.new_empty(n, dtype=torch.float32)
+    pair_logits = image.new_zeros(n, dtype=torch.float32)
+    column_lse = image.new_full((m if with_columns else 0,), -torch.inf, dtype=torch.float32)
+    column_tiles = triton.cdiv(m, tile["BN"])
+    strip = max(1, PARTIAL_ELEMENTS // max(column_tiles * tile["BM"], m)) * tile["BM"]
+    for start in range(0, n, strip):
+        rows = min(strip, n - start)
+        row_tiles = triton.cdiv(rows, tile["BM"])
+        row_partials = row_lse.new_empty(column_tiles, rows)
+        column_partials = row_lse.new_empty(row_tiles if with_columns else 0, m)
+        with launch_on(image):
+            contrastive_lse_kernel[(row_tiles * column_tiles,)](
+                image[start:],
+                text,
+                logit_scale,
+                row_partials,
+                column_partials,
+                pair_logits[start:],
+                rows,
+                m,
+                d,
+                image.stride(0),
+                text.stride(0),
+                first_column + start,
+                WITH_COLUMNS=with_columns,
+                D_IS_MULTIPLE=d % tile["BK"] == 0,
+                PRECISION=precision.dot,
+                WIDEN=precision.widen,
+                **config.kwargs,
+            )
+        row_lse[start : start + rows] = torch.logsumexp(row_partials, dim=0)
+        if with_columns:
+            strip_lse = torch.logsumexp(column_partials, dim=0)
+            column_lse = torch.logaddexp(column_lse, strip_lse) if start else strip_lse
+    return row_lse, column_lse, pair_logits

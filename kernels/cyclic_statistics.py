@@ -1,0 +1,136 @@
+"""Gram matrices of U = I + T and V = I - T:  A = U^T U,  B = V^T V,  C = V^T U  (D x D).
+
+With them p = <A, B>_F and q = <C, C^T>_F are both cyclic penalties (`cyclip_loss/cyclic.py`).
+
+U and V are formed in registers, in float32, from the features as they came, and only then rounded
+to tf32: V is small where pairs are well aligned, and is rounded relative to itself. A and B are
+symmetric: only tiles on and above the diagonal are computed, 2 N D^2 flops for both, 2 more for C.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cyclip_loss import eager
+from cyclip_loss.kernels.configs import Precision, config_for, launch_on, rows_contiguous
+from cyclip_loss.kernels.tiles import round_to_tf32
+
+# A D x D matrix has too few tiles to fill a GPU, so the sum over rows is split: into this many
+# parts at most, each a multiple of the tile's rows. 16 parts of 768 x 768 in float32 are 38 MB.
+MAX_SPLITS = 16
+MIN_SPLIT_ROWS = 1024
+
+
+@triton.jit
+def _load_block(features, rows, columns, n, d, stride, MASKED: tl.constexpr):
+    pointers = features + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    if MASKED:
+        block = tl.load(pointers, mask=(rows < n)[:, None] & (columns < d)[None, :], other=0.0)
+    else:
+        block = tl.load(pointers, mask=(rows < n)[:, None], other=0.0)
+    return block.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["n", "split_rows"])
+def cyclic_statistics_kernel(
+    image,  # (n, d), rows `image_stride` apart
+    text,  # (n, d), rows `text_stride` apart
+    grams,  # (splits, 2 or 3, d, d) out
+    n,
+    d,
+    image_stride,
+    text_stride,
+    split_rows,
+    split_stride,  # elements of one split's 2 or 3 matrices
+    CROSS: tl.constexpr,  # C instead of A and B
+    D_IS_MULTIPLE: tl.constexpr,
+    TF32: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BD: tl.constexpr,
+    BK: tl.constexpr,
+):
+    tiles = tl.cdiv(d, BD)
+    i = tl.program_id(0) // tiles
+    j = tl.program_id(0) % tiles
+    if CROSS or i <= j:
+        split = tl.program_id(1)
+        i_columns = i * BD + tl.arange(0, BD)
+        j_columns = j * BD + tl.arange(0, BD)
+        first = tl.zeros((BD, BD), dtype=tl.float32)
+        second = tl.zeros((BD, BD), dtype=tl.float32)
+        end = tl.minimum(split * split_rows + split_rows, n)
+        for start in range(split * split_rows, end, BK):
+            rows = start + tl.arange(0, BK)
+            i_image = _load_block(image, rows, i_columns, end, d, image_stride, not D_IS_MULTIPLE)
+            i_text = _load_block(text, rows, i_columns, end, d, text_stride, not D_IS_MULTIPLE)
+            j_image = _load_block(image, rows, j_columns, end, d, image_stride, not D_IS_MULTIPLE)
+            j_text = _load_block(text, rows, j_columns, end, d, text_stride, not D_IS_MULTIPLE)
+            v_i = i_image - i_text
+            u_j = j_image + j_text
+            if TF32:
+                v_i = round_to_tf32(v_i)
+                u_j = round_to_tf32(u_j)
+            if CROSS:
+                first = tl.dot(tl.trans(v_i), u_j, first, input_precision=PRECISION)
+            else:
+                u_i = i_image + i_text
+                v_j = j_image - j_text
+                if TF32:
+                    u_i = round_to_tf32(u_i)
+                    v_j = round_to_tf32(v_j)
+                first = tl.dot(tl.trans(u_i), u_j, first, input_precision=PRECISION)
+                second = tl.dot(tl.trans(v_i), v_j, second, input_precision=PRECISION)
+
+        inside = (i_columns < d)[:, None] & (j_columns < d)[None, :]
+        at = i_columns[:, None] * d + j_columns[None, :]
+        out = grams + split.to(tl.int64) * split_stride
+        if CROSS:
+            tl.store(out + 2 * d * d + at, first, mask=inside)
+        else:
+            mirrored = i_columns[:, None] + j_columns[None, :] * d
+            tl.store(out + at, first, mask=inside)
+            tl.store(out + d * d + at, second, mask=inside)
+            if i < j:
+                tl.store(out + mirrored, first, mask=inside)
+                tl.store(out + d * d + mirrored, second, mask=inside)
+
+
+def cyclic_statistics(
+    image_features: Tensor, text_features: Tensor, direct: bool, with_cross: bool
+) -> Tensor:
+    """As `cyclip_loss.eager.cyclic_statistics`.
+
+    The direct form is for batches so small that it is left to the library's products.
+    """
+    if direct:
+        return eager.cyclic_statistics(image_features, text_features, direct, with_cross)
+    image, text = rows_contiguous(image_features), rows_contiguous(text_features)
+    n, d = image.shape
+    precision = Precision.of(image, widened=True)
+    config = config_for("cyclic_statistics", image, precision)
+    bd, bk = config.tile["BD"], config.tile["BK"]
+    splits = max(1, min(MAX_SPLITS, n // MIN_SPLIT_ROWS))
+    split_rows = triton.cdiv(triton.cdiv(n, splits), bk) * bk
+    splits = triton.cdiv(n, split_rows)
+    matrices = 3 if with_cross else 2
+    grams = image.new_empty(splits, matrices, d, d, dtype=torch.float32)
+    for cross in (False, True)[: matrices - 1]:
+        with launch_on(image):
+            cyclic_statistics_kernel[(triton.cdiv(d, bd) ** 2, splits)](
+                image,
+                text,
+                grams,
+                n,
+                d,
+                image.stride(0),
+                text.stride(0),
+                split_rows,
+                matrices * d * d,
+                CROSS=cross,
+                D_IS_MULTIPLE=d % bd == 0,
+                TF32=precision.dot == "tf32",
+                PRECISION=precision.dot,
+                **config.kwargs,
+            )
+    return grams.sum(dim=0)

@@ -1,0 +1,69 @@
+"""What the kernels share: the order of tiles, the product of a tile, the rounding to tf32."""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def grouped_tile(row_tiles, column_tiles, GROUP: tl.constexpr):
+    """The (row, column) of this program's tile.
+
+    Programs start in the order of their number. Taking GROUP rows of tiles at a time keeps those
+    that run together within a block that is about square, so that they read the same rows and
+    columns while these are in the L2 cache.
+    """
+    program = tl.program_id(0)
+    tiles_per_group = GROUP * column_tiles
+    first_row = (program // tiles_per_group) * GROUP
+    height = tl.minimum(row_tiles - first_row, GROUP)
+    within = program % tiles_per_group
+    return first_row + within % height, within // height
+
+
+@triton.jit
+def round_to_tf32(x):
+    """float32 to the nearest value with a 10-bit mantissa, ties away from zero.
+
+    The tensor cores drop the low 13 bits of a float32 operand, which shrinks every product alike.
+    Rounding first makes the error unbiased; and the interpreter, which drops nothing, computes what
+    a GPU computes. Inf and NaN stay what they are.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(x) < float("inf"), rounded, x)
+
+
+@triton.jit
+def tile_product(
+    a_rows,  # (BM,) pointers to the starts of rows of a, contiguous within a row
+    b_rows,  # (BN,) pointers to the starts of rows of b
+    d,
+    D_IS_MULTIPLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """a b^T of BM rows of a and BN rows of b over their d columns, summed in float32: (BM, BN)."""
+    inner = tl.arange(0, BK)
+    a_pointers = a_rows[:, None] + inner[None, :]
+    b_pointers = b_rows[None, :] + inner[:, None]
+    product = tl.zeros((BM, BN), dtype=tl.float32)
+    for start in range(0, d, BK):
+        if D_IS_MULTIPLE:
+            a = tl.load(a_pointers)
+            b = tl.load(b_pointers)
+        else:
+            a = tl.load(a_pointers, mask=(start + inner < d)[None, :], other=0.0)
+            b = tl.load(b_pointers, mask=(start + inner < d)[:, None], other=0.0)
+        if WIDEN:
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+        product = tl.dot(a, b, product, input_precision=PRECISION)
+        a_pointers += BK
+        b_pointers += BK
+    return product
