@@ -57,8 +57,8 @@ class Config:
         return {**self.tile, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-def _product(bm: int, bn: int, bk: int, warps: int, stages: int) -> Config:
-    return Config({"BM": bm, "BN": bn, "BK": bk, "GROUP": 8}, warps, stages)
+def _product(bm: int, bn: int, bk: int, warps: int, stages: int, parts: int = 1) -> Config:
+    return Config({"BM": bm, "BN": bn, "BK": bk, "PARTS": parts, "GROUP": 8}, warps, stages)
 
 
 def _gram(bd: int, bk: int, warps: int, stages: int) -> Config:
@@ -85,7 +85,7 @@ _SM80 = {
 _SM90 = {
     **_SM80,
     "contrastive": {
-        (16, "tf32"): _product(128, 256, 64, 8, 4),
+        (16, "tf32"): _product(128, 256, 64, 8, 4, parts=2),
         (32, "tf32"): _product(128, 128, 32, 8, 4),
         (32, "ieee"): _product(64, 64, 16, 4, 3),
     },
@@ -110,7 +110,7 @@ _GFX942 = {
 # Small, so that small tests cross tiles.
 _INTERPRETER = {
     "contrastive": dict.fromkeys(
-        ((16, "tf32"), (32, "tf32"), (32, "ieee")), _product(32, 64, 32, 1, 1)
+        ((16, "tf32"), (32, "tf32"), (32, "ieee")), _product(32, 64, 32, 1, 1, parts=2)
     ),
     "cyclic_statistics": dict.fromkeys(((32, "tf32"), (32, "ieee")), _gram(32, 16, 1, 1)),
     "cyclic_grads": dict.fromkeys(((32, "tf32"), (32, "ieee")), _cyclic(32, 32, 16, 1, 1)),
@@ -134,8 +134,15 @@ def config_for(kernel: str, features: Tensor, precision: Precision) -> Config:
     return table[family][precision.bits, precision.dot]
 
 
-def rows_contiguous(features: Tensor) -> Tensor:
-    """The features, copied unless each row is contiguous (rows may be any distance apart)."""
+def padded_rows(features: Tensor, multiple: int) -> Tensor:
+    """The features with D padded by zeros to a multiple, which leaves every product as it is.
+
+    No copy if D is a multiple already and each row is contiguous; rows may be any distance apart.
+    A kernel without masks on D is simpler, and needs fewer registers.
+    """
+    padding = -features.shape[1] % multiple
+    if padding:
+        return torch.nn.functional.pad(features, (0, padding))
     if features.stride(1) == 1 and features.stride(0) >= features.shape[1]:
         return features
     return features.contiguous()

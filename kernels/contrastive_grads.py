@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cyclip_loss.kernels.configs import Precision, config_for, launch_on, rows_contiguous
-from cyclip_loss.kernels.tiles import LOG2_E, grouped_tile, tile_product
+from cyclip_loss.kernels.configs import Precision, config_for, launch_on, padded_rows
+from cyclip_loss.kernels.tiles import LOG2_E, grouped_tile, halves, tile_product
 
 # One strip of G: at most 256 MB. That is 2,048 rows of 16 bits at 65,536 columns. Fewer rows and
 # the products' sum over rows gets short (dT is read and written once per strip); more only costs
@@ -28,6 +28,57 @@ STRIP_BYTES = 2**28
 SHARED_SPAN = tl.constexpr(60.0)
 
 
+@triton.jit
+def _tile_gradient(
+    product,  # (BM, BN)
+    scale,
+    row_lse,
+    column_lse,
+    gradient,
+    first_row,
+    first_column_of_tile,
+    first_column,
+    n,
+    m,
+    WITH_COLUMNS: tl.constexpr,
+    NEEDS_SCALE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Store the tile of G * 2^SHIFT; return the sum of G_ij (I_i . T_j) over it, times 2^SHIFT."""
+    rows = first_row + tl.arange(0, BM)
+    columns = first_column_of_tile + tl.arange(0, BN)
+    # Past the end the last values are read again: they are finite, and nothing of it is kept.
+    r = tl.load(row_lse + tl.minimum(rows, n - 1)) * LOG2_E
+    g = tl.exp2(product * scale - (r - SHIFT)[:, None])
+    if WITH_COLUMNS:
+        c = tl.load(column_lse + tl.minimum(columns, m - 1)) * LOG2_E
+        low = tl.minimum(tl.min(r, axis=0), tl.min(c, axis=0))
+        high = tl.maximum(tl.max(r, axis=0), tl.max(c, axis=0))
+        if high - low < SHARED_SPAN:
+            # exp(l - c) = exp(l - r) * exp(r - low) * exp(low - c)
+            g += g * (tl.exp2(r - low)[:, None] * tl.exp2(low - c)[None, :])
+        else:
+            g += tl.exp2(product * scale - (c - SHIFT)[None, :])
+
+    first_pair = first_row + first_column
+    if (first_pair < first_column_of_tile + BN) & (first_pair + BM > first_column_of_tile):
+        is_pair = (rows + first_column)[:, None] == columns[None, :]
+        # 2 for rows and columns, 1 for rows alone, times 2^SHIFT.
+        g -= tl.where(is_pair, (2.0 if WITH_COLUMNS else 1.0) * (1 << SHIFT), 0.0)
+
+    valid = (rows < n)[:, None] & (columns < m)[None, :]
+    # One 64-bit offset for the tile, 32 bits within it.
+    tile_start = gradient + first_row.to(tl.int64) * m
+    within = tl.arange(0, BM)[:, None] * m + columns[None, :]
+    tl.store(tile_start + within, g.to(gradient.dtype.element_ty), mask=valid)
+    tile_sum = 0.0
+    if NEEDS_SCALE:
+        tile_sum = tl.sum(tl.sum(tl.where(valid, g * product, 0.0), axis=1), axis=0)
+    return tile_sum
+
+
 @triton.jit(do_not_specialize=["n", "m", "first_column"])
 def contrastive_grads_kernel(
     image,  # (n, d), rows `image_stride` apart
@@ -36,69 +87,57 @@ def contrastive_grads_kernel(
     row_lse,  # (n,)
     column_lse,  # (m,)
     gradient,  # (n, m) out: G * 2^SHIFT
-    scale_partials,  # (tiles,) out: sum over the tile of G_ij (I_i . T_j)
+    scale_partials,  # (tiles,) out: sum over the tile of G_ij (I_i . T_j), times 2^SHIFT
     n,
     m,
-    d,
+    d,  # a multiple of BK
     image_stride,
     text_stride,
     first_column,  # row i is paired with column first_column + i
     WITH_COLUMNS: tl.constexpr,
     NEEDS_SCALE: tl.constexpr,
     SHIFT: tl.constexpr,
-    D_IS_MULTIPLE: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    PARTS: tl.constexpr,  # 1 or 2: the elements of a tile are done at once or by halves
     GROUP: tl.constexpr,
 ):
     row_tile, column_tile = grouped_tile(tl.cdiv(n, BM), tl.cdiv(m, BN), GROUP)
-    rows = row_tile * BM + tl.arange(0, BM)
-    columns = column_tile * BN + tl.arange(0, BN)
-    # Past the end the last row is read again: its values are finite, and nothing of it is kept.
-    row = tl.minimum(rows, n - 1)
-    column = tl.minimum(columns, m - 1)
+    row = tl.minimum(row_tile * BM + tl.arange(0, BM), n - 1)
+    column = tl.minimum(column_tile * BN + tl.arange(0, BN), m - 1)
     product = tile_product(
         image + row.to(tl.int64) * image_stride,
         text + column.to(tl.int64) * text_stride,
         d,
-        D_IS_MULTIPLE,
         PRECISION,
         WIDEN,
         BM,
         BN,
         BK,
     )
-    logits = product * (tl.load(logit_scale).to(tl.float32) * LOG2_E)
-    r = tl.load(row_lse + row) * LOG2_E
-    if WITH_COLUMNS:
-        c = tl.load(column_lse + column) * LOG2_E
-        low = tl.minimum(tl.min(r, axis=0), tl.min(c, axis=0))
-        high = tl.maximum(tl.max(r, axis=0), tl.max(c, axis=0))
-        by_row = tl.exp2(logits - (r - SHIFT)[:, None])
-        if high - low < SHARED_SPAN:
-            # exp(l - c) = exp(l - r) * exp(r - low) * exp(low - c)
-            ratio = tl.exp2(r - low)[:, None] * tl.exp2(low - c)[None, :]
-            g = by_row + by_row * ratio
-        else:
-            g = by_row + tl.exp2(logits - (c - SHIFT)[None, :])
+    scale = tl.load(logit_scale).to(tl.float32) * LOG2_E
+    first_row = row_tile * BM
+    start = column_tile * BN
+    if PARTS == 1:
+        tile_sum = _tile_gradient(
+            product, scale, row_lse, column_lse, gradient, first_row, start, first_column,
+            n, m, WITH_COLUMNS, NEEDS_SCALE, SHIFT, BM, BN,
+        )  # fmt: skip
     else:
-        g = tl.exp2(logits - (r - SHIFT)[:, None])
-
-    first_pair = row_tile * BM + first_column
-    if (first_pair < column_tile * BN + BN) & (first_pair + BM > column_tile * BN):
-        is_pair = (rows + first_column)[:, None] == columns[None, :]
-        # 2 for rows and columns, 1 for rows alone, times 2^SHIFT.
-        g -= tl.where(is_pair, (2.0 if WITH_COLUMNS else 1.0) * (1 << SHIFT), 0.0)
-
-    valid = (rows < n)[:, None] & (columns < m)[None, :]
+        left, right = halves(product, BM, BN)
+        tile_sum = _tile_gradient(
+            left, scale, row_lse, column_lse, gradient, first_row, start, first_column,
+            n, m, WITH_COLUMNS, NEEDS_SCALE, SHIFT, BM, BN // 2,
+        )  # fmt: skip
+        tile_sum += _tile_gradient(
+            right, scale, row_lse, column_lse, gradient, first_row, start + BN // 2, first_column,
+            n, m, WITH_COLUMNS, NEEDS_SCALE, SHIFT, BM, BN // 2,
+        )  # fmt: skip
     if NEEDS_SCALE:
-        tile_sum = tl.sum(tl.sum(tl.where(valid, g * product, 0.0), axis=1), axis=0)
         tl.store(scale_partials + tl.program_id(0), tile_sum)
-    pointers = gradient + rows.to(tl.int64)[:, None] * m + columns[None, :]
-    tl.store(pointers, g.to(gradient.dtype.element_ty), mask=valid)
 
 
 def contrastive_grads(
@@ -115,17 +154,17 @@ def contrastive_grads(
     needs_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `cyclip_loss.eager.contrastive_grads`."""
-    image, text = rows_contiguous(image_features), rows_contiguous(text_features)
-    (n, d), m = image.shape, len(text)
-    precision = Precision.of(image)
-    config = config_for("contrastive_grads", image, precision)
+    precision = Precision.of(image_features)
+    config = config_for("contrastive_grads", image_features, precision)
     tile = config.tile
+    image, text = padded_rows(image_features, tile["BK"]), padded_rows(text_features, tile["BK"])
+    (n, d), m = image.shape, len(text)
     # float16 is exact to 11 bits only above 6e-5, and most of G is smaller: store 2^14 * G, of
     # which the largest, 2^15, still fits.
     shift = 14 if image.dtype == torch.float16 else 0
     feature_weight = weight * logit_scale * 2.0**-shift
-    image_grad = image.new_empty(image.shape if needs_image else (0,))
-    text_sum = text.new_zeros(text.shape if needs_text else (0,), dtype=torch.float32)
+    image_grad = image.new_empty(image_features.shape if needs_image else (0,))
+    text_sum = row_lse.new_zeros(text_features.shape if needs_text else (0,))
     scale_sum = weight.new_zeros(())
 
     column_tiles = triton.cdiv(m, tile["BN"])
@@ -134,11 +173,11 @@ def contrastive_grads(
     for start in range(0, n, strip):
         rows = min(strip, n - start)
         row_tiles = triton.cdiv(rows, tile["BM"])
-        strip_image, gradient = image[start : start + rows], gradient_buffer[:rows]
+        gradient = gradient_buffer[:rows]
         scale_partials = row_lse.new_empty(row_tiles * column_tiles if needs_scale else 0)
         with launch_on(image):
             contrastive_grads_kernel[(row_tiles * column_tiles,)](
-                strip_image,
+                image[start:],
                 text,
                 logit_scale,
                 row_lse[start:],
@@ -154,7 +193,6 @@ def contrastive_grads(
                 WITH_COLUMNS=with_columns,
                 NEEDS_SCALE=needs_scale,
                 SHIFT=shift,
-                D_IS_MULTIPLE=d % tile["BK"] == 0,
                 PRECISION=precision.dot,
                 WIDEN=precision.widen,
                 **config.kwargs,
@@ -162,9 +200,11 @@ def contrastive_grads(
         if needs_scale:
             scale_sum += scale_partials.sum()
         if needs_image:
-            image_grad[start : start + rows] = wide_product(gradient, text) * feature_weight
+            image_grad[start : start + rows] = (
+                wide_product(gradient, text_features) * feature_weight
+            )
         if needs_text:
-            add_product(text_sum, gradient.T, strip_image)
+            add_product(text_sum, gradient.T, image_features[start : start + rows])
     text_grad = text_sum.mul_(feature_weight).to(text.dtype)
     return image_grad, text_grad, scale_sum.mul_(weight * 2.0**-shift)
 

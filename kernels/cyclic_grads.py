@@ -12,18 +12,14 @@ import triton.language as tl
 from torch import Tensor
 
 from cyclip_loss import eager
-from cyclip_loss.kernels.configs import Precision, config_for, launch_on, rows_contiguous
+from cyclip_loss.kernels.configs import Precision, config_for, launch_on, padded_rows
 from cyclip_loss.kernels.tiles import grouped_tile, round_to_tf32
 
 
 @triton.jit
-def _load_matrix(matrix, columns, inner, d, D_IS_MULTIPLE: tl.constexpr, TF32: tl.constexpr):
+def _load_matrix(matrix, columns, inner, d, TF32: tl.constexpr):
     """The (BK, BD) block of a matrix from its transpose's rows: `inner` is contiguous."""
-    pointers = matrix + columns[None, :] * d + inner[:, None]
-    if D_IS_MULTIPLE:
-        block = tl.load(pointers)
-    else:
-        block = tl.load(pointers, mask=(columns < d)[None, :] & (inner < d)[:, None], other=0.0)
+    block = tl.load(matrix + columns[None, :] * d + inner[:, None])
     return round_to_tf32(block) if TF32 else block
 
 
@@ -35,13 +31,12 @@ def cyclic_grads_kernel(
     image_grad,  # (n, d) out, contiguous
     text_grad,  # (n, d) out, contiguous
     n,
-    d,
+    d,  # a multiple of BD and BK
     image_stride,
     text_stride,
     WITH_CROSS: tl.constexpr,
     NEEDS_IMAGE: tl.constexpr,
     NEEDS_TEXT: tl.constexpr,
-    D_IS_MULTIPLE: tl.constexpr,
     TF32: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
@@ -49,7 +44,7 @@ def cyclic_grads_kernel(
     BK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    row_tile, column_tile = grouped_tile(tl.cdiv(n, BM), tl.cdiv(d, BD), GROUP)
+    row_tile, column_tile = grouped_tile(tl.cdiv(n, BM), d // BD, GROUP)
     rows = row_tile * BM + tl.arange(0, BM)
     columns = column_tile * BD + tl.arange(0, BD)
     row = tl.minimum(rows, n - 1).to(tl.int64)
@@ -59,29 +54,25 @@ def cyclic_grads_kernel(
         inner = start + tl.arange(0, BK)
         image_pointers = image + row[:, None] * image_stride + inner[None, :]
         text_pointers = text + row[:, None] * text_stride + inner[None, :]
-        if D_IS_MULTIPLE:
-            i = tl.load(image_pointers).to(tl.float32)
-            t = tl.load(text_pointers).to(tl.float32)
-        else:
-            i = tl.load(image_pointers, mask=(inner < d)[None, :], other=0.0).to(tl.float32)
-            t = tl.load(text_pointers, mask=(inner < d)[None, :], other=0.0).to(tl.float32)
+        i = tl.load(image_pointers).to(tl.float32)
+        t = tl.load(text_pointers).to(tl.float32)
         u = i + t
         v = i - t
         if TF32:
             u = round_to_tf32(u)
             v = round_to_tf32(v)
-        a = _load_matrix(matrices, columns, inner, d, D_IS_MULTIPLE, TF32)
-        b = _load_matrix(matrices + d * d, columns, inner, d, D_IS_MULTIPLE, TF32)
+        a = _load_matrix(matrices, columns, inner, d, TF32)
+        b = _load_matrix(matrices + d * d, columns, inner, d, TF32)
         u_grad = tl.dot(u, b, u_grad, input_precision=PRECISION)
         v_grad = tl.dot(v, a, v_grad, input_precision=PRECISION)
         if WITH_CROSS:
-            c = _load_matrix(matrices + 2 * d * d, columns, inner, d, D_IS_MULTIPLE, TF32)
-            c_t = _load_matrix(matrices + 3 * d * d, columns, inner, d, D_IS_MULTIPLE, TF32)
+            c = _load_matrix(matrices + 2 * d * d, columns, inner, d, TF32)
+            c_t = _load_matrix(matrices + 3 * d * d, columns, inner, d, TF32)
             u_grad = tl.dot(v, c_t, u_grad, input_precision=PRECISION)
             v_grad = tl.dot(u, c, v_grad, input_precision=PRECISION)
 
     at = rows.to(tl.int64)[:, None] * d + columns[None, :]
-    valid = (rows < n)[:, None] & (columns < d)[None, :]
+    valid = (rows < n)[:, None]
     if NEEDS_IMAGE:
         grad = (u_grad + v_grad).to(image_grad.dtype.element_ty)
         tl.store(image_grad + at, grad, mask=valid)
@@ -112,20 +103,22 @@ def cyclic_grads(
             needs_image,
             needs_text,
         )
-    image, text = rows_contiguous(image_features), rows_contiguous(text_features)
-    n, d = image.shape
-    precision = Precision.of(image, widened=True)
-    config = config_for("cyclic_grads", image, precision)
+    precision = Precision.of(image_features, widened=True)
+    config = config_for("cyclic_grads", image_features, precision)
     tile = config.tile
-    matrices = statistics.new_empty(4 if with_cross else 2, d, d)
+    multiple = max(tile["BD"], tile["BK"])
+    image, text = padded_rows(image_features, multiple), padded_rows(text_features, multiple)
+    n, d = image.shape
+    unpadded = image_features.shape[1]
+    matrices = statistics.new_zeros(4 if with_cross else 2, d, d)
     # A and B are symmetric: their own transposes.
-    matrices[:2] = statistics[:2] * coefficients[0]
+    matrices[:2, :unpadded, :unpadded] = statistics[:2] * coefficients[0]
     if with_cross:
-        matrices[3] = statistics[2] * coefficients[1]
+        matrices[3, :unpadded, :unpadded] = statistics[2] * coefficients[1]
         matrices[2] = matrices[3].T
     image_grad = image.new_empty(image.shape if needs_image else (0,))
     text_grad = text.new_empty(text.shape if needs_text else (0,))
-    grid = (triton.cdiv(n, tile["BM"]) * triton.cdiv(d, tile["BD"]),)
+    grid = (triton.cdiv(n, tile["BM"]) * (d // tile["BD"]),)
     with launch_on(image):
         cyclic_grads_kernel[grid](
             image,
@@ -140,9 +133,12 @@ def cyclic_grads(
             WITH_CROSS=with_cross,
             NEEDS_IMAGE=needs_image,
             NEEDS_TEXT=needs_text,
-            D_IS_MULTIPLE=d % tile["BK"] == 0 and d % tile["BD"] == 0,
             TF32=precision.dot == "tf32",
             PRECISION=precision.dot,
             **config.kwargs,
         )
-    return image_grad, text_grad
+    if needs_image:
+        image_grad = image_grad[:, :unpadded]
+    if needs_text:
+        text_grad = text_grad[:, :unpadded]
+    return image_grad.contiguous(), text_grad.contiguous()

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cyclip_loss import eager
-from cyclip_loss.kernels.configs import Precision, config_for, launch_on, rows_contiguous
+from cyclip_loss.kernels.configs import Precision, config_for, launch_on, padded_rows
 from cyclip_loss.kernels.tiles import round_to_tf32
 
 # A D x D matrix has too few tiles to fill a GPU, so the sum over rows is split: into this many
@@ -23,13 +23,9 @@ MIN_SPLIT_ROWS = 1024
 
 
 @triton.jit
-def _load_block(features, rows, columns, n, d, stride, MASKED: tl.constexpr):
+def _load_block(features, rows, columns, n, stride):
     pointers = features + rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    if MASKED:
-        block = tl.load(pointers, mask=(rows < n)[:, None] & (columns < d)[None, :], other=0.0)
-    else:
-        block = tl.load(pointers, mask=(rows < n)[:, None], other=0.0)
-    return block.to(tl.float32)
+    return tl.load(pointers, mask=(rows < n)[:, None], other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["n", "split_rows"])
@@ -38,19 +34,18 @@ def cyclic_statistics_kernel(
     text,  # (n, d), rows `text_stride` apart
     grams,  # (splits, 2 or 3, d, d) out
     n,
-    d,
+    d,  # a multiple of BD
     image_stride,
     text_stride,
     split_rows,
     split_stride,  # elements of one split's 2 or 3 matrices
     CROSS: tl.constexpr,  # C instead of A and B
-    D_IS_MULTIPLE: tl.constexpr,
     TF32: tl.constexpr,
     PRECISION: tl.constexpr,
     BD: tl.constexpr,
     BK: tl.constexpr,
 ):
-    tiles = tl.cdiv(d, BD)
+    tiles = d // BD
     i = tl.program_id(0) // tiles
     j = tl.program_id(0) % tiles
     if CROSS or i <= j:
@@ -62,10 +57,10 @@ def cyclic_statistics_kernel(
         end = tl.minimum(split * split_rows + split_rows, n)
         for start in range(split * split_rows, end, BK):
             rows = start + tl.arange(0, BK)
-            i_image = _load_block(image, rows, i_columns, end, d, image_stride, not D_IS_MULTIPLE)
-            i_text = _load_block(text, rows, i_columns, end, d, text_stride, not D_IS_MULTIPLE)
-            j_image = _load_block(image, rows, j_columns, end, d, image_stride, not D_IS_MULTIPLE)
-            j_text = _load_block(text, rows, j_columns, end, d, text_stride, not D_IS_MULTIPLE)
+            i_image = _load_block(image, rows, i_columns, end, image_stride)
+            i_text = _load_block(text, rows, i_columns, end, text_stride)
+            j_image = _load_block(image, rows, j_columns, end, image_stride)
+            j_text = _load_block(text, rows, j_columns, end, text_stride)
             v_i = i_image - i_text
             u_j = j_image + j_text
             if TF32:
@@ -82,18 +77,17 @@ def cyclic_statistics_kernel(
                 first = tl.dot(tl.trans(u_i), u_j, first, input_precision=PRECISION)
                 second = tl.dot(tl.trans(v_i), v_j, second, input_precision=PRECISION)
 
-        inside = (i_columns < d)[:, None] & (j_columns < d)[None, :]
         at = i_columns[:, None] * d + j_columns[None, :]
         out = grams + split.to(tl.int64) * split_stride
         if CROSS:
-            tl.store(out + 2 * d * d + at, first, mask=inside)
+            tl.store(out + 2 * d * d + at, first)
         else:
             mirrored = i_columns[:, None] + j_columns[None, :] * d
-            tl.store(out + at, first, mask=inside)
-            tl.store(out + d * d + at, second, mask=inside)
+            tl.store(out + at, first)
+            tl.store(out + d * d + at, second)
             if i < j:
-                tl.store(out + mirrored, first, mask=inside)
-                tl.store(out + d * d + mirrored, second, mask=inside)
+                tl.store(out + mirrored, first)
+                tl.store(out + d * d + mirrored, second)
 
 
 def cyclic_statistics(
@@ -105,11 +99,11 @@ def cyclic_statistics(
     """
     if direct:
         return eager.cyclic_statistics(image_features, text_features, direct, with_cross)
-    image, text = rows_contiguous(image_features), rows_contiguous(text_features)
-    n, d = image.shape
-    precision = Precision.of(image, widened=True)
-    config = config_for("cyclic_statistics", image, precision)
+    precision = Precision.of(image_features, widened=True)
+    config = config_for("cyclic_statistics", image_features, precision)
     bd, bk = config.tile["BD"], config.tile["BK"]
+    image, text = padded_rows(image_features, bd), padded_rows(text_features, bd)
+    n, d = image.shape
     splits = max(1, min(MAX_SPLITS, n // MIN_SPLIT_ROWS))
     split_rows = triton.cdiv(triton.cdiv(n, splits), bk) * bk
     splits = triton.cdiv(n, split_rows)
@@ -117,7 +111,7 @@ def cyclic_statistics(
     grams = image.new_empty(splits, matrices, d, d, dtype=torch.float32)
     for cross in (False, True)[: matrices - 1]:
         with launch_on(image):
-            cyclic_statistics_kernel[(triton.cdiv(d, bd) ** 2, splits)](
+            cyclic_statistics_kernel[((d // bd) ** 2, splits)](
                 image,
                 text,
                 grams,
@@ -128,9 +122,9 @@ def cyclic_statistics(
                 split_rows,
                 matrices * d * d,
                 CROSS=cross,
-                D_IS_MULTIPLE=d % bd == 0,
                 TF32=precision.dot == "tf32",
                 PRECISION=precision.dot,
                 **config.kwargs,
             )
-    return grams.sum(dim=0)
+    features = image_features.shape[1]
+    return grams[:, :, :features, :features].sum(dim=0)

@@ -40,8 +40,7 @@ def round_to_tf32(x):
 def tile_product(
     a_rows,  # (BM,) pointers to the starts of rows of a, contiguous within a row
     b_rows,  # (BN,) pointers to the starts of rows of b
-    d,
-    D_IS_MULTIPLE: tl.constexpr,
+    d,  # a multiple of BK
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
     BM: tl.constexpr,
@@ -53,13 +52,9 @@ def tile_product(
     a_pointers = a_rows[:, None] + inner[None, :]
     b_pointers = b_rows[None, :] + inner[:, None]
     product = tl.zeros((BM, BN), dtype=tl.float32)
-    for start in range(0, d, BK):
-        if D_IS_MULTIPLE:
-            a = tl.load(a_pointers)
-            b = tl.load(b_pointers)
-        else:
-            a = tl.load(a_pointers, mask=(start + inner < d)[None, :], other=0.0)
-            b = tl.load(b_pointers, mask=(start + inner < d)[:, None], other=0.0)
+    for _ in range(0, d, BK):
+        a = tl.load(a_pointers)
+        b = tl.load(b_pointers)
         if WIDEN:
             a = a.to(tl.float32)
             b = b.to(tl.float32)
@@ -67,3 +62,11 @@ def tile_product(
         a_pointers += BK
         b_pointers += BK
     return product
+
+
+@triton.jit
+def halves(tile, BM: tl.constexpr, BN: tl.constexpr):
+    """The left and the right half of a (BM, BN) tile: what is done per element needs fewer
+    registers at a time.
+    """
+    return tl.split(tl.permute(tl.reshape(tile, (BM, 2, BN // 2)), (0, 2, 1)))

@@ -1,0 +1,275 @@
+"""The command line. `python -m reference_train --help`."""
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from . import report
+from .data import (
+    EMOJI_FOLDER,
+    CannotStart,
+    EmojiBatches,
+    EmojiSet,
+    StreamedBatches,
+    find_shards,
+    is_emoji_folder,
+    read_emoji,
+)
+from .evaluate import evaluate, validation_measures
+from .model import Clip, build_model, check_model_name
+from .train import Batches, Diverged, Interrupted, RunConfig, train
+
+# loss -> which of the two penalties it has (in-modal, cross-modal)
+LOSSES = {"clip": (0, 0), "cyclip": (1, 1), "c-cyclip": (0, 1), "i-cyclip": (1, 0)}
+PRESETS = {
+    "short": {"steps": 620, "lr": 3e-3, "logit_scale": 33.0},
+    "long": {"steps": 1500, "lr": 2e-3, "logit_scale": 14.3},
+}
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments, with the preset filled in."""
+    parser = argparse.ArgumentParser(
+        prog="python -m reference_train",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Trains CLIP models with CyCLIPLoss on image-caption pairs and shows what the\n"
+        "cyclic penalties changed. With no argument: the demonstration, CLIP beside CyCLIP on the\n"
+        "emoji that ship with the repository, about five minutes on two CPU cores.",
+        epilog="A command that was interrupted goes on where it stopped when it is given again;\n"
+        "runs that are finished are not repeated. `python -m reference_train report FOLDER` makes\n"
+        "the table and the pictures again, without training.",
+    )
+    what = parser.add_argument_group("what to train")
+    what.add_argument(
+        "--loss",
+        nargs="+",
+        choices=LOSSES,
+        default=["clip", "cyclip"],
+        metavar="LOSS",
+        help="one or more of clip, cyclip, c-cyclip (cross-modal penalty only), i-cyclip (in-modal "
+        "penalty only); default: clip cyclip",
+    )
+    what.add_argument(
+        "--lambda-inmodal",
+        type=float,
+        default=0.25,
+        metavar="λ",
+        help="weight of the in-modal penalty where the loss has it (default 0.25)",
+    )
+    what.add_argument(
+        "--lambda-crossmodal",
+        type=float,
+        default=0.25,
+        metavar="λ",
+        help="weight of the cross-modal penalty where the loss has it (default 0.25)",
+    )
+    what.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each loss")
+    what.add_argument("--seed", type=int, default=0, help="the first run's seed (default 0)")
+    what.add_argument(
+        "--model",
+        default="tiny",
+        help="tiny (default: 8 M parameters, 32 pixels) or an OpenCLIP model name, from scratch",
+    )
+    what.add_argument(
+        "--data",
+        nargs="+",
+        metavar="TAR",
+        help="image-caption WebDataset to train on instead of the emoji: tar files, brace patterns "
+        "or folders of tars (png, jpg or webp + txt); the evaluation stays on the emoji",
+    )
+
+    how = parser.add_argument_group("how long and how fast")
+    how.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default="short",
+        help="short (the default): 620 steps, lr 3e-3, logit scale 33; "
+        "long: 1,500 steps, lr 2e-3, logit scale 14.3",
+    )
+    how.add_argument("--steps", type=int, help="overrides the preset")
+    how.add_argument("--lr", type=float, help="overrides the preset: the highest learning rate")
+    how.add_argument(
+        "--logit-scale",
+        type=float,
+        help="overrides the preset: the scale of the logits at the start",
+    )
+    how.add_argument(
+        "--batch-size", type=int, default=256, help="distinct concepts in a batch (default 256)"
+    )
+    how.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: cuda if there is one, else cpu; on cuda bfloat16 autocast is used",
+    )
+
+    where = parser.add_argument_group("evaluation and output")
+    where.add_argument(
+        "--split",
+        choices=["validation", "test"],
+        default="test",
+        help="what to evaluate on (default test); choose settings on validation",
+    )
+    where.add_argument("--out", type=Path, metavar="DIR", help="default: runs/PRESET")
+    arguments = parser.parse_args(argv)
+    for name, value in PRESETS[arguments.preset].items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    arguments.out = arguments.out or Path("runs") / arguments.preset
+    return arguments
+
+
+def check_numbers(arguments: argparse.Namespace) -> None:
+    """Raises `CannotStart` for a number that makes no sense."""
+    for name in ("lambda_inmodal", "lambda_crossmodal"):
+        value = getattr(arguments, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise CannotStart(f"--{name.replace('_', '-')} must be a number >= 0, not {value}")
+    for name, least in (("seeds", 1), ("seed", 0), ("steps", 1), ("batch_size", 2)):
+        value = getattr(arguments, name)
+        if value < least:
+            raise CannotStart(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+    if not 0 < arguments.lr < math.inf:
+        raise CannotStart(f"--lr must be a number above 0, not {arguments.lr}")
+    if not 1 <= arguments.logit_scale <= 100:
+        raise CannotStart(f"--logit-scale must be from 1 to 100, not {arguments.logit_scale}")
+
+
+def check_device(name: str) -> torch.device:
+    """The device, once something has been put on it."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # "not compiled with CUDA" is an assertion
+        raise CannotStart(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def check_out(folder: Path) -> None:
+    """Makes the folder and writes to it, to know that it can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CannotStart(f"--out {folder}: can't be written: {error.strerror}") from error
+
+
+def run_configs(arguments: argparse.Namespace) -> list[RunConfig]:
+    """Seed by seed, so that an early stop leaves every loss with as many runs."""
+    return [
+        RunConfig(
+            loss=loss,
+            lambda_inmodal=LOSSES[loss][0] * arguments.lambda_inmodal,
+            lambda_crossmodal=LOSSES[loss][1] * arguments.lambda_crossmodal,
+            seed=arguments.seed + k,
+            steps=arguments.steps,
+            batch_size=arguments.batch_size,
+            lr=arguments.lr,
+            logit_scale=arguments.logit_scale,
+            model=arguments.model,
+            data=arguments.data or ["emoji"],
+        )
+        for k in range(arguments.seeds)
+        for loss in dict.fromkeys(arguments.loss)
+    ]
+
+
+def check_same_settings(config: RunConfig, out: Path) -> None:
+    """A folder holds runs that can be compared: they differ in loss and seed alone."""
+    wanted = asdict(config)
+    for path in sorted(out.glob("*/config.json")):
+        found = json.loads(path.read_text())
+        same_run = path.parent.name == config.name
+        for name in wanted:
+            own = name in ("loss", "seed", "lambda_inmodal", "lambda_crossmodal")
+            if found.get(name) != wanted[name] and (same_run or not own):
+                raise CannotStart(
+                    f"{path.parent} was run with {name} = {found.get(name)}, not {wanted[name]}: "
+                    "choose another --out, or delete that folder"
+                )
+
+
+def make_batches(config: RunConfig, emoji: EmojiSet, shards: list[str], clip: Clip) -> Batches:
+    """The emoji in memory, or any other data streamed."""
+    if not shards:
+        return EmojiBatches(emoji, clip.tokenize, config.batch_size, config.seed)
+    size = max(64, clip.image_size)
+    return StreamedBatches(shards, clip.tokenize, config.batch_size, size, config.seed)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Checks, trains what is not trained yet, evaluates, reports."""
+    if argv[:1] == ["report"]:
+        return report.main(argv[1:])
+    arguments = parse_arguments(argv)
+    console = Console()
+    check_numbers(arguments)
+    check_model_name(arguments.model)
+    device = check_device(arguments.device)
+    check_out(arguments.out)
+    configs = run_configs(arguments)
+    for config in configs:
+        check_same_settings(config, arguments.out)
+    emoji_folder, shards = EMOJI_FOLDER, []
+    if arguments.data and len(arguments.data) == 1 and is_emoji_folder(Path(arguments.data[0])):
+        emoji_folder = Path(arguments.data[0])
+    elif arguments.data:
+        shards = find_shards(arguments.data)
+    emoji = read_emoji(emoji_folder)
+
+    for number, config in enumerate(configs, start=1):
+        folder = arguments.out / config.name
+        if report.evaluated(folder, arguments.split):
+            console.print(f"{config.name}: finished before, in {folder}", highlight=False)
+            continue
+        torch.manual_seed(config.seed)
+        clip = build_model(config.model, config.logit_scale, device)
+        if (folder / "model.pt").exists():
+            saved = torch.load(folder / "model.pt", map_location=device, weights_only=True)
+            clip.model.load_state_dict(saved["model"])
+            seconds = saved["seconds"]
+        else:
+            data = make_batches(config, emoji, shards, clip)
+            folder.mkdir(exist_ok=True)
+            (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+            if len(configs) > 1:
+                console.print(f"run {number} of {len(configs)}: {config.name}", highlight=False)
+            measures = partial(validation_measures, clip, emoji)
+            seconds = train(config, clip, data, measures, folder, console)
+        results = evaluate(clip, emoji, arguments.split)
+        report.save_run(folder, config, arguments.split, seconds, device, results)
+
+    report.gather_results(arguments.out, arguments.split, emoji_folder)
+    report.show(arguments.out, console)
+
+
+def command() -> None:
+    """Exit codes: 0 done, 1 the run went wrong, 2 it can't start, 130 interrupted."""
+    # a Ctrl-C outside the training loop loses nothing: trained models are on disk
+    try:
+        main(sys.argv[1:])
+    except CannotStart as error:
+        print(f"reference_train: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Diverged as error:
+        print(f"reference_train: {error}; try a lower --lr", file=sys.stderr)
+        sys.exit(1)
+    except Interrupted as error:
+        print(f"reference_train: {error}; the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+    except KeyboardInterrupt:
+        print("reference_train: stopped; the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,365 @@
+"""The data: what a training batch is, and what it never holds.
+
+Two sources, one reader (`read_samples`, on webdataset):
+
+- the emoji that ship in `emoji/`: about 1,600 concepts, each drawn in several styles. Decoded once
+  into memory. Training sees the concepts of split `train` in the training styles, nothing else.
+- any other image-caption WebDataset (tar files with png/jpg/webp + txt): streamed.
+
+Either way a batch is N *distinct* concepts (or captions): the same emoji in another style would be
+a false negative of the contrastive loss. A batch depends on the seed and its position alone, so a
+resumed run sees what an uninterrupted one would have seen.
+"""
+
+import io
+import json
+import lzma
+import os
+import random
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import webdataset as wds
+from braceexpand import braceexpand
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+EMOJI_FOLDER = Path(__file__).parent / "emoji"
+TRAIN_STYLES = ("noto", "twemoji", "fluent-emoji-flat")
+SHIFT_STYLES = ("noto-v1", "openmoji", "fluent-emoji")  # never trained on
+STRESS_STYLES = ("fluent-emoji-high-contrast",)  # black and white: outside every mean
+ALL_STYLES = TRAIN_STYLES + SHIFT_STYLES + STRESS_STYLES
+
+# What a caption is: half of them a name in a template, a quarter name and kind, 15 % the kind
+# alone, 10 % keywords (CAPTION_SHARES, in the order of `captions_of`).
+NAME_TEMPLATES = (
+    "{}",
+    "{}",
+    "a drawing of {}",
+    "a picture of {}",
+    "an emoji of {}",
+    "an icon of {}",
+    "the {} emoji",
+    "a small drawing of {}",
+)
+KIND_TEMPLATES = ("{}, a kind of {}",)
+SUBGROUP_TEMPLATES = ("{}", "a kind of {}", "a drawing of {}", "an emoji of {}")
+KEYWORD_CAPTIONS = 4  # drawn once for each concept: up to three keywords, in random order
+CAPTION_SHARES = (0.50, 0.25, 0.15, 0.10)
+
+
+class CannotStart(ValueError):
+    """What the user asked for can't be done; the message is one line for them."""
+
+
+# ------------------------------------------------------------------------------------------------
+# Reading
+
+
+class Sample(NamedTuple):
+    """One image with its caption, as the tar file has it."""
+
+    image: bytes  # an encoded image
+    caption: str
+    info: dict[str, Any]  # the sample's json, if it has one
+
+
+def read_samples(
+    shards: Sequence[str], shuffle: random.Random | None = None, buffer: int = 2000
+) -> Iterator[Sample]:
+    """The samples of WebDataset tar files that hold both an image and a caption.
+
+    shuffle: the random numbers of a shuffle buffer; none keeps the order of the files.
+    """
+    stages = [wds.SimpleShardList(list(shards)), wds.tarfile_to_samples()]
+    if shuffle is not None:
+        stages.append(wds.shuffle(buffer, initial=buffer, rng=shuffle))
+    try:
+        for sample in wds.DataPipeline(*stages):
+            image = next((sample[e] for e in ("png", "jpg", "jpeg", "webp") if e in sample), None)
+            if image is not None and "txt" in sample:
+                info = json.loads(sample["json"]) if "json" in sample else {}
+                yield Sample(image, sample["txt"].decode().strip(), info)
+    except FileNotFoundError as error:
+        raise CannotStart(f"no such shard: {error.filename}") from error
+    except (OSError, EOFError, tarfile.TarError, lzma.LZMAError, zlib.error) as error:
+        raise CannotStart(f"a shard can't be read: {str(error).splitlines()[0]}") from error
+
+
+def decode(image: bytes, size: int) -> np.ndarray:
+    """An encoded image -> (3, size, size) uint8: on white, shorter side scaled, centre cropped."""
+    with Image.open(io.BytesIO(image)) as opened:
+        opened.draft("RGB", (size, size))  # lets the JPEG decoder skip what would be scaled away
+        if opened.mode in ("RGBA", "LA", "P"):
+            rgba = opened.convert("RGBA")
+            opened = Image.new("RGBA", rgba.size, "white")
+            opened.alpha_composite(rgba)
+        rgb = opened.convert("RGB")
+    if rgb.size != (size, size):
+        scale = size / min(rgb.size)
+        width, height = (max(size, round(side * scale)) for side in rgb.size)
+        left, top = (width - size) // 2, (height - size) // 2
+        rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
+        rgb = rgb.crop((left, top, left + size, top + size))
+    return np.asarray(rgb).transpose(2, 0, 1)
+
+
+# ------------------------------------------------------------------------------------------------
+# The emoji
+
+
+class Concept(NamedTuple):
+    """What an emoji depicts, whatever the style."""
+
+    code: str  # Unicode code points: "1F600"
+    name: str
+    keywords: tuple[str, ...]
+    group: str
+    subgroup: str
+    split: str  # train, validation or test
+
+
+@dataclass
+class EmojiSet:
+    """All styles, in memory."""
+
+    concepts: list[Concept]
+    images: dict[str, Tensor]  # style -> (n, 3, 64, 64) uint8
+    concept: dict[str, Tensor]  # style -> (n,) which concept each image draws
+
+    def in_split(self, split: str) -> list[int]:
+        """The concepts of a split, as indices."""
+        return [i for i, concept in enumerate(self.concepts) if concept.split == split]
+
+
+def is_emoji_folder(path: Path) -> bool:
+    """Whether `path` is laid out as `emoji/` is: one shard for each style."""
+    return any((path / f"{style}.tar.xz").exists() for style in ALL_STYLES)
+
+
+def read_emoji(folder: Path = EMOJI_FOLDER, size: int = 64) -> EmojiSet:
+    """Decodes all styles of a folder of emoji shards."""
+    emoji = EmojiSet([], {}, {})
+    index: dict[str, int] = {}
+    for style in ALL_STYLES:
+        images, rows = [], []
+        for sample in read_samples([str(folder / f"{style}.tar.xz")]):
+            info = sample.info
+            try:
+                code = info["concept"]
+                if code not in index:
+                    index[code] = len(emoji.concepts)
+                    emoji.concepts.append(
+                        Concept(
+                            code,
+                            sample.caption,
+                            tuple(info["keywords"]),
+                            info["group"],
+                            info["subgroup"].replace("-", " "),
+                            info["split"],
+                        )
+                    )
+            except KeyError as error:
+                raise CannotStart(
+                    f"{folder}/{style}.tar.xz: a sample's json lacks {error}"
+                ) from error
+            images.append(decode(sample.image, size))
+            rows.append(index[code])
+        if not images:
+            raise CannotStart(f"{folder}/{style}.tar.xz holds no image with a caption")
+        emoji.images[style] = torch.from_numpy(np.stack(images))
+        emoji.concept[style] = torch.tensor(rows)
+    return emoji
+
+
+def captions_of(concept: Concept) -> list[list[str]]:
+    """All captions training may show for a concept: one list for each of `CAPTION_SHARES`."""
+    rng = random.Random(concept.code)
+    keywords = concept.keywords or (concept.name,)
+    return [
+        [template.format(concept.name) for template in NAME_TEMPLATES],
+        [template.format(concept.name, concept.subgroup) for template in KIND_TEMPLATES],
+        [template.format(concept.subgroup) for template in SUBGROUP_TEMPLATES],
+        [", ".join(rng.sample(keywords, min(3, len(keywords)))) for _ in range(KEYWORD_CAPTIONS)],
+    ]
+
+
+# ------------------------------------------------------------------------------------------------
+# Batches
+
+
+class Position(NamedTuple):
+    """Where in the data a batch starts."""
+
+    epoch: int = 0
+    index: int = 0  # emoji: batches of the epoch; streamed: samples read in the epoch
+
+
+class Batch(NamedTuple):
+    """N distinct concepts, an image and a caption of each."""
+
+    images: Tensor  # (N, 3, S, S) uint8
+    tokens: Tensor  # (N, L)
+    next: Position
+
+
+Tokenize = Callable[[list[str]], Tensor]
+
+
+class EmojiBatches:
+    """Endless batches of distinct training concepts, a random training style and caption each."""
+
+    def __init__(self, emoji: EmojiSet, tokenize: Tokenize, batch_size: int, seed: int):
+        """Raises `CannotStart` if there are too few concepts for a batch."""
+        drawn = {int(i) for style in TRAIN_STYLES for i in emoji.concept[style]}
+        self.concepts = [i for i in emoji.in_split("train") if i in drawn]
+        self.batch_size, self.seed = batch_size, seed
+        if len(self.concepts) < batch_size:
+            raise CannotStart(
+                f"--batch-size {batch_size} is more than the {len(self.concepts)} distinct "
+                "concepts to train on"
+            )
+        # (concepts, styles) -> row of `images`; a style that lacks a concept repeats another's row
+        self.images = torch.cat([emoji.images[style] for style in TRAIN_STYLES])
+        rows: dict[int, list[int]] = {}
+        owners = torch.cat([emoji.concept[style] for style in TRAIN_STYLES]).tolist()
+        for row, concept in enumerate(owners):
+            rows.setdefault(concept, []).append(row)
+        styles = len(TRAIN_STYLES)
+        self.rows = np.array([(rows[i] * styles)[:styles] for i in self.concepts])
+        # (concepts, captions, L): every caption is tokenised once, here
+        captions = [captions_of(emoji.concepts[i]) for i in self.concepts]
+        flat = [text for kinds in captions for kind in kinds for text in kind]
+        self.tokens = tokenize(flat).view(len(captions), -1, tokenize([""]).shape[1])
+        counts = [len(kind) for kind in captions[0]]
+        shares = [[share / n] * n for share, n in zip(CAPTION_SHARES, counts, strict=True)]
+        self.caption_shares = np.cumsum(np.concatenate(shares))
+
+    def batches(self, start: Position) -> Iterator[Batch]:
+        """Each epoch is a new order of the concepts; its last incomplete batch is dropped."""
+        epoch, index = start
+        n = self.batch_size
+        while True:
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.concepts))
+            while (index + 1) * n <= len(order):
+                rng = np.random.default_rng([self.seed, epoch, index])
+                which = order[index * n : (index + 1) * n]
+                rows = self.rows[which, rng.integers(self.rows.shape[1], size=n)]
+                caption = np.searchsorted(self.caption_shares[:-1], rng.random(n), side="right")
+                index += 1
+                images, tokens = self.images[torch.from_numpy(rows)], self.tokens[which, caption]
+                yield Batch(images, tokens, Position(epoch, index))
+            epoch, index = epoch + 1, 0
+
+
+class StreamedBatches:
+    """Endless batches of distinct captions from tar files of any size, decoded one batch ahead."""
+
+    def __init__(
+        self, shards: list[str], tokenize: Tokenize, batch_size: int, size: int, seed: int
+    ):
+        """size: of the decoded images. Raises `CannotStart` if a batch can't be filled."""
+        self.shards, self.tokenize, self.size = shards, tokenize, size
+        self.batch_size, self.seed = batch_size, seed
+        if next(self._groups(Position()), None) is None:
+            raise CannotStart(f"--batch-size {batch_size}: the data has fewer distinct captions")
+
+    def _groups(self, start: Position) -> Iterator[tuple[list[Sample], Position]]:
+        """Undecoded batches; each epoch shuffles shards and samples anew and drops its last few."""
+        epoch, read = start
+        while True:
+            rng = random.Random(f"{self.seed}-{epoch}")
+            shards = rng.sample(self.shards, len(self.shards))
+            group: dict[str, Sample] = {}  # by caption
+            full_batches = read > 0
+            for number, sample in enumerate(read_samples(shards, shuffle=rng), start=1):
+                if number <= read:  # a resumed run
+                    continue
+                group.setdefault(sample.caption, sample)
+                if len(group) == self.batch_size:
+                    yield list(group.values()), Position(epoch, number)
+                    group, full_batches = {}, True
+            if not full_batches:
+                return
+            epoch, read = epoch + 1, 0
+
+    def batches(self, start: Position) -> Iterator[Batch]:
+        """Like `EmojiBatches.batches`, as far as a shuffle buffer can shuffle."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+
+            def finish(images: list[Any], samples: list[Sample], after: Position) -> Batch:
+                decoded = torch.from_numpy(np.stack([image.result() for image in images]))
+                return Batch(decoded, self.tokenize([s.caption for s in samples]), after)
+
+            waiting = None
+            for samples, after in self._groups(start):
+                images = [pool.submit(decode, sample.image, self.size) for sample in samples]
+                if waiting is not None:
+                    yield finish(*waiting)
+                waiting = (images, samples, after)
+
+
+def find_shards(data: Sequence[str]) -> list[str]:
+    """--data as the user gave it (tar files, brace patterns, folders) -> tar files that exist."""
+    shards = []
+    for pattern in data:
+        if Path(pattern).is_dir():
+            found = sorted(str(path) for path in Path(pattern).glob("*.tar*"))
+            if not found:
+                raise CannotStart(f"--data: no tar file in {pattern}")
+            shards += found
+        else:
+            shards += list(braceexpand(pattern))
+    for shard in shards:
+        if not Path(shard).is_file():
+            raise CannotStart(f"--data: no such shard: {shard}")
+        if next(read_samples([shard]), None) is None:
+            raise CannotStart(f"--data: {shard} holds no image with a caption")
+    return shards
+
+
+# ------------------------------------------------------------------------------------------------
+# Images for the model
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """images: (N, 3, S, S) uint8 -> (N, 3, size, size) float in [0, 1], sampled as in training."""
+    pixels = images.float().div_(255)
+    return F.interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False)
+
+
+def augment(images: Tensor, size: int, rng: np.random.Generator) -> Tensor:
+    """images: (N, 3, S, S) uint8 -> (N, 3, size, size) float in [0, 1], moved and tinted a little.
+
+    One affine resampling (rotation, scale, shear, shift; never a flip: names say left and right)
+    and one affine map of the colours (contrast, saturation, tint, brightness) for each image. What
+    comes in at the border is white.
+    """
+    n = len(images)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return torch.from_numpy(rng.uniform(low, high, (n, *shape)).astype(np.float32))
+
+    angle, zoom, shear = uniform(-0.2, 0.2), uniform(-0.16, 0.16).exp(), uniform(-0.1, 0.1)
+    cos, sin = zoom * angle.cos(), zoom * angle.sin()
+    turn = torch.stack([cos, shear * cos - sin, sin, shear * sin + cos], dim=-1).view(n, 2, 2)
+    theta = torch.cat([turn, uniform(-0.1, 0.1, 2, 1)], dim=-1).to(images.device)  # (N, 2, 3)
+    grid = F.affine_grid(theta, [n, 3, size, size], align_corners=False)
+    ink = images.float().mul_(-1 / 255).add_(1)  # white is 0: what grid_sample pads with
+    ink = F.grid_sample(ink, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+    saturation, tint = uniform(0.5, 1.3, 1, 1), uniform(0.85, 1.15, 3, 1)
+    grey = torch.tensor([0.299, 0.587, 0.114]).expand(3, 3)
+    mix = uniform(0.8, 1.2, 1, 1) * tint * (saturation * torch.eye(3) + (1 - saturation) * grey)
+    shift = uniform(-0.08, 0.08, 1, 1).expand(n, 3, 1)
+    mix, shift = mix.to(images.device), shift.to(images.device)
+    ink = torch.baddbmm(shift, mix, ink.view(n, 3, -1)).view(n, 3, size, size)
+    return ink.neg_().add_(1).clamp_(0, 1)

@@ -1,0 +1,401 @@
+"""Rebuilds the emoji shards from public npm packages.
+
+`python -m reference_train.emoji.build --out DIR` writes one WebDataset shard per drawing style. A
+sample is one Unicode emoji: `{hexcode}.png` (64 x 64 RGB, on white), `{hexcode}.txt` (its Unicode
+name, the caption) and `{hexcode}.json` (name, keywords, group, subgroup, style, split). README.md
+beside this file is the data card.
+
+Sources: the names, keywords and groups of Unicode, as `emojibase-data` has them
+(https://emojibase.dev/docs/datasets); the drawings as the `@iconify-json/*` packages have them, one
+SVG body per icon (https://iconify.design/docs/types/iconify-json.html).
+
+Needs Node's `npm` (or the packages' archives, by `--packages`) and the extra `data`:
+`pip install resvg-py pillow rich`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import lzma
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Json = dict[str, Any]
+
+
+class Package(NamedTuple):
+    """An npm package, and what its licence asks to be said of the work in it."""
+
+    name: str
+    version: str
+    licence: str  # SPDX identifier
+    attribution: str
+
+
+NOTO = "Noto Emoji, Google Inc., https://github.com/googlefonts/noto-emoji"
+TWEMOJI = "Twemoji, Twitter, Inc and other contributors, https://github.com/jdecked/twemoji"
+OPENMOJI = (
+    "All emojis designed by OpenMoji, the open-source emoji and icon project, https://openmoji.org"
+)
+FLUENT = "Fluent Emoji, Microsoft Corporation, https://github.com/microsoft/fluentui-emoji"
+
+NAMES = Package("emojibase-data", "17.0.0", "MIT", "Copyright (c) 2017-2019 Miles Johnson")
+STYLES = {
+    style: Package(f"@iconify-json/{style}", version, licence, attribution)
+    for style, version, licence, attribution in [
+        # to train on
+        ("noto", "1.2.9", "Apache-2.0", NOTO),
+        ("twemoji", "1.2.5", "CC-BY-4.0", TWEMOJI),
+        ("fluent-emoji-flat", "1.2.6", "MIT", FLUENT),
+        # never trained on: the natural shift of drawing style
+        ("noto-v1", "1.2.5", "Apache-2.0", NOTO),
+        ("openmoji", "1.2.29", "CC-BY-SA-4.0", OPENMOJI),
+        ("fluent-emoji", "1.2.7", "MIT", FLUENT),
+        # black on white: a stress test
+        ("fluent-emoji-high-contrast", "1.2.6", "MIT", FLUENT),
+    ]
+}
+# These two have no table of characters, but the icon names of a set that has one.
+NAMED_AS_IN = {"noto-v1": "noto", "fluent-emoji": "fluent-emoji-flat"}
+
+SIZE = 64  # pixels
+TEST_SHARE, VALIDATION_SHARE = 0.15, 0.10
+# Of the seeds 0 to 199 that leave every subgroup a concept to train on, the one with the most even
+# shares over the eight groups. Chosen from the counts, before anything was trained.
+SPLIT_SEED = 52
+
+
+class BuildError(Exception):
+    """Something the user can put right; shown as one line."""
+
+
+# ------------------------------------------------------------------------------------------------
+# Packages
+
+
+def fetch(package: Package, folder: Path) -> Path:
+    """The archive of `package` in `folder`, downloaded by `npm pack` if it is not there."""
+    name = package.name.removeprefix("@").replace("/", "-")
+    archive = folder / f"{name}-{package.version}.tgz"
+    if not archive.is_file():
+        command = ["npm", "pack", "--silent", f"{package.name}@{package.version}"]
+        try:
+            subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+        except FileNotFoundError:
+            message = "npm is not on the PATH: install Node.js, or give the archives by --packages"
+            raise BuildError(message) from None
+        except subprocess.CalledProcessError as error:
+            reason = " ".join(error.stderr.split())[:200] or f"exit status {error.returncode}"
+            raise BuildError(f"`{' '.join(command)}` failed: {reason}") from None
+    return archive
+
+
+def read_json(archive: Path, file: str) -> Any:
+    """One JSON file of an npm archive."""
+    try:
+        with tarfile.open(archive) as tar:
+            member = tar.extractfile(f"package/{file}")
+            if member is None:
+                raise KeyError(file)
+            return json.load(member)
+    except KeyError:
+        raise BuildError(f"{archive}: has no {file}; not the package expected here") from None
+    except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
+        reason = str(error).partition("\n")[0].rstrip(":")  # tarfile lists every method it tried
+        raise BuildError(f"{archive}: can't read {file}: {reason}") from None
+
+
+# ------------------------------------------------------------------------------------------------
+# Concepts
+
+
+class Concept(NamedTuple):
+    """One emoji, apart from any drawing of it."""
+
+    hexcode: str  # as emojibase writes it: "1F469-200D-1F33E"
+    emoji: str
+    name: str
+    keywords: list[str]
+    group: str  # "animals & nature"
+    subgroup: str  # "animal-mammal"
+
+
+def read_concepts(archive: Path) -> list[Concept]:
+    """The emoji that ship, from `emojibase-data`: base skin tone, no flags, no near-duplicates."""
+    keys = read_json(archive, "meta/groups.json")
+    titles = {g["key"]: g["message"] for g in read_json(archive, "en/messages.json")["groups"]}
+    concepts = []
+    # Skin tones need no rule: emojibase nests them in the base emoji.
+    for entry in read_json(archive, "en/data.json"):
+        group = keys["groups"].get(str(entry.get("group")))
+        # No group: the letters that flags are spelled with. Components: bare skin tones and hair.
+        if group in (None, "flags", "component"):
+            continue
+        # Mirror images of other emoji, and 29 ways to count a family: alike in all but a detail.
+        if entry["label"].endswith("facing right") or entry["label"].startswith("family:"):
+            continue
+        concepts.append(
+            Concept(
+                entry["hexcode"],
+                entry["emoji"],
+                entry["label"],
+                entry.get("tags", []),
+                titles[group],
+                keys["subgroups"][str(entry["subgroup"])],
+            )
+        )
+    return concepts
+
+
+def split_of(hexcode: str) -> str:
+    """`train`, `validation` or `test`.
+
+    A function of the concept alone: the same in every style, and unchanged when Unicode adds emoji.
+    """
+    digest = hashlib.sha256(f"{SPLIT_SEED}:{hexcode}".encode()).digest()
+    position = int.from_bytes(digest[:8], "big") / 2**64  # uniform in [0, 1)
+    if position < TEST_SHARE:
+        return "test"
+    return "validation" if position < TEST_SHARE + VALIDATION_SHARE else "train"
+
+
+# ------------------------------------------------------------------------------------------------
+# Which icon draws which concept
+
+
+class IconSet(NamedTuple):
+    """The icons of one style; the fields of an icon are Iconify's."""
+
+    icons: dict[str, Json]  # by name; mirrored copies resolved, mere second names left out
+    characters: dict[str, str]  # hexcode, see `bare` -> icon name; empty where there is no table
+    width: int
+    height: int
+
+
+def read_icon_set(archive: Path) -> IconSet:
+    """The icon set of an `@iconify-json/*` package."""
+    data, characters = read_json(archive, "icons.json"), read_json(archive, "chars.json")
+    try:
+        icons = dict(data["icons"])
+        for name, alias in data.get("aliases", {}).items():
+            # An alias with a transformation is a picture of its own: in Fluent "pointing right" is
+            # "pointing left", flipped. One without is an older name, and some have changed their
+            # meaning: to "cricket", the insect, noto-v1 offers the game.
+            if alias.keys() - {"parent"}:
+                icons[name] = {**data["icons"][alias["parent"]], **alias}
+        table = {bare(hexcode): name for hexcode, name in characters.items()}
+        return IconSet(icons, table, data["width"], data["height"])
+    except (KeyError, TypeError, AttributeError):
+        raise BuildError(f"{archive}: not an icon set as Iconify describes it") from None
+
+
+def bare(hexcode: str) -> str:
+    """A hexcode without the presentation selector, which some packages write and some do not."""
+    return hexcode.lower().replace("-fe0f", "")
+
+
+def match(concepts: list[Concept], sets: dict[str, IconSet]) -> dict[str, dict[str, str]]:
+    """Style -> hexcode -> icon name."""
+    matches: dict[str, dict[str, str]] = {}
+    for style, icon_set in sets.items():
+        matches[style] = {}
+        for concept in concepts:
+            name = sets[NAMED_AS_IN.get(style, style)].characters.get(bare(concept.hexcode))
+            if name is None:  # the tables leave aliases out
+                name = re.sub(r"[^a-z0-9]+", "-", concept.name.lower())
+            if name in icon_set.icons:
+                matches[style][concept.hexcode] = name
+    return matches
+
+
+# ------------------------------------------------------------------------------------------------
+# Drawing
+
+
+def to_svg(name: str, icon_set: IconSet) -> str:
+    """The icon as a square SVG document; a box that is not square is centred, never stretched."""
+    icon = icon_set.icons[name]
+    if icon.keys() & {"vFlip", "rotate"}:
+        raise BuildError(f"icon {name} has a transformation that this script does not know")
+    left, top = icon.get("left", 0), icon.get("top", 0)
+    width, height = icon.get("width", icon_set.width), icon.get("height", icon_set.height)
+    body = icon["body"]
+    if icon.get("hFlip"):
+        body = f'<g transform="translate({2 * left + width} 0) scale(-1 1)">{body}</g>'
+    side = max(width, height)
+    left, top = left - (side - width) / 2, top - (side - height) / 2
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="{left:g} {top:g} {side:g} {side:g}" width="{side:g}" height="{side:g}">'
+        f"{body}</svg>"
+    )
+
+
+def load_renderer() -> Callable[[str], bytes]:
+    """A function from SVG text to a PNG on white."""
+    try:
+        import resvg_py
+        from PIL import Image
+    except ImportError as error:
+        message = f"{error.name} is not installed: pip install resvg-py pillow rich"
+        raise BuildError(message) from None
+
+    def render(svg: str) -> bytes:
+        drawn = resvg_py.svg_to_bytes(
+            svg_string=svg,
+            width=SIZE,
+            height=SIZE,
+            background="#ffffff",
+            skip_system_fonts=True,  # no icon holds text, and a machine's fonts must not matter
+        )
+        with Image.open(io.BytesIO(bytes(drawn))) as image:
+            return stored_png(image.convert("RGB").tobytes(), *image.size)
+
+    return render
+
+
+def stored_png(pixels: bytes, width: int, height: int) -> bytes:
+    """An RGB PNG whose pixels are stored as they are, neither filtered nor compressed.
+
+    xz then finds what the icons of a style share: a shard is up to half as large as with ordinary
+    PNGs. And the bytes depend on the pixels alone, not on the version of a deflate library.
+    """
+    rows = b"".join(b"\0" + pixels[i : i + 3 * width] for i in range(0, len(pixels), 3 * width))
+    length = len(rows).to_bytes(2, "little")  # a stored block holds up to 65,535 bytes
+    block = b"\x01" + length + bytes(255 - byte for byte in length) + rows
+    checksum = zlib.adler32(rows).to_bytes(4, "big")
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        crc = zlib.crc32(kind + content).to_bytes(4, "big")
+        return len(content).to_bytes(4, "big") + kind + content + crc
+
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\x02\0\0\0"  # 8-bit RGB
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", b"\x78\x01" + block + checksum)
+    return b"\x89PNG\r\n\x1a\n" + chunks + chunk(b"IEND", b"")
+
+
+# ------------------------------------------------------------------------------------------------
+# Shards
+
+
+class Sample(NamedTuple):
+    """One image-caption pair; `info` becomes its json."""
+
+    key: str
+    png: bytes
+    caption: str
+    info: Json
+
+
+def make_sample(concept: Concept, style: str, png: bytes) -> Sample:
+    """The drawing of a concept, with all that is known of it."""
+    info = {
+        "concept": concept.hexcode,
+        "name": concept.name,
+        "keywords": concept.keywords,
+        "group": concept.group,
+        "subgroup": concept.subgroup,
+        "style": style,
+        "split": split_of(concept.hexcode),
+        "emoji": concept.emoji,
+    }
+    return Sample(concept.hexcode, png, concept.name, info)
+
+
+def drop_shared_pictures(samples: list[Sample]) -> list[Sample]:
+    """Without the pictures that a style uses for several concepts: which name would be right?"""
+    uses = Counter(sample.png for sample in samples)
+    return [sample for sample in samples if uses[sample.png] == 1]
+
+
+def write_shard(path: Path, samples: Iterable[Sample]) -> None:
+    """Writes a shard whole or not at all; the same samples give the same bytes, in any order."""
+    # A dictionary as large as a shard (24 MB), so that every icon can refer to every other.
+    xz = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 32 << 20}]
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with (
+            lzma.open(temporary, "wb", filters=xz) as stream,
+            tarfile.open(fileobj=stream, mode="w|", format=tarfile.USTAR_FORMAT) as tar,
+        ):
+            for sample in sorted(samples):
+                info = json.dumps(sample.info, ensure_ascii=False)
+                members = [("json", info.encode()), ("png", sample.png)]
+                for suffix, content in [*members, ("txt", sample.caption.encode())]:
+                    # Its defaults are time 0, owner 0 and no owner's name.
+                    member = tarfile.TarInfo(f"{sample.key}.{suffix}")
+                    member.size, member.mode = len(content), 0o644
+                    tar.addfile(member, io.BytesIO(content))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def build(out: Path, packages: Path) -> None:
+    """Builds all shards into `out`; `packages` holds the npm archives or receives them."""
+    render = load_renderer()
+    from rich.progress import track
+
+    out.mkdir(parents=True, exist_ok=True)
+    packages.mkdir(parents=True, exist_ok=True)
+    archives = {
+        package: fetch(package, packages)
+        for package in track([NAMES, *STYLES.values()], description="npm packages")
+    }
+    concepts = read_concepts(archives[NAMES])
+    sets = {style: read_icon_set(archives[package]) for style, package in STYLES.items()}
+    for style, icons in match(concepts, sets).items():
+        drawn = [concept for concept in concepts if concept.hexcode in icons]
+        samples = [
+            make_sample(concept, style, render(to_svg(icons[concept.hexcode], sets[style])))
+            for concept in track(drawn, description=style)
+        ]
+        kept = drop_shared_pictures(samples)
+        path = out / f"{style}.tar.xz"
+        write_shard(path, kept)
+        splits = Counter(sample.info["split"] for sample in kept)
+        counts = ", ".join(f"{splits[split]} {split}" for split in ("train", "validation", "test"))
+        print(f"{path}: {len(kept)} of {len(concepts)} concepts ({counts}), ", end="")
+        print(f"{len(samples) - len(kept)} shared pictures dropped, {path.stat().st_size:,} bytes")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m reference_train.emoji.build", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the folder for the shards")
+    parser.add_argument(
+        "--packages",
+        type=Path,
+        metavar="DIR",
+        help="a folder of npm archives, named as `npm pack` names them; missing ones are "
+        "downloaded into it (default: a temporary folder)",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            build(options.out, options.packages or Path(temporary))
+    except (BuildError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: shards that were announced are whole, no other was touched")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

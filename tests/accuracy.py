@@ -1,0 +1,189 @@
+"""Exact results in float64, and how far rounding alone may carry a result from them.
+
+The bounds are forward error bounds, not tolerances found by trial. A sum of products computed in a
+type of precision eps differs from the exact one by at most a small multiple of eps times the sum of
+the products' *absolute values*: the scale of the quantity. The scale of each element of each
+gradient is worked out here from the formulas of the loss, in float64, so that a bound is never
+wider than what the arithmetic makes unavoidable: an element that is small because its terms are
+small is checked to relative precision, and only one that is small because large terms cancel is
+allowed their rounding. FACTOR stands for the growth of rounding errors with the length of the sums.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from inputs import loss_dtype
+from torch import Tensor
+
+from cyclip_loss import reference
+
+# At most 100 terms a sum in the tests: worst case 100, but errors of either sign mostly cancel
+# (measured: at most 3.1 over 20,000 random inputs).
+FACTOR = 6.0
+
+
+@dataclass
+class Results:
+    """A value and its gradients, or their scales."""
+
+    value: Tensor
+    image: Tensor
+    text: Tensor
+    logit_scale: Tensor
+
+    def __add__(self, other: "Results") -> "Results":
+        return Results(*(getattr(self, name) + getattr(other, name) for name in NAMES))
+
+    def __mul__(self, factor: float) -> "Results":
+        return Results(*(getattr(self, name) * factor for name in NAMES))
+
+    def times_upstream(self, factor: float) -> "Results":
+        """The same value, and gradients of `factor` times it."""
+        return Results(self.value, *(getattr(self, name) * factor for name in NAMES[1:]))
+
+
+NAMES = ("value", "image", "text", "logit_scale")
+
+
+def working_eps(impl: str, dtype: torch.dtype) -> float:
+    """Precision in which an engine multiplies features of `dtype`.
+
+    The eager engine widens 16-bit features to float32. An engine that multiplies 16-bit factors
+    rounds everything it multiplies with them to 16 bits.
+    """
+    if impl == "eager" and dtype != torch.float64:
+        dtype = torch.float32
+    return torch.finfo(dtype).eps
+
+
+def contrastive_scale(
+    image: Tensor, text: Tensor, logit_scale: float, symmetric: bool = True
+) -> Results:
+    """Scales of the contrastive term of float64 features (n, D), (n, D).
+
+    A logit's rounding error, eps times `size` at most, is a *relative* error of its exponential.
+    """
+    n = len(image)
+    logits = logit_scale * image @ text.T
+    cosines = image.abs() @ text.abs().T
+    # Errors of a log-sum-exp, of size log n + the largest logit, are common to a whole row.
+    size = 1 + torch.tensor(n).log() + abs(logit_scale) * cosines.max()
+    weights = logits.softmax(dim=1) + torch.eye(n, dtype=torch.float64)
+    if symmetric:
+        weights = weights + logits.softmax(dim=0) + torch.eye(n, dtype=torch.float64)
+    weights = weights * size / (2 * n if symmetric else n)
+    return Results(
+        size,
+        abs(logit_scale) * weights @ text.abs(),
+        abs(logit_scale) * weights.T @ image.abs(),
+        (weights * cosines).sum(),
+    )
+
+
+def augmented_scale(image: Tensor, text: Tensor, logit_scale: float, views: tuple) -> Results:
+    """Scales of the contrastive term with (fixed) augmented views, weighed as in `reference`."""
+    of_image = contrastive_scale(image, views[0], logit_scale, symmetric=False)
+    of_text = contrastive_scale(text, views[1], logit_scale, symmetric=False)
+    inmodal = Results(
+        of_image.value + of_text.value,
+        of_image.image,
+        of_text.image,
+        of_image.logit_scale + of_text.logit_scale,
+    )
+    return contrastive_scale(image, text, logit_scale) * 0.5 + inmodal * 0.25
+
+
+def cyclic_scale(image: Tensor, text: Tensor, inmodal: float, crossmodal: float) -> Results:
+    """Scales of the weighted penalties of features (n, D), (n, D) as given to the loss.
+
+    U and V are sums and differences of two given numbers, so each is exact but for its own last
+    bit: where pairs are nearly aligned V is small, and so is every scale. The oracle subtracts
+    products of I and T; what that costs it in float64 is added.
+    """
+    image, text, dtype = image.double(), text.double(), loss_dtype(image.dtype)
+    own = _cyclic_scale((image + text).abs(), (image - text).abs(), inmodal, crossmodal)
+    sizes = image.abs() + text.abs()
+    oracle = _cyclic_scale(sizes, sizes, inmodal, crossmodal)
+    return own + oracle * (torch.finfo(torch.float64).eps / torch.finfo(dtype).eps)
+
+
+def _cyclic_scale(u: Tensor, v: Tensor, inmodal: float, crossmodal: float) -> Results:
+    n = len(u)
+    w = u @ v.T
+    total, difference = (inmodal + crossmodal) / n, abs(inmodal - crossmodal) / n
+    grad = total * (w @ v + w.T @ u) + difference * (w.T @ v + w @ u)
+    return Results(total * w.square().sum(), grad, grad, torch.zeros((), dtype=torch.float64))
+
+
+def exact_contrastive(image: Tensor, text: Tensor, logit_scale: float) -> Results:
+    """The contrastive term's value and gradients, by the definition, in float64."""
+    return _exact(image, text, logit_scale, reference.contrastive_loss)
+
+
+def exact_augmented(image: Tensor, text: Tensor, logit_scale: float, views: tuple) -> list[Results]:
+    """The same with augmented views, in its parts: cross-modal, of the images, of the texts."""
+    one_way = reference.one_way_contrastive_loss
+    views = tuple(view.double() for view in views)
+    return [
+        exact_contrastive(image, text, logit_scale) * 0.5,
+        _exact(image, text, logit_scale, lambda i, t, s: one_way(i, views[0], s) / 4 + 0 * t.sum()),
+        _exact(image, text, logit_scale, lambda i, t, s: one_way(t, views[1], s) / 4 + 0 * i.sum()),
+    ]
+
+
+def exact_cyclic(image: Tensor, text: Tensor, inmodal: float, crossmodal: float) -> Results:
+    """The weighted penalties' value and gradients, by the definition, in float64."""
+    return _exact(
+        image,
+        text,
+        1.0,
+        lambda i, t, s: (
+            inmodal * reference.inmodal_cyclic_penalty(i, t)
+            + crossmodal * reference.crossmodal_cyclic_penalty(i, t)
+            + 0 * s
+        ),
+    )
+
+
+def _exact(image: Tensor, text: Tensor, logit_scale: float, loss) -> Results:
+    image, text = image.detach().double(), text.detach().double()
+    scale = torch.tensor(logit_scale, dtype=torch.float64)
+    return results(loss, image, text, scale)
+
+
+def results(loss, image: Tensor, text: Tensor, logit_scale: Tensor, upstream=1.0) -> Results:
+    """loss(image, text, logit_scale) and its gradients times `upstream`, on fresh leaves."""
+    leaves = [tensor.detach().requires_grad_() for tensor in (image, text, logit_scale)]
+    value = loss(*leaves)
+    value.backward(torch.full_like(value, upstream))
+    return Results(value.detach(), *(leaf.grad for leaf in leaves))
+
+
+def assert_accurate(
+    actual: Results, parts: list[Results], scale: Results, impl: str, dtype: torch.dtype
+) -> None:
+    """Every element within FACTOR * eps * scale of the sum of the exact parts.
+
+    And one rounding, to the type of the result, of each part: autograd adds up gradients of
+    16-bit features in 16 bits.
+    """
+    for name in NAMES:
+        exact = [getattr(part, name) for part in parts]
+        check_bound(
+            name, getattr(actual, name), exact, getattr(scale, name), working_eps(impl, dtype)
+        )
+
+
+def check_bound(name: str, actual: Tensor, exact: list[Tensor], scale: Tensor, eps: float) -> None:
+    """|actual - sum of exact| <= FACTOR * eps * scale + one rounding of each part."""
+    total = sum(exact)
+    assert actual.shape == total.shape, f"{name}: {actual.shape}, not {total.shape}"
+    result = torch.finfo(actual.dtype)
+    bound = FACTOR * eps * scale
+    for part in exact:
+        bound = bound + result.eps * (part.abs() + result.tiny)
+    error = (actual.double() - total).abs()
+    # A NaN compares false, so this form fails on one.
+    if not bool((error <= bound).all()):
+        worst = (error / bound).max().item()
+        raise AssertionError(f"{name}: error {worst:.2f} times the bound, {error.max():.3g}")

@@ -1,0 +1,47 @@
+"""Fixtures of all tests: the engines under test, NaN-filled fresh memory, small strips."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+from cyclip_loss import eager
+
+# Every test of a value or a gradient runs once per engine.
+IMPLS_UNDER_TEST = ["eager"]
+
+# The same examples every time: a red run is a changed program, never an unlucky draw.
+settings.register_profile("ci", derandomize=True, deadline=None, max_examples=60)
+settings.load_profile("ci")
+
+
+@pytest.fixture(params=IMPLS_UNDER_TEST, scope="session")
+def impl(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(autouse=True, scope="session")
+def nan_in_fresh_memory() -> Iterator[None]:
+    """Uninitialised tensors hold NaN, so that an element nobody wrote is seen.
+
+    PyTorch fills them in deterministic mode. warn_only: on a GPU, deterministic mode would refuse
+    matrix products unless an environment variable is set.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def small_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strips of 7 rows, so that a small batch takes several and a shorter last one."""
+    set_strip_rows(monkeypatch, 7)
+
+
+def set_strip_rows(monkeypatch: pytest.MonkeyPatch, rows: int | None) -> None:
+    """Make every strip of the eager engine `rows` high; None leaves its own choice."""
+    if rows is not None:
+        monkeypatch.setattr(eager, "MIN_STRIP_ROWS", rows)
+        monkeypatch.setitem(eager.STRIP_ELEMENTS, "cpu", 1)

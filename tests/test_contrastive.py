@@ -1,0 +1,121 @@
+"""The contrastive term: value and all gradients against the definition in float64."""
+
+import pytest
+import torch
+from accuracy import (
+    assert_accurate,
+    augmented_scale,
+    contrastive_scale,
+    exact_augmented,
+    exact_contrastive,
+    results,
+)
+from conftest import set_strip_rows
+from hypothesis import example, given
+from inputs import Case, cases, pairs
+
+from cyclip_loss.functional import contrastive_loss, cyclip_loss
+
+
+@given(case=cases())
+@example(case=Case(n=1, d=1))
+@example(case=Case(n=1, d=64, logit_scale=100.0))
+@example(case=Case(n=64, d=1, logit_scale=100.0, strip_rows=7))
+@example(case=Case(n=65, d=33, logit_scale=100.0, distance=0.003, strip_rows=32))
+@example(case=Case(n=65, d=33, logit_scale=100.0, distance=0.003, anti_aligned=True, strip_rows=32))
+def test_contrastive_loss(case: Case, impl: str) -> None:
+    image, text = case.features()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        set_strip_rows(monkeypatch, case.strip_rows)
+        actual = results(
+            lambda i, t, s: contrastive_loss(i, t, s, impl=impl), image, text, case.scale()
+        )
+    assert actual.value.dtype == case.scale().dtype
+    assert actual.image.dtype == actual.text.dtype == case.dtype
+    exact = exact_contrastive(image, text, case.logit_scale)
+    scale = contrastive_scale(image.double(), text.double(), case.logit_scale)
+    assert_accurate(actual, [exact], scale, impl, case.dtype)
+
+
+@given(case=cases(max_n=40, max_d=40))
+def test_augmented_views(case: Case, impl: str) -> None:
+    image, text = case.features()
+    views = tuple(view.to(case.dtype) for view in pairs(case.n, case.d, seed=case.seed + 1))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        set_strip_rows(monkeypatch, case.strip_rows)
+
+        def loss(i, t, s):
+            return cyclip_loss(
+                i,
+                t,
+                s,
+                lambda_inmodal=0,
+                lambda_crossmodal=0,
+                augmented_image_features=views[0],
+                augmented_text_features=views[1],
+                impl=impl,
+            )
+
+        actual = results(loss, image, text, case.scale())
+    wide = [features.double() for features in (image, text, *views)]
+    exact = exact_augmented(*wide[:2], case.logit_scale, wide[2:])
+    scale = augmented_scale(*wide[:2], case.logit_scale, wide[2:])
+    assert_accurate(actual, exact, scale, impl, case.dtype)
+
+
+def test_gradients_of_the_augmented_views(impl: str) -> None:
+    """The views have gradients of their own, and both enter with the same weight."""
+    features = [*pairs(9, 5), *pairs(9, 5, seed=1)]
+    leaves = [f.clone().requires_grad_() for f in features]
+    twins = [f.clone().requires_grad_() for f in features]
+    scale = torch.tensor(7.0, dtype=torch.float64)
+    cyclip_loss(
+        *leaves[:2],
+        scale,
+        augmented_image_features=leaves[2],
+        augmented_text_features=leaves[3],
+        impl=impl,
+    ).backward()
+    cyclip_loss(
+        *twins[:2],
+        scale,
+        augmented_image_features=twins[2],
+        augmented_text_features=twins[3],
+        impl="reference",
+    ).backward()
+    for leaf, twin in zip(leaves, twins, strict=True):
+        torch.testing.assert_close(leaf.grad, twin.grad, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_largest_scale_and_no_match(impl: str, dtype: torch.dtype) -> None:
+    """s = 100 with every cosine below 0.1: exp(l - s) would underflow, and give log 0."""
+    generator = torch.Generator().manual_seed(0)
+    # Images and texts in orthogonal halves, then a little of each other.
+    image, text = torch.zeros(2, 60, 64, dtype=torch.float64)
+    image[:, :32] = torch.randn(60, 32, generator=generator)
+    text[:, 32:] = torch.randn(60, 32, generator=generator)
+    image[:, 63], text[:, 0] = 0.2, 0.2
+    image, text = (torch.nn.functional.normalize(f, dim=1).to(dtype) for f in (image, text))
+    assert (image.double() @ text.double().T).max() < 0.1
+    logit_scale = torch.tensor(100.0)
+    actual = results(lambda i, t, s: contrastive_loss(i, t, s, impl=impl), image, text, logit_scale)
+    exact = exact_contrastive(image, text, 100.0)
+    scale = contrastive_scale(image.double(), text.double(), 100.0)
+    assert_accurate(actual, [exact], scale, impl, dtype)
+
+
+def test_columns_of_very_different_size(impl: str, small_strips: None) -> None:
+    """Each strip raises the maxima of some columns by a lot and leaves others."""
+    image, text = pairs(40, 8)
+    image = image * torch.logspace(-2, 1, 40, dtype=torch.float64)[:, None]
+    for features in (image, image.flip(0)):
+        actual = results(
+            lambda i, t, s: contrastive_loss(i, t, s, impl=impl),
+            features.float(),
+            text.float(),
+            torch.tensor(100.0),
+        )
+        exact = exact_contrastive(features.float(), text.float(), 100.0)
+        scale = contrastive_scale(features, text, 100.0)
+        assert_accurate(actual, [exact], scale, impl, torch.float32)

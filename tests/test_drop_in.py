@@ -1,0 +1,218 @@
+"""In the place of `open_clip.ClipLoss`: same values, same training, same calls."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from accuracy import NAMES, contrastive_scale, results
+from inputs import pairs
+from torch import Tensor, nn
+
+from cyclip_loss import CyclicPenalty, CyCLIPLoss
+
+open_clip = pytest.importorskip("open_clip")
+
+TERMS = ("contrastive_loss", "inmodal_cyclic_loss", "crossmodal_cyclic_loss")
+# How OpenCLIP's `create_loss` builds it.
+OPENCLIP_KEYWORDS = {
+    "local_loss": True,
+    "gather_with_grad": True,
+    "cache_labels": True,
+    "rank": 0,
+    "world_size": 1,
+    "use_horovod": False,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("distance", [None, 0.3])
+@pytest.mark.parametrize("logit_scale", [0.5, 14.25, 100.0])
+def test_without_penalties_it_is_clip_loss(impl: str, logit_scale, distance, dtype) -> None:
+    image, text = (features.to(dtype) for features in pairs(50, 24, distance))
+    scale = torch.tensor(logit_scale, dtype=dtype)
+    ours = results(CyCLIPLoss(0, 0, impl=impl), image, text, scale)
+    theirs = results(open_clip.ClipLoss(), image, text, scale)
+    # Twice: theirs is rounded like ours.
+    bound = contrastive_scale(image.double(), text.double(), logit_scale) * (
+        2 * 4 * torch.finfo(dtype).eps
+    )
+    for name in NAMES:
+        error = (getattr(ours, name) - getattr(theirs, name)).abs()
+        assert bool((error <= getattr(bound, name)).all()), name
+
+
+class TwoTowers(nn.Module):
+    """A model with OpenCLIP's output, small enough to train in a test."""
+
+    def __init__(self, with_bias: bool) -> None:
+        super().__init__()
+        self.visual, self.textual = nn.Linear(12, 8), nn.Linear(10, 8)
+        self.logit_scale = nn.Parameter(torch.tensor(2.0))
+        self.logit_bias = nn.Parameter(torch.tensor(-3.0)) if with_bias else None
+
+    def forward(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
+        output = {
+            "image_features": nn.functional.normalize(self.visual(images), dim=1),
+            "text_features": nn.functional.normalize(self.textual(texts), dim=1),
+            "logit_scale": self.logit_scale.exp(),
+        }
+        return output if self.logit_bias is None else output | {"logit_bias": self.logit_bias}
+
+
+def train(loss: nn.Module, with_bias: bool) -> tuple[list[float], TwoTowers]:
+    """Eight steps the way OpenCLIP's `train_one_epoch` takes them."""
+    torch.manual_seed(0)
+    model = TwoTowers(with_bias).double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    history = []
+    for step in range(8):
+        torch.manual_seed(step)
+        size = 16 if step < 7 else 5  # a last batch that is smaller
+        images = torch.randn(size, 12, dtype=torch.float64)
+        texts = torch.randn(size, 10, dtype=torch.float64)
+        optimizer.zero_grad()
+        losses = loss(**model(images, texts), output_dict=True)
+        total = sum(losses.values())
+        total.backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+        optimizer.step()
+        history.append(total.item())
+    return history, model
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_training_is_unchanged(impl: str, with_bias: bool) -> None:
+    ours, our_model = train(CyCLIPLoss(0, 0, **OPENCLIP_KEYWORDS, impl=impl), with_bias)
+    theirs, their_model = train(open_clip.ClipLoss(**OPENCLIP_KEYWORDS), with_bias)
+    assert ours == pytest.approx(theirs, rel=1e-9)
+    for name, parameter in our_model.named_parameters():
+        if name == "logit_bias":
+            continue  # Adam blows theirs, a gradient of 1e-18, up to a step
+        torch.testing.assert_close(parameter, their_model.get_parameter(name), rtol=1e-7, atol=1e-9)
+
+
+def test_training_with_penalties_differs_and_lowers_them(impl: str) -> None:
+    """The loop above would also pass if the penalties never reached the parameters."""
+    clip, model = train(CyCLIPLoss(0, 0, impl=impl), False)
+    cyclip, cyclic_model = train(CyCLIPLoss(1.0, 1.0, impl=impl), False)
+    assert clip != cyclip
+    images, texts = torch.randn(32, 12).double(), torch.randn(32, 10).double()
+
+    def gap(model: TwoTowers) -> float:
+        output = model(images, texts)
+        return CyclicPenalty()(output["image_features"], output["text_features"]).item()
+
+    assert gap(cyclic_model) < gap(model)
+
+
+def test_positional_bools_of_clip_loss_are_not_lambdas() -> None:
+    with pytest.raises(TypeError, match="lambda_inmodal must be a number >= 0, got True"):
+        CyCLIPLoss(True, 0.25)
+    with pytest.raises(TypeError, match="lambda_crossmodal must be a number >= 0, got False"):
+        CyCLIPLoss(0.25, False)
+
+
+@pytest.mark.parametrize("lambdas", [(0.25, 0.25), (0.5, 0.125), (0.0, 0.5), (0.5, 0.0), (0, 0)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_terms_sum_to_the_loss(impl: str, dtype: torch.dtype, lambdas) -> None:
+    image, text = (features.to(dtype) for features in pairs(30, 10))
+    module = CyCLIPLoss(*lambdas, impl=impl)
+    terms = module(image, text, 10.0, output_dict=True)
+    assert tuple(terms) == TERMS
+    loss = module(image, text, 10.0)
+    assert loss.ndim == 0
+    assert all(term.shape == loss.shape and term.dtype == loss.dtype for term in terms.values())
+    eps = torch.finfo(loss.dtype).eps
+    torch.testing.assert_close(sum(terms.values()), loss, rtol=8 * eps, atol=0)
+    for name, weight in zip(TERMS[1:], lambdas, strict=True):
+        assert (terms[name] == 0) == (weight == 0)
+
+
+@pytest.mark.parametrize(("n", "d"), [(30, 6), (10, 30)], ids=["gram", "direct"])
+@pytest.mark.parametrize("lambdas", [(0.25, 0.25), (0.5, 0.125)])
+def test_each_term_has_its_own_gradient(impl: str, lambdas, n: int, d: int) -> None:
+    """Terms weighted anew, each at once or apart, as a trainer may: gradients follow."""
+    inputs = [*pairs(n, d), torch.tensor(8.0, dtype=torch.float64)]
+
+    def gradients(weights: tuple[float, float, float], impl: str) -> list[Tensor]:
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        terms = CyCLIPLoss(*lambdas, impl=impl)(*leaves, output_dict=True)
+        sum(w * terms[name] for w, name in zip(weights, TERMS, strict=True)).backward()
+        return [leaf.grad for leaf in leaves]
+
+    for weights in [(1, 0, 0), (0, 1, 0), (0, 0, 1), (2, -3, 5), (1, 1, 1)]:
+        expected = gradients(weights, "reference")
+        for actual, exact in zip(gradients(weights, impl), expected, strict=True):
+            torch.testing.assert_close(actual, exact, rtol=1e-10, atol=1e-13)
+
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    terms = CyCLIPLoss(*lambdas, impl=impl)(*leaves, output_dict=True)
+    for name in reversed(TERMS):
+        terms[name].backward(retain_graph=True)
+    for leaf, exact in zip(leaves, gradients((1, 1, 1), "reference"), strict=True):
+        torch.testing.assert_close(leaf.grad, exact, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.parametrize("value", [-10.0, 1e4])
+def test_logit_bias_changes_nothing(impl: str, value: float, shape: tuple) -> None:
+    image, text = pairs(12, 4)
+    bias = torch.full(shape, value, requires_grad=True)
+    for output_dict in (False, True):
+        bias.grad = None
+        plain = CyCLIPLoss(impl=impl)(image, text, 10.0, output_dict=output_dict)
+        shifted = CyCLIPLoss(impl=impl)(image, text, 10.0, bias, output_dict)
+        assert shifted == plain
+        (sum(shifted.values()) if output_dict else shifted).backward()
+        assert bias.grad is not None
+        assert torch.equal(bias.grad, torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    "logit_scale",
+    [
+        10,
+        10.0,
+        torch.tensor(10.0),
+        torch.tensor([10.0]),
+        torch.tensor([[10.0]]),
+        torch.tensor(10.0, dtype=torch.float64),
+        torch.tensor(10.0, dtype=torch.float16),
+        torch.tensor([10.0], dtype=torch.bfloat16),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_forms_of_the_logit_scale(impl: str, dtype: torch.dtype, logit_scale) -> None:
+    """All the same number; a tensor gets a gradient of its own shape and dtype."""
+    image, text = (features.to(dtype) for features in pairs(20, 6))
+    plain = torch.tensor(10.0, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    expected = results(CyCLIPLoss(impl=impl), image, text, plain)
+    if isinstance(logit_scale, Tensor):
+        actual = results(CyCLIPLoss(impl=impl), image, text, logit_scale)
+        assert actual.logit_scale.dtype == logit_scale.dtype
+        assert actual.logit_scale.shape == logit_scale.shape
+        eps = max(torch.finfo(logit_scale.dtype).eps, torch.finfo(plain.dtype).eps)
+        assert actual.logit_scale.item() == pytest.approx(expected.logit_scale.item(), rel=eps)
+        assert torch.equal(actual.image, expected.image)
+        loss = actual.value
+    else:
+        loss = CyCLIPLoss(impl=impl)(image, text, logit_scale)
+    assert loss.dtype == plain.dtype
+    assert loss.shape == ()
+    assert loss == expected.value
+
+
+@pytest.mark.parametrize("module", [CyCLIPLoss(0.5, 0.125), CyclicPenalty(0.5, 0.125)], ids=repr)
+def test_module_can_be_copied_and_stored(module: nn.Module) -> None:
+    image, text = pairs(10, 4)
+    arguments = (image, text, 5.0) if isinstance(module, CyCLIPLoss) else (image, text)
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert twin(*arguments) == module(*arguments)
+        assert repr(twin) == repr(module)
+    # Like ClipLoss it has no state: a checkpoint of one loads into the other.
+    assert module.state_dict() == {}
+    assert list(module.parameters()) == []
+    module.load_state_dict(open_clip.ClipLoss().state_dict())
+    assert "lambda_inmodal=0.5, lambda_crossmodal=0.125" in repr(module)

@@ -1,0 +1,285 @@
+"""The four custom operators on their own: rectangular work, flags, and PyTorch's own checks."""
+
+import pytest
+import torch
+from accuracy import check_bound, working_eps
+from conftest import set_strip_rows
+from hypothesis import example, given
+from hypothesis import strategies as st
+from inputs import LAYOUTS, lay_out, pairs
+from torch import Tensor
+
+from cyclip_loss import eager, ops
+
+FLAGS = [(True, True), (True, False), (False, True), (False, False)]
+
+
+def rectangle(n: int, m: int, d: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """n image rows and m text rows in float32, (n, d) and (m, d)."""
+    image, text = pairs(max(n, m), d, seed=seed)
+    return image[:n].float(), text[:m].float()
+
+
+def partners(n: int, m: int, first_column: int) -> Tensor:
+    """(n, m): 1 where column j is row i's partner, j = first_column + i."""
+    return (torch.arange(m) == torch.arange(n)[:, None] + first_column).double()
+
+
+def lse_by_definition(image: Tensor, text: Tensor, s: float, first_column: int):
+    logits = s * image.double() @ text.double().T
+    pair_logits = (logits * partners(*logits.shape, first_column)).sum(dim=1)
+    return logits.logsumexp(dim=1), logits.logsumexp(dim=0), pair_logits
+
+
+def grads_by_definition(image, text, s, row_lse, column_lse, weight, first_column, with_columns):
+    """dI, dT, ds as the docstring of `eager.contrastive_grads` defines them, and their scales."""
+    image, text = image.double(), text.double()
+    logits = s * image @ text.T
+    delta = partners(*logits.shape, first_column)
+    exps, count = (logits - row_lse[:, None]).exp(), 1
+    if with_columns:
+        exps, count = exps + (logits - column_lse).exp(), 2
+    gradient = weight * (exps - count * delta)
+    # A logit's or log-sum-exp's absolute error is a relative one of the exponentials.
+    sizes = weight * (exps + count * delta) * (1 + row_lse.abs().max() + column_lse.abs().max() + s)
+    return [
+        (s * gradient @ text, s * sizes @ text.abs()),
+        (s * gradient.T @ image, s * sizes.T @ image.abs()),
+        ((gradient * (image @ text.T)).sum(), (sizes * (image.abs() @ text.abs().T)).sum()),
+    ]
+
+
+RECTANGLES = {
+    "n": st.integers(1, 40),
+    "m": st.integers(1, 40),
+    "d": st.integers(1, 24),
+    "first_column": st.integers(-45, 45),
+    "with_columns": st.booleans(),
+    "strip_rows": st.sampled_from([None, 1, 7]),
+    "image_layout": st.sampled_from(LAYOUTS),
+    "text_layout": st.sampled_from(LAYOUTS),
+    "seed": st.integers(0, 2**31),
+}
+
+
+@given(**RECTANGLES)
+def test_contrastive_lse(
+    impl, n, m, d, first_column, with_columns, strip_rows, image_layout, text_layout, seed
+) -> None:
+    image, text = rectangle(n, m, d, seed)
+    image, text = lay_out(image, image_layout), lay_out(text, text_layout)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        set_strip_rows(monkeypatch, strip_rows)
+        row_lse, column_lse, pair_logits = ops.contrastive_lse(
+            image, text, torch.tensor(20.0), first_column, with_columns, impl
+        )
+    expected = lse_by_definition(image, text, 20.0, first_column)
+    scale = torch.tensor(1 + 40).log() + 20.0 * (image.abs() @ text.abs().T).max().double()
+    for actual, exact in zip((row_lse, column_lse, pair_logits), expected, strict=True):
+        assert actual.dtype == torch.float32
+        if actual is column_lse and not with_columns:
+            assert actual.shape == (0,)
+        else:
+            check_bound("lse", actual, [exact], scale, working_eps(impl, torch.float32))
+    # A row without a partner has 0, not something small.
+    alone = partners(n, m, first_column).sum(dim=1) == 0
+    assert bool((pair_logits[alone] == 0).all())
+
+
+TALL = {
+    "n": 20,
+    "m": 9,
+    "d": 5,
+    "strip_rows": 7,
+    "image_layout": "contiguous",
+    "text_layout": "transposed",
+    "seed": 1,
+    "needs_scale": True,
+}
+
+
+@given(**RECTANGLES, needs=st.sampled_from(FLAGS), needs_scale=st.booleans())
+@example(**TALL | {"first_column": -6, "with_columns": True, "needs": (True, True)})
+@example(**TALL | {"first_column": -6, "with_columns": True, "needs": (False, True)})
+@example(**TALL | {"first_column": 30, "with_columns": False, "needs": (False, False)})
+def test_contrastive_grads(
+    n,
+    m,
+    d,
+    first_column,
+    with_columns,
+    strip_rows,
+    image_layout,
+    text_layout,
+    seed,
+    needs,
+    needs_scale,
+    impl,
+) -> None:
+    """With log-sum-exps that are larger than those of this rectangle, as over ranks."""
+    image, text = rectangle(n, m, d, seed)
+    image, text = lay_out(image, image_layout), lay_out(text, text_layout)
+    row_lse, column_lse, _ = lse_by_definition(image, text, 5.0, first_column)
+    row_lse = (row_lse + 0.5).float()
+    column_lse = (column_lse + torch.linspace(0, 2, m)).float()
+    arguments = (row_lse, column_lse if with_columns else column_lse[:0])
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        set_strip_rows(monkeypatch, strip_rows)
+        actual = ops.contrastive_grads(
+            image,
+            text,
+            torch.tensor(5.0),
+            *arguments,
+            torch.tensor(0.125),
+            first_column,
+            with_columns,
+            *needs,
+            needs_scale,
+            impl,
+        )
+    expected = grads_by_definition(
+        image, text, 5.0, row_lse.double(), column_lse.double(), 0.125, first_column, with_columns
+    )
+    for grad, (exact, scale), needed in zip(actual, expected, (*needs, needs_scale), strict=True):
+        if needed:
+            check_bound("grad", grad, [exact], scale, working_eps(impl, torch.float32))
+        else:
+            assert grad.numel() == (0 if grad.ndim else 1)
+
+
+@pytest.mark.parametrize("sizes", [[10, 10, 10], [1, 17, 12]])
+def test_ranks_add_up(impl: str, sizes: list[int], small_strips: None) -> None:
+    """Each rank's rows against all columns: partial results sum to those of one process."""
+    image, text = pairs(sum(sizes), 8)
+    scale = torch.tensor(12.0, dtype=torch.float64)
+    weight = torch.tensor(1 / (2 * len(image)), dtype=torch.float64)
+    whole_lse = ops.contrastive_lse(image, text, scale, 0, True, impl)
+    whole = ops.contrastive_grads(
+        image, text, scale, *whole_lse[:2], weight, 0, True, True, True, True, impl
+    )
+    parts = image.split(sizes)
+    first_rows = [sum(sizes[:rank]) for rank in range(len(sizes))]
+    lses = [
+        ops.contrastive_lse(part, text, scale, first_row, True, impl)
+        for part, first_row in zip(parts, first_rows, strict=True)
+    ]
+    row_lse = torch.cat([lse[0] for lse in lses])
+    column_lse = torch.stack([lse[1] for lse in lses]).logsumexp(dim=0)
+    pair_logits = torch.cat([lse[2] for lse in lses])
+    grads = [
+        ops.contrastive_grads(
+            part, text, scale, rows, column_lse, weight, first_row, True, True, True, True, impl
+        )
+        for part, first_row, rows in zip(parts, first_rows, row_lse.split(sizes), strict=True)
+    ]
+    image_grad = torch.cat([grad[0] for grad in grads])
+    text_grad, scale_grad = (sum(grad[at] for grad in grads) for at in (1, 2))
+    pairs_of_results = [
+        *zip((row_lse, column_lse, pair_logits), whole_lse, strict=True),
+        *zip((image_grad, text_grad, scale_grad), whole, strict=True),
+    ]
+    for actual, expected in pairs_of_results:
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_gram_matrices_of_ranks_add_up(impl: str, small_strips: None) -> None:
+    image, text = pairs(40, 6)
+    whole = ops.cyclic_statistics(image, text, False, True, impl)
+    parts = [
+        ops.cyclic_statistics(i, t, False, True, impl)
+        for i, t in zip(image.split([1, 27, 12]), text.split([1, 27, 12]), strict=True)
+    ]
+    torch.testing.assert_close(sum(parts), whole, rtol=1e-12, atol=1e-13)
+    coefficients = torch.tensor([0.7, 0.3], dtype=torch.float64)
+    expected = ops.cyclic_grads(image, text, whole, coefficients, False, True, True, True, impl)
+    part = ops.cyclic_grads(
+        image[1:28], text[1:28], whole, coefficients, False, True, True, True, impl
+    )
+    for grad, all_rows in zip(part, expected, strict=True):
+        torch.testing.assert_close(grad, all_rows[1:28], rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("with_cross", [True, False])
+def test_cyclic_statistics(impl: str, with_cross: bool, small_strips: None) -> None:
+    image, text = pairs(30, 6)
+    u, v = image + text, image - text
+    grams = [u.T @ u, v.T @ v, v.T @ u][: 3 if with_cross else 2]
+    actual = ops.cyclic_statistics(image, text, False, with_cross, impl)
+    torch.testing.assert_close(actual, torch.stack(grams), rtol=1e-12, atol=1e-13)
+    actual = ops.cyclic_statistics(image, text, True, with_cross, impl)
+    torch.testing.assert_close(actual, u @ v.T, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "gram"])
+@pytest.mark.parametrize(
+    ("with_cross", "coefficients"), [(True, (1, 0.5)), (True, (1, 0)), (False, (1, 0))]
+)
+@pytest.mark.parametrize("needs", FLAGS)
+def test_cyclic_grads(impl, direct, with_cross, coefficients, needs, small_strips) -> None:
+    image, text = pairs(30, 6)
+    leaves = [features.clone().requires_grad_() for features in (image, text)]
+    u, v = leaves[0] + leaves[1], leaves[0] - leaves[1]
+    w = u @ v.T
+    total, difference = coefficients
+    ((total * w.square().sum() + difference * (w * w.T).sum()) / 2).backward()
+    statistics = ops.cyclic_statistics(image, text, direct, with_cross, impl)
+    coefficients = torch.tensor(coefficients, dtype=torch.float64)
+    grads = ops.cyclic_grads(
+        image, text, statistics, coefficients, direct, with_cross, *needs, impl
+    )
+    for grad, leaf, needed in zip(grads, leaves, needs, strict=True):
+        if needed:
+            torch.testing.assert_close(grad, leaf.grad, rtol=1e-11, atol=1e-13)
+        else:
+            assert grad.numel() == 0
+
+
+def test_second_coefficient_is_not_read_without_the_cross_term(impl: str) -> None:
+    image, text = pairs(30, 6)
+    for direct in (True, False):
+        statistics = ops.cyclic_statistics(image, text, direct, False, impl)
+        coefficients = torch.tensor([1.0, torch.nan], dtype=torch.float64)
+        grads = ops.cyclic_grads(
+            image, text, statistics, coefficients, direct, False, True, True, impl
+        )
+        assert all(bool(grad.isfinite().all()) for grad in grads)
+
+
+def opcheck_arguments(dtype: torch.dtype, impl: str) -> list[tuple]:
+    image, text = (features.to(dtype) for features in pairs(12, 5))
+    rows, accumulate = image[3:9], eager.accumulation_dtype(dtype)
+    scale, weight = torch.tensor(4.0, dtype=accumulate), torch.tensor(0.1, dtype=accumulate)
+    arguments = []
+    for with_columns in (True, False):
+        arguments.append(("contrastive_lse", (rows, text, scale, 3, with_columns, impl)))
+        lse = ops.contrastive_lse(rows, text, scale, 3, with_columns, impl)
+        arguments += [
+            (
+                "contrastive_grads",
+                (rows, text, scale, *lse[:2], weight, 3, with_columns, *needs, needs[0], impl),
+            )
+            for needs in FLAGS
+        ]
+    for direct in (True, False):
+        for with_cross in (True, False):
+            arguments.append(("cyclic_statistics", (image, text, direct, with_cross, impl)))
+            statistics = ops.cyclic_statistics(image, text, direct, with_cross, impl)
+            coefficients = torch.ones(2, dtype=accumulate)
+            arguments += [
+                (
+                    "cyclic_grads",
+                    (image, text, statistics, coefficients, direct, with_cross, *needs, impl),
+                )
+                for needs in FLAGS
+            ]
+    return arguments
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout"), [(torch.float64, "contiguous"), (torch.bfloat16, "transposed")]
+)
+def test_opcheck(impl: str, dtype: torch.dtype, layout: str) -> None:
+    """True schemas, nothing mutated or aliased, and the shapes given without data are right."""
+    for name, arguments in opcheck_arguments(dtype, impl):
+        arguments = (*(lay_out(tensor, layout) for tensor in arguments[:2]), *arguments[2:])
+        torch.library.opcheck(getattr(torch.ops.cyclip_loss, name).default, arguments)
