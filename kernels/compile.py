@@ -115,10 +115,9 @@ def _source(variant: Variant) -> ASTSource:
     # Features and their gradients; everything else is float32.
     typed = {"image", "text", "gradient", "image_grad", "text_grad"}
     integers = {"n", "m", "d", "image_stride", "text_stride", "first_column"}
-    integers |= {"split_rows", "split_stride"}
-    # A row length that is a multiple of the tile is one of 16 too, and so is the stride. N is not
-    # told: its argument is not specialised.
-    divisible = {"d", "image_stride", "text_stride"}
+    integers |= {"split_rows", "split_stride", "gradient_stride"}
+    # Row lengths are multiples of the tile, so of 16. N is not told: it is not specialised on.
+    divisible = {"d", "image_stride", "text_stride", "gradient_stride"}
     signature, attributes = {}, {}
     for position, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -238,7 +237,8 @@ def table(results: list[tuple[Variant, Binary | str]]) -> str:
         matrix = ", ".join(f"{n} {name}" for name, n in binary.matrix_instructions.items())
         lines.append(
             f"{start}| {binary.registers} | {binary.spilled_bytes} "
-            f"| {binary.shared_bytes / 1024:g} | {matrix or 'none'} | {binary.size_bytes / 1024:.0f} |"
+            f"| {binary.shared_bytes / 1024:.0f} | {matrix or 'none'} "
+            f"| {binary.size_bytes / 1024:.0f} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -76,10 +76,10 @@ _SM80 = {
         (32, "tf32"): _product(128, 128, 32, 8, 3),
         (32, "ieee"): _product(64, 64, 16, 4, 3),
     },
-    "cyclic_statistics": {(32, "tf32"): _gram(64, 32, 4, 3), (32, "ieee"): _gram(64, 16, 4, 2)},
+    "cyclic_statistics": {(32, "tf32"): _gram(64, 16, 8, 3), (32, "ieee"): _gram(64, 16, 8, 2)},
     "cyclic_grads": {
         (32, "tf32"): _cyclic(64, 64, 32, 4, 3),
-        (32, "ieee"): _cyclic(64, 64, 16, 4, 2),
+        (32, "ieee"): _cyclic(64, 64, 16, 8, 2),
     },
 }
 _SM90 = {
@@ -92,8 +92,14 @@ _SM90 = {
     "cyclic_statistics": {(32, "tf32"): _gram(64, 32, 4, 4), (32, "ieee"): _gram(64, 16, 4, 2)},
     "cyclic_grads": {
         (32, "tf32"): _cyclic(128, 128, 32, 8, 3),
-        (32, "ieee"): _cyclic(64, 64, 16, 4, 2),
+        (32, "ieee"): _cyclic(64, 64, 16, 8, 2),
     },
+}
+_SM100 = {
+    **_SM90,
+    # The product stays in tensor memory; 256 rows leave the registers that 256 columns do not.
+    "contrastive": {**_SM90["contrastive"], (16, "tf32"): _product(256, 128, 64, 8, 3, parts=2)},
+    "cyclic_grads": {**_SM90["cyclic_grads"], (32, "tf32"): _cyclic(128, 128, 32, 8, 2)},
 }
 _GFX942 = {
     "contrastive": {
@@ -115,7 +121,7 @@ _INTERPRETER = {
     "cyclic_statistics": dict.fromkeys(((32, "tf32"), (32, "ieee")), _gram(32, 16, 1, 1)),
     "cyclic_grads": dict.fromkeys(((32, "tf32"), (32, "ieee")), _cyclic(32, 32, 16, 1, 1)),
 }
-ARCHITECTURES = {"sm_80": _SM80, "sm_90": _SM90, "sm_100": _SM90, "gfx942": _GFX942}
+ARCHITECTURES = {"sm_80": _SM80, "sm_90": _SM90, "sm_100": _SM100, "gfx942": _GFX942}
 
 
 @lru_cache

@@ -23,10 +23,6 @@ from cyclip_loss.kernels.tiles import LOG2_E, grouped_tile, halves, tile_product
 # memory.
 STRIP_BYTES = 2**28
 
-# Rows and columns share one exponential while all their log-sum-exps lie within this of each other,
-# in units of log 2. What underflows in the shared factor is then below 2^(60 - 126).
-SHARED_SPAN = tl.constexpr(60.0)
-
 
 @triton.jit
 def _tile_gradient(
@@ -35,6 +31,7 @@ def _tile_gradient(
     row_lse,
     column_lse,
     gradient,
+    gradient_stride,
     first_row,
     first_column_of_tile,
     first_column,
@@ -54,28 +51,21 @@ def _tile_gradient(
     g = tl.exp2(product * scale - (r - SHIFT)[:, None])
     if WITH_COLUMNS:
         c = tl.load(column_lse + tl.minimum(columns, m - 1)) * LOG2_E
-        low = tl.minimum(tl.min(r, axis=0), tl.min(c, axis=0))
-        high = tl.maximum(tl.max(r, axis=0), tl.max(c, axis=0))
-        if high - low < SHARED_SPAN:
-            # exp(l - c) = exp(l - r) * exp(r - low) * exp(low - c)
-            g += g * (tl.exp2(r - low)[:, None] * tl.exp2(low - c)[None, :])
-        else:
-            g += tl.exp2(product * scale - (c - SHIFT)[None, :])
-
-    first_pair = first_row + first_column
-    if (first_pair < first_column_of_tile + BN) & (first_pair + BM > first_column_of_tile):
-        is_pair = (rows + first_column)[:, None] == columns[None, :]
-        # 2 for rows and columns, 1 for rows alone, times 2^SHIFT.
-        g -= tl.where(is_pair, (2.0 if WITH_COLUMNS else 1.0) * (1 << SHIFT), 0.0)
-
-    valid = (rows < n)[:, None] & (columns < m)[None, :]
+        # Two exponentials an element: sharing one is safe only in a branch, whose two results
+        # spill registers.
+        g += tl.exp2(product * scale - (c - SHIFT)[None, :])
+    # 2 for rows and columns, 1 for rows alone, times 2^SHIFT.
+    is_pair = (rows + first_column)[:, None] == columns[None, :]
+    g -= tl.where(is_pair, (2.0 if WITH_COLUMNS else 1.0) * (1 << SHIFT), 0.0)
+    # Whole tiles are stored, 0 outside the matrix: a mask on columns would forbid wide stores.
+    g = tl.where((rows < n)[:, None] & (columns < m)[None, :], g, 0.0)
     # One 64-bit offset for the tile, 32 bits within it.
-    tile_start = gradient + first_row.to(tl.int64) * m
-    within = tl.arange(0, BM)[:, None] * m + columns[None, :]
-    tl.store(tile_start + within, g.to(gradient.dtype.element_ty), mask=valid)
+    tile_start = gradient + first_row.to(tl.int64) * gradient_stride
+    within = tl.arange(0, BM)[:, None] * gradient_stride + columns[None, :]
+    tl.store(tile_start + within, g.to(gradient.dtype.element_ty))
     tile_sum = 0.0
     if NEEDS_SCALE:
-        tile_sum = tl.sum(tl.sum(tl.where(valid, g * product, 0.0), axis=1), axis=0)
+        tile_sum = tl.sum(tl.sum(g * product, axis=1), axis=0)
     return tile_sum
 
 
@@ -86,13 +76,14 @@ def contrastive_grads_kernel(
     logit_scale,  # scalar
     row_lse,  # (n,)
     column_lse,  # (m,)
-    gradient,  # (n, m) out: G * 2^SHIFT
+    gradient,  # G * 2^SHIFT out, whole tiles of it, rows `gradient_stride` apart
     scale_partials,  # (tiles,) out: sum over the tile of G_ij (I_i . T_j), times 2^SHIFT
     n,
     m,
     d,  # a multiple of BK
     image_stride,
     text_stride,
+    gradient_stride,
     first_column,  # row i is paired with column first_column + i
     WITH_COLUMNS: tl.constexpr,
     NEEDS_SCALE: tl.constexpr,
@@ -123,18 +114,18 @@ def contrastive_grads_kernel(
     start = column_tile * BN
     if PARTS == 1:
         tile_sum = _tile_gradient(
-            product, scale, row_lse, column_lse, gradient, first_row, start, first_column,
-            n, m, WITH_COLUMNS, NEEDS_SCALE, SHIFT, BM, BN,
+            product, scale, row_lse, column_lse, gradient, gradient_stride, first_row, start,
+            first_column, n, m, WITH_COLUMNS, NEEDS_SCALE, SHIFT, BM, BN,
         )  # fmt: skip
     else:
         left, right = halves(product, BM, BN)
         tile_sum = _tile_gradient(
-            left, scale, row_lse, column_lse, gradient, first_row, start, first_column,
-            n, m, WITH_COLUMNS, NEEDS_SCALE, SHIFT, BM, BN // 2,
+            left, scale, row_lse, column_lse, gradient, gradient_stride, first_row, start,
+            first_column, n, m, WITH_COLUMNS, NEEDS_SCALE, SHIFT, BM, BN // 2,
         )  # fmt: skip
         tile_sum += _tile_gradient(
-            right, scale, row_lse, column_lse, gradient, first_row, start + BN // 2, first_column,
-            n, m, WITH_COLUMNS, NEEDS_SCALE, SHIFT, BM, BN // 2,
+            right, scale, row_lse, column_lse, gradient, gradient_stride, first_row,
+            start + BN // 2, first_column, n, m, WITH_COLUMNS, NEEDS_SCALE, SHIFT, BM, BN // 2,
         )  # fmt: skip
     if NEEDS_SCALE:
         tl.store(scale_partials + tl.program_id(0), tile_sum)
@@ -168,12 +159,14 @@ def contrastive_grads(
     scale_sum = weight.new_zeros(())
 
     column_tiles = triton.cdiv(m, tile["BN"])
-    strip = max(1, STRIP_BYTES // (m * image.element_size() * tile["BM"])) * tile["BM"]
-    gradient_buffer = image.new_empty(min(strip, n), m)
+    width = column_tiles * tile["BN"]
+    strip = max(1, STRIP_BYTES // (width * image.element_size() * tile["BM"])) * tile["BM"]
+    height = min(strip, triton.cdiv(n, tile["BM"]) * tile["BM"])
+    gradient_tiles = image.new_empty(height, width)
     for start in range(0, n, strip):
         rows = min(strip, n - start)
         row_tiles = triton.cdiv(rows, tile["BM"])
-        gradient = gradient_buffer[:rows]
+        gradient = gradient_tiles[:rows, :m]
         scale_partials = row_lse.new_empty(row_tiles * column_tiles if needs_scale else 0)
         with launch_on(image):
             contrastive_grads_kernel[(row_tiles * column_tiles,)](
@@ -189,6 +182,7 @@ def contrastive_grads(
                 d,
                 image.stride(0),
                 text.stride(0),
+                width,
                 first_column + start,
                 WITH_COLUMNS=with_columns,
                 NEEDS_SCALE=needs_scale,

@@ -19,10 +19,6 @@ from cyclip_loss.kernels.tiles import LN_2, LOG2_E, grouped_tile, halves, tile_p
 # kind (64 MB). At N = 65,536 that takes two strips with 128-row tiles.
 PARTIAL_ELEMENTS = 2**24
 
-# One exponential per element serves rows and columns while no row or column of the tile sums to
-# less than this: terms that underflow (2^-126) are then below float32's resolution of the sum.
-SMALLEST_SHARED_SUM = tl.constexpr(2.0**-60)
-
 
 @triton.jit
 def _finite_reference(maximum):
@@ -60,26 +56,14 @@ def _tile_lse(
 
     valid = (rows < n)[:, None] & (columns < m)[None, :]
     logits = tl.where(valid, logits, -float("inf"))
-    tile_max = _finite_reference(tl.max(tl.max(logits, axis=1), axis=0))
-    exps = tl.exp2(logits - tile_max)
-    row_max = tl.zeros((BM,), dtype=tl.float32) + tile_max
-    row_sum = tl.sum(exps, axis=1)
-    column_max = tl.zeros((BN,), dtype=tl.float32) + tile_max
-    smallest = tl.min(tl.where(rows < n, row_sum, 1.0), axis=0)
-    if WITH_COLUMNS:
-        column_sum = tl.sum(exps, axis=0)
-        smallest = tl.minimum(smallest, tl.min(tl.where(columns < m, column_sum, 1.0), axis=0))
-    else:
-        column_sum = column_max
-    if smallest < SMALLEST_SHARED_SUM:
-        row_max = _finite_reference(tl.max(logits, axis=1))
-        row_sum = tl.sum(tl.exp2(logits - row_max[:, None]), axis=1)
-        if WITH_COLUMNS:
-            column_max = _finite_reference(tl.max(logits, axis=0))
-            column_sum = tl.sum(tl.exp2(logits - column_max[None, :]), axis=0)
-
+    # Two exponentials an element. One for both, relative to the tile's maximum, underflows for rows
+    # and columns far below it, and the branch that saves them costs registers that spill.
+    row_max = _finite_reference(tl.max(logits, axis=1))
+    row_sum = tl.sum(tl.exp2(logits - row_max[:, None]), axis=1)
     tl.store(row_partial + rows, (row_max + tl.log2(row_sum)) * LN_2, mask=rows < n)
     if WITH_COLUMNS:
+        column_max = _finite_reference(tl.max(logits, axis=0))
+        column_sum = tl.sum(tl.exp2(logits - column_max[None, :]), axis=0)
         column_lse = (column_max + tl.log2(column_sum)) * LN_2
         tl.store(column_partial + columns, column_lse, mask=columns < m)
 
