@@ -43,29 +43,28 @@ def _tile_gradient(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Store the tile of G * 2^SHIFT; return the sum of G_ij (I_i . T_j) over it, times 2^SHIFT."""
+    """Store the tile of G * 2^SHIFT; return the sum of G_ij (I_i . T_j) over it."""
     rows = first_row + tl.arange(0, BM)
     columns = first_column_of_tile + tl.arange(0, BN)
     # Past the end the last values are read again: they are finite, and nothing of it is kept.
     r = tl.load(row_lse + tl.minimum(rows, n - 1)) * LOG2_E
-    g = tl.exp2(product * scale - (r - SHIFT)[:, None])
+    g = tl.exp2(product * scale - r[:, None])
     if WITH_COLUMNS:
         c = tl.load(column_lse + tl.minimum(columns, m - 1)) * LOG2_E
         # Two exponentials an element: sharing one is safe only in a branch, whose two results
         # spill registers.
-        g += tl.exp2(product * scale - (c - SHIFT)[None, :])
-    # 2 for rows and columns, 1 for rows alone, times 2^SHIFT.
+        g += tl.exp2(product * scale - c[None, :])
     is_pair = (rows + first_column)[:, None] == columns[None, :]
-    g -= tl.where(is_pair, (2.0 if WITH_COLUMNS else 1.0) * (1 << SHIFT), 0.0)
+    g -= tl.where(is_pair, 2.0 if WITH_COLUMNS else 1.0, 0.0)
     # Whole tiles are stored, 0 outside the matrix: a mask on columns would forbid wide stores.
     g = tl.where((rows < n)[:, None] & (columns < m)[None, :], g, 0.0)
-    # One 64-bit offset for the tile, 32 bits within it.
-    tile_start = gradient + first_row.to(tl.int64) * gradient_stride
-    within = tl.arange(0, BM)[:, None] * gradient_stride + columns[None, :]
-    tl.store(tile_start + within, g.to(gradient.dtype.element_ty))
     tile_sum = 0.0
     if NEEDS_SCALE:
         tile_sum = tl.sum(tl.sum(g * product, axis=1), axis=0)
+    # One 64-bit offset for the tile, 32 bits within it.
+    tile_start = gradient + first_row.to(tl.int64) * gradient_stride
+    within = tl.arange(0, BM)[:, None] * gradient_stride + columns[None, :]
+    tl.store(tile_start + within, (g * (1 << SHIFT)).to(gradient.dtype.element_ty))
     return tile_sum
 
 
@@ -77,7 +76,7 @@ def contrastive_grads_kernel(
     row_lse,  # (n,)
     column_lse,  # (m,)
     gradient,  # G * 2^SHIFT out, whole tiles of it, rows `gradient_stride` apart
-    scale_partials,  # (tiles,) out: sum over the tile of G_ij (I_i . T_j), times 2^SHIFT
+    scale_partials,  # (tiles,) out: sum over the tile of G_ij (I_i . T_j)
     n,
     m,
     d,  # a multiple of BK
@@ -200,7 +199,7 @@ def contrastive_grads(
         if needs_text:
             add_product(text_sum, gradient.T, image_features[start : start + rows])
     text_grad = text_sum.mul_(feature_weight).to(text.dtype)
-    return image_grad, text_grad, scale_sum.mul_(weight * 2.0**-shift)
+    return image_grad, text_grad, scale_sum.mul_(weight)
 
 
 def _has_wide_products(a: Tensor) -> bool:
