@@ -84,5 +84,5 @@ def contrastive_loss(
     """
     if impl == "reference":
         dense = reference.contrastive_loss if symmetric else reference.one_way_contrastive_loss
-        return dense(image_features, text_features, logit_scale)
+        return dense(image_features, text_features, logit_scale).to(logit_scale.dtype)
     return _contrastive(image_features, text_features, logit_scale, symmetric, impl)

@@ -34,7 +34,7 @@ def direct_is_cheaper(n: int, d: int, with_cross: bool) -> bool:
 
 
 class _CyclicPenalties(torch.autograd.Function):
-    """[lambda_in * P_in, lambda_cross * P_cross] if `separate`, else [their sum]."""
+    """(lambda_in * P_in, lambda_cross * P_cross) if `separate`, else (their sum,)."""
 
     @staticmethod
     def forward(
@@ -45,7 +45,7 @@ class _CyclicPenalties(torch.autograd.Function):
         lambda_crossmodal: float,
         separate: bool,
         impl: str,
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         n, d = image_features.shape
         with_cross = separate or lambda_inmodal != lambda_crossmodal
         direct = direct_is_cheaper(n, d, with_cross)
@@ -60,22 +60,22 @@ class _CyclicPenalties(torch.autograd.Function):
             p_plus_q, p_minus_q = (p + q).clamp(min=0), (p - q).clamp(min=0)
         inmodal = p_plus_q * (lambda_inmodal / (2 * n))
         crossmodal = p_minus_q * (lambda_crossmodal / (2 * n))
-        terms = torch.stack((inmodal, crossmodal) if separate else (inmodal + crossmodal,))
+        # Tensors of their own: a caller may write `loss += ...`, which views would refuse.
+        terms = (inmodal, crossmodal) if separate else (inmodal + crossmodal,)
 
         ctx.save_for_backward(image_features, text_features, statistics)
         ctx.lambdas = (lambda_inmodal, lambda_crossmodal)
-        ctx.direct, ctx.with_cross, ctx.separate = direct, with_cross, separate
-        ctx.impl = impl
+        ctx.direct, ctx.with_cross, ctx.impl = direct, with_cross, impl
         # An infinite feature may leave an infinite penalty; inf - inf makes it NaN.
-        return terms + (terms - terms)
+        return tuple(term + (term - term) for term in terms)
 
     @staticmethod
-    def backward(ctx: Any, grad_terms: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_terms: Tensor) -> tuple[Tensor | None, ...]:
         image_features, text_features, statistics = ctx.saved_tensors
         needs_image, needs_text = ctx.needs_input_grad[:2]
         n = len(image_features)
         inmodal = grad_terms[0] * (ctx.lambdas[0] / n)
-        crossmodal = grad_terms[1 if ctx.separate else 0] * (ctx.lambdas[1] / n)
+        crossmodal = grad_terms[-1] * (ctx.lambdas[1] / n)
         coefficients = torch.stack((inmodal + crossmodal, inmodal - crossmodal))
         image_grad, text_grad = ops.cyclic_grads(
             image_features,
@@ -98,7 +98,7 @@ class _CyclicPenalties(torch.autograd.Function):
         )
 
 
-_cyclic_penalties: Callable[..., Tensor] = _CyclicPenalties.apply
+_cyclic_penalties: Callable[..., tuple[Tensor, ...]] = _CyclicPenalties.apply
 
 
 def cyclic_penalties(
@@ -118,12 +118,11 @@ def cyclic_penalties(
         zero = image_features.new_zeros((), dtype=accumulation_dtype(image_features.dtype))
         return (zero, torch.zeros_like(zero)) if separate else (zero,)
     if impl == "reference":
-        inmodal = lambda_inmodal * reference.inmodal_cyclic_penalty(image_features, text_features)
-        crossmodal = lambda_crossmodal * reference.crossmodal_cyclic_penalty(
-            image_features, text_features
-        )
+        dtype = accumulation_dtype(image_features.dtype)
+        features = (image_features, text_features)
+        inmodal = lambda_inmodal * reference.inmodal_cyclic_penalty(*features).to(dtype)
+        crossmodal = lambda_crossmodal * reference.crossmodal_cyclic_penalty(*features).to(dtype)
         return (inmodal, crossmodal) if separate else (inmodal + crossmodal,)
-    terms = _cyclic_penalties(
+    return _cyclic_penalties(
         image_features, text_features, lambda_inmodal, lambda_crossmodal, separate, impl
     )
-    return terms.unbind()

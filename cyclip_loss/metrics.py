@@ -31,7 +31,7 @@ def alignment(image_features: Tensor, text_features: Tensor) -> Tensor:
     0 is perfect. Features (N, D); costs O(N D). Returns a scalar.
     """
     image_features, text_features = check_features(image_features, text_features)
-    return (image_features.double() - text_features.double()).square().sum(dim=1).mean().float()
+    return (_wide(image_features) - _wide(text_features)).square().sum(dim=1).mean().float()
 
 
 @torch.no_grad()
@@ -48,16 +48,17 @@ def uniformity(features: Tensor) -> Tensor:
     n = len(features)
     if n < 2:
         raise ValueError(f"features must have at least two rows, got {tuple(features.shape)}")
-    features = features.double() if features.device.type != "mps" else features.float()
+    features = _wide(features)
     norms = features.square().sum(dim=1)
     total = features.new_zeros(())
     height = strip_rows(n, features.device)
     for start in range(0, n, height):
         strip = features[start : start + height]
         squared = norms[start : start + height, None] + norms - 2 * (strip @ features.T)
-        total += torch.exp(-2 * squared.clamp(min=0)).sum()
-    # The sum runs over all ordered pairs; each row with itself adds exp(0) = 1.
-    return ((total - n) / (n * (n - 1))).log().float()
+        potentials = torch.exp(-2 * squared.clamp(min=0))
+        potentials.diagonal(start).zero_()  # each row with itself
+        total += potentials.sum()
+    return (total / (n * (n - 1))).log().float()
 
 
 def consistency_metrics(image_features: Tensor, text_features: Tensor) -> dict[str, Tensor]:
@@ -74,3 +75,8 @@ def consistency_metrics(image_features: Tensor, text_features: Tensor) -> dict[s
         "image_uniformity": uniformity(image_features),
         "text_uniformity": uniformity(text_features),
     }
+
+
+def _wide(features: Tensor) -> Tensor:
+    """float64, where the device has it."""
+    return features.double() if features.device.type != "mps" else features.float()

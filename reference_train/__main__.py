@@ -21,6 +21,7 @@ from .data import (
     EmojiSet,
     StreamedBatches,
     find_shards,
+    fingerprint,
     is_emoji_folder,
     read_emoji,
 )
@@ -163,7 +164,7 @@ def check_out(folder: Path) -> None:
         raise CannotStart(f"--out {folder}: can't be written: {error.strerror}") from error
 
 
-def run_configs(arguments: argparse.Namespace) -> list[RunConfig]:
+def run_configs(arguments: argparse.Namespace, shards: list[str], emoji: str) -> list[RunConfig]:
     """Seed by seed, so that an early stop leaves every loss with as many runs."""
     return [
         RunConfig(
@@ -176,7 +177,7 @@ def run_configs(arguments: argparse.Namespace) -> list[RunConfig]:
             lr=arguments.lr,
             logit_scale=arguments.logit_scale,
             model=arguments.model,
-            data=arguments.data or ["emoji"],
+            data=shards or [emoji],
         )
         for k in range(arguments.seeds)
         for loss in dict.fromkeys(arguments.loss)
@@ -216,15 +217,15 @@ def main(argv: Sequence[str]) -> None:
     check_model_name(arguments.model)
     device = check_device(arguments.device)
     check_out(arguments.out)
-    configs = run_configs(arguments)
-    for config in configs:
-        check_same_settings(config, arguments.out)
     emoji_folder, shards = EMOJI_FOLDER, []
     if arguments.data and len(arguments.data) == 1 and is_emoji_folder(Path(arguments.data[0])):
         emoji_folder = Path(arguments.data[0])
     elif arguments.data:
         shards = find_shards(arguments.data)
     emoji = read_emoji(emoji_folder)
+    configs = run_configs(arguments, shards, fingerprint(emoji_folder))
+    for config in configs:
+        check_same_settings(config, arguments.out)
 
     for number, config in enumerate(configs, start=1):
         folder = arguments.out / config.name

@@ -11,6 +11,7 @@ a false negative of the contrastive loss. A batch depends on the seed and its po
 resumed run sees what an uninterrupted one would have seen.
 """
 
+import hashlib
 import io
 import json
 import lzma
@@ -178,6 +179,14 @@ def read_emoji(folder: Path = EMOJI_FOLDER, size: int = 64) -> EmojiSet:
         emoji.images[style] = torch.from_numpy(np.stack(images))
         emoji.concept[style] = torch.tensor(rows)
     return emoji
+
+
+def fingerprint(folder: Path) -> str:
+    """A name for exactly these shards: a model may have trained on what others hold out."""
+    digest = hashlib.sha256()
+    for style in ALL_STYLES:
+        digest.update((folder / f"{style}.tar.xz").read_bytes())
+    return f"emoji-{digest.hexdigest()[:12]}"
 
 
 def captions_of(concept: Concept) -> list[list[str]]:

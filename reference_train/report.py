@@ -253,14 +253,16 @@ def draw_loss(results: dict[str, Any], path: Path) -> None:
     fig, (top, *rest) = figure(3, 8.0)
     titles = {
         "contrastive_loss": "contrastive loss in training",
-        "inmodal_cyclic_loss": "in-modal penalty, weighted",
-        "crossmodal_cyclic_loss": "cross-modal penalty, weighted",
+        "inmodal_cyclic_loss": "in-modal penalty × λ",
+        "crossmodal_cyclic_loss": "cross-modal penalty × λ",
     }
     for ax, (name, title) in zip((top, *rest), titles.items(), strict=True):
         draw_lines(ax, results, "training", name)
         ax.set_title(title, loc="left")
-        ax.set_ylim(bottom=0)
         if ax.lines:
+            # the scale of what follows the warm-up: the penalties start out many times as high
+            settled = [line.get_ydata()[len(line.get_ydata()) // 10 :].max() for line in ax.lines]
+            ax.set_ylim(0, 1.3 * max(settled))
             ax.legend(frameon=False)
     fig.savefig(path)
     plt.close(fig)
@@ -320,6 +322,7 @@ def draw_styles(results: dict[str, Any], path: Path) -> None:
             labels.append(style.replace("fluent-emoji-", "fluent-emoji-\n") + note)
         ax.set_yticks(range(len(bars)), labels)
         ax.invert_yaxis()
+        ax.margins(x=0.12)  # room for the numbers
         ax.set_title(title, loc="left")
     axes[0].legend(frameon=False, loc="lower right")
     fig.savefig(path)
@@ -338,7 +341,7 @@ def draw_names(results: dict[str, Any], path: Path) -> None:
     }
     lines = (len(wanted) + 1) // 2
     fig, axes = plt.subplots(
-        lines, 4, figsize=(5.5, 1.25 * lines + 0.5), dpi=200, width_ratios=[1, 1.9, 1, 1.9]
+        lines, 4, figsize=(5.5, 1.05 * lines + 0.65), dpi=200, width_ratios=[1, 1.9, 1, 1.9]
     )
     cells = np.atleast_2d(axes).reshape(-1, 2)
     for left, right in cells:
@@ -350,8 +353,8 @@ def draw_names(results: dict[str, Any], path: Path) -> None:
         left.imshow(images[shown["code"]], interpolation="bilinear")
         y = 1.0
         for text, colour, weight in name_lines(shown["name"], runs, k):
-            right.text(0, y, text, color=colour, weight=weight, fontsize=8.5, va="top")
-            y -= 0.19 * (text.count("\n") + 1) + 0.06
+            right.text(0, y, text, color=colour, weight=weight, fontsize=9.5, va="top")
+            y -= 0.2 * (text.count("\n") + 1) + 0.05
     losses = " and ".join(TITLES[run["config"]["loss"]] for run in runs)
     fig.suptitle(f"What {losses} call an emoji\nin a style never trained on", fontsize=12)
     fig.subplots_adjust(left=0.01, right=0.99, top=1 - 0.6 / fig.get_figheight(), bottom=0.01)
@@ -361,12 +364,12 @@ def draw_names(results: dict[str, Any], path: Path) -> None:
 
 def name_lines(name: str, runs: list[dict[str, Any]], k: int) -> Iterator[tuple[str, str, str]]:
     """The lines beside an emoji: its name, then what each run found; (text, colour, weight)."""
-    yield textwrap.fill(name, 22, max_lines=2), "black", "bold"
+    yield textwrap.fill(name, 19, max_lines=2), "black", "bold"
     for run in runs:
         found = run["results"]["shown"][k]["found"]
         mark, colour = ("✓", RIGHT) if found == name else ("✗", WRONG)
         text = f"{TITLES[run['config']['loss']]} {mark} {'' if found == name else found}"
-        yield textwrap.fill(text.strip(), 24, max_lines=2), colour, "normal"
+        yield textwrap.fill(text.strip(), 21, max_lines=2), colour, "normal"
 
 
 PICTURES = {

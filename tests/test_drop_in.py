@@ -216,3 +216,21 @@ def test_module_can_be_copied_and_stored(module: nn.Module) -> None:
     assert list(module.parameters()) == []
     module.load_state_dict(open_clip.ClipLoss().state_dict())
     assert "lambda_inmodal=0.5, lambda_crossmodal=0.125" in repr(module)
+
+
+@pytest.mark.parametrize("name", [None, *TERMS])
+@pytest.mark.parametrize("lambdas", [(0.5, 0.125), (0.25, 0.25), (0, 0)])
+def test_results_can_be_added_to_in_place(impl: str, lambdas, name: str | None) -> None:
+    """`loss = ...; loss += other` is how trainers add losses up."""
+    image, text = (features.requires_grad_() for features in pairs(10, 4))
+    losses = [CyCLIPLoss(*lambdas, impl=impl)(image, text, 5.0, output_dict=name is not None)]
+    if name is None:
+        losses.append(CyclicPenalty(*lambdas, impl=impl)(image, text))
+    for loss in losses:
+        total = loss if name is None else loss[name]
+        expected = total.item() * 2 + 1
+        total *= 2
+        total += 1
+        assert total.item() == pytest.approx(expected)
+        if total.requires_grad:
+            total.backward()

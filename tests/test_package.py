@@ -1,0 +1,83 @@
+"""The package as installed: what importing it costs, and what it says about itself."""
+
+import importlib.metadata
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cyclip_loss
+from cyclip_loss import cyclic, eager, functional, metrics, ops, reference
+
+NOT_IMPORTED = ["triton", "open_clip", "torchvision", "webdataset", "rich", "matplotlib", "PIL"]
+
+
+def loaded_modules(program: str) -> list[str]:
+    program += "\nimport json, sys; print(json.dumps(list(sys.modules)))"
+    output = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120
+    )
+    return json.loads(output.stdout)
+
+
+def test_import_stays_light() -> None:
+    """A fresh process gets none of the optional dependencies, and no Triton."""
+    loaded = loaded_modules("import cyclip_loss")
+    assert "cyclip_loss" in loaded
+    assert not set(NOT_IMPORTED) & set(loaded)
+    assert not {"kernels", "cyclip_loss.kernels"} & set(loaded)
+
+
+def test_a_loss_on_cpu_stays_light() -> None:
+    """It imports no more than PyTorch does for any custom operator (all of torch._dynamo)."""
+    loaded = loaded_modules(
+        "import torch, cyclip_loss\n"
+        "features = torch.ones(3, 2, requires_grad=True)\n"
+        "cyclip_loss.CyCLIPLoss()(features, features * 2, 10.0).backward()"
+    )
+    by_torch = loaded_modules("import torch._dynamo")
+    assert not set(NOT_IMPORTED) & (set(loaded) - set(by_torch))
+    assert not {"kernels", "cyclip_loss.kernels"} & set(loaded)
+
+
+def test_version() -> None:
+    assert cyclip_loss.__version__ == importlib.metadata.version("cyclip-loss")
+
+
+def test_typed() -> None:
+    assert Path(cyclip_loss.__file__).with_name("py.typed").exists()
+
+
+def test_all_names_what_is_there() -> None:
+    for name in cyclip_loss.__all__:
+        assert hasattr(cyclip_loss, name)
+
+
+@pytest.mark.parametrize(
+    "module", [cyclip_loss, functional, metrics, cyclic, eager, ops, reference], ids=repr
+)
+def test_public_names_are_documented(module) -> None:
+    assert module.__doc__
+    for name, value in vars(module).items():
+        if name.startswith("_") or not (inspect.isclass(value) or inspect.isfunction(value)):
+            continue
+        if not value.__module__.startswith("cyclip_loss"):
+            continue
+        assert value.__doc__, name
+        if inspect.isclass(value):
+            assert value.forward.__doc__, name
+
+
+def test_forward_has_the_arguments_of_clip_loss_first() -> None:
+    open_clip = pytest.importorskip("open_clip")
+    ours = list(inspect.signature(cyclip_loss.CyCLIPLoss.forward).parameters.values())
+    theirs = list(inspect.signature(open_clip.ClipLoss.forward).parameters.values())
+    for our_parameter, their_parameter in zip(ours, theirs, strict=False):
+        assert our_parameter.name == their_parameter.name
+        assert our_parameter.default == their_parameter.default
+    assert len(ours) >= len(theirs)
+    keywords = set(inspect.signature(cyclip_loss.CyCLIPLoss).parameters)
+    assert set(inspect.signature(open_clip.ClipLoss).parameters) <= keywords
