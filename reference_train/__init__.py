@@ -5,5 +5,5 @@ once with the plain CLIP loss and once with CyCLIP, evaluates both on what train
 prints one table and saves pictures. `python -m reference_train --help` lists the rest.
 
 Read it in this order: `data.py` (what a batch is), `model.py`, `train.py` (the loop),
-`evaluate.py`, `report.py`, `__main__.py` (the command line).
+`evaluate.py`, `results.py`, `report.py` and `pictures.py`, `__main__.py` (the command line).
 """

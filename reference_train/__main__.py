@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import report
+from . import report, results
 from .data import (
     EMOJI_FOLDER,
     CannotStart,
@@ -229,7 +229,7 @@ def main(argv: Sequence[str]) -> None:
 
     for number, config in enumerate(configs, start=1):
         folder = arguments.out / config.name
-        if report.evaluated(folder, arguments.split):
+        if results.evaluated(folder, arguments.split):
             console.print(f"{config.name}: finished before, in {folder}", highlight=False)
             continue
         torch.manual_seed(config.seed)
@@ -246,10 +246,10 @@ def main(argv: Sequence[str]) -> None:
                 console.print(f"run {number} of {len(configs)}: {config.name}", highlight=False)
             measures = partial(validation_measures, clip, emoji)
             seconds = train(config, clip, data, measures, folder, console)
-        results = evaluate(clip, emoji, arguments.split)
-        report.save_run(folder, config, arguments.split, seconds, device, results)
+        numbers = evaluate(clip, emoji, arguments.split)
+        results.save_run(folder, config, arguments.split, seconds, device, numbers)
 
-    report.gather_results(arguments.out, arguments.split, emoji_folder)
+    results.gather_results(arguments.out, arguments.split, emoji_folder)
     report.show(arguments.out, console)
 
 

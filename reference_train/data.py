@@ -209,7 +209,7 @@ class Position(NamedTuple):
     """Where in the data a batch starts."""
 
     epoch: int = 0
-    index: int = 0  # emoji: batches of the epoch; streamed: samples read in the epoch
+    offset: int = 0  # emoji: batches of the epoch; streamed: samples read in the epoch
 
 
 class Batch(NamedTuple):
