@@ -118,8 +118,8 @@ _INTERPRETER = {
     "contrastive": dict.fromkeys(
         ((16, "tf32"), (32, "tf32"), (32, "ieee")), _product(32, 64, 32, 1, 1, parts=2)
     ),
-    "cyclic_statistics": dict.fromkeys(((32, "tf32"), (32, "ieee")), _gram(32, 16, 1, 1)),
-    "cyclic_grads": dict.fromkeys(((32, "tf32"), (32, "ieee")), _cyclic(32, 32, 16, 1, 1)),
+    "cyclic_statistics": dict.fromkeys(((32, "tf32"), (32, "ieee")), _gram(64, 32, 1, 1)),
+    "cyclic_grads": dict.fromkeys(((32, "tf32"), (32, "ieee")), _cyclic(64, 64, 32, 1, 1)),
 }
 ARCHITECTURES = {"sm_80": _SM80, "sm_90": _SM90, "sm_100": _SM100, "gfx942": _GFX942}
 

@@ -1,5 +1,6 @@
 """Fixtures of all tests: the engines under test, NaN-filled fresh memory, small strips."""
 
+import importlib
 from collections.abc import Iterator
 
 import pytest
@@ -40,8 +41,17 @@ def small_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     set_strip_rows(monkeypatch, 7)
 
 
+# What bounds the strips of the kernels. A strip is a whole number of tiles high, so at least one.
+KERNEL_STRIPS = {"contrastive_grads": "STRIP_BYTES", "contrastive_lse": "PARTIAL_ELEMENTS"}
+
+
 def set_strip_rows(monkeypatch: pytest.MonkeyPatch, rows: int | None) -> None:
-    """Make every strip of the eager engine `rows` high; None leaves its own choice."""
-    if rows is not None:
-        monkeypatch.setattr(eager, "MIN_STRIP_ROWS", rows)
-        monkeypatch.setitem(eager.STRIP_ELEMENTS, "cpu", 1)
+    """Make strips low: `rows` in the eager engine, one tile in the kernels. None leaves them be."""
+    if rows is None:
+        return
+    monkeypatch.setattr(eager, "MIN_STRIP_ROWS", rows)
+    monkeypatch.setitem(eager.STRIP_ELEMENTS, "cpu", 1)
+    if "triton" in IMPLS_UNDER_TEST:
+        for name, constant in KERNEL_STRIPS.items():
+            module = importlib.import_module(f"cyclip_loss.kernels.{name}")
+            monkeypatch.setattr(module, constant, 1)

@@ -1,0 +1,136 @@
+"""What else one could use: each behind one signature, each stating what it does not compute.
+
+    loss(image_features (N, D), text_features (N, D), logit_scale scalar) -> scalar
+
+Features have rows of unit length. A competitor that cannot run here is skipped with the reason.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from cyclip_loss import CyCLIPLoss, reference
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+OURS = "cyclip_loss"
+
+
+class UnavailableError(Exception):
+    """Why a competitor cannot run here."""
+
+
+@dataclass(frozen=True)
+class Competitor:
+    """A way to compute the loss. `lacks`: what a user of it would not get."""
+
+    name: str
+    loss: Loss
+    lacks: str = ""
+
+
+def dense(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+    """The definition."""
+    return sum(reference.cyclip_loss(image_features, text_features, logit_scale).values())
+
+
+def _dense_penalties(image_features: Tensor, text_features: Tensor) -> Tensor:
+    inmodal = reference.inmodal_cyclic_penalty(image_features, text_features)
+    return 0.25 * (inmodal + reference.crossmodal_cyclic_penalty(image_features, text_features))
+
+
+def _compiled(device: torch.device) -> Competitor:
+    if device.type != "cuda":
+        raise UnavailableError("compiled for CUDA only, on CPU it takes a C++ compiler")
+    return Competitor("dense, torch.compile", torch.compile(dense))
+
+
+def _open_clip(device: torch.device) -> Competitor:
+    _require("open_clip")
+    import open_clip
+
+    return Competitor("open_clip.ClipLoss", open_clip.ClipLoss(), "penalties")
+
+
+def _open_clip_and_penalties(device: torch.device) -> Competitor:
+    clip = _open_clip(device).loss
+
+    def loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+        penalties = _dense_penalties(image_features, text_features)
+        return clip(image_features, text_features, logit_scale) + penalties
+
+    return Competitor("open_clip.ClipLoss, dense penalties", loss)
+
+
+def _inf_cl(device: torch.device) -> Competitor:
+    _require("inf_cl")
+    if device.type != "cuda":
+        raise UnavailableError("runs on CUDA only")
+    from inf_cl import cal_flash_loss
+
+    # It is one direction, and wants D in heads of a power of two up to 256.
+    def loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+        d = image_features.shape[1]
+        head = next(size for size in (256, 128, 64, 32, 16) if d % size == 0)
+        pairs = ((image_features, text_features), (text_features, image_features))
+        ways = [cal_flash_loss(a, b, scale=logit_scale, head_dim=head).mean() for a, b in pairs]
+        return (ways[0] + ways[1]) / 2
+
+    return Competitor("inf_cl, both directions", loss, "penalties")
+
+
+def _memeff(device: torch.device) -> Competitor:
+    _require("memeff")
+    if device.type != "cuda":
+        raise UnavailableError("runs on CUDA only")
+    from memeff import MemoryEfficientCLIPLoss
+
+    def loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+        # A Python number: reading it waits for the device.
+        temperature = 1 / logit_scale.item()
+        module = MemoryEfficientCLIPLoss(temperature, normalized_inputs=True, stable=False)
+        return module(image_features, text_features)
+
+    return Competitor("memeff", loss, "penalties, gradient of the logit scale")
+
+
+def _ours(impl: str) -> Callable[[torch.device], Competitor]:
+    def build(device: torch.device) -> Competitor:
+        if impl == "triton" and device.type != "cuda":
+            from cyclip_loss import kernels
+
+            if not kernels.INTERPRETED:
+                raise UnavailableError("runs on CUDA or interpreted only")
+        return Competitor(f"{OURS} ({impl})", CyCLIPLoss(impl=impl))
+
+    return build
+
+
+def _require(package: str) -> None:
+    if find_spec(package) is None:
+        raise UnavailableError(f"{package} is not installed")
+
+
+BUILDERS: dict[str, Callable[[torch.device], Competitor]] = {
+    f"{OURS} (triton)": _ours("triton"),
+    f"{OURS} (eager)": _ours("eager"),
+    "dense": lambda device: Competitor("dense", dense),
+    "dense, torch.compile": _compiled,
+    "open_clip.ClipLoss": _open_clip,
+    "open_clip.ClipLoss, dense penalties": _open_clip_and_penalties,
+    "inf_cl, both directions": _inf_cl,
+    "memeff": _memeff,
+}
+
+
+def competitors(device: torch.device) -> tuple[list[Competitor], dict[str, str]]:
+    """Those that can run on the device, and why the others cannot."""
+    found, reasons = [], {}
+    for name, build in BUILDERS.items():
+        try:
+            found.append(build(device))
+        except Exception as error:  # an installed package may fail to import in any way
+            reasons[name] = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return found, reasons

@@ -1,0 +1,323 @@
+"""What the kernels should cost: flops, bytes, instructions, and from those the predicted times.
+
+For bfloat16 features (N, D) on one GPU, forward and backward, lambda_inmodal = lambda_crossmodal,
+all gradients. Sizes of tiles and strips are the launchers' own (`kernels/`), instructions are
+counted in the binaries (`instructions.py`), the chips' rates are published ones (`chips.py`).
+
+A program of a tile kernel takes
+
+    main loop   the slowest of: the product, at triton_fraction of the library's rate; its operands
+                from L2, (BM + BN) * D * 2 bytes a tile; the loop's own instructions
+    epilogue    the slowest of: issue slots, exponentials, shuffles, half-rate instructions
+    start       FILL_SECONDS until the first operands are there
+
+and their sum if only one program fits on an SM, by its registers: nothing else is there to overlap
+with. If two fit, the slowest resource alone. The cyclic kernels form U and V in registers between
+the loads and the product, so their main loop is the sum of product and instructions. A kernel
+takes as many turns of that as the grid needs, or the time of its device memory traffic, if that is
+longer.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+
+from benchmarks.chips import (
+    EXPONENTIALS_PER_CLOCK,
+    HALF_RATE_PER_CLOCK,
+    ISSUE_PER_CLOCK,
+    REGISTERS,
+    SHUFFLES_PER_CLOCK,
+    Chip,
+)
+from benchmarks.instructions import INSTRUCTIONS, Instructions
+from cyclip_loss.cyclic import direct_is_cheaper
+from cyclip_loss.kernels.configs import ARCHITECTURES, Config
+from cyclip_loss.kernels.contrastive_grads import STRIP_BYTES
+from cyclip_loss.kernels.contrastive_lse import PARTIAL_ELEMENTS
+from cyclip_loss.kernels.cyclic_statistics import MAX_SPLITS, MIN_SPLIT_ROWS
+
+BYTES = 2  # of a bfloat16
+TF32_RATE = 0.5  # of the bfloat16 rate
+# Assumed: about twice the latency of the L2 cache (150 ns on B200, chipsandcheese.com) and the
+# first barrier. Not measured.
+FILL_SECONDS = 0.5e-6
+# Assumed: eager PyTorch launches a kernel every few microseconds, and a custom operator adds 10
+# (public measurements). What the host needs hides behind the device, or bounds a small batch.
+LAUNCH_SECONDS, OPERATOR_SECONDS = 5e-6, 10e-6
+FIXED_LAUNCHES = 60  # outside the strips: the sums of the loss, the penalties, autograd
+# torch.logsumexp reads, subtracts, exponentiates and sums in four kernels; one write before them.
+JOIN_PASSES = 1 + 6
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One kernel, or group of kernels, in one forward and backward pass."""
+
+    name: str
+    flops: float
+    l2_bytes: float  # operands of tiles
+    memory_bytes: float
+    exponentials: float
+    launches: int
+    seconds: float
+    bound: str  # what takes most of its time
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The whole loss on one chip."""
+
+    chip: Chip
+    n: int
+    d: int
+    costs: tuple[Cost, ...]
+
+    @property
+    def host_seconds(self) -> float:
+        """Launching it all, from eager PyTorch."""
+        launches = sum(cost.launches for cost in self.costs) + FIXED_LAUNCHES
+        return launches * LAUNCH_SECONDS + 4 * OPERATOR_SECONDS
+
+    @property
+    def device_seconds(self) -> float:
+        """Running it all."""
+        return sum(cost.seconds for cost in self.costs)
+
+    @property
+    def seconds(self) -> float:
+        """The longer of the two."""
+        return max(self.device_seconds, self.host_seconds)
+
+    @property
+    def floor(self) -> float:
+        """8 N^2 D flops at the library's rate."""
+        return 8 * self.n**2 * self.d / self.chip.matrix_rate
+
+    @property
+    def penalties(self) -> float:
+        """Seconds of the cyclic penalties."""
+        return sum(cost.seconds for cost in self.costs if cost.name.startswith("cyclic"))
+
+    @property
+    def bound(self) -> str:
+        """The largest cost and what bounds it."""
+        if self.host_seconds > self.device_seconds:
+            return "kernel launches"
+        largest = max(self.costs, key=lambda cost: cost.seconds)
+        return f"{largest.name}: {largest.bound}"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The work of one program: `steps` turns of its main loop, then its epilogue."""
+
+    steps: int
+    step_flops: float
+    step_bytes: float
+    rate: float  # flops per second of the whole chip
+    staged: bool  # operands pass through registers on their way to the product
+
+
+def tile_parts(
+    chip: Chip, tile: Tile, counted: Instructions, warps: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds that each resource of one SM needs for a tile's main loop, and for its epilogue."""
+    step = {
+        "matrix rate": tile.step_flops * chip.sms / (tile.rate * chip.triton_fraction),
+        "L2 bandwidth": tile.step_bytes * chip.sms / chip.l2_bandwidth,
+        "instructions of the main loop": counted.per_step * warps / ISSUE_PER_CLOCK / chip.clock,
+    }
+    epilogue = {
+        "issue slots of the epilogue": counted.per_tile / ISSUE_PER_CLOCK,
+        "exponentials": counted.exponentials / EXPONENTIALS_PER_CLOCK,
+        "shuffles": counted.shuffles / SHUFFLES_PER_CLOCK,
+        "half-rate instructions": counted.half_rate / HALF_RATE_PER_CLOCK,
+    }
+    return (
+        {name: tile.steps * seconds for name, seconds in step.items()},
+        {name: clocks * warps / chip.clock for name, clocks in epilogue.items()},
+    )
+
+
+def programs_per_sm(counted: Instructions, warps: int) -> int:
+    """How many fit, by their registers."""
+    return max(1, REGISTERS // (counted.registers * 32 * warps))
+
+
+def tile_seconds(chip: Chip, tile: Tile, counted: Instructions, warps: int) -> tuple[float, str]:
+    """Seconds per tile of one SM, and what takes most of it."""
+    main, epilogue = tile_parts(chip, tile, counted, warps)
+    if programs_per_sm(counted, warps) >= 2:
+        issued = main.pop("instructions of the main loop")
+        issued += epilogue.pop("issue slots of the epilogue")
+        parts = {**main, **epilogue, "issue slots": issued}
+        bound = max(parts, key=parts.__getitem__)
+        return parts[bound], bound
+    parts = {"first operands": FILL_SECONDS}
+    if tile.staged:
+        parts["instructions of the main loop"] = main.pop("instructions of the main loop")
+    for group in (main, epilogue):
+        slowest = max(group, key=group.__getitem__)
+        parts[slowest] = group[slowest]
+    return sum(parts.values()), max(parts, key=parts.__getitem__)
+
+
+def grid_seconds(
+    chip: Chip, tiles: int, tile: Tile, counted: Instructions, warps: int
+) -> tuple[float, str]:
+    """Seconds of a grid of equal tiles: SMs take them in turns, the last turn may be part empty."""
+    seconds, bound = tile_seconds(chip, tile, counted, warps)
+    at_once = programs_per_sm(counted, warps)
+    return ceil(tiles / (chip.sms * at_once)) * at_once * seconds, bound
+
+
+def _kernel(
+    chip: Chip,
+    name: str,
+    grids: list[int],
+    tile: Tile,
+    config: Config,
+    flops: float,
+    memory_bytes: float,
+    exponentials: float,
+) -> Cost:
+    """A tile kernel launched once per entry of `grids`, each a number of tiles."""
+    counted, seconds, bound = INSTRUCTIONS[chip.arch, name], 0.0, ""
+    for tiles in grids:
+        more, bound = grid_seconds(chip, tiles, tile, counted, config.num_warps)
+        seconds += more
+    if memory_bytes / chip.memory_bandwidth > seconds:
+        seconds, bound = memory_bytes / chip.memory_bandwidth, "memory bandwidth"
+    l2_bytes = sum(grids) * tile.steps * tile.step_bytes
+    return Cost(name, flops, l2_bytes, memory_bytes, exponentials, len(grids), seconds, bound)
+
+
+def _strips(rows: int, height: int) -> list[int]:
+    return [min(height, rows - start) for start in range(0, rows, height)]
+
+
+def sweep_tile(chip: Chip, config: Config, d: int) -> Tile:
+    """One program of either contrastive kernel."""
+    bm, bn, bk = config.tile["BM"], config.tile["BN"], config.tile["BK"]
+    # Each tile of BM x BN reads (BM + BN) * D operands, BK columns a step.
+    step_bytes = (bm + bn) * bk * BYTES
+    return Tile(ceil(d / bk), 2 * bm * bn * bk, step_bytes, chip.matrix_rate, staged=False)
+
+
+def _text_reads(chip: Chip, config: Config, strips: list[int], n: int, d: int) -> float:
+    """Bytes of text from device memory: once per group of row tiles, unless L2 holds it all."""
+    text = n * d * BYTES
+    height = config.tile["BM"] * config.tile["GROUP"]
+    return text * (1 if text <= chip.l2_bytes else sum(ceil(rows / height) for rows in strips))
+
+
+def contrastive_lse(chip: Chip, n: int, d: int) -> list[Cost]:
+    """The sweep for the log-sum-exps, and PyTorch's joining of what the tiles left."""
+    config = ARCHITECTURES[chip.arch]["contrastive"][16, "tf32"]
+    bm, bn, parts = (config.tile[key] for key in ("BM", "BN", "PARTS"))
+    columns = ceil(n / bn)
+    height = max(1, PARTIAL_ELEMENTS // max(columns * parts * bm, n)) * bm  # as the launcher
+    strips = _strips(n, height)
+    grids = [ceil(rows / bm) * columns for rows in strips]
+    partials = 4 * sum(columns * parts * rows + ceil(rows / bm) * n for rows in strips)
+    features = n * d * BYTES + _text_reads(chip, config, strips, n, d)
+    sweep = _kernel(
+        chip,
+        "contrastive_lse",
+        grids,
+        sweep_tile(chip, config, d),
+        config,
+        2 * n**2 * d,
+        features + partials,
+        2 * n**2,
+    )
+    joined = (JOIN_PASSES - 1) * partials
+    launches = 13 * len(strips)
+    seconds = joined / chip.memory_bandwidth
+    join = Cost(
+        "joining", 0, 0, joined, partials / 4, launches, seconds, "memory bandwidth of logsumexp"
+    )
+    return [sweep, join]
+
+
+def contrastive_grads(chip: Chip, n: int, d: int) -> list[Cost]:
+    """The sweep that writes strips of G, and the two library products that consume each."""
+    config = ARCHITECTURES[chip.arch]["contrastive"][16, "tf32"]
+    bm, bn = config.tile["BM"], config.tile["BN"]
+    columns = ceil(n / bn)
+    height = max(1, STRIP_BYTES // (columns * bn * BYTES * bm)) * bm  # as the launcher
+    strips = _strips(n, height)
+    fits_l2 = min(height, n) * n * BYTES <= chip.l2_bytes
+    written = 0 if fits_l2 else n**2 * BYTES
+    features = n * d * BYTES + _text_reads(chip, config, strips, n, d)
+    sweep = _kernel(
+        chip,
+        "contrastive_grads",
+        [ceil(rows / bm) * columns for rows in strips],
+        sweep_tile(chip, config, d),
+        config,
+        2 * n**2 * d,
+        features + written,
+        2 * n**2,
+    )
+    # At the library's rate: dI of a strip has too few tiles to fill a chip (48 of 128 x 256 at
+    # 2,048 x 768), so this takes a library that splits its sum over N, as cuBLAS can.
+    # Each product per strip. dI = G T reads the strip and the text and writes its rows;
+    # dT += G^T I reads strip and rows, and reads and writes all of dT in float32.
+    seconds, memory, bounds = 0.0, 0.0, set()
+    for rows in strips:
+        strip = 0 if fits_l2 else rows * n * BYTES
+        image = strip + n * d * BYTES + rows * d * (4 + 4 + 4 + 4 + 2 + 2 * BYTES)
+        text = strip + rows * d * BYTES + 2 * 4 * n * d
+        for moved in (image, text):
+            by_rate = 2 * rows * n * d / chip.matrix_rate
+            by_memory = moved / chip.memory_bandwidth
+            seconds += max(by_rate, by_memory)
+            bounds.add("memory bandwidth" if by_memory > by_rate else "matrix rate")
+        memory += image + text
+    ends = n * d * (4 + 8 + 4 + 2)  # dT: zeros, scaled, rounded
+    products = Cost(
+        "library products",
+        4 * n**2 * d,
+        0,
+        memory + ends,
+        0,
+        6 * len(strips),
+        seconds + ends / chip.memory_bandwidth,
+        " and ".join(sorted(bounds)),
+    )
+    return [sweep, products]
+
+
+def cyclic(chip: Chip, n: int, d: int) -> list[Cost]:
+    """The Gram matrices of U and V, and the gradients from them, in tf32."""
+    if direct_is_cheaper(n, d, False):
+        raise ValueError(f"N={n}, D={d} takes the direct form, which is not modelled")
+    rate = TF32_RATE * chip.matrix_rate
+    table = ARCHITECTURES[chip.arch]
+    config = table["cyclic_statistics"][32, "tf32"]
+    bd, bk = config.tile["BD"], config.tile["BK"]
+    across = ceil(d / bd)
+    splits = max(1, min(MAX_SPLITS, n // MIN_SPLIT_ROWS))
+    # A step multiplies BK rows of two BD x BD tiles, of A and of B, from four blocks of features.
+    tile = Tile(ceil(n / splits / bk), 4 * bd * bd * bk, 4 * bd * bk * BYTES, rate, staged=True)
+    upper = across * (across + 1) // 2
+    written = (splits + 1) * 2 * d * d * 4
+    moved = 2 * n * d * BYTES + 2 * written
+    statistics = _kernel(
+        chip, "cyclic_statistics", [upper * splits], tile, config, 2 * n * d * d, moved, 0
+    )
+    config = table["cyclic_grads"][32, "tf32"]
+    bm, bd, bk = config.tile["BM"], config.tile["BD"], config.tile["BK"]
+    step_bytes = 2 * bm * bk * BYTES + 2 * bd * bk * 4
+    tile = Tile(ceil(d / bk), 4 * bm * bd * bk, step_bytes, rate, staged=True)
+    grid = ceil(n / bm) * ceil(d / bd)
+    moved = 4 * n * d * BYTES + 4 * 2 * d * d * 4
+    gradients = _kernel(chip, "cyclic_grads", [grid], tile, config, 4 * n * d * d, moved, 0)
+    return [statistics, gradients]
+
+
+def predict(chip: Chip, n: int, d: int) -> Prediction:
+    """Cost of everything the loss runs, forward and backward."""
+    costs = contrastive_lse(chip, n, d) + contrastive_grads(chip, n, d) + cyclic(chip, n, d)
+    return Prediction(chip, n, d, tuple(costs))

@@ -1,0 +1,134 @@
+"""The record of a run: one JSON and one Markdown file, written whole or not at all."""
+
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import triton
+
+from benchmarks.checkout import ROOT
+from benchmarks.run import Run
+
+
+def card() -> str:
+    """The GPU's name as part of a file name, "cpu" without one."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def describe(run: Run) -> dict[str, Any]:
+    """Everything about a run, as JSON holds it."""
+    return {
+        "dry_run": run.dry_run,
+        "card": "cpu" if run.dry_run else card(),
+        "device": str(run.device) if run.dry_run else torch.cuda.get_device_name(),
+        "date": date.today().isoformat(),
+        "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
+        "seed": run.seed,
+        "seconds": round(run.elapsed(), 1),
+        "versions": _versions(),
+        "sections": {name: _finite(vars(section)) for name, section in run.sections.items()},
+    }
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN: they become strings."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _versions() -> dict[str, str]:
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "numpy": numpy.__version__,
+        "cuda": str(torch.version.cuda or torch.version.hip),
+    }
+    commands = {
+        "driver": ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+        "commit": ["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
+    }
+    for name, command in commands.items():
+        try:
+            answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+            versions[name] = answer.stdout.splitlines()[0].strip()
+        except (OSError, subprocess.SubprocessError, IndexError):
+            versions[name] = "unknown"
+    return versions
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The record for people."""
+    lines = [f"# {record['device']}, {record['date']}", ""]
+    if record["dry_run"]:
+        lines += [
+            "**DRY RUN**: interpreted on CPU at tiny sizes. No time in it means anything.",
+            "",
+        ]
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    lines += [
+        f"`{record['command']}`, seed {record['seed']}, {record['seconds']} s; {versions}.",
+        "",
+    ]
+    failures = [
+        f"- {name}: {failure}"
+        for name, section in record["sections"].items()
+        for failure in section["failures"]
+    ]
+    lines += [f"**{len(failures)} failures**", "", *failures] if failures else ["No failures."]
+    for name, section in record["sections"].items():
+        lines += ["", f"## {name}", ""]
+        columns = list(dict.fromkeys(key for row in section["rows"] for key in row))
+        if columns:
+            lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        for row in section["rows"]:
+            lines.append(f"| {' | '.join(_cell(row.get(key, '')) for key in columns)} |")
+        lines += [f"- skipped {skipped}" for skipped in section["skipped"]]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return str(value).replace("|", "\\|")
+
+
+def write(folder: Path, record: dict[str, Any]) -> tuple[Path, Path]:
+    """Write both files, named by card and date, and a number where that name is taken.
+
+    Both are complete in the same folder before either gets its name; if the second cannot be named,
+    the first is taken back.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {".json": json.dumps(record, indent=1, allow_nan=False) + "\n", ".md": markdown(record)}
+    stem = f"{record['card']}-{record['date']}"
+    stems = [stem, *(f"{stem}-{number}" for number in range(2, 1000))]
+    stem = next(
+        name for name in stems if not any(folder.joinpath(name + end).exists() for end in texts)
+    )
+    targets = {ending: folder / f"{stem}{ending}" for ending in texts}
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as unfinished:
+        for ending, text in texts.items():
+            Path(unfinished, ending[1:]).write_text(text)
+        try:
+            for ending, target in targets.items():
+                os.replace(Path(unfinished, ending[1:]), target)
+        except OSError:
+            for target in targets.values():
+                target.unlink(missing_ok=True)
+            raise
+    return targets[".json"], targets[".md"]

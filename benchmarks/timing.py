@@ -1,0 +1,100 @@
+"""Times and memory: candidates interleaved, medians with the 20th and 80th percentile."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import quantiles
+
+import torch
+
+# Written between timed calls, so that none finds its inputs in the L2 cache.
+FLUSH_BYTES = 256 * 10**6
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds."""
+
+    median: float
+    p20: float
+    p80: float
+
+    @staticmethod
+    def of(milliseconds: list[float]) -> "Times":
+        """From single measurements."""
+        if len(milliseconds) == 1:
+            return Times(*milliseconds * 3)
+        deciles = quantiles(milliseconds, n=10, method="inclusive")
+        return Times(deciles[4], deciles[1], deciles[7])
+
+
+class Stopwatch:
+    """Marks points in the device's work; events on CUDA, the wall clock elsewhere."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_cuda = device.type == "cuda"
+        self.flush = torch.empty(FLUSH_BYTES // 4, device=device) if self.on_cuda else None
+
+    def mark(self) -> "torch.cuda.Event | float":
+        """Now, in the order of the device's work."""
+        if not self.on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def clear(self) -> None:
+        """Empty the caches."""
+        if self.flush is not None:
+            self.flush.zero_()
+
+    def milliseconds(self, start: "torch.cuda.Event | float", end: object) -> float:
+        """Between two marks."""
+        if isinstance(start, float) and isinstance(end, float):
+            return 1e3 * (end - start)
+        end.synchronize()
+        return start.elapsed_time(end)
+
+
+def interleaved(
+    steps: dict[str, Callable[[Callable[[], None]], None]],
+    device: torch.device,
+    seconds: float,
+    least: int = 3,
+    most: int = 30,
+) -> dict[str, list[Times]]:
+    """Times of the stretches of each step, all steps in turn, for about so many seconds.
+
+    A step gets a function to call at the end of each of its stretches. Steps are warmed up by the
+    caller.
+    """
+    watch = Stopwatch(device)
+    found: dict[str, list[list[float]]] = {name: [] for name in steps}
+    begun = time.perf_counter()
+    for turn in range(most):
+        if turn >= least and time.perf_counter() - begun > seconds:
+            break
+        for name, step in steps.items():
+            watch.clear()
+            marks = [watch.mark()]
+            step(lambda marks=marks: marks.append(watch.mark()))
+            stretches = pairwise(marks)
+            found[name].append([watch.milliseconds(*ends) for ends in stretches])
+    return {
+        name: [Times.of(list(column)) for column in zip(*rows, strict=True)]
+        for name, rows in found.items()
+    }
+
+
+def peak_bytes(step: Callable[[], object], device: torch.device) -> int | None:
+    """What the allocator held at most during a step beyond what it held before; CUDA only."""
+    if device.type != "cuda":
+        step()
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    step()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before

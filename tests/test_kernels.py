@@ -1,0 +1,146 @@
+"""The Triton kernels as such: shipped tiles, strips, reproducibility, and what they compile to.
+
+Values and gradients on hard inputs are tested together with the eager engine's, by `impl`.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from accuracy import (
+    assert_accurate,
+    contrastive_scale,
+    cyclic_scale,
+    exact_contrastive,
+    exact_cyclic,
+    results,
+)
+from inputs import Case
+
+from cyclip_loss import kernels
+from cyclip_loss.functional import contrastive_loss, cyclic_penalty
+from cyclip_loss.kernels import compile as ahead_of_time
+from cyclip_loss.kernels import configs
+
+needs_interpreter = pytest.mark.skipif(
+    not kernels.INTERPRETED, reason="on a GPU the shipped tiles are what every test runs"
+)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+def test_shipped_tiles(arch: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiles of real chips, on a batch that ends within the second tile of either side."""
+    monkeypatch.setattr(configs, "_INTERPRETER", configs.ARCHITECTURES[arch])
+    case = Case(n=290, d=70, dtype=dtype, logit_scale=30.0)
+    image, text = case.features()
+    wide = image.double(), text.double()
+    contrastive = results(
+        lambda i, t, s: contrastive_loss(i, t, s, impl="triton"), image, text, case.scale()
+    )
+    exact = exact_contrastive(image, text, case.logit_scale)
+    scale = contrastive_scale(*wide, case.logit_scale)
+    assert_accurate(contrastive, [exact], scale, "triton", dtype)
+    # The two lambdas differ, so that C is needed too; N = 290 > 7/3 * D, so the Gram form is used.
+    cyclic = results(
+        lambda i, t, s: cyclic_penalty(i, t, 0.25, 0.5, impl="triton") + 0 * s,
+        image,
+        text,
+        case.scale(),
+    )
+    exact = exact_cyclic(image, text, 0.25, 0.5)
+    assert_accurate(cyclic, [exact], cyclic_scale(image, text, 0.25, 0.5), "triton", dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_same_inputs_give_the_same_bits(dtype: torch.dtype) -> None:
+    image, text = Case(n=130, d=40, dtype=dtype).features()
+    runs = [
+        results(
+            lambda i, t, s: (
+                contrastive_loss(i, t, s, impl="triton")
+                + cyclic_penalty(i, t, 0.25, 0.5, impl="triton")
+            ),
+            image,
+            text,
+            torch.tensor(20.0),
+        )
+        for _ in range(3)
+    ]
+    for other in runs[1:]:
+        assert torch.equal(other.value, runs[0].value)
+        assert torch.equal(other.image, runs[0].image)
+        assert torch.equal(other.text, runs[0].text)
+        assert torch.equal(other.logit_scale, runs[0].logit_scale)
+
+
+@needs_interpreter
+def test_interpreted_tf32_rounds_as_the_hardware_keeps() -> None:
+    """Gram matrices of bfloat16 features multiply U and V rounded to 10 bits, to nearest."""
+    # I + T = 1 + 2^-11: halfway between two tf32 numbers, where chopping would give 1.
+    image = torch.full((64, 1), 1.0, dtype=torch.bfloat16)
+    text = torch.full((64, 1), 2.0**-11, dtype=torch.bfloat16)
+    grams = kernels.cyclic_statistics(image, text, False, False)
+    assert grams[0].item() == 64 * (1 + 2.0**-10) ** 2
+
+
+def test_no_triton_on_a_cpu_tensor_without_the_interpreter() -> None:
+    code = (
+        "import torch, cyclip_loss\n"
+        "x = torch.eye(3)\n"
+        "cyclip_loss.cyclip_loss(x, x, 1.0, impl='triton')\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode != 0
+    assert "impl='triton' needs features on a CUDA or ROCm device, got cpu" in run.stderr
+
+
+def test_every_shipped_configuration_compiles_without_spills() -> None:
+    """The gate: registers, shared memory and tensor-core instructions of each binary.
+
+    In a process of its own: where the interpreter is on, nothing can be compiled.
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "cyclip_loss.kernels.compile"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    faults = [line for line in run.stdout.splitlines() if line.startswith("FAULT")]
+    assert run.returncode == 0, faults or run.stderr[-2000:]
+    for arch in configs.ARCHITECTURES:
+        for kernel in ahead_of_time.KERNELS:
+            assert f"| {arch} | {kernel}" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("measured", "fault"),
+    [
+        ({}, None),
+        ({"spilled_bytes": 8}, "spills 8 bytes"),
+        ({"shared_bytes": 227 * 1024 + 1}, "shared memory"),
+        ({"matrix_instructions": {"HMMA.16816.F32.BF16": 4}}, "HGMMA"),
+        ({"matrix_instructions": {}}, "no matrix instruction"),
+    ],
+)
+def test_the_gate_sees_each_fault(measured: dict, fault: str | None) -> None:
+    variant = next(
+        v
+        for v in ahead_of_time.variants("sm_90")
+        if v.kernel == "contrastive_lse" and v.features == "bfloat16"
+    )
+    clean = {
+        "registers": 200,
+        "spilled_bytes": 0,
+        "shared_bytes": 1024,
+        "matrix_instructions": {"HGMMA.64x256x16.F32.BF16": 4},
+        "size_bytes": 1000,
+    }
+    faults = ahead_of_time.Binary(variant, **{**clean, **measured}).faults
+    if fault is None:
+        assert faults == []
+    else:
+        assert any(fault in found for found in faults)
