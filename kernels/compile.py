@@ -25,7 +25,12 @@ from triton.compiler import ASTSource
 
 from cyclip_loss.kernels.configs import ARCHITECTURES, INTERPRETED, Config
 from cyclip_loss.kernels.contrastive_grads import contrastive_grads_kernel
-from cyclip_loss.kernels.contrastive_lse import contrastive_lse_kernel
+from cyclip_loss.kernels.contrastive_lse import (
+    JOIN_BLOCK,
+    JOIN_TILES,
+    contrastive_lse_kernel,
+    join_lse_kernel,
+)
 from cyclip_loss.kernels.cyclic_grads import cyclic_grads_kernel
 from cyclip_loss.kernels.cyclic_statistics import cyclic_statistics_kernel
 
@@ -75,6 +80,7 @@ class Variant:
 
 KERNELS = {
     "contrastive_lse": contrastive_lse_kernel,
+    "join_lse": join_lse_kernel,
     "contrastive_grads": contrastive_grads_kernel,
     "cyclic_statistics": cyclic_statistics_kernel,
     "cyclic_grads": cyclic_grads_kernel,
@@ -84,6 +90,8 @@ KERNELS = {
 def variants(arch: str) -> Iterator[Variant]:
     """Every configuration of an architecture, with the flags that cost most."""
     table = ARCHITECTURES[arch]
+    join = Config({"TILES": JOIN_TILES, "BLOCK": JOIN_BLOCK}, num_warps=4, num_stages=3)
+    yield _variant(arch, "join_lse", "float32 ieee", join, {})
     for features, (pointer, dot) in FEATURES.items():
         bits = 32 if pointer == "*fp32" else 16
         contrastive = table["contrastive"][bits, dot]
@@ -115,7 +123,7 @@ def _source(variant: Variant) -> ASTSource:
     # Features and their gradients; everything else is float32.
     typed = {"image", "text", "gradient", "image_grad", "text_grad"}
     integers = {"n", "m", "d", "image_stride", "text_stride", "first_column"}
-    integers |= {"split_rows", "split_stride", "gradient_stride"}
+    integers |= {"tiles", "length", "split_rows", "split_stride", "gradient_stride"}
     # Row lengths are multiples of the tile, so of 16. N is not told: it is not specialised on.
     divisible = {"d", "image_stride", "text_stride", "gradient_stride"}
     signature, attributes = {}, {}

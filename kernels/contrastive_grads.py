@@ -1,13 +1,13 @@
-"""Gradients of the contrastive term: strips of G by one kernel, then two library products.
+"""Gradients of the contrastive term: blocks of G by one kernel, then two library products each.
 
 With l_ij = s * I_i . T_j and the log-sum-exps r, c of its rows and columns:
 
     G_ij = exp(l_ij - r_i) + exp(l_ij - c_j) - 2 * [j is i's partner]
     dI = w s G T          dT = w s G^T I          ds = w * sum_ij G_ij (I_i . T_j)
 
-The kernel computes a strip of logits again (2 n m D flops) and writes G in the features' dtype; the
-library's matrix products consume it (4 n m D), summing in float32. G is rounded once, after the
-subtraction of the pairs' 2.
+The kernel computes a block of logits again (2 n m D flops in all) and writes G in the features'
+dtype; the library's matrix products consume it (4 n m D), summing in float32. G is rounded once,
+after the subtraction of the pairs' 2.
 """
 
 import torch
@@ -18,10 +18,12 @@ from torch import Tensor
 from cyclip_loss.kernels.configs import Precision, config_for, launch_on, padded_rows
 from cyclip_loss.kernels.tiles import LOG2_E, grouped_tile, halves, tile_product
 
-# One strip of G: at most 256 MB. That is 2,048 rows of 16 bits at 65,536 columns. Fewer rows and
-# the products' sum over rows gets short (dT is read and written once per strip); more only costs
-# memory.
-STRIP_BYTES = 2**28
+# One block of G: this many rows, and as many columns as make 256 MB (16,384 of 16 bits). Memory is
+# thus bounded whatever N. Both products of a block sum over thousands of elements and have hundreds
+# of output tiles at D = 768: enough to fill a GPU. Each reads and writes its float32 sums once per
+# block, n D (m / columns) and m D (n / rows) in all: 5 GB at N = 65,536, D = 768, behind 13 TFLOP.
+BLOCK_ROWS = 8192
+BLOCK_BYTES = 2**28
 
 
 @triton.jit
@@ -157,66 +159,61 @@ def contrastive_grads(
     text_sum = row_lse.new_zeros(text_features.shape if needs_text else (0,))
     scale_sum = weight.new_zeros(())
 
-    column_tiles = triton.cdiv(m, tile["BN"])
-    width = column_tiles * tile["BN"]
-    strip = max(1, STRIP_BYTES // (width * image.element_size() * tile["BM"])) * tile["BM"]
-    height = min(strip, triton.cdiv(n, tile["BM"]) * tile["BM"])
+    bm, bn = tile["BM"], tile["BN"]
+    height = triton.cdiv(min(n, BLOCK_ROWS), bm) * bm
+    width = max(1, BLOCK_BYTES // (height * image.element_size() * bn)) * bn
+    width = min(width, triton.cdiv(m, bn) * bn)
     gradient_tiles = image.new_empty(height, width)
-    for start in range(0, n, strip):
-        rows = min(strip, n - start)
-        row_tiles = triton.cdiv(rows, tile["BM"])
-        gradient = gradient_tiles[:rows, :m]
-        scale_partials = row_lse.new_empty(row_tiles * column_tiles if needs_scale else 0)
-        with launch_on(image):
-            contrastive_grads_kernel[(row_tiles * column_tiles,)](
-                image[start:],
-                text,
-                logit_scale,
-                row_lse[start:],
-                column_lse,
-                gradient,
-                scale_partials,
-                rows,
-                m,
-                d,
-                image.stride(0),
-                text.stride(0),
-                width,
-                first_column + start,
-                WITH_COLUMNS=with_columns,
-                NEEDS_SCALE=needs_scale,
-                SHIFT=shift,
-                PRECISION=precision.dot,
-                WIDEN=precision.widen,
-                **config.kwargs,
-            )
-        if needs_scale:
-            scale_sum += scale_partials.sum()
+    for start in range(0, n, height):
+        rows = min(height, n - start)
+        row_tiles = triton.cdiv(rows, bm)
+        block_image = image_features[start : start + rows]
+        image_sum = row_lse.new_zeros(block_image.shape if needs_image else (0,))
+        for left in range(0, m, width):
+            columns = min(width, m - left)
+            tiles = row_tiles * triton.cdiv(columns, bn)
+            gradient = gradient_tiles[:rows, :columns]
+            block_text = text_features[left : left + columns]
+            scale_partials = row_lse.new_empty(tiles if needs_scale else 0)
+            with launch_on(image):
+                contrastive_grads_kernel[(tiles,)](
+                    image[start:],
+                    text[left:],
+                    logit_scale,
+                    row_lse[start:],
+                    column_lse[left:],
+                    gradient,
+                    scale_partials,
+                    rows,
+                    columns,
+                    d,
+                    image.stride(0),
+                    text.stride(0),
+                    width,
+                    first_column + start - left,
+                    WITH_COLUMNS=with_columns,
+                    NEEDS_SCALE=needs_scale,
+                    SHIFT=shift,
+                    PRECISION=precision.dot,
+                    WIDEN=precision.widen,
+                    **config.kwargs,
+                )
+            if needs_scale:
+                scale_sum += scale_partials.sum()
+            if needs_image:
+                add_product(image_sum, gradient, block_text)
+            if needs_text:
+                add_product(text_sum[left : left + columns], gradient.T, block_image)
         if needs_image:
-            image_grad[start : start + rows] = (
-                wide_product(gradient, text_features) * feature_weight
-            )
-        if needs_text:
-            add_product(text_sum, gradient.T, image_features[start : start + rows])
+            image_grad[start : start + rows] = image_sum.mul_(feature_weight)
     text_grad = text_sum.mul_(feature_weight).to(text.dtype)
     return image_grad, text_grad, scale_sum.mul_(weight)
 
 
-def _has_wide_products(a: Tensor) -> bool:
-    """Whether the library multiplies 16-bit matrices into a float32 one."""
-    return a.device.type == "cuda" and torch.version.hip is None and a.dtype != torch.float32
-
-
-def wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """a b in float32, for a and b of the features' dtype."""
-    if _has_wide_products(a):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
-
-
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a b in float32, for a and b of the features' dtype."""
-    if _has_wide_products(a):
+    # ROCm builds of PyTorch have no product of 16-bit matrices into a float32 one.
+    if a.is_cuda and torch.version.hip is None and a.dtype != torch.float32:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         total.addmm_(a.float(), b.float())

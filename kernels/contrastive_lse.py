@@ -2,9 +2,11 @@
 
     r_i = log sum_j exp(l_ij)      c_j = log sum_i exp(l_ij)      l_ii for the pairs
 
-2 n m D flops. A tile's program leaves one log-sum-exp per row and one per column of its tile;
-PyTorch's `logsumexp` and `logaddexp` join them. So every sum has one order, no atomics are needed,
-and the same inputs give the same bits.
+2 n m D flops. A tile's program leaves, for each row and each column of its tile, the maximum and
+the sum of exponentials relative to it; a second kernel joins them. So every sum has one order, no
+atomics are needed, and the same inputs give the same bits. (Logarithms of the sums would be half as
+much to leave, but a precise log2 by every thread that holds a copy of a sum was a third of all
+instructions after the product.)
 """
 
 import torch
@@ -15,14 +17,18 @@ from torch import Tensor
 from cyclip_loss.kernels.configs import Precision, config_for, launch_on, padded_rows
 from cyclip_loss.kernels.tiles import LN_2, LOG2_E, grouped_tile, halves, tile_product
 
-# The log-sum-exps that the tiles leave: per strip of rows, at most this many float32 of either
-# kind (64 MB). At N = 65,536 that takes two strips with 128-row tiles.
+# What the tiles leave: per strip of rows, at most this many maxima and as many sums, of rows and of
+# columns (float32, so 128 MB each). At N = 65,536 that takes two strips with 128-row tiles.
 PARTIAL_ELEMENTS = 2**24
+
+# The joining kernel reads this many tiles' maxima and sums of this many rows or columns at a time.
+JOIN_TILES = 32
+JOIN_BLOCK = 128
 
 
 @triton.jit
 def _finite_reference(maximum):
-    """The maximum, or 0 where nothing is within the matrix: log 0 = -inf then adds nothing."""
+    """The maximum, or 0 where it is -inf (nothing is within the matrix): the sum is then 0."""
     return tl.where(maximum == -float("inf"), 0.0, maximum)
 
 
@@ -31,7 +37,9 @@ def _tile_lse(
     product,  # (BM, BN)
     scale,
     row_partial,
+    row_sums,  # from a maximum to its sum
     column_partial,
+    column_sums,
     pair_logits,
     first_row,
     first_column_of_tile,
@@ -58,14 +66,15 @@ def _tile_lse(
     logits = tl.where(valid, logits, -float("inf"))
     # Two exponentials an element. One for both, relative to the tile's maximum, underflows for rows
     # and columns far below it, and the branch that saves them costs registers that spill.
-    row_max = _finite_reference(tl.max(logits, axis=1))
-    row_sum = tl.sum(tl.exp2(logits - row_max[:, None]), axis=1)
-    tl.store(row_partial + rows, (row_max + tl.log2(row_sum)) * LN_2, mask=rows < n)
+    row_max = tl.max(logits, axis=1)
+    row_sum = tl.sum(tl.exp2(logits - _finite_reference(row_max)[:, None]), axis=1)
+    tl.store(row_partial + rows, row_max, mask=rows < n)
+    tl.store(row_partial + row_sums + rows, row_sum, mask=rows < n)
     if WITH_COLUMNS:
-        column_max = _finite_reference(tl.max(logits, axis=0))
-        column_sum = tl.sum(tl.exp2(logits - column_max[None, :]), axis=0)
-        column_lse = (column_max + tl.log2(column_sum)) * LN_2
-        tl.store(column_partial + columns, column_lse, mask=columns < m)
+        column_max = tl.max(logits, axis=0)
+        column_sum = tl.sum(tl.exp2(logits - _finite_reference(column_max)[None, :]), axis=0)
+        tl.store(column_partial + columns, column_max, mask=columns < m)
+        tl.store(column_partial + column_sums + columns, column_sum, mask=columns < m)
 
 
 @triton.jit(do_not_specialize=["n", "m", "first_column"])
@@ -73,8 +82,8 @@ def contrastive_lse_kernel(
     image,  # (n, d), rows `image_stride` apart
     text,  # (m, d), rows `text_stride` apart
     logit_scale,  # scalar
-    row_partials,  # (column tiles * PARTS, n) out
-    column_partials,  # (row tiles, m) out
+    row_partials,  # (2, column tiles * PARTS, n) out: maxima and sums, in units of log 2
+    column_partials,  # (2, row tiles, m) out
     pair_logits,  # (n,) out, where row i has a partner
     n,
     m,
@@ -107,24 +116,61 @@ def contrastive_lse_kernel(
     )
     scale = tl.load(logit_scale).to(tl.float32) * LOG2_E
     column_partial = column_partials + row_tile.to(tl.int64) * m
+    column_sums = tl.cdiv(n, BM).to(tl.int64) * m
     row_partial = row_partials + column_tile.to(tl.int64) * PARTS * n
+    row_sums = tl.cdiv(m, BN).to(tl.int64) * PARTS * n
     first_row = row_tile * BM
     start = column_tile * BN
     if PARTS == 1:
         _tile_lse(
-            product, scale, row_partial, column_partial, pair_logits,
+            product, scale, row_partial, row_sums, column_partial, column_sums, pair_logits,
             first_row, start, first_column, n, m, WITH_COLUMNS, BM, BN,
         )  # fmt: skip
     else:
         left, right = halves(product, BM, BN)
         _tile_lse(
-            left, scale, row_partial, column_partial, pair_logits,
+            left, scale, row_partial, row_sums, column_partial, column_sums, pair_logits,
             first_row, start, first_column, n, m, WITH_COLUMNS, BM, BN // 2,
         )  # fmt: skip
         _tile_lse(
-            right, scale, row_partial + n, column_partial, pair_logits,
+            right, scale, row_partial + n, row_sums, column_partial, column_sums, pair_logits,
             first_row, start + BN // 2, first_column, n, m, WITH_COLUMNS, BM, BN // 2,
         )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["tiles", "length"])
+def join_lse_kernel(
+    partials,  # (2, tiles, length): maxima and sums, in units of log 2
+    lse,  # (length,) in and out: joined to what is there; -inf is nothing
+    tiles,
+    length,
+    TILES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    maximum = tl.load(lse + at, mask=at < length, other=-float("inf")) * LOG2_E
+    # The log-sum-exp so far is a maximum with a sum of 1.
+    total = tl.where(maximum == -float("inf"), 0.0, 1.0)
+    for start in range(0, tiles, TILES):
+        tile = start + tl.arange(0, TILES)
+        inside = (tile < tiles)[:, None] & (at < length)[None, :]
+        offset = tile.to(tl.int64)[:, None] * length + at[None, :]
+        maxima = tl.load(partials + offset, mask=inside, other=-float("inf"))
+        sums_at = partials + tiles.to(tl.int64) * length + offset
+        sums = tl.load(sums_at, mask=inside, other=0.0)
+        new_maximum = tl.maximum(maximum, tl.max(maxima, axis=0))
+        reference = _finite_reference(new_maximum)
+        total *= tl.exp2(maximum - reference)
+        total += tl.sum(sums * tl.exp2(maxima - reference[None, :]), axis=0)
+        maximum = new_maximum
+    tl.store(lse + at, (maximum + tl.log2(total)) * LN_2, mask=at < length)
+
+
+def _join(partials: Tensor, lse: Tensor) -> None:
+    _, tiles, length = partials.shape
+    join_lse_kernel[(triton.cdiv(length, JOIN_BLOCK),)](
+        partials, lse, tiles, length, TILES=JOIN_TILES, BLOCK=JOIN_BLOCK
+    )
 
 
 def contrastive_lse(
@@ -140,7 +186,7 @@ def contrastive_lse(
     tile = config.tile
     image, text = padded_rows(image_features, tile["BK"]), padded_rows(text_features, tile["BK"])
     (n, d), m = image.shape, len(text)
-    row_lse = image.new_empty(n, dtype=torch.float32)
+    row_lse = image.new_full((n,), -torch.inf, dtype=torch.float32)
     pair_logits = image.new_zeros(n, dtype=torch.float32)
     column_lse = image.new_full((m if with_columns else 0,), -torch.inf, dtype=torch.float32)
     column_tiles = triton.cdiv(m, tile["BN"])
@@ -149,8 +195,8 @@ def contrastive_lse(
     for start in range(0, n, strip):
         rows = min(strip, n - start)
         row_tiles = triton.cdiv(rows, tile["BM"])
-        row_partials = row_lse.new_empty(column_tiles * tile["PARTS"], rows)
-        column_partials = row_lse.new_empty(row_tiles if with_columns else 0, m)
+        row_partials = row_lse.new_empty(2, column_tiles * tile["PARTS"], rows)
+        column_partials = row_lse.new_empty(2, row_tiles if with_columns else 0, m)
         with launch_on(image):
             contrastive_lse_kernel[(row_tiles * column_tiles,)](
                 image[start:],
@@ -170,8 +216,7 @@ def contrastive_lse(
                 WIDEN=precision.widen,
                 **config.kwargs,
             )
-        row_lse[start : start + rows] = torch.logsumexp(row_partials, dim=0)
-        if with_columns:
-            strip_lse = torch.logsumexp(column_partials, dim=0)
-            column_lse = torch.logaddexp(column_lse, strip_lse) if start else strip_lse
+            _join(row_partials, row_lse[start : start + rows])
+            if with_columns:
+                _join(column_partials, column_lse)
     return row_lse, column_lse, pair_logits

@@ -81,10 +81,10 @@ def test_the_same_inputs_give_the_same_bits(dtype: torch.dtype) -> None:
 def test_interpreted_tf32_rounds_as_the_hardware_keeps() -> None:
     """Gram matrices of bfloat16 features multiply U and V rounded to 10 bits, to nearest."""
     # I + T = 1 + 2^-11: halfway between two tf32 numbers, where chopping would give 1.
-    image = torch.full((64, 1), 1.0, dtype=torch.bfloat16)
-    text = torch.full((64, 1), 2.0**-11, dtype=torch.bfloat16)
+    image = torch.full((1, 1), 1.0, dtype=torch.bfloat16)
+    text = torch.full((1, 1), 2.0**-11, dtype=torch.bfloat16)
     grams = kernels.cyclic_statistics(image, text, False, False)
-    assert grams[0].item() == 64 * (1 + 2.0**-10) ** 2
+    assert grams[0].item() == (1 + 2.0**-10) ** 2
 
 
 def test_no_triton_on_a_cpu_tensor_without_the_interpreter() -> None:
