@@ -59,32 +59,31 @@ def contrastive_lse(
     Returns row_lse (n,), column_lse (m,) and pair_logits (n,), in the accumulation dtype.
     Without `with_columns`, column_lse is empty. A row without a partner has pair logit 0.
     """
-    with torch.autocast(image_features.device.type, enabled=False):
-        n, m = len(image_features), len(text_features)
-        dtype = accumulation_dtype(image_features.dtype)
-        text_t = text_features.to(dtype).T
-        height = min(n, strip_rows(m, image_features.device))
-        logits_buffer = text_t.new_empty(height, m)
-        exp_buffer = text_t.new_empty(height, m)
-        row_lse = text_t.new_empty(n)
-        pair_logits = text_t.new_zeros(n)
-        column_max = text_t.new_full((m if with_columns else 0,), -torch.inf)
-        column_sum = torch.zeros_like(column_max)
-        for start, stop in _strips(n, height):
-            logits, exps = logits_buffer[: stop - start], exp_buffer[: stop - start]
-            # The scale goes into the narrow factor: n * D multiplications instead of n * m.
-            torch.mm(image_features[start:stop].to(dtype) * logit_scale, text_t, out=logits)
-            offset, low, high = _pairs_in_strip(start, stop, first_column, m)
-            pair_logits[low:high] = logits.diagonal(offset)[: high - low]
-            row_max = logits.amax(dim=1, keepdim=True)
-            torch.sub(logits, row_max, out=exps).exp_()
-            row_lse[start:stop] = exps.sum(dim=1).log_().add_(row_max[:, 0])
-            if with_columns:
-                new_max = torch.maximum(column_max, logits.amax(dim=0))
-                column_sum.mul_(column_max.sub_(new_max).exp_())
-                column_sum.add_(logits.sub_(new_max).exp_().sum(dim=0))
-                column_max = new_max
-        return row_lse, column_sum.log_().add_(column_max), pair_logits
+    n, m = len(image_features), len(text_features)
+    dtype = accumulation_dtype(image_features.dtype)
+    text_t = text_features.to(dtype).T
+    height = min(n, strip_rows(m, image_features.device))
+    logits_buffer = text_t.new_empty(height, m)
+    exp_buffer = text_t.new_empty(height, m)
+    row_lse = text_t.new_empty(n)
+    pair_logits = text_t.new_zeros(n)
+    column_max = text_t.new_full((m if with_columns else 0,), -torch.inf)
+    column_sum = torch.zeros_like(column_max)
+    for start, stop in _strips(n, height):
+        logits, exps = logits_buffer[: stop - start], exp_buffer[: stop - start]
+        # The scale goes into the narrow factor: n * D multiplications instead of n * m.
+        torch.mm(image_features[start:stop].to(dtype) * logit_scale, text_t, out=logits)
+        offset, low, high = _pairs_in_strip(start, stop, first_column, m)
+        pair_logits[low:high] = logits.diagonal(offset)[: high - low]
+        row_max = logits.amax(dim=1, keepdim=True)
+        torch.sub(logits, row_max, out=exps).exp_()
+        row_lse[start:stop] = exps.sum(dim=1).log_().add_(row_max[:, 0])
+        if with_columns:
+            new_max = torch.maximum(column_max, logits.amax(dim=0))
+            column_sum.mul_(column_max.sub_(new_max).exp_())
+            column_sum.add_(logits.sub_(new_max).exp_().sum(dim=0))
+            column_max = new_max
+    return row_lse, column_sum.log_().add_(column_max), pair_logits
 
 
 def contrastive_grads(
@@ -111,41 +110,40 @@ def contrastive_grads(
     weight: scalar of the accumulation dtype. Shapes as in `contrastive_lse`. Returns dI (n, D) and
     dT (m, D) in the features' dtype, empty where not needed, and ds as a scalar, 0 if not needed.
     """
-    with torch.autocast(image_features.device.type, enabled=False):
-        n, m = len(image_features), len(text_features)
-        dtype = accumulation_dtype(image_features.dtype)
-        text = text_features.to(dtype)
-        height = min(n, strip_rows(m, image_features.device))
-        logits_buffer = text.new_empty(height, m)
-        gradient_buffer = text.new_empty(height, m)
-        feature_weight = weight * logit_scale
-        scale_sum = text.new_zeros(())
-        image_grad = image_features.new_empty(image_features.shape if needs_image else (0,))
-        text_grad = text.new_zeros(text.shape if needs_text else (0,))
-        for start, stop in _strips(n, height):
-            logits, gradient = logits_buffer[: stop - start], gradient_buffer[: stop - start]
-            image = image_features[start:stop].to(dtype)
-            torch.mm(image * logit_scale, text.T, out=logits)
-            torch.sub(logits, row_lse[start:stop, None], out=gradient).exp_()
-            if with_columns:
-                gradient.add_(logits.sub_(column_lse).exp_())
-            offset, low, high = _pairs_in_strip(start, stop, first_column, m)
-            if high > low:
-                gradient.diagonal(offset)[: high - low].sub_(2.0 if with_columns else 1.0)
-            # sum_ij G_ij (I_i . T_j) is sum_i I_i . (G T)_i and sum_j T_j . (G^T I)_j: a feature
-            # gradient that is there anyway gives it for n * D.
-            if needs_image or not needs_text:
-                row_gradient = torch.mm(gradient, text)
-                if needs_scale:
-                    scale_sum += torch.dot(image.reshape(-1), row_gradient.view(-1))
-                if needs_image:
-                    image_grad[start:stop] = row_gradient.mul_(feature_weight)
-            if needs_text:
-                text_grad.addmm_(gradient.T, image)
-        if needs_scale and needs_text and not needs_image:
-            scale_sum += torch.dot(text.reshape(-1), text_grad.view(-1))
-        text_grad = text_grad.mul_(feature_weight).to(text_features.dtype)
-        return image_grad, text_grad, scale_sum.mul_(weight)
+    n, m = len(image_features), len(text_features)
+    dtype = accumulation_dtype(image_features.dtype)
+    text = text_features.to(dtype)
+    height = min(n, strip_rows(m, image_features.device))
+    logits_buffer = text.new_empty(height, m)
+    gradient_buffer = text.new_empty(height, m)
+    feature_weight = weight * logit_scale
+    scale_sum = text.new_zeros(())
+    image_grad = image_features.new_empty(image_features.shape if needs_image else (0,))
+    text_grad = text.new_zeros(text.shape if needs_text else (0,))
+    for start, stop in _strips(n, height):
+        logits, gradient = logits_buffer[: stop - start], gradient_buffer[: stop - start]
+        image = image_features[start:stop].to(dtype)
+        torch.mm(image * logit_scale, text.T, out=logits)
+        torch.sub(logits, row_lse[start:stop, None], out=gradient).exp_()
+        if with_columns:
+            gradient.add_(logits.sub_(column_lse).exp_())
+        offset, low, high = _pairs_in_strip(start, stop, first_column, m)
+        if high > low:
+            gradient.diagonal(offset)[: high - low].sub_(2.0 if with_columns else 1.0)
+        # sum_ij G_ij (I_i . T_j) is sum_i I_i . (G T)_i and sum_j T_j . (G^T I)_j: a feature
+        # gradient that is there anyway gives it for n * D.
+        if needs_image or not needs_text:
+            row_gradient = torch.mm(gradient, text)
+            if needs_scale:
+                scale_sum += torch.dot(image.reshape(-1), row_gradient.view(-1))
+            if needs_image:
+                image_grad[start:stop] = row_gradient.mul_(feature_weight)
+        if needs_text:
+            text_grad.addmm_(gradient.T, image)
+    if needs_scale and needs_text and not needs_image:
+        scale_sum += torch.dot(text.reshape(-1), text_grad.view(-1))
+    text_grad = text_grad.mul_(feature_weight).to(text_features.dtype)
+    return image_grad, text_grad, scale_sum.mul_(weight)
 
 
 def cyclic_statistics(
@@ -159,21 +157,20 @@ def cyclic_statistics(
     U and V are formed in the accumulation dtype from the features as they came: V is small for
     well-aligned pairs, and a difference of rounded numbers would lose it.
     """
-    with torch.autocast(image_features.device.type, enabled=False):
-        dtype = accumulation_dtype(image_features.dtype)
-        n, d = image_features.shape
-        if direct:
-            image, text = image_features.to(dtype), text_features.to(dtype)
-            return (image + text) @ (image - text).T
-        grams = torch.zeros(3 if with_cross else 2, d, d, dtype=dtype, device=image_features.device)
-        for start, stop in _strips(n, strip_rows(d, image_features.device)):
-            image, text = image_features[start:stop].to(dtype), text_features[start:stop].to(dtype)
-            u, v = image + text, image - text
-            grams[0].addmm_(u.T, u)
-            grams[1].addmm_(v.T, v)
-            if with_cross:
-                grams[2].addmm_(v.T, u)
-        return grams
+    dtype = accumulation_dtype(image_features.dtype)
+    n, d = image_features.shape
+    if direct:
+        image, text = image_features.to(dtype), text_features.to(dtype)
+        return (image + text) @ (image - text).T
+    grams = torch.zeros(3 if with_cross else 2, d, d, dtype=dtype, device=image_features.device)
+    for start, stop in _strips(n, strip_rows(d, image_features.device)):
+        image, text = image_features[start:stop].to(dtype), text_features[start:stop].to(dtype)
+        u, v = image + text, image - text
+        grams[0].addmm_(u.T, u)
+        grams[1].addmm_(v.T, v)
+        if with_cross:
+            grams[2].addmm_(v.T, u)
+    return grams
 
 
 def cyclic_grads(
@@ -200,36 +197,35 @@ def cyclic_grads(
 
     Returns dI and dT, (N, D) in the features' dtype, empty where not needed.
     """
-    with torch.autocast(image_features.device.type, enabled=False):
-        dtype = accumulation_dtype(image_features.dtype)
-        n, d = image_features.shape
-        total, difference = coefficients[0], coefficients[1]
-        # Terms asked for apart and then added come back with a = b; on CPU a look costs nothing.
-        if with_cross and difference.device.type == "cpu" and difference == 0:
-            with_cross = False
+    dtype = accumulation_dtype(image_features.dtype)
+    n, d = image_features.shape
+    total, difference = coefficients[0], coefficients[1]
+    # Terms asked for apart and then added come back with a = b; on CPU a look costs nothing.
+    if with_cross and difference.device.type == "cpu" and difference == 0:
+        with_cross = False
+    if direct:
+        both_ways = statistics * total
+        if with_cross:
+            both_ways.addcmul_(statistics.T, difference)
+        height = n
+    else:
+        weighted = statistics[:2] * total
+        cross = statistics[2] * difference if with_cross else None
+        height = strip_rows(d, image_features.device)
+    image_grad = image_features.new_empty(image_features.shape if needs_image else (0,))
+    text_grad = text_features.new_empty(text_features.shape if needs_text else (0,))
+    for start, stop in _strips(n, height):
+        image, text = image_features[start:stop].to(dtype), text_features[start:stop].to(dtype)
+        u, v = image + text, image - text
         if direct:
-            both_ways = statistics * total
-            if with_cross:
-                both_ways.addcmul_(statistics.T, difference)
-            height = n
+            u_grad, v_grad = both_ways @ v, both_ways.T @ u
         else:
-            weighted = statistics[:2] * total
-            cross = statistics[2] * difference if with_cross else None
-            height = strip_rows(d, image_features.device)
-        image_grad = image_features.new_empty(image_features.shape if needs_image else (0,))
-        text_grad = text_features.new_empty(text_features.shape if needs_text else (0,))
-        for start, stop in _strips(n, height):
-            image, text = image_features[start:stop].to(dtype), text_features[start:stop].to(dtype)
-            u, v = image + text, image - text
-            if direct:
-                u_grad, v_grad = both_ways @ v, both_ways.T @ u
-            else:
-                u_grad, v_grad = u @ weighted[1], v @ weighted[0]
-                if cross is not None:
-                    u_grad.addmm_(v, cross.T)
-                    v_grad.addmm_(u, cross)
-            if needs_image:
-                image_grad[start:stop] = u_grad + v_grad
-            if needs_text:
-                text_grad[start:stop] = u_grad.sub_(v_grad)
-        return image_grad, text_grad
+            u_grad, v_grad = u @ weighted[1], v @ weighted[0]
+            if cross is not None:
+                u_grad.addmm_(v, cross.T)
+                v_grad.addmm_(u, cross)
+        if needs_image:
+            image_grad[start:stop] = u_grad + v_grad
+        if needs_text:
+            text_grad[start:stop] = u_grad.sub_(v_grad)
+    return image_grad, text_grad

@@ -9,8 +9,9 @@ Under `torch.autocast` the features are cast to the autocast dtype (float64 ones
 autocast does); logits, sums and the returned loss are float32 (float64 for float64 features).
 First derivatives only.
 
-impl, everywhere: "auto" takes the fastest engine for the features' device; "eager" is PyTorch in
-bounded memory; "reference" is the dense definition, for tests and comparisons.
+impl, everywhere: "auto" takes the fastest engine for the features' device; "triton", the kernels
+for CUDA and ROCm; "eager", PyTorch in bounded memory; "reference", the dense definition, for
+comparison.
 """
 
 import math
@@ -62,7 +63,12 @@ def cyclic_penalty(
     check_lambdas(lambda_inmodal, lambda_crossmodal)
     image_features, text_features = check_features(image_features, text_features)
     terms = cyclic.cyclic_penalties(
-        image_features, text_features, lambda_inmodal, lambda_crossmodal, output_dict, impl
+        image_features,
+        text_features,
+        float(lambda_inmodal),
+        float(lambda_crossmodal),
+        output_dict,
+        impl,
     )
     if output_dict:
         return {"inmodal_cyclic_loss": terms[0], "crossmodal_cyclic_loss": terms[1]}
@@ -122,7 +128,12 @@ def cyclip_loss(
     if logit_bias is not None:
         loss = loss + _zero_of_bias(logit_bias, loss)
     penalties = cyclic.cyclic_penalties(
-        image_features, text_features, lambda_inmodal, lambda_crossmodal, output_dict, impl
+        image_features,
+        text_features,
+        float(lambda_inmodal),
+        float(lambda_crossmodal),
+        output_dict,
+        impl,
     )
     if output_dict:
         return {

@@ -25,8 +25,9 @@ class CyCLIPLoss(nn.Module):
         rank, world_size: the rank and the number of processes. Only one process is supported so
             far; see Raises.
         use_horovod: taken as False only.
-        impl: "auto", the fastest engine for the features' device; "eager", bounded-memory PyTorch;
-            or "reference", the dense definition with its N x N matrices, for comparison.
+        impl: "auto", the fastest engine for the features' device; "triton", the kernels for CUDA
+            and ROCm; "eager", PyTorch in bounded memory; or "reference", the dense definition with
+            its N x N matrices, to compare.
 
     Raises:
         TypeError: a lambda is no number. A bool is refused too: `ClipLoss(True, True)` passes

@@ -50,7 +50,10 @@ def _has_kernels(device: torch.device) -> bool:
 def _operator(name: str, signature: str) -> Any:
     def run(*arguments: Any) -> Any:
         *arguments_of_engine, impl = arguments
-        return getattr(_engine(impl, arguments[0]), name)(*arguments_of_engine)
+        features = arguments[0]
+        # The features have the autocast dtype already; logits, sums and gradients must not get it.
+        with torch.autocast(features.device.type, enabled=False):
+            return getattr(_engine(impl, features), name)(*arguments_of_engine)
 
     return custom_op(f"cyclip_loss::{name}", run, mutates_args=(), schema=signature)
 
@@ -83,9 +86,10 @@ def _contrastive_lse_shapes(
     image: Tensor, text: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     _, _, with_columns, _ = arguments
+    # shape[0], not len: len would fix a symbolic size, and every N would compile anew.
     dtype = eager.accumulation_dtype(image.dtype)
-    row_lse = image.new_empty(len(image), dtype=dtype)
-    column_lse = image.new_empty(len(text) if with_columns else 0, dtype=dtype)
+    row_lse = image.new_empty(image.shape[0], dtype=dtype)
+    column_lse = image.new_empty(text.shape[0] if with_columns else 0, dtype=dtype)
     return row_lse, column_lse, torch.empty_like(row_lse)
 
 

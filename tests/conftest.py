@@ -1,19 +1,24 @@
 """Fixtures of all tests: the engines under test, NaN-filled fresh memory, small strips."""
 
 import importlib
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import settings
 
+# Without a GPU the Triton kernels run in Triton's interpreter, which is chosen at its import.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from cyclip_loss import eager
 
 # Every test of a value or a gradient runs once per engine.
-IMPLS_UNDER_TEST = ["eager"]
+IMPLS_UNDER_TEST = ["eager", "triton"]
 
 # The same examples every time: a red run is a changed program, never an unlucky draw.
-settings.register_profile("ci", derandomize=True, deadline=None, max_examples=60)
+settings.register_profile("ci", derandomize=True, deadline=None, max_examples=30)
 settings.load_profile("ci")
 
 
@@ -41,8 +46,11 @@ def small_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     set_strip_rows(monkeypatch, 7)
 
 
-# What bounds the strips of the kernels. A strip is a whole number of tiles high, so at least one.
-KERNEL_STRIPS = {"contrastive_grads": "STRIP_BYTES", "contrastive_lse": "PARTIAL_ELEMENTS"}
+# What bounds the strips and blocks of the kernels: at least one tile each.
+KERNEL_STRIPS = {
+    "contrastive_grads": ("BLOCK_ROWS", "BLOCK_BYTES"),
+    "contrastive_lse": ("PARTIAL_ELEMENTS",),
+}
 
 
 def set_strip_rows(monkeypatch: pytest.MonkeyPatch, rows: int | None) -> None:
@@ -51,7 +59,7 @@ def set_strip_rows(monkeypatch: pytest.MonkeyPatch, rows: int | None) -> None:
         return
     monkeypatch.setattr(eager, "MIN_STRIP_ROWS", rows)
     monkeypatch.setitem(eager.STRIP_ELEMENTS, "cpu", 1)
-    if "triton" in IMPLS_UNDER_TEST:
-        for name, constant in KERNEL_STRIPS.items():
-            module = importlib.import_module(f"cyclip_loss.kernels.{name}")
+    for name, constants in KERNEL_STRIPS.items():
+        module = importlib.import_module(f"cyclip_loss.kernels.{name}")
+        for constant in constants:
             monkeypatch.setattr(module, constant, 1)
