@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks model | gpu`. Each command lives in its own file."""
+"""The command line: `python -m benchmarks cpu | model | gpu`. Each command has a file of its own."""
 
 import argparse
 import os
@@ -12,6 +12,12 @@ def main(arguments: list[str]) -> int:
     """Parse, run one command, return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+
+    cpu = commands.add_parser("cpu", help="time, memory and accuracy on this CPU, side by side")
+    cpu.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
+    cpu.add_argument("--seed", type=int, default=0)
+    cpu.add_argument("--seconds", type=float, default=10.0, help="to spend on each size at least")
+    cpu.add_argument("--peak-of", nargs=3, help=argparse.SUPPRESS)  # what a fresh process measures
 
     model = commands.add_parser("model", help="predict the kernels' times from first principles")
     model.add_argument("--chip", nargs="+", default=["A100", "H100", "B200"], metavar="NAME")
@@ -32,6 +38,11 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.command == "gpu":
         _fit_interpreter(options.dry_run, arguments)
+
+    if options.command == "cpu":
+        from benchmarks import cpu as cpu_command
+
+        return cpu_command.main(options)
 
     # Only now: importing a kernel fixes whether it is interpreted.
     from benchmarks.checkout import make_kernels_importable

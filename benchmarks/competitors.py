@@ -36,7 +36,8 @@ def dense(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) ->
     return sum(reference.cyclip_loss(image_features, text_features, logit_scale).values())
 
 
-def _dense_penalties(image_features: Tensor, text_features: Tensor) -> Tensor:
+def dense_penalties(image_features: Tensor, text_features: Tensor) -> Tensor:
+    """Both penalties by the definition, weighted as in the paper."""
     inmodal = reference.inmodal_cyclic_penalty(image_features, text_features)
     return 0.25 * (inmodal + reference.crossmodal_cyclic_penalty(image_features, text_features))
 
@@ -58,7 +59,7 @@ def _open_clip_and_penalties(device: torch.device) -> Competitor:
     clip = _open_clip(device).loss
 
     def loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
-        penalties = _dense_penalties(image_features, text_features)
+        penalties = dense_penalties(image_features, text_features)
         return clip(image_features, text_features, logit_scale) + penalties
 
     return Competitor("open_clip.ClipLoss, dense penalties", loss)

@@ -89,18 +89,30 @@ def float32_products(precision: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+# What bounds the strips and blocks of the launchers, by the module's name.
+BOUNDS = {
+    "contrastive_grads": ("BLOCK_ROWS", "BLOCK_BYTES"),
+    "contrastive_lse": ("PARTIAL_ELEMENTS",),
+}
+
+
 @contextmanager
-def small_strips(strip_bytes: int = 2**15, partial_elements: int = 2**10) -> Iterator[None]:
-    """Let the launchers take several strips where one would do."""
-    # Both modules share their name with a function of the package.
-    grads = sys.modules["cyclip_loss.kernels.contrastive_grads"]
-    lse = sys.modules["cyclip_loss.kernels.contrastive_lse"]
-    before = grads.STRIP_BYTES, lse.PARTIAL_ELEMENTS
-    grads.STRIP_BYTES, lse.PARTIAL_ELEMENTS = strip_bytes, partial_elements
+def small_strips() -> Iterator[None]:
+    """Let the launchers take strips and blocks of one tile, where one strip or block would do."""
+    # Not `import cyclip_loss.kernels.contrastive_grads`: that name is a function of the package.
+    bounds = [
+        (sys.modules[f"cyclip_loss.kernels.{module}"], name)
+        for module, names in BOUNDS.items()
+        for name in names
+    ]
+    before = [getattr(module, name) for module, name in bounds]
+    for module, name in bounds:
+        setattr(module, name, 1)
     try:
         yield
     finally:
-        grads.STRIP_BYTES, lse.PARTIAL_ELEMENTS = before
+        for (module, name), value in zip(bounds, before, strict=True):
+            setattr(module, name, value)
 
 
 def gradients(loss, image: Tensor, text: Tensor, scale: Tensor) -> dict[str, Tensor]:

@@ -150,7 +150,7 @@ def kernels(run: Run) -> None:
         predicted: dict[str, float] = {}
         if chip:
             predicted = {cost.name: 1e3 * cost.seconds for cost in predict(chip, n, d).costs}
-            predicted["contrastive_lse"] += predicted.pop("joining")
+            predicted["contrastive_lse"] += predicted.pop("join_lse")
         for name, measured in medians.items():
             row: dict[str, object] = {"N": n, "D": d, "kernel": name, "measured, ms": measured}
             if name in predicted:

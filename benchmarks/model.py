@@ -1,8 +1,8 @@
 """What the kernels should cost: flops, bytes, instructions, and from those the predicted times.
 
 For bfloat16 features (N, D) on one GPU, forward and backward, lambda_inmodal = lambda_crossmodal,
-all gradients. Sizes of tiles and strips are the launchers' own (`kernels/`), instructions are
-counted in the binaries (`instructions.py`), the chips' rates are published ones (`chips.py`).
+all gradients. Sizes of tiles, strips and blocks are the launchers' own (`kernels/`), instructions
+are counted in the binaries (`instructions.py`), the chips' rates are published (`chips.py`).
 
 A program of a tile kernel takes
 
@@ -15,7 +15,8 @@ and their sum if only one program fits on an SM, by its registers: nothing else 
 with. If two fit, the slowest resource alone. The cyclic kernels form U and V in registers between
 the loads and the product, so their main loop is the sum of product and instructions. A kernel
 takes as many turns of that as the grid needs, or the time of its device memory traffic, if that is
-longer.
+longer. So do the library's products, at its rate: see LIBRARY_TILES. The joining of what the tiles
+of the first sweep leave is counted at the memory bandwidth.
 """
 
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from benchmarks.chips import (
 from benchmarks.instructions import INSTRUCTIONS, Instructions
 from cyclip_loss.cyclic import direct_is_cheaper
 from cyclip_loss.kernels.configs import ARCHITECTURES, Config
-from cyclip_loss.kernels.contrastive_grads import STRIP_BYTES
+from cyclip_loss.kernels.contrastive_grads import BLOCK_BYTES, BLOCK_ROWS
 from cyclip_loss.kernels.contrastive_lse import PARTIAL_ELEMENTS
 from cyclip_loss.kernels.cyclic_statistics import MAX_SPLITS, MIN_SPLIT_ROWS
 
@@ -44,9 +45,12 @@ FILL_SECONDS = 0.5e-6
 # Assumed: eager PyTorch launches a kernel every few microseconds, and a custom operator adds 10
 # (public measurements). What the host needs hides behind the device, or bounds a small batch.
 LAUNCH_SECONDS, OPERATOR_SECONDS = 5e-6, 10e-6
-FIXED_LAUNCHES = 60  # outside the strips: the sums of the loss, the penalties, autograd
-# torch.logsumexp reads, subtracts, exponentiates and sums in four kernels; one write before them.
-JOIN_PASSES = 1 + 6
+FIXED_LAUNCHES = 60  # outside strips and blocks: the sums of the loss, the penalties, autograd
+# Assumed: a library product takes whole turns of that of these output tiles which leaves the fewest
+# SMs empty, at the same rate per element, and does not split its sum. cuBLAS has them (kernels named
+# nvjet_tst_128x256_..., nvjet_tst_128x192_... in public profiles of PyTorch on H100 and B200),
+# others, and such as split the sum (..._splitK_...); which it takes when is not documented.
+LIBRARY_TILES = ((128, 256), (256, 128), (128, 192), (192, 128))
 
 
 @dataclass(frozen=True)
@@ -192,8 +196,9 @@ def _kernel(
     return Cost(name, flops, l2_bytes, memory_bytes, exponentials, len(grids), seconds, bound)
 
 
-def _strips(rows: int, height: int) -> list[int]:
-    return [min(height, rows - start) for start in range(0, rows, height)]
+def _lengths(length: int, size: int) -> list[int]:
+    """Lengths of strips or blocks: `size` each, but for the last."""
+    return [min(size, length - start) for start in range(0, length, size)]
 
 
 def sweep_tile(chip: Chip, config: Config, d: int) -> Tile:
@@ -204,85 +209,96 @@ def sweep_tile(chip: Chip, config: Config, d: int) -> Tile:
     return Tile(ceil(d / bk), 2 * bm * bn * bk, step_bytes, chip.matrix_rate, staged=False)
 
 
-def _text_reads(chip: Chip, config: Config, strips: list[int], n: int, d: int) -> float:
-    """Bytes of text from device memory: once per group of row tiles, unless L2 holds it all."""
-    text = n * d * BYTES
-    height = config.tile["BM"] * config.tile["GROUP"]
-    return text * (1 if text <= chip.l2_bytes else sum(ceil(rows / height) for rows in strips))
+def _sweep_reads(chip: Chip, config: Config, rows: int, columns: int, d: int) -> float:
+    """Bytes of features that one launch reads from device memory.
+
+    Images once; texts once per group of row tiles, unless L2 holds all that the launch needs.
+    """
+    text = columns * d * BYTES
+    groups = ceil(rows / (config.tile["BM"] * config.tile["GROUP"]))
+    return rows * d * BYTES + text * (1 if text <= chip.l2_bytes else groups)
 
 
 def contrastive_lse(chip: Chip, n: int, d: int) -> list[Cost]:
-    """The sweep for the log-sum-exps, and PyTorch's joining of what the tiles left."""
+    """The sweep for the log-sum-exps, and the joining of the maxima and sums that its tiles leave.
+
+    The joining reads these 2 float32 per tile and row or column once and writes next to nothing.
+    Its programs keep 32 KB each in flight, so that even the 64 of N = 262,144 are near the memory
+    bandwidth; its instructions (650 a warp for 4,096 pairs, with 4 warps, counted for sm_90) take a
+    third of that time.
+    """
     config = ARCHITECTURES[chip.arch]["contrastive"][16, "tf32"]
     bm, bn, parts = (config.tile[key] for key in ("BM", "BN", "PARTS"))
     columns = ceil(n / bn)
     height = max(1, PARTIAL_ELEMENTS // max(columns * parts * bm, n)) * bm  # as the launcher
-    strips = _strips(n, height)
-    grids = [ceil(rows / bm) * columns for rows in strips]
-    partials = 4 * sum(columns * parts * rows + ceil(rows / bm) * n for rows in strips)
-    features = n * d * BYTES + _text_reads(chip, config, strips, n, d)
+    strips = _lengths(n, height)
+    pairs = sum(columns * parts * rows + ceil(rows / bm) * n for rows in strips)
+    partials = 2 * 4 * pairs
     sweep = _kernel(
         chip,
         "contrastive_lse",
-        grids,
-        sweep_tile(chip, config, d),
-        config,
-        2 * n**2 * d,
-        features + partials,
-        2 * n**2,
-    )
-    joined = (JOIN_PASSES - 1) * partials
-    launches = 13 * len(strips)
-    seconds = joined / chip.memory_bandwidth
-    join = Cost(
-        "joining", 0, 0, joined, partials / 4, launches, seconds, "memory bandwidth of logsumexp"
-    )
-    return [sweep, join]
-
-
-def contrastive_grads(chip: Chip, n: int, d: int) -> list[Cost]:
-    """The sweep that writes strips of G, and the two library products that consume each."""
-    config = ARCHITECTURES[chip.arch]["contrastive"][16, "tf32"]
-    bm, bn = config.tile["BM"], config.tile["BN"]
-    columns = ceil(n / bn)
-    height = max(1, STRIP_BYTES // (columns * bn * BYTES * bm)) * bm  # as the launcher
-    strips = _strips(n, height)
-    fits_l2 = min(height, n) * n * BYTES <= chip.l2_bytes
-    written = 0 if fits_l2 else n**2 * BYTES
-    features = n * d * BYTES + _text_reads(chip, config, strips, n, d)
-    sweep = _kernel(
-        chip,
-        "contrastive_grads",
         [ceil(rows / bm) * columns for rows in strips],
         sweep_tile(chip, config, d),
         config,
         2 * n**2 * d,
-        features + written,
+        sum(_sweep_reads(chip, config, rows, n, d) for rows in strips) + partials,
         2 * n**2,
     )
-    # At the library's rate: dI of a strip has too few tiles to fill a chip (48 of 128 x 256 at
-    # 2,048 x 768), so this takes a library that splits its sum over N, as cuBLAS can.
-    # Each product per strip. dI = G T reads the strip and the text and writes its rows;
-    # dT += G^T I reads strip and rows, and reads and writes all of dT in float32.
+    seconds, launches = partials / chip.memory_bandwidth, 2 * len(strips)
+    join = Cost("join_lse", 0, 0, partials, pairs, launches, seconds, "memory bandwidth")
+    return [sweep, join]
+
+
+def library_turns(chip: Chip, rows: int, columns: int) -> float:
+    """How much longer a product into (rows, columns) takes than if its tiles filled every turn."""
+    turns = (
+        ceil(ceil(rows / bm) * ceil(columns / bn) / chip.sms) * bm * bn for bm, bn in LIBRARY_TILES
+    )
+    return min(turns) * chip.sms / (rows * columns)
+
+
+def contrastive_grads(chip: Chip, n: int, d: int) -> list[Cost]:
+    """The sweep that writes G by blocks, and the two library products that consume each."""
+    config = ARCHITECTURES[chip.arch]["contrastive"][16, "tf32"]
+    bm, bn = config.tile["BM"], config.tile["BN"]
+    height = ceil(min(n, BLOCK_ROWS) / bm) * bm  # height and width as the launcher
+    width = min(max(1, BLOCK_BYTES // (height * BYTES * bn)) * bn, ceil(n / bn) * bn)
+    strips = _lengths(n, height)
+    blocks = [(rows, columns) for rows in strips for columns in _lengths(n, width)]
+    fits_l2 = min(height, n) * min(width, n) * BYTES <= chip.l2_bytes
+    written = 0 if fits_l2 else n**2 * BYTES
+    sweep = _kernel(
+        chip,
+        "contrastive_grads",
+        [ceil(rows / bm) * ceil(columns / bn) for rows, columns in blocks],
+        sweep_tile(chip, config, d),
+        config,
+        2 * n**2 * d,
+        sum(_sweep_reads(chip, config, rows, columns, d) for rows, columns in blocks) + written,
+        2 * n**2,
+    )
+    # Per block, dI's rows += G T and dT's columns += G^T I: each reads G and the other features,
+    # and reads and writes its sums in float32.
     seconds, memory, bounds = 0.0, 0.0, set()
-    for rows in strips:
-        strip = 0 if fits_l2 else rows * n * BYTES
-        image = strip + n * d * BYTES + rows * d * (4 + 4 + 4 + 4 + 2 + 2 * BYTES)
-        text = strip + rows * d * BYTES + 2 * 4 * n * d
-        for moved in (image, text):
-            by_rate = 2 * rows * n * d / chip.matrix_rate
+    for block in blocks:
+        flops = 2 * block[0] * block[1] * d
+        for summed, kept in (block[::-1], block):
+            moved = (0 if fits_l2 else block[0] * block[1] * BYTES) + summed * d * BYTES
+            moved += 2 * 4 * kept * d
+            by_rate = flops * library_turns(chip, kept, d) / chip.matrix_rate
             by_memory = moved / chip.memory_bandwidth
             seconds += max(by_rate, by_memory)
             bounds.add("memory bandwidth" if by_memory > by_rate else "matrix rate")
-        memory += image + text
-    ends = n * d * (4 + 8 + 4 + 2)  # dT: zeros, scaled, rounded
+            memory += moved
+    ends = 2 * n * d * (4 + 8 + 4 + 2)  # dI and dT: zeros, scaled, rounded
     products = Cost(
         "library products",
         4 * n**2 * d,
         0,
         memory + ends,
         0,
-        6 * len(strips),
+        # Per block two products, and two for the logit scale; per strip the ends of dI.
+        4 * len(blocks) + 3 * len(strips),
         seconds + ends / chip.memory_bandwidth,
         " and ".join(sorted(bounds)),
     )

@@ -36,7 +36,7 @@ def describe(run: Run) -> dict[str, Any]:
         "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
         "seed": run.seed,
         "seconds": round(run.elapsed(), 1),
-        "versions": _versions(),
+        "versions": versions(),
         "sections": {name: _finite(vars(section)) for name, section in run.sections.items()},
     }
 
@@ -50,8 +50,9 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _versions() -> dict[str, str]:
-    versions = {
+def versions() -> dict[str, str]:
+    """Of everything that a measurement depends on."""
+    found = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,
@@ -65,10 +66,10 @@ def _versions() -> dict[str, str]:
     for name, command in commands.items():
         try:
             answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-            versions[name] = answer.stdout.splitlines()[0].strip()
+            found[name] = answer.stdout.splitlines()[0].strip()
         except (OSError, subprocess.SubprocessError, IndexError):
-            versions[name] = "unknown"
-    return versions
+            found[name] = "unknown"
+    return found
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -105,6 +106,14 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}"
     return str(value).replace("|", "\\|")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", delete=False) as file:
+        file.write(text)
+    os.replace(file.name, path)
 
 
 def write(folder: Path, record: dict[str, Any]) -> tuple[Path, Path]:
