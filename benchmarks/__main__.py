@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks cpu | model | gpu`. Each command has a file of its own."""
+"""The command line: `python -m benchmarks cpu | model | gpu`. Each command has its own file."""
 
 import argparse
 import os

@@ -13,6 +13,11 @@ HALF_RATE_PER_CLOCK = 2  # warp instructions of 64 lanes per clock
 SHUFFLES_PER_CLOCK = 1
 EXPONENTIALS_PER_CLOCK = 0.5
 REGISTERS = 65536  # of an SM
+# Assumed: a library product takes whole turns of the one of these output tiles that leaves the
+# fewest SMs empty, at the same rate per element, and does not split its sum. cuBLAS has these
+# (kernels named nvjet_tst_128x256_..., nvjet_tst_128x192_... in public profiles of PyTorch) and
+# others, some of which split the sum (..._splitK_...); which it takes when is not documented.
+LIBRARY_TILES = ((128, 256), (256, 128), (128, 192), (192, 128))
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,7 @@ class Chip:
 
     matrix_rate: of the best bfloat16 product of the library. tf32: half of it.
     triton_fraction: of that rate, what a Triton main loop reaches on long products.
+    library_tiles: output tiles that the library can take, rows and columns.
     """
 
     name: str
@@ -32,6 +38,7 @@ class Chip:
     l2_bandwidth: float
     l2_bytes: int
     triton_fraction: float
+    library_tiles: tuple[tuple[int, int], ...] = LIBRARY_TILES
 
 
 # matrix_rate: "Maximum Achievable Matmul FLOPS", github.com/stas00/ml-engineering,

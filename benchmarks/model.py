@@ -15,8 +15,8 @@ and their sum if only one program fits on an SM, by its registers: nothing else 
 with. If two fit, the slowest resource alone. The cyclic kernels form U and V in registers between
 the loads and the product, so their main loop is the sum of product and instructions. A kernel
 takes as many turns of that as the grid needs, or the time of its device memory traffic, if that is
-longer. So do the library's products, at its rate: see LIBRARY_TILES. The joining of what the tiles
-of the first sweep leave is counted at the memory bandwidth.
+longer. So do the library's products, at its rate (`LIBRARY_TILES` in `chips.py`). Joining what the
+tiles of the first sweep leave is counted at the memory bandwidth.
 """
 
 from dataclasses import dataclass
@@ -46,11 +46,6 @@ FILL_SECONDS = 0.5e-6
 # (public measurements). What the host needs hides behind the device, or bounds a small batch.
 LAUNCH_SECONDS, OPERATOR_SECONDS = 5e-6, 10e-6
 FIXED_LAUNCHES = 60  # outside strips and blocks: the sums of the loss, the penalties, autograd
-# Assumed: a library product takes whole turns of that of these output tiles which leaves the fewest
-# SMs empty, at the same rate per element, and does not split its sum. cuBLAS has them (kernels named
-# nvjet_tst_128x256_..., nvjet_tst_128x192_... in public profiles of PyTorch on H100 and B200),
-# others, and such as split the sum (..._splitK_...); which it takes when is not documented.
-LIBRARY_TILES = ((128, 256), (256, 128), (128, 192), (192, 128))
 
 
 @dataclass(frozen=True)
@@ -224,8 +219,8 @@ def contrastive_lse(chip: Chip, n: int, d: int) -> list[Cost]:
 
     The joining reads these 2 float32 per tile and row or column once and writes next to nothing.
     Its programs keep 32 KB each in flight, so that even the 64 of N = 262,144 are near the memory
-    bandwidth; its instructions (650 a warp for 4,096 pairs, with 4 warps, counted for sm_90) take a
-    third of that time.
+    bandwidth; its instructions (695 for each of 4 warps per 4,096 pairs, counted for sm_90) take a
+    quarter of that time.
     """
     config = ARCHITECTURES[chip.arch]["contrastive"][16, "tf32"]
     bm, bn, parts = (config.tile[key] for key in ("BM", "BN", "PARTS"))
@@ -252,7 +247,8 @@ def contrastive_lse(chip: Chip, n: int, d: int) -> list[Cost]:
 def library_turns(chip: Chip, rows: int, columns: int) -> float:
     """How much longer a product into (rows, columns) takes than if its tiles filled every turn."""
     turns = (
-        ceil(ceil(rows / bm) * ceil(columns / bn) / chip.sms) * bm * bn for bm, bn in LIBRARY_TILES
+        ceil(ceil(rows / bm) * ceil(columns / bn) / chip.sms) * bm * bn
+        for bm, bn in chip.library_tiles
     )
     return min(turns) * chip.sms / (rows * columns)
 

@@ -61,7 +61,7 @@ def tile_lines(chip: Chip, d: int) -> list[str]:
 
 
 def target_lines(n: int = 65536, d: int = 768, chip: Chip = H100) -> list[str]:
-    """The two targets, computed, and how the first depends on what Triton reaches."""
+    """The two targets, computed, and how the first depends on what is assumed."""
     p = predict(chip, n, d)
     limit = TARGET_RATIO * p.floor
     share = p.penalties / p.seconds
@@ -73,11 +73,20 @@ def target_lines(n: int = 65536, d: int = 768, chip: Chip = H100) -> list[str]:
         f"Target: penalties at most {TARGET_PENALTIES:.0%} of it: predicted {share:.1%}: "
         f"{'reached' if share <= TARGET_PENALTIES else 'NOT REACHED'}",
     ]
-    for fraction in (0.7, 0.8, 0.9):
-        other = predict(replace(chip, triton_fraction=fraction), n, d)
+    others = {
+        f"Triton's main loop reaches {fraction:.0%} of the library's rate": replace(
+            chip, triton_fraction=fraction
+        )
+        for fraction in (0.7, 0.8, 0.9)
+    }
+    others["the library's products take 128 x 256 tiles only"] = replace(
+        chip, library_tiles=((128, 256),)
+    )
+    others["they leave no SM empty"] = replace(chip, library_tiles=((1, 1),))
+    for condition, other_chip in others.items():
+        other = predict(other_chip, n, d)
         lines.append(
-            f"    if Triton's main loop reaches {fraction:.0%} of the library's rate: "
-            f"{other.seconds * 1e3:.1f} ms, {other.seconds / other.floor:.2f} x"
+            f"    if {condition}: {other.seconds * 1e3:.1f} ms, {other.seconds / other.floor:.2f} x"
         )
     return lines
 

@@ -62,8 +62,9 @@ def _tile_lse(
         in_tile = (partner >= first_column_of_tile) & (partner < first_column_of_tile + BN)
         tl.store(pair_logits + rows, pair, mask=in_tile & (partner < m) & (rows < n))
 
-    valid = (rows < n)[:, None] & (columns < m)[None, :]
-    logits = tl.where(valid, logits, -float("inf"))
+    if (first_row + BM > n) | (first_column_of_tile + BN > m):
+        valid = (rows < n)[:, None] & (columns < m)[None, :]
+        logits = tl.where(valid, logits, -float("inf"))
     # Two exponentials an element. One for both, relative to the tile's maximum, underflows for rows
     # and columns far below it, and the branch that saves them costs registers that spill.
     row_max = tl.max(logits, axis=1)

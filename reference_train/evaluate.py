@@ -51,7 +51,7 @@ SITUATIONS = {
     "new both": (SHIFT_STYLES, True),
     "stress": (STRESS_STYLES, False),
 }  # name -> (styles, held-out concepts?)
-SHOWN_STYLE, SHOWN = "fluent-emoji", 12  # the picture of what the models find
+SHOWN = 12  # emoji in the picture of what the models find, as many of each shifted style
 
 Numbers = dict[str, float]
 
@@ -129,7 +129,7 @@ def evaluate(clip: Clip, emoji: EmojiSet, split: str) -> dict[str, Any]:
 
     Returns {"situations": {situation: {question: mean over its styles}},
              "styles": {situation: {style: {question: value}}},
-             "shown": [{code, name, found}], the names found for a dozen emoji}
+             "shown": [{style, code, name, found}], the names found for a dozen emoji}
     """
     clip.model.eval()
     concepts = emoji.concepts
@@ -186,27 +186,33 @@ def evaluate(clip: Clip, emoji: EmojiSet, split: str) -> dict[str, Any]:
             for situation, numbers in questions.items()
         },
         "styles": styles,
-        "shown": shown_names(emoji, split, images[SHOWN_STYLE], names),
+        "shown": shown_names(emoji, split, images, names),
     }
 
 
 def shown_names(
-    emoji: EmojiSet, split: str, features: Tensor, names: Tensor
+    emoji: EmojiSet, split: str, images: dict[str, Tensor], names: Tensor
 ) -> list[dict[str, str]]:
-    """The names found for a dozen queries in `SHOWN_STYLE`, drawn by lot and not by result.
+    """The names found for a dozen queries in styles never trained on, drawn by lot, not by result.
 
-    features: (n, D) of all images of the style. names: (concepts, D).
+    images: style -> (n, D) features of all its images. names: (concepts, D).
     """
-    rows, drawn = pick(emoji, SHOWN_STYLE, queries(emoji, split, held_out=False))
     trained = emoji.in_split("train")
-    lot = random.Random("a dozen emoji").sample(range(len(rows)), min(SHOWN, len(rows)))
+    lot = random.Random("a dozen emoji")
     shown = []
-    for k in lot:
-        concept = emoji.concepts[int(drawn[k])]
-        found = trained[int((names[trained] @ features[rows[k]]).argmax())]
-        shown.append(
-            {"code": concept.code, "name": concept.name, "found": emoji.concepts[found].name}
-        )
+    for style in SHIFT_STYLES:
+        rows, drawn = pick(emoji, style, queries(emoji, split, held_out=False))
+        for k in lot.sample(range(len(rows)), min(SHOWN // len(SHIFT_STYLES), len(rows))):
+            concept = emoji.concepts[int(drawn[k])]
+            found = trained[int((names[trained] @ images[style][rows[k]]).argmax())]
+            shown.append(
+                {
+                    "style": style,
+                    "code": concept.code,
+                    "name": concept.name,
+                    "found": emoji.concepts[found].name,
+                }
+            )
     return shown
 
 

@@ -9,7 +9,6 @@ import matplotlib
 import numpy as np
 
 from .data import EMOJI_FOLDER, SHIFT_STYLES, STRESS_STYLES, TRAIN_STYLES, decode, read_samples
-from .evaluate import SHOWN_STYLE
 from .results import TITLES, by_loss
 
 matplotlib.use("Agg")  # files only: no display needed
@@ -24,6 +23,21 @@ def figure(rows: int, height: float) -> tuple[Any, list[Any]]:
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
     fig, axes = plt.subplots(rows, 1, figsize=(5.5, height), dpi=200, layout="constrained")
     return fig, list(np.atleast_1d(axes))
+
+
+def legend_above(fig: Any, ax: Any) -> None:
+    """One legend for all panels, where it hides nothing."""
+    handles, names = ax.get_legend_handles_labels()
+    columns = min(len(names), 4)
+    fig.legend(
+        handles,
+        names,
+        frameon=False,
+        loc="outside upper center",
+        ncols=columns,
+        handlelength=1.2,
+        columnspacing=1.2,
+    )
 
 
 def draw_lines(ax: Any, results: dict[str, Any], kind: str, name: str) -> None:
@@ -74,7 +88,7 @@ def draw_consistency(results: dict[str, Any], path: Path) -> None:
         draw_lines(ax, results, "validation", name)
         ax.set_title(title, loc="left")
         ax.set_yscale("log")
-    axes[0].legend(frameon=False)
+    legend_above(fig, axes[0])
     fig.savefig(path)
     plt.close(fig)
 
@@ -118,37 +132,37 @@ def draw_styles(results: dict[str, Any], path: Path) -> None:
         ax.invert_yaxis()
         ax.margins(x=0.12)  # room for the numbers
         ax.set_title(title, loc="left")
-    axes[0].legend(frameon=False, loc="lower right")
+    legend_above(fig, axes[0])
     fig.savefig(path)
     plt.close(fig)
 
 
 def draw_names(results: dict[str, Any], path: Path) -> None:
-    """A dozen emoji in a style never trained on, and the names found by the first two losses."""
+    """A dozen emoji in styles never trained on, and the names found by the first two losses."""
     runs = [runs[0] for runs in list(by_loss(results).values())[:2]]
     folder = Path(results["emoji"] or EMOJI_FOLDER)
-    wanted = {shown["code"] for shown in runs[0]["results"]["shown"]}
-    images = {
-        sample.info["concept"]: decode(sample.image, 64).transpose(1, 2, 0)
-        for sample in read_samples([str(folder / f"{SHOWN_STYLE}.tar.xz")])
-        if sample.info["concept"] in wanted
-    }
-    lines = (len(wanted) + 1) // 2
+    all_shown = runs[0]["results"]["shown"]
+    wanted = {(shown["style"], shown["code"]) for shown in all_shown}
+    shards = [str(folder / f"{style}.tar.xz") for style in sorted({s for s, _ in wanted})]
+    images = {}
+    for sample in read_samples(shards):
+        key = sample.info["style"], sample.info["concept"]
+        if key in wanted:
+            images[key] = decode(sample.image, 64).transpose(1, 2, 0)
+    lines = (len(all_shown) + 1) // 2
     fig, axes = plt.subplots(
-        lines, 4, figsize=(5.5, 1.05 * lines + 0.65), dpi=200, width_ratios=[1, 1.9, 1, 1.9]
+        lines, 4, figsize=(5.5, 1.2 * lines + 0.7), dpi=200, width_ratios=[1, 1.9, 1, 1.9]
     )
     cells = np.atleast_2d(axes).reshape(-1, 2)
     for left, right in cells:
         left.axis("off")
         right.axis("off")
-    for k, ((left, right), shown) in enumerate(
-        zip(cells, runs[0]["results"]["shown"], strict=False)
-    ):
-        left.imshow(images[shown["code"]], interpolation="bilinear")
+    for k, ((left, right), shown) in enumerate(zip(cells, all_shown, strict=False)):
+        left.imshow(images[shown["style"], shown["code"]], interpolation="bilinear")
         y = 1.0
         for text, colour, weight in name_lines(shown["name"], runs, k):
             right.text(0, y, text, color=colour, weight=weight, fontsize=9.5, va="top")
-            y -= 0.2 * (text.count("\n") + 1) + 0.05
+            y -= 0.17 * (text.count("\n") + 1) + 0.05
     losses = " and ".join(TITLES[run["config"]["loss"]] for run in runs)
     fig.suptitle(f"What {losses} call an emoji\nin a style never trained on", fontsize=12)
     fig.subplots_adjust(left=0.01, right=0.99, top=1 - 0.6 / fig.get_figheight(), bottom=0.01)

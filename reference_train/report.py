@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -17,11 +18,11 @@ from .data import CannotStart
 from .pictures import PICTURES
 from .results import TITLES, by_loss
 
-# the table: situation -> (heading, rows); a row is (question, label, is it a percentage?); `names`
-# and `images` are among how many the right one is to be found
+# the table: situation -> (heading, rows); a row is (question, label, is it times 100?); `names` and
+# `images` are among how many the right one is to be found
 GEOMETRY = (
-    ("inmodal_gap", "in-modal gap ↓", False),
-    ("crossmodal_gap", "cross-modal gap ↓", False),
+    ("inmodal_gap", "in-modal gap × 100 ↓", True),
+    ("crossmodal_gap", "cross-modal gap × 100 ↓", True),
     ("alignment", "alignment ↓", False),
     ("image_uniformity", "image uniformity ↓", False),
     ("text_uniformity", "text uniformity ↓", False),
@@ -60,7 +61,7 @@ ROWS: dict[str, tuple[str, tuple[tuple[str, str, bool], ...]]] = {
         ),
     ),
     "stress": (
-        "trained concepts, black and white",
+        "trained concepts, drawn black",
         (
             ("image_to_name", "image → name (of {names:,.0f})", True),
             ("subgroup", "subgroup, zero-shot", True),
@@ -69,40 +70,40 @@ ROWS: dict[str, tuple[str, tuple[tuple[str, str, bool], ...]]] = {
 }
 
 
-def cell(values: list[float], percentage: bool) -> str:
+def cell(values: list[float], times_100: bool) -> str:
     """Mean, and the standard deviation where there are several seeds."""
-    if percentage:
-        values, digits = [100 * value for value in values], 1
-    else:
-        digits = 4 if abs(values[0]) < 0.1 else 3
+    if times_100:
+        values = [100 * value for value in values]
+    digits = 1 if times_100 and abs(values[0]) >= 5 else 2
     text = f"{statistics.mean(values):.{digits}f}"
     if len(values) > 1:
-        text += f" ± {statistics.stdev(values):.{digits}f}"
+        text += f"±{statistics.stdev(values):.{digits}f}"
     return text
 
 
 def make_table(results: dict[str, Any]) -> Table:
     """The losses side by side; one section for each situation of the evaluation."""
     losses = by_loss(results)
-    seeds = {len(runs) for runs in losses.values()}
-    spread = ", mean ± standard deviation over seeds" if max(seeds) > 1 else ""
+    seeds = max(len(runs) for runs in losses.values())
+    spread = f"; mean ± standard deviation of {seeds} seeds" if seeds > 1 else ""
     table = Table(
-        title=f"What training never saw ({results['split']} split; % unless it says gap, "
-        f"alignment or uniformity{spread})",
+        title=f"What training never saw: {results['split']} split, % unless it says gap, "
+        f"alignment or uniformity{spread}",
         title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
-    table.add_column("")
-    for loss, runs in losses.items():
-        count = f" ({len(runs)} seeds)" if max(seeds) > 1 else ""
-        table.add_column(TITLES[loss] + count, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for loss in losses:
+        table.add_column(TITLES[loss], justify="right", no_wrap=True)
     for situation, (heading, rows) in ROWS.items():
         first = results["runs"][0]["results"]["situations"][situation]
         table.add_row(f"[bold]{heading}")
-        for question, label, percentage in rows:
+        for question, label, times_100 in rows:
             cells = []
             for runs in losses.values():
                 values = [run["results"]["situations"][situation][question] for run in runs]
-                cells.append(cell(values, percentage))
+                cells.append(cell(values, times_100))
             table.add_row(f"  {label.format(**first)}", *cells)
         table.add_section()
     for label, key, digits in (

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import competitors, model, model_report, record
-from benchmarks.chips import A100, CHIPS, H100, chip_of
+from benchmarks.chips import A100, B200, CHIPS, H100, chip_of
 from benchmarks.instructions import INSTRUCTIONS, Instructions
 from benchmarks.run import Run
 from benchmarks.timing import Times, interleaved
@@ -52,26 +52,42 @@ def test_flops_and_exponentials() -> None:
 
 
 def test_bytes_on_h100() -> None:
-    """128 x 256 tiles in groups of 8; two strips of lse, 32 of G; text does not fit in L2."""
+    """128 x 256 tiles in groups of 8; two strips of lse, 8 x 4 blocks of G of 8,192 x 16,384.
+
+    L2 holds the texts of a block, not all of them.
+    """
     found = costs(model.predict(H100, N, D))
     features = N * D * 2
     for name in ("contrastive_lse", "contrastive_grads"):
         assert found[name].l2_bytes == (N // 128) * (N // 256) * (128 + 256) * D * 2
-    partials = 4 * (N * N // 128 + N * N // 128)  # per row and half tile, per column and tile
+    # A maximum and a sum per row and half tile, and per column and tile.
+    partials = 2 * 4 * (N * N // 128 + N * N // 128)
     assert found["contrastive_lse"].launches == 2
     assert found["contrastive_lse"].memory_bytes == features * (1 + N // 1024) + partials
-    assert found["joining"].memory_bytes == 6 * partials
-    assert found["contrastive_grads"].launches == N // 2048
-    assert found["contrastive_grads"].memory_bytes == features * (1 + N // 1024) + 2 * N**2
-    # dT: read and written in float32 per strip. dI: G again, all of the text.
-    per_strip = 2 * 2048 * N * 2 + features + 2 * 4 * N * D + 2048 * D * (22 + 2)
-    assert found["library products"].memory_bytes == 32 * per_strip + 18 * N * D
+    assert found["join_lse"].launches == 4
+    assert found["join_lse"].memory_bytes == partials
+    assert found["join_lse"].seconds == partials / 3e12
+    assert found["contrastive_grads"].launches == 8 * 4
+    assert found["contrastive_grads"].memory_bytes == features * (4 + 8) + 2 * N**2
+    # Of each block: G twice, the features once, the sums read and written in float32.
+    per_block = 2 * 2 * 8192 * 16384 + (2 + 8) * (8192 + 16384) * D
+    assert found["library products"].memory_bytes == 32 * per_block + 2 * 18 * N * D
 
 
-def test_strip_that_stays_in_l2_moves_no_memory() -> None:
+def test_block_that_stays_in_l2_moves_no_memory() -> None:
     small = costs(model.predict(H100, 4096, D))["contrastive_grads"]
     assert H100.l2_bytes > 4096**2 * 2
     assert small.memory_bytes == 2 * 4096 * D * 2
+
+
+def test_turns_of_library_products() -> None:
+    """8,192 x 768: 192 tiles of 128 x 256, or 256 of 128 x 192: two turns of 132 SMs."""
+    assert model.library_turns(H100, 8192, D) == 264 / 256
+    assert model.library_turns(replace(H100, library_tiles=((128, 256),)), 8192, D) == 264 / 192
+    assert model.library_turns(B200, 8192, D) == 296 / 256
+    assert model.library_turns(replace(H100, library_tiles=((1, 1),)), 132 * 8, D) == 1
+    # A tile that reaches out of the output costs as much.
+    assert model.library_turns(replace(H100, sms=1), 128, 257) == 128 * 384 / (128 * 257)
 
 
 def test_seconds_of_a_tile() -> None:
@@ -106,12 +122,19 @@ def test_more_work_takes_longer(chip: model.Chip) -> None:
     assert model.predict(chip, 4096, 512).host_seconds > 0
 
 
-def test_sizes_of_strips_are_the_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cyclip_loss.kernels.contrastive_grads import STRIP_BYTES
+def test_sizes_of_blocks_are_the_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cyclip_loss.kernels.contrastive_grads import BLOCK_BYTES, BLOCK_ROWS
 
-    assert model.STRIP_BYTES == STRIP_BYTES
-    monkeypatch.setattr(model, "STRIP_BYTES", STRIP_BYTES // 4)
-    assert costs(model.predict(H100, N, D))["contrastive_grads"].launches == 4 * N // 2048
+    assert (model.BLOCK_ROWS, model.BLOCK_BYTES) == (BLOCK_ROWS, BLOCK_BYTES)
+    monkeypatch.setattr(model, "BLOCK_BYTES", BLOCK_BYTES // 4)
+    assert costs(model.predict(H100, N, D))["contrastive_grads"].launches == 8 * 16
+    monkeypatch.setattr(model, "BLOCK_ROWS", BLOCK_ROWS // 4)
+    assert costs(model.predict(H100, N, D))["contrastive_grads"].launches == 32 * 4
+
+
+def test_blocks_do_not_grow_with_n() -> None:
+    blocks = [costs(model.predict(H100, n, D))["contrastive_grads"].launches for n in (N, 4 * N)]
+    assert blocks == [32, 16 * 32]
 
 
 def test_direct_form_is_refused() -> None:
@@ -292,7 +315,7 @@ def test_kernels_of_a_bare_checkout() -> None:
         "import cyclip_loss; assert find_spec('cyclip_loss.kernels') is None\n"
         "from benchmarks.checkout import make_kernels_importable\n"
         "make_kernels_importable(); make_kernels_importable()\n"
-        "from cyclip_loss.kernels.contrastive_grads import STRIP_BYTES\n"
+        "from cyclip_loss.kernels.contrastive_grads import BLOCK_BYTES\n"
         "import cyclip_loss.kernels as kernels\n"
         "assert kernels is cyclip_loss.kernels is sys.modules['cyclip_loss.kernels']\n"
         "import torch; from cyclip_loss import CyCLIPLoss\n"
