@@ -148,7 +148,7 @@ def main(options: argparse.Namespace) -> int:
         return 0
 
     record: dict[str, Any] = {
-        "command": "python -m benchmarks cpu",
+        "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
         "date": date.today().isoformat(),
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
