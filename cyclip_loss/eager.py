@@ -36,8 +36,8 @@ def _strips(rows: int, height: int) -> list[tuple[int, int]]:
 def _pairs_in_strip(start: int, stop: int, first_column: int, columns: int) -> tuple[int, int, int]:
     """The stretch of the diagonal that lies in rows start..stop.
 
-    Row i is paired with column first_column + i, if there is one. Returns (offset, row, column) of
-    `Tensor.diagonal`'s offset within the strip and the range of rows that have a partner.
+    Row i is paired with column first_column + i, if there is one. Returns `Tensor.diagonal`'s
+    offset within the strip, and the first and the end of the rows that have a partner.
     """
     low = max(start, -first_column)
     high = min(stop, columns - first_column)
