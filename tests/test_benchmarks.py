@@ -67,11 +67,11 @@ def test_bytes_on_h100() -> None:
     assert found["join_lse"].launches == 4
     assert found["join_lse"].memory_bytes == partials
     assert found["join_lse"].seconds == partials / 3e12
-    assert found["contrastive_grads"].launches == 8 * 4
-    assert found["contrastive_grads"].memory_bytes == features * (4 + 8) + 2 * N**2
+    assert found["contrastive_grads"].launches == 4 * 4
+    assert found["contrastive_grads"].memory_bytes == features * (4 + 4) + 2 * N**2
     # Of each block: G twice, the features once, the sums read and written in float32.
-    per_block = 2 * 2 * 8192 * 16384 + (2 + 8) * (8192 + 16384) * D
-    assert found["library products"].memory_bytes == 32 * per_block + 2 * 18 * N * D
+    per_block = 2 * 2 * 16384 * 16384 + (2 + 8) * (16384 + 16384) * D
+    assert found["library products"].memory_bytes == 16 * per_block + 2 * 18 * N * D
 
 
 def test_block_that_stays_in_l2_moves_no_memory() -> None:
@@ -127,14 +127,14 @@ def test_sizes_of_blocks_are_the_launchers(monkeypatch: pytest.MonkeyPatch) -> N
 
     assert (model.BLOCK_ROWS, model.BLOCK_BYTES) == (BLOCK_ROWS, BLOCK_BYTES)
     monkeypatch.setattr(model, "BLOCK_BYTES", BLOCK_BYTES // 4)
-    assert costs(model.predict(H100, N, D))["contrastive_grads"].launches == 8 * 16
+    assert costs(model.predict(H100, N, D))["contrastive_grads"].launches == 4 * 16
     monkeypatch.setattr(model, "BLOCK_ROWS", BLOCK_ROWS // 4)
-    assert costs(model.predict(H100, N, D))["contrastive_grads"].launches == 32 * 4
+    assert costs(model.predict(H100, N, D))["contrastive_grads"].launches == 16 * 4
 
 
 def test_blocks_do_not_grow_with_n() -> None:
     blocks = [costs(model.predict(H100, n, D))["contrastive_grads"].launches for n in (N, 4 * N)]
-    assert blocks == [32, 16 * 32]
+    assert blocks == [16, 16 * 16]
 
 
 def test_direct_form_is_refused() -> None:
