@@ -1,5 +1,6 @@
 """The modules: `CyCLIPLoss`, a drop-in for `open_clip.ClipLoss`, and `CyclicPenalty`."""
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -32,8 +33,8 @@ class CyCLIPLoss(nn.Module):
     Raises:
         TypeError: a lambda is no number. A bool is refused too: `ClipLoss(True, True)` passes
             `local_loss` and `gather_with_grad` by position, and they must not become weights.
-        ValueError: a lambda is negative or not finite, `world_size` is greater than 1, or
-            `use_horovod` is true.
+        ValueError: a lambda is negative or not finite, there is more than one process
+            (by `world_size` or by torch.distributed), or `use_horovod` is true.
     """
 
     def __init__(
@@ -75,6 +76,8 @@ class CyCLIPLoss(nn.Module):
         image_features, text_features: (N, D), rows of unit length; logit_scale: scalar, exp'd.
         Everything else, and the errors raised, as in `cyclip_loss.functional.cyclip_loss`.
         """
+        if not torch.compiler.is_compiling():
+            _require_one_process(1)  # a process group may have come since construction
         return functional.cyclip_loss(
             image_features,
             text_features,
@@ -124,6 +127,8 @@ class CyclicPenalty(nn.Module):
         image_features, text_features: (N, D), rows of unit length. Errors as in
         `cyclip_loss.functional.cyclip_loss`.
         """
+        if not torch.compiler.is_compiling():
+            _require_one_process(1)
         return functional.cyclic_penalty(
             image_features,
             text_features,

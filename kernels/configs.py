@@ -36,11 +36,19 @@ class Precision:
     def of(features: Tensor, widened: bool = False) -> "Precision":
         """For features multiplied as they are or, if `widened`, as float32 sums of them."""
         if features.dtype == torch.float32:
-            exact = torch.get_float32_matmul_precision() == "highest"
+            exact = _float32_is_exact()
             return Precision("ieee" if exact else "tf32", 32, False)
         if widened:
             return Precision("tf32", 32, False)
         return Precision("tf32", 16, INTERPRETED)
+
+
+def _float32_is_exact() -> bool:
+    """Whether PyTorch's settings ask for full float32 products."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # the newer setting was used, and PyTorch won't answer by the older name
+        return torch.backends.cuda.matmul.fp32_precision not in ("tf32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -126,7 +134,7 @@ ARCHITECTURES = {"sm_80": _SM80, "sm_90": _SM90, "sm_100": _SM100, "gfx942": _GF
 
 @lru_cache
 def _architecture(device: torch.device) -> str:
-    """The entry of ARCHITECTURES for a device: its own, or the closest older one."""
+    """The entry of ARCHITECTURES for a device: its own, or sm_80's small tiles."""
     if torch.version.hip is not None:
         return "gfx942"
     major, _ = torch.cuda.get_device_capability(device)

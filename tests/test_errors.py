@@ -256,3 +256,14 @@ def test_nan_in_one_term_of_the_dict(impl: str) -> None:
 def test_nan_logit_scale(impl: str) -> None:
     image, text = pairs(6, 2)
     assert CyCLIPLoss(impl=impl)(image, text, float("nan")).isnan()
+
+
+def test_a_process_group_that_comes_after_construction(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.eye(3)
+    loss, penalty = CyCLIPLoss(), CyclicPenalty()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match="world_size=2"):
+        loss(x, x, 10.0)
+    with pytest.raises(ValueError, match="world_size=2"):
+        penalty(x, x)

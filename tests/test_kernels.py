@@ -144,3 +144,15 @@ def test_the_gate_sees_each_fault(measured: dict, fault: str | None) -> None:
         assert faults == []
     else:
         assert any(fault in found for found in faults)
+
+
+def test_the_newer_float32_setting_is_understood() -> None:
+    """PyTorch raises where its older getter is asked after its newer setting was used."""
+    code = (
+        "import torch\n"
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
+        "from cyclip_loss.kernels.configs import Precision\n"
+        "print(Precision.of(torch.zeros(1, 1)).dot)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout == "tf32\n", run.stderr
