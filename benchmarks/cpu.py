@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.competitors import OURS, Loss, competitors, dense_penalties
-from benchmarks.record import versions, write_whole
+from benchmarks.record import table, versions, write_whole
 from benchmarks.timing import interleaved
 from cyclip_loss import cyclic_penalty
 
@@ -129,15 +129,14 @@ def accuracy(n: int, d: int, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Rows as a Markdown table."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for row in rows:
-        cells = [row.get(key, "") for key in columns]
-        texts = [f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells]
-        lines.append(f"| {' | '.join(texts)} |")
-    return "\n".join(lines)
+def markdown(record: dict[str, Any]) -> str:
+    """The record for people."""
+    found = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    lines = [f"# CPU, {record['date']}", ""]
+    lines.append(f"`{record['command']}`, {record['threads']} threads, {found}")
+    for title, rows in record["sections"].items():
+        lines += ["", f"## {title.capitalize()}", "", *table(rows)]
+    return "\n".join(lines) + "\n"
 
 
 def main(options: argparse.Namespace) -> int:
@@ -171,10 +170,7 @@ def main(options: argparse.Namespace) -> int:
     sections["gradient error on nearly aligned pairs"] = accuracy(*ALIGNED, options.seed)
 
     record["sections"] = sections
-    text = f"# CPU, {record['date']}\n\n`{record['command']}`, {record['threads']} threads, "
-    text += ", ".join(f"{name} {version}" for name, version in record["versions"].items()) + "\n"
-    for title, rows in sections.items():
-        text += f"\n## {title.capitalize()}\n\n{table(rows)}\n"
+    text = markdown(record)
     print(text)
     stem = Path(options.out) / f"cpu-{record['date']}"
     write_whole(stem.with_suffix(".json"), json.dumps(record, indent=1) + "\n")

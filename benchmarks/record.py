@@ -93,13 +93,20 @@ def markdown(record: dict[str, Any]) -> str:
     lines += [f"**{len(failures)} failures**", "", *failures] if failures else ["No failures."]
     for name, section in record["sections"].items():
         lines += ["", f"## {name}", ""]
-        columns = list(dict.fromkeys(key for row in section["rows"] for key in row))
-        if columns:
-            lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-        for row in section["rows"]:
-            lines.append(f"| {' | '.join(_cell(row.get(key, '')) for key in columns)} |")
+        lines += table(section["rows"])
         lines += [f"- skipped {skipped}" for skipped in section["skipped"]]
     return "\n".join(lines) + "\n"
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Rows as the lines of a Markdown table; no rows, no lines."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    if not columns:
+        return []
+    lines = [f"| {' | '.join(map(_cell, columns))} |", "|---" * len(columns) + "|"]
+    for row in rows:
+        lines.append(f"| {' | '.join(_cell(row.get(key, '')) for key in columns)} |")
+    return lines
 
 
 def _cell(value: Any) -> str:

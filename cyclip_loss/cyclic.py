@@ -114,6 +114,7 @@ def cyclic_penalties(
     Features (N, D); the scalars have the accumulation dtype. Both lambdas 0: nothing is computed.
     With equal lambdas `separate` costs up to 2 N D^2 flops more: only the sum does without C.
     """
+    lambda_inmodal, lambda_crossmodal = float(lambda_inmodal), float(lambda_crossmodal)
     if lambda_inmodal == 0 and lambda_crossmodal == 0:
         zero = image_features.new_zeros((), dtype=accumulation_dtype(image_features.dtype))
         return (zero, torch.zeros_like(zero)) if separate else (zero,)

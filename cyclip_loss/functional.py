@@ -65,8 +65,8 @@ def cyclic_penalty(
     terms = cyclic.cyclic_penalties(
         image_features,
         text_features,
-        float(lambda_inmodal),
-        float(lambda_crossmodal),
+        lambda_inmodal,
+        lambda_crossmodal,
         output_dict,
         impl,
     )
@@ -130,8 +130,8 @@ def cyclip_loss(
     penalties = cyclic.cyclic_penalties(
         image_features,
         text_features,
-        float(lambda_inmodal),
-        float(lambda_crossmodal),
+        lambda_inmodal,
+        lambda_crossmodal,
         output_dict,
         impl,
     )

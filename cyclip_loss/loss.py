@@ -76,8 +76,7 @@ class CyCLIPLoss(nn.Module):
         image_features, text_features: (N, D), rows of unit length; logit_scale: scalar, exp'd.
         Everything else, and the errors raised, as in `cyclip_loss.functional.cyclip_loss`.
         """
-        if not torch.compiler.is_compiling():
-            _require_one_process(1)  # a process group may have come since construction
+        _require_one_process(1)  # a process group may have come since construction
         return functional.cyclip_loss(
             image_features,
             text_features,
@@ -127,8 +126,7 @@ class CyclicPenalty(nn.Module):
         image_features, text_features: (N, D), rows of unit length. Errors as in
         `cyclip_loss.functional.cyclip_loss`.
         """
-        if not torch.compiler.is_compiling():
-            _require_one_process(1)
+        _require_one_process(1)
         return functional.cyclic_penalty(
             image_features,
             text_features,
@@ -145,7 +143,9 @@ class CyclicPenalty(nn.Module):
 
 def _require_one_process(world_size: int) -> None:
     """Refuse what would silently be the loss of a part of the batch."""
-    if world_size == 1 and dist.is_available() and dist.is_initialized():
+    # Not while compiling: the process group was looked for when the module was built.
+    compiling = torch.compiler.is_compiling()
+    if world_size == 1 and not compiling and dist.is_available() and dist.is_initialized():
         world_size = dist.get_world_size()
     if world_size != 1:
         raise ValueError(

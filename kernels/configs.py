@@ -141,10 +141,9 @@ def _architecture(device: torch.device) -> str:
     return {8: "sm_80", 9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
-def config_for(kernel: str, features: Tensor, precision: Precision) -> Config:
-    """The configuration of `kernel` on the features' device."""
+def config_for(family: str, features: Tensor, precision: Precision) -> Config:
+    """The configuration of a kernel, by its key in the tables, on the features' device."""
     table = _INTERPRETER if INTERPRETED else ARCHITECTURES[_architecture(features.device)]
-    family = "contrastive" if kernel.startswith("contrastive") else kernel
     return table[family][precision.bits, precision.dot]
 
 

@@ -101,21 +101,13 @@ def contrastive_grads_kernel(
     GROUP: tl.constexpr,
 ):
     row_tile, column_tile = grouped_tile(tl.cdiv(n, BM), tl.cdiv(m, BN), GROUP)
-    row = tl.minimum(row_tile * BM + tl.arange(0, BM), n - 1)
-    column = tl.minimum(column_tile * BN + tl.arange(0, BN), m - 1)
-    product = tile_product(
-        image + row.to(tl.int64) * image_stride,
-        text + column.to(tl.int64) * text_stride,
-        d,
-        PRECISION,
-        WIDEN,
-        BM,
-        BN,
-        BK,
-    )
-    scale = tl.load(logit_scale).to(tl.float32) * LOG2_E
     first_row = row_tile * BM
     start = column_tile * BN
+    product = tile_product(
+        image, text, first_row, start, n, m, d, image_stride, text_stride,
+        PRECISION, WIDEN, BM, BN, BK,
+    )  # fmt: skip
+    scale = tl.load(logit_scale).to(tl.float32) * LOG2_E
     if PARTS == 1:
         tile_sum = _tile_gradient(
             product, scale, row_lse, column_lse, gradient, gradient_stride, first_row, start,
@@ -150,7 +142,7 @@ def contrastive_grads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `cyclip_loss.eager.contrastive_grads`."""
     precision = Precision.of(image_features)
-    config = config_for("contrastive_grads", image_features, precision)
+    config = config_for("contrastive", image_features, precision)
     tile = config.tile
     image, text = padded_rows(image_features, tile["BK"]), padded_rows(text_features, tile["BK"])
     (n, d), m = image.shape, len(text)

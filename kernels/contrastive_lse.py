@@ -102,26 +102,17 @@ def contrastive_lse_kernel(
     GROUP: tl.constexpr,
 ):
     row_tile, column_tile = grouped_tile(tl.cdiv(n, BM), tl.cdiv(m, BN), GROUP)
-    # Past the end the last row is read again, and masked after the product.
-    row = tl.minimum(row_tile * BM + tl.arange(0, BM), n - 1)
-    column = tl.minimum(column_tile * BN + tl.arange(0, BN), m - 1)
+    first_row = row_tile * BM
+    start = column_tile * BN
     product = tile_product(
-        image + row.to(tl.int64) * image_stride,
-        text + column.to(tl.int64) * text_stride,
-        d,
-        PRECISION,
-        WIDEN,
-        BM,
-        BN,
-        BK,
-    )
+        image, text, first_row, start, n, m, d, image_stride, text_stride,
+        PRECISION, WIDEN, BM, BN, BK,
+    )  # fmt: skip
     scale = tl.load(logit_scale).to(tl.float32) * LOG2_E
     column_partial = column_partials + row_tile.to(tl.int64) * m
     column_sums = tl.cdiv(n, BM).to(tl.int64) * m
     row_partial = row_partials + column_tile.to(tl.int64) * PARTS * n
     row_sums = tl.cdiv(m, BN).to(tl.int64) * PARTS * n
-    first_row = row_tile * BM
-    start = column_tile * BN
     if PARTS == 1:
         _tile_lse(
             product, scale, row_partial, row_sums, column_partial, column_sums, pair_logits,
@@ -183,7 +174,7 @@ def contrastive_lse(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `cyclip_loss.eager.contrastive_lse`."""
     precision = Precision.of(image_features)
-    config = config_for("contrastive_lse", image_features, precision)
+    config = config_for("contrastive", image_features, precision)
     tile = config.tile
     image, text = padded_rows(image_features, tile["BK"]), padded_rows(text_features, tile["BK"])
     (n, d), m = image.shape, len(text)

@@ -38,27 +38,38 @@ def round_to_tf32(x):
 
 @triton.jit
 def tile_product(
-    a_rows,  # (BM,) pointers to the starts of rows of a, contiguous within a row
-    b_rows,  # (BN,) pointers to the starts of rows of b
+    a,  # (n, d), rows `a_stride` apart, contiguous within a row
+    b,  # (m, d), rows `b_stride` apart
+    first_row,  # of a
+    first_column,  # row of b
+    n,
+    m,
     d,  # a multiple of BK
+    a_stride,
+    b_stride,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """a b^T of BM rows of a and BN rows of b over their d columns, summed in float32: (BM, BN)."""
+    """a b^T of BM rows of a and BN rows of b over their d columns, summed in float32: (BM, BN).
+
+    Past the end of a or b its last row is read again: finite values, for the caller to mask.
+    """
+    row = tl.minimum(first_row + tl.arange(0, BM), n - 1)
+    column = tl.minimum(first_column + tl.arange(0, BN), m - 1)
     inner = tl.arange(0, BK)
-    a_pointers = a_rows[:, None] + inner[None, :]
-    b_pointers = b_rows[None, :] + inner[:, None]
+    a_pointers = (a + row.to(tl.int64) * a_stride)[:, None] + inner[None, :]
+    b_pointers = (b + column.to(tl.int64) * b_stride)[None, :] + inner[:, None]
     product = tl.zeros((BM, BN), dtype=tl.float32)
     for _ in range(0, d, BK):
-        a = tl.load(a_pointers)
-        b = tl.load(b_pointers)
+        a_block = tl.load(a_pointers)
+        b_block = tl.load(b_pointers)
         if WIDEN:
-            a = a.to(tl.float32)
-            b = b.to(tl.float32)
-        product = tl.dot(a, b, product, input_precision=PRECISION)
+            a_block = a_block.to(tl.float32)
+            b_block = b_block.to(tl.float32)
+        product = tl.dot(a_block, b_block, product, input_precision=PRECISION)
         a_pointers += BK
         b_pointers += BK
     return product

@@ -241,7 +241,7 @@ def main(argv: Sequence[str]) -> None:
         else:
             data = make_batches(config, emoji, shards, clip)
             folder.mkdir(exist_ok=True)
-            (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+            results.write_json(asdict(config), folder / "config.json")
             if len(configs) > 1:
                 console.print(f"run {number} of {len(configs)}: {config.name}", highlight=False)
             measures = partial(validation_measures, clip, emoji)
