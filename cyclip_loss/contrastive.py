@@ -1,5 +1,7 @@
 """Autograd of the contrastive term: only log-sum-exps cross from forward to backward.
 
+Over ranks, a rank's image rows meet the text columns of all (`columns.py`).
+
 With l_ij = s * I_i . T_j, r_i and c_j the log-sum-exps of the rows and columns of l, and N pairs:
 
     symmetric   L = 1/(2N) * (sum_i r_i + sum_j c_j - 2 * sum_i l_ii)     (Goel et al. 2022, eq. 1)
@@ -15,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cyclip_loss import ops, reference
+from cyclip_loss import columns, distributed, ops, reference
+from cyclip_loss.distributed import Ranks
 
 
 class _Contrastive(torch.autograd.Function):
@@ -56,6 +59,7 @@ class _Contrastive(torch.autograd.Function):
             needs_image,
             needs_text,
             needs_scale,
+            False,
             ctx.impl,
         )
         return (
@@ -67,7 +71,101 @@ class _Contrastive(torch.autograd.Function):
         )
 
 
+class _ContrastiveOverRanks(torch.autograd.Function):
+    """The loss of the global batch, and how many ranks stood in (`distributed.agree`).
+
+    gathered: the text features of all ranks, on their way; None: they travel in a ring.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        gathered: Tensor | None,
+        symmetric: bool,
+        impl: str,
+        ranks: Ranks,
+    ) -> tuple[Tensor, Tensor]:
+        n = text_features.shape[0]
+        if gathered is None:
+            text = text_features
+            row_lse, column_lse, pair_logits = columns.ring_lse(
+                image_features, text, logit_scale, symmetric, impl, ranks
+            )
+            own_lse = column_lse
+        else:
+            text = distributed.finish_gather(gathered, ranks)
+            row_lse, column_lse, pair_logits = columns.gathered_lse(
+                image_features, text, logit_scale, symmetric, impl, ranks
+            )
+            start = ranks.first_row(ranks.group.rank, n)
+            own_lse = column_lse[start : start + n]
+        loss = (row_lse - pair_logits).sum()
+        if symmetric:
+            loss = loss + (own_lse - pair_logits).sum()
+        loss, stand_ins = distributed.total(loss, ranks)
+        ctx.save_for_backward(image_features, text, logit_scale, row_lse, column_lse)
+        ctx.ring, ctx.symmetric, ctx.impl, ctx.ranks = gathered is None, symmetric, impl, ranks
+        ctx.mark_non_differentiable(stand_ins)
+        loss = loss / (ranks.total(n) * (2 if symmetric else 1))
+        # An infinite feature may leave an infinite loss; inf - inf makes it NaN, as a NaN stays.
+        return loss + (loss - loss), stand_ins
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        image_features, text, logit_scale, row_lse, column_lse = ctx.saved_tensors
+        needs_image, needs_text, needs_scale = ctx.needs_input_grad[:3]
+        ranks = ctx.ranks
+        total = ranks.total(image_features.shape[0])
+        # W times: DDP will average.
+        weight = grad * (ranks.group.size / (total * (2 if ctx.symmetric else 1)))
+        grads = columns.ring_grads if ctx.ring else columns.gathered_grads
+        image_grad, text_grad, scale_grad = grads(
+            image_features,
+            text,
+            logit_scale,
+            row_lse,
+            column_lse,
+            weight,
+            ctx.symmetric,
+            (needs_image, needs_text, needs_scale),
+            ctx.impl,
+            ranks,
+        )
+        return (
+            image_grad.to(image_features.dtype) if needs_image else None,
+            text_grad.to(text.dtype) if needs_text else None,
+            scale_grad if needs_scale else None,
+            None,
+            None,
+            None,
+            None,
+        )
+
+
 _contrastive: Callable[..., Tensor] = _Contrastive.apply
+_contrastive_over_ranks: Callable[..., tuple[Tensor, Tensor]] = _ContrastiveOverRanks.apply
+
+
+def contrastive_over_ranks(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    gathered: Tensor | None,
+    impl: str,
+    ranks: Ranks,
+    symmetric: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """As `contrastive_loss` for the global batch, and how many ranks stood in.
+
+    image_features, text_features: (n, D), this rank's; gathered: `distributed.start_gather` of the
+    text features, or None to let them travel in a ring.
+    """
+    return _contrastive_over_ranks(
+        image_features, text_features, logit_scale, gathered, symmetric, impl, ranks
+    )
 
 
 def contrastive_loss(

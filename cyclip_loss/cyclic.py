@@ -11,7 +11,8 @@ sign. Two forms of p and q, the cheaper of which is taken:
     Gram    A = U^T U, B = V^T V, C = V^T U (D x D):   p = <A, B>_F,   q = <C, C^T>_F
     direct  W = U V^T (N x N, small batches only):     p +- q = 1/2 * ||W +- W^T||_F^2
 
-The gradients are in `eager.cyclic_grads`.
+The gradients are in `eager.cyclic_grads`. Over ranks A, B and C are sums: one all-reduce makes them
+global, no feature travels, and backward needs no communication.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cyclip_loss import ops, reference
+from cyclip_loss import distributed, ops, reference
+from cyclip_loss.distributed import Group
 from cyclip_loss.eager import accumulation_dtype
 
 
@@ -33,8 +35,45 @@ def direct_is_cheaper(n: int, d: int, with_cross: bool) -> bool:
     return 6 * n < (14 if with_cross else 8) * d
 
 
+def start_over_ranks(
+    image_features: Tensor,
+    text_features: Tensor,
+    lambda_inmodal: float,
+    lambda_crossmodal: float,
+    separate: bool,
+    impl: str,
+    group: Group,
+) -> Tensor | None:
+    """The Gram matrices and the number of rows, on their way to being summed over ranks.
+
+    Returns, for `cyclic_penalties` with the same arguments, 2 or 3 D^2 + 1 elements of the
+    accumulation dtype, or None if both lambdas are 0. With the number of rows in it, ranks need not
+    hold equally many.
+    """
+    if lambda_inmodal == 0 and lambda_crossmodal == 0:
+        return None
+    n, d = image_features.shape
+    dtype = accumulation_dtype(image_features.dtype)
+    with_cross = _needs_cross(lambda_inmodal, lambda_crossmodal, separate)
+    if n == 0:
+        grams = image_features.new_zeros(3 if with_cross else 2, d, d, dtype=dtype)
+    else:
+        with torch.no_grad():
+            grams = ops.cyclic_statistics(image_features, text_features, False, with_cross, impl)
+    own = torch.cat((grams.reshape(-1), grams.new_full((1,), float(n))))
+    return distributed.start_all_reduce(own, "sum", group)
+
+
+def _needs_cross(lambda_inmodal: float, lambda_crossmodal: float, separate: bool) -> bool:
+    """Whether q, and so C, is needed: not for the sum of the penalties with equal weights."""
+    return separate or lambda_inmodal != lambda_crossmodal
+
+
 class _CyclicPenalties(torch.autograd.Function):
-    """(lambda_in * P_in, lambda_cross * P_cross) if `separate`, else (their sum,)."""
+    """(lambda_in * P_in, lambda_cross * P_cross) if `separate`, else (their sum,).
+
+    started: over `ranks` > 1 ranks, `start_over_ranks`; the penalties are the global ones.
+    """
 
     @staticmethod
     def forward(
@@ -45,11 +84,21 @@ class _CyclicPenalties(torch.autograd.Function):
         lambda_crossmodal: float,
         separate: bool,
         impl: str,
+        started: Tensor | None,
+        ranks: int,
     ) -> tuple[Tensor, ...]:
-        n, d = image_features.shape
-        with_cross = separate or lambda_inmodal != lambda_crossmodal
-        direct = direct_is_cheaper(n, d, with_cross)
-        statistics = ops.cyclic_statistics(image_features, text_features, direct, with_cross, impl)
+        rows, d = image_features.shape
+        with_cross = _needs_cross(lambda_inmodal, lambda_crossmodal, separate)
+        if started is None:
+            direct = direct_is_cheaper(rows, d, with_cross)
+            statistics = ops.cyclic_statistics(
+                image_features, text_features, direct, with_cross, impl
+            )
+            saved, n = statistics, rows
+        else:
+            direct = False
+            saved = distributed.wait(started)
+            statistics, n = _unpack(saved, d)
         if direct:
             p_plus_q = (statistics + statistics.T).square().sum() / 2
             p_minus_q = (statistics - statistics.T).square().sum() / 2
@@ -63,9 +112,9 @@ class _CyclicPenalties(torch.autograd.Function):
         # Tensors of their own: a caller may write `loss += ...`, which views would refuse.
         terms = (inmodal, crossmodal) if separate else (inmodal + crossmodal,)
 
-        ctx.save_for_backward(image_features, text_features, statistics)
+        ctx.save_for_backward(image_features, text_features, saved)
         ctx.lambdas = (lambda_inmodal, lambda_crossmodal)
-        ctx.direct, ctx.with_cross, ctx.impl = direct, with_cross, impl
+        ctx.direct, ctx.with_cross, ctx.impl, ctx.ranks = direct, with_cross, impl, ranks
         # An infinite feature may leave an infinite penalty; inf - inf makes it NaN.
         return tuple(term + (term - term) for term in terms)
 
@@ -73,9 +122,15 @@ class _CyclicPenalties(torch.autograd.Function):
     def backward(ctx: Any, *grad_terms: Tensor) -> tuple[Tensor | None, ...]:
         image_features, text_features, statistics = ctx.saved_tensors
         needs_image, needs_text = ctx.needs_input_grad[:2]
-        n = len(image_features)
-        inmodal = grad_terms[0] * (ctx.lambdas[0] / n)
-        crossmodal = grad_terms[-1] * (ctx.lambdas[1] / n)
+        n: int | Tensor = len(image_features)
+        if ctx.ranks > 1:
+            statistics, n = _unpack(statistics, image_features.shape[1])
+            if len(image_features) == 0:
+                empty = torch.zeros_like(image_features)
+                return (empty if needs_image else None, empty if needs_text else None, *[None] * 6)
+        # ranks times: DDP will average.
+        inmodal = grad_terms[0] * (ctx.ranks * ctx.lambdas[0] / n)
+        crossmodal = grad_terms[-1] * (ctx.ranks * ctx.lambdas[1] / n)
         coefficients = torch.stack((inmodal + crossmodal, inmodal - crossmodal))
         image_grad, text_grad = ops.cyclic_grads(
             image_features,
@@ -91,11 +146,13 @@ class _CyclicPenalties(torch.autograd.Function):
         return (
             image_grad if needs_image else None,
             text_grad if needs_text else None,
-            None,
-            None,
-            None,
-            None,
+            *[None] * 6,
         )
+
+
+def _unpack(summed: Tensor, d: int) -> tuple[Tensor, Tensor]:
+    """The Gram matrices and the number of rows of `start_over_ranks`."""
+    return summed[:-1].view(-1, d, d), summed[-1]
 
 
 _cyclic_penalties: Callable[..., tuple[Tensor, ...]] = _CyclicPenalties.apply
@@ -108,11 +165,14 @@ def cyclic_penalties(
     lambda_crossmodal: float,
     separate: bool,
     impl: str,
+    started: Tensor | None = None,
+    ranks: int = 1,
 ) -> tuple[Tensor, ...]:
     """(lambda_inmodal * P_in, lambda_crossmodal * P_cross) of checked inputs, or (their sum,).
 
     Features (N, D); the scalars have the accumulation dtype. Both lambdas 0: nothing is computed.
     With equal lambdas `separate` costs up to 2 N D^2 flops more: only the sum does without C.
+    started: `start_over_ranks`, for the penalties of all of `ranks` ranks.
     """
     lambda_inmodal, lambda_crossmodal = float(lambda_inmodal), float(lambda_crossmodal)
     if lambda_inmodal == 0 and lambda_crossmodal == 0:
@@ -125,5 +185,12 @@ def cyclic_penalties(
         crossmodal = lambda_crossmodal * reference.crossmodal_cyclic_penalty(*features).to(dtype)
         return (inmodal, crossmodal) if separate else (inmodal + crossmodal,)
     return _cyclic_penalties(
-        image_features, text_features, lambda_inmodal, lambda_crossmodal, separate, impl
+        image_features,
+        text_features,
+        lambda_inmodal,
+        lambda_crossmodal,
+        separate,
+        impl,
+        started,
+        ranks,
     )

@@ -98,6 +98,7 @@ def contrastive_grads(
     needs_image: bool,
     needs_text: bool,
     needs_scale: bool,
+    wide: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of weight * (sum_i row_lse_i + sum_j column_lse_j - 2 * sum_i pair_logits_i).
 
@@ -108,7 +109,8 @@ def contrastive_grads(
     Without `with_columns` the columns' terms are left out (and the 2 is a 1).
 
     weight: scalar of the accumulation dtype. Shapes as in `contrastive_lse`. Returns dI (n, D) and
-    dT (m, D) in the features' dtype, empty where not needed, and ds as a scalar, 0 if not needed.
+    dT (m, D) in the features' dtype or, if `wide`, in the accumulation dtype (for sums over ranks),
+    empty where not needed, and ds as a scalar, 0 if not needed.
     """
     n, m = len(image_features), len(text_features)
     dtype = accumulation_dtype(image_features.dtype)
@@ -118,7 +120,9 @@ def contrastive_grads(
     gradient_buffer = text.new_empty(height, m)
     feature_weight = weight * logit_scale
     scale_sum = text.new_zeros(())
-    image_grad = image_features.new_empty(image_features.shape if needs_image else (0,))
+    grad_dtype = dtype if wide else image_features.dtype
+    image_shape = image_features.shape if needs_image else (0,)
+    image_grad = image_features.new_empty(image_shape, dtype=grad_dtype)
     text_grad = text.new_zeros(text.shape if needs_text else (0,))
     for start, stop in _strips(n, height):
         logits, gradient = logits_buffer[: stop - start], gradient_buffer[: stop - start]
@@ -142,7 +146,7 @@ def contrastive_grads(
             text_grad.addmm_(gradient.T, image)
     if needs_scale and needs_text and not needs_image:
         scale_sum += torch.dot(text.reshape(-1), text_grad.view(-1))
-    text_grad = text_grad.mul_(feature_weight).to(text_features.dtype)
+    text_grad = text_grad.mul_(feature_weight).to(grad_dtype)
     return image_grad, text_grad, scale_sum.mul_(weight)
 
 

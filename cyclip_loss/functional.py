@@ -9,6 +9,10 @@ Under `torch.autocast` the features are cast to the autocast dtype (float64 ones
 autocast does); logits, sums and the returned loss are float32 (float64 for float64 features).
 First derivatives only.
 
+Over ranks (torch.distributed initialised, more than one process) N counts the rows of all of them,
+and every rank has to make the call. process_group, columns and uneven, everywhere, and what the
+gradients are, as in `cyclip_loss.CyCLIPLoss`.
+
 impl, everywhere: "auto" takes the fastest engine for the features' device; "triton", the kernels
 for CUDA and ROCm; "eager", PyTorch in bounded memory; "reference", the dense definition, for
 comparison.
@@ -19,8 +23,10 @@ from numbers import Real
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from cyclip_loss import contrastive, cyclic
+from cyclip_loss import contrastive, cyclic, distributed
+from cyclip_loss.distributed import Group, Ranks
 from cyclip_loss.eager import accumulation_dtype
 from cyclip_loss.ops import IMPLS
 
@@ -32,16 +38,28 @@ def contrastive_loss(
     text_features: Tensor,
     logit_scale: Tensor | float,
     *,
+    process_group: ProcessGroup | None = None,
+    columns: str = "gather",
+    uneven: bool = False,
     impl: str = "auto",
 ) -> Tensor:
-    """CLIP's loss, 1/2 * (rows' + columns' cross-entropy), as `open_clip.ClipLoss` on one device.
+    """CLIP's loss, 1/2 * (rows' + columns' cross-entropy), as `open_clip.ClipLoss`.
 
     Takes 8 N^2 D flops and O(N D) memory. Returns a scalar. Raises as `cyclip_loss` does.
     """
-    check_impl(impl)
-    image_features, text_features = check_features(image_features, text_features)
-    scale = _check_logit_scale(logit_scale, image_features)
-    return contrastive.contrastive_loss(image_features, text_features, scale, impl)
+    terms = cyclip_loss(
+        image_features,
+        text_features,
+        logit_scale,
+        output_dict=True,
+        lambda_inmodal=0,
+        lambda_crossmodal=0,
+        process_group=process_group,
+        columns=columns,
+        uneven=uneven,
+        impl=impl,
+    )
+    return terms["contrastive_loss"]  # type: ignore[index]
 
 
 def cyclic_penalty(
@@ -51,25 +69,33 @@ def cyclic_penalty(
     lambda_crossmodal: float = 0.25,
     output_dict: bool = False,
     *,
+    process_group: ProcessGroup | None = None,
     impl: str = "auto",
 ) -> Tensor | dict[str, Tensor]:
     """lambda_inmodal * P_in + lambda_crossmodal * P_cross (Goel et al. 2022, eq. 2 and 3).
 
-    Takes O(N D^2) flops and O(N D + D^2) memory; independent of any logit scale. Returns a scalar,
-    or with `output_dict` its two terms by name, which sum to it: `inmodal_cyclic_loss` and
-    `crossmodal_cyclic_loss`. Raises as `cyclip_loss` does.
+    Takes O(N D^2) flops and O(N D + D^2) memory; independent of any logit scale. Over ranks, which
+    may hold any numbers of rows, no feature travels: there is one all-reduce of at most 3 D^2 + 1
+    elements, and none in backward. Returns a scalar, or with `output_dict` its two terms by name,
+    which sum to it: `inmodal_cyclic_loss` and `crossmodal_cyclic_loss`. Raises as `cyclip_loss`
+    does.
     """
     check_impl(impl)
     check_lambdas(lambda_inmodal, lambda_crossmodal)
-    image_features, text_features = check_features(image_features, text_features)
-    terms = cyclic.cyclic_penalties(
-        image_features,
-        text_features,
-        lambda_inmodal,
-        lambda_crossmodal,
-        output_dict,
-        impl,
+    group = distributed.group_of(process_group)
+    image_features, text_features = check_features(
+        image_features, text_features, may_be_empty=group is not None
     )
+    if group is not None and impl == "reference":
+        pair = (image_features, text_features)
+        [(image_features, text_features)] = _whole_batches([pair], group, uneven=True)
+        group = None
+    arguments = (image_features, text_features, lambda_inmodal, lambda_crossmodal, output_dict)
+    if group is None:
+        terms = cyclic.cyclic_penalties(*arguments, impl)
+    else:
+        started = cyclic.start_over_ranks(*arguments, impl, group)
+        terms = cyclic.cyclic_penalties(*arguments, impl, started, group.size)
     if output_dict:
         return {"inmodal_cyclic_loss": terms[0], "crossmodal_cyclic_loss": terms[1]}
     return terms[0]
@@ -86,6 +112,9 @@ def cyclip_loss(
     lambda_crossmodal: float = 0.25,
     augmented_image_features: Tensor | None = None,
     augmented_text_features: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
+    columns: str = "gather",
+    uneven: bool = False,
     impl: str = "auto",
 ) -> Tensor | dict[str, Tensor]:
     """The CyCLIP loss: contrastive + lambda_inmodal * P_in + lambda_crossmodal * P_cross.
@@ -109,32 +138,49 @@ def cyclip_loss(
 
     Raises:
         TypeError: an argument is no tensor or number, or has a dtype that is not supported.
-        ValueError: shapes or devices do not fit, a batch is empty, or a lambda is negative.
+        ValueError: shapes or devices do not fit, within a rank or between ranks, a batch is empty,
+            a lambda is negative, or the process group cannot be used.
     """
     check_impl(impl)
     check_lambdas(lambda_inmodal, lambda_crossmodal)
-    image_features, text_features = check_features(image_features, text_features)
+    distributed.check_columns(columns)
+    group = distributed.group_of(process_group)
+    image_features, text_features = check_features(
+        image_features, text_features, may_be_empty=group is not None
+    )
     scale = _check_logit_scale(logit_scale, image_features)
-    loss = contrastive.contrastive_loss(image_features, text_features, scale, impl)
+    # Rows and columns of each contrastive loss, the cross-modal one first.
+    pairs = [(image_features, text_features)]
     if augmented_image_features is not None or augmented_text_features is not None:
-        pairs = _augmented_pairs(
+        pairs += _augmented_pairs(
             image_features, text_features, augmented_image_features, augmented_text_features
         )
-        one_way = [
-            contrastive.contrastive_loss(features, augmented, scale, impl, symmetric=False)
-            for features, augmented in pairs
+    if group is not None and impl == "reference":
+        pairs = _whole_batches(pairs, group, uneven)
+        group = None
+    lambdas = (lambda_inmodal, lambda_crossmodal)
+    if group is None:
+        losses = [
+            contrastive.contrastive_loss(rows, cols, scale, impl, symmetric=at == 0)
+            for at, (rows, cols) in enumerate(pairs)
         ]
-        loss = (loss + (one_way[0] + one_way[1]) / 2) / 2
+        penalties = cyclic.cyclic_penalties(*pairs[0], *lambdas, output_dict, impl)
+    else:
+        options = (*lambdas, output_dict, columns, impl)
+
+        def stand_in(ranks: Ranks, rows: int) -> None:
+            made_up = image_features.new_full((rows, image_features.shape[1]), math.inf)
+            with torch.no_grad():
+                _over_ranks([(made_up, made_up)] * len(pairs), scale, *options, ranks)
+
+        ranks = distributed.agree(group, image_features, columns, uneven, stand_in)
+        losses, penalties = _over_ranks(pairs, scale, *options, ranks)
+
+    loss = losses[0]
+    if len(losses) > 1:
+        loss = (loss + (losses[1] + losses[2]) / 2) / 2
     if logit_bias is not None:
         loss = loss + _zero_of_bias(logit_bias, loss)
-    penalties = cyclic.cyclic_penalties(
-        image_features,
-        text_features,
-        lambda_inmodal,
-        lambda_crossmodal,
-        output_dict,
-        impl,
-    )
     if output_dict:
         return {
             "contrastive_loss": loss,
@@ -142,6 +188,48 @@ def cyclip_loss(
             "crossmodal_cyclic_loss": penalties[1],
         }
     return loss + penalties[0]
+
+
+def _over_ranks(
+    pairs: list[tuple[Tensor, Tensor]],
+    scale: Tensor,
+    lambda_inmodal: float,
+    lambda_crossmodal: float,
+    separate: bool,
+    columns: str,
+    impl: str,
+    ranks: Ranks,
+) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """The contrastive loss of each pair and the penalties of the first, of the global batch.
+
+    The columns are on their way while the Gram matrices are computed, and those while the
+    contrastive losses are.
+    """
+    gathered = [
+        distributed.start_gather(cols, ranks) if columns == "gather" else None for _, cols in pairs
+    ]
+    cyclic_arguments = (*pairs[0], lambda_inmodal, lambda_crossmodal, separate, impl)
+    started = cyclic.start_over_ranks(*cyclic_arguments, ranks.group)
+    results = [
+        contrastive.contrastive_over_ranks(
+            rows, cols, scale, gathered[at], impl, ranks, symmetric=at == 0
+        )
+        for at, (rows, cols) in enumerate(pairs)
+    ]
+    penalties = cyclic.cyclic_penalties(*cyclic_arguments, started, ranks.group.size)
+    distributed.check_stand_ins(results[0][1], ranks, len(pairs[0][0]))
+    return [loss for loss, _ in results], penalties
+
+
+def _whole_batches(
+    pairs: list[tuple[Tensor, Tensor]], group: Group, uneven: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """All ranks' rows on every rank, for the dense definition."""
+    ranks = distributed.agree(group, pairs[0][0], "gather", uneven)
+    return [
+        (distributed.whole_batch(rows, ranks), distributed.whole_batch(cols, ranks))
+        for rows, cols in pairs
+    ]
 
 
 def check_lambdas(lambda_inmodal: float, lambda_crossmodal: float) -> None:
@@ -171,8 +259,12 @@ def check_features(
     second: Tensor,
     first_name: str = "image_features",
     second_name: str = "text_features",
+    may_be_empty: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The two feature tensors, cast as autocast asks, or an error that names the argument."""
+    """The two feature tensors, cast as autocast asks, or an error that names the argument.
+
+    may_be_empty: 0 rows are allowed, as on one of several ranks.
+    """
     for name, features in ((first_name, first), (second_name, second)):
         if not isinstance(features, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(features).__name__}")
@@ -180,9 +272,11 @@ def check_features(
             raise TypeError(
                 f"{name} must be float64, float32, bfloat16 or float16, got {features.dtype}"
             )
-        if features.ndim != 2 or features.numel() == 0:
+        least = 0 if may_be_empty else 1
+        if features.ndim != 2 or features.shape[0] < least or features.shape[1] == 0:
             raise ValueError(
-                f"{name} must have shape (N, D) with N >= 1 and D >= 1, got {tuple(features.shape)}"
+                f"{name} must have shape (N, D) with N >= {least} and D >= 1, "
+                f"got {tuple(features.shape)}"
             )
     if first.shape != second.shape:
         raise ValueError(
@@ -217,12 +311,11 @@ def _augmented_pairs(
             f"but augmented_{missing}_features is None"
         )
     return [
-        check_features(
-            image_features, augmented_image_features, "image_features", "augmented_image_features"
-        ),
-        check_features(
-            text_features, augmented_text_features, "text_features", "augmented_text_features"
-        ),
+        check_features(features, augmented, name, f"augmented_{name}", may_be_empty=True)
+        for features, augmented, name in (
+            (image_features, augmented_image_features, "image_features"),
+            (text_features, augmented_text_features, "text_features"),
+        )
     ]
 
 

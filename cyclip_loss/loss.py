@@ -1,10 +1,9 @@
 """The modules: `CyCLIPLoss`, a drop-in for `open_clip.ClipLoss`, and `CyclicPenalty`."""
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
-from cyclip_loss import functional
+from cyclip_loss import distributed, functional
 
 
 class CyCLIPLoss(nn.Module):
@@ -19,22 +18,64 @@ class CyCLIPLoss(nn.Module):
         lambda_inmodal: weight of the in-modal penalty (`cylambda1` in the authors' code). 0: off.
         lambda_crossmodal: weight of the cross-modal penalty (`cylambda2`). 0: off. Both 0 is CLIP,
             lambda_inmodal = 0 is C-CyCLIP, lambda_crossmodal = 0 is I-CyCLIP.
-        local_loss, gather_with_grad: taken so that OpenCLIP's construction code works unchanged.
-            In OpenCLIP they choose how the loss is split over ranks; on one process they have no
-            effect, in OpenCLIP or here.
+        local_loss, gather_with_grad: taken so that OpenCLIP's construction code works unchanged,
+            and without effect. In OpenCLIP they choose what each rank computes and how its
+            gradients are scaled; here the result is always the exact one (see below).
         cache_labels: taken and without effect: there are no labels to cache.
-        rank, world_size: the rank and the number of processes. Only one process is supported so
-            far; see Raises.
+        rank, world_size: as OpenCLIP passes them; if given, they are compared with the process
+            group's in every call. Not given: the group's are used.
         use_horovod: taken as False only.
+        process_group: the ranks that share a batch, nccl or gloo. None: the default group, as in
+            DDP, if torch.distributed is initialised by the time of the call; it is never
+            initialised here.
+        columns: how the text features reach the other ranks: "gather" or "ring" (see below).
+        uneven: whether ranks may hold different numbers of rows, or none. They then exchange the
+            numbers in every call, for which the host waits for the device.
         impl: "auto", the fastest engine for the features' device; "triton", the kernels for CUDA
             and ROCm; "eager", PyTorch in bounded memory; or "reference", the dense definition with
             its N x N matrices, to compare.
 
+    Over ranks: rank k of W holds the rows k n .. (k + 1) n of the global batch of N = W n rows.
+    Every rank has to make the same calls. Each gets the loss of the global batch; its gradients,
+    averaged over ranks as DDP and FSDP do, are those of one process on the whole batch, for the
+    parameters and for the logit scale. (The gradient of a rank's features is W times that of the
+    loss by them; of the logit scale, each rank has a part.) What the loss is multiplied by before
+    `backward`, e.g. for gradient accumulation, has to be the same on every rank.
+
+    Collectives of one step, with b bytes per element of the features and 4 of float32 (float64
+    features: 8), in order; "bytes" is the size of the result. One process: none.
+
+        columns="gather"        bytes               while
+        all-gather              N D b               the Gram matrices are computed
+        all-reduce, sum         4 (3 D^2 + 1)       the contrastive forward pass runs (2 D^2 if only
+                                                    the sum of equally weighted penalties is asked
+                                                    for; none if both lambdas are 0)
+        all-reduce, max         4 N                 -
+        all-reduce, sum         4 N                 -
+        all-reduce, sum         8                   -
+        backward:
+        reduce-scatter, sum     4 N D (input)       -
+
+        columns="ring"
+        all-reduce, sum         4 (3 D^2 + 1)       as above
+        W - 1 times a send      n D b               the block at hand is multiplied
+        W times a send          8 n                 the next block is multiplied
+        all-reduce, sum         8                   -
+        backward:
+        W - 1 times two sends   n D b and 4 n       the block at hand is multiplied
+        W times a send          4 n D               the next block is multiplied
+
+    "ring" takes O(n D) memory, "gather" O(N D). Augmented features add a gather (or a ring) each.
+    In the first call, and when the number of rows changes, there is an exchange of 5 integers, for
+    which the host waits, to check that ranks agree on it.
+
     Raises:
         TypeError: a lambda is no number. A bool is refused too: `ClipLoss(True, True)` passes
             `local_loss` and `gather_with_grad` by position, and they must not become weights.
-        ValueError: a lambda is negative or not finite, there is more than one process
-            (by `world_size` or by torch.distributed), or `use_horovod` is true.
+        ValueError: a lambda is negative or not finite, or `use_horovod` is true. When called:
+            `rank` or `world_size` is not the process group's, or ranks hold different numbers of
+            rows without `uneven`. That is seen on every rank in the first call; later, on CPU on
+            every rank, on other devices by those ranks whose number changed (the others get NaN).
     """
 
     def __init__(
@@ -45,9 +86,12 @@ class CyCLIPLoss(nn.Module):
         local_loss: bool = False,
         gather_with_grad: bool = False,
         cache_labels: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
         use_horovod: bool = False,
+        process_group: ProcessGroup | None = None,
+        columns: str = "gather",
+        uneven: bool = False,
         impl: str = "auto",
     ) -> None:
         super().__init__()
@@ -55,9 +99,13 @@ class CyCLIPLoss(nn.Module):
         functional.check_impl(impl)
         if use_horovod:
             raise ValueError("use_horovod=True is not supported: use torch.distributed")
-        _require_one_process(world_size)
+        distributed.check_columns(columns)
         self.lambda_inmodal = lambda_inmodal
         self.lambda_crossmodal = lambda_crossmodal
+        self.rank, self.world_size = rank, world_size
+        self.process_group = process_group
+        self.columns = columns
+        self.uneven = uneven
         self.impl = impl
 
     def forward(
@@ -73,10 +121,11 @@ class CyCLIPLoss(nn.Module):
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or with `output_dict` its terms, which sum to it.
 
-        image_features, text_features: (N, D), rows of unit length; logit_scale: scalar, exp'd.
-        Everything else, and the errors raised, as in `cyclip_loss.functional.cyclip_loss`.
+        image_features, text_features: (N, D), rows of unit length, over ranks this rank's;
+        logit_scale: scalar, exp'd. Everything else, and the errors raised, as in
+        `cyclip_loss.functional.cyclip_loss`.
         """
-        _require_one_process(1)  # a process group may have come since construction
+        distributed.check_rank(self.process_group, self.rank, self.world_size)
         return functional.cyclip_loss(
             image_features,
             text_features,
@@ -87,6 +136,9 @@ class CyCLIPLoss(nn.Module):
             lambda_crossmodal=self.lambda_crossmodal,
             augmented_image_features=augmented_image_features,
             augmented_text_features=augmented_text_features,
+            process_group=self.process_group,
+            columns=self.columns,
+            uneven=self.uneven,
             impl=self.impl,
         )
 
@@ -100,7 +152,9 @@ class CyclicPenalty(nn.Module):
 
         penalty = lambda_inmodal * P_in + lambda_crossmodal * P_cross
 
-    Args and errors as in `CyCLIPLoss`.
+    Args, semantics over ranks, and errors as in `CyCLIPLoss`. No feature travels: over ranks the
+    only collective is an all-reduce of 3 D^2 + 1 elements (2 D^2 + 1 with equal weights, but for
+    `output_dict`), so ranks may hold any numbers of rows.
     """
 
     def __init__(
@@ -108,14 +162,15 @@ class CyclicPenalty(nn.Module):
         lambda_inmodal: float = 0.25,
         lambda_crossmodal: float = 0.25,
         *,
+        process_group: ProcessGroup | None = None,
         impl: str = "auto",
     ) -> None:
         super().__init__()
         functional.check_lambdas(lambda_inmodal, lambda_crossmodal)
         functional.check_impl(impl)
-        _require_one_process(1)
         self.lambda_inmodal = lambda_inmodal
         self.lambda_crossmodal = lambda_crossmodal
+        self.process_group = process_group
         self.impl = impl
 
     def forward(
@@ -126,29 +181,16 @@ class CyclicPenalty(nn.Module):
         image_features, text_features: (N, D), rows of unit length. Errors as in
         `cyclip_loss.functional.cyclip_loss`.
         """
-        _require_one_process(1)
         return functional.cyclic_penalty(
             image_features,
             text_features,
             self.lambda_inmodal,
             self.lambda_crossmodal,
             output_dict,
+            process_group=self.process_group,
             impl=self.impl,
         )
 
     def extra_repr(self) -> str:
         """The weights, for `print(module)`."""
         return f"lambda_inmodal={self.lambda_inmodal}, lambda_crossmodal={self.lambda_crossmodal}"
-
-
-def _require_one_process(world_size: int) -> None:
-    """Refuse what would silently be the loss of a part of the batch."""
-    # Not while compiling: the process group was looked for when the module was built.
-    compiling = torch.compiler.is_compiling()
-    if world_size == 1 and not compiling and dist.is_available() and dist.is_initialized():
-        world_size = dist.get_world_size()
-    if world_size != 1:
-        raise ValueError(
-            f"one process is supported so far, got world_size={world_size}: "
-            "each rank would see its own part of the batch only"
-        )

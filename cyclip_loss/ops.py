@@ -94,7 +94,7 @@ contrastive_grads = Operator(
     "contrastive_grads",
     "(Tensor image_features, Tensor text_features, Tensor logit_scale, Tensor row_lse, "
     "Tensor column_lse, Tensor weight, int first_column, bool with_columns, bool needs_image, "
-    "bool needs_text, bool needs_scale, str impl) -> (Tensor, Tensor, Tensor)",
+    "bool needs_text, bool needs_scale, bool wide, str impl) -> (Tensor, Tensor, Tensor)",
 )
 cyclic_statistics = Operator(
     "cyclic_statistics",
@@ -123,8 +123,13 @@ def _contrastive_lse_shapes(
 def _contrastive_grads_shapes(
     image: Tensor, text: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    row_lse, needs_image, needs_text = arguments[1], *arguments[6:8]
-    return _like(image, needs_image), _like(text, needs_text), row_lse.new_empty(())
+    row_lse, needs_image, needs_text, wide = arguments[1], *arguments[6:8], arguments[9]
+    dtype = row_lse.dtype if wide else image.dtype
+    return (
+        _like(image, needs_image).to(dtype),
+        _like(text, needs_text).to(dtype),
+        row_lse.new_empty(()),
+    )
 
 
 def _cyclic_statistics_shapes(

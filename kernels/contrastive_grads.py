@@ -139,6 +139,7 @@ def contrastive_grads(
     needs_image: bool,
     needs_text: bool,
     needs_scale: bool,
+    wide: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `cyclip_loss.eager.contrastive_grads`."""
     precision = Precision.of(image_features)
@@ -150,7 +151,8 @@ def contrastive_grads(
     # which the largest, 2^15, still fits.
     shift = 14 if image.dtype == torch.float16 else 0
     feature_weight = weight * logit_scale * 2.0**-shift
-    image_grad = image.new_empty(image_features.shape if needs_image else (0,))
+    grad_dtype = row_lse.dtype if wide else image.dtype
+    image_grad = image.new_empty(image_features.shape if needs_image else (0,), dtype=grad_dtype)
     text_sum = row_lse.new_zeros(text_features.shape if needs_text else (0,))
     scale_sum = weight.new_zeros(())
 
@@ -201,7 +203,7 @@ def contrastive_grads(
                 add_product(text_sum[left : left + columns], gradient.T, block_image)
         if needs_image:
             image_grad[start : start + rows] = image_sum.mul_(feature_weight)
-    text_grad = text_sum.mul_(feature_weight).to(text.dtype)
+    text_grad = text_sum.mul_(feature_weight).to(grad_dtype)
     return image_grad, text_grad, scale_sum.mul_(weight)
 
 

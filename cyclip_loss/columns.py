@@ -1,0 +1,215 @@
+"""A rank's image rows against the text columns of all ranks: gathered, or travelling in a ring.
+
+Both ways give the log-sum-exps and gradients of the global batch to rounding. With n rows on each
+of W ranks, N = W n:
+
+    gather  all-gather of the text features (N, D); all-reduces of N column maxima and sums;
+            backward, reduce-scatter of the partial text gradients (N, D)
+    ring    W - 1 times a block of n text rows goes to the next rank while the one before it is
+            multiplied; what the ranks add to it, column log-sum-exps or gradients, follows one
+            step behind, and the W-th step brings that home. O(n D) memory on every rank.
+
+Partial gradients are summed in the accumulation dtype: over many ranks, 16-bit sums would not hold.
+Notation as in `contrastive.py`; text blocks of other ranks have no pairs here.
+"""
+
+import torch
+from torch import Tensor
+
+from cyclip_loss import ops
+from cyclip_loss.distributed import (
+    Hop,
+    Ranks,
+    log_sum_exp,
+    padded,
+    sum_and_scatter,
+)
+
+Needs = tuple[bool, bool, bool]  # gradients of image_features, text_features, logit_scale
+
+
+def gathered_lse(
+    image: Tensor, columns: Tensor, scale: Tensor, symmetric: bool, impl: str, ranks: Ranks
+) -> tuple[Tensor, Tensor, Tensor]:
+    """row_lse (n,), column_lse (N,) over all ranks (empty if not symmetric), pair_logits (n,)."""
+    first_row = ranks.first_row(ranks.group.rank, image.shape[0])
+    row_lse, partial, pair_logits = _lse(image, columns, scale, first_row, symmetric, impl)
+    column_lse = log_sum_exp(partial, ranks.group) if symmetric else partial
+    return row_lse, column_lse, pair_logits
+
+
+def gathered_grads(
+    image: Tensor,
+    columns: Tensor,
+    scale: Tensor,
+    row_lse: Tensor,
+    column_lse: Tensor,
+    weight: Tensor,
+    symmetric: bool,
+    needs: Needs,
+    impl: str,
+    ranks: Ranks,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of this rank's image and text features, (n, D), and its part of the scale's."""
+    first_row = ranks.first_row(ranks.group.rank, image.shape[0])
+    image_grad, text_grad, scale_grad = _grads(
+        image, columns, scale, row_lse, column_lse, weight, first_row, symmetric, needs, impl
+    )
+    if needs[1]:
+        text_grad = sum_and_scatter(text_grad, ranks)
+    return image_grad, text_grad, scale_grad
+
+
+def ring_lse(
+    image: Tensor, text: Tensor, scale: Tensor, symmetric: bool, impl: str, ranks: Ranks
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `gathered_lse`, with the column_lse of this rank's text only."""
+    group = ranks.group
+    n = text.shape[0]
+    block = padded(text, ranks)
+    rows = _empty_sums(n, scale)
+    sums = _empty_sums(ranks.most(n), scale)  # of the block's columns: they follow it
+    pair_logits = scale.new_zeros(n)
+    for step in range(group.size):
+        ahead = [block] if step + 1 < group.size else []
+        behind = [sums] if symmetric and step > 0 else []
+        hop = Hop([*ahead, *behind], group)
+        owner = (group.rank - step) % group.size
+        columns = block[: ranks.count(owner, n)]
+        first_column = ranks.first_row(group.rank, n) - ranks.first_row(owner, n)
+        row_lse, column_lse, pairs = _lse(image, columns, scale, first_column, symmetric, impl)
+        _include(rows, row_lse)
+        if owner == group.rank:
+            pair_logits = pairs
+        came = hop.finish()
+        if behind:
+            sums = came.pop()
+        if symmetric:
+            _include(sums, column_lse)
+        if ahead:
+            block = came[0]
+    if not symmetric:
+        return _log(rows), scale.new_empty(0), pair_logits
+    [sums] = Hop([sums], group).finish()
+    return _log(rows), _log(sums)[:n], pair_logits
+
+
+def ring_grads(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    row_lse: Tensor,
+    column_lse: Tensor,
+    weight: Tensor,
+    symmetric: bool,
+    needs: Needs,
+    impl: str,
+    ranks: Ranks,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `gathered_grads`, given the text and column_lse of this rank only."""
+    group = ranks.group
+    n = text.shape[0]
+    block = padded(text, ranks)
+    # The columns' log-sum-exps travel with the block.
+    block_lse = scale.new_zeros(ranks.most(n) if symmetric else 0)
+    block_lse[: column_lse.shape[0]] = column_lse
+    image_grad = scale.new_zeros(image.shape)
+    scale_grad = scale.new_zeros(())
+    # The block's gradient follows it.
+    text_grad = scale.new_zeros(ranks.most(n) if needs[1] else 0, image.shape[1])
+    for step in range(group.size):
+        ahead = [block, block_lse][: 1 + symmetric] if step + 1 < group.size else []
+        behind = [text_grad] if needs[1] and step > 0 else []
+        hop = Hop([*ahead, *behind], group)
+        owner = (group.rank - step) % group.size
+        count = ranks.count(owner, n)
+        first_column = ranks.first_row(group.rank, n) - ranks.first_row(owner, n)
+        part, text_part, scale_part = _grads(
+            image,
+            block[:count],
+            scale,
+            row_lse,
+            block_lse[:count],
+            weight,
+            first_column,
+            symmetric,
+            needs,
+            impl,
+        )
+        scale_grad = scale_grad + scale_part
+        if needs[0]:
+            image_grad += part
+        came = hop.finish()
+        if behind:
+            text_grad = came.pop()
+        if needs[1]:
+            text_grad[:count] += text_part
+        if ahead:
+            block, block_lse = came if symmetric else (came[0], block_lse)
+    if needs[1]:
+        [text_grad] = Hop([text_grad], group).finish()
+    return image_grad, text_grad[:n], scale_grad
+
+
+# Log-sum-exps of what comes step by step are kept as maxima and sums relative to them, in two rows:
+# a running log-sum-exp would be rounded relative to itself, not to 1, at every one of W steps.
+
+
+def _empty_sums(length: int, like: Tensor) -> Tensor:
+    sums = like.new_zeros(2, length)
+    sums[0] = -torch.inf
+    return sums
+
+
+def _include(sums: Tensor, values: Tensor) -> None:
+    """Adds log-sum-exps to the first columns of `sums`."""
+    largest, relative = sums[0, : values.shape[0]], sums[1, : values.shape[0]]
+    new = torch.maximum(largest, values)
+    reference = new.masked_fill(new == -torch.inf, 0)  # nothing yet, and nothing new
+    relative.mul_((largest - reference).exp_()).add_((values - reference).exp_())
+    largest.copy_(new)
+
+
+def _log(sums: Tensor) -> Tensor:
+    return sums[1].log() + sums[0]
+
+
+def _lse(
+    image: Tensor, columns: Tensor, scale: Tensor, first_column: int, symmetric: bool, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator, and what it would give where a rank holds no row."""
+    n, m = image.shape[0], columns.shape[0]
+    if n == 0 or m == 0:
+        column_lse = scale.new_full((m if symmetric else 0,), -torch.inf)
+        return scale.new_full((n,), -torch.inf), column_lse, scale.new_zeros(n)
+    return ops.contrastive_lse(image, columns, scale, first_column, symmetric, impl)  # type: ignore[no-any-return]
+
+
+def _grads(
+    image: Tensor,
+    columns: Tensor,
+    scale: Tensor,
+    row_lse: Tensor,
+    column_lse: Tensor,
+    weight: Tensor,
+    first_column: int,
+    symmetric: bool,
+    needs: Needs,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator in the accumulation dtype, and zeros where a rank holds no row."""
+    if image.shape[0] == 0 or columns.shape[0] == 0:
+        return scale.new_zeros(image.shape), scale.new_zeros(columns.shape), scale.new_zeros(())
+    return ops.contrastive_grads(  # type: ignore[no-any-return]
+        image,
+        columns,
+        scale,
+        row_lse,
+        column_lse,
+        weight,
+        first_column,
+        symmetric,
+        *needs,
+        True,
+        impl,
+    )

@@ -1,0 +1,307 @@
+"""The loss over ranks: who shares a batch, and the collectives between them.
+
+torch.distributed's functional collectives, and sends for the ring: they start at once and are
+waited for where the result is needed, on any backend and group. Nothing here initialises a process
+group.
+
+Gradients follow DDP's convention: each rank's are W times those of the global loss by its own
+features, so that the average over W ranks is what one process on the whole batch would get.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+COLUMNS = ("gather", "ring")
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_collectives: Any = torch.ops._c10d_functional
+
+
+@dataclass(frozen=True)
+class Group:
+    """A process group of `size` > 1 processes, of which this one is `rank`."""
+
+    process_group: ProcessGroup
+    name: str
+    rank: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """A group, and how many rows of the global batch each of its ranks holds.
+
+    n, below: how many this rank holds. It is no field, so that under `torch.compile` no number of
+    rows is a constant.
+    """
+
+    group: Group
+    rows: tuple[int, ...] | None = None  # None: each holds as many as this one
+    # Whether this rank takes part with made-up features, to learn what the others do (`agree`).
+    stands_in: bool = False
+
+    def count(self, rank: int, n: int) -> int:
+        """The rows of a rank."""
+        return n if self.rows is None else self.rows[rank]
+
+    def first_row(self, rank: int, n: int) -> int:
+        """Where a rank's rows begin in the global batch."""
+        return rank * n if self.rows is None else sum(self.rows[:rank])
+
+    def total(self, n: int) -> int:
+        """N, the rows of the global batch."""
+        return self.group.size * n if self.rows is None else sum(self.rows)
+
+    def most(self, n: int) -> int:
+        """The rows of a block that travels: shorter ones are padded."""
+        return n if self.rows is None else max(self.rows)
+
+
+def group_of(process_group: ProcessGroup | None) -> Group | None:
+    """The group to use: the default one for None, as in DDP. None if there is one process.
+
+    Raises:
+        TypeError: `process_group` is no process group.
+        ValueError: torch.distributed is not initialised, or this process is not in the group.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        if process_group is not None:
+            raise ValueError("process_group was given, but torch.distributed is not initialised")
+        return None
+    if process_group is None:
+        process_group = dist.group.WORLD
+    elif dist.get_rank(process_group) < 0:  # how `new_group` marks a group without this process
+        raise ValueError(f"process_group does not contain this process, rank {dist.get_rank()}")
+    elif not isinstance(process_group, ProcessGroup):
+        raise TypeError(
+            f"process_group must be a ProcessGroup or None, got {type(process_group).__name__}"
+        )
+    size = dist.get_world_size(process_group)
+    if size == 1 or process_group is None:
+        return None
+    return Group(process_group, process_group.group_name, dist.get_rank(process_group), size)
+
+
+def check_rank(
+    process_group: ProcessGroup | None, rank: int | None, world_size: int | None
+) -> None:
+    """Raise unless `rank` and `world_size`, where given, are those of the group."""
+    if rank is None and world_size is None:
+        return
+    group = group_of(process_group)
+    actual_rank, actual_size = (group.rank, group.size) if group else (0, 1)
+    if world_size is not None and world_size != actual_size:
+        initialised = dist.is_available() and dist.is_initialized()
+        hint = "" if initialised else " (torch.distributed is not initialised)"
+        raise ValueError(
+            f"world_size={world_size} was given, but there are {actual_size} processes{hint}"
+        )
+    if rank is not None and rank != actual_rank:
+        raise ValueError(f"rank={rank} was given, but this process is rank {actual_rank}")
+
+
+def check_columns(columns: str) -> None:
+    """Raise unless `columns` names a way for the text columns to travel."""
+    if columns not in COLUMNS:
+        raise ValueError(f"columns must be one of {', '.join(COLUMNS)}, got {columns!r}")
+
+
+# Of each group: the number of rows that all ranks were last known to hold, by what else decides
+# the shape of the collectives.
+_agreed: WeakKeyDictionary[ProcessGroup, dict[tuple[Any, ...], int]] = WeakKeyDictionary()
+
+
+def agree(
+    group: Group,
+    features: Tensor,
+    columns: str,
+    uneven: bool,
+    stand_in: Callable[[Ranks, int], None] | None = None,
+) -> Ranks:
+    """How many rows each rank holds, with no exchange in a step like the last one.
+
+    Ranks exchange their shapes, waiting for the device, in the first step, and again when the
+    number of rows changes. Then a rank cannot know whether the others' changed as well, and
+    exchanging while they are past it would hang. So it first takes part in the step that they would
+    make if theirs had not: `stand_in(ranks, rows)` has to run the loss on the old number of
+    rows, infinite ones, and raises where not every rank does the same.
+
+    If `uneven`, or without `stand_in`, they exchange every time. Traced by `torch.compile`, equal
+    numbers are taken for granted.
+
+    Raises:
+        ValueError: on every rank, if their features do not fit together.
+    """
+    n, d = features.shape
+    every_time = uneven or stand_in is None
+    if torch.compiler.is_compiling() and not every_time:
+        return Ranks(group)
+    agreed = _agreed.setdefault(group.process_group, {})
+    kind = (d, features.dtype, features.device.type, columns)
+    before = agreed.get(kind)
+    if before == n and not every_time:
+        return Ranks(group)
+    if before is not None and stand_in is not None and not uneven:
+        stand_in(Ranks(group, stands_in=True), before)
+
+    own = [n, d, _DTYPES.index(features.dtype), COLUMNS.index(columns), int(uneven)]
+    exchanged = _collectives.all_gather_into_tensor(
+        torch.tensor(own, device=features.device), group.size, group.name
+    )
+    all_ranks = wait(exchanged).view(group.size, len(own)).tolist()
+    rows = tuple(values[0] for values in all_ranks)
+    for at, name in ((1, "D"), (2, "dtype"), (3, "columns"), (4, "uneven")):
+        found = [values[at] for values in all_ranks]
+        if len(set(found)) > 1:
+            names = {2: _DTYPES, 3: COLUMNS, 4: (False, True)}.get(at)
+            shown = [names[value] for value in found] if names else found
+            raise ValueError(f"{name} must be the same on every rank, got {_listed(shown)}")
+    if sum(rows) == 0:
+        raise ValueError("the global batch is empty: every rank's features have 0 rows")
+    if not uneven and len(set(rows)) > 1:
+        raise ValueError(
+            "image_features and text_features must have the same number of rows on every rank "
+            f"unless uneven=True, got {_listed(rows)}"
+        )
+    if not every_time:
+        agreed[kind] = n
+    return Ranks(group, None if len(set(rows)) == 1 else rows)
+
+
+def check_stand_ins(stand_ins: Tensor, ranks: Ranks, n: int) -> None:
+    """Raise if some ranks, but not all, stood in: their number of rows has changed (`agree`).
+
+    On CPU every rank sees it. On other devices only those whose number changed read the count; the
+    others, which go on without waiting for the device, get a NaN loss from the made-up rows.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if ranks.stands_in or stand_ins.device.type == "cpu":
+        count = int(stand_ins)
+        if 0 < count < ranks.group.size:
+            own = "this rank among them" if ranks.stands_in else "not this rank"
+            raise ValueError(
+                "image_features and text_features must have the same number of rows on every rank "
+                f"unless uneven=True: {count} of {ranks.group.size} ranks no longer hold "
+                f"{n} rows, {own}"
+            )
+
+
+def _listed(values: Any) -> str:
+    """A few values in full, many by their extent."""
+    if len(values) <= 16:
+        return f"{list(values)} (by rank)"
+    kinds = sorted({str(value) for value in values})
+    return f"{', '.join(kinds[:16])}{', …' if len(kinds) > 16 else ''} on {len(values)} ranks"
+
+
+def wait(tensor: Tensor) -> Tensor:
+    """The result of a collective; on CUDA the stream waits, not the host."""
+    return _collectives.wait_tensor(tensor)  # type: ignore[no-any-return]
+
+
+def start_all_reduce(tensor: Tensor, op: str, group: Group) -> Tensor:
+    """op: "sum" or "max". Not to be touched before `wait`."""
+    return _collectives.all_reduce(tensor, op, group.name)  # type: ignore[no-any-return]
+
+
+def log_sum_exp(values: Tensor, group: Group) -> Tensor:
+    """Of each element, over ranks: all-reduces of the maxima and of the sums relative to them."""
+    largest = wait(start_all_reduce(values, "max", group))
+    sums = wait(start_all_reduce((values - largest).exp(), "sum", group))
+    return sums.log() + largest
+
+
+def total(value: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """The sum of a scalar over ranks, and how many of them stand in."""
+    pair = torch.stack((value, torch.full_like(value, float(ranks.stands_in))))
+    value, stand_ins = wait(start_all_reduce(pair, "sum", ranks.group)).unbind()
+    return value.clone(), stand_ins.clone()
+
+
+def start_gather(features: Tensor, ranks: Ranks) -> Tensor:
+    """All ranks' rows, padded; for `finish_gather`."""
+    block = padded(features.detach(), ranks)
+    gathered = _collectives.all_gather_into_tensor(block, ranks.group.size, ranks.group.name)
+    return gathered  # type: ignore[no-any-return]
+
+
+def finish_gather(gathered: Tensor, ranks: Ranks) -> Tensor:
+    """(N, D), the rows of every rank in order."""
+    gathered = wait(gathered)
+    if ranks.rows is None:
+        return gathered
+    blocks = gathered.split(max(ranks.rows))
+    return torch.cat([block[:rows] for block, rows in zip(blocks, ranks.rows, strict=True)])
+
+
+def sum_and_scatter(partial: Tensor, ranks: Ranks) -> Tensor:
+    """Each rank's own rows of the sum over ranks of `partial`, (N, D)."""
+    group = ranks.group
+    if ranks.rows is not None:
+        partial = torch.cat([padded(block, ranks) for block in partial.split(ranks.rows)])
+    own: Tensor = wait(_collectives.reduce_scatter_tensor(partial, "sum", group.size, group.name))
+    return own if ranks.rows is None else own[: ranks.rows[group.rank]]
+
+
+class Hop:
+    """Blocks on their way to the next rank of a ring, and the previous rank's on theirs to here."""
+
+    def __init__(self, blocks: list[Tensor], group: Group) -> None:
+        self.sent = [block.contiguous() for block in blocks]  # kept until they have left
+        to, source = (group.rank + 1) % group.size, (group.rank - 1) % group.size
+        self.works: list[Any] = []
+        if torch.compiler.is_compiling():
+            # Traceable, unlike sends, but its lists of sizes grow with the group: an all-to-all
+            # with one part each way.
+            parts = [[0] * group.size for _ in range(2)]
+            self.received = []
+            for block in self.sent:
+                parts[0][source] = parts[1][to] = block.numel()
+                flat = _collectives.all_to_all_single(block.view(-1), *parts, group.name)
+                self.received.append(flat)
+            return
+        self.received = [torch.empty_like(block) for block in self.sent]
+        operations = []
+        for tag, blocks_of_tag in enumerate(zip(self.sent, self.received, strict=True)):
+            for send, block, peer in zip(
+                (dist.isend, dist.irecv), blocks_of_tag, (to, source), strict=True
+            ):
+                operation = dist.P2POp(
+                    send, block, group=group.process_group, tag=tag, group_peer=peer
+                )
+                operations.append(operation)
+        if operations:
+            self.works = dist.batch_isend_irecv(operations)
+
+    def finish(self) -> list[Tensor]:
+        """The blocks that came; on CUDA the stream waits for them, not the host."""
+        if torch.compiler.is_compiling():
+            pairs = zip(self.received, self.sent, strict=True)
+            return [wait(block).view(sent.shape) for block, sent in pairs]
+        for work in self.works:
+            work.wait()
+        return self.received
+
+
+def whole_batch(features: Tensor, ranks: Ranks) -> Tensor:
+    """All ranks' rows (N, D), differentiable by this rank's own, with W times the gradient."""
+    gathered = finish_gather(start_gather(features, ranks), ranks)
+    blocks = list(gathered.split(ranks.rows or len(features)))
+    rank, size = ranks.group.rank, ranks.group.size
+    blocks[rank] = features + (size - 1) * (features - features.detach())
+    return torch.cat(blocks)
+
+
+def padded(block: Tensor, ranks: Ranks) -> Tensor:
+    """Contiguous rows, as many as the rank with the most rows has."""
+    missing = ranks.most(block.shape[0]) - block.shape[0]
+    if ranks.rows is None or missing == 0:
+        return block.contiguous()
+    return torch.cat((block, block.new_zeros(missing, block.shape[1])))
