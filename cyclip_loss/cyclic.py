@@ -88,13 +88,13 @@ class _CyclicPenalties(torch.autograd.Function):
         ranks: int,
     ) -> tuple[Tensor, ...]:
         rows, d = image_features.shape
+        n: int | Tensor = rows  # of the global batch, below
         with_cross = _needs_cross(lambda_inmodal, lambda_crossmodal, separate)
         if started is None:
             direct = direct_is_cheaper(rows, d, with_cross)
-            statistics = ops.cyclic_statistics(
+            saved = statistics = ops.cyclic_statistics(
                 image_features, text_features, direct, with_cross, impl
             )
-            saved, n = statistics, rows
         else:
             direct = False
             saved = distributed.wait(started)

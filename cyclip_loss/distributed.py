@@ -237,7 +237,7 @@ def finish_gather(gathered: Tensor, ranks: Ranks) -> Tensor:
     gathered = wait(gathered)
     if ranks.rows is None:
         return gathered
-    blocks = gathered.split(max(ranks.rows))
+    blocks = torch.split(gathered, max(ranks.rows))
     return torch.cat([block[:rows] for block, rows in zip(blocks, ranks.rows, strict=True)])
 
 
@@ -245,7 +245,7 @@ def sum_and_scatter(partial: Tensor, ranks: Ranks) -> Tensor:
     """Each rank's own rows of the sum over ranks of `partial`, (N, D)."""
     group = ranks.group
     if ranks.rows is not None:
-        partial = torch.cat([padded(block, ranks) for block in partial.split(ranks.rows)])
+        partial = torch.cat([padded(block, ranks) for block in torch.split(partial, list(ranks.rows))])
     own: Tensor = wait(_collectives.reduce_scatter_tensor(partial, "sum", group.size, group.name))
     return own if ranks.rows is None else own[: ranks.rows[group.rank]]
 
@@ -293,7 +293,8 @@ class Hop:
 def whole_batch(features: Tensor, ranks: Ranks) -> Tensor:
     """All ranks' rows (N, D), differentiable by this rank's own, with W times the gradient."""
     gathered = finish_gather(start_gather(features, ranks), ranks)
-    blocks = list(gathered.split(ranks.rows or len(features)))
+    rows = len(features) if ranks.rows is None else list(ranks.rows)
+    blocks = list(torch.split(gathered, rows))
     rank, size = ranks.group.rank, ranks.group.size
     blocks[rank] = features + (size - 1) * (features - features.detach())
     return torch.cat(blocks)
