@@ -65,7 +65,7 @@ def consistency_metrics(image_features: Tensor, text_features: Tensor) -> dict[s
     """All of the above by name, as scalars without gradient.
 
     `inmodal_gap`, `crossmodal_gap`, `alignment`, `image_uniformity`, `text_uniformity`.
-    Features (N, D), N >= 2, rows of unit length.
+    Features (N, D), N >= 2, rows of unit length: over several ranks, those that are given.
     """
     inmodal_gap, crossmodal_gap = cyclic_gaps(image_features, text_features)
     return {
