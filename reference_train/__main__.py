@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import report, results
+from . import ranks, report, results
+from .batch_norm import global_batch_norm
 from .data import (
     EMOJI_FOLDER,
     CannotStart,
@@ -47,7 +48,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "emoji that ship with the repository, about five minutes on two CPU cores.",
         epilog="A command that was interrupted goes on where it stopped when it is given again;\n"
         "runs that are finished are not repeated. `python -m reference_train report FOLDER` makes\n"
-        "the table and the pictures again, without training.",
+        "the table and the pictures again, without training. Over several processes:\n"
+        "`torchrun --nproc-per-node 8 -m reference_train ...`.",
     )
     what = parser.add_argument_group("what to train")
     what.add_argument(
@@ -104,12 +106,17 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="overrides the preset: the scale of the logits at the start",
     )
     how.add_argument(
-        "--batch-size", type=int, default=256, help="distinct concepts in a batch (default 256)"
+        "--batch-size",
+        type=int,
+        default=256,
+        help="distinct concepts in a batch (default 256); over several ranks in each rank's "
+        "part of it, as in OpenCLIP",
     )
     how.add_argument(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
-        help="default: cuda if there is one, else cpu; on cuda bfloat16 autocast is used",
+        help="default: cuda if there is one, else cpu; on cuda bfloat16 autocast is used, and over "
+        "several ranks each takes the GPU of its local rank",
     )
 
     where = parser.add_argument_group("evaluation and output")
@@ -144,11 +151,21 @@ def check_numbers(arguments: argparse.Namespace) -> None:
         raise CannotStart(f"--logit-scale must be from 1 to 100, not {arguments.logit_scale}")
 
 
-def check_device(name: str) -> torch.device:
-    """The device, once something has been put on it."""
+def check_device(name: str, local_rank: int | None = None) -> torch.device:
+    """The device, once something has been put on it.
+
+    local_rank: among several ranks, which GPU this one takes.
+    """
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        if device.type != "cuda" or local_rank is None:
+            torch.empty(1, device=device)
+        elif device.index is None:
+            device = torch.device("cuda", local_rank)
+            torch.empty(1, device=device)
+            torch.cuda.set_device(device)
+        else:
+            raise CannotStart(f"--device {name}: each of several ranks takes its own: say cuda")
     except (RuntimeError, AssertionError) as error:  # "not compiled with CUDA" is an assertion
         raise CannotStart(f"--device {name}: {str(error).splitlines()[0]}") from error
     return device
@@ -173,7 +190,7 @@ def run_configs(arguments: argparse.Namespace, shards: list[str], emoji: str) ->
             lambda_crossmodal=LOSSES[loss][1] * arguments.lambda_crossmodal,
             seed=arguments.seed + k,
             steps=arguments.steps,
-            batch_size=arguments.batch_size,
+            batch_size=arguments.batch_size * ranks.part().world_size,
             lr=arguments.lr,
             logit_scale=arguments.logit_scale,
             model=arguments.model,
@@ -201,75 +218,100 @@ def check_same_settings(config: RunConfig, out: Path) -> None:
 
 def make_batches(config: RunConfig, emoji: EmojiSet, shards: list[str], clip: Clip) -> Batches:
     """The emoji in memory, or any other data streamed."""
+    part = ranks.part()
     if not shards:
-        return EmojiBatches(emoji, clip.tokenize, config.batch_size, config.seed)
+        return EmojiBatches(emoji, clip.tokenize, config.batch_size, config.seed, part)
     size = max(64, clip.image_size)
-    return StreamedBatches(shards, clip.tokenize, config.batch_size, size, config.seed)
+    return StreamedBatches(shards, clip.tokenize, config.batch_size, size, config.seed, part)
 
 
 def main(argv: Sequence[str]) -> None:
-    """Checks, trains what is not trained yet, evaluates, reports."""
+    """Checks, trains what is not trained yet, evaluates, reports.
+
+    All ranks train; the first one alone does everything else, while the others wait for it.
+    """
+    first = ranks.is_first()
     if argv[:1] == ["report"]:
-        return report.main(argv[1:])
-    arguments = parse_arguments(argv)
-    console = Console()
-    check_numbers(arguments)
-    check_model_name(arguments.model)
-    device = check_device(arguments.device)
-    check_out(arguments.out)
+        return report.main(argv[1:]) if first else None
+    with ranks.first_speaks():
+        arguments = parse_arguments(argv)
+    console = Console() if first else Console(quiet=True, force_terminal=False)
     emoji_folder, shards = EMOJI_FOLDER, []
-    if arguments.data and len(arguments.data) == 1 and is_emoji_folder(Path(arguments.data[0])):
-        emoji_folder = Path(arguments.data[0])
-    elif arguments.data:
-        shards = find_shards(arguments.data)
-    emoji = read_emoji(emoji_folder)
-    configs = run_configs(arguments, shards, fingerprint(emoji_folder))
-    for config in configs:
-        check_same_settings(config, arguments.out)
+    with ranks.together(CannotStart):
+        check_numbers(arguments)
+        check_model_name(arguments.model)
+        device = check_device(arguments.device, ranks.local_rank())
+        if first:
+            check_out(arguments.out)
+        if arguments.data and len(arguments.data) == 1 and is_emoji_folder(Path(arguments.data[0])):
+            emoji_folder = Path(arguments.data[0])
+        elif arguments.data:
+            shards = find_shards(arguments.data)
+        emoji = read_emoji(emoji_folder)
+        configs = run_configs(arguments, shards, fingerprint(emoji_folder))
+        for config in configs if first else []:
+            check_same_settings(config, arguments.out)
 
     for number, config in enumerate(configs, start=1):
         folder = arguments.out / config.name
-        if results.evaluated(folder, arguments.split):
+        if ranks.from_first(results.evaluated(folder, arguments.split)):
             console.print(f"{config.name}: finished before, in {folder}", highlight=False)
             continue
-        torch.manual_seed(config.seed)
-        clip = build_model(config.model, config.logit_scale, device)
-        if (folder / "model.pt").exists():
-            saved = torch.load(folder / "model.pt", map_location=device, weights_only=True)
-            clip.model.load_state_dict(saved["model"])
-            seconds = saved["seconds"]
-        else:
-            data = make_batches(config, emoji, shards, clip)
-            folder.mkdir(exist_ok=True)
-            results.write_json(asdict(config), folder / "config.json")
+        trained = ranks.from_first((folder / "model.pt").exists())
+        with ranks.together(CannotStart):
+            torch.manual_seed(config.seed)
+            clip = build_model(config.model, config.logit_scale, device)
+            if not trained:
+                data = make_batches(config, emoji, shards, clip)
+                if ranks.part().world_size > 1:
+                    clip.model = global_batch_norm(clip.model)
+        if not trained:
+            if first:
+                folder.mkdir(exist_ok=True)
+                results.write_json(asdict(config), folder / "config.json")
             if len(configs) > 1:
                 console.print(f"run {number} of {len(configs)}: {config.name}", highlight=False)
             measures = partial(validation_measures, clip, emoji)
             seconds = train(config, clip, data, measures, folder, console)
-        numbers = evaluate(clip, emoji, arguments.split)
-        results.save_run(folder, config, arguments.split, seconds, device, numbers)
+        elif first:
+            saved = torch.load(folder / "model.pt", map_location=device, weights_only=True)
+            clip.model.load_state_dict(saved["model"])
+            seconds = saved["seconds"]
+        if first:
+            numbers = evaluate(clip, emoji, arguments.split)
+            results.save_run(folder, config, arguments.split, seconds, device, numbers)
 
-    results.gather_results(arguments.out, arguments.split, emoji_folder)
-    report.show(arguments.out, console)
+    ranks.leave()
+    if first:
+        results.gather_results(arguments.out, arguments.split, emoji_folder)
+        report.show(arguments.out, console)
 
 
 def command() -> None:
     """Exit codes: 0 done, 1 the run went wrong, 2 it can't start, 130 interrupted."""
+    ranks.join()
+    first = ranks.is_first()
     # a Ctrl-C outside the training loop loses nothing: trained models are on disk
     try:
         main(sys.argv[1:])
+        message, code = "", 0
     except CannotStart as error:
-        print(f"reference_train: {error}", file=sys.stderr)
-        sys.exit(2)
+        message, code = f"{error}", 2
     except Diverged as error:
-        print(f"reference_train: {error}; try a lower --lr", file=sys.stderr)
-        sys.exit(1)
+        message, code = f"{error}; try a lower --lr", 1
     except Interrupted as error:
-        print(f"reference_train: {error}; the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
+        message, code = f"{error}; the same command goes on from there", 130
     except KeyboardInterrupt:
-        print("reference_train: stopped; the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
+        if first:
+            print("reference_train: stopped; the same command goes on from there", file=sys.stderr)
+        sys.exit(130)  # without waiting for the other ranks, which may be anywhere
+    except SystemExit:  # of the arguments' parser, on all ranks
+        ranks.leave()
+        raise
+    if first and message:
+        print(f"reference_train: {message}", file=sys.stderr)
+    ranks.leave()
+    sys.exit(code)
 
 
 if __name__ == "__main__":

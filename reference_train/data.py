@@ -9,6 +9,9 @@ Two sources, one reader (`read_samples`, on webdataset):
 Either way a batch is N *distinct* concepts (or captions): the same emoji in another style would be
 a false negative of the contrastive loss. A batch depends on the seed and its position alone, so a
 resumed run sees what an uninterrupted one would have seen.
+
+Over several ranks all derive the same batch and each takes its part of it: W ranks see, batch by
+batch, what one process would see. Of streamed data every rank reads all, and decodes its part.
 """
 
 import hashlib
@@ -31,7 +34,8 @@ import webdataset as wds
 from braceexpand import braceexpand
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
+
+from .ranks import WHOLE, Part
 
 EMOJI_FOLDER = Path(__file__).parent / "emoji"
 TRAIN_STYLES = ("noto", "twemoji", "fluent-emoji-flat")
@@ -213,27 +217,40 @@ class Position(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """N distinct concepts, an image and a caption of each."""
+    """N distinct concepts, an image and a caption of each; or this rank's part of them."""
 
-    images: Tensor  # (N, 3, S, S) uint8
-    tokens: Tensor  # (N, L)
+    images: Tensor  # (n, 3, S, S) uint8
+    tokens: Tensor  # (n, L)
     next: Position
 
 
 Tokenize = Callable[[list[str]], Tensor]
 
 
+def as_asked(batch_size: int, part: Part) -> str:
+    """The batch of all ranks as the command line has it, for a message."""
+    ranks = f" on each of {part.world_size} ranks" if part.world_size > 1 else ""
+    return f"--batch-size {batch_size // part.world_size}{ranks}"
+
+
 class EmojiBatches:
     """Endless batches of distinct training concepts, a random training style and caption each."""
 
-    def __init__(self, emoji: EmojiSet, tokenize: Tokenize, batch_size: int, seed: int):
-        """Raises `CannotStart` if there are too few concepts for a batch."""
+    def __init__(
+        self,
+        emoji: EmojiSet,
+        tokenize: Tokenize,
+        batch_size: int,
+        seed: int,
+        part: Part = WHOLE,
+    ):
+        """batch_size: of all ranks. Raises `CannotStart` if there are too few concepts for it."""
         drawn = {int(i) for style in TRAIN_STYLES for i in emoji.concept[style]}
         self.concepts = [i for i in emoji.in_split("train") if i in drawn]
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.part = batch_size, seed, part
         if len(self.concepts) < batch_size:
             raise CannotStart(
-                f"--batch-size {batch_size} is more than the {len(self.concepts)} distinct "
+                f"{as_asked(batch_size, part)} is more than the {len(self.concepts)} distinct "
                 "concepts to train on"
             )
         # (concepts, styles) -> row of `images`; a style that lacks a concept repeats another's row
@@ -264,7 +281,9 @@ class EmojiBatches:
                 rows = self.rows[which, rng.integers(self.rows.shape[1], size=n)]
                 caption = np.searchsorted(self.caption_shares[:-1], rng.random(n), side="right")
                 index += 1
-                images, tokens = self.images[torch.from_numpy(rows)], self.tokens[which, caption]
+                mine = self.part.rows(n)
+                images = self.images[torch.from_numpy(rows[mine])]
+                tokens = self.tokens[which[mine], caption[mine]]
                 yield Batch(images, tokens, Position(epoch, index))
             epoch, index = epoch + 1, 0
 
@@ -273,13 +292,22 @@ class StreamedBatches:
     """Endless batches of distinct captions from tar files of any size, decoded one batch ahead."""
 
     def __init__(
-        self, shards: list[str], tokenize: Tokenize, batch_size: int, size: int, seed: int
+        self,
+        shards: list[str],
+        tokenize: Tokenize,
+        batch_size: int,
+        size: int,
+        seed: int,
+        part: Part = WHOLE,
     ):
-        """size: of the decoded images. Raises `CannotStart` if a batch can't be filled."""
+        """batch_size: of all ranks. size: of the decoded images.
+
+        Raises `CannotStart` if a batch can't be filled.
+        """
         self.shards, self.tokenize, self.size = shards, tokenize, size
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.part = batch_size, seed, part
         if next(self._groups(Position()), None) is None:
-            raise CannotStart(f"--batch-size {batch_size}: the data has fewer distinct captions")
+            raise CannotStart(f"{as_asked(batch_size, part)}: the data has fewer distinct captions")
 
     def _groups(self, start: Position) -> Iterator[tuple[list[Sample], Position]]:
         """Undecoded batches; each epoch shuffles shards and samples anew and drops its last few."""
@@ -310,6 +338,7 @@ class StreamedBatches:
 
             waiting = None
             for samples, after in self._groups(start):
+                samples = samples[self.part.rows(self.batch_size)]
                 images = [pool.submit(decode, sample.image, self.size) for sample in samples]
                 if waiting is not None:
                     yield finish(*waiting)
@@ -333,42 +362,3 @@ def find_shards(data: Sequence[str]) -> list[str]:
         if next(read_samples([shard]), None) is None:
             raise CannotStart(f"--data: {shard} holds no image with a caption")
     return shards
-
-
-# ------------------------------------------------------------------------------------------------
-# Images for the model
-
-
-def resize(images: Tensor, size: int) -> Tensor:
-    """images: (N, 3, S, S) uint8 -> (N, 3, size, size) float in [0, 1], sampled as in training."""
-    pixels = images.float().div_(255)
-    return F.interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False)
-
-
-def augment(images: Tensor, size: int, rng: np.random.Generator) -> Tensor:
-    """images: (N, 3, S, S) uint8 -> (N, 3, size, size) float in [0, 1], moved and tinted a little.
-
-    One affine resampling (rotation, scale, shear, shift; never a flip: names say left and right)
-    and one affine map of the colours (contrast, saturation, tint, brightness) for each image. What
-    comes in at the border is white.
-    """
-    n = len(images)
-
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return torch.from_numpy(rng.uniform(low, high, (n, *shape)).astype(np.float32))
-
-    angle, zoom, shear = uniform(-0.2, 0.2), uniform(-0.16, 0.16).exp(), uniform(-0.1, 0.1)
-    cos, sin = zoom * angle.cos(), zoom * angle.sin()
-    turn = torch.stack([cos, shear * cos - sin, sin, shear * sin + cos], dim=-1).view(n, 2, 2)
-    theta = torch.cat([turn, uniform(-0.1, 0.1, 2, 1)], dim=-1).to(images.device)  # (N, 2, 3)
-    grid = F.affine_grid(theta, [n, 3, size, size], align_corners=False)
-    ink = images.float().mul_(-1 / 255).add_(1)  # white is 0: what grid_sample pads with
-    ink = F.grid_sample(ink, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-
-    saturation, tint = uniform(0.5, 1.3, 1, 1), uniform(0.85, 1.15, 3, 1)
-    grey = torch.tensor([0.299, 0.587, 0.114]).expand(3, 3)
-    mix = uniform(0.8, 1.2, 1, 1) * tint * (saturation * torch.eye(3) + (1 - saturation) * grey)
-    shift = uniform(-0.08, 0.08, 1, 1).expand(n, 3, 1)
-    mix, shift = mix.to(images.device), shift.to(images.device)
-    ink = torch.baddbmm(shift, mix, ink.view(n, 3, -1)).view(n, 3, size, size)
-    return ink.neg_().add_(1).clamp_(0, 1)

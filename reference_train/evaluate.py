@@ -41,8 +41,8 @@ from .data import (
     TRAIN_STYLES,
     Concept,
     EmojiSet,
-    resize,
 )
+from .images import resize
 from .model import Clip
 
 SITUATIONS = {

@@ -1,7 +1,8 @@
 """The training loop: one run of one loss, which can be stopped and resumed at any step.
 
 What a run leaves in its folder: `metrics.jsonl` (a line a step), `checkpoint.pt` while it is under
-way (model, optimiser, step, place in the data, random state), `model.pt` once trained.
+way (model, optimiser, step, place in the data, random state), `model.pt` once trained. Over several
+ranks (`ranks.py`) the first one writes it.
 """
 
 import contextlib
@@ -24,7 +25,9 @@ from torch import Tensor, nn
 
 from cyclip_loss import CyCLIPLoss
 
-from .data import Batch, Position, augment
+from . import ranks
+from .data import Batch, CannotStart, Position
+from .images import augment
 from .model import MAX_LOGIT_SCALE, Clip
 
 BETAS, EPS, WEIGHT_DECAY = (0.9, 0.98), 1e-6, 0.1
@@ -44,7 +47,7 @@ class RunConfig:
     lambda_crossmodal: float
     seed: int
     steps: int
-    batch_size: int
+    batch_size: int  # of all ranks together
     lr: float
     logit_scale: float  # at the start, exp'd
     model: str
@@ -65,7 +68,7 @@ class Batches(Protocol):
 
 
 class Interrupted(Exception):
-    """Ctrl-C came; the checkpoint is written."""
+    """Ctrl-C came, on any rank; the checkpoint is written."""
 
 
 class Diverged(Exception):
@@ -120,13 +123,17 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 
 class Log:
-    """`metrics.jsonl`: one line a step; what lies after the step a run resumes from is dropped."""
+    """`metrics.jsonl`: one line a step; what lies after the step a run resumes from is dropped.
+
+    Every rank keeps one, as all look at the means; the first one's is written.
+    """
 
     def __init__(self, path: Path, start: int):
         """start: the step a run resumes from; 0 for a new run."""
-        lines = path.read_text().splitlines() if path.exists() and start else []
-        path.write_text("".join(f"{line}\n" for line in lines[:start]))
         self.path = path
+        if ranks.is_first():
+            lines = path.read_text().splitlines() if path.exists() and start else []
+            path.write_text("".join(f"{line}\n" for line in lines[:start]))
         self.pending: list[tuple[int, float, dict[str, Tensor]]] = []
 
     def add(self, step: int, lr: float, values: dict[str, Tensor]) -> None:
@@ -146,8 +153,9 @@ class Log:
             if step == self.pending[-1][0]:
                 line |= extra
             lines.append(json.dumps(line) + "\n")
-        with open(self.path, "a") as file:
-            file.writelines(lines)
+        if ranks.is_first():
+            with open(self.path, "a") as file:
+                file.writelines(lines)
         self.pending = []
         return dict(zip(names, table.mean(axis=0).tolist(), strict=True))
 
@@ -163,16 +171,20 @@ def train(
     """Trains `clip.model` in place, from `folder/checkpoint.pt` if there is one.
 
     validate: the consistency measures at this moment, for `metrics.jsonl`.
-    Returns the seconds it took, earlier sittings included. Raises `Interrupted` or `Diverged`.
+    Returns the seconds it took, earlier sittings included. Raises `Interrupted` or `Diverged`, and
+    `CannotStart` if the data can't be read to the end. All ranks return or raise alike.
     """
-    model = clip.model
+    model, part = clip.model, ranks.part()
     device = next(model.parameters()).device
     loss_fn = CyCLIPLoss(config.lambda_inmodal, config.lambda_crossmodal)
     optimizer = make_optimizer(model, config.lr)
     start, position, seconds_before = 0, Position(), 0.0
 
     checkpoint_path = folder / "checkpoint.pt"
-    if checkpoint_path.exists():
+    if ranks.from_first(checkpoint_path.exists()):
+        with ranks.together(CannotStart):
+            if not checkpoint_path.exists():
+                raise CannotStart(f"--out: rank {part.rank} doesn't see {checkpoint_path}")
         saved = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -183,11 +195,18 @@ def train(
         seconds_before = saved["seconds"]
         console.print(f"{config.name}: resumed at step {start} of {config.steps}")
 
+    if part.rank > 0:  # dropout, where a model has it, must not be the same on all ranks
+        torch.manual_seed(
+            int(np.random.default_rng([config.seed, start, part.rank]).integers(2**62))
+        )
+    network = ranks.replicate(model)
     log = Log(folder / "metrics.jsonl", start)
     began = saved_at = time.monotonic()
 
     def checkpoint(step: int) -> None:
         log.flush({})
+        if not ranks.is_first():
+            return
         save_whole(
             {
                 "config": asdict(config),
@@ -211,15 +230,16 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-            batch = next(batches)
+            with ranks.together(CannotStart):
+                batch = next(batches)
             # the augmentation is drawn from the seed and the step: nothing of it needs saving
             rng = np.random.default_rng([config.seed, step, 2**31])
             images = batch.images.to(device, non_blocking=True)
-            images = clip.normalize(augment(images, clip.image_size, rng))
+            images = clip.normalize(augment(images, clip.image_size, rng, part))
             images = images.contiguous(memory_format=torch.channels_last)
             tokens = batch.tokens.to(device, non_blocking=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                out = model(images, tokens)
+                out = network(images, tokens)
             terms = loss_fn(
                 out["image_features"], out["text_features"], out["logit_scale"], output_dict=True
             )
@@ -237,28 +257,33 @@ def train(
             values["gradient_norm"] = gradient_norm
             log.add(done, lr, {name: value.detach() for name, value in values.items()})
             extra = {}
-            if done % validate_every == 0 or done == config.steps:
+            validates = done % validate_every == 0 or done == config.steps
+            if validates and ranks.is_first():
                 model.eval()
                 extra = {f"validation_{name}": value for name, value in validate().items()}
                 model.train()
-            if extra or done % LOG_EVERY == 0:
+            if validates or done % LOG_EVERY == 0:
                 means = log.flush(extra)
                 if not math.isfinite(means["loss"]):
                     raise Diverged(f"{config.name}: the loss is {means['loss']} at step {done}")
                 show(done, means, (done - start) * config.batch_size / (time.monotonic() - began))
-            if interrupted():
+            due = time.monotonic() - saved_at > CHECKPOINT_SECONDS
+            # also where the other ranks wait while the first one validates
+            stop, due = ranks.any_rank(interrupted(), due)
+            if stop:
                 checkpoint(done)
                 raise Interrupted(f"{config.name}: stopped at step {done} of {config.steps}")
-            if time.monotonic() - saved_at > CHECKPOINT_SECONDS:
+            if due:
                 checkpoint(done)
                 saved_at = time.monotonic()
 
     seconds = seconds_before + time.monotonic() - began
-    save_whole(
-        {"config": asdict(config), "model": model.state_dict(), "seconds": seconds},
-        folder / "model.pt",
-    )
-    checkpoint_path.unlink(missing_ok=True)
+    if ranks.is_first():
+        save_whole(
+            {"config": asdict(config), "model": model.state_dict(), "seconds": seconds},
+            folder / "model.pt",
+        )
+        checkpoint_path.unlink(missing_ok=True)
     model.eval()
     return seconds
 
