@@ -1,4 +1,7 @@
-"""The command line: `python -m benchmarks cpu | model | gpu`. Each command has its own file."""
+"""The command line: `python -m benchmarks [command]`. Each command has its own file.
+
+Without a command: compare.
+"""
 
 import argparse
 import os
@@ -13,11 +16,16 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    cpu = commands.add_parser("cpu", help="time, memory and accuracy on this CPU, side by side")
-    cpu.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
-    cpu.add_argument("--seed", type=int, default=0)
-    cpu.add_argument("--seconds", type=float, default=10.0, help="to spend on each size at least")
-    cpu.add_argument("--peak-of", nargs=3, help=argparse.SUPPRESS)  # what a fresh process measures
+    compare = commands.add_parser("compare", help="the loss beside the alternatives, here")
+    compare.add_argument("--dry-run", action="store_true", help="tiny sizes on CPU")
+    compare.add_argument(
+        "--out", type=Path, help="folder of the record (results/; dry run: temporary)"
+    )
+    compare.add_argument("--seed", type=int, default=0)
+
+    plot = commands.add_parser("plot", help="the pictures of a record of compare, drawn anew")
+    plot.add_argument("record", type=Path, help="its JSON file")
+    plot.add_argument("--out", type=Path, help="folder of the pictures (beside the record)")
 
     model = commands.add_parser("model", help="predict the kernels' times from first principles")
     model.add_argument("--chip", nargs="+", default=["A100", "H100", "B200"], metavar="NAME")
@@ -28,6 +36,14 @@ def main(arguments: list[str]) -> int:
         help="compile the kernels and print the instruction table that the model holds",
     )
 
+    scaling = commands.add_parser("scaling", help="predict time, traffic, memory on many ranks")
+    scaling.add_argument("--chip", default="H100", metavar="NAME")
+    scaling.add_argument("--d", type=int, default=512)
+    scaling.add_argument("--out", type=Path, default=RESULTS, help="folder of record and picture")
+
+    semantics = commands.add_parser("semantics", help="what OpenCLIP's flags do to gradients")
+    semantics.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
+
     gpu = commands.add_parser("gpu", help="check and time everything on the GPU at hand")
     gpu.add_argument("--dry-run", action="store_true", help="tiny sizes on CPU, interpreted")
     gpu.add_argument("--out", type=Path, help="folder of the record (results/; dry run: temporary)")
@@ -35,14 +51,14 @@ def main(arguments: list[str]) -> int:
     gpu.add_argument("--budget", type=float, default=440.0, metavar="SECONDS")
     gpu.add_argument("--sections", nargs="+", metavar="NAME", help="only these (default: all)")
 
-    options = parser.parse_args(arguments)
-    if options.command == "gpu":
-        _fit_interpreter(options.dry_run, arguments)
+    options = parser.parse_args(arguments or ["compare"])
+    if options.command in ("compare", "gpu"):
+        _fit_interpreter(options.command == "gpu" and options.dry_run, arguments)
 
-    if options.command == "cpu":
-        from benchmarks import cpu as cpu_command
+    if options.command == "plot":
+        from benchmarks import plots as plot_command
 
-        return cpu_command.main(options)
+        return plot_command.main(options)
 
     # Only now: importing a kernel fixes whether it is interpreted.
     from benchmarks.checkout import make_kernels_importable
@@ -52,14 +68,26 @@ def main(arguments: list[str]) -> int:
         from benchmarks import model_report as model_command
 
         return model_command.main(options)
+    if options.command == "scaling":
+        from benchmarks import scaling_report as scaling_command
+
+        return scaling_command.main(options)
+    if options.command == "semantics":
+        from benchmarks import semantics as semantics_command
+
+        return semantics_command.main(options)
+    options.out = options.out or (None if options.dry_run else RESULTS)
+    if options.command == "compare":
+        from benchmarks import compare as compare_command
+
+        return compare_command.main(options)
     from benchmarks import gpu as gpu_command
 
-    options.out = options.out or (None if options.dry_run else RESULTS)
     return gpu_command.main(options)
 
 
 def _fit_interpreter(dry_run: bool, arguments: list[str]) -> None:
-    """A dry run is interpreted, a real one never is: start again where the environment differs."""
+    """A dry run of `gpu` is interpreted, no other is: start again where the environment differs."""
     if dry_run == (os.environ.get("TRITON_INTERPRET", "0") == "1"):
         return
     environment = {**os.environ, "TRITON_INTERPRET": "1" if dry_run else "0"}

@@ -5,17 +5,25 @@
 Features have rows of unit length. A competitor that cannot run here is skipped with the reason.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from shutil import which
 
 import torch
 from torch import Tensor
 
-from cyclip_loss import CyCLIPLoss, reference
+from cyclip_loss import CyCLIPLoss, cyclic_penalty, reference
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 OURS = "cyclip_loss"
+OURS_CONTRASTIVE = f"{OURS}, contrastive only"
+OURS_PENALTIES = f"{OURS}, penalties only"
+DENSE = "dense"
+COMPILED = "dense, torch.compile"
+OPEN_CLIP = "open_clip.ClipLoss"
+PENALTIES, CONTRASTIVE = "penalties", "contrastive term"  # what may be lacking
 
 
 class UnavailableError(Exception):
@@ -43,16 +51,19 @@ def dense_penalties(image_features: Tensor, text_features: Tensor) -> Tensor:
 
 
 def _compiled(device: torch.device) -> Competitor:
-    if device.type != "cuda":
-        raise UnavailableError("compiled for CUDA only, on CPU it takes a C++ compiler")
-    return Competitor("dense, torch.compile", torch.compile(dense))
+    compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+    if device.type == "cpu" and not any(map(which, compilers)):
+        raise UnavailableError(f"needs a C++ compiler on CPU, found no {' or '.join(compilers)}")
+    # One compilation for all sizes: each takes up to a quarter of a minute on two cores. Code for
+    # one size alone was no faster (N = 2,048, D = 512, on CPU).
+    return Competitor(COMPILED, torch.compile(dense, dynamic=True))
 
 
 def _open_clip(device: torch.device) -> Competitor:
     _require("open_clip")
     import open_clip
 
-    return Competitor("open_clip.ClipLoss", open_clip.ClipLoss(), "penalties")
+    return Competitor(OPEN_CLIP, open_clip.ClipLoss(), PENALTIES)
 
 
 def _open_clip_and_penalties(device: torch.device) -> Competitor:
@@ -62,7 +73,7 @@ def _open_clip_and_penalties(device: torch.device) -> Competitor:
         penalties = dense_penalties(image_features, text_features)
         return clip(image_features, text_features, logit_scale) + penalties
 
-    return Competitor("open_clip.ClipLoss, dense penalties", loss)
+    return Competitor(f"{OPEN_CLIP}, dense penalties", loss)
 
 
 def _inf_cl(device: torch.device) -> Competitor:
@@ -79,7 +90,7 @@ def _inf_cl(device: torch.device) -> Competitor:
         ways = [cal_flash_loss(a, b, scale=logit_scale, head_dim=head).mean() for a, b in pairs]
         return (ways[0] + ways[1]) / 2
 
-    return Competitor("inf_cl, both directions", loss, "penalties")
+    return Competitor("inf_cl, both directions", loss, PENALTIES)
 
 
 def _memeff(device: torch.device) -> Competitor:
@@ -94,7 +105,7 @@ def _memeff(device: torch.device) -> Competitor:
         module = MemoryEfficientCLIPLoss(temperature, normalized_inputs=True, stable=False)
         return module(image_features, text_features)
 
-    return Competitor("memeff", loss, "penalties, gradient of the logit scale")
+    return Competitor("memeff", loss, f"{PENALTIES}, gradient of the logit scale")
 
 
 def _ours(impl: str) -> Callable[[torch.device], Competitor]:
@@ -109,6 +120,18 @@ def _ours(impl: str) -> Callable[[torch.device], Competitor]:
     return build
 
 
+def _ours_penalties(device: torch.device) -> Competitor:
+    def loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+        return cyclic_penalty(image_features, text_features)
+
+    return Competitor(OURS_PENALTIES, loss, CONTRASTIVE)
+
+
+def ours(device: torch.device) -> str:
+    """The name of the engine that the package chooses on a device."""
+    return f"{OURS} ({'triton' if device.type == 'cuda' else 'eager'})"
+
+
 def _require(package: str) -> None:
     if find_spec(package) is None:
         raise UnavailableError(f"{package} is not installed")
@@ -117,10 +140,12 @@ def _require(package: str) -> None:
 BUILDERS: dict[str, Callable[[torch.device], Competitor]] = {
     f"{OURS} (triton)": _ours("triton"),
     f"{OURS} (eager)": _ours("eager"),
-    "dense": lambda device: Competitor("dense", dense),
-    "dense, torch.compile": _compiled,
-    "open_clip.ClipLoss": _open_clip,
-    "open_clip.ClipLoss, dense penalties": _open_clip_and_penalties,
+    OURS_CONTRASTIVE: lambda _: Competitor(OURS_CONTRASTIVE, CyCLIPLoss(0, 0), PENALTIES),
+    OURS_PENALTIES: _ours_penalties,
+    DENSE: lambda _: Competitor(DENSE, dense),
+    COMPILED: _compiled,
+    OPEN_CLIP: _open_clip,
+    f"{OPEN_CLIP}, dense penalties": _open_clip_and_penalties,
     "inf_cl, both directions": _inf_cl,
     "memeff": _memeff,
 }

@@ -58,7 +58,9 @@ def main(options: argparse.Namespace) -> int:
             SECTIONS[name](run)
 
     folder = options.out or Path(tempfile.mkdtemp(prefix="cyclip-loss-dry-run-"))
-    files = record.write(folder, record.describe(run))
+    described = record.describe(run)
+    stem = f"{described['card']}-{described['date']}"
+    files = record.write(folder, stem, described, record.markdown(described))
     failures = sum(len(section.failures) for section in run.sections.values())
     run.say(f"{failures} failures; record in {' and '.join(map(str, files))}")
     return 1 if failures else 0

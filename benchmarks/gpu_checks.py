@@ -244,7 +244,7 @@ def _contrastive(
         ):
             judged = excess(actual, exact, eager, bounds["lse"])
             _judge(run, f"contrastive_lse, {name}", precision, where, *judged)
-        needs = (True, True, True)
+        needs = (True, True, True, False)  # all three gradients, in the features' dtype
         exact_grads = ops.contrastive_grads(
             *exact_inputs, *lse[:2], weight.double(), *flags, *needs, "eager"
         )

@@ -20,18 +20,30 @@ from benchmarks.checkout import ROOT
 from benchmarks.run import Run
 
 
-def card() -> str:
+def card(device: torch.device) -> str:
     """The GPU's name as part of a file name, "cpu" without one."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's and how many threads PyTorch takes of it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name, information = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if information.exists() and (
+        found := re.search(r"model name\s*: (.*)", information.read_text())
+    ):
+        name = found[1].strip()
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def describe(run: Run) -> dict[str, Any]:
     """Everything about a run, as JSON holds it."""
     return {
         "dry_run": run.dry_run,
-        "card": "cpu" if run.dry_run else card(),
-        "device": str(run.device) if run.dry_run else torch.cuda.get_device_name(),
+        "card": card(run.device),
+        "device": device_name(run.device),
         "date": date.today().isoformat(),
         "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
         "seed": run.seed,
@@ -72,14 +84,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-def markdown(record: dict[str, Any]) -> str:
-    """The record for people."""
+def heading(record: dict[str, Any]) -> list[str]:
+    """First lines for people: the machine, the command, the versions, what failed."""
     lines = [f"# {record['device']}, {record['date']}", ""]
     if record["dry_run"]:
-        lines += [
-            "**DRY RUN**: interpreted on CPU at tiny sizes. No time in it means anything.",
-            "",
-        ]
+        lines += ["**DRY RUN**: on CPU at tiny sizes. No time in it means anything.", ""]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines += [
         f"`{record['command']}`, seed {record['seed']}, {record['seconds']} s; {versions}.",
@@ -90,7 +99,14 @@ def markdown(record: dict[str, Any]) -> str:
         for name, section in record["sections"].items()
         for failure in section["failures"]
     ]
-    lines += [f"**{len(failures)} failures**", "", *failures] if failures else ["No failures."]
+    return [*lines, f"**{len(failures)} failures**", "", *failures] if failures else lines
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The record for people: a table for each section."""
+    lines = heading(record)
+    if not any(section["failures"] for section in record["sections"].values()):
+        lines += ["No failures."]
     for name, section in record["sections"].items():
         lines += ["", f"## {name}", ""]
         lines += table(section["rows"])
@@ -123,15 +139,14 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(file.name, path)
 
 
-def write(folder: Path, record: dict[str, Any]) -> tuple[Path, Path]:
-    """Write both files, named by card and date, and a number where that name is taken.
+def write(folder: Path, stem: str, record: dict[str, Any], text: str) -> tuple[Path, Path]:
+    """Write the record as JSON and `text` as Markdown; a number follows a stem that is taken.
 
     Both are complete in the same folder before either gets its name; if the second cannot be named,
     the first is taken back.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    texts = {".json": json.dumps(record, indent=1, allow_nan=False) + "\n", ".md": markdown(record)}
-    stem = f"{record['card']}-{record['date']}"
+    texts = {".json": json.dumps(record, indent=1, allow_nan=False) + "\n", ".md": text}
     stems = [stem, *(f"{stem}-{number}" for number in range(2, 1000))]
     stem = next(
         name for name in stems if not any(folder.joinpath(name + end).exists() for end in texts)

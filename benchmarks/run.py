@@ -1,5 +1,6 @@
 """One run of a benchmark command: its device, its clock, and what it found so far."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,9 +24,15 @@ class Section:
 class Run:
     """Where, how long, and the sections by name. A dry run is on CPU, tiny, and proves no speed."""
 
-    def __init__(self, dry_run: bool, seed: int, budget: float) -> None:
+    def __init__(
+        self,
+        dry_run: bool,
+        seed: int,
+        budget: float = math.inf,
+        device: torch.device | None = None,
+    ) -> None:
         self.dry_run, self.seed, self.budget = dry_run, seed, budget
-        self.device = torch.device("cpu" if dry_run else "cuda")
+        self.device = device or torch.device("cpu" if dry_run else "cuda")
         self.sections: dict[str, Section] = {}
         self.section = Section()
         self._start = time.perf_counter()
@@ -46,7 +53,7 @@ class Run:
     def part(self, name: str) -> Iterator[Section]:
         """Collect into a new section. An exception in it is a failure of it, not of the run."""
         self.section = self.sections[name] = Section()
-        self.say(f"{name} ({self.remaining():.0f} s left)")
+        self.say(name if self.budget == math.inf else f"{name} ({self.remaining():.0f} s left)")
         start = self.elapsed()
         try:
             yield self.section

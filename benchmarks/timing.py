@@ -1,4 +1,4 @@
-"""Times and memory: candidates interleaved, medians with the 20th and 80th percentile."""
+"""Times: candidates interleaved, medians with the 20th and 80th percentile."""
 
 import time
 from collections.abc import Callable
@@ -57,44 +57,36 @@ class Stopwatch:
         return start.elapsed_time(end)
 
 
+# A step calls the function it is given at the end of each of its stretches.
+Step = Callable[[Callable[[], None]], None]
+
+
 def interleaved(
-    steps: dict[str, Callable[[Callable[[], None]], None]],
+    steps: dict[str, Step],
     device: torch.device,
     seconds: float,
     least: int = 3,
     most: int = 30,
-) -> dict[str, list[Times]]:
-    """Times of the stretches of each step, all steps in turn, for about so many seconds.
+) -> dict[str, list[tuple[float, ...]]]:
+    """Milliseconds of the stretches of each step, run by run, all steps in turn.
 
-    A step gets a function to call at the end of each of its stretches. Steps are warmed up by the
-    caller.
+    For about so many seconds, but `least` runs at least and `most` at most. Steps are warmed up by
+    the caller.
     """
     watch = Stopwatch(device)
-    found: dict[str, list[list[float]]] = {name: [] for name in steps}
+    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in steps}
     begun = time.perf_counter()
     for turn in range(most):
         if turn >= least and time.perf_counter() - begun > seconds:
             break
         for name, step in steps.items():
             watch.clear()
-            marks = [watch.mark()]
-            step(lambda marks=marks: marks.append(watch.mark()))
-            stretches = pairwise(marks)
-            found[name].append([watch.milliseconds(*ends) for ends in stretches])
-    return {
-        name: [Times.of(list(column)) for column in zip(*rows, strict=True)]
-        for name, rows in found.items()
-    }
+            found[name].append(milliseconds(step, watch))
+    return found
 
 
-def peak_bytes(step: Callable[[], object], device: torch.device) -> int | None:
-    """What the allocator held at most during a step beyond what it held before; CUDA only."""
-    if device.type != "cuda":
-        step()
-        return None
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    step()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+def milliseconds(step: Step, watch: Stopwatch) -> tuple[float, ...]:
+    """Of the stretches of one run."""
+    marks = [watch.mark()]
+    step(lambda: marks.append(watch.mark()))
+    return tuple(watch.milliseconds(*ends) for ends in pairwise(marks))

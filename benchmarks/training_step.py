@@ -1,0 +1,140 @@
+"""End to end: what the loss takes of a training step, in time and in memory.
+
+The model is one of `reference_train`; images are noise and captions are random tokens, which take
+as long as real ones. A step is cut where the features pass from the encoders to the loss, so that
+both parts of the loss, forward and backward, are one stretch.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.competitors import Competitor, Loss
+from benchmarks.cost import LOGIT_SCALE, OK
+from benchmarks.memory import Peak, outcome_of
+from benchmarks.run import Run
+from benchmarks.timing import Step, Times, interleaved
+
+STRETCHES = ("encoders forward", "loss", "encoders backward", "optimizer")
+# Tokens of a caption with its start and end: names of things have about so many.
+SHORTEST, LONGEST = 4, 11
+END_OF_TEXT = 49407  # of CLIP's vocabulary; its highest
+
+
+class Trainer:
+    """A model, its optimiser and one batch."""
+
+    def __init__(self, run: Run, model: str, batch_size: int) -> None:
+        """Raises ImportError where `reference_train` has not what it needs."""
+        from reference_train.model import build_model
+        from reference_train.train import make_optimizer
+
+        torch.manual_seed(run.seed)
+        self.device, self.name = run.device, model
+        clip = build_model(model, LOGIT_SCALE, run.device)
+        self.model = clip.model.train()
+        self.optimizer = make_optimizer(self.model, lr=1e-4)
+        shape = (batch_size, 3, clip.image_size, clip.image_size)
+        images = torch.randn(shape, device=run.device)
+        self.images = images.contiguous(memory_format=torch.channels_last)
+        self.tokens = random_tokens(batch_size, clip.tokenize([""]).shape[1]).to(run.device)
+
+    def step_of(self, loss: Loss) -> Step:
+        """One training step with this loss, in the four stretches."""
+
+        def step(end: Callable[[], None]) -> None:
+            self.optimizer.zero_grad(set_to_none=True)
+            on_cuda = self.device.type == "cuda"
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=on_cuda):
+                out = self.model(self.images, self.tokens)
+            names = ("image_features", "text_features", "logit_scale")
+            outputs = [out[name] for name in names]
+            end()
+            leaves = [output.detach().requires_grad_() for output in outputs]
+            loss(*leaves).backward()
+            end()
+            # A competitor without a gradient of the logit scale leaves none.
+            reached = [(o, leaf.grad) for o, leaf in zip(outputs, leaves, strict=True)]
+            reached = [(output, grad) for output, grad in reached if grad is not None]
+            torch.autograd.backward(*zip(*reached, strict=True))
+            end()
+            self.optimizer.step()
+            end()
+
+        return step
+
+
+def random_tokens(batch_size: int, context_length: int) -> Tensor:
+    """Captions of random length and words: (N, L), zero-padded after the end of text."""
+    lengths = torch.randint(SHORTEST, min(LONGEST, context_length) + 1, (batch_size, 1))
+    position = torch.arange(context_length)
+    tokens = torch.randint(1, 40000, (batch_size, context_length))
+    tokens[position >= lengths] = 0
+    return tokens.masked_fill(position == lengths - 1, END_OF_TEXT)
+
+
+def peaks(trainer: Trainer, loss: Loss) -> dict[str, Any]:
+    """Peak bytes of a whole step, and of its loss alone, beyond what was held before each."""
+    step = trainer.step_of(loss)
+    try:
+        step(lambda: None)  # the optimiser's state and what libraries allocate once
+        of_step = Peak(trainer.device)
+        step(lambda: None)
+        found = {"outcome": OK, "step": of_step.extra()}
+        looks: list[Peak | int | None] = []
+
+        def look() -> None:
+            # After the encoders: begin; after the loss: read.
+            looks.append(looks[0].extra() if len(looks) == 1 else Peak(trainer.device))
+
+        step(look)
+        return {**found, "loss": looks[1]}
+    except Exception as error:
+        return {"outcome": outcome_of(error)}
+
+
+def measure(
+    run: Run,
+    trainer: Trainer,
+    found: list[Competitor],
+    peaks_of: Callable[[Competitor], dict[str, Any]],
+    seconds: float,
+    least: int = 5,
+) -> list[dict[str, Any]]:
+    """One row for each loss: its share of a step, interleaved, and the peaks beside each other."""
+    memory = {competitor.name: peaks_of(competitor) for competitor in found}
+    steps = {
+        competitor.name: trainer.step_of(competitor.loss)
+        for competitor in found
+        if memory[competitor.name]["outcome"] == OK
+    }
+    for step in steps.values():
+        step(lambda: None)
+    runs = interleaved(steps, run.device, seconds, least)
+    rows = []
+    for competitor in found:
+        name, of_memory = competitor.name, memory[competitor.name]
+        row: dict[str, Any] = {"model": trainer.name, "batch": len(trainer.images)}
+        row |= {"loss": name, "lacks": competitor.lacks}
+        row["outcome"] = of_memory["outcome"]
+        if name in runs:
+            row |= times_of(runs[name])
+            row["images per s"] = 1e3 * len(trainer.images) / row["step ms"]
+            for part in ("step", "loss"):
+                if of_memory[part] is not None:
+                    row[f"{part} peak MB"] = of_memory[part] / 1e6
+        rows.append(row)
+    return rows
+
+
+def times_of(runs: list[tuple[float, ...]]) -> dict[str, float]:
+    """Medians of the stretches and of the whole step, and the loss's share run by run."""
+    columns = dict(zip(STRETCHES, zip(*runs, strict=True), strict=True))
+    found = {f"{name} ms": Times.of(list(values)).median for name, values in columns.items()}
+    for name, values in (("step", [sum(run) for run in runs]), ("loss", list(columns["loss"]))):
+        times = Times.of(values)
+        found |= {f"{name} ms": times.median, f"{name} p20": times.p20, f"{name} p80": times.p80}
+    shares = [run[STRETCHES.index("loss")] / sum(run) for run in runs]
+    return {**found, "of step": Times.of(shares).median}

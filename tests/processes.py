@@ -1,0 +1,24 @@
+"""Python in a process of its own, from the checkout."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_python(*arguments: str, interpreted: bool = True) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1" if interpreted else "0",
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
