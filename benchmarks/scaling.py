@@ -14,9 +14,9 @@ Assumed:
 
 - lambda_inmodal = lambda_crossmodal, the terms not asked for apart, all gradients, as many rows on
   every rank. One step in the middle of a run: nothing is exchanged about shapes.
-- Of ours, the text gather overlaps the Gram products and the all-reduce of [A, B] the first sweep,
-  as in `cyclip_loss/`. In a ring a step takes the longest of its kernels, its hops, and the host's
-  launching them from eager PyTorch, which a CUDA graph would hide. Nothing else overlaps.
+- Of ours, the text gather overlaps the Gram products, and the all-reduce of [A, B, C] the first
+  sweep, as in `cyclip_loss/`. In a ring a step takes the longest of its kernels, its hops, and the
+  host's launching them from eager PyTorch, which a CUDA graph would hide. Nothing else overlaps.
 - The alternatives' products run at the library's full rate and each of their other operations on a
   matrix reads and writes it once, at the memory bandwidth. Copies of gathered features are free.
 - Memory is what the loss adds to the features that it is given: kept tensors, gradients, scratch.
@@ -48,11 +48,11 @@ from benchmarks.model import (
 from cyclip_loss.kernels.contrastive_grads import BLOCK_BYTES, BLOCK_ROWS
 
 FLOAT = 4  # bytes: statistics, log-sum-exps and partial gradients
-# Kernels of a step of the ring beside the operator's: running maxima and sums of rows and columns,
-# sums of gradients (`cyclip_loss/columns.py`).
-RING_FORWARD_LAUNCHES, RING_BACKWARD_LAUNCHES = 24, 10
-# The host's time for one block of a hop, of which a step batches two or three: 10 to 15 us at 8, 512
-# and 4,096 ranks alike, with torch's "fake" process group on one CPU core.
+# Kernels of a step of the ring beside the operator's: running log-sum-exps of rows and columns,
+# sums of gradients (`cyclip_loss/columns.py`; a test counts them).
+RING_FORWARD_LAUNCHES, RING_BACKWARD_LAUNCHES = 5, 3
+# The host's time for one block of a hop, of which a step batches two or three: 10 to 15 us at 8,
+# 512 and 4,096 ranks alike, with torch's "fake" process group on one CPU core.
 HOP_SECONDS = 12e-6
 
 
@@ -105,8 +105,8 @@ class Way:
 
 
 def _statistics(case: Case) -> Transfer:
-    size = (2 * case.d**2 + 1) * FLOAT
-    return Transfer("all-reduce of A, B and the row count", "all-reduce", size)
+    size = (3 * case.d**2 + 1) * FLOAT
+    return Transfer("all-reduce of A, B, C and the row count", "all-reduce", size)
 
 
 _VALUE = Transfer("all-reduce of the loss's value", "all-reduce", 2 * FLOAT)
@@ -153,7 +153,7 @@ def _block_bytes(case: Case, columns: int) -> float:
 def _own_bytes(case: Case) -> float:
     """Of A and B, row log-sum-exps, and the gradients of both terms for this rank's features."""
     own = case.rows * case.d
-    return 2 * case.d**2 * FLOAT + case.rows * FLOAT + 2 * 2 * own * case.width
+    return 3 * case.d**2 * FLOAT + case.rows * FLOAT + 2 * 2 * own * case.width
 
 
 def gather_memory(case: Case) -> float:
@@ -216,6 +216,11 @@ def _longest(**parts: float) -> tuple[float, str]:
     return parts[name], name
 
 
+def grams_seconds(grams: Cost) -> float:
+    """Of A, B and C. Of A and B, which are symmetric, half is computed: C costs as much as both."""
+    return 2 * grams.seconds
+
+
 def gather_seconds(case: Case, chip: Chip, links: Links) -> tuple[float, str]:
     """One step with columns="gather"."""
     w, n, d = case.world_size, case.rows, case.d
@@ -225,12 +230,12 @@ def gather_seconds(case: Case, chip: Chip, links: Links) -> tuple[float, str]:
     lse = contrastive_lse(chip, n, case.batch, d)
     grads = contrastive_grads(chip, n, case.batch, d, wide=True)
     kernels = [grams, *lse, *grads, gram_grads]
-    device = max(grams.seconds, text) + max(_device(lse), statistics) + sum(others)
+    device = max(grams_seconds(grams), text) + max(_device(lse), statistics) + sum(others)
     device += _device(grads) + gram_grads.seconds
     host = _host(kernels, FIXED_LAUNCHES, 4 + len(transfers))
     if host > device:
         return host, "launches"
-    busy = _device(kernels)
+    busy = _device(kernels) + grams.seconds
     return device, _longest(kernels=busy, transfers=device - busy)[1]
 
 
@@ -246,7 +251,7 @@ def ring_seconds(case: Case, chip: Chip, links: Links) -> tuple[float, str]:
 
     grams, gram_grads = cyclic(chip, n, d)
     once = _longest(
-        kernels=grams.seconds + gram_grads.seconds + seconds(value),
+        kernels=grams_seconds(grams) + gram_grads.seconds + seconds(value),
         launches=_host([], FIXED_LAUNCHES, 4),
     )
     steps = []

@@ -137,11 +137,11 @@ def conclusions(rows: list[dict[str, Any]], chip_name: str, d: int) -> list[str]
         "OpenCLIP with `local_loss` and `gather_with_grad`, CLIP's loss without penalties: over "
         f"several nodes {span(to_gather(OPEN_CLIP, 'seconds', True))} times the time of gather and "
         f"{span(to_gather(OPEN_CLIP, 'bytes_sent', True))} times its traffic ({_figure(traffic)} "
-        f"times with float32 features). A card of {size_text(card)} holds it "
-        f"{reach(OPEN_CLIP)}.",
+        f"times with float32 features). A card of {size_text(card)}, without a model on it, "
+        f"holds it {reach(OPEN_CLIP)}.",
     ]
     lines += [
-        f"{way.name}, which holds N x N matrices on every rank: {reach(way)}."
+        f"{way.name}, which holds N x N matrices on every rank, on the same card: {reach(way)}."
         for way in WAYS
         if way not in (GATHER, RING, OPEN_CLIP)
     ]

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
-from datetime import date
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def ways(rank: int, world_size: int) -> dict[str, nn.Module]:
         {"local_loss": local, "gather_with_grad": with_grad}
         for local, with_grad in itertools.product((False, True), repeat=2)
     ]
-    found: dict[str, nn.Module] = {}
+    found: dict[str, nn.Module] = {"ClipLoss()": open_clip.ClipLoss()}
     for values in flags:
         shown = ", ".join(f"{name}={value}" for name, value in values.items())
         found[f"ClipLoss({shown})"] = open_clip.ClipLoss(**values, rank=rank, world_size=world_size)
@@ -82,7 +82,11 @@ def _on_rank(rank: int, ranks: int, folder: str) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning, module="open_clip")
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks
+        "gloo",
+        init_method=f"file://{folder}/meeting",
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(minutes=1),
     )
     generator = torch.Generator().manual_seed(SEED + 1)
     inputs = torch.randn(2, ranks * ROWS, WIDTH, generator=generator, dtype=torch.float64)
@@ -119,7 +123,7 @@ def _value(values: list[Tensor], whole: Tensor) -> str:
         return "of the global batch"
     if torch.allclose(every.mean(), whole, rtol=TOLERANCE):
         return "of this rank's rows"
-    return "neither"
+    return "another one"
 
 
 def measure(ranks: int) -> list[dict[str, Any]]:

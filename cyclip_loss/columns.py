@@ -67,8 +67,10 @@ def ring_lse(
     group = ranks.group
     n = text.shape[0]
     block = padded(text, ranks)
-    rows = _empty_sums(n, scale)
-    sums = _empty_sums(ranks.most(n), scale)  # of the block's columns: they follow it
+    # Log-sum-exps of what came so far, in float64: they are rounded at every step. Those of the
+    # block's columns follow it.
+    rows = scale.new_full((n,), -torch.inf, dtype=torch.float64)
+    sums = scale.new_full((ranks.most(n),), -torch.inf, dtype=torch.float64)
     pair_logits = scale.new_zeros(n)
     for step in range(group.size):
         ahead = [block] if step + 1 < group.size else []
@@ -78,20 +80,22 @@ def ring_lse(
         columns = block[: ranks.count(owner, n)]
         first_column = ranks.first_row(group.rank, n) - ranks.first_row(owner, n)
         row_lse, column_lse, pairs = _lse(image, columns, scale, first_column, symmetric, impl)
-        _include(rows, row_lse)
+        rows = torch.logaddexp(rows, row_lse.double())
         if owner == group.rank:
             pair_logits = pairs
         came = hop.finish()
         if behind:
             sums = came.pop()
         if symmetric:
-            _include(sums, column_lse)
+            own = sums[: column_lse.shape[0]]
+            own.copy_(torch.logaddexp(own, column_lse.double()))
         if ahead:
             block = came[0]
+    row_lse = rows.to(scale.dtype)
     if not symmetric:
-        return _log(rows), scale.new_empty(0), pair_logits
+        return row_lse, scale.new_empty(0), pair_logits
     [sums] = Hop([sums], group).finish()
-    return _log(rows), _log(sums)[:n], pair_logits
+    return row_lse, sums[:n].to(scale.dtype), pair_logits
 
 
 def ring_grads(
@@ -143,35 +147,12 @@ def ring_grads(
         if behind:
             text_grad = came.pop()
         if needs[1]:
-            text_grad[:count] += text_part
+            text_grad[:count].add_(text_part)
         if ahead:
             block, block_lse = came if symmetric else (came[0], block_lse)
     if needs[1]:
         [text_grad] = Hop([text_grad], group).finish()
     return image_grad, text_grad[:n], scale_grad
-
-
-# Log-sum-exps of what comes step by step are kept as maxima and sums relative to them, in two rows:
-# a running log-sum-exp would be rounded relative to itself, not to 1, at every one of W steps.
-
-
-def _empty_sums(length: int, like: Tensor) -> Tensor:
-    sums = like.new_zeros(2, length)
-    sums[0] = -torch.inf
-    return sums
-
-
-def _include(sums: Tensor, values: Tensor) -> None:
-    """Adds log-sum-exps to the first columns of `sums`."""
-    largest, relative = sums[0, : values.shape[0]], sums[1, : values.shape[0]]
-    new = torch.maximum(largest, values)
-    reference = new.masked_fill(new == -torch.inf, 0)  # nothing yet, and nothing new
-    relative.mul_((largest - reference).exp_()).add_((values - reference).exp_())
-    largest.copy_(new)
-
-
-def _log(sums: Tensor) -> Tensor:
-    return sums[1].log() + sums[0]
 
 
 def _lse(

@@ -40,26 +40,25 @@ def start_over_ranks(
     text_features: Tensor,
     lambda_inmodal: float,
     lambda_crossmodal: float,
-    separate: bool,
     impl: str,
     group: Group,
 ) -> Tensor | None:
     """The Gram matrices and the number of rows, on their way to being summed over ranks.
 
-    Returns, for `cyclic_penalties` with the same arguments, 2 or 3 D^2 + 1 elements of the
-    accumulation dtype, or None if both lambdas are 0. With the number of rows in it, ranks need not
-    hold equally many.
+    Returns, for `cyclic_penalties`, 3 D^2 + 1 elements of the accumulation dtype, or None if both
+    lambdas are 0. C is always among them, so that a rank which asks for the terms apart, to log
+    them, sends no more than the others. With the number of rows there too, ranks need not hold
+    equally many.
     """
     if lambda_inmodal == 0 and lambda_crossmodal == 0:
         return None
     n, d = image_features.shape
     dtype = accumulation_dtype(image_features.dtype)
-    with_cross = _needs_cross(lambda_inmodal, lambda_crossmodal, separate)
     if n == 0:
-        grams = image_features.new_zeros(3 if with_cross else 2, d, d, dtype=dtype)
+        grams = image_features.new_zeros(3, d, d, dtype=dtype)
     else:
         with torch.no_grad():
-            grams = ops.cyclic_statistics(image_features, text_features, False, with_cross, impl)
+            grams = ops.cyclic_statistics(image_features, text_features, False, True, impl)
     own = torch.cat((grams.reshape(-1), grams.new_full((1,), float(n))))
     return distributed.start_all_reduce(own, "sum", group)
 
@@ -125,6 +124,7 @@ class _CyclicPenalties(torch.autograd.Function):
         n: int | Tensor = len(image_features)
         if ctx.ranks > 1:
             statistics, n = _unpack(statistics, image_features.shape[1])
+            statistics = statistics if ctx.with_cross else statistics[:2]
             if len(image_features) == 0:
                 empty = torch.zeros_like(image_features)
                 return (empty if needs_image else None, empty if needs_text else None, *[None] * 6)

@@ -10,6 +10,7 @@ features, so that the average over W ranks is what one process on the whole batc
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 COLUMNS = ("gather", "ring")
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _collectives: Any = torch.ops._c10d_functional
 
 
@@ -43,6 +44,7 @@ class Ranks:
 
     group: Group
     rows: tuple[int, ...] | None = None  # None: each holds as many as this one
+    starts: tuple[int, ...] | None = None  # where each rank's rows begin, if `rows` are given
     # Whether this rank takes part with made-up features, to learn what the others do (`agree`).
     stands_in: bool = False
 
@@ -52,7 +54,7 @@ class Ranks:
 
     def first_row(self, rank: int, n: int) -> int:
         """Where a rank's rows begin in the global batch."""
-        return rank * n if self.rows is None else sum(self.rows[:rank])
+        return rank * n if self.starts is None else self.starts[rank]
 
     def total(self, n: int) -> int:
         """N, the rows of the global batch."""
@@ -76,14 +78,14 @@ def group_of(process_group: ProcessGroup | None) -> Group | None:
         return None
     if process_group is None:
         process_group = dist.group.WORLD
-    elif dist.get_rank(process_group) < 0:  # how `new_group` marks a group without this process
+    if process_group is dist.GroupMember.NON_GROUP_MEMBER:  # what `new_group` returns then
         raise ValueError(f"process_group does not contain this process, rank {dist.get_rank()}")
-    elif not isinstance(process_group, ProcessGroup):
+    if not isinstance(process_group, ProcessGroup):
         raise TypeError(
             f"process_group must be a ProcessGroup or None, got {type(process_group).__name__}"
         )
     size = dist.get_world_size(process_group)
-    if size == 1 or process_group is None:
+    if size == 1:
         return None
     return Group(process_group, process_group.group_name, dist.get_rank(process_group), size)
 
@@ -112,66 +114,108 @@ def check_columns(columns: str) -> None:
         raise ValueError(f"columns must be one of {', '.join(COLUMNS)}, got {columns!r}")
 
 
-# Of each group: the number of rows that all ranks were last known to hold, by what else decides
-# the shape of the collectives.
+@dataclass(frozen=True)
+class Call:
+    """What the ranks of a group have to agree on in one call, but for the number of rows."""
+
+    d: int
+    dtype: torch.dtype
+    columns: str
+    uneven: bool
+    pairs: int  # contrastive losses: 3 with augmented features
+    text_grad: int  # whose columns' gradients will be summed over ranks: a bit for each pair
+    lambda_inmodal: float
+    lambda_crossmodal: float
+
+    def kind(self, features: Tensor) -> tuple[Any, ...]:
+        """What decides the collectives."""
+        penalties = self.lambda_inmodal != 0 or self.lambda_crossmodal != 0
+        shapes = (self.d, self.dtype, features.device.type, self.columns, self.pairs)
+        return (*shapes, self.text_grad, penalties)
+
+    def numbers(self) -> list[float]:
+        """As ranks exchange it, in the order of the fields."""
+        listed = (self.d, DTYPES.index(self.dtype), COLUMNS.index(self.columns))
+        return [*map(float, listed), *map(float, list(vars(self).values())[3:])]
+
+
+# Of each group: the number of rows that all ranks were last known to hold, by kind of call.
 _agreed: WeakKeyDictionary[ProcessGroup, dict[tuple[Any, ...], int]] = WeakKeyDictionary()
 
 
 def agree(
     group: Group,
     features: Tensor,
-    columns: str,
-    uneven: bool,
+    call: Call,
     stand_in: Callable[[Ranks, int], None] | None = None,
 ) -> Ranks:
-    """How many rows each rank holds, with no exchange in a step like the last one.
+    """How many rows each rank holds, with no exchange in a step like the last one of its kind.
 
-    Ranks exchange their shapes, waiting for the device, in the first step, and again when the
-    number of rows changes. Then a rank cannot know whether the others' changed as well, and
-    exchanging while they are past it would hang. So it first takes part in the step that they would
-    make if theirs had not: `stand_in(ranks, rows)` has to run the loss on the old number of
+    Ranks exchange what they hold, waiting for the device, in the first step of a kind, and again
+    when the number of rows changes. Then a rank cannot know whether the others' changed as well,
+    and exchanging while they are past it would hang. So it first takes part in the step that they
+    would make if theirs had not: `stand_in(ranks, rows)` has to run the loss on the old number of
     rows, infinite ones, and raises where not every rank does the same.
 
     If `uneven`, or without `stand_in`, they exchange every time. Traced by `torch.compile`, equal
     numbers are taken for granted.
 
     Raises:
-        ValueError: on every rank, if their features do not fit together.
+        ValueError: on every rank, if what they hold does not fit together.
     """
-    n, d = features.shape
-    every_time = uneven or stand_in is None
+    n = features.shape[0]
+    every_time = call.uneven or stand_in is None
     if torch.compiler.is_compiling() and not every_time:
         return Ranks(group)
     agreed = _agreed.setdefault(group.process_group, {})
-    kind = (d, features.dtype, features.device.type, columns)
+    kind = call.kind(features)
     before = agreed.get(kind)
     if before == n and not every_time:
         return Ranks(group)
-    if before is not None and stand_in is not None and not uneven:
+    if before is not None and stand_in is not None and not call.uneven:
         stand_in(Ranks(group, stands_in=True), before)
 
-    own = [n, d, _DTYPES.index(features.dtype), COLUMNS.index(columns), int(uneven)]
-    exchanged = _collectives.all_gather_into_tensor(
-        torch.tensor(own, device=features.device), group.size, group.name
-    )
+    own = torch.tensor([n, *call.numbers()], dtype=torch.float64, device=features.device)
+    exchanged = _collectives.all_gather_into_tensor(own, group.size, group.name)
     all_ranks = wait(exchanged).view(group.size, len(own)).tolist()
-    rows = tuple(values[0] for values in all_ranks)
-    for at, name in ((1, "D"), (2, "dtype"), (3, "columns"), (4, "uneven")):
+    rows = tuple(int(values[0]) for values in all_ranks)
+    for at, name in enumerate(vars(call), start=1):
         found = [values[at] for values in all_ranks]
         if len(set(found)) > 1:
-            names = {2: _DTYPES, 3: COLUMNS, 4: (False, True)}.get(at)
-            shown = [names[value] for value in found] if names else found
-            raise ValueError(f"{name} must be the same on every rank, got {_listed(shown)}")
+            raise ValueError(_difference(name, found))
     if sum(rows) == 0:
         raise ValueError("the global batch is empty: every rank's features have 0 rows")
-    if not uneven and len(set(rows)) > 1:
+    if not call.uneven and len(set(rows)) > 1:
         raise ValueError(
             "image_features and text_features must have the same number of rows on every rank "
             f"unless uneven=True, got {_listed(rows)}"
         )
     if not every_time:
         agreed[kind] = n
-    return Ranks(group, None if len(set(rows)) == 1 else rows)
+    if len(set(rows)) == 1:
+        return Ranks(group)
+    return Ranks(group, rows, (0, *accumulate(rows[:-1])))
+
+
+def _difference(name: str, found: list[float]) -> str:
+    """What ranks do not agree on, for an error."""
+    if name == "text_grad":
+        return (
+            "text_features must require a gradient on every rank or on none (0 rows, too: let them "
+            f"come out of the model, or set requires_grad), got {_listed([*map(bool, found)])}"
+        )
+    if name == "pairs":
+        return "augmented features must be given on every rank or on none"
+    if name == "dtype":
+        shown: list[Any] = [DTYPES[int(value)] for value in found]
+    elif name == "columns":
+        shown = [COLUMNS[int(value)] for value in found]
+    elif name == "uneven":
+        shown = [bool(value) for value in found]
+    else:
+        shown = [int(value) if value == int(value) else value for value in found]
+    name = "D" if name == "d" else name
+    return f"{name} must be the same on every rank, got {_listed(shown)}"
 
 
 def check_stand_ins(stand_ins: Tensor, ranks: Ranks, n: int) -> None:
@@ -237,17 +281,26 @@ def finish_gather(gathered: Tensor, ranks: Ranks) -> Tensor:
     gathered = wait(gathered)
     if ranks.rows is None:
         return gathered
-    blocks = torch.split(gathered, max(ranks.rows))
-    return torch.cat([block[:rows] for block, rows in zip(blocks, ranks.rows, strict=True)])
+    return gathered[_places(ranks, gathered.device)]
 
 
 def sum_and_scatter(partial: Tensor, ranks: Ranks) -> Tensor:
     """Each rank's own rows of the sum over ranks of `partial`, (N, D)."""
     group = ranks.group
     if ranks.rows is not None:
-        partial = torch.cat([padded(block, ranks) for block in torch.split(partial, list(ranks.rows))])
+        blocks = partial.new_zeros(group.size * max(ranks.rows), partial.shape[1])
+        partial = blocks.index_copy_(0, _places(ranks, partial.device), partial)
     own: Tensor = wait(_collectives.reduce_scatter_tensor(partial, "sum", group.size, group.name))
     return own if ranks.rows is None else own[: ranks.rows[group.rank]]
+
+
+def _places(ranks: Ranks, device: torch.device) -> Tensor:
+    """Where the rows of the global batch lie among padded blocks, for ranks with uneven rows."""
+    rows = torch.tensor(ranks.rows, device=device)
+    starts = torch.tensor(ranks.starts, device=device)
+    skipped = torch.arange(len(rows), device=device) * rows.max() - starts
+    total = ranks.total(0)
+    return torch.arange(total, device=device) + skipped.repeat_interleave(rows, output_size=total)
 
 
 class Hop:
@@ -269,14 +322,11 @@ class Hop:
             return
         self.received = [torch.empty_like(block) for block in self.sent]
         operations = []
-        for tag, blocks_of_tag in enumerate(zip(self.sent, self.received, strict=True)):
-            for send, block, peer in zip(
-                (dist.isend, dist.irecv), blocks_of_tag, (to, source), strict=True
-            ):
-                operation = dist.P2POp(
-                    send, block, group=group.process_group, tag=tag, group_peer=peer
+        for tag, (out, into) in enumerate(zip(self.sent, self.received, strict=True)):
+            for move, block, peer in ((dist.isend, out, to), (dist.irecv, into, source)):
+                operations.append(
+                    dist.P2POp(move, block, group=group.process_group, tag=tag, group_peer=peer)
                 )
-                operations.append(operation)
         if operations:
             self.works = dist.batch_isend_irecv(operations)
 

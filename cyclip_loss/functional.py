@@ -26,11 +26,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from cyclip_loss import contrastive, cyclic, distributed
-from cyclip_loss.distributed import Group, Ranks
+from cyclip_loss.distributed import DTYPES, Call, Group, Ranks
 from cyclip_loss.eager import accumulation_dtype
 from cyclip_loss.ops import IMPLS
-
-FEATURE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def contrastive_loss(
@@ -75,8 +73,8 @@ def cyclic_penalty(
     """lambda_inmodal * P_in + lambda_crossmodal * P_cross (Goel et al. 2022, eq. 2 and 3).
 
     Takes O(N D^2) flops and O(N D + D^2) memory; independent of any logit scale. Over ranks, which
-    may hold any numbers of rows, no feature travels: there is one all-reduce of at most 3 D^2 + 1
-    elements, and none in backward. Returns a scalar, or with `output_dict` its two terms by name,
+    may hold any numbers of rows, no feature travels: there is one all-reduce of 3 D^2 + 1 elements,
+    and none in backward. Returns a scalar, or with `output_dict` its two terms by name,
     which sum to it: `inmodal_cyclic_loss` and `crossmodal_cyclic_loss`. Raises as `cyclip_loss`
     does.
     """
@@ -88,14 +86,15 @@ def cyclic_penalty(
     )
     if group is not None and impl == "reference":
         pair = (image_features, text_features)
-        [(image_features, text_features)] = _whole_batches([pair], group, uneven=True)
+        call = _call(pair[0], [pair], lambda_inmodal, lambda_crossmodal, "gather", uneven=True)
+        [(image_features, text_features)] = _whole_batches([pair], group, call)
         group = None
-    arguments = (image_features, text_features, lambda_inmodal, lambda_crossmodal, output_dict)
+    arguments = (image_features, text_features, lambda_inmodal, lambda_crossmodal)
     if group is None:
-        terms = cyclic.cyclic_penalties(*arguments, impl)
+        terms = cyclic.cyclic_penalties(*arguments, output_dict, impl)
     else:
         started = cyclic.start_over_ranks(*arguments, impl, group)
-        terms = cyclic.cyclic_penalties(*arguments, impl, started, group.size)
+        terms = cyclic.cyclic_penalties(*arguments, output_dict, impl, started, group.size)
     if output_dict:
         return {"inmodal_cyclic_loss": terms[0], "crossmodal_cyclic_loss": terms[1]}
     return terms[0]
@@ -155,10 +154,12 @@ def cyclip_loss(
         pairs += _augmented_pairs(
             image_features, text_features, augmented_image_features, augmented_text_features
         )
-    if group is not None and impl == "reference":
-        pairs = _whole_batches(pairs, group, uneven)
-        group = None
     lambdas = (lambda_inmodal, lambda_crossmodal)
+    if group is not None:
+        call = _call(image_features, pairs, *lambdas, columns, uneven)
+        if impl == "reference":
+            pairs = _whole_batches(pairs, group, call)
+            group = None
     if group is None:
         losses = [
             contrastive.contrastive_loss(rows, cols, scale, impl, symmetric=at == 0)
@@ -173,7 +174,7 @@ def cyclip_loss(
             with torch.no_grad():
                 _over_ranks([(made_up, made_up)] * len(pairs), scale, *options, ranks)
 
-        ranks = distributed.agree(group, image_features, columns, uneven, stand_in)
+        ranks = distributed.agree(group, image_features, call, stand_in)
         losses, penalties = _over_ranks(pairs, scale, *options, ranks)
 
     loss = losses[0]
@@ -208,24 +209,46 @@ def _over_ranks(
     gathered = [
         distributed.start_gather(cols, ranks) if columns == "gather" else None for _, cols in pairs
     ]
-    cyclic_arguments = (*pairs[0], lambda_inmodal, lambda_crossmodal, separate, impl)
-    started = cyclic.start_over_ranks(*cyclic_arguments, ranks.group)
+    penalty = (*pairs[0], lambda_inmodal, lambda_crossmodal)
+    started = cyclic.start_over_ranks(*penalty, impl, ranks.group)
     results = [
         contrastive.contrastive_over_ranks(
             rows, cols, scale, gathered[at], impl, ranks, symmetric=at == 0
         )
         for at, (rows, cols) in enumerate(pairs)
     ]
-    penalties = cyclic.cyclic_penalties(*cyclic_arguments, started, ranks.group.size)
+    penalties = cyclic.cyclic_penalties(*penalty, separate, impl, started, ranks.group.size)
     distributed.check_stand_ins(results[0][1], ranks, len(pairs[0][0]))
     return [loss for loss, _ in results], penalties
 
 
+def _call(
+    features: Tensor,
+    pairs: list[tuple[Tensor, Tensor]],
+    lambda_inmodal: float,
+    lambda_crossmodal: float,
+    columns: str,
+    uneven: bool,
+) -> Call:
+    """What the ranks have to agree on."""
+    return Call(
+        d=features.shape[1],
+        dtype=features.dtype,
+        columns=columns,
+        uneven=uneven,
+        pairs=len(pairs),
+        text_grad=sum(cols.requires_grad << at for at, (_, cols) in enumerate(pairs))
+        * torch.is_grad_enabled(),
+        lambda_inmodal=float(lambda_inmodal),
+        lambda_crossmodal=float(lambda_crossmodal),
+    )
+
+
 def _whole_batches(
-    pairs: list[tuple[Tensor, Tensor]], group: Group, uneven: bool
+    pairs: list[tuple[Tensor, Tensor]], group: Group, call: Call
 ) -> list[tuple[Tensor, Tensor]]:
     """All ranks' rows on every rank, for the dense definition."""
-    ranks = distributed.agree(group, pairs[0][0], "gather", uneven)
+    ranks = distributed.agree(group, pairs[0][0], call)
     return [
         (distributed.whole_batch(rows, ranks), distributed.whole_batch(cols, ranks))
         for rows, cols in pairs
@@ -268,7 +291,7 @@ def check_features(
     for name, features in ((first_name, first), (second_name, second)):
         if not isinstance(features, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(features).__name__}")
-        if features.dtype not in FEATURE_DTYPES:
+        if features.dtype not in DTYPES:
             raise TypeError(
                 f"{name} must be float64, float32, bfloat16 or float16, got {features.dtype}"
             )

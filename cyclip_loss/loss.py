@@ -36,20 +36,20 @@ class CyCLIPLoss(nn.Module):
             its N x N matrices, to compare.
 
     Over ranks: rank k of W holds the rows k n .. (k + 1) n of the global batch of N = W n rows.
-    Every rank has to make the same calls. Each gets the loss of the global batch; its gradients,
+    Every rank has to make the same calls, with the same arguments but for the features. Each gets the loss of the global batch; its gradients,
     averaged over ranks as DDP and FSDP do, are those of one process on the whole batch, for the
     parameters and for the logit scale. (The gradient of a rank's features is W times that of the
     loss by them; of the logit scale, each rank has a part.) What the loss is multiplied by before
     `backward`, e.g. for gradient accumulation, has to be the same on every rank.
 
     Collectives of one step, with b bytes per element of the features and 4 of float32 (float64
-    features: 8), in order; "bytes" is the size of the result. One process: none.
+    features: 8), in order; "bytes" is the size of the result. With `uneven` n is the most rows that
+    a rank holds. One process: none.
 
         columns="gather"        bytes               while
         all-gather              N D b               the Gram matrices are computed
-        all-reduce, sum         4 (3 D^2 + 1)       the contrastive forward pass runs (2 D^2 if only
-                                                    the sum of equally weighted penalties is asked
-                                                    for; none if both lambdas are 0)
+        all-reduce, sum         4 (3 D^2 + 1)       the contrastive forward pass runs (none if both
+                                                    lambdas are 0)
         all-reduce, max         4 N                 -
         all-reduce, sum         4 N                 -
         all-reduce, sum         8                   -
@@ -65,17 +65,24 @@ class CyCLIPLoss(nn.Module):
         W - 1 times two sends   n D b and 4 n       the block at hand is multiplied
         W times a send          4 n D               the next block is multiplied
 
-    "ring" takes O(n D) memory, "gather" O(N D). Augmented features add a gather (or a ring) each.
-    In the first call, and when the number of rows changes, there is an exchange of 5 integers, for
-    which the host waits, to check that ranks agree on it.
+    "ring" takes O(n D) memory, "gather" O(N D). Each of the two augmented features adds the same
+    for its columns, without the two all-reduces of N elements and what stands for them in a ring.
+
+    In the first call of a kind (D, dtype, device, columns, penalties, augmented features, gradients
+    or not) ranks exchange 9 numbers to check that they agree, for which the host waits. When the
+    number of rows changes, they do so again, after one more forward pass on as many made-up rows as
+    before: that is how a rank learns whether the number changed on all of them. A step with
+    another number of rows than the last of its kind therefore costs a second forward pass.
 
     Raises:
         TypeError: a lambda is no number. A bool is refused too: `ClipLoss(True, True)` passes
             `local_loss` and `gather_with_grad` by position, and they must not become weights.
         ValueError: a lambda is negative or not finite, or `use_horovod` is true. When called:
-            `rank` or `world_size` is not the process group's, or ranks hold different numbers of
-            rows without `uneven`. That is seen on every rank in the first call; later, on CPU on
-            every rank, on other devices by those ranks whose number changed (the others get NaN).
+            `rank` or `world_size` is not the process group's, or ranks do not agree: on the kind
+            of call, on the lambdas, or, without `uneven`, on the number of rows. That is seen on
+            every rank in the first call of a kind. If later the number of rows changes on some
+            ranks only, it is seen on CPU on every rank, on other devices by those whose number
+            changed; the others get a NaN loss and should not go on.
     """
 
     def __init__(
@@ -153,8 +160,8 @@ class CyclicPenalty(nn.Module):
         penalty = lambda_inmodal * P_in + lambda_crossmodal * P_cross
 
     Args, semantics over ranks, and errors as in `CyCLIPLoss`. No feature travels: over ranks the
-    only collective is an all-reduce of 3 D^2 + 1 elements (2 D^2 + 1 with equal weights, but for
-    `output_dict`), so ranks may hold any numbers of rows.
+    only collective is an all-reduce of 3 D^2 + 1 elements, so ranks may hold any numbers of rows
+    (NaN if all hold none). Nothing is exchanged to check that they agree on D and the lambdas.
     """
 
     def __init__(

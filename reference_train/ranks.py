@@ -77,8 +77,14 @@ def first_speaks() -> Iterator[None]:
 
 
 def local_rank() -> int | None:
-    """Which process of its machine this is; None if there is only one rank."""
-    return int(os.environ["LOCAL_RANK"]) if dist.is_initialized() else None
+    """Which process of its machine this is; None if there is only one rank.
+
+    Launchers that don't say (`srun`) start one machine's worth of ranks after the other.
+    """
+    if not dist.is_initialized():
+        return None
+    named = os.environ.get("LOCAL_RANK")
+    return int(named) if named else dist.get_rank() % max(1, torch.cuda.device_count())
 
 
 def any_rank(*flags: bool) -> list[bool]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from inputs import pairs
 from test_memory import allocations, peak
 from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -21,6 +22,8 @@ from benchmarks.chips import CHIPS
 from benchmarks.chips import H100 as H100_CHIP
 from benchmarks.links import H100
 from benchmarks.scaling import GATHER, OPEN_CLIP, RING, WAYS, Case, Way
+from cyclip_loss import columns
+from cyclip_loss.distributed import Ranks, group_of
 
 US = 1e-6
 ways = pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
@@ -34,7 +37,7 @@ def test_bytes_of_gather_on_2_ranks() -> None:
     """N = 2,048, D = 512: a rank sends half of what is gathered, all of what is reduced."""
     assert sent(GATHER, Case(2, 1024, 512)) == {
         "all-gather of text features": 1024 * 512 * 2,
-        "all-reduce of A, B and the row count": (2 * 512 * 512 + 1) * 4,
+        "all-reduce of A, B, C and the row count": (3 * 512 * 512 + 1) * 4,
         "all-reduce of column maxima": 2048 * 4,
         "all-reduce of column sums": 2048 * 4,
         "all-reduce of the loss's value": 8,
@@ -45,7 +48,7 @@ def test_bytes_of_gather_on_2_ranks() -> None:
 def test_bytes_of_gather_on_8_ranks() -> None:
     assert sent(GATHER, Case(8, 1024, 512)) == {
         "all-gather of text features": 7 * 1024 * 512 * 2,
-        "all-reduce of A, B and the row count": 7 / 4 * (2 * 512 * 512 + 1) * 4,
+        "all-reduce of A, B, C and the row count": 7 / 4 * (3 * 512 * 512 + 1) * 4,
         "all-reduce of column maxima": 7 / 4 * 8192 * 4,
         "all-reduce of column sums": 7 / 4 * 8192 * 4,
         "all-reduce of the loss's value": 14,
@@ -130,7 +133,7 @@ def test_hop_between_nodes_has_one_card() -> None:
 def test_memory_of_gather() -> None:
     """16 ranks of 4,096: all texts, N log-sum-exps, N float32 gradients, and 512 MB of G."""
     n, d, batch = 4096, 512, 16 * 4096
-    own = 2 * d * d * 4 + n * 4 + 4 * n * d * 2 + 2 * n * d * 4
+    own = 3 * d * d * 4 + n * 4 + 4 * n * d * 2 + 2 * n * d * 4
     expected = batch * d * 2 + batch * 4 + batch * d * 4 + own + 2**29
     assert GATHER.memory(Case(16, n, d)) == expected
     grown = GATHER.memory(Case(4096, n, d)) - GATHER.memory(Case(2048, n, d))
@@ -139,7 +142,7 @@ def test_memory_of_gather() -> None:
 
 def test_memory_of_ring_does_not_grow() -> None:
     n, d = 4096, 512
-    own = 2 * d * d * 4 + n * 4 + 4 * n * d * 2
+    own = 3 * d * d * 4 + n * 4 + 4 * n * d * 2
     expected = own + 2 * n * d * 2 + 5 * n * d * 4 + 3 * n * 4 + n * n * 2
     assert {RING.memory(Case(w, n, d)) for w in (2, 8, 4096)} == {expected}
 
@@ -264,3 +267,42 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["sources"] == list(links.SOURCES)
     assert "not a measurement" in (tmp_path / "scaling.md").read_text()
     assert scaling_report.main(Namespace(chip="T4", d=512, out=tmp_path)) == 2
+
+
+class CountKernels(TorchDispatchMode):
+    """Operations that launch a kernel: neither views, nor allocations, nor sends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.namespace == "aten" and not func.is_view and "empty" not in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def kernels_of_ring(world_size: int, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """Forward and backward, beside the operators: on rank 0 of a group that sends nothing."""
+    lse = (torch.zeros(4), torch.zeros(4), torch.zeros(4))
+    grads = (torch.zeros(4, 8), torch.zeros(4, 8), torch.zeros(()))
+    monkeypatch.setattr(columns.ops, "contrastive_lse", lambda *arguments: lse)
+    monkeypatch.setattr(columns.ops, "contrastive_grads", lambda *arguments: grads)
+    features, scale = torch.zeros(4, 8), torch.ones(())
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    try:
+        ranks = Ranks(group_of(None))
+        with CountKernels() as forward:
+            columns.ring_lse(features, features, scale, True, "eager", ranks)
+        with CountKernels() as backward:
+            columns.ring_grads(
+                features, features, scale, *lse[:2], scale, True, (True,) * 3, "eager", ranks
+            )
+    finally:
+        torch.distributed.destroy_process_group()
+    return forward.count, backward.count
+
+
+def test_kernels_of_a_step_of_the_ring(monkeypatch: pytest.MonkeyPatch) -> None:
+    five, six = (kernels_of_ring(world_size, monkeypatch) for world_size in (5, 6))
+    steps = (six[0] - five[0], six[1] - five[1])
+    assert steps == (scaling.RING_FORWARD_LAUNCHES, scaling.RING_BACKWARD_LAUNCHES)

@@ -35,6 +35,10 @@ def test_openclip(rows, local_loss: bool, gather_with_grad: bool, value: str, fa
         assert row["rest"] < TOLERANCE
 
 
+def test_openclip_without_world_size_is_another_loss(rows) -> None:
+    assert rows["ClipLoss()"]["value"] == "another one"
+
+
 def test_ours_is_exact_whatever_the_flags(rows) -> None:
     ours = [row for name, row in rows.items() if name.startswith("CyCLIPLoss")]
     assert len(ours) == 8
