@@ -59,7 +59,7 @@ def start_over_ranks(
     else:
         with torch.no_grad():
             grams = ops.cyclic_statistics(image_features, text_features, False, True, impl)
-    own = torch.cat((grams.reshape(-1), grams.new_full((1,), float(n))))
+    own = torch.cat((grams.reshape(-1), grams.new_full((1,), n)))
     return distributed.start_all_reduce(own, "sum", group)
 
 
@@ -121,11 +121,11 @@ class _CyclicPenalties(torch.autograd.Function):
     def backward(ctx: Any, *grad_terms: Tensor) -> tuple[Tensor | None, ...]:
         image_features, text_features, statistics = ctx.saved_tensors
         needs_image, needs_text = ctx.needs_input_grad[:2]
-        n: int | Tensor = len(image_features)
+        n: int | Tensor = image_features.shape[0]
         if ctx.ranks > 1:
             statistics, n = _unpack(statistics, image_features.shape[1])
             statistics = statistics if ctx.with_cross else statistics[:2]
-            if len(image_features) == 0:
+            if image_features.shape[0] == 0:
                 empty = torch.zeros_like(image_features)
                 return (empty if needs_image else None, empty if needs_text else None, *[None] * 6)
         # ranks times: DDP will average.

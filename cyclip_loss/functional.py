@@ -218,7 +218,7 @@ def _over_ranks(
         for at, (rows, cols) in enumerate(pairs)
     ]
     penalties = cyclic.cyclic_penalties(*penalty, separate, impl, started, ranks.group.size)
-    distributed.check_stand_ins(results[0][1], ranks, len(pairs[0][0]))
+    distributed.check_stand_ins(results[0][1], ranks, pairs[0][0].shape[0])
     return [loss for loss, _ in results], penalties
 
 

@@ -87,13 +87,13 @@ class Operator:
 
 contrastive_lse = Operator(
     "contrastive_lse",
-    "(Tensor image_features, Tensor text_features, Tensor logit_scale, int first_column, "
+    "(Tensor image_features, Tensor text_features, Tensor logit_scale, SymInt first_column, "
     "bool with_columns, str impl) -> (Tensor, Tensor, Tensor)",
 )
 contrastive_grads = Operator(
     "contrastive_grads",
     "(Tensor image_features, Tensor text_features, Tensor logit_scale, Tensor row_lse, "
-    "Tensor column_lse, Tensor weight, int first_column, bool with_columns, bool needs_image, "
+    "Tensor column_lse, Tensor weight, SymInt first_column, bool with_columns, bool needs_image, "
     "bool needs_text, bool needs_scale, bool wide, str impl) -> (Tensor, Tensor, Tensor)",
 )
 cyclic_statistics = Operator(
