@@ -152,7 +152,7 @@ def cyclip_loss(
     pairs = [(image_features, text_features)]
     if augmented_image_features is not None or augmented_text_features is not None:
         pairs += _augmented_pairs(
-            image_features, text_features, augmented_image_features, augmented_text_features
+            *pairs[0], augmented_image_features, augmented_text_features, group is not None
         )
     lambdas = (lambda_inmodal, lambda_crossmodal)
     if group is not None:
@@ -325,6 +325,7 @@ def _augmented_pairs(
     text_features: Tensor,
     augmented_image_features: Tensor | None,
     augmented_text_features: Tensor | None,
+    may_be_empty: bool,
 ) -> list[tuple[Tensor, Tensor]]:
     """Each modality's features with their augmented view, checked."""
     if augmented_image_features is None or augmented_text_features is None:
@@ -334,7 +335,7 @@ def _augmented_pairs(
             f"but augmented_{missing}_features is None"
         )
     return [
-        check_features(features, augmented, name, f"augmented_{name}", may_be_empty=True)
+        check_features(features, augmented, name, f"augmented_{name}", may_be_empty)
         for features, augmented, name in (
             (image_features, augmented_image_features, "image_features"),
             (text_features, augmented_text_features, "text_features"),

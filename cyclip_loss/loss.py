@@ -59,7 +59,7 @@ class CyCLIPLoss(nn.Module):
         columns="ring"
         all-reduce, sum         4 (3 D^2 + 1)       as above
         W - 1 times a send      n D b               the block at hand is multiplied
-        W times a send          8 n                 the next block is multiplied
+        W times a send          8 n (any dtype)     the next block is multiplied
         all-reduce, sum         8                   -
         backward:
         W - 1 times two sends   n D b and 4 n       the block at hand is multiplied

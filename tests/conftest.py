@@ -12,6 +12,8 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from ranks import Ranks
+
 from cyclip_loss import eager
 
 # Every test of a value or a gradient runs once per engine.
@@ -27,8 +29,7 @@ def impl(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(autouse=True, scope="session")
-def nan_in_fresh_memory() -> Iterator[None]:
+def fill_fresh_memory_with_nan() -> None:
     """Uninitialised tensors hold NaN, so that an element nobody wrote is seen.
 
     PyTorch fills them in deterministic mode. warn_only: on a GPU, deterministic mode would refuse
@@ -36,8 +37,21 @@ def nan_in_fresh_memory() -> Iterator[None]:
     """
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.fixture(autouse=True, scope="session")
+def nan_in_fresh_memory() -> Iterator[None]:
+    fill_fresh_memory_with_nan()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Processes for tests over ranks: `ranks.run(world_size, task, *arguments)`."""
+    ranks = Ranks()
+    yield ranks
+    ranks.close()
 
 
 @pytest.fixture

@@ -167,10 +167,38 @@ def test_bad_constructor_arguments() -> None:
             build(impl="cuda")
     with pytest.raises(ValueError, match="use_horovod=True"):
         CyCLIPLoss(use_horovod=True)
-    with pytest.raises(ValueError, match="world_size=8"):
-        CyCLIPLoss(world_size=8)
+    with pytest.raises(ValueError, match=r"columns must be one of gather, ring, got 'rows'"):
+        CyCLIPLoss(columns="rows")
     with pytest.raises(TypeError, match="positional"):
         CyCLIPLoss(0.25, 0.25, True)
+
+
+def test_bad_options_of_a_call() -> None:
+    for call in (cyclip_loss, contrastive_loss):
+        with pytest.raises(ValueError, match=r"columns must be one of gather, ring, got 'rows'"):
+            call(GOOD, GOOD, 10.0, columns="rows")
+        with pytest.raises(ValueError, match=r"impl must be one of auto, .*, got 'cuda'"):
+            call(GOOD, GOOD, 10.0, impl="cuda")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"world_size": 8}, "world_size=8 was given, but there are 1 processes"),
+        ({"rank": 0, "world_size": 2}, "world_size=2 was given, but there are 1 processes"),
+        ({"rank": 1}, "rank=1 was given, but this process is rank 0"),
+        ({"rank": 1, "world_size": 1}, "rank=1 was given, but this process is rank 0"),
+        ({"process_group": object()}, "torch.distributed is not initialised"),
+    ],
+    ids=str,
+)
+def test_ranks_without_a_process_group(arguments: dict, message: str) -> None:
+    """Said when called: a group may come after construction."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        CyCLIPLoss(**arguments)(GOOD, GOOD, 10.0)
+    if "process_group" in arguments:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            CyclicPenalty(**arguments)(GOOD, GOOD)
 
 
 def test_uniformity_needs_two_rows() -> None:
@@ -256,14 +284,3 @@ def test_nan_in_one_term_of_the_dict(impl: str) -> None:
 def test_nan_logit_scale(impl: str) -> None:
     image, text = pairs(6, 2)
     assert CyCLIPLoss(impl=impl)(image, text, float("nan")).isnan()
-
-
-def test_a_process_group_that_comes_after_construction(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.eye(3)
-    loss, penalty = CyCLIPLoss(), CyclicPenalty()
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(ValueError, match="world_size=2"):
-        loss(x, x, 10.0)
-    with pytest.raises(ValueError, match="world_size=2"):
-        penalty(x, x)

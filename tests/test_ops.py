@@ -94,11 +94,19 @@ TALL = {
     "image_layout": "contiguous",
     "text_layout": "transposed",
     "seed": 1,
+    "dtype": torch.float32,
     "needs_scale": True,
+    "wide": False,
 }
 
 
-@given(**RECTANGLES, needs=st.sampled_from(FLAGS), needs_scale=st.booleans())
+@given(
+    **RECTANGLES,
+    dtype=st.sampled_from([torch.float32, torch.float32, torch.float16, torch.bfloat16]),
+    needs=st.sampled_from(FLAGS),
+    needs_scale=st.booleans(),
+    wide=st.booleans(),
+)
 @example(**TALL | {"first_column": -6, "with_columns": True, "needs": (True, True)})
 @example(**TALL | {"first_column": -6, "with_columns": True, "needs": (False, True)})
 @example(**TALL | {"first_column": 30, "with_columns": False, "needs": (False, False)})
@@ -112,12 +120,14 @@ def test_contrastive_grads(
     image_layout,
     text_layout,
     seed,
+    dtype,
     needs,
     needs_scale,
+    wide,
     impl,
 ) -> None:
     """With log-sum-exps that are larger than those of this rectangle, as over ranks."""
-    image, text = rectangle(n, m, d, seed)
+    image, text = (features.to(dtype) for features in rectangle(n, m, d, seed))
     image, text = lay_out(image, image_layout), lay_out(text, text_layout)
     row_lse, column_lse, _ = lse_by_definition(image, text, 5.0, first_column)
     row_lse = (row_lse + 0.5).float()
@@ -135,14 +145,16 @@ def test_contrastive_grads(
             with_columns,
             *needs,
             needs_scale,
+            wide,
             impl,
         )
     expected = grads_by_definition(
         image, text, 5.0, row_lse.double(), column_lse.double(), 0.125, first_column, with_columns
     )
     for grad, (exact, scale), needed in zip(actual, expected, (*needs, needs_scale), strict=True):
+        assert grad.dtype == (torch.float32 if wide or grad.ndim == 0 else dtype)
         if needed:
-            check_bound("grad", grad, [exact], scale, working_eps(impl, torch.float32))
+            check_bound("grad", grad, [exact], scale, working_eps(impl, dtype))
         else:
             assert grad.numel() == (0 if grad.ndim else 1)
 
@@ -155,7 +167,7 @@ def test_ranks_add_up(impl: str, sizes: list[int], small_strips: None) -> None:
     weight = torch.tensor(1 / (2 * len(image)), dtype=torch.float64)
     whole_lse = ops.contrastive_lse(image, text, scale, 0, True, impl)
     whole = ops.contrastive_grads(
-        image, text, scale, *whole_lse[:2], weight, 0, True, True, True, True, impl
+        image, text, scale, *whole_lse[:2], weight, 0, True, True, True, True, False, impl
     )
     parts = image.split(sizes)
     first_rows = [sum(sizes[:rank]) for rank in range(len(sizes))]
@@ -168,7 +180,7 @@ def test_ranks_add_up(impl: str, sizes: list[int], small_strips: None) -> None:
     pair_logits = torch.cat([lse[2] for lse in lses])
     grads = [
         ops.contrastive_grads(
-            part, text, scale, rows, column_lse, weight, first_row, True, True, True, True, impl
+            part, text, scale, rows, column_lse, weight, first_row, *[True] * 4, False, impl
         )
         for part, first_row, rows in zip(parts, first_rows, row_lse.split(sizes), strict=True)
     ]
@@ -256,9 +268,9 @@ def opcheck_arguments(dtype: torch.dtype, impl: str) -> list[tuple]:
         arguments += [
             (
                 "contrastive_grads",
-                (rows, text, scale, *lse[:2], weight, 3, with_columns, *needs, needs[0], impl),
+                (rows, text, scale, *lse[:2], weight, 3, with_columns, *needs, *flags, impl),
             )
-            for needs in FLAGS
+            for needs, flags in zip(FLAGS, FLAGS[1:] + FLAGS[:1], strict=True)
         ]
     for direct in (True, False):
         for with_cross in (True, False):

@@ -32,11 +32,10 @@ from reference_train.data import (
     EmojiBatches,
     Position,
     StreamedBatches,
-    augment,
     find_shards,
     read_emoji,
-    resize,
 )
+from reference_train.images import augment, resize
 from reference_train.model import TINY, build_model
 
 CONCEPTS = 24  # 16 to train on, 4 for validation, 4 for test

@@ -1,0 +1,192 @@
+"""Processes that compute together: a gloo group of a few ranks that serves many tests.
+
+The processes start once and stay: a test sends them a function of a module's top level, every rank
+runs it, and the results come back. What goes wrong comes back too, in bounded time: an exception
+with its traceback, a rank that died, or ranks that do not answer.
+"""
+
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from functools import lru_cache
+from multiprocessing.connection import Connection, wait
+from multiprocessing.forkserver import ensure_running
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class RankError(AssertionError):
+    """A rank raised, died or does not answer; the message says which."""
+
+
+class Ranks:
+    """Processes, the first of which form a process group, the default one of each.
+
+    timeout: of the group's collectives in seconds, after which torch itself raises; patience: how
+    much longer `run` waits.
+    """
+
+    def __init__(self, timeout: float = 30.0, patience: float = 30.0) -> None:
+        self.timeout, self.patience = timeout, patience
+        self._processes: list[Any] = []
+        self._connections: list[Connection] = []
+        self._grouped = 0  # the size of the group that they are in
+        self._groups = 0
+        self._folder = tempfile.TemporaryDirectory()
+
+    def run(self, world_size: int, task: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What `task(rank, world_size, *arguments)` returns on each of `world_size` ranks.
+
+        Raises RankError; the processes start anew then, unless every rank raised and so is done.
+        """
+        if world_size != self._grouped:
+            self._form_group(world_size)
+        return self._everywhere(_run, task, arguments)
+
+    def close(self) -> None:
+        for connection in self._connections:
+            connection.close()
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes, self._connections, self._grouped = [], [], 0
+
+    def leave(self) -> None:
+        """Gives up the group: the next task runs in a new one."""
+        self._everywhere(_leave_group)
+        self._grouped = 0
+
+    def _form_group(self, world_size: int) -> None:
+        self.leave()
+        while len(self._processes) < world_size:
+            self._start()
+        self._groups += 1
+        store = Path(self._folder.name) / f"store{self._groups}"
+        self._grouped = world_size
+        self._everywhere(_started, limit=120.0)
+        self._everywhere(_join_group, world_size, f"file://{store}", self.timeout)
+
+    def _start(self) -> None:
+        ours, theirs = multiprocessing.Pipe()
+        process = _context().Process(
+            target=_serve, args=(len(self._processes), theirs), daemon=True
+        )
+        process.start()
+        theirs.close()
+        self._processes.append(process)
+        self._connections.append(ours)
+
+    def _everywhere(
+        self, command: Callable[..., Any], *arguments: Any, limit: float | None = None
+    ) -> list[Any]:
+        """command(rank, *arguments) on the ranks of the group."""
+        limit = limit or self.timeout + self.patience
+        message = pickle.dumps((command, arguments, limit))
+        waiting = dict(enumerate(self._connections[: self._grouped]))
+        results: list[Any] = [None] * self._grouped
+        errors: dict[int, str] = {}
+        dead = False
+        for connection in waiting.values():
+            with suppress(ConnectionError):  # a process that died meanwhile: found below
+                connection.send_bytes(message)
+        deadline = time.monotonic() + limit
+        while waiting and time.monotonic() < deadline:
+            ready = wait(list(waiting.values()), deadline - time.monotonic())
+            for rank, connection in list(waiting.items()):
+                if connection not in ready:
+                    continue
+                del waiting[rank]
+                try:
+                    succeeded, result = pickle.loads(connection.recv_bytes())
+                except (EOFError, ConnectionError):
+                    self._processes[rank].join(5.0)
+                    succeeded, result = False, f"died, exit code {self._processes[rank].exitcode}"
+                    dead = True
+                if succeeded:
+                    results[rank] = result
+                else:
+                    errors[rank] = result
+        errors |= {rank: f"did not answer in {limit:g} s" for rank in waiting}
+        if dead or waiting or 0 < len(errors) < self._grouped:
+            self.close()  # their group is of no use any more
+        if errors:
+            raise RankError("\n".join(f"rank {rank}: {errors[rank]}" for rank in sorted(errors)))
+        return results
+
+
+@lru_cache
+def _context() -> Any:
+    """Starts processes as forks of one that has imported what takes long, and computed nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        [
+            "torch._dynamo",
+            "torch._inductor.config",
+            "torch.distributed.fsdp",
+            "hypothesis",
+            "pytest",
+        ]
+    )
+    threads = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    ensure_running()
+    del os.environ["OMP_NUM_THREADS"]
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = threads
+    return context
+
+
+def _serve(rank: int, connection: Connection) -> None:
+    """What a process does: commands, until the connection is closed."""
+    from conftest import fill_fresh_memory_with_nan
+
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")  # as in pytest
+    fill_fresh_memory_with_nan()
+    while True:
+        try:
+            command, arguments, limit = pickle.loads(connection.recv_bytes())
+        except EOFError:
+            return
+        # Shows where it hangs, and ends a process whose parent is gone.
+        faulthandler.dump_traceback_later(limit, exit=True)
+        try:
+            reply = pickle.dumps((True, command(rank, *arguments)))
+        except Exception:
+            reply = pickle.dumps((False, traceback.format_exc()))
+        faulthandler.cancel_dump_traceback_later()
+        connection.send_bytes(reply)
+
+
+def _run(rank: int, task: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    return task(rank, dist.get_world_size(), *arguments)
+
+
+def _started(rank: int) -> None:
+    """Nothing: the answer says that the process has started."""
+
+
+def _join_group(rank: int, world_size: int, store: str, timeout: float) -> None:
+    dist.init_process_group(
+        "gloo",
+        init_method=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout),
+    )
+
+
+def _leave_group(rank: int) -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,252 @@
+"""Ranks with different numbers of rows: exact where asked for, an error on every rank otherwise."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from rank_cases import RankCase, check, evaluate, rank_cases
+from ranks import Ranks
+from test_ranks import COLUMNS, WORLD_SIZES
+from torch import Tensor
+
+from cyclip_loss import CyCLIPLoss, reference
+from cyclip_loss.distributed import _listed
+
+IMPLS = ["eager", "reference"]
+
+
+@WORLD_SIZES
+@settings(max_examples=40)
+@given(data=st.data())
+def test_eager(data: st.DataObject, world_size: int, ranks: Ranks) -> None:
+    check(data.draw(rank_cases(world_size, "eager", uneven=True)), ranks)
+
+
+@settings(max_examples=8)
+@given(case=rank_cases(3, "triton", uneven=True))
+@example(case=RankCase((3, 0, 5), 4, torch.bfloat16, "triton", "gather", uneven=True))
+@example(case=RankCase((0, 4, 0), 4, torch.float32, "triton", "ring", uneven=True))
+def test_triton(case: RankCase, ranks: Ranks) -> None:
+    check(case, ranks)
+
+
+@COLUMNS
+@pytest.mark.parametrize("lambdas", [(0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (0.25, 0.25), (0.5, 0.1)])
+@pytest.mark.parametrize("rows", [(1, 5, 2), (4, 0, 3), (0, 0, 6), (2, 2, 2), (0, 1)], ids=str)
+def test_rows(rows: tuple[int, ...], lambdas, columns: str, ranks: Ranks) -> None:
+    check(RankCase(rows, columns=columns, lambdas=lambdas, uneven=True), ranks)
+
+
+@pytest.mark.parametrize("rows", [(1, 5, 2), (4, 0, 3), (0, 0, 6), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("lambdas", [(0.5, 0.0), (0.0, 0.5), (0.25, 0.25)])
+def test_penalties_alone_need_no_flag(rows: tuple[int, ...], lambdas, ranks: Ranks) -> None:
+    check(RankCase(rows, lambdas=lambdas, term="penalty"), ranks)
+
+
+@pytest.mark.parametrize("term", ["loss", "penalty"])
+def test_definition(term: str, ranks: Ranks) -> None:
+    for rows in [(1, 5, 2), (4, 0, 3), (2, 2, 2)]:
+        check(RankCase(rows, impl="reference", uneven=True, term=term), ranks)
+
+
+@COLUMNS
+def test_rows_change_from_step_to_step(columns: str, ranks: Ranks) -> None:
+    case = RankCase((), columns=columns, uneven=True)
+    for rows in [(1, 5, 2), (1, 5, 2), (5, 1, 2), (2, 2, 2), (2, 2, 0), (3, 3, 3), (2, 2, 2)]:
+        check(replace(case, rows=rows), ranks)
+
+
+def with_views(rank: int, world_size: int, rows: tuple[int, ...], columns: str) -> list[Tensor]:
+    features = [f.split(rows)[rank].requires_grad_() for f in some_views(sum(rows))]
+    loss = CyCLIPLoss(columns=columns, uneven=True)(
+        *features[:2],
+        10.0,
+        augmented_image_features=features[2],
+        augmented_text_features=features[3],
+    )
+    loss.backward()
+    return [loss.detach(), *(f.grad for f in features)]
+
+
+def some_views(n: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(n, 4, generator=generator, dtype=torch.float64) for _ in range(4)]
+
+
+@COLUMNS
+@pytest.mark.parametrize("rows", [(1, 4, 2), (3, 0, 2)], ids=str)
+def test_augmented_views(rows: tuple[int, ...], columns: str, ranks: Ranks) -> None:
+    values, *grads = zip(*ranks.run(3, with_views, rows, columns), strict=True)
+    leaves = [f.requires_grad_() for f in some_views(sum(rows))]
+    loss = sum(reference.cyclip_loss(*leaves[:2], 10.0, 0.25, 0.25, *leaves[2:]).values())
+    loss.backward()
+    for value in values:
+        torch.testing.assert_close(value, loss.detach(), rtol=1e-12, atol=0)
+    for of_leaf, leaf in zip(grads, leaves, strict=True):
+        torch.testing.assert_close(torch.cat(of_leaf) / 3, leaf.grad, rtol=1e-9, atol=1e-12)
+
+
+def outcomes(rank: int, world_size: int, steps: list[list[tuple[int, dict]]]) -> list[str]:
+    """Of each step, "right", or its error. steps: each rank's (rows, options)."""
+    found = []
+    for step in steps:
+        n, options = step[rank]
+        options = {"d": 4, "dtype": torch.float32} | options
+        case = RankCase((n,) * world_size, **options)
+        inputs = [*(f.clone().requires_grad_() for f in case.features(rank)), case.scale()]
+        try:
+            evaluate(case, *inputs).backward()
+            found.append("right" if all(f.grad.isfinite().all() for f in inputs[:2]) else "NaN")
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def run_steps(ranks: Ranks, *steps: list[tuple[int, dict]]) -> list[list[str]]:
+    """The outcomes of each step, by rank."""
+    world_size = len(steps[0])
+    ranks.leave()  # in a new group nothing is known about the ranks' rows
+    return list(zip(*ranks.run(world_size, outcomes, list(steps)), strict=True))
+
+
+def all_hold(n: int, world_size: int = 3, **options) -> list[tuple[int, dict]]:
+    return [(n, options)] * world_size
+
+
+OTHER_ROWS = "must have the same number of rows on every rank unless uneven=True"
+
+
+@COLUMNS
+@pytest.mark.parametrize("impl", IMPLS)
+def test_first_step(columns: str, impl: str, ranks: Ranks) -> None:
+    """Every rank sees every rank's rows; then the group works."""
+    options = {"columns": columns, "impl": impl}
+    mismatch = [(4, options), (4, options), (3, options)]
+    for errors in run_steps(ranks, mismatch, mismatch, all_hold(4, **options))[:2]:
+        assert len(set(errors)) == 1
+        assert f"{OTHER_ROWS}, got [4, 4, 3] (by rank)" in errors[0]
+    *_, last = run_steps(ranks, mismatch, all_hold(4, **options), all_hold(4, **options))
+    assert set(last) == {"right"}
+
+
+@pytest.mark.parametrize(
+    ("name", "one", "other", "shown"),
+    [
+        ("D", {"d": 4}, {"d": 5}, "[4, 5] (by rank)"),
+        ("dtype", {}, {"dtype": torch.float16}, "[torch.float32, torch.float16] (by rank)"),
+        ("columns", {}, {"columns": "ring"}, "['gather', 'ring'] (by rank)"),
+        ("uneven", {}, {"uneven": True}, "[False, True] (by rank)"),
+        ("lambda_inmodal", {}, {"lambdas": (0.5, 0.25)}, "[0.25, 0.5] (by rank)"),
+        ("lambda_crossmodal", {}, {"lambdas": (0.25, 0.0)}, "[0.25, 0] (by rank)"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_first_step_on_other_grounds(name, one, other, shown, ranks: Ranks) -> None:
+    steps = run_steps(ranks, [(4, one), (4, other)], all_hold(4, 2))
+    assert set(steps[0]) == {f"{name} must be the same on every rank, got {shown}"}
+    assert set(steps[1]) == {"right"}
+
+
+def unlike_arguments(rank: int, world_size: int) -> tuple[list[str], Tensor]:
+    """What is said of arguments that only one of two ranks gives; then a loss of both."""
+    image, text = torch.eye(3), torch.eye(3).roll(1, 0)
+    views = {"augmented_image_features": image, "augmented_text_features": text}
+    trained = text.clone().requires_grad_()
+    errors = []
+    for texts, options in ((text, views if rank else {}), (text if rank else trained, {})):
+        with pytest.raises(ValueError) as error:
+            CyCLIPLoss()(image, texts, 10.0, **options)
+        errors.append(str(error.value))
+    # A rank may log the terms: what is sent does not depend on it.
+    loss = CyCLIPLoss()(image, trained, 10.0, output_dict=rank == 0)
+    loss = sum(loss.values()) if rank == 0 else loss
+    loss.backward()
+    return errors, loss.detach()
+
+
+def test_first_step_with_unlike_arguments(ranks: Ranks) -> None:
+    ranks.leave()
+    (errors, loss), (same_errors, same_loss) = ranks.run(2, unlike_arguments)
+    assert errors == same_errors
+    assert errors[0] == "augmented features must be given on every rank or on none"
+    assert "must require a gradient on every rank or on none" in errors[1]
+    assert errors[1].endswith("got [True, False] (by rank)")
+    torch.testing.assert_close(loss, same_loss, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "one", "other"),
+    [
+        ("D", {"d": 5}, {"d": 6}),
+        ("dtype", {"dtype": torch.float16}, {"dtype": torch.bfloat16}),
+    ],
+    ids=["D", "dtype"],
+)
+def test_what_is_new_to_every_rank_is_checked(name: str, one, other, ranks: Ranks) -> None:
+    steps = [all_hold(4, 2), [(4, one), (4, other)], all_hold(4, 2), all_hold(4, 2, **one)]
+    before, errors, after, new = run_steps(ranks, *steps)
+    assert all(f"{name} must be the same on every rank" in error for error in errors)
+    assert set(before) == set(after) == set(new) == {"right"}
+
+
+@COLUMNS
+@pytest.mark.parametrize("lambdas", [(0.25, 0.25), (0.0, 0.0)])
+@pytest.mark.parametrize("changed", [(4, 4, 3), (3, 3, 4), (9, 4, 4), (4, 0, 4), (5, 6, 4)])
+def test_rows_change_on_some_ranks(changed, lambdas, columns: str, ranks: Ranks) -> None:
+    """Every rank raises, in the same step, and the next one is right: nobody waits for anybody."""
+    options = {"columns": columns, "lambdas": lambdas}
+    some = [(n, options) for n in changed]
+    before, broken, again, after = run_steps(
+        ranks, all_hold(4, **options), some, some, all_hold(4, **options)
+    )
+    assert set(before) == set(after) == {"right"}
+    count = sum(n != 4 for n in changed)
+    for errors in (broken, again):
+        for n, error in zip(changed, errors, strict=True):
+            own = "not this rank" if n == 4 else "this rank among them"
+            assert f"{OTHER_ROWS}: {count} of 3 ranks no longer hold 4 rows, {own}" in error
+
+
+def test_rows_change_in_the_kernels_too(ranks: Ranks) -> None:
+    options = {"impl": "triton", "dtype": torch.bfloat16}
+    some = [(n, options) for n in (4, 3, 4)]
+    before, errors, after = run_steps(ranks, all_hold(4, **options), some, all_hold(4, **options))
+    assert set(before) == set(after) == {"right"}
+    assert all(f"{OTHER_ROWS}: 1 of 3 ranks" in error for error in errors)
+
+
+@COLUMNS
+def test_rows_change_on_all_ranks(columns: str, ranks: Ranks) -> None:
+    """Alike: every step is right. Not alike: every rank has the numbers."""
+    options = {"columns": columns}
+    steps = [all_hold(n, **options) for n in (4, 4, 7, 2, 2, 4)]
+    assert all(set(step) == {"right"} for step in run_steps(ranks, *steps))
+    unlike = [(5, options), (6, options), (7, options)]
+    _, errors, after, last = run_steps(
+        ranks, steps[0], unlike, all_hold(5, **options), all_hold(4, **options)
+    )
+    assert len(set(errors)) == 1
+    assert f"{OTHER_ROWS}, got [5, 6, 7] (by rank)" in errors[0]
+    assert set(after) == set(last) == {"right"}
+
+
+def test_no_row_anywhere(ranks: Ranks) -> None:
+    for options in ({}, {"uneven": True}, {"columns": "ring"}):
+        first, _, later, after = run_steps(
+            ranks,
+            all_hold(0, **options),
+            all_hold(3, **options),
+            all_hold(0, **options),
+            all_hold(3, **options),
+        )
+        expected = {"the global batch is empty: every rank's features have 0 rows"}
+        assert set(first) == set(later) == expected
+        assert set(after) == {"right"}
+
+
+def test_many_ranks_are_not_listed_one_by_one() -> None:
+    assert _listed([3] * 15 + [4]) == f"{[3] * 15 + [4]} (by rank)"
+    assert _listed([3] * 4000 + [4]) == "3, 4 on 4001 ranks"
+    assert _listed(range(4000)).endswith(", … on 4000 ranks")
