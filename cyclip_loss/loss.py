@@ -36,11 +36,12 @@ class CyCLIPLoss(nn.Module):
             its N x N matrices, to compare.
 
     Over ranks: rank k of W holds the rows k n .. (k + 1) n of the global batch of N = W n rows.
-    Every rank has to make the same calls, with the same arguments but for the features. Each gets the loss of the global batch; its gradients,
-    averaged over ranks as DDP and FSDP do, are those of one process on the whole batch, for the
-    parameters and for the logit scale. (The gradient of a rank's features is W times that of the
-    loss by them; of the logit scale, each rank has a part.) What the loss is multiplied by before
-    `backward`, e.g. for gradient accumulation, has to be the same on every rank.
+    Every rank has to make the same calls, with the same arguments but for the features. Each gets
+    the loss of the global batch; its gradients, averaged over ranks as DDP and FSDP do, are those
+    of one process on the whole batch, for the parameters and for the logit scale. (The gradient of
+    a rank's features is W times that of the loss by them; of the logit scale, each rank has a
+    part.) What the loss is multiplied by before `backward`, e.g. for gradient accumulation, has to
+    be the same on every rank.
 
     Collectives of one step, with b bytes per element of the features and 4 of float32 (float64
     features: 8), in order; "bytes" is the size of the result. With `uneven` n is the most rows that
