@@ -3,7 +3,7 @@
 Both ways give the log-sum-exps and gradients of the global batch to rounding. With n rows on each
 of W ranks, N = W n:
 
-    gather  all-gather of the text features (N, D); all-reduces of N column maxima and sums;
+    gather  all-gather of the text features (N, D); all-reduces of N columns' maxima and sums;
             backward, reduce-scatter of the partial text gradients (N, D)
     ring    W - 1 times a block of n text rows goes to the next rank while the one before it is
             multiplied; what the ranks add to it, column log-sum-exps or gradients, follows one
@@ -30,12 +30,19 @@ Needs = tuple[bool, bool, bool]  # gradients of image_features, text_features, l
 
 def gathered_lse(
     image: Tensor, columns: Tensor, scale: Tensor, symmetric: bool, impl: str, ranks: Ranks
-) -> tuple[Tensor, Tensor, Tensor]:
-    """row_lse (n,), column_lse (N,) over all ranks (empty if not symmetric), pair_logits (n,)."""
-    first_row = ranks.first_row(ranks.group.rank, image.shape[0])
-    row_lse, partial, pair_logits = _lse(image, columns, scale, first_row, symmetric, impl)
-    column_lse = log_sum_exp(partial, ranks.group) if symmetric else partial
-    return row_lse, column_lse, pair_logits
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Negatives of this rank's rows (n,) and columns (n,) over all ranks, pair_logits (n,).
+
+    And column_lse (N,), pairs included, for `gathered_grads`. Not symmetric: no columns, so empty.
+    """
+    n = image.shape[0]
+    first_row = ranks.first_row(ranks.group.rank, n)
+    row_negatives, partial, pair_logits = _lse(image, columns, scale, first_row, symmetric, impl)
+    if not symmetric:
+        return row_negatives, partial, pair_logits, partial
+    column_negatives, all_pair_logits = log_sum_exp(partial, pair_logits, ranks)
+    own = column_negatives[first_row : first_row + n]
+    return row_negatives, own, pair_logits, torch.logaddexp(column_negatives, all_pair_logits)
 
 
 def gathered_grads(
@@ -44,6 +51,7 @@ def gathered_grads(
     scale: Tensor,
     row_lse: Tensor,
     column_lse: Tensor,
+    pair_gradient: Tensor,
     weight: Tensor,
     symmetric: bool,
     needs: Needs,
@@ -53,7 +61,17 @@ def gathered_grads(
     """Gradients of this rank's image and text features, (n, D), and its part of the scale's."""
     first_row = ranks.first_row(ranks.group.rank, image.shape[0])
     image_grad, text_grad, scale_grad = _grads(
-        image, columns, scale, row_lse, column_lse, weight, first_row, symmetric, needs, impl
+        image,
+        columns,
+        scale,
+        row_lse,
+        column_lse,
+        pair_gradient,
+        weight,
+        first_row,
+        symmetric,
+        needs,
+        impl,
     )
     if needs[1]:
         text_grad = sum_and_scatter(text_grad, ranks)
@@ -62,8 +80,8 @@ def gathered_grads(
 
 def ring_lse(
     image: Tensor, text: Tensor, scale: Tensor, symmetric: bool, impl: str, ranks: Ranks
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `gathered_lse`, with the column_lse of this rank's text only."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `gathered_lse`, with the column_lse of this rank's text only, for `ring_grads`."""
     group = ranks.group
     n = text.shape[0]
     block = padded(text, ranks)
@@ -79,23 +97,25 @@ def ring_lse(
         owner = (group.rank - step) % group.size
         columns = block[: ranks.count(owner, n)]
         first_column = ranks.first_row(group.rank, n) - ranks.first_row(owner, n)
-        row_lse, column_lse, pairs = _lse(image, columns, scale, first_column, symmetric, impl)
-        rows = torch.logaddexp(rows, row_lse.double())
+        of_rows, of_columns, pairs = _lse(image, columns, scale, first_column, symmetric, impl)
+        rows = torch.logaddexp(rows, of_rows.double())
         if owner == group.rank:
             pair_logits = pairs
         came = hop.finish()
         if behind:
             sums = came.pop()
         if symmetric:
-            own = sums[: column_lse.shape[0]]
-            own.copy_(torch.logaddexp(own, column_lse.double()))
+            so_far = sums[: of_columns.shape[0]]
+            so_far.copy_(torch.logaddexp(so_far, of_columns.double()))
         if ahead:
             block = came[0]
-    row_lse = rows.to(scale.dtype)
+    row_negatives = rows.to(scale.dtype)
     if not symmetric:
-        return row_lse, scale.new_empty(0), pair_logits
+        empty = scale.new_empty(0)
+        return row_negatives, empty, pair_logits, empty
     [sums] = Hop([sums], group).finish()
-    return row_lse, sums[:n].to(scale.dtype), pair_logits
+    own = sums[:n].to(scale.dtype)
+    return row_negatives, own, pair_logits, torch.logaddexp(own, pair_logits)
 
 
 def ring_grads(
@@ -104,6 +124,7 @@ def ring_grads(
     scale: Tensor,
     row_lse: Tensor,
     column_lse: Tensor,
+    pair_gradient: Tensor,
     weight: Tensor,
     symmetric: bool,
     needs: Needs,
@@ -134,6 +155,7 @@ def ring_grads(
             scale,
             row_lse,
             block_lse[:count],
+            pair_gradient,
             weight,
             first_column,
             symmetric,
@@ -161,8 +183,8 @@ def _lse(
     """The operator, and what it would give where a rank holds no row."""
     n, m = image.shape[0], columns.shape[0]
     if n == 0 or m == 0:
-        column_lse = scale.new_full((m if symmetric else 0,), -torch.inf)
-        return scale.new_full((n,), -torch.inf), column_lse, scale.new_zeros(n)
+        of_columns = scale.new_full((m if symmetric else 0,), -torch.inf)
+        return scale.new_full((n,), -torch.inf), of_columns, scale.new_zeros(n)
     return ops.contrastive_lse(image, columns, scale, first_column, symmetric, impl)  # type: ignore[no-any-return]
 
 
@@ -172,6 +194,7 @@ def _grads(
     scale: Tensor,
     row_lse: Tensor,
     column_lse: Tensor,
+    pair_gradient: Tensor,
     weight: Tensor,
     first_column: int,
     symmetric: bool,
@@ -187,6 +210,7 @@ def _grads(
         scale,
         row_lse,
         column_lse,
+        pair_gradient,
         weight,
         first_column,
         symmetric,

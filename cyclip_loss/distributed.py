@@ -255,11 +255,20 @@ def start_all_reduce(tensor: Tensor, op: str, group: Group) -> Tensor:
     return _collectives.all_reduce(tensor, op, group.name)  # type: ignore[no-any-return]
 
 
-def log_sum_exp(values: Tensor, group: Group) -> Tensor:
-    """Of each element, over ranks: all-reduces of the maxima and of the sums relative to them."""
-    largest = wait(start_all_reduce(values, "max", group))
-    sums = wait(start_all_reduce((values - largest).exp(), "sum", group))
-    return sums.log() + largest
+def log_sum_exp(values: Tensor, pair_logits: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Over ranks: the log-sum-exp of each of N values, and the pair logits of all N columns.
+
+    values: (N,); pair_logits: (n,), of this rank's columns. All-reduces of the maxima, with which
+    the pair logits travel, and of the sums relative to them.
+    """
+    placed = torch.full_like(values, -torch.inf)
+    start = ranks.first_row(ranks.group.rank, pair_logits.shape[0])
+    placed[start : start + pair_logits.shape[0]] = pair_logits
+    largest = wait(start_all_reduce(torch.stack((values, placed)), "max", ranks.group))
+    # Finite, so that a column without negatives has a sum of 0.
+    reference = largest[0].clamp(min=torch.finfo(values.dtype).min)
+    sums = wait(start_all_reduce((values - reference).exp(), "sum", ranks.group))
+    return sums.log() + reference, largest[1]
 
 
 def total(value: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:

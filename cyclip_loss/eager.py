@@ -51,13 +51,15 @@ def contrastive_lse(
     first_column: int,
     with_columns: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Row and column log-sum-exps of the logits, and the logits of the pairs, in one sweep.
+    """Log-sum-exps of the negatives of each row and column, and the pairs' logits, in one sweep.
 
     image_features: (n, D); text_features: (m, D); logit_scale: scalar of the accumulation dtype.
-    Row i is paired with column `first_column + i`.
+    Row i is paired with column `first_column + i`; the negatives of a row or column are all its
+    logits but its pair's.
 
-    Returns row_lse (n,), column_lse (m,) and pair_logits (n,), in the accumulation dtype.
-    Without `with_columns`, column_lse is empty. A row without a partner has pair logit 0.
+    Returns row_negatives (n,), column_negatives (m,) and pair_logits (n,), in the accumulation
+    dtype. Without `with_columns`, column_negatives is empty. Where there is no negative, its
+    log-sum-exp is -inf; a row without a partner has pair logit 0.
     """
     n, m = len(image_features), len(text_features)
     dtype = accumulation_dtype(image_features.dtype)
@@ -65,25 +67,31 @@ def contrastive_lse(
     height = min(n, strip_rows(m, image_features.device))
     logits_buffer = text_t.new_empty(height, m)
     exp_buffer = text_t.new_empty(height, m)
-    row_lse = text_t.new_empty(n)
+    row_negatives = text_t.new_empty(n)
     pair_logits = text_t.new_zeros(n)
-    column_max = text_t.new_full((m if with_columns else 0,), -torch.inf)
+    # Maxima are finite, so that -inf less one of them is -inf: of a row whose only logit is its
+    # pair's, for example.
+    lowest = torch.finfo(dtype).min
+    column_max = text_t.new_full((m if with_columns else 0,), lowest)
     column_sum = torch.zeros_like(column_max)
     for start, stop in _strips(n, height):
         logits, exps = logits_buffer[: stop - start], exp_buffer[: stop - start]
         # The scale goes into the narrow factor: n * D multiplications instead of n * m.
         torch.mm(image_features[start:stop].to(dtype) * logit_scale, text_t, out=logits)
         offset, low, high = _pairs_in_strip(start, stop, first_column, m)
-        pair_logits[low:high] = logits.diagonal(offset)[: high - low]
-        row_max = logits.amax(dim=1, keepdim=True)
+        if high > low:
+            of_pairs = logits.diagonal(offset)[: high - low]
+            pair_logits[low:high] = of_pairs
+            of_pairs.fill_(-torch.inf)
+        row_max = logits.amax(dim=1, keepdim=True).clamp_(min=lowest)
         torch.sub(logits, row_max, out=exps).exp_()
-        row_lse[start:stop] = exps.sum(dim=1).log_().add_(row_max[:, 0])
+        row_negatives[start:stop] = exps.sum(dim=1).log_().add_(row_max[:, 0])
         if with_columns:
             new_max = torch.maximum(column_max, logits.amax(dim=0))
             column_sum.mul_(column_max.sub_(new_max).exp_())
             column_sum.add_(logits.sub_(new_max).exp_().sum(dim=0))
             column_max = new_max
-    return row_lse, column_sum.log_().add_(column_max), pair_logits
+    return row_negatives, column_sum.log_().add_(column_max), pair_logits
 
 
 def contrastive_grads(
@@ -92,6 +100,7 @@ def contrastive_grads(
     logit_scale: Tensor,
     row_lse: Tensor,
     column_lse: Tensor,
+    pair_gradient: Tensor,
     weight: Tensor,
     first_column: int,
     with_columns: bool,
@@ -102,13 +111,16 @@ def contrastive_grads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of weight * (sum_i row_lse_i + sum_j column_lse_j - 2 * sum_i pair_logits_i).
 
-    With G_ij = exp(l_ij - row_lse_i) + exp(l_ij - column_lse_j) - 2 * [j is i's partner]:
+    row_lse, column_lse: log-sum-exps of all logits of a row or column, of all ranks', its pair's
+    among them. With G_ij = pair_gradient_i if j is i's partner, else
 
+        G_ij = exp(l_ij - row_lse_i) + exp(l_ij - column_lse_j)
         dI = weight * s * G T,   dT = weight * s * G^T I,   ds = weight * sum_ij G_ij (I_i . T_j)
 
-    Without `with_columns` the columns' terms are left out (and the 2 is a 1).
+    Without `with_columns` the columns' terms are left out.
 
-    weight: scalar of the accumulation dtype. Shapes as in `contrastive_lse`. Returns dI (n, D) and
+    pair_gradient: (n,), what the formula less 2 would give, computed without that difference
+    (`contrastive.py`); weight: scalar of the accumulation dtype. Shapes as in `contrastive_lse`. Returns dI (n, D) and
     dT (m, D) in the features' dtype or, if `wide`, in the accumulation dtype (for sums over ranks),
     empty where not needed, and ds as a scalar, 0 if not needed.
     """
@@ -133,7 +145,7 @@ def contrastive_grads(
             gradient.add_(logits.sub_(column_lse).exp_())
         offset, low, high = _pairs_in_strip(start, stop, first_column, m)
         if high > low:
-            gradient.diagonal(offset)[: high - low].sub_(2.0 if with_columns else 1.0)
+            gradient.diagonal(offset)[: high - low] = pair_gradient[low:high]
         # sum_ij G_ij (I_i . T_j) is sum_i I_i . (G T)_i and sum_j T_j . (G^T I)_j: a feature
         # gradient that is there anyway gives it for n * D.
         if needs_image or not needs_text:

@@ -93,8 +93,9 @@ contrastive_lse = Operator(
 contrastive_grads = Operator(
     "contrastive_grads",
     "(Tensor image_features, Tensor text_features, Tensor logit_scale, Tensor row_lse, "
-    "Tensor column_lse, Tensor weight, SymInt first_column, bool with_columns, bool needs_image, "
-    "bool needs_text, bool needs_scale, bool wide, str impl) -> (Tensor, Tensor, Tensor)",
+    "Tensor column_lse, Tensor pair_gradient, Tensor weight, SymInt first_column, "
+    "bool with_columns, bool needs_image, bool needs_text, bool needs_scale, bool wide, str impl) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 cyclic_statistics = Operator(
     "cyclic_statistics",
@@ -115,15 +116,15 @@ def _contrastive_lse_shapes(
     _, _, with_columns, _ = arguments
     # shape[0], not len: len would fix a symbolic size, and every N would compile anew.
     dtype = eager.accumulation_dtype(image.dtype)
-    row_lse = image.new_empty(image.shape[0], dtype=dtype)
-    column_lse = image.new_empty(text.shape[0] if with_columns else 0, dtype=dtype)
-    return row_lse, column_lse, torch.empty_like(row_lse)
+    rows = image.new_empty(image.shape[0], dtype=dtype)
+    columns = image.new_empty(text.shape[0] if with_columns else 0, dtype=dtype)
+    return rows, columns, torch.empty_like(rows)
 
 
 def _contrastive_grads_shapes(
     image: Tensor, text: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    row_lse, needs_image, needs_text, wide = arguments[1], *arguments[6:8], arguments[9]
+    row_lse, needs_image, needs_text, wide = arguments[1], *arguments[7:9], arguments[10]
     dtype = row_lse.dtype if wide else image.dtype
     return (
         _like(image, needs_image).to(dtype),

@@ -2,12 +2,11 @@
 
 With l_ij = s * I_i . T_j and the log-sum-exps r, c of its rows and columns:
 
-    G_ij = exp(l_ij - r_i) + exp(l_ij - c_j) - 2 * [j is i's partner]
+    G_ij = pair_gradient_i if j is i's partner, else exp(l_ij - r_i) + exp(l_ij - c_j)
     dI = w s G T          dT = w s G^T I          ds = w * sum_ij G_ij (I_i . T_j)
 
 The kernel computes a block of logits again (2 n m D flops in all) and writes G in the features'
-dtype; the library's matrix products consume it (4 n m D), summing in float32. G is rounded once,
-after the subtraction of the pairs' 2.
+dtype; the library's matrix products consume it (4 n m D), summing in float32.
 """
 
 import torch
@@ -32,6 +31,7 @@ def _tile_gradient(
     scale,
     row_lse,
     column_lse,
+    pair_gradient,
     gradient,
     gradient_stride,
     first_row,
@@ -57,11 +57,13 @@ def _tile_gradient(
         # spill registers.
         g += tl.exp2(product * scale - c[None, :])
     first_pair = first_row + first_column
-    if (first_pair < first_column_of_tile + BN) & (first_pair + BM > first_column_of_tile):
+    has_pairs = (first_pair < first_column_of_tile + BN) & (first_pair + BM > first_column_of_tile)
+    # Whole tiles are stored, 0 outside the matrix: a mask on columns would forbid wide stores. Pairs
+    # in the same branch: in one of their own, they would spill registers.
+    if has_pairs | (first_row + BM > n) | (first_column_of_tile + BN > m):
         is_pair = (rows + first_column)[:, None] == columns[None, :]
-        g -= tl.where(is_pair, 2.0 if WITH_COLUMNS else 1.0, 0.0)
-    # Whole tiles are stored, 0 outside the matrix: a mask on columns would forbid wide stores.
-    if (first_row + BM > n) | (first_column_of_tile + BN > m):
+        of_pair = tl.load(pair_gradient + rows, mask=rows < n, other=0.0)
+        g = tl.where(is_pair, of_pair[:, None], g)
         g = tl.where((rows < n)[:, None] & (columns < m)[None, :], g, 0.0)
     tile_sum = 0.0
     if NEEDS_SCALE:
@@ -80,6 +82,7 @@ def contrastive_grads_kernel(
     logit_scale,  # scalar
     row_lse,  # (n,)
     column_lse,  # (m,)
+    pair_gradient,  # (n,): G where row i has a partner
     gradient,  # G * 2^SHIFT out, whole tiles of it, rows `gradient_stride` apart
     scale_partials,  # (tiles,) out: sum over the tile of G_ij (I_i . T_j)
     n,
@@ -110,18 +113,18 @@ def contrastive_grads_kernel(
     scale = tl.load(logit_scale).to(tl.float32) * LOG2_E
     if PARTS == 1:
         tile_sum = _tile_gradient(
-            product, scale, row_lse, column_lse, gradient, gradient_stride, first_row, start,
-            first_column, n, m, WITH_COLUMNS, NEEDS_SCALE, SHIFT, BM, BN,
+            product, scale, row_lse, column_lse, pair_gradient, gradient, gradient_stride,
+            first_row, start, first_column, n, m, WITH_COLUMNS, NEEDS_SCALE, SHIFT, BM, BN,
         )  # fmt: skip
     else:
         left, right = halves(product, BM, BN)
         tile_sum = _tile_gradient(
-            left, scale, row_lse, column_lse, gradient, gradient_stride, first_row, start,
-            first_column, n, m, WITH_COLUMNS, NEEDS_SCALE, SHIFT, BM, BN // 2,
+            left, scale, row_lse, column_lse, pair_gradient, gradient, gradient_stride,
+            first_row, start, first_column, n, m, WITH_COLUMNS, NEEDS_SCALE, SHIFT, BM, BN // 2,
         )  # fmt: skip
         tile_sum += _tile_gradient(
-            right, scale, row_lse, column_lse, gradient, gradient_stride, first_row,
-            start + BN // 2, first_column, n, m, WITH_COLUMNS, NEEDS_SCALE, SHIFT, BM, BN // 2,
+            right, scale, row_lse, column_lse, pair_gradient, gradient, gradient_stride,
+            first_row, start + BN // 2, first_column, n, m, WITH_COLUMNS, NEEDS_SCALE, SHIFT, BM, BN // 2,
         )  # fmt: skip
     if NEEDS_SCALE:
         tl.store(scale_partials + tl.program_id(0), tile_sum)
@@ -133,6 +136,7 @@ def contrastive_grads(
     logit_scale: Tensor,
     row_lse: Tensor,
     column_lse: Tensor,
+    pair_gradient: Tensor,
     weight: Tensor,
     first_column: int,
     with_columns: bool,
@@ -179,6 +183,7 @@ def contrastive_grads(
                     logit_scale,
                     row_lse[start:],
                     column_lse[left:],
+                    pair_gradient[start:],
                     gradient,
                     scale_partials,
                     rows,

@@ -1,6 +1,6 @@
-"""Row and column log-sum-exps of the logits l_ij = s * I_i . T_j, one sweep over their tiles.
+"""Log-sum-exps of the negatives among the logits l_ij = s * I_i . T_j, one sweep over their tiles.
 
-    r_i = log sum_j exp(l_ij)      c_j = log sum_i exp(l_ij)      l_ii for the pairs
+    a_i = log sum_{j != i} exp(l_ij)      b_j = log sum_{i != j} exp(l_ij)      l_ii for the pairs
 
 2 n m D flops. A tile's program leaves, for each row and each column of its tile, the maximum and
 the sum of exponentials relative to it; a second kernel joins them. So every sum has one order, no
@@ -54,17 +54,19 @@ def _tile_lse(
     columns = first_column_of_tile + tl.arange(0, BN)
     # In units of log 2: exp2 is what the hardware has.
     logits = product * scale
+    partner = rows + first_column
     first_pair = first_row + first_column
-    if (first_pair < first_column_of_tile + BN) & (first_pair + BM > first_column_of_tile):
-        partner = rows + first_column
+    has_pairs = (first_pair < first_column_of_tile + BN) & (first_pair + BM > first_column_of_tile)
+    if has_pairs:
         is_pair = partner[:, None] == columns[None, :]
         pair = tl.sum(tl.where(is_pair, logits, 0.0), axis=1) * LN_2
         in_tile = (partner >= first_column_of_tile) & (partner < first_column_of_tile + BN)
         tl.store(pair_logits + rows, pair, mask=in_tile & (partner < m) & (rows < n))
-
-    if (first_row + BM > n) | (first_column_of_tile + BN > m):
-        valid = (rows < n)[:, None] & (columns < m)[None, :]
-        logits = tl.where(valid, logits, -float("inf"))
+    # A branch of its own, with the edges: within the one above, this would spill registers.
+    if has_pairs | (first_row + BM > n) | (first_column_of_tile + BN > m):
+        negative = (rows < n)[:, None] & (columns < m)[None, :]
+        negative &= partner[:, None] != columns[None, :]
+        logits = tl.where(negative, logits, -float("inf"))
     # Two exponentials an element. One for both, relative to the tile's maximum, underflows for rows
     # and columns far below it, and the branch that saves them costs registers that spill.
     row_max = tl.max(logits, axis=1)
@@ -178,17 +180,17 @@ def contrastive_lse(
     tile = config.tile
     image, text = padded_rows(image_features, tile["BK"]), padded_rows(text_features, tile["BK"])
     (n, d), m = image.shape, len(text)
-    row_lse = image.new_full((n,), -torch.inf, dtype=torch.float32)
+    row_negatives = image.new_full((n,), -torch.inf, dtype=torch.float32)
     pair_logits = image.new_zeros(n, dtype=torch.float32)
-    column_lse = image.new_full((m if with_columns else 0,), -torch.inf, dtype=torch.float32)
+    column_negatives = image.new_full((m if with_columns else 0,), -torch.inf, dtype=torch.float32)
     column_tiles = triton.cdiv(m, tile["BN"])
     per_row_tile = max(column_tiles * tile["PARTS"] * tile["BM"], m)
     strip = max(1, PARTIAL_ELEMENTS // per_row_tile) * tile["BM"]
     for start in range(0, n, strip):
         rows = min(strip, n - start)
         row_tiles = triton.cdiv(rows, tile["BM"])
-        row_partials = row_lse.new_empty(2, column_tiles * tile["PARTS"], rows)
-        column_partials = row_lse.new_empty(2, row_tiles if with_columns else 0, m)
+        row_partials = row_negatives.new_empty(2, column_tiles * tile["PARTS"], rows)
+        column_partials = row_negatives.new_empty(2, row_tiles if with_columns else 0, m)
         with launch_on(image):
             contrastive_lse_kernel[(row_tiles * column_tiles,)](
                 image[start:],
@@ -208,7 +210,7 @@ def contrastive_lse(
                 WIDEN=precision.widen,
                 **config.kwargs,
             )
-            _join(row_partials, row_lse[start : start + rows])
+            _join(row_partials, row_negatives[start : start + rows])
             if with_columns:
-                _join(column_partials, column_lse)
-    return row_lse, column_lse, pair_logits
+                _join(column_partials, column_negatives)
+    return row_negatives, column_negatives, pair_logits

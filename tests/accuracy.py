@@ -59,25 +59,38 @@ def working_eps(impl: str, dtype: torch.dtype) -> float:
 def contrastive_scale(
     image: Tensor, text: Tensor, logit_scale: float, symmetric: bool = True
 ) -> Results:
-    """Scales of the contrastive term of float64 features (n, D), (n, D).
+    """Scales of the contrastive term of features (n, D), (n, D) as given to the loss.
 
-    A logit's rounding error, eps times `size` at most, is a *relative* error of its exponential.
+    A logit's rounding error, eps times `size` at most, is a *relative* error of its exponential,
+    and so of every element of the gradient by the logits: that of a pair is minus the sum of the
+    others in its row. The oracle subtracts there, probabilities from 1 and logits from their
+    log-sum-exp; what that costs it in float64 is added. (For float64 features that is all of it.)
     """
+    oracle = torch.finfo(torch.float64).eps / torch.finfo(loss_dtype(image.dtype)).eps
+    image, text = image.double(), text.double()
     n = len(image)
     logits = logit_scale * image @ text.T
     cosines = image.abs() @ text.abs().T
     # Errors of a log-sum-exp, of size log n + the largest logit, are common to a whole row.
     size = 1 + torch.tensor(n).log() + abs(logit_scale) * cosines.max()
-    weights = logits.softmax(dim=1) + torch.eye(n, dtype=torch.float64)
+    parts = [_gradient_sizes(logits.softmax(dim=1))]
     if symmetric:
-        weights = weights + logits.softmax(dim=0) + torch.eye(n, dtype=torch.float64)
-    weights = weights * size / (2 * n if symmetric else n)
+        parts.append(_gradient_sizes(logits.softmax(dim=0).T).T)
+    exact = sum(parts) / (len(parts) * n)
+    weights = (exact + oracle / n * torch.eye(n, dtype=torch.float64)) * size
+    loss = reference.contrastive_loss if symmetric else reference.one_way_contrastive_loss
     return Results(
-        size,
+        (exact.trace() + oracle) * size + loss(image, text, logit_scale),
         abs(logit_scale) * weights @ text.abs(),
         abs(logit_scale) * weights.T @ image.abs(),
         (weights * cosines).sum(),
     )
+
+
+def _gradient_sizes(probabilities: Tensor) -> Tensor:
+    """|p - 1| for the pairs, which is the sum of the others in their row, and p for the others."""
+    negatives = probabilities - probabilities.diag().diag()
+    return negatives + negatives.sum(dim=1).diag()
 
 
 def augmented_scale(image: Tensor, text: Tensor, logit_scale: float, views: tuple) -> Results:

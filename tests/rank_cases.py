@@ -119,7 +119,7 @@ def check(case: RankCase, ranks: Ranks) -> list[Results]:
     scale = cyclic_scale(image, text, *lambdas)
     if contrastive:
         exact.append(exact_contrastive(image, text, case.logit_scale))
-        scale = scale + contrastive_scale(image.double(), text.double(), case.logit_scale)
+        scale = scale + contrastive_scale(image, text, case.logit_scale)
     factor = world_size * case.upstream
     exact = [part.times_upstream(factor) for part in exact]
     assert_accurate(actual, exact, scale.times_upstream(abs(factor)), case.impl, case.dtype)

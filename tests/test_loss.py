@@ -41,21 +41,20 @@ def test_cyclip_loss(case: Case, output_dict: bool, upstream: float, impl: str) 
         exact_contrastive(image, text, case.logit_scale).times_upstream(upstream),
         exact_cyclic(image, text, *case.lambdas).times_upstream(upstream),
     ]
-    wide = image.double(), text.double()
-    scale = contrastive_scale(*wide, case.logit_scale) + cyclic_scale(image, text, *case.lambdas)
+    scale = contrastive_scale(image, text, case.logit_scale)
+    scale = scale + cyclic_scale(image, text, *case.lambdas)
     assert_accurate(actual, exact, scale.times_upstream(abs(upstream)), impl, case.dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("n", "d"), [(100, 24), (40, 96)])
-def test_no_less_accurate_than_dense_pytorch(impl: str, n, d, dtype) -> None:
+@pytest.mark.parametrize("distance", [None, 0.003])
+def test_no_less_accurate_than_dense_pytorch(impl: str, n, d, dtype, distance) -> None:
     """At most twice the error that the dense formula makes in the same dtype on the same input.
 
-    Plus one unit in the last place of a result that is right but for its own rounding. (Not so
-    for close pairs: their loss near 0 is what is left of log-sum-exps, rounded to eps * s, less the
-    pairs' logits; the dense formula subtracts the largest logit first. The test above allows that.)
+    Plus one unit in the last place of a result that is right but for its own rounding.
     """
-    image, text = (features.to(dtype) for features in pairs(n, d, seed=5))
+    image, text = (features.to(dtype) for features in pairs(n, d, distance, seed=5))
     logit_scale = torch.tensor(20.0)
     lambdas = (0.5, 0.25)
     module = CyCLIPLoss(*lambdas, impl=impl)
@@ -78,6 +77,32 @@ def test_no_less_accurate_than_dense_pytorch(impl: str, n, d, dtype) -> None:
         dense_error = (getattr(dense, name).double() - target).norm()
         ulp = torch.finfo(getattr(actual, name).dtype).eps * target.norm()
         assert error <= 2 * dense_error + ulp, f"{name}: {error:.2g}, dense {dense_error:.2g}"
+
+
+@pytest.mark.parametrize("lambdas", [(0, 0), (0.25, 0.25)])
+def test_close_pairs_keep_their_digits(impl: str, lambdas) -> None:
+    """Pairs that are found with confidence: the dense formula loses three digits, this none.
+
+    Their loss and gradients are small differences from 1, of probabilities, and from log-sum-exps,
+    of logits.
+    """
+    image, text = (features.float() for features in pairs(90, 64, 0.003))
+    scale = torch.tensor(16.0)
+    actual = results(CyCLIPLoss(*lambdas, impl=impl), image, text, scale)
+
+    def dense(i, t, s):
+        return sum(reference.cyclip_loss(i, t, s, *lambdas).values())
+
+    in_float32 = results(dense, image, text, scale)
+    exact = results(dense, image.double(), text.double(), scale.double())
+    for name in NAMES:
+        target = getattr(exact, name)
+        error, of_dense = (
+            ((getattr(found, name).double() - target).norm() / target.norm()).item()
+            for found in (actual, in_float32)
+        )
+        assert error < 5e-6, f"{name}: {error:.2g}, dense {of_dense:.2g}"
+        assert name == "value" or of_dense > 1e-5, "not a hard input"
 
 
 @pytest.mark.parametrize("direct", [True, False], ids=["direct", "gram"])
@@ -168,7 +193,6 @@ def test_a_larger_batch_than_one_strip() -> None:
     image, text = (features.float() for features in pairs(2100, 4))
     actual = results(CyCLIPLoss(impl="eager"), image, text, torch.tensor(10.0))
     exact = [exact_contrastive(image, text, 10.0), exact_cyclic(image, text, 0.25, 0.25)]
-    wide = image.double(), text.double()
-    scale = contrastive_scale(*wide, 10.0) + cyclic_scale(image, text, 0.25, 0.25)
+    scale = contrastive_scale(image, text, 10.0) + cyclic_scale(image, text, 0.25, 0.25)
     # Sums of 2,100 terms instead of 100.
     assert_accurate(actual, exact, scale * 4, "eager", torch.float32)

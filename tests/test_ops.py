@@ -26,22 +26,26 @@ def partners(n: int, m: int, first_column: int) -> Tensor:
 
 
 def lse_by_definition(image: Tensor, text: Tensor, s: float, first_column: int):
+    """Log-sum-exps of the negatives of rows and columns, and the logits of the pairs."""
     logits = s * image.double() @ text.double().T
-    pair_logits = (logits * partners(*logits.shape, first_column)).sum(dim=1)
-    return logits.logsumexp(dim=1), logits.logsumexp(dim=0), pair_logits
+    delta = partners(*logits.shape, first_column)
+    negatives = logits.masked_fill(delta == 1, -torch.inf)
+    return negatives.logsumexp(dim=1), negatives.logsumexp(dim=0), (logits * delta).sum(dim=1)
 
 
-def grads_by_definition(image, text, s, row_lse, column_lse, weight, first_column, with_columns):
+def grads_by_definition(
+    image, text, s, row_lse, column_lse, pair_gradient, weight, first_column, with_columns
+):
     """dI, dT, ds as the docstring of `eager.contrastive_grads` defines them, and their scales."""
     image, text = image.double(), text.double()
     logits = s * image @ text.T
-    delta = partners(*logits.shape, first_column)
-    exps, count = (logits - row_lse[:, None]).exp(), 1
+    exps = (logits - row_lse[:, None]).exp()
     if with_columns:
-        exps, count = exps + (logits - column_lse).exp(), 2
-    gradient = weight * (exps - count * delta)
+        exps = exps + (logits - column_lse).exp()
+    is_pair = partners(*logits.shape, first_column) == 1
+    gradient = weight * torch.where(is_pair, pair_gradient[:, None], exps)
     # A logit's or log-sum-exp's absolute error is a relative one of the exponentials.
-    sizes = weight * (exps + count * delta) * (1 + row_lse.abs().max() + column_lse.abs().max() + s)
+    sizes = gradient.abs() * (1 + row_lse.abs().max() + column_lse.abs().max() + s)
     return [
         (s * gradient @ text, s * sizes @ text.abs()),
         (s * gradient.T @ image, s * sizes.T @ image.abs()),
@@ -70,17 +74,21 @@ def test_contrastive_lse(
     image, text = lay_out(image, image_layout), lay_out(text, text_layout)
     with pytest.MonkeyPatch.context() as monkeypatch:
         set_strip_rows(monkeypatch, strip_rows)
-        row_lse, column_lse, pair_logits = ops.contrastive_lse(
+        rows, columns, pair_logits = ops.contrastive_lse(
             image, text, torch.tensor(20.0), first_column, with_columns, impl
         )
     expected = lse_by_definition(image, text, 20.0, first_column)
     scale = torch.tensor(1 + 40).log() + 20.0 * (image.abs() @ text.abs().T).max().double()
-    for actual, exact in zip((row_lse, column_lse, pair_logits), expected, strict=True):
+    for actual, exact in zip((rows, columns, pair_logits), expected, strict=True):
         assert actual.dtype == torch.float32
-        if actual is column_lse and not with_columns:
+        if actual is columns and not with_columns:
             assert actual.shape == (0,)
-        else:
-            check_bound("lse", actual, [exact], scale, working_eps(impl, torch.float32))
+            continue
+        # Without negatives: exactly -inf.
+        alone = exact == -torch.inf
+        assert bool((actual[alone] == -torch.inf).all())
+        actual, exact = actual[~alone], exact[~alone]
+        check_bound("lse", actual, [exact], scale, working_eps(impl, torch.float32))
     # A row without a partner has 0, not something small.
     alone = partners(n, m, first_column).sum(dim=1) == 0
     assert bool((pair_logits[alone] == 0).all())
@@ -129,10 +137,11 @@ def test_contrastive_grads(
     """With log-sum-exps that are larger than those of this rectangle, as over ranks."""
     image, text = (features.to(dtype) for features in rectangle(n, m, d, seed))
     image, text = lay_out(image, image_layout), lay_out(text, text_layout)
-    row_lse, column_lse, _ = lse_by_definition(image, text, 5.0, first_column)
-    row_lse = (row_lse + 0.5).float()
-    column_lse = (column_lse + torch.linspace(0, 2, m)).float()
-    arguments = (row_lse, column_lse if with_columns else column_lse[:0])
+    logits = 5.0 * image.double() @ text.double().T
+    row_lse = (logits.logsumexp(dim=1) + 0.5).float()
+    column_lse = (logits.logsumexp(dim=0) + torch.linspace(0, 2, m)).float()
+    pair_gradient = torch.linspace(-1, -1e-4, n)
+    arguments = (row_lse, column_lse if with_columns else column_lse[:0], pair_gradient)
     with pytest.MonkeyPatch.context() as monkeypatch:
         set_strip_rows(monkeypatch, strip_rows)
         actual = ops.contrastive_grads(
@@ -148,9 +157,8 @@ def test_contrastive_grads(
             wide,
             impl,
         )
-    expected = grads_by_definition(
-        image, text, 5.0, row_lse.double(), column_lse.double(), 0.125, first_column, with_columns
-    )
+    exact = (row_lse.double(), column_lse.double(), pair_gradient.double())
+    expected = grads_by_definition(image, text, 5.0, *exact, 0.125, first_column, with_columns)
     for grad, (exact, scale), needed in zip(actual, expected, (*needs, needs_scale), strict=True):
         assert grad.dtype == (torch.float32 if wide or grad.ndim == 0 else dtype)
         if needed:
@@ -166,8 +174,10 @@ def test_ranks_add_up(impl: str, sizes: list[int], small_strips: None) -> None:
     scale = torch.tensor(12.0, dtype=torch.float64)
     weight = torch.tensor(1 / (2 * len(image)), dtype=torch.float64)
     whole_lse = ops.contrastive_lse(image, text, scale, 0, True, impl)
+    pair_gradient = torch.linspace(-1, -1e-4, len(image), dtype=torch.float64)
     whole = ops.contrastive_grads(
-        image, text, scale, *whole_lse[:2], weight, 0, True, True, True, True, False, impl
+        *(image, text, scale, *whole_lse[:2], pair_gradient, weight, 0),
+        *(True, True, True, True, False, impl),
     )
     parts = image.split(sizes)
     first_rows = [sum(sizes[:rank]) for rank in range(len(sizes))]
@@ -180,9 +190,12 @@ def test_ranks_add_up(impl: str, sizes: list[int], small_strips: None) -> None:
     pair_logits = torch.cat([lse[2] for lse in lses])
     grads = [
         ops.contrastive_grads(
-            part, text, scale, rows, column_lse, weight, first_row, *[True] * 4, False, impl
+            *(part, text, scale, rows, column_lse, of_pairs, weight, first_row),
+            *(True, True, True, True, False, impl),
         )
-        for part, first_row, rows in zip(parts, first_rows, row_lse.split(sizes), strict=True)
+        for part, first_row, rows, of_pairs in zip(
+            parts, first_rows, row_lse.split(sizes), pair_gradient.split(sizes), strict=True
+        )
     ]
     image_grad = torch.cat([grad[0] for grad in grads])
     text_grad, scale_grad = (sum(grad[at] for grad in grads) for at in (1, 2))
@@ -268,7 +281,7 @@ def opcheck_arguments(dtype: torch.dtype, impl: str) -> list[tuple]:
         arguments += [
             (
                 "contrastive_grads",
-                (rows, text, scale, *lse[:2], weight, 3, with_columns, *needs, *flags, impl),
+                (rows, text, scale, *lse, weight, 3, with_columns, *needs, *flags, impl),
             )
             for needs, flags in zip(FLAGS, FLAGS[1:] + FLAGS[:1], strict=True)
         ]
