@@ -48,21 +48,28 @@ def contrastive_bounds(
     weight: float,
     row_lse: Tensor,
     column_lse: Tensor | None,
+    pair_gradient: Tensor,
     first_column: int,
     eps: Eps,
 ) -> dict[str, Tensor]:
-    """eps * scale of dI, dT, ds and of a log-sum-exp, for float64 features (n, D), (m, D)."""
+    """eps * scale of dI, dT, ds and of a log-sum-exp, for float64 features (n, D), (m, D).
+
+    row_lse, column_lse, pair_gradient: as `cyclip_loss.eager.contrastive_grads` takes them.
+    """
     logits = scale * image @ text.T
     cosines = image.abs() @ text.abs().T
     columns = torch.arange(len(text), device=image.device)
     rows = torch.arange(len(image), device=image.device)
-    is_pair = (columns == rows[:, None] + first_column).double()
-    exps, count = (logits - row_lse[:, None]).exp(), 1
+    is_pair = columns == rows[:, None] + first_column
+    gradient = (logits - row_lse[:, None]).exp()
     if column_lse is not None:
-        exps, count = exps + (logits - column_lse).exp(), 2
+        gradient += (logits - column_lse).exp()
+    gradient = torch.where(is_pair, pair_gradient.abs()[:, None], gradient)
     largest = 1 + torch.tensor(float(max(logits.shape))).log() + abs(scale) * cosines.max()
-    of_logits = eps.logits * largest * (exps + count * is_pair)
-    errors = of_logits + eps.stored * (exps - count * is_pair).abs()
+    # A logit's error is a relative one of its exponential, and so of every element of G: that of a
+    # pair is minus the sum of its row's others.
+    of_logits = eps.logits * largest * gradient
+    errors = of_logits + eps.stored * gradient
     return {
         "lse": eps.logits * largest,
         "image": weight * abs(scale) * errors @ text.abs(),

@@ -181,8 +181,10 @@ def _module_bounds(
     inmodal, crossmodal = (value / case.n for value in case.lambdas)
     total, difference = inmodal + crossmodal, abs(inmodal - crossmodal)
     eps = Eps.of(dtype, products != "highest", direct_is_cheaper(case.n, case.d, difference != 0))
+    row_lse, column_lse, pair_logits = logits.logsumexp(1), logits.logsumexp(0), logits.diagonal()
+    of_pairs = (pair_logits - row_lse).expm1() + (pair_logits - column_lse).expm1()
     contrastive = contrastive_bounds(
-        image, text, case.scale, 0.5 / case.n, logits.logsumexp(1), logits.logsumexp(0), 0, eps
+        image, text, case.scale, 0.5 / case.n, row_lse, column_lse, of_pairs, 0, eps
     )
     cyclic = cyclic_bounds(image, text, total, difference, eps)
     rounding = torch.finfo(dtype).eps  # autograd adds the two gradients in the features' dtype
@@ -227,12 +229,18 @@ def _contrastive(
     for with_columns in (True, False):
         flags = (first_column, with_columns)
         lse = ops.contrastive_lse(*exact_inputs, *flags, "eager")
+        # Of rows without a partner there is only the negatives'.
+        logits = 20.0 * exact_inputs[0] @ exact_inputs[1].T
+        row_lse = logits.logsumexp(1)
+        column_lse = logits.logsumexp(0) if with_columns else row_lse[:0]
+        of_pairs = torch.linspace(-1, -1e-4, len(image), dtype=torch.float64, device=run.device)
         bounds = contrastive_bounds(
             *exact_inputs[:2],
             20.0,
             0.01,
-            lse[0],
-            lse[1] if with_columns else None,
+            row_lse,
+            column_lse if with_columns else None,
+            of_pairs,
             first_column,
             eps,
         )
@@ -240,15 +248,16 @@ def _contrastive(
             ops.contrastive_lse(image, text, scale, *flags, impl) for impl in ("triton", "eager")
         ]
         for name, actual, exact, eager in zip(
-            ("row_lse", "column_lse", "pair_logits"), results[0], lse, results[1], strict=True
+            ("rows", "columns", "pair logits"), results[0], lse, results[1], strict=True
         ):
             judged = excess(actual, exact, eager, bounds["lse"])
             _judge(run, f"contrastive_lse, {name}", precision, where, *judged)
         needs = (True, True, True, False)  # all three gradients, in the features' dtype
         exact_grads = ops.contrastive_grads(
-            *exact_inputs, *lse[:2], weight.double(), *flags, *needs, "eager"
+            *exact_inputs, row_lse, column_lse, of_pairs, weight.double(), *flags, *needs, "eager"
         )
-        rounded = (image, text, scale, lse[0].float(), lse[1].float(), weight)
+        given = (row_lse.float(), column_lse.float(), of_pairs.float())
+        rounded = (image, text, scale, *given, weight)
         results = [
             ops.contrastive_grads(*rounded, *flags, *needs, impl) for impl in ("triton", "eager")
         ]

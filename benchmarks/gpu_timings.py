@@ -106,7 +106,7 @@ def _operator_steps(run: Run, n: int, d: int) -> dict[str, Step]:
     coefficients = torch.tensor([0.5, 0.0], device=run.device)
     lse = ops.contrastive_lse(image, text, scale, 0, True, "triton")
     statistics = ops.cyclic_statistics(image, text, False, False, "triton")
-    grads = (image, text, scale, *lse[:2], weight, 0, True)
+    grads = (image, text, scale, *lse, weight, 0, True)  # any pair gradients: times only
     calls = {
         "contrastive_lse": lambda: ops.contrastive_lse(image, text, scale, 0, True, "triton"),
         "contrastive_grads": lambda: ops.contrastive_grads(

@@ -117,7 +117,9 @@ def gather_transfers(case: Case) -> list[Transfer]:
     return [
         Transfer("all-gather of text features", "all-gather", case.gathered),
         _statistics(case),
-        Transfer("all-reduce of column maxima", "all-reduce", case.batch * FLOAT),
+        Transfer(
+            "all-reduce of column maxima and pair logits", "all-reduce", 2 * case.batch * FLOAT
+        ),
         Transfer("all-reduce of column sums", "all-reduce", case.batch * FLOAT),
         _VALUE,
         Transfer("reduce-scatter of text gradients", "reduce-scatter", case.batch * case.d * FLOAT),

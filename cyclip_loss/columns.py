@@ -11,41 +11,48 @@ of W ranks, N = W n:
 
 Partial gradients are summed in the accumulation dtype: over many ranks, 16-bit sums would not hold.
 Notation as in `contrastive.py`; text blocks of other ranks have no pairs here.
+
+Each way is two operators, forward and backward, with one signature. They are operators so that
+`torch.compile` neither sees nor moves what they send: taken apart into graphs, a ring would keep
+every block that came for its backward pass, N x D in all, and a rank without rows would leave out
+collectives whose result it has no use for.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cyclip_loss import ops
-from cyclip_loss.distributed import (
-    Hop,
-    Ranks,
-    log_sum_exp,
-    padded,
-    sum_and_scatter,
-)
-
-Needs = tuple[bool, bool, bool]  # gradients of image_features, text_features, logit_scale
+from cyclip_loss.distributed import Hop, Ranks, log_sum_exp, padded, sum_and_scatter
 
 
-def gathered_lse(
-    image: Tensor, columns: Tensor, scale: Tensor, symmetric: bool, impl: str, ranks: Ranks
+def _gather_lse(
+    image: Tensor,  # (n, D)
+    columns: Tensor,  # (N, D), the text features of all ranks
+    scale: Tensor,
+    symmetric: bool,
+    impl: str,
+    group_name: str,
+    all_rows: list[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Negatives of this rank's rows (n,) and columns (n,) over all ranks, pair_logits (n,).
+    """Log-sum-exps of the negatives of this rank's rows (n,) and columns (n,); pair_logits (n,).
 
-    And column_lse (N,), pairs included, for `gathered_grads`. Not symmetric: no columns, so empty.
+    And column_lse, pairs included, of all columns that the backward pass is given. Not symmetric:
+    columns have none of it, so empty.
     """
+    ranks = Ranks.of(group_name, all_rows)
     n = image.shape[0]
     first_row = ranks.first_row(ranks.group.rank, n)
-    row_negatives, partial, pair_logits = _lse(image, columns, scale, first_row, symmetric, impl)
+    of_rows, partial, pair_logits = _lse(image, columns, scale, first_row, symmetric, impl)
     if not symmetric:
-        return row_negatives, partial, pair_logits, partial
-    column_negatives, all_pair_logits = log_sum_exp(partial, pair_logits, ranks)
-    own = column_negatives[first_row : first_row + n]
-    return row_negatives, own, pair_logits, torch.logaddexp(column_negatives, all_pair_logits)
+        return of_rows, partial, pair_logits, torch.empty_like(partial)
+    of_columns, all_pair_logits = log_sum_exp(partial, pair_logits, ranks)
+    own = of_columns[first_row : first_row + n].clone()
+    return of_rows, own, pair_logits, torch.logaddexp(of_columns, all_pair_logits)
 
 
-def gathered_grads(
+def _gather_grads(
     image: Tensor,
     columns: Tensor,
     scale: Tensor,
@@ -54,12 +61,18 @@ def gathered_grads(
     pair_gradient: Tensor,
     weight: Tensor,
     symmetric: bool,
-    needs: Needs,
+    needs_image: bool,
+    needs_text: bool,
+    needs_scale: bool,
     impl: str,
-    ranks: Ranks,
+    group_name: str,
+    all_rows: list[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of this rank's image and text features, (n, D), and its part of the scale's."""
-    first_row = ranks.first_row(ranks.group.rank, image.shape[0])
+    """Gradients of this rank's image and text features, (n, D), and its part of the scale's.
+
+    In the accumulation dtype, and empty where not needed.
+    """
+    ranks = Ranks.of(group_name, all_rows)
     image_grad, text_grad, scale_grad = _grads(
         image,
         columns,
@@ -68,20 +81,29 @@ def gathered_grads(
         column_lse,
         pair_gradient,
         weight,
-        first_row,
+        ranks.first_row(ranks.group.rank, image.shape[0]),
         symmetric,
-        needs,
+        needs_image,
+        needs_text,
+        needs_scale,
         impl,
     )
-    if needs[1]:
+    if needs_text:
         text_grad = sum_and_scatter(text_grad, ranks)
     return image_grad, text_grad, scale_grad
 
 
-def ring_lse(
-    image: Tensor, text: Tensor, scale: Tensor, symmetric: bool, impl: str, ranks: Ranks
+def _ring_lse(
+    image: Tensor,  # (n, D)
+    text: Tensor,  # (n, D), this rank's
+    scale: Tensor,
+    symmetric: bool,
+    impl: str,
+    group_name: str,
+    all_rows: list[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `gathered_lse`, with the column_lse of this rank's text only, for `ring_grads`."""
+    """As `_gather_lse`, from this rank's text and with its column_lse."""
+    ranks = Ranks.of(group_name, all_rows)
     group = ranks.group
     n = text.shape[0]
     block = padded(text, ranks)
@@ -108,17 +130,16 @@ def ring_lse(
             so_far = sums[: of_columns.shape[0]]
             so_far.copy_(torch.logaddexp(so_far, of_columns.double()))
         if ahead:
-            block = came[0]
+            block = came.pop()
     row_negatives = rows.to(scale.dtype)
     if not symmetric:
-        empty = scale.new_empty(0)
-        return row_negatives, empty, pair_logits, empty
+        return row_negatives, scale.new_empty(0), pair_logits, scale.new_empty(0)
     [sums] = Hop([sums], group).finish()
     own = sums[:n].to(scale.dtype)
     return row_negatives, own, pair_logits, torch.logaddexp(own, pair_logits)
 
 
-def ring_grads(
+def _ring_grads(
     image: Tensor,
     text: Tensor,
     scale: Tensor,
@@ -127,29 +148,33 @@ def ring_grads(
     pair_gradient: Tensor,
     weight: Tensor,
     symmetric: bool,
-    needs: Needs,
+    needs_image: bool,
+    needs_text: bool,
+    needs_scale: bool,
     impl: str,
-    ranks: Ranks,
+    group_name: str,
+    all_rows: list[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `gathered_grads`, given the text and column_lse of this rank only."""
+    """As `_gather_grads`, from this rank's text and column_lse."""
+    ranks = Ranks.of(group_name, all_rows)
     group = ranks.group
     n = text.shape[0]
     block = padded(text, ranks)
     # The columns' log-sum-exps travel with the block.
     block_lse = scale.new_zeros(ranks.most(n) if symmetric else 0)
     block_lse[: column_lse.shape[0]] = column_lse
-    image_grad = scale.new_zeros(image.shape)
+    image_grad = scale.new_zeros(image.shape if needs_image else (0,))
     scale_grad = scale.new_zeros(())
     # The block's gradient follows it.
-    text_grad = scale.new_zeros(ranks.most(n) if needs[1] else 0, image.shape[1])
+    text_grad = scale.new_zeros(ranks.most(n) if needs_text else 0, image.shape[1])
     for step in range(group.size):
         ahead = [block, block_lse][: 1 + symmetric] if step + 1 < group.size else []
-        behind = [text_grad] if needs[1] and step > 0 else []
+        behind = [text_grad] if needs_text and step > 0 else []
         hop = Hop([*ahead, *behind], group)
         owner = (group.rank - step) % group.size
         count = ranks.count(owner, n)
         first_column = ranks.first_row(group.rank, n) - ranks.first_row(owner, n)
-        part, text_part, scale_part = _grads(
+        image_part, text_part, scale_part = _grads(
             image,
             block[:count],
             scale,
@@ -159,21 +184,26 @@ def ring_grads(
             weight,
             first_column,
             symmetric,
-            needs,
+            needs_image,
+            needs_text,
+            needs_scale,
             impl,
         )
         scale_grad = scale_grad + scale_part
-        if needs[0]:
-            image_grad += part
+        if needs_image:
+            image_grad += image_part
         came = hop.finish()
         if behind:
             text_grad = came.pop()
-        if needs[1]:
+        if needs_text:
             text_grad[:count].add_(text_part)
         if ahead:
             block, block_lse = came if symmetric else (came[0], block_lse)
-    if needs[1]:
-        [text_grad] = Hop([text_grad], group).finish()
+        # Freed before the next step makes its own: each is as large as a block.
+        del image_part, text_part, came, hop
+    if not needs_text:
+        return image_grad, scale.new_empty(0), scale_grad
+    [text_grad] = Hop([text_grad], group).finish()
     return image_grad, text_grad[:n], scale_grad
 
 
@@ -198,12 +228,16 @@ def _grads(
     weight: Tensor,
     first_column: int,
     symmetric: bool,
-    needs: Needs,
+    needs_image: bool,
+    needs_text: bool,
+    needs_scale: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator in the accumulation dtype, and zeros where a rank holds no row."""
     if image.shape[0] == 0 or columns.shape[0] == 0:
-        return scale.new_zeros(image.shape), scale.new_zeros(columns.shape), scale.new_zeros(())
+        image_shape = image.shape if needs_image else (0,)
+        text_shape = columns.shape if needs_text else (0,)
+        return scale.new_zeros(image_shape), scale.new_zeros(text_shape), scale.new_zeros(())
     return ops.contrastive_grads(  # type: ignore[no-any-return]
         image,
         columns,
@@ -214,7 +248,52 @@ def _grads(
         weight,
         first_column,
         symmetric,
-        *needs,
+        needs_image,
+        needs_text,
+        needs_scale,
         True,
         impl,
     )
+
+
+def _lse_shapes(
+    image: Tensor, columns: Tensor, scale: Tensor, symmetric: bool, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n, m = image.shape[0], columns.shape[0]
+    own, all_columns = (n, m) if symmetric else (0, 0)
+    of_rows, of_columns, pairs, lse = map(scale.new_empty, (n, own, n, all_columns))
+    return of_rows, of_columns, pairs, lse
+
+
+def _grads_shapes(
+    image: Tensor, columns: Tensor, scale: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    image_grad, text_grad = (
+        scale.new_empty(image.shape if needed else (0,)) for needed in arguments[5:7]
+    )
+    return image_grad, text_grad, scale.new_empty(())
+
+
+def _operators(name: str, lse: Any, grads: Any) -> tuple[ops.Operator, ops.Operator]:
+    forward = ops.Operator(
+        f"{name}_lse",
+        "(Tensor image, Tensor columns, Tensor scale, bool symmetric, str impl, str group_name, "
+        "SymInt[]? all_rows) -> (Tensor, Tensor, Tensor, Tensor)",
+        lse,
+    )
+    backward = ops.Operator(
+        f"{name}_grads",
+        "(Tensor image, Tensor columns, Tensor scale, Tensor row_lse, Tensor column_lse, "
+        "Tensor pair_gradient, Tensor weight, bool symmetric, bool needs_image, bool needs_text, "
+        "bool needs_scale, str impl, str group_name, SymInt[]? all_rows) "
+        "-> (Tensor, Tensor, Tensor)",
+        grads,
+    )
+    forward.custom_op.register_fake(_lse_shapes)
+    backward.custom_op.register_fake(_grads_shapes)
+    backward.custom_op.register_autograd(ops.no_second_derivatives)
+    return forward, backward
+
+
+gather_lse, gather_grads = _operators("gather", _gather_lse, _gather_grads)
+ring_lse, ring_grads = _operators("ring", _ring_lse, _ring_grads)

@@ -116,16 +116,14 @@ class _ContrastiveOverRanks(torch.autograd.Function):
         if gathered is None:
             text, find_lse = text_features, columns.ring_lse
         else:
-            text, find_lse = distributed.finish_gather(gathered, ranks), columns.gathered_lse
+            text, find_lse = distributed.finish_gather(gathered, ranks), columns.gather_lse
         rows, cols, pair_logits, column_lse = find_lse(
-            image_features, text, logit_scale, symmetric, impl, ranks
+            image_features, text, logit_scale, symmetric, impl, *ranks.named()
         )
         loss, pair_gradient = _of_pairs(rows, cols if symmetric else None, pair_logits)
         row_lse = torch.logaddexp(rows, pair_logits)
         loss, stand_ins = distributed.total(loss, ranks)
-        ctx.save_for_backward(
-            image_features, text, logit_scale, row_lse, column_lse, pair_gradient
-        )
+        ctx.save_for_backward(image_features, text, logit_scale, row_lse, column_lse, pair_gradient)
         ctx.ring, ctx.symmetric, ctx.impl, ctx.ranks = gathered is None, symmetric, impl, ranks
         ctx.mark_non_differentiable(stand_ins)
         total = ranks.total(text_features.shape[0])
@@ -141,7 +139,7 @@ class _ContrastiveOverRanks(torch.autograd.Function):
         total = ranks.total(image_features.shape[0])
         # W times: DDP will average.
         weight = grad * (ranks.group.size / (total * (2 if ctx.symmetric else 1)))
-        grads = columns.ring_grads if ctx.ring else columns.gathered_grads
+        grads = columns.ring_grads if ctx.ring else columns.gather_grads
         image_grad, text_grad, scale_grad = grads(
             image_features,
             text,
@@ -151,9 +149,11 @@ class _ContrastiveOverRanks(torch.autograd.Function):
             pair_gradient,
             weight,
             ctx.symmetric,
-            (needs_image, needs_text, needs_scale),
+            needs_image,
+            needs_text,
+            needs_scale,
             ctx.impl,
-            ranks,
+            *ranks.named(),
         )
         return (
             image_grad.to(image_features.dtype) if needs_image else None,

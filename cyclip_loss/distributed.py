@@ -8,7 +8,7 @@ Gradients follow DDP's convention: each rank's are W times those of the global l
 features, so that the average over W ranks is what one process on the whole batch would get.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -18,8 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 COLUMNS = ("gather", "ring")
+# The columns of each contrastive loss of a call, in their order.
+COLUMN_FEATURES = ("text_features", "augmented_image_features", "augmented_text_features")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _collectives: Any = torch.ops._c10d_functional
 
@@ -47,6 +50,19 @@ class Ranks:
     starts: tuple[int, ...] | None = None  # where each rank's rows begin, if `rows` are given
     # Whether this rank takes part with made-up features, to learn what the others do (`agree`).
     stands_in: bool = False
+
+    @staticmethod
+    def of(group_name: str, rows: Sequence[int] | None) -> "Ranks":
+        """From what `named` gave, or with new numbers of rows."""
+        group = group_of(_resolve_process_group(group_name))
+        assert group is not None
+        if rows is None or len(set(rows)) == 1:
+            return Ranks(group)
+        return Ranks(group, tuple(rows), (0, *accumulate(rows[:-1])))
+
+    def named(self) -> tuple[str, list[int] | None]:
+        """Group and rows as an operator can take them."""
+        return self.group.name, None if self.rows is None else list(self.rows)
 
     def count(self, rank: int, n: int) -> int:
         """The rows of a rank."""
@@ -192,17 +208,17 @@ def agree(
         )
     if not every_time:
         agreed[kind] = n
-    if len(set(rows)) == 1:
-        return Ranks(group)
-    return Ranks(group, rows, (0, *accumulate(rows[:-1])))
+    return Ranks.of(group.name, rows)
 
 
 def _difference(name: str, found: list[float]) -> str:
     """What ranks do not agree on, for an error."""
     if name == "text_grad":
+        bits = [[bool(int(value) >> at & 1) for value in found] for at in range(3)]
+        at = next(at for at in range(3) if len(set(bits[at])) > 1)
         return (
-            "text_features must require a gradient on every rank or on none (0 rows, too: let them "
-            f"come out of the model, or set requires_grad), got {_listed([*map(bool, found)])}"
+            f"{COLUMN_FEATURES[at]} must require a gradient on every rank or on none (0 rows, too: "
+            f"let them come out of the model, or set requires_grad), got {_listed(bits[at])}"
         )
     if name == "pairs":
         return "augmented features must be given on every rank or on none"
@@ -226,7 +242,7 @@ def check_stand_ins(stand_ins: Tensor, ranks: Ranks, n: int) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    if ranks.stands_in or stand_ins.device.type == "cpu":
+    if ranks.stands_in or _reading_is_free(stand_ins):
         count = int(stand_ins)
         if 0 < count < ranks.group.size:
             own = "this rank among them" if ranks.stands_in else "not this rank"
@@ -235,6 +251,11 @@ def check_stand_ins(stand_ins: Tensor, ranks: Ranks, n: int) -> None:
                 f"unless uneven=True: {count} of {ranks.group.size} ranks no longer hold "
                 f"{n} rows, {own}"
             )
+
+
+def _reading_is_free(tensor: Tensor) -> bool:
+    """Whether its values can be looked at without waiting for a device."""
+    return tensor.device.type == "cpu"
 
 
 def _listed(values: Any) -> str:
@@ -319,16 +340,6 @@ class Hop:
         self.sent = [block.contiguous() for block in blocks]  # kept until they have left
         to, source = (group.rank + 1) % group.size, (group.rank - 1) % group.size
         self.works: list[Any] = []
-        if torch.compiler.is_compiling():
-            # Traceable, unlike sends, but its lists of sizes grow with the group: an all-to-all
-            # with one part each way.
-            parts = [[0] * group.size for _ in range(2)]
-            self.received = []
-            for block in self.sent:
-                parts[0][source] = parts[1][to] = block.numel()
-                flat = _collectives.all_to_all_single(block.view(-1), *parts, group.name)
-                self.received.append(flat)
-            return
         self.received = [torch.empty_like(block) for block in self.sent]
         operations = []
         for tag, (out, into) in enumerate(zip(self.sent, self.received, strict=True)):
@@ -341,12 +352,10 @@ class Hop:
 
     def finish(self) -> list[Tensor]:
         """The blocks that came; on CUDA the stream waits for them, not the host."""
-        if torch.compiler.is_compiling():
-            pairs = zip(self.received, self.sent, strict=True)
-            return [wait(block).view(sent.shape) for block, sent in pairs]
         for work in self.works:
             work.wait()
-        return self.received
+        came, self.sent, self.received = self.received, [], []
+        return came
 
 
 def whole_batch(features: Tensor, ranks: Ranks) -> Tensor:

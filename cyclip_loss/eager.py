@@ -119,10 +119,11 @@ def contrastive_grads(
 
     Without `with_columns` the columns' terms are left out.
 
-    pair_gradient: (n,), what the formula less 2 would give, computed without that difference
-    (`contrastive.py`); weight: scalar of the accumulation dtype. Shapes as in `contrastive_lse`. Returns dI (n, D) and
-    dT (m, D) in the features' dtype or, if `wide`, in the accumulation dtype (for sums over ranks),
-    empty where not needed, and ds as a scalar, 0 if not needed.
+    pair_gradient: (n,), what the second formula less 2 would give for a pair, worked out without
+    that difference (`contrastive.py`); weight: scalar of the accumulation dtype. Shapes as in
+    `contrastive_lse`. Returns dI (n, D) and dT (m, D) in the features' dtype or, if `wide`, in the
+    accumulation dtype (for sums over ranks), empty where not needed, and ds as a scalar, 0 if not
+    needed.
     """
     n, m = len(image_features), len(text_features)
     dtype = accumulation_dtype(image_features.dtype)

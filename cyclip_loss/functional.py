@@ -213,7 +213,7 @@ def _over_ranks(
     started = cyclic.start_over_ranks(*penalty, impl, ranks.group)
     results = [
         contrastive.contrastive_over_ranks(
-            rows, cols, scale, gathered[at], impl, ranks, symmetric=at == 0
+            rows, cols, scale, gathered.pop(0), impl, ranks, symmetric=at == 0
         )
         for at, (rows, cols) in enumerate(pairs)
     ]

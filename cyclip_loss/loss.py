@@ -51,7 +51,7 @@ class CyCLIPLoss(nn.Module):
         all-gather              N D b               the Gram matrices are computed
         all-reduce, sum         4 (3 D^2 + 1)       the contrastive forward pass runs (none if both
                                                     lambdas are 0)
-        all-reduce, max         4 N                 -
+        all-reduce, max         8 N                 -
         all-reduce, sum         4 N                 -
         all-reduce, sum         8                   -
         backward:

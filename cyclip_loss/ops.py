@@ -1,11 +1,14 @@
 """The custom operators: four names that autograd calls, each computed by one of two engines.
 
+(Two more, in `columns.py`, are made of these: the journeys of a ring, whole.)
+
 The engines are `eager.py` and, on CUDA and ROCm, the Triton kernels; both have a function of each
 operator's name, with the arguments of the signatures below less the last. To `torch.compile` an
 operator is opaque but for the shapes given here. None has a derivative of its own: the autograd of
 the loss is in `contrastive.py` and `cyclic.py`.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -55,10 +58,15 @@ class Operator:
     Four calls through the dispatcher were a tenth of the loss at N = 128, D = 512 on CPU.
     Tracing needs them (`torch.compile`, `torch.export`, fake tensors), and so does grad mode, in
     which they refuse second derivatives; an ordinary forward and backward pass needs neither.
+
+    compute: if not given, the function of this name of the engine that the last argument chooses.
     """
 
-    def __init__(self, name: str, signature: str) -> None:
+    def __init__(
+        self, name: str, signature: str, compute: Callable[..., Any] | None = None
+    ) -> None:
         self.name = name
+        self._compute = compute or self._compute_by_engine
         self.custom_op: Any = custom_op(
             f"cyclip_loss::{name}", self._compute, mutates_args=(), schema=signature
         )
@@ -73,7 +81,7 @@ class Operator:
             return self.custom_op(*arguments)
         return self._compute(*arguments)
 
-    def _compute(self, *arguments: Any) -> Any:
+    def _compute_by_engine(self, *arguments: Any) -> Any:
         *arguments_of_engine, impl = arguments
         features = arguments[0]
         compute = getattr(_engine(impl, features), self.name)
@@ -156,7 +164,8 @@ def _like(features: Tensor, needed: bool) -> Tensor:
     return features.new_empty(features.shape if needed else (0,))
 
 
-def _no_second_derivatives(ctx: Any, *grads: Tensor) -> NoReturn:
+def no_second_derivatives(ctx: Any, *grads: Tensor) -> NoReturn:
+    """The derivative of an operator that gives gradients: an error."""
     raise RuntimeError(
         "cyclip_loss has first derivatives only: its gradients cannot be differentiated again "
         "(as a gradient penalty or create_graph=True with a second backward would)"
@@ -164,5 +173,5 @@ def _no_second_derivatives(ctx: Any, *grads: Tensor) -> NoReturn:
 
 
 # Without these a second backward through the gradients would silently leave the loss out.
-contrastive_grads.custom_op.register_autograd(_no_second_derivatives)
-cyclic_grads.custom_op.register_autograd(_no_second_derivatives)
+contrastive_grads.custom_op.register_autograd(no_second_derivatives)
+cyclic_grads.custom_op.register_autograd(no_second_derivatives)

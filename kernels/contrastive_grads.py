@@ -58,8 +58,8 @@ def _tile_gradient(
         g += tl.exp2(product * scale - c[None, :])
     first_pair = first_row + first_column
     has_pairs = (first_pair < first_column_of_tile + BN) & (first_pair + BM > first_column_of_tile)
-    # Whole tiles are stored, 0 outside the matrix: a mask on columns would forbid wide stores. Pairs
-    # in the same branch: in one of their own, they would spill registers.
+    # Whole tiles are stored, 0 outside the matrix: a mask on columns would forbid wide stores. The
+    # pairs share the branch: one of their own would spill registers.
     if has_pairs | (first_row + BM > n) | (first_column_of_tile + BN > m):
         is_pair = (rows + first_column)[:, None] == columns[None, :]
         of_pair = tl.load(pair_gradient + rows, mask=rows < n, other=0.0)
@@ -124,7 +124,8 @@ def contrastive_grads_kernel(
         )  # fmt: skip
         tile_sum += _tile_gradient(
             right, scale, row_lse, column_lse, pair_gradient, gradient, gradient_stride,
-            first_row, start + BN // 2, first_column, n, m, WITH_COLUMNS, NEEDS_SCALE, SHIFT, BM, BN // 2,
+            first_row, start + BN // 2, first_column, n, m, WITH_COLUMNS, NEEDS_SCALE, SHIFT,
+            BM, BN // 2,
         )  # fmt: skip
     if NEEDS_SCALE:
         tl.store(scale_partials + tl.program_id(0), tile_sum)

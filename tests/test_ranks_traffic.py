@@ -1,6 +1,9 @@
 """Which collectives run, in which order, and how many bytes each: not one more, not one byte."""
 
+import tempfile
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,11 +11,14 @@ import torch.distributed as dist
 from inputs import loss_dtype
 from rank_cases import RankCase, evaluate
 from ranks import Ranks
+from test_memory import allocations, peak
 from test_ranks import COLUMNS, WORLD_SIZES
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cyclip_loss import CyCLIPLoss
+from cyclip_loss import columns as columns_module
+from cyclip_loss.distributed import Hop
 
 N_PER_RANK, D = 4, 6
 WEIGHTS = [(0.25, 0.25), (0.5, 0.125), (0.0, 0.5), (0.0, 0.0)]
@@ -91,7 +97,7 @@ def test_gather(world_size: int, dtype: torch.dtype, lambdas, ranks: Ranks) -> N
         forward = [
             ("all_gather_into_tensor", rows * D * dtype.itemsize),
             *penalties(case),
-            ("all_reduce max", wide * rows),
+            ("all_reduce max", wide * 2 * rows),  # and the logits of the pairs
             ("all_reduce sum", wide * rows),
             ("all_reduce sum", wide * 2),
         ]
@@ -257,6 +263,35 @@ def test_travel_and_computation_overlap(ranks: Ranks) -> None:
         assert events[-1] == ("wait_tensor", grams)
 
 
+def events_of_a_ring(rank: int, world_size: int, case: RankCase) -> list[str]:
+    """When blocks set out, are multiplied, and are waited for, forward and backward."""
+    events = []
+
+    def noted(owner: object, name: str, what: str) -> None:
+        original = getattr(owner, name)
+
+        def note(*arguments: object, **options: object) -> object:
+            events.append(what)
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, note)
+
+    inputs = [*(features.clone().requires_grad_() for features in case.features(rank))]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        noted(dist, "batch_isend_irecv", "go")
+        noted(Hop, "finish", "wait")
+        noted(columns_module, "_lse", "multiply")
+        noted(columns_module, "_grads", "multiply")
+        evaluate(case, *inputs, case.scale()).backward()
+    return events
+
+
+def test_blocks_travel_while_others_are_multiplied(ranks: Ranks) -> None:
+    case = RankCase((N_PER_RANK,) * 3, D, columns="ring", lambdas=(0, 0))
+    for events in ranks.run(3, events_of_a_ring, case):
+        assert events == [*["go", "multiply", "wait"] * 3, "go", "wait"] * 2
+
+
 def largest_result(rank: int, world_size: int, case: RankCase) -> int:
     """Elements of the largest tensor that any operation of a step gives."""
     largest = 0
@@ -284,6 +319,30 @@ def test_a_ring_holds_no_more_than_a_block(ranks: Ranks) -> None:
         assert set(ranks.run(world_size, largest_result, case)) == {n * d}
     case.columns = "gather"
     assert set(ranks.run(4, largest_result, case)) == {4 * n * d}
+
+
+def peak_bytes(rank: int, world_size: int, case: RankCase) -> int:
+    """The most that a step holds at a time, beyond its inputs."""
+    inputs = [*(features.clone().requires_grad_() for features in case.features(rank))]
+    evaluate(case, *inputs, case.scale()).backward()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        return peak(allocations(lambda: evaluate(case, *inputs, case.scale()).backward(), trace))
+
+
+def test_a_ring_holds_as_much_whatever_the_ranks(ranks: Ranks) -> None:
+    """All blocks together, too: what is done with is freed before the next step."""
+    n, d = 8, 64
+    case = RankCase((n,) * 3, d, torch.float32, columns="ring", lambdas=(0, 0))
+    # From three on, there are steps in which blocks leave and come of both kinds.
+    three = max(ranks.run(3, peak_bytes, case))
+    four = max(ranks.run(4, peak_bytes, replace(case, rows=(n,) * 4)))
+    assert four <= 1.02 * three
+    of_gather = [
+        max(ranks.run(w, peak_bytes, replace(case, rows=(n,) * w, columns="gather")))
+        for w in (3, 4)
+    ]
+    assert of_gather[1] > 1.15 * of_gather[0]
 
 
 def alone(rank: int, world_size: int) -> list:

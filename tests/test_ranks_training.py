@@ -1,5 +1,6 @@
 """Training over ranks is training in one process on the whole batch: DDP, FSDP2, compiled."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -7,11 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import NAMES
+from functorch.compile import make_boxed_func
 from rank_cases import RankCase, step
 from ranks import Ranks
 from test_ranks import COLUMNS, WORLD_SIZES
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._ops import OpOverload
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -65,6 +70,8 @@ def train(model: nn.Module, run: Run, batch: int, own: list[int]) -> dict[str, T
         images = torch.randn(batch, 12, generator=generator, dtype=torch.float64)[own]
         texts = torch.randn(batch, 10, generator=generator, dtype=torch.float64)[own]
         last = (at + 1) % run.micro_batches == 0
+        if hasattr(model, "set_requires_gradient_sync"):  # FSDP2's no_sync
+            model.set_requires_gradient_sync(last)
         no_sync = getattr(model, "no_sync", nullcontext)
         with nullcontext() if last else no_sync():
             with torch.autocast("cpu", torch.bfloat16, enabled=run.autocast):
@@ -134,7 +141,7 @@ def test_ddp_optimizers_and_dtypes(columns: str, optimizer: str, dtype, ranks: R
 @COLUMNS
 @pytest.mark.parametrize("wrapper", ["DDP", "FSDP2"])
 def test_gradient_accumulation(wrapper: str, columns: str, ranks: Ranks) -> None:
-    """Two halves, each a batch of its own, as in one process; DDP synchronises with the second."""
+    """Two halves, each a batch of its own, as in one process; synchronised with the second."""
     check(Run((0.5, 0.125), columns, wrapper=wrapper, micro_batches=2), 2, ranks, 1e-9)
 
 
@@ -190,10 +197,12 @@ def compiled_steps(rank: int, world_size: int, cases: list[RankCase]) -> tuple[l
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     first = cases[0]
-    module = CyCLIPLoss(*first.lambdas, columns=first.columns, impl=first.impl)
+    module = CyCLIPLoss(*first.lambdas, columns=first.columns, impl=first.impl, uneven=first.uneven)
     penalty = CyclicPenalty(*first.lambdas, impl=first.impl)
     function = torch.compile(
-        lambda i, t, s: module(i, t, s) + penalty(i, t), fullgraph=True, backend=counter
+        lambda i, t, s: module(i, t, s) + penalty(i, t),
+        fullgraph=not first.uneven,
+        backend=counter,
     )
     found = []
     for case in cases:
@@ -209,14 +218,67 @@ def compiled_steps(rank: int, world_size: int, cases: list[RankCase]) -> tuple[l
 
 
 @COLUMNS
-def test_compile_gives_the_same(columns: str, ranks: Ranks) -> None:
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_compile_gives_the_same(world_size: int, columns: str, ranks: Ranks) -> None:
     """Whole, whatever the number of rows: one graph for the first, one for all others."""
     cases = [
-        RankCase((n,) * 2, 6, torch.float32, columns=columns, lambdas=(0.5, 0.125))
+        RankCase((n,) * world_size, 6, torch.float32, columns=columns, lambdas=(0.5, 0.125))
         for n in (4, 7, 9, 4)
     ]
-    for pairs, graphs in ranks.run(2, compiled_steps, cases):
+    for pairs, graphs in ranks.run(world_size, compiled_steps, cases):
         assert graphs <= 2
         for compiled, expected in pairs:
             for one, other in zip(compiled, expected, strict=True):
                 torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@COLUMNS
+def test_compile_with_uneven_rows(columns: str, ranks: Ranks) -> None:
+    """In several graphs, which may differ from rank to rank: one has seen other rows, one has not.
+
+    The last of these steps would end the processes where a graph decides what travels.
+    """
+    cases = [
+        RankCase(rows, 6, torch.float32, columns=columns, lambdas=(0.5, 0.125), uneven=True)
+        for rows in [(4, 4), (4, 3), (1, 5), (0, 2)]
+    ]
+    for pairs, _ in ranks.run(2, compiled_steps, cases):
+        for compiled, expected in pairs:
+            for one, other in zip(compiled, expected, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def compiled_traffic(rank: int, world_size: int, case: RankCase) -> list[list[str]]:
+    """The graphs' collectives and operators of ours, forward and backward."""
+    torch._dynamo.reset()
+    found: list[list[str]] = []
+
+    def look(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        operators = [n.target for n in graph.graph.nodes if isinstance(n.target, OpOverload)]
+        found.append(
+            [
+                operator._opname
+                for operator in operators
+                if operator.namespace in ("cyclip_loss", "_c10d_functional")
+                and operator._opname != "wait_tensor"
+            ]
+        )
+        return make_boxed_func(graph.forward)
+
+    loss = CyCLIPLoss(*case.lambdas, columns=case.columns, impl=case.impl)
+    backend = aot_autograd(fw_compiler=look, partition_fn=min_cut_rematerialization_partition)
+    function = torch.compile(loss, fullgraph=True, backend=backend)
+    leaves = [tensor.detach().requires_grad_() for tensor in (*case.features(rank), case.scale())]
+    function(*leaves).backward()
+    return found
+
+
+@COLUMNS
+def test_compiled_graphs_cannot_change_what_travels(columns: str, ranks: Ranks) -> None:
+    """What a graph can see of a ring it can merge, leave out, or keep for backward."""
+    case = RankCase((4,) * 3, 6, torch.float32, columns=columns, lambdas=(0.5, 0.125))
+    gather = ["all_gather_into_tensor"] if columns == "gather" else []
+    for forward, backward in ranks.run(3, compiled_traffic, case):
+        sweep = ["cyclic_statistics", "all_reduce", f"{columns}_lse", "all_reduce"]
+        assert forward == [*gather, *sweep]
+        assert sorted(backward) == sorted(["cyclic_grads", f"{columns}_grads"])

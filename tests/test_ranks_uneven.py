@@ -11,7 +11,7 @@ from ranks import Ranks
 from test_ranks import COLUMNS, WORLD_SIZES
 from torch import Tensor
 
-from cyclip_loss import CyCLIPLoss, reference
+from cyclip_loss import CyCLIPLoss, distributed, reference
 from cyclip_loss.distributed import _listed
 
 IMPLS = ["eager", "reference"]
@@ -155,7 +155,12 @@ def unlike_arguments(rank: int, world_size: int) -> tuple[list[str], Tensor]:
     views = {"augmented_image_features": image, "augmented_text_features": text}
     trained = text.clone().requires_grad_()
     errors = []
-    for texts, options in ((text, views if rank else {}), (text if rank else trained, {})):
+    both = views | {"augmented_image_features": trained}
+    for texts, options in (
+        (text, views if rank else {}),
+        (text if rank else trained, {}),
+        (trained, views if rank else both),
+    ):
         with pytest.raises(ValueError) as error:
             CyCLIPLoss()(image, texts, 10.0, **options)
         errors.append(str(error.value))
@@ -173,6 +178,7 @@ def test_first_step_with_unlike_arguments(ranks: Ranks) -> None:
     assert errors[0] == "augmented features must be given on every rank or on none"
     assert "must require a gradient on every rank or on none" in errors[1]
     assert errors[1].endswith("got [True, False] (by rank)")
+    assert errors[2].startswith("augmented_image_features must require a gradient on every rank")
     torch.testing.assert_close(loss, same_loss, rtol=1e-6, atol=0)
 
 
@@ -207,6 +213,36 @@ def test_rows_change_on_some_ranks(changed, lambdas, columns: str, ranks: Ranks)
         for n, error in zip(changed, errors, strict=True):
             own = "not this rank" if n == 4 else "this rank among them"
             assert f"{OTHER_ROWS}: {count} of 3 ranks no longer hold 4 rows, {own}" in error
+
+
+def on_another_device(rank: int, world_size: int, case: RankCase, n: int) -> list[str]:
+    """As `outcomes` where a look at a value would wait for the device: of n rows, after good ones.
+
+    Ranks go on after the error here, so no backward pass.
+    """
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(distributed, "_reading_is_free", lambda tensor: False)
+        found = []
+        for rows in (4, n if rank == 1 else 4):
+            features = (features[:rows] for features in case.features(rank))
+            try:
+                loss = evaluate(case, *features, case.scale())
+                found.append("NaN" if loss.isnan() else "right")
+            except ValueError as error:
+                found.append(str(error))
+    return found
+
+
+@COLUMNS
+@pytest.mark.parametrize("lambdas", [(0.25, 0.25), (0.0, 0.0)])
+def test_rows_change_on_some_ranks_of_another_device(columns: str, lambdas, ranks: Ranks) -> None:
+    """The rank whose rows changed is told; the others, which do not wait, get NaN."""
+    ranks.leave()
+    case = RankCase((4,) * 3, columns=columns, lambdas=lambdas)
+    first, told, last = ranks.run(3, on_another_device, case, 3)
+    assert first == last == ["right", "NaN"]
+    assert told[0] == "right"
+    assert f"{OTHER_ROWS}: 1 of 3 ranks no longer hold 4 rows, this rank among them" in told[1]
 
 
 def test_rows_change_in_the_kernels_too(ranks: Ranks) -> None:
