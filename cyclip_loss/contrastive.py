@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cyclip_loss import columns, distributed, ops, reference
@@ -36,8 +37,9 @@ def _of_pairs(rows: Tensor, cols: Tensor | None, pair_logits: Tensor) -> tuple[T
     gap = (rows if cols is None else torch.stack((rows, cols))) - pair_logits
     # An infinite pair logit would give a finite loss; inf - inf makes it NaN.
     gap = gap + (pair_logits - pair_logits)
-    losses, of_pairs = torch.logaddexp(gap, gap.new_zeros(())), -gap.sigmoid()
-    return losses.sum(), of_pairs if cols is None else of_pairs.sum(dim=0)
+    of_pairs = -gap.sigmoid()
+    # Beyond 40, log(1 + exp(x)) is x to the last digit of float64.
+    return F.softplus(gap, threshold=40.0).sum(), of_pairs if cols is None else of_pairs.sum(dim=0)
 
 
 class _Contrastive(torch.autograd.Function):

@@ -64,9 +64,10 @@ def _tile_lse(
         tl.store(pair_logits + rows, pair, mask=in_tile & (partner < m) & (rows < n))
     # A branch of its own, with the edges: within the one above, this would spill registers.
     if has_pairs | (first_row + BM > n) | (first_column_of_tile + BN > m):
-        negative = (rows < n)[:, None] & (columns < m)[None, :]
-        negative &= partner[:, None] != columns[None, :]
-        logits = tl.where(negative, logits, -float("inf"))
+        # With -1 for columns outside gfx942 needs no more masks than it has registers for.
+        inside = tl.where(columns < m, columns, -1)
+        negative = (inside >= 0)[None, :] & (inside[None, :] != partner[:, None])
+        logits = tl.where(negative & (rows < n)[:, None], logits, -float("inf"))
     # Two exponentials an element. One for both, relative to the tile's maximum, underflows for rows
     # and columns far below it, and the branch that saves them costs registers that spill.
     row_max = tl.max(logits, axis=1)
