@@ -25,6 +25,7 @@ from cyclip_loss import cyclic_penalty, reference
 
 RESULTS = ("value", "image", "text", "logit_scale")
 RANDOM = "random"
+DENSE_MATRICES = 8  # N x N that the dense penalties hold at most, forward and backward
 
 
 def results(loss: Loss, image: Tensor, text: Tensor, scale: Tensor) -> dict[str, Tensor | None]:

@@ -27,9 +27,10 @@ from benchmarks.competitors import (
     competitors,
     ours,
 )
+from benchmarks.contention import BUSY, Contention
 from benchmarks.figures import figures
 from benchmarks.memory import available_bytes, outcome_of
-from benchmarks.run import Run
+from benchmarks.run import Run, Section
 
 PARTS = (OURS_CONTRASTIVE, OURS_PENALTIES)
 # What it says meanwhile, and a function that measures: rows of the section.
@@ -51,25 +52,30 @@ def main(options: argparse.Namespace) -> int:
         "training step": [(chosen.model, lambda: training(run, found, chosen))],
     }
     console = Console()
-    with progress(run, console, sum(map(len, sections.values()))) as begin:
-        for name, tasks in sections.items():
-            with run.part(name) as section:
-                for competitor, reason in reasons.items() if name == "cost" else ():
-                    run.skip(competitor, reason)
-                for what, measure in tasks:
-                    begin(f"{name}: {what}")
-                    try:
-                        section.rows += measure()
-                    except Exception as error:  # the other tasks go on
-                        run.fail(f"{what}: {outcome_of(error)}")
+    try:
+        with progress(run, console, sum(map(len, sections.values()))) as begin:
+            for name, tasks in sections.items():
+                with run.part(name) as section:
+                    for competitor, reason in reasons.items() if name == "cost" else ():
+                        run.skip(competitor, reason)
+                    for what, measure in tasks:
+                        begin(f"{name}: {what}")
+                        try:
+                            section.rows += measure()
+                        except Exception as error:  # the other tasks go on
+                            run.fail(f"{what}: {outcome_of(error)}")
+    except KeyboardInterrupt:  # what there is becomes a record that says so
+        run.fail("interrupted")
+        for name in sections:
+            run.sections.setdefault(name, Section())
 
     described = record.describe(run)
     described["figures"] = figures(described["sections"], ours(run.device))
-    for view in tables.views(described):
-        console.print(tables.for_terminal(view))
     folder = options.out or Path(tempfile.mkdtemp(prefix="cyclip-loss-dry-run-"))
     stem = f"side-by-side-{described['card']}-{described['date']}"
     files = record.write(folder, stem, described, tables.markdown(described))
+    for view in tables.views(described):
+        console.print(tables.for_terminal(view))
     for file in (*files, *plots.draw(described, files[0])):
         print(f"wrote {file}")
     return 1 if any(section.failures for section in run.sections.values()) else 0
@@ -97,8 +103,7 @@ def progress(run: Run, console: Console, total: int) -> Iterator[Callable[[str],
 
 def machine(run: Run, chosen: plan.Plan) -> list[dict[str, Any]]:
     """Threads, how busy it was already, memory there is, how fast the library multiplies."""
-    on_cuda = run.device.type == "cuda"
-    available = torch.cuda.mem_get_info(run.device)[0] if on_cuda else available_bytes()
+    available = available_on(run.device)
     row: dict[str, Any] = {"threads": torch.get_num_threads()}
     if hasattr(os, "getloadavg"):
         row["load before"] = os.getloadavg()[0]
@@ -123,10 +128,21 @@ def cost_tasks(run: Run, found: list[Competitor], chosen: plan.Plan) -> list[Tas
             return cost.attempt(run, competitor.loss, leaves)
 
         most = cost.MOST_RUNS if n <= chosen.timed_up_to else 0
+        meanwhile = Contention()
         rows = cost.measure(
-            run, candidates, n, d, chosen.dtype, try_first, chosen.seconds, most=most
+            run, candidates, n, d, chosen.dtype, try_first, chosen.seconds, chosen.least, most
         )
-        cost.add_fraction_of_rate(rows, 1e9 * run.sections["machine"].rows[0]["GFLOP/s"])
+        others = meanwhile.share()
+        if others is not None:
+            for row in rows:
+                row["others' CPU"] = others
+            if others > BUSY:
+                run.warn(
+                    f"N = {n:,}, D = {d:,}: other processes took {tables.percent(others)} of the "
+                    "cores' time meanwhile; do not trust the times"
+                )
+        for measured in run.sections["machine"].rows:
+            cost.add_fraction_of_rate(rows, 1e9 * measured["GFLOP/s"])
         return rows
 
     return [(f"N = {n:,}, D = {d:,}", lambda size=(n, d): rows_of(*size)) for n, d in chosen.costs]
@@ -146,16 +162,27 @@ def loss_error_tasks(run: Run, found: list[Competitor], chosen: plan.Plan) -> li
 
 
 def penalty_error_tasks(run: Run, chosen: plan.Plan) -> list[Task]:
-    """The penalties' gradient against float64."""
+    """The penalties' gradient against float64, where the dense formula in float64 has room."""
+
+    def rows_of(pairs: plan.Accuracy) -> list[dict[str, Any]]:
+        needed, available = accuracy.DENSE_MATRICES * 8 * pairs.n**2, available_on(run.device)
+        if available is not None and needed > available:
+            run.skip(
+                f"N = {pairs.n:,}",
+                f"the exact result takes {needed / 1e9:.1f} GB, {available / 1e9:.1f} are there",
+            )
+            return []
+        return accuracy.of_penalties(run, pairs.n, pairs.d, pairs.dtype, pairs.distances)
+
     return [
-        (
-            f"N = {pairs.n:,}, D = {pairs.d:,}",
-            lambda pairs=pairs: accuracy.of_penalties(
-                run, pairs.n, pairs.d, pairs.dtype, pairs.distances
-            ),
-        )
+        (f"N = {pairs.n:,}, D = {pairs.d:,}", lambda pairs=pairs: rows_of(pairs))
         for pairs in chosen.penalties
     ]
+
+
+def available_on(device: torch.device) -> int | None:
+    """Bytes of memory that are free, if known."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
 
 
 def training(run: Run, found: list[Competitor], chosen: plan.Plan) -> list[dict[str, Any]]:
@@ -167,10 +194,5 @@ def training(run: Run, found: list[Competitor], chosen: plan.Plan) -> list[dict[
         return []
     names = (ours(run.device), OURS_CONTRASTIVE, OPEN_CLIP, DENSE)
 
-    def peaks_of(competitor: Competitor) -> dict[str, Any]:
-        if run.device.type == "cuda":
-            return training_step.peaks(trainer, competitor.loss)
-        return fresh_process.training_peaks(run, competitor.name, chosen.model, chosen.batch_size)
-
     candidates = [competitor for competitor in found if competitor.name in names]
-    return training_step.measure(run, trainer, candidates, peaks_of, chosen.seconds)
+    return training_step.measure(run, trainer, candidates, chosen.seconds)

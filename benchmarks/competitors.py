@@ -23,6 +23,8 @@ OURS_PENALTIES = f"{OURS}, penalties only"
 DENSE = "dense"
 COMPILED = "dense, torch.compile"
 OPEN_CLIP = "open_clip.ClipLoss"
+INF_CL = "inf_cl, both directions"
+MEMEFF = "memeff"
 PENALTIES, CONTRASTIVE = "penalties", "contrastive term"  # what may be lacking
 
 
@@ -90,7 +92,7 @@ def _inf_cl(device: torch.device) -> Competitor:
         ways = [cal_flash_loss(a, b, scale=logit_scale, head_dim=head).mean() for a, b in pairs]
         return (ways[0] + ways[1]) / 2
 
-    return Competitor("inf_cl, both directions", loss, PENALTIES)
+    return Competitor(INF_CL, loss, PENALTIES)
 
 
 def _memeff(device: torch.device) -> Competitor:
@@ -105,7 +107,7 @@ def _memeff(device: torch.device) -> Competitor:
         module = MemoryEfficientCLIPLoss(temperature, normalized_inputs=True, stable=False)
         return module(image_features, text_features)
 
-    return Competitor("memeff", loss, f"{PENALTIES}, gradient of the logit scale")
+    return Competitor(MEMEFF, loss, f"{PENALTIES}, gradient of the logit scale")
 
 
 def _ours(impl: str) -> Callable[[torch.device], Competitor]:
@@ -146,8 +148,8 @@ BUILDERS: dict[str, Callable[[torch.device], Competitor]] = {
     COMPILED: _compiled,
     OPEN_CLIP: _open_clip,
     f"{OPEN_CLIP}, dense penalties": _open_clip_and_penalties,
-    "inf_cl, both directions": _inf_cl,
-    "memeff": _memeff,
+    INF_CL: _inf_cl,
+    MEMEFF: _memeff,
 }
 
 

@@ -45,12 +45,12 @@ def step_of(loss: Loss, leaves: tuple[Tensor, ...]) -> Step:
     """One loss and its gradients: a stretch forward, a stretch backward."""
 
     def step(end: Callable[[], None]) -> None:
-        for leaf in leaves:
-            leaf.grad = None
         value = loss(*leaves)
         end()
         value.backward()
         end()
+        for leaf in leaves:
+            leaf.grad = None
 
     return step
 
@@ -60,21 +60,30 @@ def attempt(run: Run, loss: Loss, leaves: tuple[Tensor, ...], fresh: bool = Fals
 
     fresh: in a fresh process. On CPU there is no peak otherwise: see `memory.Peak`.
     """
-    watch = Stopwatch(run.device)
-    for leaf in leaves:
-        leaf.grad = None
     try:
+        if run.device.type == "cuda":
+            # Whatever the one before kept: libraries and modules allocate for themselves.
+            torch.cuda.empty_cache()
+        watch = Stopwatch(run.device)
         peak = Peak(run.device) if fresh or run.device.type == "cuda" else None
         with kept_by_autograd(leaves) as kept:
             spent = milliseconds(step_of(loss, leaves), watch)
         return Attempt(OK, *spent, peak.extra() if peak else None, kept())
     except Exception as error:
         outcome = outcome_of(error)
-    # Only now: the traceback of the error held on to every tensor.
-    if run.device.type == "cuda":
+    return failure(run, outcome)
+
+
+def failure(run: Run, outcome: str) -> Attempt:
+    """An attempt that ended so, with what memory there was if that was it.
+
+    To be called when the error is gone: its traceback held on to every tensor.
+    """
+    limit = None
+    if run.device.type == "cuda" and outcome == OUT_OF_MEMORY:
         torch.cuda.empty_cache()
-    limit = torch.cuda.mem_get_info(run.device)[0] if run.device.type == "cuda" else None
-    return Attempt(outcome, limit=limit if outcome == OUT_OF_MEMORY else None)
+        limit = torch.cuda.mem_get_info(run.device)[0]
+    return Attempt(outcome, limit=limit)
 
 
 def warm_up(run: Run, loss: Loss, d: int, dtype: torch.dtype) -> None:
@@ -100,6 +109,7 @@ def measure(
     leaves = leaves_of(run, n, d, dtype)
     attempts = {competitor.name: try_first(competitor) for competitor in found}
     steps = {}
+    errors: dict[str, str] = {}
     for competitor in found:
         if attempts[competitor.name].outcome == OK and most > 0:
             step = step_of(competitor.loss, leaves)
@@ -107,8 +117,12 @@ def measure(
                 step(lambda: None)
                 steps[competitor.name] = step
             except Exception as error:
-                attempts[competitor.name] = Attempt(outcome_of(error))
-    runs = interleaved(steps, run.device, seconds, least, most)
+                errors[competitor.name] = outcome_of(error)
+    runs = interleaved(
+        steps, run.device, seconds, least, most,
+        failed=lambda name, error: errors.update({name: outcome_of(error)}),
+    )  # fmt: skip
+    attempts |= {name: failure(run, outcome) for name, outcome in errors.items()}
     rows = [
         row_of(n, d, competitor, attempts[competitor.name], runs.get(competitor.name, []))
         for competitor in found
@@ -149,7 +163,7 @@ def row_of(
 
 
 def matrix_rate(run: Run, dtype: torch.dtype, size: int) -> float:
-    """Flops per second of one library product of square matrices."""
+    """Flops per second of a library product of square matrices, at its fastest."""
     a = torch.randn(size, size, device=run.device).to(dtype)
 
     def product(end: Callable[[], None]) -> None:
@@ -159,7 +173,7 @@ def matrix_rate(run: Run, dtype: torch.dtype, size: int) -> float:
     for _ in range(3):
         product(lambda: None)
     runs = interleaved({"product": product}, run.device, 2.0)["product"]
-    return 2e3 * size**3 / Times.of([spent for (spent,) in runs]).median
+    return 2e3 * size**3 / min(spent for (spent,) in runs)
 
 
 def add_fraction_of_rate(rows: list[dict[str, Any]], rate: float) -> None:

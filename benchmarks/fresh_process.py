@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import cost, training_step
+from benchmarks import cost
 from benchmarks.checkout import ROOT
 from benchmarks.competitors import BUILDERS
-from benchmarks.memory import OUT_OF_MEMORY, environment_of_fresh_process, limit_to_available
+from benchmarks.memory import OUT_OF_MEMORY, limit_to_available
 from benchmarks.run import Run
 
 TIMEOUT_SECONDS = 900
@@ -27,7 +27,6 @@ def answer_to(task: dict[str, Any]) -> dict[str, Any]:
         done = subprocess.run(
             command,
             cwd=ROOT,
-            env=environment_of_fresh_process(),
             capture_output=True,
             text=True,
             timeout=TIMEOUT_SECONDS,
@@ -49,18 +48,10 @@ def attempt(run: Run, name: str, n: int, d: int) -> cost.Attempt:
     return cost.Attempt(**answer_to({"loss": name, "seed": run.seed, "n": n, "d": d}))
 
 
-def training_peaks(run: Run, name: str, model: str, batch_size: int) -> dict[str, Any]:
-    """`training_step.peaks` on the CPU, in a fresh process."""
-    return answer_to({"loss": name, "seed": run.seed, "model": model, "batch_size": batch_size})
-
-
 def main(task: dict[str, Any]) -> dict[str, Any]:
     """In the fresh process: measure what the task names."""
     run = Run(dry_run=False, seed=task["seed"], device=torch.device("cpu"))
     competitor = BUILDERS[task["loss"]](run.device)
-    if "model" in task:
-        trainer = training_step.Trainer(run, task["model"], task["batch_size"])
-        return training_step.peaks(trainer, competitor.loss)
     cost.warm_up(run, competitor.loss, task["d"], torch.float32)
     leaves = cost.leaves_of(run, task["n"], task["d"], torch.float32)
     limit = limit_to_available()

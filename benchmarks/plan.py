@@ -6,7 +6,7 @@ import torch
 
 Size = tuple[int, int]  # N, D
 # Distances of text and image; None: random pairs.
-RANDOM_AND_ALIGNED = (None, 0.3, 0.03, 0.003)
+RANDOM_AND_ALIGNED = (None, 0.3, 0.03, 0.003, 0.001)
 ALIGNED = RANDOM_AND_ALIGNED[1:]
 
 
@@ -24,7 +24,8 @@ class Accuracy:
 class Plan:
     """Sizes of a run.
 
-    fresh: those of `costs` whose memory is measured in fresh processes (on CPU).
+    fresh: those of `costs` whose memory is measured in fresh processes (on CPU; a resident set is
+        too rough for smaller ones).
     timed_up_to: the largest N that is timed in interleaved runs; beyond it, each loss runs once.
     parts_up_to: the largest N at which our contrastive term and our penalties also run alone.
     """
@@ -40,6 +41,7 @@ class Plan:
     batch_size: int
     matrix: int  # rows and columns of the product whose rate is measured
     seconds: float  # on interleaved runs of a size, at least
+    least: int  # interleaved runs of a size
 
 
 # The paper's own batch is 128. N sweeps at D = 512, D at N = 2,048.
@@ -50,19 +52,23 @@ CPU = Plan(
         *((2048, 128), (2048, 512), (2048, 1024), (2048, 2048)),
         *((8192, 512), (32768, 512)),
     ),
-    fresh=((512, 512), (2048, 512), (8192, 512), (32768, 512)),
+    fresh=(
+        *((512, 512), (512, 1024)),
+        *((2048, 128), (2048, 512), (2048, 1024), (2048, 2048)),
+        *((8192, 512), (32768, 512)),
+    ),
     timed_up_to=8192,
     parts_up_to=8192,
     losses=(Accuracy(2048, 512, torch.float32),),
     penalties=(
         Accuracy(2048, 512, torch.float32, ALIGNED),
-        Accuracy(4096, 512, torch.float32, ALIGNED),
-        Accuracy(8192, 512, torch.float32, ALIGNED[-1:]),
+        Accuracy(8192, 512, torch.float32, ALIGNED),
     ),
     model="tiny",
     batch_size=256,
-    matrix=2048,
+    matrix=4096,
     seconds=6.0,
+    least=5,
 )
 CUDA = Plan(
     dtype=torch.bfloat16,
@@ -82,6 +88,7 @@ CUDA = Plan(
     batch_size=1024,
     matrix=8192,
     seconds=6.0,
+    least=5,
 )
 DRY_RUN = Plan(
     dtype=torch.float32,
@@ -95,4 +102,5 @@ DRY_RUN = Plan(
     batch_size=8,
     matrix=64,
     seconds=0.1,
+    least=3,
 )

@@ -6,19 +6,22 @@ with any colour vision tell apart; lines differ in their marks as well, and name
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 
-from benchmarks.competitors import COMPILED, DENSE, OPEN_CLIP, OURS
+from benchmarks.competitors import COMPILED, DENSE, INF_CL, MEMEFF, OPEN_CLIP, OURS
 from benchmarks.figures import Row
 from benchmarks.memory import OUT_OF_MEMORY
+from benchmarks.record import save_picture
 
 matplotlib.use("Agg")  # files only: no display needed
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+NO_PENALTIES = (OPEN_CLIP, INF_CL, MEMEFF)
 # Name in the record: name in the picture, colour, mark. The others are in the tables: our parts,
 # and `open_clip.ClipLoss` with dense penalties, which costs what the dense formula does.
 DRAWN = {
@@ -27,12 +30,18 @@ DRAWN = {
     DENSE: ("dense CyCLIP", "#0072B2", "s"),
     COMPILED: ("dense, compiled", "#009E73", "^"),
     OPEN_CLIP: ("plain CLIP (OpenCLIP)", "#7F7F7F", "D"),
+    INF_CL: ("plain CLIP (inf_cl)", "#56B4E9", "P"),
+    MEMEFF: ("plain CLIP (memeff)", "#E69F00", "X"),
 }
 
 
 def main(options: argparse.Namespace) -> int:
     """Draw the pictures of a record beside it, or in another folder."""
-    found = json.loads(options.record.read_text())
+    try:
+        found = json.loads(options.record.read_text())
+    except (OSError, ValueError) as error:
+        print(f"{options.record} cannot be read: {error}")
+        return 2
     if "cost" not in found.get("sections", {}):
         print(f"{options.record} is not a record of `python -m benchmarks compare`")
         return 2
@@ -60,8 +69,7 @@ def draw(record: dict[str, Any], beside: Path, folder: Path | None = None) -> li
             if record["dry_run"]:
                 figure.text(0.5, 0.5, "DRY RUN", fontsize=40, alpha=0.3, ha="center", rotation=30)
             path = (folder or beside.parent) / f"{beside.stem}-{name}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path)
+            save_picture(figure, path)
             plt.close(figure)
             drawn.append(path)
     return drawn
@@ -80,10 +88,15 @@ def sweep(rows: list[Row]) -> list[Row]:
     return [row for row in rows if row["D"] == best]
 
 
+def is_number(value: Any) -> bool:
+    """Not for what is missing, nor for NaN and infinity, which a record holds as text."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
 def points(rows: list[Row], loss: str, column: str) -> tuple[list[int], list[float], list[int]]:
     """N and value where a loss was measured, and the N at which it ran out of memory."""
     own = sorted((row for row in rows if row["loss"] == loss), key=lambda row: row["N"])
-    measured = [row for row in own if column in row]
+    measured = [row for row in own if is_number(row.get(column))]
     failed = [row["N"] for row in own if row["outcome"] == OUT_OF_MEMORY]
     return [row["N"] for row in measured], [row[column] for row in measured], failed
 
@@ -187,14 +200,20 @@ def _errors(losses: list[Row], penalties: list[Row], names: dict[str, str]) -> A
 
 
 def _draw_loss_errors(ax: Any, rows: list[Row], names: dict[str, str]) -> None:
-    """The image gradient of the whole loss, on random pairs and on the nearest ones."""
+    """The image gradient of the whole loss, on random pairs and on the nearest ones.
+
+    Without the losses that have no penalties: their gradient is another one, and so is its size.
+    """
+    rows = [row for row in rows if row["loss"] not in NO_PENALTIES]
+    if not rows:
+        return
     rows = largest_group(rows)
     distances = [row["|T - I|"] for row in rows]
     bars = [
         (_pairs(distance), row["image"], names[row["loss"]], DRAWN[row["loss"]][1])
         for distance in (distances[0], distances[-1])
         for row in rows
-        if row["|T - I|"] == distance and row["loss"] in names and "image" in row
+        if row["|T - I|"] == distance and row["loss"] in names and is_number(row.get("image"))
     ]
     _draw_bars(ax, bars)
     ax.set_title(f"gradient of the whole loss{_at(rows[0])}", loc="left")
@@ -207,6 +226,7 @@ def _draw_penalty_errors(ax: Any, rows: list[Row]) -> None:
         (_pairs(row["|T - I|"]), row[column], DRAWN[loss][0], DRAWN[loss][1])
         for row in rows
         for column, loss in ((OURS, f"{OURS} (eager)"), ("dense", DENSE))
+        if is_number(row[column])
     ]
     _draw_bars(ax, bars)
     ax.set_title(f"gradient of the penalties alone{_at(rows[0])}", loc="left")
@@ -236,6 +256,8 @@ def _pairs(distance: Any) -> str:
 
 def _draw_bars(ax: Any, bars: list[tuple[str, float, str, str]]) -> None:
     """Horizontal bars on a log scale: (group, value, name, colour), groups in order."""
+    if not bars:
+        return
     groups: dict[str, list[float]] = {}
     y = 0.0
     least = min(value for _, value, _, _ in bars) / 4

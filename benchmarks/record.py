@@ -9,12 +9,11 @@ import subprocess
 import sys
 import tempfile
 from datetime import date
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
-import triton
 
 from benchmarks.checkout import ROOT
 from benchmarks.run import Run
@@ -39,7 +38,7 @@ def device_name(device: torch.device) -> str:
 
 
 def describe(run: Run) -> dict[str, Any]:
-    """Everything about a run, as JSON holds it."""
+    """Everything about a run."""
     return {
         "dry_run": run.dry_run,
         "card": card(run.device),
@@ -49,7 +48,7 @@ def describe(run: Run) -> dict[str, Any]:
         "seed": run.seed,
         "seconds": round(run.elapsed(), 1),
         "versions": versions(),
-        "sections": {name: _finite(vars(section)) for name, section in run.sections.items()},
+        "sections": {name: vars(section) for name, section in run.sections.items()},
     }
 
 
@@ -62,15 +61,20 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
+# Of the competitors, named if they are there.
+COMPETITORS = ("open_clip_torch", "inf_cl", "memeff")
+
+
 def versions() -> dict[str, str]:
     """Of everything that a measurement depends on."""
-    found = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "numpy": numpy.__version__,
-        "cuda": str(torch.version.cuda or torch.version.hip),
-    }
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("triton", "numpy", *COMPETITORS):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            if package not in COMPETITORS:
+                found[package] = "not installed"
+    found["cuda"] = str(torch.version.cuda or torch.version.hip)
     commands = {
         "driver": ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
         "commit": ["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
@@ -99,7 +103,15 @@ def heading(record: dict[str, Any]) -> list[str]:
         for name, section in record["sections"].items()
         for failure in section["failures"]
     ]
-    return [*lines, f"**{len(failures)} failures**", "", *failures] if failures else lines
+    warnings = [
+        f"- {name}: {warning}"
+        for name, section in record["sections"].items()
+        for warning in section.get("warnings", ())
+    ]
+    for what, listed in (("failures", failures), ("warnings", warnings)):
+        if listed:
+            lines += [f"**{len(listed)} {what}**", "", *listed, ""]
+    return lines
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -139,6 +151,17 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(file.name, path)
 
 
+def save_picture(figure: Any, path: Path, **options: Any) -> None:
+    """Write a matplotlib figure as PNG, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}")
+    try:
+        figure.savefig(unfinished, format="png", **options)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def write(folder: Path, stem: str, record: dict[str, Any], text: str) -> tuple[Path, Path]:
     """Write the record as JSON and `text` as Markdown; a number follows a stem that is taken.
 
@@ -146,7 +169,7 @@ def write(folder: Path, stem: str, record: dict[str, Any], text: str) -> tuple[P
     the first is taken back.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    texts = {".json": json.dumps(record, indent=1, allow_nan=False) + "\n", ".md": text}
+    texts = {".json": json.dumps(_finite(record), indent=1, allow_nan=False) + "\n", ".md": text}
     stems = [stem, *(f"{stem}-{number}" for number in range(2, 1000))]
     stem = next(
         name for name in stems if not any(folder.joinpath(name + end).exists() for end in texts)

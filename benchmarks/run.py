@@ -18,6 +18,7 @@ class Section:
     rows: list[dict[str, Any]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
 
@@ -72,6 +73,11 @@ class Run:
         """Note and print a failure."""
         self.section.failures.append(text)
         self.say(f"FAILED {text}")
+
+    def warn(self, text: str) -> None:
+        """Note and print what makes results doubtful."""
+        self.section.warnings.append(text)
+        self.say(f"WARNING {text}")
 
     def skip(self, what: str, why: str) -> None:
         """Note and print what was left out, and why."""

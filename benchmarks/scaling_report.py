@@ -166,10 +166,7 @@ def draw(rows: list[dict[str, Any]], links: Links, d: int, path: Path) -> None:
         fontsize=20,
         fontweight="bold",
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}")
-    figure.savefig(unfinished, dpi=110, format="png")
-    unfinished.replace(path)
+    record.save_picture(figure, path, dpi=110)
     plt.close(figure)
 
 

@@ -41,8 +41,10 @@ def views(record: dict[str, Any]) -> list[View]:
             "Time and memory",
             "Milliseconds: median (20th to 80th percentile) of interleaved runs; where runs is 1, "
             "of the only run, in a fresh process. Peak: beyond what was held before, gradients "
-            "included. Kept: by autograd between forward and backward, inputs not counted. "
-            "Of matrix rate: 8 N² D flops at the rate below, over the time.",
+            "included; on CPU of the resident set of a fresh process, which is rough below a few "
+            "MB. Kept: by autograd between forward and backward, inputs not counted. "
+            "Of matrix rate: 8 N² D flops at the rate below, over the time. Others' CPU: what "
+            "other processes took of all cores meanwhile.",
             [_cost(row) for row in cost],
             [_narrow_cost(row) for row in cost],
             skipped["cost"],
@@ -64,7 +66,8 @@ def views(record: dict[str, Any]) -> list[View]:
         View(
             "Training step",
             "One step of the model with this loss: medians. Loss: its forward and backward pass. "
-            "Peaks: beyond what was held before the step, and before the loss.",
+            "Peaks: what PyTorch's allocator handed out, beyond what was held before the step, and "
+            "before the loss.",
             [_training(row) for row in training],
             [_narrow_training(row) for row in training],
             skipped["training step"],
@@ -99,7 +102,10 @@ def for_terminal(view: View) -> Group:
     for name in columns:
         is_text = name in ("loss", "figure", "value")
         drawn.add_column(
-            name, justify="left" if name in ("loss", "figure") else "right", no_wrap=not is_text
+            name,
+            justify="left" if name in ("loss", "figure") else "right",
+            no_wrap=not is_text,
+            overflow="fold",
         )
     group = None
     for row in view.narrow:
@@ -145,7 +151,8 @@ def _cost(row: Row) -> dict[str, str]:
     cells["runs"] = number(row["runs"]) if "runs" in row else ""
     for name in ("times ours", "peak MB", "kept MB"):
         cells[name] = number(row[name]) if name in row else ""
-    cells["of matrix rate"] = percent(row["of matrix rate"]) if "of matrix rate" in row else ""
+    for name in ("of matrix rate", "others' CPU"):
+        cells[name] = percent(row[name]) if name in row else ""
     return {**cells, "outcome": outcome_text(row)}
 
 
@@ -207,8 +214,8 @@ def _penalty_error(row: Row) -> dict[str, str]:
 
 
 def _training(row: Row) -> dict[str, str]:
-    cells = {"model": row["model"], "batch": number(row["batch"]), "loss": row["loss"]}
-    cells["lacks"] = row["lacks"]
+    cells = {"model": row["model"], "batch": number(row["batch"]), "features": row["features"]}
+    cells |= {"loss": row["loss"], "lacks": row["lacks"]}
     if "step ms" in row:
         cells["step, ms"] = _spread({**row, "ms": row["step ms"]}, "step")
         cells["loss, ms"] = _spread(row, "loss")

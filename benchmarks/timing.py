@@ -67,11 +67,13 @@ def interleaved(
     seconds: float,
     least: int = 3,
     most: int = 30,
+    failed: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, list[tuple[float, ...]]]:
     """Milliseconds of the stretches of each step, run by run, all steps in turn.
 
-    For about so many seconds, but `least` runs at least and `most` at most. Steps are warmed up by
-    the caller.
+    Each turn begins with another step, so that none always follows the same one. For about so many
+    seconds, but `least` runs at least and `most` at most. Steps are warmed up by the caller. A step
+    that raises is left out from then on, with all its runs, if there is `failed` to be told.
     """
     watch = Stopwatch(device)
     found: dict[str, list[tuple[float, ...]]] = {name: [] for name in steps}
@@ -79,9 +81,17 @@ def interleaved(
     for turn in range(most):
         if turn >= least and time.perf_counter() - begun > seconds:
             break
-        for name, step in steps.items():
-            watch.clear()
-            found[name].append(milliseconds(step, watch))
+        names = list(found)
+        first = turn % len(names) if names else 0
+        for name in (*names[first:], *names[:first]):
+            try:
+                watch.clear()
+                found[name].append(milliseconds(steps[name], watch))
+            except Exception as error:
+                if failed is None:
+                    raise
+                del found[name]
+                failed(name, error)
     return found
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.competitors import Competitor, Loss
 from benchmarks.cost import LOGIT_SCALE, OK
-from benchmarks.memory import Peak, outcome_of
+from benchmarks.memory import allocated_peak, outcome_of
 from benchmarks.run import Run
 from benchmarks.timing import Step, Times, interleaved
 
@@ -41,19 +41,27 @@ class Trainer:
         self.images = images.contiguous(memory_format=torch.channels_last)
         self.tokens = random_tokens(batch_size, clip.tokenize([""]).shape[1]).to(run.device)
 
+    def encode(self) -> list[Tensor]:
+        """Image features, text features and logit scale of the batch."""
+        with self._autocast():
+            out = self.model(self.images, self.tokens)
+        return [out[name] for name in ("image_features", "text_features", "logit_scale")]
+
+    def gradients(self, loss: Loss, leaves: list[Tensor]) -> None:
+        """Of the loss by each of `leaves`; computed under autocast, as training loops do."""
+        with self._autocast():
+            value = loss(*leaves)
+        value.backward()
+
     def step_of(self, loss: Loss) -> Step:
         """One training step with this loss, in the four stretches."""
 
         def step(end: Callable[[], None]) -> None:
             self.optimizer.zero_grad(set_to_none=True)
-            on_cuda = self.device.type == "cuda"
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=on_cuda):
-                out = self.model(self.images, self.tokens)
-            names = ("image_features", "text_features", "logit_scale")
-            outputs = [out[name] for name in names]
+            outputs = self.encode()
             end()
-            leaves = [output.detach().requires_grad_() for output in outputs]
-            loss(*leaves).backward()
+            leaves = _leaves(outputs)
+            self.gradients(loss, leaves)
             end()
             # A competitor without a gradient of the logit scale leaves none.
             reached = [(o, leaf.grad) for o, leaf in zip(outputs, leaves, strict=True)]
@@ -64,6 +72,14 @@ class Trainer:
             end()
 
         return step
+
+    def _autocast(self) -> torch.autocast:
+        device_type = self.device.type
+        return torch.autocast(device_type, torch.bfloat16, enabled=device_type == "cuda")
+
+
+def _leaves(outputs: list[Tensor]) -> list[Tensor]:
+    return [output.detach().requires_grad_() for output in outputs]
 
 
 def random_tokens(batch_size: int, context_length: int) -> Tensor:
@@ -76,21 +92,20 @@ def random_tokens(batch_size: int, context_length: int) -> Tensor:
 
 
 def peaks(trainer: Trainer, loss: Loss) -> dict[str, Any]:
-    """Peak bytes of a whole step, and of its loss alone, beyond what was held before each."""
+    """Peak bytes of a whole step, and of its loss alone, beyond what was held before each.
+
+    The parameters' gradients count in the step, those of the features in the loss.
+    """
     step = trainer.step_of(loss)
     try:
         step(lambda: None)  # the optimiser's state and what libraries allocate once
-        of_step = Peak(trainer.device)
-        step(lambda: None)
-        found = {"outcome": OK, "step": of_step.extra()}
-        looks: list[Peak | int | None] = []
-
-        def look() -> None:
-            # After the encoders: begin; after the loss: read.
-            looks.append(looks[0].extra() if len(looks) == 1 else Peak(trainer.device))
-
-        step(look)
-        return {**found, "loss": looks[1]}
+        trainer.optimizer.zero_grad(set_to_none=True)
+        of_step = allocated_peak(trainer.device, lambda: step(lambda: None))
+        with torch.no_grad():
+            outputs = trainer.encode()
+        leaves = _leaves(outputs)
+        of_loss = allocated_peak(trainer.device, lambda: trainer.gradients(loss, leaves))
+        return {"outcome": OK, "step": of_step, "loss": of_loss}
     except Exception as error:
         return {"outcome": outcome_of(error)}
 
@@ -99,12 +114,11 @@ def measure(
     run: Run,
     trainer: Trainer,
     found: list[Competitor],
-    peaks_of: Callable[[Competitor], dict[str, Any]],
     seconds: float,
     least: int = 5,
 ) -> list[dict[str, Any]]:
     """One row for each loss: its share of a step, interleaved, and the peaks beside each other."""
-    memory = {competitor.name: peaks_of(competitor) for competitor in found}
+    memory = {competitor.name: peaks(trainer, competitor.loss) for competitor in found}
     steps = {
         competitor.name: trainer.step_of(competitor.loss)
         for competitor in found
@@ -113,11 +127,13 @@ def measure(
     for step in steps.values():
         step(lambda: None)
     runs = interleaved(steps, run.device, seconds, least)
+    with torch.no_grad():
+        dtype = str(trainer.encode()[0].dtype).removeprefix("torch.")
     rows = []
     for competitor in found:
         name, of_memory = competitor.name, memory[competitor.name]
         row: dict[str, Any] = {"model": trainer.name, "batch": len(trainer.images)}
-        row |= {"loss": name, "lacks": competitor.lacks}
+        row |= {"features": dtype, "loss": name, "lacks": competitor.lacks}
         row["outcome"] = of_memory["outcome"]
         if name in runs:
             row |= times_of(runs[name])
