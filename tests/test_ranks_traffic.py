@@ -1,9 +1,7 @@
 """Which collectives run, in which order, and how many bytes each: not one more, not one byte."""
 
-import tempfile
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +9,11 @@ import torch.distributed as dist
 from inputs import loss_dtype
 from rank_cases import RankCase, evaluate
 from ranks import Ranks
-from test_memory import allocations, peak
 from test_ranks import COLUMNS, WORLD_SIZES
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.memory import allocations, peak_of
 from cyclip_loss import CyCLIPLoss
 from cyclip_loss import columns as columns_module
 from cyclip_loss.distributed import Hop
@@ -325,9 +323,7 @@ def peak_bytes(rank: int, world_size: int, case: RankCase) -> int:
     """The most that a step holds at a time, beyond its inputs."""
     inputs = [*(features.clone().requires_grad_() for features in case.features(rank))]
     evaluate(case, *inputs, case.scale()).backward()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder, "trace.json")
-        return peak(allocations(lambda: evaluate(case, *inputs, case.scale()).backward(), trace))
+    return peak_of(allocations(lambda: evaluate(case, *inputs, case.scale()).backward()))
 
 
 def test_a_ring_holds_as_much_whatever_the_ranks(ranks: Ranks) -> None:

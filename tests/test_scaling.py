@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from inputs import pairs
-from test_memory import allocations, peak
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,6 +20,7 @@ from benchmarks import links, model, scaling, scaling_report
 from benchmarks.chips import CHIPS
 from benchmarks.chips import H100 as H100_CHIP
 from benchmarks.links import H100
+from benchmarks.memory import allocations, peak_of
 from benchmarks.scaling import GATHER, OPEN_CLIP, RING, WAYS, Case, Way
 from cyclip_loss import columns
 from cyclip_loss.distributed import Ranks, group_of
@@ -234,9 +234,7 @@ def with_dense_penalties(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     ],
     ids=["OpenCLIP", "OpenCLIP default", "CyCLIP authors"],
 )
-def test_counts_of_dense_losses(
-    loss: Callable[..., Tensor], dense: scaling.Dense, tmp_path: Path
-) -> None:
+def test_counts_of_dense_losses(loss: Callable[..., Tensor], dense: scaling.Dense) -> None:
     n = 1024
 
     def run() -> None:
@@ -249,7 +247,7 @@ def test_counts_of_dense_losses(
         run()
     assert counter.products == dense.products
     assert counter.moved == dense.moved * n * n
-    held = peak(allocations(run, tmp_path / "trace.json")) / n**2
+    held = peak_of(allocations(run)) / n**2
     assert held == pytest.approx(dense.held, rel=0.03)
 
 
@@ -283,7 +281,7 @@ class CountKernels(TorchDispatchMode):
 
 @pytest.mark.parametrize("world_size", [3, 8])
 def test_memory_of_a_ring_is_what_it_holds(
-    world_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On rank 0 of a group that sends nothing, with operators that hold nothing but their results.
 
@@ -308,7 +306,7 @@ def test_memory_of_a_ring_is_what_it_holds(
                     features, features, scale, lse, lse, lse, scale, *[True] * 4, *ways
                 )
 
-        held = peak(allocations(run, tmp_path / "trace.json"))
+        held = peak_of(allocations(run))
     finally:
         torch.distributed.destroy_process_group()
     expected = RING.memory(case) - scaling._own_bytes(case) - n * n * 2
