@@ -31,6 +31,7 @@ from benchmarks.contention import BUSY, Contention
 from benchmarks.figures import figures
 from benchmarks.memory import available_bytes, outcome_of
 from benchmarks.run import Run, Section
+from benchmarks.summary import summary
 
 PARTS = (OURS_CONTRASTIVE, OURS_PENALTIES)
 # What it says meanwhile, and a function that measures: rows of the section.
@@ -70,10 +71,12 @@ def main(options: argparse.Namespace) -> int:
             run.sections.setdefault(name, Section())
 
     described = record.describe(run)
-    described["figures"] = figures(described["sections"], ours(run.device))
+    described["ours"] = ours(run.device)
+    described["figures"] = figures(described["sections"], described["ours"])
     folder = options.out or Path(tempfile.mkdtemp(prefix="cyclip-loss-dry-run-"))
     stem = f"side-by-side-{described['card']}-{described['date']}"
-    files = record.write(folder, stem, described, tables.markdown(described))
+    text = tables.markdown(described, summary(described))
+    files = record.write(folder, stem, described, text)
     for view in tables.views(described):
         console.print(tables.for_terminal(view))
     for file in (*files, *plots.draw(described, files[0])):

@@ -81,9 +81,9 @@ def views(record: dict[str, Any]) -> list[View]:
     ]
 
 
-def markdown(record: dict[str, Any]) -> str:
-    """The record for people: figures first."""
-    lines, found = heading(record), views(record)
+def markdown(record: dict[str, Any], summary: list[str]) -> str:
+    """The record for people: the summary and the figures first."""
+    lines, found = [*heading(record), "## Summary", "", *summary, ""], views(record)
     for view in [found[-1], *found[:-1]]:
         lines += [f"## {view.title}", "", view.note, "", *table(view.rows), ""]
         lines += [f"- skipped {skipped}" for skipped in view.skipped]

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -25,9 +26,11 @@ from benchmarks import (
     training_step,
 )
 from benchmarks import record as benchmark_record
+from benchmarks.checkout import ROOT
 from benchmarks.competitors import Competitor
 from benchmarks.figures import NOT_MEASURED, figures
 from benchmarks.run import Run
+from benchmarks.summary import summary
 
 CPU = torch.device("cpu")
 OURS = competitors.ours(CPU)
@@ -142,11 +145,12 @@ def record(run: Run) -> dict:
     found["cost"]["skipped"] = ["memeff: memeff is not installed"]
     described = {"dry_run": False, "device": "a processor", "date": "2020-01-01", "seed": 0}
     described |= {"command": "python -m benchmarks", "seconds": 1.0, "versions": {"torch": "2"}}
+    described["ours"] = OURS
     return {**described, "sections": found, "figures": figures(found, OURS)}
 
 
 def test_tables(record: dict) -> None:
-    text = tables.markdown(record)
+    text = tables.markdown(record, summary(record))
     rows = [line for line in text.splitlines() if "| 32,768 | 512 |" in line]
     assert any(OURS in row and "| 400 |" in row for row in rows)
     assert any("| dense |" in row and "out of memory (had 22.5 GB)" in row for row in rows)
@@ -157,6 +161,37 @@ def test_tables(record: dict) -> None:
     assert view.narrow[2]["loss"] == "open_clip.ClipLoss\nno penalties"
     assert "2,000\n2,000-2,000" in view.narrow[0].values()
     assert tables.for_terminal(view).renderables[0].row_count > len(view.narrow)
+
+
+def test_summary(record: dict) -> None:
+    record["sections"]["training step"]["rows"] = [
+        {"model": "tiny", "batch": 256, "loss": loss, "of step": share}
+        for loss, share in ((OURS, 0.0131), (competitors.OURS_CONTRASTIVE, 0.009), ("dense", 0.02))
+    ]
+    text = summary(record)
+    assert "| 8,192, 512 | 2.00 s | 9.00 s, 4.50 × |  | 1.00 s, 0.500 × |" in text
+    assert "| 32,768, 512 | 32.0 s | out of memory (had 22.5 GB) |  |  |" in text
+    assert "| peak memory at 8,192, 512 | 100 MB | 2,000 MB, 20.0 × |  | 1,000 MB, 10.0 × |" in text
+    assert "| whole loss, N = 64 | \\|T - I\\| = 0.003 | 2.0e-07 | 3.0e-07 | 1.50 |" in text
+    assert "| penalties alone, N = 64 | \\|T - I\\| = 0.003 | 1.0e-07 | 1.5e-05 | 150 |" in text
+    assert text[-1].endswith("the loss takes 1.3 % with CyCLIPLoss, 2.0 % with dense CyCLIP.")
+
+
+def test_readme_quotes_the_record() -> None:
+    """Every line of its tables, and the sentence about a training step."""
+    readme = (ROOT / "README.md").read_text()
+    (name,) = set(re.findall(r"results/(side-by-side-[a-z0-9-]+)\.md", readme))
+    folder = ROOT / "benchmarks/results"
+    made = (folder / f"{name}.md").read_text().splitlines()
+    section = readme.split("## What it costs")[1].split("\n## ")[0].splitlines()
+    quoted = [line for line in section if line.startswith("|") or line.startswith("Of a training")]
+    assert len(quoted) > 15
+    assert [line for line in quoted if line not in made] == []
+    recorded = json.loads((folder / f"{name}.json").read_text())
+    assert [line for line in summary(recorded) if line not in made] == []
+    for picture in ("cost", "error"):
+        assert f"benchmarks/results/{name}-{picture}.png" in readme
+        assert (folder / f"{name}-{picture}.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -189,7 +224,7 @@ def test_a_number_that_is_none_costs_no_record(record: dict, tmp_path: Path) -> 
         found["error of penalties"]["rows"][-1] |= {"cyclip_loss": value, "dense / ours": value}
         found["cost"]["rows"][0] |= {"peak MB": value, "times ours": value}
         record["figures"] = figures(found, OURS)
-        text = tables.markdown(record)
+        text = tables.markdown(record, summary(record))
         assert str(value) in text
         file, _ = benchmark_record.write(tmp_path, "x", record, text)
         assert __main__.main(["plot", str(file)]) == 0
