@@ -23,9 +23,9 @@ def main(arguments: list[str]) -> int:
     )
     compare.add_argument("--seed", type=int, default=0)
 
-    plot = commands.add_parser("plot", help="the pictures of a record of compare, drawn anew")
+    plot = commands.add_parser("plot", help="tables and pictures of a record of compare, made anew")
     plot.add_argument("record", type=Path, help="its JSON file")
-    plot.add_argument("--out", type=Path, help="folder of the pictures (beside the record)")
+    plot.add_argument("--out", type=Path, help="where to (beside the record)")
 
     model = commands.add_parser("model", help="predict the kernels' times from first principles")
     model.add_argument("--chip", nargs="+", default=["A100", "H100", "B200"], metavar="NAME")

@@ -1,7 +1,8 @@
 """The pictures of a side-by-side record: 5.5 inches wide, to be read on a phone.
 
-`python -m benchmarks plot RECORD.json` draws them anew. Colours are Okabe and Ito's, which people
-with any colour vision tell apart; lines differ in their marks as well, and names stand beside them.
+`python -m benchmarks plot RECORD.json` draws them anew, and makes the tables as well. Colours are
+Okabe and Ito's, which people with any colour vision tell apart; lines differ in their marks as well,
+and names stand beside them.
 """
 
 import argparse
@@ -12,10 +13,12 @@ from typing import Any
 
 import matplotlib
 
+from benchmarks import tables
 from benchmarks.competitors import COMPILED, DENSE, INF_CL, MEMEFF, OPEN_CLIP, OURS
 from benchmarks.figures import Row
 from benchmarks.memory import OUT_OF_MEMORY
-from benchmarks.record import save_picture
+from benchmarks.record import save_picture, write_whole
+from benchmarks.summary import summary
 
 matplotlib.use("Agg")  # files only: no display needed
 from matplotlib import pyplot as plt
@@ -36,7 +39,7 @@ DRAWN = {
 
 
 def main(options: argparse.Namespace) -> int:
-    """Draw the pictures of a record beside it, or in another folder."""
+    """Make the tables and pictures of a record anew, beside it or in another folder."""
     try:
         found = json.loads(options.record.read_text())
     except (OSError, ValueError) as error:
@@ -45,8 +48,10 @@ def main(options: argparse.Namespace) -> int:
     if "cost" not in found.get("sections", {}):
         print(f"{options.record} is not a record of `python -m benchmarks compare`")
         return 2
-    for picture in draw(found, options.record, options.out):
-        print(f"wrote {picture}")
+    text = (options.out or options.record.parent) / f"{options.record.stem}.md"
+    write_whole(text, tables.markdown(found, summary(found)))
+    for file in (text, *draw(found, options.record, options.out)):
+        print(f"wrote {file}")
     return 0
 
 

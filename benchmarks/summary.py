@@ -6,8 +6,8 @@ README's lines with that file's.
 
 from typing import Any
 
-from benchmarks.competitors import COMPILED, DENSE, OPEN_CLIP, OURS
-from benchmarks.figures import HEADLINE, LARGE, Row, find, outcome_text
+from benchmarks.competitors import COMPILED, DENSE, OPEN_CLIP, OURS, OURS_PENALTIES
+from benchmarks.figures import HEADLINE, LARGE, SMALL, Row, find, outcome_text
 from benchmarks.tables import number, percent
 
 TITLES = {
@@ -22,7 +22,8 @@ def summary(record: dict[str, Any]) -> list[str]:
     rows = {name: section["rows"] for name, section in record["sections"].items()}
     lines = [*_costs(rows["cost"], record["ours"])]
     lines += ["", *_errors(rows["error of losses"], rows["error of penalties"], record["ours"])]
-    return [*lines, "", *_shares(rows["training step"], record["ours"])]
+    sentences = [*_penalties(rows["cost"]), *_shares(rows["training step"], record["ours"])]
+    return [*lines, "", " ".join(sentences)] if sentences else lines
 
 
 def _costs(cost: list[Row], ours: str) -> list[str]:
@@ -75,8 +76,19 @@ def _error_line(what: str, row: Row, own: float, dense: float, ratio: float | No
     return f"| {' | '.join(cells)} |"
 
 
+def _penalties(cost: list[Row]) -> list[str]:
+    """One sentence: what of the loss's time the penalties take, where both were timed."""
+    found = [row for row in cost if row["loss"] == OURS_PENALTIES and "times ours" in row]
+    shares = [
+        f"{percent(row['times ours'])} at {row['N']:,}, {row['D']:,}"
+        for row in found
+        if (row["N"], row["D"]) in (*SMALL[:1], HEADLINE)
+    ]
+    return [f"Both penalties alone take {' and '.join(shares)}."] if shares else []
+
+
 def _shares(training: list[Row], ours: str) -> list[str]:
-    """One line: what of a training step each loss takes."""
+    """One sentence: what of a training step each loss takes."""
     names = {ours: "CyCLIPLoss", **TITLES}
     shares = [
         f"{percent(row['of step'])} with {names[row['loss']]}"
@@ -87,7 +99,7 @@ def _shares(training: list[Row], ours: str) -> list[str]:
         return []
     row = training[0]
     return [
-        f"Of a training step of the {row['model']} model, batch {row['batch']:,}, the loss takes "
+        f"Of a training step of the {row['model']} model, batch {row['batch']:,}, the loss is "
         f"{', '.join(shares)}."
     ]
 

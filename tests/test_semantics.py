@@ -1,9 +1,11 @@
 """The table of OpenCLIP's flags in the documentation, measured again with real processes."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+from benchmarks import scaling_report
 from benchmarks.semantics import TOLERANCE, measure, shown
 
 ROOT = Path(__file__).parents[1]
@@ -64,6 +66,19 @@ def test_documentation_shows_what_to_choose() -> None:
     lines = [line for line in choice.splitlines() if line.startswith("- ")]
     assert len(lines) > 3
     assert [line for line in lines if line not in page] == []
+
+
+def test_the_scaling_record_is_what_the_model_says() -> None:
+    """Of today: a change of the kernels' or the collectives' model makes it anew."""
+    recorded = json.loads((ROOT / "benchmarks/results/scaling.json").read_text())
+    rows = scaling_report.estimate("H100", 512)
+    assert len(rows) == len(recorded["rows"])
+    for now, then in zip(rows, recorded["rows"], strict=True):
+        for name, value in now.items():
+            if isinstance(value, float):
+                value = pytest.approx(value, rel=1e-6)
+            assert then[name] == value, "python -m benchmarks scaling"
+    assert recorded["conclusions"] == scaling_report.conclusions(rows, "H100", 512)
 
 
 def test_a_gradient_that_is_no_multiple_is_called_wrong() -> None:
