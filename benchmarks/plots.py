@@ -1,8 +1,8 @@
 """The pictures of a side-by-side record: 5.5 inches wide, to be read on a phone.
 
 `python -m benchmarks plot RECORD.json` draws them anew, and makes the tables as well. Colours are
-Okabe and Ito's, which people with any colour vision tell apart; lines differ in their marks as well,
-and names stand beside them.
+Okabe and Ito's, which people with any colour vision tell apart; lines differ in their marks as
+well, and names stand beside them.
 """
 
 import argparse
