@@ -6,7 +6,6 @@ well, and names stand beside them.
 """
 
 import argparse
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from benchmarks import tables
 from benchmarks.competitors import COMPILED, DENSE, INF_CL, MEMEFF, OPEN_CLIP, OURS
 from benchmarks.figures import Row
 from benchmarks.memory import OUT_OF_MEMORY
-from benchmarks.record import save_picture, write_whole
+from benchmarks.record import read, save_picture, write_whole
 from benchmarks.summary import summary
 
 matplotlib.use("Agg")  # files only: no display needed
@@ -41,7 +40,7 @@ DRAWN = {
 def main(options: argparse.Namespace) -> int:
     """Make the tables and pictures of a record anew, beside it or in another folder."""
     try:
-        found = json.loads(options.record.read_text())
+        found = read(options.record)
     except (OSError, ValueError) as error:
         print(f"{options.record} cannot be read: {error}")
         return 2
@@ -94,7 +93,7 @@ def sweep(rows: list[Row]) -> list[Row]:
 
 
 def is_number(value: Any) -> bool:
-    """Not for what is missing, nor for NaN and infinity, which a record holds as text."""
+    """Not for what is missing, nor for NaN and infinity."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 

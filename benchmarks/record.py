@@ -65,6 +65,20 @@ def _finite(value: Any) -> Any:
 COMPETITORS = ("open_clip_torch", "inf_cl", "memeff")
 
 
+def read(path: Path) -> dict[str, Any]:
+    """A record as `write` wrote it, NaN and infinities numbers again."""
+    found: dict[str, Any] = _numbers(json.loads(path.read_text()))
+    return found
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    return float(value) if value in ("nan", "inf", "-inf") else value
+
+
 def versions() -> dict[str, str]:
     """Of everything that a measurement depends on."""
     found = {"python": platform.python_version(), "torch": torch.__version__}

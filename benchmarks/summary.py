@@ -84,7 +84,9 @@ def _penalties(cost: list[Row]) -> list[str]:
         for row in found
         if (row["N"], row["D"]) in (*SMALL[:1], HEADLINE)
     ]
-    return [f"Both penalties alone take {' and '.join(shares)}."] if shares else []
+    if not shares:
+        return []
+    return [f"Both penalties alone take {' and '.join(shares)} of CyCLIPLoss's time."]
 
 
 def _shares(training: list[Row], ours: str) -> list[str]:

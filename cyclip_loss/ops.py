@@ -1,6 +1,6 @@
 """The custom operators: four names that autograd calls, each computed by one of two engines.
 
-(Two more, in `columns.py`, are made of these: the journeys of a ring, whole.)
+(Four more, in `columns.py`, are made of these and of collectives: forward and backward over ranks.)
 
 The engines are `eager.py` and, on CUDA and ROCm, the Triton kernels; both have a function of each
 operator's name, with the arguments of the signatures below less the last. To `torch.compile` an
