@@ -52,7 +52,7 @@ def contrastive_bounds(
     first_column: int,
     eps: Eps,
 ) -> dict[str, Tensor]:
-    """eps * scale of dI, dT, ds and of a log-sum-exp, for float64 features (n, D), (m, D).
+    """eps * scale of dI, dT, ds, a log-sum-exp and the loss, for float64 features (n, D), (m, D).
 
     row_lse, column_lse, pair_gradient: as `cyclip_loss.eager.contrastive_grads` takes them.
     """
@@ -72,6 +72,8 @@ def contrastive_bounds(
     errors = of_logits + eps.stored * gradient
     return {
         "lse": eps.logits * largest,
+        # Of a pair's r_i - l_ii, which is log(1 + exp(a_i - l_ii)): as relative as its gradient.
+        "value": weight * eps.logits * largest * pair_gradient.abs().sum(),
         "image": weight * abs(scale) * errors @ text.abs(),
         "text": weight * abs(scale) * errors.T @ image.abs(),
         "logit_scale": weight * (of_logits * cosines).sum(),

@@ -189,7 +189,7 @@ def _module_bounds(
     cyclic = cyclic_bounds(image, text, total, difference, eps)
     rounding = torch.finfo(dtype).eps  # autograd adds the two gradients in the features' dtype
     bounds = {name: contrastive[name] + cyclic[name] * (1 + rounding) for name in ("image", "text")}
-    value = contrastive["lse"] + cyclic["value"]
+    value = contrastive["value"] + cyclic["value"]
     return {**bounds, "value": value, "logit_scale": contrastive["logit_scale"]}
 
 

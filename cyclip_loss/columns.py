@@ -3,8 +3,8 @@
 Both ways give the log-sum-exps and gradients of the global batch to rounding. With n rows on each
 of W ranks, N = W n:
 
-    gather  all-gather of the text features (N, D); all-reduces of N columns' maxima and sums;
-            backward, reduce-scatter of the partial text gradients (N, D)
+    gather  all-gather of the text features (N, D); all-reduces of N columns' maxima and pair logits
+            and of their sums; backward, reduce-scatter of the partial text gradients (N, D)
     ring    W - 1 times a block of n text rows goes to the next rank while the one before it is
             multiplied; what the ranks add to it, column log-sum-exps or gradients, follows one
             step behind, and the W-th step brings that home. O(n D) memory on every rank.

@@ -1,4 +1,4 @@
-"""Autograd of the contrastive term: only log-sum-exps cross from forward to backward.
+"""Autograd of the contrastive term: vectors of N cross from forward to backward, no matrix.
 
 Over ranks, a rank's image rows meet the text columns of all (`columns.py`).
 

@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.distributed_c10d import _resolve_process_group
 
 COLUMNS = ("gather", "ring")
 # The columns of each contrastive loss of a call, in their order.
@@ -54,6 +53,9 @@ class Ranks:
     @staticmethod
     def of(group_name: str, rows: Sequence[int] | None) -> "Ranks":
         """From what `named` gave, or with new numbers of rows."""
+        # Not above: it is not there where PyTorch was built without distributed.
+        from torch.distributed.distributed_c10d import _resolve_process_group
+
         group = group_of(_resolve_process_group(group_name))
         assert group is not None
         if rows is None or len(set(rows)) == 1:

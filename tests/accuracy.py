@@ -15,7 +15,10 @@ import torch
 from inputs import loss_dtype
 from torch import Tensor
 
+from benchmarks.bounds import Eps
 from cyclip_loss import reference
+
+FLOAT64 = torch.finfo(torch.float64).eps
 
 # At most 100 terms a sum in the tests: worst case 100, but errors of either sign mostly cancel
 # (measured: at most 3.1 over 20,000 random inputs).
@@ -45,28 +48,30 @@ class Results:
 NAMES = ("value", "image", "text", "logit_scale")
 
 
-def working_eps(impl: str, dtype: torch.dtype) -> float:
-    """Precision in which an engine multiplies features of `dtype`.
+def eps_of(impl: str, dtype: torch.dtype) -> Eps:
+    """Precision in which an engine computes with features of `dtype`.
 
-    The eager engine widens 16-bit features to float32. An engine that multiplies 16-bit factors
-    rounds everything it multiplies with them to 16 bits.
+    The eager engine widens 16-bit features to float32. The kernels multiply 16-bit features exactly
+    and sum in float32, keep G in 16 bits, and round U and V to tf32. The dense formula rounds
+    everything to 16 bits.
     """
-    if impl == "eager" and dtype != torch.float64:
-        dtype = torch.float32
-    return torch.finfo(dtype).eps
+    if dtype in (torch.float16, torch.bfloat16) and impl not in ("eager", "reference"):
+        return Eps.of(dtype, tf32=False)
+    eps = torch.finfo(dtype if impl == "reference" else loss_dtype(dtype)).eps
+    return Eps(eps, eps, eps)
 
 
-def contrastive_scale(
-    image: Tensor, text: Tensor, logit_scale: float, symmetric: bool = True
+def contrastive_bound(
+    image: Tensor, text: Tensor, logit_scale: float, impl: str, symmetric: bool = True
 ) -> Results:
-    """Scales of the contrastive term of features (n, D), (n, D) as given to the loss.
+    """eps * scale of the contrastive term of features (n, D), (n, D) as given to the loss.
 
     A logit's rounding error, eps times `size` at most, is a *relative* error of its exponential,
     and so of every element of the gradient by the logits: that of a pair is minus the sum of the
     others in its row. The oracle subtracts there, probabilities from 1 and logits from their
     log-sum-exp; what that costs it in float64 is added. (For float64 features that is all of it.)
     """
-    oracle = torch.finfo(torch.float64).eps / torch.finfo(loss_dtype(image.dtype)).eps
+    eps = eps_of(impl, image.dtype)
     image, text = image.double(), text.double()
     n = len(image)
     logits = logit_scale * image @ text.T
@@ -77,13 +82,15 @@ def contrastive_scale(
     if symmetric:
         parts.append(_gradient_sizes(logits.softmax(dim=0).T).T)
     exact = sum(parts) / (len(parts) * n)
-    weights = (exact + oracle / n * torch.eye(n, dtype=torch.float64)) * size
+    of_logits = (eps.logits * exact + FLOAT64 / n * torch.eye(n, dtype=torch.float64)) * size
+    errors = of_logits + eps.stored * exact
     loss = reference.contrastive_loss if symmetric else reference.one_way_contrastive_loss
+    value = (eps.logits * exact.trace() + FLOAT64) * size
     return Results(
-        (exact.trace() + oracle) * size + loss(image, text, logit_scale),
-        abs(logit_scale) * weights @ text.abs(),
-        abs(logit_scale) * weights.T @ image.abs(),
-        (weights * cosines).sum(),
+        value + eps.logits * loss(image, text, logit_scale),
+        abs(logit_scale) * errors @ text.abs(),
+        abs(logit_scale) * errors.T @ image.abs(),
+        (of_logits * cosines).sum(),
     )
 
 
@@ -93,31 +100,35 @@ def _gradient_sizes(probabilities: Tensor) -> Tensor:
     return negatives + negatives.sum(dim=1).diag()
 
 
-def augmented_scale(image: Tensor, text: Tensor, logit_scale: float, views: tuple) -> Results:
-    """Scales of the contrastive term with (fixed) augmented views, weighed as in `reference`."""
-    of_image = contrastive_scale(image, views[0], logit_scale, symmetric=False)
-    of_text = contrastive_scale(text, views[1], logit_scale, symmetric=False)
+def augmented_bound(
+    image: Tensor, text: Tensor, logit_scale: float, views: tuple, impl: str
+) -> Results:
+    """eps * scale of the contrastive term with (fixed) augmented views, weighed as `reference`."""
+    of_image = contrastive_bound(image, views[0], logit_scale, impl, symmetric=False)
+    of_text = contrastive_bound(text, views[1], logit_scale, impl, symmetric=False)
     inmodal = Results(
         of_image.value + of_text.value,
         of_image.image,
         of_text.image,
         of_image.logit_scale + of_text.logit_scale,
     )
-    return contrastive_scale(image, text, logit_scale) * 0.5 + inmodal * 0.25
+    return contrastive_bound(image, text, logit_scale, impl) * 0.5 + inmodal * 0.25
 
 
-def cyclic_scale(image: Tensor, text: Tensor, inmodal: float, crossmodal: float) -> Results:
-    """Scales of the weighted penalties of features (n, D), (n, D) as given to the loss.
+def cyclic_bound(
+    image: Tensor, text: Tensor, inmodal: float, crossmodal: float, impl: str
+) -> Results:
+    """eps * scale of the weighted penalties of features (n, D), (n, D) as given to the loss.
 
     U and V are sums and differences of two given numbers, so each is exact but for its own last
     bit: where pairs are nearly aligned V is small, and so is every scale. The oracle subtracts
     products of I and T; what that costs it in float64 is added.
     """
-    image, text, dtype = image.double(), text.double(), loss_dtype(image.dtype)
+    eps = eps_of(impl, image.dtype).penalties
+    image, text = image.double(), text.double()
     own = _cyclic_scale((image + text).abs(), (image - text).abs(), inmodal, crossmodal)
     sizes = image.abs() + text.abs()
-    oracle = _cyclic_scale(sizes, sizes, inmodal, crossmodal)
-    return own + oracle * (torch.finfo(torch.float64).eps / torch.finfo(dtype).eps)
+    return own * eps + _cyclic_scale(sizes, sizes, inmodal, crossmodal) * FLOAT64
 
 
 def _cyclic_scale(u: Tensor, v: Tensor, inmodal: float, crossmodal: float) -> Results:
@@ -172,27 +183,23 @@ def results(loss, image: Tensor, text: Tensor, logit_scale: Tensor, upstream=1.0
     return Results(value.detach(), *(leaf.grad for leaf in leaves))
 
 
-def assert_accurate(
-    actual: Results, parts: list[Results], scale: Results, impl: str, dtype: torch.dtype
-) -> None:
-    """Every element within FACTOR * eps * scale of the sum of the exact parts.
+def assert_accurate(actual: Results, parts: list[Results], bound: Results) -> None:
+    """Every element within FACTOR times the bound (eps * scale) of the sum of the exact parts.
 
     And one rounding, to the type of the result, of each part: autograd adds up gradients of
     16-bit features in 16 bits.
     """
     for name in NAMES:
         exact = [getattr(part, name) for part in parts]
-        check_bound(
-            name, getattr(actual, name), exact, getattr(scale, name), working_eps(impl, dtype)
-        )
+        check_bound(name, getattr(actual, name), exact, getattr(bound, name))
 
 
-def check_bound(name: str, actual: Tensor, exact: list[Tensor], scale: Tensor, eps: float) -> None:
-    """|actual - sum of exact| <= FACTOR * eps * scale + one rounding of each part."""
+def check_bound(name: str, actual: Tensor, exact: list[Tensor], bound: Tensor) -> None:
+    """|actual - sum of exact| <= FACTOR * bound + one rounding of each part."""
     total = sum(exact)
     assert actual.shape == total.shape, f"{name}: {actual.shape}, not {total.shape}"
     result = torch.finfo(actual.dtype)
-    bound = FACTOR * eps * scale
+    bound = FACTOR * bound
     for part in exact:
         bound = bound + result.eps * (part.abs() + result.tiny)
     error = (actual.double() - total).abs()

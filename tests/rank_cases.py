@@ -7,8 +7,8 @@ import torch
 from accuracy import (
     Results,
     assert_accurate,
-    contrastive_scale,
-    cyclic_scale,
+    contrastive_bound,
+    cyclic_bound,
     exact_contrastive,
     exact_cyclic,
 )
@@ -116,13 +116,13 @@ def check(case: RankCase, ranks: Ranks) -> list[Results]:
     image, text = case.batch()
     contrastive, *lambdas = case.weights()
     exact = [exact_cyclic(image, text, *lambdas)]
-    scale = cyclic_scale(image, text, *lambdas)
+    bound = cyclic_bound(image, text, *lambdas, case.impl)
     if contrastive:
         exact.append(exact_contrastive(image, text, case.logit_scale))
-        scale = scale + contrastive_scale(image, text, case.logit_scale)
+        bound = bound + contrastive_bound(image, text, case.logit_scale, case.impl)
     factor = world_size * case.upstream
     exact = [part.times_upstream(factor) for part in exact]
-    assert_accurate(actual, exact, scale.times_upstream(abs(factor)), case.impl, case.dtype)
+    assert_accurate(actual, exact, bound.times_upstream(abs(factor)))
     return of_ranks
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from accuracy import Results, assert_accurate, contrastive_scale, exact_contrastive
+from accuracy import NAMES, Results, assert_accurate, contrastive_bound, exact_contrastive
 from conftest import set_strip_rows
 from inputs import LAYOUTS, lay_out, pairs
 
@@ -48,14 +48,38 @@ def test_bounds_are_narrow(name: str, relative: float) -> None:
     """A result off by 3e-5 of itself, or NaN in one element, is refused."""
     image, text = (features.float() for features in pairs(30, 10))
     exact = exact_contrastive(image, text, 5.0)
-    scale = contrastive_scale(image, text, 5.0)
+    bound = contrastive_bound(image, text, 5.0, "eager")
     right = Results(
         *(getattr(exact, name).float() for name in ("value", "image", "text", "logit_scale"))
     )
-    assert_accurate(right, [exact], scale, "eager", torch.float32)
+    assert_accurate(right, [exact], bound)
     wrong = getattr(right, name).clone()
     largest = wrong.view(-1)[wrong.abs().argmax()]
     largest *= 1 + relative
     setattr(right, name, wrong)
     with pytest.raises(AssertionError, match=name):
-        assert_accurate(right, [exact], scale, "eager", torch.float32)
+        assert_accurate(right, [exact], bound)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("distance", [None, 0.3])
+@pytest.mark.parametrize("logit_scale", [5.0, 20.0, 100.0])
+def test_bounds_of_16_bit_kernels_are_narrow(logit_scale: float, distance, dtype) -> None:
+    """Gradients off by a tenth of themselves are refused, and a value off by a thousandth."""
+    image, text = (features.to(dtype) for features in pairs(60, 40, distance))
+    exact = exact_contrastive(image, text, logit_scale)
+    bound = contrastive_bound(image, text, logit_scale, "triton")
+    for name in NAMES:
+        right = Results(
+            exact.value.float(),
+            exact.image.to(dtype),
+            exact.text.to(dtype),
+            exact.logit_scale.float(),
+        )
+        assert_accurate(right, [exact], bound)
+        if getattr(exact, name).abs().max() < 1e-6:
+            continue  # in float16 little is left of it, and at 1e-16 nothing in float64
+        wrong = getattr(right, name) * (1.1 if name in ("image", "text") else 1.001)
+        setattr(right, name, wrong)
+        with pytest.raises(AssertionError, match=name):
+            assert_accurate(right, [exact], bound)

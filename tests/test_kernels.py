@@ -11,8 +11,8 @@ import pytest
 import torch
 from accuracy import (
     assert_accurate,
-    contrastive_scale,
-    cyclic_scale,
+    contrastive_bound,
+    cyclic_bound,
     exact_contrastive,
     exact_cyclic,
     results,
@@ -41,8 +41,8 @@ def test_shipped_tiles(arch: str, dtype: torch.dtype, monkeypatch: pytest.Monkey
         lambda i, t, s: contrastive_loss(i, t, s, impl="triton"), image, text, case.scale()
     )
     exact = exact_contrastive(image, text, case.logit_scale)
-    scale = contrastive_scale(image, text, case.logit_scale)
-    assert_accurate(contrastive, [exact], scale, "triton", dtype)
+    bound = contrastive_bound(image, text, case.logit_scale, "triton")
+    assert_accurate(contrastive, [exact], bound)
     # The two lambdas differ, so that C is needed too; N = 290 > 7/3 * D, so the Gram form is used.
     cyclic = results(
         lambda i, t, s: cyclic_penalty(i, t, 0.25, 0.5, impl="triton") + 0 * s,
@@ -51,7 +51,7 @@ def test_shipped_tiles(arch: str, dtype: torch.dtype, monkeypatch: pytest.Monkey
         case.scale(),
     )
     exact = exact_cyclic(image, text, 0.25, 0.5)
-    assert_accurate(cyclic, [exact], cyclic_scale(image, text, 0.25, 0.5), "triton", dtype)
+    assert_accurate(cyclic, [exact], cyclic_bound(image, text, 0.25, 0.5, "triton"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

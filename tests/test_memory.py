@@ -57,7 +57,7 @@ def test_the_detector_sees_the_dense_formula() -> None:
 def test_kept_between_forward_and_backward(
     impl: str, lambda_inmodal: float, grams: int, monkeypatch
 ) -> None:
-    """New memory alive after forward: two log-sum-exps, the Gram matrices, the scalars.
+    """New memory alive after forward: three vectors, the Gram matrices, the scalars.
 
     With equal lambdas the third Gram matrix is not even computed.
     """

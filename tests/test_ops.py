@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from accuracy import check_bound, working_eps
+from accuracy import check_bound, eps_of
 from conftest import set_strip_rows
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -34,9 +34,9 @@ def lse_by_definition(image: Tensor, text: Tensor, s: float, first_column: int):
 
 
 def grads_by_definition(
-    image, text, s, row_lse, column_lse, pair_gradient, weight, first_column, with_columns
+    image, text, s, row_lse, column_lse, pair_gradient, weight, first_column, with_columns, eps
 ):
-    """dI, dT, ds as the docstring of `eager.contrastive_grads` defines them, and their scales."""
+    """dI, dT, ds as the docstring of `eager.contrastive_grads` defines them, and their bounds."""
     image, text = image.double(), text.double()
     logits = s * image @ text.T
     exps = (logits - row_lse[:, None]).exp()
@@ -45,11 +45,13 @@ def grads_by_definition(
     is_pair = partners(*logits.shape, first_column) == 1
     gradient = weight * torch.where(is_pair, pair_gradient[:, None], exps)
     # A logit's or log-sum-exp's absolute error is a relative one of the exponentials.
-    sizes = gradient.abs() * (1 + row_lse.abs().max() + column_lse.abs().max() + s)
+    largest = 1 + row_lse.abs().max() + column_lse.abs().max() + s
+    of_logits = eps.logits * largest * gradient.abs()
+    errors = of_logits + eps.stored * gradient.abs()
     return [
-        (s * gradient @ text, s * sizes @ text.abs()),
-        (s * gradient.T @ image, s * sizes.T @ image.abs()),
-        ((gradient * (image @ text.T)).sum(), (sizes * (image.abs() @ text.abs().T)).sum()),
+        (s * gradient @ text, s * errors @ text.abs()),
+        (s * gradient.T @ image, s * errors.T @ image.abs()),
+        ((gradient * (image @ text.T)).sum(), (of_logits * (image.abs() @ text.abs().T)).sum()),
     ]
 
 
@@ -88,7 +90,7 @@ def test_contrastive_lse(
         alone = exact == -torch.inf
         assert bool((actual[alone] == -torch.inf).all())
         actual, exact = actual[~alone], exact[~alone]
-        check_bound("lse", actual, [exact], scale, working_eps(impl, torch.float32))
+        check_bound("lse", actual, [exact], scale * eps_of(impl, torch.float32).logits)
     # A row without a partner has 0, not something small.
     alone = partners(n, m, first_column).sum(dim=1) == 0
     assert bool((pair_logits[alone] == 0).all())
@@ -158,11 +160,13 @@ def test_contrastive_grads(
             impl,
         )
     exact = (row_lse.double(), column_lse.double(), pair_gradient.double())
-    expected = grads_by_definition(image, text, 5.0, *exact, 0.125, first_column, with_columns)
-    for grad, (exact, scale), needed in zip(actual, expected, (*needs, needs_scale), strict=True):
+    expected = grads_by_definition(
+        image, text, 5.0, *exact, 0.125, first_column, with_columns, eps_of(impl, dtype)
+    )
+    for grad, (exact, bound), needed in zip(actual, expected, (*needs, needs_scale), strict=True):
         assert grad.dtype == (torch.float32 if wide or grad.ndim == 0 else dtype)
         if needed:
-            check_bound("grad", grad, [exact], scale, working_eps(impl, dtype))
+            check_bound("grad", grad, [exact], bound)
         else:
             assert grad.numel() == (0 if grad.ndim else 1)
 

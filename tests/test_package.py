@@ -44,6 +44,24 @@ def test_a_loss_on_cpu_stays_light() -> None:
     assert not {"kernels", "cyclip_loss.kernels"} & set(loaded)
 
 
+WITHOUT_DISTRIBUTED = """
+import sys, torch
+del torch._C._c10d_init
+for name in list(sys.modules):
+    if name.startswith("torch.distributed") or name == "torch._C._distributed_c10d":
+        del sys.modules[name]
+sys.modules["torch._C._distributed_c10d"] = None
+del torch.distributed
+import torch.distributed, cyclip_loss
+assert not torch.distributed.is_available()
+assert cyclip_loss.CyCLIPLoss()(torch.eye(3), torch.eye(3), 10.0) > 0
+"""
+
+
+def test_pytorch_that_was_built_without_distributed() -> None:
+    loaded_modules(WITHOUT_DISTRIBUTED)
+
+
 def test_version() -> None:
     assert cyclip_loss.__version__ == importlib.metadata.version("cyclip-loss")
 

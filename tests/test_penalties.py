@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from accuracy import assert_accurate, cyclic_scale, exact_cyclic, results
+from accuracy import assert_accurate, cyclic_bound, exact_cyclic, results
 from conftest import set_strip_rows
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -37,8 +37,8 @@ def test_cyclic_penalty(case: Case, output_dict: bool, direct: bool, impl: str) 
     assert actual.value.dtype == case.scale().dtype
     assert actual.image.dtype == actual.text.dtype == case.dtype
     exact = exact_cyclic(image, text, *case.lambdas)
-    scale = cyclic_scale(image, text, *case.lambdas)
-    assert_accurate(actual, [exact], scale, impl, case.dtype)
+    bound = cyclic_bound(image, text, *case.lambdas, impl)
+    assert_accurate(actual, [exact], bound)
 
 
 @FORMS
@@ -56,8 +56,8 @@ def test_each_term_apart(term: str, direct: bool, impl: str, monkeypatch, small_
     actual = results(penalty, image, text, torch.tensor(1.0))
     exact = exact_cyclic(image, text, *alone)
     # p and q are as large for one term as for both, whatever is left of their sum or difference.
-    scale = cyclic_scale(image, text, *alone)
-    assert_accurate(actual, [exact], scale, impl, torch.float32)
+    bound = cyclic_bound(image, text, *alone, impl)
+    assert_accurate(actual, [exact], bound)
 
 
 @FORMS
@@ -127,8 +127,7 @@ def test_a_penalty_that_vanishes_is_not_negative(
         terms = cyclic_penalty(image.float(), text, 1.0, 1.0, True, impl=impl)
         term = terms[f"{which}_cyclic_loss"]
         assert term >= 0
-        scale = cyclic_scale(image.float(), text, 0.5, 0.5).value
-        assert term <= 4 * torch.finfo(torch.float32).eps * scale
+        assert term <= 4 * cyclic_bound(image.float(), text, 0.5, 0.5, impl).value
 
 
 @FORMS
@@ -148,9 +147,9 @@ def test_symmetries(case: Case, direct: bool, impl: str) -> None:
                 (image.flip(1), text.flip(1)),
             ]
         ]
-    scale = cyclic_scale(image, text, *case.lambdas).value
+    bound = cyclic_bound(image, text, *case.lambdas, impl).value
     for other in penalties[1:]:
-        assert abs(other - penalties[0]) <= 16 * torch.finfo(torch.float64).eps * scale
+        assert abs(other - penalties[0]) <= 16 * bound
 
 
 @pytest.mark.parametrize("d", [48, 512, 768])
@@ -174,8 +173,8 @@ def test_around_the_change_of_form(n: int, lambdas, impl: str) -> None:
         torch.tensor(1.0),
     )
     exact = exact_cyclic(image, text, *lambdas)
-    scale = cyclic_scale(image, text, *lambdas)
-    assert_accurate(actual, [exact], scale, impl, torch.float32)
+    bound = cyclic_bound(image, text, *lambdas, impl)
+    assert_accurate(actual, [exact], bound)
 
 
 def test_unused_rows_between_the_strides_are_not_read(impl: str) -> None:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from accuracy import NAMES, Results
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from ranks import Ranks
 from torch import Tensor
 
 from cyclip_loss import CyCLIPLoss, cyclip_loss, reference
+from cyclip_loss import columns as columns_module
 
 WORLD_SIZES = pytest.mark.parametrize("world_size", [2, 3, 4])
 COLUMNS = pytest.mark.parametrize("columns", ["gather", "ring"])
@@ -175,6 +177,39 @@ def test_one_graph_again(columns: str, impl: str, ranks: Ranks) -> None:
         assert same
         assert len(errors) == 3
         assert all("first derivatives only" in error for error in errors)
+
+
+def checked_operators(rank: int, world_size: int, rows: list[int] | None) -> int:
+    """PyTorch's checks of the operators over ranks; how many calls there were."""
+    n = (rows or [3] * world_size)[rank]
+    image, text = (torch.randn(n, 4, requires_grad=which) for which in (True, False))
+    everywhere = torch.randn(sum(rows or [3] * world_size), 4)
+    scale, weight = torch.tensor(3.0), torch.tensor(0.1)
+    calls = 0
+    # Every call is made by both ranks and in the same order: these operators communicate.
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for lse, grads, columns in (
+        (columns_module.gather_lse, columns_module.gather_grads, everywhere),
+        (columns_module.ring_lse, columns_module.ring_grads, text),
+    ):
+        for symmetric in (True, False):
+            where = (symmetric, "eager", dist.group.WORLD.group_name, rows)
+            torch.library.opcheck(lse.custom_op, (image, columns, scale, *where), test_utils=tests)
+            with torch.no_grad():
+                of_rows, _, pair_logits, column_lse = lse(image, columns, scale, *where)
+            row_lse = torch.logaddexp(of_rows, pair_logits)
+            for needs in [(True, True, True), (True, False, True), (False, True, False)]:
+                given = (row_lse, column_lse, -torch.rand(n), weight, symmetric, *needs)
+                arguments = (image.detach(), columns, scale, *given, *where[1:])
+                torch.library.opcheck(grads.custom_op, arguments, test_utils=tests)
+                calls += 1
+    return calls
+
+
+@pytest.mark.parametrize("rows", [None, [2, 3]], ids=str)
+def test_operators_over_ranks(rows: list[int] | None, ranks: Ranks) -> None:
+    """True schemas, nothing mutated or aliased, and the shapes given without data are right."""
+    assert ranks.run(2, checked_operators, rows) == [12, 12]
 
 
 def with_a_bad_value(rank: int, world_size: int, bad: float, columns: str) -> list[list[float]]:
