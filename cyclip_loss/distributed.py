@@ -54,9 +54,10 @@ class Ranks:
     def of(group_name: str, rows: Sequence[int] | None) -> "Ranks":
         """From what `named` gave, or with new numbers of rows."""
         # Not above: it is not there where PyTorch was built without distributed.
-        from torch.distributed.distributed_c10d import _resolve_process_group
+        from torch.distributed import distributed_c10d
 
-        group = group_of(_resolve_process_group(group_name))
+        c10d: Any = distributed_c10d
+        group = group_of(c10d._resolve_process_group(group_name))
         assert group is not None
         if rows is None or len(set(rows)) == 1:
             return Ranks(group)
@@ -96,7 +97,8 @@ def group_of(process_group: ProcessGroup | None) -> Group | None:
         return None
     if process_group is None:
         process_group = dist.group.WORLD
-    if process_group is dist.GroupMember.NON_GROUP_MEMBER:  # what `new_group` returns then
+    outside: Any = dist.GroupMember.NON_GROUP_MEMBER
+    if process_group is outside:  # what `new_group` returns then
         raise ValueError(f"process_group does not contain this process, rank {dist.get_rank()}")
     if not isinstance(process_group, ProcessGroup):
         raise TypeError(
