@@ -51,7 +51,9 @@ def main(arguments: list[str]) -> int:
     gpu.add_argument("--budget", type=float, default=440.0, metavar="SECONDS")
     gpu.add_argument("--sections", nargs="+", metavar="NAME", help="only these (default: all)")
 
-    options = parser.parse_args(arguments or ["compare"])
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        arguments = ["compare", *arguments]
+    options = parser.parse_args(arguments)
     if options.command in ("compare", "gpu"):
         _fit_interpreter(options.command == "gpu" and options.dry_run, arguments)
 

@@ -160,9 +160,10 @@ def _cell(value: Any) -> str:
 def write_whole(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as unfinished:
+        file = Path(unfinished, path.name)  # with the modes of any new file, unlike a temporary one
+        file.write_text(text)
+        os.replace(file, path)
 
 
 def save_picture(figure: Any, path: Path, **options: Any) -> None:

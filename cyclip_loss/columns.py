@@ -41,7 +41,7 @@ def _gather_lse(
     And column_lse, pairs included, of all columns that the backward pass is given. Not symmetric:
     columns have none of it, so empty.
     """
-    ranks = Ranks.of(group_name, all_rows)
+    ranks = Ranks.by_name(group_name, all_rows)
     n = image.shape[0]
     first_row = ranks.first_row(ranks.group.rank, n)
     of_rows, partial, pair_logits = _lse(image, columns, scale, first_row, symmetric, impl)
@@ -72,7 +72,7 @@ def _gather_grads(
 
     In the accumulation dtype, and empty where not needed.
     """
-    ranks = Ranks.of(group_name, all_rows)
+    ranks = Ranks.by_name(group_name, all_rows)
     image_grad, text_grad, scale_grad = _grads(
         image,
         columns,
@@ -103,7 +103,7 @@ def _ring_lse(
     all_rows: list[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `_gather_lse`, from this rank's text and with its column_lse."""
-    ranks = Ranks.of(group_name, all_rows)
+    ranks = Ranks.by_name(group_name, all_rows)
     group = ranks.group
     n = text.shape[0]
     block = padded(text, ranks)
@@ -156,7 +156,7 @@ def _ring_grads(
     all_rows: list[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `_gather_grads`, from this rank's text and column_lse."""
-    ranks = Ranks.of(group_name, all_rows)
+    ranks = Ranks.by_name(group_name, all_rows)
     group = ranks.group
     n = text.shape[0]
     block = padded(text, ranks)

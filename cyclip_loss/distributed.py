@@ -51,21 +51,26 @@ class Ranks:
     stands_in: bool = False
 
     @staticmethod
-    def of(group_name: str, rows: Sequence[int] | None) -> "Ranks":
-        """From what `named` gave, or with new numbers of rows."""
-        # Not above: it is not there where PyTorch was built without distributed.
-        from torch.distributed import distributed_c10d
-
-        c10d: Any = distributed_c10d
-        group = group_of(c10d._resolve_process_group(group_name))
-        assert group is not None
-        if rows is None or len(set(rows)) == 1:
+    def of(group: Group, rows: Sequence[int]) -> "Ranks":
+        """Given how many rows each rank holds."""
+        if len(set(rows)) == 1:
             return Ranks(group)
         return Ranks(group, tuple(rows), (0, *accumulate(rows[:-1])))
 
     def named(self) -> tuple[str, list[int] | None]:
         """Group and rows as an operator can take them."""
         return self.group.name, None if self.rows is None else list(self.rows)
+
+    @staticmethod
+    def by_name(group_name: str, rows: Sequence[int] | None) -> "Ranks":
+        """From what `named` gave."""
+        # Not above: it is not there where PyTorch was built without distributed.
+        from torch.distributed import distributed_c10d
+
+        c10d: Any = distributed_c10d
+        group = group_of(c10d._resolve_process_group(group_name))
+        assert group is not None
+        return Ranks(group) if rows is None else Ranks.of(group, rows)
 
     def count(self, rank: int, n: int) -> int:
         """The rows of a rank."""
@@ -212,7 +217,7 @@ def agree(
         )
     if not every_time:
         agreed[kind] = n
-    return Ranks.of(group.name, rows)
+    return Ranks.of(group, rows)
 
 
 def _difference(name: str, found: list[float]) -> str:

@@ -151,8 +151,12 @@ class CyCLIPLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """The weights, for `print(module)`."""
-        return f"lambda_inmodal={self.lambda_inmodal}, lambda_crossmodal={self.lambda_crossmodal}"
+        """The weights, and what else is not as by default, for `print(module)`."""
+        shown = f"lambda_inmodal={self.lambda_inmodal}, lambda_crossmodal={self.lambda_crossmodal}"
+        for name, default in (("columns", "gather"), ("uneven", False), ("impl", "auto")):
+            if getattr(self, name) != default:
+                shown += f", {name}={getattr(self, name)!r}"
+        return shown
 
 
 class CyclicPenalty(nn.Module):

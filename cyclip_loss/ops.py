@@ -10,6 +10,7 @@ the loss is in `contrastive.py` and `cyclic.py`.
 
 from collections.abc import Callable
 from functools import lru_cache
+from importlib import metadata
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, NoReturn
@@ -21,6 +22,8 @@ from torch.library import custom_op
 from cyclip_loss import eager
 
 IMPLS = ("auto", "triton", "eager", "reference")
+# Before Triton 3.9 the kernels do not compile for sm_100, or come out without their products.
+TRITON_FOR_BLACKWELL = (3, 9)
 
 
 def _engine(impl: str, features: Tensor) -> ModuleType:
@@ -44,12 +47,23 @@ def _engine(impl: str, features: Tensor) -> ModuleType:
 
 @lru_cache
 def _has_kernels(device: torch.device) -> bool:
-    """Whether Triton is there and the device has what the kernels need (NVIDIA: Ampere, 2020)."""
+    """Whether Triton is there and the device has what the kernels need (NVIDIA: Ampere, 2020).
+
+    On Blackwell (2024) they need a newer Triton than elsewhere.
+    """
     if find_spec("triton") is None:
         return False
     if torch.version.hip is not None:  # only gfx942 has the tf32 products that the kernels use
         return torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx942")
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= (10, 0) and triton_version() < TRITON_FOR_BLACKWELL:
+        return False
+    return capability >= (8, 0)
+
+
+def triton_version() -> tuple[int, ...]:
+    """Major and minor; without importing Triton."""
+    return tuple(int(part) for part in metadata.version("triton").split(".")[:2])
 
 
 class Operator:

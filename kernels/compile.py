@@ -33,6 +33,7 @@ from cyclip_loss.kernels.contrastive_lse import (
 )
 from cyclip_loss.kernels.cyclic_grads import cyclic_grads_kernel
 from cyclip_loss.kernels.cyclic_statistics import cyclic_statistics_kernel
+from cyclip_loss.ops import TRITON_FOR_BLACKWELL, triton_version
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -254,7 +255,13 @@ def table(results: list[tuple[Variant, Binary | str]]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Compile, print the table and the faults; 1 if there are any."""
     parser = argparse.ArgumentParser(prog="cyclip_loss.kernels.compile", description=__doc__)
-    parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
+    default = list(TARGETS)
+    if triton_version() < TRITON_FOR_BLACKWELL:
+        default.remove("sm_100")
+    parser.add_argument(
+        "--arch", nargs="+", choices=TARGETS, default=default,
+        help="default: all; sm_100 with Triton 3.9 or newer only, as in the package",
+    )  # fmt: skip
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
     options = parser.parse_args(arguments)
     if INTERPRETED:

@@ -164,7 +164,8 @@ def draw_names(results: dict[str, Any], path: Path) -> None:
             right.text(0, y, text, color=colour, weight=weight, fontsize=9.5, va="top")
             y -= 0.17 * (text.count("\n") + 1) + 0.05
     losses = " and ".join(TITLES[run["config"]["loss"]] for run in runs)
-    fig.suptitle(f"What {losses} call an emoji\nin a style never trained on", fontsize=12)
+    verb = "call" if len(runs) > 1 else "calls"
+    fig.suptitle(f"What {losses} {verb} an emoji\nin a style never trained on", fontsize=12)
     fig.subplots_adjust(left=0.01, right=0.99, top=1 - 0.6 / fig.get_figheight(), bottom=0.01)
     fig.savefig(path)
     plt.close(fig)

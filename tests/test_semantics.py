@@ -51,6 +51,14 @@ def test_ours_is_exact_whatever_the_flags(rows) -> None:
         assert row["rest"] < TOLERANCE
 
 
+def test_the_record_is_what_is_measured(rows) -> None:
+    """Of four ranks there, of two here: the same losses, and the same words where no number is."""
+    recorded = json.loads((ROOT / "benchmarks/results/semantics.json").read_text())["rows"]
+    assert [row["loss"] for row in recorded] == list(rows)
+    for row in recorded:
+        assert row["value"] == rows[row["loss"]]["value"]
+
+
 def test_documentation_shows_the_record() -> None:
     record = (ROOT / "benchmarks/results/semantics.md").read_text().splitlines()
     page = (ROOT / "cyclip_loss/DISTRIBUTED.md").read_text().splitlines()
