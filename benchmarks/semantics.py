@@ -185,7 +185,7 @@ def main(options: argparse.Namespace) -> int:
         "date": date.today().isoformat(),
         "seed": SEED,
         "ranks": RANKS,
-        "versions": versions() | {"open_clip": open_clip.__version__},
+        "versions": versions(),
         "rows": rows,
     }
     lines = [

@@ -83,7 +83,8 @@ class CyCLIPLoss(nn.Module):
             of call, on the lambdas, or, without `uneven`, on the number of rows. That is seen on
             every rank in the first call of a kind. If later the number of rows changes on some
             ranks only, it is seen on CPU on every rank, on other devices by those whose number
-            changed; the others get a NaN loss and should not go on.
+            changed; the others get a NaN loss and should not go on. Under `torch.compile` ranks
+            compare nothing, unless `uneven`.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ from accuracy import (
 )
 from inputs import Case
 
-from cyclip_loss import kernels
+from cyclip_loss import kernels, ops
 from cyclip_loss.functional import contrastive_loss, cyclic_penalty
 from cyclip_loss.kernels import compile as ahead_of_time
 from cyclip_loss.kernels import configs
