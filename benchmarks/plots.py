@@ -62,7 +62,7 @@ def draw(record: dict[str, Any], beside: Path, folder: Path | None = None) -> li
     if has_kernels:
         names[f"{OURS} (eager)"] = "CyCLIPLoss, eager"
     pictures = {
-        "cost": lambda: _cost(sections["cost"]["rows"], names),
+        "cost": lambda: _cost(sections["cost"]["rows"], names, _where(record)),
         "error": lambda: _errors(
             sections["error of losses"]["rows"], sections["error of penalties"]["rows"], names
         ),
@@ -105,13 +105,19 @@ def points(rows: list[Row], loss: str, column: str) -> tuple[list[int], list[flo
     return [row["N"] for row in measured], [row[column] for row in measured], failed
 
 
-def _cost(rows: list[Row], names: dict[str, str]) -> Any:
+def _where(record: dict[str, Any]) -> str:
+    """Device and dtype."""
+    machine = record["sections"]["machine"]["rows"]
+    return ", ".join([record["device"], *(row["dtype"] for row in machine if "dtype" in row)])
+
+
+def _cost(rows: list[Row], names: dict[str, str], where: str) -> Any:
     if not rows:
         return None
     rows = sweep(rows)
     figure, (time, memory) = _panels(2, 9.0)
     _draw_sweep(time, rows, "ms", names)
-    time.set_title(f"forward + backward, D = {rows[0]['D']:,}", loc="left")
+    time.set_title(f"{where}, D = {rows[0]['D']:,}\nforward + backward", loc="left")
     time.yaxis.set_major_formatter(FuncFormatter(_seconds))
     _draw_sweep(memory, rows, "peak MB", names)
     memory.set_title("peak memory beyond the inputs", loc="left")
