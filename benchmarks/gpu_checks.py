@@ -226,20 +226,20 @@ def _contrastive(
 ) -> None:
     scale, weight = torch.tensor(20.0, device=run.device), torch.tensor(0.01, device=run.device)
     exact_inputs = (image.double(), text.double(), scale.double())
-    for with_columns in (True, False):
-        flags = (first_column, with_columns)
+    for symmetric in (True, False):
+        flags = (first_column, symmetric)
         lse = ops.contrastive_lse(*exact_inputs, *flags, "eager")
         # Of rows without a partner there is only the negatives'.
         logits = 20.0 * exact_inputs[0] @ exact_inputs[1].T
         row_lse = logits.logsumexp(1)
-        column_lse = logits.logsumexp(0) if with_columns else row_lse[:0]
+        column_lse = logits.logsumexp(0) if symmetric else row_lse[:0]
         of_pairs = torch.linspace(-1, -1e-4, len(image), dtype=torch.float64, device=run.device)
         bounds = contrastive_bounds(
             *exact_inputs[:2],
             20.0,
             0.01,
             row_lse,
-            column_lse if with_columns else None,
+            column_lse if symmetric else None,
             of_pairs,
             first_column,
             eps,

@@ -3,8 +3,8 @@
 A model, not a measurement: kernel times are predicted (`model.py`), the links' from published
 figures (`links.py`). W ranks hold n rows of both features each, N = W n, in bfloat16.
 
-    gather           ours, columns="gather"
-    ring             ours, columns="ring"
+    gather           ours, dist_impl="gather"
+    ring             ours, dist_impl="ring"
     OpenCLIP         open_clip.ClipLoss(local_loss=True, gather_with_grad=True): CLIP's loss only
     OpenCLIP default both flags off: both features gathered without gradients, N x N matrices on
                      every rank, CLIP's loss only
@@ -113,7 +113,7 @@ _VALUE = Transfer("all-reduce of the loss's value", "all-reduce", 2 * FLOAT)
 
 
 def gather_transfers(case: Case) -> list[Transfer]:
-    """columns="gather", in the order of a step."""
+    """dist_impl="gather", in the order of a step."""
     return [
         Transfer("all-gather of text features", "all-gather", case.gathered),
         _statistics(case),
@@ -127,7 +127,7 @@ def gather_transfers(case: Case) -> list[Transfer]:
 
 
 def ring_transfers(case: Case) -> list[Transfer]:
-    """columns="ring": W - 1 hops forward, W - 1 back; what follows the blocks takes W hops."""
+    """dist_impl="ring": W - 1 hops forward, W - 1 back; what follows the blocks takes W hops."""
     hops, block = case.world_size - 1, case.rows * case.d
     return [
         Transfer("hops of text features, forward", "hop", block * case.width, hops),
@@ -224,7 +224,7 @@ def grams_seconds(grams: Cost) -> float:
 
 
 def gather_seconds(case: Case, chip: Chip, links: Links) -> tuple[float, str]:
-    """One step with columns="gather"."""
+    """One step with dist_impl="gather"."""
     w, n, d = case.world_size, case.rows, case.d
     transfers = gather_transfers(case)
     text, statistics, *others = (network.seconds(links, t.operation, t.size, w) for t in transfers)
@@ -242,7 +242,7 @@ def gather_seconds(case: Case, chip: Chip, links: Links) -> tuple[float, str]:
 
 
 def ring_seconds(case: Case, chip: Chip, links: Links) -> tuple[float, str]:
-    """One step with columns="ring"."""
+    """One step with dist_impl="ring"."""
     w, n, d = case.world_size, case.rows, case.d
     text, sums, statistics, value, _, lse, text_grad = ring_transfers(case)
 

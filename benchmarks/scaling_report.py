@@ -126,13 +126,13 @@ def conclusions(rows: list[dict[str, Any]], chip_name: str, d: int) -> list[str]
     wide = Case(most, many, d, width=4)
     traffic = OPEN_CLIP.sent(wide) / GATHER.sent(wide)
     lines = [
-        f'`columns="gather"`, the default. The ring is faster at {wins} of the '
+        f'`dist_impl="gather"`, the default. The ring is faster at {wins} of the '
         f"{len(inside) + len(over)} sizes: it takes {span(inside)} times as long within a node, "
         f"{span(over)} times over several, where a hop between nodes has one InfiniBand card and "
         f"the collectives have all eight. Memory grows by {per_row:,} bytes for each row of the "
         f"global batch, to {size_text(found[GATHER.name, many, most]['memory_bytes'])} for "
         f"{most:,} ranks of {many:,} rows.",
-        f'`columns="ring"` where that does not fit beside the model: {" and ".join(ring_memory)} '
+        f'`dist_impl="ring"` where that does not fit beside the model: {" and ".join(ring_memory)} '
         f"for {' and '.join(f'{n:,}' for n in ROWS)} rows per rank, whatever the number of ranks.",
         "OpenCLIP with `local_loss` and `gather_with_grad`, CLIP's loss without penalties: over "
         f"several nodes {span(to_gather(OPEN_CLIP, 'seconds', True))} times the time of gather and "

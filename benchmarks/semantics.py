@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from benchmarks.record import table, versions, write_whole
 from cyclip_loss import CyCLIPLoss
-from cyclip_loss.distributed import COLUMNS
+from cyclip_loss.distributed import DIST_IMPLS
 
 RANKS, ROWS, WIDTH, D = 4, 8, 16, 6
 SEED = 0
@@ -61,10 +61,10 @@ def ways(rank: int, world_size: int) -> dict[str, nn.Module]:
     for values in flags:
         shown = ", ".join(f"{name}={value}" for name, value in values.items())
         found[f"ClipLoss({shown})"] = open_clip.ClipLoss(**values, rank=rank, world_size=world_size)
-    for values, columns in itertools.product(flags, COLUMNS):
+    for values, dist_impl in itertools.product(flags, DIST_IMPLS):
         shown = ", ".join(f"{name}={value}" for name, value in values.items())
-        found[f"CyCLIPLoss(0, 0, {shown}, columns={columns!r})"] = CyCLIPLoss(
-            0, 0, **values, rank=rank, world_size=world_size, columns=columns
+        found[f"CyCLIPLoss(0, 0, {shown}, dist_impl={dist_impl!r})"] = CyCLIPLoss(
+            0, 0, **values, rank=rank, world_size=world_size, dist_impl=dist_impl
         )
     return found
 
@@ -165,7 +165,9 @@ def folded(rows: list[dict[str, str]]) -> list[dict[str, str]]:
     results = {tuple(row.values())[1:] for row in ours}
     if len(results) > 1:
         return rows
-    one = ours[0] | {"loss": f"`CyCLIPLoss(0, 0, ...)`, any flags, columns {' or '.join(COLUMNS)}"}
+    one = ours[0] | {
+        "loss": f"`CyCLIPLoss(0, 0, ...)`, any flags, dist_impl {' or '.join(DIST_IMPLS)}"
+    }
     return [row for row in rows if row not in ours] + [one]
 
 

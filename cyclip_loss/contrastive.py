@@ -1,6 +1,6 @@
 """Autograd of the contrastive term: vectors of N cross from forward to backward, no matrix.
 
-Over ranks, a rank's image rows meet the text columns of all (`columns.py`).
+Over ranks, a rank's image rows meet the text columns of all (`exchange.py`).
 
 With l_ij = s * I_i . T_j, r_i and c_j the log-sum-exps of the rows and columns of l, and N pairs:
 
@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cyclip_loss import columns, distributed, ops, reference
+from cyclip_loss import distributed, exchange, ops, reference
 from cyclip_loss.distributed import Ranks
 
 
@@ -116,9 +116,9 @@ class _ContrastiveOverRanks(torch.autograd.Function):
         ranks: Ranks,
     ) -> tuple[Tensor, Tensor]:
         if gathered is None:
-            text, find_lse = text_features, columns.ring_lse
+            text, find_lse = text_features, exchange.ring_lse
         else:
-            text, find_lse = distributed.finish_gather(gathered, ranks), columns.gather_lse
+            text, find_lse = distributed.finish_gather(gathered, ranks), exchange.gather_lse
         rows, cols, pair_logits, column_lse = find_lse(
             image_features, text, logit_scale, symmetric, impl, *ranks.named()
         )
@@ -141,7 +141,7 @@ class _ContrastiveOverRanks(torch.autograd.Function):
         total = ranks.total(image_features.shape[0])
         # W times: DDP will average.
         weight = grad * (ranks.group.size / (total * (2 if ctx.symmetric else 1)))
-        grads = columns.ring_grads if ctx.ring else columns.gather_grads
+        grads = exchange.ring_grads if ctx.ring else exchange.gather_grads
         image_grad, text_grad, scale_grad = grads(
             image_features,
             text,

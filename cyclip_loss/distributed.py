@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-COLUMNS = ("gather", "ring")
+DIST_IMPLS = ("gather", "ring")
 # The columns of each contrastive loss of a call, in their order.
 COLUMN_FEATURES = ("text_features", "augmented_image_features", "augmented_text_features")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -133,10 +133,10 @@ def check_rank(
         raise ValueError(f"rank={rank} was given, but this process is rank {actual_rank}")
 
 
-def check_columns(columns: str) -> None:
-    """Raise unless `columns` names a way for the text columns to travel."""
-    if columns not in COLUMNS:
-        raise ValueError(f"columns must be one of {', '.join(COLUMNS)}, got {columns!r}")
+def check_dist_impl(dist_impl: str) -> None:
+    """Raise unless `dist_impl` names a way for the text columns to travel."""
+    if dist_impl not in DIST_IMPLS:
+        raise ValueError(f"dist_impl must be one of {', '.join(DIST_IMPLS)}, got {dist_impl!r}")
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class Call:
 
     d: int
     dtype: torch.dtype
-    columns: str
+    dist_impl: str
     uneven: bool
     pairs: int  # contrastive losses: 3 with augmented features
     text_grad: int  # whose columns' gradients will be summed over ranks: a bit for each pair
@@ -155,12 +155,12 @@ class Call:
     def kind(self, features: Tensor) -> tuple[Any, ...]:
         """What decides the collectives."""
         penalties = self.lambda_inmodal != 0 or self.lambda_crossmodal != 0
-        shapes = (self.d, self.dtype, features.device.type, self.columns, self.pairs)
+        shapes = (self.d, self.dtype, features.device.type, self.dist_impl, self.pairs)
         return (*shapes, self.text_grad, penalties)
 
     def numbers(self) -> list[float]:
         """As ranks exchange it, in the order of the fields."""
-        listed = (self.d, DTYPES.index(self.dtype), COLUMNS.index(self.columns))
+        listed = (self.d, DTYPES.index(self.dtype), DIST_IMPLS.index(self.dist_impl))
         return [*map(float, listed), *map(float, list(vars(self).values())[3:])]
 
 
@@ -233,8 +233,8 @@ def _difference(name: str, found: list[float]) -> str:
         return "augmented features must be given on every rank or on none"
     if name == "dtype":
         shown: list[Any] = [DTYPES[int(value)] for value in found]
-    elif name == "columns":
-        shown = [COLUMNS[int(value)] for value in found]
+    elif name == "dist_impl":
+        shown = [DIST_IMPLS[int(value)] for value in found]
     elif name == "uneven":
         shown = [bool(value) for value in found]
     else:

@@ -49,7 +49,7 @@ def contrastive_lse(
     text_features: Tensor,
     logit_scale: Tensor,
     first_column: int,
-    with_columns: bool,
+    symmetric: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-sum-exps of the negatives of each row and column, and the pairs' logits, in one sweep.
 
@@ -58,7 +58,7 @@ def contrastive_lse(
     logits but its pair's.
 
     Returns row_negatives (n,), column_negatives (m,) and pair_logits (n,), in the accumulation
-    dtype. Without `with_columns`, column_negatives is empty. Where there is no negative, its
+    dtype. Without `symmetric`, column_negatives is empty. Where there is no negative, its
     log-sum-exp is -inf; a row without a partner has pair logit 0.
     """
     n, m = len(image_features), len(text_features)
@@ -72,7 +72,7 @@ def contrastive_lse(
     # Maxima are finite, so that -inf less one of them is -inf: of a row whose only logit is its
     # pair's, for example.
     lowest = torch.finfo(dtype).min
-    column_max = text_t.new_full((m if with_columns else 0,), lowest)
+    column_max = text_t.new_full((m if symmetric else 0,), lowest)
     column_sum = torch.zeros_like(column_max)
     for start, stop in _strips(n, height):
         logits, exps = logits_buffer[: stop - start], exp_buffer[: stop - start]
@@ -86,7 +86,7 @@ def contrastive_lse(
         row_max = logits.amax(dim=1, keepdim=True).clamp_(min=lowest)
         torch.sub(logits, row_max, out=exps).exp_()
         row_negatives[start:stop] = exps.sum(dim=1).log_().add_(row_max[:, 0])
-        if with_columns:
+        if symmetric:
             new_max = torch.maximum(column_max, logits.amax(dim=0))
             column_sum.mul_(column_max.sub_(new_max).exp_())
             column_sum.add_(logits.sub_(new_max).exp_().sum(dim=0))
@@ -103,7 +103,7 @@ def contrastive_grads(
     pair_gradient: Tensor,
     weight: Tensor,
     first_column: int,
-    with_columns: bool,
+    symmetric: bool,
     needs_image: bool,
     needs_text: bool,
     needs_scale: bool,
@@ -117,7 +117,7 @@ def contrastive_grads(
         G_ij = exp(l_ij - row_lse_i) + exp(l_ij - column_lse_j)
         dI = weight * s * G T,   dT = weight * s * G^T I,   ds = weight * sum_ij G_ij (I_i . T_j)
 
-    Without `with_columns` the columns' terms are left out.
+    Without `symmetric` the columns' terms are left out.
 
     pair_gradient: (n,), what the second formula less 2 would give for a pair, worked out without
     that difference (`contrastive.py`); weight: scalar of the accumulation dtype. Shapes as in
@@ -142,7 +142,7 @@ def contrastive_grads(
         image = image_features[start:stop].to(dtype)
         torch.mm(image * logit_scale, text.T, out=logits)
         torch.sub(logits, row_lse[start:stop, None], out=gradient).exp_()
-        if with_columns:
+        if symmetric:
             gradient.add_(logits.sub_(column_lse).exp_())
         offset, low, high = _pairs_in_strip(start, stop, first_column, m)
         if high > low:

@@ -10,7 +10,7 @@ autocast does); logits, sums and the returned loss are float32 (float64 for floa
 First derivatives only.
 
 Over ranks (torch.distributed initialised, more than one process) N counts the rows of all of them,
-and every rank has to make the call. process_group, columns and uneven, everywhere, and what the
+and every rank has to make the call. process_group, dist_impl and uneven, everywhere, and what the
 gradients are, as in `cyclip_loss.CyCLIPLoss`.
 
 impl, everywhere: "auto" takes the fastest engine for the features' device; "triton", the kernels
@@ -37,7 +37,7 @@ def contrastive_loss(
     logit_scale: Tensor | float,
     *,
     process_group: ProcessGroup | None = None,
-    columns: str = "gather",
+    dist_impl: str = "gather",
     uneven: bool = False,
     impl: str = "auto",
 ) -> Tensor:
@@ -53,7 +53,7 @@ def contrastive_loss(
         lambda_inmodal=0,
         lambda_crossmodal=0,
         process_group=process_group,
-        columns=columns,
+        dist_impl=dist_impl,
         uneven=uneven,
         impl=impl,
     )
@@ -112,7 +112,7 @@ def cyclip_loss(
     augmented_image_features: Tensor | None = None,
     augmented_text_features: Tensor | None = None,
     process_group: ProcessGroup | None = None,
-    columns: str = "gather",
+    dist_impl: str = "gather",
     uneven: bool = False,
     impl: str = "auto",
 ) -> Tensor | dict[str, Tensor]:
@@ -142,7 +142,7 @@ def cyclip_loss(
     """
     check_impl(impl)
     check_lambdas(lambda_inmodal, lambda_crossmodal)
-    distributed.check_columns(columns)
+    distributed.check_dist_impl(dist_impl)
     group = distributed.group_of(process_group)
     image_features, text_features = check_features(
         image_features, text_features, may_be_empty=group is not None
@@ -156,7 +156,7 @@ def cyclip_loss(
         )
     lambdas = (lambda_inmodal, lambda_crossmodal)
     if group is not None:
-        call = _call(image_features, pairs, *lambdas, columns, uneven)
+        call = _call(image_features, pairs, *lambdas, dist_impl, uneven)
         if impl == "reference":
             pairs = _whole_batches(pairs, group, call)
             group = None
@@ -167,7 +167,7 @@ def cyclip_loss(
         ]
         penalties = cyclic.cyclic_penalties(*pairs[0], *lambdas, output_dict, impl)
     else:
-        options = (*lambdas, output_dict, columns, impl)
+        options = (*lambdas, output_dict, dist_impl, impl)
 
         def stand_in(ranks: Ranks, rows: int) -> None:
             made_up = image_features.new_full((rows, image_features.shape[1]), math.inf)
@@ -197,7 +197,7 @@ def _over_ranks(
     lambda_inmodal: float,
     lambda_crossmodal: float,
     separate: bool,
-    columns: str,
+    dist_impl: str,
     impl: str,
     ranks: Ranks,
 ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
@@ -207,7 +207,8 @@ def _over_ranks(
     contrastive losses are.
     """
     gathered = [
-        distributed.start_gather(cols, ranks) if columns == "gather" else None for _, cols in pairs
+        distributed.start_gather(cols, ranks) if dist_impl == "gather" else None
+        for _, cols in pairs
     ]
     penalty = (*pairs[0], lambda_inmodal, lambda_crossmodal)
     started = cyclic.start_over_ranks(*penalty, impl, ranks.group)
@@ -227,14 +228,14 @@ def _call(
     pairs: list[tuple[Tensor, Tensor]],
     lambda_inmodal: float,
     lambda_crossmodal: float,
-    columns: str,
+    dist_impl: str,
     uneven: bool,
 ) -> Call:
     """What the ranks have to agree on."""
     return Call(
         d=features.shape[1],
         dtype=features.dtype,
-        columns=columns,
+        dist_impl=dist_impl,
         uneven=uneven,
         pairs=len(pairs),
         text_grad=sum(cols.requires_grad << at for at, (_, cols) in enumerate(pairs))

@@ -28,7 +28,7 @@ class CyCLIPLoss(nn.Module):
         process_group: the ranks that share a batch, nccl or gloo. None: the default group, as in
             DDP, if torch.distributed is initialised by the time of the call; it is never
             initialised here.
-        columns: how the text features reach the other ranks: "gather" or "ring" (see below).
+        dist_impl: how the text features reach the other ranks: "gather" or "ring" (see below).
         uneven: whether ranks may hold different numbers of rows, or none. They then exchange the
             numbers in every call, for which the host waits for the device.
         impl: "auto", the fastest engine for the features' device; "triton", the kernels for CUDA
@@ -47,7 +47,7 @@ class CyCLIPLoss(nn.Module):
     features: 8), in order; "bytes" is the size of the result. With `uneven` n is the most rows that
     a rank holds. One process: none.
 
-        columns="gather"        bytes               while
+        dist_impl="gather"        bytes               while
         all-gather              N D b               the Gram matrices are computed
         all-reduce, sum         4 (3 D^2 + 1)       the contrastive forward pass runs (none if both
                                                     lambdas are 0)
@@ -57,7 +57,7 @@ class CyCLIPLoss(nn.Module):
         backward:
         reduce-scatter, sum     4 N D (input)       -
 
-        columns="ring"
+        dist_impl="ring"
         all-reduce, sum         4 (3 D^2 + 1)       as above
         W - 1 times a send      n D b               the block at hand is multiplied
         W times a send          8 n (any dtype)     the next block is multiplied
@@ -69,7 +69,7 @@ class CyCLIPLoss(nn.Module):
     "ring" takes O(n D) memory, "gather" O(N D). Each of the two augmented features adds the same
     for its columns, without the two all-reduces of N elements and what stands for them in a ring.
 
-    In the first call of a kind (D, dtype, device, columns, penalties, augmented features, gradients
+    In the first call of a kind (D, dtype, device, dist_impl, penalties, augmented features, gradients
     or not) ranks exchange 9 numbers to check that they agree, for which the host waits. When the
     number of rows changes, they do so again, after one more forward pass on as many made-up rows as
     before: that is how a rank learns whether the number changed on all of them. A step with
@@ -99,7 +99,7 @@ class CyCLIPLoss(nn.Module):
         world_size: int | None = None,
         use_horovod: bool = False,
         process_group: ProcessGroup | None = None,
-        columns: str = "gather",
+        dist_impl: str = "gather",
         uneven: bool = False,
         impl: str = "auto",
     ) -> None:
@@ -108,12 +108,12 @@ class CyCLIPLoss(nn.Module):
         functional.check_impl(impl)
         if use_horovod:
             raise ValueError("use_horovod=True is not supported: use torch.distributed")
-        distributed.check_columns(columns)
+        distributed.check_dist_impl(dist_impl)
         self.lambda_inmodal = lambda_inmodal
         self.lambda_crossmodal = lambda_crossmodal
         self.rank, self.world_size = rank, world_size
         self.process_group = process_group
-        self.columns = columns
+        self.dist_impl = dist_impl
         self.uneven = uneven
         self.impl = impl
 
@@ -146,7 +146,7 @@ class CyCLIPLoss(nn.Module):
             augmented_image_features=augmented_image_features,
             augmented_text_features=augmented_text_features,
             process_group=self.process_group,
-            columns=self.columns,
+            dist_impl=self.dist_impl,
             uneven=self.uneven,
             impl=self.impl,
         )
@@ -154,7 +154,7 @@ class CyCLIPLoss(nn.Module):
     def extra_repr(self) -> str:
         """The weights, and what else is not as by default, for `print(module)`."""
         shown = f"lambda_inmodal={self.lambda_inmodal}, lambda_crossmodal={self.lambda_crossmodal}"
-        for name, default in (("columns", "gather"), ("uneven", False), ("impl", "auto")):
+        for name, default in (("dist_impl", "gather"), ("uneven", False), ("impl", "auto")):
             if getattr(self, name) != default:
                 shown += f", {name}={getattr(self, name)!r}"
         return shown

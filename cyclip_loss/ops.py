@@ -1,6 +1,6 @@
 """The custom operators: four names that autograd calls, each computed by one of two engines.
 
-(Four more, in `columns.py`, are made of these and of collectives: forward and backward over ranks.)
+(Four more, in `exchange.py`, are made of these and of collectives: forward and backward over ranks.)
 
 The engines are `eager.py` and, on CUDA and ROCm, the Triton kernels; both have a function of each
 operator's name, with the arguments of the signatures below less the last. To `torch.compile` an
@@ -110,13 +110,13 @@ class Operator:
 contrastive_lse = Operator(
     "contrastive_lse",
     "(Tensor image_features, Tensor text_features, Tensor logit_scale, SymInt first_column, "
-    "bool with_columns, str impl) -> (Tensor, Tensor, Tensor)",
+    "bool symmetric, str impl) -> (Tensor, Tensor, Tensor)",
 )
 contrastive_grads = Operator(
     "contrastive_grads",
     "(Tensor image_features, Tensor text_features, Tensor logit_scale, Tensor row_lse, "
     "Tensor column_lse, Tensor pair_gradient, Tensor weight, SymInt first_column, "
-    "bool with_columns, bool needs_image, bool needs_text, bool needs_scale, bool wide, str impl) "
+    "bool symmetric, bool needs_image, bool needs_text, bool needs_scale, bool wide, str impl) "
     "-> (Tensor, Tensor, Tensor)",
 )
 cyclic_statistics = Operator(
@@ -135,11 +135,11 @@ cyclic_grads = Operator(
 def _contrastive_lse_shapes(
     image: Tensor, text: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _, _, with_columns, _ = arguments
+    _, _, symmetric, _ = arguments
     # shape[0], not len: len would fix a symbolic size, and every N would compile anew.
     dtype = eager.accumulation_dtype(image.dtype)
     rows = image.new_empty(image.shape[0], dtype=dtype)
-    columns = image.new_empty(text.shape[0] if with_columns else 0, dtype=dtype)
+    columns = image.new_empty(text.shape[0] if symmetric else 0, dtype=dtype)
     return rows, columns, torch.empty_like(rows)
 
 

@@ -96,7 +96,7 @@ def variants(arch: str) -> Iterator[Variant]:
     for features, (pointer, dot) in FEATURES.items():
         bits = 32 if pointer == "*fp32" else 16
         contrastive = table["contrastive"][bits, dot]
-        lse = {"WITH_COLUMNS": True, "WIDEN": False, "PRECISION": dot}
+        lse = {"SYMMETRIC": True, "WIDEN": False, "PRECISION": dot}
         yield _variant(arch, "contrastive_lse", features, contrastive, lse)
         grads = {**lse, "NEEDS_SCALE": True, "SHIFT": 14 if features == "float16" else 0}
         yield _variant(arch, "contrastive_grads", features, contrastive, grads)

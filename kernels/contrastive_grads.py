@@ -39,7 +39,7 @@ def _tile_gradient(
     first_column,
     n,
     m,
-    WITH_COLUMNS: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
     NEEDS_SCALE: tl.constexpr,
     SHIFT: tl.constexpr,
     BM: tl.constexpr,
@@ -51,7 +51,7 @@ def _tile_gradient(
     # Past the end the last values are read again: they are finite, and nothing of it is kept.
     r = tl.load(row_lse + tl.minimum(rows, n - 1)) * LOG2_E
     g = tl.exp2(product * scale - r[:, None])
-    if WITH_COLUMNS:
+    if SYMMETRIC:
         c = tl.load(column_lse + tl.minimum(columns, m - 1)) * LOG2_E
         # Two exponentials an element: sharing one is safe only in a branch, whose two results
         # spill registers.
@@ -92,7 +92,7 @@ def contrastive_grads_kernel(
     text_stride,
     gradient_stride,
     first_column,  # row i is paired with column first_column + i
-    WITH_COLUMNS: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
     NEEDS_SCALE: tl.constexpr,
     SHIFT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -114,17 +114,17 @@ def contrastive_grads_kernel(
     if PARTS == 1:
         tile_sum = _tile_gradient(
             product, scale, row_lse, column_lse, pair_gradient, gradient, gradient_stride,
-            first_row, start, first_column, n, m, WITH_COLUMNS, NEEDS_SCALE, SHIFT, BM, BN,
+            first_row, start, first_column, n, m, SYMMETRIC, NEEDS_SCALE, SHIFT, BM, BN,
         )  # fmt: skip
     else:
         left, right = halves(product, BM, BN)
         tile_sum = _tile_gradient(
             left, scale, row_lse, column_lse, pair_gradient, gradient, gradient_stride,
-            first_row, start, first_column, n, m, WITH_COLUMNS, NEEDS_SCALE, SHIFT, BM, BN // 2,
+            first_row, start, first_column, n, m, SYMMETRIC, NEEDS_SCALE, SHIFT, BM, BN // 2,
         )  # fmt: skip
         tile_sum += _tile_gradient(
             right, scale, row_lse, column_lse, pair_gradient, gradient, gradient_stride,
-            first_row, start + BN // 2, first_column, n, m, WITH_COLUMNS, NEEDS_SCALE, SHIFT,
+            first_row, start + BN // 2, first_column, n, m, SYMMETRIC, NEEDS_SCALE, SHIFT,
             BM, BN // 2,
         )  # fmt: skip
     if NEEDS_SCALE:
@@ -140,7 +140,7 @@ def contrastive_grads(
     pair_gradient: Tensor,
     weight: Tensor,
     first_column: int,
-    with_columns: bool,
+    symmetric: bool,
     needs_image: bool,
     needs_text: bool,
     needs_scale: bool,
@@ -194,7 +194,7 @@ def contrastive_grads(
                     text.stride(0),
                     width,
                     first_column + start - left,
-                    WITH_COLUMNS=with_columns,
+                    SYMMETRIC=symmetric,
                     NEEDS_SCALE=needs_scale,
                     SHIFT=shift,
                     PRECISION=precision.dot,

@@ -46,7 +46,7 @@ def _tile_lse(
     first_column,
     n,
     m,
-    WITH_COLUMNS: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -74,7 +74,7 @@ def _tile_lse(
     row_sum = tl.sum(tl.exp2(logits - _finite_reference(row_max)[:, None]), axis=1)
     tl.store(row_partial + rows, row_max, mask=rows < n)
     tl.store(row_partial + row_sums + rows, row_sum, mask=rows < n)
-    if WITH_COLUMNS:
+    if SYMMETRIC:
         column_max = tl.max(logits, axis=0)
         column_sum = tl.sum(tl.exp2(logits - _finite_reference(column_max)[None, :]), axis=0)
         tl.store(column_partial + columns, column_max, mask=columns < m)
@@ -95,7 +95,7 @@ def contrastive_lse_kernel(
     image_stride,
     text_stride,
     first_column,  # row i is paired with column first_column + i
-    WITH_COLUMNS: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
     BM: tl.constexpr,
@@ -119,17 +119,17 @@ def contrastive_lse_kernel(
     if PARTS == 1:
         _tile_lse(
             product, scale, row_partial, row_sums, column_partial, column_sums, pair_logits,
-            first_row, start, first_column, n, m, WITH_COLUMNS, BM, BN,
+            first_row, start, first_column, n, m, SYMMETRIC, BM, BN,
         )  # fmt: skip
     else:
         left, right = halves(product, BM, BN)
         _tile_lse(
             left, scale, row_partial, row_sums, column_partial, column_sums, pair_logits,
-            first_row, start, first_column, n, m, WITH_COLUMNS, BM, BN // 2,
+            first_row, start, first_column, n, m, SYMMETRIC, BM, BN // 2,
         )  # fmt: skip
         _tile_lse(
             right, scale, row_partial + n, row_sums, column_partial, column_sums, pair_logits,
-            first_row, start + BN // 2, first_column, n, m, WITH_COLUMNS, BM, BN // 2,
+            first_row, start + BN // 2, first_column, n, m, SYMMETRIC, BM, BN // 2,
         )  # fmt: skip
 
 
@@ -173,7 +173,7 @@ def contrastive_lse(
     text_features: Tensor,
     logit_scale: Tensor,
     first_column: int,
-    with_columns: bool,
+    symmetric: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `cyclip_loss.eager.contrastive_lse`."""
     precision = Precision.of(image_features)
@@ -183,7 +183,7 @@ def contrastive_lse(
     (n, d), m = image.shape, len(text)
     row_negatives = image.new_full((n,), -torch.inf, dtype=torch.float32)
     pair_logits = image.new_zeros(n, dtype=torch.float32)
-    column_negatives = image.new_full((m if with_columns else 0,), -torch.inf, dtype=torch.float32)
+    column_negatives = image.new_full((m if symmetric else 0,), -torch.inf, dtype=torch.float32)
     column_tiles = triton.cdiv(m, tile["BN"])
     per_row_tile = max(column_tiles * tile["PARTS"] * tile["BM"], m)
     strip = max(1, PARTIAL_ELEMENTS // per_row_tile) * tile["BM"]
@@ -191,7 +191,7 @@ def contrastive_lse(
         rows = min(strip, n - start)
         row_tiles = triton.cdiv(rows, tile["BM"])
         row_partials = row_negatives.new_empty(2, column_tiles * tile["PARTS"], rows)
-        column_partials = row_negatives.new_empty(2, row_tiles if with_columns else 0, m)
+        column_partials = row_negatives.new_empty(2, row_tiles if symmetric else 0, m)
         with launch_on(image):
             contrastive_lse_kernel[(row_tiles * column_tiles,)](
                 image[start:],
@@ -206,12 +206,12 @@ def contrastive_lse(
                 image.stride(0),
                 text.stride(0),
                 first_column + start,
-                WITH_COLUMNS=with_columns,
+                SYMMETRIC=symmetric,
                 PRECISION=precision.dot,
                 WIDEN=precision.widen,
                 **config.kwargs,
             )
             _join(row_partials, row_negatives[start : start + rows])
-            if with_columns:
+            if symmetric:
                 _join(column_partials, column_negatives)
     return row_negatives, column_negatives, pair_logits

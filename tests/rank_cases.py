@@ -33,7 +33,7 @@ class RankCase:
     d: int = 5
     dtype: torch.dtype = torch.float64
     impl: str = "eager"
-    columns: str = "gather"
+    dist_impl: str = "gather"
     term: str = "loss"
     lambdas: tuple[float, float] = (0.25, 0.25)
     logit_scale: float = 10.0
@@ -71,7 +71,7 @@ class RankCase:
 def evaluate(case: RankCase, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     if case.term == "penalty":
         return CyclicPenalty(*case.lambdas, impl=case.impl)(image, text)
-    loss = CyCLIPLoss(*case.lambdas, columns=case.columns, uneven=case.uneven, impl=case.impl)
+    loss = CyCLIPLoss(*case.lambdas, dist_impl=case.dist_impl, uneven=case.uneven, impl=case.impl)
     if case.term == "loss":
         return loss(image, text, scale)
     terms = loss(image, text, scale, output_dict=True)
@@ -138,7 +138,7 @@ def rank_cases(draw: st.DrawFn, world_size: int, impl: str, uneven: bool = False
         d=draw(st.one_of(st.integers(1, 9), st.sampled_from([33, 40]))),
         dtype=draw(st.sampled_from([torch.float64, *DTYPES] if impl == "eager" else DTYPES[1:])),
         impl=impl,
-        columns=draw(st.sampled_from(["gather", "ring"])),
+        dist_impl=draw(st.sampled_from(["gather", "ring"])),
         term=draw(st.sampled_from([*TERMS, *WHOLE, "loss"])),
         lambdas=draw(st.one_of(LAMBDAS, st.just((0.0, 0.0)))),
         logit_scale=draw(LOGIT_SCALES),

@@ -168,7 +168,7 @@ def test_bad_constructor_arguments() -> None:
     with pytest.raises(ValueError, match="use_horovod=True"):
         CyCLIPLoss(use_horovod=True)
     with pytest.raises(ValueError, match=r"columns must be one of gather, ring, got 'rows'"):
-        CyCLIPLoss(columns="rows")
+        CyCLIPLoss(dist_impl="rows")
     with pytest.raises(TypeError, match="positional"):
         CyCLIPLoss(0.25, 0.25, True)
 
@@ -176,7 +176,7 @@ def test_bad_constructor_arguments() -> None:
 def test_bad_options_of_a_call() -> None:
     for call in (cyclip_loss, contrastive_loss):
         with pytest.raises(ValueError, match=r"columns must be one of gather, ring, got 'rows'"):
-            call(GOOD, GOOD, 10.0, columns="rows")
+            call(GOOD, GOOD, 10.0, dist_impl="rows")
         with pytest.raises(ValueError, match=r"impl must be one of auto, .*, got 'cuda'"):
             call(GOOD, GOOD, 10.0, impl="cuda")
 

@@ -34,13 +34,13 @@ def lse_by_definition(image: Tensor, text: Tensor, s: float, first_column: int):
 
 
 def grads_by_definition(
-    image, text, s, row_lse, column_lse, pair_gradient, weight, first_column, with_columns, eps
+    image, text, s, row_lse, column_lse, pair_gradient, weight, first_column, symmetric, eps
 ):
     """dI, dT, ds as the docstring of `eager.contrastive_grads` defines them, and their bounds."""
     image, text = image.double(), text.double()
     logits = s * image @ text.T
     exps = (logits - row_lse[:, None]).exp()
-    if with_columns:
+    if symmetric:
         exps = exps + (logits - column_lse).exp()
     is_pair = partners(*logits.shape, first_column) == 1
     gradient = weight * torch.where(is_pair, pair_gradient[:, None], exps)
@@ -60,7 +60,7 @@ RECTANGLES = {
     "m": st.integers(1, 40),
     "d": st.integers(1, 24),
     "first_column": st.integers(-45, 45),
-    "with_columns": st.booleans(),
+    "symmetric": st.booleans(),
     "strip_rows": st.sampled_from([None, 1, 7]),
     "image_layout": st.sampled_from(LAYOUTS),
     "text_layout": st.sampled_from(LAYOUTS),
@@ -70,20 +70,20 @@ RECTANGLES = {
 
 @given(**RECTANGLES)
 def test_contrastive_lse(
-    impl, n, m, d, first_column, with_columns, strip_rows, image_layout, text_layout, seed
+    impl, n, m, d, first_column, symmetric, strip_rows, image_layout, text_layout, seed
 ) -> None:
     image, text = rectangle(n, m, d, seed)
     image, text = lay_out(image, image_layout), lay_out(text, text_layout)
     with pytest.MonkeyPatch.context() as monkeypatch:
         set_strip_rows(monkeypatch, strip_rows)
         rows, columns, pair_logits = ops.contrastive_lse(
-            image, text, torch.tensor(20.0), first_column, with_columns, impl
+            image, text, torch.tensor(20.0), first_column, symmetric, impl
         )
     expected = lse_by_definition(image, text, 20.0, first_column)
     scale = torch.tensor(1 + 40).log() + 20.0 * (image.abs() @ text.abs().T).max().double()
     for actual, exact in zip((rows, columns, pair_logits), expected, strict=True):
         assert actual.dtype == torch.float32
-        if actual is columns and not with_columns:
+        if actual is columns and not symmetric:
             assert actual.shape == (0,)
             continue
         # Without negatives: exactly -inf.
@@ -117,15 +117,15 @@ TALL = {
     needs_scale=st.booleans(),
     wide=st.booleans(),
 )
-@example(**TALL | {"first_column": -6, "with_columns": True, "needs": (True, True)})
-@example(**TALL | {"first_column": -6, "with_columns": True, "needs": (False, True)})
-@example(**TALL | {"first_column": 30, "with_columns": False, "needs": (False, False)})
+@example(**TALL | {"first_column": -6, "symmetric": True, "needs": (True, True)})
+@example(**TALL | {"first_column": -6, "symmetric": True, "needs": (False, True)})
+@example(**TALL | {"first_column": 30, "symmetric": False, "needs": (False, False)})
 def test_contrastive_grads(
     n,
     m,
     d,
     first_column,
-    with_columns,
+    symmetric,
     strip_rows,
     image_layout,
     text_layout,
@@ -143,7 +143,7 @@ def test_contrastive_grads(
     row_lse = (logits.logsumexp(dim=1) + 0.5).float()
     column_lse = (logits.logsumexp(dim=0) + torch.linspace(0, 2, m)).float()
     pair_gradient = torch.linspace(-1, -1e-4, n)
-    arguments = (row_lse, column_lse if with_columns else column_lse[:0], pair_gradient)
+    arguments = (row_lse, column_lse if symmetric else column_lse[:0], pair_gradient)
     with pytest.MonkeyPatch.context() as monkeypatch:
         set_strip_rows(monkeypatch, strip_rows)
         actual = ops.contrastive_grads(
@@ -153,7 +153,7 @@ def test_contrastive_grads(
             *arguments,
             torch.tensor(0.125),
             first_column,
-            with_columns,
+            symmetric,
             *needs,
             needs_scale,
             wide,
@@ -161,7 +161,7 @@ def test_contrastive_grads(
         )
     exact = (row_lse.double(), column_lse.double(), pair_gradient.double())
     expected = grads_by_definition(
-        image, text, 5.0, *exact, 0.125, first_column, with_columns, eps_of(impl, dtype)
+        image, text, 5.0, *exact, 0.125, first_column, symmetric, eps_of(impl, dtype)
     )
     for grad, (exact, bound), needed in zip(actual, expected, (*needs, needs_scale), strict=True):
         assert grad.dtype == (torch.float32 if wide or grad.ndim == 0 else dtype)
@@ -279,13 +279,13 @@ def opcheck_arguments(dtype: torch.dtype, impl: str) -> list[tuple]:
     rows, accumulate = image[3:9], eager.accumulation_dtype(dtype)
     scale, weight = torch.tensor(4.0, dtype=accumulate), torch.tensor(0.1, dtype=accumulate)
     arguments = []
-    for with_columns in (True, False):
-        arguments.append(("contrastive_lse", (rows, text, scale, 3, with_columns, impl)))
-        lse = ops.contrastive_lse(rows, text, scale, 3, with_columns, impl)
+    for symmetric in (True, False):
+        arguments.append(("contrastive_lse", (rows, text, scale, 3, symmetric, impl)))
+        lse = ops.contrastive_lse(rows, text, scale, 3, symmetric, impl)
         arguments += [
             (
                 "contrastive_grads",
-                (rows, text, scale, *lse, weight, 3, with_columns, *needs, *flags, impl),
+                (rows, text, scale, *lse, weight, 3, symmetric, *needs, *flags, impl),
             )
             for needs, flags in zip(FLAGS, FLAGS[1:] + FLAGS[:1], strict=True)
         ]

@@ -14,10 +14,10 @@ from ranks import Ranks
 from torch import Tensor
 
 from cyclip_loss import CyCLIPLoss, cyclip_loss, reference
-from cyclip_loss import columns as columns_module
+from cyclip_loss import exchange
 
 WORLD_SIZES = pytest.mark.parametrize("world_size", [2, 3, 4])
-COLUMNS = pytest.mark.parametrize("columns", ["gather", "ring"])
+DIST_IMPLS = pytest.mark.parametrize("dist_impl", ["gather", "ring"])
 
 
 @WORLD_SIZES
@@ -35,19 +35,19 @@ def test_triton(data: st.DataObject, world_size: int, ranks: Ranks) -> None:
 
 
 @WORLD_SIZES
-@COLUMNS
+@DIST_IMPLS
 @pytest.mark.parametrize("term", TERMS)
-def test_each_term_alone(world_size: int, columns: str, term: str, ranks: Ranks) -> None:
+def test_each_term_alone(world_size: int, dist_impl: str, term: str, ranks: Ranks) -> None:
     """In float64, where nothing hides: the other terms are switched off, not left out."""
     lambdas = tuple(0.5 * (term == name) for name in TERMS[1:])
-    case = RankCase((5,) * world_size, columns=columns, lambdas=lambdas)
+    case = RankCase((5,) * world_size, dist_impl=dist_impl, lambdas=lambdas)
     for each in (case, replace(case, term="sum"), replace(case, term=term)):
         check(each, ranks)
 
 
 def test_both_ways_of_the_columns_agree(impl: str, ranks: Ranks) -> None:
     case = RankCase((6,) * 3, 8, torch.float32, impl, logit_scale=100.0)
-    gather, ring = check(case, ranks), check(replace(case, columns="ring"), ranks)
+    gather, ring = check(case, ranks), check(replace(case, dist_impl="ring"), ranks)
     for one, other in zip(gather, ring, strict=True):
         for name in NAMES:
             expected = getattr(one, name)
@@ -56,11 +56,11 @@ def test_both_ways_of_the_columns_agree(impl: str, ranks: Ranks) -> None:
             )
 
 
-@COLUMNS
+@DIST_IMPLS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_same_inputs_same_bits(columns, dtype, impl, ranks: Ranks) -> None:
+def test_same_inputs_same_bits(dist_impl, dtype, impl, ranks: Ranks) -> None:
     world_size = 4 if impl == "eager" else 3
-    case = RankCase((5,) * world_size, 7, dtype, impl, columns, lambdas=(0.5, 0.125))
+    case = RankCase((5,) * world_size, 7, dtype, impl, dist_impl, lambdas=(0.5, 0.125))
     first, second = (ranks.run(world_size, step, case) for _ in range(2))
     assert all(map(same_bits, first, second))
 
@@ -69,11 +69,13 @@ def same_bits(one: Results, other: Results) -> bool:
     return all(torch.equal(getattr(one, name), getattr(other, name)) for name in NAMES)
 
 
-@COLUMNS
+@DIST_IMPLS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_no_less_accurate_than_dense_pytorch(columns: str, dtype, impl: str, ranks: Ranks) -> None:
+def test_no_less_accurate_than_dense_pytorch(
+    dist_impl: str, dtype, impl: str, ranks: Ranks
+) -> None:
     """At most twice the error of the dense formula, in one process and the same dtype."""
-    case = RankCase((12,) * 3, 24, dtype, impl, columns, lambdas=(0.5, 0.25), logit_scale=20.0)
+    case = RankCase((12,) * 3, 24, dtype, impl, dist_impl, lambdas=(0.5, 0.25), logit_scale=20.0)
     of_ranks = ranks.run(3, step, case)
 
     def dense(widen: torch.dtype) -> list[Tensor]:
@@ -87,10 +89,10 @@ def test_no_less_accurate_than_dense_pytorch(columns: str, dtype, impl: str, ran
         assert (actual - exact).norm() <= bound, name
 
 
-def with_views(rank: int, world_size: int, n: int, columns: str, impl: str) -> list[Tensor]:
+def with_views(rank: int, world_size: int, n: int, dist_impl: str, impl: str) -> list[Tensor]:
     leaves = [features.split(n)[rank].requires_grad_() for features in views(n * world_size)]
     scale = torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
-    loss = CyCLIPLoss(0.5, 0.125, columns=columns, impl=impl)(
+    loss = CyCLIPLoss(0.5, 0.125, dist_impl=dist_impl, impl=impl)(
         *leaves[:2], scale, augmented_image_features=leaves[2], augmented_text_features=leaves[3]
     )
     loss.backward()
@@ -103,10 +105,10 @@ def views(n: int) -> tuple[Tensor, ...]:
 
 
 @WORLD_SIZES
-@pytest.mark.parametrize("columns", ["gather", "ring", "reference"])
-def test_augmented_views(world_size: int, columns: str, ranks: Ranks) -> None:
+@pytest.mark.parametrize("dist_impl", ["gather", "ring", "reference"])
+def test_augmented_views(world_size: int, dist_impl: str, ranks: Ranks) -> None:
     """All four features get their gradients; the definition too is exact over ranks."""
-    how = ("gather", "reference") if columns == "reference" else (columns, "eager")
+    how = ("gather", "reference") if dist_impl == "reference" else (dist_impl, "eager")
     of_ranks = ranks.run(world_size, with_views, 4, *how)
     leaves = [features.requires_grad_() for features in views(4 * world_size)]
     scale = torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
@@ -125,15 +127,15 @@ def test_augmented_views(world_size: int, columns: str, ranks: Ranks) -> None:
 def with_frozen(rank: int, world_size: int, case: RankCase, frozen: tuple[int, ...]) -> list:
     inputs = (*case.features(rank), case.scale())
     leaves = [tensor.clone().requires_grad_(at not in frozen) for at, tensor in enumerate(inputs)]
-    loss = CyCLIPLoss(*case.lambdas, columns=case.columns, impl=case.impl)(*leaves)
+    loss = CyCLIPLoss(*case.lambdas, dist_impl=case.dist_impl, impl=case.impl)(*leaves)
     loss.backward()
     return [leaf.grad for leaf in leaves]
 
 
-@COLUMNS
+@DIST_IMPLS
 @pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
-def test_frozen_inputs(columns: str, frozen: tuple[int, ...], impl: str, ranks: Ranks) -> None:
-    case = RankCase((4,) * 3, impl=impl, columns=columns, lambdas=(0.5, 0.125))
+def test_frozen_inputs(dist_impl: str, frozen: tuple[int, ...], impl: str, ranks: Ranks) -> None:
+    case = RankCase((4,) * 3, impl=impl, dist_impl=dist_impl, lambdas=(0.5, 0.125))
     expected = ranks.run(3, step, case)
     for grads, whole in zip(ranks.run(3, with_frozen, case, frozen), expected, strict=True):
         for at, (grad, name) in enumerate(zip(grads, NAMES[1:], strict=True)):
@@ -145,12 +147,12 @@ def test_frozen_inputs(columns: str, frozen: tuple[int, ...], impl: str, ranks: 
 
 def without_gradients(rank: int, world_size: int, case: RankCase) -> Tensor:
     with torch.inference_mode():
-        return CyCLIPLoss(columns=case.columns)(*case.features(rank), case.scale()).clone()
+        return CyCLIPLoss(dist_impl=case.dist_impl)(*case.features(rank), case.scale()).clone()
 
 
-@COLUMNS
-def test_inference(columns: str, ranks: Ranks) -> None:
-    case = RankCase((4,) * 3, columns=columns)
+@DIST_IMPLS
+def test_inference(dist_impl: str, ranks: Ranks) -> None:
+    case = RankCase((4,) * 3, dist_impl=dist_impl)
     expected = [one.value for one in ranks.run(3, step, case)]
     assert ranks.run(3, without_gradients, case) == expected
 
@@ -158,7 +160,7 @@ def test_inference(columns: str, ranks: Ranks) -> None:
 def backward_again(rank: int, world_size: int, case: RankCase) -> tuple[bool, list[str]]:
     """Whether a second pass through one graph gives the same bits; each derivative's error."""
     leaves = [tensor.detach().requires_grad_() for tensor in (*case.features(rank), case.scale())]
-    loss = CyCLIPLoss(0, 0, columns=case.columns, impl=case.impl)(*leaves)
+    loss = CyCLIPLoss(0, 0, dist_impl=case.dist_impl, impl=case.impl)(*leaves)
     first, second = (torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2))
     errors = []
     for grad in torch.autograd.grad(loss, leaves, create_graph=True):
@@ -170,9 +172,9 @@ def backward_again(rank: int, world_size: int, case: RankCase) -> tuple[bool, li
     return all(map(torch.equal, first, second)), errors
 
 
-@COLUMNS
-def test_one_graph_again(columns: str, impl: str, ranks: Ranks) -> None:
-    case = RankCase((4,) * 2, dtype=torch.float32, impl=impl, columns=columns)
+@DIST_IMPLS
+def test_one_graph_again(dist_impl: str, impl: str, ranks: Ranks) -> None:
+    case = RankCase((4,) * 2, dtype=torch.float32, impl=impl, dist_impl=dist_impl)
     for same, errors in ranks.run(2, backward_again, case):
         assert same
         assert len(errors) == 3
@@ -188,19 +190,21 @@ def checked_operators(rank: int, world_size: int, rows: list[int] | None) -> int
     calls = 0
     # Every call is made by both ranks and in the same order: these operators communicate.
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    for lse, grads, columns in (
-        (columns_module.gather_lse, columns_module.gather_grads, everywhere),
-        (columns_module.ring_lse, columns_module.ring_grads, text),
+    for lse, grads, dist_impl in (
+        (exchange.gather_lse, exchange.gather_grads, everywhere),
+        (exchange.ring_lse, exchange.ring_grads, text),
     ):
         for symmetric in (True, False):
             where = (symmetric, "eager", dist.group.WORLD.group_name, rows)
-            torch.library.opcheck(lse.custom_op, (image, columns, scale, *where), test_utils=tests)
+            torch.library.opcheck(
+                lse.custom_op, (image, dist_impl, scale, *where), test_utils=tests
+            )
             with torch.no_grad():
-                of_rows, _, pair_logits, column_lse = lse(image, columns, scale, *where)
+                of_rows, _, pair_logits, column_lse = lse(image, dist_impl, scale, *where)
             row_lse = torch.logaddexp(of_rows, pair_logits)
             for needs in [(True, True, True), (True, False, True), (False, True, False)]:
                 given = (row_lse, column_lse, -torch.rand(n), weight, symmetric, *needs)
-                arguments = (image.detach(), columns, scale, *given, *where[1:])
+                arguments = (image.detach(), dist_impl, scale, *given, *where[1:])
                 torch.library.opcheck(grads.custom_op, arguments, test_utils=tests)
                 calls += 1
     return calls
@@ -212,7 +216,7 @@ def test_operators_over_ranks(rows: list[int] | None, ranks: Ranks) -> None:
     assert ranks.run(2, checked_operators, rows) == [12, 12]
 
 
-def with_a_bad_value(rank: int, world_size: int, bad: float, columns: str) -> list[list[float]]:
+def with_a_bad_value(rank: int, world_size: int, bad: float, dist_impl: str) -> list[list[float]]:
     """Each term's value, for a bad number in either feature of one rank."""
     losses = []
     for which in (0, 1):
@@ -220,14 +224,14 @@ def with_a_bad_value(rank: int, world_size: int, bad: float, columns: str) -> li
             features = [torch.eye(4).roll(rank, 0) for _ in range(2)]
             if rank == where:
                 features[which][1, 2] = bad
-            terms = cyclip_loss(*features, 10.0, output_dict=True, columns=columns)
+            terms = cyclip_loss(*features, 10.0, output_dict=True, dist_impl=dist_impl)
             losses.append([term.item() for term in terms.values()])
     return losses
 
 
 @WORLD_SIZES
-@COLUMNS
+@DIST_IMPLS
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
-def test_nan_on_one_rank_is_nan_on_all(world_size: int, columns: str, bad, ranks: Ranks) -> None:
-    for losses in ranks.run(world_size, with_a_bad_value, bad, columns):
+def test_nan_on_one_rank_is_nan_on_all(world_size: int, dist_impl: str, bad, ranks: Ranks) -> None:
+    for losses in ranks.run(world_size, with_a_bad_value, bad, dist_impl):
         assert torch.tensor(losses).isnan().all(), losses

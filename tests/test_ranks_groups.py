@@ -11,7 +11,7 @@ import torch.distributed as dist
 from accuracy import NAMES, Results, results
 from rank_cases import RankCase, evaluate, step
 from ranks import RankError, Ranks
-from test_ranks import COLUMNS, same_bits
+from test_ranks import DIST_IMPLS, same_bits
 from torch import Tensor
 
 from cyclip_loss import CyclicPenalty, CyCLIPLoss, cyclic_penalty, cyclip_loss
@@ -20,16 +20,16 @@ from cyclip_loss.functional import contrastive_loss
 open_clip = pytest.importorskip("open_clip")
 
 
-def in_subgroups(rank: int, world_size: int, columns: str, uneven: bool) -> Results:
+def in_subgroups(rank: int, world_size: int, dist_impl: str, uneven: bool) -> Results:
     """Ranks 0 and 2, 1 and 3: each pair has a batch of its own."""
     groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
     own, at = groups[rank % 2], rank // 2
     case = subgroup_case(rank % 2, uneven)
-    loss = CyCLIPLoss(0.5, 0.125, process_group=own, columns=columns, uneven=uneven)
+    loss = CyCLIPLoss(0.5, 0.125, process_group=own, dist_impl=dist_impl, uneven=uneven)
     penalty = CyclicPenalty(0.5, 0.125, process_group=own)
 
     def total(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-        options = {"process_group": own, "columns": columns, "uneven": uneven}
+        options = {"process_group": own, "dist_impl": dist_impl, "uneven": uneven}
         functions = cyclip_loss(image, text, scale, **options)
         functions = functions + contrastive_loss(image, text, scale, **options)
         functions = functions + cyclic_penalty(image, text, process_group=own)
@@ -42,10 +42,10 @@ def subgroup_case(which: int, uneven: bool) -> RankCase:
     return RankCase(((4, 3 + which) if uneven else (4 + which,) * 2), seed=which)
 
 
-@COLUMNS
+@DIST_IMPLS
 @pytest.mark.parametrize("uneven", [False, True])
-def test_subgroups(columns: str, uneven: bool, ranks: Ranks) -> None:
-    of_ranks = ranks.run(4, in_subgroups, columns, uneven)
+def test_subgroups(dist_impl: str, uneven: bool, ranks: Ranks) -> None:
+    of_ranks = ranks.run(4, in_subgroups, dist_impl, uneven)
     for which in (0, 1):
         case = subgroup_case(which, uneven)
 
@@ -210,9 +210,9 @@ def test_scales_of_clip_loss(ranks: Ranks) -> None:
                 assert 0 < cosine < 0.999
 
 
-def last_step(rank: int, world_size: int, columns: str, dies_in: str) -> None:
+def last_step(rank: int, world_size: int, dist_impl: str, dies_in: str) -> None:
     """A step in which rank 1 dies, after a good one."""
-    case = RankCase((4,) * world_size, columns=columns)
+    case = RankCase((4,) * world_size, dist_impl=dist_impl)
     inputs = [*(f.clone().requires_grad_() for f in case.features(rank)), case.scale()]
     evaluate(case, *inputs).backward()
     if rank == 1 and dies_in == "forward":
@@ -223,14 +223,14 @@ def last_step(rank: int, world_size: int, columns: str, dies_in: str) -> None:
     loss.backward()
 
 
-@COLUMNS
+@DIST_IMPLS
 @pytest.mark.parametrize("dies_in", ["forward", "backward"])
-def test_a_rank_that_dies_leaves_the_others_with_an_error(columns: str, dies_in: str) -> None:
+def test_a_rank_that_dies_leaves_the_others_with_an_error(dist_impl: str, dies_in: str) -> None:
     """torch's own, within the group's timeout: no rank is still waiting when `run` gives up."""
     hasty = Ranks(timeout=20.0, patience=10.0)
     try:
         with pytest.raises(RankError) as error:
-            hasty.run(3, last_step, columns, dies_in)
+            hasty.run(3, last_step, dist_impl, dies_in)
     finally:
         hasty.close()
     of_ranks = re.split(r"^rank \d: ", str(error.value), flags=re.MULTILINE)[1:]

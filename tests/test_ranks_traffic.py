@@ -9,13 +9,13 @@ import torch.distributed as dist
 from inputs import loss_dtype
 from rank_cases import RankCase, evaluate
 from ranks import Ranks
-from test_ranks import COLUMNS, WORLD_SIZES
+from test_ranks import DIST_IMPLS, WORLD_SIZES
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.memory import allocations, peak_of
 from cyclip_loss import CyCLIPLoss
-from cyclip_loss import columns as columns_module
+from cyclip_loss import exchange
 from cyclip_loss.distributed import Hop
 
 N_PER_RANK, D = 4, 6
@@ -76,7 +76,7 @@ def check(case: RankCase, forward: Traffic, backward: Traffic, ranks: Ranks, fro
     for name in ("send", "recv_"):
         counts.pop(name, None)
     for actual in ranks.run(len(case.rows), traffic, case, frozen):
-        if case.columns == "ring":  # in which blocks pass each other
+        if case.dist_impl == "ring":  # in which blocks pass each other
             assert Counter(actual[0]) == Counter(forward)
             assert Counter(actual[1]) == Counter(backward)
         else:
@@ -141,17 +141,17 @@ def test_frozen_tower(ranks: Ranks) -> None:
     found = ranks.run(3, traffic, case, "text")[0]
     assert found[1] == []
     assert len(ranks.run(3, traffic, case, "image")[0][1]) == 1
-    case.columns = "ring"
+    case.dist_impl = "ring"
     found = ranks.run(3, traffic, case, "text")[0]
     assert Counter(found[1]) == Counter(sends(2, 4 * N_PER_RANK * D) + sends(2, 4 * N_PER_RANK))
 
 
-@COLUMNS
-def test_uneven_rows_are_exchanged_in_every_step(columns: str, ranks: Ranks) -> None:
-    case = RankCase((3, 1, 2), D, torch.float32, columns=columns, uneven=True)
+@DIST_IMPLS
+def test_uneven_rows_are_exchanged_in_every_step(dist_impl: str, ranks: Ranks) -> None:
+    case = RankCase((3, 1, 2), D, torch.float32, dist_impl=dist_impl, uneven=True)
     for forward, backward, _ in ranks.run(3, traffic, case):
         assert forward[0] == ("all_gather_into_tensor", 3 * NUMBERS * 8)
-        even = ranks.run(3, traffic, RankCase((3,) * 3, D, torch.float32, columns=columns))[0]
+        even = ranks.run(3, traffic, RankCase((3,) * 3, D, torch.float32, dist_impl=dist_impl))[0]
         # Shorter blocks are padded to the longest.
         padded = [entry for entry in forward[1:] if not entry[0].startswith("all_reduce")]
         assert padded == [entry for entry in even[0] if not entry[0].startswith("all_reduce")]
@@ -163,7 +163,7 @@ def exchanges(rank: int, world_size: int, steps: list[tuple[int, dict]]) -> list
     found = []
     for n, options in steps:
         weights = options.get("weights", (0.25, 0.25))
-        loss = CyCLIPLoss(*weights, columns=options.get("columns", "gather"))
+        loss = CyCLIPLoss(*weights, dist_impl=options.get("dist_impl", "gather"))
         image, text = (torch.eye(n, D, dtype=options.get("dtype")) for _ in range(2))
         text.requires_grad_(options.get("text_grad", True))
         with Recorder() as recorder, torch.set_grad_enabled(options.get("training", True)):
@@ -183,7 +183,7 @@ def test_rows_are_exchanged_when_they_change(ranks: Ranks) -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        {"columns": "ring"},
+        {"dist_impl": "ring"},
         {"dtype": torch.float64},
         {"training": False},
         {"text_grad": False},
@@ -199,11 +199,11 @@ def test_each_kind_of_call_is_known_by_itself(other: dict, ranks: Ranks) -> None
         assert found == [1, 1, 0, 0, 1, 0]
 
 
-def with_views(rank: int, world_size: int, columns: str) -> tuple[Traffic, Traffic]:
+def with_views(rank: int, world_size: int, dist_impl: str) -> tuple[Traffic, Traffic]:
     for _ in range(2):
         features = [torch.eye(N_PER_RANK, D).requires_grad_() for _ in range(4)]
         with Recorder() as recorder:
-            loss = CyCLIPLoss(0, 0, columns=columns)(
+            loss = CyCLIPLoss(0, 0, dist_impl=dist_impl)(
                 *features[:2],
                 10.0,
                 augmented_image_features=features[2],
@@ -215,7 +215,7 @@ def with_views(rank: int, world_size: int, columns: str) -> tuple[Traffic, Traff
 
 
 def test_augmented_views_travel_once_each(ranks: Ranks) -> None:
-    """Their columns have no log-sum-exps, which do not travel."""
+    """Their dist_impl have no log-sum-exps, which do not travel."""
     size = 2 * N_PER_RANK * D * 4
     forward, backward = ranks.run(2, with_views, "gather")[0]
     assert [entry for entry in forward if "reduce" not in entry[0]] == [
@@ -249,14 +249,14 @@ def waits(rank: int, world_size: int, case: RankCase) -> list[tuple[str, tuple[i
 
 
 def test_travel_and_computation_overlap(ranks: Ranks) -> None:
-    """The Gram matrices are under way when the columns are waited for, and the last to be."""
+    """The Gram matrices are under way when the dist_impl are waited for, and the last to be."""
     case = RankCase((N_PER_RANK,) * 2, D, torch.float32, lambdas=(0.5, 0.125))
     for events in ranks.run(2, waits, case):
-        columns, grams = (2 * N_PER_RANK, D), (3 * D * D + 1,)
+        dist_impl, grams = (2 * N_PER_RANK, D), (3 * D * D + 1,)
         assert events[:3] == [
-            ("all_gather_into_tensor", columns),
+            ("all_gather_into_tensor", dist_impl),
             ("all_reduce", grams),
-            ("wait_tensor", columns),
+            ("wait_tensor", dist_impl),
         ]
         assert events[-1] == ("wait_tensor", grams)
 
@@ -278,14 +278,14 @@ def events_of_a_ring(rank: int, world_size: int, case: RankCase) -> list[str]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         noted(dist, "batch_isend_irecv", "go")
         noted(Hop, "finish", "wait")
-        noted(columns_module, "_lse", "multiply")
-        noted(columns_module, "_grads", "multiply")
+        noted(exchange, "_lse", "multiply")
+        noted(exchange, "_grads", "multiply")
         evaluate(case, *inputs, case.scale()).backward()
     return events
 
 
 def test_blocks_travel_while_others_are_multiplied(ranks: Ranks) -> None:
-    case = RankCase((N_PER_RANK,) * 3, D, columns="ring", lambdas=(0, 0))
+    case = RankCase((N_PER_RANK,) * 3, D, dist_impl="ring", lambdas=(0, 0))
     for events in ranks.run(3, events_of_a_ring, case):
         assert events == [*["go", "multiply", "wait"] * 3, "go", "wait"] * 2
 
@@ -313,9 +313,9 @@ def test_a_ring_holds_no_more_than_a_block(ranks: Ranks) -> None:
     """O(n D) memory: nothing grows with the number of ranks, not even with N."""
     n, d = 8, 16
     for world_size in (2, 4):
-        case = RankCase((n,) * world_size, d, columns="ring", lambdas=(0, 0))
+        case = RankCase((n,) * world_size, d, dist_impl="ring", lambdas=(0, 0))
         assert set(ranks.run(world_size, largest_result, case)) == {n * d}
-    case.columns = "gather"
+    case.dist_impl = "gather"
     assert set(ranks.run(4, largest_result, case)) == {4 * n * d}
 
 
@@ -329,13 +329,13 @@ def peak_bytes(rank: int, world_size: int, case: RankCase) -> int:
 def test_a_ring_holds_as_much_whatever_the_ranks(ranks: Ranks) -> None:
     """All blocks together, too: what is done with is freed before the next step."""
     n, d = 8, 64
-    case = RankCase((n,) * 3, d, torch.float32, columns="ring", lambdas=(0, 0))
+    case = RankCase((n,) * 3, d, torch.float32, dist_impl="ring", lambdas=(0, 0))
     # From three on, there are steps in which blocks leave and come of both kinds.
     three = max(ranks.run(3, peak_bytes, case))
     four = max(ranks.run(4, peak_bytes, replace(case, rows=(n,) * 4)))
     assert four <= 1.02 * three
     of_gather = [
-        max(ranks.run(w, peak_bytes, replace(case, rows=(n,) * w, columns="gather")))
+        max(ranks.run(w, peak_bytes, replace(case, rows=(n,) * w, dist_impl="gather")))
         for w in (3, 4)
     ]
     assert of_gather[1] > 1.15 * of_gather[0]
@@ -346,8 +346,8 @@ def alone(rank: int, world_size: int) -> list:
     groups = [dist.new_group([member]) for member in range(world_size)]
     image, text = (torch.eye(3).roll(rank, 0).requires_grad_() for _ in range(2))
     with CommDebugMode() as debug_mode, Recorder() as recorder:
-        for columns in ("gather", "ring"):
-            loss = CyCLIPLoss(process_group=groups[rank], columns=columns)
+        for dist_impl in ("gather", "ring"):
+            loss = CyCLIPLoss(process_group=groups[rank], dist_impl=dist_impl)
             loss(image, text, 10.0).backward()
     return [*recorder.found, *debug_mode.get_comm_counts()]
 

@@ -11,7 +11,7 @@ from accuracy import NAMES
 from functorch.compile import make_boxed_func
 from rank_cases import RankCase, step
 from ranks import Ranks
-from test_ranks import COLUMNS, WORLD_SIZES
+from test_ranks import DIST_IMPLS, WORLD_SIZES
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -41,7 +41,7 @@ class TwoTowers(nn.Module):
 @dataclass
 class Run:
     lambdas: tuple[float, float] = (0.25, 0.25)
-    columns: str = "gather"
+    dist_impl: str = "gather"
     optimizer: str = "SGD"
     dtype: torch.dtype = torch.float64
     wrapper: str = "DDP"
@@ -63,7 +63,7 @@ def train(model: nn.Module, run: Run, batch: int, own: list[int]) -> dict[str, T
     """Three steps on the `own` samples of a batch; the parameters' changes."""
     before = {name: full(tensor) for name, tensor in model.state_dict().items()}
     optimizer = getattr(torch.optim, run.optimizer)(model.parameters(), lr=0.05)
-    loss = CyCLIPLoss(*run.lambdas, columns=run.columns, uneven=run.uneven)
+    loss = CyCLIPLoss(*run.lambdas, dist_impl=run.dist_impl, uneven=run.uneven)
     penalty = CyclicPenalty(*run.lambdas)
     for at in range(3 * run.micro_batches):
         generator = torch.Generator().manual_seed(at)
@@ -124,37 +124,37 @@ def check(run: Run, world_size: int, ranks: Ranks, tolerance: float) -> None:
 
 
 @WORLD_SIZES
-@COLUMNS
+@DIST_IMPLS
 @pytest.mark.parametrize("lambdas", LAMBDAS)
-def test_ddp(world_size: int, columns: str, lambdas, ranks: Ranks) -> None:
-    check(Run(lambdas, columns), world_size, ranks, 1e-9)
+def test_ddp(world_size: int, dist_impl: str, lambdas, ranks: Ranks) -> None:
+    check(Run(lambdas, dist_impl), world_size, ranks, 1e-9)
 
 
-@COLUMNS
+@DIST_IMPLS
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_ddp_optimizers_and_dtypes(columns: str, optimizer: str, dtype, ranks: Ranks) -> None:
+def test_ddp_optimizers_and_dtypes(dist_impl: str, optimizer: str, dtype, ranks: Ranks) -> None:
     tolerance = 1e-8 if dtype == torch.float64 else 1e-4
-    check(Run((0.5, 0.125), columns, optimizer, dtype), 3, ranks, tolerance)
+    check(Run((0.5, 0.125), dist_impl, optimizer, dtype), 3, ranks, tolerance)
 
 
-@COLUMNS
+@DIST_IMPLS
 @pytest.mark.parametrize("wrapper", ["DDP", "FSDP2"])
-def test_gradient_accumulation(wrapper: str, columns: str, ranks: Ranks) -> None:
+def test_gradient_accumulation(wrapper: str, dist_impl: str, ranks: Ranks) -> None:
     """Two halves, each a batch of its own, as in one process; synchronised with the second."""
-    check(Run((0.5, 0.125), columns, wrapper=wrapper, micro_batches=2), 2, ranks, 1e-9)
+    check(Run((0.5, 0.125), dist_impl, wrapper=wrapper, micro_batches=2), 2, ranks, 1e-9)
 
 
-@COLUMNS
+@DIST_IMPLS
 @pytest.mark.parametrize("lambdas", LAMBDAS)
-def test_fsdp2(columns: str, lambdas, ranks: Ranks) -> None:
-    check(Run(lambdas, columns, wrapper="FSDP2"), 3, ranks, 1e-9)
+def test_fsdp2(dist_impl: str, lambdas, ranks: Ranks) -> None:
+    check(Run(lambdas, dist_impl, wrapper="FSDP2"), 3, ranks, 1e-9)
 
 
-@COLUMNS
+@DIST_IMPLS
 @pytest.mark.parametrize("wrapper", ["DDP", "FSDP2"])
-def test_uneven_rows(wrapper: str, columns: str, ranks: Ranks) -> None:
-    check(Run((0.5, 0.125), columns, wrapper=wrapper, uneven=True), 3, ranks, 1e-9)
+def test_uneven_rows(wrapper: str, dist_impl: str, ranks: Ranks) -> None:
+    check(Run((0.5, 0.125), dist_impl, wrapper=wrapper, uneven=True), 3, ranks, 1e-9)
 
 
 @pytest.mark.parametrize("lambdas", LAMBDAS[1:])
@@ -162,17 +162,17 @@ def test_penalty_added_to_a_local_loss(lambdas, ranks: Ranks) -> None:
     check(Run(lambdas, penalty_alone=True), 3, ranks, 1e-9)
 
 
-@COLUMNS
-def test_ddp_with_autocast(columns: str, ranks: Ranks) -> None:
+@DIST_IMPLS
+def test_ddp_with_autocast(dist_impl: str, ranks: Ranks) -> None:
     """bfloat16 towers: rounding differs with the number of rows, by a few parts in 2^8."""
-    run = Run((0.5, 0.125), columns, dtype=torch.float32, autocast=True)
+    run = Run((0.5, 0.125), dist_impl, dtype=torch.float32, autocast=True)
     check(run, 2, ranks, 8 * 2**-8)
 
 
 def autocast_step(rank: int, world_size: int, case: RankCase, inside: bool) -> list[Tensor]:
     leaves = [tensor.detach().requires_grad_() for tensor in (*case.features(rank), case.scale())]
     with torch.autocast("cpu", torch.bfloat16):
-        loss = CyCLIPLoss(*case.lambdas, columns=case.columns, impl=case.impl)(*leaves)
+        loss = CyCLIPLoss(*case.lambdas, dist_impl=case.dist_impl, impl=case.impl)(*leaves)
         if inside:
             loss.backward()
     if not inside:
@@ -180,9 +180,9 @@ def autocast_step(rank: int, world_size: int, case: RankCase, inside: bool) -> l
     return [loss.detach(), *(leaf.grad for leaf in leaves)]
 
 
-@COLUMNS
-def test_autocast_casts_the_features_and_nothing_else(columns: str, impl: str, ranks) -> None:
-    case = RankCase((4,) * 2, 6, torch.float32, impl, columns, lambdas=(0.5, 0.125))
+@DIST_IMPLS
+def test_autocast_casts_the_features_and_nothing_else(dist_impl: str, impl: str, ranks) -> None:
+    case = RankCase((4,) * 2, 6, torch.float32, impl, dist_impl, lambdas=(0.5, 0.125))
     outside, inside = (ranks.run(2, autocast_step, case, inside) for inside in (False, True))
     case.dtype = torch.bfloat16
     for one, other, expected in zip(outside, inside, ranks.run(2, step, case), strict=True):
@@ -197,7 +197,9 @@ def compiled_steps(rank: int, world_size: int, cases: list[RankCase]) -> tuple[l
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     first = cases[0]
-    module = CyCLIPLoss(*first.lambdas, columns=first.columns, impl=first.impl, uneven=first.uneven)
+    module = CyCLIPLoss(
+        *first.lambdas, dist_impl=first.dist_impl, impl=first.impl, uneven=first.uneven
+    )
     penalty = CyclicPenalty(*first.lambdas, impl=first.impl)
     function = torch.compile(
         lambda i, t, s: module(i, t, s) + penalty(i, t),
@@ -217,12 +219,12 @@ def compiled_steps(rank: int, world_size: int, cases: list[RankCase]) -> tuple[l
     return found, counter.frame_count
 
 
-@COLUMNS
+@DIST_IMPLS
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_compile_gives_the_same(world_size: int, columns: str, ranks: Ranks) -> None:
+def test_compile_gives_the_same(world_size: int, dist_impl: str, ranks: Ranks) -> None:
     """Whole, whatever the number of rows: one graph for the first, one for all others."""
     cases = [
-        RankCase((n,) * world_size, 6, torch.float32, columns=columns, lambdas=(0.5, 0.125))
+        RankCase((n,) * world_size, 6, torch.float32, dist_impl=dist_impl, lambdas=(0.5, 0.125))
         for n in (4, 7, 9, 4)
     ]
     for pairs, graphs in ranks.run(world_size, compiled_steps, cases):
@@ -232,14 +234,14 @@ def test_compile_gives_the_same(world_size: int, columns: str, ranks: Ranks) -> 
                 torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-@COLUMNS
-def test_compile_with_uneven_rows(columns: str, ranks: Ranks) -> None:
+@DIST_IMPLS
+def test_compile_with_uneven_rows(dist_impl: str, ranks: Ranks) -> None:
     """In several graphs, which may differ from rank to rank: one has seen other rows, one has not.
 
     The last of these steps would end the processes where a graph decides what travels.
     """
     cases = [
-        RankCase(rows, 6, torch.float32, columns=columns, lambdas=(0.5, 0.125), uneven=True)
+        RankCase(rows, 6, torch.float32, dist_impl=dist_impl, lambdas=(0.5, 0.125), uneven=True)
         for rows in [(4, 4), (4, 3), (1, 5), (0, 2)]
     ]
     for pairs, _ in ranks.run(2, compiled_steps, cases):
@@ -265,7 +267,7 @@ def compiled_traffic(rank: int, world_size: int, case: RankCase) -> list[list[st
         )
         return make_boxed_func(graph.forward)
 
-    loss = CyCLIPLoss(*case.lambdas, columns=case.columns, impl=case.impl)
+    loss = CyCLIPLoss(*case.lambdas, dist_impl=case.dist_impl, impl=case.impl)
     backend = aot_autograd(fw_compiler=look, partition_fn=min_cut_rematerialization_partition)
     function = torch.compile(loss, fullgraph=True, backend=backend)
     leaves = [tensor.detach().requires_grad_() for tensor in (*case.features(rank), case.scale())]
@@ -273,12 +275,12 @@ def compiled_traffic(rank: int, world_size: int, case: RankCase) -> list[list[st
     return found
 
 
-@COLUMNS
-def test_compiled_graphs_cannot_change_what_travels(columns: str, ranks: Ranks) -> None:
+@DIST_IMPLS
+def test_compiled_graphs_cannot_change_what_travels(dist_impl: str, ranks: Ranks) -> None:
     """What a graph can see of a ring it can merge, leave out, or keep for backward."""
-    case = RankCase((4,) * 3, 6, torch.float32, columns=columns, lambdas=(0.5, 0.125))
-    gather = ["all_gather_into_tensor"] if columns == "gather" else []
+    case = RankCase((4,) * 3, 6, torch.float32, dist_impl=dist_impl, lambdas=(0.5, 0.125))
+    gather = ["all_gather_into_tensor"] if dist_impl == "gather" else []
     for forward, backward in ranks.run(3, compiled_traffic, case):
-        sweep = ["cyclic_statistics", "all_reduce", f"{columns}_lse", "all_reduce"]
+        sweep = ["cyclic_statistics", "all_reduce", f"{dist_impl}_lse", "all_reduce"]
         assert forward == [*gather, *sweep]
-        assert sorted(backward) == sorted(["cyclic_grads", f"{columns}_grads"])
+        assert sorted(backward) == sorted(["cyclic_grads", f"{dist_impl}_grads"])

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rank_cases import RankCase, check, evaluate, rank_cases
 from ranks import Ranks
-from test_ranks import COLUMNS, WORLD_SIZES
+from test_ranks import DIST_IMPLS, WORLD_SIZES
 from torch import Tensor
 
 from cyclip_loss import CyCLIPLoss, distributed, reference
@@ -32,11 +32,11 @@ def test_triton(case: RankCase, ranks: Ranks) -> None:
     check(case, ranks)
 
 
-@COLUMNS
+@DIST_IMPLS
 @pytest.mark.parametrize("lambdas", [(0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (0.25, 0.25), (0.5, 0.1)])
 @pytest.mark.parametrize("rows", [(1, 5, 2), (4, 0, 3), (0, 0, 6), (2, 2, 2), (0, 1)], ids=str)
-def test_rows(rows: tuple[int, ...], lambdas, columns: str, ranks: Ranks) -> None:
-    check(RankCase(rows, columns=columns, lambdas=lambdas, uneven=True), ranks)
+def test_rows(rows: tuple[int, ...], lambdas, dist_impl: str, ranks: Ranks) -> None:
+    check(RankCase(rows, dist_impl=dist_impl, lambdas=lambdas, uneven=True), ranks)
 
 
 @pytest.mark.parametrize("rows", [(1, 5, 2), (4, 0, 3), (0, 0, 6), (2, 2, 2)], ids=str)
@@ -51,16 +51,16 @@ def test_definition(term: str, ranks: Ranks) -> None:
         check(RankCase(rows, impl="reference", uneven=True, term=term), ranks)
 
 
-@COLUMNS
-def test_rows_change_from_step_to_step(columns: str, ranks: Ranks) -> None:
-    case = RankCase((), columns=columns, uneven=True)
+@DIST_IMPLS
+def test_rows_change_from_step_to_step(dist_impl: str, ranks: Ranks) -> None:
+    case = RankCase((), dist_impl=dist_impl, uneven=True)
     for rows in [(1, 5, 2), (1, 5, 2), (5, 1, 2), (2, 2, 2), (2, 2, 0), (3, 3, 3), (2, 2, 2)]:
         check(replace(case, rows=rows), ranks)
 
 
-def with_views(rank: int, world_size: int, rows: tuple[int, ...], columns: str) -> list[Tensor]:
+def with_views(rank: int, world_size: int, rows: tuple[int, ...], dist_impl: str) -> list[Tensor]:
     features = [f.split(rows)[rank].requires_grad_() for f in some_views(sum(rows))]
-    loss = CyCLIPLoss(columns=columns, uneven=True)(
+    loss = CyCLIPLoss(dist_impl=dist_impl, uneven=True)(
         *features[:2],
         10.0,
         augmented_image_features=features[2],
@@ -75,10 +75,10 @@ def some_views(n: int) -> list[Tensor]:
     return [torch.randn(n, 4, generator=generator, dtype=torch.float64) for _ in range(4)]
 
 
-@COLUMNS
+@DIST_IMPLS
 @pytest.mark.parametrize("rows", [(1, 4, 2), (3, 0, 2)], ids=str)
-def test_augmented_views(rows: tuple[int, ...], columns: str, ranks: Ranks) -> None:
-    values, *grads = zip(*ranks.run(3, with_views, rows, columns), strict=True)
+def test_augmented_views(rows: tuple[int, ...], dist_impl: str, ranks: Ranks) -> None:
+    values, *grads = zip(*ranks.run(3, with_views, rows, dist_impl), strict=True)
     leaves = [f.requires_grad_() for f in some_views(sum(rows))]
     loss = sum(reference.cyclip_loss(*leaves[:2], 10.0, 0.25, 0.25, *leaves[2:]).values())
     loss.backward()
@@ -118,11 +118,11 @@ def all_hold(n: int, world_size: int = 3, **options) -> list[tuple[int, dict]]:
 OTHER_ROWS = "must have the same number of rows on every rank unless uneven=True"
 
 
-@COLUMNS
+@DIST_IMPLS
 @pytest.mark.parametrize("impl", IMPLS)
-def test_first_step(columns: str, impl: str, ranks: Ranks) -> None:
+def test_first_step(dist_impl: str, impl: str, ranks: Ranks) -> None:
     """Every rank sees every rank's rows; then the group works."""
-    options = {"columns": columns, "impl": impl}
+    options = {"dist_impl": dist_impl, "impl": impl}
     mismatch = [(4, options), (4, options), (3, options)]
     for errors in run_steps(ranks, mismatch, mismatch, all_hold(4, **options))[:2]:
         assert len(set(errors)) == 1
@@ -136,7 +136,7 @@ def test_first_step(columns: str, impl: str, ranks: Ranks) -> None:
     [
         ("D", {"d": 4}, {"d": 5}, "[4, 5] (by rank)"),
         ("dtype", {}, {"dtype": torch.float16}, "[torch.float32, torch.float16] (by rank)"),
-        ("columns", {}, {"columns": "ring"}, "['gather', 'ring'] (by rank)"),
+        ("dist_impl", {}, {"dist_impl": "ring"}, "['gather', 'ring'] (by rank)"),
         ("uneven", {}, {"uneven": True}, "[False, True] (by rank)"),
         ("lambda_inmodal", {}, {"lambdas": (0.5, 0.25)}, "[0.25, 0.5] (by rank)"),
         ("lambda_crossmodal", {}, {"lambdas": (0.25, 0.0)}, "[0.25, 0] (by rank)"),
@@ -197,12 +197,12 @@ def test_what_is_new_to_every_rank_is_checked(name: str, one, other, ranks: Rank
     assert set(before) == set(after) == set(new) == {"right"}
 
 
-@COLUMNS
+@DIST_IMPLS
 @pytest.mark.parametrize("lambdas", [(0.25, 0.25), (0.0, 0.0)])
 @pytest.mark.parametrize("changed", [(4, 4, 3), (3, 3, 4), (9, 4, 4), (4, 0, 4), (5, 6, 4)])
-def test_rows_change_on_some_ranks(changed, lambdas, columns: str, ranks: Ranks) -> None:
+def test_rows_change_on_some_ranks(changed, lambdas, dist_impl: str, ranks: Ranks) -> None:
     """Every rank raises, in the same step, and the next one is right: nobody waits for anybody."""
-    options = {"columns": columns, "lambdas": lambdas}
+    options = {"dist_impl": dist_impl, "lambdas": lambdas}
     some = [(n, options) for n in changed]
     before, broken, again, after = run_steps(
         ranks, all_hold(4, **options), some, some, all_hold(4, **options)
@@ -233,12 +233,12 @@ def on_another_device(rank: int, world_size: int, case: RankCase, n: int) -> lis
     return found
 
 
-@COLUMNS
+@DIST_IMPLS
 @pytest.mark.parametrize("lambdas", [(0.25, 0.25), (0.0, 0.0)])
-def test_rows_change_on_some_ranks_of_another_device(columns: str, lambdas, ranks: Ranks) -> None:
+def test_rows_change_on_some_ranks_of_another_device(dist_impl: str, lambdas, ranks: Ranks) -> None:
     """The rank whose rows changed is told; the others, which do not wait, get NaN."""
     ranks.leave()
-    case = RankCase((4,) * 3, columns=columns, lambdas=lambdas)
+    case = RankCase((4,) * 3, dist_impl=dist_impl, lambdas=lambdas)
     first, told, last = ranks.run(3, on_another_device, case, 3)
     assert first == last == ["right", "NaN"]
     assert told[0] == "right"
@@ -253,10 +253,10 @@ def test_rows_change_in_the_kernels_too(ranks: Ranks) -> None:
     assert all(f"{OTHER_ROWS}: 1 of 3 ranks" in error for error in errors)
 
 
-@COLUMNS
-def test_rows_change_on_all_ranks(columns: str, ranks: Ranks) -> None:
+@DIST_IMPLS
+def test_rows_change_on_all_ranks(dist_impl: str, ranks: Ranks) -> None:
     """Alike: every step is right. Not alike: every rank has the numbers."""
-    options = {"columns": columns}
+    options = {"dist_impl": dist_impl}
     steps = [all_hold(n, **options) for n in (4, 4, 7, 2, 2, 4)]
     assert all(set(step) == {"right"} for step in run_steps(ranks, *steps))
     unlike = [(5, options), (6, options), (7, options)]
@@ -269,7 +269,7 @@ def test_rows_change_on_all_ranks(columns: str, ranks: Ranks) -> None:
 
 
 def test_no_row_anywhere(ranks: Ranks) -> None:
-    for options in ({}, {"uneven": True}, {"columns": "ring"}):
+    for options in ({}, {"uneven": True}, {"dist_impl": "ring"}):
         first, _, later, after = run_steps(
             ranks,
             all_hold(0, **options),

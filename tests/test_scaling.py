@@ -22,7 +22,7 @@ from benchmarks.chips import H100 as H100_CHIP
 from benchmarks.links import H100
 from benchmarks.memory import allocations, peak_of
 from benchmarks.scaling import GATHER, OPEN_CLIP, RING, WAYS, Case, Way
-from cyclip_loss import columns
+from cyclip_loss import exchange
 from cyclip_loss.distributed import Ranks, group_of
 
 US = 1e-6
@@ -302,7 +302,7 @@ def test_memory_of_a_ring_is_what_it_holds(
         def run() -> None:
             with torch.no_grad():
                 # Kept by the caller, the gradients that the module returns are in the model's.
-                columns.ring_grads(
+                exchange.ring_grads(
                     features, features, scale, lse, lse, lse, scale, *[True] * 4, *ways
                 )
 
@@ -325,9 +325,9 @@ def kernels_of_ring(world_size: int, monkeypatch: pytest.MonkeyPatch) -> tuple[i
     try:
         ways = ("eager", *Ranks(group_of(None)).named())
         with torch.no_grad(), CountKernels() as forward:
-            columns.ring_lse(features, features, scale, True, *ways)
+            exchange.ring_lse(features, features, scale, True, *ways)
         with torch.no_grad(), CountKernels() as backward:
-            columns.ring_grads(features, features, scale, *lse, scale, *[True] * 4, *ways)
+            exchange.ring_grads(features, features, scale, *lse, scale, *[True] * 4, *ways)
     finally:
         torch.distributed.destroy_process_group()
     return forward.count, backward.count
