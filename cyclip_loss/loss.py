@@ -69,10 +69,10 @@ class CyCLIPLoss(nn.Module):
     "ring" takes O(n D) memory, "gather" O(N D). Each of the two augmented features adds the same
     for its columns, without the two all-reduces of N elements and what stands for them in a ring.
 
-    In the first call of a kind (D, dtype, device, dist_impl, penalties, augmented features, gradients
-    or not) ranks exchange 9 numbers to check that they agree, for which the host waits. When the
-    number of rows changes, they do so again, after one more forward pass on as many made-up rows as
-    before: that is how a rank learns whether the number changed on all of them. A step with
+    In the first call of a kind (D, dtype, device, dist_impl, penalties, augmented features,
+    gradients or not) ranks exchange 9 numbers to check that they agree, for which the host waits.
+    When the number of rows changes, they do so again, after one more forward pass on as many
+    made-up rows as before: that is how a rank learns whether the number changed on all of them. A step with
     another number of rows than the last of its kind therefore costs a second forward pass.
 
     Raises:

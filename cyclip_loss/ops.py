@@ -1,6 +1,6 @@
 """The custom operators: four names that autograd calls, each computed by one of two engines.
 
-(Four more, in `exchange.py`, are made of these and of collectives: forward and backward over ranks.)
+(Four more, in `exchange.py`, are made of these and of collectives.)
 
 The engines are `eager.py` and, on CUDA and ROCm, the Triton kernels; both have a function of each
 operator's name, with the arguments of the signatures below less the last. To `torch.compile` an

@@ -5,7 +5,8 @@ With them p = <A, B>_F and q = <C, C^T>_F are both cyclic penalties (`cyclip_los
 U and V are formed in registers, in float32, from the features as they came, and only then rounded
 to tf32: V is small where pairs are well aligned, and is rounded relative to itself. For 16-bit
 features that puts the gradient off by 2e-4 to 3e-4 (relative, |T - I| from 0.003 to random pairs),
-where rounding an exact gradient to bfloat16 costs 1.7e-3 (`tests/test_kernels.py`, `what_tf32`).
+where rounding an exact gradient to bfloat16 costs 1.7e-3
+(`what_tf32` in `tests/kernels/test_kernels.py`).
 
 A and B are symmetric: only tiles on and above the diagonal are computed, 2 N D^2 flops for both, 2
 more for C.

@@ -12,7 +12,7 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from ranks import Ranks
+from pool import Ranks
 
 from cyclip_loss import eager
 

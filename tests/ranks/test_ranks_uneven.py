@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from pool import Ranks
 from rank_cases import RankCase, check, evaluate, rank_cases
-from ranks import Ranks
 from test_ranks import DIST_IMPLS, WORLD_SIZES
 from torch import Tensor
 

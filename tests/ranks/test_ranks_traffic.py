@@ -7,15 +7,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from inputs import loss_dtype
+from pool import Ranks
 from rank_cases import RankCase, evaluate
-from ranks import Ranks
 from test_ranks import DIST_IMPLS, WORLD_SIZES
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.memory import allocations, peak_of
-from cyclip_loss import CyCLIPLoss
-from cyclip_loss import exchange
+from cyclip_loss import CyCLIPLoss, exchange
 from cyclip_loss.distributed import Hop
 
 N_PER_RANK, D = 4, 6

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import RankError, Ranks
+from pool import RankError, Ranks
 
 
 @pytest.fixture(scope="module")

@@ -217,7 +217,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_a_hint(tmp_path: Path, emoji_folder: Pat
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     metrics = tmp_path / "clip-seed0" / "metrics.jsonl"

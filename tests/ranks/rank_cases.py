@@ -15,7 +15,7 @@ from accuracy import (
 from conftest import set_strip_rows
 from hypothesis import strategies as st
 from inputs import DISTANCES, DTYPES, LAMBDAS, LAYOUTS, LOGIT_SCALES, lay_out, loss_dtype, pairs
-from ranks import Ranks
+from pool import Ranks
 from torch import Tensor
 
 from cyclip_loss import CyclicPenalty, CyCLIPLoss

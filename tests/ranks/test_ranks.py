@@ -9,12 +9,11 @@ from accuracy import NAMES, Results
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import pairs
+from pool import Ranks
 from rank_cases import TERMS, RankCase, check, rank_cases, step
-from ranks import Ranks
 from torch import Tensor
 
-from cyclip_loss import CyCLIPLoss, cyclip_loss, reference
-from cyclip_loss import exchange
+from cyclip_loss import CyCLIPLoss, cyclip_loss, exchange, reference
 
 WORLD_SIZES = pytest.mark.parametrize("world_size", [2, 3, 4])
 DIST_IMPLS = pytest.mark.parametrize("dist_impl", ["gather", "ring"])
@@ -190,21 +189,19 @@ def checked_operators(rank: int, world_size: int, rows: list[int] | None) -> int
     calls = 0
     # Every call is made by both ranks and in the same order: these operators communicate.
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    for lse, grads, dist_impl in (
+    for lse, grads, columns in (
         (exchange.gather_lse, exchange.gather_grads, everywhere),
         (exchange.ring_lse, exchange.ring_grads, text),
     ):
         for symmetric in (True, False):
             where = (symmetric, "eager", dist.group.WORLD.group_name, rows)
-            torch.library.opcheck(
-                lse.custom_op, (image, dist_impl, scale, *where), test_utils=tests
-            )
+            torch.library.opcheck(lse.custom_op, (image, columns, scale, *where), test_utils=tests)
             with torch.no_grad():
-                of_rows, _, pair_logits, column_lse = lse(image, dist_impl, scale, *where)
+                of_rows, _, pair_logits, column_lse = lse(image, columns, scale, *where)
             row_lse = torch.logaddexp(of_rows, pair_logits)
             for needs in [(True, True, True), (True, False, True), (False, True, False)]:
                 given = (row_lse, column_lse, -torch.rand(n), weight, symmetric, *needs)
-                arguments = (image.detach(), dist_impl, scale, *given, *where[1:])
+                arguments = (image.detach(), columns, scale, *given, *where[1:])
                 torch.library.opcheck(grads.custom_op, arguments, test_utils=tests)
                 calls += 1
     return calls

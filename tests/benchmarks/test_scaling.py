@@ -290,7 +290,7 @@ def test_memory_of_a_ring_is_what_it_holds(
     n, d = 256, 64
     shapes = ((n, d), (n, d), ())
     monkeypatch.setattr(
-        columns.ops, "contrastive_grads", lambda *_: tuple(map(torch.zeros, shapes))
+        exchange.ops, "contrastive_grads", lambda *_: tuple(map(torch.zeros, shapes))
     )
     case = Case(world_size, n, d)
     features = torch.zeros(n, d, dtype=torch.bfloat16)
@@ -318,8 +318,8 @@ def kernels_of_ring(world_size: int, monkeypatch: pytest.MonkeyPatch) -> tuple[i
     """Forward and backward, beside the operators: on rank 0 of a group that sends nothing."""
     lse = (torch.zeros(4), torch.zeros(4), torch.zeros(4))
     grads = (torch.zeros(4, 8), torch.zeros(4, 8), torch.zeros(()))
-    monkeypatch.setattr(columns.ops, "contrastive_lse", lambda *arguments: lse)
-    monkeypatch.setattr(columns.ops, "contrastive_grads", lambda *arguments: grads)
+    monkeypatch.setattr(exchange.ops, "contrastive_lse", lambda *arguments: lse)
+    monkeypatch.setattr(exchange.ops, "contrastive_grads", lambda *arguments: grads)
     features, scale = torch.zeros(4, 8), torch.ones(())
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:

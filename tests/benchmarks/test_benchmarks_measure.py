@@ -70,7 +70,7 @@ print(json.dumps(fresh_process.main({{"loss": "dense", "seed": 0, "n": 1000, "d"
 def test_out_of_memory_is_a_result() -> None:
     """Seven matrices of 4 MB do not fit in 10 MB."""
     command = [sys.executable, "-c", LIMITED.format(bytes=10**7)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout.splitlines()[-1])
     assert (answer["outcome"], answer["limit"]) == (memory.OUT_OF_MEMORY, 10**7)

@@ -22,7 +22,7 @@ pytest.importorskip("webdataset")
 pytest.importorskip("matplotlib")
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from test_reference_train import emoji_folder, one_thread, plain_tar, take, tokenize
 
@@ -56,7 +56,7 @@ def torchrun(*arguments: object, **environment: str) -> subprocess.CompletedProc
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )
     try:

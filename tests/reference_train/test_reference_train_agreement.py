@@ -2,7 +2,7 @@
 
 import pytest
 import torch.distributed as dist
-from ranks import Ranks
+from pool import Ranks
 
 from reference_train.ranks import any_rank, from_first, is_first, part, together
 

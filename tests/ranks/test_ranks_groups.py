@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from accuracy import NAMES, Results, results
+from pool import RankError, Ranks
 from rank_cases import RankCase, evaluate, step
-from ranks import RankError, Ranks
 from test_ranks import DIST_IMPLS, same_bits
 from torch import Tensor
 

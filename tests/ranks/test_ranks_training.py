@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from accuracy import NAMES
 from functorch.compile import make_boxed_func
+from pool import Ranks
 from rank_cases import RankCase, step
-from ranks import Ranks
 from test_ranks import DIST_IMPLS, WORLD_SIZES
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd

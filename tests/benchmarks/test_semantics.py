@@ -8,7 +8,7 @@ import pytest
 from benchmarks import scaling_report
 from benchmarks.semantics import TOLERANCE, measure, shown
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RANKS = 2
 
 
