@@ -15,8 +15,6 @@ import torch
 from hypothesis import settings
 from pool import Ranks
 
-from cyclip_loss import eager
-
 # Every test of a value or a gradient runs once per engine.
 IMPLS_UNDER_TEST = ["eager", "triton"]
 
@@ -31,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Triton reads it at its import, which comes with the first test file.
+    # Triton reads it at its import, which comes with the first test file, or with cyclip_loss.
     assert "triton" not in sys.modules
     interpreted = not config.getoption("--device").startswith("cuda")
     os.environ["TRITON_INTERPRET"] = str(int(interpreted))
@@ -108,6 +106,8 @@ def set_strip_rows(monkeypatch: pytest.MonkeyPatch, rows: int | None) -> None:
     """Make strips low: `rows` in the eager engine, one tile in the kernels. None leaves them be."""
     if rows is None:
         return
+    from cyclip_loss import eager
+
     monkeypatch.setattr(eager, "MIN_STRIP_ROWS", rows)
     monkeypatch.setitem(eager.STRIP_ELEMENTS, "cpu", 1)
     monkeypatch.setattr(eager, "STRIP_ELEMENTS_OTHER_DEVICES", 1)

@@ -32,13 +32,15 @@ needs_interpreter = pytest.mark.skipif(
 @needs_interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
-def test_shipped_tiles(arch: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shipped_tiles(
+    arch: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
     """The tiles of real chips, on a batch that ends within the second tile of either side."""
     monkeypatch.setattr(configs, "_INTERPRETER", configs.ARCHITECTURES[arch])
     case = Case(n=290, d=70, dtype=dtype, logit_scale=30.0)
-    image, text = case.features()
+    image, text, scale = case.inputs(device)
     contrastive = results(
-        lambda i, t, s: contrastive_loss(i, t, s, impl="triton"), image, text, case.scale()
+        lambda i, t, s: contrastive_loss(i, t, s, impl="triton"), image, text, scale
     )
     exact = exact_contrastive(image, text, case.logit_scale)
     bound = contrastive_bound(image, text, case.logit_scale, "triton")
@@ -48,14 +50,14 @@ def test_shipped_tiles(arch: str, dtype: torch.dtype, monkeypatch: pytest.Monkey
         lambda i, t, s: cyclic_penalty(i, t, 0.25, 0.5, impl="triton") + 0 * s,
         image,
         text,
-        case.scale(),
+        scale,
     )
     exact = exact_cyclic(image, text, 0.25, 0.5)
     assert_accurate(cyclic, [exact], cyclic_bound(image, text, 0.25, 0.5, "triton"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_same_inputs_give_the_same_bits(dtype: torch.dtype) -> None:
+def test_the_same_inputs_give_the_same_bits(dtype: torch.dtype, device: torch.device) -> None:
     image, text = Case(n=130, d=40, dtype=dtype).features()
     runs = [
         results(
@@ -65,7 +67,7 @@ def test_the_same_inputs_give_the_same_bits(dtype: torch.dtype) -> None:
             ),
             image,
             text,
-            torch.tensor(20.0),
+            torch.tensor(20.0, device=device),
         )
         for _ in range(3)
     ]
@@ -77,11 +79,11 @@ def test_the_same_inputs_give_the_same_bits(dtype: torch.dtype) -> None:
 
 
 @needs_interpreter
-def test_interpreted_tf32_rounds_as_the_hardware_keeps() -> None:
+def test_interpreted_tf32_rounds_as_the_hardware_keeps(device: torch.device) -> None:
     """Gram matrices of bfloat16 features multiply U and V rounded to 10 bits, to nearest."""
     # I + T = 1 + 2^-11: halfway between two tf32 numbers, where chopping would give 1.
-    image = torch.full((1, 1), 1.0, dtype=torch.bfloat16)
-    text = torch.full((1, 1), 2.0**-11, dtype=torch.bfloat16)
+    image = torch.full((1, 1), 1.0, dtype=torch.bfloat16, device=device)
+    text = torch.full((1, 1), 2.0**-11, dtype=torch.bfloat16, device=device)
     grams = kernels.cyclic_statistics(image, text, False, False)
     assert grams[0].item() == (1 + 2.0**-10) ** 2
 
@@ -182,14 +184,16 @@ def test_the_newer_float32_setting_is_understood() -> None:
 
 @needs_interpreter
 @pytest.mark.parametrize("distance", [None, 0.3, 0.03, 0.003])
-def test_what_tf32_costs_the_penalties_of_bfloat16_features(distance: float | None) -> None:
+def test_what_tf32_costs_the_penalties_of_bfloat16_features(
+    distance: float | None, device: torch.device
+) -> None:
     """The figure in `kernels/cyclic_statistics.py`: what precedes the rounding to bfloat16.
 
     The features are bfloat16 numbers, held in float32 so that the gradient comes out unrounded: the
     interpreter chops where it stores bfloat16, which a GPU does not.
     """
     case = Case(n=300, d=64, dtype=torch.bfloat16, distance=distance)
-    image, text = (features.float() for features in case.features())
+    image, text = (features.float() for features in case.inputs(device)[:2])
     wide = image.double().requires_grad_()
     cyclic_penalty(wide, text.double()).backward()
     before = torch.get_float32_matmul_precision()
