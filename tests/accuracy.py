@@ -10,12 +10,13 @@ allowed their rounding.
 
 The small multiple is FACTOR where errors are of either sign, as those of rounding to nearest are,
 and mostly cancel (measured: at most 3.1 for sums of 100 terms, over 20,000 random inputs). Errors
-of one sign add up. A tensor core multiplies 16-bit numbers exactly and adds the products, 16 at a
-time, to a float32 sum that it cuts off, never up: D / 16 additions in a sum over D features, each
-of which loses eps of the absolute values' sum at most. So there the multiple is D / 16 where that
-is more than FACTOR, from D = 96 on. (It also covers float32 features, whose D products are added
-one by one, rounded to nearest: errors of either sign grow as the root of D.) Where operands are
-rounded to 8 or 11 bits first, G, U and V by the kernels, that is the larger error for any length.
+of one sign add up: a tensor core multiplies 16-bit numbers exactly, but what it adds it cuts off.
+It adds 8 products to the float32 sum at a time and cuts each one bit below the sum's last (A100),
+or 16 and two bits below (H100), and then the new sum (Khattak and Mikaitis 2025, arXiv 2512.07004).
+So a dot product of D terms of one sign loses up to D / 11 or D / 20 times eps times their sum, and
+its multiple is D / 8 where that is more than FACTOR, from D = 48 on. (It also covers float32
+features, whose D products are added one by one: their errors grow as the root of D.) Where operands
+are rounded to 8 or 11 bits first, G, U and V by the kernels, that is the larger error.
 
 Everything is computed on the CPU, whatever device the results come from.
 """
@@ -34,13 +35,13 @@ FLOAT32 = torch.finfo(torch.float32).eps
 TF32 = 2.0**-10
 
 FACTOR = 6.0
-# Products that a tensor core adds to a sum at a time.
-PRODUCTS_AT_A_TIME = 16
+# Products in a sum of which each costs a whole eps.
+PRODUCTS_PER_EPS = 8
 
 
 def growth(d: int, eps: float) -> float:
     """How many times FACTOR a sum of d products may be off by, in units of eps."""
-    return max(1.0, d / PRODUCTS_AT_A_TIME / FACTOR) if eps <= FLOAT32 else 1.0
+    return max(1.0, d / PRODUCTS_PER_EPS / FACTOR) if eps <= FLOAT32 else 1.0
 
 
 @dataclass
