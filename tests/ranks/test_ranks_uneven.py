@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from pool import Ranks
+from inputs import normal
+from pool import Ranks, own_device
 from rank_cases import RankCase, check, evaluate, rank_cases
 from test_ranks import DIST_IMPLS, WORLD_SIZES
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from cyclip_loss import CyCLIPLoss, distributed, reference
 from cyclip_loss.distributed import _listed
 
+pytestmark = pytest.mark.nccl
 IMPLS = ["eager", "reference"]
 
 
@@ -71,8 +73,7 @@ def with_views(rank: int, world_size: int, rows: tuple[int, ...], dist_impl: str
 
 
 def some_views(n: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(n, 4, generator=generator, dtype=torch.float64) for _ in range(4)]
+    return list(normal(4, n, 4, device=own_device()))
 
 
 @DIST_IMPLS
@@ -151,7 +152,8 @@ def test_first_step_on_other_grounds(name, one, other, shown, ranks: Ranks) -> N
 
 def unlike_arguments(rank: int, world_size: int) -> tuple[list[str], Tensor]:
     """What is said of arguments that only one of two ranks gives; then a loss of both."""
-    image, text = torch.eye(3), torch.eye(3).roll(1, 0)
+    image = torch.eye(3, device=own_device())
+    text = image.roll(1, 0)
     views = {"augmented_image_features": image, "augmented_text_features": text}
     trained = text.clone().requires_grad_()
     errors = []
