@@ -25,10 +25,10 @@ from dataclasses import dataclass
 from math import log
 
 import torch
-from inputs import loss_dtype
+from inputs import Case, Device, loss_dtype
 from torch import Tensor
 
-from cyclip_loss import reference
+from cyclip_loss import CyCLIPLoss, reference
 
 FLOAT64 = torch.finfo(torch.float64).eps
 FLOAT32 = torch.finfo(torch.float32).eps
@@ -243,6 +243,19 @@ def assert_accurate(actual: Results, parts: list[Results], bound: Results) -> No
     for name in NAMES:
         exact = [getattr(part, name) for part in parts]
         check_bound(name, getattr(actual, name), exact, getattr(bound, name))
+
+
+def check_loss(case: Case, impl: str, device: Device, tf32: bool = False) -> Results:
+    """Value and gradients of CyCLIPLoss are accurate; returns them."""
+    image, text, scale = case.inputs(device)
+    actual = results(CyCLIPLoss(*case.lambdas, impl=impl), image, text, scale)
+    exact = [
+        exact_contrastive(image, text, case.logit_scale),
+        exact_cyclic(image, text, *case.lambdas),
+    ]
+    bound = contrastive_bound(image, text, case.logit_scale, impl, tf32=tf32)
+    assert_accurate(actual, exact, bound + cyclic_bound(image, text, *case.lambdas, impl, tf32))
+    return actual
 
 
 def check_bound(name: str, actual: Tensor, exact: list[Tensor], bound: Tensor) -> None:

@@ -75,8 +75,9 @@ def nan_in_fresh_memory() -> Iterator[None]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Tests marked nccl use gloo like all others, and NCCL too where there are two GPUs."""
-    nccl = metafunc.definition.get_closest_marker("nccl")
-    if nccl and "ranks" in metafunc.fixturenames and torch.cuda.device_count() >= 2:
+    on_cuda = metafunc.config.getoption("--device").startswith("cuda")
+    marked = metafunc.definition.get_closest_marker("nccl") and "ranks" in metafunc.fixturenames
+    if marked and on_cuda and torch.cuda.device_count() >= 2:
         metafunc.parametrize("ranks", ["gloo", "nccl"], indirect=True, scope="session")
 
 

@@ -9,18 +9,11 @@ import sys
 
 import pytest
 import torch
-from accuracy import (
-    assert_accurate,
-    contrastive_bound,
-    cyclic_bound,
-    exact_contrastive,
-    exact_cyclic,
-    results,
-)
-from inputs import Case
+from accuracy import NAMES, check_loss, results
+from inputs import UNALIGNED, Case
 
-from cyclip_loss import kernels, ops
-from cyclip_loss.functional import contrastive_loss, cyclic_penalty
+from cyclip_loss import CyCLIPLoss, kernels, ops
+from cyclip_loss.functional import cyclic_penalty
 from cyclip_loss.kernels import compile as ahead_of_time
 from cyclip_loss.kernels import configs
 
@@ -35,47 +28,47 @@ needs_interpreter = pytest.mark.skipif(
 def test_shipped_tiles(
     arch: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
-    """The tiles of real chips, on a batch that ends within the second tile of either side."""
+    """The tiles of real chips, on a batch that ends within the second tile of either side.
+
+    The two lambdas differ, so that C is needed too, and N > 7/3 D, so that the Gram form is used.
+    """
     monkeypatch.setattr(configs, "_INTERPRETER", configs.ARCHITECTURES[arch])
-    case = Case(n=290, d=70, dtype=dtype, logit_scale=30.0)
-    image, text, scale = case.inputs(device)
-    contrastive = results(
-        lambda i, t, s: contrastive_loss(i, t, s, impl="triton"), image, text, scale
-    )
-    exact = exact_contrastive(image, text, case.logit_scale)
-    bound = contrastive_bound(image, text, case.logit_scale, "triton")
-    assert_accurate(contrastive, [exact], bound)
-    # The two lambdas differ, so that C is needed too; N = 290 > 7/3 * D, so the Gram form is used.
-    cyclic = results(
-        lambda i, t, s: cyclic_penalty(i, t, 0.25, 0.5, impl="triton") + 0 * s,
-        image,
-        text,
-        scale,
-    )
-    exact = exact_cyclic(image, text, 0.25, 0.5)
-    assert_accurate(cyclic, [exact], cyclic_bound(image, text, 0.25, 0.5, "triton"))
+    case = Case(n=290, d=70, dtype=dtype, logit_scale=30.0, lambdas=(0.25, 0.5))
+    check_loss(case, "triton", device)
+
+
+@pytest.mark.parametrize("layout", UNALIGNED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("d", [32, 256])
+def test_rows_where_no_wide_load_can_be(
+    impl: str, d: int, dtype: torch.dtype, layout: str, device: torch.device
+) -> None:
+    """Rows 264 elements apart, or a base 8 bytes off: D is a multiple of the tiles, so no copy.
+
+    D = 32 takes the Gram form of the penalties, 256 the direct one.
+    """
+    layouts = {"image_layout": layout, "text_layout": layout}
+    check_loss(Case(n=80, d=d, dtype=dtype, lambdas=(0.5, 0.125), **layouts), impl, device)
+    # Only one of the two.
+    layouts["text_layout"] = "contiguous"
+    check_loss(Case(n=80, d=d, dtype=dtype, lambdas=(0.5, 0.125), **layouts), impl, device)
+
+
+@pytest.mark.parametrize("distance", [None, 0.3, 0.003])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_long_rows(impl: str, dtype: torch.dtype, distance, device: torch.device) -> None:
+    """D = 768: a tensor core's error grows with D."""
+    for logit_scale in (5.0, 30.0):
+        check_loss(Case(70, 768, dtype, distance, logit_scale=logit_scale), impl, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_same_inputs_give_the_same_bits(dtype: torch.dtype, device: torch.device) -> None:
-    image, text = Case(n=130, d=40, dtype=dtype).features()
-    runs = [
-        results(
-            lambda i, t, s: (
-                contrastive_loss(i, t, s, impl="triton")
-                + cyclic_penalty(i, t, 0.25, 0.5, impl="triton")
-            ),
-            image,
-            text,
-            torch.tensor(20.0, device=device),
-        )
-        for _ in range(3)
-    ]
+    inputs = Case(n=130, d=40, dtype=dtype, logit_scale=20.0).inputs(device)
+    runs = [results(CyCLIPLoss(0.25, 0.5, impl="triton"), *inputs) for _ in range(3)]
     for other in runs[1:]:
-        assert torch.equal(other.value, runs[0].value)
-        assert torch.equal(other.image, runs[0].image)
-        assert torch.equal(other.text, runs[0].text)
-        assert torch.equal(other.logit_scale, runs[0].logit_scale)
+        for name in NAMES:
+            assert torch.equal(getattr(other, name), getattr(runs[0], name))
 
 
 @needs_interpreter
@@ -102,6 +95,7 @@ def test_no_triton_on_a_cpu_tensor_without_the_interpreter() -> None:
     assert "impl='triton' needs features on a CUDA or ROCm device, got cpu" in run.stderr
 
 
+@pytest.mark.slow
 def test_every_shipped_configuration_compiles_without_spills() -> None:
     """The gate: registers, shared memory and tensor-core instructions of each binary.
 
