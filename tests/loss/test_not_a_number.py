@@ -47,8 +47,8 @@ def test_nan_and_infinity_come_out_as_nan(
     if sign is not None:
         image, text = image.abs(), sign * text.abs()
     for which in (0, 1):
-        for row in range(n):
-            for column in range(d):
+        for row in {0, n - 1}:
+            for column in {0, d - 1}:
                 features = [image.clone(), text.clone()]
                 features[which][row, column] = bad
                 loss = TERMS[term](*features, impl)
