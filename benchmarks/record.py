@@ -10,6 +10,7 @@ import sys
 import tempfile
 from datetime import date
 from importlib import metadata
+from math import floor, log10
 from pathlib import Path
 from typing import Any
 
@@ -152,9 +153,19 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _cell(value: Any) -> str:
-    if isinstance(value, float):
+    return number(value).replace("|", "\\|")
+
+
+def number(value: Any) -> str:
+    """Three significant digits, a comma for thousands; text as it is."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if value == 0 or not 1e-3 <= abs(value) < 1e9:
         return f"{value:.3g}"
-    return str(value).replace("|", "\\|")
+    digits = 2 - floor(log10(abs(value)))
+    return f"{round(value, digits):,.{max(0, digits)}f}"
 
 
 def write_whole(path: Path, text: str) -> None:
