@@ -12,12 +12,11 @@ from typing import Any
 
 import matplotlib
 
-from benchmarks import tables
+from benchmarks import report
 from benchmarks.competitors import COMPILED, DENSE, INF_CL, MEMEFF, OPEN_CLIP, OURS
-from benchmarks.figures import Row
 from benchmarks.memory import OUT_OF_MEMORY
 from benchmarks.record import read, save_picture, write_whole
-from benchmarks.summary import summary
+from benchmarks.report import Row
 
 matplotlib.use("Agg")  # files only: no display needed
 from matplotlib import pyplot as plt
@@ -48,7 +47,7 @@ def main(options: argparse.Namespace) -> int:
         print(f"{options.record} is not a record of `python -m benchmarks compare`")
         return 2
     text = (options.out or options.record.parent) / f"{options.record.stem}.md"
-    write_whole(text, tables.markdown(found, summary(found)))
+    write_whole(text, report.markdown(found))
     for file in (text, *draw(found, options.record, options.out)):
         print(f"wrote {file}")
     return 0
