@@ -1,4 +1,4 @@
-"""Runs from a bare checkout: no installation needed. Also as a plugin: `pytest -p THIS`."""
+"""Runs from a bare checkout: no installation needed, only torch, triton and numpy."""
 
 import importlib.util
 import sys
@@ -27,8 +27,3 @@ def make_kernels_importable() -> None:
     sys.modules["cyclip_loss.kernels"] = module
     spec.loader.exec_module(module)
     cyclip_loss.kernels = module
-
-
-def pytest_load_initial_conftests() -> None:
-    """pytest calls this before it imports any test."""
-    make_kernels_importable()

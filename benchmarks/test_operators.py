@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.run import Run
-from cyclip_loss import eager, ops
+from cyclip_loss import ops
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = ((512, 512), (2048, 512)) if DEVICE.type == "cpu" else ((8192, 512), (32768, 768))
@@ -84,19 +84,3 @@ def test_cyclic_grads(benchmark: Any, size: tuple[int, int], with_cross: bool) -
     flags = (False, with_cross, True, True, "auto")
     call = lambda: ops.cyclic_grads(*features, statistics, coefficients, *flags)  # noqa: E731
     timed(benchmark, "cyclic_grads", call)
-
-
-@pytest.mark.parametrize("way", ["operator", "custom_op"])
-def test_operator_call(benchmark: Any, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a call takes beyond its engine: as autograd calls it, and as it is traced.
-
-    The first is `OPERATOR_SECONDS` in model.py.
-    """
-    arguments = (*(tensor.cpu().float() for tensor in inputs(8, 8)), 0, True)
-    results = eager.contrastive_lse(*arguments)
-    monkeypatch.setattr(eager, "contrastive_lse", lambda *_: results)
-    operator = ops.contrastive_lse
-    call = operator if way == "operator" else operator.custom_op
-    benchmark.group = "operator call without its engine, on CPU"
-    call(*arguments, "eager")  # the first one imports what tracing needs
-    benchmark(call, *arguments, "eager")

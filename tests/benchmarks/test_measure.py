@@ -1,7 +1,6 @@
 """What the side-by-side benchmark measures: bytes, failures, errors, a training step."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,6 @@ from toy_trainer import ToyTrainer
 from benchmarks import (
     accuracy,
     competitors,
-    contention,
     cost,
     fresh_process,
     memory,
@@ -294,25 +292,6 @@ def test_peaks_of_a_training_step(run: Run) -> None:
     nothing = training_step.peaks(trainer, lambda image, text, scale: scale * image.sum())
     features = 2 * 4 * 256 * 3
     assert parameters < nothing["step"] < parameters + 40 * features
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_contention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one second of two cores the whole machine was busy for 1.5 s, this process for 0.5 s."""
-    stat, ticks = tmp_path / "stat", os.sysconf("SC_CLK_TCK")
-    monkeypatch.setattr(contention, "STAT", stat)
-    own = iter([(1.0, 1.0, 0.5, 0.5, 9.0), (1.2, 1.1, 0.7, 0.5, 9.0)])
-    monkeypatch.setattr(contention.os, "times", lambda: next(own))
-    fields = [1000, 0, 500, 9000, 50, 0, 5, 2, 0, 0]
-    stat.write_text(f"cpu  {' '.join(map(str, fields))}\ncpu0 1 2 3\n")
-    meanwhile = contention.Contention()
-    fields[0] += ticks
-    fields[7] += ticks // 2  # stolen
-    fields[3] += ticks // 2
-    stat.write_text(f"cpu  {' '.join(map(str, fields))}\ncpu0 1 2 3\n")
-    assert meanwhile.share() == pytest.approx((1.5 - 0.5) / 2)
-    stat.unlink()
-    assert contention.Contention().share() is None
 
 
 def clip_in_torch(image: torch.Tensor, text: torch.Tensor, scale: float) -> torch.Tensor:
