@@ -1,4 +1,4 @@
-"""For `pytest -p benchmarks.pytest_plugin`: a bare checkout's kernels, and an end after --seconds."""
+"""A plugin, `pytest -p benchmarks.pytest_plugin`: kernels of a bare checkout, and --seconds."""
 
 import math
 import time

@@ -1,15 +1,16 @@
 """What the documentation says of OpenCLIP's flags, measured with real processes."""
 
 import pytest
+from pool import Ranks
 
-from benchmarks.semantics import TOLERANCE, measure, shown
+from benchmarks.semantics import TOLERANCE, on_rank, shown
 
 RANKS = 2
 
 
 @pytest.fixture(scope="module")
-def rows() -> dict[str, dict]:
-    return {row["loss"]: row for row in measure(RANKS)}
+def rows(ranks: Ranks) -> dict[str, dict]:
+    return {row["loss"]: row for row in ranks.run(RANKS, on_rank)[0]}
 
 
 @pytest.mark.parametrize(
