@@ -209,6 +209,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_checkpoint_and_a_hint(tmp_path: Path, emoji_folder: Path) -> None:
     command = [sys.executable, "-m", "reference_train", "--data", str(emoji_folder)]
     command += ["--loss", "clip", "--steps", "100000", "--batch-size", "8", "--out", str(tmp_path)]

@@ -159,6 +159,7 @@ def assert_same_training(one: Path, two: Path, tolerance: float) -> None:
         torch.testing.assert_close(theirs[name], weight, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one_process_to_the_rounding_of_float64(
     whole: Path, emoji_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +169,7 @@ def test_two_ranks_are_one_process_to_the_rounding_of_float64(
     assert_same_training(tmp_path, whole, 1e-10)
 
 
+@pytest.mark.slow
 def test_ctrl_c_on_one_rank_stops_all_and_any_number_of_ranks_goes_on(
     whole: Path,
     emoji_folder: Path,
