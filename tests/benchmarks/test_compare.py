@@ -141,11 +141,6 @@ def test_a_file_that_is_no_record(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "is not a record" in capsys.readouterr().out
 
 
-def test_sizes_on_an_axis_do_not_touch() -> None:
-    assert plot.thinned([128, 512, 2048]) == ["128", "512", "2,048"]
-    assert plot.thinned([8192, 32768, 65536, 131072]) == ["8,192", "32,768", "", "131,072"]
-
-
 def test_points_of_a_picture(record: dict) -> None:
     rows = plot.sweep(record["sections"]["cost"]["rows"])
     assert plot.points(rows, "dense", "ms") == ([128, 8192], [3.0, 9000.0], [32768])
