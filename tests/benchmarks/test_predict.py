@@ -127,8 +127,9 @@ def test_counts_of_openclip() -> None:
     assert peak_of(allocations(step)) / n**2 == pytest.approx(predict.HELD, rel=0.03)
 
 
-def test_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert __main__.main(["predict", "--chip", "H100", "--d", "768"]) == 0
+@pytest.mark.parametrize("name", list(CHIPS))
+def test_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert __main__.main(["predict", "--chip", name, "--d", "768"]) == 0
     printed = capsys.readouterr().out
     assert "predicted, not measured" in printed
     assert "does not fit" in printed
