@@ -88,9 +88,9 @@ def kernels(run: Run) -> None:
             step(lambda: None)
             if on_cuda:
                 torch.cuda.synchronize()
-        name = "self_device_time_total" if on_cuda else "self_cpu_time_total"
+        own = "self_device_time_total" if on_cuda else "self_cpu_time_total"
         averages = profiler.key_averages()
-        spent = {e.key: (e.count, getattr(e, name)) for e in averages if getattr(e, name) > 0}
+        spent = {e.key: (e.count, getattr(e, own)) for e in averages if getattr(e, own) > 0}
         times = sorted(spent.items(), key=lambda item: -item[1][1])
         total = sum(microseconds for _, microseconds in spent.values())
         launches = sum(count for count, _ in spent.values())
