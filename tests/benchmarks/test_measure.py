@@ -43,17 +43,12 @@ def test_bytes_kept_by_autograd() -> None:
     assert x.grad is not None
 
 
-@pytest.mark.parametrize("n", [40, 200])
-def test_kept_bytes_of_our_loss(run: Run, n: int) -> None:
-    """Three vectors (N,), and W (N, N) of the direct form or two Gram matrices (D, D)."""
-    d = 30
-    found = cost.attempt(
-        run, competitors.CyCLIPLoss(impl="eager"), cost.leaves_of(run, n, d, torch.float32)
-    )
-    statistics = n * n if 6 * n < 8 * d else 2 * d * d
-    assert found.outcome == cost.OK
-    assert found.peak is None  # this is no fresh process
-    assert 0 <= found.kept - 4 * (3 * n + statistics) <= 256
+def test_attempt(run: Run) -> None:
+    """Time and bytes of one run; no peak, because this is no fresh process."""
+    found = cost.attempt(run, competitors.dense, cost.leaves_of(run, 100, 8, torch.float32))
+    assert (found.outcome, found.peak) == (cost.OK, None)
+    assert min(found.forward, found.backward) > 0
+    assert found.kept > 3 * 4 * 100**2  # of several matrices
 
 
 LIMITED = """
