@@ -15,6 +15,11 @@ import torch
 from hypothesis import settings
 from pool import Ranks
 
+from benchmarks.checkout import make_kernels_importable
+
+# Also without an installation, and in the processes of the tests over ranks, which import this.
+make_kernels_importable()
+
 # Every test of a value or a gradient runs once per engine.
 IMPLS_UNDER_TEST = ["eager", "triton"]
 

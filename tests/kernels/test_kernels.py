@@ -11,12 +11,15 @@ import pytest
 import torch
 from accuracy import NAMES, check_loss, results
 from inputs import UNALIGNED, Case
+from processes import run_python
 
 from cyclip_loss import CyCLIPLoss, kernels, ops
 from cyclip_loss.functional import cyclic_penalty
 from cyclip_loss.kernels import compile as ahead_of_time
 from cyclip_loss.kernels import configs
 
+# At the start of programs of their own, which would not find the kernels of a bare checkout.
+IMPORTABLE = "from benchmarks.checkout import make_kernels_importable\nmake_kernels_importable()\n"
 needs_interpreter = pytest.mark.skipif(
     not kernels.INTERPRETED, reason="on a GPU the shipped tiles are what every test runs"
 )
@@ -83,14 +86,11 @@ def test_interpreted_tf32_rounds_as_the_hardware_keeps(device: torch.device) -> 
 
 def test_no_triton_on_a_cpu_tensor_without_the_interpreter() -> None:
     code = (
-        "import torch, cyclip_loss\n"
+        f"{IMPORTABLE}import torch, cyclip_loss\n"
         "x = torch.eye(3)\n"
         "cyclip_loss.cyclip_loss(x, x, 1.0, impl='triton')\n"
     )
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-    )
+    run = run_python("-c", code, interpreted=False)
     assert run.returncode != 0
     assert "impl='triton' needs features on a CUDA or ROCm device, got cpu" in run.stderr
 
@@ -167,12 +167,12 @@ def test_the_gate_sees_each_fault(measured: dict, fault: str | None) -> None:
 def test_the_newer_float32_setting_is_understood() -> None:
     """PyTorch raises where its older getter is asked after its newer setting was used."""
     code = (
-        "import torch\n"
+        f"{IMPORTABLE}import torch\n"
         "torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
         "from cyclip_loss.kernels.configs import Precision\n"
         "print(Precision.of(torch.zeros(1, 1)).dot)\n"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    run = run_python("-c", code)
     assert run.stdout == "tf32\n", run.stderr
 
 

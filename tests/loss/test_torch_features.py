@@ -242,6 +242,7 @@ def test_compile_with_a_frozen_input(impl: str, frozen: int, device: torch.devic
             torch.testing.assert_close(leaf.grad, getattr(expected, name), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_batch_sizes_do_not_recompile(impl: str, device: torch.device) -> None:
     """One graph for the first size, one for any size; at most one more for the other form."""
     module = CyCLIPLoss(0.5, 0.25, impl=impl)

@@ -28,6 +28,7 @@ def test_eager(data: st.DataObject, world_size: int, ranks: Ranks) -> None:
     check(data.draw(rank_cases(world_size, "eager")), ranks)
 
 
+@pytest.mark.slow
 @WORLD_SIZES
 @settings(max_examples=10)
 @given(data=st.data())

@@ -223,6 +223,7 @@ def last_step(rank: int, world_size: int, dist_impl: str, dies_in: str) -> None:
     loss.backward()
 
 
+@pytest.mark.slow
 @DIST_IMPLS
 @pytest.mark.parametrize("dies_in", ["forward", "backward"])
 def test_a_rank_that_dies_leaves_the_others_with_an_error(dist_impl: str, dies_in: str) -> None:

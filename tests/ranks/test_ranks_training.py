@@ -208,6 +208,7 @@ def compiled_steps(rank: int, world_size: int, cases: list[RankCase]) -> tuple[l
     return found, counter.frame_count
 
 
+@pytest.mark.slow
 @DIST_IMPLS
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_compile_gives_the_same(world_size: int, dist_impl: str, ranks: Ranks) -> None:
@@ -223,6 +224,7 @@ def test_compile_gives_the_same(world_size: int, dist_impl: str, ranks: Ranks) -
                 torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @DIST_IMPLS
 def test_compile_with_uneven_rows(dist_impl: str, ranks: Ranks) -> None:
     """In several graphs, which may differ from rank to rank: one has seen other rows, one has not.

@@ -24,6 +24,7 @@ def test_eager(data: st.DataObject, world_size: int, ranks: Ranks) -> None:
     check(data.draw(rank_cases(world_size, "eager", uneven=True)), ranks)
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(case=rank_cases(3, "triton", uneven=True))
 @example(case=RankCase((3, 0, 5), 4, torch.bfloat16, "triton", "gather", uneven=True))
