@@ -160,12 +160,12 @@ def test_one_tensor_as_both_features(impl: str, device: torch.device) -> None:
     torch.testing.assert_close(image.grad, twin.grad, rtol=1e-10, atol=1e-14)
 
 
-def test_same_inputs_same_bits(impl: str, small_strips: None, device: torch.device) -> None:
-    image, text = (features.float() for features in pairs(90, 40, device=device))
-    runs = [
-        results(CyCLIPLoss(impl=impl), image, text, torch.tensor(30.0, device=device))
-        for _ in range(3)
-    ]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_same_inputs_same_bits(
+    impl: str, dtype: torch.dtype, small_strips: None, device: torch.device
+) -> None:
+    inputs = Case(n=130, d=40, dtype=dtype, logit_scale=30.0).inputs(device)
+    runs = [results(CyCLIPLoss(0.25, 0.5, impl=impl), *inputs) for _ in range(3)]
     for run in runs[1:]:
         for name in NAMES:
             assert torch.equal(getattr(run, name), getattr(runs[0], name))
