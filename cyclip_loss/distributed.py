@@ -194,8 +194,10 @@ def agree(
 
 
 def _exchange(own: dict[str, Any], group: Group) -> list[dict[str, Any]]:
-    # Wrapped here and not at import, because this imports the whole compiler.
-    return torch.compiler.disable(_all_gather_object)(own, group)  # type: ignore[no-any-return]
+    # Not above: it imports the whole compiler.
+    disable: Any = torch.compiler.disable
+    of_ranks: list[dict[str, Any]] = disable(_all_gather_object)(own, group)
+    return of_ranks
 
 
 def _all_gather_object(own: dict[str, Any], group: Group) -> list[dict[str, Any]]:
