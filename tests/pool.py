@@ -127,11 +127,13 @@ class Ranks:
         waiting = dict(enumerate(self._connections[: self._grouped]))
         results: list[Any] = [None] * self._grouped
         errors: dict[int, str] = {}
+        late = f"did not answer in {limit:g} s"
         dead = False
         for connection in waiting.values():
             with suppress(ConnectionError):  # a process that died meanwhile: found below
                 connection.send_bytes(message)
-        deadline = time.monotonic() + limit
+        start = time.monotonic()
+        deadline = start + limit + 5.0  # at the limit they end themselves, and show where they were
         while waiting and time.monotonic() < deadline:
             ready = wait(list(waiting.values()), deadline - time.monotonic())
             for rank, connection in list(waiting.items()):
@@ -145,12 +147,14 @@ class Ranks:
                 except (EOFError, ConnectionError):
                     self._processes[rank].join(5.0)
                     succeeded, result = False, f"died, exit code {self._processes[rank].exitcode}"
+                    if time.monotonic() - start >= limit:
+                        result = late
                     dead = True
                 if succeeded:
                     results[rank] = result
                 else:
                     errors[rank] = result
-        errors |= {rank: f"did not answer in {limit:g} s" for rank in waiting}
+        errors |= dict.fromkeys(waiting, late)
         if dead or waiting or 0 < len(errors) < self._grouped:
             self.close()  # their group is of no use any more
         if errors:
