@@ -26,7 +26,8 @@ excepted, as autocast does); logits and sums are not. First derivatives only:
 
 All raise TypeError where an argument is no tensor or number, or has a dtype that is not supported,
 and ValueError where shapes or devices do not fit, within a rank or between ranks, a batch is empty,
-a lambda is negative, an option is unknown, or the process group cannot be used.
+a lambda is negative, an option is unknown, or the process group cannot be used; RuntimeError inside
+of a `torch.func` transform.
 """
 
 import math
@@ -241,6 +242,12 @@ def check_features(
     for name, features in ((first_name, first), (second_name, second)):
         if not isinstance(features, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(features).__name__}")
+        if torch._C._functorch.is_functorch_wrapped_tensor(features):
+            raise RuntimeError(
+                f"{name} is inside of a torch.func transform, which cyclip_loss does not support: "
+                "use loss.backward() or torch.autograd.grad. cyclip_loss.reference.cyclip_loss can "
+                "be transformed, and has N x N matrices"
+            )
         if features.dtype not in DTYPES:
             raise TypeError(
                 f"{name} must be float64, float32, bfloat16 or float16, got {features.dtype}"

@@ -178,6 +178,27 @@ def test_second_derivatives_of_a_term_from_the_dict_are_refused(
             grad.sum().backward()
 
 
+def dense(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    return sum(reference.cyclip_loss(image, text, scale).values())
+
+
+def test_func_transforms_are_refused(impl: str, device: torch.device) -> None:
+    """With a word of what can be transformed."""
+    inputs = single(6, 3, device=device)
+    for loss in (lambda *i: cyclip_loss(*i, impl=impl), lambda i, t, s: cyclic_penalty(i, t)):
+        with pytest.raises(
+            RuntimeError, match=r"image_features is inside .* cyclip_loss.reference"
+        ):
+            torch.func.grad(loss)(*inputs)
+
+
+def test_the_definition_can_be_transformed_and_differentiated_twice(device: torch.device) -> None:
+    inputs = [tensor.double().requires_grad_() for tensor in single(4, 3, device=device)]
+    assert torch.autograd.gradgradcheck(dense, inputs)
+    expected = torch.autograd.grad(dense(*inputs), inputs[0])[0]
+    torch.testing.assert_close(torch.func.grad(dense)(*inputs), expected)
+
+
 def compiled(function, dynamic: bool | None = None):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
