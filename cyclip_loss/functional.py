@@ -239,10 +239,11 @@ def check_features(
 
     may_be_empty: 0 rows are allowed, as on one of several ranks.
     """
+    tracing = torch.compiler.is_compiling()
     for name, features in ((first_name, first), (second_name, second)):
         if not isinstance(features, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(features).__name__}")
-        if torch._C._functorch.is_functorch_wrapped_tensor(features):
+        if not tracing and torch._C._functorch.is_functorch_wrapped_tensor(features):
             raise RuntimeError(
                 f"{name} is inside of a torch.func transform, which cyclip_loss does not support: "
                 "use loss.backward() or torch.autograd.grad. cyclip_loss.reference.cyclip_loss can "
