@@ -186,7 +186,7 @@ def test_func_transforms_are_refused(impl: str, device: torch.device) -> None:
     """With a word of what can be transformed."""
     inputs = single(6, 3, device=device)
     for loss in (lambda *i: cyclip_loss(*i, impl=impl), lambda i, t, s: cyclic_penalty(i, t)):
-        with pytest.raises(RuntimeError, match="image_features is inside .*loss.reference"):
+        with pytest.raises(RuntimeError, match=r"image_features is inside .*loss.reference"):
             torch.func.grad(loss)(*inputs)
 
 
