@@ -1,9 +1,9 @@
 """Autograd of the loss of a batch with few rows for its features: N x N matrices, each made once.
 
-Up to N = 4/3 D a matrix of N x N is hardly larger than the features, and takes fewer flops than
-those of D x D. The eager engine then keeps G, which `contrastive.py` computes again in backward,
-and W, which `cyclic.py` replaces by Gram matrices. With U = I + T, V = I - T, W = U V^T, the rest
-as in those two files, and a and b the lambdas over N, times the upstream gradients:
+Up to N = 2 D, N x N matrices are not much larger than the features, and take no more flops than
+what avoids them. So the eager engine then keeps G, which `contrastive.py` computes again in
+backward, and W, which `cyclic.py` replaces by Gram matrices. With U = I + T, V = I - T and
+W = U V^T, the rest as in those two files, and a and b the lambdas over N:
 
     P_in = (p + q) / (2N),  P_cross = (p - q) / (2N),       p = ||W||_F^2,  q = <W, W^T>_F
     G_ij = exp(l_ij - r_i) + exp(l_ij - c_j),  of a pair less 2
@@ -12,9 +12,12 @@ as in those two files, and a and b the lambdas over N, times the upstream gradie
     dT   = H V - H^T U + s/(2N) G^T I
     ds   = 1/(2N) sum_ij G_ij (I_i . T_j)
 
-12 N^2 D flops forward and backward, where the definition takes 24. The same four products of the
-backward pass make one, [dI; dT] = [[S, X], [X^T, -S]] [I; T], which is hardly faster, and subtracts
-large numbers for a row whose pair is closer to it than other rows' are.
+Forward and backward that is 6 N^2 D flops a term; `contrastive.py` takes 8 N^2 D, and the penalties
+by Gram matrices 8 N D^2, or 14 N D^2 where C is needed.
+
+The four products of backward could be one, [dI; dT] = [[S, X], [X^T, -S]] [I; T]. That is no faster
+with its matrix to be filled, and S I - S T, which is S V, loses digits in rows whose pair is closer
+than the other rows' are.
 """
 
 from collections.abc import Callable
@@ -30,18 +33,33 @@ from cyclip_loss.eager import accumulation_dtype
 from cyclip_loss.ops import _no_second_derivatives, engine
 
 
-def is_small(image_features: Tensor, text_features: Tensor, impl: str) -> bool:
-    """Whether the functions below are for these features (N, D), in one process.
+def loss_is_small(image_features: Tensor, text_features: Tensor, impl: str) -> bool:
+    """Whether `cyclip_terms` is for these features (N, D), all in one process.
 
-    That is N <= 4/3 D, computed by the eager engine. What is traced takes the operators instead.
+    With both terms it takes no more flops up to N = 2 D, with the contrastive one alone fewer
+    always; but memory is to stay O(N D).
     """
-    if torch.compiler.is_compiling():
+    if not _computes(image_features, text_features, impl):
         return False
     n, d = image_features.shape
+    return n <= 2 * d
+
+
+def penalties_are_small(
+    image_features: Tensor, text_features: Tensor, impl: str, with_cross: bool
+) -> bool:
+    """The same for `cyclic_penalties`: up to 4/3 D, or 7/3 D if the Gram form needs C."""
+    if not _computes(image_features, text_features, impl):
+        return False
+    n, d = image_features.shape
+    return 6 * n <= (14 if with_cross else 8) * d
+
+
+def _computes(image_features: Tensor, text_features: Tensor, impl: str) -> bool:
+    """Whether the eager engine would compute, and nothing is traced: that takes the operators."""
     return (
-        3 * n <= 4 * d
-        and type(image_features) is Tensor
-        and type(text_features) is Tensor
+        not torch.compiler.is_compiling()
+        and type(image_features) is type(text_features) is Tensor
         and engine(impl, image_features) is eager
     )
 
