@@ -33,12 +33,12 @@ class Eps:
     penalties: float
 
     @staticmethod
-    def of(dtype: torch.dtype, tf32: bool, direct: bool = False) -> "Eps":
-        """For features of a dtype; `direct`: penalties by float32 products of PyTorch."""
+    def of(dtype: torch.dtype, tf32: bool) -> "Eps":
+        """For features of a dtype."""
         if dtype == torch.float32:
             eps = TF32 if tf32 else FLOAT32
             return Eps(eps, eps, eps)
-        return Eps(FLOAT32, torch.finfo(dtype).eps, FLOAT32 if direct and not tf32 else TF32)
+        return Eps(FLOAT32, torch.finfo(dtype).eps, TF32)
 
 
 def contrastive_bounds(

@@ -31,7 +31,6 @@ from benchmarks.chips import (
     Chip,
 )
 from benchmarks.instructions import INSTRUCTIONS, Instructions
-from cyclip_loss.cyclic import direct_is_cheaper
 from cyclip_loss.kernels.configs import ARCHITECTURES, Config
 from cyclip_loss.kernels.contrastive_grads import BLOCK_BYTES, BLOCK_ROWS
 from cyclip_loss.kernels.contrastive_lse import PARTIAL_ELEMENTS
@@ -336,7 +335,5 @@ def cyclic(chip: Chip, n: int, d: int) -> list[Cost]:
 
 def predict(chip: Chip, n: int, d: int) -> Prediction:
     """Cost of everything the loss runs, forward and backward."""
-    if direct_is_cheaper(n, d, False):
-        raise ValueError(f"N={n}, D={d} takes the direct form, which is not modelled")
     costs = contrastive_lse(chip, n, n, d) + contrastive_grads(chip, n, n, d) + cyclic(chip, n, d)
     return Prediction(chip, n, d, tuple(costs))

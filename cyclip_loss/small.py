@@ -29,8 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cyclip_loss import eager
+from cyclip_loss.cyclic import weighted_penalties
 from cyclip_loss.eager import accumulation_dtype
-from cyclip_loss.ops import _no_second_derivatives, engine
+from cyclip_loss.ops import engine, no_second_derivatives
 
 
 def loss_is_small(image_features: Tensor, text_features: Tensor, impl: str) -> bool:
@@ -46,12 +47,19 @@ def loss_is_small(image_features: Tensor, text_features: Tensor, impl: str) -> b
 
 
 def penalties_are_small(
-    image_features: Tensor, text_features: Tensor, impl: str, with_cross: bool
+    image_features: Tensor,
+    text_features: Tensor,
+    lambda_inmodal: float,
+    lambda_crossmodal: float,
+    separate: bool,
+    impl: str,
 ) -> bool:
-    """The same for `cyclic_penalties`: up to 4/3 D, or 7/3 D if the Gram form needs C."""
-    if not _computes(image_features, text_features, impl):
+    """The same for `cyclic_penalties`: up to 4/3 D, or 7/3 D where Gram matrices would need C."""
+    nothing = lambda_inmodal == 0 and lambda_crossmodal == 0
+    if nothing or not _computes(image_features, text_features, impl):
         return False
     n, d = image_features.shape
+    with_cross = separate or lambda_inmodal != lambda_crossmodal
     return 6 * n <= (14 if with_cross else 8) * d
 
 
@@ -110,15 +118,10 @@ def _penalties(
     product: Tensor, lambda_inmodal: float, lambda_crossmodal: float, separate: bool
 ) -> tuple[Tensor, ...]:
     """The weighted penalties from W, or (their sum,)."""
-    n = len(product)
+    with_cross = separate or lambda_inmodal != lambda_crossmodal
     p = product.square().sum()
-    if not separate and lambda_inmodal == lambda_crossmodal:
-        return (p * (lambda_inmodal / n),)
-    q = (product * product.T).sum()
-    # Sums of squares both: rounding must not make them negative. `clamp` keeps NaN.
-    inmodal = (p + q).clamp_(min=0).mul_(lambda_inmodal / (2 * n))
-    crossmodal = (p - q).clamp_(min=0).mul_(lambda_crossmodal / (2 * n))
-    return (inmodal, crossmodal) if separate else (inmodal + crossmodal,)
+    q = (product * product.T).sum() if with_cross else None
+    return weighted_penalties(p, q, len(product), lambda_inmodal, lambda_crossmodal, separate)
 
 
 class _Small(torch.autograd.Function):
@@ -224,7 +227,7 @@ class _GradientsInGradMode(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, ...]:
         return _gradients(*arguments)
 
-    backward = staticmethod(_no_second_derivatives)  # type: ignore[assignment]
+    backward = staticmethod(no_second_derivatives)  # type: ignore[assignment]
 
 
 _small: Callable[..., tuple[Tensor, ...]] = _Small.apply

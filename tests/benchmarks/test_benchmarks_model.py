@@ -113,11 +113,6 @@ def test_blocks_do_not_grow_with_n() -> None:
     assert blocks == [16, 16 * 16]
 
 
-def test_direct_form_is_refused() -> None:
-    with pytest.raises(ValueError, match="direct"):
-        model.predict(H100, 512, 1024)
-
-
 def test_targets_are_computed(capsys: pytest.CaptureFixture[str]) -> None:
     lines = model_report.target_lines()
     prediction = model.predict(H100, N, D)
