@@ -163,9 +163,8 @@ def cyclip_loss(
             {"lambda_inmodal": lambda_inmodal, "lambda_crossmodal": lambda_crossmodal},
         )
     if group is None and len(pairs) == 1 and small.loss_is_small(*pairs[0], impl):
-        loss, *penalties = small.cyclip_terms(
-            *pairs[0], scale, lambda_inmodal, lambda_crossmodal, output_dict
-        )
+        terms = small.cyclip_terms(*pairs[0], scale, lambda_inmodal, lambda_crossmodal, output_dict)
+        loss, penalties = terms[0], terms[1:]
     else:
         # Over ranks the columns are on their way while the Gram matrices are computed, and those
         # while the contrastive losses are.

@@ -227,7 +227,7 @@ class _GradientsInGradMode(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, ...]:
         return _gradients(*arguments)
 
-    backward = staticmethod(no_second_derivatives)  # type: ignore[assignment]
+    backward = staticmethod(no_second_derivatives)
 
 
 _small: Callable[..., tuple[Tensor, ...]] = _Small.apply
