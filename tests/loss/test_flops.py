@@ -5,7 +5,7 @@ import torch
 from inputs import pairs
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cyclip_loss import eager
+from cyclip_loss import eager, small
 
 N, D = 40, 12
 IMAGE, TEXT = pairs(N, D)
@@ -41,25 +41,28 @@ def test_contrastive_term(small_strips: None) -> None:
         for needs_scale in (True, False):
             cost = flops(
                 eager.contrastive_grads,
-                *(IMAGE, TEXT, SCALE, *lse, SCALE, 0, True, *needs, needs_scale, False),
+                *(IMAGE, TEXT, SCALE, *lse, SCALE, 1.0, 0, True, [*needs, needs_scale], False),
             )
             assert cost == products * N * N * D
 
 
-@pytest.mark.parametrize(
-    ("direct", "with_cross", "expected"),
-    [
-        (True, True, 6 * N * N * D),
-        (True, False, 6 * N * N * D),
-        (False, True, 14 * N * D * D),
-        (False, False, 8 * N * D * D),
-    ],
-)
-def test_penalties(direct: bool, with_cross: bool, expected: int, small_strips: None) -> None:
-    cost = flops(eager.cyclic_statistics, IMAGE, TEXT, direct, with_cross)
-    statistics = eager.cyclic_statistics(IMAGE, TEXT, direct, with_cross)
+@pytest.mark.parametrize(("with_cross", "expected"), [(True, 14), (False, 8)])
+def test_penalties(with_cross: bool, expected: int, small_strips) -> None:
+    cost = flops(eager.cyclic_statistics, IMAGE, TEXT, with_cross)
+    statistics = eager.cyclic_statistics(IMAGE, TEXT, with_cross)
     coefficients = torch.tensor([1.0, 0.5], dtype=torch.float64)
     cost += flops(
-        eager.cyclic_grads, IMAGE, TEXT, statistics, coefficients, direct, with_cross, True, True
+        eager.cyclic_grads, IMAGE, TEXT, statistics, coefficients, with_cross, [True, True]
     )
-    assert cost == expected
+    assert cost == expected * N * D * D
+
+
+@pytest.mark.parametrize(
+    ("lambdas", "expected"), [((0.25, 0.25), 12), ((0.0, 0.5), 12), ((0, 0), 6)]
+)
+@pytest.mark.parametrize("separate", [False, True])
+def test_small_batches(lambdas, expected: int, separate: bool) -> None:
+    """6 N^2 D a term, whether the penalties are told apart or not."""
+    leaves = [IMAGE.clone().requires_grad_(), TEXT.clone().requires_grad_(), SCALE]
+    cost = flops(lambda: sum(small.cyclip_terms(*leaves, *lambdas, separate)).backward())
+    assert cost == expected * N * N * D

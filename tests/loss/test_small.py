@@ -203,8 +203,14 @@ def test_where_it_takes_fewer_flops(d: int) -> None:
 
     assert small.loss_is_small(*features(2 * d), "auto")
     assert not small.loss_is_small(*features(2 * d + 1), "auto")
-    for with_cross, turn in ((False, 4 * d // 3), (True, 7 * d // 3)):
-        assert small.penalties_are_small(*features(turn), "auto", with_cross)
-        assert not small.penalties_are_small(*features(turn + 1), "auto", with_cross)
     assert not small.loss_is_small(*features(2), "triton")
-    assert not small.penalties_are_small(*features(2), "triton", True)
+    for arguments, turn in (
+        ((0.25, 0.25, False), 4 * d // 3),
+        ((0.25, 0.25, True), 7 * d // 3),
+        ((0.5, 0.25, False), 7 * d // 3),
+        ((0.0, 0.25, False), 7 * d // 3),
+    ):
+        assert small.penalties_are_small(*features(turn), *arguments, "auto")
+        assert not small.penalties_are_small(*features(turn + 1), *arguments, "auto")
+        assert not small.penalties_are_small(*features(2), *arguments, "triton")
+    assert not small.penalties_are_small(*features(2), 0.0, 0.0, True, "auto")
