@@ -79,12 +79,12 @@ def test_engine(benchmark: Any, name: str, size: tuple[int, int]) -> None:
     coefficients = torch.tensor([0.5, 0.0], device=DEVICE)
     functions, weight = engine("auto", image), 0.5 / size[0]
     sums = functions.contrastive_lse(image, text, scale, 0, True)  # of the right shapes
-    grams = functions.cyclic_statistics(image, text, False, False)
+    grams = functions.cyclic_statistics(image, text, False)
     arguments = {
         "contrastive_lse": (scale, 0, True),
         "contrastive_grads": (scale, *sums, grad, weight, 0, True, [True] * 3, False),
-        "cyclic_statistics": (False, False),
-        "cyclic_grads": (grams, coefficients, False, False, [True] * 2),
+        "cyclic_statistics": (False,),
+        "cyclic_grads": (grams, coefficients, False, [True] * 2),
     }[name]
     function = getattr(functions, name)
     timed(benchmark, name, lambda: function(image, text, *arguments))

@@ -1,4 +1,4 @@
-"""Autograd of the two cyclic penalties, without an N x N matrix for large batches.
+"""Autograd of the two cyclic penalties, without an N x N matrix.
 
 With U = I + T, V = I - T, p = ||U V^T||_F^2 and q = <U V^T, V U^T>_F:
 
@@ -6,10 +6,9 @@ With U = I + T, V = I - T, p = ||U V^T||_F^2 and q = <U V^T, V U^T>_F:
     P_cross = 1/N * ||I T^T - T I^T||_F^2 = (p - q) / (2N)          (Goel et al. 2022, eq. 3)
 
 because I I^T - T T^T is the symmetric part of U V^T and I T^T - T I^T its antisymmetric part, up to
-sign. Two forms of p and q, the cheaper of which is taken:
+sign. They are computed from Gram matrices, D x D:
 
-    Gram    A = U^T U, B = V^T V, C = V^T U (D x D):   p = <A, B>_F,   q = <C, C^T>_F
-    direct  W = U V^T (N x N, small batches only):     p +- q = 1/2 * ||W +- W^T||_F^2
+    A = U^T U,  B = V^T V,  C = V^T U:      p = <A, B>_F,  q = <C, C^T>_F
 
 The gradients are in `eager.cyclic_grads`. Over ranks A, B and C are sums: one all-reduce makes them
 global, no feature travels, and backward needs no communication.
@@ -27,34 +26,22 @@ from cyclip_loss.eager import accumulation_dtype
 from cyclip_loss.ops import engine, like, operator
 
 
-def direct_is_cheaper(n: int, d: int, with_cross: bool) -> bool:
-    """Whether the direct form takes fewer flops, forward and backward, than the Gram form.
-
-    direct: 6 N^2 D. Gram: 14 N D^2, or 8 N D^2 where C is not needed. W is then smaller than
-    7/3 N D elements, so memory stays O(N D) either way.
-    """
-    return 6 * n < (14 if with_cross else 8) * d
-
-
-def _statistics_shapes(
-    image: Tensor, text: Tensor, direct: bool, with_cross: bool, impl: str
-) -> Tensor:
-    n, d = image.shape
-    shape = (n, n) if direct else (3 if with_cross else 2, d, d)
-    return image.new_empty(shape, dtype=accumulation_dtype(image.dtype))
+def _statistics_shapes(image: Tensor, text: Tensor, with_cross: bool, impl: str) -> Tensor:
+    d = image.shape[1]
+    return image.new_empty(3 if with_cross else 2, d, d, dtype=accumulation_dtype(image.dtype))
 
 
 @operator(_statistics_shapes)
 def cyclic_statistics(
-    image_features: Tensor, text_features: Tensor, direct: bool, with_cross: bool, impl: str
+    image_features: Tensor, text_features: Tensor, with_cross: bool, impl: str
 ) -> Tensor:
-    """W or the Gram matrices of this rank's rows: `eager.cyclic_statistics`."""
+    """The Gram matrices of this rank's rows: `eager.cyclic_statistics`."""
     compute = engine(impl, image_features)
-    return compute.cyclic_statistics(image_features, text_features, direct, with_cross)  # type: ignore[no-any-return]
+    return compute.cyclic_statistics(image_features, text_features, with_cross)  # type: ignore[no-any-return]
 
 
 def _grads_shapes(image: Tensor, text: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    needs = others[4]
+    needs = others[3]
     return like(image, needs[0]), like(text, needs[1])
 
 
@@ -64,7 +51,6 @@ def cyclic_grads(
     text_features: Tensor,
     statistics: Tensor,
     coefficients: Tensor,
-    direct: bool,
     with_cross: bool,
     needs: list[bool],
     impl: str,
@@ -72,7 +58,7 @@ def cyclic_grads(
     """Gradients of this rank's features: `eager.cyclic_grads`."""
     compute = engine(impl, image_features)
     return compute.cyclic_grads(  # type: ignore[no-any-return]
-        image_features, text_features, statistics, coefficients, direct, with_cross, needs
+        image_features, text_features, statistics, coefficients, with_cross, needs
     )
 
 
@@ -94,9 +80,30 @@ def start_penalties(
     if ranks.group is None or (lambda_inmodal == 0 and lambda_crossmodal == 0):
         return None
     with torch.no_grad():
-        grams = cyclic_statistics(image_features, text_features, False, True, impl)
+        grams = cyclic_statistics(image_features, text_features, True, impl)
     own = torch.cat((grams.reshape(-1), grams.new_full((1,), image_features.shape[0])))
     return distributed.start_all_reduce(own, "sum", ranks.group)
+
+
+def weighted_penalties(
+    p: Tensor,
+    q: Tensor | None,
+    n: int | Tensor,
+    lambda_inmodal: float,
+    lambda_crossmodal: float,
+    separate: bool,
+) -> tuple[Tensor, ...]:
+    """(lambda_inmodal * P_in, lambda_crossmodal * P_cross) if `separate`, else (their sum,).
+
+    q: not needed for the sum with equal lambdas.
+    """
+    if q is None:
+        return (p * (lambda_inmodal / n),)
+    # Sums of squares both: rounding must not make them negative. `clamp` keeps NaN.
+    inmodal = (p + q).clamp_(min=0) * (lambda_inmodal / (2 * n))
+    crossmodal = (p - q).clamp_(min=0) * (lambda_crossmodal / (2 * n))
+    # Tensors of their own: a caller may write `loss += ...`, which views would refuse.
+    return (inmodal, crossmodal) if separate else (inmodal + crossmodal,)
 
 
 class _CyclicPenalties(torch.autograd.Function):
@@ -117,34 +124,21 @@ class _CyclicPenalties(torch.autograd.Function):
         started: Tensor | None,
         size: int,
     ) -> tuple[Tensor, ...]:
-        rows, d = image_features.shape
-        n: int | Tensor = rows  # of the global batch, below
+        n: int | Tensor = image_features.shape[0]  # of the global batch, below
         # For the sum of the penalties with equal weights, q and so C is not needed.
         with_cross = separate or lambda_inmodal != lambda_crossmodal
-        direct = started is None and direct_is_cheaper(rows, d, with_cross)
         if started is None:
-            saved = statistics = cyclic_statistics(
-                image_features, text_features, direct, with_cross, impl
-            )
+            saved = statistics = cyclic_statistics(image_features, text_features, with_cross, impl)
         else:
             saved = distributed.wait(started)
-            statistics, n = _unpack(saved, d)
-        if direct:
-            p_plus_q = (statistics + statistics.T).square().sum() / 2
-            p_minus_q = (statistics - statistics.T).square().sum() / 2
-        else:
-            p = (statistics[0] * statistics[1]).sum()
-            q = (statistics[2] * statistics[2].T).sum() if with_cross else torch.zeros_like(p)
-            # Sums of squares both: rounding must not make them negative. `clamp` keeps NaN.
-            p_plus_q, p_minus_q = (p + q).clamp(min=0), (p - q).clamp(min=0)
-        inmodal = p_plus_q * (lambda_inmodal / (2 * n))
-        crossmodal = p_minus_q * (lambda_crossmodal / (2 * n))
-        # Tensors of their own: a caller may write `loss += ...`, which views would refuse.
-        terms = (inmodal, crossmodal) if separate else (inmodal + crossmodal,)
+            statistics, n = _unpack(saved, image_features.shape[1])
+        p = (statistics[0] * statistics[1]).sum()
+        q = (statistics[2] * statistics[2].T).sum() if with_cross else None
+        terms = weighted_penalties(p, q, n, lambda_inmodal, lambda_crossmodal, separate)
 
         ctx.save_for_backward(image_features, text_features, saved)
         ctx.lambdas = (lambda_inmodal, lambda_crossmodal)
-        ctx.direct, ctx.with_cross, ctx.impl, ctx.size = direct, with_cross, impl, size
+        ctx.with_cross, ctx.impl, ctx.size = with_cross, impl, size
         # An infinite feature may leave an infinite penalty; inf - inf makes it NaN.
         return tuple(term + (term - term) for term in terms)
 
@@ -161,7 +155,7 @@ class _CyclicPenalties(torch.autograd.Function):
         coefficients = torch.stack((inmodal + crossmodal, inmodal - crossmodal))
         needs = list(ctx.needs_input_grad[:2])
         features = (image_features, text_features, statistics, coefficients)
-        grads = cyclic_grads(*features, ctx.direct, ctx.with_cross, needs, ctx.impl)
+        grads = cyclic_grads(*features, ctx.with_cross, needs, ctx.impl)
         needed = (grad if need else None for grad, need in zip(grads, needs, strict=True))
         return (*needed, None, None, None, None, None, None)
 

@@ -198,22 +198,17 @@ def contrastive_grads(
     return image_grad, text_grad, scale_sum.mul_(weighted_grad)
 
 
-def cyclic_statistics(
-    image_features: Tensor, text_features: Tensor, direct: bool, with_cross: bool
-) -> Tensor:
+def cyclic_statistics(image_features: Tensor, text_features: Tensor, with_cross: bool) -> Tensor:
     """What both cyclic penalties and their gradients are made of, with U = I + T, V = I - T.
 
-    direct: W = U V^T, shape (N, N). Otherwise the Gram matrices A = U^T U, B = V^T V and, if
-    `with_cross`, C = V^T U, stacked to shape (2 or 3, D, D).
+    The Gram matrices A = U^T U, B = V^T V and, if `with_cross`, C = V^T U, stacked to shape
+    (2 or 3, D, D).
 
     U and V are formed in the accumulation dtype from the features as they came: V is small for
     well-aligned pairs, and a difference of rounded numbers would lose it.
     """
     dtype = accumulation_dtype(image_features.dtype)
     n, d = image_features.shape
-    if direct:
-        image, text = image_features.to(dtype), text_features.to(dtype)
-        return (image + text) @ (image - text).T
     grams = torch.zeros(3 if with_cross else 2, d, d, dtype=dtype, device=image_features.device)
     for start, stop in _strips(n, strip_rows(d, image_features.device)):
         image, text = image_features[start:stop].to(dtype), text_features[start:stop].to(dtype)
@@ -230,16 +225,14 @@ def cyclic_grads(
     text_features: Tensor,
     statistics: Tensor,
     coefficients: Tensor,
-    direct: bool,
     with_cross: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of a * (p + q)/2 + b * (p - q)/2, p = ||U V^T||^2 and q = <U V^T, V U^T>.
+    """Gradients of a * (p + q)/2 + b * (p - q)/2, p = <A, B> and q = <C, C^T>.
 
     That is N * (lambda_inmodal * P_in + lambda_crossmodal * P_cross) for a and b the lambdas:
 
-        direct:  H = (a+b) W + (a-b) W^T;  dU = H V;                      dV = H^T U
-        Gram:                              dU = (a+b) U B + (a-b) V C^T;  dV = (a+b) V A + (a-b) U C
+        dU = (a+b) U B + (a-b) V C^T,  dV = (a+b) V A + (a-b) U C
         dI = dU + dV,  dT = dU - dV
 
     statistics: as `cyclic_statistics` returned it, summed over all rows of the global batch;
@@ -255,27 +248,17 @@ def cyclic_grads(
     # Terms asked for apart and then added come back with a = b; on CPU a look costs nothing.
     if with_cross and difference.device.type == "cpu" and difference == 0:
         with_cross = False
-    if direct:
-        both_ways = statistics * total
-        if with_cross:
-            both_ways.addcmul_(statistics.T, difference)
-        height = n
-    else:
-        weighted = statistics[:2] * total
-        cross = statistics[2] * difference if with_cross else None
-        height = strip_rows(d, image_features.device)
+    weighted = statistics[:2] * total
+    cross = statistics[2] * difference if with_cross else None
     image_grad = image_features.new_empty(image_features.shape if needs_image else (0,))
     text_grad = text_features.new_empty(text_features.shape if needs_text else (0,))
-    for start, stop in _strips(n, height):
+    for start, stop in _strips(n, strip_rows(d, image_features.device)):
         image, text = image_features[start:stop].to(dtype), text_features[start:stop].to(dtype)
         u, v = image + text, image - text
-        if direct:
-            u_grad, v_grad = both_ways @ v, both_ways.T @ u
-        else:
-            u_grad, v_grad = u @ weighted[1], v @ weighted[0]
-            if cross is not None:
-                u_grad.addmm_(v, cross.T)
-                v_grad.addmm_(u, cross)
+        u_grad, v_grad = u @ weighted[1], v @ weighted[0]
+        if cross is not None:
+            u_grad.addmm_(v, cross.T)
+            v_grad.addmm_(u, cross)
         if needs_image:
             image_grad[start:stop] = u_grad + v_grad
         if needs_text:

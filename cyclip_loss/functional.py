@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from cyclip_loss import contrastive, cyclic, distributed
+from cyclip_loss import contrastive, cyclic, distributed, small
 from cyclip_loss.distributed import Ranks
 from cyclip_loss.eager import accumulation_dtype
 from cyclip_loss.ops import IMPLS
@@ -100,8 +100,11 @@ def cyclic_penalty(
         image_features, text_features, may_be_empty=ranks.size > 1
     )
     penalty = (image_features, text_features, lambda_inmodal, lambda_crossmodal)
-    started = cyclic.start_penalties(*penalty, impl, ranks)
-    terms = cyclic.cyclic_penalties(*penalty, output_dict, impl, started, ranks.size)
+    if ranks.group is None and small.penalties_are_small(*penalty, output_dict, impl):
+        terms = small.cyclic_penalties(*penalty, output_dict)
+    else:
+        started = cyclic.start_penalties(*penalty, impl, ranks)
+        terms = cyclic.cyclic_penalties(*penalty, output_dict, impl, started, ranks.size)
     if output_dict:
         return {"inmodal_cyclic_loss": terms[0], "crossmodal_cyclic_loss": terms[1]}
     return terms[0]
@@ -160,19 +163,22 @@ def cyclip_loss(
             _kind(pairs, lambda_inmodal, lambda_crossmodal),
             {"lambda_inmodal": lambda_inmodal, "lambda_crossmodal": lambda_crossmodal},
         )
-    # Over ranks the columns are on their way while the Gram matrices are computed, and those while
-    # the contrastive losses are.
-    gathered = [distributed.start_gather(columns, ranks) for _, columns in pairs]
-    started = cyclic.start_penalties(*penalty, impl, ranks)
-    losses = [
-        contrastive.contrastive_loss(*pair, scale, gathered.pop(0), at == 0, impl, ranks)
-        for at, pair in enumerate(pairs)
-    ]
-    penalties = cyclic.cyclic_penalties(*penalty, output_dict, impl, started, ranks.size)
-
-    loss = losses[0]
-    if len(losses) > 1:
-        loss = (loss + (losses[1] + losses[2]) / 2) / 2
+    if group is None and len(pairs) == 1 and small.loss_is_small(*pairs[0], impl):
+        terms = small.cyclip_terms(*pairs[0], scale, lambda_inmodal, lambda_crossmodal, output_dict)
+        loss, penalties = terms[0], terms[1:]
+    else:
+        # Over ranks the columns are on their way while the Gram matrices are computed, and those
+        # while the contrastive losses are.
+        gathered = [distributed.start_gather(columns, ranks) for _, columns in pairs]
+        started = cyclic.start_penalties(*penalty, impl, ranks)
+        losses = [
+            contrastive.contrastive_loss(*pair, scale, gathered.pop(0), at == 0, impl, ranks)
+            for at, pair in enumerate(pairs)
+        ]
+        penalties = cyclic.cyclic_penalties(*penalty, output_dict, impl, started, ranks.size)
+        loss = losses[0]
+        if len(losses) > 1:
+            loss = (loss + (losses[1] + losses[2]) / 2) / 2
     if logit_bias is not None:
         loss = loss + _zero_of_bias(logit_bias, loss)
     if output_dict:
@@ -181,7 +187,7 @@ def cyclip_loss(
             "inmodal_cyclic_loss": penalties[0],
             "crossmodal_cyclic_loss": penalties[1],
         }
-    return loss + penalties[0]
+    return sum(penalties, loss)
 
 
 def _kind(

@@ -104,7 +104,7 @@ def operator(
         traced: Any = custom_op(f"cyclip_loss::{function.__name__}", compute, mutates_args=())
         traced.register_fake(shapes)
         if gives_gradients:
-            traced.register_autograd(_no_second_derivatives)
+            traced.register_autograd(no_second_derivatives)
 
         @wraps(function)
         def call(*arguments: Any) -> Any:
@@ -126,7 +126,8 @@ def like(features: Tensor, needed: bool) -> Tensor:
     return features.new_empty(features.shape if needed else (0,))
 
 
-def _no_second_derivatives(ctx: Any, *grads: Tensor) -> NoReturn:
+def no_second_derivatives(ctx: Any, *grads: Tensor) -> NoReturn:
+    """The derivative of what gives gradients: an error."""
     raise RuntimeError(
         "cyclip_loss has first derivatives only: its gradients cannot be differentiated again "
         "(as a gradient penalty or create_graph=True with a second backward would). "

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cyclip_loss import eager
 from cyclip_loss.kernels.configs import Precision, config_for, launch_on, padded_rows
 from cyclip_loss.kernels.tiles import grouped_tile, round_to_tf32
 
@@ -86,15 +85,10 @@ def cyclic_grads(
     text_features: Tensor,
     statistics: Tensor,
     coefficients: Tensor,
-    direct: bool,
     with_cross: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor]:
     """As `cyclip_loss.eager.cyclic_grads`."""
-    if direct:
-        return eager.cyclic_grads(
-            image_features, text_features, statistics, coefficients, direct, with_cross, needs
-        )
     needs_image, needs_text = needs
     precision = Precision.of(image_features, widened=True)
     config = config_for("cyclic_grads", image_features, precision)

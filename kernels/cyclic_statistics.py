@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cyclip_loss import eager
 from cyclip_loss.kernels.configs import Precision, config_for, launch_on, padded_rows
 from cyclip_loss.kernels.tiles import round_to_tf32
 
@@ -95,15 +94,8 @@ def cyclic_statistics_kernel(
                 tl.store(out + d * d + mirrored, second)
 
 
-def cyclic_statistics(
-    image_features: Tensor, text_features: Tensor, direct: bool, with_cross: bool
-) -> Tensor:
-    """As `cyclip_loss.eager.cyclic_statistics`.
-
-    The direct form is for batches so small that it is left to the library's products.
-    """
-    if direct:
-        return eager.cyclic_statistics(image_features, text_features, direct, with_cross)
+def cyclic_statistics(image_features: Tensor, text_features: Tensor, with_cross: bool) -> Tensor:
+    """As `cyclip_loss.eager.cyclic_statistics`."""
     precision = Precision.of(image_features, widened=True)
     config = config_for("cyclic_statistics", image_features, precision)
     bd, bk = config.tile["BD"], config.tile["BK"]

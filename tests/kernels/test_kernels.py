@@ -33,7 +33,7 @@ def test_shipped_tiles(
 ) -> None:
     """The tiles of real chips, on a batch that ends within the second tile of either side.
 
-    The two lambdas differ, so that C is needed too, and N > 7/3 D, so that the Gram form is used.
+    The two lambdas differ, so that C is needed too.
     """
     monkeypatch.setattr(configs, "_INTERPRETER", configs.ARCHITECTURES[arch])
     case = Case(n=290, d=70, dtype=dtype, logit_scale=30.0, lambdas=(0.25, 0.5))
@@ -48,7 +48,7 @@ def test_rows_where_no_wide_load_can_be(
 ) -> None:
     """Rows 264 elements apart, or a base 8 bytes off: D is a multiple of the tiles, so no copy.
 
-    D = 32 takes the Gram form of the penalties, 256 the direct one.
+    To the eager engine 80 rows are a large batch where D is 32, and a small one where it is 256.
     """
     layouts = {"image_layout": layout, "text_layout": layout}
     check_loss(Case(n=80, d=d, dtype=dtype, lambdas=(0.5, 0.125), **layouts), impl, device)
@@ -71,7 +71,7 @@ def test_interpreted_tf32_rounds_as_the_hardware_keeps(device: torch.device) -> 
     # I + T = 1 + 2^-11: halfway between two tf32 numbers, where chopping would give 1.
     image = torch.full((1, 1), 1.0, dtype=torch.bfloat16, device=device)
     text = torch.full((1, 1), 2.0**-11, dtype=torch.bfloat16, device=device)
-    grams = kernels.cyclic_statistics(image, text, False, False)
+    grams = kernels.cyclic_statistics(image, text, False)
     assert grams[0].item() == (1 + 2.0**-10) ** 2
 
 

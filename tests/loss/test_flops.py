@@ -6,7 +6,7 @@ from inputs import pairs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cyclip_loss import eager
+from cyclip_loss import eager, small
 
 N, D = 40, 12
 
@@ -51,19 +51,21 @@ def test_contrastive_term(features, small_strips: None) -> None:
             assert cost == products * N * N * D
 
 
-@pytest.mark.parametrize(
-    ("direct", "with_cross", "expected"),
-    [
-        (True, True, 6 * N * N * D),
-        (True, False, 6 * N * N * D),
-        (False, True, 14 * N * D * D),
-        (False, False, 8 * N * D * D),
-    ],
-)
-def test_penalties(features, direct: bool, with_cross: bool, expected: int, small_strips) -> None:
-    form = (direct, with_cross)
-    cost = flops(eager.cyclic_statistics, *features, *form)
-    statistics = eager.cyclic_statistics(*features, *form)
+@pytest.mark.parametrize(("with_cross", "expected"), [(True, 14), (False, 8)])
+def test_penalties(features, with_cross: bool, expected: int, small_strips) -> None:
+    cost = flops(eager.cyclic_statistics, *features, with_cross)
+    statistics = eager.cyclic_statistics(*features, with_cross)
     coefficients = features[0].new_tensor([1.0, 0.5])
-    cost += flops(eager.cyclic_grads, *features, statistics, coefficients, *form, [True, True])
-    assert cost == expected
+    cost += flops(eager.cyclic_grads, *features, statistics, coefficients, with_cross, [True, True])
+    assert cost == expected * N * D * D
+
+
+@pytest.mark.parametrize(
+    ("lambdas", "expected"), [((0.25, 0.25), 12), ((0.0, 0.5), 12), ((0, 0), 6)]
+)
+@pytest.mark.parametrize("separate", [False, True])
+def test_small_batches(features, lambdas, expected: int, separate: bool) -> None:
+    """6 N^2 D a term, whether the penalties are told apart or not."""
+    leaves = [*(f.clone().requires_grad_() for f in features), features[0].new_tensor(10.0)]
+    cost = flops(lambda: sum(small.cyclip_terms(*leaves, *lambdas, separate)).backward())
+    assert cost == expected * N * N * D

@@ -238,16 +238,16 @@ def test_ranks_add_up(impl: str, sizes: list[int], small_strips: None, device) -
 
 def test_gram_matrices_of_ranks_add_up(impl: str, small_strips: None, device) -> None:
     image, text = pairs(40, 6, device=device)
-    whole = ops.engine(impl, image).cyclic_statistics(image, text, False, True)
+    whole = ops.engine(impl, image).cyclic_statistics(image, text, True)
     parts = [
-        ops.engine(impl, i).cyclic_statistics(i, t, False, True)
+        ops.engine(impl, i).cyclic_statistics(i, t, True)
         for i, t in zip(image.split([1, 27, 12]), text.split([1, 27, 12]), strict=True)
     ]
     torch.testing.assert_close(sum(parts), whole, rtol=1e-12, atol=1e-13)
     coefficients = torch.tensor([0.7, 0.3], dtype=torch.float64, device=device)
     grads = ops.engine(impl, image).cyclic_grads
-    expected = grads(image, text, whole, coefficients, False, True, [True, True])
-    part = grads(image[1:28], text[1:28], whole, coefficients, False, True, [True, True])
+    expected = grads(image, text, whole, coefficients, True, [True, True])
+    part = grads(image[1:28], text[1:28], whole, coefficients, True, [True, True])
     for grad, all_rows in zip(part, expected, strict=True):
         torch.testing.assert_close(grad, all_rows[1:28], rtol=1e-12, atol=1e-13)
 
@@ -257,28 +257,25 @@ def test_cyclic_statistics(impl: str, with_cross: bool, small_strips: None, devi
     image, text = pairs(30, 6, device=device)
     u, v = image + text, image - text
     grams = [u.T @ u, v.T @ v, v.T @ u][: 3 if with_cross else 2]
-    actual = ops.engine(impl, image).cyclic_statistics(image, text, False, with_cross)
+    actual = ops.engine(impl, image).cyclic_statistics(image, text, with_cross)
     torch.testing.assert_close(actual, torch.stack(grams), rtol=1e-12, atol=1e-13)
-    actual = ops.engine(impl, image).cyclic_statistics(image, text, True, with_cross)
-    torch.testing.assert_close(actual, u @ v.T, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("direct", [True, False], ids=["direct", "gram"])
 @pytest.mark.parametrize(
     ("with_cross", "coefficients"), [(True, (1, 0.5)), (True, (1, 0)), (False, (1, 0))]
 )
 @pytest.mark.parametrize("needs", FLAGS)
-def test_cyclic_grads(impl, direct, with_cross, coefficients, needs, small_strips, device) -> None:
+def test_cyclic_grads(impl, with_cross, coefficients, needs, small_strips, device) -> None:
     image, text = pairs(30, 6, device=device)
     leaves = [features.clone().requires_grad_() for features in (image, text)]
     u, v = leaves[0] + leaves[1], leaves[0] - leaves[1]
     w = u @ v.T
     total, difference = coefficients
     ((total * w.square().sum() + difference * (w * w.T).sum()) / 2).backward()
-    statistics = ops.engine(impl, image).cyclic_statistics(image, text, direct, with_cross)
+    statistics = ops.engine(impl, image).cyclic_statistics(image, text, with_cross)
     coefficients = torch.tensor(coefficients, dtype=torch.float64, device=device)
     grads = ops.engine(impl, image).cyclic_grads(
-        image, text, statistics, coefficients, direct, with_cross, [*needs]
+        image, text, statistics, coefficients, with_cross, [*needs]
     )
     for grad, leaf, needed in zip(grads, leaves, needs, strict=True):
         if needed:
@@ -289,13 +286,12 @@ def test_cyclic_grads(impl, direct, with_cross, coefficients, needs, small_strip
 
 def test_second_coefficient_is_not_read_without_the_cross_term(impl: str, device) -> None:
     image, text = pairs(30, 6, device=device)
-    for direct in (True, False):
-        statistics = ops.engine(impl, image).cyclic_statistics(image, text, direct, False)
-        coefficients = torch.tensor([1.0, torch.nan], dtype=torch.float64, device=device)
-        grads = ops.engine(impl, image).cyclic_grads(
-            image, text, statistics, coefficients, direct, False, [True, True]
-        )
-        assert all(bool(grad.isfinite().all()) for grad in grads)
+    statistics = ops.engine(impl, image).cyclic_statistics(image, text, False)
+    coefficients = torch.tensor([1.0, torch.nan], dtype=torch.float64, device=device)
+    grads = ops.engine(impl, image).cyclic_grads(
+        image, text, statistics, coefficients, False, [True, True]
+    )
+    assert all(bool(grad.isfinite().all()) for grad in grads)
 
 
 def opcheck_arguments(dtype: torch.dtype, impl: str, device: torch.device) -> list[tuple]:
@@ -313,12 +309,12 @@ def opcheck_arguments(dtype: torch.dtype, impl: str, device: torch.device) -> li
         for needs in itertools.product([True, False], repeat=3):
             given = (image, text, scale, *of_pairs, grad, [*needs], *how)
             arguments.append(("contrastive_grads", given))
-    for direct, with_cross in itertools.product([True, False], repeat=2):
-        arguments.append(("cyclic_statistics", (image, text, direct, with_cross, impl)))
-        statistics = cyclic.cyclic_statistics(image, text, direct, with_cross, impl)
+    for with_cross in (True, False):
+        arguments.append(("cyclic_statistics", (image, text, with_cross, impl)))
+        statistics = cyclic.cyclic_statistics(image, text, with_cross, impl)
         coefficients = torch.ones(2, dtype=accumulate, device=device)
         for needs in FLAGS:
-            given = (image, text, statistics, coefficients, direct, with_cross, [*needs], impl)
+            given = (image, text, statistics, coefficients, with_cross, [*needs], impl)
             arguments.append(("cyclic_grads", given))
     return arguments
 
