@@ -1,12 +1,13 @@
 """Gradients of the contrastive term: blocks of G by one kernel, then two library products each.
 
-With l_ij = s * I_i . T_j and the log-sum-exps r, c of its rows and columns:
+With l_ij = s * I_i . T_j, the log-sum-exps r, c of its rows and columns, and w = weight * grad:
 
     G_ij = pair_gradient_i if j is i's partner, else exp(l_ij - r_i) + exp(l_ij - c_j)
     dI = w s G T          dT = w s G^T I          ds = w * sum_ij G_ij (I_i . T_j)
 
-The kernel computes a block of logits again (2 n m D flops in all) and writes G in the features'
-dtype; the library's matrix products consume it (4 n m D), summing in float32.
+The kernel computes a block of logits again (2 n m D flops in all) and writes w s G in the features'
+dtype; the library's matrix products consume it (4 n m D), summing in float32. Where one block holds
+all of G they write the gradients at once.
 """
 
 import torch
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cyclip_loss.kernels.configs import Precision, config_for, launch_on, padded_rows
+from cyclip_loss.kernels.configs import SUM, Precision, config_for, launch_on, padded_rows
 from cyclip_loss.kernels.tiles import LOG2_E, grouped_tile, halves, tile_product
 
 # One block of G: this many rows, and as many columns as make 512 MB (16,384 of 16 bits). Memory is
@@ -29,6 +30,7 @@ BLOCK_BYTES = 2**29
 def _tile_gradient(
     product,  # (BM, BN)
     scale,
+    factor,
     row_lse,
     column_lse,
     pair_gradient,
@@ -41,11 +43,10 @@ def _tile_gradient(
     m,
     SYMMETRIC: tl.constexpr,
     NEEDS_SCALE: tl.constexpr,
-    SHIFT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Store the tile of G * 2^SHIFT; return the sum of G_ij (I_i . T_j) over it."""
+    """Store the tile of factor * G; return the sum of G_ij (I_i . T_j) over it."""
     rows = first_row + tl.arange(0, BM)
     columns = first_column_of_tile + tl.arange(0, BN)
     # Past the end the last values are read again: they are finite, and nothing of it is kept.
@@ -71,19 +72,25 @@ def _tile_gradient(
     # One 64-bit offset for the tile, 32 bits within it.
     tile_start = gradient + first_row.to(tl.int64) * gradient_stride
     within = tl.arange(0, BM)[:, None] * gradient_stride + columns[None, :]
-    tl.store(tile_start + within, (g * (1 << SHIFT)).to(gradient.dtype.element_ty))
+    tl.store(tile_start + within, (g * factor).to(gradient.dtype.element_ty))
     return tile_sum
 
 
-@triton.jit(do_not_specialize=["n", "m", "first_column"])
+@triton.jit(
+    do_not_specialize=["n", "m", "first_column"],
+    do_not_specialize_on_alignment=[
+        "logit_scale", "grad", "row_lse", "column_lse", "pair_gradient", "scale_partials",
+    ],
+)  # fmt: skip
 def contrastive_grads_kernel(
     image,  # (n, d), rows `image_stride` apart
     text,  # (m, d), rows `text_stride` apart
     logit_scale,  # scalar
+    grad,  # scalar
     row_lse,  # (n,)
     column_lse,  # (m,)
     pair_gradient,  # (n,): G where row i has a partner
-    gradient,  # G * 2^SHIFT out, whole tiles of it, rows `gradient_stride` apart
+    gradient,  # weight * grad * s * G out, whole tiles of it, rows `gradient_stride` apart
     scale_partials,  # (tiles,) out: sum over the tile of G_ij (I_i . T_j)
     n,
     m,
@@ -92,9 +99,10 @@ def contrastive_grads_kernel(
     text_stride,
     gradient_stride,
     first_column,  # row i is paired with column first_column + i
+    weight,
     SYMMETRIC: tl.constexpr,
     NEEDS_SCALE: tl.constexpr,
-    SHIFT: tl.constexpr,
+    SHIFT: tl.constexpr,  # not 0: G * 2^SHIFT out
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
     BM: tl.constexpr,
@@ -110,25 +118,45 @@ def contrastive_grads_kernel(
         image, text, first_row, start, n, m, d, image_stride, text_stride,
         PRECISION, WIDEN, BM, BN, BK,
     )  # fmt: skip
-    scale = tl.load(logit_scale).to(tl.float32) * LOG2_E
+    logit_scale = tl.load(logit_scale)
+    scale = logit_scale * LOG2_E
+    factor = 1.0 * (1 << SHIFT)
+    if SHIFT == 0:
+        factor = tl.load(grad) * weight * logit_scale
     if PARTS == 1:
         tile_sum = _tile_gradient(
-            product, scale, row_lse, column_lse, pair_gradient, gradient, gradient_stride,
-            first_row, start, first_column, n, m, SYMMETRIC, NEEDS_SCALE, SHIFT, BM, BN,
+            product, scale, factor, row_lse, column_lse, pair_gradient, gradient, gradient_stride,
+            first_row, start, first_column, n, m, SYMMETRIC, NEEDS_SCALE, BM, BN,
         )  # fmt: skip
     else:
         left, right = halves(product, BM, BN)
         tile_sum = _tile_gradient(
-            left, scale, row_lse, column_lse, pair_gradient, gradient, gradient_stride,
-            first_row, start, first_column, n, m, SYMMETRIC, NEEDS_SCALE, SHIFT, BM, BN // 2,
+            left, scale, factor, row_lse, column_lse, pair_gradient, gradient, gradient_stride,
+            first_row, start, first_column, n, m, SYMMETRIC, NEEDS_SCALE, BM, BN // 2,
         )  # fmt: skip
         tile_sum += _tile_gradient(
-            right, scale, row_lse, column_lse, pair_gradient, gradient, gradient_stride,
-            first_row, start + BN // 2, first_column, n, m, SYMMETRIC, NEEDS_SCALE, SHIFT,
-            BM, BN // 2,
+            right, scale, factor, row_lse, column_lse, pair_gradient, gradient, gradient_stride,
+            first_row, start + BN // 2, first_column, n, m, SYMMETRIC, NEEDS_SCALE, BM, BN // 2,
         )  # fmt: skip
     if NEEDS_SCALE:
         tl.store(scale_partials + tl.program_id(0), tile_sum)
+
+
+@triton.jit(do_not_specialize=["length"], do_not_specialize_on_alignment=["grad", "scale_grad"])
+def scale_grad_kernel(
+    scale_partials,  # (length,)
+    grad,  # scalar
+    scale_grad,  # scalar out: weight * grad * the sum of all
+    length,
+    weight,
+    BLOCK: tl.constexpr,
+):
+    """One program, so that the sum has one order."""
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, length, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        total += tl.load(scale_partials + at, mask=at < length, other=0.0)
+    tl.store(scale_grad, tl.sum(total, axis=0) * weight * tl.load(grad))
 
 
 def contrastive_grads(
@@ -138,85 +166,149 @@ def contrastive_grads(
     row_lse: Tensor,
     column_lse: Tensor,
     pair_gradient: Tensor,
-    weight: Tensor,
+    grad: Tensor,
+    weight: float,
     first_column: int,
     symmetric: bool,
-    needs_image: bool,
-    needs_text: bool,
-    needs_scale: bool,
+    needs: list[bool],
     wide: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `cyclip_loss.eager.contrastive_grads`."""
+    needs_image, needs_text, needs_scale = needs
     precision = Precision.of(image_features)
-    config = config_for("contrastive", image_features, precision)
+    config = config_for("contrastive_grads", image_features, precision)
     tile = config.tile
     image, text = padded_rows(image_features, tile["BK"]), padded_rows(text_features, tile["BK"])
-    (n, d), m = image.shape, len(text)
-    # float16 is exact to 11 bits only above 6e-5, and most of G is smaller: store 2^14 * G, of
-    # which the largest, 2^15, still fits.
+    (n, d), m = image.shape, text.shape[0]
+    # float16 is exact to 11 bits only above 6e-5, and most of w s G is far smaller: there 2^14 * G
+    # is stored, of which the largest, 2^15, still fits, and the sums get the weight.
     shift = 14 if image.dtype == torch.float16 else 0
-    feature_weight = weight * logit_scale * 2.0**-shift
-    grad_dtype = row_lse.dtype if wide else image.dtype
-    image_grad = image.new_empty(image_features.shape if needs_image else (0,), dtype=grad_dtype)
-    text_sum = row_lse.new_zeros(text_features.shape if needs_text else (0,))
-    scale_sum = weight.new_zeros(())
+    sum_weight = grad * logit_scale * (weight * 2.0**-shift) if shift else None
+    grad_dtype = torch.float32 if wide else image.dtype
 
     bm, bn = tile["BM"], tile["BN"]
     height = triton.cdiv(min(n, BLOCK_ROWS), bm) * bm
     width = max(1, BLOCK_BYTES // (height * image.element_size() * bn)) * bn
     width = min(width, triton.cdiv(m, bn) * bn)
     gradient_tiles = image.new_empty(height, width)
-    for start in range(0, n, height):
-        rows = min(height, n - start)
-        row_tiles = triton.cdiv(rows, bm)
-        block_image = image_features[start : start + rows]
-        image_sum = row_lse.new_zeros(block_image.shape if needs_image else (0,))
-        for left in range(0, m, width):
-            columns = min(width, m - left)
-            tiles = row_tiles * triton.cdiv(columns, bn)
-            gradient = gradient_tiles[:rows, :columns]
-            block_text = text_features[left : left + columns]
-            scale_partials = row_lse.new_empty(tiles if needs_scale else 0)
-            with launch_on(image):
-                contrastive_grads_kernel[(tiles,)](
-                    image[start:],
-                    text[left:],
-                    logit_scale,
-                    row_lse[start:],
-                    column_lse[left:],
-                    pair_gradient[start:],
-                    gradient,
-                    scale_partials,
-                    rows,
-                    columns,
-                    d,
-                    image.stride(0),
-                    text.stride(0),
-                    width,
-                    first_column + start - left,
-                    SYMMETRIC=symmetric,
-                    NEEDS_SCALE=needs_scale,
-                    SHIFT=shift,
-                    PRECISION=precision.dot,
-                    WIDEN=precision.widen,
-                    **config.kwargs,
-                )
-            if needs_scale:
-                scale_sum += scale_partials.sum()
+    tiles = triton.cdiv(n, bm) * triton.cdiv(m, bn)  # heights and widths are whole tiles
+    scale_partials = row_lse.new_empty(tiles if needs_scale else 0)
+    tiles_done = 0
+
+    def block(start: int, left: int) -> Tensor:
+        """The block of G with this corner: (up to height, up to width)."""
+        nonlocal tiles_done
+        rows, columns = min(height, n - start), min(width, m - left)
+        tiles = triton.cdiv(rows, bm) * triton.cdiv(columns, bn)
+        contrastive_grads_kernel[(tiles,)](
+            image[start:],
+            text[left:],
+            logit_scale,
+            grad,
+            row_lse[start:],
+            column_lse[left:],
+            pair_gradient[start:],
+            gradient_tiles,
+            scale_partials[tiles_done:],
+            rows,
+            columns,
+            d,
+            image.stride(0),
+            text.stride(0),
+            width,
+            first_column + start - left,
+            float(weight),
+            SYMMETRIC=symmetric,
+            NEEDS_SCALE=needs_scale,
+            SHIFT=shift,
+            PRECISION=precision.dot,
+            WIDEN=precision.widen,
+            **config.kwargs,
+        )
+        tiles_done += tiles
+        return gradient_tiles[:rows, :columns]
+
+    def finished(total: Tensor) -> Tensor:
+        return (total if sum_weight is None else total.mul_(sum_weight)).to(grad_dtype)
+
+    image_grad, text_grad = image.new_empty(0, dtype=grad_dtype), row_lse.new_empty(0)
+    with launch_on(image):
+        if n <= height and m <= width:
+            gradient = block(0, 0)
+            dtype = torch.float32 if shift else grad_dtype
             if needs_image:
-                add_product(image_sum, gradient, block_text)
+                image_grad = finished(product_over_columns(gradient, text_features, dtype))
             if needs_text:
-                add_product(text_sum[left : left + columns], gradient.T, block_image)
-        if needs_image:
-            image_grad[start : start + rows] = image_sum.mul_(feature_weight)
-    text_grad = text_sum.mul_(feature_weight).to(grad_dtype)
-    return image_grad, text_grad, scale_sum.mul_(weight)
+                text_grad = product(gradient.T, image_features, dtype)
+        else:
+            if needs_image:
+                image_grad = image.new_empty(image_features.shape, dtype=grad_dtype)
+            if needs_text:
+                text_grad = row_lse.new_zeros(text_features.shape)
+            for start in range(0, n, height):
+                rows = image_features[start : start + height]
+                image_sum = row_lse.new_zeros(rows.shape if needs_image else (0,))
+                for left in range(0, m, width):
+                    gradient = block(start, left)
+                    if needs_image:
+                        add_product(image_sum, gradient, text_features[left : left + width])
+                    if needs_text:
+                        add_product(text_grad[left : left + width], gradient.T, rows)
+                if needs_image:
+                    image_grad[start : start + height] = finished(image_sum)
+        if needs_scale:
+            scale_grad = row_lse.new_empty(())
+            scale_grad_kernel[(1,)](
+                scale_partials, grad, scale_grad, tiles, float(weight), **SUM.kwargs
+            )
+        else:
+            scale_grad = row_lse.new_zeros(())
+    return image_grad, finished(text_grad), scale_grad
+
+
+# Fewer output tiles than this leave most of a GPU idle; a chunk of at least this many columns is
+# worth a program of its own.
+FEW_TILES = 64
+CHUNK_COLUMNS = 4096
+
+
+def product_over_columns(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b, (n, m) and (m, D), as `product`, where the sum over m may be much longer than n is.
+
+    A rank's few rows against the columns of all make a dozen output tiles, a tenth of what a GPU
+    computes at once. Then chunks of columns are products of their own, added up in one order.
+    """
+    tiles = triton.cdiv(a.shape[0], 128) * triton.cdiv(b.shape[1], 256)
+    chunks = 1
+    while (
+        tiles * chunks < FEW_TILES
+        and a.shape[1] % (2 * chunks) == 0
+        and a.shape[1] // (2 * chunks) >= CHUNK_COLUMNS
+    ):
+        chunks *= 2
+    if chunks == 1:
+        return product(a, b, dtype)
+    a_chunks = a.unflatten(1, (chunks, -1)).transpose(0, 1)
+    return product(a_chunks, b.unflatten(0, (chunks, -1)), torch.float32).sum(dim=0).to(dtype)
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b, or a batch of them, of the features' dtype: summed in float32, and left so if `dtype` is."""
+    if dtype == a.dtype:
+        return torch.matmul(a, b)
+    if _has_wide_products(a):
+        return (torch.mm if a.ndim == 2 else torch.bmm)(a, b, out_dtype=dtype)
+    return torch.matmul(a.to(dtype), b.to(dtype))
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a b in float32, for a and b of the features' dtype."""
-    # ROCm builds of PyTorch have no product of 16-bit matrices into a float32 one.
-    if a.is_cuda and torch.version.hip is None and a.dtype != torch.float32:
+    if a.dtype != torch.float32 and _has_wide_products(a):
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         total.addmm_(a.float(), b.float())
+
+
+def _has_wide_products(a: Tensor) -> bool:
+    """ROCm builds of PyTorch have no product of 16-bit matrices into a float32 one."""
+    return a.is_cuda and torch.version.hip is None
