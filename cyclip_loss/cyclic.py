@@ -53,8 +53,27 @@ def cyclic_statistics(
     return compute.cyclic_statistics(image_features, text_features, direct, with_cross)  # type: ignore[no-any-return]
 
 
+def _terms_shapes(statistics: Tensor, *others: Any) -> list[Tensor]:
+    return [statistics.new_empty(()) for _ in range(1 + others[4])]
+
+
+@operator(_terms_shapes)
+def cyclic_terms(
+    statistics: Tensor,
+    lambdas: list[Tensor],
+    rows: Tensor,
+    direct: bool,
+    with_cross: bool,
+    separate: bool,
+    impl: str,
+) -> list[Tensor]:
+    """The weighted penalties of the global batch: `eager.cyclic_terms`."""
+    compute = engine(impl, statistics)
+    return compute.cyclic_terms(statistics, lambdas, rows, direct, with_cross, separate)  # type: ignore[no-any-return]
+
+
 def _grads_shapes(image: Tensor, text: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    needs = others[4]
+    needs = others[7]
     return like(image, needs[0]), like(text, needs[1])
 
 
@@ -63,7 +82,10 @@ def cyclic_grads(
     image_features: Tensor,
     text_features: Tensor,
     statistics: Tensor,
-    coefficients: Tensor,
+    grads: list[Tensor],
+    lambdas: list[Tensor],
+    rows: Tensor,
+    size: int,
     direct: bool,
     with_cross: bool,
     needs: list[bool],
@@ -72,8 +94,19 @@ def cyclic_grads(
     """Gradients of this rank's features: `eager.cyclic_grads`."""
     compute = engine(impl, image_features)
     return compute.cyclic_grads(  # type: ignore[no-any-return]
-        image_features, text_features, statistics, coefficients, direct, with_cross, needs
+        *(image_features, text_features, statistics, grads, lambdas, rows, size),
+        *(direct, with_cross, needs),
     )
+
+
+def _scalar(value: Any, like: Tensor) -> Tensor:
+    """A number as a tensor: `torch.compile` makes code anew for each value of an operator's number.
+
+    Where it traces, on the features' device, since a CUDA graph can hold no tensor on the CPU;
+    elsewhere on the CPU, since to fill one on a GPU takes a kernel.
+    """
+    device = like.device if torch.compiler.is_compiling() else torch.device("cpu")
+    return torch.scalar_tensor(value, dtype=accumulation_dtype(like.dtype), device=device)
 
 
 def start_penalties(
@@ -117,52 +150,34 @@ class _CyclicPenalties(torch.autograd.Function):
         started: Tensor | None,
         size: int,
     ) -> tuple[Tensor, ...]:
-        rows, d = image_features.shape
-        n: int | Tensor = rows  # of the global batch, below
+        d = image_features.shape[1]
         # For the sum of the penalties with equal weights, q and so C is not needed.
         with_cross = separate or lambda_inmodal != lambda_crossmodal
-        direct = started is None and direct_is_cheaper(rows, d, with_cross)
+        lambdas = [_scalar(value, image_features) for value in (lambda_inmodal, lambda_crossmodal)]
         if started is None:
-            saved = statistics = cyclic_statistics(
-                image_features, text_features, direct, with_cross, impl
-            )
+            n = image_features.shape[0]
+            direct = direct_is_cheaper(n, d, with_cross)
+            statistics = cyclic_statistics(image_features, text_features, direct, with_cross, impl)
+            rows = _scalar(n, image_features)
         else:
-            saved = distributed.wait(started)
-            statistics, n = _unpack(saved, d)
-        if direct:
-            p_plus_q = (statistics + statistics.T).square().sum() / 2
-            p_minus_q = (statistics - statistics.T).square().sum() / 2
-        else:
-            p = (statistics[0] * statistics[1]).sum()
-            q = (statistics[2] * statistics[2].T).sum() if with_cross else torch.zeros_like(p)
-            # Sums of squares both: rounding must not make them negative. `clamp` keeps NaN.
-            p_plus_q, p_minus_q = (p + q).clamp(min=0), (p - q).clamp(min=0)
-        inmodal = p_plus_q * (lambda_inmodal / (2 * n))
-        crossmodal = p_minus_q * (lambda_crossmodal / (2 * n))
-        # Tensors of their own: a caller may write `loss += ...`, which views would refuse.
-        terms = (inmodal, crossmodal) if separate else (inmodal + crossmodal,)
-
-        ctx.save_for_backward(image_features, text_features, saved)
-        ctx.lambdas = (lambda_inmodal, lambda_crossmodal)
-        ctx.direct, ctx.with_cross, ctx.impl, ctx.size = direct, with_cross, impl, size
-        # An infinite feature may leave an infinite penalty; inf - inf makes it NaN.
-        return tuple(term + (term - term) for term in terms)
+            direct = False
+            statistics, rows = _unpack(distributed.wait(started), d)
+        how = (direct, with_cross)
+        terms = cyclic_terms(statistics, lambdas, rows, *how, separate, impl)
+        ctx.save_for_backward(image_features, text_features, statistics, rows, *lambdas)
+        ctx.how, ctx.impl, ctx.size = how, impl, size
+        return tuple(terms)
 
     @staticmethod
-    def backward(ctx: Any, *grad_terms: Tensor) -> tuple[Tensor | None, ...]:
-        image_features, text_features, statistics = ctx.saved_tensors
-        n: int | Tensor = image_features.shape[0]
-        if ctx.size > 1:
-            statistics, n = _unpack(statistics, image_features.shape[1])
-            statistics = statistics if ctx.with_cross else statistics[:2]
-        # size times: DDP will average.
-        inmodal = grad_terms[0] * (ctx.size * ctx.lambdas[0] / n)
-        crossmodal = grad_terms[-1] * (ctx.size * ctx.lambdas[1] / n)
-        coefficients = torch.stack((inmodal + crossmodal, inmodal - crossmodal))
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        image_features, text_features, statistics, rows, *lambdas = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:2])
-        features = (image_features, text_features, statistics, coefficients)
-        grads = cyclic_grads(*features, ctx.direct, ctx.with_cross, needs, ctx.impl)
-        needed = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+        # size times: DDP will average.
+        features_grads = cyclic_grads(
+            *(image_features, text_features, statistics, list(grads), lambdas, rows, ctx.size),
+            *(*ctx.how, needs, ctx.impl),
+        )
+        needed = (grad if need else None for grad, need in zip(features_grads, needs, strict=True))
         return (*needed, None, None, None, None, None, None)
 
 

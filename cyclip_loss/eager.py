@@ -225,33 +225,71 @@ def cyclic_statistics(
     return grams
 
 
+def cyclic_terms(
+    statistics: Tensor,
+    lambdas: list[Tensor],
+    rows: Tensor,
+    direct: bool,
+    with_cross: bool,
+    separate: bool,
+) -> list[Tensor]:
+    """The weighted penalties from `cyclic_statistics`, summed over all rows of the global batch.
+
+        direct:  p +- q = 1/2 * ||W +- W^T||_F^2        Gram:  p = <A, B>_F,  q = <C, C^T>_F
+        P_in = (p + q) / (2 rows)                       P_cross = (p - q) / (2 rows)
+
+    lambdas: the weights of P_in and P_cross; rows: of the global batch. All three are scalars, on
+    the features' device or on the CPU. Without `with_cross` the lambdas are known to be equal, and
+    q is taken for 0, which leaves the sum of the penalties as it is.
+
+    Returns [lambda_in * P_in, lambda_cross * P_cross] if `separate`, else [their sum]: scalars.
+    """
+    if direct:
+        p_plus_q = (statistics + statistics.T).square().sum() / 2
+        p_minus_q = (statistics - statistics.T).square().sum() / 2
+    else:
+        p = (statistics[0] * statistics[1]).sum()
+        q = (statistics[2] * statistics[2].T).sum() if with_cross else torch.zeros_like(p)
+        # Sums of squares both: rounding must not make them negative. `clamp` keeps NaN.
+        p_plus_q, p_minus_q = (p + q).clamp(min=0), (p - q).clamp(min=0)
+    inmodal = p_plus_q * (lambdas[0] / (2 * rows))
+    crossmodal = p_minus_q * (lambdas[1] / (2 * rows))
+    terms = [inmodal, crossmodal] if separate else [inmodal + crossmodal]
+    # An infinite feature may leave an infinite penalty; inf - inf makes it NaN.
+    return [term + (term - term) for term in terms]
+
+
 def cyclic_grads(
     image_features: Tensor,
     text_features: Tensor,
     statistics: Tensor,
-    coefficients: Tensor,
+    grads: list[Tensor],
+    lambdas: list[Tensor],
+    rows: Tensor,
+    size: int,
     direct: bool,
     with_cross: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of a * (p + q)/2 + b * (p - q)/2, p = ||U V^T||^2 and q = <U V^T, V U^T>.
+    """Gradients of `size` * the terms of `cyclic_terms`, whose own gradients are `grads`.
 
-    That is N * (lambda_inmodal * P_in + lambda_crossmodal * P_cross) for a and b the lambdas:
+    With a = grads[0] * lambdas[0] * size / rows, b = grads[-1] * lambdas[1] * size / rows:
 
         direct:  H = (a+b) W + (a-b) W^T;  dU = H V;                      dV = H^T U
         Gram:                              dU = (a+b) U B + (a-b) V C^T;  dV = (a+b) V A + (a-b) U C
         dI = dU + dV,  dT = dU - dV
 
-    statistics: as `cyclic_statistics` returned it, summed over all rows of the global batch;
-    coefficients: (2,), [a + b, a - b], in the accumulation dtype. Without `with_cross`, a = b is
-    known and the second coefficient is not read.
+    statistics, lambdas, rows: as `cyclic_terms` took them; grads: one scalar per term. Without
+    `with_cross`, a = b is known.
 
     Returns dI and dT, (N, D) in the features' dtype, empty where `needs` says not needed.
     """
     needs_image, needs_text = needs
     dtype = accumulation_dtype(image_features.dtype)
     n, d = image_features.shape
-    total, difference = coefficients[0], coefficients[1]
+    inmodal = grads[0] * (lambdas[0] * size / rows)
+    crossmodal = grads[-1] * (lambdas[1] * size / rows)
+    total, difference = inmodal + crossmodal, inmodal - crossmodal
     # Terms asked for apart and then added come back with a = b; on CPU a look costs nothing.
     if with_cross and difference.device.type == "cpu" and difference == 0:
         with_cross = False

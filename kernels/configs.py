@@ -211,3 +211,11 @@ def padded_rows(features: Tensor, multiple: int) -> Tensor:
 def launch_on(features: Tensor) -> AbstractContextManager[Any]:
     """Makes the features' device current, as Triton launches on the current one."""
     return torch.cuda.device_of(features) if features.is_cuda else nullcontext()
+
+
+def number_or_pointer(scalar: Tensor) -> Tensor | float:
+    """A scalar as a kernel takes it: the number where that is known without waiting for a device.
+
+    Interpreted, the tensor: the interpreter leaves a number no type to tell the two by.
+    """
+    return scalar.item() if scalar.device.type == "cpu" and not INTERPRETED else scalar

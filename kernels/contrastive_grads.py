@@ -293,7 +293,7 @@ def product_over_columns(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b, or a batch of them, of the features' dtype: summed in float32, and left so if `dtype` is."""
+    """a b, or a batch of them, summed in float32; dtype: of the result, a's own or float32."""
     if dtype == a.dtype:
         return torch.matmul(a, b)
     if _has_wide_products(a):

@@ -133,11 +133,10 @@ def contrastive_lse_kernel(
 
 
 @triton.jit
-def _join(partials, lse, tiles, length, first, has_before, TILES: tl.constexpr, BLOCK: tl.constexpr):
-    """Join the tiles' maxima and sums of `length` rows or columns, from `first` on, to `lse`."""
+def _join(partials, lse, tiles, length, present, first, TILES: tl.constexpr, BLOCK: tl.constexpr):
+    """Join BLOCK of the tiles' maxima and sums, (2, tiles, length), to `present` log-sum-exps."""
     at = first + tl.arange(0, BLOCK)
-    before = (at < length) & (has_before != 0)
-    maximum = tl.load(lse + at, mask=before, other=-float("inf")) * LOG2_E
+    maximum = tl.load(lse + at, mask=at < present, other=-float("inf")) * LOG2_E
     # The log-sum-exp so far is a maximum with a sum of 1.
     total = tl.where(maximum == -float("inf"), 0.0, 1.0)
     for start in range(0, tiles, TILES):
@@ -180,14 +179,17 @@ def join_lse_kernel(
     block = tl.program_id(0)
     if block < row_blocks:
         first = block * BLOCK
-        _join(row_partials, row_negatives, row_parts, n, first, 0, TILES, BLOCK)
+        _join(row_partials, row_negatives, row_parts, n, 0, first, TILES, BLOCK)
         rows = first + tl.arange(0, BLOCK)
         partner = rows + first_column
         alone = (partner < 0) | (partner >= m)
         tl.store(pair_logits + rows, tl.zeros((BLOCK,), tl.float32), mask=alone & (rows < n))
     else:
         first = (block - row_blocks) * BLOCK
-        _join(column_partials, column_negatives, column_parts, columns, first, strip, TILES, BLOCK)
+        present = tl.where(strip > 0, columns, 0)
+        _join(
+            column_partials, column_negatives, column_parts, columns, present, first, TILES, BLOCK
+        )
 
 
 def contrastive_lse(

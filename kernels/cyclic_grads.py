@@ -3,8 +3,9 @@
     dU = (a+b) U B + (a-b) V C^T         dI = dU + dV
     dV = (a+b) V A + (a-b) U C           dT = dU - dV
 
-with a = weight of N * P_in * its grad, b that of P_cross. 4 N D^2 flops, 8 if a != b. U and V are formed in registers in float32 and never stored. Neither sum
-cancels: U is large where B is small, V small where A is large.
+a and b are the two penalties' lambda * grad / N. 4 N D^2 flops, 8 if a != b. U and V are formed in
+registers in float32 and never stored. Neither sum cancels: U is large where B is small,
+V small where A is large.
 """
 
 import torch
@@ -13,8 +14,15 @@ import triton.language as tl
 from torch import Tensor
 
 from cyclip_loss import eager
-from cyclip_loss.kernels.configs import ALIGNMENT, Precision, config_for, launch_on, padded_rows
-from cyclip_loss.kernels.tiles import grouped_tile, round_to_tf32
+from cyclip_loss.kernels.configs import (
+    ALIGNMENT,
+    Precision,
+    config_for,
+    launch_on,
+    number_or_pointer,
+    padded_rows,
+)
+from cyclip_loss.kernels.tiles import grouped_tile, round_to_tf32, scalar
 
 
 @triton.jit
@@ -25,7 +33,13 @@ def _load_matrix(pointers, weight, TF32: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=["n"],
-    do_not_specialize_on_alignment=["inmodal_grad", "crossmodal_grad", "all_rows"],
+    do_not_specialize_on_alignment=[
+        "inmodal_grad",
+        "crossmodal_grad",
+        "lambda_inmodal",
+        "lambda_crossmodal",
+        "all_rows",
+    ],
 )
 def cyclic_grads_kernel(
     image,  # (n, d), rows `image_stride` apart
@@ -33,15 +47,16 @@ def cyclic_grads_kernel(
     grams,  # (2 or 3, d, d): A, B, C
     inmodal_grad,  # scalar
     crossmodal_grad,  # scalar
-    all_rows,  # None, or a scalar by which both weights are divided
+    lambda_inmodal,  # scalars: numbers or pointers to them
+    lambda_crossmodal,
+    all_rows,  # N, of the global batch
+    size,  # by which the gradients are multiplied
     image_grad,  # (n, d) out, contiguous
     text_grad,  # (n, d) out, contiguous
     n,
     d,  # a multiple of BD and BK
     image_stride,
     text_stride,
-    inmodal_weight,
-    crossmodal_weight,
     WITH_CROSS: tl.constexpr,
     NEEDS_IMAGE: tl.constexpr,
     NEEDS_TEXT: tl.constexpr,
@@ -52,11 +67,9 @@ def cyclic_grads_kernel(
     BK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    inmodal = tl.load(inmodal_grad) * inmodal_weight
-    crossmodal = tl.load(crossmodal_grad) * crossmodal_weight
-    if all_rows is not None:
-        inmodal /= tl.load(all_rows)
-        crossmodal /= tl.load(all_rows)
+    per_row = size / scalar(all_rows)
+    inmodal = tl.load(inmodal_grad) * (scalar(lambda_inmodal) * per_row)
+    crossmodal = tl.load(crossmodal_grad) * (scalar(lambda_crossmodal) * per_row)
     total = inmodal + crossmodal
     difference = inmodal - crossmodal
     row_tile, column_tile = grouped_tile(tl.cdiv(n, BM), d // BD, GROUP)
@@ -102,18 +115,21 @@ def cyclic_grads_kernel(
 def cyclic_grads(
     image_features: Tensor,
     text_features: Tensor,
-    grams: Tensor,
+    statistics: Tensor,
     grads: list[Tensor],
-    weights: list[float],
-    rows: Tensor | None,
+    lambdas: list[Tensor],
+    rows: Tensor,
+    size: int,
+    direct: bool,
     with_cross: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    """As `cyclip_loss.eager.cyclic_grads`.
-
-    grams: as `cyclic_statistics` returned them, summed over all rows of the global batch; grads: of
-    the terms that `cyclic_terms` returned; weights, rows: as there.
-    """
+    """As `cyclip_loss.eager.cyclic_grads`."""
+    if direct:
+        return eager.cyclic_grads(
+            *(image_features, text_features, statistics, grads, lambdas, rows, size),
+            *(direct, with_cross, needs),
+        )
     needs_image, needs_text = needs
     precision = Precision.of(image_features, widened=True)
     config = config_for("cyclic_grads", image_features, precision)
@@ -121,7 +137,7 @@ def cyclic_grads(
     multiple = max(tile["BD"], tile["BK"])
     image, text = padded_rows(image_features, multiple), padded_rows(text_features, multiple)
     n, d = image.shape
-    features = image_features.shape[1]
+    features, grams = image_features.shape[1], statistics
     if d != features:
         grams = torch.nn.functional.pad(grams, (0, d - features, 0, d - features))
     elif grams.data_ptr() % ALIGNMENT or not grams.is_contiguous():
@@ -136,15 +152,16 @@ def cyclic_grads(
             grams,
             grads[0],
             grads[-1],
-            rows,
+            number_or_pointer(lambdas[0]),
+            number_or_pointer(lambdas[1]),
+            number_or_pointer(rows),
+            float(size),
             image_grad,
             text_grad,
             n,
             d,
             image.stride(0),
             text.stride(0),
-            float(weights[0]),
-            float(weights[1]),
             WITH_CROSS=with_cross,
             NEEDS_IMAGE=needs_image,
             NEEDS_TEXT=needs_text,

@@ -9,7 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cyclip_loss.kernels.configs import SUM, TRACES, launch_on
+from cyclip_loss import eager
+from cyclip_loss.kernels.configs import SUM, TRACES, launch_on, number_or_pointer
+from cyclip_loss.kernels.tiles import scalar
 
 
 @triton.jit
@@ -49,15 +51,18 @@ def _nan_if_infinite(x):
     return x + (x - x)
 
 
-@triton.jit(do_not_specialize=["length"], do_not_specialize_on_alignment=["rows"])
+@triton.jit(
+    do_not_specialize=["length"],
+    do_not_specialize_on_alignment=["lambda_inmodal", "lambda_crossmodal", "rows"],
+)
 def cyclic_terms_kernel(
     partials,  # (2, length)
-    rows,  # None, or a scalar by which both penalties are divided
+    lambda_inmodal,  # scalars: numbers or pointers to them
+    lambda_crossmodal,
+    rows,  # N, of the global batch
     inmodal_term,  # scalar out: of both terms, unless they are wanted apart
     crossmodal_term,  # scalar out
     length,
-    inmodal_weight,
-    crossmodal_weight,
     WITH_CROSS: tl.constexpr,
     SEPARATE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -71,12 +76,9 @@ def cyclic_terms_kernel(
             q_sum += tl.load(partials + length + at, mask=at < length, other=0.0)
     p = tl.sum(p_sum, axis=0)
     q = tl.sum(q_sum, axis=0)
-    inmodal = _not_negative(p + q) * (0.5 * inmodal_weight)
-    crossmodal = _not_negative(p - q) * (0.5 * crossmodal_weight)
-    if rows is not None:
-        n = tl.load(rows)
-        inmodal /= n
-        crossmodal /= n
+    n = scalar(rows)
+    inmodal = _not_negative(p + q) * (scalar(lambda_inmodal) / (2.0 * n))
+    crossmodal = _not_negative(p - q) * (scalar(lambda_crossmodal) / (2.0 * n))
     if SEPARATE:
         tl.store(inmodal_term, _nan_if_infinite(inmodal))
         tl.store(crossmodal_term, _nan_if_infinite(crossmodal))
@@ -85,33 +87,32 @@ def cyclic_terms_kernel(
 
 
 def cyclic_terms(
-    grams: Tensor, weights: list[float], rows: Tensor | None, with_cross: bool, separate: bool
+    statistics: Tensor,
+    lambdas: list[Tensor],
+    rows: Tensor,
+    direct: bool,
+    with_cross: bool,
+    separate: bool,
 ) -> list[Tensor]:
-    """As `cyclip_loss.eager.cyclic_terms`.
-
-    grams: (2 or 3, D, D), of all rows of the global batch; weights: of N * P_in and N * P_cross,
-    which are divided by `rows` besides if that is a tensor. Without `with_cross` q is taken for 0,
-    which leaves the sum of the penalties right if their weights are equal.
-
-    Returns [both terms], or if `separate` [in-modal term, cross-modal term], scalars.
-    """
-    d = grams.shape[1]
+    """As `cyclip_loss.eager.cyclic_terms`."""
+    if direct:
+        return eager.cyclic_terms(statistics, lambdas, rows, direct, with_cross, separate)
+    d = statistics.shape[1]
     programs = triton.cdiv(d, TRACES.tile["BD"]) ** 2
-    partials = grams.new_empty(2, programs)
-    inmodal = grams.new_empty(())
-    crossmodal = grams.new_empty(()) if separate else inmodal
-    with launch_on(grams):
-        traces_kernel[(programs,)](grams, partials, d, WITH_CROSS=with_cross, **TRACES.kwargs)
+    partials = statistics.new_empty(2, programs)
+    terms = [statistics.new_empty(()) for _ in range(1 + separate)]
+    with launch_on(statistics):
+        traces_kernel[(programs,)](statistics, partials, d, WITH_CROSS=with_cross, **TRACES.kwargs)
         cyclic_terms_kernel[(1,)](
             partials,
-            rows,
-            inmodal,
-            crossmodal,
+            number_or_pointer(lambdas[0]),
+            number_or_pointer(lambdas[1]),
+            number_or_pointer(rows),
+            terms[0],
+            terms[-1],
             programs,
-            float(weights[0]),
-            float(weights[1]),
             WITH_CROSS=with_cross,
             SEPARATE=separate,
             **SUM.kwargs,
         )
-    return [inmodal, crossmodal] if separate else [inmodal]
+    return terms

@@ -2,7 +2,7 @@
 
 With the pairs' logits l_ii, and a_i, b_i the log-sum-exps of the negatives of row and column i:
 
-    loss = weight * sum_i softplus(a_i - l_ii) + softplus(b_i - l_ii)         (r_i - l_ii, c_i - l_ii)
+    loss = weight * sum_i softplus(a_i - l_ii) + softplus(b_i - l_ii)
     r_i = logaddexp(a_i, l_ii)        c_j = logaddexp(b_j, l_jj)
     pair_gradient_i = -sigmoid(a_i - l_ii) - sigmoid(b_i - l_ii)
 
