@@ -44,6 +44,10 @@ def main(arguments: list[str]) -> int:
     semantics = commands.add_parser("semantics", help="what OpenCLIP's flags do to gradients")
     semantics.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
 
+    launches = commands.add_parser("launches", help="count what a step launches, no GPU needed")
+    launches.add_argument("--size", nargs=2, type=int, metavar=("N", "D"), default=(2048, 512))
+    launches.add_argument("--names", action="store_true", help="print each launch")
+
     gpu = commands.add_parser("gpu", help="check and time everything on the GPU at hand")
     gpu.add_argument("--dry-run", action="store_true", help="tiny sizes on CPU, interpreted")
     gpu.add_argument("--out", type=Path, help="folder of the record (results/; dry run: temporary)")
@@ -54,7 +58,7 @@ def main(arguments: list[str]) -> int:
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["compare", *arguments]
     options = parser.parse_args(arguments)
-    if options.command in ("compare", "gpu"):
+    if options.command in ("compare", "gpu", "launches"):
         _fit_interpreter(options.command == "gpu" and options.dry_run, arguments)
 
     if options.command == "plot":
@@ -70,6 +74,10 @@ def main(arguments: list[str]) -> int:
         from benchmarks import model_report as model_command
 
         return model_command.main(options)
+    if options.command == "launches":
+        from benchmarks import launches as launches_command
+
+        return launches_command.main(options)
     if options.command == "scaling":
         from benchmarks import scaling_report as scaling_command
 

@@ -37,12 +37,13 @@ from cyclip_loss.kernels.configs import (
     TRACES,
     Config,
 )  # fmt: skip
-from cyclip_loss.kernels.contrastive_grads import contrastive_grads_kernel, scale_grad_kernel
+from cyclip_loss.kernels.contrastive_grads import contrastive_grads_kernel
 from cyclip_loss.kernels.contrastive_lse import contrastive_lse_kernel, join_lse_kernel
 from cyclip_loss.kernels.cyclic_grads import cyclic_grads_kernel
 from cyclip_loss.kernels.cyclic_statistics import add_splits_kernel, cyclic_statistics_kernel
 from cyclip_loss.kernels.cyclic_terms import cyclic_terms_kernel, traces_kernel
 from cyclip_loss.kernels.pair_terms import pair_terms_kernel
+from cyclip_loss.kernels.products import scale_grad_kernel
 from cyclip_loss.ops import TRITON_FOR_BLACKWELL, triton_version
 
 TARGETS = {

@@ -16,7 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from cyclip_loss.kernels.configs import SUM, Precision, config_for, launch_on, padded_rows
-from cyclip_loss.kernels.tiles import LOG2_E, grouped_tile, halves, tile_product
+from cyclip_loss.kernels.products import (
+    add_product,
+    product,
+    product_over_columns,
+    scale_grad_kernel,
+)
+from cyclip_loss.kernels.tiles import LN_2, LOG2_E, grouped_tile, halves, tile_product
 
 # One block of G: this many rows, and as many columns as make 512 MB (16,384 of 16 bits). Memory is
 # thus bounded whatever N. Both products of a block sum over thousands of elements, and have 384
@@ -43,17 +49,18 @@ def _tile_gradient(
     m,
     SYMMETRIC: tl.constexpr,
     NEEDS_SCALE: tl.constexpr,
+    SHIFT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Store the tile of factor * G; return the sum of G_ij (I_i . T_j) over it."""
+    """Store the tile of G, see the kernel; return the sum of 2^SHIFT * G_ij (I_i . T_j) over it."""
     rows = first_row + tl.arange(0, BM)
     columns = first_column_of_tile + tl.arange(0, BN)
     # Past the end the last values are read again: they are finite, and nothing of it is kept.
-    r = tl.load(row_lse + tl.minimum(rows, n - 1)) * LOG2_E
+    r = (tl.load(row_lse + tl.minimum(rows, n - 1)) - SHIFT * LN_2) * LOG2_E
     g = tl.exp2(product * scale - r[:, None])
     if SYMMETRIC:
-        c = tl.load(column_lse + tl.minimum(columns, m - 1)) * LOG2_E
+        c = (tl.load(column_lse + tl.minimum(columns, m - 1)) - SHIFT * LN_2) * LOG2_E
         # Two exponentials an element: sharing one is safe only in a branch, whose two results
         # spill registers.
         g += tl.exp2(product * scale - c[None, :])
@@ -63,7 +70,7 @@ def _tile_gradient(
     # pairs share the branch: one of their own would spill registers.
     if has_pairs | (first_row + BM > n) | (first_column_of_tile + BN > m):
         is_pair = (rows + first_column)[:, None] == columns[None, :]
-        of_pair = tl.load(pair_gradient + rows, mask=rows < n, other=0.0)
+        of_pair = tl.load(pair_gradient + rows, mask=rows < n, other=0.0) * (1 << SHIFT)
         g = tl.where(is_pair, of_pair[:, None], g)
         g = tl.where((rows < n)[:, None] & (columns < m)[None, :], g, 0.0)
     tile_sum = 0.0
@@ -72,7 +79,9 @@ def _tile_gradient(
     # One 64-bit offset for the tile, 32 bits within it.
     tile_start = gradient + first_row.to(tl.int64) * gradient_stride
     within = tl.arange(0, BM)[:, None] * gradient_stride + columns[None, :]
-    tl.store(tile_start + within, (g * factor).to(gradient.dtype.element_ty))
+    if SHIFT == 0:
+        g *= factor
+    tl.store(tile_start + within, g.to(gradient.dtype.element_ty))
     return tile_sum
 
 
@@ -91,7 +100,7 @@ def contrastive_grads_kernel(
     column_lse,  # (m,)
     pair_gradient,  # (n,): G where row i has a partner
     gradient,  # weight * grad * s * G out, whole tiles of it, rows `gradient_stride` apart
-    scale_partials,  # (tiles,) out: sum over the tile of G_ij (I_i . T_j)
+    scale_partials,  # (tiles,) out: sum over the tile of 2^SHIFT * G_ij (I_i . T_j)
     n,
     m,
     d,  # a multiple of BK
@@ -102,7 +111,7 @@ def contrastive_grads_kernel(
     weight,
     SYMMETRIC: tl.constexpr,
     NEEDS_SCALE: tl.constexpr,
-    SHIFT: tl.constexpr,  # not 0: G * 2^SHIFT out
+    SHIFT: tl.constexpr,  # not 0: 2^SHIFT * G out, without the weights
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
     BM: tl.constexpr,
@@ -120,43 +129,27 @@ def contrastive_grads_kernel(
     )  # fmt: skip
     logit_scale = tl.load(logit_scale)
     scale = logit_scale * LOG2_E
-    factor = 1.0 * (1 << SHIFT)
-    if SHIFT == 0:
-        factor = tl.load(grad) * weight * logit_scale
+    factor = tl.load(grad) * weight * logit_scale
     if PARTS == 1:
         tile_sum = _tile_gradient(
             product, scale, factor, row_lse, column_lse, pair_gradient, gradient, gradient_stride,
-            first_row, start, first_column, n, m, SYMMETRIC, NEEDS_SCALE, BM, BN,
+            first_row, start, first_column, n, m, SYMMETRIC, NEEDS_SCALE,
+            SHIFT, BM, BN,
         )  # fmt: skip
     else:
         left, right = halves(product, BM, BN)
         tile_sum = _tile_gradient(
             left, scale, factor, row_lse, column_lse, pair_gradient, gradient, gradient_stride,
-            first_row, start, first_column, n, m, SYMMETRIC, NEEDS_SCALE, BM, BN // 2,
+            first_row, start, first_column, n, m, SYMMETRIC, NEEDS_SCALE,
+            SHIFT, BM, BN // 2,
         )  # fmt: skip
         tile_sum += _tile_gradient(
             right, scale, factor, row_lse, column_lse, pair_gradient, gradient, gradient_stride,
-            first_row, start + BN // 2, first_column, n, m, SYMMETRIC, NEEDS_SCALE, BM, BN // 2,
+            first_row, start + BN // 2, first_column, n, m, SYMMETRIC, NEEDS_SCALE,
+            SHIFT, BM, BN // 2,
         )  # fmt: skip
     if NEEDS_SCALE:
         tl.store(scale_partials + tl.program_id(0), tile_sum)
-
-
-@triton.jit(do_not_specialize=["length"], do_not_specialize_on_alignment=["grad", "scale_grad"])
-def scale_grad_kernel(
-    scale_partials,  # (length,)
-    grad,  # scalar
-    scale_grad,  # scalar out: weight * grad * the sum of all
-    length,
-    weight,
-    BLOCK: tl.constexpr,
-):
-    """One program, so that the sum has one order."""
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for start in range(0, length, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        total += tl.load(scale_partials + at, mask=at < length, other=0.0)
-    tl.store(scale_grad, tl.sum(total, axis=0) * weight * tl.load(grad))
 
 
 def contrastive_grads(
@@ -259,56 +252,8 @@ def contrastive_grads(
         if needs_scale:
             scale_grad = row_lse.new_empty(())
             scale_grad_kernel[(1,)](
-                scale_partials, grad, scale_grad, tiles, float(weight), **SUM.kwargs
+                scale_partials, grad, scale_grad, tiles, weight * 2.0**-shift, **SUM.kwargs
             )
         else:
             scale_grad = row_lse.new_zeros(())
     return image_grad, finished(text_grad), scale_grad
-
-
-# Fewer output tiles than this leave most of a GPU idle; a chunk of at least this many columns is
-# worth a program of its own.
-FEW_TILES = 64
-CHUNK_COLUMNS = 4096
-
-
-def product_over_columns(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b, (n, m) and (m, D), as `product`, where the sum over m may be much longer than n is.
-
-    A rank's few rows against the columns of all make a dozen output tiles, a tenth of what a GPU
-    computes at once. Then chunks of columns are products of their own, added up in one order.
-    """
-    tiles = triton.cdiv(a.shape[0], 128) * triton.cdiv(b.shape[1], 256)
-    chunks = 1
-    while (
-        tiles * chunks < FEW_TILES
-        and a.shape[1] % (2 * chunks) == 0
-        and a.shape[1] // (2 * chunks) >= CHUNK_COLUMNS
-    ):
-        chunks *= 2
-    if chunks == 1:
-        return product(a, b, dtype)
-    a_chunks = a.unflatten(1, (chunks, -1)).transpose(0, 1)
-    return product(a_chunks, b.unflatten(0, (chunks, -1)), torch.float32).sum(dim=0).to(dtype)
-
-
-def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b, or a batch of them, summed in float32; dtype: of the result, a's own or float32."""
-    if dtype == a.dtype:
-        return torch.matmul(a, b)
-    if _has_wide_products(a):
-        return (torch.mm if a.ndim == 2 else torch.bmm)(a, b, out_dtype=dtype)
-    return torch.matmul(a.to(dtype), b.to(dtype))
-
-
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b in float32, for a and b of the features' dtype."""
-    if a.dtype != torch.float32 and _has_wide_products(a):
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:
-        total.addmm_(a.float(), b.float())
-
-
-def _has_wide_products(a: Tensor) -> bool:
-    """ROCm builds of PyTorch have no product of 16-bit matrices into a float32 one."""
-    return a.is_cuda and torch.version.hip is None
