@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -48,7 +49,16 @@ class PyTorchLaunches(TorchDispatchMode):
 
 
 class NoDevice:
-    """A driver for Triton that takes every launch for an H100 and does nothing."""
+    """A driver for Triton that takes every launch for an H100 and does nothing.
+
+    There is only one, which what is once compiled launches on to the end of the process.
+    """
+
+    @staticmethod
+    @lru_cache
+    def only() -> "NoDevice":
+        """It, made when first asked for."""
+        return NoDevice()
 
     def __init__(self) -> None:
         from triton.backends.compiler import GPUTarget
@@ -57,7 +67,7 @@ class NoDevice:
         self.names: list[str] = []
         self.utils = SimpleNamespace(
             get_device_properties=lambda device: {"max_shared_mem": 227 * 1024},
-            load_binary=lambda name, *_: (None, name, 0, 0, 1024),
+            load_binary=lambda name, *_: (name, name, 0, 0, 1024),
             unload_module=lambda module: None,
         )
 
@@ -79,11 +89,11 @@ class NoDevice:
 
 
 @contextmanager
-def no_device(compile_kernels: bool) -> Iterator[tuple[list[str], set[tuple[str, str]]]]:
+def no_device(compile_kernels: bool) -> Iterator[tuple[list[str], dict[str, dict[str, Any]]]]:
     """The Triton engine on CPU tensors, its launches noted and not made: results are garbage.
 
-    Yields the names of the kernels launched, and if not `compile_kernels`, which then are not even
-    compiled, the set of (name, what Triton tells binaries apart by). Not under the interpreter.
+    Yields the names of the kernels launched and, if not `compile_kernels`, in which case none is
+    compiled, how Triton describes each binary that it would compile. Not under the interpreter.
     """
     import triton
     from triton.runtime.driver import driver
@@ -91,26 +101,30 @@ def no_device(compile_kernels: bool) -> Iterator[tuple[list[str], set[tuple[str,
     from cyclip_loss import kernels
     from cyclip_loss.kernels import configs
 
-    device, keys = NoDevice(), set()
+    device, binaries = NoDevice.only(), {}
 
-    def note(*, key: str, fn: Any, **_: Any) -> bool:
+    def note(*, key: str, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         device.names.append(fn.name)
-        keys.add((fn.name, key))
+        binaries[f"{fn.name} {key}"] = {"kernel": fn.name, **compile}
         return True  # nothing to compile or launch
 
-    hook, before = None if compile_kernels else note, driver._active
+    def hopper(_: torch.device) -> str:
+        return "sm_90"
+
+    def one_form(*_: Any) -> bool:
+        return False
+
+    device.names.clear()
     driver.set_active(device)
-    try:
-        with (
-            mock.patch.object(triton.knobs.runtime, "jit_cache_hook", hook),
-            mock.patch.object(kernels, "INTERPRETED", True),
-            mock.patch.object(configs, "_architecture", return_value="sm_90"),
-            # On a GPU the penalties have one form.
-            mock.patch.object(cyclic, "direct_is_cheaper", return_value=False, create=True),
-        ):
-            yield device.names, keys
-    finally:
-        driver._active = before
+    hook = None if compile_kernels else note
+    with (
+        mock.patch.object(triton.knobs.runtime, "jit_cache_hook", hook),
+        mock.patch.object(kernels, "INTERPRETED", True),
+        mock.patch.object(configs, "_architecture", hopper),
+        # On a GPU the penalties have one form.
+        mock.patch.object(cyclic, "direct_is_cheaper", one_form, create=True),
+    ):
+        yield device.names, binaries
 
 
 def inputs(n: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

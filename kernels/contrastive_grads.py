@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cyclip_loss.kernels.configs import SUM, Precision, config_for, launch_on, padded_rows
+from cyclip_loss.kernels.configs import SUM, Precision, ceil_div, config_for, launch_on, padded_rows
 from cyclip_loss.kernels.products import (
     add_product,
     product,
@@ -180,11 +180,11 @@ def contrastive_grads(
     grad_dtype = torch.float32 if wide else image.dtype
 
     bm, bn = tile["BM"], tile["BN"]
-    height = triton.cdiv(min(n, BLOCK_ROWS), bm) * bm
+    height = ceil_div(min(n, BLOCK_ROWS), bm) * bm
     width = max(1, BLOCK_BYTES // (height * image.element_size() * bn)) * bn
-    width = min(width, triton.cdiv(m, bn) * bn)
+    width = min(width, ceil_div(m, bn) * bn)
     gradient_tiles = image.new_empty(height, width)
-    tiles = triton.cdiv(n, bm) * triton.cdiv(m, bn)  # heights and widths are whole tiles
+    tiles = ceil_div(n, bm) * ceil_div(m, bn)  # heights and widths are whole tiles
     scale_partials = row_lse.new_empty(tiles if needs_scale else 0)
     tiles_done = 0
 
@@ -192,7 +192,7 @@ def contrastive_grads(
         """The block of G with this corner: (up to height, up to width)."""
         nonlocal tiles_done
         rows, columns = min(height, n - start), min(width, m - left)
-        tiles = triton.cdiv(rows, bm) * triton.cdiv(columns, bn)
+        tiles = ceil_div(rows, bm) * ceil_div(columns, bn)
         contrastive_grads_kernel[(tiles,)](
             image[start:],
             text[left:],

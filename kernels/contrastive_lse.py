@@ -14,7 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cyclip_loss.kernels.configs import JOIN, Precision, config_for, launch_on, padded_rows
+from cyclip_loss.kernels.configs import (
+    JOIN,
+    Precision,
+    ceil_div,
+    config_for,
+    launch_on,
+    padded_rows,
+)
 from cyclip_loss.kernels.tiles import LN_2, LOG2_E, grouped_tile, halves, tile_product
 
 # What the tiles leave: per strip of rows, at most this many maxima and as many sums, of rows and of
@@ -209,13 +216,13 @@ def contrastive_lse(
     row_negatives = image.new_empty(n, dtype=torch.float32)
     column_negatives = row_negatives.new_empty(columns)
     pair_logits = row_negatives.new_empty(n)
-    column_tiles = triton.cdiv(m, tile["BN"])
+    column_tiles = ceil_div(m, tile["BN"])
     row_parts = column_tiles * tile["PARTS"]
     height = max(1, PARTIAL_ELEMENTS // max(row_parts * tile["BM"], m)) * tile["BM"]
     with launch_on(image):
         for strip, start in enumerate(range(0, n, height)):
             rows = min(height, n - start)
-            row_tiles = triton.cdiv(rows, tile["BM"])
+            row_tiles = ceil_div(rows, tile["BM"])
             row_partials = row_negatives.new_empty(2 * row_parts * rows)
             column_partials = row_negatives.new_empty(2 * row_tiles * columns)
             contrastive_lse_kernel[(row_tiles * column_tiles,)](
@@ -236,10 +243,8 @@ def contrastive_lse(
                 WIDEN=precision.widen,
                 **config.kwargs,
             )
-            blocks = triton.cdiv(rows, JOIN.tile["BLOCK"]) + triton.cdiv(
-                columns, JOIN.tile["BLOCK"]
-            )
-            join_lse_kernel[(blocks,)](
+            block = JOIN.tile["BLOCK"]
+            join_lse_kernel[(ceil_div(rows, block) + ceil_div(columns, block),)](
                 row_partials,
                 column_partials,
                 row_negatives[start:],

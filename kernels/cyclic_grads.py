@@ -17,6 +17,7 @@ from cyclip_loss import eager
 from cyclip_loss.kernels.configs import (
     ALIGNMENT,
     Precision,
+    ceil_div,
     config_for,
     launch_on,
     number_or_pointer,
@@ -144,7 +145,7 @@ def cyclic_grads(
         grams = grams.new_empty(grams.shape).copy_(grams)
     image_grad = image.new_empty(image.shape if needs_image else (0,))
     text_grad = text.new_empty(text.shape if needs_text else (0,))
-    grid = (triton.cdiv(n, tile["BM"]) * (d // tile["BD"]),)
+    grid = (ceil_div(n, tile["BM"]) * (d // tile["BD"]),)
     with launch_on(image):
         cyclic_grads_kernel[grid](
             image,

@@ -22,7 +22,14 @@ import triton.language as tl
 from torch import Tensor
 
 from cyclip_loss import eager
-from cyclip_loss.kernels.configs import SPLITS, Precision, config_for, launch_on, padded_rows
+from cyclip_loss.kernels.configs import (
+    SPLITS,
+    Precision,
+    ceil_div,
+    config_for,
+    launch_on,
+    padded_rows,
+)
 from cyclip_loss.kernels.tiles import round_to_tf32
 
 # A D x D matrix has too few tiles to fill a GPU, so the sum over rows is split: into this many
@@ -138,8 +145,8 @@ def cyclic_statistics(
     image, text = padded_rows(image_features, bd), padded_rows(text_features, bd)
     (n, d), features = image.shape, image_features.shape[1]
     splits = max(1, min(MAX_SPLITS, n // MIN_SPLIT_ROWS))
-    split_rows = triton.cdiv(triton.cdiv(n, splits), bk) * bk
-    splits = triton.cdiv(n, split_rows)
+    split_rows = ceil_div(ceil_div(n, splits), bk) * bk
+    splits = ceil_div(n, split_rows)
     matrices = 3 if with_cross else 2
     parts = image.new_empty(splits, matrices, d, d, dtype=torch.float32)
     with launch_on(image):
@@ -160,7 +167,7 @@ def cyclic_statistics(
         if splits == 1 and d == features:
             return parts[0]
         grams = parts.new_empty(matrices, features, features)
-        add_splits_kernel[(triton.cdiv(grams.numel(), SPLITS.tile["BLOCK"]),)](
+        add_splits_kernel[(ceil_div(grams.numel(), SPLITS.tile["BLOCK"]),)](
             parts, grams, splits, matrices, d, features, **SPLITS.kwargs
         )
     return grams

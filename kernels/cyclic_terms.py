@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cyclip_loss import eager
-from cyclip_loss.kernels.configs import SUM, TRACES, launch_on, number_or_pointer
+from cyclip_loss.kernels.configs import SUM, TRACES, ceil_div, launch_on, number_or_pointer
 from cyclip_loss.kernels.tiles import scalar
 
 
@@ -98,7 +98,7 @@ def cyclic_terms(
     if direct:
         return eager.cyclic_terms(statistics, lambdas, rows, direct, with_cross, separate)
     d = statistics.shape[1]
-    programs = triton.cdiv(d, TRACES.tile["BD"]) ** 2
+    programs = ceil_div(d, TRACES.tile["BD"]) ** 2
     partials = statistics.new_empty(2, programs)
     terms = [statistics.new_empty(()) for _ in range(1 + separate)]
     with launch_on(statistics):

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cyclip_loss.kernels.configs import PAIRS, launch_on
+from cyclip_loss.kernels.configs import PAIRS, ceil_div, launch_on
 
 
 @triton.jit
@@ -111,7 +111,7 @@ def pair_terms(
     row_lse, pair_gradient = row_negatives.new_empty(n), row_negatives.new_empty(n)
     column_lse = row_negatives.new_empty(m)
     with launch_on(row_negatives):
-        pair_terms_kernel[(1 + triton.cdiv(max(n, m), PAIRS.tile["BLOCK"]),)](
+        pair_terms_kernel[(1 + ceil_div(max(n, m), PAIRS.tile["BLOCK"]),)](
             row_negatives,
             column_negatives,
             pair_logits,

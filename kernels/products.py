@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cyclip_loss.kernels.configs import ceil_div
+
 
 @triton.jit(do_not_specialize=["length"], do_not_specialize_on_alignment=["grad", "scale_grad"])
 def scale_grad_kernel(
@@ -38,7 +40,7 @@ def product_over_columns(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     A rank's few rows against the columns of all make a dozen output tiles, a tenth of what a GPU
     computes at once. Then chunks of columns are products of their own, added up in one order.
     """
-    tiles = triton.cdiv(a.shape[0], 128) * triton.cdiv(b.shape[1], 256)
+    tiles = ceil_div(a.shape[0], 128) * ceil_div(b.shape[1], 256)
     chunks = 1
     while (
         tiles * chunks < FEW_TILES
