@@ -24,12 +24,12 @@ from cyclip_loss.kernels.products import (
 )
 from cyclip_loss.kernels.tiles import LN_2, LOG2_E, grouped_tile, halves, tile_product
 
-# One block of G: this many rows, and as many columns as make 512 MB (16,384 of 16 bits). Memory is
-# thus bounded whatever N. Both products of a block sum over thousands of elements, and have 384
+# One block of G: this many rows, and as many columns as make this many elements (16,384: 512 MB of 16
+# bits). Memory is thus bounded whatever N. Both products of a block sum over thousands of elements, and have 384
 # output tiles of 128 x 256 at D = 768, which fill 132 SMs to 97 % (half as many rows: to 73 %).
 # Each reads and writes its float32 sums once per block: 3 GB in all at N = 65,536.
 BLOCK_ROWS = 16384
-BLOCK_BYTES = 2**29
+BLOCK_ELEMENTS = 2**28
 
 
 @triton.jit
@@ -181,7 +181,7 @@ def contrastive_grads(
 
     bm, bn = tile["BM"], tile["BN"]
     height = ceil_div(min(n, BLOCK_ROWS), bm) * bm
-    width = max(1, BLOCK_BYTES // (height * image.element_size() * bn)) * bn
+    width = max(1, BLOCK_ELEMENTS // (height * bn)) * bn
     width = min(width, ceil_div(m, bn) * bn)
     gradient_tiles = image.new_empty(height, width)
     tiles = ceil_div(n, bm) * ceil_div(m, bn)  # heights and widths are whole tiles

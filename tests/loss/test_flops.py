@@ -41,7 +41,7 @@ def test_contrastive_term(small_strips: None) -> None:
         for needs_scale in (True, False):
             cost = flops(
                 eager.contrastive_grads,
-                *(IMAGE, TEXT, SCALE, *lse, SCALE, 0, True, *needs, needs_scale, False),
+                *(IMAGE, TEXT, SCALE, *lse, SCALE, 1.0, 0, True, [*needs, needs_scale], False),
             )
             assert cost == products * N * N * D
 
@@ -58,8 +58,7 @@ def test_contrastive_term(small_strips: None) -> None:
 def test_penalties(direct: bool, with_cross: bool, expected: int, small_strips: None) -> None:
     cost = flops(eager.cyclic_statistics, IMAGE, TEXT, direct, with_cross)
     statistics = eager.cyclic_statistics(IMAGE, TEXT, direct, with_cross)
-    coefficients = torch.tensor([1.0, 0.5], dtype=torch.float64)
-    cost += flops(
-        eager.cyclic_grads, IMAGE, TEXT, statistics, coefficients, direct, with_cross, True, True
-    )
+    one, half = (torch.tensor(value, dtype=torch.float64) for value in (1.0, 0.5))
+    weights = ([one], [one, half], N * one, 1, direct, with_cross, [True, True])
+    cost += flops(eager.cyclic_grads, IMAGE, TEXT, statistics, *weights)
     assert cost == expected
