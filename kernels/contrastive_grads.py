@@ -24,10 +24,11 @@ from cyclip_loss.kernels.products import (
 )
 from cyclip_loss.kernels.tiles import LN_2, LOG2_E, grouped_tile, halves, tile_product
 
-# One block of G: this many rows, and as many columns as make this many elements (16,384: 512 MB of 16
-# bits). Memory is thus bounded whatever N. Both products of a block sum over thousands of elements, and have 384
-# output tiles of 128 x 256 at D = 768, which fill 132 SMs to 97 % (half as many rows: to 73 %).
-# Each reads and writes its float32 sums once per block: 3 GB in all at N = 65,536.
+# One block of G: this many rows, and as many columns as make this many elements (16,384, 512 MB of
+# 16 bits). Memory is thus bounded whatever N. Both products of a block sum over thousands of
+# elements, and have 384 output tiles of 128 x 256 at D = 768, which fill 132 SMs to 97 % (half as
+# many rows: to 73 %). Each reads and writes its float32 sums once per block: 3 GB in all at
+# N = 65,536.
 BLOCK_ROWS = 16384
 BLOCK_ELEMENTS = 2**28
 

@@ -86,7 +86,7 @@ def _tile_lse(
 
 @triton.jit(
     do_not_specialize=["n", "m", "first_column"],
-    do_not_specialize_on_alignment=["pair_logits"],
+    do_not_specialize_on_alignment=["logit_scale", "pair_logits"],
 )
 def contrastive_lse_kernel(
     image,  # (n, d), rows `image_stride` apart
