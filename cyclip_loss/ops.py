@@ -69,8 +69,16 @@ def _has_kernels(device: torch.device) -> bool:
 
 
 def triton_version() -> tuple[int, ...]:
-    """Major and minor; without importing Triton."""
-    return tuple(int(part) for part in metadata.version("triton").split(".")[:2])
+    """Major and minor; without importing Triton. (0, 0): there is none.
+
+    PyTorch's own index calls the distribution `pytorch-triton`, or `pytorch-triton-rocm`.
+    """
+    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm"):
+        try:
+            return tuple(int(part) for part in metadata.version(name).split(".")[:2])
+        except metadata.PackageNotFoundError:
+            continue
+    return (0, 0)
 
 
 def operator(

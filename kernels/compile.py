@@ -13,11 +13,11 @@ shown for what that is worth.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# Older ones fail on sm_100, where the package does not use them, and bring no linker for gfx942.
+FIRST_TRITON = {"sm_100": TRITON_FOR_BLACKWELL, "gfx942": (3, 5)}
 
 FEATURES = {  # dtype of the features -> Triton's pointer type and the precision of the products
     "bfloat16": ("*bf16", "tf32"),
@@ -66,10 +68,8 @@ INTEGERS = {
     "n", "m", "d", "features", "image_stride", "text_stride", "gradient_stride", "first_column",
     "columns", "row_parts", "column_parts", "strip", "length", "split_rows", "splits", "matrices",
 }  # fmt: skip
-# No launch has a multiple of 16 here, though Triton would look.
-NEVER_MULTIPLES = {"matrices"}
-# What `padded_rows` sees to.
-ALIGNED = {"image", "text", "image_stride", "text_stride"}
+NEVER_MULTIPLES = {"matrices"}  # it is 2 or 3
+ALIGNED = {"image", "text", "image_stride", "text_stride"}  # by `padded_rows`
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def build(variant: Variant) -> Binary | str:
 def table(results: list[tuple[Variant, Binary | str]]) -> str:
     """The results as a Markdown table."""
     lines = [
-        f"Compiled with Triton {version('triton')}.",
+        f"## Compiled with Triton {triton.__version__}",
         "",
         "| arch | kernel | features | tile | warps | stages | registers | spilled bytes "
         "| shared KB | matrix instructions | binary KB |",
@@ -209,17 +209,29 @@ def table(results: list[tuple[Variant, Binary | str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write_section(path: Path, text: str) -> None:
+    """Put a table into the file, which holds one for each version of Triton, the newest first."""
+    sections = re.split(r"(?m)^(?=## )", path.read_text())[1:] if path.exists() else []
+    title = text.splitlines()[0]
+    sections = [old for old in sections if old.splitlines()[0] != title]
+    sections = [*(old.rstrip() + "\n" for old in sections), text]
+    sections.sort(key=lambda old: [int(part) for part in re.findall(r"\d+", old.splitlines()[0])])
+    path.write_text("\n".join(reversed(sections)))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Compile, print the table and the faults; 1 if there are any."""
     parser = argparse.ArgumentParser(prog="cyclip_loss.kernels.compile", description=__doc__)
-    default = list(TARGETS)
-    if triton_version() < TRITON_FOR_BLACKWELL:
-        default.remove("sm_100")
+    default = [
+        arch for arch in TARGETS if triton_version() >= FIRST_TRITON.get(arch, triton_version())
+    ]
     parser.add_argument(
         "--arch", nargs="+", choices=TARGETS, default=default,
-        help="default: all; sm_100 with Triton 3.9 or newer only, as in the package",
+        help="default: all that this Triton can compile for",
     )  # fmt: skip
-    parser.add_argument("--markdown", type=Path, help="also write the table to this file")
+    parser.add_argument(
+        "--markdown", type=Path, help="also write the table there, in place of this Triton's"
+    )
     options = parser.parse_args(arguments)
     if INTERPRETED:
         parser.error("unset TRITON_INTERPRET: an interpreted kernel cannot be compiled")
@@ -234,7 +246,7 @@ def main(arguments: list[str] | None = None) -> int:
     text = table(results)
     print(text)
     if options.markdown:
-        options.markdown.write_text(text)
+        write_section(options.markdown, text)
 
     faulty = 0
     for variant, made in results:
