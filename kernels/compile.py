@@ -8,8 +8,7 @@ tensor-core instruction of a contrastive kernel wait for the one before it, or d
 multiplications with additions.
 
 What is compiled is what a launch on aligned features runs. The rows called "unaligned" are what
-Triton would compile for other features: never launched, because `padded_rows` copies those, and
-shown for what that is worth.
+Triton would make for others: never launched, because `padded_rows` copies such features.
 """
 
 import argparse
@@ -121,6 +120,7 @@ def variants(arch: str) -> Iterator[Variant]:
     yield _variant(arch, "traces", of_all, TRACES, WITH_CROSS=True)
     yield _variant(arch, "cyclic_terms", of_all, SUM, WITH_CROSS=True, SEPARATE=True)
     table = ARCHITECTURES[arch]
+    flags: dict[str, Any]
     for features, (pointer, dot) in FEATURES.items():
         bits = 32 if pointer == "*fp32" else 16
         for kernel, flags in (

@@ -193,10 +193,8 @@ def join_lse_kernel(
         tl.store(pair_logits + rows, tl.zeros((BLOCK,), tl.float32), mask=alone & (rows < n))
     else:
         first = (block - row_blocks) * BLOCK
-        present = tl.where(strip > 0, columns, 0)
-        _join(
-            column_partials, column_negatives, column_parts, columns, present, first, TILES, BLOCK
-        )
+        so_far = tl.where(strip > 0, columns, 0)
+        _join(column_partials, column_negatives, column_parts, columns, so_far, first, TILES, BLOCK)
 
 
 def contrastive_lse(
