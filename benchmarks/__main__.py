@@ -43,11 +43,16 @@ def main(arguments: list[str]) -> int:
     semantics = commands.add_parser("semantics", help="what OpenCLIP's flags do to gradients")
     semantics.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
 
+    launches = commands.add_parser("launches", help="count what a step launches, no GPU needed")
+    launches.add_argument("--size", nargs=2, type=int, metavar=("N", "D"), default=(2048, 512))
+    launches.add_argument("--names", action="store_true", help="print each launch")
+
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["compare", *arguments]
     options = parser.parse_args(arguments)
-    if options.command in ("compare", "gpu"):
+    if options.command in ("compare", "gpu", "launches"):
         _fit_interpreter(options.command == "gpu" and options.dry_run, arguments)
+    if options.command in ("compare", "gpu"):
         options.out = options.out or (None if options.dry_run else RESULTS)
     if options.command != "plot":
         from benchmarks.checkout import make_kernels_importable

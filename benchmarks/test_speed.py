@@ -76,7 +76,6 @@ def test_engine(benchmark: Any, name: str, size: tuple[int, int]) -> None:
     """Each function alone, for equal lambdas, with all gradients."""
     image, text = Run(dry_run=False, seed=0, device=DEVICE).pairs(*size, DTYPE)
     scale, grad = torch.tensor(14.3, device=DEVICE), torch.ones((), device=DEVICE)
-    coefficients = torch.tensor([0.5, 0.0], device=DEVICE)
     functions, weight = engine("auto", image), 0.5 / size[0]
     sums = functions.contrastive_lse(image, text, scale, 0, True)  # of the right shapes
     grams = functions.cyclic_statistics(image, text, False)
@@ -84,7 +83,7 @@ def test_engine(benchmark: Any, name: str, size: tuple[int, int]) -> None:
         "contrastive_lse": (scale, 0, True),
         "contrastive_grads": (scale, *sums, grad, weight, 0, True, [True] * 3, False),
         "cyclic_statistics": (False,),
-        "cyclic_grads": (grams, coefficients, False, [True] * 2),
+        "cyclic_grads": (grams, [grad], [grad, grad], 1, [True] * 2),
     }[name]
     function = getattr(functions, name)
     timed(benchmark, name, lambda: function(image, text, *arguments))

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cyclip_loss import distributed
+from cyclip_loss import distributed, eager
 from cyclip_loss.distributed import Ranks
 from cyclip_loss.eager import accumulation_dtype
-from cyclip_loss.ops import engine, like, operator
+from cyclip_loss.ops import engine, is_traced, like, operator
 
 
 def _statistics_shapes(image: Tensor, text: Tensor, with_cross: bool, impl: str) -> Tensor:
@@ -41,7 +41,7 @@ def cyclic_statistics(
 
 
 def _grads_shapes(image: Tensor, text: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    needs = others[3]
+    needs = others[4]
     return like(image, needs[0]), like(text, needs[1])
 
 
@@ -49,16 +49,17 @@ def _grads_shapes(image: Tensor, text: Tensor, *others: Any) -> tuple[Tensor, Te
 def cyclic_grads(
     image_features: Tensor,
     text_features: Tensor,
-    statistics: Tensor,
-    coefficients: Tensor,
-    with_cross: bool,
+    grams: Tensor,
+    grads: list[Tensor],
+    weights: list[Tensor],
+    size: int,
     needs: list[bool],
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of this rank's features: `eager.cyclic_grads`."""
     compute = engine(impl, image_features)
     return compute.cyclic_grads(  # type: ignore[no-any-return]
-        image_features, text_features, statistics, coefficients, with_cross, needs
+        image_features, text_features, grams, grads, weights, size, needs
     )
 
 
@@ -85,31 +86,11 @@ def start_penalties(
     return distributed.start_all_reduce(own, "sum", ranks.group)
 
 
-def weighted_penalties(
-    p: Tensor,
-    q: Tensor | None,
-    n: int | Tensor,
-    lambda_inmodal: float,
-    lambda_crossmodal: float,
-    separate: bool,
-) -> tuple[Tensor, ...]:
-    """(lambda_inmodal * P_in, lambda_crossmodal * P_cross) if `separate`, else (their sum,).
-
-    q: not needed for the sum with equal lambdas.
-    """
-    if q is None:
-        return (p * (lambda_inmodal / n),)
-    # Sums of squares both: rounding must not make them negative. `clamp` keeps NaN.
-    inmodal = (p + q).clamp_(min=0) * (lambda_inmodal / (2 * n))
-    crossmodal = (p - q).clamp_(min=0) * (lambda_crossmodal / (2 * n))
-    # Tensors of their own: a caller may write `loss += ...`, which views would refuse.
-    return (inmodal, crossmodal) if separate else (inmodal + crossmodal,)
-
-
 class _CyclicPenalties(torch.autograd.Function):
-    """(lambda_in * P_in, lambda_cross * P_cross) if `separate`, else (their sum,).
+    """(weight_in * N P_in, weight_cross * N P_cross) if `separate`, else (their sum,).
 
-    started: over `size` > 1 ranks, `start_penalties`; the penalties are the global ones.
+    grams: over `size` > 1 ranks, those of the global batch. Without `with_cross` the weights are
+    equal and the sum is asked for.
     """
 
     @staticmethod
@@ -117,52 +98,33 @@ class _CyclicPenalties(torch.autograd.Function):
         ctx: Any,
         image_features: Tensor,
         text_features: Tensor,
-        lambda_inmodal: float,
-        lambda_crossmodal: float,
+        grams: Tensor | None,
+        weight_inmodal: Tensor,
+        weight_crossmodal: Tensor,
+        with_cross: bool,
         separate: bool,
         impl: str,
-        started: Tensor | None,
         size: int,
     ) -> tuple[Tensor, ...]:
-        n: int | Tensor = image_features.shape[0]  # of the global batch, below
-        # For the sum of the penalties with equal weights, q and so C is not needed.
-        with_cross = separate or lambda_inmodal != lambda_crossmodal
-        if started is None:
-            saved = statistics = cyclic_statistics(image_features, text_features, with_cross, impl)
-        else:
-            saved = distributed.wait(started)
-            statistics, n = _unpack(saved, image_features.shape[1])
-        p = (statistics[0] * statistics[1]).sum()
-        q = (statistics[2] * statistics[2].T).sum() if with_cross else None
-        terms = weighted_penalties(p, q, n, lambda_inmodal, lambda_crossmodal, separate)
-
-        ctx.save_for_backward(image_features, text_features, saved)
-        ctx.lambdas = (lambda_inmodal, lambda_crossmodal)
-        ctx.with_cross, ctx.impl, ctx.size = with_cross, impl, size
-        # An infinite feature may leave an infinite penalty; inf - inf makes it NaN.
-        return tuple(term + (term - term) for term in terms)
+        if grams is None:
+            grams = cyclic_statistics(image_features, text_features, with_cross, impl)
+        weights = [weight_inmodal, weight_crossmodal]
+        # A few operations on small matrices: no operator, a compiler fuses PyTorch's own.
+        compute = eager if is_traced(grams) else engine(impl, grams)
+        terms = compute.cyclic_terms(grams, weights, separate)
+        ctx.save_for_backward(image_features, text_features, grams, *weights)
+        ctx.impl, ctx.size = impl, size
+        return tuple(terms)
 
     @staticmethod
-    def backward(ctx: Any, *grad_terms: Tensor) -> tuple[Tensor | None, ...]:
-        image_features, text_features, statistics = ctx.saved_tensors
-        n: int | Tensor = image_features.shape[0]
-        if ctx.size > 1:
-            statistics, n = _unpack(statistics, image_features.shape[1])
-            statistics = statistics if ctx.with_cross else statistics[:2]
-        # size times: DDP will average.
-        inmodal = grad_terms[0] * (ctx.size * ctx.lambdas[0] / n)
-        crossmodal = grad_terms[-1] * (ctx.size * ctx.lambdas[1] / n)
-        coefficients = torch.stack((inmodal + crossmodal, inmodal - crossmodal))
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        image_features, text_features, grams, *weights = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:2])
-        features = (image_features, text_features, statistics, coefficients)
-        grads = cyclic_grads(*features, ctx.with_cross, needs, ctx.impl)
-        needed = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-        return (*needed, None, None, None, None, None, None)
-
-
-def _unpack(summed: Tensor, d: int) -> tuple[Tensor, Tensor]:
-    """The Gram matrices and the number of rows of `start_penalties`."""
-    return summed[:-1].view(-1, d, d), summed[-1]
+        # size times: DDP will average.
+        arguments = (grams, list(grads), weights, ctx.size, needs, ctx.impl)
+        of_features = cyclic_grads(image_features, text_features, *arguments)
+        needed = (grad if need else None for grad, need in zip(of_features, needs, strict=True))
+        return (*needed, None, None, None, None, None, None, None)
 
 
 _cyclic_penalties: Callable[..., tuple[Tensor, ...]] = _CyclicPenalties.apply
@@ -184,8 +146,30 @@ def cyclic_penalties(
     With equal lambdas `separate` costs up to 2 N D^2 flops more: only the sum does without C.
     started: `start_penalties`, for the penalties of all of `size` ranks.
     """
-    lambdas = (float(lambda_inmodal), float(lambda_crossmodal))
-    if lambdas == (0, 0):
+    n, d = image_features.shape
+    if lambda_inmodal == 0 and lambda_crossmodal == 0:
         zero = image_features.new_zeros((), dtype=accumulation_dtype(image_features.dtype))
         return (zero, torch.zeros_like(zero)) if separate else (zero,)
-    return _cyclic_penalties(image_features, text_features, *lambdas, separate, impl, started, size)
+    with_cross = separate or lambda_inmodal != lambda_crossmodal
+    grams = None
+    if started is None:
+        weights = [
+            _scalar(weight / n, image_features) for weight in (lambda_inmodal, lambda_crossmodal)
+        ]
+    else:
+        summed = distributed.wait(started)
+        grams = summed[:-1].view(3, d, d)[: 3 if with_cross else 2]
+        weights = [weight / summed[-1] for weight in (lambda_inmodal, lambda_crossmodal)]
+    return _cyclic_penalties(
+        image_features, text_features, grams, *weights, with_cross, separate, impl, size
+    )
+
+
+def _scalar(value: float, features: Tensor) -> Tensor:
+    """A number as a tensor: `torch.compile` makes code anew for each value of an operator's number.
+
+    While it traces, on the features' device, since a CUDA graph can hold no tensor on the CPU;
+    otherwise on the CPU, since to fill one on a GPU takes a kernel.
+    """
+    device = features.device if torch.compiler.is_compiling() else "cpu"
+    return torch.scalar_tensor(value, dtype=accumulation_dtype(features.dtype), device=device)

@@ -6,6 +6,8 @@ products are exact. Notation as in the formulas: I, T are `image_features` (n, D
 `text_features` (m, D); s is `logit_scale`; l_ij = s * I_i . T_j.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -220,36 +222,69 @@ def cyclic_statistics(image_features: Tensor, text_features: Tensor, with_cross:
     return grams
 
 
+def cyclic_terms(grams: Tensor, weights: list[Tensor], separate: bool) -> list[Tensor]:
+    """The weighted penalties from `cyclic_statistics` of all rows of the global batch.
+
+        p = <A, B>_F,  q = <C, C^T>_F,  N * P_in = (p + q) / 2,  N * P_cross = (p - q) / 2
+
+    weights: of N * P_in and of N * P_cross, scalars on the features' device or on the CPU. Without
+    C they are known to be equal, and the sum of the two does without q.
+
+    Returns both if `separate`, else [their sum]: scalars.
+    """
+    p = (grams[0] * grams[1]).sum()
+    q = (grams[2] * grams[2].T).sum() if len(grams) == 3 else None
+    return weighted_penalties(p, q, weights, separate)
+
+
+def weighted_penalties(
+    p: Tensor, q: Tensor | None, weights: list[Any], separate: bool
+) -> list[Tensor]:
+    """`cyclic_terms` from p and q, the latter not needed for the sum with equal weights.
+
+    weights: tensors or numbers.
+    """
+    if q is None:
+        terms = [p * weights[0]]
+    else:
+        # Sums of squares both: rounding must not make them negative. `clamp` keeps NaN.
+        inmodal = (p + q).clamp_(min=0) * (weights[0] / 2)
+        crossmodal = (p - q).clamp_(min=0) * (weights[1] / 2)
+        terms = [inmodal, crossmodal] if separate else [inmodal + crossmodal]
+    # An infinite feature may leave an infinite penalty; inf - inf makes it NaN.
+    return [term + (term - term) for term in terms]
+
+
 def cyclic_grads(
     image_features: Tensor,
     text_features: Tensor,
-    statistics: Tensor,
-    coefficients: Tensor,
-    with_cross: bool,
+    grams: Tensor,
+    grads: list[Tensor],
+    weights: list[Tensor],
+    size: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of a * (p + q)/2 + b * (p - q)/2, p = <A, B> and q = <C, C^T>.
+    """Gradients of `size` * the terms of `cyclic_terms`, whose own gradients are `grads`.
 
-    That is N * (lambda_inmodal * P_in + lambda_crossmodal * P_cross) for a and b the lambdas:
+    With a = size * grads[0] * weights[0], b = size * grads[-1] * weights[1]:
 
-        dU = (a+b) U B + (a-b) V C^T,  dV = (a+b) V A + (a-b) U C
-        dI = dU + dV,  dT = dU - dV
+        dU = (a+b) U B + (a-b) V C^T        dI = dU + dV
+        dV = (a+b) V A + (a-b) U C          dT = dU - dV
 
-    statistics: as `cyclic_statistics` returned it, summed over all rows of the global batch;
-    coefficients: (2,), [a + b, a - b], in the accumulation dtype. Without `with_cross`, a = b is
-    known and the second coefficient is not read.
+    grams, weights: as `cyclic_terms` took them; without C, a = b is known.
 
     Returns dI and dT, (N, D) in the features' dtype, empty where `needs` says not needed.
     """
     needs_image, needs_text = needs
     dtype = accumulation_dtype(image_features.dtype)
     n, d = image_features.shape
-    total, difference = coefficients[0], coefficients[1]
+    inmodal = grads[0] * (weights[0] * size)
+    crossmodal = grads[-1] * (weights[1] * size)
+    total, difference = inmodal + crossmodal, inmodal - crossmodal
     # Terms asked for apart and then added come back with a = b; on CPU a look costs nothing.
-    if with_cross and difference.device.type == "cpu" and difference == 0:
-        with_cross = False
-    weighted = statistics[:2] * total
-    cross = statistics[2] * difference if with_cross else None
+    with_cross = len(grams) == 3 and (difference.device.type != "cpu" or difference != 0)
+    weighted = grams[:2] * total
+    cross = grams[2] * difference if with_cross else None
     image_grad = image_features.new_empty(image_features.shape if needs_image else (0,))
     text_grad = text_features.new_empty(text_features.shape if needs_text else (0,))
     for start, stop in _strips(n, strip_rows(d, image_features.device)):

@@ -69,8 +69,16 @@ def _has_kernels(device: torch.device) -> bool:
 
 
 def triton_version() -> tuple[int, ...]:
-    """Major and minor; without importing Triton."""
-    return tuple(int(part) for part in metadata.version("triton").split(".")[:2])
+    """Major and minor; without importing Triton. (0, 0): there is none.
+
+    PyTorch's own index calls the distribution `pytorch-triton`, or `pytorch-triton-rocm`.
+    """
+    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm"):
+        try:
+            return tuple(int(part) for part in metadata.version(name).split(".")[:2])
+        except metadata.PackageNotFoundError:
+            continue
+    return (0, 0)
 
 
 def operator(
@@ -108,17 +116,19 @@ def operator(
 
         @wraps(function)
         def call(*arguments: Any) -> Any:
-            if (
-                torch.compiler.is_compiling()
-                or torch.is_grad_enabled()
-                or any(isinstance(a, Tensor) and type(a) is not Tensor for a in arguments)
-            ):
+            tensors = (a for a in arguments if isinstance(a, Tensor))
+            if torch.is_grad_enabled() or is_traced(*tensors):
                 return traced(*arguments)
             return compute(*arguments)
 
         return call  # type: ignore[return-value]
 
     return declare
+
+
+def is_traced(*tensors: Tensor) -> bool:
+    """Whether what is done to these is recorded rather than done, as by `torch.compile`."""
+    return torch.compiler.is_compiling() or any(type(tensor) is not Tensor for tensor in tensors)
 
 
 def like(features: Tensor, needed: bool) -> Tensor:

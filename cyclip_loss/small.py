@@ -29,9 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cyclip_loss import eager
-from cyclip_loss.cyclic import weighted_penalties
-from cyclip_loss.eager import accumulation_dtype
-from cyclip_loss.ops import engine, no_second_derivatives
+from cyclip_loss.eager import accumulation_dtype, weighted_penalties
+from cyclip_loss.ops import engine, is_traced, no_second_derivatives
 
 
 def loss_is_small(image_features: Tensor, text_features: Tensor, impl: str) -> bool:
@@ -65,11 +64,7 @@ def penalties_are_small(
 
 def _computes(image_features: Tensor, text_features: Tensor, impl: str) -> bool:
     """Whether the eager engine would compute, and nothing is traced: that takes the operators."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(image_features) is type(text_features) is Tensor
-        and engine(impl, image_features) is eager
-    )
+    return not is_traced(image_features, text_features) and engine(impl, image_features) is eager
 
 
 def _without_autocast(features: Tensor) -> AbstractContextManager[Any]:
@@ -121,7 +116,8 @@ def _penalties(
     with_cross = separate or lambda_inmodal != lambda_crossmodal
     p = product.square().sum()
     q = (product * product.T).sum() if with_cross else None
-    return weighted_penalties(p, q, len(product), lambda_inmodal, lambda_crossmodal, separate)
+    weights = [weight / len(product) for weight in (lambda_inmodal, lambda_crossmodal)]
+    return tuple(weighted_penalties(p, q, weights, separate))
 
 
 class _Small(torch.autograd.Function):

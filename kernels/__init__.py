@@ -5,12 +5,13 @@ One file per function, with the formula it computes at its top; `tiles.py` is wh
 the same, for float32, bfloat16 and float16 features.
 """
 
-from cyclip_loss.eager import pair_terms
 from cyclip_loss.kernels.configs import INTERPRETED
 from cyclip_loss.kernels.contrastive_grads import contrastive_grads
 from cyclip_loss.kernels.contrastive_lse import contrastive_lse
 from cyclip_loss.kernels.cyclic_grads import cyclic_grads
 from cyclip_loss.kernels.cyclic_statistics import cyclic_statistics
+from cyclip_loss.kernels.cyclic_terms import cyclic_terms
+from cyclip_loss.kernels.pair_terms import pair_terms
 
 __all__ = [
     "INTERPRETED",
@@ -18,5 +19,6 @@ __all__ = [
     "contrastive_lse",
     "cyclic_grads",
     "cyclic_statistics",
+    "cyclic_terms",
     "pair_terms",
 ]

@@ -6,7 +6,7 @@ shows registers, spills, shared memory and tensor-core instructions.
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -60,9 +60,22 @@ class Config:
     num_stages: int
 
     @property
+    def options(self) -> dict[str, Any]:
+        """The options of a launch and of a compilation.
+
+        Fusing a multiplication and an addition is asked for, as Triton 3.10 no longer does it by
+        default; nothing here relies on a product being rounded before it is added.
+        """
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+        }
+
+    @cached_property
     def kwargs(self) -> dict[str, Any]:
         """Everything, as a kernel launch takes it."""
-        return {**self.tile, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {**self.tile, **self.options}
 
 
 def _product(bm: int, bn: int, bk: int, warps: int, stages: int, parts: int = 1) -> Config:
@@ -79,12 +92,17 @@ def _cyclic(bm: int, bd: int, bk: int, warps: int, stages: int) -> Config:
 
 # (bits, dot) -> configuration, per kernel and architecture.
 _SM80 = {
-    "contrastive": {
+    "contrastive_lse": {
+        (16, "tf32"): _product(128, 128, 32, 4, 4, parts=2),
+        (32, "tf32"): _product(128, 128, 32, 8, 3),
+        (32, "ieee"): _product(64, 64, 16, 4, 3),
+    },
+    "contrastive_grads": {
         (16, "tf32"): _product(128, 128, 32, 8, 4),
         (32, "tf32"): _product(128, 128, 32, 8, 3),
         (32, "ieee"): _product(64, 64, 16, 4, 3),
     },
-    "cyclic_statistics": {(32, "tf32"): _gram(64, 16, 8, 3), (32, "ieee"): _gram(64, 16, 8, 2)},
+    "cyclic_statistics": {(32, "tf32"): _gram(64, 16, 8, 3), (32, "ieee"): _gram(64, 16, 4, 2)},
     "cyclic_grads": {
         (32, "tf32"): _cyclic(64, 64, 32, 4, 3),
         (32, "ieee"): _cyclic(64, 64, 16, 8, 2),
@@ -92,7 +110,12 @@ _SM80 = {
 }
 _SM90 = {
     **_SM80,
-    "contrastive": {
+    "contrastive_lse": {
+        (16, "tf32"): _product(256, 128, 64, 8, 4),
+        (32, "tf32"): _product(128, 128, 32, 8, 4),
+        (32, "ieee"): _product(64, 64, 16, 4, 3),
+    },
+    "contrastive_grads": {
         (16, "tf32"): _product(128, 256, 64, 8, 4, parts=2),
         (32, "tf32"): _product(128, 128, 32, 8, 4),
         (32, "ieee"): _product(64, 64, 16, 4, 3),
@@ -103,18 +126,22 @@ _SM90 = {
         (32, "ieee"): _cyclic(64, 64, 16, 8, 2),
     },
 }
+# The product stays in tensor memory; 256 rows leave the registers that 256 columns do not.
+_SM100_PRODUCT = _product(256, 128, 64, 8, 3, parts=2)
 _SM100 = {
     **_SM90,
-    # The product stays in tensor memory; 256 rows leave the registers that 256 columns do not.
-    "contrastive": {**_SM90["contrastive"], (16, "tf32"): _product(256, 128, 64, 8, 3, parts=2)},
+    "contrastive_lse": {**_SM90["contrastive_lse"], (16, "tf32"): _SM100_PRODUCT},
+    "contrastive_grads": {**_SM90["contrastive_grads"], (16, "tf32"): _SM100_PRODUCT},
     "cyclic_grads": {**_SM90["cyclic_grads"], (32, "tf32"): _cyclic(128, 128, 32, 8, 2)},
 }
+_GFX942_PRODUCTS = {
+    (16, "tf32"): _product(128, 128, 32, 8, 2),
+    (32, "tf32"): _product(128, 64, 32, 8, 2),
+    (32, "ieee"): _product(64, 64, 16, 4, 2),
+}
 _GFX942 = {
-    "contrastive": {
-        (16, "tf32"): _product(128, 128, 32, 8, 2),
-        (32, "tf32"): _product(128, 64, 32, 8, 2),
-        (32, "ieee"): _product(64, 64, 16, 4, 2),
-    },
+    "contrastive_lse": _GFX942_PRODUCTS,
+    "contrastive_grads": _GFX942_PRODUCTS,
     "cyclic_statistics": {(32, "tf32"): _gram(64, 32, 8, 1), (32, "ieee"): _gram(64, 16, 4, 1)},
     "cyclic_grads": {
         (32, "tf32"): _cyclic(64, 64, 32, 8, 1),
@@ -122,14 +149,23 @@ _GFX942 = {
     },
 }
 # Small, so that small tests cross tiles.
+_INTERPRETER_PRODUCTS = dict.fromkeys(
+    ((16, "tf32"), (32, "tf32"), (32, "ieee")), _product(32, 64, 32, 1, 1, parts=2)
+)
 _INTERPRETER = {
-    "contrastive": dict.fromkeys(
-        ((16, "tf32"), (32, "tf32"), (32, "ieee")), _product(32, 64, 32, 1, 1, parts=2)
-    ),
+    "contrastive_lse": _INTERPRETER_PRODUCTS,
+    "contrastive_grads": _INTERPRETER_PRODUCTS,
     "cyclic_statistics": dict.fromkeys(((32, "tf32"), (32, "ieee")), _gram(64, 32, 1, 1)),
     "cyclic_grads": dict.fromkeys(((32, "tf32"), (32, "ieee")), _cyclic(64, 64, 32, 1, 1)),
 }
 ARCHITECTURES = {"sm_80": _SM80, "sm_90": _SM90, "sm_100": _SM100, "gfx942": _GFX942}
+
+# The kernels without a product, on every chip and for every dtype.
+JOIN = Config({"TILES": 32, "BLOCK": 128}, num_warps=4, num_stages=3)
+PAIRS = Config({"BLOCK": 2048}, num_warps=8, num_stages=1)
+SUM = Config({"BLOCK": 4096}, num_warps=8, num_stages=1)
+SPLITS = Config({"BLOCK": 1024}, num_warps=4, num_stages=1)
+TRACES = Config({"BD": 64}, num_warps=8, num_stages=1)
 
 
 @lru_cache
@@ -147,20 +183,44 @@ def config_for(family: str, features: Tensor, precision: Precision) -> Config:
     return table[family][precision.bits, precision.dot]
 
 
+# A pointer, and a distance between rows, that Triton knows to be a multiple of this many bytes and
+# elements can be loaded 16 bytes at a time.
+ALIGNMENT = 16
+
+
 def padded_rows(features: Tensor, multiple: int) -> Tensor:
     """The features with D padded by zeros to a multiple, which leaves every product as it is.
 
-    No copy if D is a multiple already and each row is contiguous; rows may be any distance apart.
-    A kernel without masks on D is simpler, and needs fewer registers.
+    A kernel without masks on D is simpler, and needs fewer registers. No copy if D is a multiple
+    already, each row is contiguous, and rows are aligned: Triton compiles another binary for an
+    argument that is not a multiple of 16. Where that is the base of the features or the distance
+    between rows, it would spill registers, load no more than an element at a time, and be compiled
+    in the middle of training, when such a batch first comes.
     """
-    padding = -features.shape[1] % multiple
-    if padding:
-        return torch.nn.functional.pad(features, (0, padding))
-    if features.stride(1) == 1 and features.stride(0) >= features.shape[1]:
+    n, d = features.shape
+    row, within = features.stride()
+    aligned = row % ALIGNMENT == 0 and features.data_ptr() % ALIGNMENT == 0
+    if d % multiple == 0 and within == 1 and row >= d and aligned:
         return features
-    return features.contiguous()
+    if d % multiple:
+        return torch.nn.functional.pad(features, (0, -d % multiple))
+    # Not `contiguous()`: a single row is contiguous whatever its stride.
+    return features.new_empty(n, d).copy_(features)
 
 
 def launch_on(features: Tensor) -> AbstractContextManager[Any]:
     """Makes the features' device current, as Triton launches on the current one."""
     return torch.cuda.device_of(features) if features.is_cuda else nullcontext()
+
+
+def number_or_pointer(scalar: Tensor) -> Tensor | float:
+    """A scalar as a kernel takes it: the number where that is known without waiting for a device.
+
+    Interpreted, the tensor: the interpreter leaves a number no type to tell the two by.
+    """
+    return scalar.item() if scalar.device.type == "cpu" and not INTERPRETED else scalar
+
+
+def ceil_div(a: int, b: int) -> int:
+    """How many blocks of b hold a. (`triton.cdiv` takes 10 times as long on the host.)"""
+    return -(-a // b)

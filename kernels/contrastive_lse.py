@@ -14,16 +14,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cyclip_loss.kernels.configs import Precision, config_for, launch_on, padded_rows
+from cyclip_loss.kernels.configs import (
+    JOIN,
+    Precision,
+    ceil_div,
+    config_for,
+    launch_on,
+    padded_rows,
+)
 from cyclip_loss.kernels.tiles import LN_2, LOG2_E, grouped_tile, halves, tile_product
 
 # What the tiles leave: per strip of rows, at most this many maxima and as many sums, of rows and of
 # columns (float32, so 128 MB each). At N = 65,536 that takes two strips with 128-row tiles.
 PARTIAL_ELEMENTS = 2**24
-
-# The joining kernel reads this many tiles' maxima and sums of this many rows or columns at a time.
-JOIN_TILES = 32
-JOIN_BLOCK = 128
 
 
 @triton.jit
@@ -81,7 +84,10 @@ def _tile_lse(
         tl.store(column_partial + column_sums + columns, column_sum, mask=columns < m)
 
 
-@triton.jit(do_not_specialize=["n", "m", "first_column"])
+@triton.jit(
+    do_not_specialize=["n", "m", "first_column"],
+    do_not_specialize_on_alignment=["logit_scale", "pair_logits"],
+)
 def contrastive_lse_kernel(
     image,  # (n, d), rows `image_stride` apart
     text,  # (m, d), rows `text_stride` apart
@@ -133,17 +139,11 @@ def contrastive_lse_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["tiles", "length"])
-def join_lse_kernel(
-    partials,  # (2, tiles, length): maxima and sums, in units of log 2
-    lse,  # (length,) in and out: joined to what is there; -inf is nothing
-    tiles,
-    length,
-    TILES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    maximum = tl.load(lse + at, mask=at < length, other=-float("inf")) * LOG2_E
+@triton.jit
+def _join(partials, lse, tiles, length, present, first, TILES: tl.constexpr, BLOCK: tl.constexpr):
+    """Join BLOCK of the tiles' maxima and sums, (2, tiles, length), to `present` log-sum-exps."""
+    at = first + tl.arange(0, BLOCK)
+    maximum = tl.load(lse + at, mask=at < present, other=-float("inf")) * LOG2_E
     # The log-sum-exp so far is a maximum with a sum of 1.
     total = tl.where(maximum == -float("inf"), 0.0, 1.0)
     for start in range(0, tiles, TILES):
@@ -161,11 +161,40 @@ def join_lse_kernel(
     tl.store(lse + at, (maximum + tl.log2(total)) * LN_2, mask=at < length)
 
 
-def _join(partials: Tensor, lse: Tensor) -> None:
-    _, tiles, length = partials.shape
-    join_lse_kernel[(triton.cdiv(length, JOIN_BLOCK),)](
-        partials, lse, tiles, length, TILES=JOIN_TILES, BLOCK=JOIN_BLOCK
-    )
+@triton.jit(
+    do_not_specialize=["row_parts", "column_parts", "n", "m", "columns", "first_column", "strip"],
+    do_not_specialize_on_alignment=["row_negatives", "pair_logits"],
+)
+def join_lse_kernel(
+    row_partials,  # (2, row_parts, n): maxima and sums, in units of log 2
+    column_partials,  # (2, column_parts, columns)
+    row_negatives,  # (n,) out
+    column_negatives,  # (columns,) out, joined to what it holds unless this is the first strip
+    pair_logits,  # (n,) out: 0 where row i has no partner
+    row_parts,
+    column_parts,
+    n,
+    m,
+    columns,  # m, or 0 where columns have no log-sum-exps
+    first_column,
+    strip,  # how many strips of rows came before
+    TILES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The first programs join rows, the others columns."""
+    row_blocks = tl.cdiv(n, BLOCK)
+    block = tl.program_id(0)
+    if block < row_blocks:
+        first = block * BLOCK
+        _join(row_partials, row_negatives, row_parts, n, 0, first, TILES, BLOCK)
+        rows = first + tl.arange(0, BLOCK)
+        partner = rows + first_column
+        alone = (partner < 0) | (partner >= m)
+        tl.store(pair_logits + rows, tl.zeros((BLOCK,), tl.float32), mask=alone & (rows < n))
+    else:
+        first = (block - row_blocks) * BLOCK
+        so_far = tl.where(strip > 0, columns, 0)
+        _join(column_partials, column_negatives, column_parts, columns, so_far, first, TILES, BLOCK)
 
 
 def contrastive_lse(
@@ -177,22 +206,23 @@ def contrastive_lse(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `cyclip_loss.eager.contrastive_lse`."""
     precision = Precision.of(image_features)
-    config = config_for("contrastive", image_features, precision)
+    config = config_for("contrastive_lse", image_features, precision)
     tile = config.tile
     image, text = padded_rows(image_features, tile["BK"]), padded_rows(text_features, tile["BK"])
-    (n, d), m = image.shape, len(text)
-    row_negatives = image.new_full((n,), -torch.inf, dtype=torch.float32)
-    pair_logits = image.new_zeros(n, dtype=torch.float32)
-    column_negatives = image.new_full((m if symmetric else 0,), -torch.inf, dtype=torch.float32)
-    column_tiles = triton.cdiv(m, tile["BN"])
-    per_row_tile = max(column_tiles * tile["PARTS"] * tile["BM"], m)
-    strip = max(1, PARTIAL_ELEMENTS // per_row_tile) * tile["BM"]
-    for start in range(0, n, strip):
-        rows = min(strip, n - start)
-        row_tiles = triton.cdiv(rows, tile["BM"])
-        row_partials = row_negatives.new_empty(2, column_tiles * tile["PARTS"], rows)
-        column_partials = row_negatives.new_empty(2, row_tiles if symmetric else 0, m)
-        with launch_on(image):
+    (n, d), m = image.shape, text.shape[0]
+    columns = m if symmetric else 0
+    row_negatives = image.new_empty(n, dtype=torch.float32)
+    column_negatives = row_negatives.new_empty(columns)
+    pair_logits = row_negatives.new_empty(n)
+    column_tiles = ceil_div(m, tile["BN"])
+    row_parts = column_tiles * tile["PARTS"]
+    height = max(1, PARTIAL_ELEMENTS // max(row_parts * tile["BM"], m)) * tile["BM"]
+    with launch_on(image):
+        for strip, start in enumerate(range(0, n, height)):
+            rows = min(height, n - start)
+            row_tiles = ceil_div(rows, tile["BM"])
+            row_partials = row_negatives.new_empty(2 * row_parts * rows)
+            column_partials = row_negatives.new_empty(2 * row_tiles * columns)
             contrastive_lse_kernel[(row_tiles * column_tiles,)](
                 image[start:],
                 text,
@@ -211,7 +241,20 @@ def contrastive_lse(
                 WIDEN=precision.widen,
                 **config.kwargs,
             )
-            _join(row_partials, row_negatives[start : start + rows])
-            if symmetric:
-                _join(column_partials, column_negatives)
+            block = JOIN.tile["BLOCK"]
+            join_lse_kernel[(ceil_div(rows, block) + ceil_div(columns, block),)](
+                row_partials,
+                column_partials,
+                row_negatives[start:],
+                column_negatives,
+                pair_logits[start:],
+                row_parts,
+                row_tiles,
+                rows,
+                m,
+                columns,
+                first_column + start,
+                strip,
+                **JOIN.kwargs,
+            )
     return row_negatives, column_negatives, pair_logits

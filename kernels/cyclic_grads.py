@@ -3,30 +3,52 @@
     dU = (a+b) U B + (a-b) V C^T         dI = dU + dV
     dV = (a+b) V A + (a-b) U C           dT = dU - dV
 
-4 N D^2 flops, 8 if a != b. U and V are formed in registers in float32 and never stored. Neither sum
-cancels: U is large where B is small, V small where A is large.
+a and b are the two penalties' weight * grad. 4 N D^2 flops, 8 if a != b. U and V are formed in
+registers in float32 and never stored. Neither sum cancels: U is large where B is small,
+V small where A is large.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from cyclip_loss.kernels.configs import Precision, config_for, launch_on, padded_rows
-from cyclip_loss.kernels.tiles import grouped_tile, round_to_tf32
+from cyclip_loss.kernels.configs import (
+    ALIGNMENT,
+    Precision,
+    ceil_div,
+    config_for,
+    launch_on,
+    number_or_pointer,
+    padded_rows,
+)
+from cyclip_loss.kernels.tiles import grouped_tile, round_to_tf32, scalar
 
 
 @triton.jit
-def _load_matrix(matrix, columns, inner, d, TF32: tl.constexpr):
-    """The (BK, BD) block of a matrix from its transpose's rows: `inner` is contiguous."""
-    block = tl.load(matrix + columns[None, :] * d + inner[:, None])
+def _load_matrix(pointers, weight, TF32: tl.constexpr):
+    block = tl.load(pointers) * weight
     return round_to_tf32(block) if TF32 else block
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(
+    do_not_specialize=["n"],
+    do_not_specialize_on_alignment=[
+        "inmodal_grad",
+        "crossmodal_grad",
+        "weight_inmodal",
+        "weight_crossmodal",
+    ],
+)
 def cyclic_grads_kernel(
     image,  # (n, d), rows `image_stride` apart
     text,  # (n, d), rows `text_stride` apart
-    matrices,  # (2 or 4, d, d): the transposes of (a+b) A, (a+b) B, (a-b) C, (a-b) C^T
+    grams,  # (2 or 3, d, d): A, B, C
+    inmodal_grad,  # scalar
+    crossmodal_grad,  # scalar
+    weight_inmodal,  # scalars: numbers or pointers to them
+    weight_crossmodal,
+    size,  # by which the gradients are multiplied
     image_grad,  # (n, d) out, contiguous
     text_grad,  # (n, d) out, contiguous
     n,
@@ -43,6 +65,10 @@ def cyclic_grads_kernel(
     BK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
+    inmodal = tl.load(inmodal_grad) * (scalar(weight_inmodal) * size)
+    crossmodal = tl.load(crossmodal_grad) * (scalar(weight_crossmodal) * size)
+    total = inmodal + crossmodal
+    difference = inmodal - crossmodal
     row_tile, column_tile = grouped_tile(tl.cdiv(n, BM), d // BD, GROUP)
     rows = row_tile * BM + tl.arange(0, BM)
     columns = column_tile * BD + tl.arange(0, BD)
@@ -60,13 +86,16 @@ def cyclic_grads_kernel(
         if TF32:
             u = round_to_tf32(u)
             v = round_to_tf32(v)
-        a = _load_matrix(matrices, columns, inner, d, TF32)
-        b = _load_matrix(matrices + d * d, columns, inner, d, TF32)
+        # (BK, BD) blocks. A, B and, for C^T, C from their rows, along which `inner` is contiguous.
+        mirrored = grams + columns[None, :] * d + inner[:, None]
+        a = _load_matrix(mirrored, total, TF32)
+        b = _load_matrix(mirrored + d * d, total, TF32)
         u_grad = tl.dot(u, b, u_grad, input_precision=PRECISION)
         v_grad = tl.dot(v, a, v_grad, input_precision=PRECISION)
         if WITH_CROSS:
-            c = _load_matrix(matrices + 2 * d * d, columns, inner, d, TF32)
-            c_t = _load_matrix(matrices + 3 * d * d, columns, inner, d, TF32)
+            c_t = _load_matrix(mirrored + 2 * d * d, difference, TF32)
+            at = grams + inner[:, None] * d + columns[None, :]
+            c = _load_matrix(at + 2 * d * d, difference, TF32)
             u_grad = tl.dot(v, c_t, u_grad, input_precision=PRECISION)
             v_grad = tl.dot(u, c, v_grad, input_precision=PRECISION)
 
@@ -83,9 +112,10 @@ def cyclic_grads_kernel(
 def cyclic_grads(
     image_features: Tensor,
     text_features: Tensor,
-    statistics: Tensor,
-    coefficients: Tensor,
-    with_cross: bool,
+    grams: Tensor,
+    grads: list[Tensor],
+    weights: list[Tensor],
+    size: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor]:
     """As `cyclip_loss.eager.cyclic_grads`."""
@@ -96,36 +126,41 @@ def cyclic_grads(
     multiple = max(tile["BD"], tile["BK"])
     image, text = padded_rows(image_features, multiple), padded_rows(text_features, multiple)
     n, d = image.shape
-    unpadded = image_features.shape[1]
-    matrices = statistics.new_zeros(4 if with_cross else 2, d, d)
-    # A and B are symmetric: their own transposes.
-    matrices[:2, :unpadded, :unpadded] = statistics[:2] * coefficients[0]
-    if with_cross:
-        matrices[3, :unpadded, :unpadded] = statistics[2] * coefficients[1]
-        matrices[2] = matrices[3].T
+    features = image_features.shape[1]
+    if d != features:
+        grams = torch.nn.functional.pad(grams, (0, d - features, 0, d - features))
+    elif grams.data_ptr() % ALIGNMENT or not grams.is_contiguous():
+        grams = grams.new_empty(grams.shape).copy_(grams)
     image_grad = image.new_empty(image.shape if needs_image else (0,))
     text_grad = text.new_empty(text.shape if needs_text else (0,))
-    grid = (triton.cdiv(n, tile["BM"]) * (d // tile["BD"]),)
+    grid = (ceil_div(n, tile["BM"]) * (d // tile["BD"]),)
     with launch_on(image):
         cyclic_grads_kernel[grid](
             image,
             text,
-            matrices,
+            grams,
+            grads[0],
+            grads[-1],
+            number_or_pointer(weights[0]),
+            number_or_pointer(weights[1]),
+            float(size),
             image_grad,
             text_grad,
             n,
             d,
             image.stride(0),
             text.stride(0),
-            WITH_CROSS=with_cross,
+            WITH_CROSS=len(grams) == 3,
             NEEDS_IMAGE=needs_image,
             NEEDS_TEXT=needs_text,
             TF32=precision.dot == "tf32",
             PRECISION=precision.dot,
             **config.kwargs,
         )
+    if d == features:
+        return image_grad, text_grad
     if needs_image:
-        image_grad = image_grad[:, :unpadded]
+        image_grad = image_grad[:, :features].contiguous()
     if needs_text:
-        text_grad = text_grad[:, :unpadded]
-    return image_grad.contiguous(), text_grad.contiguous()
+        text_grad = text_grad[:, :features].contiguous()
+    return image_grad, text_grad

@@ -1,6 +1,6 @@
 """Gram matrices of U = I + T and V = I - T:  A = U^T U,  B = V^T V,  C = V^T U  (D x D).
 
-With them p = <A, B>_F and q = <C, C^T>_F are both cyclic penalties (`cyclip_loss/cyclic.py`).
+With them p = <A, B>_F and q = <C, C^T>_F are both cyclic penalties (`cyclic_terms.py`).
 
 U and V are formed in registers, in float32, from the features as they came, and only then rounded
 to tf32: V is small where pairs are well aligned, and is rounded relative to itself. For 16-bit
@@ -8,8 +8,12 @@ features that puts the gradient off by 2e-4 to 3e-4 (relative, |T - I| from 0.00
 where rounding an exact gradient to bfloat16 costs 1.7e-3
 (`what_tf32` in `tests/kernels/test_kernels.py`).
 
-A and B are symmetric: only tiles on and above the diagonal are computed, 2 N D^2 flops for both, 2
-more for C.
+A tile's program takes two products of columns i and j, with i on or before j:
+
+    of A and B    (I_i + T_i)^T U_j = A_ij    (I_i - T_i)^T V_j = B_ij
+    of C          (I_i - T_i)^T U_j = C_ij    (I_i + T_i)^T V_j = C_ji^T
+
+A and B are symmetric: 2 N D^2 flops for both, 2 more for C. C's programs differ by a sign.
 """
 
 import torch
@@ -17,7 +21,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cyclip_loss.kernels.configs import Precision, config_for, launch_on, padded_rows
+from cyclip_loss.kernels.configs import (
+    SPLITS,
+    Precision,
+    ceil_div,
+    config_for,
+    launch_on,
+    padded_rows,
+)
 from cyclip_loss.kernels.tiles import round_to_tf32
 
 # A D x D matrix has too few tiles to fill a GPU, so the sum over rows is split: into this many
@@ -42,8 +53,7 @@ def cyclic_statistics_kernel(
     image_stride,
     text_stride,
     split_rows,
-    split_stride,  # elements of one split's 2 or 3 matrices
-    CROSS: tl.constexpr,  # C instead of A and B
+    WITH_CROSS: tl.constexpr,
     TF32: tl.constexpr,
     PRECISION: tl.constexpr,
     BD: tl.constexpr,
@@ -52,8 +62,11 @@ def cyclic_statistics_kernel(
     tiles = d // BD
     i = tl.program_id(0) // tiles
     j = tl.program_id(0) % tiles
-    if CROSS or i <= j:
+    if i <= j:
         split = tl.program_id(1)
+        of_cross = tl.program_id(2)
+        # C's programs take V for U of columns i, and U for V.
+        sign = 1.0 - 2.0 * of_cross
         i_columns = i * BD + tl.arange(0, BD)
         j_columns = j * BD + tl.arange(0, BD)
         first = tl.zeros((BD, BD), dtype=tl.float32)
@@ -63,35 +76,57 @@ def cyclic_statistics_kernel(
             rows = start + tl.arange(0, BK)
             i_image = _load_block(image, rows, i_columns, end, image_stride)
             i_text = _load_block(text, rows, i_columns, end, text_stride)
+            if WITH_CROSS:
+                i_text *= sign
             j_image = _load_block(image, rows, j_columns, end, image_stride)
             j_text = _load_block(text, rows, j_columns, end, text_stride)
+            u_i = i_image + i_text
             v_i = i_image - i_text
             u_j = j_image + j_text
+            v_j = j_image - j_text
             if TF32:
+                u_i = round_to_tf32(u_i)
                 v_i = round_to_tf32(v_i)
                 u_j = round_to_tf32(u_j)
-            if CROSS:
-                first = tl.dot(tl.trans(v_i), u_j, first, input_precision=PRECISION)
-            else:
-                u_i = i_image + i_text
-                v_j = j_image - j_text
-                if TF32:
-                    u_i = round_to_tf32(u_i)
-                    v_j = round_to_tf32(v_j)
-                first = tl.dot(tl.trans(u_i), u_j, first, input_precision=PRECISION)
-                second = tl.dot(tl.trans(v_i), v_j, second, input_precision=PRECISION)
+                v_j = round_to_tf32(v_j)
+            first = tl.dot(tl.trans(u_i), u_j, first, input_precision=PRECISION)
+            second = tl.dot(tl.trans(v_i), v_j, second, input_precision=PRECISION)
 
         at = i_columns[:, None] * d + j_columns[None, :]
-        out = grams + split.to(tl.int64) * split_stride
-        if CROSS:
-            tl.store(out + 2 * d * d + at, first)
-        else:
-            mirrored = i_columns[:, None] + j_columns[None, :] * d
+        mirrored = i_columns[:, None] + j_columns[None, :] * d
+        matrix = d * d
+        out = grams + split.to(tl.int64) * (3 if WITH_CROSS else 2) * matrix
+        if of_cross == 0:
             tl.store(out + at, first)
-            tl.store(out + d * d + at, second)
+            tl.store(out + matrix + at, second)
             if i < j:
                 tl.store(out + mirrored, first)
-                tl.store(out + d * d + mirrored, second)
+                tl.store(out + matrix + mirrored, second)
+        else:
+            tl.store(out + 2 * matrix + at, first)
+            if i < j:
+                tl.store(out + 2 * matrix + mirrored, second)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def add_splits_kernel(
+    splits_of,  # (splits, matrices, d, d)
+    grams,  # (matrices, D, D) out: the sums over splits, without the padding of D to d
+    splits,
+    matrices,
+    d,
+    features,  # D
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < matrices * features * features
+    row = at // features
+    source = splits_of + (row // features * d + row % features) * d + at % features
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for _ in range(splits):
+        total += tl.load(source, mask=inside, other=0.0)
+        source += matrices * d * d
+    tl.store(grams + at, total, mask=inside)
 
 
 def cyclic_statistics(image_features: Tensor, text_features: Tensor, with_cross: bool) -> Tensor:
@@ -100,28 +135,31 @@ def cyclic_statistics(image_features: Tensor, text_features: Tensor, with_cross:
     config = config_for("cyclic_statistics", image_features, precision)
     bd, bk = config.tile["BD"], config.tile["BK"]
     image, text = padded_rows(image_features, bd), padded_rows(text_features, bd)
-    n, d = image.shape
+    (n, d), features = image.shape, image_features.shape[1]
     splits = max(1, min(MAX_SPLITS, n // MIN_SPLIT_ROWS))
-    split_rows = triton.cdiv(triton.cdiv(n, splits), bk) * bk
-    splits = triton.cdiv(n, split_rows)
+    split_rows = ceil_div(ceil_div(n, splits), bk) * bk
+    splits = ceil_div(n, split_rows)
     matrices = 3 if with_cross else 2
-    grams = image.new_empty(splits, matrices, d, d, dtype=torch.float32)
-    for cross in (False, True)[: matrices - 1]:
-        with launch_on(image):
-            cyclic_statistics_kernel[((d // bd) ** 2, splits)](
-                image,
-                text,
-                grams,
-                n,
-                d,
-                image.stride(0),
-                text.stride(0),
-                split_rows,
-                matrices * d * d,
-                CROSS=cross,
-                TF32=precision.dot == "tf32",
-                PRECISION=precision.dot,
-                **config.kwargs,
-            )
-    features = image_features.shape[1]
-    return grams[:, :, :features, :features].sum(dim=0)
+    parts = image.new_empty(splits, matrices, d, d, dtype=torch.float32)
+    with launch_on(image):
+        cyclic_statistics_kernel[((d // bd) ** 2, splits, matrices - 1)](
+            image,
+            text,
+            parts,
+            n,
+            d,
+            image.stride(0),
+            text.stride(0),
+            split_rows,
+            WITH_CROSS=with_cross,
+            TF32=precision.dot == "tf32",
+            PRECISION=precision.dot,
+            **config.kwargs,
+        )
+        if splits == 1 and d == features:
+            return parts[0]
+        grams = parts.new_empty(matrices, features, features)
+        add_splits_kernel[(ceil_div(grams.numel(), SPLITS.tile["BLOCK"]),)](
+            parts, grams, splits, matrices, d, features, **SPLITS.kwargs
+        )
+    return grams

@@ -24,6 +24,15 @@ def grouped_tile(row_tiles, column_tiles, GROUP: tl.constexpr):
 
 
 @triton.jit
+def scalar(x):
+    """The value of an argument that is a number or a pointer to one."""
+    if x.dtype.is_ptr():
+        return tl.load(x)
+    else:
+        return x
+
+
+@triton.jit
 def round_to_tf32(x):
     """float32 to the nearest value with a 10-bit mantissa, ties away from zero.
 

@@ -103,7 +103,7 @@ def small_strips(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # What bounds the strips and blocks of the kernels: at least one tile each.
 KERNEL_STRIPS = {
-    "contrastive_grads": ("BLOCK_ROWS", "BLOCK_BYTES"),
+    "contrastive_grads": ("BLOCK_ROWS", "BLOCK_ELEMENTS"),
     "contrastive_lse": ("PARTIAL_ELEMENTS",),
 }
 

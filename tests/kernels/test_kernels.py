@@ -98,7 +98,7 @@ def test_every_shipped_configuration_compiles_without_spills() -> None:
     faults = [line for line in run.stdout.splitlines() if line.startswith("FAULT")]
     assert run.returncode == 0, faults or run.stderr[-2000:]
     for arch in configs.ARCHITECTURES:
-        if arch == "sm_100" and ops.triton_version() < ops.TRITON_FOR_BLACKWELL:
+        if ops.triton_version() < ahead_of_time.FIRST_TRITON.get(arch, (0, 0)):
             continue  # not used there: see the test below
         for kernel in ahead_of_time.KERNELS:
             assert f"| {arch} | {kernel}" in run.stdout
@@ -123,36 +123,6 @@ def test_devices_that_get_kernels(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(ops.metadata, "version", lambda package: version)
     assert ops._has_kernels.__wrapped__(torch.device("cuda")) == expected
-
-
-@pytest.mark.parametrize(
-    ("measured", "fault"),
-    [
-        ({}, None),
-        ({"spilled_bytes": 8}, "spills 8 bytes"),
-        ({"shared_bytes": 227 * 1024 + 1}, "shared memory"),
-        ({"matrix_instructions": {"HMMA.16816.F32.BF16": 4}}, "HGMMA"),
-        ({"matrix_instructions": {}}, "no matrix instruction"),
-    ],
-)
-def test_the_gate_sees_each_fault(measured: dict, fault: str | None) -> None:
-    variant = next(
-        v
-        for v in ahead_of_time.variants("sm_90")
-        if v.kernel == "contrastive_lse" and v.features == "bfloat16"
-    )
-    clean = {
-        "registers": 200,
-        "spilled_bytes": 0,
-        "shared_bytes": 1024,
-        "matrix_instructions": {"HGMMA.64x256x16.F32.BF16": 4},
-        "size_bytes": 1000,
-    }
-    faults = ahead_of_time.Binary(variant, **{**clean, **measured}).faults
-    if fault is None:
-        assert faults == []
-    else:
-        assert any(fault in found for found in faults)
 
 
 def test_the_newer_float32_setting_is_understood() -> None:

@@ -55,8 +55,8 @@ def test_contrastive_term(features, small_strips: None) -> None:
 def test_penalties(features, with_cross: bool, expected: int, small_strips) -> None:
     cost = flops(eager.cyclic_statistics, *features, with_cross)
     statistics = eager.cyclic_statistics(*features, with_cross)
-    coefficients = features[0].new_tensor([1.0, 0.5])
-    cost += flops(eager.cyclic_grads, *features, statistics, coefficients, with_cross, [True, True])
+    one = features[0].new_ones(())
+    cost += flops(eager.cyclic_grads, *features, statistics, [one], [one, one / 2], 1, [True, True])
     assert cost == expected * N * D * D
 
 

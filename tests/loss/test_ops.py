@@ -236,6 +236,11 @@ def test_ranks_add_up(impl: str, sizes: list[int], small_strips: None, device) -
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
 
 
+def scalars(*values: float) -> list[Tensor]:
+    """Weights and gradients of the penalties, as the engines take them: also on the CPU."""
+    return [torch.tensor(value, dtype=torch.float64, device="cpu") for value in values]
+
+
 def test_gram_matrices_of_ranks_add_up(impl: str, small_strips: None, device) -> None:
     image, text = pairs(40, 6, device=device)
     whole = ops.engine(impl, image).cyclic_statistics(image, text, True)
@@ -244,10 +249,10 @@ def test_gram_matrices_of_ranks_add_up(impl: str, small_strips: None, device) ->
         for i, t in zip(image.split([1, 27, 12]), text.split([1, 27, 12]), strict=True)
     ]
     torch.testing.assert_close(sum(parts), whole, rtol=1e-12, atol=1e-13)
-    coefficients = torch.tensor([0.7, 0.3], dtype=torch.float64, device=device)
+    weights = (scalars(1.0), scalars(0.5, 0.2), 1, [True, True])
     grads = ops.engine(impl, image).cyclic_grads
-    expected = grads(image, text, whole, coefficients, True, [True, True])
-    part = grads(image[1:28], text[1:28], whole, coefficients, True, [True, True])
+    expected = grads(image, text, whole, *weights)
+    part = grads(image[1:28], text[1:28], whole, *weights)
     for grad, all_rows in zip(part, expected, strict=True):
         torch.testing.assert_close(grad, all_rows[1:28], rtol=1e-12, atol=1e-13)
 
@@ -261,37 +266,49 @@ def test_cyclic_statistics(impl: str, with_cross: bool, small_strips: None, devi
     torch.testing.assert_close(actual, torch.stack(grams), rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("with_cross", [True, False])
+@pytest.mark.parametrize("separate", [True, False])
+def test_cyclic_terms(impl, with_cross, separate, device) -> None:
+    image, text = pairs(30, 6, device=device)
+    lambdas = (0.5, 0.2) if with_cross else (0.3, 0.3)
+    if separate and not with_cross:
+        return
+    grams = ops.engine(impl, image).cyclic_statistics(image, text, with_cross)
+    terms = ops.engine(impl, image).cyclic_terms(grams, scalars(*lambdas), separate)
+    expected = [
+        lambdas[0] * (image @ image.T - text @ text.T).square().sum(),
+        lambdas[1] * (image @ text.T - text @ image.T).square().sum(),
+    ]
+    expected = expected if separate else [sum(expected)]
+    torch.testing.assert_close(terms, expected, rtol=1e-11, atol=1e-13)
+
+
 @pytest.mark.parametrize(
-    ("with_cross", "coefficients"), [(True, (1, 0.5)), (True, (1, 0)), (False, (1, 0))]
+    ("with_cross", "lambdas", "grads"),
+    [
+        (True, (0.5, 0.2), (2.0,)),
+        (True, (0.5, 0.2), (2.0, 3.0)),
+        (True, (0.5, 0.5), (1.0,)),
+        (False, (0.5, 0.5), (2.0,)),
+    ],
 )
 @pytest.mark.parametrize("needs", FLAGS)
-def test_cyclic_grads(impl, with_cross, coefficients, needs, small_strips, device) -> None:
+def test_cyclic_grads(impl, with_cross, lambdas, grads, needs, small_strips, device) -> None:
     image, text = pairs(30, 6, device=device)
-    leaves = [features.clone().requires_grad_() for features in (image, text)]
-    u, v = leaves[0] + leaves[1], leaves[0] - leaves[1]
-    w = u @ v.T
-    total, difference = coefficients
-    ((total * w.square().sum() + difference * (w * w.T).sum()) / 2).backward()
-    statistics = ops.engine(impl, image).cyclic_statistics(image, text, with_cross)
-    coefficients = torch.tensor(coefficients, dtype=torch.float64, device=device)
-    grads = ops.engine(impl, image).cyclic_grads(
-        image, text, statistics, coefficients, with_cross, [*needs]
+    i, t = (features.clone().requires_grad_() for features in (image, text))
+    inmodal = (i @ i.T - t @ t.T).square().sum()
+    crossmodal = (i @ t.T - t @ i.T).square().sum()
+    # Over 4 ranks.
+    (4 * (grads[0] * lambdas[0] * inmodal + grads[-1] * lambdas[1] * crossmodal)).backward()
+    grams = ops.engine(impl, image).cyclic_statistics(image, text, with_cross)
+    actual = ops.engine(impl, image).cyclic_grads(
+        image, text, grams, scalars(*grads), scalars(*lambdas), 4, [*needs]
     )
-    for grad, leaf, needed in zip(grads, leaves, needs, strict=True):
+    for grad, leaf, needed in zip(actual, (i, t), needs, strict=True):
         if needed:
             torch.testing.assert_close(grad, leaf.grad, rtol=1e-11, atol=1e-13)
         else:
             assert grad.numel() == 0
-
-
-def test_second_coefficient_is_not_read_without_the_cross_term(impl: str, device) -> None:
-    image, text = pairs(30, 6, device=device)
-    statistics = ops.engine(impl, image).cyclic_statistics(image, text, False)
-    coefficients = torch.tensor([1.0, torch.nan], dtype=torch.float64, device=device)
-    grads = ops.engine(impl, image).cyclic_grads(
-        image, text, statistics, coefficients, False, [True, True]
-    )
-    assert all(bool(grad.isfinite().all()) for grad in grads)
 
 
 def opcheck_arguments(dtype: torch.dtype, impl: str, device: torch.device) -> list[tuple]:
@@ -311,10 +328,10 @@ def opcheck_arguments(dtype: torch.dtype, impl: str, device: torch.device) -> li
             arguments.append(("contrastive_grads", given))
     for with_cross in (True, False):
         arguments.append(("cyclic_statistics", (image, text, with_cross, impl)))
-        statistics = cyclic.cyclic_statistics(image, text, with_cross, impl)
-        coefficients = torch.ones(2, dtype=accumulate, device=device)
+        grams = cyclic.cyclic_statistics(image, text, with_cross, impl)
+        one = torch.ones((), dtype=accumulate, device=device)
         for needs in FLAGS:
-            given = (image, text, statistics, coefficients, with_cross, [*needs], impl)
+            given = (image, text, grams, [one], [one, one], 1, [*needs], impl)
             arguments.append(("cyclic_grads", given))
     return arguments
 

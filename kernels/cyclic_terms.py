@@ -1,0 +1,105 @@
+"""The cyclic penalties from the Gram matrices A, B, C of U = I + T and V = I - T.
+
+    p = <A, B>_F        q = <C, C^T>_F        N P_in = (p + q) / 2        N P_cross = (p - q) / 2
+
+Programs leave p and q of their tiles, one more adds them up, so that each sum has one order.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cyclip_loss.kernels.configs import SUM, TRACES, ceil_div, launch_on, number_or_pointer
+from cyclip_loss.kernels.tiles import scalar
+
+
+@triton.jit
+def traces_kernel(
+    grams,  # (2 or 3, D, D)
+    partials,  # (2, programs) out: p and q of the tiles
+    d,  # D
+    WITH_CROSS: tl.constexpr,
+    BD: tl.constexpr,
+):
+    tiles = tl.cdiv(d, BD)
+    rows = tl.program_id(0) // tiles * BD + tl.arange(0, BD)
+    columns = tl.program_id(0) % tiles * BD + tl.arange(0, BD)
+    inside = (rows < d)[:, None] & (columns < d)[None, :]
+    at = grams + rows[:, None] * d + columns[None, :]
+    a = tl.load(at, mask=inside, other=0.0)
+    b = tl.load(at + d * d, mask=inside, other=0.0)
+    p = tl.sum(tl.sum(a * b, axis=1), axis=0)
+    tl.store(partials + tl.program_id(0), p)
+    if WITH_CROSS:
+        mirrored = grams + rows[:, None] + columns[None, :] * d
+        c = tl.load(at + 2 * d * d, mask=inside, other=0.0)
+        c_t = tl.load(mirrored + 2 * d * d, mask=inside, other=0.0)
+        q = tl.sum(tl.sum(c * c_t, axis=1), axis=0)
+        tl.store(partials + tl.num_programs(0) + tl.program_id(0), q)
+
+
+@triton.jit
+def _not_negative(x):
+    """Sums of squares: rounding must not make them negative. NaN stays."""
+    return tl.where(x < 0.0, 0.0, x)
+
+
+@triton.jit
+def _nan_if_infinite(x):
+    """An infinite feature may leave an infinite penalty; inf - inf makes it NaN."""
+    return x + (x - x)
+
+
+@triton.jit(
+    do_not_specialize=["length"],
+    do_not_specialize_on_alignment=["weight_inmodal", "weight_crossmodal"],
+)
+def cyclic_terms_kernel(
+    partials,  # (2, length)
+    weight_inmodal,  # scalars: numbers or pointers to them
+    weight_crossmodal,
+    inmodal_term,  # scalar out: of both terms, unless they are wanted apart
+    crossmodal_term,  # scalar out
+    length,
+    WITH_CROSS: tl.constexpr,
+    SEPARATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    p_sum = tl.zeros((BLOCK,), dtype=tl.float32)
+    q_sum = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, length, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        p_sum += tl.load(partials + at, mask=at < length, other=0.0)
+        if WITH_CROSS:
+            q_sum += tl.load(partials + length + at, mask=at < length, other=0.0)
+    p = tl.sum(p_sum, axis=0)
+    q = tl.sum(q_sum, axis=0)
+    inmodal = _not_negative(p + q) * (scalar(weight_inmodal) * 0.5)
+    crossmodal = _not_negative(p - q) * (scalar(weight_crossmodal) * 0.5)
+    if SEPARATE:
+        tl.store(inmodal_term, _nan_if_infinite(inmodal))
+        tl.store(crossmodal_term, _nan_if_infinite(crossmodal))
+    else:
+        tl.store(inmodal_term, _nan_if_infinite(inmodal + crossmodal))
+
+
+def cyclic_terms(grams: Tensor, weights: list[Tensor], separate: bool) -> list[Tensor]:
+    """As `cyclip_loss.eager.cyclic_terms`."""
+    with_cross, d = len(grams) == 3, grams.shape[1]
+    programs = ceil_div(d, TRACES.tile["BD"]) ** 2
+    partials = grams.new_empty(2, programs)
+    terms = [grams.new_empty(()) for _ in range(1 + separate)]
+    with launch_on(grams):
+        traces_kernel[(programs,)](grams, partials, d, WITH_CROSS=with_cross, **TRACES.kwargs)
+        cyclic_terms_kernel[(1,)](
+            partials,
+            number_or_pointer(weights[0]),
+            number_or_pointer(weights[1]),
+            terms[0],
+            terms[-1],
+            programs,
+            WITH_CROSS=with_cross,
+            SEPARATE=separate,
+            **SUM.kwargs,
+        )
+    return terms

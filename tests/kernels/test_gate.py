@@ -1,0 +1,149 @@
+"""What the compile gate refuses, and that no launch runs a binary that it has not seen."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cyclip_loss.kernels.binary import Binary, is_serialised
+
+# Main loops as cuobjdump prints them (Triton 3.9, sm_90, all but products, waits and jumps left
+# out). In the second the sum is also multiplied in each step, so that it must be there by then.
+FREE = """
+        /*1650*/              @!P0 BRA 0x1660 ;
+        /*12b0*/                   HGMMA.64x128x16.F32.BF16 R88, gdesc[UR16], R88 ;
+        /*13a0*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24, gsb0 ;
+        /*13d0*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*1650*/              @!P0 BRA 0xf60 ;
+        /*1660*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+"""
+SERIALISED = """
+        /*1250*/                   HGMMA.64x128x16.F32.BF16 R88, gdesc[UR16], R88 ;
+        /*1360*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24, gsb0 ;
+        /*1390*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*45b0*/              @!P2 BRA 0xec0 ;
+"""
+
+
+def test_a_wait_for_the_last_product_before_the_next_is_seen() -> None:
+    assert not is_serialised(FREE)
+    assert is_serialised(SERIALISED)
+
+
+@pytest.mark.parametrize(
+    ("measured", "fault"),
+    [
+        ({}, None),
+        ({"spilled_bytes": 8}, "spills 8 bytes"),
+        ({"shared_bytes": 227 * 1024 + 1}, "shared memory"),
+        ({"matrix_instructions": {"HMMA.16816.F32.BF16": 4}}, "HGMMA"),
+        ({"matrix_instructions": {}}, "no matrix instruction"),
+        ({"serialised": True}, "waits for the one before it"),
+        ({"fuses": False}, "does not fuse"),
+    ],
+)
+def test_the_gate_sees_each_fault(measured: dict, fault: str | None) -> None:
+    clean = {
+        "registers": 200,
+        "spilled_bytes": 0,
+        "shared_bytes": 1024,
+        "matrix_instructions": {"HGMMA.64x256x16.F32.BF16": 4},
+        "size_bytes": 1000,
+        "serialised": False,
+        "fuses": True,
+    }
+    faults = Binary(**{**clean, **measured}).faults("sm_90", "contrastive_lse", "bfloat16")
+    if fault is None:
+        assert faults == []
+    else:
+        assert any(fault in found for found in faults)
+
+
+def without_interpreter(code: str) -> str:
+    """What a fresh Python prints that runs the code with kernels to be compiled."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    root = Path(__file__).parents[2]
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout
+
+
+def test_no_batch_makes_triton_compile_again() -> None:
+    """Sizes, strides, bases and views of any alignment: the binaries of two aligned batches."""
+    code = """
+import torch
+from benchmarks.launches import inputs, no_device
+from cyclip_loss import CyCLIPLoss
+
+loss = CyCLIPLoss(0.5, 0.25, impl="triton")
+
+def step(image, text, scale):
+    loss(image.requires_grad_(), text.requires_grad_(), scale.requires_grad_()).backward()
+
+def shifted(x, by):
+    # The same values, `by` elements behind an aligned base.
+    moved = x.detach().new_empty(x.numel() + by)[by:].view(x.shape)
+    return moved.copy_(x.detach())
+
+def wide(x, columns):
+    # Rows further apart.
+    return x.detach().new_empty(len(x), x.shape[1] + columns)[:, : x.shape[1]].copy_(x.detach())
+
+for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for d in (64, 70):
+        with no_device(compile_kernels=False) as (_, binaries):
+            for n in (64, 4096):
+                step(*inputs(n, d, dtype))
+            known = set(binaries)
+            for n in (1, 2, 16, 63, 255, 257, 1000, 2049, 4099):
+                image, text, scale = (x.detach() for x in inputs(n, d, dtype))
+                step(image, text, scale)
+                step(shifted(image, 1), shifted(text, 3), shifted(scale, 1))
+                step(wide(image, 1), wide(text, 16), shifted(scale, 2))
+                step(image.T.contiguous().T, text[:1].expand(n, d), scale)
+        print(dtype, d, len(known), sorted(set(binaries) - known))
+"""
+    lines = without_interpreter(code).splitlines()
+    assert len(lines) == 6
+    for line in lines:
+        assert line.endswith(" []"), line
+        assert int(line.split()[2]) >= 9, line
+
+
+def test_the_gate_compiles_what_is_launched() -> None:
+    """Each argument has the type and the divisibility that the gate gives it."""
+    code = """
+import torch
+from benchmarks.launches import inputs, no_device
+from cyclip_loss import CyCLIPLoss
+from cyclip_loss.kernels import compile as gate
+
+def described(signature, attributes):
+    names = list(signature)
+    multiples = {names[path[0]] for path, found in attributes.items() if found}
+    return {name: (kind, name in multiples) for name, kind in signature.items()}
+
+for features, dtype in (("bfloat16", torch.bfloat16), ("float32 ieee", torch.float32)):
+    gated = [
+        (gate.KERNELS[v.kernel].fn.__name__, v.aligned, described(s.signature, s.attrs))
+        for v in gate.variants("sm_90") if v.features in (features, "float32 ieee")
+        for s in [gate.source(v)]
+    ]
+    with no_device(compile_kernels=False) as (_, binaries):
+        loss = CyCLIPLoss(0.5, 0.25, impl="triton")
+        sum(loss(*inputs(4096, 64, dtype), output_dict=True).values()).backward()
+    for launched in binaries.values():
+        name = launched["kernel"].split(".")[-1]
+        description = described(launched["signature"], launched["configs"][0])
+        matches = {aligned for kernel, aligned, of_gate in gated
+                   if kernel == name and of_gate == description}
+        print(features, name, matches == {True}, description)
+"""
+    lines = without_interpreter(code).splitlines()
+    assert len(lines) == 20
+    for line in lines:
+        assert " True " in line, line

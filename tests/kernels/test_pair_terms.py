@@ -1,0 +1,102 @@
+"""The kernels after a sweep, against their formulas in float64."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from cyclip_loss import eager, kernels
+from cyclip_loss.kernels import products
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def negatives_and_pairs(n: int, first_column: int, m: int, spread: float) -> list[Tensor]:
+    """row_negatives, column_negatives, pair_logits and column_pair_logits, float32."""
+    generator = torch.Generator().manual_seed(0)
+    rows, columns, of_columns = (
+        spread * torch.randn(size, generator=generator, device="cpu") for size in (n, m, m)
+    )
+    return [
+        x.to(DEVICE)
+        for x in (rows, columns, of_columns[first_column : first_column + n], of_columns)
+    ]
+
+
+@pytest.mark.parametrize("spread", [1.0, 30.0, 1e4])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("n", "first_column", "m"), [(1, 0, 1), (5, 3, 11), (2049, 1500, 5000)])
+def test_pair_terms(n: int, first_column: int, m: int, symmetric: bool, spread: float) -> None:
+    """Against float64, whose inputs are the same float32 numbers."""
+    inputs = negatives_and_pairs(n, first_column, m, spread)
+    if not symmetric:
+        inputs[1] = inputs[1][:0]
+    actual = kernels.pair_terms(*inputs, first_column, 0.5 / n)
+    exact = eager.pair_terms(*(x.double() for x in inputs), first_column, 0.5 / n)
+    # Two roundings of a difference of numbers as large as `spread`, and of the exponential of it;
+    # log-sum-exps may be near 0.
+    rounding = 4 * spread * torch.finfo(torch.float32).eps
+    for mine, right, atol in zip(actual, exact, (1e-30, rounding, rounding, 1e-30), strict=True):
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine.double(), right, rtol=2e-5, atol=atol)
+
+
+@pytest.mark.parametrize("gap", [-80.0, -20.0, -1e-3, 0.0, 1e-3, 20.0, 39.9, 40.1, 1e4])
+def test_each_gap_is_accurate(gap: float) -> None:
+    """Confident pairs keep their digits, though the loss is below the rounding of 1."""
+    row = torch.full((1,), gap, device=DEVICE)
+    zero = torch.zeros(1, device=DEVICE)
+    loss, row_lse, _, of_pair = kernels.pair_terms(row, zero[:0], zero, zero, 0, 1.0)
+    exact = row.double().item()
+    softplus = max(exact, 0.0) + math.log1p(math.exp(-abs(exact)))
+    sigmoid = (1.0 if exact > 0 else math.exp(exact)) / (1 + math.exp(-abs(exact)))
+    assert loss.item() == pytest.approx(softplus, rel=1e-5)
+    assert row_lse.item() == pytest.approx(softplus, rel=1e-5)
+    assert of_pair.item() == pytest.approx(-sigmoid, rel=1e-5)
+
+
+@pytest.mark.parametrize("place", range(3), ids=["row", "column", "pair"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("n", [3, 4000])
+def test_what_is_not_finite_comes_out_as_nan(place: int, value: float, n: int) -> None:
+    """But for -inf among the negatives: then there is none, and nothing is lost."""
+    row, column, pair = (torch.zeros(n, device=DEVICE) for _ in range(3))
+    (row, column, pair)[place][n - 1] = value
+    loss, row_lse, column_lse, of_pair = kernels.pair_terms(row, column, pair, pair, 0, 0.5 / n)
+    exact = eager.pair_terms(row, column, pair, pair, 0, 0.5 / n)
+    if value == -math.inf and place < 2:
+        torch.testing.assert_close(loss, exact[0])
+        torch.testing.assert_close(of_pair, exact[3])
+        assert bool(row_lse.isfinite().all() & column_lse.isfinite().all())
+    else:
+        assert math.isnan(loss.item())
+        assert math.isnan(exact[0].item())
+        assert not bool(of_pair[n - 1].isfinite()) or place < 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_few_rows_against_many_columns(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sum over columns in chunks is the sum, whatever chunks there are."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(shape, generator=generator).to(dtype) for shape in ((6, 96), (96, 10)))
+    # A block of G is part of wider rows, the features may be too.
+    a = a.new_empty(6, 128)[:, :96].copy_(a).to(DEVICE)
+    b = b.to(DEVICE)
+    exact = a.double() @ b.double()
+    summed = []
+    batched = torch.Tensor.sum
+    monkeypatch.setattr(
+        torch.Tensor,
+        "sum",
+        lambda x, *args, **named: summed.append(len(x)) or batched(x, *args, **named),
+    )
+    for chunk_columns, chunks in ((96, None), (40, 2), (8, 8), (1, 32)):
+        monkeypatch.setattr(products, "CHUNK_COLUMNS", chunk_columns)
+        summed.clear()
+        actual = products.product_over_columns(a, b, torch.float32)
+        assert summed == ([] if chunks is None else [chunks])
+        assert actual.dtype == torch.float32
+        torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=1e-5)
