@@ -1,7 +1,5 @@
 """Autograd of the contrastive term: vectors of N cross from forward to backward, no matrix.
 
-Over ranks, a rank's image rows meet the text columns of all (`exchange.py`).
-
 With l_ij = s * I_i . T_j, r_i and c_j the log-sum-exps of the rows and columns of l, and N pairs:
 
     symmetric   L = 1/(2N) * (sum_i r_i + sum_j c_j - 2 * sum_i l_ii)     (Goel et al. 2022, eq. 1)
@@ -22,88 +20,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from cyclip_loss import distributed, exchange, ops, reference
+from cyclip_loss import distributed, exchange
 from cyclip_loss.distributed import Ranks
 
 
-def _of_pairs(rows: Tensor, cols: Tensor | None, pair_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of all r_i - l_ii (and c_i - l_ii), and what the pairs have in G: (n,).
-
-    rows, cols: (n,), a_i and, if symmetric, b_i; pair_logits: (n,). Formulas above.
-    """
-    gap = (rows if cols is None else torch.stack((rows, cols))) - pair_logits
-    # An infinite pair logit would give a finite loss; inf - inf makes it NaN.
-    gap = gap + (pair_logits - pair_logits)
-    of_pairs = -gap.sigmoid()
-    # Beyond 40, log(1 + exp(x)) is x to the last digit of float64.
-    return F.softplus(gap, threshold=40.0).sum(), of_pairs if cols is None else of_pairs.sum(dim=0)
-
-
 class _Contrastive(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor,
-        symmetric: bool,
-        impl: str,
-    ) -> Tensor:
-        rows, cols, pair_logits = ops.contrastive_lse(
-            image_features, text_features, logit_scale, 0, symmetric, impl
-        )
-        loss, pair_gradient = _of_pairs(rows, cols if symmetric else None, pair_logits)
-        row_lse = torch.logaddexp(rows, pair_logits)
-        column_lse = torch.logaddexp(cols, pair_logits) if symmetric else cols
-        ctx.save_for_backward(
-            image_features, text_features, logit_scale, row_lse, column_lse, pair_gradient
-        )
-        ctx.symmetric, ctx.impl = symmetric, impl
-        loss = loss / (len(image_features) * (2 if symmetric else 1))
-        # An infinite feature may leave an infinite loss; inf - inf makes it NaN, as a NaN stays.
-        return loss + (loss - loss)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        image_features, text_features, logit_scale, row_lse, column_lse, pair_gradient = (
-            ctx.saved_tensors
-        )
-        needs_image, needs_text, needs_scale = ctx.needs_input_grad[:3]
-        weight = grad / (len(image_features) * (2 if ctx.symmetric else 1))
-        image_grad, text_grad, scale_grad = ops.contrastive_grads(
-            image_features,
-            text_features,
-            logit_scale,
-            row_lse,
-            column_lse,
-            pair_gradient,
-            weight,
-            0,
-            ctx.symmetric,
-            needs_image,
-            needs_text,
-            needs_scale,
-            False,
-            ctx.impl,
-        )
-        return (
-            image_grad if needs_image else None,
-            text_grad if needs_text else None,
-            scale_grad if needs_scale else None,
-            None,
-            None,
-        )
-
-
-class _ContrastiveOverRanks(torch.autograd.Function):
-    """The loss of the global batch, and how many ranks stood in (`distributed.agree`).
-
-    gathered: the text features of all ranks, on their way; None: they travel in a ring.
-    """
-
     @staticmethod
     def forward(
         ctx: Any,
@@ -114,96 +37,41 @@ class _ContrastiveOverRanks(torch.autograd.Function):
         symmetric: bool,
         impl: str,
         ranks: Ranks,
-    ) -> tuple[Tensor, Tensor]:
-        if gathered is None:
-            text, find_lse = text_features, exchange.ring_lse
-        else:
-            text, find_lse = distributed.finish_gather(gathered, ranks), exchange.gather_lse
-        rows, cols, pair_logits, column_lse = find_lse(
-            image_features, text, logit_scale, symmetric, impl, *ranks.named()
-        )
-        loss, pair_gradient = _of_pairs(rows, cols if symmetric else None, pair_logits)
-        row_lse = torch.logaddexp(rows, pair_logits)
-        loss, stand_ins = distributed.total(loss, ranks)
-        ctx.save_for_backward(image_features, text, logit_scale, row_lse, column_lse, pair_gradient)
-        ctx.ring, ctx.symmetric, ctx.impl, ctx.ranks = gathered is None, symmetric, impl, ranks
-        ctx.mark_non_differentiable(stand_ins)
-        total = ranks.total(text_features.shape[0])
-        loss = loss / (total * (2 if symmetric else 1))
-        # An infinite feature may leave an infinite loss; inf - inf makes it NaN, as a NaN stays.
-        return loss + (loss - loss), stand_ins
+    ) -> Tensor:
+        columns = text_features if gathered is None else distributed.finish_gather(gathered, ranks)
+        how = (symmetric, impl, *ranks.named())
+        loss, *of_pairs = exchange.contrastive_lse(image_features, columns, logit_scale, *how)
+        ctx.save_for_backward(image_features, columns, logit_scale, *of_pairs)
+        ctx.how = how
+        return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        image_features, text, logit_scale, row_lse, column_lse, pair_gradient = ctx.saved_tensors
-        needs_image, needs_text, needs_scale = ctx.needs_input_grad[:3]
-        ranks = ctx.ranks
-        total = ranks.total(image_features.shape[0])
-        # W times: DDP will average.
-        weight = grad * (ranks.group.size / (total * (2 if ctx.symmetric else 1)))
-        grads = exchange.ring_grads if ctx.ring else exchange.gather_grads
-        image_grad, text_grad, scale_grad = grads(
-            image_features,
-            text,
-            logit_scale,
-            row_lse,
-            column_lse,
-            pair_gradient,
-            weight,
-            ctx.symmetric,
-            needs_image,
-            needs_text,
-            needs_scale,
-            ctx.impl,
-            *ranks.named(),
-        )
-        return (
-            image_grad.to(image_features.dtype) if needs_image else None,
-            text_grad.to(text.dtype) if needs_text else None,
-            scale_grad if needs_scale else None,
-            None,
-            None,
-            None,
-            None,
-        )
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needs = list(ctx.needs_input_grad[:3])
+        arguments = (*ctx.saved_tensors, grad, needs, *ctx.how)
+        grads = exchange.contrastive_grads(*arguments)
+        needed = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+        return (*needed, None, None, None, None)
 
 
 _contrastive: Callable[..., Tensor] = _Contrastive.apply
-_contrastive_over_ranks: Callable[..., tuple[Tensor, Tensor]] = _ContrastiveOverRanks.apply
-
-
-def contrastive_over_ranks(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor,
-    gathered: Tensor | None,
-    impl: str,
-    ranks: Ranks,
-    symmetric: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """As `contrastive_loss` for the global batch, and how many ranks stood in.
-
-    image_features, text_features: (n, D), this rank's; gathered: `distributed.start_gather` of the
-    text features, or None to let them travel in a ring.
-    """
-    return _contrastive_over_ranks(
-        image_features, text_features, logit_scale, gathered, symmetric, impl, ranks
-    )
 
 
 def contrastive_loss(
     image_features: Tensor,
     text_features: Tensor,
     logit_scale: Tensor,
+    gathered: Tensor | None,
+    symmetric: bool,
     impl: str,
-    symmetric: bool = True,
+    ranks: Ranks,
 ) -> Tensor:
     """The contrastive term of checked inputs: a scalar of the accumulation dtype.
 
-    image_features, text_features: (N, D), row i of one is paired with row i of the other;
-    logit_scale: scalar of the accumulation dtype, exp'd. Not `symmetric`: rows to columns only.
+    image_features, text_features: (n, D), this rank's, row i of one is paired with row i of the
+    other; logit_scale: scalar of the accumulation dtype, exp'd; gathered: where the text features
+    are gathered, `distributed.start_gather` of them. Not `symmetric`: rows to columns only.
     """
-    if impl == "reference":
-        dense = reference.contrastive_loss if symmetric else reference.one_way_contrastive_loss
-        return dense(image_features, text_features, logit_scale).to(logit_scale.dtype)
-    return _contrastive(image_features, text_features, logit_scale, symmetric, impl)
+    return _contrastive(
+        image_features, text_features, logit_scale, gathered, symmetric, impl, ranks
+    )

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cyclip_loss import distributed, ops, reference
-from cyclip_loss.distributed import Group
+from cyclip_loss import distributed
+from cyclip_loss.distributed import Ranks
 from cyclip_loss.eager import accumulation_dtype
+from cyclip_loss.ops import engine, like, operator
 
 
 def direct_is_cheaper(n: int, d: int, with_cross: bool) -> bool:
@@ -35,43 +36,73 @@ def direct_is_cheaper(n: int, d: int, with_cross: bool) -> bool:
     return 6 * n < (14 if with_cross else 8) * d
 
 
-def start_over_ranks(
+def _statistics_shapes(
+    image: Tensor, text: Tensor, direct: bool, with_cross: bool, impl: str
+) -> Tensor:
+    n, d = image.shape
+    shape = (n, n) if direct else (3 if with_cross else 2, d, d)
+    return image.new_empty(shape, dtype=accumulation_dtype(image.dtype))
+
+
+@operator(_statistics_shapes)
+def cyclic_statistics(
+    image_features: Tensor, text_features: Tensor, direct: bool, with_cross: bool, impl: str
+) -> Tensor:
+    """W or the Gram matrices of this rank's rows: `eager.cyclic_statistics`."""
+    compute = engine(impl, image_features)
+    return compute.cyclic_statistics(image_features, text_features, direct, with_cross)  # type: ignore[no-any-return]
+
+
+def _grads_shapes(image: Tensor, text: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    needs = others[4]
+    return like(image, needs[0]), like(text, needs[1])
+
+
+@operator(_grads_shapes, gives_gradients=True)
+def cyclic_grads(
+    image_features: Tensor,
+    text_features: Tensor,
+    statistics: Tensor,
+    coefficients: Tensor,
+    direct: bool,
+    with_cross: bool,
+    needs: list[bool],
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of this rank's features: `eager.cyclic_grads`."""
+    compute = engine(impl, image_features)
+    return compute.cyclic_grads(  # type: ignore[no-any-return]
+        image_features, text_features, statistics, coefficients, direct, with_cross, needs
+    )
+
+
+def start_penalties(
     image_features: Tensor,
     text_features: Tensor,
     lambda_inmodal: float,
     lambda_crossmodal: float,
     impl: str,
-    group: Group,
+    ranks: Ranks,
 ) -> Tensor | None:
-    """The Gram matrices and the number of rows, on their way to being summed over ranks.
+    """Over ranks: the Gram matrices and the number of rows, on their way to being summed.
 
-    Returns, for `cyclic_penalties`, 3 D^2 + 1 elements of the accumulation dtype, or None if both
-    lambdas are 0. C is always among them, so that a rank which asks for the terms apart, to log
-    them, sends no more than the others. With the number of rows there too, ranks need not hold
-    equally many.
+    Returns, for `cyclic_penalties`, 3 D^2 + 1 elements of the accumulation dtype; None in one
+    process or if both lambdas are 0. C is always among them, so that a rank which asks for the
+    terms apart, to log them, sends no more than the others. With the number of rows there too,
+    ranks need not hold equally many.
     """
-    if lambda_inmodal == 0 and lambda_crossmodal == 0:
+    if ranks.group is None or (lambda_inmodal == 0 and lambda_crossmodal == 0):
         return None
-    n, d = image_features.shape
-    dtype = accumulation_dtype(image_features.dtype)
-    if n == 0:
-        grams = image_features.new_zeros(3, d, d, dtype=dtype)
-    else:
-        with torch.no_grad():
-            grams = ops.cyclic_statistics(image_features, text_features, False, True, impl)
-    own = torch.cat((grams.reshape(-1), grams.new_full((1,), n)))
-    return distributed.start_all_reduce(own, "sum", group)
-
-
-def _needs_cross(lambda_inmodal: float, lambda_crossmodal: float, separate: bool) -> bool:
-    """Whether q, and so C, is needed: not for the sum of the penalties with equal weights."""
-    return separate or lambda_inmodal != lambda_crossmodal
+    with torch.no_grad():
+        grams = cyclic_statistics(image_features, text_features, False, True, impl)
+    own = torch.cat((grams.reshape(-1), grams.new_full((1,), image_features.shape[0])))
+    return distributed.start_all_reduce(own, "sum", ranks.group)
 
 
 class _CyclicPenalties(torch.autograd.Function):
     """(lambda_in * P_in, lambda_cross * P_cross) if `separate`, else (their sum,).
 
-    started: over `ranks` > 1 ranks, `start_over_ranks`; the penalties are the global ones.
+    started: over `size` > 1 ranks, `start_penalties`; the penalties are the global ones.
     """
 
     @staticmethod
@@ -84,18 +115,18 @@ class _CyclicPenalties(torch.autograd.Function):
         separate: bool,
         impl: str,
         started: Tensor | None,
-        ranks: int,
+        size: int,
     ) -> tuple[Tensor, ...]:
         rows, d = image_features.shape
         n: int | Tensor = rows  # of the global batch, below
-        with_cross = _needs_cross(lambda_inmodal, lambda_crossmodal, separate)
+        # For the sum of the penalties with equal weights, q and so C is not needed.
+        with_cross = separate or lambda_inmodal != lambda_crossmodal
+        direct = started is None and direct_is_cheaper(rows, d, with_cross)
         if started is None:
-            direct = direct_is_cheaper(rows, d, with_cross)
-            saved = statistics = ops.cyclic_statistics(
+            saved = statistics = cyclic_statistics(
                 image_features, text_features, direct, with_cross, impl
             )
         else:
-            direct = False
             saved = distributed.wait(started)
             statistics, n = _unpack(saved, d)
         if direct:
@@ -113,45 +144,30 @@ class _CyclicPenalties(torch.autograd.Function):
 
         ctx.save_for_backward(image_features, text_features, saved)
         ctx.lambdas = (lambda_inmodal, lambda_crossmodal)
-        ctx.direct, ctx.with_cross, ctx.impl, ctx.ranks = direct, with_cross, impl, ranks
+        ctx.direct, ctx.with_cross, ctx.impl, ctx.size = direct, with_cross, impl, size
         # An infinite feature may leave an infinite penalty; inf - inf makes it NaN.
         return tuple(term + (term - term) for term in terms)
 
     @staticmethod
     def backward(ctx: Any, *grad_terms: Tensor) -> tuple[Tensor | None, ...]:
         image_features, text_features, statistics = ctx.saved_tensors
-        needs_image, needs_text = ctx.needs_input_grad[:2]
         n: int | Tensor = image_features.shape[0]
-        if ctx.ranks > 1:
+        if ctx.size > 1:
             statistics, n = _unpack(statistics, image_features.shape[1])
             statistics = statistics if ctx.with_cross else statistics[:2]
-            if image_features.shape[0] == 0:
-                empty = torch.zeros_like(image_features)
-                return (empty if needs_image else None, empty if needs_text else None, *[None] * 6)
-        # ranks times: DDP will average.
-        inmodal = grad_terms[0] * (ctx.ranks * ctx.lambdas[0] / n)
-        crossmodal = grad_terms[-1] * (ctx.ranks * ctx.lambdas[1] / n)
+        # size times: DDP will average.
+        inmodal = grad_terms[0] * (ctx.size * ctx.lambdas[0] / n)
+        crossmodal = grad_terms[-1] * (ctx.size * ctx.lambdas[1] / n)
         coefficients = torch.stack((inmodal + crossmodal, inmodal - crossmodal))
-        image_grad, text_grad = ops.cyclic_grads(
-            image_features,
-            text_features,
-            statistics,
-            coefficients,
-            ctx.direct,
-            ctx.with_cross,
-            needs_image,
-            needs_text,
-            ctx.impl,
-        )
-        return (
-            image_grad if needs_image else None,
-            text_grad if needs_text else None,
-            *[None] * 6,
-        )
+        needs = list(ctx.needs_input_grad[:2])
+        features = (image_features, text_features, statistics, coefficients)
+        grads = cyclic_grads(*features, ctx.direct, ctx.with_cross, needs, ctx.impl)
+        needed = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+        return (*needed, None, None, None, None, None, None)
 
 
 def _unpack(summed: Tensor, d: int) -> tuple[Tensor, Tensor]:
-    """The Gram matrices and the number of rows of `start_over_ranks`."""
+    """The Gram matrices and the number of rows of `start_penalties`."""
     return summed[:-1].view(-1, d, d), summed[-1]
 
 
@@ -166,31 +182,16 @@ def cyclic_penalties(
     separate: bool,
     impl: str,
     started: Tensor | None = None,
-    ranks: int = 1,
+    size: int = 1,
 ) -> tuple[Tensor, ...]:
     """(lambda_inmodal * P_in, lambda_crossmodal * P_cross) of checked inputs, or (their sum,).
 
     Features (N, D); the scalars have the accumulation dtype. Both lambdas 0: nothing is computed.
     With equal lambdas `separate` costs up to 2 N D^2 flops more: only the sum does without C.
-    started: `start_over_ranks`, for the penalties of all of `ranks` ranks.
+    started: `start_penalties`, for the penalties of all of `size` ranks.
     """
-    lambda_inmodal, lambda_crossmodal = float(lambda_inmodal), float(lambda_crossmodal)
-    if lambda_inmodal == 0 and lambda_crossmodal == 0:
+    lambdas = (float(lambda_inmodal), float(lambda_crossmodal))
+    if lambdas == (0, 0):
         zero = image_features.new_zeros((), dtype=accumulation_dtype(image_features.dtype))
         return (zero, torch.zeros_like(zero)) if separate else (zero,)
-    if impl == "reference":
-        dtype = accumulation_dtype(image_features.dtype)
-        features = (image_features, text_features)
-        inmodal = lambda_inmodal * reference.inmodal_cyclic_penalty(*features).to(dtype)
-        crossmodal = lambda_crossmodal * reference.crossmodal_cyclic_penalty(*features).to(dtype)
-        return (inmodal, crossmodal) if separate else (inmodal + crossmodal,)
-    return _cyclic_penalties(
-        image_features,
-        text_features,
-        lambda_inmodal,
-        lambda_crossmodal,
-        separate,
-        impl,
-        started,
-        ranks,
-    )
+    return _cyclic_penalties(image_features, text_features, *lambdas, separate, impl, started, size)

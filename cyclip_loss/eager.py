@@ -1,4 +1,4 @@
-"""The operators in PyTorch, with bounded memory: the engine for CPU, MPS and CUDA without Triton.
+"""The engine in PyTorch, with bounded memory: for CPU, MPS and CUDA without Triton.
 
 Everything is computed strip by strip: a strip is a block of rows against all columns. Products
 accumulate in float32 (float64 for float64 features); 16-bit features are widened first, so their
@@ -7,6 +7,7 @@ products are exact. Notation as in the formulas: I, T are `image_features` (n, D
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Elements of one strip. On CPU 2^22 float32 are 16 MB: strips of 512 rows at N = 8,192, tall enough
@@ -30,7 +31,7 @@ def strip_rows(columns: int, device: torch.device) -> int:
 
 
 def _strips(rows: int, height: int) -> list[tuple[int, int]]:
-    return [(start, min(start + height, rows)) for start in range(0, rows, height)]
+    return [(start, min(start + height, rows)) for start in range(0, rows, max(height, 1))]
 
 
 def _pairs_in_strip(start: int, stop: int, first_column: int, columns: int) -> tuple[int, int, int]:
@@ -80,9 +81,9 @@ def contrastive_lse(
         torch.mm(image_features[start:stop].to(dtype) * logit_scale, text_t, out=logits)
         offset, low, high = _pairs_in_strip(start, stop, first_column, m)
         if high > low:
-            of_pairs = logits.diagonal(offset)[: high - low]
-            pair_logits[low:high] = of_pairs
-            of_pairs.fill_(-torch.inf)
+            diagonal = logits.diagonal(offset)[: high - low]
+            pair_logits[low:high] = diagonal
+            diagonal.fill_(-torch.inf)
         row_max = logits.amax(dim=1, keepdim=True).clamp_(min=lowest)
         torch.sub(logits, row_max, out=exps).exp_()
         row_negatives[start:stop] = exps.sum(dim=1).log_().add_(row_max[:, 0])
@@ -94,6 +95,40 @@ def contrastive_lse(
     return row_negatives, column_sum.log_().add_(column_max), pair_logits
 
 
+def pair_terms(
+    row_negatives: Tensor,
+    column_negatives: Tensor,
+    pair_logits: Tensor,
+    column_pair_logits: Tensor,
+    first_column: int,
+    weight: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the pairs add to the log-sum-exps of their rows' and columns' negatives.
+
+    row_negatives, pair_logits: (n,); column_negatives, column_pair_logits: (m,), of all columns, of
+    which row i's own is `first_column + i`. No column_negatives: only the rows count.
+
+    Returns a scalar, weight * the sum over rows, and over their own columns, of log-sum-exp less
+    pair logit; row_lse (n,) and column_lse (m,), log-sum-exps with the pairs; and pair_gradient
+    (n,), the sum of exp(pair logit - log-sum-exp) - 1 for row and column. The formulas, in which no
+    difference of large numbers occurs, are in `contrastive.py`.
+    """
+    negatives = row_negatives[None]
+    column_lse = column_negatives
+    if column_negatives.shape[0] > 0:
+        own_columns = column_negatives[first_column : first_column + len(row_negatives)]
+        negatives = torch.stack((row_negatives, own_columns))
+        column_lse = torch.logaddexp(column_negatives, column_pair_logits)
+    gap = negatives - pair_logits
+    # An infinite pair logit would give a finite loss; inf - inf makes it NaN.
+    gap = gap + (pair_logits - pair_logits)
+    # Beyond 40, log(1 + exp(x)) is x to the last digit of float64.
+    loss = F.softplus(gap, threshold=40.0).sum() * weight
+    row_lse = torch.logaddexp(row_negatives, pair_logits)
+    # An infinite feature may leave an infinite loss; it becomes NaN too.
+    return loss + (loss - loss), row_lse, column_lse, -gap.sigmoid().sum(dim=0)
+
+
 def contrastive_grads(
     image_features: Tensor,
     text_features: Tensor,
@@ -101,37 +136,37 @@ def contrastive_grads(
     row_lse: Tensor,
     column_lse: Tensor,
     pair_gradient: Tensor,
-    weight: Tensor,
+    grad: Tensor,
+    weight: float,
     first_column: int,
     symmetric: bool,
-    needs_image: bool,
-    needs_text: bool,
-    needs_scale: bool,
+    needs: list[bool],
     wide: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of weight * (sum_i row_lse_i + sum_j column_lse_j - 2 * sum_i pair_logits_i).
+    """Gradients of w * (sum_i row_lse_i + sum_j column_lse_j - 2 * sum_i pair_logits_i).
 
     row_lse, column_lse: log-sum-exps of all logits of a row or column, of all ranks', its pair's
-    among them. With G_ij = pair_gradient_i if j is i's partner, else
+    among them; w = grad * weight. With G_ij = pair_gradient_i if j is i's partner, else
 
         G_ij = exp(l_ij - row_lse_i) + exp(l_ij - column_lse_j)
-        dI = weight * s * G T,   dT = weight * s * G^T I,   ds = weight * sum_ij G_ij (I_i . T_j)
+        dI = w * s * G T,   dT = w * s * G^T I,   ds = w * sum_ij G_ij (I_i . T_j)
 
     Without `symmetric` the columns' terms are left out.
 
-    pair_gradient: (n,), what the second formula less 2 would give for a pair, worked out without
-    that difference (`contrastive.py`); weight: scalar of the accumulation dtype. Shapes as in
-    `contrastive_lse`. Returns dI (n, D) and dT (m, D) in the features' dtype or, if `wide`, in the
-    accumulation dtype (for sums over ranks), empty where not needed, and ds as a scalar, 0 if not
-    needed.
+    pair_gradient: (n,), as `pair_terms` gives it; grad: scalar of the accumulation dtype; needs:
+    which of the three are needed. Shapes as in `contrastive_lse`. Returns dI (n, D) and dT (m, D)
+    in the features' dtype or, if `wide`, in the accumulation dtype (for sums over ranks), empty
+    where not needed, and ds as a scalar, 0 if not needed.
     """
+    needs_image, needs_text, needs_scale = needs
     n, m = len(image_features), len(text_features)
     dtype = accumulation_dtype(image_features.dtype)
     text = text_features.to(dtype)
     height = min(n, strip_rows(m, image_features.device))
     logits_buffer = text.new_empty(height, m)
     gradient_buffer = text.new_empty(height, m)
-    feature_weight = weight * logit_scale
+    weighted_grad = grad * weight
+    feature_weight = weighted_grad * logit_scale
     scale_sum = text.new_zeros(())
     grad_dtype = dtype if wide else image_features.dtype
     image_shape = image_features.shape if needs_image else (0,)
@@ -160,7 +195,7 @@ def contrastive_grads(
     if needs_scale and needs_text and not needs_image:
         scale_sum += torch.dot(text.reshape(-1), text_grad.view(-1))
     text_grad = text_grad.mul_(feature_weight).to(grad_dtype)
-    return image_grad, text_grad, scale_sum.mul_(weight)
+    return image_grad, text_grad, scale_sum.mul_(weighted_grad)
 
 
 def cyclic_statistics(
@@ -197,8 +232,7 @@ def cyclic_grads(
     coefficients: Tensor,
     direct: bool,
     with_cross: bool,
-    needs_image: bool,
-    needs_text: bool,
+    needs: list[bool],
 ) -> tuple[Tensor, Tensor]:
     """Gradients of a * (p + q)/2 + b * (p - q)/2, p = ||U V^T||^2 and q = <U V^T, V U^T>.
 
@@ -212,8 +246,9 @@ def cyclic_grads(
     coefficients: (2,), [a + b, a - b], in the accumulation dtype. Without `with_cross`, a = b is
     known and the second coefficient is not read.
 
-    Returns dI and dT, (N, D) in the features' dtype, empty where not needed.
+    Returns dI and dT, (N, D) in the features' dtype, empty where `needs` says not needed.
     """
+    needs_image, needs_text = needs
     dtype = accumulation_dtype(image_features.dtype)
     n, d = image_features.shape
     total, difference = coefficients[0], coefficients[1]

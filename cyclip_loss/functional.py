@@ -1,24 +1,36 @@
 """The loss as functions: checks the inputs, applies autocast, adds the terms.
 
-Shapes, everywhere: image_features and text_features (N, D), N >= 1, D >= 1, of one floating dtype
-(float64, float32, bfloat16 or float16) on one device, in any strides, row i of one paired with row
-i of the other. The formulas take rows of unit length, as OpenCLIP's models return them; nothing is
-normalised here. logit_scale is a scalar and already exponentiated.
+Common to all of them:
 
-Under `torch.autocast` the features are cast to the autocast dtype (float64 ones excepted, as
-autocast does); logits, sums and the returned loss are float32 (float64 for float64 features).
-First derivatives only.
+    image_features, text_features
+        (N, D), N >= 1, D >= 1, of one floating dtype (float64, float32, bfloat16 or float16) on one
+        device, in any strides, row i of one paired with row i of the other. The formulas take rows
+        of unit length, as OpenCLIP's models return them; nothing is normalised here.
+    logit_scale
+        scalar (one element), already exponentiated; a tensor gets its gradient.
+    lambda_inmodal, lambda_crossmodal
+        weights of the penalties, 0.25 each in the paper. 0 switches a penalty off; both 0 is CLIP.
+    output_dict
+        return the terms, each already weighted, instead of their sum.
+    process_group, dist_impl, uneven
+        as in `cyclip_loss.CyCLIPLoss`. Over ranks (torch.distributed initialised, more than one
+        process) N counts the rows of all of them, and every rank has to make the call.
+    impl
+        "auto", the fastest engine for the features' device; "triton", the kernels for CUDA and
+        ROCm; or "eager", PyTorch in bounded memory.
 
-Over ranks (torch.distributed initialised, more than one process) N counts the rows of all of them,
-and every rank has to make the call. process_group, dist_impl and uneven, everywhere, and what the
-gradients are, as in `cyclip_loss.CyCLIPLoss`.
+Results are scalars of float32 (float64 for float64 features), or a dict of such, NaN if a feature
+is NaN or infinite. Under `torch.autocast` the features are cast to the autocast dtype (float64 ones
+excepted, as autocast does); logits and sums are not. First derivatives only:
+`cyclip_loss.reference` has all of them.
 
-impl, everywhere: "auto" takes the fastest engine for the features' device; "triton", the kernels
-for CUDA and ROCm; "eager", PyTorch in bounded memory; "reference", the dense definition, for
-comparison.
+All raise TypeError where an argument is no tensor or number, or has a dtype that is not supported,
+and ValueError where shapes or devices do not fit, within a rank or between ranks, a batch is empty,
+a lambda is negative, an option is unknown, or the process group cannot be used.
 """
 
 import math
+from collections.abc import Hashable
 from numbers import Real
 
 import torch
@@ -26,9 +38,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from cyclip_loss import contrastive, cyclic, distributed
-from cyclip_loss.distributed import DTYPES, Call, Group, Ranks
+from cyclip_loss.distributed import Ranks
 from cyclip_loss.eager import accumulation_dtype
 from cyclip_loss.ops import IMPLS
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def contrastive_loss(
@@ -43,7 +57,7 @@ def contrastive_loss(
 ) -> Tensor:
     """CLIP's loss, 1/2 * (rows' + columns' cross-entropy), as `open_clip.ClipLoss`.
 
-    Takes 8 N^2 D flops and O(N D) memory. Returns a scalar. Raises as `cyclip_loss` does.
+    Takes 8 N^2 D flops and O(N D) memory. Returns a scalar.
     """
     terms = cyclip_loss(
         image_features,
@@ -74,27 +88,19 @@ def cyclic_penalty(
 
     Takes O(N D^2) flops and O(N D + D^2) memory; independent of any logit scale. Over ranks, which
     may hold any numbers of rows, no feature travels: there is one all-reduce of 3 D^2 + 1 elements,
-    and none in backward. Returns a scalar, or with `output_dict` its two terms by name,
-    which sum to it: `inmodal_cyclic_loss` and `crossmodal_cyclic_loss`. Raises as `cyclip_loss`
-    does.
+    and none in backward.
+
+    Returns a scalar or, with `output_dict`, `inmodal_cyclic_loss` and `crossmodal_cyclic_loss`.
     """
     check_impl(impl)
     check_lambdas(lambda_inmodal, lambda_crossmodal)
-    group = distributed.group_of(process_group)
+    ranks = Ranks(distributed.group_of(process_group))
     image_features, text_features = check_features(
-        image_features, text_features, may_be_empty=group is not None
+        image_features, text_features, may_be_empty=ranks.size > 1
     )
-    if group is not None and impl == "reference":
-        pair = (image_features, text_features)
-        call = _call(pair[0], [pair], lambda_inmodal, lambda_crossmodal, "gather", uneven=True)
-        [(image_features, text_features)] = _whole_batches([pair], group, call)
-        group = None
-    arguments = (image_features, text_features, lambda_inmodal, lambda_crossmodal)
-    if group is None:
-        terms = cyclic.cyclic_penalties(*arguments, output_dict, impl)
-    else:
-        started = cyclic.start_over_ranks(*arguments, impl, group)
-        terms = cyclic.cyclic_penalties(*arguments, output_dict, impl, started, group.size)
+    penalty = (image_features, text_features, lambda_inmodal, lambda_crossmodal)
+    started = cyclic.start_penalties(*penalty, impl, ranks)
+    terms = cyclic.cyclic_penalties(*penalty, output_dict, impl, started, ranks.size)
     if output_dict:
         return {"inmodal_cyclic_loss": terms[0], "crossmodal_cyclic_loss": terms[1]}
     return terms[0]
@@ -118,27 +124,15 @@ def cyclip_loss(
 ) -> Tensor | dict[str, Tensor]:
     """The CyCLIP loss: contrastive + lambda_inmodal * P_in + lambda_crossmodal * P_cross.
 
-    Args:
-        image_features, text_features: (N, D), rows of unit length, paired by position.
-        logit_scale: scalar (one element), exp'd; a tensor gets its gradient.
-        logit_bias: shifts every logit alike, so it changes nothing; its gradient is zero.
-        output_dict: return the terms, each already weighted, instead of their sum:
-            `contrastive_loss`, `inmodal_cyclic_loss`, `crossmodal_cyclic_loss`.
-        lambda_inmodal, lambda_crossmodal: weights of the penalties, 0.25 each in the paper. 0
-            switches a penalty off; both 0 is CLIP.
-        augmented_image_features, augmented_text_features: (N, D), features of a second, augmented
-            view of the same pairs; both or neither. The contrastive term is then the mean of the
-            cross-modal loss and the in-modal one, in which each row has to find its own augmented
-            view (the `--inmodal` option of the authors' code).
+    logit_bias: shifts every logit alike, so it changes nothing; its gradient is zero.
 
-    Returns:
-        A scalar of float32 (float64 for float64 features), or the dict of such scalars. NaN if a
-        feature is NaN or infinite.
+    augmented_image_features, augmented_text_features: (N, D), features of a second, augmented view
+    of the same pairs; both or neither. The contrastive term is then the mean of the cross-modal
+    loss and the in-modal one, in which each row has to find its own augmented view (the `--inmodal`
+    option of the authors' code).
 
-    Raises:
-        TypeError: an argument is no tensor or number, or has a dtype that is not supported.
-        ValueError: shapes or devices do not fit, within a rank or between ranks, a batch is empty,
-            a lambda is negative, or the process group cannot be used.
+    Returns a scalar or, with `output_dict`, `contrastive_loss`, `inmodal_cyclic_loss` and
+    `crossmodal_cyclic_loss`.
     """
     check_impl(impl)
     check_lambdas(lambda_inmodal, lambda_crossmodal)
@@ -154,28 +148,26 @@ def cyclip_loss(
         pairs += _augmented_pairs(
             *pairs[0], augmented_image_features, augmented_text_features, group is not None
         )
-    lambdas = (lambda_inmodal, lambda_crossmodal)
+    penalty = (image_features, text_features, lambda_inmodal, lambda_crossmodal)
+    ranks = Ranks()
     if group is not None:
-        call = _call(image_features, pairs, *lambdas, dist_impl, uneven)
-        if impl == "reference":
-            pairs = _whole_batches(pairs, group, call)
-            group = None
-    if group is None:
-        losses = [
-            contrastive.contrastive_loss(rows, cols, scale, impl, symmetric=at == 0)
-            for at, (rows, cols) in enumerate(pairs)
-        ]
-        penalties = cyclic.cyclic_penalties(*pairs[0], *lambdas, output_dict, impl)
-    else:
-        options = (*lambdas, output_dict, dist_impl, impl)
-
-        def stand_in(ranks: Ranks, rows: int) -> None:
-            made_up = image_features.new_full((rows, image_features.shape[1]), math.inf)
-            with torch.no_grad():
-                _over_ranks([(made_up, made_up)] * len(pairs), scale, *options, ranks)
-
-        ranks = distributed.agree(group, image_features, call, stand_in)
-        losses, penalties = _over_ranks(pairs, scale, *options, ranks)
+        ranks = distributed.agree(
+            group,
+            dist_impl,
+            image_features.shape[0],
+            uneven,
+            _kind(pairs, lambda_inmodal, lambda_crossmodal),
+            {"lambda_inmodal": lambda_inmodal, "lambda_crossmodal": lambda_crossmodal},
+        )
+    # Over ranks the columns are on their way while the Gram matrices are computed, and those while
+    # the contrastive losses are.
+    gathered = [distributed.start_gather(columns, ranks) for _, columns in pairs]
+    started = cyclic.start_penalties(*penalty, impl, ranks)
+    losses = [
+        contrastive.contrastive_loss(*pair, scale, gathered.pop(0), at == 0, impl, ranks)
+        for at, pair in enumerate(pairs)
+    ]
+    penalties = cyclic.cyclic_penalties(*penalty, output_dict, impl, started, ranks.size)
 
     loss = losses[0]
     if len(losses) > 1:
@@ -191,69 +183,25 @@ def cyclip_loss(
     return loss + penalties[0]
 
 
-def _over_ranks(
-    pairs: list[tuple[Tensor, Tensor]],
-    scale: Tensor,
-    lambda_inmodal: float,
-    lambda_crossmodal: float,
-    separate: bool,
-    dist_impl: str,
-    impl: str,
-    ranks: Ranks,
-) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-    """The contrastive loss of each pair and the penalties of the first, of the global batch.
-
-    The columns are on their way while the Gram matrices are computed, and those while the
-    contrastive losses are.
-    """
-    gathered = [
-        distributed.start_gather(cols, ranks) if dist_impl == "gather" else None
-        for _, cols in pairs
-    ]
-    penalty = (*pairs[0], lambda_inmodal, lambda_crossmodal)
-    started = cyclic.start_over_ranks(*penalty, impl, ranks.group)
-    results = [
-        contrastive.contrastive_over_ranks(
-            rows, cols, scale, gathered.pop(0), impl, ranks, symmetric=at == 0
+def _kind(
+    pairs: list[tuple[Tensor, Tensor]], lambda_inmodal: float, lambda_crossmodal: float
+) -> dict[str, Hashable]:
+    """What decides which collectives run, by the name that an error would call it."""
+    features = pairs[0][0]
+    kind: dict[str, Hashable] = {
+        "D": features.shape[1],
+        "dtype": features.dtype,
+        "device type": features.device.type,
+        "whether a penalty has a weight": lambda_inmodal != 0 or lambda_crossmodal != 0,
+        "whether augmented features are given": len(pairs) > 1,
+    }
+    # The gradients of a loss's columns are summed over ranks.
+    names = ("text_features", "augmented_image_features", "augmented_text_features")
+    for name, (_, columns) in zip(names, pairs, strict=False):
+        kind[f"whether {name} requires a gradient"] = (
+            torch.is_grad_enabled() and columns.requires_grad
         )
-        for at, (rows, cols) in enumerate(pairs)
-    ]
-    penalties = cyclic.cyclic_penalties(*penalty, separate, impl, started, ranks.group.size)
-    distributed.check_stand_ins(results[0][1], ranks, pairs[0][0].shape[0])
-    return [loss for loss, _ in results], penalties
-
-
-def _call(
-    features: Tensor,
-    pairs: list[tuple[Tensor, Tensor]],
-    lambda_inmodal: float,
-    lambda_crossmodal: float,
-    dist_impl: str,
-    uneven: bool,
-) -> Call:
-    """What the ranks have to agree on."""
-    return Call(
-        d=features.shape[1],
-        dtype=features.dtype,
-        dist_impl=dist_impl,
-        uneven=uneven,
-        pairs=len(pairs),
-        text_grad=sum(cols.requires_grad << at for at, (_, cols) in enumerate(pairs))
-        * torch.is_grad_enabled(),
-        lambda_inmodal=float(lambda_inmodal),
-        lambda_crossmodal=float(lambda_crossmodal),
-    )
-
-
-def _whole_batches(
-    pairs: list[tuple[Tensor, Tensor]], group: Group, call: Call
-) -> list[tuple[Tensor, Tensor]]:
-    """All ranks' rows on every rank, for the dense definition."""
-    ranks = distributed.agree(group, pairs[0][0], call)
-    return [
-        (distributed.whole_batch(rows, ranks), distributed.whole_batch(cols, ranks))
-        for rows, cols in pairs
-    ]
+    return kind
 
 
 def check_lambdas(lambda_inmodal: float, lambda_crossmodal: float) -> None:

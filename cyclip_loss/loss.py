@@ -30,10 +30,9 @@ class CyCLIPLoss(nn.Module):
             initialised here.
         dist_impl: how the text features reach the other ranks: "gather" or "ring" (see below).
         uneven: whether ranks may hold different numbers of rows, or none. They then exchange the
-            numbers in every call, for which the host waits for the device.
+            numbers in every call, for which the host waits.
         impl: "auto", the fastest engine for the features' device; "triton", the kernels for CUDA
-            and ROCm; "eager", PyTorch in bounded memory; or "reference", the dense definition with
-            its N x N matrices, to compare.
+            and ROCm; or "eager", PyTorch in bounded memory.
 
     Over ranks: rank k of W holds the rows k n .. (k + 1) n of the global batch of N = W n rows.
     Every rank has to make the same calls, with the same arguments but for the features. Each gets
@@ -53,7 +52,7 @@ class CyCLIPLoss(nn.Module):
                                                     lambdas are 0)
         all-reduce, max         8 N                 -
         all-reduce, sum         4 N                 -
-        all-reduce, sum         8                   -
+        all-reduce, sum         4                   -
         backward:
         reduce-scatter, sum     4 N D (input)       -
 
@@ -61,7 +60,7 @@ class CyCLIPLoss(nn.Module):
         all-reduce, sum         4 (3 D^2 + 1)       as above
         W - 1 times a send      n D b               the block at hand is multiplied
         W times a send          8 n (any dtype)     the next block is multiplied
-        all-reduce, sum         8                   -
+        all-reduce, sum         4                   -
         backward:
         W - 1 times two sends   n D b and 4 n       the block at hand is multiplied
         W times a send          4 n D               the next block is multiplied
@@ -70,21 +69,17 @@ class CyCLIPLoss(nn.Module):
     for its columns, without the two all-reduces of N elements and what stands for them in a ring.
 
     In the first call of a kind (D, dtype, device, dist_impl, penalties, augmented features,
-    gradients or not) ranks exchange 9 numbers to check that they agree, for which the host waits.
-    When the number of rows changes, they do so again, after one more forward pass on as many
-    made-up rows as before: that is how a rank learns whether the number changed on all of them. A step with
-    another number of rows than the last of its kind therefore costs a second forward pass.
+    gradients or not) ranks compare all that has to agree, the number of rows too, for which the
+    host waits (`all_gather_object`). After that they trust each other, unless `uneven`. Where the
+    numbers of rows differ later, gloo ends the process with an error and NCCL with the group's
+    time-out; `DataLoader(drop_last=True)` avoids it, or `uneven=True`.
 
     Raises:
         TypeError: a lambda is no number. A bool is refused too: `ClipLoss(True, True)` passes
             `local_loss` and `gather_with_grad` by position, and they must not become weights.
         ValueError: a lambda is negative or not finite, or `use_horovod` is true. When called:
-            `rank` or `world_size` is not the process group's, or ranks do not agree: on the kind
-            of call, on the lambdas, or, without `uneven`, on the number of rows. That is seen on
-            every rank in the first call of a kind. If later the number of rows changes on some
-            ranks only, it is seen on CPU on every rank, on other devices by those whose number
-            changed; the others get a NaN loss and should not go on. Under `torch.compile` ranks
-            compare nothing, unless `uneven`.
+            `rank` or `world_size` is not the process group's; or, on every rank and with all that
+            differs, ranks do not agree in the first call of a kind or with `uneven`.
     """
 
     def __init__(
@@ -132,7 +127,7 @@ class CyCLIPLoss(nn.Module):
 
         image_features, text_features: (N, D), rows of unit length, over ranks this rank's;
         logit_scale: scalar, exp'd. Everything else, and the errors raised, as in
-        `cyclip_loss.functional.cyclip_loss`.
+        `cyclip_loss.functional`.
         """
         distributed.check_rank(self.process_group, self.rank, self.world_size)
         return functional.cyclip_loss(
@@ -192,7 +187,7 @@ class CyclicPenalty(nn.Module):
         """The penalty, or with `output_dict` its two terms, which sum to it.
 
         image_features, text_features: (N, D), rows of unit length. Errors as in
-        `cyclip_loss.functional.cyclip_loss`.
+        `cyclip_loss.functional`.
         """
         return functional.cyclic_penalty(
             image_features,

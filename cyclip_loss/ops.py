@@ -1,19 +1,20 @@
-"""The custom operators: four names that autograd calls, each computed by one of two engines.
+"""What makes a function an operator of `torch.ops.cyclip_loss`, and which engine computes.
 
-(Four more, in `exchange.py`, are made of these and of collectives.)
+There are four: `contrastive_lse` and `contrastive_grads` in `exchange.py`, `cyclic_statistics` and
+`cyclic_grads` in `cyclic.py`. To `torch.compile` they are opaque but for the shapes of their
+results, and they have no derivatives: the autograd of the loss is in `contrastive.py` and
+`cyclic.py`.
 
-The engines are `eager.py` and, on CUDA and ROCm, the Triton kernels; both have a function of each
-operator's name, with the arguments of the signatures below less the last. To `torch.compile` an
-operator is opaque but for the shapes given here. None has a derivative of its own: the autograd of
-the loss is in `contrastive.py` and `cyclic.py`.
+The engines that they call are `eager.py` and, on CUDA and ROCm, the Triton kernels: two modules
+with the same functions.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, wraps
 from importlib import metadata
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,17 +22,23 @@ from torch.library import custom_op
 
 from cyclip_loss import eager
 
-IMPLS = ("auto", "triton", "eager", "reference")
+IMPLS = ("auto", "triton", "eager")
 # Before Triton 3.9 the kernels do not compile for sm_100, or come out without their products.
 TRITON_FOR_BLACKWELL = (3, 9)
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
-def _engine(impl: str, features: Tensor) -> ModuleType:
+
+def engine(impl: str, features: Tensor) -> ModuleType:
     """The module that computes: what `impl` names, or the fastest for the features' device.
 
-    float64 is always computed by the eager engine: GPUs have no use for it here but in tests.
+    float64 is always computed by the eager engine: GPUs have no use for it here but in tests. So is
+    what a rank without rows has to contribute: no kernel can be launched for nothing.
+
+    Raises:
+        ValueError: the kernels were asked for, and do not run on the features' device.
     """
-    if impl == "eager" or features.dtype == torch.float64:
+    if impl == "eager" or features.dtype == torch.float64 or features.shape[0] == 0:
         return eager
     if impl == "triton" or (features.is_cuda and _has_kernels(features.device)):
         from cyclip_loss import kernels
@@ -66,126 +73,62 @@ def triton_version() -> tuple[int, ...]:
     return tuple(int(part) for part in metadata.version("triton").split(".")[:2])
 
 
-class Operator:
-    """One operator: `custom_op` where it is traced, and a shorter way for all else.
+def operator(
+    shapes: Callable[..., Any], gives_gradients: bool = False
+) -> Callable[[_Function], _Function]:
+    """Make a function the operator `cyclip_loss::<its name>`; its annotations are the schema.
 
-    Four calls through the dispatcher were a tenth of the loss at N = 128, D = 512 on CPU.
-    Tracing needs them (`torch.compile`, `torch.export`, fake tensors), and so does grad mode, in
-    which they refuse second derivatives; an ordinary forward and backward pass needs neither.
+    The first argument is a tensor. The function is called by position, with autocast off: the
+    features have the autocast dtype already, logits, sums and gradients must not get it.
 
-    compute: if not given, the function of this name of the engine that the last argument chooses.
+    A call goes through PyTorch's dispatcher where something is traced (`torch.compile`,
+    `torch.export`, fake tensors) and in grad mode, in which it refuses second derivatives. An
+    ordinary forward and backward pass needs neither and calls the function itself: the dispatcher
+    takes ten times as long (18 and 1.8 microseconds a call).
+
+    Args:
+        shapes: takes what the function takes; returns tensors like its results, of any values.
+        gives_gradients: a derivative of the results would be a second derivative of the loss, and
+            is an error. Without it a second backward pass would silently leave the loss out.
     """
 
-    def __init__(
-        self, name: str, signature: str, compute: Callable[..., Any] | None = None
-    ) -> None:
-        self.name = name
-        self._compute = compute or self._compute_by_engine
-        self.custom_op: Any = custom_op(
-            f"cyclip_loss::{name}", self._compute, mutates_args=(), schema=signature
-        )
+    def declare(function: _Function) -> _Function:
+        @wraps(function)
+        def compute(*arguments: Any) -> Any:
+            device_type = arguments[0].device.type
+            if not torch.is_autocast_enabled(device_type):
+                return function(*arguments)
+            with torch.autocast(device_type, enabled=False):
+                return function(*arguments)
 
-    def __call__(self, *arguments: Any) -> Any:
-        """Arguments as in the signature, by position."""
-        if (
-            torch.compiler.is_compiling()
-            or torch.is_grad_enabled()
-            or any(isinstance(a, Tensor) and type(a) is not Tensor for a in arguments)
-        ):
-            return self.custom_op(*arguments)
-        return self._compute(*arguments)
+        traced: Any = custom_op(f"cyclip_loss::{function.__name__}", compute, mutates_args=())
+        traced.register_fake(shapes)
+        if gives_gradients:
+            traced.register_autograd(_no_second_derivatives)
 
-    def _compute_by_engine(self, *arguments: Any) -> Any:
-        *arguments_of_engine, impl = arguments
-        features = arguments[0]
-        compute = getattr(_engine(impl, features), self.name)
-        device_type = features.device.type
-        if not torch.is_autocast_enabled(device_type):
-            return compute(*arguments_of_engine)
-        # The features have the autocast dtype already; logits, sums and gradients must not get it.
-        with torch.autocast(device_type, enabled=False):
-            return compute(*arguments_of_engine)
+        @wraps(function)
+        def call(*arguments: Any) -> Any:
+            if (
+                torch.compiler.is_compiling()
+                or torch.is_grad_enabled()
+                or any(isinstance(a, Tensor) and type(a) is not Tensor for a in arguments)
+            ):
+                return traced(*arguments)
+            return compute(*arguments)
+
+        return call  # type: ignore[return-value]
+
+    return declare
 
 
-contrastive_lse = Operator(
-    "contrastive_lse",
-    "(Tensor image_features, Tensor text_features, Tensor logit_scale, SymInt first_column, "
-    "bool symmetric, str impl) -> (Tensor, Tensor, Tensor)",
-)
-contrastive_grads = Operator(
-    "contrastive_grads",
-    "(Tensor image_features, Tensor text_features, Tensor logit_scale, Tensor row_lse, "
-    "Tensor column_lse, Tensor pair_gradient, Tensor weight, SymInt first_column, "
-    "bool symmetric, bool needs_image, bool needs_text, bool needs_scale, bool wide, str impl) "
-    "-> (Tensor, Tensor, Tensor)",
-)
-cyclic_statistics = Operator(
-    "cyclic_statistics",
-    "(Tensor image_features, Tensor text_features, bool direct, bool with_cross, str impl) "
-    "-> Tensor",
-)
-cyclic_grads = Operator(
-    "cyclic_grads",
-    "(Tensor image_features, Tensor text_features, Tensor statistics, Tensor coefficients, "
-    "bool direct, bool with_cross, bool needs_image, bool needs_text, str impl) "
-    "-> (Tensor, Tensor)",
-)
-
-
-def _contrastive_lse_shapes(
-    image: Tensor, text: Tensor, *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    _, _, symmetric, _ = arguments
-    # shape[0], not len: len would fix a symbolic size, and every N would compile anew.
-    dtype = eager.accumulation_dtype(image.dtype)
-    rows = image.new_empty(image.shape[0], dtype=dtype)
-    columns = image.new_empty(text.shape[0] if symmetric else 0, dtype=dtype)
-    return rows, columns, torch.empty_like(rows)
-
-
-def _contrastive_grads_shapes(
-    image: Tensor, text: Tensor, *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    row_lse, needs_image, needs_text, wide = arguments[1], *arguments[7:9], arguments[10]
-    dtype = row_lse.dtype if wide else image.dtype
-    return (
-        _like(image, needs_image).to(dtype),
-        _like(text, needs_text).to(dtype),
-        row_lse.new_empty(()),
-    )
-
-
-def _cyclic_statistics_shapes(
-    image: Tensor, text: Tensor, direct: bool, with_cross: bool, impl: str
-) -> Tensor:
-    n, d = image.shape
-    shape = (n, n) if direct else (3 if with_cross else 2, d, d)
-    return image.new_empty(shape, dtype=eager.accumulation_dtype(image.dtype))
-
-
-def _cyclic_grads_shapes(image: Tensor, text: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    needs_image, needs_text = arguments[4:6]
-    return _like(image, needs_image), _like(text, needs_text)
-
-
-contrastive_lse.custom_op.register_fake(_contrastive_lse_shapes)
-contrastive_grads.custom_op.register_fake(_contrastive_grads_shapes)
-cyclic_statistics.custom_op.register_fake(_cyclic_statistics_shapes)
-cyclic_grads.custom_op.register_fake(_cyclic_grads_shapes)
-
-
-def _like(features: Tensor, needed: bool) -> Tensor:
+def like(features: Tensor, needed: bool) -> Tensor:
+    """A gradient's shape and dtype; nothing where it is not needed."""
     return features.new_empty(features.shape if needed else (0,))
 
 
-def no_second_derivatives(ctx: Any, *grads: Tensor) -> NoReturn:
-    """The derivative of an operator that gives gradients: an error."""
+def _no_second_derivatives(ctx: Any, *grads: Tensor) -> NoReturn:
     raise RuntimeError(
         "cyclip_loss has first derivatives only: its gradients cannot be differentiated again "
-        "(as a gradient penalty or create_graph=True with a second backward would)"
+        "(as a gradient penalty or create_graph=True with a second backward would). "
+        "cyclip_loss.reference.cyclip_loss has all derivatives, and N x N matrices"
     )
-
-
-# Without these a second backward through the gradients would silently leave the loss out.
-contrastive_grads.custom_op.register_autograd(no_second_derivatives)
-cyclic_grads.custom_op.register_autograd(no_second_derivatives)

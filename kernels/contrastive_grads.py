@@ -138,15 +138,15 @@ def contrastive_grads(
     row_lse: Tensor,
     column_lse: Tensor,
     pair_gradient: Tensor,
-    weight: Tensor,
+    grad: Tensor,
+    weight: float,
     first_column: int,
     symmetric: bool,
-    needs_image: bool,
-    needs_text: bool,
-    needs_scale: bool,
+    needs: list[bool],
     wide: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `cyclip_loss.eager.contrastive_grads`."""
+    needs_image, needs_text, needs_scale = needs
     precision = Precision.of(image_features)
     config = config_for("contrastive", image_features, precision)
     tile = config.tile
@@ -155,11 +155,12 @@ def contrastive_grads(
     # float16 is exact to 11 bits only above 6e-5, and most of G is smaller: store 2^14 * G, of
     # which the largest, 2^15, still fits.
     shift = 14 if image.dtype == torch.float16 else 0
-    feature_weight = weight * logit_scale * 2.0**-shift
+    weighted_grad = grad * weight
+    feature_weight = weighted_grad * logit_scale * 2.0**-shift
     grad_dtype = row_lse.dtype if wide else image.dtype
     image_grad = image.new_empty(image_features.shape if needs_image else (0,), dtype=grad_dtype)
     text_sum = row_lse.new_zeros(text_features.shape if needs_text else (0,))
-    scale_sum = weight.new_zeros(())
+    scale_sum = row_lse.new_zeros(())
 
     bm, bn = tile["BM"], tile["BN"]
     height = triton.cdiv(min(n, BLOCK_ROWS), bm) * bm
@@ -210,7 +211,7 @@ def contrastive_grads(
         if needs_image:
             image_grad[start : start + rows] = image_sum.mul_(feature_weight)
     text_grad = text_sum.mul_(feature_weight).to(grad_dtype)
-    return image_grad, text_grad, scale_sum.mul_(weight)
+    return image_grad, text_grad, scale_sum.mul_(weighted_grad)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

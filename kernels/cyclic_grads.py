@@ -88,21 +88,14 @@ def cyclic_grads(
     coefficients: Tensor,
     direct: bool,
     with_cross: bool,
-    needs_image: bool,
-    needs_text: bool,
+    needs: list[bool],
 ) -> tuple[Tensor, Tensor]:
     """As `cyclip_loss.eager.cyclic_grads`."""
     if direct:
         return eager.cyclic_grads(
-            image_features,
-            text_features,
-            statistics,
-            coefficients,
-            direct,
-            with_cross,
-            needs_image,
-            needs_text,
+            image_features, text_features, statistics, coefficients, direct, with_cross, needs
         )
+    needs_image, needs_text = needs
     precision = Precision.of(image_features, widened=True)
     config = config_for("cyclic_grads", image_features, precision)
     tile = config.tile
