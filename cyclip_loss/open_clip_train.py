@@ -35,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises SystemExit, with one line that says why, where it can't train with the CyCLIP loss.
     """
     parser = _parser()
-    ours, theirs = parser.parse_known_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    # torchrun takes a "--" between its own flags and these; some versions of Python hand it on.
+    ours, theirs = parser.parse_known_args(argv[1:] if argv[:1] == ["--"] else argv)
     if "help" in ours:
         print(parser.format_help(), "\nand open_clip_train's own:\n", sep="\n", flush=True)
         theirs = ["--help"]
@@ -155,4 +157,4 @@ def _then(first: Callable[..., Any], second: Callable[[Any], Any]) -> Callable[.
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
