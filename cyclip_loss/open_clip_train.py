@@ -140,7 +140,7 @@ class _Swap:
     def _note(self, *_: Any) -> None:
         self.called = True
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def check(self, *_: Any) -> None:
         """After an optimizer step: stop unless the loss was called."""
         if not self.called:
