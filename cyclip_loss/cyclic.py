@@ -91,7 +91,7 @@ def start_penalties(
     terms apart, to log them, sends no more than the others. With the number of rows there too,
     ranks need not hold equally many.
     """
-    if ranks.group is None or (lambda_inmodal == 0 and lambda_crossmodal == 0):
+    if ranks.group is None or not (lambda_inmodal > 0 or lambda_crossmodal > 0):
         return None
     with torch.no_grad():
         grams = cyclic_statistics(image_features, text_features, False, True, impl)
@@ -100,7 +100,7 @@ def start_penalties(
 
 
 class _CyclicPenalties(torch.autograd.Function):
-    """(lambda_in * P_in, lambda_cross * P_cross) if `separate`, else (their sum,).
+    """(P_in, P_cross) if `with_cross`, else (their sum,), which does without q and so without C.
 
     started: over `size` > 1 ranks, `start_penalties`; the penalties are the global ones.
     """
@@ -110,17 +110,13 @@ class _CyclicPenalties(torch.autograd.Function):
         ctx: Any,
         image_features: Tensor,
         text_features: Tensor,
-        lambda_inmodal: float,
-        lambda_crossmodal: float,
-        separate: bool,
+        with_cross: bool,
         impl: str,
         started: Tensor | None,
         size: int,
     ) -> tuple[Tensor, ...]:
         rows, d = image_features.shape
         n: int | Tensor = rows  # of the global batch, below
-        # For the sum of the penalties with equal weights, q and so C is not needed.
-        with_cross = separate or lambda_inmodal != lambda_crossmodal
         direct = started is None and direct_is_cheaper(rows, d, with_cross)
         if started is None:
             saved = statistics = cyclic_statistics(
@@ -137,13 +133,10 @@ class _CyclicPenalties(torch.autograd.Function):
             q = (statistics[2] * statistics[2].T).sum() if with_cross else torch.zeros_like(p)
             # Sums of squares both: rounding must not make them negative. `clamp` keeps NaN.
             p_plus_q, p_minus_q = (p + q).clamp(min=0), (p - q).clamp(min=0)
-        inmodal = p_plus_q * (lambda_inmodal / (2 * n))
-        crossmodal = p_minus_q * (lambda_crossmodal / (2 * n))
-        # Tensors of their own: a caller may write `loss += ...`, which views would refuse.
-        terms = (inmodal, crossmodal) if separate else (inmodal + crossmodal,)
+        inmodal, crossmodal = p_plus_q / (2 * n), p_minus_q / (2 * n)
+        terms = (inmodal, crossmodal) if with_cross else (inmodal + crossmodal,)
 
         ctx.save_for_backward(image_features, text_features, saved)
-        ctx.lambdas = (lambda_inmodal, lambda_crossmodal)
         ctx.direct, ctx.with_cross, ctx.impl, ctx.size = direct, with_cross, impl, size
         # An infinite feature may leave an infinite penalty; inf - inf makes it NaN.
         return tuple(term + (term - term) for term in terms)
@@ -156,14 +149,13 @@ class _CyclicPenalties(torch.autograd.Function):
             statistics, n = _unpack(statistics, image_features.shape[1])
             statistics = statistics if ctx.with_cross else statistics[:2]
         # size times: DDP will average.
-        inmodal = grad_terms[0] * (ctx.size * ctx.lambdas[0] / n)
-        crossmodal = grad_terms[-1] * (ctx.size * ctx.lambdas[1] / n)
+        inmodal, crossmodal = (grad_terms[at] * (ctx.size / n) for at in (0, -1))
         coefficients = torch.stack((inmodal + crossmodal, inmodal - crossmodal))
         needs = list(ctx.needs_input_grad[:2])
         features = (image_features, text_features, statistics, coefficients)
         grads = cyclic_grads(*features, ctx.direct, ctx.with_cross, needs, ctx.impl)
         needed = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-        return (*needed, None, None, None, None, None, None)
+        return (*needed, None, None, None, None)
 
 
 def _unpack(summed: Tensor, d: int) -> tuple[Tensor, Tensor]:
@@ -190,8 +182,18 @@ def cyclic_penalties(
     With equal lambdas `separate` costs up to 2 N D^2 flops more: only the sum does without C.
     started: `start_penalties`, for the penalties of all of `size` ranks.
     """
-    lambdas = (float(lambda_inmodal), float(lambda_crossmodal))
-    if lambdas == (0, 0):
+    # `torch.compile` makes a number a constant, and compiles anew for each other one, where it goes
+    # into an autograd.Function, is compared by == or is not used. So the weights stay outside, are
+    # compared by < and >, and are used both, also where they are equal.
+    if not (lambda_inmodal > 0 or lambda_crossmodal > 0):
         zero = image_features.new_zeros((), dtype=accumulation_dtype(image_features.dtype))
         return (zero, torch.zeros_like(zero)) if separate else (zero,)
-    return _cyclic_penalties(image_features, text_features, *lambdas, separate, impl, started, size)
+    with_cross = separate
+    if lambda_inmodal < lambda_crossmodal or lambda_inmodal > lambda_crossmodal:
+        with_cross = True
+    penalties = _cyclic_penalties(image_features, text_features, with_cross, impl, started, size)
+    if not with_cross:
+        half = penalties[0] / 2
+        return (half * lambda_inmodal + half * lambda_crossmodal,)
+    inmodal, crossmodal = penalties[0] * lambda_inmodal, penalties[1] * lambda_crossmodal
+    return (inmodal, crossmodal) if separate else (inmodal + crossmodal,)

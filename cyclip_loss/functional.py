@@ -192,7 +192,7 @@ def _kind(
         "D": features.shape[1],
         "dtype": features.dtype,
         "device type": features.device.type,
-        "whether a penalty has a weight": lambda_inmodal != 0 or lambda_crossmodal != 0,
+        "whether a penalty has a weight": lambda_inmodal > 0 or lambda_crossmodal > 0,
         "whether augmented features are given": len(pairs) > 1,
     }
     # The gradients of a loss's columns are summed over ranks.
@@ -205,19 +205,21 @@ def _kind(
 
 
 def check_lambdas(lambda_inmodal: float, lambda_crossmodal: float) -> None:
-    """Raise unless both are finite numbers >= 0.
+    """Raise unless both are finite numbers >= 0."""
+    check_lambda("lambda_inmodal", lambda_inmodal)
+    check_lambda("lambda_crossmodal", lambda_crossmodal)
+
+
+def check_lambda(name: str, value: float) -> None:
+    """Raise unless it is a finite number >= 0.
 
     A bool is refused by name: `ClipLoss(False, True)` passes `local_loss` and `gather_with_grad` by
     position, which must not turn into weights.
     """
-    for name, value in (
-        ("lambda_inmodal", lambda_inmodal),
-        ("lambda_crossmodal", lambda_crossmodal),
-    ):
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(f"{name} must be a number >= 0, got {value!r}")
-        if not math.isfinite(value) or value < 0:
-            raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number >= 0, got {value!r}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
 
 
 def check_impl(impl: str) -> None:

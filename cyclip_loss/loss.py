@@ -1,12 +1,23 @@
 """The modules: `CyCLIPLoss`, a drop-in for `open_clip.ClipLoss`, and `CyclicPenalty`."""
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from cyclip_loss import distributed, functional
 
 
-class CyCLIPLoss(nn.Module):
+class _Weighted(nn.Module):
+    """A module whose weights are checked when they are set, at first and by a schedule."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("lambda_inmodal", "lambda_crossmodal"):
+            functional.check_lambda(name, value)
+        super().__setattr__(name, value)
+
+
+class CyCLIPLoss(_Weighted):
     """CLIP's contrastive loss with the cyclic penalties of CyCLIP (Goel et al. 2022).
 
         loss = contrastive + lambda_inmodal * P_in + lambda_crossmodal * P_cross
@@ -99,7 +110,6 @@ class CyCLIPLoss(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        functional.check_lambdas(lambda_inmodal, lambda_crossmodal)
         functional.check_impl(impl)
         if use_horovod:
             raise ValueError("use_horovod=True is not supported: use torch.distributed")
@@ -155,7 +165,7 @@ class CyCLIPLoss(nn.Module):
         return shown
 
 
-class CyclicPenalty(nn.Module):
+class CyclicPenalty(_Weighted):
     """The cyclic penalties alone, to add to another loss: SigLIP, CoCa, or one's own.
 
         penalty = lambda_inmodal * P_in + lambda_crossmodal * P_cross
@@ -174,7 +184,6 @@ class CyclicPenalty(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        functional.check_lambdas(lambda_inmodal, lambda_crossmodal)
         functional.check_impl(impl)
         self.lambda_inmodal = lambda_inmodal
         self.lambda_crossmodal = lambda_crossmodal
