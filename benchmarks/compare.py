@@ -1,23 +1,20 @@
 """`python -m benchmarks`: the loss beside what one would use instead, on the machine at hand.
 
-Time, memory, accuracy and the share of a training step, as tables in the terminal and as a record
-(JSON, Markdown, pictures) in `results/`. On CUDA if there is a device, else on the CPU.
+Time, memory, accuracy and the share of a training step, as a summary in the terminal and as a
+record (JSON, Markdown, pictures) in `results/`. On CUDA if there is a device, else on the CPU.
 `--dry-run` goes the same way on CPU with tiny sizes, and proves no speed.
 """
 
 import argparse
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import accuracy, cost, fresh_process, plan, plots, record, tables, training_step
+from benchmarks import accuracy, cost, fresh_process, plan, plot, record, report, training_step
 from benchmarks.competitors import (
     DENSE,
     OPEN_CLIP,
@@ -27,19 +24,18 @@ from benchmarks.competitors import (
     competitors,
     ours,
 )
-from benchmarks.contention import BUSY, Contention
-from benchmarks.figures import figures
 from benchmarks.memory import available_bytes, outcome_of
 from benchmarks.run import Run, Section
-from benchmarks.summary import summary
 
 PARTS = (OURS_CONTRASTIVE, OURS_PENALTIES)
+# Beyond so many running processes for each core, times mean little.
+BUSY = 0.25
 # What it says meanwhile, and a function that measures: rows of the section.
 Task = tuple[str, Callable[[], list[dict[str, Any]]]]
 
 
 def main(options: argparse.Namespace) -> int:
-    """Measure everything, print the tables, write the record and the pictures."""
+    """Measure everything, write the record and the pictures, print the summary."""
     on_cuda = torch.cuda.is_available() and not options.dry_run
     run = Run(options.dry_run, options.seed, device=torch.device("cuda" if on_cuda else "cpu"))
     chosen = plan.DRY_RUN if options.dry_run else plan.CUDA if on_cuda else plan.CPU
@@ -52,58 +48,30 @@ def main(options: argparse.Namespace) -> int:
         "error of penalties": penalty_error_tasks(run, chosen),
         "training step": [(chosen.model, lambda: training(run, found, chosen))],
     }
-    console = Console()
     try:
-        with progress(run, console, sum(map(len, sections.values()))) as begin:
-            for name, tasks in sections.items():
-                with run.part(name) as section:
-                    for competitor, reason in reasons.items() if name == "cost" else ():
-                        run.skip(competitor, reason)
-                    for what, measure in tasks:
-                        begin(f"{name}: {what}")
-                        try:
-                            section.rows += measure()
-                        except Exception as error:  # the other tasks go on
-                            run.fail(f"{what}: {outcome_of(error)}")
+        for name, tasks in sections.items():
+            with run.part(name) as section:
+                for competitor, reason in reasons.items() if name == "cost" else ():
+                    run.skip(competitor, reason)
+                for number, (what, measure) in enumerate(tasks, 1):
+                    run.say(f"{number}/{len(tasks)} {what}")
+                    try:
+                        section.rows += measure()
+                    except Exception as error:  # the other tasks go on
+                        run.fail(f"{what}: {outcome_of(error)}")
     except KeyboardInterrupt:  # what there is becomes a record that says so
         run.fail("interrupted")
         for name in sections:
             run.sections.setdefault(name, Section())
 
-    described = record.describe(run)
-    described["ours"] = ours(run.device)
-    described["figures"] = figures(described["sections"], described["ours"])
-    if run.dry_run:  # at these sizes nothing is to be reached
-        described["figures"] = [{**row, "target": "-", "met": "-"} for row in described["figures"]]
+    described = {**record.describe(run), "ours": ours(run.device)}
     folder = options.out or Path(tempfile.mkdtemp(prefix="cyclip-loss-dry-run-"))
     stem = f"side-by-side-{described['card']}-{described['date']}"
-    text = tables.markdown(described, summary(described))
-    files = record.write(folder, stem, described, text)
-    for view in tables.views(described):
-        console.print(tables.for_terminal(view))
-    for file in (*files, *plots.draw(described, files[0])):
+    files = record.write(folder, stem, described, report.markdown(described))
+    print("\n".join(report.summary(described)))
+    for file in (*files, *plot.draw(described, files[0])):
         print(f"wrote {file}")
     return 1 if any(section.failures for section in run.sections.values()) else 0
-
-
-@contextmanager
-def progress(run: Run, console: Console, total: int) -> Iterator[Callable[[str], None]]:
-    """Yields a function that says what begins; a bar on a terminal, else a line each."""
-    columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn())
-    text = TextColumn("{task.description}")
-    with Progress(*columns, text, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
-        begun = 0
-
-        def begin(what: str) -> None:
-            nonlocal begun
-            bar.update(task, completed=begun, description=what)
-            begun += 1
-            if not console.is_terminal:
-                run.say(f"{begun}/{total} {what}")
-
-        yield begin
-        bar.update(task, completed=total, description="done")
 
 
 def machine(run: Run, chosen: plan.Plan) -> list[dict[str, Any]]:
@@ -112,6 +80,8 @@ def machine(run: Run, chosen: plan.Plan) -> list[dict[str, Any]]:
     row: dict[str, Any] = {"threads": torch.get_num_threads()}
     if hasattr(os, "getloadavg"):
         row["load before"] = os.getloadavg()[0]
+        if row["load before"] > BUSY * (os.cpu_count() or 1):
+            run.warn(f"the machine was busy, load {row['load before']:.1f}; do not trust the times")
     if available is not None:
         row["available MB"] = available / 1e6
     row["dtype"] = str(chosen.dtype).removeprefix("torch.")
@@ -133,19 +103,9 @@ def cost_tasks(run: Run, found: list[Competitor], chosen: plan.Plan) -> list[Tas
             return cost.attempt(run, competitor.loss, leaves)
 
         most = cost.MOST_RUNS if n <= chosen.timed_up_to else 0
-        meanwhile = Contention()
         rows = cost.measure(
             run, candidates, n, d, chosen.dtype, try_first, chosen.seconds, chosen.least, most
         )
-        others = meanwhile.share()
-        if others is not None:
-            for row in rows:
-                row["others' CPU"] = others
-            if others > BUSY:
-                run.warn(
-                    f"N = {n:,}, D = {d:,}: other processes took {tables.percent(others)} of the "
-                    "cores' time meanwhile; do not trust the times"
-                )
         for measured in run.sections["machine"].rows:
             cost.add_fraction_of_rate(rows, 1e9 * measured["GFLOP/s"])
         return rows

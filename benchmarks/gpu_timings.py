@@ -1,21 +1,31 @@
-"""How fast and how much memory: the loss beside its competitors, each kernel beside the model."""
+"""How fast and how much memory: the loss beside its competitors, and kernel by kernel."""
 
 from collections.abc import Callable
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.chips import H100, chip_of
-from benchmarks.competitors import COMPILED, Competitor, competitors, ours
-from benchmarks.cost import Attempt, attempt, leaves_of, matrix_rate, measure, warm_up
-from benchmarks.model import predict
+from benchmarks.competitors import BUILDERS, COMPILED, Competitor, competitors, ours
+from benchmarks.cost import (
+    Attempt,
+    add_fraction_of_rate,
+    attempt,
+    leaves_of,
+    matrix_rate,
+    measure,
+    step_of,
+    warm_up,
+)
 from benchmarks.run import Run
-from benchmarks.timing import Step, Times, interleaved
-from cyclip_loss import ops
+from benchmarks.timing import interleaved
 
 # N, D; of the last two, only what needs no N x N matrix.
 SIZES = ((4096, 512), (16384, 1024), (32768, 768), (65536, 768), (131072, 768), (262144, 768))
+KERNEL_SIZES = ((512, 512), (4096, 512), (65536, 768))
+DRY_RUN_SIZES = ((96, 32),)
 DENSE_LIMIT = 65536
 SECONDS_PER_SIZE = 6.0
+KERNELS_SHOWN = 12
 
 
 def ceilings(run: Run) -> None:
@@ -31,9 +41,9 @@ def ceilings(run: Run) -> None:
         end()
 
     for _ in range(5):
-        target.copy_(source)
-    median = _medians({"copy": copy}, run, 2.0)["copy"]
-    bandwidth = 2 * source.numel() / median / 1e9
+        copy(lambda: None)
+    best = min(spent for (spent,) in interleaved({"copy": copy}, run.device, 2.0)["copy"])
+    bandwidth = 2 * source.numel() / best / 1e9
     run.row(what=f"copy of {source.numel() / 1e6:.0f} MB", rate=bandwidth, unit="TB/s")
 
 
@@ -42,8 +52,8 @@ def beside_competitors(run: Run) -> None:
     found, reasons = competitors(run.device)
     for name, reason in reasons.items():
         run.skip(name, reason)
-    chip = chip_of(torch.cuda.get_device_name()) if run.device.type == "cuda" else None
-    for n, d in ((96, 32),) if run.dry_run else SIZES:
+    rate = matrix_rate(run, torch.bfloat16, 256 if run.dry_run else 8192)
+    for n, d in DRY_RUN_SIZES if run.dry_run else SIZES:
         candidates = [c for c in found if n <= DENSE_LIMIT or c.name == ours(run.device)]
         if run.dry_run:  # on CPU the compilation takes longer than all else
             candidates = [c for c in candidates if c.name != COMPILED]
@@ -58,72 +68,32 @@ def beside_competitors(run: Run) -> None:
 
         seconds, least = (0.5, 1) if run.dry_run else (SECONDS_PER_SIZE, 3)
         rows = measure(run, candidates, n, d, torch.bfloat16, try_first, seconds, least, most=30)
-        for row in rows:
-            if chip and "ms" in row and row["loss"] == ours(run.device):
-                row["of floor"] = row["ms"] / (1e3 * predict(chip, n, d).floor)
-            run.row(**row)
-
-
-def _medians(steps: dict[str, Step], run: Run, seconds: float) -> dict[str, float]:
-    """Milliseconds of steps of one stretch."""
-    least = 1 if run.dry_run else 3
-    runs = interleaved(steps, run.device, seconds, least)
-    return {
-        name: Times.of([spent for (spent,) in measured]).median for name, measured in runs.items()
-    }
+        add_fraction_of_rate(rows, rate)
+        run.section.rows += rows
 
 
 def kernels(run: Run) -> None:
-    """Each operator alone, beside what the model predicts for this card."""
-    chip = H100 if run.dry_run else chip_of(torch.cuda.get_device_name())
-    if chip is None:
-        run.skip("predictions", f"no model of {torch.cuda.get_device_name()}")
-    for n, d in ((96, 32),) if run.dry_run else ((16384, 768), (65536, 768), (65536, 1024)):
-        if run.remaining() < SECONDS_PER_SIZE:
-            run.skip(f"N = {n}, D = {d}", "it would exceed the budget")
-            continue
-        steps = _operator_steps(run, n, d)
-        for step in steps.values():
+    """What one step of the loss launches and how long each kernel takes, as the profiler sees it.
+
+    On CPU, where there are no launches: PyTorch's operators.
+    """
+    loss = BUILDERS[ours(run.device)](run.device).loss
+    on_cuda = run.device.type == "cuda"
+    activity = ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU
+    for n, d in DRY_RUN_SIZES if run.dry_run else KERNEL_SIZES:
+        step = step_of(loss, leaves_of(run, n, d, torch.bfloat16))
+        for _ in range(3):
             step(lambda: None)
-        medians = _medians(steps, run, 0.5 if run.dry_run else SECONDS_PER_SIZE)
-        # The sweep alone needs no feature's gradient; the rest of the operator is the products.
-        medians["library products"] = medians.pop("both") - medians["contrastive_grads"]
-        predicted: dict[str, float] = {}
-        if chip:
-            predicted = {cost.name: 1e3 * cost.seconds for cost in predict(chip, n, d).costs}
-            predicted["contrastive_lse"] += predicted.pop("join_lse")
-        for name, measured in medians.items():
-            row: dict[str, object] = {"N": n, "D": d, "kernel": name, "measured, ms": measured}
-            if name in predicted:
-                row["predicted, ms"] = predicted[name]
-                row["measured / predicted"] = measured / predicted[name]
-            run.row(**row)
-
-
-def _operator_steps(run: Run, n: int, d: int) -> dict[str, Step]:
-    image, text = run.pairs(n, d, torch.bfloat16)
-    scale, weight = (torch.tensor(value, device=run.device) for value in (20.0, 0.5 / n))
-    coefficients = torch.tensor([0.5, 0.0], device=run.device)
-    lse = ops.contrastive_lse(image, text, scale, 0, True, "triton")
-    statistics = ops.cyclic_statistics(image, text, False, False, "triton")
-    grads = (image, text, scale, *lse, weight, 0, True)  # any pair gradients: times only
-    calls = {
-        "contrastive_lse": lambda: ops.contrastive_lse(image, text, scale, 0, True, "triton"),
-        "contrastive_grads": lambda: ops.contrastive_grads(
-            *grads, False, False, True, False, "triton"
-        ),
-        "both": lambda: ops.contrastive_grads(*grads, True, True, True, False, "triton"),
-        "cyclic_statistics": lambda: ops.cyclic_statistics(image, text, False, False, "triton"),
-        "cyclic_grads": lambda: ops.cyclic_grads(
-            image, text, statistics, coefficients, False, False, True, True, "triton"
-        ),
-    }
-
-    def timed(call: Callable[[], object]) -> Step:
-        def step(end: Callable[[], None]) -> None:
-            call()
-            end()
-
-        return step
-
-    return {name: timed(call) for name, call in calls.items()}
+        with profile(activities=[activity]) as profiler:
+            step(lambda: None)
+            if on_cuda:
+                torch.cuda.synchronize()
+        own = "self_device_time_total" if on_cuda else "self_cpu_time_total"
+        averages = profiler.key_averages()
+        spent = {e.key: (e.count, getattr(e, own)) for e in averages if getattr(e, own) > 0}
+        times = sorted(spent.items(), key=lambda item: -item[1][1])
+        total = sum(microseconds for _, microseconds in spent.values())
+        launches = sum(count for count, _ in spent.values())
+        run.row(N=n, D=d, kernel="all", launches=launches, ms=total / 1e3)
+        for name, (count, microseconds) in times[:KERNELS_SHOWN]:
+            run.row(N=n, D=d, kernel=name[:60], launches=count, ms=microseconds / 1e3)

@@ -1,4 +1,4 @@
-"""The record of a run: one JSON and one Markdown file, written whole or not at all."""
+"""The record of a run: one JSON and one Markdown file, each written whole or not at all."""
 
 import json
 import math
@@ -10,6 +10,7 @@ import sys
 import tempfile
 from datetime import date
 from importlib import metadata
+from math import floor, log10
 from pathlib import Path
 from typing import Any
 
@@ -152,9 +153,19 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _cell(value: Any) -> str:
-    if isinstance(value, float):
+    return number(value).replace("|", "\\|")
+
+
+def number(value: Any) -> str:
+    """Three significant digits, a comma for thousands; text as it is."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if value == 0 or not 1e-3 <= abs(value) < 1e9:
         return f"{value:.3g}"
-    return str(value).replace("|", "\\|")
+    digits = 2 - floor(log10(abs(value)))
+    return f"{round(value, digits):,.{max(0, digits)}f}"
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -178,26 +189,12 @@ def save_picture(figure: Any, path: Path, **options: Any) -> None:
 
 
 def write(folder: Path, stem: str, record: dict[str, Any], text: str) -> tuple[Path, Path]:
-    """Write the record as JSON and `text` as Markdown; a number follows a stem that is taken.
-
-    Both are complete in the same folder before either gets its name; if the second cannot be named,
-    the first is taken back.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the record as JSON and `text` as Markdown; a number follows a stem that is taken."""
     texts = {".json": json.dumps(_finite(record), indent=1, allow_nan=False) + "\n", ".md": text}
     stems = [stem, *(f"{stem}-{number}" for number in range(2, 1000))]
     stem = next(
         name for name in stems if not any(folder.joinpath(name + end).exists() for end in texts)
     )
-    targets = {ending: folder / f"{stem}{ending}" for ending in texts}
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as unfinished:
-        for ending, text in texts.items():
-            Path(unfinished, ending[1:]).write_text(text)
-        try:
-            for ending, target in targets.items():
-                os.replace(Path(unfinished, ending[1:]), target)
-        except OSError:
-            for target in targets.values():
-                target.unlink(missing_ok=True)
-            raise
-    return targets[".json"], targets[".md"]
+    for ending, content in texts.items():
+        write_whole(folder / f"{stem}{ending}", content)
+    return folder / f"{stem}.json", folder / f"{stem}.md"

@@ -9,12 +9,11 @@ the rest is smallest. OpenCLIP's losses have no penalties, so CLIP's loss is wha
 import argparse
 import itertools
 import json
-import os
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable
-from datetime import date, timedelta
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -77,17 +76,12 @@ def _step(loss_fn: Callable[..., Tensor], inputs: Tensor) -> tuple[Tensor, Tenso
     return loss.detach(), model.weights.grad, model.logit_scale.grad
 
 
-def _on_rank(rank: int, ranks: int, folder: str) -> None:
-    """In a process of its own: every way in turn; rank 0 leaves what was found."""
-    torch.set_num_threads(1)
+def on_rank(rank: int, ranks: int) -> list[dict[str, Any]]:
+    """On each rank of the default group, a row for each way: its value, and its gradients.
+
+    Gradients are multiples of the exact ones; "rest" is the part of the encoders' that is none.
+    """
     warnings.filterwarnings("ignore", category=FutureWarning, module="open_clip")
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meeting",
-        rank=rank,
-        world_size=ranks,
-        timeout=timedelta(minutes=1),
-    )
     generator = torch.Generator().manual_seed(SEED + 1)
     inputs = torch.randn(2, ranks * ROWS, WIDTH, generator=generator, dtype=torch.float64)
     whole, exact, exact_scale = _step(open_clip.ClipLoss(), inputs)
@@ -111,6 +105,15 @@ def _on_rank(rank: int, ranks: int, folder: str) -> None:
                 "logit scale's gradient": (scale / exact_scale).item(),
             }
         )
+    return found
+
+
+def _process(rank: int, folder: str) -> None:
+    """A rank in a process of its own; the first leaves what was found."""
+    torch.set_num_threads(1)
+    meeting = f"file://{folder}/meeting"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=RANKS)
+    found = on_rank(rank, RANKS)
     if rank == 0:
         Path(folder, "found.json").write_text(json.dumps(found))
     dist.barrier()
@@ -124,26 +127,6 @@ def _value(values: list[Tensor], whole: Tensor) -> str:
     if torch.allclose(every.mean(), whole, rtol=TOLERANCE):
         return "of this rank's rows"
     return "another one"
-
-
-def measure(ranks: int) -> list[dict[str, Any]]:
-    """A row for each way: its value, and its gradients as multiples of the exact ones.
-
-    "rest" is the part of the encoders' gradient that is no multiple of the exact one.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        # Spawned processes import torch anew; its threads would only get in each other's way.
-        before = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = "1"
-        try:
-            torch.multiprocessing.spawn(_on_rank, (ranks, folder), ranks)
-        finally:
-            if before is None:
-                del os.environ["OMP_NUM_THREADS"]
-            else:
-                os.environ["OMP_NUM_THREADS"] = before
-        found: list[dict[str, Any]] = json.loads(Path(folder, "found.json").read_text())
-    return found
 
 
 def shown(row: dict[str, Any], ranks: int) -> dict[str, str]:
@@ -181,20 +164,15 @@ def _factor(factor: float, ranks: int) -> str:
 
 def main(options: argparse.Namespace) -> int:
     """Measure, print, write the record."""
-    rows = measure(RANKS)
-    record = {
-        "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
-        "date": date.today().isoformat(),
-        "seed": SEED,
-        "ranks": RANKS,
-        "versions": versions(),
-        "rows": rows,
-    }
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_process, (folder,), RANKS)
+        rows = json.loads(Path(folder, "found.json").read_text())
+    command, found = " ".join(["python -m benchmarks", *sys.argv[1:]]), versions()
     lines = [
         f"# OpenCLIP's flags, measured with {RANKS} ranks",
         "",
-        f"`{record['command']}`, {record['date']}, "
-        + ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
+        f"`{command}`, {date.today().isoformat()}, "
+        + ", ".join(f"{name} {version}" for name, version in found.items()),
         "",
         "Gradients averaged over W ranks, as DDP does, beside those of one process on the whole",
         "batch.",
@@ -203,6 +181,5 @@ def main(options: argparse.Namespace) -> int:
     ]
     text = "\n".join(lines) + "\n"
     print(text)
-    write_whole(options.out / "semantics.json", json.dumps(record, indent=1) + "\n")
     write_whole(options.out / "semantics.md", text)
     return 0

@@ -176,7 +176,7 @@ def agree(
     differences = [
         f"{name} must be the same on every rank, got {_listed(values)}"
         for name in (*kind, *lambdas)
-        if len(set(values := [of_rank.get(name) for of_rank in of_ranks])) > 1
+        if len(set(values := [of_rank[name] for of_rank in of_ranks])) > 1
     ]
     all_rows = tuple(of_rank["rows"] for of_rank in of_ranks)
     even = len(set(all_rows)) == 1
@@ -193,8 +193,12 @@ def agree(
     return Ranks(group, dist_impl, None if even else all_rows)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _exchange(own: dict[str, Any], group: Group) -> list[dict[str, Any]]:
+    # Wrapped here and not at import, because this imports the whole compiler.
+    return torch.compiler.disable(_all_gather_object)(own, group)  # type: ignore[no-any-return]
+
+
+def _all_gather_object(own: dict[str, Any], group: Group) -> list[dict[str, Any]]:
     of_ranks: list[Any] = [None] * group.size
     dist.all_gather_object(of_ranks, own, group=group.process_group)
     return of_ranks

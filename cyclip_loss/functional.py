@@ -188,20 +188,21 @@ def _kind(
 ) -> dict[str, Hashable]:
     """What decides which collectives run, by the name that an error would call it."""
     features = pairs[0][0]
-    kind: dict[str, Hashable] = {
+    names = ("text_features", "augmented_image_features", "augmented_text_features")
+    trained = [
+        name
+        for name, (_, columns) in zip(names, pairs, strict=False)
+        if torch.is_grad_enabled() and columns.requires_grad
+    ]
+    return {
         "D": features.shape[1],
         "dtype": features.dtype,
-        "device type": features.device.type,
+        "the device type": features.device.type,
         "whether a penalty has a weight": lambda_inmodal > 0 or lambda_crossmodal > 0,
         "whether augmented features are given": len(pairs) > 1,
+        # Their gradients are summed over ranks.
+        "which of the text and augmented features require a gradient": ", ".join(trained),
     }
-    # The gradients of a loss's columns are summed over ranks.
-    names = ("text_features", "augmented_image_features", "augmented_text_features")
-    for name, (_, columns) in zip(names, pairs, strict=False):
-        kind[f"whether {name} requires a gradient"] = (
-            torch.is_grad_enabled() and columns.requires_grad
-        )
-    return kind
 
 
 def check_lambdas(lambda_inmodal: float, lambda_crossmodal: float) -> None:

@@ -1,20 +1,16 @@
-"""The table of OpenCLIP's flags in the documentation, measured again with real processes."""
-
-import json
-from pathlib import Path
+"""What the documentation says of OpenCLIP's flags, measured with real processes."""
 
 import pytest
+from pool import Ranks
 
-from benchmarks import scaling_report
-from benchmarks.semantics import TOLERANCE, measure, shown
+from benchmarks.semantics import TOLERANCE, on_rank, shown
 
-ROOT = Path(__file__).parents[2]
 RANKS = 2
 
 
 @pytest.fixture(scope="module")
-def rows() -> dict[str, dict]:
-    return {row["loss"]: row for row in measure(RANKS)}
+def rows(ranks: Ranks) -> dict[str, dict]:
+    return {row["loss"]: row for row in ranks.run(RANKS, on_rank)[0]}
 
 
 @pytest.mark.parametrize(
@@ -49,44 +45,6 @@ def test_ours_is_exact_whatever_the_flags(rows) -> None:
         assert row["encoders' gradient"] == pytest.approx(1, abs=TOLERANCE)
         assert row["logit scale's gradient"] == pytest.approx(1, abs=TOLERANCE)
         assert row["rest"] < TOLERANCE
-
-
-def test_the_record_is_what_is_measured(rows) -> None:
-    """Of four ranks there, of two here: the same losses, and the same words where no number is."""
-    recorded = json.loads((ROOT / "benchmarks/results/semantics.json").read_text())["rows"]
-    assert [row["loss"] for row in recorded] == list(rows)
-    for row in recorded:
-        assert row["value"] == rows[row["loss"]]["value"]
-
-
-def test_documentation_shows_the_record() -> None:
-    record = (ROOT / "benchmarks/results/semantics.md").read_text().splitlines()
-    page = (ROOT / "cyclip_loss/DISTRIBUTED.md").read_text().splitlines()
-    table = [line for line in record if line.startswith("|")]
-    assert len(table) > 5
-    assert [line for line in table if line not in page] == []
-
-
-def test_documentation_shows_what_to_choose() -> None:
-    record = (ROOT / "benchmarks/results/scaling.md").read_text()
-    page = (ROOT / "cyclip_loss/DISTRIBUTED.md").read_text().splitlines()
-    choice = record.split("## Which to choose")[1].split("\n## ")[0]
-    lines = [line for line in choice.splitlines() if line.startswith("- ")]
-    assert len(lines) > 3
-    assert [line for line in lines if line not in page] == []
-
-
-def test_the_scaling_record_is_what_the_model_says() -> None:
-    """Of today: a change of the kernels' or the collectives' model makes it anew."""
-    recorded = json.loads((ROOT / "benchmarks/results/scaling.json").read_text())
-    rows = scaling_report.estimate("H100", 512)
-    assert len(rows) == len(recorded["rows"])
-    for now, then in zip(rows, recorded["rows"], strict=True):
-        for name, value in now.items():
-            if isinstance(value, float):
-                value = pytest.approx(value, rel=1e-6)
-            assert then[name] == value, "python -m benchmarks scaling"
-    assert recorded["conclusions"] == scaling_report.conclusions(rows, "H100", 512)
 
 
 def test_a_gradient_that_is_no_multiple_is_called_wrong() -> None:

@@ -9,7 +9,7 @@ from accuracy import NAMES, contrastive_bound, results
 from inputs import pairs
 from torch import Tensor, nn
 
-from cyclip_loss import CyclicPenalty, CyCLIPLoss
+from cyclip_loss import CyclicPenalty, CyCLIPLoss, reference
 
 open_clip = pytest.importorskip("open_clip")
 
@@ -136,22 +136,28 @@ def test_each_term_has_its_own_gradient(impl: str, lambdas, n: int, d: int) -> N
     """Terms weighted anew, each at once or apart, as a trainer may: gradients follow."""
     inputs = [*pairs(n, d), torch.tensor(8.0, dtype=torch.float64)]
 
-    def gradients(weights: tuple[float, float, float], impl: str) -> list[Tensor]:
+    def own(*leaves: Tensor) -> dict[str, Tensor]:
+        return CyCLIPLoss(*lambdas, impl=impl)(*leaves, output_dict=True)
+
+    def dense(*leaves: Tensor) -> dict[str, Tensor]:
+        return reference.cyclip_loss(*leaves, *lambdas)
+
+    def gradients(weights: tuple[float, float, float], loss) -> list[Tensor]:
         leaves = [tensor.clone().requires_grad_() for tensor in inputs]
-        terms = CyCLIPLoss(*lambdas, impl=impl)(*leaves, output_dict=True)
+        terms = loss(*leaves)
         sum(w * terms[name] for w, name in zip(weights, TERMS, strict=True)).backward()
         return [leaf.grad for leaf in leaves]
 
     for weights in [(1, 0, 0), (0, 1, 0), (0, 0, 1), (2, -3, 5), (1, 1, 1)]:
-        expected = gradients(weights, "reference")
-        for actual, exact in zip(gradients(weights, impl), expected, strict=True):
+        expected = gradients(weights, dense)
+        for actual, exact in zip(gradients(weights, own), expected, strict=True):
             torch.testing.assert_close(actual, exact, rtol=1e-10, atol=1e-13)
 
     leaves = [tensor.clone().requires_grad_() for tensor in inputs]
-    terms = CyCLIPLoss(*lambdas, impl=impl)(*leaves, output_dict=True)
+    terms = own(*leaves)
     for name in reversed(TERMS):
         terms[name].backward(retain_graph=True)
-    for leaf, exact in zip(leaves, gradients((1, 1, 1), "reference"), strict=True):
+    for leaf, exact in zip(leaves, gradients((1, 1, 1), dense), strict=True):
         torch.testing.assert_close(leaf.grad, exact, rtol=1e-10, atol=1e-13)
 
 

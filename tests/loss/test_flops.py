@@ -41,7 +41,7 @@ def test_contrastive_term(small_strips: None) -> None:
         for needs_scale in (True, False):
             cost = flops(
                 eager.contrastive_grads,
-                *(IMAGE, TEXT, SCALE, *lse, SCALE, 0, True, *needs, needs_scale, False),
+                *(IMAGE, TEXT, SCALE, *lse, SCALE, 1.0, 0, True, [*needs, needs_scale], False),
             )
             assert cost == products * N * N * D
 
@@ -60,6 +60,6 @@ def test_penalties(direct: bool, with_cross: bool, expected: int, small_strips: 
     statistics = eager.cyclic_statistics(IMAGE, TEXT, direct, with_cross)
     coefficients = torch.tensor([1.0, 0.5], dtype=torch.float64)
     cost += flops(
-        eager.cyclic_grads, IMAGE, TEXT, statistics, coefficients, direct, with_cross, True, True
+        eager.cyclic_grads, IMAGE, TEXT, statistics, coefficients, direct, with_cross, [True, True]
     )
     assert cost == expected

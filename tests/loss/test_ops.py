@@ -1,4 +1,6 @@
-"""The four custom operators on their own: rectangular work, flags, and PyTorch's own checks."""
+"""The engines on their own: rectangular work, flags; and PyTorch's own checks of the operators."""
+
+import itertools
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from inputs import LAYOUTS, lay_out, pairs
 from torch import Tensor
 
-from cyclip_loss import eager, ops
+from cyclip_loss import cyclic, eager, exchange, ops
 
 FLAGS = [(True, True), (True, False), (False, True), (False, False)]
 
@@ -76,8 +78,8 @@ def test_contrastive_lse(
     image, text = lay_out(image, image_layout), lay_out(text, text_layout)
     with pytest.MonkeyPatch.context() as monkeypatch:
         set_strip_rows(monkeypatch, strip_rows)
-        rows, columns, pair_logits = ops.contrastive_lse(
-            image, text, torch.tensor(20.0), first_column, symmetric, impl
+        rows, columns, pair_logits = ops.engine(impl, image).contrastive_lse(
+            image, text, torch.tensor(20.0), first_column, symmetric
         )
     expected = lse_by_definition(image, text, 20.0, first_column)
     scale = torch.tensor(1 + 40).log() + 20.0 * (image.abs() @ text.abs().T).max().double()
@@ -146,18 +148,17 @@ def test_contrastive_grads(
     arguments = (row_lse, column_lse if symmetric else column_lse[:0], pair_gradient)
     with pytest.MonkeyPatch.context() as monkeypatch:
         set_strip_rows(monkeypatch, strip_rows)
-        actual = ops.contrastive_grads(
+        actual = ops.engine(impl, image).contrastive_grads(
             image,
             text,
             torch.tensor(5.0),
             *arguments,
-            torch.tensor(0.125),
+            torch.tensor(0.25),
+            0.5,
             first_column,
             symmetric,
-            *needs,
-            needs_scale,
+            [*needs, needs_scale],
             wide,
-            impl,
         )
     exact = (row_lse.double(), column_lse.double(), pair_gradient.double())
     expected = grads_by_definition(
@@ -176,26 +177,27 @@ def test_ranks_add_up(impl: str, sizes: list[int], small_strips: None) -> None:
     """Each rank's rows against all columns: partial results sum to those of one process."""
     image, text = pairs(sum(sizes), 8)
     scale = torch.tensor(12.0, dtype=torch.float64)
-    weight = torch.tensor(1 / (2 * len(image)), dtype=torch.float64)
-    whole_lse = ops.contrastive_lse(image, text, scale, 0, True, impl)
+    weight = torch.tensor(1.0, dtype=torch.float64), 1 / (2 * len(image))
+    engine = ops.engine(impl, image)
+    needs = [True, True, True]
+    whole_lse = engine.contrastive_lse(image, text, scale, 0, True)
     pair_gradient = torch.linspace(-1, -1e-4, len(image), dtype=torch.float64)
-    whole = ops.contrastive_grads(
-        *(image, text, scale, *whole_lse[:2], pair_gradient, weight, 0),
-        *(True, True, True, True, False, impl),
+    whole = engine.contrastive_grads(
+        *(image, text, scale, *whole_lse[:2], pair_gradient, *weight, 0, True, needs, False)
     )
     parts = image.split(sizes)
     first_rows = [sum(sizes[:rank]) for rank in range(len(sizes))]
     lses = [
-        ops.contrastive_lse(part, text, scale, first_row, True, impl)
+        engine.contrastive_lse(part, text, scale, first_row, True)
         for part, first_row in zip(parts, first_rows, strict=True)
     ]
     row_lse = torch.cat([lse[0] for lse in lses])
     column_lse = torch.stack([lse[1] for lse in lses]).logsumexp(dim=0)
     pair_logits = torch.cat([lse[2] for lse in lses])
     grads = [
-        ops.contrastive_grads(
-            *(part, text, scale, rows, column_lse, of_pairs, weight, first_row),
-            *(True, True, True, True, False, impl),
+        engine.contrastive_grads(
+            *(part, text, scale, rows, column_lse, of_pairs, *weight, first_row),
+            *(True, needs, False),
         )
         for part, first_row, rows, of_pairs in zip(
             parts, first_rows, row_lse.split(sizes), pair_gradient.split(sizes), strict=True
@@ -213,17 +215,16 @@ def test_ranks_add_up(impl: str, sizes: list[int], small_strips: None) -> None:
 
 def test_gram_matrices_of_ranks_add_up(impl: str, small_strips: None) -> None:
     image, text = pairs(40, 6)
-    whole = ops.cyclic_statistics(image, text, False, True, impl)
+    whole = ops.engine(impl, image).cyclic_statistics(image, text, False, True)
     parts = [
-        ops.cyclic_statistics(i, t, False, True, impl)
+        ops.engine(impl, i).cyclic_statistics(i, t, False, True)
         for i, t in zip(image.split([1, 27, 12]), text.split([1, 27, 12]), strict=True)
     ]
     torch.testing.assert_close(sum(parts), whole, rtol=1e-12, atol=1e-13)
     coefficients = torch.tensor([0.7, 0.3], dtype=torch.float64)
-    expected = ops.cyclic_grads(image, text, whole, coefficients, False, True, True, True, impl)
-    part = ops.cyclic_grads(
-        image[1:28], text[1:28], whole, coefficients, False, True, True, True, impl
-    )
+    grads = ops.engine(impl, image).cyclic_grads
+    expected = grads(image, text, whole, coefficients, False, True, [True, True])
+    part = grads(image[1:28], text[1:28], whole, coefficients, False, True, [True, True])
     for grad, all_rows in zip(part, expected, strict=True):
         torch.testing.assert_close(grad, all_rows[1:28], rtol=1e-12, atol=1e-13)
 
@@ -233,9 +234,9 @@ def test_cyclic_statistics(impl: str, with_cross: bool, small_strips: None) -> N
     image, text = pairs(30, 6)
     u, v = image + text, image - text
     grams = [u.T @ u, v.T @ v, v.T @ u][: 3 if with_cross else 2]
-    actual = ops.cyclic_statistics(image, text, False, with_cross, impl)
+    actual = ops.engine(impl, image).cyclic_statistics(image, text, False, with_cross)
     torch.testing.assert_close(actual, torch.stack(grams), rtol=1e-12, atol=1e-13)
-    actual = ops.cyclic_statistics(image, text, True, with_cross, impl)
+    actual = ops.engine(impl, image).cyclic_statistics(image, text, True, with_cross)
     torch.testing.assert_close(actual, u @ v.T, rtol=1e-12, atol=1e-13)
 
 
@@ -251,10 +252,10 @@ def test_cyclic_grads(impl, direct, with_cross, coefficients, needs, small_strip
     w = u @ v.T
     total, difference = coefficients
     ((total * w.square().sum() + difference * (w * w.T).sum()) / 2).backward()
-    statistics = ops.cyclic_statistics(image, text, direct, with_cross, impl)
+    statistics = ops.engine(impl, image).cyclic_statistics(image, text, direct, with_cross)
     coefficients = torch.tensor(coefficients, dtype=torch.float64)
-    grads = ops.cyclic_grads(
-        image, text, statistics, coefficients, direct, with_cross, *needs, impl
+    grads = ops.engine(impl, image).cyclic_grads(
+        image, text, statistics, coefficients, direct, with_cross, [*needs]
     )
     for grad, leaf, needed in zip(grads, leaves, needs, strict=True):
         if needed:
@@ -266,41 +267,33 @@ def test_cyclic_grads(impl, direct, with_cross, coefficients, needs, small_strip
 def test_second_coefficient_is_not_read_without_the_cross_term(impl: str) -> None:
     image, text = pairs(30, 6)
     for direct in (True, False):
-        statistics = ops.cyclic_statistics(image, text, direct, False, impl)
+        statistics = ops.engine(impl, image).cyclic_statistics(image, text, direct, False)
         coefficients = torch.tensor([1.0, torch.nan], dtype=torch.float64)
-        grads = ops.cyclic_grads(
-            image, text, statistics, coefficients, direct, False, True, True, impl
+        grads = ops.engine(impl, image).cyclic_grads(
+            image, text, statistics, coefficients, direct, False, [True, True]
         )
         assert all(bool(grad.isfinite().all()) for grad in grads)
 
 
 def opcheck_arguments(dtype: torch.dtype, impl: str) -> list[tuple]:
     image, text = (features.to(dtype) for features in pairs(12, 5))
-    rows, accumulate = image[3:9], eager.accumulation_dtype(dtype)
-    scale, weight = torch.tensor(4.0, dtype=accumulate), torch.tensor(0.1, dtype=accumulate)
+    accumulate = eager.accumulation_dtype(dtype)
+    scale, grad = torch.tensor(4.0, dtype=accumulate), torch.tensor(0.1, dtype=accumulate)
     arguments = []
     for symmetric in (True, False):
-        arguments.append(("contrastive_lse", (rows, text, scale, 3, symmetric, impl)))
-        lse = ops.contrastive_lse(rows, text, scale, 3, symmetric, impl)
-        arguments += [
-            (
-                "contrastive_grads",
-                (rows, text, scale, *lse, weight, 3, symmetric, *needs, *flags, impl),
-            )
-            for needs, flags in zip(FLAGS, FLAGS[1:] + FLAGS[:1], strict=True)
-        ]
-    for direct in (True, False):
-        for with_cross in (True, False):
-            arguments.append(("cyclic_statistics", (image, text, direct, with_cross, impl)))
-            statistics = ops.cyclic_statistics(image, text, direct, with_cross, impl)
-            coefficients = torch.ones(2, dtype=accumulate)
-            arguments += [
-                (
-                    "cyclic_grads",
-                    (image, text, statistics, coefficients, direct, with_cross, *needs, impl),
-                )
-                for needs in FLAGS
-            ]
+        how = (symmetric, impl, "alone", "", None)
+        arguments.append(("contrastive_lse", (image, text, scale, *how)))
+        _, *of_pairs = exchange.contrastive_lse(image, text, scale, *how)
+        for needs in itertools.product([True, False], repeat=3):
+            given = (image, text, scale, *of_pairs, grad, [*needs], *how)
+            arguments.append(("contrastive_grads", given))
+    for direct, with_cross in itertools.product([True, False], repeat=2):
+        arguments.append(("cyclic_statistics", (image, text, direct, with_cross, impl)))
+        statistics = cyclic.cyclic_statistics(image, text, direct, with_cross, impl)
+        coefficients = torch.ones(2, dtype=accumulate)
+        for needs in FLAGS:
+            given = (image, text, statistics, coefficients, direct, with_cross, [*needs], impl)
+            arguments.append(("cyclic_grads", given))
     return arguments
 
 

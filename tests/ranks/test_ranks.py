@@ -104,11 +104,10 @@ def views(n: int) -> tuple[Tensor, ...]:
 
 
 @WORLD_SIZES
-@pytest.mark.parametrize("dist_impl", ["gather", "ring", "reference"])
+@DIST_IMPLS
 def test_augmented_views(world_size: int, dist_impl: str, ranks: Ranks) -> None:
-    """All four features get their gradients; the definition too is exact over ranks."""
-    how = ("gather", "reference") if dist_impl == "reference" else (dist_impl, "eager")
-    of_ranks = ranks.run(world_size, with_views, 4, *how)
+    """All four features get their gradients."""
+    of_ranks = ranks.run(world_size, with_views, 4, dist_impl, "eager")
     leaves = [features.requires_grad_() for features in views(4 * world_size)]
     scale = torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
     loss = sum(reference.cyclip_loss(*leaves[:2], scale, 0.5, 0.125, *leaves[2:]).values())
@@ -185,24 +184,23 @@ def checked_operators(rank: int, world_size: int, rows: list[int] | None) -> int
     n = (rows or [3] * world_size)[rank]
     image, text = (torch.randn(n, 4, requires_grad=which) for which in (True, False))
     everywhere = torch.randn(sum(rows or [3] * world_size), 4)
-    scale, weight = torch.tensor(3.0), torch.tensor(0.1)
+    scale, upstream = torch.tensor(3.0), torch.tensor(0.1)
     calls = 0
     # Every call is made by both ranks and in the same order: these operators communicate.
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    for lse, grads, columns in (
-        (exchange.gather_lse, exchange.gather_grads, everywhere),
-        (exchange.ring_lse, exchange.ring_grads, text),
-    ):
+    operators = torch.ops.cyclip_loss
+    for dist_impl, columns in (("gather", everywhere), ("ring", text)):
         for symmetric in (True, False):
-            where = (symmetric, "eager", dist.group.WORLD.group_name, rows)
-            torch.library.opcheck(lse.custom_op, (image, columns, scale, *where), test_utils=tests)
+            how = (symmetric, "eager", dist_impl, dist.group.WORLD.group_name, rows)
+            arguments = (image, columns, scale, *how)
+            torch.library.opcheck(operators.contrastive_lse.default, arguments, test_utils=tests)
             with torch.no_grad():
-                of_rows, _, pair_logits, column_lse = lse(image, columns, scale, *where)
-            row_lse = torch.logaddexp(of_rows, pair_logits)
-            for needs in [(True, True, True), (True, False, True), (False, True, False)]:
-                given = (row_lse, column_lse, -torch.rand(n), weight, symmetric, *needs)
-                arguments = (image.detach(), columns, scale, *given, *where[1:])
-                torch.library.opcheck(grads.custom_op, arguments, test_utils=tests)
+                _, *of_pairs = exchange.contrastive_lse(*arguments)
+            for needs in [[True, True, True], [True, False, True], [False, True, False]]:
+                given = (image.detach(), columns, scale, *of_pairs, upstream, needs)
+                torch.library.opcheck(
+                    operators.contrastive_grads.default, (*given, *how), test_utils=tests
+                )
                 calls += 1
     return calls
 
@@ -211,6 +209,20 @@ def checked_operators(rank: int, world_size: int, rows: list[int] | None) -> int
 def test_operators_over_ranks(rows: list[int] | None, ranks: Ranks) -> None:
     """True schemas, nothing mutated or aliased, and the shapes given without data are right."""
     assert ranks.run(2, checked_operators, rows) == [12, 12]
+
+
+def registered_operators(rank: int, world_size: int) -> list[str]:
+    names = torch._C._dispatch_get_all_op_names()
+    return sorted(name for name in names if name.startswith("cyclip_loss::"))
+
+
+def test_four_operators_do_it_all(ranks: Ranks) -> None:
+    """Whichever ways the columns have travelled before."""
+    for dist_impl in ("gather", "ring"):
+        check(RankCase((3, 3), dist_impl=dist_impl), ranks)
+    names = ("contrastive_grads", "contrastive_lse", "cyclic_grads", "cyclic_statistics")
+    expected = [f"cyclip_loss::{name}" for name in names]
+    assert ranks.run(2, registered_operators) == [expected, expected]
 
 
 def with_a_bad_value(rank: int, world_size: int, bad: float, dist_impl: str) -> list[list[float]]:

@@ -1,28 +1,27 @@
-"""The training script over two ranks, started by torchrun: it trains what one process trains.
+"""The training script over two ranks: it trains what one process trains.
 
-Run as a script, this file is the training script in float64, for torchrun: there rounding can't
-hide a difference. `INTERRUPT=4` presses Ctrl-C on the last rank in step 4.
+Once started by torchrun, as users do; else in the processes that the tests share.
 """
 
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from pool import Ranks
 from torch import nn
 
 pytest.importorskip("open_clip")
 pytest.importorskip("webdataset")
 pytest.importorskip("matplotlib")
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from test_reference_train import emoji_folder, one_thread, plain_tar, take, tokenize
 
@@ -49,7 +48,7 @@ def build_in_float64(*arguments: object) -> Clip:
     return clip
 
 
-def torchrun(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [*TORCHRUN, *map(str, arguments)]
     process = subprocess.Popen(
         command,
@@ -57,7 +56,7 @@ def torchrun(*arguments: object, **environment: str) -> subprocess.CompletedProc
         stderr=subprocess.PIPE,
         text=True,
         cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     try:
         output, errors = process.communicate(timeout=180)
@@ -80,6 +79,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 # Whole runs
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one_process_does(emoji_folder: Path, tmp_path: Path) -> None:
     """In float32, by the command that a user types.
 
@@ -100,23 +100,54 @@ def test_two_ranks_train_as_one_process_does(emoji_folder: Path, tmp_path: Path)
     assert config[0] == config[1]  # batch_size is that of all ranks
 
 
+def command_in_float64(
+    rank: int, world_size: int, arguments: list[str], interrupt: int | None = None
+) -> tuple[int, str, str]:
+    """The training script on a rank of a group that stays: exit code, standard output and error.
+
+    In float64 rounding can't hide a difference. On the last rank Ctrl-C is pressed in step
+    `interrupt`.
+    """
+    learning_rate = train_module.learning_rate
+
+    def press_ctrl_c(step: int, config: train_module.RunConfig) -> float:
+        if step + 1 == interrupt:
+            os.kill(os.getpid(), signal.SIGINT)
+        return learning_rate(step, config)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "build_model", build_in_float64)
+        patch.setattr(cli.ranks, "join", lambda: None)
+        patch.setattr(cli.ranks, "leave", lambda: None)
+        patch.setattr(sys, "argv", ["reference_train", *arguments])
+        if interrupt and rank == world_size - 1:
+            patch.setattr(train_module, "learning_rate", press_ctrl_c)
+        with (
+            redirect_stdout(io.StringIO()) as output,
+            redirect_stderr(io.StringIO()) as errors,
+            pytest.raises(SystemExit) as stopped,
+        ):
+            cli.command()
+    return stopped.value.code, output.getvalue(), errors.getvalue()
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, emoji_folder: Path) -> Path:
+def whole(tmp_path_factory: pytest.TempPathFactory, emoji_folder: Path, ranks: Ranks) -> Path:
     """A run of two ranks in float64 that nothing interrupted."""
     out = tmp_path_factory.mktemp("whole")
-    done = torchrun(__file__, *in_float64(emoji_folder, 4), "--out", out)
-    assert done.returncode == 0, done.stderr
+    answers = ranks.run(2, command_in_float64, [*in_float64(emoji_folder, 4), "--out", str(out)])
+    assert [code for code, _, _ in answers] == [0, 0]
     return out
 
 
-def in_float64(emoji_folder: Path, batch_size: int) -> list[object]:
-    command = [*COMMAND, "--steps", "11", "--data", emoji_folder]  # crosses epochs
-    return [*command, "--batch-size", batch_size]
+def in_float64(emoji_folder: Path, batch_size: int) -> list[str]:
+    command = [*COMMAND, "--steps", "6", "--data", str(emoji_folder)]  # crosses epochs
+    return [*command, "--batch-size", str(batch_size)]
 
 
 def one_process_in_float64(emoji_folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "build_model", build_in_float64)
-    cli.main([str(argument) for argument in [*in_float64(emoji_folder, 8), "--out", out]])
+    cli.main([*in_float64(emoji_folder, 8), "--out", str(out)])
 
 
 def assert_same_training(one: Path, two: Path, tolerance: float) -> None:
@@ -128,6 +159,7 @@ def assert_same_training(one: Path, two: Path, tolerance: float) -> None:
         torch.testing.assert_close(theirs[name], weight, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one_process_to_the_rounding_of_float64(
     whole: Path, emoji_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,18 +169,25 @@ def test_two_ranks_are_one_process_to_the_rounding_of_float64(
     assert_same_training(tmp_path, whole, 1e-10)
 
 
+@pytest.mark.slow
 def test_ctrl_c_on_one_rank_stops_all_and_any_number_of_ranks_goes_on(
-    whole: Path, emoji_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Path,
+    emoji_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ranks: Ranks,
 ) -> None:
-    command = [*in_float64(emoji_folder, 4), "--out", tmp_path / "two"]
-    stopped = torchrun(__file__, *command, INTERRUPT="4")
-    assert stopped.returncode != 0
-    assert stopped.stderr.count("stopped at step 4 of 11; the same command goes on") == 1
+    command = [*in_float64(emoji_folder, 4), "--out", str(tmp_path / "two")]
+    (first, _, errors), (last, _, nothing) = ranks.run(2, command_in_float64, command, 3)
+    assert (first, last) == (130, 130)
+    assert "stopped at step 3 of 6; the same command goes on" in errors
+    assert nothing == ""
     shutil.copytree(tmp_path / "two", tmp_path / "one")
 
-    resumed = torchrun(__file__, *command)
-    assert resumed.returncode == 0, resumed.stderr
-    assert resumed.stdout.count("resumed at step 4 of 11") == 1
+    (first, output, _), (last, nothing, _) = ranks.run(2, command_in_float64, command)
+    assert (first, last) == (0, 0)
+    assert "resumed at step 3 of 6" in output
+    assert nothing == ""
     assert_same_training(whole, tmp_path / "two", 0)
 
     one_process_in_float64(emoji_folder, tmp_path / "one", monkeypatch)
@@ -216,25 +255,3 @@ def test_a_batch_of_all_ranks_that_is_too_large_is_named_as_it_was_asked(
 def test_batch_norm_that_would_stay_local_is_refused() -> None:
     with pytest.raises(CannotStart, match=r"BatchNorm1d \(0\)"):
         global_batch_norm(nn.Sequential(nn.BatchNorm1d(3)))
-
-
-# ------------------------------------------------------------------------------------------------
-
-
-def main() -> None:
-    """The training script in float64, with Ctrl-C on the last rank if the environment says so."""
-    learning_rate = train_module.learning_rate
-
-    def press_ctrl_c(step: int, config: train_module.RunConfig) -> float:
-        if step + 1 == int(os.environ["INTERRUPT"]):
-            os.kill(os.getpid(), signal.SIGINT)
-        return learning_rate(step, config)
-
-    cli.build_model = build_in_float64
-    if "INTERRUPT" in os.environ and os.environ["RANK"] == "1":
-        train_module.learning_rate = press_ctrl_c
-    cli.command()
-
-
-if __name__ == "__main__":
-    main()

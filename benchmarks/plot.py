@@ -12,12 +12,11 @@ from typing import Any
 
 import matplotlib
 
-from benchmarks import tables
+from benchmarks import report
 from benchmarks.competitors import COMPILED, DENSE, INF_CL, MEMEFF, OPEN_CLIP, OURS
-from benchmarks.figures import Row
 from benchmarks.memory import OUT_OF_MEMORY
 from benchmarks.record import read, save_picture, write_whole
-from benchmarks.summary import summary
+from benchmarks.report import Row
 
 matplotlib.use("Agg")  # files only: no display needed
 from matplotlib import pyplot as plt
@@ -48,7 +47,7 @@ def main(options: argparse.Namespace) -> int:
         print(f"{options.record} is not a record of `python -m benchmarks compare`")
         return 2
     text = (options.out or options.record.parent) / f"{options.record.stem}.md"
-    write_whole(text, tables.markdown(found, summary(found)))
+    write_whole(text, report.markdown(found))
     for file in (text, *draw(found, options.record, options.out)):
         print(f"wrote {file}")
     return 0
@@ -120,7 +119,7 @@ def _cost(rows: list[Row], names: dict[str, str], where: str) -> Any:
     time.set_title(f"{where}, D = {rows[0]['D']:,}\nforward + backward", loc="left")
     time.yaxis.set_major_formatter(FuncFormatter(_seconds))
     _draw_sweep(memory, rows, "peak MB", names)
-    memory.set_title("peak memory beyond the inputs", loc="left")
+    memory.set_title("peak memory beyond the inputs\n✕: there was not enough", loc="left")
     memory.yaxis.set_major_formatter(FuncFormatter(_bytes))
     memory.set_xlabel("pairs in the batch, N")
     # One legend for both panels, where it hides nothing.
@@ -135,60 +134,23 @@ def _cost(rows: list[Row], names: dict[str, str], where: str) -> Any:
 
 
 def _draw_sweep(ax: Any, rows: list[Row], column: str, names: dict[str, str]) -> None:
-    """One line a loss, and a cross where there was not enough memory."""
+    """One line a loss; on the upper edge a cross where there was not enough memory."""
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.grid(alpha=0.3)
-    failures: dict[int, list[str]] = {}
     for loss, name in names.items():
-        _, colour, mark = DRAWN[loss]
-        if name.endswith("eager"):
-            colour, mark = "#CC79A7", "v"
+        colour, mark = _style(loss, name)
         n, values, failed = points(rows, loss, column)
         if values:
             ax.plot(n, values, color=colour, marker=mark, linewidth=2, markersize=7, label=name)
-        for where in failed:
-            failures.setdefault(where, []).append(colour)
+        edge = {"transform": ax.get_xaxis_transform(), "linestyle": "none", "markersize": 9}
+        ax.plot(failed, [0.97] * len(failed), marker="x", color=colour, markeredgewidth=2.5, **edge)
     shown = sorted({row["N"] for row in rows})
-    ax.set_xticks(shown, thinned(shown))
+    ax.set_xticks(shown, [f"{n:,}" for n in shown], rotation=30)
+    ax.set_xlim(shown[0] / 1.3, shown[-1] * 1.3)
     ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.set_xlim(shown[0] / 1.3, shown[-1] * 1.6)
-    # Crosses stand on the upper edge, side by side: how much it would have taken is not known.
     low, high = ax.get_ylim()
-    ax.set_ylim(low, high * (high / low) ** 0.12)
-    for where, losses in failures.items():
-        for k, colour in enumerate(losses):
-            shift = 1.22 ** (k - (len(losses) - 1) / 2)
-            ax.plot(
-                [where * shift],
-                [0.97],
-                marker="x",
-                color=colour,
-                markersize=9,
-                markeredgewidth=2.5,
-                transform=ax.get_xaxis_transform(),
-                linestyle="none",
-            )
-    if failures:
-        first = min(failures)
-        ax.annotate(
-            "✕ out of memory",
-            (first, 0.97),
-            xycoords=ax.get_xaxis_transform(),
-            xytext=(-22, 0),
-            textcoords="offset points",
-            ha="right",
-            va="center",
-        )
-
-
-def thinned(sizes: list[int], apart: float = 3.0) -> list[str]:
-    """Names of sizes in order, empty where the next one would touch it."""
-    names, right = [], float("inf")
-    for n in reversed(sizes):
-        names.append(f"{n:,}" if n * apart <= right else "")
-        right = n if names[-1] else right
-    return names[::-1]
+    ax.set_ylim(low, high * (high / low) ** 0.12)  # room for the crosses
 
 
 def _seconds(milliseconds: float, _: int) -> str:
@@ -200,46 +162,41 @@ def _bytes(megabytes: float, _: int) -> str:
 
 
 def _errors(losses: list[Row], penalties: list[Row], names: dict[str, str]) -> Any:
-    if not losses or not penalties:
-        return None
-    figure, (above, below) = _panels(2, 7.5)
-    _draw_loss_errors(above, losses, names)
-    _draw_penalty_errors(below, penalties)
-    below.set_xlabel("relative error against float64")
-    return figure
-
-
-def _draw_loss_errors(ax: Any, rows: list[Row], names: dict[str, str]) -> None:
-    """The image gradient of the whole loss, on random pairs and on the nearest ones.
+    """The gradients' errors by the distance of the pairs: of the whole loss, of the penalties.
 
     Without the losses that have no penalties: their gradient is another one, and so is its size.
     """
-    rows = [row for row in rows if row["loss"] not in NO_PENALTIES]
-    if not rows:
-        return
-    rows = largest_group(rows)
-    distances = [row["|T - I|"] for row in rows]
-    bars = [
-        (_pairs(distance), row["image"], names[row["loss"]], DRAWN[row["loss"]][1])
-        for distance in (distances[0], distances[-1])
-        for row in rows
-        if row["|T - I|"] == distance and row["loss"] in names and is_number(row.get("image"))
-    ]
-    _draw_bars(ax, bars)
-    ax.set_title(f"gradient of the whole loss{_at(rows[0])}", loc="left")
+    if not losses or not penalties:
+        return None
+    figure, (above, below) = _panels(2, 7.5)
+    whole = largest_group(losses)
+    for loss in (name for name in names if name not in NO_PENALTIES):
+        own = [(row["|T - I|"], row.get("image")) for row in whole if row["loss"] == loss]
+        _draw_error(above, own, names[loss], *_style(loss, names[loss]))
+    rows = largest_group(penalties)
+    for column, loss in ((OURS, f"{OURS} (eager)"), ("dense", DENSE)):
+        values = [(row["|T - I|"], row[column]) for row in rows]
+        _draw_error(below, values, DRAWN[loss][0], *DRAWN[loss][1:])
+    for ax, row, what in ((above, whole[0], "whole loss"), (below, rows[0], "penalties alone")):
+        at = f"N = {row['N']:,}, D = {row['D']:,}, {row['dtype']}"
+        ax.set_title(f"error of the gradient, {what}\n{at}", loc="left")
+        ax.set(xscale="log", yscale="log")
+        ax.grid(alpha=0.3)
+        ax.legend(frameon=False)
+    below.set_xlabel("distance |T − I| of the pairs")
+    return figure
 
 
-def _draw_penalty_errors(ax: Any, rows: list[Row]) -> None:
-    """The penalties' gradient, ours and the dense formula's."""
-    rows = largest_group(rows)
-    bars = [
-        (_pairs(row["|T - I|"]), row[column], DRAWN[loss][0], DRAWN[loss][1])
-        for row in rows
-        for column, loss in ((OURS, f"{OURS} (eager)"), ("dense", DENSE))
-        if is_number(row[column])
-    ]
-    _draw_bars(ax, bars)
-    ax.set_title(f"gradient of the penalties alone{_at(rows[0])}", loc="left")
+def _draw_error(ax: Any, values: list[tuple[Any, Any]], name: str, colour: str, mark: str) -> None:
+    """One line; random pairs have no distance."""
+    shown = [(d, error) for d, error in values if isinstance(d, float) and is_number(error)]
+    if shown:
+        ax.plot(*zip(*shown, strict=True), color=colour, marker=mark, linewidth=2, label=name)
+
+
+def _style(loss: str, name: str) -> tuple[str, str]:
+    """Colour and mark; our eager engine has its own beside the kernels."""
+    return ("#CC79A7", "v") if name.endswith("eager") else DRAWN[loss][1:]
 
 
 def largest_group(rows: list[Row]) -> list[Row]:
@@ -248,36 +205,3 @@ def largest_group(rows: list[Row]) -> list[Row]:
     sizes = [row["N"] for row in rows]
     best = max(sizes, key=lambda n: (sizes.count(n), n))
     return [row for row in rows if row["N"] == best]
-
-
-def _at(row: Row) -> str:
-    dtype = "" if row["dtype"] == "float32" else f", {row['dtype']}"
-    return f"\nN = {row['N']:,}, D = {row['D']:,}{dtype}"
-
-
-def _power(value: float) -> str:
-    digits, exponent = f"{value:.1e}".split("e")
-    return rf"{digits}$\cdot$10$^{{{int(exponent)}}}$"
-
-
-def _pairs(distance: Any) -> str:
-    return f"|T − I|\n= {distance}" if isinstance(distance, float) else "random\npairs"
-
-
-def _draw_bars(ax: Any, bars: list[tuple[str, float, str, str]]) -> None:
-    """Horizontal bars on a log scale: (group, value, name, colour), groups in order."""
-    if not bars:
-        return
-    groups: dict[str, list[float]] = {}
-    y = 0.0
-    least = min(value for _, value, _, _ in bars) / 4
-    ax.set_xscale("log")
-    for group, value, name, colour in bars:
-        y += 1.0 if group in groups else 1.6
-        groups.setdefault(group, []).append(y)
-        ax.barh(y, value - least, 0.9, left=least, color=colour)
-        ax.text(value * 1.15, y, f"{name}, {_power(value)}", va="center", fontsize=11)
-    ax.set_yticks([sum(ys) / len(ys) for ys in groups.values()], list(groups))
-    ax.set_xlim(least, max(value for _, value, _, _ in bars) * 200)
-    ax.tick_params(axis="y", length=0)
-    ax.invert_yaxis()

@@ -1,7 +1,6 @@
 """What the side-by-side benchmark measures: bytes, failures, errors, a training step."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,6 @@ from toy_trainer import ToyTrainer
 from benchmarks import (
     accuracy,
     competitors,
-    contention,
     cost,
     fresh_process,
     memory,
@@ -45,17 +43,12 @@ def test_bytes_kept_by_autograd() -> None:
     assert x.grad is not None
 
 
-@pytest.mark.parametrize("n", [40, 200])
-def test_kept_bytes_of_our_loss(run: Run, n: int) -> None:
-    """Three vectors (N,), and W (N, N) of the direct form or two Gram matrices (D, D)."""
-    d = 30
-    found = cost.attempt(
-        run, competitors.CyCLIPLoss(impl="eager"), cost.leaves_of(run, n, d, torch.float32)
-    )
-    statistics = n * n if 6 * n < 8 * d else 2 * d * d
-    assert found.outcome == cost.OK
-    assert found.peak is None  # this is no fresh process
-    assert 0 <= found.kept - 4 * (3 * n + statistics) <= 256
+def test_attempt(run: Run) -> None:
+    """Time and bytes of one run; no peak, because this is no fresh process."""
+    found = cost.attempt(run, competitors.dense, cost.leaves_of(run, 100, 8, torch.float32))
+    assert (found.outcome, found.peak) == (cost.OK, None)
+    assert min(found.forward, found.backward) > 0
+    assert found.kept > 3 * 4 * 100**2  # of several matrices
 
 
 LIMITED = """
@@ -294,25 +287,6 @@ def test_peaks_of_a_training_step(run: Run) -> None:
     nothing = training_step.peaks(trainer, lambda image, text, scale: scale * image.sum())
     features = 2 * 4 * 256 * 3
     assert parameters < nothing["step"] < parameters + 40 * features
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_contention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one second of two cores the whole machine was busy for 1.5 s, this process for 0.5 s."""
-    stat, ticks = tmp_path / "stat", os.sysconf("SC_CLK_TCK")
-    monkeypatch.setattr(contention, "STAT", stat)
-    own = iter([(1.0, 1.0, 0.5, 0.5, 9.0), (1.2, 1.1, 0.7, 0.5, 9.0)])
-    monkeypatch.setattr(contention.os, "times", lambda: next(own))
-    fields = [1000, 0, 500, 9000, 50, 0, 5, 2, 0, 0]
-    stat.write_text(f"cpu  {' '.join(map(str, fields))}\ncpu0 1 2 3\n")
-    meanwhile = contention.Contention()
-    fields[0] += ticks
-    fields[7] += ticks // 2  # stolen
-    fields[3] += ticks // 2
-    stat.write_text(f"cpu  {' '.join(map(str, fields))}\ncpu0 1 2 3\n")
-    assert meanwhile.share() == pytest.approx((1.5 - 0.5) / 2)
-    stat.unlink()
-    assert contention.Contention().share() is None
 
 
 def clip_in_torch(image: torch.Tensor, text: torch.Tensor, scale: float) -> torch.Tensor:
