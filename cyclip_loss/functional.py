@@ -12,7 +12,7 @@ Common to all of them:
         weights of the penalties, 0.25 each in the paper. 0 switches a penalty off; both 0 is CLIP.
     output_dict
         return the terms, each already weighted, instead of their sum.
-    process_group, dist_impl, uneven
+    process_group, distributed, dist_impl, uneven
         as in `cyclip_loss.CyCLIPLoss`. Over ranks (torch.distributed initialised, more than one
         process) N counts the rows of all of them, and every rank has to make the call.
     impl
@@ -36,9 +36,10 @@ from numbers import Real
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
-from cyclip_loss import contrastive, cyclic, distributed
-from cyclip_loss.distributed import Ranks
+from cyclip_loss import contrastive, cyclic
+from cyclip_loss.distributed import Ranks, agree, check_dist_impl, group_of, start_gather
 from cyclip_loss.eager import accumulation_dtype
 from cyclip_loss.ops import IMPLS
 
@@ -50,7 +51,8 @@ def contrastive_loss(
     text_features: Tensor,
     logit_scale: Tensor | float,
     *,
-    process_group: ProcessGroup | None = None,
+    process_group: ProcessGroup | DeviceMesh | None = None,
+    distributed: bool = True,
     dist_impl: str = "gather",
     uneven: bool = False,
     impl: str = "auto",
@@ -67,6 +69,7 @@ def contrastive_loss(
         lambda_inmodal=0,
         lambda_crossmodal=0,
         process_group=process_group,
+        distributed=distributed,
         dist_impl=dist_impl,
         uneven=uneven,
         impl=impl,
@@ -81,7 +84,8 @@ def cyclic_penalty(
     lambda_crossmodal: float = 0.25,
     output_dict: bool = False,
     *,
-    process_group: ProcessGroup | None = None,
+    process_group: ProcessGroup | DeviceMesh | None = None,
+    distributed: bool = True,
     impl: str = "auto",
 ) -> Tensor | dict[str, Tensor]:
     """lambda_inmodal * P_in + lambda_crossmodal * P_cross (Goel et al. 2022, eq. 2 and 3).
@@ -94,7 +98,7 @@ def cyclic_penalty(
     """
     check_impl(impl)
     check_lambdas(lambda_inmodal, lambda_crossmodal)
-    ranks = Ranks(distributed.group_of(process_group))
+    ranks = Ranks(group_of(process_group) if distributed else None)
     image_features, text_features = check_features(
         image_features, text_features, may_be_empty=ranks.size > 1
     )
@@ -117,7 +121,8 @@ def cyclip_loss(
     lambda_crossmodal: float = 0.25,
     augmented_image_features: Tensor | None = None,
     augmented_text_features: Tensor | None = None,
-    process_group: ProcessGroup | None = None,
+    process_group: ProcessGroup | DeviceMesh | None = None,
+    distributed: bool = True,
     dist_impl: str = "gather",
     uneven: bool = False,
     impl: str = "auto",
@@ -136,8 +141,8 @@ def cyclip_loss(
     """
     check_impl(impl)
     check_lambdas(lambda_inmodal, lambda_crossmodal)
-    distributed.check_dist_impl(dist_impl)
-    group = distributed.group_of(process_group)
+    check_dist_impl(dist_impl)
+    group = group_of(process_group) if distributed else None
     image_features, text_features = check_features(
         image_features, text_features, may_be_empty=group is not None
     )
@@ -151,7 +156,7 @@ def cyclip_loss(
     penalty = (image_features, text_features, lambda_inmodal, lambda_crossmodal)
     ranks = Ranks()
     if group is not None:
-        ranks = distributed.agree(
+        ranks = agree(
             group,
             dist_impl,
             image_features.shape[0],
@@ -161,7 +166,7 @@ def cyclip_loss(
         )
     # Over ranks the columns are on their way while the Gram matrices are computed, and those while
     # the contrastive losses are.
-    gathered = [distributed.start_gather(columns, ranks) for _, columns in pairs]
+    gathered = [start_gather(columns, ranks) for _, columns in pairs]
     started = cyclic.start_penalties(*penalty, impl, ranks)
     losses = [
         contrastive.contrastive_loss(*pair, scale, gathered.pop(0), at == 0, impl, ranks)

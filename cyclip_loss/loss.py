@@ -4,12 +4,23 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
-from cyclip_loss import distributed, functional
+from cyclip_loss import functional
+from cyclip_loss.distributed import HeldGroup, check_dist_impl, check_rank
 
 
-class _Weighted(nn.Module):
-    """A module whose weights are checked when they are set, at first and by a schedule."""
+class _Loss(nn.Module):
+    """Weights are checked when they are set, at first and by a schedule; the group is held."""
+
+    @property
+    def process_group(self) -> ProcessGroup | DeviceMesh | None:
+        """As given; the module can be copied and stored all the same."""
+        return self._held.group  # type: ignore[no-any-return]
+
+    @process_group.setter
+    def process_group(self, group: ProcessGroup | DeviceMesh | None) -> None:
+        self._held = HeldGroup(group)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("lambda_inmodal", "lambda_crossmodal"):
@@ -17,7 +28,7 @@ class _Weighted(nn.Module):
         super().__setattr__(name, value)
 
 
-class CyCLIPLoss(_Weighted):
+class CyCLIPLoss(_Loss):
     """CLIP's contrastive loss with the cyclic penalties of CyCLIP (Goel et al. 2022).
 
         loss = contrastive + lambda_inmodal * P_in + lambda_crossmodal * P_cross
@@ -36,9 +47,12 @@ class CyCLIPLoss(_Weighted):
         rank, world_size: as OpenCLIP passes them; if given, they are compared with the process
             group's in every call. Not given: the group's are used.
         use_horovod: taken as False only.
-        process_group: the ranks that share a batch, nccl or gloo. None: the default group, as in
-            DDP, if torch.distributed is initialised by the time of the call; it is never
-            initialised here.
+        process_group: the ranks that share a batch, nccl or gloo, or a DeviceMesh of one dimension.
+            None: the default group, as in DDP, if torch.distributed is initialised by the time of
+            the call; it is never initialised here. Copies of the module share the group. Stored
+            ones (pickle, torch.save) have none, and ask for it where there are several processes.
+        distributed: False computes the loss of this rank's own rows, without any communication, as
+            for an evaluation on one rank only.
         dist_impl: how the text features reach the other ranks: "gather" or "ring" (see below).
         uneven: whether ranks may hold different numbers of rows, or none. They then exchange the
             numbers in every call, for which the host waits.
@@ -104,7 +118,8 @@ class CyCLIPLoss(_Weighted):
         rank: int | None = None,
         world_size: int | None = None,
         use_horovod: bool = False,
-        process_group: ProcessGroup | None = None,
+        process_group: ProcessGroup | DeviceMesh | None = None,
+        distributed: bool = True,
         dist_impl: str = "gather",
         uneven: bool = False,
         impl: str = "auto",
@@ -113,11 +128,12 @@ class CyCLIPLoss(_Weighted):
         functional.check_impl(impl)
         if use_horovod:
             raise ValueError("use_horovod=True is not supported: use torch.distributed")
-        distributed.check_dist_impl(dist_impl)
+        check_dist_impl(dist_impl)
         self.lambda_inmodal = lambda_inmodal
         self.lambda_crossmodal = lambda_crossmodal
         self.rank, self.world_size = rank, world_size
         self.process_group = process_group
+        self.distributed = distributed
         self.dist_impl = dist_impl
         self.uneven = uneven
         self.impl = impl
@@ -139,7 +155,8 @@ class CyCLIPLoss(_Weighted):
         logit_scale: scalar, exp'd. Everything else, and the errors raised, as in
         `cyclip_loss.functional`.
         """
-        distributed.check_rank(self.process_group, self.rank, self.world_size)
+        if self.distributed:
+            check_rank(self.process_group, self.rank, self.world_size)
         return functional.cyclip_loss(
             image_features,
             text_features,
@@ -151,6 +168,7 @@ class CyCLIPLoss(_Weighted):
             augmented_image_features=augmented_image_features,
             augmented_text_features=augmented_text_features,
             process_group=self.process_group,
+            distributed=self.distributed,
             dist_impl=self.dist_impl,
             uneven=self.uneven,
             impl=self.impl,
@@ -165,7 +183,7 @@ class CyCLIPLoss(_Weighted):
         return shown
 
 
-class CyclicPenalty(_Weighted):
+class CyclicPenalty(_Loss):
     """The cyclic penalties alone, to add to another loss: SigLIP, CoCa, or one's own.
 
         penalty = lambda_inmodal * P_in + lambda_crossmodal * P_cross
@@ -180,7 +198,8 @@ class CyclicPenalty(_Weighted):
         lambda_inmodal: float = 0.25,
         lambda_crossmodal: float = 0.25,
         *,
-        process_group: ProcessGroup | None = None,
+        process_group: ProcessGroup | DeviceMesh | None = None,
+        distributed: bool = True,
         impl: str = "auto",
     ) -> None:
         super().__init__()
@@ -188,6 +207,7 @@ class CyclicPenalty(_Weighted):
         self.lambda_inmodal = lambda_inmodal
         self.lambda_crossmodal = lambda_crossmodal
         self.process_group = process_group
+        self.distributed = distributed
         self.impl = impl
 
     def forward(
@@ -205,6 +225,7 @@ class CyclicPenalty(_Weighted):
             self.lambda_crossmodal,
             output_dict,
             process_group=self.process_group,
+            distributed=self.distributed,
             impl=self.impl,
         )
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
 from cyclip_loss.loss import CyclicPenalty
 
@@ -20,8 +21,8 @@ class WithCyclicPenalty(CyclicPenalty):
     Args:
         loss: a module whose `forward` takes `image_features` and `text_features`, (N, D), rows of
             unit length. It stays reachable as `.loss`.
-        lambda_inmodal, lambda_crossmodal, process_group, impl: as in `CyclicPenalty`, and so are
-            the semantics over ranks, whatever the wrapped loss does there.
+        lambda_inmodal, lambda_crossmodal, process_group, distributed, impl: as in `CyclicPenalty`,
+            and so are the semantics over ranks, whatever the wrapped loss does there.
 
     Raises:
         TypeError: `loss.forward` takes no `image_features` or no `text_features`; else as
@@ -34,10 +35,17 @@ class WithCyclicPenalty(CyclicPenalty):
         lambda_inmodal: float = 0.25,
         lambda_crossmodal: float = 0.25,
         *,
-        process_group: ProcessGroup | None = None,
+        process_group: ProcessGroup | DeviceMesh | None = None,
+        distributed: bool = True,
         impl: str = "auto",
     ) -> None:
-        super().__init__(lambda_inmodal, lambda_crossmodal, process_group=process_group, impl=impl)
+        super().__init__(
+            lambda_inmodal,
+            lambda_crossmodal,
+            process_group=process_group,
+            distributed=distributed,
+            impl=impl,
+        )
         parameters = list(inspect.signature(loss.forward).parameters)
         for name in ("image_features", "text_features"):
             if name not in parameters:
