@@ -41,7 +41,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from cyclip_loss import contrastive, cyclic
 from cyclip_loss.distributed import Ranks, agree, check_dist_impl, group_of, start_gather
 from cyclip_loss.eager import accumulation_dtype
-from cyclip_loss.ops import IMPLS
+from cyclip_loss.ops import IMPLS, autocast_is_on
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -302,7 +302,7 @@ def _augmented_pairs(
 
 def _autocast(features: Tensor) -> Tensor:
     device_type = features.device.type
-    if features.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+    if features.dtype != torch.float64 and autocast_is_on(device_type):
         return features.to(torch.get_autocast_dtype(device_type))
     return features
 

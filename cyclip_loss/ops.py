@@ -96,7 +96,7 @@ def operator(
         @wraps(function)
         def compute(*arguments: Any) -> Any:
             device_type = arguments[0].device.type
-            if not torch.is_autocast_enabled(device_type):
+            if not autocast_is_on(device_type):
                 return function(*arguments)
             with torch.autocast(device_type, enabled=False):
                 return function(*arguments)
@@ -119,6 +119,11 @@ def operator(
         return call  # type: ignore[return-value]
 
     return declare
+
+
+def autocast_is_on(device_type: str) -> bool:
+    """Whether it is, also for devices that have none, as "meta"."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def like(features: Tensor, needed: bool) -> Tensor:
