@@ -25,6 +25,7 @@ class _Loss(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("lambda_inmodal", "lambda_crossmodal"):
             functional.check_lambda(name, value)
+            value = float(value)  # of one type, so that `torch.compile` sees only a new value
         super().__setattr__(name, value)
 
 
