@@ -10,10 +10,13 @@ import torch.distributed as dist
 from pool import Ranks
 from rank_cases import RankCase
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim.swa_utils import AveragedModel
 
 from cyclip_loss import CyclicPenalty, CyCLIPLoss, WithCyclicPenalty, cyclic_penalty, cyclip_loss
+
+WEIGHTS = (0.25, 0.3, 0.0, 0.4, 0.5, 0.6, 0.7)
 
 
 def modules(process_group: object) -> list[nn.Module]:
@@ -117,3 +120,28 @@ def test_one_rank_alone(ranks: Ranks) -> None:
     found, _ = ranks.run(2, alone)
     assert found[:2] == [cyclip_loss(image, text, case.scale())] * 2
     assert found[2:] == [cyclic_penalty(image, text)] * 2
+
+
+def compiled_schedule(rank: int, world_size: int) -> tuple[list[Tensor], list[int]]:
+    """The losses of a compiled module whose weights change, and how often it had been compiled."""
+    case = RankCase((4,) * world_size)
+    inputs = (*case.features(rank), case.scale())
+    torch._dynamo.reset()
+    compiler = CompileCounterWithBackend("aot_eager")
+    module, found, counts = CyCLIPLoss(), [], []
+    compiled = torch.compile(module, fullgraph=True, backend=compiler)
+    for weight in WEIGHTS:
+        module.lambda_inmodal, module.lambda_crossmodal = weight, weight / 2
+        found.append(compiled(*inputs))
+        counts.append(compiler.frame_count)
+    return found, counts
+
+
+def test_a_schedule_over_ranks_compiles_a_few_times_and_no_more(ranks: Ranks) -> None:
+    case = RankCase((4,) * 2)
+    for found, counts in ranks.run(2, compiled_schedule):
+        for weight, loss in zip(WEIGHTS, found, strict=True):
+            weights = {"lambda_inmodal": weight, "lambda_crossmodal": weight / 2}
+            whole = cyclip_loss(*case.batch(), case.scale(), **weights)
+            torch.testing.assert_close(loss, whole, rtol=1e-12, atol=0)
+        assert counts[-4:] == [counts[-1]] * 4  # new values compile nothing
