@@ -1,20 +1,24 @@
-"""Fixtures of all tests: the engines under test, NaN-filled fresh memory, small strips."""
+"""Fixtures of all tests: the device and the engines, NaN-filled fresh memory, small strips.
+
+Tests run on one device, CUDA if it is there: `pytest --device cpu` says otherwise. Tensors are made
+on it, the oracle computes on the CPU, and so do the processes of the tests over ranks. On CUDA the
+Triton kernels are compiled, elsewhere Triton's interpreter runs them.
+"""
 
 import importlib
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import settings
-
-# Without a GPU the Triton kernels run in Triton's interpreter, which is chosen at its import.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
 from pool import Ranks
 
-from cyclip_loss import eager
+from benchmarks.checkout import make_kernels_importable
+
+# Also without an installation, and in the processes of the tests over ranks, which import this.
+make_kernels_importable()
 
 # Every test of a value or a gradient runs once per engine.
 IMPLS_UNDER_TEST = ["eager", "triton"]
@@ -22,6 +26,34 @@ IMPLS_UNDER_TEST = ["eager", "triton"]
 # The same examples every time: a red run is a changed program, never an unlucky draw.
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=30)
 settings.load_profile("ci")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.addoption("--device", default=default, help=f"where tensors are made, here {default}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Triton reads it at its import, which comes with the first test file, or with cyclip_loss.
+    assert "triton" not in sys.modules
+    interpreted = not config.getoption("--device").startswith("cuda")
+    os.environ["TRITON_INTERPRET"] = str(int(interpreted))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips tests marked gpu, or gpu(2), where there are fewer, or tensors are made elsewhere."""
+    for marker in item.iter_markers("gpu"):
+        needed = marker.args[0] if marker.args else 1
+        if not item.config.getoption("--device").startswith("cuda"):
+            pytest.skip("needs --device cuda")
+        if torch.cuda.device_count() < needed:
+            pytest.skip(f"needs {needed} GPUs")
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig: pytest.Config) -> torch.device:
+    """Where the tensors of a test are made."""
+    return torch.device(pytestconfig.getoption("--device"))
 
 
 @pytest.fixture(params=IMPLS_UNDER_TEST, scope="session")
@@ -46,10 +78,19 @@ def nan_in_fresh_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests marked nccl use gloo like all others, and NCCL too where there are two GPUs."""
+    on_cuda = metafunc.config.getoption("--device").startswith("cuda")
+    marked = metafunc.definition.get_closest_marker("nccl") and "ranks" in metafunc.fixturenames
+    if marked and on_cuda and torch.cuda.device_count() >= 2:
+        metafunc.parametrize("ranks", ["gloo", "nccl"], indirect=True, scope="session")
+
+
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Ranks]:
+def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
     """Processes for tests over ranks: `ranks.run(world_size, task, *arguments)`."""
-    ranks = Ranks()
+    on_gpus = getattr(request, "param", "gloo") == "nccl"
+    ranks = Ranks("nccl", "cuda") if on_gpus else Ranks()
     yield ranks
     ranks.close()
 
@@ -71,8 +112,11 @@ def set_strip_rows(monkeypatch: pytest.MonkeyPatch, rows: int | None) -> None:
     """Make strips low: `rows` in the eager engine, one tile in the kernels. None leaves them be."""
     if rows is None:
         return
+    from cyclip_loss import eager
+
     monkeypatch.setattr(eager, "MIN_STRIP_ROWS", rows)
     monkeypatch.setitem(eager.STRIP_ELEMENTS, "cpu", 1)
+    monkeypatch.setattr(eager, "STRIP_ELEMENTS_OTHER_DEVICES", 1)
     for name, constants in KERNEL_STRIPS.items():
         module = importlib.import_module(f"cyclip_loss.kernels.{name}")
         for constant in constants:

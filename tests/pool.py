@@ -1,11 +1,16 @@
-"""Processes that compute together: a gloo group of a few ranks that serves many tests.
+"""Processes that compute together: a group of a few ranks that serves many tests.
 
 The processes start once and stay: a test sends them a function of a module's top level, every rank
-runs it, and the results come back. What goes wrong comes back too, in bounded time: an exception
-with its traceback, a rank that died, or ranks that do not answer.
+runs it with tensors on its `own_device()`, and the results come back, on the CPU. What goes wrong
+comes back too, in bounded time: an exception with its traceback, a rank that died, or ranks that do
+not answer.
+
+The ranks of a gloo group compute on the CPU, with interpreted kernels, also where other tests run
+on a GPU.
 """
 
 import faulthandler
+import io
 import multiprocessing
 import os
 import pickle
@@ -22,8 +27,16 @@ from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
+
+_own_device = torch.device("cpu")
+
+
+def own_device() -> torch.device:
+    """Where a rank's tensors are; in the tests' own process, the CPU."""
+    return _own_device
 
 
 class RankError(AssertionError):
@@ -33,11 +46,20 @@ class RankError(AssertionError):
 class Ranks:
     """Processes, the first of which form a process group, the default one of each.
 
+    backend, device: "nccl" and "cuda", a GPU each; "gloo" and "cuda:0", one GPU for all.
     timeout: of the group's collectives in seconds, after which torch itself raises; patience: how
     much longer `run` waits.
     """
 
-    def __init__(self, timeout: float = 30.0, patience: float = 30.0) -> None:
+    def __init__(
+        self,
+        backend: str = "gloo",
+        device: str = "cpu",
+        *,
+        timeout: float = 30.0,
+        patience: float = 30.0,
+    ) -> None:
+        self.backend, self.device = backend, device
         self.timeout, self.patience = timeout, patience
         self._processes: list[Any] = []
         self._connections: list[Connection] = []
@@ -50,6 +72,8 @@ class Ranks:
 
         Raises RankError; the processes start anew then, unless every rank raised and so is done.
         """
+        if self.backend == "nccl" and world_size > torch.cuda.device_count():
+            pytest.skip(f"needs {world_size} GPUs")
         if world_size != self._grouped:
             self._form_group(world_size)
         return self._everywhere(_run, task, arguments)
@@ -75,12 +99,19 @@ class Ranks:
         store = Path(self._folder.name) / f"store{self._groups}"
         self._grouped = world_size
         self._everywhere(_started, limit=120.0)
-        self._everywhere(_join_group, world_size, f"file://{store}", self.timeout)
+        self._everywhere(
+            _join_group,
+            world_size,
+            self.backend,
+            f"file://{store}",
+            timedelta(seconds=self.timeout),
+        )
 
     def _start(self) -> None:
         ours, theirs = multiprocessing.Pipe()
-        process = _context().Process(
-            target=_serve, args=(len(self._processes), theirs), daemon=True
+        context = _forks() if self.device == "cpu" else multiprocessing.get_context("spawn")
+        process = context.Process(
+            target=_serve, args=(len(self._processes), self.device, theirs), daemon=True
         )
         process.start()
         theirs.close()
@@ -108,7 +139,9 @@ class Ranks:
                     continue
                 del waiting[rank]
                 try:
-                    succeeded, result = pickle.loads(connection.recv_bytes())
+                    succeeded, result = torch.load(
+                        io.BytesIO(connection.recv_bytes()), map_location="cpu", weights_only=False
+                    )
                 except (EOFError, ConnectionError):
                     self._processes[rank].join(5.0)
                     succeeded, result = False, f"died, exit code {self._processes[rank].exitcode}"
@@ -126,7 +159,7 @@ class Ranks:
 
 
 @lru_cache
-def _context() -> Any:
+def _forks() -> Any:
     """Starts processes as forks of one that has imported what takes long, and computed nothing."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
@@ -138,19 +171,22 @@ def _context() -> Any:
             "pytest",
         ]
     )
-    threads = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
+    before = dict(os.environ)
+    os.environ |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     ensure_running()
-    del os.environ["OMP_NUM_THREADS"]
-    if threads is not None:
-        os.environ["OMP_NUM_THREADS"] = threads
+    os.environ.clear()
+    os.environ |= before
     return context
 
 
-def _serve(rank: int, connection: Connection) -> None:
+def _serve(rank: int, device: str, connection: Connection) -> None:
     """What a process does: commands, until the connection is closed."""
     from conftest import fill_fresh_memory_with_nan
 
+    global _own_device
+    _own_device = torch.device(f"cuda:{rank}" if device == "cuda" else device)
+    if _own_device.type == "cuda":
+        torch.cuda.set_device(_own_device)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")  # as in pytest
     fill_fresh_memory_with_nan()
@@ -162,11 +198,18 @@ def _serve(rank: int, connection: Connection) -> None:
         # Shows where it hangs, and ends a process whose parent is gone.
         faulthandler.dump_traceback_later(limit, exit=True)
         try:
-            reply = pickle.dumps((True, command(rank, *arguments)))
+            reply = _bytes_of((True, command(rank, *arguments)))
         except Exception:
-            reply = pickle.dumps((False, traceback.format_exc()))
+            reply = _bytes_of((False, traceback.format_exc()))
         faulthandler.cancel_dump_traceback_later()
         connection.send_bytes(reply)
+
+
+def _bytes_of(reply: tuple[bool, Any]) -> bytes:
+    """By torch.save, so that tensors of any device can be read on the CPU."""
+    buffer = io.BytesIO()
+    torch.save(reply, buffer)
+    return buffer.getvalue()
 
 
 def _run(rank: int, task: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
@@ -177,13 +220,9 @@ def _started(rank: int) -> None:
     """Nothing: the answer says that the process has started."""
 
 
-def _join_group(rank: int, world_size: int, store: str, timeout: float) -> None:
+def _join_group(rank: int, world_size: int, backend: str, store: str, timeout: timedelta) -> None:
     dist.init_process_group(
-        "gloo",
-        init_method=store,
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=timeout),
+        backend, init_method=store, rank=rank, world_size=world_size, timeout=timeout
     )
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernels as such: shipped tiles, strips, reproducibility, and what they compile to.
+"""The Triton kernels as such: shipped tiles, layouts, and what they compile to.
 
 Values and gradients on hard inputs are tested together with the eager engine's, by `impl`.
 """
@@ -9,21 +9,17 @@ import sys
 
 import pytest
 import torch
-from accuracy import (
-    assert_accurate,
-    contrastive_bound,
-    cyclic_bound,
-    exact_contrastive,
-    exact_cyclic,
-    results,
-)
-from inputs import Case
+from accuracy import check_loss
+from inputs import UNALIGNED, Case
+from processes import run_python
 
 from cyclip_loss import kernels, ops
-from cyclip_loss.functional import contrastive_loss, cyclic_penalty
+from cyclip_loss.functional import cyclic_penalty
 from cyclip_loss.kernels import compile as ahead_of_time
 from cyclip_loss.kernels import configs
 
+# At the start of programs of their own, which would not find the kernels of a bare checkout.
+IMPORTABLE = "from benchmarks.checkout import make_kernels_importable\nmake_kernels_importable()\n"
 needs_interpreter = pytest.mark.skipif(
     not kernels.INTERPRETED, reason="on a GPU the shipped tiles are what every test runs"
 )
@@ -32,74 +28,65 @@ needs_interpreter = pytest.mark.skipif(
 @needs_interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
-def test_shipped_tiles(arch: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiles of real chips, on a batch that ends within the second tile of either side."""
+def test_shipped_tiles(
+    arch: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """The tiles of real chips, on a batch that ends within the second tile of either side.
+
+    The two lambdas differ, so that C is needed too, and N > 7/3 D, so that the Gram form is used.
+    """
     monkeypatch.setattr(configs, "_INTERPRETER", configs.ARCHITECTURES[arch])
-    case = Case(n=290, d=70, dtype=dtype, logit_scale=30.0)
-    image, text = case.features()
-    contrastive = results(
-        lambda i, t, s: contrastive_loss(i, t, s, impl="triton"), image, text, case.scale()
-    )
-    exact = exact_contrastive(image, text, case.logit_scale)
-    bound = contrastive_bound(image, text, case.logit_scale, "triton")
-    assert_accurate(contrastive, [exact], bound)
-    # The two lambdas differ, so that C is needed too; N = 290 > 7/3 * D, so the Gram form is used.
-    cyclic = results(
-        lambda i, t, s: cyclic_penalty(i, t, 0.25, 0.5, impl="triton") + 0 * s,
-        image,
-        text,
-        case.scale(),
-    )
-    exact = exact_cyclic(image, text, 0.25, 0.5)
-    assert_accurate(cyclic, [exact], cyclic_bound(image, text, 0.25, 0.5, "triton"))
+    case = Case(n=290, d=70, dtype=dtype, logit_scale=30.0, lambdas=(0.25, 0.5))
+    check_loss(case, "triton", device)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_same_inputs_give_the_same_bits(dtype: torch.dtype) -> None:
-    image, text = Case(n=130, d=40, dtype=dtype).features()
-    runs = [
-        results(
-            lambda i, t, s: (
-                contrastive_loss(i, t, s, impl="triton")
-                + cyclic_penalty(i, t, 0.25, 0.5, impl="triton")
-            ),
-            image,
-            text,
-            torch.tensor(20.0),
-        )
-        for _ in range(3)
-    ]
-    for other in runs[1:]:
-        assert torch.equal(other.value, runs[0].value)
-        assert torch.equal(other.image, runs[0].image)
-        assert torch.equal(other.text, runs[0].text)
-        assert torch.equal(other.logit_scale, runs[0].logit_scale)
+@pytest.mark.parametrize("layout", UNALIGNED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("d", [32, 256])
+def test_rows_where_no_wide_load_can_be(
+    impl: str, d: int, dtype: torch.dtype, layout: str, device: torch.device
+) -> None:
+    """Rows 264 elements apart, or a base 8 bytes off: D is a multiple of the tiles, so no copy.
+
+    D = 32 takes the Gram form of the penalties, 256 the direct one.
+    """
+    layouts = {"image_layout": layout, "text_layout": layout}
+    check_loss(Case(n=80, d=d, dtype=dtype, lambdas=(0.5, 0.125), **layouts), impl, device)
+    # Only one of the two.
+    layouts["text_layout"] = "contiguous"
+    check_loss(Case(n=80, d=d, dtype=dtype, lambdas=(0.5, 0.125), **layouts), impl, device)
+
+
+@pytest.mark.parametrize("distance", [None, 0.3, 0.003])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_long_rows(impl: str, dtype: torch.dtype, distance, device: torch.device) -> None:
+    """D = 768: a tensor core's error grows with D."""
+    for logit_scale in (5.0, 30.0):
+        check_loss(Case(70, 768, dtype, distance, logit_scale=logit_scale), impl, device)
 
 
 @needs_interpreter
-def test_interpreted_tf32_rounds_as_the_hardware_keeps() -> None:
+def test_interpreted_tf32_rounds_as_the_hardware_keeps(device: torch.device) -> None:
     """Gram matrices of bfloat16 features multiply U and V rounded to 10 bits, to nearest."""
     # I + T = 1 + 2^-11: halfway between two tf32 numbers, where chopping would give 1.
-    image = torch.full((1, 1), 1.0, dtype=torch.bfloat16)
-    text = torch.full((1, 1), 2.0**-11, dtype=torch.bfloat16)
+    image = torch.full((1, 1), 1.0, dtype=torch.bfloat16, device=device)
+    text = torch.full((1, 1), 2.0**-11, dtype=torch.bfloat16, device=device)
     grams = kernels.cyclic_statistics(image, text, False, False)
     assert grams[0].item() == (1 + 2.0**-10) ** 2
 
 
 def test_no_triton_on_a_cpu_tensor_without_the_interpreter() -> None:
     code = (
-        "import torch, cyclip_loss\n"
+        f"{IMPORTABLE}import torch, cyclip_loss\n"
         "x = torch.eye(3)\n"
         "cyclip_loss.cyclip_loss(x, x, 1.0, impl='triton')\n"
     )
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-    )
+    run = run_python("-c", code, interpreted=False)
     assert run.returncode != 0
     assert "impl='triton' needs features on a CUDA or ROCm device, got cpu" in run.stderr
 
 
+@pytest.mark.slow
 def test_every_shipped_configuration_compiles_without_spills() -> None:
     """The gate: registers, shared memory and tensor-core instructions of each binary.
 
@@ -171,25 +158,27 @@ def test_the_gate_sees_each_fault(measured: dict, fault: str | None) -> None:
 def test_the_newer_float32_setting_is_understood() -> None:
     """PyTorch raises where its older getter is asked after its newer setting was used."""
     code = (
-        "import torch\n"
+        f"{IMPORTABLE}import torch\n"
         "torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
         "from cyclip_loss.kernels.configs import Precision\n"
         "print(Precision.of(torch.zeros(1, 1)).dot)\n"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    run = run_python("-c", code)
     assert run.stdout == "tf32\n", run.stderr
 
 
 @needs_interpreter
 @pytest.mark.parametrize("distance", [None, 0.3, 0.03, 0.003])
-def test_what_tf32_costs_the_penalties_of_bfloat16_features(distance: float | None) -> None:
+def test_what_tf32_costs_the_penalties_of_bfloat16_features(
+    distance: float | None, device: torch.device
+) -> None:
     """The figure in `kernels/cyclic_statistics.py`: what precedes the rounding to bfloat16.
 
     The features are bfloat16 numbers, held in float32 so that the gradient comes out unrounded: the
     interpreter chops where it stores bfloat16, which a GPU does not.
     """
     case = Case(n=300, d=64, dtype=torch.bfloat16, distance=distance)
-    image, text = (features.float() for features in case.features())
+    image, text = (features.float() for features in case.inputs(device)[:2])
     wide = image.double().requires_grad_()
     cyclic_penalty(wide, text.double()).backward()
     before = torch.get_float32_matmul_precision()

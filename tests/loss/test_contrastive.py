@@ -24,14 +24,12 @@ from cyclip_loss.functional import contrastive_loss, cyclip_loss
 @example(case=Case(n=64, d=1, logit_scale=100.0, strip_rows=7))
 @example(case=Case(n=65, d=33, logit_scale=100.0, distance=0.003, strip_rows=32))
 @example(case=Case(n=65, d=33, logit_scale=100.0, distance=0.003, anti_aligned=True, strip_rows=32))
-def test_contrastive_loss(case: Case, impl: str) -> None:
-    image, text = case.features()
+def test_contrastive_loss(case: Case, impl: str, device: torch.device) -> None:
+    image, text, scale = case.inputs(device)
     with pytest.MonkeyPatch.context() as monkeypatch:
         set_strip_rows(monkeypatch, case.strip_rows)
-        actual = results(
-            lambda i, t, s: contrastive_loss(i, t, s, impl=impl), image, text, case.scale()
-        )
-    assert actual.value.dtype == case.scale().dtype
+        actual = results(lambda i, t, s: contrastive_loss(i, t, s, impl=impl), image, text, scale)
+    assert actual.value.dtype == scale.dtype
     assert actual.image.dtype == actual.text.dtype == case.dtype
     exact = exact_contrastive(image, text, case.logit_scale)
     bound = contrastive_bound(image, text, case.logit_scale, impl)
@@ -39,9 +37,11 @@ def test_contrastive_loss(case: Case, impl: str) -> None:
 
 
 @given(case=cases(max_n=40, max_d=40))
-def test_augmented_views(case: Case, impl: str) -> None:
-    image, text = case.features()
-    views = tuple(view.to(case.dtype) for view in pairs(case.n, case.d, seed=case.seed + 1))
+def test_augmented_views(case: Case, impl: str, device: torch.device) -> None:
+    image, text, scale = case.inputs(device)
+    views = tuple(
+        view.to(case.dtype) for view in pairs(case.n, case.d, seed=case.seed + 1, device=device)
+    )
     with pytest.MonkeyPatch.context() as monkeypatch:
         set_strip_rows(monkeypatch, case.strip_rows)
 
@@ -57,18 +57,18 @@ def test_augmented_views(case: Case, impl: str) -> None:
                 impl=impl,
             )
 
-        actual = results(loss, image, text, case.scale())
+        actual = results(loss, image, text, scale)
     exact = exact_augmented(image, text, case.logit_scale, views)
     bound = augmented_bound(image, text, case.logit_scale, views, impl)
     assert_accurate(actual, exact, bound)
 
 
-def test_gradients_of_the_augmented_views(impl: str) -> None:
+def test_gradients_of_the_augmented_views(impl: str, device: torch.device) -> None:
     """The views have gradients of their own, and both enter with the same weight."""
-    features = [*pairs(9, 5), *pairs(9, 5, seed=1)]
+    features = [*pairs(9, 5, device=device), *pairs(9, 5, seed=1, device=device)]
     leaves = [f.clone().requires_grad_() for f in features]
     twins = [f.clone().requires_grad_() for f in features]
-    scale = torch.tensor(7.0, dtype=torch.float64)
+    scale = torch.tensor(7.0, dtype=torch.float64, device=device)
     cyclip_loss(
         *leaves[:2],
         scale,
@@ -82,33 +82,35 @@ def test_gradients_of_the_augmented_views(impl: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_largest_scale_and_no_match(impl: str, dtype: torch.dtype) -> None:
+def test_largest_scale_and_no_match(impl: str, dtype: torch.dtype, device: torch.device) -> None:
     """s = 100 with every cosine below 0.1: exp(l - s) would underflow, and give log 0."""
     generator = torch.Generator().manual_seed(0)
     # Images and texts in orthogonal halves, then a little of each other.
-    image, text = torch.zeros(2, 60, 64, dtype=torch.float64)
-    image[:, :32] = torch.randn(60, 32, generator=generator)
-    text[:, 32:] = torch.randn(60, 32, generator=generator)
+    image, text = torch.zeros(2, 60, 64, dtype=torch.float64, device=device)
+    image[:, :32] = torch.randn(60, 32, generator=generator, device=device)
+    text[:, 32:] = torch.randn(60, 32, generator=generator, device=device)
     image[:, 63], text[:, 0] = 0.2, 0.2
     image, text = (torch.nn.functional.normalize(f, dim=1).to(dtype) for f in (image, text))
     assert (image.double() @ text.double().T).max() < 0.1
-    logit_scale = torch.tensor(100.0)
+    logit_scale = torch.tensor(100.0, device=device)
     actual = results(lambda i, t, s: contrastive_loss(i, t, s, impl=impl), image, text, logit_scale)
     exact = exact_contrastive(image, text, 100.0)
     bound = contrastive_bound(image, text, 100.0, impl)
     assert_accurate(actual, [exact], bound)
 
 
-def test_columns_of_very_different_size(impl: str, small_strips: None) -> None:
+def test_columns_of_very_different_size(
+    impl: str, small_strips: None, device: torch.device
+) -> None:
     """Each strip raises the maxima of some columns by a lot and leaves others."""
-    image, text = pairs(40, 8)
-    image = image * torch.logspace(-2, 1, 40, dtype=torch.float64)[:, None]
+    image, text = pairs(40, 8, device=device)
+    image = image * torch.logspace(-2, 1, 40, dtype=torch.float64, device=device)[:, None]
     for features in (image, image.flip(0)):
         actual = results(
             lambda i, t, s: contrastive_loss(i, t, s, impl=impl),
             features.float(),
             text.float(),
-            torch.tensor(100.0),
+            torch.tensor(100.0, device=device),
         )
         exact = exact_contrastive(features.float(), text.float(), 100.0)
         bound = contrastive_bound(features.float(), text.float(), 100.0, impl)

@@ -6,8 +6,9 @@ import pickle
 import pytest
 import torch
 from accuracy import NAMES, contrastive_bound, results
-from inputs import pairs
+from inputs import loss_dtype, normal, pairs
 from torch import Tensor, nn
+from towers import IMAGE_SIZE, TEXT_SIZE, TwoTowers
 
 from cyclip_loss import CyclicPenalty, CyCLIPLoss, reference
 
@@ -28,9 +29,11 @@ OPENCLIP_KEYWORDS = {
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("distance", [None, 0.3])
 @pytest.mark.parametrize("logit_scale", [0.5, 14.25, 100.0])
-def test_without_penalties_it_is_clip_loss(impl: str, logit_scale, distance, dtype) -> None:
-    image, text = (features.to(dtype) for features in pairs(50, 24, distance))
-    scale = torch.tensor(logit_scale, dtype=dtype)
+def test_without_penalties_it_is_clip_loss(
+    impl: str, logit_scale, distance, dtype, device: torch.device
+) -> None:
+    image, text = (features.to(dtype) for features in pairs(50, 24, distance, device=device))
+    scale = torch.tensor(logit_scale, dtype=dtype, device=device)
     ours = results(CyCLIPLoss(0, 0, impl=impl), image, text, scale)
     theirs = results(open_clip.ClipLoss(), image, text, scale)
     # Twice: theirs is rounded like ours.
@@ -39,41 +42,20 @@ def test_without_penalties_it_is_clip_loss(impl: str, logit_scale, distance, dty
         2 * 4 * torch.finfo(dtype).eps / torch.finfo(torch.float64).eps
     )
     for name in NAMES:
-        error = (getattr(ours, name) - getattr(theirs, name)).abs()
+        error = (getattr(ours, name) - getattr(theirs, name)).abs().cpu()
         assert bool((error <= getattr(bound, name)).all()), name
 
 
-class TwoTowers(nn.Module):
-    """A model with OpenCLIP's output, small enough to train in a test."""
-
-    def __init__(self, with_bias: bool) -> None:
-        super().__init__()
-        self.visual, self.textual = nn.Linear(12, 8), nn.Linear(10, 8)
-        self.logit_scale = nn.Parameter(torch.tensor(2.0))
-        self.logit_bias = nn.Parameter(torch.tensor(-3.0)) if with_bias else None
-
-    def forward(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
-        output = {
-            "image_features": nn.functional.normalize(self.visual(images), dim=1),
-            "text_features": nn.functional.normalize(self.textual(texts), dim=1),
-            "logit_scale": self.logit_scale.exp(),
-        }
-        return output if self.logit_bias is None else output | {"logit_bias": self.logit_bias}
-
-
-def train(loss: nn.Module, with_bias: bool) -> tuple[list[float], TwoTowers]:
+def train(loss: nn.Module, with_bias: bool, device: torch.device) -> tuple[list[float], TwoTowers]:
     """Eight steps the way OpenCLIP's `train_one_epoch` takes them."""
     torch.manual_seed(0)
-    model = TwoTowers(with_bias).double()
+    model = TwoTowers(with_bias).to(device, torch.float64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     history = []
     for step in range(8):
-        torch.manual_seed(step)
-        size = 16 if step < 7 else 5  # a last batch that is smaller
-        images = torch.randn(size, 12, dtype=torch.float64)
-        texts = torch.randn(size, 10, dtype=torch.float64)
+        batch = samples(16 if step < 7 else 5, step, device)  # a last batch that is smaller
         optimizer.zero_grad()
-        losses = loss(**model(images, texts), output_dict=True)
+        losses = loss(**model(*batch), output_dict=True)
         total = sum(losses.values())
         total.backward()
         assert all(parameter.grad is not None for parameter in model.parameters())
@@ -82,10 +64,16 @@ def train(loss: nn.Module, with_bias: bool) -> tuple[list[float], TwoTowers]:
     return history, model
 
 
+def samples(n: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Images and texts of a batch."""
+    both = normal(n, IMAGE_SIZE + TEXT_SIZE, seed=seed, device=device)
+    return both[:, :IMAGE_SIZE], both[:, IMAGE_SIZE:]
+
+
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_training_is_unchanged(impl: str, with_bias: bool) -> None:
-    ours, our_model = train(CyCLIPLoss(0, 0, **OPENCLIP_KEYWORDS, impl=impl), with_bias)
-    theirs, their_model = train(open_clip.ClipLoss(**OPENCLIP_KEYWORDS), with_bias)
+def test_training_is_unchanged(impl: str, with_bias: bool, device: torch.device) -> None:
+    ours, our_model = train(CyCLIPLoss(0, 0, **OPENCLIP_KEYWORDS, impl=impl), with_bias, device)
+    theirs, their_model = train(open_clip.ClipLoss(**OPENCLIP_KEYWORDS), with_bias, device)
     assert ours == pytest.approx(theirs, rel=1e-9)
     for name, parameter in our_model.named_parameters():
         if name == "logit_bias":
@@ -93,15 +81,15 @@ def test_training_is_unchanged(impl: str, with_bias: bool) -> None:
         torch.testing.assert_close(parameter, their_model.get_parameter(name), rtol=1e-7, atol=1e-9)
 
 
-def test_training_with_penalties_differs_and_lowers_them(impl: str) -> None:
+def test_training_with_penalties_differs_and_lowers_them(impl: str, device: torch.device) -> None:
     """The loop above would also pass if the penalties never reached the parameters."""
-    clip, model = train(CyCLIPLoss(0, 0, impl=impl), False)
-    cyclip, cyclic_model = train(CyCLIPLoss(1.0, 1.0, impl=impl), False)
+    clip, model = train(CyCLIPLoss(0, 0, impl=impl), False, device)
+    cyclip, cyclic_model = train(CyCLIPLoss(1.0, 1.0, impl=impl), False, device)
     assert clip != cyclip
-    images, texts = torch.randn(32, 12).double(), torch.randn(32, 10).double()
+    batch = samples(32, 8, device)
 
     def gap(model: TwoTowers) -> float:
-        output = model(images, texts)
+        output = model(*batch)
         return CyclicPenalty()(output["image_features"], output["text_features"]).item()
 
     assert gap(cyclic_model) < gap(model)
@@ -116,8 +104,10 @@ def test_positional_bools_of_clip_loss_are_not_lambdas() -> None:
 
 @pytest.mark.parametrize("lambdas", [(0.25, 0.25), (0.5, 0.125), (0.0, 0.5), (0.5, 0.0), (0, 0)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_terms_sum_to_the_loss(impl: str, dtype: torch.dtype, lambdas) -> None:
-    image, text = (features.to(dtype) for features in pairs(30, 10))
+def test_terms_sum_to_the_loss(
+    impl: str, dtype: torch.dtype, lambdas, device: torch.device
+) -> None:
+    image, text = (features.to(dtype) for features in pairs(30, 10, device=device))
     module = CyCLIPLoss(*lambdas, impl=impl)
     terms = module(image, text, 10.0, output_dict=True)
     assert tuple(terms) == TERMS
@@ -132,9 +122,11 @@ def test_terms_sum_to_the_loss(impl: str, dtype: torch.dtype, lambdas) -> None:
 
 @pytest.mark.parametrize(("n", "d"), [(30, 6), (10, 30)], ids=["gram", "direct"])
 @pytest.mark.parametrize("lambdas", [(0.25, 0.25), (0.5, 0.125)])
-def test_each_term_has_its_own_gradient(impl: str, lambdas, n: int, d: int) -> None:
+def test_each_term_has_its_own_gradient(
+    impl: str, lambdas, n: int, d: int, device: torch.device
+) -> None:
     """Terms weighted anew, each at once or apart, as a trainer may: gradients follow."""
-    inputs = [*pairs(n, d), torch.tensor(8.0, dtype=torch.float64)]
+    inputs = [*pairs(n, d, device=device), torch.tensor(8.0, dtype=torch.float64, device=device)]
 
     def own(*leaves: Tensor) -> dict[str, Tensor]:
         return CyCLIPLoss(*lambdas, impl=impl)(*leaves, output_dict=True)
@@ -163,9 +155,11 @@ def test_each_term_has_its_own_gradient(impl: str, lambdas, n: int, d: int) -> N
 
 @pytest.mark.parametrize("shape", [(), (1,)])
 @pytest.mark.parametrize("value", [-10.0, 1e4])
-def test_logit_bias_changes_nothing(impl: str, value: float, shape: tuple) -> None:
-    image, text = pairs(12, 4)
-    bias = torch.full(shape, value, requires_grad=True)
+def test_logit_bias_changes_nothing(
+    impl: str, value: float, shape: tuple, device: torch.device
+) -> None:
+    image, text = pairs(12, 4, device=device)
+    bias = torch.full(shape, value, requires_grad=True, device=device)
     for output_dict in (False, True):
         bias.grad = None
         plain = CyCLIPLoss(impl=impl)(image, text, 10.0, output_dict=output_dict)
@@ -173,28 +167,33 @@ def test_logit_bias_changes_nothing(impl: str, value: float, shape: tuple) -> No
         assert shifted == plain
         (sum(shifted.values()) if output_dict else shifted).backward()
         assert bias.grad is not None
-        assert torch.equal(bias.grad, torch.zeros(shape))
+        assert torch.equal(bias.grad, torch.zeros(shape, device=device))
 
 
-@pytest.mark.parametrize(
-    "logit_scale",
-    [
-        10,
-        10.0,
-        torch.tensor(10.0),
-        torch.tensor([10.0]),
-        torch.tensor([[10.0]]),
-        torch.tensor(10.0, dtype=torch.float64),
-        torch.tensor(10.0, dtype=torch.float16),
-        torch.tensor([10.0], dtype=torch.bfloat16),
-    ],
-    ids=repr,
-)
+FORMS_OF_THE_SCALE = {
+    "int": lambda device: 10,
+    "float": lambda device: 10.0,
+    "scalar": lambda device: torch.tensor(10.0, device=device),
+    "vector": lambda device: torch.tensor([10.0], device=device),
+    "matrix": lambda device: torch.tensor([[10.0]], device=device),
+    "float64": lambda device: torch.tensor(10.0, dtype=torch.float64, device=device),
+    "float16": lambda device: torch.tensor(10.0, dtype=torch.float16, device=device),
+    "bfloat16": lambda device: torch.tensor([10.0], dtype=torch.bfloat16, device=device),
+    # Views, whose memory does not begin with their element.
+    "element": lambda device: torch.tensor([[-1.0, 3.0], [10.0, 5.0]], device=device)[1, 0],
+    "expanded": lambda device: torch.tensor([7.0, 10.0], device=device)[1].expand(1, 1),
+}
+
+
+@pytest.mark.parametrize("form", FORMS_OF_THE_SCALE)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_forms_of_the_logit_scale(impl: str, dtype: torch.dtype, logit_scale) -> None:
+def test_forms_of_the_logit_scale(
+    impl: str, dtype: torch.dtype, form: str, device: torch.device
+) -> None:
     """All the same number; a tensor gets a gradient of its own shape and dtype."""
-    image, text = (features.to(dtype) for features in pairs(20, 6))
-    plain = torch.tensor(10.0, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    image, text = (features.to(dtype) for features in pairs(20, 6, device=device))
+    logit_scale = FORMS_OF_THE_SCALE[form](device)
+    plain = torch.tensor(10.0, dtype=loss_dtype(dtype), device=device)
     expected = results(CyCLIPLoss(impl=impl), image, text, plain)
     if isinstance(logit_scale, Tensor):
         actual = results(CyCLIPLoss(impl=impl), image, text, logit_scale)
@@ -212,8 +211,8 @@ def test_forms_of_the_logit_scale(impl: str, dtype: torch.dtype, logit_scale) ->
 
 
 @pytest.mark.parametrize("module", [CyCLIPLoss(0.5, 0.125), CyclicPenalty(0.5, 0.125)], ids=repr)
-def test_module_can_be_copied_and_stored(module: nn.Module) -> None:
-    image, text = pairs(10, 4)
+def test_module_can_be_copied_and_stored(module: nn.Module, device: torch.device) -> None:
+    image, text = pairs(10, 4, device=device)
     arguments = (image, text, 5.0) if isinstance(module, CyCLIPLoss) else (image, text)
     for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert twin(*arguments) == module(*arguments)
@@ -227,9 +226,11 @@ def test_module_can_be_copied_and_stored(module: nn.Module) -> None:
 
 @pytest.mark.parametrize("name", [None, *TERMS])
 @pytest.mark.parametrize("lambdas", [(0.5, 0.125), (0.25, 0.25), (0, 0)])
-def test_results_can_be_added_to_in_place(impl: str, lambdas, name: str | None) -> None:
+def test_results_can_be_added_to_in_place(
+    impl: str, lambdas, name: str | None, device: torch.device
+) -> None:
     """`loss = ...; loss += other` is how trainers add losses up."""
-    image, text = (features.requires_grad_() for features in pairs(10, 4))
+    image, text = (features.requires_grad_() for features in pairs(10, 4, device=device))
     losses = [CyCLIPLoss(*lambdas, impl=impl)(image, text, 5.0, output_dict=name is not None)]
     if name is None:
         losses.append(CyclicPenalty(*lambdas, impl=impl)(image, text))

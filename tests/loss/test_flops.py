@@ -3,13 +3,12 @@
 import pytest
 import torch
 from inputs import pairs
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cyclip_loss import eager
 
 N, D = 40, 12
-IMAGE, TEXT = pairs(N, D)
-SCALE = torch.tensor(10.0, dtype=torch.float64)
 
 
 class CountFlops(TorchDispatchMode):
@@ -33,15 +32,21 @@ def flops(function, *arguments) -> int:
     return counter.total
 
 
-def test_contrastive_term(small_strips: None) -> None:
+@pytest.fixture
+def features(device: torch.device) -> tuple[Tensor, Tensor]:
+    return pairs(N, D, device=device)
+
+
+def test_contrastive_term(features, small_strips: None) -> None:
     """8 N^2 D in all, and a frozen tower saves 2 N^2 D; the scale's gradient comes for N D."""
-    assert flops(eager.contrastive_lse, IMAGE, TEXT, SCALE, 0, True) == 2 * N * N * D
-    lse = eager.contrastive_lse(IMAGE, TEXT, SCALE, 0, True)
+    scale = features[0].new_tensor(10.0)
+    assert flops(eager.contrastive_lse, *features, scale, 0, True) == 2 * N * N * D
+    lse = eager.contrastive_lse(*features, scale, 0, True)
     for needs, products in [((True, True), 6), ((True, False), 4), ((False, True), 4)]:
         for needs_scale in (True, False):
             cost = flops(
                 eager.contrastive_grads,
-                *(IMAGE, TEXT, SCALE, *lse, SCALE, 1.0, 0, True, [*needs, needs_scale], False),
+                *(*features, scale, *lse, scale, 1.0, 0, True, [*needs, needs_scale], False),
             )
             assert cost == products * N * N * D
 
@@ -55,11 +60,10 @@ def test_contrastive_term(small_strips: None) -> None:
         (False, False, 8 * N * D * D),
     ],
 )
-def test_penalties(direct: bool, with_cross: bool, expected: int, small_strips: None) -> None:
-    cost = flops(eager.cyclic_statistics, IMAGE, TEXT, direct, with_cross)
-    statistics = eager.cyclic_statistics(IMAGE, TEXT, direct, with_cross)
-    coefficients = torch.tensor([1.0, 0.5], dtype=torch.float64)
-    cost += flops(
-        eager.cyclic_grads, IMAGE, TEXT, statistics, coefficients, direct, with_cross, [True, True]
-    )
+def test_penalties(features, direct: bool, with_cross: bool, expected: int, small_strips) -> None:
+    form = (direct, with_cross)
+    cost = flops(eager.cyclic_statistics, *features, *form)
+    statistics = eager.cyclic_statistics(*features, *form)
+    coefficients = features[0].new_tensor([1.0, 0.5])
+    cost += flops(eager.cyclic_grads, *features, statistics, coefficients, *form, [True, True])
     assert cost == expected

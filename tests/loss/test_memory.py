@@ -1,7 +1,7 @@
 """No N x N matrix: what is kept between forward and backward, and the largest allocation.
 
 The detector is `benchmarks.memory.allocations`, which is shown to see the matrices of the dense
-formula.
+formula. It sees the memory of the CPU; what a GPU holds is in `test_cuda.py`.
 """
 
 import pytest
@@ -19,9 +19,16 @@ N_OTHERS = 512
 D = 32
 
 
+@pytest.fixture(autouse=True)
+def on_the_cpu(device: torch.device) -> None:
+    if device.type != "cpu":
+        pytest.skip("of the CPU's memory")
+
+
 def make_inputs(impl: str) -> list[Tensor]:
-    features = (f.float() for f in pairs(N.get(impl, N_OTHERS), D))
-    return [tensor.requires_grad_() for tensor in (*features, torch.tensor(10.0))]
+    features = (f.float() for f in pairs(N.get(impl, N_OTHERS), D, device="cpu"))
+    scale = torch.tensor(10.0, device="cpu")
+    return [tensor.requires_grad_() for tensor in (*features, scale)]
 
 
 def loss(inputs: list[Tensor], impl: str, lambda_inmodal: float = 0.5) -> Tensor:
@@ -96,7 +103,7 @@ def test_the_direct_form_is_no_larger_than_the_features(impl: str, n: int) -> No
     """W = U V^T has N^2 elements, but is only taken where that is below 7/3 N D."""
     d = 100
     assert cyclic.direct_is_cheaper(n, d, True)
-    image, text = (features.float().requires_grad_() for features in pairs(n, d))
+    image, text = (features.float().requires_grad_() for features in pairs(n, d, device="cpu"))
     events = allocations(
         lambda: cyclic.cyclic_penalties(image, text, 1.0, 0.5, False, impl)[0].backward()
     )

@@ -1,10 +1,11 @@
 """The engines on their own: rectangular work, flags; and PyTorch's own checks of the operators."""
 
 import itertools
+from math import log
 
 import pytest
 import torch
-from accuracy import check_bound, eps_of
+from accuracy import check_bound, eps_of, exact_on_host
 from conftest import set_strip_rows
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -16,20 +17,23 @@ from cyclip_loss import cyclic, eager, exchange, ops
 FLAGS = [(True, True), (True, False), (False, True), (False, False)]
 
 
-def rectangle(n: int, m: int, d: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def rectangle(
+    n: int, m: int, d: int, seed: int = 0, *, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """n image rows and m text rows in float32, (n, d) and (m, d)."""
-    image, text = pairs(max(n, m), d, seed=seed)
+    image, text = pairs(max(n, m), d, seed=seed, device=device)
     return image[:n].float(), text[:m].float()
 
 
 def partners(n: int, m: int, first_column: int) -> Tensor:
     """(n, m): 1 where column j is row i's partner, j = first_column + i."""
-    return (torch.arange(m) == torch.arange(n)[:, None] + first_column).double()
+    rows, columns = (torch.arange(size, device="cpu") for size in (n, m))
+    return (columns == rows[:, None] + first_column).double()
 
 
 def lse_by_definition(image: Tensor, text: Tensor, s: float, first_column: int):
     """Log-sum-exps of the negatives of rows and columns, and the logits of the pairs."""
-    logits = s * image.double() @ text.double().T
+    logits = s * exact_on_host(image) @ exact_on_host(text).T
     delta = partners(*logits.shape, first_column)
     negatives = logits.masked_fill(delta == 1, -torch.inf)
     return negatives.logsumexp(dim=1), negatives.logsumexp(dim=0), (logits * delta).sum(dim=1)
@@ -39,7 +43,8 @@ def grads_by_definition(
     image, text, s, row_lse, column_lse, pair_gradient, weight, first_column, symmetric, eps
 ):
     """dI, dT, ds as the docstring of `eager.contrastive_grads` defines them, and their bounds."""
-    image, text = image.double(), text.double()
+    tensors = (image, text, row_lse, column_lse, pair_gradient)
+    image, text, row_lse, column_lse, pair_gradient = map(exact_on_host, tensors)
     logits = s * image @ text.T
     exps = (logits - row_lse[:, None]).exp()
     if symmetric:
@@ -70,34 +75,49 @@ RECTANGLES = {
 }
 
 
+# Shapes that the others hardly meet: a row against more columns than a block has, and a few rows.
+FLAT = {
+    "d": 3,
+    "symmetric": True,
+    "image_layout": "contiguous",
+    "text_layout": "contiguous",
+    "seed": 1,
+}
+ONE_ROW = FLAT | {"n": 1, "m": 37, "first_column": 5, "strip_rows": None}
+WIDE = FLAT | {"n": 5, "m": 16385, "first_column": 16380, "strip_rows": 7}
+
+
 @given(**RECTANGLES)
+@example(**ONE_ROW)
+@example(**WIDE)
 def test_contrastive_lse(
-    impl, n, m, d, first_column, symmetric, strip_rows, image_layout, text_layout, seed
+    impl, n, m, d, first_column, symmetric, strip_rows, image_layout, text_layout, seed, device
 ) -> None:
-    image, text = rectangle(n, m, d, seed)
+    image, text = rectangle(n, m, d, seed, device=device)
     image, text = lay_out(image, image_layout), lay_out(text, text_layout)
     with pytest.MonkeyPatch.context() as monkeypatch:
         set_strip_rows(monkeypatch, strip_rows)
         rows, columns, pair_logits = ops.engine(impl, image).contrastive_lse(
-            image, text, torch.tensor(20.0), first_column, symmetric
+            image, text, image.new_tensor(20.0), first_column, symmetric
         )
     expected = lse_by_definition(image, text, 20.0, first_column)
-    scale = torch.tensor(1 + 40).log() + 20.0 * (image.abs() @ text.abs().T).max().double()
+    scale = log(1 + max(n, m)) + 20.0 * exact_on_host((image.abs() @ text.abs().T).max())
     for actual, exact in zip((rows, columns, pair_logits), expected, strict=True):
         assert actual.dtype == torch.float32
         if actual is columns and not symmetric:
             assert actual.shape == (0,)
             continue
         # Without negatives: exactly -inf.
-        alone = exact == -torch.inf
+        actual, alone = actual.cpu(), exact == -torch.inf
         assert bool((actual[alone] == -torch.inf).all())
         actual, exact = actual[~alone], exact[~alone]
         check_bound("lse", actual, [exact], scale * eps_of(impl, torch.float32).logits)
     # A row without a partner has 0, not something small.
     alone = partners(n, m, first_column).sum(dim=1) == 0
-    assert bool((pair_logits[alone] == 0).all())
+    assert bool((pair_logits.cpu()[alone] == 0).all())
 
 
+ALL_GRADIENTS = {"needs": (True, True), "needs_scale": True, "wide": False}
 TALL = {
     "n": 20,
     "m": 9,
@@ -119,6 +139,8 @@ TALL = {
     needs_scale=st.booleans(),
     wide=st.booleans(),
 )
+@example(**ONE_ROW | ALL_GRADIENTS | {"dtype": torch.bfloat16})
+@example(**WIDE | ALL_GRADIENTS | {"dtype": torch.float32})
 @example(**TALL | {"first_column": -6, "symmetric": True, "needs": (True, True)})
 @example(**TALL | {"first_column": -6, "symmetric": True, "needs": (False, True)})
 @example(**TALL | {"first_column": 30, "symmetric": False, "needs": (False, False)})
@@ -137,32 +159,33 @@ def test_contrastive_grads(
     needs_scale,
     wide,
     impl,
+    device,
 ) -> None:
     """With log-sum-exps that are larger than those of this rectangle, as over ranks."""
-    image, text = (features.to(dtype) for features in rectangle(n, m, d, seed))
+    image, text = (features.to(dtype) for features in rectangle(n, m, d, seed, device=device))
     image, text = lay_out(image, image_layout), lay_out(text, text_layout)
     logits = 5.0 * image.double() @ text.double().T
     row_lse = (logits.logsumexp(dim=1) + 0.5).float()
-    column_lse = (logits.logsumexp(dim=0) + torch.linspace(0, 2, m)).float()
-    pair_gradient = torch.linspace(-1, -1e-4, n)
+    column_lse = (logits.logsumexp(dim=0) + torch.linspace(0, 2, m, device=device)).float()
+    pair_gradient = torch.linspace(-1, -1e-4, n, device=device)
     arguments = (row_lse, column_lse if symmetric else column_lse[:0], pair_gradient)
     with pytest.MonkeyPatch.context() as monkeypatch:
         set_strip_rows(monkeypatch, strip_rows)
         actual = ops.engine(impl, image).contrastive_grads(
             image,
             text,
-            torch.tensor(5.0),
+            row_lse.new_tensor(5.0),
             *arguments,
-            torch.tensor(0.25),
+            row_lse.new_tensor(0.25),
             0.5,
             first_column,
             symmetric,
             [*needs, needs_scale],
             wide,
         )
-    exact = (row_lse.double(), column_lse.double(), pair_gradient.double())
+    given = (row_lse, column_lse, pair_gradient)
     expected = grads_by_definition(
-        image, text, 5.0, *exact, 0.125, first_column, symmetric, eps_of(impl, dtype)
+        image, text, 5.0, *given, 0.125, first_column, symmetric, eps_of(impl, dtype)
     )
     for grad, (exact, bound), needed in zip(actual, expected, (*needs, needs_scale), strict=True):
         assert grad.dtype == (torch.float32 if wide or grad.ndim == 0 else dtype)
@@ -173,15 +196,15 @@ def test_contrastive_grads(
 
 
 @pytest.mark.parametrize("sizes", [[10, 10, 10], [1, 17, 12]])
-def test_ranks_add_up(impl: str, sizes: list[int], small_strips: None) -> None:
+def test_ranks_add_up(impl: str, sizes: list[int], small_strips: None, device) -> None:
     """Each rank's rows against all columns: partial results sum to those of one process."""
-    image, text = pairs(sum(sizes), 8)
-    scale = torch.tensor(12.0, dtype=torch.float64)
-    weight = torch.tensor(1.0, dtype=torch.float64), 1 / (2 * len(image))
+    image, text = pairs(sum(sizes), 8, device=device)
+    scale = torch.tensor(12.0, dtype=torch.float64, device=device)
+    weight = torch.tensor(1.0, dtype=torch.float64, device=device), 1 / (2 * len(image))
     engine = ops.engine(impl, image)
     needs = [True, True, True]
     whole_lse = engine.contrastive_lse(image, text, scale, 0, True)
-    pair_gradient = torch.linspace(-1, -1e-4, len(image), dtype=torch.float64)
+    pair_gradient = torch.linspace(-1, -1e-4, len(image), dtype=torch.float64, device=device)
     whole = engine.contrastive_grads(
         *(image, text, scale, *whole_lse[:2], pair_gradient, *weight, 0, True, needs, False)
     )
@@ -213,15 +236,15 @@ def test_ranks_add_up(impl: str, sizes: list[int], small_strips: None) -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
 
 
-def test_gram_matrices_of_ranks_add_up(impl: str, small_strips: None) -> None:
-    image, text = pairs(40, 6)
+def test_gram_matrices_of_ranks_add_up(impl: str, small_strips: None, device) -> None:
+    image, text = pairs(40, 6, device=device)
     whole = ops.engine(impl, image).cyclic_statistics(image, text, False, True)
     parts = [
         ops.engine(impl, i).cyclic_statistics(i, t, False, True)
         for i, t in zip(image.split([1, 27, 12]), text.split([1, 27, 12]), strict=True)
     ]
     torch.testing.assert_close(sum(parts), whole, rtol=1e-12, atol=1e-13)
-    coefficients = torch.tensor([0.7, 0.3], dtype=torch.float64)
+    coefficients = torch.tensor([0.7, 0.3], dtype=torch.float64, device=device)
     grads = ops.engine(impl, image).cyclic_grads
     expected = grads(image, text, whole, coefficients, False, True, [True, True])
     part = grads(image[1:28], text[1:28], whole, coefficients, False, True, [True, True])
@@ -230,8 +253,8 @@ def test_gram_matrices_of_ranks_add_up(impl: str, small_strips: None) -> None:
 
 
 @pytest.mark.parametrize("with_cross", [True, False])
-def test_cyclic_statistics(impl: str, with_cross: bool, small_strips: None) -> None:
-    image, text = pairs(30, 6)
+def test_cyclic_statistics(impl: str, with_cross: bool, small_strips: None, device) -> None:
+    image, text = pairs(30, 6, device=device)
     u, v = image + text, image - text
     grams = [u.T @ u, v.T @ v, v.T @ u][: 3 if with_cross else 2]
     actual = ops.engine(impl, image).cyclic_statistics(image, text, False, with_cross)
@@ -245,15 +268,15 @@ def test_cyclic_statistics(impl: str, with_cross: bool, small_strips: None) -> N
     ("with_cross", "coefficients"), [(True, (1, 0.5)), (True, (1, 0)), (False, (1, 0))]
 )
 @pytest.mark.parametrize("needs", FLAGS)
-def test_cyclic_grads(impl, direct, with_cross, coefficients, needs, small_strips) -> None:
-    image, text = pairs(30, 6)
+def test_cyclic_grads(impl, direct, with_cross, coefficients, needs, small_strips, device) -> None:
+    image, text = pairs(30, 6, device=device)
     leaves = [features.clone().requires_grad_() for features in (image, text)]
     u, v = leaves[0] + leaves[1], leaves[0] - leaves[1]
     w = u @ v.T
     total, difference = coefficients
     ((total * w.square().sum() + difference * (w * w.T).sum()) / 2).backward()
     statistics = ops.engine(impl, image).cyclic_statistics(image, text, direct, with_cross)
-    coefficients = torch.tensor(coefficients, dtype=torch.float64)
+    coefficients = torch.tensor(coefficients, dtype=torch.float64, device=device)
     grads = ops.engine(impl, image).cyclic_grads(
         image, text, statistics, coefficients, direct, with_cross, [*needs]
     )
@@ -264,21 +287,24 @@ def test_cyclic_grads(impl, direct, with_cross, coefficients, needs, small_strip
             assert grad.numel() == 0
 
 
-def test_second_coefficient_is_not_read_without_the_cross_term(impl: str) -> None:
-    image, text = pairs(30, 6)
+def test_second_coefficient_is_not_read_without_the_cross_term(impl: str, device) -> None:
+    image, text = pairs(30, 6, device=device)
     for direct in (True, False):
         statistics = ops.engine(impl, image).cyclic_statistics(image, text, direct, False)
-        coefficients = torch.tensor([1.0, torch.nan], dtype=torch.float64)
+        coefficients = torch.tensor([1.0, torch.nan], dtype=torch.float64, device=device)
         grads = ops.engine(impl, image).cyclic_grads(
             image, text, statistics, coefficients, direct, False, [True, True]
         )
         assert all(bool(grad.isfinite().all()) for grad in grads)
 
 
-def opcheck_arguments(dtype: torch.dtype, impl: str) -> list[tuple]:
-    image, text = (features.to(dtype) for features in pairs(12, 5))
+def opcheck_arguments(dtype: torch.dtype, impl: str, device: torch.device) -> list[tuple]:
+    image, text = (features.to(dtype) for features in pairs(12, 5, device=device))
     accumulate = eager.accumulation_dtype(dtype)
-    scale, grad = torch.tensor(4.0, dtype=accumulate), torch.tensor(0.1, dtype=accumulate)
+    scale, grad = (
+        torch.tensor(4.0, dtype=accumulate, device=device),
+        torch.tensor(0.1, dtype=accumulate, device=device),
+    )
     arguments = []
     for symmetric in (True, False):
         how = (symmetric, impl, "alone", "", None)
@@ -290,7 +316,7 @@ def opcheck_arguments(dtype: torch.dtype, impl: str) -> list[tuple]:
     for direct, with_cross in itertools.product([True, False], repeat=2):
         arguments.append(("cyclic_statistics", (image, text, direct, with_cross, impl)))
         statistics = cyclic.cyclic_statistics(image, text, direct, with_cross, impl)
-        coefficients = torch.ones(2, dtype=accumulate)
+        coefficients = torch.ones(2, dtype=accumulate, device=device)
         for needs in FLAGS:
             given = (image, text, statistics, coefficients, direct, with_cross, [*needs], impl)
             arguments.append(("cyclic_grads", given))
@@ -300,8 +326,8 @@ def opcheck_arguments(dtype: torch.dtype, impl: str) -> list[tuple]:
 @pytest.mark.parametrize(
     ("dtype", "layout"), [(torch.float64, "contiguous"), (torch.bfloat16, "transposed")]
 )
-def test_opcheck(impl: str, dtype: torch.dtype, layout: str) -> None:
+def test_opcheck(impl: str, dtype: torch.dtype, layout: str, device: torch.device) -> None:
     """True schemas, nothing mutated or aliased, and the shapes given without data are right."""
-    for name, arguments in opcheck_arguments(dtype, impl):
+    for name, arguments in opcheck_arguments(dtype, impl, device):
         arguments = (*(lay_out(tensor, layout) for tensor in arguments[:2]), *arguments[2:])
         torch.library.opcheck(getattr(torch.ops.cyclip_loss, name).default, arguments)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from accuracy import assert_accurate, cyclic_bound, exact_cyclic, results
+from accuracy import assert_accurate, cyclic_bound, exact_cyclic, exact_on_host, results
 from conftest import set_strip_rows
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -23,8 +23,10 @@ def set_form(monkeypatch: pytest.MonkeyPatch, direct: bool) -> None:
 @example(case=Case(n=1, d=1), output_dict=False)
 @example(case=Case(n=90, d=90, lambdas=(1.0, 0.125), strip_rows=32), output_dict=False)
 @example(case=Case(n=90, d=90, lambdas=(0.125, 1.0), strip_rows=7), output_dict=True)
-def test_cyclic_penalty(case: Case, output_dict: bool, direct: bool, impl: str) -> None:
-    image, text = case.features()
+def test_cyclic_penalty(
+    case: Case, output_dict: bool, direct: bool, impl: str, device: torch.device
+) -> None:
+    image, text, scale = case.inputs(device)
 
     def penalty(i, t, s):
         terms = cyclic_penalty(i, t, *case.lambdas, output_dict, impl=impl)
@@ -33,8 +35,8 @@ def test_cyclic_penalty(case: Case, output_dict: bool, direct: bool, impl: str) 
     with pytest.MonkeyPatch.context() as monkeypatch:
         set_strip_rows(monkeypatch, case.strip_rows)
         set_form(monkeypatch, direct)
-        actual = results(penalty, image, text, case.scale())
-    assert actual.value.dtype == case.scale().dtype
+        actual = results(penalty, image, text, scale)
+    assert actual.value.dtype == scale.dtype
     assert actual.image.dtype == actual.text.dtype == case.dtype
     exact = exact_cyclic(image, text, *case.lambdas)
     bound = cyclic_bound(image, text, *case.lambdas, impl)
@@ -43,17 +45,19 @@ def test_cyclic_penalty(case: Case, output_dict: bool, direct: bool, impl: str) 
 
 @FORMS
 @pytest.mark.parametrize("term", ["inmodal", "crossmodal"])
-def test_each_term_apart(term: str, direct: bool, impl: str, monkeypatch, small_strips) -> None:
+def test_each_term_apart(
+    term: str, direct: bool, impl: str, monkeypatch, small_strips, device: torch.device
+) -> None:
     """One of the two terms, taken out of the dict, has its own value and gradient."""
     set_form(monkeypatch, direct)
     lambdas = (0.3, 0.7)
     alone = (0.3, 0.0) if term == "inmodal" else (0.0, 0.7)
-    image, text = (features.float() for features in pairs(30, 11))
+    image, text = (features.float() for features in pairs(30, 11, device=device))
 
     def penalty(i, t, s):
         return cyclic_penalty(i, t, *lambdas, True, impl=impl)[f"{term}_cyclic_loss"] + 0 * s
 
-    actual = results(penalty, image, text, torch.tensor(1.0))
+    actual = results(penalty, image, text, torch.tensor(1.0, device=device))
     exact = exact_cyclic(image, text, *alone)
     # p and q are as large for one term as for both, whatever is left of their sum or difference.
     bound = cyclic_bound(image, text, *alone, impl)
@@ -63,7 +67,7 @@ def test_each_term_apart(term: str, direct: bool, impl: str, monkeypatch, small_
 @FORMS
 @pytest.mark.parametrize(("distance", "of_dense"), [(0.3, 2.0), (0.03, 0.2), (0.003, 0.02)])
 def test_nearly_aligned_pairs(
-    distance: float, of_dense: float, direct: bool, impl: str, monkeypatch
+    distance: float, of_dense: float, direct: bool, impl: str, monkeypatch, device: torch.device
 ) -> None:
     """The gradient keeps float32's precision where the dense form subtracts nearly equal numbers.
 
@@ -71,13 +75,13 @@ def test_nearly_aligned_pairs(
     the dense formula makes in the same dtype that falls in proportion to the distance.
     """
     set_form(monkeypatch, direct)
-    image, text = (features.float() for features in pairs(96, 48, distance))
+    image, text = (features.float() for features in pairs(96, 48, distance, device=device))
     lambdas = (0.25, 0.25)
     actual = results(
         lambda i, t, s: cyclic_penalty(i, t, *lambdas, impl=impl) + 0 * s,
         image,
         text,
-        torch.tensor(1.0),
+        torch.tensor(1.0, device=device),
     )
     dense = results(
         lambda i, t, s: (
@@ -87,13 +91,13 @@ def test_nearly_aligned_pairs(
         ),
         image,
         text,
-        torch.tensor(1.0),
+        torch.tensor(1.0, device=device),
     )
     exact = exact_cyclic(image, text, *lambdas)
     for name in ("image", "text"):
         target = getattr(exact, name)
-        error = (getattr(actual, name).double() - target).norm() / target.norm()
-        dense_error = (getattr(dense, name).double() - target).norm() / target.norm()
+        error = (exact_on_host(getattr(actual, name)) - target).norm() / target.norm()
+        dense_error = (exact_on_host(getattr(dense, name)) - target).norm() / target.norm()
         assert error <= 1e-6, f"{name}: relative error {error:.2g}"
         assert error <= of_dense * dense_error, f"{name}: {error:.2g}, dense {dense_error:.2g}"
     assert abs(actual.value.double() - exact.value) <= 1e-6 * exact.value
@@ -101,10 +105,12 @@ def test_nearly_aligned_pairs(
 
 @FORMS
 @pytest.mark.parametrize("lambdas", [(0.25, 0.25), (1.0, 0.0), (0.0, 1.0)])
-def test_identical_towers(lambdas, direct: bool, impl: str, monkeypatch) -> None:
+def test_identical_towers(
+    lambdas, direct: bool, impl: str, monkeypatch, device: torch.device
+) -> None:
     """T = I: both penalties and their gradients are exactly zero, also when it is one tensor."""
     set_form(monkeypatch, direct)
-    image = pairs(12, 5)[0].float().requires_grad_()
+    image = pairs(12, 5, device=device)[0].float().requires_grad_()
     penalty = cyclic_penalty(image, image, *lambdas, impl=impl)
     penalty.backward()
     assert penalty == 0
@@ -114,15 +120,15 @@ def test_identical_towers(lambdas, direct: bool, impl: str, monkeypatch) -> None
 @FORMS
 @pytest.mark.parametrize("which", ["inmodal", "crossmodal"])
 def test_a_penalty_that_vanishes_is_not_negative(
-    which: str, direct: bool, impl: str, monkeypatch
+    which: str, direct: bool, impl: str, monkeypatch, device: torch.device
 ) -> None:
     """P_in of rotated and P_cross of symmetrically mapped features: zero, up to rounding."""
     set_form(monkeypatch, direct)
     generator = torch.Generator().manual_seed(3)
-    mapping = torch.randn(24, 24, generator=generator, dtype=torch.float64)
+    mapping = torch.randn(24, 24, generator=generator, dtype=torch.float64, device=device)
     mapping = torch.linalg.qr(mapping)[0] if which == "inmodal" else mapping + mapping.T
     for seed in range(8):
-        image = pairs(40, 24, seed=seed)[0]
+        image = pairs(40, 24, seed=seed, device=device)[0]
         text = (image @ mapping).float()
         terms = cyclic_penalty(image.float(), text, 1.0, 1.0, True, impl=impl)
         term = terms[f"{which}_cyclic_loss"]
@@ -132,9 +138,9 @@ def test_a_penalty_that_vanishes_is_not_negative(
 
 @FORMS
 @given(case=cases(max_n=30, max_d=30))
-def test_symmetries(case: Case, direct: bool, impl: str) -> None:
+def test_symmetries(case: Case, direct: bool, impl: str, device: torch.device) -> None:
     """Swapping the towers changes no penalty; joint rotation or sign changes none either."""
-    image, text = case.features()
+    image, text, _ = case.inputs(device)
     image, text = image.double(), text.double()
     with pytest.MonkeyPatch.context() as monkeypatch:
         set_form(monkeypatch, direct)
@@ -163,23 +169,23 @@ def test_the_form_with_fewer_flops_is_taken(d: int, with_cross: bool) -> None:
 
 @pytest.mark.parametrize("n", [5, 13, 14, 23, 24, 90])
 @pytest.mark.parametrize("lambdas", [(0.25, 0.25), (0.5, 0.125)])
-def test_around_the_change_of_form(n: int, lambdas, impl: str) -> None:
+def test_around_the_change_of_form(n: int, lambdas, impl: str, device: torch.device) -> None:
     """D = 10: the form changes between 13 and 14 rows, or between 23 and 24."""
-    image, text = (features.float() for features in pairs(n, 10))
+    image, text = (features.float() for features in pairs(n, 10, device=device))
     actual = results(
         lambda i, t, s: CyclicPenalty(*lambdas, impl=impl)(i, t) + 0 * s,
         image,
         text,
-        torch.tensor(1.0),
+        torch.tensor(1.0, device=device),
     )
     exact = exact_cyclic(image, text, *lambdas)
     bound = cyclic_bound(image, text, *lambdas, impl)
     assert_accurate(actual, [exact], bound)
 
 
-def test_unused_rows_between_the_strides_are_not_read(impl: str) -> None:
+def test_unused_rows_between_the_strides_are_not_read(impl: str, device: torch.device) -> None:
     """The padding of a strided view holds NaN; a kernel that ignores strides would meet it."""
-    image, text = pairs(20, 6)
+    image, text = pairs(20, 6, device=device)
     plain = cyclic_penalty(image, text, impl=impl)
     for layout in ("every other column", "every other row"):
         strided = cyclic_penalty(lay_out(image, layout), lay_out(text, layout), impl=impl)

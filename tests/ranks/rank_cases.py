@@ -15,7 +15,7 @@ from accuracy import (
 from conftest import set_strip_rows
 from hypothesis import strategies as st
 from inputs import DISTANCES, DTYPES, LAMBDAS, LAYOUTS, LOGIT_SCALES, lay_out, loss_dtype, pairs
-from pool import Ranks
+from pool import Ranks, own_device
 from torch import Tensor
 
 from cyclip_loss import CyclicPenalty, CyCLIPLoss
@@ -46,10 +46,8 @@ class RankCase:
 
     def features(self, rank: int) -> tuple[Tensor, Tensor]:
         """A rank's rows of the images and texts."""
-        image, text = (
-            features.to(self.dtype).split(self.rows)[rank]
-            for features in pairs(sum(self.rows), self.d, self.distance, seed=self.seed)
-        )
+        both = pairs(sum(self.rows), self.d, self.distance, seed=self.seed, device=own_device())
+        image, text = (features.to(self.dtype).split(self.rows)[rank] for features in both)
         return lay_out(image, self.layouts[0]), lay_out(text, self.layouts[1])
 
     def batch(self) -> tuple[Tensor, Tensor]:
@@ -58,7 +56,7 @@ class RankCase:
         return torch.cat(images), torch.cat(texts)
 
     def scale(self) -> Tensor:
-        return torch.tensor(self.logit_scale, dtype=loss_dtype(self.dtype))
+        return torch.tensor(self.logit_scale, dtype=loss_dtype(self.dtype), device=own_device())
 
     def weights(self) -> tuple[bool, float, float]:
         """Whether the contrastive term is in what is computed, and the weights of the penalties."""

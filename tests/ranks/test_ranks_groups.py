@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accuracy import NAMES, Results, results
-from pool import RankError, Ranks
+from pool import RankError, Ranks, own_device
 from rank_cases import RankCase, evaluate, step
 from test_ranks import DIST_IMPLS, same_bits
 from torch import Tensor
@@ -67,7 +67,7 @@ def test_subgroups(dist_impl: str, uneven: bool, ranks: Ranks) -> None:
 
 def refusals(rank: int, world_size: int) -> list[str]:
     """What is said of process groups and of `rank` and `world_size` that are wrong."""
-    x = torch.eye(3)
+    x = torch.eye(3, device=own_device())
     pair = dist.new_group([0, 1])
     calls = [lambda: CyCLIPLoss(process_group="gloo")(x, x, 10.0)]
     calls += [lambda: CyCLIPLoss(process_group=(0, 1))(x, x, 10.0)]
@@ -223,6 +223,7 @@ def last_step(rank: int, world_size: int, dist_impl: str, dies_in: str) -> None:
     loss.backward()
 
 
+@pytest.mark.slow
 @DIST_IMPLS
 @pytest.mark.parametrize("dies_in", ["forward", "backward"])
 def test_a_rank_that_dies_leaves_the_others_with_an_error(dist_impl: str, dies_in: str) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from inputs import loss_dtype
-from pool import Ranks
+from pool import Ranks, own_device
 from rank_cases import RankCase, evaluate
 from test_ranks import DIST_IMPLS, WORLD_SIZES
 from torch.distributed.tensor.debug import CommDebugMode
@@ -165,7 +165,9 @@ def exchanges(rank: int, world_size: int, steps: list[tuple[int, dict]]) -> list
     for n, options in steps:
         weights = options.get("weights", (0.25, 0.25))
         loss = CyCLIPLoss(*weights, dist_impl=options.get("dist_impl", "gather"))
-        image, text = (torch.eye(n, D, dtype=options.get("dtype")) for _ in range(2))
+        image, text = (
+            torch.eye(n, D, dtype=options.get("dtype"), device=own_device()) for _ in range(2)
+        )
         text.requires_grad_(options.get("text_grad", True))
         with Recorder() as recorder, torch.set_grad_enabled(options.get("training", True)):
             loss(image, text, 10.0)
@@ -202,7 +204,9 @@ def test_each_kind_of_call_is_known_by_itself(other: dict, ranks: Ranks) -> None
 
 def with_views(rank: int, world_size: int, dist_impl: str) -> tuple[Traffic, Traffic]:
     for _ in range(2):
-        features = [torch.eye(N_PER_RANK, D).requires_grad_() for _ in range(4)]
+        features = [
+            torch.eye(N_PER_RANK, D, device=own_device()).requires_grad_() for _ in range(4)
+        ]
         with Recorder() as recorder:
             loss = CyCLIPLoss(0, 0, dist_impl=dist_impl)(
                 *features[:2],
@@ -346,7 +350,9 @@ def test_a_ring_holds_as_much_whatever_the_ranks(ranks: Ranks) -> None:
 def alone(rank: int, world_size: int) -> list:
     """The traffic of a group of this process only."""
     groups = [dist.new_group([member]) for member in range(world_size)]
-    image, text = (torch.eye(3).roll(rank, 0).requires_grad_() for _ in range(2))
+    image, text = (
+        torch.eye(3, device=own_device()).roll(rank, 0).requires_grad_() for _ in range(2)
+    )
     with CommDebugMode() as debug_mode, Recorder() as recorder:
         for dist_impl in ("gather", "ring"):
             loss = CyCLIPLoss(process_group=groups[rank], dist_impl=dist_impl)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-import torch.nn.functional as F
 from accuracy import NAMES
 from functorch.compile import make_boxed_func
-from pool import Ranks
+from inputs import normal
+from pool import Ranks, own_device
 from rank_cases import RankCase, step
 from test_ranks import DIST_IMPLS, WORLD_SIZES
 from torch import Tensor, nn
@@ -19,23 +19,13 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._ops import OpOverload
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from towers import IMAGE_SIZE, TEXT_SIZE, TwoTowers
 
 from cyclip_loss import CyclicPenalty, CyCLIPLoss
 
+pytestmark = pytest.mark.nccl
 ROWS = 6  # of a rank and micro-batch
 LAMBDAS = [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.25, 0.25)]
-
-
-class TwoTowers(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.visual = nn.Sequential(nn.Linear(12, 10), nn.GELU(), nn.Linear(10, 8))
-        self.textual = nn.Linear(10, 8)
-        self.logit_scale = nn.Parameter(torch.tensor([2.0]))  # FSDP2 shards no 0-dim parameter
-
-    def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        image, text = self.visual(images), self.textual(texts)
-        return F.normalize(image, dim=1), F.normalize(text, dim=1), self.logit_scale.exp()
 
 
 @dataclass
@@ -66,16 +56,15 @@ def train(model: nn.Module, run: Run, batch: int, own: list[int]) -> dict[str, T
     loss = CyCLIPLoss(*run.lambdas, dist_impl=run.dist_impl, uneven=run.uneven)
     penalty = CyclicPenalty(*run.lambdas)
     for at in range(3 * run.micro_batches):
-        generator = torch.Generator().manual_seed(at)
-        images = torch.randn(batch, 12, generator=generator, dtype=torch.float64)[own]
-        texts = torch.randn(batch, 10, generator=generator, dtype=torch.float64)[own]
+        samples = normal(batch, IMAGE_SIZE + TEXT_SIZE, seed=at, device=own_device())[own]
+        images, texts = samples.to(run.dtype).split((IMAGE_SIZE, TEXT_SIZE), dim=1)
         last = (at + 1) % run.micro_batches == 0
         if hasattr(model, "set_requires_gradient_sync"):  # FSDP2's no_sync
             model.set_requires_gradient_sync(last)
         no_sync = getattr(model, "no_sync", nullcontext)
         with nullcontext() if last else no_sync():
-            with torch.autocast("cpu", torch.bfloat16, enabled=run.autocast):
-                image, text, scale = model(images.to(run.dtype), texts.to(run.dtype))
+            with torch.autocast(own_device().type, torch.bfloat16, enabled=run.autocast):
+                image, text, scale = model(images, texts).values()
                 if run.penalty_alone:
                     value = penalty(image, text) + 0.1 * ((image * text).sum(1) * scale).mean()
                 else:
@@ -97,7 +86,7 @@ def full(tensor: Tensor) -> Tensor:
 
 def new_model(run: Run) -> nn.Module:
     torch.manual_seed(0)
-    return TwoTowers().to(run.dtype)
+    return TwoTowers().to(own_device(), run.dtype)
 
 
 def train_rank(rank: int, world_size: int, run: Run) -> dict[str, Tensor]:
@@ -171,7 +160,7 @@ def test_ddp_with_autocast(dist_impl: str, ranks: Ranks) -> None:
 
 def autocast_step(rank: int, world_size: int, case: RankCase, inside: bool) -> list[Tensor]:
     leaves = [tensor.detach().requires_grad_() for tensor in (*case.features(rank), case.scale())]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(own_device().type, torch.bfloat16):
         loss = CyCLIPLoss(*case.lambdas, dist_impl=case.dist_impl, impl=case.impl)(*leaves)
         if inside:
             loss.backward()
@@ -219,6 +208,7 @@ def compiled_steps(rank: int, world_size: int, cases: list[RankCase]) -> tuple[l
     return found, counter.frame_count
 
 
+@pytest.mark.slow
 @DIST_IMPLS
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_compile_gives_the_same(world_size: int, dist_impl: str, ranks: Ranks) -> None:
@@ -234,6 +224,7 @@ def test_compile_gives_the_same(world_size: int, dist_impl: str, ranks: Ranks) -
                 torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @DIST_IMPLS
 def test_compile_with_uneven_rows(dist_impl: str, ranks: Ranks) -> None:
     """In several graphs, which may differ from rank to rank: one has seen other rows, one has not.

@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from pool import RankError, Ranks
+from inputs import normal
+from pool import RankError, Ranks, own_device
 from rank_cases import RankCase, check, evaluate, rank_cases
 from test_ranks import DIST_IMPLS, WORLD_SIZES
 from torch import Tensor
@@ -15,6 +16,7 @@ from cyclip_loss import CyCLIPLoss, reference
 from cyclip_loss.distributed import _listed
 
 
+@pytest.mark.nccl
 @WORLD_SIZES
 @settings(max_examples=40)
 @given(data=st.data())
@@ -22,6 +24,7 @@ def test_eager(data: st.DataObject, world_size: int, ranks: Ranks) -> None:
     check(data.draw(rank_cases(world_size, "eager", uneven=True)), ranks)
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(case=rank_cases(3, "triton", uneven=True))
 @example(case=RankCase((3, 0, 5), 4, torch.bfloat16, "triton", "gather", uneven=True))
@@ -30,6 +33,7 @@ def test_triton(case: RankCase, ranks: Ranks) -> None:
     check(case, ranks)
 
 
+@pytest.mark.nccl
 @DIST_IMPLS
 @pytest.mark.parametrize("lambdas", [(0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (0.25, 0.25), (0.5, 0.1)])
 @pytest.mark.parametrize("rows", [(1, 5, 2), (4, 0, 3), (0, 0, 6), (2, 2, 2), (0, 1)], ids=str)
@@ -43,6 +47,7 @@ def test_penalties_alone_need_no_flag(rows: tuple[int, ...], lambdas, ranks: Ran
     check(RankCase(rows, lambdas=lambdas, term="penalty"), ranks)
 
 
+@pytest.mark.nccl
 @DIST_IMPLS
 def test_rows_change_from_step_to_step(dist_impl: str, ranks: Ranks) -> None:
     case = RankCase((), dist_impl=dist_impl, uneven=True)
@@ -63,10 +68,10 @@ def with_views(rank: int, world_size: int, rows: tuple[int, ...], dist_impl: str
 
 
 def some_views(n: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(n, 4, generator=generator, dtype=torch.float64) for _ in range(4)]
+    return list(normal(4, n, 4, device=own_device()))
 
 
+@pytest.mark.nccl
 @DIST_IMPLS
 @pytest.mark.parametrize("rows", [(1, 4, 2), (3, 0, 2)], ids=str)
 def test_augmented_views(rows: tuple[int, ...], dist_impl: str, ranks: Ranks) -> None:
@@ -143,7 +148,8 @@ def test_first_step_on_other_grounds(name, one, other, shown, ranks: Ranks) -> N
 
 def unlike_arguments(rank: int, world_size: int) -> tuple[list[str], Tensor]:
     """What is said of arguments that only one of two ranks gives; then a loss of both."""
-    image, text = torch.eye(3), torch.eye(3).roll(1, 0)
+    image = torch.eye(3, device=own_device())
+    text = image.roll(1, 0)
     views = {"augmented_image_features": image, "augmented_text_features": text}
     trained = text.clone().requires_grad_()
     errors = []

@@ -1,0 +1,25 @@
+"""Ranks that share a GPU, as processes on a machine with a single one do."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from pool import Ranks
+from rank_cases import RankCase, check
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def sharing() -> Iterator[Ranks]:
+    """Over gloo, which takes tensors of a GPU in collectives; NCCL wants a GPU for each rank."""
+    ranks = Ranks("gloo", "cuda:0", timeout=60.0)
+    yield ranks
+    ranks.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lambdas", [(0.0, 0.0), (0.5, 0.125)])
+def test_two_ranks_on_one_gpu(sharing: Ranks, impl: str, lambdas, dtype: torch.dtype) -> None:
+    check(RankCase((150,) * 2, 40, dtype, impl, lambdas=lambdas), sharing)
+    check(RankCase((130, 150), 40, dtype, impl, lambdas=lambdas, uneven=True), sharing)

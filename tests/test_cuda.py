@@ -1,0 +1,250 @@
+"""What only a GPU can show: graphs, streams, devices, waiting, compilation, memory, large batches.
+
+That values and gradients are right there, too, with compiled kernels, is shown by all other tests:
+they make their tensors on the GPU.
+"""
+
+import gc
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from accuracy import NAMES, Results, check_loss, results
+from inputs import Case
+from torch import Tensor
+from triton import knobs
+
+from cyclip_loss import CyCLIPLoss, ops
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+PRODUCTS = pytest.mark.parametrize("products", ["highest", "high"])  # "high": tf32
+# Two by three tiles, with rests; the lambdas differ, so that all Gram matrices are needed.
+MIDDLING = Case(n=517, d=200, dtype=torch.bfloat16, logit_scale=20.0, lambdas=(0.5, 0.125))
+
+
+@pytest.fixture
+def float32_products(products: str):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(products)
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def loss_of(case: Case, impl: str) -> CyCLIPLoss:
+    return CyCLIPLoss(*case.lambdas, impl=impl)
+
+
+def assert_same_bits(one: Results, other: Results) -> None:
+    for name in NAMES:
+        assert torch.equal(getattr(one, name).cpu(), getattr(other, name).cpu()), name
+
+
+def assert_close(actual: Results, expected: Results) -> None:
+    """Up to the order in which libraries add up, which they may choose anew."""
+    for name in NAMES:
+        right = getattr(expected, name)
+        tolerance = 4 * torch.finfo(right.dtype).eps * right.abs().max().item()
+        torch.testing.assert_close(getattr(actual, name), right, rtol=0, atol=tolerance)
+
+
+@PRODUCTS
+@DTYPES
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(2053, 129, logit_scale=14.25),
+        Case(1031, 328, logit_scale=100.0, distance=0.003),
+        Case(2053, 129, logit_scale=10.0, distance=0.03, lambdas=(0.5, 0.125)),
+        Case(1031, 328, logit_scale=100.0, distance=0.03, anti_aligned=True),
+        Case(1031, 1, logit_scale=3.0),
+        Case(2053, 768, logit_scale=30.0, distance=0.3),
+        Case(2053, 129, logit_scale=20.0, image_layout="transposed", lambdas=(0.0, 0.25)),
+        Case(1031, 256, logit_scale=20.0, image_layout="8 bytes off"),
+    ],
+    ids=lambda case: f"{case.n}-{case.d}-{case.distance}-{case.image_layout}",
+)
+def test_many_tiles(
+    case: Case, dtype: torch.dtype, products: str, impl: str, float32_products, device: torch.device
+) -> None:
+    """Batches of many tiles of the shipped sizes, which small tests do not fill."""
+    tf32 = products == "high" and (dtype == torch.float32 or impl == "eager")
+    check_loss(Case(**{**vars(case), "dtype": dtype}), impl, device, tf32)
+
+
+@pytest.mark.slow
+def test_more_than_a_block_of_gradients(impl: str, device: torch.device) -> None:
+    """N = 16,385, one more than a block of G: four blocks, against the eager engine in float64."""
+    case = Case(16385, 64, torch.bfloat16, logit_scale=20.0)
+    assert_close_to_float64(case, impl, device)
+
+
+@pytest.mark.slow
+def test_the_size_that_large_models_train_at(device: torch.device) -> None:
+    case = Case(65536, 768, torch.bfloat16, logit_scale=50.0)
+    assert_close_to_float64(case, "triton", device)
+
+
+def assert_close_to_float64(case: Case, impl: str, device: torch.device) -> None:
+    """Within one rounding of 16 bits, or the logits' rounding in float32, of the largest element.
+
+    The oracle of the other tests, on a CPU and with N x N matrices, would take minutes.
+    """
+    inputs = case.inputs(device)
+    actual = results(loss_of(case, impl), *inputs)
+    exact = results(loss_of(case, "eager"), *(tensor.double() for tensor in inputs))
+    for name in NAMES:
+        found, right = getattr(actual, name), getattr(exact, name)
+        eps = torch.finfo(found.dtype).eps * (1 if found.ndim else case.logit_scale)
+        assert (found.double() - right).abs().max() <= eps * right.abs().max(), name
+
+
+def test_auto_is_triton_where_it_has_kernels(device: torch.device) -> None:
+    expected = "triton" if ops._has_kernels(device) else "eager"
+    auto, named = (
+        results(loss_of(MIDDLING, i), *MIDDLING.inputs(device)) for i in ("auto", expected)
+    )
+    assert_same_bits(auto, named)
+
+
+@PRODUCTS
+@DTYPES
+def test_the_same_bits_every_time(
+    dtype: torch.dtype, products: str, impl: str, float32_products, device: torch.device
+) -> None:
+    case = Case(8197, 520, dtype, logit_scale=20.0, lambdas=(0.5, 0.125))
+    inputs = case.inputs(device)
+    first = results(loss_of(case, impl), *inputs)
+    for _ in range(4):
+        assert_same_bits(results(loss_of(case, impl), *inputs), first)
+
+
+def test_cuda_graph(impl: str, device: torch.device) -> None:
+    """Forward and backward captured once, replayed on other features."""
+    loss = loss_of(MIDDLING, impl)
+    leaves = [tensor.clone().requires_grad_() for tensor in MIDDLING.inputs(device)]
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):  # as PyTorch asks for before a capture
+        for _ in range(3):
+            loss(*leaves).backward()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    for leaf in leaves:
+        leaf.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        value = loss(*leaves)
+        value.backward()
+    for seed in (1, 2):
+        case = Case(**{**vars(MIDDLING), "seed": seed})
+        inputs = case.inputs(device)
+        with torch.no_grad():
+            for leaf, tensor in zip(leaves, inputs, strict=True):
+                leaf.copy_(tensor)
+        graph.replay()
+        replayed = Results(value.detach(), *(leaf.grad for leaf in leaves))
+        assert_close(replayed, results(loss, *inputs))
+
+
+def test_another_stream(impl: str, device: torch.device) -> None:
+    """All of a step runs on the current stream: one that went to the default stream would wait."""
+    inputs = MIDDLING.inputs(device)
+    expected = results(loss_of(MIDDLING, impl), *inputs)
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    torch.cuda._sleep(10**9)  # cycles on the default stream: half a second
+    with torch.cuda.stream(stream):
+        actual = results(loss_of(MIDDLING, impl), *inputs)
+        copies = Results(*(getattr(actual, name).clone() for name in NAMES))
+    stream.synchronize()
+    assert not torch.cuda.default_stream(device).query(), "the default stream was waited for"
+    assert_same_bits(copies, expected)
+
+
+@pytest.mark.gpu(2)
+def test_another_device_than_the_current_one(impl: str) -> None:
+    assert torch.cuda.current_device() == 0
+    actual = check_loss(MIDDLING, impl, "cuda:1")
+    assert actual.image.device == torch.device("cuda:1")
+    assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.parametrize("output_dict", [False, True])
+@pytest.mark.parametrize("lambdas", [(0.25, 0.25), (0.5, 0.125), (0.0, 0.0)])
+def test_a_step_waits_for_nothing(
+    impl: str, lambdas, output_dict: bool, device: torch.device
+) -> None:
+    loss = CyCLIPLoss(*lambdas, impl=impl)
+    leaves = [tensor.requires_grad_() for tensor in MIDDLING.inputs(device)]
+
+    def step() -> None:
+        terms = loss(*leaves, output_dict=output_dict)
+        (sum(terms.values()) if output_dict else terms).backward()
+
+    step()  # what is compiled, or asked of the device, is so once
+    torch.cuda.synchronize(device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_inductor(impl: str, device: torch.device) -> None:
+    """Compiled to code, not only to graphs."""
+    loss, inputs = loss_of(MIDDLING, impl), MIDDLING.inputs(device)
+    torch._dynamo.reset()
+    actual = results(torch.compile(loss, fullgraph=True), *inputs)
+    assert_close(actual, results(loss, *inputs))
+
+
+@triton.jit
+def fill_kernel(output, value: tl.constexpr):
+    tl.store(output, value)
+
+
+def test_no_number_of_rows_compiles_kernels_anew(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever N is divisible by."""
+    compiled = []
+
+    def hook(*arguments: object, **named: object) -> None:
+        compiled.append(named)
+
+    step(4096, device)
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", hook)
+    for n in (4096, 4095, 4112, 2049, 8191, 3000, 2048, 5001, 2, 17):
+        step(n, device)
+        assert not compiled, f"kernels were compiled for N = {n}"
+    fill_kernel[(1,)](torch.empty(1, device=device), 1.0)
+    assert compiled, "the hook does not see compilations"
+
+
+def step(n: int, device: torch.device) -> None:
+    case = Case(n, 256, torch.bfloat16, lambdas=(0.5, 0.125))
+    results(loss_of(case, "triton"), *case.inputs(device))
+
+
+def test_memory(impl: str, device: torch.device) -> None:
+    """N x N in float32 would be 17 GB; between the passes there are a few vectors of N."""
+    n, d = 65536, 32
+    case = Case(n, d, torch.bfloat16, lambdas=(0.5, 0.125))
+    leaves = [tensor.requires_grad_() for tensor in case.inputs(device)]
+    loss_of(case, impl)(*leaves).backward()  # also what libraries allocate once
+    for leaf in leaves:
+        leaf.grad = None
+    gc.collect()
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    value: Tensor = loss_of(case, impl)(*leaves)
+    kept = torch.cuda.memory_allocated(device) - before
+    # Log-sum-exps of rows and columns, gradients of pairs; Gram matrices; up to 512 bytes to align
+    # each of a dozen tensors.
+    assert kept <= 4 * (3 * n + 3 * d * d) + 12 * 512
+    value.backward()
+    peak = torch.cuda.max_memory_allocated(device) - before
+    assert peak <= 4 * n * n / 8
