@@ -12,12 +12,11 @@ SCHEDULE = [
     *((0.25, 0.25), (0.3, 0.3), (0.4, 0.1), (0.5, 0.2), (0.1, 0.6), (0.7, 0.7), (0.0, 0.0)),
     *((0.0, 0.3), (0.0, 0.4), (0.2, 0.0), (0.6, 0.0), (0.8, 0.8), (0.9, 0.05), (0.35, 0.35)),
 ]
-SCALE = torch.tensor(10.0)
 
 
 def step(loss_fn, image, text, output_dict: bool):
     image.grad = text.grad = None
-    scale = {"logit_scale": SCALE} if hasattr(loss_fn, "dist_impl") else {}
+    scale = {"logit_scale": image.new_tensor(10.0)} if hasattr(loss_fn, "dist_impl") else {}
     value = loss_fn(image, text, **scale, output_dict=output_dict)
     value = sum(value.values()) if output_dict else value
     if value.requires_grad:
@@ -30,13 +29,13 @@ def step(loss_fn, image, text, output_dict: bool):
 @pytest.mark.parametrize("module", [CyCLIPLoss, CyclicPenalty])
 @pytest.mark.parametrize(("n", "d"), [(30, 6), (10, 30)])
 def test_a_schedule_compiles_a_few_times_and_no_more(
-    module, output_dict: bool, n: int, d: int
+    module, output_dict: bool, n: int, d: int, device: torch.device
 ) -> None:
     torch._dynamo.reset()
     compiler = CompileCounterWithBackend("aot_eager")
     loss_fn, counts = module(), []
     compiled = torch.compile(loss_fn, fullgraph=True, backend=compiler)
-    image, text = (features.float().requires_grad_() for features in pairs(n, d))
+    image, text = (features.float().requires_grad_() for features in pairs(n, d, device=device))
     for lambdas in SCHEDULE:
         loss_fn.lambda_inmodal, loss_fn.lambda_crossmodal = lambdas
         found = step(compiled, image, text, output_dict)

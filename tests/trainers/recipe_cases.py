@@ -44,7 +44,11 @@ def captions(count: int = 32) -> list[tuple[Tensor, str, str]]:
     """Emoji: (image (3, 32, 32), name, its first keyword)."""
     samples = read_samples([str(EMOJI_FOLDER / "noto.tar.xz")])
     return [
-        (torch.tensor(decode(sample.image, 32)), sample.caption, sample.info["keywords"][0])
+        (
+            torch.tensor(decode(sample.image, 32), device="cpu"),
+            sample.caption,
+            sample.info["keywords"][0],
+        )
         for sample, _ in zip(samples, range(count), strict=False)
     ]
 

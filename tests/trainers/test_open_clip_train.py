@@ -138,10 +138,10 @@ def fake(loss: nn.Module | None, *, calls: bool = True, **options: Any) -> Modul
         args = trainer.parse_args(argv)
         trainer.args = args
         used = trainer.make(args)
-        weight = nn.Parameter(torch.eye(4))
+        weight = nn.Parameter(torch.eye(4, device="cpu"))
         optimizer = torch.optim.SGD([weight], lr=0.1)
         for _ in range(2):
-            features = nn.functional.normalize(torch.randn(2, 6, 4) @ weight, dim=-1)
+            features = nn.functional.normalize(torch.randn(2, 6, 4, device="cpu") @ weight, dim=-1)
             if calls:
                 trainer.seen.append(used(*features, logit_scale=10.0, output_dict=True))
             features.sum().backward()
@@ -262,8 +262,8 @@ def test_wrong_weights_are_refused_before_anything_starts(
 
 def test_the_hook_does_not_outlive_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     launch(like_3(ClipLoss()), monkeypatch)
-    weight = nn.Parameter(torch.ones(1))
-    weight.grad = torch.ones(1)
+    weight = nn.Parameter(torch.ones(1, device="cpu"))
+    weight.grad = torch.ones(1, device="cpu")
     torch.optim.SGD([weight], lr=0.1).step()
 
 

@@ -55,7 +55,7 @@ def test_own_loop() -> None:
 def test_siglip_and_coca() -> None:
     images, tokens = batch()
     clip, coca = tiny_clip(), tiny_coca()
-    clip.logit_bias = torch.nn.Parameter(torch.tensor(-10.0))
+    clip.logit_bias = torch.nn.Parameter(torch.tensor(-10.0, device="cpu"))
     names = run(
         "SigLIP, CoCa, distillation, your own loss",
         siglip_model=clip,
@@ -292,7 +292,7 @@ def test_settings_from_axlearn() -> None:
     """As axlearn computes it: means over pairs, the names the other way round."""
     torch.manual_seed(0)
     images, texts = torch.nn.functional.normalize(
-        torch.randn(2, 12, 5, dtype=torch.float64), dim=-1
+        torch.randn(2, 12, 5, dtype=torch.float64, device="cpu"), dim=-1
     )
     similarity = images @ texts.T
     theirs = CyCLIPLoss(0, 0)(images, texts, 10.0)

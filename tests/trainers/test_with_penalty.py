@@ -13,10 +13,10 @@ from cyclip_loss import CyclicPenalty, CyCLIPLoss, WithCyclicPenalty
 LAMBDAS = (0.5, 0.125)
 
 
-def features(count: int = 2) -> tuple[Tensor, ...]:
+def features(device: torch.device, count: int = 2) -> tuple[Tensor, ...]:
     torch.manual_seed(0)
     return tuple(
-        torch.nn.functional.normalize(torch.randn(6, 4, dtype=torch.float64), dim=-1)
+        torch.nn.functional.normalize(torch.randn(6, 4, dtype=torch.float64, device=device), dim=-1)
         .detach()
         .requires_grad_()
         for _ in range(count)
@@ -32,10 +32,10 @@ class Own(nn.Module):
         return margin - (image_features * text_features).sum()
 
 
-def test_clip_loss_becomes_cyclip() -> None:
+def test_clip_loss_becomes_cyclip(device: torch.device) -> None:
     wrapped = WithCyclicPenalty(ClipLoss(), *LAMBDAS)
     expected = CyCLIPLoss(*LAMBDAS)
-    ours, theirs = features(), features()
+    ours, theirs = features(device), features(device)
     loss = wrapped(*ours, 10.0)
     loss.backward()
     expected(*theirs, 10.0).backward()
@@ -48,9 +48,9 @@ def test_clip_loss_becomes_cyclip() -> None:
 
 
 @pytest.mark.parametrize("by", ["position", "keyword"])
-def test_siglip(by: str) -> None:
-    image, text = features()
-    scale, bias = torch.tensor(10.0), torch.tensor(-5.0)
+def test_siglip(by: str, device: torch.device) -> None:
+    image, text = features(device)
+    scale, bias = torch.tensor(10.0, device=device), torch.tensor(-5.0, device=device)
     wrapped = WithCyclicPenalty(SigLipLoss(), *LAMBDAS)
     if by == "position":
         loss = wrapped(image, text, scale, bias)
@@ -60,11 +60,11 @@ def test_siglip(by: str) -> None:
     torch.testing.assert_close(loss, expected)
 
 
-def test_a_tuple_of_terms_gets_two_more() -> None:
-    image, text = features()
-    logits, labels = torch.randn(6, 3, 9), torch.randint(1, 9, (6, 3))
+def test_a_tuple_of_terms_gets_two_more(device: torch.device) -> None:
+    image, text = features(device)
+    logits, labels = torch.randn(6, 3, 9, device=device), torch.randint(1, 9, (6, 3), device=device)
     wrapped = WithCyclicPenalty(CoCaLoss(2.0, 1.0), *LAMBDAS)
-    arguments = (image, text, logits, labels, torch.tensor(10.0))
+    arguments = (image, text, logits, labels, torch.tensor(10.0, device=device))
     tuple_terms = wrapped(*arguments)
     dict_terms = wrapped(*arguments, output_dict=True)
     assert list(dict_terms) == [
@@ -80,8 +80,8 @@ def test_a_tuple_of_terms_gets_two_more() -> None:
     torch.testing.assert_close(tuple_terms[2] + tuple_terms[3], penalty)
 
 
-def test_distillation_penalises_the_student() -> None:
-    image, text, teacher_image, teacher_text = features(4)
+def test_distillation_penalises_the_student(device: torch.device) -> None:
+    image, text, teacher_image, teacher_text = features(device, 4)
     wrapped = WithCyclicPenalty(DistillClipLoss(), *LAMBDAS)
     terms = wrapped(
         image_features=image,
@@ -98,17 +98,17 @@ def test_distillation_penalises_the_student() -> None:
         torch.testing.assert_close(terms[name], value)
 
 
-def test_own_loss_with_its_own_order() -> None:
-    image, text = features()
+def test_own_loss_with_its_own_order(device: torch.device) -> None:
+    image, text = features(device)
     wrapped = WithCyclicPenalty(Own(), *LAMBDAS)
-    margin = torch.tensor(1.0)
+    margin = torch.tensor(1.0, device=device)
     loss = wrapped(margin, image_features=image, text_features=text)
     own = Own()(margin, image_features=image, text_features=text)
     torch.testing.assert_close(loss, own + CyclicPenalty(*LAMBDAS)(image, text))
 
 
-def test_weights_may_change() -> None:
-    image, text = features()
+def test_weights_may_change(device: torch.device) -> None:
+    image, text = features(device)
     wrapped = WithCyclicPenalty(SigLipLoss())
     wrapped.lambda_inmodal = wrapped.lambda_crossmodal = 0.0
     plain = SigLipLoss()(image, text, 10.0, -5.0)
@@ -123,18 +123,18 @@ def test_attributes_of_the_wrapped_loss() -> None:
         _ = wrapped.no_such
 
 
-def test_copies() -> None:
-    image, text = features()
+def test_copies(device: torch.device) -> None:
+    image, text = features(device)
     wrapped = WithCyclicPenalty(SigLipLoss(), *LAMBDAS)
     expected = wrapped(image, text, 10.0, -5.0)
     for copied in (copy.deepcopy(wrapped), pickle.loads(pickle.dumps(wrapped))):
         torch.testing.assert_close(copied(image, text, 10.0, -5.0), expected)
 
 
-def test_compiles() -> None:
-    image, text = features()
+def test_compiles(device: torch.device) -> None:
+    image, text = features(device)
     wrapped = WithCyclicPenalty(SigLipLoss(), *LAMBDAS)
-    scale, bias = torch.tensor(10.0), torch.tensor(-5.0)
+    scale, bias = torch.tensor(10.0, device=device), torch.tensor(-5.0, device=device)
     compiled = torch.compile(wrapped, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(
         compiled(image, text, scale, logit_bias=bias), wrapped(image, text, scale, bias)
