@@ -3,6 +3,14 @@
 from cyclip_loss.functional import cyclic_penalty, cyclip_loss
 from cyclip_loss.loss import CyclicPenalty, CyCLIPLoss
 from cyclip_loss.metrics import consistency_metrics
+from cyclip_loss.with_penalty import WithCyclicPenalty
 
 __version__ = "0.1.0"
-__all__ = ["CyCLIPLoss", "CyclicPenalty", "consistency_metrics", "cyclic_penalty", "cyclip_loss"]
+__all__ = [
+    "CyCLIPLoss",
+    "CyclicPenalty",
+    "WithCyclicPenalty",
+    "consistency_metrics",
+    "cyclic_penalty",
+    "cyclip_loss",
+]

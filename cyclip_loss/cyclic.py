@@ -78,7 +78,7 @@ def start_penalties(
     terms apart, to log them, sends no more than the others. With the number of rows there too,
     ranks need not hold equally many.
     """
-    if ranks.group is None or (lambda_inmodal == 0 and lambda_crossmodal == 0):
+    if ranks.group is None or not (lambda_inmodal > 0 or lambda_crossmodal > 0):
         return None
     with torch.no_grad():
         grams = cyclic_statistics(image_features, text_features, True, impl)
@@ -147,14 +147,19 @@ def cyclic_penalties(
     started: `start_penalties`, for the penalties of all of `size` ranks.
     """
     n, d = image_features.shape
-    if lambda_inmodal == 0 and lambda_crossmodal == 0:
+    # `torch.compile` makes a number a constant, and compiles anew for each other one, where it goes
+    # into an autograd.Function, is compared by == or is not used. So the weights become tensors
+    # here, the lambdas are compared by < and >, and both are used, also where they are equal.
+    if not (lambda_inmodal > 0 or lambda_crossmodal > 0):
         zero = image_features.new_zeros((), dtype=accumulation_dtype(image_features.dtype))
         return (zero, torch.zeros_like(zero)) if separate else (zero,)
-    with_cross = separate or lambda_inmodal != lambda_crossmodal
+    with_cross = separate
+    if lambda_inmodal < lambda_crossmodal or lambda_inmodal > lambda_crossmodal:
+        with_cross = True
     grams = None
     if started is None:
         weights = [
-            _scalar(weight / n, image_features) for weight in (lambda_inmodal, lambda_crossmodal)
+            _weight(weight, n, image_features) for weight in (lambda_inmodal, lambda_crossmodal)
         ]
     else:
         summed = distributed.wait(started)
@@ -165,11 +170,13 @@ def cyclic_penalties(
     )
 
 
-def _scalar(value: float, features: Tensor) -> Tensor:
-    """A number as a tensor: `torch.compile` makes code anew for each value of an operator's number.
+def _weight(weight: float, n: int, features: Tensor) -> Tensor:
+    """weight / n as a tensor, for the engines on the CPU: to fill one on a GPU takes a kernel.
 
-    While it traces, on the features' device, since a CUDA graph can hold no tensor on the CPU;
-    otherwise on the CPU, since to fill one on a GPU takes a kernel.
+    While `torch.compile` traces, on the features' device, as a CUDA graph can hold none on the CPU;
+    and by a product, as a tensor that is filled with a number makes that a constant.
     """
-    device = features.device if torch.compiler.is_compiling() else "cpu"
-    return torch.scalar_tensor(value, dtype=accumulation_dtype(features.dtype), device=device)
+    dtype = accumulation_dtype(features.dtype)
+    if torch.compiler.is_compiling():
+        return features.new_ones((), dtype=dtype) * weight / n
+    return torch.scalar_tensor(weight / n, dtype=dtype)

@@ -17,9 +17,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
 DIST_IMPLS = ("gather", "ring")
 _collectives: Any = torch.ops._c10d_functional
+NOT_STORED = "not stored"
+
+
+class HeldGroup:
+    """A process group, which can be neither copied nor stored, in a module, which can be both.
+
+    A copy shares the group. A file does not have it: what is loaded works in one process, and over
+    ranks asks for its group.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "HeldGroup":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HeldGroup, (None if self.group is None else NOT_STORED,)
 
 
 @dataclass(frozen=True)
@@ -88,17 +107,30 @@ class Ranks:
         return n if self.rows is None else max(self.rows)
 
 
-def group_of(process_group: ProcessGroup | None) -> Group | None:
+def group_of(process_group: ProcessGroup | DeviceMesh | None) -> Group | None:
     """The group to use: the default one for None, as in DDP. None if there is one process.
 
     Raises:
         TypeError: `process_group` is no process group.
-        ValueError: torch.distributed is not initialised, or this process is not in the group.
+        ValueError: torch.distributed is not initialised, this process is not in the group, a mesh
+            has several dimensions, or the group was not stored with the module.
     """
+    lost = isinstance(process_group, str) and process_group == NOT_STORED
     if not dist.is_available() or not dist.is_initialized():
-        if process_group is not None:
+        if process_group is not None and not lost:
             raise ValueError("process_group was given, but torch.distributed is not initialised")
         return None
+    if lost:
+        raise ValueError(
+            "the loss was stored, but not its process group: set its attribute process_group"
+        )
+    if isinstance(process_group, DeviceMesh):
+        if process_group.ndim != 1:
+            raise ValueError(
+                f"process_group must be a mesh of one dimension, got {process_group.ndim}: "
+                "mesh[name] is the one of a dimension"
+            )
+        process_group = process_group.get_group()
     if process_group is None:
         process_group = dist.group.WORLD
     outside: Any = dist.GroupMember.NON_GROUP_MEMBER
@@ -106,7 +138,8 @@ def group_of(process_group: ProcessGroup | None) -> Group | None:
         raise ValueError(f"process_group does not contain this process, rank {dist.get_rank()}")
     if not isinstance(process_group, ProcessGroup):
         raise TypeError(
-            f"process_group must be a ProcessGroup or None, got {type(process_group).__name__}"
+            "process_group must be a ProcessGroup, a DeviceMesh or None, "
+            f"got {type(process_group).__name__}"
         )
     size = dist.get_world_size(process_group)
     if size == 1:
@@ -115,7 +148,7 @@ def group_of(process_group: ProcessGroup | None) -> Group | None:
 
 
 def check_rank(
-    process_group: ProcessGroup | None, rank: int | None, world_size: int | None
+    process_group: ProcessGroup | DeviceMesh | None, rank: int | None, world_size: int | None
 ) -> None:
     """Raise unless `rank` and `world_size`, where given, are those of the group."""
     if rank is None and world_size is None:

@@ -12,7 +12,7 @@ Common to all of them:
         weights of the penalties, 0.25 each in the paper. 0 switches a penalty off; both 0 is CLIP.
     output_dict
         return the terms, each already weighted, instead of their sum.
-    process_group, dist_impl, uneven
+    process_group, distributed, dist_impl, uneven
         as in `cyclip_loss.CyCLIPLoss`. Over ranks (torch.distributed initialised, more than one
         process) N counts the rows of all of them, and every rank has to make the call.
     impl
@@ -37,11 +37,12 @@ from numbers import Real
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
-from cyclip_loss import contrastive, cyclic, distributed, small
-from cyclip_loss.distributed import Ranks
+from cyclip_loss import contrastive, cyclic, small
+from cyclip_loss.distributed import Ranks, agree, check_dist_impl, group_of, start_gather
 from cyclip_loss.eager import accumulation_dtype
-from cyclip_loss.ops import IMPLS
+from cyclip_loss.ops import IMPLS, autocast_is_on
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -51,7 +52,8 @@ def contrastive_loss(
     text_features: Tensor,
     logit_scale: Tensor | float,
     *,
-    process_group: ProcessGroup | None = None,
+    process_group: ProcessGroup | DeviceMesh | None = None,
+    distributed: bool = True,
     dist_impl: str = "gather",
     uneven: bool = False,
     impl: str = "auto",
@@ -68,6 +70,7 @@ def contrastive_loss(
         lambda_inmodal=0,
         lambda_crossmodal=0,
         process_group=process_group,
+        distributed=distributed,
         dist_impl=dist_impl,
         uneven=uneven,
         impl=impl,
@@ -82,7 +85,8 @@ def cyclic_penalty(
     lambda_crossmodal: float = 0.25,
     output_dict: bool = False,
     *,
-    process_group: ProcessGroup | None = None,
+    process_group: ProcessGroup | DeviceMesh | None = None,
+    distributed: bool = True,
     impl: str = "auto",
 ) -> Tensor | dict[str, Tensor]:
     """lambda_inmodal * P_in + lambda_crossmodal * P_cross (Goel et al. 2022, eq. 2 and 3).
@@ -95,7 +99,7 @@ def cyclic_penalty(
     """
     check_impl(impl)
     check_lambdas(lambda_inmodal, lambda_crossmodal)
-    ranks = Ranks(distributed.group_of(process_group))
+    ranks = Ranks(group_of(process_group) if distributed else None)
     image_features, text_features = check_features(
         image_features, text_features, may_be_empty=ranks.size > 1
     )
@@ -121,7 +125,8 @@ def cyclip_loss(
     lambda_crossmodal: float = 0.25,
     augmented_image_features: Tensor | None = None,
     augmented_text_features: Tensor | None = None,
-    process_group: ProcessGroup | None = None,
+    process_group: ProcessGroup | DeviceMesh | None = None,
+    distributed: bool = True,
     dist_impl: str = "gather",
     uneven: bool = False,
     impl: str = "auto",
@@ -140,8 +145,8 @@ def cyclip_loss(
     """
     check_impl(impl)
     check_lambdas(lambda_inmodal, lambda_crossmodal)
-    distributed.check_dist_impl(dist_impl)
-    group = distributed.group_of(process_group)
+    check_dist_impl(dist_impl)
+    group = group_of(process_group) if distributed else None
     image_features, text_features = check_features(
         image_features, text_features, may_be_empty=group is not None
     )
@@ -155,7 +160,7 @@ def cyclip_loss(
     penalty = (image_features, text_features, lambda_inmodal, lambda_crossmodal)
     ranks = Ranks()
     if group is not None:
-        ranks = distributed.agree(
+        ranks = agree(
             group,
             dist_impl,
             image_features.shape[0],
@@ -169,7 +174,7 @@ def cyclip_loss(
     else:
         # Over ranks the columns are on their way while the Gram matrices are computed, and those
         # while the contrastive losses are.
-        gathered = [distributed.start_gather(columns, ranks) for _, columns in pairs]
+        gathered = [start_gather(columns, ranks) for _, columns in pairs]
         started = cyclic.start_penalties(*penalty, impl, ranks)
         losses = [
             contrastive.contrastive_loss(*pair, scale, gathered.pop(0), at == 0, impl, ranks)
@@ -205,7 +210,7 @@ def _kind(
         "D": features.shape[1],
         "dtype": features.dtype,
         "the device type": features.device.type,
-        "whether a penalty has a weight": lambda_inmodal != 0 or lambda_crossmodal != 0,
+        "whether a penalty has a weight": lambda_inmodal > 0 or lambda_crossmodal > 0,
         "whether augmented features are given": len(pairs) > 1,
         # Their gradients are summed over ranks.
         "which of the text and augmented features require a gradient": ", ".join(trained),
@@ -213,19 +218,21 @@ def _kind(
 
 
 def check_lambdas(lambda_inmodal: float, lambda_crossmodal: float) -> None:
-    """Raise unless both are finite numbers >= 0.
+    """Raise unless both are finite numbers >= 0."""
+    check_lambda("lambda_inmodal", lambda_inmodal)
+    check_lambda("lambda_crossmodal", lambda_crossmodal)
+
+
+def check_lambda(name: str, value: float) -> None:
+    """Raise unless it is a finite number >= 0.
 
     A bool is refused by name: `ClipLoss(False, True)` passes `local_loss` and `gather_with_grad` by
     position, which must not turn into weights.
     """
-    for name, value in (
-        ("lambda_inmodal", lambda_inmodal),
-        ("lambda_crossmodal", lambda_crossmodal),
-    ):
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(f"{name} must be a number >= 0, got {value!r}")
-        if not math.isfinite(value) or value < 0:
-            raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number >= 0, got {value!r}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
 
 
 def check_impl(impl: str) -> None:
@@ -309,7 +316,7 @@ def _augmented_pairs(
 
 def _autocast(features: Tensor) -> Tensor:
     device_type = features.device.type
-    if features.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+    if features.dtype != torch.float64 and autocast_is_on(device_type):
         return features.to(torch.get_autocast_dtype(device_type))
     return features
 

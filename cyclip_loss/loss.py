@@ -1,12 +1,35 @@
 """The modules: `CyCLIPLoss`, a drop-in for `open_clip.ClipLoss`, and `CyclicPenalty`."""
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
-from cyclip_loss import distributed, functional
+from cyclip_loss import functional
+from cyclip_loss.distributed import HeldGroup, check_dist_impl, check_rank
 
 
-class CyCLIPLoss(nn.Module):
+class _Loss(nn.Module):
+    """Weights are checked when they are set, at first and by a schedule; the group is held."""
+
+    @property
+    def process_group(self) -> ProcessGroup | DeviceMesh | None:
+        """As given; the module can be copied and stored all the same."""
+        return self._held.group  # type: ignore[no-any-return]
+
+    @process_group.setter
+    def process_group(self, group: ProcessGroup | DeviceMesh | None) -> None:
+        self._held = HeldGroup(group)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("lambda_inmodal", "lambda_crossmodal"):
+            functional.check_lambda(name, value)
+            value = float(value)  # of one type, so that `torch.compile` sees only a new value
+        super().__setattr__(name, value)
+
+
+class CyCLIPLoss(_Loss):
     """CLIP's contrastive loss with the cyclic penalties of CyCLIP (Goel et al. 2022).
 
         loss = contrastive + lambda_inmodal * P_in + lambda_crossmodal * P_cross
@@ -25,9 +48,12 @@ class CyCLIPLoss(nn.Module):
         rank, world_size: as OpenCLIP passes them; if given, they are compared with the process
             group's in every call. Not given: the group's are used.
         use_horovod: taken as False only.
-        process_group: the ranks that share a batch, nccl or gloo. None: the default group, as in
-            DDP, if torch.distributed is initialised by the time of the call; it is never
-            initialised here.
+        process_group: the ranks that share a batch, nccl or gloo, or a DeviceMesh of one dimension.
+            None: the default group, as in DDP, if torch.distributed is initialised by the time of
+            the call; it is never initialised here. Copies of the module share the group. Stored
+            ones (pickle, torch.save) have none, and ask for it where there are several processes.
+        distributed: False computes the loss of this rank's own rows, without any communication, as
+            for an evaluation on one rank only.
         dist_impl: how the text features reach the other ranks: "gather" or "ring" (see below).
         uneven: whether ranks may hold different numbers of rows, or none. They then exchange the
             numbers in every call, for which the host waits.
@@ -93,21 +119,22 @@ class CyCLIPLoss(nn.Module):
         rank: int | None = None,
         world_size: int | None = None,
         use_horovod: bool = False,
-        process_group: ProcessGroup | None = None,
+        process_group: ProcessGroup | DeviceMesh | None = None,
+        distributed: bool = True,
         dist_impl: str = "gather",
         uneven: bool = False,
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        functional.check_lambdas(lambda_inmodal, lambda_crossmodal)
         functional.check_impl(impl)
         if use_horovod:
             raise ValueError("use_horovod=True is not supported: use torch.distributed")
-        distributed.check_dist_impl(dist_impl)
+        check_dist_impl(dist_impl)
         self.lambda_inmodal = lambda_inmodal
         self.lambda_crossmodal = lambda_crossmodal
         self.rank, self.world_size = rank, world_size
         self.process_group = process_group
+        self.distributed = distributed
         self.dist_impl = dist_impl
         self.uneven = uneven
         self.impl = impl
@@ -129,7 +156,8 @@ class CyCLIPLoss(nn.Module):
         logit_scale: scalar, exp'd. Everything else, and the errors raised, as in
         `cyclip_loss.functional`.
         """
-        distributed.check_rank(self.process_group, self.rank, self.world_size)
+        if self.distributed:
+            check_rank(self.process_group, self.rank, self.world_size)
         return functional.cyclip_loss(
             image_features,
             text_features,
@@ -141,6 +169,7 @@ class CyCLIPLoss(nn.Module):
             augmented_image_features=augmented_image_features,
             augmented_text_features=augmented_text_features,
             process_group=self.process_group,
+            distributed=self.distributed,
             dist_impl=self.dist_impl,
             uneven=self.uneven,
             impl=self.impl,
@@ -155,7 +184,7 @@ class CyCLIPLoss(nn.Module):
         return shown
 
 
-class CyclicPenalty(nn.Module):
+class CyclicPenalty(_Loss):
     """The cyclic penalties alone, to add to another loss: SigLIP, CoCa, or one's own.
 
         penalty = lambda_inmodal * P_in + lambda_crossmodal * P_cross
@@ -170,15 +199,16 @@ class CyclicPenalty(nn.Module):
         lambda_inmodal: float = 0.25,
         lambda_crossmodal: float = 0.25,
         *,
-        process_group: ProcessGroup | None = None,
+        process_group: ProcessGroup | DeviceMesh | None = None,
+        distributed: bool = True,
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        functional.check_lambdas(lambda_inmodal, lambda_crossmodal)
         functional.check_impl(impl)
         self.lambda_inmodal = lambda_inmodal
         self.lambda_crossmodal = lambda_crossmodal
         self.process_group = process_group
+        self.distributed = distributed
         self.impl = impl
 
     def forward(
@@ -196,6 +226,7 @@ class CyclicPenalty(nn.Module):
             self.lambda_crossmodal,
             output_dict,
             process_group=self.process_group,
+            distributed=self.distributed,
             impl=self.impl,
         )
 

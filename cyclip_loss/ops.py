@@ -104,7 +104,7 @@ def operator(
         @wraps(function)
         def compute(*arguments: Any) -> Any:
             device_type = arguments[0].device.type
-            if not torch.is_autocast_enabled(device_type):
+            if not autocast_is_on(device_type):
                 return function(*arguments)
             with torch.autocast(device_type, enabled=False):
                 return function(*arguments)
@@ -129,6 +129,11 @@ def operator(
 def is_traced(*tensors: Tensor) -> bool:
     """Whether what is done to these is recorded rather than done, as by `torch.compile`."""
     return torch.compiler.is_compiling() or any(type(tensor) is not Tensor for tensor in tensors)
+
+
+def autocast_is_on(device_type: str) -> bool:
+    """Whether it is, also for devices that have none, as "meta"."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def like(features: Tensor, needed: bool) -> Tensor:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from cyclip_loss import eager
 from cyclip_loss.eager import accumulation_dtype, weighted_penalties
-from cyclip_loss.ops import engine, is_traced, no_second_derivatives
+from cyclip_loss.ops import autocast_is_on, engine, is_traced, no_second_derivatives
 
 
 def loss_is_small(image_features: Tensor, text_features: Tensor, impl: str) -> bool:
@@ -69,7 +69,7 @@ def _computes(image_features: Tensor, text_features: Tensor, impl: str) -> bool:
 
 def _without_autocast(features: Tensor) -> AbstractContextManager[Any]:
     device_type = features.device.type
-    if torch.is_autocast_enabled(device_type):
+    if autocast_is_on(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 

@@ -9,17 +9,17 @@ from torch import Tensor
 from cyclip_loss import eager, kernels
 from cyclip_loss.kernels import products
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-
-def negatives_and_pairs(n: int, first_column: int, m: int, spread: float) -> list[Tensor]:
+def negatives_and_pairs(
+    n: int, first_column: int, m: int, spread: float, device: torch.device
+) -> list[Tensor]:
     """row_negatives, column_negatives, pair_logits and column_pair_logits, float32."""
     generator = torch.Generator().manual_seed(0)
     rows, columns, of_columns = (
         spread * torch.randn(size, generator=generator, device="cpu") for size in (n, m, m)
     )
     return [
-        x.to(DEVICE)
+        x.to(device)
         for x in (rows, columns, of_columns[first_column : first_column + n], of_columns)
     ]
 
@@ -27,9 +27,11 @@ def negatives_and_pairs(n: int, first_column: int, m: int, spread: float) -> lis
 @pytest.mark.parametrize("spread", [1.0, 30.0, 1e4])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("n", "first_column", "m"), [(1, 0, 1), (5, 3, 11), (2049, 1500, 5000)])
-def test_pair_terms(n: int, first_column: int, m: int, symmetric: bool, spread: float) -> None:
+def test_pair_terms(
+    n: int, first_column: int, m: int, symmetric: bool, spread: float, device
+) -> None:
     """Against float64, whose inputs are the same float32 numbers."""
-    inputs = negatives_and_pairs(n, first_column, m, spread)
+    inputs = negatives_and_pairs(n, first_column, m, spread, device)
     if not symmetric:
         inputs[1] = inputs[1][:0]
     actual = kernels.pair_terms(*inputs, first_column, 0.5 / n)
@@ -43,10 +45,10 @@ def test_pair_terms(n: int, first_column: int, m: int, symmetric: bool, spread: 
 
 
 @pytest.mark.parametrize("gap", [-80.0, -20.0, -1e-3, 0.0, 1e-3, 20.0, 39.9, 40.1, 1e4])
-def test_each_gap_is_accurate(gap: float) -> None:
+def test_each_gap_is_accurate(gap: float, device) -> None:
     """Confident pairs keep their digits, though the loss is below the rounding of 1."""
-    row = torch.full((1,), gap, device=DEVICE)
-    zero = torch.zeros(1, device=DEVICE)
+    row = torch.full((1,), gap, device=device)
+    zero = torch.zeros(1, device=device)
     loss, row_lse, _, of_pair = kernels.pair_terms(row, zero[:0], zero, zero, 0, 1.0)
     exact = row.double().item()
     softplus = max(exact, 0.0) + math.log1p(math.exp(-abs(exact)))
@@ -59,9 +61,9 @@ def test_each_gap_is_accurate(gap: float) -> None:
 @pytest.mark.parametrize("place", range(3), ids=["row", "column", "pair"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("n", [3, 4000])
-def test_what_is_not_finite_comes_out_as_nan(place: int, value: float, n: int) -> None:
+def test_what_is_not_finite_comes_out_as_nan(place: int, value: float, n: int, device) -> None:
     """But for -inf among the negatives: then there is none, and nothing is lost."""
-    row, column, pair = (torch.zeros(n, device=DEVICE) for _ in range(3))
+    row, column, pair = (torch.zeros(n, device=device) for _ in range(3))
     (row, column, pair)[place][n - 1] = value
     loss, row_lse, column_lse, of_pair = kernels.pair_terms(row, column, pair, pair, 0, 0.5 / n)
     exact = eager.pair_terms(row, column, pair, pair, 0, 0.5 / n)
@@ -77,14 +79,17 @@ def test_what_is_not_finite_comes_out_as_nan(place: int, value: float, n: int) -
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_few_rows_against_many_columns(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
     """The sum over columns in chunks is the sum, whatever chunks there are."""
     generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(shape, generator=generator).to(dtype) for shape in ((6, 96), (96, 10)))
+    a, b = (
+        torch.randn(shape, generator=generator, device="cpu").to(dtype)
+        for shape in ((6, 96), (96, 10))
+    )
     # A block of G is part of wider rows, the features may be too.
-    a = a.new_empty(6, 128)[:, :96].copy_(a).to(DEVICE)
-    b = b.to(DEVICE)
+    a = a.new_empty(6, 128)[:, :96].copy_(a).to(device)
+    b = b.to(device)
     exact = a.double() @ b.double()
     summed = []
     batched = torch.Tensor.sum

@@ -100,7 +100,7 @@ def refusals(rank: int, world_size: int) -> list[str]:
 def test_wrong_groups_and_ranks(ranks: Ranks) -> None:
     """Said before anything is sent: no other rank has to be wrong as well."""
     inside, _, outside = ranks.run(3, refusals)
-    kind = "TypeError: process_group must be a ProcessGroup or None, got "
+    kind = "TypeError: process_group must be a ProcessGroup, a DeviceMesh or None, got "
     assert inside[:2] == outside[:2] == [kind + "str", kind + "tuple"]
     assert inside[2:4] == [
         "ValueError: world_size=3 was given, but there are 2 processes",

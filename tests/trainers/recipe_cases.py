@@ -1,0 +1,179 @@
+"""The recipes of `docs/recipes.md`, run from the page, and what they are run with."""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+import torch.distributed as dist
+from sybil import Sybil
+from sybil.parsers.markdown import CodeBlockParser
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from cyclip_loss import CyCLIPLoss
+from reference_train.data import EMOJI_FOLDER, decode, read_samples
+
+PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
+VISION = {"layers": 1, "width": 32, "head_width": 16, "patch_size": 16, "image_size": 32}
+TEXT = {"layers": 1, "width": 32, "heads": 2, "context_length": 12}
+FEATURES = ("image_features", "text_features")
+
+
+@lru_cache
+def blocks(language: str = "python") -> dict[str, list[str]]:
+    """The code blocks of the page by the heading they are under."""
+    document = Sybil(parsers=[CodeBlockParser(language)]).parse(PAGE)
+    found: dict[str, list[str]] = {}
+    for example in document.examples():
+        heading = document.text[: example.start].rpartition("\n## ")[2].partition("\n")[0]
+        found.setdefault(heading, []).append(str(example.parsed))
+    return found
+
+
+def run(heading: str, at: int = 0, **names: Any) -> dict[str, Any]:
+    """Runs a block with these names given, and returns all of its names."""
+    exec(compile(blocks()[heading][at], f"{PAGE}: {heading}", "exec"), names)
+    return names
+
+
+@lru_cache
+def captions(count: int = 32) -> list[tuple[Tensor, str, str]]:
+    """Emoji: (image (3, 32, 32), name, its first keyword)."""
+    samples = read_samples([str(EMOJI_FOLDER / "noto.tar.xz")])
+    return [
+        (
+            torch.tensor(decode(sample.image, 32), device="cpu"),
+            sample.caption,
+            sample.info["keywords"][0],
+        )
+        for sample, _ in zip(samples, range(count), strict=False)
+    ]
+
+
+def batch(count: int = 32) -> tuple[Tensor, Tensor]:
+    """Images (count, 3, 32, 32) and tokens (count, 12)."""
+    images = torch.stack([image for image, _, _ in captions()[:count]])
+    tokens = open_clip.tokenizer.SimpleTokenizer(context_length=12)(
+        [name for _, name, _ in captions()[:count]]
+    )
+    return images / 255, tokens
+
+
+def tiny_clip() -> nn.Module:
+    torch.manual_seed(0)
+    return open_clip.CLIP(embed_dim=16, vision_cfg=VISION, text_cfg=TEXT, output_dict=True)
+
+
+def tiny_coca() -> nn.Module:
+    pooled = {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
+    return open_clip.CoCa(
+        embed_dim=32,
+        multimodal_cfg={"layers": 1, "width": 32, "heads": 2, "context_length": 12},
+        text_cfg=TEXT | {"embed_cls": True, "output_tokens": True},
+        vision_cfg=VISION | pooled,
+    )
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name.removeprefix("module."): p.grad.clone()
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
+
+
+def whole_batch_gradients(count: int = 32, loss_fn: nn.Module | None = None) -> dict[str, Tensor]:
+    """What one process gets from the whole batch, in float64."""
+    model = tiny_clip().double()
+    images, tokens = batch(count)
+    (loss_fn or CyCLIPLoss())(**model(images.double(), tokens)).backward()
+    return gradients(model)
+
+
+# On a rank
+
+
+def part_of_batch(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
+    images, tokens = batch()
+    return images.double().chunk(world_size)[rank], tokens.chunk(world_size)[rank]
+
+
+def big_batch_on_rank(rank: int, world_size: int) -> tuple[dict[str, Tensor], int]:
+    """The gradients after the recipe's step, and how many times DDP averaged."""
+    model = DistributedDataParallel(tiny_clip().double())
+    averaged = []
+
+    def hook(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        averaged.append(bucket.is_last())
+        return allreduce_hook(None, bucket)
+
+    model.register_comm_hook(None, hook)
+    images, tokens = part_of_batch(rank, world_size)
+    run(
+        "A big batch on one card",
+        model=model,
+        optimizer=sgd(model),
+        loss_fn=CyCLIPLoss(),
+        micro_batches=list(zip(images.split(6), tokens.split(6), strict=True)),
+    )
+    return gradients(model), sum(averaged)
+
+
+def warm_up_on_rank(rank: int, world_size: int) -> dict[str, Tensor]:
+    """The gradients after one step whose weights are those of the paper."""
+    model = DistributedDataParallel(tiny_clip().double())
+    run(
+        "Weights that warm up",
+        model=model,
+        optimizer=sgd(model),
+        loss_fn=CyCLIPLoss(),
+        loader=[part_of_batch(rank, world_size)],
+        warmup_steps=1,
+    )
+    return gradients(model)
+
+
+def scale_outside_on_rank(rank: int, world_size: int) -> Tensor:
+    """The gradient of a logit scale that DDP knows nothing of."""
+    model = tiny_clip().double()
+    log_scale = nn.Parameter(model.logit_scale.detach().clone())
+    out = model(*part_of_batch(rank, world_size))
+    names = run(
+        "A logit scale outside of DDP",
+        loss_fn=CyCLIPLoss(),
+        log_scale=log_scale,
+        **{name: out[name] for name in FEATURES},
+    )
+    return names["log_scale"].grad
+
+
+def hugging_face_on_rank(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
+    """CLIPModel's own loss of this rank's rows, and plain CLIP's by this package."""
+    model = tiny_hugging_face()
+    images, tokens = part_of_batch(rank, world_size)
+    with torch.no_grad():
+        out = model(input_ids=tokens, pixel_values=images.float(), return_loss=True)
+        ours = CyCLIPLoss(0, 0)(out.image_embeds, out.text_embeds, model.logit_scale.exp())
+    return out.loss, ours
+
+
+def tiny_hugging_face() -> nn.Module:
+    from transformers import CLIPConfig, CLIPModel
+
+    tower = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    tower["num_attention_heads"] = 2
+    torch.manual_seed(0)
+    return CLIPModel(
+        CLIPConfig(
+            text_config=tower | {"max_position_embeddings": 12, "eos_token_id": 49407},
+            vision_config=tower | {"image_size": 32, "patch_size": 16},
+            projection_dim=16,
+        )
+    )
