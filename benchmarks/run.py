@@ -53,7 +53,8 @@ class Run:
     @contextmanager
     def part(self, name: str) -> Iterator[Section]:
         """Collect into a new section. An exception in it is a failure of it, not of the run."""
-        self.section = self.sections[name] = Section()
+        outer, self.section = self.section, Section()
+        self.sections[name] = self.section
         self.say(name if self.budget == math.inf else f"{name} ({self.remaining():.0f} s left)")
         start = self.elapsed()
         try:
@@ -64,6 +65,7 @@ class Run:
         self.section.seconds = self.elapsed() - start
         state = f"{len(self.section.failures)} FAILED" if self.section.failures else "ok"
         self.say(f"{name}: {state}, {len(self.section.rows)} results")
+        self.section = outer
 
     def row(self, **values: Any) -> None:
         """Add a line to the section's table."""
