@@ -27,7 +27,9 @@ def main(arguments: list[str]) -> int:
     gpu = commands.add_parser("gpu", help="test and time everything on the GPU at hand")
     gpu.add_argument("--dry-run", action="store_true", help="tiny sizes on CPU, interpreted")
     gpu.add_argument("--budget", type=float, default=440.0, metavar="SECONDS")
-    sections = ("tests", "ceilings", "kernels", "competitors")
+    sections = (
+        "tests", "ceilings", "kernels", "sizes", "ablations", "sweep", "competitors", "more tests",
+    )  # fmt: skip
     gpu.add_argument("--sections", nargs="+", choices=sections, help="only these (default: all)")
 
     for command in (compare, gpu):

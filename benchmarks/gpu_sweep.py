@@ -48,10 +48,15 @@ def sweep(run: Run) -> None:
         for features, _, kernel, _ in (DRY_RUN_CELLS if run.dry_run else CELLS)
         for key in [key_of(kernel, features)]
     }
-    reasons = refusals(arch, [candidate for several in tried.values() for candidate in several])
+    everything = [candidate for several in tried.values() for candidate in several]
+    gated = everything
+    if run.dry_run:
+        gated = [candidate for candidate in everything if candidate.kernel == KERNELS[0]]
+        run.skip(f"the compile gate of all but {KERNELS[0]}", "a dry run is short")
+    reasons = refusals(arch, gated)
     for name, reason in reasons.items():
         run.skip(name, f"refused by the compile gate: {reason}")
-    run.say(f"{len(reasons)} of {sum(map(len, tried.values()))} candidates refused")
+    run.say(f"{len(reasons)} of {len(gated)} candidates refused")
     passed = {
         table: [c for c in several if f"{c.kernel} {c.line}" not in reasons]
         for table, several in tried.items()

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from xml.etree import ElementTree
@@ -10,14 +11,27 @@ from xml.etree import ElementTree
 from benchmarks.checkout import ROOT
 from benchmarks.run import Run
 
-SHARE = 0.6  # of the budget; the rest is for the times
+SHARE = 0.9  # of a section's seconds: no test begins after them, and one that hangs ends with them
+# What a GPU decides: the kernels and the losses. The rest of the tests comes when all is timed.
+FIRST = ("tests/kernels", "tests/loss")
+LATER = ("tests/ranks", "tests/trainers", "tests/reference_train", "tests/benchmarks")
 INTERRUPTED = 2  # pytest's exit code
 # In a dry run, which shows that tests can be started and their results read.
 FEW = ("tests/loss/test_contrastive.py", "-k", "eager")
 
 
-def suite(run: Run) -> None:
-    """All tests but the slow ones, with tensors on the device; their output is shown live."""
+def first(run: Run) -> None:
+    """The tests of the kernels and the losses."""
+    suite(run, FIRST)
+
+
+def later(run: Run) -> None:
+    """The other tests, for as long as there is time."""
+    suite(run, LATER)
+
+
+def suite(run: Run, folders: Sequence[str]) -> None:
+    """Tests but the slow ones, with tensors on the device; their output is shown live."""
     missing = [name for name in ("pytest", "hypothesis") if find_spec(name) is None]
     if missing:
         run.fail(f"no tests: pip install {' '.join(missing)}")
@@ -26,7 +40,7 @@ def suite(run: Run) -> None:
         report = Path(folder, "report.xml")
         command = [sys.executable, "-m", "pytest", "-p", "benchmarks.pytest_plugin"]
         command += ["-m", "not slow", "--device", run.device.type, f"--junitxml={report}"]
-        command += [f"--seconds={SHARE * run.remaining()}", *(FEW if run.dry_run else ())]
+        command += [f"--seconds={SHARE * run.remaining()}", *(FEW if run.dry_run else folders)]
         # A test that hangs ends here, as a failure of the section.
         code = subprocess.run(command, cwd=ROOT, timeout=run.remaining()).returncode
         if report.exists():
