@@ -16,7 +16,7 @@ from cyclip_loss.kernels.configs import ARCHITECTURES, Config, _cyclic, _gram, _
 KERNELS = ("contrastive_lse", "contrastive_grads", "cyclic_statistics", "cyclic_grads")
 Key = tuple[int, str]  # of a kernel's table in configs.py: bits and dot
 LEAST_GAIN = 0.01  # less is noise, and no reason to change what is known to work
-MOST_PROCESSES = 8
+MOST_PROCESSES = 16
 
 # Besides the shipped configuration, and it with a stage less and a stage more. Contrastive: the
 # tile turned round, since rows and columns of a tile cost its epilogue differently; and two

@@ -19,8 +19,8 @@ def clock_and_power(device: torch.device) -> Iterator[Samples]:
     ended = Event()
 
     def watch() -> None:
-        identity = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-        command = ["nvidia-smi", f"--id={identity}", "--query-gpu=clocks.sm,power.draw"]
+        uuid = str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
+        command = ["nvidia-smi", f"--id=GPU-{uuid}", "--query-gpu=clocks.sm,power.draw"]
         command.append("--format=csv,noheader,nounits")
         while not ended.wait(SECONDS):
             try:

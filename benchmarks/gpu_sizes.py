@@ -111,8 +111,10 @@ def measured(run: Run, name: str, loss: Loss, n: int, m: int, d: int) -> dict[st
     for _ in range(1 if run.dry_run else 3):
         step()
     row: dict[str, Any] = {"outcome": "ok", "wall ms": 1e3 * wall_seconds(run, step)}
-    row["launches"] = sum(count for count, _ in profiled(step, run.device).values())
-    if run.device.type == "cuda":
+    on_cuda = run.device.type == "cuda"
+    kernels = sum(count for count, _ in profiled(step, run.device).values())
+    row["launches" if on_cuda else "operators"] = kernels
+    if on_cuda:
         if name in NOT_IN_A_GRAPH:
             row["graph"] = NOT_IN_A_GRAPH[name]
         else:

@@ -62,10 +62,12 @@ def sweep(run: Run) -> None:
         for table, several in tried.items()
     }
     samples: dict[tuple[str, Key], Samples] = defaultdict(list)
-    for features, n, kernel, d in DRY_RUN_CELLS if run.dry_run else CELLS:
+    cells = DRY_RUN_CELLS if run.dry_run else CELLS
+    for done, (features, n, kernel, d) in enumerate(cells):
         if run.remaining() < SECONDS_PER_CELL + RESERVE:
-            run.skip(f"{kernel}, {features}, N = {n}, D = {d}", "it would exceed the budget")
-            continue
+            what = f"{len(cells) - done} of {len(cells)} measurements, from {kernel}, {features}"
+            run.skip(f"{what}, N = {n}, D = {d} on", "it would exceed the budget")
+            break
         key = key_of(kernel, features)
         with matmul_precision(PRECISIONS[features]):
             samples[kernel, key] += _cell(run, arch, passed[kernel, key], features, n, d)
@@ -121,11 +123,14 @@ def _cell(run: Run, arch: str, tried: list[Candidate], features: str, n: int, d:
     kernel = tried[0].kernel
     table = (configs._INTERPRETER if configs.INTERPRETED else configs.ARCHITECTURES[arch])[kernel]
     launch = launcher(run, kernel, features, n, d)
+    # So many one after another that the device is what is waited for, not Python.
+    repeats = 1 if run.dry_run else max(1, min(20, 10**12 // flops(kernel, n, d)))
 
     def step_of(candidate: Candidate) -> Step:
         def step(end: Callable[[], None]) -> None:
             with mock.patch.dict(table, {candidate.key: candidate.config}):
-                launch()
+                for _ in range(repeats):
+                    launch()
             end()
 
         return step
@@ -142,7 +147,7 @@ def _cell(run: Run, arch: str, tried: list[Candidate], features: str, n: int, d:
     with clock_and_power(run.device) as samples:
         found = interleaved(steps, run.device, seconds, least, most=1 if run.dry_run else 30)
     for line, runs in found.items():
-        times = Times.of([spent for (spent,) in runs])
+        times = Times.of([spent / repeats for (spent,) in runs])
         rate = flops(kernel, n, d) / times.median / 1e9
         row = {"kernel": kernel, "features": features, "N": n, "D": d, "configuration": line}
         run.row(**row, ms=times.median, p20=times.p20, p80=times.p80, **{"TFLOP/s": rate})

@@ -11,26 +11,28 @@ from xml.etree import ElementTree
 from benchmarks.checkout import ROOT
 from benchmarks.run import Run
 
-SHARE = 0.9  # of a section's seconds: no test begins after them, and one that hangs ends with them
-# What a GPU decides: the kernels and the losses. The rest of the tests comes when all is timed.
-FIRST = ("tests/kernels", "tests/loss")
-LATER = ("tests/ranks", "tests/trainers", "tests/reference_train", "tests/benchmarks")
+# What a GPU decides. The rest of the tests comes when all is timed.
+FIRST = ("tests/kernels", "tests/loss", "tests/test_cuda.py")
+LATER = ("tests", *(f"--ignore={path}" for path in FIRST))
+# No test begins after this part of the section's time; one that hangs ends with all of it. Of the
+# later tests some start processes, and take longer.
+SHARE_FIRST, SHARE_LATER = 0.8, 0.5
 INTERRUPTED = 2  # pytest's exit code
 # In a dry run, which shows that tests can be started and their results read.
 FEW = ("tests/loss/test_contrastive.py", "-k", "eager")
 
 
 def first(run: Run) -> None:
-    """The tests of the kernels and the losses."""
-    suite(run, FIRST)
+    """The tests of the kernels and the losses, and those that need a GPU."""
+    suite(run, FIRST, SHARE_FIRST)
 
 
 def later(run: Run) -> None:
     """The other tests, for as long as there is time."""
-    suite(run, LATER)
+    suite(run, LATER, SHARE_LATER)
 
 
-def suite(run: Run, folders: Sequence[str]) -> None:
+def suite(run: Run, which: Sequence[str], share: float) -> None:
     """Tests but the slow ones, with tensors on the device; their output is shown live."""
     missing = [name for name in ("pytest", "hypothesis") if find_spec(name) is None]
     if missing:
@@ -40,13 +42,13 @@ def suite(run: Run, folders: Sequence[str]) -> None:
         report = Path(folder, "report.xml")
         command = [sys.executable, "-m", "pytest", "-p", "benchmarks.pytest_plugin"]
         command += ["-m", "not slow", "--device", run.device.type, f"--junitxml={report}"]
-        command += [f"--seconds={SHARE * run.remaining()}", *(FEW if run.dry_run else folders)]
+        command += [f"--seconds={share * run.remaining()}", *(FEW if run.dry_run else which)]
         # A test that hangs ends here, as a failure of the section.
         code = subprocess.run(command, cwd=ROOT, timeout=run.remaining()).returncode
         if report.exists():
             summarise(run, report)
     if code == INTERRUPTED:
-        run.warn("the tests did not end within their share of the budget")
+        run.warn("the tests did not end within their share of the time")
     elif code != 0 and not run.section.failures:
         run.fail(f"pytest: exit code {code}")
 

@@ -2,15 +2,21 @@
 
 import json
 import subprocess
+import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import __main__, gpu, gpu_tests
+from benchmarks import __main__, gpu, gpu_ablations, gpu_sweep, gpu_tests
+from benchmarks.checkout import ROOT
+from benchmarks.gpu_candidates import KERNELS, candidates, refusal, variants, winner
 from benchmarks.run import Run
+from cyclip_loss.kernels import configs
+from cyclip_loss.kernels.binary import Binary
 
 TESTS = """
 import pytest
@@ -47,7 +53,7 @@ def few(folder: Path, monkeypatch: pytest.MonkeyPatch, tests: str) -> Run:
 def test_what_the_tests_say_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = few(tmp_path, monkeypatch, TESTS)
     with run.part("tests") as section:
-        gpu_tests.suite(run)
+        gpu_tests.first(run)
     assert section.rows == [{"tests": 4, "passed": 2, "failed": 1, "skipped": 1}]
     (failure,) = section.failures
     assert "test_wrong: AssertionError: one is two" in failure
@@ -57,21 +63,20 @@ def test_tests_end_with_their_share_of_the_budget(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = few(tmp_path, monkeypatch, TESTS)
-    monkeypatch.setattr(gpu_tests, "SHARE", 0)
     with run.part("tests") as section:
-        gpu_tests.suite(run)
+        gpu_tests.suite(run, (), share=0)
     assert section.rows == [{"tests": 1, "passed": 1, "failed": 0, "skipped": 0}]
     assert section.failures == []
-    assert section.warnings == ["the tests did not end within their share of the budget"]
+    assert section.warnings == ["the tests did not end within their share of the time"]
 
 
 def test_tests_that_cannot_run_are_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(dry_run=True, seed=0, budget=100)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=4))
     with run.part("tests") as section:
-        gpu_tests.suite(run)
-    monkeypatch.setattr(gpu_tests, "find_spec", lambda name: None)
-    gpu_tests.suite(run)
+        gpu_tests.first(run)
+        monkeypatch.setattr(gpu_tests, "find_spec", lambda name: None)
+        gpu_tests.first(run)
     assert section.failures == ["pytest: exit code 4", "no tests: pip install pytest hypothesis"]
 
 
@@ -87,6 +92,118 @@ def test_times_leave_a_record(tmp_path: Path) -> None:
     assert kernels[0]["launches"] >= sum(row["launches"] for row in kernels[1:]) > 0
     assert "DRY RUN" in markdown_file.read_text()
     assert "No failures" in markdown_file.read_text()
+
+
+@pytest.mark.slow
+def test_a_dry_run_leaves_a_record_of_candidates_ablations_and_sizes(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks", "gpu", "--dry-run", "--out", str(tmp_path)]
+    command += ["--sections", "sizes", "ablations", "sweep"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
+    found = json.loads(next(tmp_path.glob("*.json")).read_text())["sections"]
+    assert list(found) == ["sizes", "ablations", "sweep", "winners"]
+    assert {row["outcome"] for row in found["sizes"]["rows"]} == {"ok"}
+    assert all(row["ms"] > 0 for row in found["ablations"]["rows"])
+    # Two candidates each were timed, and one of them is the line that wins.
+    timed = {row["configuration"] for row in found["sweep"]["rows"]}
+    winners = {row["kernel"]: row["line for configs.py"] for row in found["winners"]["rows"]}
+    assert len(found["sweep"]["rows"]) == 8
+    assert set(winners) == set(KERNELS)
+    assert set(winners.values()) <= timed
+
+
+SPILLS = Binary(255, 1016, 1024, {"HGMMA.64x128x16": 8}, 1000, serialised=False, fuses=True)
+
+
+def test_one_binary_that_must_not_ship_is_enough_to_refuse() -> None:
+    candidate = candidates("sm_90", "contrastive_grads", (16, "tf32"))[0]
+    bfloat16, float16 = variants("sm_90", candidate)
+    clean = replace(SPILLS, spilled_bytes=0)
+    assert refusal([(bfloat16, clean), (float16, clean)]) is None
+    assert refusal([(bfloat16, clean), (float16, SPILLS)]) == "float16: spills 1016 bytes"
+    assert refusal([(bfloat16, "no compiler"), (float16, clean)]) == "bfloat16: no compiler"
+
+
+def test_what_the_gate_refuses_is_not_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped, refused = candidates("sm_90", "contrastive_lse", (16, "tf32"))[:2]
+    table = configs._INTERPRETER if configs.INTERPRETED else configs.ARCHITECTURES["sm_90"]
+    launched = []
+    run = Run(dry_run=True, seed=0, device=torch.device("cpu"))
+    monkeypatch.setattr(gpu_sweep, "DRY_RUN_CELLS", [("bfloat16", 8, "contrastive_lse", 16)])
+    monkeypatch.setattr(gpu_sweep, "candidates", lambda *_: [refused, shipped])
+    reason = {f"contrastive_lse {refused.line}": "spills"}
+    monkeypatch.setattr(gpu_sweep, "refusals", lambda *_: reason)
+    monkeypatch.setattr(
+        gpu_sweep,
+        "launcher",
+        lambda *_: lambda: launched.append(table["contrastive_lse"][16, "tf32"]),
+    )
+    with run.part("sweep") as section:
+        gpu_sweep.sweep(run)
+    assert launched
+    assert all(config == shipped.config for config in launched)
+    assert f"contrastive_lse {refused.line}: refused by the compile gate: spills" in section.skipped
+    assert [row["configuration"] for row in section.rows] == [shipped.line]
+
+
+def test_the_fastest_over_all_sizes_wins() -> None:
+    times = {
+        "shipped": {"small": 1.0, "large": 10.0},
+        "faster where it is small": {"small": 0.9, "large": 12.0},
+        "faster": {"small": 0.95, "large": 9.0},
+        "fastest, but not everywhere measured": {"small": 0.5},
+    }
+    line, ratio = winner(times, "shipped")
+    assert line == "faster"
+    assert ratio == pytest.approx((0.95 * 0.9) ** 0.5)
+    hardly = {"shipped": {"small": 1.0}, "hardly faster": {"small": 0.995}}
+    assert winner(hardly, "shipped") == ("shipped", 1.0)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_line_is_the_configuration(kernel: str) -> None:
+    for key in configs.ARCHITECTURES["sm_90"][kernel]:
+        for candidate in candidates("sm_90", kernel, key):
+            assert eval(f"{{{candidate.line}}}", vars(configs)) == {key: candidate.config}
+
+
+def test_an_ablation_computes_its_part_of_a_sweep(device: torch.device) -> None:
+    run = Run(dry_run=True, seed=0, device=device)
+    n, d = 256, 64
+    image, text = (features.float() for features in run.pairs(n, d, torch.bfloat16))
+    logits = (50 * image @ text.T).cpu()
+    config = gpu_ablations.TWO_PROGRAMS  # tiles of 128 rows and, by halves, 64 columns
+
+    def outputs(epilogue: str) -> tuple[torch.Tensor, ...]:
+        launch, *results = gpu_ablations.epilogue_launcher(run, config, epilogue, n, d)
+        launch()
+        return tuple(result.cpu().float() for result in results)
+
+    rows, _, _ = outputs("rows")
+    maxima, sums = rows
+    of_parts = logits.unflatten(1, (4, 64)).transpose(0, 1)
+    torch.testing.assert_close(maxima, of_parts.amax(dim=2), atol=1e-3, rtol=1e-4)
+    expected = torch.exp2(of_parts - of_parts.amax(dim=2, keepdim=True)).sum(dim=2)
+    torch.testing.assert_close(sums, expected, atol=1e-2, rtol=1e-3)
+    _, columns, _ = outputs("columns")
+    of_tiles = logits.unflatten(0, (2, 128))
+    torch.testing.assert_close(columns[0], of_tiles.amax(dim=1), atol=1e-3, rtol=1e-4)
+    _, _, stored = outputs("store")
+    torch.testing.assert_close(stored, logits, atol=1e-2, rtol=2**-7)
+    _, _, stored = outputs("two exponentials, store")
+    expected = 2 * torch.exp2(logits - gpu_ablations.LSE)
+    torch.testing.assert_close(stored, expected, atol=1e-6, rtol=2**-6)
+
+
+@pytest.mark.parametrize(
+    ("numpy", "triton", "can"),
+    [("2.3.5", (3, 6), True), ("2.4.0", (3, 6), False), ("2.4.6", (3, 7), True)],
+)
+def test_numpy_that_the_interpreter_cannot_use_is_named(
+    numpy: str, triton: tuple[int, int], can: bool
+) -> None:
+    why = gpu.interpreter_lacks(numpy, triton)
+    assert why is None if can else "numpy<2.4" in str(why)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
