@@ -87,13 +87,14 @@ class _Strip(torch.autograd.Function):
 
 
 def dense_strip(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    """Two (n, m) matrices of logits, as OpenCLIP has them with `local_loss`.
+    """The same rows and their own texts by two (n, m) matrices, as OpenCLIP with `local_loss`.
 
-    It takes the images of all ranks for its second matrix; random features do as well.
+    The second one takes the images of all ranks: for those of the others their texts stand in.
     """
-    own = torch.arange(image.shape[0], device=image.device)
+    n = image.shape[0]
+    own, images = torch.arange(n, device=image.device), torch.cat([image, text[n:]])
     of_image = scale * image @ text.T
-    of_text = scale * text[: image.shape[0]] @ text.T
+    of_text = scale * text[:n] @ images.T
     return (cross_entropy(of_image, own) + cross_entropy(of_text, own)) / 2
 
 

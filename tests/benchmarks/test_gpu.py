@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import __main__, gpu, gpu_ablations, gpu_sweep, gpu_tests
+from benchmarks import __main__, gpu, gpu_ablations, gpu_clock, gpu_sizes, gpu_sweep, gpu_tests
 from benchmarks.checkout import ROOT
+from benchmarks.competitors import Loss
+from benchmarks.cost import leaves_of
 from benchmarks.gpu_candidates import KERNELS, candidates, refusal, variants, winner
 from benchmarks.run import Run
+from cyclip_loss import CyCLIPLoss
 from cyclip_loss.kernels import configs
 from cyclip_loss.kernels.binary import Binary
 
@@ -193,6 +197,35 @@ def test_an_ablation_computes_its_part_of_a_sweep(device: torch.device) -> None:
     _, _, stored = outputs("two exponentials, store")
     expected = 2 * torch.exp2(logits - gpu_ablations.LSE)
     torch.testing.assert_close(stored, expected, atol=1e-6, rtol=2**-6)
+
+
+@pytest.mark.parametrize("loss", [gpu_sizes.strip, gpu_sizes.dense_strip])
+def test_strips_of_all_rows_are_the_contrastive_loss(loss: Loss, device: torch.device) -> None:
+    values = []
+    for function in (loss, CyCLIPLoss(0, 0)):
+        leaves = leaves_of(Run(dry_run=True, seed=0, device=device), 40, 32, torch.float32)
+        value = function(*leaves)
+        value.backward()
+        values.append([value, *(leaf.grad for leaf in leaves)])
+    torch.testing.assert_close(*values, rtol=1e-3, atol=1e-5)
+
+
+def test_clock_and_power_are_medians_of_what_nvidia_smi_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text('#!/bin/sh\ncase "$1" in --id=GPU-abc) echo "1755, 612.5";; esac\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    properties = SimpleNamespace(uuid="abc")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    with gpu_clock.clock_and_power(torch.device("cuda")) as samples:
+        time.sleep(5 * gpu_clock.SECONDS)
+    assert gpu_clock.columns(samples) == {"MHz": 1755.0, "W": 612.5}
+    program.unlink()
+    with gpu_clock.clock_and_power(torch.device("cuda")) as samples:
+        time.sleep(2 * gpu_clock.SECONDS)
+    assert gpu_clock.columns(samples) == {}
 
 
 @pytest.mark.parametrize(
