@@ -1,6 +1,6 @@
 """The modules: `CyCLIPLoss`, a drop-in for `open_clip.ClipLoss`, and `CyclicPenalty`."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -27,6 +27,13 @@ class _Loss(nn.Module):
             functional.check_lambda(name, value)
             value = float(value)  # of one type, so that `torch.compile` sees only a new value
         super().__setattr__(name, value)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        # `torch.jit.script` calls it first, of a module and of those inside of it.
+        raise RuntimeError(
+            f"{type(self).__name__} can't be scripted: PyTorch has deprecated TorchScript. Use "
+            "torch.compile or torch.export"
+        )
 
 
 class CyCLIPLoss(_Loss):

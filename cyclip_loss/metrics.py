@@ -58,13 +58,14 @@ def consistency_metrics(
     image, text = check_features(image_features, text_features, may_be_empty=group is not None)
     n, d = image.shape
     grams = cyclic_statistics(image, text, True, "auto")
-    ranks, columns = Ranks(), (image, text)
+    ranks = Ranks()
+    columns: tuple[Tensor, ...] = (image, text)
     if group is not None:
         kind = {"D": d, "dtype": image.dtype, "the device type": image.device.type}
         ranks = agree(group, "gather", n, True, kind, {})
         gathered = start_gather(torch.cat((image, text), dim=1), ranks)
         assert gathered is not None
-        columns = finish_gather(gathered, ranks).split(d, dim=1)
+        columns = finish_gather(gathered, ranks).chunk(2, dim=1)
     first = ranks.first_row(ranks.rank, n)
     image, text = _wide(image), _wide(text)
     of_rows = torch.stack(
