@@ -1,9 +1,12 @@
 """The engine in PyTorch, with bounded memory: for CPU, MPS and CUDA without Triton.
 
 Everything is computed strip by strip: a strip is a block of rows against all columns. Products
-accumulate in float32 (float64 for float64 features); 16-bit features are widened first, so their
-products are exact. Notation as in the formulas: I, T are `image_features` (n, D) and
-`text_features` (m, D); s is `logit_scale`; l_ij = s * I_i . T_j.
+accumulate in float32 (float64 for float64 features). 16-bit features are widened first, so their
+products are exact. On CUDA they are multiplied as they are, with a float32 result, which is as
+exact and many times as fast, but for what G loses when it is rounded to 16 bits.
+
+Notation as in the formulas: I, T are `image_features` (n, D) and `text_features` (m, D); s is
+`logit_scale`; l_ij = s * I_i . T_j.
 """
 
 from typing import Any
@@ -30,6 +33,40 @@ def strip_rows(columns: int, device: torch.device) -> int:
     """How many rows of `columns` elements one strip holds."""
     elements = STRIP_ELEMENTS.get(device.type, STRIP_ELEMENTS_OTHER_DEVICES)
     return max(MIN_STRIP_ROWS, elements // columns)
+
+
+def has_wide_products(features: Tensor) -> bool:
+    """Whether PyTorch multiplies 16-bit matrices of this kind into a float32 one."""
+    return features.is_cuda and features.element_size() == 2 and torch.version.hip is None
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b, or a batch of them, summed in at least float32; dtype: of the result."""
+    if dtype == a.dtype:
+        return torch.matmul(a, b)
+    if has_wide_products(a):
+        return (torch.mm if a.ndim == 2 else torch.bmm)(a, b, out_dtype=dtype)
+    return torch.matmul(a.to(dtype), b.to(dtype))
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, summed in total's dtype."""
+    if a.dtype != total.dtype and has_wide_products(a):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+def _logits(image: Tensor, text_t: Tensor, logit_scale: Tensor, out: Tensor) -> None:
+    """s * I T^T of a strip of image rows into `out`."""
+    if image.dtype != out.dtype:
+        torch.mm(image, text_t, out_dtype=out.dtype, out=out).mul_(logit_scale)
+    elif out.device.type == "cpu":
+        # The scale goes into the narrow factor: n * D multiplications instead of n * m.
+        torch.mm(image * logit_scale, text_t, out=out)
+    else:
+        # After the product, which may be one of tf32 numbers: 16-bit features are, s * I is not.
+        torch.mm(image, text_t, out=out).mul_(logit_scale)
 
 
 def _strips(rows: int, height: int) -> list[tuple[int, int]]:
@@ -66,21 +103,21 @@ def contrastive_lse(
     """
     n, m = len(image_features), len(text_features)
     dtype = accumulation_dtype(image_features.dtype)
-    text_t = text_features.to(dtype).T
+    factor_dtype = image_features.dtype if has_wide_products(image_features) else dtype
+    text_t = text_features.to(factor_dtype).T
     height = min(n, strip_rows(m, image_features.device))
-    logits_buffer = text_t.new_empty(height, m)
-    exp_buffer = text_t.new_empty(height, m)
-    row_negatives = text_t.new_empty(n)
-    pair_logits = text_t.new_zeros(n)
+    logits_buffer = text_t.new_empty(height, m, dtype=dtype)
+    exp_buffer = torch.empty_like(logits_buffer)
+    row_negatives = text_t.new_empty(n, dtype=dtype)
+    pair_logits = text_t.new_zeros(n, dtype=dtype)
     # Maxima are finite, so that -inf less one of them is -inf: of a row whose only logit is its
     # pair's, for example.
     lowest = torch.finfo(dtype).min
-    column_max = text_t.new_full((m if symmetric else 0,), lowest)
+    column_max = text_t.new_full((m if symmetric else 0,), lowest, dtype=dtype)
     column_sum = torch.zeros_like(column_max)
     for start, stop in _strips(n, height):
         logits, exps = logits_buffer[: stop - start], exp_buffer[: stop - start]
-        # The scale goes into the narrow factor: n * D multiplications instead of n * m.
-        torch.mm(image_features[start:stop].to(dtype) * logit_scale, text_t, out=logits)
+        _logits(image_features[start:stop].to(factor_dtype), text_t, logit_scale, logits)
         offset, low, high = _pairs_in_strip(start, stop, first_column, m)
         if high > low:
             diagonal = logits.diagonal(offset)[: high - low]
@@ -163,39 +200,45 @@ def contrastive_grads(
     needs_image, needs_text, needs_scale = needs
     n, m = len(image_features), len(text_features)
     dtype = accumulation_dtype(image_features.dtype)
-    text = text_features.to(dtype)
+    factor_dtype = image_features.dtype if has_wide_products(image_features) else dtype
+    text = text_features.to(factor_dtype)
     height = min(n, strip_rows(m, image_features.device))
-    logits_buffer = text.new_empty(height, m)
-    gradient_buffer = text.new_empty(height, m)
-    weighted_grad = grad * weight
+    logits_buffer = text.new_empty(height, m, dtype=dtype)
+    gradient_buffer = torch.empty_like(logits_buffer)
+    # float16 is exact to 11 bits only above 6e-5, and most of G is smaller: 2^14 * G is multiplied,
+    # of which the largest, 2^15, still fits.
+    shift = 14 if factor_dtype == torch.float16 else 0
+    weighted_grad = grad * (weight * 2.0**-shift)
     feature_weight = weighted_grad * logit_scale
-    scale_sum = text.new_zeros(())
+    scale_sum = row_lse.new_zeros(())
     grad_dtype = dtype if wide else image_features.dtype
     image_shape = image_features.shape if needs_image else (0,)
     image_grad = image_features.new_empty(image_shape, dtype=grad_dtype)
-    text_grad = text.new_zeros(text.shape if needs_text else (0,))
+    text_grad = text.new_zeros(text.shape if needs_text else (0,), dtype=dtype)
     for start, stop in _strips(n, height):
         logits, gradient = logits_buffer[: stop - start], gradient_buffer[: stop - start]
-        image = image_features[start:stop].to(dtype)
-        torch.mm(image * logit_scale, text.T, out=logits)
+        image = image_features[start:stop].to(factor_dtype)
+        _logits(image, text.T, logit_scale, logits)
         torch.sub(logits, row_lse[start:stop, None], out=gradient).exp_()
         if symmetric:
             gradient.add_(logits.sub_(column_lse).exp_())
         offset, low, high = _pairs_in_strip(start, stop, first_column, m)
         if high > low:
             gradient.diagonal(offset)[: high - low] = pair_gradient[low:high]
+        if factor_dtype != dtype:
+            gradient = gradient.mul_(2.0**shift).to(factor_dtype)
         # sum_ij G_ij (I_i . T_j) is sum_i I_i . (G T)_i and sum_j T_j . (G^T I)_j: a feature
         # gradient that is there anyway gives it for n * D.
         if needs_image or not needs_text:
-            row_gradient = torch.mm(gradient, text)
+            row_gradient = product(gradient, text, dtype)
             if needs_scale:
-                scale_sum += torch.dot(image.reshape(-1), row_gradient.view(-1))
+                scale_sum += torch.dot(image.to(dtype).reshape(-1), row_gradient.view(-1))
             if needs_image:
                 image_grad[start:stop] = row_gradient.mul_(feature_weight)
         if needs_text:
-            text_grad.addmm_(gradient.T, image)
+            add_product(text_grad, gradient.T, image)
     if needs_scale and needs_text and not needs_image:
-        scale_sum += torch.dot(text.reshape(-1), text_grad.view(-1))
+        scale_sum += torch.dot(text.to(dtype).reshape(-1), text_grad.view(-1))
     text_grad = text_grad.mul_(feature_weight).to(grad_dtype)
     return image_grad, text_grad, scale_sum.mul_(weighted_grad)
 

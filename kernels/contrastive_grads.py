@@ -15,13 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cyclip_loss.eager import add_product, product
 from cyclip_loss.kernels.configs import SUM, Precision, ceil_div, config_for, launch_on, padded_rows
-from cyclip_loss.kernels.products import (
-    add_product,
-    product,
-    product_over_columns,
-    scale_grad_kernel,
-)
+from cyclip_loss.kernels.products import product_over_columns, scale_grad_kernel
 from cyclip_loss.kernels.tiles import LN_2, LOG2_E, grouped_tile, halves, tile_product
 
 # One block of G: this many rows, and as many columns as make this many elements (16,384, 512 MB of

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cyclip_loss.eager import product
 from cyclip_loss.kernels.configs import ceil_div
 
 
@@ -52,25 +53,3 @@ def product_over_columns(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
         return product(a, b, dtype)
     a_chunks = a.unflatten(1, (chunks, -1)).transpose(0, 1)
     return product(a_chunks, b.unflatten(0, (chunks, -1)), torch.float32).sum(dim=0).to(dtype)
-
-
-def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b, or a batch of them, summed in float32; dtype: of the result, a's own or float32."""
-    if dtype == a.dtype:
-        return torch.matmul(a, b)
-    if _has_wide_products(a):
-        return (torch.mm if a.ndim == 2 else torch.bmm)(a, b, out_dtype=dtype)
-    return torch.matmul(a.to(dtype), b.to(dtype))
-
-
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b in float32, for a and b of the features' dtype."""
-    if a.dtype != torch.float32 and _has_wide_products(a):
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:
-        total.addmm_(a.float(), b.float())
-
-
-def _has_wide_products(a: Tensor) -> bool:
-    """ROCm builds of PyTorch have no product of 16-bit matrices into a float32 one."""
-    return a.is_cuda and torch.version.hip is None

@@ -28,7 +28,7 @@ import torch
 from inputs import Case, Device, loss_dtype
 from torch import Tensor
 
-from cyclip_loss import CyCLIPLoss, reference
+from cyclip_loss import CyCLIPLoss, eager, reference
 
 FLOAT64 = torch.finfo(torch.float64).eps
 FLOAT32 = torch.finfo(torch.float32).eps
@@ -82,19 +82,21 @@ class Eps:
     penalties: float
 
 
-def eps_of(impl: str, dtype: torch.dtype, tf32: bool = False) -> Eps:
+def eps_of(impl: str, dtype: torch.dtype, tf32: bool = False, wide_products: bool = False) -> Eps:
     """Precision in which an engine computes with features of `dtype`.
 
-    The eager engine widens 16-bit features to float32. The kernels multiply 16-bit features exactly
-    and sum in float32, keep G in 16 bits, and round U and V to tf32. The dense formula rounds
-    everything to 16 bits. tf32: float32 matrices are multiplied so.
+    The eager engine widens 16-bit features to float32, or with `wide_products` keeps G in 16 bits.
+    The kernels multiply 16-bit features exactly and sum in float32, keep G in 16 bits, and round U
+    and V to tf32. The dense formula rounds everything to 16 bits. tf32: float32 matrices are
+    multiplied so.
     """
     if dtype in (torch.float16, torch.bfloat16) and impl not in ("eager", "reference"):
         return Eps(FLOAT32, torch.finfo(dtype).eps, TF32)
     eps = torch.finfo(dtype if impl == "reference" else loss_dtype(dtype)).eps
     if tf32 and dtype != torch.float64:
         eps = max(eps, TF32)
-    return Eps(eps, eps, eps)
+    stored = torch.finfo(dtype).eps if impl == "eager" and wide_products else eps
+    return Eps(eps, max(eps, stored), eps)
 
 
 def contrastive_bound(
@@ -112,7 +114,8 @@ def contrastive_bound(
     others in its row. The oracle subtracts there, probabilities from 1 and logits from their
     log-sum-exp; what that costs it in float64 is added. (For float64 features that is all of it.)
     """
-    eps = eps_of(impl, image.dtype, tf32)
+    wide_products = impl == "eager" and eager.has_wide_products(image)
+    eps = eps_of(impl, image.dtype, tf32, wide_products)
     image, text = exact_on_host(image), exact_on_host(text)
     n, d = image.shape
     logits = logit_scale * image @ text.T
@@ -131,7 +134,8 @@ def contrastive_bound(
         value + eps.logits * loss(image, text, logit_scale),
         abs(logit_scale) * errors @ text.abs(),
         abs(logit_scale) * errors.T @ image.abs(),
-        (of_logits * cosines).sum(),
+        # The kernels sum it up before G is rounded.
+        ((errors if wide_products else of_logits) * cosines).sum(),
     )
 
 

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from accuracy import (
+    NAMES,
     assert_accurate,
     augmented_bound,
+    check_bound,
     contrastive_bound,
     exact_augmented,
     exact_contrastive,
@@ -13,8 +15,9 @@ from accuracy import (
 from conftest import set_strip_rows
 from hypothesis import example, given
 from inputs import Case, cases, pairs
+from torch import Tensor
 
-from cyclip_loss import reference
+from cyclip_loss import eager, reference
 from cyclip_loss.functional import contrastive_loss, cyclip_loss
 
 
@@ -115,3 +118,48 @@ def test_columns_of_very_different_size(
         exact = exact_contrastive(features.float(), text.float(), 100.0)
         bound = contrastive_bound(features.float(), text.float(), 100.0, impl)
         assert_accurate(actual, [exact], bound)
+
+
+def without_widening(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """CUDA's products of 16-bit matrices into float32 ones, on any device; what was multiplied."""
+    factors: list[torch.dtype] = []
+
+    def wide(name: str):
+        original = getattr(torch, name)
+
+        def product(*matrices: Tensor, out_dtype: torch.dtype | None = None, **options):
+            if out_dtype is not None:
+                factors.append(matrices[-1].dtype)
+                matrices = tuple(matrix.to(out_dtype) for matrix in matrices)
+            return original(*matrices, **options)
+
+        monkeypatch.setattr(torch, name, product)
+
+    for name in ("mm", "bmm", "addmm"):
+        wide(name)
+    monkeypatch.setattr(eager, "has_wide_products", lambda x: x.element_size() == 2)
+    return factors
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("frozen", [None, 0, 1])
+@pytest.mark.parametrize("logit_scale", [10.0, 100.0])
+def test_products_of_16_bit_matrices(
+    dtype: torch.dtype, frozen: int | None, logit_scale: float, small_strips, monkeypatch, device
+) -> None:
+    """What the eager engine does on CUDA."""
+    factors = without_widening(monkeypatch)
+    image, text = (features.to(dtype) for features in pairs(40, 12, device=device))
+    scale = torch.tensor(logit_scale, device=device)
+    leaves = [tensor.clone().requires_grad_() for tensor in (image, text, scale)]
+    if frozen is not None:
+        leaves[frozen].requires_grad_(False)
+    value = contrastive_loss(*leaves, impl="eager")
+    value.backward()
+    assert set(factors) == {dtype}
+    exact = exact_contrastive(image, text, logit_scale)
+    bound = contrastive_bound(image, text, logit_scale, "eager")
+    check_bound("value", value.detach(), [exact.value], bound.value)
+    for leaf, name in zip(leaves, NAMES[1:], strict=True):
+        if leaf.requires_grad:
+            check_bound(name, leaf.grad, [getattr(exact, name)], getattr(bound, name))

@@ -40,9 +40,12 @@ def lse_by_definition(image: Tensor, text: Tensor, s: float, first_column: int):
 
 
 def grads_by_definition(
-    image, text, s, row_lse, column_lse, pair_gradient, weight, first_column, symmetric, eps
+    image, text, s, row_lse, column_lse, pair_gradient, weight, first_column, symmetric, eps, wide
 ):
-    """dI, dT, ds as the docstring of `eager.contrastive_grads` defines them, and their bounds."""
+    """dI, dT, ds as the docstring of `eager.contrastive_grads` defines them, and their bounds.
+
+    wide: ds is made of G as it is stored.
+    """
     tensors = (image, text, row_lse, column_lse, pair_gradient)
     image, text, row_lse, column_lse, pair_gradient = map(exact_on_host, tensors)
     logits = s * image @ text.T
@@ -58,7 +61,10 @@ def grads_by_definition(
     return [
         (s * gradient @ text, s * errors @ text.abs()),
         (s * gradient.T @ image, s * errors.T @ image.abs()),
-        ((gradient * (image @ text.T)).sum(), (of_logits * (image.abs() @ text.abs().T)).sum()),
+        (
+            (gradient * (image @ text.T)).sum(),
+            ((errors if wide else of_logits) * (image.abs() @ text.abs().T)).sum(),
+        ),
     ]
 
 
@@ -184,8 +190,10 @@ def test_contrastive_grads(
             wide,
         )
     given = (row_lse, column_lse, pair_gradient)
+    wide_products = impl == "eager" and eager.has_wide_products(image)
+    eps = eps_of(impl, dtype, wide_products=wide_products)
     expected = grads_by_definition(
-        image, text, 5.0, *given, 0.125, first_column, symmetric, eps_of(impl, dtype)
+        image, text, 5.0, *given, 0.125, first_column, symmetric, eps, wide_products
     )
     for grad, (exact, bound), needed in zip(actual, expected, (*needs, needs_scale), strict=True):
         assert grad.dtype == (torch.float32 if wide or grad.ndim == 0 else dtype)
