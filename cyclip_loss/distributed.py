@@ -147,21 +147,23 @@ def group_of(process_group: ProcessGroup | DeviceMesh | None) -> Group | None:
     return Group(process_group, process_group.group_name, dist.get_rank(process_group), size)
 
 
-def check_rank(
-    process_group: ProcessGroup | DeviceMesh | None, rank: int | None, world_size: int | None
-) -> None:
-    """Raise unless `rank` and `world_size`, where given, are those of the group."""
-    if rank is None and world_size is None:
+def check_rank(process_group: ProcessGroup | DeviceMesh | None, rank: int, world_size: int) -> None:
+    """Raise unless `rank` and `world_size` are those of the group, or OpenCLIP's defaults.
+
+    A rank below 1 and a world size below 2 say nothing: they are what is passed by code that knows
+    of no ranks.
+    """
+    if rank < 1 and world_size < 2:
         return
     group = group_of(process_group)
     actual_rank, actual_size = (group.rank, group.size) if group else (0, 1)
-    if world_size is not None and world_size != actual_size:
+    if world_size >= 2 and world_size != actual_size:
         initialised = dist.is_available() and dist.is_initialized()
         hint = "" if initialised else " (torch.distributed is not initialised)"
         raise ValueError(
             f"world_size={world_size} was given, but there are {actual_size} processes{hint}"
         )
-    if rank is not None and rank != actual_rank:
+    if rank >= 1 and rank != actual_rank:
         raise ValueError(f"rank={rank} was given, but this process is rank {actual_rank}")
 
 

@@ -38,6 +38,7 @@ cannot be used; RuntimeError inside of a `torch.func` transform.
 import math
 from collections.abc import Hashable
 from numbers import Integral, Real
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -50,7 +51,30 @@ from cyclip_loss.eager import accumulation_dtype
 from cyclip_loss.ops import IMPLS, autocast_is_on
 from cyclip_loss.warn import NOT_GIVEN, NotGiven
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class _PenaltyOptions(TypedDict, total=False):
+    """For type checkers: what `cyclic_penalty` takes by keyword only."""
+
+    reference_batch_size: int | NotGiven | None
+    process_group: ProcessGroup | DeviceMesh | None
+    distributed: bool
+    impl: str
+
+
+class _LossOptions(_PenaltyOptions, total=False):
+    """For type checkers: what `cyclip_loss` takes by keyword only."""
+
+    lambda_inmodal: float
+    lambda_crossmodal: float
+    augmented_image_features: Tensor | None
+    augmented_text_features: Tensor | None
+    dist_impl: str
+    uneven: bool
 
 
 def contrastive_loss(
@@ -81,9 +105,36 @@ def contrastive_loss(
         uneven=uneven,
         impl=impl,
     )
-    return terms["contrastive_loss"]  # type: ignore[index]
+    return terms["contrastive_loss"]
 
 
+@overload
+def cyclic_penalty(
+    image_features: Tensor,
+    text_features: Tensor,
+    lambda_inmodal: float = 0.25,
+    lambda_crossmodal: float = 0.25,
+    output_dict: Literal[False] = False,
+    **options: "Unpack[_PenaltyOptions]",
+) -> Tensor: ...
+@overload
+def cyclic_penalty(
+    image_features: Tensor,
+    text_features: Tensor,
+    lambda_inmodal: float = 0.25,
+    lambda_crossmodal: float = 0.25,
+    output_dict: Literal[True] = ...,
+    **options: "Unpack[_PenaltyOptions]",
+) -> dict[str, Tensor]: ...
+@overload
+def cyclic_penalty(
+    image_features: Tensor,
+    text_features: Tensor,
+    lambda_inmodal: float = 0.25,
+    lambda_crossmodal: float = 0.25,
+    output_dict: bool = ...,
+    **options: "Unpack[_PenaltyOptions]",
+) -> Tensor | dict[str, Tensor]: ...
 def cyclic_penalty(
     image_features: Tensor,
     text_features: Tensor,
@@ -125,6 +176,33 @@ def cyclic_penalty(
     return terms[0]
 
 
+@overload
+def cyclip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | None = None,
+    output_dict: Literal[False] = False,
+    **options: "Unpack[_LossOptions]",
+) -> Tensor: ...
+@overload
+def cyclip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | None = None,
+    output_dict: Literal[True] = ...,
+    **options: "Unpack[_LossOptions]",
+) -> dict[str, Tensor]: ...
+@overload
+def cyclip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | None = None,
+    output_dict: bool = ...,
+    **options: "Unpack[_LossOptions]",
+) -> Tensor | dict[str, Tensor]: ...
 def cyclip_loss(
     image_features: Tensor,
     text_features: Tensor,

@@ -1,6 +1,6 @@
 """The modules: `CyCLIPLoss`, a drop-in for `open_clip.ClipLoss`, and `CyclicPenalty`."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -38,6 +38,13 @@ class _Loss(nn.Module):
             functional.check_reference_batch_size(value)
         super().__setattr__(name, value)
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        # `torch.jit.script` calls it first, of a module and of those inside of it.
+        raise RuntimeError(
+            f"{type(self).__name__} can't be scripted: PyTorch has deprecated TorchScript. Use "
+            "torch.compile or torch.export"
+        )
+
 
 class CyCLIPLoss(_Loss):
     """CLIP's contrastive loss with the cyclic penalties of CyCLIP (Goel et al. 2022).
@@ -56,12 +63,13 @@ class CyCLIPLoss(_Loss):
             it means in the paper's experiments. None: the paper's formula, whose penalties grow
             with N. Not given: the same, and a warning if that is a lot (see below; "Which λ" in
             docs/recipes.md has a table).
-        local_loss, gather_with_grad: taken so that OpenCLIP's construction code works unchanged,
-            and without effect. In OpenCLIP they choose what each rank computes and how its
-            gradients are scaled; here the result is always the exact one (see below).
-        cache_labels: taken and without effect: there are no labels to cache.
-        rank, world_size: as OpenCLIP passes them; if given, they are compared with the process
-            group's in every call. Not given: the group's are used.
+        local_loss, gather_with_grad: kept as attributes, as in OpenCLIP, and without effect. There
+            they choose what each rank computes and how its gradients are scaled; here the result is
+            always the exact one (see below).
+        cache_labels: kept, and without effect: there are no labels to cache.
+        rank, world_size: kept, as OpenCLIP passes them. The process group's are used; a rank of 1
+            or more and a world size of 2 or more are compared with them in every call. Less means
+            "not given": OpenCLIP's defaults are 0 and 1.
         use_horovod: taken as False only.
         process_group: the ranks that share a batch, nccl or gloo, or a DeviceMesh of one dimension.
             None: the default group, as in DDP, if torch.distributed is initialised by the time of
@@ -143,8 +151,8 @@ class CyCLIPLoss(_Loss):
         local_loss: bool = False,
         gather_with_grad: bool = False,
         cache_labels: bool = False,
-        rank: int | None = None,
-        world_size: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
         use_horovod: bool = False,
         process_group: ProcessGroup | DeviceMesh | None = None,
         distributed: bool = True,
@@ -160,7 +168,12 @@ class CyCLIPLoss(_Loss):
         self.lambda_inmodal = lambda_inmodal
         self.lambda_crossmodal = lambda_crossmodal
         self.reference_batch_size = reference_batch_size
-        self.rank, self.world_size = rank, world_size
+        self.local_loss = local_loss
+        self.gather_with_grad = gather_with_grad
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.use_horovod = use_horovod
         self.process_group = process_group
         self.distributed = distributed
         self.dist_impl = dist_impl

@@ -2,79 +2,104 @@
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
-from cyclip_loss.cyclic import cyclic_penalties
-from cyclip_loss.eager import strip_rows
+from cyclip_loss.cyclic import cyclic_statistics
+from cyclip_loss.distributed import (
+    Ranks,
+    agree,
+    finish_gather,
+    group_of,
+    start_all_reduce,
+    start_gather,
+    wait,
+)
+from cyclip_loss.eager import cyclic_terms, strip_rows
 from cyclip_loss.functional import check_features
 
-
-@torch.no_grad()
-def cyclic_gaps(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean squared in-modal and cross-modal gap over all N^2 pairs of rows.
-
-        in-modal      mean over i, j of (I_i . I_j - T_i . T_j)^2  =  P_in / N
-        cross-modal   mean over i, j of (I_i . T_j - I_j . T_i)^2  =  P_cross / N
-
-    The penalties of Goel et al. 2022, eq. 2 and 3, before their factor N: comparable between batch
-    sizes. Features (N, D); costs O(N D^2). Returns two scalars.
-    """
-    image_features, text_features = check_features(image_features, text_features)
-    n = len(image_features)
-    inmodal, crossmodal = cyclic_penalties(image_features, text_features, 1.0, 1.0, True, "auto")
-    return inmodal / n, crossmodal / n
+NAMES = ("inmodal_gap", "crossmodal_gap", "alignment", "image_uniformity", "text_uniformity")
 
 
 @torch.no_grad()
-def alignment(image_features: Tensor, text_features: Tensor) -> Tensor:
-    """Mean squared distance of the pairs, mean_i |I_i - T_i|^2 (Wang & Isola 2020, alpha = 2).
+def consistency_metrics(
+    image_features: Tensor,
+    text_features: Tensor,
+    *,
+    process_group: ProcessGroup | DeviceMesh | None = None,
+    distributed: bool = False,
+) -> dict[str, Tensor]:
+    """Five numbers of N pairs, by name, as float32 scalars without gradient.
 
-    0 is perfect. Features (N, D); costs O(N D). Returns a scalar.
-    """
-    image_features, text_features = check_features(image_features, text_features)
-    return (_wide(image_features) - _wide(text_features)).square().sum(dim=1).mean().float()
+        inmodal_gap         mean over i, j of (I_i . I_j - T_i . T_j)^2  =  P_in / N
+        crossmodal_gap      mean over i, j of (I_i . T_j - I_j . T_i)^2  =  P_cross / N
+        alignment           mean over i of |I_i - T_i|^2, 0 where pairs coincide
+        image_uniformity    log of the mean over i < j of exp(-2 |I_i - I_j|^2), 0 where all rows
+                            coincide and the lower the better they are spread; NaN if N = 1
+        text_uniformity     the same of T
 
+    The gaps are the penalties of Goel et al. 2022, eq. 2 and 3, without their factor N: comparable
+    between batch sizes. Alignment and uniformity are those of Wang & Isola 2020, alpha = t = 2.
 
-@torch.no_grad()
-def uniformity(features: Tensor) -> Tensor:
-    """log of the mean over pairs i < j of exp(-2 |x_i - x_j|^2) (Wang & Isola 2020, t = 2).
+    Args:
+        image_features, text_features: (N, D), N >= 1, rows of unit length.
+        process_group, distributed: a group, or True for the default one: the numbers of the rows of
+            all its ranks, of which each may hold any number. Every rank has to make the call, and
+            gets the same. They exchange their numbers of rows, for which the host waits, all
+            features (2 N D) and the sum of 3 D^2 + 4 elements. Not given: the rows of this process.
 
-    Lower is more uniform; 0 is a collapse to one point. Features (N, D), N >= 2; costs O(N^2 D),
-    strip by strip in bounded memory. Returns a scalar.
+    Takes O(N D^2) flops and, for uniformity, O(N^2 D), shared by the ranks, in strips of bounded
+    memory.
 
     Raises:
-        ValueError: fewer than two rows.
+        TypeError, ValueError: as `cyclip_loss.functional`.
     """
-    features, _ = check_features(features, features, "features", "features")
-    n = len(features)
-    if n < 2:
-        raise ValueError(f"features must have at least two rows, got {tuple(features.shape)}")
-    features = _wide(features)
-    norms = features.square().sum(dim=1)
-    total = features.new_zeros(())
-    height = strip_rows(n, features.device)
-    for start in range(0, n, height):
-        strip = features[start : start + height]
-        squared = norms[start : start + height, None] + norms - 2 * (strip @ features.T)
+    group = group_of(process_group) if distributed or process_group is not None else None
+    image, text = check_features(image_features, text_features, may_be_empty=group is not None)
+    n, d = image.shape
+    grams = cyclic_statistics(image, text, True, "auto")
+    ranks = Ranks()
+    columns: tuple[Tensor, ...] = (image, text)
+    if group is not None:
+        kind = {"D": d, "dtype": image.dtype, "the device type": image.device.type}
+        ranks = agree(group, "gather", n, True, kind, {})
+        gathered = start_gather(torch.cat((image, text), dim=1), ranks)
+        assert gathered is not None
+        columns = finish_gather(gathered, ranks).chunk(2, dim=1)
+    first = ranks.first_row(ranks.rank, n)
+    image, text = _wide(image), _wide(text)
+    of_rows = torch.stack(
+        (
+            (image - text).square().sum(),
+            _potentials(image, _wide(columns[0]), first),
+            _potentials(text, _wide(columns[1]), first),
+        )
+    )
+    sums = torch.cat((grams.flatten().to(of_rows.dtype), of_rows))
+    if group is not None:
+        sums = wait(start_all_reduce(sums, "sum", group))
+    total = ranks.total(n)
+    gaps = cyclic_terms(sums[:-3].view(3, d, d), [torch.full_like(sums[0], 1 / total**2)] * 2, True)
+    uniformity = (sums[-2:] / (total * (total - 1))).log()  # of one row 0 / 0, NaN
+    values = torch.stack((*gaps, sums[-3] / total, *uniformity)).float()
+    return dict(zip(NAMES, values.unbind(), strict=True))
+
+
+def _potentials(rows: Tensor, columns: Tensor, first: int) -> Tensor:
+    """The sum of exp(-2 |x_i - x_j|^2) over all rows i and all columns j but the row itself.
+
+    first: where the first of the rows is among the columns.
+    """
+    norms = columns.square().sum(dim=1)
+    total = rows.new_zeros(())
+    height = strip_rows(len(columns), rows.device)
+    for start in range(0, len(rows), height):
+        strip = rows[start : start + height]
+        squared = strip.square().sum(dim=1, keepdim=True) + norms - 2 * (strip @ columns.T)
         potentials = torch.exp(-2 * squared.clamp(min=0))
-        potentials.diagonal(start).zero_()  # each row with itself
+        potentials.diagonal(first + start).zero_()
         total += potentials.sum()
-    return (total / (n * (n - 1))).log().float()
-
-
-def consistency_metrics(image_features: Tensor, text_features: Tensor) -> dict[str, Tensor]:
-    """All of the above by name, as scalars without gradient.
-
-    `inmodal_gap`, `crossmodal_gap`, `alignment`, `image_uniformity`, `text_uniformity`.
-    Features (N, D), N >= 2, rows of unit length: over several ranks, those that are given.
-    """
-    inmodal_gap, crossmodal_gap = cyclic_gaps(image_features, text_features)
-    return {
-        "inmodal_gap": inmodal_gap,
-        "crossmodal_gap": crossmodal_gap,
-        "alignment": alignment(image_features, text_features),
-        "image_uniformity": uniformity(image_features),
-        "text_uniformity": uniformity(text_features),
-    }
+    return total
 
 
 def _wide(features: Tensor) -> Tensor:

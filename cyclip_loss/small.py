@@ -65,8 +65,14 @@ def penalties_are_small(
 
 
 def _computes(image_features: Tensor, text_features: Tensor, impl: str) -> bool:
-    """Whether the eager engine would compute, and nothing is traced: that takes the operators."""
-    return not is_traced(image_features, text_features) and engine(impl, image_features) is eager
+    """Whether the eager engine would compute, nothing is traced, which takes the operators, and
+    PyTorch's fast products of 16-bit matrices, which are not used here, are no alternative.
+    """
+    return (
+        not is_traced(image_features, text_features)
+        and not eager.has_wide_products(image_features)
+        and engine(impl, image_features) is eager
+    )
 
 
 def _without_autocast(features: Tensor) -> AbstractContextManager[Any]:

@@ -95,6 +95,14 @@ def test_training_with_penalties_differs_and_lowers_them(impl: str, device: torc
     assert gap(cyclic_model) < gap(model)
 
 
+@pytest.mark.parametrize("given", [{}, OPENCLIP_KEYWORDS, {"rank": 3, "world_size": 4}], ids=str)
+def test_keywords_are_attributes(given: dict) -> None:
+    """OpenCLIP's tasks and tests read them."""
+    ours, theirs = CyCLIPLoss(**given), open_clip.ClipLoss(**given)
+    for name in OPENCLIP_KEYWORDS:
+        assert getattr(ours, name) == getattr(theirs, name)
+
+
 def test_positional_bools_of_clip_loss_are_not_lambdas() -> None:
     with pytest.raises(TypeError, match="lambda_inmodal must be a number >= 0, got True"):
         CyCLIPLoss(True, 0.25)

@@ -7,7 +7,6 @@ import torch
 
 from cyclip_loss import CyclicPenalty, CyCLIPLoss, consistency_metrics, cyclic_penalty, cyclip_loss
 from cyclip_loss.functional import contrastive_loss
-from cyclip_loss.metrics import uniformity
 
 # Refused before anything is computed, whatever the device.
 GOOD = torch.ones(4, 3, device="cpu")
@@ -198,8 +197,3 @@ def test_ranks_without_a_process_group(arguments: dict, message: str) -> None:
     if "process_group" in arguments:
         with pytest.raises(ValueError, match=re.escape(message)):
             CyclicPenalty(**arguments)(GOOD, GOOD)
-
-
-def test_uniformity_needs_two_rows() -> None:
-    with pytest.raises(ValueError, match=says("features", "at least two rows, got (1, 3)")):
-        uniformity(GOOD[:1])

@@ -15,7 +15,14 @@ from inputs import DTYPES, loss_dtype, pairs
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from cyclip_loss import CyclicPenalty, CyCLIPLoss, cyclic_penalty, cyclip_loss, reference
+from cyclip_loss import (
+    CyclicPenalty,
+    CyCLIPLoss,
+    WithCyclicPenalty,
+    cyclic_penalty,
+    cyclip_loss,
+    reference,
+)
 from cyclip_loss.functional import contrastive_loss
 
 FORMS = pytest.mark.parametrize(("n", "d"), [(30, 6), (10, 30)], ids=["large", "small"])
@@ -281,3 +288,11 @@ def test_batch_sizes_do_not_recompile(impl: str, device: torch.device) -> None:
             expected = module(image, text, scale)
             torch.testing.assert_close(function(*inputs), expected, rtol=1e-5, atol=1e-7)
         assert counter.frame_count <= 2, sizes
+
+
+@pytest.mark.parametrize("module", [CyCLIPLoss(), CyclicPenalty(), WithCyclicPenalty(CyCLIPLoss())])
+def test_torchscript_is_refused(module: torch.nn.Module) -> None:
+    """Also inside of another module."""
+    for scripted in (module, torch.nn.Sequential(module)):
+        with pytest.raises(RuntimeError, match=r"can't be scripted.*torch\.compile"):
+            torch.jit.script(scripted)

@@ -80,12 +80,14 @@ def refusals(rank: int, world_size: int) -> list[str]:
     else:
         calls += [
             lambda: CyCLIPLoss(process_group=pair, world_size=3)(x, x, 10.0),
-            lambda: CyCLIPLoss(process_group=pair, rank=1 - rank, world_size=2)(x, x, 10.0),
+            lambda: CyCLIPLoss(process_group=pair, rank=2, world_size=2)(x, x, 10.0),
         ]
     calls += [
         lambda: CyCLIPLoss(world_size=2)(x, x, 10.0),
         lambda: CyCLIPLoss(rank=rank + 1)(x, x, 10.0),
-        lambda: CyCLIPLoss(rank=rank, world_size=1)(x, x, 10.0),
+        # OpenCLIP's defaults say nothing of ranks, nor does the 0 that some code passes.
+        lambda: CyCLIPLoss(rank=0, world_size=1)(x, x, 10.0),
+        lambda: CyCLIPLoss(rank=0, world_size=0)(x, x, 10.0),
     ]
     messages = []
     for call in calls:
@@ -104,14 +106,15 @@ def test_wrong_groups_and_ranks(ranks: Ranks) -> None:
     assert inside[:2] == outside[:2] == [kind + "str", kind + "tuple"]
     assert inside[2:4] == [
         "ValueError: world_size=3 was given, but there are 2 processes",
-        "ValueError: rank=1 was given, but this process is rank 0",
+        "ValueError: rank=2 was given, but this process is rank 0",
     ]
     assert outside[2:5] == ["ValueError: process_group does not contain this process, rank 2"] * 3
     for rank, messages in ((0, inside), (2, outside)):
-        assert messages[-3:] == [
+        assert messages[-4:] == [
             "ValueError: world_size=2 was given, but there are 3 processes",
             f"ValueError: rank={rank + 1} was given, but this process is rank {rank}",
-            "ValueError: world_size=1 was given, but there are 3 processes",
+            "nothing",
+            "nothing",
         ]
 
 
