@@ -3,11 +3,13 @@
 from cyclip_loss.functional import cyclic_penalty, cyclip_loss
 from cyclip_loss.loss import CyclicPenalty, CyCLIPLoss
 from cyclip_loss.metrics import consistency_metrics
+from cyclip_loss.warn import CyCLIPWarning
 from cyclip_loss.with_penalty import WithCyclicPenalty
 
 __version__ = "0.1.0"
 __all__ = [
     "CyCLIPLoss",
+    "CyCLIPWarning",
     "CyclicPenalty",
     "WithCyclicPenalty",
     "consistency_metrics",

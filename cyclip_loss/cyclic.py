@@ -139,12 +139,14 @@ def cyclic_penalties(
     impl: str,
     started: Tensor | None = None,
     size: int = 1,
+    reference_batch_size: int | None = None,
 ) -> tuple[Tensor, ...]:
     """(lambda_inmodal * P_in, lambda_crossmodal * P_cross) of checked inputs, or (their sum,).
 
     Features (N, D); the scalars have the accumulation dtype. Both lambdas 0: nothing is computed.
     With equal lambdas `separate` costs up to 2 N D^2 flops more: only the sum does without C.
-    started: `start_penalties`, for the penalties of all of `size` ranks.
+    started: `start_penalties`, for the penalties of all of `size` ranks. reference_batch_size: as
+    in `per_pair`.
     """
     n, d = image_features.shape
     # `torch.compile` makes a number a constant, and compiles anew for each other one, where it goes
@@ -159,24 +161,37 @@ def cyclic_penalties(
     grams = None
     if started is None:
         weights = [
-            _weight(weight, n, image_features) for weight in (lambda_inmodal, lambda_crossmodal)
+            _weight(weight, n, reference_batch_size, image_features)
+            for weight in (lambda_inmodal, lambda_crossmodal)
         ]
     else:
         summed = distributed.wait(started)
         grams = summed[:-1].view(3, d, d)[: 3 if with_cross else 2]
-        weights = [weight / summed[-1] for weight in (lambda_inmodal, lambda_crossmodal)]
+        weights = [
+            per_pair(weight, summed[-1], reference_batch_size)
+            for weight in (lambda_inmodal, lambda_crossmodal)
+        ]
     return _cyclic_penalties(
         image_features, text_features, grams, *weights, with_cross, separate, impl, size
     )
 
 
-def _weight(weight: float, n: int, features: Tensor) -> Tensor:
-    """weight / n as a tensor, for the engines on the CPU: to fill one on a GPU takes a kernel.
+def per_pair(weight: Any, n: Any, reference_batch_size: int | None) -> Any:
+    """What a lambda weighs the sum over all pairs of N rows with: lambda / N, the paper's formula.
+
+    With a reference batch size R the penalty is multiplied by R / N: lambda * R / N^2. weight and n
+    are numbers or tensors.
+    """
+    return weight / n if reference_batch_size is None else weight * reference_batch_size / (n * n)
+
+
+def _weight(weight: float, n: int, reference_batch_size: int | None, features: Tensor) -> Tensor:
+    """`per_pair` as a tensor, for the engines on the CPU: to fill one on a GPU takes a kernel.
 
     While `torch.compile` traces, on the features' device, as a CUDA graph can hold none on the CPU;
     and by a product, as a tensor that is filled with a number makes that a constant.
     """
     dtype = accumulation_dtype(features.dtype)
     if torch.compiler.is_compiling():
-        return features.new_ones((), dtype=dtype) * weight / n
-    return torch.scalar_tensor(weight / n, dtype=dtype)
+        return per_pair(features.new_ones((), dtype=dtype) * weight, n, reference_batch_size)  # type: ignore[no-any-return]
+    return torch.scalar_tensor(per_pair(weight, n, reference_batch_size), dtype=dtype)

@@ -183,7 +183,7 @@ def agree(
     rows: int,
     uneven: bool,
     kind: dict[str, Hashable],
-    lambdas: dict[str, float],
+    lambdas: dict[str, float | None],
 ) -> Ranks:
     """Who shares the batch of this call, after comparing with the other ranks what has to fit.
 

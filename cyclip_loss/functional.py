@@ -10,6 +10,11 @@ Common to all of them:
         scalar (one element), already exponentiated; a tensor gets its gradient.
     lambda_inmodal, lambda_crossmodal
         weights of the penalties, 0.25 each in the paper. 0 switches a penalty off; both 0 is CLIP.
+    reference_batch_size
+        multiplies both penalties by reference_batch_size / N, so that a lambda means the same at
+        every N: with 128 what it means at the paper's own batch size. None: the paper's formula.
+        Not given: the same, and a `CyCLIPWarning`, once in a process, where the larger lambda times
+        N is more than 8 times the paper's 0.25 * 128 (not while `torch.compile` traces).
     output_dict
         return the terms, each already weighted, instead of their sum.
     process_group, distributed, dist_impl, uneven
@@ -26,13 +31,13 @@ excepted, as autocast does); logits and sums are not. First derivatives only:
 
 All raise TypeError where an argument is no tensor or number, or has a dtype that is not supported,
 and ValueError where shapes or devices do not fit, within a rank or between ranks, a batch is empty,
-a lambda is negative, an option is unknown, or the process group cannot be used; RuntimeError inside
-of a `torch.func` transform.
+a lambda is negative, `reference_batch_size` is below 1, an option is unknown, or the process group
+cannot be used; RuntimeError inside of a `torch.func` transform.
 """
 
 import math
 from collections.abc import Hashable
-from numbers import Real
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
@@ -40,10 +45,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from cyclip_loss import contrastive, cyclic, small
+from cyclip_loss import contrastive, cyclic, small, warn
 from cyclip_loss.distributed import Ranks, agree, check_dist_impl, group_of, start_gather
 from cyclip_loss.eager import accumulation_dtype
 from cyclip_loss.ops import IMPLS, autocast_is_on
+from cyclip_loss.warn import NOT_GIVEN, NotGiven
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -54,6 +60,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 class _PenaltyOptions(TypedDict, total=False):
     """For type checkers: what `cyclic_penalty` takes by keyword only."""
 
+    reference_batch_size: int | NotGiven | None
     process_group: ProcessGroup | DeviceMesh | None
     distributed: bool
     impl: str
@@ -135,6 +142,7 @@ def cyclic_penalty(
     lambda_crossmodal: float = 0.25,
     output_dict: bool = False,
     *,
+    reference_batch_size: int | NotGiven | None = NOT_GIVEN,
     process_group: ProcessGroup | DeviceMesh | None = None,
     distributed: bool = True,
     impl: str = "auto",
@@ -143,22 +151,26 @@ def cyclic_penalty(
 
     Takes O(N D^2) flops and O(N D + D^2) memory; independent of any logit scale. Over ranks, which
     may hold any numbers of rows, no feature travels: there is one all-reduce of 3 D^2 + 1 elements,
-    and none in backward.
+    and none in backward. Then N, for the warning, is W times this rank's rows.
 
     Returns a scalar or, with `output_dict`, `inmodal_cyclic_loss` and `crossmodal_cyclic_loss`.
     """
     check_impl(impl)
     check_lambdas(lambda_inmodal, lambda_crossmodal)
+    reference = check_reference_batch_size(reference_batch_size)
     ranks = Ranks(group_of(process_group) if distributed else None)
     image_features, text_features = check_features(
         image_features, text_features, may_be_empty=ranks.size > 1
     )
     penalty = (image_features, text_features, lambda_inmodal, lambda_crossmodal)
+    if reference_batch_size == NOT_GIVEN:
+        n = ranks.total(image_features.shape[0])
+        warn.of_strong_penalties(max(lambda_inmodal, lambda_crossmodal), n)
     if ranks.group is None and small.penalties_are_small(*penalty, output_dict, impl):
-        terms = small.cyclic_penalties(*penalty, output_dict)
+        terms = small.cyclic_penalties(*penalty, output_dict, reference)
     else:
         started = cyclic.start_penalties(*penalty, impl, ranks)
-        terms = cyclic.cyclic_penalties(*penalty, output_dict, impl, started, ranks.size)
+        terms = cyclic.cyclic_penalties(*penalty, output_dict, impl, started, ranks.size, reference)
     if output_dict:
         return {"inmodal_cyclic_loss": terms[0], "crossmodal_cyclic_loss": terms[1]}
     return terms[0]
@@ -200,6 +212,7 @@ def cyclip_loss(
     *,
     lambda_inmodal: float = 0.25,
     lambda_crossmodal: float = 0.25,
+    reference_batch_size: int | NotGiven | None = NOT_GIVEN,
     augmented_image_features: Tensor | None = None,
     augmented_text_features: Tensor | None = None,
     process_group: ProcessGroup | DeviceMesh | None = None,
@@ -222,6 +235,7 @@ def cyclip_loss(
     """
     check_impl(impl)
     check_lambdas(lambda_inmodal, lambda_crossmodal)
+    reference = check_reference_batch_size(reference_batch_size)
     check_dist_impl(dist_impl)
     group = group_of(process_group) if distributed else None
     image_features, text_features = check_features(
@@ -243,10 +257,19 @@ def cyclip_loss(
             image_features.shape[0],
             uneven,
             _kind(pairs, lambda_inmodal, lambda_crossmodal),
-            {"lambda_inmodal": lambda_inmodal, "lambda_crossmodal": lambda_crossmodal},
+            {
+                "lambda_inmodal": lambda_inmodal,
+                "lambda_crossmodal": lambda_crossmodal,
+                "reference_batch_size": reference,
+            },
         )
+    if reference_batch_size == NOT_GIVEN:
+        n = ranks.total(image_features.shape[0])
+        warn.of_strong_penalties(max(lambda_inmodal, lambda_crossmodal), n)
     if group is None and len(pairs) == 1 and small.loss_is_small(*pairs[0], impl):
-        terms = small.cyclip_terms(*pairs[0], scale, lambda_inmodal, lambda_crossmodal, output_dict)
+        terms = small.cyclip_terms(
+            *pairs[0], scale, lambda_inmodal, lambda_crossmodal, output_dict, reference
+        )
         loss, penalties = terms[0], terms[1:]
     else:
         # Over ranks the columns are on their way while the Gram matrices are computed, and those
@@ -257,7 +280,9 @@ def cyclip_loss(
             contrastive.contrastive_loss(*pair, scale, gathered.pop(0), at == 0, impl, ranks)
             for at, pair in enumerate(pairs)
         ]
-        penalties = cyclic.cyclic_penalties(*penalty, output_dict, impl, started, ranks.size)
+        penalties = cyclic.cyclic_penalties(
+            *penalty, output_dict, impl, started, ranks.size, reference
+        )
         loss = losses[0]
         if len(losses) > 1:
             loss = (loss + (losses[1] + losses[2]) / 2) / 2
@@ -310,6 +335,17 @@ def check_lambda(name: str, value: float) -> None:
         raise TypeError(f"{name} must be a number >= 0, got {value!r}")
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
+
+
+def check_reference_batch_size(value: int | NotGiven | None) -> int | None:
+    """The value, None if it is not given; raise unless it is that, an integer >= 1 or None."""
+    if value is None or value == NOT_GIVEN:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"reference_batch_size must be an integer >= 1 or None, got {value!r}")
+    if value < 1:
+        raise ValueError(f"reference_batch_size must be >= 1, got {value}")
+    return value
 
 
 def check_impl(impl: str) -> None:

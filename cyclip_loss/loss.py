@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from cyclip_loss import functional
 from cyclip_loss.distributed import HeldGroup, check_dist_impl, check_rank
+from cyclip_loss.warn import NOT_GIVEN, FirstLook, NotGiven
 
 
 class _Loss(nn.Module):
@@ -22,10 +23,19 @@ class _Loss(nn.Module):
     def process_group(self, group: ProcessGroup | DeviceMesh | None) -> None:
         self._held = HeldGroup(group)
 
+    def extra_repr(self) -> str:
+        """The weights, for `print(module)`."""
+        shown = f"lambda_inmodal={self.lambda_inmodal}, lambda_crossmodal={self.lambda_crossmodal}"
+        if self.reference_batch_size != NOT_GIVEN:
+            shown += f", reference_batch_size={self.reference_batch_size}"
+        return shown
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("lambda_inmodal", "lambda_crossmodal"):
             functional.check_lambda(name, value)
             value = float(value)  # of one type, so that `torch.compile` sees only a new value
+        elif name == "reference_batch_size":
+            functional.check_reference_batch_size(value)
         super().__setattr__(name, value)
 
     def __prepare_scriptable__(self) -> NoReturn:
@@ -48,6 +58,11 @@ class CyCLIPLoss(_Loss):
         lambda_inmodal: weight of the in-modal penalty (`cylambda1` in the authors' code). 0: off.
         lambda_crossmodal: weight of the cross-modal penalty (`cylambda2`). 0: off. Both 0 is CLIP,
             lambda_inmodal = 0 is C-CyCLIP, lambda_crossmodal = 0 is I-CyCLIP.
+        reference_batch_size: both penalties are multiplied by reference_batch_size / N, N the rows
+            of the global batch, so that a lambda means the same at every batch size: with 128, what
+            it means in the paper's experiments. None: the paper's formula, whose penalties grow
+            with N. Not given: the same, and a warning if that is a lot (see below; "Which λ" in
+            docs/recipes.md has a table).
         local_loss, gather_with_grad: kept as attributes, as in OpenCLIP, and without effect. There
             they choose what each rank computes and how its gradients are scaled; here the result is
             always the exact one (see below).
@@ -108,12 +123,23 @@ class CyCLIPLoss(_Loss):
     numbers of rows differ later, gloo ends the process with an error and NCCL with the group's
     time-out; `DataLoader(drop_last=True)` avoids it, or `uneven=True`.
 
+    What is legal and probably not meant gives a `cyclip_loss.CyCLIPWarning`, each once in a process
+    and over ranks in the first one: `reference_batch_size` is not given and the larger lambda times
+    N is more than 8 times the paper's 0.25 * 128; features whose rows are not of unit length; a
+    logit scale below 5, as its logarithm would be. For the last two only a module's first call is
+    looked at: on the CPU at once; on CUDA without waiting for the device, in the first call that
+    finds the numbers there, mostly the second. While `torch.compile` traces or a CUDA graph is
+    captured nothing is looked at. Silence them as any other:
+    `warnings.filterwarnings("ignore", category=cyclip_loss.CyCLIPWarning)`.
+
     Raises:
-        TypeError: a lambda is no number. A bool is refused too: `ClipLoss(True, True)` passes
-            `local_loss` and `gather_with_grad` by position, and they must not become weights.
-        ValueError: a lambda is negative or not finite, or `use_horovod` is true. When called:
-            `rank` or `world_size` is not the process group's; or, on every rank and with all that
-            differs, ranks do not agree in the first call of a kind or with `uneven`.
+        TypeError: a lambda is no number, or `reference_batch_size` no integer. A bool is refused
+            too: `ClipLoss(True, True)` passes `local_loss` and `gather_with_grad` by position, and
+            they must not become weights.
+        ValueError: a lambda is negative or not finite, `reference_batch_size` is below 1, or
+            `use_horovod` is true. When called: `rank` or `world_size` is not the process group's;
+            or, on every rank and with all that differs, ranks do not agree in the first call of a
+            kind or with `uneven`.
     """
 
     def __init__(
@@ -121,6 +147,7 @@ class CyCLIPLoss(_Loss):
         lambda_inmodal: float = 0.25,
         lambda_crossmodal: float = 0.25,
         *,
+        reference_batch_size: int | NotGiven | None = NOT_GIVEN,
         local_loss: bool = False,
         gather_with_grad: bool = False,
         cache_labels: bool = False,
@@ -140,6 +167,7 @@ class CyCLIPLoss(_Loss):
         check_dist_impl(dist_impl)
         self.lambda_inmodal = lambda_inmodal
         self.lambda_crossmodal = lambda_crossmodal
+        self.reference_batch_size = reference_batch_size
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
         self.cache_labels = cache_labels
@@ -151,6 +179,7 @@ class CyCLIPLoss(_Loss):
         self.dist_impl = dist_impl
         self.uneven = uneven
         self.impl = impl
+        self._look = FirstLook()
 
     def forward(
         self,
@@ -171,7 +200,7 @@ class CyCLIPLoss(_Loss):
         """
         if self.distributed:
             check_rank(self.process_group, self.rank, self.world_size)
-        return functional.cyclip_loss(
+        loss = functional.cyclip_loss(
             image_features,
             text_features,
             logit_scale,
@@ -179,6 +208,7 @@ class CyCLIPLoss(_Loss):
             output_dict,
             lambda_inmodal=self.lambda_inmodal,
             lambda_crossmodal=self.lambda_crossmodal,
+            reference_batch_size=self.reference_batch_size,
             augmented_image_features=augmented_image_features,
             augmented_text_features=augmented_text_features,
             process_group=self.process_group,
@@ -187,10 +217,12 @@ class CyCLIPLoss(_Loss):
             uneven=self.uneven,
             impl=self.impl,
         )
+        self._look(image_features, text_features, logit_scale)
+        return loss
 
     def extra_repr(self) -> str:
         """The weights, and what else is not as by default, for `print(module)`."""
-        shown = f"lambda_inmodal={self.lambda_inmodal}, lambda_crossmodal={self.lambda_crossmodal}"
+        shown = super().extra_repr()
         for name, default in (("dist_impl", "gather"), ("uneven", False), ("impl", "auto")):
             if getattr(self, name) != default:
                 shown += f", {name}={getattr(self, name)!r}"
@@ -212,6 +244,7 @@ class CyclicPenalty(_Loss):
         lambda_inmodal: float = 0.25,
         lambda_crossmodal: float = 0.25,
         *,
+        reference_batch_size: int | NotGiven | None = NOT_GIVEN,
         process_group: ProcessGroup | DeviceMesh | None = None,
         distributed: bool = True,
         impl: str = "auto",
@@ -220,9 +253,11 @@ class CyclicPenalty(_Loss):
         functional.check_impl(impl)
         self.lambda_inmodal = lambda_inmodal
         self.lambda_crossmodal = lambda_crossmodal
+        self.reference_batch_size = reference_batch_size
         self.process_group = process_group
         self.distributed = distributed
         self.impl = impl
+        self._look = FirstLook()
 
     def forward(
         self, image_features: Tensor, text_features: Tensor, output_dict: bool = False
@@ -232,17 +267,16 @@ class CyclicPenalty(_Loss):
         image_features, text_features: (N, D), rows of unit length. Errors as in
         `cyclip_loss.functional`.
         """
-        return functional.cyclic_penalty(
+        penalty = functional.cyclic_penalty(
             image_features,
             text_features,
             self.lambda_inmodal,
             self.lambda_crossmodal,
             output_dict,
+            reference_batch_size=self.reference_batch_size,
             process_group=self.process_group,
             distributed=self.distributed,
             impl=self.impl,
         )
-
-    def extra_repr(self) -> str:
-        """The weights, for `print(module)`."""
-        return f"lambda_inmodal={self.lambda_inmodal}, lambda_crossmodal={self.lambda_crossmodal}"
+        self._look(image_features, text_features)
+        return penalty

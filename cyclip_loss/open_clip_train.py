@@ -23,6 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from cyclip_loss import functional
 from cyclip_loss.distributed import DIST_IMPLS
 from cyclip_loss.loss import CyCLIPLoss
+from cyclip_loss.warn import PAPER_BATCH_SIZE
 from cyclip_loss.with_penalty import WithCyclicPenalty
 
 # What OpenCLIP passes to its own loss, and `CyCLIPLoss` keeps.
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         theirs = ["--help"]
     try:
         functional.check_lambdas(ours.lambda_inmodal, ours.lambda_crossmodal)
+        functional.check_reference_batch_size(ours.reference_batch_size or None)
     except ValueError as error:
         parser.error(str(error))
     try:
@@ -74,6 +76,14 @@ def _parser() -> argparse.ArgumentParser:
     add("-h", "--help", action="store_true", default=argparse.SUPPRESS, help="show theirs too")
     add("--lambda-inmodal", type=float, default=0.25, help="weight of the in-modal penalty")
     add("--lambda-crossmodal", type=float, default=0.25, help="weight of the cross-modal penalty")
+    add(
+        "--reference-batch-size",
+        type=int,
+        default=PAPER_BATCH_SIZE,
+        metavar="N",
+        help="multiply the penalties by this / the global batch size, so that a weight means the "
+        "same at every batch size; 0: the paper's formula",
+    )
     add(
         "--dist-impl",
         choices=DIST_IMPLS,
@@ -126,12 +136,15 @@ class _Swap:
         """The loss to take instead of `theirs`."""
         options = self.options
         lambdas = (options.lambda_inmodal, options.lambda_crossmodal)
+        reference: int | None = options.reference_batch_size or None
         # By its exact type: CoCa's loss and distillation's are subclasses.
         if type(theirs).__name__ == "ClipLoss":
             kept = {name: getattr(theirs, name) for name in OPEN_CLIP_KEYWORDS}
-            self.loss = CyCLIPLoss(*lambdas, dist_impl=options.dist_impl, **kept)
+            self.loss = CyCLIPLoss(
+                *lambdas, reference_batch_size=reference, dist_impl=options.dist_impl, **kept
+            )
         else:
-            self.loss = WithCyclicPenalty(theirs, *lambdas)
+            self.loss = WithCyclicPenalty(theirs, *lambdas, reference_batch_size=reference)
         self.loss.register_forward_hook(self._note)
         if getattr(theirs, "rank", 0) == 0:
             logging.info("Loss: %s instead of %s", self.loss, type(theirs).__name__)

@@ -58,12 +58,17 @@ def cyclip_loss(
     lambda_crossmodal: float = 0.25,
     augmented_image_features: Tensor | None = None,
     augmented_text_features: Tensor | None = None,
+    reference_batch_size: int | None = None,
 ) -> dict[str, Tensor]:
     """The terms of the CyCLIP loss, each already weighted; their sum is the loss.
 
     image_features, text_features and, for the in-modal contrastive term, both augmented features:
-    (N, D), rows of unit length; logit_scale: scalar, exp'd.
+    (N, D), rows of unit length; logit_scale: scalar, exp'd. reference_batch_size: both penalties
+    are multiplied by reference_batch_size / N; None: they are the paper's.
     """
+    if reference_batch_size is not None:
+        lambda_inmodal *= reference_batch_size / len(image_features)
+        lambda_crossmodal *= reference_batch_size / len(image_features)
     contrastive = contrastive_loss(image_features, text_features, logit_scale)
     if augmented_image_features is not None and augmented_text_features is not None:
         # The authors' `--inmodal` option: the mean of the cross-modal and the in-modal parts.

@@ -3,7 +3,8 @@
 Up to N = 2 D, N x N matrices are not much larger than the features, and take no more flops than
 what avoids them. So the eager engine then keeps G, which `contrastive.py` computes again in
 backward, and W, which `cyclic.py` replaces by Gram matrices. With U = I + T, V = I - T and
-W = U V^T, the rest as in those two files, and a and b the lambdas over N:
+W = U V^T, the rest as in those two files, and a and b what the lambdas weigh a pair with
+(`cyclic.per_pair`, the lambdas over N):
 
     P_in = (p + q) / (2N),  P_cross = (p - q) / (2N),       p = ||W||_F^2,  q = <W, W^T>_F
     G_ij = exp(l_ij - r_i) + exp(l_ij - c_j),  of a pair less 2
@@ -29,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cyclip_loss import eager
+from cyclip_loss.cyclic import per_pair
 from cyclip_loss.eager import accumulation_dtype, weighted_penalties
 from cyclip_loss.ops import autocast_is_on, engine, is_traced, no_second_derivatives
 
@@ -115,15 +117,12 @@ def _contrastive(
     return loss, gradient, torch.dot(gradient.view(-1), cosines.view(-1))
 
 
-def _penalties(
-    product: Tensor, lambda_inmodal: float, lambda_crossmodal: float, separate: bool
-) -> tuple[Tensor, ...]:
-    """The weighted penalties from W, or (their sum,)."""
-    with_cross = separate or lambda_inmodal != lambda_crossmodal
+def _penalties(product: Tensor, weights: tuple[float, float], separate: bool) -> tuple[Tensor, ...]:
+    """The weighted penalties from W, or (their sum,). weights: a and b."""
+    with_cross = separate or weights[0] != weights[1]
     p = product.square().sum()
     q = (product * product.T).sum() if with_cross else None
-    weights = [weight / len(product) for weight in (lambda_inmodal, lambda_crossmodal)]
-    return tuple(weighted_penalties(p, q, weights, separate))
+    return tuple(weighted_penalties(p, q, list(weights), separate))
 
 
 class _Small(torch.autograd.Function):
@@ -135,8 +134,7 @@ class _Small(torch.autograd.Function):
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: Tensor | None,
-        lambda_inmodal: float,
-        lambda_crossmodal: float,
+        weights: tuple[float, float],
         separate: bool,
     ) -> tuple[Tensor, ...]:
         dtype = accumulation_dtype(image_features.dtype)
@@ -144,9 +142,9 @@ class _Small(torch.autograd.Function):
         with _without_autocast(image_features):
             image, text = image_features.to(dtype), text_features.to(dtype)
             terms: tuple[Tensor, ...] = ()
-            if lambda_inmodal != 0 or lambda_crossmodal != 0:
+            if any(weights):
                 product = (image + text) @ (image - text).T
-                terms = _penalties(product, lambda_inmodal, lambda_crossmodal, separate)
+                terms = _penalties(product, weights, separate)
             elif separate:
                 terms = (image.new_zeros(()), image.new_zeros(()))
             if logit_scale is not None:
@@ -157,16 +155,16 @@ class _Small(torch.autograd.Function):
         ctx.save_for_backward(
             image_features, text_features, logit_scale, gradient, scale_grad, product
         )
-        ctx.lambdas = (lambda_inmodal, lambda_crossmodal)
+        ctx.weights = weights
         # An infinite feature may leave an infinite term; inf - inf makes it NaN, as a NaN stays.
         return tuple(term + (term - term) for term in terms)
 
     @staticmethod
     def backward(ctx: Any, *grad_terms: Tensor) -> tuple[Tensor | None, ...]:
-        arguments = (*ctx.saved_tensors, ctx.lambdas, ctx.needs_input_grad, *grad_terms)
+        arguments = (*ctx.saved_tensors, ctx.weights, ctx.needs_input_grad, *grad_terms)
         # Grad mode, here, is create_graph=True.
         gradients = _gradients_in_grad_mode if torch.is_grad_enabled() else _gradients
-        return (*gradients(*arguments), None, None, None)
+        return (*gradients(*arguments), None, None)
 
 
 def _gradients(
@@ -176,16 +174,15 @@ def _gradients(
     gradient: Tensor | None,
     scale_grad: Tensor | None,
     product: Tensor | None,
-    lambdas: tuple[float, float],
+    weights: tuple[float, float],
     needs: tuple[bool, ...],
     *grad_terms: Tensor,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dI, dT and ds, each None where not needed, from what `_Small.forward` saved.
 
-    gradient: G / (2N); scale_grad: ds; product: W; grad_terms: upstream gradients, of each term or
-    of their sum.
+    gradient: G / (2N); scale_grad: ds; product: W; weights: a and b; grad_terms: upstream
+    gradients, of each term or of their sum.
     """
-    n = len(image_features)
     needs_image, needs_text, needs_scale, *_ = needs
     dtype = accumulation_dtype(image_features.dtype)
     image_grad = text_grad = None
@@ -194,8 +191,8 @@ def _gradients(
             scale_grad = scale_grad * grad_terms[0]
         image, text = image_features.to(dtype), text_features.to(dtype)
         if product is not None:
-            inmodal = grad_terms[-2 if len(grad_terms) > 1 else 0] * (lambdas[0] / n)
-            crossmodal = grad_terms[-1] * (lambdas[1] / n)
+            inmodal = grad_terms[-2 if len(grad_terms) > 1 else 0] * weights[0]
+            crossmodal = grad_terms[-1] * weights[1]
             both_ways = product * (inmodal + crossmodal)
             difference = inmodal - crossmodal
             # Equal weights are the usual case, and W^T is slow to read; on CPU a look costs little.
@@ -243,20 +240,28 @@ def cyclip_terms(
     lambda_inmodal: float,
     lambda_crossmodal: float,
     separate: bool,
+    reference_batch_size: int | None = None,
 ) -> tuple[Tensor, ...]:
     """The contrastive term and both weighted penalties of checked inputs, or (their sum,).
 
     image_features, text_features: (N, D), row i of one is paired with row i of the other;
     logit_scale: scalar of the accumulation dtype, exp'd, which the results have too. Of both
-    lambdas 0 nothing is computed.
+    lambdas 0 nothing is computed. reference_batch_size: as in `cyclic.per_pair`.
     """
-    return _small(
-        image_features,
-        text_features,
-        logit_scale,
-        float(lambda_inmodal),
-        float(lambda_crossmodal),
-        separate,
+    weights = _weights(lambda_inmodal, lambda_crossmodal, image_features, reference_batch_size)
+    return _small(image_features, text_features, logit_scale, weights, separate)
+
+
+def _weights(
+    lambda_inmodal: float,
+    lambda_crossmodal: float,
+    image_features: Tensor,
+    reference_batch_size: int | None,
+) -> tuple[float, float]:
+    n = len(image_features)
+    return (
+        float(per_pair(lambda_inmodal, n, reference_batch_size)),
+        float(per_pair(lambda_crossmodal, n, reference_batch_size)),
     )
 
 
@@ -266,13 +271,8 @@ def cyclic_penalties(
     lambda_inmodal: float,
     lambda_crossmodal: float,
     separate: bool,
+    reference_batch_size: int | None = None,
 ) -> tuple[Tensor, ...]:
     """The penalties alone: `cyclic.cyclic_penalties` for a small batch. One lambda is not 0."""
-    return _small(
-        image_features,
-        text_features,
-        None,
-        float(lambda_inmodal),
-        float(lambda_crossmodal),
-        separate,
-    )
+    weights = _weights(lambda_inmodal, lambda_crossmodal, image_features, reference_batch_size)
+    return _small(image_features, text_features, None, weights, separate)

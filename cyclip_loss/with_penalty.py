@@ -8,6 +8,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from cyclip_loss.loss import CyclicPenalty
+from cyclip_loss.warn import NOT_GIVEN, NotGiven
 
 
 class WithCyclicPenalty(CyclicPenalty):
@@ -21,8 +22,9 @@ class WithCyclicPenalty(CyclicPenalty):
     Args:
         loss: a module whose `forward` takes `image_features` and `text_features`, (N, D), rows of
             unit length. It stays reachable as `.loss`.
-        lambda_inmodal, lambda_crossmodal, process_group, distributed, impl: as in `CyclicPenalty`,
-            and so are the semantics over ranks, whatever the wrapped loss does there.
+        lambda_inmodal, lambda_crossmodal, reference_batch_size, process_group, distributed, impl:
+            as in `CyclicPenalty`, and so are the semantics over ranks, whatever the wrapped loss
+            does there.
 
     Raises:
         TypeError: `loss.forward` takes no `image_features` or no `text_features`; else as
@@ -35,6 +37,7 @@ class WithCyclicPenalty(CyclicPenalty):
         lambda_inmodal: float = 0.25,
         lambda_crossmodal: float = 0.25,
         *,
+        reference_batch_size: int | NotGiven | None = NOT_GIVEN,
         process_group: ProcessGroup | DeviceMesh | None = None,
         distributed: bool = True,
         impl: str = "auto",
@@ -42,6 +45,7 @@ class WithCyclicPenalty(CyclicPenalty):
         super().__init__(
             lambda_inmodal,
             lambda_crossmodal,
+            reference_batch_size=reference_batch_size,
             process_group=process_group,
             distributed=distributed,
             impl=impl,

@@ -32,6 +32,9 @@ from .train import Batches, Diverged, Interrupted, RunConfig, train
 
 # loss -> which of the two penalties it has (in-modal, cross-modal)
 LOSSES = {"clip": (0, 0), "cyclip": (1, 1), "c-cyclip": (0, 1), "i-cyclip": (1, 0)}
+# The batch size at which a weight is the paper's. The records in results/ were made by the paper's
+# formula in batches of 256: with 256 it is the same there.
+REFERENCE_BATCH_SIZE, OF_THE_EMOJI = 128, 256
 PRESETS = {
     "short": {"steps": 620, "lr": 3e-3, "logit_scale": 33.0},
     "long": {"steps": 1500, "lr": 2e-3, "logit_scale": 14.3},
@@ -74,6 +77,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         default=0.25,
         metavar="λ",
         help="weight of the cross-modal penalty where the loss has it (default 0.25)",
+    )
+    what.add_argument(
+        "--reference-batch-size",
+        type=int,
+        metavar="N",
+        help="multiply the penalties by N / the batch size of all ranks, so that λ means the same "
+        f"at every batch size; default {REFERENCE_BATCH_SIZE}, the paper's, with --data, and "
+        f"{OF_THE_EMOJI}, the default --batch-size, on the emoji; 0: the paper's formula",
     )
     what.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each loss")
     what.add_argument("--seed", type=int, default=0, help="the first run's seed (default 0)")
@@ -145,6 +156,10 @@ def check_numbers(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value < least:
             raise CannotStart(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+    if (arguments.reference_batch_size or 0) < 0:
+        raise CannotStart(
+            f"--reference-batch-size must be at least 0, not {arguments.reference_batch_size}"
+        )
     if not 0 < arguments.lr < math.inf:
         raise CannotStart(f"--lr must be a number above 0, not {arguments.lr}")
     if not 1 <= arguments.logit_scale <= 100:
@@ -183,11 +198,15 @@ def check_out(folder: Path) -> None:
 
 def run_configs(arguments: argparse.Namespace, shards: list[str], emoji: str) -> list[RunConfig]:
     """Seed by seed, so that an early stop leaves every loss with as many runs."""
+    reference = arguments.reference_batch_size
+    if reference is None:
+        reference = REFERENCE_BATCH_SIZE if shards else OF_THE_EMOJI
     return [
         RunConfig(
             loss=loss,
             lambda_inmodal=LOSSES[loss][0] * arguments.lambda_inmodal,
             lambda_crossmodal=LOSSES[loss][1] * arguments.lambda_crossmodal,
+            reference_batch_size=reference or None,
             seed=arguments.seed + k,
             steps=arguments.steps,
             batch_size=arguments.batch_size * ranks.part().world_size,

@@ -45,6 +45,7 @@ class RunConfig:
     loss: str
     lambda_inmodal: float
     lambda_crossmodal: float
+    reference_batch_size: int | None  # None: the paper's formula
     seed: int
     steps: int
     batch_size: int  # of all ranks together
@@ -176,7 +177,11 @@ def train(
     """
     model, part = clip.model, ranks.part()
     device = next(model.parameters()).device
-    loss_fn = CyCLIPLoss(config.lambda_inmodal, config.lambda_crossmodal)
+    loss_fn = CyCLIPLoss(
+        config.lambda_inmodal,
+        config.lambda_crossmodal,
+        reference_batch_size=config.reference_batch_size,
+    )
     optimizer = make_optimizer(model, config.lr)
     start, position, seconds_before = 0, Position(), 0.0
 

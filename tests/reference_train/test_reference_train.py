@@ -249,6 +249,48 @@ def test_a_loss_that_is_no_number_ends_the_run(
     assert "try a lower --lr" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "shards", "expected"),
+    [
+        ([], [], 256),
+        (["--batch-size", "1024"], [], 256),
+        ([], ["a.tar"], 128),
+        (["--reference-batch-size", "64"], ["a.tar"], 64),
+        (["--reference-batch-size", "0"], ["a.tar"], None),
+        (["--reference-batch-size", "0"], [], None),
+    ],
+)
+def test_reference_batch_size(
+    arguments: list[str], shards: list[str], expected: int | None
+) -> None:
+    configs = cli.run_configs(cli.parse_arguments(arguments), shards, "emoji")
+    assert {config.reference_batch_size for config in configs} == {expected}
+
+
+def test_the_batch_size_weighs_the_penalties(
+    finished: Path, emoji_folder: Path, tmp_path: Path
+) -> None:
+    """In batches of 8 the penalties are 256 / 8 times the paper's: the first step shows it."""
+    run(
+        "--data",
+        emoji_folder,
+        *FAST,
+        "--loss",
+        "cyclip",
+        "--reference-batch-size",
+        0,
+        "--out",
+        tmp_path,
+    )
+    papers, ours = (
+        json.loads((out / "cyclip-seed0" / "metrics.jsonl").read_text().splitlines()[0])
+        for out in (tmp_path, finished)
+    )
+    for term in ("inmodal_cyclic_loss", "crossmodal_cyclic_loss"):
+        assert ours[term] == pytest.approx(256 / 8 * papers[term], rel=1e-5)
+    assert ours["contrastive_loss"] == pytest.approx(papers["contrastive_loss"], rel=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------
 # What can't start
 
@@ -259,6 +301,7 @@ def test_a_loss_that_is_no_number_ends_the_run(
         (["--lambda-inmodal", "-1"], "--lambda-inmodal must be a number >= 0, not -1.0"),
         (["--lambda-crossmodal", "nan"], "--lambda-crossmodal must be a number >= 0, not nan"),
         (["--lambda-crossmodal", "inf"], "--lambda-crossmodal must be a number >= 0, not inf"),
+        (["--reference-batch-size", "-1"], "--reference-batch-size must be at least 0, not -1"),
         (["--model", "ViT-Z-99"], "OpenCLIP has no model 'ViT-Z-99'"),
         (["--model", "coca_base"], "needs a captioning loss"),
         (["--batch-size", "17"], "more than the 16 distinct concepts"),

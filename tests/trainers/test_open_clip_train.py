@@ -206,6 +206,25 @@ def test_clip_is_replaced(like: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert trainer.args.lambda_inmodal == 0.5
 
 
+@pytest.mark.parametrize("theirs", [ClipLoss(), SigLipLoss()], ids=lambda t: type(t).__name__)
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ((), 128),
+        (("--reference-batch-size", "512"), 512),
+        (("--reference-batch-size", "0"), None),
+    ],
+)
+def test_weights_mean_the_same_at_every_batch_size(
+    theirs: nn.Module, argv: tuple[str, ...], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer: Any = like_3(theirs)
+    made = []
+    trainer.main = lambda theirs: made.append(trainer.make(trainer.parse_args(theirs)))
+    launch(trainer, monkeypatch, *argv)
+    assert [loss.reference_batch_size for loss in made] == [expected]
+
+
 @pytest.mark.parametrize("like", [like_3, like_4])
 @pytest.mark.parametrize(
     "theirs", [SigLipLoss(), CoCaLoss(2.0, 1.0), DistillClipLoss()], ids=lambda t: type(t).__name__
@@ -251,13 +270,14 @@ def test_a_trainer_that_never_asks_for_the_loss_stops(monkeypatch: pytest.Monkey
         launch(trainer, monkeypatch)
 
 
+@pytest.mark.parametrize("name", ["lambda_inmodal", "reference_batch_size"])
 def test_wrong_weights_are_refused_before_anything_starts(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
-        launch(like_3(ClipLoss()), monkeypatch, "--lambda-inmodal", "-1")
+        launch(like_3(ClipLoss()), monkeypatch, f"--{name.replace('_', '-')}", "-1")
     assert stopped.value.code == 2
-    assert "lambda_inmodal" in capsys.readouterr().err
+    assert name in capsys.readouterr().err
 
 
 def test_the_hook_does_not_outlive_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

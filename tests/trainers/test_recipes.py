@@ -72,6 +72,13 @@ def test_siglip_and_coca() -> None:
     )
 
 
+def test_which_lambda() -> None:
+    loss_fn = run("Which λ", CyCLIPLoss=CyCLIPLoss)["loss_fn"]
+    images, texts = torch.nn.functional.normalize(torch.randn(2, 32, 4, device="cpu"), dim=-1)
+    papers = CyCLIPLoss(0.25 * 128 / 32, 0.25 * 128 / 32)
+    torch.testing.assert_close(loss_fn(images, texts, 10.0), papers(images, texts, 10.0))
+
+
 def test_weights_that_warm_up() -> None:
     model, seen = tiny_clip(), []
 
@@ -303,6 +310,5 @@ def test_settings_from_axlearn() -> None:
         CyCLIPLoss=CyCLIPLoss,
         in_modal_weight=3.0,
         cross_modal_weight=2.0,
-        batch_size=12,
     )
     torch.testing.assert_close(names["loss_fn"](images, texts, 10.0), theirs)
