@@ -26,7 +26,9 @@ def main(arguments: list[str]) -> int:
 
     gpu = commands.add_parser("gpu", help="test and time everything on the GPU at hand")
     gpu.add_argument("--dry-run", action="store_true", help="tiny sizes on CPU, interpreted")
-    gpu.add_argument("--budget", type=float, default=440.0, metavar="SECONDS")
+    gpu.add_argument(
+        "--budget", type=float, default=440.0, metavar="SECONDS", help="of all sections together"
+    )
     sections = (
         "tests", "ceilings", "kernels", "sizes", "ablations", "sweep", "competitors", "more tests",
     )  # fmt: skip

@@ -161,7 +161,7 @@ def check_rank(process_group: ProcessGroup | DeviceMesh | None, rank: int, world
         initialised = dist.is_available() and dist.is_initialized()
         hint = "" if initialised else " (torch.distributed is not initialised)"
         raise ValueError(
-            f"world_size={world_size} was given, but there are {actual_size} processes{hint}"
+            f"world_size={world_size} was given, but the number of processes is {actual_size}{hint}"
         )
     if rank >= 1 and rank != actual_rank:
         raise ValueError(f"rank={rank} was given, but this process is rank {actual_rank}")

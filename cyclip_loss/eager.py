@@ -41,7 +41,7 @@ def has_wide_products(features: Tensor) -> bool:
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b, or a batch of them, summed in at least float32; dtype: of the result."""
+    """a b, or a batch of them; dtype: of the result, in which, if it is wider, the sums are too."""
     if dtype == a.dtype:
         return torch.matmul(a, b)
     if has_wide_products(a):

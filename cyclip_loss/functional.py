@@ -351,7 +351,8 @@ def check_reference_batch_size(value: int | NotGiven | None) -> int | None:
 def check_impl(impl: str) -> None:
     """Raise unless `impl` names an implementation."""
     if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+        hint = ": call cyclip_loss.reference instead" if impl == "reference" else ""
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}{hint}")
 
 
 def check_features(
@@ -461,9 +462,10 @@ def _check_logit_scale(logit_scale: Tensor | float, features: Tensor) -> Tensor:
 def _zero_of_bias(logit_bias: Tensor, loss: Tensor) -> Tensor:
     """0, attached to the bias: DistributedDataParallel wants a gradient for every parameter."""
     if not isinstance(logit_bias, Tensor):
-        if isinstance(logit_bias, Real):
+        if isinstance(logit_bias, Real) and not isinstance(logit_bias, bool):
             return torch.zeros_like(loss)
-        raise TypeError(f"logit_bias must be a tensor or None, got {type(logit_bias).__name__}")
+        hint = ": pass output_dict by keyword" if isinstance(logit_bias, bool) else ""
+        raise TypeError(f"logit_bias must be a tensor, a number or None, got {logit_bias!r}{hint}")
     if logit_bias.numel() != 1:
         raise ValueError(f"logit_bias must have one element, got shape {tuple(logit_bias.shape)}")
     return (logit_bias.reshape(()) * 0).to(device=loss.device, dtype=loss.dtype)

@@ -127,8 +127,12 @@ def operator(
 
 
 def is_traced(*tensors: Tensor) -> bool:
-    """Whether what is done to these is recorded rather than done, as by `torch.compile`."""
-    return torch.compiler.is_compiling() or any(type(tensor) is not Tensor for tensor in tensors)
+    """Whether what is done to these is recorded rather than done, as by `torch.compile`.
+
+    So may be what is done to subclasses, as fake tensors are; parameters are ordinary ones.
+    """
+    ordinary = (Tensor, torch.nn.Parameter)
+    return torch.compiler.is_compiling() or any(type(x) not in ordinary for x in tensors)
 
 
 def autocast_is_on(device_type: str) -> bool:

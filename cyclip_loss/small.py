@@ -56,8 +56,9 @@ def penalties_are_small(
     impl: str,
 ) -> bool:
     """The same for `cyclic_penalties`: up to 4/3 D, or 7/3 D where Gram matrices would need C."""
-    nothing = lambda_inmodal == 0 and lambda_crossmodal == 0
-    if nothing or not _computes(image_features, text_features, impl):
+    if not _computes(image_features, text_features, impl):
+        return False
+    if lambda_inmodal == 0 and lambda_crossmodal == 0:
         return False
     n, d = image_features.shape
     with_cross = separate or lambda_inmodal != lambda_crossmodal
@@ -65,8 +66,10 @@ def penalties_are_small(
 
 
 def _computes(image_features: Tensor, text_features: Tensor, impl: str) -> bool:
-    """Whether the eager engine would compute, nothing is traced, which takes the operators, and
-    PyTorch's fast products of 16-bit matrices, which are not used here, are no alternative.
+    """Whether the eager engine computes, without what is not done here.
+
+    That is an operator, which takes part where something is traced, and the fast products of 16-bit
+    matrices that CUDA has.
     """
     return (
         not is_traced(image_features, text_features)

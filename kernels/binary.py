@@ -14,10 +14,14 @@ from typing import Any
 import triton
 
 # Bytes of shared memory (LDS) that one program may use.
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 65536}
+SHARED_LIMIT = {
+    "sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024,
+    "gfx942": 64 * 1024,
+}  # fmt: skip
 # The matrix instruction that a product of 16-bit operands must come out as.
 MATRIX_INSTRUCTIONS = {
     "sm_80": r"\bHMMA\b",
+    "sm_86": r"\bHMMA\b",
     "sm_90": r"\bHGMMA\b",
     "sm_100": r"\bUTC\w*MMA\b",
     "gfx942": r"v_mfma_",

@@ -6,7 +6,8 @@ With l_ij = s * I_i . T_j, the log-sum-exps r, c of its rows and columns, and w 
     dI = w s G T          dT = w s G^T I          ds = w * sum_ij G_ij (I_i . T_j)
 
 The kernel computes a block of logits again (2 n m D flops in all) and writes w s G in the features'
-dtype; the library's matrix products consume it (4 n m D), summing in float32. Where one block holds
+dtype; the library's matrix products consume it (4 n m D), summing in float32 (of bfloat16 as
+`torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction` says). Where one block holds
 all of G they write the gradients at once.
 """
 

@@ -109,10 +109,11 @@ def test_bad_logit_scale(logit_scale, error: type[Exception], message: str) -> N
 @pytest.mark.parametrize(
     ("logit_bias", "error", "message"),
     [
-        ("0", TypeError, "must be a tensor or None, got str"),
+        ("0", TypeError, "must be a tensor, a number or None, got '0'"),
+        (True, TypeError, "got True: pass output_dict by keyword"),
         (GOOD[:2, 0], ValueError, "must have one element, got shape (2,)"),
     ],
-    ids=["str", "two elements"],
+    ids=["str", "bool", "two elements"],
 )
 def test_bad_logit_bias(logit_bias, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=says("logit_bias", message)):
@@ -182,8 +183,8 @@ def test_bad_options_of_a_call() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"world_size": 8}, "world_size=8 was given, but there are 1 processes"),
-        ({"rank": 0, "world_size": 2}, "world_size=2 was given, but there are 1 processes"),
+        ({"world_size": 8}, "world_size=8 was given, but the number of processes is 1"),
+        ({"rank": 0, "world_size": 2}, "world_size=2 was given, but the number of processes is 1"),
         ({"rank": 1}, "rank=1 was given, but this process is rank 0"),
         ({"rank": 1, "world_size": 1}, "rank=1 was given, but this process is rank 0"),
         ({"process_group": "a group"}, "torch.distributed is not initialised"),

@@ -60,7 +60,7 @@ def test_values_and_gradients(
     leaves = [rows.to(dtype).requires_grad_() for rows in pairs(n, d, 0.3, device=device)]
     exact_leaves = [leaf.detach().double().cpu().requires_grad_() for leaf in leaves]
     exact = reference.cyclip_loss(
-        *exact_leaves, torch.tensor(SCALE).double(), *lambdas, reference_batch_size=REFERENCE
+        *exact_leaves, exact_leaves[0].new_tensor(SCALE), *lambdas, reference_batch_size=REFERENCE
     )
     found = terms_of(name, *leaves, lambdas, impl)
     for term in (*PENALTIES, "contrastive_loss"):
@@ -88,7 +88,7 @@ def test_the_sum_is_that_of_the_terms(n: int, d: int, impl: str, device: torch.d
 def test_the_definition() -> None:
     """The option divides the paper's penalties by N once more, and nothing else."""
     image, text = pairs(32, 6, device="cpu")
-    scale = torch.tensor(SCALE).double()
+    scale = image.new_tensor(SCALE)
     paper = reference.cyclip_loss(image, text, scale)
     halved = reference.cyclip_loss(image, text, scale, reference_batch_size=16)
     for term, value in paper.items():

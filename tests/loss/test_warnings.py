@@ -108,7 +108,9 @@ def test_rows_not_of_unit_length(module, wrong: str, device: torch.device) -> No
     assert "normalize" in message
 
 
-@pytest.mark.parametrize("scale", [2.66, torch.tensor(4.6), torch.tensor([1.0]), -1.0])
+@pytest.mark.parametrize(
+    "scale", [2.66, torch.tensor(4.6, device="cpu"), torch.tensor([1.0], device="cpu"), -1.0]
+)
 def test_a_scale_that_was_not_exponentiated(scale, device: torch.device) -> None:
     image, text = pairs(8, 4, device=device)
     if isinstance(scale, torch.Tensor):

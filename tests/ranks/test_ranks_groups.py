@@ -105,13 +105,13 @@ def test_wrong_groups_and_ranks(ranks: Ranks) -> None:
     kind = "TypeError: process_group must be a ProcessGroup, a DeviceMesh or None, got "
     assert inside[:2] == outside[:2] == [kind + "str", kind + "tuple"]
     assert inside[2:4] == [
-        "ValueError: world_size=3 was given, but there are 2 processes",
+        "ValueError: world_size=3 was given, but the number of processes is 2",
         "ValueError: rank=2 was given, but this process is rank 0",
     ]
     assert outside[2:5] == ["ValueError: process_group does not contain this process, rank 2"] * 3
     for rank, messages in ((0, inside), (2, outside)):
         assert messages[-4:] == [
-            "ValueError: world_size=2 was given, but there are 3 processes",
+            "ValueError: world_size=2 was given, but the number of processes is 3",
             f"ValueError: rank={rank + 1} was given, but this process is rank {rank}",
             "nothing",
             "nothing",
