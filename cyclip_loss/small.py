@@ -139,6 +139,7 @@ class _Small(torch.autograd.Function):
         logit_scale: Tensor | None,
         weights: tuple[float, float],
         separate: bool,
+        grad_mode: bool,  # of the call: off in here
     ) -> tuple[Tensor, ...]:
         dtype = accumulation_dtype(image_features.dtype)
         contrastive = gradient = scale_grad = product = None
@@ -152,7 +153,7 @@ class _Small(torch.autograd.Function):
                 terms = (image.new_zeros(()), image.new_zeros(()))
             if logit_scale is not None:
                 contrastive, gradient, scale_grad = _contrastive(
-                    image, text, logit_scale, any(ctx.needs_input_grad)
+                    image, text, logit_scale, grad_mode and any(ctx.needs_input_grad)
                 )
                 terms = (contrastive, *terms) if separate else (sum(terms, contrastive),)
         ctx.save_for_backward(
@@ -167,7 +168,7 @@ class _Small(torch.autograd.Function):
         arguments = (*ctx.saved_tensors, ctx.weights, ctx.needs_input_grad, *grad_terms)
         # Grad mode, here, is create_graph=True.
         gradients = _gradients_in_grad_mode if torch.is_grad_enabled() else _gradients
-        return (*gradients(*arguments), None, None)
+        return (*gradients(*arguments), None, None, None)
 
 
 def _gradients(
@@ -252,7 +253,9 @@ def cyclip_terms(
     lambdas 0 nothing is computed. reference_batch_size: as in `cyclic.per_pair`.
     """
     weights = _weights(lambda_inmodal, lambda_crossmodal, image_features, reference_batch_size)
-    return _small(image_features, text_features, logit_scale, weights, separate)
+    return _small(
+        image_features, text_features, logit_scale, weights, separate, torch.is_grad_enabled()
+    )
 
 
 def _weights(
@@ -278,4 +281,4 @@ def cyclic_penalties(
 ) -> tuple[Tensor, ...]:
     """The penalties alone: `cyclic.cyclic_penalties` for a small batch. One lambda is not 0."""
     weights = _weights(lambda_inmodal, lambda_crossmodal, image_features, reference_batch_size)
-    return _small(image_features, text_features, None, weights, separate)
+    return _small(image_features, text_features, None, weights, separate, torch.is_grad_enabled())
