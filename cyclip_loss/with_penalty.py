@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from cyclip_loss.loss import CyclicPenalty, CyCLIPLoss
+from cyclip_loss.loss import CyclicPenalty
 from cyclip_loss.warn import NOT_GIVEN, NotGiven
 
 
@@ -27,8 +27,8 @@ class WithCyclicPenalty(CyclicPenalty):
             does there.
 
     Raises:
-        TypeError: `loss` is no module, has the penalties already, or its `forward` takes no
-            `image_features` or no `text_features`; else as `CyclicPenalty`.
+        TypeError: `loss` is no module, or its `forward` takes no `image_features` or no
+            `text_features`; else as `CyclicPenalty`.
     """
 
     def __init__(
@@ -52,10 +52,6 @@ class WithCyclicPenalty(CyclicPenalty):
         )
         if not isinstance(loss, nn.Module):
             raise TypeError(f"loss must be a module, got {loss!r}")
-        if isinstance(loss, (CyCLIPLoss, CyclicPenalty)):
-            raise TypeError(
-                f"loss must not be a {type(loss).__name__}: it has the penalties already"
-            )
         parameters = list(inspect.signature(loss.forward).parameters)
         for name in ("image_features", "text_features"):
             if name not in parameters:

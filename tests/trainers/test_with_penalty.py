@@ -148,5 +148,3 @@ def test_a_loss_without_features_is_refused() -> None:
         WithCyclicPenalty(SigLipLoss(), True)
     with pytest.raises(TypeError, match="loss must be a module"):
         WithCyclicPenalty(SigLipLoss)
-    with pytest.raises(TypeError, match="has the penalties already"):
-        WithCyclicPenalty(CyCLIPLoss())
