@@ -183,7 +183,7 @@ def agree(
     rows: int,
     uneven: bool,
     kind: dict[str, Hashable],
-    lambdas: dict[str, float | None],
+    weights: dict[str, float | None],
 ) -> Ranks:
     """Who shares the batch of this call, after comparing with the other ranks what has to fit.
 
@@ -192,7 +192,7 @@ def agree(
     collective of torch.distributed trusts its callers. While `torch.compile` traces, equal numbers
     are taken for granted.
 
-    rows: how many this rank holds; kind: what decides which collectives run, by name; lambdas: also
+    rows: how many this rank holds; kind: what decides which collectives run, by name; weights: also
     compared, but another weight does not make another kind of call.
 
     Raises:
@@ -207,10 +207,10 @@ def agree(
             raise ValueError("image_features and text_features have 0 rows: that needs uneven=True")
         return Ranks(group, dist_impl)
 
-    of_ranks = _exchange({"rows": rows, **kind, **lambdas}, group)
+    of_ranks = _exchange({"rows": rows, **kind, **weights}, group)
     differences = [
         f"{name} must be the same on every rank, got {_listed(values)}"
-        for name in (*kind, *lambdas)
+        for name in (*kind, *weights)
         if len(set(values := [of_rank[name] for of_rank in of_ranks])) > 1
     ]
     all_rows = tuple(of_rank["rows"] for of_rank in of_ranks)

@@ -12,7 +12,26 @@ from cyclip_loss.warn import NOT_GIVEN, FirstLook, NotGiven
 
 
 class _Loss(nn.Module):
-    """Weights are checked when they are set, at first and by a schedule; the group is held."""
+    """What both modules have. Weights are checked when they are set; the group is held."""
+
+    def __init__(
+        self,
+        lambda_inmodal: float,
+        lambda_crossmodal: float,
+        reference_batch_size: int | NotGiven | None,
+        process_group: ProcessGroup | DeviceMesh | None,
+        distributed: bool,
+        impl: str,
+    ) -> None:
+        super().__init__()
+        functional.check_impl(impl)
+        self.lambda_inmodal = lambda_inmodal
+        self.lambda_crossmodal = lambda_crossmodal
+        self.reference_batch_size = reference_batch_size
+        self.process_group = process_group
+        self.distributed = distributed
+        self.impl = impl
+        self._look = FirstLook()
 
     @property
     def process_group(self) -> ProcessGroup | DeviceMesh | None:
@@ -160,26 +179,21 @@ class CyCLIPLoss(_Loss):
         uneven: bool = False,
         impl: str = "auto",
     ) -> None:
-        super().__init__()
-        functional.check_impl(impl)
+        super().__init__(
+            *(lambda_inmodal, lambda_crossmodal, reference_batch_size),
+            *(process_group, distributed, impl),
+        )
         if use_horovod:
             raise ValueError("use_horovod=True is not supported: use torch.distributed")
         check_dist_impl(dist_impl)
-        self.lambda_inmodal = lambda_inmodal
-        self.lambda_crossmodal = lambda_crossmodal
-        self.reference_batch_size = reference_batch_size
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
         self.cache_labels = cache_labels
         self.rank = rank
         self.world_size = world_size
         self.use_horovod = use_horovod
-        self.process_group = process_group
-        self.distributed = distributed
         self.dist_impl = dist_impl
         self.uneven = uneven
-        self.impl = impl
-        self._look = FirstLook()
 
     def forward(
         self,
@@ -249,15 +263,10 @@ class CyclicPenalty(_Loss):
         distributed: bool = True,
         impl: str = "auto",
     ) -> None:
-        super().__init__()
-        functional.check_impl(impl)
-        self.lambda_inmodal = lambda_inmodal
-        self.lambda_crossmodal = lambda_crossmodal
-        self.reference_batch_size = reference_batch_size
-        self.process_group = process_group
-        self.distributed = distributed
-        self.impl = impl
-        self._look = FirstLook()
+        super().__init__(
+            *(lambda_inmodal, lambda_crossmodal, reference_batch_size),
+            *(process_group, distributed, impl),
+        )
 
     def forward(
         self, image_features: Tensor, text_features: Tensor, output_dict: bool = False

@@ -10,6 +10,7 @@ with the same functions.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, wraps
 from importlib import metadata
 from importlib.util import find_spec
@@ -103,10 +104,7 @@ def operator(
     def declare(function: _Function) -> _Function:
         @wraps(function)
         def compute(*arguments: Any) -> Any:
-            device_type = arguments[0].device.type
-            if not autocast_is_on(device_type):
-                return function(*arguments)
-            with torch.autocast(device_type, enabled=False):
+            with without_autocast(arguments[0]):
                 return function(*arguments)
 
         traced: Any = custom_op(f"cyclip_loss::{function.__name__}", compute, mutates_args=())
@@ -138,6 +136,14 @@ def is_traced(*tensors: Tensor) -> bool:
 def autocast_is_on(device_type: str) -> bool:
     """Whether it is, also for devices that have none, as "meta"."""
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def without_autocast(features: Tensor) -> AbstractContextManager[Any]:
+    """Switches autocast off for the features' device; costs nothing where it is off already."""
+    device_type = features.device.type
+    if autocast_is_on(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def like(features: Tensor, needed: bool) -> Tensor:

@@ -22,7 +22,6 @@ than the other rows' are.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from torch import Tensor
 from cyclip_loss import eager
 from cyclip_loss.cyclic import per_pair
 from cyclip_loss.eager import accumulation_dtype, weighted_penalties
-from cyclip_loss.ops import autocast_is_on, engine, is_traced, no_second_derivatives
+from cyclip_loss.ops import engine, is_traced, no_second_derivatives, without_autocast
 
 
 def loss_is_small(image_features: Tensor, text_features: Tensor, impl: str) -> bool:
@@ -76,13 +75,6 @@ def _computes(image_features: Tensor, text_features: Tensor, impl: str) -> bool:
         and not eager.has_wide_products(image_features)
         and engine(impl, image_features) is eager
     )
-
-
-def _without_autocast(features: Tensor) -> AbstractContextManager[Any]:
-    device_type = features.device.type
-    if autocast_is_on(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
 
 
 def _contrastive(
@@ -143,7 +135,7 @@ class _Small(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         dtype = accumulation_dtype(image_features.dtype)
         contrastive = gradient = scale_grad = product = None
-        with _without_autocast(image_features):
+        with without_autocast(image_features):
             image, text = image_features.to(dtype), text_features.to(dtype)
             terms: tuple[Tensor, ...] = ()
             if any(weights):
@@ -190,7 +182,7 @@ def _gradients(
     needs_image, needs_text, needs_scale, *_ = needs
     dtype = accumulation_dtype(image_features.dtype)
     image_grad = text_grad = None
-    with _without_autocast(image_features):
+    with without_autocast(image_features):
         if scale_grad is not None and needs_scale:
             scale_grad = scale_grad * grad_terms[0]
         image, text = image_features.to(dtype), text_features.to(dtype)

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from cyclip_loss.warn import PAPER_BATCH_SIZE
+
 from . import ranks, report, results
 from .batch_norm import global_batch_norm
 from .data import (
@@ -32,9 +34,9 @@ from .train import Batches, Diverged, Interrupted, RunConfig, train
 
 # loss -> which of the two penalties it has (in-modal, cross-modal)
 LOSSES = {"clip": (0, 0), "cyclip": (1, 1), "c-cyclip": (0, 1), "i-cyclip": (1, 0)}
-# The batch size at which a weight is the paper's. The records in results/ were made by the paper's
-# formula in batches of 256: with 256 it is the same there.
-REFERENCE_BATCH_SIZE, OF_THE_EMOJI = 128, 256
+# The batch size at which a weight is the paper's, there: the records in results/ were made by the
+# paper's formula in batches of 256.
+OF_THE_EMOJI = 256
 PRESETS = {
     "short": {"steps": 620, "lr": 3e-3, "logit_scale": 33.0},
     "long": {"steps": 1500, "lr": 2e-3, "logit_scale": 14.3},
@@ -83,7 +85,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         type=int,
         metavar="N",
         help="multiply the penalties by N / the batch size of all ranks, so that λ means the same "
-        f"at every batch size; default {REFERENCE_BATCH_SIZE}, the paper's, with --data, and "
+        f"at every batch size; default {PAPER_BATCH_SIZE}, the paper's, with --data, and "
         f"{OF_THE_EMOJI}, the default --batch-size, on the emoji; 0: the paper's formula",
     )
     what.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each loss")
@@ -200,7 +202,7 @@ def run_configs(arguments: argparse.Namespace, shards: list[str], emoji: str) ->
     """Seed by seed, so that an early stop leaves every loss with as many runs."""
     reference = arguments.reference_batch_size
     if reference is None:
-        reference = REFERENCE_BATCH_SIZE if shards else OF_THE_EMOJI
+        reference = PAPER_BATCH_SIZE if shards else OF_THE_EMOJI
     return [
         RunConfig(
             loss=loss,

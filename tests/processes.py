@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,3 +23,9 @@ def run_python(*arguments: str, interpreted: bool = True) -> subprocess.Complete
         text=True,
         timeout=300,
     )
+
+
+def start(command: list[str], **streams: Any) -> "subprocess.Popen[str]":
+    """A command that the test goes on beside, or has to end by itself."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, text=True, cwd=ROOT, env=environment, **streams)

@@ -1,11 +1,7 @@
 """What the compile gate refuses, and that no launch runs a binary that it has not seen."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from processes import run_python
 
 from cyclip_loss.kernels.binary import Binary, is_serialised
 
@@ -63,11 +59,7 @@ def test_the_gate_sees_each_fault(measured: dict, fault: str | None) -> None:
 
 def without_interpreter(code: str) -> str:
     """What a fresh Python prints that runs the code with kernels to be compiled."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    root = Path(__file__).parents[2]
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True
-    )
+    run = run_python("-c", code, interpreted=False)
     assert run.returncode == 0, run.stderr[-3000:]
     return run.stdout
 

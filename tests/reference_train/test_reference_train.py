@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import start
 
 pytest.importorskip("open_clip")
 pytest.importorskip("webdataset")
@@ -215,14 +216,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
 def test_ctrl_c_leaves_a_checkpoint_and_a_hint(tmp_path: Path, emoji_folder: Path) -> None:
     command = [sys.executable, "-m", "reference_train", "--data", str(emoji_folder)]
     command += ["--loss", "clip", "--steps", "100000", "--batch-size", "8", "--out", str(tmp_path)]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    process = start(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     metrics = tmp_path / "clip-seed0" / "metrics.jsonl"
     deadline = time.monotonic() + 50
     while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text()):

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from pool import Ranks
+from processes import start
 from torch import nn
 
 pytest.importorskip("open_clip")
@@ -50,14 +51,7 @@ def build_in_float64(*arguments: object) -> Clip:
 
 def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [*TORCHRUN, *map(str, arguments)]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    process = start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         output, errors = process.communicate(timeout=180)
     finally:
