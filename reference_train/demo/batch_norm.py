@@ -12,7 +12,7 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .data import CannotStart
+from ..errors import CannotStart
 
 
 def global_batch_norm(model: nn.Module) -> nn.Module:

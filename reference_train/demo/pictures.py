@@ -8,7 +8,8 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from .data import EMOJI_FOLDER, SHIFT_STYLES, STRESS_STYLES, TRAIN_STYLES, decode, read_samples
+from ..data.emoji import EMOJI_FOLDER, SHIFT_STYLES, STRESS_STYLES, TRAIN_STYLES
+from ..data.samples import decode, read_samples
 from .results import TITLES, by_loss
 
 matplotlib.use("Agg")  # files only: no display needed

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from cyclip_loss import CyCLIPLoss
 
+from ..errors import CannotStart, Interrupted, Stopped
 from . import ranks
-from .data import Batch, CannotStart, Position
+from .batches import Batch, Position
 from .images import augment
 from .model import MAX_LOGIT_SCALE, Clip
 
@@ -66,14 +67,6 @@ class Batches(Protocol):
     def batches(self, start: Position) -> Iterator[Batch]:
         """Endless batches, the first of them at `start`."""
         ...
-
-
-class Interrupted(Exception):
-    """Ctrl-C came, on any rank; the checkpoint is written."""
-
-
-class Diverged(Exception):
-    """The loss is no longer a number."""
 
 
 def learning_rate(step: int, config: RunConfig) -> float:
@@ -172,7 +165,8 @@ def train(
     """Trains `clip.model` in place, from `folder/checkpoint.pt` if there is one.
 
     validate: the consistency measures at this moment, for `metrics.jsonl`.
-    Returns the seconds it took, earlier sittings included. Raises `Interrupted` or `Diverged`, and
+    Returns the seconds it took, earlier sittings included. Raises `Interrupted`, `Stopped` if the
+    loss is no number, and
     `CannotStart` if the data can't be read to the end. All ranks return or raise alike.
     """
     model, part = clip.model, ranks.part()
@@ -270,14 +264,20 @@ def train(
             if validates or done % LOG_EVERY == 0:
                 means = log.flush(extra)
                 if not math.isfinite(means["loss"]):
-                    raise Diverged(f"{config.name}: the loss is {means['loss']} at step {done}")
+                    raise Stopped(
+                        f"{config.name}: the loss is {means['loss']} at step {done}; "
+                        "try a lower --lr"
+                    )
                 show(done, means, (done - start) * config.batch_size / (time.monotonic() - began))
             due = time.monotonic() - saved_at > CHECKPOINT_SECONDS
             # also where the other ranks wait while the first one validates
             stop, due = ranks.any_rank(interrupted(), due)
             if stop:
                 checkpoint(done)
-                raise Interrupted(f"{config.name}: stopped at step {done} of {config.steps}")
+                raise Interrupted(
+                    f"{config.name}: stopped at step {done} of {config.steps}; "
+                    "the same command goes on from there"
+                )
             if due:
                 checkpoint(done)
                 saved_at = time.monotonic()

@@ -33,15 +33,8 @@ from torch.nn import functional as F
 
 from cyclip_loss.metrics import consistency_metrics
 
-from .data import (
-    NAME_TEMPLATES,
-    SHIFT_STYLES,
-    STRESS_STYLES,
-    SUBGROUP_TEMPLATES,
-    TRAIN_STYLES,
-    Concept,
-    EmojiSet,
-)
+from ..data.emoji import SHIFT_STYLES, STRESS_STYLES, TRAIN_STYLES, Concept, EmojiSet
+from .batches import NAME_TEMPLATES, SUBGROUP_TEMPLATES
 from .images import resize
 from .model import Clip
 

@@ -1,47 +1,21 @@
-"""The data: what a training batch is, and what it never holds.
+"""What a training batch is, and what it never holds."""
 
-Two sources, one reader (`read_samples`, on webdataset):
-
-- the emoji that ship in `emoji/`: about 1,600 concepts, each drawn in several styles. Decoded once
-  into memory. Training sees the concepts of split `train` in the training styles, nothing else.
-- any other image-caption WebDataset (tar files with png/jpg/webp + txt): streamed.
-
-Either way a batch is N *distinct* concepts (or captions): the same emoji in another style would be
-a false negative of the contrastive loss. A batch depends on the seed and its position alone, so a
-resumed run sees what an uninterrupted one would have seen.
-
-Over several ranks all derive the same batch and each takes its part of it: W ranks see, batch by
-batch, what one process would see. Of streamed data every rank reads all, and decodes its part.
-"""
-
-import hashlib
-import io
-import json
-import lzma
 import os
 import random
-import tarfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import webdataset as wds
 from braceexpand import braceexpand
-from PIL import Image
 from torch import Tensor
 
+from ..data.emoji import TRAIN_STYLES, Concept, EmojiSet
+from ..data.samples import Sample, decode, read_samples
+from ..errors import CannotStart
 from .ranks import WHOLE, Part
-
-EMOJI_FOLDER = Path(__file__).parent / "emoji"
-TRAIN_STYLES = ("noto", "twemoji", "fluent-emoji-flat")
-SHIFT_STYLES = ("noto-v1", "openmoji", "fluent-emoji")  # never trained on
-STRESS_STYLES = ("fluent-emoji-high-contrast",)  # black and white: outside every mean
-ALL_STYLES = TRAIN_STYLES + SHIFT_STYLES + STRESS_STYLES
 
 # What a caption is: half of them a name in a template, a quarter name and kind, 15 % the kind
 # alone, 10 % keywords (CAPTION_SHARES, in the order of `captions_of`).
@@ -61,138 +35,6 @@ KEYWORD_CAPTIONS = 4  # drawn once for each concept: up to three keywords, in ra
 CAPTION_SHARES = (0.50, 0.25, 0.15, 0.10)
 
 
-class CannotStart(ValueError):
-    """What the user asked for can't be done; the message is one line for them."""
-
-
-# ------------------------------------------------------------------------------------------------
-# Reading
-
-
-class Sample(NamedTuple):
-    """One image with its caption, as the tar file has it."""
-
-    image: bytes  # an encoded image
-    caption: str
-    info: dict[str, Any]  # the sample's json, if it has one
-
-
-def read_samples(
-    shards: Sequence[str], shuffle: random.Random | None = None, buffer: int = 2000
-) -> Iterator[Sample]:
-    """The samples of WebDataset tar files that hold both an image and a caption.
-
-    shuffle: the random numbers of a shuffle buffer; none keeps the order of the files.
-    """
-    stages = [wds.SimpleShardList(list(shards)), wds.tarfile_to_samples()]
-    if shuffle is not None:
-        stages.append(wds.shuffle(buffer, initial=buffer, rng=shuffle))
-    try:
-        for sample in wds.DataPipeline(*stages):
-            image = next((sample[e] for e in ("png", "jpg", "jpeg", "webp") if e in sample), None)
-            if image is not None and "txt" in sample:
-                info = json.loads(sample["json"]) if "json" in sample else {}
-                yield Sample(image, sample["txt"].decode().strip(), info)
-    except FileNotFoundError as error:
-        raise CannotStart(f"no such shard: {error.filename}") from error
-    except (OSError, EOFError, tarfile.TarError, lzma.LZMAError, zlib.error) as error:
-        raise CannotStart(f"a shard can't be read: {str(error).splitlines()[0]}") from error
-
-
-def decode(image: bytes, size: int) -> np.ndarray:
-    """An encoded image -> (3, size, size) uint8: on white, shorter side scaled, centre cropped."""
-    with Image.open(io.BytesIO(image)) as opened:
-        opened.draft("RGB", (size, size))  # lets the JPEG decoder skip what would be scaled away
-        if opened.mode in ("RGBA", "LA", "P"):
-            rgba = opened.convert("RGBA")
-            opened = Image.new("RGBA", rgba.size, "white")
-            opened.alpha_composite(rgba)
-        rgb = opened.convert("RGB")
-    if rgb.size != (size, size):
-        scale = size / min(rgb.size)
-        width, height = (max(size, round(side * scale)) for side in rgb.size)
-        left, top = (width - size) // 2, (height - size) // 2
-        rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
-        rgb = rgb.crop((left, top, left + size, top + size))
-    return np.asarray(rgb).transpose(2, 0, 1)
-
-
-# ------------------------------------------------------------------------------------------------
-# The emoji
-
-
-class Concept(NamedTuple):
-    """What an emoji depicts, whatever the style."""
-
-    code: str  # Unicode code points: "1F600"
-    name: str
-    keywords: tuple[str, ...]
-    group: str
-    subgroup: str
-    split: str  # train, validation or test
-
-
-@dataclass
-class EmojiSet:
-    """All styles, in memory."""
-
-    concepts: list[Concept]
-    images: dict[str, Tensor]  # style -> (n, 3, 64, 64) uint8
-    concept: dict[str, Tensor]  # style -> (n,) which concept each image draws
-
-    def in_split(self, split: str) -> list[int]:
-        """The concepts of a split, as indices."""
-        return [i for i, concept in enumerate(self.concepts) if concept.split == split]
-
-
-def is_emoji_folder(path: Path) -> bool:
-    """Whether `path` is laid out as `emoji/` is: one shard for each style."""
-    return any((path / f"{style}.tar.xz").exists() for style in ALL_STYLES)
-
-
-def read_emoji(folder: Path = EMOJI_FOLDER, size: int = 64) -> EmojiSet:
-    """Decodes all styles of a folder of emoji shards."""
-    emoji = EmojiSet([], {}, {})
-    index: dict[str, int] = {}
-    for style in ALL_STYLES:
-        images, rows = [], []
-        for sample in read_samples([str(folder / f"{style}.tar.xz")]):
-            info = sample.info
-            try:
-                code = info["concept"]
-                if code not in index:
-                    index[code] = len(emoji.concepts)
-                    emoji.concepts.append(
-                        Concept(
-                            code,
-                            sample.caption,
-                            tuple(info["keywords"]),
-                            info["group"],
-                            info["subgroup"].replace("-", " "),
-                            info["split"],
-                        )
-                    )
-            except KeyError as error:
-                raise CannotStart(
-                    f"{folder}/{style}.tar.xz: a sample's json lacks {error}"
-                ) from error
-            images.append(decode(sample.image, size))
-            rows.append(index[code])
-        if not images:
-            raise CannotStart(f"{folder}/{style}.tar.xz holds no image with a caption")
-        emoji.images[style] = torch.from_numpy(np.stack(images))
-        emoji.concept[style] = torch.tensor(rows)
-    return emoji
-
-
-def fingerprint(folder: Path) -> str:
-    """A name for exactly these shards: a model may have trained on what others hold out."""
-    digest = hashlib.sha256()
-    for style in ALL_STYLES:
-        digest.update((folder / f"{style}.tar.xz").read_bytes())
-    return f"emoji-{digest.hexdigest()[:12]}"
-
-
 def captions_of(concept: Concept) -> list[list[str]]:
     """All captions training may show for a concept: one list for each of `CAPTION_SHARES`."""
     rng = random.Random(concept.code)
@@ -203,10 +45,6 @@ def captions_of(concept: Concept) -> list[list[str]]:
         [template.format(concept.subgroup) for template in SUBGROUP_TEMPLATES],
         [", ".join(rng.sample(keywords, min(3, len(keywords)))) for _ in range(KEYWORD_CAPTIONS)],
     ]
-
-
-# ------------------------------------------------------------------------------------------------
-# Batches
 
 
 class Position(NamedTuple):

@@ -13,7 +13,7 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from .data import CannotStart
+from ..errors import CannotStart
 
 TINY = {
     "embed_dim": 128,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .data import EMOJI_FOLDER
+from ..data.emoji import EMOJI_FOLDER
 from .train import RunConfig
 
 TITLES = {"clip": "CLIP", "cyclip": "CyCLIP", "c-cyclip": "C-CyCLIP", "i-cyclip": "I-CyCLIP"}

@@ -14,7 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .data import CannotStart
+from ..errors import CannotStart
 from .pictures import PICTURES
 from .results import TITLES, by_loss
 
