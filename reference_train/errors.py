@@ -1,5 +1,6 @@
 """What ends a command with one line and an exit code, which `__main__.py` sees to."""
 
+
 class Stopped(Exception):
     """The command went wrong under way; the message is one line for the user."""
 

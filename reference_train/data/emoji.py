@@ -17,6 +17,7 @@ TRAIN_STYLES = ("noto", "twemoji", "fluent-emoji-flat")
 SHIFT_STYLES = ("noto-v1", "openmoji", "fluent-emoji")  # never trained on
 STRESS_STYLES = ("fluent-emoji-high-contrast",)  # black and white: outside every mean
 ALL_STYLES = TRAIN_STYLES + SHIFT_STYLES + STRESS_STYLES
+SIZE = 64  # pixels
 
 
 class Concept(NamedTuple):
@@ -43,38 +44,28 @@ class EmojiSet:
         return [i for i, concept in enumerate(self.concepts) if concept.split == split]
 
 
-def is_emoji_folder(path: Path) -> bool:
-    """Whether `path` is laid out as `emoji/` is: one shard for each style."""
-    return any((path / f"{style}.tar.xz").exists() for style in ALL_STYLES)
-
-
-def read_emoji(folder: Path = EMOJI_FOLDER, size: int = 64) -> EmojiSet:
-    """Decodes all styles of a folder of emoji shards."""
+def read_emoji(folder: Path = EMOJI_FOLDER) -> EmojiSet:
+    """Decodes all styles of a folder of emoji shards; raises `CannotStart` if one is not whole."""
     emoji = EmojiSet([], {}, {})
     index: dict[str, int] = {}
     for style in ALL_STYLES:
         images, rows = [], []
         for sample in read_samples([str(folder / f"{style}.tar.xz")]):
             info = sample.info
-            try:
-                code = info["concept"]
-                if code not in index:
-                    index[code] = len(emoji.concepts)
-                    emoji.concepts.append(
-                        Concept(
-                            code,
-                            sample.caption,
-                            tuple(info["keywords"]),
-                            info["group"],
-                            info["subgroup"].replace("-", " "),
-                            info["split"],
-                        )
+            code = info["concept"]
+            if code not in index:
+                index[code] = len(emoji.concepts)
+                emoji.concepts.append(
+                    Concept(
+                        code,
+                        sample.caption,
+                        tuple(info["keywords"]),
+                        info["group"],
+                        info["subgroup"].replace("-", " "),
+                        info["split"],
                     )
-            except KeyError as error:
-                raise CannotStart(
-                    f"{folder}/{style}.tar.xz: a sample's json lacks {error}"
-                ) from error
-            images.append(decode(sample.image, size))
+                )
+            images.append(decode(sample.image, SIZE))
             rows.append(index[code])
         if not images:
             raise CannotStart(f"{folder}/{style}.tar.xz holds no image with a caption")
@@ -83,7 +74,7 @@ def read_emoji(folder: Path = EMOJI_FOLDER, size: int = 64) -> EmojiSet:
     return emoji
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint(folder: Path = EMOJI_FOLDER) -> str:
     """A name for exactly these shards: a model may have trained on what others hold out."""
     digest = hashlib.sha256()
     for style in ALL_STYLES:

@@ -3,13 +3,13 @@
 import io
 import json
 import lzma
-import random
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import webdataset as wds
 from PIL import Image
 
@@ -24,18 +24,13 @@ class Sample(NamedTuple):
     info: dict[str, Any]  # the sample's json, if it has one
 
 
-def read_samples(
-    shards: Sequence[str], shuffle: random.Random | None = None, buffer: int = 2000
-) -> Iterator[Sample]:
-    """The samples of WebDataset tar files that hold both an image and a caption.
+def read_samples(shards: Sequence[str]) -> Iterator[Sample]:
+    """The samples of tar files that hold both an image and a caption, in the files' order.
 
-    shuffle: the random numbers of a shuffle buffer; none keeps the order of the files.
+    Raises `CannotStart` for a shard that isn't there or can't be read.
     """
-    stages = [wds.SimpleShardList(list(shards)), wds.tarfile_to_samples()]
-    if shuffle is not None:
-        stages.append(wds.shuffle(buffer, initial=buffer, rng=shuffle))
     try:
-        for sample in wds.DataPipeline(*stages):
+        for sample in wds.DataPipeline(wds.SimpleShardList(list(shards)), wds.tarfile_to_samples()):
             image = next((sample[e] for e in ("png", "jpg", "jpeg", "webp") if e in sample), None)
             if image is not None and "txt" in sample:
                 info = json.loads(sample["json"]) if "json" in sample else {}
@@ -46,19 +41,10 @@ def read_samples(
         raise CannotStart(f"a shard can't be read: {str(error).splitlines()[0]}") from error
 
 
-def decode(image: bytes, size: int) -> np.ndarray:
-    """An encoded image -> (3, size, size) uint8: on white, shorter side scaled, centre cropped."""
+def decode(image: bytes, size: int) -> npt.NDArray[np.uint8]:
+    """An encoded square image -> (3, size, size) uint8."""
     with Image.open(io.BytesIO(image)) as opened:
-        opened.draft("RGB", (size, size))  # lets the JPEG decoder skip what would be scaled away
-        if opened.mode in ("RGBA", "LA", "P"):
-            rgba = opened.convert("RGBA")
-            opened = Image.new("RGBA", rgba.size, "white")
-            opened.alpha_composite(rgba)
         rgb = opened.convert("RGB")
     if rgb.size != (size, size):
-        scale = size / min(rgb.size)
-        width, height = (max(size, round(side * scale)) for side in rgb.size)
-        left, top = (width - size) // 2, (height - size) // 2
-        rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
-        rgb = rgb.crop((left, top, left + size, top + size))
-    return np.asarray(rgb).transpose(2, 0, 1)
+        rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(rgb, dtype=np.uint8).transpose(2, 0, 1)

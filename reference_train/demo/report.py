@@ -3,10 +3,8 @@
 `python -m reference_train report FOLDER` makes both again from `results.json`, without training.
 """
 
-import argparse
 import json
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,57 +14,38 @@ from rich.table import Table
 
 from ..errors import CannotStart
 from .pictures import PICTURES
-from .results import TITLES, by_loss
+from .results import LOSSES, by_loss
 
-# the table: situation -> (heading, rows); a row is (question, label, is it times 100?); `names` and
-# `images` are among how many the right one is to be found
-GEOMETRY = (
-    ("inmodal_gap", "in-modal gap × 100 ↓", True),
-    ("crossmodal_gap", "cross-modal gap × 100 ↓", True),
-    ("alignment", "alignment ↓", False),
-    ("image_uniformity", "image uniformity ↓", False),
-    ("text_uniformity", "text uniformity ↓", False),
-)
-ROWS: dict[str, tuple[str, tuple[tuple[str, str, bool], ...]]] = {
-    "new style": (
-        "trained concepts, new styles",
-        (
-            ("image_to_name", "image → name (of {names:,.0f})", True),
-            ("name_to_image", "name → image (of {images:,.0f})", True),
-            ("subgroup", "subgroup, zero-shot", True),
-            ("group", "group, zero-shot", True),
-            ("name_consistency", "consistency: name", True),
-            ("subgroup_consistency", "consistency: subgroup", True),
-            *GEOMETRY,
-        ),
-    ),
+# question -> (its row's label, is it times 100?); `names` and `images` are among how many the right
+# one is to be found
+QUESTIONS = {
+    "image_to_name": ("image → name (of {names:,.0f})", True),
+    "name_to_image": ("name → image (of {images:,.0f})", True),
+    "subgroup": ("subgroup, zero-shot", True),
+    "group": ("group, zero-shot", True),
+    "name_consistency": ("consistency: name", True),
+    "subgroup_consistency": ("consistency: subgroup", True),
+    "inmodal_gap": ("in-modal gap × 100 ↓", True),
+    "crossmodal_gap": ("cross-modal gap × 100 ↓", True),
+    "alignment": ("alignment ↓", False),
+    "image_uniformity": ("image uniformity ↓", False),
+    "text_uniformity": ("text uniformity ↓", False),
+}
+# situation -> (heading, the questions the table has of it)
+SECTIONS = {
+    "new style": ("trained concepts, new styles", list(QUESTIONS)),
     "new concept": (
         "new concepts, trained styles",
-        (
-            ("image_to_name", "image → name (of {names:,.0f})", True),
-            ("name_to_image", "name → image (of {images:,.0f})", True),
-            ("subgroup", "subgroup, zero-shot", True),
-            ("group", "group, zero-shot", True),
-            ("subgroup_consistency", "consistency: subgroup", True),
-            *GEOMETRY[:3],
-        ),
+        [
+            *("image_to_name", "name_to_image", "subgroup", "group", "subgroup_consistency"),
+            *("inmodal_gap", "crossmodal_gap", "alignment"),
+        ],
     ),
     "new both": (
         "new concepts, new styles",
-        (
-            ("image_to_name", "image → name (of {names:,.0f})", True),
-            ("subgroup", "subgroup, zero-shot", True),
-            ("group", "group, zero-shot", True),
-            ("subgroup_consistency", "consistency: subgroup", True),
-        ),
+        ["image_to_name", "subgroup", "group", "subgroup_consistency"],
     ),
-    "stress": (
-        "trained concepts, drawn black",
-        (
-            ("image_to_name", "image → name (of {names:,.0f})", True),
-            ("subgroup", "subgroup, zero-shot", True),
-        ),
-    ),
+    "stress": ("trained concepts, drawn black", ["image_to_name", "subgroup"]),
 }
 
 
@@ -95,28 +74,31 @@ def make_table(results: dict[str, Any]) -> Table:
     )
     table.add_column("", no_wrap=True)
     for loss in losses:
-        table.add_column(TITLES[loss], justify="right", no_wrap=True)
-    for situation, (heading, rows) in ROWS.items():
-        first = results["runs"][0]["results"]["situations"][situation]
+        table.add_column(LOSSES[loss].title, justify="right", no_wrap=True)
+    for situation, (heading, questions) in SECTIONS.items():
         table.add_row(f"[bold]{heading}")
-        for question, label, times_100 in rows:
-            cells = []
-            for runs in losses.values():
-                values = [run["results"]["situations"][situation][question] for run in runs]
-                cells.append(cell(values, times_100))
-            table.add_row(f"  {label.format(**first)}", *cells)
+        for question in questions:
+            label, times_100 = QUESTIONS[question]
+            numbers = [
+                [run["results"]["situations"][situation] for run in runs]
+                for runs in losses.values()
+            ]
+            cells = [cell([n[question] for n in of_loss], times_100) for of_loss in numbers]
+            table.add_row(f"  {label.format(**numbers[0][0])}", *cells)
         table.add_section()
-    for label, key, digits in (
-        ("seconds a run", "seconds", 0),
-        ("images/s", "images_per_second", 0),
-    ):
+    for label, key in (("seconds a run", "seconds"), ("images/s", "images_per_second")):
         means = [statistics.mean(run[key] for run in runs) for runs in losses.values()]
-        table.add_row(label, *(f"{value:,.{digits}f}" for value in means))
+        table.add_row(label, *(f"{value:,.0f}" for value in means))
     return table
 
 
-def show(out: Path, console: Console) -> None:
-    """Prints the table of `out/results.json` and saves it and the pictures beside it."""
+def report(out: Path, console: Console) -> None:
+    """Prints the table of `out/results.json` and saves it and the pictures beside it.
+
+    Raises `CannotStart` if there is no such file.
+    """
+    if not (out / "results.json").is_file():
+        raise CannotStart(f"report: no results.json in {out}")
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     table = make_table(results)
     console.print(table)
@@ -126,18 +108,3 @@ def show(out: Path, console: Console) -> None:
         draw(results, out / name)
     console.print(f"pictures: {', '.join(str(out / name) for name in PICTURES)}", soft_wrap=True)
     console.print(f"numbers:  {out / 'results.json'}, {out / 'table.txt'}", soft_wrap=True)
-
-
-def main(argv: Sequence[str]) -> None:
-    """`python -m reference_train report FOLDER`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m reference_train report",
-        description="Makes the table and the pictures again from FOLDER/results.json.",
-    )
-    parser.add_argument(
-        "folder", type=Path, metavar="FOLDER", help="an --out folder of earlier runs"
-    )
-    folder = parser.parse_args(argv).folder
-    if not (folder / "results.json").is_file():
-        raise CannotStart(f"report: no results.json in {folder}")
-    show(folder, Console())
