@@ -1,12 +1,8 @@
-"""`python -m reference_train`: the command by its first word, and how it ends.
+"""`python -m reference_train`: the command by its first word."""
 
-Exit codes: 0 done, 1 it went wrong, 2 it can't start, 130 interrupted.
-"""
-
-import sys
 from collections.abc import Sequence
 
-from .errors import Stopped
+from .errors import run
 
 
 def main(argv: Sequence[str]) -> None:
@@ -25,17 +21,5 @@ def main(argv: Sequence[str]) -> None:
         command(argv)
 
 
-def run() -> None:
-    """The command line: an error is one line."""
-    try:
-        main(sys.argv[1:])
-    except Stopped as error:
-        print(f"reference_train: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("reference_train: interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
 if __name__ == "__main__":
-    run()
+    run(main)

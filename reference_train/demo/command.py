@@ -8,13 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from rich.console import Console
 
 from ..data.emoji import EmojiSet, fingerprint, read_emoji
-from ..errors import CannotStart
+from ..errors import CannotStart, Parser
 from .batches import EmojiBatches
 from .evaluate import evaluate, validation_measures
 from .model import build_model
@@ -29,14 +28,6 @@ PRESETS = {
     "short": {"steps": 620, "lr": 3e-3, "logit_scale": 33.0},
     "long": {"steps": 1500, "lr": 2e-3, "logit_scale": 14.3},
 }
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raises `CannotStart`."""
-        raise CannotStart(message)
 
 
 def whole_number(least: int) -> Callable[[str], int]:

@@ -26,6 +26,7 @@ pytest.importorskip("matplotlib")
 from PIL import Image
 
 from reference_train import __main__ as cli
+from reference_train import errors
 from reference_train.data.emoji import (
     ALL_STYLES,
     SHIFT_STYLES,
@@ -37,7 +38,6 @@ from reference_train.demo import command, pictures
 from reference_train.demo.batches import EmojiBatches
 from reference_train.demo.images import augment, resize
 from reference_train.demo.model import TINY, build_model
-from reference_train.errors import CannotStart, Interrupted
 
 CONCEPTS = 24  # 16 to train on, 4 for validation, 4 for test
 FAST = ["--steps", "6", "--batch-size", "8", "--split", "validation"]
@@ -187,7 +187,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
         return validate(*arguments)
 
     monkeypatch.setattr(command, "validation_measures", validate_and_press_ctrl_c)
-    with pytest.raises(Interrupted, match="step 3 of 5"):
+    with pytest.raises(errors.Interrupted, match="step 3 of 5"):
         run(*options, "--out", tmp_path / "parts")
     run(*options, "--out", tmp_path / "parts")
 
@@ -210,10 +210,10 @@ def test_ctrl_c_leaves_a_checkpoint_and_a_hint(tmp_path: Path) -> None:
     while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text()):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
+    _, said = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert errors.count("\n") == 1
-    assert "the same command goes on from there" in errors
+    assert said.count("\n") == 1
+    assert "the same command goes on from there" in said
     saved = torch.load(tmp_path / "clip-seed0" / "checkpoint.pt", weights_only=True)
     assert saved["step"] == len(lines(metrics)) >= 10
     assert not list(tmp_path.rglob("*.partial"))
@@ -225,7 +225,7 @@ def test_a_loss_that_is_no_number_ends_the_run(
     options = [*FAST, "--lr", "1e30", "--steps", "20", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["reference_train", *options])
     with pytest.raises(SystemExit) as stopped:
-        cli.run()
+        errors.run(cli.main)
     assert stopped.value.code == 1
     assert "try a lower --lr" in capsys.readouterr().err
 
@@ -289,12 +289,12 @@ def test_a_run_that_cannot_start_says_so_in_one_line(
     monkeypatch.setattr(sys, "argv", ["reference_train", *arguments])
     monkeypatch.setattr(command, "train", lambda *_: pytest.fail("training began"))
     with pytest.raises(SystemExit) as stopped:
-        cli.run()
-    errors = capsys.readouterr().err
+        errors.run(cli.main)
+    said = capsys.readouterr().err
     assert stopped.value.code == 2
-    assert errors.startswith("reference_train: ")
-    assert errors.count("\n") == 1
-    assert message in errors
+    assert said.startswith("reference_train: ")
+    assert said.count("\n") == 1
+    assert message in said
 
 
 @pytest.mark.parametrize(
@@ -317,14 +317,14 @@ def test_emoji_that_are_not_whole_are_refused(
         path.write_bytes(shard)
     elif shard:
         write_tar(path, shard)
-    with pytest.raises(CannotStart, match=message):
+    with pytest.raises(errors.CannotStart, match=message):
         read_emoji(folder)
 
 
 def test_runs_with_other_settings_do_not_mix(finished: Path) -> None:
-    with pytest.raises(CannotStart, match="steps = 6, not 7: choose another"):
+    with pytest.raises(errors.CannotStart, match="steps = 6, not 7: choose another"):
         run(*FAST, "--steps", 7, "--loss", "i-cyclip", "--out", finished)
-    with pytest.raises(CannotStart, match=r"lambda_inmodal = 0\.25, not 1\.0"):
+    with pytest.raises(errors.CannotStart, match=r"lambda_inmodal = 0\.25, not 1\.0"):
         run(*FAST, "--lambda-inmodal", 1, "--out", finished)
 
 
