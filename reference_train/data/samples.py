@@ -47,5 +47,5 @@ def decode(image: bytes, size: int) -> npt.NDArray[np.uint8]:
         rgb = opened.convert("RGB")
     if rgb.size != (size, size):
         rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
-    pixels: npt.NDArray[np.uint8] = np.asarray(rgb, dtype=np.uint8)
-    return pixels.transpose(2, 0, 1)
+    pixels: npt.NDArray[np.uint8] = np.asarray(rgb).transpose(2, 0, 1)
+    return pixels
