@@ -1,7 +1,7 @@
 """The training loop: one run of one loss, which can be stopped and resumed at any step.
 
 What a run leaves in its folder: `metrics.jsonl` (a line a step), `checkpoint.pt` while it is under
-way (model, optimiser, step, random state), `model.pt` once trained.
+way (model, optimiser, step), `model.pt` once trained.
 """
 
 import contextlib
@@ -157,9 +157,6 @@ def train(
         saved = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        torch.set_rng_state(saved["rng"])
-        if saved["cuda_rng"] is not None and device.type == "cuda":
-            torch.cuda.set_rng_state(saved["cuda_rng"], device)
         start, seconds_before = saved["step"], saved["seconds"]
         console.print(f"{config.name}: resumed at step {start} of {config.steps}")
 
@@ -175,8 +172,6 @@ def train(
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "step": step,
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
             "seconds": seconds(),
         }
         with written_whole(checkpoint_path) as path:
