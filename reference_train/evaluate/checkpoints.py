@@ -83,10 +83,14 @@ def find_checkpoints(
         found.append(Checkpoint(f"{model} {pretrained}", model, None, pretrained, {}))
     if not found:
         raise CannotStart("no checkpoint: name one, or --model with --pretrained")
+    if OWN_MODELS.is_dir():
+        open_clip.add_model_config(OWN_MODELS)
     titles = [checkpoint.title for checkpoint in found]
-    for title in titles:
-        if titles.count(title) > 1:
-            raise CannotStart(f"two checkpoints are called {title!r}")
+    for checkpoint in found:
+        if titles.count(checkpoint.title) > 1:
+            raise CannotStart(f"two checkpoints are called {checkpoint.title!r}")
+        if ":" not in checkpoint.model and checkpoint.model not in open_clip.list_models():
+            raise CannotStart(f"{checkpoint.title}: OpenCLIP has no model {checkpoint.model!r}")
     return found
 
 
@@ -221,10 +225,6 @@ def load(
 ) -> Clip:
     """Builds the model and reads the weights. Raises `CannotStart` if either can't be done."""
     name, epoch = checkpoint.model, None
-    if OWN_MODELS.is_dir() and name not in open_clip.list_models():
-        open_clip.add_model_config(OWN_MODELS)
-    if ":" not in name and name not in open_clip.list_models():
-        raise CannotStart(f"{checkpoint.title}: OpenCLIP has no model {name!r}")
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)  # "no pretrained weights": they come next
     try:

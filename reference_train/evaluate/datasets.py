@@ -2,7 +2,7 @@
 
 import io
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,7 +44,7 @@ class DataSet:
     classes: dict[str, Classes] = field(default_factory=dict)  # by question, "" the first
     captions: list[list[str]] | None = None  # of each image, one or more
     groups: list[str] | None = None  # of each image, its style for example: numbers for each, too
-    train: Callable[[], tuple[Images, Tensor]] | None = None  # images with labels, question ""
+    train: tuple[Images, Tensor] | None = None  # images, and labels of the question ""
     # The groups are styles of the same things: the number is the mean over groups, and an image's
     # neighbours come from the other groups. `apart` is in no mean and no neighbour.
     across_groups: bool = False
@@ -78,7 +78,7 @@ class TarImages:
                 with tarfile.open(shard, "r:") as tar:
                     self._index(shard, tar)
             except (OSError, tarfile.TarError) as error:
-                raise Unusable(f"{shard}: {error}") from error
+                raise Unusable(f"{shard}: {getattr(error, 'strerror', None) or error}") from error
 
     def _index(self, shard: Path, tar: tarfile.TarFile) -> None:
         """Adds the samples of one file: members with the same name up to its first dot."""

@@ -1,5 +1,6 @@
 """Which metrics a data set has, and their numbers for one model."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -36,11 +37,11 @@ def measure(clip: Clip, data: DataSet, linear_probe: bool, encode: Encode) -> di
         for question, classes in data.classes.items()
     }
     labels = {question: classes.labels.to(device) for question, classes in data.classes.items()}
-    predicted = {q: metrics.predict(image, p, 5) for q, p in prompts.items()}
+    predicted = {q: metrics.nearest(image, p, 5) for q, p in prompts.items()}
     neighbours: dict[str, Tensor] = {}  # labels of the nearest images, (n, k)
     probe: Numbers = {}
     if data.train is not None:
-        train_images, train_labels = data.train()
+        train_images, train_labels = data.train
         rows = sample_rows(len(train_images), NEIGHBOURS_FROM)
         if linear_probe:
             features = encode(train_images, "train").to(device)
@@ -87,7 +88,9 @@ def measure(clip: Clip, data: DataSet, linear_probe: bool, encode: Encode) -> di
             partner = prompts[question][labels[question][rows]]
         some = sample_rows(len(rows), PAIRS).to(device)
         geometry = consistency_metrics(x[some], partner[some])
-        return numbers | {name: value.item() for name, value in geometry.items()}
+        geometry_numbers = {name: value.item() for name, value in geometry.items()}
+        # the uniformity of one image is no number
+        return numbers | {name: v for name, v in geometry_numbers.items() if math.isfinite(v)}
 
     groups = {
         group: numbers_of(rows.to(device)) for group, rows in rows_of_groups(data.groups).items()
@@ -100,13 +103,17 @@ def measure(clip: Clip, data: DataSet, linear_probe: bool, encode: Encode) -> di
 
 
 def neighbours_across(image: Tensor, data: DataSet) -> Tensor:
-    """For each image the nearest ones of other groups, but of those apart: (n, 10) rows."""
-    near = torch.empty(len(image), max(metrics.KS), dtype=torch.long, device=image.device)
-    groups = rows_of_groups(data.groups)
+    """For each image the nearest ones of other groups, but of those apart: (n, up to 10) rows."""
+    groups = {group: rows.to(image.device) for group, rows in rows_of_groups(data.groups).items()}
+    others = {
+        group: torch.cat([r for g, r in groups.items() if g != group and g not in data.apart])
+        for group in groups
+    }
+    k = min(max(metrics.KS), *(len(rows) for rows in others.values()))
+    near = torch.empty(len(image), k, dtype=torch.long, device=image.device)
     for group, mine in groups.items():
-        others = torch.cat([r for g, r in groups.items() if g != group and g not in data.apart])
-        others = others.to(image.device)
-        near[mine] = others[metrics.nearest(image[mine], image[others], max(metrics.KS))]
+        gallery = others[group]
+        near[mine] = gallery[metrics.nearest(image[mine], image[gallery], k)]
     return near
 
 

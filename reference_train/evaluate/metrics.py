@@ -5,6 +5,7 @@ What is n x m is computed in strips of rows.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +19,14 @@ def strips(rows: int) -> Iterator[slice]:
     return (slice(start, start + STRIP) for start in range(0, rows, STRIP))
 
 
-def predict(image: Tensor, prompts: Tensor, k: int = 1) -> Tensor:
-    """The k best classes of each image, best first: (n, min(k, C)).
+def nearest(queries: Tensor, gallery: Tensor, k: int) -> Tensor:
+    """The k rows of the gallery with the highest cosine, best first: (Q, min(k, G)).
 
-    image: (n, D). prompts: (C, D), a feature for each class.
+    Of images (Q, D) among the features of classes (G, D): the zero-shot labels.
     """
-    k = min(k, len(prompts))
-    return torch.cat([(image[rows] @ prompts.T).topk(k).indices for rows in strips(len(image))])
+    k = min(k, len(gallery))
+    found = [(queries[rows] @ gallery.T).topk(k).indices for rows in strips(len(queries))]
+    return torch.cat(found)
 
 
 def coarse_and_fine(
@@ -89,11 +91,6 @@ def retrieval(image: Tensor, text: Tensor, pairs: Tensor) -> dict[str, float]:
     return numbers
 
 
-def nearest(image: Tensor, gallery: Tensor, k: int) -> Tensor:
-    """The k nearest rows of the gallery by cosine, nearest first: (n, min(k, G))."""
-    return predict(image, gallery, k)
-
-
 def majority(labels: Tensor) -> Tensor:
     """The most frequent label of each row: (n,). On a tie the farthest goes, until there is none.
 
@@ -145,11 +142,8 @@ def linear_probe(
         for parameter in layer.parameters():
             parameter.uniform_(-bound, bound, generator=generator)
     layer.to(features.device)
-    optimizer = torch.optim.AdamW(
-        [{"params": [layer.weight], "weight_decay": 0.01}, {"params": [layer.bias]}],
-        lr=0.005,
-        weight_decay=0.0,
-    )
+    weight: dict[str, Any] = {"params": [layer.weight], "weight_decay": 0.01}
+    optimizer = torch.optim.AdamW([weight, {"params": [layer.bias], "weight_decay": 0.0}], lr=0.005)
     steps = epochs * -(-len(features) // batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(epochs):
@@ -162,4 +156,4 @@ def linear_probe(
             schedule.step()
     with torch.no_grad():
         right = layer(test_features).argmax(dim=1) == test_labels
-    return right.float().mean().item()
+    return float(right.float().mean())

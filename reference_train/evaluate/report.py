@@ -1,4 +1,4 @@
-"""The table, the JSON and the picture."""
+"""What is written: `evaluation.json`, `table.md` and `picture.png`."""
 
 import argparse
 import json
@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.markdown import Markdown
 
 from ..files import written_whole
 from .checkpoints import Clip
@@ -23,45 +22,40 @@ from .paper import ORIGINS, PUBLISHED
 matplotlib.use("Agg")  # files only: no display needed
 from matplotlib import pyplot as plt
 
-RECALLS = {
-    f"{start}_r{k}": f"{words}, R@{k}"
-    for start, words in (("image_to_text", "image → text"), ("text_to_image", "text → image"))
-    for k in (1, 5, 10)
-}
-SHARES = {  # in %, the higher the better
-    "top1": "zero-shot top-1",
-    "top5": "zero-shot top-5",
-    "coarse": "superclass right",
-    "fine": "right within the superclass",
-    **{f"consistency_{k}": f"consistency score, k = {k}" for k in KS},
-    "linear_probe": "linear probe",
-    "subgroup_top1": "subgroup, zero-shot top-1",
-    "subgroup_top5": "subgroup, zero-shot top-5",
-    **{f"subgroup_consistency_{k}": f"subgroup, consistency score, k = {k}" for k in KS},
-    **RECALLS,
-}
-GEOMETRY = {  # the lower the better
+METRICS: dict[str, tuple[str, float]] = {  # words in the table, factor of the number there
+    "top1": ("zero-shot top-1", 100),
+    "top5": ("zero-shot top-5", 100),
+    "coarse": ("superclass", 100),
+    "fine": ("within the superclass", 100),
+    **{f"consistency_{k}": (f"consistency score, k = {k}", 100) for k in KS},
+    "linear_probe": ("linear probe", 100),
+    "subgroup_top1": ("subgroup top-1", 100),
+    "subgroup_top5": ("subgroup top-5", 100),
+    **{f"subgroup_consistency_{k}": (f"subgroup consistency, k = {k}", 100) for k in KS},
+    **{f"image_to_text_r{k}": (f"image → text, R@{k}", 100) for k in (1, 5, 10)},
+    **{f"text_to_image_r{k}": (f"text → image, R@{k}", 100) for k in (1, 5, 10)},
     "alignment": ("alignment", 1),
     "image_uniformity": ("image uniformity", 1),
     "text_uniformity": ("text uniformity", 1),
     "inmodal_gap": ("in-modal gap × 100", 100),
     "crossmodal_gap": ("cross-modal gap × 100", 100),
 }
-GROUPS_SHOW = ("top1", "top5", "subgroup_top1", "image_to_text_r1", "text_to_image_r1")
+OF_GROUPS = ("top1", "subgroup_top1", "image_to_text_r1", "text_to_image_r1")  # in the table
+PANELS = ("top1", "consistency_1", "image_to_text_r1")  # of the picture
+PAPER_TITLES = ("CLIP, paper", "CyCLIP, paper")
 COLOURS = ("#e4572e", "#2a9d8f", "#8e5ea2", "#e9b44c", "#1f77b4", "#1b8a4b")
-PAPER_COLOURS = {"CLIP, paper": "#c3cad1", "CyCLIP, paper": "#5b6b7b"}
-PANELS = {
-    "top1": "zero-shot top-1, %",
-    "consistency_1": "consistency score, k = 1, %",
-    "image_to_text_r1": "image → text, R@1, %",
+PAPER_COLOURS = dict(zip(PAPER_TITLES, ("#c3cad1", "#5b6b7b"), strict=True))
+NEEDS = {  # metrics that the paper has and you may lack
+    "coarse": "superclasses need --superclasses",
+    "consistency_1": "the consistency score needs a train split",
+    "linear_probe": "the linear probe needs --linear-probe and a train split",
 }
-SHOWN_OF_A_LINE = 4  # rows of which the table names a group
 
 
 def start(arguments: argparse.Namespace, command: str) -> dict[str, Any]:
     """What is known before anything is computed."""
     packages = ("torch", "torchvision", "open_clip_torch")
-    device = torch.device(arguments.device)
+    device = arguments.device
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command,
@@ -80,6 +74,7 @@ def describe(data: DataSet) -> dict[str, Any]:
     groups = {group: (data.groups or []).count(group) for group in dict.fromkeys(data.groups or [])}
     return {
         "images": len(data.images),
+        "train_images": len(data.train[0]) if data.train else 0,
         "classes": {q or "class": len(c.names) for q, c in data.classes.items()},
         "templates": max((len(c.templates) for c in data.classes.values()), default=0),
         "captions": sum(map(len, data.captions or [])),
@@ -99,160 +94,99 @@ def describe_checkpoint(clip: Clip) -> dict[str, Any]:
     }
 
 
-def table_rows(result: dict[str, Any]) -> list[tuple[str, list[tuple[str, ...]]]]:
-    """(data set, rows) of cells: metric, one for each checkpoint, the paper's CLIP and CyCLIP."""
-    tables = []
-    for name in result["data_sets"]:
-        of_models = [found.get(name) for found in result["results"].values()]
-        if not any(of_models):
-            continue
-        rows = []
-        for metric, (words, factor) in metric_titles().items():
-            cells = [cell(m and m["numbers"].get(metric), factor) for m in of_models]
-            paper = paper_cells(name, metric)
-            if any(cells) or any(paper):
-                rows.append((words, *cells, *paper))
-        for group in result["data_sets"][name]["groups"]:
-            for metric in GROUPS_SHOW:
-                words, factor = metric_titles()[metric]
-                cells = [cell(m and m["groups"][group].get(metric), factor) for m in of_models]
-                if any(cells):
-                    rows.append((f"{group}: {words}", *cells, "", ""))
-        tables.append((name, rows))
-    return tables
-
-
-def metric_titles() -> dict[str, tuple[str, float]]:
-    """Metric -> its words and the factor that its numbers are shown with."""
-    return {**{metric: (words, 100.0) for metric, words in SHARES.items()}, **GEOMETRY}
-
-
-def cell(value: float | None, factor: float) -> str:
-    """A number with as many digits as say something."""
-    return "" if value is None else f"{factor * value:.2f}"
-
-
-def paper_cells(name: str, metric: str) -> tuple[str, str]:
-    """The paper's two numbers, each with the first letter of its origin."""
-    if (published := PUBLISHED.get((name, metric))) is None:
-        return "", ""
-    mark = published.origin[0]
-    return f"{published.clip:.2f} {mark}", f"{published.cyclip:.2f} {mark}"
-
-
-def notes(result: dict[str, Any]) -> list[str]:
-    """What stands under the table."""
-    text = [
+def markdown(result: dict[str, Any]) -> str:
+    """`table.md`: a table for each data set, and notes."""
+    out = [f"# Evaluation of {result['date']}", "", f"    {result['command']}", ""]
+    notes = [
         "In %, but for alignment, uniformity and gaps, where lower is better.",
         "Paper: Goel et al. 2022, RN50 on CC3M; "
         + "; ".join(f"{origin[0]}: {words}" for origin, words in ORIGINS.items())
         + ".",
     ]
     for name, data in result["data_sets"].items():
-        if data["mean_over"]:
-            text.append(f"{name}: mean over {', '.join(data['mean_over'])}.")
-    text += [f"Skipped: {name}: {why}." for name, why in result["skipped"].items()]
-    return text
-
-
-def as_markdown(result: dict[str, Any]) -> str:
-    """`table.md`."""
-    heads = ["", *result["results"], "CLIP, paper", "CyCLIP, paper"]
-    out = [f"# Evaluation of {result['date']}", "", f"    {result['command']}", ""]
-    for name, rows in table_rows(result):
-        out += [f"## {headline(result, name)}", ""]
-        out += ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
-        out += ["| " + " | ".join(row) + " |" for row in rows] + [""]
-    return "\n".join([*out, *(f"- {note}" for note in notes(result))]) + "\n"
-
-
-def headline(result: dict[str, Any], name: str) -> str:
-    """A data set with its sizes."""
-    data = result["data_sets"][name]
-    sizes = [f"{data['images']:,} images"]
-    sizes += [f"{n:,} {'classes' if q == 'class' else q + 's'}" for q, n in data["classes"].items()]
-    if data["templates"]:
-        sizes.append(f"{data['templates']} templates")
-    if data["captions"]:
-        sizes.append(f"{data['captions']:,} captions")
-    return f"{name} ({', '.join(sizes)})"
-
-
-def show(result: dict[str, Any], console: Console) -> None:
-    """The table on the terminal."""
-    for name, rows in table_rows(result):
-        table = Table(title=headline(result, name), title_justify="left", title_style="bold")
-        table.add_column("")
-        for title in [*result["results"], "CLIP, paper", "CyCLIP, paper"]:
-            table.add_column(title, justify="right")
+        columns = {title: found.get(name) for title, found in result["results"].items()}
+        if not any(columns.values()):
+            continue
+        paper = {m: p for m in METRICS if (p := PUBLISHED.get((name, m)))}
+        rows = [
+            [words, *(cell(c, "numbers", metric) for c in columns.values())]
+            + [f"{number:.2f} {p.origin[0]}" for p in [paper.get(metric)] if p for number in p[:2]]
+            for metric, (words, _) in METRICS.items()
+        ]
+        rows += [
+            [f"{group}: {METRICS[metric][0]}", *(cell(c, group, metric) for c in columns.values())]
+            for group in data["groups"]
+            for metric in OF_GROUPS
+        ]
+        heads = ["", *columns, *(PAPER_TITLES if paper else ())]
+        out += [f"## {name}: {sizes(data)}", ""]
+        out += [f"| {' | '.join(heads)} |", "|---" + "|---:" * (len(heads) - 1) + "|"]
         for row in rows:
-            table.add_row(*row)
-        console.print(table)
-    for note in notes(result):
-        console.print(note, highlight=False)
+            if any(row[1:]):
+                out.append(f"| {' | '.join(row + [''] * (len(heads) - len(row)))} |")
+        out.append("")
+        if data["mean_over"]:
+            notes.append(f"{name}: the mean over {', '.join(data['mean_over'])}.")
+        notes += [
+            f"{name}: {why}."
+            for metric, why in NEEDS.items()
+            if metric in paper and not any(cell(c, "numbers", metric) for c in columns.values())
+        ]
+    notes += [f"Skipped: {name}: {why}." for name, why in result["skipped"].items()]
+    return "\n".join([*out, *(f"- {note}" for note in notes)]) + "\n"
 
 
-def bars(result: dict[str, Any], metric: str) -> tuple[list[str], dict[str, list[float]]]:
-    """The data sets that have a metric, and each column's numbers in %, NaN where it has none."""
-    found = result["results"]
-    names = [
-        name
-        for name in result["data_sets"]
-        if any(metric in of.get(name, {"numbers": {}})["numbers"] for of in found.values())
-    ]
-    columns = {
-        title: [100 * of.get(n, {"numbers": {}})["numbers"].get(metric, np.nan) for n in names]
-        for title, of in found.items()
-    }
-    published = [PUBLISHED.get((name, metric)) for name in names]
-    if any(published):
-        columns["CLIP, paper"] = [p.clip if p else np.nan for p in published]
-        columns["CyCLIP, paper"] = [p.cyclip if p else np.nan for p in published]
-    return names, columns
+def cell(found: dict[str, Any] | None, where: str, metric: str) -> str:
+    """A number of a checkpoint on a data set, or on a group of it; empty if there is none."""
+    numbers = {} if found is None else {**found["groups"], "numbers": found["numbers"]}[where]
+    return f"{METRICS[metric][1] * numbers[metric]:.2f}" if metric in numbers else ""
+
+
+def sizes(data: dict[str, Any]) -> str:
+    """A data set in words."""
+    counts = {"images": data["images"], "train images": data["train_images"]}
+    counts |= {"classes" if q == "class" else f"{q}s": n for q, n in data["classes"].items()}
+    counts |= {"templates": data["templates"], "captions": data["captions"]}
+    return ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Yours beside the paper's; 5.5 inches wide, to be read on a phone."""
-    panels = {metric: bars(result, metric) for metric in PANELS}
-    panels = {metric: panel for metric, panel in panels.items() if panel[0]}
-    if not panels:
-        return
-    colours = {t: COLOURS[i % len(COLOURS)] for i, t in enumerate(result["results"])}
-    colours |= PAPER_COLOURS
+    titles = [*result["results"], *PAPER_TITLES]
+    colours = {title: COLOURS[i % len(COLOURS)] for i, title in enumerate(titles)} | PAPER_COLOURS
+    panels = {metric: panel for metric in PANELS if (panel := bars(result, metric))}
     heights = [
-        0.9 + 0.17 * sum(np.isfinite(v).sum() for v in c.values()) + 0.2 * len(names)
-        for names, c in panels.values()
+        0.9 + sum(0.2 + 0.17 * len(of) for of in panel.values()) for panel in panels.values()
     ]
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
     fig, axes = plt.subplots(
-        len(panels),
+        max(1, len(panels)),
         1,
-        figsize=(5.5, 0.5 + sum(heights)),
+        figsize=(5.5, 1 + sum(heights)),
         dpi=200,
         layout="constrained",
-        height_ratios=heights,
+        height_ratios=heights or None,
         squeeze=False,
     )
     handles: dict[str, Any] = {}
-    for ax, (metric, (names, columns)) in zip(axes[:, 0], panels.items(), strict=True):
+    for ax, (metric, panel) in zip(axes[:, 0], panels.items(), strict=False):
         y, ticks = 0.0, []
-        for place in range(len(names)):
-            first = y
-            for title, values in columns.items():
-                if np.isfinite(values[place]):
-                    drawn = ax.barh(y, values[place], 0.9, color=colours[title])
-                    ax.bar_label(drawn, fmt="%.1f", padding=3, fontsize=9)
-                    handles.setdefault(title, drawn)
-                    y += 1
-            ticks.append((first + y - 1) / 2)
+        for of_set in panel.values():
+            ticks.append(y + (len(of_set) - 1) / 2)
+            for title, value in of_set.items():
+                drawn = ax.barh(y, value, 0.9, color=colours[title])
+                ax.bar_label(drawn, fmt="%.1f", padding=3, fontsize=9)
+                handles.setdefault(title, drawn)
+                y += 1
             y += 0.8
-        ax.set_yticks(ticks, names)
-        ax.set_ylim(y - 0.8, -0.7)
+        ax.set_yticks(ticks, list(panel))
+        ax.set_ylim(y - 1.1, -0.7)
         ax.margins(x=0.12)  # room for the numbers
-        ax.set_title(PANELS[metric], loc="left")
+        ax.set_title(f"{METRICS[metric][0]}, %", loc="left")
+    shown = [title for title in titles if title in handles]
     fig.legend(
-        handles.values(),
-        handles.keys(),
+        [handles[title] for title in shown],
+        shown,
         frameon=False,
         loc="outside upper center",
         ncols=2,
@@ -262,13 +196,27 @@ def draw(result: dict[str, Any], path: Path) -> None:
     plt.close(fig)
 
 
+def bars(result: dict[str, Any], metric: str) -> dict[str, dict[str, float]]:
+    """data set -> column -> the metric in %, where you have it."""
+    panel: dict[str, dict[str, float]] = {}
+    for name in result["data_sets"]:
+        for title, found in result["results"].items():
+            value = found.get(name, {"numbers": {}})["numbers"].get(metric)
+            if value is not None:
+                panel.setdefault(name, {})[title] = 100 * value
+        if name in panel and (paper := PUBLISHED.get((name, metric))):
+            panel[name] |= dict(zip(PAPER_TITLES, paper[:2], strict=True))
+    return panel
+
+
 def write(result: dict[str, Any], out: Path, console: Console) -> None:
-    """`evaluation.json`, `table.md` and `picture.png`, and the table on the terminal."""
+    """The three files, and the table on the terminal."""
+    table = markdown(result)
     with written_whole(out / "evaluation.json") as path:
         path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     with written_whole(out / "table.md") as path:
-        path.write_text(as_markdown(result), encoding="utf-8")
+        path.write_text(table, encoding="utf-8")
     with written_whole(out / "picture.png") as path:
         draw(result, path)
-    show(result, console)
+    console.print(Markdown(table))
     console.print(f"\nWritten to {out}", highlight=False)

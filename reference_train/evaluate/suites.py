@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
-from timm.data import ImageNetInfo
+from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
@@ -88,39 +88,34 @@ Open = Callable[[], DataSet]
 
 
 def find(roots: Sequence[Path], superclasses: list[str] | None) -> dict[str, Open]:
-    """The data sets at the roots, in their folders and in these folders' own, the paper's first.
+    """The data sets that the roots or their folders are, the paper's first.
 
     superclasses: of ImageNet's 1,000 classes.
     """
     found: dict[str, Open] = {}
     for root in roots:
-        children = [path for path in sorted(root.iterdir()) if path.is_dir()]
-        inner = [path for child in children for path in sorted(child.iterdir()) if path.is_dir()]
-        for folder in (root, *children, *inner):
-            for name, opener in recognise(folder, superclasses):
-                found.setdefault(name, opener)
+        for folder in (root.resolve(), *sorted(root.resolve().iterdir())):
+            if folder.is_dir() and (known := recognise(folder, superclasses)):
+                found.setdefault(*known)
     return {name: found[name] for name in [*PAPER, *found] if name in found}
 
 
-def recognise(folder: Path, superclasses: list[str] | None) -> list[tuple[str, Open]]:
-    """The data set that a folder is; none, mostly."""
+def recognise(folder: Path, superclasses: list[str] | None) -> tuple[str, Open] | None:
+    """The data set that a folder is."""
     name = re.sub(r"^(wds-)?(vtab-)?", "", folder.name.lower().replace("_", "-"))
     name = ALIASES.get(name, name)
     if (folder / "test" / "nshards.txt").is_file() or (folder / "test" / "0.tar").is_file():
-        return [(name, partial(open_tars, folder, name, superclasses))]
+        return name, partial(open_tars, folder, name, superclasses)
     if next(folder.glob("val-*.tar"), None) is not None:
-        return [(name, partial(open_icons, folder))]
-    for base, (set_name, kind) in {
-        "cifar-10-batches-py": ("cifar10", CIFAR10),
-        "cifar-100-python": ("cifar100", CIFAR100),
-    }.items():
-        if folder.name == base:
-            return [(set_name, partial(open_cifar, folder.parent, kind))]
+        return name, partial(open_icons, folder)
+    for kind in (CIFAR10, CIFAR100):
+        if folder.name == kind.base_folder:
+            return kind.__name__.lower(), partial(open_cifar, folder.parent, kind)
     if name.startswith("imagenet") and name in PAPER:
         test = next((folder / d for d in ("val", "validation") if (folder / d).is_dir()), folder)
         if name != "imagenet1k" or test != folder:
-            return [(name, partial(open_imagenet, test, folder / "train", name, superclasses))]
-    return []
+            return name, partial(open_imagenet, test, folder / "train", name, superclasses)
+    return None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -129,16 +124,13 @@ def recognise(folder: Path, superclasses: list[str] | None) -> list[tuple[str, O
 
 def open_cifar(root: Path, kind: type[CIFAR10]) -> DataSet:
     """torchvision's CIFAR-10 or CIFAR-100, with the paper's templates."""
-
-    def train() -> tuple[FirstOf, Tensor]:
-        pairs = kind(root, train=True, download=False)
-        return FirstOf(pairs), torch.tensor(pairs.targets)
-
-    pairs = kind(root, train=False, download=False)
-    names = [name.replace("_", " ") for name in pairs.classes]
+    test, train = (kind(root, train=part, download=False) for part in (False, True))
+    names = [name.replace("_", " ") for name in test.classes]
     coarse = cifar100_coarse() if kind is CIFAR100 else None
-    classes = Classes(torch.tensor(pairs.targets), names, PAPER_TEMPLATES, coarse)
-    return DataSet(FirstOf(pairs), {"": classes}, train=train)
+    classes = Classes(torch.tensor(test.targets), names, PAPER_TEMPLATES, coarse)
+    return DataSet(
+        FirstOf(test), {"": classes}, train=(FirstOf(train), torch.tensor(train.targets))
+    )
 
 
 def cifar100_coarse() -> Tensor:
@@ -160,7 +152,7 @@ def open_imagenet(test: Path, train: Path, name: str, superclasses: list[str] | 
     coarse = imagenet_coarse(names, superclasses)
     data = DataSet(images, {"": Classes(labels, names, PAPER_TEMPLATES, coarse)})
     if name == "imagenet1k" and train.is_dir():
-        data.train = lambda: image_folder(train)[:2]
+        data.train = image_folder(train)[:2]
     return data
 
 
@@ -223,7 +215,7 @@ def open_tars(folder: Path, name: str, superclasses: list[str] | None) -> DataSe
         classes = Classes(torch.tensor([int(x) for x in labels]), names, templates, coarse)
         data = DataSet(images, {"": classes})
         if (folder / "train").is_dir():
-            data.train = partial(open_train, folder / "train")
+            data.train = open_train(folder / "train")
     if (texts := images.texts("txt")) is not None:
         data.captions = [[line for line in text.splitlines() if line] for text in texts]
         if not all(data.captions):
