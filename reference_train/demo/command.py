@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from ..data.emoji import EmojiSet, fingerprint, read_emoji
-from ..errors import CannotStart, Parser
+from ..errors import CannotStart, Parser, whole_number
 from .batches import EmojiBatches
 from .evaluate import evaluate, validation_measures
 from .model import build_model
@@ -28,17 +28,6 @@ PRESETS = {
     "short": {"steps": 620, "lr": 3e-3, "logit_scale": 33.0},
     "long": {"steps": 1500, "lr": 2e-3, "logit_scale": 14.3},
 }
-
-
-def whole_number(least: int) -> Callable[[str], int]:
-    """An argument's type: an integer of at least `least`."""
-
-    def parse(text: str) -> int:
-        if not text.lstrip("-").isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number >= {least}, not {text}")
-        return int(text)
-
-    return parse
 
 
 def number(condition: str, holds: Callable[[float], bool]) -> Callable[[str], float]:

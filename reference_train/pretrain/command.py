@@ -21,7 +21,7 @@ from braceexpand import braceexpand
 from cyclip_loss import open_clip_train
 
 from ..data.samples import read_samples
-from ..errors import CannotStart, Parser
+from ..errors import CannotStart, Parser, whole_number
 from . import best, models
 from .presets import LOSSES, NAMES, preset
 
@@ -78,7 +78,12 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="SHARDS",
         help="held-out pairs, likewise; default: val-*.tar in the folder of --data, if there are",
     )
-    add("--batch-size", type=int, metavar="N", help="of all ranks; default: the preset's")
+    add(
+        "--batch-size",
+        type=whole_number(1),
+        metavar="N",
+        help="of all ranks; default: the preset's",
+    )
     add("--model", help="an OpenCLIP model; default: the preset's")
     add("--seed", type=int, default=0, help="default: 0")
     add("--logs", default="logs", metavar="DIR", help="default: logs")

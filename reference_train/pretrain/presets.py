@@ -16,8 +16,8 @@ class Preset(NamedTuple):
     flags: dict[str, str]
 
 
-# Goel et al. 2022, section 4.1, and appendix. The aspect ratio and the scale of 1 turn OpenCLIP's
-# random crop into the largest centred square, which is the paper's resizing and centre crop.
+# Goel et al. 2022, section 4.1, and appendix. A scale and an aspect ratio of 1 make timm's random
+# crop the largest centred square, resized, which is the paper's resizing and centre crop.
 # Their code counts its steps from one epoch on, so that its warm-up never runs; this one's does.
 PAPER = Preset(
     128,
@@ -32,7 +32,7 @@ PAPER = Preset(
         "--warmup": "10000",
         "--precision": "amp",
         "--workers": "4",
-        "--aug-cfg": "scale=(1.0,1.0) ratio=(1.0,1.0)",
+        "--aug-cfg": "use_timm=True scale=(1.0,1.0) ratio=(1.0,1.0)",
         "--reference-batch-size": "128",
     },
 )
@@ -64,7 +64,7 @@ ICONS_CPU = Preset(
         "--precision": "fp32",
         "--workers": "1",
         "--log-every-n-steps": "16",
-        "--aug-cfg": "scale=(0.8,1.0) ratio=(0.9,1.1)",
+        "--aug-cfg": "scale=(0.8,1.0)",
         "--reference-batch-size": "128",
     },
 )
