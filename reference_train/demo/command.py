@@ -14,11 +14,12 @@ from rich.console import Console
 
 from ..data.emoji import EmojiSet, fingerprint, read_emoji
 from ..errors import CannotStart, Parser, whole_number
+from ..losses import LOSSES
 from .batches import EmojiBatches
 from .evaluate import evaluate, validation_measures
 from .model import build_model
 from .report import report
-from .results import LOSSES, evaluated, gather_results, save_run, write_json
+from .results import evaluated, gather_results, save_run, write_json
 from .train import RunConfig, train
 
 # The batch size at which a weight is the paper's: the records in results/ were made by the paper's

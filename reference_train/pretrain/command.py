@@ -22,8 +22,9 @@ from cyclip_loss import open_clip_train
 
 from ..data.samples import read_samples
 from ..errors import CannotStart, Parser, whole_number
+from ..losses import LOSSES
 from . import best, models
-from .presets import LOSSES, NAMES, preset
+from .presets import NAMES, WEIGHT, preset
 
 
 def main(argv: Sequence[str]) -> None:
@@ -101,11 +102,11 @@ def command_line(asked: argparse.Namespace, more: Sequence[str], world_size: int
             f"--batch-size {batch_size} is of all ranks and does not divide by {world_size}"
         )
     name = asked.name or f"{asked.preset}-{asked.loss}-{asked.seed}"
-    lambda_inmodal, lambda_crossmodal = LOSSES[asked.loss]
+    loss = LOSSES[asked.loss]
     flags = {
         **chosen.flags,
-        "--lambda-inmodal": str(lambda_inmodal),
-        "--lambda-crossmodal": str(lambda_crossmodal),
+        "--lambda-inmodal": str(WEIGHT * loss.inmodal),
+        "--lambda-crossmodal": str(WEIGHT * loss.crossmodal),
         "--batch-size": str(batch_size // world_size),
         "--dataset-type": "webdataset",
         "--train-data": shards(asked.data, "train"),

@@ -81,8 +81,7 @@ ICONS_GPU = Preset(
     },
 )
 NAMES = ("icons", "modern", "paper")
-# loss -> weights of the in-modal and the cross-modal penalty (the paper's, section 4.1)
-LOSSES = {"clip": (0, 0), "cyclip": (0.25, 0.25), "c-cyclip": (0, 0.25), "i-cyclip": (0.25, 0)}
+WEIGHT = 0.25  # of a penalty that a loss has: the paper's, section 4.1
 
 
 def preset(name: str) -> Preset:
