@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import matplotlib
 
+from cyclip_loss.warn import PAPER_BATCH_SIZE
+
 from ..errors import CannotStart, Parser, run
 from ..files import written_whole
 from ..losses import LOSSES
@@ -84,7 +86,7 @@ def main(argv: Sequence[str]) -> None:
     for path in arguments.evaluations:
         try:
             results |= json.loads(path.read_text(encoding="utf-8"))["results"]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise CannotStart(f"{path} is no evaluation.json: {error}") from error
     seeds, batches = by_seed(results), by_batch(results)
     if not seeds and not batches:
@@ -117,8 +119,9 @@ def by_batch(results: Results) -> dict[str, dict[int, dict[str, Any]]]:
     for name, found in results.items():
         if match := re.fullmatch(r"lambda-([a-z-]+)-(\d+)-(\d+)", name):
             loss, batch, reference = match[1], int(match[2]), int(match[3])
-            line = loss if loss == "clip" else f"{loss}-{reference}"
-            lines.setdefault(line, {})[batch] = found
+            references = {reference, PAPER_BATCH_SIZE} if batch == PAPER_BATCH_SIZE else {reference}
+            for line in {loss} if loss == "clip" else {f"{loss}-{r}" for r in references}:
+                lines.setdefault(line, {})[batch] = found
     return lines
 
 
