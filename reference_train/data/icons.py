@@ -258,7 +258,8 @@ def build(package: Path, out: Path) -> dict[str, Any]:
     """Writes the shards and the manifest into `out`; returns the manifest."""
     infos = json.loads((package / "collections.json").read_text())
     left_out: Counter[str] = Counter()
-    taken, icons = {}, []
+    taken: dict[str, Any] = {}
+    icons: list[Icon] = []
     for prefix, info in infos.items():
         reason = why_left_out(info)
         if reason:
