@@ -1,9 +1,8 @@
 """How a command ends: an error is one line, and the exit code says what kind it was."""
 
-import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
 
 
 class Stopped(Exception):
@@ -24,25 +23,6 @@ class Interrupted(Stopped):
     exit_code = 130
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raises `CannotStart`."""
-        raise CannotStart(message)
-
-
-def whole_number(least: int) -> Callable[[str], int]:
-    """An argument's type: an integer of at least `least`."""
-
-    def parse(text: str) -> int:
-        if not text.lstrip("-").isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number >= {least}, not {text}")
-        return int(text)
-
-    return parse
-
-
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Runs `main` with the command line's arguments.
 
@@ -51,7 +31,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except Stopped as error:
-        print(f"reference_train: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # under torchrun all ranks have the same to say
+            print(f"reference_train: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("reference_train: interrupted", file=sys.stderr)

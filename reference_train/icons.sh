@@ -13,7 +13,7 @@ epochs=${EPOCHS:-20}
 pretrain() { # NAME LOSS, then more
     name=$1 loss=$2
     shift 2
-    python -m reference_train pretrain --preset icons --data "$out/icons" --logs "$out/logs" \
+    python -m reference_train pretrain --preset icons --data "$out/icons" --out "$out/logs" \
         --name "$name" --loss "$loss" "$@"
 }
 

@@ -37,7 +37,8 @@ import webdataset as wds
 from PIL import Image
 from rich.progress import track
 
-from ..errors import CannotStart, Parser, run
+from ..arguments import Parser
+from ..errors import CannotStart, run
 from ..files import download, new_folder
 
 URL = "https://registry.npmjs.org/@iconify/json/-/json-2.2.535.tgz"

@@ -28,7 +28,8 @@ from typing import NamedTuple
 from PIL import Image, ImageChops
 from rich.progress import track
 
-from ..errors import CannotStart, Parser, run
+from ..arguments import Parser
+from ..errors import CannotStart, run
 from ..files import download, new_folder
 
 URL = (

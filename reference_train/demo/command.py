@@ -2,9 +2,8 @@
 
 import argparse
 import json
-import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -12,8 +11,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from ..arguments import Parser, device, number, whole_number
 from ..data.emoji import EmojiSet, fingerprint, read_emoji
-from ..errors import CannotStart, Parser, whole_number
+from ..errors import CannotStart
 from ..losses import LOSSES
 from .batches import EmojiBatches
 from .evaluate import evaluate, validation_measures
@@ -29,29 +29,6 @@ PRESETS = {
     "short": {"steps": 620, "lr": 3e-3, "logit_scale": 33.0},
     "long": {"steps": 1500, "lr": 2e-3, "logit_scale": 14.3},
 }
-
-
-def number(condition: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
-    """An argument's type: a finite number for which `holds`."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and holds(value)):
-            raise argparse.ArgumentTypeError(f"must be a number {condition}, not {text}")
-        return value
-
-    return parse
-
-
-def device(name: str) -> torch.device:
-    """An argument's type: a device on which something can be put."""
-    try:
-        return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError) as error:  # "not compiled with CUDA" is an assertion
-        raise argparse.ArgumentTypeError(f"{name}: {str(error).splitlines()[0]}") from error
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:

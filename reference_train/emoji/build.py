@@ -29,7 +29,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import Parser, Stopped, run
+from ..arguments import Parser
+from ..errors import Stopped, run
 from ..files import written_whole
 
 Json = dict[str, Any]

@@ -4,7 +4,7 @@ import argparse
 import os
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from ..errors import CannotStart, Parser
+from ..arguments import Parser, device, whole_number
+from ..errors import CannotStart
 from . import report
 from .checkpoints import Clip, find_checkpoints, load
 from .datasets import Classes, DataSet, Images, Unusable
@@ -98,10 +99,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         choices=["fp32", "amp", "amp_bf16"],
         help="default: amp_bf16 on cuda, fp32 elsewhere",
     )
-    add("--batch-size", type=at_least(1), default=256, metavar="N", help="default %(default)s")
+    add("--batch-size", type=whole_number(1), default=256, metavar="N", help="default %(default)s")
     add(
         "--workers",
-        type=at_least(0),
+        type=whole_number(0),
         default=min(8, os.cpu_count() or 1),
         metavar="N",
         help="processes that decode images; default %(default)s",
@@ -121,25 +122,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 # ------------------------------------------------------------------------------------------------
 # Types of arguments
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """A whole number."""
-
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number >= {least}, not {text}")
-        return int(text)
-
-    return parse
-
-
-def device(name: str) -> torch.device:
-    """A device on which something can be put."""
-    try:
-        return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError) as error:  # "not compiled with CUDA" is an assertion
-        raise argparse.ArgumentTypeError(f"{name}: {str(error).splitlines()[0]}") from error
 
 
 def folder(text: str) -> Path:

@@ -16,7 +16,8 @@ import matplotlib
 
 from cyclip_loss.warn import PAPER_BATCH_SIZE
 
-from ..errors import CannotStart, Parser, run
+from ..arguments import Parser
+from ..errors import CannotStart, run
 from ..files import written_whole
 from ..losses import LOSSES
 

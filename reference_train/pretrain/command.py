@@ -20,8 +20,9 @@ from braceexpand import braceexpand
 
 from cyclip_loss import open_clip_train
 
+from ..arguments import Parser, whole_number
 from ..data.samples import read_samples
-from ..errors import CannotStart, Parser, whole_number
+from ..errors import CannotStart
 from ..losses import LOSSES
 from . import best, models
 from .presets import NAMES, WEIGHT, preset
@@ -87,7 +88,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     add("--model", help="an OpenCLIP model; default: the preset's")
     add("--seed", type=int, default=0, help="default: 0")
-    add("--logs", default="logs", metavar="DIR", help="default: logs")
+    # not --logs, as OpenCLIP's: torchrun would take it for the start of one of its own
+    add("--out", default="logs", metavar="DIR", help="where runs go; default: logs")
     add("--name", help="of the run, a folder of DIR; default: PRESET-LOSS-SEED")
     add("--dry-run", action="store_true", help="check and print the command, and stop")
     return parser.parse_args(ours), more
@@ -111,7 +113,7 @@ def command_line(asked: argparse.Namespace, more: Sequence[str], world_size: int
         "--dataset-type": "webdataset",
         "--train-data": shards(asked.data, "train"),
         "--seed": str(asked.seed),
-        "--logs": asked.logs,
+        "--logs": asked.out,
         "--name": name,
         # The newest epoch is kept under one name, replaced whole, and found by --resume.
         "--save-frequency": "0",
@@ -122,7 +124,7 @@ def command_line(asked: argparse.Namespace, more: Sequence[str], world_size: int
     if val and (found := shards(val, "val", needed=bool(asked.val))):
         flags["--val-data"] = found
     switches = ["--save-most-recent"]
-    if (Path(asked.logs) / name / "out.log").exists():
+    if (Path(asked.out) / name / "out.log").exists():
         switches += ["--resume", "latest"]
     aug = flags.pop("--aug-cfg", "").split()  # the one flag that takes several values
     return [*chain(*flags.items()), *(["--aug-cfg", *aug] if aug else []), *switches, *more]
@@ -169,8 +171,9 @@ def check(trainer: Any, flags: Sequence[str], world_size: int) -> None:
     if not known and not args.model.startswith(("local-dir:", "hf-hub:")):
         raise CannotStart(f"--model {args.model}: OpenCLIP has none of that name")
     if world_size > 1 and not torch.cuda.is_available() and not getattr(args, "fsdp", False):
-        hint = "-- --fsdp can" if hasattr(trainer, "create_task") else "OpenCLIP 4 can, by --fsdp"
-        raise CannotStart(f"several ranks on a CPU: OpenCLIP's DDP can't do that; {hint}")
+        raise CannotStart(
+            "several ranks on a CPU: OpenCLIP 3 can't do that; 4 can, by -- --fsdp --precision fp32"
+        )
     train = check_shards("--data", args.train_data)
     if args.val_data:
         check_shards("--val", args.val_data)

@@ -149,7 +149,7 @@ def test_a_batch_is_shared_by_the_ranks(
 def test_what_it_refuses_before_any_work(
     change: list[str], message: str, shards: Path, tmp_path: Path
 ) -> None:
-    argv = ["--preset", "icons", "--data", str(shards), "--logs", str(tmp_path / "logs")]
+    argv = ["--preset", "icons", "--data", str(shards), "--out", str(tmp_path / "logs")]
     with pytest.raises(CannotStart, match=message):
         command.main([*argv, *(word.format(folder=shards, empty=tmp_path) for word in change)])
     assert not (tmp_path / "logs").exists()
@@ -166,7 +166,7 @@ def test_several_ranks_on_a_cpu(shards: Path, monkeypatch: pytest.MonkeyPatch) -
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(CannotStart, match="several ranks on a CPU: OpenCLIP's DDP can't do that"):
+    with pytest.raises(CannotStart, match="several ranks on a CPU: OpenCLIP 3 can't do that"):
         command.main(["--preset", "icons", "--data", str(shards)])
 
 
@@ -243,7 +243,7 @@ def results(logs: Path) -> list[dict[str, float]]:
 def test_it_trains_is_killed_and_goes_on(shards: Path, tmp_path: Path) -> None:
     argv = [
         *("-m", "reference_train", "pretrain", "--preset", "icons", "--batch-size", "8"),
-        *("--data", str(shards), "--logs", str(tmp_path), "--name", "run"),
+        *("--data", str(shards), "--out", str(tmp_path), "--name", "run"),
         *("--", "--epochs", "40", "--train-num-samples", "16"),
     ]
     process = subprocess.Popen(
