@@ -304,8 +304,8 @@ def _kind(
     features = pairs[0][0]
     names = ("text_features", "augmented_image_features", "augmented_text_features")
     trained = [
-        name
-        for name, (_, columns) in zip(names, pairs, strict=False)
+        names[i]
+        for i, (_, columns) in enumerate(pairs)
         if torch.is_grad_enabled() and columns.requires_grad
     ]
     return {

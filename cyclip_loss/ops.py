@@ -135,7 +135,9 @@ def is_traced(*tensors: Tensor) -> bool:
 
 def autocast_is_on(device_type: str) -> bool:
     """Whether it is, also for devices that have none, as "meta"."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    # PyTorch 2.8 can't trace the first question, and "meta" is not compiled for.
+    has_one = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
+    return has_one and torch.is_autocast_enabled(device_type)
 
 
 def without_autocast(features: Tensor) -> AbstractContextManager[Any]:
