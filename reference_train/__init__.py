@@ -1,10 +1,7 @@
-"""The reference training script: a CLIP model trained with `CyCLIPLoss` on image-caption pairs.
+"""CLIP and CyCLIP trained and evaluated by one command each; `python -m reference_train --help`.
 
-`python -m reference_train` trains a small CLIP model on the emoji that ship with the repository,
-once with the plain CLIP loss and once with CyCLIP, evaluates both on what training never saw,
-prints one table and saves pictures. `python -m reference_train --help` lists the rest.
-
-Read it in this order: `data.py` (what a batch is), `images.py`, `model.py`, `train.py` (the loop),
-`evaluate.py`, `results.py`, `report.py` and `pictures.py`, `__main__.py` (the command line); over
-several processes also `ranks.py` and `batch_norm.py`.
+- `demo/`: with no further word, the five-minute demonstration on the emoji that ship;
+- `pretrain/`: OpenCLIP's trainer with `CyCLIPLoss`;
+- `evaluate/`: any OpenCLIP checkpoint, beside the paper's numbers;
+- `data/`: the data sets that ship or that a command builds.
 """

@@ -2,13 +2,15 @@
 
 Tests run on one device, CUDA if it is there: `pytest --device cpu` says otherwise. Tensors are made
 on it, the oracle computes on the CPU, and so do the processes of the tests over ranks. On CUDA the
-Triton kernels are compiled, elsewhere Triton's interpreter runs them.
+Triton kernels are compiled, elsewhere Triton's interpreter runs them; where there is no Triton, as
+on macOS, their tests are skipped.
 """
 
 import importlib
 import os
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -20,8 +22,13 @@ from benchmarks.checkout import make_kernels_importable
 # Also without an installation, and in the processes of the tests over ranks, which import this.
 make_kernels_importable()
 
+HAS_TRITON = find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+# What imports the kernels at its top.
+collect_ignore = [] if HAS_TRITON else ["kernels", "test_cuda.py", "benchmarks/test_gpu.py"]
+
 # Every test of a value or a gradient runs once per engine.
-IMPLS_UNDER_TEST = ["eager", "triton"]
+IMPLS_UNDER_TEST = ["eager", pytest.param("triton", marks=needs_triton)]
 
 # The same examples every time: a red run is a changed program, never an unlucky draw.
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=30)
@@ -117,7 +124,7 @@ def set_strip_rows(monkeypatch: pytest.MonkeyPatch, rows: int | None) -> None:
     monkeypatch.setattr(eager, "MIN_STRIP_ROWS", rows)
     monkeypatch.setitem(eager.STRIP_ELEMENTS, "cpu", 1)
     monkeypatch.setattr(eager, "STRIP_ELEMENTS_OTHER_DEVICES", 1)
-    for name, constants in KERNEL_STRIPS.items():
+    for name, constants in KERNEL_STRIPS.items() if HAS_TRITON else ():
         module = importlib.import_module(f"cyclip_loss.kernels.{name}")
         for constant in constants:
             monkeypatch.setattr(module, constant, 1)

@@ -54,7 +54,7 @@ def main(options: argparse.Namespace) -> int:
 
 def look_around(run: Run, reasons: list[str]) -> None:
     """Note how busy the machine is already, and what is missing."""
-    load = os.getloadavg()[0]
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # Windows has none
     busy = load > BUSY * (os.cpu_count() or 1)
     run.note(f"load before: {load:.2f}{'; the machine was busy, do not trust the times' * busy}")
     for reason in reasons:

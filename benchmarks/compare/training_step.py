@@ -29,8 +29,8 @@ class Trainer:
 
     def __init__(self, run: Run, name: str, batch_size: int) -> None:
         """Raises ImportError where `reference_train` has not what it needs."""
-        from reference_train.model import build_model
-        from reference_train.train import make_optimizer
+        from reference_train.demo.model import build_model
+        from reference_train.demo.train import make_optimizer
 
         torch.manual_seed(run.seed)
         clip = build_model(name, LOGIT_SCALE, run.device)

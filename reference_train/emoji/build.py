@@ -15,22 +15,22 @@ Needs Node's `npm` (or the packages' archives, by `--packages`) and the extra `d
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import json
 import lzma
-import os
 import re
 import subprocess
-import sys
 import tarfile
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from ..errors import Parser, Stopped, run
+from ..files import written_whole
 
 Json = dict[str, Any]
 
@@ -77,10 +77,6 @@ TEST_SHARE, VALIDATION_SHARE = 0.15, 0.10
 SPLIT_SEED = 52
 
 
-class BuildError(Exception):
-    """Something the user can put right; shown as one line."""
-
-
 # ------------------------------------------------------------------------------------------------
 # Packages
 
@@ -95,10 +91,10 @@ def fetch(package: Package, folder: Path) -> Path:
             subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
         except FileNotFoundError:
             message = "npm is not on the PATH: install Node.js, or give the archives by --packages"
-            raise BuildError(message) from None
+            raise Stopped(message) from None
         except subprocess.CalledProcessError as error:
             reason = " ".join(error.stderr.split())[:200] or f"exit status {error.returncode}"
-            raise BuildError(f"`{' '.join(command)}` failed: {reason}") from None
+            raise Stopped(f"`{' '.join(command)}` failed: {reason}") from None
     return archive
 
 
@@ -111,10 +107,10 @@ def read_json(archive: Path, file: str) -> Any:
                 raise KeyError(file)
             return json.load(member)
     except KeyError:
-        raise BuildError(f"{archive}: has no {file}; not the package expected here") from None
+        raise Stopped(f"{archive}: has no {file}; not the package expected here") from None
     except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
         reason = str(error).partition("\n")[0].rstrip(":")  # tarfile lists every method it tried
-        raise BuildError(f"{archive}: can't read {file}: {reason}") from None
+        raise Stopped(f"{archive}: can't read {file}: {reason}") from None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -198,7 +194,7 @@ def read_icon_set(archive: Path) -> IconSet:
         table = {bare(hexcode): name for hexcode, name in characters.items()}
         return IconSet(icons, table, data["width"], data["height"])
     except (KeyError, TypeError, AttributeError):
-        raise BuildError(f"{archive}: not an icon set as Iconify describes it") from None
+        raise Stopped(f"{archive}: not an icon set as Iconify describes it") from None
 
 
 def bare(hexcode: str) -> str:
@@ -228,7 +224,7 @@ def to_svg(name: str, icon_set: IconSet) -> str:
     """The icon as a square SVG document; a box that is not square is centred, never stretched."""
     icon = icon_set.icons[name]
     if icon.keys() & {"vFlip", "rotate"}:
-        raise BuildError(f"icon {name} has a transformation that this script does not know")
+        raise Stopped(f"icon {name} has a transformation that this script does not know")
     left, top = icon.get("left", 0), icon.get("top", 0)
     width, height = icon.get("width", icon_set.width), icon.get("height", icon_set.height)
     body = icon["body"]
@@ -250,7 +246,7 @@ def load_renderer() -> Callable[[str], bytes]:
         from PIL import Image
     except ImportError as error:
         message = f"{error.name} is not installed: pip install resvg-py pillow rich"
-        raise BuildError(message) from None
+        raise Stopped(message) from None
 
     def render(svg: str) -> bytes:
         drawn = resvg_py.svg_to_bytes(
@@ -324,23 +320,19 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> None:
     """Writes a shard whole or not at all; the same samples give the same bytes, in any order."""
     # A dictionary as large as a shard (24 MB), so that every icon can refer to every other.
     xz = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 32 << 20}]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with (
-            lzma.open(temporary, "wb", filters=xz) as stream,
-            tarfile.open(fileobj=stream, mode="w|", format=tarfile.USTAR_FORMAT) as tar,
-        ):
-            for sample in sorted(samples):
-                info = json.dumps(sample.info, ensure_ascii=False)
-                members = [("json", info.encode()), ("png", sample.png)]
-                for suffix, content in [*members, ("txt", sample.caption.encode())]:
-                    # Its defaults are time 0, owner 0 and no owner's name.
-                    member = tarfile.TarInfo(f"{sample.key}.{suffix}")
-                    member.size, member.mode = len(content), 0o644
-                    tar.addfile(member, io.BytesIO(content))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (
+        written_whole(path) as partial,
+        lzma.open(partial, "wb", filters=xz) as stream,
+        tarfile.open(fileobj=stream, mode="w|", format=tarfile.USTAR_FORMAT) as tar,
+    ):
+        for sample in sorted(samples):
+            info = json.dumps(sample.info, ensure_ascii=False)
+            members = [("json", info.encode()), ("png", sample.png)]
+            for suffix, content in [*members, ("txt", sample.caption.encode())]:
+                # Its defaults are time 0, owner 0 and no owner's name.
+                member = tarfile.TarInfo(f"{sample.key}.{suffix}")
+                member.size, member.mode = len(content), 0o644
+                tar.addfile(member, io.BytesIO(content))
 
 
 def build(out: Path, packages: Path) -> None:
@@ -371,9 +363,9 @@ def build(out: Path, packages: Path) -> None:
         print(f"{len(samples) - len(kept)} shared pictures dropped, {path.stat().st_size:,} bytes")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
+def main(argv: Sequence[str]) -> None:
+    """The command line."""
+    parser = Parser(
         prog="python -m reference_train.emoji.build", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--out", type=Path, required=True, help="the folder for the shards")
@@ -384,18 +376,13 @@ def main(arguments: list[str] | None = None) -> int:
         help="a folder of npm archives, named as `npm pack` names them; missing ones are "
         "downloaded into it (default: a temporary folder)",
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(argv)
     try:
         with tempfile.TemporaryDirectory() as temporary:
             build(options.out, options.packages or Path(temporary))
-    except (BuildError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: shards that were announced are whole, no other was touched")
-        return 130
-    return 0
+    except OSError as error:
+        raise Stopped(str(error)) from error
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

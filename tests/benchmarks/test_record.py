@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+from conftest import needs_triton
 from processes import ROOT, run_python
 
 from benchmarks import record
@@ -61,6 +62,7 @@ def test_three_digits(value: float | str, text: str) -> None:
     assert record.number(value) == text
 
 
+@needs_triton
 def test_kernels_of_a_bare_checkout() -> None:
     """Without the mapping that an installation makes of the folder `kernels/`."""
     script = (

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accuracy import NAMES, Results
+from conftest import needs_triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import normal, pairs
@@ -29,6 +30,7 @@ def test_eager(data: st.DataObject, world_size: int, ranks: Ranks) -> None:
 
 
 @pytest.mark.slow
+@needs_triton
 @WORLD_SIZES
 @settings(max_examples=10)
 @given(data=st.data())

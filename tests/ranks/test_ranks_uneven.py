@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import needs_triton
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from inputs import normal
@@ -25,6 +26,7 @@ def test_eager(data: st.DataObject, world_size: int, ranks: Ranks) -> None:
 
 
 @pytest.mark.slow
+@needs_triton
 @settings(max_examples=8)
 @given(case=rank_cases(3, "triton", uneven=True))
 @example(case=RankCase((3, 0, 5), 4, torch.bfloat16, "triton", "gather", uneven=True))

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image, ImageChops, ImageStat
 
 from reference_train.emoji import build
+from reference_train.errors import Stopped
 
 FOLDER = Path(build.__file__).parent
 SAMPLES = {  # style -> train, validation, test; the counts of the data card
@@ -276,26 +277,21 @@ def test_wrong_package_is_an_error_of_one_line(
         path.write_bytes(b"not an archive")
     else:
         write_package(path, files)
-    with pytest.raises(build.BuildError, match=message) as error:
+    with pytest.raises(Stopped, match=message) as error:
         build.read_icon_set(path)
     assert "\n" not in str(error.value)
 
 
-def test_missing_npm_is_an_error_of_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_missing_npm_is_an_error_of_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(build, "load_renderer", lambda: None)
-    assert build.main(["--out", str(tmp_path / "out")]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: npm is not on the PATH")
-    assert error.count("\n") == 1
+    with pytest.raises(Stopped, match=r"^npm is not on the PATH") as error:
+        build.main(["--out", str(tmp_path / "out")])
+    assert "\n" not in str(error.value)
 
 
-def test_missing_renderer_is_an_error_of_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_missing_renderer_is_an_error_of_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "resvg_py", None)
-    assert build.main(["--out", str(tmp_path / "out")]) == 1
-    assert capsys.readouterr().err.startswith("error: resvg_py is not installed: pip install")
+    with pytest.raises(Stopped, match=r"^resvg_py is not installed: pip install"):
+        build.main(["--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()

@@ -14,7 +14,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from cyclip_loss import CyCLIPLoss
-from reference_train.data import EMOJI_FOLDER, decode, read_samples
+from reference_train.data.emoji import EMOJI_FOLDER
+from reference_train.data.samples import decode, read_samples
 
 PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
 VISION = {"layers": 1, "width": 32, "head_width": 16, "patch_size": 16, "image_size": 32}

@@ -18,7 +18,7 @@ from recipe_cases import TEXT, VISION, blocks
 from torch import nn
 
 from cyclip_loss import CyCLIPLoss, WithCyclicPenalty, open_clip_train
-from reference_train.data import EMOJI_FOLDER
+from reference_train.data.emoji import EMOJI_FOLDER
 
 # OpenCLIP's, whose data module needs it.
 pytest.importorskip("pandas")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import needs_triton
 from pool import Ranks
 from recipe_cases import (
     batch,
@@ -185,6 +186,8 @@ def hugging_face_step(at: int, tmp_path: Path, cut: str = "") -> torch.Tensor:
     return torch.nn.utils.parameters_to_vector(model.parameters()).detach() - before
 
 
+# transformers takes the checkout's folder `kernels/` for the package of that name, and imports it.
+@needs_triton
 def test_hugging_face_trainer(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
@@ -203,6 +206,7 @@ def test_hugging_face_trainer(tmp_path: Path) -> None:
     torch.testing.assert_close(doubled, 2 * expected, **close)
 
 
+@needs_triton
 def test_hugging_face_own_loss_is_of_the_local_batch(ranks: Ranks) -> None:
     pytest.importorskip("transformers")
     model = tiny_hugging_face()

@@ -5,8 +5,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .ranks import WHOLE, Part
-
 
 def resize(images: Tensor, size: int) -> Tensor:
     """images: (N, 3, S, S) uint8 -> (N, 3, size, size) float in [0, 1], sampled as in training."""
@@ -14,21 +12,17 @@ def resize(images: Tensor, size: int) -> Tensor:
     return F.interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False)
 
 
-def augment(images: Tensor, size: int, rng: np.random.Generator, part: Part = WHOLE) -> Tensor:
+def augment(images: Tensor, size: int, rng: np.random.Generator) -> Tensor:
     """images: (n, 3, S, S) uint8 -> (n, 3, size, size) float in [0, 1], moved and tinted a little.
 
     One affine resampling (rotation, scale, shear, shift; never a flip: names say left and right)
     and one affine map of the colours (contrast, saturation, tint, brightness) for each image. What
-    comes in at the border is white. Over several ranks `images` is this rank's part of the batch;
-    what is drawn for the whole batch is the same on all of them.
+    comes in at the border is white.
     """
     n = len(images)
-    batch_size = n * part.world_size
-    mine = part.rows(batch_size)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
-        drawn = rng.uniform(low, high, (batch_size, *shape))[mine]
-        return torch.from_numpy(drawn.astype(np.float32))
+        return torch.from_numpy(rng.uniform(low, high, (n, *shape)).astype(np.float32))
 
     angle, zoom, shear = uniform(-0.2, 0.2), uniform(-0.16, 0.16).exp(), uniform(-0.1, 0.1)
     cos, sin = zoom * angle.cos(), zoom * angle.sin()

@@ -25,6 +25,7 @@ quarter serves the validation and the others the test.
 
 import hashlib
 import random
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,15 +34,8 @@ from torch.nn import functional as F
 
 from cyclip_loss.metrics import consistency_metrics
 
-from .data import (
-    NAME_TEMPLATES,
-    SHIFT_STYLES,
-    STRESS_STYLES,
-    SUBGROUP_TEMPLATES,
-    TRAIN_STYLES,
-    Concept,
-    EmojiSet,
-)
+from ..data.emoji import SHIFT_STYLES, STRESS_STYLES, TRAIN_STYLES, Concept, EmojiSet
+from .batches import NAME_TEMPLATES, SUBGROUP_TEMPLATES
 from .images import resize
 from .model import Clip
 
@@ -57,31 +51,34 @@ Numbers = dict[str, float]
 
 
 @torch.inference_mode()
-def encode_images(clip: Clip, images: Tensor) -> Tensor:
-    """images: (N, 3, S, S) uint8 -> (N, D) of unit length, float32, on the CPU."""
+def encode(clip: Clip, encoder: Callable[[Tensor], Tensor], inputs: Tensor, size: int) -> Tensor:
+    """N inputs, `size` at a time -> (N, D) of unit length, float32, on the CPU."""
     device = next(clip.model.parameters()).device
-    parts = []
-    for part in images.split(512):
-        pixels = clip.normalize(resize(part.to(device), clip.image_size))
-        pixels = pixels.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            features = clip.model.encode_image(pixels)
-        parts.append(F.normalize(features.float(), dim=-1).cpu())
-    return torch.cat(parts)
+    features = []
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        for part in torch.split(inputs, size):
+            features.append(F.normalize(encoder(part.to(device)).float(), dim=-1).cpu())
+    return torch.cat(features)
 
 
-@torch.inference_mode()
+def encode_images(clip: Clip, images: Tensor) -> Tensor:
+    """images: (N, 3, S, S) uint8 -> (N, D) of unit length."""
+
+    def encoder(part: Tensor) -> Tensor:
+        pixels = clip.normalize(resize(part, clip.image_size))
+        features: Tensor = clip.model.encode_image(
+            pixels.contiguous(memory_format=torch.channels_last)
+        )
+        return features
+
+    return encode(clip, encoder, images, 512)
+
+
 def encode_prompts(clip: Clip, words: list[str], templates: tuple[str, ...]) -> Tensor:
     """N names -> (N, D) of unit length: the mean over the templates."""
-    device = next(clip.model.parameters()).device
     tokens = clip.tokenize([t.format(w) for w in words for t in dict.fromkeys(templates)])
-    parts = []
-    for part in tokens.split(1024):
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            features = clip.model.encode_text(part.to(device))
-        parts.append(F.normalize(features.float(), dim=-1).cpu())
-    features = torch.cat(parts).view(len(words), -1, parts[0].shape[-1])
-    return F.normalize(features.mean(dim=1), dim=-1)
+    features = encode(clip, clip.model.encode_text, tokens, 1024)
+    return F.normalize(features.view(len(words), -1, features.shape[1]).mean(dim=1), dim=-1)
 
 
 def for_validation(concept: Concept) -> bool:

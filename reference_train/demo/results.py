@@ -5,22 +5,45 @@ import platform
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from .data import EMOJI_FOLDER
+from ..files import written_whole
 from .train import RunConfig
 
-TITLES = {"clip": "CLIP", "cyclip": "CyCLIP", "c-cyclip": "C-CyCLIP", "i-cyclip": "I-CyCLIP"}
 HISTORY_POINTS = 200
+
+
+class Loss(NamedTuple):
+    """A loss of the demonstration: how it is shown, and which of the two penalties it has."""
+
+    title: str
+    colour: str
+    inmodal: bool
+    crossmodal: bool
+
+
+LOSSES = {
+    "clip": Loss("CLIP", "#5b6b7b", False, False),
+    "cyclip": Loss("CyCLIP", "#e4572e", True, True),
+    "c-cyclip": Loss("C-CyCLIP", "#2a9d8f", False, True),
+    "i-cyclip": Loss("I-CyCLIP", "#8e5ea2", True, False),
+}
+
+
+def write_json(content: Any, path: Path) -> None:
+    """Writes an indented JSON file whole."""
+    with written_whole(path) as partial:
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        partial.write_text(text + "\n", encoding="utf-8")
 
 
 def evaluated(folder: Path, split: str) -> bool:
     """Whether a run's folder holds its results on `split`."""
     path = folder / "results.json"
-    return path.exists() and json.loads(path.read_text())["split"] == split
+    return path.exists() and json.loads(path.read_text(encoding="utf-8"))["split"] == split
 
 
 def save_run(
@@ -44,13 +67,6 @@ def save_run(
     write_json(run, folder / "results.json")
 
 
-def write_json(content: Any, path: Path) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
 def read_history(path: Path) -> dict[str, dict[str, list[float]]]:
     """metrics.jsonl -> {"training": columns, thinned to means, "validation": columns}."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -58,8 +74,8 @@ def read_history(path: Path) -> dict[str, dict[str, list[float]]]:
     values = np.array([[line[name] for name in names] for line in lines])
     bins = np.array_split(values, min(HISTORY_POINTS, len(values)))
     means = np.array([part.mean(axis=0) for part in bins])
-    measured = [line for line in lines if any(name.startswith("validation_") for name in line)]
-    columns = ["step", *(n for n in measured[0] if n.startswith("validation_"))] if measured else []
+    measured = [line for line in lines if "validation_inmodal_gap" in line]
+    columns = ["step", *(name for name in lines[-1] if name.startswith("validation_"))]
     return {
         "training": dict(zip(names, means.T.tolist(), strict=True)),
         "validation": {
@@ -68,16 +84,16 @@ def read_history(path: Path) -> dict[str, dict[str, list[float]]]:
     }
 
 
-def gather_results(out: Path, split: str, emoji_folder: Path) -> None:
+def gather_results(out: Path, split: str) -> None:
     """Writes `out/results.json` from the runs in `out`."""
-    runs = [json.loads(path.read_text()) for path in sorted(out.glob("*/results.json"))]
-    order = list(TITLES)
+    paths = sorted(out.glob("*/results.json"))
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     runs = [run for run in runs if run["split"] == split]
+    order = list(LOSSES)
     runs.sort(key=lambda run: (order.index(run["config"]["loss"]), run["config"]["seed"]))
     packages = ("torch", "open_clip_torch", "webdataset", "numpy")
     results = {
         "split": split,
-        "emoji": "" if emoji_folder == EMOJI_FOLDER else str(emoji_folder),  # "": those that ship
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
         "runs": runs,
@@ -86,7 +102,7 @@ def gather_results(out: Path, split: str, emoji_folder: Path) -> None:
 
 
 def by_loss(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """The runs of each loss, in the order of `TITLES`."""
+    """The runs of each loss, in the order of `LOSSES`."""
     losses: dict[str, list[dict[str, Any]]] = {}
     for run in results["runs"]:
         losses.setdefault(run["config"]["loss"], []).append(run)

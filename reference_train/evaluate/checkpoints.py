@@ -1,0 +1,255 @@
+"""OpenCLIP checkpoints: found, loaded, and what they make features of."""
+
+import ast
+import logging
+import pickle
+import re
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip_train.precision import get_autocast
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from ..errors import CannotStart
+from .datasets import Images
+
+OWN_MODELS = Path(__file__).parents[1] / "pretrain" / "models"  # JSON configurations
+TEXTS_AT_A_TIME = 1024
+EPOCH = re.compile(r"epoch_(\d+)\.pt")
+# What OpenCLIP and PyTorch raise for a model or weights that are missing or not as they should be.
+CANNOT_BE_LOADED = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    pickle.UnpicklingError,
+)
+# Arguments of OpenCLIP's trainer that change the model or what it is shown.
+KEPT_ARGUMENTS = (
+    "force_quick_gelu",
+    "force_custom_text",
+    "force_image_size",
+    "force_context_length",
+    "image_mean",
+    "image_std",
+    "image_interpolation",
+    "image_resize_mode",
+)
+
+
+@dataclass
+class Checkpoint:
+    """Where weights come from, before anything is loaded."""
+
+    title: str  # of its column
+    model: str  # OpenCLIP's name
+    path: Path | None  # none: OpenCLIP's pretrained weights, by `tag`
+    tag: str | None
+    arguments: dict[str, Any]  # of `open_clip.create_model_and_transforms`
+
+
+def find_checkpoints(
+    paths: Sequence[Path], model: str | None, pretrained: str | None
+) -> list[Checkpoint]:
+    """The checkpoints of the command line, with titles that differ.
+
+    paths: files, or folders of OpenCLIP's runs. model: for all of them; None asks their params.txt.
+    """
+    found = []
+    for path in paths:
+        file = checkpoint_file(path)
+        parameters = read_parameters(file)
+        name = model or parameters.get("model")
+        if name is None:
+            raise CannotStart(f"{file}: no params.txt of a run beside it: say --model")
+        arguments = {k: parameters[k] for k in KEPT_ARGUMENTS if parameters.get(k)}
+        found.append(Checkpoint(run_name(file), name, file, None, arguments))
+    titles = [checkpoint.title for checkpoint in found]
+    for checkpoint in found:
+        if titles.count(checkpoint.title) > 1 and checkpoint.path is not None:
+            checkpoint.title += f" {checkpoint.path.stem}"
+    if pretrained is not None:
+        if model is None:
+            raise CannotStart("--pretrained needs --model")
+        found.append(Checkpoint(f"{model} {pretrained}", model, None, pretrained, {}))
+    if not found:
+        raise CannotStart("no checkpoint: name one, or --model with --pretrained")
+    if OWN_MODELS.is_dir():
+        open_clip.add_model_config(OWN_MODELS)
+    titles = [checkpoint.title for checkpoint in found]
+    for checkpoint in found:
+        if titles.count(checkpoint.title) > 1:
+            raise CannotStart(f"two checkpoints are called {checkpoint.title!r}")
+        if ":" not in checkpoint.model and checkpoint.model not in open_clip.list_models():
+            raise CannotStart(f"{checkpoint.title}: OpenCLIP has no model {checkpoint.model!r}")
+    return found
+
+
+def checkpoint_file(path: Path) -> Path:
+    """A file itself; of a run's folder its best.pt, else its newest epoch."""
+    if path.is_file():
+        return path
+    for folder in (path / "checkpoints", path):
+        epochs = {int(m[1]): p for p in folder.glob("*.pt") if (m := EPOCH.fullmatch(p.name))}
+        newest = [epochs[max(epochs)]] if epochs else []
+        for file in (folder / "best.pt", *newest, folder / "epoch_latest.pt"):
+            if file.is_file():
+                return file
+    raise CannotStart(f"no checkpoint at {path}")
+
+
+def run_name(file: Path) -> str:
+    """logs/NAME/checkpoints/best.pt -> NAME; other files by their own name."""
+    folder = file.resolve().parent
+    return folder.parent.name if folder.name == "checkpoints" else file.stem
+
+
+def read_parameters(file: Path) -> dict[str, Any]:
+    """params.txt of the run, `name: value` a line, as OpenCLIP's trainer writes it."""
+    parameters: dict[str, Any] = {}
+    for path in (file.resolve().parents[1] / "params.txt", file.resolve().parent / "params.txt"):
+        if path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                name, _, value = line.partition(": ")
+                try:
+                    parameters[name] = ast.literal_eval(value)
+                except (ValueError, SyntaxError):
+                    parameters[name] = value
+            break
+    return parameters
+
+
+def without_wrappers(state: dict[str, Any]) -> dict[str, Any]:
+    """Weights by the model's own names: less what DDP and torch.compile put before them."""
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in state.items()}
+
+
+@dataclass
+class Clip:
+    """A model in evaluation, and how it is fed."""
+
+    checkpoint: Checkpoint
+    epoch: int | None
+    model: nn.Module
+    preprocess: Callable[[Any], Tensor]
+    tokenizer: Callable[[list[str]], Tensor]
+    device: torch.device
+    autocast: Callable[[], AbstractContextManager[Any]]
+    batch_size: int
+    workers: int
+
+    def encode_images(self, images: Images, advance: Callable[[int], None]) -> Tensor:
+        """(n, D) features, not normalised, float32, on the CPU. advance: told of every batch."""
+        loader: DataLoader[Tensor] = DataLoader(
+            Preprocessed(images, self.preprocess),  # type: ignore[arg-type]
+            batch_size=self.batch_size,
+            num_workers=min(self.workers, len(images) // self.batch_size),
+            pin_memory=self.device.type == "cuda",
+        )
+        parts = []
+        for pixels in loader:
+            with torch.inference_mode(), self.autocast():
+                features = self.model.encode_image(  # type: ignore[operator]
+                    pixels.to(self.device, non_blocking=True), normalize=False
+                )
+            parts.append(features.float().cpu())
+            advance(len(pixels))
+        return self._finite(torch.cat(parts))
+
+    def encode_texts(self, texts: list[str]) -> Tensor:
+        """(m, D) features of unit length, float32, on the CPU."""
+        parts = []
+        for start in range(0, len(texts), TEXTS_AT_A_TIME):
+            tokens = self.tokenizer(texts[start : start + TEXTS_AT_A_TIME]).to(self.device)
+            with torch.inference_mode(), self.autocast():
+                features = self.model.encode_text(tokens)  # type: ignore[operator]
+            parts.append(F.normalize(features.float(), dim=-1).cpu())
+        return self._finite(torch.cat(parts))
+
+    def encode_classes(self, names: list[str], templates: list[str]) -> Tensor:
+        """(C, D) features of unit length: of each class the mean over the templates."""
+        with torch.inference_mode(), self.autocast():
+            weights = open_clip.build_zero_shot_classifier(
+                self.model,
+                self.tokenizer,
+                names,
+                [Template(template) for template in templates],
+                num_classes_per_batch=max(1, TEXTS_AT_A_TIME // len(templates)),
+                device=self.device,
+            )
+        return self._finite(F.normalize(weights.T.float(), dim=-1).cpu().clone())
+
+    def _finite(self, features: Tensor) -> Tensor:
+        """Raises `FloatingPointError`: NaN compares as false, and a miss may look like a hit."""
+        if not features.isfinite().all():
+            raise FloatingPointError(f"{self.checkpoint.title}: features are not finite")
+        return features
+
+
+@dataclass
+class Template:
+    """A prompt with {} for the class's name; a name may hold braces itself."""
+
+    text: str
+
+    def __call__(self, name: str) -> str:
+        """The prompt."""
+        return self.text.replace("{}", name)
+
+
+@dataclass
+class Preprocessed:
+    """Images as the model's input."""
+
+    images: Images
+    preprocess: Callable[[Any], Tensor]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int, /) -> Tensor:
+        return self.preprocess(self.images[index])
+
+
+def load(
+    checkpoint: Checkpoint, device: torch.device, precision: str, batch_size: int, workers: int
+) -> Clip:
+    """Builds the model and reads the weights. Raises `CannotStart` if either can't be done."""
+    name, epoch = checkpoint.model, None
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # "no pretrained weights": they come next
+    try:
+        model, _, preprocess = open_clip.create_model_and_transforms(
+            name,
+            pretrained=checkpoint.tag,
+            load_weights=checkpoint.tag is not None,
+            pretrained_text=False,
+            device=device,
+            **checkpoint.arguments,
+        )
+        context = checkpoint.arguments.get("force_context_length")
+        tokenizer = open_clip.get_tokenizer(name, context_length=context)
+        if checkpoint.path is not None:
+            content = torch.load(checkpoint.path, map_location="cpu", weights_only=True)
+            state = content.get("state_dict", content)
+            epoch = content.get("epoch")
+            model.load_state_dict(without_wrappers(state))
+    except CANNOT_BE_LOADED as error:
+        what = checkpoint.path or checkpoint.tag
+        raise CannotStart(f"{what} as {name}: {' '.join(str(error).split())[:300]}") from error
+    finally:
+        logging.disable(level)
+    model.eval()
+    autocast = get_autocast(precision, device_type=device.type)
+    return Clip(
+        checkpoint, epoch, model, preprocess, tokenizer, device, autocast, batch_size, workers
+    )

@@ -1,0 +1,162 @@
+"""What a data set is: images with classes, captions or both; and images in tar files."""
+
+import io
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+IMAGES = ("png", "jpg", "jpeg", "webp")
+FIELDS = ("cls", "txt", "json")
+
+
+class Unusable(Exception):
+    """A data set that is not as it should be; the message is the reason in the table."""
+
+
+class Images(Protocol):
+    """Images by number, as a `torch.utils.data.DataLoader` takes them."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Any: ...  # an RGB image of PIL
+
+
+@dataclass
+class Classes:
+    """A question of which class."""
+
+    labels: Tensor  # (n,) int64
+    names: list[str]
+    templates: list[str]  # each with a {} for the name
+    coarse: Tensor | None = None  # (C,), the superclass of each class
+
+
+@dataclass
+class DataSet:
+    """n images with what is known of them; every metric that applies is computed."""
+
+    images: Images
+    classes: dict[str, Classes] = field(default_factory=dict)  # by question, "" the first
+    captions: list[list[str]] | None = None  # of each image, one or more
+    groups: list[str] | None = None  # of each image, its style for example: numbers for each, too
+    train: tuple[Images, Tensor] | None = None  # images, and labels of the question ""
+    # The groups are styles of the same things: the number is the mean over groups, and an image's
+    # neighbours come from the other groups. `apart` is in no mean and no neighbour.
+    across_groups: bool = False
+    apart: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        if not len(self.images):
+            raise Unusable("no images")
+        for classes in self.classes.values():
+            if int(classes.labels.max()) >= len(classes.names) or int(classes.labels.min()) < 0:
+                raise Unusable(
+                    f"labels from {int(classes.labels.min())} to {int(classes.labels.max())}, "
+                    f"but {len(classes.names)} class names"
+                )
+
+
+class TarImages:
+    """The samples of WebDataset tar files, by number: (N,) images of PIL, and their fields.
+
+    webdataset itself streams, one worker a shard. Here the shards are few, the table wants them in
+    order, and the consistency score a sample out of 1.3 million: so the places of the images are
+    looked up once in the tar files' own headers.
+    """
+
+    def __init__(self, shards: Sequence[Path]):
+        """Raises `Unusable` if a shard can't be read."""
+        self.places: list[tuple[Path, int, int]] = []  # file, offset, size
+        self.fields: list[dict[str, bytes]] = []  # "cls", "txt", "json"
+        for shard in shards:
+            try:
+                with tarfile.open(shard, "r:") as tar:
+                    self._index(shard, tar)
+            except (OSError, tarfile.TarError) as error:
+                raise Unusable(f"{shard}: {getattr(error, 'strerror', None) or error}") from error
+
+    def _index(self, shard: Path, tar: tarfile.TarFile) -> None:
+        """Adds the samples of one file: members with the same name up to its first dot."""
+        places: dict[str, tuple[Path, int, int]] = {}
+        fields: dict[str, dict[str, bytes]] = {}
+        for member in tar:
+            folder, _, base = member.name.rpartition("/")
+            stem, _, extension = base.partition(".")
+            key = f"{folder}/{stem}"
+            if extension in IMAGES:
+                places[key] = (shard, member.offset_data, member.size)
+            elif extension in FIELDS:
+                content = tar.extractfile(member)
+                assert content is not None
+                fields.setdefault(key, {})[extension] = content.read()
+        self.places += places.values()
+        self.fields += [fields.get(key, {}) for key in places]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int, /) -> Image.Image:
+        path, offset, size = self.places[index]
+        with path.open("rb") as file:
+            file.seek(offset)
+            content = file.read(size)
+        with Image.open(io.BytesIO(content)) as image:
+            return on_white(image)
+
+    def texts(self, extension: str) -> list[str] | None:
+        """A field of all samples; None if no sample has it. Raises `Unusable` if some lack it."""
+        found = [sample[extension] for sample in self.fields if extension in sample]
+        if not found:
+            return None
+        if len(found) < len(self):
+            raise Unusable(f"{len(self) - len(found)} of {len(self)} samples have no .{extension}")
+        return [text.decode("utf-8").strip() for text in found]
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """RGB; what is transparent is white."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        white.alpha_composite(rgba)
+        image = white
+    return image.convert("RGB")
+
+
+class FirstOf:
+    """The images of a data set of torchvision, whose items are (image, label)."""
+
+    def __init__(self, pairs: Any):
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int, /) -> Image.Image:
+        return on_white(self.pairs[index][0])
+
+
+class Pixels:
+    """Images in memory, (n, 3, S, S) uint8."""
+
+    def __init__(self, pixels: Tensor):
+        self.pixels = pixels
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int, /) -> Image.Image:
+        return Image.fromarray(self.pixels[index].permute(1, 2, 0).contiguous().numpy())
+
+
+def sample_rows(rows: int, most: int) -> Tensor:
+    """At most `most` of `rows` numbers in order, the same in every run: (min(rows, most),)."""
+    if rows <= most:
+        return torch.arange(rows)
+    drawn = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
+    return drawn[:most].sort().values

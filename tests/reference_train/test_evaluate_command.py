@@ -1,0 +1,355 @@
+"""`python -m reference_train evaluate` as a whole, on miniature data sets and a tiny model."""
+
+import io
+import json
+import pickle
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from timm.data.imagenet_info import ImageNetInfo
+from torch.nn import functional as F
+
+from reference_train.errors import CannotStart
+from reference_train.evaluate import command, suites
+from reference_train.evaluate.checkpoints import checkpoint_file
+from reference_train.evaluate.datasets import Classes, DataSet, Pixels, TarImages, Unusable
+
+TINY = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+Samples = list[dict[str, bytes]]
+
+
+def png(number: int, mode: str = "RGB") -> bytes:
+    """An image that differs from all others."""
+    image = Image.effect_noise((20, 24), 10 + 5 * (number % 40)).convert(mode)
+    image.paste((37 * number % 256, 91 * number % 256, 11 * number % 256), (0, 0, 10, 12))
+    content = io.BytesIO()
+    image.save(content, "png")
+    return content.getvalue()
+
+
+def write_tar(path: Path, samples: Samples) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for number, sample in enumerate(samples):
+            for extension, content in sample.items():
+                member = tarfile.TarInfo(f"{path.stem}s{number:04}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def write_set(folder: Path, splits: dict[str, Samples], **texts: str) -> None:
+    """A data set in clip-benchmark's layout, in two shards a split."""
+    for split, samples in splits.items():
+        for shard in (0, 1):
+            half = len(samples) // 2
+            write_tar(folder / split / f"{shard}.tar", samples[shard * half : (shard + 1) * half])
+        (folder / split / "nshards.txt").write_text("2\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_text(text)
+
+
+def labelled(count: int, classes: int) -> Samples:
+    return [{"png": png(i), "cls": str(3 * i % classes).encode()} for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """logs/NAME of a tiny random model, as OpenCLIP's trainer leaves it under DDP."""
+    base = tmp_path_factory.mktemp("run")
+    (base / "evaluate-tiny.json").write_text(json.dumps(TINY))
+    open_clip.add_model_config(base / "evaluate-tiny.json")
+    torch.manual_seed(0)
+    model = open_clip.create_model("evaluate-tiny", load_weights=False)
+    state = {f"module.{name}": value for name, value in model.state_dict().items()}
+    (base / "tiny" / "checkpoints").mkdir(parents=True)
+    torch.save({"epoch": 2, "state_dict": state}, base / "tiny" / "checkpoints" / "epoch_2.pt")
+    (base / "tiny" / "params.txt").write_text("batch_size: 8\nmodel: evaluate-tiny\nlr: 0.001\n")
+    return base / "tiny"
+
+
+@pytest.fixture
+def small_emoji(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The emoji that ship take too long here."""
+
+    def emoji() -> DataSet:
+        classes = Classes(torch.arange(24) % 8, [f"thing {i}" for i in range(8)], ["{}"])
+        pixels = torch.randint(0, 256, (24, 3, 8, 8), dtype=torch.uint8)
+        groups = [style for style in ("a", "b", "line") for _ in range(8)]
+        captions = [[f"thing {i % 8}"] for i in range(24)]
+        return DataSet(
+            Pixels(pixels), {"": classes}, captions, groups, None, True, frozenset({"line"})
+        )
+
+    monkeypatch.setattr(command, "open_emoji", emoji)
+
+
+def evaluate(out: Path, *arguments: object) -> dict[str, Any]:
+    command.main([*map(str, arguments), "--device", "cpu", "--workers", "0", "--out", str(out)])
+    return json.loads((out / "evaluation.json").read_text())
+
+
+def encode_plainly(run: Path) -> tuple[Any, Any, Any]:
+    """The model of a run, its preprocessing and tokenizer, loaded by OpenCLIP alone."""
+    model, _, preprocess = open_clip.create_model_and_transforms(
+        "evaluate-tiny", pretrained=str(run / "checkpoints" / "epoch_2.pt")
+    )
+    return model.eval(), preprocess, open_clip.get_tokenizer("evaluate-tiny")
+
+
+def test_numbers_are_those_of_plain_loops(run_folder: Path, tmp_path: Path):
+    names = [f"kind_{i}" for i in range(100)]
+    test, train = labelled(40, 100), labelled(60, 100)
+    write_set(
+        tmp_path / "data" / "wds_vtab-cifar100",
+        {"test": test, "train": train},
+        classnames="\n".join(names),
+        zeroshot_classification_templates="not the paper's {c}\n",
+    )
+    result = evaluate(
+        tmp_path / "out",
+        run_folder,
+        "--data",
+        tmp_path / "data",
+        "--suite",
+        "paper",
+        "--linear-probe",
+    )
+    numbers = result["results"]["tiny"]["cifar100"]["numbers"]
+
+    model, preprocess, tokenizer = encode_plainly(run_folder)
+
+    def features(samples: Samples) -> torch.Tensor:
+        pixels = [preprocess(Image.open(io.BytesIO(sample["png"]))) for sample in samples]
+        return F.normalize(model.encode_image(torch.stack(pixels)), dim=-1)
+
+    with torch.no_grad():
+        prompts = []
+        for name in names:
+            texts = [t(name.replace("_", " ")) for t in open_clip.OPENAI_IMAGENET_TEMPLATES]
+            prompts.append(F.normalize(model.encode_text(tokenizer(texts)), dim=-1).mean(dim=0))
+        image, known = features(test), features(train)
+        scores = image @ F.normalize(torch.stack(prompts), dim=-1).T
+    labels = [int(sample["cls"]) for sample in test]
+    order = scores.argsort(dim=1, descending=True).tolist()
+    assert len({row[0] for row in order}) > 1
+    for k in (1, 5):
+        hits = [label in row[:k] for label, row in zip(labels, order, strict=True)]
+        assert numbers[f"top{k}"] == pytest.approx(sum(hits) / 40)
+    neighbour = [int(train[i]["cls"]) for i in (image @ known.T).argmax(dim=1).tolist()]
+    agree = [row[0] == label for row, label in zip(order, neighbour, strict=True)]
+    assert numbers["consistency_1"] == pytest.approx(sum(agree) / 40)
+    pairs = (image - F.normalize(torch.stack(prompts), dim=-1)[labels]).square().sum(dim=1)
+    assert numbers["alignment"] == pytest.approx(float(pairs.mean()), rel=1e-4)
+    assert {"coarse", "fine", "linear_probe", "inmodal_gap"} <= set(numbers)
+    assert result["skipped"].keys() == suites.PAPER.keys() - {"cifar100"}
+    assert result["checkpoints"][0]["epoch"] == 2
+
+
+def test_every_kind_of_data_set_in_one_command(run_folder: Path, tmp_path: Path, small_emoji: None):
+    data = tmp_path / "data"
+    stamps = [
+        {"png": png(i, "RGBA"), "cls": b"%d" % (i % 3), "txt": b"stamp %d" % (i // 2)}
+        | {"json": json.dumps({"photo": i % 4 == 0}).encode()}
+        for i in range(20)
+    ]
+    write_set(
+        data / "stamps",
+        {"test": stamps},
+        classnames="fish\nbird\ncat\n",
+        zeroshot_classification_templates="a photo of a {c}\n",
+    )
+    pairs = [{"jpg": png(i), "txt": b"one %d\ntwo %d\n" % (i, i)} for i in range(12)]
+    write_set(data / "wds_flickr8k", {"test": pairs}, dataset_type="retrieval\n")
+    icons = [
+        {"png": png(i), "txt": b"%d, bold" % i, "json": b'{"name": "n%d"}' % (i // 2)}
+        for i in range(12)
+    ]
+    write_tar(data / "icons" / "val-00000.tar", icons)
+    write_set(data / "wds_cifar10", {"test": labelled(4, 10)}, classnames="only\ntwo\n")
+    write_set(data / "wds_imagenet-a", {}, classnames="x")
+    (data / "wds_imagenet-a" / "test").mkdir()
+    (data / "wds_imagenet-a" / "test" / "nshards.txt").write_text("3\n")
+    result = evaluate(tmp_path / "out", run_folder, "--data", data)
+    found = result["results"]["tiny"]
+    assert set(found) == {"stamps", "flickr8k", "icons", "emoji"}
+    assert result["data_sets"]["stamps"]["groups"] == {"photographs": 5, "drawings": 15}
+    assert result["data_sets"]["icons"]["classes"] == {"class": 6}
+    assert set(found["stamps"]["groups"]) == {"photographs", "drawings"}
+    assert {"top1", "image_to_text_r1"} <= set(found["stamps"]["numbers"])
+    assert "top1" not in found["flickr8k"]["numbers"]
+    assert {"cifar10", "imagenet-a", "imagenet1k"} <= set(result["skipped"])
+    # the emoji's number is the mean over styles, without the one that is apart
+    styles = found["emoji"]["groups"]
+    mean = (styles["a"]["top1"] + styles["b"]["top1"]) / 2
+    assert found["emoji"]["numbers"]["top1"] == pytest.approx(mean)
+    for name in ("table.md", "picture.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 0
+
+
+def test_prompts_and_class_names_of_ones_own(run_folder: Path, tmp_path: Path):
+    folder = tmp_path / "wds_cifar10"
+    write_set(folder, {"test": labelled(20, 10)}, classnames="\n".join("abcdefghij"))
+    (tmp_path / "templates").write_text("{c} as I say\n")
+    (tmp_path / "names").write_text("\n".join(f"own {i}" for i in range(10)))
+    arguments = (run_folder, "--suite", "paper", "--data", folder)
+    plain = evaluate(tmp_path / "1", *arguments)
+    own = evaluate(
+        *(tmp_path / "2", *arguments, "--templates", tmp_path / "templates"),
+        *("--classnames", f"cifar10={tmp_path / 'names'}"),
+    )
+    assert plain["data_sets"]["cifar10"]["templates"] == 80
+    assert own["data_sets"]["cifar10"]["templates"] == 1
+    model, _, tokenizer = encode_plainly(run_folder)
+    with torch.no_grad():
+        texts = model.encode_text(
+            tokenizer([f"own {i} as I say" for i in range(10)]), normalize=True
+        )
+    labels = torch.arange(20) * 3 % 10
+    expected = -2 * torch.pdist(texts[labels].double()).square()
+    found = own["results"]["tiny"]["cifar10"]["numbers"]["text_uniformity"]
+    assert found == pytest.approx(float(expected.exp().mean().log()), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["nowhere"],
+        ["{run}", "--suite", "paper"],
+        ["{run}", "--model", "no-such-model"],
+        ["{run}", "{run}"],
+        ["{run}", "--data", "nowhere"],
+        ["{run}", "--batch-size", "0"],
+        ["{run}", "--classnames", "cifar10"],
+        ["--pretrained", "openai"],
+        ["{run}", "--model", "RN50", "--suite", "rehearsal"],
+    ],
+    ids=" ".join,
+)
+def test_what_cannot_be_done_is_said_and_nothing_written(
+    run_folder: Path, tmp_path: Path, small_emoji: None, arguments: list[str]
+):
+    with pytest.raises(CannotStart):
+        evaluate(tmp_path / "out", *(a.replace("{run}", str(run_folder)) for a in arguments))
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_weights_that_are_not_finite_make_no_number(
+    run_folder: Path, tmp_path: Path, small_emoji: None
+):
+    state = torch.load(run_folder / "checkpoints" / "epoch_2.pt")["state_dict"]
+    broken = {name: value * torch.nan if "proj" in name else value for name, value in state.items()}
+    torch.save({"state_dict": broken}, tmp_path / "broken.pt")
+    with pytest.raises(CannotStart, match="not finite"):
+        evaluate(tmp_path / "out", tmp_path / "broken.pt", "--model", "evaluate-tiny")
+
+
+def test_an_image_that_is_none_is_the_reason(run_folder: Path, tmp_path: Path, small_emoji: None):
+    samples = labelled(6, 10)
+    samples[3]["png"] = b"no image"
+    write_set(tmp_path / "wds_cifar10", {"test": samples}, classnames="\n".join("abcdefghij"))
+    result = evaluate(tmp_path / "out", run_folder, "--data", tmp_path)
+    assert set(result["results"]["tiny"]) == {"emoji"}
+    assert "cifar10, tiny" in result["skipped"]
+
+
+def test_of_a_run_the_best_else_the_newest(tmp_path: Path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for name in ("epoch_latest.pt", "epoch_9.pt", "epoch_10.pt", "best.pt"):
+        (folder / name).touch()
+        assert checkpoint_file(tmp_path).name == name  # each is better than those before
+    with pytest.raises(CannotStart):
+        checkpoint_file(tmp_path / "other")
+
+
+def write_image_folder(folder: Path, classes: list[str]) -> None:
+    content = png(0)
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        (folder / name / "0.png").write_bytes(content)
+
+
+def test_subsets_of_imagenet_have_their_own_class_names(tmp_path: Path):
+    some = list(range(3, 1000, 5))[:200]
+    wnids = ImageNetInfo("imagenet-1k").label_names()
+    write_image_folder(tmp_path / "imagenet-a", [wnids[i] for i in some])
+    superclasses = [f"super {i % 7}" for i in range(1000)]
+    data = suites.find([tmp_path], superclasses)["imagenet-a"]()
+    classes = data.classes[""]
+    assert classes.names == [open_clip.IMAGENET_CLASSNAMES[i] for i in some]
+    assert classes.labels.tolist() == list(range(200))
+    assert classes.coarse is not None
+    assert classes.coarse.tolist() == [i % 7 for i in some]
+
+    write_image_folder(tmp_path / "imagenet-r", wnids[:3])
+    with pytest.raises(Unusable):
+        suites.find([tmp_path], None)["imagenet-r"]()
+
+
+def test_imagenetv2_has_folders_by_number(tmp_path: Path):
+    write_image_folder(tmp_path / "imagenetv2", [str(i) for i in range(1000)])
+    data = suites.find([tmp_path / "imagenetv2"], None)["imagenetv2"]()
+    paths = [Path(path).parent.name for path, _ in data.images.pairs.samples]
+    assert data.classes[""].labels.tolist() == [int(name) for name in paths]
+
+
+def test_torchvisions_cifar_with_superclasses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    names = sorted(suites.CIFAR100_SUPERCLASSES.split())
+    for split, count in (("test", 5), ("train", 7)):
+        pixels = torch.randint(0, 256, (count, 3072), dtype=torch.uint8).numpy()
+        content = {"data": pixels, "fine_labels": [19 * i % 100 for i in range(count)]}
+        (folder / split).write_bytes(pickle.dumps(content))
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": names}))
+    monkeypatch.setattr("torchvision.datasets.CIFAR100._check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    data = suites.find([tmp_path], None)["cifar100"]()
+    assert data.train is not None
+    assert (len(data.images), len(data.train[0])) == (5, 7)
+    assert data.classes[""].labels.tolist() == [0, 19, 38, 57, 76]
+    assert data.classes[""].names[1] == "aquarium fish"
+
+
+def test_superclasses_of_cifar100_are_those_of_its_own_files():
+    # coarse_labels beside fine_labels in the data set's pickles, by fine label
+    expected = (
+        "4 1 14 8 0 6 7 7 18 3 3 14 9 18 7 11 3 9 7 11 6 11 5 10 7 6 13 15 3 15 0 11 1 10 12 14 "
+        "16 9 11 5 5 19 8 8 15 13 14 17 18 10 16 4 17 4 2 0 17 4 18 17 10 3 2 12 12 16 12 1 9 19 "
+        "2 10 0 1 16 12 9 13 15 13 16 19 2 4 6 19 5 5 8 19 18 1 2 15 6 0 17 8 14 13"
+    )
+    assert suites.cifar100_coarse().tolist() == [int(number) for number in expected.split()]
+
+
+def test_images_in_tars_are_read_from_their_places_on_white(tmp_path: Path):
+    clear = io.BytesIO()
+    Image.new("RGBA", (4, 4), (10, 20, 30, 0)).save(clear, "png")
+    write_tar(tmp_path / "0.tar", [{"cls": b"1", "png": png(1)}, {"png": clear.getvalue()}])
+    images = TarImages([tmp_path / "0.tar"])
+    with Image.open(io.BytesIO(png(1))) as first:
+        assert images[0].size == first.size
+    assert images[1].getpixel((0, 0)) == (255, 255, 255)
+    with pytest.raises(Unusable):  # the second has no class
+        images.texts("cls")
+    assert images.texts("txt") is None
+
+
+def test_the_emoji_are_all_there_in_every_style():
+    data = suites.open_emoji()
+    names, subgroups = data.classes[""], data.classes["subgroup"]
+    assert data.captions == [[names.names[label]] for label in names.labels.tolist()]
+    assert names.coarse is not None
+    assert torch.equal(names.coarse[names.labels], subgroups.labels)
+    assert set(data.groups or []) > data.apart
+    assert len(data.images) == len(data.groups or [])
