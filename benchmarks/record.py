@@ -4,7 +4,6 @@ The only place that writes tables and formats numbers.
 """
 
 import json
-import os
 import platform
 import re
 import sys
@@ -20,6 +19,7 @@ from torch.utils import collect_env
 
 from benchmarks.checkout import ROOT
 from benchmarks.run import Run
+from reference_train.files import written_whole
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("triton", "numpy", "open_clip_torch")
@@ -101,22 +101,18 @@ def number(value: Any) -> str:
     return f"{round(value, digits):,.{max(0, digits)}f}"
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_bytes(content if isinstance(content, bytes) else content.encode())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 def write(folder: Path, kind: str, record: dict[str, Any], summary: str = "") -> Path:
     """Write both files, <kind>-<device>-<date>; the JSON's path. NaN is as Python reads it."""
     device = re.sub(r"[^a-z0-9]+", "-", record["device"].split(",")[0].lower())
     path = folder / f"{kind}-{device}-{record['date'].replace(':', '')}.json"
     content = json.dumps(record, indent=1) + "\n"
-    write_whole(path.with_suffix(".md"), markdown(record, summary))
-    write_whole(path, content)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(path.with_suffix(".md"), markdown(record, summary))
+    write_text(path, content)
     return path
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a file whole or not at all."""
+    with written_whole(path) as unfinished:
+        unfinished.write_text(content)

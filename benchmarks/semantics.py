@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.record import RESULTS, describe, markdown, write_whole
+from benchmarks.record import RESULTS, describe, markdown, write_text
 from benchmarks.run import Run
 from cyclip_loss import CyCLIPLoss
 from cyclip_loss.distributed import DIST_IMPLS
@@ -118,5 +118,5 @@ def main(options: argparse.Namespace) -> int:
         section.rows, *_ = pool.map(_process, range(RANKS), [f"file://{folder}/meeting"] * RANKS)
     text = markdown(describe(run))
     print(text)
-    write_whole((options.out or RESULTS) / "semantics.md", text)
+    write_text((options.out or RESULTS) / "semantics.md", text)
     return 1 if section.failures else 0

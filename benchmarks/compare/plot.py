@@ -5,7 +5,6 @@ Okabe and Ito's, which people with any colour vision tell apart; lines differ in
 """
 
 import argparse
-import io
 import json
 import math
 from pathlib import Path
@@ -17,7 +16,8 @@ from benchmarks.compare import competitors as names
 from benchmarks.compare.accuracy import RANDOM
 from benchmarks.compare.report import ERRORS, Row, rows_of, summary
 from benchmarks.memory import OUT_OF_MEMORY
-from benchmarks.record import markdown, write_whole
+from benchmarks.record import markdown, write_text
+from reference_train.files import written_whole
 
 matplotlib.use("Agg")  # files only: no display needed
 from matplotlib import pyplot as plt
@@ -41,7 +41,7 @@ def main(options: argparse.Namespace) -> int:
     except (OSError, ValueError, KeyError, TypeError) as error:
         print(f"{options.record} is not a record of `python -m benchmarks`: {error!r}")
         return 2
-    write_whole(options.record.with_suffix(".md"), markdown(record, summary(record)))
+    write_text(options.record.with_suffix(".md"), markdown(record, summary(record)))
     draw(record, options.record)
     return 0
 
@@ -73,10 +73,9 @@ def draw(record: dict[str, Any], beside: Path) -> None:
 
 def _save(figure: Any, record: dict[str, Any], path: Path) -> None:
     figure.suptitle(record["device"])
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png")
+    with written_whole(path) as unfinished:
+        figure.savefig(unfinished, format="png")
     plt.close(figure)
-    write_whole(path, drawn.getvalue())
     print(f"wrote {path}")
 
 
@@ -96,7 +95,8 @@ def _lines(
     ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     low, high = ax.get_ylim()
     ax.set_ylim(low, high * (high / low) ** 0.5)  # room for the legend and the crosses
-    ax.legend(frameon=False, fontsize="small", loc="upper left" if x == "N" else "upper right")
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(frameon=False, fontsize="small", loc="upper left" if x == "N" else "upper right")
 
 
 def points(rows: list[Row], loss: str, x: str, y: str) -> list[tuple[float, float]]:
