@@ -65,7 +65,7 @@ def test_tables_and_pictures_are_remade_from_a_record(found: dict, tmp_path: Pat
     text = file.with_suffix(".md").read_text()
     assert "| nan |" in text
     file.with_suffix(".md").unlink()
-    assert __main__.main(["plot", str(file)]) == 0
+    assert plot.main(Namespace(record=file)) == 0
     assert file.with_suffix(".md").read_text() == text
     assert {path.name.removeprefix(file.stem) for path in tmp_path.iterdir()} == {
         *(".json", ".md", "-cost.png", "-error.png"),
@@ -77,7 +77,7 @@ def test_a_file_that_is_no_record(tmp_path: Path, capsys: pytest.CaptureFixture[
     for content in (None, "[", "[]", json.dumps({"sections": {}})):
         if content is not None:
             file.write_text(content)
-        assert __main__.main(["plot", str(file)]) == 2
+        assert plot.main(Namespace(record=file)) == 2
         assert "x.json is not a record" in capsys.readouterr().out
 
 

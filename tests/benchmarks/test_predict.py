@@ -1,12 +1,13 @@
 """The model of GPUs and links, on cases worked out by hand."""
 
+from argparse import Namespace
 from dataclasses import replace
 
 import open_clip
 import pytest
 import torch
 
-from benchmarks import __main__, predict
+from benchmarks import predict
 from benchmarks.memory import allocated_peak
 from benchmarks.predict import CHIPS, WAYS, Case
 from benchmarks.run import Run
@@ -80,5 +81,5 @@ def test_bytes_that_openclip_holds() -> None:
 
 @pytest.mark.parametrize("name", list(CHIPS))
 def test_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert __main__.main(["predict", "--chip", name, "--d", "768"]) == 0
+    assert predict.main(Namespace(chip=name, d=768)) == 0
     assert "does not fit" in capsys.readouterr().out
