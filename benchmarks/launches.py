@@ -34,7 +34,7 @@ class PyTorchLaunches(TorchDispatchMode):
     """The names of the operators that launch a kernel."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -6,7 +6,7 @@ from cyclip_loss.metrics import consistency_metrics
 from cyclip_loss.warn import CyCLIPWarning
 from cyclip_loss.with_penalty import WithCyclicPenalty
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "CyCLIPLoss",
     "CyCLIPWarning",

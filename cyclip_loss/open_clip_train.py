@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Raises SystemExit, with one line that says why, where it can't train with the CyCLIP loss.
     """
-    parser = _parser()
+    parser = flags()
     argv = list(sys.argv[1:] if argv is None else argv)
     # torchrun takes a "--" between its own flags and these; some versions of Python hand it on.
     ours, theirs = parser.parse_known_args(argv[1:] if argv[:1] == ["--"] else argv)
@@ -63,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         handle.remove()
 
 
-def _parser() -> argparse.ArgumentParser:
+def flags() -> argparse.ArgumentParser:
+    """The flags that this launcher adds to open_clip_train's."""
     parser = argparse.ArgumentParser(
         prog="cyclip_loss.open_clip_train",
         usage="python -m cyclip_loss.open_clip_train [these] [any of open_clip_train's]",
@@ -96,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
 class _Swap:
     """Puts the loss into a trainer, and finds out whether it is used.
 
-    options: the parsed `_parser`.
+    options: the parsed `flags`.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:

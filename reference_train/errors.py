@@ -32,6 +32,17 @@ class Parser(argparse.ArgumentParser):
         raise CannotStart(message)
 
 
+def whole_number(least: int) -> Callable[[str], int]:
+    """An argument's type: an integer of at least `least`."""
+
+    def parse(text: str) -> int:
+        if not text.lstrip("-").isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number >= {least}, not {text}")
+        return int(text)
+
+    return parse
+
+
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Runs `main` with the command line's arguments.
 

@@ -17,20 +17,19 @@ Classes are the package's folders, two levels deep and named by hand (`CLASSES`)
 """
 
 import argparse
-import hashlib
 import io
 import json
 import tarfile
 import tempfile
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from PIL import Image, ImageChops
-from rich.progress import track, wrap_file
+from rich.progress import track
 
-from ..errors import CannotStart, Parser, Stopped, run
+from ..errors import CannotStart, Parser, run
+from ..files import download, new_folder
 
 URL = (
     "https://deb.debian.org/debian/pool/main/t/tuxpaint-stamps/"
@@ -131,21 +130,6 @@ class Stamp(NamedTuple):
     png: bytes
     caption: str
     drawn: bool  # whether the package has it as a drawing (SVG) as well
-
-
-def download(folder: Path) -> Path:
-    """The package, downloaded into `folder`. Raises `Stopped` if it doesn't come as it should."""
-    path = folder / "stamps.deb"
-    try:
-        with urllib.request.urlopen(URL, timeout=60) as answer:
-            size = int(answer.headers["Content-Length"] or 0)
-            with wrap_file(answer, size, description="downloading") as content:
-                path.write_bytes(content.read())
-    except OSError as error:
-        raise Stopped(f"{URL}: {error}; --package takes one that is on disk") from error
-    if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
-        raise Stopped(f"{URL}: not the file it was (SHA-256); --package takes another")
-    return path
 
 
 def data_of(package: Path) -> tarfile.TarFile:
@@ -284,19 +268,9 @@ def main(argv: Sequence[str]) -> None:
         help="a package on disk (`apt-get download tuxpaint-stamps-default`); default: downloaded",
     )
     arguments = parser.parse_args(argv)
-    out = arguments.out.absolute()
-    if out.exists():
-        raise CannotStart(f"--out {arguments.out}: is there already")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
-            folder = Path(temporary) / "stamps"
-            folder.mkdir()
-            package = arguments.package or download(Path(temporary))
-            count, photos = build(package, folder)
-            folder.replace(out)
-    except OSError as error:
-        raise CannotStart(f"--out {arguments.out}: can't be written: {error.strerror}") from error
+    with new_folder(arguments.out) as folder, tempfile.TemporaryDirectory() as temporary:
+        package = arguments.package or download(URL, SHA256, Path(temporary) / "stamps.deb")
+        count, photos = build(package, folder)
     print(f"{arguments.out}: {count} stamps, {photos} photographs and {count - photos} drawings")
 
 

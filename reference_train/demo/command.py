@@ -13,12 +13,13 @@ import torch
 from rich.console import Console
 
 from ..data.emoji import EmojiSet, fingerprint, read_emoji
-from ..errors import CannotStart, Parser
+from ..errors import CannotStart, Parser, whole_number
+from ..losses import LOSSES
 from .batches import EmojiBatches
 from .evaluate import evaluate, validation_measures
 from .model import build_model
 from .report import report
-from .results import LOSSES, evaluated, gather_results, save_run, write_json
+from .results import evaluated, gather_results, save_run, write_json
 from .train import RunConfig, train
 
 # The batch size at which a weight is the paper's: the records in results/ were made by the paper's
@@ -28,17 +29,6 @@ PRESETS = {
     "short": {"steps": 620, "lr": 3e-3, "logit_scale": 33.0},
     "long": {"steps": 1500, "lr": 2e-3, "logit_scale": 14.3},
 }
-
-
-def whole_number(least: int) -> Callable[[str], int]:
-    """An argument's type: an integer of at least `least`."""
-
-    def parse(text: str) -> int:
-        if not text.lstrip("-").isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number >= {least}, not {text}")
-        return int(text)
-
-    return parse
 
 
 def number(condition: str, holds: Callable[[float], bool]) -> Callable[[str], float]:

@@ -10,7 +10,8 @@ import numpy as np
 
 from ..data.emoji import EMOJI_FOLDER, SHIFT_STYLES, SIZE, STRESS_STYLES, TRAIN_STYLES
 from ..data.samples import decode, read_samples
-from .results import LOSSES, by_loss
+from ..losses import LOSSES
+from .results import by_loss
 
 matplotlib.use("Agg")  # files only: no display needed
 from matplotlib import pyplot as plt

@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import CannotStart
+from ..losses import LOSSES
 from .pictures import PICTURES
-from .results import LOSSES, by_loss
+from .results import by_loss
 
 # question -> (its row's label, is it times 100?); `names` and `images` are among how many the right
 # one is to be found

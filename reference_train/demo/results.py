@@ -5,32 +5,16 @@ import platform
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..files import written_whole
+from ..losses import LOSSES
 from .train import RunConfig
 
 HISTORY_POINTS = 200
-
-
-class Loss(NamedTuple):
-    """A loss of the demonstration: how it is shown, and which of the two penalties it has."""
-
-    title: str
-    colour: str
-    inmodal: bool
-    crossmodal: bool
-
-
-LOSSES = {
-    "clip": Loss("CLIP", "#5b6b7b", False, False),
-    "cyclip": Loss("CyCLIP", "#e4572e", True, True),
-    "c-cyclip": Loss("C-CyCLIP", "#2a9d8f", False, True),
-    "i-cyclip": Loss("I-CyCLIP", "#8e5ea2", True, False),
-}
 
 
 def write_json(content: Any, path: Path) -> None:

@@ -99,7 +99,7 @@ def majority(labels: Tensor) -> Tensor:
     same = labels[:, :, None] == labels[:, None, :]  # (n, k, k)
     winner = labels[:, 0].clone()
     open_rows = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
-    for k in range(labels.shape[1], 1, -1):
+    for k in range(labels.shape[1], 2, -1):
         votes = same[:, :k, :k].sum(dim=2)  # (n, k): how many share the label of neighbour j
         most, place = votes.max(dim=1)
         # as many neighbours have a label with the most votes as it has votes: no other label does
@@ -107,7 +107,7 @@ def majority(labels: Tensor) -> Tensor:
         settled = open_rows & clear
         winner[settled] = labels.gather(1, place[:, None])[settled, 0]
         open_rows &= ~clear
-    return winner  # one neighbour alone has no tie
+    return winner  # of two the nearest, whether they agree or not
 
 
 def consistency(predicted: Tensor, neighbours: Tensor) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The recipes of `docs/recipes.md`, run from the page, and what they are run with."""
+"""The recipes of `docs/`, run from their pages, and what they are run with."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +17,8 @@ from cyclip_loss import CyCLIPLoss
 from reference_train.data.emoji import EMOJI_FOLDER
 from reference_train.data.samples import decode, read_samples
 
-PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = [DOCS / "recipes.md", DOCS / "lambda.md", DOCS / "design.md"]
 VISION = {"layers": 1, "width": 32, "head_width": 16, "patch_size": 16, "image_size": 32}
 TEXT = {"layers": 1, "width": 32, "heads": 2, "context_length": 12}
 FEATURES = ("image_features", "text_features")
@@ -25,18 +26,19 @@ FEATURES = ("image_features", "text_features")
 
 @lru_cache
 def blocks(language: str = "python") -> dict[str, list[str]]:
-    """The code blocks of the page by the heading they are under."""
-    document = Sybil(parsers=[CodeBlockParser(language)]).parse(PAGE)
+    """The code blocks of the pages by the heading they are under."""
     found: dict[str, list[str]] = {}
-    for example in document.examples():
-        heading = document.text[: example.start].rpartition("\n## ")[2].partition("\n")[0]
-        found.setdefault(heading, []).append(str(example.parsed))
+    for page in PAGES:
+        document = Sybil(parsers=[CodeBlockParser(language)]).parse(page)
+        for example in document.examples():
+            heading = document.text[: example.start].rpartition("\n## ")[2].partition("\n")[0]
+            found.setdefault(heading, []).append(str(example.parsed))
     return found
 
 
 def run(heading: str, at: int = 0, **names: Any) -> dict[str, Any]:
     """Runs a block with these names given, and returns all of its names."""
-    exec(compile(blocks()[heading][at], f"{PAGE}: {heading}", "exec"), names)
+    exec(compile(blocks()[heading][at], f"docs: {heading}", "exec"), names)
     return names
 
 

@@ -1,4 +1,4 @@
-"""Every recipe of `docs/recipes.md`, run from the page."""
+"""Every recipe of `docs/`, run from its page."""
 
 import math
 from pathlib import Path
@@ -74,7 +74,7 @@ def test_siglip_and_coca() -> None:
 
 
 def test_which_lambda() -> None:
-    loss_fn = run("Which λ", CyCLIPLoss=CyCLIPLoss)["loss_fn"]
+    loss_fn = run("As strong as the paper's", CyCLIPLoss=CyCLIPLoss)["loss_fn"]
     images, texts = torch.nn.functional.normalize(torch.randn(2, 32, 4, device="cpu"), dim=-1)
     papers = CyCLIPLoss(0.25 * 128 / 32, 0.25 * 128 / 32)
     torch.testing.assert_close(loss_fn(images, texts, 10.0), papers(images, texts, 10.0))
@@ -316,3 +316,8 @@ def test_settings_from_axlearn() -> None:
         cross_modal_weight=2.0,
     )
     torch.testing.assert_close(names["loss_fn"](images, texts, 10.0), theirs)
+
+
+def test_algebra_of_the_design() -> None:
+    run("The penalties without an N×N matrix")
+    run("The contrastive term, streamed")

@@ -1,0 +1,18 @@
+# With the environment in .venv, or `make PYTHON=...`; what each does is in CONTRIBUTING.md.
+PYTHON ?= $(if $(wildcard .venv),$(CURDIR)/.venv/bin/python,python3)
+
+.PHONY: test lint bench gpu
+
+test:
+	$(PYTHON) -m pytest -n 2 --dist loadfile
+
+lint:
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	PYTHON=$(PYTHON) bash .ci/types
+
+bench:
+	$(PYTHON) -m benchmarks
+
+gpu:
+	$(PYTHON) -m benchmarks gpu

@@ -1,0 +1,361 @@
+"""About 250,000 icons with the names that people gave them, as image-caption shards.
+
+`python -m reference_train.data.icons --out DIR` takes npm's `@iconify/json` (104 MB; `--package`
+for one that is on disk) and draws its icons into WebDataset shards, in about ten minutes:
+`train-*.tar` to train on, `val-*.tar` with names that training never sees, one picture of each,
+`sizes.json` as OpenCLIP reads it, and `manifest.json` with the sets, their authors and licences,
+and how many icons were left out for which reason.
+
+Left out: logos, flags, sets with a non-commercial licence, and every set of emoji: the emoji are
+what a model is asked about afterwards. Then pictures that are blank, pictures that were there
+before, and, of names that very many sets draw, all but `PICTURES_OF_A_NAME`, because the same name
+twice in a batch is a false negative of a contrastive loss.
+
+A one-coloured icon is black on white in half of the cases, else in a random colour on white, on a
+pale or on a dark ground, so that a model learns shapes and not one way of printing them.
+"""
+
+import argparse
+import colorsys
+import contextlib
+import hashlib
+import io
+import json
+import multiprocessing
+import random
+import re
+import tarfile
+import tempfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import webdataset as wds
+from PIL import Image
+from rich.progress import track
+
+from ..errors import CannotStart, Parser, run
+from ..files import download, new_folder
+
+URL = "https://registry.npmjs.org/@iconify/json/-/json-2.2.535.tgz"
+SHA256 = "1a545f86fa224d6531d8fb101dcbe83aac2b28689a21cbed6fc68318a5af4d91"
+SIZE = 64  # pixels
+SAMPLES_PER_SHARD = 5000
+PICTURES_OF_A_NAME = 40
+VALIDATION_SHARE = 0.02  # of the names
+SEED = 0
+
+DROPPED_GROUPS = {"logos", "logo", "brand", "brands", "flags", "flag"}
+# Words that say how an icon is drawn or which of several it is, not what it shows. They are taken
+# off a name only in a set that uses them again and again (`style_words`).
+# fmt: off
+STYLES = {
+    "outline", "outlined", "outlines", "filled", "fill", "solid", "line", "linear", "lines",
+    "bold", "thin", "light", "regular", "duotone", "duo", "twotone", "sharp", "round",
+    "rounded", "broken", "bulk", "stroke", "flat", "remix", "color", "colored", "colour", "alt",
+    "glyph", "variant", "freehand", "micro", "mini", "baseline", "sm", "lg", "xl", "medium",
+    "small", "large",
+}
+# fmt: on
+TEMPLATES = (
+    "{name}",
+    "{name}",
+    "{name}",
+    "a drawing of {name}",
+    "a picture of {name}",
+    "an icon of {name}",
+    "a small drawing of {name}",
+    "{name}, {style}",
+    "{name} icon, {set}",
+    "{name}, {group}",
+)
+
+
+class Icon(NamedTuple):
+    """One icon before it is drawn."""
+
+    key: str  # set and icon as iconify has them, with "__" between
+    set: str
+    name: str  # words, without those of style
+    style: str  # how it is drawn, in words
+    group: str  # what its set files it under, or ""
+    svg: str
+
+
+# ------------------------------------------------------------------------------------------------
+# Names and captions
+
+
+def style_words(names: Sequence[str]) -> set[str]:
+    """The words of `STYLES`, and numbers, that end (or begin) at least 2 % of a set's names."""
+    ends = Counter(name.rsplit("-", 1)[-1] for name in names if "-" in name)
+    starts = Counter(name.split("-", 1)[0] for name in names if "-" in name)
+    return {w for w in STYLES if ends[w] + starts[w] >= 0.02 * len(names)}
+
+
+def split_name(icon: str, styles: set[str]) -> tuple[str, list[str]]:
+    """An icon's name -> what it shows ("alarm clock"), and the words of style at either end.
+
+    Numbers at the end go as well: they are sizes, or count variants.
+    """
+    words = [word for word in re.split(r"[-_]+", icon.lower()) if word]
+    style = []
+    while len(words) > 1 and (words[-1] in styles or re.fullmatch(r"\d+(px)?", words[-1])):
+        style.append(words.pop())
+    while len(words) > 1 and words[0] in styles:
+        style.append(words.pop(0))
+    return " ".join(words), [word for word in style if not word[0].isdigit()]
+
+
+def is_held_out(name: str) -> bool:
+    """Whether a name is one of the validation's; looks at the name alone."""
+    number = int.from_bytes(hashlib.sha256(f"{SEED}:{name}".encode()).digest()[:8], "big")
+    return number / 2**64 < VALIDATION_SHARE
+
+
+def caption(icon: Icon, title: str, rng: random.Random) -> str:
+    """A caption from the name and, at times, the style, the set's title or the group."""
+    template = rng.choice(TEMPLATES)
+    if ("{style}" in template and not icon.style) or ("{group}" in template and not icon.group):
+        template = "{name}"
+    return template.format(name=icon.name, style=icon.style, set=title, group=icon.group)
+
+
+# ------------------------------------------------------------------------------------------------
+# Reading the sets
+
+
+def why_left_out(info: dict[str, Any]) -> str | None:
+    """The reason for which a set as a whole is not taken."""
+    name, category = info["name"].lower(), (info.get("category") or "").lower()
+    licence = info["license"].get("spdx") or info["license"]["title"]
+    if category == "logos" or "brands" in name:
+        return "logos"
+    if category == "emoji" or "emoji" in name:
+        return "emoji"
+    if "flag" in name:
+        return "flags"
+    return "non-commercial licence" if "-NC" in licence else None
+
+
+def to_svg(icon: dict[str, Any], defaults: dict[str, Any]) -> str:
+    """An icon's SVG, made square."""
+    left, top = icon.get("left", defaults.get("left", 0)), icon.get("top", defaults.get("top", 0))
+    width = icon.get("width", defaults.get("width", 16))
+    height = icon.get("height", defaults.get("height", 16))
+    side = max(width, height)
+    left, top = left - (side - width) / 2, top - (side - height) / 2
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="{left:g} {top:g} {side:g} {side:g}">{icon["body"]}</svg>'
+    )
+
+
+def read_set(path: Path, left_out: Counter[str]) -> Iterator[Icon]:
+    """The icons of one set's JSON file (https://iconify.design/docs/types/iconify-json.html)."""
+    content = json.loads(path.read_text())
+    groups = {
+        icon: group for group, icons in (content.get("categories") or {}).items() for icon in icons
+    }
+    styles = style_words(list(content["icons"]))
+    for key, icon in content["icons"].items():
+        group = groups.get(key, "")
+        name, style = split_name(key, styles)
+        if group.lower() in DROPPED_GROUPS or name.startswith(("logo ", "brand ", "flag ")):
+            left_out["logos and flags in other sets"] += 1
+        elif icon.get("hidden") or not re.search("[a-z]{2}", name):
+            left_out["hidden, or a name without a word"] += 1
+        else:
+            words = re.sub(r"([a-z])([A-Z])", r"\1 \2", group).lower()
+            svg = to_svg(icon, content)
+            yield Icon(f"{path.stem}__{key}", path.stem, name, " ".join(style), words, svg)
+
+
+def unpack(package: Path, folder: Path) -> Path:
+    """Unpacks the npm package into `folder`; returns where its files are."""
+    try:
+        with tarfile.open(package) as archive:
+            archive.extractall(folder, filter="data")
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+        raise CannotStart(f"--package {package}: can't be read: {error}") from error
+    if not (folder / "package" / "collections.json").is_file():
+        raise CannotStart(f"--package {package}: no collections.json: not npm's @iconify/json")
+    return folder / "package"
+
+
+# ------------------------------------------------------------------------------------------------
+# Drawing
+
+
+class Drawn(NamedTuple):
+    """An icon's picture."""
+
+    png: bytes
+    digest: bytes  # of the picture before it was coloured
+    blank: bool
+
+
+def draw(icon: Icon) -> Drawn:
+    """Draws an icon, the same in every run: its colours are drawn by its key."""
+    import resvg_py
+
+    svg = icon.svg.replace("currentColor", "#000000")
+    try:
+        data = resvg_py.svg_to_bytes(
+            svg_string=svg, width=SIZE, height=SIZE, skip_system_fonts=True
+        )
+    except ValueError:  # some icons are no valid SVG
+        return Drawn(b"", b"", True)
+    with Image.open(io.BytesIO(bytes(data))) as image:
+        rgba = np.asarray(image.convert("RGBA"), dtype=np.float32) / 255
+    rgb, alpha = rgba[..., :3], rgba[..., 3:]
+    one_colour = not (rgb * alpha > 0.02).any()
+    ink, ground = colours(random.Random(icon.key)) if one_colour else (None, np.ones(3))
+    digest = hashlib.sha256((rgba * 15).round().astype(np.uint8).tobytes()).digest()
+    picture = alpha * (rgb if ink is None else ink) + (1 - alpha) * ground
+    file = io.BytesIO()
+    Image.fromarray((picture * 255).round().astype(np.uint8)).save(file, "png", compress_level=3)
+    return Drawn(file.getvalue(), digest, bool(np.ptp(picture, axis=(0, 1)).max() < 0.1))
+
+
+def colours(rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
+    """Ink and ground of a one-coloured icon, each (3,) in [0, 1]."""
+    kind, hue, other = rng.random(), rng.random(), rng.random()
+    ink = colorsys.hls_to_rgb(hue, rng.uniform(0.2, 0.55), rng.uniform(0.3, 1))
+    if kind < 0.5:
+        return np.zeros(3), np.ones(3)
+    if kind < 0.7:
+        return np.array(ink), np.ones(3)
+    if kind < 0.85:
+        return np.array(ink), np.array(colorsys.hls_to_rgb(other, rng.uniform(0.85, 0.97), 0.6))
+    pale = colorsys.hls_to_rgb(hue, rng.uniform(0.75, 1), rng.uniform(0.3, 1))
+    return np.array(pale), np.array(colorsys.hls_to_rgb(other, rng.uniform(0.05, 0.3), 0.6))
+
+
+# ------------------------------------------------------------------------------------------------
+# Shards
+
+
+def writer(folder: Path, part: str) -> wds.ShardWriter:
+    """Writes FOLDER/PART-00000.tar and so on."""
+    return wds.ShardWriter(str(folder / f"{part}-%05d.tar"), maxcount=SAMPLES_PER_SHARD, verbose=0)
+
+
+def twins(names: Counter[str], batch_size: int) -> float:
+    """The expected share of a batch's rows whose name another row of it has, too.
+
+    names: how many pictures each name has.
+    """
+    total = sum(names.values())
+    alone = sum(n / total * (1 - n / total) ** (batch_size - 1) for n in names.values())
+    return 1 - alone
+
+
+def build(package: Path, out: Path) -> dict[str, Any]:
+    """Writes the shards and the manifest into `out`; returns the manifest."""
+    infos = json.loads((package / "collections.json").read_text())
+    left_out: Counter[str] = Counter()
+    taken: dict[str, Any] = {}
+    icons: list[Icon] = []
+    for prefix, info in infos.items():
+        reason = why_left_out(info)
+        if reason:
+            left_out[f"sets: {reason}"] += info["total"]
+        else:
+            taken[prefix] = info
+            icons += read_set(package / "json" / f"{prefix}.json", left_out)
+    random.Random(SEED).shuffle(icons)
+
+    parts = ("train", "val")
+    seen: set[bytes] = set()
+    names: dict[str, Counter[str]] = {part: Counter() for part in parts}
+    pictures: Counter[str] = Counter()  # of each name, with those left out
+    sets: Counter[str] = Counter()
+    with contextlib.ExitStack() as stack:
+        shards = {part: stack.enter_context(writer(out, part)) for part in parts}
+        pool = stack.enter_context(multiprocessing.Pool())
+        drawing = track(pool.imap(draw, icons, chunksize=64), "drawing", total=len(icons))
+        for icon, drawn in zip(icons, drawing, strict=True):
+            part = "val" if is_held_out(icon.name) else "train"
+            if drawn.blank:
+                left_out["blank"] += 1
+                continue
+            if drawn.digest in seen:
+                left_out["the same picture again"] += 1
+                continue
+            seen.add(drawn.digest)
+            pictures[icon.name] += 1
+            if names[part][icon.name] >= (1 if part == "val" else PICTURES_OF_A_NAME):
+                left_out[f"more pictures of a name ({part})"] += 1
+                continue
+            names[part][icon.name] += 1
+            sets[icon.set] += 1
+            text = caption(icon, taken[icon.set]["name"], random.Random(icon.key))
+            key = icon.key.replace(".", "_")
+            sample: dict[str, Any] = {"__key__": key, "png": drawn.png, "txt": text}
+            if part == "val":  # training doesn't read it, and each file of a tar costs it time
+                sample["json"] = {"name": icon.name, "style": icon.style, "set": icon.set}
+            shards[part].write(sample)
+    pairs = {part: sum(names[part].values()) for part in parts}
+    sizes = {
+        f"{part}-{first // SAMPLES_PER_SHARD:05d}.tar": min(SAMPLES_PER_SHARD, pairs[part] - first)
+        for part in parts
+        for first in range(0, pairs[part], SAMPLES_PER_SHARD)
+    }
+    (out / "sizes.json").write_text(json.dumps(sizes))
+    kept = Counter({name: n for name, n in pictures.items() if name in names["train"]})
+    manifest = {
+        "package": URL,
+        "pairs": pairs,
+        "names": {part: len(counter) for part, counter in names.items()},
+        "left_out": dict(left_out.most_common()),
+        "rows_with_a_twin": {
+            str(n): {
+                "uncapped": round(twins(kept, n), 4),
+                "kept": round(twins(names["train"], n), 4),
+            }
+            for n in (128, 512, 1024, 2048, 4096)
+        },
+        "sets": {
+            prefix: {
+                "title": info["name"],
+                "author": info["author"]["name"],
+                "url": info["author"].get("url"),
+                "licence": info["license"].get("spdx") or info["license"]["title"],
+                "icons": sets[prefix],
+            }
+            for prefix, info in taken.items()
+            if sets[prefix]
+        },
+    }
+    (out / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False))
+    return manifest
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command line."""
+    parser = Parser(
+        prog="python -m reference_train.data.icons",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    parser.add_argument(
+        "--package",
+        type=Path,
+        metavar="FILE.tgz",
+        help="a package on disk (`npm pack @iconify/json`); default: downloaded",
+    )
+    arguments = parser.parse_args(argv)
+    with new_folder(arguments.out) as folder, tempfile.TemporaryDirectory() as temporary:
+        package = arguments.package or download(URL, SHA256, Path(temporary) / "icons.tgz")
+        manifest = build(unpack(package, Path(temporary)), folder)
+    train, val = manifest["pairs"]["train"], manifest["pairs"]["val"]
+    print(f"{arguments.out}: {train:,} pairs to train on, {val:,} held out")
+
+
+if __name__ == "__main__":
+    run(main)

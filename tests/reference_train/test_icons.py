@@ -1,0 +1,169 @@
+"""The icons, from a package made here."""
+
+import io
+import json
+import tarfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from reference_train.data.samples import Sample, read_samples
+from reference_train.errors import CannotStart, Stopped
+
+pytest.importorskip("resvg_py")
+icons = pytest.importorskip("reference_train.data.icons")
+
+
+def square(size: int, colour: str = "currentColor") -> dict[str, Any]:
+    return {"body": f'<path fill="{colour}" d="M1 1h{size}v{size}h-{size}z"/>'}
+
+
+def a_set(title: str, category: str = "UI 24px", licence: str = "MIT") -> dict[str, Any]:
+    return {
+        "name": title,
+        "total": 1,
+        "category": category,
+        "license": {"title": licence, "spdx": licence},
+        "author": {"name": "Somebody"},
+    }
+
+
+SETS = {
+    "plain": (
+        a_set("Plain Icons"),
+        {
+            "alarm-clock-outline": square(10),
+            "alarm-clock-16": square(11),
+            "traffic-light": square(12),  # "light" ends one name: not a style here
+            "again": square(10),
+            "nothing": {"body": "<g/>"},
+            "broken": {"body": "<path"},
+            "12": square(13),
+            "red-box": square(14, "#ff0000"),
+            "brand-x": square(15),
+            "wide": {**square(9), "width": 32},
+            **{f"thing-{chr(97 + i)}x-outline": square(16 + i) for i in range(8)},
+        },
+    ),
+    "faces": (a_set("Some Emoji", category="Emoji"), {"grin": square(2)}),
+    "brands": (a_set("Logos", category="Logos"), {"logo": square(3)}),
+    "countries": (a_set("Flag Icons", category="Flags / Maps"), {"fr": square(4)}),
+    "unfree": (a_set("Unfree", licence="CC-BY-NC-4.0"), {"cat": square(5)}),
+}
+
+
+def make_package(path: Path) -> Path:
+    files: dict[str, Any] = {"collections.json": {name: info for name, (info, _) in SETS.items()}}
+    for name, (_, drawings) in SETS.items():
+        content = {"prefix": name, "icons": drawings, "width": 24, "height": 24}
+        files[f"json/{name}.json"] = content
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in files.items():
+            data = json.dumps(content).encode()
+            member = tarfile.TarInfo(f"package/{name}")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+def build(folder: Path) -> Path:
+    """With more held out than in truth, for some of so few."""
+    package = make_package(folder / "icons.tgz")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(icons, "VALIDATION_SHARE", 0.3)
+        icons.main(["--out", str(folder / "out"), "--package", str(package)])
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("icons"))
+
+
+def samples(folder: Path) -> dict[str, Sample]:
+    pairs = [s for path in sorted(folder.glob("*.tar")) for s in read_samples([str(path)])]
+    return {s.caption: s for s in pairs}
+
+
+def test_what_is_left_out(built: Path) -> None:
+    manifest = json.loads((built / "manifest.json").read_text())
+    assert manifest["left_out"] == {
+        "sets: emoji": 1,
+        "sets: logos": 1,
+        "sets: flags": 1,
+        "sets: non-commercial licence": 1,
+        "blank": 2,
+        "the same picture again": 1,
+        "hidden, or a name without a word": 1,
+        "logos and flags in other sets": 1,
+    }
+    assert sum(manifest["pairs"].values()) == len(SETS["plain"][1]) - 5
+    assert list(manifest["sets"]) == ["plain"]
+    assert manifest["sets"]["plain"]["licence"] == "MIT"
+
+
+def test_shards_are_as_open_clip_reads_them(built: Path) -> None:
+    sizes = json.loads((built / "sizes.json").read_text())
+    assert sizes == {p.name: len(list(read_samples([str(p)]))) for p in built.glob("*.tar")}
+    for sample in samples(built).values():
+        with Image.open(io.BytesIO(sample.image)) as image:
+            assert (image.size, image.mode) == ((64, 64), "RGB")
+
+
+def test_an_icon_in_colours_keeps_them_on_white(built: Path) -> None:
+    [image] = [s.image for caption, s in samples(built).items() if "red box" in caption]
+    pixels = np.asarray(Image.open(io.BytesIO(image)))
+    assert {tuple(c) for c in pixels[[20, 0], [20, 63]].tolist()} == {(255, 0, 0), (255, 255, 255)}
+
+
+@pytest.mark.parametrize(
+    ("icon", "name", "style"),
+    [
+        ("alarm-clock-outline", "alarm clock", ["outline"]),
+        ("alarm-clock-24-outline", "alarm clock", ["outline"]),
+        ("traffic-light", "traffic light", []),
+        ("outline", "outline", []),
+        ("outline-3d_rotation", "3d rotation", ["outline"]),
+    ],
+)
+def test_names_without_their_style(icon: str, name: str, style: list[str]) -> None:
+    assert icons.split_name(icon, {"outline"}) == (name, style)
+
+
+def test_the_held_out_names_are_a_fiftieth_and_stay() -> None:
+    names = [f"name {i}" for i in range(20_000)]
+    held_out = [name for name in names if icons.is_held_out(name)]
+    assert len(held_out) == pytest.approx(400, rel=0.15)
+    assert held_out == [name for name in reversed(names) if icons.is_held_out(name)][::-1]
+
+
+def test_rows_with_a_twin() -> None:
+    """Against drawing batches."""
+    names = Counter({"home": 30, "user": 10, **{f"rare {i}": 1 for i in range(60)}})
+    pool = np.repeat(np.arange(len(names)), list(names.values()))
+    rng = np.random.default_rng(0)
+    drawn = rng.choice(pool, (4000, 8))
+    share = ((drawn[:, :, None] == drawn[:, None]).sum(-1) > 1).mean()
+    assert icons.twins(names, 8) == pytest.approx(share, abs=0.01)
+
+
+def test_the_same_icons_give_the_same_pictures(built: Path, tmp_path: Path) -> None:
+    assert samples(build(tmp_path)) == samples(built)
+
+
+def test_what_is_no_such_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = ["--out", str(tmp_path / "out")]
+    with pytest.raises(CannotStart, match=r"--package .*can't be read"):
+        icons.main([*out, "--package", str(tmp_path / "none.tgz")])
+    with tarfile.open(tmp_path / "other.tgz", "w:gz"):
+        pass
+    with pytest.raises(CannotStart, match=r"no collections\.json"):
+        icons.main([*out, "--package", str(tmp_path / "other.tgz")])
+    monkeypatch.setattr(icons, "URL", make_package(tmp_path / "x.tgz").as_uri())
+    with pytest.raises(Stopped, match="SHA-256"):
+        icons.main(out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other.tgz", "x.tgz"]
