@@ -1,18 +1,16 @@
 """`python -m benchmarks predict`: what a step should take at least, on one GPU and over ranks.
 
 A model, not a measurement, for bfloat16 features, forward and backward, equal lambdas, all
-gradients. A kernel takes the longest of its products, its exponentials and its device memory, each
-at a rate that somebody has published:
+gradients. On one GPU it is a roofline, from rates that somebody has published: a kernel takes the
+longest of its products, its exponentials and its device memory.
 
-    on one GPU   8 N^2 D flops of the contrastive term: the two sweeps in Triton, the products of G
-                 with the features in the library; 6 N D^2 of the penalties in Triton, as tf32
-    over W ranks the same for n rows against N = W n columns, and the transfers of a step: a latency
-                 for each step of a collective and its bytes over a bandwidth
+    8 N^2 D flops of the contrastive term: the two sweeps in Triton, the products of G with the
+    features in the library; 6 N D^2 of the penalties in Triton, as tf32
 
-Left out: what a tile does besides its product (maxima and sums over threads, the first operands),
-kernel launches and Python, ranks that don't keep pace, and that some transfers hide behind kernels.
-So on one GPU, and wherever kernels are what takes the time, it will be longer. Memory is what the
-loss adds to the features: large tensors at the peak of the backward pass.
+Over W ranks it is that for n rows against N = W n columns, and of each transfer a latency for each
+of its steps and its bytes over a bandwidth (alpha and beta). Left out: what a tile does besides its
+product, launches and Python, ranks that don't keep pace, and that some transfers hide behind
+kernels. Memory is what the loss adds to the features: large tensors at the backward pass's peak.
 """
 
 import argparse
@@ -20,10 +18,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil, log2
 
-from benchmarks.record import number, table
+from benchmarks.record import table
 
 WIDTH, FLOAT = 2, 4  # bytes of a bfloat16; of sums, log-sum-exps and partial gradients
 GPUS_PER_NODE = CARDS_PER_NODE = 8
+# Seconds of a call, and of its steps within a node and between nodes, of NCCL's protocol Simple:
+# NCCL 2.28, src/graph/tuning.cc.
+CALL, INSIDE, BETWEEN = 8.4e-6, 3.4e-6, 14e-6
+# OpenCLIP's loss with local_loss and gather_with_grad, by element of an (n, N) matrix: products,
+# bytes read and written besides them, bytes held at the peak. Counted in PyTorch 2.13's operators.
+PRODUCTS, MOVED, HELD = 6, 72, 16
+BLOCK = 2**29  # bytes of G at most
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,6 @@ CHIPS = {
     "H100": Chip(794.5e12, 0.8, 16 * 132 * 1.83e9, 3.0e12, 80e9, 370e9, 46e9),
     "B200": Chip(1745e12, 0.7, 16 * 148 * 1.856e9, 6.0e12, 180e9, 740e9, 46e9),
 }
-# Seconds of a call, and of its steps within a node and between nodes, of NCCL's protocol Simple:
-# NCCL 2.28, src/graph/tuning.cc.
-CALL, INSIDE, BETWEEN = 8.4e-6, 3.4e-6, 14e-6
 
 
 def kernels(chip: Chip, n: int, m: int, d: int) -> dict[str, float]:
@@ -78,187 +80,101 @@ def kernels(chip: Chip, n: int, m: int, d: int) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class Transfer:
-    """A collective on an array of `size` bytes, or a hop of a block to the next rank."""
-
-    operation: str
-    size: float
-    times: int = 1
-
-    def sent(self, ranks: int) -> float:
-        """Bytes that one rank sends (nccl-tests, doc/PERFORMANCE.md)."""
-        share = (ranks - 1) / ranks
-        return (
-            self.times
-            * self.size
-            * {"hop": float(ranks > 1), "all-reduce": 2 * share}.get(self.operation, share)
-        )
-
-    def seconds(self, chip: Chip, ranks: int) -> float:
-        """A ring over all ranks; for an all-reduce a tree between nodes, which NCCL prefers."""
-        if ranks == 1:
-            return 0.0
-        nodes = ceil(ranks / GPUS_PER_NODE)
-        cards = 1 if self.operation == "hop" else CARDS_PER_NODE
-        bandwidth = chip.nvlink if nodes == 1 else min(chip.nvlink, cards * chip.card)
-        latency = {
-            "hop": BETWEEN if nodes > 1 else INSIDE,
-            "all-reduce": 2 * (min(ranks, GPUS_PER_NODE) - 1) * INSIDE + 2 * log2(nodes) * BETWEEN,
-        }.get(self.operation, (ranks - nodes) * INSIDE + (nodes - 1) * BETWEEN)
-        return self.times * (CALL + latency) + self.sent(ranks) / bandwidth
-
-
-@dataclass(frozen=True)
 class Case:
-    """W ranks of n rows of D bfloat16 features."""
+    """W ranks of n rows of D bfloat16 features, on one kind of chip."""
 
+    chip: Chip
     ranks: int
     rows: int
     d: int
 
-    @property
-    def batch(self) -> int:
-        """N."""
-        return self.ranks * self.rows
+    def collective(self, size: float, reduced: bool = False) -> float:
+        """Seconds of an all-gather or reduce-scatter of `size` bytes in all, or an all-reduce.
+
+        A ring over all ranks (bytes sent: nccl-tests, doc/PERFORMANCE.md); for an all-reduce a tree
+        between nodes, which NCCL prefers.
+        """
+        if self.ranks == 1:
+            return 0.0
+        nodes = ceil(self.ranks / GPUS_PER_NODE)
+        bandwidth = self.chip.nvlink
+        if nodes > 1:
+            bandwidth = min(bandwidth, CARDS_PER_NODE * self.chip.card)
+        sent = size * (self.ranks - 1) / self.ranks
+        if reduced:
+            steps = 2 * (min(self.ranks, GPUS_PER_NODE) - 1) * INSIDE + 2 * log2(nodes) * BETWEEN
+            return CALL + steps + 2 * sent / bandwidth
+        return CALL + (self.ranks - nodes) * INSIDE + (nodes - 1) * BETWEEN + sent / bandwidth
+
+    def hop(self, size: float) -> float:
+        """Seconds of a block on its way to the next rank; between nodes it has one card."""
+        if self.ranks == 1:
+            return 0.0
+        if self.ranks <= GPUS_PER_NODE:
+            return CALL + INSIDE + size / self.chip.nvlink
+        return CALL + BETWEEN + size / min(self.chip.nvlink, self.chip.card)
+
+    def shared(self) -> float:
+        """Seconds of what gather and ring have in common: [A, B, C] and the loss's value."""
+        return self.collective((3 * self.d**2 + 1) * FLOAT, True) + self.collective(2 * FLOAT, True)
+
+    def own(self) -> float:
+        """Bytes of A, B, C, and of the features' gradients, summed in float32 and then rounded."""
+        return 3 * self.d**2 * FLOAT + 2 * self.rows * self.d * (FLOAT + WIDTH)
 
 
-@dataclass(frozen=True)
-class Way:
-    """One way to compute the loss over ranks: its transfers, bytes of a rank, seconds."""
+def gather(case: Case) -> tuple[float, float]:
+    """dist_impl="gather": text features come, column sums are shared, text gradients leave.
 
-    transfers: Callable[[Case], list[Transfer]]
-    memory: Callable[[Case], float]
-    seconds: Callable[[Case, Chip], float]
-
-
-def _shared(case: Case) -> list[Transfer]:
-    """What gather and ring have in common: [A, B, C] with the row count, and the loss's value."""
-    sums = Transfer("all-reduce", (3 * case.d**2 + 1) * FLOAT)
-    return [sums, Transfer("all-reduce", 2 * FLOAT)]
-
-
-def _own(case: Case) -> float:
-    """Bytes of A, B, C, and of the features' gradients, summed in float32 and then rounded."""
-    return 3 * case.d**2 * FLOAT + 2 * case.rows * case.d * (FLOAT + WIDTH)
-
-
-def _kernel_seconds(case: Case, chip: Chip, columns: int) -> float:
-    return sum(kernels(chip, case.rows, columns, case.d).values())
-
-
-def gather_transfers(case: Case) -> list[Transfer]:
-    """dist_impl="gather": text features come, column sums are shared, text gradients leave."""
-    return [
-        Transfer("all-gather", case.batch * case.d * WIDTH),
-        *_shared(case),
-        Transfer("all-reduce", 2 * case.batch * FLOAT),
-        Transfer("all-reduce", case.batch * FLOAT),
-        Transfer("reduce-scatter", case.batch * case.d * FLOAT),
+    Seconds and bytes. One thing after the other; all text features, their gradients, a block of G.
+    """
+    batch = case.ranks * case.rows
+    columns = batch * case.d
+    transfers = [
+        case.collective(columns * WIDTH),
+        case.shared(),
+        case.collective(2 * batch * FLOAT, True),
+        case.collective(batch * FLOAT, True),
+        case.collective(columns * FLOAT),
     ]
+    seconds = sum(kernels(case.chip, case.rows, batch, case.d).values()) + sum(transfers)
+    held = columns * (WIDTH + FLOAT) + batch * FLOAT + case.own()
+    return seconds, held + min(case.rows * batch * WIDTH, BLOCK)
 
 
-def gather_memory(case: Case) -> float:
-    """All text features, their gradients, and the block of G, at most 512 MB."""
-    block = min(case.rows * case.batch * WIDTH, 2**29)
-    return case.batch * (case.d * (WIDTH + FLOAT) + FLOAT) + _own(case) + block
+def ring(case: Case) -> tuple[float, float]:
+    """dist_impl="ring": texts forward with their columns' sums, backward with their gradients.
 
-
-def gather_seconds(case: Case, chip: Chip) -> float:
-    """One thing after the other."""
-    transfers = sum(t.seconds(chip, case.ranks) for t in gather_transfers(case))
-    return _kernel_seconds(case, chip, case.batch) + transfers
-
-
-def ring_hops(case: Case) -> list[Transfer]:
-    """Of one step: texts forward with their columns' sums, backward with their gradients."""
-    block = case.rows * case.d
-    forward = block * WIDTH + 2 * case.rows * FLOAT
-    return [
-        Transfer("hop", forward),
-        Transfer("hop", block * (WIDTH + FLOAT) + case.rows * FLOAT),
-    ]
-
-
-def ring_transfers(case: Case) -> list[Transfer]:
-    """dist_impl="ring": as many hops as ranks, each way."""
-    hops = [Transfer("hop", hop.size, case.ranks) for hop in ring_hops(case)]
-    return [*hops, *_shared(case)]
-
-
-def ring_memory(case: Case) -> float:
-    """Two text blocks, gradients that leave and that come, the block of G: nothing grows with W."""
-    block = case.rows * case.d
-    travelling = 2 * block * WIDTH + 3 * block * FLOAT + 3 * case.rows * FLOAT
-    return _own(case) + travelling + min(case.rows**2 * WIDTH, 2**29)
-
-
-def ring_seconds(case: Case, chip: Chip) -> float:
-    """A block is multiplied while the next one travels: each step takes the longer of both."""
-    parts = kernels(chip, case.rows, case.rows, case.d)
+    Seconds and bytes. A block is multiplied while the next one travels: each step takes the longer
+    of both. Two text blocks, gradients that leave and come, a block of G: nothing grows with W.
+    """
+    block, sums = case.rows * case.d, case.rows * FLOAT
+    parts = kernels(case.chip, case.rows, case.rows, case.d)
     penalties = sum(s for name, s in parts.items() if name.startswith("cyclic"))
     forward = parts["contrastive_lse"]
     backward = sum(parts.values()) - penalties - forward
-    once = penalties + sum(t.seconds(chip, case.ranks) for t in _shared(case))
-    hops = [hop.seconds(chip, case.ranks) for hop in ring_hops(case)]
-    steps = sum(map(max, (forward, backward), hops))
-    return once + case.ranks * steps
+    step = max(forward, case.hop(block * WIDTH + 2 * sums))
+    step += max(backward, case.hop(block * (WIDTH + FLOAT) + sums))
+    held = 2 * block * WIDTH + 3 * block * FLOAT + 3 * sums + min(case.rows**2 * WIDTH, BLOCK)
+    return penalties + case.shared() + case.ranks * step, held + case.own()
 
 
-# OpenCLIP's loss with local_loss and gather_with_grad, by element of an (n, N) matrix: products,
-# bytes read and written besides them, bytes held at the peak. A test counts them.
-PRODUCTS, MOVED, HELD = 6, 72, 16
+def open_clip(case: Case) -> tuple[float, float]:
+    """CLIP's loss only: both features are gathered, the gradients of both scattered, as bfloat16.
+
+    Seconds and bytes. Products at the library's rate; two logit matrices and what autograd keeps.
+    """
+    elements, features = case.rows**2 * case.ranks, case.ranks * case.rows * case.d * WIDTH
+    seconds = PRODUCTS * 2 * elements * case.d / case.chip.matrix_rate
+    seconds += MOVED * elements / case.chip.memory_bandwidth + 4 * case.collective(features)
+    return seconds, HELD * elements + 2 * features
 
 
-def open_clip_transfers(case: Case) -> list[Transfer]:
-    """Both features are gathered, the gradients of both scattered in the same type."""
-    size = case.batch * case.d * WIDTH
-    return [Transfer("all-gather", size, 2), Transfer("reduce-scatter", size, 2)]
-
-
-def open_clip_memory(case: Case) -> float:
-    """Two logit matrices and what autograd keeps of them, both gathered features."""
-    return HELD * case.rows * case.batch + 2 * case.batch * case.d * WIDTH
-
-
-def open_clip_seconds(case: Case, chip: Chip) -> float:
-    """CLIP's loss only, products at the library's rate."""
-    elements = case.rows * case.batch
-    kernel = PRODUCTS * 2 * elements * case.d / chip.matrix_rate
-    kernel += MOVED * elements / chip.memory_bandwidth
-    return kernel + sum(t.seconds(chip, case.ranks) for t in open_clip_transfers(case))
-
-
-WAYS = {
-    "gather": Way(gather_transfers, gather_memory, gather_seconds),
-    "ring": Way(ring_transfers, ring_memory, ring_seconds),
-    "OpenCLIP": Way(open_clip_transfers, open_clip_memory, open_clip_seconds),
+WAYS: dict[str, Callable[[Case], tuple[float, float]]] = {
+    "gather": gather,
+    "ring": ring,
+    "OpenCLIP": open_clip,
 }
-
-
-def on_one_gpu(chip: Chip, d: int) -> list[dict[str, str]]:
-    """Milliseconds of each kernel by N, of all, and of 8 N^2 D flops at the library's rate."""
-    rows = []
-    for n in (4096, 8192, 16384, 32768, 65536, 131072):
-        parts = kernels(chip, n, n, d)
-        parts |= {"all": sum(parts.values()), "8 N² D flops": 8 * n**2 * d / chip.matrix_rate}
-        rows.append({"N": number(n)} | {name: number(1e3 * s) for name, s in parts.items()})
-    return rows
-
-
-def over_ranks(chip: Chip, rows: int, d: int) -> list[dict[str, str]]:
-    """Time, memory and traffic of a rank by the number of ranks."""
-    lines = []
-    for ranks in (8, 16, 64, 256, 1024, 4096):
-        case, line = Case(ranks, rows, d), {"ranks": f"{ranks:,}"}
-        for name, way in WAYS.items():
-            sent = sum(transfer.sent(ranks) for transfer in way.transfers(case))
-            memory = way.memory(case)
-            fits = memory <= chip.memory
-            line[f"{name}: ms"] = number(1e3 * way.seconds(case, chip)) if fits else "does not fit"
-            line[f"{name}: memory, MB"] = number(memory / 1e6)
-            line[f"{name}: sends, MB"] = number(sent / 1e6)
-        lines.append(line)
-    return lines
 
 
 def main(options: argparse.Namespace) -> int:
@@ -266,8 +182,21 @@ def main(options: argparse.Namespace) -> int:
     chip, d = CHIPS[options.chip], options.d
     print(f"{options.chip}, D = {d}, bfloat16: predicted, not measured.\n")
     print("Milliseconds on one GPU, at least:\n")
-    print("\n".join(table(on_one_gpu(chip, d))))
+    alone = []
+    for n in (4096, 8192, 16384, 32768, 65536, 131072):
+        parts = kernels(chip, n, n, d)
+        parts |= {"all": sum(parts.values()), "8 N² D flops": 8 * n**2 * d / chip.matrix_rate}
+        alone.append({"N": n} | {name: 1e3 * seconds for name, seconds in parts.items()})
+    print(table(alone))
     for rows in (1024, 4096):
         print(f"\n{rows:,} rows a rank (OpenCLIP: CLIP's loss only, both flags on):\n")
-        print("\n".join(table(over_ranks(chip, rows, d))))
+        lines = []
+        for ranks in (8, 16, 64, 256, 1024, 4096):
+            line: dict[str, object] = {"ranks": ranks}
+            for name, way in WAYS.items():
+                seconds, held = way(Case(chip, ranks, rows, d))
+                line[f"{name}: ms"] = 1e3 * seconds if held <= chip.memory else "does not fit"
+                line[f"{name}: memory, MB"] = held / 1e6
+            lines.append(line)
+        print(table(lines))
     return 0

@@ -1,159 +1,92 @@
-"""The record of a run: one JSON and one Markdown file, each written whole or not at all."""
+"""The record of a run: a JSON and a Markdown file, each written whole or not at all.
+
+The only place that writes tables and formats numbers.
+"""
 
 import json
-import math
-import os
 import platform
 import re
-import subprocess
 import sys
-import tempfile
-from datetime import date
+from dataclasses import asdict
+from datetime import datetime
 from importlib import metadata
 from math import floor, log10
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import collect_env
 
 from benchmarks.checkout import ROOT
 from benchmarks.run import Run
+from reference_train.files import written_whole
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("triton", "numpy", "open_clip_torch")
 
 
-def card(device: torch.device) -> str:
-    """The GPU's name as part of a file name, "cpu" without one."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+def describe(run: Run) -> dict[str, Any]:
+    """Date, machine, versions and command of a run, and its sections."""
+    return {
+        "dry_run": run.dry_run,
+        "device": device_name(run.device),
+        "date": datetime.now().isoformat(timespec="minutes"),
+        "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
+        "seed": run.seed,
+        "versions": versions(),
+        "sections": {name: asdict(section) for name, section in run.sections.items()},
+    }
 
 
 def device_name(device: torch.device) -> str:
     """The GPU's name, or the processor's and how many threads PyTorch takes of it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name, information = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if information.exists() and (
-        found := re.search(r"model name\s*: (.*)", information.read_text())
-    ):
-        name = found[1].strip()
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
-def describe(run: Run) -> dict[str, Any]:
-    """Everything about a run."""
-    return {
-        "dry_run": run.dry_run,
-        "card": card(run.device),
-        "device": device_name(run.device),
-        "date": date.today().isoformat(),
-        "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
-        "seed": run.seed,
-        "seconds": round(run.elapsed(), 1),
-        "versions": versions(),
-        "sections": {name: vars(section) for name, section in run.sections.items()},
-    }
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity and no NaN: they become strings."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-# Of the competitors, named if they are there.
-COMPETITORS = ("open_clip_torch", "inf_cl", "memeff")
-
-
-def read(path: Path) -> dict[str, Any]:
-    """A record as `write` wrote it, NaN and infinities numbers again."""
-    found: dict[str, Any] = _numbers(json.loads(path.read_text()))
-    return found
-
-
-def _numbers(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    return float(value) if value in ("nan", "inf", "-inf") else value
+    information = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    found = re.search(r"model name\s*: (.*)", information)
+    threads = torch.get_num_threads()
+    return f"{found[1] if found else platform.machine()}, threads: {threads}"
 
 
 def versions() -> dict[str, str]:
-    """Of everything that a measurement depends on."""
+    """Of what a measurement depends on, and is there."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("triton", "numpy", *COMPETITORS):
+    for package in PACKAGES:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            if package not in COMPETITORS:
-                found[package] = "not installed"
-    found["cuda"] = str(torch.version.cuda or torch.version.hip)
-    commands = {
-        "driver": ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-        "commit": ["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
-    }
-    for name, command in commands.items():
-        try:
-            answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-            found[name] = answer.stdout.splitlines()[0].strip()
-        except (OSError, subprocess.SubprocessError, IndexError):
-            found[name] = "unknown"
-    return found
+            continue
+    if torch.cuda.is_available():
+        found["driver"] = str(collect_env.get_nvidia_driver_version(collect_env.run))
+    _, commit, _ = collect_env.run(f"git -C {ROOT} describe --always --dirty")
+    return {**found, "commit": commit or "unknown"}
 
 
-def heading(record: dict[str, Any]) -> list[str]:
-    """First lines for people: the machine, the command, the versions, what failed."""
+def markdown(record: dict[str, Any], summary: str = "") -> str:
+    """The record for people: where and how, what failed, the summary, a table for each section."""
     lines = [f"# {record['device']}, {record['date']}", ""]
     if record["dry_run"]:
         lines += ["**DRY RUN**: on CPU at tiny sizes. No time in it means anything.", ""]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    lines += [
-        f"`{record['command']}`, seed {record['seed']}, {record['seconds']} s; {versions}.",
-        "",
-    ]
-    failures = [
-        f"- {name}: {failure}"
-        for name, section in record["sections"].items()
-        for failure in section["failures"]
-    ]
-    warnings = [
-        f"- {name}: {warning}"
-        for name, section in record["sections"].items()
-        for warning in section.get("warnings", ())
-    ]
-    for what, listed in (("failures", failures), ("warnings", warnings)):
-        if listed:
-            lines += [f"**{len(listed)} {what}**", "", *listed, ""]
-    return lines
+    lines += [f"`{record['command']}`, seed {record['seed']}; {versions}.", ""]
+    sections = record["sections"]
+    failures = [f"- FAILED {name}: {x}" for name, s in sections.items() for x in s["failures"]]
+    lines += [*failures, ""] if failures else []
+    lines += ["## Summary", "", summary, ""] if summary else []
+    for name, section in sections.items():
+        lines += [f"## {name}", ""]
+        lines += [section["about"], ""] if section["about"] else []
+        lines += [table(section["rows"]), ""] if section["rows"] else []
+        lines += [*(f"- {note}" for note in section["notes"]), ""] if section["notes"] else []
+    return "\n".join(lines)
 
 
-def markdown(record: dict[str, Any]) -> str:
-    """The record for people: a table for each section."""
-    lines = heading(record)
-    if not any(section["failures"] for section in record["sections"].values()):
-        lines += ["No failures."]
-    for name, section in record["sections"].items():
-        lines += ["", f"## {name}", ""]
-        lines += table(section["rows"])
-        lines += [f"- skipped {skipped}" for skipped in section["skipped"]]
-    return "\n".join(lines) + "\n"
-
-
-def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Rows as the lines of a Markdown table; no rows, no lines."""
+def table(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table; what a row lacks is left empty."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    if not columns:
-        return []
-    lines = [f"| {' | '.join(map(_cell, columns))} |", "|---" * len(columns) + "|"]
-    for row in rows:
-        lines.append(f"| {' | '.join(_cell(row.get(key, '')) for key in columns)} |")
-    return lines
-
-
-def _cell(value: Any) -> str:
-    return number(value).replace("|", "\\|")
+    cells = [columns, *([row.get(key, "") for key in columns] for row in rows)]
+    head, *lines = (" | ".join(number(c).replace("|", r"\|") for c in row) for row in cells)
+    return "\n".join([f"| {head} |", "|---" * len(columns) + "|", *(f"| {x} |" for x in lines)])
 
 
 def number(value: Any) -> str:
@@ -162,39 +95,24 @@ def number(value: Any) -> str:
         return str(value)
     if isinstance(value, int):
         return f"{value:,}"
-    if value == 0 or not 1e-3 <= abs(value) < 1e9:
+    if not 1e-3 <= abs(value) < 1e9:  # also 0, NaN and infinity
         return f"{value:.3g}"
     digits = 2 - floor(log10(abs(value)))
     return f"{round(value, digits):,.{max(0, digits)}f}"
 
 
-def write_whole(path: Path, text: str) -> None:
+def write(folder: Path, kind: str, record: dict[str, Any], summary: str = "") -> Path:
+    """Write both files, <kind>-<device>-<date>; the JSON's path. NaN is as Python reads it."""
+    device = re.sub(r"[^a-z0-9]+", "-", record["device"].split(",")[0].lower())
+    path = folder / f"{kind}-{device}-{record['date'].replace(':', '')}.json"
+    content = json.dumps(record, indent=1) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(path.with_suffix(".md"), markdown(record, summary))
+    write_text(path, content)
+    return path
+
+
+def write_text(path: Path, content: str) -> None:
     """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as unfinished:
-        file = Path(unfinished, path.name)  # with the modes of any new file, unlike a temporary one
-        file.write_text(text)
-        os.replace(file, path)
-
-
-def save_picture(figure: Any, path: Path, **options: Any) -> None:
-    """Write a matplotlib figure as PNG, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}")
-    try:
-        figure.savefig(unfinished, format="png", **options)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def write(folder: Path, stem: str, record: dict[str, Any], text: str) -> tuple[Path, Path]:
-    """Write the record as JSON and `text` as Markdown; a number follows a stem that is taken."""
-    texts = {".json": json.dumps(_finite(record), indent=1, allow_nan=False) + "\n", ".md": text}
-    stems = [stem, *(f"{stem}-{number}" for number in range(2, 1000))]
-    stem = next(
-        name for name in stems if not any(folder.joinpath(name + end).exists() for end in texts)
-    )
-    for ending, content in texts.items():
-        write_whole(folder / f"{stem}{ending}", content)
-    return folder / f"{stem}.json", folder / f"{stem}.md"
+    with written_whole(path) as unfinished:
+        unfinished.write_text(content)

@@ -1,4 +1,4 @@
-"""One run of a benchmark command: its device, its clock, and what it found so far."""
+"""One run of a command: its device, its clock, and what it found so far."""
 
 import math
 import time
@@ -13,29 +13,22 @@ from torch import Tensor
 
 @dataclass
 class Section:
-    """What one part of a run found. `rows` become a table."""
+    """What one part of a run found: rows of a table, what they mean, failures and other notes."""
 
+    about: str = ""
     rows: list[dict[str, Any]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
 
 
 class Run:
-    """Where, how long, and the sections by name. A dry run is on CPU, tiny, and proves no speed."""
+    """Where, how long, and the sections by name. A dry run is tiny, and proves no speed."""
 
-    def __init__(
-        self,
-        dry_run: bool,
-        seed: int,
-        budget: float = math.inf,
-        device: torch.device | None = None,
-    ) -> None:
-        self.dry_run, self.seed, self.budget = dry_run, seed, budget
-        self.device = device or torch.device("cpu" if dry_run else "cuda")
+    def __init__(self, device: torch.device, seed: int = 0, dry_run: bool = False) -> None:
+        self.device, self.seed, self.dry_run = device, seed, dry_run
         self.sections: dict[str, Section] = {}
         self.section = Section()
+        self.deadline = math.inf  # in seconds since the run began
         self._start = time.perf_counter()
 
     def elapsed(self) -> float:
@@ -43,28 +36,23 @@ class Run:
         return time.perf_counter() - self._start
 
     def remaining(self) -> float:
-        """Seconds left of the budget."""
-        return self.budget - self.elapsed()
+        """Seconds left."""
+        return self.deadline - self.elapsed()
 
     def say(self, text: str) -> None:
         """Print progress with the time."""
         print(f"[{self.elapsed():6.1f} s] {text}", flush=True)
 
     @contextmanager
-    def part(self, name: str) -> Iterator[Section]:
+    def part(self, name: str, about: str = "") -> Iterator[Section]:
         """Collect into a new section. An exception in it is a failure of it, not of the run."""
-        outer, self.section = self.section, Section()
+        outer, self.section = self.section, Section(about)
         self.sections[name] = self.section
-        self.say(name if self.budget == math.inf else f"{name} ({self.remaining():.0f} s left)")
-        start = self.elapsed()
+        self.say(name)
         try:
             yield self.section
         except Exception as error:
-            lines = str(error).strip().splitlines() or [""]
-            self.fail(f"{type(error).__name__}: {lines[0]}")
-        self.section.seconds = self.elapsed() - start
-        state = f"{len(self.section.failures)} FAILED" if self.section.failures else "ok"
-        self.say(f"{name}: {state}, {len(self.section.rows)} results")
+            self.fail(one_line(error))
         self.section = outer
 
     def row(self, **values: Any) -> None:
@@ -76,28 +64,23 @@ class Run:
         self.section.failures.append(text)
         self.say(f"FAILED {text}")
 
-    def warn(self, text: str) -> None:
-        """Note and print what makes results doubtful."""
-        self.section.warnings.append(text)
-        self.say(f"WARNING {text}")
-
-    def skip(self, what: str, why: str) -> None:
-        """Note and print what was left out, and why."""
-        self.section.skipped.append(f"{what}: {why}")
-        self.say(f"skipped {what}: {why}")
+    def note(self, text: str) -> None:
+        """Note and print what was left out, or makes results doubtful."""
+        self.section.notes.append(text)
+        self.say(text)
 
     def pairs(
-        self,
-        n: int,
-        d: int,
-        dtype: torch.dtype = torch.float32,
-        distance: float | None = None,
-        sign: int = 1,
+        self, n: int, d: int, dtype: torch.dtype = torch.float32, distance: float | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Random unit rows, (n, d) twice. With a distance, texts are that near to sign * images."""
+        """Random unit rows, (n, d) twice; with a distance, texts are that near to their images."""
         generator = torch.Generator(self.device).manual_seed(self.seed)
         normal = (torch.randn(n, d, device=self.device, generator=generator) for _ in range(2))
         image, text = (torch.nn.functional.normalize(rows, dim=1) for rows in normal)
         if distance is not None:
-            text = sign * torch.nn.functional.normalize(image + distance * text, dim=1)
+            text = torch.nn.functional.normalize(image + distance * text, dim=1)
         return image.to(dtype), text.to(dtype)
+
+
+def one_line(error: BaseException) -> str:
+    """The kind of an error, and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

@@ -8,13 +8,11 @@ the rest is smallest. OpenCLIP's losses have no penalties, so CLIP's loss is wha
 
 import argparse
 import itertools
-import json
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable
-from datetime import date
-from pathlib import Path
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import open_clip
@@ -23,7 +21,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.record import table, versions, write_whole
+from benchmarks.record import RESULTS, describe, markdown, write_text
+from benchmarks.run import Run
 from cyclip_loss import CyCLIPLoss
 from cyclip_loss.distributed import DIST_IMPLS
 
@@ -33,47 +32,31 @@ SEED = 0
 TOLERANCE = 1e-9
 
 
-class TwoTowers(nn.Module):
-    """Two linear encoders of features of unit length, and a logit scale: the same on all ranks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(SEED)
-        shape = (2, WIDTH, D)
-        weights = torch.randn(shape, generator=generator, dtype=torch.float64)
-        self.weights = nn.Parameter(weights)
-        self.logit_scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
-
-    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """inputs: (2, N, WIDTH) -> features, (N, D) each, and the logit scale."""
-        image, text = F.normalize(inputs @ self.weights, dim=-1)
-        return image, text, self.logit_scale.exp()
-
-
 def ways(rank: int, world_size: int) -> dict[str, nn.Module]:
     """The losses, by name."""
-    flags = [
-        {"local_loss": local, "gather_with_grad": with_grad}
-        for local, with_grad in itertools.product((False, True), repeat=2)
-    ]
     found: dict[str, nn.Module] = {"ClipLoss()": open_clip.ClipLoss()}
-    for values in flags:
-        shown = ", ".join(f"{name}={value}" for name, value in values.items())
-        found[f"ClipLoss({shown})"] = open_clip.ClipLoss(**values, rank=rank, world_size=world_size)
-    for values, dist_impl in itertools.product(flags, DIST_IMPLS):
-        shown = ", ".join(f"{name}={value}" for name, value in values.items())
-        found[f"CyCLIPLoss(0, 0, {shown}, dist_impl={dist_impl!r})"] = CyCLIPLoss(
-            0, 0, **values, rank=rank, world_size=world_size, dist_impl=dist_impl
+    for local, with_grad in itertools.product((False, True), repeat=2):
+        found[f"ClipLoss(local_loss={local}, gather_with_grad={with_grad})"] = open_clip.ClipLoss(
+            local_loss=local, gather_with_grad=with_grad, rank=rank, world_size=world_size
         )
+    for dist_impl in DIST_IMPLS:
+        found[f"CyCLIPLoss(0, 0, dist_impl={dist_impl!r})"] = CyCLIPLoss(0, 0, dist_impl=dist_impl)
     return found
 
 
 def _step(loss_fn: Callable[..., Tensor], inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, and its gradients by the encoders and by the logit scale."""
-    model = TwoTowers()
-    loss = loss_fn(*model(inputs))
-    loss.backward()
-    return loss.detach(), model.weights.grad, model.logit_scale.grad
+    """The loss, and its gradients by the encoders (2, WIDTH, D) and by the logit scale.
+
+    inputs: (2, N, WIDTH). Two linear encoders of features of unit length, the same on all ranks.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    encoders = torch.randn(2, WIDTH, D, generator=generator, dtype=torch.float64)
+    log_scale = torch.tensor(2.0, dtype=torch.float64)
+    parameters = encoders.requires_grad_(), log_scale.requires_grad_()
+    image, text = F.normalize(inputs @ encoders, dim=-1)
+    loss = loss_fn(image, text, log_scale.exp())
+    of_encoders, of_scale = torch.autograd.grad(loss, parameters)
+    return loss.detach(), of_encoders, of_scale
 
 
 def on_rank(rank: int, ranks: int) -> list[dict[str, Any]]:
@@ -88,36 +71,28 @@ def on_rank(rank: int, ranks: int) -> list[dict[str, Any]]:
     own = inputs[:, rank * ROWS : (rank + 1) * ROWS]
     found = []
     for name, loss_fn in ways(rank, ranks).items():
-        loss, *gradients = _step(loss_fn, own)
+        loss, encoders, scale = _step(loss_fn, own)
         values = [torch.empty_like(loss) for _ in range(ranks)]
         dist.all_gather(values, loss)
-        for gradient in gradients:
+        for gradient in (encoders, scale):
             dist.all_reduce(gradient)
             gradient /= ranks
-        encoders, scale = gradients
         factor = ((encoders * exact).sum() / exact.square().sum()).item()
-        found.append(
-            {
-                "loss": name,
-                "value": _value(values, whole),
-                "encoders' gradient": factor,
-                "rest": ((encoders - factor * exact).norm() / encoders.norm()).item(),
-                "logit scale's gradient": (scale / exact_scale).item(),
-            }
-        )
+        row: dict[str, Any] = {"loss": name, "value": _value(values, whole)}
+        row["encoders' gradient"] = factor
+        row["rest"] = ((encoders - factor * exact).norm() / encoders.norm()).item()
+        row["logit scale's gradient"] = (scale / exact_scale).item()
+        found.append(row)
     return found
 
 
-def _process(rank: int, folder: str) -> None:
-    """A rank in a process of its own; the first leaves what was found."""
+def _process(rank: int, meeting: str) -> list[dict[str, Any]]:
+    """A rank in a process of its own."""
     torch.set_num_threads(1)
-    meeting = f"file://{folder}/meeting"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=RANKS)
     found = on_rank(rank, RANKS)
-    if rank == 0:
-        Path(folder, "found.json").write_text(json.dumps(found))
-    dist.barrier()
     dist.destroy_process_group()
+    return found
 
 
 def _value(values: list[Tensor], whole: Tensor) -> str:
@@ -129,57 +104,19 @@ def _value(values: list[Tensor], whole: Tensor) -> str:
     return "another one"
 
 
-def shown(row: dict[str, Any], ranks: int) -> dict[str, str]:
-    """A row for people."""
-    gradient = _factor(row["encoders' gradient"], ranks)
-    if row["rest"] > TOLERANCE:
-        gradient = f"wrong: {gradient} the exact one, and {row['rest']:.0%} of it another direction"
-    return {
-        "loss": f"`{row['loss']}`",
-        "value": row["value"],
-        "encoders' gradient": gradient,
-        "logit scale's gradient": _factor(row["logit scale's gradient"], ranks),
-    }
-
-
-def folded(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Ours as one row, if all flags and both ways for the columns came out alike."""
-    ours = [row for row in rows if "CyCLIPLoss" in row["loss"]]
-    results = {tuple(row.values())[1:] for row in ours}
-    if len(results) > 1:
-        return rows
-    one = ours[0] | {
-        "loss": f"`CyCLIPLoss(0, 0, ...)`, any flags, dist_impl {' or '.join(DIST_IMPLS)}"
-    }
-    return [row for row in rows if row not in ours] + [one]
-
-
-def _factor(factor: float, ranks: int) -> str:
-    if abs(factor - 1) < TOLERANCE:
-        return "exact"
-    if abs(factor * ranks - 1) < TOLERANCE:
-        return "1/W"
-    return f"{factor:.2f} times"
-
-
 def main(options: argparse.Namespace) -> int:
     """Measure, print, write the record."""
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_process, (folder,), RANKS)
-        rows = json.loads(Path(folder, "found.json").read_text())
-    command, found = " ".join(["python -m benchmarks", *sys.argv[1:]]), versions()
-    lines = [
-        f"# OpenCLIP's flags, measured with {RANKS} ranks",
-        "",
-        f"`{command}`, {date.today().isoformat()}, "
-        + ", ".join(f"{name} {version}" for name, version in found.items()),
-        "",
-        "Gradients averaged over W ranks, as DDP does, beside those of one process on the whole",
-        "batch.",
-        "",
-        *table(folded([shown(row, RANKS) for row in rows])),
-    ]
-    text = "\n".join(lines) + "\n"
+    run = Run(torch.device("cpu"), SEED)
+    about = (
+        f"Gradients averaged over {RANKS} ranks, beside those of one process on the whole batch."
+    )
+    with (
+        run.part("OpenCLIP's flags", about) as section,
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(RANKS, get_context("spawn")) as pool,
+    ):
+        section.rows, *_ = pool.map(_process, range(RANKS), [f"file://{folder}/meeting"] * RANKS)
+    text = markdown(describe(run))
     print(text)
-    write_whole(options.out / "semantics.md", text)
-    return 0
+    write_text((options.out or RESULTS) / "semantics.md", text)
+    return 1 if section.failures else 0

@@ -81,7 +81,7 @@ class CyCLIPLoss(_Loss):
             of the global batch, so that a lambda means the same at every batch size: with 128, what
             it means in the paper's experiments. None: the paper's formula, whose penalties grow
             with N. Not given: the same, and a warning if that is a lot (see below; "Which λ" in
-            docs/recipes.md has a table).
+            docs/lambda.md has a table).
         local_loss, gather_with_grad: kept as attributes, as in OpenCLIP, and without effect. There
             they choose what each rank computes and how its gradients are scaled; here the result is
             always the exact one (see below).

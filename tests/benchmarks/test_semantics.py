@@ -3,7 +3,7 @@
 import pytest
 from pool import Ranks
 
-from benchmarks.semantics import TOLERANCE, on_rank, shown
+from benchmarks.semantics import TOLERANCE, on_rank
 
 RANKS = 2
 
@@ -37,24 +37,10 @@ def test_openclip_without_world_size_is_another_loss(rows) -> None:
     assert rows["ClipLoss()"]["value"] == "another one"
 
 
-def test_ours_is_exact_whatever_the_flags(rows) -> None:
-    ours = [row for name, row in rows.items() if name.startswith("CyCLIPLoss")]
-    assert len(ours) == 8
-    for row in ours:
-        assert row["value"] == "of the global batch"
-        assert row["encoders' gradient"] == pytest.approx(1, abs=TOLERANCE)
-        assert row["logit scale's gradient"] == pytest.approx(1, abs=TOLERANCE)
-        assert row["rest"] < TOLERANCE
-
-
-def test_a_gradient_that_is_no_multiple_is_called_wrong() -> None:
-    row = {
-        "loss": "x",
-        "value": "",
-        "encoders' gradient": 0.5,
-        "rest": 0.25,
-        "logit scale's gradient": 1 / 4,
-    }
-    text = shown(row, 4)
-    assert text["encoders' gradient"].startswith("wrong: 0.50 times")
-    assert text["logit scale's gradient"] == "1/W"
+@pytest.mark.parametrize("dist_impl", ["gather", "ring"])
+def test_ours_is_exact(rows, dist_impl: str) -> None:
+    row = rows[f"CyCLIPLoss(0, 0, dist_impl='{dist_impl}')"]
+    assert row["value"] == "of the global batch"
+    assert row["encoders' gradient"] == pytest.approx(1, abs=TOLERANCE)
+    assert row["logit scale's gradient"] == pytest.approx(1, abs=TOLERANCE)
+    assert row["rest"] < TOLERANCE

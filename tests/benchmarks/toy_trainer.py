@@ -2,15 +2,15 @@
 
 import torch
 
-from benchmarks import training_step
+from benchmarks.compare import training_step
 from benchmarks.run import Run
 
 
 class ToyTrainer(training_step.Trainer):
     """A model of two matrices."""
 
-    def __init__(self, run: Run, model: str, batch_size: int) -> None:
-        self.device, self.name = run.device, model
+    def __init__(self, run: Run, name: str, batch_size: int) -> None:
+        self.autocast = torch.autocast("cpu", enabled=False)
         self.images, self.tokens = run.pairs(batch_size, 6)
         self.scale = torch.nn.Parameter(torch.tensor(5.0))
         self.towers = [torch.nn.Linear(6, 3) for _ in range(2)]

@@ -87,7 +87,7 @@ def wide(x, columns):
 
 for dtype in (torch.bfloat16, torch.float16, torch.float32):
     for d in (64, 70):
-        with no_device(compile_kernels=False) as (_, binaries):
+        with no_device() as (_, binaries):
             for n in (64, 4096):
                 step(*inputs(n, d, dtype))
             known = set(binaries)
@@ -125,7 +125,7 @@ for features, dtype in (("bfloat16", torch.bfloat16), ("float32 ieee", torch.flo
         for v in gate.variants("sm_90") if v.features in (features, "float32 ieee")
         for s in [gate.source(v)]
     ]
-    with no_device(compile_kernels=False) as (_, binaries):
+    with no_device() as (_, binaries):
         loss = CyCLIPLoss(0.5, 0.25, impl="triton")
         sum(loss(*inputs(4096, 64, dtype), output_dict=True).values()).backward()
     for launched in binaries.values():

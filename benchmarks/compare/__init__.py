@@ -1,0 +1,1 @@
+"""The loss beside what one would use instead."""

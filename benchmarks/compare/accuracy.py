@@ -1,0 +1,69 @@
+"""How exact: the loss and its gradients against the definition in float64.
+
+Pairs are random, or nearly aligned, as a trained model's are: text = image + a distance times a
+random direction, normalised.
+"""
+
+from functools import partial
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from benchmarks.compare.competitors import CONTRASTIVE, PENALTIES, Competitor, Loss
+from benchmarks.compare.cost import LOGIT_SCALE, OK
+from benchmarks.compare.plan import DISTANCES, Plan
+from benchmarks.memory import outcome_of
+from benchmarks.run import Run
+from cyclip_loss import reference
+
+RANDOM = "random"
+ABOUT = (
+    "Relative, each loss against what it means to compute in float64: norm of the difference over "
+    "norm of the exact result. Gradient: of both features."
+)
+
+
+def results(loss: Loss, image: Tensor, text: Tensor, scale: Tensor) -> dict[str, Tensor]:
+    """The value, the gradient of both features (2, N, D), and the logit scale's where it has one.
+
+    A loss without a term leaves the scale no gradient; one that takes it out again leaves noise.
+    """
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in (image, text, scale)]
+    value = loss(*leaves)
+    *of_features, of_scale = torch.autograd.grad(value, leaves, allow_unused=True)
+    found = {"value": value.detach(), "gradient": torch.stack(of_features)}
+    return found if of_scale is None else found | {"logit-scale gradient": of_scale}
+
+
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    """The norm of the difference over the norm of the exact result."""
+    return float((actual.double() - exact).norm() / exact.norm())
+
+
+def definition(lacks: str, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    """What a competitor that lacks this should compute."""
+    terms = reference.cyclip_loss(image, text, scale)
+    kind = {name: PENALTIES if "cyclic" in name else CONTRASTIVE for name in terms}
+    return torch.stack([term for name, term in terms.items() if kind[name] not in lacks]).sum()
+
+
+def errors(run: Run, found: list[Competitor], plan: Plan) -> None:
+    """A row for each competitor, dtype and distance: against what it means to compute."""
+    n, d = plan.error_at
+    scale = torch.tensor(LOGIT_SCALE, device=run.device)
+    for dtype, distance in product(plan.error_dtypes, DISTANCES):
+        image, text = run.pairs(n, d, dtype, distance)
+        wide = (image.double(), text.double(), scale.double())
+        exact = {c.lacks: results(partial(definition, c.lacks), *wide) for c in found}
+        where = {"N": n, "D": d, "dtype": str(dtype).removeprefix("torch.")}
+        where["|T - I|"] = RANDOM if distance is None else distance
+        for name, loss, lacks in ((c.name, c.loss, c.lacks) for c in found):
+            row = {**where, "loss": name, "lacks": lacks, "outcome": OK}
+            try:
+                actual = results(loss, image, text, scale)
+                both = [key for key in exact[lacks] if key in actual]
+                row |= {key: relative_error(actual[key], exact[lacks][key]) for key in both}
+            except Exception as error:
+                row["outcome"] = outcome_of(error)
+            run.row(**row)

@@ -1,0 +1,99 @@
+"""What else one could use: each behind one signature, each stating what it does not compute.
+
+    loss(image_features (N, D), text_features (N, D), logit_scale scalar) -> scalar
+
+Features have rows of unit length.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from benchmarks.run import one_line
+from cyclip_loss import CyCLIPLoss, cyclic_penalty, reference
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+OURS = "CyCLIPLoss"
+EAGER = "CyCLIPLoss, eager"
+CONTRASTIVE_ONLY = "CyCLIPLoss(0, 0)"
+PENALTIES_ONLY = "cyclic_penalty"
+AUTHORS = "authors' formula"
+COMPILED = "authors' formula, torch.compile"
+DENSE_PENALTIES = "dense penalties"
+OPEN_CLIP = "open_clip.ClipLoss, no penalties"
+BESIDE = (OURS, AUTHORS, COMPILED, OPEN_CLIP)  # what a summary shows
+PARTS = (CONTRASTIVE_ONLY, PENALTIES_ONLY, DENSE_PENALTIES)
+PENALTIES, CONTRASTIVE = "penalties", "contrastive term"  # what may be lacking
+
+
+@dataclass(frozen=True)
+class Competitor:
+    """A way to compute the loss. `lacks`: what a user of it would not get."""
+
+    name: str
+    loss: Loss
+    lacks: str = ""
+
+
+def authors_formula(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    """CyCLIP as its authors write it: three N x N products, penalties of logits, scale taken out.
+
+    Goel et al. 2022, eq. 1 to 3, both weights 0.25.
+    """
+    logits = scale * image @ text.T
+    labels = torch.arange(len(image), device=image.device)
+    both = (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
+    difference = scale * image @ image.T - scale * text @ text.T
+    inmodal = difference.square().mean() / scale.square() * len(image)
+    crossmodal = (logits - logits.T).square().mean() / scale.square() * len(image)
+    return both + 0.25 * (inmodal + crossmodal)
+
+
+def dense_penalties(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    """Both penalties alone, by their definition."""
+    inmodal = reference.inmodal_cyclic_penalty(image, text)
+    return 0.25 * (inmodal + reference.crossmodal_cyclic_penalty(image, text))
+
+
+def _open_clip() -> Loss:
+    import open_clip
+
+    loss: Loss = open_clip.ClipLoss()
+    return loss
+
+
+# Name: what makes the loss, and what it lacks. `dynamic`: one compilation for all sizes, each of
+# which takes up to a quarter of a minute on two cores. Code for one size alone was no faster
+# (N = 2,048, D = 512, on CPU).
+BUILDERS: dict[str, tuple[Callable[[], Loss], str]] = {
+    OURS: (CyCLIPLoss, ""),
+    EAGER: (lambda: CyCLIPLoss(impl="eager"), ""),
+    CONTRASTIVE_ONLY: (lambda: CyCLIPLoss(0, 0), PENALTIES),
+    PENALTIES_ONLY: (lambda: lambda image, text, scale: cyclic_penalty(image, text), CONTRASTIVE),
+    AUTHORS: (lambda: authors_formula, ""),
+    COMPILED: (lambda: torch.compile(authors_formula, dynamic=True), ""),
+    DENSE_PENALTIES: (lambda: dense_penalties, CONTRASTIVE),
+    OPEN_CLIP: (_open_clip, PENALTIES),
+}
+
+
+def build(name: str) -> Competitor:
+    """A competitor by its name. Raises what its package does where that is missing."""
+    make, lacks = BUILDERS[name]
+    return Competitor(name, make(), lacks)
+
+
+def competitors(device: torch.device) -> tuple[list[Competitor], list[str]]:
+    """Those that can run, and why the others cannot. On CPU `EAGER` is `OURS`."""
+    found, reasons = [], []
+    for name in BUILDERS:
+        if name == EAGER and device.type != "cuda":
+            continue
+        try:
+            found.append(build(name))
+        except Exception as error:  # an installed package may fail to import in any way
+            reasons.append(f"without {name}: {one_line(error)}")
+    return found, reasons

@@ -1,0 +1,138 @@
+"""What one loss costs: time of forward and backward, and peak memory."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.compare.competitors import CONTRASTIVE, OURS, PARTS, Competitor, Loss, build
+from benchmarks.compare.plan import Plan
+from benchmarks.memory import OUT_OF_MEMORY, allocated_peak, limit_to_available, outcome_of
+from benchmarks.run import Run
+from benchmarks.timing import columns, interleaved
+
+OK = "ok"
+WARM_UP_ROWS = 96
+MOST_RUNS = 300
+LOGIT_SCALE = 14.3  # CLIP's at the start
+ABOUT = (
+    "Forward and backward: median, 20th and 80th percentile of interleaved runs; where runs is 1, "
+    "of the only one, in a process of its own. Peak: what PyTorch's allocator handed out beyond "
+    "the inputs, gradients included. Of matrix rate: 8 N² D flops at the rate of one library "
+    "product, over the time."
+)
+
+
+def costs(run: Run, found: list[Competitor], plan: Plan) -> None:
+    """Rows of time and memory, size by size, for as long as there is time."""
+    rate = matrix_rate(run, plan.dtype, plan.matrix)
+    for n, d in plan.sizes:
+        if run.remaining() < 3 * plan.seconds:
+            run.note(f"N = {n:,}, D = {d:,} left out: no time")
+            continue
+        run.say(f"N = {n:,}, D = {d:,}")
+        chosen = [c for c in found if n <= plan.parts_up_to or c.name not in PARTS]
+        chosen = [c for c in chosen if n <= plan.dense_up_to or c.name == OURS]
+        try:
+            if n <= plan.timed_up_to:
+                rows = measure(run, chosen, n, d, plan)
+            else:
+                rows = [measure_once(c.name, n, d, plan, run.seed) for c in chosen]
+            add_ratios(rows, rate)
+            run.section.rows += rows
+        except Exception as error:  # the other sizes go on
+            run.fail(f"N = {n:,}, D = {d:,}: {outcome_of(error)}")
+
+
+def leaves_of(run: Run, n: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Random features (n, d) and the logit scale, all to be differentiated."""
+    scale = torch.tensor(LOGIT_SCALE, device=run.device)
+    image, text, scale = (tensor.requires_grad_() for tensor in (*run.pairs(n, d, dtype), scale))
+    return image, text, scale
+
+
+def step_of(loss: Loss, leaves: tuple[Tensor, Tensor, Tensor]) -> Callable[[], None]:
+    """One loss and its gradients, which are dropped at the end."""
+
+    def step() -> None:
+        try:
+            loss(*leaves).backward()
+        finally:
+            for leaf in leaves:
+                leaf.grad = None
+
+    return step
+
+
+def measure(
+    run: Run, found: list[Competitor], n: int, d: int, plan: Plan, once: bool = False
+) -> list[dict[str, Any]]:
+    """One row for each competitor: its peak, and interleaved runs of those that had one.
+
+    once: the time is that of the run whose memory is measured.
+    """
+    steps: dict[str, Callable[[], object]] = {}
+    peaks, runs, errors = {}, {}, {}
+    few, leaves = leaves_of(run, WARM_UP_ROWS, d, plan.dtype), leaves_of(run, n, d, plan.dtype)
+    for competitor in found:
+        try:
+            step_of(competitor.loss, few)()  # what libraries load, compile and allocate once
+            step = step_of(competitor.loss, leaves)
+            begun = time.perf_counter()
+            peaks[competitor.name] = allocated_peak(run.device, step)
+            runs[competitor.name] = [1e3 * (time.perf_counter() - begun)]
+            steps[competitor.name] = step
+        except Exception as error:
+            errors[competitor.name] = outcome_of(error)
+    if not once:
+        runs = interleaved(steps, run.device, plan.seconds, plan.least, MOST_RUNS)
+    rows = []
+    for name, lacks in ((c.name, c.lacks) for c in found):
+        row = {"N": n, "D": d, "loss": name, "lacks": lacks, "outcome": errors.get(name, OK)}
+        if name in runs:
+            row |= columns(runs[name]) | {"peak MB": peaks[name] / 1e6}
+        rows.append(row)
+    return rows
+
+
+def measure_once(name: str, n: int, d: int, plan: Plan, seed: int) -> dict[str, Any]:
+    """A row of one run on the CPU, in a process of its own: it may fail for want of memory."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        try:
+            return pool.submit(_limited, name, n, d, plan, seed).result()
+        except BrokenProcessPool:  # the system's last resort, or an allocation nobody catches
+            return {"N": n, "D": d, "loss": name, "outcome": OUT_OF_MEMORY}
+
+
+def _limited(name: str, n: int, d: int, plan: Plan, seed: int) -> dict[str, Any]:
+    limit, run = limit_to_available(), Run(torch.device("cpu"), seed)
+    (row,) = measure(run, [build(name)], n, d, plan, once=True)
+    if row["outcome"] == OUT_OF_MEMORY and limit is not None:
+        row["outcome"] += f" (had {limit / 1e9:.1f} GB)"
+    return row
+
+
+def add_ratios(rows: list[dict[str, Any]], rate: float) -> None:
+    """To each row its time over ours, and that of 8 N^2 D flops at `rate` over its time.
+
+    8 N^2 D is what a contrastive loss takes that keeps no matrix (dense autograd: 6 N^2 D); the
+    penalties alone have no such product.
+    """
+    ours = next((row["ms"] for row in rows if row["loss"] == OURS and "ms" in row), None)
+    for row in (row for row in rows if "ms" in row):
+        if ours is not None:
+            row["times ours"] = row["ms"] / ours
+        if row["lacks"] != CONTRASTIVE:
+            row["of matrix rate"] = 8 * row["N"] ** 2 * row["D"] / rate / (1e-3 * row["ms"])
+
+
+def matrix_rate(run: Run, dtype: torch.dtype, size: int) -> float:
+    """Flops per second of a library product of square matrices, at its fastest."""
+    a = torch.randn(size, size, device=run.device).to(dtype)
+    runs = interleaved({"": lambda: torch.mm(a, a)}, run.device, 2.0, least=6)
+    return 2e3 * size**3 / min(runs[""])

@@ -1,0 +1,105 @@
+"""The pictures of a side-by-side record: 5.5 inches wide, to be read on a phone.
+
+`python -m benchmarks plot RECORD.json` draws them anew, and makes the tables as well. Colours are
+Okabe and Ito's, which people with any colour vision tell apart; lines differ in their marks too.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from benchmarks.compare import competitors as names
+from benchmarks.compare.accuracy import RANDOM
+from benchmarks.compare.report import ERRORS, Row, rows_of, summary
+from benchmarks.memory import OUT_OF_MEMORY
+from benchmarks.record import markdown, write_text
+from reference_train.files import written_whole
+
+matplotlib.use("Agg")  # files only: no display needed
+from matplotlib import pyplot as plt
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
+
+STYLES = {
+    names.OURS: ("#D55E00", "o"),
+    names.EAGER: ("#CC79A7", "v"),
+    names.AUTHORS: ("#0072B2", "s"),
+    names.COMPILED: ("#009E73", "^"),
+    names.OPEN_CLIP: ("#7F7F7F", "D"),
+}
+STYLES_OF_PENALTIES = dict(zip(ERRORS[1], (STYLES[name] for name in ERRORS[0]), strict=False))
+
+
+def main(options: argparse.Namespace) -> int:
+    """Make the tables and pictures of a record anew, beside it."""
+    try:
+        record = json.loads(options.record.read_text())
+        record["sections"]["cost"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"{options.record} is not a record of `python -m benchmarks`: {error!r}")
+        return 2
+    write_text(options.record.with_suffix(".md"), markdown(record, summary(record)))
+    draw(record, options.record)
+    return 0
+
+
+def draw(record: dict[str, Any], beside: Path) -> None:
+    """Write `<record>-cost.png` and `<record>-error.png`, as far as there is something in them."""
+    cost, error = rows_of(record, "cost"), rows_of(record, "error")
+    sizes = [d for _, d in {(row["N"], row["D"]) for row in cost}]
+    cost = [row for row in cost if row["D"] == max(sizes, key=sizes.count)]
+    error = [row for row in error if row["dtype"] == error[0]["dtype"]]
+    if cost:
+        beyond = f"D = {cost[0]['D']:,}\n✕: out of memory"
+        panels = (("forward and backward, ms", "ms"), (f"peak memory, MB, {beyond}", "peak MB"))
+        figure, axes = plt.subplots(2, figsize=(5.5, 9.0), dpi=200, layout="constrained")
+        for ax, (title, column) in zip(axes, panels, strict=True):
+            _lines(ax, title, cost, STYLES, "N", column)
+            shown = sorted({row["N"] for row in cost})
+            ax.set_xticks(shown, [f"{n:,}" for n in shown], rotation=30)
+            ax.xaxis.set_minor_formatter(NullFormatter())
+        _save(figure, record, beside.with_name(f"{beside.stem}-cost.png"))
+    if error:
+        where = f"N = {error[0]['N']:,}, D = {error[0]['D']:,}, {error[0]['dtype']}"
+        figure, axes = plt.subplots(2, figsize=(5.5, 7.5), dpi=200, layout="constrained")
+        _lines(axes[0], f"error of the gradient\n{where}", error, STYLES, "|T - I|", "gradient")
+        alone = "error of the penalties' gradient"
+        _lines(axes[1], alone, error, STYLES_OF_PENALTIES, "|T - I|", "gradient")
+        _save(figure, record, beside.with_name(f"{beside.stem}-error.png"))
+
+
+def _save(figure: Any, record: dict[str, Any], path: Path) -> None:
+    figure.suptitle(record["device"])
+    with written_whole(path) as unfinished:
+        figure.savefig(unfinished, format="png")
+    plt.close(figure)
+    print(f"wrote {path}")
+
+
+def _lines(
+    ax: Any, title: str, rows: list[Row], styles: dict[str, tuple[str, str]], x: str, y: str
+) -> None:
+    """One line a loss; on the upper edge a cross where there was not enough memory."""
+    ax.set(xscale="log", yscale="log", xlabel=x)
+    ax.set_title(title, loc="left")
+    ax.grid(alpha=0.3)
+    for loss, (colour, mark) in styles.items():
+        if found := points(rows, loss, x, y):
+            ax.plot(*zip(*found, strict=True), color=colour, marker=mark, linewidth=2, label=loss)
+        failed = [row[x] for row in rows if row["loss"] == loss and OUT_OF_MEMORY in row["outcome"]]
+        edge = {"transform": ax.get_xaxis_transform(), "linestyle": "none", "markersize": 9}
+        ax.plot(failed, [0.97] * len(failed), marker="x", color=colour, markeredgewidth=2.5, **edge)
+    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, high * (high / low) ** 0.5)  # room for the legend and the crosses
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(frameon=False, fontsize="small", loc="upper left" if x == "N" else "upper right")
+
+
+def points(rows: list[Row], loss: str, x: str, y: str) -> list[tuple[float, float]]:
+    """Of a loss, by x, as far as it was measured and is a number. Random pairs have no distance."""
+    pairs = [(row[x], row.get(y, math.nan)) for row in rows if row["loss"] == loss]
+    return sorted(pair for pair in pairs if pair[0] != RANDOM and math.isfinite(pair[1]))

@@ -1,0 +1,1 @@
+"""Everything that needs a GPU to be known, in one command."""
