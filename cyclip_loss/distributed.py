@@ -200,7 +200,10 @@ def agree(
             rows at all. Without `uneven`, in a later call, on a rank without rows.
     """
     kind = {"dist_impl": dist_impl, "uneven": uneven, **kind}
-    agreed = _agreed.setdefault(group.process_group, set())
+    # A call that is traced compares nothing, unless it is uneven: nor does it look here.
+    agreed: set[Hashable] = set()
+    if not torch.compiler.is_compiling():
+        agreed = _agreed.setdefault(group.process_group, agreed)
     key = tuple(kind.items())
     if not uneven and (torch.compiler.is_compiling() or key in agreed):
         if rows == 0:
