@@ -108,7 +108,8 @@ def main(options: argparse.Namespace) -> int:
     """Measure, print, write the record."""
     run = Run(torch.device("cpu"), SEED)
     about = (
-        f"Gradients averaged over {RANKS} ranks, beside those of one process on the whole batch."
+        f"{RANKS} ranks. Gradients averaged over them, as DDP does, in multiples of those of one "
+        "process on the whole batch; rest: the part of the encoders' that is none."
     )
     with (
         run.part("OpenCLIP's flags", about) as section,
