@@ -71,8 +71,8 @@ def limit_to_available() -> int | None:
 
     limits = [Path(file).read_text().strip() for file in LIMITS if Path(file).exists()]
     found = [int(limit) for limit in limits if limit.isdigit()]
-    available = min(_field("meminfo", "MemAvailable"), *found) - RESERVE
-    most = _field("self/status", "VmData") + max(0, available)
+    available = max(0, min([_field("meminfo", "MemAvailable"), *found]) - RESERVE)
+    most = _field("self/status", "VmData") + available
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     Path("/proc/self/oom_score_adj").write_text("1000")
     return available

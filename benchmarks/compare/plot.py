@@ -30,7 +30,9 @@ STYLES = {
     names.COMPILED: ("#009E73", "^"),
     names.OPEN_CLIP: ("#7F7F7F", "D"),
 }
-STYLES_OF_PENALTIES = dict(zip(ERRORS[1], (STYLES[name] for name in ERRORS[0]), strict=False))
+# Of the whole loss (without penalties the gradient is another one), and of the penalties alone.
+WHOLE = {name: style for name, style in STYLES.items() if name != names.OPEN_CLIP}
+ALONE = dict(zip(ERRORS[1], (STYLES[name] for name in ERRORS[0]), strict=False))
 
 
 def main(options: argparse.Namespace) -> int:
@@ -64,10 +66,10 @@ def draw(record: dict[str, Any], beside: Path) -> None:
         _save(figure, record, beside.with_name(f"{beside.stem}-cost.png"))
     if error:
         where = f"N = {error[0]['N']:,}, D = {error[0]['D']:,}, {error[0]['dtype']}"
+        kinds = (("gradient", WHOLE), ("penalties' gradient", ALONE))
         figure, axes = plt.subplots(2, figsize=(5.5, 7.5), dpi=200, layout="constrained")
-        _lines(axes[0], f"error of the gradient\n{where}", error, STYLES, "|T - I|", "gradient")
-        alone = "error of the penalties' gradient"
-        _lines(axes[1], alone, error, STYLES_OF_PENALTIES, "|T - I|", "gradient")
+        for ax, (what, styles) in zip(axes, kinds, strict=True):
+            _lines(ax, f"error of the {what}\n{where}", error, styles, "|T - I|", "gradient")
         _save(figure, record, beside.with_name(f"{beside.stem}-error.png"))
 
 

@@ -68,6 +68,14 @@ def test_out_of_memory_is_a_result(tmp_path: Path) -> None:
     assert "ms" not in row
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_machine_without_a_container_has_its_own_memory() -> None:
+    script = "from benchmarks import memory; memory.LIMITS = ('/nowhere',)\n"
+    done = run_python("-c", f"{script}print(memory.limit_to_available())")
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 0
+
+
 def test_a_process_of_its_own_sees_the_matrices() -> None:
     row = cost.measure_once(competitors.AUTHORS, 1000, 8, PLAN, seed=0)
     assert row["outcome"] == cost.OK
