@@ -15,7 +15,6 @@ A one-coloured icon is black on white in half of the cases, else in a random col
 pale or on a dark ground, so that a model learns shapes and not one way of printing them.
 """
 
-import argparse
 import colorsys
 import contextlib
 import hashlib
@@ -25,7 +24,6 @@ import multiprocessing
 import random
 import re
 import tarfile
-import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -37,12 +35,14 @@ import webdataset as wds
 from PIL import Image
 from rich.progress import track
 
-from ..arguments import Parser
 from ..errors import CannotStart, run
-from ..files import download, new_folder
+from .package import Package, make_data_set
 
-URL = "https://registry.npmjs.org/@iconify/json/-/json-2.2.535.tgz"
-SHA256 = "1a545f86fa224d6531d8fb101dcbe83aac2b28689a21cbed6fc68318a5af4d91"
+PACKAGE = Package(
+    "https://registry.npmjs.org/@iconify/json/-/json-2.2.535.tgz",
+    "1a545f86fa224d6531d8fb101dcbe83aac2b28689a21cbed6fc68318a5af4d91",
+    "npm pack @iconify/json",
+)
 SIZE = 64  # pixels
 SAMPLES_PER_SHARD = 5000
 PICTURES_OF_A_NAME = 40
@@ -175,15 +175,15 @@ def read_set(path: Path, left_out: Counter[str]) -> Iterator[Icon]:
             yield Icon(f"{path.stem}__{key}", path.stem, name, " ".join(style), words, svg)
 
 
-def unpack(package: Path, folder: Path) -> Path:
+def unpack(archive: Path, folder: Path) -> Path:
     """Unpacks the npm package into `folder`; returns where its files are."""
     try:
-        with tarfile.open(package) as archive:
-            archive.extractall(folder, filter="data")
+        with tarfile.open(archive) as files:
+            files.extractall(folder, filter="data")
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-        raise CannotStart(f"--package {package}: can't be read: {error}") from error
+        raise CannotStart(f"--package {archive}: can't be read: {error}") from error
     if not (folder / "package" / "collections.json").is_file():
-        raise CannotStart(f"--package {package}: no collections.json: not npm's @iconify/json")
+        raise CannotStart(f"--package {archive}: no collections.json: not npm's @iconify/json")
     return folder / "package"
 
 
@@ -255,9 +255,9 @@ def twins(names: Counter[str], batch_size: int) -> float:
     return 1 - alone
 
 
-def build(package: Path, out: Path) -> dict[str, Any]:
+def build(unpacked: Path, out: Path) -> dict[str, Any]:
     """Writes the shards and the manifest into `out`; returns the manifest."""
-    infos = json.loads((package / "collections.json").read_text())
+    infos = json.loads((unpacked / "collections.json").read_text())
     left_out: Counter[str] = Counter()
     taken: dict[str, Any] = {}
     icons: list[Icon] = []
@@ -267,7 +267,7 @@ def build(package: Path, out: Path) -> dict[str, Any]:
             left_out[f"sets: {reason}"] += info["total"]
         else:
             taken[prefix] = info
-            icons += read_set(package / "json" / f"{prefix}.json", left_out)
+            icons += read_set(unpacked / "json" / f"{prefix}.json", left_out)
     random.Random(SEED).shuffle(icons)
 
     parts = ("train", "val")
@@ -309,7 +309,7 @@ def build(package: Path, out: Path) -> dict[str, Any]:
     (out / "sizes.json").write_text(json.dumps(sizes))
     kept = Counter({name: n for name, n in pictures.items() if name in names["train"]})
     manifest = {
-        "package": URL,
+        "package": PACKAGE.url,
         "pairs": pairs,
         "names": {part: len(counter) for part, counter in names.items()},
         "left_out": dict(left_out.most_common()),
@@ -336,26 +336,15 @@ def build(package: Path, out: Path) -> dict[str, Any]:
     return manifest
 
 
+def from_package(archive: Path, folder: Path, work: Path) -> str:
+    """Unpacks, builds, and says how many pairs there are."""
+    pairs = build(unpack(archive, work), folder)["pairs"]
+    return f"{pairs['train']:,} pairs to train on, {pairs['val']:,} held out"
+
+
 def main(argv: Sequence[str]) -> None:
     """The command line."""
-    parser = Parser(
-        prog="python -m reference_train.data.icons",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__,
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
-    parser.add_argument(
-        "--package",
-        type=Path,
-        metavar="FILE.tgz",
-        help="a package on disk (`npm pack @iconify/json`); default: downloaded",
-    )
-    arguments = parser.parse_args(argv)
-    with new_folder(arguments.out) as folder, tempfile.TemporaryDirectory() as temporary:
-        package = arguments.package or download(URL, SHA256, Path(temporary) / "icons.tgz")
-        manifest = build(unpack(package, Path(temporary)), folder)
-    train, val = manifest["pairs"]["train"], manifest["pairs"]["val"]
-    print(f"{arguments.out}: {train:,} pairs to train on, {val:,} held out")
+    make_data_set(argv, "icons", __doc__, PACKAGE, from_package)
 
 
 if __name__ == "__main__":

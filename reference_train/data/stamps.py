@@ -16,11 +16,9 @@ wrong side: 11 shaded or scanned drawings (a button, Santa, two road signs) and 
 Classes are the package's folders, two levels deep and named by hand (`CLASSES`).
 """
 
-import argparse
 import io
 import json
 import tarfile
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -28,15 +26,15 @@ from typing import NamedTuple
 from PIL import Image, ImageChops
 from rich.progress import track
 
-from ..arguments import Parser
 from ..errors import CannotStart, run
-from ..files import download, new_folder
+from .package import Package, make_data_set
 
-URL = (
+PACKAGE = Package(
     "https://deb.debian.org/debian/pool/main/t/tuxpaint-stamps/"
-    "tuxpaint-stamps-default_2025.03.31-1_all.deb"
+    "tuxpaint-stamps-default_2025.03.31-1_all.deb",
+    "6312d03a37d0220b10fc91a7467bf2a2a2336e08c2f416de04311d25fd7aeacb",
+    "apt-get download tuxpaint-stamps-default",
 )
-SHA256 = "6312d03a37d0220b10fc91a7467bf2a2a2336e08c2f416de04311d25fd7aeacb"
 STAMPS = "usr/share/tuxpaint/stamps/"
 LONG_SIDE = 256  # pixels
 TEMPLATES = ("{c}", "a {c}", "a photo of a {c}", "a drawing of a {c}", "a picture of a {c}")
@@ -254,25 +252,15 @@ def build(package: Path, folder: Path) -> tuple[int, int]:
     return count, photos
 
 
+def from_package(file: Path, folder: Path, _: Path) -> str:
+    """Builds, and says how many stamps there are."""
+    count, photos = build(file, folder)
+    return f"{count} stamps, {photos} photographs and {count - photos} drawings"
+
+
 def main(argv: Sequence[str]) -> None:
     """The command line."""
-    parser = Parser(
-        prog="python -m reference_train.data.stamps",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__,
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
-    parser.add_argument(
-        "--package",
-        type=Path,
-        metavar="FILE.deb",
-        help="a package on disk (`apt-get download tuxpaint-stamps-default`); default: downloaded",
-    )
-    arguments = parser.parse_args(argv)
-    with new_folder(arguments.out) as folder, tempfile.TemporaryDirectory() as temporary:
-        package = arguments.package or download(URL, SHA256, Path(temporary) / "stamps.deb")
-        count, photos = build(package, folder)
-    print(f"{arguments.out}: {count} stamps, {photos} photographs and {count - photos} drawings")
+    make_data_set(argv, "stamps", __doc__, PACKAGE, from_package)
 
 
 if __name__ == "__main__":

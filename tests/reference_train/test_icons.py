@@ -1,5 +1,6 @@
 """The icons, from a package made here."""
 
+import hashlib
 import io
 import json
 import tarfile
@@ -155,6 +156,18 @@ def test_the_same_icons_give_the_same_pictures(built: Path, tmp_path: Path) -> N
     assert samples(build(tmp_path)) == samples(built)
 
 
+def test_the_package_is_downloaded(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = built.parent / "icons.tgz"
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    there = icons.PACKAGE._replace(url=file.as_uri(), sha256=digest)
+    monkeypatch.setattr(icons, "PACKAGE", there)
+    monkeypatch.setattr(icons, "VALIDATION_SHARE", 0.3)
+    icons.main(["--out", str(tmp_path / "out")])
+    assert samples(tmp_path / "out") == samples(built)
+
+
 def test_what_is_no_such_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = ["--out", str(tmp_path / "out")]
     with pytest.raises(CannotStart, match=r"--package .*can't be read"):
@@ -163,7 +176,8 @@ def test_what_is_no_such_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         pass
     with pytest.raises(CannotStart, match=r"no collections\.json"):
         icons.main([*out, "--package", str(tmp_path / "other.tgz")])
-    monkeypatch.setattr(icons, "URL", make_package(tmp_path / "x.tgz").as_uri())
+    url = make_package(tmp_path / "x.tgz").as_uri()
+    monkeypatch.setattr(icons, "PACKAGE", icons.PACKAGE._replace(url=url))
     with pytest.raises(Stopped, match="SHA-256"):
         icons.main(out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other.tgz", "x.tgz"]

@@ -132,7 +132,8 @@ def test_a_download_that_is_not_the_known_package_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = make_package(tmp_path / "p.deb", FILES)
-    monkeypatch.setattr(stamps, "URL", package.as_uri())
+    changed = stamps.PACKAGE._replace(url=package.as_uri())
+    monkeypatch.setattr(stamps, "PACKAGE", changed)
     with pytest.raises(Stopped, match="SHA-256"):
         stamps.main(["--out", str(tmp_path / "out")])
     assert list(tmp_path.iterdir()) == [package]

@@ -1,0 +1,44 @@
+"""The command line of a data set that is made from one package."""
+
+import argparse
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ..arguments import Parser
+from ..files import download, new_folder
+
+
+class Package(NamedTuple):
+    """Where a package comes from."""
+
+    url: str
+    sha256: str
+    by_hand: str  # the command that fetches it
+
+
+def make_data_set(
+    argv: Sequence[str], name: str, doc: str | None, package: Package, build: Callable[..., str]
+) -> None:
+    """Makes a data set in a new folder, whole or not at all.
+
+    build: (the package's file, the folder, an empty one for its work) -> what to say at the end.
+    """
+    parser = Parser(
+        prog=f"python -m reference_train.data.{name}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=doc,
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    parser.add_argument(
+        "--package",
+        type=Path,
+        metavar="FILE",
+        help=f"a package on disk (`{package.by_hand}`); default: downloaded",
+    )
+    arguments = parser.parse_args(argv)
+    with new_folder(arguments.out) as folder, tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        file = arguments.package or download(package.url, package.sha256, work / "downloaded")
+        print(f"{arguments.out}: {build(file, folder, work)}")
