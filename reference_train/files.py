@@ -1,16 +1,12 @@
-"""Files and folders that are there whole or not at all, and files from elsewhere."""
+"""Files and folders that are there whole or not at all."""
 
 import contextlib
-import hashlib
 import os
 import tempfile
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from rich.progress import wrap_file
-
-from .errors import CannotStart, Stopped
+from .errors import CannotStart
 
 
 @contextlib.contextmanager
@@ -42,20 +38,3 @@ def new_folder(path: Path) -> Iterator[Path]:
             folder.replace(path)
     except OSError as error:
         raise CannotStart(f"--out {path}: can't be written: {error.strerror}") from error
-
-
-def download(url: str, sha256: str, path: Path) -> Path:
-    """Downloads a file of known SHA-256 to `path`.
-
-    Raises `Stopped` if it doesn't come, or is another.
-    """
-    try:
-        with urllib.request.urlopen(url, timeout=60) as answer:
-            size = int(answer.headers["Content-Length"] or 0)
-            with wrap_file(answer, size, description="downloading") as content:
-                path.write_bytes(content.read())
-    except OSError as error:
-        raise Stopped(f"{url}: {error}; --package takes one that is on disk") from error
-    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-        raise Stopped(f"{url}: not the file it was (SHA-256); --package takes another")
-    return path

