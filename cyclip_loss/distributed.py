@@ -200,12 +200,11 @@ def agree(
             rows at all. Without `uneven`, in a later call, on a rank without rows.
     """
     kind = {"dist_impl": dist_impl, "uneven": uneven, **kind}
-    # A call that is traced compares nothing, unless it is uneven: nor does it look here.
-    agreed: set[Hashable] = set()
-    if not torch.compiler.is_compiling():
-        agreed = _agreed.setdefault(group.process_group, agreed)
+    # Older compilers can't look groups up in a dictionary.
+    is_compiling = torch.compiler.is_compiling()
+    agreed = set() if is_compiling else _agreed.setdefault(group.process_group, set())
     key = tuple(kind.items())
-    if not uneven and (torch.compiler.is_compiling() or key in agreed):
+    if not uneven and (is_compiling or key in agreed):
         if rows == 0:
             raise ValueError("image_features and text_features have 0 rows: that needs uneven=True")
         return Ranks(group, dist_impl)
