@@ -19,7 +19,7 @@ from torch.utils import collect_env
 
 from benchmarks.checkout import ROOT
 from benchmarks.run import Run
-from reference_train.files import written_whole
+from reference_train.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("triton", "numpy", "open_clip_torch")
@@ -107,12 +107,6 @@ def write(folder: Path, kind: str, record: dict[str, Any], summary: str = "") ->
     path = folder / f"{kind}-{device}-{record['date'].replace(':', '')}.json"
     content = json.dumps(record, indent=1) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(path.with_suffix(".md"), markdown(record, summary))
-    write_text(path, content)
+    write_text(markdown(record, summary), path.with_suffix(".md"))
+    write_text(content, path)
     return path
-
-
-def write_text(path: Path, content: str) -> None:
-    """Write a file whole or not at all."""
-    with written_whole(path) as unfinished:
-        unfinished.write_text(content)

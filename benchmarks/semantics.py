@@ -21,10 +21,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.record import RESULTS, describe, markdown, write_text
+from benchmarks.record import RESULTS, describe, markdown
 from benchmarks.run import Run
 from cyclip_loss import CyCLIPLoss
 from cyclip_loss.distributed import DIST_IMPLS
+from reference_train.files import write_text
 
 RANKS, ROWS, WIDTH, D = 4, 8, 16, 6
 SEED = 0
@@ -119,5 +120,5 @@ def main(options: argparse.Namespace) -> int:
         section.rows, *_ = pool.map(_process, range(RANKS), [f"file://{folder}/meeting"] * RANKS)
     text = markdown(describe(run))
     print(text)
-    write_text((options.out or RESULTS) / "semantics.md", text)
+    write_text(text, (options.out or RESULTS) / "semantics.md")
     return 1 if section.failures else 0

@@ -23,6 +23,11 @@ class Interrupted(Stopped):
     exit_code = 130
 
 
+def is_first_rank() -> bool:
+    """Whether this process speaks for all: alone, or `torchrun`'s rank 0."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Runs `main` with the command line's arguments.
 
@@ -31,7 +36,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except Stopped as error:
-        if os.environ.get("RANK", "0") == "0":  # under torchrun all ranks have the same to say
+        if is_first_rank():  # all have the same to say
             print(f"reference_train: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:

@@ -1,10 +1,12 @@
 """Files and folders that are there whole or not at all."""
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from .errors import CannotStart
 
@@ -18,6 +20,17 @@ def written_whole(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_text(content: str, path: Path) -> None:
+    """Writes a text file whole."""
+    with written_whole(path) as partial:
+        partial.write_text(content, encoding="utf-8")
+
+
+def write_json(content: Any, path: Path) -> None:
+    """Writes an indented JSON file whole."""
+    write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", path)
 
 
 @contextlib.contextmanager

@@ -16,8 +16,8 @@ from benchmarks.compare import competitors as names
 from benchmarks.compare.accuracy import RANDOM
 from benchmarks.compare.report import ERRORS, Row, rows_of, summary
 from benchmarks.memory import OUT_OF_MEMORY
-from benchmarks.record import markdown, write_text
-from reference_train.files import written_whole
+from benchmarks.record import markdown
+from reference_train.files import write_text, written_whole
 
 matplotlib.use("Agg")  # files only: no display needed
 from matplotlib import pyplot as plt
@@ -43,7 +43,7 @@ def main(options: argparse.Namespace) -> int:
     except (OSError, ValueError, KeyError, TypeError) as error:
         print(f"{options.record} is not a record of `python -m benchmarks`: {error!r}")
         return 2
-    write_text(options.record.with_suffix(".md"), markdown(record, summary(record)))
+    write_text(markdown(record, summary(record)), options.record.with_suffix(".md"))
     draw(record, options.record)
     return 0
 

@@ -36,6 +36,7 @@ from PIL import Image
 from rich.progress import track
 
 from ..errors import CannotStart, run
+from .iconify import position, square_svg
 from .package import Package, make_data_set
 
 PACKAGE = Package(
@@ -113,8 +114,7 @@ def split_name(icon: str, styles: set[str]) -> tuple[str, list[str]]:
 
 def is_held_out(name: str) -> bool:
     """Whether a name is one of the validation's; looks at the name alone."""
-    number = int.from_bytes(hashlib.sha256(f"{SEED}:{name}".encode()).digest()[:8], "big")
-    return number / 2**64 < VALIDATION_SHARE
+    return position(SEED, name) < VALIDATION_SHARE
 
 
 def caption(icon: Icon, title: str, rng: random.Random) -> str:
@@ -142,25 +142,13 @@ def why_left_out(info: dict[str, Any]) -> str | None:
     return "non-commercial licence" if "-NC" in licence else None
 
 
-def to_svg(icon: dict[str, Any], defaults: dict[str, Any]) -> str:
-    """An icon's SVG, made square."""
-    left, top = icon.get("left", defaults.get("left", 0)), icon.get("top", defaults.get("top", 0))
-    width = icon.get("width", defaults.get("width", 16))
-    height = icon.get("height", defaults.get("height", 16))
-    side = max(width, height)
-    left, top = left - (side - width) / 2, top - (side - height) / 2
-    return (
-        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'viewBox="{left:g} {top:g} {side:g} {side:g}">{icon["body"]}</svg>'
-    )
-
-
 def read_set(path: Path, left_out: Counter[str]) -> Iterator[Icon]:
-    """The icons of one set's JSON file (https://iconify.design/docs/types/iconify-json.html)."""
+    """The icons of one set's JSON file."""
     content = json.loads(path.read_text())
     groups = {
         icon: group for group, icons in (content.get("categories") or {}).items() for icon in icons
     }
+    inherited = {k: content[k] for k in ("left", "top", "width", "height") if k in content}
     styles = style_words(list(content["icons"]))
     for key, icon in content["icons"].items():
         group = groups.get(key, "")
@@ -171,7 +159,7 @@ def read_set(path: Path, left_out: Counter[str]) -> Iterator[Icon]:
             left_out["hidden, or a name without a word"] += 1
         else:
             words = re.sub(r"([a-z])([A-Z])", r"\1 \2", group).lower()
-            svg = to_svg(icon, content)
+            svg = square_svg({**inherited, **icon})
             yield Icon(f"{path.stem}__{key}", path.stem, name, " ".join(style), words, svg)
 
 

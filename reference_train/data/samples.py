@@ -49,3 +49,13 @@ def decode(image: bytes, size: int) -> npt.NDArray[np.uint8]:
         rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
     pixels: npt.NDArray[np.uint8] = np.asarray(rgb).transpose(2, 0, 1)
     return pixels
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """RGB; what is transparent is white."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        white.alpha_composite(rgba)
+        image = white
+    return image.convert("RGB")

@@ -28,6 +28,7 @@ from rich.progress import track
 
 from ..errors import CannotStart, run
 from .package import Package, make_data_set
+from .samples import on_white
 
 PACKAGE = Package(
     "https://deb.debian.org/debian/pool/main/t/tuxpaint-stamps/"
@@ -208,9 +209,7 @@ def make_sample(stamp: Stamp) -> dict[str, bytes] | None:
         raise CannotStart(f"--package: {stamp.path}.png is no picture that can be read") from error
     photo = is_photo(stamp, image)
     image.thumbnail((LONG_SIDE, LONG_SIDE))
-    page = Image.new("RGBA", image.size, "white")
-    page.alpha_composite(image)
-    drawn = page.convert("RGB")
+    drawn = on_white(image)
     if drawn.getextrema() == ((255, 255),) * 3:
         return None
     png = io.BytesIO()

@@ -14,12 +14,13 @@ from rich.console import Console
 from ..arguments import Parser, device, number, whole_number
 from ..data.emoji import EmojiSet, fingerprint, read_emoji
 from ..errors import CannotStart
+from ..files import write_json
 from ..losses import LOSSES
 from .batches import EmojiBatches
 from .evaluate import evaluate, validation_measures
 from .model import build_model
 from .report import report
-from .results import evaluated, gather_results, save_run, write_json
+from .results import evaluated, gather_results, save_run
 from .train import RunConfig, train
 
 # The batch size at which a weight is the paper's: the records in results/ were made by the paper's

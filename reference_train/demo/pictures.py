@@ -5,24 +5,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
+from matplotlib import pyplot as plt
 
 from ..data.emoji import EMOJI_FOLDER, SHIFT_STYLES, SIZE, STRESS_STYLES, TRAIN_STYLES
 from ..data.samples import decode, read_samples
+from ..figures import panels
 from ..losses import LOSSES
 from .results import by_loss
 
-matplotlib.use("Agg")  # files only: no display needed
-from matplotlib import pyplot as plt
-
 RIGHT, WRONG = "#1b8a4b", "#c0392b"
-
-
-def panels(rows: int, height: float) -> tuple[Any, Any]:
-    """A figure and its panels, one above the other."""
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    return plt.subplots(rows, 1, figsize=(5.5, height), dpi=200, layout="constrained")
 
 
 def save(fig: Any, path: Path, legend_of: Any) -> None:

@@ -10,18 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..files import written_whole
+from ..files import write_json
 from ..losses import LOSSES
 from .train import RunConfig
 
 HISTORY_POINTS = 200
-
-
-def write_json(content: Any, path: Path) -> None:
-    """Writes an indented JSON file whole."""
-    with written_whole(path) as partial:
-        text = json.dumps(content, indent=1, ensure_ascii=False)
-        partial.write_text(text + "\n", encoding="utf-8")
 
 
 def evaluated(folder: Path, split: str) -> bool:

@@ -15,7 +15,6 @@ Needs Node's `npm` (or the packages' archives, by `--packages`) and the extra `d
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import lzma
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..arguments import Parser
+from ..data.iconify import position, square_svg
 from ..errors import Stopped, run
 from ..files import written_whole
 
@@ -161,11 +161,10 @@ def split_of(hexcode: str) -> str:
 
     A function of the concept alone: the same in every style, and unchanged when Unicode adds emoji.
     """
-    digest = hashlib.sha256(f"{SPLIT_SEED}:{hexcode}".encode()).digest()
-    position = int.from_bytes(digest[:8], "big") / 2**64  # uniform in [0, 1)
-    if position < TEST_SHARE:
+    place = position(SPLIT_SEED, hexcode)
+    if place < TEST_SHARE:
         return "test"
-    return "validation" if position < TEST_SHARE + VALIDATION_SHARE else "train"
+    return "validation" if place < TEST_SHARE + VALIDATION_SHARE else "train"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -222,22 +221,11 @@ def match(concepts: list[Concept], sets: dict[str, IconSet]) -> dict[str, dict[s
 
 
 def to_svg(name: str, icon_set: IconSet) -> str:
-    """The icon as a square SVG document; a box that is not square is centred, never stretched."""
+    """The icon as a square SVG document."""
     icon = icon_set.icons[name]
     if icon.keys() & {"vFlip", "rotate"}:
         raise Stopped(f"icon {name} has a transformation that this script does not know")
-    left, top = icon.get("left", 0), icon.get("top", 0)
-    width, height = icon.get("width", icon_set.width), icon.get("height", icon_set.height)
-    body = icon["body"]
-    if icon.get("hFlip"):
-        body = f'<g transform="translate({2 * left + width} 0) scale(-1 1)">{body}</g>'
-    side = max(width, height)
-    left, top = left - (side - width) / 2, top - (side - height) / 2
-    return (
-        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'viewBox="{left:g} {top:g} {side:g} {side:g}" width="{side:g}" height="{side:g}">'
-        f"{body}</svg>"
-    )
+    return square_svg({"width": icon_set.width, "height": icon_set.height, **icon})
 
 
 def load_renderer() -> Callable[[str], bytes]:

@@ -18,9 +18,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from ..errors import CannotStart
+from ..pretrain import models
+from ..pretrain.best import without_wrappers
 from .datasets import Images
 
-OWN_MODELS = Path(__file__).parents[1] / "pretrain" / "models"  # JSON configurations
 TEXTS_AT_A_TIME = 1024
 EPOCH = re.compile(r"epoch_(\d+)\.pt")
 # What OpenCLIP and PyTorch raise for a model or weights that are missing or not as they should be.
@@ -83,8 +84,7 @@ def find_checkpoints(
         found.append(Checkpoint(f"{model} {pretrained}", model, None, pretrained, {}))
     if not found:
         raise CannotStart("no checkpoint: name one, or --model with --pretrained")
-    if OWN_MODELS.is_dir():
-        open_clip.add_model_config(OWN_MODELS)
+    models.register()
     titles = [checkpoint.title for checkpoint in found]
     for checkpoint in found:
         if titles.count(checkpoint.title) > 1:
@@ -126,11 +126,6 @@ def read_parameters(file: Path) -> dict[str, Any]:
                     parameters[name] = value
             break
     return parameters
-
-
-def without_wrappers(state: dict[str, Any]) -> dict[str, Any]:
-    """Weights by the model's own names: less what DDP and torch.compile put before them."""
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in state.items()}
 
 
 @dataclass

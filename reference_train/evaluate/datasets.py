@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..data.samples import on_white
+
 IMAGES = ("png", "jpg", "jpeg", "webp")
 FIELDS = ("cls", "txt", "json")
 
@@ -116,16 +118,6 @@ class TarImages:
         if len(found) < len(self):
             raise Unusable(f"{len(self) - len(found)} of {len(self)} samples have no .{extension}")
         return [text.decode("utf-8").strip() for text in found]
-
-
-def on_white(image: Image.Image) -> Image.Image:
-    """RGB; what is transparent is white."""
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        white.alpha_composite(rgba)
-        image = white
-    return image.convert("RGB")
 
 
 class FirstOf:

@@ -12,17 +12,16 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-import matplotlib
+from matplotlib import pyplot as plt
 
 from cyclip_loss.warn import PAPER_BATCH_SIZE
 
 from ..arguments import Parser
+from ..data.emoji import STRESS_STYLES
 from ..errors import CannotStart, run
-from ..files import written_whole
+from ..figures import panels
+from ..files import write_text, written_whole
 from ..losses import LOSSES
-
-matplotlib.use("Agg")  # files only: no display needed
-from matplotlib import pyplot as plt
 
 Results = dict[str, dict[str, Any]]  # column -> data set -> numbers and groups
 
@@ -35,6 +34,7 @@ class Row(NamedTuple):
     metric: str
     group: str = ""
     percent: bool = True
+    drawn: bool = False  # in the picture of the seeds, too
 
     def of(self, found: dict[str, Any]) -> float | None:
         """The number in one column's results, in % if it is a share."""
@@ -44,21 +44,24 @@ class Row(NamedTuple):
         return None if value is None else value * (100 if self.percent else 1)
 
 
-STRESS = "fluent-emoji-high-contrast"
+[STRESS] = STRESS_STYLES
+ICONS_TOP5 = Row("held-out icons: name, top-5", "icons", "top5")
+EMOJI_TOP5 = Row("emoji: name, top-5", "emoji", "top5")
+OVER_BATCHES = (ICONS_TOP5, EMOJI_TOP5)
 ROWS = (
-    Row("held-out icons: name, top-1", "icons", "top1"),
-    Row("held-out icons: name, top-5", "icons", "top5"),
+    Row("held-out icons: name, top-1", "icons", "top1", drawn=True),
+    ICONS_TOP5,
     Row("held-out icons: image → caption, R@1", "icons", "image_to_text_r1"),
     Row("held-out icons: caption → image, R@1", "icons", "text_to_image_r1"),
-    Row("emoji: name, top-1", "emoji", "top1"),
-    Row("emoji: name, top-5", "emoji", "top5"),
-    Row("emoji: subgroup, top-1", "emoji", "subgroup_top1"),
+    Row("emoji: name, top-1", "emoji", "top1", drawn=True),
+    EMOJI_TOP5,
+    Row("emoji: subgroup, top-1", "emoji", "subgroup_top1", drawn=True),
     Row("emoji: subgroup, top-5", "emoji", "subgroup_top5"),
-    Row("emoji, black and white: name, top-1", "emoji", "top1", STRESS),
-    Row("emoji, black and white: subgroup, top-1", "emoji", "subgroup_top1", STRESS),
+    Row("emoji, black and white: name, top-1", "emoji", "top1", STRESS, drawn=True),
+    Row("emoji, black and white: subgroup, top-1", "emoji", "subgroup_top1", STRESS, drawn=True),
     Row("stamps: class, top-1", "stamps", "top1"),
-    Row("stamps, drawings: class, top-1", "stamps", "top1", "drawings"),
-    Row("stamps, photographs: class, top-1", "stamps", "top1", "photographs"),
+    Row("stamps, drawings: class, top-1", "stamps", "top1", "drawings", drawn=True),
+    Row("stamps, photographs: class, top-1", "stamps", "top1", "photographs", drawn=True),
     Row("stamps: image → caption, R@5", "stamps", "image_to_text_r5"),
     Row("stamps: caption → image, R@5", "stamps", "text_to_image_r5"),
     Row("emoji: consistency score of subgroups, k = 1", "emoji", "subgroup_consistency_1"),
@@ -69,8 +72,6 @@ ROWS = (
     Row("icons: in-modal gap × 100", "icons", "inmodal_gap"),
     Row("icons: cross-modal gap × 100", "icons", "crossmodal_gap"),
 )
-GAINS = (ROWS[0], ROWS[4], ROWS[6], ROWS[8], ROWS[9], ROWS[11], ROWS[12])  # in the picture
-OVER_BATCHES = (ROWS[1], ROWS[5])
 
 
 def main(argv: Sequence[str]) -> None:
@@ -94,8 +95,7 @@ def main(argv: Sequence[str]) -> None:
         raise CannotStart("no column is called LOSS-SEED or lambda-LOSS-BATCH-REFERENCE")
     arguments.out.mkdir(parents=True, exist_ok=True)
     if seeds:
-        with written_whole(arguments.out / "experiment.md") as path:
-            path.write_text(table(seeds), encoding="utf-8")
+        write_text(table(seeds), arguments.out / "experiment.md")
         with written_whole(arguments.out / "experiment.png") as path:
             draw(seeds, path)
     if batches:
@@ -163,19 +163,10 @@ def spread(values: list[float]) -> str:
     return f"{mean(values):.2f} ({min(values):.2f} – {max(values):.2f})"
 
 
-def figure(rows: int, height: float) -> tuple[Any, Any]:
-    """5.5 inches wide, to be read on a phone."""
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    return plt.subplots(
-        rows, 1, figsize=(5.5, height), dpi=200, layout="constrained", squeeze=False
-    )
-
-
 def draw(seeds: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Bars for the means, a dot for each seed."""
-    rows = [row for row in GAINS if all(numbers(row, runs) for runs in seeds.values())]
-    fig, axes = figure(1, 0.9 + 0.22 * len(rows) * (len(seeds) + 1))
-    ax = axes[0, 0]
+    rows = [row for row in ROWS if row.drawn and all(numbers(row, runs) for runs in seeds.values())]
+    fig, [ax] = panels(1, 0.9 + 0.22 * len(rows) * (len(seeds) + 1))
     for place, (loss, runs) in enumerate(seeds.items()):
         y = [i * (len(seeds) + 1) + place for i in range(len(rows))]
         values = [numbers(row, runs) for row in rows]
@@ -211,8 +202,8 @@ def draw_batches(batches: dict[str, dict[int, dict[str, Any]]], path: Path) -> N
         "cyclip-128": ("CyCLIP, reference_batch_size=128", LOSSES["cyclip"].colour, "o-"),
         "cyclip-0": ("CyCLIP, λ = 0.25 as it stands", LOSSES["cyclip"].colour, "s:"),
     }
-    fig, axes = figure(len(OVER_BATCHES), 1 + 2.2 * len(OVER_BATCHES))
-    for ax, row in zip(axes[:, 0], OVER_BATCHES, strict=True):
+    fig, axes = panels(len(OVER_BATCHES), 1 + 2.2 * len(OVER_BATCHES))
+    for ax, row in zip(axes, OVER_BATCHES, strict=True):
         for line, (title, colour, style) in looks.items():
             found = {n: row.of(of) for n, of in sorted(batches.get(line, {}).items())}
             ax.plot(list(found), list(found.values()), style, color=colour, label=title)
@@ -222,8 +213,8 @@ def draw_batches(batches: dict[str, dict[int, dict[str, Any]]], path: Path) -> N
         ax.set_ylim(bottom=0)
         ax.set_title(f"{row.words}, %", loc="left")
         ax.grid(alpha=0.3)
-    axes[-1, 0].set_xlabel("batch size")
-    handles, titles = axes[0, 0].get_legend_handles_labels()
+    axes[-1].set_xlabel("batch size")
+    handles, titles = axes[0].get_legend_handles_labels()
     fig.legend(handles, titles, frameon=False, loc="outside upper center", ncols=1)
     fig.savefig(path, format="png")
     plt.close(fig)

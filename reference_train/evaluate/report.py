@@ -1,26 +1,23 @@
 """What is written: `evaluation.json`, `table.md` and `picture.png`."""
 
 import argparse
-import json
 import platform
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
+from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.markdown import Markdown
 
-from ..files import written_whole
+from ..figures import panels
+from ..files import write_json, write_text, written_whole
 from .checkpoints import Clip
 from .datasets import DataSet
 from .metrics import KS
 from .paper import ORIGINS, PUBLISHED
-
-matplotlib.use("Agg")  # files only: no display needed
-from matplotlib import pyplot as plt
 
 METRICS: dict[str, tuple[str, float]] = {  # words in the table, factor of the number there
     "top1": ("zero-shot top-1", 100),
@@ -154,22 +151,13 @@ def draw(result: dict[str, Any], path: Path) -> None:
     """Yours beside the paper's; 5.5 inches wide, to be read on a phone."""
     titles = [*result["results"], *PAPER_TITLES]
     colours = {title: COLOURS[i % len(COLOURS)] for i, title in enumerate(titles)} | PAPER_COLOURS
-    panels = {metric: panel for metric in PANELS if (panel := bars(result, metric))}
+    shown_sets = {metric: panel for metric in PANELS if (panel := bars(result, metric))}
     heights = [
-        0.9 + sum(0.2 + 0.17 * len(of) for of in panel.values()) for panel in panels.values()
+        0.9 + sum(0.2 + 0.17 * len(of) for of in panel.values()) for panel in shown_sets.values()
     ]
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    fig, axes = plt.subplots(
-        max(1, len(panels)),
-        1,
-        figsize=(5.5, 1 + sum(heights)),
-        dpi=200,
-        layout="constrained",
-        height_ratios=heights or None,
-        squeeze=False,
-    )
+    fig, axes = panels(max(1, len(heights)), 1 + sum(heights), height_ratios=heights or None)
     handles: dict[str, Any] = {}
-    for ax, (metric, panel) in zip(axes[:, 0], panels.items(), strict=False):
+    for ax, (metric, panel) in zip(axes, shown_sets.items(), strict=False):
         y, ticks = 0.0, []
         for of_set in panel.values():
             ticks.append(y + (len(of_set) - 1) / 2)
@@ -212,10 +200,8 @@ def bars(result: dict[str, Any], metric: str) -> dict[str, dict[str, float]]:
 def write(result: dict[str, Any], out: Path, console: Console) -> None:
     """The three files, and the table on the terminal."""
     table = markdown(result)
-    with written_whole(out / "evaluation.json") as path:
-        path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    with written_whole(out / "table.md") as path:
-        path.write_text(table, encoding="utf-8")
+    write_json(result, out / "evaluation.json")
+    write_text(table, out / "table.md")
     with written_whole(out / "picture.png") as path:
         draw(result, path)
     console.print(Markdown(table))

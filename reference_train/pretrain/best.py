@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 from argparse import Namespace
 from collections.abc import Callable
 from functools import wraps
@@ -59,7 +60,9 @@ def keeping_the_best(theirs: Callable[..., dict[str, Any]]) -> Callable[..., dic
             if metrics[LOSS] <= lowest(folder / "results.jsonl", before=epoch):
                 with written_whole(folder / BEST) as path:
                     checkpoint = {"epoch": epoch, "name": args.name, LOSS: metrics[LOSS]}
-                    torch.save({**checkpoint, "state_dict": bare_state(model)}, path)
+                    inner = getattr(model, "trainable_module", model)  # of a task of OpenCLIP 4
+                    state = without_wrappers(inner.state_dict())
+                    torch.save({**checkpoint, "state_dict": state}, path)
                 logging.info("Epoch %d is the best so far: %s", epoch, folder / BEST)
         return metrics
 
@@ -72,10 +75,9 @@ def lowest(results: Path, before: int) -> float:
     return min((line[LOSS] for line in lines if line["epoch"] < before), default=math.inf)
 
 
-def bare_state(model: nn.Module) -> dict[str, Tensor]:
-    """The weights by the names they have in the model, whatever wraps it."""
-    inner: nn.Module = getattr(model, "trainable_module", model)  # of a task of OpenCLIP 4
+def without_wrappers(state: dict[str, Any]) -> dict[str, Any]:
+    """Weights by the model's own names: less what DDP and torch.compile put before them."""
     return {
-        name.replace("_orig_mod.", "").removeprefix("module."): value
-        for name, value in inner.state_dict().items()
+        re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", "")): value
+        for name, value in state.items()
     }

@@ -22,7 +22,7 @@ from cyclip_loss import open_clip_train
 
 from ..arguments import Parser, whole_number
 from ..data.samples import read_samples
-from ..errors import CannotStart
+from ..errors import CannotStart, is_first_rank
 from ..losses import LOSSES
 from . import best, models
 from .presets import NAMES, WEIGHT, preset
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
     models.register()
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     flags = command_line(asked, more, world_size)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if is_first_rank():
         print("python -m cyclip_loss.open_clip_train", shlex.join(flags), flush=True)
     trainer = open_clip_trainer()
     check(trainer, flags, world_size)
@@ -73,12 +73,13 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         required=True,
         metavar="SHARDS",
         help="WebDataset of images and captions: tar files (braces allowed) or their folder, of "
-        "which train-*.tar are taken if there are such",
+        "which those with 'train' in their names are taken if there are such",
     )
     add(
         "--val",
         metavar="SHARDS",
-        help="held-out pairs, likewise; default: val-*.tar in the folder of --data, if there are",
+        help="held-out pairs, likewise; default: if --data is a folder, those with 'val' in their "
+        "names",
     )
     add(
         "--batch-size",

@@ -61,7 +61,6 @@ ICONS_CPU = Preset(
         "--wd": "0.1",
         "--beta2": "0.98",
         "--warmup": "50",
-        "--precision": "fp32",
         "--workers": "1",
         "--log-every-n-steps": "16",
         "--aug-cfg": "scale=(0.8,1.0)",
