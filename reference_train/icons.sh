@@ -22,7 +22,7 @@ for run in clip-0 cyclip-0 clip-1 cyclip-1 clip-2 cyclip-2 c-cyclip-0 i-cyclip-0
     pretrain $run "${run%-*}" --seed "${run##*-}" -- --epochs "$epochs"
 done
 
-# 524,288 pairs in batches of another size, the learning rate by its square root, a tenth of the
+# 524,288 pairs in batches of another size, the learning rate by its square root, a fifth of the
 # steps to warm up. NAME is lambda-LOSS-BATCH-REFERENCE; 0 is the paper's formula.
 over_batches() { # BATCH LR WARMUP
     for run in clip-$1-0 cyclip-$1-0 cyclip-$1-128; do
@@ -31,10 +31,10 @@ over_batches() { # BATCH LR WARMUP
                 --warmup "$3" --reference-batch-size "${run##*-}"
     done
 }
-over_batches 128 7e-4 410
-over_batches 512 1.4e-3 102
-over_batches 2048 2.8e-3 26
-over_batches 4096 4e-3 13
+over_batches 128 7e-4 820
+over_batches 512 1.4e-3 205
+over_batches 2048 2.8e-3 51
+over_batches 4096 4e-3 26
 
 python -m reference_train evaluate "$out"/logs/* --suite rehearsal --data "$out" --out "$out/evaluation"
 python -m reference_train.evaluate.experiment "$out/evaluation/evaluation.json" --out "$out/evaluation"

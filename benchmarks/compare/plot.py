@@ -21,7 +21,6 @@ from reference_train.files import write_text, written_whole
 
 matplotlib.use("Agg")  # files only: no display needed
 from matplotlib import pyplot as plt
-from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 STYLES = {
     names.OURS: ("#D55E00", "o"),
@@ -62,7 +61,7 @@ def draw(record: dict[str, Any], beside: Path) -> None:
             _lines(ax, title, cost, STYLES, "N", column)
             shown = sorted({row["N"] for row in cost})
             ax.set_xticks(shown, [f"{n:,}" for n in shown], rotation=30)
-            ax.xaxis.set_minor_formatter(NullFormatter())
+            ax.minorticks_off()
         _save(figure, record, beside.with_name(f"{beside.stem}-cost.png"))
     if error:
         where = f"N = {error[0]['N']:,}, D = {error[0]['D']:,}, {error[0]['dtype']}"
@@ -94,9 +93,8 @@ def _lines(
         failed = [row[x] for row in rows if row["loss"] == loss and OUT_OF_MEMORY in row["outcome"]]
         edge = {"transform": ax.get_xaxis_transform(), "linestyle": "none", "markersize": 9}
         ax.plot(failed, [0.97] * len(failed), marker="x", color=colour, markeredgewidth=2.5, **edge)
-    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     low, high = ax.get_ylim()
-    ax.set_ylim(low, high * (high / low) ** 0.5)  # room for the legend and the crosses
+    ax.set_ylim(low, high * (high / low) ** 0.15)  # room for the legend and the crosses
     if ax.get_legend_handles_labels()[0]:
         ax.legend(frameon=False, fontsize="small", loc="upper left" if x == "N" else "upper right")
 

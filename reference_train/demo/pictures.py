@@ -113,7 +113,8 @@ def draw_styles(results: dict[str, Any], path: Path) -> None:
         ax.margins(x=0.12)  # room for the numbers
         ax.set_title(title, loc="left")
 
-    fig, (top, bottom) = panels(2, 8.4)
+    heights = [len(never_seen), len(held_out)]  # bars as thick in both
+    fig, (top, bottom) = panels(2, 9.6, height_ratios=heights)
     draw(top, "image_to_name", never_seen, "image → name, top-1 %,\nin styles never trained on")
     draw(bottom, "subgroup", held_out, "zero-shot subgroup, top-1 %,\nof concepts never trained on")
     save(fig, path, top)
