@@ -92,7 +92,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--device",
         type=device,
         default="cuda" if torch.cuda.is_available() else "cpu",
-        help="default %(default)s",
+        help="default: cuda if there is one, else cpu",
     )
     add(
         "--precision",
@@ -105,7 +105,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         type=whole_number(0),
         default=min(8, os.cpu_count() or 1),
         metavar="N",
-        help="processes that decode images; default %(default)s",
+        help="processes that decode images; default: one a core, at most 8",
     )
     add(
         "--out",
