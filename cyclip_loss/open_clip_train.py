@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     swap.into(trainer)
     handle = register_optimizer_step_post_hook(swap.check)
     try:
-        trainer.main(theirs)
+        if trainer.main(theirs):  # it has said why, and returns -1
+            raise SystemExit(1)
     finally:
         handle.remove()
 

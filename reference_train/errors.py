@@ -23,9 +23,13 @@ class Interrupted(Stopped):
     exit_code = 130
 
 
-def is_first_rank() -> bool:
-    """Whether this process speaks for all: alone, or `torchrun`'s rank 0."""
-    return os.environ.get("RANK", "0") == "0"
+def is_first(rank: str) -> bool:
+    """Whether this process speaks for all ("RANK") or for those of its node ("LOCAL_RANK").
+
+    It does if it is alone, and the first of `torchrun`'s or Slurm's.
+    """
+    slurm = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID"}[rank]
+    return os.environ.get(rank, os.environ.get(slurm, "0")) == "0"
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -36,7 +40,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except Stopped as error:
-        if is_first_rank():  # all have the same to say
+        if is_first("LOCAL_RANK"):  # a file may be missing on one node only
             print(f"reference_train: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:

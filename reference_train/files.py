@@ -50,4 +50,4 @@ def new_folder(path: Path) -> Iterator[Path]:
             yield folder
             folder.replace(path)
     except OSError as error:
-        raise CannotStart(f"--out {path}: can't be written: {error.strerror}") from error
+        raise CannotStart(f"--out {path}: can't be written: {error}") from error

@@ -92,7 +92,7 @@ class Icon(NamedTuple):
 
 
 def style_words(names: Sequence[str]) -> set[str]:
-    """The words of `STYLES`, and numbers, that end (or begin) at least 2 % of a set's names."""
+    """The words of `STYLES` that end or begin at least 2 % of a set's names."""
     ends = Counter(name.rsplit("-", 1)[-1] for name in names if "-" in name)
     starts = Counter(name.split("-", 1)[0] for name in names if "-" in name)
     return {w for w in STYLES if ends[w] + starts[w] >= 0.02 * len(names)}

@@ -7,12 +7,14 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
 from open_clip_train.precision import get_autocast
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -73,15 +75,19 @@ def find_checkpoints(
         if name is None:
             raise CannotStart(f"{file}: no params.txt of a run beside it: say --model")
         arguments = {k: parameters[k] for k in KEPT_ARGUMENTS if parameters.get(k)}
+        if parameters.get("siglip"):  # its model has a bias; any number, the weights have theirs
+            arguments["init_logit_bias"] = 0.0
         found.append(Checkpoint(run_name(file), name, file, None, arguments))
     titles = [checkpoint.title for checkpoint in found]
     for checkpoint in found:
         if titles.count(checkpoint.title) > 1 and checkpoint.path is not None:
             checkpoint.title += f" {checkpoint.path.stem}"
-    if pretrained is not None:
+    hub = model is not None and ":" in model and not paths  # the weights come with the model
+    if pretrained is not None or hub:
         if model is None:
             raise CannotStart("--pretrained needs --model")
-        found.append(Checkpoint(f"{model} {pretrained}", model, None, pretrained, {}))
+        title = model if hub else f"{model} {pretrained}"
+        found.append(Checkpoint(title, model, None, pretrained, {}))
     if not found:
         raise CannotStart("no checkpoint: name one, or --model with --pretrained")
     models.register()
@@ -101,7 +107,8 @@ def checkpoint_file(path: Path) -> Path:
     for folder in (path / "checkpoints", path):
         epochs = {int(m[1]): p for p in folder.glob("*.pt") if (m := EPOCH.fullmatch(p.name))}
         newest = [epochs[max(epochs)]] if epochs else []
-        for file in (folder / "best.pt", *newest, folder / "epoch_latest.pt"):
+        # where both are written, the latest is as new as the newest epoch, or newer
+        for file in (folder / "best.pt", folder / "epoch_latest.pt", *newest):
             if file.is_file():
                 return file
     raise CannotStart(f"no checkpoint at {path}")
@@ -177,7 +184,8 @@ class Clip:
                 self.model,
                 self.tokenizer,
                 names,
-                [Template(template) for template in templates],
+                # not str.format: a name may hold braces itself
+                [partial(template.replace, "{}") for template in templates],
                 num_classes_per_batch=max(1, TEXTS_AT_A_TIME // len(templates)),
                 device=self.device,
             )
@@ -188,17 +196,6 @@ class Clip:
         if not features.isfinite().all():
             raise FloatingPointError(f"{self.checkpoint.title}: features are not finite")
         return features
-
-
-@dataclass
-class Template:
-    """A prompt with {} for the class's name; a name may hold braces itself."""
-
-    text: str
-
-    def __call__(self, name: str) -> str:
-        """The prompt."""
-        return self.text.replace("{}", name)
 
 
 @dataclass
@@ -226,7 +223,7 @@ def load(
         model, _, preprocess = open_clip.create_model_and_transforms(
             name,
             pretrained=checkpoint.tag,
-            load_weights=checkpoint.tag is not None,
+            load_weights=checkpoint.path is None,
             pretrained_text=False,
             device=device,
             **checkpoint.arguments,
@@ -234,7 +231,10 @@ def load(
         context = checkpoint.arguments.get("force_context_length")
         tokenizer = open_clip.get_tokenizer(name, context_length=context)
         if checkpoint.path is not None:
-            content = torch.load(checkpoint.path, map_location="cpu", weights_only=True)
+            if checkpoint.path.suffix == ".safetensors":
+                content = load_file(checkpoint.path)
+            else:
+                content = torch.load(checkpoint.path, map_location="cpu", weights_only=True)
             state = content.get("state_dict", content)
             epoch = content.get("epoch")
             model.load_state_dict(without_wrappers(state))

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ..arguments import Parser, device, whole_number
 from ..errors import CannotStart
+from ..files import write_json
 from . import report
 from .checkpoints import Clip, find_checkpoints, load
-from .datasets import Classes, DataSet, Images, Unusable
+from .datasets import Classes, DataSet, Images
 from .measure import measure
 from .suites import BROKEN, PAPER, Open, find, lines, open_emoji
 
@@ -174,6 +175,9 @@ def superclasses(path: str) -> list[str]:
 def main(argv: Sequence[str]) -> None:
     """Finds, evaluates, writes. Raises `CannotStart` if there is nothing to evaluate."""
     arguments = parse_arguments(argv)
+    written = arguments.out / "evaluation.json"
+    if written.exists():
+        raise CannotStart(f"--out {arguments.out}: holds an evaluation already")
     checkpoints = find_checkpoints(arguments.checkpoint, arguments.model, arguments.pretrained)
     console = Console()
     result = report.start(
@@ -204,7 +208,7 @@ def main(argv: Sequence[str]) -> None:
                     arguments.batch_size,
                     arguments.workers,
                 )
-            except CannotStart as error:  # the others may have taken hours
+            except CannotStart as error:
                 skipped[checkpoint.title] = str(error)
                 continue
             result["checkpoints"].append(report.describe_checkpoint(clip))
@@ -214,10 +218,11 @@ def main(argv: Sequence[str]) -> None:
                 encode = partial(with_progress, clip, name, progress)
                 try:
                     measured = measure(clip, data, arguments.linear_probe, encode)
-                except (Unusable, OSError, FloatingPointError) as error:
+                except Exception as error:  # whatever it is: the others may have taken hours
                     skipped[f"{name}, {checkpoint.title}"] = reason(error)
                 else:
                     numbers[name] = {**measured, "seconds": time.perf_counter() - start}
+                    write_json(result, written)
     if not any(result["results"].values()):
         raise CannotStart(nothing(skipped))
     report.write(result, arguments.out, console)
@@ -248,6 +253,8 @@ def open_all(arguments: argparse.Namespace, skipped: dict[str, str]) -> dict[str
             classes.templates = arguments.templates or classes.templates
         if name in own_names:
             rename(name, data.classes, own_names[name])
+        if data.train_lacks:
+            skipped[f"{name}, train split"] = data.train_lacks
         sets[name] = data
     if not sets:
         raise CannotStart(nothing(skipped))

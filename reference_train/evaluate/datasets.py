@@ -51,6 +51,7 @@ class DataSet:
     # neighbours come from the other groups. `apart` is in no mean and no neighbour.
     across_groups: bool = False
     apart: frozenset[str] = frozenset()
+    train_lacks: str = ""  # why there is none, if it is there but not as it should be
 
     def __post_init__(self) -> None:
         if not len(self.images):

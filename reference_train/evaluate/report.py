@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
 from matplotlib import pyplot as plt
 from rich.console import Console
@@ -40,7 +41,6 @@ METRICS: dict[str, tuple[str, float]] = {  # words in the table, factor of the n
 OF_GROUPS = ("top1", "subgroup_top1", "image_to_text_r1", "text_to_image_r1")  # in the table
 PANELS = ("top1", "consistency_1", "image_to_text_r1")  # of the picture
 PAPER_TITLES = ("CLIP, paper", "CyCLIP, paper")
-COLOURS = ("#e4572e", "#2a9d8f", "#8e5ea2", "#e9b44c", "#1f77b4", "#1b8a4b")
 PAPER_COLOURS = dict(zip(PAPER_TITLES, ("#c3cad1", "#5b6b7b"), strict=True))
 NEEDS = {  # metrics that the paper has and you may lack
     "coarse": "superclasses need --superclasses",
@@ -150,7 +150,8 @@ def sizes(data: dict[str, Any]) -> str:
 def draw(result: dict[str, Any], path: Path) -> None:
     """Yours beside the paper's; 5.5 inches wide, to be read on a phone."""
     titles = [*result["results"], *PAPER_TITLES]
-    colours = {title: COLOURS[i % len(COLOURS)] for i, title in enumerate(titles)} | PAPER_COLOURS
+    several = matplotlib.colormaps["tab10" if len(titles) <= 10 else "tab20"]
+    colours = {title: several(i % several.N) for i, title in enumerate(titles)} | PAPER_COLOURS
     shown_sets = {metric: panel for metric in PANELS if (panel := bars(result, metric))}
     heights = [
         0.9 + sum(0.2 + 0.17 * len(of) for of in panel.values()) for panel in shown_sets.values()

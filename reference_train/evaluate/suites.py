@@ -14,7 +14,8 @@ import json
 import pickle
 import re
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -152,8 +153,21 @@ def open_imagenet(test: Path, train: Path, name: str, superclasses: list[str] | 
     coarse = imagenet_coarse(names, superclasses)
     data = DataSet(images, {"": Classes(labels, names, PAPER_TEMPLATES, coarse)})
     if name == "imagenet1k" and train.is_dir():
-        data.train = image_folder(train)[:2]
+        with train_split(data):
+            train_images, train_labels, train_numbers = image_folder(train)
+            if train_numbers != numbers:
+                raise Unusable(f"{train} has {len(train_numbers)} classes, not {len(numbers)}")
+            data.train = train_images, train_labels
     return data
+
+
+@contextmanager
+def train_split(data: DataSet) -> Iterator[None]:
+    """A train split that is not as it should be is one to do without: the test split is whole."""
+    try:
+        yield
+    except BROKEN as error:
+        data.train_lacks = " ".join(str(error).split())
 
 
 def image_folder(path: Path) -> tuple[FirstOf, Tensor, list[int]]:
@@ -215,7 +229,8 @@ def open_tars(folder: Path, name: str, superclasses: list[str] | None) -> DataSe
         classes = Classes(torch.tensor([int(x) for x in labels]), names, templates, coarse)
         data = DataSet(images, {"": classes})
         if (folder / "train").is_dir():
-            data.train = open_train(folder / "train")
+            with train_split(data):
+                data.train = open_train(folder / "train")
     if (texts := images.texts("txt")) is not None:
         data.captions = [[line for line in text.splitlines() if line] for text in texts]
         if not all(data.captions):

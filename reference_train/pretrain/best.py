@@ -72,7 +72,8 @@ def keeping_the_best(theirs: Callable[..., dict[str, Any]]) -> Callable[..., dic
 def lowest(results: Path, before: int) -> float:
     """The lowest loss of earlier epochs, in the file that OpenCLIP logs them to."""
     lines = map(json.loads, results.read_text().splitlines())
-    return min((line[LOSS] for line in lines if line["epoch"] < before), default=math.inf)
+    # a line without a loss is one of zero-shot accuracy alone
+    return min((n[LOSS] for n in lines if LOSS in n and n["epoch"] < before), default=math.inf)
 
 
 def without_wrappers(state: dict[str, Any]) -> dict[str, Any]:

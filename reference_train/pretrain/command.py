@@ -6,7 +6,7 @@ checked before any work, and runs it. Under `torchrun` every rank does the same.
 
 import argparse
 import importlib
-import os
+import importlib.util
 import re
 import shlex
 from collections.abc import Sequence
@@ -22,10 +22,17 @@ from cyclip_loss import open_clip_train
 
 from ..arguments import Parser, whole_number
 from ..data.samples import read_samples
-from ..errors import CannotStart, is_first_rank
+from ..errors import CannotStart, is_first
 from ..losses import LOSSES
 from . import best, models
 from .presets import NAMES, WEIGHT, preset
+
+# What a run is: OpenCLIP's names in params.txt.
+KEPT_SETTINGS = (
+    *("model", "train_data", "train_num_samples", "batch_size", "accum_freq", "epochs", "seed"),
+    *("lr", "lr_scheduler", "warmup", "wd", "beta1", "beta2", "eps", "precision", "aug_cfg"),
+    *("lambda_inmodal", "lambda_crossmodal", "reference_batch_size"),
+)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -35,11 +42,12 @@ def main(argv: Sequence[str]) -> None:
     """
     asked, more = parse(argv)
     models.register()
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    flags = command_line(asked, more, world_size)
-    if is_first_rank():
-        print("python -m cyclip_loss.open_clip_train", shlex.join(flags), flush=True)
     trainer = open_clip_trainer()
+    ranks = importlib.import_module("open_clip_train.distributed")
+    _, _, world_size = ranks.world_info_from_env()  # torchrun's, Slurm's, MPI's
+    flags = command_line(asked, more, world_size)
+    if is_first("RANK"):
+        print("python -m cyclip_loss.open_clip_train", shlex.join(flags), flush=True)
     check(trainer, flags, world_size)
     if asked.dry_run:
         return
@@ -116,8 +124,9 @@ def command_line(asked: argparse.Namespace, more: Sequence[str], world_size: int
         "--seed": str(asked.seed),
         "--logs": asked.out,
         "--name": name,
-        # The newest epoch is kept under one name, replaced whole, and found by --resume.
+        # The newest epoch is kept under one name, replaced whole; without one, a run begins.
         "--save-frequency": "0",
+        "--resume": "latest",
     }
     if asked.model:
         flags["--model"] = asked.model
@@ -125,10 +134,9 @@ def command_line(asked: argparse.Namespace, more: Sequence[str], world_size: int
     if val and (found := shards(val, "val", needed=bool(asked.val))):
         flags["--val-data"] = found
     switches = ["--save-most-recent"]
-    if (Path(asked.out) / name / "out.log").exists():
-        switches += ["--resume", "latest"]
-    aug = flags.pop("--aug-cfg", "").split()  # the one flag that takes several values
-    return [*chain(*flags.items()), *(["--aug-cfg", *aug] if aug else []), *switches, *more]
+    if aug := flags.pop("--aug-cfg", ""):  # the one flag that takes several values
+        switches += ["--aug-cfg", *aug.split()]
+    return [*chain(*flags.items()), *switches, *more]
 
 
 def shards(data: str, part: str, needed: bool = True) -> str:
@@ -139,9 +147,11 @@ def shards(data: str, part: str, needed: bool = True) -> str:
     folder = Path(data)
     if not folder.is_dir():
         return data
-    found = sorted(folder.glob(f"*{part}*.tar")) or (sorted(folder.glob("*.tar")) if needed else [])
+    found = sorted(folder.glob(f"*{part}*.tar"))
+    if not found and needed:  # whatever it is called, but nothing held out to train on
+        found = [p for p in sorted(folder.glob("*.tar")) if part == "val" or "val" not in p.name]
     if not found and needed:
-        raise CannotStart(f"no tar file in {data}")
+        raise CannotStart(f"no tar file in {data}" + (" but for validation" * (part == "train")))
     names = [str(path) for path in found]
     numbers = [re.fullmatch(r"(.*?)(\d+)\.tar", name) for name in names]
     if len(names) > 1 and numbers[0] and numbers[-1]:
@@ -163,11 +173,12 @@ def open_clip_trainer() -> Any:
 
 def check(trainer: Any, flags: Sequence[str], world_size: int) -> None:
     """Raises `CannotStart` for what OpenCLIP would stumble over later, or in many lines."""
-    _, theirs = open_clip_train.flags().parse_known_args(flags)
+    ours, theirs = open_clip_train.flags().parse_known_args(flags)
     try:
         args = trainer.parse_args(theirs)
     except SystemExit as error:
         raise CannotStart("OpenCLIP does not take these flags") from error
+    check_same_settings(Path(args.logs) / args.name, {**vars(args), **vars(ours)}, world_size)
     known = open_clip.get_model_config(args.model) is not None
     if not known and not args.model.startswith(("local-dir:", "hf-hub:")):
         raise CannotStart(f"--model {args.model}: OpenCLIP has none of that name")
@@ -175,6 +186,10 @@ def check(trainer: Any, flags: Sequence[str], world_size: int) -> None:
         raise CannotStart(
             "several ranks on a CPU: OpenCLIP 3 can't do that; 4 can, by -- --fsdp --precision fp32"
         )
+    for package in ("tensorboard", "wandb"):
+        wanted = package in args.report_to or "all" in args.report_to
+        if wanted and importlib.util.find_spec(package) is None:
+            raise CannotStart(f"--report-to {args.report_to}: pip install {package}")
     train = check_shards("--data", args.train_data)
     if args.val_data:
         check_shards("--val", args.val_data)
@@ -189,6 +204,22 @@ def check(trainer: Any, flags: Sequence[str], world_size: int) -> None:
             f"--data has {len(train)} shards for {workers} workers (--workers × ranks): "
             "each needs one"
         )
+
+
+def check_same_settings(folder: Path, settings: dict[str, Any], world_size: int) -> None:
+    """Raises `CannotStart` if a run that would go on was begun with other settings."""
+    if not (folder / "checkpoints" / "epoch_latest.pt").is_file():
+        return
+    lines = (folder / "params.txt").read_text(encoding="utf-8").splitlines()
+    before = dict(line.partition(": ")[::2] for line in lines)
+    before["batch_size"] = str(int(before["batch_size"]) * int(before["world_size"]))
+    settings = {**settings, "batch_size": settings["batch_size"] * world_size}
+    for name in KEPT_SETTINGS:
+        if name in before and before[name] != str(settings[name]):
+            raise CannotStart(
+                f"{folder} was begun with {name} = {before[name]}, not {settings[name]}: "
+                "choose another --name"
+            )
 
 
 def check_shards(argument: str, data: str) -> list[str]:

@@ -1,6 +1,6 @@
 """What each preset gives to OpenCLIP's trainer and to the loss.
 
-A preset is a list of flags, so that it can be printed, copied and changed. `batch_size` is that of
+A preset is flags, so that it can be printed, copied and changed. `batch_size` is that of
 all ranks; OpenCLIP's own is that of one.
 """
 

@@ -11,6 +11,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from timm.data.imagenet_info import ImageNetInfo
 from torch.nn import functional as F
 
@@ -263,10 +264,71 @@ def test_an_image_that_is_none_is_the_reason(run_folder: Path, tmp_path: Path, s
     assert "cifar10, tiny" in result["skipped"]
 
 
+def test_what_is_measured_is_written_whatever_comes_later(
+    run_folder: Path, tmp_path: Path, small_emoji: None, monkeypatch: pytest.MonkeyPatch
+):
+    """Memory that runs out, then Ctrl-C; and an evaluation that is there is not overwritten."""
+    measure = command.measure
+    for name in ("cifar10", "flickr8k"):
+        write_set(
+            tmp_path / f"wds_{name}", {"test": [{"png": png(i), "txt": b"x"} for i in (1, 2)]}
+        )
+
+    def failing(clip: Any, data: DataSet, *more: Any) -> Any:
+        if data.groups:
+            return measure(clip, data, *more)
+        if failures:
+            raise failures.pop()
+        raise KeyboardInterrupt
+
+    failures = [torch.OutOfMemoryError("CUDA out of memory")]
+    monkeypatch.setattr(command, "measure", failing)
+    found = {"emoji": command.open_emoji, **suites.find([tmp_path], None)}  # the emoji first
+    monkeypatch.setattr(command, "find", lambda *_: found)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(tmp_path / "out", run_folder, "--data", tmp_path)
+    result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert set(result["results"]["tiny"]) == {"emoji"}
+    with pytest.raises(CannotStart, match="holds an evaluation already"):
+        evaluate(tmp_path / "out", run_folder, "--data", tmp_path)
+
+
+def test_a_train_split_that_is_broken_costs_only_what_needs_it(
+    run_folder: Path, tmp_path: Path, small_emoji: None
+):
+    names = "\n".join("abcdefghij")
+    whole, part = labelled(20, 10), labelled(20, 10)
+    write_set(tmp_path / "wds_cifar10", {"test": whole, "train": part}, classnames=names)
+    (tmp_path / "wds_cifar10" / "train" / "1.tar").unlink()
+    result = evaluate(tmp_path / "out", run_folder, "--data", tmp_path)
+    assert "1.tar" in result["skipped"]["cifar10, train split"]
+    numbers = result["results"]["tiny"]["cifar10"]["numbers"]
+    assert "top1" in numbers
+    assert "consistency_1" not in numbers
+
+
+def test_a_train_split_has_the_classes_of_the_test_split(tmp_path: Path):
+    wnids = ImageNetInfo("imagenet-1k").label_names()
+    write_image_folder(tmp_path / "imagenet1k" / "val", wnids)
+    write_image_folder(tmp_path / "imagenet1k" / "train", wnids[5:])
+    data = suites.find([tmp_path], None)["imagenet1k"]()
+    assert data.train is None
+    assert "995 classes, not 1000" in data.train_lacks
+
+
+def test_models_with_a_bias_and_safetensors(run_folder: Path, tmp_path: Path, small_emoji: None):
+    model = open_clip.create_model("evaluate-tiny", load_weights=False, init_logit_bias=-10)
+    (tmp_path / "checkpoints").mkdir()
+    save_file(model.state_dict(), tmp_path / "checkpoints" / "model.safetensors")
+    (tmp_path / "params.txt").write_text("model: evaluate-tiny\nsiglip: True\n")
+    result = evaluate(tmp_path / "out", tmp_path / "checkpoints" / "model.safetensors")
+    assert set(result["results"]) == {tmp_path.name}
+
+
 def test_of_a_run_the_best_else_the_newest(tmp_path: Path):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
-    for name in ("epoch_latest.pt", "epoch_9.pt", "epoch_10.pt", "best.pt"):
+    for name in ("epoch_9.pt", "epoch_10.pt", "epoch_latest.pt", "best.pt"):
         (folder / name).touch()
         assert checkpoint_file(tmp_path).name == name  # each is better than those before
     with pytest.raises(CannotStart):
