@@ -194,4 +194,5 @@ def _weight(weight: float, n: int, reference_batch_size: int | None, features: T
     dtype = accumulation_dtype(features.dtype)
     if torch.compiler.is_compiling():
         return per_pair(features.new_ones((), dtype=dtype) * weight, n, reference_batch_size)  # type: ignore[no-any-return]
-    return torch.scalar_tensor(per_pair(weight, n, reference_batch_size), dtype=dtype)
+    # device: not that of torch.set_default_device
+    return torch.scalar_tensor(per_pair(weight, n, reference_batch_size), dtype=dtype, device="cpu")

@@ -9,6 +9,7 @@ features, so that the average over W ranks is what one process on the whole batc
 """
 
 from collections.abc import Hashable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -180,7 +181,7 @@ _agreed: WeakKeyDictionary[ProcessGroup, set[Hashable]] = WeakKeyDictionary()
 def agree(
     group: Group,
     dist_impl: str,
-    rows: int,
+    features: Tensor,
     uneven: bool,
     kind: dict[str, Hashable],
     weights: dict[str, float | None],
@@ -192,14 +193,15 @@ def agree(
     collective of torch.distributed trusts its callers. While `torch.compile` traces, equal numbers
     are taken for granted.
 
-    rows: how many this rank holds; kind: what decides which collectives run, by name; weights: also
-    compared, but another weight does not make another kind of call.
+    features: this rank's, (n, D), whose rows are counted; kind: what decides which collectives run,
+    by name; weights: also compared, but another weight does not make another kind of call.
 
     Raises:
         ValueError: on every rank, with all that is not the same on every rank, or if there are no
             rows at all. Without `uneven`, in a later call, on a rank without rows.
     """
     kind = {"dist_impl": dist_impl, "uneven": uneven, **kind}
+    rows = features.shape[0]
     # Older compilers can't look groups up in a dictionary.
     is_compiling = torch.compiler.is_compiling()
     agreed = set() if is_compiling else _agreed.setdefault(group.process_group, set())
@@ -209,7 +211,7 @@ def agree(
             raise ValueError("image_features and text_features have 0 rows: that needs uneven=True")
         return Ranks(group, dist_impl)
 
-    of_ranks = _exchange({"rows": rows, **kind, **weights}, group)
+    of_ranks = _exchange({"rows": rows, **kind, **weights}, group, features.device)
     differences = [
         f"{name} must be the same on every rank, got {_listed(values)}"
         for name in (*kind, *weights)
@@ -230,16 +232,20 @@ def agree(
     return Ranks(group, dist_impl, None if even else all_rows)
 
 
-def _exchange(own: dict[str, Any], group: Group) -> list[dict[str, Any]]:
+def _exchange(own: dict[str, Any], group: Group, device: torch.device) -> list[dict[str, Any]]:
     # Not above: it imports the whole compiler.
     disable: Any = torch.compiler.disable
-    of_ranks: list[dict[str, Any]] = disable(_all_gather_object)(own, group)
+    of_ranks: list[dict[str, Any]] = disable(_all_gather_object)(own, group, device)
     return of_ranks
 
 
-def _all_gather_object(own: dict[str, Any], group: Group) -> list[dict[str, Any]]:
+def _all_gather_object(
+    own: dict[str, Any], group: Group, device: torch.device
+) -> list[dict[str, Any]]:
     of_ranks: list[Any] = [None] * group.size
-    dist.all_gather_object(of_ranks, own, group=group.process_group)
+    # NCCL takes them by way of the current GPU, which need not be the features'.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        dist.all_gather_object(of_ranks, own, group=group.process_group)
     return of_ranks
 
 

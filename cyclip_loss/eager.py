@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 # Elements of one strip. On CPU 2^22 float32 are 16 MB: strips of 512 rows at N = 8,192, tall enough
 # for the full speed of the matrix products (256 rows or fewer cost up to a quarter more there).
@@ -22,6 +23,9 @@ STRIP_ELEMENTS = {"cpu": 2**22}
 STRIP_ELEMENTS_OTHER_DEVICES = 2**26
 # Rows below which a matrix product is no longer efficient, however wide the strip.
 MIN_STRIP_ROWS = 64
+# Until https://github.com/pytorch/pytorch/pull/167931 what a wide product is added to had to be of
+# 16 bits itself.
+ADDS_WIDE_PRODUCTS = TorchVersion(torch.__version__) >= "2.11"
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -37,7 +41,13 @@ def strip_rows(columns: int, device: torch.device) -> int:
 
 def has_wide_products(features: Tensor) -> bool:
     """Whether PyTorch multiplies 16-bit matrices of this kind into a float32 one."""
-    return features.is_cuda and features.element_size() == 2 and torch.version.hip is None
+    if not features.is_cuda or torch.version.hip is not None:
+        return False
+    if features.dtype == torch.bfloat16:  # from Ampere on, 2020
+        return torch.cuda.get_device_capability(features.device) >= (8, 0)
+    # Otherwise what is summed in float16 would be float32 in name only, and is refused.
+    in_float16: bool = torch.backends.cuda.matmul.allow_fp16_accumulation
+    return features.dtype == torch.float16 and not in_float16
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -52,7 +62,10 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a b, summed in total's dtype."""
     if a.dtype != total.dtype and has_wide_products(a):
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        if ADDS_WIDE_PRODUCTS:
+            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        else:
+            total += product(a, b, total.dtype)
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 

@@ -77,37 +77,6 @@ class _LossOptions(_PenaltyOptions, total=False):
     uneven: bool
 
 
-def contrastive_loss(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor | float,
-    *,
-    process_group: ProcessGroup | DeviceMesh | None = None,
-    distributed: bool = True,
-    dist_impl: str = "gather",
-    uneven: bool = False,
-    impl: str = "auto",
-) -> Tensor:
-    """CLIP's loss, 1/2 * (rows' + columns' cross-entropy), as `open_clip.ClipLoss`.
-
-    Takes 8 N^2 D flops and O(N D) memory. Returns a scalar.
-    """
-    terms = cyclip_loss(
-        image_features,
-        text_features,
-        logit_scale,
-        output_dict=True,
-        lambda_inmodal=0,
-        lambda_crossmodal=0,
-        process_group=process_group,
-        distributed=distributed,
-        dist_impl=dist_impl,
-        uneven=uneven,
-        impl=impl,
-    )
-    return terms["contrastive_loss"]
-
-
 @overload
 def cyclic_penalty(
     image_features: Tensor,
@@ -254,7 +223,7 @@ def cyclip_loss(
         ranks = agree(
             group,
             dist_impl,
-            image_features.shape[0],
+            image_features,
             uneven,
             _kind(pairs, lambda_inmodal, lambda_crossmodal),
             {

@@ -62,7 +62,7 @@ def consistency_metrics(
     columns: tuple[Tensor, ...] = (image, text)
     if group is not None:
         kind = {"D": d, "dtype": image.dtype, "the device type": image.device.type}
-        ranks = agree(group, "gather", n, True, kind, {})
+        ranks = agree(group, "gather", image, True, kind, {})
         gathered = start_gather(torch.cat((image, text), dim=1), ranks)
         assert gathered is not None
         columns = finish_gather(gathered, ranks).chunk(2, dim=1)

@@ -14,7 +14,8 @@ W = U V^T, the rest as in those two files, and a and b what the lambdas weigh a 
     ds   = 1/(2N) sum_ij G_ij (I_i . T_j)
 
 Forward and backward that is 6 N^2 D flops a term; `contrastive.py` takes 8 N^2 D, and the penalties
-by Gram matrices 8 N D^2, or 14 N D^2 where C is needed.
+by Gram matrices 8 N D^2; 10 N D^2 where C is needed to tell terms of equal weight apart, 14 N D^2
+where the weights differ.
 
 The four products of backward could be one, [dI; dT] = [[S, X], [X^T, -S]] [I; T]. That is no faster
 with its matrix to be filled, and S I - S T, which is S V, loses digits in rows whose pair is closer
@@ -54,14 +55,16 @@ def penalties_are_small(
     separate: bool,
     impl: str,
 ) -> bool:
-    """The same for `cyclic_penalties`: up to 4/3 D, or 7/3 D where Gram matrices would need C."""
+    """The same for `cyclic_penalties`: up to 4/3 D; to 5/3 D where Gram matrices would need C in
+    forward, 7/3 D where in backward too.
+    """
     if not _computes(image_features, text_features, impl):
         return False
     if lambda_inmodal == 0 and lambda_crossmodal == 0:
         return False
     n, d = image_features.shape
-    with_cross = separate or lambda_inmodal != lambda_crossmodal
-    return 6 * n <= (14 if with_cross else 8) * d
+    flops_by_grams = 14 if lambda_inmodal != lambda_crossmodal else 10 if separate else 8
+    return 6 * n <= flops_by_grams * d
 
 
 def _computes(image_features: Tensor, text_features: Tensor, impl: str) -> bool:

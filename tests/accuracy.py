@@ -22,13 +22,16 @@ Everything is computed on the CPU, whatever device the results come from.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from math import log
 
 import torch
 from inputs import Case, Device, loss_dtype
 from torch import Tensor
 
-from cyclip_loss import CyCLIPLoss, eager, reference
+from cyclip_loss import CyCLIPLoss, cyclip_loss, eager, reference
+
+contrastive_loss = partial(cyclip_loss, lambda_inmodal=0, lambda_crossmodal=0)
 
 FLOAT64 = torch.finfo(torch.float64).eps
 FLOAT32 = torch.finfo(torch.float32).eps

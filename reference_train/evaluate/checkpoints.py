@@ -232,7 +232,7 @@ def load(
         tokenizer = open_clip.get_tokenizer(name, context_length=context)
         if checkpoint.path is not None:
             if checkpoint.path.suffix == ".safetensors":
-                content = load_file(checkpoint.path)
+                content: dict[str, Any] = load_file(checkpoint.path)
             else:
                 content = torch.load(checkpoint.path, map_location="cpu", weights_only=True)
             state = content.get("state_dict", content)

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from cyclip_loss import CyclicPenalty, CyCLIPLoss, consistency_metrics, cyclic_penalty, cyclip_loss
-from cyclip_loss.functional import contrastive_loss
 
 # Refused before anything is computed, whatever the device.
 GOOD = torch.ones(4, 3, device="cpu")
@@ -36,7 +35,6 @@ NAMES = {
 }
 # Every public way in checks; the messages are those of one function.
 WAYS_IN = [
-    lambda bad: contrastive_loss(GOOD, bad, 10.0),
     lambda bad: cyclic_penalty(GOOD, bad),
     lambda bad: CyclicPenalty()(GOOD, bad),
     lambda bad: CyCLIPLoss()(GOOD, bad, 10.0),
@@ -101,7 +99,7 @@ def test_every_way_in_checks(call) -> None:
     ids=lambda value: str(value)[:40],
 )
 def test_bad_logit_scale(logit_scale, error: type[Exception], message: str) -> None:
-    for call in (cyclip_loss, contrastive_loss, CyCLIPLoss(0, 0)):
+    for call in (cyclip_loss, CyCLIPLoss(0, 0)):
         with pytest.raises(error, match=says("logit_scale", message)):
             call(GOOD, GOOD, logit_scale)
 
@@ -173,11 +171,10 @@ def test_bad_constructor_arguments() -> None:
 
 
 def test_bad_options_of_a_call() -> None:
-    for call in (cyclip_loss, contrastive_loss):
-        with pytest.raises(ValueError, match=r"dist_impl must be one of gather, ring, got 'rows'"):
-            call(GOOD, GOOD, 10.0, dist_impl="rows")
-        with pytest.raises(ValueError, match=r"impl must be one of auto, .*, got 'cuda'"):
-            call(GOOD, GOOD, 10.0, impl="cuda")
+    with pytest.raises(ValueError, match=r"dist_impl must be one of gather, ring, got 'rows'"):
+        cyclip_loss(GOOD, GOOD, 10.0, dist_impl="rows")
+    with pytest.raises(ValueError, match=r"impl must be one of auto, .*, got 'cuda'"):
+        cyclip_loss(GOOD, GOOD, 10.0, impl="cuda")
 
 
 @pytest.mark.parametrize(

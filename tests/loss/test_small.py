@@ -211,7 +211,7 @@ def test_where_it_takes_fewer_flops(d: int, device: torch.device) -> None:
     assert not small.loss_is_small(*features(2 * d + 1), "eager")
     for arguments, turn in (
         ((0.25, 0.25, False), 4 * d // 3),
-        ((0.25, 0.25, True), 7 * d // 3),
+        ((0.25, 0.25, True), 5 * d // 3),
         ((0.5, 0.25, False), 7 * d // 3),
         ((0.0, 0.25, False), 7 * d // 3),
     ):

@@ -6,6 +6,7 @@ from accuracy import (
     NAMES,
     assert_accurate,
     contrastive_bound,
+    contrastive_loss,
     cyclic_bound,
     exact_contrastive,
     exact_cyclic,
@@ -23,7 +24,6 @@ from cyclip_loss import (
     cyclip_loss,
     reference,
 )
-from cyclip_loss.functional import contrastive_loss
 
 FORMS = pytest.mark.parametrize(("n", "d"), [(30, 6), (10, 30)], ids=["large", "small"])
 # Every term alone and all together, as functions of image, text and scale.
@@ -88,6 +88,15 @@ def test_backward_inside_autocast(impl: str, device: torch.device) -> None:
     outside.backward()
     for one, other in zip(*leaves, strict=True):
         assert torch.equal(one.grad, other.grad)
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_the_default_device_is_not_the_features(term: str, impl: str, device: torch.device) -> None:
+    inputs = [x.requires_grad_() for x in single(40, 8, device=device)]
+    with torch.device("meta"):
+        loss = TERMS[term](*inputs, impl)
+        loss.backward()
+    assert {x.grad.device for x in inputs} == {loss.device} == {inputs[0].device}
 
 
 def test_autocast_of_another_device_or_disabled(impl: str, device: torch.device) -> None:

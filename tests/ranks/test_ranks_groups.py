@@ -3,21 +3,33 @@
 import os
 import re
 import signal
+from contextlib import nullcontext
 from itertools import product
 
 import pytest
 import torch
 import torch.distributed as dist
-from accuracy import NAMES, Results, results
+from accuracy import NAMES, Results, contrastive_loss, results
 from pool import RankError, Ranks, own_device
 from rank_cases import RankCase, evaluate, step
 from test_ranks import DIST_IMPLS, same_bits
 from torch import Tensor
 
 from cyclip_loss import CyclicPenalty, CyCLIPLoss, cyclic_penalty, cyclip_loss
-from cyclip_loss.functional import contrastive_loss
+from cyclip_loss.distributed import Group, _all_gather_object
 
 open_clip = pytest.importorskip("open_clip")
+
+
+def test_objects_go_by_way_of_the_features_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL sends them through the current one, on which another rank may be."""
+    used = []
+    monkeypatch.setattr(dist, "all_gather_object", lambda *_, **__: used.append("sent"))
+    monkeypatch.setattr(torch.cuda, "device", lambda of: nullcontext(used.append(of)))
+    group = Group(None, "", 0, 1)
+    for device in ("cpu", "cuda:1"):
+        _all_gather_object({}, group, torch.device(device))
+    assert used == ["sent", torch.device("cuda:1"), "sent"]
 
 
 def in_subgroups(rank: int, world_size: int, dist_impl: str, uneven: bool) -> Results:
