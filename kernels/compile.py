@@ -7,8 +7,7 @@ needs more shared memory than its chip has, multiplies 16-bit numbers without te
 tensor-core instruction of a contrastive kernel wait for the one before it, or does not fuse
 multiplications with additions.
 
-What is compiled is what a launch on aligned features runs. The rows called "unaligned" are what
-Triton would make for others: never launched, because `padded_rows` copies such features.
+What is compiled is what a launch runs: `padded_rows` copies features that are not aligned.
 """
 
 import argparse
@@ -69,7 +68,6 @@ INTEGERS = {
     "columns", "row_parts", "column_parts", "strip", "length", "split_rows", "splits", "matrices",
 }  # fmt: skip
 NEVER_MULTIPLES = {"matrices"}  # it is 2 or 3
-ALIGNED = {"image", "text", "image_stride", "text_stride"}  # by `padded_rows`
 
 
 @dataclass(frozen=True)
@@ -81,20 +79,18 @@ class Variant:
     features: str
     config: Config
     flags: tuple[tuple[str, Any], ...]
-    aligned: bool = True
 
     @property
     def label(self) -> str:
         """The kernel and the flags that are on."""
         on = [name.lower() for name, value in self.flags if name == "WITH_CROSS" and value]
-        on += [] if self.aligned else ["unaligned"]
         return f"{self.kernel} ({', '.join(on)})" if on else self.kernel
 
     def faults(self, made: Binary | str) -> list[str]:
-        """Why what was made of it must not ship: nothing if it never will."""
+        """Why what was made of it must not ship."""
         if isinstance(made, str):
             return [made]
-        return made.faults(self.arch, self.kernel, self.features) if self.aligned else []
+        return made.faults(self.arch, self.kernel, self.features)
 
 
 KERNELS = {
@@ -129,9 +125,7 @@ def variants(arch: str) -> Iterator[Variant]:
             ("contrastive_grads", {"NEEDS_SCALE": True, "SHIFT": 14 * (features == "float16")}),
         ):
             flags = {"SYMMETRIC": True, "WIDEN": False, "PRECISION": dot, **flags}
-            for aligned in (True, False)[: 2 if features == "bfloat16" else 1]:
-                config = table[kernel][bits, dot]
-                yield _variant(arch, kernel, features, config, aligned, **flags)
+            yield _variant(arch, kernel, features, table[kernel][bits, dot], **flags)
         for cross in (False, True):
             flags = {"WITH_CROSS": cross, "TF32": dot == "tf32", "PRECISION": dot}
             config = table["cyclic_statistics"][32, dot]
@@ -141,10 +135,8 @@ def variants(arch: str) -> Iterator[Variant]:
             yield _variant(arch, "cyclic_grads", features, config, **flags)
 
 
-def _variant(
-    arch: str, kernel: str, features: str, config: Config, aligned: bool = True, **flags: Any
-) -> Variant:
-    return Variant(arch, kernel, features, config, tuple(flags.items()), aligned)
+def _variant(arch: str, kernel: str, features: str, config: Config, **flags: Any) -> Variant:
+    return Variant(arch, kernel, features, config, tuple(flags.items()))
 
 
 def source(variant: Variant) -> ASTSource:
@@ -164,8 +156,7 @@ def source(variant: Variant) -> ASTSource:
             signature[name] = FEATURES[variant.features][0] if name in OF_FEATURES else "*fp32"
         looks = not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
         may_be_multiple = signature[name] == "i32" or signature[name].startswith("*")
-        is_multiple = name not in NEVER_MULTIPLES and (variant.aligned or name not in ALIGNED)
-        if looks and may_be_multiple and is_multiple:
+        if looks and may_be_multiple and name not in NEVER_MULTIPLES:
             attributes[(parameter.num,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes)
 

@@ -79,7 +79,7 @@ def variants(arch: str, candidate: Candidate) -> list[gate.Variant]:
     return [
         replace(variant, config=candidate.config)
         for variant in gate.variants(arch)
-        if variant.kernel == candidate.kernel and variant.aligned and variant.config == shipped
+        if variant.kernel == candidate.kernel and variant.config == shipped
     ]
 
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 
-from benchmarks.compare.competitors import COMPILED, OURS, PARTS, build, competitors
+from benchmarks.compare.competitors import COMPILED, EAGER, OURS, PARTS, build, competitors
 from benchmarks.compare.cost import costs, leaves_of, matrix_rate, step_of
 from benchmarks.compare.plan import CUDA
 from benchmarks.memory import outcome_of
@@ -69,13 +70,16 @@ def sizes(run: Run) -> None:
     """
     left_out = (*PARTS, COMPILED) if run.dry_run else PARTS
     found = [c for c in competitors(run.device)[0] if c.name not in left_out]
-    for n, d in ((64, 32),) if run.dry_run else BATCHES:
-        leaves = leaves_of(run, n, d, torch.bfloat16)
+    batches = ((64, 32),) if run.dry_run else BATCHES
+    for dtype, (n, d) in product((torch.bfloat16, torch.float32), batches):
+        leaves = leaves_of(run, n, d, dtype)
         for competitor in found:
+            if dtype == torch.float32 and competitor.name not in (OURS, EAGER):
+                continue  # which of them `impl="auto"` should be
             if run.remaining() < SECONDS_PER_STEP:
                 run.note(f"{competitor.name}, N = {n}, D = {d} left out: no time")
                 continue
-            run.row(N=n, D=d, loss=competitor.name)
+            run.row(N=n, D=d, dtype=str(dtype), loss=competitor.name)
             try:
                 run.section.rows[-1] |= wall_and_graph(run, step_of(competitor.loss, leaves))
             except Exception as error:  # of any library: what ends one must not end the others

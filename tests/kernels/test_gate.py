@@ -121,7 +121,7 @@ def described(signature, attributes):
 
 for features, dtype in (("bfloat16", torch.bfloat16), ("float32 ieee", torch.float32)):
     gated = [
-        (gate.KERNELS[v.kernel].fn.__name__, v.aligned, described(s.signature, s.attrs))
+        (gate.KERNELS[v.kernel].fn.__name__, described(s.signature, s.attrs))
         for v in gate.variants("sm_90") if v.features in (features, "float32 ieee")
         for s in [gate.source(v)]
     ]
@@ -131,9 +131,7 @@ for features, dtype in (("bfloat16", torch.bfloat16), ("float32 ieee", torch.flo
     for launched in binaries.values():
         name = launched["kernel"].split(".")[-1]
         description = described(launched["signature"], launched["configs"][0])
-        matches = {aligned for kernel, aligned, of_gate in gated
-                   if kernel == name and of_gate == description}
-        print(features, name, matches == {True}, description)
+        print(features, name, (name, description) in gated, description)
 """
     lines = without_interpreter(code).splitlines()
     assert len(lines) == 20
