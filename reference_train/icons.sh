@@ -35,6 +35,8 @@ over_batches 512 1.4e-3 205
 over_batches 2048 2.8e-3 51
 over_batches 4096 4e-3 26
 
-[ -f "$out/evaluation/evaluation.json" ] ||
+if [ ! -f "$out/evaluation/table.md" ]; then # which is written last
+    rm -rf "$out/evaluation"
     python -m reference_train evaluate "$out"/logs/* --suite rehearsal --data "$out" --out "$out/evaluation"
+fi
 python -m reference_train.evaluate.experiment "$out/evaluation/evaluation.json" --out "$out/evaluation"
