@@ -213,7 +213,7 @@ def draw_batches(batches: dict[str, dict[int, dict[str, Any]]], path: Path) -> N
         ax.set_ylim(bottom=0)
         ax.set_title(f"{row.words}, %", loc="left")
         ax.grid(alpha=0.3)
-    axes[-1].set_xlabel("batch size")
+    axes[-1].set_xlabel("batch size, at the same number of pairs")
     handles, titles = axes[0].get_legend_handles_labels()
     fig.legend(handles, titles, frameon=False, loc="outside upper center", ncols=1)
     fig.savefig(path, format="png")
