@@ -1,7 +1,7 @@
 #!/bin/sh
 # Pretrains on 250,000 icons, and asks about names, emoji and photographs that training never saw:
 # CLIP and CyCLIP in three seeds, C-CyCLIP and I-CyCLIP in one, then λ at four batch sizes.
-# On two CPU cores: data in 10 minutes, each of 8 runs in 25 (EPOCHS=8: 10), each of 11 in 10.
+# On two CPU cores: data in 8 minutes, each of 8 runs in about 30 (EPOCHS=8: 12), each of 11 in 12.
 # Given again, it goes on where it stopped. Run from the repository: sh reference_train/icons.sh
 set -eu
 out=${OUT:-runs/icons}
