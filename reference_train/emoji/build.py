@@ -9,8 +9,7 @@ Sources: the names, keywords and groups of Unicode, as `emojibase-data` has them
 (https://emojibase.dev/docs/datasets); the drawings as the `@iconify-json/*` packages have them, one
 SVG body per icon (https://iconify.design/docs/types/iconify-json.html).
 
-Needs Node's `npm` (or the packages' archives, by `--packages`) and the extra `data`:
-`pip install resvg-py pillow rich`.
+Needs the extra `data`: `pip install resvg-py pillow rich`.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ import io
 import json
 import lzma
 import re
-import subprocess
 import tarfile
 import tempfile
 import zlib
@@ -30,6 +28,7 @@ from typing import Any, NamedTuple
 
 from ..arguments import Parser
 from ..data.iconify import position, square_svg
+from ..data.package import download
 from ..errors import Stopped, run
 from ..files import written_whole
 
@@ -43,6 +42,7 @@ class Package(NamedTuple):
     version: str
     licence: str  # SPDX identifier
     attribution: str
+    sha256: str  # of its archive
 
 
 NOTO = "Noto Emoji, Google Inc., https://github.com/googlefonts/noto-emoji"
@@ -52,20 +52,44 @@ OPENMOJI = (
 )
 FLUENT = "Fluent Emoji, Microsoft Corporation, https://github.com/microsoft/fluentui-emoji"
 
-NAMES = Package("emojibase-data", "17.0.0", "MIT", "Copyright (c) 2017-2019 Miles Johnson")
+NAMES = Package(
+    *("emojibase-data", "17.0.0", "MIT", "Copyright (c) 2017-2019 Miles Johnson"),
+    "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
+)
 STYLES = {
-    style: Package(f"@iconify-json/{style}", version, licence, attribution)
-    for style, version, licence, attribution in [
+    style: Package(f"@iconify-json/{style}", version, licence, attribution, sha256)
+    for style, version, licence, attribution, sha256 in [
         # to train on
-        ("noto", "1.2.9", "Apache-2.0", NOTO),
-        ("twemoji", "1.2.5", "CC-BY-4.0", TWEMOJI),
-        ("fluent-emoji-flat", "1.2.6", "MIT", FLUENT),
+        (
+            *("noto", "1.2.9", "Apache-2.0", NOTO),
+            "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
+        ),
+        (
+            *("twemoji", "1.2.5", "CC-BY-4.0", TWEMOJI),
+            "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7",
+        ),
+        (
+            *("fluent-emoji-flat", "1.2.6", "MIT", FLUENT),
+            "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
+        ),
         # never trained on: the natural shift of drawing style
-        ("noto-v1", "1.2.5", "Apache-2.0", NOTO),
-        ("openmoji", "1.2.29", "CC-BY-SA-4.0", OPENMOJI),
-        ("fluent-emoji", "1.2.7", "MIT", FLUENT),
+        (
+            *("noto-v1", "1.2.5", "Apache-2.0", NOTO),
+            "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37",
+        ),
+        (
+            *("openmoji", "1.2.29", "CC-BY-SA-4.0", OPENMOJI),
+            "03181e2c156cab35cf4a62f1f7886bd971d59212e75ac3f189d5a4cae3930fc5",
+        ),
+        (
+            *("fluent-emoji", "1.2.7", "MIT", FLUENT),
+            "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b",
+        ),
         # black on white: a stress test
-        ("fluent-emoji-high-contrast", "1.2.6", "MIT", FLUENT),
+        (
+            *("fluent-emoji-high-contrast", "1.2.6", "MIT", FLUENT),
+            "0b92d48c90d2200bd499e3cdd09a127ca6a8c8ddefd34c35eb5a1e4994012ae0",
+        ),
     ]
 }
 # These two have no table of characters, but the icon names of a set that has one.
@@ -83,19 +107,11 @@ SPLIT_SEED = 52
 
 
 def fetch(package: Package, folder: Path) -> Path:
-    """The archive of `package` in `folder`, downloaded by `npm pack` if it is not there."""
-    name = package.name.removeprefix("@").replace("/", "-")
-    archive = folder / f"{name}-{package.version}.tgz"
+    """The archive of `package` in `folder`, downloaded from npm's registry if it is not there."""
+    archive = folder / f"{package.name.rpartition('/')[2]}-{package.version}.tgz"
     if not archive.is_file():
-        command = ["npm", "pack", "--silent", f"{package.name}@{package.version}"]
-        try:
-            subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
-        except FileNotFoundError:
-            message = "npm is not on the PATH: install Node.js, or give the archives by --packages"
-            raise Stopped(message) from None
-        except subprocess.CalledProcessError as error:
-            reason = " ".join(error.stderr.split())[:200] or f"exit status {error.returncode}"
-            raise Stopped(f"`{' '.join(command)}` failed: {reason}") from None
+        url = f"https://registry.npmjs.org/{package.name}/-/{archive.name}"
+        download(url, package.sha256, archive)
     return archive
 
 
@@ -331,10 +347,7 @@ def build(out: Path, packages: Path) -> None:
 
     out.mkdir(parents=True, exist_ok=True)
     packages.mkdir(parents=True, exist_ok=True)
-    archives = {
-        package: fetch(package, packages)
-        for package in track([NAMES, *STYLES.values()], description="npm packages")
-    }
+    archives = {package: fetch(package, packages) for package in [NAMES, *STYLES.values()]}
     concepts = read_concepts(archives[NAMES])
     sets = {style: read_icon_set(archives[package]) for style, package in STYLES.items()}
     for style, icons in match(concepts, sets).items():
@@ -362,7 +375,7 @@ def main(argv: Sequence[str]) -> None:
         "--packages",
         type=Path,
         metavar="DIR",
-        help="a folder of npm archives, named as `npm pack` names them; missing ones are "
+        help="a folder of npm's archives, named as its registry names them; missing ones are "
         "downloaded into it (default: a temporary folder)",
     )
     options = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""The emoji shards that ship, and the script that builds them (which needs npm; these do not)."""
+"""The emoji shards that ship, and the script that builds them (which downloads; these do not)."""
 
 import io
 import json
@@ -282,12 +282,22 @@ def test_wrong_package_is_an_error_of_one_line(
     assert "\n" not in str(error.value)
 
 
-def test_missing_npm_is_an_error_of_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
+def test_a_download_that_does_not_come_is_an_error_of_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked = []
+
+    def fails(url: str, timeout: float) -> None:
+        asked.append(url)
+        raise OSError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", fails)
     monkeypatch.setattr(build, "load_renderer", lambda: None)
-    with pytest.raises(Stopped, match=r"^npm is not on the PATH") as error:
-        build.main(["--out", str(tmp_path / "out")])
+    with pytest.raises(Stopped, match="no network") as error:
+        build.main(["--out", str(tmp_path / "out"), "--packages", str(tmp_path / "packages")])
     assert "\n" not in str(error.value)
+    assert asked == ["https://registry.npmjs.org/emojibase-data/-/emojibase-data-17.0.0.tgz"]
+    assert not list((tmp_path / "packages").iterdir())
 
 
 def test_missing_renderer_is_an_error_of_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
