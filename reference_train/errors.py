@@ -23,13 +23,16 @@ class Interrupted(Stopped):
     exit_code = 130
 
 
-def is_first(rank: str) -> bool:
-    """Whether this process speaks for all ("RANK") or for those of its node ("LOCAL_RANK").
+# Where a rank stands in the environment: torchrun's, MPI's and Slurm's names, as OpenCLIP has them.
+RANKS = {
+    "RANK": ("RANK", "PMI_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"),
+    "LOCAL_RANK": ("LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK"),
+}
 
-    It does if it is alone, and the first of `torchrun`'s or Slurm's.
-    """
-    slurm = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID"}[rank]
-    return os.environ.get(rank, os.environ.get(slurm, "0")) == "0"
+
+def is_first(rank: str) -> bool:
+    """Whether this process speaks for all ("RANK") or for those of its node ("LOCAL_RANK")."""
+    return next((os.environ[name] for name in RANKS[rank] if name in os.environ), "0") == "0"
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:

@@ -1,6 +1,5 @@
 """OpenCLIP checkpoints: found, loaded, and what they make features of."""
 
-import ast
 import logging
 import pickle
 import re
@@ -21,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from ..errors import CannotStart
 from ..pretrain import models
-from ..pretrain.best import without_wrappers
+from ..runs import read_parameters, without_wrappers
 from .datasets import Images
 
 TEXTS_AT_A_TIME = 1024
@@ -70,7 +69,7 @@ def find_checkpoints(
     found = []
     for path in paths:
         file = checkpoint_file(path)
-        parameters = read_parameters(file)
+        parameters = parameters_of(file)
         name = model or parameters.get("model")
         if name is None:
             raise CannotStart(f"{file}: no params.txt of a run beside it: say --model")
@@ -120,19 +119,12 @@ def run_name(file: Path) -> str:
     return folder.parent.name if folder.name == "checkpoints" else file.stem
 
 
-def read_parameters(file: Path) -> dict[str, Any]:
-    """params.txt of the run, `name: value` a line, as OpenCLIP's trainer writes it."""
-    parameters: dict[str, Any] = {}
-    for path in (file.resolve().parents[1] / "params.txt", file.resolve().parent / "params.txt"):
-        if path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                name, _, value = line.partition(": ")
-                try:
-                    parameters[name] = ast.literal_eval(value)
-                except (ValueError, SyntaxError):
-                    parameters[name] = value
-            break
-    return parameters
+def parameters_of(file: Path) -> dict[str, Any]:
+    """The params.txt of the run that a checkpoint is of; {} if there is none."""
+    for folder in (file.resolve().parents[1], file.resolve().parent):
+        if (folder / "params.txt").is_file():
+            return read_parameters(folder / "params.txt")
+    return {}
 
 
 @dataclass

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import re
 from argparse import Namespace
 from collections.abc import Callable
 from functools import wraps
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from cyclip_loss.metrics import consistency_metrics
 
 from ..files import written_whole
+from ..runs import without_wrappers
 
 LOSS = "clip_val_loss"  # OpenCLIP's name for the contrastive loss on the validation's batches
 BEST = "best.pt"
@@ -74,11 +74,3 @@ def lowest(results: Path, before: int) -> float:
     lines = map(json.loads, results.read_text().splitlines())
     # a line without a loss is one of zero-shot accuracy alone
     return min((n[LOSS] for n in lines if LOSS in n and n["epoch"] < before), default=math.inf)
-
-
-def without_wrappers(state: dict[str, Any]) -> dict[str, Any]:
-    """Weights by the model's own names: less what DDP and torch.compile put before them."""
-    return {
-        re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", "")): value
-        for name, value in state.items()
-    }

@@ -24,6 +24,7 @@ from ..arguments import Parser, whole_number
 from ..data.samples import read_samples
 from ..errors import CannotStart, is_first
 from ..losses import LOSSES
+from ..runs import read_parameters
 from . import best, models
 from .presets import NAMES, WEIGHT, preset
 
@@ -210,12 +211,11 @@ def check_same_settings(folder: Path, settings: dict[str, Any], world_size: int)
     """Raises `CannotStart` if a run that would go on was begun with other settings."""
     if not (folder / "checkpoints" / "epoch_latest.pt").is_file():
         return
-    lines = (folder / "params.txt").read_text(encoding="utf-8").splitlines()
-    before = dict(line.partition(": ")[::2] for line in lines)
-    before["batch_size"] = str(int(before["batch_size"]) * int(before["world_size"]))
+    before = read_parameters(folder / "params.txt")
+    before["batch_size"] *= before["world_size"]
     settings = {**settings, "batch_size": settings["batch_size"] * world_size}
     for name in KEPT_SETTINGS:
-        if name in before and before[name] != str(settings[name]):
+        if name in before and before[name] != settings[name]:
             raise CannotStart(
                 f"{folder} was begun with {name} = {before[name]}, not {settings[name]}: "
                 "choose another --name"

@@ -136,6 +136,18 @@ def test_a_batch_is_shared_by_the_ranks(
         dry_run(capsys, "--preset", "modern", "--data", str(shards), "--batch-size", "101", *more)
 
 
+@pytest.mark.parametrize("variable", ["RANK", "PMI_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"])
+def test_one_rank_prints_the_command(
+    variable: str,
+    shards: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(variable, "1")
+    command.main(["--preset", "icons", "--data", str(shards), "--dry-run"])
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
