@@ -6,8 +6,6 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from benchmarks.checkout import make_kernels_importable
-
 MODULES = {
     "compare": "benchmarks.compare.side_by_side",
     "plot": "benchmarks.compare.plot",
@@ -59,7 +57,6 @@ def main(arguments: list[str]) -> int:
     interpreted = options.command == "gpu" and options.dry_run
     os.environ["TRITON_INTERPRET"] = str(int(interpreted))
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler, which tells of each start
-    make_kernels_importable()
     code: int = import_module(MODULES[options.command]).main(options)
     return code
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils import collect_env
 
-from benchmarks.checkout import ROOT
+from benchmarks import ROOT
 from benchmarks.run import Run
 from reference_train.files import write_text
 

@@ -320,7 +320,7 @@ def check_reference_batch_size(value: int | NotGiven | None) -> int | None:
 def check_impl(impl: str) -> None:
     """Raise unless `impl` names an implementation."""
     if impl not in IMPLS:
-        hint = ": call cyclip_loss.reference instead" if impl == "reference" else ""
+        hint = ": call cyclip_loss.reference.cyclip_loss instead" if impl == "reference" else ""
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}{hint}")
 
 

@@ -70,8 +70,8 @@ class CyCLIPLoss(_Loss):
 
         loss = contrastive + lambda_inmodal * P_in + lambda_crossmodal * P_cross
 
-    A drop-in for `open_clip.ClipLoss`: call it with the same arguments. No N x N matrix is built;
-    memory is O(N * D) and the penalties cost O(N * D^2).
+    A drop-in for `open_clip.ClipLoss`: call it with the same arguments. Memory is O(N * D) and the
+    penalties cost O(N * D^2): beyond N = 2 D no N x N matrix is built.
 
     Args:
         lambda_inmodal: weight of the in-modal penalty (`cylambda1` in the authors' code). 0: off.
@@ -139,12 +139,12 @@ class CyCLIPLoss(_Loss):
     In the first call of a kind (D, dtype, device, dist_impl, penalties, augmented features,
     gradients or not) ranks compare all that has to agree, the number of rows too, for which the
     host waits (`all_gather_object`). After that they trust each other, unless `uneven`. Where the
-    numbers of rows differ later, gloo ends the process with an error and NCCL with the group's
-    time-out; `DataLoader(drop_last=True)` avoids it, or `uneven=True`.
+    numbers of rows differ later, gloo ends the process with an error; NCCL does not check, and may
+    hang or give wrong numbers. `DataLoader(drop_last=True)` avoids it, or `uneven=True`.
 
     What is legal and probably not meant gives a `cyclip_loss.CyCLIPWarning`, each once in a process
     and over ranks in the first one: `reference_batch_size` is not given and the larger lambda times
-    N is more than 8 times the paper's 0.25 * 128; features whose rows are not of unit length; a
+    N is more than twice the paper's 0.25 * 128; features whose rows are not of unit length; a
     logit scale below 5, as its logarithm would be. For the last two only a module's first call is
     looked at: on the CPU at once; on CUDA without waiting for the device, in the first call that
     finds the numbers there, mostly the second. While `torch.compile` traces or a CUDA graph is
@@ -206,7 +206,7 @@ class CyCLIPLoss(_Loss):
         augmented_image_features: Tensor | None = None,
         augmented_text_features: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        """The loss, or with `output_dict` its terms, which sum to it.
+        """The loss, or with `output_dict` its terms, which sum to it (`ClipLoss` has but one).
 
         image_features, text_features: (N, D), rows of unit length, over ranks this rank's;
         logit_scale: scalar, exp'd. Everything else, and the errors raised, as in

@@ -17,11 +17,6 @@ import torch
 from hypothesis import settings
 from pool import Ranks
 
-from benchmarks.checkout import make_kernels_importable
-
-# Also without an installation, and in the processes of the tests over ranks, which import this.
-make_kernels_importable()
-
 HAS_TRITON = find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 # What imports the kernels at its top.

@@ -1,7 +1,7 @@
 """How exact: the loss and its gradients against the definition in float64.
 
-Pairs are random, or nearly aligned, as a trained model's are: text = image + a distance times a
-random direction, normalised.
+Pairs are random, or near each other: text = image + a distance times a random direction,
+normalised.
 """
 
 from functools import partial

@@ -8,7 +8,6 @@ from multiprocessing import get_context
 from statistics import geometric_mean
 from unittest import mock
 
-from benchmarks.checkout import make_kernels_importable
 from cyclip_loss.kernels import compile as gate
 from cyclip_loss.kernels.configs import ARCHITECTURES, Config, _cyclic, _gram, _product
 
@@ -92,7 +91,7 @@ def refusals(arch: str, tried: list[Candidate]) -> dict[Candidate, str]:
     workers = min(MOST_PROCESSES, os.cpu_count() or 1, len(built))
     with (
         mock.patch.dict(os.environ, TRITON_INTERPRET="0"),
-        ProcessPoolExecutor(workers, get_context("spawn"), make_kernels_importable) as pool,
+        ProcessPoolExecutor(workers, get_context("spawn")) as pool,
     ):
         made = list(pool.map(gate.build, [variant for _, variant in built]))
     return {

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from threading import Timer
 
-from benchmarks.checkout import ROOT
+from benchmarks import ROOT
 from benchmarks.run import Run
 
 # What a GPU decides, without the slow ones. The rest comes when all is timed.

@@ -13,6 +13,7 @@ from typing import Any
 import open_clip
 import torch
 from open_clip_train.precision import get_autocast
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,6 +35,7 @@ CANNOT_BE_LOADED = (
     AttributeError,
     EOFError,
     pickle.UnpicklingError,
+    SafetensorError,
 )
 # Arguments of OpenCLIP's trainer that change the model or what it is shown.
 KEPT_ARGUMENTS = (
@@ -121,7 +123,7 @@ def run_name(file: Path) -> str:
 
 def parameters_of(file: Path) -> dict[str, Any]:
     """The params.txt of the run that a checkpoint is of; {} if there is none."""
-    for folder in (file.resolve().parents[1], file.resolve().parent):
+    for folder in reversed(file.resolve().parents[:2]):
         if (folder / "params.txt").is_file():
             return read_parameters(folder / "params.txt")
     return {}

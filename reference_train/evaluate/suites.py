@@ -15,7 +15,7 @@ import pickle
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -96,8 +96,9 @@ def find(roots: Sequence[Path], superclasses: list[str] | None) -> dict[str, Ope
     found: dict[str, Open] = {}
     for root in roots:
         for folder in (root.resolve(), *sorted(root.resolve().iterdir())):
-            if folder.is_dir() and (known := recognise(folder, superclasses)):
-                found.setdefault(*known)
+            with suppress(PermissionError):  # a disk's lost+found, for example
+                if folder.is_dir() and (known := recognise(folder, superclasses)):
+                    found.setdefault(*known)
     return {name: found[name] for name in [*PAPER, *found] if name in found}
 
 

@@ -7,6 +7,7 @@ checked before any work, and runs it. Under `torchrun` every rank does the same.
 import argparse
 import importlib
 import importlib.util
+import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -28,11 +29,13 @@ from ..runs import read_parameters
 from . import best, models
 from .presets import NAMES, WEIGHT, preset
 
-# What a run is: OpenCLIP's names in params.txt.
+# What a run is: how OpenCLIP's names in params.txt begin. The number of ranks is among them, as a
+# validation's loss is over batches of one rank, and shards are shared out to ranks.
 KEPT_SETTINGS = (
-    *("model", "train_data", "train_num_samples", "batch_size", "accum_freq", "epochs", "seed"),
-    *("lr", "lr_scheduler", "warmup", "wd", "beta1", "beta2", "eps", "precision", "aug_cfg"),
-    *("lambda_inmodal", "lambda_crossmodal", "reference_batch_size"),
+    *("model", "pretrained", "force_", "image_", "lock_", "use_bn_sync", "siglip", "distill_"),
+    *("coca_", "train_", "val_data", "val_num", "dataset_", "aug_cfg", "seed", "world_size"),
+    *("batch_size", "accum_freq", "epochs", "precision", "opt", "lr", "warmup", "skip_scheduler"),
+    *("wd", "beta", "eps", "momentum", "grad_clip", "lambda_", "reference_batch_size"),
 )
 
 
@@ -45,10 +48,13 @@ def main(argv: Sequence[str]) -> None:
     models.register()
     trainer = open_clip_trainer()
     ranks = importlib.import_module("open_clip_train.distributed")
-    _, _, world_size = ranks.world_info_from_env()  # torchrun's, Slurm's, MPI's
+    _, _, world_size = ranks.world_info_from_env()
+    if world_size > 1 and not ranks.is_using_distributed():
+        raise CannotStart(f"{world_size} ranks of MPI: OpenCLIP takes torchrun's and Slurm's only")
     flags = command_line(asked, more, world_size)
     if is_first("RANK"):
-        print("python -m cyclip_loss.open_clip_train", shlex.join(flags), flush=True)
+        # the "--" is for torchrun, which would take --logs for one of its own flags
+        print("python -m cyclip_loss.open_clip_train --", shlex.join(flags), flush=True)
     check(trainer, flags, world_size)
     if asked.dry_run:
         return
@@ -56,6 +62,8 @@ def main(argv: Sequence[str]) -> None:
         # PyTorch's fused attention on a CPU is several times slower than plain products at the
         # dozen tokens of a caption.
         torch.backends.cuda.enable_flash_sdp(False)
+    # OpenCLIP does not tell wandb that it goes on, and wandb would replace what it has of the run.
+    os.environ.setdefault("WANDB_RESUME", "allow")
     best.add_to(trainer, importlib.import_module("open_clip_train.train"))
     open_clip_train.main(flags)
 
@@ -180,7 +188,10 @@ def check(trainer: Any, flags: Sequence[str], world_size: int) -> None:
     except SystemExit as error:
         raise CannotStart("OpenCLIP does not take these flags") from error
     check_same_settings(Path(args.logs) / args.name, {**vars(args), **vars(ours)}, world_size)
-    known = open_clip.get_model_config(args.model) is not None
+    try:
+        known = open_clip.get_model_config(args.model) is not None
+    except (OSError, ValueError) as error:  # of local-dir: and hf-hub:
+        raise CannotStart(f"--model {args.model}: {' '.join(str(error).split())}") from error
     if not known and not args.model.startswith(("local-dir:", "hf-hub:")):
         raise CannotStart(f"--model {args.model}: OpenCLIP has none of that name")
     if world_size > 1 and not torch.cuda.is_available() and not getattr(args, "fsdp", False):
@@ -194,13 +205,13 @@ def check(trainer: Any, flags: Sequence[str], world_size: int) -> None:
     train = check_shards("--data", args.train_data)
     if args.val_data:
         check_shards("--val", args.val_data)
-    if args.train_num_samples is None and train and not has_sizes(Path(train[0]).parent):
+    if args.train_num_samples is None and not has_sizes(Path(train[0]).parent):
         raise CannotStart(
             "how many pairs the shards hold is not known (no sizes.json or __len__ beside them): "
             "say it after --, e.g. -- --train-num-samples 2905954"
         )
     workers = max(args.workers, 1) * world_size
-    if train and len(train) < workers and not args.dataset_resampled:
+    if len(train) < workers and not args.dataset_resampled:
         raise CannotStart(
             f"--data has {len(train)} shards for {workers} workers (--workers × ranks): "
             "each needs one"
@@ -209,24 +220,27 @@ def check(trainer: Any, flags: Sequence[str], world_size: int) -> None:
 
 def check_same_settings(folder: Path, settings: dict[str, Any], world_size: int) -> None:
     """Raises `CannotStart` if a run that would go on was begun with other settings."""
-    if not (folder / "checkpoints" / "epoch_latest.pt").is_file():
+    path = folder / "params.txt"
+    # OpenCLIP 4 writes sharded checkpoints into a folder
+    if not path.is_file() or next((folder / "checkpoints").glob("epoch_latest*"), None) is None:
         return
-    before = read_parameters(folder / "params.txt")
-    before["batch_size"] *= before["world_size"]
-    settings = {**settings, "batch_size": settings["batch_size"] * world_size}
-    for name in KEPT_SETTINGS:
-        if name in before and before[name] != settings[name]:
+    before = read_parameters(path)
+    settings = {"world_size": world_size, **settings}
+    for name, value in settings.items():
+        # [before]: OpenCLIP writes a list of one --force-image-size as the number
+        same = name not in before or value in (before[name], [before[name]])
+        if name.startswith(KEPT_SETTINGS) and not same:
             raise CannotStart(
-                f"{folder} was begun with {name} = {before[name]}, not {settings[name]}: "
+                f"{folder} was begun with {name} = {before[name]}, not {value}: "
                 "choose another --name"
             )
 
 
 def check_shards(argument: str, data: str) -> list[str]:
-    """Local tar files that are there, the first of them with pairs; [] if they are elsewhere."""
+    """The tar files. If they are local they are there, and the first of them has pairs."""
     found = [path for pattern in data.split("::") for path in braceexpand(pattern)]
     if any("://" in path or path.startswith("pipe:") for path in found):
-        return []
+        return found
     for path in found:
         if not Path(path).is_file():
             raise CannotStart(f"{argument}: no such shard: {path}")

@@ -12,7 +12,7 @@ from threading import Thread
 import pytest
 import torch
 
-from benchmarks.checkout import ROOT
+from benchmarks import ROOT
 from benchmarks.gpu import ablations, command, suite, sweep
 from benchmarks.gpu.candidates import KEYS, candidates, refusals, variants, winner
 from benchmarks.run import Run

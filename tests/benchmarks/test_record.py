@@ -1,4 +1,4 @@
-"""A run's sections and its record, and what a bare checkout finds."""
+"""A run's sections and its record."""
 
 import json
 import math
@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import needs_triton
-from processes import ROOT, run_python
 
 from benchmarks import record
 from benchmarks.run import Run
@@ -55,26 +53,3 @@ def test_a_record_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
 )
 def test_three_digits(value: float | str, text: str) -> None:
     assert record.number(value) == text
-
-
-@needs_triton
-def test_kernels_of_a_bare_checkout() -> None:
-    """Without the mapping that an installation makes of the folder `kernels/`."""
-    script = (
-        "import sys; sys.meta_path = [finder for finder in sys.meta_path"
-        " if not getattr(finder, '__module__', '').startswith('__editable__')]\n"
-        "from importlib.util import find_spec\n"
-        "import cyclip_loss; assert find_spec('cyclip_loss.kernels') is None\n"
-        "from benchmarks.checkout import make_kernels_importable\n"
-        "make_kernels_importable()\n"
-        "assert 'triton' not in sys.modules\n"
-        "import cyclip_loss.kernels as kernels\n"
-        "assert kernels is cyclip_loss.kernels is sys.modules['cyclip_loss.kernels']\n"
-        "import torch; from cyclip_loss import CyCLIPLoss\n"
-        "x = torch.eye(8, requires_grad=True)\n"
-        "CyCLIPLoss(impl='triton')(x, x, torch.tensor(2.0)).backward()\n"
-        "print(kernels.__file__)"
-    )
-    done = run_python("-W", "ignore", "-c", script)
-    assert done.returncode == 0, done.stderr
-    assert Path(done.stdout.strip()) == ROOT / "kernels" / "__init__.py"

@@ -6,20 +6,19 @@ Values and gradients on hard inputs are tested together with the eager engine's,
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from accuracy import check_loss
 from inputs import UNALIGNED, Case
-from processes import run_python
+from processes import ROOT, run_python
 
 from cyclip_loss import kernels, ops
 from cyclip_loss.functional import cyclic_penalty
 from cyclip_loss.kernels import compile as ahead_of_time
 from cyclip_loss.kernels import configs
 
-# At the start of programs of their own, which would not find the kernels of a bare checkout.
-IMPORTABLE = "from benchmarks.checkout import make_kernels_importable\nmake_kernels_importable()\n"
 needs_interpreter = pytest.mark.skipif(
     not kernels.INTERPRETED, reason="on a GPU the shipped tiles are what every test runs"
 )
@@ -75,9 +74,24 @@ def test_interpreted_tf32_rounds_as_the_hardware_keeps(device: torch.device) -> 
     assert grams[0].item() == (1 + 2.0**-10) ** 2
 
 
+def test_a_checkout_finds_its_kernels() -> None:
+    """Without the mapping that an editable installation makes of the folder `kernels/`."""
+    code = (
+        "import sys; sys.meta_path = [finder for finder in sys.meta_path"
+        " if not getattr(finder, '__module__', '').startswith('__editable__')]\n"
+        "import torch, cyclip_loss; assert 'triton' not in sys.modules\n"
+        "x = torch.eye(8, requires_grad=True)\n"
+        "cyclip_loss.CyCLIPLoss(impl='triton')(x, x, torch.tensor(2.0)).backward()\n"
+        "print(cyclip_loss.kernels.__file__)"
+    )
+    run = run_python("-W", "ignore", "-c", code)
+    assert run.returncode == 0, run.stderr
+    assert Path(run.stdout.strip()) == ROOT / "kernels" / "__init__.py"
+
+
 def test_no_triton_on_a_cpu_tensor_without_the_interpreter() -> None:
     code = (
-        f"{IMPORTABLE}import torch, cyclip_loss\n"
+        "import torch, cyclip_loss\n"
         "x = torch.eye(3)\n"
         "cyclip_loss.cyclip_loss(x, x, 1.0, impl='triton')\n"
     )
@@ -132,7 +146,7 @@ def test_devices_that_get_kernels(
 def test_the_newer_float32_setting_is_understood() -> None:
     """PyTorch raises where its older getter is asked after its newer setting was used."""
     code = (
-        f"{IMPORTABLE}import torch\n"
+        "import torch\n"
         "torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
         "from cyclip_loss.kernels.configs import Precision\n"
         "print(Precision.of(torch.zeros(1, 1)).dot)\n"

@@ -53,10 +53,10 @@ def test_nothing_to_say(device: torch.device) -> None:
     assert messages(*calls * 2) == []
 
 
-# lambda * N of 256, and a little more.
+# lambda * N of 64, and a little more.
 @pytest.mark.parametrize(
     ("weight", "n", "warned"),
-    [(1.0, 256, False), (1.0, 257, True), (0.25, 1025, True), (0, 5000, False)],
+    [(1.0, 64, False), (1.0, 65, True), (0.25, 257, True), (0, 5000, False)],
 )
 def test_strong_penalties(weight: float, n: int, warned: bool, device: torch.device) -> None:
     image, text = (rows.float() for rows in pairs(n, 4, device=device))

@@ -264,6 +264,22 @@ def test_an_image_that_is_none_is_the_reason(run_folder: Path, tmp_path: Path, s
     assert "cifar10, tiny" in result["skipped"]
 
 
+def test_a_folder_that_may_not_be_read_is_none_of_the_data_sets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write_set(tmp_path / "wds_cifar10", {"test": labelled(6, 10)})
+    (tmp_path / "lost+found").mkdir()
+    recognise = suites.recognise
+
+    def as_a_user(folder: Path, *more: Any) -> Any:
+        if folder.name == "lost+found":
+            raise PermissionError(13, "Permission denied")
+        return recognise(folder, *more)
+
+    monkeypatch.setattr(suites, "recognise", as_a_user)
+    assert set(suites.find([tmp_path], None)) == {"cifar10"}
+
+
 def test_what_is_measured_is_written_whatever_comes_later(
     run_folder: Path, tmp_path: Path, small_emoji: None, monkeypatch: pytest.MonkeyPatch
 ):
@@ -323,6 +339,10 @@ def test_models_with_a_bias_and_safetensors(run_folder: Path, tmp_path: Path, sm
     (tmp_path / "params.txt").write_text("model: evaluate-tiny\nsiglip: True\n")
     result = evaluate(tmp_path / "out", tmp_path / "checkpoints" / "model.safetensors")
     assert set(result["results"]) == {tmp_path.name}
+    part = tmp_path / "part.safetensors"
+    part.write_bytes((tmp_path / "checkpoints" / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(CannotStart, match=r"part\.safetensors as evaluate-tiny"):
+        evaluate(tmp_path / "parts", part, "--model", "evaluate-tiny")
 
 
 def test_of_a_run_the_best_else_the_newest(tmp_path: Path):

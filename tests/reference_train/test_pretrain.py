@@ -13,6 +13,7 @@ import sys
 import tarfile
 import time
 from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -68,8 +69,8 @@ def dry_run(capsys: pytest.CaptureFixture[str], *argv: str) -> Namespace:
     """What OpenCLIP and the launcher make of the command that is printed."""
     command.main([*argv[: argv.index("--")], "--dry-run", *argv[argv.index("--") :]])
     words = shlex.split(capsys.readouterr().out)
-    assert words[:3] == ["python", "-m", open_clip_train.__name__]
-    ours, theirs = open_clip_train.flags().parse_known_args(words[3:])
+    assert words[:4] == ["python", "-m", open_clip_train.__name__, "--"]
+    ours, theirs = open_clip_train.flags().parse_known_args(words[4:])
     parsed: Namespace = command.open_clip_trainer().parse_args(theirs)
     vars(parsed).update(vars(ours))
     return parsed
@@ -156,6 +157,8 @@ def test_one_rank_prints_the_command(
         (["--val", "{folder}/none.tar"], "--val: no such shard"),
         (["--data", "{folder}/sizes.json"], "a shard can't be read"),
         (["--model", "RN51"], "--model RN51: OpenCLIP has none of that name"),
+        (["--model", "local-dir:{empty}"], "--model local-dir:.*: .*open_clip_config.json"),
+        (["--data", "s3://b/{{0..3}}.tar", "--", "--workers", "9"], "has 4 shards for 9 workers"),
         (["--", "--workers", "9"], "--data has 4 shards for 9 workers"),
         (["--", "--epochs", "many"], "OpenCLIP does not take these flags"),
         (["--loss", "siglip"], "--loss: invalid choice"),
@@ -189,11 +192,56 @@ def test_a_logger_that_is_not_installed(shards: Path, monkeypatch: pytest.Monkey
         command.main(["--preset", "icons", "--data", str(shards), "--", "--report-to", "all"])
 
 
-def test_pairs_that_nobody_counted(shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("data", ["{folder}", "s3://bucket/{{0..3}}.tar"])
+def test_pairs_that_nobody_counted(data: str, shards: Path, tmp_path: Path) -> None:
     for path in shards.glob("train*.tar"):
         (tmp_path / path.name).symlink_to(path)
     with pytest.raises(CannotStart, match=r"say it after --, e\.g\. -- --train-num"):
-        command.main(["--preset", "modern", "--data", str(tmp_path)])
+        command.main(["--preset", "modern", "--data", data.format(folder=tmp_path)])
+
+
+def test_ranks_of_mpi(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenCLIP counts them, and then trains in each rank as if it were alone."""
+    for name in ("RANK", "LOCAL_RANK", "SIZE"):
+        monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", "2")
+    with pytest.raises(CannotStart, match="2 ranks of MPI"):
+        command.main(["--preset", "icons", "--data", str(shards)])
+
+
+@pytest.mark.parametrize(
+    ("change", "ranks", "message"),
+    [
+        ([], 1, ""),
+        (["--workers", "2", "--log-every-n-steps", "3", "--grad-checkpointing"], 1, ""),
+        (["--lr", "1e-4"], 1, "begun with lr = 0.001, not 0.0001: choose another --name"),
+        (["--force-quick-gelu"], 1, "force_quick_gelu = False, not True"),
+        (["--force-image-size", "48"], 1, r"force_image_size = 32, not \[48\]"),
+        (["--val-data", "{folder}/train-00000.tar"], 1, "val_data = .*, not .*train-00000.tar"),
+        ([], 2, "world_size = 1, not 2"),
+    ],
+)
+def test_a_run_goes_on_with_its_settings(
+    change: list[str],
+    ranks: int,
+    message: str,
+    shards: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(command.torch.cuda, "is_available", lambda: True)
+    argv = ["--preset", "modern", "--data", str(shards), "--out", str(tmp_path), "--name", "run"]
+    argv += ["--", "--workers", "1", "--force-image-size", "32"]
+    begun = dry_run(capsys, *argv)
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "epoch_latest.pt").touch()
+    settings = {**vars(begun), "force_image_size": 32, "world_size": 1}
+    (run / "params.txt").write_text("".join(f"{k}: {v}\n" for k, v in sorted(settings.items())))
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    argv += [word.format(folder=shards) for word in change]
+    with pytest.raises(CannotStart, match=message) if message else nullcontext():
+        dry_run(capsys, *argv)
 
 
 def test_several_ranks_on_a_cpu(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ def assert_same_gradients(
 
 def test_own_loop() -> None:
     model = tiny_clip()
-    first = CyCLIPLoss()(**model(*batch())).item()
+    first = CyCLIPLoss(reference_batch_size=128)(**model(*batch())).item()
     names = run(
         "OpenCLIP's models, your own loop",
         model=model,
@@ -67,7 +67,7 @@ def test_siglip_and_coca() -> None:
     assert list(names["siglip_terms"]) == TERMS
     assert list(names["coca_terms"]) == ["contrastive_loss", "caption_loss", *TERMS[1:]]
     out = coca(images, tokens)
-    penalty = CyclicPenalty()(out["image_features"], out["text_features"])
+    penalty = CyclicPenalty(reference_batch_size=128)(out["image_features"], out["text_features"])
     assert sum(names["coca_terms"][name] for name in TERMS[1:]).item() == pytest.approx(
         penalty.item()
     )
@@ -244,7 +244,7 @@ def test_lightning() -> None:
     )
     pairs = torch.utils.data.TensorDataset(*batch())
     model = tiny_clip()
-    first = CyCLIPLoss()(**model(*batch())).item()
+    first = CyCLIPLoss(reference_batch_size=128)(**model(*batch())).item()
     run(
         "Lightning",
         model=model,
