@@ -9,7 +9,7 @@ features, so that the average over W ranks is what one process on the whole batc
 """
 
 from collections.abc import Hashable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -243,10 +243,22 @@ def _all_gather_object(
     own: dict[str, Any], group: Group, device: torch.device
 ) -> list[dict[str, Any]]:
     of_ranks: list[Any] = [None] * group.size
-    # NCCL takes them by way of the current GPU, which need not be the features'.
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with on_device(device):
         dist.all_gather_object(of_ranks, own, group=group.process_group)
     return of_ranks
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a GPU the current one, by way of which NCCL takes objects and sends."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def is_gloo_on_gpu(block: Tensor, group: Group) -> bool:
+    """Gloo reads a GPU's memory as its own in sends and in one of its gathers.
+
+    https://github.com/pytorch/pytorch/issues/152645
+    """
+    return block.is_cuda and dist.get_backend(group.process_group) == "gloo"
 
 
 def _listed(values: Any) -> str:
@@ -291,6 +303,11 @@ def start_gather(features: Tensor, ranks: Ranks) -> Tensor | None:
         return None
     block = padded(features.detach(), ranks)
     group = ranks.group
+    if is_gloo_on_gpu(block, group):  # which the other form would crash
+        gathered = block.new_empty(group.size * block.shape[0], block.shape[1])
+        return _collectives.all_gather_into_tensor_out(  # type: ignore[no-any-return]
+            block, group.size, group.name, out=gathered
+        )
     return _collectives.all_gather_into_tensor(block, group.size, group.name)  # type: ignore[no-any-return]
 
 
@@ -338,7 +355,10 @@ class Hop:
                     dist.P2POp(move, block, group=group.process_group, tag=tag, group_peer=peer)
                 )
         if operations:
-            self.works = dist.batch_isend_irecv(operations)
+            if is_gloo_on_gpu(self.sent[0], group):
+                raise ValueError("dist_impl='ring' with features on a GPU needs nccl, not gloo")
+            with on_device(self.sent[0].device):
+                self.works = dist.batch_isend_irecv(operations)
 
     def finish(self) -> list[Tensor]:
         """The blocks that came; on CUDA the stream waits for them, not the host."""

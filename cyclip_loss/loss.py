@@ -96,7 +96,8 @@ class CyCLIPLoss(_Loss):
             ones (pickle, torch.save) have none, and ask for it where there are several processes.
         distributed: False computes the loss of this rank's own rows, without any communication, as
             for an evaluation on one rank only.
-        dist_impl: how the text features reach the other ranks: "gather" or "ring" (see below).
+        dist_impl: how the text features reach the other ranks: "gather" or "ring" (see below;
+            "ring" on GPUs over nccl only).
         uneven: whether ranks may hold different numbers of rows, or none. They then exchange the
             numbers in every call, for which the host waits.
         impl: "auto", the fastest engine for the features' device; "triton", the kernels for CUDA

@@ -10,10 +10,12 @@ ROOT = Path(__file__).parents[1]
 
 
 def run_python(*arguments: str, interpreted: bool = True) -> subprocess.CompletedProcess[str]:
+    """interpreted: Triton's kernels, by NumPy; such a process sees no GPU."""
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "1" if interpreted else "0",
         "OMP_NUM_THREADS": "1",
+        **({"CUDA_VISIBLE_DEVICES": ""} if interpreted else {}),
     }
     return subprocess.run(
         [sys.executable, *arguments],

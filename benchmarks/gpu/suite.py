@@ -9,10 +9,11 @@ from threading import Timer
 from benchmarks import ROOT
 from benchmarks.run import Run
 
-# What a GPU decides, without the slow ones. The rest comes when all is timed.
-OF_A_GPU = ("tests/kernels", "tests/loss", "tests/test_cuda.py")
+# What a GPU decides, without the slow ones. Those, and what ranks and trainers do there, come when
+# all is timed.
+OF_A_GPU = ("tests/test_cuda.py", "tests/kernels", "tests/loss")
 FIRST = (*OF_A_GPU, "-m", "not slow")
-LATER = ("tests", *(f"--ignore={path}" for path in OF_A_GPU))
+LATER = (*OF_A_GPU, "tests/ranks", "tests/trainers", "-m", "slow or gpu or nccl")
 # In a dry run, which shows that tests can be started and their results read.
 FEW = ("tests/loss/test_contrastive.py", "-k", "eager")
 GRACE = 10.0  # seconds for pytest to report when it is interrupted

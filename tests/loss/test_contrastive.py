@@ -91,8 +91,8 @@ def test_largest_scale_and_no_match(impl: str, dtype: torch.dtype, device: torch
     generator = torch.Generator().manual_seed(0)
     # Images and texts in orthogonal halves, then a little of each other.
     image, text = torch.zeros(2, 60, 64, dtype=torch.float64, device=device)
-    image[:, :32] = torch.randn(60, 32, generator=generator, device=device)
-    text[:, 32:] = torch.randn(60, 32, generator=generator, device=device)
+    image[:, :32] = torch.randn(60, 32, generator=generator, device="cpu")
+    text[:, 32:] = torch.randn(60, 32, generator=generator, device="cpu")
     image[:, 63], text[:, 0] = 0.2, 0.2
     image, text = (torch.nn.functional.normalize(f, dim=1).to(dtype) for f in (image, text))
     assert (image.double() @ text.double().T).max() < 0.1

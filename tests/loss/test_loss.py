@@ -191,10 +191,10 @@ def test_two_backward_passes_of_one_graph(impl: str, device: torch.device) -> No
         assert torch.equal(one, other)
 
 
-def test_auto_is_the_eager_engine_on_cpu(device: torch.device) -> None:
-    image, text = (features.float() for features in pairs(40, 12, device=device))
+def test_auto_is_the_eager_engine_on_cpu() -> None:
+    image, text = (features.float() for features in pairs(40, 12, device="cpu"))
     auto, eager = (
-        results(CyCLIPLoss(impl=impl), image, text, torch.tensor(10.0, device=device))
+        results(CyCLIPLoss(impl=impl), image, text, torch.tensor(10.0, device="cpu"))
         for impl in ("auto", "eager")
     )
     for name in NAMES:

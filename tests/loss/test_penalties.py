@@ -105,7 +105,7 @@ def test_a_penalty_that_vanishes_is_not_negative(
 ) -> None:
     """P_in of rotated and P_cross of symmetrically mapped features: zero, up to rounding."""
     generator = torch.Generator().manual_seed(3)
-    mapping = torch.randn(24, 24, generator=generator, dtype=torch.float64, device=device)
+    mapping = torch.randn(24, 24, generator=generator, dtype=torch.float64, device="cpu").to(device)
     mapping = torch.linalg.qr(mapping)[0] if which == "inmodal" else mapping + mapping.T
     for seed in range(8):
         image = pairs(n, 24, seed=seed, device=device)[0]
