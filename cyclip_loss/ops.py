@@ -41,9 +41,10 @@ def engine(impl: str, features: Tensor) -> ModuleType:
     """
     if impl == "eager" or features.dtype == torch.float64 or features.shape[0] == 0:
         return eager
-    if impl == "triton" or (features.is_cuda and _has_kernels(features.device)):
+    has_kernels = features.is_cuda and _has_kernels(features.device)
+    if impl == "triton" or has_kernels:
         # Elsewhere they might compile all the same, and be wrong.
-        if features.is_cuda and not _has_kernels(features.device):
+        if features.is_cuda and not has_kernels:
             raise ValueError(
                 f"impl='triton': the kernels are not for {features.device} (they need NVIDIA's "
                 "Ampere, Hopper, or with Triton 3.9 Blackwell, or AMD's gfx942, and Triton)"
