@@ -33,6 +33,14 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def float32_is_exact() -> bool:
+    """Whether PyTorch's settings ask for full float32 products, not tf32."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # the newer setting was used, and PyTorch won't answer by the older name
+        return torch.backends.cuda.matmul.fp32_precision not in ("tf32", "bf16")
+
+
 def strip_rows(columns: int, device: torch.device) -> int:
     """How many rows of `columns` elements one strip holds."""
     elements = STRIP_ELEMENTS.get(device.type, STRIP_ELEMENTS_OTHER_DEVICES)

@@ -9,6 +9,8 @@ The engines that they call are `eager.py` and, on CUDA and ROCm, the Triton kern
 with the same functions.
 """
 
+import os
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, wraps
@@ -18,12 +20,15 @@ from types import ModuleType
 from typing import Any, NoReturn, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
 from cyclip_loss import eager
 
 IMPLS = ("auto", "triton", "eager")
+# Of the batch that the kernels are compared with PyTorch on: rows, columns, features.
+CHECK_SIZES = (600, 700, 200)
 # Before Triton 3.9 the kernels do not compile for sm_100, or come out without their products.
 TRITON_FOR_BLACKWELL = (3, 9)
 
@@ -31,33 +36,146 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def engine(impl: str, features: Tensor) -> ModuleType:
-    """The module that computes: what `impl` names, or the fastest for the features' device.
+    """The module that computes: the one `impl` names; for "auto", the kernels where they work.
 
     float64 is always computed by the eager engine: GPUs have no use for it here but in tests. So is
-    what a rank without rows has to contribute: no kernel can be launched for nothing.
+    the part of a rank without rows, as a kernel cannot be launched for nothing.
 
     Raises:
-        ValueError: the kernels were asked for, and do not run on the features' device.
+        ValueError: the kernels were asked for and do not run on the features' device, or
+            CYCLIP_LOSS_IMPL is not one of `IMPLS`.
     """
+    impl = auto_impl() if impl == "auto" else impl
     if impl == "eager" or features.dtype == torch.float64 or features.shape[0] == 0:
         return eager
-    has_kernels = features.is_cuda and _has_kernels(features.device)
-    if impl == "triton" or has_kernels:
-        # Elsewhere they might compile all the same, and be wrong.
-        if features.is_cuda and not has_kernels:
-            raise ValueError(
-                f"impl='triton': the kernels are not for {features.device} (they need NVIDIA's "
-                "Ampere, Hopper, or with Triton 3.9 Blackwell, or AMD's gfx942, and Triton)"
-            )
+    has_kernels = _has_kernels(features.device)
+    if impl == "auto":
+        exact = features.dtype == torch.float32 and eager.float32_is_exact()
+        if not has_kernels or not (
+            _is_capturing(features) or _kernels_work(features.device, features.dtype, exact)
+        ):
+            return eager
+    elif features.is_cuda and not has_kernels:
+        # They might compile all the same, and be wrong.
+        raise ValueError(
+            f"impl='triton': the kernels are not for {features.device} (they need NVIDIA's "
+            "Ampere, Hopper, or with Triton 3.9 Blackwell, or AMD's gfx942, and Triton)"
+        )
+    from cyclip_loss import kernels
+
+    if impl == "triton" and not (features.is_cuda or kernels.INTERPRETED):
+        raise ValueError(
+            f"impl='triton' needs features on a CUDA or ROCm device, got {features.device} "
+            "(TRITON_INTERPRET=1 runs the kernels on CPU, for tests)"
+        )
+    return kernels
+
+
+def auto_impl() -> str:
+    """What "auto" means: the environment variable CYCLIP_LOSS_IMPL, for scripts one can't change.
+
+    Raises:
+        ValueError: it is set, and not to one of `IMPLS`.
+    """
+    impl = os.environ.get("CYCLIP_LOSS_IMPL") or "auto"
+    if impl not in IMPLS:
+        raise ValueError(f"CYCLIP_LOSS_IMPL must be one of {', '.join(IMPLS)}, got {impl!r}")
+    return impl
+
+
+def _is_capturing(features: Tensor) -> bool:
+    return features.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+@lru_cache
+def _kernels_work(device: torch.device, dtype: torch.dtype, exact: bool) -> bool:
+    """Whether the kernels agree with PyTorch; asked once per device, dtype and float32 precision.
+
+    exact: full float32 products. If they fail or disagree: a warning, and PyTorch from then on.
+    """
+    try:
         from cyclip_loss import kernels
 
-        if not (features.is_cuda or kernels.INTERPRETED):
-            raise ValueError(
-                f"impl='triton' needs features on a CUDA or ROCm device, got {features.device} "
-                "(TRITON_INTERPRET=1 runs the kernels on CPU, for tests)"
-            )
-        return kernels
-    return eager
+        problem = disagreement(kernels, device, dtype, exact)
+    except Exception as error:
+        problem = f"{type(error).__name__}: {str(error).strip()[:500]}"
+        try:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        except RuntimeError:
+            raise RuntimeError(
+                f"cyclip_loss: its kernels left {device} unusable; start again with the "
+                "environment variable CYCLIP_LOSS_IMPL=eager, which does without them"
+            ) from error
+    if problem is None:
+        return True
+    from cyclip_loss.warn import CyCLIPWarning
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    warnings.warn(
+        f"the Triton kernels do not work on {device} ({name}, PyTorch {torch.__version__}, Triton "
+        f"{'.'.join(map(str, triton_version()))}); {dtype} is computed by PyTorch instead, with "
+        f"the same results, slower. {problem}",
+        CyCLIPWarning,
+        stacklevel=2,
+    )
+    return False
+
+
+@torch.no_grad()
+def disagreement(compute: Any, device: torch.device, dtype: torch.dtype, exact: bool) -> str | None:
+    """Where an engine differs from the eager one in float64, by more than rounding; or None.
+
+    Every function of the engine gets the same small batch: n != m, several tiles each way, sizes
+    that are no multiple of a tile, some pairs nearly aligned. exact: as in `_kernels_work`.
+    """
+    rows, columns, d = CHECK_SIZES
+    first = (columns - rows) // 2
+    # On the CPU, by a generator of its own: the user's random numbers stay as they are.
+    random = torch.randn(
+        rows + columns, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
+    image, text = F.normalize(random, dim=1).split((rows, columns))
+    text[first : first + rows : 5] = F.normalize(image[::5] + 0.01 * text[first : first + rows : 5])
+    image, text = image.to(dtype).to(device).double(), text.to(dtype).to(device).double()
+    scale, grad = image.new_tensor(20.0), image.new_tensor(1.5)
+    bound = 2.0**-14 if dtype == torch.float32 and exact else 2.0**-6
+    problems = []
+
+    def narrow(argument: Any) -> Any:
+        if isinstance(argument, Tensor):  # only features have two dimensions
+            return argument.to(dtype if argument.ndim == 2 else torch.float32)
+        return [*map(narrow, argument)] if isinstance(argument, list) else argument
+
+    def check(name: str, *arguments: Any) -> Any:
+        """The exact results of a function, after comparing those of the engine with them."""
+        expected = getattr(eager, name)(*arguments)
+        results = getattr(compute, name)(*map(narrow, arguments))
+        for at, (x, y) in enumerate(zip(_listed(results), _listed(expected), strict=True)):
+            error = ((x - y).abs().max() / y.abs().max()).item()
+            if x.shape != y.shape or not error <= bound:
+                problems.append(f"result {at} of {name} is off by {error:.2g} of its largest value")
+        return expected
+
+    lse = check("contrastive_lse", image, text, scale, first, True)
+    column_pairs = lse[1] - 1  # every column has one, as across ranks
+    column_pairs[first : first + rows] = lse[2]
+    pairs = check("pair_terms", *lse, column_pairs, first, 1 / rows)
+    for wide in (False, True):
+        settings = (1 / rows, first, True, [True] * 3, wide)
+        check("contrastive_grads", image, text, scale, *pairs[1:], grad, *settings)
+    text = text[first : first + rows]
+    for with_cross in (False, True):
+        weights = [scale.cpu() / rows, scale.cpu() / (rows << with_cross)]  # without C: equal
+        grads = [grad, 2 * grad] if with_cross else [grad]
+        grams = check("cyclic_statistics", image, text, with_cross)
+        check("cyclic_terms", grams, weights, with_cross)
+        check("cyclic_grads", image, text, grams, grads, weights, 2, [True, True])
+    return "; ".join(problems) or None
+
+
+def _listed(results: Any) -> list[Tensor]:
+    return [results] if isinstance(results, Tensor) else list(results)
 
 
 @lru_cache
@@ -66,7 +184,7 @@ def _has_kernels(device: torch.device) -> bool:
 
     On Blackwell (2024) they need a newer Triton than elsewhere.
     """
-    if find_spec("triton") is None:
+    if device.type != "cuda" or find_spec("triton") is None:
         return False
     if torch.version.hip is not None:  # only gfx942 has the tf32 products that the kernels use
         return torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx942")

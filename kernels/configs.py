@@ -13,6 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
+from cyclip_loss.eager import float32_is_exact
+
 # True where kernels run on CPU tensors, decided by TRITON_INTERPRET when Triton is imported.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -36,19 +38,11 @@ class Precision:
     def of(features: Tensor, widened: bool = False) -> "Precision":
         """For features multiplied as they are or, if `widened`, as float32 sums of them."""
         if features.dtype == torch.float32:
-            exact = _float32_is_exact()
+            exact = float32_is_exact()
             return Precision("ieee" if exact else "tf32", 32, False)
         if widened:
             return Precision("tf32", 32, False)
         return Precision("tf32", 16, INTERPRETED)
-
-
-def _float32_is_exact() -> bool:
-    """Whether PyTorch's settings ask for full float32 products."""
-    try:
-        return torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # the newer setting was used, and PyTorch won't answer by the older name
-        return torch.backends.cuda.matmul.fp32_precision not in ("tf32", "bf16")
 
 
 @dataclass(frozen=True)
