@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from benchmarks.record import RESULTS, describe, markdown
 from benchmarks.run import Run
 from cyclip_loss import CyCLIPLoss
-from cyclip_loss.distributed import DIST_IMPLS
+from cyclip_loss.options import DIST_IMPLS
 from reference_train.files import write_text
 
 RANKS, ROWS, WIDTH, D = 4, 8, 16, 6

@@ -1,19 +1,36 @@
-"""Autograd of the contrastive term: vectors of N cross from forward to backward, no matrix.
+"""The contrastive term: a rank's image rows against the text columns of all ranks, and autograd.
 
 With l_ij = s * I_i . T_j, r_i and c_j the log-sum-exps of the rows and columns of l, and N pairs:
 
     symmetric   L = 1/(2N) * (sum_i r_i + sum_j c_j - 2 * sum_i l_ii)     (Goel et al. 2022, eq. 1)
     one way     L = 1/N * (sum_i r_i - sum_i l_ii)
 
-A pair that is found with confidence has l_ii near r_i, and its gradient has exp(l_ii - r_i) - 1:
-differences that would lose all digits. So what is summed is a_i, the log-sum-exp of the row's
-negatives, all but its pair (b_j for a column), and neither is a difference of large numbers:
+For a confidently matched pair l_ii is close to r_i, and its gradient has exp(l_ii - r_i) - 1: both
+differences would lose all digits. So the sums are over *negatives*: a_i is the log-sum-exp of row i
+without its pair, b_j that of column j.
 
     r_i - l_ii            = log(1 + exp(a_i - l_ii))
     exp(l_ii - r_i) - 1   = -1 / (1 + exp(l_ii - a_i))
 
-The backward pass computes the logits again: 8 N^2 D flops in all where dense autograd takes 6, but
-no N x N matrix is ever kept.
+Vectors of N cross from forward to backward, no matrix. Backward computes the logits again: 8 N^2 D
+flops in all where dense autograd takes 6.
+
+How the columns reach the rows is one of three ways, which agree to rounding. With n rows on each of
+W ranks, N = W n:
+
+    alone   one process: its columns are all of them
+    gather  all-gather of the text features (N, D); all-reduces of the maxima and pair logits of N
+            columns, and of their sums; in backward, reduce-scatter of the text gradients (N, D)
+    ring    W - 1 times a block of n text rows is sent to the next rank while the current block is
+            multiplied. What ranks add to a block, column log-sum-exps or gradients, follows one
+            step behind it, and a W-th step returns that to its owner. O(n D) memory per rank.
+
+Gradients are summed across ranks in the accumulation dtype, as 16-bit sums over many ranks would
+not be accurate.
+
+All communication is inside the operators, where `torch.compile` neither sees nor moves it. Traced,
+a ring would keep every block it received for backward, N x D in all, and a rank without rows would
+drop collectives whose results it does not use.
 """
 
 from collections.abc import Callable
@@ -22,56 +39,236 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cyclip_loss import distributed, exchange
-from cyclip_loss.distributed import Ranks
+from cyclip_loss import distributed
+from cyclip_loss.distributed import Hop, Ranks, padded
+from cyclip_loss.ops import empty_grad_like, engine, operator
+
+_Sweep = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 class _Contrastive(torch.autograd.Function):
+    """The contrastive term of checked inputs: a scalar of the accumulation dtype.
+
+    image_features, text_features: (n, D), this rank's, row i of one is paired with row i of the
+    other; logit_scale: scalar of the accumulation dtype, exp'd; gathered: `start_gather` of the
+    text features, if they are gathered. Not `symmetric`: rows to columns only.
+    """
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor,
-        gathered: Tensor | None,
-        symmetric: bool,
-        impl: str,
-        ranks: Ranks,
-    ) -> Tensor:
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        image_features, text_features, logit_scale, gathered, symmetric, impl, ranks = inputs
         columns = text_features if gathered is None else distributed.finish_gather(gathered, ranks)
-        how = (symmetric, impl, *ranks.named())
-        loss, *of_pairs = exchange.contrastive_lse(image_features, columns, logit_scale, *how)
+        op_args = (symmetric, impl, *ranks.to_op_args())
+        loss, *of_pairs = contrastive_lse(image_features, columns, logit_scale, *op_args)
         ctx.save_for_backward(image_features, columns, logit_scale, *of_pairs)
-        ctx.how = how
+        ctx.op_args = op_args
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[:3])
-        arguments = (*ctx.saved_tensors, grad, needs, *ctx.how)
-        grads = exchange.contrastive_grads(*arguments)
+        grads = contrastive_grads(*ctx.saved_tensors, grad, needs, *ctx.op_args)
         needed = (grad if need else None for grad, need in zip(grads, needs, strict=True))
         return (*needed, None, None, None, None)
 
 
-_contrastive: Callable[..., Tensor] = _Contrastive.apply
+contrastive_loss: Callable[..., Tensor] = _Contrastive.apply
 
 
-def contrastive_loss(
+def _lse_shapes(
+    image: Tensor, columns: Tensor, scale: Tensor, symmetric: bool, *_: Any
+) -> tuple[Tensor, ...]:
+    # shape[0], not len: len would make a symbolic size static, and every N would compile anew.
+    n, m = image.shape[0], columns.shape[0] if symmetric else 0
+    return scale.new_empty(()), scale.new_empty(n), scale.new_empty(m), scale.new_empty(n)
+
+
+@operator(_lse_shapes)
+def contrastive_lse(
     image_features: Tensor,
-    text_features: Tensor,
+    columns: Tensor,
     logit_scale: Tensor,
-    gathered: Tensor | None,
     symmetric: bool,
     impl: str,
-    ranks: Ranks,
-) -> Tensor:
-    """The contrastive term of checked inputs: a scalar of the accumulation dtype.
+    dist_impl: str,
+    group_name: str,
+    all_rows: list[int] | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The contrastive loss of the global batch, and what its gradients are made of.
 
-    image_features, text_features: (n, D), this rank's, row i of one is paired with row i of the
-    other; logit_scale: scalar of the accumulation dtype, exp'd; gathered: where the text features
-    are gathered, `distributed.start_gather` of them. Not `symmetric`: rows to columns only.
+    image_features: (n, D), this rank's; columns: its text features (n, D) or, gathered, those of
+    all ranks (N, D); logit_scale: scalar of the accumulation dtype; the last three:
+    `Ranks.to_op_args`.
+
+    Returns the loss; row_lse (n,), the log-sum-exps of all logits of this rank's rows; column_lse,
+    those of `columns`, empty if not `symmetric`; and pair_gradient (n,), the pairs' part of G
+    (`eager.contrastive_grads`).
     """
-    return _contrastive(
-        image_features, text_features, logit_scale, gathered, symmetric, impl, ranks
+    ranks = Ranks.from_op_args(dist_impl, group_name, all_rows)
+    compute = engine(impl, image_features)
+
+    def sweep(block: Tensor, first_column: int) -> tuple[Tensor, Tensor, Tensor]:
+        return compute.contrastive_lse(  # type: ignore[no-any-return]
+            image_features, block, logit_scale, first_column, symmetric
+        )
+
+    n = image_features.shape[0]
+    first_column = 0
+    if dist_impl == "ring":
+        rows, own_columns, pair_logits = _ring_lse(sweep, columns, logit_scale, symmetric, ranks)
+        column_pairs = pair_logits
+    else:
+        first_column = ranks.first_row(ranks.rank, n)
+        rows, own_columns, pair_logits = sweep(columns, first_column)
+        column_pairs = pair_logits
+        if symmetric and ranks.group is not None:
+            own_columns, column_pairs = distributed.log_sum_exp(own_columns, pair_logits, ranks)
+    weight = 1 / (ranks.total(n) * (2 if symmetric else 1))
+    loss, row_lse, column_lse, pair_gradient = compute.pair_terms(
+        rows, own_columns, pair_logits, column_pairs, first_column, weight
     )
+    if ranks.group is not None:
+        loss = distributed.wait(distributed.start_all_reduce(loss, "sum", ranks))
+    return loss, row_lse, column_lse, pair_gradient
+
+
+def _ring(
+    blocks: list[Tensor],
+    total: Tensor | None,
+    multiply: Callable[..., Tensor | None],
+    add: Callable[[Tensor, Tensor], Any],
+    ranks: Ranks,
+    n: int,
+) -> Tensor | None:
+    """Send blocks of columns around the ring; returns `total` of this rank's own columns.
+
+    blocks: this rank's, padded; total: what all ranks add up for the columns of a block, which
+    travels one step behind it, or None. `multiply` takes each rank's blocks and `first_column`, and
+    returns the part of this rank, which `add` adds in place.
+    """
+    for step in range(ranks.size):
+        ahead = blocks if step + 1 < ranks.size else []
+        behind = [total] if total is not None and step > 0 else []
+        hop = Hop([*ahead, *behind], ranks)
+        owner = (ranks.rank - step) % ranks.size
+        count, part = ranks.count(owner, n), None
+        if count > 0:
+            first_column = ranks.first_row(ranks.rank, n) - ranks.first_row(owner, n)
+            part = multiply(*(block[:count] for block in blocks), first_column)
+        received = hop.finish()
+        if behind:
+            total = received.pop()
+        if total is not None and part is not None:
+            add(total[:count], part)
+        if ahead:
+            blocks = received
+        # Freed before the next step makes its own: each is as large as a block.
+        del part, received, hop
+    return None if total is None else Hop([total], ranks).finish()[0][:n]
+
+
+def _ring_lse(
+    sweep: _Sweep, text: Tensor, scale: Tensor, symmetric: bool, ranks: Ranks
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exps of the negatives of this rank's rows and columns (n,), and pair_logits (n,)."""
+    n = text.shape[0]
+    # Running log-sum-exps are in float64, as every step rounds them.
+    rows = scale.new_full((n,), -torch.inf, dtype=torch.float64)
+    pair_logits = scale.new_zeros(n)
+
+    def multiply(block: Tensor, first_column: int) -> Tensor:
+        of_rows, of_columns, pairs = sweep(block, first_column)
+        rows.copy_(torch.logaddexp(rows, of_rows.double()))
+        pair_logits.add_(pairs)  # 0 but in this rank's own block
+        return of_columns.double()
+
+    def add(total: Tensor, part: Tensor) -> None:
+        total.copy_(torch.logaddexp(total, part))
+
+    sums = rows.new_full((ranks.most(n),), -torch.inf) if symmetric else None
+    sums = _ring([padded(text, ranks)], sums, multiply, add, ranks, n)
+    columns = scale.new_empty(0) if sums is None else sums.to(scale.dtype)
+    return rows.to(scale.dtype), columns, pair_logits
+
+
+def _grads_shapes(image: Tensor, columns: Tensor, scale: Tensor, *others: Any) -> tuple[Any, ...]:
+    pair_gradient, needs, dist_impl = others[2], others[4], others[7]
+    text = columns
+    if dist_impl == "gather":
+        text = columns.new_empty(pair_gradient.shape[0], columns.shape[1])
+    grads = empty_grad_like(image, needs[0]), empty_grad_like(text, needs[1])
+    return *grads, scale.new_empty(())
+
+
+@operator(_grads_shapes, gives_gradients=True)
+def contrastive_grads(
+    image_features: Tensor,
+    columns: Tensor,
+    logit_scale: Tensor,
+    row_lse: Tensor,
+    column_lse: Tensor,
+    pair_gradient: Tensor,
+    grad: Tensor,
+    needs: list[bool],
+    symmetric: bool,
+    impl: str,
+    dist_impl: str,
+    group_name: str,
+    all_rows: list[int] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of this rank's image and text features, (n, D), and its part of the scale's.
+
+    The first six arguments as `contrastive_lse` took and returned them; grad: scalar, the upstream
+    gradient; needs: which of the three are needed, the others are empty. Across W ranks they are
+    W times the gradients of the global loss, because DDP averages.
+    """
+    ranks = Ranks.from_op_args(dist_impl, group_name, all_rows)
+    compute = engine(impl, image_features)
+    n = image_features.shape[0]
+    alone = ranks.group is None
+    weight = ranks.size / (ranks.total(n) * (2 if symmetric else 1))
+
+    def sweep(block: Tensor, lse: Tensor, first_column: int) -> tuple[Tensor, Tensor, Tensor]:
+        return compute.contrastive_grads(  # type: ignore[no-any-return]
+            *(image_features, block, logit_scale, row_lse, lse, pair_gradient, grad),
+            *(weight, first_column, symmetric, needs, not alone),
+        )
+
+    if dist_impl == "ring":
+        grads = _ring_grads(sweep, image_features, columns, column_lse, symmetric, needs, ranks)
+    else:
+        grads = sweep(columns, column_lse, ranks.first_row(ranks.rank, n))
+    image_grad, text_grad, scale_grad = grads
+    if dist_impl == "gather" and needs[1]:
+        text_grad = distributed.sum_and_scatter(text_grad, ranks)
+    return image_grad.to(image_features.dtype), text_grad.to(columns.dtype), scale_grad
+
+
+def _ring_grads(
+    sweep: _Sweep,
+    image: Tensor,
+    text: Tensor,
+    column_lse: Tensor,
+    symmetric: bool,
+    needs: list[bool],
+    ranks: Ranks,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `contrastive_grads`, in the accumulation dtype."""
+    n, d = text.shape
+    blocks = [padded(text, ranks)]
+    if symmetric:  # the columns' log-sum-exps travel with them
+        blocks.append(padded(column_lse[:, None], ranks))
+    image_grad = column_lse.new_zeros(image.shape if needs[0] else (0,))
+    scale_grad = column_lse.new_zeros(())
+
+    def multiply(block: Tensor, *lse_and_first: Any) -> Tensor:
+        lse = lse_and_first[0][:, 0] if symmetric else column_lse
+        image_part, text_part, scale_part = sweep(block, lse, lse_and_first[-1])
+        scale_grad.add_(scale_part)
+        if needs[0]:
+            image_grad.add_(image_part)
+        return text_part
+
+    total = column_lse.new_zeros(ranks.most(n), d) if needs[1] else None
+    text_grad = _ring(blocks, total, multiply, Tensor.add_, ranks, n)
+    return image_grad, column_lse.new_empty(0) if text_grad is None else text_grad, scale_grad

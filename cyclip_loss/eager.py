@@ -58,7 +58,7 @@ def has_wide_products(features: Tensor) -> bool:
     return features.dtype == torch.float16 and not in_float16
 
 
-def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a b, or a batch of them; dtype: of the result, in which, if it is wider, the sums are too."""
     if dtype == a.dtype:
         return torch.matmul(a, b)
@@ -73,7 +73,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         if ADDS_WIDE_PRODUCTS:
             torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
         else:
-            total += product(a, b, total.dtype)
+            total += matmul(a, b, total.dtype)
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
@@ -251,7 +251,7 @@ def contrastive_grads(
         # sum_ij G_ij (I_i . T_j) is sum_i I_i . (G T)_i and sum_j T_j . (G^T I)_j: a feature
         # gradient that is there anyway gives it for n * D.
         if needs_image or not needs_text:
-            row_gradient = product(gradient, text, dtype)
+            row_gradient = matmul(gradient, text, dtype)
             if needs_scale:
                 scale_sum += torch.dot(image.to(dtype).reshape(-1), row_gradient.view(-1))
             if needs_image:
@@ -309,7 +309,8 @@ def weighted_penalties(
     weights: tensors or numbers.
     """
     if q is None:
-        terms = [p * weights[0]]
+        # Both weights are read, so that torch.compile makes both inputs of what it compiles.
+        terms = [p * ((weights[0] + weights[1]) / 2)]
     else:
         # Sums of squares both: rounding must not make them negative. `clamp` keeps NaN.
         inmodal = (p + q).clamp_(min=0) * (weights[0] / 2)

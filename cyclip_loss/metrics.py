@@ -3,20 +3,20 @@
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
 
+from cyclip_loss.checks import check_features
 from cyclip_loss.cyclic import cyclic_statistics
 from cyclip_loss.distributed import (
     Ranks,
-    agree,
+    check_ranks_agree,
     finish_gather,
-    group_of,
+    ranks_of,
     start_all_reduce,
     start_gather,
     wait,
 )
 from cyclip_loss.eager import cyclic_terms, strip_rows
-from cyclip_loss.functional import check_features
+from cyclip_loss.options import LossOptions
 
 NAMES = ("inmodal_gap", "crossmodal_gap", "alignment", "image_uniformity", "text_uniformity")
 
@@ -26,7 +26,7 @@ def consistency_metrics(
     image_features: Tensor,
     text_features: Tensor,
     *,
-    process_group: ProcessGroup | DeviceMesh | None = None,
+    process_group: ProcessGroup | None = None,
     distributed: bool = False,
 ) -> dict[str, Tensor]:
     """Five numbers of N pairs, by name, as float32 scalars without gradient.
@@ -54,15 +54,17 @@ def consistency_metrics(
     Raises:
         TypeError, ValueError: as `cyclip_loss.functional`.
     """
-    group = group_of(process_group) if distributed or process_group is not None else None
-    image, text = check_features(image_features, text_features, may_be_empty=group is not None)
+    ranks = Ranks()
+    if distributed or process_group is not None:
+        ranks = ranks_of(process_group)
+    several = ranks.size > 1
+    image, text = check_features(image_features, text_features, may_be_empty=several)
     n, d = image.shape
     grams = cyclic_statistics(image, text, True, "eager")  # the kernels' 16-bit ones are in tf32
-    ranks = Ranks()
     columns: tuple[Tensor, ...] = (image, text)
-    if group is not None:
-        kind = {"D": d, "dtype": image.dtype, "the device type": image.device.type}
-        ranks = agree(group, "gather", image, True, kind, {})
+    if several:
+        signature = {"D": d, "dtype": image.dtype, "the device type": image.device.type}
+        ranks = check_ranks_agree(ranks, LossOptions(uneven=True), image, signature)
         gathered = start_gather(torch.cat((image, text), dim=1), ranks)
         assert gathered is not None
         columns = finish_gather(gathered, ranks).chunk(2, dim=1)
@@ -76,8 +78,8 @@ def consistency_metrics(
         )
     )
     sums = torch.cat((grams.flatten().to(of_rows.dtype), of_rows))
-    if group is not None:
-        sums = wait(start_all_reduce(sums, "sum", group))
+    if several:
+        sums = wait(start_all_reduce(sums, "sum", ranks))
     total = ranks.total(n)
     gaps = cyclic_terms(sums[:-3].view(3, d, d), [torch.full_like(sums[0], 1 / total**2)] * 2, True)
     uniformity = (sums[-2:] / (total * (total - 1))).log()  # of one row 0 / 0, NaN

@@ -20,10 +20,9 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from cyclip_loss import functional
-from cyclip_loss.distributed import DIST_IMPLS
+from cyclip_loss.checks import PAPER_BATCH_SIZE
 from cyclip_loss.loss import CyCLIPLoss
-from cyclip_loss.warn import PAPER_BATCH_SIZE
+from cyclip_loss.options import DIST_IMPLS, PenaltyOptions
 from cyclip_loss.with_penalty import WithCyclicPenalty
 
 # What OpenCLIP passes to its own loss, and `CyCLIPLoss` keeps.
@@ -43,8 +42,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(parser.format_help(), "\nand open_clip_train's own:\n", sep="\n", flush=True)
         theirs = ["--help"]
     try:
-        functional.check_lambdas(ours.lambda_inmodal, ours.lambda_crossmodal)
-        functional.check_reference_batch_size(ours.reference_batch_size or None)
+        PenaltyOptions(
+            ours.lambda_inmodal,
+            ours.lambda_crossmodal,
+            reference_batch_size=ours.reference_batch_size or None,
+        )
     except ValueError as error:
         parser.error(str(error))
     try:

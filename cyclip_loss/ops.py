@@ -1,12 +1,9 @@
-"""What makes a function an operator of `torch.ops.cyclip_loss`, and which engine computes.
+"""Which engine computes, and what makes a function an operator of `torch.ops.cyclip_loss`.
 
-There are four: `contrastive_lse` and `contrastive_grads` in `exchange.py`, `cyclic_statistics` and
-`cyclic_grads` in `cyclic.py`. To `torch.compile` they are opaque but for the shapes of their
-results, and they have no derivatives: the autograd of the loss is in `contrastive.py` and
-`cyclic.py`.
-
-The engines that they call are `eager.py` and, on CUDA and ROCm, the Triton kernels: two modules
-with the same functions.
+There are two engines, modules with the same functions: `eager.py` and, on CUDA and ROCm, the Triton
+kernels. There are four operators, which call an engine: `contrastive_lse` and `contrastive_grads`
+in `contrastive.py`, `cyclic_statistics` and `cyclic_grads` in `cyclic.py`. `torch.compile` sees the
+shapes of their results only. They have no derivatives; the autograd of the loss is in those files.
 """
 
 import os
@@ -25,8 +22,8 @@ from torch import Tensor
 from torch.library import custom_op
 
 from cyclip_loss import eager
+from cyclip_loss.options import IMPLS
 
-IMPLS = ("auto", "triton", "eager")
 # Of the batch that the kernels are compared with PyTorch on: rows, columns, features.
 CHECK_SIZES = (600, 700, 200)
 # Before Triton 3.9 the kernels do not compile for sm_100, or come out without their products.
@@ -45,14 +42,17 @@ def engine(impl: str, features: Tensor) -> ModuleType:
         ValueError: the kernels were asked for and do not run on the features' device, or
             CYCLIP_LOSS_IMPL is not one of `IMPLS`.
     """
-    impl = auto_impl() if impl == "auto" else impl
+    if impl == "auto":
+        impl = os.environ.get("CYCLIP_LOSS_IMPL") or "auto"
+        if impl not in IMPLS:
+            raise ValueError(f"CYCLIP_LOSS_IMPL must be one of {', '.join(IMPLS)}, got {impl!r}")
     if impl == "eager" or features.dtype == torch.float64 or features.shape[0] == 0:
         return eager
     has_kernels = _has_kernels(features.device)
     if impl == "auto":
         exact = features.dtype == torch.float32 and eager.float32_is_exact()
         if not has_kernels or not (
-            _is_capturing(features) or _kernels_work(features.device, features.dtype, exact)
+            is_capturing(features) or _kernels_work(features.device, features.dtype, exact)
         ):
             return eager
     elif features.is_cuda and not has_kernels:
@@ -71,19 +71,8 @@ def engine(impl: str, features: Tensor) -> ModuleType:
     return kernels
 
 
-def auto_impl() -> str:
-    """What "auto" means: the environment variable CYCLIP_LOSS_IMPL, for scripts one can't change.
-
-    Raises:
-        ValueError: it is set, and not to one of `IMPLS`.
-    """
-    impl = os.environ.get("CYCLIP_LOSS_IMPL") or "auto"
-    if impl not in IMPLS:
-        raise ValueError(f"CYCLIP_LOSS_IMPL must be one of {', '.join(IMPLS)}, got {impl!r}")
-    return impl
-
-
-def _is_capturing(features: Tensor) -> bool:
+def is_capturing(features: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, in which nothing may wait for the device."""
     return features.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
@@ -109,7 +98,7 @@ def _kernels_work(device: torch.device, dtype: torch.dtype, exact: bool) -> bool
             ) from error
     if problem is None:
         return True
-    from cyclip_loss.warn import CyCLIPWarning
+    from cyclip_loss.checks import CyCLIPWarning
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     warnings.warn(
@@ -130,14 +119,13 @@ def disagreement(compute: Any, device: torch.device, dtype: torch.dtype, exact: 
     that are no multiple of a tile, some pairs nearly aligned. exact: as in `_kernels_work`.
     """
     rows, columns, d = CHECK_SIZES
-    first = (columns - rows) // 2
-    # On the CPU, by a generator of its own: the user's random numbers stay as they are.
-    random = torch.randn(
-        rows + columns, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    )
-    image, text = F.normalize(random, dim=1).split((rows, columns))
-    text[first : first + rows : 5] = F.normalize(image[::5] + 0.01 * text[first : first + rows : 5])
-    image, text = image.to(dtype).to(device).double(), text.to(dtype).to(device).double()
+    first, last = (columns - rows) // 2, (columns + rows) // 2
+    # A generator of its own: the user's random numbers stay as they are.
+    generator = torch.Generator("cpu").manual_seed(0)
+    noise = torch.randn(rows + columns, d, generator=generator, dtype=torch.float64, device="cpu")
+    image, text = F.normalize(noise, dim=1).split((rows, columns))
+    text[first:last:5] = F.normalize(image[::5] + 0.01 * text[first:last:5])
+    image, text = (x.to(dtype).to(device).double() for x in (image, text))
     scale, grad = image.new_tensor(20.0), image.new_tensor(1.5)
     bound = 2.0**-14 if dtype == torch.float32 and exact else 2.0**-6
     problems = []
@@ -149,22 +137,24 @@ def disagreement(compute: Any, device: torch.device, dtype: torch.dtype, exact: 
 
     def check(name: str, *arguments: Any) -> Any:
         """The exact results of a function, after comparing those of the engine with them."""
-        expected = getattr(eager, name)(*arguments)
+        expected = exact_results = getattr(eager, name)(*arguments)
         results = getattr(compute, name)(*map(narrow, arguments))
-        for at, (x, y) in enumerate(zip(_listed(results), _listed(expected), strict=True)):
+        if isinstance(results, Tensor):
+            results, expected = [results], [expected]
+        for at, (x, y) in enumerate(zip(results, expected, strict=True)):
             error = ((x - y).abs().max() / y.abs().max()).item()
             if x.shape != y.shape or not error <= bound:
                 problems.append(f"result {at} of {name} is off by {error:.2g} of its largest value")
-        return expected
+        return exact_results
 
     lse = check("contrastive_lse", image, text, scale, first, True)
     column_pairs = lse[1] - 1  # every column has one, as across ranks
-    column_pairs[first : first + rows] = lse[2]
+    column_pairs[first:last] = lse[2]
     pairs = check("pair_terms", *lse, column_pairs, first, 1 / rows)
     for wide in (False, True):
         settings = (1 / rows, first, True, [True] * 3, wide)
         check("contrastive_grads", image, text, scale, *pairs[1:], grad, *settings)
-    text = text[first : first + rows]
+    text = text[first:last]
     for with_cross in (False, True):
         weights = [scale.cpu() / rows, scale.cpu() / (rows << with_cross)]  # without C: equal
         grads = [grad, 2 * grad] if with_cross else [grad]
@@ -172,10 +162,6 @@ def disagreement(compute: Any, device: torch.device, dtype: torch.dtype, exact: 
         check("cyclic_terms", grams, weights, with_cross)
         check("cyclic_grads", image, text, grams, grads, weights, 2, [True, True])
     return "; ".join(problems) or None
-
-
-def _listed(results: Any) -> list[Tensor]:
-    return [results] if isinstance(results, Tensor) else list(results)
 
 
 @lru_cache
@@ -213,17 +199,15 @@ def operator(
     """Make a function the operator `cyclip_loss::<its name>`; its annotations are the schema.
 
     The first argument is a tensor. The function is called by position, with autocast off: the
-    features have the autocast dtype already, logits, sums and gradients must not get it.
+    features have the autocast dtype already, and logits, sums and gradients must not get it.
 
-    A call goes through PyTorch's dispatcher where something is traced (`torch.compile`,
-    `torch.export`, fake tensors) and in grad mode, in which it refuses second derivatives. An
-    ordinary forward and backward pass needs neither and calls the function itself: the dispatcher
-    takes ten times as long (18 and 1.8 microseconds a call).
+    A call goes through PyTorch's dispatcher only where something is traced (`torch.compile`,
+    `torch.export`, fake tensors): it takes ten times as long (18 and 1.8 microseconds a call).
 
     Args:
         shapes: takes what the function takes; returns tensors like its results, of any values.
         gives_gradients: a derivative of the results would be a second derivative of the loss, and
-            is an error. Without it a second backward pass would silently leave the loss out.
+            is an error.
     """
 
     def declare(function: _Function) -> _Function:
@@ -234,19 +218,34 @@ def operator(
 
         traced: Any = custom_op(f"cyclip_loss::{function.__name__}", compute, mutates_args=())
         traced.register_fake(shapes)
-        if gives_gradients:
-            traced.register_autograd(no_second_derivatives)
 
         @wraps(function)
         def call(*arguments: Any) -> Any:
-            tensors = (a for a in arguments if isinstance(a, Tensor))
-            if torch.is_grad_enabled() or is_traced(*tensors):
+            if is_traced(*(a for a in arguments if isinstance(a, Tensor))):
                 return traced(*arguments)
+            if gives_gradients and torch.is_grad_enabled():
+                return FirstDerivativesOnly.apply(compute, *arguments)  # type: ignore[no-untyped-call]
             return compute(*arguments)
 
         return call  # type: ignore[return-value]
 
     return declare
+
+
+class FirstDerivativesOnly(torch.autograd.Function):
+    """Calls a function that gives gradients. Their derivative is an error, not silently 0."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Any], *arguments: Any) -> Any:  # noqa: D102
+        return function(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:  # noqa: D102
+        raise RuntimeError(
+            "cyclip_loss has first derivatives only: its gradients cannot be differentiated again "
+            "(as a gradient penalty or create_graph=True with a second backward would). "
+            "cyclip_loss.reference.cyclip_loss has all derivatives, and N x N matrices"
+        )
 
 
 def is_traced(*tensors: Tensor) -> bool:
@@ -273,15 +272,6 @@ def without_autocast(features: Tensor) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def like(features: Tensor, needed: bool) -> Tensor:
+def empty_grad_like(features: Tensor, needed: bool) -> Tensor:
     """A gradient's shape and dtype; nothing where it is not needed."""
     return features.new_empty(features.shape if needed else (0,))
-
-
-def no_second_derivatives(ctx: Any, *grads: Tensor) -> NoReturn:
-    """The derivative of what gives gradients: an error."""
-    raise RuntimeError(
-        "cyclip_loss has first derivatives only: its gradients cannot be differentiated again "
-        "(as a gradient penalty or create_graph=True with a second backward would). "
-        "cyclip_loss.reference.cyclip_loss has all derivatives, and N x N matrices"
-    )

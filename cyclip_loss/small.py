@@ -1,10 +1,9 @@
 """Autograd of the loss of a batch with few rows for its features: N x N matrices, each made once.
 
 Up to N = 2 D, N x N matrices are not much larger than the features, and take no more flops than
-what avoids them. So the eager engine then keeps G, which `contrastive.py` computes again in
-backward, and W, which `cyclic.py` replaces by Gram matrices. With U = I + T, V = I - T and
-W = U V^T, the rest as in those two files, and a and b what the lambdas weigh a pair with
-(`cyclic.per_pair`, the lambdas over N):
+avoiding them. There the eager engine keeps G, which `contrastive.py` computes again in backward,
+and W, which `cyclic.py` replaces by Gram matrices. With U = I + T, V = I - T and
+W = U V^T, and a and b the lambdas over N (`PenaltyOptions.penalty_weights`):
 
     P_in = (p + q) / (2N),  P_cross = (p - q) / (2N),       p = ||W||_F^2,  q = <W, W^T>_F
     G_ij = exp(l_ij - r_i) + exp(l_ij - c_j),  of a pair less 2
@@ -30,49 +29,37 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cyclip_loss import eager
-from cyclip_loss.cyclic import per_pair
 from cyclip_loss.eager import accumulation_dtype, weighted_penalties
-from cyclip_loss.ops import engine, is_traced, no_second_derivatives, without_autocast
+from cyclip_loss.ops import FirstDerivativesOnly, engine, is_traced, without_autocast
+from cyclip_loss.options import PenaltyOptions
 
 
 def loss_is_small(image_features: Tensor, text_features: Tensor, impl: str) -> bool:
-    """Whether `cyclip_terms` is for these features (N, D), all in one process.
+    """Whether to compute the whole loss of these features (N, D) here, in one process.
 
-    With both terms it takes no more flops up to N = 2 D, with the contrastive one alone fewer
-    always; but memory is to stay O(N D).
+    With both terms this takes no more flops up to N = 2 D, with the contrastive one alone always
+    fewer; but memory has to stay O(N D).
     """
-    if not _computes(image_features, text_features, impl):
-        return False
     n, d = image_features.shape
-    return n <= 2 * d
+    # First what is cheap to ask; traced, N is compared only where the answer counts.
+    return _is_for_here(image_features, text_features, impl) and n <= 2 * d
 
 
 def penalties_are_small(
-    image_features: Tensor,
-    text_features: Tensor,
-    lambda_inmodal: float,
-    lambda_crossmodal: float,
-    separate: bool,
-    impl: str,
+    image_features: Tensor, text_features: Tensor, options: PenaltyOptions, separate: bool
 ) -> bool:
-    """The same for `cyclic_penalties`: up to 4/3 D; to 5/3 D where Gram matrices would need C in
+    """The same for the penalties alone: up to 4/3 D; to 5/3 D where Gram matrices would need C in
     forward, 7/3 D where in backward too.
     """
-    if not _computes(image_features, text_features, impl):
-        return False
-    if lambda_inmodal == 0 and lambda_crossmodal == 0:
+    if not _is_for_here(image_features, text_features, options.impl):
         return False
     n, d = image_features.shape
-    flops_by_grams = 14 if lambda_inmodal != lambda_crossmodal else 10 if separate else 8
-    return 6 * n <= flops_by_grams * d
+    flops_by_grams = (10 if separate else 8) if options.has_equal_lambdas() else 14
+    return options.has_penalties() and 6 * n <= flops_by_grams * d
 
 
-def _computes(image_features: Tensor, text_features: Tensor, impl: str) -> bool:
-    """Whether the eager engine computes, without what is not done here.
-
-    That is an operator, which takes part where something is traced, and the fast products of 16-bit
-    matrices that CUDA has.
-    """
+def _is_for_here(image_features: Tensor, text_features: Tensor, impl: str) -> bool:
+    """Whether the eager engine computes, nothing is traced, and no 16-bit products are faster."""
     return (
         not is_traced(image_features, text_features)
         and not eager.has_wide_products(image_features)
@@ -124,18 +111,14 @@ def _penalties(product: Tensor, weights: tuple[float, float], separate: bool) ->
 
 
 class _Small(torch.autograd.Function):
-    """The terms if `separate`, else (their sum,). Without a logit scale: the penalties alone."""
+    """The terms if `separate`, else (their sum,). Without a logit scale: the penalties alone.
+
+    weights: a and b; grad_mode: of the call, as it is off in here.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | None,
-        weights: tuple[float, float],
-        separate: bool,
-        grad_mode: bool,  # of the call: off in here
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        image_features, text_features, logit_scale, weights, separate, grad_mode = inputs
         dtype = accumulation_dtype(image_features.dtype)
         contrastive = gradient = scale_grad = product = None
         with without_autocast(image_features):
@@ -160,28 +143,26 @@ class _Small(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_terms: Tensor) -> tuple[Tensor | None, ...]:
-        arguments = (*ctx.saved_tensors, ctx.weights, ctx.needs_input_grad, *grad_terms)
-        # Grad mode, here, is create_graph=True.
-        gradients = _gradients_in_grad_mode if torch.is_grad_enabled() else _gradients
-        return (*gradients(*arguments), None, None, None)
+        arguments = (ctx.weights, ctx.needs_input_grad, grad_terms, *ctx.saved_tensors)
+        if torch.is_grad_enabled():  # create_graph=True
+            gradients = FirstDerivativesOnly.apply(_gradients, *arguments)  # type: ignore[no-untyped-call]
+        else:
+            gradients = _gradients(*arguments)
+        return (*gradients, None, None, None)
 
 
 def _gradients(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor | None,
-    gradient: Tensor | None,
-    scale_grad: Tensor | None,
-    product: Tensor | None,
     weights: tuple[float, float],
     needs: tuple[bool, ...],
-    *grad_terms: Tensor,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    grad_terms: tuple[Tensor, ...],
+    *saved: Any,
+) -> tuple[Tensor | None, ...]:
     """dI, dT and ds, each None where not needed, from what `_Small.forward` saved.
 
-    gradient: G / (2N); scale_grad: ds; product: W; weights: a and b; grad_terms: upstream
-    gradients, of each term or of their sum.
+    weights: a and b; grad_terms: upstream gradients, of each term or of their sum.
     """
+    # The last three: G / (2N), ds and W, where they are needed.
+    image_features, text_features, logit_scale, gradient, scale_grad, product = saved
     needs_image, needs_text, needs_scale, *_ = needs
     dtype = accumulation_dtype(image_features.dtype)
     image_grad = text_grad = None
@@ -201,7 +182,7 @@ def _gradients(
             v_grad = both_ways.T @ (image + text)
             image_grad = u_grad + v_grad if needs_image else None
             text_grad = u_grad.sub_(v_grad) if needs_text else None
-        if gradient is not None and logit_scale is not None:
+        if gradient is not None:
             weighted = gradient * (logit_scale * grad_terms[0])
             if needs_image:
                 image_grad = _add_product(image_grad, weighted, text)
@@ -218,62 +199,23 @@ def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     return left @ right if total is None else total.addmm_(left, right)
 
 
-class _GradientsInGradMode(torch.autograd.Function):
-    """`_gradients`, which cannot be differentiated again."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, ...]:
-        return _gradients(*arguments)
-
-    backward = staticmethod(no_second_derivatives)
-
-
 _small: Callable[..., tuple[Tensor, ...]] = _Small.apply
-_gradients_in_grad_mode: Callable[..., tuple[Tensor | None, ...]] = _GradientsInGradMode.apply
 
 
-def cyclip_terms(
+def terms(
     image_features: Tensor,
     text_features: Tensor,
-    logit_scale: Tensor,
-    lambda_inmodal: float,
-    lambda_crossmodal: float,
+    logit_scale: Tensor | None,
+    options: PenaltyOptions,
     separate: bool,
-    reference_batch_size: int | None = None,
 ) -> tuple[Tensor, ...]:
     """The contrastive term and both weighted penalties of checked inputs, or (their sum,).
 
     image_features, text_features: (N, D), row i of one is paired with row i of the other;
-    logit_scale: scalar of the accumulation dtype, exp'd, which the results have too. Of both
-    lambdas 0 nothing is computed. reference_batch_size: as in `cyclic.per_pair`.
+    logit_scale: scalar of the accumulation dtype, exp'd, which the results have too, or None for
+    the penalties alone. With both lambdas 0 no penalty is computed.
     """
-    weights = _weights(lambda_inmodal, lambda_crossmodal, image_features, reference_batch_size)
+    weights = options.penalty_weights(len(image_features))
     return _small(
         image_features, text_features, logit_scale, weights, separate, torch.is_grad_enabled()
     )
-
-
-def _weights(
-    lambda_inmodal: float,
-    lambda_crossmodal: float,
-    image_features: Tensor,
-    reference_batch_size: int | None,
-) -> tuple[float, float]:
-    n = len(image_features)
-    return (
-        float(per_pair(lambda_inmodal, n, reference_batch_size)),
-        float(per_pair(lambda_crossmodal, n, reference_batch_size)),
-    )
-
-
-def cyclic_penalties(
-    image_features: Tensor,
-    text_features: Tensor,
-    lambda_inmodal: float,
-    lambda_crossmodal: float,
-    separate: bool,
-    reference_batch_size: int | None = None,
-) -> tuple[Tensor, ...]:
-    """The penalties alone: `cyclic.cyclic_penalties` for a small batch. One lambda is not 0."""
-    weights = _weights(lambda_inmodal, lambda_crossmodal, image_features, reference_batch_size)
-    return _small(image_features, text_features, None, weights, separate, torch.is_grad_enabled())

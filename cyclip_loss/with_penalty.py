@@ -4,11 +4,8 @@ import inspect
 from typing import Any
 
 from torch import nn
-from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
 
 from cyclip_loss.loss import CyclicPenalty
-from cyclip_loss.warn import NOT_GIVEN, NotGiven
 
 
 class WithCyclicPenalty(CyclicPenalty):
@@ -36,20 +33,9 @@ class WithCyclicPenalty(CyclicPenalty):
         loss: nn.Module,
         lambda_inmodal: float = 0.25,
         lambda_crossmodal: float = 0.25,
-        *,
-        reference_batch_size: int | NotGiven | None = NOT_GIVEN,
-        process_group: ProcessGroup | DeviceMesh | None = None,
-        distributed: bool = True,
-        impl: str = "auto",
+        **options: Any,
     ) -> None:
-        super().__init__(
-            lambda_inmodal,
-            lambda_crossmodal,
-            reference_batch_size=reference_batch_size,
-            process_group=process_group,
-            distributed=distributed,
-            impl=impl,
-        )
+        super().__init__(lambda_inmodal, lambda_crossmodal, **options)
         if not isinstance(loss, nn.Module):
             raise TypeError(f"loss must be a module, got {loss!r}")
         parameters = list(inspect.signature(loss.forward).parameters)

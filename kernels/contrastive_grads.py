@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cyclip_loss.eager import add_product, product
+from cyclip_loss.eager import add_product, matmul
 from cyclip_loss.kernels.configs import SUM, Precision, ceil_div, config_for, launch_on, padded_rows
 from cyclip_loss.kernels.products import product_over_columns, scale_grad_kernel
 from cyclip_loss.kernels.tiles import LN_2, LOG2_E, grouped_tile, halves, tile_product
@@ -230,7 +230,7 @@ def contrastive_grads(
             if needs_image:
                 image_grad = finished(product_over_columns(gradient, text_features, dtype))
             if needs_text:
-                text_grad = product(gradient.T, image_features, dtype)
+                text_grad = matmul(gradient.T, image_features, dtype)
         else:
             if needs_image:
                 image_grad = image.new_empty(image_features.shape, dtype=grad_dtype)

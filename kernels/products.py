@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cyclip_loss.eager import product
+from cyclip_loss.eager import matmul
 from cyclip_loss.kernels.configs import ceil_div
 
 
@@ -36,7 +36,7 @@ CHUNK_COLUMNS = 4096
 
 
 def product_over_columns(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b, (n, m) and (m, D), as `product`, where the sum over m may be much longer than n is.
+    """a b, (n, m) and (m, D), as `matmul`, where the sum over m may be much longer than n is.
 
     A rank's few rows against the columns of all make a dozen output tiles, a tenth of what a GPU
     computes at once. Then chunks of columns are products of their own, added up in one order.
@@ -50,6 +50,6 @@ def product_over_columns(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     ):
         chunks *= 2
     if chunks == 1:
-        return product(a, b, dtype)
+        return matmul(a, b, dtype)
     a_chunks = a.unflatten(1, (chunks, -1)).transpose(0, 1)
-    return product(a_chunks, b.unflatten(0, (chunks, -1)), torch.float32).sum(dim=0).to(dtype)
+    return matmul(a_chunks, b.unflatten(0, (chunks, -1)), torch.float32).sum(dim=0).to(dtype)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from matplotlib import pyplot as plt
 
-from cyclip_loss.warn import PAPER_BATCH_SIZE
+from cyclip_loss.checks import PAPER_BATCH_SIZE
 
 from ..arguments import Parser
 from ..data.emoji import STRESS_STYLES

@@ -99,7 +99,7 @@ def test_falls_back_with_one_warning(function, says, monkeypatch: pytest.MonkeyP
 
 
 def test_not_verified_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_is_capturing", lambda features: True)
+    monkeypatch.setattr(ops, "is_capturing", lambda features: True)
     monkeypatch.setattr(ops, "disagreement", fails)
     assert ops.engine("auto", torch.ones(2, 2)) is kernels
 

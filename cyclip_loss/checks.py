@@ -1,0 +1,168 @@
+"""What the tensors of a call must be: errors for bad ones, warnings for likely mistakes."""
+
+import sys
+import warnings
+from numbers import Real
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cyclip_loss.eager import accumulation_dtype
+from cyclip_loss.ops import autocast_is_on
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+PAPER_LAMBDA, PAPER_BATCH_SIZE = 0.25, 128  # Goel et al. 2022
+# Penalties this many times as strong as the paper's are warned of: at four times, fewer names are
+# found in the icons experiment of reference_train.
+STRONG = 2
+# Rows normalised in bfloat16 differ from length 1 by less than 1 %.
+LENGTH_TOLERANCE = 0.05
+# CLIP's scale starts at 1 / 0.07 = 14.3 and ends at 100. The logarithm of 100 is 4.6.
+LEAST_SCALE = 5.0
+
+_warned: set[str] = set()
+
+
+class CyCLIPWarning(UserWarning):
+    """The category of this package's warnings, for `warnings.filterwarnings`."""
+
+
+def check_features(
+    first: Tensor,
+    second: Tensor,
+    names: tuple[str, str] = ("image_features", "text_features"),
+    may_be_empty: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Two feature tensors (N, D), cast as autocast asks, or an error that names the argument.
+
+    may_be_empty: N = 0 is allowed, as on one of several ranks.
+    """
+    least = 0 if may_be_empty else 1
+    for name, features in zip(names, (first, second)):  # noqa: B905 (PyTorch 2.8 can't trace strict)
+        if not isinstance(features, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(features).__name__}")
+        if features.dtype not in DTYPES:
+            raise TypeError(
+                f"{name} must be float64, float32, bfloat16 or float16, got {features.dtype}"
+            )
+        if features.ndim != 2 or features.shape[0] < least or features.shape[1] == 0:
+            raise ValueError(
+                f"{name} must have shape (N, D) with N >= {least} and D >= 1, "
+                f"got {tuple(features.shape)}"
+            )
+    if second is first:  # torch.compile refuses the same tensor twice
+        second = first.view_as(first)
+    both = " and ".join(names)
+    if first.shape != second.shape:
+        shapes = f"{tuple(first.shape)} and {tuple(second.shape)}"
+        raise ValueError(f"{both} must have the same shape, got {shapes}")
+    if first.device != second.device:
+        devices = f"{first.device} and {second.device}"
+        raise ValueError(f"{both} must be on the same device, got {devices}")
+    first, second = _autocast(first), _autocast(second)
+    if first.dtype != second.dtype:
+        raise TypeError(f"{both} must have the same dtype, got {first.dtype} and {second.dtype}")
+    return first, second
+
+
+def _autocast(features: Tensor) -> Tensor:
+    device_type = features.device.type
+    if features.dtype != torch.float64 and autocast_is_on(device_type):
+        return features.to(torch.get_autocast_dtype(device_type))
+    return features
+
+
+def check_logit_scale(logit_scale: Tensor | float, features: Tensor) -> Tensor:
+    """logit_scale as a 0-dim tensor of the accumulation dtype on the features' device."""
+    dtype = accumulation_dtype(features.dtype)
+    if not isinstance(logit_scale, Tensor):
+        if isinstance(logit_scale, bool) or not isinstance(logit_scale, Real):
+            raise TypeError(
+                f"logit_scale must be a scalar tensor or a number, got {type(logit_scale).__name__}"
+            )
+        # A product: torch.compile would make the number that fills a tensor a constant.
+        return features.new_ones((), dtype=dtype) * float(logit_scale)
+    if logit_scale.numel() != 1:
+        raise ValueError(f"logit_scale must have one element, got shape {tuple(logit_scale.shape)}")
+    if not logit_scale.is_floating_point():
+        raise TypeError(f"logit_scale must be a floating-point tensor, got {logit_scale.dtype}")
+    # As in PyTorch's own arithmetic, a 0-dim CPU tensor goes with features on any device.
+    if logit_scale.device != features.device and (
+        logit_scale.device.type != "cpu" or logit_scale.ndim != 0
+    ):
+        raise ValueError(
+            f"logit_scale must be on the features' device {features.device}, "
+            f"got {logit_scale.device}"
+        )
+    return logit_scale.reshape(()).to(device=features.device, dtype=dtype)
+
+
+def zero_of_bias(logit_bias: Tensor | float, loss: Tensor) -> Tensor:
+    """0, attached to the bias: DistributedDataParallel wants a gradient for every parameter."""
+    if isinstance(logit_bias, bool) or not isinstance(logit_bias, (Tensor, Real)):
+        hint = ": pass output_dict by keyword" if isinstance(logit_bias, bool) else ""
+        raise TypeError(f"logit_bias must be a tensor, a number or None, got {logit_bias!r}{hint}")
+    bias = torch.as_tensor(logit_bias)
+    if bias.numel() != 1:
+        raise ValueError(f"logit_bias must have one element, got shape {tuple(bias.shape)}")
+    return (bias.reshape(()) * 0).to(loss)
+
+
+def warn_once(subject: str, text: str) -> None:
+    """Warn, once in a process and, across ranks, on rank 0 only, of the user's line."""
+    if subject in _warned or (dist.is_available() and dist.is_initialized() and dist.get_rank()):
+        return
+    _warned.add(subject)
+    level, frame = 1, sys._getframe(0)
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in _NOT_THE_USERS:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, CyCLIPWarning, stacklevel=level)
+
+
+_NOT_THE_USERS = ("cyclip_loss", "torch")
+
+
+def warn_of_strong_penalties(weight: float, n: int) -> None:
+    """Warn if lambda * N, to which the penalties grow, is far from the paper's 0.25 * 128.
+
+    weight: the larger lambda; n: N, the rows of the global batch.
+    """
+    times = weight * n / (PAPER_LAMBDA * PAPER_BATCH_SIZE)
+    if times > STRONG:
+        warn_once(
+            "strong penalties",
+            f"lambda = {weight:g} in a batch of {n} is {times:.3g} times as strong as the paper's "
+            f"{PAPER_LAMBDA} in a batch of {PAPER_BATCH_SIZE}: the penalties grow with the batch. "
+            f"With reference_batch_size={PAPER_BATCH_SIZE} a lambda means the same at every batch "
+            "size. If the paper's formula is what you want: warnings.filterwarnings('ignore', "
+            "category=cyclip_loss.CyCLIPWarning)",
+        )
+
+
+def warn_of_unusual_inputs(image: Tensor, text: Tensor, logit_scale: Tensor | float) -> None:
+    """Warn of rows that are not of unit length, and of a scale that looks like a logarithm.
+
+    image, text: (n, D), n >= 1, checked. Waits for the device.
+    """
+    dtype = accumulation_dtype(image.dtype)
+    lengths = torch.cat(
+        [torch.linalg.vector_norm(rows.detach(), dim=1, dtype=dtype) for rows in (image, text)]
+    )
+    shortest, longest = torch.stack(lengths.aminmax()).tolist()
+    # Written so that NaN warns of nothing.
+    if shortest < 1 - LENGTH_TOLERANCE or longest > 1 + LENGTH_TOLERANCE:
+        warn_once(
+            "lengths",
+            f"the rows of the features have lengths from {shortest:.3g} to {longest:.3g}; the loss "
+            "expects rows of unit length and does not normalise them: "
+            "torch.nn.functional.normalize(features, dim=-1)",
+        )
+    scale = float(logit_scale.detach() if isinstance(logit_scale, Tensor) else logit_scale)
+    if scale < LEAST_SCALE:
+        warn_once(
+            "scale",
+            f"logit_scale is {scale:.3g}, where CLIP's is from 14.3 to 100. If it is a logarithm, "
+            "as the parameter of CLIP's models is, pass logit_scale.exp()",
+        )

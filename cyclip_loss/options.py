@@ -1,0 +1,103 @@
+"""The options that the modules and the functions share: names, defaults and checks, once.
+
+`cyclip_loss.CyCLIPLoss` documents each of them.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+from numbers import Integral, Real
+from typing import Any
+
+from torch.distributed import ProcessGroup
+
+IMPLS = ("auto", "triton", "eager")
+DIST_IMPLS = ("gather", "ring")
+
+
+@dataclass(eq=False, repr=False)
+class PenaltyOptions:
+    """The options of the penalties. Each is checked when it is set, and may be set at any time."""
+
+    lambda_inmodal: float = 0.25
+    lambda_crossmodal: float = 0.25
+    _: KW_ONLY
+    reference_batch_size: int | None = None
+    process_group: ProcessGroup | None = None
+    distributed: bool = True
+    impl: str = "auto"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _CHECKS:
+            value = _CHECKS[name](name, value)
+        if name == "reference_batch_size":
+            # torch.compile treats an integer attribute as a constant, and a float as an input.
+            super().__setattr__("_reference", None if value is None else float(value))
+        super().__setattr__(name, value)
+
+    def has_penalties(self) -> bool:
+        """Whether a lambda is not 0. (torch.compile would make a number compared by == static.)"""
+        return self.lambda_inmodal > 0 or self.lambda_crossmodal > 0
+
+    def has_equal_lambdas(self) -> bool:
+        """Whether both penalties have the same weight."""
+        return not (
+            self.lambda_inmodal < self.lambda_crossmodal
+            or self.lambda_inmodal > self.lambda_crossmodal
+        )
+
+    def penalty_weights(self, n: Any) -> tuple[Any, Any]:
+        """What the lambdas weigh the sums over all pairs of N rows with.
+
+        lambda / N is the paper's formula; with a reference batch size R it is lambda * R / N^2.
+        n: N, a number or a tensor.
+        """
+        reference: float | None = self._reference  # type: ignore[attr-defined]
+        per_pair = 1 / n if reference is None else reference / (n * n)
+        return self.lambda_inmodal * per_pair, self.lambda_crossmodal * per_pair
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class LossOptions(PenaltyOptions):
+    """The options of the whole loss."""
+
+    dist_impl: str = "gather"
+    uneven: bool = False
+
+
+def _weight(name: str, value: Any) -> float:
+    # bool: ClipLoss(False, True) passes local_loss and gather_with_grad, which must not become
+    # weights.
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number >= 0, got {value!r}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
+    return float(value)  # of one type, so that torch.compile sees only a new value
+
+
+def _batch_size(name: str, value: Any) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer >= 1 or None, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be >= 1, got {value}")
+    return value  # type: ignore[return-value]
+
+
+def _one_of(choices: tuple[str, ...]) -> Callable[[str, Any], str]:
+    def check(name: str, value: Any) -> str:
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        return value  # type: ignore[no-any-return]
+
+    return check
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "lambda_inmodal": _weight,
+    "lambda_crossmodal": _weight,
+    "reference_batch_size": _batch_size,
+    "impl": _one_of(IMPLS),
+    "dist_impl": _one_of(DIST_IMPLS),
+}
