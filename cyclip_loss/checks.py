@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cyclip_loss.eager import accumulation_dtype
 from cyclip_loss.ops import autocast_is_on
+from cyclip_loss.options import PenaltyOptions
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -124,11 +125,15 @@ def warn_once(subject: str, text: str) -> None:
 _NOT_THE_USERS = ("cyclip_loss", "torch")
 
 
-def warn_of_strong_penalties(weight: float, n: int) -> None:
+def warn_of_strong_penalties(options: PenaltyOptions, n: int) -> None:
     """Warn if lambda * N, to which the penalties grow, is far from the paper's 0.25 * 128.
 
-    weight: the larger lambda; n: N, the rows of the global batch.
+    n: N, the rows of the global batch. Not while `torch.compile` traces: what it compiles would
+    depend on N.
     """
+    if torch.compiler.is_compiling() or options.reference_batch_size is not None:
+        return
+    weight = max(options.lambda_inmodal, options.lambda_crossmodal)
     times = weight * n / (PAPER_LAMBDA * PAPER_BATCH_SIZE)
     if times > STRONG:
         warn_once(

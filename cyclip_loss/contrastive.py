@@ -5,9 +5,8 @@ With l_ij = s * I_i . T_j, r_i and c_j the log-sum-exps of the rows and columns 
     symmetric   L = 1/(2N) * (sum_i r_i + sum_j c_j - 2 * sum_i l_ii)     (Goel et al. 2022, eq. 1)
     one way     L = 1/N * (sum_i r_i - sum_i l_ii)
 
-For a confidently matched pair l_ii is close to r_i, and its gradient has exp(l_ii - r_i) - 1: both
-differences would lose all digits. So the sums are over *negatives*: a_i is the log-sum-exp of row i
-without its pair, b_j that of column j.
+For a confidently matched pair, r_i - l_ii and exp(l_ii - r_i) - 1 would lose all digits. So the
+sums are over *negatives*: a_i is the log-sum-exp of row i without its pair, b_j that of column j.
 
     r_i - l_ii            = log(1 + exp(a_i - l_ii))
     exp(l_ii - r_i) - 1   = -1 / (1 + exp(l_ii - a_i))
@@ -15,22 +14,16 @@ without its pair, b_j that of column j.
 Vectors of N cross from forward to backward, no matrix. Backward computes the logits again: 8 N^2 D
 flops in all where dense autograd takes 6.
 
-How the columns reach the rows is one of three ways, which agree to rounding. With n rows on each of
-W ranks, N = W n:
+With n rows on each of W ranks, N = W n, the columns reach the rows in one of three ways:
 
     alone   one process: its columns are all of them
     gather  all-gather of the text features (N, D); all-reduces of the maxima and pair logits of N
             columns, and of their sums; in backward, reduce-scatter of the text gradients (N, D)
-    ring    W - 1 times a block of n text rows is sent to the next rank while the current block is
-            multiplied. What ranks add to a block, column log-sum-exps or gradients, follows one
-            step behind it, and a W-th step returns that to its owner. O(n D) memory per rank.
+    ring    blocks of n text rows go from rank to rank (`_ring`); O(n D) memory per rank
 
-Gradients are summed across ranks in the accumulation dtype, as 16-bit sums over many ranks would
-not be accurate.
-
-All communication is inside the operators, where `torch.compile` neither sees nor moves it. Traced,
-a ring would keep every block it received for backward, N x D in all, and a rank without rows would
-drop collectives whose results it does not use.
+Gradients are summed across ranks in the accumulation dtype. All communication is inside the
+operators, where `torch.compile` neither sees nor moves it: traced, a ring would keep every block
+for backward, and a rank without rows would drop collectives whose results it does not use.
 """
 
 from collections.abc import Callable
@@ -94,15 +87,11 @@ def contrastive_lse(
     group_name: str,
     all_rows: list[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The contrastive loss of the global batch, and what its gradients are made of.
+    """The contrastive loss of the global batch, and what backward needs, as in `eager.pair_terms`.
 
     image_features: (n, D), this rank's; columns: its text features (n, D) or, gathered, those of
     all ranks (N, D); logit_scale: scalar of the accumulation dtype; the last three:
     `Ranks.to_op_args`.
-
-    Returns the loss; row_lse (n,), the log-sum-exps of all logits of this rank's rows; column_lse,
-    those of `columns`, empty if not `symmetric`; and pair_gradient (n,), the pairs' part of G
-    (`eager.contrastive_grads`).
     """
     ranks = Ranks.from_op_args(dist_impl, group_name, all_rows)
     compute = engine(impl, image_features)
@@ -218,9 +207,8 @@ def contrastive_grads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of this rank's image and text features, (n, D), and its part of the scale's.
 
-    The first six arguments as `contrastive_lse` took and returned them; grad: scalar, the upstream
-    gradient; needs: which of the three are needed, the others are empty. Across W ranks they are
-    W times the gradients of the global loss, because DDP averages.
+    grad: scalar, the upstream gradient; needs: which of the three are needed, the others are empty.
+    Across W ranks they are W times the gradients of the global loss, because DDP averages.
     """
     ranks = Ranks.from_op_args(dist_impl, group_name, all_rows)
     compute = engine(impl, image_features)

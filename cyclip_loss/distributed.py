@@ -1,8 +1,7 @@
 """The loss across ranks: which ranks share a batch, what they must agree on, and the collectives.
 
-They are torch.distributed's functional collectives, and sends for the ring: they start at once, and
-the wait is where the result is needed. They work with any backend and group. Nothing here
-initialises a process group.
+torch.distributed's functional collectives, and sends for the ring, start at once; the wait is where
+the result is needed. Nothing here initialises a process group.
 
 Gradients follow DDP's convention: each rank's are W times the gradients of the global loss with
 respect to its own features, so that their average is what one process on the whole batch would get.
@@ -10,7 +9,7 @@ respect to its own features, so that their average is what one process on the wh
 
 from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -57,11 +56,7 @@ class Ranks:
 
         c10d: Any = distributed_c10d
         ranks = ranks_of(c10d._resolve_process_group(group_name))
-        return ranks.sharing(dist_impl, None if rows is None else tuple(rows))
-
-    def sharing(self, dist_impl: str, rows: tuple[int, ...] | None) -> "Ranks":
-        """The same ranks, for which these two are known."""
-        return Ranks(self.group, self.rank, self.size, dist_impl, rows)
+        return replace(ranks, dist_impl=dist_impl, rows=None if rows is None else tuple(rows))
 
     def count(self, rank: int, n: int) -> int:
         """The rows of a rank."""
@@ -113,11 +108,10 @@ def check_ranks_agree(
     """Who shares the batch of this call, after comparing with the other ranks what has to fit.
 
     Ranks compare in the first call with a signature, for which the host waits, and with `uneven` in
-    every call. After that they trust each other to hold equal numbers of rows, as every collective
-    of torch.distributed trusts its callers. While `torch.compile` traces, nothing is compared.
+    every call. Otherwise they trust each other to hold equal numbers of rows. While `torch.compile`
+    traces, nothing is compared.
 
-    features: this rank's, (n, D), whose rows are counted; signature: what decides which collectives
-    run, by name. The weights are compared too, but another weight makes no other signature.
+    features: this rank's, (n, D); signature: what decides which collectives run, by name.
 
     Raises:
         ValueError: on every rank, with all that is not the same on every rank, or if there are no
@@ -131,7 +125,7 @@ def check_ranks_agree(
     if not uneven and (is_compiling or key in agreed):
         if rows == 0:
             raise ValueError("image_features and text_features have 0 rows: that needs uneven=True")
-        return ranks.sharing(options.dist_impl, None)
+        return replace(ranks, dist_impl=options.dist_impl)
 
     weights = ("lambda_inmodal", "lambda_crossmodal", "reference_batch_size")
     own = {**signature, **{name: getattr(options, name) for name in weights}}
@@ -155,7 +149,7 @@ def check_ranks_agree(
     if sum(all_rows) == 0:
         raise ValueError("the global batch is empty: every rank's features have 0 rows")
     agreed.add(key)
-    return ranks.sharing(options.dist_impl, None if even else all_rows)
+    return replace(ranks, dist_impl=options.dist_impl, rows=None if even else all_rows)
 
 
 def _exchange(own: dict[str, Any], ranks: Ranks, device: torch.device) -> list[dict[str, Any]]:
@@ -199,8 +193,7 @@ def start_all_reduce(tensor: Tensor, op: str, ranks: Ranks) -> Tensor:
 def log_sum_exp(values: Tensor, pair_logits: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """Across ranks: the log-sum-exp of each of N values, and the pair logits of all N columns.
 
-    values: (N,); pair_logits: (n,), of this rank's columns. All-reduces of the maxima, with which
-    the pair logits travel, and of the sums relative to them.
+    values: (N,); pair_logits: (n,), of this rank's columns, which travel with the maxima.
     """
     placed = torch.full_like(values, -torch.inf)
     start = ranks.first_row(ranks.rank, pair_logits.shape[0])

@@ -1,12 +1,11 @@
 """The engine in PyTorch, with bounded memory: for CPU, MPS and CUDA without Triton.
 
-Everything is computed strip by strip: a strip is a block of rows against all columns. Products
-accumulate in float32 (float64 for float64 features). 16-bit features are widened first, so their
-products are exact. On CUDA they are multiplied as they are, with a float32 result, which is as
-exact and many times as fast, but for what G loses when it is rounded to 16 bits.
+Everything is computed in strips: blocks of rows against all columns. Products accumulate in float32
+(float64 for float64 features). 16-bit features are widened first, so their products are exact. On
+CUDA they are multiplied as they are, with a float32 result: as exact, except that G is rounded to
+16 bits, and many times as fast.
 
-Notation as in the formulas: I, T are `image_features` (n, D) and `text_features` (m, D); s is
-`logit_scale`; l_ij = s * I_i . T_j.
+I, T are `image_features` (n, D) and `text_features` (m, D); l_ij = logit_scale * I_i . T_j.
 """
 
 from typing import Any
@@ -94,15 +93,15 @@ def _strips(rows: int, height: int) -> list[tuple[int, int]]:
     return [(start, min(start + height, rows)) for start in range(0, rows, max(height, 1))]
 
 
-def _pairs_in_strip(start: int, stop: int, first_column: int, columns: int) -> tuple[int, int, int]:
-    """The stretch of the diagonal that lies in rows start..stop.
+def _pairs(strip: Tensor, start: int, first_column: int) -> tuple[Tensor, slice]:
+    """The pairs of a strip that begins with row `start`, as a view, and their rows.
 
-    Row i is paired with column first_column + i, if there is one. Returns `Tensor.diagonal`'s
-    offset within the strip, and the first and the end of the rows that have a partner.
+    Row i is paired with column first_column + i, if there is one.
     """
-    low = max(start, -first_column)
-    high = min(stop, columns - first_column)
-    return first_column + start, low, max(low, high)
+    offset = first_column + start
+    pairs = strip.diagonal(offset)
+    low = start + max(0, -offset)
+    return pairs, slice(low, low + len(pairs))
 
 
 def contrastive_lse(
@@ -115,12 +114,11 @@ def contrastive_lse(
     """Log-sum-exps of the negatives of each row and column, and the pairs' logits, in one sweep.
 
     image_features: (n, D); text_features: (m, D); logit_scale: scalar of the accumulation dtype.
-    Row i is paired with column `first_column + i`; the negatives of a row or column are all its
-    logits but its pair's.
+    Row i is paired with column `first_column + i`; its negatives are all other columns.
 
-    Returns row_negatives (n,), column_negatives (m,) and pair_logits (n,), in the accumulation
-    dtype. Without `symmetric`, column_negatives is empty. Where there is no negative, its
-    log-sum-exp is -inf; a row without a partner has pair logit 0.
+    Returns row_negatives (n,), column_negatives (m,), empty unless `symmetric`, and pair_logits
+    (n,), in the accumulation dtype. Without negatives the log-sum-exp is -inf; a row without a
+    partner has pair logit 0.
     """
     n, m = len(image_features), len(text_features)
     dtype = accumulation_dtype(image_features.dtype)
@@ -139,11 +137,9 @@ def contrastive_lse(
     for start, stop in _strips(n, height):
         logits, exps = logits_buffer[: stop - start], exp_buffer[: stop - start]
         _logits(image_features[start:stop].to(factor_dtype), text_t, logit_scale, logits)
-        offset, low, high = _pairs_in_strip(start, stop, first_column, m)
-        if high > low:
-            diagonal = logits.diagonal(offset)[: high - low]
-            pair_logits[low:high] = diagonal
-            diagonal.fill_(-torch.inf)
+        pairs, rows = _pairs(logits, start, first_column)
+        pair_logits[rows] = pairs
+        pairs.fill_(-torch.inf)
         row_max = logits.amax(dim=1, keepdim=True).clamp_(min=lowest)
         torch.sub(logits, row_max, out=exps).exp_()
         row_negatives[start:stop] = exps.sum(dim=1).log_().add_(row_max[:, 0])
@@ -166,12 +162,11 @@ def pair_terms(
     """What the pairs add to the log-sum-exps of their rows' and columns' negatives.
 
     row_negatives, pair_logits: (n,); column_negatives, column_pair_logits: (m,), of all columns, of
-    which row i's own is `first_column + i`. No column_negatives: only the rows count.
+    which row i's own is `first_column + i`. Empty column_negatives: only the rows count.
 
-    Returns a scalar, weight * the sum over rows, and over their own columns, of log-sum-exp less
-    pair logit; row_lse (n,) and column_lse (m,), log-sum-exps with the pairs; and pair_gradient
-    (n,), the sum of exp(pair logit - log-sum-exp) - 1 for row and column. The formulas, in which no
-    difference of large numbers occurs, are in `contrastive.py`.
+    Returns weight * the sum over rows, and over their own columns, of log-sum-exp - pair logit;
+    row_lse (n,) and column_lse (m,), log-sum-exps with the pairs; and pair_gradient (n,), the sum
+    of exp(pair logit - log-sum-exp) - 1 for row and column. The formulas are in `contrastive.py`.
     """
     negatives = row_negatives[None]
     column_lse = column_negatives
@@ -205,18 +200,17 @@ def contrastive_grads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of w * (sum_i row_lse_i + sum_j column_lse_j - 2 * sum_i pair_logits_i).
 
-    row_lse, column_lse: log-sum-exps of all logits of a row or column, of all ranks', its pair's
-    among them; w = grad * weight. With G_ij = pair_gradient_i if j is i's partner, else
+    row_lse, column_lse: log-sum-exps of all logits of a row or column, of all ranks', pairs
+    included; w = grad * weight. With G_ij = pair_gradient_i if j is i's partner, else
 
         G_ij = exp(l_ij - row_lse_i) + exp(l_ij - column_lse_j)
         dI = w * s * G T,   dT = w * s * G^T I,   ds = w * sum_ij G_ij (I_i . T_j)
 
     Without `symmetric` the columns' terms are left out.
 
-    pair_gradient: (n,), as `pair_terms` gives it; grad: scalar of the accumulation dtype; needs:
-    which of the three are needed. Shapes as in `contrastive_lse`. Returns dI (n, D) and dT (m, D)
-    in the features' dtype or, if `wide`, in the accumulation dtype (for sums over ranks), empty
-    where not needed, and ds as a scalar, 0 if not needed.
+    pair_gradient: (n,), from `pair_terms`; grad: scalar of the accumulation dtype; needs: which of
+    the three are needed. Returns dI (n, D) and dT (m, D) in the features' dtype or, if `wide`, in
+    the accumulation dtype (for sums across ranks), empty where not needed; and ds, a scalar.
     """
     needs_image, needs_text, needs_scale = needs
     n, m = len(image_features), len(text_features)
@@ -243,9 +237,8 @@ def contrastive_grads(
         torch.sub(logits, row_lse[start:stop, None], out=gradient).exp_()
         if symmetric:
             gradient.add_(logits.sub_(column_lse).exp_())
-        offset, low, high = _pairs_in_strip(start, stop, first_column, m)
-        if high > low:
-            gradient.diagonal(offset)[: high - low] = pair_gradient[low:high]
+        pairs, rows = _pairs(gradient, start, first_column)
+        pairs.copy_(pair_gradient[rows])
         if factor_dtype != dtype:
             gradient = gradient.mul_(2.0**shift).to(factor_dtype)
         # sum_ij G_ij (I_i . T_j) is sum_i I_i . (G T)_i and sum_j T_j . (G^T I)_j: a feature
@@ -265,13 +258,10 @@ def contrastive_grads(
 
 
 def cyclic_statistics(image_features: Tensor, text_features: Tensor, with_cross: bool) -> Tensor:
-    """What both cyclic penalties and their gradients are made of, with U = I + T, V = I - T.
+    """The Gram matrices A = U^T U, B = V^T V and, if `with_cross`, C = V^T U: (2 or 3, D, D).
 
-    The Gram matrices A = U^T U, B = V^T V and, if `with_cross`, C = V^T U, stacked to shape
-    (2 or 3, D, D).
-
-    U and V are formed in the accumulation dtype from the features as they came: V is small for
-    well-aligned pairs, and a difference of rounded numbers would lose it.
+    U = I + T and V = I - T are formed in the accumulation dtype, before anything is rounded: V is
+    small for well-aligned pairs, and a difference of rounded numbers would lose it.
     """
     dtype = accumulation_dtype(image_features.dtype)
     n, d = image_features.shape
@@ -291,10 +281,8 @@ def cyclic_terms(grams: Tensor, weights: list[Tensor], separate: bool) -> list[T
 
         p = <A, B>_F,  q = <C, C^T>_F,  N * P_in = (p + q) / 2,  N * P_cross = (p - q) / 2
 
-    weights: of N * P_in and of N * P_cross, scalars on the features' device or on the CPU. Without
-    C they are known to be equal, and the sum of the two does without q.
-
-    Returns both if `separate`, else [their sum]: scalars.
+    weights: of N * P_in and of N * P_cross, scalars on the features' device or on the CPU; without
+    C they are equal, and the sum does without q. Returns both if `separate`, else [their sum].
     """
     p = (grams[0] * grams[1]).sum()
     q = (grams[2] * grams[2].T).sum() if len(grams) == 3 else None
@@ -304,10 +292,7 @@ def cyclic_terms(grams: Tensor, weights: list[Tensor], separate: bool) -> list[T
 def weighted_penalties(
     p: Tensor, q: Tensor | None, weights: list[Any], separate: bool
 ) -> list[Tensor]:
-    """`cyclic_terms` from p and q, the latter not needed for the sum with equal weights.
-
-    weights: tensors or numbers.
-    """
+    """`cyclic_terms` from p and q. weights: tensors or numbers."""
     if q is None:
         # Both weights are read, so that torch.compile makes both inputs of what it compiles.
         terms = [p * ((weights[0] + weights[1]) / 2)]
@@ -336,9 +321,8 @@ def cyclic_grads(
         dU = (a+b) U B + (a-b) V C^T        dI = dU + dV
         dV = (a+b) V A + (a-b) U C          dT = dU - dV
 
-    grams, weights: as `cyclic_terms` took them; without C, a = b is known.
-
-    Returns dI and dT, (N, D) in the features' dtype, empty where `needs` says not needed.
+    grams, weights: as in `cyclic_terms`; without C, a = b. Returns dI and dT, (N, D) in the
+    features' dtype, empty where not needed.
     """
     needs_image, needs_text = needs
     dtype = accumulation_dtype(image_features.dtype)

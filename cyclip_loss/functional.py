@@ -41,6 +41,7 @@ from cyclip_loss.checks import (
 from cyclip_loss.distributed import Ranks, check_ranks_agree, ranks_of, start_gather
 from cyclip_loss.options import LossOptions, PenaltyOptions
 
+CYCLIC_TERMS = ("inmodal_cyclic_loss", "crossmodal_cyclic_loss")
 _Terms = dict[str, Tensor]
 
 
@@ -86,8 +87,8 @@ def penalty_with(
     else:
         started = cyclic.start_penalties(*pair, options, ranks)
         terms = cyclic.penalties(*pair, options, output_dict, started, ranks.size)
-    _warn_if_strong(options, ranks.total(pair[0].shape[0]))
-    return _named(terms, CYCLIC_TERMS) if output_dict else terms[0]
+    warn_of_strong_penalties(options, ranks.total(pair[0].shape[0]))
+    return dict(zip(CYCLIC_TERMS, terms)) if output_dict else terms[0]  # noqa: B905
 
 
 @overload
@@ -179,23 +180,10 @@ def loss_with(
             loss = (loss + (losses[1] + losses[2]) / 2) / 2
     if logit_bias is not None:
         loss = loss + zero_of_bias(logit_bias, loss)
-    _warn_if_strong(options, ranks.total(pair[0].shape[0]))
+    warn_of_strong_penalties(options, ranks.total(pair[0].shape[0]))
     if output_dict:
-        return _named((loss, *penalties), ("contrastive_loss", *CYCLIC_TERMS))
+        return {"contrastive_loss": loss, **dict(zip(CYCLIC_TERMS, penalties))}  # noqa: B905
     return sum(penalties, loss)
-
-
-CYCLIC_TERMS = ("inmodal_cyclic_loss", "crossmodal_cyclic_loss")
-
-
-def _named(terms: tuple[Tensor, ...], names: tuple[str, ...]) -> dict[str, Tensor]:
-    return dict(zip(names, terms))  # noqa: B905
-
-
-def _warn_if_strong(options: PenaltyOptions, n: int) -> None:
-    # Traced, what is compiled would depend on N.
-    if not torch.compiler.is_compiling() and options.reference_batch_size is None:
-        warn_of_strong_penalties(max(options.lambda_inmodal, options.lambda_crossmodal), n)
 
 
 def collective_signature(

@@ -76,12 +76,11 @@ class CyCLIPLoss(LossOptions, _Module):
             the global batch, so that a lambda means the same at every batch size: with 128, what it
             means in the paper's experiments. None: the paper's formula, whose penalties grow with
             N. ("Which λ", docs/lambda.md, has a table.)
-        local_loss, gather_with_grad: kept as attributes, as in OpenCLIP, without effect. There they
-            choose what each rank computes and how its gradients are scaled; here the result is
-            always the exact one.
-        cache_labels: kept, without effect: there are no labels to cache.
-        rank, world_size: kept, as OpenCLIP passes them. The process group's are used. A rank of 1
-            or more and a world size of 2 or more are compared with them in the first call.
+        local_loss, gather_with_grad, cache_labels: OpenCLIP's, kept as attributes without effect.
+            There they choose what each rank computes and how its gradients are scaled; here the
+            result is always the exact one.
+        rank, world_size: OpenCLIP's, kept. The process group's are used; if others were given, the
+            first call raises.
         use_horovod: must be False.
         process_group: the ranks that share a batch, over nccl or gloo. None: the default group, as
             in DDP, if torch.distributed is initialised by the time of the call; it is never
@@ -99,20 +98,18 @@ class CyCLIPLoss(LossOptions, _Module):
 
     All of them are attributes that may be set between calls, also of a compiled loss.
 
-    Across ranks every rank must call the loss, with the same options. Each gets the loss of the
-    global batch. Gradients averaged over ranks, as DDP and FSDP average them, are those of one
-    process on the whole batch, for the parameters and for the logit scale. What the loss is
-    multiplied by before `backward` has to be the same on every rank. The first call with a given
-    configuration verifies that all ranks agree. docs/distributed.md lists the collectives.
+    Across ranks, every rank must call the loss, with the same options; each gets the loss of the
+    global batch. Gradients averaged across ranks, as DDP and FSDP average them, are those of one
+    process on the whole batch. The first call with a given configuration verifies that all ranks
+    agree. docs/distributed.md has the details, and lists the collectives.
 
     Likely mistakes emit a `CyCLIPWarning`, once in a process, on rank 0: penalties more than twice
-    as strong as the paper's without `reference_batch_size`; and, in a module's first call, features
+    as strong as the paper's without `reference_batch_size`; in a module's first call, features
     whose rows are not of unit length, or a logit scale below 5, as its logarithm would be.
 
     Raises:
-        TypeError: a lambda is no number, or `reference_batch_size` no integer. A bool is refused:
-            `ClipLoss(True, True)` passes `local_loss` and `gather_with_grad` by position, and they
-            must not become weights.
+        TypeError: a lambda is no number (a bool is none: `ClipLoss(True, True)` passes `local_loss`
+            and `gather_with_grad` by position), or `reference_batch_size` no integer.
         ValueError: an option has a bad value. When called: `rank` or `world_size` is not the
             process group's; or, on every rank and with all that differs, ranks do not agree.
     """
@@ -140,12 +137,7 @@ class CyCLIPLoss(LossOptions, _Module):
         augmented_image_features: Tensor | None = None,
         augmented_text_features: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        """The loss, or with `output_dict` its terms, which sum to it (`ClipLoss` has but one).
-
-        image_features, text_features: (N, D), rows of unit length, across ranks this rank's;
-        logit_scale: scalar, exp'd. Everything else, and the errors raised, as in
-        `cyclip_loss.functional`.
-        """
+        """The loss, or with `output_dict` its terms, as `functional.cyclip_loss`."""
         if not is_traced(image_features) and not self._inputs_checked:
             self._check_rank()
         loss = functional.loss_with(
@@ -182,11 +174,7 @@ class CyclicPenalty(_Module):
     def forward(
         self, image_features: Tensor, text_features: Tensor, output_dict: bool = False
     ) -> Tensor | dict[str, Tensor]:
-        """The penalty, or with `output_dict` its two terms, which sum to it.
-
-        image_features, text_features: (N, D), rows of unit length. Errors as in
-        `cyclip_loss.functional`.
-        """
+        """The penalty, or with `output_dict` its two terms. As `functional.cyclic_penalty`."""
         penalty = functional.penalty_with(self, image_features, text_features, output_dict)
         self.check_inputs_once(image_features, text_features)
         return penalty

@@ -4,17 +4,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from cyclip_loss import distributed as across
 from cyclip_loss.checks import check_features
 from cyclip_loss.cyclic import cyclic_statistics
-from cyclip_loss.distributed import (
-    Ranks,
-    check_ranks_agree,
-    finish_gather,
-    ranks_of,
-    start_all_reduce,
-    start_gather,
-    wait,
-)
 from cyclip_loss.eager import cyclic_terms, strip_rows
 from cyclip_loss.options import LossOptions
 
@@ -54,9 +46,9 @@ def consistency_metrics(
     Raises:
         TypeError, ValueError: as `cyclip_loss.functional`.
     """
-    ranks = Ranks()
+    ranks = across.Ranks()
     if distributed or process_group is not None:
-        ranks = ranks_of(process_group)
+        ranks = across.ranks_of(process_group)
     several = ranks.size > 1
     image, text = check_features(image_features, text_features, may_be_empty=several)
     n, d = image.shape
@@ -64,10 +56,10 @@ def consistency_metrics(
     columns: tuple[Tensor, ...] = (image, text)
     if several:
         signature = {"D": d, "dtype": image.dtype, "the device type": image.device.type}
-        ranks = check_ranks_agree(ranks, LossOptions(uneven=True), image, signature)
-        gathered = start_gather(torch.cat((image, text), dim=1), ranks)
+        ranks = across.check_ranks_agree(ranks, LossOptions(uneven=True), image, signature)
+        gathered = across.start_gather(torch.cat((image, text), dim=1), ranks)
         assert gathered is not None
-        columns = finish_gather(gathered, ranks).chunk(2, dim=1)
+        columns = across.finish_gather(gathered, ranks).chunk(2, dim=1)
     first = ranks.first_row(ranks.rank, n)
     image, text = _wide(image), _wide(text)
     of_rows = torch.stack(
@@ -79,7 +71,7 @@ def consistency_metrics(
     )
     sums = torch.cat((grams.flatten().to(of_rows.dtype), of_rows))
     if several:
-        sums = wait(start_all_reduce(sums, "sum", ranks))
+        sums = across.wait(across.start_all_reduce(sums, "sum", ranks))
     total = ranks.total(n)
     gaps = cyclic_terms(sums[:-3].view(3, d, d), [torch.full_like(sums[0], 1 / total**2)] * 2, True)
     uniformity = (sums[-2:] / (total * (total - 1))).log()  # of one row 0 / 0, NaN

@@ -78,9 +78,9 @@ def is_capturing(features: Tensor) -> bool:
 
 @lru_cache
 def _kernels_work(device: torch.device, dtype: torch.dtype, exact: bool) -> bool:
-    """Whether the kernels agree with PyTorch; asked once per device, dtype and float32 precision.
+    """Whether the kernels agree with PyTorch: asked once per device, dtype and float32 precision.
 
-    exact: full float32 products. If they fail or disagree: a warning, and PyTorch from then on.
+    exact: full float32 products. If not, warns: PyTorch computes from then on.
     """
     try:
         from cyclip_loss import kernels
@@ -166,10 +166,7 @@ def disagreement(compute: Any, device: torch.device, dtype: torch.dtype, exact: 
 
 @lru_cache
 def _has_kernels(device: torch.device) -> bool:
-    """Whether Triton is there and the device has what the kernels need (NVIDIA: Ampere, 2020).
-
-    On Blackwell (2024) they need a newer Triton than elsewhere.
-    """
+    """Whether Triton is there and the device has what the kernels need (NVIDIA: Ampere, 2020)."""
     if device.type != "cuda" or find_spec("triton") is None:
         return False
     if torch.version.hip is not None:  # only gfx942 has the tf32 products that the kernels use
@@ -181,10 +178,8 @@ def _has_kernels(device: torch.device) -> bool:
 
 
 def triton_version() -> tuple[int, ...]:
-    """Major and minor; without importing Triton. (0, 0): there is none.
-
-    PyTorch's own index calls the distribution `pytorch-triton`, or `pytorch-triton-rocm`.
-    """
+    """Major and minor, without importing Triton; (0, 0): there is none."""
+    # PyTorch's own index has the other names.
     for name in ("triton", "pytorch-triton", "pytorch-triton-rocm"):
         try:
             return tuple(int(part) for part in metadata.version(name).split(".")[:2])

@@ -41,10 +41,8 @@ class PenaltyOptions:
 
     def has_equal_lambdas(self) -> bool:
         """Whether both penalties have the same weight."""
-        return not (
-            self.lambda_inmodal < self.lambda_crossmodal
-            or self.lambda_inmodal > self.lambda_crossmodal
-        )
+        difference = self.lambda_inmodal - self.lambda_crossmodal
+        return not (difference < 0 or difference > 0)
 
     def penalty_weights(self, n: Any) -> tuple[Any, Any]:
         """What the lambdas weigh the sums over all pairs of N rows with.

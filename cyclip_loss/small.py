@@ -14,11 +14,8 @@ W = U V^T, and a and b the lambdas over N (`PenaltyOptions.penalty_weights`):
 
 Forward and backward that is 6 N^2 D flops a term; `contrastive.py` takes 8 N^2 D, and the penalties
 by Gram matrices 8 N D^2; 10 N D^2 where C is needed to tell terms of equal weight apart, 14 N D^2
-where the weights differ.
-
-The four products of backward could be one, [dI; dT] = [[S, X], [X^T, -S]] [I; T]. That is no faster
-with its matrix to be filled, and S I - S T, which is S V, loses digits in rows whose pair is closer
-than the other rows' are.
+where the weights differ. (One product for the four of backward, [[S, X], [X^T, -S]] [I; T], is no
+faster, and S I - S T, which is S V, loses digits.)
 """
 
 from collections.abc import Callable
