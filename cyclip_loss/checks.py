@@ -35,15 +35,17 @@ def check_features(
     second: Tensor,
     names: tuple[str, str] = ("image_features", "text_features"),
     may_be_empty: bool = False,
+    autocast: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Two feature tensors (N, D), cast as autocast asks, or an error that names the argument.
 
-    may_be_empty: N = 0 is allowed, as on one of several ranks.
+    may_be_empty: N = 0 is allowed, as on one of several ranks; autocast: False: not cast.
     """
     least = 0 if may_be_empty else 1
     for name, features in zip(names, (first, second)):  # noqa: B905 (PyTorch 2.8 can't trace strict)
         if not isinstance(features, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(features).__name__}")
+        _check_dense(name, features, "to_local")
         if features.dtype not in DTYPES:
             raise TypeError(
                 f"{name} must be float64, float32, bfloat16 or float16, got {features.dtype}"
@@ -62,10 +64,18 @@ def check_features(
     if first.device != second.device:
         devices = f"{first.device} and {second.device}"
         raise ValueError(f"{both} must be on the same device, got {devices}")
-    first, second = _autocast(first), _autocast(second)
+    if autocast:
+        first, second = _autocast(first), _autocast(second)
     if first.dtype != second.dtype:
         raise TypeError(f"{both} must have the same dtype, got {first.dtype} and {second.dtype}")
     return first, second
+
+
+def _check_dense(name: str, tensor: Tensor, method: str) -> None:
+    if type(tensor).__name__ == "DTensor":
+        raise TypeError(f"{name} must be an ordinary tensor, got a DTensor: pass {name}.{method}()")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
 
 
 def _autocast(features: Tensor) -> Tensor:
@@ -85,6 +95,7 @@ def check_logit_scale(logit_scale: Tensor | float, features: Tensor) -> Tensor:
             )
         # A product: torch.compile would make the number that fills a tensor a constant.
         return features.new_ones((), dtype=dtype) * float(logit_scale)
+    _check_dense("logit_scale", logit_scale, "full_tensor")
     if logit_scale.numel() != 1:
         raise ValueError(f"logit_scale must have one element, got shape {tuple(logit_scale.shape)}")
     if not logit_scale.is_floating_point():

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from cyclip_loss.options import LossOptions
+from cyclip_loss.options import WEIGHTS, LossOptions
 
 _collectives: Any = torch.ops._c10d_functional
 
@@ -127,8 +127,7 @@ def check_ranks_agree(
             raise ValueError("image_features and text_features have 0 rows: that needs uneven=True")
         return replace(ranks, dist_impl=options.dist_impl)
 
-    weights = ("lambda_inmodal", "lambda_crossmodal", "reference_batch_size")
-    own = {**signature, **{name: getattr(options, name) for name in weights}}
+    own = {**signature, **{name: getattr(options, name) for name in WEIGHTS}}
     # Disabled here and not above, as that would import the whole compiler.
     exchange: Any = torch.compiler.disable(_exchange)
     of_ranks = exchange({"rows": rows, **own}, ranks, features.device)

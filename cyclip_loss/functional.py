@@ -13,7 +13,7 @@ What all of them take:
     options
         by keyword, the same options as `cyclip_loss.CyCLIPLoss`: `lambda_inmodal`,
         `lambda_crossmodal`, `reference_batch_size`, `process_group`, `distributed`, `impl` and, for
-        the whole loss, `dist_impl` and `uneven`.
+        the whole loss, `dist_impl`, `uneven` and `inmodal_contrastive_weight`.
 
 Results are scalars of float32 (float64 for float64 features), or a dict of such. They are NaN if a
 feature is NaN or infinite. Under `torch.autocast` the features are cast to the autocast dtype
@@ -80,6 +80,8 @@ def penalty_with(
     options: PenaltyOptions, image_features: Tensor, text_features: Tensor, output_dict: bool
 ) -> Tensor | _Terms:
     """`cyclic_penalty` with checked options, which may be a module."""
+    if not isinstance(output_dict, bool):
+        raise TypeError(f"output_dict must be a bool, got {output_dict!r}: there is no logit scale")
     ranks = ranks_of(options.process_group) if options.distributed else Ranks()
     pair = check_features(image_features, text_features, may_be_empty=ranks.size > 1)
     if ranks.size == 1 and small.penalties_are_small(*pair, options, output_dict):
@@ -118,12 +120,12 @@ def cyclip_loss(
     logit_bias: shifts every logit alike, so it changes nothing; its gradient is zero.
 
     augmented_image_features, augmented_text_features: (N, D), features of a second, augmented view
-    of the same pairs; both or neither. The contrastive term is then the mean of the cross-modal
-    loss and the in-modal one, in which each row has to find its own augmented view (the `--inmodal`
-    option of the authors' code).
+    of the same pairs; both or neither. They add an in-modal contrastive term, in which each row has
+    to find its own augmented view (the `--inmodal` option of the authors' code). The two are
+    averaged or, with `inmodal_contrastive_weight`, added: CLIP + weight * in-modal.
 
-    Returns a scalar or, with `output_dict`, `contrastive_loss`, `inmodal_cyclic_loss` and
-    `crossmodal_cyclic_loss`.
+    Returns a scalar or, with `output_dict`, `contrastive_loss`, `inmodal_contrastive_loss` if there
+    are augmented views, `inmodal_cyclic_loss` and `crossmodal_cyclic_loss`.
     """
     augmented = (augmented_image_features, augmented_text_features)
     inputs = (image_features, text_features, logit_scale, logit_bias, output_dict, *augmented)
@@ -160,7 +162,7 @@ def loss_with(
         ranks = check_ranks_agree(ranks, options, pair[0], collective_signature(pairs, options))
     if not several and len(pairs) == 1 and small.loss_is_small(*pair, options.impl):
         terms = small.terms(*pair, scale, options, output_dict)
-        loss, penalties = terms[0], terms[1:]
+        contrastive_terms, penalties = {"contrastive_loss": terms[0]}, terms[1:]
     else:
         # Across ranks the columns are on their way while the Gram matrices are computed, and those
         # while the contrastive losses are.
@@ -175,15 +177,20 @@ def loss_with(
         penalties = ()
         if output_dict or options.has_penalties():
             penalties = cyclic.penalties(*pairs[0], options, output_dict, started, ranks.size)
-        loss = losses[0]
+        contrastive_terms = {"contrastive_loss": losses[0]}
         if len(losses) > 1:
-            loss = (loss + (losses[1] + losses[2]) / 2) / 2
+            inmodal, weight = (losses[1] + losses[2]) / 2, options.inmodal_contrastive_weight
+            if weight is None:  # the authors' mean
+                contrastive_terms["contrastive_loss"], weight = losses[0] / 2, 0.5
+            contrastive_terms["inmodal_contrastive_loss"] = inmodal * weight
     if logit_bias is not None:
-        loss = loss + zero_of_bias(logit_bias, loss)
+        loss = contrastive_terms["contrastive_loss"]
+        contrastive_terms["contrastive_loss"] = loss + zero_of_bias(logit_bias, loss)
     warn_of_strong_penalties(options, ranks.total(pair[0].shape[0]))
     if output_dict:
-        return {"contrastive_loss": loss, **dict(zip(CYCLIC_TERMS, penalties))}  # noqa: B905
-    return sum(penalties, loss)
+        return {**contrastive_terms, **dict(zip(CYCLIC_TERMS, penalties))}  # noqa: B905
+    loss, *others = (*contrastive_terms.values(), *penalties)
+    return sum(others, loss)
 
 
 def collective_signature(

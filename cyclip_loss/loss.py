@@ -91,6 +91,8 @@ class CyCLIPLoss(LossOptions, _Module):
             memory on n rows per rank ("ring" on GPUs over nccl only).
         uneven: whether ranks may hold different numbers of rows, or none. They then exchange the
             numbers in every call, for which the host waits.
+        inmodal_contrastive_weight: weight of the in-modal contrastive term, for which augmented
+            views are passed. None: the authors' mean of it and CLIP's.
         impl: "triton", the kernels for CUDA and ROCm; "eager", PyTorch in bounded memory; or
             "auto", the kernels where there are any for the features' device, they compile, and a
             first small batch on that device agrees with PyTorch (otherwise a `CyCLIPWarning`, and

@@ -59,24 +59,28 @@ def cyclip_loss(
     augmented_image_features: Tensor | None = None,
     augmented_text_features: Tensor | None = None,
     reference_batch_size: int | None = None,
+    inmodal_contrastive_weight: float | None = None,
 ) -> dict[str, Tensor]:
     """The terms of the CyCLIP loss, each already weighted; their sum is the loss.
 
     image_features, text_features and, for the in-modal contrastive term, both augmented features:
     (N, D), rows of unit length; logit_scale: scalar, exp'd. reference_batch_size: both penalties
     are multiplied by reference_batch_size / N; None: they are the paper's.
+    inmodal_contrastive_weight: CLIP's term + this weight * the in-modal one; None: their mean.
     """
     if reference_batch_size is not None:
         lambda_inmodal *= reference_batch_size / len(image_features)
         lambda_crossmodal *= reference_batch_size / len(image_features)
-    contrastive = contrastive_loss(image_features, text_features, logit_scale)
+    terms = {"contrastive_loss": contrastive_loss(image_features, text_features, logit_scale)}
     if augmented_image_features is not None and augmented_text_features is not None:
-        # The authors' `--inmodal` option: the mean of the cross-modal and the in-modal parts.
         image = one_way_contrastive_loss(image_features, augmented_image_features, logit_scale)
         text = one_way_contrastive_loss(text_features, augmented_text_features, logit_scale)
-        contrastive = (contrastive + (image + text) / 2) / 2
+        weight = inmodal_contrastive_weight
+        if weight is None:  # the authors' `--inmodal` option
+            terms["contrastive_loss"], weight = terms["contrastive_loss"] / 2, 0.5
+        terms["inmodal_contrastive_loss"] = weight * (image + text) / 2
     return {
-        "contrastive_loss": contrastive,
+        **terms,
         "inmodal_cyclic_loss": lambda_inmodal
         * inmodal_cyclic_penalty(image_features, text_features),
         "crossmodal_cyclic_loss": lambda_crossmodal
