@@ -60,7 +60,8 @@ class _Contrastive(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[:3])
-        grads = contrastive_grads(*ctx.saved_tensors, grad, needs, *ctx.op_args)
+        arguments = (*ctx.saved_tensors, grad, needs, *ctx.op_args)
+        grads = contrastive_grads(*arguments)
         needed = (grad if need else None for grad, need in zip(grads, needs, strict=True))
         return (*needed, None, None, None, None)
 

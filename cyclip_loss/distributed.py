@@ -120,7 +120,7 @@ def check_ranks_agree(
     rows, uneven = features.shape[0], options.uneven
     # Older compilers can't look groups up in a dictionary.
     is_compiling = torch.compiler.is_compiling()
-    agreed = set() if is_compiling else _agreed.setdefault(ranks.group, set())
+    agreed = set() if is_compiling else _agreed.setdefault(ranks.group, set())  # type: ignore[arg-type]
     key = tuple(signature.items())
     if not uneven and (is_compiling or key in agreed):
         if rows == 0:
@@ -128,9 +128,8 @@ def check_ranks_agree(
         return replace(ranks, dist_impl=options.dist_impl)
 
     own = {**signature, **{name: getattr(options, name) for name in WEIGHTS}}
-    # Disabled here and not above, as that would import the whole compiler.
-    exchange: Any = torch.compiler.disable(_exchange)
-    of_ranks = exchange({"rows": rows, **own}, ranks, features.device)
+    disable: Any = torch.compiler.disable  # not above: that would import the whole compiler
+    of_ranks = disable(_exchange)({"rows": rows, **own}, ranks, features.device)
     differences = [
         f"{name} must be the same on every rank, got {_listed(values)}"
         for name in own

@@ -56,7 +56,7 @@ def cyclic_penalty(
 ) -> Tensor: ...
 @overload
 def cyclic_penalty(*inputs: Any, output_dict: Literal[True], **options: Any) -> _Terms: ...
-def cyclic_penalty(
+def cyclic_penalty(  # type: ignore[misc]
     image_features: Tensor,
     text_features: Tensor,
     lambda_inmodal: float = 0.25,
@@ -104,7 +104,7 @@ def cyclip_loss(
 ) -> Tensor: ...
 @overload
 def cyclip_loss(*inputs: Any, output_dict: Literal[True], **options: Any) -> _Terms: ...
-def cyclip_loss(
+def cyclip_loss(  # type: ignore[misc]
     image_features: Tensor,
     text_features: Tensor,
     logit_scale: Tensor | float,

@@ -53,7 +53,7 @@ def consistency_metrics(
     ranks = across.Ranks()
     if distributed or process_group is not None:
         ranks = across.ranks_of(process_group)
-    pair = check_features(
+    pair: tuple[Tensor, ...] = check_features(
         image_features, text_features, may_be_empty=ranks.size > 1, autocast=False
     )
     n, d = pair[0].shape
@@ -62,13 +62,13 @@ def consistency_metrics(
         ranks = across.check_ranks_agree(ranks, LossOptions(uneven=True), pair[0], signature)
         gathered = across.start_gather(torch.cat(pair, dim=1), ranks)
         assert gathered is not None
-        pair = across.finish_gather(gathered, ranks).split(d, dim=1)
+        pair = across.finish_gather(gathered, ranks).tensor_split((d,), dim=1)
     wide = torch.float32 if pair[0].device.type == "mps" else torch.float64  # MPS has no float64
     images, texts = pair[0].to(wide), pair[1].to(wide)
     total, start = ranks.total(n), ranks.first_row(ranks.rank, n)
     sums = images.new_zeros(len(NAMES))
     rows = torch.arange(start, start + n, device=images.device)
-    for own in rows.split(strip_rows(total, images.device)):
+    for own in torch.split(rows, strip_rows(total, images.device)):
         image, text = images[own], texts[own]
         image_image, text_text = image @ images.T, text @ texts.T
         image_text, text_image = image @ texts.T, text @ images.T

@@ -74,9 +74,10 @@ def _weight(name: str, value: Any) -> float:
     # weights.
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number >= 0, got {value!r}")
-    if not 0 <= value < math.inf:
+    number = float(value)  # of one type, so that torch.compile sees only a new value
+    if not 0 <= number < math.inf:
         raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
-    return float(value)  # of one type, so that torch.compile sees only a new value
+    return number
 
 
 def _optional_weight(name: str, value: Any) -> float | None:
