@@ -1,8 +1,8 @@
 """What bounds a sweep: its tiles' products alone beside the whole of it, and two shapes of a tile.
 
-What a sweep takes longer than the products of its tiles is its epilogue (and the kernel that joins
-what tiles leave, of which it is about a fiftieth), as far as that is not hidden behind the products
-of other programs: the most that any other epilogue could gain.
+What a sweep takes longer than the products of its tiles is its epilogue, as far as that is not
+hidden behind the products of other programs: the most that any other epilogue could gain. The small
+kernel that joins what the tiles leave counts with it.
 """
 
 from collections.abc import Callable
