@@ -14,8 +14,8 @@ MODULES = {
     "semantics": "benchmarks.semantics",
     "launches": "benchmarks.launches",
 }
-SECTIONS = ("tests", "ceilings", "kernels", "sizes", "ablations", "sweep", "competitors",
-            "more tests")  # fmt: skip
+SECTIONS = ("cuda", "tests", "ceilings", "kernels", "sizes", "ablations", "sweep", "competitors",
+            "slow", "ranks")  # fmt: skip
 
 
 def main(arguments: list[str]) -> int:

@@ -21,11 +21,16 @@ SERIALISED = """
         /*1390*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
         /*45b0*/              @!P2 BRA 0xec0 ;
 """
+# A persistent kernel: the first loop within one over tiles, which waits before the epilogue.
+PERSISTENT = FREE.replace("        /*1650*/              @!P0 BRA 0x1660 ;\n", "")
+PERSISTENT += "        /*2000*/              @!P1 BRA 0x0a00 ;\n"
 
 
 def test_a_wait_for_the_last_product_before_the_next_is_seen() -> None:
     assert not is_serialised(FREE)
     assert is_serialised(SERIALISED)
+    assert not is_serialised(PERSISTENT)
+    assert is_serialised(PERSISTENT.replace("gsb0, 0x1", "gsb0, 0x0"))
 
 
 @pytest.mark.parametrize(

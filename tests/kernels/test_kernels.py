@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accuracy import check_loss
+from conftest import needs_interpreter, needs_triton
 from inputs import UNALIGNED, Case
 from processes import ROOT, run_python
 
@@ -19,12 +20,13 @@ from cyclip_loss.functional import cyclic_penalty
 from cyclip_loss.kernels import compile as ahead_of_time
 from cyclip_loss.kernels import configs
 
-needs_interpreter = pytest.mark.skipif(
+on_a_cpu = pytest.mark.skipif(
     not kernels.INTERPRETED, reason="on a GPU the shipped tiles are what every test runs"
 )
 
 
-@needs_interpreter
+@on_a_cpu
+@needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
 def test_shipped_tiles(
@@ -64,7 +66,8 @@ def test_long_rows(impl: str, dtype: torch.dtype, distance, device: torch.device
         check_loss(Case(70, 768, dtype, distance, logit_scale=logit_scale), impl, device)
 
 
-@needs_interpreter
+@on_a_cpu
+@needs_triton
 def test_interpreted_tf32_rounds_as_the_hardware_keeps(device: torch.device) -> None:
     """Gram matrices of bfloat16 features multiply U and V rounded to 10 bits, to nearest."""
     # I + T = 1 + 2^-11: halfway between two tf32 numbers, where chopping would give 1.
@@ -74,6 +77,7 @@ def test_interpreted_tf32_rounds_as_the_hardware_keeps(device: torch.device) -> 
     assert grams[0].item() == (1 + 2.0**-10) ** 2
 
 
+@needs_interpreter
 def test_a_checkout_finds_its_kernels() -> None:
     """Without the mapping that an editable installation makes of the folder `kernels/`."""
     code = (
@@ -155,7 +159,8 @@ def test_the_newer_float32_setting_is_understood() -> None:
     assert run.stdout == "tf32\n", run.stderr
 
 
-@needs_interpreter
+@on_a_cpu
+@needs_triton
 @pytest.mark.parametrize("distance", [None, 0.3, 0.03, 0.003])
 def test_what_tf32_costs_the_penalties_of_bfloat16_features(
     distance: float | None, device: torch.device
