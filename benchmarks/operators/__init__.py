@@ -1,0 +1,1 @@
+"""One version of the operators against another, by pytest-benchmark."""
