@@ -35,8 +35,8 @@ from cyclip_loss.kernels.tiles import round_to_tf32
 # parts at most, each a multiple of the tile's rows. 16 parts of 768 x 768 in float32 are 38 MB.
 MAX_SPLITS = 16
 MIN_SPLIT_ROWS = 1024
-# Offsets within three matrices are 32-bit: D is at most 26,752, three matrices 8.6 GB.
-MAX_ELEMENTS = 2**31
+# Offsets within the three matrices, here 8.6 GB, are 32-bit. A multiple of all tiles.
+MAX_D = 26752
 
 
 @triton.jit
@@ -137,10 +137,10 @@ def cyclic_statistics(image_features: Tensor, text_features: Tensor, with_cross:
     config = config_for("cyclic_statistics", image_features, precision)
     bd, bk = config.tile["BD"], config.tile["BK"]
     features = image_features.shape[1]
-    if 3 * (ceil_div(features, bd) * bd) ** 2 >= MAX_ELEMENTS:
+    if features > MAX_D:
         raise ValueError(
-            f"image_features have D = {features}, but penalties of impl='triton' need 3 D^2 < 2^31; "
-            "impl='eager' takes any D"
+            f"image_features must have D <= {MAX_D} for the penalties with impl='triton', "
+            f"got D = {features}; impl='eager' takes any D"
         )
     image, text = padded_rows(image_features, bd), padded_rows(text_features, bd)
     n, d = image.shape

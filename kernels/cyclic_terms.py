@@ -28,9 +28,8 @@ def traces_kernel(
     at = grams + rows[:, None] * d + columns[None, :]
     a = tl.load(at, mask=inside, other=0.0)
     b = tl.load(at + d * d, mask=inside, other=0.0)
-    # Each product is rounded before it is added. The compiler would else fuse a thread's own product,
-    # but not the one it gets from another thread, and two threads that add up the same two products
-    # would get two sums.
+    # Each product is rounded before it is added. Else the compiler fuses a thread's own product but
+    # not the one that comes from another thread, and both threads get sums of their own.
     p = tl.sum(tl.sum(tl.fma(a, b, 0.0), axis=1), axis=0)
     tl.store(partials + tl.program_id(0), p)
     if WITH_CROSS:

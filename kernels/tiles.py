@@ -38,7 +38,7 @@ def round_to_tf32(x):
 
     The tensor cores drop the low 13 bits of a float32 operand, which shrinks every product alike.
     Rounding first makes the error unbiased; and the interpreter, which drops nothing, computes what
-    a GPU computes. Inf becomes NaN, and a number above 2^115, whose square is Inf, becomes infinite.
+    a GPU computes. Inf becomes NaN; a number above 2^115, whose square is Inf, becomes infinite.
     """
     # 8191 x, just below 2^13 x, loses the bits of x below its 10th; 2^13 x has none to lose, so the
     # difference is what was kept of x. Fused by hand: fusing the other product would give x again.
