@@ -3,11 +3,12 @@
     python -m cyclip_loss.kernels.compile [--arch sm_90 ...] [--markdown FILE]
 
 The assembler and disassembler come with Triton's wheel. Exits with 1 if a binary spills registers,
-needs more shared memory than its chip has, multiplies 16-bit numbers without tensor cores, has each
-tensor-core instruction of a contrastive kernel wait for the one before it, or does not fuse
+needs more shared memory than its chip has, multiplies 16-bit numbers without tensor cores or has
+each such instruction of a contrastive kernel wait for the one before it, or does not fuse
 multiplications with additions.
 
-What is compiled is what a launch runs: `padded_rows` copies features that are not aligned.
+What is compiled is what a launch runs: `padded_rows` copies features that are not aligned. The two
+kernels that see D itself are compiled for multiples of 16 and for any D.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import re
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +80,13 @@ class Variant:
     features: str
     config: Config
     flags: tuple[tuple[str, Any], ...]
+    not_multiple: str = ""  # an integer that need not be a multiple of 16: D
 
     @property
     def label(self) -> str:
         """The kernel and the flags that are on."""
         on = [name.lower() for name, value in self.flags if name == "WITH_CROSS" and value]
+        on += ["any D"] if self.not_multiple else []
         return f"{self.kernel} ({', '.join(on)})" if on else self.kernel
 
     def faults(self, made: Binary | str) -> list[str]:
@@ -113,8 +116,10 @@ def variants(arch: str) -> Iterator[Variant]:
     yield _variant(arch, "join_lse", of_all, JOIN)
     yield _variant(arch, "pair_terms", of_all, PAIRS, SYMMETRIC=True)
     yield _variant(arch, "scale_grad", of_all, SUM)
-    yield _variant(arch, "add_splits", of_all, SPLITS)
-    yield _variant(arch, "traces", of_all, TRACES, WITH_CROSS=True)
+    add_splits = _variant(arch, "add_splits", of_all, SPLITS)
+    traces = _variant(arch, "traces", of_all, TRACES, WITH_CROSS=True)
+    yield from (add_splits, replace(add_splits, not_multiple="features"))
+    yield from (traces, replace(traces, not_multiple="d"))
     yield _variant(arch, "cyclic_terms", of_all, SUM, WITH_CROSS=True, SEPARATE=True)
     table = ARCHITECTURES[arch]
     flags: dict[str, Any]
@@ -156,7 +161,7 @@ def source(variant: Variant) -> ASTSource:
             signature[name] = FEATURES[variant.features][0] if name in OF_FEATURES else "*fp32"
         looks = not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
         may_be_multiple = signature[name] == "i32" or signature[name].startswith("*")
-        if looks and may_be_multiple and name not in NEVER_MULTIPLES:
+        if looks and may_be_multiple and name not in {*NEVER_MULTIPLES, variant.not_multiple}:
             attributes[(parameter.num,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes)
 

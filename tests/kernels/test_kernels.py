@@ -66,15 +66,47 @@ def test_long_rows(impl: str, dtype: torch.dtype, distance, device: torch.device
         check_loss(Case(70, 768, dtype, distance, logit_scale=logit_scale), impl, device)
 
 
-@on_a_cpu
-@needs_triton
-def test_interpreted_tf32_rounds_as_the_hardware_keeps(device: torch.device) -> None:
-    """Gram matrices of bfloat16 features multiply U and V rounded to 10 bits, to nearest."""
-    # I + T = 1 + 2^-11: halfway between two tf32 numbers, where chopping would give 1.
-    image = torch.full((1, 1), 1.0, dtype=torch.bfloat16, device=device)
-    text = torch.full((1, 1), 2.0**-11, dtype=torch.bfloat16, device=device)
-    grams = kernels.cyclic_statistics(image, text, False)
-    assert grams[0].item() == (1 + 2.0**-10) ** 2
+def to_tf32(x: torch.Tensor) -> torch.Tensor:
+    """float64 rounded to 11 significant bits, ties to even, by the definition."""
+    mantissa, exponent = torch.frexp(x)
+    return torch.ldexp((mantissa * 2**11).round(), exponent - 11)
+
+
+def test_tf32_rounds_ties_to_even(device: torch.device) -> None:
+    """Gram matrices multiply U and V rounded to 10 bits of mantissa.
+
+    One row of float16 features: each element of a Gram matrix is one product, exact in float32, and
+    many of I + T are ties.
+    """
+    generator = torch.Generator().manual_seed(0)
+    image, text = torch.randn(2, 1, 256, generator=generator, device="cpu").half().to(device)
+    u, v = image.double() + text.double(), image.double() - text.double()
+    ulp = torch.ldexp(torch.ones_like(u), torch.frexp(u)[1] - 11)
+    ties = (u - to_tf32(u)).abs() == ulp / 2
+    assert ties.double().mean() > 0.1
+    got = kernels.cyclic_statistics(image, text, True).double()
+    u, v = to_tf32(u), to_tf32(v)
+    assert torch.equal(got, torch.stack([u.T @ u, v.T @ v, v.T @ u]))
+
+
+def test_float32_logits_multiply_rounded_features(device: torch.device) -> None:
+    """Chopped, as the tensor cores do by themselves, the pairs' logits would all be too small."""
+    image = Case(n=200, d=64, dtype=torch.float32).inputs(device)[0]
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        logits = kernels.contrastive_lse(image, image, torch.tensor(100.0, device=device), 0, True)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    exact = 100 * to_tf32(image.double()).square().sum(dim=1)
+    torch.testing.assert_close(logits[2].double(), exact, rtol=1e-6, atol=0)
+
+
+def test_a_d_that_32_bit_offsets_do_not_hold(device: torch.device) -> None:
+    """Refused before a matrix of 2 GB is allocated."""
+    image = torch.zeros((), device=device).expand(2, 26_753)
+    with pytest.raises(ValueError, match=r"image_features must have D <= 26752 .* got D = 26753"):
+        kernels.cyclic_statistics(image, image, True)
 
 
 @needs_interpreter
