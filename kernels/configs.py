@@ -1,6 +1,6 @@
 """Which tiles a kernel runs with: per architecture and precision, never per N.
 
-Every configuration here is compiled ahead of time by `python -m cyclip_loss.kernels.compile`, which
+Every configuration here is compiled ahead of time by `python -m benchmarks gate`, which
 shows registers, spills, shared memory and tensor-core instructions.
 """
 

@@ -13,12 +13,12 @@ import torch
 from conftest import needs_interpreter as interpreted
 
 from benchmarks import ROOT
+from benchmarks.gate import command as gate
+from benchmarks.gate.binary import Binary
 from benchmarks.gpu import ablations, command, suite, sweep, timings
 from benchmarks.gpu.candidates import KEYS, candidates, refusals, variants, winner
 from benchmarks.run import Run, Section
-from cyclip_loss.kernels import compile as gate
 from cyclip_loss.kernels import configs
-from cyclip_loss.kernels.binary import Binary
 
 TESTS = """
 import pytest, time

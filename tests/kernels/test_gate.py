@@ -3,7 +3,7 @@
 import pytest
 from processes import run_python
 
-from cyclip_loss.kernels.binary import Binary, is_serialised
+from benchmarks.gate.binary import Binary, is_serialised
 
 # Main loops as cuobjdump prints them (Triton 3.9, sm_90, all but products, waits and jumps left
 # out). In the second the sum is also multiplied in each step, so that it must be there by then.
@@ -117,7 +117,7 @@ def test_the_gate_compiles_what_is_launched() -> None:
 import torch
 from benchmarks.launches import inputs, no_device
 from cyclip_loss import CyCLIPLoss
-from cyclip_loss.kernels import compile as gate
+from benchmarks.gate import command as gate
 
 def described(signature, attributes):
     names = list(signature)

@@ -1,6 +1,6 @@
 """Compile every shipped configuration for every architecture, without a GPU, and show the result.
 
-    python -m cyclip_loss.kernels.compile [--arch sm_90 ...] [--markdown FILE]
+    python -m benchmarks gate [--arch sm_90 ...] [--markdown FILE]
 
 The assembler and disassembler come with Triton's wheel. Exits with 1 if a binary spills registers,
 needs more shared memory than its chip has, multiplies 16-bit numbers without tensor cores or has
@@ -24,11 +24,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cyclip_loss.kernels import binary
-from cyclip_loss.kernels.binary import Binary
+from benchmarks.gate import binary
+from benchmarks.gate.binary import Binary
 from cyclip_loss.kernels.configs import (
     ARCHITECTURES,
-    INTERPRETED,
     JOIN,
     PAIRS,
     SPLITS,
@@ -216,24 +215,12 @@ def write_section(path: Path, text: str) -> None:
     path.write_text("\n".join(reversed(sections)))
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(options: argparse.Namespace) -> int:
     """Compile, print the table and the faults; 1 if there are any."""
-    parser = argparse.ArgumentParser(prog="cyclip_loss.kernels.compile", description=__doc__)
-    default = [
+    compilable = [
         arch for arch in TARGETS if triton_version() >= FIRST_TRITON.get(arch, triton_version())
     ]
-    parser.add_argument(
-        "--arch", nargs="+", choices=TARGETS, default=default,
-        help="default: all that this Triton can compile for",
-    )  # fmt: skip
-    parser.add_argument(
-        "--markdown", type=Path, help="also write the table there, in place of this Triton's"
-    )
-    options = parser.parse_args(arguments)
-    if INTERPRETED:
-        parser.error("unset TRITON_INTERPRET: an interpreted kernel cannot be compiled")
-
-    everything = [variant for arch in options.arch for variant in variants(arch)]
+    everything = [variant for arch in options.arch or compilable for variant in variants(arch)]
     results: list[tuple[Variant, Binary | str]] = []
     with ProcessPoolExecutor() as pool:
         for variant, made in zip(everything, pool.map(build, everything), strict=True):
@@ -251,7 +238,3 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"FAULT {variant.arch} {variant.label} {variant.features}: {fault}")
             faulty += 1
     return 1 if faulty else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
