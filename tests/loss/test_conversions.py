@@ -55,7 +55,7 @@ def test_a_row(words: str) -> None:
     raw = words == "It normalises"
     found = eval(
         code,
-        globals()
+        dict(CyCLIPLoss=CyCLIPLoss, CyclicPenalty=CyclicPenalty, normalize=normalize, N=N)
         | dict(cylambda1=0.3, cylambda2=0.2, w=WEIGHT, n=N // RANKS, temperature=0.07, scale=SCALE)
         | dict(in_modal_weight=0.4, cross_modal_weight=0.6, loss_fn=CyCLIPLoss())
         | dict(images=lengths * I if raw else I, texts=T / lengths if raw else T),
