@@ -1,6 +1,7 @@
 """Every recipe of `docs/`, run from its page."""
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ pytest.importorskip("webdataset")
 from recipe_cases import (
     batch,
     big_batch_on_rank,
-    blocks,
     captions,
     gradients,
     hugging_face_on_rank,
@@ -30,7 +30,7 @@ from recipe_cases import (
     whole_batch_gradients,
 )
 
-from cyclip_loss import CyclicPenalty, CyCLIPLoss
+from cyclip_loss import CyclicPenalty, CyCLIPLoss, CyCLIPWarning
 
 TERMS = ["contrastive_loss", "inmodal_cyclic_loss", "crossmodal_cyclic_loss"]
 
@@ -83,6 +83,62 @@ def test_which_lambda() -> None:
     images, texts = torch.nn.functional.normalize(torch.randn(2, 32, 4, device="cpu"), dim=-1)
     papers = CyCLIPLoss(0.25 * 128 / 32, 0.25 * 128 / 32)
     torch.testing.assert_close(loss_fn(images, texts, 10.0), papers(images, texts, 10.0))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run("As strong as the paper's", at=1)
+        warnings.warn("silenced", CyCLIPWarning, stacklevel=1)
+    assert caught == []
+
+
+def test_augmented_views() -> None:
+    """Against sums over pairs, in float64."""
+    features = torch.randn(4, 9, 5, dtype=torch.float64, device="cpu")
+    views = dict(
+        zip(("V", "T", "Va", "Ta"), torch.nn.functional.normalize(features, dim=-1), strict=True)
+    )
+    v, t, va, ta = views.values()
+    expected = torch.zeros_like(v[0, 0])
+    for j in range(9):
+        expected += (v[j] @ t[j] - va[j] @ ta[j]).square()
+        for k in range(9):
+            expected += (v[j] @ t[k] - v[k] @ t[j]).square()
+            for one, other in ((v, t), (v, va), (t, ta)):
+                expected += (one[j] @ one[k] - other[j] @ other[k]).square()
+    found = run("Augmented views", **views)["geometric_consistency"]
+    torch.testing.assert_close(found, expected / 9, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("heading", "package"),
+    [
+        ("OpenCLIP's models, your own loop", "open_clip"),
+        ("Weights that warm up", "open_clip"),
+        ("A big batch on one card", "open_clip"),
+        ("GradCache", "grad_cache"),
+        ("Accelerate", "accelerate"),
+        ("Lightning", "lightning"),
+    ],
+)
+def test_the_logit_scale_is_clamped(heading: str, package: str) -> None:
+    pytest.importorskip(package)
+    model = tiny_clip()
+    model.logit_scale.data.fill_(6.0)
+    images, tokens = batch()
+    pairs = torch.utils.data.TensorDataset(images, tokens)
+    run(
+        heading,
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0),
+        loss_fn=CyCLIPLoss(),
+        loader=torch.utils.data.DataLoader(pairs, 32),
+        micro_batches=[(images, tokens)],
+        images=images,
+        tokens=tokens,
+        warmup_steps=1,
+        CyCLIPLoss=CyCLIPLoss,
+        lightning_trainer=lightning_trainer(1) if package == "lightning" else None,
+    )
+    assert model.logit_scale.item() == pytest.approx(math.log(100))
 
 
 def test_weights_that_warm_up() -> None:
@@ -159,10 +215,10 @@ class Rows(torch.utils.data.IterableDataset):
             yield {"pixel_values": image, "input_ids": tokens}
 
 
-def hugging_face_step(at: int, tmp_path: Path, cut: str = "") -> torch.Tensor:
-    """The step that a recipe takes with two accumulated batches, SGD and a learning rate of 1.
+def hugging_face_step(tmp_path: Path, by_function: bool = False, **switches: Any) -> torch.Tensor:
+    """The step that the recipe takes with two accumulated batches, SGD and a learning rate of 1.
 
-    cut: a line of the recipe to leave out.
+    by_function: with the loss as `compute_loss_func` instead; switches: attributes of the Trainer.
     """
     transformers = pytest.importorskip("transformers")
     model = tiny_hugging_face()
@@ -181,13 +237,20 @@ def hugging_face_step(at: int, tmp_path: Path, cut: str = "") -> torch.Tensor:
         disable_tqdm=True,
         use_cpu=True,
     )
-    heading = "Hugging Face Trainer"
-    code = blocks()[heading][at]
-    assert cut in code
-    names = dict(
-        model=model, training_arguments=arguments, dataset=Rows(), loss_fn=CyCLIPLoss()
-    ) | ({"Trainer": transformers.Trainer} if at else {})
-    exec(code.replace(cut, ""), names)
+    names = dict(model=model, training_arguments=arguments, dataset=Rows(), loss_fn=CyCLIPLoss())
+    if not by_function:
+        run("Hugging Face Trainer", **names)
+    else:
+        trainer = transformers.Trainer(
+            *(model, arguments),
+            train_dataset=Rows(),
+            compute_loss_func=lambda outputs, labels, num_items_in_batch=None: CyCLIPLoss()(
+                outputs.image_embeds, outputs.text_embeds, model.logit_scale.exp()
+            ),
+        )
+        for name, value in switches.items():
+            setattr(trainer, name, value)
+        trainer.train()
     return torch.nn.utils.parameters_to_vector(model.parameters()).detach() - before
 
 
@@ -204,10 +267,10 @@ def test_hugging_face_trainer(tmp_path: Path) -> None:
         (loss / 2).backward()
     expected = -torch.nn.utils.parameters_to_vector([p.grad for p in model.parameters()])
     close = {"rtol": 0, "atol": 1e-5 * float(expected.abs().max())}
-    torch.testing.assert_close(hugging_face_step(0, tmp_path), expected, **close)
-    torch.testing.assert_close(hugging_face_step(1, tmp_path), expected, **close)
-    switch = "trainer.loss_is_scaled_for_ga = False"
-    doubled = hugging_face_step(1, tmp_path, cut=switch)
+    torch.testing.assert_close(hugging_face_step(tmp_path), expected, **close)
+    switched = hugging_face_step(tmp_path, by_function=True, loss_is_scaled_for_ga=False)
+    torch.testing.assert_close(switched, expected, **close)
+    doubled = hugging_face_step(tmp_path, by_function=True)
     torch.testing.assert_close(doubled, 2 * expected, **close)
 
 
@@ -237,16 +300,19 @@ def test_accelerate() -> None:
     assert names["loss"].item() < 0.7 * first
 
 
-def test_lightning() -> None:
-    lightning = pytest.importorskip("lightning")
-    trainer = lightning.Trainer(
-        max_epochs=10,
+def lightning_trainer(epochs: int) -> Any:
+    return pytest.importorskip("lightning").Trainer(
+        max_epochs=epochs,
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+
+
+def test_lightning() -> None:
+    trainer = lightning_trainer(10)
     pairs = torch.utils.data.TensorDataset(*batch())
     model = tiny_clip()
     first = CyCLIPLoss(reference_batch_size=128)(**model(*batch())).item()
@@ -302,25 +368,6 @@ def test_sentence_transformers(tmp_path: Path) -> None:
     )
     history = [log for log in names["trainer"].state.log_history if "loss" in log]
     assert history[-1]["loss"] < 0.7 * history[0]["loss"]
-
-
-def test_settings_from_axlearn() -> None:
-    """As axlearn computes it: means over pairs, the names the other way round."""
-    torch.manual_seed(0)
-    images, texts = torch.nn.functional.normalize(
-        torch.randn(2, 12, 5, dtype=torch.float64, device="cpu"), dim=-1
-    )
-    similarity = images @ texts.T
-    theirs = CyCLIPLoss(0, 0)(images, texts, 10.0)
-    theirs += 3.0 * (similarity - similarity.T).square().mean()
-    theirs += 2.0 * (images @ images.T - texts @ texts.T).square().mean()
-    names = run(
-        "Settings from other code",
-        CyCLIPLoss=CyCLIPLoss,
-        in_modal_weight=3.0,
-        cross_modal_weight=2.0,
-    )
-    torch.testing.assert_close(names["loss_fn"](images, texts, 10.0), theirs)
 
 
 def test_algebra_of_the_design() -> None:
