@@ -41,16 +41,14 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     if path.exists():
         raise CannotStart(f"--out {path}: is there already")
-    try:
-        parent = path.absolute().parent
-        parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=parent, prefix=f".{path.name}.") as temporary:
-            folder = Path(temporary) / path.name
-            folder.mkdir()
-            yield folder
-            folder.replace(path)
-    except OSError as error:
-        raise CannotStart(f"--out {path}: can't be written: {error}") from error
+    check_writable(path)
+    parent = path.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{path.name}.") as made:
+        folder = Path(made) / path.name
+        folder.mkdir()
+        yield folder
+        folder.replace(path)
 
 
 def check_writable(folder: Path) -> None:

@@ -22,75 +22,41 @@ import tarfile
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rich.progress import track
+
 from ..arguments import Parser
-from ..data.iconify import position, square_svg
-from ..data.package import download
+from ..data.iconify import check_renderer, position, render, square_svg
+from ..data.package import Package, end_cleanly, fetch, read_json
 from ..errors import Stopped, run
 from ..files import written_whole
 
 Json = dict[str, Any]
 
 
-class Package(NamedTuple):
-    """An npm package, and what its licence asks to be said of the work in it."""
-
-    name: str
-    version: str
-    licence: str  # SPDX identifier
-    attribution: str
-    sha256: str  # of its archive
-
-
-NOTO = "Noto Emoji, Google Inc., https://github.com/googlefonts/noto-emoji"
-TWEMOJI = "Twemoji, Twitter, Inc and other contributors, https://github.com/jdecked/twemoji"
-OPENMOJI = (
-    "All emojis designed by OpenMoji, the open-source emoji and icon project, https://openmoji.org"
-)
-FLUENT = "Fluent Emoji, Microsoft Corporation, https://github.com/microsoft/fluentui-emoji"
-
 NAMES = Package(
-    *("emojibase-data", "17.0.0", "MIT", "Copyright (c) 2017-2019 Miles Johnson"),
+    "emojibase-data",
+    "17.0.0",
     "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
 )
+# Three to train on, three never trained on (the natural shift of style), and one black on white.
 STYLES = {
-    style: Package(f"@iconify-json/{style}", version, licence, attribution, sha256)
-    for style, version, licence, attribution, sha256 in [
-        # to train on
-        (
-            *("noto", "1.2.9", "Apache-2.0", NOTO),
-            "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
-        ),
-        (
-            *("twemoji", "1.2.5", "CC-BY-4.0", TWEMOJI),
-            "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7",
-        ),
-        (
-            *("fluent-emoji-flat", "1.2.6", "MIT", FLUENT),
-            "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
-        ),
-        # never trained on: the natural shift of drawing style
-        (
-            *("noto-v1", "1.2.5", "Apache-2.0", NOTO),
-            "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37",
-        ),
-        (
-            *("openmoji", "1.2.29", "CC-BY-SA-4.0", OPENMOJI),
-            "03181e2c156cab35cf4a62f1f7886bd971d59212e75ac3f189d5a4cae3930fc5",
-        ),
-        (
-            *("fluent-emoji", "1.2.7", "MIT", FLUENT),
-            "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b",
-        ),
-        # black on white: a stress test
-        (
-            *("fluent-emoji-high-contrast", "1.2.6", "MIT", FLUENT),
-            "0b92d48c90d2200bd499e3cdd09a127ca6a8c8ddefd34c35eb5a1e4994012ae0",
-        ),
-    ]
+    style: Package(f"@iconify-json/{style}", version, sha256)
+    for style, version, sha256 in map(
+        str.split,
+        """\
+noto 1.2.9 3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad
+twemoji 1.2.5 19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7
+fluent-emoji-flat 1.2.6 7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175
+noto-v1 1.2.5 2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37
+openmoji 1.2.29 03181e2c156cab35cf4a62f1f7886bd971d59212e75ac3f189d5a4cae3930fc5
+fluent-emoji 1.2.7 8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b
+fluent-emoji-high-contrast 1.2.6 0b92d48c90d2200bd499e3cdd09a127ca6a8c8ddefd34c35eb5a1e4994012ae0
+""".splitlines(),
+    )
 }
 # These two have no table of characters, but the icon names of a set that has one.
 NAMED_AS_IN = {"noto-v1": "noto", "fluent-emoji": "fluent-emoji-flat"}
@@ -100,34 +66,6 @@ TEST_SHARE, VALIDATION_SHARE = 0.15, 0.10
 # Of the seeds 0 to 199 that leave every subgroup a concept to train on, the one with the most even
 # shares over the eight groups. Chosen from the counts, before anything was trained.
 SPLIT_SEED = 52
-
-
-# ------------------------------------------------------------------------------------------------
-# Packages
-
-
-def fetch(package: Package, folder: Path) -> Path:
-    """The archive of `package` in `folder`, downloaded from npm's registry if it is not there."""
-    archive = folder / f"{package.name.rpartition('/')[2]}-{package.version}.tgz"
-    if not archive.is_file():
-        url = f"https://registry.npmjs.org/{package.name}/-/{archive.name}"
-        download(url, package.sha256, archive)
-    return archive
-
-
-def read_json(archive: Path, file: str) -> Any:
-    """One JSON file of an npm archive."""
-    try:
-        with tarfile.open(archive) as tar:
-            member = tar.extractfile(f"package/{file}")
-            if member is None:
-                raise KeyError(file)
-            return json.load(member)
-    except KeyError:
-        raise Stopped(f"{archive}: has no {file}; not the package expected here") from None
-    except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
-        reason = str(error).partition("\n")[0].rstrip(":")  # tarfile lists every method it tried
-        raise Stopped(f"{archive}: can't read {file}: {reason}") from None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -147,11 +85,12 @@ class Concept(NamedTuple):
 
 def read_concepts(archive: Path) -> list[Concept]:
     """The emoji that ship, from `emojibase-data`: base skin tone, no flags, no near-duplicates."""
-    keys = read_json(archive, "meta/groups.json")
-    titles = {g["key"]: g["message"] for g in read_json(archive, "en/messages.json")["groups"]}
+    files = dict(read_json(archive, ["meta/groups.json", "en/messages.json", "en/data.json"]))
+    keys = files["meta/groups.json"]
+    titles = {g["key"]: g["message"] for g in files["en/messages.json"]["groups"]}
     concepts = []
     # Skin tones need no rule: emojibase nests them in the base emoji.
-    for entry in read_json(archive, "en/data.json"):
+    for entry in files["en/data.json"]:
         group = keys["groups"].get(str(entry.get("group")))
         # No group: the letters that flags are spelled with. Components: bare skin tones and hair.
         if group in (None, "flags", "component"):
@@ -198,7 +137,8 @@ class IconSet(NamedTuple):
 
 def read_icon_set(archive: Path) -> IconSet:
     """The icon set of an `@iconify-json/*` package."""
-    data, characters = read_json(archive, "icons.json"), read_json(archive, "chars.json")
+    files = dict(read_json(archive, ["icons.json", "chars.json"]))
+    data, characters = files["icons.json"], files["chars.json"]
     try:
         icons = dict(data["icons"])
         for name, alias in data.get("aliases", {}).items():
@@ -244,27 +184,13 @@ def to_svg(name: str, icon_set: IconSet) -> str:
     return square_svg({"width": icon_set.width, "height": icon_set.height, **icon})
 
 
-def load_renderer() -> Callable[[str], bytes]:
-    """A function from SVG text to a PNG on white."""
+def draw(name: str, icon_set: IconSet) -> bytes:
+    """The icon as a PNG on white."""
     try:
-        import resvg_py
-        from PIL import Image
-    except ImportError as error:
-        message = f"{error.name} is not installed: pip install resvg-py pillow rich"
-        raise Stopped(message) from None
-
-    def render(svg: str) -> bytes:
-        drawn = resvg_py.svg_to_bytes(
-            svg_string=svg,
-            width=SIZE,
-            height=SIZE,
-            background="#ffffff",
-            skip_system_fonts=True,  # no icon holds text, and a machine's fonts must not matter
-        )
-        with Image.open(io.BytesIO(bytes(drawn))) as image:
-            return stored_png(image.convert("RGB").tobytes(), *image.size)
-
-    return render
+        image = render(to_svg(name, icon_set), SIZE, background="#ffffff")
+    except ValueError as error:
+        raise Stopped(f"icon {name}: {error}") from error
+    return stored_png(image.convert("RGB").tobytes(), *image.size)
 
 
 def stored_png(pixels: bytes, width: int, height: int) -> bytes:
@@ -342,9 +268,6 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> None:
 
 def build(out: Path, packages: Path) -> None:
     """Builds all shards into `out`; `packages` holds the npm archives or receives them."""
-    render = load_renderer()
-    from rich.progress import track
-
     out.mkdir(parents=True, exist_ok=True)
     packages.mkdir(parents=True, exist_ok=True)
     archives = {package: fetch(package, packages) for package in [NAMES, *STYLES.values()]}
@@ -353,7 +276,7 @@ def build(out: Path, packages: Path) -> None:
     for style, icons in match(concepts, sets).items():
         drawn = [concept for concept in concepts if concept.hexcode in icons]
         samples = [
-            make_sample(concept, style, render(to_svg(icons[concept.hexcode], sets[style])))
+            make_sample(concept, style, draw(icons[concept.hexcode], sets[style]))
             for concept in track(drawn, description=style)
         ]
         kept = drop_shared_pictures(samples)
@@ -379,6 +302,8 @@ def main(argv: Sequence[str]) -> None:
         "downloaded into it (default: a temporary folder)",
     )
     options = parser.parse_args(argv)
+    check_renderer()
+    end_cleanly()
     try:
         with tempfile.TemporaryDirectory() as temporary:
             build(options.out, options.packages or Path(temporary))

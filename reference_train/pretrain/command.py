@@ -10,6 +10,7 @@ import errno
 import importlib
 import importlib.util
 import io
+import logging
 import os
 import pickle
 import shlex
@@ -85,12 +86,15 @@ def train(trainer: Any, flags: list[str], folder: Path, known: dict[str, int]) -
     # OpenCLIP does not tell wandb that it goes on, and wandb would replace what it has of the run.
     os.environ.setdefault("WANDB_RESUME", "allow")
     training.add_to(trainer, importlib.import_module("open_clip_train.train"), known)
+    logging.raiseExceptions = False  # a log on a full disk; checkpoints say that it is full
     try:
         open_clip_train.main(flags)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             raise
         raise Stopped(f"{error.filename or folder} can't be written: {error.strerror}") from error
+    finally:
+        logging.disable(logging.INFO)  # of PyTorch's compiler at the exit, after the last line
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import get_worker_info
 
-from ..errors import Stopped
+from ..errors import Stopped, first_line
 
 SHOWN = 5  # shards in a message
 
@@ -42,7 +42,7 @@ class Losses:
             self.counts[len(self.shards) + i] += shards
         if why and shard not in self.told:
             self.told.add(shard)
-            logging.warning("%s: %s", shard or "a picture", str(why).partition("\n")[0])
+            logging.warning("%s: %s", shard or "a picture", first_line(why))
 
     def take(self) -> torch.Tensor:
         """The counts since the last call, (2, shards + 1) int64; row 0: pairs, row 1: shards."""

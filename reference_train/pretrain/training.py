@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cyclip_loss.metrics import consistency_metrics
 
-from ..errors import Stopped
+from ..errors import Stopped, first_line
 from ..files import written_whole
 from ..runs import without_wrappers
 from .loading import NoBatch, watch
@@ -230,6 +230,8 @@ def saving_whole(theirs: Callable[..., None]) -> Callable[..., None]:
             with written_whole(path) as partial:
                 theirs(content, partial, *more, **options)
         except (OSError, RuntimeError) as error:
-            raise Stopped(f"{path} can't be written: {str(error).partition(chr(10))[0]}") from error
+            # PyTorch's writer does not say that a disk is full
+            why = getattr(error, "strerror", None) or f"is the disk full? ({first_line(error)})"
+            raise Stopped(f"{path} can't be written: {why}") from error
 
     return save

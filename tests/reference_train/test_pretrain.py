@@ -7,6 +7,7 @@ import errno
 import importlib
 import io
 import json
+import logging
 import re
 import resource
 import shlex
@@ -407,6 +408,8 @@ def pretrain(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
     monkeypatch.setattr(train, "get_clip_metrics", train.get_clip_metrics)
     monkeypatch.setattr(torch, "save", torch.save)
     monkeypatch.setattr(trainer, "setup_logging", lambda *_: None)
+    monkeypatch.setattr(logging, "raiseExceptions", True)
+    monkeypatch.setattr(logging.root.manager, "disable", 0)
 
     def run(*flags: str, data: Path = shards, batch: int = 8, pairs: int = 16) -> None:
         argv = ["--preset", "icons", "--batch-size", str(batch), "--data", str(data)]
