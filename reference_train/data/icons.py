@@ -25,7 +25,7 @@ import random
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -49,6 +49,7 @@ PACKAGE = Package(
 )
 SIZE = 64  # pixels
 SAMPLES_PER_SHARD = 5000
+CHUNK = 64  # icons that are drawn as one piece of work
 PICTURES_OF_A_NAME = 40
 VALIDATION_SHARE = 0.02  # of the names
 SEED = 0
@@ -90,10 +91,6 @@ class Icon(NamedTuple):
     svg: str
 
 
-# ------------------------------------------------------------------------------------------------
-# Names and captions
-
-
 def style_words(names: Sequence[str]) -> set[str]:
     """The words of `STYLES` that end or begin at least 2 % of a set's names."""
     ends = Counter(name.rsplit("-", 1)[-1] for name in names if "-" in name)
@@ -128,10 +125,6 @@ def caption(icon: Icon, title: str, rng: random.Random) -> str:
     return template.format(name=icon.name, style=icon.style, set=title, group=icon.group)
 
 
-# ------------------------------------------------------------------------------------------------
-# Reading the sets
-
-
 def why_left_out(info: dict[str, Any]) -> str | None:
     """The reason for which a set as a whole is not taken."""
     name, category = info["name"].lower(), (info.get("category") or "").lower()
@@ -150,7 +143,7 @@ def read_set(prefix: str, content: dict[str, Any], left_out: Counter[str]) -> It
     groups = {
         icon: group for group, icons in (content.get("categories") or {}).items() for icon in icons
     }
-    inherited = {k: content[k] for k in ("left", "top", "width", "height") if k in content}
+    inherited = {k: v for k, v in content.items() if k in ("left", "top", "width", "height")}
     styles = style_words(list(content["icons"]))
     for key, icon in content["icons"].items():
         group = groups.get(key, "")
@@ -167,24 +160,18 @@ def read_set(prefix: str, content: dict[str, Any], left_out: Counter[str]) -> It
 
 def read_sets(archive: Path, left_out: Counter[str]) -> tuple[dict[str, Any], list[Icon]]:
     """What is known of each set that is taken, by its prefix, and their icons in a random order."""
-    [(_, infos)] = read_json(archive, ["collections.json"])
     taken: dict[str, Any] = {}
-    for prefix, info in infos.items():
+    for prefix, info in dict(read_json(archive, ["collections.json"]))["collections.json"].items():
         if reason := why_left_out(info):
             left_out[f"sets: {reason}"] += info["total"]
         else:
             taken[prefix] = info
-    icons: dict[str, list[Icon]] = {prefix: [] for prefix in taken}
+    by_set: dict[str, list[Icon]] = {}
     for file, content in read_json(archive, [f"json/{prefix}.json" for prefix in taken]):
-        prefix = Path(file).stem
-        icons[prefix] = list(read_set(prefix, content, left_out))
-    shuffled = [icon for of_set in icons.values() for icon in of_set]
-    random.Random(SEED).shuffle(shuffled)
-    return taken, shuffled
-
-
-# ------------------------------------------------------------------------------------------------
-# Drawing
+        by_set[Path(file).stem] = list(read_set(Path(file).stem, content, left_out))
+    icons = [icon for prefix in taken for icon in by_set[prefix]]
+    random.Random(SEED).shuffle(icons)
+    return taken, icons
 
 
 class Drawn(NamedTuple):
@@ -216,24 +203,18 @@ def draw(icon: Icon) -> Drawn:
     return Drawn(file.getvalue(), digest)
 
 
-def draw_all(icons: Sequence[Icon]) -> list[Drawn]:
-    """Draws icons one after another."""
-    return [draw(icon) for icon in icons]
-
-
-def draw_in_processes(icons: Sequence[Icon], chunk: int = 64) -> Iterator[Drawn]:
+def draw_in_processes(icons: Sequence[Icon]) -> Generator[Drawn, None, None]:
     """Draws icons in their order, in a process for each core; one may crash the renderer."""
-    chunks = [icons[i : i + chunk] for i in range(0, len(icons), chunk)]
     done = 0
-    while done < len(chunks):
+    while done < len(icons):
         pool = ProcessPoolExecutor()
         try:
-            for drawn in pool.map(draw_all, chunks[done:]):
+            for drawn in pool.map(draw, icons[done:], chunksize=CHUNK):
                 done += 1
-                yield from drawn
-        except BrokenProcessPool:  # by this chunk or one after it: each of this alone, then on
-            yield from map(draw_alone, chunks[done])
-            done += 1
+                yield drawn
+        except BrokenProcessPool:  # by one of the next chunk, or later: those alone, then on
+            yield from map(draw_alone, icons[done : done + CHUNK])
+            done += CHUNK
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -261,15 +242,6 @@ def colours(rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
     return np.array(pale), np.array(colorsys.hls_to_rgb(other, rng.uniform(0.05, 0.3), 0.6))
 
 
-# ------------------------------------------------------------------------------------------------
-# Shards
-
-
-def writer(folder: Path, part: str) -> wds.ShardWriter:
-    """Writes FOLDER/PART-00000.tar and so on."""
-    return wds.ShardWriter(str(folder / f"{part}-%05d.tar"), maxcount=SAMPLES_PER_SHARD, verbose=0)
-
-
 def twins(names: Counter[str], batch_size: int) -> float:
     """The expected share of a batch's rows whose name another row of it has, too.
 
@@ -294,7 +266,14 @@ def build(archive: Path, out: Path, limit: int | None = None) -> dict[str, Any]:
     pictures: Counter[str] = Counter()  # of each name, with those left out
     sets: Counter[str] = Counter()
     with contextlib.ExitStack() as stack:
-        shards = {part: stack.enter_context(writer(out, part)) for part in parts}
+        shards = {
+            part: stack.enter_context(
+                wds.ShardWriter(
+                    str(out / f"{part}-%05d.tar"), maxcount=SAMPLES_PER_SHARD, verbose=0
+                )
+            )
+            for part in parts
+        }
         drawing = stack.enter_context(contextlib.closing(draw_in_processes(icons)))
         for icon, drawn in zip(icons, track(drawing, "drawing", total=len(icons)), strict=True):
             part = "val" if is_held_out(icon.name) else "train"

@@ -18,6 +18,7 @@ import io
 import json
 import lzma
 import re
+import struct
 import tarfile
 import tempfile
 import zlib
@@ -68,23 +69,11 @@ TEST_SHARE, VALIDATION_SHARE = 0.15, 0.10
 SPLIT_SEED = 52
 
 
-# ------------------------------------------------------------------------------------------------
-# Concepts
+def read_concepts(archive: Path) -> list[Json]:
+    """The emoji that ship, from `emojibase-data`: base skin tone, no flags, no near-duplicates.
 
-
-class Concept(NamedTuple):
-    """One emoji, apart from any drawing of it."""
-
-    hexcode: str  # as emojibase writes it: "1F469-200D-1F33E"
-    emoji: str
-    name: str
-    keywords: list[str]
-    group: str  # "animals & nature"
-    subgroup: str  # "animal-mammal"
-
-
-def read_concepts(archive: Path) -> list[Concept]:
-    """The emoji that ship, from `emojibase-data`: base skin tone, no flags, no near-duplicates."""
+    A concept is what a sample's json says of it, but for the style.
+    """
     files = dict(read_json(archive, ["meta/groups.json", "en/messages.json", "en/data.json"]))
     keys = files["meta/groups.json"]
     titles = {g["key"]: g["message"] for g in files["en/messages.json"]["groups"]}
@@ -99,14 +88,16 @@ def read_concepts(archive: Path) -> list[Concept]:
         if entry["label"].endswith("facing right") or entry["label"].startswith("family:"):
             continue
         concepts.append(
-            Concept(
-                entry["hexcode"],
-                entry["emoji"],
-                entry["label"],
-                entry.get("tags", []),
-                titles[group],
-                keys["subgroups"][str(entry["subgroup"])],
-            )
+            {
+                "concept": entry["hexcode"],  # "1F469-200D-1F33E"
+                "name": entry["label"],
+                "keywords": entry.get("tags", []),
+                "group": titles[group],
+                "subgroup": keys["subgroups"][str(entry["subgroup"])],
+                "style": "",
+                "split": split_of(entry["hexcode"]),
+                "emoji": entry["emoji"],
+            }
         )
     return concepts
 
@@ -122,23 +113,17 @@ def split_of(hexcode: str) -> str:
     return "validation" if place < TEST_SHARE + VALIDATION_SHARE else "train"
 
 
-# ------------------------------------------------------------------------------------------------
-# Which icon draws which concept
-
-
 class IconSet(NamedTuple):
-    """The icons of one style; the fields of an icon are Iconify's."""
+    """The icons of one style."""
 
     icons: dict[str, Json]  # by name; mirrored copies resolved, mere second names left out
     characters: dict[str, str]  # hexcode, see `bare` -> icon name; empty where there is no table
-    width: int
-    height: int
 
 
 def read_icon_set(archive: Path) -> IconSet:
     """The icon set of an `@iconify-json/*` package."""
     files = dict(read_json(archive, ["icons.json", "chars.json"]))
-    data, characters = files["icons.json"], files["chars.json"]
+    data = files["icons.json"]
     try:
         icons = dict(data["icons"])
         for name, alias in data.get("aliases", {}).items():
@@ -147,8 +132,9 @@ def read_icon_set(archive: Path) -> IconSet:
             # meaning: to "cricket", the insect, noto-v1 offers the game.
             if alias.keys() - {"parent"}:
                 icons[name] = {**data["icons"][alias["parent"]], **alias}
-        table = {bare(hexcode): name for hexcode, name in characters.items()}
-        return IconSet(icons, table, data["width"], data["height"])
+        size = {"width": data["width"], "height": data["height"]}
+        characters = {bare(hexcode): name for hexcode, name in files["chars.json"].items()}
+        return IconSet({name: {**size, **icon} for name, icon in icons.items()}, characters)
     except (KeyError, TypeError, AttributeError):
         raise Stopped(f"{archive}: not an icon set as Iconify describes it") from None
 
@@ -158,38 +144,19 @@ def bare(hexcode: str) -> str:
     return hexcode.lower().replace("-fe0f", "")
 
 
-def match(concepts: list[Concept], sets: dict[str, IconSet]) -> dict[str, dict[str, str]]:
-    """Style -> hexcode -> icon name."""
-    matches: dict[str, dict[str, str]] = {}
-    for style, icon_set in sets.items():
-        matches[style] = {}
-        for concept in concepts:
-            name = sets[NAMED_AS_IN.get(style, style)].characters.get(bare(concept.hexcode))
-            if name is None:  # the tables leave aliases out
-                name = re.sub(r"[^a-z0-9]+", "-", concept.name.lower())
-            if name in icon_set.icons:
-                matches[style][concept.hexcode] = name
-    return matches
+def icon_of(concept: Json, style: str, sets: dict[str, IconSet]) -> Json | None:
+    """The icon that draws a concept in a style, if there is one."""
+    name = sets[NAMED_AS_IN.get(style, style)].characters.get(bare(concept["concept"]))
+    if name is None:  # the tables leave aliases out
+        name = re.sub(r"[^a-z0-9]+", "-", concept["name"].lower())
+    return sets[style].icons.get(name)
 
 
-# ------------------------------------------------------------------------------------------------
-# Drawing
-
-
-def to_svg(name: str, icon_set: IconSet) -> str:
-    """The icon as a square SVG document."""
-    icon = icon_set.icons[name]
+def draw(icon: Json) -> bytes:
+    """An icon as a PNG on white."""
     if icon.keys() & {"vFlip", "rotate"}:
-        raise Stopped(f"icon {name} has a transformation that this script does not know")
-    return square_svg({"width": icon_set.width, "height": icon_set.height, **icon})
-
-
-def draw(name: str, icon_set: IconSet) -> bytes:
-    """The icon as a PNG on white."""
-    try:
-        image = render(to_svg(name, icon_set), SIZE, background="#ffffff")
-    except ValueError as error:
-        raise Stopped(f"icon {name}: {error}") from error
+        raise Stopped(f"a transformation that this script does not know: {icon}")
+    image = render(square_svg(icon), SIZE, background="#ffffff")
     return stored_png(image.convert("RGB").tobytes(), *image.size)
 
 
@@ -197,57 +164,24 @@ def stored_png(pixels: bytes, width: int, height: int) -> bytes:
     """An RGB PNG whose pixels are stored as they are, neither filtered nor compressed.
 
     xz then finds what the icons of a style share: a shard is up to half as large as with ordinary
-    PNGs. And the bytes depend on the pixels alone, not on the version of a deflate library.
+    PNGs.
     """
     rows = b"".join(b"\0" + pixels[i : i + 3 * width] for i in range(0, len(pixels), 3 * width))
-    length = len(rows).to_bytes(2, "little")  # a stored block holds up to 65,535 bytes
-    block = b"\x01" + length + bytes(255 - byte for byte in length) + rows
-    checksum = zlib.adler32(rows).to_bytes(4, "big")
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        crc = zlib.crc32(kind + content).to_bytes(4, "big")
-        return len(content).to_bytes(4, "big") + kind + content + crc
-
-    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\x02\0\0\0"  # 8-bit RGB
-    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", b"\x78\x01" + block + checksum)
-    return b"\x89PNG\r\n\x1a\n" + chunks + chunk(b"IEND", b"")
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8-bit RGB
+    png = b"\x89PNG\r\n\x1a\n"
+    for kind, content in ((b"IHDR", header), (b"IDAT", zlib.compress(rows, 0)), (b"IEND", b"")):
+        png += struct.pack(">I", len(content)) + kind + content
+        png += struct.pack(">I", zlib.crc32(kind + content))
+    return png
 
 
-# ------------------------------------------------------------------------------------------------
-# Shards
-
-
-class Sample(NamedTuple):
-    """One image-caption pair; `info` becomes its json."""
-
-    key: str
-    png: bytes
-    caption: str
-    info: Json
-
-
-def make_sample(concept: Concept, style: str, png: bytes) -> Sample:
-    """The drawing of a concept, with all that is known of it."""
-    info = {
-        "concept": concept.hexcode,
-        "name": concept.name,
-        "keywords": concept.keywords,
-        "group": concept.group,
-        "subgroup": concept.subgroup,
-        "style": style,
-        "split": split_of(concept.hexcode),
-        "emoji": concept.emoji,
-    }
-    return Sample(concept.hexcode, png, concept.name, info)
-
-
-def drop_shared_pictures(samples: list[Sample]) -> list[Sample]:
+def drop_shared_pictures(samples: list[tuple[Json, bytes]]) -> list[tuple[Json, bytes]]:
     """Without the pictures that a style uses for several concepts: which name would be right?"""
-    uses = Counter(sample.png for sample in samples)
-    return [sample for sample in samples if uses[sample.png] == 1]
+    uses = Counter(png for _, png in samples)
+    return [sample for sample in samples if uses[sample[1]] == 1]
 
 
-def write_shard(path: Path, samples: Iterable[Sample]) -> None:
+def write_shard(path: Path, samples: Iterable[tuple[Json, bytes]]) -> None:
     """Writes a shard whole or not at all; the same samples give the same bytes, in any order."""
     # A dictionary as large as a shard (24 MB), so that every icon can refer to every other.
     xz = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 32 << 20}]
@@ -256,12 +190,15 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> None:
         lzma.open(partial, "wb", filters=xz) as stream,
         tarfile.open(fileobj=stream, mode="w|", format=tarfile.USTAR_FORMAT) as tar,
     ):
-        for sample in sorted(samples):
-            info = json.dumps(sample.info, ensure_ascii=False)
-            members = [("json", info.encode()), ("png", sample.png)]
-            for suffix, content in [*members, ("txt", sample.caption.encode())]:
+        for info, png in sorted(samples, key=lambda sample: sample[0]["concept"]):
+            files = {
+                "json": json.dumps(info, ensure_ascii=False).encode(),
+                "png": png,
+                "txt": info["name"].encode(),
+            }
+            for suffix, content in files.items():
                 # Its defaults are time 0, owner 0 and no owner's name.
-                member = tarfile.TarInfo(f"{sample.key}.{suffix}")
+                member = tarfile.TarInfo(f"{info['concept']}.{suffix}")
                 member.size, member.mode = len(content), 0o644
                 tar.addfile(member, io.BytesIO(content))
 
@@ -270,19 +207,18 @@ def build(out: Path, packages: Path) -> None:
     """Builds all shards into `out`; `packages` holds the npm archives or receives them."""
     out.mkdir(parents=True, exist_ok=True)
     packages.mkdir(parents=True, exist_ok=True)
-    archives = {package: fetch(package, packages) for package in [NAMES, *STYLES.values()]}
-    concepts = read_concepts(archives[NAMES])
-    sets = {style: read_icon_set(archives[package]) for style, package in STYLES.items()}
-    for style, icons in match(concepts, sets).items():
-        drawn = [concept for concept in concepts if concept.hexcode in icons]
+    concepts = read_concepts(fetch(NAMES, packages))
+    sets = {style: read_icon_set(fetch(package, packages)) for style, package in STYLES.items()}
+    for style in STYLES:
         samples = [
-            make_sample(concept, style, draw(icons[concept.hexcode], sets[style]))
-            for concept in track(drawn, description=style)
+            ({**concept, "style": style}, draw(icon))
+            for concept in track(concepts, description=style)
+            if (icon := icon_of(concept, style, sets))
         ]
         kept = drop_shared_pictures(samples)
         path = out / f"{style}.tar.xz"
         write_shard(path, kept)
-        splits = Counter(sample.info["split"] for sample in kept)
+        splits = Counter(info["split"] for info, _ in kept)
         counts = ", ".join(f"{splits[split]} {split}" for split in ("train", "validation", "test"))
         print(f"{path}: {len(kept)} of {len(concepts)} concepts ({counts}), ", end="")
         print(f"{len(samples) - len(kept)} shared pictures dropped, {path.stat().st_size:,} bytes")

@@ -14,7 +14,7 @@ import logging
 import os
 import pickle
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,9 @@ def main(argv: Sequence[str]) -> None:
     if world_size > 1 and not ranks.is_using_distributed():
         raise CannotStart(f"{world_size} ranks of MPI: OpenCLIP takes torchrun's and Slurm's only")
     flags = command_line(asked, more, world_size)
-    args = parse_flags(trainer, flags)
+    ours, theirs = parsed(open_clip_train.flags().parse_known_args, flags)
+    args = parsed(trainer.parse_args, theirs)
+    vars(args).update(vars(ours))
     known = check_data(args, flags, world_size)
     if is_first("RANK"):
         # the "--" is for torchrun, which would take --logs for one of its own flags
@@ -140,7 +142,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--name", help="of the run, a folder of DIR; default: PRESET-LOSS-SEED")
     add("--dry-run", action="store_true", help="check and print the command, and stop")
     asked, others = parser.parse_known_args(ours)
-    _, unknown = parsed_by(open_clip_train.flags(), others)
+    _, unknown = parsed(open_clip_train.flags().parse_known_args, others)
     if unknown:
         raise CannotStart(f"{unknown[0]}: OpenCLIP's own flags go after --")
     return asked, others + more
@@ -182,34 +184,14 @@ def open_clip_trainer() -> Any:
         ) from error
 
 
-def parsed_by(
-    parser: argparse.ArgumentParser, flags: Sequence[str]
-) -> tuple[argparse.Namespace, list[str]]:
-    """`parse_known_args`, whose error is one line."""
+def parsed(parse: Callable[[Sequence[str]], Any], flags: Sequence[str]) -> Any:
+    """What a parser of theirs makes of flags; its error is one line."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return parser.parse_known_args(flags)
+            return parse(flags)
     except SystemExit as error:
         raise CannotStart(said.getvalue().strip().rpartition("error: ")[2]) from error
-
-
-def parse_flags(trainer: Any, flags: Sequence[str]) -> argparse.Namespace:
-    """What the launcher and OpenCLIP make of the flags."""
-    ours, theirs = parsed_by(open_clip_train.flags(), flags)
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            args: argparse.Namespace = trainer.parse_args(theirs)
-    except SystemExit as error:
-        reason = said.getvalue().strip().rpartition("error: ")[2]
-        raise CannotStart(f"OpenCLIP does not take these flags: {reason}") from error
-    vars(args).update(vars(ours))
-    return args
-
-
-# ------------------------------------------------------------------------------------------------
-# Checks
 
 
 def check(args: argparse.Namespace, world_size: int) -> None:
@@ -245,8 +227,7 @@ def check_data(args: argparse.Namespace, flags: list[str], world_size: int) -> d
     if args.train_num_samples is not None and args.train_num_samples < 1:
         raise CannotStart(f"--train-num-samples must be >= 1, not {args.train_num_samples}")
     train = shards.expand(args.train_data)
-    shards.check_there("--data", train)
-    known = shards.sizes(train)
+    known = shards.check("--data", train, whole=False)
     # OpenCLIP reads the one or the other, in this order, and no *_stats.json.
     theirs = [n for n in ("sizes.json", "__len__") if (Path(train[0]).parent / n).exists()][:1]
     if args.train_num_samples is None and theirs != ["__len__"]:
@@ -264,11 +245,7 @@ def check_data(args: argparse.Namespace, flags: list[str], world_size: int) -> d
         say("no held-out pairs (--val, or shards with 'val' in their names): no best epoch is kept")
         return known
     val = shards.expand(args.val_data)
-    shards.check_there("--val", val)
-    held_out = shards.sizes(val)
-    if is_first("RANK"):
-        shards.check_whole("--val", val, held_out)
-    return {**known, **held_out}
+    return {**known, **shards.check("--val", val, whole=is_first("RANK"))}
 
 
 def epochs_done(folder: Path, args: argparse.Namespace, world_size: int) -> int:

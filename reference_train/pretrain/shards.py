@@ -38,54 +38,43 @@ def expand(data: str) -> list[str]:
     return [path for pattern in data.split("::") for path in braceexpand(pattern)]
 
 
-def are_local(shards: Sequence[str]) -> bool:
-    """Whether they are files, and no pipes or addresses."""
-    return not any("://" in path or path.startswith("pipe:") for path in shards)
+def check(argument: str, shards: Sequence[str], whole: bool) -> dict[str, int]:
+    """How many pairs each shard has, where sizes.json or img2dataset's *_stats.json says it.
 
-
-def sizes(shards: Sequence[str]) -> dict[str, int]:
-    """How many pairs each shard has, from sizes.json or img2dataset's *_stats.json beside it.
-
-    A shard of which neither is there is left out. Raises `CannotStart` for what is no such file.
+    Raises `CannotStart` unless local shards are there, and the first has pairs; whole: unless each
+    can be read to its end, and has as many pairs as it should.
     """
-    if not are_local(shards):
+    if any("://" in path or path.startswith("pipe:") for path in shards):
         return {}
-    found: dict[str, int] = {}
-    tables: dict[Path, Mapping[str, int]] = {}
-    for shard in shards:
-        folder, name = Path(shard).parent, Path(shard).name
-        stats = folder / f"{name.removesuffix('.tar')}_stats.json"
-        path = folder / "sizes.json"
-        try:
-            if folder not in tables:
-                tables[folder] = json.loads(path.read_text()) if path.exists() else {}
-            if name in tables[folder]:
-                found[shard] = int(tables[folder][name])
-            elif stats.exists():
-                path = stats
-                found[shard] = int(json.loads(path.read_text())["successes"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CannotStart(f"{path}: says no numbers of pairs: {error!r}") from error
-    return found
-
-
-def check_there(argument: str, shards: Sequence[str]) -> None:
-    """Raises `CannotStart` unless local shards are there, and the first of them has pairs."""
-    if not are_local(shards):
-        return
     for path in shards:
         if not Path(path).is_file():
             raise CannotStart(f"{argument}: no such shard: {path}")
+    known = sizes(shards)
     if next(read_samples(shards[:1]), None) is None:
         raise CannotStart(f"{argument}: {shards[0]} holds no image with a caption")
-
-
-def check_whole(argument: str, shards: Sequence[str], known: Mapping[str, int]) -> None:
-    """Reads local shards to their ends; raises `CannotStart` for one that lost pairs."""
-    for path in shards if are_local(shards) else ():
+    for path in shards if whole else ():
         pairs = sum(1 for _ in read_samples([path]))
         if pairs < known.get(path, 0):
             raise CannotStart(f"{argument}: {path} holds {pairs} of {known[path]} pairs")
+    return known
+
+
+def sizes(shards: Sequence[str]) -> dict[str, int]:
+    """The numbers of pairs that are written beside local shards."""
+    found: dict[str, int] = {}
+    for folder in {Path(shard).parent for shard in shards}:
+        path = folder / "sizes.json"
+        try:
+            table = json.loads(path.read_text()) if path.exists() else {}
+            for shard in (s for s in shards if Path(s).parent == folder):
+                path = Path(shard.removesuffix(".tar") + "_stats.json")
+                if Path(shard).name in table:
+                    found[shard] = int(table[Path(shard).name])
+                elif path.exists():
+                    found[shard] = int(json.loads(path.read_text())["successes"])
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise CannotStart(f"{path}: says no numbers of pairs: {error!r}") from error
+    return found
 
 
 def check_shared(

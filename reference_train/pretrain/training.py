@@ -40,10 +40,6 @@ def add_to(main: Any, train: ModuleType, sizes: Mapping[str, int]) -> None:
     torch.save = saving_whole(torch.save)
 
 
-# ------------------------------------------------------------------------------------------------
-# Training
-
-
 class Loader:
     """A loader of batches that calls `check` after every `every` steps, and at the end."""
 
@@ -154,10 +150,6 @@ def watching(theirs: Callable[..., Any], sizes: Mapping[str, int]) -> Callable[.
     return get_data
 
 
-# ------------------------------------------------------------------------------------------------
-# Validation
-
-
 def with_gaps(theirs: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
     """Their retrieval numbers, with those of `cyclip_loss.metrics.consistency_metrics`."""
 
@@ -212,10 +204,6 @@ def validations(checkpoints: Path) -> dict[int, float]:
     lines = map(json.loads, path.read_text().splitlines() if path.exists() else [])
     # a line without a loss is one of zero-shot accuracy alone
     return {n["epoch"]: n[LOSS] for n in lines if math.isfinite(n.get(LOSS, math.nan))}
-
-
-# ------------------------------------------------------------------------------------------------
-# Checkpoints
 
 
 def saving_whole(theirs: Callable[..., None]) -> Callable[..., None]:
