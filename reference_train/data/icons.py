@@ -43,9 +43,7 @@ from .iconify import OutsideReference, check_renderer, position, render, square_
 from .package import Package, end_cleanly, fetch, read_json
 
 PACKAGE = Package(
-    "@iconify/json",
-    "2.2.535",
-    "1a545f86fa224d6531d8fb101dcbe83aac2b28689a21cbed6fc68318a5af4d91",
+    "@iconify/json", "2.2.535", "1a545f86fa224d6531d8fb101dcbe83aac2b28689a21cbed6fc68318a5af4d91"
 )
 SIZE = 64  # pixels
 SAMPLES_PER_SHARD = 5000

@@ -39,9 +39,7 @@ Json = dict[str, Any]
 
 
 NAMES = Package(
-    "emojibase-data",
-    "17.0.0",
-    "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
+    "emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a"
 )
 # Three to train on, three never trained on (the natural shift of style), and one black on white.
 STYLES = {

@@ -41,6 +41,8 @@ from reference_train.pretrain.presets import NAMES
 
 pytest.importorskip("open_clip_train.main")
 models.register()
+Capture, Log, Patch = pytest.CaptureFixture[str], pytest.LogCaptureFixture, pytest.MonkeyPatch
+Run = Callable[..., None]
 
 
 def make_shards(folder: Path, **parts: int) -> Path:
@@ -87,87 +89,69 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_shards(tmp_path_factory.mktemp("data") / "shards", train=4, val=1)
 
 
-def dry_run(capsys: pytest.CaptureFixture[str], *argv: str) -> Namespace:
+@pytest.fixture
+def dry_run(shards: Path, tmp_path: Path, capsys: Capture) -> Callable[..., Namespace]:
     """What OpenCLIP and the launcher make of the command that is printed."""
-    command.main([*argv[: argv.index("--")], "--dry-run", *argv[argv.index("--") :]])
-    words = shlex.split(capsys.readouterr().out)
-    assert words[:4] == ["python", "-m", open_clip_train.__name__, "--"]
-    ours, theirs = open_clip_train.flags().parse_known_args(words[4:])
-    parsed: Namespace = command.open_clip_trainer().parse_args(theirs)
-    vars(parsed).update(vars(ours))
-    return parsed
+
+    def run(*flags: str) -> Namespace:
+        argv = ["--preset", "modern", "--data", str(shards), "--out", str(tmp_path / "logs")]
+        words = [word.format(folder=shards, empty=tmp_path) for word in flags]
+        command.main([*argv, "--batch-size", "8", "--dry-run", *words])
+        printed = shlex.split(capsys.readouterr().out)
+        assert printed[:4] == ["python", "-m", open_clip_train.__name__, "--"]
+        ours, theirs = open_clip_train.flags().parse_known_args(printed[4:])
+        parsed: Namespace = command.open_clip_trainer().parse_args(theirs)
+        vars(parsed).update(vars(ours))
+        return parsed
+
+    return run
 
 
 @pytest.mark.parametrize("preset", NAMES)
 @pytest.mark.parametrize(
     ("loss", "lambdas"),
-    [
-        ("clip", (0, 0)),
-        ("cyclip", (0.25, 0.25)),
-        ("c-cyclip", (0, 0.25)),
-        ("i-cyclip", (0.25, 0)),
-    ],
+    [("clip", (0, 0)), ("cyclip", (0.25, 0.25)), ("c-cyclip", (0, 0.25)), ("i-cyclip", (0.25, 0))],
 )
 def test_the_printed_command(
-    preset: str,
-    loss: str,
-    lambdas: tuple[float, float],
-    shards: Path,
-    capsys: pytest.CaptureFixture[str],
+    preset: str, loss: str, lambdas: tuple[float, float], shards: Path, dry_run: Run
 ) -> None:
-    argv = ["--preset", preset, "--loss", loss, "--data", str(shards), "--seed", "3"]
-    argv += ["--batch-size", "8"]
-    args = dry_run(capsys, *argv, "--", "--workers", "2", "--epochs", "7")
+    argv = ["--preset", preset, "--loss", loss, "--seed", "3", "--dist-impl", "ring"]
+    args = dry_run(*argv, "--", "--workers", "2", "--epochs", "7")
     assert (args.lambda_inmodal, args.lambda_crossmodal) == lambdas
     assert args.train_data == f"{shards}/train-{{00000..00003}}.tar"
     assert args.val_data == f"{shards}/val-00000.tar"
     assert (args.epochs, args.workers, args.seed) == (7, 2, 3)  # what follows -- comes last
     assert args.name == f"{preset}-{loss}-3"
-    assert args.reference_batch_size == 128
+    assert (args.reference_batch_size, args.dist_impl) == (128, "ring")  # the launcher's own
 
 
-def test_the_paper_preset(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    # as if they were large, which nobody has counted
-    data = f"pipe:cat {shards}/train-{{00000..00003}}.tar"
-    args = dry_run(capsys, "--preset", "paper", "--data", data, "--", "--train-num-samples", "9")
+def test_the_paper_preset(dry_run: Run) -> None:
+    # pairs that nobody has counted
+    data = ["--data", "pipe:cat {folder}/train-{{00000..00003}}.tar", "--batch-size", "128"]
+    args = dry_run("--preset", "paper", *data, "--", "--train-num-samples", "9")
     assert (args.model, args.batch_size, args.epochs, args.warmup) == ("RN50", 128, 64, 10_000)
     assert (args.lr, args.wd, args.eps) == (5e-4, 0.1, 1e-8)
     assert (args.beta1, args.beta2) == (0.9, 0.999)
     # the crop of training is that of evaluation: resized, and the middle of it
-    image = Image.fromarray(
-        np.random.default_rng(0).integers(256, size=(90, 64, 3), dtype=np.uint8)
-    )
+    noise = np.random.default_rng(0).integers(256, size=(90, 64, 3), dtype=np.uint8)
+    image, bicubic = Image.fromarray(noise), transforms.InterpolationMode.BICUBIC
     train = open_clip.transform.image_transform(32, is_train=True, aug_cfg=args.aug_cfg)
-    middle = transforms.resized_crop(
-        image, 13, 0, 64, 64, [32, 32], transforms.InterpolationMode.BICUBIC
-    )
+    middle = transforms.resized_crop(image, 13, 0, 64, 64, [32, 32], bicubic)
     mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
     expected = transforms.normalize(transforms.to_tensor(middle), mean, std)
     torch.testing.assert_close(train(image), expected)
 
 
 @pytest.mark.parametrize("variable", ["WORLD_SIZE", "SLURM_NTASKS"])  # torchrun's, srun's
-def test_a_batch_is_shared_by_the_ranks(
-    variable: str,
-    shards: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_batch_is_shared_by_the_ranks(variable: str, dry_run: Run, monkeypatch: Patch) -> None:
     monkeypatch.setenv(variable, "2")
     monkeypatch.setattr(command.torch.cuda, "is_available", lambda: True)
-    more = ["--", "--workers", "2", "--epochs", "7"]
-    args = dry_run(capsys, "--preset", "modern", "--data", str(shards), "--batch-size", "8", *more)
-    assert args.batch_size == 4
-    with pytest.raises(CannotStart, match="--batch-size 101 is of all ranks and does not divide"):
-        dry_run(capsys, "--preset", "modern", "--data", str(shards), "--batch-size", "101", *more)
+    assert dry_run("--", "--workers", "2").batch_size == 4
 
 
 @pytest.mark.parametrize("variable", ["RANK", "PMI_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"])
 def test_one_rank_prints_the_command(
-    variable: str,
-    shards: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    variable: str, shards: Path, capsys: Capture, monkeypatch: Patch
 ) -> None:
     monkeypatch.setenv(variable, "1")
     command.main(["--preset", "icons", "--data", str(shards), "--batch-size", "8", "--dry-run"])
@@ -177,157 +161,114 @@ def test_one_rank_prints_the_command(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--data", "{folder}/none-{{0..3}}.tar"], "--data: no such shard: .*none-0.tar"),
-        (["--data", "{empty}"], "no tar file in"),
-        (["--val", "{folder}/none.tar"], "--val: no such shard"),
-        (["--data", "{folder}/sizes.json"], "a shard can't be read"),
-        (["--", "--model", "RN51"], "--model RN51: OpenCLIP has none of that name"),
-        (["--", "--model", "local-dir:{empty}"], "--model local-dir:.*: .*open_clip_config.json"),
-        (["--data", "s3://b/{{0..3}}.tar", "--", "--workers", "9"], "has 4 shards for 9 workers"),
-        (["--", "--workers", "9"], "--data has 4 shards for 9 workers"),
-        (["--batch-size", "9", "--", "--workers", "4"], "wait for ever, as its 1 of 4 shards may"),
-        (["--batch-size", "17", "--", "--workers", "2"], "may hold 16 pairs and its batch is 17"),
-        (
-            ["--", "--epochs", "many"],
-            "OpenCLIP does not take .*--epochs: invalid int value: 'many'",
-        ),
-        (["--epochs", "3"], "--epochs: OpenCLIP's own flags go after --"),
-        (["--reference-batch-size", "x"], "--reference-batch-size: invalid int value"),
-        (["--", "--dataset-type", "csv"], "--dataset-type csv: pretrain takes webdataset only"),
-        (["--", "--train-num-samples", "0"], "--train-num-samples must be >= 1, not 0"),
-        (["--out", "{folder}/sizes.json/logs"], "--out: .*can't be written: .*sizes.json is no"),
-        (["--loss", "siglip"], "--loss: invalid choice"),
-        (["--batch-size", "0"], "--batch-size: must be a whole number >= 1, not 0"),
+        ("--data {folder}/none-{{0..3}}.tar", "--data: no such shard: .*none-0.tar"),
+        ("--data {empty}", "no tar file in"),
+        ("--val {folder}/none.tar", "--val: no such shard"),
+        ("--data {folder}/sizes.json", "a shard can't be read"),
+        ("-- --model RN51", "--model RN51: OpenCLIP has none of that name"),
+        ("-- --model local-dir:{empty}", "--model local-dir:.*: .*open_clip_config.json"),
+        ("--data s3://b/{{0..2}}.tar -- --train-num-samples 9", "has 3 shards for 4 workers"),
+        ("--data s3://b/{{0..2}}.tar", r"is not known .* say it after --, e\.g\. -- --train-num"),
+        ("-- --workers 9", "--data has 4 shards for 9 workers"),
+        ("--batch-size 9", "wait for ever, as its 1 of 4 shards may hold 8 pairs"),
+        ("--batch-size 17 -- --workers 2", "may hold 16 pairs and its batch is 17"),
+        ("-- --epochs many", "argument --epochs: invalid int value: 'many'"),
+        ("--epochs 3", "--epochs: OpenCLIP's own flags go after --"),
+        ("--reference-batch-size x", "--reference-batch-size: invalid int value"),
+        ("-- --dataset-type csv", "--dataset-type csv: pretrain takes webdataset only"),
+        ("-- --train-num-samples 0", "--train-num-samples must be >= 1, not 0"),
+        ("--out {folder}/sizes.json/logs", "--out: .*can't be written: .*sizes.json is no"),
+        ("-- --report-to all", "--report-to all: pip install tensorboard"),
+        ("--loss siglip", "--loss: invalid choice"),
+        ("--batch-size 0", "--batch-size: must be a whole number >= 1, not 0"),
+        ("WORLD_SIZE --batch-size 7", "--batch-size 7 is of all ranks and does not divide by 2"),
+        ("WORLD_SIZE -- --workers 2", "several ranks on a CPU: OpenCLIP 3 can't do that"),
+        ("OMPI_COMM_WORLD_SIZE", "2 ranks of MPI"),  # OpenCLIP counts them; each would be alone
     ],
 )
 def test_what_it_refuses_before_any_work(
-    change: list[str], message: str, shards: Path, tmp_path: Path
+    change: str, message: str, dry_run: Run, tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    argv = ["--preset", "icons", "--data", str(shards), "--out", str(tmp_path / "logs")]
-    argv += ["--batch-size", "8", "--dry-run"]
+    monkeypatch.setattr(command.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    words = change.split()
+    if words[0].isupper():
+        monkeypatch.setenv(words.pop(0), "2")
     with pytest.raises(CannotStart, match=message) as error:
-        command.main([*argv, *(word.format(folder=shards, empty=tmp_path) for word in change)])
+        dry_run(*words)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "logs").exists()
 
 
-def test_pairs_as_img2dataset_counts_them(
-    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_pairs_as_img2dataset_counts_them(shards: Path, tmp_path: Path, dry_run: Run) -> None:
     for number, path in enumerate(sorted(shards.glob("train*.tar"))):
         (tmp_path / path.name).symlink_to(path)
         stats = tmp_path / f"{path.stem}_stats.json"
         stats.write_text(json.dumps({"count": 10, "successes": 5 + number}))
-    argv = ["--preset", "modern", "--data", str(tmp_path), "--batch-size", "5"]
-    assert dry_run(capsys, *argv, "--").train_num_samples == 5 + 6 + 7 + 8
+    data = ["--data", str(tmp_path), "--batch-size"]
+    assert dry_run(*data, "5").train_num_samples == 5 + 6 + 7 + 8
     with pytest.raises(CannotStart, match="may hold 5 pairs and its batch is 6"):
-        command.main([*argv, "--batch-size", "6"])
+        dry_run(*data, "6")
+    stats.unlink()
+    with pytest.raises(CannotStart, match="how many pairs the shards hold is not known"):
+        dry_run(*data, "5")
     (tmp_path / "sizes.json").write_text("[")
     with pytest.raises(CannotStart, match=r"sizes\.json: says no numbers of pairs"):
-        command.main(argv)
+        dry_run(*data, "5")
 
 
-def test_a_held_out_shard_that_is_cut_short(shards: Path, tmp_path: Path) -> None:
+def test_a_held_out_shard_that_is_cut_short(tmp_path: Path, dry_run: Run) -> None:
     data = make_shards(tmp_path / "data", train=4, val=1)
-    argv = ["--preset", "icons", "--data", str(data), "--batch-size", "8"]
-    cut_short(data / "val-00000.tar")
-    with pytest.raises(CannotStart, match="a shard can't be read: "):
-        command.main(argv)
-    (data / "val-00000.tar").write_bytes((shards / "train-00000.tar").read_bytes())
     sizes = json.loads((data / "sizes.json").read_text())
     (data / "sizes.json").write_text(json.dumps({**sizes, "val-00000.tar": 9}))
     with pytest.raises(CannotStart, match=r"--val: .*val-00000.tar holds 8 of 9 pairs"):
-        command.main(argv)
+        dry_run("--data", str(data))
+    cut_short(data / "val-00000.tar")
+    with pytest.raises(CannotStart, match="a shard can't be read: "):
+        dry_run("--data", str(data))
 
 
-def test_flags_of_the_launcher_need_no_dashes(
-    shards: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    argv = ["--preset", "icons", "--reference-batch-size", "64", "--data", str(shards)]
-    args = dry_run(capsys, *argv, "--batch-size", "8", "--dist-impl", "ring", "--", "--epochs", "3")
-    assert (args.reference_batch_size, args.dist_impl, args.epochs) == (64, "ring", 3)
-
-
-def test_held_out_shards_are_not_trained_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data = make_shards(tmp_path, part=2, val=1)
-    args = dry_run(capsys, "--preset", "icons", "--data", str(data), "--batch-size", "8", "--")
-    assert args.train_data == f"{data}/part-{{00000..00001}}.tar"
+def test_held_out_shards_are_not_trained_on(tmp_path: Path, dry_run: Run) -> None:
+    data = make_shards(tmp_path / "cc3m", **{"cc3m-train": 4, "cc3m-validation": 1})
+    args = dry_run("--data", str(data))
+    assert args.train_data == f"{data}/cc3m-train-{{00000..00003}}.tar"
+    assert args.val_data == f"{data}/cc3m-validation-00000.tar"
+    data = make_shards(tmp_path / "part", part=4, val=1)
+    assert dry_run("--data", str(data)).train_data == f"{data}/part-{{00000..00003}}.tar"
     for path in data.glob("part*.tar"):
         path.unlink()
     with pytest.raises(CannotStart, match=r"no tar file in .* but for validation"):
-        command.main(["--preset", "icons", "--data", str(data)])
-
-
-def test_a_logger_that_is_not_installed(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
-    argv = ["--preset", "icons", "--data", str(shards), "--batch-size", "8"]
-    with pytest.raises(CannotStart, match="--report-to all: pip install tensorboard"):
-        command.main([*argv, "--", "--report-to", "all"])
-
-
-@pytest.mark.parametrize("data", ["{folder}", "s3://bucket/{{0..3}}.tar"])
-def test_pairs_that_nobody_counted(data: str, shards: Path, tmp_path: Path) -> None:
-    for path in shards.glob("train*.tar"):
-        (tmp_path / path.name).symlink_to(path)
-    with pytest.raises(CannotStart, match=r"say it after --, e\.g\. -- --train-num"):
-        command.main(["--preset", "modern", "--data", data.format(folder=tmp_path)])
-
-
-def test_ranks_of_mpi(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """OpenCLIP counts them, and then trains in each rank as if it were alone."""
-    for name in ("RANK", "LOCAL_RANK", "SIZE"):
-        monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", "2")
-    with pytest.raises(CannotStart, match="2 ranks of MPI"):
-        command.main(["--preset", "icons", "--data", str(shards)])
+        dry_run("--data", str(data))
 
 
 @pytest.mark.parametrize(
     ("change", "ranks", "message"),
     [
-        ([], 1, ""),
-        (["--workers", "2", "--log-every-n-steps", "3", "--grad-checkpointing"], 1, ""),
-        (["--lr", "1e-4"], 1, "begun with lr = 0.001, not 0.0001: choose another --name"),
-        (["--force-quick-gelu"], 1, "force_quick_gelu = False, not True"),
-        (["--force-image-size", "48"], 1, r"force_image_size = 32, not \[48\]"),
-        (["--val-data", "{folder}/train-00000.tar"], 1, "val_data = .*, not .*train-00000.tar"),
-        ([], 2, "world_size = 1, not 2"),
+        ("", 1, ""),
+        ("--log-every-n-steps 3 --grad-checkpointing", 1, ""),
+        ("--lr 1e-4", 1, "begun with lr = 0.001, not 0.0001: choose another --name"),
+        ("--force-quick-gelu", 1, "force_quick_gelu = False, not True"),
+        ("--force-image-size 48", 1, r"force_image_size = 32, not \[48\]"),
+        ("--val-data {folder}/train-00000.tar", 1, "val_data = .*, not .*train-00000.tar"),
+        ("", 2, "world_size = 1, not 2"),
     ],
 )
 def test_a_run_goes_on_with_its_settings(
-    change: list[str],
-    ranks: int,
-    message: str,
-    shards: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    change: str, ranks: int, message: str, dry_run: Run, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr(command.torch.cuda, "is_available", lambda: True)
-    argv = ["--preset", "modern", "--data", str(shards), "--out", str(tmp_path), "--name", "run"]
-    argv += ["--batch-size", "8", "--", "--workers", "1", "--force-image-size", "32"]
-    begun = dry_run(capsys, *argv)
-    run = tmp_path / "run"
+    argv = ["--name", "run", "--", "--workers", "1", "--force-image-size", "32"]
+    begun = dry_run(*argv)
+    run = tmp_path / "logs" / "run"
     (run / "checkpoints").mkdir(parents=True)
     torch.save({"epoch": 1}, run / "checkpoints" / "epoch_latest.pt")
     settings = {**vars(begun), "force_image_size": 32, "world_size": 1}
     (run / "params.txt").write_text("".join(f"{k}: {v}\n" for k, v in sorted(settings.items())))
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
-    argv += [word.format(folder=shards) for word in change]
     with pytest.raises(CannotStart, match=message) if message else nullcontext():
-        dry_run(capsys, *argv)
+        dry_run(*argv, *change.split())
 
 
-def test_several_ranks_on_a_cpu(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(CannotStart, match="several ranks on a CPU: OpenCLIP 3 can't do that"):
-        command.main(["--preset", "icons", "--data", str(shards), "--batch-size", "8"])
-
-
-# ------------------------------------------------------------------------------------------------
 # Validation
 
 
@@ -371,7 +312,7 @@ def test_the_best_epoch_is_kept(wrap: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("spread", [False, True])
-def test_collapsed_features_are_told(spread: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_collapsed_features_are_told(spread: bool, caplog: Log) -> None:
     features = nn.functional.normalize(
         torch.ones(2, 8, 4) + (torch.randn(2, 8, 4) * spread), dim=-1
     )
@@ -394,12 +335,11 @@ def test_gaps_are_added_to_their_metrics(batches: bool) -> None:
     assert metrics == {k: float(v) for k, v in consistency_metrics(image, text).items()}
 
 
-# ------------------------------------------------------------------------------------------------
 # Training
 
 
 @pytest.fixture
-def pretrain(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def pretrain(shards: Path, tmp_path: Path, monkeypatch: Patch) -> Callable[..., None]:
     """Trains for an epoch of two steps, in this process; what it changes there is put back."""
     trainer = command.open_clip_trainer()
     train = importlib.import_module("open_clip_train.train")
@@ -419,9 +359,7 @@ def pretrain(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
     return run
 
 
-def test_a_finished_run_says_so(
-    pretrain: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_finished_run_says_so(pretrain: Run, tmp_path: Path, capsys: Capture) -> None:
     pretrain()
     said = capsys.readouterr().out.splitlines()[-1]
     assert re.fullmatch(r".*/run: finished, 1 epochs; the best was 1, clip_val_loss [\d.]+", said)
@@ -431,7 +369,7 @@ def test_a_finished_run_says_so(
 
 
 def test_no_best_epoch_without_held_out_pairs(
-    pretrain: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pretrain: Run, tmp_path: Path, capsys: Capture
 ) -> None:
     pretrain(data=make_shards(tmp_path / "data", train=2))
     said = capsys.readouterr()
@@ -439,9 +377,7 @@ def test_no_best_epoch_without_held_out_pairs(
     assert "finished, 1 epochs\n" in said.out
 
 
-def test_a_worker_without_a_batch_is_an_error(
-    pretrain: Callable[..., None], shards: Path, tmp_path: Path
-) -> None:
+def test_a_worker_without_a_batch_is_an_error(pretrain: Run, shards: Path, tmp_path: Path) -> None:
     """Where nothing says beforehand how many pairs there are."""
     (tmp_path / "data").mkdir()
     for path in shards.glob("*.tar"):
@@ -451,9 +387,7 @@ def test_a_worker_without_a_batch_is_an_error(
     assert "\n" not in str(e.value)
 
 
-def test_weights_that_are_not_finite_are_not_saved(
-    pretrain: Callable[..., None], tmp_path: Path
-) -> None:
+def test_weights_that_are_not_finite_are_not_saved(pretrain: Run, tmp_path: Path) -> None:
     with pytest.raises(Stopped, match="the model's weights are not finite: stopped"):
         pretrain("--lr", "1e30", "--warmup", "0", pairs=64)
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
@@ -501,9 +435,7 @@ def test_it_is_read_at_the_logging_interval() -> None:
     assert steps == [2, 5, 6]
 
 
-def test_what_can_not_be_read_is_counted(
-    pretrain: Callable[..., None], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_can_not_be_read_is_counted(pretrain: Run, tmp_path: Path, caplog: Log) -> None:
     data = make_shards(tmp_path / "data", train=4, val=1)
     cut_short(data / "train-00001.tar")
     break_picture(data / "train-00002.tar")
@@ -516,9 +448,7 @@ def test_what_can_not_be_read_is_counted(
     assert len(results(tmp_path)) == 1
 
 
-def test_a_validation_that_lost_pairs_is_refused(
-    pretrain: Callable[..., None], tmp_path: Path
-) -> None:
+def test_a_validation_that_lost_pairs_is_refused(pretrain: Run, tmp_path: Path) -> None:
     data = make_shards(tmp_path / "data", train=2, val=1)
     break_picture(data / "val-00000.tar")
     with pytest.raises(
@@ -529,9 +459,7 @@ def test_a_validation_that_lost_pairs_is_refused(
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
-def test_a_seed_fixes_the_pairs(
-    pretrain: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_seed_fixes_the_pairs(pretrain: Run, tmp_path: Path, monkeypatch: Patch) -> None:
     """Their order, and the crops of a run without a restart; resumed, the order too."""
     trainer, seen = command.open_clip_trainer(), []
 
@@ -566,9 +494,7 @@ HOSTILE = b"cposix\nsystem\n(S'touch hostile'\ntR."  # as pickle runs it
 
 
 @pytest.mark.parametrize("content", [b"", b"half", HOSTILE], ids=["empty", "half", "hostile"])
-def test_a_checkpoint_that_can_not_be_loaded(
-    content: bytes, pretrain: Callable[..., None], tmp_path: Path
-) -> None:
+def test_a_checkpoint_that_can_not_be_loaded(content: bytes, pretrain: Run, tmp_path: Path) -> None:
     path = tmp_path / "run" / "checkpoints" / "epoch_latest.pt"
     path.parent.mkdir(parents=True)
     torch.save({"epoch": 1, "state_dict": torch.zeros(100)}, path)
@@ -596,7 +522,7 @@ def test_a_full_disk_leaves_no_stump(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "a.pt"]
 
 
-def test_a_run_is_trained_by_one_process(pretrain: Callable[..., None], tmp_path: Path) -> None:
+def test_a_run_is_trained_by_one_process(pretrain: Run, tmp_path: Path) -> None:
     script = "import sys\nfrom pathlib import Path\nfrom reference_train.files import locked\n"
     script += "with locked(Path(sys.argv[1])):\n print(flush=True)\n sys.stdin.read()"
     with subprocess.Popen(
@@ -614,9 +540,7 @@ def test_a_run_is_trained_by_one_process(pretrain: Callable[..., None], tmp_path
         pass
 
 
-def test_a_file_system_without_locks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     def lockf(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -629,23 +553,6 @@ def test_a_file_system_without_locks(
 def results(logs: Path) -> list[dict[str, float]]:
     path = logs / "run" / "checkpoints" / "results.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-@pytest.mark.slow
-def test_two_steps_of_the_paper_preset(tmp_path: Path) -> None:
-    """RN50 at 224 pixels, on shards as img2dataset calls CC3M's; one worker has one shard."""
-    data = make_shards(tmp_path / "cc3m", **{"cc3m-train": 4, "cc3m-validation": 1})
-    done = run_python(
-        *("-m", "reference_train", "pretrain", "--preset", "paper", "--batch-size", "2"),
-        *("--data", str(data), "--out", str(tmp_path), "--name", "run"),
-        *("--", "--epochs", "1", "--train-num-samples", "4", "--workers", "1"),
-    )
-    assert done.returncode == 0, done.stderr
-    [epoch] = results(tmp_path)
-    assert np.isfinite(epoch[training.LOSS])
-    log = (tmp_path / "run" / "out.log").read_text()
-    assert "Train Epoch: 0 [4/4 (100%)]" in log
-    assert "Inmodal_cyclic_loss" in log
 
 
 @pytest.mark.slow
