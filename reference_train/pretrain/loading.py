@@ -9,7 +9,9 @@ import logging
 import multiprocessing
 import random
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,56 +71,44 @@ def call(stage: Any, source: Iterator[Any], **options: Any) -> Iterator[Any]:
     return stage.f(source, *stage.args, **{**stage.kw, **options})
 
 
-class Reader:
-    """The stage from shards to samples; sizes: how many pairs a shard has, if known."""
-
-    def __init__(self, stage: Any, losses: Losses, sizes: Mapping[str, int]) -> None:
-        self.stage, self.losses, self.sizes = stage, losses, sizes
-
-    def __call__(self, shards: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Goes on with the next shard where one can't be read."""
-        for shard in shards:
-            url, samples = shard["url"], 0
-            errors: list[Exception] = []
-            # its result, None, ends the shard, but keeps the sample before
-            for sample in call(self.stage, iter([shard]), handler=errors.append):
-                samples += 1
-                yield sample
-            if errors:
-                self.losses.add(url, shards=1, why=errors[0])
-            # A tar that was cut between two files ends without an error.
-            if (missing := self.sizes.get(url, 0) - samples) > 0:
-                self.losses.add(url, pairs=missing, why=f"{missing} pairs of it are missing")
+def read(
+    stage: Any, losses: Losses, sizes: Mapping[str, int], shards: Iterator[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """The stage from shards to samples; goes on with the next shard where one can't be read."""
+    for shard in shards:
+        url, samples = shard["url"], 0
+        errors: list[Exception] = []
+        # its result, None, ends the shard, but keeps the sample before
+        for sample in call(stage, iter([shard]), handler=errors.append):
+            samples += 1
+            yield sample
+        if errors:
+            losses.add(url, shards=1, why=errors[0])
+        # A tar that was cut between two files ends without an error.
+        if (missing := sizes.get(url, 0) - samples) > 0:
+            losses.add(url, pairs=missing, why=f"{missing} pairs of it are missing")
 
 
-class Decoder:
-    """A stage that decodes: a sample for which it can't is left out and counted."""
-
-    def __init__(self, stage: Any, losses: Losses) -> None:
-        self.stage, self.losses = stage, losses
-
-    def __call__(self, samples: Iterator[dict[str, Any]]) -> Iterator[Any]:
-        """The samples that can be decoded."""
-        for sample in samples:
-            errors: list[Exception] = []
-            yield from call(self.stage, iter([sample]), handler=errors.append)
-            if errors:
-                self.losses.add(sample.get("__url__", ""), pairs=1, why=errors[0])
+def decode(stage: Any, losses: Losses, samples: Iterator[dict[str, Any]]) -> Iterator[Any]:
+    """A stage that decodes; leaves out the samples for which it can't."""
+    for sample in samples:
+        errors: list[Exception] = []
+        yield from call(stage, iter([sample]), handler=errors.append)
+        if errors:
+            losses.add(sample.get("__url__", ""), pairs=1, why=errors[0])
 
 
-class Shuffle:
-    """WebDataset's shuffle by seed, rank, worker, epoch and pass, where its own takes the time."""
+def shuffle(
+    stage: Any, shared_epoch: Any, seeds: tuple[int, ...], passes: Counter[int], samples: Any
+) -> Iterator[Any]:
+    """WebDataset's shuffle by seeds, worker, epoch and pass, where its own takes the time.
 
-    def __init__(self, stage: Any, epoch: Any, *seeds: int) -> None:
-        self.stage, self.epoch, self.seeds = stage, epoch, seeds
-        self.passes: dict[int, int] = {}  # epoch -> how often the shards were begun
-
-    def __call__(self, samples: Iterator[Any]) -> Iterator[Any]:
-        """The samples, shuffled."""
-        epoch, worker = self.epoch.get_value(), get_worker_info()
-        self.passes[epoch] = self.passes.get(epoch, 0) + 1
-        place = (*self.seeds, worker.id if worker else 0, epoch, self.passes[epoch])
-        return call(self.stage, samples, rng=random.Random(str(place)))
+    passes: how often the shards were begun in each epoch, counted here.
+    """
+    epoch, worker = shared_epoch.get_value(), get_worker_info()
+    passes[epoch] += 1
+    place = (*seeds, worker.id if worker else 0, epoch, passes[epoch])
+    return call(stage, samples, rng=random.Random(str(place)))
 
 
 def not_none(batches: Iterator[Any]) -> Iterator[Any]:
@@ -140,11 +130,12 @@ def watch(info: Any, args: Namespace, sizes: Mapping[str, int], train: bool) -> 
     for i, stage in enumerate(stages):
         name = getattr(getattr(stage, "f", stage), "__name__", "")
         if name in ("tarfile_to_samples_nothrow", "tarfile_samples"):
-            stages[i] = Reader(stage, losses, sizes)
+            stages[i] = partial(read, stage, losses, sizes)
         elif name == "_shuffle":
-            stages[i] = Shuffle(stage, info.shared_epoch, args.seed, args.rank)
+            seeds = (args.seed, args.rank)
+            stages[i] = partial(shuffle, stage, info.shared_epoch, seeds, Counter())
         elif "handler" in getattr(stage, "kw", {}):
-            stages[i] = Decoder(stage, losses)
+            stages[i] = partial(decode, stage, losses)
     if train:
         stages.append(not_none)
     return losses

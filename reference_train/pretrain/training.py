@@ -88,7 +88,7 @@ class Finite:
         longest, broken = found.tolist()
         if longest >= self.limit or broken:
             what = "the model's weights are" if broken else f"the loss of {STEPS} steps running was"
-            raise Stopped(f"{what} not finite: stopped; the newest checkpoint is from before")
+            raise Stopped(f"{what} not finite: stopped, and nothing saved since the last epoch")
 
 
 def stopping(theirs: Callable[..., Any]) -> Callable[..., Any]:

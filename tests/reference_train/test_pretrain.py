@@ -506,20 +506,18 @@ def test_a_checkpoint_that_can_not_be_loaded(content: bytes, pretrain: Run, tmp_
     assert not (ROOT / "hostile").exists()
 
 
-def test_a_full_disk_leaves_no_stump(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_no_stump(pretrain: Run, tmp_path: Path) -> None:
     """A limit on the size of files stands in for the disk."""
-    save = training.saving_whole(torch.save)
-    save({"epoch": 1}, tmp_path / "a.pt")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
     try:
-        with pytest.raises(Stopped, match=r"a.pt can't be written: ") as error:
-            save({"weights": torch.zeros(100_000)}, tmp_path / "a.pt")
+        with pytest.raises(Stopped, match=r"best\.pt can't be written: ") as error:
+            pretrain()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "\n" not in str(error.value)
-    assert torch.load(tmp_path / "a.pt") == {"epoch": 1}
-    assert list(tmp_path.iterdir()) == [tmp_path / "a.pt"]
+    [left] = (tmp_path / "run" / "checkpoints").iterdir()
+    assert left.name == "results.jsonl"
 
 
 def test_a_run_is_trained_by_one_process(pretrain: Run, tmp_path: Path) -> None:
