@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from PIL import Image, ImageChops, ImageStat
+from tars import write_package
 
 from reference_train.emoji import build
 from reference_train.errors import Stopped
@@ -167,16 +168,6 @@ def test_icons_by_character_and_by_the_names_of_the_sister_set() -> None:
         "fluent-emoji-flat": [{"body": "flat sun"}, None, {"body": "hand"}],
         "fluent-emoji": [{"body": "the-sun"}, {"body": "cloud"}, None],
     }
-
-
-def write_package(path: Path, files: dict[str, object]) -> Path:
-    with tarfile.open(path, "w:gz") as tar:
-        for name, content in files.items():
-            data = json.dumps(content).encode()
-            member = tarfile.TarInfo(f"package/{name}")
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return path
 
 
 def test_icon_set_resolves_flips_and_leaves_second_names_out(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import tarfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from processes import ROOT
+from tars import write_package
 
 from reference_train.data.samples import Sample, read_samples
 from reference_train.errors import CannotStart, Stopped
@@ -72,13 +72,7 @@ def make_package(path: Path, without: str = "") -> Path:
         content = {"prefix": name, "icons": drawings, "width": 24, "height": 24}
         if name != without:
             files[f"json/{name}.json"] = content
-    with tarfile.open(path, "w:gz") as archive:
-        for name, content in files.items():
-            data = json.dumps(content).encode()
-            member = tarfile.TarInfo(f"package/{name}")
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-    return path
+    return write_package(path, files)
 
 
 def build(folder: Path) -> Path:
@@ -196,8 +190,7 @@ class Answer(io.BytesIO):
 
 
 def test_what_is_no_such_package(tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "other.tgz", "w:gz"):
-        pass
+    write_package(tmp_path / "other.tgz", {})
     make_package(tmp_path / "lacks.tgz", without="plain")
     for name, message in (
         ("none.tgz", r"none\.tgz: can't be read: .*No such file"),
