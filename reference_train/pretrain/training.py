@@ -60,8 +60,8 @@ class Loader:
 class Finite:
     """Whether losses and the model are finite; the host waits for it in `check` only."""
 
-    def __init__(self, limit: int, args: Namespace) -> None:
-        self.limit, self.device, self.distributed = limit, args.device, args.distributed
+    def __init__(self, args: Namespace) -> None:
+        self.args, self.limit = args, STEPS * args.accum_freq
         self.running = self.longest = torch.zeros((), dtype=torch.int64, device=args.device)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -75,15 +75,12 @@ class Finite:
     def check(self, model: nn.Module) -> None:
         """Raises `Stopped` on all ranks if one of them has seen `limit` losses, or has weights."""
         # of buffers only what training writes: an attention mask may be -inf
-        written = ("running_mean", "running_var")
-        tensors = [
-            *model.parameters(),
-            *(b for n, b in model.named_buffers() if n.endswith(written)),
-        ]
-        local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
-        model_is_finite = torch.stack([t.detach().isfinite().all() for t in local]).all()
-        found = torch.stack([self.longest, (~model_is_finite).long()])
-        if self.distributed:
+        running = [b for n, b in model.named_buffers() if n.endswith(("_mean", "_var"))]
+        tensors = [t.detach() for t in (*model.parameters(), *running)]
+        local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]  # of FSDP
+        model_is_finite = torch.stack([t.isfinite().all() for t in local]).all()
+        found = torch.stack([self.longest, (~model_is_finite).to(self.longest)])
+        if self.args.distributed:
             torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
         longest, broken = found.tolist()
         if longest >= self.limit or broken:
@@ -96,35 +93,32 @@ def stopping(theirs: Callable[..., Any]) -> Callable[..., Any]:
 
     At the end it logs which pairs could not be read, of all ranks.
     """
-    finite: list[Finite] = []  # of all epochs
 
     @wraps(theirs)
-    def train_one_epoch(first: Any, *rest: Any, **more: Any) -> Any:
-        # OpenCLIP 4: (state, data, args); 3: (model, data, loss, epoch, ..., args)
-        args = next(a for a in reversed(rest) if isinstance(a, Namespace))
-        model, loss = (first.task, first.task.loss) if hasattr(first, "task") else (first, rest[1])
-        info = rest[0]["train"]
-        if not finite:
-            finite.append(Finite(STEPS * args.accum_freq, args))
-        theirs_loader, every = info.dataloader, args.log_every_n_steps * args.accum_freq
-        info.dataloader = Loader(theirs_loader, lambda: finite[0].check(model), every)
-        hook = loss.register_forward_hook(finite[0].note)
+    def train_one_epoch(first: Any, data: dict[str, Any], *rest: Any, **more: Any) -> Any:
+        # OpenCLIP 4: (state, data, args); 3: (model, data, loss, epoch, ...)
+        model, loss = (first.task, first.task.loss) if hasattr(first, "task") else (first, rest[0])
+        info = data["train"]
+        args, finite, losses, loader = info.args, info.finite, info.losses, info.dataloader
+        every = args.log_every_n_steps * args.accum_freq
+        info.dataloader = Loader(loader, lambda: finite.check(model), every)
+        hook = loss.register_forward_hook(finite.note)
         try:
-            result = theirs(first, *rest, **more)
+            result = theirs(first, data, *rest, **more)
         except NoBatch:
-            lost = info.losses.describe(info.losses.take())
+            lost = losses.describe(losses.take())
             raise Stopped(
                 f"the shards of a worker hold fewer pairs than its batch of {args.batch_size}: it "
                 f"would wait for ever; take fewer --workers{lost and f' (unreadable: {lost})'}"
             ) from None
         finally:
             hook.remove()
-            info.dataloader = theirs_loader
-        lost = info.losses.take().to(args.device)
+            info.dataloader = loader
+        lost = losses.take().to(args.device)
         if args.distributed:
             torch.distributed.all_reduce(lost)
         if lost.any() and args.rank == 0:
-            logging.warning("Not readable in this epoch: %s", info.losses.describe(lost.cpu()))
+            logging.warning("Not readable in this epoch: %s", losses.describe(lost.cpu()))
         return result
 
     return train_one_epoch
@@ -136,7 +130,9 @@ def watching(theirs: Callable[..., Any], sizes: Mapping[str, int]) -> Callable[.
     @wraps(theirs)
     def get_data(args: Namespace, *rest: Any, **more: Any) -> dict[str, Any]:
         data = theirs(args, *rest, **more)
-        data["train"].losses = watch(data["train"], args, sizes, train=True)
+        info = data["train"]
+        info.args, info.finite = args, Finite(args)
+        info.losses = watch(info, args, sizes, train=True)
         if "val" in data:
             losses = watch(data["val"], args, sizes, train=False)
 

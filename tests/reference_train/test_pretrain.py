@@ -390,20 +390,20 @@ def feed(finite: training.Finite, *losses: float) -> training.Finite:
 
 
 def test_ten_losses_running() -> None:
-    args = Namespace(device="cpu", distributed=False)
+    args = Namespace(device="cpu", distributed=False, accum_freq=1)
     nan, model = float("nan"), nn.BatchNorm1d(2)
-    finite = feed(training.Finite(10, args), *[nan] * 9, 1.0, *[float("inf")] * 9)
+    finite = feed(training.Finite(args), *[nan] * 9, 1.0, *[float("inf")] * 9)
     finite.check(model)
     feed(finite, nan, 1.0)
     with pytest.raises(Stopped, match="the loss of 10 steps running was not finite"):
         finite.check(model)
     model.running_mean.fill_(nan)  # as an overflow leaves it, though GradScaler skips the step
     with pytest.raises(Stopped, match="the model's weights are not finite"):
-        training.Finite(10, args).check(model)
+        training.Finite(args).check(model)
 
 
 def one_rank_sees_nan(rank: int, world_size: int) -> str:
-    finite = training.Finite(10, Namespace(device="cpu", distributed=True))
+    finite = training.Finite(Namespace(device="cpu", distributed=True, accum_freq=1))
     feed(finite, *[float("nan") if rank else 1.0] * 10)
     try:
         finite.check(nn.Linear(2, 2))
