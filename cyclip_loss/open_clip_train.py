@@ -1,12 +1,9 @@
 """OpenCLIP's trainer with the CyCLIP loss: `python -m cyclip_loss.open_clip_train`.
 
 Takes all of `open_clip_train`'s flags and a few of its own, and trains with whichever version of
-OpenCLIP is installed, also under `torchrun`. Plain CLIP trains with `CyCLIPLoss`; SigLIP, CoCa and
-distillation train with their own loss plus the penalties.
-
-The versions build their loss in different places, so that a replacement that is right for one would
-leave another at plain CLIP. Every rank therefore looks, after its first optimizer step, whether the
-loss it made has been called, and stops if not.
+OpenCLIP is installed. Plain CLIP trains with `CyCLIPLoss`, all else with its own loss plus the
+penalties. The versions build their loss in different places, and what is right for one would leave
+another at plain CLIP: a rank stops after its first optimizer step if its loss was not called.
 """
 
 import argparse
@@ -28,10 +25,7 @@ from cyclip_loss.with_penalty import WithCyclicPenalty
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train. argv: the command line without the program's name; None: this process's.
-
-    Raises SystemExit, with one line that says why, where it can't train with the CyCLIP loss.
-    """
+    """Train by a command line, by default this process's, or raise SystemExit with one line."""
     parser = flags()
     argv = list(sys.argv[1:] if argv is None else argv)
     # torchrun takes a "--" between its own flags and these; some versions of Python hand it on.
@@ -46,13 +40,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     try:
         trainer = import_module("open_clip_train.main")
-    except ImportError as error:
+    except ImportError as why:
         try:  # the name in OpenCLIP 2.x and its forks
             trainer = import_module("training.main")
         except ImportError:
-            raise SystemExit(
-                f"cyclip_loss: {error}: pip install open_clip_torch[training]"
-            ) from error
+            raise SystemExit(f"cyclip_loss: {why}: pip install open_clip_torch[training]") from why
     swap.into(trainer)
     handle = register_optimizer_step_post_hook(swap.check)
     try:
@@ -75,9 +67,7 @@ def flags() -> argparse.ArgumentParser:
     add("-h", "--help", action="store_true", default=argparse.SUPPRESS, help="show theirs too")
     add("--lambda-inmodal", type=float, default=0.25, help="weight of the in-modal penalty")
     add("--lambda-crossmodal", type=float, default=0.25, help="weight of the cross-modal penalty")
-    text = (
-        "raise both weights from 0 in so many steps, or with a point (0.5) in a share of all steps"
-    )
+    text = "raise both weights from 0 in so many steps; with a point (0.5), in a share of all"
     add("--lambda-warmup", type=steps_or_share, default=0, metavar="STEPS", help=text)
     text = "multiply the penalties by this / the global batch size; 0: the paper's formula"
     add("--reference-batch-size", type=int, default=PAPER_BATCH_SIZE, metavar="N", help=text)

@@ -92,16 +92,15 @@ class WithCyclicPenalty(CyclicPenalty):
 
 def _check(loss: Any, features: Any) -> None:
     """Raise TypeError unless `loss` can be wrapped and has the `features`."""
-    name = type(loss).__name__
     if not isinstance(loss, nn.Module):
         raise TypeError(f"loss must be a module, got {loss!r}")
     if hasattr(loss, "_orig_mod"):
         raise TypeError("loss is compiled: wrap it as it was, and compile the outer one")
     if isinstance(loss, PenaltyOptions):
-        raise TypeError(f"{name} has the cyclic penalties already: use it as it is")
+        raise TypeError(f"{loss} has the cyclic penalties already: use it as it is")
     names = list(inspect.signature(loss.forward).parameters)
     if not callable(features) and (len(features) != 2 or not set(features) <= set(names)):
         raise TypeError(
-            f"{name}.forward takes {names}, not {features}: pass features=, two of these names or "
-            "a callable that returns the two from the call's arguments"
+            f"{type(loss).__name__}.forward takes {names}, not {features}: pass features=, two of "
+            "these names or a callable that returns the two from the call's arguments"
         )
