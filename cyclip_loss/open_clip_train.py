@@ -1,19 +1,17 @@
 """OpenCLIP's trainer with the CyCLIP loss: `python -m cyclip_loss.open_clip_train`.
 
 Takes all of `open_clip_train`'s flags and a few of its own, and trains with whichever version of
-OpenCLIP is installed; `torchrun -m cyclip_loss.open_clip_train` over ranks. Plain CLIP trains with
-`CyCLIPLoss`; SigLIP, CoCa and distillation with their own loss and the penalties besides it.
-
-The versions build their loss in different places, so that replacing it in the place that is right
-for one would leave the other at plain CLIP. Every rank therefore looks, after its first optimizer
-step, whether the loss it made has been called, and stops if not.
+OpenCLIP is installed. Plain CLIP trains with `CyCLIPLoss`, all else with its own loss plus the
+penalties. The versions build their loss in different places, and what is right for one would leave
+another at plain CLIP: a rank stops after its first optimizer step if its loss was not called.
 """
 
 import argparse
-import importlib
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -22,18 +20,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from cyclip_loss.checks import PAPER_BATCH_SIZE
 from cyclip_loss.loss import CyCLIPLoss
-from cyclip_loss.options import DIST_IMPLS, PenaltyOptions
+from cyclip_loss.options import DIST_IMPLS, IMPLS, PenaltyOptions
 from cyclip_loss.with_penalty import WithCyclicPenalty
-
-# What OpenCLIP passes to its own loss, and `CyCLIPLoss` keeps.
-OPEN_CLIP_KEYWORDS = ("local_loss", "gather_with_grad", "cache_labels", "rank", "world_size")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train. argv: the command line without the program's name; None: this process's.
-
-    Raises SystemExit, with one line that says why, where it can't train with the CyCLIP loss.
-    """
+    """Train by a command line, by default this process's, or raise SystemExit with one line."""
     parser = flags()
     argv = list(sys.argv[1:] if argv is None else argv)
     # torchrun takes a "--" between its own flags and these; some versions of Python hand it on.
@@ -41,22 +33,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "help" in ours:
         print(parser.format_help(), "\nand open_clip_train's own:\n", sep="\n", flush=True)
         theirs = ["--help"]
+    swap = _Swap(ours)
     try:
-        PenaltyOptions(
-            ours.lambda_inmodal,
-            ours.lambda_crossmodal,
-            reference_batch_size=ours.reference_batch_size or None,
-        )
+        PenaltyOptions(**swap.penalty_options)
     except ValueError as error:
         parser.error(str(error))
     try:
-        trainer: Any = importlib.import_module("open_clip_train.main")
-    except ImportError as error:
-        raise SystemExit(
-            f"{parser.prog}: open_clip_train can't be imported ({error}): "
-            'pip install "open_clip_torch[training]"'
-        ) from error
-    swap = _Swap(ours)
+        trainer = import_module("open_clip_train.main")
+    except ImportError as why:
+        try:  # the name in OpenCLIP 2.x and its forks
+            trainer = import_module("training.main")
+        except ImportError:
+            raise SystemExit(f"cyclip_loss: {why}: pip install open_clip_torch[training]") from why
     swap.into(trainer)
     handle = register_optimizer_step_post_hook(swap.check)
     try:
@@ -71,7 +59,6 @@ def flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cyclip_loss.open_clip_train",
         usage="python -m cyclip_loss.open_clip_train [these] [any of open_clip_train's]",
-        description="Trains with OpenCLIP and the CyCLIP loss.",
         allow_abbrev=False,
         add_help=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -80,97 +67,105 @@ def flags() -> argparse.ArgumentParser:
     add("-h", "--help", action="store_true", default=argparse.SUPPRESS, help="show theirs too")
     add("--lambda-inmodal", type=float, default=0.25, help="weight of the in-modal penalty")
     add("--lambda-crossmodal", type=float, default=0.25, help="weight of the cross-modal penalty")
-    add(
-        "--reference-batch-size",
-        type=int,
-        default=PAPER_BATCH_SIZE,
-        metavar="N",
-        help="multiply the penalties by this / the global batch size, so that a weight means the "
-        "same at every batch size; 0: the paper's formula",
-    )
-    add(
-        "--dist-impl",
-        choices=DIST_IMPLS,
-        default="gather",
-        help="how text features reach the other ranks, for plain CLIP",
-    )
+    text = "raise both weights from 0 in so many steps; with a point (0.5), in a share of all"
+    add("--lambda-warmup", type=steps_or_share, default=0, metavar="STEPS", help=text)
+    text = "multiply the penalties by this / the global batch size; 0: the paper's formula"
+    add("--reference-batch-size", type=int, default=PAPER_BATCH_SIZE, metavar="N", help=text)
+    add("--impl", choices=IMPLS, default="auto", help="the Triton kernels, or PyTorch")
+    add("--dist-impl", choices=DIST_IMPLS, default="gather", help="for plain CLIP: across ranks")
     return parser
 
 
-class _Swap:
-    """Puts the loss into a trainer, and finds out whether it is used.
+def steps_or_share(text: str) -> int | float:
+    """A number of steps, or with a point in it a share of all steps; else ValueError."""
+    steps = float(text) if "." in text else int(text)
+    if not 0 <= steps <= (1 if isinstance(steps, float) else steps):
+        raise ValueError
+    return steps
 
-    options: the parsed `flags`.
-    """
+
+class _Swap:
+    """The loss in a trainer: its methods stand for the trainer's functions of these names."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
+        names = ("lambda_inmodal", "lambda_crossmodal", "reference_batch_size", "impl")
+        self.penalty_options = {name: getattr(options, name) for name in names}
+        self.penalty_options["reference_batch_size"] = options.reference_batch_size or None
         self.loss: nn.Module | None = None
-        self.called = False
+        self.called = self.warming_up = False
 
     def into(self, trainer: Any) -> None:
-        """Replace what the module `open_clip_train.main` makes its loss with."""
-        # 4.x makes a task, which holds the loss; 3.x makes the loss itself.
-        factories = {"create_task": self.task, "create_loss": self.of}
-        known = [name for name in factories if hasattr(trainer, name)]
-        if not known:
+        """Replace what the trainer's main module makes its loss with."""
+        if not (hasattr(trainer, "create_loss") or hasattr(trainer, "create_task")):
             raise SystemExit(
                 f"cyclip_loss: {trainer.__name__} makes its loss in a way that this launcher does "
                 "not know; use cyclip_loss.CyCLIPLoss in its code instead"
             )
-        for name in known:
-            setattr(trainer, name, _then(getattr(trainer, name), factories[name]))
-        trainer.parse_args = _then(trainer.parse_args, self.parsed)
+        schedules = ("cosine_lr", "const_lr", "const_lr_cooldown")
+        for name in ("create_loss", "create_task", "parse_args", *schedules):
+            if theirs := getattr(trainer, name, None):
+                setattr(trainer, name, partial(getattr(self, name, self.schedule), theirs))
 
-    def parsed(self, parsed: argparse.Namespace) -> argparse.Namespace:
+    def parse_args(self, parse: Callable[..., Any], *args: Any) -> Any:
         """Their flags, and ours with them: they write them to params.txt and report them."""
+        parsed = parse(*args)
         if getattr(parsed, "horovod", False):
             raise SystemExit("cyclip_loss: --horovod is not supported: use torchrun")
         vars(parsed).update(vars(self.options))
         return parsed
 
-    def task(self, task: Any) -> Any:
-        """Their task, with the loss in it replaced."""
-        if not isinstance(getattr(task, "loss", None), nn.Module):
-            raise SystemExit(f"cyclip_loss: {type(task).__name__} has no loss of two features")
-        task.loss = self.of(task.loss)
+    def create_task(self, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Their task (4.x; others make the loss itself), with the loss in it replaced."""
+        task = make(*args, **kwargs)
+        task.loss = self.create_loss(getattr, task, "loss", None)
         return task
 
-    def of(self, theirs: nn.Module) -> nn.Module:
-        """The loss to take instead of `theirs`."""
-        options = self.options
-        lambdas = (options.lambda_inmodal, options.lambda_crossmodal)
-        reference: int | None = options.reference_batch_size or None
+    def create_loss(self, make: Callable[..., Any], *args: Any, **kwargs: Any) -> nn.Module:
+        """The loss to take instead of theirs."""
+        theirs = make(*args, **kwargs)
         # By its exact type: CoCa's loss and distillation's are subclasses.
         if type(theirs).__name__ == "ClipLoss":
-            kept = {name: getattr(theirs, name) for name in OPEN_CLIP_KEYWORDS}
-            self.loss = CyCLIPLoss(
-                *lambdas, reference_batch_size=reference, dist_impl=options.dist_impl, **kept
-            )
+            names = ("local_loss", "gather_with_grad", "cache_labels", "rank", "world_size")
+            kept = {name: getattr(theirs, name) for name in names}
+            self.loss = CyCLIPLoss(**self.penalty_options, **kept, dist_impl=self.options.dist_impl)
         else:
-            self.loss = WithCyclicPenalty(theirs, *lambdas, reference_batch_size=reference)
-        self.loss.register_forward_hook(self._note)
+            try:
+                self.loss = WithCyclicPenalty(theirs, **self.penalty_options)
+            except TypeError as error:
+                raise SystemExit(f"cyclip_loss: no loss of two features: {error}") from error
+        self.loss.register_forward_hook(lambda *_: setattr(self, "called", True))
         if getattr(theirs, "rank", 0) == 0:
             logging.info("Loss: %s instead of %s", self.loss, type(theirs).__name__)
         return self.loss
 
-    def _note(self, *_: Any) -> None:
-        self.called = True
+    def schedule(self, make: Callable[..., Any], *args: Any) -> Callable[[int], Any]:
+        """Their schedule (optimizer, rate, warm-up, all steps, ...), which sets the lambdas too.
+
+        They call it before a step with the step's number, which a resumed run continues.
+        """
+        set_rate, length = make(*args), self.options.lambda_warmup
+        if isinstance(length, float):
+            length *= args[3]
+
+        def at(step: int) -> Any:
+            self.warming_up = True
+            for name in ("lambda_inmodal", "lambda_crossmodal"):
+                setattr(self.loss, name, min(1.0, (step + 1) / length) * self.penalty_options[name])
+            return set_rate(step)
+
+        return at if length else set_rate
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def check(self, *_: Any) -> None:
-        """After an optimizer step: stop unless the loss was called."""
+        """After an optimizer step: stop unless the loss was called, and warmed up if asked."""
+        problem = "--lambda-warmup saw no step of OpenCLIP's learning rate schedule"
         if not self.called:
             made = "made but not called" if self.loss is not None else "not asked for"
-            raise SystemExit(
-                f"cyclip_loss: a training step was taken in which the CyCLIP loss was {made}: this "
-                "version of open_clip_train trains with another one. Stopped."
-            )
-
-
-def _then(first: Callable[..., Any], second: Callable[[Any], Any]) -> Callable[..., Any]:
-    """What calls `first`, and `second` with what it returns."""
-    return lambda *args, **kwargs: second(first(*args, **kwargs))
+            problem = f"the CyCLIP loss was {made}: this version trains with another one"
+        elif self.warming_up or not self.options.lambda_warmup:
+            return
+        raise SystemExit(f"cyclip_loss: a training step was taken in which {problem}. Stopped.")
 
 
 if __name__ == "__main__":

@@ -1,31 +1,36 @@
 """`WithCyclicPenalty`: any loss of image and text features, plus the two cyclic penalties."""
 
 import inspect
+from collections import namedtuple
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from cyclip_loss.functional import CYCLIC_TERMS
 from cyclip_loss.loss import CyclicPenalty
+from cyclip_loss.options import PenaltyOptions
 
 
 class WithCyclicPenalty(CyclicPenalty):
     """Another loss plus the cyclic penalties: `open_clip`'s SigLipLoss, CoCaLoss, or one's own.
 
-    Call it as the loss that it wraps, by position or by keyword. It returns what that loss returns,
-    with the penalties: a dict gets `inmodal_cyclic_loss` and `crossmodal_cyclic_loss`, weighted, so
-    that the values still sum to the loss; a tuple of terms gets the two at its end; of a tensor,
-    the sum. Attributes that it does not have itself are those of the wrapped loss.
+    Call it like the loss that it wraps. What that returns gets the penalties: a number becomes the
+    sum; a dict or namedtuple gets `inmodal_cyclic_loss` and `crossmodal_cyclic_loss`, weighted, so
+    that the values still sum to the loss; a tuple gets the two at its end. Attributes that it does
+    not have itself are read from and written to the wrapped loss.
 
     Args:
-        loss: a module whose `forward` takes `image_features` and `text_features`, (N, D), rows of
-            unit length. It stays reachable as `.loss`.
+        loss: a module. It stays reachable as `.loss`.
         lambda_inmodal, lambda_crossmodal, reference_batch_size, process_group, distributed, impl:
-            as in `CyclicPenalty`, and so are the semantics over ranks, whatever the wrapped loss
-            does there.
+            as in `CyclicPenalty`, as are the semantics across ranks, whatever the other loss does.
+        features: the names of two arguments of `loss.forward`, (N, D), rows of unit length; or a
+            callable that takes the call's arguments and returns these two.
 
     Raises:
-        TypeError: `loss` is no module, or its `forward` takes no `image_features` or no
-            `text_features`; else as `CyclicPenalty`.
+        TypeError: `loss` is no module, is compiled (compile the outer one) or has these penalties
+            already; `features` does not fit; else as `CyclicPenalty`. When called: the penalties
+            cannot be added to what the loss returned without guessing, as to values per sample.
     """
 
     def __init__(
@@ -33,32 +38,69 @@ class WithCyclicPenalty(CyclicPenalty):
         loss: nn.Module,
         lambda_inmodal: float = 0.25,
         lambda_crossmodal: float = 0.25,
+        *,
+        features: tuple[str, str] | Callable[..., Any] = ("image_features", "text_features"),
         **options: Any,
     ) -> None:
         super().__init__(lambda_inmodal, lambda_crossmodal, **options)
-        if not isinstance(loss, nn.Module):
-            raise TypeError(f"loss must be a module, got {loss!r}")
-        parameters = list(inspect.signature(loss.forward).parameters)
-        for name in ("image_features", "text_features"):
-            if name not in parameters:
-                raise TypeError(f"{type(loss).__name__}.forward takes no {name}: {parameters}")
+        self.features = features
         self.loss = loss
-        self._image_at = parameters.index("image_features")
-        self._text_at = parameters.index("text_features")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the wrapped loss returns for these arguments, with the penalties."""
+        if callable(self.features):
+            image, text = self.features(*args, **kwargs)
+        else:
+            bound = inspect.signature(self.loss.forward).bind(*args, **kwargs)
+            bound.apply_defaults()
+            image, text = [bound.arguments[name] for name in self.features]
         terms = self.loss(*args, **kwargs)
-        image = args[self._image_at] if self._image_at < len(args) else kwargs["image_features"]
-        text = args[self._text_at] if self._text_at < len(args) else kwargs["text_features"]
+        named = terms if isinstance(terms, dict) else {"result": terms}
+        if isinstance(terms, tuple):
+            named = dict(zip(getattr(terms, "_fields", range(len(terms))), terms))  # noqa: B905
+        for name, term in named.items():
+            size = term.numel() if isinstance(term, Tensor) else isinstance(term, (float, int))
+            if size != 1 or name in ("loss", *CYCLIC_TERMS):
+                got = f"{name}: {type(term).__name__} {tuple(getattr(term, 'shape', ()))}"
+                raise TypeError(
+                    f"the penalties cannot be added to what {type(self.loss).__name__} returned "
+                    f"({got}): let it return the terms of a sum only, or add CyclicPenalty yourself"
+                )
         if not isinstance(terms, (dict, tuple)):
             return terms + super().forward(image, text)
-        penalties = super().forward(image, text, output_dict=True)
-        assert isinstance(penalties, dict)
-        return terms | penalties if isinstance(terms, dict) else (*terms, *penalties.values())
+        penalties: Any = super().forward(image, text, output_dict=True)
+        merged = named | penalties
+        if hasattr(terms, "_fields"):
+            return namedtuple(type(terms).__name__, tuple(merged))(**merged)
+        return merged if isinstance(terms, dict) else tuple(merged.values())
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("loss"), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        wrapped = self.__dict__.get("_modules", {}).get("loss")
+        own = name in self.__dict__ or hasattr(type(self), name)
+        if name == "loss":
+            _check(value, self.features)
+        elif not own and hasattr(wrapped, name):
+            return setattr(wrapped, name, value)
+        super().__setattr__(name, value)
+
+
+def _check(loss: Any, features: Any) -> None:
+    """Raise TypeError unless `loss` can be wrapped and has the `features`."""
+    if not isinstance(loss, nn.Module):
+        raise TypeError(f"loss must be a module, got {loss!r}")
+    if hasattr(loss, "_orig_mod"):
+        raise TypeError("loss is compiled: wrap it as it was, and compile the outer one")
+    if isinstance(loss, PenaltyOptions):
+        raise TypeError(f"{loss} has the cyclic penalties already: use it as it is")
+    names = list(inspect.signature(loss.forward).parameters)
+    if not callable(features) and (len(features) != 2 or not set(features) <= set(names)):
+        raise TypeError(
+            f"{type(loss).__name__}.forward takes {names}, not {features}: pass features=, two of "
+            "these names or a callable that returns the two from the call's arguments"
+        )

@@ -109,7 +109,7 @@ open_clip_train.main(sys.argv[1:])
     assert run.returncode == 1
     assert [line for line in run.stderr.splitlines() if line.startswith("cyclip_loss: ")] == [
         "cyclip_loss: a training step was taken in which the CyCLIP loss was made but not called: "
-        "this version of open_clip_train trains with another one. Stopped."
+        "this version trains with another one. Stopped."
     ]
     assert logged_terms(tmp_path) == []
 
@@ -118,9 +118,8 @@ def test_help_shows_ours_and_then_theirs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer = importlib.import_module("open_clip_train.main")
-    for name in ("create_loss", "create_task", "parse_args"):  # to be put back
-        if hasattr(trainer, name):
-            monkeypatch.setattr(trainer, name, getattr(trainer, name))
+    for name in dir(trainer):  # to be put back
+        monkeypatch.setattr(trainer, name, getattr(trainer, name))
     with pytest.raises(SystemExit) as stopped:
         open_clip_train.main(["--help"])
     assert stopped.value.code == 0
@@ -251,7 +250,9 @@ def test_other_losses_get_the_penalties(
         (fake(ClipLoss()), "in a way that this launcher does not know"),
         (like_3(ClipLoss(), calls=False), "made but not called"),
         (like_4(ClipLoss(), calls=False), "made but not called"),
-        (like_4(None), "Task has no loss of two features"),
+        (like_4(None), "no loss of two features: loss must be a module, got None"),
+        (like_3(nn.CrossEntropyLoss()), "CrossEntropyLoss.forward takes ['input', 'target']"),
+        (like_4(nn.CrossEntropyLoss()), "CrossEntropyLoss.forward takes ['input', 'target']"),
         (like_3(ClipLoss(), horovod=True), "--horovod is not supported"),
     ],
 )
@@ -293,3 +294,79 @@ def test_a_double_dash_of_torchrun_is_dropped(monkeypatch: pytest.MonkeyPatch) -
     trainer = launch(like_3(ClipLoss()), monkeypatch, "--", "--lambda-inmodal", "0.5", "--x")
     assert trainer.args.lambda_inmodal == 0.5
     assert trainer.args.argv == ["--x"]
+
+
+class Other(ClipLoss):
+    """By its type, none that CyCLIPLoss may stand for."""
+
+
+def with_schedule(trainer: Any, epoch: int = 0) -> Any:
+    """Trains as the real ones do: 2 epochs of 5 steps of 3 batches, resumed from an epoch."""
+    trainer.cosine_lr = lambda optimizer, lr, warmup, steps: trainer.rates.append
+    trainer.rates, trainer.seen = [], []
+
+    def main(argv: list[str]) -> None:
+        trainer.args = trainer.parse_args(argv)
+        loss = trainer.make(trainer.args)
+        weight = nn.Parameter(torch.eye(4, device="cpu"))
+        optimizer = torch.optim.SGD([weight], lr=0.1)
+        scheduler = trainer.cosine_lr(optimizer, 0.1, 2, 10)
+        for step in range(5 * epoch, 10):
+            for _ in range(3):
+                if "--skip-scheduler" not in argv:
+                    scheduler(step)
+                features = nn.functional.normalize(torch.eye(2, 4, device="cpu") @ weight, dim=-1)
+                loss(features, features.flip(0), logit_scale=10.0).backward()
+                trainer.seen.append((loss.lambda_inmodal, loss.lambda_crossmodal, loss.impl))
+            optimizer.step()
+
+    trainer.main = main
+    return trainer
+
+
+@pytest.mark.parametrize("like", [like_3, like_4])
+@pytest.mark.parametrize("theirs", [ClipLoss, Other])
+@pytest.mark.parametrize(
+    ("warmup", "length", "epoch"), [("4", 4, 0), ("8", 8, 1), ("0.8", 8, 1), ("1.0", 10, 0)]
+)
+def test_the_weights_warm_up(
+    like: Any, theirs: Any, warmup: str, length: int, epoch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = with_schedule(like(theirs()), epoch)
+    argv = ("--lambda-warmup", warmup, "--lambda-crossmodal", "1", "--impl", "eager")
+    launch(trainer, monkeypatch, *argv)
+    steps = [step for step in range(5 * epoch, 10) for _ in range(3)]
+    shares = [min(1.0, (step + 1) / length) for step in steps]
+    assert trainer.seen == [(0.25 * share, share, "eager") for share in shares]
+    assert trainer.rates == steps
+    assert trainer.args.lambda_warmup == float(warmup)
+
+
+def test_a_warm_up_without_a_schedule_stops(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch(with_schedule(like_3(ClipLoss())), monkeypatch, "--skip-scheduler")
+    argv = ("--skip-scheduler", "--lambda-warmup", "2")
+    with pytest.raises(SystemExit, match="--lambda-warmup saw no step"):
+        launch(with_schedule(like_3(ClipLoss())), monkeypatch, *argv)
+    for wrong in ("-1", "1.5", "half"):
+        with pytest.raises(SystemExit):
+            launch(like_3(ClipLoss()), monkeypatch, "--lambda-warmup", wrong)
+        assert (
+            f"--lambda-warmup: invalid steps_or_share value: '{wrong}'" in capsys.readouterr().err
+        )
+
+
+def test_the_trainer_of_open_clip_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "open_clip_train", None)
+    monkeypatch.setitem(sys.modules, "training", None)
+    with pytest.raises(SystemExit, match=r"import of open_clip_train .*pip install"):
+        open_clip_train.main([])
+    trainer: Any = like_3(ClipLoss())
+    monkeypatch.setitem(sys.modules, "training", ModuleType("training"))
+    monkeypatch.setitem(sys.modules, "training.main", trainer)
+    open_clip_train.main([])
+    assert trainer.finished
+    monkeypatch.delattr(trainer, "create_loss")
+    with pytest.raises(SystemExit, match="does not know"):
+        open_clip_train.main([])
