@@ -1,21 +1,19 @@
 """Exact results in float64, and how far rounding alone may carry a result from them.
 
-The bounds are forward error bounds, not tolerances found by trial. A sum of products computed in a
-type of precision eps differs from the exact one by at most a small multiple of eps times the sum of
-the products' *absolute values*: the scale of the quantity. The scale of each element of each
-gradient is worked out here from the formulas of the loss, in float64, so that a bound is never
-wider than what the arithmetic makes unavoidable: an element that is small because its terms are
-small is checked to relative precision, and only one that is small because large terms cancel is
-allowed their rounding.
+The bounds are forward error bounds, not tolerances found by trial. A sum of products in a type of
+precision eps is off by at most a small multiple of eps times the sum of the products' *absolute
+values*: the scale of the quantity. It is worked out here for each element of each gradient, from
+the formulas of the loss in float64: an element that is small because its terms are small is
+checked to relative precision, and only one that is small because large terms cancel is allowed
+their rounding.
 
 The small multiple is FACTOR where errors are of either sign, as those of rounding to nearest are,
 and mostly cancel (measured: at most 3.1 for sums of 100 terms, over 20,000 random inputs). Errors
-of one sign add up: a tensor core cuts off what it adds to the float32 sum, 8 products at a time one
-bit below the sum's last (A100) or 16 two bits below (H100; Khattak and Mikaitis 2025,
-arXiv 2512.07004). So a dot product of D terms of one sign loses up to D / 11 or D / 20 times eps
-times their sum, and its multiple is D / 8 where that is more than FACTOR, from D = 48 on.
-
-Everything is computed on the CPU, whatever device the results come from.
+of one sign add up: a tensor core cuts off what it adds to the float32 sum, 8 products at a time
+one bit below the sum's last (A100) or 16 two bits below (H100; Khattak and Mikaitis 2025, arXiv
+2512.07004). So D terms of one sign lose up to D / 11 or D / 20 times eps times their sum; from D =
+48 on the multiple is D / 8. Everything is computed on the CPU, whatever device the results come
+from.
 """
 
 from math import log
@@ -29,16 +27,12 @@ from torch import Tensor
 
 from cyclip_loss import CyclicPenalty, CyCLIPLoss, eager, reference
 
-FLOAT64 = torch.finfo(torch.float64).eps
-FLOAT32 = torch.finfo(torch.float32).eps
+FLOAT64, FLOAT32 = torch.finfo(torch.float64).eps, torch.finfo(torch.float32).eps
 TF32 = 2.0**-10
-
 FACTOR = 6.0
-# Products in a sum of which each costs a whole eps.
-PRODUCTS_PER_EPS = 8
-
 TERMS = ("contrastive_loss", "inmodal_cyclic_loss", "crossmodal_cyclic_loss")
 NAMES = ("value", "image", "text", "logit_scale")
+Grads = dict[str, Tensor | None]
 
 
 class Results(NamedTuple):
@@ -51,17 +45,11 @@ class Results(NamedTuple):
 
 
 class Eps(NamedTuple):
-    """Relative precision of each kind of rounding.
+    """Relative precision of each kind of rounding."""
 
-    logits: of products of features, and of log-sum-exps. A logit's error is a relative one of its
-        exponential.
-    stored: of G as it is kept for the products with the features.
-    penalties: of products of U and V.
-    """
-
-    logits: float
-    stored: float
-    penalties: float
+    logits: float  # of products of features; a logit's error is a relative one of its exponential
+    stored: float  # of G as it is kept for the products with the features
+    penalties: float  # of products of U and V
 
 
 def eps_of(impl: str, features: Tensor, tf32: bool = False) -> Eps:
@@ -82,7 +70,7 @@ def eps_of(impl: str, features: Tensor, tf32: bool = False) -> Eps:
 
 def growth(d: int, eps: float) -> float:
     """How many times FACTOR a sum of d products may be off by, in units of eps."""
-    return max(1.0, d / PRODUCTS_PER_EPS / FACTOR) if eps <= FLOAT32 else 1.0
+    return max(1.0, d / 8 / FACTOR) if eps <= FLOAT32 else 1.0
 
 
 def contrastive_bound(
@@ -107,8 +95,9 @@ def contrastive_bound(
     of_logits = (eps.logits * exact + FLOAT64 * exact.new_ones(n).diag()) * size / n
     errors = of_logits + eps.stored * exact / n
     loss = reference.contrastive_loss if symmetric else reference.one_way_contrastive_loss
+    value = (eps.logits * exact.trace() / n + FLOAT64) * size
     return [
-        (eps.logits * exact.trace() / n + FLOAT64) * size + eps.logits * loss(rows, columns, scale),
+        value + eps.logits * loss(rows, columns, scale),
         abs(scale) * errors @ columns.abs(),
         abs(scale) * errors.T @ rows.abs(),
         ((errors if g_is_rounded else of_logits) * cosines).sum(),
@@ -123,17 +112,16 @@ def _gradient_sizes(logits: Tensor) -> Tensor:
 
 
 def penalty_bound(image: Tensor, text: Tensor, a: float, b: float, eps: float) -> list[Tensor]:
-    """eps * scale of a * N P_in + b * N P_cross: of (p, q) for a = b = 1, and of dI or dT.
+    """eps * scale of N P_in and of N P_cross, and of dI and dT of a N P_in + b N P_cross.
 
     U and V are sums and differences of two given numbers, so each is exact but for its own last
     bit: where pairs are nearly aligned V is small, and so is every scale. The oracle subtracts
     products of I and T; what that costs it in float64 is added.
     """
-    eps *= growth(image.shape[1], eps)
-    value, grad = 0.0, 0.0
+    value = grad = 0.0
     sizes = image.abs() + text.abs()
-    both = (((image + text).abs(), (image - text).abs(), eps), (sizes, sizes, FLOAT64))
-    for u, v, precision in both:
+    own = ((image + text).abs(), (image - text).abs(), eps * growth(image.shape[1], eps))
+    for u, v, precision in (own, (sizes, sizes, FLOAT64)):
         w = u @ v.T
         value += precision * w.square().sum()
         equal, different = w @ v + w.T @ u, w.T @ v + w @ u
@@ -143,45 +131,36 @@ def penalty_bound(image: Tensor, text: Tensor, a: float, b: float, eps: float) -
 
 def bounds(case: Case, features: dict[str, Tensor], impl: str, tf32: bool) -> dict[str, Tensor]:
     """eps * scale of every term and of the gradients of their weighted sum, by name."""
-    first = features["image"]
-    eps = eps_of(impl, first, tf32)
-    rounded = impl == "eager" and eager.has_wide_products(first)
+    eps = eps_of(impl, features["image"], tf32)
+    rounded = impl == "eager" and eager.has_wide_products(features["image"])
     exact = {name: exact_on_host(tensor) for name, tensor in features.items()}
     weights = [case.world_size * weight for weight in case.weights]
-    image, text = exact["image"], exact["text"]
-    found = {name: 0.0 for name in (*TERMS, *features, "logit_scale")}
-    both = [("image", "text", 0.5 if case.views else 1.0)]
-    both += [("image", "image_view", 0.25), ("text", "text_view", 0.25)] if case.views else []
-    for rows, columns, share in both:
-        symmetric = columns == "text"
-        arguments = (exact[rows], exact[columns], case.logit_scale, eps, symmetric, rounded)
+    found = dict.fromkeys((*TERMS, *features, "logit_scale"), 0.0)
+    parts = [("image", "text", 0.5 if case.views else 1.0)]
+    parts += [("image", "image_view", 0.25), ("text", "text_view", 0.25)] if case.views else []
+    for rows, columns, share in parts:
+        arguments = (exact[rows], exact[columns], case.logit_scale, eps, columns == "text", rounded)
         value, *grads = contrastive_bound(*arguments)
         found[TERMS[0]] += share * value
         for name, grad in zip((rows, columns, "logit_scale"), grads, strict=True):
             found[name] += share * abs(weights[0]) * grad
-    per_pair = [
-        weight / len(image) * (case.reference_batch_size or len(image)) / len(image)
-        for weight in case.lambdas
-    ]
+    n = len(exact["image"])
+    per_pair = [weight * (case.reference_batch_size or n) / n**2 for weight in case.lambdas]
     upstream = [w * u for w, u in zip(per_pair, weights[1:], strict=True)]
-    value, grad = penalty_bound(image, text, *upstream, eps.penalties)
+    value, grad = penalty_bound(exact["image"], exact["text"], *upstream, eps.penalties)
     for name, weight in zip(TERMS[1:], per_pair, strict=True):
         found[name] += weight * value
-    found["image"] += grad
-    found["text"] += grad
-    return found
+    return found | {name: found[name] + grad for name in ("image", "text")}
 
 
 def exact_results(
     case: Case, features: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
-    """Every term by the definition, and the parts that make up each gradient, by name.
-
-    Parts, as autograd adds gradients of 16-bit features up in 16 bits.
-    """
+    """Every term by the definition, and the parts that autograd adds up to each gradient."""
     leaves = {name: exact_on_host(tensor).requires_grad_() for name, tensor in features.items()}
     scale = torch.tensor(case.logit_scale, dtype=torch.float64, device="cpu", requires_grad=True)
     leaves["logit_scale"] = scale
+    weights = [case.world_size * weight for weight in case.weights]
 
     def dense(*views: Tensor) -> dict[str, Tensor]:
         both = (leaves["image"], leaves["text"], scale)
@@ -190,7 +169,6 @@ def exact_results(
         )
 
     terms = dense()
-    weights = [case.world_size * weight for weight in case.weights]
     parts = [weight * term for weight, term in zip(weights, terms.values(), strict=True)]
     if case.views:
         terms = dense(*(leaves[name] for name in VIEWS))
@@ -215,29 +193,25 @@ def results(loss, image: Tensor, text: Tensor, logit_scale: Tensor, upstream=1.0
 
 
 def evaluate(
-    case: Case, features: dict[str, Tensor], impl: str, device: Device, **options
-) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
-    """The loss's terms, or their sum, and all gradients, by name; the inputs are left alone.
-
-    options: of CyCLIPLoss.
-    """
+    case: Case, features: dict[str, Tensor], impl: str, device: Device, **over_ranks
+) -> tuple[dict[str, Tensor], Grads]:
+    """The loss's terms, or their sum, and all gradients, by name; the inputs are left alone."""
     given = features | {"logit_scale": case.scale(device)}
     leaves = {
         name: tensor.detach().requires_grad_(name not in case.frozen)
         for name, tensor in given.items()
     }
     copies = {name: leaf.detach().clone() for name, leaf in leaves.items()}
-    options = {"reference_batch_size": case.reference_batch_size, "impl": impl} | options
+    options = {"reference_batch_size": case.reference_batch_size, "impl": impl}
     image, text, *views, scale = leaves.values()
     with pytest.MonkeyPatch.context() as monkeypatch:
         set_strip_rows(monkeypatch, case.strip_rows)
         if case.penalties_alone:
-            options = {k: v for k, v in options.items() if k not in ("dist_impl", "uneven")}
             terms = CyclicPenalty(*case.lambdas, **options)(image, text, case.output_dict)
         else:
             names = ("augmented_image_features", "augmented_text_features")
             augmented = dict(zip(names, views, strict=False))
-            loss = CyCLIPLoss(*case.lambdas, **options)
+            loss = CyCLIPLoss(*case.lambdas, **options, **over_ranks)
             terms = loss(image, text, scale, None, case.output_dict, **augmented)
         terms = terms if case.output_dict else {"loss": terms}
         weights = dict(zip(TERMS, case.weights, strict=True)) | {"loss": case.upstream[0]}
@@ -253,7 +227,7 @@ def check(
     case: Case,
     features: dict[str, Tensor],
     terms: dict[str, Tensor],
-    grads: dict[str, Tensor | None],
+    grads: Grads,
     impl: str,
     tf32: bool = False,
 ) -> None:
@@ -261,11 +235,9 @@ def check(
     exact_terms, exact_grads = exact_results(case, features)
     bound = bounds(case, features, impl, tf32)
     names = TERMS[1:] if case.penalties_alone else TERMS
-    if not case.output_dict:
-        exact_terms["loss"] = sum(exact_terms[name] for name in names)
-        bound["loss"] = sum(bound[name] for name in names)
-        names = ("loss",)
-    assert tuple(terms) == names
+    for of_terms in (exact_terms, bound):
+        of_terms["loss"] = sum(of_terms[name] for name in names)
+    assert tuple(terms) == (names if case.output_dict else ("loss",))
     for name, term in terms.items():
         assert term.dtype == loss_dtype(case.dtype)
         check_bound(name, term, [exact_terms[name]], bound[name])
@@ -290,12 +262,10 @@ def check_loss(case: Case, impl: str, device: Device, tf32: bool = False) -> Res
 def check_bound(name: str, actual: Tensor, exact: list[Tensor], bound: Tensor | float) -> None:
     """|actual - sum of exact| <= FACTOR * bound + the rounding of each part and partial sum."""
     exact = [exact_on_host(part) for part in exact]
-    total = sum(exact)
-    bound = FACTOR * (bound + torch.zeros_like(total))
+    total, result = sum(exact), torch.finfo(actual.dtype)
     assert actual.shape == total.shape, f"{name}: {actual.shape}, not {total.shape}"
-    result = torch.finfo(actual.dtype)
-    for part in exact:
-        bound = bound + result.eps * (len(exact) + 1) / 2 * (part.abs() + result.tiny)
+    rounding = sum(part.abs() + result.tiny for part in exact) * (len(exact) + 1) / 2
+    bound = FACTOR * bound + result.eps * rounding
     error = (exact_on_host(actual) - total).abs()
     # A NaN compares false, so this form fails on one.
     if not bool((error <= bound).all()):

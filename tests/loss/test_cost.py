@@ -47,8 +47,7 @@ def test_the_detector_sees_the_dense_formula(device: torch.device) -> None:
     if device.type == "cpu":
         leaves = [tensor.requires_grad_() for tensor in Case(512, D).inputs("cpu")]
         events = allocations(lambda: sum(reference.cyclip_loss(*leaves).values()).backward())
-        assert max(events) >= 4 * 512**2
-        assert peak_of(events) >= 16 * 512**2
+        assert peak_of(events) >= 4 * max(events) >= 16 * 512**2
 
 
 @pytest.mark.parametrize(("lambda_inmodal", "grams"), [(0.5, 3), (0.25, 2)])
@@ -57,14 +56,6 @@ def test_kept_between_forward_and_backward(impl: str, inputs, lambda_inmodal, gr
     events = allocations(lambda: cyclip_loss(*inputs, lambda_inmodal=lambda_inmodal, impl=impl))
     # The allocator may round each of a dozen tensors up to 64 bytes.
     assert sum(events) <= 4 * (3 * len(inputs[0]) + grams * D * D) + 1024
-
-
-def test_a_small_batch_keeps_no_more_than_twice_the_features() -> None:
-    """N = 2 D: each N x N matrix is as large as both features together."""
-    n, d = 200, 100
-    leaves = [tensor.requires_grad_() for tensor in Case(n, d).inputs("cpu")]
-    loss = CyCLIPLoss(0.5, 0.25, impl="eager")
-    assert max(allocations(lambda: loss(*leaves).backward())) <= 4 * 2 * n * d
 
 
 class CountFlops(TorchDispatchMode):
@@ -99,16 +90,6 @@ def test_flops(n: int, d: int, lambdas, expected, small_strips, device: torch.de
     with CountFlops() as counter:
         results(CyCLIPLoss(*lambdas, impl="eager"), *Case(n, d).inputs(device))
     assert counter.total == expected[0] * n * n * d + expected[1] * n * d * d
-
-
-def test_a_frozen_tower_saves_its_product(small_strips, device: torch.device) -> None:
-    image, text = pairs(40, 12, device=device)
-    with CountFlops() as counter:
-        loss = cyclip_loss(
-            image.requires_grad_(), text, 10.0, lambda_inmodal=0, lambda_crossmodal=0
-        )
-        loss.backward()
-    assert counter.total == 6 * 40 * 40 * 12
 
 
 @pytest.mark.parametrize(

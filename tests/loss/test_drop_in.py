@@ -1,20 +1,17 @@
 """In the place of `open_clip.ClipLoss`: same values, same training, same calls; and the package."""
 
 import inspect
-import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from accuracy import NAMES, TERMS, results
+from accuracy import NAMES, results
 from inputs import Case, normal, pairs
 from torch import Tensor, nn
 from towers import IMAGE_SIZE, TEXT_SIZE, TwoTowers
 
-import cyclip_loss
-from cyclip_loss import CyclicPenalty, CyCLIPLoss
+from cyclip_loss import CyCLIPLoss
 
 open_clip = pytest.importorskip("open_clip")
 
@@ -77,16 +74,6 @@ def test_training_is_unchanged(impl: str, with_bias: bool, device: torch.device)
             torch.testing.assert_close(parameter, expected, rtol=1e-7, atol=1e-9)
 
 
-def test_training_with_penalties_lowers_them(impl: str, device: torch.device) -> None:
-    """The loop above would also pass if the penalties never reached the parameters."""
-    gaps = []
-    for lambdas in ((0, 0), (1.0, 1.0)):
-        _, model = train(CyCLIPLoss(*lambdas, impl=impl), False, device)
-        image, text, _ = model(*samples(32, 8, device)).values()
-        gaps.append(CyclicPenalty()(image, text).item())
-    assert gaps[1] < gaps[0]
-
-
 @pytest.mark.parametrize("given", [{}, OPENCLIP_KEYWORDS, {"rank": 3, "world_size": 4}], ids=str)
 def test_keywords_are_attributes(given: dict) -> None:
     """OpenCLIP's tasks and tests read them."""
@@ -105,20 +92,6 @@ def test_arguments_of_clip_loss_come_first() -> None:
     assert len(ours) >= len(theirs)
     keywords = set(inspect.signature(CyCLIPLoss).parameters)
     assert set(inspect.signature(open_clip.ClipLoss).parameters) <= keywords
-
-
-@pytest.mark.parametrize("lambdas", [(0.25, 0.25), (0.5, 0.125), (0.0, 0.5), (0, 0)])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_terms_sum_to_the_loss(impl: str, dtype, lambdas, device: torch.device) -> None:
-    inputs = Case(30, 10, dtype).inputs(device)
-    module = CyCLIPLoss(*lambdas, impl=impl)
-    terms = module(*inputs, output_dict=True)
-    assert tuple(terms) == TERMS
-    loss = module(*inputs)
-    eps = torch.finfo(loss.dtype).eps
-    torch.testing.assert_close(sum(terms.values()), loss, rtol=8 * eps, atol=0)
-    for name, weight in zip(TERMS[1:], lambdas, strict=True):
-        assert (terms[name] == 0) == (weight == 0)
 
 
 @pytest.mark.parametrize("shape", [(), (1,)])
@@ -162,24 +135,19 @@ def test_forms_of_the_logit_scale(impl: str, dtype, form: str, device: torch.dev
         assert loss(image, text, number) == actual.value == expected.value
 
 
-def loaded_modules(program: str) -> set[str]:
-    program += "\nimport json, sys; print(json.dumps(list(sys.modules)))"
-    command = [sys.executable, "-c", program]
-    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    return set(json.loads(output.stdout))
+def run(program: str) -> None:
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 def test_a_loss_on_cpu_imports_little() -> None:
-    """No more than PyTorch does for any custom operator, and no Triton."""
-    loaded = loaded_modules(
+    """No more than PyTorch does for any custom operator, and no kernels."""
+    run(
         "import torch, cyclip_loss, sys\n"
-        "assert not {'triton', 'torch._dynamo'} & set(sys.modules)\n"
+        "assert not {'triton', 'open_clip', 'torch._dynamo'} & set(sys.modules)\n"
         "features = torch.ones(3, 2, requires_grad=True)\n"
-        "cyclip_loss.CyCLIPLoss()(features, features * 2, 10.0).backward()"
+        "cyclip_loss.CyCLIPLoss()(features, features * 2, 10.0).backward()\n"
+        "assert 'cyclip_loss.kernels' not in sys.modules"
     )
-    by_torch = loaded_modules("import torch._dynamo")
-    assert not {"triton", "open_clip", "torchvision", "matplotlib"} & (loaded - by_torch)
-    assert "cyclip_loss.kernels" not in loaded
 
 
 WITHOUT_DISTRIBUTED = """
@@ -197,9 +165,4 @@ assert cyclip_loss.CyCLIPLoss()(torch.eye(3), torch.eye(3), 10.0) > 0
 
 
 def test_pytorch_that_was_built_without_distributed() -> None:
-    loaded_modules(WITHOUT_DISTRIBUTED)
-
-
-def test_what_the_package_says_of_itself() -> None:
-    assert all(hasattr(cyclip_loss, name) for name in cyclip_loss.__all__)
-    assert Path(cyclip_loss.__file__).with_name("py.typed").exists()
+    run(WITHOUT_DISTRIBUTED)

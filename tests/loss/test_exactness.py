@@ -142,18 +142,6 @@ def test_same_inputs_same_bits(impl: str, d: int, dtype, small_strips, device) -
     assert all(map(torch.equal, again, first))
 
 
-def test_auto_is_the_eager_engine_on_cpu() -> None:
-    inputs = Case(40, 12).inputs("cpu")
-    auto, eager = (results(CyCLIPLoss(impl=impl), *inputs) for impl in ("auto", "eager"))
-    assert all(map(torch.equal, auto, eager))
-
-
-def test_more_rows_than_one_strip(device: torch.device) -> None:
-    """The strips that the eager engine chooses itself, where it takes more than one."""
-    found = errors(CyCLIPLoss(impl="eager"), dense_loss((0.25, 0.25)), Case(2100, 4).inputs(device))
-    assert all(own <= 2 * dense + 1e-6 for own, dense in found), found
-
-
 @pytest.mark.parametrize("d", [2, 3], ids=["large", "small"])
 @pytest.mark.parametrize("lambdas", [(0.25, 0.25), (0.5, 0.125), (0.0, 0.5), (0, 0)])
 def test_gradcheck(lambdas, d: int, monkeypatch, device: torch.device) -> None:

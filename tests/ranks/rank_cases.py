@@ -4,13 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accuracy import check, evaluate
+from accuracy import Grads, check, evaluate
 from hypothesis import strategies as st
 from inputs import DRAWN, DTYPES, Case, loss_dtype
 from pool import Ranks, own_device
 from torch import Tensor
-
-Grads = dict[str, Tensor | None]
 
 
 @dataclass

@@ -5,15 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
 from accuracy import evaluate
 from inputs import loss_dtype
 from pool import Ranks, own_device
 from rank_cases import RankCase, step
-from test_ranks import DIST_IMPLS
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.memory import allocations, peak_of
 from cyclip_loss import CyCLIPLoss
 
 N, D = 4, 6
@@ -99,32 +96,14 @@ def test_the_table(world_size: int, dtype: torch.dtype, lambdas, ranks: Ranks) -
     # No gradient, no journey.
     case = RankCase(**given, frozen=frozenset(["text"]))
     assert ranks.run(world_size, traffic, case)[0][0] == gather
+    # Blocks of uneven rows are padded to the longest, after a comparison in every step.
+    case = RankCase(**given | {"rows": (N, *[1] * (world_size - 1))}, uneven=True)
+    found, _ = ranks.run(world_size, traffic, case)[0]
+    assert found[:2] == [("comparison", 0)] * 2
+    assert {found[2], found[-1]} == {gather[0], home[0]}
     # The penalties alone, of any numbers of rows: one all-reduce, and nothing in backward.
     case = RankCase(**given | {"rows": tuple(range(world_size))}, penalties_alone=True)
     assert ranks.run(world_size, traffic, case)[0][0] == penalties
-
-
-def test_augmented_views_travel_once_each(ranks: Ranks) -> None:
-    """Their columns have no log-sum-exps, which do not travel."""
-    case = RankCase(d=D, dtype=torch.float32, lambdas=(0.0, 0.0), views=True)
-    found = Counter(ranks.run(2, traffic, case)[0][0])
-    size = 2 * N * D * 4
-    assert found["all_gather_into_tensor", size] == found["reduce_scatter_tensor", size] == 3
-    assert found.total() == 3 + 2 + 3 + 3
-    found = Counter(ranks.run(2, traffic, replace(case, dist_impl="ring"))[0][0])
-    assert found["send", 8 * N] == 2
-    assert found.total() == 2 * (3 + 2) + 3 + 2 * (3 + 1 + 3 * 2)
-
-
-@DIST_IMPLS
-def test_uneven_rows_are_exchanged_in_every_step(dist_impl: str, ranks: Ranks) -> None:
-    case = RankCase(d=D, dtype=torch.float32, rows=(3, 1, 2), dist_impl=dist_impl, uneven=True)
-    even = ranks.run(3, traffic, replace(case, rows=(3, 3, 3), uneven=False))[0][0]
-    for found, _ in ranks.run(3, traffic, case):
-        assert found[:2] == [("comparison", 0)] * 2
-        # Shorter blocks are padded to the longest; columns' log-sum-exps are not.
-        moved = [one for one in found[2:] if not one[0].startswith("all_reduce")]
-        assert moved == [one for one in even if not one[0].startswith("all_reduce")]
 
 
 def comparisons(rank: int, world_size: int, steps: list[tuple[int, dict]]) -> list[int]:
@@ -151,70 +130,3 @@ def test_ranks_compare_once_for_each_kind_of_call(other: dict, ranks: Ranks) -> 
     changed = {"weights": (0.1, 0)}
     steps = [(5, {}), (4, other), (6, changed), (4, other), (2, other), (5, {})]
     assert ranks.run(2, comparisons, steps) == [[1, 1, 0, 0, 0, 0]] * 2
-
-
-def waits(rank: int, world_size: int, case: RankCase) -> list[tuple[str, tuple[int, ...]]]:
-    """What is started and waited for in forward: names and shapes of the results."""
-    events = []
-
-    class Events(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **(kwargs or {}))
-            if function.namespace == "_c10d_functional":
-                events.append((function.overloadpacket.__name__, tuple(result.shape)))
-            return result
-
-    step(rank, world_size, case)
-    with Events(), torch.no_grad():
-        CyCLIPLoss(*case.lambdas)(*case.rank_inputs(rank))
-    return events
-
-
-def test_travel_and_computation_overlap(ranks: Ranks) -> None:
-    """The Gram matrices are under way when the columns are waited for, and the last to be."""
-    case = RankCase(d=D, lambdas=(0.5, 0.125))
-    columns, grams = (2 * N, D), (3 * D * D + 1,)
-    for events in ranks.run(2, waits, case):
-        assert events[:2] == [("all_gather_into_tensor", columns), ("all_reduce", grams)]
-        assert events[2] == ("wait_tensor", columns)
-        assert events[-1] == ("wait_tensor", grams)
-
-
-def peak_bytes(rank: int, world_size: int, case: RankCase) -> int:
-    """The most that a step holds at a time, beyond its inputs."""
-    step(rank, world_size, case)
-    image, text, scale = case.rank_inputs(rank)
-    text = text.detach().requires_grad_()
-    loss = CyCLIPLoss(*case.lambdas, dist_impl=case.dist_impl)
-    return peak_of(allocations(lambda: loss(image, text, scale).backward()))
-
-
-def test_a_ring_holds_as_much_whatever_the_ranks(ranks: Ranks) -> None:
-    """From three on, there are steps in which blocks leave and come of both kinds."""
-    case = RankCase(d=64, dtype=torch.float32, rows=(8,) * 3, lambdas=(0.0, 0.0))
-    peaks = {
-        (way, size): max(
-            ranks.run(size, peak_bytes, replace(case, rows=(8,) * size, dist_impl=way))
-        )
-        for size in (3, 4)
-        for way in ("ring", "gather")
-    }
-    assert peaks["ring", 4] <= 1.02 * peaks["ring", 3]
-    assert peaks["gather", 4] > 1.15 * peaks["gather", 3]
-
-
-def alone(rank: int, world_size: int) -> Traffic:
-    """The traffic of a group of this process only."""
-    groups = [dist.new_group([member]) for member in range(world_size)]
-    image, text = torch.eye(3, device=own_device()).expand(2, 3, 3)
-    image = image.detach().requires_grad_()
-    with Recorder() as recorder:
-        for dist_impl in ("gather", "ring"):
-            CyCLIPLoss(process_group=groups[rank], dist_impl=dist_impl)(
-                image, text, 10.0
-            ).backward()
-    return recorder.found
-
-
-def test_a_group_of_one_does_not_communicate(ranks: Ranks) -> None:
-    assert ranks.run(2, alone) == [[], []]

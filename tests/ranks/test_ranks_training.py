@@ -31,7 +31,6 @@ class Run:
     wrapper: str = "DDP"
     micro_batches: int = 1
     autocast: bool = False
-    penalty_alone: bool = False  # as an addition to a base loss that is local
     uneven: bool = False
 
     def rows_of(self, rank: int) -> list[int]:
@@ -60,10 +59,7 @@ def train(model: nn.Module, run: Run, own: list[int]) -> dict[str, Tensor]:
         with nullcontext() if last else no_sync():
             with torch.autocast(own_device().type, torch.bfloat16, enabled=run.autocast):
                 image, text, scale = model(images, texts).values()
-                if run.penalty_alone:
-                    value = penalty(image, text) + 0.1 * ((image * text).sum(1) * scale).mean()
-                else:
-                    value = loss(image, text, scale)
+                value = loss(image, text, scale) + penalty(image, text)
             (value / run.micro_batches).backward()
         if last:
             optimizer.step()
@@ -104,7 +100,6 @@ def train_rank(rank: int, world_size: int, run: Run) -> dict[str, Tensor]:
         {"optimizer": "AdamW"},
         {"micro_batches": 2},
         {"uneven": True},
-        {"penalty_alone": True},
         {"autocast": True, "dtype": torch.float32},
         {"wrapper": "FSDP2", "micro_batches": 2},
         {"wrapper": "FSDP2", "uneven": True},

@@ -92,11 +92,11 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def whole_batch_gradients(count: int = 32, loss_fn: nn.Module | None = None) -> dict[str, Tensor]:
+def whole_batch_gradients() -> dict[str, Tensor]:
     """What one process gets from the whole batch, in float64."""
     model = tiny_clip().double()
-    images, tokens = batch(count)
-    (loss_fn or CyCLIPLoss())(**model(images.double(), tokens)).backward()
+    images, tokens = batch()
+    CyCLIPLoss()(**model(images.double(), tokens)).backward()
     return gradients(model)
 
 
@@ -155,16 +155,6 @@ def scale_outside_on_rank(rank: int, world_size: int) -> Tensor:
         **{name: out[name] for name in FEATURES},
     )
     return names["log_scale"].grad
-
-
-def hugging_face_on_rank(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
-    """CLIPModel's own loss of this rank's rows, and plain CLIP's by this package."""
-    model = tiny_hugging_face()
-    images, tokens = part_of_batch(rank, world_size)
-    with torch.no_grad():
-        out = model(input_ids=tokens, pixel_values=images.float(), return_loss=True)
-        ours = CyCLIPLoss(0, 0)(out.image_embeds, out.text_embeds, model.logit_scale.exp())
-    return out.loss, ours
 
 
 def tiny_hugging_face() -> nn.Module:
