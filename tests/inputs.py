@@ -49,14 +49,14 @@ class Case:
 
     def features(self, device: Device) -> dict[str, Tensor]:
         """By name: image and text features and, if `views`, an augmented view of each."""
-        options = {"norm": self.norm, "device": device}
-        rows = pairs(self.n, self.d, self.distance, self.anti_aligned, seed=self.seed, **options)
-        rows += pairs(self.n, self.d, seed=self.seed + 1, **options) if self.views else ()
-        layouts = (self.image_layout, self.text_layout) * 2
-        names = ("image", "text", *VIEWS)
+        size, options = (self.n, self.d), {"norm": self.norm, "device": device}
+        rows = pairs(*size, self.distance, self.anti_aligned, seed=self.seed, **options)
+        rows += pairs(*size, seed=self.seed + 1, **options) if self.views else ()
+        found = dict(zip(("image", "text", *VIEWS), rows, strict=False))
+        layouts = {"image": self.image_layout, "text": self.text_layout}
         return {
-            name: lay_out(one.to(self.dtype), layout)
-            for name, one, layout in zip(names, rows, layouts, strict=False)
+            name: lay_out(one.to(self.dtype), layouts[name.removesuffix("_view")])
+            for name, one in found.items()
         }
 
     def scale(self, device: Device) -> Tensor:
@@ -84,16 +84,7 @@ def loss_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def pairs(
-    n: int,
-    d: int,
-    distance: float | None = None,
-    anti_aligned: bool = False,
-    norm: float = 1.0,
-    seed: int = 0,
-    *,
-    device: Device,
-) -> tuple[Tensor, Tensor]:
+def pairs(n, d, distance=None, anti_aligned=False, norm=1.0, seed=0, *, device: Device):
     """Random rows of the given norm, (n, d) twice, in float64."""
     image, text = (F.normalize(rows, dim=1) for rows in normal(2, n, d, seed=seed, device="cpu"))
     if distance is not None:

@@ -28,9 +28,8 @@ def flags(folder: Path, *more: str) -> list[str]:
     """Those of the recipes' command line, with a tiny model and the emoji instead."""
     config = {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}
     (folder / "tiny").mkdir(exist_ok=True)
-    (folder / "tiny" / "open_clip_config.json").write_text(
-        json.dumps({"model_cfg": config, "preprocess_cfg": {}})
-    )
+    config = json.dumps({"model_cfg": config, "preprocess_cfg": {}})
+    (folder / "tiny" / "open_clip_config.json").write_text(config)
     [command] = blocks("sh")["OpenCLIP's command line"]
     _, _, module, *given = shlex.split(command.replace("\\\n", ""))
     assert module == open_clip_train.__name__
@@ -98,49 +97,42 @@ def test_help_shows_ours_and_then_theirs() -> None:
 # Made-up trainers: (the loss they ask for) -> a module like `open_clip_train.main`.
 
 
-def fake(loss: nn.Module | None, *, calls: bool = True, **options: Any) -> Any:
-    """A trainer without a way to make a loss; it takes two steps with `trainer.loss`."""
+def fake(loss: nn.Module | None, like: str = "", *, calls: bool = True, **options: Any) -> Any:
+    """A trainer like OpenCLIP 3 or 4, or one without a way to make a loss; it takes two steps."""
     trainer: Any = ModuleType("open_clip_train.main")
-    trainer.loss, trainer.terms = loss, []
+    trainer.terms, task = [], nn.Module()
+    trainer.parse_args = lambda argv: Namespace(argv=argv, **options)
+    trainer.make = lambda: loss
+    if like == "3":
+        trainer.create_loss = lambda args: loss
+        trainer.make = lambda: trainer.create_loss(None)
+    elif like == "4":
+        if loss is not None:
+            task.loss = loss
+        trainer.create_task = lambda args, model: task
+        trainer.make = lambda: trainer.create_task(None, model=None).loss
 
     def main(argv: list[str]) -> None:
         trainer.args = trainer.parse_args(argv)
-        trainer.loss = trainer.make(trainer.args)
+        trainer.loss = trainer.make()
         weight = nn.Parameter(torch.eye(4, device="cpu"))
         optimizer = torch.optim.SGD([weight], lr=0.1)
         for _ in range(2):
             features = nn.functional.normalize(torch.randn(2, 6, 4, device="cpu") @ weight, dim=-1)
             if calls:
-                trainer.terms.append(trainer.loss(*features, logit_scale=10.0, output_dict=True))
+                terms = trainer.loss(*features, logit_scale=10.0, output_dict=True)
+                trainer.terms.append(terms)
             features.sum().backward()
             optimizer.step()
         trainer.finished = True
 
-    trainer.main, trainer.make = main, lambda args: loss
-    trainer.parse_args = lambda argv: Namespace(argv=argv, **options)
+    trainer.main = main
     return trainer
 
 
-def like_3(loss: nn.Module, **options: Any) -> Any:
-    trainer = fake(loss, **options)
-    trainer.create_loss = lambda args: loss
-    trainer.make = lambda args: trainer.create_loss(args)
-    return trainer
-
-
-def like_4(loss: nn.Module | None, **options: Any) -> Any:
-    trainer = fake(loss, **options)
-    task = nn.Module()
-    if loss is not None:
-        task.loss = loss
-    trainer.create_task = lambda args, model: task
-    trainer.make = lambda args: trainer.create_task(args, model=None).loss
-    return trainer
-
-
-def never_asks(loss: nn.Module) -> Any:
-    trainer = like_3(loss)
-    trainer.make = lambda args: loss
+def never_asks() -> Any:
+    trainer = fake(ClipLoss(), "3")
+    trainer.make = ClipLoss
     return trainer
 
 
@@ -151,11 +143,11 @@ def launch(trainer: Any, monkeypatch: pytest.MonkeyPatch, *argv: str) -> Any:
     return trainer
 
 
-@pytest.mark.parametrize("like", [like_3, like_4])
-def test_clip_is_replaced(like: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("like", ["3", "4"])
+def test_clip_is_replaced(like: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # torchrun takes a "--" between its own flags and these.
     argv = ("--", "--lambda-inmodal", "0.5", "--dist-impl", "ring", "--epochs", "3")
-    trainer = launch(like(ClipLoss(local_loss=True)), monkeypatch, *argv)
+    trainer = launch(fake(ClipLoss(local_loss=True), like), monkeypatch, *argv)
     assert trainer.finished
     loss = trainer.loss
     assert type(loss) is CyCLIPLoss
@@ -171,37 +163,30 @@ def test_clip_is_replaced(like: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.optim.SGD([weight], lr=0.1).step()
 
 
-@pytest.mark.parametrize("like", [like_3, like_4])
-@pytest.mark.parametrize("size", [None, 512, 0])
-@pytest.mark.parametrize(
-    "theirs",
-    [ClipLoss(), SigLipLoss(), CoCaLoss(2.0, 1.0), DistillClipLoss()],
-    ids=nn.Module._get_name,
-)
-def test_every_loss_gets_the_penalties(
-    like: Any, theirs: nn.Module, size: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("like", ["3", "4"])
+@pytest.mark.parametrize(("size", "expected"), [(None, 128), (512, 512), (0, None)])
+@pytest.mark.parametrize("theirs", [ClipLoss, SigLipLoss, CoCaLoss, DistillClipLoss])
+def test_every_loss_gets_the_penalties(like: str, theirs: Any, size, expected, monkeypatch) -> None:
     """Whose weights mean the same at every batch size, unless that is 0."""
-    trainer = like(theirs)
-    made = []
-    trainer.main = lambda argv: made.append(trainer.make(trainer.parse_args(argv)))
+    loss = theirs(*((2.0, 1.0) if theirs is CoCaLoss else ()))
+    trainer = fake(loss, like)
+    trainer.main = lambda argv: setattr(trainer, "loss", trainer.make())
     launch(trainer, monkeypatch, *([] if size is None else ["--reference-batch-size", str(size)]))
-    [loss] = made
-    assert loss.reference_batch_size == {None: 128, 0: None}.get(size, size)
-    if not isinstance(loss, CyCLIPLoss):
-        assert isinstance(loss, WithCyclicPenalty)
-        assert loss.loss is theirs
+    assert trainer.loss.reference_batch_size == expected
+    if theirs is not ClipLoss:
+        assert isinstance(trainer.loss, WithCyclicPenalty)
+        assert trainer.loss.loss is loss
 
 
 @pytest.mark.parametrize(
     ("trainer", "message"),
     [
-        (never_asks(ClipLoss()), "not asked for"),
         (fake(ClipLoss()), "in a way that this launcher does not know"),
-        (like_3(ClipLoss(), calls=False), "made but not called"),
-        (like_4(ClipLoss(), calls=False), "made but not called"),
-        (like_4(None), "Module has no loss of two features"),
-        (like_3(ClipLoss(), horovod=True), "--horovod is not supported"),
+        (never_asks(), "not asked for"),
+        (fake(ClipLoss(), "3", calls=False), "made but not called"),
+        (fake(ClipLoss(), "4", calls=False), "made but not called"),
+        (fake(None, "4"), "Module has no loss of two features"),
+        (fake(ClipLoss(), "3", horovod=True), "--horovod is not supported"),
     ],
 )
 def test_what_cannot_work_stops(trainer: Any, message: str, monkeypatch) -> None:
@@ -215,6 +200,6 @@ def test_what_cannot_work_stops(trainer: Any, message: str, monkeypatch) -> None
 @pytest.mark.parametrize("name", ["lambda_inmodal", "reference_batch_size"])
 def test_wrong_weights_are_refused_before_anything_starts(name: str, monkeypatch, capsys) -> None:
     with pytest.raises(SystemExit) as stopped:
-        launch(like_3(ClipLoss()), monkeypatch, f"--{name.replace('_', '-')}", "-1")
+        launch(fake(ClipLoss(), "3"), monkeypatch, f"--{name.replace('_', '-')}", "-1")
     assert stopped.value.code == 2
     assert name in capsys.readouterr().err

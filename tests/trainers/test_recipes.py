@@ -23,76 +23,94 @@ from recipe_cases import (
     warm_up_on_rank,
     whole_batch_gradients,
 )
+from torch.nn.utils import parameters_to_vector
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, TensorDataset
 
 from cyclip_loss import CyclicPenalty, CyCLIPLoss
 
 
-def assert_same_gradients(
-    actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], rtol: float = 1e-10
-) -> None:
-    """Each parameter's within rtol of its largest element; 1e-10: float64 rounding."""
+def assert_same_gradients(actual: dict[str, torch.Tensor], expected: dict[str, Any]) -> None:
+    """Each parameter's within float64's rounding of its largest element."""
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
-        atol = rtol * float(gradient.abs().max())
+        atol = 1e-10 * float(gradient.abs().max())
         torch.testing.assert_close(actual[name], gradient, rtol=0, atol=atol, msg=name)
+
+
+def first_loss() -> float:
+    return CyCLIPLoss(reference_batch_size=128)(**tiny_clip()(*batch())).item()
+
+
+def adam(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-3)
 
 
 def test_own_loop() -> None:
     model = tiny_clip()
-    first = CyCLIPLoss(reference_batch_size=128)(**model(*batch())).item()
-    names = run(
-        "OpenCLIP's models, your own loop",
-        model=model,
-        optimizer=torch.optim.AdamW(model.parameters(), lr=1e-3),
-        loader=[batch()] * 10,
-    )
-    assert list(names["losses"]) == [*TERMS]
-    assert names["loss"].item() < 0.7 * first
+    options = {"model": model, "optimizer": adam(model), "loader": [batch()] * 10}
+    names = run("OpenCLIP's models, your own loop", **options)
+    assert tuple(names["losses"]) == TERMS
+    assert names["loss"].item() < 0.7 * first_loss()
+
+
+def test_accelerate() -> None:
+    pytest.importorskip("accelerate")
+    model, pairs = tiny_clip(), ConcatDataset([TensorDataset(*batch())] * 10)
+    options = {"model": model, "optimizer": adam(model), "loader": DataLoader(pairs, 32)}
+    names = run("Accelerate", loss_fn=CyCLIPLoss(reference_batch_size=128), **options)
+    assert names["loss"].item() < 0.7 * first_loss()
+
+
+def test_lightning() -> None:
+    lightning = pytest.importorskip("lightning")
+    off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    options = {"max_epochs": 10, "accelerator": "cpu"} | dict.fromkeys(off, False)
+    trainer = lightning.Trainer(**options)
+    loader = DataLoader(TensorDataset(*batch()), 32)
+    options = {"model": tiny_clip(), "CyCLIPLoss": CyCLIPLoss, "loader": loader}
+    run("Lightning", lightning_trainer=trainer, **options)
+    assert tuple(trainer.logged_metrics) == TERMS
+    assert sum(trainer.logged_metrics.values()).item() < 0.7 * first_loss()
 
 
 def test_siglip_and_coca() -> None:
     images, tokens = batch()
     clip, coca = tiny_clip(), tiny_coca()
     clip.logit_bias = torch.nn.Parameter(torch.tensor(-10.0, device="cpu"))
-    names = run(
-        "SigLIP, CoCa, distillation, your own loss",
-        siglip_model=clip,
-        coca_model=coca,
-        images=images,
-        tokens=tokens,
-    )
-    assert list(names["siglip_terms"]) == [*TERMS]
-    assert list(names["coca_terms"]) == ["contrastive_loss", "caption_loss", *TERMS[1:]]
+    options = {"siglip_model": clip, "coca_model": coca, "images": images, "tokens": tokens}
+    names = run("SigLIP, CoCa, distillation, your own loss", **options)
+    assert tuple(names["siglip_terms"]) == TERMS
+    assert list(names["coca_terms"]) == [TERMS[0], "caption_loss", *TERMS[1:]]
     out = coca(images, tokens)
     penalty = CyclicPenalty(reference_batch_size=128)(out["image_features"], out["text_features"])
-    assert sum(names["coca_terms"][name] for name in TERMS[1:]).item() == pytest.approx(
-        penalty.item()
-    )
+    added = sum(names["coca_terms"][name] for name in TERMS[1:]).item()
+    assert added == pytest.approx(penalty.item())
 
 
-def test_which_lambda() -> None:
+def test_settings() -> None:
+    """As strong as the paper's; and as axlearn computes it: means over pairs, names swapped."""
+    torch.manual_seed(0)
+    images, texts = torch.randn(2, 32, 4, dtype=torch.float64, device="cpu")
+    images, texts = (torch.nn.functional.normalize(rows, dim=-1) for rows in (images, texts))
     loss_fn = run("As strong as the paper's", CyCLIPLoss=CyCLIPLoss)["loss_fn"]
-    images, texts = torch.nn.functional.normalize(torch.randn(2, 32, 4, device="cpu"), dim=-1)
     papers = CyCLIPLoss(0.25 * 128 / 32, 0.25 * 128 / 32)
     torch.testing.assert_close(loss_fn(images, texts, 10.0), papers(images, texts, 10.0))
+    similarity = images @ texts.T
+    theirs = CyCLIPLoss(0, 0)(images, texts, 10.0)
+    theirs += 3.0 * (similarity - similarity.T).square().mean()
+    theirs += 2.0 * (images @ images.T - texts @ texts.T).square().mean()
+    weights = {"in_modal_weight": 3.0, "cross_modal_weight": 2.0}
+    names = run("Settings from other code", CyCLIPLoss=CyCLIPLoss, **weights)
+    torch.testing.assert_close(names["loss_fn"](images, texts, 10.0), theirs)
 
 
 def test_weights_that_warm_up() -> None:
-    model, seen = tiny_clip(), []
-
-    class Recording(CyCLIPLoss):
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            seen.append((self.lambda_inmodal, self.lambda_crossmodal))
-            return super().forward(*args, **kwargs)
-
-    run(
-        "Weights that warm up",
-        model=model,
-        optimizer=sgd(model),
-        loader=[batch()] * 3,
-        loss_fn=Recording(),
-        warmup_steps=2,
+    model, seen, loss_fn = tiny_clip(), [], CyCLIPLoss()
+    loss_fn.register_forward_hook(
+        lambda loss, *_: seen.append((loss.lambda_inmodal, loss.lambda_crossmodal))
     )
+    options = {"model": model, "optimizer": sgd(model), "loader": [batch()] * 3}
+    run("Weights that warm up", loss_fn=loss_fn, warmup_steps=2, **options)
     assert seen == [(0.125, 0.125), (0.25, 0.25), (0.25, 0.25)]
 
 
@@ -111,18 +129,12 @@ def test_gradcache() -> None:
     pytest.importorskip("grad_cache")
     model = tiny_clip().double()
     images, tokens = batch()
-    run(
-        "GradCache",
-        model=model,
-        optimizer=sgd(model),
-        loss_fn=CyCLIPLoss(),
-        images=images.double(),
-        tokens=tokens,
-    )
+    options = {"model": model, "optimizer": sgd(model), "loss_fn": CyCLIPLoss()}
+    run("GradCache", images=images.double(), tokens=tokens, **options)
     assert_same_gradients(gradients(model), whole_batch_gradients())
 
 
-class Rows(torch.utils.data.IterableDataset):
+class Rows(IterableDataset):
     """The batch's rows in their order, as Hugging Face's Trainer takes them."""
 
     def __iter__(self) -> Any:
@@ -137,30 +149,21 @@ def test_hugging_face_trainer(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path),
-        per_device_train_batch_size=16,
-        gradient_accumulation_steps=2,
-        max_steps=1,
-        learning_rate=1.0,
-        lr_scheduler_type="constant",
-        optim="sgd",
-        max_grad_norm=0.0,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
+        str(tmp_path), optim="sgd", learning_rate=1.0, lr_scheduler_type="constant", max_steps=1,
+        max_grad_norm=0.0, per_device_train_batch_size=16, gradient_accumulation_steps=2,
+        report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
 
     def step(at: int, cut: str = "") -> torch.Tensor:
         """Of a recipe without the line `cut`."""
         model = tiny_hugging_face()
-        before = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+        before = parameters_to_vector(model.parameters()).detach().clone()
         code = blocks()["Hugging Face Trainer"][at]
         assert cut in code
         names = {"model": model, "training_arguments": arguments, "dataset": Rows()}
         names |= {"loss_fn": CyCLIPLoss()} | ({"Trainer": transformers.Trainer} if at else {})
         exec(code.replace(cut, ""), names)
-        return torch.nn.utils.parameters_to_vector(model.parameters()).detach() - before
+        return parameters_to_vector(model.parameters()).detach() - before
 
     model = tiny_hugging_face()
     images, tokens = batch()
@@ -168,52 +171,12 @@ def test_hugging_face_trainer(tmp_path: Path) -> None:
         out = model(pixel_values=pixel_values, input_ids=input_ids)
         loss = CyCLIPLoss()(out.image_embeds, out.text_embeds, model.logit_scale.exp())
         (loss / 2).backward()
-    expected = -torch.nn.utils.parameters_to_vector([p.grad for p in model.parameters()])
+    expected = -parameters_to_vector([p.grad for p in model.parameters()])
     close = {"rtol": 0, "atol": 1e-5 * float(expected.abs().max())}
     torch.testing.assert_close(step(0), expected, **close)
     torch.testing.assert_close(step(1), expected, **close)
     doubled = step(1, cut="trainer.loss_is_scaled_for_ga = False")
     torch.testing.assert_close(doubled, 2 * expected, **close)
-
-
-def test_accelerate() -> None:
-    pytest.importorskip("accelerate")
-    model = tiny_clip()
-    first = CyCLIPLoss()(**model(*batch())).item()
-    pairs = torch.utils.data.TensorDataset(*batch())
-    names = run(
-        "Accelerate",
-        model=model,
-        optimizer=torch.optim.AdamW(model.parameters(), lr=1e-3),
-        loader=torch.utils.data.DataLoader(torch.utils.data.ConcatDataset([pairs] * 10), 32),
-        loss_fn=CyCLIPLoss(),
-    )
-    assert names["loss"].item() < 0.7 * first
-
-
-def test_lightning() -> None:
-    lightning = pytest.importorskip("lightning")
-    trainer = lightning.Trainer(
-        max_epochs=10,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    pairs = torch.utils.data.TensorDataset(*batch())
-    model = tiny_clip()
-    first = CyCLIPLoss(reference_batch_size=128)(**model(*batch())).item()
-    run(
-        "Lightning",
-        model=model,
-        CyCLIPLoss=CyCLIPLoss,
-        loader=torch.utils.data.DataLoader(pairs, 32),
-        lightning_trainer=trainer,
-    )
-    logged = trainer.logged_metrics
-    assert list(logged) == [*TERMS]
-    assert sum(logged.values()).item() < 0.7 * first
 
 
 def test_sentence_transformers(tmp_path: Path) -> None:
@@ -222,59 +185,24 @@ def test_sentence_transformers(tmp_path: Path) -> None:
     tokenizers = pytest.importorskip("tokenizers")
     modules = pytest.importorskip("sentence_transformers.models")
     words = sorted({word for _, *texts in captions() for text in texts for word in text.split()})
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({word: at for at, word in enumerate(words)}, words[0])
-    )
+    numbered = {word: at for at, word in enumerate(words)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(numbered, words[0]))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     torch.manual_seed(0)
     model = sentence_transformers.SentenceTransformer(
         modules=[modules.StaticEmbedding(tokenizer, embedding_dim=16)], device="cpu"
     )
     arguments = sentence_transformers.SentenceTransformerTrainingArguments(
-        output_dir=str(tmp_path),
-        per_device_train_batch_size=16,
-        num_train_epochs=5,
-        learning_rate=0.1,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-        logging_steps=1,
-        use_cpu=True,
+        str(tmp_path), per_device_train_batch_size=16, num_train_epochs=5, learning_rate=0.1,
+        report_to=[], save_strategy="no", disable_tqdm=True, logging_steps=1, use_cpu=True,
         batch_sampler="no_duplicates",
-    )
-    names = run(
-        "sentence-transformers",
-        model=model,
-        training_arguments=arguments,
-        CyCLIPLoss=CyCLIPLoss,
-        dataset=datasets.Dataset.from_dict(
-            {
-                "name": [name for _, name, _ in captions()],
-                "keyword": [keyword for *_, keyword in captions()],
-            }
-        ),
-    )
-    history = [log for log in names["trainer"].state.log_history if "loss" in log]
+    )  # fmt: skip
+    _, names, keywords = zip(*captions(), strict=True)
+    dataset = datasets.Dataset.from_dict({"name": list(names), "keyword": list(keywords)})
+    options = {"model": model, "training_arguments": arguments, "dataset": dataset}
+    found = run("sentence-transformers", CyCLIPLoss=CyCLIPLoss, **options)
+    history = [log for log in found["trainer"].state.log_history if "loss" in log]
     assert history[-1]["loss"] < 0.7 * history[0]["loss"]
-
-
-def test_settings_from_axlearn() -> None:
-    """As axlearn computes it: means over pairs, the names the other way round."""
-    torch.manual_seed(0)
-    images, texts = torch.nn.functional.normalize(
-        torch.randn(2, 12, 5, dtype=torch.float64, device="cpu"), dim=-1
-    )
-    similarity = images @ texts.T
-    theirs = CyCLIPLoss(0, 0)(images, texts, 10.0)
-    theirs += 3.0 * (similarity - similarity.T).square().mean()
-    theirs += 2.0 * (images @ images.T - texts @ texts.T).square().mean()
-    names = run(
-        "Settings from other code",
-        CyCLIPLoss=CyCLIPLoss,
-        in_modal_weight=3.0,
-        cross_modal_weight=2.0,
-    )
-    torch.testing.assert_close(names["loss_fn"](images, texts, 10.0), theirs)
 
 
 def test_algebra_of_the_design() -> None:
