@@ -14,8 +14,8 @@ from torch import Tensor
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 Device = torch.device | str
 LAYOUTS = ["contiguous", "transposed", "every other column", "every other row", "expanded"]
-# Whose rows are contiguous, but not where a kernel would have them.
-UNALIGNED = ["rows 8 elements wider", "8 bytes off"]
+# Also contiguous rows that are not where a kernel would have them.
+LAYOUTS += ["rows 8 elements wider", "8 bytes off"]
 VIEWS = ("image_view", "text_view")
 LEAVES = ("image", "text", "logit_scale", *VIEWS)
 

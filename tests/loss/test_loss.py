@@ -12,7 +12,8 @@ from inputs import DTYPES, Case, cases
 FULL = {"views": True, "output_dict": True, "upstream": (3.0, -0.5, 2.0), "lambdas": (0.25, 0.5)}
 IMAGE, TEXT, TOWERS = frozenset(["image"]), frozenset(["text"]), frozenset(["image", "text"])
 WIDE = torch.float64
-# Met for certain: one row, a rest of a strip, frozen towers, each in large batches and in small.
+# Met for certain: one row, a rest of a strip, frozen towers in large batches and small ones; rows
+# that no wide load can read but are not copied, and long ones, whose errors grow in a kernel.
 HARD = [
     Case(1, 1, WIDE),
     Case(65, 10, strip_rows=32, **FULL),
@@ -23,6 +24,10 @@ HARD = [
         for n, d in ((30, 6), (10, 30))
         for frozen, lambdas in ((IMAGE, (0.5, 0.25)), (TEXT, (0.25, 0.5)), (TOWERS, (0.0, 0.0)))
     ),
+    Case(80, 32, torch.bfloat16, image_layout="8 bytes off", lambdas=(0.5, 0.125)),
+    Case(80, 64, torch.float16, text_layout="rows 8 elements wider", lambdas=(0.5, 0.125)),
+    Case(70, 768, torch.bfloat16, distance=0.3, logit_scale=30.0),
+    Case(70, 768, distance=0.003, logit_scale=5.0),
     Case(10, 30, WIDE, reference_batch_size=16, **(FULL | {"views": False})),
 ]
 

@@ -65,15 +65,11 @@ def test_one_infinite_logit_is_nan(impl: str, d: int, device: torch.device) -> N
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_overflow_is_not_a_plausible_number(impl: str, dtype, device: torch.device) -> None:
-    """Features whose products are large, or leave the range of the accumulation type."""
-    for size in (1e4, 1e20):
-        if dtype == torch.float16 and size > 1e4:
-            continue
+    """Features whose products are large, whose sums leave the accumulation type, or which do."""
+    for size in (1e4, 4e18, 1e20) if dtype != torch.float16 else (1e4,):
         features = [rows.to(dtype) for rows in pairs(8, 3, norm=size, device=device)]
         exact = reference.cyclip_loss(*(rows.double() for rows in features), 10.0)
         found = cyclip_loss(*features, 10.0, output_dict=True, impl=impl)
         for name in TERMS:
-            if exact[name] < torch.finfo(torch.float32).max:
-                assert found[name].item() == pytest.approx(exact[name].item(), rel=1e-2)
-            else:
-                assert found[name].isnan()
+            is_right = found[name].item() == pytest.approx(exact[name].item(), rel=1e-2)
+            assert is_right or (found[name].isnan() and size > 1e4), (size, found)

@@ -13,7 +13,7 @@ from pool import Ranks, own_device
 from rank_cases import RankCase, check_ranks, rank_cases, step
 from torch import Tensor
 
-from cyclip_loss import CyCLIPLoss, consistency_metrics, cyclip_loss
+from cyclip_loss import consistency_metrics, cyclip_loss
 
 pytestmark = pytest.mark.nccl
 WORLD_SIZES = pytest.mark.parametrize("world_size", [2, 3, 4])
@@ -62,31 +62,6 @@ def test_both_engines(impl: str, dist_impl: str, dtype: torch.dtype, ranks: Rank
 def test_rows_change_from_step_to_step(dist_impl: str, ranks: Ranks) -> None:
     for rows in [(1, 5, 2), (5, 1, 2), (2, 2, 0), (3, 3, 3), (0, 0, 6)]:
         check_ranks(RankCase(rows=rows, dist_impl=dist_impl, uneven=True), ranks)
-
-
-def again(rank: int, world_size: int, case: RankCase) -> tuple[bool, list[str]]:
-    """Whether a second pass and one without gradients give the same; each derivative's error."""
-    leaves = [tensor.detach().requires_grad_() for tensor in case.rank_inputs(rank)]
-    module = CyCLIPLoss(0, 0, dist_impl=case.dist_impl, impl=case.impl)
-    loss = module(*leaves)
-    first, second = (torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2))
-    with torch.inference_mode():
-        same = bool(module(*leaves) == loss) and all(map(torch.equal, first, second))
-    errors = []
-    for grad in torch.autograd.grad(loss, leaves, create_graph=True):
-        with pytest.raises(RuntimeError) as error:
-            (loss + grad.square().sum()).backward(retain_graph=True)
-        errors.append(str(error.value))
-    return same, errors
-
-
-@DIST_IMPLS
-def test_one_graph_again(dist_impl: str, impl: str, ranks: Ranks) -> None:
-    case = RankCase(dtype=torch.float32, impl=impl, dist_impl=dist_impl)
-    for same, errors in ranks.run(2, again, case):
-        assert same
-        assert len(errors) == 3
-        assert all("first derivatives only" in error for error in errors)
 
 
 def with_a_bad_value(rank: int, world_size: int, bad: float, dist_impl: str) -> list[list[float]]:
