@@ -15,7 +15,7 @@ OF_A_GPU = ("tests/test_cuda.py", "tests/kernels", "tests/loss")
 FIRST = (*OF_A_GPU, "-m", "not slow")
 LATER = (*OF_A_GPU, "tests/ranks", "tests/trainers", "-m", "slow or gpu or nccl")
 # In a dry run, which shows that tests can be started and their results read.
-FEW = ("tests/loss/test_contrastive.py", "-k", "eager")
+FEW = ("tests/loss/test_loss.py", "-k", "eager")
 GRACE = 10.0  # seconds for pytest to report when it is interrupted
 INTERRUPTED = 2  # pytest's exit code
 

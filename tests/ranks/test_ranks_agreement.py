@@ -7,8 +7,6 @@ from pool import RankError, Ranks, own_device
 from rank_cases import RankCase
 from test_ranks import DIST_IMPLS
 
-from cyclip_loss import consistency_metrics
-
 Step = list[tuple[int, dict]]  # each rank's (rows, options)
 
 
@@ -92,15 +90,3 @@ def test_no_row_anywhere(options: dict, ranks: Ranks) -> None:
     assert all("the global batch is empty" in error for error in first)
     assert all("0 rows" in error for error in later)
     assert set(after) == {"right"}
-
-
-def metrics_refused(rank: int, world_size: int) -> str:
-    features = torch.ones(2, 3 + rank, device=own_device())
-    with pytest.raises(ValueError) as error:
-        consistency_metrics(features, features, distributed=True)
-    return str(error.value)
-
-
-def test_metrics_of_ranks_that_do_not_fit(ranks: Ranks) -> None:
-    for message in ranks.run(2, metrics_refused):
-        assert message.startswith("D must be the same on every rank, got [3, 4]")
