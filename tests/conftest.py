@@ -1,9 +1,8 @@
 """Fixtures of all tests: the device and the engines, NaN-filled fresh memory, small strips.
 
-Tests run on one device, CUDA if it is there: `pytest --device cpu` says otherwise. Tensors are made
-on it, the oracle computes on the CPU, and so do the processes of the tests over ranks. On CUDA the
-Triton kernels are compiled, elsewhere Triton's interpreter runs them; where there is no Triton, as
-on macOS, their tests are skipped.
+Tests run on one device, CUDA if it is there: `pytest --device cpu` says otherwise. The oracle is on
+the CPU, and so are the ranks of gloo. On CUDA the Triton kernels are compiled, elsewhere Triton's
+interpreter runs them; where there is no Triton, as on macOS, their tests are skipped.
 """
 
 import importlib
@@ -84,11 +83,7 @@ def impl(request: pytest.FixtureRequest, device: torch.device) -> str:
 
 
 def fill_fresh_memory_with_nan() -> None:
-    """Uninitialised tensors hold NaN, so that an element nobody wrote is seen.
-
-    PyTorch fills them in deterministic mode. warn_only: on a GPU, deterministic mode would refuse
-    matrix products unless an environment variable is set.
-    """
+    """Uninitialised tensors hold NaN, as in deterministic mode: an unwritten element is seen."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
 
@@ -123,13 +118,6 @@ def small_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     set_strip_rows(monkeypatch, 7)
 
 
-# What bounds the strips and blocks of the kernels: at least one tile each.
-KERNEL_STRIPS = {
-    "contrastive_grads": ("BLOCK_ROWS", "BLOCK_ELEMENTS"),
-    "contrastive_lse": ("PARTIAL_ELEMENTS",),
-}
-
-
 def set_strip_rows(monkeypatch: pytest.MonkeyPatch, rows: int | None) -> None:
     """Make strips low: `rows` in the eager engine, one tile in the kernels. None leaves them be."""
     if rows is None:
@@ -139,7 +127,8 @@ def set_strip_rows(monkeypatch: pytest.MonkeyPatch, rows: int | None) -> None:
     monkeypatch.setattr(eager, "MIN_STRIP_ROWS", rows)
     monkeypatch.setitem(eager.STRIP_ELEMENTS, "cpu", 1)
     monkeypatch.setattr(eager, "STRIP_ELEMENTS_OTHER_DEVICES", 1)
-    for name, constants in KERNEL_STRIPS.items() if HAS_TRITON else ():
+    bounds = ("contrastive_grads BLOCK_ROWS", "contrastive_grads BLOCK_ELEMENTS")
+    for bound in (*bounds, "contrastive_lse PARTIAL_ELEMENTS") if HAS_TRITON else ():
+        name, constant = bound.split()
         module = importlib.import_module(f"cyclip_loss.kernels.{name}")
-        for constant in constants:
-            monkeypatch.setattr(module, constant, 1)
+        monkeypatch.setattr(module, constant, 1)

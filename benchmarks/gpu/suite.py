@@ -19,7 +19,7 @@ KERNELS = ("tests/kernels", "tests/loss", "tests/ranks/test_ranks_gpu.py", "-m",
 SLOW = ("tests/test_cuda.py", "tests/kernels", "tests/loss", "-m", "slow")
 RANKS = ("tests/ranks", "-m", "nccl")
 # For a dry run, which shows that tests can be started and their results read.
-FEW = ("tests/test_conftest.py", "-k", "fresh_memory")
+FEW = ("tests/loss/test_loss.py", "-k", "eager")
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 # What takes time is the oracle, in float64 on the CPU.
 SEVERAL = max(1, min(8, CORES // 2))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from accuracy import check_loss
 from conftest import needs_interpreter, needs_triton
-from inputs import UNALIGNED, Case
+from inputs import Case
 from processes import ROOT, run_python
 
 from benchmarks.gate import command as ahead_of_time
@@ -39,31 +39,6 @@ def test_shipped_tiles(
     monkeypatch.setattr(configs, "_INTERPRETER", configs.ARCHITECTURES[arch])
     case = Case(n=290, d=70, dtype=dtype, logit_scale=30.0, lambdas=(0.25, 0.5))
     check_loss(case, "triton", device)
-
-
-@pytest.mark.parametrize("layout", UNALIGNED)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("d", [32, 256])
-def test_rows_where_no_wide_load_can_be(
-    impl: str, d: int, dtype: torch.dtype, layout: str, device: torch.device
-) -> None:
-    """Rows 264 elements apart, or a base 8 bytes off: D is a multiple of the tiles, so no copy.
-
-    To the eager engine 80 rows are a large batch where D is 32, and a small one where it is 256.
-    """
-    layouts = {"image_layout": layout, "text_layout": layout}
-    check_loss(Case(n=80, d=d, dtype=dtype, lambdas=(0.5, 0.125), **layouts), impl, device)
-    # Only one of the two.
-    layouts["text_layout"] = "contiguous"
-    check_loss(Case(n=80, d=d, dtype=dtype, lambdas=(0.5, 0.125), **layouts), impl, device)
-
-
-@pytest.mark.parametrize("distance", [None, 0.3, 0.003])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_long_rows(impl: str, dtype: torch.dtype, distance, device: torch.device) -> None:
-    """D = 768: a tensor core's error grows with D."""
-    for logit_scale in (5.0, 30.0):
-        check_loss(Case(70, 768, dtype, distance, logit_scale=logit_scale), impl, device)
 
 
 def to_tf32(x: torch.Tensor) -> torch.Tensor:
