@@ -4,28 +4,30 @@ import argparse
 import os
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from rich.progress import track
 
 from ..arguments import Parser, device, whole_number
-from ..errors import CannotStart
+from ..errors import CannotStart, Stopped
 from ..files import write_json
 from . import report
-from .checkpoints import Clip, find_checkpoints, load
-from .datasets import Classes, DataSet, Images
-from .measure import measure
-from .suites import BROKEN, PAPER, Open, find, lines, open_emoji
+from .checkpoints import find_checkpoints, load
+from .datasets import DataSet
+from .measure import distinct_texts, measure
+from .paper import SPLITS
+from .suites import BROKEN, PAPER_TEMPLATES, Open, find, lines, open_emoji, open_folders
+from .table import Result
 
 DESCRIPTION = """\
-Evaluates OpenCLIP checkpoints and sets their numbers beside the paper's. What is not there is
-skipped with its reason. Nothing is downloaded, but for weights that --pretrained names."""
+Evaluates OpenCLIP checkpoints, next to the paper's numbers. Nothing is downloaded, but for weights
+that --pretrained names. Interrupted, the same command resumes with the data sets that are missing.
+`python -m reference_train report DIR` makes table and picture again."""
 EPILOG = """\
 data sets of --data (DIR itself, or folders in it):
   clip-benchmark's WebDatasets   FOLDER/test/0.tar, …, FOLDER/train/…, classnames.txt; by their
@@ -37,7 +39,8 @@ data sets of --data (DIR itself, or folders in it):
   ImageNet as folders            imagenet1k/val and imagenet1k/train, imagenetv2, imagenet-sketch,
                                  imagenet-a, imagenet-r: in them a folder of images for each
                                  WordNet identifier (or number, as imagenetv2 comes)
-  stamps, icons                  as python -m reference_train.data.stamps and .icons make them
+  icons                          as python -m reference_train.data.icons makes them
+The emoji that ship need no --data.
 
 The paper's 67 superclasses of ImageNet do not ship: --superclasses names a file of 1,000 lines, the
 superclass of each class in ImageNet's order."""
@@ -61,11 +64,15 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     add("--data", nargs="+", type=folder, default=[], metavar="DIR", help="where data sets are")
     add(
-        "--suite",
-        choices=["paper", "rehearsal"],
-        help="paper: CIFAR, ImageNet and its shifts; rehearsal: the emoji that ship, and whatever "
-        "else is under --data; default: both",
+        "--imagefolder",
+        nargs="+",
+        type=named_folder,
+        default=[],
+        metavar="NAME=DIR",
+        help="a data set of your own: in DIR (or DIR/test or DIR/val, and DIR/train) a folder of "
+        "images for each class, called by the class",
     )
+    add("--only", nargs="+", metavar="NAME", help="data sets to evaluate; default: all there are")
     add("--model", help="OpenCLIP's name of the model; default: as the run's params.txt says")
     add("--pretrained", metavar="TAG", help="OpenCLIP's own weights of --model, one more column")
     add(
@@ -132,6 +139,14 @@ def folder(text: str) -> Path:
     return Path(text)
 
 
+def named_folder(text: str) -> tuple[str, Path]:
+    """NAME=DIR."""
+    name, equals, path = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"should be NAME=DIR, not {text}")
+    return name, folder(path)
+
+
 def some_lines(path: str) -> list[str]:
     """The lines of a text file."""
     try:
@@ -163,7 +178,7 @@ def class_names(text: str) -> tuple[str, list[str]]:
 def superclasses(path: str) -> list[str]:
     """One for each of ImageNet's classes."""
     content = some_lines(path)
-    if len(content) != PAPER["imagenet1k"]:
+    if len(content) != SPLITS["imagenet1k"].classes:
         raise argparse.ArgumentTypeError(f"{path}: {len(content)} lines, not 1000")
     return content
 
@@ -173,114 +188,169 @@ def superclasses(path: str) -> list[str]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Finds, evaluates, writes. Raises `CannotStart` if there is nothing to evaluate."""
+    """Finds, evaluates, writes. Raises `CannotStart` if nothing can be evaluated.
+
+    Raises `Stopped` at the end if a data set or a checkpoint failed.
+    """
     arguments = parse_arguments(argv)
-    written = arguments.out / "evaluation.json"
-    if written.exists():
-        raise CannotStart(f"--out {arguments.out}: holds an evaluation already")
-    checkpoints = find_checkpoints(arguments.checkpoint, arguments.model, arguments.pretrained)
     console = Console()
-    result = report.start(
-        arguments, shlex.join(["python", "-m", "reference_train", "evaluate", *argv])
-    )
-    skipped = result["skipped"]
+    checkpoints = find_checkpoints(arguments.checkpoint, arguments.model, arguments.pretrained)
+    settings = {
+        "precision": arguments.precision,
+        "linear_probe": arguments.linear_probe,
+        "templates": arguments.templates,
+        "classnames": dict(arguments.classnames),
+        "superclasses": arguments.superclasses,
+    }
+    command = shlex.join(["python", "-m", "reference_train", "evaluate", *argv])
+    result = report.start(arguments.out, settings, command, arguments.device)
     with console.status("Looking at the data sets"):
-        sets = open_all(arguments, skipped)
-    result["data_sets"] = {name: report.describe(data) for name, data in sets.items()}
+        sets = open_all(arguments, result)
+    for name, data in sets.items():
+        described = describe(name, data, arguments)
+        if result["data_sets"].setdefault(name, described) != described:  # other images since
+            result["data_sets"][name] = described
+            for results in result["results"].values():
+                results.pop(name, None)
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CannotStart(f"--out {arguments.out}: {error.strerror}") from error
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    clip = None
-    with Progress(*columns, console=console, transient=True) as progress:
-        for checkpoint in checkpoints:
+
+    def progress(of: str, batches: Iterable[Any], what: str) -> Iterable[Any]:
+        return track(batches, f"{of}, {what}", console=console, transient=True)
+
+    for checkpoint in checkpoints:
+        title = checkpoint.title
+        source = {"model": checkpoint.model, "path": str(checkpoint.path or checkpoint.tag)}
+        if checkpoint.path:
+            source["written"] = str(checkpoint.path.stat().st_mtime_ns)
+        before = result["checkpoints"].get(title, {})
+        if before and source != {key: before.get(key) for key in source}:
+            result["results"].pop(title)  # of other weights
+        numbers = result["results"].setdefault(title, {})
+        missing = [name for name in sets if name not in numbers]
+        if not missing:
+            continue
+        try:
+            clip = load(
+                checkpoint,
+                arguments.device,
+                precision=arguments.precision,
+                batch_size=arguments.batch_size,
+                workers=arguments.workers,
+            )
+        except CannotStart as error:
+            result["failed"][title] = str(error)
+            continue
+        result["checkpoints"][title] = {**source, "epoch": clip.epoch}
+        for name in missing:
+            clip.track = partial(progress, f"{title}: {name}")
+            began = time.perf_counter()
             try:
-                clip = load(
-                    checkpoint,
-                    arguments.device,
-                    arguments.precision,
-                    arguments.batch_size,
-                    arguments.workers,
-                )
-            except CannotStart as error:
-                skipped[checkpoint.title] = str(error)
-                continue
-            result["checkpoints"].append(report.describe_checkpoint(clip))
-            numbers = result["results"].setdefault(checkpoint.title, {})
-            for name, data in sets.items():
-                start = time.perf_counter()
-                encode = partial(with_progress, clip, name, progress)
-                try:
-                    measured = measure(clip, data, arguments.linear_probe, encode)
-                except Exception as error:  # whatever it is: the others may have taken hours
-                    skipped[f"{name}, {checkpoint.title}"] = reason(error)
-                else:
-                    numbers[name] = {**measured, "seconds": time.perf_counter() - start}
-                    write_json(result, written)
+                measured = measure(clip, sets[name], arguments.linear_probe)
+            except Exception as error:  # whatever it is: the others may have taken hours
+                result["failed"][f"{name}, {title}"] = reason(error)
+            else:
+                numbers[name] = {**measured, "seconds": time.perf_counter() - began}
+                write_json(result, arguments.out / "evaluation.json")
+    failed = "; ".join(f"{name}: {why}" for name, why in result["failed"].items())
     if not any(result["results"].values()):
-        raise CannotStart(nothing(skipped))
+        raise CannotStart(f"nothing to evaluate: {failed}")
+    write_json(result, arguments.out / "evaluation.json")
     report.write(result, arguments.out, console)
+    if failed:
+        raise Stopped(f"failed, and not in the table: {failed}")
 
 
-def open_all(arguments: argparse.Namespace, skipped: dict[str, str]) -> dict[str, DataSet]:
+def open_all(arguments: argparse.Namespace, result: Result) -> dict[str, DataSet]:
     """The data sets that were asked for and are there. Raises `CannotStart` if there is none.
 
-    skipped: gets the reasons of those that are not.
+    result: gets the reasons of those that failed, and of those that are not there.
     """
-    found: dict[str, Open] = {**find(arguments.data, arguments.superclasses), "emoji": open_emoji}
-    if arguments.suite:
-        found = {n: o for n, o in found.items() if (n in PAPER) == (arguments.suite == "paper")}
+    known, other = find(arguments.data, arguments.superclasses)
+    found: dict[str, Open] = {**known, "emoji": open_emoji}
+    for name, path in arguments.imagefolder:
+        if name in found or name in SPLITS:
+            raise CannotStart(f"--imagefolder: {name} is the name of another data set")
+        found[name] = partial(open_folders, path, name, None)
+    named = dict.fromkeys([*(arguments.only or []), *dict(arguments.classnames)])
+    if unknown := [name for name in named if name not in found]:
+        there = ", ".join(found)
+        raise CannotStart(f"no data set {' or '.join(unknown)}; there are {there}{listed(other)}")
+    if arguments.only:
+        found = {name: opener for name, opener in found.items() if name in arguments.only}
+    else:
+        result["absent"] |= {name: "not under --data" for name in SPLITS if name not in found}
+    if other:
+        result["absent"]["under --data"] = listed(other).strip("; ")
     own_names = dict(arguments.classnames)
-    for name in own_names:
-        if name not in found:
-            raise CannotStart(f"--classnames: no data set {name!r}, but {', '.join(found)}")
-    if arguments.suite != "rehearsal":
-        skipped |= {name: "not under --data" for name in PAPER if name not in found}
     sets: dict[str, DataSet] = {}
     for name, opener in found.items():
         try:
             data = opener()
         except BROKEN as error:
-            skipped[name] = reason(error)
+            result["failed"][name] = reason(error)
             continue
         for classes in data.classes.values():
             classes.templates = arguments.templates or classes.templates
         if name in own_names:
-            rename(name, data.classes, own_names[name])
+            has = len(data.classes[""].names) if "" in data.classes else 0
+            if len(own_names[name]) != has:
+                given = len(own_names[name])
+                raise CannotStart(f"--classnames {name}: {given} names for {has} classes")
+            data.classes[""].names = own_names[name]
         if data.train_lacks:
-            skipped[f"{name}, train split"] = data.train_lacks
+            result["failed"][f"{name}, train split"] = data.train_lacks
         sets[name] = data
     if not sets:
-        raise CannotStart(nothing(skipped))
+        failed = "; ".join(f"{name}: {why}" for name, why in result["failed"].items())
+        raise CannotStart(f"nothing to evaluate: {failed}")
     return sets
 
 
-def rename(name: str, classes: dict[str, Classes], names: list[str]) -> None:
-    """Gives a data set the user's class names."""
-    has = len(classes[""].names) if "" in classes else 0
-    if len(names) != has:
-        raise CannotStart(f"--classnames {name}: {len(names)} names for {has} classes")
-    classes[""].names = names
+def listed(other: list[Path]) -> str:
+    """What no data set was found in."""
+    names = ", ".join(str(path) for path in other[:10]) + ", …" * (len(other) > 10)
+    return f"; no data set is known in {len(other)}: {names}" if other else ""
 
 
-def with_progress(clip: Clip, name: str, progress: Progress, images: Images, what: str) -> Tensor:
-    """`Clip.encode_images` with a progress bar."""
-    task = progress.add_task(f"{clip.checkpoint.title}: {name}, {what}", total=len(images))
-    try:
-        return clip.encode_images(images, partial(progress.advance, task))
-    finally:
-        progress.remove_task(task)
+def describe(name: str, data: DataSet, arguments: argparse.Namespace) -> dict[str, Any]:
+    """A data set in numbers, and why the paper's can't be compared with them, if so."""
+    groups = {group: (data.groups or []).count(group) for group in dict.fromkeys(data.groups or [])}
+    unlike = ""
+    if name in SPLITS and "" in data.classes:
+        if len(data.images) != SPLITS[name].images:
+            unlike = f"{len(data.images):,} images, its test split has {SPLITS[name].images:,}"
+        elif data.classes[""].templates != PAPER_TEMPLATES:
+            unlike = "other templates than its 80"
+        elif name in dict(arguments.classnames):
+            unlike = "other class names"
+    return {
+        "images": len(data.images),
+        "train_images": len(data.train[0]) if data.train else 0,
+        "classes": {q or "class": len(c.names) for q, c in data.classes.items()},
+        "templates": max((len(c.templates) for c in data.classes.values()), default=0),
+        "captions": sum(map(len, data.captions or [])),
+        "texts": len(distinct_texts(data.captions or [])[0]),
+        "groups": groups,
+        "mean_over": [g for g in groups if g not in data.apart] if data.across_groups else [],
+        "superclasses": superclass_chances(data),
+        "unlike_paper": unlike,
+    }
 
 
-def nothing(skipped: dict[str, Any]) -> str:
-    """The message if nothing could be evaluated."""
-    return "nothing to evaluate: " + "; ".join(f"{name}: {why}" for name, why in skipped.items())
+def superclass_chances(data: DataSet) -> dict[str, float]:
+    """What answering by lot would give: the superclass, and the class within the true one."""
+    found: dict[str, float] = {}
+    for question, classes in data.classes.items():
+        if classes.coarse is not None:
+            of_class = torch.bincount(classes.coarse)[classes.coarse]  # (C,) sizes of superclasses
+            size = of_class[classes.labels].double()
+            start = f"{question}_" if question else ""
+            found[f"{start}coarse"] = float((size / len(classes.coarse)).mean())
+            found[f"{start}fine"] = float((1 / size).mean())
+    return found
 
 
 def reason(error: BaseException) -> str:
