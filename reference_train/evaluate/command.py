@@ -19,9 +19,9 @@ from ..files import write_json
 from . import report
 from .checkpoints import find_checkpoints, load
 from .datasets import DataSet
-from .measure import distinct_texts, measure
+from .measure import measure
 from .paper import SPLITS
-from .suites import BROKEN, PAPER_TEMPLATES, Open, find, lines, open_emoji, open_folders
+from .suites import BROKEN, Open, find, lines, open_emoji, open_folders
 from .table import Result
 
 DESCRIPTION = """\
@@ -207,7 +207,7 @@ def main(argv: Sequence[str]) -> None:
     with console.status("Looking at the data sets"):
         sets = open_all(arguments, result)
     for name, data in sets.items():
-        described = describe(name, data, arguments)
+        described = report.describe(name, data, name in settings["classnames"])
         if result["data_sets"].setdefault(name, described) != described:  # other images since
             result["data_sets"][name] = described
             for results in result["results"].values():
@@ -313,44 +313,6 @@ def listed(other: list[Path]) -> str:
     """What no data set was found in."""
     names = ", ".join(str(path) for path in other[:10]) + ", …" * (len(other) > 10)
     return f"; no data set is known in {len(other)}: {names}" if other else ""
-
-
-def describe(name: str, data: DataSet, arguments: argparse.Namespace) -> dict[str, Any]:
-    """A data set in numbers, and why the paper's can't be compared with them, if so."""
-    groups = {group: (data.groups or []).count(group) for group in dict.fromkeys(data.groups or [])}
-    unlike = ""
-    if name in SPLITS and "" in data.classes:
-        if len(data.images) != SPLITS[name].images:
-            unlike = f"{len(data.images):,} images, its test split has {SPLITS[name].images:,}"
-        elif data.classes[""].templates != PAPER_TEMPLATES:
-            unlike = "other templates than its 80"
-        elif name in dict(arguments.classnames):
-            unlike = "other class names"
-    return {
-        "images": len(data.images),
-        "train_images": len(data.train[0]) if data.train else 0,
-        "classes": {q or "class": len(c.names) for q, c in data.classes.items()},
-        "templates": max((len(c.templates) for c in data.classes.values()), default=0),
-        "captions": sum(map(len, data.captions or [])),
-        "texts": len(distinct_texts(data.captions or [])[0]),
-        "groups": groups,
-        "mean_over": [g for g in groups if g not in data.apart] if data.across_groups else [],
-        "superclasses": superclass_chances(data),
-        "unlike_paper": unlike,
-    }
-
-
-def superclass_chances(data: DataSet) -> dict[str, float]:
-    """What answering by lot would give: the superclass, and the class within the true one."""
-    found: dict[str, float] = {}
-    for question, classes in data.classes.items():
-        if classes.coarse is not None:
-            of_class = torch.bincount(classes.coarse)[classes.coarse]  # (C,) sizes of superclasses
-            size = of_class[classes.labels].double()
-            start = f"{question}_" if question else ""
-            found[f"{start}coarse"] = float((size / len(classes.coarse)).mean())
-            found[f"{start}fine"] = float((1 / size).mean())
-    return found
 
 
 def reason(error: BaseException) -> str:

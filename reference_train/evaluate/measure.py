@@ -60,7 +60,7 @@ def measure(clip: Clip, data: DataSet, linear_probe: bool = False) -> dict[str, 
         known = F.normalize(features[gallery], dim=-1)
         near = metrics.nearest(image, known, max(metrics.KS))
         neighbours = {q: label[gallery][near] for q, label in train_labels.items()}
-    elif data.across_groups:
+    elif data.across_groups and labels:
         near = neighbours_across(image, data)
         neighbours = {question: label[near] for question, label in labels.items()}
     texts, pairs = distinct_texts(data.captions or [])

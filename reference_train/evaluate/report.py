@@ -19,7 +19,11 @@ from rich.markdown import Markdown
 from ..arguments import Parser
 from ..errors import CannotStart
 from ..files import write_text, written_whole
+from .datasets import DataSet
+from .measure import distinct_texts
+from .paper import SPLITS
 from .pictures import by_batch, draw, draw_batches
+from .suites import PAPER_TEMPLATES
 from .table import Result, markdown
 
 
@@ -63,6 +67,47 @@ def read(path: Path) -> Result:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CannotStart(f"{file} is no evaluation.json: {error!r}") from error
     return result
+
+
+def describe(name: str, data: DataSet, own_names: bool = False) -> dict[str, Any]:
+    """A data set in numbers, and why the paper's can't be compared with them, if so."""
+    groups = {group: (data.groups or []).count(group) for group in dict.fromkeys(data.groups or [])}
+    unlike = ""
+    if name in SPLITS and "" in data.classes:
+        if len(data.images) != SPLITS[name].images:
+            unlike = f"{len(data.images):,} images, its test split has {SPLITS[name].images:,}"
+        elif data.classes[""].templates != PAPER_TEMPLATES:
+            unlike = "other templates than its 80"
+        elif own_names:
+            unlike = "other class names"
+    texts = data.captions or []
+    if data.names_find_images:
+        texts = [[str(label)] for label in data.classes[""].labels.tolist()]
+    return {
+        "images": len(data.images),
+        "train_images": len(data.train[0]) if data.train else 0,
+        "classes": {q or "class": len(c.names) for q, c in data.classes.items()},
+        "templates": max((len(c.templates) for c in data.classes.values()), default=0),
+        "captions": sum(map(len, texts)),
+        "texts": len(distinct_texts(texts)[0]),
+        "groups": groups,
+        "mean_over": [g for g in groups if g not in data.apart] if data.across_groups else [],
+        "superclasses": superclass_chances(data),
+        "unlike_paper": unlike,
+    }
+
+
+def superclass_chances(data: DataSet) -> dict[str, float]:
+    """What answering by lot would give: the superclass, and the class within the true one."""
+    found: dict[str, float] = {}
+    for question, classes in data.classes.items():
+        if classes.coarse is not None:
+            of_class = torch.bincount(classes.coarse)[classes.coarse]  # (C,) sizes of superclasses
+            size = of_class[classes.labels].double()
+            start = f"{question}_" if question else ""
+            found[f"{start}coarse"] = float((size / len(classes.coarse)).mean())
+            found[f"{start}fine"] = float((1 / size).mean())
+    return found
 
 
 def write(result: Result, out: Path, console: Console) -> None:

@@ -224,5 +224,5 @@ def sizes(data: dict[str, Any]) -> str:
     """A data set in words."""
     counts = {"images": data["images"], "train images": data["train_images"]}
     counts |= {"classes" if q == "class" else f"{q}s": n for q, n in data["classes"].items()}
-    counts |= {"templates": data["templates"], "captions": data["captions"]}
+    counts |= {"templates": data["templates"], "texts": data.get("texts", data["captions"])}
     return ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
