@@ -2,7 +2,6 @@
 
 import argparse
 import shlex
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,15 +11,14 @@ from rich.console import Console
 
 from ..arguments import Parser, device, number, whole_number
 from ..data.emoji import fingerprint, read_emoji
-from ..errors import CannotStart
 from ..evaluate import report
 from ..evaluate.measure import measure
-from ..files import write_json, written_whole
+from ..files import written_whole
 from ..losses import LOSSES
 from .batches import EmojiBatches
-from .evaluate import SITUATIONS, shown_names, situation, validation_pairs
+from .evaluate import SITUATIONS, situation, validation_pairs
 from .model import build_model
-from .pictures import draw_names, draw_training
+from .pictures import draw_training
 from .train import RunConfig, train
 
 # The batch size at which a weight is the paper's: the records in results/ were made by the paper's
@@ -47,23 +45,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "  python -m reference_train report     table and picture of an evaluation again",
     )
     add = parser.add_argument
-    add(
-        "--loss",
-        nargs="+",
-        choices=LOSSES,
-        default=["clip", "cyclip"],
-        metavar="LOSS",
-        help="one or more of clip, cyclip, c-cyclip (cross-modal penalty only), i-cyclip (in-modal "
-        "penalty only); default: clip cyclip",
-    )
+    words = "of clip, cyclip, c-cyclip (cross-modal penalty alone), i-cyclip (in-modal one alone)"
+    losses = ["clip", "cyclip"]
+    add("--loss", nargs="+", choices=LOSSES, default=losses, metavar="LOSS", help=words)
+    weight = number(">= 0", lambda value: value >= 0)
     for kind in ("inmodal", "crossmodal"):
-        add(
-            f"--lambda-{kind}",
-            type=number(">= 0", lambda value: value >= 0),
-            default=0.25,
-            metavar="λ",
-            help=f"weight of the {kind[:-5]}-modal penalty where the loss has it (default 0.25)",
-        )
+        words = f"weight of the {kind[:-5]}-modal penalty where the loss has it (default 0.25)"
+        add(f"--lambda-{kind}", type=weight, default=0.25, metavar="λ", help=words)
     add(
         "--reference-batch-size",
         type=whole_number(0),
@@ -74,37 +62,18 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     add("--seeds", type=whole_number(1), default=1, metavar="N", help="runs of each loss")
     add("--seed", type=whole_number(0), default=0, help="the first run's seed (default 0)")
-    add(
-        "--preset",
-        choices=PRESETS,
-        default="short",
-        help="short (the default): 620 steps, lr 3e-3, logit scale 33; "
-        "long: 1,500 steps, lr 2e-3, logit scale 14.3",
-    )
+    words = "short (default): 620 steps, lr 3e-3, logit scale 33; long: 1,500, 2e-3 and 14.3"
+    add("--preset", choices=PRESETS, default="short", help=words)
     add("--steps", type=whole_number(1), help="overrides the preset")
-    add(
-        "--lr",
-        type=number("above 0", lambda value: value > 0),
-        help="overrides the preset: the highest learning rate",
-    )
-    add(
-        "--batch-size",
-        type=whole_number(2),
-        default=BATCH_SIZE,
-        help=f"distinct concepts in a batch (default {BATCH_SIZE})",
-    )
-    add(
-        "--device",
-        type=device,
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="default: cuda if there is one, else cpu; on cuda bfloat16 autocast is used",
-    )
-    add(
-        "--split",
-        choices=["validation", "test"],
-        default="test",
-        help="what to evaluate on (default test); choose settings on validation",
-    )
+    positive = number("above 0", lambda value: value > 0)
+    add("--lr", type=positive, help="the highest learning rate; overrides the preset")
+    words = f"distinct concepts in a batch (default {BATCH_SIZE})"
+    add("--batch-size", type=whole_number(2), default=BATCH_SIZE, help=words)
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    words = "default: cuda if there is one, else cpu; on cuda bfloat16 autocast is used"
+    add("--device", type=device, default=default, help=words)
+    words = "what to evaluate on (default test); choose settings on validation"
+    add("--split", choices=["validation", "test"], default="test", help=words)
     add("--out", type=Path, metavar="DIR", help="default: runs/PRESET")
     arguments = parser.parse_args(argv)
     for name in ("steps", "lr"):
@@ -137,20 +106,10 @@ def main(argv: Sequence[str]) -> None:
     """Trains what is not trained yet, evaluates, reports."""
     arguments, console = parse_arguments(argv), Console()
     out, configs = arguments.out, run_configs(arguments)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise CannotStart(f"--out {out}: can't be written: {error.strerror}") from error
     # a folder holds runs that can be compared: they differ in loss and seed alone
-    settings = asdict(configs[0]) | {
-        "lambda_inmodal": arguments.lambda_inmodal,
-        "lambda_crossmodal": arguments.lambda_crossmodal,
-        "split": arguments.split,
-        "data": fingerprint(),
-    }
-    del settings["loss"], settings["seed"]
+    names = ("lambda_inmodal", "lambda_crossmodal", "reference_batch_size", "steps", "batch_size")
+    settings = {name: getattr(arguments, name) for name in (*names, "lr", "split")}
+    settings |= {"logit_scale": configs[0].logit_scale, "data": fingerprint()}
     command = shlex.join(["python", "-m", "reference_train", *argv])
     result = report.start(out, settings, command, arguments.device)
     emoji = read_emoji()
@@ -159,8 +118,7 @@ def main(argv: Sequence[str]) -> None:
     sets = {name: situation(emoji, arguments.split, name) for name in SITUATIONS}
     result["data_sets"] = {name: report.describe(name, data) for name, data in sets.items()}
     histories = result.setdefault("history", {})
-    shown = result.setdefault("shown", {})
-    write_json(result, out / "evaluation.json")
+    report.save(result, out)
     for count, config in enumerate(configs, start=1):
         if config.name in result["results"]:
             console.print(f"{config.name}: finished before", highlight=False)
@@ -174,16 +132,13 @@ def main(argv: Sequence[str]) -> None:
         histories[config.name] = trained.pop("history")
         result["checkpoints"][config.name] = {**asdict(config), **trained}
         result["results"][config.name] = {name: measure(clip, data) for name, data in sets.items()}
-        shown[config.name] = shown_names(clip, emoji, arguments.split)
-        write_json(result, out / "evaluation.json")
+        report.save(result, out)
     report.write(result, out, console)
     of_losses: dict[str, list[str]] = {}
     for name, run in result["checkpoints"].items():
         of_losses.setdefault(run["loss"], []).append(name)
     with written_whole(out / "training.png") as path:
         draw_training(
-            {loss: [histories[name] for name in names] for loss, names in of_losses.items()}, path
+            {loss: [histories[n] for n in runs] for loss, runs in of_losses.items()}, path
         )
-    with written_whole(out / "names.png") as path:
-        draw_names({loss: shown[n[0]] for loss, n in list(of_losses.items())[:2]}, emoji, path)
-    console.print(f"and {out}/training.png, {out}/names.png", highlight=False)
+    console.print(f"and {out}/training.png", highlight=False)

@@ -11,26 +11,20 @@ and the others the test.
 """
 
 import hashlib
-import random
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..data.emoji import SHIFT_STYLES, STRESS_STYLES, TRAIN_STYLES, Concept, EmojiSet
-from ..evaluate.checkpoints import Clip
 from ..evaluate.datasets import Classes, DataSet, Pixels
-from ..evaluate.metrics import nearest
 from .batches import NAME_TEMPLATES, SUBGROUP_TEMPLATES
 
-NEW_STYLES = "trained concepts, new styles"
 SITUATIONS = {
-    NEW_STYLES: (SHIFT_STYLES, False),
+    "trained concepts, new styles": (SHIFT_STYLES, False),
     "new concepts, trained styles": (TRAIN_STYLES, True),
     "new concepts, new styles": (SHIFT_STYLES, True),
     "trained concepts, drawn black": (STRESS_STYLES, False),
 }  # name -> (styles, held-out concepts?)
-SHOWN = 12  # emoji in the picture of names, as many of each new style
 
 
 def for_validation(concept: Concept) -> bool:
@@ -69,7 +63,9 @@ def situation(emoji: EmojiSet, split: str, name: str) -> DataSet:
     place = torch.full((len(emoji.concepts),), -1)
     place[candidates] = torch.arange(len(candidates))
     # question -> the label of every concept, the labels' names, templates
-    questions = {"": (place, [emoji.concepts[i].name for i in candidates], NAME_TEMPLATES)}
+    questions: dict[str, tuple[Tensor, list[str], tuple[str, ...]]] = {
+        "": (place, [emoji.concepts[i].name for i in candidates], NAME_TEMPLATES)
+    }
     for kind in ("subgroup", "group"):
         of_concepts = [getattr(c, kind).replace("&", "and") for c in emoji.concepts]
         names = sorted(set(of_concepts))
@@ -97,19 +93,3 @@ def validation_pairs(emoji: EmojiSet) -> DataSet:
     images, concept, groups = drawings(emoji, TRAIN_STYLES, emoji.in_split("validation"))
     names = [[emoji.concepts[i].name] for i in concept.tolist()]
     return DataSet(images, captions=names, groups=groups, across_groups=True)
-
-
-def shown_names(clip: Clip, emoji: EmojiSet, split: str) -> list[dict[str, Any]]:
-    """The names found for a dozen emoji in styles never trained on, drawn by lot, not by result."""
-    trained, lot = emoji.in_split("train"), random.Random("a dozen emoji")
-    names = [emoji.concepts[i].name for i in trained]
-    prompts = clip.encode_classes(names, list(dict.fromkeys(NAME_TEMPLATES)))
-    shown = []
-    for style in SHIFT_STYLES:
-        images, concept, _ = drawings(emoji, (style,), asked(emoji, split, held_out=False))
-        rows = lot.sample(range(len(images)), min(SHOWN // len(SHIFT_STYLES), len(images)))
-        features, _ = clip.encode_images(Pixels(images.pixels[rows]), "shown")
-        for row, found in zip(rows, nearest(features, prompts, 1)[:, 0].tolist(), strict=True):
-            code, name = emoji.concepts[int(concept[row])][:2]
-            shown.append({"style": style, "code": code, "name": name, "found": names[found]})
-    return shown

@@ -1,7 +1,6 @@
 """OpenCLIP checkpoints: found, loaded, and encoding images and texts."""
 
 import logging
-import pickle
 import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -11,7 +10,6 @@ from typing import Any
 
 import open_clip
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,27 +22,10 @@ from .datasets import Images, Unreadable, Unusable
 
 TEXTS_AT_A_TIME = 1024
 EPOCH = re.compile(r"epoch_(\d+)\.pt")
-# What OpenCLIP and PyTorch raise for a model or weights that are missing or not as they should be.
-CANNOT_BE_LOADED = (
-    OSError,
-    RuntimeError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    EOFError,
-    pickle.UnpicklingError,
-    SafetensorError,
-)
 # Arguments of OpenCLIP's trainer that change the model or what it is shown.
 KEPT_ARGUMENTS = (
-    "force_quick_gelu",
-    "force_custom_text",
-    "force_image_size",
-    "force_context_length",
-    "image_mean",
-    "image_std",
-    "image_interpolation",
-    "image_resize_mode",
+    *("force_quick_gelu", "force_custom_text", "force_image_size", "force_context_length"),
+    *("image_mean", "image_std", "image_interpolation", "image_resize_mode"),
 )
 
 
@@ -239,7 +220,7 @@ def load(checkpoint: Checkpoint, device: torch.device, **feeding: Any) -> Clip:
                 content = torch.load(checkpoint.path, map_location="cpu", weights_only=True)
             epoch = content.get("epoch")
             model.load_state_dict(without_wrappers(content.get("state_dict", content)))
-    except CANNOT_BE_LOADED as error:
+    except Exception as error:  # whatever OpenCLIP and PyTorch raise for other weights
         what = checkpoint.path or checkpoint.tag
         raise CannotStart(f"{what} as {name}: {' '.join(str(error).split())[:300]}") from error
     finally:

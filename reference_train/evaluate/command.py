@@ -15,13 +15,12 @@ from rich.progress import track
 
 from ..arguments import Parser, device, whole_number
 from ..errors import CannotStart, Stopped
-from ..files import write_json
 from . import report
 from .checkpoints import find_checkpoints, load
 from .datasets import DataSet
 from .measure import measure
 from .paper import SPLITS
-from .suites import BROKEN, Open, find, lines, open_emoji, open_folders
+from .suites import Open, find, lines, open_emoji, open_folders
 from .table import Result
 
 DESCRIPTION = """\
@@ -29,21 +28,15 @@ Evaluates OpenCLIP checkpoints, next to the paper's numbers. Nothing is download
 that --pretrained names. Interrupted, the same command resumes with the data sets that are missing.
 `python -m reference_train report DIR` makes table and picture again."""
 EPILOG = """\
-data sets of --data (DIR itself, or folders in it):
-  clip-benchmark's WebDatasets   FOLDER/test/0.tar, …, FOLDER/train/…, classnames.txt; by their
-                                 names on the hub: wds_vtab-cifar10, wds_vtab-cifar100,
+data sets of --data (DIR itself, or folders in it), besides the emoji that ship:
+  clip-benchmark's WebDatasets   as they are on the hub: wds_vtab-cifar10, wds_vtab-cifar100,
                                  wds_imagenet1k, wds_imagenetv2, wds_imagenet_sketch,
-                                 wds_imagenet-a, wds_imagenet-r, wds_flickr30k,
-                                 wds_mscoco_captions, or any other
+                                 wds_imagenet-a, wds_imagenet-r, wds_flickr30k, or any other
   torchvision's CIFAR            cifar-10-batches-py, cifar-100-python
   ImageNet as folders            imagenet1k/val and imagenet1k/train, imagenetv2, imagenet-sketch,
                                  imagenet-a, imagenet-r: in them a folder of images for each
                                  WordNet identifier (or number, as imagenetv2 comes)
-  icons                          as python -m reference_train.data.icons makes them
-The emoji that ship need no --data.
-
-The paper's 67 superclasses of ImageNet do not ship: --superclasses names a file of 1,000 lines, the
-superclass of each class in ImageNet's order."""
+  icons                          as python -m reference_train.data.icons makes them"""
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -55,92 +48,44 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         epilog=EPILOG,
     )
     add = parser.add_argument
-    add(
-        "checkpoint",
-        nargs="*",
-        type=Path,
-        metavar="CHECKPOINT",
-        help="logs/NAME (its best.pt, else its newest epoch) or a file; several: several columns",
-    )
+    words = "logs/NAME (its best.pt, else its newest epoch) or a file; several: several columns"
+    add("checkpoint", nargs="*", type=Path, metavar="CHECKPOINT", help=words)
     add("--data", nargs="+", type=folder, default=[], metavar="DIR", help="where data sets are")
-    add(
-        "--imagefolder",
-        nargs="+",
-        type=named_folder,
-        default=[],
-        metavar="NAME=DIR",
-        help="a data set of your own: in DIR (or DIR/test or DIR/val, and DIR/train) a folder of "
-        "images for each class, called by the class",
-    )
+    words = "your own data set: in DIR (or DIR/test, DIR/train) a folder of images for each class"
+    add("--imagefolder", nargs="+", type=named_folder, default=[], metavar="NAME=DIR", help=words)
     add("--only", nargs="+", metavar="NAME", help="data sets to evaluate; default: all there are")
     add("--model", help="OpenCLIP's name of the model; default: as the run's params.txt says")
     add("--pretrained", metavar="TAG", help="OpenCLIP's own weights of --model, one more column")
-    add(
-        "--linear-probe",
-        action="store_true",
-        help="fit one as the paper's authors do, on the features of the whole train split",
-    )
-    add(
-        "--templates",
-        type=templates,
-        metavar="FILE",
-        help="prompts, one a line, {c} for the class; default: the 80 of ImageNet for the paper's "
-        "data sets, as in the paper, and their own for others",
-    )
-    add(
-        "--classnames",
-        nargs="+",
-        type=class_names,
-        default=[],
-        metavar="NAME=FILE",
-        help="other class names for a data set, one a line in the order of its labels",
-    )
-    add("--superclasses", type=superclasses, metavar="FILE", help="of ImageNet; see below")
-    add(
-        "--device",
-        type=device,
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="default: cuda if there is one, else cpu",
-    )
-    add(
-        "--precision",
-        choices=["fp32", "amp", "amp_bf16"],
-        help="default: amp_bf16 on cuda, fp32 elsewhere",
-    )
+    words = "fit one as the paper's authors do, on the features of the whole train split"
+    add("--linear-probe", action="store_true", help=words)
+    words = "prompts, {c} for the class; default: the paper's 80, or the data set's own"
+    add("--templates", type=templates, metavar="FILE", help=words)
+    words = "of ImageNet's classes in its order, 1,000 lines (the paper's 67 do not ship)"
+    add("--superclasses", type=superclasses, metavar="FILE", help=words)
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", type=device, default=default, help="default: cuda if there is one, else cpu")
+    words = "default: amp_bf16 on cuda, fp32 elsewhere"
+    add("--precision", choices=["fp32", "amp", "amp_bf16"], help=words)
     add("--batch-size", type=whole_number(1), default=256, metavar="N", help="default %(default)s")
-    add(
-        "--workers",
-        type=whole_number(0),
-        default=min(8, os.cpu_count() or 1),
-        metavar="N",
-        help="processes that decode images; default: one a core, at most 8",
-    )
-    add(
-        "--out",
-        type=Path,
-        default=Path("runs/evaluation"),
-        metavar="DIR",
-        help="where evaluation.json, table.md and picture.png go; default %(default)s",
-    )
+    workers, words = min(8, os.cpu_count() or 1), "processes that decode images; here %(default)s"
+    add("--workers", type=whole_number(0), default=workers, metavar="N", help=words)
+    out = Path("runs/evaluation")
+    add("--out", type=Path, default=out, metavar="DIR", help="default %(default)s")
     arguments = parser.parse_args(argv)
     if arguments.precision is None:
         arguments.precision = "amp_bf16" if arguments.device.type == "cuda" else "fp32"
     return arguments
 
 
-# ------------------------------------------------------------------------------------------------
-# Types of arguments
-
-
 def folder(text: str) -> Path:
-    """A folder that is there."""
+    """An argument's type: a folder that is there."""
     if not Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"no such folder: {text}")
     return Path(text)
 
 
 def named_folder(text: str) -> tuple[str, Path]:
-    """NAME=DIR."""
+    """An argument's type: NAME=DIR."""
     name, equals, path = text.partition("=")
     if not (name and equals):
         raise argparse.ArgumentTypeError(f"should be NAME=DIR, not {text}")
@@ -148,7 +93,7 @@ def named_folder(text: str) -> tuple[str, Path]:
 
 
 def some_lines(path: str) -> list[str]:
-    """The lines of a text file."""
+    """The lines of a text file that was named."""
     try:
         content = lines(Path(path))
     except (OSError, UnicodeDecodeError) as error:
@@ -159,7 +104,7 @@ def some_lines(path: str) -> list[str]:
 
 
 def templates(path: str) -> list[str]:
-    """Prompts, with {} for the class."""
+    """An argument's type: prompts, with {} for the class."""
     content = [line.replace("{c}", "{}") for line in some_lines(path)]
     for line in content:
         if "{}" not in line:
@@ -167,24 +112,12 @@ def templates(path: str) -> list[str]:
     return content
 
 
-def class_names(text: str) -> tuple[str, list[str]]:
-    """NAME=FILE."""
-    name, equals, path = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"should be NAME=FILE, not {text}")
-    return name, some_lines(path)
-
-
 def superclasses(path: str) -> list[str]:
-    """One for each of ImageNet's classes."""
+    """An argument's type: one for each of ImageNet's classes."""
     content = some_lines(path)
     if len(content) != SPLITS["imagenet1k"].classes:
         raise argparse.ArgumentTypeError(f"{path}: {len(content)} lines, not 1000")
     return content
-
-
-# ------------------------------------------------------------------------------------------------
-# What is done
 
 
 def main(argv: Sequence[str]) -> None:
@@ -192,30 +125,23 @@ def main(argv: Sequence[str]) -> None:
 
     Raises `Stopped` at the end if a data set or a checkpoint failed.
     """
-    arguments = parse_arguments(argv)
-    console = Console()
+    arguments, console = parse_arguments(argv), Console()
     checkpoints = find_checkpoints(arguments.checkpoint, arguments.model, arguments.pretrained)
     settings = {
-        "precision": arguments.precision,
-        "linear_probe": arguments.linear_probe,
-        "templates": arguments.templates,
-        "classnames": dict(arguments.classnames),
-        "superclasses": arguments.superclasses,
+        name: getattr(arguments, name)
+        for name in ("precision", "linear_probe", "templates", "superclasses")
     }
     command = shlex.join(["python", "-m", "reference_train", "evaluate", *argv])
     result = report.start(arguments.out, settings, command, arguments.device)
+    failed = result["failed"]
     with console.status("Looking at the data sets"):
         sets = open_all(arguments, result)
     for name, data in sets.items():
-        described = report.describe(name, data, name in settings["classnames"])
+        described = report.describe(name, data)
         if result["data_sets"].setdefault(name, described) != described:  # other images since
             result["data_sets"][name] = described
             for results in result["results"].values():
                 results.pop(name, None)
-    try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CannotStart(f"--out {arguments.out}: {error.strerror}") from error
 
     def progress(of: str, batches: Iterable[Any], what: str) -> Iterable[Any]:
         return track(batches, f"{of}, {what}", console=console, transient=True)
@@ -225,23 +151,20 @@ def main(argv: Sequence[str]) -> None:
         source = {"model": checkpoint.model, "path": str(checkpoint.path or checkpoint.tag)}
         if checkpoint.path:
             source["written"] = str(checkpoint.path.stat().st_mtime_ns)
-        before = result["checkpoints"].get(title, {})
-        if before and source != {key: before.get(key) for key in source}:
+        before = result["checkpoints"].get(title, source)
+        if source != {key: before.get(key) for key in source}:
             result["results"].pop(title)  # of other weights
         numbers = result["results"].setdefault(title, {})
         missing = [name for name in sets if name not in numbers]
         if not missing:
             continue
+        feeding = {
+            name: getattr(arguments, name) for name in ("precision", "batch_size", "workers")
+        }
         try:
-            clip = load(
-                checkpoint,
-                arguments.device,
-                precision=arguments.precision,
-                batch_size=arguments.batch_size,
-                workers=arguments.workers,
-            )
+            clip = load(checkpoint, arguments.device, **feeding)
         except CannotStart as error:
-            result["failed"][title] = str(error)
+            failed[title] = str(error)
             continue
         result["checkpoints"][title] = {**source, "epoch": clip.epoch}
         for name in missing:
@@ -250,17 +173,15 @@ def main(argv: Sequence[str]) -> None:
             try:
                 measured = measure(clip, sets[name], arguments.linear_probe)
             except Exception as error:  # whatever it is: the others may have taken hours
-                result["failed"][f"{name}, {title}"] = reason(error)
+                failed[f"{name}, {title}"] = reason(error)
             else:
                 numbers[name] = {**measured, "seconds": time.perf_counter() - began}
-                write_json(result, arguments.out / "evaluation.json")
-    failed = "; ".join(f"{name}: {why}" for name, why in result["failed"].items())
+                report.save(result, arguments.out)
     if not any(result["results"].values()):
-        raise CannotStart(f"nothing to evaluate: {failed}")
-    write_json(result, arguments.out / "evaluation.json")
+        raise CannotStart(f"nothing to evaluate: {listed(failed)}")
     report.write(result, arguments.out, console)
     if failed:
-        raise Stopped(f"failed, and not in the table: {failed}")
+        raise Stopped(f"not in the table: {listed(failed)}")
 
 
 def open_all(arguments: argparse.Namespace, result: Result) -> dict[str, DataSet]:
@@ -268,51 +189,42 @@ def open_all(arguments: argparse.Namespace, result: Result) -> dict[str, DataSet
 
     result: gets the reasons of those that failed, and of those that are not there.
     """
-    known, other = find(arguments.data, arguments.superclasses)
+    known, unknown = find(arguments.data, arguments.superclasses)
     found: dict[str, Open] = {**known, "emoji": open_emoji}
     for name, path in arguments.imagefolder:
         if name in found or name in SPLITS:
             raise CannotStart(f"--imagefolder: {name} is the name of another data set")
         found[name] = partial(open_folders, path, name, None)
-    named = dict.fromkeys([*(arguments.only or []), *dict(arguments.classnames)])
-    if unknown := [name for name in named if name not in found]:
-        there = ", ".join(found)
-        raise CannotStart(f"no data set {' or '.join(unknown)}; there are {there}{listed(other)}")
-    if arguments.only:
-        found = {name: opener for name, opener in found.items() if name in arguments.only}
-    else:
-        result["absent"] |= {name: "not under --data" for name in SPLITS if name not in found}
-    if other:
-        result["absent"]["under --data"] = listed(other).strip("; ")
-    own_names = dict(arguments.classnames)
+    absent, failed = result["absent"], result["failed"]
+    if unknown:
+        names = ", ".join(str(path) for path in unknown[:10]) + ", …" * (len(unknown) > 10)
+        absent["under --data"] = f"no data set is recognised in {len(unknown)}: {names}"
+    if arguments.only is None:
+        absent |= {name: "not under --data" for name in SPLITS if name not in found}
+    elif missing := [name for name in arguments.only if name not in found]:
+        there = f"no data set {' or '.join(missing)}; there are {', '.join(found)}"
+        raise CannotStart(f"--only: {there}{'; ' * bool(absent)}{listed(absent)}")
     sets: dict[str, DataSet] = {}
     for name, opener in found.items():
-        try:
-            data = opener()
-        except BROKEN as error:
-            result["failed"][name] = reason(error)
+        if arguments.only is not None and name not in arguments.only:
             continue
-        for classes in data.classes.values():
+        try:
+            sets[name] = opener()
+        except Exception as error:  # whatever a data set that is not as it should be raises
+            failed[name] = reason(error)
+            continue
+        for classes in sets[name].classes.values():
             classes.templates = arguments.templates or classes.templates
-        if name in own_names:
-            has = len(data.classes[""].names) if "" in data.classes else 0
-            if len(own_names[name]) != has:
-                given = len(own_names[name])
-                raise CannotStart(f"--classnames {name}: {given} names for {has} classes")
-            data.classes[""].names = own_names[name]
-        if data.train_lacks:
-            result["failed"][f"{name}, train split"] = data.train_lacks
-        sets[name] = data
+        if sets[name].train_lacks:
+            failed[f"{name}, train split"] = sets[name].train_lacks
     if not sets:
-        failed = "; ".join(f"{name}: {why}" for name, why in result["failed"].items())
-        raise CannotStart(f"nothing to evaluate: {failed}")
+        raise CannotStart(f"nothing to evaluate: {listed(failed)}")
     return sets
 
 
-def listed(other: list[Path]) -> str:
-    """What no data set was found in."""
-    names = ", ".join(str(path) for path in other[:10]) + ", …" * (len(other) > 10)
-    return f"; no data set is known in {len(other)}: {names}" if other else ""
+def listed(reasons: dict[str, str]) -> str:
+    """Reasons in one line."""
+    return "; ".join(f"{name}: {why}" for name, why in reasons.items())
 
 
 def reason(error: BaseException) -> str:

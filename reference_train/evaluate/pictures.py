@@ -1,14 +1,11 @@
 """The pictures of an evaluation, 5.5 inches wide, to be read on a phone."""
 
-import re
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import matplotlib
 from matplotlib import pyplot as plt
-
-from cyclip_loss.warn import PAPER_BATCH_SIZE
 
 from ..figures import panels
 from ..losses import LOSSES
@@ -87,49 +84,3 @@ def bars(result: Result, name: str, metric: str) -> list[dict[str, Any]]:
             for title, value in zip(PAPER_TITLES, paper[:2], strict=True)
         ]
     return found
-
-
-# ------------------------------------------------------------------------------------------------
-# Over batch sizes, of the runs that icons.sh calls lambda-LOSS-BATCH-REFERENCE
-
-OVER_BATCHES = {"icons": "held-out icons: name, top-5, %", "emoji": "emoji: name, top-5, %"}
-
-
-def by_batch(results: dict[str, dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:
-    """What is compared -> batch size -> results."""
-    lines: dict[str, dict[int, dict[str, Any]]] = {}
-    for name, found in results.items():
-        if match := re.fullmatch(r"lambda-([a-z-]+)-(\d+)-(\d+)", name):
-            loss, batch, reference = match[1], int(match[2]), int(match[3])
-            references = {reference, PAPER_BATCH_SIZE} if batch == PAPER_BATCH_SIZE else {reference}
-            for line in {loss} if loss == "clip" else {f"{loss}-{r}" for r in references}:
-                lines.setdefault(line, {})[batch] = found
-    return lines
-
-
-def draw_batches(batches: dict[str, dict[int, dict[str, Any]]], path: Path) -> None:
-    """What λ = 0.25 does at each batch size, as it stands and with a reference batch size."""
-    looks = {
-        "clip": ("CLIP", LOSSES["clip"].colour, "o-"),
-        "cyclip-128": ("CyCLIP, reference_batch_size=128", LOSSES["cyclip"].colour, "o-"),
-        "cyclip-0": ("CyCLIP, λ = 0.25 as it stands", LOSSES["cyclip"].colour, "s:"),
-    }
-    sizes = sorted({n for of in batches.values() for n in of})
-    fig, axes = panels(len(OVER_BATCHES), 1 + 2.2 * len(OVER_BATCHES))
-    for ax, (data, title) in zip(axes, OVER_BATCHES.items(), strict=True):
-        for line, (words, colour, style) in looks.items():
-            found = sorted(batches.get(line, {}).items())
-            shares = {n: of[data]["numbers"]["top5"] for n, of in found if data in of}
-            ax.plot(
-                list(shares), [100 * s for s in shares.values()], style, color=colour, label=words
-            )
-        ax.set_xscale("log", base=2)
-        ax.set_xticks(sizes, [f"{n:,}" for n in sizes])
-        ax.set_ylim(bottom=0)
-        ax.set_title(title, loc="left")
-        ax.grid(alpha=0.3)
-    axes[-1].set_xlabel("batch size, at the same number of pairs")
-    handles, titles = axes[0].get_legend_handles_labels()
-    fig.legend(handles, titles, frameon=False, loc="outside upper center", ncols=1)
-    fig.savefig(path, format="png")
-    plt.close(fig)

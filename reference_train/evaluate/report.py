@@ -3,7 +3,6 @@
 `python -m reference_train report FOLDER` makes them again, of several folders one table.
 """
 
-import argparse
 import json
 import platform
 from collections.abc import Sequence
@@ -18,11 +17,11 @@ from rich.markdown import Markdown
 
 from ..arguments import Parser
 from ..errors import CannotStart
-from ..files import write_text, written_whole
+from ..files import write_json, write_text, written_whole
 from .datasets import DataSet
 from .measure import distinct_texts
 from .paper import SPLITS
-from .pictures import by_batch, draw, draw_batches
+from .pictures import draw
 from .suites import PAPER_TEMPLATES
 from .table import Result, markdown
 
@@ -34,13 +33,10 @@ def start(out: Path, settings: dict[str, Any], command: str, device: torch.devic
     """
     if (out / "evaluation.json").exists():
         result = read(out)
-        before = result.get("settings", {})
-        for name in settings:
-            if before.get(name) != settings[name]:
-                raise CannotStart(
-                    f"--out {out}: holds an evaluation with {name} = {before.get(name)}, not "
-                    f"{settings[name]}: choose another --out"
-                )
+        for name, asked in settings.items():
+            if (before := result.get("settings", {}).get(name)) != asked:
+                what = f"--out {out}: holds an evaluation with {name} = {before}, not {asked}"
+                raise CannotStart(f"{what}: choose another --out")
         return result | {"failed": {}, "absent": {}}
     packages = ("torch", "torchvision", "open_clip_torch")
     return {
@@ -49,11 +45,7 @@ def start(out: Path, settings: dict[str, Any], command: str, device: torch.devic
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "settings": settings,
-        "checkpoints": {},
-        "data_sets": {},
-        "failed": {},
-        "absent": {},
-        "results": {},
+        **{key: {} for key in ("checkpoints", "data_sets", "failed", "absent", "results")},
     }
 
 
@@ -69,7 +61,7 @@ def read(path: Path) -> Result:
     return result
 
 
-def describe(name: str, data: DataSet, own_names: bool = False) -> dict[str, Any]:
+def describe(name: str, data: DataSet) -> dict[str, Any]:
     """A data set in numbers, and why the paper's can't be compared with them, if so."""
     groups = {group: (data.groups or []).count(group) for group in dict.fromkeys(data.groups or [])}
     unlike = ""
@@ -78,8 +70,6 @@ def describe(name: str, data: DataSet, own_names: bool = False) -> dict[str, Any
             unlike = f"{len(data.images):,} images, its test split has {SPLITS[name].images:,}"
         elif data.classes[""].templates != PAPER_TEMPLATES:
             unlike = "other templates than its 80"
-        elif own_names:
-            unlike = "other class names"
     texts = data.captions or []
     if data.names_find_images:
         texts = [[str(label)] for label in data.classes[""].labels.tolist()]
@@ -110,8 +100,18 @@ def superclass_chances(data: DataSet) -> dict[str, float]:
     return found
 
 
+def save(result: Result, out: Path) -> None:
+    """Writes `evaluation.json`. Raises `CannotStart` if the folder can't be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(result, out / "evaluation.json")
+    except OSError as error:
+        raise CannotStart(f"--out {out}: can't be written: {error.strerror}") from error
+
+
 def write(result: Result, out: Path, console: Console) -> None:
-    """The table and the picture, and a shorter table on the terminal."""
+    """All files, and a shorter table on the terminal."""
+    save(result, out)
     write_text(markdown(result), out / "table.md")
     with written_whole(out / "picture.png") as path:
         draw(result, path)
@@ -121,35 +121,22 @@ def write(result: Result, out: Path, console: Console) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """`python -m reference_train report`."""
-    parser = Parser(
-        prog="python -m reference_train report",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Makes table.md and picture.png again from evaluation.json. Runs called\n"
-        "LOSS-SEED are one column, mean and range. Of runs called lambda-LOSS-BATCH-REFERENCE\n"
-        "lambda.png is drawn, and no table.",
-    )
-    parser.add_argument(
-        "evaluations", nargs="+", type=Path, metavar="FOLDER", help="or an evaluation.json"
-    )
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="data sets")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: the folder")
+    words = "Makes table.md and picture.png again. Runs that are called LOSS-SEED are one column."
+    parser = Parser(prog="python -m reference_train report", description=words)
+    add = parser.add_argument
+    add("evaluations", nargs="+", type=Path, metavar="FOLDER", help="or an evaluation.json")
+    add("--only", nargs="+", metavar="NAME", help="data sets")
+    add("--out", type=Path, metavar="DIR", help="default: the folder")
     arguments = parser.parse_args(argv)
-    if arguments.out is None:
-        if len(arguments.evaluations) > 1 or not arguments.evaluations[0].is_dir():
-            raise CannotStart("report: --out is needed for several, or for a file")
-        [arguments.out] = arguments.evaluations
     results = [read(path) for path in arguments.evaluations]
+    out = arguments.out or arguments.evaluations[0]
+    if not arguments.out and (len(results) > 1 or out.is_file()):
+        raise CannotStart("report: --out is needed for several, or for a file")
     result = {**results[-1], "command": "\n    ".join(r["command"] for r in results)}
-    for key in ("results", "data_sets", "failed", "absent", "skipped"):
+    for key in ("results", "data_sets", "failed", "absent"):
         result[key] = {name: x for r in results for name, x in r.get(key, {}).items()}
     if arguments.only:
-        for key in ("data_sets", "failed", "absent", "skipped"):
-            result[key] = {n: x for n, x in result[key].items() if n in arguments.only}
+        result["data_sets"] = {n: d for n, d in result["data_sets"].items() if n in arguments.only}
         if not result["data_sets"]:
             raise CannotStart(f"--only: no data set {' or '.join(arguments.only)}")
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    if batches := by_batch(result["results"]):
-        with written_whole(arguments.out / "lambda.png") as path:
-            draw_batches(batches, path)
-    else:
-        write(result, arguments.out, Console())
+    write(result, out, Console())

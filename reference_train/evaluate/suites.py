@@ -11,9 +11,7 @@ clip-benchmark (https://github.com/LAION-AI/CLIP_benchmark) lays a data set out 
 """
 
 import json
-import pickle
 import re
-import tarfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -31,50 +29,22 @@ from .paper import SPLITS
 PAPER_TEMPLATES = [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]  # the 80
 PICTURE_TEMPLATES = ["{}", "a drawing of {}", "a picture of {}", "an icon of {}"]
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
-# Folders by other names than clip-benchmark's (wds_NAME, wds_vtab-NAME, with - or _).
-ALIASES = {
-    "imagenet": "imagenet1k",
-    "imagenet-1k": "imagenet1k",
-    "ilsvrc2012": "imagenet1k",
-    "imagenet-v2": "imagenetv2",
-    "imagenetv2-matched-frequency": "imagenetv2",
+ALIASES = {  # of folders that are not called as clip-benchmark's
+    **dict.fromkeys(("imagenet", "imagenet-1k", "ilsvrc2012"), "imagenet1k"),
+    **dict.fromkeys(("imagenet-v2", "imagenetv2-matched-frequency"), "imagenetv2"),
     "imagenetv2-matched-frequency-format-val": "imagenetv2",
     "sketch": "imagenet-sketch",
 }
-# What a data set that is not as it should be makes its readers raise.
-BROKEN = (
-    Unusable,
-    OSError,
-    ValueError,
-    KeyError,
-    RuntimeError,
-    EOFError,
-    tarfile.TarError,
-    pickle.UnpicklingError,
-)
-
 # CIFAR-100's superclasses (https://www.cs.toronto.edu/~kriz/cifar.html).
 CIFAR100_SUPERCLASSES = """
-beaver dolphin otter seal whale
-aquarium_fish flatfish ray shark trout
-orchid poppy rose sunflower tulip
-bottle bowl can cup plate
-apple mushroom orange pear sweet_pepper
-clock keyboard lamp telephone television
-bed chair couch table wardrobe
-bee beetle butterfly caterpillar cockroach
-bear leopard lion tiger wolf
-bridge castle house road skyscraper
-cloud forest mountain plain sea
-camel cattle chimpanzee elephant kangaroo
-fox porcupine possum raccoon skunk
-crab lobster snail spider worm
-baby boy girl man woman
-crocodile dinosaur lizard snake turtle
-hamster mouse rabbit shrew squirrel
-maple_tree oak_tree palm_tree pine_tree willow_tree
-bicycle bus motorcycle pickup_truck train
-lawn_mower rocket streetcar tank tractor
+beaver dolphin otter seal whale, aquarium_fish flatfish ray shark trout, orchid poppy rose
+sunflower tulip, bottle bowl can cup plate, apple mushroom orange pear sweet_pepper, clock keyboard
+lamp telephone television, bed chair couch table wardrobe, bee beetle butterfly caterpillar
+cockroach, bear leopard lion tiger wolf, bridge castle house road skyscraper, cloud forest mountain
+plain sea, camel cattle chimpanzee elephant kangaroo, fox porcupine possum raccoon skunk, crab
+lobster snail spider worm, baby boy girl man woman, crocodile dinosaur lizard snake turtle, hamster
+mouse rabbit shrew squirrel, maple_tree oak_tree palm_tree pine_tree willow_tree, bicycle bus
+motorcycle pickup_truck train, lawn_mower rocket streetcar tank tractor
 """
 
 Open = Callable[[], DataSet]
@@ -148,7 +118,7 @@ def add_train(data: DataSet, read: Callable[[], tuple[Images, Tensor]]) -> None:
     try:
         images, labels = read()
         data.train = images, {"": labels}
-    except BROKEN as error:
+    except Exception as error:  # whatever its files raise
         data.train_lacks = " ".join(str(error).split())
 
 
@@ -170,24 +140,27 @@ def cifar100_coarse() -> Tensor:
     """(100,), the superclass of each class; the classes are in the order of the alphabet."""
     superclass = {
         name: number
-        for number, line in enumerate(CIFAR100_SUPERCLASSES.split("\n")[1:-1])
-        for name in line.split()
+        for number, names in enumerate(CIFAR100_SUPERCLASSES.split(","))
+        for name in names.split()
     }
     return torch.tensor([superclass[name] for name in sorted(superclass)])
 
 
 def open_folders(folder: Path, name: str, superclasses: list[str] | None) -> DataSet:
-    """Images in a folder for each class, called by it; in `folder` or its test and train splits.
+    """Images in a folder for each class; the folders in `folder` or in its test and train splits.
 
-    name: for one of the paper's, ImageNet's classes by WordNet's identifier or number.
+    Classes are called as in `classnames.txt`, or as their folders. name: of one of the paper's data
+    sets, whose folders are ImageNet's classes by WordNet's identifier or by number.
     """
     test, train = split_folder(folder), folder / "train"
     images, labels, folders = class_folders(test)
-    names, coarse = [class_name.replace("_", " ") for class_name in folders], None
+    names = lines(folder / "classnames.txt") or [name.replace("_", " ") for name in folders]
+    if len(names) != len(folders):
+        raise Unusable(f"{test} has {len(folders)} classes, classnames.txt has {len(names)}")
+    coarse = None
     place = torch.arange(len(folders))  # of a folder among the classes
     if name in SPLITS:
-        if len(folders) != SPLITS[name].classes:
-            raise Unusable(f"{test} has {len(folders)} classes, not {SPLITS[name].classes}")
+        check_count(test, folders, name)
         place, names = imagenet_classes(test, folders)
         coarse = imagenet_coarse(names, superclasses)
     data = DataSet(images, {"": Classes(place[labels], names, PAPER_TEMPLATES, coarse)})
@@ -201,6 +174,12 @@ def open_folders(folder: Path, name: str, superclasses: list[str] | None) -> Dat
     if train.is_dir() and test != folder:
         add_train(data, read_train)
     return data
+
+
+def check_count(path: Path, classes: list[str], name: str) -> None:
+    """Raises `Unusable` if one of the paper's data sets has too few or too many classes."""
+    if name in SPLITS and len(classes) != SPLITS[name].classes:
+        raise Unusable(f"{path} has {len(classes)} classes, not {SPLITS[name].classes}")
 
 
 def imagenet_classes(path: Path, folders: list[str]) -> tuple[Tensor, list[str]]:
@@ -243,8 +222,7 @@ def open_tars(folder: Path, name: str, superclasses: list[str] | None) -> DataSe
         names = lines(folder / "classnames.txt")
         if not names:
             raise Unusable(f"no {folder / 'classnames.txt'}")
-        if name in SPLITS and len(names) != SPLITS[name].classes:
-            raise Unusable(f"{folder} has {len(names)} class names, not {SPLITS[name].classes}")
+        check_count(folder, names, name)
         templates, coarse = PAPER_TEMPLATES, None
         if name == "cifar100":
             coarse = cifar100_coarse()

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from ..losses import LOSSES
 from .metrics import KS, chance_of_any, wilson
-from .paper import ORIGINS, PUBLISHED
+from .paper import ORIGINS, PUBLISHED, Published
 
 Result = dict[str, Any]  # what evaluation.json holds
 
@@ -20,31 +20,28 @@ class Metric(NamedTuple):
     k: int = 1  # one answer of k is right
 
 
-def _metrics() -> dict[str, Metric]:
-    """All metrics, in the order of the table."""
-    found: dict[str, Metric] = {}
-    for question, words in {"": "zero-shot", "subgroup": "subgroup", "group": "group"}.items():
-        start, of = (f"{question}_", f"{question} ") if question else ("", "")
-        found[f"{start}top1"] = Metric(f"{words} top-1", "class", question)
-        found[f"{start}top5"] = Metric(f"{words} top-5", "class", question, 5)
-        found[f"{start}coarse"] = Metric(f"{of}superclass", "superclass")
-        found[f"{start}fine"] = Metric(f"{of}within the superclass", "superclass")
-        for k in KS:
-            words_k = f"{of}consistency score, k = {k}"
-            found[f"{start}consistency_{k}"] = Metric(words_k, "class", question)
-    found["linear_probe"] = Metric("linear probe", "class")
-    for k in (1, 5, 10):
-        found[f"image_to_text_r{k}"] = Metric(f"image → text, R@{k}", "text", k=k)
-    for k in (1, 5, 10):
-        found[f"text_to_image_r{k}"] = Metric(f"text → image, R@{k}", "image", k=k)
-    for words in ("alignment", "image uniformity", "text uniformity"):
-        found[words.replace(" ", "_")] = Metric(words, "")
-    found["inmodal_gap"] = Metric("in-modal gap × 100", "gap")
-    found["crossmodal_gap"] = Metric("cross-modal gap × 100", "gap")
-    return found
-
-
-METRICS = _metrics()
+METRICS: dict[str, Metric] = {}  # in the order of the table
+for _question, _words in {"": "zero-shot", "subgroup": "subgroup", "group": "group"}.items():
+    _start, _of = (f"{_question}_", f"{_question} ") if _question else ("", "")
+    METRICS |= {
+        f"{_start}top1": Metric(f"{_words} top-1", "class", _question),
+        f"{_start}top5": Metric(f"{_words} top-5", "class", _question, 5),
+        f"{_start}coarse": Metric(f"{_of}superclass", "superclass"),
+        f"{_start}fine": Metric(f"{_of}within the superclass", "superclass"),
+    }
+    for _k in KS:
+        _score = Metric(f"{_of}consistency score, k = {_k}", "class", _question)
+        METRICS[f"{_start}consistency_{_k}"] = _score
+METRICS |= {
+    "linear_probe": Metric("linear probe", "class"),
+    **{f"image_to_text_r{k}": Metric(f"image → text, R@{k}", "text", k=k) for k in (1, 5, 10)},
+    **{f"text_to_image_r{k}": Metric(f"text → image, R@{k}", "image", k=k) for k in (1, 5, 10)},
+    "alignment": Metric("alignment", ""),
+    "image_uniformity": Metric("image uniformity", ""),
+    "text_uniformity": Metric("text uniformity", ""),
+    "inmodal_gap": Metric("in-modal gap × 100", "gap"),
+    "crossmodal_gap": Metric("cross-modal gap × 100", "gap"),
+}
 OF_GROUPS = ("top1", "subgroup_top1", "image_to_text_r1", "text_to_image_r1")  # in table.md
 SHORT = (*OF_GROUPS, "consistency_1", "linear_probe", "inmodal_gap", "crossmodal_gap")
 PAPER_TITLES = ("CLIP, paper", "CyCLIP, paper")
@@ -126,7 +123,7 @@ def cell(found: list[float], metric: str, count: int) -> str:
     return f"{mean(scaled):.2f}{spread}"
 
 
-def published(data: dict[str, Any], name: str, metric: str) -> tuple[float, float, str] | None:
+def published(data: dict[str, Any], name: str, metric: str) -> Published | None:
     """The paper's two numbers and their mark, where they can be compared with yours."""
     numbers = PUBLISHED.get((name, metric))
     return None if numbers is None or data.get("unlike_paper") else numbers
@@ -140,84 +137,53 @@ def markdown(result: Result, short: bool = False) -> str:
     """`table.md`: failures, a table for each data set, notes. short: headline metrics alone."""
     out = [f"# Evaluation of {result['date']}", "", f"    {result['command']}", ""]
     out += [f"- **Failed: {name}: {why}**" for name, why in result.get("failed", {}).items()]
-    out += [""] * bool(result.get("failed"))
     shown = columns(result)
     notes = [
-        "In %, but for alignment, uniformity and gaps, where lower is better. In brackets: of one "
-        "run the 95% interval (Wilson), of several (how many is in brackets, too) the lowest and "
-        "the highest. chance: answering by lot. n: how many were asked.",
+        "In %, but for alignment, uniformity and gaps, where lower is better. In brackets: the 95% "
+        "interval (Wilson) of one run, or the lowest and the highest of several, whose number is "
+        "in the heading. chance: answering by lot. n: how many were asked.",
     ]
     marks = False
     for name, data in result["data_sets"].items():
-        metrics = [m for m in METRICS if any(values(runs, name, m) for runs in shown.values())]
-        if not metrics:
+        measured = [m for m in METRICS if any(values(runs, name, m) for runs in shown.values())]
+        if not measured:
             continue
-        has_paper = any(published(data, name, m) for m in METRICS)
-        marks = marks or has_paper
+        paper = {m: p for m in METRICS if (p := published(data, name, m))}
+        marks = marks or bool(paper)
         heads = ["", *(f"{t} ({len(r)})" if len(r) > 1 else t for t, r in shown.items())]
-        heads += [*(PAPER_TITLES if has_paper else ()), "chance", "n"]
-        rows = []
-        for metric in METRICS:
-            paper = published(data, name, metric)
-            if (metric in metrics or paper) and (not short or metric in SHORT):
-                rows.append(row(name, data, metric, "", shown, has_paper))
-        if not short:
-            rows += [
-                row(name, data, metric, group, shown, has_paper)
-                for group in data["groups"]
-                for metric in OF_GROUPS
-                if metric in metrics
-            ]
-        out += [f"## {name}: {sizes(data)}", ""]
-        out += [f"| {' | '.join(heads)} |", "|---" + "|---:" * (len(heads) - 1) + "|"]
-        out += [f"| {' | '.join(cells)} |" for cells in rows]
-        out.append("")
+        heads += [*(PAPER_TITLES if paper else ()), "chance", "n"]
+        wanted = [(m, "") for m in METRICS if m in measured or m in paper]
+        wanted += [(m, group) for group in data["groups"] for m in OF_GROUPS if m in measured]
+        out += ["", f"## {name}: {sizes(data)}", "", f"| {' | '.join(heads)} |"]
+        out += ["|---" + "|---:" * (len(heads) - 1) + "|"]
+        for metric, group in wanted:
+            if short and (group or metric not in SHORT):
+                continue
+            count, lot = queries(data, metric, group), chance(data, metric)
+            cells = [f"{group}: " * bool(group) + METRICS[metric].words]
+            cells += [cell(values(r, name, metric, group), metric, count) for r in shown.values()]
+            if paper:
+                p = None if group else paper.get(metric)
+                cells += [f"{number:.2f} {p.origin[0]}" for number in p[:2]] if p else ["", ""]
+            known = lot is not None and not (group and METRICS[metric].kind in ("text", "image"))
+            cells += [percent(lot or 0.0) if known else ""]
+            cells += [f"{count:,}" if METRICS[metric].kind not in ("", "gap") else ""]
+            out.append(f"| {' | '.join(cells)} |")
         if data["mean_over"]:
             notes.append(f"{name}: the mean over {', '.join(data['mean_over'])}.")
         if data.get("unlike_paper"):
             notes.append(f"{name}: no column of the paper's: {data['unlike_paper']}.")
-        notes += [
-            f"{name}: {why}."
-            for metric, why in NEEDS.items()
-            if published(data, name, metric) and metric not in metrics
+        notes += [f"{name}: {why}." for m, why in NEEDS.items() if m in paper and m not in measured]
+        found = [
+            run[name].get("unreadable", []) for r in shown.values() for run in r if name in run
         ]
-        broken = {why for runs in shown.values() for run in runs for why in unreadable(run, name)}
-        if broken:
-            notes.append(
-                f"{name}: {len(broken)} unreadable, left out: {'; '.join(sorted(broken))}."
-            )
+        if broken := sorted({why for reasons in found for why in reasons}):
+            notes.append(f"{name}: {len(broken)} unreadable, left out: {'; '.join(broken)}.")
     if marks:
         origins = "; ".join(f"{origin[0]}: {words}" for origin, words in ORIGINS.items())
         notes.append(f"Paper: Goel et al. 2022, RN50 on CC3M. {origins}.")
-    absent = {**result.get("skipped", {}), **result.get("absent", {})}
-    notes += [f"Not evaluated: {name}: {why}." for name, why in absent.items()]
-    return "\n".join([*out, *(f"- {note}" for note in notes)]) + "\n"
-
-
-def row(
-    name: str,
-    data: dict[str, Any],
-    metric: str,
-    group: str,
-    shown: dict[str, list[dict[str, Any]]],
-    has_paper: bool,
-) -> list[str]:
-    """The cells of one metric."""
-    count, by_lot = queries(data, metric, group), chance(data, metric)
-    cells = [f"{group}: " * bool(group) + METRICS[metric].words]
-    cells += [cell(values(runs, name, metric, group), metric, count) for runs in shown.values()]
-    if has_paper:
-        paper = None if group else published(data, name, metric)
-        cells += [f"{n:.2f} {paper[2][0]}" for n in paper[:2]] if paper else ["", ""]
-    share = METRICS[metric].kind not in ("", "gap")
-    retrieval = METRICS[metric].kind in ("text", "image")
-    cells.append(percent(by_lot) if by_lot is not None and not (group and retrieval) else "")
-    return [*cells, f"{count:,}" if share else ""]
-
-
-def unreadable(run: dict[str, Any], name: str) -> list[str]:
-    """What was left out of a data set."""
-    return list(run.get(name, {}).get("unreadable", []))
+    notes += [f"Not evaluated: {name}: {why}." for name, why in result.get("absent", {}).items()]
+    return "\n".join([*out, "", *(f"- {note}" for note in notes)]) + "\n"
 
 
 def sizes(data: dict[str, Any]) -> str:

@@ -189,27 +189,21 @@ def test_every_kind_of_data_set_in_one_command(run_folder: Path, tmp_path: Path,
 
 
 def test_prompts_and_class_names_of_ones_own(run_folder: Path, tmp_path: Path):
-    folder = tmp_path / "wds_cifar10"
-    write_set(folder, {"test": labelled(20, 10)}, classnames="\n".join("abcdefghij"))
+    write_image_folder(tmp_path / "set", ["a", "b"])
+    (tmp_path / "set" / "classnames.txt").write_text("own 0\nown 1\n")
     (tmp_path / "templates").write_text("{c} as I say\n")
-    (tmp_path / "names").write_text("\n".join(f"own {i}" for i in range(10)))
-    arguments = (run_folder, "--only", "cifar10", "--data", folder)
-    plain = evaluate(tmp_path / "1", *arguments)
-    own = evaluate(
-        *(tmp_path / "2", *arguments, "--templates", tmp_path / "templates"),
-        *("--classnames", f"cifar10={tmp_path / 'names'}"),
-    )
-    assert plain["data_sets"]["cifar10"]["templates"] == 80
-    assert own["data_sets"]["cifar10"]["templates"] == 1
+    options = ("--imagefolder", f"x={tmp_path / 'set'}", "--templates", tmp_path / "templates")
+    found = evaluate(tmp_path / "out", run_folder, *options, "--only", "x")
+    assert found["data_sets"]["x"]["templates"] == 1
     model, _, tokenizer = encode_plainly(run_folder)
     with torch.no_grad():
-        texts = model.encode_text(
-            tokenizer([f"own {i} as I say" for i in range(10)]), normalize=True
-        )
-    labels = torch.arange(20) * 3 % 10
-    expected = -2 * torch.pdist(texts[labels].double()).square()
-    found = own["results"]["tiny"]["cifar10"]["numbers"]["text_uniformity"]
-    assert found == pytest.approx(float(expected.exp().mean().log()), rel=1e-4)
+        texts = model.encode_text(tokenizer(["own 0 as I say", "own 1 as I say"]), normalize=True)
+    expected = -2 * (texts[0] - texts[1]).square().sum()
+    numbers = found["results"]["tiny"]["x"]["numbers"]
+    assert numbers["text_uniformity"] == pytest.approx(float(expected), rel=1e-4)
+    (tmp_path / "set" / "classnames.txt").write_text("own 0\n")
+    with pytest.raises(CannotStart, match=r"2 classes, classnames\.txt has 1"):
+        evaluate(tmp_path / "2", run_folder, *options, "--only", "x")
 
 
 @pytest.mark.parametrize(
@@ -222,7 +216,6 @@ def test_prompts_and_class_names_of_ones_own(run_folder: Path, tmp_path: Path):
         ["{run}", "{run}"],
         ["{run}", "--data", "nowhere"],
         ["{run}", "--batch-size", "0"],
-        ["{run}", "--classnames", "cifar10"],
         ["--pretrained", "openai"],
         ["{run}", "--model", "RN50"],
         ["{run}", "--imagefolder", "emoji={run}"],
@@ -279,7 +272,7 @@ def test_a_picture_that_is_none_is_named_and_left_out(run_folder: Path, tmp_path
 
 def test_the_cause_of_a_failure_comes_first(run_folder: Path, tmp_path: Path, small_emoji: None):
     write_set(tmp_path / "wds_cifar10", {"test": labelled(4, 10)}, classnames="only\ntwo\n")
-    with pytest.raises(Stopped, match=r"cifar10: .* has 2 class names, not 10") as stopped:
+    with pytest.raises(Stopped, match=r"cifar10: .* has 2 classes, not 10") as stopped:
         evaluate(tmp_path / "out", run_folder, "--data", tmp_path)
     assert stopped.value.exit_code == 1
     lines = (tmp_path / "out" / "table.md").read_text().splitlines()
@@ -288,18 +281,15 @@ def test_the_cause_of_a_failure_comes_first(run_folder: Path, tmp_path: Path, sm
         evaluate(tmp_path / "2", run_folder, "--data", tmp_path, "--only", "cifar10")
 
 
-@pytest.mark.parametrize("change", ["", "images", "templates", "names"])
+@pytest.mark.parametrize("change", ["", "images", "templates"])
 def test_the_paper_is_shown_where_it_can_be_compared(
     change: str, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(SPLITS, "cifar10", Split(10, 21 if change == "images" else 20))
     folder = tmp_path / "wds_cifar10"
     write_set(folder, {"test": labelled(20, 10)}, classnames="\n".join("abcdefghij"))
-    (tmp_path / "own").write_text("\n".join("{c} " + letter for letter in "abcdefghij"))
-    options = {
-        "templates": ("--templates", tmp_path / "own"),
-        "names": ("--classnames", f"cifar10={tmp_path / 'own'}"),
-    }.get(change, ())
+    (tmp_path / "own").write_text("{c}\n")
+    options = ("--templates", tmp_path / "own") if change == "templates" else ()
     evaluate(tmp_path / "out", run_folder, "--data", folder, "--only", "cifar10", *options)
     table = (tmp_path / "out" / "table.md").read_text()
     assert ("46.54 q | 51.45 q" in table) == (not change)

@@ -1,4 +1,4 @@
-"""`report`: evaluations of several runs, averaged, and those of several batch sizes."""
+"""`report`: evaluations of several runs, averaged."""
 
 import json
 from pathlib import Path
@@ -20,12 +20,6 @@ def found(top: float) -> dict[str, Any]:
 
 
 RUNS = {"clip-0": 0.10, "clip-1": 0.14, "x-c-cyclip-0": 0.15, "cyclip-0": 0.01, "other": 0.5}
-BATCHES = {
-    "lambda-clip-128-0": 0.1,
-    "lambda-cyclip-128-0": 0.2,
-    "lambda-cyclip-4096-0": 0.01,
-    "lambda-cyclip-4096-128": 0.3,
-}
 
 
 def write(folder: Path, runs: dict[str, float]) -> Path:
@@ -68,22 +62,6 @@ def test_sets_with_other_numbers_of_classes_have_axes_of_their_own(
     assert [ax.get_title(loc="left") for ax in drawn[0].axes] == [
         f"zero-shot top-1, % (chance {100 / classes['class']:.2g})" for classes in DATA.values()
     ]
-
-
-def test_over_batch_sizes(tmp_path: Path) -> None:
-    folder = write(tmp_path / "1", BATCHES)
-    lines = pictures.by_batch(report.read(folder)["results"])
-    shares = {
-        line: {n: of["emoji"]["numbers"]["top5"] for n, of in batches.items()}
-        for line, batches in lines.items()
-    }
-    assert shares == {
-        "clip": {128: 0.1},
-        "cyclip-0": {128: 0.2, 4096: 0.01},
-        "cyclip-128": {128: 0.2, 4096: 0.3},  # at 128 it is the same formula
-    }
-    report.main([str(folder)])
-    assert matplotlib.image.imread(folder / "lambda.png").shape[1] == 1100
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"results": []}'])
