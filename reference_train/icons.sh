@@ -34,11 +34,7 @@ over_batches 512 1.4e-3 205
 over_batches 2048 2.8e-3 51
 over_batches 4096 4e-3 26
 
-evaluate() { # FOLDER, then the runs
-    folder=$out/$1
-    shift
-    python -m reference_train evaluate "$@" --data "$out/icons" --only icons emoji --out "$folder"
-    python -m reference_train report "$folder"
-}
-evaluate evaluation "$out"/logs/[ci]*
-evaluate lambda "$out"/logs/lambda-*
+python -m reference_train evaluate "$out"/logs/[ci]* --data "$out/icons" --only icons emoji \
+    --out "$out/evaluation"
+python -m reference_train evaluate "$out"/logs/lambda-* --data "$out/icons" --only icons emoji \
+    --out "$out/evaluation-lambda"
