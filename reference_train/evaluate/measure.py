@@ -25,7 +25,7 @@ def measure(clip: Clip, data: DataSet, linear_probe: bool = False) -> dict[str, 
 
     linear_probe: fit one, where there is a train split, on all of it.
 
-    Returns {"numbers": {metric: value}, "groups": {group: {metric: value}},
+    Returns {"numbers": {metric: value}, "groups": {group: {metric: value}}, "images": how many,
              "unreadable": [what is wrong with each picture that is left out]}.
     """
     device = clip.device
@@ -114,7 +114,8 @@ def measure(clip: Clip, data: DataSet, linear_probe: bool = False) -> dict[str, 
         numbers = mean([n for group, n in groups.items() if group not in data.apart])
     else:
         numbers = numbers_of(torch.arange(len(image), device=device)) | probe
-    return {"numbers": numbers, "groups": groups, "unreadable": list(unreadable.values())}
+    left_out = {"images": len(image), "unreadable": list(unreadable.values())}
+    return {"numbers": numbers, "groups": groups, **left_out}
 
 
 def readable(count: int, unreadable: dict[int, str]) -> Tensor:

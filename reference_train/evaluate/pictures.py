@@ -74,7 +74,7 @@ def bars(result: Result, name: str, metric: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for title, runs in columns(result).items():
         if shares := values_of(runs, name, metric):
-            low, high = interval(shares, queries(data, metric))
+            low, high = interval(shares, queries(result, name, metric))
             found.append({"title": title, "mark": "", "value": 100 * mean(shares)})
             found[-1] |= {"low": 100 * low, "high": 100 * high}
     if found and (paper := published(data, name, metric)):

@@ -71,16 +71,18 @@ def values(runs: list[dict[str, Any]], name: str, metric: str, group: str = "") 
     return [n[metric] for n in numbers if metric in n]
 
 
-def queries(data: dict[str, Any], metric: str, group: str = "") -> int:
-    """How many answers a share is of.
+def queries(result: Result, name: str, metric: str, group: str = "") -> int:
+    """How many answers a share is of; not of pictures that could not be read.
 
     Where it is a mean over styles, each thing counts once: its drawings are alike.
     """
-    if group:
-        return int(data["groups"][group])
-    if data["mean_over"]:
-        return max(data["groups"][style] for style in data["mean_over"])
-    return int(data["captions" if METRICS[metric].kind == "image" else "images"])
+    data = result["data_sets"][name]
+    if group or data["mean_over"]:
+        return max(data["groups"][style] for style in ([group] if group else data["mean_over"]))
+    if METRICS[metric].kind == "image":
+        return int(data["captions"])
+    read = [run[name].get("images", 0) for run in result["results"].values() if name in run]
+    return max(read) or int(data["images"])
 
 
 def chance(data: dict[str, Any], metric: str) -> float | None:
@@ -159,7 +161,7 @@ def markdown(result: Result, short: bool = False) -> str:
         for metric, group in wanted:
             if short and (group or metric not in SHORT):
                 continue
-            count, lot = queries(data, metric, group), chance(data, metric)
+            count, lot = queries(result, name, metric, group), chance(data, metric)
             cells = [f"{group}: " * bool(group) + METRICS[metric].words]
             cells += [cell(values(r, name, metric, group), metric, count) for r in shown.values()]
             if paper:

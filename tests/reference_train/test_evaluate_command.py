@@ -267,7 +267,9 @@ def test_a_picture_that_is_none_is_named_and_left_out(run_folder: Path, tmp_path
         for split in ("test", "train")
         for shard, number in ((0, 0), (1, 6))
     ]
-    assert "x: 4 unreadable, left out:" in (tmp_path / "out2" / "table.md").read_text()
+    table = (tmp_path / "out2" / "table.md").read_text()
+    assert "x: 4 unreadable, left out:" in table
+    assert "| 10.0 | 12 |" in table  # n: those that were read
 
 
 def test_the_cause_of_a_failure_comes_first(run_folder: Path, tmp_path: Path, small_emoji: None):
