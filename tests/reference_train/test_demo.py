@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import sys
-import tarfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tars import write_tar
 
 pytest.importorskip("open_clip")
 pytest.importorskip("webdataset")
@@ -47,14 +47,6 @@ def split_of(concept: int) -> str:
 
 def colour_of(style: int, concept: int) -> tuple[int, int, int]:
     return (10 * concept, 30 * style, 100)
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w:xz") as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
 
 
 def png(colour: tuple[int, int, int]) -> bytes:
@@ -91,7 +83,7 @@ def emoji_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             members[f"{c:04x}.png"] = png(colour_of(s, c))
             members[f"{c:04x}.txt"] = info["name"].encode()
             members[f"{c:04x}.json"] = json.dumps(info).encode()
-        write_tar(folder / f"{style}.tar.xz", members)
+        write_tar(folder / f"{style}.tar.xz", members, "w:xz")
     return folder
 
 
@@ -175,13 +167,6 @@ def test_loss_terms_sum_to_the_loss(finished: Path) -> None:
         assert "validation_inmodal_gap" in steps[-1]
 
 
-def test_finished_runs_are_not_repeated(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = evaluation(finished)
-    run("--loss", "clip", "cyclip", "--seeds", 2, *FAST, "--out", finished)
-    assert "cyclip-1: finished before" in capsys.readouterr().out
-    assert evaluation(finished) == before
-
-
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,6 +189,8 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
     assert len(augmented) == 4 + 3
 
     whole, parts = (evaluation(tmp_path / name) for name in ("whole", "parts"))
+    run(*options, "--out", tmp_path / "parts")  # finished: nothing is repeated
+    assert len(augmented) == 4 + 3
     assert whole["history"] == parts["history"]
     assert whole["results"] == parts["results"]
     one, other = (
@@ -224,15 +211,6 @@ def test_a_loss_that_is_no_number_ends_the_run(
     assert "try a lower --lr" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [([], 256), (["--batch-size", "64"], 256), (["--reference-batch-size", "0"], None)],
-)
-def test_reference_batch_size(arguments: list[str], expected: int | None) -> None:
-    configs = command.run_configs(command.parse_arguments(arguments))
-    assert {config.reference_batch_size for config in configs} == {expected}
-
-
 def test_the_batch_size_weighs_the_penalties(finished: Path, tmp_path: Path) -> None:
     """In batches of 8 the penalties are 256 / 8 times the paper's: the first step shows it."""
     run(*FAST, "--loss", "cyclip", "--reference-batch-size", 0, "--out", tmp_path)
@@ -249,17 +227,13 @@ def test_the_batch_size_weighs_the_penalties(finished: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--lambda-inmodal", "-1"], "--lambda-inmodal: must be a number >= 0, not -1"),
         (["--lambda-crossmodal", "nan"], "--lambda-crossmodal: must be a number >= 0, not nan"),
-        (["--lambda-crossmodal", "inf"], "--lambda-crossmodal: must be a number >= 0, not inf"),
         (["--reference-batch-size", "-1"], "--reference-batch-size: must be a whole number >= 0"),
         (["--loss", "siglip"], "--loss: invalid choice: 'siglip'"),
         (["--batch-size", "17"], "more than the 16 distinct concepts"),
         (["--steps", "0"], "--steps: must be a whole number >= 1, not 0"),
-        (["--steps", "1.5"], "--steps: must be a whole number >= 1, not 1.5"),
         (["--lr", "nan"], "--lr: must be a number above 0, not nan"),
         (["--device", "cuda:99"], "--device: cuda:99"),
-        (["--device", "abacus"], "--device: abacus"),
         (["--out", "/dev/null/runs"], "can't be written"),
         (["report", "{tmp}"], "is no evaluation.json"),
     ],
@@ -305,7 +279,7 @@ def test_emoji_that_are_not_whole_are_refused(
     if isinstance(shard, bytes):
         path.write_bytes(shard)
     elif shard:
-        write_tar(path, shard)
+        write_tar(path, shard, "w:xz")
     with pytest.raises(errors.CannotStart, match=message):
         read_emoji(folder)
 

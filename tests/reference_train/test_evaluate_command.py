@@ -3,7 +3,6 @@
 import io
 import json
 import pickle
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from tars import write_tar
 from timm.data.imagenet_info import ImageNetInfo
 from torch.nn import functional as F
 
@@ -38,14 +38,11 @@ def png(number: int, mode: str = "RGB") -> bytes:
     return content.getvalue()
 
 
-def write_tar(path: Path, samples: Samples) -> None:
+def write_samples(path: Path, samples: Samples) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for number, sample in enumerate(samples):
-            for extension, content in sample.items():
-                member = tarfile.TarInfo(f"{path.stem}s{number:04}.{extension}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+    of_samples = enumerate(samples)
+    files = {f"{path.stem}s{i:04}.{ext}": x for i, of in of_samples for ext, x in of.items()}
+    write_tar(path, files)
 
 
 def write_set(folder: Path, splits: dict[str, Samples], **texts: str) -> None:
@@ -53,7 +50,9 @@ def write_set(folder: Path, splits: dict[str, Samples], **texts: str) -> None:
     for split, samples in splits.items():
         for shard in (0, 1):
             half = len(samples) // 2
-            write_tar(folder / split / f"{shard}.tar", samples[shard * half : (shard + 1) * half])
+            write_samples(
+                folder / split / f"{shard}.tar", samples[shard * half : (shard + 1) * half]
+            )
         (folder / split / "nshards.txt").write_text("2\n")
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
@@ -157,7 +156,7 @@ def test_every_kind_of_data_set_in_one_command(run_folder: Path, tmp_path: Path,
         {"png": png(i), "txt": b"%d, bold" % i, "json": b'{"name": "n%d"}' % (i // 2)}
         for i in range(12)
     ]
-    write_tar(data / "icons" / "val-00000.tar", icons)
+    write_samples(data / "icons" / "val-00000.tar", icons)
     (data / "logs").mkdir()
     (data / "cifar-10-python.tar.gz").touch()
     write_image_folder(tmp_path / "own" / "test", ["a_b", "c"])
@@ -473,7 +472,7 @@ def test_superclasses_of_cifar100_are_those_of_its_own_files():
 def test_images_in_tars_are_read_from_their_places_on_white(tmp_path: Path):
     clear = io.BytesIO()
     Image.new("RGBA", (4, 4), (10, 20, 30, 0)).save(clear, "png")
-    write_tar(tmp_path / "0.tar", [{"cls": b"1", "png": png(1)}, {"png": clear.getvalue()}])
+    write_samples(tmp_path / "0.tar", [{"cls": b"1", "png": png(1)}, {"png": clear.getvalue()}])
     images = TarImages([tmp_path / "0.tar"])
     with Image.open(io.BytesIO(png(1))) as first:
         assert images[0].size == first.size
