@@ -81,11 +81,8 @@ def train(
     `Stopped` if the loss is no number.
     """
     model, device = clip.model, clip.device
-    loss_fn = CyCLIPLoss(
-        config.lambda_inmodal,
-        config.lambda_crossmodal,
-        reference_batch_size=config.reference_batch_size,
-    )
+    lambdas = config.lambda_inmodal, config.lambda_crossmodal
+    loss_fn = CyCLIPLoss(*lambdas, reference_batch_size=config.reference_batch_size)
     optimizer = make_optimizer(model, config.lr)
     path = folder / "checkpoint.pt"
     saved: dict[str, Any] = {"step": 0, "seconds": 0.0, "history": []}
@@ -95,11 +92,10 @@ def train(
         if saved["step"] < config.steps:
             optimizer.load_state_dict(saved["optimizer"])
             console.print(f"{config.name}: resumes at step {saved['step']} of {config.steps}")
-    start, history = saved["step"], saved["history"]
-    began, pending = time.monotonic() - saved["seconds"], []
+    history, pending, began = saved["history"], [], time.monotonic() - saved["seconds"]
 
     try:
-        for step in range(start, config.steps):
+        for step in range(saved["step"], config.steps):
             model.train()
             lr = learning_rate(step, config)
             for group in optimizer.param_groups:
@@ -111,9 +107,8 @@ def train(
             pixels = normalize(augment(images, IMAGE_SIZE, rng))
             with clip.autocast():
                 out = model(pixels, tokens)
-            terms = loss_fn(
-                out["image_features"], out["text_features"], out["logit_scale"], output_dict=True
-            )
+            features, scale = (out["image_features"], out["text_features"]), out["logit_scale"]
+            terms = loss_fn(*features, scale, output_dict=True)
             loss = sum(terms.values())
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -122,8 +117,7 @@ def train(
             with torch.no_grad():
                 model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
-            values = {"loss": loss, **terms, "logit_scale": out["logit_scale"]}
-            values["gradient_norm"] = gradient_norm
+            values = {"loss": loss, **terms, "logit_scale": scale, "gradient_norm": gradient_norm}
             pending.append({name: value.detach() for name, value in values.items()})
             done = step + 1
             if done % max(1, config.steps // LOOKS) and done < config.steps:
@@ -141,9 +135,11 @@ def train(
             last |= {f"validation_{name}": value for name, value in numbers.items()}
             seconds = time.monotonic() - began
             saved = {"model": model.state_dict(), "step": done, "seconds": seconds}
-            saved |= {"optimizer": optimizer.state_dict() if done < config.steps else None}
+            saved |= {"history": history}
+            if done < config.steps:
+                saved["optimizer"] = optimizer.state_dict()
             with written_whole(path) as whole:
-                torch.save({**saved, "history": history}, whole)
+                torch.save(saved, whole)
             left = seconds / done * (config.steps - done)
             parts = " + ".join(f"{last[name]:.3f}" for name in terms)
             line = f"{config.name}: step {done}/{config.steps}, loss {parts}, {left:.0f} s left"
