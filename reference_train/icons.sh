@@ -34,8 +34,7 @@ over_batches 512 1.4e-3 205
 over_batches 2048 2.8e-3 51
 over_batches 4096 4e-3 26
 
-if [ ! -f "$out/evaluation/table.md" ]; then # which is written last
-    rm -rf "$out/evaluation"
-    python -m reference_train evaluate "$out"/logs/* --suite rehearsal --data "$out" --out "$out/evaluation"
-fi
-python -m reference_train.evaluate.experiment "$out/evaluation/evaluation.json" --out "$out/evaluation"
+python -m reference_train evaluate "$out"/logs/[ci]* --data "$out/icons" --only icons emoji \
+    --out "$out/evaluation"
+python -m reference_train evaluate "$out"/logs/lambda-* --data "$out/icons" --only icons emoji \
+    --out "$out/evaluation-lambda"
