@@ -15,7 +15,7 @@ from conftest import needs_interpreter as interpreted
 from benchmarks import ROOT
 from benchmarks.gate import command as gate
 from benchmarks.gate.binary import Binary
-from benchmarks.gpu import ablations, command, suite, sweep, timings
+from benchmarks.gpu import ablations, command, suite, sweep
 from benchmarks.gpu.candidates import KEYS, candidates, refusals, variants, winner
 from benchmarks.run import Run, Section
 from cyclip_loss.kernels import configs
@@ -86,14 +86,6 @@ def test_tests_end_with_their_share_of_the_budget(
     (note,) = section.notes
     assert "was interrupted at" in note
     assert "test_slow" in note
-
-
-def test_tests_that_cannot_run_are_a_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (failure,) = section_of(tmp_path, monkeypatch, "--no-such-option").failures
-    assert failure.startswith("process 0: pytest ended with 4 at its start\n")
-    assert "--no-such-option" in failure
 
 
 @interpreted
@@ -188,12 +180,6 @@ def test_the_fastest_over_all_sizes_wins() -> None:
     assert winner(hardly, "shipped") == "shipped"
 
 
-@pytest.mark.parametrize("kernel", KEYS)
-def test_a_line_is_the_configuration(kernel: str) -> None:
-    for candidate in candidates("sm_90", kernel):
-        assert eval(f"{{{candidate.line}}}", vars(configs)) == {KEYS[kernel]: candidate.config}
-
-
 @interpreted
 def test_the_ablation_multiplies(device: torch.device) -> None:
     """The sums of the tiles' products, where they are wanted."""
@@ -212,22 +198,6 @@ def test_the_ablation_multiplies(device: torch.device) -> None:
 def options(out: Path, **changed: object) -> Namespace:
     chosen = {"dry_run": True, "out": out, "seed": 0, "budget": 100.0, "sections": None}
     return Namespace(**{**chosen, **changed})
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_only_a_dry_run_runs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert command.main(options(tmp_path, dry_run=False)) == 2
-    assert "--dry-run" in capsys.readouterr().out
-
-
-def test_a_spent_budget_skips_what_is_left(tmp_path: Path) -> None:
-    assert command.main(options(tmp_path, budget=0.0, sections=list(command.SECTIONS))) == 0
-    (file,) = tmp_path.glob("*.json")
-    found = json.loads(file.read_text())["sections"]
-    assert list(found) == list(command.SECTIONS)
-    assert all(section["notes"] == ["the budget is spent"] for section in found.values())
 
 
 def test_a_section_that_fails_leaves_the_others_running(
@@ -263,21 +233,3 @@ def test_what_was_found_before_an_interruption_is_in_the_record(
     found = json.loads(file.read_text())["sections"]["kernels"]
     assert found["rows"] == [{"n": 1}]
     assert found["failures"] == ["interrupted"]
-
-
-def test_where_kernels_cannot_be_interpreted_a_dry_run_says_why(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(command, "why_unusable", lambda: "no interpreter")
-    assert command.main(options(tmp_path, sections=list(command.LAUNCH_KERNELS))) == 0
-    (file,) = tmp_path.glob("*.json")
-    for section in json.loads(file.read_text())["sections"].values():
-        assert section["notes"] == ["skipped: no interpreter"]
-
-
-def test_a_profiler_that_delivers_nothing_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timings.profile, "key_averages", lambda profiler: [])
-    run = dry_run()
-    timings.kernels(run)
-    assert run.section.rows == []
-    assert run.section.notes == [timings.NO_PROFILE]
