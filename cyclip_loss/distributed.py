@@ -21,6 +21,8 @@ from torch.distributed import ProcessGroup
 from cyclip_loss.options import WEIGHTS, LossOptions
 
 _collectives: Any = torch.ops._c10d_functional
+# In place of a module's process group, which cannot be stored.
+NOT_STORED = "not stored with the module: set its attribute process_group"
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,7 @@ def ranks_of(process_group: ProcessGroup | None) -> Ranks:
         ValueError: torch.distributed is not initialised, or this process is not in the group.
     """
     if not dist.is_available() or not dist.is_initialized():
-        # A loaded module works in one process: see `loss.NOT_STORED`.
-        if process_group is not None and not isinstance(process_group, str):
+        if process_group not in (None, NOT_STORED):  # a loaded module works in one process
             raise ValueError("process_group was given, but torch.distributed is not initialised")
         return Ranks()
     if process_group is None:

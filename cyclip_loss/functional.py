@@ -155,9 +155,8 @@ def loss_with(
             names = (name, f"augmented_{name}")
             pairs.append(check_features(features, view, names, several))
     if len(pairs) == 2:
-        raise ValueError(
-            "augmented_image_features and augmented_text_features go together: one is None"
-        )
+        missing = "image" if augmented_image_features is None else "text"
+        raise ValueError(f"augmented features go together: augmented_{missing}_features is None")
     if several:
         ranks = check_ranks_agree(ranks, options, pair[0], collective_signature(pairs, options))
     if not several and len(pairs) == 1 and small.loss_is_small(*pair, options.impl):

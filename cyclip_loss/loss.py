@@ -8,11 +8,9 @@ from torch import Tensor, nn
 
 from cyclip_loss import functional
 from cyclip_loss.checks import LEAST_SCALE, warn_of_unusual_inputs
-from cyclip_loss.distributed import ranks_of
+from cyclip_loss.distributed import NOT_STORED, ranks_of
 from cyclip_loss.ops import is_capturing, is_traced
 from cyclip_loss.options import LossOptions, PenaltyOptions
-
-NOT_STORED = "not stored with the module: set its attribute process_group"
 
 
 @dataclass(eq=False, repr=False)

@@ -164,8 +164,9 @@ def exact_results(
 
     def dense(*views: Tensor) -> dict[str, Tensor]:
         both = (leaves["image"], leaves["text"], scale)
-        return reference.cyclip_loss(
-            *both, *case.lambdas, *views, reference_batch_size=case.reference_batch_size
+        size = case.reference_batch_size
+        return one_contrastive_term(
+            reference.cyclip_loss(*both, *case.lambdas, *views, reference_batch_size=size)
         )
 
     terms = dense()
@@ -177,6 +178,14 @@ def exact_results(
     options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
     grads = [torch.autograd.grad(part, list(leaves.values()), **options) for part in parts]
     return terms, dict(zip(leaves, map(list, zip(*grads, strict=True)), strict=True))
+
+
+def one_contrastive_term(terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The in-modal contrastive term, which augmented views have, added to the cross-modal one."""
+    found = dict(terms)
+    if "inmodal_contrastive_loss" in found:
+        found[TERMS[0]] = found[TERMS[0]] + found.pop("inmodal_contrastive_loss")
+    return found
 
 
 def exact_on_host(tensor: Tensor) -> Tensor:
@@ -213,7 +222,7 @@ def evaluate(
             augmented = dict(zip(names, views, strict=False))
             loss = CyCLIPLoss(*case.lambdas, **options, **over_ranks)
             terms = loss(image, text, scale, None, case.output_dict, **augmented)
-        terms = terms if case.output_dict else {"loss": terms}
+        terms = one_contrastive_term(terms) if case.output_dict else {"loss": terms}
         weights = dict(zip(TERMS, case.weights, strict=True)) | {"loss": case.upstream[0]}
         total = sum(weights[name] * term for name, term in terms.items())
         if total.requires_grad:

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cyclip_loss import cyclip_loss
+
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 Device = torch.device | str
 LAYOUTS = ["contiguous", "transposed", "every other column", "every other row", "expanded"]
@@ -153,3 +155,12 @@ DRAWN: dict[str, st.SearchStrategy[Any]] = {
 def cases(**given: st.SearchStrategy[Any]) -> st.SearchStrategy[Case]:
     """Any input of the loss; `given` are drawn otherwise."""
     return st.builds(Case, **(DRAWN | given))
+
+
+class PlainClip(torch.nn.Module):
+    """A loss to wrap: CLIP's."""
+
+    def forward(self, image_features, text_features, logit_scale, output_dict=False):
+        lambdas = {"lambda_inmodal": 0, "lambda_crossmodal": 0}
+        loss = cyclip_loss(image_features, text_features, logit_scale, **lambdas)
+        return {"contrastive_loss": loss} if output_dict else loss

@@ -14,6 +14,12 @@ from cyclip_loss import (
     cyclip_loss,
 )
 
+
+class Own(torch.nn.Module):
+    def forward(self, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
+        return (image_features * text_features).sum()
+
+
 # Refused before anything is computed, whatever the device.
 GOOD = torch.ones(4, 3, device="cpu")
 
@@ -103,7 +109,7 @@ BAD_NUMBERS = [
 def test_bad_weights(name: str, value, error: type[Exception]) -> None:
     """When they are given, and when they are set; what was there stays."""
     message = says(name, f"got {value!r}")
-    for build in (CyCLIPLoss, CyclicPenalty, lambda **k: WithCyclicPenalty(CyCLIPLoss(), **k)):
+    for build in (CyCLIPLoss, CyclicPenalty, lambda **k: WithCyclicPenalty(Own(), **k)):
         with pytest.raises(error, match=message):
             build(**{name: value})
         module = build(**{name: 128})
@@ -121,8 +127,8 @@ def test_bad_weights(name: str, value, error: type[Exception]) -> None:
     [
         ({"use_horovod": True}, "use_horovod=True"),
         # Said when called: a group may come after construction.
-        ({"world_size": 8}, "world_size=8 was given, but the number of processes is 1"),
-        ({"rank": 1}, "rank=1 was given, but this process is rank 0"),
+        ({"world_size": 8}, "rank=0 and world_size=8 were given, but this process is rank 0 of 1"),
+        ({"rank": 1}, "rank=1 and world_size=1 were given, but this process is rank 0 of 1"),
         ({"process_group": "a group"}, "torch.distributed is not initialised"),
     ],
     ids=str,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accuracy import NAMES, results
 from functorch.compile import make_boxed_func
-from inputs import Case, loss_dtype, pairs
+from inputs import Case, PlainClip, loss_dtype, pairs
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -197,7 +197,7 @@ def test_compiled_as_a_trainer_calls_it(impl: str, frozen, device: torch.device)
         torch.library.opcheck(function, tree_map_only(Tensor, Tensor.detach, arguments))
 
 
-MODULES = [CyCLIPLoss(0.5, 0.125), CyclicPenalty(0.5, 0.125), WithCyclicPenalty(CyCLIPLoss(0, 0))]
+MODULES = [CyCLIPLoss(0.5, 0.125), CyclicPenalty(0.5, 0.125), WithCyclicPenalty(PlainClip())]
 BY_MODULE = pytest.mark.parametrize("module", MODULES, ids=lambda module: type(module).__name__)
 
 
@@ -238,5 +238,5 @@ def test_functions_are_the_modules(device: torch.device) -> None:
     options = {"lambda_inmodal": 0.5, "lambda_crossmodal": 0.125, "reference_batch_size": 16}
     assert cyclip_loss(image, text, 5.0, **options) == CyCLIPLoss(**options)(image, text, 5.0)
     assert cyclic_penalty(image, text, **options) == CyclicPenalty(**options)(image, text)
-    wrapped = WithCyclicPenalty(CyCLIPLoss(0, 0), **options)(image, text, 5.0)
+    wrapped = WithCyclicPenalty(PlainClip(), **options)(image, text, 5.0)
     torch.testing.assert_close(wrapped, CyCLIPLoss(**options)(image, text, 5.0))

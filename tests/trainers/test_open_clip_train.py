@@ -223,7 +223,7 @@ def with_schedule(trainer: Any, epoch: int = 0) -> Any:
 
     def main(argv: list[str]) -> None:
         trainer.args = trainer.parse_args(argv)
-        loss = trainer.make(trainer.args)
+        loss = trainer.make()
         weight = nn.Parameter(torch.eye(4, device="cpu"))
         optimizer = torch.optim.SGD([weight], lr=0.1)
         scheduler = trainer.cosine_lr(optimizer, 0.1, 2, 10)
