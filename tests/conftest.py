@@ -17,15 +17,17 @@ import torch
 from hypothesis import settings
 from pool import Ranks
 
+from benchmarks.interpreter import why_unusable
 from cyclip_loss import ops
 
 HAS_TRITON = find_spec("triton") is not None
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+needs_triton = pytest.mark.triton
+needs_interpreter = pytest.mark.triton("interpreted")
 # What imports the kernels at its top.
 collect_ignore = [] if HAS_TRITON else ["kernels", "test_cuda.py", "benchmarks/test_gpu.py"]
 
 # Every test of a value or a gradient runs once per engine.
-IMPLS_UNDER_TEST = ["eager", pytest.param("triton", marks=needs_triton)]
+IMPLS_UNDER_TEST = [pytest.param("triton", marks=needs_triton), "eager"]
 
 # The same examples every time: a red run is a changed program, never an unlucky draw.
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=30)
@@ -42,15 +44,27 @@ def pytest_configure(config: pytest.Config) -> None:
     assert "triton" not in sys.modules
     interpreted = not config.getoption("--device").startswith("cuda")
     os.environ["TRITON_INTERPRET"] = str(int(interpreted))
+    config.addinivalue_line("markers", "triton: launches kernels; interpreted: on a CPU always")
     # PyTorch 2.8 warns of every product in deterministic mode without it.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips tests marked gpu, or gpu(2), where there are fewer, or tensors are made elsewhere."""
+    """Skips tests marked gpu, or gpu(2), where there are fewer, or tensors are made elsewhere; and
+    those marked triton where there is no Triton, or it would be interpreted and can't be.
+    """
+    on_cuda = item.config.getoption("--device").startswith("cuda")
+    for marker in item.iter_markers("triton"):
+        if not HAS_TRITON:
+            pytest.skip("needs Triton")
+        # Ranks compute on the CPU, but for those of NCCL.
+        by_gloo = "ranks" in item.fixturenames and "nccl" not in item.name
+        unusable = why_unusable() if marker.args or by_gloo or not on_cuda else ""
+        if unusable:
+            pytest.skip(unusable)
     for marker in item.iter_markers("gpu"):
         needed = marker.args[0] if marker.args else 1
-        if not item.config.getoption("--device").startswith("cuda"):
+        if not on_cuda:
             pytest.skip("needs --device cuda")
         if torch.cuda.device_count() < needed:
             pytest.skip(f"needs {needed} GPUs")

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from toy_trainer import ToyTrainer
 
+pytest.importorskip("matplotlib")
+
 from benchmarks import __main__, record
 from benchmarks.compare import accuracy, competitors, plot, report, side_by_side, training_step
 from benchmarks.compare.competitors import AUTHORS, DENSE_PENALTIES, OURS, PENALTIES_ONLY

@@ -3,9 +3,12 @@
 from argparse import Namespace
 from dataclasses import replace
 
-import open_clip
 import pytest
 import torch
+
+pytest.importorskip("open_clip")
+
+import open_clip
 
 from benchmarks import predict
 from benchmarks.memory import allocated_peak

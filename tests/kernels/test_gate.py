@@ -3,7 +3,7 @@
 import pytest
 from processes import run_python
 
-from cyclip_loss.kernels.binary import Binary, is_serialised
+from benchmarks.gate.binary import Binary, is_serialised
 
 # Main loops as cuobjdump prints them (Triton 3.9, sm_90, all but products, waits and jumps left
 # out). In the second the sum is also multiplied in each step, so that it must be there by then.
@@ -21,11 +21,16 @@ SERIALISED = """
         /*1390*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
         /*45b0*/              @!P2 BRA 0xec0 ;
 """
+# A persistent kernel: the first loop within one over tiles, which waits before the epilogue.
+PERSISTENT = FREE.replace("        /*1650*/              @!P0 BRA 0x1660 ;\n", "")
+PERSISTENT += "        /*2000*/              @!P1 BRA 0x0a00 ;\n"
 
 
 def test_a_wait_for_the_last_product_before_the_next_is_seen() -> None:
     assert not is_serialised(FREE)
     assert is_serialised(SERIALISED)
+    assert not is_serialised(PERSISTENT)
+    assert is_serialised(PERSISTENT.replace("gsb0, 0x1", "gsb0, 0x0"))
 
 
 @pytest.mark.parametrize(
@@ -112,7 +117,7 @@ def test_the_gate_compiles_what_is_launched() -> None:
 import torch
 from benchmarks.launches import inputs, no_device
 from cyclip_loss import CyCLIPLoss
-from cyclip_loss.kernels import compile as gate
+from benchmarks.gate import command as gate
 
 def described(signature, attributes):
     names = list(signature)
@@ -127,13 +132,14 @@ for features, dtype in (("bfloat16", torch.bfloat16), ("float32 ieee", torch.flo
     ]
     with no_device() as (_, binaries):
         loss = CyCLIPLoss(0.5, 0.25, impl="triton")
-        sum(loss(*inputs(4096, 64, dtype), output_dict=True).values()).backward()
+        for d in (64, 70):
+            sum(loss(*inputs(4096, d, dtype), output_dict=True).values()).backward()
     for launched in binaries.values():
         name = launched["kernel"].split(".")[-1]
         description = described(launched["signature"], launched["configs"][0])
         print(features, name, (name, description) in gated, description)
 """
     lines = without_interpreter(code).splitlines()
-    assert len(lines) == 20
+    assert len(lines) == 24
     for line in lines:
         assert " True " in line, line

@@ -4,10 +4,13 @@ import math
 
 import pytest
 import torch
+from conftest import needs_triton
 from torch import Tensor
 
 from cyclip_loss import eager, kernels
 from cyclip_loss.kernels import products
+
+pytestmark = needs_triton
 
 
 def negatives_and_pairs(

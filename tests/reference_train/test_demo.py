@@ -22,6 +22,7 @@ from processes import start
 pytest.importorskip("open_clip")
 pytest.importorskip("webdataset")
 pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
 
 from PIL import Image
 

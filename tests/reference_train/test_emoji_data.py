@@ -9,6 +9,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("PIL")
+pytest.importorskip("webdataset")
+pytest.importorskip("rich")
+
 from PIL import Image, ImageChops, ImageStat
 
 from reference_train.emoji import build

@@ -7,9 +7,14 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import pytest
 import torch
+
+pytest.importorskip("open_clip_train.precision")
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+
+import open_clip
 from PIL import Image
 from safetensors.torch import save_file
 from timm.data.imagenet_info import ImageNetInfo

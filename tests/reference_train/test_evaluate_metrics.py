@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("PIL")
+
 from reference_train.evaluate import metrics
 from reference_train.evaluate.datasets import DataSet, Pixels
 from reference_train.evaluate.measure import distinct_texts, neighbours_across, pairs_of

@@ -5,8 +5,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-import matplotlib.image
 import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+
+import matplotlib.image
 
 from reference_train.errors import CannotStart
 from reference_train.evaluate import experiment

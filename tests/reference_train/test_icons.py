@@ -10,12 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+pytest.importorskip("resvg_py")
+pytest.importorskip("webdataset")
+pytest.importorskip("rich")
+
 from PIL import Image
 
 from reference_train.data.samples import Sample, read_samples
 from reference_train.errors import CannotStart, Stopped
 
-pytest.importorskip("resvg_py")
 icons = pytest.importorskip("reference_train.data.icons")
 
 

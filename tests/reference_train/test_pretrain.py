@@ -19,12 +19,15 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import open_clip
 import pytest
 import torch
-from PIL import Image
 from processes import run_python
 from torch import Tensor, nn
+
+pytest.importorskip("open_clip_train.main")
+
+import open_clip
+from PIL import Image
 from torchvision.transforms import functional as transforms
 
 from cyclip_loss import open_clip_train
@@ -33,7 +36,6 @@ from reference_train.errors import CannotStart
 from reference_train.pretrain import best, command, models
 from reference_train.pretrain.presets import NAMES
 
-pytest.importorskip("open_clip_train.main")
 models.register()
 
 

@@ -7,6 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+pytest.importorskip("PIL")
+pytest.importorskip("webdataset")
+pytest.importorskip("rich")
+
 from PIL import Image
 
 from reference_train.data import stamps

@@ -12,6 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("open_clip_train.main")
+pytest.importorskip("pandas")
+pytest.importorskip("sybil")
+
 from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
 from processes import run_python
 from recipe_cases import TEXT, VISION, blocks
@@ -19,9 +24,6 @@ from torch import nn
 
 from cyclip_loss import CyCLIPLoss, WithCyclicPenalty, open_clip_train
 from reference_train.data.emoji import EMOJI_FOLDER
-
-# OpenCLIP's, whose data module needs it.
-pytest.importorskip("pandas")
 
 
 def flags(folder: Path, *more: str) -> list[str]:

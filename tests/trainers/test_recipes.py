@@ -8,6 +8,11 @@ import pytest
 import torch
 from conftest import needs_triton
 from pool import Ranks
+
+pytest.importorskip("open_clip")
+pytest.importorskip("sybil")
+pytest.importorskip("webdataset")
+
 from recipe_cases import (
     batch,
     big_batch_on_rank,

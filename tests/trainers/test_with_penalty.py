@@ -5,6 +5,9 @@ import pickle
 
 import pytest
 import torch
+
+pytest.importorskip("open_clip")
+
 from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
 from torch import Tensor, nn
 
