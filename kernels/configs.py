@@ -73,8 +73,8 @@ class Config:
 
     @cached_property
     def with_ids(self) -> "Config":
-        """For contrastive_grads with ids, whose registers half as many elements at a time leave."""
-        return replace(self, tile={**self.tile, "PARTS": 2 * self.tile["PARTS"]})
+        """For contrastive_grads with ids, which need registers: by quarters what goes by halves."""
+        return replace(self, tile={**self.tile, "PARTS": self.tile["PARTS"] ** 2})
 
 
 def _product(bm: int, bn: int, bk: int, warps: int, stages: int, parts: int = 1) -> Config:
