@@ -14,6 +14,8 @@ from cyclip_loss.options import PenaltyOptions
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
+ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 PAPER_LAMBDA, PAPER_BATCH_SIZE = 0.25, 128  # Goel et al. 2022
 # Penalties this many times as strong as the paper's are warned of: at four times, fewer names are
 # found in the icons experiment of reference_train.
@@ -109,6 +111,19 @@ def check_logit_scale(logit_scale: Tensor | float, features: Tensor) -> Tensor:
             f"got {logit_scale.device}"
         )
     return logit_scale.reshape(()).to(device=features.device, dtype=dtype)
+
+
+def check_ids(ids: Tensor, features: Tensor) -> Tensor:
+    """ids as int64, or an error: (N,), integers, on the features' device."""
+    if not isinstance(ids, Tensor) or ids.dtype not in ID_DTYPES:
+        got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"ids must be a tensor of int8 to int64 or uint8, got {got}")
+    if ids.shape != features.shape[:1] or ids.device != features.device:
+        raise ValueError(
+            f"ids must have shape ({features.shape[0]},) on the features' device "
+            f"{features.device}, got {tuple(ids.shape)} on {ids.device}"
+        )
+    return ids.to(torch.int64).contiguous()
 
 
 def zero_of_bias(logit_bias: Tensor | float, loss: Tensor) -> Tensor:

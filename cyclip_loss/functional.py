@@ -34,11 +34,12 @@ from torch import Tensor
 from cyclip_loss import contrastive, cyclic, small
 from cyclip_loss.checks import (
     check_features,
+    check_ids,
     check_logit_scale,
     warn_of_strong_penalties,
     zero_of_bias,
 )
-from cyclip_loss.distributed import Ranks, check_ranks_agree, ranks_of, start_gather
+from cyclip_loss.distributed import Ranks, check_ranks_agree, finish_gather, ranks_of, start_gather
 from cyclip_loss.options import LossOptions, PenaltyOptions
 
 CYCLIC_TERMS = ("inmodal_cyclic_loss", "crossmodal_cyclic_loss")
@@ -113,6 +114,7 @@ def cyclip_loss(  # type: ignore[misc]
     *,
     augmented_image_features: Tensor | None = None,
     augmented_text_features: Tensor | None = None,
+    ids: Tensor | None = None,
     **options: Any,
 ) -> Tensor | _Terms:
     """The CyCLIP loss: contrastive + lambda_inmodal * P_in + lambda_crossmodal * P_cross.
@@ -124,12 +126,17 @@ def cyclip_loss(  # type: ignore[misc]
     to find its own augmented view (the `--inmodal` option of the authors' code). The two are
     averaged or, with `inmodal_contrastive_weight`, added: CLIP + weight * in-modal.
 
+    ids: (N,), int8 to int64 or uint8, on the features' device. Rows with the same id are no
+    negatives of each other: their logits, except each row's own pair, are left out of every
+    contrastive term. Unlike in SupCon, they are ignored, not positives. Every value is an id, -1
+    too: give rows without one distinct values. The penalties are over all pairs.
+
     Returns a scalar or, with `output_dict`, `contrastive_loss`, `inmodal_contrastive_loss` if there
     are augmented views, `inmodal_cyclic_loss` and `crossmodal_cyclic_loss`.
     """
-    augmented = (augmented_image_features, augmented_text_features)
-    inputs = (image_features, text_features, logit_scale, logit_bias, output_dict, *augmented)
-    return loss_with(LossOptions(**options), *inputs)
+    inputs = (image_features, text_features, logit_scale, logit_bias, output_dict)
+    by_name = (augmented_image_features, augmented_text_features, ids)
+    return loss_with(LossOptions(**options), *inputs, *by_name)
 
 
 def loss_with(
@@ -141,6 +148,7 @@ def loss_with(
     output_dict: bool,
     augmented_image_features: Tensor | None,
     augmented_text_features: Tensor | None,
+    ids: Tensor | None,
 ) -> Tensor | _Terms:
     """`cyclip_loss` with checked options, which may be a module."""
     ranks = ranks_of(options.process_group) if options.distributed else Ranks()
@@ -157,19 +165,27 @@ def loss_with(
     if len(pairs) == 2:
         missing = "image" if augmented_image_features is None else "text"
         raise ValueError(f"augmented features go together: augmented_{missing}_features is None")
+    if ids is not None:
+        ids = check_ids(ids, pair[0])
     if several:
-        ranks = check_ranks_agree(ranks, options, pair[0], collective_signature(pairs, options))
+        signature = collective_signature(pairs, options, ids)
+        ranks = check_ranks_agree(ranks, options, pair[0], signature)
     if not several and len(pairs) == 1 and small.loss_is_small(*pair, options.impl):
-        terms = small.terms(*pair, scale, options, output_dict)
+        terms = small.terms(*pair, scale, options, output_dict, ids)
         contrastive_terms, penalties = {"contrastive_loss": terms[0]}, terms[1:]
     else:
         # Across ranks the columns are on their way while the Gram matrices are computed, and those
         # while the contrastive losses are.
         gathered = [start_gather(columns, ranks) for _, columns in pairs]
+        column_ids = None
+        if ids is not None:
+            started_ids = start_gather(ids[:, None], ranks)
+            columns = ids[:, None] if started_ids is None else finish_gather(started_ids, ranks)
+            column_ids = columns[:, 0]
         started = cyclic.start_penalties(*pair, options, ranks)
         losses = [
             contrastive.contrastive_loss(
-                *pair, scale, gathered.pop(0), at == 0, options.impl, ranks
+                *(*pair, scale, gathered.pop(0), at == 0, options.impl, ranks, ids, column_ids)
             )
             for at, pair in enumerate(pairs)
         ]
@@ -193,7 +209,7 @@ def loss_with(
 
 
 def collective_signature(
-    pairs: list[tuple[Tensor, Tensor]], options: LossOptions
+    pairs: list[tuple[Tensor, Tensor]], options: LossOptions, ids: Tensor | None
 ) -> dict[str, Hashable]:
     """What decides which collectives run, by the name that an error would give it."""
     features = pairs[0][0]
@@ -211,6 +227,7 @@ def collective_signature(
         "the device type": features.device.type,
         "whether a penalty has a weight": options.has_penalties(),
         "whether augmented features are given": len(pairs) > 1,
+        "whether ids are given": ids is not None,
         # Their gradients are summed across ranks.
         "which of the text and augmented features require a gradient": ", ".join(trained),
     }

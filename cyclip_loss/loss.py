@@ -136,6 +136,7 @@ class CyCLIPLoss(LossOptions, _Module):
         *,
         augmented_image_features: Tensor | None = None,
         augmented_text_features: Tensor | None = None,
+        ids: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or with `output_dict` its terms, as `functional.cyclip_loss`."""
         if not is_traced(image_features) and not self._inputs_checked:
@@ -143,7 +144,7 @@ class CyCLIPLoss(LossOptions, _Module):
         loss = functional.loss_with(
             self,
             *(image_features, text_features, logit_scale, logit_bias, output_dict),
-            *(augmented_image_features, augmented_text_features),
+            *(augmented_image_features, augmented_text_features, ids),
         )
         self.check_inputs_once(image_features, text_features, logit_scale)
         return loss

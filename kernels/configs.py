@@ -5,7 +5,7 @@ shows registers, spills, shared memory and tensor-core instructions.
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -70,6 +70,11 @@ class Config:
     def kwargs(self) -> dict[str, Any]:
         """Everything, as a kernel launch takes it."""
         return {**self.tile, **self.options}
+
+    @cached_property
+    def with_ids(self) -> "Config":
+        """For contrastive_grads with ids, which need registers: by quarters what goes by halves."""
+        return replace(self, tile={**self.tile, "PARTS": self.tile["PARTS"] ** 2})
 
 
 def _product(bm: int, bn: int, bk: int, warps: int, stages: int, parts: int = 1) -> Config:

@@ -94,3 +94,11 @@ def halves(tile, BM: tl.constexpr, BN: tl.constexpr):
     registers at a time.
     """
     return tl.split(tl.permute(tl.reshape(tile, (BM, 2, BN // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def same_ids(row_ids, column_ids, rows, columns, n, m):
+    """Which rows and columns have equal ids; anything past the end."""
+    of_rows = tl.load(row_ids + tl.minimum(rows, n - 1))
+    of_columns = tl.load(column_ids + tl.minimum(columns, m - 1))
+    return of_rows[:, None] == of_columns[None, :]

@@ -60,8 +60,9 @@ FEATURES = {  # dtype of the features -> Triton's pointer type and the precision
     "float32 tf32": ("*fp32", "tf32"),
     "float32 ieee": ("*fp32", "ieee"),
 }
-# Features and their gradients; every other pointer is to float32.
+# Features and their gradients; int64; every other pointer is to float32.
 OF_FEATURES = {"image", "text", "gradient", "image_grad", "text_grad"}
+IDS = {"row_ids", "column_ids"}
 NUMBERS = {"weight", "weight_inmodal", "weight_crossmodal", "size"}
 INTEGERS = {
     "n", "m", "d", "features", "image_stride", "text_stride", "gradient_stride", "first_column",
@@ -86,6 +87,7 @@ class Variant:
         """The kernel and the flags that are on."""
         on = [name.lower() for name, value in self.flags if name == "WITH_CROSS" and value]
         on += ["any D"] if self.not_multiple else []
+        on += ["ids"] if ids_of(self.kernel) - dict(self.flags).keys() else []
         return f"{self.kernel} ({', '.join(on)})" if on else self.kernel
 
     def faults(self, made: Binary | str) -> list[str]:
@@ -109,6 +111,11 @@ KERNELS = {
 }
 
 
+def ids_of(kernel: str) -> set[str]:
+    """The arguments of a kernel that are ids."""
+    return IDS & set(KERNELS[kernel].arg_names)
+
+
 def variants(arch: str) -> Iterator[Variant]:
     """Every configuration of an architecture, with the flags that cost most."""
     of_all = "float32 ieee"  # without a product: the same for all dtypes of the features
@@ -129,7 +136,10 @@ def variants(arch: str) -> Iterator[Variant]:
             ("contrastive_grads", {"NEEDS_SCALE": True, "SHIFT": 14 * (features == "float16")}),
         ):
             flags = {"SYMMETRIC": True, "WIDEN": False, "PRECISION": dot, **flags}
-            yield _variant(arch, kernel, features, table[kernel][bits, dot], **flags)
+            config = table[kernel][bits, dot]
+            yield _variant(arch, kernel, features, config, **flags, **dict.fromkeys(IDS))
+            config = config.with_ids if kernel == "contrastive_grads" else config
+            yield _variant(arch, kernel, features, config, **flags)
         for cross in (False, True):
             flags = {"WITH_CROSS": cross, "TF32": dot == "tf32", "PRECISION": dot}
             config = table["cyclic_statistics"][32, dot]
@@ -156,6 +166,8 @@ def source(variant: Variant) -> ASTSource:
             signature[name] = "fp32"
         elif name in INTEGERS:
             signature[name] = "i32"
+        elif name in IDS:
+            signature[name] = "*i64"
         else:
             signature[name] = FEATURES[variant.features][0] if name in OF_FEATURES else "*fp32"
         looks = not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)

@@ -78,8 +78,8 @@ from cyclip_loss import CyCLIPLoss
 
 loss = CyCLIPLoss(0.5, 0.25, impl="triton")
 
-def step(image, text, scale):
-    loss(image.requires_grad_(), text.requires_grad_(), scale.requires_grad_()).backward()
+def step(*leaves, ids=None):
+    loss(*(x.requires_grad_() for x in leaves), ids=ids).backward()
 
 def shifted(x, by):
     # The same values, `by` elements behind an aligned base.
@@ -95,12 +95,14 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
         with no_device() as (_, binaries):
             for n in (64, 4096):
                 step(*inputs(n, d, dtype))
+                step(*inputs(n, d, dtype), ids=torch.arange(n))
             known = set(binaries)
             for n in (1, 2, 16, 63, 255, 257, 1000, 2049, 4099):
                 image, text, scale = (x.detach() for x in inputs(n, d, dtype))
                 step(image, text, scale)
                 step(shifted(image, 1), shifted(text, 3), shifted(scale, 1))
                 step(wide(image, 1), wide(text, 16), shifted(scale, 2))
+                step(image, text, scale, ids=shifted(torch.arange(n), 1))
                 step(image.T.contiguous().T, text[:1].expand(n, d), scale)
         print(dtype, d, len(known), sorted(set(binaries) - known))
 """
@@ -132,14 +134,14 @@ for features, dtype in (("bfloat16", torch.bfloat16), ("float32 ieee", torch.flo
     ]
     with no_device() as (_, binaries):
         loss = CyCLIPLoss(0.5, 0.25, impl="triton")
-        for d in (64, 70):
-            sum(loss(*inputs(4096, d, dtype), output_dict=True).values()).backward()
+        for d, ids in ((64, None), (70, None), (64, torch.arange(4096))):
+            sum(loss(*inputs(4096, d, dtype), ids=ids, output_dict=True).values()).backward()
     for launched in binaries.values():
         name = launched["kernel"].split(".")[-1]
         description = described(launched["signature"], launched["configs"][0])
         print(features, name, (name, description) in gated, description)
 """
     lines = without_interpreter(code).splitlines()
-    assert len(lines) == 24
+    assert len(lines) == 28
     for line in lines:
         assert " True " in line, line
