@@ -77,7 +77,7 @@ class Ranks:
         return n if self.rows is None else max(self.rows)
 
 
-def ranks_of(process_group: ProcessGroup | None) -> Ranks:
+def ranks_of(process_group: Any) -> Ranks:
     """Those of a group: the default one for None, as in DDP.
 
     Raises:
