@@ -42,10 +42,9 @@ _Sweep = Callable[..., tuple[Tensor, Tensor, Tensor]]
 class _Contrastive(torch.autograd.Function):
     """The contrastive term of checked inputs: a scalar of the accumulation dtype.
 
-    image_features, text_features: (n, D), this rank's, row i of one is paired with row i of the
-    other; logit_scale: scalar of the accumulation dtype, exp'd; gathered: `start_gather` of the
-    text features, if they are gathered. Not `symmetric`: rows to columns only. Last, the ids of the
-    rows (n,) and of the columns, this rank's or gathered, or None twice.
+    image_features, text_features: (n, D), this rank's; gathered: `start_gather` of the text
+    features, or None. Not `symmetric`: rows to columns only. Last, the ids of the rows (n,) and of
+    the columns, this rank's or gathered, or None twice.
     """
 
     @staticmethod

@@ -70,8 +70,7 @@ def start_penalties(
     """Across ranks: start to sum the Gram matrices and the number of rows, for `penalties`.
 
     Returns 3 D^2 + 1 elements of the accumulation dtype; None in one process or if both lambdas are
-    0. C is always among them, so that a rank that asks for the terms apart, to log them, sends as
-    much as the others. As the number of rows is summed too, ranks may hold different ones.
+    0. C is always among them, so that a rank that asks for the terms apart sends no more.
     """
     if ranks.group is None or not options.has_penalties():
         return None
@@ -125,9 +124,8 @@ def penalties(
 ) -> tuple[Tensor, ...]:
     """(lambda_inmodal * P_in, lambda_crossmodal * P_cross) of checked inputs, or (their sum,).
 
-    Features (N, D); the scalars have the accumulation dtype. With equal lambdas `separate` costs up
-    to 2 N D^2 flops more: the sum alone does without C. started: `start_penalties`, for the
-    penalties of all of `size` ranks.
+    The scalars have the accumulation dtype. With equal lambdas the sum alone does without C.
+    started: `start_penalties`, for the penalties of all of `size` ranks.
     """
     n, d = image_features.shape
     if not options.has_penalties():
@@ -151,8 +149,8 @@ def penalties(
 def _weights(options: PenaltyOptions, n: int, features: Tensor) -> tuple[Tensor, ...]:
     """`penalty_weights` as tensors, on the CPU: to fill one on a GPU takes a kernel.
 
-    While `torch.compile` traces they are on the features' device, as a CUDA graph can hold none on
-    the CPU, and products, as a tensor that is filled with a number makes the number a constant.
+    Traced, they are on the features' device, for CUDA graphs, and products, as the number that
+    fills a tensor becomes a constant.
     """
     dtype, weights = accumulation_dtype(features.dtype), options.penalty_weights(n)
     if torch.compiler.is_compiling():

@@ -40,10 +40,9 @@ def consistency_metrics(
     Args:
         image_features, text_features: (N, D), N >= 1, rows of unit length, taken as they are, also
             under autocast.
-        process_group, distributed: a group, or True for the default one: the numbers of the rows of
-            all its ranks, which may hold different numbers. Every rank has to make the call. They
-            exchange their numbers of rows, for which the host waits, and all features (2 N D). By
-            default: the rows of this process.
+        process_group, distributed: a group, or True for the default one: of the rows of all its
+            ranks, which may hold different numbers. Every rank has to make the call; the host
+            waits, and all features are gathered (2 N D).
 
     Takes 8 N^2 D flops in float64, shared by the ranks, in strips of bounded memory.
 

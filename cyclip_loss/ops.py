@@ -193,11 +193,9 @@ def operator(
 ) -> Callable[[_Function], _Function]:
     """Make a function the operator `cyclip_loss::<its name>`; its annotations are the schema.
 
-    The first argument is a tensor. The function is called by position, with autocast off: the
-    features have the autocast dtype already, and logits, sums and gradients must not get it.
-
-    A call goes through PyTorch's dispatcher only where something is traced (`torch.compile`,
-    `torch.export`, fake tensors): it takes ten times as long (18 and 1.8 microseconds a call).
+    The first argument is a tensor. The function is called by position, with autocast off. A call
+    goes through PyTorch's dispatcher, which takes 18 instead of 1.8 microseconds, only where
+    something is traced (`torch.compile`, `torch.export`, fake tensors).
 
     Args:
         shapes: takes what the function takes; returns tensors like its results, of any values.

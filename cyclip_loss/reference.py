@@ -24,9 +24,8 @@ def contrastive_loss(
     image_features, text_features: (N, D); logit_scale: scalar, exp'd; ids: (N,), rows with the same
     one are no negatives of each other. Returns a scalar.
     """
-    logits_per_image = without_same_ids(
-        logit_scale * image_features @ text_features.T, ids
-    )  # (N, N)
+    logits = logit_scale * image_features @ text_features.T  # (N, N)
+    logits_per_image = without_same_ids(logits, ids)
     labels = torch.arange(len(logits_per_image), device=logits_per_image.device)
     image_to_text = F.cross_entropy(logits_per_image, labels)
     text_to_image = F.cross_entropy(logits_per_image.T, labels)
@@ -79,10 +78,9 @@ def cyclip_loss(
     """The terms of the CyCLIP loss, each already weighted; their sum is the loss.
 
     image_features, text_features and, for the in-modal contrastive term, both augmented features:
-    (N, D), rows of unit length; logit_scale: scalar, exp'd. reference_batch_size: both penalties
-    are multiplied by reference_batch_size / N; None: they are the paper's.
-    inmodal_contrastive_weight: CLIP's term + this weight * the in-modal one; None: their mean.
-    ids: (N,), rows with the same one are no negatives of each other.
+    (N, D), rows of unit length; logit_scale: scalar, exp'd; ids: (N,). reference_batch_size: both
+    penalties are multiplied by it / N; None: they are the paper's. inmodal_contrastive_weight:
+    CLIP's term + this weight * the in-modal one; None: their mean.
     """
     if reference_batch_size is not None:
         lambda_inmodal *= reference_batch_size / len(image_features)

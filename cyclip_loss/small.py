@@ -34,11 +34,10 @@ from cyclip_loss.options import PenaltyOptions
 def loss_is_small(image_features: Tensor, text_features: Tensor, impl: str) -> bool:
     """Whether to compute the whole loss of these features (N, D) here, in one process.
 
-    With both terms this takes no more flops up to N = 2 D, with the contrastive one alone always
-    fewer; but memory has to stay O(N D).
+    Up to N = 2 D that takes no more flops than otherwise, and memory stays O(N D).
     """
     n, d = image_features.shape
-    # First what is cheap to ask; traced, N is compared only where the answer counts.
+    # In this order: traced, N is not compared.
     return _is_for_here(image_features, text_features, impl) and n <= 2 * d
 
 
@@ -212,9 +211,8 @@ def terms(
 ) -> tuple[Tensor, ...]:
     """The contrastive term and both weighted penalties of checked inputs, or (their sum,).
 
-    image_features, text_features: (N, D), row i of one is paired with row i of the other;
-    logit_scale: scalar of the accumulation dtype, exp'd, which the results have too, or None for
-    the penalties alone; ids: (N,). With both lambdas 0 no penalty is computed.
+    image_features, text_features: (N, D); logit_scale: scalar of the accumulation dtype, or None
+    for the penalties alone; ids: (N,). With both lambdas 0 no penalty is computed.
     """
     weights = options.penalty_weights(len(image_features))
     settings = (ids, weights, separate, torch.is_grad_enabled())

@@ -15,10 +15,9 @@ from cyclip_loss.options import PenaltyOptions
 class WithCyclicPenalty(CyclicPenalty):
     """Another loss plus the cyclic penalties: `open_clip`'s SigLipLoss, CoCaLoss, or one's own.
 
-    Call it like the loss that it wraps. What that returns gets the penalties: a number becomes the
-    sum; a dict or namedtuple gets `inmodal_cyclic_loss` and `crossmodal_cyclic_loss`, weighted, so
-    that the values still sum to the loss; a tuple gets the two at its end. Attributes that it does
-    not have itself are read from and written to the wrapped loss.
+    Call it like the loss that it wraps. A number that it returns becomes the sum; a dict, tuple or
+    namedtuple gets `inmodal_cyclic_loss` and `crossmodal_cyclic_loss`, weighted, so that the values
+    still sum to the loss. Other attributes are read from and written to the wrapped loss.
 
     Args:
         loss: a module. It stays reachable as `.loss`.
