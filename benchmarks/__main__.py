@@ -10,12 +10,14 @@ MODULES = {
     "compare": "benchmarks.compare.side_by_side",
     "plot": "benchmarks.compare.plot",
     "gpu": "benchmarks.gpu.command",
+    "gate": "benchmarks.gate.command",
     "predict": "benchmarks.predict",
     "semantics": "benchmarks.semantics",
     "launches": "benchmarks.launches",
 }
-SECTIONS = ("tests", "ceilings", "kernels", "sizes", "ablations", "sweep", "competitors",
-            "more tests")  # fmt: skip
+ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
+SECTIONS = ("cuda", "tests", "ceilings", "kernels", "sizes", "ablations", "sweep", "competitors",
+            "slow", "ranks")  # fmt: skip
 
 
 def main(arguments: list[str]) -> int:
@@ -35,6 +37,14 @@ def main(arguments: list[str]) -> int:
     gpu.add_argument("--dry-run", action="store_true", help="tiny sizes on CPU, interpreted")
     gpu.add_argument("--budget", type=float, default=440.0, metavar="SECONDS", help="of all")
     gpu.add_argument("--sections", nargs="+", choices=SECTIONS, help="only these (default: all)")
+
+    gate = commands.add_parser("gate", help="compile every kernel for every chip, no GPU needed")
+    gate.add_argument(
+        "--arch", nargs="+", choices=ARCHITECTURES, help="default: all that this Triton can"
+    )
+    gate.add_argument(
+        "--markdown", type=Path, help="also write the table there, in place of this Triton's"
+    )
 
     predict = commands.add_parser("predict", help="what a step should take on GPUs you don't have")
     predict.add_argument("--chip", choices=("A100", "H100", "B200"), default="H100")

@@ -8,7 +8,7 @@ import platform
 import re
 import sys
 from dataclasses import asdict
-from datetime import datetime
+from functools import cache
 from importlib import metadata
 from math import floor, log10
 from pathlib import Path
@@ -30,7 +30,7 @@ def describe(run: Run) -> dict[str, Any]:
     return {
         "dry_run": run.dry_run,
         "device": device_name(run.device),
-        "date": datetime.now().isoformat(timespec="minutes"),
+        "date": run.began.isoformat(timespec="minutes"),
         "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
         "seed": run.seed,
         "versions": versions(),
@@ -48,6 +48,7 @@ def device_name(device: torch.device) -> str:
     return f"{found[1] if found else platform.machine()}, threads: {threads}"
 
 
+@cache
 def versions() -> dict[str, str]:
     """Of what a measurement depends on, and is there."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
@@ -70,14 +71,16 @@ def markdown(record: dict[str, Any], summary: str = "") -> str:
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines += [f"`{record['command']}`, seed {record['seed']}; {versions}.", ""]
     sections = record["sections"]
-    failures = [f"- FAILED {name}: {x}" for name, s in sections.items() for x in s["failures"]]
-    lines += [*failures, ""] if failures else []
+    failures = [(name, *x.split("\n", 1)) for name, s in sections.items() for x in s["failures"]]
+    lines += [*(f"- FAILED {name}: {what}" for name, what, *_ in failures), ""] if failures else []
     lines += ["## Summary", "", summary, ""] if summary else []
     for name, section in sections.items():
         lines += [f"## {name}", ""]
         lines += [section["about"], ""] if section["about"] else []
         lines += [table(section["rows"]), ""] if section["rows"] else []
         lines += [*(f"- {note}" for note in section["notes"]), ""] if section["notes"] else []
+    for name, what, *text in failures:
+        lines += [f"## FAILED {name}: {what}", "", "```", *text, "```", ""] if text else []
     return "\n".join(lines)
 
 

@@ -2,9 +2,11 @@
 
 import math
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 import torch
@@ -13,7 +15,10 @@ from torch import Tensor
 
 @dataclass
 class Section:
-    """What one part of a run found: rows of a table, what they mean, failures and other notes."""
+    """What one part of a run found: rows of a table, what they mean, failures and other notes.
+
+    The first line of a failure says what failed, the others show it.
+    """
 
     about: str = ""
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -29,7 +34,7 @@ class Run:
         self.sections: dict[str, Section] = {}
         self.section = Section()
         self.deadline = math.inf  # in seconds since the run began
-        self._start = time.perf_counter()
+        self.began, self._start = datetime.now(), time.perf_counter()
 
     def elapsed(self) -> float:
         """Seconds since the run began."""
@@ -52,7 +57,7 @@ class Run:
         try:
             yield self.section
         except Exception as error:
-            self.fail(one_line(error))
+            self.fail(f"{one_line(error)}\n{traceback.format_exc()}")
         self.section = outer
 
     def row(self, **values: Any) -> None:

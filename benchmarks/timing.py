@@ -16,11 +16,12 @@ def interleaved(
     seconds: float,
     least: int = 3,
     most: int = 30,
+    ahead: int = 0,
 ) -> dict[str, list[float]]:
     """Milliseconds of each step, run by run, all steps in turn; to be warmed up by the caller.
 
     Each turn begins with another step, so that none always follows the same one. For about so many
-    seconds, but `least` runs at least and `most` at most.
+    seconds, but `least` runs at least and `most` at most. ahead: see `milliseconds`.
     """
     flush = torch.empty(FLUSH_BYTES // 4, device=device) if device.type == "cuda" else None
     found: dict[str, list[float]] = {name: [] for name in steps}
@@ -33,17 +34,22 @@ def interleaved(
         for name in (*names[first:], *names[:first]):
             if flush is not None:
                 flush.zero_()
-            found[name].append(milliseconds(steps[name], device))
+            found[name].append(milliseconds(steps[name], device, ahead))
     return found
 
 
-def milliseconds(step: Callable[[], object], device: torch.device) -> float:
-    """Of one run: of the device's work on CUDA, by the wall clock elsewhere."""
+def milliseconds(step: Callable[[], object], device: torch.device, ahead: int = 0) -> float:
+    """Of one run: of the device's work on CUDA, by the wall clock elsewhere.
+
+    ahead: cycles that the device sleeps before, while Python launches what is timed.
+    """
     if device.type != "cuda":
         begun = time.perf_counter()
         step()
         return 1e3 * (time.perf_counter() - begun)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if ahead:
+        torch.cuda._sleep(ahead)
     start.record()
     step()
     end.record()

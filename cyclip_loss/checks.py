@@ -14,6 +14,8 @@ from cyclip_loss.options import PenaltyOptions
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
+ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 PAPER_LAMBDA, PAPER_BATCH_SIZE = 0.25, 128  # Goel et al. 2022
 # Penalties this many times as strong as the paper's are warned of: at four times, fewer names are
 # found in the icons experiment of reference_train.
@@ -35,15 +37,17 @@ def check_features(
     second: Tensor,
     names: tuple[str, str] = ("image_features", "text_features"),
     may_be_empty: bool = False,
+    autocast: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Two feature tensors (N, D), cast as autocast asks, or an error that names the argument.
 
-    may_be_empty: N = 0 is allowed, as on one of several ranks.
+    may_be_empty: N = 0 is allowed, as on one of several ranks; autocast: False: not cast.
     """
     least = 0 if may_be_empty else 1
     for name, features in zip(names, (first, second)):  # noqa: B905 (PyTorch 2.8 can't trace strict)
         if not isinstance(features, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(features).__name__}")
+        _check_dense(name, features, "to_local")
         if features.dtype not in DTYPES:
             raise TypeError(
                 f"{name} must be float64, float32, bfloat16 or float16, got {features.dtype}"
@@ -62,10 +66,18 @@ def check_features(
     if first.device != second.device:
         devices = f"{first.device} and {second.device}"
         raise ValueError(f"{both} must be on the same device, got {devices}")
-    first, second = _autocast(first), _autocast(second)
+    if autocast:
+        first, second = _autocast(first), _autocast(second)
     if first.dtype != second.dtype:
         raise TypeError(f"{both} must have the same dtype, got {first.dtype} and {second.dtype}")
     return first, second
+
+
+def _check_dense(name: str, tensor: Tensor, method: str) -> None:
+    if type(tensor).__name__ == "DTensor":
+        raise TypeError(f"{name} must be an ordinary tensor, got a DTensor: pass {name}.{method}()")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
 
 
 def _autocast(features: Tensor) -> Tensor:
@@ -85,6 +97,7 @@ def check_logit_scale(logit_scale: Tensor | float, features: Tensor) -> Tensor:
             )
         # A product: torch.compile would make the number that fills a tensor a constant.
         return features.new_ones((), dtype=dtype) * float(logit_scale)
+    _check_dense("logit_scale", logit_scale, "full_tensor")
     if logit_scale.numel() != 1:
         raise ValueError(f"logit_scale must have one element, got shape {tuple(logit_scale.shape)}")
     if not logit_scale.is_floating_point():
@@ -98,6 +111,19 @@ def check_logit_scale(logit_scale: Tensor | float, features: Tensor) -> Tensor:
             f"got {logit_scale.device}"
         )
     return logit_scale.reshape(()).to(device=features.device, dtype=dtype)
+
+
+def check_ids(ids: Tensor, features: Tensor) -> Tensor:
+    """ids as int64, or an error: (N,), integers, on the features' device."""
+    if not isinstance(ids, Tensor) or ids.dtype not in ID_DTYPES:
+        got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"ids must be a tensor of int8 to int64 or uint8, got {got}")
+    if ids.shape != features.shape[:1] or ids.device != features.device:
+        raise ValueError(
+            f"ids must have shape ({features.shape[0]},) on the features' device "
+            f"{features.device}, got {tuple(ids.shape)} on {ids.device}"
+        )
+    return ids.to(torch.int64).contiguous()
 
 
 def zero_of_bias(logit_bias: Tensor | float, loss: Tensor) -> Tensor:

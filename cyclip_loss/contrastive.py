@@ -44,14 +44,15 @@ class _Contrastive(torch.autograd.Function):
 
     image_features, text_features: (n, D), this rank's, row i of one is paired with row i of the
     other; logit_scale: scalar of the accumulation dtype, exp'd; gathered: `start_gather` of the
-    text features, if they are gathered. Not `symmetric`: rows to columns only.
+    text features, if they are gathered. Not `symmetric`: rows to columns only. Last, the ids of the
+    rows (n,) and of the columns, this rank's or gathered, or None twice.
     """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        image_features, text_features, logit_scale, gathered, symmetric, impl, ranks = inputs
+        image_features, text_features, logit_scale, gathered, symmetric, impl, ranks, *ids = inputs
         columns = text_features if gathered is None else distributed.finish_gather(gathered, ranks)
-        op_args = (symmetric, impl, *ranks.to_op_args())
+        op_args = (symmetric, impl, *ranks.to_op_args(), *ids)
         loss, *of_pairs = contrastive_lse(image_features, columns, logit_scale, *op_args)
         ctx.save_for_backward(image_features, columns, logit_scale, *of_pairs)
         ctx.op_args = op_args
@@ -60,9 +61,10 @@ class _Contrastive(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[:3])
-        grads = contrastive_grads(*ctx.saved_tensors, grad, needs, *ctx.op_args)
+        arguments = (*ctx.saved_tensors, grad, needs, *ctx.op_args)
+        grads = contrastive_grads(*arguments)
         needed = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-        return (*needed, None, None, None, None)
+        return (*needed, None, None, None, None, None, None)
 
 
 contrastive_loss: Callable[..., Tensor] = _Contrastive.apply
@@ -86,29 +88,36 @@ def contrastive_lse(
     dist_impl: str,
     group_name: str,
     all_rows: list[int] | None,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The contrastive loss of the global batch, and what backward needs, as in `eager.pair_terms`.
 
     image_features: (n, D), this rank's; columns: its text features (n, D) or, gathered, those of
-    all ranks (N, D); logit_scale: scalar of the accumulation dtype; the last three:
-    `Ranks.to_op_args`.
+    all ranks (N, D); logit_scale: scalar of the accumulation dtype; dist_impl and the two after it:
+    `Ranks.to_op_args`; row_ids, column_ids: (n,) and those of `columns`.
     """
     ranks = Ranks.from_op_args(dist_impl, group_name, all_rows)
     compute = engine(impl, image_features)
 
-    def sweep(block: Tensor, first_column: int) -> tuple[Tensor, Tensor, Tensor]:
+    def sweep(
+        block: Tensor, block_ids: Tensor | None, first_column: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ids = None if row_ids is None else (row_ids, block_ids)
         return compute.contrastive_lse(  # type: ignore[no-any-return]
-            image_features, block, logit_scale, first_column, symmetric
+            image_features, block, logit_scale, first_column, symmetric, ids
         )
 
     n = image_features.shape[0]
     first_column = 0
     if dist_impl == "ring":
-        rows, own_columns, pair_logits = _ring_lse(sweep, columns, logit_scale, symmetric, ranks)
+        rows, own_columns, pair_logits = _ring_lse(
+            sweep, columns, logit_scale, symmetric, ranks, column_ids
+        )
         column_pairs = pair_logits
     else:
         first_column = ranks.first_row(ranks.rank, n)
-        rows, own_columns, pair_logits = sweep(columns, first_column)
+        rows, own_columns, pair_logits = sweep(columns, column_ids, first_column)
         column_pairs = pair_logits
         if symmetric and ranks.group is not None:
             own_columns, column_pairs = distributed.log_sum_exp(own_columns, pair_logits, ranks)
@@ -157,7 +166,12 @@ def _ring(
 
 
 def _ring_lse(
-    sweep: _Sweep, text: Tensor, scale: Tensor, symmetric: bool, ranks: Ranks
+    sweep: _Sweep,
+    text: Tensor,
+    scale: Tensor,
+    symmetric: bool,
+    ranks: Ranks,
+    ids: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-sum-exps of the negatives of this rank's rows and columns (n,), and pair_logits (n,)."""
     n = text.shape[0]
@@ -165,8 +179,9 @@ def _ring_lse(
     rows = scale.new_full((n,), -torch.inf, dtype=torch.float64)
     pair_logits = scale.new_zeros(n)
 
-    def multiply(block: Tensor, first_column: int) -> Tensor:
-        of_rows, of_columns, pairs = sweep(block, first_column)
+    def multiply(block: Tensor, *ids_and_first: Any) -> Tensor:
+        block_ids = None if ids is None else ids_and_first[0][:, 0]
+        of_rows, of_columns, pairs = sweep(block, block_ids, ids_and_first[-1])
         rows.copy_(torch.logaddexp(rows, of_rows.double()))
         pair_logits.add_(pairs)  # 0 but in this rank's own block
         return of_columns.double()
@@ -175,7 +190,8 @@ def _ring_lse(
         total.copy_(torch.logaddexp(total, part))
 
     sums = rows.new_full((ranks.most(n),), -torch.inf) if symmetric else None
-    sums = _ring([padded(text, ranks)], sums, multiply, add, ranks, n)
+    blocks = [text] if ids is None else [text, ids[:, None]]
+    sums = _ring([padded(block, ranks) for block in blocks], sums, multiply, add, ranks, n)
     columns = scale.new_empty(0) if sums is None else sums.to(scale.dtype)
     return rows.to(scale.dtype), columns, pair_logits
 
@@ -204,6 +220,8 @@ def contrastive_grads(
     dist_impl: str,
     group_name: str,
     all_rows: list[int] | None,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of this rank's image and text features, (n, D), and its part of the scale's.
 
@@ -216,16 +234,20 @@ def contrastive_grads(
     alone = ranks.group is None
     weight = ranks.size / (ranks.total(n) * (2 if symmetric else 1))
 
-    def sweep(block: Tensor, lse: Tensor, first_column: int) -> tuple[Tensor, Tensor, Tensor]:
+    def sweep(
+        block: Tensor, lse: Tensor, block_ids: Tensor | None, first_column: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ids = None if row_ids is None else (row_ids, block_ids)
         return compute.contrastive_grads(  # type: ignore[no-any-return]
             *(image_features, block, logit_scale, row_lse, lse, pair_gradient, grad),
-            *(weight, first_column, symmetric, needs, not alone),
+            *(weight, first_column, symmetric, needs, not alone, ids),
         )
 
     if dist_impl == "ring":
-        grads = _ring_grads(sweep, image_features, columns, column_lse, symmetric, needs, ranks)
+        of_columns = (column_lse, column_ids)
+        grads = _ring_grads(sweep, image_features, columns, *of_columns, symmetric, needs, ranks)
     else:
-        grads = sweep(columns, column_lse, ranks.first_row(ranks.rank, n))
+        grads = sweep(columns, column_lse, column_ids, ranks.first_row(ranks.rank, n))
     image_grad, text_grad, scale_grad = grads
     if dist_impl == "gather" and needs[1]:
         text_grad = distributed.sum_and_scatter(text_grad, ranks)
@@ -237,26 +259,29 @@ def _ring_grads(
     image: Tensor,
     text: Tensor,
     column_lse: Tensor,
+    ids: Tensor | None,
     symmetric: bool,
     needs: list[bool],
     ranks: Ranks,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `contrastive_grads`, in the accumulation dtype."""
     n, d = text.shape
-    blocks = [padded(text, ranks)]
-    if symmetric:  # the columns' log-sum-exps travel with them
-        blocks.append(padded(column_lse[:, None], ranks))
+    # The columns' log-sum-exps and ids travel with them.
+    of_columns = [column_lse if symmetric else None, ids]
+    blocks = [text, *(x[:, None] for x in of_columns if x is not None)]
     image_grad = column_lse.new_zeros(image.shape if needs[0] else (0,))
     scale_grad = column_lse.new_zeros(())
 
-    def multiply(block: Tensor, *lse_and_first: Any) -> Tensor:
-        lse = lse_and_first[0][:, 0] if symmetric else column_lse
-        image_part, text_part, scale_part = sweep(block, lse, lse_and_first[-1])
+    def multiply(block: Tensor, *others: Any) -> Tensor:
+        lse = others[0][:, 0] if symmetric else column_lse
+        block_ids = None if ids is None else others[-2][:, 0]
+        image_part, text_part, scale_part = sweep(block, lse, block_ids, others[-1])
         scale_grad.add_(scale_part)
         if needs[0]:
             image_grad.add_(image_part)
         return text_part
 
     total = column_lse.new_zeros(ranks.most(n), d) if needs[1] else None
+    blocks = [padded(block, ranks) for block in blocks]
     text_grad = _ring(blocks, total, multiply, Tensor.add_, ranks, n)
     return image_grad, column_lse.new_empty(0) if text_grad is None else text_grad, scale_grad

@@ -18,9 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from cyclip_loss.options import LossOptions
+from cyclip_loss.options import WEIGHTS, LossOptions
 
 _collectives: Any = torch.ops._c10d_functional
+# In place of a module's process group, which cannot be stored.
+NOT_STORED = "not stored with the module: set its attribute process_group"
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Ranks:
         return n if self.rows is None else max(self.rows)
 
 
-def ranks_of(process_group: ProcessGroup | None) -> Ranks:
+def ranks_of(process_group: Any) -> Ranks:
     """Those of a group: the default one for None, as in DDP.
 
     Raises:
@@ -83,8 +85,7 @@ def ranks_of(process_group: ProcessGroup | None) -> Ranks:
         ValueError: torch.distributed is not initialised, or this process is not in the group.
     """
     if not dist.is_available() or not dist.is_initialized():
-        # A loaded module works in one process: see `loss.NOT_STORED`.
-        if process_group is not None and not isinstance(process_group, str):
+        if process_group not in (None, NOT_STORED):  # a loaded module works in one process
             raise ValueError("process_group was given, but torch.distributed is not initialised")
         return Ranks()
     if process_group is None:
@@ -120,18 +121,16 @@ def check_ranks_agree(
     rows, uneven = features.shape[0], options.uneven
     # Older compilers can't look groups up in a dictionary.
     is_compiling = torch.compiler.is_compiling()
-    agreed = set() if is_compiling else _agreed.setdefault(ranks.group, set())
+    agreed = set() if is_compiling else _agreed.setdefault(ranks.group, set())  # type: ignore[arg-type]
     key = tuple(signature.items())
     if not uneven and (is_compiling or key in agreed):
         if rows == 0:
             raise ValueError("image_features and text_features have 0 rows: that needs uneven=True")
         return replace(ranks, dist_impl=options.dist_impl)
 
-    weights = ("lambda_inmodal", "lambda_crossmodal", "reference_batch_size")
-    own = {**signature, **{name: getattr(options, name) for name in weights}}
-    # Disabled here and not above, as that would import the whole compiler.
-    exchange: Any = torch.compiler.disable(_exchange)
-    of_ranks = exchange({"rows": rows, **own}, ranks, features.device)
+    own = {**signature, **{name: getattr(options, name) for name in WEIGHTS}}
+    disable: Any = torch.compiler.disable  # not above: that would import the whole compiler
+    of_ranks = disable(_exchange)({"rows": rows, **own}, ranks, features.device)
     differences = [
         f"{name} must be the same on every rank, got {_listed(values)}"
         for name in own

@@ -104,17 +104,24 @@ def _pairs(strip: Tensor, start: int, first_column: int) -> tuple[Tensor, slice]
     return pairs, slice(low, low + len(pairs))
 
 
+def _same(ids: tuple[Tensor, Tensor], start: int, stop: int) -> Tensor:
+    """Which columns have the id of each of the rows start..stop: they are no negatives."""
+    return ids[0][start:stop, None] == ids[1]
+
+
 def contrastive_lse(
     image_features: Tensor,
     text_features: Tensor,
     logit_scale: Tensor,
     first_column: int,
     symmetric: bool,
+    ids: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-sum-exps of the negatives of each row and column, and the pairs' logits, in one sweep.
 
     image_features: (n, D); text_features: (m, D); logit_scale: scalar of the accumulation dtype.
-    Row i is paired with column `first_column + i`; its negatives are all other columns.
+    Row i is paired with column `first_column + i`; its negatives are all other columns, but those
+    with its id. ids: int64, of the rows (n,) and the columns (m,).
 
     Returns row_negatives (n,), column_negatives (m,), empty unless `symmetric`, and pair_logits
     (n,), in the accumulation dtype. Without negatives the log-sum-exp is -inf; a row without a
@@ -140,6 +147,8 @@ def contrastive_lse(
         pairs, rows = _pairs(logits, start, first_column)
         pair_logits[rows] = pairs
         pairs.fill_(-torch.inf)
+        if ids is not None:
+            logits.masked_fill_(_same(ids, start, stop), -torch.inf)
         row_max = logits.amax(dim=1, keepdim=True).clamp_(min=lowest)
         torch.sub(logits, row_max, out=exps).exp_()
         row_negatives[start:stop] = exps.sum(dim=1).log_().add_(row_max[:, 0])
@@ -197,11 +206,13 @@ def contrastive_grads(
     symmetric: bool,
     needs: list[bool],
     wide: bool,
+    ids: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of w * (sum_i row_lse_i + sum_j column_lse_j - 2 * sum_i pair_logits_i).
 
     row_lse, column_lse: log-sum-exps of all logits of a row or column, of all ranks', pairs
-    included; w = grad * weight. With G_ij = pair_gradient_i if j is i's partner, else
+    included; w = grad * weight. With G_ij = pair_gradient_i if j is i's partner, 0 if they have the
+    same id, else
 
         G_ij = exp(l_ij - row_lse_i) + exp(l_ij - column_lse_j)
         dI = w * s * G T,   dT = w * s * G^T I,   ds = w * sum_ij G_ij (I_i . T_j)
@@ -237,6 +248,8 @@ def contrastive_grads(
         torch.sub(logits, row_lse[start:stop, None], out=gradient).exp_()
         if symmetric:
             gradient.add_(logits.sub_(column_lse).exp_())
+        if ids is not None:
+            gradient.masked_fill_(_same(ids, start, stop), 0.0)
         pairs, rows = _pairs(gradient, start, first_column)
         pairs.copy_(pair_gradient[rows])
         if factor_dtype != dtype:

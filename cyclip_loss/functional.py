@@ -13,7 +13,7 @@ What all of them take:
     options
         by keyword, the same options as `cyclip_loss.CyCLIPLoss`: `lambda_inmodal`,
         `lambda_crossmodal`, `reference_batch_size`, `process_group`, `distributed`, `impl` and, for
-        the whole loss, `dist_impl` and `uneven`.
+        the whole loss, `dist_impl`, `uneven` and `inmodal_contrastive_weight`.
 
 Results are scalars of float32 (float64 for float64 features), or a dict of such. They are NaN if a
 feature is NaN or infinite. Under `torch.autocast` the features are cast to the autocast dtype
@@ -34,11 +34,12 @@ from torch import Tensor
 from cyclip_loss import contrastive, cyclic, small
 from cyclip_loss.checks import (
     check_features,
+    check_ids,
     check_logit_scale,
     warn_of_strong_penalties,
     zero_of_bias,
 )
-from cyclip_loss.distributed import Ranks, check_ranks_agree, ranks_of, start_gather
+from cyclip_loss.distributed import Ranks, check_ranks_agree, finish_gather, ranks_of, start_gather
 from cyclip_loss.options import LossOptions, PenaltyOptions
 
 CYCLIC_TERMS = ("inmodal_cyclic_loss", "crossmodal_cyclic_loss")
@@ -56,7 +57,7 @@ def cyclic_penalty(
 ) -> Tensor: ...
 @overload
 def cyclic_penalty(*inputs: Any, output_dict: Literal[True], **options: Any) -> _Terms: ...
-def cyclic_penalty(
+def cyclic_penalty(  # type: ignore[misc]
     image_features: Tensor,
     text_features: Tensor,
     lambda_inmodal: float = 0.25,
@@ -80,6 +81,8 @@ def penalty_with(
     options: PenaltyOptions, image_features: Tensor, text_features: Tensor, output_dict: bool
 ) -> Tensor | _Terms:
     """`cyclic_penalty` with checked options, which may be a module."""
+    if not isinstance(output_dict, bool):
+        raise TypeError(f"output_dict must be a bool, got {output_dict!r}: there is no logit scale")
     ranks = ranks_of(options.process_group) if options.distributed else Ranks()
     pair = check_features(image_features, text_features, may_be_empty=ranks.size > 1)
     if ranks.size == 1 and small.penalties_are_small(*pair, options, output_dict):
@@ -102,7 +105,7 @@ def cyclip_loss(
 ) -> Tensor: ...
 @overload
 def cyclip_loss(*inputs: Any, output_dict: Literal[True], **options: Any) -> _Terms: ...
-def cyclip_loss(
+def cyclip_loss(  # type: ignore[misc]
     image_features: Tensor,
     text_features: Tensor,
     logit_scale: Tensor | float,
@@ -111,6 +114,7 @@ def cyclip_loss(
     *,
     augmented_image_features: Tensor | None = None,
     augmented_text_features: Tensor | None = None,
+    ids: Tensor | None = None,
     **options: Any,
 ) -> Tensor | _Terms:
     """The CyCLIP loss: contrastive + lambda_inmodal * P_in + lambda_crossmodal * P_cross.
@@ -118,16 +122,21 @@ def cyclip_loss(
     logit_bias: shifts every logit alike, so it changes nothing; its gradient is zero.
 
     augmented_image_features, augmented_text_features: (N, D), features of a second, augmented view
-    of the same pairs; both or neither. The contrastive term is then the mean of the cross-modal
-    loss and the in-modal one, in which each row has to find its own augmented view (the `--inmodal`
-    option of the authors' code).
+    of the same pairs; both or neither. They add an in-modal contrastive term, in which each row has
+    to find its own augmented view (the `--inmodal` option of the authors' code). The two are
+    averaged or, with `inmodal_contrastive_weight`, added: CLIP + weight * in-modal.
 
-    Returns a scalar or, with `output_dict`, `contrastive_loss`, `inmodal_cyclic_loss` and
-    `crossmodal_cyclic_loss`.
+    ids: (N,), int8 to int64 or uint8, on the features' device. Rows with the same id are no
+    negatives of each other: their logits, except each row's own pair, are left out of every
+    contrastive term. Unlike in SupCon, they are ignored, not positives. Every value is an id, -1
+    too: give rows without one distinct values. The penalties are over all pairs.
+
+    Returns a scalar or, with `output_dict`, `contrastive_loss`, `inmodal_contrastive_loss` if there
+    are augmented views, `inmodal_cyclic_loss` and `crossmodal_cyclic_loss`.
     """
-    augmented = (augmented_image_features, augmented_text_features)
-    inputs = (image_features, text_features, logit_scale, logit_bias, output_dict, *augmented)
-    return loss_with(LossOptions(**options), *inputs)
+    inputs = (image_features, text_features, logit_scale, logit_bias, output_dict)
+    by_name = (augmented_image_features, augmented_text_features, ids)
+    return loss_with(LossOptions(**options), *inputs, *by_name)
 
 
 def loss_with(
@@ -139,6 +148,7 @@ def loss_with(
     output_dict: bool,
     augmented_image_features: Tensor | None,
     augmented_text_features: Tensor | None,
+    ids: Tensor | None,
 ) -> Tensor | _Terms:
     """`cyclip_loss` with checked options, which may be a module."""
     ranks = ranks_of(options.process_group) if options.distributed else Ranks()
@@ -153,41 +163,53 @@ def loss_with(
             names = (name, f"augmented_{name}")
             pairs.append(check_features(features, view, names, several))
     if len(pairs) == 2:
-        raise ValueError(
-            "augmented_image_features and augmented_text_features go together: one is None"
-        )
+        missing = "image" if augmented_image_features is None else "text"
+        raise ValueError(f"augmented features go together: augmented_{missing}_features is None")
+    if ids is not None:
+        ids = check_ids(ids, pair[0])
     if several:
-        ranks = check_ranks_agree(ranks, options, pair[0], collective_signature(pairs, options))
+        signature = collective_signature(pairs, options, ids)
+        ranks = check_ranks_agree(ranks, options, pair[0], signature)
     if not several and len(pairs) == 1 and small.loss_is_small(*pair, options.impl):
-        terms = small.terms(*pair, scale, options, output_dict)
-        loss, penalties = terms[0], terms[1:]
+        terms = small.terms(*pair, scale, options, output_dict, ids)
+        contrastive_terms, penalties = {"contrastive_loss": terms[0]}, terms[1:]
     else:
         # Across ranks the columns are on their way while the Gram matrices are computed, and those
         # while the contrastive losses are.
         gathered = [start_gather(columns, ranks) for _, columns in pairs]
+        column_ids = None
+        if ids is not None:
+            started_ids = start_gather(ids[:, None], ranks)
+            columns = ids[:, None] if started_ids is None else finish_gather(started_ids, ranks)
+            column_ids = columns[:, 0]
         started = cyclic.start_penalties(*pair, options, ranks)
         losses = [
             contrastive.contrastive_loss(
-                *pair, scale, gathered.pop(0), at == 0, options.impl, ranks
+                *(*pair, scale, gathered.pop(0), at == 0, options.impl, ranks, ids, column_ids)
             )
             for at, pair in enumerate(pairs)
         ]
         penalties = ()
         if output_dict or options.has_penalties():
             penalties = cyclic.penalties(*pairs[0], options, output_dict, started, ranks.size)
-        loss = losses[0]
+        contrastive_terms = {"contrastive_loss": losses[0]}
         if len(losses) > 1:
-            loss = (loss + (losses[1] + losses[2]) / 2) / 2
+            inmodal, weight = (losses[1] + losses[2]) / 2, options.inmodal_contrastive_weight
+            if weight is None:  # the authors' mean
+                contrastive_terms["contrastive_loss"], weight = losses[0] / 2, 0.5
+            contrastive_terms["inmodal_contrastive_loss"] = inmodal * weight
     if logit_bias is not None:
-        loss = loss + zero_of_bias(logit_bias, loss)
+        loss = contrastive_terms["contrastive_loss"]
+        contrastive_terms["contrastive_loss"] = loss + zero_of_bias(logit_bias, loss)
     warn_of_strong_penalties(options, ranks.total(pair[0].shape[0]))
     if output_dict:
-        return {"contrastive_loss": loss, **dict(zip(CYCLIC_TERMS, penalties))}  # noqa: B905
-    return sum(penalties, loss)
+        return {**contrastive_terms, **dict(zip(CYCLIC_TERMS, penalties))}  # noqa: B905
+    loss, *others = (*contrastive_terms.values(), *penalties)
+    return sum(others, loss)
 
 
 def collective_signature(
-    pairs: list[tuple[Tensor, Tensor]], options: LossOptions
+    pairs: list[tuple[Tensor, Tensor]], options: LossOptions, ids: Tensor | None
 ) -> dict[str, Hashable]:
     """What decides which collectives run, by the name that an error would give it."""
     features = pairs[0][0]
@@ -205,6 +227,7 @@ def collective_signature(
         "the device type": features.device.type,
         "whether a penalty has a weight": options.has_penalties(),
         "whether augmented features are given": len(pairs) > 1,
+        "whether ids are given": ids is not None,
         # Their gradients are summed across ranks.
         "which of the text and augmented features require a gradient": ", ".join(trained),
     }

@@ -8,11 +8,9 @@ from torch import Tensor, nn
 
 from cyclip_loss import functional
 from cyclip_loss.checks import LEAST_SCALE, warn_of_unusual_inputs
-from cyclip_loss.distributed import ranks_of
+from cyclip_loss.distributed import NOT_STORED, ranks_of
 from cyclip_loss.ops import is_capturing, is_traced
 from cyclip_loss.options import LossOptions, PenaltyOptions
-
-NOT_STORED = "not stored with the module: set its attribute process_group"
 
 
 @dataclass(eq=False, repr=False)
@@ -91,6 +89,8 @@ class CyCLIPLoss(LossOptions, _Module):
             memory on n rows per rank ("ring" on GPUs over nccl only).
         uneven: whether ranks may hold different numbers of rows, or none. They then exchange the
             numbers in every call, for which the host waits.
+        inmodal_contrastive_weight: weight of the in-modal contrastive term, for which augmented
+            views are passed. None: the authors' mean of it and CLIP's.
         impl: "triton", the kernels for CUDA and ROCm; "eager", PyTorch in bounded memory; or
             "auto", the kernels where there are any for the features' device, they compile, and a
             first small batch on that device agrees with PyTorch (otherwise a `CyCLIPWarning`, and
@@ -136,6 +136,7 @@ class CyCLIPLoss(LossOptions, _Module):
         *,
         augmented_image_features: Tensor | None = None,
         augmented_text_features: Tensor | None = None,
+        ids: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or with `output_dict` its terms, as `functional.cyclip_loss`."""
         if not is_traced(image_features) and not self._inputs_checked:
@@ -143,7 +144,7 @@ class CyCLIPLoss(LossOptions, _Module):
         loss = functional.loss_with(
             self,
             *(image_features, text_features, logit_scale, logit_bias, output_dict),
-            *(augmented_image_features, augmented_text_features),
+            *(augmented_image_features, augmented_text_features, ids),
         )
         self.check_inputs_once(image_features, text_features, logit_scale)
         return loss

@@ -1,4 +1,4 @@
-"""Numbers to watch while training: how consistent and how well spread the features are."""
+"""Numbers to watch while training: how consistent, spread out and accurate the features are."""
 
 import torch
 from torch import Tensor
@@ -6,11 +6,13 @@ from torch.distributed import ProcessGroup
 
 from cyclip_loss import distributed as across
 from cyclip_loss.checks import check_features
-from cyclip_loss.cyclic import cyclic_statistics
-from cyclip_loss.eager import cyclic_terms, strip_rows
+from cyclip_loss.eager import strip_rows
 from cyclip_loss.options import LossOptions
 
-NAMES = ("inmodal_gap", "crossmodal_gap", "alignment", "image_uniformity", "text_uniformity")
+NAMES = (
+    *("inmodal_gap", "crossmodal_gap", "alignment", "image_uniformity", "text_uniformity"),
+    *("image_to_text_accuracy", "text_to_image_accuracy"),
+)
 
 
 @torch.no_grad()
@@ -21,27 +23,29 @@ def consistency_metrics(
     process_group: ProcessGroup | None = None,
     distributed: bool = False,
 ) -> dict[str, Tensor]:
-    """Five numbers of N pairs, by name, as float32 scalars without gradient.
+    """Seven numbers of N pairs, by name, as float32 scalars without gradient.
 
-        inmodal_gap         mean over i, j of (I_i . I_j - T_i . T_j)^2  =  P_in / N
-        crossmodal_gap      mean over i, j of (I_i . T_j - I_j . T_i)^2  =  P_cross / N
-        alignment           mean over i of |I_i - T_i|^2, 0 where pairs coincide
-        image_uniformity    log of the mean over i < j of exp(-2 |I_i - I_j|^2), 0 where all rows
-                            coincide and the lower the better they are spread; NaN if N = 1
-        text_uniformity     the same of T
+        inmodal_gap             mean over i, j of (I_i . I_j - T_i . T_j)^2  =  P_in / N
+        crossmodal_gap          mean over i, j of (I_i . T_j - I_j . T_i)^2  =  P_cross / N
+        alignment               mean over i of |I_i - T_i|^2, 0 where pairs coincide
+        image_uniformity        log of the mean over i != j of exp(-2 |I_i - I_j|^2): 0 where all
+                                rows coincide, the lower the better they are spread; NaN if N = 1
+        text_uniformity         the same of T
+        image_to_text_accuracy  share of the rows i whose nearest text, by I_i . T_j, is T_i
+        text_to_image_accuracy  share of the rows i whose nearest image is I_i
 
     The gaps are the penalties of Goel et al. 2022, eq. 2 and 3, without their factor N: comparable
     between batch sizes. Alignment and uniformity are those of Wang & Isola 2020, alpha = t = 2.
 
     Args:
-        image_features, text_features: (N, D), N >= 1, rows of unit length.
+        image_features, text_features: (N, D), N >= 1, rows of unit length, taken as they are, also
+            under autocast.
         process_group, distributed: a group, or True for the default one: the numbers of the rows of
-            all its ranks, of which each may hold any number. Every rank has to make the call, and
-            gets the same. They exchange their numbers of rows, for which the host waits, all
-            features (2 N D) and the sum of 3 D^2 + 4 elements. Not given: the rows of this process.
+            all its ranks, which may hold different numbers. Every rank has to make the call. They
+            exchange their numbers of rows, for which the host waits, and all features (2 N D). By
+            default: the rows of this process.
 
-    Takes O(N D^2) flops and, for uniformity, O(N^2 D), shared by the ranks, in strips of bounded
-    memory.
+    Takes 8 N^2 D flops in float64, shared by the ranks, in strips of bounded memory.
 
     Raises:
         TypeError, ValueError: as `cyclip_loss.functional`.
@@ -49,53 +53,51 @@ def consistency_metrics(
     ranks = across.Ranks()
     if distributed or process_group is not None:
         ranks = across.ranks_of(process_group)
-    several = ranks.size > 1
-    image, text = check_features(image_features, text_features, may_be_empty=several)
-    n, d = image.shape
-    grams = cyclic_statistics(image, text, True, "eager")  # the kernels' 16-bit ones are in tf32
-    columns: tuple[Tensor, ...] = (image, text)
-    if several:
-        signature = {"D": d, "dtype": image.dtype, "the device type": image.device.type}
-        ranks = across.check_ranks_agree(ranks, LossOptions(uneven=True), image, signature)
-        gathered = across.start_gather(torch.cat((image, text), dim=1), ranks)
-        assert gathered is not None
-        columns = across.finish_gather(gathered, ranks).chunk(2, dim=1)
-    first = ranks.first_row(ranks.rank, n)
-    image, text = _wide(image), _wide(text)
-    of_rows = torch.stack(
-        (
-            (image - text).square().sum(),
-            _potentials(image, _wide(columns[0]), first),
-            _potentials(text, _wide(columns[1]), first),
-        )
+    pair: tuple[Tensor, ...] = check_features(
+        image_features, text_features, may_be_empty=ranks.size > 1, autocast=False
     )
-    sums = torch.cat((grams.flatten().to(of_rows.dtype), of_rows))
-    if several:
+    n, d = pair[0].shape
+    if ranks.size > 1:
+        signature = {"D": d, "dtype": pair[0].dtype, "the device type": pair[0].device.type}
+        ranks = across.check_ranks_agree(ranks, LossOptions(uneven=True), pair[0], signature)
+        gathered = across.start_gather(torch.cat(pair, dim=1), ranks)
+        assert gathered is not None
+        pair = across.finish_gather(gathered, ranks).tensor_split((d,), dim=1)
+    wide = torch.float32 if pair[0].device.type == "mps" else torch.float64  # MPS has no float64
+    images, texts = pair[0].to(wide), pair[1].to(wide)
+    total, start = ranks.total(n), ranks.first_row(ranks.rank, n)
+    sums = images.new_zeros(len(NAMES))
+    rows = torch.arange(start, start + n, device=images.device)
+    for own in torch.split(rows, strip_rows(total, images.device)):
+        image, text = images[own], texts[own]
+        image_image, text_text = image @ images.T, text @ texts.T
+        image_text, text_image = image @ texts.T, text @ images.T
+        sums += torch.stack(
+            (
+                (image_image - text_text).square_().sum(),
+                (image_text - text_image).square_().sum(),
+                (image - text).square_().sum(),
+                _potentials(image_image, images, own),
+                _potentials(text_text, texts, own),
+                (image_text.argmax(dim=1) == own).sum(),
+                (text_image.argmax(dim=1) == own).sum(),
+            )
+        )
+    if ranks.size > 1:
         sums = across.wait(across.start_all_reduce(sums, "sum", ranks))
-    total = ranks.total(n)
-    gaps = cyclic_terms(sums[:-3].view(3, d, d), [torch.full_like(sums[0], 1 / total**2)] * 2, True)
-    uniformity = (sums[-2:] / (total * (total - 1))).log()  # of one row 0 / 0, NaN
-    values = torch.stack((*gaps, sums[-3] / total, *uniformity)).float()
-    return dict(zip(NAMES, values.unbind(), strict=True))
+    pairs = total * (total - 1)  # 0 of one row, whose uniformity is 0 / 0, NaN
+    counts = sums.new_tensor((total**2, total**2, total, pairs, pairs, total, total))
+    values = sums / counts
+    values[3:5] = values[3:5].log()
+    return dict(zip(NAMES, values.float().unbind(), strict=True))
 
 
-def _potentials(rows: Tensor, columns: Tensor, first: int) -> Tensor:
-    """The sum of exp(-2 |x_i - x_j|^2) over all rows i and all columns j but the row itself.
+def _potentials(products: Tensor, features: Tensor, own: Tensor) -> Tensor:
+    """The sum of exp(-2 |x_i - x_j|^2) over the rows `own` and all others, from their products.
 
-    first: where the first of the rows is among the columns.
+    products: x_i . x_j, overwritten.
     """
-    norms = columns.square().sum(dim=1)
-    total = rows.new_zeros(())
-    height = strip_rows(len(columns), rows.device)
-    for start in range(0, len(rows), height):
-        strip = rows[start : start + height]
-        squared = strip.square().sum(dim=1, keepdim=True) + norms - 2 * (strip @ columns.T)
-        potentials = torch.exp(-2 * squared.clamp(min=0))
-        potentials.diagonal(first + start).zero_()
-        total += potentials.sum()
-    return total
-
-
-def _wide(features: Tensor) -> Tensor:
-    """float64, where the device has it."""
-    return features.double() if features.device.type != "mps" else features.float()
+    norms = features.square().sum(dim=1)
+    squared = products.mul_(-2).add_(norms).add_(norms[own, None])
+    potentials = squared.clamp_(min=0).mul_(-2).exp_()
+    return potentials.sum() - potentials[torch.arange(len(own), device=own.device), own].sum()

@@ -123,7 +123,7 @@ def disagreement(compute: Any, device: torch.device, dtype: torch.dtype, exact: 
     # A generator of its own: the user's random numbers stay as they are.
     generator = torch.Generator("cpu").manual_seed(0)
     noise = torch.randn(rows + columns, d, generator=generator, dtype=torch.float64, device="cpu")
-    image, text = F.normalize(noise, dim=1).split((rows, columns))
+    image, text = F.normalize(noise, dim=1).tensor_split((rows,))
     text[first:last:5] = F.normalize(image[::5] + 0.01 * text[first:last:5])
     image, text = (x.to(dtype).to(device).double() for x in (image, text))
     scale, grad = image.new_tensor(20.0), image.new_tensor(1.5)

@@ -13,6 +13,11 @@ from torch.distributed import ProcessGroup
 
 IMPLS = ("auto", "triton", "eager")
 DIST_IMPLS = ("gather", "ring")
+# Numbers that may change between calls: ranks compare them in their first call.
+WEIGHTS = (
+    *("lambda_inmodal", "lambda_crossmodal"),
+    *("reference_batch_size", "inmodal_contrastive_weight"),
+)
 
 
 @dataclass(eq=False, repr=False)
@@ -61,6 +66,7 @@ class LossOptions(PenaltyOptions):
 
     dist_impl: str = "gather"
     uneven: bool = False
+    inmodal_contrastive_weight: float | None = None
 
 
 def _weight(name: str, value: Any) -> float:
@@ -68,9 +74,14 @@ def _weight(name: str, value: Any) -> float:
     # weights.
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number >= 0, got {value!r}")
-    if not 0 <= value < math.inf:
+    number = float(value)  # of one type, so that torch.compile sees only a new value
+    if not 0 <= number < math.inf:
         raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
-    return float(value)  # of one type, so that torch.compile sees only a new value
+    return number
+
+
+def _optional_weight(name: str, value: Any) -> float | None:
+    return None if value is None else _weight(name, value)
 
 
 def _batch_size(name: str, value: Any) -> int | None:
@@ -96,6 +107,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "lambda_inmodal": _weight,
     "lambda_crossmodal": _weight,
     "reference_batch_size": _batch_size,
+    "inmodal_contrastive_weight": _optional_weight,
     "impl": _one_of(IMPLS),
     "dist_impl": _one_of(DIST_IMPLS),
 }

@@ -16,24 +16,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def contrastive_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+def contrastive_loss(
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, ids: Tensor | None = None
+) -> Tensor:
     """Symmetric cross-entropy over the pairs of a batch (Goel et al. 2022, eq. 1).
 
-    image_features, text_features: (N, D); logit_scale: scalar, exp'd. Returns a scalar.
+    image_features, text_features: (N, D); logit_scale: scalar, exp'd; ids: (N,), rows with the same
+    one are no negatives of each other. Returns a scalar.
     """
-    logits_per_image = logit_scale * image_features @ text_features.T  # (N, N)
+    logits_per_image = without_same_ids(
+        logit_scale * image_features @ text_features.T, ids
+    )  # (N, N)
     labels = torch.arange(len(logits_per_image), device=logits_per_image.device)
     image_to_text = F.cross_entropy(logits_per_image, labels)
     text_to_image = F.cross_entropy(logits_per_image.T, labels)
     return (image_to_text + text_to_image) / 2
 
 
-def one_way_contrastive_loss(features: Tensor, augmented: Tensor, logit_scale: Tensor) -> Tensor:
+def without_same_ids(logits: Tensor, ids: Tensor | None) -> Tensor:
+    """-inf for the logits (N, N) of rows with the same id, but for each row's own pair."""
+    if ids is None:
+        return logits
+    return logits.masked_fill((ids[:, None] == ids).fill_diagonal_(False), -torch.inf)
+
+
+def one_way_contrastive_loss(
+    features: Tensor, augmented: Tensor, logit_scale: Tensor, ids: Tensor | None = None
+) -> Tensor:
     """Cross-entropy of each row finding its own augmented view among all augmented views.
 
-    features, augmented: (N, D); logit_scale: scalar, exp'd. Returns a scalar.
+    features, augmented: (N, D); logit_scale: scalar, exp'd; ids: (N,). Returns a scalar.
     """
-    logits = logit_scale * features @ augmented.T  # (N, N)
+    logits = without_same_ids(logit_scale * features @ augmented.T, ids)  # (N, N)
     return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
 
 
@@ -59,24 +73,30 @@ def cyclip_loss(
     augmented_image_features: Tensor | None = None,
     augmented_text_features: Tensor | None = None,
     reference_batch_size: int | None = None,
+    inmodal_contrastive_weight: float | None = None,
+    ids: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The terms of the CyCLIP loss, each already weighted; their sum is the loss.
 
     image_features, text_features and, for the in-modal contrastive term, both augmented features:
     (N, D), rows of unit length; logit_scale: scalar, exp'd. reference_batch_size: both penalties
     are multiplied by reference_batch_size / N; None: they are the paper's.
+    inmodal_contrastive_weight: CLIP's term + this weight * the in-modal one; None: their mean.
+    ids: (N,), rows with the same one are no negatives of each other.
     """
     if reference_batch_size is not None:
         lambda_inmodal *= reference_batch_size / len(image_features)
         lambda_crossmodal *= reference_batch_size / len(image_features)
-    contrastive = contrastive_loss(image_features, text_features, logit_scale)
+    terms = {"contrastive_loss": contrastive_loss(image_features, text_features, logit_scale, ids)}
     if augmented_image_features is not None and augmented_text_features is not None:
-        # The authors' `--inmodal` option: the mean of the cross-modal and the in-modal parts.
-        image = one_way_contrastive_loss(image_features, augmented_image_features, logit_scale)
-        text = one_way_contrastive_loss(text_features, augmented_text_features, logit_scale)
-        contrastive = (contrastive + (image + text) / 2) / 2
+        image = one_way_contrastive_loss(image_features, augmented_image_features, logit_scale, ids)
+        text = one_way_contrastive_loss(text_features, augmented_text_features, logit_scale, ids)
+        weight = inmodal_contrastive_weight
+        if weight is None:  # the authors' `--inmodal` option
+            terms["contrastive_loss"], weight = terms["contrastive_loss"] / 2, 0.5
+        terms["inmodal_contrastive_loss"] = weight * (image + text) / 2
     return {
-        "contrastive_loss": contrastive,
+        **terms,
         "inmodal_cyclic_loss": lambda_inmodal
         * inmodal_cyclic_penalty(image_features, text_features),
         "crossmodal_cyclic_loss": lambda_crossmodal

@@ -65,18 +65,21 @@ def _is_for_here(image_features: Tensor, text_features: Tensor, impl: str) -> bo
 
 
 def _contrastive(
-    image: Tensor, text: Tensor, logit_scale: Tensor, with_gradient: bool
+    image: Tensor, text: Tensor, logit_scale: Tensor, ids: Tensor | None, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The contrastive term and, if asked for, G / (2N), (N, N), and ds.
 
-    image, text: (N, D); logit_scale: scalar; all of the accumulation dtype.
+    image, text: (N, D); logit_scale: scalar; all of the accumulation dtype; ids: (N,).
     """
     n = len(image)
     cosines = image @ text.T
     logits = cosines * logit_scale
     pair_logits = logits.diagonal().clone()
     # From here on only negatives count. Finite, so that one row without any comes out as 0.
-    logits.fill_diagonal_(torch.finfo(logits.dtype).min)
+    least = torch.finfo(logits.dtype).min
+    logits.fill_diagonal_(least)
+    if ids is not None:
+        logits.masked_fill_(ids[:, None] == ids, least)
     maxima = logits.new_empty(2, n)
     sums = torch.empty_like(maxima)
     torch.amax(logits, dim=1, out=maxima[0])
@@ -115,7 +118,7 @@ class _Small(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        image_features, text_features, logit_scale, weights, separate, grad_mode = inputs
+        image_features, text_features, logit_scale, ids, weights, separate, grad_mode = inputs
         dtype = accumulation_dtype(image_features.dtype)
         contrastive = gradient = scale_grad = product = None
         with without_autocast(image_features):
@@ -128,7 +131,7 @@ class _Small(torch.autograd.Function):
                 terms = (image.new_zeros(()), image.new_zeros(()))
             if logit_scale is not None:
                 contrastive, gradient, scale_grad = _contrastive(
-                    image, text, logit_scale, grad_mode and any(ctx.needs_input_grad)
+                    image, text, logit_scale, ids, grad_mode and any(ctx.needs_input_grad)
                 )
                 terms = (contrastive, *terms) if separate else (sum(terms, contrastive),)
         ctx.save_for_backward(
@@ -145,7 +148,7 @@ class _Small(torch.autograd.Function):
             gradients = FirstDerivativesOnly.apply(_gradients, *arguments)  # type: ignore[no-untyped-call]
         else:
             gradients = _gradients(*arguments)
-        return (*gradients, None, None, None)
+        return (*gradients, None, None, None, None)
 
 
 def _gradients(
@@ -205,14 +208,14 @@ def terms(
     logit_scale: Tensor | None,
     options: PenaltyOptions,
     separate: bool,
+    ids: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """The contrastive term and both weighted penalties of checked inputs, or (their sum,).
 
     image_features, text_features: (N, D), row i of one is paired with row i of the other;
     logit_scale: scalar of the accumulation dtype, exp'd, which the results have too, or None for
-    the penalties alone. With both lambdas 0 no penalty is computed.
+    the penalties alone; ids: (N,). With both lambdas 0 no penalty is computed.
     """
     weights = options.penalty_weights(len(image_features))
-    return _small(
-        image_features, text_features, logit_scale, weights, separate, torch.is_grad_enabled()
-    )
+    settings = (ids, weights, separate, torch.is_grad_enabled())
+    return _small(image_features, text_features, logit_scale, *settings)

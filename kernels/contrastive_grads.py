@@ -19,7 +19,7 @@ from torch import Tensor
 from cyclip_loss.eager import add_product, matmul
 from cyclip_loss.kernels.configs import SUM, Precision, ceil_div, config_for, launch_on, padded_rows
 from cyclip_loss.kernels.products import product_over_columns, scale_grad_kernel
-from cyclip_loss.kernels.tiles import LN_2, LOG2_E, grouped_tile, halves, tile_product
+from cyclip_loss.kernels.tiles import LN_2, LOG2_E, grouped_tile, halves, same_ids, tile_product
 
 # One block of G: this many rows, and as many columns as make this many elements (16,384, 512 MB of
 # 16 bits). Memory is thus bounded whatever N. Both products of a block sum over thousands of
@@ -38,6 +38,8 @@ def _tile_gradient(
     row_lse,
     column_lse,
     pair_gradient,
+    row_ids,
+    column_ids,
     gradient,
     gradient_stride,
     first_row,
@@ -62,6 +64,8 @@ def _tile_gradient(
         # Two exponentials an element: sharing one is safe only in a branch, whose two results
         # spill registers.
         g += tl.exp2(product * scale - c[None, :])
+    if row_ids is not None:
+        g = tl.where(same_ids(row_ids, column_ids, rows, columns, n, m), 0.0, g)
     first_pair = first_row + first_column
     has_pairs = (first_pair < first_column_of_tile + BN) & (first_pair + BM > first_column_of_tile)
     # Whole tiles are stored, 0 outside the matrix: a mask on columns would forbid wide stores. The
@@ -83,10 +87,56 @@ def _tile_gradient(
     return tile_sum
 
 
+@triton.jit
+def _gradient(
+    product,
+    scale,
+    factor,
+    row_lse,
+    column_lse,
+    pair_gradient,
+    row_ids,
+    column_ids,
+    gradient,
+    gradient_stride,
+    first_row,
+    first_column_of_tile,
+    first_column,
+    n,
+    m,
+    SYMMETRIC: tl.constexpr,
+    NEEDS_SCALE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """`_tile_gradient` of a tile, a part at a time; it calls itself while Triton compiles."""
+    if PARTS == 1:
+        return _tile_gradient(
+            product, scale, factor, row_lse, column_lse, pair_gradient, row_ids, column_ids,
+            gradient, gradient_stride, first_row, first_column_of_tile, first_column, n, m,
+            SYMMETRIC, NEEDS_SCALE, SHIFT, BM, BN,
+        )  # fmt: skip
+    else:
+        left, right = halves(product, BM, BN)
+        left_sum = _gradient(
+            left, scale, factor, row_lse, column_lse, pair_gradient, row_ids, column_ids,
+            gradient, gradient_stride, first_row, first_column_of_tile, first_column, n, m,
+            SYMMETRIC, NEEDS_SCALE, SHIFT, BM, BN // 2, PARTS // 2,
+        )  # fmt: skip
+        return left_sum + _gradient(
+            right, scale, factor, row_lse, column_lse, pair_gradient, row_ids, column_ids,
+            gradient, gradient_stride, first_row, first_column_of_tile + BN // 2, first_column,
+            n, m, SYMMETRIC, NEEDS_SCALE, SHIFT, BM, BN // 2, PARTS // 2,
+        )  # fmt: skip
+
+
 @triton.jit(
     do_not_specialize=["n", "m", "first_column"],
     do_not_specialize_on_alignment=[
         "logit_scale", "grad", "row_lse", "column_lse", "pair_gradient", "scale_partials",
+        "row_ids", "column_ids",
     ],
 )  # fmt: skip
 def contrastive_grads_kernel(
@@ -97,6 +147,8 @@ def contrastive_grads_kernel(
     row_lse,  # (n,)
     column_lse,  # (m,)
     pair_gradient,  # (n,): G where row i has a partner
+    row_ids,  # (n,) and (m,): G is 0 where they are equal, but for pairs; or both None
+    column_ids,
     gradient,  # weight * grad * s * G out, whole tiles of it, rows `gradient_stride` apart
     scale_partials,  # (tiles,) out: sum over the tile of 2^SHIFT * G_ij (I_i . T_j)
     n,
@@ -115,7 +167,7 @@ def contrastive_grads_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    PARTS: tl.constexpr,  # 1 or 2: the elements of a tile are done at once or by halves
+    PARTS: tl.constexpr,  # 1, 2 or 4: the elements of a tile are done at once or a part at a time
     GROUP: tl.constexpr,
 ):
     row_tile, column_tile = grouped_tile(tl.cdiv(n, BM), tl.cdiv(m, BN), GROUP)
@@ -128,24 +180,11 @@ def contrastive_grads_kernel(
     logit_scale = tl.load(logit_scale)
     scale = logit_scale * LOG2_E
     factor = tl.load(grad) * weight * logit_scale
-    if PARTS == 1:
-        tile_sum = _tile_gradient(
-            product, scale, factor, row_lse, column_lse, pair_gradient, gradient, gradient_stride,
-            first_row, start, first_column, n, m, SYMMETRIC, NEEDS_SCALE,
-            SHIFT, BM, BN,
-        )  # fmt: skip
-    else:
-        left, right = halves(product, BM, BN)
-        tile_sum = _tile_gradient(
-            left, scale, factor, row_lse, column_lse, pair_gradient, gradient, gradient_stride,
-            first_row, start, first_column, n, m, SYMMETRIC, NEEDS_SCALE,
-            SHIFT, BM, BN // 2,
-        )  # fmt: skip
-        tile_sum += _tile_gradient(
-            right, scale, factor, row_lse, column_lse, pair_gradient, gradient, gradient_stride,
-            first_row, start + BN // 2, first_column, n, m, SYMMETRIC, NEEDS_SCALE,
-            SHIFT, BM, BN // 2,
-        )  # fmt: skip
+    tile_sum = _gradient(
+        product, scale, factor, row_lse, column_lse, pair_gradient, row_ids, column_ids, gradient,
+        gradient_stride, first_row, start, first_column, n, m,
+        SYMMETRIC, NEEDS_SCALE, SHIFT, BM, BN, PARTS,
+    )  # fmt: skip
     if NEEDS_SCALE:
         tl.store(scale_partials + tl.program_id(0), tile_sum)
 
@@ -163,11 +202,14 @@ def contrastive_grads(
     symmetric: bool,
     needs: list[bool],
     wide: bool,
+    ids: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `cyclip_loss.eager.contrastive_grads`."""
     needs_image, needs_text, needs_scale = needs
     precision = Precision.of(image_features)
     config = config_for("contrastive_grads", image_features, precision)
+    if ids is not None:
+        config = config.with_ids
     tile = config.tile
     image, text = padded_rows(image_features, tile["BK"]), padded_rows(text_features, tile["BK"])
     (n, d), m = image.shape, text.shape[0]
@@ -176,6 +218,7 @@ def contrastive_grads(
     shift = 14 if image.dtype == torch.float16 else 0
     sum_weight = grad * logit_scale * (weight * 2.0**-shift) if shift else None
     grad_dtype = torch.float32 if wide else image.dtype
+    row_ids, column_ids = ids or (None, None)
 
     bm, bn = tile["BM"], tile["BN"]
     height = ceil_div(min(n, BLOCK_ROWS), bm) * bm
@@ -199,6 +242,8 @@ def contrastive_grads(
             row_lse[start:],
             column_lse[left:],
             pair_gradient[start:],
+            None if row_ids is None else row_ids[start:],
+            None if column_ids is None else column_ids[left:],
             gradient_tiles,
             scale_partials[tiles_done:],
             rows,

@@ -22,7 +22,7 @@ from cyclip_loss.kernels.configs import (
     launch_on,
     padded_rows,
 )
-from cyclip_loss.kernels.tiles import LN_2, LOG2_E, grouped_tile, halves, tile_product
+from cyclip_loss.kernels.tiles import LN_2, LOG2_E, grouped_tile, halves, same_ids, tile_product
 
 # What the tiles leave: per strip of rows, at most this many maxima and as many sums, of rows and of
 # columns (float32, so 128 MB each). At N = 65,536 that takes two strips with 128-row tiles.
@@ -44,6 +44,8 @@ def _tile_lse(
     column_partial,
     column_sums,
     pair_logits,
+    row_ids,
+    column_ids,
     first_row,
     first_column_of_tile,
     first_column,
@@ -65,6 +67,9 @@ def _tile_lse(
         pair = tl.sum(tl.where(is_pair, logits, 0.0), axis=1) * LN_2
         in_tile = (partner >= first_column_of_tile) & (partner < first_column_of_tile + BN)
         tl.store(pair_logits + rows, pair, mask=in_tile & (partner < m) & (rows < n))
+    # Before the edges: after them, gfx942 would have more masks than registers for them.
+    if row_ids is not None:
+        logits = tl.where(same_ids(row_ids, column_ids, rows, columns, n, m), -float("inf"), logits)
     # A branch of its own, with the edges: within the one above, this would spill registers.
     if has_pairs | (first_row + BM > n) | (first_column_of_tile + BN > m):
         # With -1 for columns outside gfx942 needs no more masks than it has registers for.
@@ -86,7 +91,7 @@ def _tile_lse(
 
 @triton.jit(
     do_not_specialize=["n", "m", "first_column"],
-    do_not_specialize_on_alignment=["logit_scale", "pair_logits"],
+    do_not_specialize_on_alignment=["logit_scale", "pair_logits", "row_ids", "column_ids"],
 )
 def contrastive_lse_kernel(
     image,  # (n, d), rows `image_stride` apart
@@ -95,6 +100,8 @@ def contrastive_lse_kernel(
     row_partials,  # (2, column tiles * PARTS, n) out: maxima and sums, in units of log 2
     column_partials,  # (2, row tiles, m) out
     pair_logits,  # (n,) out, where row i has a partner
+    row_ids,  # (n,) and (m,): rows and columns with equal ones are no negatives; or both None
+    column_ids,
     n,
     m,
     d,  # a multiple of BK
@@ -125,17 +132,18 @@ def contrastive_lse_kernel(
     if PARTS == 1:
         _tile_lse(
             product, scale, row_partial, row_sums, column_partial, column_sums, pair_logits,
-            first_row, start, first_column, n, m, SYMMETRIC, BM, BN,
+            row_ids, column_ids, first_row, start, first_column, n, m, SYMMETRIC, BM, BN,
         )  # fmt: skip
     else:
         left, right = halves(product, BM, BN)
         _tile_lse(
             left, scale, row_partial, row_sums, column_partial, column_sums, pair_logits,
-            first_row, start, first_column, n, m, SYMMETRIC, BM, BN // 2,
+            row_ids, column_ids, first_row, start, first_column, n, m, SYMMETRIC, BM, BN // 2,
         )  # fmt: skip
         _tile_lse(
             right, scale, row_partial + n, row_sums, column_partial, column_sums, pair_logits,
-            first_row, start + BN // 2, first_column, n, m, SYMMETRIC, BM, BN // 2,
+            row_ids, column_ids, first_row, start + BN // 2, first_column, n, m, SYMMETRIC, BM,
+            BN // 2,
         )  # fmt: skip
 
 
@@ -203,6 +211,7 @@ def contrastive_lse(
     logit_scale: Tensor,
     first_column: int,
     symmetric: bool,
+    ids: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `cyclip_loss.eager.contrastive_lse`."""
     precision = Precision.of(image_features)
@@ -211,6 +220,7 @@ def contrastive_lse(
     image, text = padded_rows(image_features, tile["BK"]), padded_rows(text_features, tile["BK"])
     (n, d), m = image.shape, text.shape[0]
     columns = m if symmetric else 0
+    row_ids, column_ids = ids or (None, None)
     row_negatives = image.new_empty(n, dtype=torch.float32)
     column_negatives = row_negatives.new_empty(columns)
     pair_logits = row_negatives.new_empty(n)
@@ -230,6 +240,8 @@ def contrastive_lse(
                 row_partials,
                 column_partials,
                 pair_logits[start:],
+                None if row_ids is None else row_ids[start:],
+                column_ids,
                 rows,
                 m,
                 d,

@@ -35,6 +35,8 @@ from cyclip_loss.kernels.tiles import round_to_tf32
 # parts at most, each a multiple of the tile's rows. 16 parts of 768 x 768 in float32 are 38 MB.
 MAX_SPLITS = 16
 MIN_SPLIT_ROWS = 1024
+# Offsets within the three matrices, here 8.6 GB, are 32-bit. A multiple of all tiles.
+MAX_D = 26752
 
 
 @triton.jit
@@ -134,8 +136,14 @@ def cyclic_statistics(image_features: Tensor, text_features: Tensor, with_cross:
     precision = Precision.of(image_features, widened=True)
     config = config_for("cyclic_statistics", image_features, precision)
     bd, bk = config.tile["BD"], config.tile["BK"]
+    features = image_features.shape[1]
+    if features > MAX_D:
+        raise ValueError(
+            f"image_features must have D <= {MAX_D} for the penalties with impl='triton', "
+            f"got D = {features}; impl='eager' takes any D"
+        )
     image, text = padded_rows(image_features, bd), padded_rows(text_features, bd)
-    (n, d), features = image.shape, image_features.shape[1]
+    n, d = image.shape
     splits = max(1, min(MAX_SPLITS, n // MIN_SPLIT_ROWS))
     split_rows = ceil_div(ceil_div(n, splits), bk) * bk
     splits = ceil_div(n, split_rows)

@@ -28,13 +28,15 @@ def traces_kernel(
     at = grams + rows[:, None] * d + columns[None, :]
     a = tl.load(at, mask=inside, other=0.0)
     b = tl.load(at + d * d, mask=inside, other=0.0)
-    p = tl.sum(tl.sum(a * b, axis=1), axis=0)
+    # Each product is rounded before it is added. Else the compiler fuses a thread's own product but
+    # not the one that comes from another thread, and both threads get sums of their own.
+    p = tl.sum(tl.sum(tl.fma(a, b, 0.0), axis=1), axis=0)
     tl.store(partials + tl.program_id(0), p)
     if WITH_CROSS:
         mirrored = grams + rows[:, None] + columns[None, :] * d
         c = tl.load(at + 2 * d * d, mask=inside, other=0.0)
         c_t = tl.load(mirrored + 2 * d * d, mask=inside, other=0.0)
-        q = tl.sum(tl.sum(c * c_t, axis=1), axis=0)
+        q = tl.sum(tl.sum(tl.fma(c, c_t, 0.0), axis=1), axis=0)
         tl.store(partials + tl.num_programs(0) + tl.program_id(0), q)
 
 

@@ -34,15 +34,15 @@ def scalar(x):
 
 @triton.jit
 def round_to_tf32(x):
-    """float32 to the nearest value with a 10-bit mantissa, ties away from zero.
+    """float32 to the nearest value with a 10-bit mantissa, ties to even.
 
     The tensor cores drop the low 13 bits of a float32 operand, which shrinks every product alike.
     Rounding first makes the error unbiased; and the interpreter, which drops nothing, computes what
-    a GPU computes. Inf and NaN stay what they are.
+    a GPU computes. Inf becomes NaN; a number above 2^115, whose square is Inf, becomes infinite.
     """
-    bits = x.to(tl.int32, bitcast=True)
-    rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    return tl.where(tl.abs(x) < float("inf"), rounded, x)
+    # 8191 x, just below 2^13 x, loses the bits of x below its 10th; 2^13 x has none to lose, so the
+    # difference is what was kept of x. Fused by hand: fusing the other product would give x again.
+    return tl.fma(x, 8192.0, x * -8191.0)
 
 
 @triton.jit
@@ -72,12 +72,16 @@ def tile_product(
     a_pointers = (a + row.to(tl.int64) * a_stride)[:, None] + inner[None, :]
     b_pointers = (b + column.to(tl.int64) * b_stride)[None, :] + inner[:, None]
     product = tl.zeros((BM, BN), dtype=tl.float32)
+    ROUNDS: tl.constexpr = PRECISION == "tf32" and a.dtype.element_ty == tl.float32
     for _ in range(0, d, BK):
         a_block = tl.load(a_pointers)
         b_block = tl.load(b_pointers)
         if WIDEN:
             a_block = a_block.to(tl.float32)
             b_block = b_block.to(tl.float32)
+        if ROUNDS:
+            a_block = round_to_tf32(a_block)
+            b_block = round_to_tf32(b_block)
         product = tl.dot(a_block, b_block, product, input_precision=PRECISION)
         a_pointers += BK
         b_pointers += BK
@@ -90,3 +94,11 @@ def halves(tile, BM: tl.constexpr, BN: tl.constexpr):
     registers at a time.
     """
     return tl.split(tl.permute(tl.reshape(tile, (BM, 2, BN // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def same_ids(row_ids, column_ids, rows, columns, n, m):
+    """Which rows and columns have equal ids; anything past the end."""
+    of_rows = tl.load(row_ids + tl.minimum(rows, n - 1))
+    of_columns = tl.load(column_ids + tl.minimum(columns, m - 1))
+    return of_rows[:, None] == of_columns[None, :]

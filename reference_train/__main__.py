@@ -6,13 +6,17 @@ from .errors import run
 
 
 def main(argv: Sequence[str]) -> None:
-    """`pretrain`, `evaluate`, or else the demonstration; each is imported only when asked for."""
+    """`pretrain`, `evaluate`, `report`, or else the demonstration; imported only when asked for."""
     if argv[:1] == ["pretrain"]:
         from .pretrain.command import main as command
 
         command(argv[1:])
     elif argv[:1] == ["evaluate"]:
         from .evaluate.command import main as command
+
+        command(argv[1:])
+    elif argv[:1] == ["report"]:
+        from .evaluate.report import main as command
 
         command(argv[1:])
     else:

@@ -35,6 +35,17 @@ def is_first(rank: str) -> bool:
     return next((os.environ[name] for name in RANKS[rank] if name in os.environ), "0") == "0"
 
 
+def first_line(error: object) -> str:
+    """What an error says, cut to one line."""
+    return (str(error) or type(error).__name__).partition("\n")[0].rstrip(":")
+
+
+def say(message: str) -> None:
+    """One line to the user, of all ranks together, beside a command's output."""
+    if is_first("RANK"):
+        print(f"reference_train: {message}", file=sys.stderr, flush=True)
+
+
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Runs `main` with the command line's arguments.
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import CannotStart
+from .errors import CannotStart, say
 
 
 @contextlib.contextmanager
@@ -41,13 +41,44 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     if path.exists():
         raise CannotStart(f"--out {path}: is there already")
+    check_writable(path)
+    parent = path.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{path.name}.") as made:
+        folder = Path(made) / path.name
+        folder.mkdir()
+        yield folder
+        folder.replace(path)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises `CannotStart` if a folder (of --out) can't be made or written; makes nothing."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise CannotStart(f"--out: {folder} can't be written: {there} is no folder to write to")
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Makes a folder, for one process at a time; the end of the process, too, frees it.
+
+    Raises `CannotStart` if another process has it, or it can't be written.
+    """
     try:
-        parent = path.absolute().parent
-        parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=parent, prefix=f".{path.name}.") as temporary:
-            folder = Path(temporary) / path.name
-            folder.mkdir()
-            yield folder
-            folder.replace(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
     except OSError as error:
-        raise CannotStart(f"--out {path}: can't be written: {error}") from error
+        raise CannotStart(f"--out: {folder} can't be written: {error}") from error
+    with file:
+        try:
+            import fcntl
+
+            # a record lock: forked children, which may outlive this process, don't have it
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise CannotStart(
+                f"{folder}: another process is at work there: choose another --name"
+            ) from error
+        except (ImportError, OSError) as error:
+            say(f"{folder} can't be locked ({error}): don't use its --name twice at once")
+        yield

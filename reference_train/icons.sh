@@ -1,5 +1,5 @@
 #!/bin/sh
-# Pretrains on 250,000 icons, and asks about names, emoji and photographs that training never saw:
+# Pretrains on 250,000 icons, and asks about names and emoji that training never saw:
 # CLIP and CyCLIP in three seeds, C-CyCLIP and I-CyCLIP in one, then λ at four batch sizes.
 # On two CPU cores: data in 8 minutes, each of 8 runs in about 30 (EPOCHS=8: 12), each of 11 in 12.
 # Given again, it goes on where it stopped. Run from the repository: sh reference_train/icons.sh
@@ -7,7 +7,6 @@ set -eu
 out=${OUT:-runs/icons}
 
 [ -d "$out/icons" ] || python -m reference_train.data.icons --out "$out/icons"
-[ -d "$out/stamps" ] || python -m reference_train.data.stamps --out "$out/stamps"
 
 pretrain() { # NAME LOSS, then more
     name=$1 loss=$2
@@ -35,8 +34,7 @@ over_batches 512 1.4e-3 205
 over_batches 2048 2.8e-3 51
 over_batches 4096 4e-3 26
 
-if [ ! -f "$out/evaluation/table.md" ]; then # which is written last
-    rm -rf "$out/evaluation"
-    python -m reference_train evaluate "$out"/logs/* --suite rehearsal --data "$out" --out "$out/evaluation"
-fi
-python -m reference_train.evaluate.experiment "$out/evaluation/evaluation.json" --out "$out/evaluation"
+python -m reference_train evaluate "$out"/logs/[ci]* --data "$out/icons" --only icons emoji \
+    --out "$out/evaluation"
+python -m reference_train evaluate "$out"/logs/lambda-* --data "$out/icons" --only icons emoji \
+    --out "$out/evaluation-lambda"

@@ -1,231 +1,191 @@
 """Exact results in float64, and how far rounding alone may carry a result from them.
 
-The bounds are forward error bounds, not tolerances found by trial. A sum of products computed in a
-type of precision eps differs from the exact one by at most a small multiple of eps times the sum of
-the products' *absolute values*: the scale of the quantity. The scale of each element of each
-gradient is worked out here from the formulas of the loss, in float64, so that a bound is never
-wider than what the arithmetic makes unavoidable: an element that is small because its terms are
-small is checked to relative precision, and only one that is small because large terms cancel is
-allowed their rounding.
+The bounds are forward error bounds, not tolerances found by trial. A sum of products in a type of
+precision eps is off by at most a small multiple of eps times the sum of the products' *absolute
+values*: the scale of the quantity. It is worked out here for each element of each gradient, from
+the formulas of the loss in float64: an element that is small because its terms are small is
+checked to relative precision, and only one that is small because large terms cancel is allowed
+their rounding.
 
 The small multiple is FACTOR where errors are of either sign, as those of rounding to nearest are,
 and mostly cancel (measured: at most 3.1 for sums of 100 terms, over 20,000 random inputs). Errors
-of one sign add up: a tensor core multiplies 16-bit numbers exactly, but what it adds it cuts off.
-It adds 8 products to the float32 sum at a time and cuts each one bit below the sum's last (A100),
-or 16 and two bits below (H100), and then the new sum (Khattak and Mikaitis 2025, arXiv 2512.07004).
-So a dot product of D terms of one sign loses up to D / 11 or D / 20 times eps times their sum, and
-its multiple is D / 8 where that is more than FACTOR, from D = 48 on. (It also covers float32
-features, whose D products are added one by one: their errors grow as the root of D.) Where operands
-are rounded to 8 or 11 bits first, G, U and V by the kernels, that is the larger error.
-
-Everything is computed on the CPU, whatever device the results come from.
+of one sign add up: a tensor core cuts off what it adds to the float32 sum, 8 products at a time
+one bit below the sum's last (A100) or 16 two bits below (H100; Khattak and Mikaitis 2025, arXiv
+2512.07004). So D terms of one sign lose up to D / 11 or D / 20 times eps times their sum; from D =
+48 on the multiple is D / 8. Everything is computed on the CPU, whatever device the results come
+from.
 """
 
-from dataclasses import dataclass
-from functools import partial
 from math import log
+from typing import NamedTuple
 
+import pytest
 import torch
-from inputs import Case, Device, loss_dtype
+from conftest import set_strip_rows
+from inputs import VIEWS, Case, Device, loss_dtype
 from torch import Tensor
 
-from cyclip_loss import CyCLIPLoss, cyclip_loss, eager, reference
+from cyclip_loss import CyclicPenalty, CyCLIPLoss, eager, reference
 
-contrastive_loss = partial(cyclip_loss, lambda_inmodal=0, lambda_crossmodal=0)
-
-FLOAT64 = torch.finfo(torch.float64).eps
-FLOAT32 = torch.finfo(torch.float32).eps
+FLOAT64, FLOAT32 = torch.finfo(torch.float64).eps, torch.finfo(torch.float32).eps
 TF32 = 2.0**-10
-
 FACTOR = 6.0
-# Products in a sum of which each costs a whole eps.
-PRODUCTS_PER_EPS = 8
+TERMS = ("contrastive_loss", "inmodal_cyclic_loss", "crossmodal_cyclic_loss")
+NAMES = ("value", "image", "text", "logit_scale")
+Grads = dict[str, Tensor | None]
 
 
-def growth(d: int, eps: float) -> float:
-    """How many times FACTOR a sum of d products may be off by, in units of eps."""
-    return max(1.0, d / PRODUCTS_PER_EPS / FACTOR) if eps <= FLOAT32 else 1.0
-
-
-@dataclass
-class Results:
-    """A value and its gradients, or their scales."""
+class Results(NamedTuple):
+    """A value and its gradients."""
 
     value: Tensor
     image: Tensor
     text: Tensor
     logit_scale: Tensor
 
-    def __add__(self, other: "Results") -> "Results":
-        return Results(*(getattr(self, name) + getattr(other, name) for name in NAMES))
 
-    def __mul__(self, factor: float) -> "Results":
-        return Results(*(getattr(self, name) * factor for name in NAMES))
+class Eps(NamedTuple):
+    """Relative precision of each kind of rounding."""
 
-    def times_upstream(self, factor: float) -> "Results":
-        """The same value, and gradients of `factor` times it."""
-        return Results(self.value, *(getattr(self, name) * factor for name in NAMES[1:]))
+    logits: float  # of products of features; a logit's error is a relative one of its exponential
+    stored: float  # of G as it is kept for the products with the features
+    penalties: float  # of products of U and V
 
 
-NAMES = ("value", "image", "text", "logit_scale")
+def eps_of(impl: str, features: Tensor, tf32: bool = False) -> Eps:
+    """Precision in which an engine computes with these features.
 
-
-@dataclass(frozen=True)
-class Eps:
-    """Relative precision of each kind of rounding.
-
-    logits: of products of features, and of log-sum-exps. A logit's error is a relative one of its
-        exponential.
-    stored: of G as it is kept for the products with the features.
-    penalties: of products of U and V.
+    The eager engine widens 16-bit features to float32 or, where CUDA multiplies them as they are,
+    keeps G in 16 bits. The kernels multiply 16-bit features exactly and sum in float32, keep G in
+    16 bits, and round U and V to tf32. tf32: float32 matrices are multiplied so.
     """
-
-    logits: float
-    stored: float
-    penalties: float
-
-
-def eps_of(impl: str, dtype: torch.dtype, tf32: bool = False, wide_products: bool = False) -> Eps:
-    """Precision in which an engine computes with features of `dtype`.
-
-    The eager engine widens 16-bit features to float32, or with `wide_products` keeps G in 16 bits.
-    The kernels multiply 16-bit features exactly and sum in float32, keep G in 16 bits, and round U
-    and V to tf32. The dense formula rounds everything to 16 bits. tf32: float32 matrices are
-    multiplied so.
-    """
-    if dtype in (torch.float16, torch.bfloat16) and impl not in ("eager", "reference"):
+    dtype = features.dtype
+    if impl == "triton" and dtype.itemsize == 2:
         return Eps(FLOAT32, torch.finfo(dtype).eps, TF32)
-    eps = torch.finfo(dtype if impl == "reference" else loss_dtype(dtype)).eps
+    eps = torch.finfo(loss_dtype(dtype)).eps
     if tf32 and dtype != torch.float64:
         eps = max(eps, TF32)
-    stored = torch.finfo(dtype).eps if impl == "eager" and wide_products else eps
-    return Eps(eps, max(eps, stored), eps)
+    return Eps(eps, torch.finfo(dtype).eps if eager.has_wide_products(features) else eps, eps)
+
+
+def growth(d: int, eps: float) -> float:
+    """How many times FACTOR a sum of d products may be off by, in units of eps."""
+    return max(1.0, d / 8 / FACTOR) if eps <= FLOAT32 else 1.0
 
 
 def contrastive_bound(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: float,
-    impl: str,
-    symmetric: bool = True,
-    tf32: bool = False,
-) -> Results:
-    """eps * scale of the contrastive term of features (n, D), (n, D) as given to the loss.
+    rows: Tensor, columns: Tensor, scale: float, eps: Eps, symmetric: bool, g_is_rounded: bool
+) -> list[Tensor]:
+    """eps * scale of a contrastive term of two features (n, D): value, dRows, dColumns, ds.
 
     A logit's rounding error, eps times `size` at most, is a *relative* error of its exponential,
     and so of every element of the gradient by the logits: that of a pair is minus the sum of the
     others in its row. The oracle subtracts there, probabilities from 1 and logits from their
     log-sum-exp; what that costs it in float64 is added. (For float64 features that is all of it.)
+    g_is_rounded: before it is summed up to ds, which the kernels do first.
     """
-    wide_products = impl == "eager" and eager.has_wide_products(image)
-    eps = eps_of(impl, image.dtype, tf32, wide_products)
-    image, text = exact_on_host(image), exact_on_host(text)
-    n, d = image.shape
-    logits = logit_scale * image @ text.T
-    cosines = image.abs() @ text.abs().T
+    n, d = rows.shape
+    logits = scale * rows @ columns.T
+    cosines = rows.abs() @ columns.abs().T
     # Errors of a log-sum-exp, of size log n + the largest logit, are common to a whole row.
-    size = growth(d, eps.logits) * (1 + abs(logit_scale) * cosines.max()) + log(n)
-    parts = [_gradient_sizes(logits.softmax(dim=1))]
+    size = growth(d, eps.logits) * (1 + abs(scale) * cosines.max()) + log(n)
+    exact = _gradient_sizes(logits)
     if symmetric:
-        parts.append(_gradient_sizes(logits.softmax(dim=0).T).T)
-    exact = sum(parts) / (len(parts) * n)
-    of_logits = (eps.logits * exact + FLOAT64 / n * exact.new_ones(n).diag()) * size
-    errors = of_logits + eps.stored * exact
+        exact = (exact + _gradient_sizes(logits.T).T) / 2
+    of_logits = (eps.logits * exact + FLOAT64 * exact.new_ones(n).diag()) * size / n
+    errors = of_logits + eps.stored * exact / n
     loss = reference.contrastive_loss if symmetric else reference.one_way_contrastive_loss
-    value = (eps.logits * exact.trace() + FLOAT64) * size
-    return Results(
-        value + eps.logits * loss(image, text, logit_scale),
-        abs(logit_scale) * errors @ text.abs(),
-        abs(logit_scale) * errors.T @ image.abs(),
-        # The kernels sum it up before G is rounded.
-        ((errors if wide_products else of_logits) * cosines).sum(),
-    )
+    value = (eps.logits * exact.trace() / n + FLOAT64) * size
+    return [
+        value + eps.logits * loss(rows, columns, scale),
+        abs(scale) * errors @ columns.abs(),
+        abs(scale) * errors.T @ rows.abs(),
+        ((errors if g_is_rounded else of_logits) * cosines).sum(),
+    ]
 
 
-def _gradient_sizes(probabilities: Tensor) -> Tensor:
+def _gradient_sizes(logits: Tensor) -> Tensor:
     """|p - 1| for the pairs, which is the sum of the others in their row, and p for the others."""
+    probabilities = logits.softmax(dim=1)
     negatives = probabilities - probabilities.diag().diag()
     return negatives + negatives.sum(dim=1).diag()
 
 
-def augmented_bound(
-    image: Tensor, text: Tensor, logit_scale: float, views: tuple, impl: str
-) -> Results:
-    """eps * scale of the contrastive term with (fixed) augmented views, weighed as `reference`."""
-    of_image = contrastive_bound(image, views[0], logit_scale, impl, symmetric=False)
-    of_text = contrastive_bound(text, views[1], logit_scale, impl, symmetric=False)
-    inmodal = Results(
-        of_image.value + of_text.value,
-        of_image.image,
-        of_text.image,
-        of_image.logit_scale + of_text.logit_scale,
-    )
-    return contrastive_bound(image, text, logit_scale, impl) * 0.5 + inmodal * 0.25
-
-
-def cyclic_bound(
-    image: Tensor,
-    text: Tensor,
-    inmodal: float,
-    crossmodal: float,
-    impl: str,
-    tf32: bool = False,
-) -> Results:
-    """eps * scale of the weighted penalties of features (n, D), (n, D) as given to the loss.
+def penalty_bound(image: Tensor, text: Tensor, a: float, b: float, eps: float) -> list[Tensor]:
+    """eps * scale of N P_in and of N P_cross, and of dI and dT of a N P_in + b N P_cross.
 
     U and V are sums and differences of two given numbers, so each is exact but for its own last
     bit: where pairs are nearly aligned V is small, and so is every scale. The oracle subtracts
     products of I and T; what that costs it in float64 is added.
     """
-    eps = eps_of(impl, image.dtype, tf32).penalties
-    eps *= growth(image.shape[1], eps)
-    image, text = exact_on_host(image), exact_on_host(text)
-    own = _cyclic_scale((image + text).abs(), (image - text).abs(), inmodal, crossmodal)
+    value = grad = 0.0
     sizes = image.abs() + text.abs()
-    return own * eps + _cyclic_scale(sizes, sizes, inmodal, crossmodal) * FLOAT64
+    own = ((image + text).abs(), (image - text).abs(), eps * growth(image.shape[1], eps))
+    for u, v, precision in (own, (sizes, sizes, FLOAT64)):
+        w = u @ v.T
+        value += precision * w.square().sum()
+        equal, different = w @ v + w.T @ u, w.T @ v + w @ u
+        grad += precision * ((abs(a) + abs(b)) * equal + abs(a - b) * different)
+    return [value, grad]
 
 
-def _cyclic_scale(u: Tensor, v: Tensor, inmodal: float, crossmodal: float) -> Results:
-    n = len(u)
-    w = u @ v.T
-    total, difference = (inmodal + crossmodal) / n, abs(inmodal - crossmodal) / n
-    grad = total * (w @ v + w.T @ u) + difference * (w.T @ v + w @ u)
-    return Results(total * w.square().sum(), grad, grad, grad.new_zeros(()))
+def bounds(case: Case, features: dict[str, Tensor], impl: str, tf32: bool) -> dict[str, Tensor]:
+    """eps * scale of every term and of the gradients of their weighted sum, by name."""
+    eps = eps_of(impl, features["image"], tf32)
+    rounded = impl == "eager" and eager.has_wide_products(features["image"])
+    exact = {name: exact_on_host(tensor) for name, tensor in features.items()}
+    weights = [case.world_size * weight for weight in case.weights]
+    found = dict.fromkeys((*TERMS, *features, "logit_scale"), 0.0)
+    parts = [("image", "text", 0.5 if case.views else 1.0)]
+    parts += [("image", "image_view", 0.25), ("text", "text_view", 0.25)] if case.views else []
+    for rows, columns, share in parts:
+        arguments = (exact[rows], exact[columns], case.logit_scale, eps, columns == "text", rounded)
+        value, *grads = contrastive_bound(*arguments)
+        found[TERMS[0]] += share * value
+        for name, grad in zip((rows, columns, "logit_scale"), grads, strict=True):
+            found[name] += share * abs(weights[0]) * grad
+    n = len(exact["image"])
+    per_pair = [weight * (case.reference_batch_size or n) / n**2 for weight in case.lambdas]
+    upstream = [w * u for w, u in zip(per_pair, weights[1:], strict=True)]
+    value, grad = penalty_bound(exact["image"], exact["text"], *upstream, eps.penalties)
+    for name, weight in zip(TERMS[1:], per_pair, strict=True):
+        found[name] += weight * value
+    return found | {name: found[name] + grad for name in ("image", "text")}
 
 
-def exact_contrastive(image: Tensor, text: Tensor, logit_scale: float) -> Results:
-    """The contrastive term's value and gradients, by the definition, in float64."""
-    return _exact(image, text, logit_scale, reference.contrastive_loss)
+def exact_results(
+    case: Case, features: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
+    """Every term by the definition, and the parts that autograd adds up to each gradient."""
+    leaves = {name: exact_on_host(tensor).requires_grad_() for name, tensor in features.items()}
+    scale = torch.tensor(case.logit_scale, dtype=torch.float64, device="cpu", requires_grad=True)
+    leaves["logit_scale"] = scale
+    weights = [case.world_size * weight for weight in case.weights]
+
+    def dense(*views: Tensor) -> dict[str, Tensor]:
+        both = (leaves["image"], leaves["text"], scale)
+        size = case.reference_batch_size
+        return one_contrastive_term(
+            reference.cyclip_loss(*both, *case.lambdas, *views, reference_batch_size=size)
+        )
+
+    terms = dense()
+    parts = [weight * term for weight, term in zip(weights, terms.values(), strict=True)]
+    if case.views:
+        terms = dense(*(leaves[name] for name in VIEWS))
+        parts[0] = parts[0] / 2
+        parts.append(weights[0] * terms[TERMS[0]] - parts[0])
+    options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    grads = [torch.autograd.grad(part, list(leaves.values()), **options) for part in parts]
+    return terms, dict(zip(leaves, map(list, zip(*grads, strict=True)), strict=True))
 
 
-def exact_augmented(image: Tensor, text: Tensor, logit_scale: float, views: tuple) -> list[Results]:
-    """The same with augmented views, in its parts: cross-modal, of the images, of the texts."""
-    one_way = reference.one_way_contrastive_loss
-    views = tuple(exact_on_host(view) for view in views)
-    return [
-        exact_contrastive(image, text, logit_scale) * 0.5,
-        _exact(image, text, logit_scale, lambda i, t, s: one_way(i, views[0], s) / 4 + 0 * t.sum()),
-        _exact(image, text, logit_scale, lambda i, t, s: one_way(t, views[1], s) / 4 + 0 * i.sum()),
-    ]
-
-
-def exact_cyclic(image: Tensor, text: Tensor, inmodal: float, crossmodal: float) -> Results:
-    """The weighted penalties' value and gradients, by the definition, in float64."""
-    return _exact(
-        image,
-        text,
-        1.0,
-        lambda i, t, s: (
-            inmodal * reference.inmodal_cyclic_penalty(i, t)
-            + crossmodal * reference.crossmodal_cyclic_penalty(i, t)
-            + 0 * s
-        ),
-    )
-
-
-def _exact(image: Tensor, text: Tensor, logit_scale: float, loss) -> Results:
-    scale = torch.tensor(logit_scale, dtype=torch.float64, device="cpu")
-    return results(loss, exact_on_host(image), exact_on_host(text), scale)
+def one_contrastive_term(terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The in-modal contrastive term, which augmented views have, added to the cross-modal one."""
+    found = dict(terms)
+    if "inmodal_contrastive_loss" in found:
+        found[TERMS[0]] = found[TERMS[0]] + found.pop("inmodal_contrastive_loss")
+    return found
 
 
 def exact_on_host(tensor: Tensor) -> Tensor:
@@ -241,38 +201,80 @@ def results(loss, image: Tensor, text: Tensor, logit_scale: Tensor, upstream=1.0
     return Results(value.detach(), *(leaf.grad for leaf in leaves))
 
 
-def assert_accurate(actual: Results, parts: list[Results], bound: Results) -> None:
-    """Every element within FACTOR times the bound (eps * scale) of the sum of the exact parts.
+def evaluate(
+    case: Case, features: dict[str, Tensor], impl: str, device: Device, **over_ranks
+) -> tuple[dict[str, Tensor], Grads]:
+    """The loss's terms, or their sum, and all gradients, by name; the inputs are left alone."""
+    given = features | {"logit_scale": case.scale(device)}
+    leaves = {
+        name: tensor.detach().requires_grad_(name not in case.frozen)
+        for name, tensor in given.items()
+    }
+    copies = {name: leaf.detach().clone() for name, leaf in leaves.items()}
+    options = {"reference_batch_size": case.reference_batch_size, "impl": impl}
+    image, text, *views, scale = leaves.values()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        set_strip_rows(monkeypatch, case.strip_rows)
+        if case.penalties_alone:
+            terms = CyclicPenalty(*case.lambdas, **options)(image, text, case.output_dict)
+        else:
+            names = ("augmented_image_features", "augmented_text_features")
+            augmented = dict(zip(names, views, strict=False))
+            loss = CyCLIPLoss(*case.lambdas, **options, **over_ranks)
+            terms = loss(image, text, scale, None, case.output_dict, **augmented)
+        terms = one_contrastive_term(terms) if case.output_dict else {"loss": terms}
+        weights = dict(zip(TERMS, case.weights, strict=True)) | {"loss": case.upstream[0]}
+        total = sum(weights[name] * term for name, term in terms.items())
+        if total.requires_grad:
+            total.backward()
+    assert all(torch.equal(leaf, copies[name]) for name, leaf in leaves.items())
+    grads = {name: leaf.grad for name, leaf in leaves.items()}
+    return {name: term.detach() for name, term in terms.items()}, grads
 
-    And one rounding, to the type of the result, of each part: autograd adds up gradients of
-    16-bit features in 16 bits.
-    """
-    for name in NAMES:
-        exact = [getattr(part, name) for part in parts]
-        check_bound(name, getattr(actual, name), exact, getattr(bound, name))
+
+def check(
+    case: Case,
+    features: dict[str, Tensor],
+    terms: dict[str, Tensor],
+    grads: Grads,
+    impl: str,
+    tf32: bool = False,
+) -> None:
+    """Every term and gradient has its dtype, and is accurate element by element."""
+    exact_terms, exact_grads = exact_results(case, features)
+    bound = bounds(case, features, impl, tf32)
+    names = TERMS[1:] if case.penalties_alone else TERMS
+    for of_terms in (exact_terms, bound):
+        of_terms["loss"] = sum(of_terms[name] for name in names)
+    assert tuple(terms) == (names if case.output_dict else ("loss",))
+    for name, term in terms.items():
+        assert term.dtype == loss_dtype(case.dtype)
+        check_bound(name, term, [exact_terms[name]], bound[name])
+    for name, grad in grads.items():
+        if name in case.frozen:
+            assert grad is None, name
+        elif grad is None:  # nothing depends on it
+            assert not any(part.any() for part in exact_grads[name]), name
+        else:
+            assert grad.dtype == (loss_dtype(case.dtype) if name == "logit_scale" else case.dtype)
+            check_bound(name, grad, exact_grads[name], bound[name])
 
 
 def check_loss(case: Case, impl: str, device: Device, tf32: bool = False) -> Results:
-    """Value and gradients of CyCLIPLoss are accurate; returns them."""
-    image, text, scale = case.inputs(device)
-    actual = results(CyCLIPLoss(*case.lambdas, impl=impl), image, text, scale)
-    exact = [
-        exact_contrastive(image, text, case.logit_scale),
-        exact_cyclic(image, text, *case.lambdas),
-    ]
-    bound = contrastive_bound(image, text, case.logit_scale, impl, tf32=tf32)
-    assert_accurate(actual, exact, bound + cyclic_bound(image, text, *case.lambdas, impl, tf32))
-    return actual
+    """Terms and gradients are accurate; returns the value and the first gradients."""
+    features = case.features(device)
+    terms, grads = evaluate(case, features, impl, device)
+    check(case, features, terms, grads, impl, tf32)
+    return Results(sum(terms.values()), *(grads[name] for name in NAMES[1:]))
 
 
-def check_bound(name: str, actual: Tensor, exact: list[Tensor], bound: Tensor) -> None:
-    """|actual - sum of exact| <= FACTOR * bound + one rounding of each part."""
-    exact, bound = [exact_on_host(part) for part in exact], FACTOR * exact_on_host(bound)
-    total = sum(exact)
+def check_bound(name: str, actual: Tensor, exact: list[Tensor], bound: Tensor | float) -> None:
+    """|actual - sum of exact| <= FACTOR * bound + the rounding of each part and partial sum."""
+    exact = [exact_on_host(part) for part in exact]
+    total, result = sum(exact), torch.finfo(actual.dtype)
     assert actual.shape == total.shape, f"{name}: {actual.shape}, not {total.shape}"
-    result = torch.finfo(actual.dtype)
-    for part in exact:
-        bound = bound + result.eps * (part.abs() + result.tiny)
+    rounding = sum(part.abs() + result.tiny for part in exact) * (len(exact) + 1) / 2
+    bound = FACTOR * bound + result.eps * rounding
     error = (exact_on_host(actual) - total).abs()
     # A NaN compares false, so this form fails on one.
     if not bool((error <= bound).all()):

@@ -1,9 +1,8 @@
 """Fixtures of all tests: the device and the engines, NaN-filled fresh memory, small strips.
 
-Tests run on one device, CUDA if it is there: `pytest --device cpu` says otherwise. Tensors are made
-on it, the oracle computes on the CPU, and so do the processes of the tests over ranks. On CUDA the
-Triton kernels are compiled, elsewhere Triton's interpreter runs them; where there is no Triton, as
-on macOS, their tests are skipped.
+Tests run on one device, CUDA if it is there: `pytest --device cpu` says otherwise. The oracle is on
+the CPU, and so are the ranks of gloo. On CUDA the Triton kernels are compiled, elsewhere Triton's
+interpreter runs them; where there is no Triton, as on macOS, their tests are skipped.
 """
 
 import importlib
@@ -17,15 +16,17 @@ import torch
 from hypothesis import settings
 from pool import Ranks
 
+from benchmarks.interpreter import why_unusable
 from cyclip_loss import ops
 
 HAS_TRITON = find_spec("triton") is not None
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+needs_triton = pytest.mark.triton
+needs_interpreter = pytest.mark.triton("interpreted")
 # What imports the kernels at its top.
 collect_ignore = [] if HAS_TRITON else ["kernels", "test_cuda.py", "benchmarks/test_gpu.py"]
 
 # Every test of a value or a gradient runs once per engine.
-IMPLS_UNDER_TEST = ["eager", pytest.param("triton", marks=needs_triton)]
+IMPLS_UNDER_TEST = [pytest.param("triton", marks=needs_triton), "eager"]
 
 # The same examples every time: a red run is a changed program, never an unlucky draw.
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=30)
@@ -42,15 +43,27 @@ def pytest_configure(config: pytest.Config) -> None:
     assert "triton" not in sys.modules
     interpreted = not config.getoption("--device").startswith("cuda")
     os.environ["TRITON_INTERPRET"] = str(int(interpreted))
+    config.addinivalue_line("markers", "triton: launches kernels; interpreted: on a CPU always")
     # PyTorch 2.8 warns of every product in deterministic mode without it.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips tests marked gpu, or gpu(2), where there are fewer, or tensors are made elsewhere."""
+    """Skips tests marked gpu, or gpu(2), where there are fewer, or tensors are made elsewhere; and
+    those marked triton where there is no Triton, or it would be interpreted and can't be.
+    """
+    on_cuda = item.config.getoption("--device").startswith("cuda")
+    for marker in item.iter_markers("triton"):
+        if not HAS_TRITON:
+            pytest.skip("needs Triton")
+        # Ranks compute on the CPU, but for those of NCCL.
+        by_gloo = "ranks" in item.fixturenames and "nccl" not in item.name
+        unusable = why_unusable() if marker.args or by_gloo or not on_cuda else ""
+        if unusable:
+            pytest.skip(unusable)
     for marker in item.iter_markers("gpu"):
         needed = marker.args[0] if marker.args else 1
-        if not item.config.getoption("--device").startswith("cuda"):
+        if not on_cuda:
             pytest.skip("needs --device cuda")
         if torch.cuda.device_count() < needed:
             pytest.skip(f"needs {needed} GPUs")
@@ -70,11 +83,7 @@ def impl(request: pytest.FixtureRequest, device: torch.device) -> str:
 
 
 def fill_fresh_memory_with_nan() -> None:
-    """Uninitialised tensors hold NaN, so that an element nobody wrote is seen.
-
-    PyTorch fills them in deterministic mode. warn_only: on a GPU, deterministic mode would refuse
-    matrix products unless an environment variable is set.
-    """
+    """Uninitialised tensors hold NaN, as in deterministic mode: an unwritten element is seen."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
 
@@ -109,13 +118,6 @@ def small_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     set_strip_rows(monkeypatch, 7)
 
 
-# What bounds the strips and blocks of the kernels: at least one tile each.
-KERNEL_STRIPS = {
-    "contrastive_grads": ("BLOCK_ROWS", "BLOCK_ELEMENTS"),
-    "contrastive_lse": ("PARTIAL_ELEMENTS",),
-}
-
-
 def set_strip_rows(monkeypatch: pytest.MonkeyPatch, rows: int | None) -> None:
     """Make strips low: `rows` in the eager engine, one tile in the kernels. None leaves them be."""
     if rows is None:
@@ -125,7 +127,8 @@ def set_strip_rows(monkeypatch: pytest.MonkeyPatch, rows: int | None) -> None:
     monkeypatch.setattr(eager, "MIN_STRIP_ROWS", rows)
     monkeypatch.setitem(eager.STRIP_ELEMENTS, "cpu", 1)
     monkeypatch.setattr(eager, "STRIP_ELEMENTS_OTHER_DEVICES", 1)
-    for name, constants in KERNEL_STRIPS.items() if HAS_TRITON else ():
+    bounds = ("contrastive_grads BLOCK_ROWS", "contrastive_grads BLOCK_ELEMENTS")
+    for bound in (*bounds, "contrastive_lse PARTIAL_ELEMENTS") if HAS_TRITON else ():
+        name, constant = bound.split()
         module = importlib.import_module(f"cyclip_loss.kernels.{name}")
-        for constant in constants:
-            monkeypatch.setattr(module, constant, 1)
+        monkeypatch.setattr(module, constant, 1)

@@ -4,19 +4,22 @@ Numbers are drawn on the CPU, so that every device is given the same, and then m
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cyclip_loss import cyclip_loss
+
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 Device = torch.device | str
 LAYOUTS = ["contiguous", "transposed", "every other column", "every other row", "expanded"]
-# Whose rows are contiguous, but not where a kernel would have them.
-UNALIGNED = ["rows 8 elements wider", "8 bytes off"]
-# Distance of the pairs from alignment; None: images and texts are independent.
-DISTANCES = [None, 0.3, 0.03, 0.003, 0.0]
+# Also contiguous rows that are not where a kernel would have them.
+LAYOUTS += ["rows 8 elements wider", "8 bytes off"]
+VIEWS = ("image_view", "text_view")
+LEAVES = ("image", "text", "logit_scale", *VIEWS)
 
 
 @dataclass
@@ -26,42 +29,64 @@ class Case:
     n: int
     d: int
     dtype: torch.dtype = torch.float32
-    distance: float | None = None
+    distance: float | None = None  # of the pairs from alignment; None: independent
     anti_aligned: bool = False
     norm: float = 1.0
     logit_scale: float = 10.0
     image_layout: str = "contiguous"
     text_layout: str = "contiguous"
     lambdas: tuple[float, float] = (0.25, 0.25)
+    reference_batch_size: int | None = None
+    views: bool = False  # augmented features too
+    penalties_alone: bool = False
+    output_dict: bool = False
+    frozen: frozenset[str] = frozenset()  # what needs no gradient
+    upstream: tuple[float, float, float] = (
+        1.0,
+        1.0,
+        1.0,
+    )  # of the three terms; the first if summed
     strip_rows: int | None = None
     seed: int = 0
 
+    def features(self, device: Device) -> dict[str, Tensor]:
+        """By name: image and text features and, if `views`, an augmented view of each."""
+        size, options = (self.n, self.d), {"norm": self.norm, "device": device}
+        rows = pairs(*size, self.distance, self.anti_aligned, seed=self.seed, **options)
+        rows += pairs(*size, seed=self.seed + 1, **options) if self.views else ()
+        found = dict(zip(("image", "text", *VIEWS), rows, strict=False))
+        layouts = {"image": self.image_layout, "text": self.text_layout}
+        return {
+            name: lay_out(one.to(self.dtype), layouts[name.removesuffix("_view")])
+            for name, one in found.items()
+        }
+
+    def scale(self, device: Device) -> Tensor:
+        """The logit scale: 0-dim, of the loss's dtype, exact in it."""
+        return torch.tensor(self.logit_scale, dtype=loss_dtype(self.dtype), device=device)
+
     def inputs(self, device: Device) -> tuple[Tensor, Tensor, Tensor]:
-        """Image and text features, and the logit scale: 0-dim, of the loss's dtype, exact in it."""
-        image, text = pairs(
-            self.n, self.d, self.distance, self.anti_aligned, self.norm, self.seed, device=device
-        )
-        return (
-            lay_out(image.to(self.dtype), self.image_layout),
-            lay_out(text.to(self.dtype), self.text_layout),
-            torch.tensor(self.logit_scale, dtype=loss_dtype(self.dtype), device=device),
-        )
+        """Image and text features, and the logit scale."""
+        features = self.features(device)
+        return features["image"], features["text"], self.scale(device)
+
+    @property
+    def world_size(self) -> int:
+        """Over how many ranks DDP averages gradients, which are that many times as large."""
+        return 1
+
+    @property
+    def weights(self) -> tuple[float, float, float]:
+        """What the three terms are multiplied by before backward."""
+        weights = self.upstream if self.output_dict else self.upstream[:1] * 3
+        return (0.0, *weights[1:]) if self.penalties_alone else weights
 
 
 def loss_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def pairs(
-    n: int,
-    d: int,
-    distance: float | None = None,
-    anti_aligned: bool = False,
-    norm: float = 1.0,
-    seed: int = 0,
-    *,
-    device: Device,
-) -> tuple[Tensor, Tensor]:
+def pairs(n, d, distance=None, anti_aligned=False, norm=1.0, seed=0, *, device: Device):
     """Random rows of the given norm, (n, d) twice, in float64."""
     image, text = (F.normalize(rows, dim=1) for rows in normal(2, n, d, seed=seed, device="cpu"))
     if distance is not None:
@@ -76,7 +101,7 @@ def normal(*shape: int, seed: int = 0, device: Device) -> Tensor:
 
 
 def lay_out(values: Tensor, layout: str) -> Tensor:
-    """The same values in other strides; "expanded" repeats the first row with stride 0."""
+    """The same values in other strides, with NaN between; "expanded" repeats the first row."""
     n, d = values.shape
     if layout == "transposed":
         return values.T.contiguous().T
@@ -94,27 +119,48 @@ def lay_out(values: Tensor, layout: str) -> Tensor:
     return values
 
 
-# Scales that float32 holds exactly, so that the float64 oracle sees the same number.
-LOGIT_SCALES = st.one_of(
-    st.floats(0.01, 100.0).map(lambda scale: torch.tensor(scale, device="cpu").item()),
-    st.sampled_from([1.0, 14.25, 100.0]),
-)
-LAMBDAS = st.sampled_from([(0.25, 0.25), (0.25, 0.0), (0.0, 0.25), (1.0, 0.125), (0.5, 8.0)])
+SIZES = st.one_of(st.integers(1, 5), st.integers(1, 90))
+UPSTREAM = st.sampled_from([1.0, 1.0, -0.5, 64.0, 0.0])
+DRAWN: dict[str, st.SearchStrategy[Any]] = {
+    "n": SIZES,
+    "d": SIZES,
+    "dtype": st.sampled_from(DTYPES),
+    "distance": st.sampled_from([None, None, 0.3, 0.03, 0.003, 0.0]),
+    "anti_aligned": st.booleans(),
+    "norm": st.sampled_from([1.0, 1.0, 2.5]),
+    # Scales that float32 holds exactly, so that the float64 oracle sees the same number.
+    "logit_scale": st.one_of(
+        st.floats(0.01, 100.0).map(lambda scale: torch.tensor(scale, device="cpu").item()),
+        st.sampled_from([1.0, 14.25, 100.0]),
+    ),
+    "image_layout": st.sampled_from(LAYOUTS),
+    "text_layout": st.sampled_from(LAYOUTS),
+    "lambdas": st.sampled_from(
+        [(0.25, 0.25), (0.25, 0.0), (0.0, 0.25), (1.0, 0.125), (0.5, 8.0), (0.0, 0.0)]
+    ),
+    "reference_batch_size": st.sampled_from([None, None, 16]),
+    "views": st.sampled_from([False, False, True]),
+    "penalties_alone": st.sampled_from([False, False, True]),
+    "output_dict": st.booleans(),
+    "frozen": st.one_of(
+        st.just(frozenset()),
+        st.frozensets(st.sampled_from(["image", "text", "logit_scale", *VIEWS])),
+    ),
+    "upstream": st.tuples(UPSTREAM, UPSTREAM, UPSTREAM),
+    "strip_rows": st.sampled_from([None, 1, 7, 32]),
+    "seed": st.integers(0, 2**31),
+}
 
 
-@st.composite
-def cases(draw: st.DrawFn, max_n: int = 90, max_d: int = 90) -> Case:
-    return Case(
-        n=draw(st.one_of(st.integers(1, 5), st.integers(1, max_n))),
-        d=draw(st.one_of(st.integers(1, 5), st.integers(1, max_d))),
-        dtype=draw(st.sampled_from(DTYPES)),
-        distance=draw(st.sampled_from(DISTANCES)),
-        anti_aligned=draw(st.booleans()),
-        norm=draw(st.sampled_from([1.0, 1.0, 2.5])),
-        logit_scale=draw(LOGIT_SCALES),
-        image_layout=draw(st.sampled_from(LAYOUTS)),
-        text_layout=draw(st.sampled_from(LAYOUTS)),
-        lambdas=draw(LAMBDAS),
-        strip_rows=draw(st.sampled_from([None, 1, 7, 32])),
-        seed=draw(st.integers(0, 2**31)),
-    )
+def cases(**given: st.SearchStrategy[Any]) -> st.SearchStrategy[Case]:
+    """Any input of the loss; `given` are drawn otherwise."""
+    return st.builds(Case, **(DRAWN | given))
+
+
+class PlainClip(torch.nn.Module):
+    """A loss to wrap: CLIP's."""
+
+    def forward(self, image_features, text_features, logit_scale, output_dict=False):
+        lambdas = {"lambda_inmodal": 0, "lambda_crossmodal": 0}
+        loss = cyclip_loss(image_features, text_features, logit_scale, **lambdas)
+        return {"contrastive_loss": loss} if output_dict else loss

@@ -3,10 +3,7 @@
 The processes start once and stay: a test sends them a function of a module's top level, every rank
 runs it with tensors on its `own_device()`, and the results come back, on the CPU. What goes wrong
 comes back too, in bounded time: an exception with its traceback, a rank that died, or ranks that do
-not answer.
-
-The ranks of a gloo group compute on the CPU, with interpreted kernels, also where other tests run
-on a GPU.
+not answer. The ranks of a gloo group compute on the CPU, with interpreted kernels.
 """
 
 import faulthandler
@@ -24,7 +21,6 @@ from datetime import timedelta
 from functools import lru_cache
 from multiprocessing.connection import Connection, wait
 from multiprocessing.forkserver import ensure_running
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,19 +48,12 @@ class Ranks:
     """
 
     def __init__(
-        self,
-        backend: str = "gloo",
-        device: str = "cpu",
-        *,
-        timeout: float = 30.0,
-        patience: float = 30.0,
+        self, backend: str = "gloo", device: str = "cpu", timeout: float = 30, patience: float = 30
     ) -> None:
-        self.backend, self.device = backend, device
-        self.timeout, self.patience = timeout, patience
-        self._processes: list[Any] = []
-        self._connections: list[Connection] = []
-        self._grouped = 0  # the size of the group that they are in
-        self._groups = 0
+        self.backend, self.device, self.timeout = backend, device, timeout
+        self.limit = timeout + patience
+        self._ranks: list[tuple[Any, Connection]] = []
+        self._grouped = self._groups = 0  # the size of the group that they are in; how many so far
         self._folder = tempfile.TemporaryDirectory()
 
     def run(self, world_size: int, task: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -75,106 +64,77 @@ class Ranks:
         if self.backend == "nccl" and world_size > torch.cuda.device_count():
             pytest.skip(f"needs {world_size} GPUs")
         if world_size != self._grouped:
-            self._form_group(world_size)
+            self.leave()
+            while len(self._ranks) < world_size:
+                self._start()
+            self._groups += 1
+            self._grouped = world_size
+            self._everywhere(_started, limit=120.0)
+            store = f"file://{self._folder.name}/store{self._groups}"
+            limit = timedelta(seconds=self.timeout)
+            self._everywhere(_join_group, world_size, self.backend, store, limit)
         return self._everywhere(_run, task, arguments)
-
-    def close(self) -> None:
-        for connection in self._connections:
-            connection.close()
-        for process in self._processes:
-            process.kill()
-            process.join()
-        self._processes, self._connections, self._grouped = [], [], 0
 
     def leave(self) -> None:
         """Gives up the group: the next task runs in a new one."""
         self._everywhere(_leave_group)
         self._grouped = 0
 
-    def _form_group(self, world_size: int) -> None:
-        self.leave()
-        while len(self._processes) < world_size:
-            self._start()
-        self._groups += 1
-        store = Path(self._folder.name) / f"store{self._groups}"
-        self._grouped = world_size
-        self._everywhere(_started, limit=120.0)
-        self._everywhere(
-            _join_group,
-            world_size,
-            self.backend,
-            f"file://{store}",
-            timedelta(seconds=self.timeout),
-        )
+    def close(self) -> None:
+        for process, connection in self._ranks:
+            connection.close()
+            process.kill()
+            process.join()
+        self._ranks, self._grouped = [], 0
 
     def _start(self) -> None:
         ours, theirs = multiprocessing.Pipe()
         context = _forks() if self.device == "cpu" else multiprocessing.get_context("spawn")
-        process = context.Process(
-            target=_serve, args=(len(self._processes), self.device, theirs), daemon=True
-        )
+        arguments = (len(self._ranks), self.device, theirs)
+        process = context.Process(target=_serve, args=arguments, daemon=True)
         process.start()
         theirs.close()
-        self._processes.append(process)
-        self._connections.append(ours)
+        self._ranks.append((process, ours))
 
     def _everywhere(
         self, command: Callable[..., Any], *arguments: Any, limit: float | None = None
     ) -> list[Any]:
         """command(rank, *arguments) on the ranks of the group."""
-        limit = limit or self.timeout + self.patience
+        limit = limit or self.limit
         message = pickle.dumps((command, arguments, limit))
-        waiting = dict(enumerate(self._connections[: self._grouped]))
-        results: list[Any] = [None] * self._grouped
+        waiting = {ours: rank for rank, (_, ours) in enumerate(self._ranks[: self._grouped])}
+        results: dict[int, Any] = {}
         errors: dict[int, str] = {}
-        late = f"did not answer in {limit:g} s"
-        dead = False
-        for connection in waiting.values():
+        for ours in waiting:
             with suppress(ConnectionError):  # a process that died meanwhile: found below
-                connection.send_bytes(message)
-        start = time.monotonic()
-        deadline = start + limit + 5.0  # at the limit they end themselves, and show where they were
+                ours.send_bytes(message)
+        deadline = time.monotonic() + limit + 5.0  # at the limit they end themselves
+        lost = False
         while waiting and time.monotonic() < deadline:
-            ready = wait(list(waiting.values()), deadline - time.monotonic())
-            for rank, connection in list(waiting.items()):
-                if connection not in ready:
-                    continue
-                del waiting[rank]
+            for ours in wait(list(waiting), deadline - time.monotonic()):
+                rank = waiting.pop(ours)
                 try:
-                    succeeded, result = torch.load(
-                        io.BytesIO(connection.recv_bytes()), map_location="cpu", weights_only=False
-                    )
+                    reply = io.BytesIO(ours.recv_bytes())
+                    succeeded, found = torch.load(reply, map_location="cpu", weights_only=False)
                 except (EOFError, ConnectionError):
-                    self._processes[rank].join(5.0)
-                    succeeded, result = False, f"died, exit code {self._processes[rank].exitcode}"
-                    if time.monotonic() - start >= limit:
-                        result = late
-                    dead = True
-                if succeeded:
-                    results[rank] = result
-                else:
-                    errors[rank] = result
-        errors |= dict.fromkeys(waiting, late)
-        if dead or waiting or 0 < len(errors) < self._grouped:
+                    self._ranks[rank][0].join(5.0)
+                    succeeded, lost = False, True
+                    found = f"died, exit code {self._ranks[rank][0].exitcode}"
+                (results if succeeded else errors)[rank] = found
+        errors |= dict.fromkeys(waiting.values(), f"did not answer in {limit:g} s")
+        if lost or waiting or 0 < len(errors) < self._grouped:
             self.close()  # their group is of no use any more
         if errors:
             raise RankError("\n".join(f"rank {rank}: {errors[rank]}" for rank in sorted(errors)))
-        return results
+        return [results[rank] for rank in sorted(results)]
 
 
 @lru_cache
 def _forks() -> Any:
     """Starts processes as forks of one that has imported what takes long, and computed nothing."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        [
-            "torch._dynamo",
-            "torch._inductor.config",
-            "torch.distributed.fsdp",
-            "hypothesis",
-            "pytest",
-        ]
-    )
+    modules = ["torch._dynamo", "torch._inductor.config", "torch.distributed.fsdp"]
+    context.set_forkserver_preload([*modules, "hypothesis", "pytest"])
     before = dict(os.environ)
     os.environ |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     ensure_running()
@@ -202,18 +162,14 @@ def _serve(rank: int, device: str, connection: Connection) -> None:
         # Shows where it hangs, and ends a process whose parent is gone.
         faulthandler.dump_traceback_later(limit, exit=True)
         try:
-            reply = _bytes_of((True, command(rank, *arguments)))
+            reply = (True, command(rank, *arguments))
         except Exception:
-            reply = _bytes_of((False, traceback.format_exc()))
+            reply = (False, traceback.format_exc())
         faulthandler.cancel_dump_traceback_later()
-        connection.send_bytes(reply)
-
-
-def _bytes_of(reply: tuple[bool, Any]) -> bytes:
-    """By torch.save, so that tensors of any device can be read on the CPU."""
-    buffer = io.BytesIO()
-    torch.save(reply, buffer)
-    return buffer.getvalue()
+        # By torch.save, so that tensors of any device can be read on the CPU.
+        buffer = io.BytesIO()
+        torch.save(reply, buffer)
+        connection.send_bytes(buffer.getvalue())
 
 
 def _run(rank: int, task: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
@@ -225,9 +181,8 @@ def _started(rank: int) -> None:
 
 
 def _join_group(rank: int, world_size: int, backend: str, store: str, timeout: timedelta) -> None:
-    dist.init_process_group(
-        backend, init_method=store, rank=rank, world_size=world_size, timeout=timeout
-    )
+    options = {"rank": rank, "world_size": world_size, "timeout": timeout}
+    dist.init_process_group(backend, init_method=store, **options)
 
 
 def _leave_group(rank: int) -> None:

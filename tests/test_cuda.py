@@ -154,7 +154,7 @@ def test_another_stream(impl: str, device: torch.device) -> None:
     expected = results(loss_of(MIDDLING, impl), *inputs)
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
-    torch.cuda._sleep(10**9)  # cycles on the default stream: half a second
+    torch.cuda._sleep(10**10)  # cycles on the default stream: five seconds, a step takes far less
     with torch.cuda.stream(stream):
         actual = results(loss_of(MIDDLING, impl), *inputs)
         copies = Results(*(getattr(actual, name).clone() for name in NAMES))

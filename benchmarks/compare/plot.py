@@ -1,4 +1,4 @@
-"""The pictures of a side-by-side record: 5.5 inches wide, to be read on a phone.
+"""The pictures of a side-by-side record.
 
 `python -m benchmarks plot RECORD.json` draws them anew, and makes the tables as well. Colours are
 Okabe and Ito's, which people with any colour vision tell apart; lines differ in their marks too.
@@ -54,26 +54,50 @@ def draw(record: dict[str, Any], beside: Path) -> None:
     cost = [row for row in cost if row["D"] == max(sizes, key=sizes.count)]
     error = [row for row in error if row["dtype"] == error[0]["dtype"]]
     if cost:
-        beyond = f"D = {cost[0]['D']:,}\n✕: out of memory"
-        panels = (("forward and backward, ms", "ms"), (f"peak memory, MB, {beyond}", "peak MB"))
-        figure, axes = plt.subplots(2, figsize=(5.5, 9.0), dpi=200, layout="constrained")
-        for ax, (title, column) in zip(axes, panels, strict=True):
-            _lines(ax, title, cost, STYLES, "N", column)
-            shown = sorted({row["N"] for row in cost})
-            ax.set_xticks(shown, [f"{n:,}" for n in shown], rotation=30)
-            ax.minorticks_off()
-        _save(figure, record, beside.with_name(f"{beside.stem}-cost.png"))
+        figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), dpi=150, layout="constrained")
+        for ax, column, what in zip(axes, ("ms", "peak MB"), ("time", "peak memory"), strict=True):
+            _multiples(ax, cost, column)
+            ax.set_title(f"{what} relative to CyCLIPLoss", loc="left")
+        _save(
+            figure,
+            f"forward and backward, D = {cost[0]['D']:,}, {record['device']}",
+            beside.with_name(f"{beside.stem}-cost.png"),
+        )
     if error:
         where = f"N = {error[0]['N']:,}, D = {error[0]['D']:,}, {error[0]['dtype']}"
         kinds = (("gradient", WHOLE), ("penalties' gradient", ALONE))
         figure, axes = plt.subplots(2, figsize=(5.5, 7.5), dpi=200, layout="constrained")
         for ax, (what, styles) in zip(axes, kinds, strict=True):
             _lines(ax, f"error of the {what}\n{where}", error, styles, "|T - I|", "gradient")
-        _save(figure, record, beside.with_name(f"{beside.stem}-error.png"))
+        _save(figure, record["device"], beside.with_name(f"{beside.stem}-error.png"))
 
 
-def _save(figure: Any, record: dict[str, Any], path: Path) -> None:
-    figure.suptitle(record["device"])
+def _multiples(ax: Any, rows: list[Row], column: str) -> None:
+    """Each loss relative to ours, by N; where there was not enough memory the words say so."""
+    ours = dict(points(rows, names.OURS, "N", column))
+    places = {n: place for place, n in enumerate(sorted({row["N"] for row in rows}))}
+    ax.set(yscale="log", xlabel="N, pairs in the batch", xlim=(-0.3, len(places) - 0.6))
+    ax.set_xticks(list(places.values()), [f"{n:,}" for n in places])
+    for loss, (colour, mark) in STYLES.items():
+        found = [(n, value / ours[n]) for n, value in points(rows, loss, "N", column) if n in ours]
+        if found:
+            at = [(places[n], times) for n, times in found]
+            ax.plot(*zip(*at, strict=True), color=colour, marker=mark, linewidth=2, label=loss)
+            if any(OUT_OF_MEMORY in row["outcome"] for row in rows if row["loss"] == loss):
+                end = {"xytext": (6, 9), "textcoords": "offset points", "color": colour}
+                ax.annotate("out of memory beyond", at[-1], ha="right", fontsize="small", **end)
+    ax.set_ylim(top=ax.get_ylim()[1] * 1.25)  # room for what is said of the last point
+    ticks = [
+        t for t in (0.5, 0.7, 1, 2, 3, 5, 10, 20, 50) if ax.get_ylim()[0] <= t <= ax.get_ylim()[1]
+    ]
+    ax.set_yticks(ticks, [f"{t:g}×" for t in ticks])
+    ax.minorticks_off()
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False, fontsize="small", loc="upper left")
+
+
+def _save(figure: Any, title: str, path: Path) -> None:
+    figure.suptitle(title)
     with written_whole(path) as unfinished:
         figure.savefig(unfinished, format="png")
     plt.close(figure)
@@ -83,20 +107,17 @@ def _save(figure: Any, record: dict[str, Any], path: Path) -> None:
 def _lines(
     ax: Any, title: str, rows: list[Row], styles: dict[str, tuple[str, str]], x: str, y: str
 ) -> None:
-    """One line a loss; on the upper edge a cross where there was not enough memory."""
+    """One line a loss."""
     ax.set(xscale="log", yscale="log", xlabel=x)
     ax.set_title(title, loc="left")
     ax.grid(alpha=0.3)
     for loss, (colour, mark) in styles.items():
         if found := points(rows, loss, x, y):
             ax.plot(*zip(*found, strict=True), color=colour, marker=mark, linewidth=2, label=loss)
-        failed = [row[x] for row in rows if row["loss"] == loss and OUT_OF_MEMORY in row["outcome"]]
-        edge = {"transform": ax.get_xaxis_transform(), "linestyle": "none", "markersize": 9}
-        ax.plot(failed, [0.97] * len(failed), marker="x", color=colour, markeredgewidth=2.5, **edge)
     low, high = ax.get_ylim()
-    ax.set_ylim(low, high * (high / low) ** 0.15)  # room for the legend and the crosses
+    ax.set_ylim(low, high * (high / low) ** 0.15)  # room for the legend
     if ax.get_legend_handles_labels()[0]:
-        ax.legend(frameon=False, fontsize="small", loc="upper left" if x == "N" else "upper right")
+        ax.legend(frameon=False, fontsize="small", loc="upper right")
 
 
 def points(rows: list[Row], loss: str, x: str, y: str) -> list[tuple[float, float]]:

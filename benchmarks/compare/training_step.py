@@ -4,6 +4,7 @@ The model is one of `reference_train`; images are noise and every caption is the
 as long as real ones.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -29,19 +30,27 @@ class Trainer:
 
     def __init__(self, run: Run, name: str, batch_size: int) -> None:
         """Raises ImportError where `reference_train` has not what it needs."""
-        from reference_train.demo.model import build_model
+        import open_clip
+
+        from reference_train.demo.model import TINY, TinyCLIP
         from reference_train.demo.train import make_optimizer
 
         torch.manual_seed(run.seed)
-        clip = build_model(name, LOGIT_SCALE, run.device)
-        self.model = clip.model.train()
+        scale = {"init_logit_scale": math.log(LOGIT_SCALE), "output_dict": True}
+        if name == "tiny":
+            model = TinyCLIP(**TINY, **scale)
+        else:
+            model = open_clip.create_model(name, load_weights=False, pretrained_text=False, **scale)
+        self.model = model.to(run.device, memory_format=torch.channels_last).train()
         self.optimizer = make_optimizer(self.model, lr=1e-4)
         on_cuda = run.device.type == "cuda"  # as training loops do
         self.autocast = torch.autocast(run.device.type, torch.bfloat16, enabled=on_cuda)
-        shape = (batch_size, 3, clip.image_size, clip.image_size)
-        images = torch.randn(shape, device=run.device)
+        size = model.visual.image_size
+        height, width = size if isinstance(size, tuple) else (size, size)
+        images = torch.randn(batch_size, 3, height, width, device=run.device)
         self.images = images.contiguous(memory_format=torch.channels_last)
-        self.tokens = clip.tokenize([CAPTION] * batch_size).to(run.device)
+        tokenize = open_clip.SimpleTokenizer(context_length=model.context_length)
+        self.tokens = tokenize([CAPTION] * batch_size).to(run.device)
 
     def encode(self) -> list[Tensor]:
         """Image features, text features and logit scale of the batch."""

@@ -1,30 +1,31 @@
-"""What bounds a sweep: its tile's product alone, the whole of it, and the library's products.
+"""What bounds a sweep: its tiles' products alone beside the whole of it, and two shapes of a tile.
 
-What a sweep takes longer than the product of its tiles is its epilogue, as far as that is not
-hidden behind the products of other programs: the most that any other epilogue could gain.
+What a sweep takes longer than the products of its tiles is its epilogue, as far as that is not
+hidden behind the products of other programs: the most that any other epilogue could gain. The small
+kernel that joins what the tiles leave counts with it.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from benchmarks.gpu.sweep import launcher
+from benchmarks.gpu.sweep import AHEAD, launcher, repeated
+from benchmarks.memory import outcome_of
 from benchmarks.run import Run
 from benchmarks.timing import columns, interleaved
-from cyclip_loss import eager
 from cyclip_loss.kernels.configs import ARCHITECTURES, INTERPRETED, Config, _architecture, _product
-from cyclip_loss.kernels.products import product_over_columns
 from cyclip_loss.kernels.tiles import grouped_tile, tile_product
 
-SECONDS = 0.3
-RESERVE = 4.0  # seconds that a measurement may take more: its first launch compiles it
-# Two programs an SM, of which one can multiply while the other is at its epilogue.
-TWO_PROGRAMS = _product(128, 128, 64, 4, 3, parts=2)
+SECONDS = 2.0
+SWEEPS = ("contrastive_lse", "contrastive_grads")
+# The forward sweep's tile on Hopper, and the same turned round. A wgmma of 128 columns asks for 144
+# bytes of shared memory in the time of 128, one of 256 columns for 128: a rate lower by 11 %.
+TALL, WIDE = _product(256, 128, 64, 8, 4), _product(128, 256, 64, 8, 4)
+PREDICTED_OF_EPILOGUE, PREDICTED_OF_SHAPE = "25 to 35 %", "11 %"
 
 
 @triton.jit
@@ -70,47 +71,42 @@ def product_launcher(
 
 
 def ablations(run: Run) -> None:
-    """Both sweeps as shipped beside the products of their tiles, then the products with G."""
+    """Both sweeps as shipped, their tiles' products, and both shapes; then what that answers."""
     table = ARCHITECTURES["sm_90" if run.dry_run else _architecture(run.device)]
-    n, d = (256, 64) if run.dry_run else (16384, 768)
-    for kernel in ("contrastive_lse", "contrastive_grads"):
-        for config in (table[kernel][16, "tf32"], TWO_PROGRAMS):
-            size = "x".join(str(config.tile[name]) for name in ("BM", "BN", "BK"))
-            launch, _ = product_launcher(run, config, n, d)
-            tile = f"{size}, {config.num_warps} warps, {config.num_stages} stages"
-            timed(run, f"{kernel}: products of {tile}", n, n, d, launch)
-        shipped = launcher(run, kernel, n, d)
-        timed(run, f"{kernel} as shipped", n, n, d, shipped)
-    products(run)
+    n, d, repeats = (256, 64, 1) if run.dry_run else (16384, 768, 4)
+    tiles = {kernel: table[kernel][16, "tf32"] for kernel in SWEEPS}
+    launches = {kernel: launcher(run, kernel, n, d) for kernel in SWEEPS}
+    for config in (*tiles.values(), TALL, WIDE):
+        launches[product_of(config)], _ = product_launcher(run, config, n, d)
+    steps: dict[str, Callable[[], object]] = {}
+    for what, launch in launches.items():
+        try:
+            launch()  # compiled, outside of its time
+            steps[what] = partial(repeated, launch, repeats)
+        except Exception as error:  # Triton's own, of any kind: a tile too large for this chip
+            run.note(f"{what}: {outcome_of(error)}")
+    seconds, least = (0.0, 1) if run.dry_run else (SECONDS, 5)
+    spent = {}
+    for what, runs in interleaved(steps, run.device, seconds, least, ahead=AHEAD).items():
+        of_one = columns([each / repeats for each in runs])
+        spent[what] = of_one["ms"]
+        run.row(what=what, N=n, D=d, **of_one, **{"TFLOP/s": 2 * n * n * d / spent[what] / 1e9})
+    questions = [
+        (f"the epilogue's share of {kernel}", product_of(config), kernel, PREDICTED_OF_EPILOGUE)
+        for kernel, config in tiles.items()
+    ]
+    shapes = "what the product loses at 256 x 128 against 128 x 256"
+    with run.part("ablations answer"):
+        for what, fast, slow, predicted in (
+            *questions,
+            (shapes, product_of(WIDE), product_of(TALL), PREDICTED_OF_SHAPE),
+        ):
+            if fast in spent and slow in spent:
+                measured = f"{100 * (1 - spent[fast] / spent[slow]):.1f} %"
+                run.row(question=what, measured=measured, predicted=predicted)
 
 
-def products(run: Run) -> None:
-    """The library's, of a block of G with the features: float32 sums, float32 or bfloat16 results.
-
-    And a rank's 512 rows against many columns, at once and split over columns.
-    """
-    block, few, many, d = (64, 16, 128, 32) if run.dry_run else (16384, 512, 32768, 768)
-    short = torch.bfloat16
-    features, _ = run.pairs(many, d, short)
-    gradient = torch.randn(block, block, device=run.device).to(short)
-    strip = torch.randn(few, many, device=run.device).to(short)
-    sums, rows = torch.zeros(block, d, device=run.device), features[:block]
-    for what, n, m, product in (
-        ("G T added to float32", block, block, partial(eager.add_product, sums, gradient, rows)),
-        ("G T to float32", block, block, partial(eager.product, gradient, rows, torch.float32)),
-        ("G T to bfloat16", block, block, partial(eager.product, gradient, rows, short)),
-        ("G T to bfloat16", few, many, partial(eager.product, strip, features, short)),
-        ("the same split", few, many, partial(product_over_columns, strip, features, short)),
-    ):
-        timed(run, what, n, m, d, product)
-
-
-def timed(run: Run, what: str, n: int, m: int, d: int, call: Callable[[], Any]) -> None:
-    """Add a row of a product of (n, m, d) and what follows it, if there is time."""
-    if run.remaining() < RESERVE:
-        run.note(f"{what}, D = {d} left out: no time")
-        return
-    call()
-    seconds, most = (0.0, 1) if run.dry_run else (SECONDS, 50)
-    spent = columns(interleaved({"": call}, run.device, seconds, least=5, most=most)[""])
-    run.row(what=what, n=n, m=m, D=d, **spent, **{"TFLOP/s": 2 * n * m * d / spent["ms"] / 1e9})
+def product_of(config: Config) -> str:
+    """The row of a tile's product."""
+    size = " x ".join(str(config.tile[name]) for name in ("BM", "BN", "BK"))
+    return f"product of {size}, {config.num_warps} warps, {config.num_stages} stages"

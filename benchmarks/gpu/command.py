@@ -2,11 +2,13 @@
 
 Needs this checkout, torch, triton, numpy, pytest and hypothesis. Sections are independent: one that
 fails is recorded, the others go on, and the exit code is 1. What a section has no time for is in
-the record. `--dry-run` goes the same way on CPU, interpreted: a few tests, and tiny sizes timed by
-the wall clock.
+the record, which is written after each section, and when the command is interrupted or terminated.
+`--dry-run` goes the same way on CPU, interpreted: a few tests, and tiny sizes timed by the wall
+clock.
 """
 
 import argparse
+import signal
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -17,21 +19,25 @@ import torch
 
 from benchmarks import record
 from benchmarks.gpu import ablations, suite, sweep, timings
+from benchmarks.interpreter import why_unusable
 from benchmarks.run import Run
 
-# Each with its seconds, of TOTAL, where all are run; what they leave is for the tests that come
-# last. Those that the command names share the whole budget, first come, first served.
+# Each with its seconds, of TOTAL, where all are run; what they leave is for the last. Those that
+# the command names share the whole budget, first come, first served.
 TOTAL = 440
 SECTIONS: dict[str, tuple[Callable[[Run], None], float]] = {
-    "tests": (partial(suite.suite, suite.FIRST), 100),
+    "cuda": (partial(suite.suite, suite.CUDA, 1), 100),
+    "tests": (partial(suite.suite, suite.KERNELS, suite.SEVERAL), 75),
     "ceilings": (timings.ceilings, 8),
     "kernels": (timings.kernels, 10),
-    "sizes": (timings.sizes, 60),
-    "ablations": (ablations.ablations, 40),
-    "sweep": (sweep.sweep, 115),
-    "competitors": (timings.beside_competitors, 80),
-    "more tests": (partial(suite.suite, suite.LATER), TOTAL),
+    "sizes": (timings.sizes, 50),
+    "ablations": (ablations.ablations, 15),
+    "sweep": (sweep.sweep, 110),
+    "competitors": (timings.beside_competitors, 72),
+    "slow": (partial(suite.suite, suite.SLOW, suite.SEVERAL), TOTAL),
+    "ranks": (partial(suite.suite, suite.RANKS, 1), TOTAL),
 }
+LAUNCH_KERNELS = ("ablations", "sweep")  # and nothing else, in a dry run
 
 
 def main(options: argparse.Namespace) -> int:
@@ -41,21 +47,28 @@ def main(options: argparse.Namespace) -> int:
         return 2
     # The interpreter computes on numpy arrays, whose overflows to infinity are intended.
     warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.|numpy")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: `timeout` sends it
     torch.manual_seed(options.seed)
     device = torch.device("cpu" if options.dry_run else "cuda")
     run = Run(device, options.seed, options.dry_run)
-    for name in options.sections or SECTIONS:
-        measure, seconds = SECTIONS[name]
-        share = options.budget if options.sections else seconds * options.budget / TOTAL
-        run.deadline = min(options.budget, run.elapsed() + share)
-        with run.part(name):
-            if run.remaining() > 0:
-                measure(run)
-            else:
-                run.note("the budget is spent")
-    described = record.describe(run)
     results = Path(tempfile.gettempdir()) if options.dry_run else record.RESULTS
-    file = record.write(options.out or results, "gpu", described)
+    unusable = why_unusable() if options.dry_run else ""
+    try:
+        for name in options.sections or SECTIONS:
+            measure, seconds = SECTIONS[name]
+            share = options.budget if options.sections else seconds * options.budget / TOTAL
+            run.deadline = min(options.budget, run.elapsed() + share)
+            with run.part(name):
+                if run.remaining() <= 0:
+                    run.note("the budget is spent")
+                elif unusable and name in LAUNCH_KERNELS:
+                    run.note(f"skipped: {unusable}")
+                else:
+                    measure(run)
+            file = record.write(options.out or results, "gpu", record.describe(run))
+    except KeyboardInterrupt:
+        run.fail("interrupted")
+        file = record.write(options.out or results, "gpu", record.describe(run))
     failures = sum(len(section.failures) for section in run.sections.values())
     run.say(f"{failures} failures; record in {file} and {file.with_suffix('.md')}")
     return 1 if failures else 0

@@ -23,7 +23,8 @@ from cyclip_loss.kernels import configs
 CELLS = [(kernel, n, d) for n in (16384, 65536) for kernel in KEYS for d in (768, 512, 1024)]
 DRY_RUN_CELLS = [(kernel, 96, 128) for kernel in KEYS]
 SECONDS_PER_CELL = 0.8
-RESERVE = 3.0  # seconds that a cell may take more: each candidate's first launch compiles it
+RESERVE = 1.0  # seconds that a cell may take more
+AHEAD = 4 * 10**6  # cycles, 2 ms: as long as Python takes to launch what is timed
 
 
 def sweep(run: Run) -> None:
@@ -33,16 +34,28 @@ def sweep(run: Run) -> None:
     tried = {kernel: candidates(arch, kernel)[: 2 if run.dry_run else None] for kernel in KEYS}
     everything = [candidate for several in tried.values() for candidate in several]
     refused = refusals(arch, everything[:2] if run.dry_run else everything)
-    for candidate, reason in refused.items():
-        run.note(f"{candidate.kernel} {candidate.line} refused by the compile gate: {reason}")
+    for kernel, several in tried.items():
+        n, d = next((n, d) for name, n, d in cells if name == kernel)
+        launch = launcher(run, kernel, n, d)
+        for candidate in several:
+            if candidate not in refused:
+                try:  # Triton compiles it once more, outside of any measured time
+                    step(table_of(arch, kernel), candidate, launch, 1)
+                except Exception as error:  # of any kind: that candidate is out
+                    refused[candidate] = outcome_of(error)
+            if candidate in refused:
+                run.note(f"{kernel} {candidate.line} left out: {refused[candidate]}")
     times: dict[Candidate, dict[object, float]] = defaultdict(dict)
     for done, (kernel, n, d) in enumerate(cells):
         if run.remaining() < SECONDS_PER_CELL + RESERVE:
             run.note(f"the last {len(cells) - done} of {len(cells)} measurements left out: no time")
             break
         passed = [candidate for candidate in tried[kernel] if candidate not in refused]
-        for candidate, spent in cell(run, arch, passed, kernel, n, d).items():
-            times[candidate][n, d] = spent
+        try:
+            for candidate, spent in cell(run, arch, passed, kernel, n, d).items():
+                times[candidate][n, d] = spent
+        except Exception as error:  # the others go on
+            run.note(f"{kernel}, N = {n}, D = {d}: {outcome_of(error)}")
     with run.part("winners"):
         for kernel, (shipped, *others) in tried.items():
             if shipped not in times:
@@ -57,31 +70,40 @@ def cell(
     run: Run, arch: str, tried: list[Candidate], kernel: str, n: int, d: int
 ) -> dict[Candidate, float]:
     """Milliseconds of each candidate at one size, each with a row."""
-    table = (configs._INTERPRETER if configs.INTERPRETED else configs.ARCHITECTURES[arch])[kernel]
     # So many one after another that the device is what is waited for, not Python.
     repeats = 1 if run.dry_run else max(1, min(20, 10**12 // flops(kernel, n, d)))
-    launch = launcher(run, kernel, n, d)
-
-    def step(candidate: Candidate) -> None:
-        with mock.patch.dict(table, {KEYS[kernel]: candidate.config}):
-            for _ in range(repeats):
-                launch()
-
-    steps: dict[str, Callable[[], object]] = {}
-    for candidate in tried:
-        try:
-            step(candidate)
-            steps[candidate.line] = partial(step, candidate)
-        except Exception as error:  # Triton's own, of any kind: that candidate is out
-            run.note(f"{kernel} {candidate.line}: {outcome_of(error)}")
+    launch, table = launcher(run, kernel, n, d), table_of(arch, kernel)
+    steps: dict[str, Callable[[], object]] = {
+        candidate.line: partial(step, table, candidate, launch, repeats) for candidate in tried
+    }
     seconds, least = (0.0, 1) if run.dry_run else (SECONDS_PER_CELL, 3)
-    runs, found = interleaved(steps, run.device, seconds, least), {}
-    for candidate in (c for c in tried if c.line in runs):
+    runs, found = interleaved(steps, run.device, seconds, least, ahead=AHEAD), {}
+    for candidate in tried:
         spent = columns([each / repeats for each in runs[candidate.line]])
         rate = {"TFLOP/s": flops(kernel, n, d) / spent["ms"] / 1e9}
         run.row(kernel=kernel, N=n, D=d, configuration=candidate.line, **spent, **rate)
         found[candidate] = spent["ms"]
     return found
+
+
+Table = dict[tuple[int, str], configs.Config]
+
+
+def table_of(arch: str, kernel: str) -> Table:
+    """Where a launch of the kernel finds its configuration."""
+    return (configs._INTERPRETER if configs.INTERPRETED else configs.ARCHITECTURES[arch])[kernel]
+
+
+def step(table: Table, candidate: Candidate, launch: Callable[[], object], repeats: int) -> None:
+    """Launch the candidate."""
+    with mock.patch.dict(table, {KEYS[candidate.kernel]: candidate.config}):
+        repeated(launch, repeats)
+
+
+def repeated(launch: Callable[[], object], repeats: int) -> None:
+    """One after another."""
+    for _ in range(repeats):
+        launch()
 
 
 def launcher(run: Run, kernel: str, n: int, d: int) -> Callable[[], object]:

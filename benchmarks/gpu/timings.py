@@ -18,6 +18,7 @@ from benchmarks.timing import interleaved
 
 KERNEL_SIZES = ((512, 512), (4096, 512), (65536, 768))
 KERNELS_SHOWN = 12
+NO_PROFILE = "PyTorch's profiler delivered nothing: launches and times of kernels are not known"
 BATCHES = tuple((n, 512) for n in (512, 1024, 2048, 4096, 8192))
 SECONDS_PER_STEP = 1.5  # compiled, captured and timed
 
@@ -40,26 +41,32 @@ def kernels(run: Run) -> None:
         step = step_of(build(OURS).loss, leaves_of(run, n, d, torch.bfloat16))
         for _ in range(3):
             step()
-        spent = profiled(step, run.device)
-        launches, microseconds = map(sum, zip(*spent.values(), strict=True))
-        run.row(N=n, D=d, kernel="all", launches=launches, ms=microseconds / 1e3)
+        spent = profiled(run, step)
+        launches = sum(count for count, _ in spent.values())
+        microseconds = sum(own for _, own in spent.values())
+        if spent:
+            run.row(N=n, D=d, kernel="all", launches=launches, ms=microseconds / 1e3)
         for name, (count, own) in sorted(spent.items(), key=lambda x: -x[1][1])[:KERNELS_SHOWN]:
             run.row(N=n, D=d, kernel=name[:60], launches=count, ms=own / 1e3)
 
 
-def profiled(call: Callable[[], object], device: torch.device) -> dict[str, tuple[int, float]]:
+def profiled(run: Run, call: Callable[[], object]) -> dict[str, tuple[int, float]]:
     """By kernel, how often it is launched and its microseconds in all, as the profiler sees it.
 
-    On CPU, where there are no launches: PyTorch's operators.
+    On CPU, where there are no launches: PyTorch's operators. Nothing where it may not look.
     """
-    on_cuda = device.type == "cuda"
+    on_cuda = run.device.type == "cuda"
     activity = ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU
     with profile(activities=[activity]) as profiler:
         call()
         if on_cuda:
             torch.cuda.synchronize()
     own = "self_device_time_total" if on_cuda else "self_cpu_time_total"
-    return {e.key: (e.count, getattr(e, own)) for e in profiler.key_averages() if getattr(e, own)}
+    kind = "CUDA" if on_cuda else "CPU"
+    events = [e for e in profiler.key_averages() if e.device_type.name == kind and getattr(e, own)]
+    if not events and NO_PROFILE not in run.section.notes:
+        run.note(NO_PROFILE)
+    return {e.key: (e.count, getattr(e, own)) for e in events}
 
 
 def sizes(run: Run) -> None:
@@ -92,8 +99,9 @@ def wall_and_graph(run: Run, step: Callable[[], object]) -> dict[str, Any]:
         step()
     timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
     seconds = timer.blocked_autorange(min_run_time=0.01 if run.dry_run else 0.2).median
-    launches = sum(count for count, _ in profiled(step, run.device).values())
-    row: dict[str, Any] = {"wall ms": 1e3 * seconds, "launches": launches}
+    row: dict[str, Any] = {"wall ms": 1e3 * seconds}
+    if launches := sum(count for count, _ in profiled(run, step).values()):
+        row["launches"] = launches
     if run.device.type == "cuda":
         from triton.testing import do_bench_cudagraph
 

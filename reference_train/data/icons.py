@@ -7,26 +7,27 @@ for one that is on disk) and draws its icons into WebDataset shards, in about te
 and how many icons were left out for which reason.
 
 Left out: logos, flags, sets with a non-commercial licence, and every set of emoji: the emoji are
-what a model is asked about afterwards. Then pictures that are blank, pictures that were there
-before, and, of names that very many sets draw, all but `PICTURES_OF_A_NAME`, because the same name
-twice in a batch is a false negative of a contrastive loss.
+what a model is asked about afterwards. Then pictures that are blank, refer to anything outside
+themselves, or crash the renderer; pictures that were there before; and, of names that very many
+sets draw, all but `PICTURES_OF_A_NAME`, because duplicates in a batch act as false negatives.
 
 A one-coloured icon is black on white in half of the cases, else in a random colour on white, on a
 pale or on a dark ground, so that a model learns shapes and not one way of printing them.
 """
 
+import argparse
 import colorsys
 import contextlib
 import hashlib
 import io
 import json
-import multiprocessing
 import random
 import re
-import tarfile
-import zlib
+import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,17 +36,18 @@ import webdataset as wds
 from PIL import Image
 from rich.progress import track
 
-from ..errors import CannotStart, run
-from .iconify import position, square_svg
-from .package import Package, make_data_set
+from ..arguments import Parser, whole_number
+from ..errors import run
+from ..files import new_folder
+from .iconify import OutsideReference, check_renderer, position, render, square_svg
+from .package import Package, end_cleanly, fetch, read_json
 
 PACKAGE = Package(
-    "https://registry.npmjs.org/@iconify/json/-/json-2.2.535.tgz",
-    "1a545f86fa224d6531d8fb101dcbe83aac2b28689a21cbed6fc68318a5af4d91",
-    "npm pack @iconify/json",
+    "@iconify/json", "2.2.535", "1a545f86fa224d6531d8fb101dcbe83aac2b28689a21cbed6fc68318a5af4d91"
 )
 SIZE = 64  # pixels
 SAMPLES_PER_SHARD = 5000
+CHUNK = 64  # icons that are drawn as one piece of work
 PICTURES_OF_A_NAME = 40
 VALIDATION_SHARE = 0.02  # of the names
 SEED = 0
@@ -87,10 +89,6 @@ class Icon(NamedTuple):
     svg: str
 
 
-# ------------------------------------------------------------------------------------------------
-# Names and captions
-
-
 def style_words(names: Sequence[str]) -> set[str]:
     """The words of `STYLES` that end or begin at least 2 % of a set's names."""
     ends = Counter(name.rsplit("-", 1)[-1] for name in names if "-" in name)
@@ -125,10 +123,6 @@ def caption(icon: Icon, title: str, rng: random.Random) -> str:
     return template.format(name=icon.name, style=icon.style, set=title, group=icon.group)
 
 
-# ------------------------------------------------------------------------------------------------
-# Reading the sets
-
-
 def why_left_out(info: dict[str, Any]) -> str | None:
     """The reason for which a set as a whole is not taken."""
     name, category = info["name"].lower(), (info.get("category") or "").lower()
@@ -142,13 +136,12 @@ def why_left_out(info: dict[str, Any]) -> str | None:
     return "non-commercial licence" if "-NC" in licence else None
 
 
-def read_set(path: Path, left_out: Counter[str]) -> Iterator[Icon]:
-    """The icons of one set's JSON file."""
-    content = json.loads(path.read_text())
+def read_set(prefix: str, content: dict[str, Any], left_out: Counter[str]) -> Iterator[Icon]:
+    """The icons of one set. content: its JSON file."""
     groups = {
         icon: group for group, icons in (content.get("categories") or {}).items() for icon in icons
     }
-    inherited = {k: content[k] for k in ("left", "top", "width", "height") if k in content}
+    inherited = {k: v for k, v in content.items() if k in ("left", "top", "width", "height")}
     styles = style_words(list(content["icons"]))
     for key, icon in content["icons"].items():
         group = groups.get(key, "")
@@ -160,54 +153,77 @@ def read_set(path: Path, left_out: Counter[str]) -> Iterator[Icon]:
         else:
             words = re.sub(r"([a-z])([A-Z])", r"\1 \2", group).lower()
             svg = square_svg({**inherited, **icon})
-            yield Icon(f"{path.stem}__{key}", path.stem, name, " ".join(style), words, svg)
+            yield Icon(f"{prefix}__{key}", prefix, name, " ".join(style), words, svg)
 
 
-def unpack(archive: Path, folder: Path) -> Path:
-    """Unpacks the npm package into `folder`; returns where its files are."""
-    try:
-        with tarfile.open(archive) as files:
-            files.extractall(folder, filter="data")
-    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-        raise CannotStart(f"--package {archive}: can't be read: {error}") from error
-    if not (folder / "package" / "collections.json").is_file():
-        raise CannotStart(f"--package {archive}: no collections.json: not npm's @iconify/json")
-    return folder / "package"
-
-
-# ------------------------------------------------------------------------------------------------
-# Drawing
+def read_sets(archive: Path, left_out: Counter[str]) -> tuple[dict[str, Any], list[Icon]]:
+    """What is known of each set that is taken, by its prefix, and their icons in a random order."""
+    taken: dict[str, Any] = {}
+    for prefix, info in dict(read_json(archive, ["collections.json"]))["collections.json"].items():
+        if reason := why_left_out(info):
+            left_out[f"sets: {reason}"] += info["total"]
+        else:
+            taken[prefix] = info
+    by_set: dict[str, list[Icon]] = {}
+    for file, content in read_json(archive, [f"json/{prefix}.json" for prefix in taken]):
+        by_set[Path(file).stem] = list(read_set(Path(file).stem, content, left_out))
+    icons = [icon for prefix in taken for icon in by_set[prefix]]
+    random.Random(SEED).shuffle(icons)
+    return taken, icons
 
 
 class Drawn(NamedTuple):
-    """An icon's picture."""
+    """An icon's picture, or why there is none."""
 
-    png: bytes
-    digest: bytes  # of the picture before it was coloured
-    blank: bool
+    png: bytes = b""
+    digest: bytes = b""  # of the picture before it was coloured
+    fault: str = ""
 
 
 def draw(icon: Icon) -> Drawn:
     """Draws an icon, the same in every run: its colours are drawn by its key."""
-    import resvg_py
-
-    svg = icon.svg.replace("currentColor", "#000000")
     try:
-        data = resvg_py.svg_to_bytes(
-            svg_string=svg, width=SIZE, height=SIZE, skip_system_fonts=True
-        )
+        image = render(icon.svg.replace("currentColor", "#000000"), SIZE)
+    except OutsideReference as error:
+        return Drawn(fault=str(error))
     except ValueError:  # some icons are no valid SVG
-        return Drawn(b"", b"", True)
-    with Image.open(io.BytesIO(bytes(data))) as image:
-        rgba = np.asarray(image.convert("RGBA"), dtype=np.float32) / 255
+        return Drawn(fault="blank")
+    rgba = np.asarray(image.convert("RGBA"), dtype=np.float32) / 255
     rgb, alpha = rgba[..., :3], rgba[..., 3:]
     one_colour = not (rgb * alpha > 0.02).any()
     ink, ground = colours(random.Random(icon.key)) if one_colour else (None, np.ones(3))
     digest = hashlib.sha256((rgba * 15).round().astype(np.uint8).tobytes()).digest()
     picture = alpha * (rgb if ink is None else ink) + (1 - alpha) * ground
+    if np.ptp(picture, axis=(0, 1)).max() < 0.1:
+        return Drawn(fault="blank")
     file = io.BytesIO()
     Image.fromarray((picture * 255).round().astype(np.uint8)).save(file, "png", compress_level=3)
-    return Drawn(file.getvalue(), digest, bool(np.ptp(picture, axis=(0, 1)).max() < 0.1))
+    return Drawn(file.getvalue(), digest)
+
+
+def draw_in_processes(icons: Sequence[Icon]) -> Generator[Drawn, None, None]:
+    """Draws icons in their order, in a process for each core; one may crash the renderer."""
+    done = 0
+    while done < len(icons):
+        pool = ProcessPoolExecutor()
+        try:
+            for drawn in pool.map(draw, icons[done:], chunksize=CHUNK):
+                done += 1
+                yield drawn
+        except BrokenProcessPool:  # by one of the next chunk, or later: those alone, then on
+            yield from map(draw_alone, icons[done : done + CHUNK])
+            done += CHUNK
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def draw_alone(icon: Icon) -> Drawn:
+    """Draws an icon in a process of its own."""
+    with ProcessPoolExecutor(1) as pool:
+        try:
+            return pool.submit(draw, icon).result()
+        except BrokenProcessPool:
+            return Drawn(fault="crashes the renderer")
 
 
 def colours(rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
@@ -224,15 +240,6 @@ def colours(rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
     return np.array(pale), np.array(colorsys.hls_to_rgb(other, rng.uniform(0.05, 0.3), 0.6))
 
 
-# ------------------------------------------------------------------------------------------------
-# Shards
-
-
-def writer(folder: Path, part: str) -> wds.ShardWriter:
-    """Writes FOLDER/PART-00000.tar and so on."""
-    return wds.ShardWriter(str(folder / f"{part}-%05d.tar"), maxcount=SAMPLES_PER_SHARD, verbose=0)
-
-
 def twins(names: Counter[str], batch_size: int) -> float:
     """The expected share of a batch's rows whose name another row of it has, too.
 
@@ -243,34 +250,33 @@ def twins(names: Counter[str], batch_size: int) -> float:
     return 1 - alone
 
 
-def build(unpacked: Path, out: Path) -> dict[str, Any]:
-    """Writes the shards and the manifest into `out`; returns the manifest."""
-    infos = json.loads((unpacked / "collections.json").read_text())
-    left_out: Counter[str] = Counter()
-    taken: dict[str, Any] = {}
-    icons: list[Icon] = []
-    for prefix, info in infos.items():
-        reason = why_left_out(info)
-        if reason:
-            left_out[f"sets: {reason}"] += info["total"]
-        else:
-            taken[prefix] = info
-            icons += read_set(unpacked / "json" / f"{prefix}.json", left_out)
-    random.Random(SEED).shuffle(icons)
+def build(archive: Path, out: Path, limit: int | None = None) -> dict[str, Any]:
+    """Writes the shards and sizes.json into `out`; returns what the manifest says of them.
 
+    limit: how many icons to draw, picked at random; None: all.
+    """
+    left_out: Counter[str] = Counter()
+    taken, icons = read_sets(archive, left_out)
+    icons = icons[:limit]
     parts = ("train", "val")
     seen: set[bytes] = set()
     names: dict[str, Counter[str]] = {part: Counter() for part in parts}
     pictures: Counter[str] = Counter()  # of each name, with those left out
     sets: Counter[str] = Counter()
     with contextlib.ExitStack() as stack:
-        shards = {part: stack.enter_context(writer(out, part)) for part in parts}
-        pool = stack.enter_context(multiprocessing.Pool())
-        drawing = track(pool.imap(draw, icons, chunksize=64), "drawing", total=len(icons))
-        for icon, drawn in zip(icons, drawing, strict=True):
+        shards = {
+            part: stack.enter_context(
+                wds.ShardWriter(
+                    str(out / f"{part}-%05d.tar"), maxcount=SAMPLES_PER_SHARD, verbose=0
+                )
+            )
+            for part in parts
+        }
+        drawing = stack.enter_context(contextlib.closing(draw_in_processes(icons)))
+        for icon, drawn in zip(icons, track(drawing, "drawing", total=len(icons)), strict=True):
             part = "val" if is_held_out(icon.name) else "train"
-            if drawn.blank:
-                left_out["blank"] += 1
+            if drawn.fault:
+                left_out[drawn.fault] += 1
                 continue
             if drawn.digest in seen:
                 left_out["the same picture again"] += 1
@@ -296,8 +302,7 @@ def build(unpacked: Path, out: Path) -> dict[str, Any]:
     }
     (out / "sizes.json").write_text(json.dumps(sizes))
     kept = Counter({name: n for name, n in pictures.items() if name in names["train"]})
-    manifest = {
-        "package": PACKAGE.url,
+    return {
         "pairs": pairs,
         "names": {part: len(counter) for part, counter in names.items()},
         "left_out": dict(left_out.most_common()),
@@ -320,19 +325,44 @@ def build(unpacked: Path, out: Path) -> dict[str, Any]:
             if sets[prefix]
         },
     }
-    (out / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False))
-    return manifest
-
-
-def from_package(archive: Path, folder: Path, work: Path) -> str:
-    """Unpacks, builds, and says how many pairs there are."""
-    pairs = build(unpack(archive, work), folder)["pairs"]
-    return f"{pairs['train']:,} pairs to train on, {pairs['val']:,} held out"
 
 
 def main(argv: Sequence[str]) -> None:
     """The command line."""
-    make_data_set(argv, "icons", __doc__, PACKAGE, from_package)
+    parser = Parser(
+        prog="python -m reference_train.data.icons",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    add(
+        "--package",
+        type=Path,
+        metavar="FILE",
+        help=f"the package on disk (`npm pack {PACKAGE.name}`); default: downloaded",
+    )
+    add(
+        "--limit",
+        type=whole_number(1),
+        metavar="N",
+        help="draw N icons only, picked at random: a small build to try things with",
+    )
+    options = parser.parse_args(argv)
+    check_renderer()
+    end_cleanly()
+    with new_folder(options.out) as folder, tempfile.TemporaryDirectory() as temporary:
+        archive = options.package or fetch(PACKAGE, Path(temporary))
+        built = build(archive, folder, options.limit)
+        source = {
+            "package": str(options.package or PACKAGE.url),
+            "sha256": hashlib.sha256(archive.read_bytes()).hexdigest(),
+            "limit": options.limit,
+        }
+        manifest = json.dumps({**source, **built}, indent=1, ensure_ascii=False)
+        (folder / "manifest.json").write_text(manifest)
+    pairs = built["pairs"]
+    print(f"{options.out}: {pairs['train']:,} pairs to train on, {pairs['val']:,} held out")
 
 
 if __name__ == "__main__":

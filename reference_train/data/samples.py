@@ -13,7 +13,7 @@ import numpy.typing as npt
 import webdataset as wds
 from PIL import Image
 
-from ..errors import CannotStart
+from ..errors import CannotStart, first_line
 
 
 class Sample(NamedTuple):
@@ -38,7 +38,7 @@ def read_samples(shards: Sequence[str]) -> Iterator[Sample]:
     except FileNotFoundError as error:
         raise CannotStart(f"no such shard: {error.filename}") from error
     except (OSError, EOFError, tarfile.TarError, lzma.LZMAError, zlib.error) as error:
-        raise CannotStart(f"a shard can't be read: {str(error).splitlines()[0]}") from error
+        raise CannotStart(f"a shard can't be read: {first_line(error)}") from error
 
 
 def decode(image: bytes, size: int) -> npt.NDArray[np.uint8]:

@@ -18,79 +18,44 @@ import io
 import json
 import lzma
 import re
+import struct
 import tarfile
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rich.progress import track
+
 from ..arguments import Parser
-from ..data.iconify import position, square_svg
-from ..data.package import download
+from ..data.iconify import check_renderer, position, render, square_svg
+from ..data.package import Package, end_cleanly, fetch, read_json
 from ..errors import Stopped, run
 from ..files import written_whole
 
 Json = dict[str, Any]
 
 
-class Package(NamedTuple):
-    """An npm package, and what its licence asks to be said of the work in it."""
-
-    name: str
-    version: str
-    licence: str  # SPDX identifier
-    attribution: str
-    sha256: str  # of its archive
-
-
-NOTO = "Noto Emoji, Google Inc., https://github.com/googlefonts/noto-emoji"
-TWEMOJI = "Twemoji, Twitter, Inc and other contributors, https://github.com/jdecked/twemoji"
-OPENMOJI = (
-    "All emojis designed by OpenMoji, the open-source emoji and icon project, https://openmoji.org"
-)
-FLUENT = "Fluent Emoji, Microsoft Corporation, https://github.com/microsoft/fluentui-emoji"
-
 NAMES = Package(
-    *("emojibase-data", "17.0.0", "MIT", "Copyright (c) 2017-2019 Miles Johnson"),
-    "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
+    "emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a"
 )
+# Three to train on, three never trained on (the natural shift of style), and one black on white.
 STYLES = {
-    style: Package(f"@iconify-json/{style}", version, licence, attribution, sha256)
-    for style, version, licence, attribution, sha256 in [
-        # to train on
-        (
-            *("noto", "1.2.9", "Apache-2.0", NOTO),
-            "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
-        ),
-        (
-            *("twemoji", "1.2.5", "CC-BY-4.0", TWEMOJI),
-            "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7",
-        ),
-        (
-            *("fluent-emoji-flat", "1.2.6", "MIT", FLUENT),
-            "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
-        ),
-        # never trained on: the natural shift of drawing style
-        (
-            *("noto-v1", "1.2.5", "Apache-2.0", NOTO),
-            "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37",
-        ),
-        (
-            *("openmoji", "1.2.29", "CC-BY-SA-4.0", OPENMOJI),
-            "03181e2c156cab35cf4a62f1f7886bd971d59212e75ac3f189d5a4cae3930fc5",
-        ),
-        (
-            *("fluent-emoji", "1.2.7", "MIT", FLUENT),
-            "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b",
-        ),
-        # black on white: a stress test
-        (
-            *("fluent-emoji-high-contrast", "1.2.6", "MIT", FLUENT),
-            "0b92d48c90d2200bd499e3cdd09a127ca6a8c8ddefd34c35eb5a1e4994012ae0",
-        ),
-    ]
+    style: Package(f"@iconify-json/{style}", version, sha256)
+    for style, version, sha256 in map(
+        str.split,
+        """\
+noto 1.2.9 3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad
+twemoji 1.2.5 19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7
+fluent-emoji-flat 1.2.6 7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175
+noto-v1 1.2.5 2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37
+openmoji 1.2.29 03181e2c156cab35cf4a62f1f7886bd971d59212e75ac3f189d5a4cae3930fc5
+fluent-emoji 1.2.7 8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b
+fluent-emoji-high-contrast 1.2.6 0b92d48c90d2200bd499e3cdd09a127ca6a8c8ddefd34c35eb5a1e4994012ae0
+""".splitlines(),
+    )
 }
 # These two have no table of characters, but the icon names of a set that has one.
 NAMED_AS_IN = {"noto-v1": "noto", "fluent-emoji": "fluent-emoji-flat"}
@@ -102,56 +67,17 @@ TEST_SHARE, VALIDATION_SHARE = 0.15, 0.10
 SPLIT_SEED = 52
 
 
-# ------------------------------------------------------------------------------------------------
-# Packages
+def read_concepts(archive: Path) -> list[Json]:
+    """The emoji that ship, from `emojibase-data`: base skin tone, no flags, no near-duplicates.
 
-
-def fetch(package: Package, folder: Path) -> Path:
-    """The archive of `package` in `folder`, downloaded from npm's registry if it is not there."""
-    archive = folder / f"{package.name.rpartition('/')[2]}-{package.version}.tgz"
-    if not archive.is_file():
-        url = f"https://registry.npmjs.org/{package.name}/-/{archive.name}"
-        download(url, package.sha256, archive)
-    return archive
-
-
-def read_json(archive: Path, file: str) -> Any:
-    """One JSON file of an npm archive."""
-    try:
-        with tarfile.open(archive) as tar:
-            member = tar.extractfile(f"package/{file}")
-            if member is None:
-                raise KeyError(file)
-            return json.load(member)
-    except KeyError:
-        raise Stopped(f"{archive}: has no {file}; not the package expected here") from None
-    except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
-        reason = str(error).partition("\n")[0].rstrip(":")  # tarfile lists every method it tried
-        raise Stopped(f"{archive}: can't read {file}: {reason}") from None
-
-
-# ------------------------------------------------------------------------------------------------
-# Concepts
-
-
-class Concept(NamedTuple):
-    """One emoji, apart from any drawing of it."""
-
-    hexcode: str  # as emojibase writes it: "1F469-200D-1F33E"
-    emoji: str
-    name: str
-    keywords: list[str]
-    group: str  # "animals & nature"
-    subgroup: str  # "animal-mammal"
-
-
-def read_concepts(archive: Path) -> list[Concept]:
-    """The emoji that ship, from `emojibase-data`: base skin tone, no flags, no near-duplicates."""
-    keys = read_json(archive, "meta/groups.json")
-    titles = {g["key"]: g["message"] for g in read_json(archive, "en/messages.json")["groups"]}
+    A concept is what a sample's json says of it, but for the style.
+    """
+    files = dict(read_json(archive, ["meta/groups.json", "en/messages.json", "en/data.json"]))
+    keys = files["meta/groups.json"]
+    titles = {g["key"]: g["message"] for g in files["en/messages.json"]["groups"]}
     concepts = []
     # Skin tones need no rule: emojibase nests them in the base emoji.
-    for entry in read_json(archive, "en/data.json"):
+    for entry in files["en/data.json"]:
         group = keys["groups"].get(str(entry.get("group")))
         # No group: the letters that flags are spelled with. Components: bare skin tones and hair.
         if group in (None, "flags", "component"):
@@ -160,14 +86,16 @@ def read_concepts(archive: Path) -> list[Concept]:
         if entry["label"].endswith("facing right") or entry["label"].startswith("family:"):
             continue
         concepts.append(
-            Concept(
-                entry["hexcode"],
-                entry["emoji"],
-                entry["label"],
-                entry.get("tags", []),
-                titles[group],
-                keys["subgroups"][str(entry["subgroup"])],
-            )
+            {
+                "concept": entry["hexcode"],  # "1F469-200D-1F33E"
+                "name": entry["label"],
+                "keywords": entry.get("tags", []),
+                "group": titles[group],
+                "subgroup": keys["subgroups"][str(entry["subgroup"])],
+                "style": "",
+                "split": split_of(entry["hexcode"]),
+                "emoji": entry["emoji"],
+            }
         )
     return concepts
 
@@ -183,22 +111,17 @@ def split_of(hexcode: str) -> str:
     return "validation" if place < TEST_SHARE + VALIDATION_SHARE else "train"
 
 
-# ------------------------------------------------------------------------------------------------
-# Which icon draws which concept
-
-
 class IconSet(NamedTuple):
-    """The icons of one style; the fields of an icon are Iconify's."""
+    """The icons of one style."""
 
     icons: dict[str, Json]  # by name; mirrored copies resolved, mere second names left out
     characters: dict[str, str]  # hexcode, see `bare` -> icon name; empty where there is no table
-    width: int
-    height: int
 
 
 def read_icon_set(archive: Path) -> IconSet:
     """The icon set of an `@iconify-json/*` package."""
-    data, characters = read_json(archive, "icons.json"), read_json(archive, "chars.json")
+    files = dict(read_json(archive, ["icons.json", "chars.json"]))
+    data = files["icons.json"]
     try:
         icons = dict(data["icons"])
         for name, alias in data.get("aliases", {}).items():
@@ -207,8 +130,9 @@ def read_icon_set(archive: Path) -> IconSet:
             # meaning: to "cricket", the insect, noto-v1 offers the game.
             if alias.keys() - {"parent"}:
                 icons[name] = {**data["icons"][alias["parent"]], **alias}
-        table = {bare(hexcode): name for hexcode, name in characters.items()}
-        return IconSet(icons, table, data["width"], data["height"])
+        size = {"width": data["width"], "height": data["height"]}
+        characters = {bare(hexcode): name for hexcode, name in files["chars.json"].items()}
+        return IconSet({name: {**size, **icon} for name, icon in icons.items()}, characters)
     except (KeyError, TypeError, AttributeError):
         raise Stopped(f"{archive}: not an icon set as Iconify describes it") from None
 
@@ -218,110 +142,44 @@ def bare(hexcode: str) -> str:
     return hexcode.lower().replace("-fe0f", "")
 
 
-def match(concepts: list[Concept], sets: dict[str, IconSet]) -> dict[str, dict[str, str]]:
-    """Style -> hexcode -> icon name."""
-    matches: dict[str, dict[str, str]] = {}
-    for style, icon_set in sets.items():
-        matches[style] = {}
-        for concept in concepts:
-            name = sets[NAMED_AS_IN.get(style, style)].characters.get(bare(concept.hexcode))
-            if name is None:  # the tables leave aliases out
-                name = re.sub(r"[^a-z0-9]+", "-", concept.name.lower())
-            if name in icon_set.icons:
-                matches[style][concept.hexcode] = name
-    return matches
+def icon_of(concept: Json, style: str, sets: dict[str, IconSet]) -> Json | None:
+    """The icon that draws a concept in a style, if there is one."""
+    name = sets[NAMED_AS_IN.get(style, style)].characters.get(bare(concept["concept"]))
+    if name is None:  # the tables leave aliases out
+        name = re.sub(r"[^a-z0-9]+", "-", concept["name"].lower())
+    return sets[style].icons.get(name)
 
 
-# ------------------------------------------------------------------------------------------------
-# Drawing
-
-
-def to_svg(name: str, icon_set: IconSet) -> str:
-    """The icon as a square SVG document."""
-    icon = icon_set.icons[name]
+def draw(icon: Json) -> bytes:
+    """An icon as a PNG on white."""
     if icon.keys() & {"vFlip", "rotate"}:
-        raise Stopped(f"icon {name} has a transformation that this script does not know")
-    return square_svg({"width": icon_set.width, "height": icon_set.height, **icon})
-
-
-def load_renderer() -> Callable[[str], bytes]:
-    """A function from SVG text to a PNG on white."""
-    try:
-        import resvg_py
-        from PIL import Image
-    except ImportError as error:
-        message = f"{error.name} is not installed: pip install resvg-py pillow rich"
-        raise Stopped(message) from None
-
-    def render(svg: str) -> bytes:
-        drawn = resvg_py.svg_to_bytes(
-            svg_string=svg,
-            width=SIZE,
-            height=SIZE,
-            background="#ffffff",
-            skip_system_fonts=True,  # no icon holds text, and a machine's fonts must not matter
-        )
-        with Image.open(io.BytesIO(bytes(drawn))) as image:
-            return stored_png(image.convert("RGB").tobytes(), *image.size)
-
-    return render
+        raise Stopped(f"a transformation that this script does not know: {icon}")
+    image = render(square_svg(icon), SIZE, background="#ffffff")
+    return stored_png(image.convert("RGB").tobytes(), *image.size)
 
 
 def stored_png(pixels: bytes, width: int, height: int) -> bytes:
     """An RGB PNG whose pixels are stored as they are, neither filtered nor compressed.
 
     xz then finds what the icons of a style share: a shard is up to half as large as with ordinary
-    PNGs. And the bytes depend on the pixels alone, not on the version of a deflate library.
+    PNGs.
     """
     rows = b"".join(b"\0" + pixels[i : i + 3 * width] for i in range(0, len(pixels), 3 * width))
-    length = len(rows).to_bytes(2, "little")  # a stored block holds up to 65,535 bytes
-    block = b"\x01" + length + bytes(255 - byte for byte in length) + rows
-    checksum = zlib.adler32(rows).to_bytes(4, "big")
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        crc = zlib.crc32(kind + content).to_bytes(4, "big")
-        return len(content).to_bytes(4, "big") + kind + content + crc
-
-    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\x02\0\0\0"  # 8-bit RGB
-    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", b"\x78\x01" + block + checksum)
-    return b"\x89PNG\r\n\x1a\n" + chunks + chunk(b"IEND", b"")
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8-bit RGB
+    png = b"\x89PNG\r\n\x1a\n"
+    for kind, content in ((b"IHDR", header), (b"IDAT", zlib.compress(rows, 0)), (b"IEND", b"")):
+        png += struct.pack(">I", len(content)) + kind + content
+        png += struct.pack(">I", zlib.crc32(kind + content))
+    return png
 
 
-# ------------------------------------------------------------------------------------------------
-# Shards
-
-
-class Sample(NamedTuple):
-    """One image-caption pair; `info` becomes its json."""
-
-    key: str
-    png: bytes
-    caption: str
-    info: Json
-
-
-def make_sample(concept: Concept, style: str, png: bytes) -> Sample:
-    """The drawing of a concept, with all that is known of it."""
-    info = {
-        "concept": concept.hexcode,
-        "name": concept.name,
-        "keywords": concept.keywords,
-        "group": concept.group,
-        "subgroup": concept.subgroup,
-        "style": style,
-        "split": split_of(concept.hexcode),
-        "emoji": concept.emoji,
-    }
-    return Sample(concept.hexcode, png, concept.name, info)
-
-
-def drop_shared_pictures(samples: list[Sample]) -> list[Sample]:
+def drop_shared_pictures(samples: list[tuple[Json, bytes]]) -> list[tuple[Json, bytes]]:
     """Without the pictures that a style uses for several concepts: which name would be right?"""
-    uses = Counter(sample.png for sample in samples)
-    return [sample for sample in samples if uses[sample.png] == 1]
+    uses = Counter(png for _, png in samples)
+    return [sample for sample in samples if uses[sample[1]] == 1]
 
 
-def write_shard(path: Path, samples: Iterable[Sample]) -> None:
+def write_shard(path: Path, samples: Iterable[tuple[Json, bytes]]) -> None:
     """Writes a shard whole or not at all; the same samples give the same bytes, in any order."""
     # A dictionary as large as a shard (24 MB), so that every icon can refer to every other.
     xz = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 32 << 20}]
@@ -330,36 +188,35 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> None:
         lzma.open(partial, "wb", filters=xz) as stream,
         tarfile.open(fileobj=stream, mode="w|", format=tarfile.USTAR_FORMAT) as tar,
     ):
-        for sample in sorted(samples):
-            info = json.dumps(sample.info, ensure_ascii=False)
-            members = [("json", info.encode()), ("png", sample.png)]
-            for suffix, content in [*members, ("txt", sample.caption.encode())]:
+        for info, png in sorted(samples, key=lambda sample: sample[0]["concept"]):
+            files = {
+                "json": json.dumps(info, ensure_ascii=False).encode(),
+                "png": png,
+                "txt": info["name"].encode(),
+            }
+            for suffix, content in files.items():
                 # Its defaults are time 0, owner 0 and no owner's name.
-                member = tarfile.TarInfo(f"{sample.key}.{suffix}")
+                member = tarfile.TarInfo(f"{info['concept']}.{suffix}")
                 member.size, member.mode = len(content), 0o644
                 tar.addfile(member, io.BytesIO(content))
 
 
 def build(out: Path, packages: Path) -> None:
     """Builds all shards into `out`; `packages` holds the npm archives or receives them."""
-    render = load_renderer()
-    from rich.progress import track
-
     out.mkdir(parents=True, exist_ok=True)
     packages.mkdir(parents=True, exist_ok=True)
-    archives = {package: fetch(package, packages) for package in [NAMES, *STYLES.values()]}
-    concepts = read_concepts(archives[NAMES])
-    sets = {style: read_icon_set(archives[package]) for style, package in STYLES.items()}
-    for style, icons in match(concepts, sets).items():
-        drawn = [concept for concept in concepts if concept.hexcode in icons]
+    concepts = read_concepts(fetch(NAMES, packages))
+    sets = {style: read_icon_set(fetch(package, packages)) for style, package in STYLES.items()}
+    for style in STYLES:
         samples = [
-            make_sample(concept, style, render(to_svg(icons[concept.hexcode], sets[style])))
-            for concept in track(drawn, description=style)
+            ({**concept, "style": style}, draw(icon))
+            for concept in track(concepts, description=style)
+            if (icon := icon_of(concept, style, sets))
         ]
         kept = drop_shared_pictures(samples)
         path = out / f"{style}.tar.xz"
         write_shard(path, kept)
-        splits = Counter(sample.info["split"] for sample in kept)
+        splits = Counter(info["split"] for info, _ in kept)
         counts = ", ".join(f"{splits[split]} {split}" for split in ("train", "validation", "test"))
         print(f"{path}: {len(kept)} of {len(concepts)} concepts ({counts}), ", end="")
         print(f"{len(samples) - len(kept)} shared pictures dropped, {path.stat().st_size:,} bytes")
@@ -379,6 +236,8 @@ def main(argv: Sequence[str]) -> None:
         "downloaded into it (default: a temporary folder)",
     )
     options = parser.parse_args(argv)
+    check_renderer()
+    end_cleanly()
     try:
         with tempfile.TemporaryDirectory() as temporary:
             build(options.out, options.packages or Path(temporary))

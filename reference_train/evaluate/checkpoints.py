@@ -1,52 +1,31 @@
-"""OpenCLIP checkpoints: found, loaded, and what they make features of."""
+"""OpenCLIP checkpoints: found, loaded, and encoding images and texts."""
 
 import logging
-import pickle
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
-from open_clip_train.precision import get_autocast
-from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from ..errors import CannotStart
 from ..pretrain import models
 from ..runs import read_parameters, without_wrappers
-from .datasets import Images
+from .datasets import Images, Unreadable, Unusable
 
 TEXTS_AT_A_TIME = 1024
 EPOCH = re.compile(r"epoch_(\d+)\.pt")
-# What OpenCLIP and PyTorch raise for a model or weights that are missing or not as they should be.
-CANNOT_BE_LOADED = (
-    OSError,
-    RuntimeError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    EOFError,
-    pickle.UnpicklingError,
-    SafetensorError,
-)
 # Arguments of OpenCLIP's trainer that change the model or what it is shown.
 KEPT_ARGUMENTS = (
-    "force_quick_gelu",
-    "force_custom_text",
-    "force_image_size",
-    "force_context_length",
-    "image_mean",
-    "image_std",
-    "image_interpolation",
-    "image_resize_mode",
+    *("force_quick_gelu", "force_custom_text", "force_image_size", "force_context_length"),
+    *("image_mean", "image_std", "image_interpolation", "image_resize_mode"),
 )
 
 
@@ -133,33 +112,46 @@ def parameters_of(file: Path) -> dict[str, Any]:
 class Clip:
     """A model in evaluation, and how it is fed."""
 
-    checkpoint: Checkpoint
-    epoch: int | None
-    model: nn.Module
+    title: str
+    model: Any  # an OpenCLIP module
     preprocess: Callable[[Any], Tensor]
     tokenizer: Callable[[list[str]], Tensor]
     device: torch.device
-    autocast: Callable[[], AbstractContextManager[Any]]
-    batch_size: int
-    workers: int
+    precision: str = "fp32"  # or "amp", "amp_bf16"
+    batch_size: int = 256
+    workers: int = 0
+    epoch: int | None = None
+    track: Callable[[Iterable[Any], str], Iterable[Any]] = lambda batches, what: batches
 
-    def encode_images(self, images: Images, advance: Callable[[int], None]) -> Tensor:
-        """(n, D) features, not normalised, float32, on the CPU. advance: told of every batch."""
-        loader: DataLoader[Tensor] = DataLoader(
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context of all computation."""
+        dtype = torch.float16 if self.precision == "amp" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=self.precision != "fp32")
+
+    def encode_images(self, images: Images, what: str) -> tuple[Tensor, dict[int, str]]:
+        """(n, D) features, not normalised, float32, on the CPU; and the pictures that have none.
+
+        Those, by number and with the reason, can't be read. what: for the progress bar.
+        """
+        loader: DataLoader[Any] = DataLoader(
             Preprocessed(images, self.preprocess),  # type: ignore[arg-type]
             batch_size=self.batch_size,
             num_workers=min(self.workers, len(images) // self.batch_size),
             pin_memory=self.device.type == "cuda",
+            collate_fn=list,
         )
-        parts = []
-        for pixels in loader:
-            with torch.inference_mode(), self.autocast():
-                features = self.model.encode_image(  # type: ignore[operator]
-                    pixels.to(self.device, non_blocking=True), normalize=False
-                )
-            parts.append(features.float().cpu())
-            advance(len(pixels))
-        return self._finite(torch.cat(parts))
+        parts: list[Tensor] = []
+        unreadable: dict[int, str] = {}
+        for batch in self.track(loader, what):
+            unreadable |= {row: pixels for row, pixels in batch if isinstance(pixels, str)}
+            readable = [pixels for _, pixels in batch if not isinstance(pixels, str)]
+            if readable:
+                with torch.inference_mode(), self.autocast():
+                    features = self.model.encode_image(torch.stack(readable).to(self.device))
+                parts.append(features.float().cpu())
+        if not parts:
+            raise Unusable(f"no picture can be read: {unreadable[0]}")
+        return self._finite(torch.cat(parts)), unreadable
 
     def encode_texts(self, texts: list[str]) -> Tensor:
         """(m, D) features of unit length, float32, on the CPU."""
@@ -167,34 +159,27 @@ class Clip:
         for start in range(0, len(texts), TEXTS_AT_A_TIME):
             tokens = self.tokenizer(texts[start : start + TEXTS_AT_A_TIME]).to(self.device)
             with torch.inference_mode(), self.autocast():
-                features = self.model.encode_text(tokens)  # type: ignore[operator]
+                features = self.model.encode_text(tokens)
             parts.append(F.normalize(features.float(), dim=-1).cpu())
         return self._finite(torch.cat(parts))
 
     def encode_classes(self, names: list[str], templates: list[str]) -> Tensor:
         """(C, D) features of unit length: of each class the mean over the templates."""
-        with torch.inference_mode(), self.autocast():
-            weights = open_clip.build_zero_shot_classifier(
-                self.model,
-                self.tokenizer,
-                names,
-                # not str.format: a name may hold braces itself
-                [partial(template.replace, "{}") for template in templates],
-                num_classes_per_batch=max(1, TEXTS_AT_A_TIME // len(templates)),
-                device=self.device,
-            )
-        return self._finite(F.normalize(weights.T.float(), dim=-1).cpu().clone())
+        # not str.format: a name may hold braces itself
+        texts = [template.replace("{}", name) for name in names for template in templates]
+        features = self.encode_texts(texts).view(len(names), len(templates), -1)
+        return F.normalize(features.mean(dim=1), dim=-1)
 
     def _finite(self, features: Tensor) -> Tensor:
         """Raises `FloatingPointError`: NaN compares as false, and a miss may look like a hit."""
         if not features.isfinite().all():
-            raise FloatingPointError(f"{self.checkpoint.title}: features are not finite")
+            raise FloatingPointError(f"{self.title}: features are not finite")
         return features
 
 
 @dataclass
 class Preprocessed:
-    """Images as the model's input."""
+    """Images as the model's input, with their numbers."""
 
     images: Images
     preprocess: Callable[[Any], Tensor]
@@ -202,14 +187,18 @@ class Preprocessed:
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int, /) -> Tensor:
-        return self.preprocess(self.images[index])
+    def __getitem__(self, index: int, /) -> tuple[int, Tensor | str]:
+        try:
+            return index, self.preprocess(self.images[index])
+        except Unreadable as error:
+            return index, str(error)
 
 
-def load(
-    checkpoint: Checkpoint, device: torch.device, precision: str, batch_size: int, workers: int
-) -> Clip:
-    """Builds the model and reads the weights. Raises `CannotStart` if either can't be done."""
+def load(checkpoint: Checkpoint, device: torch.device, **feeding: Any) -> Clip:
+    """Builds the model and reads the weights. Raises `CannotStart` if either can't be done.
+
+    feeding: of `Clip`.
+    """
     name, epoch = checkpoint.model, None
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)  # "no pretrained weights": they come next
@@ -229,16 +218,13 @@ def load(
                 content: dict[str, Any] = load_file(checkpoint.path)
             else:
                 content = torch.load(checkpoint.path, map_location="cpu", weights_only=True)
-            state = content.get("state_dict", content)
             epoch = content.get("epoch")
-            model.load_state_dict(without_wrappers(state))
-    except CANNOT_BE_LOADED as error:
+            model.load_state_dict(without_wrappers(content.get("state_dict", content)))
+    except Exception as error:  # whatever OpenCLIP and PyTorch raise for other weights
         what = checkpoint.path or checkpoint.tag
         raise CannotStart(f"{what} as {name}: {' '.join(str(error).split())[:300]}") from error
     finally:
         logging.disable(level)
-    model.eval()
-    autocast = get_autocast(precision, device_type=device.type)
     return Clip(
-        checkpoint, epoch, model, preprocess, tokenizer, device, autocast, batch_size, workers
+        checkpoint.title, model.eval(), preprocess, tokenizer, device, epoch=epoch, **feeding
     )

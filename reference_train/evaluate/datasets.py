@@ -1,14 +1,14 @@
-"""What a data set is: images with classes, captions or both; and images in tar files."""
+"""What a data set is: images with classes, captions or both; in tar files, folders or memory."""
 
 import io
 import tarfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ..data.samples import on_white
@@ -21,11 +21,15 @@ class Unusable(Exception):
     """A data set that is not as it should be; the message is the reason in the table."""
 
 
+class Unreadable(Exception):
+    """A picture that can't be decoded; the message names its file."""
+
+
 class Images(Protocol):
     """Images by number, as a `torch.utils.data.DataLoader` takes them."""
 
     def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> Any: ...  # an RGB image of PIL
+    def __getitem__(self, index: int, /) -> Any: ...  # an RGB image of PIL; raises `Unreadable`
 
 
 @dataclass
@@ -45,12 +49,13 @@ class DataSet:
     images: Images
     classes: dict[str, Classes] = field(default_factory=dict)  # by question, "" the first
     captions: list[list[str]] | None = None  # of each image, one or more
-    groups: list[str] | None = None  # of each image, its style for example: numbers for each, too
-    train: tuple[Images, Tensor] | None = None  # images, and labels of the question ""
+    groups: list[str] | None = None  # of each image, its style: numbers for each, too
+    train: tuple[Images, dict[str, Tensor]] | None = None  # images, labels of some questions
     # The groups are styles of the same things: the number is the mean over groups, and an image's
-    # neighbours come from the other groups. `apart` is in no mean and no neighbour.
+    # neighbours come from the other groups unless there is a train split. `apart` is in neither.
     across_groups: bool = False
     apart: frozenset[str] = frozenset()
+    names_find_images: bool = False  # also ask which image a class name belongs to
     train_lacks: str = ""  # why there is none, if it is there but not as it should be
 
     def __post_init__(self) -> None:
@@ -63,6 +68,25 @@ class DataSet:
                     f"but {len(classes.names)} class names"
                 )
 
+    def only(self, rows: Tensor) -> "DataSet":
+        """What is known of some images; `images` stays as it is. rows: (m,), which."""
+        chosen = rows.tolist()
+        classes = {q: replace(c, labels=c.labels[rows]) for q, c in self.classes.items()}
+        captions = self.captions and [self.captions[row] for row in chosen]
+        groups = self.groups and [self.groups[row] for row in chosen]
+        return replace(self, classes=classes, captions=captions, groups=groups)
+
+
+def decode(file: Any, where: str) -> Image.Image:
+    """An RGB image from a path or a file. Raises `Unreadable`, with `where` it is."""
+    try:
+        with Image.open(file) as image:
+            return on_white(image)
+    except UnidentifiedImageError as error:
+        raise Unreadable(f"{where}: not an image") from error
+    except Exception as error:  # Pillow says SyntaxError of a broken PNG, for example
+        raise Unreadable(f"{where}: {error}") from error
+
 
 class TarImages:
     """The samples of WebDataset tar files, by number: (N,) images of PIL, and their fields.
@@ -74,7 +98,7 @@ class TarImages:
 
     def __init__(self, shards: Sequence[Path]):
         """Raises `Unusable` if a shard can't be read."""
-        self.places: list[tuple[Path, int, int]] = []  # file, offset, size
+        self.places: list[tuple[Path, str, int, int]] = []  # shard, member, offset, size
         self.fields: list[dict[str, bytes]] = []  # "cls", "txt", "json"
         for shard in shards:
             try:
@@ -85,14 +109,14 @@ class TarImages:
 
     def _index(self, shard: Path, tar: tarfile.TarFile) -> None:
         """Adds the samples of one file: members with the same name up to its first dot."""
-        places: dict[str, tuple[Path, int, int]] = {}
+        places: dict[str, tuple[Path, str, int, int]] = {}
         fields: dict[str, dict[str, bytes]] = {}
         for member in tar:
             folder, _, base = member.name.rpartition("/")
             stem, _, extension = base.partition(".")
             key = f"{folder}/{stem}"
             if extension in IMAGES:
-                places[key] = (shard, member.offset_data, member.size)
+                places[key] = (shard, member.name, member.offset_data, member.size)
             elif extension in FIELDS:
                 content = tar.extractfile(member)
                 assert content is not None
@@ -104,12 +128,10 @@ class TarImages:
         return len(self.places)
 
     def __getitem__(self, index: int, /) -> Image.Image:
-        path, offset, size = self.places[index]
+        path, member, offset, size = self.places[index]
         with path.open("rb") as file:
             file.seek(offset)
-            content = file.read(size)
-        with Image.open(io.BytesIO(content)) as image:
-            return on_white(image)
+            return decode(io.BytesIO(file.read(size)), f"{path}, {member}")
 
     def texts(self, extension: str) -> list[str] | None:
         """A field of all samples; None if no sample has it. Raises `Unusable` if some lack it."""
@@ -120,18 +142,23 @@ class TarImages:
             raise Unusable(f"{len(self) - len(found)} of {len(self)} samples have no .{extension}")
         return [text.decode("utf-8").strip() for text in found]
 
+    def labels(self) -> Tensor | None:
+        """(N,), the classes of all samples; None if they have none."""
+        found = self.texts("cls")
+        return None if found is None else torch.tensor([int(label) for label in found])
 
-class FirstOf:
-    """The images of a data set of torchvision, whose items are (image, label)."""
 
-    def __init__(self, pairs: Any):
-        self.pairs = pairs
+class Files:
+    """Images in files of their own."""
+
+    def __init__(self, paths: Sequence[Path]):
+        self.paths = paths
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.paths)
 
     def __getitem__(self, index: int, /) -> Image.Image:
-        return on_white(self.pairs[index][0])
+        return decode(self.paths[index], str(self.paths[index]))
 
 
 class Pixels:

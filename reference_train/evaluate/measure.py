@@ -1,7 +1,6 @@
 """Which metrics a data set has, and their numbers for one model."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,24 +12,26 @@ from cyclip_loss.metrics import consistency_metrics
 
 from . import metrics
 from .checkpoints import Clip
-from .datasets import DataSet, Images, sample_rows
+from .datasets import DataSet, sample_rows
 
 NEIGHBOURS_FROM = 50_000  # training images the neighbours come from, as the paper's for ImageNet
 PAIRS = 10_000  # of gaps, alignment and uniformity, which take O(pairs^2)
 
 Numbers = dict[str, float]
-Encode = Callable[[Images, str], Tensor]  # images, what they are -> (n, D)
 
 
-def measure(clip: Clip, data: DataSet, linear_probe: bool, encode: Encode) -> dict[str, Any]:
-    """All numbers of a data set, as shares (not %).
+def measure(clip: Clip, data: DataSet, linear_probe: bool = False) -> dict[str, Any]:
+    """All numbers of a data set, as shares (not %). Pictures that can't be read are left out.
 
     linear_probe: fit one, where there is a train split, on all of it.
 
-    Returns {"numbers": {metric: value}, "groups": {group: {metric: value}}}.
+    Returns {"numbers": {metric: value}, "groups": {group: {metric: value}}, "images": how many,
+             "unreadable": [what is wrong with each picture that is left out]}.
     """
     device = clip.device
-    raw = encode(data.images, "test").to(device)
+    raw, unreadable = clip.encode_images(data.images, "test")
+    data = data.only(readable(len(data.images), unreadable))
+    raw = raw.to(device)
     image = F.normalize(raw, dim=-1)
     prompts = {
         question: clip.encode_classes(classes.names, classes.templates).to(device)
@@ -42,23 +43,31 @@ def measure(clip: Clip, data: DataSet, linear_probe: bool, encode: Encode) -> di
     probe: Numbers = {}
     if data.train is not None:
         train_images, train_labels = data.train
+        # the linear probe takes all of them, the neighbours some
         rows = sample_rows(len(train_images), NEIGHBOURS_FROM)
+        encoded = torch.arange(len(train_images)) if linear_probe else rows
+        subset: Any = Subset(train_images, encoded.tolist())  # type: ignore[arg-type]
+        features, broken = clip.encode_images(subset, "train")
+        unreadable |= {len(data.images) + row: why for row, why in broken.items()}
+        encoded = encoded[readable(len(encoded), broken)]
+        features = features.to(device)
+        train_labels = {q: label[encoded].to(device) for q, label in train_labels.items()}
         if linear_probe:
-            features = encode(train_images, "train").to(device)
             probe["linear_probe"] = metrics.linear_probe(
-                features, train_labels.to(device), raw, labels[""], len(data.classes[""].names)
+                features, train_labels[""], raw, labels[""], len(data.classes[""].names)
             )
-            gallery = features[rows.to(device)]
-        else:
-            subset: Any = Subset(train_images, rows.tolist())  # type: ignore[arg-type]
-            gallery = encode(subset, "train").to(device)
-        near = metrics.nearest(image, F.normalize(gallery, dim=-1), max(metrics.KS))
-        neighbours[""] = train_labels[rows].to(device)[near]
-    elif data.across_groups:
+        gallery = torch.isin(encoded, rows).to(device)
+        known = F.normalize(features[gallery], dim=-1)
+        near = metrics.nearest(image, known, max(metrics.KS))
+        neighbours = {q: label[gallery][near] for q, label in train_labels.items()}
+    elif data.across_groups and labels:
         near = neighbours_across(image, data)
         neighbours = {question: label[near] for question, label in labels.items()}
     texts, pairs = distinct_texts(data.captions or [])
     text = clip.encode_texts(texts).to(device) if texts else None
+    if data.names_find_images:
+        text = prompts[""]
+        pairs = torch.stack((torch.arange(len(image)), labels[""].cpu()), dim=1)
     pairs = pairs.to(device)
 
     def numbers_of(rows: Tensor) -> Numbers:
@@ -81,7 +90,13 @@ def measure(clip: Clip, data: DataSet, linear_probe: bool, encode: Encode) -> di
                 numbers |= {start + name: value for name, value in scores.items()}
         if text is not None:
             kept, texts_of_rows = pairs_of(rows, pairs)
-            numbers |= metrics.retrieval(x, text[texts_of_rows], kept)
+            ways = metrics.retrieval(x, text[texts_of_rows], kept)
+            # of names, the other way is top-1, which has more of them to choose from
+            numbers |= {
+                name: value
+                for name, value in ways.items()
+                if not (data.names_find_images and name.startswith("image"))
+            }
             partner = text[texts_of_rows[first_partner(kept)]]
         else:
             question = next(iter(data.classes))
@@ -99,7 +114,13 @@ def measure(clip: Clip, data: DataSet, linear_probe: bool, encode: Encode) -> di
         numbers = mean([n for group, n in groups.items() if group not in data.apart])
     else:
         numbers = numbers_of(torch.arange(len(image), device=device)) | probe
-    return {"numbers": numbers, "groups": groups}
+    left_out = {"images": len(image), "unreadable": list(unreadable.values())}
+    return {"numbers": numbers, "groups": groups, **left_out}
+
+
+def readable(count: int, unreadable: dict[int, str]) -> Tensor:
+    """The rows of `count` that could be read."""
+    return torch.tensor([row for row in range(count) if row not in unreadable])
 
 
 def neighbours_across(image: Tensor, data: DataSet) -> Tensor:

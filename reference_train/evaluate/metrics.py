@@ -4,6 +4,7 @@ Features are (n, D), float32, on any device; but for the linear probe their rows
 What is n x m is computed in strips of rows.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -157,3 +158,19 @@ def linear_probe(
     with torch.no_grad():
         right = layer(test_features).argmax(dim=1) == test_labels
     return float(right.float().mean())
+
+
+def wilson(share: float, count: float) -> tuple[float, float]:
+    """The 95% interval of a share of `count` trials (Wilson 1927)."""
+    z2 = 1.96**2
+    centre = share + z2 / (2 * count)
+    half = math.sqrt(z2 * (share * (1 - share) / count + z2 / (4 * count**2)))
+    return (centre - half) / (1 + z2 / count), (centre + half) / (1 + z2 / count)
+
+
+def chance_of_any(right: float, candidates: float, k: int) -> float:
+    """How likely one of `right` of the candidates is among k of them that are drawn by lot."""
+    missed = 1.0
+    for drawn in range(k):
+        missed *= max(0.0, candidates - right - drawn) / max(1.0, candidates - drawn)
+    return 1 - missed

@@ -1,4 +1,4 @@
-"""The data sets by name: the paper's, the rehearsal's, and any other in clip-benchmark's layout.
+"""The data sets by name: the paper's, those that ship, and others that lie under --data.
 
 clip-benchmark (https://github.com/LAION-AI/CLIP_benchmark) lays a data set out as
 
@@ -11,11 +11,8 @@ clip-benchmark (https://github.com/LAION-AI/CLIP_benchmark) lays a data set out 
 """
 
 import json
-import pickle
 import re
-import tarfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -23,83 +20,59 @@ import torch
 from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torchvision.datasets import CIFAR10, CIFAR100
 
 from ..data import emoji
-from .datasets import Classes, DataSet, FirstOf, Pixels, TarImages, Unusable
+from .datasets import Classes, DataSet, Files, Images, Pixels, TarImages, Unusable
+from .paper import SPLITS
 
 PAPER_TEMPLATES = [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]  # the 80
 PICTURE_TEMPLATES = ["{}", "a drawing of {}", "a picture of {}", "an icon of {}"]
-PAPER = {  # name -> classes
-    "cifar10": 10,
-    "cifar100": 100,
-    "imagenet1k": 1000,
-    "imagenetv2": 1000,
-    "imagenet-sketch": 1000,
-    "imagenet-a": 200,
-    "imagenet-r": 200,
-}
-# Folders by other names than clip-benchmark's (wds_NAME, wds_vtab-NAME, with - or _).
-ALIASES = {
-    "imagenet": "imagenet1k",
-    "imagenet-1k": "imagenet1k",
-    "ilsvrc2012": "imagenet1k",
-    "imagenet-v2": "imagenetv2",
-    "imagenetv2-matched-frequency": "imagenetv2",
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+ALIASES = {  # of folders that are not called as clip-benchmark's
+    **dict.fromkeys(("imagenet", "imagenet-1k", "ilsvrc2012"), "imagenet1k"),
+    **dict.fromkeys(("imagenet-v2", "imagenetv2-matched-frequency"), "imagenetv2"),
     "imagenetv2-matched-frequency-format-val": "imagenetv2",
     "sketch": "imagenet-sketch",
 }
-# What a data set that is not as it should be makes its readers raise.
-BROKEN = (
-    Unusable,
-    OSError,
-    ValueError,
-    KeyError,
-    RuntimeError,
-    EOFError,
-    tarfile.TarError,
-    pickle.UnpicklingError,
-)
-
 # CIFAR-100's superclasses (https://www.cs.toronto.edu/~kriz/cifar.html).
 CIFAR100_SUPERCLASSES = """
-beaver dolphin otter seal whale
-aquarium_fish flatfish ray shark trout
-orchid poppy rose sunflower tulip
-bottle bowl can cup plate
-apple mushroom orange pear sweet_pepper
-clock keyboard lamp telephone television
-bed chair couch table wardrobe
-bee beetle butterfly caterpillar cockroach
-bear leopard lion tiger wolf
-bridge castle house road skyscraper
-cloud forest mountain plain sea
-camel cattle chimpanzee elephant kangaroo
-fox porcupine possum raccoon skunk
-crab lobster snail spider worm
-baby boy girl man woman
-crocodile dinosaur lizard snake turtle
-hamster mouse rabbit shrew squirrel
-maple_tree oak_tree palm_tree pine_tree willow_tree
-bicycle bus motorcycle pickup_truck train
-lawn_mower rocket streetcar tank tractor
+beaver dolphin otter seal whale, aquarium_fish flatfish ray shark trout, orchid poppy rose
+sunflower tulip, bottle bowl can cup plate, apple mushroom orange pear sweet_pepper, clock keyboard
+lamp telephone television, bed chair couch table wardrobe, bee beetle butterfly caterpillar
+cockroach, bear leopard lion tiger wolf, bridge castle house road skyscraper, cloud forest mountain
+plain sea, camel cattle chimpanzee elephant kangaroo, fox porcupine possum raccoon skunk, crab
+lobster snail spider worm, baby boy girl man woman, crocodile dinosaur lizard snake turtle, hamster
+mouse rabbit shrew squirrel, maple_tree oak_tree palm_tree pine_tree willow_tree, bicycle bus
+motorcycle pickup_truck train, lawn_mower rocket streetcar tank tractor
 """
 
 Open = Callable[[], DataSet]
 
 
-def find(roots: Sequence[Path], superclasses: list[str] | None) -> dict[str, Open]:
-    """The data sets that the roots or their folders are, the paper's first.
+def find(
+    roots: Sequence[Path], superclasses: list[str] | None
+) -> tuple[dict[str, Open], list[Path]]:
+    """The data sets that the roots or their folders are, the paper's first; what is none of them.
 
     superclasses: of ImageNet's 1,000 classes.
     """
     found: dict[str, Open] = {}
+    other: list[Path] = []
     for root in roots:
-        for folder in (root.resolve(), *sorted(root.resolve().iterdir())):
-            with suppress(PermissionError):  # a disk's lost+found, for example
-                if folder.is_dir() and (known := recognise(folder, superclasses)):
-                    found.setdefault(*known)
-    return {name: found[name] for name in [*PAPER, *found] if name in found}
+        if known := recognise(root.resolve(), superclasses):
+            found.setdefault(*known)
+            continue
+        for path in sorted(root.resolve().iterdir()):
+            try:
+                known = recognise(path, superclasses) if path.is_dir() else None
+            except PermissionError:  # a disk's lost+found, for example
+                known = None
+            if known:
+                found.setdefault(*known)
+            elif not path.name.startswith("."):
+                other.append(path)
+    return {name: found[name] for name in [*SPLITS, *found] if name in found}, other
 
 
 def recognise(folder: Path, superclasses: list[str] | None) -> tuple[str, Open] | None:
@@ -113,75 +86,112 @@ def recognise(folder: Path, superclasses: list[str] | None) -> tuple[str, Open] 
     for kind in (CIFAR10, CIFAR100):
         if folder.name == kind.base_folder:
             return kind.__name__.lower(), partial(open_cifar, folder.parent, kind)
-    if name.startswith("imagenet") and name in PAPER:
-        test = next((folder / d for d in ("val", "validation") if (folder / d).is_dir()), folder)
-        if name != "imagenet1k" or test != folder:
-            return name, partial(open_imagenet, test, folder / "train", name, superclasses)
+    whole = name != "imagenet1k" or split_folder(folder) != folder
+    if name.startswith("imagenet") and name in SPLITS and whole:
+        return name, partial(open_folders, folder, name, superclasses)
     return None
 
 
+def split_folder(folder: Path) -> Path:
+    """Where a folder's test images are."""
+    names = ("test", "val", "validation")
+    return next((folder / name for name in names if (folder / name).is_dir()), folder)
+
+
+def class_folders(path: Path) -> tuple[Files, Tensor, list[str]]:
+    """A folder of images for each class: images, labels, and the folders' names."""
+    folders = sorted(folder for folder in path.iterdir() if folder.is_dir())
+    files = [
+        (file, label)
+        for label, folder in enumerate(folders)
+        for file in sorted(folder.rglob("*"))
+        if file.suffix.lower() in SUFFIXES
+    ]
+    if not files:
+        raise Unusable(f"{path} holds no folders of images, one for each class")
+    labels = torch.tensor([label for _, label in files])
+    return Files([file for file, _ in files]), labels, [folder.name for folder in folders]
+
+
+def add_train(data: DataSet, read: Callable[[], tuple[Images, Tensor]]) -> None:
+    """Adds a train split; one that is not as it should be is one to do without."""
+    try:
+        images, labels = read()
+        data.train = images, {"": labels}
+    except Exception as error:  # whatever its files raise
+        data.train_lacks = " ".join(str(error).split())
+
+
 # ------------------------------------------------------------------------------------------------
-# The paper's
+# Folders of images
 
 
 def open_cifar(root: Path, kind: type[CIFAR10]) -> DataSet:
     """torchvision's CIFAR-10 or CIFAR-100, with the paper's templates."""
     test, train = (kind(root, train=part, download=False) for part in (False, True))
+    pixels = [Pixels(torch.from_numpy(part.data).permute(0, 3, 1, 2)) for part in (test, train)]
     names = [name.replace("_", " ") for name in test.classes]
     coarse = cifar100_coarse() if kind is CIFAR100 else None
     classes = Classes(torch.tensor(test.targets), names, PAPER_TEMPLATES, coarse)
-    return DataSet(
-        FirstOf(test), {"": classes}, train=(FirstOf(train), torch.tensor(train.targets))
-    )
+    return DataSet(pixels[0], {"": classes}, train=(pixels[1], {"": torch.tensor(train.targets)}))
 
 
 def cifar100_coarse() -> Tensor:
     """(100,), the superclass of each class; the classes are in the order of the alphabet."""
     superclass = {
         name: number
-        for number, line in enumerate(CIFAR100_SUPERCLASSES.split("\n")[1:-1])
-        for name in line.split()
+        for number, names in enumerate(CIFAR100_SUPERCLASSES.split(","))
+        for name in names.split()
     }
     return torch.tensor([superclass[name] for name in sorted(superclass)])
 
 
-def open_imagenet(test: Path, train: Path, name: str, superclasses: list[str] | None) -> DataSet:
-    """A folder of images for each class, called by WordNet's identifier or the class's number."""
-    images, labels, numbers = image_folder(test)
-    if len(numbers) != PAPER[name]:
-        raise Unusable(f"{test} has {len(numbers)} classes, not {PAPER[name]}")
-    names = [IMAGENET_CLASSNAMES[number] for number in numbers]
-    coarse = imagenet_coarse(names, superclasses)
-    data = DataSet(images, {"": Classes(labels, names, PAPER_TEMPLATES, coarse)})
-    if name == "imagenet1k" and train.is_dir():
-        with train_split(data):
-            train_images, train_labels, train_numbers = image_folder(train)
-            if train_numbers != numbers:
-                raise Unusable(f"{train} has {len(train_numbers)} classes, not {len(numbers)}")
-            data.train = train_images, train_labels
+def open_folders(folder: Path, name: str, superclasses: list[str] | None) -> DataSet:
+    """Images in a folder for each class; the folders in `folder` or in its test and train splits.
+
+    Classes are called as in `classnames.txt`, or as their folders. name: of one of the paper's data
+    sets, whose folders are ImageNet's classes by WordNet's identifier or by number.
+    """
+    test, train = split_folder(folder), folder / "train"
+    images, labels, folders = class_folders(test)
+    names = lines(folder / "classnames.txt") or [name.replace("_", " ") for name in folders]
+    if len(names) != len(folders):
+        raise Unusable(f"{test} has {len(folders)} classes, classnames.txt has {len(names)}")
+    coarse = None
+    place = torch.arange(len(folders))  # of a folder among the classes
+    if name in SPLITS:
+        check_count(test, folders, name)
+        place, names = imagenet_classes(test, folders)
+        coarse = imagenet_coarse(names, superclasses)
+    data = DataSet(images, {"": Classes(place[labels], names, PAPER_TEMPLATES, coarse)})
+
+    def read_train() -> tuple[Images, Tensor]:
+        train_images, train_labels, train_folders = class_folders(train)
+        if train_folders != folders:
+            raise Unusable(f"{train} has {len(train_folders)} classes, not those of {test}")
+        return train_images, place[train_labels]
+
+    if train.is_dir() and test != folder:
+        add_train(data, read_train)
     return data
 
 
-@contextmanager
-def train_split(data: DataSet) -> Iterator[None]:
-    """A train split that is not as it should be is one to do without: the test split is whole."""
-    try:
-        yield
-    except BROKEN as error:
-        data.train_lacks = " ".join(str(error).split())
+def check_count(path: Path, classes: list[str], name: str) -> None:
+    """Raises `Unusable` if one of the paper's data sets has too few or too many classes."""
+    if name in SPLITS and len(classes) != SPLITS[name].classes:
+        raise Unusable(f"{path} has {len(classes)} classes, not {SPLITS[name].classes}")
 
 
-def image_folder(path: Path) -> tuple[FirstOf, Tensor, list[int]]:
-    """Images, labels, and which of ImageNet's classes the labels are, in its order."""
-    pairs = ImageFolder(path)
+def imagenet_classes(path: Path, folders: list[str]) -> tuple[Tensor, list[str]]:
+    """ImageNet's classes in its order: where each folder's is among them, and their names."""
     wnids = {wnid: number for number, wnid in enumerate(ImageNetInfo("imagenet-1k").label_names())}
     try:
-        of_folder = [wnids[c] if c in wnids else int(c) for c in pairs.classes]
+        numbers = [wnids[name] if name in wnids else int(name) for name in folders]
     except ValueError:
         raise Unusable(f"{path} has folders that are no classes of ImageNet") from None
-    numbers = sorted(of_folder)
-    place = torch.tensor([numbers.index(number) for number in of_folder])
-    return FirstOf(pairs), place[torch.tensor(pairs.targets)], numbers
+    ordered = sorted(numbers)
+    place = torch.tensor([ordered.index(number) for number in numbers])
+    return place, [IMAGENET_CLASSNAMES[number] for number in ordered]
 
 
 def imagenet_coarse(names: list[str], superclasses: list[str] | None) -> Tensor | None:
@@ -198,59 +208,50 @@ def imagenet_coarse(names: list[str], superclasses: list[str] | None) -> Tensor 
 
 
 # ------------------------------------------------------------------------------------------------
-# clip-benchmark's layout, the stamps' too
+# Tar files
 
 
 def open_tars(folder: Path, name: str, superclasses: list[str] | None) -> DataSet:
-    """A data set in clip-benchmark's layout.
-
-    The paper's data sets take the paper's templates, others their own. Samples may have captions
-    beside classes, and a json with "photo", whether it is a photograph.
-    """
+    """A data set in clip-benchmark's layout. The paper's take the paper's templates."""
     if (kind := lines(folder / "dataset_type.txt")) and kind[0] == "multilabel":
         raise Unusable("images with several labels each are not evaluated")
     images = TarImages(shards(folder / "test"))
     data = DataSet(images)
-    if (labels := images.texts("cls")) is not None:
+    labels, texts = images.labels(), images.texts("txt")
+    if labels is not None:
         names = lines(folder / "classnames.txt")
         if not names:
             raise Unusable(f"no {folder / 'classnames.txt'}")
-        if name in PAPER and len(names) != PAPER[name]:
-            raise Unusable(f"{folder} has {len(names)} class names, not {PAPER[name]}")
+        check_count(folder, names, name)
         templates, coarse = PAPER_TEMPLATES, None
         if name == "cifar100":
             coarse = cifar100_coarse()
-        elif name in PAPER and name != "cifar10":
+        elif name in SPLITS and name != "cifar10":
             coarse = imagenet_coarse(names, superclasses)
         if name.startswith("cifar"):
             names = [class_name.replace("_", " ") for class_name in names]
-        if name not in PAPER:
+        if name not in SPLITS:
             own = lines(folder / "zeroshot_classification_templates.txt")
             templates = [template.replace("{c}", "{}") for template in own] or PAPER_TEMPLATES
-        classes = Classes(torch.tensor([int(x) for x in labels]), names, templates, coarse)
-        data = DataSet(images, {"": classes})
+        data = DataSet(images, {"": Classes(labels, names, templates, coarse)})
         if (folder / "train").is_dir():
-            with train_split(data):
-                data.train = open_train(folder / "train")
-    if (texts := images.texts("txt")) is not None:
+            add_train(data, partial(open_train_tars, folder / "train"))
+    if texts is not None:
         data.captions = [[line for line in text.splitlines() if line] for text in texts]
         if not all(data.captions):
             raise Unusable("images without a caption")
     if labels is None and texts is None:
         raise Unusable(f"the samples of {folder / 'test'} have neither .cls nor .txt")
-    infos = [json.loads(info) for info in images.texts("json") or []]
-    if infos and all("photo" in info for info in infos):
-        data.groups = ["photographs" if info["photo"] else "drawings" for info in infos]
     return data
 
 
-def open_train(folder: Path) -> tuple[TarImages, Tensor]:
-    """The train split: images and labels."""
+def open_train_tars(folder: Path) -> tuple[Images, Tensor]:
+    """A train split's images and labels."""
     images = TarImages(shards(folder))
-    labels = images.texts("cls")
+    labels = images.labels()
     if labels is None:
         raise Unusable(f"the samples of {folder} have no .cls")
-    return images, torch.tensor([int(x) for x in labels])
+    return images, labels
 
 
 def shards(folder: Path) -> list[Path]:
@@ -265,10 +266,6 @@ def lines(path: Path) -> list[str]:
     if not path.is_file():
         return []
     return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-# ------------------------------------------------------------------------------------------------
-# The rehearsal's
 
 
 def open_icons(folder: Path) -> DataSet:

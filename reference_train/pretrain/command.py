@@ -5,28 +5,30 @@ checked before any work, and runs it. Under `torchrun` every rank does the same.
 """
 
 import argparse
+import contextlib
+import errno
 import importlib
 import importlib.util
+import io
+import logging
 import os
-import re
+import pickle
 import shlex
-from collections.abc import Sequence
-from itertools import chain
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
-from braceexpand import braceexpand
 
 from cyclip_loss import open_clip_train
 
 from ..arguments import Parser, whole_number
-from ..data.samples import read_samples
-from ..errors import CannotStart, is_first
+from ..errors import CannotStart, Stopped, is_first, say
+from ..files import check_writable, locked
 from ..losses import LOSSES
 from ..runs import read_parameters
-from . import best, models
+from . import models, shards, training
 from .presets import NAMES, WEIGHT, preset
 
 # What a run is: how OpenCLIP's names in params.txt begin. The number of ranks is among them, as a
@@ -52,24 +54,53 @@ def main(argv: Sequence[str]) -> None:
     if world_size > 1 and not ranks.is_using_distributed():
         raise CannotStart(f"{world_size} ranks of MPI: OpenCLIP takes torchrun's and Slurm's only")
     flags = command_line(asked, more, world_size)
+    ours, theirs = parsed(open_clip_train.flags().parse_known_args, flags)
+    args = parsed(trainer.parse_args, theirs)
+    vars(args).update(vars(ours))
+    known = check_data(args, flags, world_size)
     if is_first("RANK"):
         # the "--" is for torchrun, which would take --logs for one of its own flags
         print("python -m cyclip_loss.open_clip_train --", shlex.join(flags), flush=True)
-    check(trainer, flags, world_size)
+    check(args, world_size)
+    folder = Path(args.logs) / args.name
+    done = epochs_done(folder, args, world_size)
     if asked.dry_run:
         return
+    if done < args.epochs:
+        with locked(folder) if is_first("RANK") else contextlib.nullcontext():
+            train(trainer, flags, folder, known)
+    if is_first("RANK"):
+        losses = training.validations(folder / "checkpoints")
+        best = min(losses, key=losses.__getitem__, default=None)
+        print(
+            f"{folder}: finished, {args.epochs} epochs"
+            + (f"; the best was {best}, {training.LOSS} {losses[best]:.4f}" if best else "")
+            + ("; nothing left to do" if done >= args.epochs else "")
+        )
+
+
+def train(trainer: Any, flags: list[str], folder: Path, known: dict[str, int]) -> None:
+    """Runs OpenCLIP's trainer; a full disk is one line."""
     if not torch.cuda.is_available():
         # PyTorch's fused attention on a CPU is several times slower than plain products at the
         # dozen tokens of a caption.
         torch.backends.cuda.enable_flash_sdp(False)
     # OpenCLIP does not tell wandb that it goes on, and wandb would replace what it has of the run.
     os.environ.setdefault("WANDB_RESUME", "allow")
-    best.add_to(trainer, importlib.import_module("open_clip_train.train"))
-    open_clip_train.main(flags)
+    training.add_to(trainer, importlib.import_module("open_clip_train.train"), known)
+    logging.raiseExceptions = False  # a log on a full disk; checkpoints say that it is full
+    try:
+        open_clip_train.main(flags)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        raise Stopped(f"{error.filename or folder} can't be written: {error.strerror}") from error
+    finally:
+        logging.disable(logging.INFO)  # of PyTorch's compiler at the exit, after the last line
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Our arguments, and those after `--`."""
+    """Our arguments; then the launcher's, and those after `--`."""
     ours, more = list(argv), []
     if "--" in ours:
         at = ours.index("--")
@@ -77,8 +108,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = Parser(
         prog="python -m reference_train pretrain",
         description="Pretrains with OpenCLIP's trainer and the CyCLIP loss. The command that a "
-        "preset stands for is printed first; what follows -- is added to it, and so changes it. "
-        "Given again, it goes on from the last epoch. Over GPUs: "
+        "preset stands for is printed first; what follows -- is added to it, and so changes it; "
+        "flags of cyclip_loss.open_clip_train itself (--reference-batch-size) need no --. "
+        "Given again, it goes on from the last epoch. Across GPUs: "
         "torchrun --nproc-per-node 8 -m reference_train pretrain ...",
         allow_abbrev=False,
     )
@@ -104,13 +136,16 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="N",
         help="of all ranks; default: the preset's",
     )
-    add("--model", help="an OpenCLIP model; default: the preset's")
     add("--seed", type=int, default=0, help="default: 0")
     # not --logs, as OpenCLIP's: torchrun would take it for the start of one of its own
     add("--out", default="logs", metavar="DIR", help="where runs go; default: logs")
     add("--name", help="of the run, a folder of DIR; default: PRESET-LOSS-SEED")
     add("--dry-run", action="store_true", help="check and print the command, and stop")
-    return parser.parse_args(ours), more
+    asked, others = parser.parse_known_args(ours)
+    _, unknown = parsed(open_clip_train.flags().parse_known_args, others)
+    if unknown:
+        raise CannotStart(f"{unknown[0]}: OpenCLIP's own flags go after --")
+    return asked, others + more
 
 
 def command_line(asked: argparse.Namespace, more: Sequence[str], world_size: int) -> list[str]:
@@ -121,53 +156,22 @@ def command_line(asked: argparse.Namespace, more: Sequence[str], world_size: int
         raise CannotStart(
             f"--batch-size {batch_size} is of all ranks and does not divide by {world_size}"
         )
-    name = asked.name or f"{asked.preset}-{asked.loss}-{asked.seed}"
     loss = LOSSES[asked.loss]
-    flags = {
-        **chosen.flags,
-        "--lambda-inmodal": str(WEIGHT * loss.inmodal),
-        "--lambda-crossmodal": str(WEIGHT * loss.crossmodal),
-        "--batch-size": str(batch_size // world_size),
-        "--dataset-type": "webdataset",
-        "--train-data": shards(asked.data, "train"),
-        "--seed": str(asked.seed),
-        "--logs": asked.out,
-        "--name": name,
-        # The newest epoch is kept under one name, replaced whole; without one, a run begins.
-        "--save-frequency": "0",
-        "--resume": "latest",
-    }
-    if asked.model:
-        flags["--model"] = asked.model
     val = asked.val or (asked.data if Path(asked.data).is_dir() else None)
-    if val and (found := shards(val, "val", needed=bool(asked.val))):
-        flags["--val-data"] = found
-    switches = ["--save-most-recent"]
-    if aug := flags.pop("--aug-cfg", ""):  # the one flag that takes several values
-        switches += ["--aug-cfg", *aug.split()]
-    return [*chain(*flags.items()), *switches, *more]
-
-
-def shards(data: str, part: str, needed: bool = True) -> str:
-    """A folder -> the pattern of its tar files, those of a part if they are named so.
-
-    Anything else stays as it is: OpenCLIP expands braces, and takes pipes and addresses.
-    """
-    folder = Path(data)
-    if not folder.is_dir():
-        return data
-    found = sorted(folder.glob(f"*{part}*.tar"))
-    if not found and needed:  # whatever it is called, but nothing held out to train on
-        found = [p for p in sorted(folder.glob("*.tar")) if part == "val" or "val" not in p.name]
-    if not found and needed:
-        raise CannotStart(f"no tar file in {data}" + (" but for validation" * (part == "train")))
-    names = [str(path) for path in found]
-    numbers = [re.fullmatch(r"(.*?)(\d+)\.tar", name) for name in names]
-    if len(names) > 1 and numbers[0] and numbers[-1]:
-        pattern = f"{numbers[0][1]}{{{numbers[0][2]}..{numbers[-1][2]}}}.tar"
-        if list(braceexpand(pattern)) == names:
-            return pattern
-    return "::".join(names)
+    held_out = shards.find(val, "val", needed=bool(asked.val)) if val else ""
+    return [
+        *chosen.flags.split(),
+        *("--lambda-inmodal", str(WEIGHT * loss.inmodal)),
+        *("--lambda-crossmodal", str(WEIGHT * loss.crossmodal)),
+        *("--batch-size", str(batch_size // world_size)),
+        *("--dataset-type", "webdataset", "--train-data", shards.find(asked.data, "train")),
+        *(("--val-data", held_out) if held_out else ()),
+        *("--seed", str(asked.seed), "--logs", asked.out),
+        *("--name", asked.name or f"{asked.preset}-{asked.loss}-{asked.seed}"),
+        # The newest epoch is kept under one name, replaced whole; without one, a run begins.
+        *("--save-frequency", "0", "--save-most-recent", "--resume", "latest"),
+        *more,
+    ]
 
 
 def open_clip_trainer() -> Any:
@@ -180,14 +184,18 @@ def open_clip_trainer() -> Any:
         ) from error
 
 
-def check(trainer: Any, flags: Sequence[str], world_size: int) -> None:
-    """Raises `CannotStart` for what OpenCLIP would stumble over later, or in many lines."""
-    ours, theirs = open_clip_train.flags().parse_known_args(flags)
+def parsed(parse: Callable[[Sequence[str]], Any], flags: Sequence[str]) -> Any:
+    """What a parser of theirs makes of flags; its error is one line."""
+    said = io.StringIO()
     try:
-        args = trainer.parse_args(theirs)
+        with contextlib.redirect_stderr(said):
+            return parse(flags)
     except SystemExit as error:
-        raise CannotStart("OpenCLIP does not take these flags") from error
-    check_same_settings(Path(args.logs) / args.name, {**vars(args), **vars(ours)}, world_size)
+        raise CannotStart(said.getvalue().strip().rpartition("error: ")[2]) from error
+
+
+def check(args: argparse.Namespace, world_size: int) -> None:
+    """Raises `CannotStart` for what OpenCLIP would stumble over later, or in many lines."""
     try:
         known = open_clip.get_model_config(args.model) is not None
     except (OSError, ValueError) as error:  # of local-dir: and hf-hub:
@@ -202,30 +210,56 @@ def check(trainer: Any, flags: Sequence[str], world_size: int) -> None:
         wanted = package in args.report_to or "all" in args.report_to
         if wanted and importlib.util.find_spec(package) is None:
             raise CannotStart(f"--report-to {args.report_to}: pip install {package}")
-    train = check_shards("--data", args.train_data)
-    if args.val_data:
-        check_shards("--val", args.val_data)
-    if args.train_num_samples is None and not has_sizes(Path(train[0]).parent):
-        raise CannotStart(
-            "how many pairs the shards hold is not known (no sizes.json or __len__ beside them): "
-            "say it after --, e.g. -- --train-num-samples 2905954"
-        )
-    workers = max(args.workers, 1) * world_size
-    if len(train) < workers and not args.dataset_resampled:
-        raise CannotStart(
-            f"--data has {len(train)} shards for {workers} workers (--workers × ranks): "
-            "each needs one"
-        )
+    check_writable(Path(args.logs) / args.name)
 
 
-def check_same_settings(folder: Path, settings: dict[str, Any], world_size: int) -> None:
-    """Raises `CannotStart` if a run that would go on was begun with other settings."""
-    path = folder / "params.txt"
+def check_data(args: argparse.Namespace, flags: list[str], world_size: int) -> dict[str, int]:
+    """How many pairs each shard has, where that is known.
+
+    Raises `CannotStart` for data that can't be trained on. Adds to the flags how many pairs there
+    are if OpenCLIP would not find it.
+    """
+    if args.dataset_type != "webdataset":
+        raise CannotStart(
+            f"--dataset-type {args.dataset_type}: pretrain takes webdataset only; "
+            "python -m cyclip_loss.open_clip_train takes others"
+        )
+    if args.train_num_samples is not None and args.train_num_samples < 1:
+        raise CannotStart(f"--train-num-samples must be >= 1, not {args.train_num_samples}")
+    train = shards.expand(args.train_data)
+    known = shards.check("--data", train, whole=False)
+    # OpenCLIP reads the one or the other, in this order, and no *_stats.json.
+    theirs = [n for n in ("sizes.json", "__len__") if (Path(train[0]).parent / n).exists()][:1]
+    if args.train_num_samples is None and theirs != ["__len__"]:
+        if len(known) < len(train):
+            raise CannotStart(
+                "how many pairs the shards hold is not known (no sizes.json, *_stats.json or "
+                "__len__ beside them): say it after --, e.g. -- --train-num-samples 2905954"
+            )
+        if not theirs:
+            args.train_num_samples = sum(known.values())
+            flags += ["--train-num-samples", str(args.train_num_samples)]
+    if not args.dataset_resampled:
+        shards.check_shared(train, known, max(args.workers, 1), world_size, args.batch_size)
+    if not args.val_data:
+        say("no held-out pairs (--val, or shards with 'val' in their names): no best epoch is kept")
+        return known
+    val = shards.expand(args.val_data)
+    return {**known, **shards.check("--val", val, whole=is_first("RANK"))}
+
+
+def epochs_done(folder: Path, args: argparse.Namespace, world_size: int) -> int:
+    """How far a run of this name has come.
+
+    Raises `CannotStart` if it was begun with other settings, or its checkpoint can't be loaded.
+    """
     # OpenCLIP 4 writes sharded checkpoints into a folder
-    if not path.is_file() or next((folder / "checkpoints").glob("epoch_latest*"), None) is None:
-        return
-    before = read_parameters(path)
-    settings = {"world_size": world_size, **settings}
+    latest = next((folder / "checkpoints").glob("epoch_latest*"), None)
+    if latest is None:
+        return 0
+    settings = {"world_size": world_size, **vars(args)}
+    path = folder / "params.txt"
+    before = read_parameters(path) if path.is_file() else {}
     for name, value in settings.items():
         # [before]: OpenCLIP writes a list of one --force-image-size as the number
         same = name not in before or value in (before[name], [before[name]])
@@ -234,21 +268,12 @@ def check_same_settings(folder: Path, settings: dict[str, Any], world_size: int)
                 f"{folder} was begun with {name} = {before[name]}, not {value}: "
                 "choose another --name"
             )
-
-
-def check_shards(argument: str, data: str) -> list[str]:
-    """The tar files. If they are local they are there, and the first of them has pairs."""
-    found = [path for pattern in data.split("::") for path in braceexpand(pattern)]
-    if any("://" in path or path.startswith("pipe:") for path in found):
-        return found
-    for path in found:
-        if not Path(path).is_file():
-            raise CannotStart(f"{argument}: no such shard: {path}")
-    if next(read_samples(found[:1]), None) is None:
-        raise CannotStart(f"{argument}: {found[0]} holds no image with a caption")
-    return found
-
-
-def has_sizes(folder: Path) -> bool:
-    """Whether OpenCLIP finds there how many pairs the shards hold."""
-    return (folder / "sizes.json").exists() or (folder / "__len__").exists()
+    if latest.is_dir():
+        return 0
+    try:  # mmap: the weights stay on the disk
+        return int(torch.load(latest, map_location="cpu", weights_only=True, mmap=True)["epoch"])
+    except (OSError, RuntimeError, LookupError, TypeError, pickle.UnpicklingError) as error:
+        raise CannotStart(
+            f"{latest} is cut short, or holds more than weights, and was not loaded: remove it, or "
+            "choose another --name"
+        ) from error

@@ -1,7 +1,6 @@
-"""What each preset gives to OpenCLIP's trainer and to the loss.
+"""What each preset gives to OpenCLIP's trainer and to the loss, as its command line.
 
-A preset is flags, so that it can be printed, copied and changed. `batch_size` is that of
-all ranks; OpenCLIP's own is that of one.
+`batch_size` is that of all ranks; OpenCLIP's own is that of one.
 """
 
 from typing import NamedTuple
@@ -13,7 +12,7 @@ class Preset(NamedTuple):
     """batch_size: of all ranks. flags: OpenCLIP's and the launcher's."""
 
     batch_size: int
-    flags: dict[str, str]
+    flags: str
 
 
 # Goel et al. 2022, section 4.1, and appendix. A scale and an aspect ratio of 1 make timm's random
@@ -21,63 +20,26 @@ class Preset(NamedTuple):
 # Their code counts its steps from one epoch on, so that its warm-up never runs; this one's does.
 PAPER = Preset(
     128,
-    {
-        "--model": "RN50",
-        "--epochs": "64",
-        "--lr": "5e-4",
-        "--wd": "0.1",
-        "--beta1": "0.9",
-        "--beta2": "0.999",
-        "--eps": "1e-8",
-        "--warmup": "10000",
-        "--precision": "amp",
-        "--workers": "4",
-        "--aug-cfg": "use_timm=True scale=(1.0,1.0) ratio=(1.0,1.0)",
-        "--reference-batch-size": "128",
-    },
+    "--model RN50 --epochs 64 --lr 5e-4 --wd 0.1 --beta1 0.9 --beta2 0.999 --eps 1e-8 "
+    "--warmup 10000 --precision amp --workers 4 --reference-batch-size 128 "
+    "--aug-cfg use_timm=True scale=(1.0,1.0) ratio=(1.0,1.0)",
 )
 # OpenCLIP's recipe for RN50 on CC3M (https://github.com/mlfoundations/open_clip/issues/448).
 MODERN = Preset(
     1024,
-    {
-        "--model": "RN50",
-        "--epochs": "30",
-        "--lr": "1e-3",
-        "--wd": "0.1",
-        "--warmup": "2000",
-        "--precision": "amp_bf16",
-        "--workers": "4",
-        "--reference-batch-size": "128",
-    },
+    "--model RN50 --epochs 30 --lr 1e-3 --wd 0.1 --warmup 2000 --precision amp_bf16 --workers 4 "
+    "--reference-batch-size 128",
 )
 # An "epoch" of these, after which it is validated and saved, is a part of the data.
+ICONS = "--train-num-samples 65536 --wd 0.1 --beta2 0.98 --log-every-n-steps 16 "
+ICONS += "--aug-cfg scale=(0.8,1.0) --reference-batch-size 128 "
 ICONS_CPU = Preset(
-    1024,
-    {
-        "--model": "icons-rn-32",
-        "--train-num-samples": str(64 * 1024),
-        "--epochs": "20",
-        "--lr": "2e-3",
-        "--wd": "0.1",
-        "--beta2": "0.98",
-        "--warmup": "50",
-        "--workers": "1",
-        "--log-every-n-steps": "16",
-        "--aug-cfg": "scale=(0.8,1.0)",
-        "--reference-batch-size": "128",
-    },
+    1024, ICONS + "--model icons-rn-32 --epochs 20 --lr 2e-3 --warmup 50 --workers 1"
 )
 ICONS_GPU = Preset(
     1024,
-    {
-        **ICONS_CPU.flags,
-        "--model": "icons-rn-64",
-        "--epochs": "120",
-        "--lr": "1e-3",
-        "--warmup": "500",
-        "--precision": "amp_bf16",
-        "--workers": "8",
-    },
+    ICONS + "--model icons-rn-64 --epochs 120 --lr 1e-3 --warmup 500 --workers 8 "
+    "--precision amp_bf16",
 )
 NAMES = ("icons", "modern", "paper")
 WEIGHT = 0.25  # of a penalty that a loss has: the paper's, section 4.1
@@ -94,4 +56,4 @@ def preset(name: str) -> Preset:
         return ICONS_GPU if name == "icons" else chosen
     fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     precision = "amp_bf16" if name == "icons" and fast else "fp32"
-    return chosen._replace(flags={**chosen.flags, "--precision": precision})
+    return chosen._replace(flags=f"{chosen.flags} --precision {precision}")

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from toy_trainer import ToyTrainer
 
-from benchmarks import __main__, record
+pytest.importorskip("matplotlib")
+
+from benchmarks import record
 from benchmarks.compare import accuracy, competitors, plot, report, side_by_side, training_step
 from benchmarks.compare.competitors import AUTHORS, DENSE_PENALTIES, OURS, PENALTIES_ONLY
 from benchmarks.memory import OUT_OF_MEMORY
@@ -72,24 +74,6 @@ def test_tables_and_pictures_are_remade_from_a_record(found: dict, tmp_path: Pat
     }
 
 
-def test_a_file_that_is_no_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "x.json"
-    for content in (None, "[", "[]", json.dumps({"sections": {}})):
-        if content is not None:
-            file.write_text(content)
-        assert plot.main(Namespace(record=file)) == 2
-        assert "x.json is not a record" in capsys.readouterr().out
-
-
-def test_points_of_a_picture(found: dict) -> None:
-    sections = found["sections"]
-    assert plot.points(sections["cost"]["rows"], AUTHORS, "N", "ms") == [(128, 3.0)]
-    assert plot.points(sections["error"]["rows"], AUTHORS, "|T - I|", "gradient") == [
-        (0.003, 1.5e-5)
-    ]
-    assert plot.points(sections["error"]["rows"], OURS, "|T - I|", "gradient") == []
-
-
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two competitors, tiny sizes, no process but this one."""
@@ -136,14 +120,3 @@ def test_an_interruption_leaves_what_was_measured(
     assert sections["error"]["failures"] == ["interrupted"]
     assert len(sections["cost"]["rows"]) == 2
     assert "training step" not in sections
-
-
-@pytest.mark.parametrize(
-    "arguments", [[], ["compare"], ["compare", "--seed", "3"], ["--seed", "3"]]
-)
-def test_no_command_is_compare(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(side_by_side, "main", lambda options: options)
-    monkeypatch.setattr(__main__.os, "environ", {})
-    options = __main__.main(arguments)
-    assert (options.command, options.sizes) == ("compare", None)
-    assert options.seed == (3 if "3" in arguments else 0)

@@ -3,6 +3,8 @@
 import pytest
 from pool import Ranks
 
+pytest.importorskip("open_clip")
+
 from benchmarks.semantics import TOLERANCE, on_rank
 
 RANKS = 2

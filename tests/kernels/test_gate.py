@@ -3,7 +3,7 @@
 import pytest
 from processes import run_python
 
-from cyclip_loss.kernels.binary import Binary, is_serialised
+from benchmarks.gate.binary import Binary, is_serialised
 
 # Main loops as cuobjdump prints them (Triton 3.9, sm_90, all but products, waits and jumps left
 # out). In the second the sum is also multiplied in each step, so that it must be there by then.
@@ -21,11 +21,16 @@ SERIALISED = """
         /*1390*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
         /*45b0*/              @!P2 BRA 0xec0 ;
 """
+# A persistent kernel: the first loop within one over tiles, which waits before the epilogue.
+PERSISTENT = FREE.replace("        /*1650*/              @!P0 BRA 0x1660 ;\n", "")
+PERSISTENT += "        /*2000*/              @!P1 BRA 0x0a00 ;\n"
 
 
 def test_a_wait_for_the_last_product_before_the_next_is_seen() -> None:
     assert not is_serialised(FREE)
     assert is_serialised(SERIALISED)
+    assert not is_serialised(PERSISTENT)
+    assert is_serialised(PERSISTENT.replace("gsb0, 0x1", "gsb0, 0x0"))
 
 
 @pytest.mark.parametrize(
@@ -73,8 +78,8 @@ from cyclip_loss import CyCLIPLoss
 
 loss = CyCLIPLoss(0.5, 0.25, impl="triton")
 
-def step(image, text, scale):
-    loss(image.requires_grad_(), text.requires_grad_(), scale.requires_grad_()).backward()
+def step(*leaves, ids=None):
+    loss(*(x.requires_grad_() for x in leaves), ids=ids).backward()
 
 def shifted(x, by):
     # The same values, `by` elements behind an aligned base.
@@ -90,12 +95,14 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
         with no_device() as (_, binaries):
             for n in (64, 4096):
                 step(*inputs(n, d, dtype))
+                step(*inputs(n, d, dtype), ids=torch.arange(n))
             known = set(binaries)
             for n in (1, 2, 16, 63, 255, 257, 1000, 2049, 4099):
                 image, text, scale = (x.detach() for x in inputs(n, d, dtype))
                 step(image, text, scale)
                 step(shifted(image, 1), shifted(text, 3), shifted(scale, 1))
                 step(wide(image, 1), wide(text, 16), shifted(scale, 2))
+                step(image, text, scale, ids=shifted(torch.arange(n), 1))
                 step(image.T.contiguous().T, text[:1].expand(n, d), scale)
         print(dtype, d, len(known), sorted(set(binaries) - known))
 """
@@ -112,7 +119,7 @@ def test_the_gate_compiles_what_is_launched() -> None:
 import torch
 from benchmarks.launches import inputs, no_device
 from cyclip_loss import CyCLIPLoss
-from cyclip_loss.kernels import compile as gate
+from benchmarks.gate import command as gate
 
 def described(signature, attributes):
     names = list(signature)
@@ -127,13 +134,14 @@ for features, dtype in (("bfloat16", torch.bfloat16), ("float32 ieee", torch.flo
     ]
     with no_device() as (_, binaries):
         loss = CyCLIPLoss(0.5, 0.25, impl="triton")
-        sum(loss(*inputs(4096, 64, dtype), output_dict=True).values()).backward()
+        for d, ids in ((64, None), (70, None), (64, torch.arange(4096))):
+            sum(loss(*inputs(4096, d, dtype), ids=ids, output_dict=True).values()).backward()
     for launched in binaries.values():
         name = launched["kernel"].split(".")[-1]
         description = described(launched["signature"], launched["configs"][0])
         print(features, name, (name, description) in gated, description)
 """
     lines = without_interpreter(code).splitlines()
-    assert len(lines) == 20
+    assert len(lines) == 28
     for line in lines:
         assert " True " in line, line

@@ -11,20 +11,22 @@ from pathlib import Path
 import pytest
 import torch
 from accuracy import check_loss
-from inputs import UNALIGNED, Case
+from conftest import needs_interpreter, needs_triton
+from inputs import Case
 from processes import ROOT, run_python
 
+from benchmarks.gate import command as ahead_of_time
 from cyclip_loss import kernels, ops
 from cyclip_loss.functional import cyclic_penalty
-from cyclip_loss.kernels import compile as ahead_of_time
 from cyclip_loss.kernels import configs
 
-needs_interpreter = pytest.mark.skipif(
+on_a_cpu = pytest.mark.skipif(
     not kernels.INTERPRETED, reason="on a GPU the shipped tiles are what every test runs"
 )
 
 
-@needs_interpreter
+@on_a_cpu
+@needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
 def test_shipped_tiles(
@@ -39,41 +41,50 @@ def test_shipped_tiles(
     check_loss(case, "triton", device)
 
 
-@pytest.mark.parametrize("layout", UNALIGNED)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("d", [32, 256])
-def test_rows_where_no_wide_load_can_be(
-    impl: str, d: int, dtype: torch.dtype, layout: str, device: torch.device
-) -> None:
-    """Rows 264 elements apart, or a base 8 bytes off: D is a multiple of the tiles, so no copy.
+def to_tf32(x: torch.Tensor) -> torch.Tensor:
+    """float64 rounded to 11 significant bits, ties to even, by the definition."""
+    mantissa, exponent = torch.frexp(x)
+    return torch.ldexp((mantissa * 2**11).round(), exponent - 11)
 
-    To the eager engine 80 rows are a large batch where D is 32, and a small one where it is 256.
+
+def test_tf32_rounds_ties_to_even(device: torch.device) -> None:
+    """Gram matrices multiply U and V rounded to 10 bits of mantissa.
+
+    One row of float16 features: each element of a Gram matrix is one product, exact in float32, and
+    many of I + T are ties.
     """
-    layouts = {"image_layout": layout, "text_layout": layout}
-    check_loss(Case(n=80, d=d, dtype=dtype, lambdas=(0.5, 0.125), **layouts), impl, device)
-    # Only one of the two.
-    layouts["text_layout"] = "contiguous"
-    check_loss(Case(n=80, d=d, dtype=dtype, lambdas=(0.5, 0.125), **layouts), impl, device)
+    generator = torch.Generator().manual_seed(0)
+    image, text = torch.randn(2, 1, 256, generator=generator, device="cpu").half().to(device)
+    u, v = image.double() + text.double(), image.double() - text.double()
+    ulp = torch.ldexp(torch.ones_like(u), torch.frexp(u)[1] - 11)
+    ties = (u - to_tf32(u)).abs() == ulp / 2
+    assert ties.double().mean() > 0.1
+    got = kernels.cyclic_statistics(image, text, True).double()
+    u, v = to_tf32(u), to_tf32(v)
+    assert torch.equal(got, torch.stack([u.T @ u, v.T @ v, v.T @ u]))
 
 
-@pytest.mark.parametrize("distance", [None, 0.3, 0.003])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_long_rows(impl: str, dtype: torch.dtype, distance, device: torch.device) -> None:
-    """D = 768: a tensor core's error grows with D."""
-    for logit_scale in (5.0, 30.0):
-        check_loss(Case(70, 768, dtype, distance, logit_scale=logit_scale), impl, device)
+def test_float32_logits_multiply_rounded_features(device: torch.device) -> None:
+    """Chopped, as the tensor cores do by themselves, the pairs' logits would all be too small."""
+    image = Case(n=200, d=64, dtype=torch.float32).inputs(device)[0]
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        logits = kernels.contrastive_lse(image, image, torch.tensor(100.0, device=device), 0, True)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    exact = 100 * to_tf32(image.double()).square().sum(dim=1)
+    torch.testing.assert_close(logits[2].double(), exact, rtol=1e-6, atol=0)
+
+
+def test_a_d_that_32_bit_offsets_do_not_hold(device: torch.device) -> None:
+    """Refused before a matrix of 2 GB is allocated."""
+    image = torch.zeros((), device=device).expand(2, 26_753)
+    with pytest.raises(ValueError, match=r"image_features must have D <= 26752 .* got D = 26753"):
+        kernels.cyclic_statistics(image, image, True)
 
 
 @needs_interpreter
-def test_interpreted_tf32_rounds_as_the_hardware_keeps(device: torch.device) -> None:
-    """Gram matrices of bfloat16 features multiply U and V rounded to 10 bits, to nearest."""
-    # I + T = 1 + 2^-11: halfway between two tf32 numbers, where chopping would give 1.
-    image = torch.full((1, 1), 1.0, dtype=torch.bfloat16, device=device)
-    text = torch.full((1, 1), 2.0**-11, dtype=torch.bfloat16, device=device)
-    grams = kernels.cyclic_statistics(image, text, False)
-    assert grams[0].item() == (1 + 2.0**-10) ** 2
-
-
 def test_a_checkout_finds_its_kernels() -> None:
     """Without the mapping that an editable installation makes of the folder `kernels/`."""
     code = (
@@ -107,7 +118,7 @@ def test_every_shipped_configuration_compiles_without_spills() -> None:
     In a process of its own: where the interpreter is on, nothing can be compiled.
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "cyclip_loss.kernels.compile"]
+    command = [sys.executable, "-m", "benchmarks", "gate"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     faults = [line for line in run.stdout.splitlines() if line.startswith("FAULT")]
     assert run.returncode == 0, faults or run.stderr[-2000:]
@@ -155,7 +166,8 @@ def test_the_newer_float32_setting_is_understood() -> None:
     assert run.stdout == "tf32\n", run.stderr
 
 
-@needs_interpreter
+@on_a_cpu
+@needs_triton
 @pytest.mark.parametrize("distance", [None, 0.3, 0.03, 0.003])
 def test_what_tf32_costs_the_penalties_of_bfloat16_features(
     distance: float | None, device: torch.device

@@ -2,104 +2,74 @@
 
 import pytest
 import torch
-from accuracy import eps_of
-from inputs import pairs
+from accuracy import TERMS
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from inputs import DTYPES, pairs
 
-from cyclip_loss import CyCLIPLoss, cyclic_penalty, cyclip_loss, reference
+from cyclip_loss import cyclic_penalty, cyclip_loss, reference
 
-BAD_VALUES = [torch.nan, torch.inf, -torch.inf]
-EXACT = {
-    "contrastive": lambda i, t: reference.contrastive_loss(i, t, 10.0),
-    "inmodal": lambda i, t: 0.25 * reference.inmodal_cyclic_penalty(i, t),
-    "crossmodal": lambda i, t: 0.25 * reference.crossmodal_cyclic_penalty(i, t),
-    "both penalties": lambda i, t: EXACT["inmodal"](i, t) + EXACT["crossmodal"](i, t),
-    "all, summed": lambda i, t: EXACT["contrastive"](i, t) + EXACT["both penalties"](i, t),
-    "own view of the images": lambda i, t: exact_one_way(i, t),
-}
-TERMS = {
-    "contrastive": lambda i, t, impl: cyclip_loss(
-        i, t, 10.0, lambda_inmodal=0, lambda_crossmodal=0, impl=impl
-    ),
-    "inmodal": lambda i, t, impl: cyclic_penalty(i, t, 0.25, 0.0, impl=impl),
-    "crossmodal": lambda i, t, impl: cyclic_penalty(i, t, 0.0, 0.25, impl=impl),
-    "both penalties": lambda i, t, impl: cyclic_penalty(i, t, 0.25, 0.25, impl=impl),
-    "all, summed": lambda i, t, impl: cyclip_loss(i, t, 10.0, impl=impl),
-    "own view of the images": lambda i, t, impl: contrastive_one_way(i, t, impl),
-}
+BAD_VALUES = st.sampled_from([torch.nan, torch.inf, -torch.inf])
 
 
-def contrastive_one_way(image, text, impl):
-    """The first only as an augmented view, which meets the logits' rows but not their columns."""
-    good = torch.ones_like(image)
-    return cyclip_loss(
-        good,
-        good,
-        10.0,
-        lambda_inmodal=0,
-        lambda_crossmodal=0,
-        augmented_image_features=image,
-        augmented_text_features=text,
-        impl=impl,
-    )
+def every_term(image, text, views, impl) -> list[torch.Tensor]:
+    """All that depends on the images and texts, then what depends on the views."""
+    options = {"impl": impl}
+    weights = {"lambda_inmodal": 0, "lambda_crossmodal": 0}
+    augmented = {"augmented_image_features": views[0], "augmented_text_features": views[1]}
+    return [
+        *cyclip_loss(image, text, 10.0, None, True, **options).values(),
+        cyclip_loss(image, text, 10.0, **options),
+        cyclic_penalty(image, text, 0.25, 0.25, **options),
+        cyclic_penalty(image, text, 0.25, 0.0, **options),
+        cyclic_penalty(image, text, 0.0, 0.25, **options),
+        cyclip_loss(image, text, 10.0, **weights, **options),
+        cyclip_loss(image, text, 10.0, **weights, **augmented, **options),
+    ]
 
 
-def exact_one_way(image, text):
-    good = torch.ones_like(image)
-    return reference.cyclip_loss(good, good, 10.0, 0.0, 0.0, image, text)["contrastive_loss"]
-
-
-@pytest.mark.parametrize("bad", BAD_VALUES, ids=str)
-@pytest.mark.parametrize("term", TERMS)
-@pytest.mark.parametrize("sign", [1, -1, None], ids=["positive", "negative", "mixed"])
-@pytest.mark.parametrize(("n", "d"), [(6, 2), (3, 4), (1, 1), (1, 3)])
-def test_nan_and_infinity_come_out_as_nan(
-    impl, n, d, sign, term, bad, small_strips, device
-) -> None:
-    """Wherever one stands, in either tower, and whatever the sign of what it is multiplied with."""
-    image, text = (features.float() for features in pairs(n, d, device=device))
+@settings(max_examples=30)
+@given(
+    n=st.integers(1, 9),
+    d=st.integers(1, 6),
+    bad=BAD_VALUES,
+    where=st.integers(0, 3),
+    at=st.tuples(st.integers(0, 8), st.integers(0, 5)),
+    sign=st.sampled_from([1, -1, None]),
+    seed=st.integers(0, 2**31),
+)
+@example(n=1, d=1, bad=torch.inf, where=0, at=(0, 0), sign=1, seed=0)
+@example(n=1, d=3, bad=torch.inf, where=2, at=(0, 0), sign=1, seed=0)
+@example(n=6, d=2, bad=-torch.inf, where=1, at=(5, 1), sign=1, seed=0)
+def test_nan_and_infinity_come_out_as_nan(n, d, bad, where, at, sign, seed, impl, device) -> None:
+    """In either tower or view, whatever the sign of what it is multiplied with."""
+    features = [*pairs(n, d, seed=seed, device=device), *pairs(n, d, seed=seed + 1, device=device)]
+    features = [rows.float() for rows in features]
     if sign is not None:
-        image, text = image.abs(), sign * text.abs()
-    for which in (0, 1):
-        for row in {0, n - 1}:
-            for column in {0, d - 1}:
-                features = [image.clone(), text.clone()]
-                features[which][row, column] = bad
-                loss = TERMS[term](*features, impl)
-                assert loss.isnan(), f"{loss} with {bad} in {which} at {row, column}"
+        features = [rows.abs() * (1 if i % 2 == 0 else sign) for i, rows in enumerate(features)]
+    features[where][at[0] % n, at[1] % d] = bad
+    terms = every_term(*features[:2], features[2:], impl)
+    assert all(term.isnan() for term in (terms if where < 2 else terms[-1:])), terms
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("term", TERMS)
-def test_overflow_is_not_a_plausible_number(
-    impl: str, term: str, dtype: torch.dtype, device: torch.device
-) -> None:
-    """Features whose products leave the range of the accumulation type."""
-    image, text = (features.to(dtype) for features in pairs(8, 3, norm=1e4, device=device))
-    loss = TERMS[term](image, text, impl)  # large, but inside the range
-    exact = EXACT[term](image.double(), text.double())
-    eps = eps_of(impl, dtype)
-    rel = 16 * max(eps.logits, eps.penalties)
-    assert loss.double().item() == pytest.approx(exact.item(), rel=rel)
-    if dtype != torch.float16:
-        image, text = image * 1e16, text * 1e16
-        loss = TERMS[term](image, text, impl)
-        exact = EXACT[term](image.double(), text.double())
-        if exact < torch.finfo(torch.float32).max:
-            assert loss.double().item() == pytest.approx(exact.item(), rel=rel)
-        else:
-            assert loss.isnan()
+@pytest.mark.parametrize("d", [4, 2], ids=["small", "large"])
+def test_one_infinite_logit_is_nan(impl: str, d: int, device: torch.device) -> None:
+    """A pair's, which would look found with certainty; another one; and a scale that is none."""
+    options = {"lambda_inmodal": 0, "lambda_crossmodal": 0, "impl": impl}
+    for row in (0, 1):
+        image, text = torch.eye(5, d, device=device), torch.eye(5, d, device=device)
+        image[row, 0] = text[0, 0] = 1e30
+        assert cyclip_loss(image, text, 1.0, **options).isnan()
+        assert cyclip_loss(image / 1e30, text / 1e30, torch.nan, **options).isnan()
 
 
-def test_nan_in_one_term_of_the_dict(impl: str, device: torch.device) -> None:
-    """Also where a weight of 0 leaves the penalties out: the contrastive term has it."""
-    image, text = pairs(6, 2, device=device)
-    image[0, 0] = torch.nan
-    terms = CyCLIPLoss(0.0, 0.0, impl=impl)(image, text, 10.0, output_dict=True)
-    assert terms["contrastive_loss"].isnan()
-    terms = CyCLIPLoss(0.1, 0.1, impl=impl)(image, text, 10.0, output_dict=True)
-    assert all(term.isnan() for term in terms.values())
-
-
-def test_nan_logit_scale(impl: str, device: torch.device) -> None:
-    image, text = pairs(6, 2, device=device)
-    assert CyCLIPLoss(impl=impl)(image, text, float("nan")).isnan()
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_overflow_is_not_a_plausible_number(impl: str, dtype, device: torch.device) -> None:
+    """Features whose products are large, whose sums leave the accumulation type, or which do."""
+    for size in (1e4, 4e18, 1e20) if dtype != torch.float16 else (1e4,):
+        features = [rows.to(dtype) for rows in pairs(8, 3, norm=size, device=device)]
+        exact = reference.cyclip_loss(*(rows.double() for rows in features), 10.0)
+        found = cyclip_loss(*features, 10.0, output_dict=True, impl=impl)
+        for name in TERMS:
+            is_right = found[name].item() == pytest.approx(exact[name].item(), rel=1e-2)
+            assert is_right or (found[name].isnan() and size > 1e4), (size, found)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from pool import Ranks
-from rank_cases import RankCase, check
+from rank_cases import RankCase, check_ranks
 
 pytestmark = pytest.mark.gpu
 
@@ -21,5 +21,7 @@ def sharing() -> Iterator[Ranks]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("lambdas", [(0.0, 0.0), (0.5, 0.125)])
 def test_two_ranks_on_one_gpu(sharing: Ranks, impl: str, lambdas, dtype: torch.dtype) -> None:
-    check(RankCase((150,) * 2, 40, dtype, impl, lambdas=lambdas), sharing)
-    check(RankCase((130, 150), 40, dtype, impl, lambdas=lambdas, uneven=True), sharing)
+    for rows in ((150, 150), (130, 150)):
+        uneven = rows[0] < rows[1]
+        case = RankCase(d=40, dtype=dtype, rows=rows, impl=impl, lambdas=lambdas, uneven=uneven)
+        check_ranks(case, sharing)

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("PIL")
+
 from reference_train.evaluate import metrics
 from reference_train.evaluate.datasets import DataSet, Pixels
 from reference_train.evaluate.measure import distinct_texts, neighbours_across, pairs_of
@@ -121,14 +123,14 @@ def test_superclass_and_class_within_it(monkeypatch: pytest.MonkeyPatch):
 
 def test_linear_probe_learns_from_lengths_too_and_repeats_itself():
     generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(0, 2, (6000,), generator=generator)
-    noise = 0.01 * torch.randn(6000, 8, generator=generator)
+    labels = torch.randint(0, 2, (1600,), generator=generator)
+    noise = 0.01 * torch.randn(1600, 8, generator=generator)
     features = torch.ones(8) * (1 + 3 * labels[:, None]) + noise  # one direction, two lengths
-    shuffled = labels[torch.randperm(6000, generator=generator)]
+    shuffled = labels[torch.randperm(1600, generator=generator)]
 
     def probe(labels: Tensor) -> float:
         return metrics.linear_probe(
-            features[:5000], labels[:5000], features[5000:], labels[5000:], 2
+            features[:1200], labels[:1200], features[1200:], labels[1200:], 2
         )
 
     assert probe(labels) == 1.0
@@ -150,3 +152,21 @@ def test_neighbours_across_groups_are_of_other_groups_and_not_apart():
         allowed = [i for i in range(20) if groups[i] not in (groups[row], "line")]
         expected = sorted(allowed, key=lambda i: -float(image[row] @ image[i]))[: len(found)]
         assert found == expected
+
+
+def test_wilson_covers_what_it_says():
+    """Of draws from a known share, 95% of the intervals hold it, and never leave 0 to 1."""
+    generator = torch.Generator().manual_seed(0)
+    for share, count in ((0.5, 40), (0.05, 200), (0.0, 10)):
+        hits = (torch.rand(2000, count, generator=generator) < share).float().mean(dim=1)
+        intervals = [metrics.wilson(float(found), count) for found in hits]
+        assert min(low for low, _ in intervals) >= -1e-12
+        held = sum(low <= share + 1e-12 and share <= high for low, high in intervals) / 2000
+        assert held > 0.925
+
+
+@pytest.mark.parametrize(("right", "of", "k"), [(1, 10, 1), (1, 10, 5), (5, 25, 10), (3, 4, 2)])
+def test_chance_is_what_a_lot_gives(right: int, of: int, k: int):
+    draws = torch.rand(4000, of, generator=torch.Generator().manual_seed(0)).argsort(dim=1)[:, :k]
+    found = (draws < right).any(dim=1).float().mean().item()
+    assert metrics.chance_of_any(right, of, k) == pytest.approx(found, abs=0.03)

@@ -1,73 +1,75 @@
-"""Evaluations of several runs, averaged."""
+"""`report`: evaluations of several runs, averaged."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
-import matplotlib.image
 import pytest
 
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+
+import matplotlib.image
+
 from reference_train.errors import CannotStart
-from reference_train.evaluate import experiment
+from reference_train.evaluate import pictures, report, table
+
+DATA = {"icons": {"class": 1484}, "emoji": {"class": 1597, "subgroup": 95}}
 
 
-def found(top1: float) -> dict[str, Any]:
-    """A column in which every metric of every data set is `top1`."""
-    numbers = {row.metric: top1 for row in experiment.ROWS}
-    groups = {row.group: numbers for row in experiment.ROWS if row.group}
-    return {row.data: {"numbers": numbers, "groups": groups} for row in experiment.ROWS}
+def found(top: float) -> dict[str, Any]:
+    """A column in which every share is `top`."""
+    numbers = {"top1": top, "top5": top, "inmodal_gap": top}
+    return {name: {"numbers": numbers, "groups": {}} for name in DATA}
 
 
-RUNS = {"clip-0": 0.10, "clip-1": 0.14, "cyclip-0": 0.15, "i-cyclip-0": 0.01}
-BATCHES = {
-    f"lambda-{line}": value
-    for line, value in {
-        "clip-128-0": 0.1,
-        "cyclip-128-0": 0.2,
-        "cyclip-4096-0": 0.01,
-        "cyclip-4096-128": 0.3,
-    }.items()
-}
+RUNS = {"clip-0": 0.10, "clip-1": 0.14, "x-c-cyclip-0": 0.15, "cyclip-0": 0.01, "other": 0.5}
 
 
-def write(folder: Path, columns: dict[str, float]) -> str:
-    path = folder / f"{len(columns)}.json"
-    path.write_text(json.dumps({"results": {name: found(x) for name, x in columns.items()}}))
-    return str(path)
-
-
-def test_means_ranges_and_gains(tmp_path: Path) -> None:
-    evaluations = [write(tmp_path, RUNS), write(tmp_path, BATCHES | {"else": 0.5})]
-    experiment.main([*evaluations, "--out", str(tmp_path / "out")])
-    table = (tmp_path / "out" / "experiment.md").read_text()
-    assert "| | CLIP (2) | CyCLIP (1) | I-CyCLIP (1) | gain |" in table
-    row = "| emoji: name, top-1 | 12.00 (10.00 – 14.00) | 15.00 | 1.00 | +25 % |"
-    assert row in table.splitlines()
-    for geometry in ("uniformity", "alignment", "gap"):
-        [gain] = {
-            line.split("|")[-2].strip()
-            for line in table.splitlines()
-            if re.match(f".*{geometry}", line) and line[0] == "|"
-        }
-        assert gain == ""
-    for picture in ("experiment.png", "lambda.png"):
-        assert matplotlib.image.imread(tmp_path / "out" / picture).shape[1] == 1100
-
-
-def test_lines_over_batch_sizes() -> None:
-    lines = experiment.by_batch({name: found(x) for name, x in (BATCHES | RUNS).items()})
-    top1 = experiment.OVER_BATCHES[0]
-    assert {line: {n: top1.of(f) for n, f in of.items()} for line, of in lines.items()} == {
-        "clip": {128: 10.0},
-        "cyclip-0": {128: 20.0, 4096: 1.0},
-        "cyclip-128": {128: 20.0, 4096: 30.0},  # at 128 it is the same formula
+def write(folder: Path, runs: dict[str, float]) -> Path:
+    sets = {
+        name: {"images": 100, "train_images": 0, "classes": classes, "templates": 1, "captions": 0}
+        | {"groups": {}, "mean_over": []}
+        for name, classes in DATA.items()
     }
+    result = {"date": "today", "command": f"of {len(runs)}", "data_sets": sets}
+    folder.mkdir()
+    (folder / "evaluation.json").write_text(
+        json.dumps({**result, "results": {name: found(x) for name, x in runs.items()}})
+    )
+    return folder
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"results": {}}'])
+def test_runs_that_differ_in_the_seed_are_one_column(tmp_path: Path) -> None:
+    seed = {name: RUNS.pop(name) for name in ("clip-1",)}
+    folders = [write(tmp_path / "1", RUNS), write(tmp_path / "2", seed)]
+    report.main([*map(str, folders), "--only", "icons", "--out", str(tmp_path / "out")])
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "| | CLIP (2) | x C-CyCLIP | CyCLIP | other | chance | n |" in text.replace(
+        "|  |", "| |"
+    )
+    low, high = (f"{100 * bound:.1f}" for bound in table.wilson(0.15, 100))
+    assert f"| zero-shot top-1 | 12.0 (10.0–14.0) | 15.0 ({low}–{high}) | 1.00" in text
+    assert "| in-modal gap × 100 | 12.00 (10.00 to 14.00) | 15.00 |" in text
+    assert "emoji" not in text
+    assert matplotlib.image.imread(tmp_path / "out" / "picture.png").shape[1] == 1100
+
+
+def test_sets_with_other_numbers_of_classes_have_axes_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    monkeypatch.setattr(pictures.plt, "close", lambda figure: drawn.append(figure))
+    pictures.draw(report.read(write(tmp_path / "1", RUNS)), tmp_path / "x.png")
+    labels = [[tick.get_text() for tick in ax.get_yticklabels()] for ax in drawn[0].axes]
+    assert labels == [["icons\n100 images"], ["emoji\n100 images"]]
+    assert [ax.get_title(loc="left") for ax in drawn[0].axes] == [
+        f"zero-shot top-1, % (chance {100 / classes['class']:.2g})" for classes in DATA.values()
+    ]
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"results": []}'])
 def test_what_is_no_evaluation(content: str, tmp_path: Path) -> None:
-    (tmp_path / "e.json").write_text(content)
-    with pytest.raises(CannotStart):
-        experiment.main([str(tmp_path / "e.json"), "--out", str(tmp_path / "out")])
-    assert not (tmp_path / "out").exists()
+    (tmp_path / "evaluation.json").write_text(content)
+    with pytest.raises(CannotStart, match="is no evaluation"):
+        report.main([str(tmp_path)])

@@ -3,9 +3,14 @@
 The trainer itself is OpenCLIP's, and the loss in it is tested in tests/trainers.
 """
 
+import errno
+import importlib
 import io
 import json
+import logging
+import os
 import re
+import resource
 import shlex
 import signal
 import subprocess
@@ -13,51 +18,66 @@ import sys
 import tarfile
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
-import open_clip
 import pytest
 import torch
-from PIL import Image
-from processes import run_python
+from pool import Ranks
+from processes import ROOT, run_python
+from tars import write_tar
 from torch import Tensor, nn
+
+pytest.importorskip("open_clip_train.main")
+
+import open_clip
+from PIL import Image
 from torchvision.transforms import functional as transforms
 
 from cyclip_loss import open_clip_train
 from cyclip_loss.metrics import consistency_metrics
-from reference_train.errors import CannotStart
-from reference_train.pretrain import best, command, models
+from reference_train.errors import CannotStart, Stopped
+from reference_train.files import locked
+from reference_train.pretrain import command, models, training
 from reference_train.pretrain.presets import NAMES
 
-pytest.importorskip("open_clip_train.main")
 models.register()
+Capture, Log, Patch = pytest.CaptureFixture[str], pytest.LogCaptureFixture, pytest.MonkeyPatch
+Run = Callable[..., None]
 
 
 def make_shards(folder: Path, **parts: int) -> Path:
     """Shards of 8 pairs: noise, and a caption that says which; parts: how many of each."""
     folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(0)
-    sizes = {}
     for part, count in parts.items():
         for number in range(count):
-            name = f"{part}-{number:05d}.tar"
-            sizes[name] = 8
-            with tarfile.open(folder / name, "w") as archive:
-                for i in range(8):
-                    picture = io.BytesIO()
-                    Image.fromarray(rng.integers(256, size=(40, 36, 3), dtype=np.uint8)).save(
-                        picture, "PNG"
-                    )
-                    for kind, data in (("png", picture.getvalue()), ("txt", f"no {i}".encode())):
-                        member = tarfile.TarInfo(f"{number}_{i}.{kind}")
-                        member.size = len(data)
-                        archive.addfile(member, io.BytesIO(data))
+            pairs: dict[str, bytes] = {}
+            for i in range(8):
+                picture = io.BytesIO()
+                noise = rng.integers(256, size=(40, 36, 3), dtype=np.uint8)
+                Image.fromarray(noise).save(picture, "PNG")
+                pairs[f"{number}_{i}.png"] = picture.getvalue()
+                pairs[f"{number}_{i}.txt"] = f"no {number} {i}".encode()
+            write_tar(folder / f"{part}-{number:05d}.tar", pairs)
+    sizes = {path.name: 8 for path in folder.glob("*.tar")}
     (folder / "sizes.json").write_text(json.dumps(sizes))
     return folder
+
+
+def cut_short(path: Path) -> None:
+    """Half of a shard: the picture of its fifth pair ends early."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def break_picture(path: Path) -> None:
+    """The first picture of a shard is none."""
+    with tarfile.open(path) as archive:
+        files = {m.name: archive.extractfile(m).read() for m in archive}  # type: ignore[union-attr]
+    write_tar(path, {**files, next(iter(files)): b"no picture"})
 
 
 @pytest.fixture(scope="module")
@@ -65,234 +85,232 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_shards(tmp_path_factory.mktemp("data") / "shards", train=4, val=1)
 
 
-def dry_run(capsys: pytest.CaptureFixture[str], *argv: str) -> Namespace:
+@pytest.fixture
+def dry_run(shards: Path, tmp_path: Path, capsys: Capture) -> Callable[..., Namespace]:
     """What OpenCLIP and the launcher make of the command that is printed."""
-    command.main([*argv[: argv.index("--")], "--dry-run", *argv[argv.index("--") :]])
-    words = shlex.split(capsys.readouterr().out)
-    assert words[:4] == ["python", "-m", open_clip_train.__name__, "--"]
-    ours, theirs = open_clip_train.flags().parse_known_args(words[4:])
-    parsed: Namespace = command.open_clip_trainer().parse_args(theirs)
-    vars(parsed).update(vars(ours))
-    return parsed
+
+    def run(*flags: str) -> Namespace:
+        argv = ["--preset", "modern", "--data", str(shards), "--out", str(tmp_path / "logs")]
+        words = [word.format(folder=shards, empty=tmp_path) for word in flags]
+        command.main([*argv, "--batch-size", "8", "--dry-run", *words])
+        printed = shlex.split(capsys.readouterr().out)
+        assert printed[:4] == ["python", "-m", open_clip_train.__name__, "--"]
+        ours, theirs = open_clip_train.flags().parse_known_args(printed[4:])
+        parsed: Namespace = command.open_clip_trainer().parse_args(theirs)
+        vars(parsed).update(vars(ours))
+        return parsed
+
+    return run
 
 
 @pytest.mark.parametrize("preset", NAMES)
 @pytest.mark.parametrize(
     ("loss", "lambdas"),
-    [
-        ("clip", (0, 0)),
-        ("cyclip", (0.25, 0.25)),
-        ("c-cyclip", (0, 0.25)),
-        ("i-cyclip", (0.25, 0)),
-    ],
+    [("clip", (0, 0)), ("cyclip", (0.25, 0.25)), ("c-cyclip", (0, 0.25)), ("i-cyclip", (0.25, 0))],
 )
 def test_the_printed_command(
-    preset: str,
-    loss: str,
-    lambdas: tuple[float, float],
-    shards: Path,
-    capsys: pytest.CaptureFixture[str],
+    preset: str, loss: str, lambdas: tuple[float, float], shards: Path, dry_run: Run
 ) -> None:
-    argv = ["--preset", preset, "--loss", loss, "--data", str(shards), "--seed", "3"]
-    args = dry_run(capsys, *argv, "--", "--workers", "2", "--epochs", "7")
+    argv = ["--preset", preset, "--loss", loss, "--seed", "3", "--dist-impl", "ring"]
+    args = dry_run(*argv, "--", "--workers", "2", "--epochs", "7")
     assert (args.lambda_inmodal, args.lambda_crossmodal) == lambdas
     assert args.train_data == f"{shards}/train-{{00000..00003}}.tar"
     assert args.val_data == f"{shards}/val-00000.tar"
     assert (args.epochs, args.workers, args.seed) == (7, 2, 3)  # what follows -- comes last
     assert args.name == f"{preset}-{loss}-3"
-    assert args.reference_batch_size == 128
+    assert (args.reference_batch_size, args.dist_impl) == (128, "ring")  # the launcher's own
 
 
-def test_the_paper_preset(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    args = dry_run(capsys, "--preset", "paper", "--data", str(shards), "--")
+def test_the_paper_preset(dry_run: Run) -> None:
+    # pairs that nobody has counted
+    data = ["--data", "pipe:cat {folder}/train-{{00000..00003}}.tar", "--batch-size", "128"]
+    args = dry_run("--preset", "paper", *data, "--", "--train-num-samples", "9")
     assert (args.model, args.batch_size, args.epochs, args.warmup) == ("RN50", 128, 64, 10_000)
     assert (args.lr, args.wd, args.eps) == (5e-4, 0.1, 1e-8)
     assert (args.beta1, args.beta2) == (0.9, 0.999)
     # the crop of training is that of evaluation: resized, and the middle of it
-    image = Image.fromarray(
-        np.random.default_rng(0).integers(256, size=(90, 64, 3), dtype=np.uint8)
-    )
+    noise = np.random.default_rng(0).integers(256, size=(90, 64, 3), dtype=np.uint8)
+    image, bicubic = Image.fromarray(noise), transforms.InterpolationMode.BICUBIC
     train = open_clip.transform.image_transform(32, is_train=True, aug_cfg=args.aug_cfg)
-    middle = transforms.resized_crop(
-        image, 13, 0, 64, 64, [32, 32], transforms.InterpolationMode.BICUBIC
-    )
+    middle = transforms.resized_crop(image, 13, 0, 64, 64, [32, 32], bicubic)
     mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
     expected = transforms.normalize(transforms.to_tensor(middle), mean, std)
     torch.testing.assert_close(train(image), expected)
 
 
 @pytest.mark.parametrize("variable", ["WORLD_SIZE", "SLURM_NTASKS"])  # torchrun's, srun's
-def test_a_batch_is_shared_by_the_ranks(
-    variable: str,
-    shards: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_batch_is_shared_by_the_ranks(variable: str, dry_run: Run, monkeypatch: Patch) -> None:
     monkeypatch.setenv(variable, "2")
     monkeypatch.setattr(command.torch.cuda, "is_available", lambda: True)
-    more = ["--", "--workers", "2", "--epochs", "7"]
-    args = dry_run(capsys, "--preset", "modern", "--data", str(shards), *more)
-    assert args.batch_size == 512
-    with pytest.raises(CannotStart, match="--batch-size 101 is of all ranks and does not divide"):
-        dry_run(capsys, "--preset", "modern", "--data", str(shards), "--batch-size", "101", *more)
+    assert dry_run("--", "--workers", "2").batch_size == 4
 
 
 @pytest.mark.parametrize("variable", ["RANK", "PMI_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"])
 def test_one_rank_prints_the_command(
-    variable: str,
-    shards: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    variable: str, shards: Path, capsys: Capture, monkeypatch: Patch
 ) -> None:
     monkeypatch.setenv(variable, "1")
-    command.main(["--preset", "icons", "--data", str(shards), "--dry-run"])
+    command.main(["--preset", "icons", "--data", str(shards), "--batch-size", "8", "--dry-run"])
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--data", "{folder}/none-{{0..3}}.tar"], "--data: no such shard: .*none-0.tar"),
-        (["--data", "{empty}"], "no tar file in"),
-        (["--val", "{folder}/none.tar"], "--val: no such shard"),
-        (["--data", "{folder}/sizes.json"], "a shard can't be read"),
-        (["--model", "RN51"], "--model RN51: OpenCLIP has none of that name"),
-        (["--model", "local-dir:{empty}"], "--model local-dir:.*: .*open_clip_config.json"),
-        (["--data", "s3://b/{{0..3}}.tar", "--", "--workers", "9"], "has 4 shards for 9 workers"),
-        (["--", "--workers", "9"], "--data has 4 shards for 9 workers"),
-        (["--", "--epochs", "many"], "OpenCLIP does not take these flags"),
-        (["--loss", "siglip"], "--loss: invalid choice"),
-        (["--batch-size", "0"], "--batch-size: must be a whole number >= 1, not 0"),
+        ("--data {folder}/none-{{0..3}}.tar", "--data: no such shard: .*none-0.tar"),
+        ("--data {empty}", "no tar file in"),
+        ("--val {folder}/none.tar", "--val: no such shard"),
+        ("--data {folder}/sizes.json", "a shard can't be read"),
+        ("-- --model RN51", "--model RN51: OpenCLIP has none of that name"),
+        ("-- --model local-dir:{empty}", "--model local-dir:.*: .*open_clip_config.json"),
+        ("--data s3://b/{{0..2}}.tar -- --train-num-samples 9", "has 3 shards for 4 workers"),
+        ("--data s3://b/{{0..2}}.tar", r"is not known .* say it after --, e\.g\. -- --train-num"),
+        ("-- --workers 9", "--data has 4 shards for 9 workers"),
+        ("--batch-size 9", "wait for ever, as its 1 of 4 shards may hold 8 pairs"),
+        ("--batch-size 17 -- --workers 2", "may hold 16 pairs and its batch is 17"),
+        ("-- --epochs many", "argument --epochs: invalid int value: 'many'"),
+        ("--epochs 3", "--epochs: OpenCLIP's own flags go after --"),
+        ("--reference-batch-size x", "--reference-batch-size: invalid int value"),
+        ("-- --dataset-type csv", "--dataset-type csv: pretrain takes webdataset only"),
+        ("-- --train-num-samples 0", "--train-num-samples must be >= 1, not 0"),
+        ("--out {folder}/sizes.json/logs", "--out: .*can't be written: .*sizes.json is no"),
+        ("-- --report-to all", "--report-to all: pip install tensorboard"),
+        ("--loss siglip", "--loss: invalid choice"),
+        ("--batch-size 0", "--batch-size: must be a whole number >= 1, not 0"),
+        ("WORLD_SIZE --batch-size 7", "--batch-size 7 is of all ranks and does not divide by 2"),
+        ("WORLD_SIZE -- --workers 2", "several ranks on a CPU: OpenCLIP 3 can't do that"),
+        ("OMPI_COMM_WORLD_SIZE", "2 ranks of MPI"),  # OpenCLIP counts them; each would be alone
     ],
 )
 def test_what_it_refuses_before_any_work(
-    change: list[str], message: str, shards: Path, tmp_path: Path
+    change: str, message: str, dry_run: Run, tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    argv = ["--preset", "icons", "--data", str(shards), "--out", str(tmp_path / "logs")]
-    with pytest.raises(CannotStart, match=message):
-        command.main([*argv, *(word.format(folder=shards, empty=tmp_path) for word in change)])
+    monkeypatch.setattr(command.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    words = change.split()
+    if words[0].isupper():
+        monkeypatch.setenv(words.pop(0), "2")
+    with pytest.raises(CannotStart, match=message) as error:
+        dry_run(*words)
+    assert "\n" not in str(error.value)
     assert not (tmp_path / "logs").exists()
 
 
-def test_held_out_shards_are_not_trained_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data = make_shards(tmp_path, part=2, val=1)
-    args = dry_run(capsys, "--preset", "icons", "--data", str(data), "--")
-    assert args.train_data == f"{data}/part-{{00000..00001}}.tar"
+def test_pairs_as_img2dataset_counts_them(shards: Path, tmp_path: Path, dry_run: Run) -> None:
+    for number, path in enumerate(sorted(shards.glob("train*.tar"))):
+        (tmp_path / path.name).symlink_to(path)
+        stats = tmp_path / f"{path.stem}_stats.json"
+        stats.write_text(json.dumps({"count": 10, "successes": 5 + number}))
+    data = ["--data", str(tmp_path), "--batch-size"]
+    assert dry_run(*data, "5").train_num_samples == 5 + 6 + 7 + 8
+    with pytest.raises(CannotStart, match="may hold 5 pairs and its batch is 6"):
+        dry_run(*data, "6")
+    stats.unlink()
+    with pytest.raises(CannotStart, match="how many pairs the shards hold is not known"):
+        dry_run(*data, "5")
+    (tmp_path / "sizes.json").write_text("[")
+    with pytest.raises(CannotStart, match=r"sizes\.json: says no numbers of pairs"):
+        dry_run(*data, "5")
+
+
+def test_a_held_out_shard_that_is_cut_short(tmp_path: Path, dry_run: Run) -> None:
+    data = make_shards(tmp_path / "data", train=4, val=1)
+    sizes = json.loads((data / "sizes.json").read_text())
+    (data / "sizes.json").write_text(json.dumps({**sizes, "val-00000.tar": 9}))
+    with pytest.raises(CannotStart, match=r"--val: .*val-00000.tar holds 8 of 9 pairs"):
+        dry_run("--data", str(data))
+    cut_short(data / "val-00000.tar")
+    with pytest.raises(CannotStart, match="a shard can't be read: "):
+        dry_run("--data", str(data))
+
+
+def test_held_out_shards_are_not_trained_on(tmp_path: Path, dry_run: Run) -> None:
+    data = make_shards(tmp_path / "cc3m", **{"cc3m-train": 4, "cc3m-validation": 1})
+    args = dry_run("--data", str(data))
+    assert args.train_data == f"{data}/cc3m-train-{{00000..00003}}.tar"
+    assert args.val_data == f"{data}/cc3m-validation-00000.tar"
+    data = make_shards(tmp_path / "part", part=4, val=1)
+    assert dry_run("--data", str(data)).train_data == f"{data}/part-{{00000..00003}}.tar"
     for path in data.glob("part*.tar"):
         path.unlink()
     with pytest.raises(CannotStart, match=r"no tar file in .* but for validation"):
-        command.main(["--preset", "icons", "--data", str(data)])
-
-
-def test_a_logger_that_is_not_installed(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(CannotStart, match="--report-to all: pip install tensorboard"):
-        command.main(["--preset", "icons", "--data", str(shards), "--", "--report-to", "all"])
-
-
-@pytest.mark.parametrize("data", ["{folder}", "s3://bucket/{{0..3}}.tar"])
-def test_pairs_that_nobody_counted(data: str, shards: Path, tmp_path: Path) -> None:
-    for path in shards.glob("train*.tar"):
-        (tmp_path / path.name).symlink_to(path)
-    with pytest.raises(CannotStart, match=r"say it after --, e\.g\. -- --train-num"):
-        command.main(["--preset", "modern", "--data", data.format(folder=tmp_path)])
-
-
-def test_ranks_of_mpi(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """OpenCLIP counts them, and then trains in each rank as if it were alone."""
-    for name in ("RANK", "LOCAL_RANK", "SIZE"):
-        monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", "2")
-    with pytest.raises(CannotStart, match="2 ranks of MPI"):
-        command.main(["--preset", "icons", "--data", str(shards)])
+        dry_run("--data", str(data))
 
 
 @pytest.mark.parametrize(
     ("change", "ranks", "message"),
     [
-        ([], 1, ""),
-        (["--workers", "2", "--log-every-n-steps", "3", "--grad-checkpointing"], 1, ""),
-        (["--lr", "1e-4"], 1, "begun with lr = 0.001, not 0.0001: choose another --name"),
-        (["--force-quick-gelu"], 1, "force_quick_gelu = False, not True"),
-        (["--force-image-size", "48"], 1, r"force_image_size = 32, not \[48\]"),
-        (["--val-data", "{folder}/train-00000.tar"], 1, "val_data = .*, not .*train-00000.tar"),
-        ([], 2, "world_size = 1, not 2"),
+        ("", 1, ""),
+        ("--log-every-n-steps 3 --grad-checkpointing", 1, ""),
+        ("--lr 1e-4", 1, "begun with lr = 0.001, not 0.0001: choose another --name"),
+        ("--force-quick-gelu", 1, "force_quick_gelu = False, not True"),
+        ("--force-image-size 48", 1, r"force_image_size = 32, not \[48\]"),
+        ("--val-data {folder}/train-00000.tar", 1, "val_data = .*, not .*train-00000.tar"),
+        ("", 2, "world_size = 1, not 2"),
     ],
 )
 def test_a_run_goes_on_with_its_settings(
-    change: list[str],
-    ranks: int,
-    message: str,
-    shards: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    change: str, ranks: int, message: str, dry_run: Run, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr(command.torch.cuda, "is_available", lambda: True)
-    argv = ["--preset", "modern", "--data", str(shards), "--out", str(tmp_path), "--name", "run"]
-    argv += ["--", "--workers", "1", "--force-image-size", "32"]
-    begun = dry_run(capsys, *argv)
-    run = tmp_path / "run"
+    argv = ["--name", "run", "--", "--workers", "1", "--force-image-size", "32"]
+    begun = dry_run(*argv)
+    run = tmp_path / "logs" / "run"
     (run / "checkpoints").mkdir(parents=True)
-    (run / "checkpoints" / "epoch_latest.pt").touch()
+    torch.save({"epoch": 1}, run / "checkpoints" / "epoch_latest.pt")
     settings = {**vars(begun), "force_image_size": 32, "world_size": 1}
     (run / "params.txt").write_text("".join(f"{k}: {v}\n" for k, v in sorted(settings.items())))
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
-    argv += [word.format(folder=shards) for word in change]
     with pytest.raises(CannotStart, match=message) if message else nullcontext():
-        dry_run(capsys, *argv)
+        dry_run(*argv, *change.split())
 
 
-def test_several_ranks_on_a_cpu(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(CannotStart, match="several ranks on a CPU: OpenCLIP 3 can't do that"):
-        command.main(["--preset", "icons", "--data", str(shards)])
-
-
-# ------------------------------------------------------------------------------------------------
 # Validation
 
 
-class Task(nn.Module):
-    """As OpenCLIP 4 hands it to its evaluation."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.trainable_module = model
-
-
-class Wrapped(nn.Module):
-    """As DistributedDataParallel names its weights."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
+def held(model: nn.Module, *names: str) -> nn.Module:
+    """The model in a module, and so on, under these names."""
+    for name in names:
+        outer = nn.Module()
+        setattr(outer, name, model)
+        model = outer
+    return model
 
 
-@pytest.mark.parametrize("wrap", [lambda m: m, Wrapped, Task, lambda m: Task(Wrapped(m))])
-def test_the_best_epoch_is_kept(wrap: Any, tmp_path: Path) -> None:
+# as DistributedDataParallel names its weights, and as OpenCLIP 4 hands a task to its evaluation
+DDP, TASK = "module", "trainable_module"
+
+
+@pytest.mark.parametrize("names", [(), (DDP,), (TASK,), (DDP, TASK)])
+def test_the_best_epoch_is_kept(names: tuple[str, ...], tmp_path: Path) -> None:
     """Epochs with losses 3, 1, 2, and after a restart 1.5 and 0.5; zero-shot alone in between."""
     model = nn.Linear(2, 2, bias=False)
 
     def evaluate(_: nn.Module, data: dict[int, float], epoch: int, args: Namespace) -> Any:
         with open(tmp_path / "results.jsonl", "a") as file:
-            file.write(json.dumps({best.LOSS: data[epoch], "epoch": epoch}) + "\n")
+            file.write(json.dumps({training.LOSS: data[epoch], "epoch": epoch}) + "\n")
             file.write(json.dumps({"imagenet-zeroshot-val-top1": 0.5}) + "\n")
-        return {best.LOSS: data[epoch]}
+        return {training.LOSS: data[epoch]}
 
     args = Namespace(save_logs=True, checkpoint_path=str(tmp_path), name="run")
     kept = {1: 1, 2: 2, 3: 2, 4: 2, 5: 5}
     for epoch in kept:
-        validate = best.keeping_the_best(evaluate)
+        validate = training.keeping_the_best(evaluate)
         nn.init.constant_(model.weight, epoch)
-        validate(wrap(model), dict(enumerate([3, 1, 2, 1.5, 0.5], start=1)), epoch, args)
-        saved = torch.load(tmp_path / best.BEST, weights_only=True)
+        validate(held(model, *names), dict(enumerate([3, 1, 2, 1.5, 0.5], start=1)), epoch, args)
+        saved = torch.load(tmp_path / training.BEST, weights_only=True)
         assert (saved["epoch"], saved["name"]) == (kept[epoch], "run")
         model.load_state_dict(saved["state_dict"])
         assert model.weight[0, 0] == kept[epoch]
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_collapsed_features_are_told(spread: bool, caplog: Log) -> None:
+    features = nn.functional.normalize(
+        torch.ones(2, 8, 4) + (torch.randn(2, 8, 4) * spread), dim=-1
+    )
+    training.with_gaps(lambda **_: {})(image_features=features[0], text_features=features[1])
+    assert ("collapsed to one point" in caplog.text) is not spread
 
 
 @pytest.mark.parametrize("batches", [False, True], ids=["whole", "by batch"])
@@ -302,41 +320,237 @@ def test_gaps_are_added_to_their_metrics(batches: bool) -> None:
     def theirs(image_features: Any, text_features: Any, logit_scale: Tensor) -> dict[str, float]:
         return {"image_to_text_R@1": 0.5}
 
-    module = ModuleType("train")
-    vars(module).update(get_clip_metrics=theirs, evaluate=None)
-    best.add_to(module, module)
     features = [x.split(4) if batches else x for x in (image, text)]
-    metrics = module.get_clip_metrics(
+    metrics = training.with_gaps(theirs)(
         image_features=features[0], text_features=features[1], logit_scale=torch.tensor(1.0)
     )
     assert metrics.pop("image_to_text_R@1") == 0.5
     assert metrics == {k: float(v) for k, v in consistency_metrics(image, text).items()}
 
 
-# ------------------------------------------------------------------------------------------------
 # Training
+
+
+@pytest.fixture
+def pretrain(shards: Path, tmp_path: Path, monkeypatch: Patch) -> Callable[..., None]:
+    """Trains for an epoch of two steps, in this process; what it changes there is put back."""
+    trainer = command.open_clip_trainer()
+    train = importlib.import_module("open_clip_train.train")
+    for name in ("get_data", "train_one_epoch", "evaluate", "create_loss", "parse_args"):
+        monkeypatch.setattr(trainer, name, getattr(trainer, name))
+    monkeypatch.setattr(train, "get_clip_metrics", train.get_clip_metrics)
+    monkeypatch.setattr(torch, "save", torch.save)
+    monkeypatch.setattr(trainer, "setup_logging", lambda *_: None)
+    monkeypatch.setattr(logging, "raiseExceptions", True)
+    monkeypatch.setattr(logging.root.manager, "disable", 0)
+
+    def run(*flags: str, data: Path = shards, batch: int = 8, pairs: int = 16) -> None:
+        argv = ["--preset", "icons", "--batch-size", str(batch), "--data", str(data)]
+        argv += ["--out", str(tmp_path), "--name", "run", "--", "--train-num-samples", str(pairs)]
+        command.main([*argv, "--epochs", "1", *flags])
+
+    return run
+
+
+def test_a_finished_run_says_so(pretrain: Run, tmp_path: Path, capsys: Capture) -> None:
+    pretrain()
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(r".*/run: finished, 1 epochs; the best was 1, clip_val_loss [\d.]+", said)
+    pretrain()
+    assert capsys.readouterr().out.endswith(f"{said[-4:]}; nothing left to do\n")
+    assert len(results(tmp_path)) == 1
+
+
+def test_no_best_epoch_without_held_out_pairs(
+    pretrain: Run, tmp_path: Path, capsys: Capture
+) -> None:
+    pretrain(data=make_shards(tmp_path / "data", train=2))
+    said = capsys.readouterr()
+    assert "no held-out pairs" in said.err
+    assert "finished, 1 epochs\n" in said.out
+
+
+def test_a_worker_without_a_batch_is_an_error(pretrain: Run, shards: Path, tmp_path: Path) -> None:
+    """Where nothing says beforehand how many pairs there are."""
+    (tmp_path / "data").mkdir()
+    for path in shards.glob("*.tar"):
+        (tmp_path / "data" / path.name).symlink_to(path)
+    with pytest.raises(Stopped, match="hold fewer pairs than its batch of 33: it would wait") as e:
+        pretrain(data=tmp_path / "data", batch=33, pairs=66)
+    assert "\n" not in str(e.value)
+
+
+def test_weights_that_are_not_finite_are_not_saved(pretrain: Run, tmp_path: Path) -> None:
+    with pytest.raises(Stopped, match="the model's weights are not finite: stopped"):
+        pretrain("--lr", "1e30", "--warmup", "0", pairs=64)
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def feed(finite: training.Finite, *losses: float) -> training.Finite:
+    for loss in losses:
+        finite.note(nn.Identity(), (), {"a": torch.tensor(1.0), "b": torch.tensor(loss)})
+    return finite
+
+
+def test_ten_losses_running() -> None:
+    args = Namespace(device="cpu", distributed=False, accum_freq=1)
+    nan, model = float("nan"), nn.BatchNorm1d(2)
+    finite = feed(training.Finite(args), *[nan] * 9, 1.0, *[float("inf")] * 9)
+    finite.check(model)
+    feed(finite, nan, 1.0)
+    with pytest.raises(Stopped, match="the loss of 10 steps running was not finite"):
+        finite.check(model)
+    model.running_mean.fill_(nan)  # as an overflow leaves it, though GradScaler skips the step
+    with pytest.raises(Stopped, match="the model's weights are not finite"):
+        training.Finite(args).check(model)
+
+
+def one_rank_sees_nan(rank: int, world_size: int) -> str:
+    finite = training.Finite(Namespace(device="cpu", distributed=True, accum_freq=1))
+    feed(finite, *[float("nan") if rank else 1.0] * 10)
+    try:
+        finite.check(nn.Linear(2, 2))
+    except Stopped as error:
+        return str(error)
+    return ""
+
+
+def test_all_ranks_stop_together(ranks: Ranks) -> None:
+    said = ranks.run(2, one_rank_sees_nan)
+    assert said[0] == said[1] != ""
+
+
+def test_it_is_read_at_the_logging_interval() -> None:
+    steps = []
+    loader = training.Loader(range(7), lambda: steps.append(step), every=3)
+    for step in loader:  # noqa: B007
+        pass
+    assert steps == [2, 5, 6]
+
+
+def test_what_can_not_be_read_is_counted(pretrain: Run, tmp_path: Path, caplog: Log) -> None:
+    data = make_shards(tmp_path / "data", train=4, val=1)
+    cut_short(data / "train-00001.tar")
+    break_picture(data / "train-00002.tar")
+    (data / "train-00003.tar").write_bytes(b"")
+    pretrain(data=data)  # 8 + 4 + 7 pairs are left, and two batches of 8
+    [line] = [r.getMessage() for r in caplog.records if "Not readable" in r.getMessage()]
+    one, two, three = (f"{data}/train-{i:05d}.tar" for i in (1, 2, 3))
+    assert f"13 pairs ({three} 8, {one} 4, {two} 1)" in line
+    assert f"2 shards cut short ({one} 1, {three} 1)" in line
+    assert len(results(tmp_path)) == 1
+
+
+def test_a_validation_that_lost_pairs_is_refused(pretrain: Run, tmp_path: Path) -> None:
+    data = make_shards(tmp_path / "data", train=2, val=1)
+    break_picture(data / "val-00000.tar")
+    with pytest.raises(
+        Stopped, match=r"the validation lost pairs.*: 1 pairs \(.*val-00000.tar 1\)"
+    ):
+        pretrain(data=data)
+    assert results(tmp_path) == []
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_a_seed_fixes_the_pairs(pretrain: Run, tmp_path: Path, monkeypatch: Patch) -> None:
+    """Their order, and the crops of a run without a restart; resumed, the order too."""
+    trainer, seen = command.open_clip_trainer(), []
+
+    def look(model: nn.Module, data: Any, loss: nn.Module, epoch: int, *rest: Any) -> None:
+        data["train"].set_epoch(epoch)
+        seen.extend((epoch, *batch) for batch in data["train"].dataloader)
+
+    def record(*flags: str) -> list[tuple[int, Tensor, Tensor]]:
+        seen.clear()
+        for name, value in theirs.items():
+            monkeypatch.setattr(trainer, name, value)
+        monkeypatch.setattr(trainer, "train_one_epoch", lambda *a, tb_writer: look(*a))
+        monkeypatch.setattr(trainer, "evaluate", lambda *a, **b: {})
+        path = tmp_path / "run" / "checkpoints" / "epoch_latest.pt"
+        path.unlink(missing_ok=True)
+        pretrain("--epochs", "2", "--workers", "2", *flags, pairs=32)
+        return list(seen)
+
+    theirs = {n: getattr(trainer, n) for n in ("get_data", "create_loss", "parse_args")}
+    first, again, other = record(), record(), record("--seed", "1")
+    assert len(first) == 8
+    assert [e for e, *_ in first] == [0] * 4 + [1] * 4
+    for (_, image, text), (_, image_again, text_again) in zip(first, again, strict=True):
+        assert torch.equal(text, text_again)
+        assert torch.equal(image, image_again)
+    texts = [torch.cat([text for _, _, text in run]) for run in (first, other)]
+    assert not torch.equal(*texts)
+    assert not torch.equal(texts[0][:32], texts[0][32:])
+
+
+class Hostile:
+    """Loaded as a pickle may be, it makes a folder."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("hostile",)
+
+
+@pytest.mark.parametrize("kind", ["empty", "half", "hostile"])
+def test_a_checkpoint_that_can_not_be_loaded(
+    kind: str, pretrain: Run, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "run" / "checkpoints" / "epoch_latest.pt"
+    path.parent.mkdir(parents=True)
+    torch.save({"epoch": 1, "state_dict": Hostile() if kind == "hostile" else 0}, path)
+    if kind != "hostile":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 * (kind == "half")])
+    with pytest.raises(CannotStart, match=r"epoch_latest.pt is cut short, or holds more") as error:
+        pretrain()
+    assert "\n" not in str(error.value)
+    assert not Path("hostile").exists()
+
+
+def test_a_full_disk_leaves_no_stump(pretrain: Run, tmp_path: Path) -> None:
+    """A limit on the size of files stands in for the disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
+    try:
+        with pytest.raises(Stopped, match=r"best\.pt can't be written: ") as error:
+            pretrain()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(error.value)
+    [left] = (tmp_path / "run" / "checkpoints").iterdir()
+    assert left.name == "results.jsonl"
+
+
+def test_a_run_is_trained_by_one_process(pretrain: Run, tmp_path: Path) -> None:
+    script = "import sys\nfrom pathlib import Path\nfrom reference_train.files import locked\n"
+    script += "with locked(Path(sys.argv[1])):\n print(flush=True)\n sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path / "run")],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(CannotStart, match="/run: another process is at work there: choose an"):
+            pretrain()
+        other.kill()
+    with locked(tmp_path / "run"):
+        pass
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    def lockf(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", lockf)
+    with locked(tmp_path / "run"):
+        [line] = capsys.readouterr().err.splitlines()
+    assert "can't be locked ([Errno 37] No locks available)" in line
 
 
 def results(logs: Path) -> list[dict[str, float]]:
     path = logs / "run" / "checkpoints" / "results.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-@pytest.mark.slow
-def test_two_steps_of_the_paper_preset(tmp_path: Path) -> None:
-    """RN50 at 224 pixels, on shards as img2dataset calls CC3M's; one worker has one shard."""
-    data = make_shards(tmp_path / "cc3m", **{"cc3m-train": 4, "cc3m-validation": 1})
-    done = run_python(
-        *("-m", "reference_train", "pretrain", "--preset", "paper", "--batch-size", "2"),
-        *("--data", str(data), "--out", str(tmp_path), "--name", "run"),
-        *("--", "--epochs", "1", "--train-num-samples", "4", "--workers", "1"),
-    )
-    assert done.returncode == 0, done.stderr
-    [epoch] = results(tmp_path)
-    assert np.isfinite(epoch[best.LOSS])
-    log = (tmp_path / "run" / "out.log").read_text()
-    assert "Train Epoch: 0 [4/4 (100%)]" in log
-    assert "Inmodal_cyclic_loss" in log
 
 
 @pytest.mark.slow
@@ -370,8 +584,8 @@ def test_it_trains_is_killed_and_goes_on(shards: Path, tmp_path: Path) -> None:
     assert sorted(set(epochs)) == list(range(1, 9))
     assert {"inmodal_gap", "crossmodal_gap", "clip_val_loss"} <= set(results(tmp_path)[0])
     checkpoints = tmp_path / "run" / "checkpoints"
-    saved = torch.load(checkpoints / best.BEST, weights_only=True)
-    lowest = min(results(tmp_path), key=lambda line: line[best.LOSS])
+    saved = torch.load(checkpoints / training.BEST, weights_only=True)
+    lowest = min(results(tmp_path), key=lambda line: line[training.LOSS])
     assert saved["epoch"] == lowest["epoch"]
     model = open_clip.create_model("icons-rn-32")
-    open_clip.load_checkpoint(model, str(checkpoints / best.BEST))
+    open_clip.load_checkpoint(model, str(checkpoints / training.BEST))

@@ -21,7 +21,6 @@ DOCS = Path(__file__).parents[2] / "docs"
 PAGES = [DOCS / "recipes.md", DOCS / "lambda.md", DOCS / "design.md"]
 VISION = {"layers": 1, "width": 32, "head_width": 16, "patch_size": 16, "image_size": 32}
 TEXT = {"layers": 1, "width": 32, "heads": 2, "context_length": 12}
-FEATURES = ("image_features", "text_features")
 
 
 @lru_cache
@@ -43,26 +42,21 @@ def run(heading: str, at: int = 0, **names: Any) -> dict[str, Any]:
 
 
 @lru_cache
-def captions(count: int = 32) -> list[tuple[Tensor, str, str]]:
-    """Emoji: (image (3, 32, 32), name, its first keyword)."""
+def captions() -> list[tuple[Tensor, str, str]]:
+    """32 emoji: (image (3, 32, 32), name, its first keyword)."""
     samples = read_samples([str(EMOJI_FOLDER / "noto.tar.xz")])
-    return [
-        (
-            torch.tensor(decode(sample.image, 32), device="cpu"),
-            sample.caption,
-            sample.info["keywords"][0],
-        )
-        for sample, _ in zip(samples, range(count), strict=False)
-    ]
+    found = []
+    for sample, _ in zip(samples, range(32), strict=False):
+        image = torch.tensor(decode(sample.image, 32), device="cpu")
+        found.append((image, sample.caption, sample.info["keywords"][0]))
+    return found
 
 
-def batch(count: int = 32) -> tuple[Tensor, Tensor]:
-    """Images (count, 3, 32, 32) and tokens (count, 12)."""
-    images = torch.stack([image for image, _, _ in captions()[:count]])
-    tokens = open_clip.tokenizer.SimpleTokenizer(context_length=12)(
-        [name for _, name, _ in captions()[:count]]
-    )
-    return images / 255, tokens
+def batch() -> tuple[Tensor, Tensor]:
+    """Images (32, 3, 32, 32) and tokens (32, 12)."""
+    images, names, _ = zip(*captions(), strict=True)
+    tokens = open_clip.tokenizer.SimpleTokenizer(context_length=12)(list(names))
+    return torch.stack(images) / 255, tokens
 
 
 def tiny_clip() -> nn.Module:
@@ -85,22 +79,16 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {
-        name.removeprefix("module."): p.grad.clone()
-        for name, p in model.named_parameters()
-        if p.grad is not None
-    }
+    found = {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}
+    return {name: grad.clone() for name, grad in found.items() if grad is not None}
 
 
-def whole_batch_gradients(count: int = 32, loss_fn: nn.Module | None = None) -> dict[str, Tensor]:
+def whole_batch_gradients() -> dict[str, Tensor]:
     """What one process gets from the whole batch, in float64."""
     model = tiny_clip().double()
-    images, tokens = batch(count)
-    (loss_fn or CyCLIPLoss())(**model(images.double(), tokens)).backward()
+    images, tokens = batch()
+    CyCLIPLoss()(**model(images.double(), tokens)).backward()
     return gradients(model)
-
-
-# On a rank
 
 
 def part_of_batch(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
@@ -119,27 +107,18 @@ def big_batch_on_rank(rank: int, world_size: int) -> tuple[dict[str, Tensor], in
 
     model.register_comm_hook(None, hook)
     images, tokens = part_of_batch(rank, world_size)
-    run(
-        "A big batch on one card",
-        model=model,
-        optimizer=sgd(model),
-        loss_fn=CyCLIPLoss(),
-        micro_batches=list(zip(images.split(6), tokens.split(6), strict=True)),
-    )
+    micro_batches = list(zip(images.split(6), tokens.split(6), strict=True))
+    options = {"model": model, "optimizer": sgd(model), "loss_fn": CyCLIPLoss()}
+    run("A big batch on one card", micro_batches=micro_batches, **options)
     return gradients(model), sum(averaged)
 
 
 def warm_up_on_rank(rank: int, world_size: int) -> dict[str, Tensor]:
     """The gradients after one step whose weights are those of the paper."""
     model = DistributedDataParallel(tiny_clip().double())
-    run(
-        "Weights that warm up",
-        model=model,
-        optimizer=sgd(model),
-        loss_fn=CyCLIPLoss(),
-        loader=[part_of_batch(rank, world_size)],
-        warmup_steps=1,
-    )
+    options = {"model": model, "optimizer": sgd(model), "loss_fn": CyCLIPLoss()}
+    loader = [part_of_batch(rank, world_size)]
+    run("Weights that warm up", loader=loader, warmup_steps=1, **options)
     return gradients(model)
 
 
@@ -148,23 +127,9 @@ def scale_outside_on_rank(rank: int, world_size: int) -> Tensor:
     model = tiny_clip().double()
     log_scale = nn.Parameter(model.logit_scale.detach().clone())
     out = model(*part_of_batch(rank, world_size))
-    names = run(
-        "A logit scale outside of DDP",
-        loss_fn=CyCLIPLoss(),
-        log_scale=log_scale,
-        **{name: out[name] for name in FEATURES},
-    )
-    return names["log_scale"].grad
-
-
-def hugging_face_on_rank(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
-    """CLIPModel's own loss of this rank's rows, and plain CLIP's by this package."""
-    model = tiny_hugging_face()
-    images, tokens = part_of_batch(rank, world_size)
-    with torch.no_grad():
-        out = model(input_ids=tokens, pixel_values=images.float(), return_loss=True)
-        ours = CyCLIPLoss(0, 0)(out.image_embeds, out.text_embeds, model.logit_scale.exp())
-    return out.loss, ours
+    names = {name: out[name] for name in ("image_features", "text_features")}
+    names |= {"loss_fn": CyCLIPLoss(), "log_scale": log_scale}
+    return run("A logit scale outside of DDP", **names)["log_scale"].grad
 
 
 def tiny_hugging_face() -> nn.Module:

@@ -1,13 +1,14 @@
 """Compile every shipped configuration for every architecture, without a GPU, and show the result.
 
-    python -m cyclip_loss.kernels.compile [--arch sm_90 ...] [--markdown FILE]
+    python -m benchmarks gate [--arch sm_90 ...] [--markdown FILE]
 
 The assembler and disassembler come with Triton's wheel. Exits with 1 if a binary spills registers,
-needs more shared memory than its chip has, multiplies 16-bit numbers without tensor cores, has each
-tensor-core instruction of a contrastive kernel wait for the one before it, or does not fuse
+needs more shared memory than its chip has, multiplies 16-bit numbers without tensor cores or has
+each such instruction of a contrastive kernel wait for the one before it, or does not fuse
 multiplications with additions.
 
-What is compiled is what a launch runs: `padded_rows` copies features that are not aligned.
+What is compiled is what a launch runs: `padded_rows` copies features that are not aligned. The two
+kernels that see D itself are compiled for multiples of 16 and for any D.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import re
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cyclip_loss.kernels import binary
-from cyclip_loss.kernels.binary import Binary
+from benchmarks.gate import binary
+from benchmarks.gate.binary import Binary
 from cyclip_loss.kernels.configs import (
     ARCHITECTURES,
-    INTERPRETED,
     JOIN,
     PAIRS,
     SPLITS,
@@ -60,8 +60,9 @@ FEATURES = {  # dtype of the features -> Triton's pointer type and the precision
     "float32 tf32": ("*fp32", "tf32"),
     "float32 ieee": ("*fp32", "ieee"),
 }
-# Features and their gradients; every other pointer is to float32.
+# Features and their gradients; int64; every other pointer is to float32.
 OF_FEATURES = {"image", "text", "gradient", "image_grad", "text_grad"}
+IDS = {"row_ids", "column_ids"}
 NUMBERS = {"weight", "weight_inmodal", "weight_crossmodal", "size"}
 INTEGERS = {
     "n", "m", "d", "features", "image_stride", "text_stride", "gradient_stride", "first_column",
@@ -79,11 +80,14 @@ class Variant:
     features: str
     config: Config
     flags: tuple[tuple[str, Any], ...]
+    not_multiple: str = ""  # an integer that need not be a multiple of 16: D
 
     @property
     def label(self) -> str:
         """The kernel and the flags that are on."""
         on = [name.lower() for name, value in self.flags if name == "WITH_CROSS" and value]
+        on += ["any D"] if self.not_multiple else []
+        on += ["ids"] if ids_of(self.kernel) - dict(self.flags).keys() else []
         return f"{self.kernel} ({', '.join(on)})" if on else self.kernel
 
     def faults(self, made: Binary | str) -> list[str]:
@@ -107,14 +111,21 @@ KERNELS = {
 }
 
 
+def ids_of(kernel: str) -> set[str]:
+    """The arguments of a kernel that are ids."""
+    return IDS & set(KERNELS[kernel].arg_names)
+
+
 def variants(arch: str) -> Iterator[Variant]:
     """Every configuration of an architecture, with the flags that cost most."""
     of_all = "float32 ieee"  # without a product: the same for all dtypes of the features
     yield _variant(arch, "join_lse", of_all, JOIN)
     yield _variant(arch, "pair_terms", of_all, PAIRS, SYMMETRIC=True)
     yield _variant(arch, "scale_grad", of_all, SUM)
-    yield _variant(arch, "add_splits", of_all, SPLITS)
-    yield _variant(arch, "traces", of_all, TRACES, WITH_CROSS=True)
+    add_splits = _variant(arch, "add_splits", of_all, SPLITS)
+    traces = _variant(arch, "traces", of_all, TRACES, WITH_CROSS=True)
+    yield from (add_splits, replace(add_splits, not_multiple="features"))
+    yield from (traces, replace(traces, not_multiple="d"))
     yield _variant(arch, "cyclic_terms", of_all, SUM, WITH_CROSS=True, SEPARATE=True)
     table = ARCHITECTURES[arch]
     flags: dict[str, Any]
@@ -125,7 +136,10 @@ def variants(arch: str) -> Iterator[Variant]:
             ("contrastive_grads", {"NEEDS_SCALE": True, "SHIFT": 14 * (features == "float16")}),
         ):
             flags = {"SYMMETRIC": True, "WIDEN": False, "PRECISION": dot, **flags}
-            yield _variant(arch, kernel, features, table[kernel][bits, dot], **flags)
+            config = table[kernel][bits, dot]
+            yield _variant(arch, kernel, features, config, **flags, **dict.fromkeys(IDS))
+            config = config.with_ids if kernel == "contrastive_grads" else config
+            yield _variant(arch, kernel, features, config, **flags)
         for cross in (False, True):
             flags = {"WITH_CROSS": cross, "TF32": dot == "tf32", "PRECISION": dot}
             config = table["cyclic_statistics"][32, dot]
@@ -152,11 +166,13 @@ def source(variant: Variant) -> ASTSource:
             signature[name] = "fp32"
         elif name in INTEGERS:
             signature[name] = "i32"
+        elif name in IDS:
+            signature[name] = "*i64"
         else:
             signature[name] = FEATURES[variant.features][0] if name in OF_FEATURES else "*fp32"
         looks = not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
         may_be_multiple = signature[name] == "i32" or signature[name].startswith("*")
-        if looks and may_be_multiple and name not in NEVER_MULTIPLES:
+        if looks and may_be_multiple and name not in {*NEVER_MULTIPLES, variant.not_multiple}:
             attributes[(parameter.num,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes)
 
@@ -211,24 +227,12 @@ def write_section(path: Path, text: str) -> None:
     path.write_text("\n".join(reversed(sections)))
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(options: argparse.Namespace) -> int:
     """Compile, print the table and the faults; 1 if there are any."""
-    parser = argparse.ArgumentParser(prog="cyclip_loss.kernels.compile", description=__doc__)
-    default = [
+    compilable = [
         arch for arch in TARGETS if triton_version() >= FIRST_TRITON.get(arch, triton_version())
     ]
-    parser.add_argument(
-        "--arch", nargs="+", choices=TARGETS, default=default,
-        help="default: all that this Triton can compile for",
-    )  # fmt: skip
-    parser.add_argument(
-        "--markdown", type=Path, help="also write the table there, in place of this Triton's"
-    )
-    options = parser.parse_args(arguments)
-    if INTERPRETED:
-        parser.error("unset TRITON_INTERPRET: an interpreted kernel cannot be compiled")
-
-    everything = [variant for arch in options.arch for variant in variants(arch)]
+    everything = [variant for arch in options.arch or compilable for variant in variants(arch)]
     results: list[tuple[Variant, Binary | str]] = []
     with ProcessPoolExecutor() as pool:
         for variant, made in zip(everything, pool.map(build, everything), strict=True):
@@ -246,7 +250,3 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"FAULT {variant.arch} {variant.label} {variant.features}: {fault}")
             faulty += 1
     return 1 if faulty else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -50,12 +50,13 @@ class Binary:
             found.append(f"{self.shared_bytes} bytes of shared memory, over {SHARED_LIMIT[arch]}")
         if not self.fuses:
             found.append("does not fuse multiplications and additions")
-        if self.serialised and kernel.startswith("contrastive"):
-            found.append("each wgmma waits for the one before it")
         if kernel not in WITH_PRODUCTS:
             return found
         wanted = MATRIX_INSTRUCTIONS[arch]
         is_16_bit_product = kernel.startswith("contrastive") and not features.startswith("float32")
+        # Float32 operands are rounded in registers first, so there every wgmma waits for its own.
+        if self.serialised and is_16_bit_product:
+            found.append("each wgmma waits for the one before it")
         if is_16_bit_product and not any(
             re.match(wanted, name) for name in self.matrix_instructions
         ):
@@ -114,19 +115,26 @@ def is_serialised(sass: str) -> bool:
     """Whether a main loop waits for its last wgmma before the next one begins.
 
     A loop that keeps the tensor cores busy lets one group be under way: it waits with `gsb0, 0x1`.
+    Main loops are the innermost with products: a persistent kernel's loop over tiles has to wait
+    for its tile's last product.
     """
     lines = [
         (int(match[1], 16), match[2])
         for match in re.finditer(r"/\*([0-9a-f]{4,})\*/([^;]+);", sass)
     ]
+    loops = {}  # from its first and last address to its instructions
     for end, text in lines:
         jump = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)\s*$", text)
-        if jump and int(jump[1], 16) < end:
-            body = [line for address, line in lines if int(jump[1], 16) <= address <= end]
-            waits = any(re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0\b", line) for line in body)
-            if waits and any("HGMMA" in line for line in body):
-                return True
-    return False
+        if jump and (start := int(jump[1], 16)) < end:
+            body = [line for address, line in lines if start <= address <= end]
+            if any("HGMMA" in line for line in body):
+                loops[start, end] = body
+    return any(
+        re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0\b", line)
+        for (start, end), body in loops.items()
+        if not any(start < first and last < end for first, last in loops)
+        for line in body
+    )
 
 
 def _count_matrix(assembly: str) -> dict[str, int]:

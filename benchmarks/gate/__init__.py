@@ -1,0 +1,1 @@
+"""Every shipped kernel, compiled for every architecture without a GPU."""

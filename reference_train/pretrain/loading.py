@@ -1,0 +1,141 @@
+"""What OpenCLIP's loading of WebDatasets lacks: losses are counted, `--seed` fixes the order of the
+pairs, and a worker whose shards make no batch is an error.
+
+OpenCLIP logs "Ignoring" for a shard or a picture that can't be read, shuffles by time and process
+number, and waits for ever for a worker that has fewer pairs than a batch.
+"""
+
+import logging
+import multiprocessing
+import random
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.data import get_worker_info
+
+from ..errors import Stopped, first_line
+
+SHOWN = 5  # shards in a message
+
+
+class NoBatch(Stopped):
+    """A worker has read all of its shards and made no batch of them."""
+
+
+class Losses:
+    """What could not be read, by shard: counted in worker processes, asked for in the main one."""
+
+    def __init__(self, shards: Sequence[str]) -> None:
+        # OpenCLIP 4 drops the shard's name before it decodes pictures.
+        self.shards = [*shards, "shards unknown"]
+        self.number = {shard: i for i, shard in enumerate(shards)}
+        self.counts = multiprocessing.Array("q", 2 * len(self.shards))  # pairs, then shards
+        self.told: set[str] = set()
+
+    def add(self, shard: str, *, pairs: int = 0, shards: int = 0, why: object = "") -> None:
+        """Counts pairs that are lost, or a shard that ended early; logs the first of a shard."""
+        i = self.number.get(shard, len(self.number))
+        with self.counts.get_lock():
+            self.counts[i] += pairs
+            self.counts[len(self.shards) + i] += shards
+        if why and shard not in self.told:
+            self.told.add(shard)
+            logging.warning("%s: %s", shard or "a picture", first_line(why))
+
+    def take(self) -> torch.Tensor:
+        """The counts since the last call, (2, shards + 1) int64; row 0: pairs, row 1: shards."""
+        with self.counts.get_lock():
+            taken = torch.tensor(self.counts[:]).view(2, -1)
+            self.counts[:] = [0] * len(self.counts)
+        return taken
+
+    def describe(self, taken: torch.Tensor) -> str:
+        """ "3 pairs (a.tar 2, b.tar 1), 1 shard not to its end (a.tar)"; nothing lost: ""."""
+        found = []
+        for row, what in zip(taken, ("pairs", "shards cut short"), strict=True):
+            named = [f"{self.shards[i]} {row[i]}" for i in row.argsort(descending=True) if row[i]]
+            more = [f"{len(named) - SHOWN} more"] if len(named) > SHOWN else []
+            if named:
+                found.append(f"{row.sum()} {what} ({', '.join(named[:SHOWN] + more)})")
+        return ", ".join(found)
+
+
+def call(stage: Any, source: Iterator[Any], **options: Any) -> Iterator[Any]:
+    """A stage of WebDataset, or one of OpenCLIP's functions, with other options."""
+    if not hasattr(stage, "f"):
+        return stage(source, **options)
+    return stage.f(source, *stage.args, **{**stage.kw, **options})
+
+
+def read(
+    stage: Any, losses: Losses, sizes: Mapping[str, int], shards: Iterator[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """The stage from shards to samples; goes on with the next shard where one can't be read."""
+    for shard in shards:
+        url, samples = shard["url"], 0
+        errors: list[Exception] = []
+        # its result, None, ends the shard, but keeps the sample before
+        for sample in call(stage, iter([shard]), handler=errors.append):
+            samples += 1
+            yield sample
+        if errors:
+            losses.add(url, shards=1, why=errors[0])
+        # A tar that was cut between two files ends without an error.
+        if (missing := sizes.get(url, 0) - samples) > 0:
+            losses.add(url, pairs=missing, why=f"{missing} pairs of it are missing")
+
+
+def decode(stage: Any, losses: Losses, samples: Iterator[dict[str, Any]]) -> Iterator[Any]:
+    """A stage that decodes; leaves out the samples for which it can't."""
+    for sample in samples:
+        errors: list[Exception] = []
+        yield from call(stage, iter([sample]), handler=errors.append)
+        if errors:
+            losses.add(sample.get("__url__", ""), pairs=1, why=errors[0])
+
+
+def shuffle(
+    stage: Any, shared_epoch: Any, seeds: tuple[int, ...], passes: Counter[int], samples: Any
+) -> Iterator[Any]:
+    """WebDataset's shuffle by seeds, worker, epoch and pass, where its own takes the time.
+
+    passes: how often the shards were begun in each epoch, counted here.
+    """
+    epoch, worker = shared_epoch.get_value(), get_worker_info()
+    passes[epoch] += 1
+    place = (*seeds, worker.id if worker else 0, epoch, passes[epoch])
+    return call(stage, samples, rng=random.Random(str(place)))
+
+
+def not_none(batches: Iterator[Any]) -> Iterator[Any]:
+    """The batches of one pass over a worker's shards; raises `NoBatch` if there is none."""
+    batch = None
+    for batch in batches:
+        yield batch
+    if batch is None:
+        raise NoBatch
+
+
+def watch(info: Any, args: Namespace, sizes: Mapping[str, int], train: bool) -> Losses:
+    """Replaces stages in OpenCLIP's `DataInfo` of a WebDataset; returns what counts its losses.
+
+    sizes: path of a shard -> how many pairs it has, where that is known.
+    """
+    stages = info.dataloader.pipeline[0].dataset.pipeline
+    losses = Losses(list(getattr(stages[0], "urls", [])))
+    for i, stage in enumerate(stages):
+        name = getattr(getattr(stage, "f", stage), "__name__", "")
+        if name in ("tarfile_to_samples_nothrow", "tarfile_samples"):
+            stages[i] = partial(read, stage, losses, sizes)
+        elif name == "_shuffle":
+            seeds = (args.seed, args.rank)
+            stages[i] = partial(shuffle, stage, info.shared_epoch, seeds, Counter())
+        elif "handler" in getattr(stage, "kw", {}):
+            stages[i] = partial(decode, stage, losses)
+    if train:
+        stages.append(not_none)
+    return losses

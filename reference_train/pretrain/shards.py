@@ -1,0 +1,100 @@
+"""The tar files of a WebDataset: which there are, how many pairs they hold, and if that will do."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from braceexpand import braceexpand
+
+from ..data.samples import read_samples
+from ..errors import CannotStart
+
+
+def find(data: str, part: str, needed: bool = True) -> str:
+    """A folder -> the pattern of its tar files, those of a part if they are named so.
+
+    Anything else stays as it is: OpenCLIP expands braces, and takes pipes and addresses.
+    """
+    folder = Path(data)
+    if not folder.is_dir():
+        return data
+    found = sorted(folder.glob(f"*{part}*.tar"))
+    if not found and needed:  # whatever it is called, but nothing held out to train on
+        found = [p for p in sorted(folder.glob("*.tar")) if part == "val" or "val" not in p.name]
+    if not found and needed:
+        raise CannotStart(f"no tar file in {data}" + (" but for validation" * (part == "train")))
+    names = [str(path) for path in found]
+    numbers = [re.fullmatch(r"(.*?)(\d+)\.tar", name) for name in names]
+    if len(names) > 1 and numbers[0] and numbers[-1]:
+        pattern = f"{numbers[0][1]}{{{numbers[0][2]}..{numbers[-1][2]}}}.tar"
+        if list(braceexpand(pattern)) == names:
+            return pattern
+    return "::".join(names)
+
+
+def expand(data: str) -> list[str]:
+    """The tar files of a pattern, as OpenCLIP expands it."""
+    return [path for pattern in data.split("::") for path in braceexpand(pattern)]
+
+
+def check(argument: str, shards: Sequence[str], whole: bool) -> dict[str, int]:
+    """How many pairs each shard has, where sizes.json or img2dataset's *_stats.json says it.
+
+    Raises `CannotStart` unless local shards are there, and the first has pairs; whole: unless each
+    can be read to its end, and has as many pairs as it should.
+    """
+    if any("://" in path or path.startswith("pipe:") for path in shards):
+        return {}
+    for path in shards:
+        if not Path(path).is_file():
+            raise CannotStart(f"{argument}: no such shard: {path}")
+    known = sizes(shards)
+    if next(read_samples(shards[:1]), None) is None:
+        raise CannotStart(f"{argument}: {shards[0]} holds no image with a caption")
+    for path in shards if whole else ():
+        pairs = sum(1 for _ in read_samples([path]))
+        if pairs < known.get(path, 0):
+            raise CannotStart(f"{argument}: {path} holds {pairs} of {known[path]} pairs")
+    return known
+
+
+def sizes(shards: Sequence[str]) -> dict[str, int]:
+    """The numbers of pairs that are written beside local shards."""
+    found: dict[str, int] = {}
+    for folder in {Path(shard).parent for shard in shards}:
+        path = folder / "sizes.json"
+        try:
+            table = json.loads(path.read_text()) if path.exists() else {}
+            for shard in (s for s in shards if Path(s).parent == folder):
+                path = Path(shard.removesuffix(".tar") + "_stats.json")
+                if Path(shard).name in table:
+                    found[shard] = int(table[Path(shard).name])
+                elif path.exists():
+                    found[shard] = int(json.loads(path.read_text())["successes"])
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise CannotStart(f"{path}: says no numbers of pairs: {error!r}") from error
+    return found
+
+
+def check_shared(
+    shards: Sequence[str], known: Mapping[str, int], workers: int, ranks: int, batch: int
+) -> None:
+    """Raises `CannotStart` if a worker may get no shard, or fewer pairs than its batch.
+
+    OpenCLIP gives each worker of each rank every so-manyth shard, in an order that changes with the
+    epoch, and waits for ever for one whose shards make no batch.
+    """
+    each = len(shards) // (workers * ranks)
+    if not each:
+        raise CannotStart(
+            f"--data has {len(shards)} shards for {workers * ranks} workers (--workers × ranks): "
+            "each needs one"
+        )
+    fewest = sum(sorted(known.values())[:each])
+    if len(known) == len(shards) and fewest < batch:
+        raise CannotStart(
+            f"--data: a worker would wait for ever, as its {each} of {len(shards)} shards may hold "
+            f"{fewest} pairs and its batch is {batch}: take fewer --workers (now {workers}), "
+            "a smaller batch or more pairs in a shard"
+        )

@@ -1,0 +1,221 @@
+"""What OpenCLIP's training loop lacks: it stops where a loss or the model is not finite, validates
+all pairs or none, adds the consistency gaps, keeps the best epoch, and writes checkpoints whole.
+"""
+
+import json
+import logging
+import math
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping
+from functools import wraps
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cyclip_loss.metrics import consistency_metrics
+
+from ..errors import Stopped, first_line
+from ..files import written_whole
+from ..runs import without_wrappers
+from .loading import NoBatch, watch
+
+LOSS = "clip_val_loss"  # OpenCLIP's name for the contrastive loss on the validation's batches
+BEST = "best.pt"
+STEPS = 10  # running without a finite loss: GradScaler skips single ones, and that is normal
+COLLAPSED = -0.05  # uniformity; runs that had learned nothing were at -0.02 and -0.03
+
+
+def add_to(main: Any, train: ModuleType, sizes: Mapping[str, int]) -> None:
+    """Changes `open_clip_train.main` and `open_clip_train.train` for this process.
+
+    sizes: path of a shard -> how many pairs it has, where that is known.
+    """
+    main.get_data = watching(main.get_data, sizes)
+    main.train_one_epoch = stopping(main.train_one_epoch)
+    main.evaluate = keeping_the_best(main.evaluate)
+    train.get_clip_metrics = with_gaps(train.get_clip_metrics)  # type: ignore[attr-defined]
+    torch.save = saving_whole(torch.save)
+
+
+class Loader:
+    """A loader of batches that calls `check` after every `every` steps, and at the end."""
+
+    def __init__(self, loader: Any, check: Callable[[], None], every: float = math.inf) -> None:
+        self.loader, self.check, self.every = loader, check, every
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)  # OpenCLIP asks for num_batches and num_samples
+
+    def __iter__(self) -> Iterator[Any]:
+        for number, batch in enumerate(self.loader, start=1):
+            yield batch
+            if number % self.every == 0:
+                self.check()
+        self.check()
+
+
+class Finite:
+    """Whether losses and the model are finite; the host waits for it in `check` only."""
+
+    def __init__(self, args: Namespace) -> None:
+        self.args, self.limit = args, STEPS * args.accum_freq
+        self.running = self.longest = torch.zeros((), dtype=torch.int64, device=args.device)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def note(self, _: nn.Module, inputs: Any, losses: Tensor | dict[str, Tensor]) -> None:
+        """A forward hook of the loss."""
+        terms = list(losses.values()) if isinstance(losses, dict) else [losses]
+        finite = torch.stack([term.detach().float() for term in terms]).isfinite().all()
+        self.running = torch.where(finite, 0, self.running + 1)
+        self.longest = torch.maximum(self.longest, self.running)
+
+    def check(self, model: nn.Module) -> None:
+        """Raises `Stopped` on all ranks if one of them has seen `limit` losses, or has weights."""
+        # of buffers only what training writes: an attention mask may be -inf
+        running = [b for n, b in model.named_buffers() if n.endswith(("_mean", "_var"))]
+        tensors = [t.detach() for t in (*model.parameters(), *running)]
+        local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]  # of FSDP
+        model_is_finite = torch.stack([t.isfinite().all() for t in local]).all()
+        found = torch.stack([self.longest, (~model_is_finite).to(self.longest)])
+        if self.args.distributed:
+            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+        longest, broken = found.tolist()
+        if longest >= self.limit or broken:
+            what = "the model's weights are" if broken else f"the loss of {STEPS} steps running was"
+            raise Stopped(f"{what} not finite: stopped, and nothing saved since the last epoch")
+
+
+def stopping(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """Their epoch of training; it stops where a loss or the model is not finite.
+
+    At the end it logs which pairs could not be read, of all ranks.
+    """
+
+    @wraps(theirs)
+    def train_one_epoch(first: Any, data: dict[str, Any], *rest: Any, **more: Any) -> Any:
+        # OpenCLIP 4: (state, data, args); 3: (model, data, loss, epoch, ...)
+        model, loss = (first.task, first.task.loss) if hasattr(first, "task") else (first, rest[0])
+        info = data["train"]
+        args, finite, losses, loader = info.args, info.finite, info.losses, info.dataloader
+        every = args.log_every_n_steps * args.accum_freq
+        info.dataloader = Loader(loader, lambda: finite.check(model), every)
+        hook = loss.register_forward_hook(finite.note)
+        try:
+            result = theirs(first, data, *rest, **more)
+        except NoBatch:
+            lost = losses.describe(losses.take())
+            raise Stopped(
+                f"the shards of a worker hold fewer pairs than its batch of {args.batch_size}: it "
+                f"would wait for ever; take fewer --workers{lost and f' (unreadable: {lost})'}"
+            ) from None
+        finally:
+            hook.remove()
+            info.dataloader = loader
+        lost = losses.take().to(args.device)
+        if args.distributed:
+            torch.distributed.all_reduce(lost)
+        if lost.any() and args.rank == 0:
+            logging.warning("Not readable in this epoch: %s", losses.describe(lost.cpu()))
+        return result
+
+    return train_one_epoch
+
+
+def watching(theirs: Callable[..., Any], sizes: Mapping[str, int]) -> Callable[..., Any]:
+    """Their data, watched as `loading` says; a validation that lost pairs raises `Stopped`."""
+
+    @wraps(theirs)
+    def get_data(args: Namespace, *rest: Any, **more: Any) -> dict[str, Any]:
+        data = theirs(args, *rest, **more)
+        info = data["train"]
+        info.args, info.finite = args, Finite(args)
+        info.losses = watch(info, args, sizes, train=True)
+        if "val" in data:
+            losses = watch(data["val"], args, sizes, train=False)
+
+            def refuse() -> None:
+                if lost := losses.describe(losses.take()):
+                    raise Stopped(f"the validation lost pairs, and can't choose an epoch: {lost}")
+
+            data["val"].dataloader = Loader(data["val"].dataloader, refuse)
+        return data
+
+    return get_data
+
+
+def with_gaps(theirs: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Their retrieval numbers, with those of `cyclip_loss.metrics.consistency_metrics`."""
+
+    @wraps(theirs)
+    def metrics(**features: Any) -> dict[str, Any]:
+        image, text = (whole(features[f"{of}_features"]) for of in ("image", "text"))
+        gaps = {name: float(gap) for name, gap in consistency_metrics(image, text).items()}
+        spread = min(gaps["image_uniformity"], gaps["text_uniformity"])
+        if spread > COLLAPSED:
+            logging.warning(
+                "All features are collapsed to one point (uniformity %.3f): nothing is learned; "
+                "try a smaller λ or --lr, or a longer --warmup",
+                spread,
+            )
+        return {**theirs(**features), **gaps}
+
+    return metrics
+
+
+def whole(features: Tensor | list[Tensor]) -> Tensor:
+    """Features (N, D), which OpenCLIP 4 passes batch by batch."""
+    return (features if isinstance(features, Tensor) else torch.cat(features)).float()
+
+
+def keeping_the_best(theirs: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Their evaluation; then the model is saved as `best.pt` if its loss is the lowest so far."""
+
+    @wraps(theirs)
+    def evaluate(
+        model: nn.Module, data: Any, epoch: int, args: Namespace, **more: Any
+    ) -> dict[str, Any]:
+        metrics = theirs(model, data, epoch, args, **more)
+        # On other ranks, and where nothing was validated, there is no loss. Under FSDP a rank has
+        # no whole model.
+        if getattr(args, "save_logs", False) and LOSS in metrics and not getattr(args, "fsdp", 0):
+            folder = Path(args.checkpoint_path)
+            earlier = [loss for at, loss in validations(folder).items() if at < epoch]
+            if metrics[LOSS] <= min(earlier, default=math.inf):
+                inner = getattr(model, "trainable_module", model)  # of a task of OpenCLIP 4
+                state = without_wrappers(inner.state_dict())
+                checkpoint = {"epoch": epoch, "name": args.name, LOSS: metrics[LOSS]}
+                torch.save({**checkpoint, "state_dict": state}, folder / BEST)
+                logging.info("Epoch %d is the best so far: %s", epoch, folder / BEST)
+        return metrics
+
+    return evaluate
+
+
+def validations(checkpoints: Path) -> dict[int, float]:
+    """Epoch -> loss, from the file that OpenCLIP logs them to."""
+    path = checkpoints / "results.jsonl"
+    lines = map(json.loads, path.read_text().splitlines() if path.exists() else [])
+    # a line without a loss is one of zero-shot accuracy alone
+    return {n["epoch"]: n[LOSS] for n in lines if math.isfinite(n.get(LOSS, math.nan))}
+
+
+def saving_whole(theirs: Callable[..., None]) -> Callable[..., None]:
+    """`torch.save` that leaves a file whole or not at all, and says in one line why it can't."""
+
+    @wraps(theirs)
+    def save(content: Any, file: Any, *more: Any, **options: Any) -> None:
+        if not isinstance(file, str | Path):
+            return theirs(content, file, *more, **options)
+        path = Path(file)
+        try:
+            with written_whole(path) as partial:
+                theirs(content, partial, *more, **options)
+        except (OSError, RuntimeError) as error:
+            # PyTorch's writer does not say that a disk is full
+            why = getattr(error, "strerror", None) or f"is the disk full? ({first_line(error)})"
+            raise Stopped(f"{path} can't be written: {why}") from error
+
+    return save

@@ -1,0 +1,72 @@
+"""`docs/lambda.md`, "Coming from your own loss": each row of its table against that loss."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from inputs import pairs
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize
+
+from cyclip_loss import CyclicPenalty, CyCLIPLoss
+
+PAGE = Path(__file__).parents[2] / "docs" / "lambda.md"
+SECTION = PAGE.read_text().partition("## Coming from your own loss\n")[2]
+# A row: text in the first cell, code in the second.
+ROWS = dict(re.findall(r"^\| (\w[^|]*) \| `(.*)` \|$", SECTION, re.MULTILINE))
+
+N, RANKS = 12, 3
+I, T = pairs(N, 5, device="cpu")  # noqa: E741
+SCALE, WEIGHT = 10.0, 0.7
+IN_GAPS = (I @ I.T - T @ T.T).square()
+CROSS_GAPS = (I @ T.T - T @ I.T).square()
+OFF_DIAGONAL = ~torch.eye(N, dtype=torch.bool, device="cpu")
+
+
+def clip(logits: Tensor) -> Tensor:
+    labels = torch.arange(N, device="cpu")
+    return (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
+
+
+CLIP = clip(SCALE * I @ T.T)
+# From the first words of a row: the loss itself, in float64.
+THEIRS = {
+    "The paper's": CLIP + 0.3 * N * IN_GAPS.mean() + 0.2 * N * CROSS_GAPS.mean(),
+    "The *mean*": CLIP + WEIGHT * (IN_GAPS.mean() + CROSS_GAPS.mean()),
+    "The local": CLIP + WEIGHT * (N // RANKS) * (IN_GAPS + CROSS_GAPS).mean(),
+    "A temperature": clip(I @ T.T / 0.07) + 0.25 * N * (IN_GAPS + CROSS_GAPS).mean(),
+    "It normalises": CLIP + 0.25 * N * (IN_GAPS + CROSS_GAPS).mean(),
+    "x-clip": WEIGHT * IN_GAPS[OFF_DIAGONAL].mean(),
+    "TBPS-CLIP": 0.1 * (0.25 * IN_GAPS.mean() + 0.25 * CROSS_GAPS.mean()),
+    "axlearn": CLIP + 0.4 * CROSS_GAPS.mean() + 0.6 * IN_GAPS.mean(),
+}
+
+
+def test_every_row_is_tested() -> None:
+    assert len(ROWS) == len(THEIRS)
+    assert all(any(row.startswith(words) for words in THEIRS) for row in ROWS)
+
+
+@pytest.mark.parametrize("words", THEIRS)
+def test_a_row(words: str) -> None:
+    [code] = [code for row, code in ROWS.items() if row.startswith(words)]
+    lengths = torch.linspace(0.5, 3, N, dtype=torch.float64, device="cpu")[:, None]
+    raw = words == "It normalises"
+    found = eval(
+        code,
+        dict(CyCLIPLoss=CyCLIPLoss, CyclicPenalty=CyclicPenalty, normalize=normalize, N=N)
+        | dict(cylambda1=0.3, cylambda2=0.2, w=WEIGHT, n=N // RANKS, temperature=0.07, scale=SCALE)
+        | dict(in_modal_weight=0.4, cross_modal_weight=0.6, loss_fn=CyCLIPLoss())
+        | dict(images=lengths * I if raw else I, texts=T / lengths if raw else T),
+    )
+    if isinstance(found, torch.nn.Module):
+        found = found(I, T) if isinstance(found, CyclicPenalty) else found(I, T, SCALE)
+    torch.testing.assert_close(found, THEIRS[words], rtol=1e-13, atol=0)
+
+
+def test_the_mistakes() -> None:
+    """The cross-modal gap of a matrix and itself is 0, as the table says; that of CyCLIP is not."""
+    per_image, per_text = SCALE * I @ T.T, SCALE * T @ I.T
+    assert (per_image - per_text.T).abs().max() < 1e-14 * SCALE
+    assert CyclicPenalty(0, 1)(I, T) > 0.1

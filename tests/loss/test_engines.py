@@ -1,0 +1,125 @@
+"""The engines on their own, at the work of a rank: rectangles, and parts of Gram matrices."""
+
+from math import log
+
+import pytest
+import torch
+from accuracy import check_bound, eps_of, exact_on_host
+from conftest import set_strip_rows
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from inputs import LAYOUTS, lay_out, pairs
+
+from cyclip_loss import ops
+
+SCALE, GRAD, WEIGHT = 5.0, 0.25, 0.5
+RECTANGLE = {"layout": "contiguous", "seed": 1, "needs": (True, True, True), "wide": False}
+# A row against more columns than a block has; a few rows that the diagonal leaves.
+ONE_ROW = RECTANGLE | {"n": 1, "m": 37, "d": 3, "first_column": 5, "strip_rows": None}
+WIDE = RECTANGLE | {"n": 5, "m": 16385, "d": 3, "first_column": 16380, "strip_rows": 7}
+TALL = RECTANGLE | {"n": 20, "m": 9, "d": 5, "first_column": -6, "strip_rows": 7}
+
+
+@settings(max_examples=40)
+@given(
+    n=st.integers(1, 40),
+    m=st.integers(1, 40),
+    d=st.integers(1, 24),
+    first_column=st.integers(-45, 45),
+    symmetric=st.booleans(),
+    strip_rows=st.sampled_from([None, 1, 7]),
+    layout=st.sampled_from(LAYOUTS),
+    seed=st.integers(0, 2**31),
+    dtype=st.sampled_from([torch.float32, torch.float32, torch.float16, torch.bfloat16]),
+    needs=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    wide=st.booleans(),
+)
+@example(**ONE_ROW, symmetric=True, dtype=torch.bfloat16)
+@example(**WIDE, symmetric=True, dtype=torch.float32)
+@example(**TALL, symmetric=True, dtype=torch.float32)
+@example(**TALL | {"needs": (False, False, True)}, symmetric=False, dtype=torch.float16)
+def test_contrastive_rectangles(
+    n, m, d, first_column, symmetric, strip_rows, layout, seed, dtype, needs, wide, impl, device
+) -> None:
+    """As the docstrings say, with log-sum-exps larger than the rectangle's, as over ranks."""
+    image, text = (rows.to(dtype) for rows in pairs(max(n, m), d, seed=seed, device=device))
+    image, text = lay_out(image[:n], layout), lay_out(text[:m], layout)
+    i, t = exact_on_host(image), exact_on_host(text)
+    cosines, sizes = i @ t.T, i.abs() @ t.abs().T
+    logits = SCALE * cosines
+    row_lse = (logits.logsumexp(1) + 0.5).float()
+    column_lse = (logits.logsumexp(0) + torch.linspace(0, 2, m, device="cpu")).float()
+    pair_gradient = torch.linspace(-1, -1e-4, n, device="cpu")
+    lses = (row_lse, column_lse if symmetric else column_lse[:0], pair_gradient)
+    engine, scale = ops.engine(impl, image), torch.tensor(SCALE, device=device)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        set_strip_rows(monkeypatch, strip_rows)
+        found = engine.contrastive_lse(image, text, scale, first_column, symmetric)
+        given = (*(lse.to(device) for lse in lses), torch.tensor(GRAD, device=device), WEIGHT)
+        options = (first_column, symmetric, [*needs], wide)
+        grads = engine.contrastive_grads(image, text, scale, *given, *options)
+
+    columns, rows = torch.arange(m, device="cpu"), torch.arange(n, device="cpu")
+    is_pair = columns == rows[:, None] + first_column
+    negatives = logits.masked_fill(is_pair, -torch.inf)
+    eps = eps_of(impl, image)
+    exact = (negatives.logsumexp(1), negatives.logsumexp(0), (logits * is_pair).sum(1))
+    for lse, right in zip(found, exact, strict=True):
+        assert lse.dtype == torch.float32
+        if lse is found[1] and not symmetric:
+            assert lse.shape == (0,)
+            continue
+        # Without negatives: exactly -inf.
+        lse, alone = lse.cpu(), right == -torch.inf
+        assert bool((lse[alone] == -torch.inf).all())
+        size = log(1 + max(n, m)) + SCALE * sizes.max()
+        check_bound("lse", lse[~alone], [right[~alone]], size * eps.logits)
+    # A row without a partner has 0, not something small.
+    assert bool((found[2].cpu()[~is_pair.any(1)] == 0).all())
+
+    exps = (logits - row_lse[:, None]).exp()
+    exps = exps + (logits - column_lse).exp() if symmetric else exps
+    g = GRAD * WEIGHT * torch.where(is_pair, pair_gradient[:, None].double(), exps)
+    # A logit's or log-sum-exp's absolute error is a relative one of the exponentials.
+    of_logits = eps.logits * (1 + row_lse.abs().max() + column_lse.abs().max() + SCALE) * g.abs()
+    errors = of_logits + eps.stored * g.abs()
+    of_scale = errors if impl == "eager" else of_logits
+    bounds = (SCALE * errors @ t.abs(), SCALE * errors.T @ i.abs(), (of_scale * sizes).sum())
+    exact = (SCALE * g @ t, SCALE * g.T @ i, (g * cosines).sum())
+    for grad, right, bound, needed in zip(grads, exact, bounds, needs, strict=True):
+        assert grad.dtype == (torch.float32 if wide or grad.ndim == 0 else dtype)
+        if needed:
+            check_bound("grad", grad, [right], bound)
+        else:
+            assert grad.numel() == (0 if grad.ndim else 1)
+
+
+@pytest.mark.parametrize("d", [6, 40])
+@pytest.mark.parametrize(
+    ("lambdas", "grads"), [((0.5, 0.2), (2.0, 3.0)), ((0.2, 0.5), (2.0,)), ((0.5, 0.5), (1.0,))]
+)
+def test_penalties_of_four_ranks(impl, lambdas, grads, d: int, small_strips, device) -> None:
+    """Gram matrices of parts add up, and gradients are four times those of the whole batch."""
+    image, text = (rows.float() for rows in pairs(41, d, device=device))
+    i, t = (rows.double().requires_grad_() for rows in (image, text))
+    terms = [(i @ i.T - t @ t.T).square().sum(), (i @ t.T - t @ i.T).square().sum()]
+    terms = [weight * term for weight, term in zip(lambdas, terms, strict=True)]
+    (4 * (grads[0] * terms[0] + grads[-1] * terms[1])).backward()
+    engine = ops.engine(impl, image)
+    with_cross = lambdas[0] != lambdas[1]
+    parts = zip(image.split([1, 27, 13]), text.split([1, 27, 13]), strict=True)
+    grams = sum(engine.cyclic_statistics(*part, with_cross) for part in parts)
+    assert grams.shape == (2 + with_cross, d, d)
+    weights, upstream = (
+        [torch.tensor(value, device="cpu") for value in values] for values in (lambdas, grads)
+    )
+    found = engine.cyclic_terms(grams, weights, len(grads) == 2)
+    for term, exact in zip(found, terms if len(grads) == 2 else [sum(terms)], strict=True):
+        assert term.item() == pytest.approx(exact.item(), rel=2e-6)
+    for needs in ([True, True], [False, True]):
+        of_features = engine.cyclic_grads(image, text, grams, upstream, weights, 4, needs)
+        for grad, leaf, needed in zip(of_features, (i, t), needs, strict=True):
+            assert grad.shape == (leaf.shape if needed else (0,))
+            atol = 2e-6 * float(leaf.grad.abs().max())
+            if needed:
+                torch.testing.assert_close(grad.double(), leaf.grad, rtol=0, atol=atol)

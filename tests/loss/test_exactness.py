@@ -1,0 +1,174 @@
+"""Digits that the dense formula loses and this loss keeps, and bits that are always the same."""
+
+import math
+
+import pytest
+import torch
+from accuracy import NAMES, check, check_loss, evaluate, penalty_bound, results
+from conftest import set_strip_rows
+from inputs import DTYPES, Case, pairs
+from torch import Tensor
+
+from cyclip_loss import CyCLIPLoss, cyclic_penalty, cyclip_loss, reference
+
+FORMS = pytest.mark.parametrize(("n", "d"), [(96, 40), (96, 128)], ids=["large", "small"])
+
+
+def errors(loss, dense, inputs) -> list[tuple[float, float]]:
+    """Of the value and each gradient: our relative error, and the dense formula's in its dtype."""
+    exact = results(dense, *(tensor.double() for tensor in inputs))
+    both = results(loss, *inputs), results(dense, *inputs)
+    return [
+        tuple(
+            ((getattr(found, name).double() - right).norm() / right.norm()).item() for found in both
+        )
+        for name in NAMES
+        if (right := getattr(exact, name)).any()
+    ]
+
+
+def dense_loss(lambdas: tuple[float, float]):
+    return lambda *inputs: sum(reference.cyclip_loss(*inputs, *lambdas).values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("distance", [None, 0.003])
+@FORMS
+def test_no_less_accurate_than_dense_pytorch(
+    impl: str, n: int, d: int, distance, dtype, device: torch.device
+) -> None:
+    """At most twice its error in the same dtype, and one rounding of the result."""
+    inputs = Case(n, d, dtype, distance, logit_scale=20.0, seed=5).inputs(device)
+    lambdas = (0.5, 0.25)
+    found = errors(CyCLIPLoss(*lambdas, impl=impl), dense_loss(lambdas), inputs)
+    assert all(own <= 2 * dense + torch.finfo(dtype).eps for own, dense in found), found
+
+
+@pytest.mark.parametrize("lambdas", [(0, 0), (0.25, 0.25)])
+@FORMS
+def test_close_pairs_keep_their_digits(
+    impl: str, n: int, d: int, lambdas, device: torch.device
+) -> None:
+    """Pairs found with confidence: their terms are small differences of probabilities from 1."""
+    inputs = Case(n, d, distance=0.003, logit_scale=16.0).inputs(device)
+    found = errors(CyCLIPLoss(*lambdas, impl=impl), dense_loss(lambdas), inputs)
+    assert all(own < 5e-6 for own, _ in found), found
+    assert all(dense > 1e-5 for _, dense in found[1:]), "not a hard input"
+
+
+@pytest.mark.parametrize(("distance", "share"), [(0.3, 2.0), (0.03, 0.2), (0.003, 0.02)])
+@FORMS
+def test_penalties_of_nearly_aligned_pairs(
+    impl: str, n: int, d: int, distance: float, share: float, device: torch.device
+) -> None:
+    """Precise at every distance; a share of the dense formula's error that falls with it."""
+    inputs = Case(n, d, distance=distance).inputs(device)
+    found = errors(
+        lambda i, t, s: cyclic_penalty(i, t, impl=impl) + 0 * s,
+        lambda i, t, s: sum([*reference.cyclip_loss(i, t, s).values()][1:]) + 0 * s,
+        inputs,
+    )
+    assert len(found) == 3
+    assert all(own <= 1e-6 for own, _ in found), found
+    assert all(own <= share * dense for own, dense in found[1:]), found
+
+
+@pytest.mark.parametrize("lambdas", [(0.25, 0.25), (1.0, 0.0), (0.0, 1.0)])
+@pytest.mark.parametrize("d", [5, 12], ids=["large", "small"])
+def test_identical_towers(lambdas, d: int, impl: str, device: torch.device) -> None:
+    """T = I: penalties and gradients are exactly zero; in the whole loss both roles add up."""
+    image = pairs(12, d, device=device)[0].float().requires_grad_()
+    penalty = cyclic_penalty(image, image, *lambdas, impl=impl)
+    penalty.backward()
+    assert penalty == 0
+    assert torch.equal(image.grad, torch.zeros_like(image))
+    leaf, twin = (image.detach().double().clone().requires_grad_() for _ in range(2))
+    cyclip_loss(leaf, leaf, 5.0, impl=impl).backward()
+    dense_loss((0.25, 0.25))(twin, twin, 5.0).backward()
+    torch.testing.assert_close(leaf.grad, twin.grad, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("which", ["inmodal", "crossmodal"])
+@pytest.mark.parametrize("n", [60, 20], ids=["large", "small"])
+def test_a_penalty_that_vanishes_is_not_negative(
+    which: str, n: int, impl: str, device: torch.device
+) -> None:
+    """P_in of rotated and P_cross of symmetrically mapped features: zero, up to rounding."""
+    generator = torch.Generator().manual_seed(3)
+    mapping = torch.randn(24, 24, generator=generator, dtype=torch.float64, device="cpu").to(device)
+    mapping = torch.linalg.qr(mapping)[0] if which == "inmodal" else mapping + mapping.T
+    for seed in range(8):
+        image = pairs(n, 24, seed=seed, device=device)[0]
+        image, text = image.float(), (image @ mapping).float()
+        term = cyclic_penalty(image, text, 1.0, 1.0, True, impl=impl)[f"{which}_cyclic_loss"]
+        bound, _ = penalty_bound(image.double().cpu(), text.double().cpu(), 1, 1, 1e-7)
+        assert 0 <= term.item() <= 4 * bound / n
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_largest_scale_and_no_match(impl: str, dtype: torch.dtype, device: torch.device) -> None:
+    """s = 100 with every cosine below 0.1: exp(l - s) would underflow, and give log 0.
+
+    Rows that grow, then shrink: each strip raises the maxima of some columns and leaves others.
+    """
+    image, text = torch.zeros(2, 60, 64, dtype=torch.float64, device=device)
+    image[:, :32], text[:, 32:] = pairs(60, 32, device=device)
+    image[:, 63], text[:, 0] = 0.1, 0.1
+    assert (image @ text.T).max() < 0.1
+    sizes = torch.logspace(-2, 1, 60, dtype=torch.float64, device=device)[:, None]
+    case = Case(60, 64, dtype, logit_scale=100.0, lambdas=(0.0, 0.0), strip_rows=7)
+    for rows in (image, image * sizes, image * sizes.flip(0)):
+        features = {"image": rows.to(dtype), "text": text.to(dtype)}
+        check(case, features, *evaluate(case, features, impl, device), impl)
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_matmul_precision_is_the_users(impl: str, precision: str, device: torch.device) -> None:
+    """The setting is not left changed; "high" and "medium" allow tf32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        check_loss(Case(80, 24, lambdas=(0.5, 0.25)), impl, device, tf32=precision != "highest")
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
+@pytest.mark.parametrize("d", [20, 40], ids=["large", "small"])
+def test_same_inputs_same_bits(impl: str, d: int, dtype, small_strips, device) -> None:
+    inputs = Case(70, d, dtype, logit_scale=30.0).inputs(device)
+    first, again = (results(CyCLIPLoss(0.25, 0.5, impl=impl), *inputs) for _ in range(2))
+    assert all(map(torch.equal, again, first))
+
+
+@pytest.mark.parametrize("d", [2, 3], ids=["large", "small"])
+@pytest.mark.parametrize("lambdas", [(0.25, 0.25), (0.5, 0.125), (0.0, 0.5), (0, 0)])
+def test_gradcheck(lambdas, d: int, monkeypatch, device: torch.device) -> None:
+    """Finite differences, of the sum and of the terms: independent of `reference`."""
+    set_strip_rows(monkeypatch, 2)
+    module = CyCLIPLoss(*lambdas)
+    inputs = [x.requires_grad_() for x in Case(5, d, torch.float64, logit_scale=4.0).inputs(device)]
+
+    def terms(*arguments: Tensor) -> tuple[Tensor, ...]:
+        losses = module(*arguments, output_dict=True).values()
+        return tuple(loss for loss in losses if loss.requires_grad)
+
+    assert torch.autograd.gradcheck(module, inputs)
+    assert torch.autograd.gradcheck(terms, inputs)
+
+
+def test_the_definition() -> None:
+    """Worked out by hand, and twice differentiable: what second derivatives are sent to."""
+    image = torch.eye(2, dtype=torch.float64, device="cpu")
+    text = torch.tensor([[0.0, 1.0], [0.0, 1.0]], dtype=torch.float64, device="cpu")
+    scale = torch.tensor(2.0, dtype=torch.float64, device="cpu")
+    # Logits 0 2 / 0 2 with rows that differ, from I T^T = [[0, 0], [1, 1]].
+    terms = reference.cyclip_loss(image, text, scale, 1.0, 1.0, reference_batch_size=1)
+    row = (math.log(2) + math.log(2)) / 2
+    column = math.log(1 + math.exp(2)) - 1
+    assert terms["contrastive_loss"].item() == pytest.approx((row + column) / 2)
+    # I I^T - T T^T = -[[0, 1], [1, 0]], I T^T - T I^T = [[0, -1], [1, 0]]: 2 / N, times R / N.
+    assert terms["inmodal_cyclic_loss"] == terms["crossmodal_cyclic_loss"] == 0.5
+    leaves = [x.requires_grad_() for x in Case(4, 3, torch.float64).inputs("cpu")]
+    assert torch.autograd.gradgradcheck(dense_loss((0.5, 0.25)), leaves)

@@ -1,0 +1,92 @@
+"""What ranks have to agree on: an error on every rank at first, and trust afterwards."""
+
+import pytest
+import torch
+from accuracy import evaluate
+from pool import RankError, Ranks, own_device
+from rank_cases import RankCase
+from test_ranks import DIST_IMPLS
+
+Step = list[tuple[int, dict]]  # each rank's (rows, options)
+
+
+def outcomes(rank: int, world_size: int, steps: list[Step]) -> list[str]:
+    """Of each step, "right", or its error."""
+    found = []
+    for step in steps:
+        n, options = step[rank]
+        case = RankCase(rows=(n,) * world_size, **({"dtype": torch.float32, "d": 4} | options))
+        over_ranks = {"dist_impl": case.dist_impl, "uneven": case.uneven}
+        try:
+            evaluate(case, case.of_rank(rank), "eager", own_device(), **over_ranks)
+            found.append("right")
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def run_steps(ranks: Ranks, *steps: Step) -> list[list[str]]:
+    """The outcomes of each step, by rank."""
+    ranks.leave()  # in a new group nothing has been compared
+    return list(zip(*ranks.run(2, outcomes, list(steps)), strict=True))
+
+
+def both_hold(n: int, **options) -> Step:
+    return [(n, options)] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("D", {"d": 5}),
+        ("dtype", {"dtype": torch.float16}),
+        ("dist_impl", {"dist_impl": "ring"}),
+        ("uneven", {"uneven": True}),
+        ("lambda_inmodal", {"lambdas": (0.5, 0.25)}),
+        ("lambda_crossmodal", {"lambdas": (0.25, 0.0)}),
+        ("reference_batch_size", {"reference_batch_size": 128}),
+        ("augmented features", {"views": True}),
+        ("require a gradient", {"frozen": frozenset(["text"])}),
+    ],
+    ids=str,
+)
+def test_first_step(name: str, other: dict, ranks: Ranks) -> None:
+    """Every rank says the same, with all that differs; then the group works.
+
+    A rank may log the terms: what is sent does not depend on it.
+    """
+    rows = 4 if name == "uneven" else 3
+    with_terms = [(4, {}), (4, {"output_dict": True})]
+    errors, good, logged = run_steps(ranks, [(4, {}), (rows, other)], both_hold(4), with_terms)
+    assert len(set(errors)) == 1
+    assert name in errors[0]
+    assert "must be the same on every rank, got [" in errors[0]
+    of_rows = "must have the same number of rows on every rank unless uneven=True, got [4, 3]"
+    assert (of_rows in errors[0]) == (rows == 3)
+    assert set(good) == set(logged) == {"right"}
+
+
+def test_what_is_new_to_every_rank_is_checked(ranks: Ranks) -> None:
+    unlike = [(4, {"d": 5}), (4, {"d": 6})]
+    before, errors, *after = run_steps(ranks, both_hold(4), unlike, both_hold(4), both_hold(4, d=5))
+    assert all("D must be the same on every rank" in error for error in errors)
+    assert set(before) == set(after[0]) == set(after[1]) == {"right"}
+
+
+@DIST_IMPLS
+def test_rows_change_on_all_ranks_and_then_on_one(dist_impl: str, ranks: Ranks) -> None:
+    """They trusted each other: the collective fails, as the docs say, on every rank."""
+    options = {"dist_impl": dist_impl}
+    good = [both_hold(n, **options) for n in (4, 4, 7, 2)]
+    assert all(set(step) == {"right"} for step in run_steps(ranks, *good))
+    with pytest.raises(RankError, match=r"rank 0[\s\S]*rank 1"):
+        run_steps(ranks, *good, [(4, options), (3, options)])
+
+
+@pytest.mark.parametrize("options", [{}, {"uneven": True}, {"dist_impl": "ring"}], ids=str)
+def test_no_row_anywhere(options: dict, ranks: Ranks) -> None:
+    steps = [both_hold(n, **options) for n in (0, 3, 0, 3)]
+    first, _, later, after = run_steps(ranks, *steps)
+    assert all("the global batch is empty" in error for error in first)
+    assert all("0 rows" in error for error in later)
+    assert set(after) == {"right"}
