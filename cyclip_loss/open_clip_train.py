@@ -145,8 +145,7 @@ class _Swap:
         They call it before a step with the step's number, which a resumed run continues.
         """
         set_rate, length = make(*args), self.options.lambda_warmup
-        if isinstance(length, float):
-            length *= args[3]
+        length *= args[3] if isinstance(length, float) else 1
 
         def at(step: int) -> Any:
             self.warming_up = True

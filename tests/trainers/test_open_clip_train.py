@@ -276,7 +276,7 @@ def test_a_warm_up_without_a_schedule_stops(
 def test_the_trainer_of_open_clip_2(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("open_clip_train", "open_clip_train.main", "training"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(SystemExit, match=r"import of open_clip_train .*pip install"):
+    with pytest.raises(SystemExit, match=r"import of open_clip_train.*pip install"):
         open_clip_train.main([])
     trainer: Any = fake(ClipLoss(), "3")
     monkeypatch.setitem(sys.modules, "training", ModuleType("training"))
