@@ -2,7 +2,8 @@
 
 With l_ij = s * I_i . T_j, the log-sum-exps r, c of its rows and columns, and w = weight * grad:
 
-    G_ij = pair_gradient_i if j is i's partner, else exp(l_ij - r_i) + exp(l_ij - c_j)
+    G_ij = pair_gradient_i if j is i's partner, 0 if they have the same id,
+           else exp(l_ij - r_i) + exp(l_ij - c_j)
     dI = w s G T          dT = w s G^T I          ds = w * sum_ij G_ij (I_i . T_j)
 
 The kernel computes a block of logits again (2 n m D flops in all) and writes w s G in the features'

@@ -2,6 +2,8 @@
 
     a_i = log sum_{j != i} exp(l_ij)      b_j = log sum_{i != j} exp(l_ij)      l_ii for the pairs
 
+Where rows and columns have ids, those with the id of i or j are left out of the sums too.
+
 2 n m D flops. A tile's program leaves, for each row and each column of its tile, the maximum and
 the sum of exponentials relative to it; a second kernel joins them. So every sum has one order, no
 atomics are needed, and the same inputs give the same bits. (Logarithms of the sums would be half as
