@@ -9,7 +9,7 @@ from conftest import set_strip_rows
 from inputs import DTYPES, Case, pairs
 from torch import Tensor
 
-from cyclip_loss import CyCLIPLoss, cyclic_penalty, cyclip_loss, reference
+from cyclip_loss import CyCLIPLoss, cyclic_penalty, cyclip_loss, eager, reference
 
 FORMS = pytest.mark.parametrize(("n", "d"), [(96, 40), (96, 128)], ids=["large", "small"])
 
@@ -132,6 +132,34 @@ def test_matmul_precision_is_the_users(impl: str, precision: str, device: torch.
         assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
+@pytest.mark.parametrize("adds", [False, True], ids=["mm", "addmm"])
+def test_products_of_16_bit_matrices(dtype: torch.dtype, adds: bool, monkeypatch, device) -> None:
+    """What the eager engine does on CUDA: it multiplies them as they are, into float32."""
+    factors = set()
+
+    def widening(name: str, original):
+        def multiply(*matrices: Tensor, out_dtype: torch.dtype | None = None, **options) -> Tensor:
+            if out_dtype is not None:
+                # As PyTorch 2.8 to 2.10 do: no float32 matrix is added to.
+                assert adds or name != "addmm"
+                factors.add(matrices[-1].dtype)
+                matrices = tuple(matrix.to(out_dtype) for matrix in matrices)
+            return original(*matrices, **options)
+
+        return multiply
+
+    for name in ("mm", "bmm", "addmm"):
+        monkeypatch.setattr(torch, name, widening(name, getattr(torch, name)))
+    monkeypatch.setattr(eager, "ADDS_WIDE_PRODUCTS", adds)
+    monkeypatch.setattr(eager, "has_wide_products", lambda x: x.element_size() == 2)
+    for frozen in ([], ["image"], ["text"]):
+        given = {"lambdas": (0.0, 0.0), "strip_rows": 7, "frozen": frozenset(frozen)}
+        for logit_scale in (10.0, 100.0):
+            check_loss(Case(40, 12, dtype, logit_scale=logit_scale, **given), "eager", device)
+    assert factors == {dtype}
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
