@@ -149,11 +149,12 @@ def penalties(
 def _weights(options: PenaltyOptions, n: int, features: Tensor) -> tuple[Tensor, ...]:
     """`penalty_weights` as tensors, on the CPU: to fill one on a GPU takes a kernel.
 
-    Traced, they are on the features' device, for CUDA graphs, and products, as the number that
-    fills a tensor becomes a constant.
+    Traced, they are on the features' device, for CUDA graphs, and a tensor from the first product
+    on: numbers that are combined, or fill a tensor, become constants.
     """
-    dtype, weights = accumulation_dtype(features.dtype), options.penalty_weights(n)
+    dtype = accumulation_dtype(features.dtype)
     if torch.compiler.is_compiling():
-        return tuple(features.new_ones((), dtype=dtype) * weight for weight in weights)
+        return options.penalty_weights(n, features.new_ones((), dtype=dtype))
     # device: not that of torch.set_default_device
+    weights = options.penalty_weights(n)
     return tuple(torch.scalar_tensor(weight, dtype=dtype, device="cpu") for weight in weights)

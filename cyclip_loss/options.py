@@ -49,15 +49,17 @@ class PenaltyOptions:
         difference = self.lambda_inmodal - self.lambda_crossmodal
         return not (difference < 0 or difference > 0)
 
-    def penalty_weights(self, n: Any) -> tuple[Any, Any]:
+    def penalty_weights(self, n: Any, one: Any = 1.0) -> tuple[Any, Any]:
         """What the lambdas weigh the sums over all pairs of N rows with.
 
         lambda / N is the paper's formula; with a reference batch size R it is lambda * R / N^2.
-        n: N, a number or a tensor.
+        n: N, a number or a tensor; one: 1, as a tensor if the weights are to be tensors.
         """
         reference: float | None = self._reference  # type: ignore[attr-defined]
-        per_pair = 1 / n if reference is None else reference / (n * n)
-        return self.lambda_inmodal * per_pair, self.lambda_crossmodal * per_pair
+        weights = one * self.lambda_inmodal, one * self.lambda_crossmodal
+        if reference is None:
+            return weights[0] / n, weights[1] / n
+        return weights[0] * reference / (n * n), weights[1] * reference / (n * n)
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
