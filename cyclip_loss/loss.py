@@ -154,7 +154,8 @@ class CyCLIPLoss(LossOptions, _Module):
         if not self.distributed or (self.rank < 1 and self.world_size < 2):
             return
         ranks = ranks_of(self.process_group)
-        if self.rank not in (0, ranks.rank) or self.world_size not in (1, ranks.size):
+        given = max(self.rank, 0), max(self.world_size, 1)
+        if given[0] not in (0, ranks.rank) or given[1] not in (1, ranks.size):
             raise ValueError(
                 f"rank={self.rank} and world_size={self.world_size} were given, but this process "
                 f"is rank {ranks.rank} of {ranks.size}; is torch.distributed initialised?"

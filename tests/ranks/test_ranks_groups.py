@@ -95,11 +95,12 @@ def test_wrong_groups_and_ranks(ranks: Ranks) -> None:
     inside, _, outside = ranks.run(3, refusals)
     for rank, messages in ((0, inside), (2, outside)):
         assert messages[0].startswith("TypeError: process_group must be a ProcessGroup")
-        assert messages[0].endswith("got tuple")
+        assert messages[0].endswith("got (0, 1)")
         assert "process_group" in messages[1]
-        assert messages[2].startswith("ValueError: world_size=2 was given, but the number of")
-        assert messages[3].startswith(f"ValueError: rank={rank + 1} was given, but this process is")
-    assert inside[4].startswith("ValueError: world_size=3 was given")
+        for given, message in zip(("=0", f"={rank + 1}"), messages[2:4], strict=True):
+            assert message.startswith(f"ValueError: rank{given} and world_size=")
+            assert f"this process is rank {rank} of 3" in message
+    assert "world_size=3 were given, but this process is rank 0 of 2" in inside[4]
     assert outside[4:] == ["ValueError: process_group does not contain this process, rank 2"] * 2
 
 
