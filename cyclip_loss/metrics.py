@@ -78,8 +78,9 @@ def consistency_metrics(
                 (image - text).square_().sum(),
                 _potentials(image_image, images, own),
                 _potentials(text_text, texts, own),
-                (image_text.argmax(dim=1) == own).sum(),
-                (text_image.argmax(dim=1) == own).sum(),
+                # NaN where a similarity is.
+                (image_text.argmax(dim=1) == own).sum() + 0 * image_text.sum(),
+                (text_image.argmax(dim=1) == own).sum() + 0 * text_image.sum(),
             )
         )
     if ranks.size > 1:
@@ -99,4 +100,6 @@ def _potentials(products: Tensor, features: Tensor, own: Tensor) -> Tensor:
     norms = features.square().sum(dim=1)
     squared = products.mul_(-2).add_(norms).add_(norms[own, None])
     potentials = squared.clamp_(min=0).mul_(-2).exp_()
-    return potentials.sum() - potentials[torch.arange(len(own), device=own.device), own].sum()
+    # Not subtracted from the sum, in which the others could be lost.
+    potentials[torch.arange(len(own), device=own.device), own] = 0
+    return potentials.sum()

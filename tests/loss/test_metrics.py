@@ -18,6 +18,10 @@ def dense_metrics(image: torch.Tensor, text: torch.Tensor) -> dict[str, float]:
     def uniformity(x: torch.Tensor) -> float:
         return math.log((-2 * torch.pdist(x).square()).exp().mean().item())
 
+    def accuracy(similarities: torch.Tensor) -> float:
+        own = torch.arange(len(image), device=image.device)
+        return (similarities.argmax(dim=1) == own).double().mean().item()
+
     cross = image @ text.T
     return {
         "inmodal_gap": (image @ image.T - text @ text.T).square().mean().item(),
@@ -25,6 +29,8 @@ def dense_metrics(image: torch.Tensor, text: torch.Tensor) -> dict[str, float]:
         "alignment": (image - text).square().sum(dim=1).mean().item(),
         "image_uniformity": uniformity(image),
         "text_uniformity": uniformity(text),
+        "image_to_text_accuracy": accuracy(cross),
+        "text_to_image_accuracy": accuracy(cross.T),
     }
 
 
@@ -63,4 +69,4 @@ def test_no_gradient_nan_and_one_row(device: torch.device) -> None:
     # A last batch of one: no pair of rows to be uniform, and the training goes on.
     metrics = consistency_metrics(image[:1], text[:1])
     assert metrics["alignment"].item() > 0
-    assert [name for name, value in metrics.items() if value.isnan()] == [*metrics][3:]
+    assert [name for name, value in metrics.items() if value.isnan()] == [*metrics][3:5]
