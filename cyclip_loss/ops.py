@@ -242,10 +242,7 @@ class FirstDerivativesOnly(torch.autograd.Function):
 
 
 def is_traced(*tensors: Tensor) -> bool:
-    """Whether what is done to these is recorded rather than done, as by `torch.compile`.
-
-    So may be what is done to subclasses, as fake tensors are; parameters are ordinary ones.
-    """
+    """Whether what is done to these may be recorded rather than done, as by `torch.compile`."""
     ordinary = (Tensor, torch.nn.Parameter)
     return torch.compiler.is_compiling() or any(type(x) not in ordinary for x in tensors)
 
