@@ -177,12 +177,12 @@ def loss_with(
         # Across ranks the columns are on their way while the Gram matrices are computed, and those
         # while the contrastive losses are.
         gathered = [start_gather(columns, ranks) for _, columns in pairs]
+        started_ids = None if ids is None else start_gather(ids[:, None], ranks)
+        started = cyclic.start_penalties(*pair, options, ranks)
         column_ids = None
-        if ids is not None:
-            started_ids = start_gather(ids[:, None], ranks)
+        if ids is not None:  # only now: to wait for them earlier is to wait for the columns too
             columns = ids[:, None] if started_ids is None else finish_gather(started_ids, ranks)
             column_ids = columns[:, 0]
-        started = cyclic.start_penalties(*pair, options, ranks)
         losses = [
             contrastive.contrastive_loss(
                 *(*pair, scale, gathered.pop(0), at == 0, options.impl, ranks, ids, column_ids)
