@@ -86,10 +86,9 @@ def _field(file: str, name: str) -> int:
 
 def outcome_of(error: Exception) -> str:
     """What went wrong, in one line; running out of memory is a result like any other."""
-    # The last three: CUDA's and Triton's own, and cuBLAS', when the allocator holds the whole card;
-    # and CPython's, where a small allocation of an extension fails.
+    # The last two: CUDA's and Triton's own, and cuBLAS', when the allocator holds the whole card.
     signs = ("can't allocate memory", "not enough memory", "std::bad_alloc", "out of memory",
-             "alloc_failed", "error return without exception set")  # fmt: skip
+             "alloc_failed")  # fmt: skip
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
         sign in str(error).lower() for sign in signs
     ):
