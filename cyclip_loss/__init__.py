@@ -4,7 +4,7 @@ from pathlib import Path
 
 from cyclip_loss import reference
 from cyclip_loss.checks import CyCLIPWarning
-from cyclip_loss.functional import cyclic_penalty, cyclip_loss
+from cyclip_loss.functional import caption_ids, cyclic_penalty, cyclip_loss
 from cyclip_loss.loss import CyclicPenalty, CyCLIPLoss
 from cyclip_loss.metrics import consistency_metrics
 from cyclip_loss.with_penalty import WithCyclicPenalty
@@ -15,6 +15,7 @@ __all__ = [
     "CyCLIPWarning",
     "CyclicPenalty",
     "WithCyclicPenalty",
+    "caption_ids",
     "consistency_metrics",
     "cyclic_penalty",
     "cyclip_loss",

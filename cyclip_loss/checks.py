@@ -13,7 +13,6 @@ from cyclip_loss.ops import autocast_is_on
 from cyclip_loss.options import PenaltyOptions
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
 ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 PAPER_LAMBDA, PAPER_BATCH_SIZE = 0.25, 128  # Goel et al. 2022
@@ -59,17 +58,15 @@ def check_features(
             )
     if second is first:  # torch.compile refuses the same tensor twice
         second = first.view_as(first)
-    both = " and ".join(names)
-    if first.shape != second.shape:
-        shapes = f"{tuple(first.shape)} and {tuple(second.shape)}"
-        raise ValueError(f"{both} must have the same shape, got {shapes}")
-    if first.device != second.device:
-        devices = f"{first.device} and {second.device}"
-        raise ValueError(f"{both} must be on the same device, got {devices}")
     if autocast:
         first, second = _autocast(first), _autocast(second)
-    if first.dtype != second.dtype:
-        raise TypeError(f"{both} must have the same dtype, got {first.dtype} and {second.dtype}")
+    for what, error, a, b in (
+        ("shape", ValueError, tuple(first.shape), tuple(second.shape)),
+        ("device", ValueError, first.device, second.device),
+        ("dtype", TypeError, first.dtype, second.dtype),
+    ):
+        if a != b:
+            raise error(f"{' and '.join(names)} must have the same {what}, got {a} and {b}")
     return first, second
 
 
@@ -143,12 +140,10 @@ def warn_once(subject: str, text: str) -> None:
         return
     _warned.add(subject)
     level, frame = 1, sys._getframe(0)
-    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in _NOT_THE_USERS:
+    not_the_users = ("cyclip_loss", "torch")
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in not_the_users:
         level, frame = level + 1, frame.f_back
     warnings.warn(text, CyCLIPWarning, stacklevel=level)
-
-
-_NOT_THE_USERS = ("cyclip_loss", "torch")
 
 
 def warn_of_strong_penalties(options: PenaltyOptions, n: int) -> None:

@@ -60,8 +60,7 @@ class _Contrastive(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[:3])
-        arguments = (*ctx.saved_tensors, grad, needs, *ctx.op_args)
-        grads = contrastive_grads(*arguments)
+        grads = contrastive_grads(*(*ctx.saved_tensors, grad, needs, *ctx.op_args))
         needed = (grad if need else None for grad, need in zip(grads, needs, strict=True))
         return (*needed, None, None, None, None, None, None)
 
@@ -99,27 +98,21 @@ def contrastive_lse(
     ranks = Ranks.from_op_args(dist_impl, group_name, all_rows)
     compute = engine(impl, image_features)
 
-    def sweep(
-        block: Tensor, block_ids: Tensor | None, first_column: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def sweep(block: Tensor, block_ids: Tensor | None, first_column: int) -> Any:
         ids = None if row_ids is None else (row_ids, block_ids)
-        return compute.contrastive_lse(  # type: ignore[no-any-return]
-            image_features, block, logit_scale, first_column, symmetric, ids
-        )
+        inputs = image_features, block, logit_scale
+        return compute.contrastive_lse(*inputs, first_column, symmetric, ids)
 
     n = image_features.shape[0]
-    first_column = 0
+    first_column = 0 if dist_impl == "ring" else ranks.first_row(ranks.rank, n)
     if dist_impl == "ring":
-        rows, own_columns, pair_logits = _ring_lse(
-            sweep, columns, logit_scale, symmetric, ranks, column_ids
-        )
-        column_pairs = pair_logits
+        settings = symmetric, ranks, column_ids
+        rows, own_columns, pair_logits = _ring_lse(sweep, columns, logit_scale, *settings)
     else:
-        first_column = ranks.first_row(ranks.rank, n)
         rows, own_columns, pair_logits = sweep(columns, column_ids, first_column)
-        column_pairs = pair_logits
-        if symmetric and ranks.group is not None:
-            own_columns, column_pairs = distributed.log_sum_exp(own_columns, pair_logits, ranks)
+    column_pairs = pair_logits
+    if symmetric and dist_impl == "gather":
+        own_columns, column_pairs = distributed.log_sum_exp(own_columns, pair_logits, ranks)
     weight = 1 / (ranks.total(n) * (2 if symmetric else 1))
     loss, row_lse, column_lse, pair_gradient = compute.pair_terms(
         rows, own_columns, pair_logits, column_pairs, first_column, weight
@@ -165,12 +158,7 @@ def _ring(
 
 
 def _ring_lse(
-    sweep: _Sweep,
-    text: Tensor,
-    scale: Tensor,
-    symmetric: bool,
-    ranks: Ranks,
-    ids: Tensor | None,
+    sweep: _Sweep, text: Tensor, scale: Tensor, symmetric: bool, ranks: Ranks, ids: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-sum-exps of the negatives of this rank's rows and columns (n,), and pair_logits (n,)."""
     n = text.shape[0]
@@ -233,11 +221,9 @@ def contrastive_grads(
     alone = ranks.group is None
     weight = ranks.size / (ranks.total(n) * (2 if symmetric else 1))
 
-    def sweep(
-        block: Tensor, lse: Tensor, block_ids: Tensor | None, first_column: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def sweep(block: Tensor, lse: Tensor, block_ids: Tensor | None, first_column: int) -> Any:
         ids = None if row_ids is None else (row_ids, block_ids)
-        return compute.contrastive_grads(  # type: ignore[no-any-return]
+        return compute.contrastive_grads(
             *(image_features, block, logit_scale, row_lse, lse, pair_gradient, grad),
             *(weight, first_column, symmetric, needs, not alone, ids),
         )

@@ -8,6 +8,7 @@ CUDA they are multiplied as they are, with a float32 result: as exact, except th
 I, T are `image_features` (n, D) and `text_features` (m, D); l_ij = logit_scale * I_i . T_j.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -104,11 +105,6 @@ def _pairs(strip: Tensor, start: int, first_column: int) -> tuple[Tensor, slice]
     return pairs, slice(low, low + len(pairs))
 
 
-def _same(ids: tuple[Tensor, Tensor], start: int, stop: int) -> Tensor:
-    """Which columns have the id of each of the rows start..stop: they are no negatives."""
-    return ids[0][start:stop, None] == ids[1]
-
-
 def contrastive_lse(
     image_features: Tensor,
     text_features: Tensor,
@@ -148,7 +144,7 @@ def contrastive_lse(
         pair_logits[rows] = pairs
         pairs.fill_(-torch.inf)
         if ids is not None:
-            logits.masked_fill_(_same(ids, start, stop), -torch.inf)
+            logits.masked_fill_(ids[0][start:stop, None] == ids[1], -torch.inf)
         row_max = logits.amax(dim=1, keepdim=True).clamp_(min=lowest)
         torch.sub(logits, row_max, out=exps).exp_()
         row_negatives[start:stop] = exps.sum(dim=1).log_().add_(row_max[:, 0])
@@ -249,7 +245,7 @@ def contrastive_grads(
         if symmetric:
             gradient.add_(logits.sub_(column_lse).exp_())
         if ids is not None:
-            gradient.masked_fill_(_same(ids, start, stop), 0.0)
+            gradient.masked_fill_(ids[0][start:stop, None] == ids[1], 0.0)
         pairs, rows = _pairs(gradient, start, first_column)
         pairs.copy_(pair_gradient[rows])
         if factor_dtype != dtype:
@@ -303,7 +299,7 @@ def cyclic_terms(grams: Tensor, weights: list[Tensor], separate: bool) -> list[T
 
 
 def weighted_penalties(
-    p: Tensor, q: Tensor | None, weights: list[Any], separate: bool
+    p: Tensor, q: Tensor | None, weights: Sequence[Any], separate: bool
 ) -> list[Tensor]:
     """`cyclic_terms` from p and q. weights: tensors or numbers."""
     if q is None:

@@ -178,11 +178,9 @@ def loss_with(
         # while the contrastive losses are.
         gathered = [start_gather(columns, ranks) for _, columns in pairs]
         started_ids = None if ids is None else start_gather(ids[:, None], ranks)
-        started = cyclic.start_penalties(*pair, options, ranks)
-        column_ids = None
-        if ids is not None:  # only now: to wait for them earlier is to wait for the columns too
-            columns = ids[:, None] if started_ids is None else finish_gather(started_ids, ranks)
-            column_ids = columns[:, 0]
+        started, column_ids = cyclic.start_penalties(*pair, options, ranks), ids
+        if started_ids is not None:  # only now: to wait earlier is to wait for the columns too
+            column_ids = finish_gather(started_ids, ranks)[:, 0]
         losses = [
             contrastive.contrastive_loss(
                 *(*pair, scale, gathered.pop(0), at == 0, options.impl, ranks, ids, column_ids)
@@ -208,17 +206,26 @@ def loss_with(
     return sum(others, loss)
 
 
+def caption_ids(tokens: Tensor) -> Tensor:
+    """`ids` of captions: a hash, (N,) int64, of each row of token numbers (N, context length).
+
+    It is the same on every rank, and zeros at the end of a row do not change it. That two of 65,536
+    different captions have the same one has a probability of 2^-33.
+    """
+    # Weights from SplitMix64 (Steele et al. 2014); products and sums wrap around at 64 bits.
+    mixed = torch.arange(1, tokens.shape[1] + 1, device=tokens.device) * -0x61C8864680B583EB
+    mixed = (mixed ^ (mixed >> 30)) * -0x40A7B892E31B1A47
+    return (tokens.long() * (mixed ^ (mixed >> 27))).sum(dim=1)
+
+
 def collective_signature(
     pairs: list[tuple[Tensor, Tensor]], options: LossOptions, ids: Tensor | None
 ) -> dict[str, Hashable]:
     """What decides which collectives run, by the name that an error would give it."""
     features = pairs[0][0]
     names = ("text_features", "augmented_image_features", "augmented_text_features")
-    trained = [
-        names[at]
-        for at, (_, columns) in enumerate(pairs)
-        if torch.is_grad_enabled() and columns.requires_grad
-    ]
+    needed = [torch.is_grad_enabled() and columns.requires_grad for _, columns in pairs]
+    trained = [name for name, need in zip(names, needed) if need]  # noqa: B905
     return {
         "dist_impl": options.dist_impl,
         "uneven": options.uneven,

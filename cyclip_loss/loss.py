@@ -48,13 +48,10 @@ class _Module(PenaltyOptions, nn.Module):
 
     def extra_repr(self) -> str:
         """The lambdas, and the options that are not as by default, for `print(module)`."""
-        shown = [
-            f"{name}={getattr(self, name)}" for name in ("lambda_inmodal", "lambda_crossmodal")
-        ]
-        for name in ("reference_batch_size", "dist_impl", "uneven", "impl"):
-            if getattr(self, name, None) != getattr(type(self), name, None):
-                shown.append(f"{name}={getattr(self, name)!r}")
-        return ", ".join(shown)
+        names = ("reference_batch_size", "dist_impl", "uneven", "impl")
+        set_here = [n for n in names if getattr(self, n, None) != getattr(type(self), n, None)]
+        shown = ("lambda_inmodal", "lambda_crossmodal", *set_here)
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
 
 
 @dataclass(eq=False, repr=False, kw_only=True)

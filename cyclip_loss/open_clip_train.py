@@ -15,10 +15,11 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from cyclip_loss.checks import PAPER_BATCH_SIZE
+from cyclip_loss.functional import caption_ids
 from cyclip_loss.loss import CyCLIPLoss
 from cyclip_loss.options import DIST_IMPLS, IMPLS, PenaltyOptions
 from cyclip_loss.with_penalty import WithCyclicPenalty
@@ -73,6 +74,8 @@ def flags() -> argparse.ArgumentParser:
     add("--reference-batch-size", type=int, default=PAPER_BATCH_SIZE, metavar="N", help=text)
     add("--impl", choices=IMPLS, default="auto", help="the Triton kernels, or PyTorch")
     add("--dist-impl", choices=DIST_IMPLS, default="gather", help="for plain CLIP: across ranks")
+    text = "for plain CLIP: pairs with the same caption are no negatives of each other"
+    add("--ignore-same-captions", action="store_true", help=text)
     return parser
 
 
@@ -93,6 +96,7 @@ class _Swap:
         self.penalty_options = {name: getattr(options, name) for name in names}
         self.penalty_options["reference_batch_size"] = options.reference_batch_size or None
         self.loss: nn.Module | None = None
+        self.ids: Tensor | None = None
         self.called = self.warming_up = False
 
     def into(self, trainer: Any) -> None:
@@ -103,7 +107,8 @@ class _Swap:
                 "not know; use cyclip_loss.CyCLIPLoss in its code instead"
             )
         schedules = ("cosine_lr", "const_lr", "const_lr_cooldown")
-        for name in ("create_loss", "create_task", "parse_args", *schedules):
+        made = ("create_model_and_transforms", "create_loss", "create_task", "parse_args")
+        for name in (*made, *schedules):
             if theirs := getattr(trainer, name, None):
                 setattr(trainer, name, partial(getattr(self, name, self.schedule), theirs))
 
@@ -112,8 +117,22 @@ class _Swap:
         parsed = parse(*args)
         if getattr(parsed, "horovod", False):
             raise SystemExit("cyclip_loss: --horovod is not supported: use torchrun")
+        if self.options.ignore_same_captions and getattr(parsed, "accum_freq", 1) > 1:
+            raise SystemExit("cyclip_loss: --ignore-same-captions: not with --accum-freq above 1")
         vars(parsed).update(vars(self.options))
         return parsed
+
+    def create_model_and_transforms(self, make: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        """Their model, which keeps a hash of each caption for the loss: captions never reach it."""
+        made = make(*args, **kw)
+
+        def keep(_: nn.Module, args: Any, kwargs: Any) -> None:
+            text = kwargs.get("text", args[1] if len(args) > 1 else None)
+            self.ids = None if text is None else caption_ids(text)
+
+        if self.options.ignore_same_captions:
+            made[0].register_forward_pre_hook(keep, with_kwargs=True)
+        return made
 
     def create_task(self, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Their task (4.x; others make the loss itself), with the loss in it replaced."""
@@ -129,6 +148,10 @@ class _Swap:
             names = ("local_loss", "gather_with_grad", "cache_labels", "rank", "world_size")
             kept = {name: getattr(theirs, name) for name in names}
             self.loss = CyCLIPLoss(**self.penalty_options, **kept, dist_impl=self.options.dist_impl)
+            if self.options.ignore_same_captions:
+                self.loss.register_forward_pre_hook(self.add_ids, with_kwargs=True)
+        elif self.options.ignore_same_captions:
+            raise SystemExit("cyclip_loss: --ignore-same-captions: for plain CLIP's loss only")
         else:
             try:
                 self.loss = WithCyclicPenalty(theirs, **self.penalty_options)
@@ -138,6 +161,12 @@ class _Swap:
         if getattr(theirs, "rank", 0) == 0:
             logging.info("Loss: %s instead of %s", self.loss, type(theirs).__name__)
         return self.loss
+
+    def add_ids(self, _: nn.Module, args: Any, kwargs: Any) -> Any:
+        """The loss's arguments with the ids of the batch that the model saw last."""
+        if self.ids is None:
+            raise SystemExit("cyclip_loss: --ignore-same-captions: the model was given no captions")
+        return args, {**kwargs, "ids": self.ids}
 
     def schedule(self, make: Callable[..., Any], *args: Any) -> Callable[[int], Any]:
         """Their schedule (optimizer, rate, warm-up, all steps, ...), which sets the lambdas too.

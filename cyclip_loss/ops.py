@@ -147,12 +147,13 @@ def disagreement(compute: Any, device: torch.device, dtype: torch.dtype, exact: 
                 problems.append(f"result {at} of {name} is off by {error:.2g} of its largest value")
         return exact_results
 
-    lse = check("contrastive_lse", image, text, scale, first, True)
-    column_pairs = lse[1] - 1  # every column has one, as across ranks
-    column_pairs[first:last] = lse[2]
-    pairs = check("pair_terms", *lse, column_pairs, first, 1 / rows)
-    for wide in (False, True):
-        settings = (1 / rows, first, True, [True] * 3, wide)
+    same = torch.arange(rows + columns, device=device).remainder(50).tensor_split((rows,))
+    for wide, ids in ((False, None), (True, None), (True, same)):
+        lse = check("contrastive_lse", image, text, scale, first, True, ids)
+        column_pairs = lse[1] - 1  # every column has one, as across ranks
+        column_pairs[first:last] = lse[2]
+        pairs = check("pair_terms", *lse, column_pairs, first, 1 / rows)
+        settings = (1 / rows, first, True, [True] * 3, wide, ids)
         check("contrastive_grads", image, text, scale, *pairs[1:], grad, *settings)
     text = text[first:last]
     for with_cross in (False, True):

@@ -82,18 +82,16 @@ def _weight(name: str, value: Any) -> float:
     return number
 
 
-def _optional_weight(name: str, value: Any) -> float | None:
-    return None if value is None else _weight(name, value)
-
-
-def _batch_size(name: str, value: Any) -> int | None:
-    if value is None:
-        return None
+def _batch_size(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer >= 1 or None, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be >= 1, got {value}")
     return value  # type: ignore[return-value]
+
+
+def _optional(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+    return lambda name, value: None if value is None else check(name, value)
 
 
 def _one_of(choices: tuple[str, ...]) -> Callable[[str, Any], str]:
@@ -108,8 +106,8 @@ def _one_of(choices: tuple[str, ...]) -> Callable[[str, Any], str]:
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "lambda_inmodal": _weight,
     "lambda_crossmodal": _weight,
-    "reference_batch_size": _batch_size,
-    "inmodal_contrastive_weight": _optional_weight,
+    "reference_batch_size": _optional(_batch_size),
+    "inmodal_contrastive_weight": _optional(_weight),
     "impl": _one_of(IMPLS),
     "dist_impl": _one_of(DIST_IMPLS),
 }

@@ -14,8 +14,7 @@ W = U V^T, and a and b the lambdas over N (`PenaltyOptions.penalty_weights`):
 
 Forward and backward that is 6 N^2 D flops a term; `contrastive.py` takes 8 N^2 D, and the penalties
 by Gram matrices 8 N D^2; 10 N D^2 where C is needed to tell terms of equal weight apart, 14 N D^2
-where the weights differ. (One product for the four of backward, [[S, X], [X^T, -S]] [I; T], is no
-faster, and S I - S T, which is S V, loses digits.)
+where the weights differ.
 """
 
 from collections.abc import Callable
@@ -101,14 +100,6 @@ def _contrastive(
     return loss, gradient, torch.dot(gradient.view(-1), cosines.view(-1))
 
 
-def _penalties(product: Tensor, weights: tuple[float, float], separate: bool) -> tuple[Tensor, ...]:
-    """The weighted penalties from W, or (their sum,). weights: a and b."""
-    with_cross = separate or weights[0] != weights[1]
-    p = product.square().sum()
-    q = (product * product.T).sum() if with_cross else None
-    return tuple(weighted_penalties(p, q, list(weights), separate))
-
-
 class _Small(torch.autograd.Function):
     """The terms if `separate`, else (their sum,). Without a logit scale: the penalties alone.
 
@@ -125,7 +116,9 @@ class _Small(torch.autograd.Function):
             terms: tuple[Tensor, ...] = ()
             if any(weights):
                 product = (image + text) @ (image - text).T
-                terms = _penalties(product, weights, separate)
+                with_cross = separate or weights[0] != weights[1]
+                q = (product * product.T).sum() if with_cross else None
+                terms = (*weighted_penalties(product.square().sum(), q, weights, separate),)
             elif separate:
                 terms = (image.new_zeros(()), image.new_zeros(()))
             if logit_scale is not None:

@@ -35,7 +35,7 @@ UNLIKE_FEATURES = [
     (GOOD.new_ones(5, 3), ValueError, "must have the same shape, got (4, 3) and (5, 3)"),
     (GOOD.new_ones(4, 1), ValueError, "must have the same shape, got (4, 3) and (4, 1)"),
     (GOOD.double(), TypeError, "must have the same dtype, got torch.float32 and torch.float64"),
-    (GOOD.to("meta"), ValueError, "must be on the same device, got cpu and meta"),
+    (GOOD.to("meta"), ValueError, "must have the same device, got cpu and meta"),
 ]
 VIEWS = ("augmented_image_features", "augmented_text_features")
 CALLS = {

@@ -105,19 +105,6 @@ def test_as_strong_as_the_papers() -> None:
     assert caught == []
 
 
-def test_duplicates_in_a_batch() -> None:
-    images, tokens = batch()
-    tokens = tokens[torch.arange(32, device="cpu") % 8]
-    model = tiny_clip()
-    names = run(
-        "Duplicates in a batch", model=model, images=images, tokens=tokens, loss_fn=CyCLIPLoss()
-    )
-    ids = names["caption_ids"](tokens)
-    assert torch.equal(ids[:, None] == ids, (tokens[:, None] == tokens).all(dim=2))
-    assert torch.equal(ids, run("Duplicates in a batch", **names)["caption_ids"](tokens))
-    assert names["loss"] < CyCLIPLoss()(**model(images, tokens))
-
-
 def test_augmented_views() -> None:
     """Against sums over pairs, in float64."""
     features = torch.randn(4, 9, 5, dtype=torch.float64, device="cpu")
