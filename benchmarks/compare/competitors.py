@@ -24,8 +24,9 @@ AUTHORS = "authors' formula"
 COMPILED = "authors' formula, torch.compile"
 DENSE_PENALTIES = "dense penalties"
 OPEN_CLIP = "open_clip.ClipLoss, no penalties"
+IDS, AUTHORS_IDS = "CyCLIPLoss, ids", "authors' formula, ids"
 BESIDE = (OURS, AUTHORS, COMPILED, OPEN_CLIP)  # what a summary shows
-PARTS = (CONTRASTIVE_ONLY, PENALTIES_ONLY, DENSE_PENALTIES)
+PARTS = (CONTRASTIVE_ONLY, PENALTIES_ONLY, DENSE_PENALTIES, IDS, AUTHORS_IDS)
 PENALTIES, CONTRASTIVE = "penalties", "contrastive term"  # what may be lacking
 
 
@@ -38,14 +39,17 @@ class Competitor:
     lacks: str = ""
 
 
-def authors_formula(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+def authors_formula(
+    image: Tensor, text: Tensor, scale: Tensor, ids: Tensor | None = None
+) -> Tensor:
     """CyCLIP as its authors write it: three N x N products, penalties of logits, scale taken out.
 
-    Goel et al. 2022, eq. 1 to 3, both weights 0.25.
+    Goel et al. 2022, eq. 1 to 3, both weights 0.25. ids: a mask, which theirs does not have.
     """
     logits = scale * image @ text.T
     labels = torch.arange(len(image), device=image.device)
-    both = (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
+    masked = reference.without_same_ids(logits, ids)
+    both = (cross_entropy(masked, labels) + cross_entropy(masked.T, labels)) / 2
     difference = scale * image @ image.T - scale * text @ text.T
     inmodal = difference.square().mean() / scale.square() * len(image)
     crossmodal = (logits - logits.T).square().mean() / scale.square() * len(image)
@@ -56,6 +60,13 @@ def dense_penalties(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     """Both penalties alone, by their definition."""
     inmodal = reference.inmodal_cyclic_penalty(image, text)
     return 0.25 * (inmodal + reference.crossmodal_cyclic_penalty(image, text))
+
+
+def with_ids(loss: Callable[..., Tensor]) -> Loss:
+    """A loss with ids that are all different: they cost what others do, and change no result."""
+    return lambda image, text, scale: loss(
+        image, text, scale, ids=torch.arange(len(image), device=image.device)
+    )
 
 
 def _open_clip() -> Loss:
@@ -77,6 +88,8 @@ BUILDERS: dict[str, tuple[Callable[[], Loss], str]] = {
     COMPILED: (lambda: torch.compile(authors_formula, dynamic=True), ""),
     DENSE_PENALTIES: (lambda: dense_penalties, CONTRASTIVE),
     OPEN_CLIP: (_open_clip, PENALTIES),
+    IDS: (lambda: with_ids(CyCLIPLoss()), ""),
+    AUTHORS_IDS: (lambda: with_ids(authors_formula), ""),
 }
 
 

@@ -4,9 +4,11 @@ from typing import Any
 
 from benchmarks.compare.competitors import (
     AUTHORS,
+    AUTHORS_IDS,
     BESIDE,
     COMPILED,
     DENSE_PENALTIES,
+    IDS,
     OURS,
     PENALTIES_ONLY,
 )
@@ -16,6 +18,7 @@ from benchmarks.record import number, table
 Row = dict[str, Any]
 # Gradients of the same size: of the whole loss, and of its penalties alone.
 ERRORS = ((OURS, AUTHORS, COMPILED), (PENALTIES_ONLY, DENSE_PENALTIES))
+WITH_IDS = (OURS, IDS, AUTHORS_IDS)
 
 
 def rows_of(record: dict[str, Any], section: str) -> list[Row]:
@@ -32,6 +35,8 @@ def summary(record: dict[str, Any]) -> str:
     parts = {
         "Forward and backward, ms": beside(cost, ("N", "D"), "ms", BESIDE),
         "Peak memory, MB": beside(cost, ("N", "D"), "peak MB", BESIDE),
+        "With ids: forward and backward, ms": beside(cost, ("N", "D"), "ms", WITH_IDS),
+        "With ids: peak memory, MB": beside(cost, ("N", "D"), "peak MB", WITH_IDS),
         "Relative error of the gradient": beside(error, pairs, "gradient", ERRORS[0]),
         "The same of the penalties alone": beside(error, pairs, "gradient", ERRORS[1]),
         "Share of a training step": of_step,
