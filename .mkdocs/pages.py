@@ -28,6 +28,7 @@ def on_files(files: Files, config: Any) -> Files:
         for path in sorted(ROOT.glob(pattern)):
             uri = path.relative_to(ROOT).as_posix()
             files.append(File(uri, str(ROOT), config.site_dir, config.use_directory_urls))
+    files.append(File("site.css", str(Path(__file__).parent), config.site_dir, False))
     return files
 
 
