@@ -93,7 +93,7 @@ def _multiples(ax: Any, rows: list[Row], column: str) -> None:
             if any(OUT_OF_MEMORY in row["outcome"] for row in rows if row["loss"] == loss):
                 end = {"xytext": (6, 9), "textcoords": "offset points", "color": colour}
                 end["bbox"] = {"color": "white", "pad": 1}  # no line of the grid meets the words
-                ax.annotate("out of memory beyond", at[-1], ha="right", fontsize="small", **end)
+                ax.annotate("then out of memory", at[-1], ha="right", fontsize="small", **end)
     ax.set_ylim(top=ax.get_ylim()[1] * 1.25)  # room for what is said of the last point
     ticks = [
         t for t in (0.5, 0.7, 1, 2, 3, 5, 10, 20, 50) if ax.get_ylim()[0] <= t <= ax.get_ylim()[1]
@@ -101,7 +101,7 @@ def _multiples(ax: Any, rows: list[Row], column: str) -> None:
     ax.set_yticks(ticks, [f"{t:g}×" for t in ticks])
     ax.minorticks_off()
     ax.grid(alpha=0.3)
-    ax.legend(framealpha=1, edgecolor="white", fontsize="small", loc="upper left")
+    ax.legend(framealpha=1, borderpad=0, edgecolor="white", fontsize="small", loc="upper left")
 
 
 def _save(figure: Any, title: str, path: Path) -> None:
