@@ -61,7 +61,7 @@ def cyclic_penalty(  # type: ignore[misc]
     lambda_crossmodal: float = 0.25,
     output_dict: bool = False,
     **options: Any,
-) -> Tensor | _Terms:
+) -> Tensor | dict[str, Tensor]:
     """lambda_inmodal * P_in + lambda_crossmodal * P_cross (Goel et al. 2022, eq. 2 and 3).
 
     Takes O(N D^2) flops and O(N D + D^2) memory; independent of any logit scale. Across ranks,
@@ -113,7 +113,7 @@ def cyclip_loss(  # type: ignore[misc]
     augmented_text_features: Tensor | None = None,
     ids: Tensor | None = None,
     **options: Any,
-) -> Tensor | _Terms:
+) -> Tensor | dict[str, Tensor]:
     """The CyCLIP loss: contrastive + lambda_inmodal * P_in + lambda_crossmodal * P_cross.
 
     `logit_bias`: shifts every logit alike, so it changes nothing; its gradient is zero.
