@@ -56,8 +56,8 @@ def draw(record: dict[str, Any], beside: Path) -> None:
     error = [row for row in error if row["dtype"] == error[0]["dtype"]]
     if cost:
         figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), dpi=150, layout="constrained")
-        kinds = (("ms", "Time", "slower"), ("peak MB", "Peak memory", "larger"))
-        for ax, (column, what, more) in zip(axes, kinds, strict=True):
+        columns = (("ms", "Time", "slower"), ("peak MB", "Peak memory", "larger"))
+        for ax, (column, what, more) in zip(axes, columns, strict=True):
             _multiples(ax, cost, column)
             ax.set_title(
                 f"{what} relative to CyCLIPLoss (above 1×: {more})", loc="left", fontsize=11
@@ -91,9 +91,16 @@ def _multiples(ax: Any, rows: list[Row], column: str) -> None:
             at = [(places[n], times) for n, times in found]
             ax.plot(*zip(*at, strict=True), color=colour, marker=mark, linewidth=2, label=loss)
             if any(OUT_OF_MEMORY in row["outcome"] for row in rows if row["loss"] == loss):
-                end = {"xytext": (6, 9), "textcoords": "offset points", "color": colour}
-                end["bbox"] = {"color": "white", "pad": 1}  # no line of the grid meets the words
-                ax.annotate("then out of memory", at[-1], ha="right", fontsize="small", **end)
+                ax.annotate(
+                    "then out of memory",
+                    at[-1],
+                    (6, 9),
+                    textcoords="offset points",
+                    ha="right",
+                    fontsize="small",
+                    color=colour,
+                    bbox={"color": "white", "pad": 1},  # no line of the grid meets the words
+                )
     ax.set_ylim(top=ax.get_ylim()[1] * 1.25)  # room for what is said of the last point
     ticks = [
         t for t in (0.5, 0.7, 1, 2, 3, 5, 10, 20, 50) if ax.get_ylim()[0] <= t <= ax.get_ylim()[1]
