@@ -1,7 +1,7 @@
 # With the environment in .venv, or `make PYTHON=...`; what each does is in CONTRIBUTING.md.
 PYTHON ?= $(if $(wildcard .venv),$(CURDIR)/.venv/bin/python,python3)
 
-.PHONY: test lint bench gpu
+.PHONY: test lint bench gpu docs
 
 test:
 	$(PYTHON) -m pytest -n 2 --dist loadfile
@@ -16,3 +16,6 @@ bench:
 
 gpu:
 	$(PYTHON) -m benchmarks gpu
+
+docs:
+	$(PYTHON) -m mkdocs build --strict -f .mkdocs/mkdocs.yml

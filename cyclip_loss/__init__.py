@@ -9,7 +9,7 @@ from cyclip_loss.loss import CyclicPenalty, CyCLIPLoss
 from cyclip_loss.metrics import consistency_metrics
 from cyclip_loss.with_penalty import WithCyclicPenalty
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = [
     "CyCLIPLoss",
     "CyCLIPWarning",

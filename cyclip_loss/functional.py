@@ -2,18 +2,15 @@
 
 What all of them take:
 
-    image_features, text_features
-        (N, D), N >= 1, D >= 1, of one floating dtype (float64, float32, bfloat16 or float16) on one
-        device, with any strides. Row i of one is paired with row i of the other. The formulas take
-        rows of unit length, as OpenCLIP's models return them; nothing is normalised here.
-    logit_scale
-        scalar (one element), already exponentiated. A tensor gets its gradient.
-    output_dict
-        return the weighted terms as a dict (sum them to get the loss).
-    options
-        by keyword, the same options as `cyclip_loss.CyCLIPLoss`: `lambda_inmodal`,
-        `lambda_crossmodal`, `reference_batch_size`, `process_group`, `distributed`, `impl` and, for
-        the whole loss, `dist_impl`, `uneven` and `inmodal_contrastive_weight`.
+- `image_features, text_features`: (N, D), N >= 1, D >= 1, of one floating dtype (float64, float32,
+  bfloat16 or float16) on one device, with any strides. Row i of one is paired with row i of the
+  other. The formulas take rows of unit length, as OpenCLIP's models return them; nothing is
+  normalised here.
+- `logit_scale`: scalar (one element), already exponentiated. A tensor gets its gradient.
+- `output_dict`: return the weighted terms as a dict (sum them to get the loss).
+- `options`: by keyword, the same options as `cyclip_loss.CyCLIPLoss`: `lambda_inmodal`,
+  `lambda_crossmodal`, `reference_batch_size`, `process_group`, `distributed`, `impl` and, for the
+  whole loss, `dist_impl`, `uneven` and `inmodal_contrastive_weight`.
 
 Results are scalars of float32 (float64 for float64 features), or a dict of such. They are NaN if a
 feature is NaN or infinite. Under `torch.autocast` the features are cast to the autocast dtype
@@ -64,7 +61,7 @@ def cyclic_penalty(  # type: ignore[misc]
     lambda_crossmodal: float = 0.25,
     output_dict: bool = False,
     **options: Any,
-) -> Tensor | _Terms:
+) -> Tensor | dict[str, Tensor]:
     """lambda_inmodal * P_in + lambda_crossmodal * P_cross (Goel et al. 2022, eq. 2 and 3).
 
     Takes O(N D^2) flops and O(N D + D^2) memory; independent of any logit scale. Across ranks,
@@ -116,17 +113,17 @@ def cyclip_loss(  # type: ignore[misc]
     augmented_text_features: Tensor | None = None,
     ids: Tensor | None = None,
     **options: Any,
-) -> Tensor | _Terms:
+) -> Tensor | dict[str, Tensor]:
     """The CyCLIP loss: contrastive + lambda_inmodal * P_in + lambda_crossmodal * P_cross.
 
-    logit_bias: shifts every logit alike, so it changes nothing; its gradient is zero.
+    `logit_bias`: shifts every logit alike, so it changes nothing; its gradient is zero.
 
-    augmented_image_features, augmented_text_features: (N, D), features of a second, augmented view
-    of the same pairs; both or neither. They add an in-modal contrastive term, in which each row has
-    to find its own augmented view (the `--inmodal` option of the authors' code). The two are
-    averaged or, with `inmodal_contrastive_weight`, added: CLIP + weight * in-modal.
+    `augmented_image_features, augmented_text_features`: (N, D), features of a second, augmented
+    view of the same pairs; both or neither. They add an in-modal contrastive term, in which each
+    row has to find its own augmented view (the `--inmodal` option of the authors' code). The two
+    are averaged or, with `inmodal_contrastive_weight`, added: CLIP + weight * in-modal.
 
-    ids: (N,), int8 to int64 or uint8, on the features' device. Rows with the same id are no
+    `ids`: (N,), int8 to int64 or uint8, on the features' device. Rows with the same id are no
     negatives of each other: their logits, except each row's own pair, are left out of every
     contrastive term. Unlike in SupCon, they are ignored, not positives. Every value is an id, -1
     too: give rows without one distinct values. The penalties are over all pairs.

@@ -17,6 +17,7 @@ from benchmarks.compare.accuracy import RANDOM
 from benchmarks.compare.report import ERRORS, Row, rows_of, summary
 from benchmarks.memory import OUT_OF_MEMORY
 from benchmarks.record import markdown
+from cyclip_loss.checks import PAPER_BATCH_SIZE
 from reference_train.files import write_text, written_whole
 
 matplotlib.use("Agg")  # files only: no display needed
@@ -55,12 +56,15 @@ def draw(record: dict[str, Any], beside: Path) -> None:
     error = [row for row in error if row["dtype"] == error[0]["dtype"]]
     if cost:
         figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), dpi=150, layout="constrained")
-        for ax, column, what in zip(axes, ("ms", "peak MB"), ("time", "peak memory"), strict=True):
+        columns = (("ms", "Time", "slower"), ("peak MB", "Peak memory", "larger"))
+        for ax, (column, what, more) in zip(axes, columns, strict=True):
             _multiples(ax, cost, column)
-            ax.set_title(f"{what} relative to CyCLIPLoss", loc="left")
+            ax.set_title(
+                f"{what} relative to CyCLIPLoss (above 1×: {more})", loc="left", fontsize=11
+            )
         _save(
             figure,
-            f"forward and backward, D = {cost[0]['D']:,}, {record['device']}",
+            f"Forward and backward pass, D = {cost[0]['D']:,}, {record['device']}",
             beside.with_name(f"{beside.stem}-cost.png"),
         )
     if error:
@@ -68,7 +72,9 @@ def draw(record: dict[str, Any], beside: Path) -> None:
         kinds = (("gradient", WHOLE), ("penalties' gradient", ALONE))
         figure, axes = plt.subplots(2, figsize=(5.5, 7.5), dpi=200, layout="constrained")
         for ax, (what, styles) in zip(axes, kinds, strict=True):
-            _lines(ax, f"error of the {what}\n{where}", error, styles, "|T - I|", "gradient")
+            title = f"Relative error of the {what},\nagainst float64: {where}"
+            _lines(ax, title, error, styles, "|T - I|", "gradient")
+            ax.set_xlabel("|T − I|, distance of a pair's features")
         _save(figure, record["device"], beside.with_name(f"{beside.stem}-error.png"))
 
 
@@ -77,15 +83,24 @@ def _multiples(ax: Any, rows: list[Row], column: str) -> None:
     ours = dict(points(rows, names.OURS, "N", column))
     places = {n: place for place, n in enumerate(sorted({row["N"] for row in rows}))}
     ax.set(yscale="log", xlabel="N, pairs in the batch", xlim=(-0.3, len(places) - 0.6))
-    ax.set_xticks(list(places.values()), [f"{n:,}" for n in places])
+    paper = {PAPER_BATCH_SIZE: "\n(the paper's)"}
+    ax.set_xticks(list(places.values()), [f"{n:,}{paper.get(n, '')}" for n in places])
     for loss, (colour, mark) in STYLES.items():
         found = [(n, value / ours[n]) for n, value in points(rows, loss, "N", column) if n in ours]
         if found:
             at = [(places[n], times) for n, times in found]
             ax.plot(*zip(*at, strict=True), color=colour, marker=mark, linewidth=2, label=loss)
             if any(OUT_OF_MEMORY in row["outcome"] for row in rows if row["loss"] == loss):
-                end = {"xytext": (6, 9), "textcoords": "offset points", "color": colour}
-                ax.annotate("out of memory beyond", at[-1], ha="right", fontsize="small", **end)
+                ax.annotate(
+                    "then out of memory",
+                    at[-1],
+                    (6, 9),
+                    textcoords="offset points",
+                    ha="right",
+                    fontsize="small",
+                    color=colour,
+                    bbox={"color": "white", "pad": 1},  # no line of the grid meets the words
+                )
     ax.set_ylim(top=ax.get_ylim()[1] * 1.25)  # room for what is said of the last point
     ticks = [
         t for t in (0.5, 0.7, 1, 2, 3, 5, 10, 20, 50) if ax.get_ylim()[0] <= t <= ax.get_ylim()[1]
@@ -93,7 +108,7 @@ def _multiples(ax: Any, rows: list[Row], column: str) -> None:
     ax.set_yticks(ticks, [f"{t:g}×" for t in ticks])
     ax.minorticks_off()
     ax.grid(alpha=0.3)
-    ax.legend(frameon=False, fontsize="small", loc="upper left")
+    ax.legend(framealpha=1, borderpad=0, edgecolor="white", fontsize="small", loc="upper left")
 
 
 def _save(figure: Any, title: str, path: Path) -> None:
@@ -108,7 +123,7 @@ def _lines(
     ax: Any, title: str, rows: list[Row], styles: dict[str, tuple[str, str]], x: str, y: str
 ) -> None:
     """One line a loss."""
-    ax.set(xscale="log", yscale="log", xlabel=x)
+    ax.set(xscale="log", yscale="log")
     ax.set_title(title, loc="left")
     ax.grid(alpha=0.3)
     for loss, (colour, mark) in styles.items():
@@ -117,7 +132,7 @@ def _lines(
     low, high = ax.get_ylim()
     ax.set_ylim(low, high * (high / low) ** 0.15)  # room for the legend
     if ax.get_legend_handles_labels()[0]:
-        ax.legend(frameon=False, fontsize="small", loc="upper right")
+        ax.legend(framealpha=1, edgecolor="white", fontsize="small", loc="upper right")
 
 
 def points(rows: list[Row], loss: str, x: str, y: str) -> list[tuple[float, float]]:
