@@ -75,39 +75,38 @@ def test_the_recipe_of_hugging_face() -> None:
     assert torch.equal(loss, CyCLIPLoss()(*features, ids=torch.arange(32, device="cpu") % 8))
 
 
-def trainer_of(theirs: Any, **options: Any) -> Any:
-    """A trainer like OpenCLIP's, which takes a step without an optimizer."""
-    trainer: Any = ModuleType("open_clip_train.main")
-    trainer.parse_args = lambda argv: Namespace(**options)
-    trainer.create_model_and_transforms = lambda *args, **kw: (tiny_clip(), None, None)
-    trainer.create_loss = lambda args: theirs
+class Trainer(ModuleType):
+    """Like OpenCLIP's, with one forward pass of model and loss. by_name: as in its version 4."""
 
-    def main(argv: list[str]) -> None:
-        trainer.args = trainer.parse_args(argv)
-        trainer.model, *_ = trainer.create_model_and_transforms("tiny", output_dict=True)
-        loss = trainer.create_loss(trainer.args)
+    def __init__(self, theirs: Any, by_name: bool = False, texts: int = 1, **options: Any) -> None:
+        super().__init__("open_clip_train.main")
+        self.parse_args = lambda argv: Namespace(**options)
+        self.create_model_and_transforms = lambda name, **more: (tiny_clip(), None, None)
+        self.create_loss = lambda args: theirs
+        self.by_name, self.texts = by_name, texts
+
+    def main(self, argv: list[str]) -> None:
+        self.args = self.parse_args(argv)
+        self.model, *_ = self.create_model_and_transforms("tiny", output_dict=True)
+        loss = self.create_loss(self.args)
         images, tokens = duplicates()
-        inputs = {"text": tokens} if options.get("by_name") else (tokens,)
-        by_name = isinstance(inputs, dict)
-        out = trainer.model(image=images, **inputs) if by_name else trainer.model(images, *inputs)
-        if options.get("without_text"):
-            trainer.model(images)
-        trainer.loss = loss(**out)
-
-    trainer.main = main
-    return trainer
+        by_name = self.by_name
+        out = self.model(image=images, text=tokens) if by_name else self.model(images, tokens)
+        if not self.texts:
+            self.model(images)
+        self.loss = loss(**out)
 
 
-def launch(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+def launch(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "open_clip_train", ModuleType("open_clip_train"))
     monkeypatch.setitem(sys.modules, "open_clip_train.main", trainer)
     open_clip_train.main(["--ignore-same-captions", "--reference-batch-size", "0"])
-    return trainer
 
 
 @pytest.mark.parametrize("by_name", [False, True])
 def test_the_launcher(by_name: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = launch(trainer_of(ClipLoss(), by_name=by_name, accum_freq=1), monkeypatch)
+    trainer = Trainer(ClipLoss(), by_name, accum_freq=1)
+    launch(trainer, monkeypatch)
     assert torch.equal(trainer.loss, expected_loss(trainer.model))
     assert trainer.args.ignore_same_captions
 
@@ -115,11 +114,11 @@ def test_the_launcher(by_name: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("trainer", "message"),
     [
-        (trainer_of(ClipLoss(), accum_freq=2), "not with --accum-freq above 1"),
-        (trainer_of(SigLipLoss()), "for plain CLIP's loss only"),
-        (trainer_of(ClipLoss(), without_text=True), "the model was given no captions"),
+        (Trainer(ClipLoss(), accum_freq=2), "not with --accum-freq above 1"),
+        (Trainer(SigLipLoss()), "for plain CLIP's loss only"),
+        (Trainer(ClipLoss(), texts=0), "the model was given no captions"),
     ],
 )
-def test_what_cannot_work_stops(trainer: Any, message: str, monkeypatch) -> None:
+def test_what_cannot_work_stops(trainer: Trainer, message: str, monkeypatch) -> None:
     with pytest.raises(SystemExit, match=f"--ignore-same-captions: {message}"):
         launch(trainer, monkeypatch)

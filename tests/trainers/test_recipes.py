@@ -67,11 +67,14 @@ def test_accelerate() -> None:
     assert names["loss"].item() < 0.7 * first_loss()
 
 
-def test_lightning() -> None:
-    lightning = pytest.importorskip("lightning")
+def lightning_trainer(epochs: int) -> Any:
     off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    options = {"max_epochs": 10, "accelerator": "cpu"} | dict.fromkeys(off, False)
-    trainer = lightning.Trainer(**options)
+    options = {"max_epochs": epochs, "accelerator": "cpu"} | dict.fromkeys(off, False)
+    return pytest.importorskip("lightning").Trainer(**options)
+
+
+def test_lightning() -> None:
+    trainer = lightning_trainer(10)
     loader = DataLoader(TensorDataset(*batch()), 32)
     options = {"model": tiny_clip(), "CyCLIPLoss": CyCLIPLoss, "loader": loader}
     run("Lightning", lightning_trainer=trainer, **options)
@@ -139,20 +142,11 @@ def test_the_logit_scale_is_clamped(heading: str, package: str) -> None:
     model = tiny_clip()
     model.logit_scale.data.fill_(6.0)
     images, tokens = batch()
-    pairs = torch.utils.data.TensorDataset(images, tokens)
-    run(
-        heading,
-        model=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0),
-        loss_fn=CyCLIPLoss(),
-        loader=torch.utils.data.DataLoader(pairs, 32),
-        micro_batches=[(images, tokens)],
-        images=images,
-        tokens=tokens,
-        warmup_steps=1,
-        CyCLIPLoss=CyCLIPLoss,
-        lightning_trainer=lightning_trainer(1) if package == "lightning" else None,
-    )
+    names: dict[str, Any] = {"model": model, "images": images, "tokens": tokens, "warmup_steps": 1}
+    names |= {"optimizer": torch.optim.SGD(model.parameters(), lr=0), "loss_fn": CyCLIPLoss()}
+    names |= {"loader": DataLoader(TensorDataset(images, tokens), 32), "CyCLIPLoss": CyCLIPLoss}
+    trainer = lightning_trainer(1) if package == "lightning" else None
+    run(heading, **names, micro_batches=[(images, tokens)], lightning_trainer=trainer)
     assert model.logit_scale.item() == pytest.approx(math.log(100))
 
 
@@ -190,8 +184,7 @@ class Rows(IterableDataset):
     """The batch's rows in their order, as Hugging Face's Trainer takes them."""
 
     def __iter__(self) -> Any:
-        for image, tokens in zip(*batch(), strict=True):
-            yield {"pixel_values": image, "input_ids": tokens}
+        return ({"pixel_values": x, "input_ids": t} for x, t in zip(*batch(), strict=True))
 
 
 # transformers takes the checkout's folder `kernels/` for the package of that name, and imports it.
@@ -222,17 +215,6 @@ def test_hugging_face_trainer(tmp_path: Path) -> None:
     expected = -parameters_to_vector([p.grad for p in model.parameters()])
     close = {"rtol": 0, "atol": 1e-5 * float(expected.abs().max())}
     torch.testing.assert_close(step(), expected, **close)
-
-
-def lightning_trainer(epochs: int) -> Any:
-    return pytest.importorskip("lightning").Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
 
 
 def test_sentence_transformers(tmp_path: Path) -> None:
