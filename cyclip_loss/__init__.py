@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from cyclip_loss import reference
-from cyclip_loss.checks import CyCLIPWarning
 from cyclip_loss.functional import caption_ids, cyclic_penalty, cyclip_loss
 from cyclip_loss.loss import CyclicPenalty, CyCLIPLoss
 from cyclip_loss.metrics import consistency_metrics
+from cyclip_loss.options import CyCLIPWarning
 from cyclip_loss.with_penalty import WithCyclicPenalty
 
 __version__ = "0.3.0"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cyclip_loss.eager import accumulation_dtype
 from cyclip_loss.ops import autocast_is_on
-from cyclip_loss.options import PenaltyOptions
+from cyclip_loss.options import CyCLIPWarning, PenaltyOptions
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -25,10 +25,6 @@ LENGTH_TOLERANCE = 0.05
 LEAST_SCALE = 5.0
 
 _warned: set[str] = set()
-
-
-class CyCLIPWarning(UserWarning):
-    """The category of this package's warnings, for `warnings.filterwarnings`."""
 
 
 def check_features(

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from cyclip_loss import eager
-from cyclip_loss.options import IMPLS
+from cyclip_loss.options import IMPLS, CyCLIPWarning
 
 # Of the batch that the kernels are compared with PyTorch on: rows, columns, features.
 CHECK_SIZES = (600, 700, 200)
@@ -98,8 +98,6 @@ def _kernels_work(device: torch.device, dtype: torch.dtype, exact: bool) -> bool
             ) from error
     if problem is None:
         return True
-    from cyclip_loss.checks import CyCLIPWarning
-
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     warnings.warn(
         f"the Triton kernels do not work on {device} ({name}, PyTorch {torch.__version__}, Triton "

@@ -20,6 +20,10 @@ WEIGHTS = (
 )
 
 
+class CyCLIPWarning(UserWarning):
+    """The category of this package's warnings, for `warnings.filterwarnings`."""
+
+
 @dataclass(eq=False, repr=False)
 class PenaltyOptions:
     """The options of the penalties. Each is checked when it is set, and may be set at any time."""
