@@ -90,28 +90,11 @@ def _tile_gradient(
 
 @triton.jit
 def _gradient(
-    product,
-    scale,
-    factor,
-    row_lse,
-    column_lse,
-    pair_gradient,
-    row_ids,
-    column_ids,
-    gradient,
-    gradient_stride,
-    first_row,
-    first_column_of_tile,
-    first_column,
-    n,
-    m,
-    SYMMETRIC: tl.constexpr,
-    NEEDS_SCALE: tl.constexpr,
-    SHIFT: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
+    product, scale, factor, row_lse, column_lse, pair_gradient, row_ids, column_ids, gradient,
+    gradient_stride, first_row, first_column_of_tile, first_column, n, m, SYMMETRIC: tl.constexpr,
+    NEEDS_SCALE: tl.constexpr, SHIFT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PARTS: tl.constexpr,
-):
+):  # fmt: skip
     """`_tile_gradient` of a tile, a part at a time; it calls itself while Triton compiles."""
     if PARTS == 1:
         return _tile_gradient(
@@ -236,32 +219,14 @@ def contrastive_grads(
         rows, columns = min(height, n - start), min(width, m - left)
         tiles = ceil_div(rows, bm) * ceil_div(columns, bn)
         contrastive_grads_kernel[(tiles,)](
-            image[start:],
-            text[left:],
-            logit_scale,
-            grad,
-            row_lse[start:],
-            column_lse[left:],
-            pair_gradient[start:],
-            None if row_ids is None else row_ids[start:],
-            None if column_ids is None else column_ids[left:],
-            gradient_tiles,
-            scale_partials[tiles_done:],
-            rows,
-            columns,
-            d,
-            image.stride(0),
-            text.stride(0),
-            width,
-            first_column + start - left,
-            float(weight),
-            SYMMETRIC=symmetric,
-            NEEDS_SCALE=needs_scale,
-            SHIFT=shift,
-            PRECISION=precision.dot,
-            WIDEN=precision.widen,
+            image[start:], text[left:], logit_scale, grad, row_lse[start:], column_lse[left:],
+            pair_gradient[start:], None if row_ids is None else row_ids[start:],
+            None if column_ids is None else column_ids[left:], gradient_tiles,
+            scale_partials[tiles_done:], rows, columns, d, image.stride(0), text.stride(0), width,
+            first_column + start - left, float(weight), SYMMETRIC=symmetric,
+            NEEDS_SCALE=needs_scale, SHIFT=shift, PRECISION=precision.dot, WIDEN=precision.widen,
             **config.kwargs,
-        )
+        )  # fmt: skip
         tiles_done += tiles
         return gradient_tiles[:rows, :columns]
 

@@ -236,39 +236,15 @@ def contrastive_lse(
             row_partials = row_negatives.new_empty(2 * row_parts * rows)
             column_partials = row_negatives.new_empty(2 * row_tiles * columns)
             contrastive_lse_kernel[(row_tiles * column_tiles,)](
-                image[start:],
-                text,
-                logit_scale,
-                row_partials,
-                column_partials,
-                pair_logits[start:],
-                None if row_ids is None else row_ids[start:],
-                column_ids,
-                rows,
-                m,
-                d,
-                image.stride(0),
-                text.stride(0),
-                first_column + start,
-                SYMMETRIC=symmetric,
-                PRECISION=precision.dot,
-                WIDEN=precision.widen,
-                **config.kwargs,
-            )
+                image[start:], text, logit_scale, row_partials, column_partials,
+                pair_logits[start:], None if row_ids is None else row_ids[start:], column_ids, rows,
+                m, d, image.stride(0), text.stride(0), first_column + start, SYMMETRIC=symmetric,
+                PRECISION=precision.dot, WIDEN=precision.widen, **config.kwargs,
+            )  # fmt: skip
             block = JOIN.tile["BLOCK"]
             join_lse_kernel[(ceil_div(rows, block) + ceil_div(columns, block),)](
-                row_partials,
-                column_partials,
-                row_negatives[start:],
-                column_negatives,
-                pair_logits[start:],
-                row_parts,
-                row_tiles,
-                rows,
-                m,
-                columns,
-                first_column + start,
-                strip,
-                **JOIN.kwargs,
-            )
+                row_partials, column_partials, row_negatives[start:], column_negatives,
+                pair_logits[start:], row_parts, row_tiles, rows, m, columns, first_column + start,
+                strip, **JOIN.kwargs,
+            )  # fmt: skip
     return row_negatives, column_negatives, pair_logits

@@ -136,27 +136,12 @@ def cyclic_grads(
     grid = (ceil_div(n, tile["BM"]) * (d // tile["BD"]),)
     with launch_on(image):
         cyclic_grads_kernel[grid](
-            image,
-            text,
-            grams,
-            grads[0],
-            grads[-1],
-            number_or_pointer(weights[0]),
-            number_or_pointer(weights[1]),
-            float(size),
-            image_grad,
-            text_grad,
-            n,
-            d,
-            image.stride(0),
-            text.stride(0),
-            WITH_CROSS=len(grams) == 3,
-            NEEDS_IMAGE=needs_image,
-            NEEDS_TEXT=needs_text,
-            TF32=precision.dot == "tf32",
-            PRECISION=precision.dot,
+            image, text, grams, grads[0], grads[-1], number_or_pointer(weights[0]),
+            number_or_pointer(weights[1]), float(size), image_grad, text_grad, n, d,
+            image.stride(0), text.stride(0), WITH_CROSS=len(grams) == 3, NEEDS_IMAGE=needs_image,
+            NEEDS_TEXT=needs_text, TF32=precision.dot == "tf32", PRECISION=precision.dot,
             **config.kwargs,
-        )
+        )  # fmt: skip
     if d == features:
         return image_grad, text_grad
     if needs_image:

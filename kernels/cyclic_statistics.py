@@ -151,19 +151,10 @@ def cyclic_statistics(image_features: Tensor, text_features: Tensor, with_cross:
     parts = image.new_empty(splits, matrices, d, d, dtype=torch.float32)
     with launch_on(image):
         cyclic_statistics_kernel[((d // bd) ** 2, splits, matrices - 1)](
-            image,
-            text,
-            parts,
-            n,
-            d,
-            image.stride(0),
-            text.stride(0),
-            split_rows,
-            WITH_CROSS=with_cross,
-            TF32=precision.dot == "tf32",
-            PRECISION=precision.dot,
+            image, text, parts, n, d, image.stride(0), text.stride(0), split_rows,
+            WITH_CROSS=with_cross, TF32=precision.dot == "tf32", PRECISION=precision.dot,
             **config.kwargs,
-        )
+        )  # fmt: skip
         if splits == 1 and d == features:
             return parts[0]
         grams = parts.new_empty(matrices, features, features)

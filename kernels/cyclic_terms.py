@@ -94,14 +94,7 @@ def cyclic_terms(grams: Tensor, weights: list[Tensor], separate: bool) -> list[T
     with launch_on(grams):
         traces_kernel[(programs,)](grams, partials, d, WITH_CROSS=with_cross, **TRACES.kwargs)
         cyclic_terms_kernel[(1,)](
-            partials,
-            number_or_pointer(weights[0]),
-            number_or_pointer(weights[1]),
-            terms[0],
-            terms[-1],
-            programs,
-            WITH_CROSS=with_cross,
-            SEPARATE=separate,
-            **SUM.kwargs,
-        )
+            partials, number_or_pointer(weights[0]), number_or_pointer(weights[1]), terms[0],
+            terms[-1], programs, WITH_CROSS=with_cross, SEPARATE=separate, **SUM.kwargs,
+        )  # fmt: skip
     return terms

@@ -112,19 +112,8 @@ def pair_terms(
     column_lse = row_negatives.new_empty(m)
     with launch_on(row_negatives):
         pair_terms_kernel[(1 + ceil_div(max(n, m), PAIRS.tile["BLOCK"]),)](
-            row_negatives,
-            column_negatives,
-            pair_logits,
-            column_pair_logits,
-            loss,
-            row_lse,
-            column_lse,
-            pair_gradient,
-            n,
-            m,
-            first_column,
-            float(weight),
-            SYMMETRIC=m > 0,
+            row_negatives, column_negatives, pair_logits, column_pair_logits, loss, row_lse,
+            column_lse, pair_gradient, n, m, first_column, float(weight), SYMMETRIC=m > 0,
             **PAIRS.kwargs,
-        )
+        )  # fmt: skip
     return loss, row_lse, column_lse, pair_gradient

@@ -66,13 +66,6 @@ def test_first_step(name: str, other: dict, ranks: Ranks) -> None:
     assert set(good) == set(logged) == {"right"}
 
 
-def test_what_is_new_to_every_rank_is_checked(ranks: Ranks) -> None:
-    unlike = [(4, {"d": 5}), (4, {"d": 6})]
-    before, errors, *after = run_steps(ranks, both_hold(4), unlike, both_hold(4), both_hold(4, d=5))
-    assert all("D must be the same on every rank" in error for error in errors)
-    assert set(before) == set(after[0]) == set(after[1]) == {"right"}
-
-
 @DIST_IMPLS
 def test_rows_change_on_all_ranks_and_then_on_one(dist_impl: str, ranks: Ranks) -> None:
     """They trusted each other: the collective fails, as the docs say, on every rank."""

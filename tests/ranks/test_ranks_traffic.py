@@ -34,17 +34,12 @@ class Recorder(TorchDispatchMode):
         sizes = [one.numel() for one in tensors if isinstance(one, torch.Tensor)]
         self.largest = max([self.largest, *sizes])
         name = function.overloadpacket.__name__
-        if "c10d" in function.namespace and name != "wait_tensor":
-            tensor = result
-            if name == "reduce_scatter_tensor":
-                tensor = args[0]
-            elif name in ("send", "recv_"):
-                (tensor,) = args[0]
-            if name == "all_reduce":
-                name = f"all_reduce {args[1]}"
-            elif name == "allgather_":  # twice where ranks compare: of the sizes, of the objects
-                self.found.append(("comparison", 0))
-                return result
+        if name == "allgather_":  # twice where ranks compare: of the sizes, of the objects
+            self.found.append(("comparison", 0))
+        elif "c10d" in function.namespace and name != "wait_tensor":
+            tensor = args[0] if name == "reduce_scatter_tensor" else result
+            tensor = args[0][0] if name in ("send", "recv_") else tensor
+            name = f"all_reduce {args[1]}" if name == "all_reduce" else name
             self.found.append((name, tensor.numel() * tensor.element_size()))
         return result
 
