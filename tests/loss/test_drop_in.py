@@ -8,7 +8,7 @@ import pytest
 import torch
 from accuracy import NAMES, results
 from inputs import Case, normal, pairs
-from torch import Tensor, nn
+from torch import nn
 from towers import IMAGE_SIZE, TEXT_SIZE, TwoTowers
 
 from cyclip_loss import CyCLIPLoss
@@ -16,14 +16,8 @@ from cyclip_loss import CyCLIPLoss
 open_clip = pytest.importorskip("open_clip")
 
 # How OpenCLIP's `create_loss` builds it.
-OPENCLIP_KEYWORDS = {
-    "local_loss": True,
-    "gather_with_grad": True,
-    "cache_labels": True,
-    "rank": 0,
-    "world_size": 1,
-    "use_horovod": False,
-}
+OPENCLIP_KEYWORDS = {"local_loss": True, "gather_with_grad": True, "cache_labels": True}
+OPENCLIP_KEYWORDS |= {"rank": 0, "world_size": 1, "use_horovod": False}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -47,7 +41,9 @@ def train(loss: nn.Module, with_bias: bool, device: torch.device) -> tuple[list[
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     history = []
     for step in range(8):
-        batch = samples(16 if step < 7 else 5, step, device)  # a last batch that is smaller
+        rows = 16 if step < 7 else 5  # a last batch that is smaller
+        both = normal(rows, IMAGE_SIZE + TEXT_SIZE, seed=step, device=device)
+        batch = both.split((IMAGE_SIZE, TEXT_SIZE), dim=1)
         optimizer.zero_grad()
         total = sum(loss(**model(*batch), output_dict=True).values())
         total.backward()
@@ -55,12 +51,6 @@ def train(loss: nn.Module, with_bias: bool, device: torch.device) -> tuple[list[
         optimizer.step()
         history.append(total.item())
     return history, model
-
-
-def samples(n: int, seed: int, device: torch.device) -> tuple[Tensor, ...]:
-    """Images and texts of a batch."""
-    both = normal(n, IMAGE_SIZE + TEXT_SIZE, seed=seed, device=device)
-    return both.split((IMAGE_SIZE, TEXT_SIZE), dim=1)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
