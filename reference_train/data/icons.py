@@ -9,7 +9,7 @@ and how many icons were left out for which reason.
 Left out: logos, flags, sets with a non-commercial licence, and every set of emoji: the emoji are
 what a model is asked about afterwards. Then pictures that are blank, refer to anything outside
 themselves, or crash the renderer; pictures that were there before; and, of names that very many
-sets draw, all but `PICTURES_OF_A_NAME`, because duplicates in a batch act as false negatives.
+sets draw, all but 40 (`--pictures-of-a-name`): duplicates in a batch act as false negatives.
 
 A one-coloured icon is black on white in half of the cases, else in a random colour on white, on a
 pale or on a dark ground, so that a model learns shapes and not one way of printing them.
@@ -48,7 +48,7 @@ PACKAGE = Package(
 SIZE = 64  # pixels
 SAMPLES_PER_SHARD = 5000
 CHUNK = 64  # icons that are drawn as one piece of work
-PICTURES_OF_A_NAME = 40
+PICTURES_OF_A_NAME = 40  # to train on
 VALIDATION_SHARE = 0.02  # of the names
 SEED = 0
 
@@ -250,15 +250,17 @@ def twins(names: Counter[str], batch_size: int) -> float:
     return 1 - alone
 
 
-def build(archive: Path, out: Path, limit: int | None = None) -> dict[str, Any]:
+def build(archive: Path, out: Path, limit: int | None, pictures_of_a_name: int) -> dict[str, Any]:
     """Writes the shards and sizes.json into `out`; returns what the manifest says of them.
 
-    limit: how many icons to draw, picked at random; None: all.
+    limit: how many icons to draw, picked at random; None: all. pictures_of_a_name: at most so many
+    are trained on; 0: all. Of a name that is held out there is one.
     """
     left_out: Counter[str] = Counter()
     taken, icons = read_sets(archive, left_out)
     icons = icons[:limit]
-    parts = ("train", "val")
+    most = {"train": pictures_of_a_name or len(icons), "val": 1}  # pictures of a name
+    parts = tuple(most)
     seen: set[bytes] = set()
     names: dict[str, Counter[str]] = {part: Counter() for part in parts}
     pictures: Counter[str] = Counter()  # of each name, with those left out
@@ -283,7 +285,7 @@ def build(archive: Path, out: Path, limit: int | None = None) -> dict[str, Any]:
                 continue
             seen.add(drawn.digest)
             pictures[icon.name] += 1
-            if names[part][icon.name] >= (1 if part == "val" else PICTURES_OF_A_NAME):
+            if names[part][icon.name] >= most[part]:
                 left_out[f"more pictures of a name ({part})"] += 1
                 continue
             names[part][icon.name] += 1
@@ -348,16 +350,24 @@ def main(argv: Sequence[str]) -> None:
         metavar="N",
         help="draw N icons only, picked at random: a small build to try things with",
     )
+    add(
+        "--pictures-of-a-name",
+        type=whole_number(0),
+        default=PICTURES_OF_A_NAME,
+        metavar="N",
+        help="train on at most N icons with the same name; default %(default)s; 0: on all",
+    )
     options = parser.parse_args(argv)
     check_renderer()
     end_cleanly()
     with new_folder(options.out) as folder, tempfile.TemporaryDirectory() as temporary:
         archive = options.package or fetch(PACKAGE, Path(temporary))
-        built = build(archive, folder, options.limit)
+        built = build(archive, folder, options.limit, options.pictures_of_a_name)
         source = {
             "package": str(options.package or PACKAGE.url),
             "sha256": hashlib.sha256(archive.read_bytes()).hexdigest(),
             "limit": options.limit,
+            "pictures_of_a_name": options.pictures_of_a_name,
         }
         manifest = json.dumps({**source, **built}, indent=1, ensure_ascii=False)
         (folder / "manifest.json").write_text(manifest)

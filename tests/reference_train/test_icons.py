@@ -167,6 +167,26 @@ def test_rows_with_a_twin() -> None:
     assert icons.twins(names, 8) == pytest.approx(share, abs=0.01)
 
 
+def test_pictures_of_a_name(tmp_path: Path) -> None:
+    """Of five icons called "box" the default, here 2, all, or another number are trained on."""
+    drawings = {f"box-{size}": square(size) for size in range(8, 13)}
+    files = {"collections.json": {"plain": a_set("Plain")}, "json/plain.json": {"icons": drawings}}
+    package = str(write_package(tmp_path / "icons.tgz", files))
+    counts = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(icons, "PICTURES_OF_A_NAME", 2)
+        patch.setattr(icons, "VALIDATION_SHARE", 0)
+        for chosen in ([], ["0"], ["3"]):
+            out = tmp_path / "".join(["out", *chosen])
+            option = ["--pictures-of-a-name"] if chosen else []
+            icons.main(["--out", str(out), "--package", package, *option, *chosen])
+            manifest = json.loads((out / "manifest.json").read_text())
+            counts[manifest["pictures_of_a_name"]] = manifest["pairs"]["train"]
+        with pytest.raises(CannotStart, match="--pictures-of-a-name: must be a whole number >= 0"):
+            icons.main(["--out", str(tmp_path / "new"), "--pictures-of-a-name", "-1"])
+    assert counts == {2: 2, 0: 5, 3: 3}
+
+
 def test_the_same_icons_give_the_same_pictures(built: Path, tmp_path: Path) -> None:
     assert samples(build(tmp_path)) == samples(built)
 
