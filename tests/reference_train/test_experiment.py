@@ -11,8 +11,8 @@ pytest.importorskip("rich")
 
 import matplotlib.image
 
-from reference_train.errors import CannotStart
-from reference_train.evaluate import pictures, report, table
+from reference_train.command_line import CannotStart
+from reference_train.evaluate import report, table
 
 DATA = {"icons": {"class": 1484}, "emoji": {"class": 1597, "subgroup": 95}}
 
@@ -53,19 +53,6 @@ def test_runs_that_differ_in_the_seed_are_one_column(tmp_path: Path) -> None:
     assert "| in-modal gap × 100 | 12.00 (10.00 to 14.00) | 15.00 |" in text
     assert "emoji" not in text
     assert matplotlib.image.imread(tmp_path / "out" / "picture.png").shape[1] == 1100
-
-
-def test_sets_with_other_numbers_of_classes_have_axes_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drawn = []
-    monkeypatch.setattr(pictures.plt, "close", lambda figure: drawn.append(figure))
-    pictures.draw(report.read(write(tmp_path / "1", RUNS)), tmp_path / "x.png")
-    labels = [[tick.get_text() for tick in ax.get_yticklabels()] for ax in drawn[0].axes]
-    assert labels == [["icons\n100 images"], ["emoji\n100 images"]]
-    assert [ax.get_title(loc="left") for ax in drawn[0].axes] == [
-        f"zero-shot top-1, % (chance {100 / classes['class']:.2g})" for classes in DATA.values()
-    ]
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"results": []}'])
