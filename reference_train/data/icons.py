@@ -1,16 +1,14 @@
 """About 250,000 icons with the names that people gave them, as image-caption shards.
 
-`python -m reference_train.data.icons --out DIR` takes npm's `@iconify/json` (104 MB; `--package`
-for one that is on disk) and draws its icons into WebDataset shards, in about ten minutes:
-`train-*.tar` to train on, `val-*.tar` with names that training never sees, one picture of each,
-`sizes.json` as OpenCLIP reads it, and `manifest.json` with the sets, their authors and licences,
-and how many icons were left out for which reason.
+`python -m reference_train.data.icons --out DIR` takes npm's `@iconify/json` (104 MB) and draws its
+icons into WebDataset shards, in about ten minutes: `train-*.tar` to train on, `val-*.tar` with
+names that training never sees, one picture of each, `sizes.json` as OpenCLIP reads it, and
+`manifest.json` with the sets, their authors and licences, and how many icons were left out and why.
 
-Left out: logos, flags, sets with a non-commercial licence, and every set of emoji: the emoji are
-what a model is asked about afterwards. Then pictures that are blank, refer to anything outside
-themselves, or make the renderer crash or hang; pictures that were there before; and, of names that
-very many sets draw, all but 40 (`--pictures-of-a-name`): duplicates in a batch act as false
-negatives.
+Left out: logos, flags, sets with a non-commercial licence, and emoji, which a model is asked about
+afterwards. Then pictures that are blank, refer to anything outside themselves, make the renderer
+crash or hang, or were there before; and of names that very many sets draw all but 40
+(`--pictures-of-a-name`): duplicates in a batch act as false negatives.
 
 A one-coloured icon is black on white in half of the cases, else in a random colour on white, on a
 pale or on a dark ground, so that a model learns shapes and not one way of printing them.
@@ -41,7 +39,7 @@ from rich.progress import track
 
 from ..command_line import Parser, Stopped, run, whole_number
 from ..files import new_folder
-from .iconify import OutsideReference, fetch, read_json, render, square_svg
+from .iconify import OUTSIDE, fetch, read_json, render, square_svg
 
 URL = "https://registry.npmjs.org/@iconify/json/-/json-2.2.535.tgz"
 SHA256 = "1a545f86fa224d6531d8fb101dcbe83aac2b28689a21cbed6fc68318a5af4d91"
@@ -177,11 +175,11 @@ class Drawn(NamedTuple):
 
 def draw(icon: Icon) -> Drawn:
     """Draws an icon, the same in every run: its colours are drawn by its key."""
+    if OUTSIDE.search(icon.svg):
+        return Drawn(fault="refers to something outside itself")
     try:
         ALARM(SECONDS)  # the renderer can't be interrupted: the process ends
         image = render(icon.svg.replace("currentColor", "#000000"), SIZE)
-    except OutsideReference as error:
-        return Drawn(fault=str(error))
     except ValueError:  # some icons are no valid SVG
         return Drawn(fault="blank")
     finally:

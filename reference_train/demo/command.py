@@ -19,9 +19,7 @@ from .evaluate import SITUATIONS, situation, validation_pairs
 from .model import build_model
 from .train import RunConfig, train
 
-# The batch size at which a weight is the paper's: the records in results/ were made by the paper's
-# formula in batches of 256.
-BATCH_SIZE = 256
+BATCH_SIZE = 256  # at which a weight is the paper's, as in results/
 PRESETS = {
     "short": {"steps": 620, "lr": 3e-3, "logit_scale": 33.0},
     "long": {"steps": 1500, "lr": 2e-3, "logit_scale": 14.3},

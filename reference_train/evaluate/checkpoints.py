@@ -225,11 +225,10 @@ def load(checkpoint: Checkpoint, device: torch.device, **feeding: Any) -> Clip:
         context = checkpoint.arguments.get("force_context_length")
         tokenizer = open_clip.get_tokenizer(name, context_length=context)
         if path is not None:
-            content: dict[str, Any] = (
-                load_file(path)
-                if path.suffix == ".safetensors"
-                else torch.load(path, map_location="cpu", weights_only=True)
-            )
+            read: Any = load_file
+            if path.suffix != ".safetensors":
+                read = partial(torch.load, map_location="cpu", weights_only=True)
+            content = read(path)
             epoch = content.get("epoch")
             model.load_state_dict(without_wrappers(content.get("state_dict", content)))
     except Exception as error:  # whatever OpenCLIP and PyTorch raise for other weights
@@ -237,6 +236,5 @@ def load(checkpoint: Checkpoint, device: torch.device, **feeding: Any) -> Clip:
         raise CannotStart(f"{path or checkpoint.tag} as {name}: {said}") from error
     finally:
         logging.disable(level)
-    return Clip(
-        checkpoint.title, model.eval(), preprocess, tokenizer, device, epoch=epoch, **feeding
-    )
+    model.eval()
+    return Clip(checkpoint.title, model, preprocess, tokenizer, device, epoch=epoch, **feeding)

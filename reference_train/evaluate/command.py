@@ -52,18 +52,21 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     words = "fit one as the paper's authors do, on the features of the whole train split"
     add("--linear-probe", action="store_true", help=words)
     words = "of ImageNet's classes in its order, 1,000 lines (the paper's 67 do not ship)"
-    add("--superclasses", type=superclasses, metavar="FILE", help=words)
+    add("--superclasses", type=lambda path: lines(Path(path)), metavar="FILE", help=words)
     add_device(parser)
     words = "default: amp_bf16 on cuda, fp32 elsewhere"
     add("--precision", choices=["fp32", "amp", "amp_bf16"], help=words)
     add("--batch-size", type=whole_number(1), default=256, metavar="N", help="default %(default)s")
     workers, words = min(8, os.cpu_count() or 1), "processes that decode images; here %(default)s"
     add("--workers", type=whole_number(0), default=workers, metavar="N", help=words)
-    out = Path("runs/evaluation")
-    add("--out", type=Path, default=out, metavar="DIR", help="default %(default)s")
+    add("--out", type=Path, default="runs/evaluation", metavar="DIR", help="default %(default)s")
     arguments = parser.parse_args(argv)
     if arguments.precision is None:
         arguments.precision = "amp_bf16" if arguments.device.type == "cuda" else "fp32"
+    if arguments.superclasses is not None and len(arguments.superclasses) != 1000:
+        raise CannotStart(
+            f"--superclasses: a file of {len(arguments.superclasses)} lines, not 1000"
+        )
     return arguments
 
 
@@ -80,17 +83,6 @@ def named_folder(text: str) -> tuple[str, Path]:
     if not (name and equals):
         raise argparse.ArgumentTypeError(f"should be NAME=DIR, not {text}")
     return name, folder(path)
-
-
-def superclasses(path: str) -> list[str]:
-    """An argument's type: a text file of a line for each of ImageNet's classes."""
-    try:
-        content = lines(Path(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise argparse.ArgumentTypeError(f"{path}: {error}") from error
-    if len(content) != SPLITS["imagenet1k"][0]:
-        raise argparse.ArgumentTypeError(f"{path}: {len(content)} lines, not 1000")
-    return content
 
 
 def main(argv: Sequence[str]) -> None:

@@ -22,10 +22,7 @@ def strips(rows: int) -> Iterator[slice]:
 
 
 def nearest(queries: Tensor, gallery: Tensor, k: int) -> Tensor:
-    """The k rows of the gallery with the highest cosine, best first: (Q, min(k, G)).
-
-    Of images (Q, D) among the features of classes (G, D): the zero-shot labels.
-    """
+    """The k rows of the gallery with the highest cosine, best first: (Q, min(k, G))."""
     k = min(k, len(gallery))
     found = [(queries[rows] @ gallery.T).topk(k).indices for rows in strips(len(queries))]
     return torch.cat(found)
@@ -119,7 +116,7 @@ def linear_probe(
 
     features: (n, D), labels: (n,), of the training images.
     """
-    epochs, batch_size = 32, 128
+    epochs = 32
     generator = torch.Generator().manual_seed(0)
     layer = nn.Linear(features.shape[1], classes)
     bound = features.shape[1] ** -0.5  # PyTorch's own, from a generator of ours
@@ -129,11 +126,11 @@ def linear_probe(
     layer.to(features.device)
     weight: dict[str, Any] = {"params": [layer.weight], "weight_decay": 0.01}
     optimizer = torch.optim.AdamW([weight, {"params": [layer.bias], "weight_decay": 0.0}], lr=0.005)
-    steps = epochs * -(-len(features) // batch_size)
+    steps = epochs * -(-len(features) // 128)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(epochs):
         order = torch.randperm(len(features), generator=generator).to(features.device)
-        for rows in order.split(batch_size):
+        for rows in order.split(128):
             loss = nn.functional.cross_entropy(layer(features[rows]), labels[rows])
             optimizer.zero_grad()
             loss.backward()

@@ -126,10 +126,6 @@ def add_train(data: DataSet, read: Callable[[], tuple[Images, Tensor | None]]) -
         data.train_lacks = " ".join(str(error).split())
 
 
-# ------------------------------------------------------------------------------------------------
-# Folders of images
-
-
 def open_cifar(root: Path, kind: type[CIFAR10]) -> DataSet:
     """torchvision's CIFAR-10 or CIFAR-100."""
 
@@ -196,10 +192,6 @@ def open_folders(folder: Path, name: str, kinds: Kinds) -> DataSet:
     if train.is_dir() and test != folder:
         add_train(data, read_train)
     return data
-
-
-# ------------------------------------------------------------------------------------------------
-# Tar files
 
 
 def open_tars(folder: Path, name: str, kinds: Kinds) -> DataSet:

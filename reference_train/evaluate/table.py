@@ -130,10 +130,6 @@ def cell(found: tuple[float, float, float] | None, metric: str) -> str:
     return value if found[1] == found[2] else f"{value} ({low} to {high})"
 
 
-# ------------------------------------------------------------------------------------------------
-# The table
-
-
 def markdown(result: Result, short: bool = False) -> str:
     """`table.md`: failures, a table for each data set, notes. short: headline metrics alone."""
     out = [f"# Evaluation of {result['date']}", "", f"    {result['command']}", ""]

@@ -86,8 +86,7 @@ def main(argv: Sequence[str]) -> None:
 def train(trainer: Any, flags: list[str], folder: Path, known: dict[str, int]) -> None:
     """Runs OpenCLIP's trainer; a full disk is one line."""
     if not torch.cuda.is_available():
-        # PyTorch's fused attention on a CPU is several times slower than plain products at the
-        # dozen tokens of a caption.
+        # PyTorch's fused attention on a CPU is slower than plain products at a dozen tokens
         torch.backends.cuda.enable_flash_sdp(False)
     # OpenCLIP does not tell wandb that it goes on, and wandb would replace what it has of the run.
     os.environ.setdefault("WANDB_RESUME", "allow")
@@ -184,9 +183,8 @@ def check(args: argparse.Namespace, world_size: int) -> None:
     if not known and not args.model.startswith(("local-dir:", "hf-hub:")):
         raise CannotStart(f"--model {args.model}: OpenCLIP has none of that name")
     if world_size > 1 and not torch.cuda.is_available() and not getattr(args, "fsdp", False):
-        raise CannotStart(
-            "several ranks on a CPU: OpenCLIP 3 can't do that; 4 can, by -- --fsdp --precision fp32"
-        )
+        what = "several ranks on a CPU: OpenCLIP 3 can't do that"
+        raise CannotStart(f"{what}; 4 can, by -- --fsdp --precision fp32")
     for package in ("tensorboard", "wandb"):
         wanted = package in args.report_to or "all" in args.report_to
         if wanted and importlib.util.find_spec(package) is None:
@@ -195,10 +193,9 @@ def check(args: argparse.Namespace, world_size: int) -> None:
 
 
 def check_data(args: argparse.Namespace, flags: list[str], world_size: int) -> dict[str, int]:
-    """How many pairs each shard has, where that is known.
+    """How many pairs each shard has, where that is known. Raises `CannotStart` for unusable data.
 
-    Raises `CannotStart` for data that can't be trained on. Adds to the flags how many pairs there
-    are if OpenCLIP would not find it.
+    Adds to the flags how many pairs there are if OpenCLIP would not find it.
     """
     if args.dataset_type != "webdataset":
         others = "python -m cyclip_loss.open_clip_train takes others"
@@ -212,10 +209,9 @@ def check_data(args: argparse.Namespace, flags: list[str], world_size: int) -> d
     theirs = [n for n in ("sizes.json", "__len__") if (Path(train[0]).parent / n).exists()][:1]
     if args.train_num_samples is None and theirs != ["__len__"]:
         if len(known) < len(train):
-            raise CannotStart(
-                "how many pairs the shards hold is not known (no sizes.json, *_stats.json or "
-                "__len__ beside them): say it after --, e.g. -- --train-num-samples 2905954"
-            )
+            what = "how many pairs the shards hold is not known (no sizes.json, *_stats.json or "
+            what += "__len__ beside them): say it after --, e.g. -- --train-num-samples 2905954"
+            raise CannotStart(what)
         if not theirs:
             args.train_num_samples = sum(known.values())
             flags += ["--train-num-samples", str(args.train_num_samples)]

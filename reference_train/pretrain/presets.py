@@ -40,16 +40,13 @@ WEIGHT = 0.25  # of a penalty that a loss has: the paper's, section 4.1
 
 
 def preset(name: str) -> Preset:
-    """The preset of a name, for the machine that this is.
-
-    Without a GPU the large presets train in float32, and `icons` in bfloat16 if the processor
-    multiplies it (AVX512-BF16, AMX): without that, it is many times slower than float32.
-    """
+    """The preset of a name, for the machine that this is."""
     cuda = torch.cuda.is_available()
     icons = Preset(1024, ICONS_GPU if cuda else ICONS_CPU)
     chosen = {"icons": icons, "modern": MODERN, "paper": PAPER}[name]
     if cuda:
         return chosen
+    # where a processor does not multiply bfloat16, it is many times slower than float32
     fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     precision = "amp_bf16" if name == "icons" and fast else "fp32"
     return chosen._replace(flags=f"{chosen.flags} --precision {precision}")

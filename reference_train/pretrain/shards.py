@@ -85,8 +85,6 @@ def check_shared(
         raise CannotStart(f"--data has {len(shards)} shards for {of}: each needs one")
     fewest = sum(sorted(known.values())[:each])
     if len(known) == len(shards) and fewest < batch:
-        raise CannotStart(
-            f"--data: a worker would wait for ever, as its {each} of {len(shards)} shards may hold "
-            f"{fewest} pairs and its batch is {batch}: take fewer --workers (now {workers}), "
-            "a smaller batch or more pairs in a shard"
-        )
+        why = f"its {each} of {len(shards)} shards may hold {fewest} pairs and its batch is {batch}"
+        take = f"fewer --workers (now {workers}), a smaller batch or more pairs in a shard"
+        raise CannotStart(f"--data: a worker would wait for ever, as {why}: take {take}")
