@@ -37,34 +37,21 @@ def plain_recall(
     }
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_retrieval_with_several_and_shared_captions(seed: int, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("some", [40, 11])
+def test_retrieval_with_several_and_shared_captions(some: int, monkeypatch: pytest.MonkeyPatch):
+    """Among all images, and among some, which then have their captions alone."""
     monkeypatch.setattr(metrics, "STRIP", 7)
     captions = [[f"own {i} {j}" for j in range(i % 3 + 1)] for i in range(40)]
     for i in range(0, 40, 4):
         captions[i].append("of several")
     texts, pairs = distinct_texts(captions)
-    image, text = coarse_features(40, seed), coarse_features(len(texts), seed + 100)
-    expected = plain_recall(image, captions, dict(zip(texts, text, strict=True)))
-    assert metrics.retrieval(image, text, pairs) == pytest.approx(expected)
-
-
-def test_retrieval_among_some_of_the_images_has_their_captions_alone():
-    captions = [[f"{i}", "both"] if i % 2 else [f"{i}"] for i in range(10)]
-    texts, pairs = distinct_texts(captions)
-    image, text = coarse_features(10, 0), coarse_features(len(texts), 1)
-    rows = torch.tensor([1, 4, 7])
+    image, text = coarse_features(40, 0), coarse_features(len(texts), 100)
+    rows = torch.randperm(40)[:some].sort().values
     kept, which = pairs_of(rows, pairs)
-    some = [captions[i] for i in rows.tolist()]
-    feature = {text: f for text, f in zip(texts, text, strict=True) if any(text in c for c in some)}
-    expected = plain_recall(image[rows], some, feature)
+    theirs = [captions[i] for i in rows.tolist()]
+    feature = {t: f for t, f in zip(texts, text, strict=True) if any(t in c for c in theirs)}
+    expected = plain_recall(image[rows], theirs, feature)
     assert metrics.retrieval(image[rows], text[which], kept) == pytest.approx(expected)
-
-
-def test_features_that_are_all_the_same_find_nothing():
-    pairs = torch.arange(12)[:, None].expand(12, 2)
-    numbers = metrics.retrieval(torch.ones(12, 3), torch.ones(12, 3), pairs)
-    assert set(numbers.values()) == {0.0}
 
 
 def test_consistency_score_by_hand():
@@ -73,18 +60,6 @@ def test_consistency_score_by_hand():
     numbers = metrics.consistency(torch.tensor([6, 1, 7]), neighbours)
     assert numbers == pytest.approx({"consistency_1": 1 / 3, "consistency_3": 2 / 3})
     assert metrics.majority([2, 1, 1, 3, 2, 3]) == 1  # the farthest goes, until there is no tie
-
-
-def test_nearest_are_the_highest_cosines_in_order(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(metrics, "STRIP", 4)
-    generator = torch.Generator().manual_seed(0)
-    queries, gallery = (
-        torch.randn(9, 5, generator=generator),
-        torch.randn(20, 5, generator=generator),
-    )
-    expected = (queries @ gallery.T).argsort(dim=1, descending=True)
-    assert torch.equal(metrics.nearest(queries, gallery, 6), expected[:, :6])
-    assert metrics.nearest(queries, gallery[:3], 6).shape == (9, 3)
 
 
 def test_superclass_and_class_within_it(monkeypatch: pytest.MonkeyPatch):
@@ -105,21 +80,13 @@ def test_superclass_and_class_within_it(monkeypatch: pytest.MonkeyPatch):
     assert found == pytest.approx((of_coarse / 60, of_fine / 60))
 
 
-def test_linear_probe_learns_from_lengths_too_and_repeats_itself():
+def test_linear_probe_learns_from_lengths_too():
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 2, (1600,), generator=generator)
     noise = 0.01 * torch.randn(1600, 8, generator=generator)
     features = torch.ones(8) * (1 + 3 * labels[:, None]) + noise  # one direction, two lengths
-    shuffled = labels[torch.randperm(1600, generator=generator)]
-
-    def probe(labels: Tensor) -> float:
-        return metrics.linear_probe(
-            features[:1200], labels[:1200], features[1200:], labels[1200:], 2
-        )
-
-    assert probe(labels) == 1.0
-    assert probe(shuffled) == probe(shuffled)
-    assert 0.4 < probe(shuffled) < 0.6
+    parts = (features[:1200], labels[:1200], features[1200:], labels[1200:])
+    assert metrics.linear_probe(*parts, classes=2) == 1.0
 
 
 def test_neighbours_across_groups_are_of_other_groups_and_not_apart():

@@ -11,7 +11,6 @@ pytest.importorskip("rich")
 
 import matplotlib.image
 
-from reference_train.command_line import CannotStart
 from reference_train.evaluate import report, table
 
 DATA = {"icons": {"class": 1484}, "emoji": {"class": 1597, "subgroup": 95}}
@@ -53,10 +52,3 @@ def test_runs_that_differ_in_the_seed_are_one_column(tmp_path: Path) -> None:
     assert "| in-modal gap × 100 | 12.00 (10.00 to 14.00) | 15.00 |" in text
     assert "emoji" not in text
     assert matplotlib.image.imread(tmp_path / "out" / "picture.png").shape[1] == 1100
-
-
-@pytest.mark.parametrize("content", ["", "[]", '{"results": []}'])
-def test_what_is_no_evaluation(content: str, tmp_path: Path) -> None:
-    (tmp_path / "evaluation.json").write_text(content)
-    with pytest.raises(CannotStart, match="is no evaluation"):
-        report.main([str(tmp_path)])
