@@ -113,7 +113,6 @@ def test_a_run_leaves_numbers_table_and_pictures(finished: Path) -> None:
     assert result["versions"]["torch"] == torch.__version__
     new_style = result["results"]["clip-0"]["trained concepts, new styles"]["groups"]
     assert list(new_style) == list(SHIFT_STYLES)
-    assert all(0 <= numbers["top1"] <= 1 for numbers in new_style.values())
     table = (finished / "table.md").read_text()
     assert "| CLIP (2) | CyCLIP (2) | chance | n |" in table
     for name in ("picture.png", "training.png"):
@@ -142,9 +141,7 @@ def test_what_is_asked(emoji_folder: Path) -> None:
         assert {split_of(of) for of in of_images} == {"test" if held_out else "train"}
         assert len(names.names) == (4 if held_out else 16)
         known_images, known = data.train
-        subgroups = [data.classes["subgroup"].names[label] for label in known["subgroup"].tolist()]
-        reds = known_images.places[:, 0, 0, 0].tolist()
-        assert subgroups == [f"kind {red // 10 % 4}" for red in reds]
+        assert known["subgroup"].tolist() == (known_images.places[:, 0, 0, 0] // 10 % 4).tolist()
         assert ("" in known) != held_out
 
 
@@ -185,10 +182,8 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--lambda-crossmodal", "nan"], "--lambda-crossmodal: must be a number >= 0, not nan"),
-        (["--reference-batch-size", "-1"], "--reference-batch-size: must be a whole number >= 0"),
         (["--loss", "siglip"], "--loss: invalid choice: 'siglip'"),
         (["--batch-size", "17"], "more than the 16 distinct concepts"),
-        (["--steps", "0"], "--steps: must be a whole number >= 1, not 0"),
         (["--device", "cuda:99"], "--device: cuda:99"),
         (["--out", "/dev/null/runs"], "can't be written"),
         (["report", "{tmp}"], "is no evaluation.json"),
@@ -210,30 +205,21 @@ def test_a_run_that_cannot_start_says_so_in_one_line(
     assert message in said
 
 
-@pytest.mark.parametrize(
-    ("shard", "message"),
-    [
-        (None, "no such shard: .*noto.tar.xz"),
-        (b"not a tar" * 1000, "can't be read"),
-        ({"a.txt": b"a caption without an image"}, "noto.tar.xz holds no image with a caption"),
-    ],
-    ids=["missing", "broken", "empty"],
-)
-def test_emoji_that_are_not_whole_are_refused(shard: Any, message: str, tmp_path: Path) -> None:
+def test_emoji_that_are_not_whole_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "noto.tar.xz"
-    if isinstance(shard, bytes):
-        path.write_bytes(shard)
-    elif shard:
-        write_tar(path, shard, "w:xz")
-    with pytest.raises(CannotStart, match=message):
+    with pytest.raises(CannotStart, match=r"no such shard: .*noto\.tar\.xz"):
+        read_emoji(tmp_path)
+    path.write_bytes(b"not a tar" * 1000)
+    with pytest.raises(CannotStart, match="can't be read"):
+        read_emoji(tmp_path)
+    write_tar(path, {"a.txt": b"a caption without an image"}, "w:xz")
+    with pytest.raises(CannotStart, match=r"noto\.tar\.xz holds no image with a caption"):
         read_emoji(tmp_path)
 
 
 def test_runs_with_other_settings_do_not_mix(finished: Path) -> None:
     with pytest.raises(CannotStart, match="steps = 6, not 7: choose another"):
         demonstrate(*FAST, "--steps", 7, "--loss", "i-cyclip", "--out", finished)
-    with pytest.raises(CannotStart, match=r"lambda_inmodal = 0\.25, not 1\.0"):
-        demonstrate(*FAST, "--lambda-inmodal", 1, "--out", finished)
 
 
 def tokenize(texts: list[str]) -> torch.Tensor:

@@ -3,7 +3,6 @@
 import io
 import json
 import pickle
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch.nn import functional as F
 
 from reference_train.command_line import CannotStart, Stopped
 from reference_train.evaluate import command, report, suites
-from reference_train.evaluate.datasets import Classes, DataSet, Images, TarImages, Unusable
+from reference_train.evaluate.datasets import Classes, DataSet, Images, Unusable
 from reference_train.evaluate.paper import SPLITS
 
 TINY = {
@@ -34,9 +33,9 @@ TINY = {
 Samples = list[dict[str, bytes]]
 
 
-def png(number: int, mode: str = "RGB") -> bytes:
+def png(number: int) -> bytes:
     """An image that differs from all others."""
-    image = Image.effect_noise((20, 24), 10 + 5 * (number % 40)).convert(mode)
+    image = Image.effect_noise((20, 24), 10 + 5 * (number % 40)).convert("RGB")
     image.paste((37 * number % 256, 91 * number % 256, 11 * number % 256), (0, 0, 10, 12))
     content = io.BytesIO()
     image.save(content, "png")
@@ -45,9 +44,7 @@ def png(number: int, mode: str = "RGB") -> bytes:
 
 def write_samples(path: Path, samples: Samples) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    of_samples = enumerate(samples)
-    files = {f"{path.stem}s{i:04}.{ext}": x for i, of in of_samples for ext, x in of.items()}
-    write_tar(path, files)
+    write_tar(path, {f"{path.stem}s{i:04}.{e}": s[e] for i, s in enumerate(samples) for e in s})
 
 
 def write_set(folder: Path, splits: dict[str, Samples], **texts: str) -> None:
@@ -93,15 +90,10 @@ def small_emoji(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def emoji() -> DataSet:
         names = [f"thing {i}" for i in range(8)]
-        pixels = torch.randint(0, 256, (24, 3, 8, 8), dtype=torch.uint8)
-        return DataSet(
-            Images(pixels),
-            {"": Classes(torch.arange(24) % 8, names, ["{}"])},
-            [[name] for name in names * 3],
-            [style for style in ("a", "b", "line") for _ in range(8)],
-            across_groups=True,
-            apart=frozenset({"line"}),
-        )
+        images = Images(torch.randint(0, 256, (24, 3, 8, 8), dtype=torch.uint8))
+        classes, captions = Classes(torch.arange(24) % 8, names, ["{}"]), [[n] for n in names * 3]
+        styles = [style for style in ("a", "b", "line") for _ in range(8)]
+        return DataSet(images, {"": classes}, captions, styles, None, True, frozenset({"line"}))
 
     monkeypatch.setattr(command, "open_emoji", emoji)
 
@@ -165,7 +157,6 @@ def test_every_kind_of_data_set_in_one_command(run_folder: Path, tmp_path: Path,
     assert set(found) == {"flickr8k", "icons", "own", "emoji"}
     assert result["data_sets"]["icons"]["classes"] == {"class": 6}
     assert result["data_sets"]["own"]["train_images"] == 2
-    assert "top1" not in found["flickr8k"]["numbers"]
     assert {"top1", "consistency_1"} <= set(found["own"]["numbers"])
     # what is not understood is named
     assert {"cifar10", "imagenet1k"} <= set(result["absent"])
@@ -237,11 +228,8 @@ def test_a_picture_that_is_none_is_named_and_left_out(run_folder: Path, tmp_path
     ]
     assert found[0]["numbers"] == pytest.approx(found[1]["numbers"], abs=1e-4)
     assert found[0]["unreadable"] == []
-    assert [why.split("/")[-2:] for why in found[1]["unreadable"]] == [
-        [split, f"{shard}.tar, {shard}s{number:04}.png: not an image"]
-        for split in ("test", "train")
-        for shard, number in ((0, 0), (1, 6))
-    ]
+    faults = ["0.tar, 0s0000.png: not an image", "1.tar, 1s0006.png: not an image"]
+    assert [why.split("/")[-1] for why in found[1]["unreadable"]] == faults * 2
     table = (tmp_path / "out2" / "table.md").read_text()
     assert "x: 4 unreadable, left out:" in table
     assert "| 10.0 | 12 |" in table  # n: those that were read
@@ -254,21 +242,28 @@ def test_the_cause_of_a_failure_comes_first(run_folder: Path, tmp_path: Path, sm
     assert stopped.value.exit_code == 1
     lines = (tmp_path / "out" / "table.md").read_text().splitlines()
     assert next(line for line in lines if line.startswith("- ")).startswith("- **Failed: cifar10")
-    with pytest.raises(CannotStart, match=r"^nothing to evaluate: cifar10: "):
-        evaluate(tmp_path / "2", run_folder, "--data", tmp_path, "--only", "cifar10")
+    # a train split that is broken costs only what needs it
+    splits = {"test": labelled(20, 10), "train": labelled(20, 10)}
+    write_set(tmp_path / "wds_cifar10", splits, classnames="\n".join("abcdefghij"))
+    (tmp_path / "wds_cifar10" / "train" / "1.tar").unlink()
+    with pytest.raises(Stopped, match=r"train split: .*1\.tar"):
+        evaluate(tmp_path / "3", run_folder, "--data", tmp_path)
+    numbers = report.read(tmp_path / "3")["results"]["tiny"]["cifar10"]["numbers"]
+    assert ("top1" in numbers, "consistency_1" in numbers) == (True, False)
 
 
-@pytest.mark.parametrize("change", ["", "images"])
 def test_the_paper_is_shown_where_it_can_be_compared(
-    change: str, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setitem(SPLITS, "cifar10", (10, 21 if change == "images" else 20))
     folder = tmp_path / "wds_cifar10"
     write_set(folder, {"test": labelled(20, 10)}, classnames="\n".join("abcdefghij"))
-    evaluate(tmp_path / "out", run_folder, "--data", folder, "--only", "cifar10")
-    table = (tmp_path / "out" / "table.md").read_text()
-    assert ("46.54 q | 51.45 q" in table) == (not change)
-    assert ("no column of the paper's" in table) == bool(change)
+    for images in (20, 21):
+        monkeypatch.setitem(SPLITS, "cifar10", (10, images))
+        out = tmp_path / str(images)
+        evaluate(out, run_folder, "--data", folder, "--only", "cifar10")
+        table = (out / "table.md").read_text()
+        assert ("46.54 q | 51.45 q" in table) == (images == 20)
+        assert ("no column of the paper's" in table) == (images == 21)
 
 
 def test_interrupted_it_resumes_with_what_is_missing(
@@ -309,19 +304,6 @@ def test_interrupted_it_resumes_with_what_is_missing(
     assert measured[6:] == [4]
 
 
-def test_a_train_split_that_is_broken_costs_only_what_needs_it(
-    run_folder: Path, tmp_path: Path, small_emoji: None
-):
-    splits = {"test": labelled(20, 10), "train": labelled(20, 10)}
-    write_set(tmp_path / "wds_cifar10", splits, classnames="\n".join("abcdefghij"))
-    (tmp_path / "wds_cifar10" / "train" / "1.tar").unlink()
-    with pytest.raises(Stopped, match=r"train split: .*1\.tar"):
-        evaluate(tmp_path / "out", run_folder, "--data", tmp_path)
-    numbers = report.read(tmp_path / "out")["results"]["tiny"]["cifar10"]["numbers"]
-    assert "top1" in numbers
-    assert "consistency_1" not in numbers
-
-
 def test_models_with_a_bias_and_safetensors(run_folder: Path, tmp_path: Path, small_emoji: None):
     model = open_clip.create_model("evaluate-tiny", load_weights=False, init_logit_bias=-10)
     (tmp_path / "checkpoints").mkdir()
@@ -329,10 +311,6 @@ def test_models_with_a_bias_and_safetensors(run_folder: Path, tmp_path: Path, sm
     (tmp_path / "params.txt").write_text("model: evaluate-tiny\nsiglip: True\n")
     result = evaluate(tmp_path / "out", tmp_path / "checkpoints" / "model.safetensors")
     assert set(result["results"]) == {tmp_path.name}
-    part = tmp_path / "part.safetensors"
-    part.write_bytes((tmp_path / "checkpoints" / "model.safetensors").read_bytes()[:1000])
-    with pytest.raises(CannotStart, match=r"part\.safetensors as evaluate-tiny"):
-        evaluate(tmp_path / "parts", part, "--model", "evaluate-tiny")
 
 
 def test_subsets_of_imagenet_have_their_own_class_names(tmp_path: Path):
@@ -344,15 +322,10 @@ def test_subsets_of_imagenet_have_their_own_class_names(tmp_path: Path):
     classes = data.classes[""]
     assert classes.names == [open_clip.IMAGENET_CLASSNAMES[i] for i in some]
     assert classes.labels.tolist() == list(range(200))
-    assert classes.coarse is not None
     assert classes.coarse.tolist() == [i % 7 for i in some]
 
-    write_image_folder(tmp_path / "imagenet-r", wnids[:3])
     write_image_folder(tmp_path / "imagenetv2", [str(i) for i in range(1000)])
-    found = suites.find([tmp_path], None)[0]
-    with pytest.raises(Unusable, match="3 classes, not 200"):
-        found["imagenet-r"]()
-    data = found["imagenetv2"]()  # its folders are numbers
+    data = suites.find([tmp_path], None)[0]["imagenetv2"]()  # its folders are numbers
     names = [path.parent.name for path in data.images.places]
     assert data.classes[""].labels.tolist() == [int(name) for name in names]
 
@@ -368,20 +341,9 @@ def test_torchvisions_cifar_with_superclasses(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("torchvision.datasets.CIFAR100._check_integrity", lambda self: True)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
     data = suites.find([tmp_path], None)[0]["cifar100"]()
-    assert data.train is not None
     assert (len(data.images), len(data.train[0])) == (5, 7)
     classes = data.classes[""]
     assert classes.labels.tolist() == [0, 19, 38, 57, 76]
     of = dict(zip(classes.names, classes.coarse.tolist(), strict=True))
     assert of["aquarium fish"] == of["trout"] != of["whale"]
-    assert Counter(of.values()) == dict.fromkeys(range(20), 5)
-
-
-def test_images_in_tars_are_on_white_and_all_have_what_one_has(tmp_path: Path):
-    clear = io.BytesIO()
-    Image.new("RGBA", (4, 4), (10, 20, 30, 0)).save(clear, "png")
-    write_samples(tmp_path / "0.tar", [{"cls": b"1", "png": png(1)}, {"png": clear.getvalue()}])
-    images = TarImages([tmp_path / "0.tar"])
-    assert images[1].getpixel((0, 0)) == (255, 255, 255)
-    with pytest.raises(Unusable, match=r"1 of 2 samples have no \.cls"):
-        images.labels()
+    assert set(of.values()) == set(range(20))

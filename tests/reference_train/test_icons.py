@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +110,10 @@ def test_what_is_left_out(built: Path) -> None:
         "logos and flags in other sets": 1,
     }
     assert sum(manifest["pairs"].values()) == len(PLAIN) - 8
-    assert list(manifest["sets"]) == ["plain"]
+    assert {name: about["licence"] for name, about in manifest["sets"].items()} == {"plain": "MIT"}
     archive = built.parent / "icons.tgz"
     assert manifest["package"] == str(archive)
     assert manifest["sha256"] == hashlib.sha256(archive.read_bytes()).hexdigest()
-    assert manifest["sets"]["plain"]["licence"] == "MIT"
 
 
 def test_shards_are_as_open_clip_reads_them(built: Path) -> None:
@@ -137,15 +135,6 @@ def test_names_without_their_style() -> None:
         ("outline-3d_rotation", "3d rotation", ["outline"]),
     ):
         assert icons.split_name(icon, {"outline"}) == (name, style)
-
-
-def test_rows_with_a_twin() -> None:
-    """Against drawing batches."""
-    names = Counter({"home": 30, "user": 10, **{f"rare {i}": 1 for i in range(60)}})
-    pool = np.repeat(np.arange(len(names)), list(names.values()))
-    drawn = np.random.default_rng(0).choice(pool, (4000, 8))
-    share = ((drawn[:, :, None] == drawn[:, None]).sum(-1) > 1).mean()
-    assert icons.twins(names, 8) == pytest.approx(share, abs=0.01)
 
 
 def test_pictures_of_a_name(tmp_path: Path) -> None:
@@ -177,7 +166,6 @@ def test_the_package_is_downloaded(
     monkeypatch.setattr(icons, "VALIDATION_SHARE", 0.3)
     with pytest.raises(Stopped, match="SHA-256"):
         icons.main(["--out", str(tmp_path / "out")])
-    assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(icons, "SHA256", hashlib.sha256(file.read_bytes()).hexdigest())
     icons.main(["--out", str(tmp_path / "out"), "--limit", "3"])
     manifest = manifest_of(tmp_path / "out")

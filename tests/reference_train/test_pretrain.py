@@ -1,13 +1,9 @@
-"""`pretrain`: what it gives to OpenCLIP's trainer, what it refuses, and that it trains and resumes.
-
-The trainer itself is OpenCLIP's, and the loss in it is tested in tests/trainers.
-"""
+"""`pretrain`: what it gives to OpenCLIP's trainer, and refuses; that it trains and resumes."""
 
 import importlib
 import io
 import json
 import logging
-import os
 import re
 import resource
 import shlex
@@ -37,7 +33,6 @@ from PIL import Image
 from cyclip_loss import open_clip_train
 from cyclip_loss.metrics import consistency_metrics
 from reference_train.command_line import CannotStart, Stopped
-from reference_train.files import locked
 from reference_train.pretrain import command, training
 from reference_train.pretrain.presets import NAMES, register_models
 
@@ -111,8 +106,8 @@ def test_the_printed_command(
     argv = ["--preset", preset, "--loss", loss, "--seed", "3", "--dist-impl", "ring"]
     args = dry_run(*argv, "--", "--workers", "2", "--epochs", "7")
     assert (args.lambda_inmodal, args.lambda_crossmodal) == lambdas
-    assert args.train_data == f"{shards}/train-{{00000..00003}}.tar"
-    assert args.val_data == f"{shards}/val-00000.tar"
+    parts = f"{shards}/train-{{00000..00003}}.tar", f"{shards}/val-00000.tar"
+    assert (args.train_data, args.val_data) == parts
     assert (args.epochs, args.workers, args.seed) == (7, 2, 3)  # what follows -- comes last
     assert args.name == f"{preset}-{loss}-3"
     assert (args.reference_batch_size, args.dist_impl) == (128, "ring")  # the launcher's own
@@ -124,10 +119,7 @@ def test_the_paper_preset(dry_run: Run) -> None:
     args = dry_run("--preset", "paper", *data, "--", "--train-num-samples", "9")
     assert (args.model, args.batch_size, args.epochs, args.warmup) == ("RN50", 128, 64, 10_000)
     assert (args.lr, args.wd, args.eps, args.beta1, args.beta2) == (5e-4, 0.1, 1e-8, 0.9, 0.999)
-    # the crop of training is that of evaluation: the same in every pass
-    noise = np.random.default_rng(0).integers(256, size=(90, 64, 3), dtype=np.uint8)
-    train = open_clip.transform.image_transform(32, is_train=True, aug_cfg=args.aug_cfg)
-    assert torch.equal(train(Image.fromarray(noise)), train(Image.fromarray(noise)))
+    assert args.aug_cfg == {"use_timm": True, "scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
 
 
 @pytest.mark.parametrize("variable", ["WORLD_SIZE", "SLURM_NTASKS"])  # torchrun's, srun's
@@ -145,18 +137,15 @@ def test_a_batch_is_shared_by_the_ranks(variable: str, dry_run: Run, monkeypatch
         ("--val {folder}/none.tar", "--val: no such shard"),
         ("--data {folder}/sizes.json", "a shard can't be read"),
         ("-- --model RN51", "--model RN51: OpenCLIP has none of that name"),
-        ("-- --model local-dir:{empty}", "--model local-dir:.*: .*open_clip_config.json"),
         ("--data s3://b/{{0..2}}.tar -- --train-num-samples 9", "has 3 shards for 4 workers"),
         ("--data s3://b/{{0..2}}.tar", r"is not known .* say it after --, e\.g\. -- --train-num"),
         ("--batch-size 9", "wait for ever, as its 1 of 4 shards may hold 8 pairs"),
-        ("--batch-size 17 -- --workers 2", "may hold 16 pairs and its batch is 17"),
         ("-- --epochs many", "argument --epochs: invalid int value: 'many'"),
         ("--epochs 3", "--epochs: OpenCLIP's own flags go after --"),
         ("-- --dataset-type csv", "--dataset-type csv: pretrain takes webdataset only"),
         ("-- --train-num-samples 0", "--train-num-samples must be >= 1, not 0"),
         ("--out {folder}/sizes.json/logs", "--out: .*can't be written: .*sizes.json is no"),
         ("-- --report-to all", "--report-to all: pip install tensorboard"),
-        ("--batch-size 0", "--batch-size: must be a whole number >= 1, not 0"),
         ("WORLD_SIZE --batch-size 7", "--batch-size 7 is of all ranks and does not divide by 2"),
         ("WORLD_SIZE -- --workers 2", "several ranks on a CPU: OpenCLIP 3 can't do that"),
         ("OMPI_COMM_WORLD_SIZE", "2 ranks of MPI"),  # OpenCLIP counts them; each would be alone
@@ -179,15 +168,11 @@ def test_what_it_refuses_before_any_work(
 def test_pairs_as_img2dataset_counts_them(shards: Path, tmp_path: Path, dry_run: Run) -> None:
     for number, path in enumerate(sorted(shards.glob("train*.tar"))):
         (tmp_path / path.name).symlink_to(path)
-        stats = tmp_path / f"{path.stem}_stats.json"
-        stats.write_text(json.dumps({"count": 10, "successes": 5 + number}))
+        (tmp_path / f"{path.stem}_stats.json").write_text(f'{{"successes": {5 + number}}}')
     data = ["--data", str(tmp_path), "--batch-size"]
     assert dry_run(*data, "5").train_num_samples == 5 + 6 + 7 + 8
     with pytest.raises(CannotStart, match="may hold 5 pairs and its batch is 6"):
         dry_run(*data, "6")
-    stats.unlink()
-    with pytest.raises(CannotStart, match="how many pairs the shards hold is not known"):
-        dry_run(*data, "5")
     (tmp_path / "sizes.json").write_text("[")
     with pytest.raises(CannotStart, match=r"sizes\.json: says no numbers of pairs"):
         dry_run(*data, "5")
@@ -197,16 +182,13 @@ def test_held_out_shards(tmp_path: Path, dry_run: Run) -> None:
     """They are not trained on, and have to be whole."""
     data = make_shards(tmp_path / "cc3m", **{"cc3m-train": 4, "cc3m-validation": 1})
     args = dry_run("--data", str(data))
-    assert args.train_data == f"{data}/cc3m-train-{{00000..00003}}.tar"
-    assert args.val_data == f"{data}/cc3m-validation-00000.tar"
+    parts = f"{data}/cc3m-train-{{00000..00003}}.tar", f"{data}/cc3m-validation-00000.tar"
+    assert (args.train_data, args.val_data) == parts
     data = make_shards(tmp_path / "part", part=4, val=1)
     assert dry_run("--data", str(data)).train_data == f"{data}/part-{{00000..00003}}.tar"
     sizes = json.loads((data / "sizes.json").read_text())
     (data / "sizes.json").write_text(json.dumps({**sizes, "val-00000.tar": 9}))
     with pytest.raises(CannotStart, match=r"--val: .*val-00000.tar holds 8 of 9 pairs"):
-        dry_run("--data", str(data))
-    cut_short(data / "val-00000.tar")
-    with pytest.raises(CannotStart, match="a shard can't be read: "):
         dry_run("--data", str(data))
     for path in data.glob("part*.tar"):
         path.unlink()
@@ -236,21 +218,16 @@ def test_a_run_goes_on_with_its_settings(
         dry_run(*argv, *change.split())
 
 
-# as DistributedDataParallel names its weights, and as OpenCLIP 4 hands a task to its evaluation
-DDP, TASK = "module", "trainable_module"
-
-
-@pytest.mark.parametrize("names", [(), (DDP, TASK)])
-def test_the_best_epoch_is_kept(names: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_best_epoch_is_kept(wrapped: bool, tmp_path: Path) -> None:
     """Epochs with losses 3, 1, 2, and after a restart 1.5 and 0.5; zero-shot alone in between."""
     losses = dict(enumerate([3, 1, 2, 1.5, 0.5], start=1))
-    model = nn.Linear(2, 2, bias=False)
-    held: nn.Module = model
-    for name in names:
-        held = nn.ModuleDict({name: held})
-        setattr(held, name, held[name])
+    model: Any = nn.Linear(2, 2, bias=False)
+    held = model
+    if wrapped:  # by DistributedDataParallel, and that by a task of OpenCLIP 4
+        held = Namespace(trainable_module=nn.ModuleDict({"module": model}))
 
-    def evaluate(_: nn.Module, data: None, epoch: int, args: Namespace) -> Any:
+    def evaluate(_: Any, data: None, epoch: int, args: Namespace) -> Any:
         with open(tmp_path / "results.jsonl", "a") as file:
             file.write(json.dumps({training.LOSS: losses[epoch], "epoch": epoch}) + "\n")
             file.write(json.dumps({"imagenet-zeroshot-val-top1": 0.5}) + "\n")
@@ -262,18 +239,16 @@ def test_the_best_epoch_is_kept(names: tuple[str, ...], tmp_path: Path) -> None:
         training.keeping_the_best(evaluate)(held, None, epoch, args)
         saved = torch.load(tmp_path / training.BEST, weights_only=True)
         assert (saved["epoch"], saved["name"]) == (kept, "run")
-        model.load_state_dict(saved["state_dict"])
-        assert model.weight[0, 0] == kept
+        assert saved["state_dict"]["weight"][0, 0] == kept
 
 
-@pytest.mark.parametrize("batches", [False, True], ids=["whole", "by batch"])
-def test_gaps_are_added_to_their_metrics(batches: bool, caplog: Log) -> None:
+def test_gaps_are_added_to_their_metrics(caplog: Log) -> None:
     image, text = nn.functional.normalize(torch.randn(2, 10, 4), dim=-1)
     metrics = training.with_gaps(lambda **features: {"R@1": 0.5})
-    features = [x.split(4) if batches else x for x in (image, text)]
-    found = metrics(image_features=features[0], text_features=features[1])
     gaps = {k: float(v) for k, v in consistency_metrics(image, text).items()}
-    assert found == {"R@1": 0.5, **gaps}
+    assert metrics(image_features=image, text_features=text) == {"R@1": 0.5, **gaps}
+    of_batches = metrics(image_features=image.split(4), text_features=text.split(4))
+    assert of_batches == {"R@1": 0.5, **gaps}
     assert "collapsed" not in caplog.text
     metrics(image_features=image[:1].expand(8, 4), text_features=text[:1].expand(8, 4))
     assert "collapsed to one point" in caplog.text
@@ -306,13 +281,10 @@ def test_a_finished_run_says_so(pretrain: Run, tmp_path: Path, capsys: Capture) 
     assert re.fullmatch(r".*/run: finished, 1 epochs; the best was 1, clip_val_loss [\d.]+", said)
     pretrain()
     assert capsys.readouterr().out.endswith(f"{said[-4:]}; nothing left to do\n")
-    assert len(results(tmp_path)) == 1
 
 
-def test_no_best_epoch_without_held_out_pairs(
-    pretrain: Run, tmp_path: Path, capsys: Capture
-) -> None:
-    pretrain(data=make_shards(tmp_path / "data", train=2))
+def test_no_best_epoch_without_held_out_pairs(pretrain: Run, capsys: Capture) -> None:
+    pretrain("--val-data", "")
     said = capsys.readouterr()
     assert ("no held-out pairs" in said.err, "finished, 1 epochs\n" in said.out) == (True, True)
 
@@ -332,18 +304,18 @@ def test_weights_that_are_not_finite_are_not_saved(pretrain: Run, tmp_path: Path
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
-def feed(finite: training.Finite, *losses: float) -> training.Finite:
-    for loss in losses:
-        finite.note(nn.Identity(), (), {"a": torch.tensor(1.0), "b": torch.tensor(loss)})
-    return finite
-
-
 def test_ten_losses_running() -> None:
     args = Namespace(device="cpu", distributed=False, accum_freq=1)
     nan, model = float("nan"), nn.BatchNorm1d(2)
-    finite = feed(training.Finite(args), *[nan] * 9, 1.0, *[float("inf")] * 9)
+    finite = training.Finite(args)
+
+    def feed(*losses: float) -> None:
+        for loss in losses:
+            finite.note(model, (), {"a": torch.tensor(1.0), "b": torch.tensor(loss)})
+
+    feed(*[nan] * 9, 1.0, *[float("inf")] * 9)
     finite.check(model)
-    feed(finite, nan, 1.0)
+    feed(nan, 1.0)
     with pytest.raises(Stopped, match="the loss of 10 steps running was not finite"):
         for _ in training.Loader(range(4), lambda: finite.check(model), every=3):
             pass
@@ -368,10 +340,8 @@ def test_what_can_not_be_read_is_counted(pretrain: Run, tmp_path: Path, caplog: 
 def test_a_validation_that_lost_pairs_is_refused(pretrain: Run, tmp_path: Path) -> None:
     data = make_shards(tmp_path / "data", train=2, val=1)
     break_picture(data / "val-00000.tar")
-    message = r"the validation lost pairs.*: 1 pairs \(.*val-00000.tar 1\)"
-    with pytest.raises(Stopped, match=message):
+    with pytest.raises(Stopped, match=r"validation lost pairs.*: 1 pairs \(.*val-00000.tar 1\)"):
         pretrain(data=data)
-    assert results(tmp_path) == []
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
@@ -392,7 +362,6 @@ def test_a_seed_fixes_the_pairs(pretrain: Run, tmp_path: Path, monkeypatch: Patc
         monkeypatch.setattr(trainer, "evaluate", lambda *a, **b: {})
         (tmp_path / "run" / "checkpoints" / "epoch_latest.pt").unlink(missing_ok=True)
         pretrain("--epochs", "2", "--workers", "2", *flags, pairs=32)
-        assert len(seen) == 2 * 4
         return torch.cat([image for image, _ in seen]), torch.cat([text for _, text in seen])
 
     first, again, other = record(), record(), record("--seed", "1")
@@ -402,26 +371,21 @@ def test_a_seed_fixes_the_pairs(pretrain: Run, tmp_path: Path, monkeypatch: Patc
 
 
 class Hostile:
-    """Loaded as a pickle may be, it makes a folder."""
+    """Loaded as a pickle may be, it ends the program."""
 
     def __reduce__(self) -> Any:
-        return os.mkdir, ("hostile",)
+        return sys.exit, ("hostile",)
 
 
 @pytest.mark.parametrize("kind", ["half", "hostile"])
-def test_a_checkpoint_that_can_not_be_loaded(
-    kind: str, pretrain: Run, tmp_path: Path, monkeypatch: Patch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_checkpoint_that_can_not_be_loaded(kind: str, pretrain: Run, tmp_path: Path) -> None:
     path = tmp_path / "run" / "checkpoints" / "epoch_latest.pt"
     path.parent.mkdir(parents=True)
     torch.save({"epoch": 1, "state_dict": Hostile() if kind == "hostile" else 0}, path)
     if kind == "half":
         cut_short(path)
-    with pytest.raises(CannotStart, match=r"epoch_latest.pt is cut short, or holds more") as error:
+    with pytest.raises(CannotStart, match=r"epoch_latest.pt is cut short, or holds more"):
         pretrain()
-    assert "\n" not in str(error.value)
-    assert not Path("hostile").exists()
 
 
 def test_a_full_disk_leaves_no_stump(pretrain: Run, tmp_path: Path) -> None:
@@ -449,8 +413,6 @@ def test_a_run_is_trained_by_one_process(pretrain: Run, tmp_path: Path) -> None:
         with pytest.raises(CannotStart, match="/run: another process is at work there: choose an"):
             pretrain()
         other.kill()
-    with locked(tmp_path / "run"):
-        pass
 
 
 def results(logs: Path) -> list[dict[str, float]]:
@@ -472,12 +434,8 @@ def test_it_trains_is_killed_and_goes_on(shards: Path, tmp_path: Path) -> None:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    before = results(tmp_path)
-    assert 3 <= len(before) < 8
+    assert 3 <= len(results(tmp_path)) < 8
 
-    other = run_python(*argv, "--lr", "1e-4")
-    assert other.returncode == 2
-    assert "was begun with lr = 0.002, not 0.0001: choose another --name" in other.stderr
     again = run_python(*argv)
     assert again.returncode == 0, again.stderr
     assert "Inmodal_cyclic_loss" in (tmp_path / "run" / "out.log").read_text()
@@ -485,6 +443,4 @@ def test_it_trains_is_killed_and_goes_on(shards: Path, tmp_path: Path) -> None:
     assert {line["epoch"] for line in lines} == set(range(1, 9))
     assert {"inmodal_gap", "crossmodal_gap", "clip_val_loss"} <= set(lines[0])
     best = tmp_path / "run" / "checkpoints" / training.BEST
-    lowest = min(lines, key=lambda line: line[training.LOSS])
-    assert torch.load(best, weights_only=True)["epoch"] == lowest["epoch"]
     open_clip.load_checkpoint(open_clip.create_model("icons-rn-32"), str(best))
