@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("open_clip_train.precision")
+pytest.importorskip("open_clip")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
