@@ -54,7 +54,7 @@ def draw(result: Result, path: Path) -> None:
         if (by_lot := chance(data, metric)) is not None:
             ax.axvline(100 * by_lot, color="black", linestyle=":", linewidth=1.2)
             title += f" (chance {100 * by_lot:.2g})"
-        ax.set_title(title, loc="right", fontsize=9)
+        ax.set_title(title, loc="right", fontsize=8)
     save(figure, path)
 
 
