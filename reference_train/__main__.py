@@ -1,28 +1,22 @@
 """`python -m reference_train`: the command by its first word."""
 
 from collections.abc import Sequence
+from importlib import import_module
 
-from .errors import run
+from .command_line import run
+
+COMMANDS = {
+    "pretrain": ".pretrain.command",
+    "evaluate": ".evaluate.command",
+    "report": ".evaluate.report",
+}
 
 
 def main(argv: Sequence[str]) -> None:
-    """`pretrain`, `evaluate`, `report`, or else the demonstration; imported only when asked for."""
-    if argv[:1] == ["pretrain"]:
-        from .pretrain.command import main as command
-
-        command(argv[1:])
-    elif argv[:1] == ["evaluate"]:
-        from .evaluate.command import main as command
-
-        command(argv[1:])
-    elif argv[:1] == ["report"]:
-        from .evaluate.report import main as command
-
-        command(argv[1:])
-    else:
-        from .demo.command import main as command
-
-        command(argv)
+    """A command of `COMMANDS`, or else the demonstration; imported only when asked for."""
+    named = bool(argv) and argv[0] in COMMANDS
+    module = import_module(COMMANDS[argv[0]] if named else ".demo.command", __package__)
+    module.main(argv[1:] if named else argv)
 
 
 if __name__ == "__main__":

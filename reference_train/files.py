@@ -1,14 +1,12 @@
 """Files and folders that are there whole or not at all."""
 
 import contextlib
-import json
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from .errors import CannotStart, say
+from .command_line import CannotStart, say
 
 
 @contextlib.contextmanager
@@ -26,11 +24,6 @@ def write_text(content: str, path: Path) -> None:
     """Writes a text file whole."""
     with written_whole(path) as partial:
         partial.write_text(content, encoding="utf-8")
-
-
-def write_json(content: Any, path: Path) -> None:
-    """Writes an indented JSON file whole."""
-    write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", path)
 
 
 @contextlib.contextmanager
@@ -76,9 +69,8 @@ def locked(folder: Path) -> Iterator[None]:
             # a record lock: forked children, which may outlive this process, don't have it
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
-            raise CannotStart(
-                f"{folder}: another process is at work there: choose another --name"
-            ) from error
+            taken = "another process is at work there: choose another --name"
+            raise CannotStart(f"{folder}: {taken}") from error
         except (ImportError, OSError) as error:
             say(f"{folder} can't be locked ({error}): don't use its --name twice at once")
         yield

@@ -1,6 +1,7 @@
 """The emoji that ship in `emoji/`: about 1,600 concepts, each drawn in several styles."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import CannotStart
+from ..command_line import CannotStart
 from .samples import decode, read_samples
 
 EMOJI_FOLDER = Path(__file__).parents[1] / "emoji"
@@ -36,42 +37,39 @@ class EmojiSet:
     """All styles, in memory."""
 
     concepts: list[Concept]
-    images: dict[str, Tensor]  # style -> (n, 3, 64, 64) uint8
-    concept: dict[str, Tensor]  # style -> (n,) which concept each image draws
+    images: Tensor  # (n, 3, 64, 64) uint8
+    concept: Tensor  # (n,) which concept each image draws
+    styles: list[str]  # of each image
 
     def in_split(self, split: str) -> list[int]:
         """The concepts of a split, as indices."""
         return [i for i, concept in enumerate(self.concepts) if concept.split == split]
 
+    def drawings(
+        self, styles: Sequence[str], concepts: Sequence[int]
+    ) -> tuple[Tensor, Tensor, list[str]]:
+        """All images of some concepts in some styles; of each its concept, and its style."""
+        of_styles = torch.tensor([style in styles for style in self.styles])
+        rows = (of_styles & torch.isin(self.concept, torch.tensor(concepts))).nonzero()[:, 0]
+        return self.images[rows], self.concept[rows], [self.styles[row] for row in rows.tolist()]
+
 
 def read_emoji(folder: Path = EMOJI_FOLDER) -> EmojiSet:
     """Decodes all styles of a folder of emoji shards; raises `CannotStart` if one is not whole."""
-    emoji = EmojiSet([], {}, {})
-    index: dict[str, int] = {}
+    concepts: dict[Concept, int] = {}
+    images, drawn, styles = [], [], []
     for style in ALL_STYLES:
-        images, rows = [], []
-        for sample in read_samples([str(folder / f"{style}.tar.xz")]):
-            info = sample.info
-            code = info["concept"]
-            if code not in index:
-                index[code] = len(emoji.concepts)
-                emoji.concepts.append(
-                    Concept(
-                        code,
-                        sample.caption,
-                        tuple(info["keywords"]),
-                        info["group"],
-                        info["subgroup"].replace("-", " "),
-                        info["split"],
-                    )
-                )
-            images.append(decode(sample.image, SIZE))
-            rows.append(index[code])
-        if not images:
+        for image, name, info in read_samples([str(folder / f"{style}.tar.xz")]):
+            kind, split = info["subgroup"].replace("-", " "), info["split"]
+            keywords = tuple(info["keywords"])
+            concept = Concept(info["concept"], name, keywords, info["group"], kind, split)
+            drawn.append(concepts.setdefault(concept, len(concepts)))
+            images.append(decode(image, SIZE))
+            styles.append(style)
+        if style not in styles:
             raise CannotStart(f"{folder}/{style}.tar.xz holds no image with a caption")
-        emoji.images[style] = torch.from_numpy(np.stack(images))
-        emoji.concept[style] = torch.tensor(rows)
-    return emoji
+    pixels = torch.from_numpy(np.stack(images))
+    return EmojiSet(list(concepts), pixels, torch.tensor(drawn), styles)
 
 
 def fingerprint(folder: Path = EMOJI_FOLDER) -> str:

@@ -1,20 +1,56 @@
-"""Icons as Iconify stores them (https://iconify.design/docs/types/iconify-json.html)."""
+"""Icons of Iconify: npm's package of all sets, downloaded and read, and their icons, drawn.
+
+An icon is an SVG body, see https://iconify.design/docs/types/iconify-json.html.
+"""
 
 import hashlib
 import io
+import json
 import re
+import tarfile
+import urllib.request
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from rich.progress import wrap_file
 
-from ..errors import Stopped
+from ..command_line import CannotStart, Stopped, first_line
 
 # A reference that is not to a part of the same drawing, in any namespace.
 OUTSIDE = re.compile(r"""href\s*=\s*["']\s*(?!#)""", re.IGNORECASE)
 
 
-class OutsideReference(ValueError):
-    """A drawing refers to something outside itself."""
+def fetch(url: str, sha256: str, folder: Path) -> Path:
+    """An npm package, downloaded. Raises `Stopped` if it doesn't come or is another."""
+    path = folder / Path(url).name
+    try:
+        with urllib.request.urlopen(url, timeout=60) as answer:
+            size = int(answer.headers["Content-Length"] or 0)
+            with wrap_file(answer, size, description=f"downloading {path.name}") as content:
+                path.write_bytes(content.read())
+    except OSError as error:
+        raise Stopped(f"{url}: {error}; --help says how to give what is on disk") from error
+    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        raise Stopped(f"{url}: not the file it was (SHA-256)")
+    return path
+
+
+def read_json(archive: Path, files: Sequence[str]) -> dict[str, Any]:
+    """Some JSON files of an archive by their names. Raises `CannotStart` if one can't be read."""
+    found = {}
+    try:
+        with tarfile.open(archive, "r|*") as tar:
+            for member in tar:
+                if (file := member.name.removeprefix("package/")) in files:
+                    found[file] = json.load(tar.extractfile(member) or io.BytesIO())
+    except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
+        raise CannotStart(f"{archive}: can't be read: {first_line(error)}") from error
+    if missing := set(files) - set(found):
+        raise CannotStart(f"{archive}: has no {min(missing)}: not the package expected")
+    return found
 
 
 def square_svg(icon: dict[str, Any]) -> str:
@@ -36,37 +72,19 @@ def square_svg(icon: dict[str, Any]) -> str:
     )
 
 
-def check_renderer() -> None:
-    """Raises `Stopped` if `render` can't be used here."""
-    try:
-        import resvg_py  # noqa: F401
-    except ImportError as error:
-        raise Stopped(f"{error.name} is not installed: pip install resvg-py") from None
+def render(svg: str, size: int) -> Image.Image:
+    """Draws an SVG, size x size. Raises ValueError for what is none.
 
-
-def render(svg: str, size: int, background: str | None = None) -> Image.Image:
-    """Draws an SVG, size x size.
-
-    Raises ValueError for what is no SVG, and `OutsideReference` for one that refers to anything
-    outside itself: the renderer would draw files of this machine into it.
+    The renderer would draw files of this machine into one that refers to them: see `OUTSIDE`.
     """
     import resvg_py
 
-    if OUTSIDE.search(svg):
-        raise OutsideReference("refers to something outside itself")
     png = resvg_py.svg_to_bytes(
         svg_string=svg,
         width=size,
         height=size,
-        background=background,
         skip_system_fonts=True,  # no icon holds text, and a machine's fonts must not matter
     )
     with Image.open(io.BytesIO(bytes(png))) as image:
         image.load()
         return image
-
-
-def position(seed: int, name: str) -> float:
-    """A number in [0, 1), uniform over names; by it they are split, each for itself."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64

@@ -1,28 +1,29 @@
 """About 250,000 icons with the names that people gave them, as image-caption shards.
 
-`python -m reference_train.data.icons --out DIR` takes npm's `@iconify/json` (104 MB; `--package`
-for one that is on disk) and draws its icons into WebDataset shards, in about ten minutes:
-`train-*.tar` to train on, `val-*.tar` with names that training never sees, one picture of each,
-`sizes.json` as OpenCLIP reads it, and `manifest.json` with the sets, their authors and licences,
-and how many icons were left out for which reason.
+`python -m reference_train.data.icons --out DIR` takes npm's `@iconify/json` (104 MB) and draws its
+icons into WebDataset shards, in about ten minutes: `train-*.tar` to train on, `val-*.tar` with
+names that training never sees, one picture of each, `sizes.json` as OpenCLIP reads it, and
+`manifest.json` with the sets, their authors and licences, and how many icons were left out and why.
 
-Left out: logos, flags, sets with a non-commercial licence, and every set of emoji: the emoji are
-what a model is asked about afterwards. Then pictures that are blank, refer to anything outside
-themselves, or crash the renderer; pictures that were there before; and, of names that very many
-sets draw, all but 40 (`--pictures-of-a-name`): duplicates in a batch act as false negatives.
+Left out: logos, flags, sets with a non-commercial licence, and emoji, which a model is asked about
+afterwards. Then pictures that are blank, refer to anything outside themselves, make the renderer
+crash or hang, or were there before; and of names that very many sets draw all but 40
+(`--pictures-of-a-name`): duplicates in a batch act as false negatives.
 
 A one-coloured icon is black on white in half of the cases, else in a random colour on white, on a
 pale or on a dark ground, so that a model learns shapes and not one way of printing them.
 """
 
-import argparse
 import colorsys
 import contextlib
 import hashlib
+import importlib.util
 import io
 import json
 import random
 import re
+import signal
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
@@ -36,18 +37,17 @@ import webdataset as wds
 from PIL import Image
 from rich.progress import track
 
-from ..arguments import Parser, whole_number
-from ..errors import run
+from ..command_line import Parser, Stopped, run, whole_number
 from ..files import new_folder
-from .iconify import OutsideReference, check_renderer, position, render, square_svg
-from .package import Package, end_cleanly, fetch, read_json
+from .iconify import OUTSIDE, fetch, read_json, render, square_svg
 
-PACKAGE = Package(
-    "@iconify/json", "2.2.535", "1a545f86fa224d6531d8fb101dcbe83aac2b28689a21cbed6fc68318a5af4d91"
-)
+URL = "https://registry.npmjs.org/@iconify/json/-/json-2.2.535.tgz"
+SHA256 = "1a545f86fa224d6531d8fb101dcbe83aac2b28689a21cbed6fc68318a5af4d91"
 SIZE = 64  # pixels
 SAMPLES_PER_SHARD = 5000
 CHUNK = 64  # icons that are drawn as one piece of work
+SECONDS = 20  # to draw an icon, which takes milliseconds
+ALARM = getattr(signal, "alarm", lambda seconds: None)  # Windows has none
 PICTURES_OF_A_NAME = 40  # to train on
 VALIDATION_SHARE = 0.02  # of the names
 SEED = 0
@@ -55,25 +55,14 @@ SEED = 0
 DROPPED_GROUPS = {"logos", "logo", "brand", "brands", "flags", "flag"}
 # Words that say how an icon is drawn or which of several it is, not what it shows. They are taken
 # off a name only in a set that uses them again and again (`style_words`).
-# fmt: off
-STYLES = {
-    "outline", "outlined", "outlines", "filled", "fill", "solid", "line", "linear", "lines",
-    "bold", "thin", "light", "regular", "duotone", "duo", "twotone", "sharp", "round",
-    "rounded", "broken", "bulk", "stroke", "flat", "remix", "color", "colored", "colour", "alt",
-    "glyph", "variant", "freehand", "micro", "mini", "baseline", "sm", "lg", "xl", "medium",
-    "small", "large",
-}
-# fmt: on
+STYLES = """
+outline outlined outlines filled fill solid line linear lines bold thin light regular duotone duo
+twotone sharp round rounded broken bulk stroke flat remix color colored colour alt glyph variant
+freehand micro mini baseline sm lg xl medium small large
+"""
 TEMPLATES = (
-    "{name}",
-    "{name}",
-    "{name}",
-    "a drawing of {name}",
-    "a picture of {name}",
-    "an icon of {name}",
-    "a small drawing of {name}",
-    "{name}, {style}",
-    "{name} icon, {set}",
+    *("{name}", "{name}", "{name}", "a drawing of {name}", "a picture of {name}"),
+    *("an icon of {name}", "a small drawing of {name}", "{name}, {style}", "{name} icon, {set}"),
     "{name}, {group}",
 )
 
@@ -93,7 +82,7 @@ def style_words(names: Sequence[str]) -> set[str]:
     """The words of `STYLES` that end or begin at least 2 % of a set's names."""
     ends = Counter(name.rsplit("-", 1)[-1] for name in names if "-" in name)
     starts = Counter(name.split("-", 1)[0] for name in names if "-" in name)
-    return {w for w in STYLES if ends[w] + starts[w] >= 0.02 * len(names)}
+    return {w for w in STYLES.split() if ends[w] + starts[w] >= 0.02 * len(names)}
 
 
 def split_name(icon: str, styles: set[str]) -> tuple[str, list[str]]:
@@ -112,7 +101,8 @@ def split_name(icon: str, styles: set[str]) -> tuple[str, list[str]]:
 
 def is_held_out(name: str) -> bool:
     """Whether a name is one of the validation's; looks at the name alone."""
-    return position(SEED, name) < VALIDATION_SHARE
+    digest = hashlib.sha256(f"{SEED}:{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64 < VALIDATION_SHARE
 
 
 def caption(icon: Icon, title: str, rng: random.Random) -> str:
@@ -123,24 +113,29 @@ def caption(icon: Icon, title: str, rng: random.Random) -> str:
     return template.format(name=icon.name, style=icon.style, set=title, group=icon.group)
 
 
+def describe(info: dict[str, Any], icons: int) -> dict[str, Any]:
+    """What the manifest says of a set."""
+    author, licence = info["author"], info["license"].get("spdx") or info["license"]["title"]
+    about = {"title": info["name"], "author": author["name"], "url": author.get("url")}
+    return {**about, "licence": licence, "icons": icons}
+
+
 def why_left_out(info: dict[str, Any]) -> str | None:
     """The reason for which a set as a whole is not taken."""
     name, category = info["name"].lower(), (info.get("category") or "").lower()
-    licence = info["license"].get("spdx") or info["license"]["title"]
     if category == "logos" or "brands" in name:
         return "logos"
     if category == "emoji" or "emoji" in name:
         return "emoji"
     if "flag" in name:
         return "flags"
-    return "non-commercial licence" if "-NC" in licence else None
+    return "non-commercial licence" if "-NC" in describe(info, 0)["licence"] else None
 
 
 def read_set(prefix: str, content: dict[str, Any], left_out: Counter[str]) -> Iterator[Icon]:
     """The icons of one set. content: its JSON file."""
-    groups = {
-        icon: group for group, icons in (content.get("categories") or {}).items() for icon in icons
-    }
+    categories = (content.get("categories") or {}).items()
+    groups = {icon: group for group, icons in categories for icon in icons}
     inherited = {k: v for k, v in content.items() if k in ("left", "top", "width", "height")}
     styles = style_words(list(content["icons"]))
     for key, icon in content["icons"].items():
@@ -159,15 +154,13 @@ def read_set(prefix: str, content: dict[str, Any], left_out: Counter[str]) -> It
 def read_sets(archive: Path, left_out: Counter[str]) -> tuple[dict[str, Any], list[Icon]]:
     """What is known of each set that is taken, by its prefix, and their icons in a random order."""
     taken: dict[str, Any] = {}
-    for prefix, info in dict(read_json(archive, ["collections.json"]))["collections.json"].items():
+    for prefix, info in read_json(archive, ["collections.json"])["collections.json"].items():
         if reason := why_left_out(info):
             left_out[f"sets: {reason}"] += info["total"]
         else:
             taken[prefix] = info
-    by_set: dict[str, list[Icon]] = {}
-    for file, content in read_json(archive, [f"json/{prefix}.json" for prefix in taken]):
-        by_set[Path(file).stem] = list(read_set(Path(file).stem, content, left_out))
-    icons = [icon for prefix in taken for icon in by_set[prefix]]
+    content = read_json(archive, [f"json/{prefix}.json" for prefix in taken])
+    icons = [i for p in taken for i in read_set(p, content.pop(f"json/{p}.json"), left_out)]
     random.Random(SEED).shuffle(icons)
     return taken, icons
 
@@ -182,12 +175,15 @@ class Drawn(NamedTuple):
 
 def draw(icon: Icon) -> Drawn:
     """Draws an icon, the same in every run: its colours are drawn by its key."""
+    if OUTSIDE.search(icon.svg):
+        return Drawn(fault="refers to something outside itself")
     try:
+        ALARM(SECONDS)  # the renderer can't be interrupted: the process ends
         image = render(icon.svg.replace("currentColor", "#000000"), SIZE)
-    except OutsideReference as error:
-        return Drawn(fault=str(error))
     except ValueError:  # some icons are no valid SVG
         return Drawn(fault="blank")
+    finally:
+        ALARM(0)
     rgba = np.asarray(image.convert("RGBA"), dtype=np.float32) / 255
     rgb, alpha = rgba[..., :3], rgba[..., 3:]
     one_colour = not (rgb * alpha > 0.02).any()
@@ -210,20 +206,15 @@ def draw_in_processes(icons: Sequence[Icon]) -> Generator[Drawn, None, None]:
             for drawn in pool.map(draw, icons[done:], chunksize=CHUNK):
                 done += 1
                 yield drawn
-        except BrokenProcessPool:  # by one of the next chunk, or later: those alone, then on
-            yield from map(draw_alone, icons[done : done + CHUNK])
+        except BrokenProcessPool:
+            if len(icons) == 1:
+                yield Drawn(fault="crashes the renderer, or takes it for ever")
+            else:  # by one of the next chunk, or later: those one by one, then on
+                for icon in icons[done : done + CHUNK]:
+                    yield from draw_in_processes([icon])
             done += CHUNK
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def draw_alone(icon: Icon) -> Drawn:
-    """Draws an icon in a process of its own."""
-    with ProcessPoolExecutor(1) as pool:
-        try:
-            return pool.submit(draw, icon).result()
-        except BrokenProcessPool:
-            return Drawn(fault="crashes the renderer")
 
 
 def colours(rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
@@ -247,7 +238,7 @@ def twins(names: Counter[str], batch_size: int) -> float:
     """
     total = sum(names.values())
     alone = sum(n / total * (1 - n / total) ** (batch_size - 1) for n in names.values())
-    return 1 - alone
+    return round(1 - alone, 4)
 
 
 def build(archive: Path, out: Path, limit: int | None, pictures_of_a_name: int) -> dict[str, Any]:
@@ -260,31 +251,23 @@ def build(archive: Path, out: Path, limit: int | None, pictures_of_a_name: int) 
     taken, icons = read_sets(archive, left_out)
     icons = icons[:limit]
     most = {"train": pictures_of_a_name or len(icons), "val": 1}  # pictures of a name
-    parts = tuple(most)
     seen: set[bytes] = set()
-    names: dict[str, Counter[str]] = {part: Counter() for part in parts}
-    pictures: Counter[str] = Counter()  # of each name, with those left out
+    names: dict[str, Counter[str]] = {part: Counter() for part in most}
+    pictures: Counter[str] = Counter()  # of each name to train on, with those left out
     sets: Counter[str] = Counter()
-    with contextlib.ExitStack() as stack:
-        shards = {
-            part: stack.enter_context(
-                wds.ShardWriter(
-                    str(out / f"{part}-%05d.tar"), maxcount=SAMPLES_PER_SHARD, verbose=0
-                )
-            )
-            for part in parts
-        }
-        drawing = stack.enter_context(contextlib.closing(draw_in_processes(icons)))
+    with (
+        wds.ShardWriter(str(out / "train-%05d.tar"), SAMPLES_PER_SHARD, verbose=0) as train,
+        wds.ShardWriter(str(out / "val-%05d.tar"), SAMPLES_PER_SHARD, verbose=0) as val,
+        contextlib.closing(draw_in_processes(icons)) as drawing,
+    ):
         for icon, drawn in zip(icons, track(drawing, "drawing", total=len(icons)), strict=True):
             part = "val" if is_held_out(icon.name) else "train"
-            if drawn.fault:
-                left_out[drawn.fault] += 1
-                continue
-            if drawn.digest in seen:
-                left_out["the same picture again"] += 1
+            if drawn.fault or drawn.digest in seen:
+                left_out[drawn.fault or "the same picture again"] += 1
                 continue
             seen.add(drawn.digest)
-            pictures[icon.name] += 1
+            if part == "train":
+                pictures[icon.name] += 1
             if names[part][icon.name] >= most[part]:
                 left_out[f"more pictures of a name ({part})"] += 1
                 continue
@@ -295,76 +278,48 @@ def build(archive: Path, out: Path, limit: int | None, pictures_of_a_name: int) 
             sample: dict[str, Any] = {"__key__": key, "png": drawn.png, "txt": text}
             if part == "val":  # training doesn't read it, and each file of a tar costs it time
                 sample["json"] = {"name": icon.name, "style": icon.style, "set": icon.set}
-            shards[part].write(sample)
-    pairs = {part: sum(names[part].values()) for part in parts}
+            (train if part == "train" else val).write(sample)
+    pairs = {part: sum(names[part].values()) for part in most}
     sizes = {
         f"{part}-{first // SAMPLES_PER_SHARD:05d}.tar": min(SAMPLES_PER_SHARD, pairs[part] - first)
-        for part in parts
+        for part in most
         for first in range(0, pairs[part], SAMPLES_PER_SHARD)
     }
     (out / "sizes.json").write_text(json.dumps(sizes))
-    kept = Counter({name: n for name, n in pictures.items() if name in names["train"]})
     return {
         "pairs": pairs,
         "names": {part: len(counter) for part, counter in names.items()},
         "left_out": dict(left_out.most_common()),
         "rows_with_a_twin": {
-            str(n): {
-                "uncapped": round(twins(kept, n), 4),
-                "kept": round(twins(names["train"], n), 4),
-            }
+            str(n): {"uncapped": twins(pictures, n), "kept": twins(names["train"], n)}
             for n in (128, 512, 1024, 2048, 4096)
         },
-        "sets": {
-            prefix: {
-                "title": info["name"],
-                "author": info["author"]["name"],
-                "url": info["author"].get("url"),
-                "licence": info["license"].get("spdx") or info["license"]["title"],
-                "icons": sets[prefix],
-            }
-            for prefix, info in taken.items()
-            if sets[prefix]
-        },
+        "sets": {p: describe(taken[p], sets[p]) for p in taken if sets[p]},
     }
 
 
 def main(argv: Sequence[str]) -> None:
     """The command line."""
-    parser = Parser(
-        prog="python -m reference_train.data.icons",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__,
-    )
+    parser = Parser(prog="python -m reference_train.data.icons", description=__doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="a new folder")
-    add(
-        "--package",
-        type=Path,
-        metavar="FILE",
-        help=f"the package on disk (`npm pack {PACKAGE.name}`); default: downloaded",
-    )
-    add(
-        "--limit",
-        type=whole_number(1),
-        metavar="N",
-        help="draw N icons only, picked at random: a small build to try things with",
-    )
-    add(
-        "--pictures-of-a-name",
-        type=whole_number(0),
-        default=PICTURES_OF_A_NAME,
-        metavar="N",
-        help="train on at most N icons with the same name; default %(default)s; 0: on all",
-    )
+    words = "the package on disk (`npm pack @iconify/json`); default: downloaded"
+    add("--package", type=Path, metavar="FILE", help=words)
+    words = "draw N icons only, picked at random: a small build to try things with"
+    add("--limit", type=whole_number(1), metavar="N", help=words)
+    words = "train on at most N icons with the same name; default %(default)s; 0: on all"
+    most, count = PICTURES_OF_A_NAME, whole_number(0)
+    add("--pictures-of-a-name", type=count, default=most, metavar="N", help=words)
     options = parser.parse_args(argv)
-    check_renderer()
-    end_cleanly()
+    if importlib.util.find_spec("resvg_py") is None:
+        raise Stopped("resvg_py is not installed: pip install resvg-py")
+    # SIGTERM ends this process as an error would, so that no unfinished file is left
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with new_folder(options.out) as folder, tempfile.TemporaryDirectory() as temporary:
-        archive = options.package or fetch(PACKAGE, Path(temporary))
+        archive = options.package or fetch(URL, SHA256, Path(temporary))
         built = build(archive, folder, options.limit, options.pictures_of_a_name)
         source = {
-            "package": str(options.package or PACKAGE.url),
+            "package": str(options.package or URL),
             "sha256": hashlib.sha256(archive.read_bytes()).hexdigest(),
             "limit": options.limit,
             "pictures_of_a_name": options.pictures_of_a_name,

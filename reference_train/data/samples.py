@@ -13,7 +13,7 @@ import numpy.typing as npt
 import webdataset as wds
 from PIL import Image
 
-from ..errors import CannotStart, first_line
+from ..command_line import CannotStart, first_line
 
 
 class Sample(NamedTuple):

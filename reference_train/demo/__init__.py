@@ -1,5 +1,1 @@
-"""The demonstration: small CLIP models on the emoji that ship, plain CLIP next to CyCLIP.
-
-Read it in this order: `train.py` (the loop), `batches.py` (what a batch is), `images.py`,
-`model.py`, `evaluate.py` (what is asked), `command.py` (the command line), `pictures.py`.
-"""
+"""The demonstration: small CLIP models on the emoji that ship. Read `train.py` first, the loop."""

@@ -11,23 +11,17 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from ..command_line import CannotStart
 from ..data.emoji import TRAIN_STYLES, Concept, EmojiSet
-from ..errors import CannotStart
 
 # What a caption is: half of them a name in a template, a quarter name and kind, 15 % the kind
 # alone, 10 % keywords (CAPTION_SHARES, in the order of `captions_of`).
 NAME_TEMPLATES = (
-    "{}",
-    "{}",
-    "a drawing of {}",
-    "a picture of {}",
-    "an emoji of {}",
-    "an icon of {}",
-    "the {} emoji",
-    "a small drawing of {}",
+    *("{}", "{}", "a drawing of {}", "a picture of {}", "an emoji of {}", "an icon of {}"),
+    *("the {} emoji", "a small drawing of {}"),
 )
-KIND_TEMPLATES = ("{}, a kind of {}",)
 SUBGROUP_TEMPLATES = ("{}", "a kind of {}", "a drawing of {}", "an emoji of {}")
 KEYWORD_CAPTIONS = 4  # drawn once for each concept: up to three keywords, in random order
 CAPTION_SHARES = (0.50, 0.25, 0.15, 0.10)
@@ -39,7 +33,7 @@ def captions_of(concept: Concept) -> list[list[str]]:
     keywords = concept.keywords or (concept.name,)
     return [
         [template.format(concept.name) for template in NAME_TEMPLATES],
-        [template.format(concept.name, concept.subgroup) for template in KIND_TEMPLATES],
+        [f"{concept.name}, a kind of {concept.subgroup}"],
         [template.format(concept.subgroup) for template in SUBGROUP_TEMPLATES],
         [", ".join(rng.sample(keywords, min(3, len(keywords)))) for _ in range(KEYWORD_CAPTIONS)],
     ]
@@ -49,25 +43,18 @@ class EmojiBatches:
     """Batches of distinct training concepts, a random training style and caption each."""
 
     def __init__(
-        self,
-        emoji: EmojiSet,
-        tokenize: Callable[[list[str]], Tensor],
-        batch_size: int,
-        seed: int,
+        self, emoji: EmojiSet, tokenize: Callable[[list[str]], Tensor], batch_size: int, seed: int
     ):
         """Raises `CannotStart` if there are too few concepts for a batch."""
         # (concepts, styles) -> row of `images`; a style that lacks a concept repeats another's row
-        self.images = torch.cat([emoji.images[style] for style in TRAIN_STYLES])
-        owners = torch.cat([emoji.concept[style] for style in TRAIN_STYLES]).tolist()
+        self.images, owners, _ = emoji.drawings(TRAIN_STYLES, emoji.in_split("train"))
         rows: dict[int, list[int]] = {}
-        for row, concept in enumerate(owners):
+        for row, concept in enumerate(owners.tolist()):
             rows.setdefault(concept, []).append(row)
-        concepts = [i for i in emoji.in_split("train") if i in rows]
+        concepts = sorted(rows)
         if len(concepts) < batch_size:
-            raise CannotStart(
-                f"--batch-size {batch_size} is more than the {len(concepts)} distinct concepts "
-                "to train on"
-            )
+            many = f"the {len(concepts)} distinct concepts to train on"
+            raise CannotStart(f"--batch-size {batch_size} is more than {many}")
         styles = len(TRAIN_STYLES)
         self.rows = np.array([(rows[i] * styles)[:styles] for i in concepts])
         # (concepts, captions, L): every caption is tokenised once, here
@@ -93,3 +80,38 @@ class EmojiBatches:
         rows = self.rows[which, rng.integers(self.rows.shape[1], size=n)]
         caption = np.searchsorted(self.caption_shares[:-1], rng.random(n), side="right")
         return self.images[torch.from_numpy(rows)], self.tokens[which, caption]
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """images: (N, 3, S, S) uint8 -> (N, 3, size, size) float in [0, 1], sampled as in training."""
+    pixels = images.float().div_(255)
+    return F.interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False)
+
+
+def augment(images: Tensor, size: int, rng: np.random.Generator) -> Tensor:
+    """images: (n, 3, S, S) uint8 -> (n, 3, size, size) float in [0, 1], moved and tinted a little.
+
+    One affine resampling (rotation, scale, shear, shift; never a flip: names say left and right)
+    and one affine map of the colours (contrast, saturation, tint, brightness) for each image. What
+    comes in at the border is white.
+    """
+    n = len(images)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return torch.from_numpy(rng.uniform(low, high, (n, *shape)).astype(np.float32))
+
+    angle, zoom, shear = uniform(-0.2, 0.2), uniform(-0.16, 0.16).exp(), uniform(-0.1, 0.1)
+    cos, sin = zoom * angle.cos(), zoom * angle.sin()
+    turn = torch.stack([cos, shear * cos - sin, sin, shear * sin + cos], dim=-1).view(n, 2, 2)
+    theta = torch.cat([turn, uniform(-0.1, 0.1, 2, 1)], dim=-1).to(images.device)  # (N, 2, 3)
+    grid = F.affine_grid(theta, [n, 3, size, size], align_corners=False)
+    ink = images.float().mul_(-1 / 255).add_(1)  # white is 0: what grid_sample pads with
+    ink = F.grid_sample(ink, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+    saturation, tint = uniform(0.5, 1.3, 1, 1), uniform(0.85, 1.15, 3, 1)
+    grey = torch.tensor([0.299, 0.587, 0.114]).expand(3, 3)
+    mix = uniform(0.8, 1.2, 1, 1) * tint * (saturation * torch.eye(3) + (1 - saturation) * grey)
+    shift = uniform(-0.08, 0.08, 1, 1).expand(n, 3, 1)
+    mix, shift = mix.to(images.device), shift.to(images.device)
+    ink = torch.baddbmm(shift, mix, ink.view(n, 3, -1)).view(n, 3, size, size)
+    return ink.neg_().add_(1).clamp_(0, 1)

@@ -1,22 +1,19 @@
 """What the models are asked, about drawing styles, concepts, and both, that training never saw.
 
-The questions are those of `reference_train.evaluate.measure`: which name (of all trained concepts,
-or of the held-out ones), which image for a name, which subgroup and group, the consistency score
-with the training images as neighbours, and gaps, alignment and uniformity of the pairs (image,
-name). A number is the mean over styles. Nothing is fitted.
+Which name (of all trained concepts, or of the held-out ones), which image for a name, which
+subgroup and group, the consistency score with the training images as neighbours, and the geometry
+of the pairs (image, name). A number is the mean over styles.
 
 Settings are chosen on the split `validation`. Held-out concepts are split in the data; of the
-trained concepts, whose images in new styles are asked about, a fixed quarter serves the validation
-and the others the test.
+trained concepts, whose images in new styles are asked about, a fixed quarter is for the validation.
 """
 
 import hashlib
 
 import torch
-from torch import Tensor
 
 from ..data.emoji import SHIFT_STYLES, STRESS_STYLES, TRAIN_STYLES, Concept, EmojiSet
-from ..evaluate.datasets import Classes, DataSet, Pixels
+from ..evaluate.datasets import Classes, DataSet, Images
 from .batches import NAME_TEMPLATES, SUBGROUP_TEMPLATES
 
 SITUATIONS = {
@@ -28,68 +25,37 @@ SITUATIONS = {
 
 
 def for_validation(concept: Concept) -> bool:
-    """Whether a trained concept is asked about in the validation (a quarter) or in the test."""
+    """Whether a trained concept is asked about in the validation, not in the test."""
     return hashlib.sha256(f"query {concept.code}".encode()).digest()[0] < 64
-
-
-def asked(emoji: EmojiSet, split: str, held_out: bool) -> list[int]:
-    """The concepts that are asked about, as indices."""
-    if held_out:
-        return emoji.in_split(split)
-    trained = emoji.in_split("train")
-    return [i for i in trained if for_validation(emoji.concepts[i]) == (split == "validation")]
-
-
-def drawings(
-    emoji: EmojiSet, styles: tuple[str, ...], concepts: list[int]
-) -> tuple[Pixels, Tensor, list[str]]:
-    """All images of some concepts in some styles, and of each its concept and its style."""
-    of = torch.tensor(concepts)
-    rows = {style: torch.isin(emoji.concept[style], of) for style in styles}
-    return (
-        Pixels(torch.cat([emoji.images[style][kept] for style, kept in rows.items()])),
-        torch.cat([emoji.concept[style][kept] for style, kept in rows.items()]),
-        [style for style, kept in rows.items() for _ in range(int(kept.sum()))],
-    )
 
 
 def situation(emoji: EmojiSet, split: str, name: str) -> DataSet:
     """A situation as a data set."""
     styles, held_out = SITUATIONS[name]
-    trained, queries = emoji.in_split("train"), asked(emoji, split, held_out)
-    candidates = queries if held_out else trained
-    images, concept, groups = drawings(emoji, styles, queries)
-    known_images, known, _ = drawings(emoji, TRAIN_STYLES, trained)
-    place = torch.full((len(emoji.concepts),), -1)
+    concepts, trained = emoji.concepts, emoji.in_split("train")
+    candidates = emoji.in_split(split) if held_out else trained
+    asked = candidates
+    if not held_out:
+        asked = [i for i in trained if for_validation(concepts[i]) == (split == "validation")]
+    images, drawn, groups = emoji.drawings(styles, asked)
+    known_images, known, _ = emoji.drawings(TRAIN_STYLES, trained)
+    place = torch.full((len(concepts),), -1)
     place[candidates] = torch.arange(len(candidates))
-    # question -> the label of every concept, the labels' names, templates
-    questions: dict[str, tuple[Tensor, list[str], tuple[str, ...]]] = {
-        "": (place, [emoji.concepts[i].name for i in candidates], NAME_TEMPLATES)
-    }
+    names = [concepts[i].name for i in candidates]
+    classes = {"": Classes(place[drawn], names, list(dict.fromkeys(NAME_TEMPLATES)))}
+    labels = {} if held_out else {"": place[known]}  # a held-out name is no neighbour's name
     for kind in ("subgroup", "group"):
-        of_concepts = [getattr(c, kind).replace("&", "and") for c in emoji.concepts]
+        of_concepts = [getattr(c, kind).replace("&", "and") for c in concepts]
         names = sorted(set(of_concepts))
-        labels = torch.tensor([names.index(word) for word in of_concepts])
-        questions[kind] = (labels, names, SUBGROUP_TEMPLATES)
-    return DataSet(
-        images,
-        {
-            question: Classes(label[concept], names, list(dict.fromkeys(templates)))
-            for question, (label, names, templates) in questions.items()
-        },
-        groups=groups,
-        # a held-out name is no neighbour's name
-        train=(
-            known_images,
-            {q: label[known] for q, (label, *_) in questions.items() if q or not held_out},
-        ),
-        across_groups=True,
-        names_find_images=True,
-    )
+        label = torch.tensor([names.index(word) for word in of_concepts])
+        classes[kind] = Classes(label[drawn], names, list(SUBGROUP_TEMPLATES))
+        labels[kind] = label[known]
+    train = Images(known_images), labels
+    return DataSet(Images(images), classes, groups=groups, train=train, across_groups=True)
 
 
 def validation_pairs(emoji: EmojiSet) -> DataSet:
     """Held-out validation concepts and their names, for watching a run."""
-    images, concept, groups = drawings(emoji, TRAIN_STYLES, emoji.in_split("validation"))
-    names = [[emoji.concepts[i].name] for i in concept.tolist()]
-    return DataSet(images, captions=names, groups=groups, across_groups=True)
+    images, drawn, groups = emoji.drawings(TRAIN_STYLES, emoji.in_split("validation"))
+    names = [[emoji.concepts[i].name] for i in drawn.tolist()]
+    return DataSet(Images(images), captions=names, groups=groups, across_groups=True)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
 from ..evaluate.checkpoints import Clip
-from .images import resize
+from .batches import resize
 
 IMAGE_SIZE, CONTEXT_LENGTH = 32, 20
 TINY: dict[str, Any] = {

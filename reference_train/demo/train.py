@@ -8,18 +8,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch import nn
 
 from cyclip_loss import CyCLIPLoss
 
-from ..errors import Interrupted, Stopped
+from ..command_line import Stopped
 from ..evaluate.checkpoints import Clip
 from ..evaluate.datasets import DataSet
 from ..evaluate.measure import measure
 from ..files import written_whole
-from .batches import EmojiBatches
-from .images import augment
+from ..losses import LOSSES
+from .batches import EmojiBatches, augment
 from .model import IMAGE_SIZE, MAX_LOGIT_SCALE, normalize
 
 BETAS, EPS, WEIGHT_DECAY = (0.9, 0.98), 1e-6, 0.1
@@ -32,11 +31,11 @@ LOOKS = 25  # in a run: at the loss, at the validation; and checkpoints
 class RunConfig:
     """Everything that decides a run's numbers, but for the data and the machine."""
 
-    loss: str
-    lambda_inmodal: float
-    lambda_crossmodal: float
-    reference_batch_size: int | None  # None: the paper's formula
+    loss: str  # of LOSSES
     seed: int
+    lambda_inmodal: float  # of the penalties that the loss has
+    lambda_crossmodal: float
+    reference_batch_size: int  # 0: the paper's formula
     steps: int
     batch_size: int
     lr: float
@@ -68,21 +67,17 @@ def make_optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
 
 
 def train(
-    config: RunConfig,
-    clip: Clip,
-    data: EmojiBatches,
-    validation: DataSet,
-    folder: Path,
-    console: Console,
+    config: RunConfig, clip: Clip, data: EmojiBatches, validation: DataSet, folder: Path
 ) -> dict[str, Any]:
     """Trains `clip.model` in place; leaves `folder/checkpoint.pt`.
 
-    Returns {"seconds": float, "history": [the numbers of each step]}. Raises `Interrupted`, and
-    `Stopped` if the loss is no number.
+    Returns {"seconds": float, "history": [the numbers of each step]}. Raises `Stopped` if the loss
+    is no number.
     """
     model, device = clip.model, clip.device
-    lambdas = config.lambda_inmodal, config.lambda_crossmodal
-    loss_fn = CyCLIPLoss(*lambdas, reference_batch_size=config.reference_batch_size)
+    kind, reference = LOSSES[config.loss], config.reference_batch_size or None
+    lambdas = kind.inmodal * config.lambda_inmodal, kind.crossmodal * config.lambda_crossmodal
+    loss_fn = CyCLIPLoss(*lambdas, reference_batch_size=reference)
     optimizer = make_optimizer(model, config.lr)
     path = folder / "checkpoint.pt"
     saved: dict[str, Any] = {"step": 0, "seconds": 0.0, "history": []}
@@ -91,7 +86,7 @@ def train(
         model.load_state_dict(saved["model"])
         if saved["step"] < config.steps:
             optimizer.load_state_dict(saved["optimizer"])
-            console.print(f"{config.name}: resumes at step {saved['step']} of {config.steps}")
+            print(f"{config.name}: resumes at step {saved['step']} of {config.steps}")
     history, pending, began = saved["history"], [], time.monotonic() - saved["seconds"]
 
     try:
@@ -143,9 +138,9 @@ def train(
             left = seconds / done * (config.steps - done)
             parts = " + ".join(f"{last[name]:.3f}" for name in terms)
             line = f"{config.name}: step {done}/{config.steps}, loss {parts}, {left:.0f} s left"
-            console.print(line, highlight=False)
+            print(line, flush=True)
     except KeyboardInterrupt:
-        raise Interrupted(
+        raise KeyboardInterrupt(
             f"{config.name}: stopped; the same command resumes from step {saved['step']}"
         ) from None
     except FloatingPointError as error:

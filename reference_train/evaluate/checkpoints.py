@@ -1,27 +1,28 @@
 """OpenCLIP checkpoints: found, loaded, and encoding images and texts."""
 
+import ast
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
+from rich.progress import track
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from ..errors import CannotStart
-from ..pretrain import models
-from ..runs import read_parameters, without_wrappers
+from ..command_line import CannotStart
+from ..pretrain.presets import register_models
 from .datasets import Images, Unreadable, Unusable
 
 TEXTS_AT_A_TIME = 1024
-EPOCH = re.compile(r"epoch_(\d+)\.pt")
 # Arguments of OpenCLIP's trainer that change the model or what it is shown.
 KEPT_ARGUMENTS = (
     *("force_quick_gelu", "force_custom_text", "force_image_size", "force_context_length"),
@@ -47,20 +48,24 @@ def find_checkpoints(
 
     paths: files, or folders of OpenCLIP's runs. model: for all of them; None asks their params.txt.
     """
+    register_models()
     found = []
-    for path in paths:
-        file = checkpoint_file(path)
-        parameters = parameters_of(file)
+    for file in map(checkpoint_file, paths):
+        folder = file.resolve().parent
+        run = folder.parent  # logs/NAME/checkpoints/best.pt -> NAME
+        written = [f / PARAMETERS for f in (run, folder) if (f / PARAMETERS).is_file()]
+        parameters = read_parameters(written[0]) if written else {}
         name = model or parameters.get("model")
         if name is None:
-            raise CannotStart(f"{file}: no params.txt of a run beside it: say --model")
+            raise CannotStart(f"{file}: no {PARAMETERS} of a run beside it: say --model")
         arguments = {k: parameters[k] for k in KEPT_ARGUMENTS if parameters.get(k)}
         if parameters.get("siglip"):  # its model has a bias; any number, the weights have theirs
             arguments["init_logit_bias"] = 0.0
-        found.append(Checkpoint(run_name(file), name, file, None, arguments))
+        title = run.name if folder.name == "checkpoints" else file.stem
+        found.append(Checkpoint(title, name, file, None, arguments))
     titles = [checkpoint.title for checkpoint in found]
     for checkpoint in found:
-        if titles.count(checkpoint.title) > 1 and checkpoint.path is not None:
+        if titles.count(checkpoint.title) > 1 and checkpoint.path:
             checkpoint.title += f" {checkpoint.path.stem}"
     hub = model is not None and ":" in model and not paths  # the weights come with the model
     if pretrained is not None or hub:
@@ -70,7 +75,6 @@ def find_checkpoints(
         found.append(Checkpoint(title, model, None, pretrained, {}))
     if not found:
         raise CannotStart("no checkpoint: name one, or --model with --pretrained")
-    models.register()
     titles = [checkpoint.title for checkpoint in found]
     for checkpoint in found:
         if titles.count(checkpoint.title) > 1:
@@ -85,27 +89,35 @@ def checkpoint_file(path: Path) -> Path:
     if path.is_file():
         return path
     for folder in (path / "checkpoints", path):
-        epochs = {int(m[1]): p for p in folder.glob("*.pt") if (m := EPOCH.fullmatch(p.name))}
-        newest = [epochs[max(epochs)]] if epochs else []
+        epochs = sorted(folder.glob("epoch_[0-9]*.pt"), key=lambda p: (len(p.name), p.name))
         # where both are written, the latest is as new as the newest epoch, or newer
-        for file in (folder / "best.pt", folder / "epoch_latest.pt", *newest):
+        for file in (folder / "best.pt", folder / "epoch_latest.pt", *epochs[-1:]):
             if file.is_file():
                 return file
     raise CannotStart(f"no checkpoint at {path}")
 
 
-def run_name(file: Path) -> str:
-    """logs/NAME/checkpoints/best.pt -> NAME; other files by their own name."""
-    folder = file.resolve().parent
-    return folder.parent.name if folder.name == "checkpoints" else file.stem
+PARAMETERS = "params.txt"  # the settings of a run of OpenCLIP's trainer
 
 
-def parameters_of(file: Path) -> dict[str, Any]:
-    """The params.txt of the run that a checkpoint is of; {} if there is none."""
-    for folder in reversed(file.resolve().parents[:2]):
-        if (folder / "params.txt").is_file():
-            return read_parameters(folder / "params.txt")
-    return {}
+def read_parameters(path: Path) -> dict[str, Any]:
+    """A params.txt, `name: value` a line."""
+    parameters: dict[str, Any] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        name, _, value = line.partition(": ")
+        try:
+            parameters[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            parameters[name] = value
+    return parameters
+
+
+def without_wrappers(state: dict[str, Any]) -> dict[str, Any]:
+    """Weights by the model's own names: less what DDP and torch.compile put before them."""
+    return {
+        re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", "")): value
+        for name, value in state.items()
+    }
 
 
 @dataclass
@@ -121,37 +133,40 @@ class Clip:
     batch_size: int = 256
     workers: int = 0
     epoch: int | None = None
-    track: Callable[[Iterable[Any], str], Iterable[Any]] = lambda batches, what: batches
+    at_work: str = ""  # what the progress bar says; "": there is none
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context of all computation."""
         dtype = torch.float16 if self.precision == "amp" else torch.bfloat16
         return torch.autocast(self.device.type, dtype, enabled=self.precision != "fp32")
 
-    def encode_images(self, images: Images, what: str) -> tuple[Tensor, dict[int, str]]:
-        """(n, D) features, not normalised, float32, on the CPU; and the pictures that have none.
+    def encode_images(
+        self, images: Images, rows: Tensor, what: str
+    ) -> tuple[Tensor, Tensor, list[str]]:
+        """(n, D) features of some images, not normalised, float32, on the CPU; and of which, (n,).
 
-        Those, by number and with the reason, can't be read. what: for the progress bar.
+        And what is wrong with each of the others, which can't be read. what: for the progress bar.
         """
-        loader: DataLoader[Any] = DataLoader(
-            Preprocessed(images, self.preprocess),  # type: ignore[arg-type]
+        loader: Any = DataLoader(
+            rows.tolist(),  # type: ignore[arg-type]
             batch_size=self.batch_size,
-            num_workers=min(self.workers, len(images) // self.batch_size),
+            num_workers=min(self.workers, len(rows) // self.batch_size),
             pin_memory=self.device.type == "cuda",
-            collate_fn=list,
+            collate_fn=partial(read_batch, images, self.preprocess),
         )
-        parts: list[Tensor] = []
-        unreadable: dict[int, str] = {}
-        for batch in self.track(loader, what):
-            unreadable |= {row: pixels for row, pixels in batch if isinstance(pixels, str)}
-            readable = [pixels for _, pixels in batch if not isinstance(pixels, str)]
+        words = f"{self.at_work}, {what}"
+        parts, read, unreadable = [], [], []
+        for batch in track(loader, words, transient=True, disable=not self.at_work):
+            unreadable += [pixels for _, pixels in batch if isinstance(pixels, str)]
+            readable = [sample for sample in batch if not isinstance(sample[1], str)]
             if readable:
+                read += [row for row, _ in readable]
+                pixels = torch.stack([pixels for _, pixels in readable]).to(self.device)
                 with torch.inference_mode(), self.autocast():
-                    features = self.model.encode_image(torch.stack(readable).to(self.device))
-                parts.append(features.float().cpu())
+                    parts.append(self.model.encode_image(pixels).float().cpu())
         if not parts:
             raise Unusable(f"no picture can be read: {unreadable[0]}")
-        return self._finite(torch.cat(parts)), unreadable
+        return self._finite(torch.cat(parts)), torch.tensor(read), unreadable
 
     def encode_texts(self, texts: list[str]) -> Tensor:
         """(m, D) features of unit length, float32, on the CPU."""
@@ -177,21 +192,17 @@ class Clip:
         return features
 
 
-@dataclass
-class Preprocessed:
-    """Images as the model's input, with their numbers."""
-
-    images: Images
-    preprocess: Callable[[Any], Tensor]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int, /) -> tuple[int, Tensor | str]:
+def read_batch(
+    images: Images, preprocess: Callable[[Any], Tensor], rows: list[int]
+) -> list[tuple[int, Tensor | str]]:
+    """Some images by number, as the model's input, or why they can't be read."""
+    batch: list[tuple[int, Tensor | str]] = []
+    for row in rows:
         try:
-            return index, self.preprocess(self.images[index])
+            batch.append((row, preprocess(images[row])))
         except Unreadable as error:
-            return index, str(error)
+            batch.append((row, str(error)))
+    return batch
 
 
 def load(checkpoint: Checkpoint, device: torch.device, **feeding: Any) -> Clip:
@@ -199,32 +210,31 @@ def load(checkpoint: Checkpoint, device: torch.device, **feeding: Any) -> Clip:
 
     feeding: of `Clip`.
     """
-    name, epoch = checkpoint.model, None
+    name, path, epoch = checkpoint.model, checkpoint.path, None
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)  # "no pretrained weights": they come next
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(
             name,
             pretrained=checkpoint.tag,
-            load_weights=checkpoint.path is None,
+            load_weights=path is None,
             pretrained_text=False,
             device=device,
             **checkpoint.arguments,
         )
         context = checkpoint.arguments.get("force_context_length")
         tokenizer = open_clip.get_tokenizer(name, context_length=context)
-        if checkpoint.path is not None:
-            if checkpoint.path.suffix == ".safetensors":
-                content: dict[str, Any] = load_file(checkpoint.path)
-            else:
-                content = torch.load(checkpoint.path, map_location="cpu", weights_only=True)
+        if path is not None:
+            read: Any = load_file
+            if path.suffix != ".safetensors":
+                read = partial(torch.load, map_location="cpu", weights_only=True)
+            content = read(path)
             epoch = content.get("epoch")
             model.load_state_dict(without_wrappers(content.get("state_dict", content)))
     except Exception as error:  # whatever OpenCLIP and PyTorch raise for other weights
-        what = checkpoint.path or checkpoint.tag
-        raise CannotStart(f"{what} as {name}: {' '.join(str(error).split())[:300]}") from error
+        said = " ".join(str(error).split())[:300]
+        raise CannotStart(f"{path or checkpoint.tag} as {name}: {said}") from error
     finally:
         logging.disable(level)
-    return Clip(
-        checkpoint.title, model.eval(), preprocess, tokenizer, device, epoch=epoch, **feeding
-    )
+    model.eval()
+    return Clip(checkpoint.title, model, preprocess, tokenizer, device, epoch=epoch, **feeding)

@@ -4,17 +4,13 @@ import argparse
 import os
 import shlex
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.console import Console
-from rich.progress import track
 
-from ..arguments import Parser, device, whole_number
-from ..errors import CannotStart, Stopped
+from ..command_line import CannotStart, Parser, Stopped, add_device, whole_number
 from . import report
 from .checkpoints import find_checkpoints, load
 from .datasets import DataSet
@@ -42,10 +38,7 @@ data sets of --data (DIR itself, or folders in it), besides the emoji that ship:
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments, with their defaults. Raises `CannotStart`."""
     parser = Parser(
-        prog="python -m reference_train evaluate",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=DESCRIPTION,
-        epilog=EPILOG,
+        prog="python -m reference_train evaluate", description=DESCRIPTION, epilog=EPILOG
     )
     add = parser.add_argument
     words = "logs/NAME (its best.pt, else its newest epoch) or a file; several: several columns"
@@ -58,22 +51,22 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--pretrained", metavar="TAG", help="OpenCLIP's own weights of --model, one more column")
     words = "fit one as the paper's authors do, on the features of the whole train split"
     add("--linear-probe", action="store_true", help=words)
-    words = "prompts, {c} for the class; default: the paper's 80, or the data set's own"
-    add("--templates", type=templates, metavar="FILE", help=words)
     words = "of ImageNet's classes in its order, 1,000 lines (the paper's 67 do not ship)"
-    add("--superclasses", type=superclasses, metavar="FILE", help=words)
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", type=device, default=default, help="default: cuda if there is one, else cpu")
+    add("--superclasses", type=lambda path: lines(Path(path)), metavar="FILE", help=words)
+    add_device(parser)
     words = "default: amp_bf16 on cuda, fp32 elsewhere"
     add("--precision", choices=["fp32", "amp", "amp_bf16"], help=words)
     add("--batch-size", type=whole_number(1), default=256, metavar="N", help="default %(default)s")
     workers, words = min(8, os.cpu_count() or 1), "processes that decode images; here %(default)s"
     add("--workers", type=whole_number(0), default=workers, metavar="N", help=words)
-    out = Path("runs/evaluation")
-    add("--out", type=Path, default=out, metavar="DIR", help="default %(default)s")
+    add("--out", type=Path, default="runs/evaluation", metavar="DIR", help="default %(default)s")
     arguments = parser.parse_args(argv)
     if arguments.precision is None:
         arguments.precision = "amp_bf16" if arguments.device.type == "cuda" else "fp32"
+    if arguments.superclasses is not None and len(arguments.superclasses) != 1000:
+        raise CannotStart(
+            f"--superclasses: a file of {len(arguments.superclasses)} lines, not 1000"
+        )
     return arguments
 
 
@@ -92,49 +85,20 @@ def named_folder(text: str) -> tuple[str, Path]:
     return name, folder(path)
 
 
-def some_lines(path: str) -> list[str]:
-    """The lines of a text file that was named."""
-    try:
-        content = lines(Path(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise argparse.ArgumentTypeError(f"{path}: {error}") from error
-    if not content:
-        raise argparse.ArgumentTypeError(f"no such file, or an empty one: {path}")
-    return content
-
-
-def templates(path: str) -> list[str]:
-    """An argument's type: prompts, with {} for the class."""
-    content = [line.replace("{c}", "{}") for line in some_lines(path)]
-    for line in content:
-        if "{}" not in line:
-            raise argparse.ArgumentTypeError(f"{path}: no {{c}} in {line!r}")
-    return content
-
-
-def superclasses(path: str) -> list[str]:
-    """An argument's type: one for each of ImageNet's classes."""
-    content = some_lines(path)
-    if len(content) != SPLITS["imagenet1k"].classes:
-        raise argparse.ArgumentTypeError(f"{path}: {len(content)} lines, not 1000")
-    return content
-
-
 def main(argv: Sequence[str]) -> None:
     """Finds, evaluates, writes. Raises `CannotStart` if nothing can be evaluated.
 
     Raises `Stopped` at the end if a data set or a checkpoint failed.
     """
-    arguments, console = parse_arguments(argv), Console()
+    arguments = parse_arguments(argv)
+    given = vars(arguments)
     checkpoints = find_checkpoints(arguments.checkpoint, arguments.model, arguments.pretrained)
-    settings = {
-        name: getattr(arguments, name)
-        for name in ("precision", "linear_probe", "templates", "superclasses")
-    }
+    settings = {n: given[n] for n in ("precision", "linear_probe", "superclasses")}
+    feeding = {n: given[n] for n in ("precision", "batch_size", "workers")}
     command = shlex.join(["python", "-m", "reference_train", "evaluate", *argv])
     result = report.start(arguments.out, settings, command, arguments.device)
     failed = result["failed"]
-    with console.status("Looking at the data sets"):
+    with Console().status("Looking at the data sets"):
         sets = open_all(arguments, result)
     for name, data in sets.items():
         described = report.describe(name, data)
@@ -142,10 +106,6 @@ def main(argv: Sequence[str]) -> None:
             result["data_sets"][name] = described
             for results in result["results"].values():
                 results.pop(name, None)
-
-    def progress(of: str, batches: Iterable[Any], what: str) -> Iterable[Any]:
-        return track(batches, f"{of}, {what}", console=console, transient=True)
-
     for checkpoint in checkpoints:
         title = checkpoint.title
         source = {"model": checkpoint.model, "path": str(checkpoint.path or checkpoint.tag)}
@@ -158,9 +118,6 @@ def main(argv: Sequence[str]) -> None:
         missing = [name for name in sets if name not in numbers]
         if not missing:
             continue
-        feeding = {
-            name: getattr(arguments, name) for name in ("precision", "batch_size", "workers")
-        }
         try:
             clip = load(checkpoint, arguments.device, **feeding)
         except CannotStart as error:
@@ -168,8 +125,7 @@ def main(argv: Sequence[str]) -> None:
             continue
         result["checkpoints"][title] = {**source, "epoch": clip.epoch}
         for name in missing:
-            clip.track = partial(progress, f"{title}: {name}")
-            began = time.perf_counter()
+            clip.at_work, began = f"{title}: {name}", time.perf_counter()
             try:
                 measured = measure(clip, sets[name], arguments.linear_probe)
             except Exception as error:  # whatever it is: the others may have taken hours
@@ -179,7 +135,7 @@ def main(argv: Sequence[str]) -> None:
                 report.save(result, arguments.out)
     if not any(result["results"].values()):
         raise CannotStart(f"nothing to evaluate: {listed(failed)}")
-    report.write(result, arguments.out, console)
+    report.write(result, arguments.out)
     if failed:
         raise Stopped(f"not in the table: {listed(failed)}")
 
@@ -205,18 +161,14 @@ def open_all(arguments: argparse.Namespace, result: Result) -> dict[str, DataSet
         there = f"no data set {' or '.join(missing)}; there are {', '.join(found)}"
         raise CannotStart(f"--only: {there}{'; ' * bool(absent)}{listed(absent)}")
     sets: dict[str, DataSet] = {}
-    for name, opener in found.items():
-        if arguments.only is not None and name not in arguments.only:
-            continue
+    for name in arguments.only or found:
         try:
-            sets[name] = opener()
+            data = sets[name] = found[name]()
         except Exception as error:  # whatever a data set that is not as it should be raises
             failed[name] = reason(error)
             continue
-        for classes in sets[name].classes.values():
-            classes.templates = arguments.templates or classes.templates
-        if sets[name].train_lacks:
-            failed[f"{name}, train split"] = sets[name].train_lacks
+        if data.train_lacks:
+            failed[f"{name}, train split"] = data.train_lacks
     if not sets:
         raise CannotStart(f"nothing to evaluate: {listed(failed)}")
     return sets

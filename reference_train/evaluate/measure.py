@@ -6,13 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Subset
 
 from cyclip_loss.metrics import consistency_metrics
 
 from . import metrics
 from .checkpoints import Clip
-from .datasets import DataSet, sample_rows
+from .datasets import DataSet
 
 NEIGHBOURS_FROM = 50_000  # training images the neighbours come from, as the paper's for ImageNet
 PAIRS = 10_000  # of gaps, alignment and uniformity, which take O(pairs^2)
@@ -29,105 +28,101 @@ def measure(clip: Clip, data: DataSet, linear_probe: bool = False) -> dict[str, 
              "unreadable": [what is wrong with each picture that is left out]}.
     """
     device = clip.device
-    raw, unreadable = clip.encode_images(data.images, "test")
-    data = data.only(readable(len(data.images), unreadable))
-    raw = raw.to(device)
+    raw, read, unreadable = clip.encode_images(data.images, torch.arange(len(data.images)), "test")
+    data, raw = data.only(read), raw.to(device)
     image = F.normalize(raw, dim=-1)
-    prompts = {
-        question: clip.encode_classes(classes.names, classes.templates).to(device)
-        for question, classes in data.classes.items()
-    }
-    labels = {question: classes.labels.to(device) for question, classes in data.classes.items()}
-    predicted = {q: metrics.nearest(image, p, 5) for q, p in prompts.items()}
+    prompts, labels, predicted = {}, {}, {}
+    for question, classes in data.classes.items():
+        prompts[question] = clip.encode_classes(classes.names, classes.templates).to(device)
+        labels[question] = classes.labels.to(device)
+        predicted[question] = metrics.nearest(image, prompts[question], 5)
+    groups: dict[str, Tensor] = {}  # the rows of each
+    for group in dict.fromkeys(data.groups or []):
+        rows = [row for row, of in enumerate(data.groups or []) if of == group]
+        groups[group] = torch.tensor(rows, device=device)
     neighbours: dict[str, Tensor] = {}  # labels of the nearest images, (n, k)
     probe: Numbers = {}
     if data.train is not None:
-        train_images, train_labels = data.train
+        images, of_images = data.train
         # the linear probe takes all of them, the neighbours some
-        rows = sample_rows(len(train_images), NEIGHBOURS_FROM)
-        encoded = torch.arange(len(train_images)) if linear_probe else rows
-        subset: Any = Subset(train_images, encoded.tolist())  # type: ignore[arg-type]
-        features, broken = clip.encode_images(subset, "train")
-        unreadable |= {len(data.images) + row: why for row, why in broken.items()}
-        encoded = encoded[readable(len(encoded), broken)]
-        features = features.to(device)
-        train_labels = {q: label[encoded].to(device) for q, label in train_labels.items()}
+        some = sample_rows(len(images), NEIGHBOURS_FROM)
+        wanted = torch.arange(len(images)) if linear_probe else some
+        features, read, broken = clip.encode_images(images, wanted, "train")
+        unreadable, features = unreadable + broken, features.to(device)
+        of_images = {q: label[read].to(device) for q, label in of_images.items()}
         if linear_probe:
             probe["linear_probe"] = metrics.linear_probe(
-                features, train_labels[""], raw, labels[""], len(data.classes[""].names)
+                features, of_images[""], raw, labels[""], len(data.classes[""].names)
             )
-        gallery = torch.isin(encoded, rows).to(device)
+        gallery = torch.isin(read, some).to(device)
         known = F.normalize(features[gallery], dim=-1)
         near = metrics.nearest(image, known, max(metrics.KS))
-        neighbours = {q: label[gallery][near] for q, label in train_labels.items()}
+        neighbours = {q: label[gallery][near] for q, label in of_images.items()}
     elif data.across_groups and labels:
-        near = neighbours_across(image, data)
+        near = neighbours_across(image, groups, data.apart)
         neighbours = {question: label[near] for question, label in labels.items()}
-    texts, pairs = distinct_texts(data.captions or [])
-    text = clip.encode_texts(texts).to(device) if texts else None
-    if data.names_find_images:
-        text = prompts[""]
-        pairs = torch.stack((torch.arange(len(image)), labels[""].cpu()), dim=1)
+    if data.captions is not None:
+        texts, pairs = distinct_texts(data.captions)
+        text = clip.encode_texts(texts).to(device)
+    else:  # the names of the classes
+        question, classes = next(iter(data.classes.items()))
+        text = prompts[question]
+        pairs = torch.stack((torch.arange(len(image)), classes.labels), dim=1)
     pairs = pairs.to(device)
 
     def numbers_of(rows: Tensor) -> Numbers:
-        """rows: (m,), of some of the images."""
+        """rows: (m,), of some of the images, ascending."""
         x, numbers = image[rows], {}
         for question, classes in data.classes.items():
             start = f"{question}_" if question else ""
             label, found = labels[question][rows], predicted[question][rows]
-            hits = found == label[:, None]
-            numbers[f"{start}top1"] = share(hits[:, 0])
+            hits = (found == label[:, None]).float()
+            numbers[f"{start}top1"] = hits[:, 0].mean().item()
             if len(classes.names) > 5:
-                numbers[f"{start}top5"] = share(hits.any(dim=1))
+                numbers[f"{start}top5"] = hits.sum(dim=1).mean().item()
             if classes.coarse is not None:
-                both = metrics.coarse_and_fine(
-                    x, prompts[question], label, classes.coarse.to(device)
-                )
+                coarse = classes.coarse.to(device)
+                both = metrics.coarse_and_fine(x, prompts[question], label, coarse)
                 numbers |= dict(zip((f"{start}coarse", f"{start}fine"), both, strict=True))
             if question in neighbours:
                 scores = metrics.consistency(found[:, 0], neighbours[question][rows])
                 numbers |= {start + name: value for name, value in scores.items()}
-        if text is not None:
-            kept, texts_of_rows = pairs_of(rows, pairs)
-            ways = metrics.retrieval(x, text[texts_of_rows], kept)
-            # of names, the other way is top-1, which has more of them to choose from
-            numbers |= {
-                name: value
-                for name, value in ways.items()
-                if not (data.names_find_images and name.startswith("image"))
-            }
-            partner = text[texts_of_rows[first_partner(kept)]]
-        else:
-            question = next(iter(data.classes))
-            partner = prompts[question][labels[question][rows]]
-        some = sample_rows(len(rows), PAIRS).to(device)
-        geometry = consistency_metrics(x[some], partner[some])
-        geometry_numbers = {name: value.item() for name, value in geometry.items()}
+        kept, used = pairs_of(rows, pairs)
+        if data.captions is not None or data.across_groups:
+            ways = metrics.retrieval(x, text[used], kept)
+            if data.captions is None:  # top-1 has more names to choose from
+                ways = {name: n for name, n in ways.items() if name.startswith("text")}
+            numbers |= ways
+        # of an image its first caption
+        first = torch.searchsorted(kept[:, 0].contiguous(), torch.arange(len(x), device=device))
+        some = sample_rows(len(x), PAIRS).to(device)
+        geometry = consistency_metrics(x[some], text[used[kept[first[some], 1]]])
         # the uniformity of one image is no number
-        return numbers | {name: v for name, v in geometry_numbers.items() if math.isfinite(v)}
+        return numbers | {k: float(v) for k, v in geometry.items() if math.isfinite(v)}
 
-    groups = {
-        group: numbers_of(rows.to(device)) for group, rows in rows_of_groups(data.groups).items()
-    }
+    of_groups = {group: numbers_of(rows) for group, rows in groups.items()}
     if data.across_groups:
-        numbers = mean([n for group, n in groups.items() if group not in data.apart])
+        several = [found for group, found in of_groups.items() if group not in data.apart]
+        numbers = {name: sum(n[name] for n in several) / len(several) for name in several[0]}
     else:
         numbers = numbers_of(torch.arange(len(image), device=device)) | probe
-    left_out = {"images": len(image), "unreadable": list(unreadable.values())}
-    return {"numbers": numbers, "groups": groups, **left_out}
+    left_out = {"images": len(image), "unreadable": unreadable}
+    return {"numbers": numbers, "groups": of_groups, **left_out}
 
 
-def readable(count: int, unreadable: dict[int, str]) -> Tensor:
-    """The rows of `count` that could be read."""
-    return torch.tensor([row for row in range(count) if row not in unreadable])
+def sample_rows(rows: int, most: int) -> Tensor:
+    """At most `most` of `rows` numbers in order, the same in every run: (min(rows, most),)."""
+    drawn = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
+    return drawn[:most].sort().values
 
 
-def neighbours_across(image: Tensor, data: DataSet) -> Tensor:
-    """For each image the nearest ones of other groups, but of those apart: (n, up to 10) rows."""
-    groups = {group: rows.to(image.device) for group, rows in rows_of_groups(data.groups).items()}
+def neighbours_across(image: Tensor, groups: dict[str, Tensor], apart: frozenset[str]) -> Tensor:
+    """For each image the nearest ones of other groups, but of those apart: (n, up to 10) rows.
+
+    groups: the rows of each.
+    """
     others = {
-        group: torch.cat([r for g, r in groups.items() if g != group and g not in data.apart])
+        group: torch.cat([r for g, r in groups.items() if g != group and g not in apart])
         for group in groups
     }
     k = min(max(metrics.KS), *(len(rows) for rows in others.values()))
@@ -136,14 +131,6 @@ def neighbours_across(image: Tensor, data: DataSet) -> Tensor:
         gallery = others[group]
         near[mine] = gallery[metrics.nearest(image[mine], image[gallery], k)]
     return near
-
-
-def rows_of_groups(groups: list[str] | None) -> dict[str, Tensor]:
-    """The rows of each group."""
-    rows: dict[str, list[int]] = {}
-    for row, group in enumerate(groups or []):
-        rows.setdefault(group, []).append(row)
-    return {group: torch.tensor(members) for group, members in rows.items()}
 
 
 def distinct_texts(captions: list[list[str]]) -> tuple[list[str], Tensor]:
@@ -160,29 +147,8 @@ def distinct_texts(captions: list[list[str]]) -> tuple[list[str], Tensor]:
 def pairs_of(rows: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
     """The pairs of some images, in the numbers of these images and of the texts that they have.
 
-    Returns (Q, 2) pairs and (m,) which texts these are.
+    rows: (m,), ascending, as the pairs' images. Returns (Q, 2) pairs and (t,) which texts.
     """
-    place = rows.new_full((int(pairs[:, 0].max()) + 1,), -1)
-    place[rows] = torch.arange(len(rows), device=rows.device)
-    image = place[pairs[:, 0]]
-    texts, text = pairs[image >= 0, 1].unique(return_inverse=True)
-    return torch.stack((image[image >= 0], text), dim=1), texts
-
-
-def first_partner(pairs: Tensor) -> Tensor:
-    """The text of each image's first pair: (n,)."""
-    order = pairs[:, 0].argsort(stable=True)
-    image, text = pairs[order].unbind(dim=1)
-    starts = torch.ones_like(image, dtype=torch.bool)
-    starts[1:] = image[1:] != image[:-1]
-    return text[starts]
-
-
-def mean(several: list[Numbers]) -> Numbers:
-    """The plain mean of each number."""
-    return {name: sum(n[name] for n in several) / len(several) for name in several[0]}
-
-
-def share(right: Tensor) -> float:
-    """The share that is right."""
-    return right.float().mean().item()
+    image, text = pairs[torch.isin(pairs[:, 0], rows)].unbind(dim=1)
+    used, text = text.unique(return_inverse=True)
+    return torch.stack((torch.searchsorted(rows, image.contiguous()), text), dim=1), used

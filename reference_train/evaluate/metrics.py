@@ -5,6 +5,7 @@ What is n x m is computed in strips of rows.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,10 +22,7 @@ def strips(rows: int) -> Iterator[slice]:
 
 
 def nearest(queries: Tensor, gallery: Tensor, k: int) -> Tensor:
-    """The k rows of the gallery with the highest cosine, best first: (Q, min(k, G)).
-
-    Of images (Q, D) among the features of classes (G, D): the zero-shot labels.
-    """
+    """The k rows of the gallery with the highest cosine, best first: (Q, min(k, G))."""
     k = min(k, len(gallery))
     found = [(queries[rows] @ gallery.T).topk(k).indices for rows in strips(len(queries))]
     return torch.cat(found)
@@ -58,14 +56,11 @@ def ranks(queries: Tensor, gallery: Tensor, pairs: Tensor) -> Tensor:
     queries: (Q, D). gallery: (G, D). pairs: (P, 2), rows of queries and gallery that belong
     together; every query is in at least one.
     """
-    pairs = pairs[pairs[:, 0].argsort()]
     found = []
     for rows in strips(len(queries)):
         scores = queries[rows] @ gallery.T
-        first, last = torch.searchsorted(
-            pairs[:, 0].contiguous(), pairs.new_tensor([rows.start, rows.start + len(scores)])
-        )
-        query, right = pairs[first:last].unbind(dim=1)
+        mine = (pairs[:, 0] >= rows.start) & (pairs[:, 0] < rows.stop)
+        query, right = pairs[mine].unbind(dim=1)
         is_right = torch.zeros_like(scores, dtype=torch.bool)
         is_right[query - rows.start, right] = True
         best = scores.masked_fill(~is_right, -torch.inf).amax(dim=1, keepdim=True)
@@ -82,47 +77,33 @@ def retrieval(image: Tensor, text: Tensor, pairs: Tensor) -> dict[str, float]:
     image: (n, D). text: (m, D), distinct texts. pairs: (P, 2), rows of image and text.
     """
     of_image = ranks(image, text, pairs)
-    of_text = ranks(text, image, pairs.flip(1))
-    uses = torch.bincount(pairs[:, 1], minlength=len(text)).float()
-    numbers = {}
-    for k in (1, 5, 10):
-        numbers[f"image_to_text_r{k}"] = (of_image < k).float().mean().item()
-    for k in (1, 5, 10):
-        numbers[f"text_to_image_r{k}"] = ((of_text < k) * uses).sum().div(uses.sum()).item()
-    return numbers
+    of_text = ranks(text, image, pairs.flip(1))[pairs[:, 1]]
+    both = {"image_to_text": of_image, "text_to_image": of_text}
+    return {
+        f"{way}_r{k}": (rank < k).float().mean().item()
+        for way, rank in both.items()
+        for k in (1, 5, 10)
+    }
 
 
-def majority(labels: Tensor) -> Tensor:
-    """The most frequent label of each row: (n,). On a tie the farthest goes, until there is none.
-
-    labels: (n, k), of neighbours, nearest first.
-    """
-    same = labels[:, :, None] == labels[:, None, :]  # (n, k, k)
-    winner = labels[:, 0].clone()
-    open_rows = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
-    for k in range(labels.shape[1], 2, -1):
-        votes = same[:, :k, :k].sum(dim=2)  # (n, k): how many share the label of neighbour j
-        most, place = votes.max(dim=1)
-        # as many neighbours have a label with the most votes as it has votes: no other label does
-        clear = (votes == most[:, None]).sum(dim=1) == most
-        settled = open_rows & clear
-        winner[settled] = labels.gather(1, place[:, None])[settled, 0]
-        open_rows &= ~clear
-    return winner  # of two the nearest, whether they agree or not
+def majority(labels: list[int]) -> int:
+    """The most frequent label; on a tie the last one goes, until there is none."""
+    (first, votes), *others = Counter(labels).most_common(2)
+    return majority(labels[:-1]) if others and others[0][1] == votes else first
 
 
 def consistency(predicted: Tensor, neighbours: Tensor) -> dict[str, float]:
     """How often the zero-shot label is the majority label of the k nearest training images.
 
-    Goel et al. 2022, section 4.2.
+    Goel et al. 2022, section 4.2. On a tie the farthest image goes.
 
     predicted: (n,). neighbours: (n, up to 10), labels of training images, nearest first.
     """
-    return {
-        f"consistency_{k}": (majority(neighbours[:, :k]) == predicted).float().mean().item()
-        for k in KS
-        if k <= neighbours.shape[1]
-    }
+    rows, numbers = neighbours.tolist(), {}
+    for k in (k for k in KS if k <= neighbours.shape[1]):
+        votes = torch.tensor([majority(row[:k]) for row in rows])
+        numbers[f"consistency_{k}"] = (votes == predicted.cpu()).float().mean().item()
+    return numbers
 
 
 def linear_probe(
@@ -135,7 +116,7 @@ def linear_probe(
 
     features: (n, D), labels: (n,), of the training images.
     """
-    epochs, batch_size = 32, 128
+    epochs = 32
     generator = torch.Generator().manual_seed(0)
     layer = nn.Linear(features.shape[1], classes)
     bound = features.shape[1] ** -0.5  # PyTorch's own, from a generator of ours
@@ -145,11 +126,11 @@ def linear_probe(
     layer.to(features.device)
     weight: dict[str, Any] = {"params": [layer.weight], "weight_decay": 0.01}
     optimizer = torch.optim.AdamW([weight, {"params": [layer.bias], "weight_decay": 0.0}], lr=0.005)
-    steps = epochs * -(-len(features) // batch_size)
+    steps = epochs * -(-len(features) // 128)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(epochs):
         order = torch.randperm(len(features), generator=generator).to(features.device)
-        for rows in order.split(batch_size):
+        for rows in order.split(128):
             loss = nn.functional.cross_entropy(layer(features[rows]), labels[rows])
             optimizer.zero_grad()
             loss.backward()

@@ -1,23 +1,11 @@
 """The paper's numbers, in %, for the columns next to yours: Goel et al. 2022, RN50 on CC3M.
 
 Each has its origin: "code" was read in the authors' repository (github.com/goel-shashank/CyCLIP,
-today's or its history); "quoted" was not checked against the paper's own table. The quoted ones,
-with ImageNet's, are relative gains of 10.2 to 23.9% in zero-shot classification and of 10.2 to
-26.5% under distribution shift; the paper's abstract says 10 to 24% and 10 to 27%.
+today's or its history: utils/fine_coarse_plot.py, utils/linear_probe_plot.py); "quoted" was not
+checked against the paper's own table.
 """
 
 from typing import NamedTuple
-
-from .metrics import KS
-
-
-class Published(NamedTuple):
-    """One number of both models."""
-
-    clip: float
-    cyclip: float
-    origin: str  # "code" or "quoted"
-
 
 ORIGINS = {
     "code": "read in the authors' repository",
@@ -27,69 +15,38 @@ ORIGINS = {
 }
 
 
-class Split(NamedTuple):
-    """A test split of the paper's."""
+class Published(NamedTuple):
+    """One number of both models."""
 
-    classes: int
-    images: int
+    clip: float
+    cyclip: float
+    origin: str
 
 
-SPLITS = {
-    "cifar10": Split(10, 10_000),
-    "cifar100": Split(100, 10_000),
-    "imagenet1k": Split(1000, 50_000),
-    "imagenetv2": Split(1000, 10_000),
-    "imagenet-sketch": Split(1000, 50_889),
-    "imagenet-a": Split(200, 7_500),
-    "imagenet-r": Split(200, 30_000),
+SPLITS = {  # the paper's test splits: classes, images
+    "cifar10": (10, 10_000),
+    "cifar100": (100, 10_000),
+    "imagenet1k": (1000, 50_000),
+    "imagenetv2": (1000, 10_000),
+    "imagenet-sketch": (1000, 50_889),
+    "imagenet-a": (200, 7_500),
+    "imagenet-r": (200, 30_000),
 }
-_TOP1 = {
-    "cifar10": Published(46.54, 51.45, "quoted"),
-    "cifar100": Published(18.69, 23.15, "quoted"),
-    "imagenet1k": Published(20.03, 22.08, "code"),
-    "imagenetv2": Published(16.91, 19.22, "quoted"),
-    "imagenet-sketch": Published(10.37, 12.26, "quoted"),
-    "imagenet-a": Published(4.23, 5.35, "quoted"),
-    "imagenet-r": Published(24.32, 26.79, "quoted"),
-}
-_CONSISTENCY = {  # k = 1, 3, 5, 10
-    "cifar10": ((44.60, 46.04, 47.06, 48.45), (48.81, 50.89, 52.30, 53.71)),
-    "cifar100": ((16.21, 17.28, 18.42, 19.36), (20.43, 21.96, 23.18, 24.31)),
-    "imagenet1k": ((16.34, 17.42, 18.58, 19.78), (19.20, 20.31, 21.95, 23.94)),
-}
-_FINE = {  # utils/fine_coarse_plot.py, top-1
-    "cifar100": (43.55, 47.11),
-    "imagenet1k": (34.18, 35.46),
-    "imagenetv2": (31.10, 33.01),
-    "imagenet-sketch": (25.11, 26.42),
-    "imagenet-a": (40.09, 41.25),
-    "imagenet-r": (54.49, 55.36),
-}
-_COARSE = {  # there too
-    "cifar100": (34.82, 40.37),
-    "imagenet1k": (52.11, 56.79),
-    "imagenetv2": (47.24, 52.15),
-    "imagenet-sketch": (37.03, 41.57),
-    "imagenet-a": (14.59, 16.48),
-    "imagenet-r": (40.51, 44.43),
-}
-_LINEAR_PROBE = {  # utils/linear_probe_plot.py
-    "cifar10": (78.27, 77.34),
-    "cifar100": (72.37, 72.77),
-    "imagenet1k": (35.47, 36.69),
-}
-
-# (data set, metric) -> the two numbers
-PUBLISHED: dict[tuple[str, str], Published] = {
-    **{(name, "top1"): published for name, published in _TOP1.items()},
-    **{
-        (name, f"consistency_{k}"): Published(clip, cyclip, "code")
-        for name, both in _CONSISTENCY.items()
-        for k, clip, cyclip in zip(KS, *both, strict=True)
-    },
-    **{
-        (name, metric): Published(*both, "code")
-        for metric, table in (("fine", _FINE), ("coarse", _COARSE), ("linear_probe", _LINEAR_PROBE))
-        for name, both in table.items()
-    },
-}
+# CLIP's/CyCLIP's on each of the splits. Of top1 all but ImageNet's are quoted.
+TABLE = """
+top1           46.54/51.45 18.69/23.15 20.03/22.08 16.91/19.22 10.37/12.26 4.23/5.35   24.32/26.79
+consistency_1  44.60/48.81 16.21/20.43 16.34/19.20 -           -           -           -
+consistency_3  46.04/50.89 17.28/21.96 17.42/20.31 -           -           -           -
+consistency_5  47.06/52.30 18.42/23.18 18.58/21.95 -           -           -           -
+consistency_10 48.45/53.71 19.36/24.31 19.78/23.94 -           -           -           -
+fine           -           43.55/47.11 34.18/35.46 31.10/33.01 25.11/26.42 40.09/41.25 54.49/55.36
+coarse         -           34.82/40.37 52.11/56.79 47.24/52.15 37.03/41.57 14.59/16.48 40.51/44.43
+linear_probe   78.27/77.34 72.37/72.77 35.47/36.69 -           -           -           -
+"""
+PUBLISHED: dict[tuple[str, str], Published] = {}  # by data set and metric
+for _metric, *_cells in map(str.split, TABLE.strip().splitlines()):
+    for _name, _cell in zip(SPLITS, _cells, strict=True):
+        if _cell != "-":
+            _clip, _cyclip = map(float, _cell.split("/"))
+            _origin = "quoted" if _metric == "top1" and _name != "imagenet1k" else "code"
+            PUBLISHED[_name, _metric] = Published(_clip, _cyclip, _origin)

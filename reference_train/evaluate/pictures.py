@@ -1,86 +1,99 @@
-"""The pictures of an evaluation, 5.5 inches wide, to be read on a phone."""
+"""The pictures, 5.5 inches wide, to be read on a phone."""
 
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")  # files, without a display
 from matplotlib import pyplot as plt
 
-from ..figures import panels
+from ..files import written_whole
 from ..losses import LOSSES
-from .table import METRICS, PAPER_TITLES, Result, chance, columns, interval, published, queries
-from .table import values as values_of
+from .paper import PUBLISHED
+from .table import METRICS, PAPER_TITLES, Result, chance, columns, digits, summary
 
 DRAWN = ("top1", "subgroup_top1", "image_to_text_r1", "consistency_1")
-PAPER_COLOURS = dict(zip(PAPER_TITLES, ("#c3cad1", "#5b6b7b"), strict=True))
-OF_LOSSES = {look.title: look.colour for look in LOSSES.values()}
+COLOURS = {look.title: look.colour for look in LOSSES.values()}
+COLOURS |= dict(zip(PAPER_TITLES, ("#c3cad1", "#f2b8a5"), strict=True))
+Bar = tuple[str, tuple[float, float, float], str]  # title; value, lowest, highest; mark
+
+
+def panels(heights: list[float]) -> tuple[Any, list[Any]]:
+    """A figure and its panels, one above the other. heights: in inches."""
+    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+    figure = plt.figure(figsize=(5.5, sum(heights)), dpi=200, layout="constrained")
+    axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)
+    return figure, list(axes[:, 0])
+
+
+def save(figure: Any, path: Path) -> None:
+    """Writes a picture whole."""
+    with written_whole(path) as partial:
+        figure.savefig(partial, format="png")
+    plt.close(figure)
 
 
 def draw(result: Result, path: Path) -> None:
-    """Yours and the paper's. What can be chosen from as many classes shares an axis."""
-    titles = [*columns(result), *PAPER_TITLES]
-    several = matplotlib.colormaps["tab10" if len(titles) <= 10 else "tab20"]
-    colours: dict[str, Any] = {title: several(i % several.N) for i, title in enumerate(titles)}
-    colours |= OF_LOSSES | PAPER_COLOURS
-    axes_of: dict[tuple[str, float | None], dict[str, list[dict[str, Any]]]] = {}
-    for metric in DRAWN:
-        for name, data in result["data_sets"].items():
-            if found := bars(result, name, metric):
-                by_lot = chance(data, metric)
-                axes_of.setdefault((metric, by_lot), {})[f"{name}\n{data['images']:,} images"] = (
-                    found
-                )
-    heights = [0.9 + sum(0.25 + 0.19 * len(b) for b in sets.values()) for sets in axes_of.values()]
-    fig, axes = panels(max(1, len(heights)), 0.8 + sum(heights), height_ratios=heights or None)
-    handles: dict[str, Any] = {}
-    for ax, ((metric, by_lot), sets) in zip(axes, axes_of.items(), strict=False):
-        y, ticks = 0.0, []
-        for found in sets.values():
-            ticks.append(y + (len(found) - 1) / 2)
-            for bar in found:
-                drawn = ax.barh(y, bar["value"], 0.9, color=colours[bar["title"]])
-                ax.plot([bar["low"], bar["high"]], [y, y], color="black", linewidth=0.9)
-                label = f"{bar['value']:.{1 if bar['value'] >= 10 else 2}f}{bar['mark']}"
-                at = (max(bar["value"], bar["high"]), y)
-                ax.annotate(label, at, (3, 0), textcoords="offset points", va="center", fontsize=9)
-                handles.setdefault(bar["title"], drawn)
-                y += 1
-            y += 0.8
-        ax.set_yticks(ticks, list(sets), fontsize=9)
-        ax.set_ylim(y - 1.1, -0.7)
+    """A panel for each data set and headline metric: yours, and the paper's."""
+    shown = {(m, name): bars(result, name, m) for m in DRAWN for name in result["data_sets"]}
+    shown = {what: found for what, found in shown.items() if found}
+    figure, axes = panels([0.65 + 0.22 * len(found) for found in shown.values()] or [1.0])
+    for ax, ((metric, name), found) in zip(axes, shown.items(), strict=False):
+        for y, (title, (value, low, high), mark) in enumerate(found):
+            ax.barh(y, 100 * value, 0.9, color=COLOURS.get(title, "#8fa9c4"))
+            ax.plot([100 * low, 100 * high], [y, y], color="black", linewidth=0.9)
+            label = f" {100 * value:.{digits(value)}f}{mark}"
+            ax.text(100 * max(value, high), y, label, va="center", fontsize=9)
+        ax.set_yticks(range(len(found)), [title for title, *_ in found], fontsize=9)
+        ax.invert_yaxis()
         ax.margins(x=0.16)  # room for the numbers
-        title = METRICS[metric].words
-        if by_lot is not None:
+        data = result["data_sets"][name]
+        title = f"{name}, {data['images']:,} images: {METRICS[metric].words}, %"
+        if (by_lot := chance(data, metric)) is not None:
             ax.axvline(100 * by_lot, color="black", linestyle=":", linewidth=1.2)
-            title += f", % (chance {100 * by_lot:.2g})"
-        ax.set_title(title, loc="left", fontsize=11)
-    shown = [title for title in titles if title in handles]
-    fig.legend(
-        [handles[title] for title in shown],
-        shown,
-        frameon=False,
-        loc="outside upper center",
-        ncols=2 if any(len(title) > 12 for title in shown) else 4,
-        handlelength=1.2,
-    )
-    fig.savefig(path, format="png")
-    plt.close(fig)
+            title += f" (chance {100 * by_lot:.2g})"
+        ax.set_title(title, loc="right", fontsize=8)
+    save(figure, path)
 
 
-def bars(result: Result, name: str, metric: str) -> list[dict[str, Any]]:
-    """The bars of a data set, where you have it, and the paper's below: in %."""
-    data = result["data_sets"][name]
-    found: list[dict[str, Any]] = []
-    for title, runs in columns(result).items():
-        if shares := values_of(runs, name, metric):
-            low, high = interval(shares, queries(result, name, metric))
-            found.append({"title": title, "mark": "", "value": 100 * mean(shares)})
-            found[-1] |= {"low": 100 * low, "high": 100 * high}
-    if found and (paper := published(data, name, metric)):
-        mark = " q" if paper[2] == "quoted" else ""
-        found += [
-            {"title": title, "mark": mark, "value": value, "low": value, "high": value}
-            for title, value in zip(PAPER_TITLES, paper[:2], strict=True)
-        ]
+def bars(result: Result, name: str, metric: str) -> list[Bar]:
+    """The bars of a data set, where you have it, and the paper's below: shares."""
+    of_columns = {t: summary(result, runs, name, metric) for t, runs in columns(result).items()}
+    found = [(title, numbers, "") for title, numbers in of_columns.items() if numbers]
+    paper = PUBLISHED.get((name, metric))
+    if found and paper and not result["data_sets"][name].get("unlike_paper"):
+        mark = " q" if paper.origin == "quoted" else ""
+        for title, value in zip(PAPER_TITLES, paper[:2], strict=True):
+            found.append((title, (value / 100,) * 3, mark))
     return found
+
+
+CURVES = {
+    "contrastive_loss": "contrastive loss in training",
+    "validation_inmodal_gap": "in-modal gap, held-out concepts",
+    "validation_crossmodal_gap": "cross-modal gap, held-out concepts",
+}
+
+
+def draw_training(histories: dict[str, list[list[dict[str, float]]]], path: Path) -> None:
+    """The course of training: one line a loss, the mean over seeds.
+
+    histories: loss -> seeds -> steps.
+    """
+    figure, axes = panels([2.7] * len(CURVES))
+    for ax, (name, title) in zip(axes, CURVES.items(), strict=True):
+        for loss, runs in histories.items():
+            points = [[(row["step"], row[name]) for row in run if name in row] for run in runs]
+            course = np.array(points).mean(axis=0)  # (steps, 2)
+            x, y = np.array([p.mean(0) for p in np.array_split(course, min(200, len(course)))]).T
+            look = LOSSES[loss]
+            ax.plot(x, y, color=look.colour, label=look.title, linewidth=1.8)
+        ax.set_title(title, loc="left")
+        ax.grid(alpha=0.3)
+        if name != "contrastive_loss":
+            ax.set_yscale("log")
+    axes[0].legend(frameon=False)
+    axes[-1].set_xlabel("step")
+    save(figure, path)

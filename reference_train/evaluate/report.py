@@ -5,6 +5,7 @@
 
 import json
 import platform
+from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -15,14 +16,12 @@ import torch
 from rich.console import Console
 from rich.markdown import Markdown
 
-from ..arguments import Parser
-from ..errors import CannotStart
-from ..files import write_json, write_text, written_whole
+from ..command_line import CannotStart, Parser
+from ..files import write_text
 from .datasets import DataSet
 from .measure import distinct_texts
 from .paper import SPLITS
 from .pictures import draw
-from .suites import PAPER_TEMPLATES
 from .table import Result, markdown
 
 
@@ -63,16 +62,21 @@ def read(path: Path) -> Result:
 
 def describe(name: str, data: DataSet) -> dict[str, Any]:
     """A data set in numbers, and why the paper's can't be compared with them, if so."""
-    groups = {group: (data.groups or []).count(group) for group in dict.fromkeys(data.groups or [])}
+    groups = dict(Counter(data.groups or []))
     unlike = ""
-    if name in SPLITS and "" in data.classes:
-        if len(data.images) != SPLITS[name].images:
-            unlike = f"{len(data.images):,} images, its test split has {SPLITS[name].images:,}"
-        elif data.classes[""].templates != PAPER_TEMPLATES:
-            unlike = "other templates than its 80"
+    if name in SPLITS and len(data.images) != SPLITS[name][1]:
+        unlike = f"{len(data.images):,} images, its test split has {SPLITS[name][1]:,}"
     texts = data.captions or []
-    if data.names_find_images:
+    if data.across_groups and not texts:
         texts = [[str(label)] for label in data.classes[""].labels.tolist()]
+    superclasses: dict[str, float] = {}  # what answering by lot would give
+    for question, classes in data.classes.items():
+        if classes.coarse is not None:
+            of_class = torch.bincount(classes.coarse)[classes.coarse]  # (C,) sizes of superclasses
+            size = of_class[classes.labels].double()
+            start = f"{question}_" if question else ""
+            superclasses[f"{start}coarse"] = float((size / len(classes.coarse)).mean())
+            superclasses[f"{start}fine"] = float((1 / size).mean())
     return {
         "images": len(data.images),
         "train_images": len(data.train[0]) if data.train else 0,
@@ -82,41 +86,28 @@ def describe(name: str, data: DataSet) -> dict[str, Any]:
         "texts": len(distinct_texts(texts)[0]),
         "groups": groups,
         "mean_over": [g for g in groups if g not in data.apart] if data.across_groups else [],
-        "superclasses": superclass_chances(data),
+        "superclasses": superclasses,
         "unlike_paper": unlike,
     }
-
-
-def superclass_chances(data: DataSet) -> dict[str, float]:
-    """What answering by lot would give: the superclass, and the class within the true one."""
-    found: dict[str, float] = {}
-    for question, classes in data.classes.items():
-        if classes.coarse is not None:
-            of_class = torch.bincount(classes.coarse)[classes.coarse]  # (C,) sizes of superclasses
-            size = of_class[classes.labels].double()
-            start = f"{question}_" if question else ""
-            found[f"{start}coarse"] = float((size / len(classes.coarse)).mean())
-            found[f"{start}fine"] = float((1 / size).mean())
-    return found
 
 
 def save(result: Result, out: Path) -> None:
     """Writes `evaluation.json`. Raises `CannotStart` if the folder can't be written."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_json(result, out / "evaluation.json")
+        text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+        write_text(text, out / "evaluation.json")
     except OSError as error:
         raise CannotStart(f"--out {out}: can't be written: {error.strerror}") from error
 
 
-def write(result: Result, out: Path, console: Console) -> None:
+def write(result: Result, out: Path) -> None:
     """All files, and a shorter table on the terminal."""
     save(result, out)
     write_text(markdown(result), out / "table.md")
-    with written_whole(out / "picture.png") as path:
-        draw(result, path)
-    console.print(Markdown(markdown(result, short=True)))
-    console.print(f"\nWritten to {out}: table.md has all metrics, picture.png", highlight=False)
+    draw(result, out / "picture.png")
+    Console().print(Markdown(markdown(result, short=True)))
+    print(f"\nWritten to {out}: table.md has all metrics, picture.png")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -139,4 +130,4 @@ def main(argv: Sequence[str]) -> None:
         result["data_sets"] = {n: d for n, d in result["data_sets"].items() if n in arguments.only}
         if not result["data_sets"]:
             raise CannotStart(f"--only: no data set {' or '.join(arguments.only)}")
-    write(result, out, Console())
+    write(result, out)

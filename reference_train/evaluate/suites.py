@@ -3,8 +3,7 @@
 clip-benchmark (https://github.com/LAION-AI/CLIP_benchmark) lays a data set out as
 
     FOLDER/test/0.tar, 1.tar, ...   samples of an image and .cls (a class's number) or .txt
-                                    (captions, one a line)
-    FOLDER/test/nshards.txt         how many
+                                    (captions, one a line); how many tars is in nshards.txt
     FOLDER/train/...                the same
     FOLDER/classnames.txt           and zeroshot_classification_templates.txt, {c} is the class
     FOLDER/dataset_type.txt         "retrieval", "multilabel", or none
@@ -23,7 +22,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from ..data import emoji
-from .datasets import Classes, DataSet, Files, Images, Pixels, TarImages, Unusable
+from .datasets import Classes, DataSet, Images, TarImages, Unusable
 from .paper import SPLITS
 
 PAPER_TEMPLATES = [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]  # the 80
@@ -47,25 +46,23 @@ mouse rabbit shrew squirrel, maple_tree oak_tree palm_tree pine_tree willow_tree
 motorcycle pickup_truck train, lawn_mower rocket streetcar tank tractor
 """
 
+TEMPLATES = "zeroshot_classification_templates.txt"
+
 Open = Callable[[], DataSet]
+Kinds = list[str] | None  # superclasses of ImageNet's 1,000 classes
 
 
-def find(
-    roots: Sequence[Path], superclasses: list[str] | None
-) -> tuple[dict[str, Open], list[Path]]:
-    """The data sets that the roots or their folders are, the paper's first; what is none of them.
-
-    superclasses: of ImageNet's 1,000 classes.
-    """
+def find(roots: Sequence[Path], kinds: Kinds) -> tuple[dict[str, Open], list[Path]]:
+    """The data sets that the roots or their folders are, the paper's first; and what is none."""
     found: dict[str, Open] = {}
     other: list[Path] = []
     for root in roots:
-        if known := recognise(root.resolve(), superclasses):
+        if known := recognise(root.resolve(), kinds):
             found.setdefault(*known)
             continue
         for path in sorted(root.resolve().iterdir()):
             try:
-                known = recognise(path, superclasses) if path.is_dir() else None
+                known = recognise(path, kinds) if path.is_dir() else None
             except PermissionError:  # a disk's lost+found, for example
                 known = None
             if known:
@@ -75,12 +72,12 @@ def find(
     return {name: found[name] for name in [*SPLITS, *found] if name in found}, other
 
 
-def recognise(folder: Path, superclasses: list[str] | None) -> tuple[str, Open] | None:
+def recognise(folder: Path, kinds: Kinds) -> tuple[str, Open] | None:
     """The data set that a folder is."""
     name = re.sub(r"^(wds-)?(vtab-)?", "", folder.name.lower().replace("_", "-"))
     name = ALIASES.get(name, name)
     if (folder / "test" / "nshards.txt").is_file() or (folder / "test" / "0.tar").is_file():
-        return name, partial(open_tars, folder, name, superclasses)
+        return name, partial(open_tars, folder, name, kinds)
     if next(folder.glob("val-*.tar"), None) is not None:
         return name, partial(open_icons, folder)
     for kind in (CIFAR10, CIFAR100):
@@ -88,8 +85,58 @@ def recognise(folder: Path, superclasses: list[str] | None) -> tuple[str, Open] 
             return kind.__name__.lower(), partial(open_cifar, folder.parent, kind)
     whole = name != "imagenet1k" or split_folder(folder) != folder
     if name.startswith("imagenet") and name in SPLITS and whole:
-        return name, partial(open_folders, folder, name, superclasses)
+        return name, partial(open_folders, folder, name, kinds)
     return None
+
+
+def classified(
+    folder: Path, name: str, images: Images, labels: Tensor, names: list[str], kinds: Kinds
+) -> DataSet:
+    """Images with classes. Raises `Unusable` if one of the paper's has too few or too many."""
+    templates = [line.replace("{c}", "{}") for line in lines(folder / TEMPLATES)]
+    coarse: list[str] | None = None  # the superclass of each class
+    if name in SPLITS:
+        templates = PAPER_TEMPLATES
+        if len(names) != SPLITS[name][0]:
+            raise Unusable(f"{folder} has {len(names)} classes, not {SPLITS[name][0]}")
+    if name == "cifar100":  # its classes are in the order of the alphabet
+        groups = [group.split() for group in CIFAR100_SUPERCLASSES.split(",")]
+        coarse = [group[0] for _, group in sorted((n, group) for group in groups for n in group)]
+    elif name in SPLITS and kinds is not None:
+        of = dict(zip(IMAGENET_CLASSNAMES, kinds, strict=True))
+        if len(names) == len(kinds):
+            coarse = kinds
+        elif set(names) <= set(of):
+            coarse = [of[class_name] for class_name in names]
+    classes = Classes(labels, names, templates or PAPER_TEMPLATES)
+    if coarse is not None:
+        order = sorted(set(coarse))
+        classes.coarse = torch.tensor([order.index(kind) for kind in coarse])
+    return DataSet(images, {"": classes})
+
+
+def add_train(data: DataSet, read: Callable[[], tuple[Images, Tensor | None]]) -> None:
+    """Adds a train split; one that is not as it should be is one to do without."""
+    try:
+        images, labels = read()
+        if labels is None:
+            raise Unusable("the samples of the train split have no .cls")
+        data.train = images, {"": labels}
+    except Exception as error:  # whatever its files raise
+        data.train_lacks = " ".join(str(error).split())
+
+
+def open_cifar(root: Path, kind: type[CIFAR10]) -> DataSet:
+    """torchvision's CIFAR-10 or CIFAR-100."""
+
+    def read(train: bool) -> tuple[Images, Tensor]:
+        part = kind(root, train=train, download=False)
+        return Images(torch.from_numpy(part.data).permute(0, 3, 1, 2)), torch.tensor(part.targets)
+
+    names = [name.replace("_", " ") for name in kind(root, train=False).classes]
+    data = classified(root, kind.__name__.lower(), *read(train=False), names, None)
+    add_train(data, partial(read, train=True))
+    return data
 
 
 def split_folder(folder: Path) -> Path:
@@ -98,7 +145,7 @@ def split_folder(folder: Path) -> Path:
     return next((folder / name for name in names if (folder / name).is_dir()), folder)
 
 
-def class_folders(path: Path) -> tuple[Files, Tensor, list[str]]:
+def class_folders(path: Path) -> tuple[Images, Tensor, list[str]]:
     """A folder of images for each class: images, labels, and the folders' names."""
     folders = sorted(folder for folder in path.iterdir() if folder.is_dir())
     files = [
@@ -110,60 +157,31 @@ def class_folders(path: Path) -> tuple[Files, Tensor, list[str]]:
     if not files:
         raise Unusable(f"{path} holds no folders of images, one for each class")
     labels = torch.tensor([label for _, label in files])
-    return Files([file for file, _ in files]), labels, [folder.name for folder in folders]
+    return Images([file for file, _ in files]), labels, [folder.name for folder in folders]
 
 
-def add_train(data: DataSet, read: Callable[[], tuple[Images, Tensor]]) -> None:
-    """Adds a train split; one that is not as it should be is one to do without."""
-    try:
-        images, labels = read()
-        data.train = images, {"": labels}
-    except Exception as error:  # whatever its files raise
-        data.train_lacks = " ".join(str(error).split())
-
-
-# ------------------------------------------------------------------------------------------------
-# Folders of images
-
-
-def open_cifar(root: Path, kind: type[CIFAR10]) -> DataSet:
-    """torchvision's CIFAR-10 or CIFAR-100, with the paper's templates."""
-    test, train = (kind(root, train=part, download=False) for part in (False, True))
-    pixels = [Pixels(torch.from_numpy(part.data).permute(0, 3, 1, 2)) for part in (test, train)]
-    names = [name.replace("_", " ") for name in test.classes]
-    coarse = cifar100_coarse() if kind is CIFAR100 else None
-    classes = Classes(torch.tensor(test.targets), names, PAPER_TEMPLATES, coarse)
-    return DataSet(pixels[0], {"": classes}, train=(pixels[1], {"": torch.tensor(train.targets)}))
-
-
-def cifar100_coarse() -> Tensor:
-    """(100,), the superclass of each class; the classes are in the order of the alphabet."""
-    superclass = {
-        name: number
-        for number, names in enumerate(CIFAR100_SUPERCLASSES.split(","))
-        for name in names.split()
-    }
-    return torch.tensor([superclass[name] for name in sorted(superclass)])
-
-
-def open_folders(folder: Path, name: str, superclasses: list[str] | None) -> DataSet:
+def open_folders(folder: Path, name: str, kinds: Kinds) -> DataSet:
     """Images in a folder for each class; the folders in `folder` or in its test and train splits.
 
-    Classes are called as in `classnames.txt`, or as their folders. name: of one of the paper's data
-    sets, whose folders are ImageNet's classes by WordNet's identifier or by number.
+    Classes are called as in `classnames.txt`, or as their folders. If `name` is one of the paper's
+    data sets, they are ImageNet's classes by WordNet's identifier or by number.
     """
     test, train = split_folder(folder), folder / "train"
     images, labels, folders = class_folders(test)
     names = lines(folder / "classnames.txt") or [name.replace("_", " ") for name in folders]
     if len(names) != len(folders):
         raise Unusable(f"{test} has {len(folders)} classes, classnames.txt has {len(names)}")
-    coarse = None
     place = torch.arange(len(folders))  # of a folder among the classes
     if name in SPLITS:
-        check_count(test, folders, name)
-        place, names = imagenet_classes(test, folders)
-        coarse = imagenet_coarse(names, superclasses)
-    data = DataSet(images, {"": Classes(place[labels], names, PAPER_TEMPLATES, coarse)})
+        wnids = {wnid: i for i, wnid in enumerate(ImageNetInfo("imagenet-1k").label_names())}
+        try:
+            numbers = [wnids[name] if name in wnids else int(name) for name in folders]
+        except ValueError:
+            raise Unusable(f"{test}: folders should be called as ImageNet's classes") from None
+        ordered = sorted(numbers)  # ImageNet's own order
+        place = torch.tensor([ordered.index(number) for number in numbers])
+        names = [IMAGENET_CLASSNAMES[number] for number in ordered]
+    data = classified(folder, name, images, place[labels], names, kinds)
 
     def read_train() -> tuple[Images, Tensor]:
         train_images, train_labels, train_folders = class_folders(train)
@@ -176,66 +194,27 @@ def open_folders(folder: Path, name: str, superclasses: list[str] | None) -> Dat
     return data
 
 
-def check_count(path: Path, classes: list[str], name: str) -> None:
-    """Raises `Unusable` if one of the paper's data sets has too few or too many classes."""
-    if name in SPLITS and len(classes) != SPLITS[name].classes:
-        raise Unusable(f"{path} has {len(classes)} classes, not {SPLITS[name].classes}")
-
-
-def imagenet_classes(path: Path, folders: list[str]) -> tuple[Tensor, list[str]]:
-    """ImageNet's classes in its order: where each folder's is among them, and their names."""
-    wnids = {wnid: number for number, wnid in enumerate(ImageNetInfo("imagenet-1k").label_names())}
-    try:
-        numbers = [wnids[name] if name in wnids else int(name) for name in folders]
-    except ValueError:
-        raise Unusable(f"{path} has folders that are no classes of ImageNet") from None
-    ordered = sorted(numbers)
-    place = torch.tensor([ordered.index(number) for number in numbers])
-    return place, [IMAGENET_CLASSNAMES[number] for number in ordered]
-
-
-def imagenet_coarse(names: list[str], superclasses: list[str] | None) -> Tensor | None:
-    """The superclass of each class, by name if they are some of ImageNet's; None if not known."""
-    if superclasses is None:
-        return None
-    kinds = sorted(set(superclasses))
-    if len(names) == len(superclasses):
-        return torch.tensor([kinds.index(kind) for kind in superclasses])
-    by_name = dict(zip(IMAGENET_CLASSNAMES, superclasses, strict=True))
-    if any(name not in by_name for name in names):
-        return None
-    return torch.tensor([kinds.index(by_name[name]) for name in names])
-
-
-# ------------------------------------------------------------------------------------------------
-# Tar files
-
-
-def open_tars(folder: Path, name: str, superclasses: list[str] | None) -> DataSet:
+def open_tars(folder: Path, name: str, kinds: Kinds) -> DataSet:
     """A data set in clip-benchmark's layout. The paper's take the paper's templates."""
-    if (kind := lines(folder / "dataset_type.txt")) and kind[0] == "multilabel":
+    if lines(folder / "dataset_type.txt")[:1] == ["multilabel"]:
         raise Unusable("images with several labels each are not evaluated")
     images = TarImages(shards(folder / "test"))
-    data = DataSet(images)
     labels, texts = images.labels(), images.texts("txt")
+    data = DataSet(images)
     if labels is not None:
         names = lines(folder / "classnames.txt")
         if not names:
             raise Unusable(f"no {folder / 'classnames.txt'}")
-        check_count(folder, names, name)
-        templates, coarse = PAPER_TEMPLATES, None
-        if name == "cifar100":
-            coarse = cifar100_coarse()
-        elif name in SPLITS and name != "cifar10":
-            coarse = imagenet_coarse(names, superclasses)
         if name.startswith("cifar"):
             names = [class_name.replace("_", " ") for class_name in names]
-        if name not in SPLITS:
-            own = lines(folder / "zeroshot_classification_templates.txt")
-            templates = [template.replace("{c}", "{}") for template in own] or PAPER_TEMPLATES
-        data = DataSet(images, {"": Classes(labels, names, templates, coarse)})
+        data = classified(folder, name, images, labels, names, kinds)
         if (folder / "train").is_dir():
-            add_train(data, partial(open_train_tars, folder / "train"))
+
+            def read_train() -> tuple[Images, Tensor | None]:
+                known = TarImages(shards(folder / "train"))
+                return known, known.labels()
+
+            add_train(data, read_train)
     if texts is not None:
         data.captions = [[line for line in text.splitlines() if line] for text in texts]
         if not all(data.captions):
@@ -243,15 +222,6 @@ def open_tars(folder: Path, name: str, superclasses: list[str] | None) -> DataSe
     if labels is None and texts is None:
         raise Unusable(f"the samples of {folder / 'test'} have neither .cls nor .txt")
     return data
-
-
-def open_train_tars(folder: Path) -> tuple[Images, Tensor]:
-    """A train split's images and labels."""
-    images = TarImages(shards(folder))
-    labels = images.labels()
-    if labels is None:
-        raise Unusable(f"the samples of {folder} have no .cls")
-    return images, labels
 
 
 def shards(folder: Path) -> list[Path]:
@@ -287,19 +257,18 @@ def open_emoji() -> DataSet:
     A name's superclass is its subgroup, too. Black and white is apart.
     """
     shipped = emoji.read_emoji()
-    concepts = shipped.concepts
-    drawn = torch.cat([shipped.concept[style] for style in emoji.ALL_STYLES])
-    subgroups = sorted({concept.subgroup for concept in concepts})
-    coarse = torch.tensor([subgroups.index(concept.subgroup) for concept in concepts])
-    names = [concept.name for concept in concepts]
+    images, drawn, styles = shipped.drawings(emoji.ALL_STYLES, range(len(shipped.concepts)))
+    subgroups = sorted({concept.subgroup for concept in shipped.concepts})
+    coarse = torch.tensor([subgroups.index(concept.subgroup) for concept in shipped.concepts])
+    names = [concept.name for concept in shipped.concepts]
     return DataSet(
-        Pixels(torch.cat([shipped.images[style] for style in emoji.ALL_STYLES])),
+        Images(images),
         {
             "": Classes(drawn, names, PICTURE_TEMPLATES, coarse),
             "subgroup": Classes(coarse[drawn], subgroups, PICTURE_TEMPLATES),
         },
         captions=[[names[concept]] for concept in drawn.tolist()],
-        groups=[style for style in emoji.ALL_STYLES for _ in shipped.concept[style]],
+        groups=styles,
         across_groups=True,
         apart=frozenset(emoji.STRESS_STYLES),
     )

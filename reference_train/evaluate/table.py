@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 from ..losses import LOSSES
 from .metrics import KS, chance_of_any, wilson
-from .paper import ORIGINS, PUBLISHED, Published
+from .paper import ORIGINS, PUBLISHED
 
 Result = dict[str, Any]  # what evaluation.json holds
+Runs = list[dict[str, Any]]  # the results of a column
 
 
 class Metric(NamedTuple):
@@ -42,6 +43,7 @@ METRICS |= {
     "inmodal_gap": Metric("in-modal gap × 100", "gap"),
     "crossmodal_gap": Metric("cross-modal gap × 100", "gap"),
 }
+SHARES = [metric for metric, of in METRICS.items() if of.kind not in ("", "gap")]
 OF_GROUPS = ("top1", "subgroup_top1", "image_to_text_r1", "text_to_image_r1")  # in table.md
 SHORT = (*OF_GROUPS, "consistency_1", "linear_probe", "inmodal_gap", "crossmodal_gap")
 PAPER_TITLES = ("CLIP, paper", "CyCLIP, paper")
@@ -54,21 +56,14 @@ NEEDS = {  # metrics that the paper has and you may lack
 RUN = re.compile(rf"(.+?-)??({'|'.join(LOSSES)})-\d+")
 
 
-def columns(result: Result) -> dict[str, list[dict[str, Any]]]:
+def columns(result: Result) -> dict[str, Runs]:
     """Title -> the results of its runs: those that differ in the seed alone are one column."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, Runs] = {}
     for name, results in result["results"].items():
         match = RUN.fullmatch(name)
         title = f"{(match[1] or '')[:-1]} {LOSSES[match[2]].title}".strip() if match else name
         found.setdefault(title, []).append(results)
     return found
-
-
-def values(runs: list[dict[str, Any]], name: str, metric: str, group: str = "") -> list[float]:
-    """A metric of a data set, or of a group of it, in each of the runs that have it: shares."""
-    found = [run[name] for run in runs if name in run]
-    numbers = [f["groups"].get(group, {}) if group else f["numbers"] for f in found]
-    return [n[metric] for n in numbers if metric in n]
 
 
 def queries(result: Result, name: str, metric: str, group: str = "") -> int:
@@ -83,6 +78,23 @@ def queries(result: Result, name: str, metric: str, group: str = "") -> int:
         return int(data["captions"])
     read = [run[name].get("images", 0) for run in result["results"].values() if name in run]
     return max(read) or int(data["images"])
+
+
+def summary(
+    result: Result, runs: Runs, name: str, metric: str, group: str = ""
+) -> tuple[float, float, float] | None:
+    """A metric of a data set, or of a group of it: the mean over the runs that have it, and bounds.
+
+    Those are the lowest and the highest; of one share its 95% interval.
+    """
+    of_runs = [run[name] for run in runs if name in run]
+    numbers = [n["groups"].get(group, {}) if group else n["numbers"] for n in of_runs]
+    found = [n[metric] for n in numbers if metric in n]
+    if not found:
+        return None
+    if len(found) == 1 and metric in SHARES:
+        return found[0], *wilson(found[0], queries(result, name, metric, group))
+    return mean(found), min(found), max(found)
 
 
 def chance(data: dict[str, Any], metric: str) -> float | None:
@@ -102,37 +114,20 @@ def chance(data: dict[str, Any], metric: str) -> float | None:
     return chance_of_any(right, of, k)
 
 
-def interval(found: list[float], count: int) -> tuple[float, float]:
-    """Of one share its 95% interval, of several the lowest and the highest."""
-    return wilson(found[0], count) if len(found) == 1 else (min(found), max(found))
+def digits(share: float) -> int:
+    """Of a share in %, after the point."""
+    return 1 if share >= 0.1 else 2
 
 
-def percent(share: float, like: float | None = None) -> str:
-    """A share in %, with as many digits as another one."""
-    return f"{100 * share:.{1 if (share if like is None else like) >= 0.1 else 2}f}"
-
-
-def cell(found: list[float], metric: str, count: int) -> str:
+def cell(found: tuple[float, float, float] | None, metric: str) -> str:
     """A number of one column; empty if there is none."""
-    if not found:
+    if found is None:
         return ""
-    if METRICS[metric].kind not in ("", "gap"):
-        low, high = interval(found, count)
-        average = mean(found)
-        return f"{percent(average)} ({percent(low, average)}–{percent(high, average)})"
-    scaled = [value * (100 if METRICS[metric].kind else 1) for value in found]
-    spread = f" ({min(scaled):.2f} to {max(scaled):.2f})" if len(found) > 1 else ""
-    return f"{mean(scaled):.2f}{spread}"
-
-
-def published(data: dict[str, Any], name: str, metric: str) -> Published | None:
-    """The paper's two numbers and their mark, where they can be compared with yours."""
-    numbers = PUBLISHED.get((name, metric))
-    return None if numbers is None or data.get("unlike_paper") else numbers
-
-
-# ------------------------------------------------------------------------------------------------
-# The table
+    if metric in SHARES:
+        value, low, high = (f"{100 * share:.{digits(found[0])}f}" for share in found)
+        return f"{value} ({low}–{high})"
+    value, low, high = (f"{x * (100 if METRICS[metric].kind else 1):.2f}" for x in found)
+    return value if found[1] == found[2] else f"{value} ({low} to {high})"
 
 
 def markdown(result: Result, short: bool = False) -> str:
@@ -147,39 +142,38 @@ def markdown(result: Result, short: bool = False) -> str:
     ]
     marks = False
     for name, data in result["data_sets"].items():
-        measured = [m for m in METRICS if any(values(runs, name, m) for runs in shown.values())]
+        found = [run[name] for run in result["results"].values() if name in run]
+        measured = [m for m in METRICS if any(m in run["numbers"] for run in found)]
         if not measured:
             continue
-        paper = {m: p for m in METRICS if (p := published(data, name, m))}
+        paper = {m: PUBLISHED[name, m] for m in METRICS if (name, m) in PUBLISHED}
+        if data.get("unlike_paper"):
+            paper = {}
+            notes.append(f"{name}: no column of the paper's: {data['unlike_paper']}.")
         marks = marks or bool(paper)
         heads = ["", *(f"{t} ({len(r)})" if len(r) > 1 else t for t, r in shown.items())]
         heads += [*(PAPER_TITLES if paper else ()), "chance", "n"]
-        wanted = [(m, "") for m in METRICS if m in measured or m in paper]
-        wanted += [(m, group) for group in data["groups"] for m in OF_GROUPS if m in measured]
         out += ["", f"## {name}: {sizes(data)}", "", f"| {' | '.join(heads)} |"]
         out += ["|---" + "|---:" * (len(heads) - 1) + "|"]
+        wanted = [(m, "") for m in METRICS if m in measured or m in paper]
+        wanted += [(m, group) for group in data["groups"] for m in OF_GROUPS if m in measured]
         for metric, group in wanted:
             if short and (group or metric not in SHORT):
                 continue
-            count, lot = queries(result, name, metric, group), chance(data, metric)
             cells = [f"{group}: " * bool(group) + METRICS[metric].words]
-            cells += [cell(values(r, name, metric, group), metric, count) for r in shown.values()]
+            cells += [cell(summary(result, r, name, metric, group), metric) for r in shown.values()]
             if paper:
                 p = None if group else paper.get(metric)
                 cells += [f"{number:.2f} {p.origin[0]}" for number in p[:2]] if p else ["", ""]
+            lot = chance(data, metric)
             known = lot is not None and not (group and METRICS[metric].kind in ("text", "image"))
-            cells += [percent(lot or 0.0) if known else ""]
-            cells += [f"{count:,}" if METRICS[metric].kind not in ("", "gap") else ""]
+            cells += [f"{100 * lot:.{digits(lot)}f}" if known and lot is not None else ""]
+            cells += [f"{queries(result, name, metric, group):,}" if metric in SHARES else ""]
             out.append(f"| {' | '.join(cells)} |")
         if data["mean_over"]:
             notes.append(f"{name}: the mean over {', '.join(data['mean_over'])}.")
-        if data.get("unlike_paper"):
-            notes.append(f"{name}: no column of the paper's: {data['unlike_paper']}.")
         notes += [f"{name}: {why}." for m, why in NEEDS.items() if m in paper and m not in measured]
-        found = [
-            run[name].get("unreadable", []) for r in shown.values() for run in r if name in run
-        ]
-        if broken := sorted({why for reasons in found for why in reasons}):
+        if broken := sorted({why for run in found for why in run.get("unreadable", [])}):
             notes.append(f"{name}: {len(broken)} unreadable, left out: {'; '.join(broken)}.")
     if marks:
         origins = "; ".join(f"{origin[0]}: {words}" for origin, words in ORIGINS.items())

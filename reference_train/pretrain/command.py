@@ -23,13 +23,12 @@ import torch
 
 from cyclip_loss import open_clip_train
 
-from ..arguments import Parser, whole_number
-from ..errors import CannotStart, Stopped, is_first, say
+from ..command_line import CannotStart, Parser, Stopped, is_first, say, whole_number
+from ..evaluate.checkpoints import PARAMETERS, read_parameters
 from ..files import check_writable, locked
 from ..losses import LOSSES
-from ..runs import read_parameters
-from . import models, shards, training
-from .presets import NAMES, WEIGHT, preset
+from . import shards, training
+from .presets import NAMES, WEIGHT, preset, register_models
 
 # What a run is: how OpenCLIP's names in params.txt begin. The number of ranks is among them, as a
 # validation's loss is over batches of one rank, and shards are shared out to ranks.
@@ -39,6 +38,12 @@ KEPT_SETTINGS = (
     *("batch_size", "accum_freq", "epochs", "precision", "opt", "lr", "warmup", "skip_scheduler"),
     *("wd", "beta", "eps", "momentum", "grad_clip", "lambda_", "reference_batch_size"),
 )
+DESCRIPTION = """\
+Pretrains with OpenCLIP's trainer and the CyCLIP loss. The command that a preset stands for is
+printed first; what follows -- is added to it, and so changes it. Flags of
+cyclip_loss.open_clip_train itself (--reference-batch-size) need no --. Given again, it resumes
+after the last epoch. Across GPUs:
+  torchrun --nproc-per-node 8 -m reference_train pretrain ..."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -47,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     argv: the command line after `pretrain`. Raises `CannotStart` for what can't be trained.
     """
     asked, more = parse(argv)
-    models.register()
+    register_models()
     trainer = open_clip_trainer()
     ranks = importlib.import_module("open_clip_train.distributed")
     _, _, world_size = ranks.world_info_from_env()
@@ -71,19 +76,17 @@ def main(argv: Sequence[str]) -> None:
             train(trainer, flags, folder, known)
     if is_first("RANK"):
         losses = training.validations(folder / "checkpoints")
-        best = min(losses, key=losses.__getitem__, default=None)
-        print(
-            f"{folder}: finished, {args.epochs} epochs"
-            + (f"; the best was {best}, {training.LOSS} {losses[best]:.4f}" if best else "")
-            + ("; nothing left to do" if done >= args.epochs else "")
-        )
+        said = f"{folder}: finished, {args.epochs} epochs"
+        if losses:
+            best = min(losses, key=losses.__getitem__)
+            said += f"; the best was {best}, {training.LOSS} {losses[best]:.4f}"
+        print(said + "; nothing left to do" * (done >= args.epochs))
 
 
 def train(trainer: Any, flags: list[str], folder: Path, known: dict[str, int]) -> None:
     """Runs OpenCLIP's trainer; a full disk is one line."""
     if not torch.cuda.is_available():
-        # PyTorch's fused attention on a CPU is several times slower than plain products at the
-        # dozen tokens of a caption.
+        # PyTorch's fused attention on a CPU is slower than plain products at a dozen tokens
         torch.backends.cuda.enable_flash_sdp(False)
     # OpenCLIP does not tell wandb that it goes on, and wandb would replace what it has of the run.
     os.environ.setdefault("WANDB_RESUME", "allow")
@@ -101,51 +104,30 @@ def train(trainer: Any, flags: list[str], folder: Path, known: dict[str, int]) -
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our arguments; then the launcher's, and those after `--`."""
-    ours, more = list(argv), []
-    if "--" in ours:
-        at = ours.index("--")
-        ours, more = ours[:at], ours[at + 1 :]
+    at = argv.index("--") if "--" in argv else len(argv)
     parser = Parser(
-        prog="python -m reference_train pretrain",
-        description="Pretrains with OpenCLIP's trainer and the CyCLIP loss. The command that a "
-        "preset stands for is printed first; what follows -- is added to it, and so changes it; "
-        "flags of cyclip_loss.open_clip_train itself (--reference-batch-size) need no --. "
-        "Given again, it goes on from the last epoch. Across GPUs: "
-        "torchrun --nproc-per-node 8 -m reference_train pretrain ...",
-        allow_abbrev=False,
+        prog="python -m reference_train pretrain", description=DESCRIPTION, allow_abbrev=False
     )
     add = parser.add_argument
     add("--preset", choices=NAMES, required=True, help="model, schedule, batch size")
     add("--loss", choices=LOSSES, default="cyclip", help="default: cyclip")
-    add(
-        "--data",
-        required=True,
-        metavar="SHARDS",
-        help="WebDataset of images and captions: tar files (braces allowed) or their folder, of "
-        "which those with 'train' in their names are taken if there are such",
-    )
-    add(
-        "--val",
-        metavar="SHARDS",
-        help="held-out pairs, likewise; default: if --data is a folder, those with 'val' in their "
-        "names",
-    )
-    add(
-        "--batch-size",
-        type=whole_number(1),
-        metavar="N",
-        help="of all ranks; default: the preset's",
-    )
+    words = "WebDataset of images and captions: tar files (braces allowed) or their folder, of "
+    words += "which those with 'train' in their names are taken if there are such"
+    add("--data", required=True, metavar="SHARDS", help=words)
+    words = "held-out pairs; default: if --data is a folder, those with 'val' in their names"
+    add("--val", metavar="SHARDS", help=words)
+    words = "of all ranks; default: the preset's"
+    add("--batch-size", type=whole_number(1), metavar="N", help=words)
     add("--seed", type=int, default=0, help="default: 0")
     # not --logs, as OpenCLIP's: torchrun would take it for the start of one of its own
     add("--out", default="logs", metavar="DIR", help="where runs go; default: logs")
     add("--name", help="of the run, a folder of DIR; default: PRESET-LOSS-SEED")
     add("--dry-run", action="store_true", help="check and print the command, and stop")
-    asked, others = parser.parse_known_args(ours)
+    asked, others = parser.parse_known_args(argv[:at])
     _, unknown = parsed(open_clip_train.flags().parse_known_args, others)
     if unknown:
         raise CannotStart(f"{unknown[0]}: OpenCLIP's own flags go after --")
-    return asked, others + more
+    return asked, [*others, *argv[at + 1 :]]
 
 
 def command_line(asked: argparse.Namespace, more: Sequence[str], world_size: int) -> list[str]:
@@ -153,9 +135,8 @@ def command_line(asked: argparse.Namespace, more: Sequence[str], world_size: int
     chosen = preset(asked.preset)
     batch_size = asked.batch_size or chosen.batch_size
     if batch_size % world_size:
-        raise CannotStart(
-            f"--batch-size {batch_size} is of all ranks and does not divide by {world_size}"
-        )
+        why = f"is of all ranks and does not divide by {world_size}"
+        raise CannotStart(f"--batch-size {batch_size} {why}")
     loss = LOSSES[asked.loss]
     val = asked.val or (asked.data if Path(asked.data).is_dir() else None)
     held_out = shards.find(val, "val", needed=bool(asked.val)) if val else ""
@@ -179,9 +160,8 @@ def open_clip_trainer() -> Any:
     try:
         return importlib.import_module("open_clip_train.main")
     except ImportError as error:
-        raise CannotStart(
-            f'open_clip_train can\'t be imported ({error}): pip install "open_clip_torch[training]"'
-        ) from error
+        what = f"open_clip_train can't be imported ({error})"
+        raise CannotStart(f'{what}: pip install "open_clip_torch[training]"') from error
 
 
 def parsed(parse: Callable[[Sequence[str]], Any], flags: Sequence[str]) -> Any:
@@ -203,9 +183,8 @@ def check(args: argparse.Namespace, world_size: int) -> None:
     if not known and not args.model.startswith(("local-dir:", "hf-hub:")):
         raise CannotStart(f"--model {args.model}: OpenCLIP has none of that name")
     if world_size > 1 and not torch.cuda.is_available() and not getattr(args, "fsdp", False):
-        raise CannotStart(
-            "several ranks on a CPU: OpenCLIP 3 can't do that; 4 can, by -- --fsdp --precision fp32"
-        )
+        what = "several ranks on a CPU: OpenCLIP 3 can't do that"
+        raise CannotStart(f"{what}; 4 can, by -- --fsdp --precision fp32")
     for package in ("tensorboard", "wandb"):
         wanted = package in args.report_to or "all" in args.report_to
         if wanted and importlib.util.find_spec(package) is None:
@@ -214,16 +193,14 @@ def check(args: argparse.Namespace, world_size: int) -> None:
 
 
 def check_data(args: argparse.Namespace, flags: list[str], world_size: int) -> dict[str, int]:
-    """How many pairs each shard has, where that is known.
+    """How many pairs each shard has, where that is known. Raises `CannotStart` for unusable data.
 
-    Raises `CannotStart` for data that can't be trained on. Adds to the flags how many pairs there
-    are if OpenCLIP would not find it.
+    Adds to the flags how many pairs there are if OpenCLIP would not find it.
     """
     if args.dataset_type != "webdataset":
-        raise CannotStart(
-            f"--dataset-type {args.dataset_type}: pretrain takes webdataset only; "
-            "python -m cyclip_loss.open_clip_train takes others"
-        )
+        others = "python -m cyclip_loss.open_clip_train takes others"
+        only = f"--dataset-type {args.dataset_type}: pretrain takes webdataset only"
+        raise CannotStart(f"{only}; {others}")
     if args.train_num_samples is not None and args.train_num_samples < 1:
         raise CannotStart(f"--train-num-samples must be >= 1, not {args.train_num_samples}")
     train = shards.expand(args.train_data)
@@ -232,17 +209,17 @@ def check_data(args: argparse.Namespace, flags: list[str], world_size: int) -> d
     theirs = [n for n in ("sizes.json", "__len__") if (Path(train[0]).parent / n).exists()][:1]
     if args.train_num_samples is None and theirs != ["__len__"]:
         if len(known) < len(train):
-            raise CannotStart(
-                "how many pairs the shards hold is not known (no sizes.json, *_stats.json or "
-                "__len__ beside them): say it after --, e.g. -- --train-num-samples 2905954"
-            )
+            what = "how many pairs the shards hold is not known (no sizes.json, *_stats.json or "
+            what += "__len__ beside them): say it after --, e.g. -- --train-num-samples 2905954"
+            raise CannotStart(what)
         if not theirs:
             args.train_num_samples = sum(known.values())
             flags += ["--train-num-samples", str(args.train_num_samples)]
     if not args.dataset_resampled:
         shards.check_shared(train, known, max(args.workers, 1), world_size, args.batch_size)
     if not args.val_data:
-        say("no held-out pairs (--val, or shards with 'val' in their names): no best epoch is kept")
+        if is_first("RANK"):
+            say("no held-out pairs (--val, or 'val' in the shards' names): no best epoch is kept")
         return known
     val = shards.expand(args.val_data)
     return {**known, **shards.check("--val", val, whole=is_first("RANK"))}
@@ -257,23 +234,18 @@ def epochs_done(folder: Path, args: argparse.Namespace, world_size: int) -> int:
     latest = next((folder / "checkpoints").glob("epoch_latest*"), None)
     if latest is None:
         return 0
-    settings = {"world_size": world_size, **vars(args)}
-    path = folder / "params.txt"
+    path = folder / PARAMETERS
     before = read_parameters(path) if path.is_file() else {}
-    for name, value in settings.items():
+    for name, value in {"world_size": world_size, **vars(args)}.items():
         # [before]: OpenCLIP writes a list of one --force-image-size as the number
         same = name not in before or value in (before[name], [before[name]])
         if name.startswith(KEPT_SETTINGS) and not same:
-            raise CannotStart(
-                f"{folder} was begun with {name} = {before[name]}, not {value}: "
-                "choose another --name"
-            )
+            begun = f"{folder} was begun with {name} = {before[name]}, not {value}"
+            raise CannotStart(f"{begun}: choose another --name")
     if latest.is_dir():
         return 0
     try:  # mmap: the weights stay on the disk
         return int(torch.load(latest, map_location="cpu", weights_only=True, mmap=True)["epoch"])
     except (OSError, RuntimeError, LookupError, TypeError, pickle.UnpicklingError) as error:
-        raise CannotStart(
-            f"{latest} is cut short, or holds more than weights, and was not loaded: remove it, or "
-            "choose another --name"
-        ) from error
+        what = f"{latest} is cut short, or holds more than weights, and was not loaded"
+        raise CannotStart(f"{what}: remove it, or choose another --name") from error

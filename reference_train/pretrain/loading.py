@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils.data import get_worker_info
 
-from ..errors import Stopped, first_line
+from ..command_line import Stopped, first_line
 
 SHOWN = 5  # shards in a message
 
@@ -32,17 +32,16 @@ class Losses:
     def __init__(self, shards: Sequence[str]) -> None:
         # OpenCLIP 4 drops the shard's name before it decodes pictures.
         self.shards = [*shards, "shards unknown"]
-        self.number = {shard: i for i, shard in enumerate(shards)}
         self.counts = multiprocessing.Array("q", 2 * len(self.shards))  # pairs, then shards
         self.told: set[str] = set()
 
     def add(self, shard: str, *, pairs: int = 0, shards: int = 0, why: object = "") -> None:
         """Counts pairs that are lost, or a shard that ended early; logs the first of a shard."""
-        i = self.number.get(shard, len(self.number))
+        i = self.shards.index(shard if shard in self.shards else "shards unknown")
         with self.counts.get_lock():
             self.counts[i] += pairs
             self.counts[len(self.shards) + i] += shards
-        if why and shard not in self.told:
+        if shard not in self.told:
             self.told.add(shard)
             logging.warning("%s: %s", shard or "a picture", first_line(why))
 
@@ -54,26 +53,25 @@ class Losses:
         return taken
 
     def describe(self, taken: torch.Tensor) -> str:
-        """ "3 pairs (a.tar 2, b.tar 1), 1 shard not to its end (a.tar)"; nothing lost: ""."""
+        """ "3 pairs (a.tar 2, b.tar 1), 1 shards cut short (a.tar 1)"; nothing lost: ""."""
         found = []
         for row, what in zip(taken, ("pairs", "shards cut short"), strict=True):
             named = [f"{self.shards[i]} {row[i]}" for i in row.argsort(descending=True) if row[i]]
-            more = [f"{len(named) - SHOWN} more"] if len(named) > SHOWN else []
+            if len(named) > SHOWN:
+                named[SHOWN:] = [f"{len(named) - SHOWN} more"]
             if named:
-                found.append(f"{row.sum()} {what} ({', '.join(named[:SHOWN] + more)})")
+                found.append(f"{row.sum()} {what} ({', '.join(named)})")
         return ", ".join(found)
 
 
-def call(stage: Any, source: Iterator[Any], **options: Any) -> Iterator[Any]:
+def call(stage: Any, source: Any, **options: Any) -> Iterator[Any]:
     """A stage of WebDataset, or one of OpenCLIP's functions, with other options."""
     if not hasattr(stage, "f"):
         return stage(source, **options)
     return stage.f(source, *stage.args, **{**stage.kw, **options})
 
 
-def read(
-    stage: Any, losses: Losses, sizes: Mapping[str, int], shards: Iterator[dict[str, Any]]
-) -> Iterator[dict[str, Any]]:
+def read(stage: Any, losses: Losses, sizes: Mapping[str, int], shards: Any) -> Iterator[Any]:
     """The stage from shards to samples; goes on with the next shard where one can't be read."""
     for shard in shards:
         url, samples = shard["url"], 0
@@ -98,17 +96,15 @@ def decode(stage: Any, losses: Losses, samples: Iterator[dict[str, Any]]) -> Ite
             losses.add(sample.get("__url__", ""), pairs=1, why=errors[0])
 
 
-def shuffle(
-    stage: Any, shared_epoch: Any, seeds: tuple[int, ...], passes: Counter[int], samples: Any
-) -> Iterator[Any]:
-    """WebDataset's shuffle by seeds, worker, epoch and pass, where its own takes the time.
+def shuffle(stage: Any, epochs: Any, seed: str, passes: Counter[int], samples: Any) -> Any:
+    """WebDataset's shuffle by seed, worker, epoch and pass, where its own takes the time.
 
     passes: how often the shards were begun in each epoch, counted here.
     """
-    epoch, worker = shared_epoch.get_value(), get_worker_info()
+    epoch, worker = epochs.get_value(), get_worker_info()
     passes[epoch] += 1
-    place = (*seeds, worker.id if worker else 0, epoch, passes[epoch])
-    return call(stage, samples, rng=random.Random(str(place)))
+    place = f"{seed} {worker.id if worker else 0} {epoch} {passes[epoch]}"
+    return call(stage, samples, rng=random.Random(place))
 
 
 def not_none(batches: Iterator[Any]) -> Iterator[Any]:
@@ -132,8 +128,8 @@ def watch(info: Any, args: Namespace, sizes: Mapping[str, int], train: bool) -> 
         if name in ("tarfile_to_samples_nothrow", "tarfile_samples"):
             stages[i] = partial(read, stage, losses, sizes)
         elif name == "_shuffle":
-            seeds = (args.seed, args.rank)
-            stages[i] = partial(shuffle, stage, info.shared_epoch, seeds, Counter())
+            seed = f"{args.seed} {args.rank}"
+            stages[i] = partial(shuffle, stage, info.shared_epoch, seed, Counter())
         elif "handler" in getattr(stage, "kw", {}):
             stages[i] = partial(decode, stage, losses)
     if train:

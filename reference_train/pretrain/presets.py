@@ -1,15 +1,14 @@
-"""What each preset gives to OpenCLIP's trainer and to the loss, as its command line.
+"""What each preset gives to OpenCLIP's trainer and to the loss, as its command line."""
 
-`batch_size` is that of all ranks; OpenCLIP's own is that of one.
-"""
-
+from pathlib import Path
 from typing import NamedTuple
 
+import open_clip
 import torch
 
 
 class Preset(NamedTuple):
-    """batch_size: of all ranks. flags: OpenCLIP's and the launcher's."""
+    """batch_size: of all ranks; OpenCLIP's is of one. flags: OpenCLIP's and the launcher's."""
 
     batch_size: int
     flags: str
@@ -33,27 +32,26 @@ MODERN = Preset(
 # An "epoch" of these, after which it is validated and saved, is a part of the data.
 ICONS = "--train-num-samples 65536 --wd 0.1 --beta2 0.98 --log-every-n-steps 16 "
 ICONS += "--aug-cfg scale=(0.8,1.0) --reference-batch-size 128 "
-ICONS_CPU = Preset(
-    1024, ICONS + "--model icons-rn-32 --epochs 20 --lr 2e-3 --warmup 50 --workers 1"
-)
-ICONS_GPU = Preset(
-    1024,
-    ICONS + "--model icons-rn-64 --epochs 120 --lr 1e-3 --warmup 500 --workers 8 "
-    "--precision amp_bf16",
-)
+ICONS_CPU = ICONS + "--model icons-rn-32 --epochs 20 --lr 2e-3 --warmup 50 --workers 1"
+ICONS_GPU = ICONS + "--model icons-rn-64 --epochs 120 --lr 1e-3 --warmup 500 --workers 8 "
+ICONS_GPU += "--precision amp_bf16"
 NAMES = ("icons", "modern", "paper")
 WEIGHT = 0.25  # of a penalty that a loss has: the paper's, section 4.1
 
 
 def preset(name: str) -> Preset:
-    """The preset of a name, for the machine that this is.
-
-    Without a GPU the large presets train in float32, and `icons` in bfloat16 if the processor
-    multiplies it (AVX512-BF16, AMX): without that, it is many times slower than float32.
-    """
-    chosen = {"icons": ICONS_CPU, "modern": MODERN, "paper": PAPER}[name]
-    if torch.cuda.is_available():
-        return ICONS_GPU if name == "icons" else chosen
+    """The preset of a name, for the machine that this is."""
+    cuda = torch.cuda.is_available()
+    icons = Preset(1024, ICONS_GPU if cuda else ICONS_CPU)
+    chosen = {"icons": icons, "modern": MODERN, "paper": PAPER}[name]
+    if cuda:
+        return chosen
+    # where a processor does not multiply bfloat16, it is many times slower than float32
     fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     precision = "amp_bf16" if name == "icons" and fast else "fp32"
     return chosen._replace(flags=f"{chosen.flags} --precision {precision}")
+
+
+def register_models() -> None:
+    """Makes our own models known to OpenCLIP: a small one for a CPU, a larger one for a GPU."""
+    open_clip.add_model_config(Path(__file__).parent / "models")

@@ -4,11 +4,12 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from braceexpand import braceexpand
 
+from ..command_line import CannotStart
 from ..data.samples import read_samples
-from ..errors import CannotStart
 
 
 def find(data: str, part: str, needed: bool = True) -> str:
@@ -16,12 +17,12 @@ def find(data: str, part: str, needed: bool = True) -> str:
 
     Anything else stays as it is: OpenCLIP expands braces, and takes pipes and addresses.
     """
-    folder = Path(data)
-    if not folder.is_dir():
+    if not Path(data).is_dir():
         return data
-    found = sorted(folder.glob(f"*{part}*.tar"))
+    found = sorted(Path(data).glob(f"*{part}*.tar"))
     if not found and needed:  # whatever it is called, but nothing held out to train on
-        found = [p for p in sorted(folder.glob("*.tar")) if part == "val" or "val" not in p.name]
+        tars = sorted(Path(data).glob("*.tar"))
+        found = [p for p in tars if part == "val" or "val" not in p.name]
     if not found and needed:
         raise CannotStart(f"no tar file in {data}" + (" but for validation" * (part == "train")))
     names = [str(path) for path in found]
@@ -46,35 +47,28 @@ def check(argument: str, shards: Sequence[str], whole: bool) -> dict[str, int]:
     """
     if any("://" in path or path.startswith("pipe:") for path in shards):
         return {}
-    for path in shards:
-        if not Path(path).is_file():
-            raise CannotStart(f"{argument}: no such shard: {path}")
-    known = sizes(shards)
+    if missing := [path for path in shards if not Path(path).is_file()]:
+        raise CannotStart(f"{argument}: no such shard: {missing[0]}")
     if next(read_samples(shards[:1]), None) is None:
         raise CannotStart(f"{argument}: {shards[0]} holds no image with a caption")
-    for path in shards if whole else ():
-        pairs = sum(1 for _ in read_samples([path]))
-        if pairs < known.get(path, 0):
-            raise CannotStart(f"{argument}: {path} holds {pairs} of {known[path]} pairs")
-    return known
-
-
-def sizes(shards: Sequence[str]) -> dict[str, int]:
-    """The numbers of pairs that are written beside local shards."""
-    found: dict[str, int] = {}
-    for folder in {Path(shard).parent for shard in shards}:
-        path = folder / "sizes.json"
+    known: dict[str, int] = {}
+    tables: dict[Path, Any] = {}
+    for shard in shards:
+        path = Path(shard).parent / "sizes.json"
         try:
-            table = json.loads(path.read_text()) if path.exists() else {}
-            for shard in (s for s in shards if Path(s).parent == folder):
-                path = Path(shard.removesuffix(".tar") + "_stats.json")
-                if Path(shard).name in table:
-                    found[shard] = int(table[Path(shard).name])
-                elif path.exists():
-                    found[shard] = int(json.loads(path.read_text())["successes"])
+            if path not in tables:
+                tables[path] = json.loads(path.read_text()) if path.exists() else {}
+            if Path(shard).name in tables[path]:
+                known[shard] = int(tables[path][Path(shard).name])
+            elif (path := Path(shard.removesuffix(".tar") + "_stats.json")).exists():
+                known[shard] = int(json.loads(path.read_text())["successes"])
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise CannotStart(f"{path}: says no numbers of pairs: {error!r}") from error
-    return found
+    for shard in shards if whole else ():
+        pairs = sum(1 for _ in read_samples([shard]))
+        if pairs < known.get(shard, 0):
+            raise CannotStart(f"{argument}: {shard} holds {pairs} of {known[shard]} pairs")
+    return known
 
 
 def check_shared(
@@ -87,14 +81,10 @@ def check_shared(
     """
     each = len(shards) // (workers * ranks)
     if not each:
-        raise CannotStart(
-            f"--data has {len(shards)} shards for {workers * ranks} workers (--workers × ranks): "
-            "each needs one"
-        )
+        of = f"{workers * ranks} workers (--workers × ranks)"
+        raise CannotStart(f"--data has {len(shards)} shards for {of}: each needs one")
     fewest = sum(sorted(known.values())[:each])
     if len(known) == len(shards) and fewest < batch:
-        raise CannotStart(
-            f"--data: a worker would wait for ever, as its {each} of {len(shards)} shards may hold "
-            f"{fewest} pairs and its batch is {batch}: take fewer --workers (now {workers}), "
-            "a smaller batch or more pairs in a shard"
-        )
+        why = f"its {each} of {len(shards)} shards may hold {fewest} pairs and its batch is {batch}"
+        take = f"fewer --workers (now {workers}), a smaller batch or more pairs in a shard"
+        raise CannotStart(f"--data: a worker would wait for ever, as {why}: take {take}")

@@ -7,7 +7,6 @@ import logging
 import math
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
-from functools import wraps
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,15 +16,16 @@ from torch import Tensor, nn
 
 from cyclip_loss.metrics import consistency_metrics
 
-from ..errors import Stopped, first_line
+from ..command_line import Stopped, first_line
+from ..evaluate.checkpoints import without_wrappers
 from ..files import written_whole
-from ..runs import without_wrappers
 from .loading import NoBatch, watch
 
 LOSS = "clip_val_loss"  # OpenCLIP's name for the contrastive loss on the validation's batches
 BEST = "best.pt"
 STEPS = 10  # running without a finite loss: GradScaler skips single ones, and that is normal
 COLLAPSED = -0.05  # uniformity; runs that had learned nothing were at -0.02 and -0.03
+Function = Callable[..., Any]
 
 
 def add_to(main: Any, train: ModuleType, sizes: Mapping[str, int]) -> None:
@@ -88,13 +88,12 @@ class Finite:
             raise Stopped(f"{what} not finite: stopped, and nothing saved since the last epoch")
 
 
-def stopping(theirs: Callable[..., Any]) -> Callable[..., Any]:
+def stopping(theirs: Function) -> Function:
     """Their epoch of training; it stops where a loss or the model is not finite.
 
     At the end it logs which pairs could not be read, of all ranks.
     """
 
-    @wraps(theirs)
     def train_one_epoch(first: Any, data: dict[str, Any], *rest: Any, **more: Any) -> Any:
         # OpenCLIP 4: (state, data, args); 3: (model, data, loss, epoch, ...)
         model, loss = (first.task, first.task.loss) if hasattr(first, "task") else (first, rest[0])
@@ -124,10 +123,9 @@ def stopping(theirs: Callable[..., Any]) -> Callable[..., Any]:
     return train_one_epoch
 
 
-def watching(theirs: Callable[..., Any], sizes: Mapping[str, int]) -> Callable[..., Any]:
+def watching(theirs: Function, sizes: Mapping[str, int]) -> Function:
     """Their data, watched as `loading` says; a validation that lost pairs raises `Stopped`."""
 
-    @wraps(theirs)
     def get_data(args: Namespace, *rest: Any, **more: Any) -> dict[str, Any]:
         data = theirs(args, *rest, **more)
         info = data["train"]
@@ -146,12 +144,13 @@ def watching(theirs: Callable[..., Any], sizes: Mapping[str, int]) -> Callable[.
     return get_data
 
 
-def with_gaps(theirs: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+def with_gaps(theirs: Function) -> Function:
     """Their retrieval numbers, with those of `cyclip_loss.metrics.consistency_metrics`."""
 
-    @wraps(theirs)
     def metrics(**features: Any) -> dict[str, Any]:
-        image, text = (whole(features[f"{of}_features"]) for of in ("image", "text"))
+        both = [features[f"{of}_features"] for of in ("image", "text")]
+        # OpenCLIP 4 passes them batch by batch
+        image, text = ((x if isinstance(x, Tensor) else torch.cat(x)).float() for x in both)
         gaps = {name: float(gap) for name, gap in consistency_metrics(image, text).items()}
         spread = min(gaps["image_uniformity"], gaps["text_uniformity"])
         if spread > COLLAPSED:
@@ -165,18 +164,10 @@ def with_gaps(theirs: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, 
     return metrics
 
 
-def whole(features: Tensor | list[Tensor]) -> Tensor:
-    """Features (N, D), which OpenCLIP 4 passes batch by batch."""
-    return (features if isinstance(features, Tensor) else torch.cat(features)).float()
-
-
-def keeping_the_best(theirs: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+def keeping_the_best(theirs: Function) -> Function:
     """Their evaluation; then the model is saved as `best.pt` if its loss is the lowest so far."""
 
-    @wraps(theirs)
-    def evaluate(
-        model: nn.Module, data: Any, epoch: int, args: Namespace, **more: Any
-    ) -> dict[str, Any]:
+    def evaluate(model: Any, data: Any, epoch: int, args: Namespace, **more: Any) -> dict[str, Any]:
         metrics = theirs(model, data, epoch, args, **more)
         # On other ranks, and where nothing was validated, there is no loss. Under FSDP a rank has
         # no whole model.
@@ -202,20 +193,18 @@ def validations(checkpoints: Path) -> dict[int, float]:
     return {n["epoch"]: n[LOSS] for n in lines if math.isfinite(n.get(LOSS, math.nan))}
 
 
-def saving_whole(theirs: Callable[..., None]) -> Callable[..., None]:
+def saving_whole(theirs: Function) -> Function:
     """`torch.save` that leaves a file whole or not at all, and says in one line why it can't."""
 
-    @wraps(theirs)
     def save(content: Any, file: Any, *more: Any, **options: Any) -> None:
         if not isinstance(file, str | Path):
             return theirs(content, file, *more, **options)
-        path = Path(file)
         try:
-            with written_whole(path) as partial:
+            with written_whole(Path(file)) as partial:
                 theirs(content, partial, *more, **options)
         except (OSError, RuntimeError) as error:
             # PyTorch's writer does not say that a disk is full
             why = getattr(error, "strerror", None) or f"is the disk full? ({first_line(error)})"
-            raise Stopped(f"{path} can't be written: {why}") from error
+            raise Stopped(f"{file} can't be written: {why}") from error
 
     return save

@@ -1,4 +1,4 @@
-"""Tar files of the tests: shards, and npm's packages."""
+"""Tar files: shards, and npm's packages."""
 
 import io
 import json

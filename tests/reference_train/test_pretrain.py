@@ -1,14 +1,9 @@
-"""`pretrain`: what it gives to OpenCLIP's trainer, what it refuses, and that it trains and resumes.
+"""`pretrain`: what it gives to OpenCLIP's trainer, and refuses; that it trains and resumes."""
 
-The trainer itself is OpenCLIP's, and the loss in it is tested in tests/trainers.
-"""
-
-import errno
 import importlib
 import io
 import json
 import logging
-import os
 import re
 import resource
 import shlex
@@ -26,7 +21,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pool import Ranks
 from processes import ROOT, run_python
 from tars import write_tar
 from torch import Tensor, nn
@@ -35,16 +29,14 @@ pytest.importorskip("open_clip_train.main")
 
 import open_clip
 from PIL import Image
-from torchvision.transforms import functional as transforms
 
 from cyclip_loss import open_clip_train
 from cyclip_loss.metrics import consistency_metrics
-from reference_train.errors import CannotStart, Stopped
-from reference_train.files import locked
-from reference_train.pretrain import command, models, training
-from reference_train.pretrain.presets import NAMES
+from reference_train.command_line import CannotStart, Stopped
+from reference_train.pretrain import command, training
+from reference_train.pretrain.presets import NAMES, register_models
 
-models.register()
+register_models()
 Capture, Log, Patch = pytest.CaptureFixture[str], pytest.LogCaptureFixture, pytest.MonkeyPatch
 Run = Callable[..., None]
 
@@ -114,8 +106,8 @@ def test_the_printed_command(
     argv = ["--preset", preset, "--loss", loss, "--seed", "3", "--dist-impl", "ring"]
     args = dry_run(*argv, "--", "--workers", "2", "--epochs", "7")
     assert (args.lambda_inmodal, args.lambda_crossmodal) == lambdas
-    assert args.train_data == f"{shards}/train-{{00000..00003}}.tar"
-    assert args.val_data == f"{shards}/val-00000.tar"
+    parts = f"{shards}/train-{{00000..00003}}.tar", f"{shards}/val-00000.tar"
+    assert (args.train_data, args.val_data) == parts
     assert (args.epochs, args.workers, args.seed) == (7, 2, 3)  # what follows -- comes last
     assert args.name == f"{preset}-{loss}-3"
     assert (args.reference_batch_size, args.dist_impl) == (128, "ring")  # the launcher's own
@@ -126,16 +118,8 @@ def test_the_paper_preset(dry_run: Run) -> None:
     data = ["--data", "pipe:cat {folder}/train-{{00000..00003}}.tar", "--batch-size", "128"]
     args = dry_run("--preset", "paper", *data, "--", "--train-num-samples", "9")
     assert (args.model, args.batch_size, args.epochs, args.warmup) == ("RN50", 128, 64, 10_000)
-    assert (args.lr, args.wd, args.eps) == (5e-4, 0.1, 1e-8)
-    assert (args.beta1, args.beta2) == (0.9, 0.999)
-    # the crop of training is that of evaluation: resized, and the middle of it
-    noise = np.random.default_rng(0).integers(256, size=(90, 64, 3), dtype=np.uint8)
-    image, bicubic = Image.fromarray(noise), transforms.InterpolationMode.BICUBIC
-    train = open_clip.transform.image_transform(32, is_train=True, aug_cfg=args.aug_cfg)
-    middle = transforms.resized_crop(image, 13, 0, 64, 64, [32, 32], bicubic)
-    mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
-    expected = transforms.normalize(transforms.to_tensor(middle), mean, std)
-    torch.testing.assert_close(train(image), expected)
+    assert (args.lr, args.wd, args.eps, args.beta1, args.beta2) == (5e-4, 0.1, 1e-8, 0.9, 0.999)
+    assert args.aug_cfg == {"use_timm": True, "scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
 
 
 @pytest.mark.parametrize("variable", ["WORLD_SIZE", "SLURM_NTASKS"])  # torchrun's, srun's
@@ -143,15 +127,6 @@ def test_a_batch_is_shared_by_the_ranks(variable: str, dry_run: Run, monkeypatch
     monkeypatch.setenv(variable, "2")
     monkeypatch.setattr(command.torch.cuda, "is_available", lambda: True)
     assert dry_run("--", "--workers", "2").batch_size == 4
-
-
-@pytest.mark.parametrize("variable", ["RANK", "PMI_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"])
-def test_one_rank_prints_the_command(
-    variable: str, shards: Path, capsys: Capture, monkeypatch: Patch
-) -> None:
-    monkeypatch.setenv(variable, "1")
-    command.main(["--preset", "icons", "--data", str(shards), "--batch-size", "8", "--dry-run"])
-    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
@@ -162,21 +137,15 @@ def test_one_rank_prints_the_command(
         ("--val {folder}/none.tar", "--val: no such shard"),
         ("--data {folder}/sizes.json", "a shard can't be read"),
         ("-- --model RN51", "--model RN51: OpenCLIP has none of that name"),
-        ("-- --model local-dir:{empty}", "--model local-dir:.*: .*open_clip_config.json"),
         ("--data s3://b/{{0..2}}.tar -- --train-num-samples 9", "has 3 shards for 4 workers"),
         ("--data s3://b/{{0..2}}.tar", r"is not known .* say it after --, e\.g\. -- --train-num"),
-        ("-- --workers 9", "--data has 4 shards for 9 workers"),
         ("--batch-size 9", "wait for ever, as its 1 of 4 shards may hold 8 pairs"),
-        ("--batch-size 17 -- --workers 2", "may hold 16 pairs and its batch is 17"),
         ("-- --epochs many", "argument --epochs: invalid int value: 'many'"),
         ("--epochs 3", "--epochs: OpenCLIP's own flags go after --"),
-        ("--reference-batch-size x", "--reference-batch-size: invalid int value"),
         ("-- --dataset-type csv", "--dataset-type csv: pretrain takes webdataset only"),
         ("-- --train-num-samples 0", "--train-num-samples must be >= 1, not 0"),
         ("--out {folder}/sizes.json/logs", "--out: .*can't be written: .*sizes.json is no"),
         ("-- --report-to all", "--report-to all: pip install tensorboard"),
-        ("--loss siglip", "--loss: invalid choice"),
-        ("--batch-size 0", "--batch-size: must be a whole number >= 1, not 0"),
         ("WORLD_SIZE --batch-size 7", "--batch-size 7 is of all ranks and does not divide by 2"),
         ("WORLD_SIZE -- --workers 2", "several ranks on a CPU: OpenCLIP 3 can't do that"),
         ("OMPI_COMM_WORLD_SIZE", "2 ranks of MPI"),  # OpenCLIP counts them; each would be alone
@@ -199,38 +168,28 @@ def test_what_it_refuses_before_any_work(
 def test_pairs_as_img2dataset_counts_them(shards: Path, tmp_path: Path, dry_run: Run) -> None:
     for number, path in enumerate(sorted(shards.glob("train*.tar"))):
         (tmp_path / path.name).symlink_to(path)
-        stats = tmp_path / f"{path.stem}_stats.json"
-        stats.write_text(json.dumps({"count": 10, "successes": 5 + number}))
+        (tmp_path / f"{path.stem}_stats.json").write_text(f'{{"successes": {5 + number}}}')
     data = ["--data", str(tmp_path), "--batch-size"]
     assert dry_run(*data, "5").train_num_samples == 5 + 6 + 7 + 8
     with pytest.raises(CannotStart, match="may hold 5 pairs and its batch is 6"):
         dry_run(*data, "6")
-    stats.unlink()
-    with pytest.raises(CannotStart, match="how many pairs the shards hold is not known"):
-        dry_run(*data, "5")
     (tmp_path / "sizes.json").write_text("[")
     with pytest.raises(CannotStart, match=r"sizes\.json: says no numbers of pairs"):
         dry_run(*data, "5")
 
 
-def test_a_held_out_shard_that_is_cut_short(tmp_path: Path, dry_run: Run) -> None:
-    data = make_shards(tmp_path / "data", train=4, val=1)
+def test_held_out_shards(tmp_path: Path, dry_run: Run) -> None:
+    """They are not trained on, and have to be whole."""
+    data = make_shards(tmp_path / "cc3m", **{"cc3m-train": 4, "cc3m-validation": 1})
+    args = dry_run("--data", str(data))
+    parts = f"{data}/cc3m-train-{{00000..00003}}.tar", f"{data}/cc3m-validation-00000.tar"
+    assert (args.train_data, args.val_data) == parts
+    data = make_shards(tmp_path / "part", part=4, val=1)
+    assert dry_run("--data", str(data)).train_data == f"{data}/part-{{00000..00003}}.tar"
     sizes = json.loads((data / "sizes.json").read_text())
     (data / "sizes.json").write_text(json.dumps({**sizes, "val-00000.tar": 9}))
     with pytest.raises(CannotStart, match=r"--val: .*val-00000.tar holds 8 of 9 pairs"):
         dry_run("--data", str(data))
-    cut_short(data / "val-00000.tar")
-    with pytest.raises(CannotStart, match="a shard can't be read: "):
-        dry_run("--data", str(data))
-
-
-def test_held_out_shards_are_not_trained_on(tmp_path: Path, dry_run: Run) -> None:
-    data = make_shards(tmp_path / "cc3m", **{"cc3m-train": 4, "cc3m-validation": 1})
-    args = dry_run("--data", str(data))
-    assert args.train_data == f"{data}/cc3m-train-{{00000..00003}}.tar"
-    assert args.val_data == f"{data}/cc3m-validation-00000.tar"
-    data = make_shards(tmp_path / "part", part=4, val=1)
-    assert dry_run("--data", str(data)).train_data == f"{data}/part-{{00000..00003}}.tar"
     for path in data.glob("part*.tar"):
         path.unlink()
     with pytest.raises(CannotStart, match=r"no tar file in .* but for validation"):
@@ -238,97 +197,61 @@ def test_held_out_shards_are_not_trained_on(tmp_path: Path, dry_run: Run) -> Non
 
 
 @pytest.mark.parametrize(
-    ("change", "ranks", "message"),
+    ("change", "message"),
     [
-        ("", 1, ""),
-        ("--log-every-n-steps 3 --grad-checkpointing", 1, ""),
-        ("--lr 1e-4", 1, "begun with lr = 0.001, not 0.0001: choose another --name"),
-        ("--force-quick-gelu", 1, "force_quick_gelu = False, not True"),
-        ("--force-image-size 48", 1, r"force_image_size = 32, not \[48\]"),
-        ("--val-data {folder}/train-00000.tar", 1, "val_data = .*, not .*train-00000.tar"),
-        ("", 2, "world_size = 1, not 2"),
+        ("--log-every-n-steps 3 --grad-checkpointing", ""),
+        ("--lr 1e-4", "begun with lr = 0.001, not 0.0001: choose another --name"),
+        ("--force-image-size 48", r"force_image_size = 32, not \[48\]"),
+        ("--val-data {folder}/train-00000.tar", "val_data = .*, not .*train-00000.tar"),
     ],
 )
 def test_a_run_goes_on_with_its_settings(
-    change: str, ranks: int, message: str, dry_run: Run, tmp_path: Path, monkeypatch: Patch
+    change: str, message: str, dry_run: Run, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(command.torch.cuda, "is_available", lambda: True)
     argv = ["--name", "run", "--", "--workers", "1", "--force-image-size", "32"]
-    begun = dry_run(*argv)
+    settings = {**vars(dry_run(*argv)), "force_image_size": 32, "world_size": 1}
     run = tmp_path / "logs" / "run"
     (run / "checkpoints").mkdir(parents=True)
     torch.save({"epoch": 1}, run / "checkpoints" / "epoch_latest.pt")
-    settings = {**vars(begun), "force_image_size": 32, "world_size": 1}
     (run / "params.txt").write_text("".join(f"{k}: {v}\n" for k, v in sorted(settings.items())))
-    monkeypatch.setenv("WORLD_SIZE", str(ranks))
     with pytest.raises(CannotStart, match=message) if message else nullcontext():
         dry_run(*argv, *change.split())
 
 
-# Validation
-
-
-def held(model: nn.Module, *names: str) -> nn.Module:
-    """The model in a module, and so on, under these names."""
-    for name in names:
-        outer = nn.Module()
-        setattr(outer, name, model)
-        model = outer
-    return model
-
-
-# as DistributedDataParallel names its weights, and as OpenCLIP 4 hands a task to its evaluation
-DDP, TASK = "module", "trainable_module"
-
-
-@pytest.mark.parametrize("names", [(), (DDP,), (TASK,), (DDP, TASK)])
-def test_the_best_epoch_is_kept(names: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_best_epoch_is_kept(wrapped: bool, tmp_path: Path) -> None:
     """Epochs with losses 3, 1, 2, and after a restart 1.5 and 0.5; zero-shot alone in between."""
-    model = nn.Linear(2, 2, bias=False)
+    losses = dict(enumerate([3, 1, 2, 1.5, 0.5], start=1))
+    model: Any = nn.Linear(2, 2, bias=False)
+    held = model
+    if wrapped:  # by DistributedDataParallel, and that by a task of OpenCLIP 4
+        held = Namespace(trainable_module=nn.ModuleDict({"module": model}))
 
-    def evaluate(_: nn.Module, data: dict[int, float], epoch: int, args: Namespace) -> Any:
+    def evaluate(_: Any, data: None, epoch: int, args: Namespace) -> Any:
         with open(tmp_path / "results.jsonl", "a") as file:
-            file.write(json.dumps({training.LOSS: data[epoch], "epoch": epoch}) + "\n")
+            file.write(json.dumps({training.LOSS: losses[epoch], "epoch": epoch}) + "\n")
             file.write(json.dumps({"imagenet-zeroshot-val-top1": 0.5}) + "\n")
-        return {training.LOSS: data[epoch]}
+        return {training.LOSS: losses[epoch]}
 
     args = Namespace(save_logs=True, checkpoint_path=str(tmp_path), name="run")
-    kept = {1: 1, 2: 2, 3: 2, 4: 2, 5: 5}
-    for epoch in kept:
-        validate = training.keeping_the_best(evaluate)
+    for epoch, kept in {1: 1, 2: 2, 3: 2, 4: 2, 5: 5}.items():
         nn.init.constant_(model.weight, epoch)
-        validate(held(model, *names), dict(enumerate([3, 1, 2, 1.5, 0.5], start=1)), epoch, args)
+        training.keeping_the_best(evaluate)(held, None, epoch, args)
         saved = torch.load(tmp_path / training.BEST, weights_only=True)
-        assert (saved["epoch"], saved["name"]) == (kept[epoch], "run")
-        model.load_state_dict(saved["state_dict"])
-        assert model.weight[0, 0] == kept[epoch]
+        assert (saved["epoch"], saved["name"]) == (kept, "run")
+        assert saved["state_dict"]["weight"][0, 0] == kept
 
 
-@pytest.mark.parametrize("spread", [False, True])
-def test_collapsed_features_are_told(spread: bool, caplog: Log) -> None:
-    features = nn.functional.normalize(
-        torch.ones(2, 8, 4) + (torch.randn(2, 8, 4) * spread), dim=-1
-    )
-    training.with_gaps(lambda **_: {})(image_features=features[0], text_features=features[1])
-    assert ("collapsed to one point" in caplog.text) is not spread
-
-
-@pytest.mark.parametrize("batches", [False, True], ids=["whole", "by batch"])
-def test_gaps_are_added_to_their_metrics(batches: bool) -> None:
+def test_gaps_are_added_to_their_metrics(caplog: Log) -> None:
     image, text = nn.functional.normalize(torch.randn(2, 10, 4), dim=-1)
-
-    def theirs(image_features: Any, text_features: Any, logit_scale: Tensor) -> dict[str, float]:
-        return {"image_to_text_R@1": 0.5}
-
-    features = [x.split(4) if batches else x for x in (image, text)]
-    metrics = training.with_gaps(theirs)(
-        image_features=features[0], text_features=features[1], logit_scale=torch.tensor(1.0)
-    )
-    assert metrics.pop("image_to_text_R@1") == 0.5
-    assert metrics == {k: float(v) for k, v in consistency_metrics(image, text).items()}
-
-
-# Training
+    metrics = training.with_gaps(lambda **features: {"R@1": 0.5})
+    gaps = {k: float(v) for k, v in consistency_metrics(image, text).items()}
+    assert metrics(image_features=image, text_features=text) == {"R@1": 0.5, **gaps}
+    of_batches = metrics(image_features=image.split(4), text_features=text.split(4))
+    assert of_batches == {"R@1": 0.5, **gaps}
+    assert "collapsed" not in caplog.text
+    metrics(image_features=image[:1].expand(8, 4), text_features=text[:1].expand(8, 4))
+    assert "collapsed to one point" in caplog.text
 
 
 @pytest.fixture
@@ -358,25 +281,20 @@ def test_a_finished_run_says_so(pretrain: Run, tmp_path: Path, capsys: Capture) 
     assert re.fullmatch(r".*/run: finished, 1 epochs; the best was 1, clip_val_loss [\d.]+", said)
     pretrain()
     assert capsys.readouterr().out.endswith(f"{said[-4:]}; nothing left to do\n")
-    assert len(results(tmp_path)) == 1
 
 
-def test_no_best_epoch_without_held_out_pairs(
-    pretrain: Run, tmp_path: Path, capsys: Capture
-) -> None:
-    pretrain(data=make_shards(tmp_path / "data", train=2))
+def test_no_best_epoch_without_held_out_pairs(pretrain: Run, capsys: Capture) -> None:
+    pretrain("--val-data", "")
     said = capsys.readouterr()
-    assert "no held-out pairs" in said.err
-    assert "finished, 1 epochs\n" in said.out
+    assert ("no held-out pairs" in said.err, "finished, 1 epochs\n" in said.out) == (True, True)
 
 
-def test_a_worker_without_a_batch_is_an_error(pretrain: Run, shards: Path, tmp_path: Path) -> None:
+def test_a_worker_without_a_batch_is_an_error(pretrain: Run, tmp_path: Path) -> None:
     """Where nothing says beforehand how many pairs there are."""
-    (tmp_path / "data").mkdir()
-    for path in shards.glob("*.tar"):
-        (tmp_path / "data" / path.name).symlink_to(path)
+    data = make_shards(tmp_path / "data", train=4, val=1)
+    (data / "sizes.json").unlink()
     with pytest.raises(Stopped, match="hold fewer pairs than its batch of 33: it would wait") as e:
-        pretrain(data=tmp_path / "data", batch=33, pairs=66)
+        pretrain(data=data, batch=33, pairs=66)
     assert "\n" not in str(e.value)
 
 
@@ -386,46 +304,24 @@ def test_weights_that_are_not_finite_are_not_saved(pretrain: Run, tmp_path: Path
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
-def feed(finite: training.Finite, *losses: float) -> training.Finite:
-    for loss in losses:
-        finite.note(nn.Identity(), (), {"a": torch.tensor(1.0), "b": torch.tensor(loss)})
-    return finite
-
-
 def test_ten_losses_running() -> None:
     args = Namespace(device="cpu", distributed=False, accum_freq=1)
     nan, model = float("nan"), nn.BatchNorm1d(2)
-    finite = feed(training.Finite(args), *[nan] * 9, 1.0, *[float("inf")] * 9)
+    finite = training.Finite(args)
+
+    def feed(*losses: float) -> None:
+        for loss in losses:
+            finite.note(model, (), {"a": torch.tensor(1.0), "b": torch.tensor(loss)})
+
+    feed(*[nan] * 9, 1.0, *[float("inf")] * 9)
     finite.check(model)
-    feed(finite, nan, 1.0)
+    feed(nan, 1.0)
     with pytest.raises(Stopped, match="the loss of 10 steps running was not finite"):
-        finite.check(model)
+        for _ in training.Loader(range(4), lambda: finite.check(model), every=3):
+            pass
     model.running_mean.fill_(nan)  # as an overflow leaves it, though GradScaler skips the step
     with pytest.raises(Stopped, match="the model's weights are not finite"):
         training.Finite(args).check(model)
-
-
-def one_rank_sees_nan(rank: int, world_size: int) -> str:
-    finite = training.Finite(Namespace(device="cpu", distributed=True, accum_freq=1))
-    feed(finite, *[float("nan") if rank else 1.0] * 10)
-    try:
-        finite.check(nn.Linear(2, 2))
-    except Stopped as error:
-        return str(error)
-    return ""
-
-
-def test_all_ranks_stop_together(ranks: Ranks) -> None:
-    said = ranks.run(2, one_rank_sees_nan)
-    assert said[0] == said[1] != ""
-
-
-def test_it_is_read_at_the_logging_interval() -> None:
-    steps = []
-    loader = training.Loader(range(7), lambda: steps.append(step), every=3)
-    for step in loader:  # noqa: B007
-        pass
-    assert steps == [2, 5, 6]
 
 
 def test_what_can_not_be_read_is_counted(pretrain: Run, tmp_path: Path, caplog: Log) -> None:
@@ -444,66 +340,52 @@ def test_what_can_not_be_read_is_counted(pretrain: Run, tmp_path: Path, caplog: 
 def test_a_validation_that_lost_pairs_is_refused(pretrain: Run, tmp_path: Path) -> None:
     data = make_shards(tmp_path / "data", train=2, val=1)
     break_picture(data / "val-00000.tar")
-    with pytest.raises(
-        Stopped, match=r"the validation lost pairs.*: 1 pairs \(.*val-00000.tar 1\)"
-    ):
+    with pytest.raises(Stopped, match=r"validation lost pairs.*: 1 pairs \(.*val-00000.tar 1\)"):
         pretrain(data=data)
-    assert results(tmp_path) == []
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
 def test_a_seed_fixes_the_pairs(pretrain: Run, tmp_path: Path, monkeypatch: Patch) -> None:
-    """Their order, and the crops of a run without a restart; resumed, the order too."""
+    """Their order, and the crops of a run without a restart."""
     trainer, seen = command.open_clip_trainer(), []
+    theirs = {n: getattr(trainer, n) for n in ("get_data", "create_loss", "parse_args")}
 
-    def look(model: nn.Module, data: Any, loss: nn.Module, epoch: int, *rest: Any) -> None:
+    def look(model: Any, data: Any, loss: Any, epoch: int, *_: Any, tb_writer: Any) -> None:
         data["train"].set_epoch(epoch)
-        seen.extend((epoch, *batch) for batch in data["train"].dataloader)
+        seen.extend(data["train"].dataloader)
 
-    def record(*flags: str) -> list[tuple[int, Tensor, Tensor]]:
+    def record(*flags: str) -> tuple[Tensor, Tensor]:
         seen.clear()
         for name, value in theirs.items():
             monkeypatch.setattr(trainer, name, value)
-        monkeypatch.setattr(trainer, "train_one_epoch", lambda *a, tb_writer: look(*a))
+        monkeypatch.setattr(trainer, "train_one_epoch", look)
         monkeypatch.setattr(trainer, "evaluate", lambda *a, **b: {})
-        path = tmp_path / "run" / "checkpoints" / "epoch_latest.pt"
-        path.unlink(missing_ok=True)
+        (tmp_path / "run" / "checkpoints" / "epoch_latest.pt").unlink(missing_ok=True)
         pretrain("--epochs", "2", "--workers", "2", *flags, pairs=32)
-        return list(seen)
+        return torch.cat([image for image, _ in seen]), torch.cat([text for _, text in seen])
 
-    theirs = {n: getattr(trainer, n) for n in ("get_data", "create_loss", "parse_args")}
     first, again, other = record(), record(), record("--seed", "1")
-    assert len(first) == 8
-    assert [e for e, *_ in first] == [0] * 4 + [1] * 4
-    for (_, image, text), (_, image_again, text_again) in zip(first, again, strict=True):
-        assert torch.equal(text, text_again)
-        assert torch.equal(image, image_again)
-    texts = [torch.cat([text for _, _, text in run]) for run in (first, other)]
-    assert not torch.equal(*texts)
-    assert not torch.equal(texts[0][:32], texts[0][32:])
+    assert all(map(torch.equal, first, again))
+    assert not torch.equal(first[1], other[1])
+    assert not torch.equal(first[1][:32], first[1][32:])
 
 
 class Hostile:
-    """Loaded as a pickle may be, it makes a folder."""
+    """Loaded as a pickle may be, it ends the program."""
 
     def __reduce__(self) -> Any:
-        return os.mkdir, ("hostile",)
+        return sys.exit, ("hostile",)
 
 
-@pytest.mark.parametrize("kind", ["empty", "half", "hostile"])
-def test_a_checkpoint_that_can_not_be_loaded(
-    kind: str, pretrain: Run, tmp_path: Path, monkeypatch: Patch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("kind", ["half", "hostile"])
+def test_a_checkpoint_that_can_not_be_loaded(kind: str, pretrain: Run, tmp_path: Path) -> None:
     path = tmp_path / "run" / "checkpoints" / "epoch_latest.pt"
     path.parent.mkdir(parents=True)
     torch.save({"epoch": 1, "state_dict": Hostile() if kind == "hostile" else 0}, path)
-    if kind != "hostile":
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 * (kind == "half")])
-    with pytest.raises(CannotStart, match=r"epoch_latest.pt is cut short, or holds more") as error:
+    if kind == "half":
+        cut_short(path)
+    with pytest.raises(CannotStart, match=r"epoch_latest.pt is cut short, or holds more"):
         pretrain()
-    assert "\n" not in str(error.value)
-    assert not Path("hostile").exists()
 
 
 def test_a_full_disk_leaves_no_stump(pretrain: Run, tmp_path: Path) -> None:
@@ -523,29 +405,14 @@ def test_a_full_disk_leaves_no_stump(pretrain: Run, tmp_path: Path) -> None:
 def test_a_run_is_trained_by_one_process(pretrain: Run, tmp_path: Path) -> None:
     script = "import sys\nfrom pathlib import Path\nfrom reference_train.files import locked\n"
     script += "with locked(Path(sys.argv[1])):\n print(flush=True)\n sys.stdin.read()"
-    with subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path / "run")],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    ) as other:
+    argv = [sys.executable, "-c", script, str(tmp_path / "run")]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(argv, cwd=ROOT, stdin=pipe, stdout=pipe) as other:
         assert other.stdout is not None
         other.stdout.readline()
         with pytest.raises(CannotStart, match="/run: another process is at work there: choose an"):
             pretrain()
         other.kill()
-    with locked(tmp_path / "run"):
-        pass
-
-
-def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
-    def lockf(*_: Any) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr("fcntl.lockf", lockf)
-    with locked(tmp_path / "run"):
-        [line] = capsys.readouterr().err.splitlines()
-    assert "can't be locked ([Errno 37] No locks available)" in line
 
 
 def results(logs: Path) -> list[dict[str, float]]:
@@ -560,32 +427,20 @@ def test_it_trains_is_killed_and_goes_on(shards: Path, tmp_path: Path) -> None:
         *("--data", str(shards), "--out", str(tmp_path), "--name", "run"),
         *("--", "--epochs", "8", "--train-num-samples", "16"),
     ]
-    process = subprocess.Popen(
-        [sys.executable, *argv], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen([sys.executable, *argv], stdout=quiet, stderr=quiet)
     deadline = time.monotonic() + 120
     while len(results(tmp_path)) < 3 and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    before = results(tmp_path)
-    assert 3 <= len(before) < 8
+    assert 3 <= len(results(tmp_path)) < 8
 
-    other = run_python(*argv, "--lr", "1e-4")
-    assert other.returncode == 2
-    assert "was begun with lr = 0.002, not 0.0001: choose another --name" in other.stderr
     again = run_python(*argv)
     assert again.returncode == 0, again.stderr
-    log = (tmp_path / "run" / "out.log").read_text()
-    assert re.search("resuming checkpoint.*epoch_latest.pt", log)
-    assert "CyCLIPLoss(" in log
-    assert "Inmodal_cyclic_loss" in log
-    epochs = [line["epoch"] for line in results(tmp_path)]
-    assert sorted(set(epochs)) == list(range(1, 9))
-    assert {"inmodal_gap", "crossmodal_gap", "clip_val_loss"} <= set(results(tmp_path)[0])
-    checkpoints = tmp_path / "run" / "checkpoints"
-    saved = torch.load(checkpoints / training.BEST, weights_only=True)
-    lowest = min(results(tmp_path), key=lambda line: line[training.LOSS])
-    assert saved["epoch"] == lowest["epoch"]
-    model = open_clip.create_model("icons-rn-32")
-    open_clip.load_checkpoint(model, str(checkpoints / training.BEST))
+    assert "Inmodal_cyclic_loss" in (tmp_path / "run" / "out.log").read_text()
+    lines = results(tmp_path)
+    assert {line["epoch"] for line in lines} == set(range(1, 9))
+    assert {"inmodal_gap", "crossmodal_gap", "clip_val_loss"} <= set(lines[0])
+    best = tmp_path / "run" / "checkpoints" / training.BEST
+    open_clip.load_checkpoint(open_clip.create_model("icons-rn-32"), str(best))

@@ -1,0 +1,104 @@
+"""Command lines: errors of one line, exit codes, and the types of arguments."""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+
+class Stopped(Exception):
+    """The command went wrong under way; the message is one line for the user."""
+
+    exit_code = 1
+
+
+class CannotStart(Stopped):
+    """What the user asked for can't be done."""
+
+    exit_code = 2
+
+
+# Where a rank stands in the environment: torchrun's, MPI's and Slurm's names, as OpenCLIP has them.
+RANKS = {
+    "RANK": ("RANK", "PMI_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"),
+    "LOCAL_RANK": ("LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK"),
+}
+
+
+def is_first(rank: str) -> bool:
+    """Whether this process speaks for all ("RANK") or for those of its node ("LOCAL_RANK")."""
+    return next((os.environ[name] for name in RANKS[rank] if name in os.environ), "0") == "0"
+
+
+def first_line(error: object) -> str:
+    """What an error says, cut to one line."""
+    return (str(error) or type(error).__name__).partition("\n")[0].rstrip(":")
+
+
+def say(message: object) -> None:
+    """One line to the user, beside a command's output."""
+    print(f"reference_train: {message}", file=sys.stderr, flush=True)
+
+
+def run(main: Callable[[Sequence[str]], None]) -> None:
+    """Runs `main` with the command line's arguments.
+
+    Exit codes: 0 done, 1 it went wrong, 2 it can't start, 130 interrupted.
+    """
+    try:
+        main(sys.argv[1:])
+    except Stopped as error:
+        if is_first("LOCAL_RANK"):  # a file may be missing on one node only
+            say(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt as error:
+        say(str(error) or "interrupted")
+        sys.exit(130)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, and whose help keeps its lines."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises `CannotStart`."""
+        raise CannotStart(message)
+
+
+def number(condition: str, holds: Callable[[Any], bool], kind: Any = float) -> Callable[[str], Any]:
+    """An argument's type: a finite number for which `holds`."""
+
+    def parse(text: str) -> Any:
+        try:
+            if math.isfinite(value := kind(text)) and holds(value):
+                return value
+        except ValueError:
+            pass
+        what = "whole number" if kind is int else "number"
+        raise argparse.ArgumentTypeError(f"must be a {what} {condition}, not {text}")
+
+    return parse
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """An argument's type: an integer of at least `least`."""
+    return number(f">= {least}", lambda value: value >= least, int)
+
+
+def add_device(parser: Parser) -> None:
+    """Adds `--device`, a device on which something can be put."""
+    import torch  # not needed by what only builds data
+
+    def device(name: str) -> torch.device:
+        try:
+            return torch.empty(1, device=name).device
+        except (RuntimeError, AssertionError) as error:  # "not compiled with CUDA" is an assertion
+            raise argparse.ArgumentTypeError(f"{name}: {first_line(error)}") from error
+
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    words = "default: cuda (in bfloat16) if there is one, else cpu"
+    parser.add_argument("--device", type=device, default=default, help=words)
