@@ -42,7 +42,9 @@ def draw(result: Result, path: Path) -> None:
     figure, axes = panels([0.65 + 0.22 * len(found) for found in shown.values()] or [1.0])
     for ax, ((metric, name), found) in zip(axes, shown.items(), strict=False):
         for y, (title, (value, low, high), mark) in enumerate(found):
-            ax.barh(y, 100 * value, 0.9, color=COLOURS.get(title, "#8fa9c4"))
+            one_run = len(columns(result).get(title, ())) == 1
+            colour, hatch = COLOURS.get(title, "#8fa9c4"), "//" if one_run else None
+            ax.barh(y, 100 * value, 0.9, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
             ax.plot([100 * low, 100 * high], [y, y], color="black", linewidth=0.9)
             label = f" {100 * value:.{digits(value)}f}{mark}"
             ax.text(100 * max(value, high), y, label, va="center", fontsize=9)
@@ -55,6 +57,9 @@ def draw(result: Result, path: Path) -> None:
             ax.axvline(100 * by_lot, color="black", linestyle=":", linewidth=1.2)
             title += f" (chance {100 * by_lot:.2g})"
         ax.set_title(title, loc="right", fontsize=8)
+    legend = "bar: mean of the runs; line: lowest to highest\n"
+    legend += "hatched bar: one run; its line: 95% interval (Wilson); dotted: chance"
+    figure.supxlabel(legend, fontsize=8)
     save(figure, path)
 
 
