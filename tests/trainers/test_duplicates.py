@@ -1,8 +1,6 @@
-"""Duplicates in a batch: `caption_ids`, the recipes, and `--ignore-same-captions`."""
+"""Duplicates in a batch: `caption_ids` and the recipes."""
 
-import sys
-from argparse import Namespace
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +11,10 @@ pytest.importorskip("open_clip")
 pytest.importorskip("sybil")
 pytest.importorskip("webdataset")
 
-from open_clip.loss import ClipLoss, SigLipLoss
 from recipe_cases import batch, run, tiny_clip, tiny_hugging_face
 from torch import Tensor
 
-from cyclip_loss import CyCLIPLoss, caption_ids, open_clip_train
+from cyclip_loss import CyCLIPLoss, caption_ids
 
 HEADING = "Duplicates in a batch"
 
@@ -73,52 +70,3 @@ def test_the_recipe_of_hugging_face() -> None:
     loss, out = trainer.compute_loss(self, model, inputs, return_outputs=True)
     features = out.image_embeds, out.text_embeds, model.logit_scale.exp()
     assert torch.equal(loss, CyCLIPLoss()(*features, ids=torch.arange(32, device="cpu") % 8))
-
-
-class Trainer(ModuleType):
-    """Like OpenCLIP's, with one forward pass of model and loss. by_name: as in its version 4."""
-
-    def __init__(self, theirs: Any, by_name: bool = False, texts: int = 1, **options: Any) -> None:
-        super().__init__("open_clip_train.main")
-        self.parse_args = lambda argv: Namespace(**options)
-        self.create_model_and_transforms = lambda name, **more: (tiny_clip(), None, None)
-        self.create_loss = lambda args: theirs
-        self.by_name, self.texts = by_name, texts
-
-    def main(self, argv: list[str]) -> None:
-        self.args = self.parse_args(argv)
-        self.model, *_ = self.create_model_and_transforms("tiny", output_dict=True)
-        loss = self.create_loss(self.args)
-        images, tokens = duplicates()
-        by_name = self.by_name
-        out = self.model(image=images, text=tokens) if by_name else self.model(images, tokens)
-        if not self.texts:
-            self.model(images)
-        self.loss = loss(**out)
-
-
-def launch(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "open_clip_train", ModuleType("open_clip_train"))
-    monkeypatch.setitem(sys.modules, "open_clip_train.main", trainer)
-    open_clip_train.main(["--ignore-same-captions", "--reference-batch-size", "0"])
-
-
-@pytest.mark.parametrize("by_name", [False, True])
-def test_the_launcher(by_name: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = Trainer(ClipLoss(), by_name, accum_freq=1)
-    launch(trainer, monkeypatch)
-    assert torch.equal(trainer.loss, expected_loss(trainer.model))
-    assert trainer.args.ignore_same_captions
-
-
-@pytest.mark.parametrize(
-    ("trainer", "message"),
-    [
-        (Trainer(ClipLoss(), accum_freq=2), "not with --accum-freq above 1"),
-        (Trainer(SigLipLoss()), "for plain CLIP's loss only"),
-        (Trainer(ClipLoss(), texts=0), "the model was given no captions"),
-    ],
-)
-def test_what_cannot_work_stops(trainer: Trainer, message: str, monkeypatch) -> None:
-    with pytest.raises(SystemExit, match=f"--ignore-same-captions: {message}"):
-        launch(trainer, monkeypatch)

@@ -1,4 +1,4 @@
-"""The launcher: OpenCLIP's own trainer, and made-up ones that build their loss in other ways."""
+"""The launcher: OpenCLIP's own trainer, and a made-up one that builds its loss in several ways."""
 
 import json
 import re
@@ -20,9 +20,9 @@ from accuracy import TERMS
 from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
 from processes import run_python
 from recipe_cases import TEXT, VISION, blocks
-from torch import nn
+from torch import Tensor, nn
 
-from cyclip_loss import CyCLIPLoss, WithCyclicPenalty, open_clip_train
+from cyclip_loss import CyCLIPLoss, WithCyclicPenalty, caption_ids, open_clip_train
 from reference_train.data.emoji import EMOJI_FOLDER
 
 
@@ -91,52 +91,84 @@ def test_help_shows_ours_and_then_theirs() -> None:
     assert run.stdout.index("--lambda-inmodal LAMBDA") < run.stdout.index("--train-data TRAIN_DATA")
 
 
-# Made-up trainers: (the loss they ask for) -> a module like `open_clip_train.main`.
+class Model(nn.Module):
+    """Features of six pairs, of which each text is there twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(6, device="cpu"))
+
+    def forward(self, image: Tensor, text: Tensor | None = None) -> dict[str, Any]:
+        both = [nn.functional.normalize((self.weight + x).cos(), dim=1) for x in (image, 1 - image)]
+        return {"image_features": both[0], "text_features": both[1], "logit_scale": 10.0}
 
 
-def fake(loss: nn.Module | None, like: str = "", *, calls: bool = True, **options: Any) -> Any:
-    """A trainer like OpenCLIP 3 or 4, or one without a way to make a loss; it takes two steps."""
-    trainer: Any = ModuleType("open_clip_train.main")
-    trainer.terms, task = [], nn.Module()
-    trainer.parse_args = lambda argv: Namespace(argv=argv, **options)
-    trainer.make = lambda: loss
-    if like == "3":
-        trainer.create_loss = lambda args: loss
-        trainer.make = lambda: trainer.create_loss(None)
-    elif like == "4":
-        if loss is not None:
-            task.loss = loss
-        trainer.create_task = lambda args, model: task
-        trainer.make = lambda: trainer.create_task(None, model=None).loss
+IMAGES, TEXTS = torch.arange(6.0, device="cpu"), torch.arange(6, device="cpu")[:, None] % 3
 
-    def main(argv: list[str]) -> None:
-        trainer.args = trainer.parse_args(argv)
-        trainer.loss = trainer.make()
-        weight = nn.Parameter(torch.eye(4, device="cpu"))
-        optimizer = torch.optim.SGD([weight], lr=0.1)
-        for _ in range(2):
-            features = nn.functional.normalize(torch.randn(2, 6, 4, device="cpu") @ weight, dim=-1)
-            if calls:
-                terms = trainer.loss(*features, logit_scale=10.0, output_dict=True)
-                trainer.terms.append(terms)
-            features.sum().backward()
+
+class Trainer(ModuleType):
+    """Like OpenCLIP's: epochs of five steps of three batches.
+
+    like: the version, which is how it makes its loss; calls: whether it calls it; epoch: where it
+    resumes; texts: whether the model is given some; options: what its own flags give.
+    """
+
+    def __init__(
+        self,
+        theirs: Any,
+        like: str = "3",
+        calls: int = 1,
+        epoch: int = 1,
+        texts: int = 1,
+        **options: Any,
+    ) -> None:
+        super().__init__("open_clip_train.main")
+        self.parse_args = lambda argv: Namespace(argv=argv, **options)
+        self.cosine_lr = lambda optimizer, lr, warmup, steps: self.rates.append
+        self.create_model_and_transforms = lambda name, **more: (Model(), None, None)
+        self.rates, self.seen, self.terms = [], [], []
+        self.like, self.calls, self.epoch, self.texts, task = like, calls, epoch, texts, nn.Module()
+        if like == "3":
+            self.create_loss = lambda args: theirs
+        elif like == "4":
+            task.loss = theirs
+            self.create_task = lambda args, model: task
+        self.theirs, self.finished = theirs, False
+
+    def make_loss(self) -> Any:
+        if self.like == "4":
+            return self.create_task(None, model=None).loss
+        return self.create_loss(None) if self.like == "3" else self.theirs
+
+    def main(self, argv: list[str]) -> None:
+        self.args = self.parse_args(argv)
+        model, *_ = self.create_model_and_transforms("tiny", output_dict=True)
+        loss = self.loss = self.make_loss()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        set_rate = self.cosine_lr(optimizer, 0.1, 2, 10)
+        for step in range(5 * self.epoch, 10):
+            for _ in range(3):
+                if "--skip-scheduler" not in argv:
+                    set_rate(step)
+                given = {"text": TEXTS} if self.texts else {}
+                out = (
+                    model(image=IMAGES, **given)
+                    if self.like == "4"
+                    else model(IMAGES, *given.values())
+                )
+                if self.calls:
+                    self.terms.append(loss(**out, output_dict=True))
+                    self.seen.append((loss.lambda_inmodal, loss.lambda_crossmodal, loss.impl))
+                sum(x.sum() for x in list(out.values())[:2]).backward()
             optimizer.step()
-        trainer.finished = True
-
-    trainer.main = main
-    return trainer
+        self.finished = True
 
 
-def never_asks() -> Any:
-    trainer = fake(ClipLoss(), "3")
-    trainer.make = ClipLoss
-    return trainer
-
-
-def launch(trainer: Any, monkeypatch: pytest.MonkeyPatch, *argv: str) -> Any:
+def launch(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, *argv: str) -> Trainer:
     monkeypatch.setitem(sys.modules, "open_clip_train", ModuleType("open_clip_train"))
     monkeypatch.setitem(sys.modules, "open_clip_train.main", trainer)
     open_clip_train.main(argv)
+    assert trainer.finished
     return trainer
 
 
@@ -144,12 +176,11 @@ def launch(trainer: Any, monkeypatch: pytest.MonkeyPatch, *argv: str) -> Any:
 def test_clip_is_replaced(like: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # torchrun takes a "--" between its own flags and these.
     argv = ("--", "--lambda-inmodal", "0.5", "--dist-impl", "ring", "--epochs", "3")
-    trainer = launch(fake(ClipLoss(local_loss=True), like), monkeypatch, *argv)
-    assert trainer.finished
+    trainer = launch(Trainer(ClipLoss(local_loss=True), like), monkeypatch, *argv)
     loss = trainer.loss
     assert type(loss) is CyCLIPLoss
     assert (loss.lambda_inmodal, loss.lambda_crossmodal, loss.dist_impl) == (0.5, 0.25, "ring")
-    assert loss.local_loss
+    assert (loss.local_loss, loss.reference_batch_size) == (True, 128)
     assert tuple(trainer.terms[0]) == TERMS
     # Theirs get their flags; the parsed ones have ours as well.
     assert trainer.args.argv == ["--epochs", "3"]
@@ -161,85 +192,78 @@ def test_clip_is_replaced(like: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("like", ["3", "4"])
-@pytest.mark.parametrize(("size", "expected"), [(None, 128), ("512", 512), ("0", None)])
-def test_other_losses_get_the_penalties(like: str, size, expected, monkeypatch) -> None:
+@pytest.mark.parametrize("theirs", [SigLipLoss(), CoCaLoss(2.0, 1.0), DistillClipLoss()])
+def test_other_losses_get_the_penalties(like: str, theirs: Any, monkeypatch) -> None:
     """Whose weights mean the same at every batch size, unless that is 0."""
-    for loss in (SigLipLoss(), CoCaLoss(2.0, 1.0), DistillClipLoss()):
-        trainer = fake(loss, like)
-        trainer.main = lambda argv, it=trainer: setattr(it, "loss", it.make())
-        launch(trainer, monkeypatch, *(["--reference-batch-size", size] if size else []))
-        assert trainer.loss.reference_batch_size == expected
-        assert isinstance(trainer.loss, WithCyclicPenalty)
-        assert trainer.loss.loss is loss
+    for given, expected in ((), 128), (("--reference-batch-size", "0"), None):
+        trainer = Trainer(theirs, like)
+        trainer.main = lambda argv, it=trainer: vars(it).update(loss=it.make_loss(), finished=True)
+        loss = launch(trainer, monkeypatch, *given).loss
+        assert isinstance(loss, WithCyclicPenalty)
+        assert (loss.reference_batch_size, loss.loss) == (expected, theirs)
+
+
+CAPTIONS = "--ignore-same-captions"
 
 
 @pytest.mark.parametrize(
-    ("trainer", "message"),
+    ("trainer", "flag", "message"),
     [
-        (fake(ClipLoss()), "in a way that this launcher does not know"),
-        (never_asks(), "not asked for"),
-        (fake(ClipLoss(), "3", calls=False), "made but not called"),
-        (fake(ClipLoss(), "4", calls=False), "made but not called"),
-        (fake(None, "4"), "no loss of two features: loss must be a module, got None"),
-        (fake(nn.CrossEntropyLoss(), "4"), "CrossEntropyLoss.forward takes ['input', 'target']"),
-        (fake(ClipLoss(), "3", horovod=True), "--horovod is not supported"),
+        (Trainer(ClipLoss(), ""), None, "in a way that this launcher does not know"),
+        (Trainer(ClipLoss(), calls=0), None, "made but not called"),
+        (Trainer(ClipLoss(), "4", calls=0), None, "made but not called"),
+        (Trainer(None, "4"), None, "no loss of two features: loss must be a module, got None"),
+        (Trainer(nn.CrossEntropyLoss()), None, "Loss.forward takes ['input', 'target']"),
+        (Trainer(nn.CrossEntropyLoss(), "4"), None, "Loss.forward takes ['input', 'target']"),
+        (Trainer(ClipLoss(), horovod=True), None, "--horovod is not supported"),
+        (Trainer(ClipLoss(), accum_freq=2), CAPTIONS, f"{CAPTIONS}: not with --accum-freq above 1"),
+        (Trainer(SigLipLoss()), CAPTIONS, f"{CAPTIONS}: for plain CLIP's loss only"),
+        (Trainer(ClipLoss(), texts=0), CAPTIONS, f"{CAPTIONS}: the model was given no captions"),
     ],
 )
-def test_what_cannot_work_stops(trainer: Any, message: str, monkeypatch) -> None:
+def test_what_cannot_work_stops(trainer: Trainer, flag, message: str, monkeypatch) -> None:
     with pytest.raises(SystemExit) as stopped:
-        launch(trainer, monkeypatch)
+        launch(trainer, monkeypatch, *([flag] if flag else []))
     assert message in str(stopped.value)
     assert "\n" not in str(stopped.value)
-    assert not hasattr(trainer, "finished")
+    assert not trainer.finished
 
 
-@pytest.mark.parametrize("name", ["lambda_inmodal", "reference_batch_size"])
-def test_wrong_weights_are_refused_before_anything_starts(name: str, monkeypatch, capsys) -> None:
+def test_a_trainer_that_never_asks_for_a_loss_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(CyCLIPLoss())
+    trainer.make_loss = CyCLIPLoss
+    with pytest.raises(SystemExit, match="not asked for"):
+        launch(trainer, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("flag", "wrong", "message"),
+    [
+        ("--lambda-inmodal", "-1", "lambda_inmodal must be finite and >= 0"),
+        ("--reference-batch-size", "-1", "reference_batch_size must be >= 1"),
+        *(("--lambda-warmup", wrong, f"value: '{wrong}'") for wrong in ("-1", "1.5", "half")),
+    ],
+)
+def test_wrong_flags_are_refused_first(flag, wrong, message, monkeypatch, capsys) -> None:
     with pytest.raises(SystemExit) as stopped:
-        launch(fake(ClipLoss(), "3"), monkeypatch, f"--{name.replace('_', '-')}", "-1")
+        launch(Trainer(ClipLoss()), monkeypatch, flag, wrong)
     assert stopped.value.code == 2
-    assert name in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 class Other(ClipLoss):
     """By its type, none that CyCLIPLoss may stand for."""
 
 
-def with_schedule(trainer: Any, epoch: int = 0) -> Any:
-    """Trains as the real ones do: 2 epochs of 5 steps of 3 batches, resumed from an epoch."""
-    trainer.cosine_lr = lambda optimizer, lr, warmup, steps: trainer.rates.append
-    trainer.rates, trainer.seen = [], []
-
-    def main(argv: list[str]) -> None:
-        trainer.args = trainer.parse_args(argv)
-        loss = trainer.make()
-        weight = nn.Parameter(torch.eye(4, device="cpu"))
-        optimizer = torch.optim.SGD([weight], lr=0.1)
-        scheduler = trainer.cosine_lr(optimizer, 0.1, 2, 10)
-        for step in range(5 * epoch, 10):
-            for _ in range(3):
-                if "--skip-scheduler" not in argv:
-                    scheduler(step)
-                features = nn.functional.normalize(torch.eye(2, 4, device="cpu") @ weight, dim=-1)
-                loss(features, features.flip(0), logit_scale=10.0).backward()
-                trainer.seen.append((loss.lambda_inmodal, loss.lambda_crossmodal, loss.impl))
-            optimizer.step()
-
-    trainer.main = main
-    return trainer
-
-
-@pytest.mark.parametrize("version", ["3", "4"])
+@pytest.mark.parametrize("like", ["3", "4"])
 @pytest.mark.parametrize("theirs", [ClipLoss, Other])
 @pytest.mark.parametrize(
     ("warmup", "length", "epoch"), [("4", 4, 0), ("8", 8, 1), ("0.8", 8, 1), ("1.0", 10, 0)]
 )
-def test_the_weights_warm_up(
-    version: str, theirs: Any, warmup: str, length: int, epoch: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trainer = with_schedule(fake(theirs(), version), epoch)
+def test_the_weights_warm_up(like: str, theirs, warmup, length, epoch, monkeypatch) -> None:
+    """Over steps or a share of all ten, also in a run that resumes."""
     argv = ("--lambda-warmup", warmup, "--lambda-crossmodal", "1", "--impl", "eager")
-    launch(trainer, monkeypatch, *argv)
+    trainer = launch(Trainer(theirs(), like, epoch=epoch), monkeypatch, *argv)
     steps = [step for step in range(5 * epoch, 10) for _ in range(3)]
     shares = [min(1.0, (step + 1) / length) for step in steps]
     assert trainer.seen == [(0.25 * share, share, "eager") for share in shares]
@@ -247,19 +271,21 @@ def test_the_weights_warm_up(
     assert trainer.args.lambda_warmup == float(warmup)
 
 
-def test_a_warm_up_without_a_schedule_stops(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    launch(with_schedule(fake(ClipLoss(), "3")), monkeypatch, "--skip-scheduler")
-    argv = ("--skip-scheduler", "--lambda-warmup", "2")
+def test_a_warm_up_without_a_schedule_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch(Trainer(ClipLoss()), monkeypatch, "--skip-scheduler")
     with pytest.raises(SystemExit, match="--lambda-warmup saw no step"):
-        launch(with_schedule(fake(ClipLoss(), "3")), monkeypatch, *argv)
-    for wrong in ("-1", "1.5", "half"):
-        with pytest.raises(SystemExit):
-            launch(fake(ClipLoss(), "3"), monkeypatch, "--lambda-warmup", wrong)
-        assert (
-            f"--lambda-warmup: invalid steps_or_share value: '{wrong}'" in capsys.readouterr().err
-        )
+        launch(Trainer(ClipLoss()), monkeypatch, "--skip-scheduler", "--lambda-warmup", "2")
+
+
+@pytest.mark.parametrize("like", ["3", "4"])
+def test_same_captions_are_ignored(like: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss is that of the captions' ids, which it never sees."""
+    trainer = launch(Trainer(ClipLoss(), like, accum_freq=1), monkeypatch, CAPTIONS)
+    expected = trainer.loss(**Model()(IMAGES), output_dict=True, ids=caption_ids(TEXTS))
+    assert {name: term.item() for name, term in trainer.terms[0].items()} == {
+        name: term.item() for name, term in expected.items()
+    }
+    assert trainer.args.ignore_same_captions
 
 
 def test_the_trainer_of_open_clip_2(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,7 +293,7 @@ def test_the_trainer_of_open_clip_2(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(SystemExit, match=r"import of open_clip_train.*pip install"):
         open_clip_train.main([])
-    trainer: Any = fake(ClipLoss(), "3")
+    trainer = Trainer(ClipLoss())
     monkeypatch.setitem(sys.modules, "training", ModuleType("training"))
     monkeypatch.setitem(sys.modules, "training.main", trainer)
     open_clip_train.main([])
