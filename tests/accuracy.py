@@ -17,7 +17,7 @@ from.
 """
 
 from math import log
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -74,7 +74,13 @@ def growth(d: int, eps: float) -> float:
 
 
 def contrastive_bound(
-    rows: Tensor, columns: Tensor, scale: float, eps: Eps, symmetric: bool, g_is_rounded: bool
+    rows: Tensor,
+    columns: Tensor,
+    scale: float,
+    ids: Tensor | None,
+    eps: Eps,
+    symmetric: bool,
+    g_is_rounded: bool,
 ) -> list[Tensor]:
     """eps * scale of a contrastive term of two features (n, D): value, dRows, dColumns, ds.
 
@@ -85,7 +91,7 @@ def contrastive_bound(
     g_is_rounded: before it is summed up to ds, which the kernels do first.
     """
     n, d = rows.shape
-    logits = scale * rows @ columns.T
+    logits = reference.without_same_ids(scale * rows @ columns.T, ids)
     cosines = rows.abs() @ columns.abs().T
     # Errors of a log-sum-exp, of size log n + the largest logit, are common to a whole row.
     size = growth(d, eps.logits) * (1 + abs(scale) * cosines.max()) + log(n)
@@ -97,7 +103,7 @@ def contrastive_bound(
     loss = reference.contrastive_loss if symmetric else reference.one_way_contrastive_loss
     value = (eps.logits * exact.trace() / n + FLOAT64) * size
     return [
-        value + eps.logits * loss(rows, columns, scale),
+        value + eps.logits * loss(rows, columns, scale, ids),
         abs(scale) * errors @ columns.abs(),
         abs(scale) * errors.T @ rows.abs(),
         ((errors if g_is_rounded else of_logits) * cosines).sum(),
@@ -139,8 +145,8 @@ def bounds(case: Case, features: dict[str, Tensor], impl: str, tf32: bool) -> di
     parts = [("image", "text", 0.5 if case.views else 1.0)]
     parts += [("image", "image_view", 0.25), ("text", "text_view", 0.25)] if case.views else []
     for rows, columns, share in parts:
-        arguments = (exact[rows], exact[columns], case.logit_scale, eps, columns == "text", rounded)
-        value, *grads = contrastive_bound(*arguments)
+        inputs = (exact[rows], exact[columns], case.logit_scale, case.ids("cpu"))
+        value, *grads = contrastive_bound(*inputs, eps, columns == "text", rounded)
         found[TERMS[0]] += share * value
         for name, grad in zip((rows, columns, "logit_scale"), grads, strict=True):
             found[name] += share * abs(weights[0]) * grad
@@ -164,10 +170,8 @@ def exact_results(
 
     def dense(*views: Tensor) -> dict[str, Tensor]:
         both = (leaves["image"], leaves["text"], scale)
-        size = case.reference_batch_size
-        return one_contrastive_term(
-            reference.cyclip_loss(*both, *case.lambdas, *views, reference_batch_size=size)
-        )
+        options = {"reference_batch_size": case.reference_batch_size, "ids": case.ids("cpu")}
+        return one_contrastive_term(reference.cyclip_loss(*both, *case.lambdas, *views, **options))
 
     terms = dense()
     parts = [weight * term for weight, term in zip(weights, terms.values(), strict=True)]
@@ -202,7 +206,12 @@ def results(loss, image: Tensor, text: Tensor, logit_scale: Tensor, upstream=1.0
 
 
 def evaluate(
-    case: Case, features: dict[str, Tensor], impl: str, device: Device, **over_ranks
+    case: Case,
+    features: dict[str, Tensor],
+    impl: str,
+    device: Device,
+    ids: Tensor | None = None,
+    **over_ranks: Any,
 ) -> tuple[dict[str, Tensor], Grads]:
     """The loss's terms, or their sum, and all gradients, by name; the inputs are left alone."""
     given = features | {"logit_scale": case.scale(device)}
@@ -221,7 +230,7 @@ def evaluate(
             names = ("augmented_image_features", "augmented_text_features")
             augmented = dict(zip(names, views, strict=False))
             loss = CyCLIPLoss(*case.lambdas, **options, **over_ranks)
-            terms = loss(image, text, scale, None, case.output_dict, **augmented)
+            terms = loss(image, text, scale, None, case.output_dict, ids=ids, **augmented)
         terms = one_contrastive_term(terms) if case.output_dict else {"loss": terms}
         weights = dict(zip(TERMS, case.weights, strict=True)) | {"loss": case.upstream[0]}
         total = sum(weights[name] * term for name, term in terms.items())
@@ -263,7 +272,7 @@ def check(
 def check_loss(case: Case, impl: str, device: Device, tf32: bool = False) -> Results:
     """Terms and gradients are accurate; returns the value and the first gradients."""
     features = case.features(device)
-    terms, grads = evaluate(case, features, impl, device)
+    terms, grads = evaluate(case, features, impl, device, case.ids(device))
     check(case, features, terms, grads, impl, tf32)
     return Results(sum(terms.values()), *(grads[name] for name in NAMES[1:]))
 

@@ -41,11 +41,9 @@ class Case:
     penalties_alone: bool = False
     output_dict: bool = False
     frozen: frozenset[str] = frozenset()  # what needs no gradient
-    upstream: tuple[float, float, float] = (
-        1.0,
-        1.0,
-        1.0,
-    )  # of the three terms; the first if summed
+    # Of the three terms; the first if summed.
+    upstream: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    distinct_ids: int | None = None  # at most so many; None: no ids
     strip_rows: int | None = None
     seed: int = 0
 
@@ -70,6 +68,12 @@ class Case:
         features = self.features(device)
         return features["image"], features["text"], self.scale(device)
 
+    def ids(self, device: Device) -> Tensor | None:
+        """(n,), some of which differ in half of their bits only; 8 bytes off a base."""
+        if self.distinct_ids is None or self.penalties_alone:
+            return None
+        return some_ids(self.n, self.distinct_ids, self.seed).to(device)
+
     @property
     def world_size(self) -> int:
         """Over how many ranks DDP averages gradients, which are that many times as large."""
@@ -80,6 +84,13 @@ class Case:
         """What the three terms are multiplied by before backward."""
         weights = self.upstream if self.output_dict else self.upstream[:1] * 3
         return (0.0, *weights[1:]) if self.penalties_alone else weights
+
+
+def some_ids(n: int, distinct: int, seed: int) -> Tensor:
+    """At most so many distinct ones, on the CPU."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    drawn = torch.randint(0, distinct, (n + 1,), generator=generator, device="cpu")[1:]
+    return drawn % 3 - 1 + (drawn // 3 - 1) * 2**32
 
 
 def loss_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -147,6 +158,7 @@ DRAWN: dict[str, st.SearchStrategy[Any]] = {
         st.frozensets(st.sampled_from(["image", "text", "logit_scale", *VIEWS])),
     ),
     "upstream": st.tuples(UPSTREAM, UPSTREAM, UPSTREAM),
+    "distinct_ids": st.sampled_from([None, None, 1, 6, 90]),
     "strip_rows": st.sampled_from([None, 1, 7, 32]),
     "seed": st.integers(0, 2**31),
 }

@@ -30,10 +30,9 @@ def test_kernels_take_their_flops() -> None:
     assert penalties == pytest.approx(6 * n * d**2 / (triton / 2))
 
 
-@pytest.mark.parametrize("name", list(CHIPS))
 @pytest.mark.parametrize("way", list(WAYS))
-def test_more_ranks_and_wider_features_cost_more(way: str, name: str) -> None:
-    cases = [Case(CHIPS[name], ranks, 4096, 512) for ranks in (1, 8, 16, 512, 4096)]
+def test_more_ranks_and_wider_features_cost_more(way: str) -> None:
+    cases = [Case(H100, ranks, 4096, 512) for ranks in (1, 8, 16, 512, 4096)]
     seconds, memory = zip(*map(WAYS[way], cases), strict=True)
     assert list(seconds) == sorted(seconds)
     assert list(memory) == sorted(memory)

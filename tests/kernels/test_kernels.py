@@ -17,7 +17,6 @@ from processes import ROOT, run_python
 
 from benchmarks.gate import command as ahead_of_time
 from cyclip_loss import kernels, ops
-from cyclip_loss.functional import cyclic_penalty
 from cyclip_loss.kernels import configs
 
 on_a_cpu = pytest.mark.skipif(
@@ -164,31 +163,3 @@ def test_the_newer_float32_setting_is_understood() -> None:
     )
     run = run_python("-c", code)
     assert run.stdout == "tf32\n", run.stderr
-
-
-@on_a_cpu
-@needs_triton
-@pytest.mark.parametrize("distance", [None, 0.3, 0.03, 0.003])
-def test_what_tf32_costs_the_penalties_of_bfloat16_features(
-    distance: float | None, device: torch.device
-) -> None:
-    """The figure in `kernels/cyclic_statistics.py`: what precedes the rounding to bfloat16.
-
-    The features are bfloat16 numbers, held in float32 so that the gradient comes out unrounded: the
-    interpreter chops where it stores bfloat16, which a GPU does not.
-    """
-    case = Case(n=300, d=64, dtype=torch.bfloat16, distance=distance)
-    image, text = (features.float() for features in case.inputs(device)[:2])
-    wide = image.double().requires_grad_()
-    cyclic_penalty(wide, text.double()).backward()
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        leaf = image.clone().requires_grad_()
-        cyclic_penalty(leaf, text, impl="triton").backward()
-    finally:
-        torch.set_float32_matmul_precision(before)
-    error = ((leaf.grad - wide.grad).norm() / wide.grad.norm()).item()
-    print(f"|T - I| = {distance}: {error:.1e}")
-    # tf32 rounds to 2^-11 at most, bfloat16 to 2^-9: the result's own rounding is the larger error.
-    assert 1e-5 < error < 2.0**-11

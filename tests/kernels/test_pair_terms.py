@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from conftest import needs_triton
+from inputs import lay_out, normal
 from torch import Tensor
 
 from cyclip_loss import eager, kernels
@@ -61,31 +62,17 @@ def test_each_gap_is_accurate(gap: float, device) -> None:
     assert of_pair.item() == pytest.approx(-sigmoid, rel=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("chunk_columns", "chunks"), [(96, 0), (40, 2), (8, 8), (1, 32)])
 def test_a_few_rows_against_many_columns(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, device: torch.device
+    chunk_columns: int, chunks: int, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
     """The sum over columns in chunks is the sum, whatever chunks there are."""
-    generator = torch.Generator().manual_seed(0)
-    a, b = (
-        torch.randn(shape, generator=generator, device="cpu").to(dtype)
-        for shape in ((6, 96), (96, 10))
-    )
-    # A block of G is part of wider rows, the features may be too.
-    a = a.new_empty(6, 128)[:, :96].copy_(a).to(device)
-    b = b.to(device)
-    exact = a.double() @ b.double()
-    summed = []
-    batched = torch.Tensor.sum
-    monkeypatch.setattr(
-        torch.Tensor,
-        "sum",
-        lambda x, *args, **named: summed.append(len(x)) or batched(x, *args, **named),
-    )
-    for chunk_columns, chunks in ((96, None), (40, 2), (8, 8), (1, 32)):
-        monkeypatch.setattr(products, "CHUNK_COLUMNS", chunk_columns)
-        summed.clear()
-        actual = products.product_over_columns(a, b, torch.float32)
-        assert summed == ([] if chunks is None else [chunks])
-        assert actual.dtype == torch.float32
-        torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(products, "CHUNK_COLUMNS", chunk_columns)
+    a, b = normal(6, 96, device=device).float(), normal(96, 10, seed=1, device=device).float()
+    a = lay_out(a, "rows 8 elements wider")  # as a block of G is
+    summed, batched = [], Tensor.sum
+    count = lambda x, *args, **named: summed.append(len(x)) or batched(x, *args, **named)  # noqa: E731
+    monkeypatch.setattr(Tensor, "sum", count)
+    actual = products.product_over_columns(a, b, torch.float32)
+    assert summed == [chunks] * (chunks > 0)
+    torch.testing.assert_close(actual.double(), a.double() @ b.double(), rtol=1e-5, atol=1e-5)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from accuracy import NAMES, results
+from accuracy import results
 from inputs import Case, normal, pairs
 from torch import nn
 from towers import IMAGE_SIZE, TEXT_SIZE, TwoTowers
@@ -20,20 +20,6 @@ OPENCLIP_KEYWORDS = {"local_loss": True, "gather_with_grad": True, "cache_labels
 OPENCLIP_KEYWORDS |= {"rank": 0, "world_size": 1, "use_horovod": False}
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("logit_scale", [0.5, 100.0])
-@pytest.mark.parametrize(("n", "d"), [(50, 24), (20, 24)], ids=["large", "small"])
-def test_without_penalties_it_is_clip_loss(impl, n, d, logit_scale, dtype, device) -> None:
-    inputs = Case(n, d, dtype, logit_scale=logit_scale).inputs(device)
-    ours, theirs = (
-        results(loss, *inputs) for loss in (CyCLIPLoss(0, 0, impl=impl), open_clip.ClipLoss())
-    )
-    for name in NAMES:
-        one, other = getattr(ours, name), getattr(theirs, name)
-        atol = (20 + logit_scale) * torch.finfo(dtype).eps * other.abs().max().item()
-        torch.testing.assert_close(one, other, rtol=0, atol=atol)
-
-
 def train(loss: nn.Module, with_bias: bool, device: torch.device) -> tuple[list[float], TwoTowers]:
     """Eight steps the way OpenCLIP's `train_one_epoch` takes them."""
     torch.manual_seed(0)
@@ -41,7 +27,7 @@ def train(loss: nn.Module, with_bias: bool, device: torch.device) -> tuple[list[
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     history = []
     for step in range(8):
-        rows = 16 if step < 7 else 5  # a last batch that is smaller
+        rows = 20 if step < 7 else 5  # a last batch that is small
         both = normal(rows, IMAGE_SIZE + TEXT_SIZE, seed=step, device=device)
         batch = both.split((IMAGE_SIZE, TEXT_SIZE), dim=1)
         optimizer.zero_grad()
@@ -84,16 +70,18 @@ def test_arguments_of_clip_loss_come_first() -> None:
     assert set(inspect.signature(open_clip.ClipLoss).parameters) <= keywords
 
 
-@pytest.mark.parametrize("shape", [(), (1,)])
 @pytest.mark.parametrize("output_dict", [False, True])
-def test_logit_bias_changes_nothing(impl, output_dict, shape, device: torch.device) -> None:
+def test_logit_bias_changes_nothing(impl, output_dict, device: torch.device) -> None:
     image, text = pairs(12, 4, device=device)
-    bias = torch.full(shape, 1e4, requires_grad=True, device=device)
-    plain = CyCLIPLoss(impl=impl)(image, text, 10.0, output_dict=output_dict)
-    shifted = CyCLIPLoss(impl=impl)(image, text, 10.0, bias, output_dict)
-    assert shifted == plain == CyCLIPLoss(impl=impl)(image, text, 10.0, -1.0, output_dict)
-    (sum(shifted.values()) if output_dict else shifted).backward()
-    assert torch.equal(bias.grad, torch.zeros(shape, device=device))
+    loss = CyCLIPLoss(impl=impl)
+    plain = loss(image, text, 10.0, output_dict=output_dict)
+    assert plain == loss(image, text, 10.0, -1.0, output_dict)
+    for shape in ((), (1,)):
+        bias = torch.full(shape, 1e4, requires_grad=True, device=device)
+        shifted = loss(image, text, 10.0, bias, output_dict)
+        assert shifted == plain
+        (sum(shifted.values()) if output_dict else shifted).backward()
+        assert torch.equal(bias.grad, torch.zeros(shape, device=device))
 
 
 FORMS_OF_THE_SCALE = {
@@ -108,7 +96,7 @@ FORMS_OF_THE_SCALE = {
 
 
 @pytest.mark.parametrize("form", FORMS_OF_THE_SCALE)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_forms_of_the_logit_scale(impl: str, dtype, form: str, device: torch.device) -> None:
     """All the same number; a tensor gets a gradient of its own shape and dtype."""
     case = Case(20, 6, dtype)
@@ -125,21 +113,13 @@ def test_forms_of_the_logit_scale(impl: str, dtype, form: str, device: torch.dev
         assert loss(image, text, number) == actual.value == expected.value
 
 
-def run(program: str) -> None:
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
-
-
-def test_a_loss_on_cpu_imports_little() -> None:
-    """No more than PyTorch does for any custom operator, and no kernels."""
-    run(
-        "import torch, cyclip_loss, sys\n"
-        "assert not {'triton', 'open_clip', 'torch._dynamo'} & set(sys.modules)\n"
-        "features = torch.ones(3, 2, requires_grad=True)\n"
-        "cyclip_loss.CyCLIPLoss()(features, features * 2, 10.0).backward()\n"
-        "assert 'cyclip_loss.kernels' not in sys.modules"
-    )
-
-
+IMPORTS_LITTLE = """
+import torch, cyclip_loss, sys
+assert not {'triton', 'open_clip', 'torch._dynamo'} & set(sys.modules)
+features = torch.ones(3, 2, requires_grad=True)
+cyclip_loss.CyCLIPLoss()(features, features * 2, 10.0).backward()
+assert 'cyclip_loss.kernels' not in sys.modules
+"""
 WITHOUT_DISTRIBUTED = """
 import sys, torch
 del torch._C._c10d_init
@@ -154,5 +134,7 @@ assert cyclip_loss.CyCLIPLoss()(torch.eye(3), torch.eye(3), 10.0) > 0
 """
 
 
-def test_pytorch_that_was_built_without_distributed() -> None:
-    run(WITHOUT_DISTRIBUTED)
+@pytest.mark.parametrize("program", [IMPORTS_LITTLE, WITHOUT_DISTRIBUTED])
+def test_a_loss_on_cpu(program: str) -> None:
+    """Imports no more than PyTorch does for any operator; PyTorch may lack distributed."""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

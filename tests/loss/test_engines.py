@@ -8,12 +8,18 @@ from accuracy import check_bound, eps_of, exact_on_host
 from conftest import set_strip_rows
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from inputs import LAYOUTS, lay_out, pairs
+from inputs import LAYOUTS, lay_out, pairs, some_ids
 
 from cyclip_loss import ops
 
 SCALE, GRAD, WEIGHT = 5.0, 0.25, 0.5
-RECTANGLE = {"layout": "contiguous", "seed": 1, "needs": (True, True, True), "wide": False}
+RECTANGLE = {
+    "layout": "contiguous",
+    "seed": 1,
+    "needs": (True, True, True),
+    "wide": False,
+    "with_ids": False,
+}
 # A row against more columns than a block has; a few rows that the diagonal leaves.
 ONE_ROW = RECTANGLE | {"n": 1, "m": 37, "d": 3, "first_column": 5, "strip_rows": None}
 WIDE = RECTANGLE | {"n": 5, "m": 16385, "d": 3, "first_column": 16380, "strip_rows": 7}
@@ -33,20 +39,23 @@ TALL = RECTANGLE | {"n": 20, "m": 9, "d": 5, "first_column": -6, "strip_rows": 7
     dtype=st.sampled_from([torch.float32, torch.float32, torch.float16, torch.bfloat16]),
     needs=st.tuples(st.booleans(), st.booleans(), st.booleans()),
     wide=st.booleans(),
+    with_ids=st.booleans(),
 )
 @example(**ONE_ROW, symmetric=True, dtype=torch.bfloat16)
 @example(**WIDE, symmetric=True, dtype=torch.float32)
-@example(**TALL, symmetric=True, dtype=torch.float32)
+@example(**TALL | {"with_ids": True}, symmetric=True, dtype=torch.float32)
 @example(**TALL | {"needs": (False, False, True)}, symmetric=False, dtype=torch.float16)
 def test_contrastive_rectangles(
-    n, m, d, first_column, symmetric, strip_rows, layout, seed, dtype, needs, wide, impl, device
-) -> None:
+    n, m, d, first_column, symmetric, strip_rows, layout, seed, dtype, needs, wide, with_ids,
+    impl, device,
+) -> None:  # fmt: skip
     """As the docstrings say, with log-sum-exps larger than the rectangle's, as over ranks."""
     image, text = (rows.to(dtype) for rows in pairs(max(n, m), d, seed=seed, device=device))
     image, text = lay_out(image[:n], layout), lay_out(text[:m], layout)
     i, t = exact_on_host(image), exact_on_host(text)
     cosines, sizes = i @ t.T, i.abs() @ t.abs().T
     logits = SCALE * cosines
+    row_ids, column_ids = some_ids(n, 9, seed), some_ids(m, 9, seed + 1)
     row_lse = (logits.logsumexp(1) + 0.5).float()
     column_lse = (logits.logsumexp(0) + torch.linspace(0, 2, m, device="cpu")).float()
     pair_gradient = torch.linspace(-1, -1e-4, n, device="cpu")
@@ -54,14 +63,16 @@ def test_contrastive_rectangles(
     engine, scale = ops.engine(impl, image), torch.tensor(SCALE, device=device)
     with pytest.MonkeyPatch.context() as monkeypatch:
         set_strip_rows(monkeypatch, strip_rows)
-        found = engine.contrastive_lse(image, text, scale, first_column, symmetric)
+        of_device = (row_ids.to(device), column_ids.to(device)) if with_ids else None
+        found = engine.contrastive_lse(image, text, scale, first_column, symmetric, of_device)
         given = (*(lse.to(device) for lse in lses), torch.tensor(GRAD, device=device), WEIGHT)
-        options = (first_column, symmetric, [*needs], wide)
+        options = (first_column, symmetric, [*needs], wide, of_device)
         grads = engine.contrastive_grads(image, text, scale, *given, *options)
 
     columns, rows = torch.arange(m, device="cpu"), torch.arange(n, device="cpu")
     is_pair = columns == rows[:, None] + first_column
-    negatives = logits.masked_fill(is_pair, -torch.inf)
+    same = (row_ids[:, None] == column_ids) & with_ids
+    negatives = logits.masked_fill(is_pair | same, -torch.inf)
     eps = eps_of(impl, image)
     exact = (negatives.logsumexp(1), negatives.logsumexp(0), (logits * is_pair).sum(1))
     for lse, right in zip(found, exact, strict=True):
@@ -78,7 +89,7 @@ def test_contrastive_rectangles(
     assert bool((found[2].cpu()[~is_pair.any(1)] == 0).all())
 
     exps = (logits - row_lse[:, None]).exp()
-    exps = exps + (logits - column_lse).exp() if symmetric else exps
+    exps = (exps + (logits - column_lse).exp() if symmetric else exps).masked_fill(same, 0.0)
     g = GRAD * WEIGHT * torch.where(is_pair, pair_gradient[:, None].double(), exps)
     # A logit's or log-sum-exp's absolute error is a relative one of the exponentials.
     of_logits = eps.logits * (1 + row_lse.abs().max() + column_lse.abs().max() + SCALE) * g.abs()

@@ -35,6 +35,10 @@ class RankCase(Case):
         whole = self.features(own_device())
         return {name: rows.split(self.rows)[rank] for name, rows in whole.items()}
 
+    def ids_of_rank(self, rank: int) -> Tensor | None:
+        ids = self.ids(own_device())
+        return None if ids is None else ids.split(self.rows)[rank]
+
     def rank_inputs(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """A rank's images and texts, and the logit scale."""
         features = self.of_rank(rank)
@@ -44,7 +48,8 @@ class RankCase(Case):
 def step(rank: int, world_size: int, case: RankCase) -> tuple[dict[str, Tensor], Grads]:
     """The terms and this rank's gradients; runs on every rank."""
     options = {"dist_impl": case.dist_impl, "uneven": case.uneven}
-    return evaluate(case, case.of_rank(rank), case.impl, own_device(), **options)
+    inputs = (case.of_rank(rank), case.impl, own_device(), case.ids_of_rank(rank))
+    return evaluate(case, *inputs, **options)
 
 
 def check_ranks(case: RankCase, ranks: Ranks) -> None:

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from accuracy import evaluate
-from pool import RankError, Ranks, own_device
+from pool import RankError, Ranks
 from rank_cases import RankCase
+from rank_cases import step as take_step
 from test_ranks import DIST_IMPLS
 
 Step = list[tuple[int, dict]]  # each rank's (rows, options)
@@ -16,9 +16,8 @@ def outcomes(rank: int, world_size: int, steps: list[Step]) -> list[str]:
     for step in steps:
         n, options = step[rank]
         case = RankCase(rows=(n,) * world_size, **({"dtype": torch.float32, "d": 4} | options))
-        over_ranks = {"dist_impl": case.dist_impl, "uneven": case.uneven}
         try:
-            evaluate(case, case.of_rank(rank), "eager", own_device(), **over_ranks)
+            take_step(rank, world_size, case)
             found.append("right")
         except ValueError as error:
             found.append(str(error))
@@ -46,6 +45,7 @@ def both_hold(n: int, **options) -> Step:
         ("lambda_crossmodal", {"lambdas": (0.25, 0.0)}),
         ("reference_batch_size", {"reference_batch_size": 128}),
         ("augmented features", {"views": True}),
+        ("ids are given", {"distinct_ids": 3}),
         ("require a gradient", {"frozen": frozenset(["text"])}),
     ],
     ids=str,

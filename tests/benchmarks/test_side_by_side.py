@@ -1,0 +1,247 @@
+"""The side-by-side benchmark: what it measures, how it takes a failure, and its record."""
+
+import json
+import math
+import sys
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from processes import run_python
+
+pytest.importorskip("matplotlib")
+
+from benchmarks import memory, record
+from benchmarks.compare import (
+    accuracy,
+    competitors,
+    cost,
+    plot,
+    report,
+    side_by_side,
+    training_step,
+)
+from benchmarks.compare.competitors import AUTHORS, OURS, Competitor
+from benchmarks.compare.plan import CPU as PLAN
+from benchmarks.run import Run
+from benchmarks.timing import columns, interleaved
+from cyclip_loss import reference
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def run() -> Run:
+    return Run(CPU)
+
+
+def fails(*_: object) -> torch.Tensor:
+    raise RuntimeError("no kernel\nfor this")
+
+
+def test_allocated_peak() -> None:
+    """Three matrices at once, of which one is freed before a fourth is made."""
+
+    def work() -> tuple[torch.Tensor, ...]:
+        a, b = torch.ones(1000, 100), torch.ones(1000, 100)
+        c = a + b
+        del a
+        return b, c, torch.ones(1000, 100)
+
+    assert memory.allocated_peak(CPU, work) == 3 * 400_000
+
+
+LIMITED = """
+import json, sys
+from pathlib import Path
+from benchmarks import memory
+from benchmarks.compare import cost
+from benchmarks.compare.plan import CPU
+
+print(json.dumps(cost._limited("authors' formula", 1000, 8, CPU, 0)))
+memory.LIMITS = (sys.argv[1],)
+Path(sys.argv[1]).write_text(str(memory.RESERVE + 10**7))
+print(json.dumps(cost._limited("authors' formula", 1000, 8, CPU, 0)))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_out_of_memory_is_a_result(tmp_path: Path) -> None:
+    """A dozen matrices of 4 MB, which do not fit in 10 MB."""
+    done = run_python("-c", LIMITED, str(tmp_path / "memory.max"))
+    assert done.returncode == 0, done.stderr
+    enough, limited = map(json.loads, done.stdout.splitlines()[-2:])
+    assert (enough["outcome"], enough["runs"]) == (cost.OK, 1)
+    assert 5 * 4 < enough["peak MB"] < 16 * 4
+    assert limited["outcome"].startswith(memory.OUT_OF_MEMORY)
+    assert "ms" not in limited
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["CUDA error: out of memory\n", "CUBLAS_STATUS_ALLOC_FAILED", "Allocator: not enough memory"],
+)
+def test_each_way_to_say_out_of_memory(text: str) -> None:
+    assert memory.outcome_of(RuntimeError(text)) == memory.OUT_OF_MEMORY
+    assert memory.outcome_of(ValueError("no\nmore")) == "ValueError: no"
+
+
+def test_costs_of_one_that_fails_beside_one_that_does_not(run: Run) -> None:
+    found = [Competitor(OURS, competitors.authors_formula), Competitor("broken", fails)]
+    plan = replace(PLAN, sizes=((16, 8),), matrix=64, seconds=0.0, least=2)
+    with run.part("cost") as section:
+        cost.costs(run, found, plan)
+    ours, broken = section.rows
+    assert (ours["outcome"], ours["runs"], ours["times ours"]) == ("ok", 2, 1.0)
+    assert 0 < ours["of matrix rate"] < 1
+    assert ours["peak MB"] > 5 * 4 * 16**2 / 1e6
+    assert broken["outcome"] == "RuntimeError: no kernel"
+    assert "ms" not in broken
+
+
+def test_errors_are_relative_and_of_what_is_computed(run: Run) -> None:
+    def off(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return 1.5 * competitors.authors_formula(image, text, scale)
+
+    contrastive = Competitor("c", competitors.CyCLIPLoss(0, 0, impl="eager"), "penalties")
+    found = [Competitor("off", off), contrastive, Competitor("broken", fails)]
+    with run.part("error") as section:
+        accuracy.errors(run, found, replace(PLAN, error_at=(32, 8)))
+    assert len(section.rows) == 3 * len(accuracy.DISTANCES)
+    for row in section.rows[:6]:  # random pairs, and those 0.3 apart
+        if row["loss"] == "broken":
+            assert row["outcome"] == "RuntimeError: no kernel"
+            continue
+        errors = [row[name] for name in ("value", "gradient", "logit-scale gradient")]
+        expected = 0.5 if row["loss"] == "off" else 0.0
+        assert errors == pytest.approx([expected] * 3, abs=1e-4)
+
+
+class ToyTrainer(training_step.Trainer):
+    """A model of two matrices."""
+
+    def __init__(self, run: Run, name: str, batch_size: int) -> None:
+        self.autocast = torch.autocast("cpu", enabled=False)
+        self.images, self.tokens = run.pairs(batch_size, 6)
+        self.scale = torch.nn.Parameter(torch.tensor(5.0))
+        self.towers = [torch.nn.Linear(6, 3) for _ in range(2)]
+        parameters = [p for tower in self.towers for p in tower.parameters()]
+        self.optimizer = torch.optim.SGD([*parameters, self.scale], lr=0.1)
+
+    def model(self, images: torch.Tensor, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        names = ("image_features", "text_features")
+        both = zip(names, self.towers, (images, tokens), strict=True)
+        features = {name: torch.nn.functional.normalize(tower(x)) for name, tower, x in both}
+        return {**features, "logit_scale": self.scale}
+
+
+@pytest.mark.parametrize(
+    "loss", [competitors.authors_formula, lambda image, text, scale: image.sum()]
+)
+def test_training_step_is_a_training_step(run: Run, loss: competitors.Loss) -> None:
+    """Of SGD with a rate of 0.1; also where a loss lacks some gradients."""
+    trainer = ToyTrainer(run, "toy", 8)
+    parameters = trainer.optimizer.param_groups[0]["params"]
+    loss(*trainer.encode()).backward()
+    expected = [p.detach() - (0 if p.grad is None else 0.1 * p.grad) for p in parameters]
+    trainer.step(loss)
+    for p, wanted in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(p.detach(), wanted)
+
+
+def test_competitors_agree_on_what_they_compute(run: Run) -> None:
+    image, text = (features.requires_grad_() for features in run.pairs(30, 8))
+    found, reasons = competitors.competitors(run.device)
+    assert {OURS, AUTHORS} <= {competitor.name for competitor in found}
+    assert reasons == []
+    contrastive, *penalties = reference.cyclip_loss(image, text, torch.tensor(5.0)).values()
+    expected = {"penalties": contrastive, "contrastive term": sum(penalties)}
+    for competitor in found:
+        if competitor.name != competitors.COMPILED:  # compiling takes long
+            value = competitor.loss(image, text, torch.tensor(5.0))
+            whole = contrastive + sum(penalties)
+            torch.testing.assert_close(value, expected.get(competitor.lacks, whole))
+
+
+def test_times() -> None:
+    percentiles = {"runs": 101, "ms": 50.0, "p20": 20.0, "p80": 80.0}
+    assert columns([float(value) for value in range(101)]) == percentiles
+    calls: list[str] = []
+    steps = {name: lambda name=name: calls.append(name) for name in "ab"}
+    runs = interleaved(steps, CPU, seconds=0, least=2)
+    assert calls == ["a", "b", "b", "a"]  # none always follows the same one
+    assert [len(runs[name]) for name in "ab"] == [2, 2]
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two competitors, tiny sizes, no process but this one."""
+    both = [competitors.build(name) for name in (OURS, AUTHORS)]
+    monkeypatch.setattr(side_by_side, "competitors", lambda device: (both, ["without x: none"]))
+    small = replace(side_by_side.CPU, batch_size=4, matrix=64, seconds=0.0, least=3)
+    monkeypatch.setattr(side_by_side, "CPU", small)
+    monkeypatch.setattr(side_by_side, "BUSY", -1)
+    monkeypatch.setattr(side_by_side.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(training_step, "Trainer", ToyTrainer)
+
+
+@pytest.mark.usefixtures("few")
+def test_command(tmp_path: Path) -> None:
+    """Its record has everything; the tables and pictures are remade from it, NaN too."""
+    assert side_by_side.main(Namespace(sizes=[16, 32], out=tmp_path, seed=0)) == 0
+    (file,) = tmp_path.glob("*.json")
+    found = json.loads(file.read_text())
+    sections = found["sections"]
+    assert [(row["N"], row["loss"]) for row in sections["cost"]["rows"]] == [
+        *((16, OURS), (16, AUTHORS), (32, OURS), (32, AUTHORS)),
+    ]
+    assert all(row["ms"] > 0 < row["peak MB"] for row in sections["cost"]["rows"])
+    busy, missing = sections["cost"]["notes"]
+    assert "the machine was busy" in busy
+    assert missing == "without x: none"
+    assert {row["N"] for row in sections["error"]["rows"]} == {32}
+    training = sections["training step"]["rows"]
+    assert [row["loss"] for row in training] == [OURS, AUTHORS]
+    assert all(row["loss / step"] > 0 < row["peak MB"] for row in training)
+
+    sections["cost"]["rows"][0]["ms"], sections["cost"]["rows"][1]["ms"] = 2.0, 3.0
+    sections["cost"]["rows"][3]["peak MB"] = math.nan
+    text = report.summary(found)
+    assert "| 16 | 512 | 2.00 | 3.00 (1.50 ×) |" in text.splitlines()
+    made = {path.name for path in tmp_path.iterdir()}
+    assert {path.removeprefix(file.stem) for path in made} == {
+        *(".json", ".md", "-cost.png", "-error.png"),
+    }
+    record.write(tmp_path, "side-by-side", found, text)
+    for path in (*tmp_path.glob("*.png"), file.with_suffix(".md")):
+        path.unlink()
+    assert plot.main(Namespace(record=file)) == 0
+    assert {path.name for path in tmp_path.iterdir()} == made
+    table = file.with_suffix(".md").read_text()
+    assert "(1.50 ×)" in table
+    assert "| nan |" in table
+
+
+@pytest.mark.usefixtures("few")
+def test_an_interruption_leaves_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(accuracy, "errors", interrupt)
+    assert side_by_side.main(Namespace(sizes=[16], out=tmp_path, seed=0)) == 1
+    (file,) = tmp_path.glob("*.json")
+    sections = json.loads(file.read_text())["sections"]
+    assert sections["error"]["failures"] == ["interrupted"]
+    assert len(sections["cost"]["rows"]) == 2
+    assert "training step" not in sections
+
+
+def test_a_record_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    described = record.describe(Run(CPU))
+    with pytest.raises(TypeError):
+        record.write(tmp_path, "x", {**described, "seed": object()})
+    assert list(tmp_path.iterdir()) == []
