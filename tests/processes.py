@@ -9,7 +9,9 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 
 
-def run_python(*arguments: str, interpreted: bool = True) -> subprocess.CompletedProcess[str]:
+def run_python(
+    *arguments: str, interpreted: bool = True, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
     """interpreted: Triton's kernels, by NumPy; such a process sees no GPU."""
     environment = {
         **os.environ,
@@ -17,14 +19,8 @@ def run_python(*arguments: str, interpreted: bool = True) -> subprocess.Complete
         "OMP_NUM_THREADS": "1",
         **({"CUDA_VISIBLE_DEVICES": ""} if interpreted else {}),
     }
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    options = {"capture_output": True, "text": True, "timeout": timeout}
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, **options)
 
 
 def start(command: list[str], **streams: Any) -> "subprocess.Popen[str]":

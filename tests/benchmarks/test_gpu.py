@@ -17,10 +17,9 @@ from conftest import needs_interpreter as interpreted
 from benchmarks import ROOT
 from benchmarks.gate import command as gate
 from benchmarks.gate.binary import Binary
-from benchmarks.gpu import ablations, command, suite, sweep
+from benchmarks.gpu import ablations, command, suite
 from benchmarks.gpu.candidates import KEYS, candidates, refusals, variants, winner
 from benchmarks.run import Run
-from cyclip_loss.kernels import configs
 
 TESTS = """
 import pytest, time
@@ -118,28 +117,6 @@ def test_one_binary_that_must_not_ship_is_enough_to_refuse(
     monkeypatch.setattr(pool, lambda workers, _: ThreadPoolExecutor(workers))
     monkeypatch.setattr(gate, "build", build)
     assert refusals("sm_90", tried) == {tried[1]: "float16: spills 1016 bytes"}
-
-
-def test_what_the_gate_refuses_is_not_launched(monkeypatch: pytest.MonkeyPatch) -> None:
-    shipped, refused = candidates("sm_90", "contrastive_lse")[:2]
-    table = configs._INTERPRETER if configs.INTERPRETED else configs.ARCHITECTURES["sm_90"]
-    launched = []
-    monkeypatch.setattr(sweep, "KEYS", {"contrastive_lse": KEYS["contrastive_lse"]})
-    monkeypatch.setattr(sweep, "DRY_RUN_CELLS", [("contrastive_lse", 8, 16)])
-    monkeypatch.setattr(sweep, "candidates", lambda *_: [shipped, refused])
-    monkeypatch.setattr(sweep, "refusals", lambda *_: {refused: "spills"})
-
-    def launcher(*_: object) -> object:
-        return lambda: launched.append(table["contrastive_lse"][16, "tf32"])
-
-    monkeypatch.setattr(sweep, "launcher", launcher)
-    run = Run(torch.device("cpu"), dry_run=True)
-    with run.part("sweep") as section:
-        sweep.sweep(run)
-    assert launched
-    assert all(config == shipped.config for config in launched)
-    assert f"contrastive_lse {refused.line} left out: spills" in section.notes
-    assert [row["configuration"] for row in section.rows] == [shipped.line]
 
 
 def test_the_fastest_over_all_sizes_wins() -> None:

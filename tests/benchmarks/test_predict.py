@@ -1,7 +1,6 @@
 """The model of GPUs and links, on cases worked out by hand."""
 
 from argparse import Namespace
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ import open_clip
 
 from benchmarks import predict
 from benchmarks.memory import allocated_peak
-from benchmarks.predict import CHIPS, WAYS, Case
+from benchmarks.predict import CHIPS
 from benchmarks.run import Run
 
 H100 = CHIPS["H100"]
@@ -28,17 +27,6 @@ def test_kernels_take_their_flops() -> None:
     assert found["products with G"] == pytest.approx(4 * n**2 * d / H100.matrix_rate)
     penalties = found["cyclic_statistics"] + found["cyclic_grads"]
     assert penalties == pytest.approx(6 * n * d**2 / (triton / 2))
-
-
-@pytest.mark.parametrize("way", list(WAYS))
-def test_more_ranks_and_wider_features_cost_more(way: str) -> None:
-    cases = [Case(H100, ranks, 4096, 512) for ranks in (1, 8, 16, 512, 4096)]
-    seconds, memory = zip(*map(WAYS[way], cases), strict=True)
-    assert list(seconds) == sorted(seconds)
-    assert list(memory) == sorted(memory)
-    assert (len(set(memory)) == 1) == (way == "ring")
-    wider = [WAYS[way](replace(case, d=1024))[0] for case in cases]
-    assert all(one < other for one, other in zip(seconds, wider, strict=True))
 
 
 def test_bytes_that_openclip_holds() -> None:

@@ -79,15 +79,6 @@ def test_out_of_memory_is_a_result(tmp_path: Path) -> None:
     assert "ms" not in limited
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["CUDA error: out of memory\n", "CUBLAS_STATUS_ALLOC_FAILED", "Allocator: not enough memory"],
-)
-def test_each_way_to_say_out_of_memory(text: str) -> None:
-    assert memory.outcome_of(RuntimeError(text)) == memory.OUT_OF_MEMORY
-    assert memory.outcome_of(ValueError("no\nmore")) == "ValueError: no"
-
-
 def test_costs_of_one_that_fails_beside_one_that_does_not(run: Run) -> None:
     found = [Competitor(OURS, competitors.authors_formula), Competitor("broken", fails)]
     plan = replace(PLAN, sizes=((16, 8),), matrix=64, seconds=0.0, least=2)
