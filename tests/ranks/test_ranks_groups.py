@@ -45,12 +45,12 @@ def subgroup_case(which: int, uneven: bool) -> RankCase:
 @pytest.mark.parametrize("uneven", [False, True])
 def test_subgroups(dist_impl: str, uneven: bool, ranks: Ranks) -> None:
     of_ranks = ranks.run(4, in_subgroups, dist_impl, uneven)
+
+    def total(i: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        losses = CyCLIPLoss(*LAMBDAS)(i, t, s) + cyclip_loss(i, t, s)
+        return losses + cyclic_penalty(i, t, *LAMBDAS) + cyclic_penalty(i, t)
+
     for which in (0, 1):
-
-        def total(i: Tensor, t: Tensor, s: Tensor) -> Tensor:
-            losses = CyCLIPLoss(*LAMBDAS)(i, t, s) + cyclip_loss(i, t, s)
-            return losses + cyclic_penalty(i, t, *LAMBDAS) + cyclic_penalty(i, t)
-
         value, *grads = results(total, *subgroup_case(which, uneven).inputs(own_device()))
         values, *of_both = zip(of_ranks[which], of_ranks[which + 2], strict=True)
         torch.testing.assert_close(list(values), [value] * 2, rtol=1e-12, atol=0)
