@@ -68,39 +68,16 @@ def test_it_returns_what_the_loss_returns_and_the_penalties(loss, device: torch.
         torch.testing.assert_close(wrapped(**arguments, output_dict=True), plain | penalties)
 
 
-def test_copied_compiled_and_called_by_position(device: torch.device) -> None:
+def test_copied_and_called_by_position(device: torch.device) -> None:
     wrapped = WithCyclicPenalty(SigLipLoss(), *LAMBDAS)
     arguments = arguments_of(wrapped.loss, device)
-    expected = wrapped(**arguments)
     for copied in (copy.deepcopy(wrapped), pickle.loads(pickle.dumps(wrapped))):
-        torch.testing.assert_close(copied(*arguments.values()), expected)
-    compiled = torch.compile(wrapped, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(**arguments), expected)
-
-
-def test_attributes_of_the_wrapped_loss() -> None:
-    wrapped = WithCyclicPenalty(SigLipLoss(rank=1, world_size=2, dist_impl="shift"))
-    assert (wrapped.rank, wrapped.world_size, wrapped.dist_impl) == (1, 2, "shift")
-    assert WithCyclicPenalty(Own()).temperature == 3.0
-    with pytest.raises(AttributeError, match="no_such"):
-        _ = wrapped.no_such
-
-
-def test_a_loss_without_features_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"takes \['input', 'target'\], not .*image_features"):
-        WithCyclicPenalty(nn.CrossEntropyLoss())
-    with pytest.raises(TypeError, match="loss must be a module"):
-        WithCyclicPenalty(SigLipLoss)
+        torch.testing.assert_close(copied(*arguments.values()), wrapped(**arguments))
 
 
 def features(device: torch.device, count: int = 2) -> tuple[Tensor, ...]:
-    torch.manual_seed(0)
-    return tuple(
-        torch.nn.functional.normalize(torch.randn(6, 4, dtype=torch.float64, device=device), dim=-1)
-        .detach()
-        .requires_grad_()
-        for _ in range(count)
-    )
+    made = (*pairs(6, 4, device=device), *pairs(6, 4, seed=1, device=device))
+    return tuple(x.requires_grad_() for x in made[:count])
 
 
 class AudioLoss(nn.Module):
@@ -135,22 +112,22 @@ class Late(nn.Module):
 OTHER_NAMES = ("audio_features", "text_features")
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_features_by_name_or_by_a_callable(compiled: bool, device: torch.device) -> None:
+def plain_and_compiled(loss: nn.Module, **options: Any) -> list[Any]:
+    wrapped = WithCyclicPenalty(loss, *LAMBDAS, **options)
+    return [wrapped, torch.compile(wrapped, fullgraph=True, backend="aot_eager")]
+
+
+def test_features_by_name_or_by_a_callable(device: torch.device) -> None:
     image, text, other = features(device, 3)
     expected = cyclip_loss(image, text, 10.0, lambda_inmodal=0.5, lambda_crossmodal=0.125)
-    by_name = WithCyclicPenalty(AudioLoss(), *LAMBDAS, features=OTHER_NAMES)
-    by_callable = WithCyclicPenalty(
-        OneDict(),
-        *LAMBDAS,
-        features=lambda outputs: (outputs["image_embed"], outputs["text_embed"]),
-    )
-    if compiled:
-        by_name = torch.compile(by_name, fullgraph=True, backend="aot_eager")
-        by_callable = torch.compile(by_callable, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(by_name(image, text_features=text), expected)
-    torch.testing.assert_close(by_name(image, text, 10.0, audio_features_mlp=other), expected)
-    torch.testing.assert_close(by_callable({"image_embed": image, "text_embed": text}), expected)
+    for by_name in plain_and_compiled(AudioLoss(), features=OTHER_NAMES):
+        torch.testing.assert_close(by_name(image, text_features=text), expected)
+        torch.testing.assert_close(by_name(image, text, 10.0, audio_features_mlp=other), expected)
+    outputs = {"image_embed": image, "text_embed": text}
+    for by_callable in plain_and_compiled(
+        OneDict(), features=lambda x: (x["image_embed"], x["text_embed"])
+    ):
+        torch.testing.assert_close(by_callable(outputs), expected)
 
 
 class OneDict(nn.Module):
@@ -174,20 +151,16 @@ def test_the_call_is_bound_to_the_signature(device: torch.device) -> None:
         wrapped.loss = nn.CrossEntropyLoss()
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_namedtuple_stays_one(compiled: bool, device: torch.device) -> None:
+def test_a_namedtuple_stays_one(device: torch.device) -> None:
     image, text = features(device)
     pair = namedtuple("Pair", ("contrastive", "other"))
-    wrapped: Any = WithCyclicPenalty(
-        AudioLoss(lambda loss: pair(loss, 2.0)), *LAMBDAS, features=OTHER_NAMES
-    )
-    if compiled:
-        wrapped = torch.compile(wrapped, fullgraph=True, backend="aot_eager")
-    terms = wrapped(image, text)
-    assert terms._fields == (*pair._fields, "inmodal_cyclic_loss", "crossmodal_cyclic_loss")
     penalties = CyclicPenalty(*LAMBDAS)(image, text, output_dict=True)
-    torch.testing.assert_close(terms.crossmodal_cyclic_loss, penalties["crossmodal_cyclic_loss"])
-    assert terms.other == 2.0
+    loss = AudioLoss(lambda loss: pair(loss, 2.0))
+    for wrapped in plain_and_compiled(loss, features=OTHER_NAMES):
+        terms = wrapped(image, text)
+        assert terms._fields == (*pair._fields, *penalties)
+        torch.testing.assert_close(terms[2:], tuple(penalties.values()))
+        assert terms.other == 2.0
 
 
 @pytest.mark.parametrize(
@@ -216,14 +189,22 @@ def test_what_cannot_be_added_to_is_refused(
     [
         (CyCLIPLoss(), r"CyCLIPLoss\(.*\) has the cyclic penalties already"),
         (torch.compile(SigLipLoss(), backend="eager"), "compile the outer one"),
+        (nn.CrossEntropyLoss(), r"takes \['input', 'target'\], not .*image_features"),
+        (SigLipLoss, "loss must be a module"),
     ],
 )
-def test_what_cannot_be_wrapped_is_refused(loss: nn.Module, message: str) -> None:
+def test_what_cannot_be_wrapped_is_refused(loss: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         WithCyclicPenalty(loss)
 
 
-def test_attributes_are_written_to_the_wrapped_loss(device: torch.device) -> None:
+def test_attributes_are_the_wrapped_losss(device: torch.device) -> None:
+    """Read and written, but for those of the penalties."""
+    wrapped = WithCyclicPenalty(SigLipLoss(rank=1, world_size=2, dist_impl="shift"))
+    assert (wrapped.rank, wrapped.world_size, wrapped.dist_impl) == (1, 2, "shift")
+    assert WithCyclicPenalty(Own()).temperature == 3.0
+    with pytest.raises(AttributeError, match="no_such"):
+        _ = wrapped.no_such
     image, text = features(device)
     wrapped = WithCyclicPenalty(AudioLoss(), 0.0, 0.0, features=OTHER_NAMES)
     wrapped.weight = 3.0
