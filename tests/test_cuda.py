@@ -5,7 +5,6 @@ they make their tensors on the GPU.
 """
 
 import gc
-from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from inputs import Case
 from torch import Tensor
 from triton import knobs
 
-from cyclip_loss import CyCLIPLoss
+from cyclip_loss import CyCLIPLoss, ops
 
 pytestmark = pytest.mark.gpu
 
@@ -56,11 +55,8 @@ def assert_close(actual: Results, expected: Results) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        Case(2053, 129, logit_scale=14.25),
         Case(1031, 328, logit_scale=100.0, distance=0.003),
         Case(2053, 129, logit_scale=10.0, distance=0.03, lambdas=(0.5, 0.125)),
-        Case(1031, 328, logit_scale=100.0, distance=0.03, anti_aligned=True),
-        Case(1031, 1, logit_scale=3.0),
         Case(2053, 768, logit_scale=30.0, distance=0.3),
         Case(2053, 129, logit_scale=20.0, image_layout="transposed", lambdas=(0.0, 0.25)),
         Case(1031, 256, logit_scale=20.0, image_layout="8 bytes off"),
@@ -72,18 +68,32 @@ def test_many_tiles(
 ) -> None:
     """Batches of many tiles of the shipped sizes, which small tests do not fill."""
     tf32 = products == "high" and (dtype == torch.float32 or impl == "eager")
-    check_loss(replace(case, dtype=dtype), impl, device, tf32)
+    check_loss(Case(**{**vars(case), "dtype": dtype}), impl, device, tf32)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("n", "d", "scale"), [(16385, 64, 20.0), (65536, 768, 50.0)])
-def test_large_batches(n: int, d: int, scale: float, device: torch.device) -> None:
-    """More than a block of gradients (N = 16,385), and a size that large models train at.
+@pytest.mark.parametrize(
+    ("case", "of"),
+    [
+        # One row more than a block of G: four blocks.
+        (Case(16385, 64, torch.bfloat16, logit_scale=20.0), "eager"),
+        (Case(16385, 64, torch.bfloat16, logit_scale=20.0), "triton"),
+        # The size that large models train at.
+        (Case(65536, 768, torch.bfloat16, logit_scale=50.0), "triton"),
+    ],
+)
+def test_large_batches(case: Case, of: str, device: torch.device) -> None:
+    """Against the eager engine in float64."""
+    if of == "triton" and not ops._has_kernels(device):
+        pytest.skip("the kernels are not for this GPU")
+    assert_close_to_float64(case, of, device)
 
-    Against the eager engine in float64, as the oracle of the other tests would take minutes: within
-    one rounding of 16 bits, or the logits' rounding in float32, of the largest element.
+
+def assert_close_to_float64(case: Case, impl: str, device: torch.device) -> None:
+    """Within one rounding of 16 bits, or the logits' rounding in float32, of the largest element.
+
+    The oracle of the other tests, on a CPU and with N x N matrices, would take minutes.
     """
-    case, impl = Case(n, d, torch.bfloat16, logit_scale=scale), "triton"
     inputs = case.inputs(device)
     actual = results(loss_of(case, impl), *inputs)
     exact = results(loss_of(case, "eager"), *(tensor.double() for tensor in inputs))
@@ -121,13 +131,15 @@ def test_cuda_graph(impl: str, device: torch.device) -> None:
     with torch.cuda.graph(graph):
         value = loss(*leaves)
         value.backward()
-    inputs = replace(MIDDLING, seed=1).inputs(device)
-    with torch.no_grad():
-        for leaf, tensor in zip(leaves, inputs, strict=True):
-            leaf.copy_(tensor)
-    graph.replay()
-    replayed = Results(value.detach(), *(leaf.grad for leaf in leaves))
-    assert_close(replayed, results(loss, *inputs))
+    for seed in (1, 2):
+        case = Case(**{**vars(MIDDLING), "seed": seed})
+        inputs = case.inputs(device)
+        with torch.no_grad():
+            for leaf, tensor in zip(leaves, inputs, strict=True):
+                leaf.copy_(tensor)
+        graph.replay()
+        replayed = Results(value.detach(), *(leaf.grad for leaf in leaves))
+        assert_close(replayed, results(loss, *inputs))
 
 
 def test_another_stream(impl: str, device: torch.device) -> None:
