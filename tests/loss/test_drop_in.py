@@ -51,23 +51,20 @@ def test_training_is_unchanged(impl: str, with_bias: bool, device: torch.device)
 
 
 @pytest.mark.parametrize("given", [{}, OPENCLIP_KEYWORDS, {"rank": 3, "world_size": 4}], ids=str)
-def test_keywords_are_attributes(given: dict) -> None:
-    """OpenCLIP's tasks and tests read them."""
+def test_keywords_and_arguments_are_clip_losss(given: dict) -> None:
+    """Keywords are attributes, which OpenCLIP's tasks read; its arguments come first."""
     ours, theirs = CyCLIPLoss(**given), open_clip.ClipLoss(**given)
-    for name in OPENCLIP_KEYWORDS:
-        assert getattr(ours, name) == getattr(theirs, name)
+    assert all(getattr(ours, name) == getattr(theirs, name) for name in OPENCLIP_KEYWORDS)
     ours.load_state_dict(theirs.state_dict())  # both have none
-
-
-def test_arguments_of_clip_loss_come_first() -> None:
-    ours = list(inspect.signature(CyCLIPLoss.forward).parameters.values())
-    theirs = list(inspect.signature(open_clip.ClipLoss.forward).parameters.values())
-    for our_parameter, their_parameter in zip(ours, theirs, strict=False):
-        assert our_parameter.name == their_parameter.name
-        assert our_parameter.default == their_parameter.default
-    assert len(ours) >= len(theirs)
-    keywords = set(inspect.signature(CyCLIPLoss).parameters)
-    assert set(inspect.signature(open_clip.ClipLoss).parameters) <= keywords
+    of_forward = [
+        [(p.name, p.default) for p in inspect.signature(loss.forward).parameters.values()]
+        for loss in (ours, theirs)
+    ]
+    assert of_forward[0][: len(of_forward[1])] == of_forward[1]
+    keywords = [
+        set(inspect.signature(loss).parameters) for loss in (CyCLIPLoss, open_clip.ClipLoss)
+    ]
+    assert keywords[1] <= keywords[0]
 
 
 @pytest.mark.parametrize("output_dict", [False, True])

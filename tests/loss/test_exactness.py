@@ -158,7 +158,7 @@ def test_same_inputs_same_bits(impl: str, d: int, dtype, small_strips, device) -
 
 
 @pytest.mark.parametrize("d", [2, 3], ids=["large", "small"])
-@pytest.mark.parametrize("lambdas", [(0.25, 0.25), (0.5, 0.125), (0.0, 0.5), (0, 0)])
+@pytest.mark.parametrize("lambdas", [(0.25, 0.25), (0.5, 0.125), (0, 0)])
 def test_gradcheck(lambdas, d: int, monkeypatch, device: torch.device) -> None:
     """Finite differences, of the sum and of the terms: independent of `reference`."""
     set_strip_rows(monkeypatch, 2)

@@ -24,6 +24,7 @@ HARD = [
         for n, d in ((30, 6), (10, 30))
         for frozen, lambdas in ((IMAGE, (0.5, 0.25)), (TEXT, (0.25, 0.5)), (TOWERS, (0.0, 0.0)))
     ),
+    Case(80, 24, torch.bfloat16, distinct_ids=6, strip_rows=7),  # several blocks of G
     Case(80, 32, torch.bfloat16, image_layout="8 bytes off", lambdas=(0.5, 0.125)),
     Case(80, 64, torch.float16, text_layout="rows 8 elements wider", lambdas=(0.5, 0.125)),
     Case(70, 768, torch.bfloat16, distance=0.3, logit_scale=30.0),

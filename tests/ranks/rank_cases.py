@@ -74,9 +74,7 @@ def check_ranks(case: RankCase, ranks: Ranks) -> None:
     check(case, case.features("cpu"), terms, grads, case.impl)
 
 
-def rank_cases(
-    world_size: int, impl: str = "eager", uneven: bool = False
-) -> st.SearchStrategy[RankCase]:
+def rank_cases(world_size: int, impl: str, uneven: bool) -> st.SearchStrategy[RankCase]:
     """Any step; where `uneven`, ranks hold other numbers of rows, or none."""
 
     def rows(most: int) -> st.SearchStrategy[tuple[int, ...]]:
