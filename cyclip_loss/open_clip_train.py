@@ -74,7 +74,7 @@ def flags() -> argparse.ArgumentParser:
     add("--reference-batch-size", type=int, default=PAPER_BATCH_SIZE, metavar="N", help=text)
     add("--impl", choices=IMPLS, default="auto", help="the Triton kernels, or PyTorch")
     add("--dist-impl", choices=DIST_IMPLS, default="gather", help="for plain CLIP: across ranks")
-    text = "for plain CLIP: pairs with the same caption are no negatives of each other"
+    text = "for plain CLIP: pairs with the same caption are not negatives of each other"
     add("--ignore-same-captions", action="store_true", help=text)
     return parser
 

@@ -39,7 +39,8 @@ def flags(folder: Path, *more: str) -> list[str]:
     return [
         *given,
         *("--model", f"local-dir:{folder / 'tiny'}"),
-        *("--train-data", shards, "--train-num-samples", "128", "--batch-size", "32"),
+        *("--dataset-type", "webdataset", "--train-data", shards, "--train-num-samples", "128"),
+        *("--batch-size", "32"),
         *("--epochs", "1", "--workers", "1", "--log-every-n-steps", "1", "--warmup", "1"),
         *("--logs", str(folder), "--name", "run", *more),
     ]
