@@ -127,8 +127,9 @@ def set_strip_rows(monkeypatch: pytest.MonkeyPatch, rows: int | None) -> None:
     monkeypatch.setattr(eager, "MIN_STRIP_ROWS", rows)
     monkeypatch.setitem(eager.STRIP_ELEMENTS, "cpu", 1)
     monkeypatch.setattr(eager, "STRIP_ELEMENTS_OTHER_DEVICES", 1)
-    bounds = ("contrastive_grads BLOCK_ROWS", "contrastive_grads BLOCK_ELEMENTS")
-    for bound in (*bounds, "contrastive_lse PARTIAL_ELEMENTS") if HAS_TRITON else ():
+    bounds = {"contrastive_lse PARTIAL_ELEMENTS": 1, "products CHUNK_COLUMNS": rows}
+    bounds |= dict.fromkeys(("contrastive_grads BLOCK_ROWS", "contrastive_grads BLOCK_ELEMENTS"), 1)
+    for bound, value in bounds.items() if HAS_TRITON else ():
         name, constant = bound.split()
         module = importlib.import_module(f"cyclip_loss.kernels.{name}")
-        monkeypatch.setattr(module, constant, 1)
+        monkeypatch.setattr(module, constant, value)

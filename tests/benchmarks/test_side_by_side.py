@@ -213,26 +213,3 @@ def test_command(tmp_path: Path) -> None:
     table = file.with_suffix(".md").read_text()
     assert "(1.50 ×)" in table
     assert "| nan |" in table
-
-
-@pytest.mark.usefixtures("few")
-def test_an_interruption_leaves_what_was_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(accuracy, "errors", interrupt)
-    assert side_by_side.main(Namespace(sizes=[16], out=tmp_path, seed=0)) == 1
-    (file,) = tmp_path.glob("*.json")
-    sections = json.loads(file.read_text())["sections"]
-    assert sections["error"]["failures"] == ["interrupted"]
-    assert len(sections["cost"]["rows"]) == 2
-    assert "training step" not in sections
-
-
-def test_a_record_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
-    described = record.describe(Run(CPU))
-    with pytest.raises(TypeError):
-        record.write(tmp_path, "x", {**described, "seed": object()})
-    assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,5 @@
 """What PyTorch does around a loss: autocast, scaled gradients, inference, compilation, copies."""
 
-import contextlib
 import copy
 import io
 import pickle
@@ -13,7 +12,6 @@ from inputs import Case, PlainClip, loss_dtype, pairs
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from cyclip_loss import CyclicPenalty, CyCLIPLoss, WithCyclicPenalty, cyclic_penalty, cyclip_loss
@@ -171,24 +169,6 @@ def test_compiled_as_a_trainer_calls_it(impl: str, frozen, device: torch.device)
 
 MODULES = [CyCLIPLoss(0.5, 0.125), CyclicPenalty(0.5, 0.125), WithCyclicPenalty(PlainClip())]
 BY_MODULE = pytest.mark.parametrize("module", MODULES, ids=lambda module: type(module).__name__)
-
-
-@BY_MODULE
-@pytest.mark.parametrize("device", ["meta", "cpu"])
-@FORMS
-def test_tensors_without_values(module, device: str, n: int, d: int) -> None:
-    """On the meta device, and fake ones on the CPU."""
-    with FakeTensorMode() if device == "cpu" else contextlib.nullcontext():
-        features = torch.empty(2, n, d, dtype=torch.bfloat16, device=device)
-        leaves = [rows.detach().requires_grad_() for rows in features]
-        scale = [] if type(module) is CyclicPenalty else [torch.empty((), device=device)]
-        for output_dict in (False, True):
-            value = module(*leaves, *scale, output_dict=output_dict)
-            value = sum(value.values()) if output_dict else value
-            assert (value.shape, value.dtype, value.device.type) == ((), torch.float32, device)
-            value.backward()
-            assert all(leaf.grad.shape == leaf.shape for leaf in leaves)
-            assert all(leaf.grad.dtype == leaf.dtype for leaf in leaves)
 
 
 @BY_MODULE

@@ -11,8 +11,6 @@ from pool import Ranks, own_device
 from rank_cases import RankCase, step
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cyclip_loss import CyCLIPLoss
-
 N, D = 4, 6
 Traffic = list[tuple[str, int]]
 
@@ -99,29 +97,3 @@ def test_the_table(world_size: int, dtype: torch.dtype, lambdas, ranks: Ranks) -
     # The penalties alone, of any numbers of rows: one all-reduce, and nothing in backward.
     case = RankCase(**given | {"rows": tuple(range(world_size))}, penalties_alone=True)
     assert ranks.run(world_size, traffic, case)[0][0] == penalties
-
-
-def comparisons(rank: int, world_size: int, steps: list[tuple[int, dict]]) -> list[int]:
-    """How often ranks compare what has to agree in each step, of n rows and some options."""
-    found = []
-    for n, options in steps:
-        weights = options.get("weights", (0.25, 0.25))
-        loss = CyCLIPLoss(*weights, dist_impl=options.get("dist_impl", "gather"))
-        image, text = torch.ones(2, n, D, dtype=options.get("dtype"), device=own_device())
-        text.requires_grad_()
-        with Recorder() as recorder, torch.set_grad_enabled(options.get("training", True)):
-            loss(image, text, 10.0)
-        found.append(recorder.found.count(("comparison", 0)) // 2)
-    return found
-
-
-OTHER_KINDS = [{"dist_impl": "ring"}, {"dtype": torch.float64}, {"training": False}]
-
-
-@pytest.mark.parametrize("other", [*OTHER_KINDS, {"weights": (0.0, 0.0)}], ids=str)
-def test_ranks_compare_once_for_each_kind_of_call(other: dict, ranks: Ranks) -> None:
-    """Not again when the number of rows or a weight changes, or between two evaluations."""
-    ranks.leave()
-    changed = {"weights": (0.1, 0)}
-    steps = [(5, {}), (4, other), (6, changed), (4, other), (2, other), (5, {})]
-    assert ranks.run(2, comparisons, steps) == [[1, 1, 0, 0, 0, 0]] * 2
