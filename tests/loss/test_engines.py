@@ -23,7 +23,7 @@ RECTANGLE = {
 # A row against more columns than a block has; a few rows that the diagonal leaves.
 ONE_ROW = RECTANGLE | {"n": 1, "m": 37, "d": 3, "first_column": 5, "strip_rows": None}
 WIDE = RECTANGLE | {"n": 5, "m": 16385, "d": 3, "first_column": 16380, "strip_rows": 7}
-TALL = RECTANGLE | {"n": 20, "m": 9, "d": 5, "first_column": -6, "strip_rows": 7}
+TALL = RECTANGLE | {"n": 20, "m": 16, "d": 5, "first_column": -6, "strip_rows": 7}
 
 
 @settings(max_examples=40)
