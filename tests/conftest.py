@@ -17,7 +17,7 @@ from hypothesis import settings
 from pool import Ranks
 
 from benchmarks.interpreter import why_unusable
-from cyclip_loss import ops
+from cyclip_loss import eager, ops
 
 HAS_TRITON = find_spec("triton") is not None
 needs_triton = pytest.mark.triton
@@ -122,13 +122,12 @@ def set_strip_rows(monkeypatch: pytest.MonkeyPatch, rows: int | None) -> None:
     """Make strips low: `rows` in the eager engine, one tile in the kernels. None leaves them be."""
     if rows is None:
         return
-    from cyclip_loss import eager
-
     monkeypatch.setattr(eager, "MIN_STRIP_ROWS", rows)
     monkeypatch.setitem(eager.STRIP_ELEMENTS, "cpu", 1)
     monkeypatch.setattr(eager, "STRIP_ELEMENTS_OTHER_DEVICES", 1)
-    bounds = ("contrastive_grads BLOCK_ROWS", "contrastive_grads BLOCK_ELEMENTS")
-    for bound in (*bounds, "contrastive_lse PARTIAL_ELEMENTS") if HAS_TRITON else ():
+    bounds = {"contrastive_lse PARTIAL_ELEMENTS": 1, "products CHUNK_COLUMNS": rows}
+    bounds |= dict.fromkeys(("contrastive_grads BLOCK_ROWS", "contrastive_grads BLOCK_ELEMENTS"), 1)
+    for bound, value in bounds.items() if HAS_TRITON else ():
         name, constant = bound.split()
         module = importlib.import_module(f"cyclip_loss.kernels.{name}")
-        monkeypatch.setattr(module, constant, 1)
+        monkeypatch.setattr(module, constant, value)

@@ -9,12 +9,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from accuracy import NAMES, Results, check_loss, results
 from inputs import Case
 from torch import Tensor
-from triton import knobs
 
 from cyclip_loss import CyCLIPLoss
 
@@ -177,34 +174,6 @@ def test_inductor(impl: str, device: torch.device) -> None:
     torch._dynamo.reset()
     actual = results(torch.compile(loss, fullgraph=True), *inputs)
     assert_close(actual, results(loss, *inputs))
-
-
-@triton.jit
-def fill_kernel(output, value: tl.constexpr):
-    tl.store(output, value)
-
-
-def test_no_number_of_rows_compiles_kernels_anew(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever N is divisible by."""
-    compiled = []
-
-    def hook(*arguments: object, **named: object) -> None:
-        compiled.append(named)
-
-    step(4096, device)
-    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", hook)
-    for n in (4096, 4095, 4112, 2049, 8191, 3000, 2048, 5001, 2, 17):
-        step(n, device)
-        assert not compiled, f"kernels were compiled for N = {n}"
-    fill_kernel[(1,)](torch.empty(1, device=device), 1.0)
-    assert compiled, "the hook does not see compilations"
-
-
-def step(n: int, device: torch.device) -> None:
-    case = Case(n, 256, torch.bfloat16, lambdas=(0.5, 0.125))
-    results(loss_of(case, "triton"), *case.inputs(device))
 
 
 def test_memory(impl: str, device: torch.device) -> None:

@@ -6,8 +6,6 @@ import signal
 import subprocess
 import sys
 from argparse import Namespace
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +13,8 @@ import torch
 from conftest import needs_interpreter as interpreted
 
 from benchmarks import ROOT
-from benchmarks.gate import command as gate
-from benchmarks.gate.binary import Binary
-from benchmarks.gpu import ablations, command, suite
-from benchmarks.gpu.candidates import KEYS, candidates, refusals, variants, winner
+from benchmarks.gpu import command, suite
+from benchmarks.gpu.candidates import KEYS, winner
 from benchmarks.run import Run
 
 TESTS = """
@@ -99,26 +95,6 @@ def test_a_dry_run_leaves_a_record(tmp_path: Path) -> None:
     assert "DRY RUN" in file.with_suffix(".md").read_text()
 
 
-SPILLS = Binary(255, 1016, 1024, {"HGMMA.64x128x16": 8}, 1000, serialised=False, fuses=True)
-
-
-def test_one_binary_that_must_not_ship_is_enough_to_refuse(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    tried = candidates("sm_90", "contrastive_grads")
-    spilling = tried[1].config
-
-    def build(variant: gate.Variant) -> Binary | str:
-        spills = variant.config == spilling and variant.features == "float16"
-        return SPILLS if spills else replace(SPILLS, spilled_bytes=0)
-
-    assert [v.features for v in variants("sm_90", tried[0])] == ["bfloat16", "float16"]
-    pool = "benchmarks.gpu.candidates.ProcessPoolExecutor"
-    monkeypatch.setattr(pool, lambda workers, _: ThreadPoolExecutor(workers))
-    monkeypatch.setattr(gate, "build", build)
-    assert refusals("sm_90", tried) == {tried[1]: "float16: spills 1016 bytes"}
-
-
 def test_the_fastest_over_all_sizes_wins() -> None:
     times = {
         "shipped": {"small": 1.0, "large": 10.0},
@@ -129,21 +105,6 @@ def test_the_fastest_over_all_sizes_wins() -> None:
     assert winner(times, "shipped") == "faster"
     hardly = {"shipped": {"small": 1.0}, "hardly faster": {"small": 0.995}}
     assert winner(hardly, "shipped") == "shipped"
-
-
-@interpreted
-def test_the_ablation_multiplies(device: torch.device) -> None:
-    """The sums of the tiles' products, where they are wanted."""
-    run = Run(device, dry_run=True)
-    n, d = 256, 64
-    image, text = (features.float() for features in run.pairs(n, d, torch.bfloat16))
-    launch, sums = ablations.product_launcher(run, ablations.TALL, n, d, wanted=1.0)
-    launch()
-    tiles = (image @ text.T).unflatten(1, (2, 128)).sum(dim=(0, 2))
-    torch.testing.assert_close(sums, tiles, atol=1e-2, rtol=1e-3)
-    launch, sums = ablations.product_launcher(run, ablations.TALL, n, d)
-    launch()
-    assert not sums.any()
 
 
 def test_a_failure_and_an_interruption_leave_a_record(

@@ -185,9 +185,8 @@ def test_command(tmp_path: Path) -> None:
     (file,) = tmp_path.glob("*.json")
     found = json.loads(file.read_text())
     sections = found["sections"]
-    assert [(row["N"], row["loss"]) for row in sections["cost"]["rows"]] == [
-        *((16, OURS), (16, AUTHORS), (32, OURS), (32, AUTHORS)),
-    ]
+    costs = [(row["N"], row["loss"]) for row in sections["cost"]["rows"]]
+    assert costs == [(16, OURS), (16, AUTHORS), (32, OURS), (32, AUTHORS)]
     assert all(row["ms"] > 0 < row["peak MB"] for row in sections["cost"]["rows"])
     busy, missing = sections["cost"]["notes"]
     assert "the machine was busy" in busy
@@ -201,38 +200,11 @@ def test_command(tmp_path: Path) -> None:
     sections["cost"]["rows"][3]["peak MB"] = math.nan
     text = report.summary(found)
     assert "| 16 | 512 | 2.00 | 3.00 (1.50 ×) |" in text.splitlines()
-    made = {path.name for path in tmp_path.iterdir()}
-    assert {path.removeprefix(file.stem) for path in made} == {
-        *(".json", ".md", "-cost.png", "-error.png"),
-    }
     record.write(tmp_path, "side-by-side", found, text)
-    for path in (*tmp_path.glob("*.png"), file.with_suffix(".md")):
+    made = [file.with_suffix(".md"), *sorted(tmp_path.glob("*.png"))]
+    assert len(made) == 3
+    for path in made:
         path.unlink()
     assert plot.main(Namespace(record=file)) == 0
-    assert {path.name for path in tmp_path.iterdir()} == made
-    table = file.with_suffix(".md").read_text()
-    assert "(1.50 ×)" in table
-    assert "| nan |" in table
-
-
-@pytest.mark.usefixtures("few")
-def test_an_interruption_leaves_what_was_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(accuracy, "errors", interrupt)
-    assert side_by_side.main(Namespace(sizes=[16], out=tmp_path, seed=0)) == 1
-    (file,) = tmp_path.glob("*.json")
-    sections = json.loads(file.read_text())["sections"]
-    assert sections["error"]["failures"] == ["interrupted"]
-    assert len(sections["cost"]["rows"]) == 2
-    assert "training step" not in sections
-
-
-def test_a_record_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
-    described = record.describe(Run(CPU))
-    with pytest.raises(TypeError):
-        record.write(tmp_path, "x", {**described, "seed": object()})
-    assert list(tmp_path.iterdir()) == []
+    assert all(path.exists() for path in made)
+    assert "| nan |" in made[0].read_text()

@@ -5,34 +5,7 @@ from dataclasses import replace
 import pytest
 from processes import run_python
 
-from benchmarks.gate.binary import Binary, is_serialised
-
-# Main loops as cuobjdump prints them (Triton 3.9, sm_90, all but products, waits and jumps left
-# out). In the second the sum is also multiplied in each step, so that it must be there by then.
-FREE = """
-        /*1650*/              @!P0 BRA 0x1660 ;
-        /*12b0*/                   HGMMA.64x128x16.F32.BF16 R88, gdesc[UR16], R88 ;
-        /*13a0*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24, gsb0 ;
-        /*13d0*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
-        /*1650*/              @!P0 BRA 0xf60 ;
-        /*1660*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
-"""
-SERIALISED = """
-        /*1250*/                   HGMMA.64x128x16.F32.BF16 R88, gdesc[UR16], R88 ;
-        /*1360*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24, gsb0 ;
-        /*1390*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
-        /*45b0*/              @!P2 BRA 0xec0 ;
-"""
-# A persistent kernel: the first loop within one over tiles, which waits before the epilogue.
-PERSISTENT = FREE.replace("        /*1650*/              @!P0 BRA 0x1660 ;\n", "")
-PERSISTENT += "        /*2000*/              @!P1 BRA 0x0a00 ;\n"
-
-
-def test_a_wait_for_the_last_product_before_the_next_is_seen() -> None:
-    assert not is_serialised(FREE)
-    assert is_serialised(SERIALISED)
-    assert not is_serialised(PERSISTENT)
-    assert is_serialised(PERSISTENT.replace("gsb0, 0x1", "gsb0, 0x0"))
+from benchmarks.gate.binary import Binary
 
 
 CLEAN = Binary(

@@ -3,14 +3,12 @@
 Values and gradients on hard inputs are tested together with the eager engine's, by `impl`.
 """
 
-from pathlib import Path
-
 import pytest
 import torch
 from accuracy import check_loss
-from conftest import needs_interpreter, needs_triton
+from conftest import needs_triton
 from inputs import Case
-from processes import ROOT, run_python
+from processes import run_python
 
 from benchmarks.gate import command as ahead_of_time
 from cyclip_loss import kernels, ops
@@ -78,22 +76,6 @@ def test_a_d_that_32_bit_offsets_do_not_hold(device: torch.device) -> None:
     image = torch.zeros((), device=device).expand(2, 26_753)
     with pytest.raises(ValueError, match=r"image_features must have D <= 26752 .* got D = 26753"):
         kernels.cyclic_statistics(image, image, True)
-
-
-@needs_interpreter
-def test_a_checkout_finds_its_kernels() -> None:
-    """Without the mapping that an editable installation makes of the folder `kernels/`."""
-    code = (
-        "import sys; sys.meta_path = [finder for finder in sys.meta_path"
-        " if not getattr(finder, '__module__', '').startswith('__editable__')]\n"
-        "import torch, cyclip_loss; assert 'triton' not in sys.modules\n"
-        "x = torch.eye(8, requires_grad=True)\n"
-        "cyclip_loss.CyCLIPLoss(impl='triton')(x, x, torch.tensor(2.0)).backward()\n"
-        "print(cyclip_loss.kernels.__file__)"
-    )
-    run = run_python("-W", "ignore", "-c", code)
-    assert run.returncode == 0, run.stderr
-    assert Path(run.stdout.strip()) == ROOT / "kernels" / "__init__.py"
 
 
 def test_no_triton_on_a_cpu_tensor_without_the_interpreter() -> None:

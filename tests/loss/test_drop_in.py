@@ -82,7 +82,6 @@ def test_logit_bias_changes_nothing(impl, output_dict, device: torch.device) -> 
 
 
 FORMS_OF_THE_SCALE = {
-    "scalar": lambda **on: torch.tensor(10.0, **on),
     "matrix": lambda **on: torch.tensor([[10.0]], **on),
     "float64": lambda **on: torch.tensor(10.0, dtype=torch.float64, **on),
     "bfloat16": lambda **on: torch.tensor([10.0], dtype=torch.bfloat16, **on),

@@ -23,7 +23,7 @@ RECTANGLE = {
 # A row against more columns than a block has; a few rows that the diagonal leaves.
 ONE_ROW = RECTANGLE | {"n": 1, "m": 37, "d": 3, "first_column": 5, "strip_rows": None}
 WIDE = RECTANGLE | {"n": 5, "m": 16385, "d": 3, "first_column": 16380, "strip_rows": 7}
-TALL = RECTANGLE | {"n": 20, "m": 9, "d": 5, "first_column": -6, "strip_rows": 7}
+TALL = RECTANGLE | {"n": 20, "m": 16, "d": 5, "first_column": -6, "strip_rows": 7}
 
 
 @settings(max_examples=40)
@@ -103,34 +103,3 @@ def test_contrastive_rectangles(
             check_bound("grad", grad, [right], bound)
         else:
             assert grad.numel() == (0 if grad.ndim else 1)
-
-
-@pytest.mark.parametrize("d", [6, 40])
-@pytest.mark.parametrize(
-    ("lambdas", "grads"), [((0.5, 0.2), (2.0, 3.0)), ((0.2, 0.5), (2.0,)), ((0.5, 0.5), (1.0,))]
-)
-def test_penalties_of_four_ranks(impl, lambdas, grads, d: int, small_strips, device) -> None:
-    """Gram matrices of parts add up, and gradients are four times those of the whole batch."""
-    image, text = (rows.float() for rows in pairs(41, d, device=device))
-    i, t = (rows.double().requires_grad_() for rows in (image, text))
-    terms = [(i @ i.T - t @ t.T).square().sum(), (i @ t.T - t @ i.T).square().sum()]
-    terms = [weight * term for weight, term in zip(lambdas, terms, strict=True)]
-    (4 * (grads[0] * terms[0] + grads[-1] * terms[1])).backward()
-    engine = ops.engine(impl, image)
-    with_cross = lambdas[0] != lambdas[1]
-    parts = zip(image.split([1, 27, 13]), text.split([1, 27, 13]), strict=True)
-    grams = sum(engine.cyclic_statistics(*part, with_cross) for part in parts)
-    assert grams.shape == (2 + with_cross, d, d)
-    weights, upstream = (
-        [torch.tensor(value, device="cpu") for value in values] for values in (lambdas, grads)
-    )
-    found = engine.cyclic_terms(grams, weights, len(grads) == 2)
-    for term, exact in zip(found, terms if len(grads) == 2 else [sum(terms)], strict=True):
-        assert term.item() == pytest.approx(exact.item(), rel=2e-6)
-    for needs in ([True, True], [False, True]):
-        of_features = engine.cyclic_grads(image, text, grams, upstream, weights, 4, needs)
-        for grad, leaf, needed in zip(of_features, (i, t), needs, strict=True):
-            assert grad.shape == (leaf.shape if needed else (0,))
-            atol = 2e-6 * float(leaf.grad.abs().max())
-            if needed:
-                torch.testing.assert_close(grad.double(), leaf.grad, rtol=0, atol=atol)

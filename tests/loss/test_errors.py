@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from inputs import PlainClip
 
 from cyclip_loss import (
     CyclicPenalty,
@@ -13,12 +14,6 @@ from cyclip_loss import (
     cyclic_penalty,
     cyclip_loss,
 )
-
-
-class Own(torch.nn.Module):
-    def forward(self, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
-        return (image_features * text_features).sum()
-
 
 # Refused before anything is computed, whatever the device.
 GOOD = torch.ones(4, 3, device="cpu")
@@ -109,7 +104,7 @@ BAD_NUMBERS = [
 def test_bad_weights(name: str, value, error: type[Exception]) -> None:
     """When they are given, and when they are set; what was there stays."""
     message = says(name, f"got {value!r}")
-    for build in (CyCLIPLoss, CyclicPenalty, lambda **k: WithCyclicPenalty(Own(), **k)):
+    for build in (CyCLIPLoss, CyclicPenalty, lambda **k: WithCyclicPenalty(PlainClip(), **k)):
         with pytest.raises(error, match=message):
             build(**{name: value})
         module = build(**{name: 128})

@@ -2,16 +2,20 @@
 
 from functools import reduce
 
+import pytest
 import torch
 from accuracy import check_loss
 from conftest import needs_triton
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from inputs import DTYPES, Case, cases
+from inputs import DTYPES, Case, cases, pairs
+
+from cyclip_loss import CyclicPenalty, CyCLIPLoss, cyclip_loss, reference
 
 FULL = {"views": True, "output_dict": True, "upstream": (3.0, -0.5, 2.0), "lambdas": (0.25, 0.5)}
 IMAGE, TEXT, TOWERS = frozenset(["image"]), frozenset(["text"]), frozenset(["image", "text"])
 WIDE = torch.float64
+SAME_ROWS = {"image_layout": "expanded", "text_layout": "expanded", "anti_aligned": True}
 # Met for certain: one row, a rest of a strip, frozen towers in large batches and small ones; rows
 # that no wide load can read but are not copied, and long ones, whose errors grow in a kernel.
 HARD = [
@@ -19,6 +23,8 @@ HARD = [
     Case(65, 10, strip_rows=32, **FULL),
     Case(65, 33, logit_scale=100.0, distance=0.003, anti_aligned=True, strip_rows=32),
     Case(64, 1, logit_scale=100.0, strip_rows=7),
+    # All logits are -100: exp(l - 100) would underflow, and give log 0.
+    Case(65, 33, logit_scale=100.0, distance=0.003, **SAME_ROWS),
     *(
         Case(n, d, WIDE, frozen=frozen, lambdas=lambdas, strip_rows=7)
         for n, d in ((30, 6), (10, 30))
@@ -50,3 +56,33 @@ def test_eager(case: Case, device: torch.device) -> None:
 @with_hard_ones
 def test_triton(case: Case, device: torch.device) -> None:
     check_loss(case, "triton", device)
+
+
+@pytest.mark.parametrize("n", [5, 30])
+def test_a_penalty_without_weight_has_a_gradient_of_zeros(n: int, impl: str, device) -> None:
+    """At every N, as in the first step of a warm-up from 0."""
+    for lambdas in ((0, 0), (0, 0.5)):
+        image, text = (x.float().requires_grad_() for x in pairs(n, 6, device=device))
+        terms = CyCLIPLoss(*lambdas, impl=impl)(image, text, 10.0, output_dict=True)
+        terms["inmodal_cyclic_loss"].backward()
+        assert not any(leaf.grad.any() for leaf in (image, text))
+    CyclicPenalty(0, 0, impl=impl)(image, text).backward()
+    assert not image.grad.any()
+
+
+@pytest.mark.parametrize("weight", [None, 0, 0.7])
+def test_the_inmodal_contrastive_term(weight: float | None, device: torch.device) -> None:
+    image, text, *views = (*pairs(9, 6, device=device), *pairs(9, 6, seed=1, device=device))
+    names = ("augmented_image_features", "augmented_text_features")
+    options = dict(zip(names, views, strict=True)) | {"inmodal_contrastive_weight": weight}
+    scale = torch.tensor(10.0, dtype=torch.float64, device=device)
+    terms = cyclip_loss(image, text, scale, output_dict=True, **options)
+    expected = reference.cyclip_loss(image, text, scale, **options)
+    assert list(terms) == list(expected)
+    for name, term in terms.items():
+        torch.testing.assert_close(term, expected[name])
+    clip = reference.contrastive_loss(image, text, scale)
+    share = 0.5 if weight is None else 1.0
+    torch.testing.assert_close(terms["contrastive_loss"], share * clip)
+    torch.testing.assert_close(sum(terms.values()), cyclip_loss(image, text, scale, **options))
+    assert "inmodal_contrastive_loss" not in cyclip_loss(image, text, scale, output_dict=True)
