@@ -7,7 +7,6 @@ from processes import run_python
 
 from benchmarks.gate.binary import Binary
 
-
 CLEAN = Binary(
     registers=200,
     spilled_bytes=0,
