@@ -5,7 +5,25 @@ from dataclasses import replace
 import pytest
 from processes import run_python
 
-from benchmarks.gate.binary import Binary
+from benchmarks.gate.binary import Binary, is_serialised
+
+# Main loops as cuobjdump prints them (Triton 3.9, sm_90, all but products, waits and jumps left
+# out), in a persistent kernel within the loop over tiles, which waits before the epilogue.
+LOOP = """
+        /*12b0*/                   HGMMA.64x128x16.F32.BF16 R88, gdesc[UR16], R88 ;
+        /*13a0*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24, gsb0 ;
+        /*13d0*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*1650*/              @!P0 BRA 0xf60 ;
+        /*1660*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+"""
+PERSISTENT = LOOP + "        /*2000*/              @!P1 BRA 0x0a00 ;\n"
+
+
+@pytest.mark.parametrize("sass", [LOOP, PERSISTENT])
+def test_a_wait_for_the_last_product_before_the_next_is_seen(sass: str) -> None:
+    assert not is_serialised(sass)
+    assert is_serialised(sass.replace("gsb0, 0x1", "gsb0, 0x0"))
+
 
 CLEAN = Binary(
     registers=200,

@@ -28,7 +28,7 @@ def every_term(image, text, views, impl) -> list[torch.Tensor]:
     ]
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(
     n=st.integers(1, 9),
     d=st.integers(1, 6),

@@ -104,7 +104,7 @@ SCHEDULE = [
 ]
 
 
-@pytest.mark.parametrize("scale", ["tensor", "number", "none"])
+@pytest.mark.parametrize("scale", ["tensor", "number", "none", "alone", "no gradient"])
 def test_schedules_compile_a_few_times_and_no_more(scale: str, device: torch.device) -> None:
     """Numbers and batch sizes that change with every step: right results, no graph for each."""
     torch._dynamo.reset()
@@ -116,10 +116,15 @@ def test_schedules_compile_a_few_times_and_no_more(scale: str, device: torch.dev
         loss.reference_batch_size = 100 + at
         found = []
         for call in (compiled, module(*lambdas, reference_batch_size=100 + at)):
-            case = Case(20 + 3 * at, 12, torch.float64)
-            leaves = leaves_of(case, device)[: 3 if scale == "tensor" else 2]
+            leaves = leaves_of(Case(20 + 3 * at, 12, torch.float64), device)
+            if scale in ("number", "none"):
+                leaves = leaves[:2]
             inputs = [*leaves, 10.0 + at] if scale == "number" else leaves
-            value = sum(call(*inputs, output_dict=True).values())
+            if scale in ("alone", "no gradient"):  # frozen features; a validation loss
+                inputs = [x.detach() for x in leaves[:2]] + leaves[2:]
+                leaves = leaves[2:]
+            with torch.set_grad_enabled(scale != "no gradient"):
+                value = sum(call(*inputs, output_dict=True).values())
             grads = torch.autograd.grad(value, leaves) if value.requires_grad else ()
             found.append([value.detach(), *grads])
         torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)

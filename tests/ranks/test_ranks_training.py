@@ -141,8 +141,10 @@ def compiled_steps(rank: int, world_size: int, cases: list[RankCase]) -> tuple[l
     return found, counts
 
 
-@DIST_IMPLS
-@pytest.mark.parametrize("uneven", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("dist_impl", "uneven"),
+    [("gather", False), ("ring", False), pytest.param("ring", True, marks=pytest.mark.slow)],
+)
 def test_compile_gives_the_same(uneven: bool, dist_impl: str, ranks: Ranks) -> None:
     """Whole, and no graph for each number of rows or weight.
 
