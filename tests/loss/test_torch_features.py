@@ -136,6 +136,7 @@ def test_schedules_compile_a_few_times_and_no_more(scale: str, device: torch.dev
 
 @pytest.mark.parametrize("views", [False, True])
 def test_one_tensor_as_two_arguments_compiled(views: bool, device: torch.device) -> None:
+    torch._dynamo.reset()
     image, text, scale = Case(9, 4).inputs(device)
     loss, found = CyCLIPLoss(0.2, 0.1), []
     for call in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):

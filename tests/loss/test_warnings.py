@@ -33,8 +33,7 @@ def messages(*calls) -> list[str]:
         warnings.simplefilter("always")
         for call in (*calls, *calls):
             call()
-    assert all(one.category is CyCLIPWarning for one in caught)
-    return [str(one.message) for one in caught]
+    return [str(one.message) for one in caught if one.category is CyCLIPWarning]
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,7 @@ def test_features_by_name_or_by_a_callable(compiled: bool, features, penalties) 
         WithCyclicPenalty(OneDict(), *LAMBDAS, features=lambda outputs: tuple(outputs.values())),
     ]
     if compiled:
+        torch._dynamo.reset()
         modules = [torch.compile(m, fullgraph=True, backend="aot_eager") for m in modules]
     by_name, named, by_callable = modules
     contrastive = ClipLoss()(image, text, 10.0)
