@@ -78,13 +78,6 @@ def test_a_d_that_32_bit_offsets_do_not_hold(device: torch.device) -> None:
         kernels.cyclic_statistics(image, image, True)
 
 
-def test_no_triton_on_a_cpu_tensor_without_the_interpreter() -> None:
-    code = "import torch, cyclip_loss as c; c.CyCLIPLoss(impl='triton')(*torch.ones(2, 3, 3), 1.0)"
-    run = run_python("-c", code, interpreted=False)
-    assert run.returncode != 0
-    assert "impl='triton' needs features on a CUDA or ROCm device, got cpu" in run.stderr
-
-
 @pytest.mark.slow
 def test_the_shipped_configurations_of_an_architecture_compile_without_spills() -> None:
     """The gate: registers, shared memory and tensor-core instructions of each binary.

@@ -70,3 +70,11 @@ def test_no_gradient_nan_and_one_row(device: torch.device) -> None:
     metrics = consistency_metrics(image[:1], text[:1])
     assert metrics["alignment"].item() > 0
     assert [name for name, value in metrics.items() if value.isnan()] == [*metrics][3:5]
+
+
+def test_autocast_casts_nothing(device: torch.device) -> None:
+    features = [x.float() for x in pairs(9, 4, device=device)]
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        assert consistency_metrics(*features) == consistency_metrics(
+            *(x.double() for x in features)
+        )

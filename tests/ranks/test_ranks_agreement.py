@@ -1,11 +1,16 @@
 """What ranks have to agree on: an error on every rank at first, and trust afterwards."""
 
+import contextlib
+import warnings
+
 import pytest
 import torch
-from pool import RankError, Ranks
+from pool import RankError, Ranks, own_device
 from rank_cases import RankCase
 from rank_cases import step as take_step
 from test_ranks import DIST_IMPLS
+
+from cyclip_loss import CyCLIPLoss, CyCLIPWarning, checks
 
 Step = list[tuple[int, dict]]  # each rank's (rows, options)
 
@@ -83,3 +88,17 @@ def test_no_row_anywhere(options: dict, ranks: Ranks) -> None:
     assert all("the global batch is empty" in error for error in first)
     assert all("0 rows" in error for error in later)
     assert set(after) == {"right"}
+
+
+def is_stopped(rank: int, world_size: int) -> bool:
+    checks._warned.clear()
+    features = 2 * torch.eye(3, device=own_device())
+    with warnings.catch_warnings(), contextlib.suppress(CyCLIPWarning):
+        warnings.simplefilter("error", CyCLIPWarning)
+        CyCLIPLoss()(features, features, 10.0)
+        return False
+    return True
+
+
+def test_a_warning_that_is_an_error_leaves_no_rank_waiting(ranks: Ranks) -> None:
+    assert ranks.run(2, is_stopped) == [True, False]

@@ -60,8 +60,6 @@ def assert_three_terms(folder: Path, count: int) -> None:
 
 
 def test_open_clip_trains_with_it(tmp_path: Path) -> None:
-    help_text = run_python("-m", open_clip_train.__name__, "--help").stdout
-    assert help_text.index("--lambda-inmodal LAMBDA") < help_text.index("--train-data TRAIN_DATA")
     more = ("--ignore-same-captions", "--lambda-warmup", "0.5")
     run = run_python("-m", open_clip_train.__name__, *flags(tmp_path, *more))
     assert run.returncode == 0, run.stderr
