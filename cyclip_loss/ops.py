@@ -146,13 +146,14 @@ def disagreement(compute: Any, device: torch.device, dtype: torch.dtype, exact: 
         return exact_results
 
     same = torch.arange(rows + columns, device=device).remainder(50).tensor_split((rows,))
-    for wide, ids in ((False, None), (True, None), (True, same)):
+    for ids, forms in ((None, (False, True)), (same, (True,))):
         lse = check("contrastive_lse", image, text, scale, first, True, ids)
         column_pairs = lse[1] - 1  # every column has one, as across ranks
         column_pairs[first:last] = lse[2]
         pairs = check("pair_terms", *lse, column_pairs, first, 1 / rows)
-        settings = (1 / rows, first, True, [True] * 3, wide, ids)
-        check("contrastive_grads", image, text, scale, *pairs[1:], grad, *settings)
+        for wide in forms:
+            settings = (1 / rows, first, True, [True] * 3, wide, ids)
+            check("contrastive_grads", image, text, scale, *pairs[1:], grad, *settings)
     text = text[first:last]
     for with_cross in (False, True):
         weights = [scale.cpu() / rows, scale.cpu() / (rows << with_cross)]  # without C: equal

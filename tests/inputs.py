@@ -19,7 +19,6 @@ LAYOUTS = ["contiguous", "transposed", "every other column", "every other row", 
 # Also contiguous rows that are not where a kernel would have them.
 LAYOUTS += ["rows 8 elements wider", "8 bytes off"]
 VIEWS = ("image_view", "text_view")
-LEAVES = ("image", "text", "logit_scale", *VIEWS)
 
 
 @dataclass

@@ -9,9 +9,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 
 
-def run_python(
-    *arguments: str, interpreted: bool = True, timeout: float = 300
-) -> subprocess.CompletedProcess[str]:
+def run_python(*arguments: str, interpreted: bool = True) -> subprocess.CompletedProcess[str]:
     """interpreted: Triton's kernels, by NumPy; such a process sees no GPU."""
     environment = {
         **os.environ,
@@ -19,7 +17,7 @@ def run_python(
         "OMP_NUM_THREADS": "1",
         **({"CUDA_VISIBLE_DEVICES": ""} if interpreted else {}),
     }
-    options = {"capture_output": True, "text": True, "timeout": timeout}
+    options = {"capture_output": True, "text": True, "timeout": 300}
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, **options)
 
 
