@@ -111,11 +111,10 @@ def _kernels_work(device: torch.device, dtype: torch.dtype, exact: bool) -> bool
 
 @torch.no_grad()
 def disagreement(compute: Any, device: torch.device, dtype: torch.dtype, exact: bool) -> str | None:
-    """Which results of an engine differ from the eager engine's in float64 by more than rounding.
+    """Which results of an engine are off by more than rounding, against eager float64; or None.
 
-    Returns None if none do. Every function gets the same small batch: n != m, several tiles in each
-    direction, sizes that are no multiple of a tile, some pairs nearly aligned. exact: as in
-    `_kernels_work`.
+    Every function gets the same small batch: n != m, several tiles in each direction, sizes that
+    are no multiple of a tile, some pairs nearly aligned. exact: as in `_kernels_work`.
     """
     rows, columns, d = CHECK_SIZES
     first, last = (columns - rows) // 2, (columns + rows) // 2

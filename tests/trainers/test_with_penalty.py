@@ -166,7 +166,7 @@ def test_what_cannot_be_added_to_is_refused(returned: Any, message: str, feature
     ("loss", "message"),
     [
         (CyCLIPLoss(), r"CyCLIPLoss\(.*\) has the cyclic penalties already"),
-        (torch.compile(SigLipLoss(), backend="eager"), "compile the outer one"),
+        (torch.compile(SigLipLoss(), backend="eager"), "compile the wrapper"),
         (nn.CrossEntropyLoss(), r"takes \['input', 'target'\], not .*image_features"),
         (SigLipLoss, "loss must be a module"),
     ],
