@@ -17,7 +17,7 @@ ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 PAPER_LAMBDA, PAPER_BATCH_SIZE = 0.25, 128  # Goel et al. 2022
 # Penalties more than this many times as strong as the paper's cause a warning. In the icons
-# experiment of reference_train, four times cost accuracy.
+# experiment of reference_train, penalties four times as strong name fewer icons.
 STRONG = 2
 # Rows normalised in bfloat16 differ from length 1 by less than 1 %.
 LENGTH_TOLERANCE = 0.05

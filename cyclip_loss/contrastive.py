@@ -212,8 +212,8 @@ def contrastive_grads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of this rank's image and text features, (n, D), and its part of the scale's.
 
-    grad: scalar, the upstream gradient; needs: which are needed; other features' ones are empty.
-    Across W ranks they are W times the gradients of the global loss, because DDP averages.
+    grad: scalar, the upstream gradient; needs: which of the three to compute (other features get an
+    empty one). Across W ranks they are W times the gradients of the global loss: DDP averages.
     """
     ranks = Ranks.from_op_args(dist_impl, group_name, all_rows)
     compute = engine(impl, image_features)

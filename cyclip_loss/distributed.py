@@ -129,7 +129,7 @@ def check_ranks_agree(
         return replace(ranks, dist_impl=options.dist_impl)
 
     own = {**signature, **{name: getattr(options, name) for name in WEIGHTS}}
-    disable: Any = torch.compiler.disable  # a decorator would import the whole compiler
+    disable: Any = torch.compiler.disable  # not at the top: that would import the whole compiler
     of_ranks = disable(_exchange)({"rows": rows, **own}, ranks, features.device)
     differences = [
         f"{name} must be the same on every rank, got {_listed(values)}"

@@ -76,9 +76,9 @@ def cyclic_penalty(  # type: ignore[misc]
 def penalty_with(
     options: PenaltyOptions, image_features: Tensor, text_features: Tensor, output_dict: bool
 ) -> Tensor | _Terms:
-    """`cyclic_penalty` with checked options; a module is one kind of them."""
+    """`cyclic_penalty` with checked options; modules pass themselves."""
     if not isinstance(output_dict, bool):
-        raise TypeError(f"output_dict must be a bool, got {output_dict!r} (no logit scale here)")
+        raise TypeError(f"output_dict must be a bool, got {output_dict!r}: pass no logit scale")
     ranks = ranks_of(options.process_group) if options.distributed else Ranks()
     pair = check_features(image_features, text_features, may_be_empty=ranks.size > 1)
     if ranks.size == 1 and small.penalties_are_small(*pair, options, output_dict):
@@ -146,7 +146,7 @@ def loss_with(
     augmented_text_features: Tensor | None,
     ids: Tensor | None,
 ) -> Tensor | _Terms:
-    """`cyclip_loss` with checked options; a module is one kind of them."""
+    """`cyclip_loss` with checked options; modules pass themselves."""
     ranks = ranks_of(options.process_group) if options.distributed else Ranks()
     several = ranks.size > 1
     pair = check_features(image_features, text_features, may_be_empty=several)

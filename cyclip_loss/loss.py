@@ -29,7 +29,7 @@ class _Module(PenaltyOptions, nn.Module):
         return copy
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state to pickle, with a note in place of the process group, which has no pickle."""
+        """The state to pickle. A note replaces the process group, which cannot be pickled."""
         return self.__dict__ | {"process_group": self.process_group and NOT_STORED}
 
     def check_inputs_once(

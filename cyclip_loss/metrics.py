@@ -38,8 +38,8 @@ def consistency_metrics(
     comparable between batch sizes. Alignment and uniformity: Wang & Isola 2020, alpha = t = 2.
 
     Args:
-        image_features, text_features: (N, D), N >= 1, rows of unit length. They are not cast, also
-            under autocast.
+        image_features, text_features: (N, D), N >= 1, rows of unit length. They are not cast,
+            not even under autocast.
         process_group, distributed: a group, or True for the default group, to use the rows of all
             its ranks, which may hold different numbers of rows. Every rank must make the call. The
             host waits, and all features are gathered (2 N D elements).

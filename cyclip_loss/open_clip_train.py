@@ -26,7 +26,7 @@ from cyclip_loss.with_penalty import WithCyclicPenalty
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train as the command line says, by default this process's; errors raise SystemExit."""
+    """Train with these arguments, by default this process's. Usage errors raise SystemExit."""
     parser = flags()
     argv = list(sys.argv[1:] if argv is None else argv)
     # torchrun allows a "--" before the script's flags; some versions of Python pass it on.

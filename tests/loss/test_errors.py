@@ -134,5 +134,5 @@ def test_bad_options(options: dict, message: str) -> None:
         CyCLIPLoss(**options)(GOOD, GOOD, 10.0)
     with pytest.raises(TypeError, match="positional"):
         CyCLIPLoss(0.25, 0.25, True)
-    with pytest.raises(TypeError, match="no logit scale here"):
+    with pytest.raises(TypeError, match="pass no logit scale"):
         CyclicPenalty()(GOOD, GOOD, GOOD[0, 0])
