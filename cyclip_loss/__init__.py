@@ -1,4 +1,4 @@
-"""CyCLIP's loss for PyTorch: exact, memory-lean, a drop-in for `open_clip.ClipLoss`."""
+"""CyCLIP's loss for PyTorch: exact, in O(N D) memory, a drop-in for `open_clip.ClipLoss`."""
 
 from pathlib import Path
 
@@ -22,8 +22,8 @@ __all__ = [
     "reference",
 ]
 
-# Installed, the kernels are in this folder. In a checkout they lie beside it, and a program that
-# runs there imports the checkout.
+# An installation has the kernels in this folder. A checkout has them next to it, and Python started
+# in the checkout imports the package from there.
 _here = Path(__file__).parent
 if not (_here / "kernels").is_dir():
     __path__.append(str(_here.parent))

@@ -16,8 +16,8 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 PAPER_LAMBDA, PAPER_BATCH_SIZE = 0.25, 128  # Goel et al. 2022
-# Penalties this many times as strong as the paper's are warned of: at four times, fewer names are
-# found in the icons experiment of reference_train.
+# Penalties more than this many times as strong as the paper's cause a warning. In the icons
+# experiment of reference_train, penalties four times as strong name fewer icons.
 STRONG = 2
 # Rows normalised in bfloat16 differ from length 1 by less than 1 %.
 LENGTH_TOLERANCE = 0.05
@@ -36,7 +36,7 @@ def check_features(
 ) -> tuple[Tensor, Tensor]:
     """Two feature tensors (N, D), cast as autocast asks, or an error that names the argument.
 
-    may_be_empty: N = 0 is allowed, as on one of several ranks; autocast: False: not cast.
+    may_be_empty: allow N = 0, as on one of several ranks; autocast: False: cast nothing.
     """
     least = 0 if may_be_empty else 1
     for name, features in zip(names, (first, second)):  # noqa: B905 (PyTorch 2.8 can't trace strict)
@@ -88,7 +88,7 @@ def check_logit_scale(logit_scale: Tensor | float, features: Tensor) -> Tensor:
             raise TypeError(
                 f"logit_scale must be a scalar tensor or a number, got {type(logit_scale).__name__}"
             )
-        # A product: torch.compile would make the number that fills a tensor a constant.
+        # Not `new_full`: torch.compile would make the number a constant.
         return features.new_ones((), dtype=dtype) * float(logit_scale)
     _check_dense("logit_scale", logit_scale, "full_tensor")
     if logit_scale.numel() != 1:
@@ -120,7 +120,7 @@ def check_ids(ids: Tensor, features: Tensor) -> Tensor:
 
 
 def zero_of_bias(logit_bias: Tensor | float, loss: Tensor) -> Tensor:
-    """0, attached to the bias: DistributedDataParallel wants a gradient for every parameter."""
+    """0 with a gradient of 0 to the bias: DDP needs a gradient for every parameter."""
     if isinstance(logit_bias, bool) or not isinstance(logit_bias, (Tensor, Real)):
         hint = ": pass output_dict by keyword" if isinstance(logit_bias, bool) else ""
         raise TypeError(f"logit_bias must be a tensor, a number or None, got {logit_bias!r}{hint}")
@@ -131,22 +131,22 @@ def zero_of_bias(logit_bias: Tensor | float, loss: Tensor) -> Tensor:
 
 
 def warn_once(subject: str, text: str) -> None:
-    """Warn, once in a process and, across ranks, on rank 0 only, of the user's line."""
+    """Warn with the user's line, once per process and subject; across ranks, on rank 0 only."""
     if subject in _warned or (dist.is_available() and dist.is_initialized() and dist.get_rank()):
         return
     _warned.add(subject)
     level, frame = 1, sys._getframe(0)
-    not_the_users = ("cyclip_loss", "torch")
-    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in not_the_users:
+    libraries = ("cyclip_loss", "torch")
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in libraries:
         level, frame = level + 1, frame.f_back
     warnings.warn(text, CyCLIPWarning, stacklevel=level)
 
 
 def warn_of_strong_penalties(options: PenaltyOptions, n: int) -> None:
-    """Warn if lambda * N, to which the penalties grow, is far from the paper's 0.25 * 128.
+    """Warn if lambda * N is more than STRONG times the paper's 0.25 * 128.
 
-    n: N, the rows of the global batch. Not while `torch.compile` traces: what it compiles would
-    depend on N.
+    n: N, the rows of the global batch. Does nothing with a reference batch size, nor while
+    `torch.compile` traces, as compiled code would depend on N.
     """
     if torch.compiler.is_compiling() or options.reference_batch_size is not None:
         return
@@ -157,8 +157,8 @@ def warn_of_strong_penalties(options: PenaltyOptions, n: int) -> None:
             "strong penalties",
             f"lambda = {weight:g} in a batch of {n} is {times:.3g} times as strong as the paper's "
             f"{PAPER_LAMBDA} in a batch of {PAPER_BATCH_SIZE}: the penalties grow with the batch. "
-            f"With reference_batch_size={PAPER_BATCH_SIZE} a lambda means the same at every batch "
-            "size. If the paper's formula is what you want: warnings.filterwarnings('ignore', "
+            f"With reference_batch_size={PAPER_BATCH_SIZE} a lambda has the same effect at every "
+            "batch size. If you want the paper's formula: warnings.filterwarnings('ignore', "
             "category=cyclip_loss.CyCLIPWarning)",
         )
 
@@ -173,7 +173,7 @@ def warn_of_unusual_inputs(image: Tensor, text: Tensor, logit_scale: Tensor | fl
         [torch.linalg.vector_norm(rows.detach(), dim=1, dtype=dtype) for rows in (image, text)]
     )
     shortest, longest = torch.stack(lengths.aminmax()).tolist()
-    # Written so that NaN warns of nothing.
+    # NaN fails both comparisons, so it causes no warning.
     if shortest < 1 - LENGTH_TOLERANCE or longest > 1 + LENGTH_TOLERANCE:
         warn_once(
             "lengths",

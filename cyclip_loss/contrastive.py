@@ -1,4 +1,4 @@
-"""The contrastive term: a rank's image rows against the text columns of all ranks, and autograd.
+"""The contrastive term and its autograd: a rank's image rows against the texts of all ranks.
 
 With l_ij = s * I_i . T_j, r_i and c_j the log-sum-exps of the rows and columns of l, and N pairs:
 
@@ -6,23 +6,23 @@ With l_ij = s * I_i . T_j, r_i and c_j the log-sum-exps of the rows and columns 
     one way     L = 1/N * (sum_i r_i - sum_i l_ii)
 
 For a confidently matched pair, r_i - l_ii and exp(l_ii - r_i) - 1 would lose all digits. So the
-sums are over *negatives*: a_i is the log-sum-exp of row i without its pair, b_j that of column j.
+sums run over *negatives*: a_i, b_j are the log-sum-exps of row i and column j without the pair.
 
     r_i - l_ii            = log(1 + exp(a_i - l_ii))
     exp(l_ii - r_i) - 1   = -1 / (1 + exp(l_ii - a_i))
 
-Vectors of N cross from forward to backward, no matrix. Backward computes the logits again: 8 N^2 D
-flops in all where dense autograd takes 6.
+Forward saves the features and vectors of N elements, no N x N matrix. Backward computes the logits
+again: 8 N^2 D flops in all, where dense autograd takes 6 N^2 D.
 
 With n rows on each of W ranks, N = W n, the columns reach the rows in one of three ways:
 
-    alone   one process: its columns are all of them
+    alone   one process, which has all columns
     gather  all-gather of the text features (N, D); all-reduces of the maxima and pair logits of N
             columns, and of their sums; in backward, reduce-scatter of the text gradients (N, D)
-    ring    blocks of n text rows go from rank to rank (`_ring`); O(n D) memory per rank
+    ring    each rank passes blocks of n text rows on to the next (`_ring`); O(n D) memory per rank
 
-Gradients are summed across ranks in the accumulation dtype. All communication is inside the
-operators, where `torch.compile` neither sees nor moves it: traced, a ring would keep every block
+Gradients are summed across ranks in the accumulation dtype. Except for the gather, communication is
+inside the operators, hidden from `torch.compile`. If it were traced, a ring would keep every block
 for backward, and a rank without rows would drop collectives whose results it does not use.
 """
 
@@ -43,8 +43,8 @@ class _Contrastive(torch.autograd.Function):
     """The contrastive term of checked inputs: a scalar of the accumulation dtype.
 
     image_features, text_features: (n, D), this rank's; gathered: `start_gather` of the text
-    features, or None. Not `symmetric`: rows to columns only. Last, the ids of the rows (n,) and of
-    the columns, this rank's or gathered, or None twice.
+    features, or None. Without `symmetric` the loss is one way, rows to columns. The last two are
+    the ids of the rows (n,) and of the columns (this rank's or gathered), or both None.
     """
 
     @staticmethod
@@ -71,7 +71,7 @@ contrastive_loss: Callable[..., Tensor] = _Contrastive.apply
 def _lse_shapes(
     image: Tensor, columns: Tensor, scale: Tensor, symmetric: bool, *_: Any
 ) -> tuple[Tensor, ...]:
-    # shape[0], not len: len would make a symbolic size static, and every N would compile anew.
+    # shape[0], not len: len would make a symbolic size static, and every N would be compiled.
     n, m = image.shape[0], columns.shape[0] if symmetric else 0
     return scale.new_empty(()), scale.new_empty(n), scale.new_empty(m), scale.new_empty(n)
 
@@ -91,9 +91,9 @@ def contrastive_lse(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The contrastive loss of the global batch, and what backward needs, as in `eager.pair_terms`.
 
-    image_features: (n, D), this rank's; columns: its text features (n, D) or, gathered, those of
-    all ranks (N, D); logit_scale: scalar of the accumulation dtype; dist_impl and the two after it:
-    `Ranks.to_op_args`; row_ids, column_ids: (n,) and those of `columns`.
+    image_features: (n, D), this rank's; columns: this rank's text features (n, D) or, gathered,
+    all ranks' (N, D); logit_scale: scalar of the accumulation dtype; dist_impl, group_name and
+    all_rows: `Ranks.to_op_args`; row_ids, column_ids: ids of the rows (n,) and of `columns`.
     """
     ranks = Ranks.from_op_args(dist_impl, group_name, all_rows)
     compute = engine(impl, image_features)
@@ -130,11 +130,11 @@ def _ring(
     ranks: Ranks,
     n: int,
 ) -> Tensor | None:
-    """Send blocks of columns around the ring; returns `total` of this rank's own columns.
+    """Send blocks of columns around the ring; return the sum over ranks for this rank's columns.
 
-    blocks: this rank's, padded; total: what all ranks add up for the columns of a block, which
-    travels one step behind it, or None. `multiply` takes each rank's blocks and `first_column`, and
-    returns the part of this rank, which `add` adds in place.
+    blocks: this rank's, padded. total: the initial value of that sum, or None if none is wanted.
+    The sum of a block's columns travels one step behind the block. `multiply(*blocks,
+    first_column)` returns this rank's contribution, which `add` adds in place.
     """
     for step in range(ranks.size):
         ahead = blocks if step + 1 < ranks.size else []
@@ -152,7 +152,7 @@ def _ring(
             add(total[:count], part)
         if ahead:
             blocks = received
-        # Freed before the next step makes its own: each is as large as a block.
+        # Free these, each as large as a block, before the next step allocates its own.
         del part, received, hop
     return None if total is None else Hop([total], ranks).finish()[0][:n]
 
@@ -162,7 +162,7 @@ def _ring_lse(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-sum-exps of the negatives of this rank's rows and columns (n,), and pair_logits (n,)."""
     n = text.shape[0]
-    # Running log-sum-exps are in float64, as every step rounds them.
+    # Running log-sum-exps are in float64, because every step rounds them.
     rows = scale.new_full((n,), -torch.inf, dtype=torch.float64)
     pair_logits = scale.new_zeros(n)
 
@@ -170,7 +170,7 @@ def _ring_lse(
         block_ids = None if ids is None else ids_and_first[0][:, 0]
         of_rows, of_columns, pairs = sweep(block, block_ids, ids_and_first[-1])
         rows.copy_(torch.logaddexp(rows, of_rows.double()))
-        pair_logits.add_(pairs)  # 0 but in this rank's own block
+        pair_logits.add_(pairs)  # 0 except in this rank's own block
         return of_columns.double()
 
     def add(total: Tensor, part: Tensor) -> None:
@@ -212,8 +212,8 @@ def contrastive_grads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of this rank's image and text features, (n, D), and its part of the scale's.
 
-    grad: scalar, the upstream gradient; needs: which of the three are needed, the others are empty.
-    Across W ranks they are W times the gradients of the global loss, because DDP averages.
+    grad: scalar, the upstream gradient; needs: which of the three to compute (other features get an
+    empty one). Across W ranks they are W times the gradients of the global loss: DDP averages.
     """
     ranks = Ranks.from_op_args(dist_impl, group_name, all_rows)
     compute = engine(impl, image_features)

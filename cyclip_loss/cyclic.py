@@ -10,8 +10,8 @@ sign. p and q come from D x D Gram matrices:
 
     A = U^T U,  B = V^T V,  C = V^T U:      p = <A, B>_F,  q = <C, C^T>_F
 
-The gradients are in `eager.cyclic_grads`. Across ranks A, B and C are sums: one all-reduce makes
-them global, no feature travels, and backward needs no communication.
+`eager.cyclic_grads` has the formulas of the gradients. A, B and C are sums over rows. So across
+ranks, one all-reduce makes them global, no features are sent, and backward communicates nothing.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def _statistics_shapes(image: Tensor, text: Tensor, with_cross: bool, impl: str)
 def cyclic_statistics(
     image_features: Tensor, text_features: Tensor, with_cross: bool, impl: str
 ) -> Tensor:
-    """The Gram matrices of this rank's rows: `eager.cyclic_statistics`."""
+    """The Gram matrices of this rank's rows, as in `eager.cyclic_statistics`."""
     compute = engine(impl, image_features)
     return compute.cyclic_statistics(image_features, text_features, with_cross)  # type: ignore[no-any-return]
 
@@ -57,7 +57,7 @@ def cyclic_grads(
     needs: list[bool],
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of this rank's features: `eager.cyclic_grads`."""
+    """Gradients of this rank's features, as in `eager.cyclic_grads`."""
     compute = engine(impl, image_features)
     return compute.cyclic_grads(  # type: ignore[no-any-return]
         image_features, text_features, grams, grads, weights, size, needs
@@ -67,10 +67,10 @@ def cyclic_grads(
 def start_penalties(
     image_features: Tensor, text_features: Tensor, options: PenaltyOptions, ranks: Ranks
 ) -> Tensor | None:
-    """Across ranks: start to sum the Gram matrices and the number of rows, for `penalties`.
+    """Start the all-reduce of the Gram matrices and the row count, for `penalties`.
 
     Returns 3 D^2 + 1 elements of the accumulation dtype; None in one process or if both lambdas are
-    0. C is always among them, so that a rank that asks for the terms apart sends no more.
+    0. C is always included, so that a rank with `output_dict` sends no more than the others.
     """
     if ranks.group is None or not options.has_penalties():
         return None
@@ -83,9 +83,9 @@ def start_penalties(
 class _CyclicPenalties(torch.autograd.Function):
     """(weight_in * N P_in, weight_cross * N P_cross) if `separate`, else (their sum,).
 
-    image_features, text_features: (n, D); grams: None or, across `size` > 1 ranks, those of the
-    global batch; weights: scalar tensors. Without `with_cross` the weights are equal and the sum is
-    asked for.
+    image_features, text_features: (n, D); grams: None or, across `size` > 1 ranks, the Gram
+    matrices of the global batch; weights: scalar tensors. `with_cross` (whether C is needed) may be
+    False only if the weights are equal and `separate` is False.
     """
 
     @staticmethod
@@ -93,7 +93,7 @@ class _CyclicPenalties(torch.autograd.Function):
         image_features, text_features, grams, *weights, with_cross, separate, impl, size = inputs
         if grams is None:
             grams = cyclic_statistics(image_features, text_features, with_cross, impl)
-        # A few operations on small matrices: no operator, a compiler fuses PyTorch's own.
+        # Not an operator: a compiler can fuse these few PyTorch operations on D x D matrices.
         compute = eager if is_traced(grams) else engine(impl, grams)
         terms = compute.cyclic_terms(grams, weights, separate)
         ctx.save_for_backward(image_features, text_features, grams, *weights)
@@ -104,7 +104,7 @@ class _CyclicPenalties(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         image_features, text_features, grams, *weights = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:2])
-        # size times: DDP averages.
+        # Multiplied by size, because DDP averages.
         arguments = (grams, list(grads), weights, ctx.size, needs, ctx.impl)
         of_features = cyclic_grads(image_features, text_features, *arguments)
         needed = (grad if need else None for grad, need in zip(of_features, needs, strict=True))
@@ -124,12 +124,12 @@ def penalties(
 ) -> tuple[Tensor, ...]:
     """(lambda_inmodal * P_in, lambda_crossmodal * P_cross) of checked inputs, or (their sum,).
 
-    The scalars have the accumulation dtype. With equal lambdas the sum alone does without C.
-    started: `start_penalties`, for the penalties of all of `size` ranks.
+    The scalars have the accumulation dtype. The sum alone, with equal lambdas, does not need C.
+    started: the result of `start_penalties` across `size` ranks.
     """
     n, d = image_features.shape
     if not options.has_penalties():
-        # Zeros with a gradient of zeros, as a penalty of lambda 0 beside one that is not.
+        # Zeros with zero gradients, as one penalty has if only its lambda is 0.
         nothing = image_features[:0].sum() + text_features[:0].sum()
         zero = nothing.to(accumulation_dtype(image_features.dtype))
         return (zero, zero.clone()) if separate else (zero,)
@@ -147,14 +147,14 @@ def penalties(
 
 
 def _weights(options: PenaltyOptions, n: int, features: Tensor) -> tuple[Tensor, ...]:
-    """`penalty_weights` as tensors, on the CPU: to fill one on a GPU takes a kernel.
+    """`penalty_weights` as tensors, on the CPU: filling one on a GPU would launch a kernel.
 
-    Traced, they are on the features' device, for CUDA graphs, and a tensor from the first product
-    on: numbers that are combined, or fill a tensor, become constants.
+    When traced, they are on the features' device, for CUDA graphs, and the arithmetic is on
+    tensors: torch.compile would make constants of Python numbers combined with each other.
     """
     dtype = accumulation_dtype(features.dtype)
     if torch.compiler.is_compiling():
         return options.penalty_weights(n, features.new_ones((), dtype=dtype))
-    # device: not that of torch.set_default_device
+    # An explicit device, as torch.set_default_device may have set another.
     weights = options.penalty_weights(n)
     return tuple(torch.scalar_tensor(weight, dtype=dtype, device="cpu") for weight in weights)

@@ -1,10 +1,10 @@
 """The loss across ranks: which ranks share a batch, what they must agree on, and the collectives.
 
-torch.distributed's functional collectives, and sends for the ring, start at once; the wait is where
-the result is needed. Nothing here initialises a process group.
+Collectives (torch.distributed's functional ones) and the ring's sends start early, and are waited
+for where the result is needed. Nothing here initialises a process group.
 
 Gradients follow DDP's convention: each rank's are W times the gradients of the global loss with
-respect to its own features, so that their average is what one process on the whole batch would get.
+respect to its own features, so that DDP's average is the gradient of the whole batch's loss.
 """
 
 from collections.abc import Hashable
@@ -21,7 +21,7 @@ from torch.distributed import ProcessGroup
 from cyclip_loss.options import WEIGHTS, LossOptions
 
 _collectives: Any = torch.ops._c10d_functional
-# In place of a module's process group, which cannot be stored.
+# Takes the place of the process group, which cannot be stored, in a stored module.
 NOT_STORED = "not stored with the module: set its attribute process_group"
 
 
@@ -29,23 +29,23 @@ NOT_STORED = "not stored with the module: set its attribute process_group"
 class Ranks:
     """Which ranks share the batch, how text columns reach them, and how many rows each holds.
 
-    n, below: how many this rank holds. It is no field, so that under `torch.compile` no number of
-    rows is a constant.
+    The methods take n, the rows of this rank. n is not a field: `torch.compile` would make a field
+    a constant, and compile for every number of rows.
     """
 
     group: ProcessGroup | None = None  # None: one process
     rank: int = 0  # of this process
     size: int = 1  # W, how many there are
     dist_impl: str = "alone"  # in one process; otherwise one of DIST_IMPLS
-    rows: tuple[int, ...] | None = None  # of each rank; None: each holds as many as this one
+    rows: tuple[int, ...] | None = None  # of each rank; None: all hold equally many
 
     @property
     def group_name(self) -> str:
-        """By which collectives find the group."""
+        """The name by which collectives find the group."""
         return "" if self.group is None else self.group.group_name
 
     def to_op_args(self) -> tuple[str, str, list[int] | None]:
-        """All of it in types that an operator can take."""
+        """What `from_op_args` needs, in types that an operator can take."""
         return self.dist_impl, self.group_name, None if self.rows is None else list(self.rows)
 
     @staticmethod
@@ -53,7 +53,7 @@ class Ranks:
         """The inverse of `to_op_args`."""
         if dist_impl == "alone":
             return Ranks()
-        # Not above: it is not there where PyTorch was built without distributed.
+        # Not at the top: PyTorch may be built without distributed.
         from torch.distributed import distributed_c10d
 
         c10d: Any = distributed_c10d
@@ -61,7 +61,7 @@ class Ranks:
         return replace(ranks, dist_impl=dist_impl, rows=None if rows is None else tuple(rows))
 
     def count(self, rank: int, n: int) -> int:
-        """The rows of a rank."""
+        """The number of rows of a rank."""
         return n if self.rows is None else self.rows[rank]
 
     def first_row(self, rank: int, n: int) -> int:
@@ -73,15 +73,15 @@ class Ranks:
         return self.size * n if self.rows is None else sum(self.rows)
 
     def most(self, n: int) -> int:
-        """The rows of a block that travels: shorter ones are padded."""
+        """The most rows of any rank, to which the blocks that ranks send are padded."""
         return n if self.rows is None else max(self.rows)
 
 
 def ranks_of(process_group: Any) -> Ranks:
-    """Those of a group: the default one for None, as in DDP.
+    """The ranks of a group; None is the default group, as in DDP.
 
     Raises:
-        TypeError: `process_group` is no process group.
+        TypeError: `process_group` is not a process group.
         ValueError: torch.distributed is not initialised, or this process is not in the group.
     """
     if not dist.is_available() or not dist.is_initialized():
@@ -91,7 +91,7 @@ def ranks_of(process_group: Any) -> Ranks:
     if process_group is None:
         process_group = dist.group.WORLD
     outside: Any = dist.GroupMember.NON_GROUP_MEMBER
-    if process_group is outside:  # what `new_group` returns then
+    if process_group is outside:  # `new_group` returns it to processes outside the group
         raise ValueError(f"process_group does not contain this process, rank {dist.get_rank()}")
     if not isinstance(process_group, ProcessGroup):
         raise TypeError(f"process_group must be a ProcessGroup or None, got {process_group!r}")
@@ -99,27 +99,27 @@ def ranks_of(process_group: Any) -> Ranks:
     return Ranks(process_group, dist.get_rank(process_group), size) if size > 1 else Ranks()
 
 
-# Of each group: the signatures of the calls that its ranks have agreed on.
+# For each group, the signatures of the calls that its ranks have agreed on.
 _agreed: WeakKeyDictionary[ProcessGroup, set[Hashable]] = WeakKeyDictionary()
 
 
 def check_ranks_agree(
     ranks: Ranks, options: LossOptions, features: Tensor, signature: dict[str, Hashable]
 ) -> Ranks:
-    """Who shares the batch of this call, after comparing with the other ranks what has to fit.
+    """Compare the call with the other ranks'; return `ranks` with `dist_impl` and the row counts.
 
-    Ranks compare in the first call with a signature, for which the host waits, and with `uneven` in
-    every call. Otherwise they trust each other to hold equal numbers of rows. While `torch.compile`
-    traces, nothing is compared.
+    Ranks compare in the first call with a signature and, with `uneven`, in every call. The host
+    waits for it. In other calls they trust each other to hold equal numbers of rows. Without
+    `uneven`, nothing is compared while `torch.compile` traces.
 
     features: this rank's, (n, D); signature: what decides which collectives run, by name.
 
     Raises:
-        ValueError: on every rank, with all that is not the same on every rank, or if there are no
-            rows at all. Without `uneven`, in a later call, on a rank without rows.
+        ValueError: on every rank, listing all differences, or if no rank has rows. In a call
+            without comparison, on a rank without rows.
     """
     rows, uneven = features.shape[0], options.uneven
-    # Older compilers can't look groups up in a dictionary.
+    # Older versions of torch.compile can't look up a group in a dictionary.
     is_compiling = torch.compiler.is_compiling()
     agreed = set() if is_compiling else _agreed.setdefault(ranks.group, set())  # type: ignore[arg-type]
     key = tuple(signature.items())
@@ -129,7 +129,7 @@ def check_ranks_agree(
         return replace(ranks, dist_impl=options.dist_impl)
 
     own = {**signature, **{name: getattr(options, name) for name in WEIGHTS}}
-    disable: Any = torch.compiler.disable  # not above: that would import the whole compiler
+    disable: Any = torch.compiler.disable  # not at the top: that would import the whole compiler
     of_ranks = disable(_exchange)({"rows": rows, **own}, ranks, features.device)
     differences = [
         f"{name} must be the same on every rank, got {_listed(values)}"
@@ -152,7 +152,7 @@ def check_ranks_agree(
 
 
 def _exchange(own: dict[str, Any], ranks: Ranks, device: torch.device) -> list[dict[str, Any]]:
-    """Each rank's `own`, on every rank; the host waits."""
+    """Gather each rank's `own` on every rank; the host waits."""
     of_ranks: list[Any] = [None] * ranks.size
     with on_device(device):
         dist.all_gather_object(of_ranks, own, group=ranks.group)
@@ -160,20 +160,20 @@ def _exchange(own: dict[str, Any], ranks: Ranks, device: torch.device) -> list[d
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes a GPU the current one, by way of which NCCL takes objects and sends."""
+    """Makes a GPU the current device, which NCCL uses for objects and sends."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def is_gloo_on_gpu(block: Tensor, ranks: Ranks) -> bool:
-    """Gloo reads a GPU's memory as its own in sends and in one of its gathers.
+    """Whether gloo is given a GPU tensor, which its sends and one of its gathers cannot read.
 
-    https://github.com/pytorch/pytorch/issues/152645
+    They take the address for host memory: https://github.com/pytorch/pytorch/issues/152645
     """
     return block.is_cuda and dist.get_backend(ranks.group) == "gloo"
 
 
 def _listed(values: Any) -> str:
-    """A few values in full, of many the different ones."""
+    """Up to 16 values by rank; of more, up to 16 distinct ones."""
     if len(values) <= 16:
         return f"{list(values)} (by rank)"
     return f"{', '.join(sorted(set(map(str, values)))[:16])} on {len(values)} ranks"
@@ -185,14 +185,14 @@ def wait(tensor: Tensor) -> Tensor:
 
 
 def start_all_reduce(tensor: Tensor, op: str, ranks: Ranks) -> Tensor:
-    """op: "sum" or "max". Not to be touched before `wait`."""
+    """op: "sum" or "max". Do not use the result before `wait`."""
     return _collectives.all_reduce(tensor, op, ranks.group_name)  # type: ignore[no-any-return]
 
 
 def log_sum_exp(values: Tensor, pair_logits: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """Across ranks: the log-sum-exp of each of N values, and the pair logits of all N columns.
+    """The elementwise log-sum-exp of all ranks' `values`, and the pair logits of all N columns.
 
-    values: (N,); pair_logits: (n,), of this rank's columns, which travel with the maxima.
+    values: (N,); pair_logits: (n,), of this rank's columns. They are sent along with the maxima.
     """
     placed = torch.full_like(values, -torch.inf)
     start = ranks.first_row(ranks.rank, pair_logits.shape[0])
@@ -205,11 +205,11 @@ def log_sum_exp(values: Tensor, pair_logits: Tensor, ranks: Ranks) -> tuple[Tens
 
 
 def start_gather(features: Tensor, ranks: Ranks) -> Tensor | None:
-    """All ranks' rows on their way here, for `finish_gather`; None if they are not gathered."""
+    """Start to gather all ranks' rows, for `finish_gather`; None if `dist_impl` is not "gather"."""
     if ranks.group is None or ranks.dist_impl != "gather":
         return None
     block = padded(features.detach(), ranks)
-    if is_gloo_on_gpu(block, ranks):  # which the other form would crash
+    if is_gloo_on_gpu(block, ranks):  # the other form would crash
         out = block.new_empty(ranks.size * block.shape[0], block.shape[1])
         gather, where = _collectives.all_gather_into_tensor_out, {"out": out}
     else:
@@ -239,7 +239,7 @@ def sum_and_scatter(partial: Tensor, ranks: Ranks) -> Tensor:
 
 
 def padded(block: Tensor, ranks: Ranks) -> Tensor:
-    """Contiguous rows, as many as the rank with the most rows has."""
+    """The rows, contiguous, padded with zeros to as many as the largest rank has."""
     missing = ranks.most(block.shape[0]) - block.shape[0]
     if ranks.rows is None or missing == 0:
         return block.contiguous()
@@ -250,7 +250,7 @@ class Hop:
     """Sends blocks to the next rank of a ring, and receives the previous rank's."""
 
     def __init__(self, blocks: list[Tensor], ranks: Ranks) -> None:
-        self.sent = [block.contiguous() for block in blocks]  # kept until they have left
+        self.sent = [block.contiguous() for block in blocks]  # kept until they are sent
         to, source = (ranks.rank + 1) % ranks.size, (ranks.rank - 1) % ranks.size
         self.works: list[Any] = []
         self.received = [torch.empty_like(block) for block in self.sent]

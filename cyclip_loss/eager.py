@@ -1,9 +1,9 @@
 """The engine in PyTorch, with bounded memory: for CPU, MPS and CUDA without Triton.
 
 Everything is computed in strips: blocks of rows against all columns. Products accumulate in float32
-(float64 for float64 features). 16-bit features are widened first, so their products are exact. On
-CUDA they are multiplied as they are, with a float32 result: as exact, except that G is rounded to
-16 bits, and many times as fast.
+(float64 for float64 features). 16-bit features are widened first, so their products are exact. For
+the contrastive term, CUDA multiplies 16-bit features as they are, with a float32 result. That is
+many times as fast and as exact, except that G is rounded to 16 bits.
 
 I, T are `image_features` (n, D) and `text_features` (m, D); l_ij = logit_scale * I_i . T_j.
 """
@@ -18,13 +18,13 @@ from torch.torch_version import TorchVersion
 
 # Elements of one strip. On CPU 2^22 float32 are 16 MB: strips of 512 rows at N = 8,192, tall enough
 # for the full speed of the matrix products (256 rows or fewer cost up to a quarter more there).
-# Other devices need more work in flight to be busy: 2^26 elements.
+# Other devices need 2^26 elements to be busy.
 STRIP_ELEMENTS = {"cpu": 2**22}
 STRIP_ELEMENTS_OTHER_DEVICES = 2**26
-# Rows below which a matrix product is no longer efficient, however wide the strip.
+# With fewer rows a matrix product is not efficient, however wide the strip.
 MIN_STRIP_ROWS = 64
-# Until https://github.com/pytorch/pytorch/pull/167931 what a wide product is added to had to be of
-# 16 bits itself.
+# Before https://github.com/pytorch/pytorch/pull/167931 a float32 product of 16-bit matrices could
+# only be added to a 16-bit matrix.
 ADDS_WIDE_PRODUCTS = TorchVersion(torch.__version__) >= "2.11"
 
 
@@ -37,29 +37,29 @@ def float32_is_exact() -> bool:
     """Whether PyTorch's settings ask for full float32 products, not tf32."""
     try:
         return torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # the newer setting was used, and PyTorch won't answer by the older name
+    except RuntimeError:  # set by the newer name, fp32_precision: reading the older one raises
         return torch.backends.cuda.matmul.fp32_precision not in ("tf32", "bf16")
 
 
 def strip_rows(columns: int, device: torch.device) -> int:
-    """How many rows of `columns` elements one strip holds."""
+    """The number of rows, of `columns` elements each, in one strip."""
     elements = STRIP_ELEMENTS.get(device.type, STRIP_ELEMENTS_OTHER_DEVICES)
     return max(MIN_STRIP_ROWS, elements // columns)
 
 
 def has_wide_products(features: Tensor) -> bool:
-    """Whether PyTorch multiplies 16-bit matrices of this kind into a float32 one."""
+    """Whether PyTorch multiplies 16-bit matrices of this dtype and device into a float32 one."""
     if not features.is_cuda or torch.version.hip is not None:
         return False
     if features.dtype == torch.bfloat16:  # from Ampere on, 2020
         return torch.cuda.get_device_capability(features.device) >= (8, 0)
-    # Otherwise what is summed in float16 would be float32 in name only, and is refused.
+    # With float16 accumulation PyTorch refuses a float32 result.
     in_float16: bool = torch.backends.cuda.matmul.allow_fp16_accumulation
     return features.dtype == torch.float16 and not in_float16
 
 
 def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b, or a batch of them; dtype: of the result, in which, if it is wider, the sums are too."""
+    """a b, or a batch of products. dtype: the result's; if it is wider than a's, also the sums'."""
     if dtype == a.dtype:
         return torch.matmul(a, b)
     if has_wide_products(a):
@@ -79,14 +79,14 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _logits(image: Tensor, text_t: Tensor, logit_scale: Tensor, out: Tensor) -> None:
-    """s * I T^T of a strip of image rows into `out`."""
+    """Write s * I T^T of a strip of image rows to `out`."""
     if image.dtype != out.dtype:
         torch.mm(image, text_t, out_dtype=out.dtype, out=out).mul_(logit_scale)
     elif out.device.type == "cpu":
-        # The scale goes into the narrow factor: n * D multiplications instead of n * m.
+        # Scale the smaller factor: n * D multiplications instead of n * m.
         torch.mm(image * logit_scale, text_t, out=out)
     else:
-        # After the product, which may be one of tf32 numbers: 16-bit features are, s * I is not.
+        # Scale the product: it may be in tf32, which holds 16-bit features exactly, but not s * I.
         torch.mm(image, text_t, out=out).mul_(logit_scale)
 
 
@@ -97,7 +97,7 @@ def _strips(rows: int, height: int) -> list[tuple[int, int]]:
 def _pairs(strip: Tensor, start: int, first_column: int) -> tuple[Tensor, slice]:
     """The pairs of a strip that begins with row `start`, as a view, and their rows.
 
-    Row i is paired with column first_column + i, if there is one.
+    Row i is paired with column first_column + i, if that column exists.
     """
     offset = first_column + start
     pairs = strip.diagonal(offset)
@@ -116,11 +116,11 @@ def contrastive_lse(
     """Log-sum-exps of the negatives of each row and column, and the pairs' logits, in one sweep.
 
     image_features: (n, D); text_features: (m, D); logit_scale: scalar of the accumulation dtype.
-    Row i is paired with column `first_column + i`; its negatives are all other columns, but those
+    Row i is paired with column `first_column + i`. Its negatives are all other columns except those
     with its id. ids: int64, of the rows (n,) and the columns (m,).
 
     Returns row_negatives (n,), column_negatives (m,), empty unless `symmetric`, and pair_logits
-    (n,), in the accumulation dtype. Without negatives the log-sum-exp is -inf; a row without a
+    (n,), in the accumulation dtype. Without negatives the log-sum-exp is -inf. A row without a
     partner has pair logit 0.
     """
     n, m = len(image_features), len(text_features)
@@ -132,8 +132,7 @@ def contrastive_lse(
     exp_buffer = torch.empty_like(logits_buffer)
     row_negatives = text_t.new_empty(n, dtype=dtype)
     pair_logits = text_t.new_zeros(n, dtype=dtype)
-    # Maxima are finite, so that -inf less one of them is -inf: of a row whose only logit is its
-    # pair's, for example.
+    # Maxima are kept finite, also of rows without negatives, as -inf - (-inf) would be NaN.
     lowest = torch.finfo(dtype).min
     column_max = text_t.new_full((m if symmetric else 0,), lowest, dtype=dtype)
     column_sum = torch.zeros_like(column_max)
@@ -164,12 +163,12 @@ def pair_terms(
     first_column: int,
     weight: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the pairs add to the log-sum-exps of their rows' and columns' negatives.
+    """The loss, complete log-sum-exps, and G of the pairs, from the negatives and the pair logits.
 
-    row_negatives, pair_logits: (n,); column_negatives, column_pair_logits: (m,), of all columns, of
-    which row i's own is `first_column + i`. Empty column_negatives: only the rows count.
+    row_negatives, pair_logits: (n,); column_negatives, column_pair_logits: (m,), of all columns.
+    Row i is paired with column `first_column + i`. Empty column_negatives: only rows count.
 
-    Returns weight * the sum over rows, and over their own columns, of log-sum-exp - pair logit;
+    Returns weight * the sum, over rows and their paired columns, of log-sum-exp - pair logit;
     row_lse (n,) and column_lse (m,), log-sum-exps with the pairs; and pair_gradient (n,), the sum
     of exp(pair logit - log-sum-exp) - 1 for row and column. The formulas are in `contrastive.py`.
     """
@@ -182,10 +181,10 @@ def pair_terms(
     gap = negatives - pair_logits
     # An infinite pair logit would give a finite loss; inf - inf makes it NaN.
     gap = gap + (pair_logits - pair_logits)
-    # Beyond 40, log(1 + exp(x)) is x to the last digit of float64.
+    # Above 40, log(1 + exp(x)) rounds to x in float64.
     loss = F.softplus(gap, threshold=40.0).sum() * weight
     row_lse = torch.logaddexp(row_negatives, pair_logits)
-    # An infinite feature may leave an infinite loss; it becomes NaN too.
+    # An infinite feature may give an infinite loss, which becomes NaN too.
     return loss + (loss - loss), row_lse, column_lse, -gap.sigmoid().sum(dim=0)
 
 
@@ -206,9 +205,9 @@ def contrastive_grads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of w * (sum_i row_lse_i + sum_j column_lse_j - 2 * sum_i pair_logits_i).
 
-    row_lse, column_lse: log-sum-exps of all logits of a row or column, of all ranks', pairs
-    included; w = grad * weight. With G_ij = pair_gradient_i if j is i's partner, 0 if they have the
-    same id, else
+    row_lse, column_lse: log-sum-exps of all logits of a row or column, those of other ranks and
+    pairs included. w = grad * weight. With G_ij = pair_gradient_i if column j is row i's partner, 0
+    if it has the same id, else
 
         G_ij = exp(l_ij - row_lse_i) + exp(l_ij - column_lse_j)
         dI = w * s * G T,   dT = w * s * G^T I,   ds = w * sum_ij G_ij (I_i . T_j)
@@ -227,8 +226,8 @@ def contrastive_grads(
     height = min(n, strip_rows(m, image_features.device))
     logits_buffer = text.new_empty(height, m, dtype=dtype)
     gradient_buffer = torch.empty_like(logits_buffer)
-    # float16 is exact to 11 bits only above 6e-5, and most of G is smaller: 2^14 * G is multiplied,
-    # of which the largest, 2^15, still fits.
+    # float16 keeps 11 bits only above 6e-5, and most of G is smaller. So 2^14 * G is multiplied,
+    # whose largest possible element, 2^15, still fits.
     shift = 14 if factor_dtype == torch.float16 else 0
     weighted_grad = grad * (weight * 2.0**-shift)
     feature_weight = weighted_grad * logit_scale
@@ -250,8 +249,8 @@ def contrastive_grads(
         pairs.copy_(pair_gradient[rows])
         if factor_dtype != dtype:
             gradient = gradient.mul_(2.0**shift).to(factor_dtype)
-        # sum_ij G_ij (I_i . T_j) is sum_i I_i . (G T)_i and sum_j T_j . (G^T I)_j: a feature
-        # gradient that is there anyway gives it for n * D.
+        # sum_ij G_ij (I_i . T_j) = sum_i I_i . (G T)_i = sum_j T_j . (G^T I)_j. From a feature
+        # gradient that is computed anyway, it takes n * D multiplications.
         if needs_image or not needs_text:
             row_gradient = matmul(gradient, text, dtype)
             if needs_scale:
@@ -269,8 +268,8 @@ def contrastive_grads(
 def cyclic_statistics(image_features: Tensor, text_features: Tensor, with_cross: bool) -> Tensor:
     """The Gram matrices A = U^T U, B = V^T V and, if `with_cross`, C = V^T U: (2 or 3, D, D).
 
-    U = I + T and V = I - T are formed in the accumulation dtype, before anything is rounded: V is
-    small for well-aligned pairs, and a difference of rounded numbers would lose it.
+    U = I + T and V = I - T are formed in the accumulation dtype, before anything is rounded. V is
+    small for well-aligned pairs, and would be lost in a difference of rounded numbers.
     """
     dtype = accumulation_dtype(image_features.dtype)
     n, d = image_features.shape
@@ -290,8 +289,8 @@ def cyclic_terms(grams: Tensor, weights: list[Tensor], separate: bool) -> list[T
 
         p = <A, B>_F,  q = <C, C^T>_F,  N * P_in = (p + q) / 2,  N * P_cross = (p - q) / 2
 
-    weights: of N * P_in and of N * P_cross, scalars on the features' device or on the CPU; without
-    C they are equal, and the sum does without q. Returns both if `separate`, else [their sum].
+    weights: of N * P_in and of N * P_cross, scalars on the features' device or on the CPU. Without
+    C they are equal, and the sum does not need q. Returns both if `separate`, else [their sum].
     """
     p = (grams[0] * grams[1]).sum()
     q = (grams[2] * grams[2].T).sum() if len(grams) == 3 else None
@@ -303,14 +302,14 @@ def weighted_penalties(
 ) -> list[Tensor]:
     """`cyclic_terms` from p and q. weights: tensors or numbers."""
     if q is None:
-        # Both weights are read, so that torch.compile makes both inputs of what it compiles.
+        # Use both weights, so that torch.compile treats both as inputs.
         terms = [p * ((weights[0] + weights[1]) / 2)]
     else:
-        # Sums of squares both: rounding must not make them negative. `clamp` keeps NaN.
+        # Both are sums of squares. Rounding must not make them negative; `clamp` keeps NaN.
         inmodal = (p + q).clamp_(min=0) * (weights[0] / 2)
         crossmodal = (p - q).clamp_(min=0) * (weights[1] / 2)
         terms = [inmodal, crossmodal] if separate else [inmodal + crossmodal]
-    # An infinite feature may leave an infinite penalty; inf - inf makes it NaN.
+    # An infinite feature may give an infinite penalty; inf - inf makes it NaN.
     return [term + (term - term) for term in terms]
 
 
@@ -323,14 +322,14 @@ def cyclic_grads(
     size: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `size` * the terms of `cyclic_terms`, whose own gradients are `grads`.
+    """Gradients of `size` * the terms of `cyclic_terms`, given the upstream gradients `grads`.
 
     With a = size * grads[0] * weights[0], b = size * grads[-1] * weights[1]:
 
         dU = (a+b) U B + (a-b) V C^T        dI = dU + dV
         dV = (a+b) V A + (a-b) U C          dT = dU - dV
 
-    grams, weights: as in `cyclic_terms`; without C, a = b. Returns dI and dT, (N, D) in the
+    grams, weights: as in `cyclic_terms`; without C, a = b. Returns dI and dT, (n, D), in the
     features' dtype, empty where not needed.
     """
     needs_image, needs_text = needs
@@ -339,7 +338,7 @@ def cyclic_grads(
     inmodal = grads[0] * (weights[0] * size)
     crossmodal = grads[-1] * (weights[1] * size)
     total, difference = inmodal + crossmodal, inmodal - crossmodal
-    # Terms asked for apart and then added come back with a = b; on CPU a look costs nothing.
+    # If separate terms were added up, a = b may hold; on a CPU the comparison costs nothing.
     with_cross = len(grams) == 3 and (difference.device.type != "cpu" or difference != 0)
     weighted = grams[:2] * total
     cross = grams[2] * difference if with_cross else None

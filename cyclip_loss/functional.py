@@ -1,25 +1,25 @@
 """The loss and the penalties as functions, and how their terms are added up.
 
-What all of them take:
+Arguments of all of them:
 
 - `image_features, text_features`: (N, D), N >= 1, D >= 1, of one floating dtype (float64, float32,
   bfloat16 or float16) on one device, with any strides. Row i of one is paired with row i of the
-  other. The formulas take rows of unit length, as OpenCLIP's models return them; nothing is
+  other. The formulas expect rows of unit length, as OpenCLIP's models return them. Nothing is
   normalised here.
 - `logit_scale`: scalar (one element), already exponentiated. A tensor gets its gradient.
 - `output_dict`: return the weighted terms as a dict (sum them to get the loss).
-- `options`: by keyword, the same options as `cyclip_loss.CyCLIPLoss`: `lambda_inmodal`,
+- `options`: by keyword, with the meaning they have in `cyclip_loss.CyCLIPLoss`: `lambda_inmodal`,
   `lambda_crossmodal`, `reference_batch_size`, `process_group`, `distributed`, `impl` and, for the
   whole loss, `dist_impl`, `uneven` and `inmodal_contrastive_weight`.
 
-Results are scalars of float32 (float64 for float64 features), or a dict of such. They are NaN if a
+Results are float32 scalars (float64 for float64 features), or a dict of them. They are NaN if a
 feature is NaN or infinite. Under `torch.autocast` the features are cast to the autocast dtype
-(except float64, as autocast does); logits and sums are not. There are first derivatives only:
-`cyclip_loss.reference` has all of them.
+(except float64, as autocast does). Logits and sums are not cast. Second derivatives are an error:
+`cyclip_loss.reference` has them.
 
-Raises TypeError where an argument is not a tensor or number, or has a dtype that is not supported.
-Raises ValueError where shapes or devices do not fit, within a rank or between ranks, a batch is
-empty, an option has a bad value, or the process group cannot be used.
+Raises TypeError if an argument is not a tensor or a number, or its dtype is not supported.
+Raises ValueError if shapes or devices do not match, on one rank or between ranks, if a batch is
+empty, if an option has a bad value, or if the process group cannot be used.
 """
 
 from collections.abc import Hashable
@@ -64,9 +64,8 @@ def cyclic_penalty(  # type: ignore[misc]
 ) -> Tensor | dict[str, Tensor]:
     """lambda_inmodal * P_in + lambda_crossmodal * P_cross (Goel et al. 2022, eq. 2 and 3).
 
-    Takes O(N D^2) flops and O(N D + D^2) memory; independent of any logit scale. Across ranks,
-    which may hold different numbers of rows, there is one all-reduce of 3 D^2 + 1 elements and none
-    in backward.
+    Takes O(N D^2) flops and O(N D + D^2) memory. Across ranks, forward makes one all-reduce of
+    3 D^2 + 1 elements, and backward communicates nothing. Ranks may hold different numbers of rows.
 
     Returns a scalar or, with `output_dict`, `inmodal_cyclic_loss` and `crossmodal_cyclic_loss`.
     """
@@ -77,9 +76,9 @@ def cyclic_penalty(  # type: ignore[misc]
 def penalty_with(
     options: PenaltyOptions, image_features: Tensor, text_features: Tensor, output_dict: bool
 ) -> Tensor | _Terms:
-    """`cyclic_penalty` with checked options, which may be a module."""
+    """`cyclic_penalty` with checked options; modules pass themselves."""
     if not isinstance(output_dict, bool):
-        raise TypeError(f"output_dict must be a bool, got {output_dict!r}: there is no logit scale")
+        raise TypeError(f"output_dict must be a bool, got {output_dict!r}: pass no logit scale")
     ranks = ranks_of(options.process_group) if options.distributed else Ranks()
     pair = check_features(image_features, text_features, may_be_empty=ranks.size > 1)
     if ranks.size == 1 and small.penalties_are_small(*pair, options, output_dict):
@@ -116,17 +115,17 @@ def cyclip_loss(  # type: ignore[misc]
 ) -> Tensor | dict[str, Tensor]:
     """The CyCLIP loss: contrastive + lambda_inmodal * P_in + lambda_crossmodal * P_cross.
 
-    `logit_bias`: shifts every logit alike, so it changes nothing; its gradient is zero.
+    `logit_bias`: shifts every logit equally, so it changes nothing. Its gradient is zero.
 
     `augmented_image_features, augmented_text_features`: (N, D), features of a second, augmented
     view of the same pairs; both or neither. They add an in-modal contrastive term, in which each
-    row has to find its own augmented view (the `--inmodal` option of the authors' code). The two
-    are averaged or, with `inmodal_contrastive_weight`, added: CLIP + weight * in-modal.
+    row has to find its own augmented view (the `--inmodal` option of the authors' code). It is
+    averaged with CLIP's or, with `inmodal_contrastive_weight`, added: CLIP + weight * in-modal.
 
-    `ids`: (N,), int8 to int64 or uint8, on the features' device. Rows with the same id are no
+    `ids`: (N,), int8 to int64 or uint8, on the features' device. Rows with the same id are not
     negatives of each other: their logits, except each row's own pair, are left out of every
-    contrastive term. Unlike in SupCon, they are ignored, not positives. Every value is an id, -1
-    too: give rows without one distinct values. The penalties are over all pairs.
+    contrastive term. They do not become positives, as they would in SupCon. Every value is an id,
+    -1 too, so give rows without an id distinct values. The penalties still cover all pairs.
 
     Returns a scalar or, with `output_dict`, `contrastive_loss`, `inmodal_contrastive_loss` if there
     are augmented views, `inmodal_cyclic_loss` and `crossmodal_cyclic_loss`.
@@ -147,7 +146,7 @@ def loss_with(
     augmented_text_features: Tensor | None,
     ids: Tensor | None,
 ) -> Tensor | _Terms:
-    """`cyclip_loss` with checked options, which may be a module."""
+    """`cyclip_loss` with checked options; modules pass themselves."""
     ranks = ranks_of(options.process_group) if options.distributed else Ranks()
     several = ranks.size > 1
     pair = check_features(image_features, text_features, may_be_empty=several)
@@ -171,12 +170,12 @@ def loss_with(
         terms = small.terms(*pair, scale, options, output_dict, ids)
         contrastive_terms, penalties = {"contrastive_loss": terms[0]}, terms[1:]
     else:
-        # Across ranks the columns are on their way while the Gram matrices are computed, and those
-        # while the contrastive losses are.
+        # Across ranks, the gather of the columns runs while the Gram matrices are computed, and the
+        # all-reduce of those while the contrastive losses are.
         gathered = [start_gather(columns, ranks) for _, columns in pairs]
         started_ids = None if ids is None else start_gather(ids[:, None], ranks)
         started, column_ids = cyclic.start_penalties(*pair, options, ranks), ids
-        if started_ids is not None:  # only now: to wait earlier is to wait for the columns too
+        if started_ids is not None:  # not earlier: this waits for the columns' gather as well
             column_ids = finish_gather(started_ids, ranks)[:, 0]
         losses = [
             contrastive.contrastive_loss(
@@ -206,8 +205,8 @@ def loss_with(
 def caption_ids(tokens: Tensor) -> Tensor:
     """`ids` of captions: a hash, (N,) int64, of each row of token numbers (N, context length).
 
-    It is the same on every rank, and zeros at the end of a row do not change it. That two of 65,536
-    different captions have the same one has a probability of 2^-33.
+    It is the same on every rank, and zeros at the end of a row do not change it. Among 65,536
+    different captions, two have the same hash with a probability of 2^-33.
     """
     # Weights from SplitMix64 (Steele et al. 2014); products and sums wrap around at 64 bits.
     mixed = torch.arange(1, tokens.shape[1] + 1, device=tokens.device) * -0x61C8864680B583EB
@@ -218,7 +217,7 @@ def caption_ids(tokens: Tensor) -> Tensor:
 def collective_signature(
     pairs: list[tuple[Tensor, Tensor]], options: LossOptions, ids: Tensor | None
 ) -> dict[str, Hashable]:
-    """What decides which collectives run, by the name that an error would give it."""
+    """What decides which collectives run, by the name that error messages use."""
     features = pairs[0][0]
     names = ("text_features", "augmented_image_features", "augmented_text_features")
     needed = [torch.is_grad_enabled() and columns.requires_grad for _, columns in pairs]

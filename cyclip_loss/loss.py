@@ -15,31 +15,32 @@ from cyclip_loss.options import LossOptions, PenaltyOptions
 
 @dataclass(eq=False, repr=False)
 class _Module(PenaltyOptions, nn.Module):
-    """What both modules have. Their attributes are the options, checked when they are set."""
+    """The base of both modules. Options are attributes, and are checked when they are set."""
 
     def __post_init__(self) -> None:
         nn.Module.__init__(self)
         self._inputs_checked = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copy shares the process group, which cannot be copied."""
+        """Copy all but the process group, which cannot be copied: the copy shares it."""
         memo[id(self.process_group)] = self.process_group
         memo[id(self)] = copy = type(self).__new__(type(self))
         copy.__dict__.update(deepcopy(self.__dict__, memo))
         return copy
 
     def __getstate__(self) -> dict[str, Any]:
-        """A file does not hold the process group, which cannot be stored."""
+        """The state to pickle. A note replaces the process group, which cannot be pickled."""
         return self.__dict__ | {"process_group": self.process_group and NOT_STORED}
 
     def check_inputs_once(
         self, image: Tensor, text: Tensor, logit_scale: Tensor | float = LEAST_SCALE
     ) -> None:
-        """Warn of unusual features and scale in the module's first call that has rows.
+        """Warn of unusual features or an unusual scale, in the first call that has rows.
 
-        Waits for the device, once. Not while `torch.compile` traces or a CUDA graph is captured.
+        The check waits for the device, once. It is skipped while `torch.compile` traces or a CUDA
+        graph is captured.
         """
-        # In this order: what is compiled must not depend on the flag.
+        # `is_traced` comes first: compiled code must not depend on the flag.
         if is_traced(image, text) or self._inputs_checked or image.shape[0] == 0:
             return
         if not image.is_meta and not is_capturing(image):
@@ -47,7 +48,7 @@ class _Module(PenaltyOptions, nn.Module):
             warn_of_unusual_inputs(image, text, logit_scale)
 
     def extra_repr(self) -> str:
-        """The lambdas, and the options that are not as by default, for `print(module)`."""
+        """For `print(module)`: the lambdas, and those of `names` that differ from their default."""
         names = ("reference_batch_size", "dist_impl", "uneven", "impl")
         set_here = [n for n in names if getattr(self, n, None) != getattr(type(self), n, None)]
         shown = ("lambda_inmodal", "lambda_crossmodal", *set_here)
@@ -60,55 +61,55 @@ class CyCLIPLoss(LossOptions, _Module):
 
         loss = contrastive + lambda_inmodal * P_in + lambda_crossmodal * P_cross
 
-    A drop-in for `open_clip.ClipLoss`: call it with the same arguments. Memory is O(N * D) and the
-    penalties cost O(N * D^2): beyond N = 2 D no N x N matrix is built.
+    A drop-in for `open_clip.ClipLoss`: call it with the same arguments. Memory is O(N D): beyond
+    N = 2 D the logits are computed in blocks of bounded size. The penalties cost O(N D^2).
 
     Args:
         lambda_inmodal: weight of the in-modal penalty (`cylambda1` in the authors' code). 0: off.
         lambda_crossmodal: weight of the cross-modal penalty (`cylambda2`). 0: off. Both 0 is CLIP,
             lambda_inmodal = 0 is C-CyCLIP, lambda_crossmodal = 0 is I-CyCLIP.
-        reference_batch_size: multiplies both penalties by reference_batch_size / N, N the rows of
-            the global batch, so that a lambda means the same at every batch size: with 128, what it
-            means in the paper's experiments. None: the paper's formula, whose penalties grow with
-            N. ("Which λ", docs/lambda.md, has a table.)
-        local_loss, gather_with_grad, cache_labels: OpenCLIP's, kept as attributes without effect.
-            There they choose what each rank computes and how its gradients are scaled; here the
-            result is always the exact one.
-        rank, world_size: OpenCLIP's, kept. The process group's are used; if others were given, the
-            first call raises.
+        reference_batch_size: multiplies both penalties by reference_batch_size / N, where N is the
+            number of rows of the global batch. A lambda then has the same effect at every batch
+            size; with 128, its effect in the paper's experiments. None: the paper's formula, whose
+            penalties grow with N. ("Which λ", docs/lambda.md, has a table.)
+        local_loss, gather_with_grad, cache_labels: OpenCLIP's arguments, kept as attributes without
+            effect. In OpenCLIP they choose what each rank computes and how its gradients are
+            scaled. Here the result is always exact.
+        rank, world_size: OpenCLIP's arguments, kept as attributes. The loss asks the process group
+            instead; the first call raises if the two differ.
         use_horovod: must be False.
         process_group: the ranks that share a batch, over nccl or gloo. None: the default group, as
-            in DDP, if torch.distributed is initialised by the time of the call; it is never
-            initialised here. Copies of the module share the group; files do not hold it.
-        distributed: False: the loss of this rank's own rows, without communication, as for an
-            evaluation on one rank only.
+            in DDP, if torch.distributed is initialised at the time of the call. The loss never
+            initialises it. Copies of the module share the group; files do not hold it.
+        distributed: False: the loss of this rank's own rows, without communication, for example for
+            an evaluation on one rank only.
         dist_impl: how the text features reach the other ranks: "gather", or "ring" for O(n D)
-            memory on n rows per rank ("ring" on GPUs over nccl only).
-        uneven: whether ranks may hold different numbers of rows, or none. They then exchange the
-            numbers in every call, for which the host waits.
-        inmodal_contrastive_weight: weight of the in-modal contrastive term, for which augmented
-            views are passed. None: the authors' mean of it and CLIP's.
-        impl: "triton", the kernels for CUDA and ROCm; "eager", PyTorch in bounded memory; or
-            "auto", the kernels where there are any for the features' device, they compile, and a
-            first small batch on that device agrees with PyTorch (otherwise a `CyCLIPWarning`, and
-            "eager"). The environment variable CYCLIP_LOSS_IMPL sets what "auto" means.
+            memory with n rows per rank. On GPUs "ring" needs nccl.
+        uneven: whether ranks may hold different numbers of rows, or none. They then exchange their
+            row counts in every call, and the host waits.
+        inmodal_contrastive_weight: weight of the in-modal contrastive term of augmented views.
+            None: the mean of this term and CLIP's, as in the authors' code.
+        impl: "triton": the kernels for CUDA and ROCm. "eager": PyTorch in bounded memory. "auto":
+            the kernels if they support the features' device, else "eager". On a device's first
+            call "auto" compares the kernels with PyTorch; if they fail, it warns and uses "eager".
+            The environment variable CYCLIP_LOSS_IMPL sets what "auto" means.
 
-    All of them are attributes that may be set between calls, also of a compiled loss.
+    All options are attributes that may be set between calls, also of a compiled loss.
 
     Across ranks, every rank must call the loss, with the same options; each gets the loss of the
     global batch. Gradients averaged across ranks, as DDP and FSDP average them, are those of one
     process on the whole batch. The first call with a given configuration verifies that all ranks
     agree. docs/distributed.md has the details, and lists the collectives.
 
-    Likely mistakes emit a `CyCLIPWarning`, once in a process, on rank 0: penalties more than twice
+    Likely mistakes emit a `CyCLIPWarning`, once per process, on rank 0: penalties more than twice
     as strong as the paper's without `reference_batch_size`; in a module's first call, features
-    whose rows are not of unit length, or a logit scale below 5, as its logarithm would be.
+    whose rows are not of unit length, or a logit scale below 5, which is probably a logarithm.
 
     Raises:
-        TypeError: a lambda is no number (a bool is none: `ClipLoss(True, True)` passes `local_loss`
-            and `gather_with_grad` by position), or `reference_batch_size` no integer.
-        ValueError: an option has a bad value. When called: `rank` or `world_size` is not the
-            process group's; or, on every rank and with all that differs, ranks do not agree.
+        TypeError: a lambda is not a number, or `reference_batch_size` is not an integer. Bools are
+            refused: `ClipLoss(True, True)` passes `local_loss` and `gather_with_grad` by position.
+        ValueError: an option has a bad value. When called: `rank` or `world_size` differs from the
+            process group's, or ranks do not agree (every rank raises, and lists all differences).
     """
 
     local_loss: bool = False
@@ -135,7 +136,7 @@ class CyCLIPLoss(LossOptions, _Module):
         augmented_text_features: Tensor | None = None,
         ids: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        """The loss, or with `output_dict` its terms, as `functional.cyclip_loss`."""
+        """The loss or, with `output_dict`, its terms, as in `functional.cyclip_loss`."""
         if not is_traced(image_features) and not self._inputs_checked:
             self._check_rank()
         loss = functional.loss_with(
@@ -147,7 +148,7 @@ class CyCLIPLoss(LossOptions, _Module):
         return loss
 
     def _check_rank(self) -> None:
-        """Raise unless `rank` and `world_size` are the group's, or OpenCLIP's defaults, 0 and 1."""
+        """Raise unless `rank` and `world_size` are the group's or OpenCLIP's defaults, 0 and 1."""
         if not self.distributed or (self.rank < 1 and self.world_size < 2):
             return
         ranks = ranks_of(self.process_group)
@@ -161,19 +162,19 @@ class CyCLIPLoss(LossOptions, _Module):
 
 @dataclass(eq=False, repr=False)
 class CyclicPenalty(_Module):
-    """The cyclic penalties alone, to add to another loss: SigLIP, CoCa, or one's own.
+    """The cyclic penalties alone, to add to another loss: SigLIP, CoCa, or your own.
 
         penalty = lambda_inmodal * P_in + lambda_crossmodal * P_cross
 
-    Options, semantics across ranks, and errors as in `CyCLIPLoss`. No feature travels: across ranks
-    the only collective is an all-reduce of 3 D^2 + 1 elements, so ranks may hold any numbers of
-    rows (NaN if all hold none). Ranks do not check that they agree on D and the lambdas.
+    Options, semantics across ranks, and errors are as in `CyCLIPLoss`. The only collective is an
+    all-reduce of 3 D^2 + 1 elements, so ranks may hold any numbers of rows (NaN if all hold none).
+    Ranks do not check that they agree on D and the lambdas.
     """
 
     def forward(
         self, image_features: Tensor, text_features: Tensor, output_dict: bool = False
     ) -> Tensor | dict[str, Tensor]:
-        """The penalty, or with `output_dict` its two terms. As `functional.cyclic_penalty`."""
+        """The penalty or, with `output_dict`, its two terms, as in `functional.cyclic_penalty`."""
         penalty = functional.penalty_with(self, image_features, text_features, output_dict)
         self.check_inputs_once(image_features, text_features)
         return penalty

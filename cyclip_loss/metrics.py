@@ -28,23 +28,23 @@ def consistency_metrics(
         inmodal_gap             mean over i, j of (I_i . I_j - T_i . T_j)^2  =  P_in / N
         crossmodal_gap          mean over i, j of (I_i . T_j - I_j . T_i)^2  =  P_cross / N
         alignment               mean over i of |I_i - T_i|^2, 0 where pairs coincide
-        image_uniformity        log of the mean over i != j of exp(-2 |I_i - I_j|^2): 0 where all
-                                rows coincide, the lower the better they are spread; NaN if N = 1
-        text_uniformity         the same of T
+        image_uniformity        log of the mean over i != j of exp(-2 |I_i - I_j|^2): 0 if all rows
+                                coincide, lower if they are more uniform; NaN if N = 1
+        text_uniformity         the same for T
         image_to_text_accuracy  share of the rows i whose nearest text, by I_i . T_j, is T_i
         text_to_image_accuracy  share of the rows i whose nearest image is I_i
 
-    The gaps are the penalties of Goel et al. 2022, eq. 2 and 3, without their factor N: comparable
-    between batch sizes. Alignment and uniformity are those of Wang & Isola 2020, alpha = t = 2.
+    The gaps are the penalties of Goel et al. 2022, eq. 2 and 3, without their factor N, so they are
+    comparable between batch sizes. Alignment and uniformity: Wang & Isola 2020, alpha = t = 2.
 
     Args:
-        image_features, text_features: (N, D), N >= 1, rows of unit length, taken as they are, also
-            under autocast.
-        process_group, distributed: a group, or True for the default one: of the rows of all its
-            ranks, which may hold different numbers. Every rank has to make the call; the host
-            waits, and all features are gathered (2 N D).
+        image_features, text_features: (N, D), N >= 1, rows of unit length. They are not cast,
+            not even under autocast.
+        process_group, distributed: a group, or True for the default group, to use the rows of all
+            its ranks, which may hold different numbers of rows. Every rank must make the call. The
+            host waits, and all features are gathered (2 N D elements).
 
-    Takes 8 N^2 D flops in float64, shared by the ranks, in strips of bounded memory.
+    Takes 8 N^2 D flops in float64 (float32 on MPS), shared by the ranks, in bounded memory.
 
     Raises:
         TypeError, ValueError: as `cyclip_loss.functional`.
@@ -78,14 +78,14 @@ def consistency_metrics(
                 (image - text).square_().sum(),
                 _potentials(image_image, images, own),
                 _potentials(text_text, texts, own),
-                # NaN where a similarity is.
+                # NaN if a similarity is NaN.
                 (image_text.argmax(dim=1) == own).sum() + 0 * image_text.sum(),
                 (text_image.argmax(dim=1) == own).sum() + 0 * text_image.sum(),
             )
         )
     if ranks.size > 1:
         sums = across.wait(across.start_all_reduce(sums, "sum", ranks))
-    pairs = total * (total - 1)  # 0 of one row, whose uniformity is 0 / 0, NaN
+    pairs = total * (total - 1)  # 0 for a single row, whose uniformity is 0 / 0 = NaN
     counts = sums.new_tensor((total**2, total**2, total, pairs, pairs, total, total))
     values = sums / counts
     values[3:5] = values[3:5].log()
@@ -93,13 +93,13 @@ def consistency_metrics(
 
 
 def _potentials(products: Tensor, features: Tensor, own: Tensor) -> Tensor:
-    """The sum of exp(-2 |x_i - x_j|^2) over the rows `own` and all others, from their products.
+    """The sum of exp(-2 |x_i - x_j|^2) over the rows i in `own` and all j != i.
 
     products: x_i . x_j, overwritten.
     """
     norms = features.square().sum(dim=1)
     squared = products.mul_(-2).add_(norms).add_(norms[own, None])
     potentials = squared.clamp_(min=0).mul_(-2).exp_()
-    # Not subtracted from the sum, in which the others could be lost.
+    # Set to 0, not subtracted from the sum, whose other terms could be lost in rounding.
     potentials[torch.arange(len(own), device=own.device), own] = 0
     return potentials.sum()

@@ -1,9 +1,9 @@
 """OpenCLIP's trainer with the CyCLIP loss: `python -m cyclip_loss.open_clip_train`.
 
 Takes all of `open_clip_train`'s flags and a few of its own, and trains with whichever version of
-OpenCLIP is installed. Plain CLIP trains with `CyCLIPLoss`, all else with its own loss plus the
-penalties. The versions build their loss in different places, and what is right for one would leave
-another at plain CLIP: a rank stops after its first optimizer step if its loss was not called.
+OpenCLIP is installed. Plain CLIP trains with `CyCLIPLoss`, other models with their own loss plus
+the penalties. OpenCLIP's versions create their loss in different places. A rank stops after its
+first optimizer step if our loss was not called: it would train without the penalties.
 """
 
 import argparse
@@ -26,13 +26,13 @@ from cyclip_loss.with_penalty import WithCyclicPenalty
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train by a command line, by default this process's, or raise SystemExit with one line."""
+    """Train with these arguments, by default this process's. Usage errors raise SystemExit."""
     parser = flags()
     argv = list(sys.argv[1:] if argv is None else argv)
-    # torchrun takes a "--" between its own flags and these; some versions of Python hand it on.
+    # torchrun allows a "--" before the script's flags; some versions of Python pass it on.
     ours, theirs = parser.parse_known_args(argv[1:] if argv[:1] == ["--"] else argv)
     if "help" in ours:
-        print(parser.format_help(), "\nand open_clip_train's own:\n", sep="\n", flush=True)
+        print(parser.format_help(), "\nopen_clip_train's flags:\n", sep="\n", flush=True)
         theirs = ["--help"]
     swap = _Swap(ours)
     try:
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     swap.into(trainer)
     handle = register_optimizer_step_post_hook(swap.check)
     try:
-        if trainer.main(theirs):  # it has said why, and returns -1
+        if trainer.main(theirs):  # -1 after an error, which it has logged
             raise SystemExit(1)
     finally:
         handle.remove()
@@ -59,28 +59,28 @@ def flags() -> argparse.ArgumentParser:
     """The flags that this launcher adds to open_clip_train's."""
     parser = argparse.ArgumentParser(
         prog="cyclip_loss.open_clip_train",
-        usage="python -m cyclip_loss.open_clip_train [these] [any of open_clip_train's]",
+        usage="python -m cyclip_loss.open_clip_train [flags below] [open_clip_train's flags]",
         allow_abbrev=False,
         add_help=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("-h", "--help", action="store_true", default=argparse.SUPPRESS, help="show theirs too")
+    add("-h", "--help", action="store_true", default=argparse.SUPPRESS, help="show all flags")
     add("--lambda-inmodal", type=float, default=0.25, help="weight of the in-modal penalty")
     add("--lambda-crossmodal", type=float, default=0.25, help="weight of the cross-modal penalty")
-    text = "raise both weights from 0 in so many steps; with a point (0.5), in a share of all"
+    text = "raise both weights from 0 over this many steps (0.5: over half of all steps)"
     add("--lambda-warmup", type=steps_or_share, default=0, metavar="STEPS", help=text)
-    text = "multiply the penalties by this / the global batch size; 0: the paper's formula"
+    text = "multiply the penalties by this / global batch size; 0: the paper's formula"
     add("--reference-batch-size", type=int, default=PAPER_BATCH_SIZE, metavar="N", help=text)
-    add("--impl", choices=IMPLS, default="auto", help="the Triton kernels, or PyTorch")
-    add("--dist-impl", choices=DIST_IMPLS, default="gather", help="for plain CLIP: across ranks")
-    text = "for plain CLIP: pairs with the same caption are not negatives of each other"
+    add("--impl", choices=IMPLS, default="auto", help="Triton kernels or PyTorch")
+    add("--dist-impl", choices=DIST_IMPLS, default="gather", help="across ranks (plain CLIP only)")
+    text = "pairs with the same caption are not negatives of each other (plain CLIP only)"
     add("--ignore-same-captions", action="store_true", help=text)
     return parser
 
 
 def steps_or_share(text: str) -> int | float:
-    """A number of steps, or with a point in it a share of all steps; else ValueError."""
+    """A number of steps or, with a decimal point, a fraction of all steps; else ValueError."""
     steps = float(text) if "." in text else int(text)
     if not 0 <= steps <= (1 if isinstance(steps, float) else steps):
         raise ValueError
@@ -88,7 +88,7 @@ def steps_or_share(text: str) -> int | float:
 
 
 class _Swap:
-    """The loss in a trainer: its methods stand for the trainer's functions of these names."""
+    """Replaces the loss in a trainer; methods replace the trainer's functions of the same name."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -100,11 +100,11 @@ class _Swap:
         self.called = self.warming_up = False
 
     def into(self, trainer: Any) -> None:
-        """Replace what the trainer's main module makes its loss with."""
+        """Replace the functions with which the trainer's main module creates its loss."""
         if not (hasattr(trainer, "create_loss") or hasattr(trainer, "create_task")):
             raise SystemExit(
-                f"cyclip_loss: {trainer.__name__} makes its loss in a way that this launcher does "
-                "not know; use cyclip_loss.CyCLIPLoss in its code instead"
+                f"cyclip_loss: {trainer.__name__} creates its loss in a way that this launcher "
+                "does not support; use cyclip_loss.CyCLIPLoss in its code instead"
             )
         schedules = ("cosine_lr", "const_lr", "const_lr_cooldown")
         made = ("create_model_and_transforms", "create_loss", "create_task", "parse_args")
@@ -113,17 +113,17 @@ class _Swap:
                 setattr(trainer, name, partial(getattr(self, name, self.schedule), theirs))
 
     def parse_args(self, parse: Callable[..., Any], *args: Any) -> Any:
-        """Their flags, and ours with them: they write them to params.txt and report them."""
+        """OpenCLIP's parsed flags with ours added, so that params.txt lists all of them."""
         parsed = parse(*args)
         if getattr(parsed, "horovod", False):
             raise SystemExit("cyclip_loss: --horovod is not supported: use torchrun")
         if self.options.ignore_same_captions and getattr(parsed, "accum_freq", 1) > 1:
-            raise SystemExit("cyclip_loss: --ignore-same-captions: not with --accum-freq above 1")
+            raise SystemExit("cyclip_loss: --ignore-same-captions excludes --accum-freq above 1")
         vars(parsed).update(vars(self.options))
         return parsed
 
     def create_model_and_transforms(self, make: Callable[..., Any], *args: Any, **kw: Any) -> Any:
-        """Their model, which keeps a hash of each caption for the loss: captions never reach it."""
+        """OpenCLIP's model, with a hook that keeps a hash of each caption for the loss."""
         made = make(*args, **kw)
 
         def keep(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -135,15 +135,15 @@ class _Swap:
         return made
 
     def create_task(self, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Their task (4.x; others make the loss itself), with the loss in it replaced."""
+        """OpenCLIP 4.x's task with its loss replaced. (Other versions create the loss directly.)"""
         task = make(*args, **kwargs)
         task.loss = self.create_loss(getattr, task, "loss", None)
         return task
 
     def create_loss(self, make: Callable[..., Any], *args: Any, **kwargs: Any) -> nn.Module:
-        """The loss to take instead of theirs."""
+        """The loss to use instead of OpenCLIP's."""
         theirs = make(*args, **kwargs)
-        # By its exact type: CoCa's loss and distillation's are subclasses.
+        # The exact type, as CoCa's and distillation's losses are subclasses.
         if type(theirs).__name__ == "ClipLoss":
             names = ("local_loss", "gather_with_grad", "cache_labels", "rank", "world_size")
             kept = {name: getattr(theirs, name) for name in names}
@@ -151,27 +151,27 @@ class _Swap:
             if self.options.ignore_same_captions:
                 self.loss.register_forward_pre_hook(self.add_ids, with_kwargs=True)
         elif self.options.ignore_same_captions:
-            raise SystemExit("cyclip_loss: --ignore-same-captions: for plain CLIP's loss only")
+            raise SystemExit("cyclip_loss: --ignore-same-captions needs plain CLIP's loss")
         else:
             try:
                 self.loss = WithCyclicPenalty(theirs, **self.penalty_options)
             except TypeError as error:
-                raise SystemExit(f"cyclip_loss: no loss of two features: {error}") from error
+                raise SystemExit(f"cyclip_loss: cannot add the penalties: {error}") from error
         self.loss.register_forward_hook(lambda *_: setattr(self, "called", True))
         if getattr(theirs, "rank", 0) == 0:
             logging.info("Loss: %s instead of %s", self.loss, type(theirs).__name__)
         return self.loss
 
     def add_ids(self, _: nn.Module, args: Any, kwargs: Any) -> Any:
-        """The loss's arguments with the ids of the batch that the model saw last."""
+        """The loss's arguments, plus the ids of the batch that the model saw last."""
         if self.ids is None:
-            raise SystemExit("cyclip_loss: --ignore-same-captions: the model was given no captions")
+            raise SystemExit("cyclip_loss: --ignore-same-captions: the model got no captions")
         return args, {**kwargs, "ids": self.ids}
 
     def schedule(self, make: Callable[..., Any], *args: Any) -> Callable[[int], Any]:
-        """Their schedule (optimizer, rate, warm-up, all steps, ...), which sets the lambdas too.
+        """OpenCLIP's schedule (optimizer, rate, warm-up, steps, ...), which also sets the lambdas.
 
-        They call it before a step with the step's number, which a resumed run continues.
+        OpenCLIP calls it before each step with the step's number, which a resumed run continues.
         """
         set_rate, length = make(*args), self.options.lambda_warmup
         length *= args[3] if isinstance(length, float) else 1
@@ -186,14 +186,14 @@ class _Swap:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def check(self, *_: Any) -> None:
-        """After an optimizer step: stop unless the loss was called, and warmed up if asked."""
-        problem = "--lambda-warmup saw no step of OpenCLIP's learning rate schedule"
+        """After an optimizer step: stop if the loss was not called, or a warm-up did not start."""
+        problem = "--lambda-warmup needs OpenCLIP's learning rate schedule, which was not called"
         if not self.called:
-            made = "made but not called" if self.loss is not None else "not asked for"
-            problem = f"the CyCLIP loss was {made}: this version trains with another one"
+            made = "created but not called" if self.loss is not None else "not created"
+            problem = f"the CyCLIP loss was {made}; this version trains with a different one"
         elif self.warming_up or not self.options.lambda_warmup:
             return
-        raise SystemExit(f"cyclip_loss: a training step was taken in which {problem}. Stopped.")
+        raise SystemExit(f"cyclip_loss: stopped after an optimizer step: {problem}")
 
 
 if __name__ == "__main__":

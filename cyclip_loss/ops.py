@@ -2,8 +2,8 @@
 
 There are two engines, modules with the same functions: `eager.py` and, on CUDA and ROCm, the Triton
 kernels. There are four operators, which call an engine: `contrastive_lse` and `contrastive_grads`
-in `contrastive.py`, `cyclic_statistics` and `cyclic_grads` in `cyclic.py`. `torch.compile` sees the
-shapes of their results only. They have no derivatives; the autograd of the loss is in those files.
+in `contrastive.py`, `cyclic_statistics` and `cyclic_grads` in `cyclic.py`. `torch.compile` knows
+only the shapes of their results. The autograd functions in those files call the operators.
 """
 
 import os
@@ -24,9 +24,9 @@ from torch.library import custom_op
 from cyclip_loss import eager
 from cyclip_loss.options import IMPLS, CyCLIPWarning
 
-# Of the batch that the kernels are compared with PyTorch on: rows, columns, features.
+# Rows, columns and features of the batch on which the kernels are compared with PyTorch.
 CHECK_SIZES = (600, 700, 200)
-# Before Triton 3.9 the kernels do not compile for sm_100, or come out without their products.
+# Before 3.9, Triton does not compile the kernels for sm_100, or leaves their products out.
 TRITON_FOR_BLACKWELL = (3, 9)
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -35,8 +35,8 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 def engine(impl: str, features: Tensor) -> ModuleType:
     """The module that computes: the one `impl` names; for "auto", the kernels where they work.
 
-    float64 is always computed by the eager engine: GPUs have no use for it here but in tests. So is
-    the part of a rank without rows, as a kernel cannot be launched for nothing.
+    The eager engine always computes float64, which the kernels do not support, and a rank without
+    rows, for which no kernel can be launched.
 
     Raises:
         ValueError: the kernels were asked for and do not run on the features' device, or
@@ -56,10 +56,10 @@ def engine(impl: str, features: Tensor) -> ModuleType:
         ):
             return eager
     elif features.is_cuda and not has_kernels:
-        # They might compile all the same, and be wrong.
+        # The kernels might compile nevertheless, and give wrong results.
         raise ValueError(
-            f"impl='triton': the kernels are not for {features.device} (they need NVIDIA's "
-            "Ampere, Hopper, or with Triton 3.9 Blackwell, or AMD's gfx942, and Triton)"
+            f"impl='triton': the kernels do not support {features.device} (they need Triton, and "
+            "NVIDIA Ampere or newer, Blackwell with Triton 3.9 or newer, or AMD gfx942)"
         )
     from cyclip_loss import kernels
 
@@ -78,9 +78,9 @@ def is_capturing(features: Tensor) -> bool:
 
 @lru_cache
 def _kernels_work(device: torch.device, dtype: torch.dtype, exact: bool) -> bool:
-    """Whether the kernels agree with PyTorch: asked once per device, dtype and float32 precision.
+    """Whether the kernels agree with PyTorch; checked once per device, dtype and precision.
 
-    exact: full float32 products. If not, warns: PyTorch computes from then on.
+    exact: whether float32 products are full, not tf32. Warns if the kernels fail or disagree.
     """
     try:
         from cyclip_loss import kernels
@@ -93,16 +93,16 @@ def _kernels_work(device: torch.device, dtype: torch.dtype, exact: bool) -> bool
                 torch.cuda.synchronize(device)
         except RuntimeError:
             raise RuntimeError(
-                f"cyclip_loss: its kernels left {device} unusable; start again with the "
-                "environment variable CYCLIP_LOSS_IMPL=eager, which does without them"
+                f"the Triton kernels of cyclip_loss left {device} unusable; restart with the "
+                "environment variable CYCLIP_LOSS_IMPL=eager, which disables them"
             ) from error
     if problem is None:
         return True
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     warnings.warn(
         f"the Triton kernels do not work on {device} ({name}, PyTorch {torch.__version__}, Triton "
-        f"{'.'.join(map(str, triton_version()))}); {dtype} is computed by PyTorch instead, with "
-        f"the same results, slower. {problem}",
+        f"{'.'.join(map(str, triton_version()))}); PyTorch computes {dtype} instead, with the "
+        f"same results but slower. {problem}",
         CyCLIPWarning,
         stacklevel=2,
     )
@@ -111,10 +111,10 @@ def _kernels_work(device: torch.device, dtype: torch.dtype, exact: bool) -> bool
 
 @torch.no_grad()
 def disagreement(compute: Any, device: torch.device, dtype: torch.dtype, exact: bool) -> str | None:
-    """Where an engine differs from the eager one in float64, by more than rounding; or None.
+    """Which results of an engine are off by more than rounding, against eager float64; or None.
 
-    Every function of the engine gets the same small batch: n != m, several tiles each way, sizes
-    that are no multiple of a tile, some pairs nearly aligned. exact: as in `_kernels_work`.
+    Every function gets the same small batch: n != m, several tiles in each direction, sizes that
+    are no multiple of a tile, some pairs nearly aligned. exact: as in `_kernels_work`.
     """
     rows, columns, d = CHECK_SIZES
     first, last = (columns - rows) // 2, (columns + rows) // 2
@@ -134,7 +134,7 @@ def disagreement(compute: Any, device: torch.device, dtype: torch.dtype, exact: 
         return [*map(narrow, argument)] if isinstance(argument, list) else argument
 
     def check(name: str, *arguments: Any) -> Any:
-        """The exact results of a function, after comparing those of the engine with them."""
+        """Compare a function of the engine with the eager one; return the exact results."""
         expected = exact_results = getattr(eager, name)(*arguments)
         results = getattr(compute, name)(*map(narrow, arguments))
         if isinstance(results, Tensor):
@@ -148,7 +148,7 @@ def disagreement(compute: Any, device: torch.device, dtype: torch.dtype, exact: 
     same = torch.arange(rows + columns, device=device).remainder(50).tensor_split((rows,))
     for ids, forms in ((None, (False, True)), (same, (True,))):
         lse = check("contrastive_lse", image, text, scale, first, True, ids)
-        column_pairs = lse[1] - 1  # every column has one, as across ranks
+        column_pairs = lse[1] - 1  # every column has a pair, as across ranks
         column_pairs[first:last] = lse[2]
         pairs = check("pair_terms", *lse, column_pairs, first, 1 / rows)
         for wide in forms:
@@ -156,7 +156,7 @@ def disagreement(compute: Any, device: torch.device, dtype: torch.dtype, exact: 
             check("contrastive_grads", image, text, scale, *pairs[1:], grad, *settings)
     text = text[first:last]
     for with_cross in (False, True):
-        weights = [scale.cpu() / rows, scale.cpu() / (rows << with_cross)]  # without C: equal
+        weights = [scale.cpu() / rows, scale.cpu() / (rows << with_cross)]  # equal without C
         grads = [grad, 2 * grad] if with_cross else [grad]
         grams = check("cyclic_statistics", image, text, with_cross)
         check("cyclic_terms", grams, weights, with_cross)
@@ -166,7 +166,7 @@ def disagreement(compute: Any, device: torch.device, dtype: torch.dtype, exact: 
 
 @lru_cache
 def _has_kernels(device: torch.device) -> bool:
-    """Whether Triton is there and the device has what the kernels need (NVIDIA: Ampere, 2020)."""
+    """Whether Triton is installed and supports the device (NVIDIA: Ampere or newer)."""
     if device.type != "cuda" or find_spec("triton") is None:
         return False
     if torch.version.hip is not None:  # only gfx942 has the tf32 products that the kernels use
@@ -178,8 +178,8 @@ def _has_kernels(device: torch.device) -> bool:
 
 
 def triton_version() -> tuple[int, ...]:
-    """Major and minor, without importing Triton; (0, 0): there is none."""
-    # PyTorch's own index has the other names.
+    """Major and minor version, without importing Triton; (0, 0) if it is not installed."""
+    # The second and third names are those of PyTorch's own package index.
     for name in ("triton", "pytorch-triton", "pytorch-triton-rocm"):
         try:
             return tuple(int(part) for part in metadata.version(name).split(".")[:2])
@@ -193,14 +193,14 @@ def operator(
 ) -> Callable[[_Function], _Function]:
     """Make a function the operator `cyclip_loss::<its name>`; its annotations are the schema.
 
-    The first argument is a tensor. The function is called by position, with autocast off. A call
-    goes through PyTorch's dispatcher, which takes 18 instead of 1.8 microseconds, only where
-    something is traced (`torch.compile`, `torch.export`, fake tensors).
+    The first argument is a tensor. The function is called by position, with autocast off. Only
+    traced calls (`torch.compile`, `torch.export`, fake tensors) go through PyTorch's dispatcher,
+    which takes 18 microseconds instead of 1.8.
 
     Args:
-        shapes: takes what the function takes; returns tensors like its results, of any values.
-        gives_gradients: a derivative of the results would be a second derivative of the loss, and
-            is an error.
+        shapes: takes the function's arguments; returns tensors like its results, of any values.
+        gives_gradients: the results are gradients. Differentiating them is an error, as it would
+            give second derivatives of the loss.
     """
 
     def declare(function: _Function) -> _Function:
@@ -226,7 +226,7 @@ def operator(
 
 
 class FirstDerivativesOnly(torch.autograd.Function):
-    """Calls a function that gives gradients. Their derivative is an error, not silently 0."""
+    """Calls a function that returns gradients; differentiating them raises, and is not 0."""
 
     @staticmethod
     def forward(ctx: Any, function: Callable[..., Any], *arguments: Any) -> Any:  # noqa: D102
@@ -236,22 +236,22 @@ class FirstDerivativesOnly(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> NoReturn:  # noqa: D102
         raise RuntimeError(
             "cyclip_loss has first derivatives only: its gradients cannot be differentiated again "
-            "(as a gradient penalty or create_graph=True with a second backward would). "
-            "cyclip_loss.reference.cyclip_loss has all derivatives, and N x N matrices"
+            "(as a gradient penalty, or backward through create_graph=True, would). "
+            "cyclip_loss.reference.cyclip_loss has all derivatives, but builds N x N matrices"
         )
 
 
 def is_traced(*tensors: Tensor) -> bool:
-    """Whether what is done to these may be recorded rather than done, as by `torch.compile`."""
+    """Whether operations on these may be recorded, not executed, as by `torch.compile`."""
     ordinary = (Tensor, torch.nn.Parameter)
     return torch.compiler.is_compiling() or any(type(x) not in ordinary for x in tensors)
 
 
 def autocast_is_on(device_type: str) -> bool:
-    """Whether it is, also for devices that have none, as "meta"."""
-    # PyTorch 2.8 can't trace the first question, and "meta" is not compiled for.
-    has_one = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
-    return has_one and torch.is_autocast_enabled(device_type)
+    """Whether autocast is on; False for devices without autocast, such as "meta"."""
+    # PyTorch 2.8 can't trace `is_autocast_available`; compiled code does not run on "meta".
+    has_autocast = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
+    return has_autocast and torch.is_autocast_enabled(device_type)
 
 
 def without_autocast(features: Tensor) -> AbstractContextManager[Any]:
@@ -263,5 +263,5 @@ def without_autocast(features: Tensor) -> AbstractContextManager[Any]:
 
 
 def empty_grad_like(features: Tensor, needed: bool) -> Tensor:
-    """A gradient's shape and dtype; nothing where it is not needed."""
+    """An uninitialised gradient of these features, without elements if it is not needed."""
     return features.new_empty(features.shape if needed else (0,))

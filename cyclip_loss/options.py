@@ -1,4 +1,4 @@
-"""The options that the modules and the functions share: names, defaults and checks, once.
+"""The options that the modules and the functions share: names, defaults and checks.
 
 `cyclip_loss.CyCLIPLoss` documents each of them.
 """
@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 
 IMPLS = ("auto", "triton", "eager")
 DIST_IMPLS = ("gather", "ring")
-# Numbers that may change between calls: ranks compare them in their first call.
+# Numbers that may change between calls. Ranks compare them in their first call only.
 WEIGHTS = (
     *("lambda_inmodal", "lambda_crossmodal"),
     *("reference_batch_size", "inmodal_contrastive_weight"),
@@ -45,7 +45,7 @@ class PenaltyOptions:
         super().__setattr__(name, value)
 
     def has_penalties(self) -> bool:
-        """Whether a lambda is not 0. (torch.compile would make a number compared by == static.)"""
+        """Whether a lambda is not 0. (`==` would make torch.compile treat the number as static.)"""
         return self.lambda_inmodal > 0 or self.lambda_crossmodal > 0
 
     def has_equal_lambdas(self) -> bool:
@@ -54,10 +54,10 @@ class PenaltyOptions:
         return not (difference < 0 or difference > 0)
 
     def penalty_weights(self, n: Any, one: Any = 1.0) -> tuple[Any, Any]:
-        """What the lambdas weigh the sums over all pairs of N rows with.
+        """The weights of N * P_in and N * P_cross, which are sums over all pairs of N rows.
 
-        lambda / N is the paper's formula; with a reference batch size R it is lambda * R / N^2.
-        n: N, a number or a tensor; one: 1, as a tensor if the weights are to be tensors.
+        lambda / N in the paper's formula, lambda * R / N^2 with a reference batch size R.
+        n: N, a number or a tensor; one: 1, or a tensor of it if the weights are to be tensors.
         """
         reference: float | None = self._reference  # type: ignore[attr-defined]
         weights = one * self.lambda_inmodal, one * self.lambda_crossmodal
@@ -76,11 +76,10 @@ class LossOptions(PenaltyOptions):
 
 
 def _weight(name: str, value: Any) -> float:
-    # bool: ClipLoss(False, True) passes local_loss and gather_with_grad, which must not become
-    # weights.
+    # ClipLoss(False, True) passes local_loss and gather_with_grad, which must not become weights.
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number >= 0, got {value!r}")
-    number = float(value)  # of one type, so that torch.compile sees only a new value
+    number = float(value)  # always a float, so that torch.compile sees no change of type
     if not 0 <= number < math.inf:
         raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
     return number

@@ -22,7 +22,7 @@ def contrastive_loss(
     """Symmetric cross-entropy over the pairs of a batch (Goel et al. 2022, eq. 1).
 
     image_features, text_features: (N, D); logit_scale: scalar, exp'd; ids: (N,), rows with the same
-    one are no negatives of each other. Returns a scalar.
+    id are not negatives of each other. Returns a scalar.
     """
     logits = logit_scale * image_features @ text_features.T  # (N, N)
     logits_per_image = without_same_ids(logits, ids)
@@ -33,7 +33,7 @@ def contrastive_loss(
 
 
 def without_same_ids(logits: Tensor, ids: Tensor | None) -> Tensor:
-    """-inf for the logits (N, N) of rows with the same id, but for each row's own pair."""
+    """The logits (N, N), with -inf where rows have the same id, except for each row's own pair."""
     if ids is None:
         return logits
     return logits.masked_fill((ids[:, None] == ids).fill_diagonal_(False), -torch.inf)
@@ -79,8 +79,8 @@ def cyclip_loss(
 
     image_features, text_features and, for the in-modal contrastive term, both augmented features:
     (N, D), rows of unit length; logit_scale: scalar, exp'd; ids: (N,). reference_batch_size: both
-    penalties are multiplied by it / N; None: they are the paper's. inmodal_contrastive_weight:
-    CLIP's term + this weight * the in-modal one; None: their mean.
+    penalties are multiplied by it / N; None: the paper's formula. inmodal_contrastive_weight: the
+    in-modal term, times this weight, is added to CLIP's; None: their mean.
     """
     if reference_batch_size is not None:
         lambda_inmodal *= reference_batch_size / len(image_features)

@@ -1,20 +1,20 @@
-"""Autograd of the loss of a batch with few rows for its features: N x N matrices, each made once.
+"""The loss of a batch with few rows, and its autograd: N x N matrices, each computed once.
 
-Up to N = 2 D, N x N matrices are not much larger than the features, and take no more flops than
-avoiding them. There the eager engine keeps G, which `contrastive.py` computes again in backward,
-and W, which `cyclic.py` replaces by Gram matrices. With U = I + T, V = I - T and
-W = U V^T, and a and b the lambdas over N (`PenaltyOptions.penalty_weights`):
+Up to N = 2 D they are not much larger than the features, and take no more flops than avoiding them.
+So the eager engine keeps G, which `contrastive.py` computes again in backward, and W, which
+`cyclic.py` replaces by Gram matrices. With U = I + T, V = I - T and W = U V^T, and a and b the
+weights of N * P_in and N * P_cross (`PenaltyOptions.penalty_weights`):
 
     P_in = (p + q) / (2N),  P_cross = (p - q) / (2N),       p = ||W||_F^2,  q = <W, W^T>_F
-    G_ij = exp(l_ij - r_i) + exp(l_ij - c_j),  of a pair less 2
+    G_ij = exp(l_ij - r_i) + exp(l_ij - c_j),  minus 2 for a pair
     H    = (a + b) W + (a - b) W^T
     dI   = H V + H^T U + s/(2N) G T
     dT   = H V - H^T U + s/(2N) G^T I
     ds   = 1/(2N) sum_ij G_ij (I_i . T_j)
 
-Forward and backward that is 6 N^2 D flops a term; `contrastive.py` takes 8 N^2 D, and the penalties
-by Gram matrices 8 N D^2; 10 N D^2 where C is needed to tell terms of equal weight apart, 14 N D^2
-where the weights differ.
+Forward and backward, that is 6 N^2 D flops for the contrastive term and 6 N^2 D for the penalties.
+`contrastive.py` takes 8 N^2 D. Gram matrices take 8 N D^2, 10 N D^2 if C is needed to separate
+terms of equal weight, and 14 N D^2 if the weights differ.
 """
 
 from collections.abc import Callable
@@ -33,28 +33,28 @@ from cyclip_loss.options import PenaltyOptions
 def loss_is_small(image_features: Tensor, text_features: Tensor, impl: str) -> bool:
     """Whether to compute the whole loss of these features (N, D) here, in one process.
 
-    Up to N = 2 D that takes no more flops than otherwise, and memory stays O(N D).
+    Up to N = 2 D that takes no more flops than the other form, and memory stays O(N D).
     """
     n, d = image_features.shape
-    # In this order: traced, N is not compared.
-    return _is_for_here(image_features, text_features, impl) and n <= 2 * d
+    # In this order, so that N is not compared when traced.
+    return _can_be_small(image_features, text_features, impl) and n <= 2 * d
 
 
 def penalties_are_small(
     image_features: Tensor, text_features: Tensor, options: PenaltyOptions, separate: bool
 ) -> bool:
-    """The same for the penalties alone: up to 4/3 D; to 5/3 D where Gram matrices would need C in
-    forward, 7/3 D where in backward too.
+    """The same for the penalties alone: up to N = 4/3 D; 5/3 D if Gram matrices would need C in
+    forward, 7/3 D if they would need it in backward too.
     """
-    if not _is_for_here(image_features, text_features, options.impl):
+    if not _can_be_small(image_features, text_features, options.impl):
         return False
     n, d = image_features.shape
     flops_by_grams = (10 if separate else 8) if options.has_equal_lambdas() else 14
     return options.has_penalties() and 6 * n <= flops_by_grams * d
 
 
-def _is_for_here(image_features: Tensor, text_features: Tensor, impl: str) -> bool:
-    """Whether the eager engine computes, nothing is traced, and no 16-bit products are faster."""
+def _can_be_small(image_features: Tensor, text_features: Tensor, impl: str) -> bool:
+    """Whether the eager engine computes, untraced, and fast 16-bit products are not available."""
     return (
         not is_traced(image_features, text_features)
         and not eager.has_wide_products(image_features)
@@ -65,7 +65,7 @@ def _is_for_here(image_features: Tensor, text_features: Tensor, impl: str) -> bo
 def _contrastive(
     image: Tensor, text: Tensor, logit_scale: Tensor, ids: Tensor | None, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The contrastive term and, if asked for, G / (2N), (N, N), and ds.
+    """The contrastive term and, if `with_gradient`, G / (2N), (N, N), and ds.
 
     image, text: (N, D); logit_scale: scalar; all of the accumulation dtype; ids: (N,).
     """
@@ -73,7 +73,7 @@ def _contrastive(
     cosines = image @ text.T
     logits = cosines * logit_scale
     pair_logits = logits.diagonal().clone()
-    # From here on only negatives count. Finite, so that one row without any comes out as 0.
+    # From here on only negatives count. Not -inf: a row without negatives must add 0, not NaN.
     least = torch.finfo(logits.dtype).min
     logits.fill_diagonal_(least)
     if ids is not None:
@@ -88,11 +88,11 @@ def _contrastive(
     torch.sum(by_column, dim=0, out=sums[1])
     # a_i - l_ii and b_i - l_ii. An infinite pair logit could give a finite loss; inf - inf is NaN.
     gap = sums.log().add_(maxima).sub_(pair_logits).add_(pair_logits - pair_logits)
-    # Beyond 40, log(1 + exp(x)) is x to the last digit of float64.
+    # Above 40, log(1 + exp(x)) rounds to x in float64.
     loss = F.softplus(gap, threshold=40.0).sum() / (2 * n)
     if not with_gradient:
         return loss, None, None
-    # exp(a_i - r_i): what all negatives of a row have in G, and its pair has with a minus sign.
+    # exp(a_i - r_i): the row's part of G, summed over its negatives; its pair has minus this.
     of_negatives = gap.sigmoid_().mul_(1 / (2 * n))
     weights = of_negatives / sums
     gradient = by_row.mul_(weights[0, :, None]).addcmul_(by_column, weights[1])
@@ -103,7 +103,7 @@ def _contrastive(
 class _Small(torch.autograd.Function):
     """The terms if `separate`, else (their sum,). Without a logit scale: the penalties alone.
 
-    weights: a and b; grad_mode: of the call, as it is off in here.
+    weights: a and b; grad_mode: whether the caller has gradients on (in forward they are off).
     """
 
     @staticmethod
@@ -130,7 +130,7 @@ class _Small(torch.autograd.Function):
             image_features, text_features, logit_scale, gradient, scale_grad, product
         )
         ctx.weights = weights
-        # An infinite feature may leave an infinite term; inf - inf makes it NaN, as a NaN stays.
+        # An infinite feature may give an infinite term; inf - inf makes it NaN, and NaN stays.
         return tuple(term + (term - term) for term in terms)
 
     @staticmethod
@@ -151,9 +151,9 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """dI, dT and ds, each None where not needed, from what `_Small.forward` saved.
 
-    weights: a and b; grad_terms: upstream gradients, of each term or of their sum.
+    weights: a and b; grad_terms: upstream gradients of each term, or of their sum.
     """
-    # The last three: G / (2N), ds and W, where they are needed.
+    # The last three are G / (2N), ds and W, or None.
     image_features, text_features, logit_scale, gradient, scale_grad, product = saved
     needs_image, needs_text, needs_scale, *_ = needs
     dtype = accumulation_dtype(image_features.dtype)
@@ -167,7 +167,7 @@ def _gradients(
             crossmodal = grad_terms[-1] * weights[1]
             both_ways = product * (inmodal + crossmodal)
             difference = inmodal - crossmodal
-            # Equal weights are the usual case, and W^T is slow to read; on CPU a look costs little.
+            # Weights are usually equal, and W^T is slow to read; comparing costs little on a CPU.
             if difference.device.type != "cpu" or difference != 0:
                 both_ways.addcmul_(product.T, difference)
             u_grad = both_ways @ (image - text)
@@ -205,7 +205,7 @@ def terms(
     """The contrastive term and both weighted penalties of checked inputs, or (their sum,).
 
     image_features, text_features: (N, D); logit_scale: scalar of the accumulation dtype, or None
-    for the penalties alone; ids: (N,). With both lambdas 0 no penalty is computed.
+    for the penalties alone; ids: (N,). If both lambdas are 0, no penalty is computed.
     """
     weights = options.penalty_weights(len(image_features))
     settings = (ids, weights, separate, torch.is_grad_enabled())

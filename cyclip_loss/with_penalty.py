@@ -13,23 +13,24 @@ from cyclip_loss.options import PenaltyOptions
 
 
 class WithCyclicPenalty(CyclicPenalty):
-    """Another loss plus the cyclic penalties: `open_clip`'s SigLipLoss, CoCaLoss, or one's own.
+    """Another loss plus the cyclic penalties: `open_clip`'s SigLipLoss, CoCaLoss, or your own.
 
-    Call it like the loss that it wraps. A number that it returns becomes the sum; a dict, tuple or
-    namedtuple gets `inmodal_cyclic_loss` and `crossmodal_cyclic_loss`, weighted, so that the values
-    still sum to the loss. Other attributes are read from and written to the wrapped loss.
+    Call it like the loss that it wraps. The penalties are added to a number that it returns. A
+    dict, tuple or namedtuple gets the weighted terms `inmodal_cyclic_loss` and
+    `crossmodal_cyclic_loss`, so that its values still sum to the loss. Attributes that only the
+    wrapped loss has are read from it and written to it.
 
     Args:
         loss: a module. It stays reachable as `.loss`.
         lambda_inmodal, lambda_crossmodal, reference_batch_size, process_group, distributed, impl:
-            as in `CyclicPenalty`, as are the semantics across ranks, whatever the other loss does.
+            as in `CyclicPenalty`, also across ranks, whatever the other loss does.
         features: the names of two arguments of `loss.forward`, (N, D), rows of unit length; or a
-            callable that takes the call's arguments and returns these two.
+            callable that takes the call's arguments and returns the two features.
 
     Raises:
-        TypeError: `loss` is no module, is compiled (compile the outer one) or has these penalties
-            already; `features` does not fit; else as `CyclicPenalty`. When called: the penalties
-            cannot be added to what the loss returned without guessing, as to values per sample.
+        TypeError: `loss` is not a module, is compiled (compile the wrapper) or has these penalties
+            already; `features` does not match it. When called: the loss returned something other
+            than a number or terms of a sum, such as one value per sample. Else as `CyclicPenalty`.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class WithCyclicPenalty(CyclicPenalty):
         self.loss = loss
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the wrapped loss returns for these arguments, with the penalties."""
+        """What the wrapped loss returns for these arguments, plus the penalties."""
         if callable(self.features):
             image, text = self.features(*args, **kwargs)
         else:
@@ -63,7 +64,7 @@ class WithCyclicPenalty(CyclicPenalty):
                 got = f"{name}: {type(term).__name__} {tuple(getattr(term, 'shape', ()))}"
                 raise TypeError(
                     f"the penalties cannot be added to what {type(self.loss).__name__} returned "
-                    f"({got}): let it return the terms of a sum only, or add CyclicPenalty yourself"
+                    f"({got}): return only the terms of a sum, or add CyclicPenalty yourself"
                 )
         if not isinstance(terms, (dict, tuple)):
             return terms + super().forward(image, text)
@@ -94,9 +95,9 @@ def _check(loss: Any, features: Any) -> None:
     if not isinstance(loss, nn.Module):
         raise TypeError(f"loss must be a module, got {loss!r}")
     if hasattr(loss, "_orig_mod"):
-        raise TypeError("loss is compiled: wrap it as it was, and compile the outer one")
+        raise TypeError("loss is compiled: wrap the original module, and compile the wrapper")
     if isinstance(loss, PenaltyOptions):
-        raise TypeError(f"{loss} has the cyclic penalties already: use it as it is")
+        raise TypeError(f"{loss} has the cyclic penalties already: use it without a wrapper")
     names = list(inspect.signature(loss.forward).parameters)
     if not callable(features) and (len(features) != 2 or not set(features) <= set(names)):
         raise TypeError(

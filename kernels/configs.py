@@ -1,7 +1,7 @@
-"""Which tiles a kernel runs with: per architecture and precision, never per N.
+"""Tile sizes of the kernels: per architecture and precision, independent of N.
 
-Every configuration here is compiled ahead of time by `python -m benchmarks gate`, which
-shows registers, spills, shared memory and tensor-core instructions.
+`python -m benchmarks gate` compiles every configuration ahead of time, and shows registers, spills,
+shared memory and tensor-core instructions.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cyclip_loss.eager import float32_is_exact
 
-# True where kernels run on CPU tensors, decided by TRITON_INTERPRET when Triton is imported.
+# True if kernels run on CPU tensors. TRITON_INTERPRET decides it when Triton is imported.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
@@ -24,9 +24,9 @@ class Precision:
     """How a kernel multiplies.
 
     dot: Triton's input_precision, "ieee" or "tf32", of float32 operands; 16-bit operands ignore it.
-    bits: of the operands, which with `dot` picks the tiles.
-    widen: turn 16-bit operands into float32 first. Only under the interpreter, whose products of
-        bfloat16 are wrong (seen in Triton 3.7 and 3.9); products of 16-bit numbers are exact in
+    bits: the size of an operand. `bits` and `dot` select the tiles.
+    widen: convert 16-bit operands to float32 first. Only under the interpreter, whose products of
+        bfloat16 are wrong (seen in Triton 3.7 and 3.9). Products of 16-bit numbers are exact in
         float32, so the interpreter computes what the tensor cores do.
     """
 
@@ -36,7 +36,7 @@ class Precision:
 
     @staticmethod
     def of(features: Tensor, widened: bool = False) -> "Precision":
-        """For features multiplied as they are or, if `widened`, as float32 sums of them."""
+        """For products of the features or, if `widened`, of float32 sums of features."""
         if features.dtype == torch.float32:
             exact = float32_is_exact()
             return Precision("ieee" if exact else "tf32", 32, False)
@@ -57,8 +57,8 @@ class Config:
     def options(self) -> dict[str, Any]:
         """The options of a launch and of a compilation.
 
-        Fusing a multiplication and an addition is asked for, as Triton 3.10 no longer does it by
-        default; nothing here relies on a product being rounded before it is added.
+        Triton 3.10 no longer fuses multiplications and additions by default, so this requests it.
+        Where a product must be rounded before it is added, the kernel has an explicit `fma`.
         """
         return {
             "num_warps": self.num_warps,
@@ -68,12 +68,12 @@ class Config:
 
     @cached_property
     def kwargs(self) -> dict[str, Any]:
-        """Everything, as a kernel launch takes it."""
+        """Tile sizes and options, as keyword arguments of a launch."""
         return {**self.tile, **self.options}
 
     @cached_property
     def with_ids(self) -> "Config":
-        """For contrastive_grads with ids, which need registers: by quarters what goes by halves."""
+        """For contrastive_grads with ids, which need registers: tiles in quarters, not halves."""
         return replace(self, tile={**self.tile, "PARTS": self.tile["PARTS"] ** 2})
 
 
@@ -107,13 +107,13 @@ _SM80 = {
         (32, "ieee"): _cyclic(64, 64, 16, 8, 2),
     },
 }
-# Of the same generation for fewer watts, and Blackwell's: 99 KB of shared memory instead of 163.
+# sm_86, sm_89 and sm_120 have 99 KB of shared memory per program, where sm_80 has 163 KB.
 _SM86 = {
     **_SM80,
     "cyclic_grads": {**_SM80["cyclic_grads"], (32, "tf32"): _cyclic(64, 64, 32, 4, 2)},
 }
-# Operands rounded in registers go back to shared memory, and each wgmma waits for its own: small
-# enough for two programs on an SM, one of which multiplies while the other rounds.
+# Operands rounded in registers go back to shared memory, and each wgmma waits for its operands. So
+# tiles are small enough for two programs per SM: one multiplies while the other rounds.
 _SM90_ROUNDED = _product(128, 128, 32, 4, 3, parts=2)
 _SM90 = {
     **_SM80,
@@ -133,7 +133,7 @@ _SM90 = {
         (32, "ieee"): _cyclic(64, 64, 16, 8, 2),
     },
 }
-# The product stays in tensor memory; 256 rows leave the registers that 256 columns do not.
+# The product stays in tensor memory. Registers suffice for 256 rows, but not for 256 columns.
 _SM100_PRODUCT = _product(256, 128, 64, 8, 3, parts=2)
 _SM100 = {
     **_SM90,
@@ -155,7 +155,7 @@ _GFX942 = {
         (32, "ieee"): _cyclic(64, 64, 16, 4, 1),
     },
 }
-# Small, so that small tests cross tiles.
+# Small, so that small tests have several tiles.
 _INTERPRETER_PRODUCTS = dict.fromkeys(
     ((16, "tf32"), (32, "tf32"), (32, "ieee")), _product(32, 64, 32, 1, 1, parts=2)
 )
@@ -169,7 +169,7 @@ ARCHITECTURES = {
     "sm_80": _SM80, "sm_86": _SM86, "sm_90": _SM90, "sm_100": _SM100, "gfx942": _GFX942,
 }  # fmt: skip
 
-# The kernels without a product, on every chip and for every dtype.
+# The kernels without a matrix product, for every architecture and dtype.
 JOIN = Config({"TILES": 32, "BLOCK": 128}, num_warps=4, num_stages=3)
 PAIRS = Config({"BLOCK": 2048}, num_warps=8, num_stages=1)
 SUM = Config({"BLOCK": 4096}, num_warps=8, num_stages=1)
@@ -179,7 +179,7 @@ TRACES = Config({"BD": 64}, num_warps=8, num_stages=1)
 
 @lru_cache
 def _architecture(device: torch.device) -> str:
-    """The entry of ARCHITECTURES for a device: its own, or sm_86's, which need least."""
+    """The entry of ARCHITECTURES for a device: its own or, if it has none, sm_86's."""
     if torch.version.hip is not None:
         return "gfx942"
     major, minor = torch.cuda.get_device_capability(device)
@@ -188,24 +188,24 @@ def _architecture(device: torch.device) -> str:
 
 
 def config_for(family: str, features: Tensor, precision: Precision) -> Config:
-    """The configuration of a kernel, by its key in the tables, on the features' device."""
+    """The configuration of a kernel, by its key in the tables, for the features' device."""
     table = _INTERPRETER if INTERPRETED else ARCHITECTURES[_architecture(features.device)]
     return table[family][precision.bits, precision.dot]
 
 
-# A pointer, and a distance between rows, that Triton knows to be a multiple of this many bytes and
-# elements can be loaded 16 bytes at a time.
+# Triton can load 16 bytes at a time if it knows that a pointer is a multiple of this many bytes and
+# that the stride between rows is a multiple of this many elements.
 ALIGNMENT = 16
 
 
 def padded_rows(features: Tensor, multiple: int) -> Tensor:
-    """The features with D padded by zeros to a multiple, which leaves every product as it is.
+    """The features with D zero-padded to a multiple, which changes no product, and rows aligned.
 
-    A kernel without masks on D is simpler, and needs fewer registers. No copy if D is a multiple
-    already, each row is contiguous, and rows are aligned: Triton compiles another binary for an
-    argument that is not a multiple of 16. Where that is the base of the features or the distance
-    between rows, it would spill registers, load no more than an element at a time, and be compiled
-    in the middle of training, when such a batch first comes.
+    A kernel without masks on D is simpler, and needs fewer registers. Features are copied unless D
+    is a multiple already and rows are contiguous and aligned. Triton compiles a separate binary for
+    an argument that is not a multiple of 16. For the base of the features or the stride between
+    rows, this binary would spill registers and load one element at a time. It would also be
+    compiled in the middle of training, at the first such batch.
     """
     n, d = features.shape
     row, within = features.stride()
@@ -219,18 +219,18 @@ def padded_rows(features: Tensor, multiple: int) -> Tensor:
 
 
 def launch_on(features: Tensor) -> AbstractContextManager[Any]:
-    """Makes the features' device current, as Triton launches on the current one."""
+    """Makes the features' device current, because Triton launches on the current device."""
     return torch.cuda.device_of(features) if features.is_cuda else nullcontext()
 
 
 def number_or_pointer(scalar: Tensor) -> Tensor | float:
-    """A scalar as a kernel takes it: the number where that is known without waiting for a device.
+    """A scalar as a kernel argument: a number if it is on the CPU, so that nothing has to wait.
 
-    Interpreted, the tensor: the interpreter leaves a number no type to tell the two by.
+    Under the interpreter, always the tensor: numbers have no type there, which `scalar` needs.
     """
     return scalar.item() if scalar.device.type == "cpu" and not INTERPRETED else scalar
 
 
 def ceil_div(a: int, b: int) -> int:
-    """How many blocks of b hold a. (`triton.cdiv` takes 10 times as long on the host.)"""
+    """a / b, rounded up. (`triton.cdiv` takes 10 times as long on the host.)"""
     return -(-a // b)

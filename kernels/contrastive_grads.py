@@ -1,15 +1,15 @@
-"""Gradients of the contrastive term: blocks of G by one kernel, then two library products each.
+"""Gradients of the contrastive term: a kernel computes blocks of G, the library multiplies them.
 
 With l_ij = s * I_i . T_j, the log-sum-exps r, c of its rows and columns, and w = weight * grad:
 
-    G_ij = pair_gradient_i if j is i's partner, 0 if they have the same id,
+    G_ij = pair_gradient_i if column j is row i's partner, 0 if it has the same id,
            else exp(l_ij - r_i) + exp(l_ij - c_j)
     dI = w s G T          dT = w s G^T I          ds = w * sum_ij G_ij (I_i . T_j)
 
 The kernel computes a block of logits again (2 n m D flops in all) and writes w s G in the features'
-dtype; the library's matrix products consume it (4 n m D), summing in float32 (of bfloat16 as
-`torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction` says). Where one block holds
-all of G they write the gradients at once.
+dtype (2^14 G for float16). The library multiplies it with the features (4 n m D), with sums in
+float32 (of bfloat16 as `torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction` says).
+If one block holds all of G, the products are the gradients.
 """
 
 import torch
@@ -22,11 +22,10 @@ from cyclip_loss.kernels.configs import SUM, Precision, ceil_div, config_for, la
 from cyclip_loss.kernels.products import product_over_columns, scale_grad_kernel
 from cyclip_loss.kernels.tiles import LN_2, LOG2_E, grouped_tile, halves, same_ids, tile_product
 
-# One block of G: this many rows, and as many columns as make this many elements (16,384, 512 MB of
-# 16 bits). Memory is thus bounded whatever N. Both products of a block sum over thousands of
-# elements, and have 384 output tiles of 128 x 256 at D = 768, which fill 132 SMs to 97 % (half as
-# many rows: to 73 %). Each reads and writes its float32 sums once per block: 3 GB in all at
-# N = 65,536.
+# Rows and elements of one block of G, which thus has 16,384 columns and takes 512 MB in 16 bits, at
+# every N. Both products of a block sum over thousands of elements. At D = 768 they have 384 output
+# tiles of 128 x 256, which fill 132 SMs to 97% (with half as many rows, to 73%). Each product reads
+# and writes its float32 sums once per block: 3 GB in all at N = 65,536.
 BLOCK_ROWS = 16384
 BLOCK_ELEMENTS = 2**28
 
@@ -54,23 +53,23 @@ def _tile_gradient(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Store the tile of G, see the kernel; return the sum of 2^SHIFT * G_ij (I_i . T_j) over it."""
+    """Store a tile of G, as the kernel documents; return its sum of 2^SHIFT * G_ij (I_i . T_j)."""
     rows = first_row + tl.arange(0, BM)
     columns = first_column_of_tile + tl.arange(0, BN)
-    # Past the end the last values are read again: they are finite, and nothing of it is kept.
+    # Past the end the last values are read again. They are finite, and their results are dropped.
     r = (tl.load(row_lse + tl.minimum(rows, n - 1)) - SHIFT * LN_2) * LOG2_E
     g = tl.exp2(product * scale - r[:, None])
     if SYMMETRIC:
         c = (tl.load(column_lse + tl.minimum(columns, m - 1)) - SHIFT * LN_2) * LOG2_E
-        # Two exponentials an element: sharing one is safe only in a branch, whose two results
-        # spill registers.
+        # Two exponentials per element: sharing one is safe only in a branch, and the two results of
+        # that branch spill registers.
         g += tl.exp2(product * scale - c[None, :])
     if row_ids is not None:
         g = tl.where(same_ids(row_ids, column_ids, rows, columns, n, m), 0.0, g)
     first_pair = first_row + first_column
     has_pairs = (first_pair < first_column_of_tile + BN) & (first_pair + BM > first_column_of_tile)
-    # Whole tiles are stored, 0 outside the matrix: a mask on columns would forbid wide stores. The
-    # pairs share the branch: one of their own would spill registers.
+    # Whole tiles are stored, with 0 outside the matrix, as a mask on columns would prevent wide
+    # stores. The pairs share the branch: a branch of their own would spill registers.
     if has_pairs | (first_row + BM > n) | (first_column_of_tile + BN > m):
         is_pair = (rows + first_column)[:, None] == columns[None, :]
         of_pair = tl.load(pair_gradient + rows, mask=rows < n, other=0.0) * (1 << SHIFT)
@@ -79,7 +78,7 @@ def _tile_gradient(
     tile_sum = 0.0
     if NEEDS_SCALE:
         tile_sum = tl.sum(tl.sum(g * product, axis=1), axis=0)
-    # One 64-bit offset for the tile, 32 bits within it.
+    # The offset of the tile has 64 bits, offsets within it 32.
     tile_start = gradient + first_row.to(tl.int64) * gradient_stride
     within = tl.arange(0, BM)[:, None] * gradient_stride + columns[None, :]
     if SHIFT == 0:
@@ -95,7 +94,7 @@ def _gradient(
     NEEDS_SCALE: tl.constexpr, SHIFT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
-    """`_tile_gradient` of a tile, a part at a time; it calls itself while Triton compiles."""
+    """`_tile_gradient` of a tile, one part after another; the recursion is at compile time."""
     if PARTS == 1:
         return _tile_gradient(
             product, scale, factor, row_lse, column_lse, pair_gradient, row_ids, column_ids,
@@ -131,9 +130,9 @@ def contrastive_grads_kernel(
     row_lse,  # (n,)
     column_lse,  # (m,)
     pair_gradient,  # (n,): G where row i has a partner
-    row_ids,  # (n,) and (m,): G is 0 where they are equal, but for pairs; or both None
+    row_ids,  # (n,) and (m,): G is 0 where they are equal, except for pairs; or both None
     column_ids,
-    gradient,  # weight * grad * s * G out, whole tiles of it, rows `gradient_stride` apart
+    gradient,  # out: weight * grad * s * G in whole tiles, rows `gradient_stride` apart
     scale_partials,  # (tiles,) out: sum over the tile of 2^SHIFT * G_ij (I_i . T_j)
     n,
     m,
@@ -145,13 +144,13 @@ def contrastive_grads_kernel(
     weight,
     SYMMETRIC: tl.constexpr,
     NEEDS_SCALE: tl.constexpr,
-    SHIFT: tl.constexpr,  # not 0: 2^SHIFT * G out, without the weights
+    SHIFT: tl.constexpr,  # if not 0, `gradient` is 2^SHIFT * G, without the weights
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    PARTS: tl.constexpr,  # 1, 2 or 4: the elements of a tile are done at once or a part at a time
+    PARTS: tl.constexpr,  # 1, 2 or 4: in how many parts a tile of G is computed from its logits
     GROUP: tl.constexpr,
 ):
     row_tile, column_tile = grouped_tile(tl.cdiv(n, BM), tl.cdiv(m, BN), GROUP)
@@ -197,8 +196,8 @@ def contrastive_grads(
     tile = config.tile
     image, text = padded_rows(image_features, tile["BK"]), padded_rows(text_features, tile["BK"])
     (n, d), m = image.shape, text.shape[0]
-    # float16 is exact to 11 bits only above 6e-5, and most of w s G is far smaller: there 2^14 * G
-    # is stored, of which the largest, 2^15, still fits, and the sums get the weight.
+    # float16 keeps 11 bits only above 6e-5, and most of w s G is far smaller. So 2^14 G is stored:
+    # its largest possible element, 2^15, still fits. The weight is applied to the sums.
     shift = 14 if image.dtype == torch.float16 else 0
     sum_weight = grad * logit_scale * (weight * 2.0**-shift) if shift else None
     grad_dtype = torch.float32 if wide else image.dtype
@@ -209,12 +208,12 @@ def contrastive_grads(
     width = max(1, BLOCK_ELEMENTS // (height * bn)) * bn
     width = min(width, ceil_div(m, bn) * bn)
     gradient_tiles = image.new_empty(height, width)
-    tiles = ceil_div(n, bm) * ceil_div(m, bn)  # heights and widths are whole tiles
+    tiles = ceil_div(n, bm) * ceil_div(m, bn)  # in all blocks, as these are whole tiles
     scale_partials = row_lse.new_empty(tiles if needs_scale else 0)
     tiles_done = 0
 
     def block(start: int, left: int) -> Tensor:
-        """The block of G with this corner: (up to height, up to width)."""
+        """The block of G from row `start` and column `left` on: (up to height, up to width)."""
         nonlocal tiles_done
         rows, columns = min(height, n - start), min(width, m - left)
         tiles = ceil_div(rows, bm) * ceil_div(columns, bn)

@@ -1,13 +1,13 @@
-"""Log-sum-exps of the negatives among the logits l_ij = s * I_i . T_j, one sweep over their tiles.
+"""Log-sum-exps of the negatives among the logits l_ij = s * I_i . T_j, in one sweep over tiles.
 
     a_i = log sum_{j != i} exp(l_ij)      b_j = log sum_{i != j} exp(l_ij)      l_ii for the pairs
 
-Where rows and columns have ids, those with the id of i or j are left out of the sums too.
+With ids, the sums leave out l_ij also where row i and column j have the same id.
 
-2 n m D flops. A tile's program leaves, for each row and each column of its tile, the maximum and
-the sum of exponentials relative to it; a second kernel joins them. So every sum has one order, no
-atomics are needed, and the same inputs give the same bits. (Logarithms of the sums would be half as
-much to leave, but a precise log2 by every thread that holds a copy of a sum was a third of all
+2 n m D flops. A tile's program writes, for each row and each column of its tile, the maximum and
+the sum of exponentials relative to it. A second kernel combines them. So every sum has a fixed
+order, no atomics are needed, and the same inputs give the same bits. (Log-sum-exps would be half as
+much to write. But a precise log2 in every thread that holds a copy of a sum was a third of all
 instructions after the product.)
 """
 
@@ -26,14 +26,14 @@ from cyclip_loss.kernels.configs import (
 )
 from cyclip_loss.kernels.tiles import LN_2, LOG2_E, grouped_tile, halves, same_ids, tile_product
 
-# What the tiles leave: per strip of rows, at most this many maxima and as many sums, of rows and of
-# columns (float32, so 128 MB each). At N = 65,536 that takes two strips with 128-row tiles.
+# Tiles write at most this many maxima and as many sums per strip of rows, for rows and for columns
+# (float32, so 128 MB each). At N = 65,536 that takes two strips with 128-row tiles and PARTS = 1.
 PARTIAL_ELEMENTS = 2**24
 
 
 @triton.jit
 def _finite_reference(maximum):
-    """The maximum, or 0 where it is -inf (nothing is within the matrix): the sum is then 0."""
+    """The maximum, or 0 if it is -inf (there are no negatives); the sum is then 0, not NaN."""
     return tl.where(maximum == -float("inf"), 0.0, maximum)
 
 
@@ -42,7 +42,7 @@ def _tile_lse(
     product,  # (BM, BN)
     scale,
     row_partial,
-    row_sums,  # from a maximum to its sum
+    row_sums,  # the offset from a maximum to its sum
     column_partial,
     column_sums,
     pair_logits,
@@ -59,7 +59,7 @@ def _tile_lse(
 ):
     rows = first_row + tl.arange(0, BM)
     columns = first_column_of_tile + tl.arange(0, BN)
-    # In units of log 2: exp2 is what the hardware has.
+    # In units of log 2, as the hardware has exp2.
     logits = product * scale
     partner = rows + first_column
     first_pair = first_row + first_column
@@ -69,17 +69,17 @@ def _tile_lse(
         pair = tl.sum(tl.where(is_pair, logits, 0.0), axis=1) * LN_2
         in_tile = (partner >= first_column_of_tile) & (partner < first_column_of_tile + BN)
         tl.store(pair_logits + rows, pair, mask=in_tile & (partner < m) & (rows < n))
-    # Before the edges: after them, gfx942 would have more masks than registers for them.
+    # Before the mask of the edges: after it, gfx942 would have more masks than registers for them.
     if row_ids is not None:
         logits = tl.where(same_ids(row_ids, column_ids, rows, columns, n, m), -float("inf"), logits)
-    # A branch of its own, with the edges: within the one above, this would spill registers.
+    # Not in the branch above, where this would spill registers.
     if has_pairs | (first_row + BM > n) | (first_column_of_tile + BN > m):
-        # With -1 for columns outside gfx942 needs no more masks than it has registers for.
+        # -1 for columns outside saves masks, for which gfx942 would run out of registers.
         inside = tl.where(columns < m, columns, -1)
         negative = (inside >= 0)[None, :] & (inside[None, :] != partner[:, None])
         logits = tl.where(negative & (rows < n)[:, None], logits, -float("inf"))
-    # Two exponentials an element. One for both, relative to the tile's maximum, underflows for rows
-    # and columns far below it, and the branch that saves them costs registers that spill.
+    # Two exponentials per element. A shared one, relative to the tile's maximum, would underflow in
+    # rows and columns far below it, and a branch for these spills registers.
     row_max = tl.max(logits, axis=1)
     row_sum = tl.sum(tl.exp2(logits - _finite_reference(row_max)[:, None]), axis=1)
     tl.store(row_partial + rows, row_max, mask=rows < n)
@@ -102,7 +102,7 @@ def contrastive_lse_kernel(
     row_partials,  # (2, column tiles * PARTS, n) out: maxima and sums, in units of log 2
     column_partials,  # (2, row tiles, m) out
     pair_logits,  # (n,) out, where row i has a partner
-    row_ids,  # (n,) and (m,): rows and columns with equal ones are no negatives; or both None
+    row_ids,  # (n,) and (m,): where they are equal, l_ij is not a negative; or both None
     column_ids,
     n,
     m,
@@ -116,7 +116,7 @@ def contrastive_lse_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    PARTS: tl.constexpr,  # 1 or 2: a tile's log-sum-exps are taken at once or by halves
+    PARTS: tl.constexpr,  # 1 or 2: in how many parts a tile's maxima and sums are computed
     GROUP: tl.constexpr,
 ):
     row_tile, column_tile = grouped_tile(tl.cdiv(n, BM), tl.cdiv(m, BN), GROUP)
@@ -151,7 +151,10 @@ def contrastive_lse_kernel(
 
 @triton.jit
 def _join(partials, lse, tiles, length, present, first, TILES: tl.constexpr, BLOCK: tl.constexpr):
-    """Join BLOCK of the tiles' maxima and sums, (2, tiles, length), to `present` log-sum-exps."""
+    """Combine tiles' maxima and sums, (2, tiles, length), into `lse`, BLOCK elements from `first`.
+
+    Elements below `present` hold log-sum-exps already, of earlier strips.
+    """
     at = first + tl.arange(0, BLOCK)
     maximum = tl.load(lse + at, mask=at < present, other=-float("inf")) * LOG2_E
     # The log-sum-exp so far is a maximum with a sum of 1.
@@ -179,7 +182,7 @@ def join_lse_kernel(
     row_partials,  # (2, row_parts, n): maxima and sums, in units of log 2
     column_partials,  # (2, column_parts, columns)
     row_negatives,  # (n,) out
-    column_negatives,  # (columns,) out, joined to what it holds unless this is the first strip
+    column_negatives,  # (columns,) out, combined with its values after the first strip
     pair_logits,  # (n,) out: 0 where row i has no partner
     row_parts,
     column_parts,
@@ -191,7 +194,7 @@ def join_lse_kernel(
     TILES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The first programs join rows, the others columns."""
+    """The first programs combine rows, the others columns."""
     row_blocks = tl.cdiv(n, BLOCK)
     block = tl.program_id(0)
     if block < row_blocks:

@@ -3,9 +3,9 @@
     dU = (a+b) U B + (a-b) V C^T         dI = dU + dV
     dV = (a+b) V A + (a-b) U C           dT = dU - dV
 
-a and b are the two penalties' weight * grad. 4 N D^2 flops, 8 if a != b. U and V are formed in
-registers in float32 and never stored. Neither sum cancels: U is large where B is small,
-V small where A is large.
+a and b are size * weight * upstream gradient of the two penalties. 4 N D^2 flops, 8 with C. U and V
+are formed in registers in float32 and never stored. Neither sum cancels: where U is large, B is
+small, and where V is small, A is large.
 """
 
 import torch
@@ -86,7 +86,7 @@ def cyclic_grads_kernel(
         if TF32:
             u = round_to_tf32(u)
             v = round_to_tf32(v)
-        # (BK, BD) blocks. A, B and, for C^T, C from their rows, along which `inner` is contiguous.
+        # (BK, BD) blocks. A and B, which are symmetric, and C^T are read along contiguous rows.
         mirrored = grams + columns[None, :] * d + inner[:, None]
         a = _load_matrix(mirrored, total, TF32)
         b = _load_matrix(mirrored + d * d, total, TF32)

@@ -1,19 +1,18 @@
 """Gram matrices of U = I + T and V = I - T:  A = U^T U,  B = V^T V,  C = V^T U  (D x D).
 
-With them p = <A, B>_F and q = <C, C^T>_F are both cyclic penalties (`cyclic_terms.py`).
+Both cyclic penalties follow from p = <A, B>_F and q = <C, C^T>_F (`cyclic_terms.py`).
 
-U and V are formed in registers, in float32, from the features as they came, and only then rounded
-to tf32: V is small where pairs are well aligned, and is rounded relative to itself. For 16-bit
-features that puts the gradient off by 2e-4 to 3e-4 (relative, |T - I| from 0.003 to random pairs),
-where rounding an exact gradient to bfloat16 costs 1.7e-3
-(`what_tf32` in `tests/kernels/test_kernels.py`).
+U and V are formed in registers, in float32, from the unrounded features, and only then rounded to
+tf32. V is small for well-aligned pairs, and its rounding error is relative to V. For 16-bit
+features, the measured relative error of the gradient is 2e-4 to 3e-4, for |T - I| from 0.003 to
+random pairs. Rounding an exact gradient to bfloat16 costs 1.7e-3.
 
-A tile's program takes two products of columns i and j, with i on or before j:
+A tile's program computes two products of columns i and j, i <= j:
 
     of A and B    (I_i + T_i)^T U_j = A_ij    (I_i - T_i)^T V_j = B_ij
     of C          (I_i - T_i)^T U_j = C_ij    (I_i + T_i)^T V_j = C_ji^T
 
-A and B are symmetric: 2 N D^2 flops for both, 2 more for C. C's programs differ by a sign.
+A and B are symmetric: 2 N D^2 flops for both, and 2 N D^2 for C, whose programs differ by a sign.
 """
 
 import torch
@@ -31,11 +30,11 @@ from cyclip_loss.kernels.configs import (
 )
 from cyclip_loss.kernels.tiles import round_to_tf32
 
-# A D x D matrix has too few tiles to fill a GPU, so the sum over rows is split: into this many
-# parts at most, each a multiple of the tile's rows. 16 parts of 768 x 768 in float32 are 38 MB.
+# A D x D matrix has too few tiles to fill a GPU. So the sum over rows is split into at most this
+# many parts, each a multiple of the tile's rows. 16 parts of 768 x 768 in float32 are 38 MB.
 MAX_SPLITS = 16
 MIN_SPLIT_ROWS = 1024
-# Offsets within the three matrices, here 8.6 GB, are 32-bit. A multiple of all tiles.
+# 32-bit offsets reach through three matrices of this size, 8.6 GB. A multiple of all tiles.
 MAX_D = 26752
 
 
@@ -67,7 +66,7 @@ def cyclic_statistics_kernel(
     if i <= j:
         split = tl.program_id(1)
         of_cross = tl.program_id(2)
-        # C's programs take V for U of columns i, and U for V.
+        # Programs of C swap U and V of columns i.
         sign = 1.0 - 2.0 * of_cross
         i_columns = i * BD + tl.arange(0, BD)
         j_columns = j * BD + tl.arange(0, BD)

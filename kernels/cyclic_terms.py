@@ -2,7 +2,8 @@
 
     p = <A, B>_F        q = <C, C^T>_F        N P_in = (p + q) / 2        N P_cross = (p - q) / 2
 
-Programs leave p and q of their tiles, one more adds them up, so that each sum has one order.
+Each program of the first kernel writes p and q of its tile. The second kernel, a single program,
+adds them up. So each sum has a fixed order.
 """
 
 import triton
@@ -28,8 +29,8 @@ def traces_kernel(
     at = grams + rows[:, None] * d + columns[None, :]
     a = tl.load(at, mask=inside, other=0.0)
     b = tl.load(at + d * d, mask=inside, other=0.0)
-    # Each product is rounded before it is added. Else the compiler fuses a thread's own product but
-    # not the one that comes from another thread, and both threads get sums of their own.
+    # `fma(a, b, 0)` rounds each product before it is added. Otherwise the compiler fuses a thread's
+    # own product but not one from another thread, and the threads get different sums.
     p = tl.sum(tl.sum(tl.fma(a, b, 0.0), axis=1), axis=0)
     tl.store(partials + tl.program_id(0), p)
     if WITH_CROSS:
@@ -42,13 +43,13 @@ def traces_kernel(
 
 @triton.jit
 def _not_negative(x):
-    """Sums of squares: rounding must not make them negative. NaN stays."""
+    """For sums of squares, which rounding must not make negative. NaN stays NaN."""
     return tl.where(x < 0.0, 0.0, x)
 
 
 @triton.jit
 def _nan_if_infinite(x):
-    """An infinite feature may leave an infinite penalty; inf - inf makes it NaN."""
+    """An infinite feature may give an infinite penalty; inf - inf makes it NaN."""
     return x + (x - x)
 
 
@@ -60,7 +61,7 @@ def cyclic_terms_kernel(
     partials,  # (2, length)
     weight_inmodal,  # scalars: numbers or pointers to them
     weight_crossmodal,
-    inmodal_term,  # scalar out: of both terms, unless they are wanted apart
+    inmodal_term,  # scalar out: without SEPARATE, the sum of both terms
     crossmodal_term,  # scalar out
     length,
     WITH_CROSS: tl.constexpr,

@@ -1,4 +1,4 @@
-"""What the pairs add to the loss and to its gradient, after the log-sum-exps of the negatives.
+"""The loss, complete log-sum-exps and G of the pairs, from the log-sum-exps of the negatives.
 
 With the pairs' logits l_ii, and a_i, b_i the log-sum-exps of the negatives of row and column i:
 
@@ -6,7 +6,7 @@ With the pairs' logits l_ii, and a_i, b_i the log-sum-exps of the negatives of r
     r_i = logaddexp(a_i, l_ii)        c_j = logaddexp(b_j, l_jj)
     pair_gradient_i = -sigmoid(a_i - l_ii) - sigmoid(b_i - l_ii)
 
-One program adds up the loss, in a fixed order, while the others find the vectors.
+One program adds up the loss, in a fixed order. The others compute the vectors.
 """
 
 import triton
@@ -18,7 +18,7 @@ from cyclip_loss.kernels.configs import PAIRS, ceil_div, launch_on
 
 @triton.jit
 def _gap(negatives, pair_logits, at, pairs_at, mask):
-    """a - l, l and a. An infinite l would give a finite loss: inf - inf makes the gap NaN."""
+    """a - l, l and a. An infinite l could give a finite loss; inf - inf makes the gap NaN."""
     negative = tl.load(negatives + at, mask=mask, other=0.0)
     pair = tl.load(pair_logits + pairs_at, mask=mask, other=0.0)
     return (negative - pair) + (pair - pair), pair, negative
@@ -26,10 +26,10 @@ def _gap(negatives, pair_logits, at, pairs_at, mask):
 
 @triton.jit
 def _log1p_exp(x):
-    """log(1 + exp(-|x|)), accurate also where the exponential is small against 1."""
+    """log(1 + exp(-|x|)), accurate also if the exponential is much smaller than 1."""
     exp = tl.exp(-tl.abs(x))
     above_1 = 1.0 + exp
-    # The rounding of 1 + exp is undone by the quotient (the textbook's log1p).
+    # The quotient corrects the rounding of 1 + exp (the textbook log1p).
     return tl.where(above_1 == 1.0, exp, tl.log(above_1) * (exp / (above_1 - 1.0)))
 
 
@@ -62,7 +62,7 @@ def pair_terms_kernel(
     column_lse,  # (m,) out
     pair_gradient,  # (n,) out
     n,
-    m,  # 0 where columns have no log-sum-exps
+    m,  # 0 if columns have no log-sum-exps
     first_column,  # row i is paired with column first_column + i
     weight,  # of the sum
     SYMMETRIC: tl.constexpr,
@@ -79,7 +79,7 @@ def pair_terms_kernel(
                 gap, _, _ = _gap(column_negatives, pair_logits, rows + first_column, rows, mask)
                 total += tl.where(mask, _softplus(gap), 0.0)
         value = tl.sum(total, axis=0) * weight
-        # An infinite feature may leave an infinite loss; inf - inf makes it NaN, as a NaN stays.
+        # An infinite feature may give an infinite loss; inf - inf makes it NaN, and NaN stays.
         tl.store(loss, value + (value - value))
     else:
         at = (tl.program_id(0) - 1) * BLOCK + tl.arange(0, BLOCK)

@@ -1,6 +1,6 @@
-"""What is made of a block of G: the library's products, with sums in float32, and one sum.
+"""Two steps of `contrastive_grads.py`: the sum that makes ds, and G T of a few long rows.
 
-dI = G T          dT = G^T I          ds = w * sum of what the tiles of G left
+ds = weight * grad * the sum of the tiles' parts          dI = G T, in chunks of columns
 """
 
 import torch
@@ -16,12 +16,12 @@ from cyclip_loss.kernels.configs import ceil_div
 def scale_grad_kernel(
     scale_partials,  # (length,)
     grad,  # scalar
-    scale_grad,  # scalar out: weight * grad * the sum of all
+    scale_grad,  # scalar out: weight * grad * the sum of all parts
     length,
     weight,
     BLOCK: tl.constexpr,
 ):
-    """One program, so that the sum has one order."""
+    """A single program, so that the sum has a fixed order."""
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for start in range(0, length, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -29,17 +29,17 @@ def scale_grad_kernel(
     tl.store(scale_grad, tl.sum(total, axis=0) * weight * tl.load(grad))
 
 
-# Fewer output tiles than this leave most of a GPU idle; a chunk of at least this many columns is
-# worth a program of its own.
+# Fewer output tiles than FEW_TILES leave most of a GPU idle. A chunk of at least CHUNK_COLUMNS
+# columns is worth a separate product.
 FEW_TILES = 64
 CHUNK_COLUMNS = 4096
 
 
 def product_over_columns(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b, (n, m) and (m, D), as `matmul`, where the sum over m may be much longer than n is.
+    """a b, (n, m) and (m, D), as in `matmul`, for m that may be much larger than n.
 
-    A rank's few rows against the columns of all make a dozen output tiles, a tenth of what a GPU
-    computes at once. Then chunks of columns are products of their own, added up in one order.
+    The product of a rank's few rows with all columns has about a dozen output tiles, a tenth of
+    what a GPU computes at once. So chunks of columns are multiplied separately, and added in order.
     """
     tiles = ceil_div(a.shape[0], 128) * ceil_div(b.shape[1], 256)
     chunks = 1

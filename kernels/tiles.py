@@ -1,4 +1,4 @@
-"""What the kernels share: the order of tiles, the product of a tile, the rounding to tf32."""
+"""What the kernels share: the order of tiles, the product for a tile, the rounding to tf32."""
 
 import triton
 import triton.language as tl
@@ -11,9 +11,9 @@ LN_2 = tl.constexpr(0.6931471805599453)
 def grouped_tile(row_tiles, column_tiles, GROUP: tl.constexpr):
     """The (row, column) of this program's tile.
 
-    Programs start in the order of their number. Taking GROUP rows of tiles at a time keeps those
-    that run together within a block that is about square, so that they read the same rows and
-    columns while these are in the L2 cache.
+    Programs start in the order of their number. In groups of GROUP rows of tiles, programs that run
+    at the same time cover an almost square block. So they read the same rows and columns while
+    these are in the L2 cache.
     """
     program = tl.program_id(0)
     tiles_per_group = GROUP * column_tiles
@@ -36,12 +36,12 @@ def scalar(x):
 def round_to_tf32(x):
     """float32 to the nearest value with a 10-bit mantissa, ties to even.
 
-    The tensor cores drop the low 13 bits of a float32 operand, which shrinks every product alike.
-    Rounding first makes the error unbiased; and the interpreter, which drops nothing, computes what
-    a GPU computes. Inf becomes NaN; a number above 2^115, whose square is Inf, becomes infinite.
+    The tensor cores drop the low 13 bits of a float32 operand, which makes every product smaller.
+    Rounding first makes the error unbiased, and the interpreter, which drops no bits, computes what
+    a GPU computes. Inf becomes NaN. A number above 2^115, whose square is Inf, becomes infinite.
     """
-    # 8191 x, just below 2^13 x, loses the bits of x below its 10th; 2^13 x has none to lose, so the
-    # difference is what was kept of x. Fused by hand: fusing the other product would give x again.
+    # Rounding 8191 x drops the bits of x below its 10th. 8192 x is exact, so the difference is x
+    # without those bits. The fma is explicit: if 8191 x were fused instead, the result would be x.
     return tl.fma(x, 8192.0, x * -8191.0)
 
 
@@ -62,9 +62,9 @@ def tile_product(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """a b^T of BM rows of a and BN rows of b over their d columns, summed in float32: (BM, BN).
+    """a b^T of BM rows of a and BN rows of b, summed over their d columns in float32: (BM, BN).
 
-    Past the end of a or b its last row is read again: finite values, for the caller to mask.
+    Past the end of a or b its last row is read again; the caller masks these values.
     """
     row = tl.minimum(first_row + tl.arange(0, BM), n - 1)
     column = tl.minimum(first_column + tl.arange(0, BN), m - 1)
@@ -90,15 +90,13 @@ def tile_product(
 
 @triton.jit
 def halves(tile, BM: tl.constexpr, BN: tl.constexpr):
-    """The left and the right half of a (BM, BN) tile: what is done per element needs fewer
-    registers at a time.
-    """
+    """The left and the right half of a (BM, BN) tile, which need fewer registers at a time."""
     return tl.split(tl.permute(tl.reshape(tile, (BM, 2, BN // 2)), (0, 2, 1)))
 
 
 @triton.jit
 def same_ids(row_ids, column_ids, rows, columns, n, m):
-    """Which rows and columns have equal ids; anything past the end."""
+    """Which rows and columns have equal ids; arbitrary past the end."""
     of_rows = tl.load(row_ids + tl.minimum(rows, n - 1))
     of_columns = tl.load(column_ids + tl.minimum(columns, m - 1))
     return of_rows[:, None] == of_columns[None, :]

@@ -1,19 +1,18 @@
-"""Exact results in float64, and how far rounding alone may carry a result from them.
+"""Exact results in float64, and how far rounding alone may move a result away from them.
 
 The bounds are forward error bounds, not tolerances found by trial. A sum of products in a type of
 precision eps is off by at most a small multiple of eps times the sum of the products' *absolute
-values*: the scale of the quantity. It is worked out here for each element of each gradient, from
-the formulas of the loss in float64: an element that is small because its terms are small is
-checked to relative precision, and only one that is small because large terms cancel is allowed
-their rounding.
+values*, the scale of the quantity. The scale is computed here for each element of each gradient,
+from the formulas of the loss in float64. So an element that is small because its terms are small is
+checked to relative precision. Only an element that is small because large terms cancel is allowed
+the rounding of these terms.
 
-The small multiple is FACTOR where errors are of either sign, as those of rounding to nearest are,
-and mostly cancel (measured: at most 3.1 for sums of 100 terms, over 20,000 random inputs). Errors
-of one sign add up: a tensor core cuts off what it adds to the float32 sum, 8 products at a time
-one bit below the sum's last (A100) or 16 two bits below (H100; Khattak and Mikaitis 2025, arXiv
-2512.07004). So D terms of one sign lose up to D / 11 or D / 20 times eps times their sum; from D =
-48 on the multiple is D / 8. Everything is computed on the CPU, whatever device the results come
-from.
+The small multiple is FACTOR where errors have either sign, as in rounding to nearest, and mostly
+cancel (measured: at most 3.1 for sums of 100 terms, over 20,000 random inputs). Errors of one sign
+add up. A tensor core truncates what it adds to the float32 sum: 8 products at a time, one bit below
+the sum's last (A100), or 16, two bits below (H100; Khattak and Mikaitis 2025, arXiv 2512.07004).
+So D terms of one sign lose up to D / 11 or D / 20 times eps times their sum. From D = 48 on, the
+multiple is D / 8. Bounds are computed on the CPU, whatever device the results come from.
 """
 
 from math import log
@@ -47,17 +46,17 @@ class Results(NamedTuple):
 class Eps(NamedTuple):
     """Relative precision of each kind of rounding."""
 
-    logits: float  # of products of features; a logit's error is a relative one of its exponential
-    stored: float  # of G as it is kept for the products with the features
+    logits: float  # of products of features; a logit's error is its exponential's relative error
+    stored: float  # of G as stored for the products with the features
     penalties: float  # of products of U and V
 
 
 def eps_of(impl: str, features: Tensor, tf32: bool = False) -> Eps:
-    """Precision in which an engine computes with these features.
+    """The precision with which an engine computes with these features.
 
     The eager engine widens 16-bit features to float32 or, where CUDA multiplies them as they are,
-    keeps G in 16 bits. The kernels multiply 16-bit features exactly and sum in float32, keep G in
-    16 bits, and round U and V to tf32. tf32: float32 matrices are multiplied so.
+    stores G in 16 bits. The kernels multiply 16-bit features exactly and sum in float32, store G in
+    16 bits, and round U and V to tf32. tf32: whether float32 matrices are multiplied in tf32.
     """
     dtype = features.dtype
     if impl == "triton" and dtype.itemsize == 2:
@@ -69,7 +68,7 @@ def eps_of(impl: str, features: Tensor, tf32: bool = False) -> Eps:
 
 
 def growth(d: int, eps: float) -> float:
-    """How many times FACTOR a sum of d products may be off by, in units of eps."""
+    """The multiple of FACTOR * eps by which a sum of d products may be off."""
     return max(1.0, d / 8 / FACTOR) if eps <= FLOAT32 else 1.0
 
 
@@ -84,16 +83,16 @@ def contrastive_bound(
 ) -> list[Tensor]:
     """eps * scale of a contrastive term of two features (n, D): value, dRows, dColumns, ds.
 
-    A logit's rounding error, eps times `size` at most, is a *relative* error of its exponential,
-    and so of every element of the gradient by the logits: that of a pair is minus the sum of the
-    others in its row. The oracle subtracts there, probabilities from 1 and logits from their
-    log-sum-exp; what that costs it in float64 is added. (For float64 features that is all of it.)
-    g_is_rounded: before it is summed up to ds, which the kernels do first.
+    A logit's rounding error, at most eps times `size`, is a *relative* error of its exponential,
+    and so of G, the gradient with respect to the logits: G of a pair is minus the sum of the others
+    in its row. There the oracle subtracts probabilities from 1, and logits from their log-sum-exp.
+    Its own error in float64 is added. (For float64 features, that is the whole error.)
+    g_is_rounded: G is rounded before it is summed to ds. The kernels round it afterwards.
     """
     n, d = rows.shape
     logits = reference.without_same_ids(scale * rows @ columns.T, ids)
     cosines = rows.abs() @ columns.abs().T
-    # Errors of a log-sum-exp, of size log n + the largest logit, are common to a whole row.
+    # A whole row shares the error of its log-sum-exp, whose size is log n + the largest logit.
     size = growth(d, eps.logits) * (1 + abs(scale) * cosines.max()) + log(n)
     exact = _gradient_sizes(logits)
     if symmetric:
@@ -111,7 +110,7 @@ def contrastive_bound(
 
 
 def _gradient_sizes(logits: Tensor) -> Tensor:
-    """|p - 1| for the pairs, which is the sum of the others in their row, and p for the others."""
+    """|p - 1| for pairs, computed as the sum of the others in the row, and p for the others."""
     probabilities = logits.softmax(dim=1)
     negatives = probabilities - probabilities.diag().diag()
     return negatives + negatives.sum(dim=1).diag()
@@ -120,9 +119,9 @@ def _gradient_sizes(logits: Tensor) -> Tensor:
 def penalty_bound(image: Tensor, text: Tensor, a: float, b: float, eps: float) -> list[Tensor]:
     """eps * scale of N P_in and of N P_cross, and of dI and dT of a N P_in + b N P_cross.
 
-    U and V are sums and differences of two given numbers, so each is exact but for its own last
-    bit: where pairs are nearly aligned V is small, and so is every scale. The oracle subtracts
-    products of I and T; what that costs it in float64 is added.
+    U and V are a sum and a difference of two given numbers, so each is exact except for its last
+    bit. For nearly aligned pairs V is small, and so is every scale. The oracle subtracts products
+    of I and T; its own error in float64 is added.
     """
     value = grad = 0.0
     sizes = image.abs() + text.abs()
@@ -151,10 +150,10 @@ def bounds(case: Case, features: dict[str, Tensor], impl: str, tf32: bool) -> di
         for name, grad in zip((rows, columns, "logit_scale"), grads, strict=True):
             found[name] += share * abs(weights[0]) * grad
     n = len(exact["image"])
-    per_pair = [weight * (case.reference_batch_size or n) / n**2 for weight in case.lambdas]
-    upstream = [w * u for w, u in zip(per_pair, weights[1:], strict=True)]
+    penalty_weights = [x * (case.reference_batch_size or n) / n**2 for x in case.lambdas]
+    upstream = [w * u for w, u in zip(penalty_weights, weights[1:], strict=True)]
     value, grad = penalty_bound(exact["image"], exact["text"], *upstream, eps.penalties)
-    for name, weight in zip(TERMS[1:], per_pair, strict=True):
+    for name, weight in zip(TERMS[1:], penalty_weights, strict=True):
         found[name] += weight * value
     return found | {name: found[name] + grad for name in ("image", "text")}
 
@@ -162,7 +161,7 @@ def bounds(case: Case, features: dict[str, Tensor], impl: str, tf32: bool) -> di
 def exact_results(
     case: Case, features: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
-    """Every term by the definition, and the parts that autograd adds up to each gradient."""
+    """Every term by the definition, and for each gradient the parts that sum to it."""
     leaves = {name: exact_on_host(tensor).requires_grad_() for name, tensor in features.items()}
     scale = torch.tensor(case.logit_scale, dtype=torch.float64, device="cpu", requires_grad=True)
     leaves["logit_scale"] = scale
@@ -185,7 +184,7 @@ def exact_results(
 
 
 def one_contrastive_term(terms: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The in-modal contrastive term, which augmented views have, added to the cross-modal one."""
+    """The terms, with the in-modal contrastive term of augmented views in the cross-modal one."""
     found = dict(terms)
     if "inmodal_contrastive_loss" in found:
         found[TERMS[0]] = found[TERMS[0]] + found.pop("inmodal_contrastive_loss")
@@ -193,7 +192,7 @@ def one_contrastive_term(terms: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def exact_on_host(tensor: Tensor) -> Tensor:
-    """The same numbers, where and as the exact results are computed."""
+    """The same numbers in float64 on the CPU, where exact results are computed."""
     return tensor.detach().to("cpu", torch.float64)
 
 
@@ -211,9 +210,9 @@ def evaluate(
     impl: str,
     device: Device,
     ids: Tensor | None = None,
-    **over_ranks: Any,
+    **across_ranks: Any,
 ) -> tuple[dict[str, Tensor], Grads]:
-    """The loss's terms, or their sum, and all gradients, by name; the inputs are left alone."""
+    """The loss's terms, or their sum, and all gradients, by name. Asserts that inputs are kept."""
     given = features | {"logit_scale": case.scale(device)}
     leaves = {
         name: tensor.detach().requires_grad_(name not in case.frozen)
@@ -229,7 +228,7 @@ def evaluate(
         else:
             names = ("augmented_image_features", "augmented_text_features")
             augmented = dict(zip(names, views, strict=False))
-            loss = CyCLIPLoss(*case.lambdas, **options, **over_ranks)
+            loss = CyCLIPLoss(*case.lambdas, **options, **across_ranks)
             terms = loss(image, text, scale, None, case.output_dict, ids=ids, **augmented)
         terms = one_contrastive_term(terms) if case.output_dict else {"loss": terms}
         weights = dict(zip(TERMS, case.weights, strict=True)) | {"loss": case.upstream[0]}
@@ -249,7 +248,7 @@ def check(
     impl: str,
     tf32: bool = False,
 ) -> None:
-    """Every term and gradient has its dtype, and is accurate element by element."""
+    """Assert that terms and gradients have the right dtypes and are accurate in each element."""
     exact_terms, exact_grads = exact_results(case, features)
     bound = bounds(case, features, impl, tf32)
     names = TERMS[1:] if case.penalties_alone else TERMS
@@ -270,7 +269,7 @@ def check(
 
 
 def check_loss(case: Case, impl: str, device: Device, tf32: bool = False) -> Results:
-    """Terms and gradients are accurate; returns the value and the first gradients."""
+    """Assert that terms and gradients are accurate; return the value and the first gradients."""
     features = case.features(device)
     terms, grads = evaluate(case, features, impl, device, case.ids(device))
     check(case, features, terms, grads, impl, tf32)
@@ -278,14 +277,14 @@ def check_loss(case: Case, impl: str, device: Device, tf32: bool = False) -> Res
 
 
 def check_bound(name: str, actual: Tensor, exact: list[Tensor], bound: Tensor | float) -> None:
-    """|actual - sum of exact| <= FACTOR * bound + the rounding of each part and partial sum."""
+    """Assert |actual - sum of exact| <= FACTOR * bound + rounding of each part and partial sum."""
     exact = [exact_on_host(part) for part in exact]
     total, result = sum(exact), torch.finfo(actual.dtype)
     assert actual.shape == total.shape, f"{name}: {actual.shape}, not {total.shape}"
     rounding = sum(part.abs() + result.tiny for part in exact) * (len(exact) + 1) / 2
     bound = FACTOR * bound + result.eps * rounding
     error = (exact_on_host(actual) - total).abs()
-    # A NaN compares false, so this form fails on one.
+    # In this form, NaN fails.
     if not bool((error <= bound).all()):
         worst = (error / bound).max().item()
         raise AssertionError(f"{name}: error {worst:.2f} times the bound, {error.max():.3g}")

@@ -1,6 +1,6 @@
-"""Features to test with: every dtype, layout and geometry that the loss has to take.
+"""Features to test with: every dtype, layout and geometry that the loss supports.
 
-Numbers are drawn on the CPU, so that every device is given the same, and then moved.
+Numbers are drawn on the CPU and then moved, so that they are the same on every device.
 """
 
 from dataclasses import dataclass
@@ -16,19 +16,19 @@ from cyclip_loss import cyclip_loss
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 Device = torch.device | str
 LAYOUTS = ["contiguous", "transposed", "every other column", "every other row", "expanded"]
-# Also contiguous rows that are not where a kernel would have them.
+# Rows that are contiguous, but whose stride or base may be unaligned for a kernel.
 LAYOUTS += ["rows 8 elements wider", "8 bytes off"]
 VIEWS = ("image_view", "text_view")
 
 
 @dataclass
 class Case:
-    """One input of the loss. Written so that hypothesis prints all that makes it."""
+    """One input of the loss. A dataclass, so that hypothesis prints what reproduces it."""
 
     n: int
     d: int
     dtype: torch.dtype = torch.float32
-    distance: float | None = None  # of the pairs from alignment; None: independent
+    distance: float | None = None  # between paired features; None: independent features
     anti_aligned: bool = False
     norm: float = 1.0
     logit_scale: float = 10.0
@@ -36,13 +36,13 @@ class Case:
     text_layout: str = "contiguous"
     lambdas: tuple[float, float] = (0.25, 0.25)
     reference_batch_size: int | None = None
-    views: bool = False  # augmented features too
+    views: bool = False  # with augmented features
     penalties_alone: bool = False
     output_dict: bool = False
-    frozen: frozenset[str] = frozenset()  # what needs no gradient
-    # Of the three terms; the first if summed.
+    frozen: frozenset[str] = frozenset()  # inputs without gradient
+    # Gradients of the three terms; of the sum, the first.
     upstream: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    distinct_ids: int | None = None  # at most so many; None: no ids
+    distinct_ids: int | None = None  # at most this many; None: no ids
     strip_rows: int | None = None
     seed: int = 0
 
@@ -59,7 +59,7 @@ class Case:
         }
 
     def scale(self, device: Device) -> Tensor:
-        """The logit scale: 0-dim, of the loss's dtype, exact in it."""
+        """The logit scale: 0-dim, in the loss's dtype."""
         return torch.tensor(self.logit_scale, dtype=loss_dtype(self.dtype), device=device)
 
     def inputs(self, device: Device) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,14 +68,14 @@ class Case:
         return features["image"], features["text"], self.scale(device)
 
     def ids(self, device: Device) -> Tensor | None:
-        """(n,), some of which differ in half of their bits only; 8 bytes off a base."""
+        """(n,), or None. On the CPU, 8 bytes off an aligned address."""
         if self.distinct_ids is None or self.penalties_alone:
             return None
         return some_ids(self.n, self.distinct_ids, self.seed).to(device)
 
     @property
     def world_size(self) -> int:
-        """Over how many ranks DDP averages gradients, which are that many times as large."""
+        """W: across W ranks gradients are W times as large, because DDP averages them."""
         return 1
 
     @property
@@ -86,10 +86,10 @@ class Case:
 
 
 def some_ids(n: int, distinct: int, seed: int) -> Tensor:
-    """At most so many distinct ones, on the CPU."""
+    """(n,), at most `distinct` values, some of which differ only in the high bits; on the CPU."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    drawn = torch.randint(0, distinct, (n + 1,), generator=generator, device="cpu")[1:]
-    return drawn % 3 - 1 + (drawn // 3 - 1) * 2**32
+    drawn = torch.randint(0, distinct, (n + 1,), generator=generator, device="cpu")
+    return (drawn % 3 - 1 + (drawn // 3 - 1) * 2**32)[1:]
 
 
 def loss_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -111,7 +111,7 @@ def normal(*shape: int, seed: int = 0, device: Device) -> Tensor:
 
 
 def lay_out(values: Tensor, layout: str) -> Tensor:
-    """The same values in other strides, with NaN between; "expanded" repeats the first row."""
+    """The same values with other strides, and NaN between; "expanded" repeats the first row."""
     n, d = values.shape
     if layout == "transposed":
         return values.T.contiguous().T
@@ -164,12 +164,12 @@ DRAWN: dict[str, st.SearchStrategy[Any]] = {
 
 
 def cases(**given: st.SearchStrategy[Any]) -> st.SearchStrategy[Case]:
-    """Any input of the loss; `given` are drawn otherwise."""
+    """Any input of the loss; `given` replaces some of the strategies."""
     return st.builds(Case, **(DRAWN | given))
 
 
 class PlainClip(torch.nn.Module):
-    """A loss to wrap: CLIP's."""
+    """CLIP's loss, to be wrapped."""
 
     def forward(self, image_features, text_features, logit_scale, output_dict=False):
         lambdas = {"lambda_inmodal": 0, "lambda_crossmodal": 0}

@@ -1,9 +1,9 @@
 """Processes that compute together: a group of a few ranks that serves many tests.
 
-The processes start once and stay: a test sends them a function of a module's top level, every rank
-runs it with tensors on its `own_device()`, and the results come back, on the CPU. What goes wrong
-comes back too, in bounded time: an exception with its traceback, a rank that died, or ranks that do
-not answer. The ranks of a gloo group compute on the CPU, with interpreted kernels.
+The processes start once and serve all tests. A test sends them a function from a module's top
+level. Every rank runs it, with tensors on its `own_device()`, and returns the results on the CPU.
+Failures are reported in bounded time: an exception with its traceback, a rank that died, or ranks
+that do not answer. By default, ranks use gloo and the CPU, where kernels are interpreted.
 """
 
 import faulthandler
@@ -31,7 +31,7 @@ _own_device = torch.device("cpu")
 
 
 def own_device() -> torch.device:
-    """Where a rank's tensors are; in the tests' own process, the CPU."""
+    """The device of a rank's tensors; the CPU in the process of pytest."""
     return _own_device
 
 
@@ -40,11 +40,11 @@ class RankError(AssertionError):
 
 
 class Ranks:
-    """Processes, the first of which form a process group, the default one of each.
+    """Processes, of which the first `world_size` form their default process group.
 
-    backend, device: "nccl" and "cuda", a GPU each; "gloo" and "cuda:0", one GPU for all.
-    timeout: of the group's collectives in seconds, after which torch itself raises; patience: how
-    much longer `run` waits.
+    backend, device: "nccl" and "cuda", one GPU each; "gloo" and "cuda:0", one GPU for all.
+    timeout: of the group's collectives, in seconds, after which torch raises; patience: how many
+    seconds longer `run` waits.
     """
 
     def __init__(
@@ -53,13 +53,13 @@ class Ranks:
         self.backend, self.device, self.timeout = backend, device, timeout
         self.limit = timeout + patience
         self._ranks: list[tuple[Any, Connection]] = []
-        self._grouped = self._groups = 0  # the size of the group that they are in; how many so far
+        self._grouped = self._groups = 0  # the current group's size; how many groups so far
         self._folder = tempfile.TemporaryDirectory()
 
     def run(self, world_size: int, task: Callable[..., Any], *arguments: Any) -> list[Any]:
         """What `task(rank, world_size, *arguments)` returns on each of `world_size` ranks.
 
-        Raises RankError; the processes start anew then, unless every rank raised and so is done.
+        Raises RankError. The processes are then replaced, unless every rank raised an exception.
         """
         if self.backend == "nccl" and world_size > torch.cuda.device_count():
             pytest.skip(f"needs {world_size} GPUs")
@@ -76,7 +76,7 @@ class Ranks:
         return self._everywhere(_run, task, arguments)
 
     def leave(self) -> None:
-        """Gives up the group: the next task runs in a new one."""
+        """Leave the group: the next task runs in a new one."""
         self._everywhere(_leave_group)
         self._grouped = 0
 
@@ -99,16 +99,16 @@ class Ranks:
     def _everywhere(
         self, command: Callable[..., Any], *arguments: Any, limit: float | None = None
     ) -> list[Any]:
-        """command(rank, *arguments) on the ranks of the group."""
+        """Run command(rank, *arguments) on the ranks of the group."""
         limit = limit or self.limit
         message = pickle.dumps((command, arguments, limit))
         waiting = {ours: rank for rank, (_, ours) in enumerate(self._ranks[: self._grouped])}
         results: dict[int, Any] = {}
         errors: dict[int, str] = {}
         for ours in waiting:
-            with suppress(ConnectionError):  # a process that died meanwhile: found below
+            with suppress(ConnectionError):  # a process that has died: found below
                 ours.send_bytes(message)
-        deadline = time.monotonic() + limit + 5.0  # at the limit they end themselves
+        deadline = time.monotonic() + limit + 5.0  # at `limit`, processes end themselves
         lost = False
         while waiting and time.monotonic() < deadline:
             for ours in wait(list(waiting), deadline - time.monotonic()):
@@ -123,7 +123,7 @@ class Ranks:
                 (results if succeeded else errors)[rank] = found
         errors |= dict.fromkeys(waiting.values(), f"did not answer in {limit:g} s")
         if lost or waiting or 0 < len(errors) < self._grouped:
-            self.close()  # their group is of no use any more
+            self.close()  # the group is unusable
         if errors:
             raise RankError("\n".join(f"rank {rank}: {errors[rank]}" for rank in sorted(errors)))
         return [results[rank] for rank in sorted(results)]
@@ -131,7 +131,7 @@ class Ranks:
 
 @lru_cache
 def _forks() -> Any:
-    """Starts processes as forks of one that has imported what takes long, and computed nothing."""
+    """A context that forks processes from one that has imported much, and computed nothing."""
     context = multiprocessing.get_context("forkserver")
     modules = ["torch._dynamo", "torch._inductor.config", "torch.distributed.fsdp"]
     context.set_forkserver_preload([*modules, "hypothesis", "pytest"])
@@ -144,7 +144,7 @@ def _forks() -> Any:
 
 
 def _serve(rank: int, device: str, connection: Connection) -> None:
-    """What a process does: commands, until the connection is closed."""
+    """The main loop of a process: run commands until the connection is closed."""
     from conftest import fill_fresh_memory_with_nan
 
     global _own_device
@@ -159,14 +159,14 @@ def _serve(rank: int, device: str, connection: Connection) -> None:
             command, arguments, limit = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
-        # Shows where it hangs, and ends a process whose parent is gone.
+        # At the limit, show where the command hangs and end the process.
         faulthandler.dump_traceback_later(limit, exit=True)
         try:
             reply = (True, command(rank, *arguments))
         except Exception:
             reply = (False, traceback.format_exc())
         faulthandler.cancel_dump_traceback_later()
-        # By torch.save, so that tensors of any device can be read on the CPU.
+        # With torch.save, so that tensors of any device can be loaded on the CPU.
         buffer = io.BytesIO()
         torch.save(reply, buffer)
         connection.send_bytes(buffer.getvalue())
@@ -177,7 +177,7 @@ def _run(rank: int, task: Callable[..., Any], arguments: tuple[Any, ...]) -> Any
 
 
 def _started(rank: int) -> None:
-    """Nothing: the answer says that the process has started."""
+    """Do nothing. The reply shows that the process has started."""
 
 
 def _join_group(rank: int, world_size: int, backend: str, store: str, timeout: timedelta) -> None:

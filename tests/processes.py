@@ -1,4 +1,4 @@
-"""Python in a process of its own, from the checkout."""
+"""Python in a separate process, in the checkout."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def run_python(*arguments: str, interpreted: bool = True) -> subprocess.CompletedProcess[str]:
-    """interpreted: Triton's kernels, by NumPy; such a process sees no GPU."""
+    """Run Python. interpreted: Triton interprets kernels; the process sees no GPU."""
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "1" if interpreted else "0",
@@ -22,6 +22,6 @@ def run_python(*arguments: str, interpreted: bool = True) -> subprocess.Complete
 
 
 def start(command: list[str], **streams: Any) -> "subprocess.Popen[str]":
-    """A command that the test goes on beside, or has to end by itself."""
+    """Start a command, for tests that continue while it runs or that end it."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, text=True, cwd=ROOT, env=environment, **streams)

@@ -1,7 +1,7 @@
-"""What only a GPU can show: graphs, streams, devices, waiting, compilation, memory, large batches.
+"""What needs a GPU: graphs, streams, devices, synchronisation, Inductor, memory, large batches.
 
-That values and gradients are right there, too, with compiled kernels, is shown by all other tests:
-they make their tensors on the GPU.
+All other tests also run on a GPU if there is one. They check values and gradients of the compiled
+kernels.
 """
 
 import gc
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 PRODUCTS = pytest.mark.parametrize("products", ["highest", "high"])  # "high": tf32
-# Two by three tiles, with rests; the lambdas differ, so that all Gram matrices are needed.
+# Several tiles, the last ones partial. The lambdas differ, so that all Gram matrices are needed.
 MIDDLING = Case(n=517, d=200, dtype=torch.bfloat16, logit_scale=20.0, lambdas=(0.5, 0.125))
 
 
@@ -41,7 +41,7 @@ def assert_same_bits(one: Results, other: Results) -> None:
 
 
 def assert_close(actual: Results, expected: Results) -> None:
-    """Up to the order in which libraries add up, which they may choose anew."""
+    """Equal up to the order of library sums, which may differ from call to call."""
     for name in NAMES:
         right = getattr(expected, name)
         tolerance = 4 * torch.finfo(right.dtype).eps * right.abs().max().item()
@@ -64,7 +64,7 @@ def assert_close(actual: Results, expected: Results) -> None:
 def test_many_tiles(
     case: Case, dtype: torch.dtype, products: str, impl: str, float32_products, device: torch.device
 ) -> None:
-    """Batches of many tiles of the shipped sizes, which small tests do not fill."""
+    """Batches of many tiles of the shipped sizes; small tests have only a few."""
     tf32 = products == "high" and (dtype == torch.float32 or impl == "eager")
     check_loss(replace(case, dtype=dtype), impl, device, tf32)
 
@@ -72,10 +72,10 @@ def test_many_tiles(
 @pytest.mark.slow
 @pytest.mark.parametrize(("n", "d", "scale"), [(16385, 64, 20.0), (65536, 768, 50.0)])
 def test_large_batches(n: int, d: int, scale: float, device: torch.device) -> None:
-    """More than a block of gradients (N = 16,385), and a size that large models train at.
+    """More than one block of G (N = 16,385), and a size at which large models train.
 
-    Against the eager engine in float64, as the oracle of the other tests would take minutes: within
-    one rounding of 16 bits, or the logits' rounding in float32, of the largest element.
+    Compared with the eager engine in float64, as the oracle of the other tests would take minutes.
+    The bound is 16-bit rounding, or the float32 rounding of logits, of the largest element.
     """
     case, impl = Case(n, d, torch.bfloat16, logit_scale=scale), "triton"
     inputs = case.inputs(device)
@@ -125,12 +125,12 @@ def test_cuda_graph(impl: str, device: torch.device) -> None:
 
 
 def test_another_stream(impl: str, device: torch.device) -> None:
-    """All of a step runs on the current stream: one that went to the default stream would wait."""
+    """A step runs on the current stream only: work on the default stream would have to wait."""
     inputs = MIDDLING.inputs(device)
     expected = results(loss_of(MIDDLING, impl), *inputs)
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
-    torch.cuda._sleep(10**10)  # cycles on the default stream: five seconds, a step takes far less
+    torch.cuda._sleep(10**10)  # cycles: keeps the default stream busy for five seconds
     with torch.cuda.stream(stream):
         actual = results(loss_of(MIDDLING, impl), *inputs)
         copies = Results(*(getattr(actual, name).clone() for name in NAMES))
@@ -149,7 +149,7 @@ def test_another_device_than_the_current_one(impl: str) -> None:
 
 @pytest.mark.parametrize("output_dict", [False, True])
 @pytest.mark.parametrize("lambdas", [(0.25, 0.25), (0.5, 0.125), (0.0, 0.0)])
-def test_a_step_waits_for_nothing(
+def test_no_host_synchronisation(
     impl: str, lambdas, output_dict: bool, device: torch.device
 ) -> None:
     loss = CyCLIPLoss(*lambdas, impl=impl)
@@ -159,7 +159,7 @@ def test_a_step_waits_for_nothing(
         terms = loss(*leaves, output_dict=output_dict)
         (sum(terms.values()) if output_dict else terms).backward()
 
-    step()  # what is compiled, or asked of the device, is so once
+    step()  # compiles kernels and queries the device
     torch.cuda.synchronize(device)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -169,7 +169,7 @@ def test_a_step_waits_for_nothing(
 
 
 def test_inductor(impl: str, device: torch.device) -> None:
-    """Compiled to code, not only to graphs."""
+    """With PyTorch's default compiler; other tests only trace."""
     loss, inputs = loss_of(MIDDLING, impl), MIDDLING.inputs(device)
     torch._dynamo.reset()
     actual = results(torch.compile(loss, fullgraph=True), *inputs)
@@ -177,11 +177,11 @@ def test_inductor(impl: str, device: torch.device) -> None:
 
 
 def test_memory(impl: str, device: torch.device) -> None:
-    """N x N in float32 would be 17 GB; between the passes there are a few vectors of N."""
+    """No N x N matrix (17 GB in float32); only vectors of N are kept for backward."""
     n, d = 65536, 32
     case = Case(n, d, torch.bfloat16, lambdas=(0.5, 0.125))
     leaves = [tensor.requires_grad_() for tensor in case.inputs(device)]
-    loss_of(case, impl)(*leaves).backward()  # also what libraries allocate once
+    loss_of(case, impl)(*leaves).backward()  # allocates what libraries allocate once
     for leaf in leaves:
         leaf.grad = None
     gc.collect()
@@ -190,8 +190,8 @@ def test_memory(impl: str, device: torch.device) -> None:
     torch.cuda.reset_peak_memory_stats(device)
     value: Tensor = loss_of(case, impl)(*leaves)
     kept = torch.cuda.memory_allocated(device) - before
-    # Log-sum-exps of rows and columns, gradients of pairs; Gram matrices; up to 512 bytes to align
-    # each of a dozen tensors.
+    # Log-sum-exps of rows and columns, gradients of pairs, Gram matrices, and up to 512 bytes of
+    # alignment for each of a dozen tensors.
     assert kept <= 4 * (3 * n + 3 * d * d) + 12 * 512
     value.backward()
     peak = torch.cuda.max_memory_allocated(device) - before

@@ -12,7 +12,7 @@ class TwoTowers(nn.Module):
         super().__init__()
         self.visual = nn.Sequential(nn.Linear(IMAGE_SIZE, 10), nn.GELU(), nn.Linear(10, 8))
         self.textual = nn.Linear(TEXT_SIZE, 8)
-        # Not a scalar, as FSDP2 shards none; exact on every device, and moved with the module.
+        # Not 0-dim, which FSDP2 cannot shard. On the CPU, and moved with the module.
         self.logit_scale = nn.Parameter(torch.full((1,), 2.0, device="cpu"))
         self.logit_bias = nn.Parameter(torch.tensor(-3.0, device="cpu")) if with_bias else None
 

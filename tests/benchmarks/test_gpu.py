@@ -1,4 +1,4 @@
-"""`python -m benchmarks gpu` as far as a CPU goes: tests are run and read, times go in a record."""
+"""`python -m benchmarks gpu`, as far as it runs on a CPU: its test runs, timings and record."""
 
 import json
 import re
@@ -40,10 +40,10 @@ def pytest_configure(config): config.addinivalue_line("markers", "slow: takes lo
 
 
 @pytest.mark.parametrize("long", [False, True])
-def test_what_the_tests_say_is_recorded(
+def test_outcomes_of_tests_are_recorded(
     long: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of two processes, one file can't be imported; or of one, which runs out of its time."""
+    """Two processes, with one file that can't be imported; or one process that exceeds its time."""
     (tmp_path / "test_few.py").write_text(TESTS)
     (tmp_path / "conftest.py").write_text(CONFTEST)
     (tmp_path / "test_missing.py").write_text("" if long else "import no_such_package")
@@ -73,7 +73,7 @@ def test_what_the_tests_say_is_recorded(
 @interpreted
 def test_a_dry_run_leaves_a_record(tmp_path: Path) -> None:
     arguments = [sys.executable, "-m", "benchmarks", "gpu", "--dry-run", "--out", str(tmp_path)]
-    arguments += ["--budget", "9999"]  # on a busy machine too
+    arguments += ["--budget", "9999"]  # enough on a busy machine
     wanted = ["ceilings", "kernels", "sizes", "ablations", "sweep", "competitors"]
     ran = subprocess.run(
         [*arguments, "--sections", *wanted], cwd=ROOT, capture_output=True, text=True
@@ -85,7 +85,7 @@ def test_a_dry_run_leaves_a_record(tmp_path: Path) -> None:
     assert all(section["rows"] for section in found.values())
     assert all(row["launches"] > 0 < row["wall ms"] for row in found["sizes"]["rows"])
     assert all(row["ms"] > 0 for row in found["ablations"]["rows"])
-    # Two candidates each were timed, and one of them is the line that wins.
+    # Two candidates per key were timed or refused; the winning line is one of the timed ones.
     timed = {row["configuration"] for row in found["sweep"]["rows"]}
     winners = {row["kernel"]: row["line for configs.py"] for row in found["winners"]["rows"]}
     refused = [note for note in found["sweep"]["notes"] if "left out" in note]
@@ -95,7 +95,7 @@ def test_a_dry_run_leaves_a_record(tmp_path: Path) -> None:
     assert "DRY RUN" in file.with_suffix(".md").read_text()
 
 
-def test_the_fastest_over_all_sizes_wins() -> None:
+def test_the_fastest_candidate_across_sizes_wins() -> None:
     times = {
         "shipped": {"small": 1.0, "large": 10.0},
         "faster where it is small": {"small": 0.9, "large": 12.0},

@@ -1,4 +1,4 @@
-"""What the documentation says of OpenCLIP's flags, measured with real processes."""
+"""What the documentation says about OpenCLIP's flags, measured with real processes."""
 
 import pytest
 from pool import Ranks
@@ -35,5 +35,5 @@ def test_openclip(rows, local_loss: bool, gather_with_grad: bool, value: str, fa
         assert row["rest"] < TOLERANCE
 
 
-def test_without_a_world_size_it_is_another_loss(rows) -> None:
+def test_clip_loss_without_a_world_size(rows) -> None:
     assert rows["ClipLoss()"]["value"] == "another one"

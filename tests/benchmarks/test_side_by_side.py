@@ -1,4 +1,4 @@
-"""The side-by-side benchmark: what it measures, how it takes a failure, and its record."""
+"""The side-by-side benchmark: what it measures, how it handles failures, and its record."""
 
 import json
 import math
@@ -42,7 +42,7 @@ def fails(*_: object) -> torch.Tensor:
 
 
 def test_allocated_peak() -> None:
-    """Three matrices at once, of which one is freed before a fourth is made."""
+    """Three matrices, one of which is freed before a fourth is allocated."""
 
     def work() -> tuple[torch.Tensor, ...]:
         a, b = torch.ones(1000, 100), torch.ones(1000, 100)
@@ -69,7 +69,7 @@ print(json.dumps(cost._limited("authors' formula", 1000, 8, CPU, 0)))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_out_of_memory_is_a_result(tmp_path: Path) -> None:
-    """A dozen matrices of 4 MB, which do not fit in 10 MB."""
+    """The formula's dozen matrices of 4 MB do not fit in 10 MB."""
     done = run_python("-c", LIMITED, str(tmp_path / "memory.max"))
     assert done.returncode == 0, done.stderr
     enough, limited = map(json.loads, done.stdout.splitlines()[-2:])
@@ -79,7 +79,7 @@ def test_out_of_memory_is_a_result(tmp_path: Path) -> None:
     assert "ms" not in limited
 
 
-def test_costs_of_one_that_fails_beside_one_that_does_not(run: Run) -> None:
+def test_a_failing_competitor_does_not_affect_others(run: Run) -> None:
     found = [Competitor(OURS, competitors.authors_formula), Competitor("broken", fails)]
     plan = replace(PLAN, sizes=((16, 8),), matrix=64, seconds=0.0, least=2)
     with run.part("cost") as section:
@@ -92,7 +92,7 @@ def test_costs_of_one_that_fails_beside_one_that_does_not(run: Run) -> None:
     assert "ms" not in broken
 
 
-def test_errors_are_relative_and_of_what_is_computed(run: Run) -> None:
+def test_errors_are_relative_to_what_a_loss_computes(run: Run) -> None:
     def off(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return 1.5 * competitors.authors_formula(image, text, scale)
 
@@ -132,7 +132,7 @@ class ToyTrainer(training_step.Trainer):
     "loss", [competitors.authors_formula, lambda image, text, scale: image.sum()]
 )
 def test_training_step_is_a_training_step(run: Run, loss: competitors.Loss) -> None:
-    """Of SGD with a rate of 0.1; also where a loss lacks some gradients."""
+    """One SGD step with a rate of 0.1, also if a loss gives no gradient to some parameters."""
     trainer = ToyTrainer(run, "toy", 8)
     parameters = trainer.optimizer.param_groups[0]["params"]
     loss(*trainer.encode()).backward()
@@ -162,13 +162,13 @@ def test_times() -> None:
     calls: list[str] = []
     steps = {name: lambda name=name: calls.append(name) for name in "ab"}
     runs = interleaved(steps, CPU, seconds=0, least=2)
-    assert calls == ["a", "b", "b", "a"]  # none always follows the same one
+    assert calls == ["a", "b", "b", "a"]  # the order alternates
     assert [len(runs[name]) for name in "ab"] == [2, 2]
 
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two competitors, tiny sizes, no process but this one."""
+    """Two competitors, tiny sizes, and no other process."""
     both = [competitors.build(name) for name in (OURS, AUTHORS)]
     monkeypatch.setattr(side_by_side, "competitors", lambda device: (both, ["without x: none"]))
     small = replace(side_by_side.CPU, batch_size=4, matrix=64, seconds=0.0, least=3)
@@ -180,7 +180,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("few")
 def test_command(tmp_path: Path) -> None:
-    """Its record has everything; the tables and pictures are remade from it, NaN too."""
+    """Its record is complete: tables and plots can be made from it again, also with NaN."""
     assert side_by_side.main(Namespace(sizes=[16, 32], out=tmp_path, seed=0)) == 0
     (file,) = tmp_path.glob("*.json")
     found = json.loads(file.read_text())

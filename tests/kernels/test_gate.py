@@ -1,4 +1,4 @@
-"""What the compile gate refuses, and that no launch runs a binary that it has not seen."""
+"""What the compile gate refuses, and that launches use only binaries that it compiles."""
 
 from dataclasses import replace
 
@@ -7,8 +7,8 @@ from processes import run_python
 
 from benchmarks.gate.binary import Binary, is_serialised
 
-# Main loops as cuobjdump prints them (Triton 3.9, sm_90, all but products, waits and jumps left
-# out), in a persistent kernel within the loop over tiles, which waits before the epilogue.
+# Main loops as cuobjdump prints them (Triton 3.9, sm_90; only products, waits and jumps are shown).
+# In a persistent kernel, a loop over tiles contains the main loop and waits for its last product.
 LOOP = """
         /*12b0*/                   HGMMA.64x128x16.F32.BF16 R88, gdesc[UR16], R88 ;
         /*13a0*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24, gsb0 ;
@@ -20,7 +20,7 @@ PERSISTENT = LOOP + "        /*2000*/              @!P1 BRA 0x0a00 ;\n"
 
 
 @pytest.mark.parametrize("sass", [LOOP, PERSISTENT])
-def test_a_wait_for_the_last_product_before_the_next_is_seen(sass: str) -> None:
+def test_serialised_products_are_detected(sass: str) -> None:
     assert not is_serialised(sass)
     assert is_serialised(sass.replace("gsb0, 0x1", "gsb0, 0x0"))
 
@@ -48,20 +48,20 @@ CLEAN = Binary(
         ({"fuses": False}, "does not fuse"),
     ],
 )
-def test_the_gate_sees_each_fault(measured: dict, fault: str | None) -> None:
+def test_the_gate_reports_each_fault(measured: dict, fault: str | None) -> None:
     faults = replace(CLEAN, **measured).faults("sm_90", "contrastive_lse", "bfloat16")
     assert faults == [] if fault is None else fault in "".join(faults)
 
 
 def without_interpreter(code: str) -> str:
-    """What a fresh Python prints that runs the code with kernels to be compiled."""
+    """What the code prints in a new process in which kernels are compiled, not interpreted."""
     run = run_python("-c", code, interpreted=False)
     assert run.returncode == 0, run.stderr[-3000:]
     return run.stdout
 
 
 def test_no_batch_makes_triton_compile_again() -> None:
-    """Sizes, strides, bases and views of any alignment: the binaries of two aligned batches."""
+    """Sizes, strides, bases and views of any alignment use the binaries of two aligned batches."""
     code = """
 import torch
 from benchmarks.launches import inputs, no_device
@@ -105,7 +105,7 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
 
 
 def test_the_gate_compiles_what_is_launched() -> None:
-    """Each argument has the type and the divisibility that the gate gives it."""
+    """Launches have the argument types and divisibilities that the gate compiles for."""
     code = """
 import torch
 from benchmarks.launches import inputs, no_device
@@ -140,7 +140,7 @@ for features, dtype in (("bfloat16", torch.bfloat16), ("float32 ieee", torch.flo
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_few_launches(dtype: str) -> None:
-    """At most 16 for the whole loss and 10 without penalties, up to 16,384 pairs."""
+    """At most 16 launches for the whole loss and 10 without penalties, for up to 8,192 pairs."""
     code = f"""
 from benchmarks.launches import count
 from cyclip_loss import CyCLIPLoss

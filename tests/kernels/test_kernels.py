@@ -1,6 +1,6 @@
-"""The Triton kernels as such: shipped tiles, layouts, and what they compile to.
+"""The Triton kernels alone: shipped tiles, tf32 rounding, and what they compile to.
 
-Values and gradients on hard inputs are tested together with the eager engine's, by `impl`.
+Tests with the fixture `impl` check values and gradients of both engines.
 """
 
 import pytest
@@ -15,7 +15,7 @@ from cyclip_loss import kernels, ops
 from cyclip_loss.kernels import configs
 
 on_a_cpu = pytest.mark.skipif(
-    not kernels.INTERPRETED, reason="on a GPU the shipped tiles are what every test runs"
+    not kernels.INTERPRETED, reason="on a GPU every test runs the shipped tiles"
 )
 
 
@@ -26,7 +26,7 @@ on_a_cpu = pytest.mark.skipif(
 def test_shipped_tiles(
     arch: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
-    """The tiles of real chips, on a batch that ends within the second tile of either side.
+    """The tiles of real GPUs, on a batch whose rows and columns end within a tile.
 
     The two lambdas differ, so that C is needed too.
     """
@@ -44,8 +44,8 @@ def to_tf32(x: torch.Tensor) -> torch.Tensor:
 def test_tf32_rounds_ties_to_even(device: torch.device) -> None:
     """Gram matrices multiply U and V rounded to 10 bits of mantissa.
 
-    One row of float16 features: each element of a Gram matrix is one product, exact in float32, and
-    many of I + T are ties.
+    With one row, each element of a Gram matrix is a single product, exact in float32. With float16
+    features, many elements of I + T are ties.
     """
     generator = torch.Generator().manual_seed(0)
     image, text = torch.randn(2, 1, 256, generator=generator, device="cpu").half().to(device)
@@ -59,7 +59,7 @@ def test_tf32_rounds_ties_to_even(device: torch.device) -> None:
 
 
 def test_float32_logits_multiply_rounded_features(device: torch.device) -> None:
-    """Chopped, as the tensor cores do by themselves, the pairs' logits would all be too small."""
+    """With truncation, as in the tensor cores, the pairs' logits would all be too small."""
     image = Case(n=200, d=64, dtype=torch.float32).inputs(device)[0]
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
@@ -71,7 +71,7 @@ def test_float32_logits_multiply_rounded_features(device: torch.device) -> None:
     torch.testing.assert_close(logits[2].double(), exact, rtol=1e-6, atol=0)
 
 
-def test_a_d_that_32_bit_offsets_do_not_hold(device: torch.device) -> None:
+def test_d_beyond_32_bit_offsets(device: torch.device) -> None:
     """Refused before a matrix of 2 GB is allocated."""
     image = torch.zeros((), device=device).expand(2, 26_753)
     with pytest.raises(ValueError, match=r"image_features must have D <= 26752 .* got D = 26753"):
@@ -82,8 +82,8 @@ def test_a_d_that_32_bit_offsets_do_not_hold(device: torch.device) -> None:
 def test_the_shipped_configurations_of_an_architecture_compile_without_spills() -> None:
     """The gate: registers, shared memory and tensor-core instructions of each binary.
 
-    CI runs it for every architecture. In a process of its own: where the interpreter is on, nothing
-    can be compiled.
+    CI runs it for every architecture. It runs in a separate process, because nothing can be
+    compiled where the interpreter is on.
     """
     run = run_python("-m", "benchmarks", "gate", "--arch", "sm_90", interpreted=False)
     faults = [line for line in run.stdout.splitlines() if line.startswith("FAULT")]
@@ -101,7 +101,7 @@ def test_the_shipped_configurations_of_an_architecture_compile_without_spills() 
 def test_devices_that_get_kernels(
     capability, version: str, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before 3.9 Triton fails on them for Blackwell, or loses the products."""
+    """Before 3.9, Triton fails to compile the kernels for Blackwell, or leaves products out."""
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(ops.metadata, "version", lambda package: version)
@@ -113,7 +113,7 @@ def test_devices_that_get_kernels(
     reason="PyTorch 2.8 has no such setting",
 )
 def test_the_newer_float32_setting_is_understood() -> None:
-    """PyTorch raises where its older getter is asked after its newer setting was used."""
+    """After its newer setting was used, PyTorch's older getter raises."""
     code = "import torch; torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
     code += "from cyclip_loss import eager; assert not eager.float32_is_exact()"
     run = run_python("-c", code)

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not kernels.INTERPRETED, reason="pretends that t
 
 @pytest.fixture(autouse=True)
 def a_device_with_kernels(monkeypatch: pytest.MonkeyPatch):
-    """The CPU is taken for a GPU that the kernels are for, and nothing is verified yet."""
+    """Make `auto` take the CPU for a GPU with kernels, not yet verified."""
     monkeypatch.setattr(ops, "_has_kernels", lambda device: True)
     monkeypatch.setattr(ops, "CHECK_SIZES", (70, 90, 40))
     ops._kernels_work.cache_clear()
@@ -31,7 +31,7 @@ def a_device_with_kernels(monkeypatch: pytest.MonkeyPatch):
     ops._kernels_work.cache_clear()
 
 
-def spoil(result: torch.Tensor, how: str) -> torch.Tensor:
+def corrupt(result: torch.Tensor, how: str) -> torch.Tensor:
     if how == "factor":
         return result * 1.05
     result = result.clone()
@@ -42,14 +42,14 @@ def spoil(result: torch.Tensor, how: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("how", ["factor", "element", "nan"])
 @pytest.mark.parametrize(("name", "at"), [(n, at) for n, c in RESULTS.items() for at in range(c)])
-def test_a_lie_in_any_result_is_seen(name: str, at: int, how: str) -> None:
-    def lie(*arguments):
+def test_a_wrong_value_in_any_result_is_detected(name: str, at: int, how: str) -> None:
+    def wrong(*arguments):
         results = getattr(eager, name)(*arguments)
         if isinstance(results, torch.Tensor):
-            return spoil(results, how)
-        return [spoil(x, how) if i == at else x for i, x in enumerate(results)]
+            return corrupt(results, how)
+        return [corrupt(x, how) if i == at else x for i, x in enumerate(results)]
 
-    engine = SimpleNamespace(**{n: getattr(eager, n) for n in RESULTS} | {name: lie})
+    engine = SimpleNamespace(**{n: getattr(eager, n) for n in RESULTS} | {name: wrong})
     for dtype in (torch.float32, torch.bfloat16):
         problem = ops.disagreement(engine, CPU, dtype, dtype == torch.float32)
         assert problem is not None
@@ -78,9 +78,9 @@ def is_wrong(*arguments):
 
 
 @pytest.mark.parametrize(
-    ("function", "says"), [(fails, "out of resources"), (is_wrong, "pair_terms")]
+    ("function", "reason"), [(fails, "out of resources"), (is_wrong, "pair_terms")]
 )
-def test_falls_back_with_one_warning(function, says, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_falls_back_with_one_warning(function, reason, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "pair_terms", function)
     image, text = (x.float().requires_grad_() for x in pairs(6, 4, device=CPU))
     with warnings.catch_warnings(record=True) as caught:
@@ -88,10 +88,10 @@ def test_falls_back_with_one_warning(function, says, monkeypatch: pytest.MonkeyP
         loss = CyCLIPLoss()(image, text, 14.3)
         loss.backward()
         assert torch.equal(loss, CyCLIPLoss()(image, text, 14.3))
-    [said] = [str(w.message) for w in caught if w.category is CyCLIPWarning]
-    assert "on cpu " in said
-    assert torch.__version__ in said
-    assert says in said
+    [message] = [str(w.message) for w in caught if w.category is CyCLIPWarning]
+    assert "on cpu " in message
+    assert torch.__version__ in message
+    assert reason in message
     assert torch.equal(loss, CyCLIPLoss(impl="eager")(image, text, 14.3))
     if function is fails:
         with pytest.raises(RuntimeError, match="out of resources"):
@@ -111,7 +111,7 @@ def test_an_unusable_device_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None
         ops._kernels_work(torch.device("cuda:0"), torch.float32, True)
 
 
-def test_the_environment_says_what_auto_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_sets_auto(monkeypatch: pytest.MonkeyPatch) -> None:
     features = torch.ones(2, 2)
     monkeypatch.setattr(ops, "disagreement", lambda *key: None)
     for value in ("", "auto", "triton", "eager"):

@@ -1,4 +1,4 @@
-"""`docs/lambda.md`, "Coming from your own loss": each row of its table against that loss."""
+"""Each row of the table in `docs/lambda.md`, "Coming from your own loss", against that loss."""
 
 import re
 from pathlib import Path
@@ -30,7 +30,7 @@ def clip(logits: Tensor) -> Tensor:
 
 
 CLIP = clip(SCALE * I @ T.T)
-# From the first words of a row: the loss itself, in float64.
+# By the first words of a row, the other loss, in float64.
 THEIRS = {
     "The paper's": CLIP + 0.3 * N * IN_GAPS.mean() + 0.2 * N * CROSS_GAPS.mean(),
     "The *mean*": CLIP + WEIGHT * (IN_GAPS.mean() + CROSS_GAPS.mean()),
@@ -49,7 +49,7 @@ def test_every_row_is_tested() -> None:
 
 
 @pytest.mark.parametrize("words", THEIRS)
-def test_a_row(words: str) -> None:
+def test_conversion(words: str) -> None:
     [code] = [code for row, code in ROWS.items() if row.startswith(words)]
     lengths = torch.linspace(0.5, 3, N, dtype=torch.float64, device="cpu")[:, None]
     raw = words == "It normalises"

@@ -1,7 +1,7 @@
-"""No N x N matrix of a large batch, and as many flops as the formulas say.
+"""No N x N matrix for a large batch, and as many flops as the formulas say.
 
-The detector of matrices is `benchmarks.memory.allocations`, which is shown to see those of the
-dense formula. It sees the memory of the CPU; what a GPU holds is in `test_cuda.py`.
+`benchmarks.memory.allocations` records allocations on the CPU. A test shows that it detects the
+matrices of the dense formula. `test_cuda.py` measures GPU memory.
 """
 
 import pytest
@@ -15,25 +15,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.memory import allocations, peak_of
 from cyclip_loss import CyCLIPLoss, consistency_metrics, cyclip_loss, reference
 
-# An interpreted kernel is too slow for the first.
+# Interpreted kernels are too slow for N.
 N, N_INTERPRETED, D = 4096, 256, 32
 
 
 @pytest.fixture
 def inputs(impl: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     if device.type != "cpu":
-        pytest.skip("of the CPU's memory")
+        pytest.skip("measures CPU memory")
     set_strip_rows(monkeypatch, 64)
     case = Case(N if impl == "eager" else N_INTERPRETED, D)
     return [tensor.requires_grad_() for tensor in case.inputs("cpu")]
 
 
-def test_forward_and_backward_never_hold_n_by_n(impl: str, inputs: list[Tensor]) -> None:
+def test_no_n_by_n_matrix(impl: str, inputs: list[Tensor]) -> None:
     n = len(inputs[0])
     square, strip, features = 4 * n * n, 4 * 64 * n, 4 * n * D
     events = allocations(lambda: cyclip_loss(*inputs, lambda_inmodal=0.5, impl=impl).backward())
-    # The largest tensor is a strip or as large as the features; at any time there are a few, and a
-    # dozen vectors of N.
+    # No tensor is larger than a strip or the features. At any time there are a few of these, and a
+    # dozen vectors of N elements.
     assert max(events) <= max(strip, features)
     assert peak_of(events) <= 4 * strip + 6 * features + 12 * 4 * n
     assert peak_of(events) * 6 <= square or impl != "eager"
@@ -43,7 +43,7 @@ def test_forward_and_backward_never_hold_n_by_n(impl: str, inputs: list[Tensor])
         assert peak_of(events) * 3 <= square
 
 
-def test_the_detector_sees_the_dense_formula(device: torch.device) -> None:
+def test_n_by_n_matrices_are_detected(device: torch.device) -> None:
     if device.type == "cpu":
         leaves = [tensor.requires_grad_() for tensor in Case(512, D).inputs("cpu")]
         events = allocations(lambda: sum(reference.cyclip_loss(*leaves).values()).backward())
@@ -52,14 +52,14 @@ def test_the_detector_sees_the_dense_formula(device: torch.device) -> None:
 
 @pytest.mark.parametrize(("lambda_inmodal", "grams"), [(0.5, 3), (0.25, 2)])
 def test_kept_between_forward_and_backward(impl: str, inputs, lambda_inmodal, grams: int) -> None:
-    """New memory after forward: three vectors, the Gram matrices that are needed, the scalars."""
+    """Forward keeps three vectors of N, the Gram matrices that are needed, and scalars."""
     events = allocations(lambda: cyclip_loss(*inputs, lambda_inmodal=lambda_inmodal, impl=impl))
     # The allocator may round each of a dozen tensors up to 64 bytes.
     assert sum(events) <= 4 * (3 * len(inputs[0]) + grams * D * D) + 1024
 
 
 class CountFlops(TorchDispatchMode):
-    """Of matrix products; PyTorch's own counter leaves out those in place."""
+    """Counts flops of matrix products; PyTorch's own counter leaves out in-place ones."""
 
     total = 0
 
@@ -76,11 +76,11 @@ class CountFlops(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("n", "d", "lambdas", "expected"),
     [
-        # Large: 8 N^2 D for the contrastive term, 8 N D^2 for the penalties, 14 if they differ.
+        # Large: 8 N^2 D for the contrastive term, 8 N D^2 for penalties, 14 if the lambdas differ.
         (40, 12, (0, 0), (8, 0)),
         (40, 12, (0.25, 0.25), (8, 8)),
         (40, 12, (0.25, 0.5), (8, 14)),
-        # Small: 6 N^2 D a term.
+        # Small: 6 N^2 D for the contrastive term, and 6 N^2 D for the penalties.
         (24, 12, (0, 0), (6, 0)),
         (24, 12, (0.25, 0.25), (12, 0)),
         (24, 12, (0.25, 0.5), (12, 0)),

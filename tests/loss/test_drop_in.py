@@ -1,4 +1,4 @@
-"""In the place of `open_clip.ClipLoss`: same values, same training, same calls; and the package."""
+"""In place of `open_clip.ClipLoss`: same values, training and calls; and what it imports."""
 
 import inspect
 import subprocess
@@ -15,7 +15,7 @@ from cyclip_loss import CyCLIPLoss
 
 open_clip = pytest.importorskip("open_clip")
 
-# How OpenCLIP's `create_loss` builds it.
+# The keywords with which OpenCLIP's `create_loss` calls ClipLoss.
 OPENCLIP_KEYWORDS = {"local_loss": True, "gather_with_grad": True, "cache_labels": True}
 OPENCLIP_KEYWORDS |= {"rank": 0, "world_size": 1, "use_horovod": False}
 
@@ -27,7 +27,7 @@ def train(loss: nn.Module, with_bias: bool, device: torch.device) -> tuple[list[
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     history = []
     for step in range(8):
-        rows = 20 if step < 7 else 5  # a last batch that is small
+        rows = 20 if step < 7 else 5  # the last batch is smaller
         both = normal(rows, IMAGE_SIZE + TEXT_SIZE, seed=step, device=device)
         batch = both.split((IMAGE_SIZE, TEXT_SIZE), dim=1)
         optimizer.zero_grad()
@@ -45,14 +45,14 @@ def test_training_is_unchanged(impl: str, with_bias: bool, device: torch.device)
     theirs, their_model = train(open_clip.ClipLoss(**OPENCLIP_KEYWORDS), with_bias, device)
     assert ours == pytest.approx(theirs, rel=1e-9)
     for name, parameter in our_model.named_parameters():
-        if name != "logit_bias":  # Adam blows theirs, a gradient of 1e-18, up to a step
+        if name != "logit_bias":  # Adam makes a full step of ClipLoss's gradient of 1e-18
             expected = their_model.get_parameter(name)
             torch.testing.assert_close(parameter, expected, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("given", [{}, OPENCLIP_KEYWORDS, {"rank": 3, "world_size": 4}], ids=str)
-def test_keywords_and_arguments_are_clip_losss(given: dict) -> None:
-    """Keywords are attributes, which OpenCLIP's tasks read; its arguments come first."""
+def test_keywords_and_arguments_of_clip_loss(given: dict) -> None:
+    """OpenCLIP reads the keywords as attributes; `forward` has ClipLoss's arguments first."""
     ours, theirs = CyCLIPLoss(**given), open_clip.ClipLoss(**given)
     assert all(getattr(ours, name) == getattr(theirs, name) for name in OPENCLIP_KEYWORDS)
     ours.load_state_dict(theirs.state_dict())  # both have none
@@ -85,7 +85,7 @@ FORMS_OF_THE_SCALE = {
     "matrix": lambda **on: torch.tensor([[10.0]], **on),
     "float64": lambda **on: torch.tensor(10.0, dtype=torch.float64, **on),
     "bfloat16": lambda **on: torch.tensor([10.0], dtype=torch.bfloat16, **on),
-    # Views, whose memory does not begin with their element.
+    # Views with a storage offset.
     "element": lambda **on: torch.tensor([[-1.0, 3.0], [10.0, 5.0]], **on)[1, 0],
     "expanded": lambda **on: torch.tensor([7.0, 10.0], **on)[1].expand(1, 1),
 }
@@ -94,7 +94,7 @@ FORMS_OF_THE_SCALE = {
 @pytest.mark.parametrize("form", FORMS_OF_THE_SCALE)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_forms_of_the_logit_scale(impl: str, dtype, form: str, device: torch.device) -> None:
-    """All the same number; a tensor gets a gradient of its own shape and dtype."""
+    """All forms give the same loss; a tensor gets a gradient of its own shape and dtype."""
     case = Case(20, 6, dtype)
     image, text, plain = case.inputs(device)
     loss, logit_scale = CyCLIPLoss(impl=impl), FORMS_OF_THE_SCALE[form](device=device)
@@ -131,6 +131,6 @@ assert cyclip_loss.CyCLIPLoss()(torch.eye(3), torch.eye(3), 10.0) > 0
 
 
 @pytest.mark.parametrize("program", [IMPORTS_LITTLE, WITHOUT_DISTRIBUTED])
-def test_a_loss_on_cpu(program: str) -> None:
-    """Imports no more than PyTorch does for any operator; PyTorch may lack distributed."""
+def test_imports(program: str) -> None:
+    """A loss on a CPU imports neither Triton nor the compiler, nor does it need distributed."""
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

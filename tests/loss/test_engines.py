@@ -1,4 +1,4 @@
-"""The engines on their own, at the work of a rank: rectangles, and parts of Gram matrices."""
+"""The functions of the engines alone, with n != m, as on one of several ranks."""
 
 from math import log
 
@@ -20,7 +20,7 @@ RECTANGLE = {
     "wide": False,
     "with_ids": False,
 }
-# A row against more columns than a block has; a few rows that the diagonal leaves.
+# One row; more columns than a block of G has; rows without a partner.
 ONE_ROW = RECTANGLE | {"n": 1, "m": 37, "d": 3, "first_column": 5, "strip_rows": None}
 WIDE = RECTANGLE | {"n": 5, "m": 16385, "d": 3, "first_column": 16380, "strip_rows": 7}
 TALL = RECTANGLE | {"n": 20, "m": 16, "d": 5, "first_column": -6, "strip_rows": 7}
@@ -49,7 +49,7 @@ def test_contrastive_rectangles(
     n, m, d, first_column, symmetric, strip_rows, layout, seed, dtype, needs, wide, with_ids,
     impl, device,
 ) -> None:  # fmt: skip
-    """As the docstrings say, with log-sum-exps larger than the rectangle's, as over ranks."""
+    """As in the docstrings; log-sum-exps are larger than the rectangle's, as across ranks."""
     image, text = (rows.to(dtype) for rows in pairs(max(n, m), d, seed=seed, device=device))
     image, text = lay_out(image[:n], layout), lay_out(text[:m], layout)
     i, t = exact_on_host(image), exact_on_host(text)
@@ -80,18 +80,18 @@ def test_contrastive_rectangles(
         if lse is found[1] and not symmetric:
             assert lse.shape == (0,)
             continue
-        # Without negatives: exactly -inf.
+        # Exactly -inf without negatives.
         lse, alone = lse.cpu(), right == -torch.inf
         assert bool((lse[alone] == -torch.inf).all())
         size = log(1 + max(n, m)) + SCALE * sizes.max()
         check_bound("lse", lse[~alone], [right[~alone]], size * eps.logits)
-    # A row without a partner has 0, not something small.
+    # A row without a partner has exactly 0.
     assert bool((found[2].cpu()[~is_pair.any(1)] == 0).all())
 
     exps = (logits - row_lse[:, None]).exp()
     exps = (exps + (logits - column_lse).exp() if symmetric else exps).masked_fill(same, 0.0)
     g = GRAD * WEIGHT * torch.where(is_pair, pair_gradient[:, None].double(), exps)
-    # A logit's or log-sum-exp's absolute error is a relative one of the exponentials.
+    # The absolute error of a logit or log-sum-exp is a relative error of the exponentials.
     of_logits = eps.logits * (1 + row_lse.abs().max() + column_lse.abs().max() + SCALE) * g.abs()
     errors = of_logits + eps.stored * g.abs()
     of_scale = errors if impl == "eager" else of_logits

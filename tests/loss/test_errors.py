@@ -1,4 +1,4 @@
-"""What cannot be computed is refused by name."""
+"""Errors for bad arguments, which they name."""
 
 import re
 
@@ -15,9 +15,9 @@ from cyclip_loss import (
     cyclip_loss,
 )
 
-# Refused before anything is computed, whatever the device.
+# Errors come before any computation, so the device does not matter.
 GOOD = torch.ones(4, 3, device="cpu")
-DTensor = type("DTensor", (torch.Tensor,), {})  # known by its name
+DTensor = type("DTensor", (torch.Tensor,), {})  # the check looks at the type's name
 
 BAD_FEATURES = [
     (GOOD.tolist(), TypeError, "must be a torch.Tensor, got list"),
@@ -103,7 +103,7 @@ BAD_NUMBERS = [
 
 @pytest.mark.parametrize(("name", "value", "error"), BAD_NUMBERS, ids=str)
 def test_bad_weights(name: str, value, error: type[Exception]) -> None:
-    """When they are given, and when they are set; what was there stays."""
+    """Refused in the constructor and as an attribute, whose old value stays."""
     message = says(name, f"got {value!r}")
     for build in (CyCLIPLoss, CyclicPenalty, lambda **k: WithCyclicPenalty(PlainClip(), **k)):
         with pytest.raises(error, match=message):
@@ -122,7 +122,7 @@ def test_bad_weights(name: str, value, error: type[Exception]) -> None:
     ("options", "message"),
     [
         ({"use_horovod": True}, "use_horovod=True"),
-        # Said when called: a group may come after construction.
+        # Raised when called, as the group may be initialised after construction.
         ({"world_size": 8}, "rank=0 and world_size=8 were given, but this process is rank 0 of 1"),
         ({"rank": 1}, "rank=1 and world_size=1 were given, but this process is rank 0 of 1"),
         ({"process_group": "a group"}, "torch.distributed is not initialised"),
@@ -134,5 +134,5 @@ def test_bad_options(options: dict, message: str) -> None:
         CyCLIPLoss(**options)(GOOD, GOOD, 10.0)
     with pytest.raises(TypeError, match="positional"):
         CyCLIPLoss(0.25, 0.25, True)
-    with pytest.raises(TypeError, match="there is no logit scale"):
+    with pytest.raises(TypeError, match="pass no logit scale"):
         CyclicPenalty()(GOOD, GOOD, GOOD[0, 0])

@@ -1,4 +1,4 @@
-"""Digits that the dense formula loses and this loss keeps, and bits that are always the same."""
+"""Accuracy where the dense formula loses digits, and bitwise reproducibility."""
 
 import math
 
@@ -15,7 +15,7 @@ FORMS = pytest.mark.parametrize(("n", "d"), [(96, 40), (96, 128)], ids=["large",
 
 
 def errors(loss, dense, inputs) -> list[tuple[float, float]]:
-    """Of the value and each gradient: our relative error, and the dense formula's in its dtype."""
+    """Relative errors of the value and each gradient: ours, and the dense formula's in float32."""
     exact = results(dense, *(tensor.double() for tensor in inputs))
     both = results(loss, *inputs), results(dense, *inputs)
     return [
@@ -33,10 +33,10 @@ def dense_loss(lambdas: tuple[float, float]):
 
 @pytest.mark.parametrize("lambdas", [(0, 0), (0.25, 0.25)])
 @FORMS
-def test_close_pairs_keep_their_digits(
+def test_confidently_matched_pairs(
     impl: str, n: int, d: int, lambdas, device: torch.device
 ) -> None:
-    """Pairs found with confidence: their terms are small differences of probabilities from 1."""
+    """Close pairs, whose terms are small differences of probabilities from 1."""
     inputs = Case(n, d, distance=0.003, logit_scale=16.0).inputs(device)
     found = errors(CyCLIPLoss(*lambdas, impl=impl), dense_loss(lambdas), inputs)
     assert all(own < 5e-6 for own, _ in found), found
@@ -48,7 +48,7 @@ def test_close_pairs_keep_their_digits(
 def test_penalties_of_nearly_aligned_pairs(
     impl: str, n: int, d: int, distance: float, share: float, device: torch.device
 ) -> None:
-    """Precise at every distance; a share of the dense formula's error that falls with it."""
+    """Accurate at every distance; the dense formula's error grows as the distance falls."""
     inputs = Case(n, d, distance=distance).inputs(device)
     found = errors(
         lambda i, t, s: cyclic_penalty(i, t, impl=impl) + 0 * s,
@@ -63,7 +63,7 @@ def test_penalties_of_nearly_aligned_pairs(
 @pytest.mark.parametrize("lambdas", [(0.25, 0.25), (1.0, 0.0), (0.0, 1.0)])
 @pytest.mark.parametrize("d", [5, 12], ids=["large", "small"])
 def test_identical_towers(lambdas, d: int, impl: str, device: torch.device) -> None:
-    """T = I: penalties and gradients are exactly zero; in the whole loss both roles add up."""
+    """T = I: penalties and their gradients are exactly zero; the loss adds both gradients of I."""
     image = pairs(12, d, device=device)[0].float().requires_grad_()
     penalty = cyclic_penalty(image, image, *lambdas, impl=impl)
     penalty.backward()
@@ -76,8 +76,8 @@ def test_identical_towers(lambdas, d: int, impl: str, device: torch.device) -> N
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-def test_matmul_precision_is_the_users(impl: str, precision: str, device: torch.device) -> None:
-    """The setting is not left changed; "high" and "medium" allow tf32."""
+def test_matmul_precision_setting(impl: str, precision: str, device: torch.device) -> None:
+    """The loss does not change the setting; "high" and "medium" allow tf32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
@@ -90,13 +90,13 @@ def test_matmul_precision_is_the_users(impl: str, precision: str, device: torch.
 @pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
 @pytest.mark.parametrize("adds", [False, True], ids=["mm", "addmm"])
 def test_products_of_16_bit_matrices(dtype: torch.dtype, adds: bool, monkeypatch, device) -> None:
-    """What the eager engine does on CUDA: it multiplies them as they are, into float32."""
+    """On CUDA the eager engine multiplies 16-bit matrices into float32; imitated here."""
     factors = set()
 
     def widening(name: str, original):
         def multiply(*matrices: Tensor, out_dtype: torch.dtype | None = None, **options) -> Tensor:
             if out_dtype is not None:
-                # As PyTorch 2.8 to 2.10 do: no float32 matrix is added to.
+                # PyTorch 2.8 to 2.10 cannot add to a float32 matrix.
                 assert adds or name != "addmm"
                 factors.add(matrices[-1].dtype)
                 matrices = tuple(matrix.to(out_dtype) for matrix in matrices)
@@ -126,7 +126,7 @@ def test_same_inputs_same_bits(impl: str, d: int, dtype, small_strips, device) -
 @pytest.mark.parametrize("d", [2, 3], ids=["large", "small"])
 @pytest.mark.parametrize("lambdas", [(0.25, 0.25), (0.5, 0.125), (0, 0)])
 def test_gradcheck(lambdas, d: int, monkeypatch, device: torch.device) -> None:
-    """Finite differences, of the sum and of the terms: independent of `reference`."""
+    """Finite differences, of the sum and of the terms, independent of `reference`."""
     set_strip_rows(monkeypatch, 2)
     module = CyCLIPLoss(*lambdas)
     inputs = [x.requires_grad_() for x in Case(5, d, torch.float64, logit_scale=4.0).inputs(device)]
@@ -140,11 +140,11 @@ def test_gradcheck(lambdas, d: int, monkeypatch, device: torch.device) -> None:
 
 
 def test_the_definition() -> None:
-    """Worked out by hand, and twice differentiable: what second derivatives are sent to."""
+    """`reference` against values computed by hand; and it has second derivatives."""
     image = torch.eye(2, dtype=torch.float64, device="cpu")
     text = torch.tensor([[0.0, 1.0], [0.0, 1.0]], dtype=torch.float64, device="cpu")
     scale = torch.tensor(2.0, dtype=torch.float64, device="cpu")
-    # Logits 0 2 / 0 2 with rows that differ, from I T^T = [[0, 0], [1, 1]].
+    # Logits [[0, 0], [2, 2]], from I T^T = [[0, 0], [1, 1]].
     terms = reference.cyclip_loss(image, text, scale, 1.0, 1.0, reference_batch_size=1)
     row = (math.log(2) + math.log(2)) / 2
     column = math.log(1 + math.exp(2)) - 1

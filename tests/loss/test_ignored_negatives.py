@@ -1,4 +1,4 @@
-"""`ids=`: rows with the same id are no negatives of each other; values are in `test_loss.py`."""
+"""`ids=`: rows with the same id are not negatives of each other. `test_loss.py` checks values."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def test_ids_that_are_all_different_change_no_bit(n: int, dtype, impl: str, devi
     ids = torch.arange(n, device=device).flip(0)
     plain, with_ids = (results(lambda *x, i=i: loss(*x, ids=i), *inputs) for i in (None, ids))
     assert all(map(torch.equal, plain[:3], with_ids[:3]))
-    # The kernels add up its parts in another order.
+    # With ids, the kernels sum its parts in a different order.
     torch.testing.assert_close(*(found.logit_scale for found in (plain, with_ids)))
 
 

@@ -1,4 +1,4 @@
-"""The whole loss, in all its settings: terms and gradients against the definition in float64."""
+"""The loss with all options: terms and gradients against the definition in float64."""
 
 from functools import reduce
 
@@ -16,14 +16,14 @@ FULL = {"views": True, "output_dict": True, "upstream": (3.0, -0.5, 2.0), "lambd
 IMAGE, TEXT, TOWERS = frozenset(["image"]), frozenset(["text"]), frozenset(["image", "text"])
 WIDE = torch.float64
 SAME_ROWS = {"image_layout": "expanded", "text_layout": "expanded", "anti_aligned": True}
-# Met for certain: one row, a rest of a strip, frozen towers in large batches and small ones; rows
-# that no wide load can read but are not copied, and long ones, whose errors grow in a kernel.
+# Always tested: one row; a partial strip; frozen towers in large and small batches; unaligned rows;
+# a large D, with which errors in a kernel grow.
 HARD = [
     Case(1, 1, WIDE),
     Case(65, 10, strip_rows=32, **FULL),
     Case(65, 33, logit_scale=100.0, distance=0.003, anti_aligned=True, strip_rows=32),
     Case(64, 1, logit_scale=100.0, strip_rows=7),
-    # All logits are -100: exp(l - 100) would underflow, and give log 0.
+    # All logits are -100: exp(l - 100) would underflow, and its log be -inf.
     Case(65, 33, logit_scale=100.0, distance=0.003, **SAME_ROWS),
     *(
         Case(n, d, WIDE, frozen=frozen, lambdas=lambdas, strip_rows=7)
@@ -39,13 +39,13 @@ HARD = [
 ]
 
 
-def with_hard_ones(test):
+def with_hard_cases(test):
     return reduce(lambda found, case: example(case=case)(found), HARD, test)
 
 
 @settings(max_examples=150)
 @given(case=cases())
-@with_hard_ones
+@with_hard_cases
 def test_eager(case: Case, device: torch.device) -> None:
     check_loss(case, "eager", device)
 
@@ -53,14 +53,14 @@ def test_eager(case: Case, device: torch.device) -> None:
 @needs_triton
 @settings(max_examples=60)
 @given(case=cases(dtype=st.sampled_from(DTYPES[1:])))
-@with_hard_ones
+@with_hard_cases
 def test_triton(case: Case, device: torch.device) -> None:
     check_loss(case, "triton", device)
 
 
 @pytest.mark.parametrize("n", [5, 30])
 def test_a_penalty_without_weight_has_a_gradient_of_zeros(n: int, impl: str, device) -> None:
-    """At every N, as in the first step of a warm-up from 0."""
+    """In large and small batches; as in the first step of a warm-up from 0."""
     for lambdas in ((0, 0), (0, 0.5)):
         image, text = (x.float().requires_grad_() for x in pairs(n, 6, device=device))
         terms = CyCLIPLoss(*lambdas, impl=impl)(image, text, 10.0, output_dict=True)

@@ -1,4 +1,4 @@
-"""The consistency numbers against their dense definitions."""
+"""`consistency_metrics` against the dense definitions."""
 
 import math
 
@@ -12,7 +12,7 @@ from cyclip_loss import consistency_metrics
 
 
 def dense_metrics(image: torch.Tensor, text: torch.Tensor) -> dict[str, float]:
-    """Each number as it is defined, with every N x N matrix written out, in float64."""
+    """Each metric by its definition, with N x N matrices, in float64."""
     image, text = image.double(), text.double()
 
     def uniformity(x: torch.Tensor) -> float:
@@ -35,7 +35,7 @@ def dense_metrics(image: torch.Tensor, text: torch.Tensor) -> dict[str, float]:
 
 
 @given(case=cases(n=SIZES.map(lambda n: n + 1)))
-@example(case=Case(20, 30, norm=10.0))  # exp(-2 * 200) of a pair is not lost beside exp(0)
+@example(case=Case(20, 30, norm=10.0))  # exp(-2 * 200) of a pair must not be lost next to exp(0)
 def test_consistency_metrics(case: Case, device: torch.device) -> None:
     image, text, _ = case.inputs(device)
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -46,12 +46,12 @@ def test_consistency_metrics(case: Case, device: torch.device) -> None:
     for name, value in metrics.items():
         assert value.ndim == 0
         assert value.dtype == torch.float32
-        # The gaps are small differences of numbers as large as this: eps is absolute there.
+        # The gaps are small differences of numbers of this size, so their error is absolute.
         atol = 2e-6 * case.norm**4
         assert value.item() == pytest.approx(expected[name], rel=2e-6, abs=atol), name
 
 
-def test_gaps_of_nearly_aligned_towers_keep_their_digits(device: torch.device) -> None:
+def test_gaps_of_nearly_aligned_towers_are_accurate(device: torch.device) -> None:
     image, text = (features.float() for features in pairs(60, 20, 0.003, device=device))
     metrics, expected = consistency_metrics(image, text), dense_metrics(image, text)
     for name in ("inmodal_gap", "crossmodal_gap", "alignment"):
@@ -66,7 +66,7 @@ def test_no_gradient_nan_and_one_row(device: torch.device) -> None:
     metrics = consistency_metrics(broken, text)
     assert metrics.pop("text_uniformity").isfinite()
     assert all(value.isnan() for value in metrics.values())
-    # A last batch of one: no pair of rows to be uniform, and the training goes on.
+    # A batch of one row has no uniformity, and raises no error.
     metrics = consistency_metrics(image[:1], text[:1])
     assert metrics["alignment"].item() > 0
     assert [name for name, value in metrics.items() if value.isnan()] == [*metrics][3:5]

@@ -1,4 +1,4 @@
-"""NaN and infinity come out as NaN, in whatever term and wherever they stand."""
+"""NaN or infinity in any feature makes every term that depends on it NaN."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ BAD_VALUES = st.sampled_from([torch.nan, torch.inf, -torch.inf])
 
 
 def every_term(image, text, views, impl) -> list[torch.Tensor]:
-    """All that depends on the images and texts, then what depends on the views."""
+    """All losses and terms of the images and texts; the last one depends on the views too."""
     options = {"impl": impl}
     weights = {"lambda_inmodal": 0, "lambda_crossmodal": 0}
     augmented = {"augmented_image_features": views[0], "augmented_text_features": views[1]}
@@ -42,7 +42,7 @@ def every_term(image, text, views, impl) -> list[torch.Tensor]:
 @example(n=1, d=3, bad=torch.inf, where=2, at=(0, 0), sign=1, seed=0)
 @example(n=6, d=2, bad=-torch.inf, where=1, at=(5, 1), sign=1, seed=0)
 def test_nan_and_infinity_come_out_as_nan(n, d, bad, where, at, sign, seed, impl, device) -> None:
-    """In either tower or view, whatever the sign of what it is multiplied with."""
+    """In either tower or view, whatever the sign of the features that it is multiplied with."""
     features = [*pairs(n, d, seed=seed, device=device), *pairs(n, d, seed=seed + 1, device=device)]
     features = [rows.float() for rows in features]
     if sign is not None:
@@ -54,7 +54,7 @@ def test_nan_and_infinity_come_out_as_nan(n, d, bad, where, at, sign, seed, impl
 
 @pytest.mark.parametrize("d", [4, 2], ids=["small", "large"])
 def test_one_infinite_logit_is_nan(impl: str, d: int, device: torch.device) -> None:
-    """A pair's, which would look found with certainty; another one; and a scale that is none."""
+    """The logit of a pair, which would look perfectly matched; of a negative; and a NaN scale."""
     options = {"lambda_inmodal": 0, "lambda_crossmodal": 0, "impl": impl}
     for row in (0, 1):
         image, text = torch.eye(5, d, device=device), torch.eye(5, d, device=device)
@@ -66,7 +66,7 @@ def test_one_infinite_logit_is_nan(impl: str, d: int, device: torch.device) -> N
 @pytest.mark.parametrize("d", [8, 3], ids=["small", "large"])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_overflow_is_not_a_plausible_number(impl: str, dtype, d: int, device) -> None:
-    """Features whose products are large, whose sums leave the accumulation type, or which do."""
+    """Features with large products, with sums beyond float32, or with squares beyond float32."""
     for size in (1e4, 4e18, 1e20) if dtype != torch.float16 else (1e4,):
         features = [rows.to(dtype) for rows in pairs(8, d, norm=size, device=device)]
         exact = reference.cyclip_loss(*(rows.double() for rows in features), 10.0)

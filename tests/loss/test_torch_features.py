@@ -1,4 +1,4 @@
-"""What PyTorch does around a loss: autocast, scaled gradients, inference, compilation, copies."""
+"""The loss with PyTorch's features: autocast, no_grad, repeated backward, compilation, copies."""
 
 import copy
 import io
@@ -34,7 +34,7 @@ def leaves_of(case: Case, device: torch.device) -> list[Tensor]:
 @BY_LOSS
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
 def test_autocast_casts_the_features_and_nothing_else(impl, loss, dtype, n, d, device) -> None:
-    """Same bits as features cast by hand, outside; also in backward inside; float64 is left."""
+    """The bits of features cast by hand, with backward in or out of autocast. float64 stays."""
     inputs = Case(n, d, dtype).inputs(device)
     shorter = dtype if dtype == torch.float64 else torch.bfloat16
     cast = [features.to(shorter) for features in inputs[:2]]
@@ -58,7 +58,7 @@ def test_autocast_casts_the_features_and_nothing_else(impl, loss, dtype, n, d, d
 @BY_LOSS
 def test_without_gradients_and_on_a_default_device(impl: str, loss, n, d, device) -> None:
     leaves = leaves_of(Case(n, d), device)
-    with torch.device("meta"):  # which is not the features'
+    with torch.device("meta"):  # not the features' device
         expected = loss(*leaves, impl)
         expected.backward()
     assert {leaf.grad.device for leaf in leaves} == {expected.device} == {leaves[0].device}
@@ -71,8 +71,8 @@ def test_without_gradients_and_on_a_default_device(impl: str, loss, n, d, device
 
 @FORMS
 @BY_LOSS
-def test_one_graph_again(impl: str, loss, n: int, d: int, device: torch.device) -> None:
-    """A second pass has the same bits; second derivatives are refused, never left out silently."""
+def test_backward_twice(impl: str, loss, n: int, d: int, device: torch.device) -> None:
+    """A second backward gives the same bits; second derivatives raise, and are not silently 0."""
     leaves = leaves_of(Case(n, d), device)
     value = loss(*leaves, impl)
     first, second = (torch.autograd.grad(value, leaves, retain_graph=True) for _ in range(2))
@@ -97,7 +97,7 @@ def test_results_can_be_added_to_in_place(impl: str, lambdas, n, d, device) -> N
         assert total.item() == pytest.approx(expected)
 
 
-# Equal, different, either one zero, both zero, and new values of each.
+# Lambdas that are equal, different, one zero, or both zero, and new values of each kind.
 SCHEDULE = [
     *((0.25, 0.25), (0.3, 0.3), (0.4, 0.1), (0.1, 0.6), (0.0, 0.0), (0.0, 0.3), (0.2, 0.0)),
     *((0.7, 0.7), (0.5, 0.2), (0.0, 0.4), (0.6, 0.0), (0.9, 0.05), (0.35, 0.35)),
@@ -106,7 +106,7 @@ SCHEDULE = [
 
 @pytest.mark.parametrize("scale", ["tensor", "number", "none", "alone", "no gradient"])
 def test_schedules_compile_a_few_times_and_no_more(scale: str, device: torch.device) -> None:
-    """Numbers and batch sizes that change with every step: right results, no graph for each."""
+    """Lambdas and batch sizes change in every step: correct results, without a graph for each."""
     torch._dynamo.reset()
     module = CyclicPenalty if scale == "none" else CyCLIPLoss
     counter, loss = CompileCounterWithBackend("aot_eager"), module()
@@ -129,7 +129,7 @@ def test_schedules_compile_a_few_times_and_no_more(scale: str, device: torch.dev
             found.append([value.detach(), *grads])
         torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
         counts.append(counter.frame_count)
-    # Constants, then numbers; equal or not; without a penalty; and no more for new values.
+    # Graphs with constants, then symbols; equal or not; no penalty. None for new values.
     assert counts[-1] <= 9
     assert counts[-4:] == [counts[-1]] * 4
 
@@ -150,9 +150,9 @@ def test_one_tensor_as_two_arguments_compiled(views: bool, device: torch.device)
 
 @pytest.mark.parametrize("frozen", [None, 0, 1, 2])
 def test_compiled_as_a_trainer_calls_it(impl: str, frozen, device: torch.device) -> None:
-    """With views, a bias, autocast and a frozen input; its operators pass PyTorch's own checks.
+    """With views, a bias, autocast and a frozen input; its operators pass PyTorch's `opcheck`.
 
-    True schemas, nothing mutated or aliased, and the shapes given without data are right.
+    That checks schemas, mutation, aliasing, and the shapes of fake tensors.
     """
     case = Case(12, 5, text_layout="transposed")
     calls = []

@@ -1,4 +1,4 @@
-"""The warnings: when each comes, that it comes once, and what silences it."""
+"""The warnings: what causes each, and that it is given once, with the user's line."""
 
 import warnings
 
@@ -21,13 +21,13 @@ SCALE = 20.0
 
 
 @pytest.fixture(autouse=True)
-def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a process in which no warning has come yet."""
+def forget_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start each test as a process that has not warned yet."""
     monkeypatch.setattr(checks, "_warned", set())
 
 
 def messages(*calls) -> list[str]:
-    """What is warned of while these are called, twice each."""
+    """The warnings of these calls, each made twice."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for call in (*calls, *calls):
@@ -49,12 +49,12 @@ def test_strong_penalties(weight, n: int, options, warned: int, device: torch.de
         assert len(messages(call)) == warned
 
 
-def test_the_users_line_is_warned_of(device: torch.device) -> None:
+def test_warnings_show_the_users_line(device: torch.device) -> None:
     image, text = pairs(9, 4, device=device)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         CyCLIPLoss(50)(3 * image, text, 1.0)
-    line = test_the_users_line_is_warned_of.__code__.co_firstlineno + 4
+    line = test_warnings_show_the_users_line.__code__.co_firstlineno + 4
     assert [(w.category, w.filename, w.lineno) for w in caught] == [
         (CyCLIPWarning, __file__, line)
     ] * 3
@@ -77,14 +77,14 @@ def test_lengths_and_scale_of_a_modules_first_call(device: torch.device) -> None
         assert all(part in "".join(found) for part in expected)
 
 
-def test_nothing_to_say(device: torch.device) -> None:
-    """Rows normalised in 16 bits count as normalised; only a module's first call is looked at."""
+def test_no_warnings(device: torch.device) -> None:
+    """Rows normalised in 16 bits are of unit length; only a module's first call is checked."""
     rows = pairs(128, 100, norm=3.0, device=device)
     image, text = (normalize(one.bfloat16(), dim=-1) for one in rows)
     loss = CyCLIPLoss()
     assert messages(lambda: loss(image, text, 14.3)) == []
     assert messages(lambda: loss(3 * image, text, 1.0)) == []
-    # Functions do not look at the features, and compiled code does not either.
+    # Functions and compiled modules do not check features.
     assert messages(lambda: cyclip_loss(3 * image, text, 1.0)) == []
     torch._dynamo.reset()
     compiled = torch.compile(CyCLIPLoss(9, 9), fullgraph=True, backend="eager")

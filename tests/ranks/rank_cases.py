@@ -1,4 +1,4 @@
-"""One step of the loss over ranks: its inputs, the step itself, and what should come out."""
+"""One step of the loss across ranks: its inputs, the step itself, and the expected results."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +13,12 @@ from torch import Tensor
 
 @dataclass
 class RankCase(Case):
-    """The input of one step. Written so that hypothesis prints all that makes it."""
+    """The input of one step. A dataclass, so that hypothesis prints what reproduces it."""
 
     n: int = 0  # the sum of `rows`
     d: int = 5
     dtype: torch.dtype = torch.float64
-    rows: tuple[int, ...] = (4, 4)  # of each rank
+    rows: tuple[int, ...] = (4, 4)  # numbers of rows, by rank
     impl: str = "eager"
     dist_impl: str = "gather"
     uneven: bool = False
@@ -53,7 +53,7 @@ def step(rank: int, world_size: int, case: RankCase) -> tuple[dict[str, Tensor],
 
 
 def check_ranks(case: RankCase, ranks: Ranks) -> None:
-    """Every rank has the same terms, those of the whole batch, and W times its gradients.
+    """Every rank has the terms of the whole batch, bit for bit, and W times its gradients.
 
     The ranks' gradients of the logit scale average to the whole batch's.
     """
@@ -70,12 +70,12 @@ def check_ranks(case: RankCase, ranks: Ranks) -> None:
         else:
             grads[name] = torch.cat(parts)
     for others, _ in of_ranks:
-        assert all(torch.equal(others[name], term) for name, term in terms.items()), "other bits"
+        assert all(torch.equal(others[name], term) for name, term in terms.items()), "bits differ"
     check(case, case.features("cpu"), terms, grads, case.impl)
 
 
 def rank_cases(world_size: int, impl: str, uneven: bool) -> st.SearchStrategy[RankCase]:
-    """Any step; where `uneven`, ranks hold other numbers of rows, or none."""
+    """Any step; if `uneven`, ranks may hold different numbers of rows, or none."""
 
     def rows(most: int) -> st.SearchStrategy[tuple[int, ...]]:
         if uneven:

@@ -1,4 +1,4 @@
-"""Over ranks: the loss and gradients of the whole batch, as one process computes them."""
+"""Across ranks: the loss and gradients of the whole batch, as one process computes them."""
 
 import math
 from dataclasses import replace
@@ -45,7 +45,7 @@ def test_triton(data: st.DataObject, world_size: int, uneven: bool, ranks: Ranks
 @DIST_IMPLS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_both_engines(impl: str, dist_impl: str, dtype: torch.dtype, ranks: Ranks) -> None:
-    """A step of each kind, and its bits again."""
+    """Even and uneven rows; repeating a step gives the same bits."""
     options = {"lambdas": (0.5, 0.25), "views": True, "reference_batch_size": 16}
     options |= {"distinct_ids": 4}
     case = RankCase(d=7, dtype=dtype, rows=(6, 6), impl=impl, dist_impl=dist_impl, **options)
@@ -58,7 +58,7 @@ def test_both_engines(impl: str, dist_impl: str, dtype: torch.dtype, ranks: Rank
 
 
 def with_a_bad_value(rank: int, world_size: int, bad: float, dist_impl: str) -> list[float]:
-    """The terms, for a bad number in either feature of one rank."""
+    """The terms, with a bad value in one of the features of one rank at a time."""
     losses = []
     for which, where in product((0, 1), range(world_size)):
         features = [torch.eye(4, device=own_device()).roll(rank, 0) for _ in range(2)]
@@ -77,7 +77,7 @@ def test_nan_on_one_rank_is_nan_on_all(dist_impl: str, bad: float, ranks: Ranks)
 
 
 def measure(rank: int, world_size: int, case: RankCase) -> list[dict[str, Tensor]]:
-    """Of all ranks, by the default group and by one of all."""
+    """The metrics of all ranks, by the default group and by a new group of all ranks."""
     image, text, _ = case.rank_inputs(rank)
     everyone = dist.new_group(list(range(world_size)))
     groups = ({"distributed": True}, {"process_group": everyone})

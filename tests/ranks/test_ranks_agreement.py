@@ -1,4 +1,4 @@
-"""What ranks have to agree on: an error on every rank at first, and trust afterwards."""
+"""What ranks must agree on: checked in the first call, with errors on every rank, then trusted."""
 
 import contextlib
 import warnings
@@ -16,7 +16,7 @@ Step = list[tuple[int, dict]]  # each rank's (rows, options)
 
 
 def outcomes(rank: int, world_size: int, steps: list[Step]) -> list[str]:
-    """Of each step, "right", or its error."""
+    """For each step, "right" or its error."""
     found = []
     for step in steps:
         n, options = step[rank]
@@ -31,7 +31,7 @@ def outcomes(rank: int, world_size: int, steps: list[Step]) -> list[str]:
 
 def run_steps(ranks: Ranks, *steps: Step) -> list[list[str]]:
     """The outcomes of each step, by rank."""
-    ranks.leave()  # in a new group nothing has been compared
+    ranks.leave()  # a new group has no first call behind it
     return list(zip(*ranks.run(2, outcomes, list(steps)), strict=True))
 
 
@@ -55,10 +55,10 @@ def both_hold(n: int, **options) -> Step:
     ],
     ids=str,
 )
-def test_first_step(name: str, other: dict, ranks: Ranks) -> None:
-    """Every rank says the same, with all that differs; then the group works.
+def test_differences_in_the_first_step(name: str, other: dict, ranks: Ranks) -> None:
+    """Every rank raises the same error, which lists all differences; then the group still works.
 
-    A rank may log the terms: what is sent does not depend on it.
+    Ranks may differ in `output_dict`, so that one can log the terms.
     """
     rows = 4 if name == "uneven" else 3
     with_terms = [(4, {}), (4, {"output_dict": True})]
@@ -73,7 +73,7 @@ def test_first_step(name: str, other: dict, ranks: Ranks) -> None:
 
 @DIST_IMPLS
 def test_rows_change_on_all_ranks_and_then_on_one(dist_impl: str, ranks: Ranks) -> None:
-    """They trusted each other: the collective fails, as the docs say, on every rank."""
+    """Later calls compare nothing, so the collective fails, on every rank, as the docs say."""
     options = {"dist_impl": dist_impl}
     good = [both_hold(n, **options) for n in (4, 4, 7, 2)]
     assert all(set(step) == {"right"} for step in run_steps(ranks, *good))
@@ -82,7 +82,7 @@ def test_rows_change_on_all_ranks_and_then_on_one(dist_impl: str, ranks: Ranks) 
 
 
 @pytest.mark.parametrize("options", [{}, {"uneven": True}, {"dist_impl": "ring"}], ids=str)
-def test_no_row_anywhere(options: dict, ranks: Ranks) -> None:
+def test_empty_global_batch(options: dict, ranks: Ranks) -> None:
     steps = [both_hold(n, **options) for n in (0, 3, 0, 3)]
     first, _, later, after = run_steps(ranks, *steps)
     assert all("the global batch is empty" in error for error in first)
@@ -90,7 +90,7 @@ def test_no_row_anywhere(options: dict, ranks: Ranks) -> None:
     assert set(after) == {"right"}
 
 
-def is_stopped(rank: int, world_size: int) -> bool:
+def raises_warning(rank: int, world_size: int) -> bool:
     checks._warned.clear()
     features = 2 * torch.eye(3, device=own_device())
     with warnings.catch_warnings(), contextlib.suppress(CyCLIPWarning):
@@ -101,4 +101,4 @@ def is_stopped(rank: int, world_size: int) -> bool:
 
 
 def test_a_warning_that_is_an_error_leaves_no_rank_waiting(ranks: Ranks) -> None:
-    assert ranks.run(2, is_stopped) == [True, False]
+    assert ranks.run(2, raises_warning) == [True, False]

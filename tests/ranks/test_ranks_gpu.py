@@ -1,4 +1,4 @@
-"""Ranks that share a GPU, as processes on a machine with a single one do."""
+"""Ranks that share a GPU, as on a machine with only one."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(scope="module")
 def sharing() -> Iterator[Ranks]:
-    """Over gloo, which takes tensors of a GPU in collectives; NCCL wants a GPU for each rank."""
+    """Over gloo, whose collectives accept GPU tensors. NCCL needs a GPU for each rank."""
     ranks = Ranks("gloo", "cuda:0", timeout=60.0)
     yield ranks
     ranks.close()

@@ -22,7 +22,7 @@ LAMBDAS = (0.5, 0.125)
 
 
 def in_subgroups(rank: int, world_size: int, dist_impl: str, uneven: bool) -> tuple:
-    """Ranks 0 and 2, 1 and 3: each pair has a batch of its own, of which this is all results."""
+    """Ranks 0 and 2, and ranks 1 and 3, share a batch. Returns its value and gradients."""
     groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
     own, at = groups[rank % 2], rank // 2
     options = {"process_group": own, "dist_impl": dist_impl, "uneven": uneven}
@@ -60,7 +60,7 @@ def test_subgroups(dist_impl: str, uneven: bool, ranks: Ranks) -> None:
 
 
 def refusals(rank: int, world_size: int) -> list[str]:
-    """What is said of process groups and of `rank` and `world_size` that are wrong."""
+    """The errors for wrong process groups, and for wrong `rank` and `world_size`."""
     x = torch.eye(3, device=own_device())
     pair = dist.new_group([0, 1])
     stored = pickle.loads(pickle.dumps(CyCLIPLoss(process_group=pair)))
@@ -76,12 +76,12 @@ def refusals(rank: int, world_size: int) -> list[str]:
         with pytest.raises((TypeError, ValueError)) as error:
             call()
         messages.append(f"{type(error.value).__name__}: {error.value}")
-    CyCLIPLoss(rank=0, world_size=0)(x, x, 10.0)  # some code passes 0, for nothing
+    CyCLIPLoss(rank=0, world_size=0)(x, x, 10.0)  # some code passes 0 for one process
     return messages
 
 
 def test_wrong_groups_and_ranks(ranks: Ranks) -> None:
-    """Said before anything is sent: no other rank has to be wrong as well."""
+    """Raised before any communication, so that it does not need the other ranks."""
     inside, _, outside = ranks.run(3, refusals)
     for rank, messages in ((0, inside), (2, outside)):
         assert messages[0].startswith("TypeError: process_group must be a ProcessGroup")
@@ -94,7 +94,7 @@ def test_wrong_groups_and_ranks(ranks: Ranks) -> None:
 
 
 def alone(rank: int, world_size: int) -> list[Tensor]:
-    """On the first rank only: the others make no call, and are not waited for."""
+    """The loss on the first rank only. The others make no call, and it does not wait for them."""
     if rank > 0:
         return []
     image, text, scale = RankCase().rank_inputs(rank)
@@ -109,7 +109,7 @@ def test_one_rank_alone(ranks: Ranks) -> None:
 
 
 def last_step(rank: int, world_size: int, case: RankCase, dies_in: str) -> None:
-    """A step in which rank 1 dies, after a good one."""
+    """A step in which rank 1 dies, after a step in which it does not."""
     step(rank, world_size, case)
     if rank == 1 and dies_in == "forward":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -124,7 +124,7 @@ def last_step(rank: int, world_size: int, case: RankCase, dies_in: str) -> None:
 @DIST_IMPLS
 @pytest.mark.parametrize("dies_in", ["forward", "backward"])
 def test_a_rank_that_dies_leaves_the_others_with_an_error(dist_impl: str, dies_in: str) -> None:
-    """torch's own, within the group's timeout: no rank is still waiting when `run` gives up."""
+    """torch's own error, within the group's timeout: no rank still waits when `run` gives up."""
     hasty = Ranks(timeout=20.0, patience=10.0)
     case = RankCase(rows=(4,) * 3, dist_impl=dist_impl)
     try:

@@ -1,4 +1,4 @@
-"""Which collectives run, in which order, and how many bytes each: not one more, not one byte."""
+"""Exactly which collectives run, in which order, and how many bytes each has."""
 
 from collections import Counter
 from dataclasses import replace
@@ -16,9 +16,8 @@ Traffic = list[tuple[str, int]]
 
 
 class Recorder(TorchDispatchMode):
-    """Name and bytes of each collective: of its result, of a reduce-scatter and a send its input.
-
-    Also the elements of the largest result of any operation.
+    """Records the name and bytes of each collective: of its result, or of a send's or
+    reduce-scatter's input. Also the number of elements of the largest result of any operation.
     """
 
     def __init__(self) -> None:
@@ -32,7 +31,7 @@ class Recorder(TorchDispatchMode):
         sizes = [one.numel() for one in tensors if isinstance(one, torch.Tensor)]
         self.largest = max([self.largest, *sizes])
         name = function.overloadpacket.__name__
-        if name == "allgather_":  # twice where ranks compare: of the sizes, of the objects
+        if name == "allgather_":  # two per comparison: of sizes, then of objects
             self.found.append(("comparison", 0))
         elif "c10d" in function.namespace and name != "wait_tensor":
             tensor = args[0] if name == "reduce_scatter_tensor" else result
@@ -43,7 +42,7 @@ class Recorder(TorchDispatchMode):
 
 
 def traffic(rank: int, world_size: int, case: RankCase) -> tuple[Traffic, int]:
-    """Of the second of two steps: the collectives, and the largest result."""
+    """The collectives and the largest result of the second of two steps."""
     step(rank, world_size, case)
     features = case.of_rank(rank)
     options = {"dist_impl": case.dist_impl, "uneven": case.uneven}
@@ -59,41 +58,42 @@ def sends(times: int, size: int) -> Traffic:
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("lambdas", [(0.25, 0.25), (0.5, 0.125), (0.0, 0.0)])
-def test_the_table(world_size: int, dtype: torch.dtype, lambdas, ranks: Ranks) -> None:
-    """Of `CyCLIPLoss`'s docstring; the same whether the terms are asked for apart or not."""
+def test_collectives(world_size: int, dtype: torch.dtype, lambdas, ranks: Ranks) -> None:
+    """As in the table of `docs/distributed.md`, with and without `output_dict`."""
     wide, rows, block = loss_dtype(dtype).itemsize, world_size * N, N * D
     penalties = [("all_reduce sum", wide * (3 * D * D + 1))] if any(lambdas) else []
     gather = [
         ("all_gather_into_tensor", rows * D * dtype.itemsize),
         *penalties,
-        ("all_reduce max", wide * 2 * rows),  # and the logits of the pairs
+        ("all_reduce max", wide * 2 * rows),  # maxima and pair logits
         ("all_reduce sum", wide * rows),
         ("all_reduce sum", wide),
     ]
-    home = [("reduce_scatter_tensor", wide * rows * D)]
-    keys = sends(world_size - 1, block * dtype.itemsize)
+    gather_backward = [("reduce_scatter_tensor", wide * rows * D)]
+    blocks = sends(world_size - 1, block * dtype.itemsize)
     ring = [
-        *(*keys, *sends(world_size, 8 * N)),  # log-sum-exps, always float64
+        *(*blocks, *sends(world_size, 8 * N)),  # log-sum-exps, always float64
         *(*penalties, ("all_reduce sum", wide)),
     ]
-    behind = [*keys, *sends(world_size - 1, wide * N), *sends(world_size, wide * block)]
+    lse, text_grads = sends(world_size - 1, wide * N), sends(world_size, wide * block)
+    ring_backward = [*blocks, *lse, *text_grads]
     given = {"d": D, "dtype": dtype, "rows": (N,) * world_size, "lambdas": lambdas}
     for output_dict in (False, True):
         case = RankCase(**given, output_dict=output_dict)
         for found, _ in ranks.run(world_size, traffic, case):
-            assert found == gather + home
+            assert found == gather + gather_backward
         for found, largest in ranks.run(world_size, traffic, replace(case, dist_impl="ring")):
-            assert Counter(found) == Counter(ring + behind)  # blocks pass each other
+            assert Counter(found) == Counter(ring + ring_backward)  # in any order
             # O(n D) memory: nothing grows with the number of ranks.
             assert largest == max(block, 3 * D * D + 1 if penalties else 0)
-    # No gradient, no journey.
+    # Without a gradient of the texts, backward communicates nothing.
     case = RankCase(**given, frozen=frozenset(["text"]))
     assert ranks.run(world_size, traffic, case)[0][0] == gather
-    # Blocks of uneven rows are padded to the longest, after a comparison in every step.
+    # With uneven rows, every step compares first, and blocks are padded to the longest.
     case = RankCase(**given | {"rows": (N, *[1] * (world_size - 1))}, uneven=True)
     found, _ = ranks.run(world_size, traffic, case)[0]
     assert found[:2] == [("comparison", 0)] * 2
-    assert {found[2], found[-1]} == {gather[0], home[0]}
-    # The penalties alone, of any numbers of rows: one all-reduce, and nothing in backward.
+    assert {found[2], found[-1]} == {gather[0], gather_backward[0]}
+    # The penalties alone, with any numbers of rows: one all-reduce, and nothing in backward.
     case = RankCase(**given | {"rows": tuple(range(world_size))}, penalties_alone=True)
     assert ranks.run(world_size, traffic, case)[0][0] == penalties

@@ -1,4 +1,4 @@
-"""Training over ranks is training in one process on the whole batch: DDP, FSDP2, compiled."""
+"""Training across ranks equals training in one process on the whole batch: DDP, FSDP2, compiled."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -34,16 +34,16 @@ class Run:
         """Which of the batch's samples are a rank's."""
         start = rank * ROWS
         stop = start + ROWS
-        if self.uneven:  # the first rank gives one of its rows to the last
+        if self.uneven:  # at each border, the lower rank gives its last row to the next
             start, stop = start - (rank > 0), stop - (rank < self.world_size - 1)
         return list(range(max(start, 0), stop))
 
 
 def train(model: nn.Module, run: Run, own: list[int]) -> dict[str, Tensor]:
-    """Three steps on the `own` samples of a batch; the parameters' changes."""
+    """Train three steps on the `own` samples of each batch; return the parameters' changes."""
     before = {name: full(tensor) for name, tensor in model.state_dict().items()}
     autocast = run.dtype == torch.float32
-    rule = torch.optim.SGD if autocast else torch.optim.AdamW  # Adam would blow rounding up
+    rule = torch.optim.SGD if autocast else torch.optim.AdamW  # Adam would amplify rounding
     optimizer = rule(model.parameters(), lr=0.05)
     loss = CyCLIPLoss(0.5, 0.125, dist_impl=run.dist_impl, uneven=run.uneven)
     penalty = CyclicPenalty(0.5, 0.125)
@@ -101,7 +101,7 @@ def train_rank(rank: int, world_size: int, run: Run) -> dict[str, Tensor]:
 def test_every_parameter_moves_as_in_one_process(
     options: dict, dist_impl: str, ranks: Ranks
 ) -> None:
-    """Two micro-batches are each a batch of their own, synchronised with the second."""
+    """Each micro-batch is a separate batch of the loss; the last one synchronises gradients."""
     run = Run(dist_impl=dist_impl, **options)
     of_ranks = ranks.run(run.world_size, train_rank, run)
     expected = train_rank(0, 1, replace(run, wrapper="none"))
@@ -116,7 +116,7 @@ def test_every_parameter_moves_as_in_one_process(
 
 
 def compiled_steps(rank: int, world_size: int, cases: list[RankCase]) -> tuple[list, list[int]]:
-    """The results of a compiled loss and a plain one, and how many graphs there were by then."""
+    """For each case, the results of a compiled and an eager loss; and the graphs made so far."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     first = cases[0]
@@ -146,10 +146,10 @@ def compiled_steps(rank: int, world_size: int, cases: list[RankCase]) -> tuple[l
     [("gather", False), ("ring", False), pytest.param("ring", True, marks=pytest.mark.slow)],
 )
 def test_compile_gives_the_same(uneven: bool, dist_impl: str, ranks: Ranks) -> None:
-    """Whole, and no graph for each number of rows or weight.
+    """With fullgraph=True, and without a new graph for each number of rows or weight.
 
-    With uneven rows in several graphs, which may differ from rank to rank: one has seen other rows,
-    one has not. The last such step would end the processes where a graph decides what travels.
+    With uneven rows there are several graphs, which may differ between ranks that have seen
+    different numbers of rows. If a graph decided what is sent, the last step would crash.
     """
     even = [(4, 4), (7, 7), (9, 9), (4, 4), (5, 5), (6, 6)]
     cases = [

@@ -1,6 +1,6 @@
 """The launcher with several processes on a CPU: `torchrun tests/trainers/on_cpu.py ...`.
 
-OpenCLIP gives DistributedDataParallel a list of devices, which it refuses for a CPU.
+OpenCLIP passes device_ids to DistributedDataParallel, which refuses them on a CPU.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""The recipes of `docs/`, run from their pages, and what they are run with."""
+"""Runs the recipes of `docs/` from their pages, and makes the models and data for them."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +25,7 @@ TEXT = {"layers": 1, "width": 32, "heads": 2, "context_length": 12}
 
 @lru_cache
 def blocks(language: str = "python") -> dict[str, list[str]]:
-    """The code blocks of the pages by the heading they are under."""
+    """The code blocks of the pages, by heading."""
     found: dict[str, list[str]] = {}
     for page in PAGES:
         document = Sybil(parsers=[CodeBlockParser(language)]).parse(page)
@@ -36,7 +36,7 @@ def blocks(language: str = "python") -> dict[str, list[str]]:
 
 
 def run(heading: str, at: int = 0, **names: Any) -> dict[str, Any]:
-    """Runs a block with these names given, and returns all of its names."""
+    """Run a block with these variables, and return all of its variables."""
     exec(compile(blocks()[heading][at], f"docs: {heading}", "exec"), names)
     return names
 
@@ -84,7 +84,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def whole_batch_gradients() -> dict[str, Tensor]:
-    """What one process gets from the whole batch, in float64."""
+    """The gradients of one process on the whole batch, in float64."""
     model = tiny_clip().double()
     images, tokens = batch()
     CyCLIPLoss()(**model(images.double(), tokens)).backward()
@@ -123,7 +123,7 @@ def warm_up_on_rank(rank: int, world_size: int) -> dict[str, Tensor]:
 
 
 def scale_outside_on_rank(rank: int, world_size: int) -> Tensor:
-    """The gradient of a logit scale that DDP knows nothing of."""
+    """The gradient of a logit scale that is not a parameter of the DDP model."""
     model = tiny_clip().double()
     log_scale = nn.Parameter(model.logit_scale.detach().clone())
     out = model(*part_of_batch(rank, world_size))

@@ -1,4 +1,4 @@
-"""A pytest plugin for OpenCLIP's own tests: its ClipLoss is ours. CONTRIBUTING.md says how."""
+"""A pytest plugin that runs OpenCLIP's tests with CyCLIPLoss as ClipLoss; see CONTRIBUTING.md."""
 
 import open_clip
 import open_clip.factory

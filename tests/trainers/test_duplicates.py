@@ -20,24 +20,24 @@ HEADING = "Duplicates in a batch"
 
 
 def duplicates() -> tuple[Tensor, Tensor]:
-    """Images and tokens, of which each row is there four times."""
+    """Images, and tokens of which each row occurs four times."""
     images, tokens = batch()
     return images, tokens[torch.arange(32, device="cpu") % 8]
 
 
 def expected_loss(model: torch.nn.Module) -> Tensor:
-    """With ids that are the rows' numbers among the distinct ones."""
+    """The loss with the numbers of the distinct captions as ids."""
     images, tokens = duplicates()
     return CyCLIPLoss()(**model(images, tokens), ids=torch.arange(32, device="cpu") % 8)
 
 
 def hash_on_rank(rank: int, world_size: int) -> Tensor:
-    """The second rank's rows are padded with two more zeros."""
+    """The ids of a rank's captions; on the second rank they are padded with two more zeros."""
     tokens = duplicates()[1].chunk(world_size)[rank].to(own_device())
     return caption_ids(torch.nn.functional.pad(tokens, (0, 2 * rank))).cpu()
 
 
-def test_captions_have_the_same_id_if_they_are_the_same(ranks: Ranks) -> None:
+def test_caption_ids_are_equal_if_captions_are(ranks: Ranks) -> None:
     tokens = duplicates()[1]
     tokens[:2] = tokens[:2].flip(1)  # the same tokens in another order are another caption
     ids = caption_ids(tokens)

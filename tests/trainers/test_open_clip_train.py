@@ -27,7 +27,7 @@ from reference_train.data.emoji import EMOJI_FOLDER
 
 
 def flags(folder: Path, *more: str) -> list[str]:
-    """Those of the recipes' command line, with a tiny model and the emoji instead."""
+    """The flags of the recipes' command line, but with a tiny model and the emoji."""
     config = {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}
     (folder / "tiny").mkdir(exist_ok=True)
     config = json.dumps({"model_cfg": config, "preprocess_cfg": {}})
@@ -47,7 +47,7 @@ def flags(folder: Path, *more: str) -> list[str]:
 
 
 def assert_three_terms(folder: Path, count: int) -> None:
-    """In OpenCLIP's log, at each step."""
+    """OpenCLIP's log has the three terms at each step, and they sum to the loss."""
     lines = (folder / "run" / "out.log").read_text().splitlines()
     steps = [re.findall(r"(\w*[Ll]oss): (\S+) \(", x) for x in lines if "Train Epoch" in x]
     assert len(steps) == count
@@ -59,7 +59,7 @@ def assert_three_terms(folder: Path, count: int) -> None:
         assert terms["inmodal_cyclic_loss"] > 0
 
 
-def test_open_clip_trains_with_it(tmp_path: Path) -> None:
+def test_open_clip_trains_with_the_loss(tmp_path: Path) -> None:
     more = ("--ignore-same-captions", "--lambda-warmup", "0.5")
     run = run_python("-m", open_clip_train.__name__, *flags(tmp_path, *more))
     assert run.returncode == 0, run.stderr
@@ -87,7 +87,7 @@ def test_two_ranks(tmp_path: Path, options: list[str]) -> None:
 
 
 class Model(nn.Module):
-    """Features of six pairs, of which each text is there twice."""
+    """A model of six pairs, in which each text occurs twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,10 +102,10 @@ IMAGES, TEXTS = torch.arange(6.0, device="cpu"), torch.arange(6, device="cpu")[:
 
 
 class Trainer(ModuleType):
-    """Like OpenCLIP's: epochs of five steps of three batches.
+    """A stand-in for OpenCLIP's trainer, with epochs of five steps of three batches.
 
-    like: the version, which is how it makes its loss; "own": by itself; calls: whether it calls it;
-    epoch: where it resumes; texts: whether the model is given some; options: its own flags.
+    like: the OpenCLIP version whose way to create the loss it uses, or "own"; calls: whether it
+    calls the loss; epoch: where it starts; texts: whether the model gets texts; options: flags.
     """
 
     def __init__(self, theirs: Any, like="3", calls=1, epoch=1, texts=1, **options: Any) -> None:
@@ -158,7 +158,7 @@ def launch(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, *argv: str) -> Tra
 
 @pytest.mark.parametrize("like", ["3", "4"])
 def test_clip_is_replaced(like: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # torchrun takes a "--" between its own flags and these.
+    # torchrun allows a "--" before the script's flags.
     argv = ("--", "--lambda-inmodal", "0.5", "--dist-impl", "ring", "--epochs", "3")
     trainer = launch(Trainer(ClipLoss(local_loss=True), like), monkeypatch, *argv)
     loss = trainer.loss
@@ -166,7 +166,7 @@ def test_clip_is_replaced(like: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (loss.lambda_inmodal, loss.lambda_crossmodal, loss.dist_impl) == (0.5, 0.25, "ring")
     assert (loss.local_loss, loss.reference_batch_size) == (True, 128)
     assert tuple(trainer.terms[0]) == TERMS
-    # Theirs get their flags; the parsed ones have ours as well.
+    # OpenCLIP gets its own flags only; the parsed namespace has ours too.
     assert trainer.args.argv == ["--epochs", "3"]
     assert trainer.args.lambda_inmodal == 0.5
     # The hook does not outlive the run.
@@ -178,7 +178,7 @@ def test_clip_is_replaced(like: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("like", ["3", "4"])
 @pytest.mark.parametrize("theirs", [SigLipLoss(), CoCaLoss(2.0, 1.0), DistillClipLoss()])
 def test_other_losses_get_the_penalties(like: str, theirs: Any, monkeypatch) -> None:
-    """Whose weights mean the same at every batch size, unless that is 0."""
+    """With reference_batch_size=128, or None if the flag is 0."""
     for given, expected in ((), 128), (("--reference-batch-size", "0"), None):
         trainer = Trainer(theirs, like)
         trainer.main = lambda argv, it=trainer: vars(it).update(loss=it.make_loss(), finished=True)
@@ -193,20 +193,20 @@ CAPTIONS = "--ignore-same-captions"
 @pytest.mark.parametrize(
     ("trainer", "flag", "message"),
     [
-        (Trainer(ClipLoss(), ""), None, "in a way that this launcher does not know"),
-        (Trainer(CyCLIPLoss(), "own"), None, "not asked for"),
-        (Trainer(ClipLoss(), calls=0), None, "made but not called"),
-        (Trainer(ClipLoss(), "4", calls=0), None, "made but not called"),
-        (Trainer(None, "4"), None, "no loss of two features: loss must be a module, got None"),
+        (Trainer(ClipLoss(), ""), None, "in a way that this launcher does not support"),
+        (Trainer(CyCLIPLoss(), "own"), None, "loss was not created"),
+        (Trainer(ClipLoss(), calls=0), None, "created but not called"),
+        (Trainer(ClipLoss(), "4", calls=0), None, "created but not called"),
+        (Trainer(None, "4"), None, "cannot add the penalties: loss must be a module, got None"),
         (Trainer(nn.CrossEntropyLoss()), None, "Loss.forward takes ['input', 'target']"),
         (Trainer(nn.CrossEntropyLoss(), "4"), None, "Loss.forward takes ['input', 'target']"),
         (Trainer(ClipLoss(), horovod=True), None, "--horovod is not supported"),
-        (Trainer(ClipLoss(), accum_freq=2), CAPTIONS, f"{CAPTIONS}: not with --accum-freq above 1"),
-        (Trainer(SigLipLoss()), CAPTIONS, f"{CAPTIONS}: for plain CLIP's loss only"),
-        (Trainer(ClipLoss(), texts=0), CAPTIONS, f"{CAPTIONS}: the model was given no captions"),
+        (Trainer(ClipLoss(), accum_freq=2), CAPTIONS, f"{CAPTIONS} excludes --accum-freq above 1"),
+        (Trainer(SigLipLoss()), CAPTIONS, f"{CAPTIONS} needs plain CLIP's loss"),
+        (Trainer(ClipLoss(), texts=0), CAPTIONS, f"{CAPTIONS}: the model got no captions"),
     ],
 )
-def test_what_cannot_work_stops(trainer: Trainer, flag, message: str, monkeypatch) -> None:
+def test_unsupported_runs_stop(trainer: Trainer, flag, message: str, monkeypatch) -> None:
     with pytest.raises(SystemExit) as stopped:
         launch(trainer, monkeypatch, *([flag] if flag else []))
     assert message in str(stopped.value)
@@ -222,7 +222,7 @@ def test_what_cannot_work_stops(trainer: Trainer, flag, message: str, monkeypatc
         *(("--lambda-warmup", wrong, f"value: '{wrong}'") for wrong in ("-1", "1.5", "half")),
     ],
 )
-def test_wrong_flags_are_refused_first(flag, wrong, message, monkeypatch, capsys) -> None:
+def test_bad_flags_are_refused(flag, wrong, message, monkeypatch, capsys) -> None:
     with pytest.raises(SystemExit) as stopped:
         launch(Trainer(ClipLoss()), monkeypatch, flag, wrong)
     assert stopped.value.code == 2
@@ -230,7 +230,7 @@ def test_wrong_flags_are_refused_first(flag, wrong, message, monkeypatch, capsys
 
 
 class Other(ClipLoss):
-    """By its type, none that CyCLIPLoss may stand for."""
+    """A subclass, which CyCLIPLoss must not replace."""
 
 
 @pytest.mark.parametrize("like", ["3", "4"])
@@ -239,7 +239,7 @@ class Other(ClipLoss):
     ("warmup", "length", "epoch"), [("4", 4, 0), ("8", 8, 1), ("0.8", 8, 1), ("1.0", 10, 0)]
 )
 def test_the_weights_warm_up(like: str, theirs, warmup, length, epoch, monkeypatch) -> None:
-    """Over steps or a share of all ten, also in a run that resumes."""
+    """Over a number of steps or a fraction of all ten, also in a resumed run."""
     argv = ("--lambda-warmup", warmup, "--lambda-crossmodal", "1", "--impl", "eager")
     trainer = launch(Trainer(theirs(), like, epoch=epoch), monkeypatch, *argv)
     steps = [step for step in range(5 * epoch, 10) for _ in range(3)]
@@ -251,13 +251,13 @@ def test_the_weights_warm_up(like: str, theirs, warmup, length, epoch, monkeypat
 
 def test_a_warm_up_without_a_schedule_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     launch(Trainer(ClipLoss()), monkeypatch, "--skip-scheduler")
-    with pytest.raises(SystemExit, match="--lambda-warmup saw no step"):
+    with pytest.raises(SystemExit, match="--lambda-warmup needs OpenCLIP's"):
         launch(Trainer(ClipLoss()), monkeypatch, "--skip-scheduler", "--lambda-warmup", "2")
 
 
 @pytest.mark.parametrize("like", ["3", "4"])
 def test_same_captions_are_ignored(like: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loss is that of the captions' ids, which it never sees."""
+    """The loss uses the captions' ids, although OpenCLIP passes it no captions."""
     trainer = launch(Trainer(ClipLoss(), like, accum_freq=1), monkeypatch, CAPTIONS)
     expected = trainer.loss(**Model()(IMAGES), output_dict=True, ids=caption_ids(TEXTS))
     assert {name: term.item() for name, term in trainer.terms[0].items()} == {
@@ -277,5 +277,5 @@ def test_the_trainer_of_open_clip_2(monkeypatch: pytest.MonkeyPatch) -> None:
     open_clip_train.main([])
     assert trainer.finished
     monkeypatch.delattr(trainer, "create_loss")
-    with pytest.raises(SystemExit, match="does not know"):
+    with pytest.raises(SystemExit, match="does not support"):
         open_clip_train.main([])

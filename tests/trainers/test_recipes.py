@@ -36,7 +36,7 @@ from cyclip_loss import CyclicPenalty, CyCLIPLoss, CyCLIPWarning
 
 
 def assert_same_gradients(actual: dict[str, torch.Tensor], expected: dict[str, Any]) -> None:
-    """Each parameter's within float64's rounding of its largest element."""
+    """Equal for each parameter, up to float64 rounding of its largest element."""
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
         atol = 1e-10 * float(gradient.abs().max())
@@ -54,7 +54,7 @@ def lightning_trainer(epochs: int) -> Any:
 
 
 def prepared(package: str, epochs: int, rate: float) -> dict[str, Any]:
-    """The names that any of the training recipes is given; each takes what it needs."""
+    """The variables of all training recipes; each recipe uses what it needs."""
     pytest.importorskip(package)
     model, (images, tokens) = tiny_clip(), batch()
     return {
@@ -78,7 +78,7 @@ CLAMPING |= {"GradCache": "grad_cache"}
 
 
 @pytest.mark.parametrize("heading", PACKAGES)
-def test_it_trains(heading: str) -> None:
+def test_a_recipe_trains(heading: str) -> None:
     names = run(heading, **prepared(PACKAGES[heading], epochs=10, rate=1e-3))
     loss = names.get("loss")
     if heading == "Lightning":
@@ -125,7 +125,7 @@ def test_as_strong_as_the_papers() -> None:
 
 
 def test_augmented_views() -> None:
-    """Against sums over pairs, in float64."""
+    """Compared with sums over pairs, in float64."""
     features = torch.randn(4, 9, 5, dtype=torch.float64, device="cpu")
     views = dict(
         zip(("V", "T", "Va", "Ta"), torch.nn.functional.normalize(features, dim=-1), strict=True)
@@ -152,7 +152,7 @@ def test_weights_that_warm_up() -> None:
     assert seen == [(0.125, 0.125), (0.25, 0.25), (0.25, 0.25)]
 
 
-def test_recipes_over_ranks_are_the_whole_batch(ranks: Ranks) -> None:
+def test_recipes_across_ranks_match_the_whole_batch(ranks: Ranks) -> None:
     expected = whole_batch_gradients()
     for found in ranks.run(2, warm_up_on_rank):
         assert_same_gradients(found, expected)
@@ -173,14 +173,14 @@ def test_gradcache() -> None:
 
 
 class Rows(IterableDataset):
-    """The batch's rows in their order, as Hugging Face's Trainer takes them."""
+    """The batch's rows in order, in the form of Hugging Face's Trainer."""
 
     def __iter__(self) -> Any:
         for image, tokens in zip(*batch(), strict=True):
             yield {"pixel_values": image, "input_ids": tokens}
 
 
-# transformers takes the checkout's folder `kernels/` for the package of that name, and imports it.
+# transformers takes the checkout's folder `kernels/` for a package of that name and imports it.
 @needs_triton
 def test_hugging_face_trainer(tmp_path: Path) -> None:
     """The step of the recipe with two accumulated batches, SGD and a learning rate of 1."""

@@ -1,4 +1,4 @@
-"""`WithCyclicPenalty` around losses of every kind."""
+"""`WithCyclicPenalty` around different kinds of losses."""
 
 import copy
 import pickle
@@ -21,7 +21,7 @@ FEATURES, OTHER_NAMES = ("image_features", "text_features"), ("audio_features", 
 
 
 class Own(nn.Module):
-    """A loss of one's own: the features come last, and one keyword says how."""
+    """A custom loss with keyword-only features."""
 
     temperature = 3.0
 
@@ -30,7 +30,7 @@ class Own(nn.Module):
 
 
 class AudioLoss(nn.Module):
-    """Called as LAION's CLAP calls its loss, with any one thing of what losses return."""
+    """With the arguments of LAION's CLAP loss; `returned` makes its result from the loss."""
 
     def __init__(self, returned: Any = lambda loss: loss) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class AudioLoss(nn.Module):
 
 
 class Late(nn.Module):
-    """Any number of arguments come before the features, one of which has a default."""
+    """Takes any number of positional arguments before the features; one feature has a default."""
 
     def __init__(self, image: Tensor) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Late(nn.Module):
 
 
 class OneDict(nn.Module):
-    """Called as SLIP calls its loss."""
+    """Takes one dict, as SLIP's loss does."""
 
     def forward(self, outputs: dict[str, Tensor]) -> Tensor:
         return ClipLoss()(outputs["image_embed"], outputs["text_embed"], 10.0)
@@ -72,7 +72,7 @@ def penalties(features: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
 
 
 def arguments_of(loss: nn.Module, features: tuple[Tensor, Tensor]) -> dict[str, Any]:
-    """What these losses take by keyword."""
+    """The keyword arguments of a loss."""
     device, given = features[0].device, dict(zip(FEATURES, features, strict=True))
     if isinstance(loss, Own):
         return given | {"margin": torch.tensor(1.0, device=device)}
@@ -91,8 +91,8 @@ def arguments_of(loss: nn.Module, features: tuple[Tensor, Tensor]) -> dict[str, 
     [SigLipLoss(), CoCaLoss(2.0, 1.0), DistillClipLoss(), Own()],
     ids=lambda x: x._get_name(),
 )
-def test_it_returns_what_the_loss_returns_and_the_penalties(loss, features, penalties) -> None:
-    """A tensor's sum, a tuple with two more, a dict with two names; of the student only."""
+def test_penalties_are_added_to_what_the_loss_returns(loss, features, penalties) -> None:
+    """A sum, a tuple with two more elements, or a dict with two more keys; of the student only."""
     wrapped, arguments = WithCyclicPenalty(loss, *LAMBDAS), arguments_of(loss, features)
     found, plain = wrapped(**arguments), loss(**arguments)
     is_tuple = isinstance(plain, tuple)
@@ -166,7 +166,7 @@ def test_what_cannot_be_added_to_is_refused(returned: Any, message: str, feature
     ("loss", "message"),
     [
         (CyCLIPLoss(), r"CyCLIPLoss\(.*\) has the cyclic penalties already"),
-        (torch.compile(SigLipLoss(), backend="eager"), "compile the outer one"),
+        (torch.compile(SigLipLoss(), backend="eager"), "compile the wrapper"),
         (nn.CrossEntropyLoss(), r"takes \['input', 'target'\], not .*image_features"),
         (SigLipLoss, "loss must be a module"),
     ],
