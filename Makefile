@@ -4,7 +4,7 @@ PYTHON ?= $(if $(wildcard .venv),$(CURDIR)/.venv/bin/python,python3)
 .PHONY: test lint bench gpu docs
 
 test:
-	$(PYTHON) -m pytest -n 2 --dist loadfile
+	$(PYTHON) -m pytest -n 2 --dist worksteal
 
 lint:
 	$(PYTHON) -m ruff check .

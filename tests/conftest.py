@@ -11,6 +11,9 @@ import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # with a thread per core each, workers hold each other up
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from hypothesis import settings

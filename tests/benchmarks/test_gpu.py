@@ -3,16 +3,14 @@
 import json
 import re
 import signal
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import needs_interpreter as interpreted
+from processes import run_python
 
-from benchmarks import ROOT
 from benchmarks.gpu import command, suite
 from benchmarks.gpu.candidates import KEYS, winner
 from benchmarks.run import Run
@@ -72,12 +70,9 @@ def test_outcomes_of_tests_are_recorded(
 
 @interpreted
 def test_a_dry_run_leaves_a_record(tmp_path: Path) -> None:
-    arguments = [sys.executable, "-m", "benchmarks", "gpu", "--dry-run", "--out", str(tmp_path)]
-    arguments += ["--budget", "9999"]  # enough on a busy machine
     wanted = ["ceilings", "kernels", "sizes", "ablations", "sweep", "competitors"]
-    ran = subprocess.run(
-        [*arguments, "--sections", *wanted], cwd=ROOT, capture_output=True, text=True
-    )
+    arguments = ["--dry-run", "--out", str(tmp_path), "--budget", "9999"]  # on a busy machine too
+    ran = run_python("-m", "benchmarks", "gpu", *arguments, "--sections", *wanted)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
     (file,) = tmp_path.glob("*.json")
     found = json.loads(file.read_text())["sections"]

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from processes import ROOT, run_python
+from processes import ROOT, run_python, start
 from tars import write_tar
 from torch import Tensor, nn
 
@@ -425,22 +425,22 @@ def test_it_trains_is_killed_and_goes_on(shards: Path, tmp_path: Path) -> None:
     argv = [
         *("-m", "reference_train", "pretrain", "--preset", "icons", "--batch-size", "8"),
         *("--data", str(shards), "--out", str(tmp_path), "--name", "run"),
-        *("--", "--epochs", "8", "--train-num-samples", "16"),
+        *("--", "--epochs", "6", "--train-num-samples", "16"),
     ]
     quiet = subprocess.DEVNULL
-    process = subprocess.Popen([sys.executable, *argv], stdout=quiet, stderr=quiet)
+    process = start([sys.executable, *argv], stdout=quiet, stderr=quiet)
     deadline = time.monotonic() + 120
-    while len(results(tmp_path)) < 3 and time.monotonic() < deadline:
+    while len(results(tmp_path)) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert 3 <= len(results(tmp_path)) < 8
+    assert 2 <= len(results(tmp_path)) < 6
 
     again = run_python(*argv)
     assert again.returncode == 0, again.stderr
     assert "Inmodal_cyclic_loss" in (tmp_path / "run" / "out.log").read_text()
     lines = results(tmp_path)
-    assert {line["epoch"] for line in lines} == set(range(1, 9))
+    assert {line["epoch"] for line in lines} == set(range(1, 7))
     assert {"inmodal_gap", "crossmodal_gap", "clip_val_loss"} <= set(lines[0])
     best = tmp_path / "run" / "checkpoints" / training.BEST
     open_clip.load_checkpoint(open_clip.create_model("icons-rn-32"), str(best))
