@@ -63,7 +63,7 @@ def _step(loss_fn: Callable[..., Tensor], inputs: Tensor) -> tuple[Tensor, Tenso
 def on_rank(rank: int, ranks: int) -> list[dict[str, Any]]:
     """On each rank of the default group, a row for each way: its value, and its gradients.
 
-    Gradients are multiples of the exact ones; "rest" is the part of the encoders' that is none.
+    Gradients are multiples of the exact ones; "rest" is the share that is not a multiple.
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module="open_clip")
     generator = torch.Generator().manual_seed(SEED + 1)
@@ -102,15 +102,15 @@ def _value(values: list[Tensor], whole: Tensor) -> str:
         return "of the global batch"
     if torch.allclose(every.mean(), whole, rtol=TOLERANCE):
         return "of this rank's rows"
-    return "another one"
+    return "a different value"
 
 
 def main(options: argparse.Namespace) -> int:
     """Measure, print, write the record."""
     run = Run(torch.device("cpu"), SEED)
     about = (
-        f"{RANKS} ranks. Gradients averaged over them, as DDP does, in multiples of those of one "
-        "process on the whole batch; rest: the part of the encoders' that is none."
+        f"{RANKS} ranks. Gradients are averaged across ranks, as DDP does, and given as multiples of "
+        "one process's on the whole batch; rest: the share of the encoders' that is not a multiple."
     )
     with (
         run.part("OpenCLIP's flags", about) as section,

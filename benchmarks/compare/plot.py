@@ -30,7 +30,7 @@ STYLES = {
     names.COMPILED: ("#009E73", "^"),
     names.OPEN_CLIP: ("#7F7F7F", "D"),
 }
-# Of the whole loss (without penalties the gradient is another one), and of the penalties alone.
+# Of the whole loss (without penalties the gradient is different), and of the penalties alone.
 WHOLE = {name: style for name, style in STYLES.items() if name != names.OPEN_CLIP}
 ALONE = dict(zip(ERRORS[1], (STYLES[name] for name in ERRORS[0]), strict=False))
 
