@@ -109,8 +109,8 @@ def main(options: argparse.Namespace) -> int:
     """Measure, print, write the record."""
     run = Run(torch.device("cpu"), SEED)
     about = (
-        f"{RANKS} ranks. Gradients are averaged across ranks, as DDP does, and given as multiples of "
-        "one process's on the whole batch; rest: the share of the encoders' that is not a multiple."
+        f"{RANKS} ranks. Gradients are averaged across ranks, as DDP does, and given as multiples "
+        "of one process's on the whole batch; rest: the share of the encoders' that is no multiple."
     )
     with (
         run.part("OpenCLIP's flags", about) as section,
