@@ -33,7 +33,3 @@ def test_openclip(rows, local_loss: bool, gather_with_grad: bool, value: str, fa
     else:
         assert row["encoders' gradient"] == pytest.approx(factor, abs=TOLERANCE)
         assert row["rest"] < TOLERANCE
-
-
-def test_clip_loss_without_a_world_size(rows) -> None:
-    assert rows["ClipLoss()"]["value"] == "a different value"

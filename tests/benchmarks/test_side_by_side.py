@@ -26,7 +26,7 @@ from benchmarks.compare import (
 from benchmarks.compare.competitors import AUTHORS, OURS, Competitor
 from benchmarks.compare.plan import CPU as PLAN
 from benchmarks.run import Run
-from benchmarks.timing import columns, interleaved
+from benchmarks.timing import interleaved
 from cyclip_loss import reference
 
 CPU = torch.device("cpu")
@@ -157,8 +157,6 @@ def test_competitors_agree_on_what_they_compute(run: Run) -> None:
 
 
 def test_times() -> None:
-    percentiles = {"runs": 101, "ms": 50.0, "p20": 20.0, "p80": 80.0}
-    assert columns([float(value) for value in range(101)]) == percentiles
     calls: list[str] = []
     steps = {name: lambda name=name: calls.append(name) for name in "ab"}
     runs = interleaved(steps, CPU, seconds=0, least=2)

@@ -10,7 +10,6 @@ from conftest import needs_triton
 from inputs import Case
 from processes import run_python
 
-from benchmarks.gate import command as ahead_of_time
 from cyclip_loss import kernels, ops
 from cyclip_loss.kernels import configs
 
@@ -88,12 +87,11 @@ def test_the_shipped_configurations_compile_without_spills() -> None:
 from benchmarks.gate.command import build, variants
 for variant in variants("sm_90"):
     if variant.features == "bfloat16" and variant.label.endswith(("(ids)", "(with_cross)")):
-        print(variant.kernel, *variant.faults(build(variant)))
+        print(variant.faults(build(variant)))
 """
     run = run_python("-c", code, interpreted=False)
     assert run.returncode == 0, run.stderr[-2000:]
-    assert len(run.stdout.splitlines()) == 4
-    assert set(run.stdout.splitlines()) < set(ahead_of_time.KERNELS), run.stdout
+    assert run.stdout == "[]\n" * 4
 
 
 @pytest.mark.parametrize(
