@@ -55,20 +55,20 @@ def both_hold(n: int, **options) -> Step:
     ],
     ids=str,
 )
-def test_differences_in_the_first_step(name: str, other: dict, ranks: Ranks) -> None:
-    """Every rank raises the same error, which lists all differences; then the group still works.
+def test_differences_in_a_first_call(name: str, other: dict, ranks: Ranks) -> None:
+    """After calls with other settings, every rank raises the same error with all differences.
 
-    Ranks may differ in `output_dict`, so that one can log the terms.
+    Then the group still works. Ranks may differ in `output_dict`, so that one can log the terms.
     """
     rows = 4 if name == "uneven" else 3
     with_terms = [(4, {}), (4, {"output_dict": True})]
-    errors, good, logged = run_steps(ranks, [(4, {}), (rows, other)], both_hold(4), with_terms)
+    first, errors, good = run_steps(ranks, both_hold(4, d=3), [(4, {}), (rows, other)], with_terms)
     assert len(set(errors)) == 1
     assert name in errors[0]
     assert "must be the same on every rank, got [" in errors[0]
     of_rows = "must have the same number of rows on every rank unless uneven=True, got [4, 3]"
     assert (of_rows in errors[0]) == (rows == 3)
-    assert set(good) == set(logged) == {"right"}
+    assert set(first) == set(good) == {"right"}
 
 
 @DIST_IMPLS
