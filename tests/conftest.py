@@ -130,7 +130,7 @@ def set_strip_rows(monkeypatch: pytest.MonkeyPatch, rows: int | None) -> None:
     monkeypatch.setattr(eager, "STRIP_ELEMENTS_OTHER_DEVICES", 1)
     bounds = {"contrastive_lse PARTIAL_ELEMENTS": 1, "products CHUNK_COLUMNS": rows}
     bounds |= dict.fromkeys(("contrastive_grads BLOCK_ROWS", "contrastive_grads BLOCK_ELEMENTS"), 1)
-    bounds["cyclic_statistics MIN_SPLIT_ROWS"] = rows
+    bounds["cyclic_statistics MIN_SPLIT_ROWS"] = 4 * rows
     for bound, value in bounds.items() if HAS_TRITON else ():
         name, constant = bound.split()
         module = importlib.import_module(f"cyclip_loss.kernels.{name}")
