@@ -70,7 +70,7 @@ def product_launcher(run: Run, config: Config, n: int, d: int) -> Callable[[], o
 def ablations(run: Run) -> None:
     """Both sweeps as shipped, their tiles' products, and both shapes; then what that answers."""
     table = ARCHITECTURES["sm_90" if run.dry_run else _architecture(run.device)]
-    n, d, repeats = (256, 64, 1) if run.dry_run else (16384, 768, 4)
+    n, d, repeats = (128, 64, 1) if run.dry_run else (16384, 768, 4)
     tiles = {kernel: table[kernel][16, "tf32"] for kernel in SWEEPS}
     launches = {kernel: launcher(run, kernel, n, d) for kernel in SWEEPS}
     for config in (*tiles.values(), TALL, WIDE):

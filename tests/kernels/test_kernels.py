@@ -79,19 +79,19 @@ def test_d_beyond_32_bit_offsets(device: torch.device) -> None:
 
 @pytest.mark.slow
 def test_the_shipped_configurations_compile_without_spills() -> None:
-    """The gate, for the largest kernels in bfloat16; `.ci/run` compiles all, in two architectures.
+    """The gate, for the largest kernel in bfloat16; `.ci/run` compiles all, in two architectures.
 
     In a separate process, because nothing can be compiled where the interpreter is on.
     """
     code = """
 from benchmarks.gate.command import build, variants
 for variant in variants("sm_90"):
-    if variant.features == "bfloat16" and variant.label.endswith(("(ids)", "(with_cross)")):
+    if variant.features == "bfloat16" and variant.label.startswith("contrastive_grads"):
         print(variant.faults(build(variant)))
 """
     run = run_python("-c", code, interpreted=False)
     assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stdout == "[]\n" * 4
+    assert run.stdout == "[]\n" * 2
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ WIDE = RECTANGLE | {"n": 5, "m": 16385, "d": 3, "first_column": 16380, "strip_ro
 TALL = RECTANGLE | {"n": 20, "m": 16, "d": 5, "first_column": -6, "strip_rows": 7}
 
 
-@settings(max_examples=30)
+@settings(max_examples=40)
 @given(
     n=st.integers(1, 40),
     m=st.integers(1, 40),

@@ -52,7 +52,7 @@ def test_eager(case: Case, device: torch.device) -> None:
 
 
 @needs_triton
-@settings(max_examples=45)
+@settings(max_examples=60)
 @given(case=cases(dtype=st.sampled_from(DTYPES[1:])))
 @with_hard_cases
 def test_triton(case: Case, device: torch.device) -> None:
