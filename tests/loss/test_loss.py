@@ -32,6 +32,7 @@ HARD = [
         for frozen, lambdas in ((IMAGE, (0.5, 0.25)), (TEXT, (0.25, 0.5)), (TOWERS, (0.0, 0.0)))
     ),
     Case(80, 24, torch.bfloat16, distinct_ids=6, strip_rows=7),  # several blocks of G
+    Case(80, 1, torch.float16, strip_rows=7),  # sums over blocks that overflow in 16 bits
     Case(80, 32, torch.bfloat16, image_layout="8 bytes off", lambdas=(0.5, 0.125)),
     Case(80, 64, torch.float16, text_layout="rows 8 elements wider", lambdas=(0.5, 0.125)),
     Case(70, 768, torch.bfloat16, distance=0.3, logit_scale=30.0),
