@@ -256,7 +256,8 @@ def check(
         of_terms["loss"] = sum(of_terms[name] for name in names)
     assert tuple(terms) == (names if case.output_dict else ("loss",))
     for name, term in terms.items():
-        assert (term.dtype, term < 0) == (loss_dtype(case.dtype), False)
+        assert term.dtype == loss_dtype(case.dtype)
+        assert not term < 0  # NaN is compared below
         check_bound(name, term, [exact_terms[name]], bound[name])
     for name, grad in grads.items():
         if name in case.frozen:

@@ -26,7 +26,7 @@ def a_device_with_kernels(monkeypatch: pytest.MonkeyPatch):
     """Make `auto` take the CPU for a GPU with kernels, not yet verified."""
     monkeypatch.setattr(ops, "_has_kernels", lambda device: True)
     monkeypatch.setattr(ops, "CHECK_SIZES", (70, 90, 40))
-    monkeypatch.setitem(kernels.configs.SUM.kwargs, "BLOCK", 4)  # fewer than tiles
+    monkeypatch.setitem(kernels.configs.SUM.kwargs, "BLOCK", 4)  # sums take several blocks
     ops._kernels_work.cache_clear()
     yield
     ops._kernels_work.cache_clear()
