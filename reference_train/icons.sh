@@ -1,7 +1,7 @@
 #!/bin/sh
 # Pretrains on 250,000 icons, and asks about names and emoji that training never saw:
-# CLIP and CyCLIP in three seeds, C-CyCLIP and I-CyCLIP in one, then λ at four batch sizes.
-# On two CPU cores: data in 8 minutes, each of 8 runs in about 30 (EPOCHS=8: 12), each of 11 in 12.
+# CLIP and CyCLIP in three seeds, C-CyCLIP and I-CyCLIP in one, then λ at five batch sizes, constant
+# and rising. On two CPU cores: data in 8 minutes, each run of 20 epochs in about 30, of 8 in 12.
 # Given again, it goes on where it stopped. Run from the repository: sh reference_train/icons.sh
 set -eu
 out=${OUT:-runs/icons}
@@ -20,21 +20,43 @@ for run in clip-0 cyclip-0 clip-1 cyclip-1 clip-2 cyclip-2 c-cyclip-0 i-cyclip-0
     pretrain $run "${run%-*}" --seed "${run##*-}" -- ${EPOCHS:+--epochs "$EPOCHS"}
 done
 
-# 524,288 pairs in batches of another size, the learning rate by its square root, a fifth of the
-# steps to warm up. NAME is lambda-LOSS-BATCH-REFERENCE; 0 is the paper's formula.
-over_batches() { # BATCH LR WARMUP
-    for run in clip-$1-0 cyclip-$1-0 cyclip-$1-128; do
-        [ $run = cyclip-128-128 ] || # the same formula as cyclip-128-0
-            pretrain lambda-$run "${run%%-*}" --batch-size "$1" -- --epochs 8 --lr "$2" \
-                --warmup "$3" --reference-batch-size "${run##*-}"
-    done
+# 524,288 pairs in batches of another size. The learning rate grows with its square root.
+settings() { # BATCH
+    case $1 in
+    128) echo --epochs 8 --lr 7e-4 --warmup 820 ;;
+    512) echo --epochs 8 --lr 1.4e-3 --warmup 205 ;;
+    1024) echo --epochs 8 ;;
+    2048) echo --epochs 8 --lr 2.8e-3 --warmup 51 ;;
+    4096) echo --epochs 8 --lr 4e-3 --warmup 26 ;;
+    esac
 }
-over_batches 128 7e-4 820
-over_batches 512 1.4e-3 205
-over_batches 2048 2.8e-3 51
-over_batches 4096 4e-3 26
+
+# NAME is lambda-LOSS-BATCH-REFERENCE; 0 is the paper's formula, at 128 the same as 128.
+for batch in 128 512 2048 4096; do
+    for run in clip-$batch-0 cyclip-$batch-0 cyclip-$batch-128; do
+        [ $run = cyclip-128-128 ] ||
+            pretrain lambda-$run "${run%%-*}" --batch-size $batch -- $(settings $batch) \
+                --reference-batch-size "${run##*-}"
+    done
+done
+
+# λ that rises from 0, over a share of the steps or a number of them. NAME is
+# warmup-LENGTH-BATCH-SEED. (All steps at 1,024 are 512.)
+rising() { # LENGTH BATCH SEED
+    pretrain "warmup-$1-$2-$3" cyclip --batch-size "$2" --seed "$3" --lambda-warmup "$1" \
+        -- $(settings "$2")
+}
+for batch in 1024 2048 4096; do
+    for length in 0.25 0.5 1.0; do rising $length $batch 0; done
+    pretrain quarter-$batch-0 cyclip --batch-size $batch --reference-batch-size 32 \
+        -- $(settings $batch)
+done
+for batch in 128 512 2048 4096; do rising 512 $batch 0; done
+for batch in 2048 4096; do rising 512 $batch 1; done
+for seed in 1 2; do rising 1.0 1024 $seed; done
+for length in 0.5 1.0 512; do pretrain warmup-$length-1024-20-0 cyclip --lambda-warmup $length; done
 
 python -m reference_train evaluate "$out"/logs/[ci]* --data "$out/icons" --only icons emoji \
     --out "$out/evaluation"
-python -m reference_train evaluate "$out"/logs/lambda-* --data "$out/icons" --only icons emoji \
+python -m reference_train evaluate "$out"/logs/[lqw]* --data "$out/icons" --only icons emoji \
     --out "$out/evaluation-lambda"
