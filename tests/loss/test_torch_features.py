@@ -89,9 +89,8 @@ def test_backward_twice(impl: str, loss, n: int, d: int, device: torch.device) -
 @FORMS
 def test_results_can_be_added_to_in_place(impl: str, lambdas, n, d, device) -> None:
     """`loss = ...; loss += other` is how trainers add losses up."""
-    for total in CyCLIPLoss(*lambdas, impl=impl)(
-        *leaves_of(Case(n, d), device), None, True
-    ).values():
+    terms = CyCLIPLoss(*lambdas, impl=impl)(*leaves_of(Case(n, d), device), output_dict=True)
+    for total in terms.values():
         expected = total.item() * 2
         total *= 2
         assert total.item() == pytest.approx(expected)

@@ -19,8 +19,6 @@ from cyclip_loss import consistency_metrics, cyclip_loss
 pytestmark = pytest.mark.nccl
 WORLD_SIZES = pytest.mark.parametrize("world_size", [2, 3, 4])
 DIST_IMPLS = pytest.mark.parametrize("dist_impl", ["gather", "ring"])
-
-
 UNEVEN = pytest.mark.parametrize("uneven", [False, True])
 
 

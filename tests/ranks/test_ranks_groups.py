@@ -69,8 +69,8 @@ def refusals(rank: int, world_size: int) -> list[str]:
         lambda: stored(x, x, 10.0),
         lambda: CyCLIPLoss(world_size=2)(x, x, 10.0),
         lambda: CyCLIPLoss(rank=rank + 1)(x, x, 10.0),
+        lambda: CyCLIPLoss(process_group=pair, world_size=3)(x, x, 10.0),
     ]
-    calls.append(lambda: CyCLIPLoss(process_group=pair, world_size=3)(x, x, 10.0))
     messages = []
     for call in calls:
         with pytest.raises((TypeError, ValueError)) as error:
