@@ -164,10 +164,12 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def is_gloo(tensor: Tensor, ranks: Ranks) -> bool:
-    """Whether the group uses gloo for tensors on this device."""
-    backend: Any = ranks.group._get_backend(tensor.device)  # type: ignore[union-attr]
-    return backend.name() == "gloo"  # type: ignore[no-any-return]
+def is_gloo_on_gpu(block: Tensor, ranks: Ranks) -> bool:
+    """Whether gloo is given a GPU tensor, which its sends and one of its gathers cannot read.
+
+    They take the address for host memory: https://github.com/pytorch/pytorch/issues/152645
+    """
+    return block.is_cuda and dist.get_backend(ranks.group) == "gloo"
 
 
 def _listed(values: Any) -> str:
@@ -207,11 +209,15 @@ def start_gather(features: Tensor, ranks: Ranks) -> Tensor | None:
     if ranks.group is None or ranks.dist_impl != "gather":
         return None
     block = padded(features.detach(), ranks)
-    out = block.new_empty(ranks.size * block.shape[0], block.shape[1])
-    # Without `out`, gloo's is a coalesced gather, which reads a GPU's memory from the host and
-    # may crash as its reduce-scatter may (`sum_and_scatter`).
-    gather = _collectives.all_gather_into_tensor_out
-    return gather(block, ranks.size, ranks.group_name, out=out)  # type: ignore[no-any-return]
+    # Without `out`, gloo reads GPU memory from the host. On the CPU it can crash: its two threads
+    # assign the last collective's name without a lock, and "ALLGATHER_COALESCED" is on the heap.
+    # Compiled code keeps that form: Inductor may reuse `block` while the other form reads it.
+    if is_gloo_on_gpu(block, ranks) or (block.is_cpu and not torch.compiler.is_compiling()):
+        out = block.new_empty(ranks.size * block.shape[0], block.shape[1])
+        gather, where = _collectives.all_gather_into_tensor_out, {"out": out}
+    else:
+        gather, where = _collectives.all_gather_into_tensor, {}
+    return gather(block, ranks.size, ranks.group_name, **where)  # type: ignore[no-any-return]
 
 
 def finish_gather(gathered: Tensor, ranks: Ranks) -> Tensor:
@@ -225,16 +231,14 @@ def finish_gather(gathered: Tensor, ranks: Ranks) -> Tensor:
 
 def sum_and_scatter(partial: Tensor, ranks: Ranks) -> Tensor:
     """This rank's own rows of the sum across ranks of `partial`, (N, D)."""
-    rows = list(ranks.rows or [partial.shape[0] // ranks.size] * ranks.size)
-    if is_gloo(partial, ranks):
-        # Its reduce-scatter is a coalesced all-reduce, which may crash: gloo's two threads store
-        # the last collective's name without a lock, and free names of over 15 characters twice.
-        summed = wait(start_all_reduce(partial, "sum", ranks))
-        return torch.split(summed, rows)[ranks.rank].clone()  # frees the other rows
     if ranks.rows is not None:
-        partial = torch.cat([padded(block, ranks) for block in torch.split(partial, rows)])
-    scattered = _collectives.reduce_scatter_tensor(partial, "sum", ranks.size, ranks.group_name)
-    return wait(scattered)[: rows[ranks.rank]]
+        partial = torch.cat(
+            [padded(block, ranks) for block in torch.split(partial, list(ranks.rows))]
+        )
+    own: Tensor = wait(
+        _collectives.reduce_scatter_tensor(partial, "sum", ranks.size, ranks.group_name)
+    )
+    return own if ranks.rows is None else own[: ranks.rows[ranks.rank]]
 
 
 def padded(block: Tensor, ranks: Ranks) -> Tensor:
@@ -260,8 +264,7 @@ class Hop:
                     dist.P2POp(move, block, group=ranks.group, tag=tag, group_peer=peer)
                 )
         if operations:
-            # Gloo would take the address for host memory (pytorch/pytorch#152645).
-            if self.sent[0].is_cuda and is_gloo(self.sent[0], ranks):
+            if is_gloo_on_gpu(self.sent[0], ranks):
                 raise ValueError("dist_impl='ring' with features on a GPU needs nccl, not gloo")
             with on_device(self.sent[0].device):
                 self.works = dist.batch_isend_irecv(operations)

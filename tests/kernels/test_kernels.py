@@ -1,4 +1,4 @@
-"""The Triton kernels alone: shipped tiles, tf32 rounding, and which devices get them.
+"""The Triton kernels alone: shipped tiles, tf32 rounding, and what they compile to.
 
 Tests with the fixture `impl` check values and gradients of both engines.
 """
@@ -13,7 +13,9 @@ from processes import run_python
 from cyclip_loss import kernels, ops
 from cyclip_loss.kernels import configs
 
-on_a_cpu = pytest.mark.skipif(not kernels.INTERPRETED, reason="on a GPU every test runs these")
+on_a_cpu = pytest.mark.skipif(
+    not kernels.INTERPRETED, reason="on a GPU every test runs the shipped tiles"
+)
 
 
 @on_a_cpu
@@ -74,6 +76,23 @@ def test_d_beyond_32_bit_offsets(device: torch.device) -> None:
     image = torch.zeros((), device=device).expand(2, 26_753)
     with pytest.raises(ValueError, match=r"image_features must have D <= 26752 .* got D = 26753"):
         kernels.cyclic_statistics(image, image, True)
+
+
+@pytest.mark.slow
+def test_the_shipped_configurations_compile_without_spills() -> None:
+    """The gate, for the largest kernel in bfloat16; `.ci/run` compiles all, in two architectures.
+
+    In a separate process, because nothing can be compiled where the interpreter is on.
+    """
+    code = """
+from benchmarks.gate.command import build, variants
+for variant in variants("sm_90"):
+    if variant.features == "bfloat16" and variant.label.startswith("contrastive_grads"):
+        print(variant.faults(build(variant)))
+"""
+    run = run_python("-c", code, interpreted=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout == "[]\n" * 2
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,7 @@ def test_bad_weights(name: str, value, error: type[Exception]) -> None:
         ({"use_horovod": True}, "use_horovod=True"),
         # Raised when called, as the group may be initialised after construction.
         ({"world_size": 8}, "rank=0 and world_size=8 were given, but this process is rank 0 of 1"),
+        ({"rank": 1}, "rank=1 and world_size=1 were given, but this process is rank 0 of 1"),
     ],
     ids=str,
 )

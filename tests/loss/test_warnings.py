@@ -55,9 +55,8 @@ def test_warnings_show_the_users_line(device: torch.device) -> None:
         warnings.simplefilter("always")
         CyCLIPLoss(50)(3 * image, text, 1.0)
     line = test_warnings_show_the_users_line.__code__.co_firstlineno + 4
-    assert [(w.category, w.filename, w.lineno) for w in caught] == [
-        (CyCLIPWarning, __file__, line)
-    ] * 3
+    found = [(w.category, w.filename, w.lineno) for w in caught]
+    assert found == [(CyCLIPWarning, __file__, line)] * 3
 
 
 def test_lengths_and_scale_of_a_modules_first_call(device: torch.device) -> None:
