@@ -46,17 +46,21 @@ rising() { # LENGTH BATCH SEED
     pretrain "warmup-$1-$2-$3" cyclip --batch-size "$2" --seed "$3" --lambda-warmup "$1" \
         -- $(settings "$2")
 }
-for batch in 1024 2048 4096; do
-    for length in 0.25 0.5 1.0; do rising $length $batch 0; done
-    pretrain quarter-$batch-0 cyclip --batch-size $batch --reference-batch-size 32 \
+for setting in 1024-0 1024-1 1024-2 2048-0 4096-0; do
+    batch=${setting%-*} seed=${setting#*-}
+    for length in 0.25 0.5 1.0; do rising $length $batch $seed; done
+    pretrain quarter-$setting cyclip --batch-size $batch --seed $seed --reference-batch-size 32 \
         -- $(settings $batch)
 done
-for batch in 128 512 2048 4096; do rising 512 $batch 0; done
-for batch in 2048 4096; do rising 512 $batch 1; done
-for seed in 1 2; do rising 1.0 1024 $seed; done
+for setting in 128-0 512-0 2048-0 2048-1 4096-0 4096-1; do
+    rising 512 "${setting%-*}" "${setting#*-}"
+done
+for batch in 2048 4096; do
+    pretrain clip-$batch-1 clip --batch-size $batch --seed 1 -- $(settings $batch)
+done
 for length in 0.5 1.0 512; do pretrain warmup-$length-1024-20-0 cyclip --lambda-warmup $length; done
 
-python -m reference_train evaluate "$out"/logs/[ci]* --data "$out/icons" --only icons emoji \
+python -m reference_train evaluate "$out"/logs/*clip-? --data "$out/icons" --only icons emoji \
     --out "$out/evaluation"
-python -m reference_train evaluate "$out"/logs/[lqw]* --data "$out/icons" --only icons emoji \
-    --out "$out/evaluation-lambda"
+python -m reference_train evaluate "$out"/logs/[lqw]* "$out"/logs/clip-*-1 --data "$out/icons" \
+    --only icons emoji --out "$out/evaluation-lambda"
