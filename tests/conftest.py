@@ -7,6 +7,7 @@ interpreter runs them. Where Triton is not installed, as on macOS, their tests a
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -49,6 +50,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "triton: launches kernels; interpreted: always on a CPU")
     # Without it PyTorch 2.8 warns of every matrix product in deterministic mode.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Background jobs of a shell script ignore SIGINT, which some tests send.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
