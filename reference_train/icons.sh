@@ -55,6 +55,7 @@ done
 for setting in 128-0 512-0 2048-0 2048-1 4096-0 4096-1; do
     rising 512 "${setting%-*}" "${setting#*-}"
 done
+# CLIP's second seed; its first is lambda-clip-BATCH-0.
 for batch in 2048 4096; do
     pretrain clip-$batch-1 clip --batch-size $batch --seed 1 -- $(settings $batch)
 done
