@@ -36,7 +36,10 @@ def start(out: Path, settings: dict[str, Any], command: str, device: torch.devic
             if (before := result.get("settings", {}).get(name)) != asked:
                 what = f"--out {out}: holds an evaluation with {name} = {before}, not {asked}"
                 raise CannotStart(f"{what}: choose another --out")
-        return result | {"failed": {}, "absent": {}}
+        commands = result["command"].split("\n    ")  # one a line in a table
+        if command not in commands:
+            commands.append(command)
+        return result | {"command": "\n    ".join(commands), "failed": {}, "absent": {}}
     packages = ("torch", "torchvision", "open_clip_torch")
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

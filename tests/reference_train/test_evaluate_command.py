@@ -300,8 +300,9 @@ def test_interrupted_it_resumes_with_what_is_missing(
     assert measured[5:] == [4]
     torch.save(torch.load(run_folder / "checkpoints" / "epoch_2.pt"), tmp_path / "new.pt")
     (tmp_path / "new.pt").rename(run_folder / "checkpoints" / "epoch_2.pt")  # as if trained on
-    evaluate(*arguments, "--only", "x")
+    result = evaluate(*arguments, "--only", "x")
     assert measured[6:] == [4]
+    assert ["--only x" in line for line in result["command"].splitlines()] == [False, True]
 
 
 def test_models_with_a_bias_and_safetensors(run_folder: Path, tmp_path: Path, small_emoji: None):
