@@ -209,9 +209,9 @@ def start_gather(features: Tensor, ranks: Ranks) -> Tensor | None:
     if ranks.group is None or ranks.dist_impl != "gather":
         return None
     block = padded(features.detach(), ranks)
-    # Without `out`, gloo reads GPU memory from the host. On the CPU it can crash: its two threads
-    # assign the last collective's name without a lock, and "ALLGATHER_COALESCED" is on the heap.
-    # Compiled code keeps that form: Inductor may reuse `block` while the other form reads it.
+    # Without `out`, gloo runs allgather_coalesced, which reads GPU memory from the host. It can also
+    # crash: gloo's threads assign its name, too long for std::string's own buffer, without a lock.
+    # Compiled code keeps that form, as Inductor may reuse `block` before the other form reads it.
     if is_gloo_on_gpu(block, ranks) or (block.is_cpu and not torch.compiler.is_compiling()):
         out = block.new_empty(ranks.size * block.shape[0], block.shape[1])
         gather, where = _collectives.all_gather_into_tensor_out, {"out": out}
