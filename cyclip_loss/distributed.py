@@ -209,8 +209,8 @@ def start_gather(features: Tensor, ranks: Ranks) -> Tensor | None:
     if ranks.group is None or ranks.dist_impl != "gather":
         return None
     block = padded(features.detach(), ranks)
-    # Without `out`, gloo runs allgather_coalesced, which reads GPU memory from the host. It can also
-    # crash: gloo's threads assign its name, too long for std::string's own buffer, without a lock.
+    # Without `out`, gloo runs allgather_coalesced, which reads GPU memory from the host. It can
+    # crash, too: gloo's threads assign its name, long enough to be on the heap, without a lock.
     # Compiled code keeps that form, as Inductor may reuse `block` before the other form reads it.
     if is_gloo_on_gpu(block, ranks) or (block.is_cpu and not torch.compiler.is_compiling()):
         out = block.new_empty(ranks.size * block.shape[0], block.shape[1])
