@@ -36,10 +36,8 @@ def start(out: Path, settings: dict[str, Any], command: str, device: torch.devic
             if (before := result.get("settings", {}).get(name)) != asked:
                 what = f"--out {out}: holds an evaluation with {name} = {before}, not {asked}"
                 raise CannotStart(f"{what}: choose another --out")
-        commands = result["command"].split("\n    ")  # one a line in a table
-        if command not in commands:
-            commands.append(command)
-        return result | {"command": "\n    ".join(commands), "failed": {}, "absent": {}}
+        commands = dict.fromkeys([*result["command"].splitlines(), command])  # each once
+        return result | {"command": "\n".join(commands), "failed": {}, "absent": {}}
     packages = ("torch", "torchvision", "open_clip_torch")
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -126,7 +124,7 @@ def main(argv: Sequence[str]) -> None:
     out = arguments.out or arguments.evaluations[0]
     if not arguments.out and (len(results) > 1 or out.is_file()):
         raise CannotStart("report: --out is needed for several, or for a file")
-    result = {**results[-1], "command": "\n    ".join(r["command"] for r in results)}
+    result = {**results[-1], "command": "\n".join(r["command"] for r in results)}
     for key in ("results", "data_sets", "failed", "absent"):
         result[key] = {name: x for r in results for name, x in r.get(key, {}).items()}
     if arguments.only:

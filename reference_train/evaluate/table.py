@@ -2,6 +2,7 @@
 
 import re
 from statistics import mean
+from textwrap import indent
 from typing import Any, NamedTuple
 
 from ..losses import LOSSES
@@ -132,7 +133,7 @@ def cell(found: tuple[float, float, float] | None, metric: str) -> str:
 
 def markdown(result: Result, short: bool = False) -> str:
     """`table.md`: failures, a table for each data set, notes. short: headline metrics alone."""
-    out = [f"# Evaluation of {result['date']}", "", f"    {result['command']}", ""]
+    out = [f"# Evaluation of {result['date']}", "", indent(result["command"], "    "), ""]
     out += [f"- **Failed: {name}: {why}**" for name, why in result.get("failed", {}).items()]
     shown = columns(result)
     notes = [
