@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cyclip_loss.eager import accumulation_dtype
-from cyclip_loss.ops import autocast_is_on
+from cyclip_loss.numerics import accumulation_dtype
+from cyclip_loss.operators import autocast_is_on
 from cyclip_loss.options import CyCLIPWarning, PenaltyOptions
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -111,6 +111,7 @@ def check_ids(ids: Tensor, features: Tensor) -> Tensor:
     if not isinstance(ids, Tensor) or ids.dtype not in ID_DTYPES:
         got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(f"ids must be a tensor of int8 to int64 or uint8, got {got}")
+    _check_dense("ids", ids, "to_local")
     if ids.shape != features.shape[:1] or ids.device != features.device:
         raise ValueError(
             f"ids must have shape ({features.shape[0]},) on the features' device "

@@ -34,7 +34,8 @@ from torch import Tensor
 
 from cyclip_loss import distributed
 from cyclip_loss.distributed import Hop, Ranks, padded
-from cyclip_loss.ops import empty_grad_like, engine, operator
+from cyclip_loss.engines import engine
+from cyclip_loss.operators import empty_grad_like, operator
 
 _Sweep = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
@@ -44,14 +45,17 @@ class _Contrastive(torch.autograd.Function):
 
     image_features, text_features: (n, D), this rank's; gathered: `start_gather` of the text
     features, or None. Without `symmetric` the loss is one way, rows to columns. The last two are
-    the ids of the rows (n,) and of the columns (this rank's or gathered), or both None.
+    the ids of the rows (n,) and, gathered, of the columns, or None.
     """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        image_features, text_features, logit_scale, gathered, symmetric, impl, ranks, *ids = inputs
+        image_features, text_features, logit_scale, gathered, *settings, ids, gathered_ids = inputs
+        symmetric, impl, ranks = settings
         columns = text_features if gathered is None else distributed.finish_gather(gathered, ranks)
-        op_args = (symmetric, impl, *ranks.to_op_args(), *ids)
+        # Not before: torch.compile refuses the same tensor twice as an argument of this function.
+        column_ids = ids if gathered_ids is None else gathered_ids
+        op_args = (symmetric, impl, *ranks.to_op_args(), ids, column_ids)
         loss, *of_pairs = contrastive_lse(image_features, columns, logit_scale, *op_args)
         ctx.save_for_backward(image_features, columns, logit_scale, *of_pairs)
         ctx.op_args = op_args

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from cyclip_loss import distributed, eager
 from cyclip_loss.distributed import Ranks
-from cyclip_loss.eager import accumulation_dtype
-from cyclip_loss.ops import empty_grad_like, engine, is_traced, operator
+from cyclip_loss.engines import engine
+from cyclip_loss.numerics import accumulation_dtype
+from cyclip_loss.operators import empty_grad_like, is_traced, operator
 from cyclip_loss.options import PenaltyOptions
 
 
@@ -94,7 +95,8 @@ class _CyclicPenalties(torch.autograd.Function):
         if grams is None:
             grams = cyclic_statistics(image_features, text_features, with_cross, impl)
         # Not an operator: a compiler can fuse these few PyTorch operations on D x D matrices.
-        compute = eager if is_traced(grams) else engine(impl, grams)
+        # On a rank without rows, too: so not the features, but their dtype, as it is verified.
+        compute = eager if is_traced(grams) else engine(impl, image_features.new_empty(1))
         terms = compute.cyclic_terms(grams, weights, separate)
         ctx.save_for_backward(image_features, text_features, grams, *weights)
         ctx.impl, ctx.size = impl, size

@@ -14,68 +14,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.torch_version import TorchVersion
 
-# Elements of one strip. On CPU 2^22 float32 are 16 MB: strips of 512 rows at N = 8,192, tall enough
-# for the full speed of the matrix products (256 rows or fewer cost up to a quarter more there).
-# Other devices need 2^26 elements to be busy.
-STRIP_ELEMENTS = {"cpu": 2**22}
-STRIP_ELEMENTS_OTHER_DEVICES = 2**26
-# With fewer rows a matrix product is not efficient, however wide the strip.
-MIN_STRIP_ROWS = 64
-# Before https://github.com/pytorch/pytorch/pull/167931 a float32 product of 16-bit matrices could
-# only be added to a 16-bit matrix.
-ADDS_WIDE_PRODUCTS = TorchVersion(torch.__version__) >= "2.11"
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums, log-sum-exps and losses for features of `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def float32_is_exact() -> bool:
-    """Whether PyTorch's settings ask for full float32 products, not tf32."""
-    try:
-        return torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # set by the newer name, fp32_precision: reading the older one raises
-        return torch.backends.cuda.matmul.fp32_precision not in ("tf32", "bf16")
-
-
-def strip_rows(columns: int, device: torch.device) -> int:
-    """The number of rows, of `columns` elements each, in one strip."""
-    elements = STRIP_ELEMENTS.get(device.type, STRIP_ELEMENTS_OTHER_DEVICES)
-    return max(MIN_STRIP_ROWS, elements // columns)
-
-
-def has_wide_products(features: Tensor) -> bool:
-    """Whether PyTorch multiplies 16-bit matrices of this dtype and device into a float32 one."""
-    if not features.is_cuda or torch.version.hip is not None:
-        return False
-    if features.dtype == torch.bfloat16:  # from Ampere on, 2020
-        return torch.cuda.get_device_capability(features.device) >= (8, 0)
-    # With float16 accumulation PyTorch refuses a float32 result.
-    in_float16: bool = torch.backends.cuda.matmul.allow_fp16_accumulation
-    return features.dtype == torch.float16 and not in_float16
-
-
-def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b, or a batch of products. dtype: the result's; if it is wider than a's, also the sums'."""
-    if dtype == a.dtype:
-        return torch.matmul(a, b)
-    if has_wide_products(a):
-        return (torch.mm if a.ndim == 2 else torch.bmm)(a, b, out_dtype=dtype)
-    return torch.matmul(a.to(dtype), b.to(dtype))
-
-
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, summed in total's dtype."""
-    if a.dtype != total.dtype and has_wide_products(a):
-        if ADDS_WIDE_PRODUCTS:
-            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-        else:
-            total += matmul(a, b, total.dtype)
-    else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+from cyclip_loss.numerics import (
+    accumulation_dtype,
+    add_product,
+    has_wide_products,
+    matmul,
+    strip_rows,
+)
 
 
 def _logits(image: Tensor, text_t: Tensor, logit_scale: Tensor, out: Tensor) -> None:

@@ -174,12 +174,12 @@ def loss_with(
         # all-reduce of those while the contrastive losses are.
         gathered = [start_gather(columns, ranks) for _, columns in pairs]
         started_ids = None if ids is None else start_gather(ids[:, None], ranks)
-        started, column_ids = cyclic.start_penalties(*pair, options, ranks), ids
+        started, gathered_ids = cyclic.start_penalties(*pair, options, ranks), None
         if started_ids is not None:  # not earlier: this waits for the columns' gather as well
-            column_ids = finish_gather(started_ids, ranks)[:, 0]
+            gathered_ids = finish_gather(started_ids, ranks)[:, 0]
         losses = [
             contrastive.contrastive_loss(
-                *(*pair, scale, gathered.pop(0), at == 0, options.impl, ranks, ids, column_ids)
+                *(*pair, scale, gathered.pop(0), at == 0, options.impl, ranks, ids, gathered_ids)
             )
             for at, pair in enumerate(pairs)
         ]

@@ -6,7 +6,7 @@ from torch.distributed import ProcessGroup
 
 from cyclip_loss import distributed as across
 from cyclip_loss.checks import check_features
-from cyclip_loss.eager import strip_rows
+from cyclip_loss.numerics import strip_rows
 from cyclip_loss.options import LossOptions
 
 NAMES = (

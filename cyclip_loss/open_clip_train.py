@@ -15,10 +15,11 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, cuda, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from cyclip_loss.checks import PAPER_BATCH_SIZE
+from cyclip_loss.engines import engine
 from cyclip_loss.functional import caption_ids
 from cyclip_loss.loss import CyCLIPLoss
 from cyclip_loss.options import DIST_IMPLS, IMPLS, PenaltyOptions
@@ -27,18 +28,13 @@ from cyclip_loss.with_penalty import WithCyclicPenalty
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train with these arguments, by default this process's. Usage errors raise SystemExit."""
-    parser = flags()
     argv = list(sys.argv[1:] if argv is None else argv)
     # torchrun allows a "--" before the script's flags; some versions of Python pass it on.
-    ours, theirs = parser.parse_known_args(argv[1:] if argv[:1] == ["--"] else argv)
+    ours, theirs = parse(argv[1:] if argv[:1] == ["--"] else argv)
     if "help" in ours:
-        print(parser.format_help(), "\nopen_clip_train's flags:\n", sep="\n", flush=True)
+        print(flags().format_help(), "\nopen_clip_train's flags:\n", sep="\n", flush=True)
         theirs = ["--help"]
     swap = _Swap(ours)
-    try:
-        PenaltyOptions(**swap.penalty_options)
-    except ValueError as error:
-        parser.error(str(error))
     try:
         trainer = import_module("open_clip_train.main")
     except ImportError as why:
@@ -53,6 +49,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise SystemExit(1)
     finally:
         handle.remove()
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The values of this launcher's flags, checked, and the rest of the command line."""
+    parser = flags()
+    ours, theirs = parser.parse_known_args(argv)
+    try:
+        PenaltyOptions(**_Swap(ours).penalty_options)
+        if ours.impl == "triton":
+            engine("triton", torch.empty(1, 1, device="cuda" if cuda.is_available() else "cpu"))
+    except (ValueError, ImportError) as error:
+        option, _, problem = str(error).partition(" ")
+        parser.error(f"--{option.replace('_', '-')} {problem}")
+    return ours, theirs
 
 
 def flags() -> argparse.ArgumentParser:
@@ -80,11 +90,15 @@ def flags() -> argparse.ArgumentParser:
 
 
 def steps_or_share(text: str) -> int | float:
-    """A number of steps or, with a decimal point, a fraction of all steps; else ValueError."""
-    steps = float(text) if "." in text else int(text)
-    if not 0 <= steps <= (1 if isinstance(steps, float) else steps):
-        raise ValueError
-    return steps
+    """An argument's type: a number of steps or, with a decimal point, a fraction of all steps."""
+    try:
+        steps = float(text) if "." in text else int(text)
+        if 0 <= steps <= (1 if isinstance(steps, float) else steps):
+            return steps
+    except ValueError:
+        pass
+    words = "must be a number of steps >= 0, or a fraction of all steps from 0.0 to 1.0"
+    raise argparse.ArgumentTypeError(f"{words}, not {text}")
 
 
 class _Swap:

@@ -25,8 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cyclip_loss import eager
-from cyclip_loss.eager import accumulation_dtype, weighted_penalties
-from cyclip_loss.ops import FirstDerivativesOnly, engine, is_traced, without_autocast
+from cyclip_loss.eager import weighted_penalties
+from cyclip_loss.engines import engine
+from cyclip_loss.numerics import accumulation_dtype, has_wide_products
+from cyclip_loss.operators import FirstDerivativesOnly, is_traced, without_autocast
 from cyclip_loss.options import PenaltyOptions
 
 
@@ -57,7 +59,7 @@ def _can_be_small(image_features: Tensor, text_features: Tensor, impl: str) -> b
     """Whether the eager engine computes, untraced, and fast 16-bit products are not available."""
     return (
         not is_traced(image_features, text_features)
-        and not eager.has_wide_products(image_features)
+        and not has_wide_products(image_features)
         and engine(impl, image_features) is eager
     )
 

@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cyclip_loss.eager import add_product, matmul
 from cyclip_loss.kernels.configs import SUM, Precision, ceil_div, config_for, launch_on, padded_rows
 from cyclip_loss.kernels.products import product_over_columns, scale_grad_kernel
 from cyclip_loss.kernels.tiles import LN_2, LOG2_E, grouped_tile, halves, same_ids, tile_product
+from cyclip_loss.numerics import add_product, matmul
 
 # Rows and elements of one block of G, which thus has 16,384 columns and takes 512 MB in 16 bits, at
 # every N. Both products of a block sum over thousands of elements. At D = 768 they have 384 output
@@ -153,6 +153,7 @@ def contrastive_grads_kernel(
     PARTS: tl.constexpr,  # 1, 2 or 4: in how many parts a tile of G is computed from its logits
     GROUP: tl.constexpr,
 ):
+    tl.static_assert(PARTS == 1 or PARTS == 2 or PARTS == 4, "PARTS must be 1, 2 or 4")
     row_tile, column_tile = grouped_tile(tl.cdiv(n, BM), tl.cdiv(m, BN), GROUP)
     first_row = row_tile * BM
     start = column_tile * BN

@@ -119,6 +119,7 @@ def contrastive_lse_kernel(
     PARTS: tl.constexpr,  # 1 or 2: in how many parts a tile's maxima and sums are computed
     GROUP: tl.constexpr,
 ):
+    tl.static_assert(PARTS == 1 or PARTS == 2, "PARTS must be 1 or 2")
     row_tile, column_tile = grouped_tile(tl.cdiv(n, BM), tl.cdiv(m, BN), GROUP)
     first_row = row_tile * BM
     start = column_tile * BN

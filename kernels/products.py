@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cyclip_loss.eager import matmul
 from cyclip_loss.kernels.configs import ceil_div
+from cyclip_loss.numerics import matmul
 
 
 @triton.jit(do_not_specialize=["length"], do_not_specialize_on_alignment=["grad", "scale_grad"])

@@ -24,7 +24,7 @@ from conftest import set_strip_rows
 from inputs import VIEWS, Case, Device, loss_dtype
 from torch import Tensor
 
-from cyclip_loss import CyclicPenalty, CyCLIPLoss, eager, reference
+from cyclip_loss import CyclicPenalty, CyCLIPLoss, numerics, reference
 
 FLOAT64, FLOAT32 = torch.finfo(torch.float64).eps, torch.finfo(torch.float32).eps
 TF32 = 2.0**-10
@@ -64,7 +64,7 @@ def eps_of(impl: str, features: Tensor, tf32: bool = False) -> Eps:
     eps = torch.finfo(loss_dtype(dtype)).eps
     if tf32 and dtype != torch.float64:
         eps = max(eps, TF32)
-    return Eps(eps, torch.finfo(dtype).eps if eager.has_wide_products(features) else eps, eps)
+    return Eps(eps, torch.finfo(dtype).eps if numerics.has_wide_products(features) else eps, eps)
 
 
 def growth(d: int, eps: float) -> float:
@@ -137,7 +137,7 @@ def penalty_bound(image: Tensor, text: Tensor, a: float, b: float, eps: float) -
 def bounds(case: Case, features: dict[str, Tensor], impl: str, tf32: bool) -> dict[str, Tensor]:
     """eps * scale of every term and of the gradients of their weighted sum, by name."""
     eps = eps_of(impl, features["image"], tf32)
-    rounded = impl == "eager" and eager.has_wide_products(features["image"])
+    rounded = impl == "eager" and numerics.has_wide_products(features["image"])
     exact = {name: exact_on_host(tensor) for name, tensor in features.items()}
     weights = [case.world_size * weight for weight in case.weights]
     found = dict.fromkeys((*TERMS, *features, "logit_scale"), 0.0)

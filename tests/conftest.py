@@ -21,7 +21,7 @@ from hypothesis import settings
 from pool import Ranks
 
 from benchmarks.interpreter import why_unusable
-from cyclip_loss import eager, ops
+from cyclip_loss import engines, numerics
 
 HAS_TRITON = find_spec("triton") is not None
 needs_triton = pytest.mark.triton
@@ -84,7 +84,7 @@ def device(pytestconfig: pytest.Config) -> torch.device:
 
 @pytest.fixture(params=IMPLS_UNDER_TEST, scope="session")
 def impl(request: pytest.FixtureRequest, device: torch.device) -> str:
-    if request.param == "triton" and device.type == "cuda" and not ops._has_kernels(device):
+    if request.param == "triton" and device.type == "cuda" and not engines._has_kernels(device):
         pytest.skip("the kernels do not support this GPU")
     return request.param
 
@@ -129,9 +129,9 @@ def set_strip_rows(monkeypatch: pytest.MonkeyPatch, rows: int | None) -> None:
     """Lower the strips to `rows` in the eager engine, and to one tile in kernels; not if None."""
     if rows is None:
         return
-    monkeypatch.setattr(eager, "MIN_STRIP_ROWS", rows)
-    monkeypatch.setitem(eager.STRIP_ELEMENTS, "cpu", 1)
-    monkeypatch.setattr(eager, "STRIP_ELEMENTS_OTHER_DEVICES", 1)
+    monkeypatch.setattr(numerics, "MIN_STRIP_ROWS", rows)
+    monkeypatch.setitem(numerics.STRIP_ELEMENTS, "cpu", 1)
+    monkeypatch.setattr(numerics, "STRIP_ELEMENTS_OTHER_DEVICES", 1)
     bounds = {"contrastive_lse PARTIAL_ELEMENTS": 1, "products CHUNK_COLUMNS": rows}
     bounds |= dict.fromkeys(("contrastive_grads BLOCK_ROWS", "contrastive_grads BLOCK_ELEMENTS"), 1)
     bounds["cyclic_statistics MIN_SPLIT_ROWS"] = 4 * rows

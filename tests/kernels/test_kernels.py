@@ -10,7 +10,7 @@ from conftest import needs_triton
 from inputs import Case
 from processes import run_python
 
-from cyclip_loss import kernels, ops
+from cyclip_loss import engines, kernels
 from cyclip_loss.kernels import configs
 
 on_a_cpu = pytest.mark.skipif(
@@ -32,6 +32,18 @@ def test_shipped_tiles(
     monkeypatch.setattr(configs, "_INTERPRETER", configs.ARCHITECTURES[arch])
     case = Case(n=290, d=70, dtype=dtype, logit_scale=30.0, lambdas=(0.25, 0.5))
     check_loss(case, "triton", device)
+
+
+@on_a_cpu
+@needs_triton
+@pytest.mark.parametrize(("family", "parts"), [("contrastive_lse", 4), ("contrastive_grads", 3)])
+def test_a_tile_in_unsupported_parts_does_not_compile(family, parts, monkeypatch, device) -> None:
+    """It would leave results unwritten."""
+    wrong = configs._product(32, 64, 32, 1, 1, parts)
+    table = {(bits, dot): wrong for bits in (16, 32) for dot in ("tf32", "ieee")}
+    monkeypatch.setitem(configs._INTERPRETER, family, table)
+    with pytest.raises(Exception, match="PARTS must be 1"):
+        check_loss(Case(n=70, d=20), "triton", device)
 
 
 def to_tf32(x: torch.Tensor) -> torch.Tensor:
@@ -108,8 +120,8 @@ def test_devices_that_get_kernels(
     """Before 3.9, Triton fails to compile the kernels for Blackwell, or leaves products out."""
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(ops.metadata, "version", lambda package: version)
-    assert ops._has_kernels.__wrapped__(torch.device("cuda")) == expected
+    monkeypatch.setattr(engines.metadata, "version", lambda package: version)
+    assert engines._has_kernels.__wrapped__(torch.device("cuda")) == expected
 
 
 @pytest.mark.skipif(
@@ -119,6 +131,6 @@ def test_devices_that_get_kernels(
 def test_the_newer_float32_setting_is_understood() -> None:
     """After its newer setting was used, PyTorch's older getter raises."""
     code = "import torch; torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
-    code += "from cyclip_loss import eager; assert not eager.float32_is_exact()"
+    code += "from cyclip_loss import numerics; assert not numerics.float32_is_exact()"
     run = run_python("-c", code)
     assert run.returncode == 0, run.stderr

@@ -1,13 +1,15 @@
 """`impl="auto"` compares the kernels with PyTorch once, and avoids them where they are wrong."""
 
 import warnings
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
 from inputs import pairs
+from torch.utils.flop_counter import FlopCounterMode
 
-from cyclip_loss import CyCLIPLoss, CyCLIPWarning, eager, kernels, ops
+from cyclip_loss import CyCLIPLoss, CyCLIPWarning, checks, eager, engines, kernels
 
 RESULTS = {
     "contrastive_lse": 3,
@@ -24,12 +26,13 @@ pytestmark = pytest.mark.skipif(not kernels.INTERPRETED, reason="pretends that t
 @pytest.fixture(autouse=True)
 def a_device_with_kernels(monkeypatch: pytest.MonkeyPatch):
     """Make `auto` take the CPU for a GPU with kernels, not yet verified."""
-    monkeypatch.setattr(ops, "_has_kernels", lambda device: True)
-    monkeypatch.setattr(ops, "CHECK_SIZES", (70, 90, 40))
+    monkeypatch.setattr(engines, "_has_kernels", lambda device: True)
+    monkeypatch.setattr(engines, "CHECK_SIZES", (70, 90, 40))
     monkeypatch.setitem(kernels.configs.SUM.kwargs, "BLOCK", 4)  # sums take several blocks
-    ops._kernels_work.cache_clear()
+    engines._kernels_work.cache_clear()
+    checks._warned.clear()
     yield
-    ops._kernels_work.cache_clear()
+    engines._kernels_work.cache_clear()
 
 
 def corrupt(result: torch.Tensor, how: str) -> torch.Tensor:
@@ -52,7 +55,7 @@ def test_a_wrong_value_in_any_result_is_detected(name: str, at: int, how: str) -
 
     engine = SimpleNamespace(**{n: getattr(eager, n) for n in RESULTS} | {name: wrong})
     for dtype in (torch.float32, torch.bfloat16):
-        problem = ops.disagreement(engine, CPU, dtype, dtype == torch.float32)
+        problem = engines.disagreement(engine, CPU, dtype, dtype == torch.float32)
         assert problem is not None
         assert f"result {at} of {name} " in problem
 
@@ -63,10 +66,10 @@ def test_the_kernels_agree_and_are_used(dtype: torch.dtype, device) -> None:
     state = torch.get_rng_state()
     with warnings.catch_warnings():
         warnings.simplefilter("error", CyCLIPWarning)
-        assert ops.engine("auto", features) is kernels
-    assert ops._kernels_work.cache_info().misses == 1
-    assert ops.engine("auto", features) is kernels
-    assert ops._kernels_work.cache_info().misses == 1
+        assert engines.engine("auto", features) is kernels
+    assert engines._kernels_work.cache_info().misses == 1
+    assert engines.engine("auto", features) is kernels
+    assert engines._kernels_work.cache_info().misses == 1
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -89,7 +92,9 @@ def test_falls_back_with_one_warning(function, reason, monkeypatch: pytest.Monke
         loss = CyCLIPLoss()(image, text, 14.3)
         loss.backward()
         assert torch.equal(loss, CyCLIPLoss()(image, text, 14.3))
-    [message] = [str(w.message) for w in caught if w.category is CyCLIPWarning]
+    [warning] = [w for w in caught if w.category is CyCLIPWarning]
+    assert warning.filename == __file__
+    message = str(warning.message)
     assert "on cpu " in message
     assert torch.__version__ in message
     assert reason in message
@@ -99,28 +104,94 @@ def test_falls_back_with_one_warning(function, reason, monkeypatch: pytest.Monke
             CyCLIPLoss(impl="triton")(image, text, 14.3)
 
 
+@contextmanager
+def caller(name: str, value):
+    """A setting of the caller's, put back afterwards."""
+    getter, setter = {
+        "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+        "deterministic": (
+            torch.get_deterministic_debug_mode,
+            torch.set_deterministic_debug_mode,
+        ),
+        "precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    }[name]
+    before = getter()
+    setter(value)
+    try:
+        yield
+    finally:
+        setter(before)
+
+
+CALLERS = {
+    "autocast to bfloat16": lambda: torch.autocast("cpu", torch.bfloat16),
+    "autocast to float16": lambda: torch.autocast("cpu", torch.float16),
+    "no_grad": torch.no_grad,
+    "inference mode": torch.inference_mode,
+    "default device": lambda: torch.device("meta"),
+    "counting flops": lambda: FlopCounterMode(display=False),
+    "default dtype float64": lambda: caller("default dtype", torch.float64),
+    "default dtype bfloat16": lambda: caller("default dtype", torch.bfloat16),
+    "deterministic": lambda: caller("deterministic", "error"),
+    "precision high": lambda: caller("precision", "high"),
+    "precision medium": lambda: caller("precision", "medium"),
+}
+
+
+@pytest.mark.parametrize("name", CALLERS)
+def test_the_comparison_does_not_depend_on_the_caller(name: str, monkeypatch) -> None:
+    """Neither its verdict nor what it computes under, and it takes no warning for an error."""
+    states = []
+
+    def disagreement(*arguments):
+        warnings.warn("of a compiler", DeprecationWarning, stacklevel=1)
+        counted = torch.empty(0).device, torch._C._len_torch_dispatch_stack()
+        autocast = torch.is_autocast_enabled("cpu"), torch.are_deterministic_algorithms_enabled()
+        states.append((*counted, *autocast, torch.is_inference_mode_enabled()))
+        return original(*arguments)
+
+    original = engines.disagreement
+    monkeypatch.setattr(engines, "disagreement", disagreement)
+    image = pairs(6, 4, device=CPU)[0].float()
+    with CALLERS[name](), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert engines.engine("auto", image) is kernels
+        mode = torch.get_deterministic_debug_mode()
+    assert states == [(CPU, 0, False, False, False)]
+    assert mode == (2 if name == "deterministic" else 1)  # the tests' own is 1
+
+
+def test_float32_features_under_autocast_need_no_second_comparison() -> None:
+    image, text = (x.float() for x in pairs(6, 4, device=CPU))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CyCLIPWarning)
+        with torch.autocast("cpu", torch.bfloat16):
+            CyCLIPLoss()(image, text, 14.3)
+    assert engines._kernels_work.cache_info().misses == 1
+
+
 def test_not_verified_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "is_capturing", lambda features: True)
-    monkeypatch.setattr(ops, "disagreement", fails)
-    assert ops.engine("auto", torch.ones(2, 2)) is kernels
+    monkeypatch.setattr(engines, "is_capturing", lambda features: True)
+    monkeypatch.setattr(engines, "disagreement", fails)
+    assert engines.engine("auto", torch.ones(2, 2)) is kernels
 
 
 def test_an_unusable_device_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "disagreement", fails)
+    monkeypatch.setattr(engines, "disagreement", fails)
     monkeypatch.setattr(torch.cuda, "synchronize", fails)
     with pytest.raises(RuntimeError, match="CYCLIP_LOSS_IMPL=eager"):
-        ops._kernels_work(torch.device("cuda:0"), torch.float32, True)
+        engines._kernels_work(torch.device("cuda:0"), torch.float32, True)
 
 
 def test_the_environment_sets_auto(monkeypatch: pytest.MonkeyPatch) -> None:
     features = torch.ones(2, 2)
-    monkeypatch.setattr(ops, "disagreement", lambda *key: None)
+    monkeypatch.setattr(engines, "disagreement", lambda *key: None)
     for value in ("", "auto", "triton", "eager"):
         expected = eager if value == "eager" else kernels
         monkeypatch.setenv("CYCLIP_LOSS_IMPL", value)
-        assert ops.engine("auto", features) is expected
-        assert ops.engine("eager", features) is eager
-        assert ops.engine("triton", features) is kernels
+        assert engines.engine("auto", features) is expected
+        assert engines.engine("eager", features) is eager
+        assert engines.engine("triton", features) is kernels
     monkeypatch.setenv("CYCLIP_LOSS_IMPL", "fast")
     with pytest.raises(ValueError, match=r"CYCLIP_LOSS_IMPL must be one of .* got 'fast'"):
         CyCLIPLoss()(features, features, 1.0)

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from inputs import LAYOUTS, lay_out, pairs, some_ids
 
-from cyclip_loss import ops
+from cyclip_loss import engines
 
 SCALE, GRAD, WEIGHT = 5.0, 0.25, 0.5
 RECTANGLE = {
@@ -60,7 +60,7 @@ def test_contrastive_rectangles(
     column_lse = (logits.logsumexp(0) + torch.linspace(0, 2, m, device="cpu")).float()
     pair_gradient = torch.linspace(-1, -1e-4, n, device="cpu")
     lses = (row_lse, column_lse if symmetric else column_lse[:0], pair_gradient)
-    engine, scale = ops.engine(impl, image), torch.tensor(SCALE, device=device)
+    engine, scale = engines.engine(impl, image), torch.tensor(SCALE, device=device)
     with pytest.MonkeyPatch.context() as monkeypatch:
         set_strip_rows(monkeypatch, strip_rows)
         of_device = (row_ids.to(device), column_ids.to(device)) if with_ids else None

@@ -75,6 +75,7 @@ BAD_CALLS = [
     ({"logit_bias": "0"}, TypeError, "logit_bias must be a tensor, a number or None, got '0'"),
     ({"logit_bias": True}, TypeError, "got True"),
     ({"logit_bias": GOOD[:2, 0]}, ValueError, "logit_bias must have one element, got shape (2,)"),
+    ({"ids": GOOD[:, 0].long().to_sparse()}, TypeError, "ids must be a dense tensor, got layout"),
     ({"impl": "cuda"}, ValueError, "impl must be one of auto, triton, eager, got 'cuda'"),
     ({"dist_impl": "rows"}, ValueError, "dist_impl must be one of gather, ring, got 'rows'"),
     ({"process_group": "a group"}, ValueError, "torch.distributed is not initialised"),

@@ -9,7 +9,7 @@ from conftest import set_strip_rows
 from inputs import DTYPES, Case, pairs
 from torch import Tensor
 
-from cyclip_loss import CyCLIPLoss, cyclic_penalty, cyclip_loss, eager, reference
+from cyclip_loss import CyCLIPLoss, cyclic_penalty, cyclip_loss, eager, numerics, reference
 
 FORMS = pytest.mark.parametrize(("n", "d"), [(96, 40), (96, 128)], ids=["large", "small"])
 
@@ -97,8 +97,10 @@ def test_products_of_16_bit_matrices(dtype: torch.dtype, adds: bool, monkeypatch
     def widening(name: str, original):
         def multiply(*matrices: Tensor, out_dtype: torch.dtype | None = None, **options) -> Tensor:
             if out_dtype is not None:
-                # PyTorch 2.8 to 2.10 cannot add to a float32 matrix.
-                assert adds or name != "addmm"
+                if name == "addmm" and not adds:
+                    raise RuntimeError(
+                        "as PyTorch 2.8 to 2.10, which cannot add to a float32 matrix"
+                    )
                 factors.add(matrices[-1].dtype)
                 matrices = tuple(matrix.to(out_dtype) for matrix in matrices)
             return original(*matrices, **options)
@@ -107,13 +109,34 @@ def test_products_of_16_bit_matrices(dtype: torch.dtype, adds: bool, monkeypatch
 
     for name in ("mm", "bmm", "addmm"):
         monkeypatch.setattr(torch, name, widening(name, getattr(torch, name)))
-    monkeypatch.setattr(eager, "ADDS_WIDE_PRODUCTS", adds)
-    monkeypatch.setattr(eager, "has_wide_products", lambda x: x.element_size() == 2)
+    monkeypatch.setattr(numerics, "_is_possible", numerics._is_possible.__wrapped__)
+    for module in (eager, numerics):
+        monkeypatch.setattr(module, "has_wide_products", lambda x: x.element_size() == 2)
     for frozen in ([], ["image"], ["text"]):
         given = {"lambdas": (0.0, 0.0), "strip_rows": 7, "frozen": frozenset(frozen)}
         for logit_scale in (10.0, 100.0):
             check_loss(Case(40, 12, dtype, logit_scale=logit_scale, **given), "eager", device)
     assert factors == {dtype}
+
+
+def test_a_device_without_wide_products(monkeypatch) -> None:
+    """Each device is asked once; if it refuses, 16-bit matrices are widened first."""
+    asked = []
+
+    def refuses(a: Tensor, b: Tensor, **options) -> Tensor:
+        asked.append(options)
+        raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
+
+    numerics._is_possible.cache_clear()
+    features = torch.ones(3, 3, dtype=torch.bfloat16, device="meta")  # not a CPU
+    assert numerics.has_wide_products(features)
+    assert not numerics.has_wide_products(features.float())
+    numerics._is_possible.cache_clear()
+    monkeypatch.setattr(torch, "mm", refuses)
+    for _ in range(2):
+        assert numerics.matmul(features, features, torch.float32).dtype == torch.float32
+        assert len(asked) == 1
+    numerics._is_possible.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)

@@ -133,17 +133,38 @@ def test_schedules_compile_a_few_times_and_no_more(scale: str, device: torch.dev
     assert counts[-4:] == [counts[-1]] * 4
 
 
-@pytest.mark.parametrize("views", [False, True])
-def test_one_tensor_as_two_arguments_compiled(views: bool, device: torch.device) -> None:
+def _views(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    return {"augmented_image_features": x, "augmented_text_features": y}
+
+
+LOSS, ANOTHER, PENALTY = CyCLIPLoss(0.2, 0.1), WithCyclicPenalty(PlainClip()), CyclicPenalty()
+# Calls of image, text, scale and ids.
+CALLS = {
+    "image as text": lambda i, t, s, _: LOSS(i, i, s),
+    "image as its view": lambda i, t, s, ids: LOSS(i, t, s, **_views(i, t), ids=ids),
+    "views": lambda i, t, s, ids: LOSS(i, t, s, **_views(2 * t, i + t), ids=ids),
+    "terms": lambda *x: sum(LOSS(*x[:3], output_dict=True, ids=x[3]).values()),
+    "another loss": lambda i, t, s, _: ANOTHER(i, t, s),
+    "its terms": lambda i, t, s, _: sum(ANOTHER(i, t, s, output_dict=True).values()),
+    "penalties": lambda i, t, s, _: PENALTY(i, t),
+    **{
+        str(dtype): lambda i, t, s, ids, dtype=dtype: cyclip_loss(i, t, s, ids=ids.to(dtype))
+        for dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+    },
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_each_form_of_call_compiled(call, device: torch.device) -> None:
+    """In one graph, with gradients, though a tensor may be given twice."""
     torch._dynamo.reset()
-    image, text, scale = Case(9, 4).inputs(device)
-    loss, found = CyCLIPLoss(0.2, 0.1), []
-    for call in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
-        x = image.clone().requires_grad_()
-        augmented = {"augmented_image_features": x, "augmented_text_features": text}
-        value = call(x, text, scale, **augmented) if views else call(x, x, scale)
+    case, found = Case(9, 4, torch.float64, distinct_ids=5), []
+    ids = case.ids("cpu").remainder(7).to(device)
+    for loss in (call, torch.compile(call, backend="aot_eager", fullgraph=True)):
+        leaves = leaves_of(case, device)
+        value = loss(*leaves, ids)
         value.backward()
-        found.append((value.detach(), x.grad))
+        found.append((value.detach(), *(leaf.grad for leaf in leaves)))
     torch.testing.assert_close(*found)
 
 

@@ -1,35 +1,31 @@
-"""Which engine computes, and what makes a function an operator of `torch.ops.cyclip_loss`.
+"""Which engine computes.
 
 There are two engines, modules with the same functions: `eager.py` and, on CUDA and ROCm, the Triton
-kernels. There are four operators, which call an engine: `contrastive_lse` and `contrastive_grads`
-in `contrastive.py`, `cyclic_statistics` and `cyclic_grads` in `cyclic.py`. `torch.compile` knows
-only the shapes of their results. The autograd functions in those files call the operators.
+kernels. Before "auto" uses the kernels, they are compared with PyTorch once.
 """
 
 import os
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache, wraps
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from importlib import metadata
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any, NoReturn, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import custom_op
 
 from cyclip_loss import eager
-from cyclip_loss.options import IMPLS, CyCLIPWarning
+from cyclip_loss.checks import warn_once
+from cyclip_loss.numerics import float32_is_exact
+from cyclip_loss.options import IMPLS
 
 # Rows, columns and features of the batch on which the kernels are compared with PyTorch.
 CHECK_SIZES = (600, 700, 200)
 # Before 3.9, Triton does not compile the kernels for sm_100, or leaves their products out.
 TRITON_FOR_BLACKWELL = (3, 9)
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def engine(impl: str, features: Tensor) -> ModuleType:
@@ -50,7 +46,7 @@ def engine(impl: str, features: Tensor) -> ModuleType:
         return eager
     has_kernels = _has_kernels(features.device)
     if impl == "auto":
-        exact = features.dtype == torch.float32 and eager.float32_is_exact()
+        exact = features.dtype == torch.float32 and float32_is_exact()
         if not has_kernels or not (
             is_capturing(features) or _kernels_work(features.device, features.dtype, exact)
         ):
@@ -85,7 +81,10 @@ def _kernels_work(device: torch.device, dtype: torch.dtype, exact: bool) -> bool
     try:
         from cyclip_loss import kernels
 
-        problem = disagreement(kernels, device, dtype, exact)
+        # The caller's autocast, inference mode, default device and other modes are its thread's. So
+        # they do not reach this thread.
+        with ThreadPoolExecutor(1) as thread:
+            problem = thread.submit(_compare, kernels, device, dtype, exact).result()
     except Exception as error:
         problem = f"{type(error).__name__}: {str(error).strip()[:500]}"
         try:
@@ -99,14 +98,26 @@ def _kernels_work(device: torch.device, dtype: torch.dtype, exact: bool) -> bool
     if problem is None:
         return True
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    warnings.warn(
+    warn_once(
+        f"kernels: {device}, {dtype}, {exact}",
         f"the Triton kernels do not work on {device} ({name}, PyTorch {torch.__version__}, Triton "
         f"{'.'.join(map(str, triton_version()))}); PyTorch computes {dtype} instead, with the "
         f"same results but slower. {problem}",
-        CyCLIPWarning,
-        stacklevel=2,
     )
     return False
+
+
+def _compare(*arguments: Any) -> str | None:
+    """`disagreement`, whatever the process says of warnings and of deterministic algorithms."""
+    mode = torch.get_deterministic_debug_mode()
+    # Products would raise in this mode, unless an environment variable is set.
+    torch.set_deterministic_debug_mode("default")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they may be errors
+            return disagreement(*arguments)
+    finally:
+        torch.set_deterministic_debug_mode(mode)
 
 
 @torch.no_grad()
@@ -186,82 +197,3 @@ def triton_version() -> tuple[int, ...]:
         except metadata.PackageNotFoundError:
             continue
     return (0, 0)
-
-
-def operator(
-    shapes: Callable[..., Any], gives_gradients: bool = False
-) -> Callable[[_Function], _Function]:
-    """Make a function the operator `cyclip_loss::<its name>`; its annotations are the schema.
-
-    The first argument is a tensor. The function is called by position, with autocast off. Only
-    traced calls (`torch.compile`, `torch.export`, fake tensors) go through PyTorch's dispatcher,
-    which takes 18 microseconds instead of 1.8.
-
-    Args:
-        shapes: takes the function's arguments; returns tensors like its results, of any values.
-        gives_gradients: the results are gradients. Differentiating them is an error, as it would
-            give second derivatives of the loss.
-    """
-
-    def declare(function: _Function) -> _Function:
-        @wraps(function)
-        def compute(*arguments: Any) -> Any:
-            with without_autocast(arguments[0]):
-                return function(*arguments)
-
-        traced: Any = custom_op(f"cyclip_loss::{function.__name__}", compute, mutates_args=())
-        traced.register_fake(shapes)
-
-        @wraps(function)
-        def call(*arguments: Any) -> Any:
-            if is_traced(*(a for a in arguments if isinstance(a, Tensor))):
-                return traced(*arguments)
-            if gives_gradients and torch.is_grad_enabled():
-                return FirstDerivativesOnly.apply(compute, *arguments)  # type: ignore[no-untyped-call]
-            return compute(*arguments)
-
-        return call  # type: ignore[return-value]
-
-    return declare
-
-
-class FirstDerivativesOnly(torch.autograd.Function):
-    """Calls a function that returns gradients; differentiating them raises, and is not 0."""
-
-    @staticmethod
-    def forward(ctx: Any, function: Callable[..., Any], *arguments: Any) -> Any:  # noqa: D102
-        return function(*arguments)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> NoReturn:  # noqa: D102
-        raise RuntimeError(
-            "cyclip_loss has first derivatives only: its gradients cannot be differentiated again "
-            "(as a gradient penalty, or backward through create_graph=True, would). "
-            "cyclip_loss.reference.cyclip_loss has all derivatives, but builds N x N matrices"
-        )
-
-
-def is_traced(*tensors: Tensor) -> bool:
-    """Whether operations on these may be recorded, not executed, as by `torch.compile`."""
-    ordinary = (Tensor, torch.nn.Parameter)
-    return torch.compiler.is_compiling() or any(type(x) not in ordinary for x in tensors)
-
-
-def autocast_is_on(device_type: str) -> bool:
-    """Whether autocast is on; False for devices without autocast, such as "meta"."""
-    # PyTorch 2.8 can't trace `is_autocast_available`; compiled code does not run on "meta".
-    has_autocast = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
-    return has_autocast and torch.is_autocast_enabled(device_type)
-
-
-def without_autocast(features: Tensor) -> AbstractContextManager[Any]:
-    """Switches autocast off for the features' device; costs nothing where it is off already."""
-    device_type = features.device.type
-    if autocast_is_on(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
-
-
-def empty_grad_like(features: Tensor, needed: bool) -> Tensor:
-    """An uninitialised gradient of these features, without elements if it is not needed."""
-    return features.new_empty(features.shape if needed else (0,))

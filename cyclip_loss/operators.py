@@ -1,0 +1,96 @@
+"""What makes a function an operator of `torch.ops.cyclip_loss`, and whether a call is traced.
+
+There are four operators, each of which calls an engine: two in `contrastive.py`, two in
+`cyclic.py`. `torch.compile` knows only the shapes of their results. The autograd functions in those
+files call the operators.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def operator(
+    shapes: Callable[..., Any], gives_gradients: bool = False
+) -> Callable[[_Function], _Function]:
+    """Make a function the operator `cyclip_loss::<its name>`; its annotations are the schema.
+
+    The first argument is a tensor. The function is called by position, with autocast off. Only
+    traced calls (`torch.compile`, `torch.export`, fake tensors) go through PyTorch's dispatcher,
+    which takes 18 microseconds instead of 1.8.
+
+    Args:
+        shapes: takes the function's arguments; returns tensors like its results, of any values.
+        gives_gradients: the results are gradients. Differentiating them is an error, as it would
+            give second derivatives of the loss.
+    """
+
+    def declare(function: _Function) -> _Function:
+        @wraps(function)
+        def compute(*arguments: Any) -> Any:
+            with without_autocast(arguments[0]):
+                return function(*arguments)
+
+        traced: Any = custom_op(f"cyclip_loss::{function.__name__}", compute, mutates_args=())
+        traced.register_fake(shapes)
+
+        @wraps(function)
+        def call(*arguments: Any) -> Any:
+            if is_traced(*(a for a in arguments if isinstance(a, Tensor))):
+                return traced(*arguments)
+            if gives_gradients and torch.is_grad_enabled():
+                return FirstDerivativesOnly.apply(compute, *arguments)  # type: ignore[no-untyped-call]
+            return compute(*arguments)
+
+        return call  # type: ignore[return-value]
+
+    return declare
+
+
+class FirstDerivativesOnly(torch.autograd.Function):
+    """Calls a function that returns gradients; differentiating them raises, and is not 0."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Any], *arguments: Any) -> Any:  # noqa: D102
+        return function(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:  # noqa: D102
+        raise RuntimeError(
+            "cyclip_loss has first derivatives only: its gradients cannot be differentiated again "
+            "(as a gradient penalty, or backward through create_graph=True, would). "
+            "cyclip_loss.reference.cyclip_loss has all derivatives, but builds N x N matrices"
+        )
+
+
+def is_traced(*tensors: Tensor) -> bool:
+    """Whether operations on these may be recorded, not executed, as by `torch.compile`."""
+    ordinary = (Tensor, torch.nn.Parameter)
+    return torch.compiler.is_compiling() or any(type(x) not in ordinary for x in tensors)
+
+
+def autocast_is_on(device_type: str) -> bool:
+    """Whether autocast is on; False for devices without autocast, such as "meta"."""
+    # PyTorch 2.8 can't trace `is_autocast_available`; compiled code does not run on "meta".
+    has_autocast = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
+    return has_autocast and torch.is_autocast_enabled(device_type)
+
+
+def without_autocast(features: Tensor) -> AbstractContextManager[Any]:
+    """Switches autocast off for the features' device; costs nothing where it is off already."""
+    device_type = features.device.type
+    if autocast_is_on(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def empty_grad_like(features: Tensor, needed: bool) -> Tensor:
+    """An uninitialised gradient of these features, without elements if it is not needed."""
+    return features.new_empty(features.shape if needed else (0,))
