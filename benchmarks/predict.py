@@ -1,30 +1,31 @@
-"""`python -m benchmarks predict`: what a step should take at least, on one GPU and over ranks.
+"""`python -m benchmarks predict`: what a step should take at least, on one GPU and across ranks.
 
 A model, not a measurement, for bfloat16 features, forward and backward, equal lambdas, all
-gradients. On one GPU it is a roofline, from rates that somebody has published: a kernel takes the
-longest of its products, its exponentials and its device memory.
+gradients. On one GPU it is a roofline, from published rates: a kernel takes the longest of its
+products, its exponentials and its device memory.
 
     8 N^2 D flops of the contrastive term: the two sweeps in Triton, the products of G with the
     features in the library; 6 N D^2 of the penalties in Triton, as tf32
 
-Over W ranks it is that for n rows against N = W n columns, and of each transfer a latency for each
-of its steps and its bytes over a bandwidth (alpha and beta). Left out: what a tile does besides its
-product, launches and Python, ranks that don't keep pace, and that some transfers hide behind
-kernels. Memory is what the loss adds to the features: large tensors at the backward pass's peak.
+Across W ranks it is that for n rows and N = W n columns, and for each transfer its bytes over a
+bandwidth. Left out: what a tile does besides its product, launches and Python, latencies, ranks
+that wait for each other, and that some transfers hide behind kernels. Memory is what the loss adds
+to the features: large tensors at the peak of the backward pass.
 """
 
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import ceil, log2
 
 from benchmarks.record import table
 
+# What `python -m benchmarks gpu` compares with its measurements on Hopper. The epilogue of a sweep:
+# from the instructions of its binary. The shape: a wgmma of 128 columns asks for 144 bytes of
+# shared memory in the time of 128, one of 256 columns for 128.
+EPILOGUE_SHARE, LOST_BY_SHAPE = "25 to 35 %", "11 %"
+
 WIDTH, FLOAT = 2, 4  # bytes of a bfloat16; of sums, log-sum-exps and partial gradients
 GPUS_PER_NODE = CARDS_PER_NODE = 8
-# Seconds of a call, and of its steps within a node and between nodes, of NCCL's protocol Simple:
-# NCCL 2.28, src/graph/tuning.cc.
-CALL, INSIDE, BETWEEN = 8.4e-6, 3.4e-6, 14e-6
 # OpenCLIP's loss with local_loss and gather_with_grad, by element of an (n, N) matrix: products,
 # bytes read and written besides them, bytes held at the peak. Counted in PyTorch 2.13's operators.
 PRODUCTS, MOVED, HELD = 6, 72, 16
@@ -81,46 +82,27 @@ def kernels(chip: Chip, n: int, m: int, d: int) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Case:
-    """W ranks of n rows of D bfloat16 features, on one kind of chip."""
+    """W ranks, 8 or more, of n rows of D bfloat16 features, on one kind of chip."""
 
     chip: Chip
     ranks: int
     rows: int
     d: int
 
-    def collective(self, size: float, reduced: bool = False) -> float:
-        """Seconds of an all-gather or reduce-scatter of `size` bytes in all, or an all-reduce.
+    def travels(self, size: float, cards: int = CARDS_PER_NODE) -> float:
+        """Seconds of `size` bytes that each rank sends; between nodes, with so many cards a node."""
+        nvlink = self.chip.nvlink
+        within = self.ranks <= GPUS_PER_NODE
+        return size / (nvlink if within else min(nvlink, cards * self.chip.card))
 
-        A ring over all ranks (bytes sent: nccl-tests, doc/PERFORMANCE.md); for an all-reduce a tree
-        between nodes, which NCCL prefers.
-        """
-        if self.ranks == 1:
-            return 0.0
-        nodes = ceil(self.ranks / GPUS_PER_NODE)
-        bandwidth = self.chip.nvlink
-        if nodes > 1:
-            bandwidth = min(bandwidth, CARDS_PER_NODE * self.chip.card)
-        sent = size * (self.ranks - 1) / self.ranks
-        if reduced:
-            steps = 2 * (min(self.ranks, GPUS_PER_NODE) - 1) * INSIDE + 2 * log2(nodes) * BETWEEN
-            return CALL + steps + 2 * sent / bandwidth
-        return CALL + (self.ranks - nodes) * INSIDE + (nodes - 1) * BETWEEN + sent / bandwidth
+    def collective(self, size: float) -> float:
+        """Seconds of an all-gather or reduce-scatter of `size` bytes in all; an all-reduce: two."""
+        return self.travels(size * (self.ranks - 1) / self.ranks)
 
-    def hop(self, size: float) -> float:
-        """Seconds of a block on its way to the next rank; between nodes it has one card."""
-        if self.ranks == 1:
-            return 0.0
-        if self.ranks <= GPUS_PER_NODE:
-            return CALL + INSIDE + size / self.chip.nvlink
-        return CALL + BETWEEN + size / min(self.chip.nvlink, self.chip.card)
-
-    def shared(self) -> float:
-        """Seconds of what gather and ring have in common: [A, B, C] and the loss's value."""
-        return self.collective((3 * self.d**2 + 1) * FLOAT, True) + self.collective(2 * FLOAT, True)
-
-    def own(self) -> float:
-        """Bytes of A, B, C, and of the features' gradients, summed in float32 and then rounded."""
-        return 3 * self.d**2 * FLOAT + 2 * self.rows * self.d * (FLOAT + WIDTH)
+    def penalties(self) -> tuple[float, float]:
+        """Seconds of their all-reduce of [A, B, C]; bytes held, and those of the gradients."""
+        grams = 3 * self.d**2 * FLOAT
+        return 2 * self.collective(grams), grams + 2 * self.rows * self.d * (FLOAT + WIDTH)
 
 
 def gather(case: Case) -> tuple[float, float]:
@@ -130,16 +112,11 @@ def gather(case: Case) -> tuple[float, float]:
     """
     batch = case.ranks * case.rows
     columns = batch * case.d
-    transfers = [
-        case.collective(columns * WIDTH),
-        case.shared(),
-        case.collective(2 * batch * FLOAT, True),
-        case.collective(batch * FLOAT, True),
-        case.collective(columns * FLOAT),
-    ]
-    seconds = sum(kernels(case.chip, case.rows, batch, case.d).values()) + sum(transfers)
-    held = columns * (WIDTH + FLOAT) + batch * FLOAT + case.own()
-    return seconds, held + min(case.rows * batch * WIDTH, BLOCK)
+    shared, own = case.penalties()
+    transfers = columns * (WIDTH + FLOAT) + 2 * 3 * batch * FLOAT  # sums are all-reduced
+    seconds = sum(kernels(case.chip, case.rows, batch, case.d).values())
+    held = columns * (WIDTH + FLOAT) + batch * FLOAT + min(case.rows * batch * WIDTH, BLOCK)
+    return seconds + shared + case.collective(transfers), held + own
 
 
 def ring(case: Case) -> tuple[float, float]:
@@ -150,13 +127,13 @@ def ring(case: Case) -> tuple[float, float]:
     """
     block, sums = case.rows * case.d, case.rows * FLOAT
     parts = kernels(case.chip, case.rows, case.rows, case.d)
-    penalties = sum(s for name, s in parts.items() if name.startswith("cyclic"))
-    forward = parts["contrastive_lse"]
-    backward = sum(parts.values()) - penalties - forward
-    step = max(forward, case.hop(block * WIDTH + 2 * sums))
-    step += max(backward, case.hop(block * (WIDTH + FLOAT) + sums))
+    penalties = parts.pop("cyclic_statistics") + parts.pop("cyclic_grads")
+    forward = parts.pop("contrastive_lse")
+    step = max(forward, case.travels(block * WIDTH + 2 * sums, cards=1))
+    step += max(sum(parts.values()), case.travels(block * (WIDTH + FLOAT) + sums, cards=1))
+    shared, own = case.penalties()
     held = 2 * block * WIDTH + 3 * block * FLOAT + 3 * sums + min(case.rows**2 * WIDTH, BLOCK)
-    return penalties + case.shared() + case.ranks * step, held + case.own()
+    return penalties + shared + case.ranks * step, held + own
 
 
 def open_clip(case: Case) -> tuple[float, float]:
@@ -166,7 +143,7 @@ def open_clip(case: Case) -> tuple[float, float]:
     """
     elements, features = case.rows**2 * case.ranks, case.ranks * case.rows * case.d * WIDTH
     seconds = PRODUCTS * 2 * elements * case.d / case.chip.matrix_rate
-    seconds += MOVED * elements / case.chip.memory_bandwidth + 4 * case.collective(features)
+    seconds += MOVED * elements / case.chip.memory_bandwidth + case.collective(4 * features)
     return seconds, HELD * elements + 2 * features
 
 
@@ -179,24 +156,26 @@ WAYS: dict[str, Callable[[Case], tuple[float, float]]] = {
 
 def main(options: argparse.Namespace) -> int:
     """Print the tables."""
-    chip, d = CHIPS[options.chip], options.d
-    print(f"{options.chip}, D = {d}, bfloat16: predicted, not measured.\n")
-    print("Milliseconds on one GPU, at least:\n")
-    alone = []
-    for n in (4096, 8192, 16384, 32768, 65536, 131072):
-        parts = kernels(chip, n, n, d)
-        parts |= {"all": sum(parts.values()), "8 N² D flops": 8 * n**2 * d / chip.matrix_rate}
-        alone.append({"N": n} | {name: 1e3 * seconds for name, seconds in parts.items()})
-    print(table(alone))
-    for rows in (1024, 4096):
-        print(f"\n{rows:,} rows a rank (OpenCLIP: CLIP's loss only, both flags on):\n")
+    d = options.d
+    print(f"D = {d}, bfloat16: predicted, not measured; at least. OpenCLIP: CLIP's loss only.")
+    for name, chip in CHIPS.items():
+        print(f"\n{name}, milliseconds on one GPU:\n")
+        alone = []
+        for n in (4096, 8192, 16384, 32768, 65536, 131072):
+            parts = kernels(chip, n, n, d)
+            parts |= {"all": sum(parts.values()), "8 N² D flops": 8 * n**2 * d / chip.matrix_rate}
+            alone.append({"N": n} | {part: 1e3 * seconds for part, seconds in parts.items()})
+        print(table(alone))
+        print(f"\n{name}, across ranks:\n")
         lines = []
-        for ranks in (8, 16, 64, 256, 1024, 4096):
-            line: dict[str, object] = {"ranks": ranks}
-            for name, way in WAYS.items():
-                seconds, held = way(Case(chip, ranks, rows, d))
-                line[f"{name}: ms"] = 1e3 * seconds if held <= chip.memory else "does not fit"
-                line[f"{name}: memory, MB"] = held / 1e6
-            lines.append(line)
+        for rows in (1024, 4096):
+            for ranks in (8, 16, 64, 256, 1024, 4096):
+                line: dict[str, object] = {"rows a rank": rows, "ranks": ranks}
+                for way, predict in WAYS.items():
+                    seconds, held = predict(Case(chip, ranks, rows, d))
+                    fits = held <= chip.memory
+                    line[f"{way}: ms"] = 1e3 * seconds if fits else "does not fit"
+                    line[f"{way}: MB"] = held / 1e6
+                lines.append(line)
         print(table(lines))
     return 0

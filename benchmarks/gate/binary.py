@@ -7,26 +7,40 @@ import os
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import triton
+from triton.backends.compiler import GPUTarget
 
-# Bytes of shared memory (LDS) that one program may use.
-SHARED_LIMIT = {
-    "sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024,
-    "gfx942": 64 * 1024,
-}  # fmt: skip
-# The matrix instruction that a product of 16-bit operands must come out as.
-MATRIX_INSTRUCTIONS = {
-    "sm_80": r"\bHMMA\b",
-    "sm_86": r"\bHMMA\b",
-    "sm_90": r"\bHGMMA\b",
-    "sm_100": r"\bUTC\w*MMA\b",
-    "gfx942": r"v_mfma_",
+from cyclip_loss.engines import TRITON_FOR_BLACKWELL
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What the kernels are compiled for, and what a binary must keep to."""
+
+    target: GPUTarget
+    shared_limit: int  # bytes of shared memory (LDS) that one program may use
+    matrix_instruction: str  # that a product of 16-bit operands must become, as a pattern
+    first_triton: tuple[int, int] = (3, 4)
+
+
+CHIPS = {
+    "sm_80": Chip(GPUTarget("cuda", 80, 32), 163 * 1024, r"HMMA\b"),
+    "sm_86": Chip(GPUTarget("cuda", 86, 32), 99 * 1024, r"HMMA\b"),
+    "sm_90": Chip(GPUTarget("cuda", 90, 32), 227 * 1024, r"HGMMA\b"),
+    # Older versions fail, and the package does not use them there.
+    "sm_100": Chip(GPUTarget("cuda", 100, 32), 227 * 1024, r"UTC\w*MMA\b", TRITON_FOR_BLACKWELL),
+    # Older versions bring no linker for it.
+    "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 64 * 1024, r"v_mfma_", (3, 5)),
 }
-ANY_MATRIX_INSTRUCTION = r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b|v_mfma_"
+MATRIX_INSTRUCTIONS = re.compile(
+    rf"\b(?:{'|'.join(chip.matrix_instruction for chip in CHIPS.values())})[\w.]*"
+)
+WITH_PRODUCTS = ("contrastive_lse", "contrastive_grads", "cyclic_statistics", "cyclic_grads")
 
 
 @dataclass(frozen=True)
@@ -43,64 +57,78 @@ class Binary:
 
     def faults(self, arch: str, kernel: str, features: str) -> list[str]:
         """Why this binary must not ship."""
-        found = []
+        found, chip = [], CHIPS[arch]
         if self.spilled_bytes:
             found.append(f"spills {self.spilled_bytes} bytes")
-        if self.shared_bytes > SHARED_LIMIT[arch]:
-            found.append(f"{self.shared_bytes} bytes of shared memory, over {SHARED_LIMIT[arch]}")
+        if self.shared_bytes > chip.shared_limit:
+            found.append(f"{self.shared_bytes} bytes of shared memory, over {chip.shared_limit}")
         if not self.fuses:
             found.append("does not fuse multiplications and additions")
         if kernel not in WITH_PRODUCTS:
             return found
-        wanted = MATRIX_INSTRUCTIONS[arch]
+        wanted = chip.matrix_instruction
         is_16_bit_product = kernel.startswith("contrastive") and not features.startswith("float32")
         # Float32 operands are rounded in registers first, so there every wgmma waits for its own.
         if self.serialised and is_16_bit_product:
             found.append("each wgmma waits for the one before it")
-        if is_16_bit_product and not any(
-            re.match(wanted, name) for name in self.matrix_instructions
-        ):
+        if is_16_bit_product and not any(re.match(wanted, n) for n in self.matrix_instructions):
             found.append(f"no {wanted} in a 16-bit product")
         if features != "float32 ieee" and not self.matrix_instructions:
             found.append("no matrix instruction")
         return found
 
 
-WITH_PRODUCTS = ("contrastive_lse", "contrastive_grads", "cyclic_statistics", "cyclic_grads")
-
-
-def read(compiled: Any) -> Binary:
+def inspect(compiled: Any) -> Binary:
     """What `triton.compile` returned."""
-    shared, fuses = compiled.metadata.shared, compiled.metadata.enable_fp_fusion
     if "hsaco" in compiled.asm:
-        assembly = compiled.asm["amdgcn"]
+        assembly, code = compiled.asm["amdgcn"], compiled.asm["hsaco"]
+        registers, spilled = amd_registers(assembly)
+    else:
+        code = compiled.asm["cubin"]
+        usage, assembly = disassemble(code)
+        registers, spilled = nvidia_registers(usage, assembly)
+    return Binary(
+        registers,
+        spilled,
+        compiled.metadata.shared,
+        dict(Counter(MATRIX_INSTRUCTIONS.findall(assembly))),
+        len(code),
+        is_serialised(assembly),
+        compiled.metadata.enable_fp_fusion,
+    )
 
-        def field(name: str) -> int:
-            return max(map(int, re.findall(rf"\.{name}:\s*(\d+)", assembly)), default=0)
 
-        spilled = 4 * (field("vgpr_spill_count") + field("sgpr_spill_count"))
-        spilled = max(spilled, field("private_segment_fixed_size"))
-        counts, size = _count_matrix(assembly), len(compiled.asm["hsaco"])
-        return Binary(field("vgpr_count"), spilled, shared, counts, size, False, fuses)
-    usage, sass = disassemble(compiled)
-    registers = max(map(int, re.findall(r"REG:(\d+)", usage)))
-    # The stack holds what is spilled, LDL and STL read and write it; counted apart, since a stack
-    # that is never touched costs nothing and a local access without a stack would be a surprise.
-    stack = max(map(int, re.findall(r"STACK:(\d+)", usage)))
+def amd_registers(assembly: str) -> tuple[int, int]:
+    """The registers of a thread, and the bytes that it spills."""
+
+    def field(name: str) -> int:
+        return max(map(int, re.findall(rf"\.{name}:\s*(\d+)", assembly)), default=0)
+
+    spilled = 4 * (field("vgpr_spill_count") + field("sgpr_spill_count"))
+    return field("vgpr_count"), max(spilled, field("private_segment_fixed_size"))
+
+
+def nvidia_registers(usage: str, sass: str) -> tuple[int, int]:
+    """The registers of a thread, and the bytes that it spills.
+
+    The stack holds what is spilled; LDL and STL, of any width, read and write it. Both are looked
+    at: a stack that is never touched costs nothing, and a local access without one is no less slow.
+    """
+    registers, stack = (
+        max(map(int, re.findall(rf"{name}:(\d+)", usage))) for name in ("REG", "STACK")
+    )
     local_accesses = len(re.findall(r"\b(?:LDL|STL)\b", sass))
-    spilled = max(stack, 4 * local_accesses) if local_accesses else 0
-    counts, size = _count_matrix(sass), len(compiled.asm["cubin"])
-    return Binary(registers, spilled, shared, counts, size, is_serialised(sass), fuses)
+    return registers, max(stack, 4 * local_accesses) if local_accesses else 0
 
 
-def disassemble(compiled: Any) -> tuple[str, str]:
-    """The resource usage and the assembly of what was compiled for NVIDIA."""
+def disassemble(cubin: bytes) -> tuple[str, str]:
+    """The resource usage and the assembly (SASS) of what was compiled for NVIDIA."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     # cuobjdump finds nvdisasm, its disassembler, on the PATH.
     environment = {**os.environ, "PATH": f"{tool.parent}{os.pathsep}{os.environ.get('PATH', '')}"}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
-        path.write_bytes(compiled.asm["cubin"])
+        path.write_bytes(cubin)
         usage, sass = (
             subprocess.run(
                 [str(tool), option, str(path)],
@@ -114,9 +142,9 @@ def disassemble(compiled: Any) -> tuple[str, str]:
 def is_serialised(sass: str) -> bool:
     """Whether a main loop waits for its last wgmma before the next one begins.
 
-    A loop that keeps the tensor cores busy lets one group be under way: it waits with `gsb0, 0x1`.
-    Main loops are the innermost with products: a persistent kernel's loop over tiles has to wait
-    for its tile's last product.
+    A loop that keeps the tensor cores busy lets one group run on: it waits with `gsb0, 0x1`. Main
+    loops are the innermost with products: a persistent kernel's loop over tiles has to wait for its
+    tile's last product.
     """
     lines = [
         (int(match[1], 16), match[2])
@@ -135,10 +163,3 @@ def is_serialised(sass: str) -> bool:
         if not any(start < first and last < end for first, last in loops)
         for line in body
     )
-
-
-def _count_matrix(assembly: str) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for match in re.finditer(rf"(?:{ANY_MATRIX_INSTRUCTION})[\w.]*", assembly):
-        counts[match.group()] = counts.get(match.group(), 0) + 1
-    return counts

@@ -8,7 +8,7 @@ from multiprocessing import get_context
 from statistics import geometric_mean
 from unittest import mock
 
-from benchmarks.gate import command as gate
+from benchmarks.gate import compile as gate
 from cyclip_loss.kernels.configs import ARCHITECTURES, Config, _cyclic, _gram, _product
 
 LEAST_GAIN = 0.01  # less is noise, and no reason to change what is known to work

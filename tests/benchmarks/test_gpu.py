@@ -11,7 +11,7 @@ import torch
 from conftest import needs_interpreter as interpreted
 from processes import run_python
 
-from benchmarks.gpu import command, suite
+from benchmarks.gpu import sections, suite
 from benchmarks.gpu.candidates import KEYS, winner
 from benchmarks.run import Run
 
@@ -112,11 +112,11 @@ def test_a_failure_and_an_interruption_leave_a_record(
         run.row(n=1)
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(command, "SECTIONS", {"kernels": (fails, 1.0), "sizes": (terminated, 1.0)})
+    monkeypatch.setattr(sections, "SECTIONS", {"kernels": (fails, 1.0), "sizes": (terminated, 1.0)})
     options = {"dry_run": True, "out": tmp_path, "seed": 0, "budget": 100.0, "sections": None}
     before = signal.getsignal(signal.SIGTERM)
     try:
-        assert command.main(Namespace(**options)) == 1
+        assert sections.main(Namespace(**options)) == 1
     finally:
         signal.signal(signal.SIGTERM, before)
     (file,) = tmp_path.glob("*.json")

@@ -1,0 +1,199 @@
+"""Compile every shipped configuration for every architecture, without a GPU, and show the result.
+
+    python -m benchmarks gate [--arch sm_90 ...]
+
+The assembler and disassembler come with Triton's wheel. Exits with 1 if a binary spills registers,
+needs more shared memory than its chip has, multiplies 16-bit numbers without tensor cores or has
+each such instruction of a contrastive kernel wait for the one before it, or does not fuse
+multiplications with additions. The table goes to stdout, the faults to stderr.
+
+What is compiled is what a launch runs: `padded_rows` copies features that are not aligned. The two
+kernels that see D itself are compiled for multiples of 16 and for any D.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import triton
+from triton.compiler import ASTSource
+
+from benchmarks.gate.binary import CHIPS, Binary, inspect
+from benchmarks.record import table
+from cyclip_loss.engines import triton_version
+from cyclip_loss.kernels.configs import ARCHITECTURES, JOIN, PAIRS, SPLITS, SUM, TRACES, Config
+from cyclip_loss.kernels.contrastive_grads import contrastive_grads_kernel
+from cyclip_loss.kernels.contrastive_lse import contrastive_lse_kernel, join_lse_kernel
+from cyclip_loss.kernels.cyclic_grads import cyclic_grads_kernel
+from cyclip_loss.kernels.cyclic_statistics import add_splits_kernel, cyclic_statistics_kernel
+from cyclip_loss.kernels.cyclic_terms import cyclic_terms_kernel, traces_kernel
+from cyclip_loss.kernels.pair_terms import pair_terms_kernel
+from cyclip_loss.kernels.products import scale_grad_kernel
+
+FEATURES = {  # dtype of the features -> Triton's pointer type and the precision of the products
+    "bfloat16": ("*bf16", "tf32"),
+    "float16": ("*fp16", "tf32"),
+    "float32 tf32": ("*fp32", "tf32"),
+    "float32 ieee": ("*fp32", "ieee"),
+}
+# Features and their gradients; int64; every other pointer is to float32.
+OF_FEATURES = {"image", "text", "gradient", "image_grad", "text_grad"}
+IDS = {"row_ids", "column_ids"}
+NUMBERS = {"weight", "weight_inmodal", "weight_crossmodal", "size"}
+INTEGERS = {
+    "n", "m", "d", "features", "image_stride", "text_stride", "gradient_stride", "first_column",
+    "columns", "row_parts", "column_parts", "strip", "length", "split_rows", "splits", "matrices",
+}  # fmt: skip
+NEVER_MULTIPLES = {"matrices"}  # it is 2 or 3
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One binary: a kernel for one architecture, dtype, tile configuration and set of flags."""
+
+    arch: str
+    kernel: str
+    features: str
+    config: Config
+    flags: tuple[tuple[str, Any], ...]
+    not_multiple: str = ""  # an integer that need not be a multiple of 16: D
+
+    @property
+    def label(self) -> str:
+        """The kernel and the flags that are on."""
+        on = [name.lower() for name, value in self.flags if name == "WITH_CROSS" and value]
+        on += ["any D"] if self.not_multiple else []
+        on += ["ids"] if ids_of(self.kernel) - dict(self.flags).keys() else []
+        return f"{self.kernel} ({', '.join(on)})" if on else self.kernel
+
+    def faults(self, made: Binary | str) -> list[str]:
+        """Why what was made of it must not ship."""
+        if isinstance(made, str):
+            return [made]
+        return made.faults(self.arch, self.kernel, self.features)
+
+
+KERNELS = {
+    "contrastive_lse": contrastive_lse_kernel,
+    "join_lse": join_lse_kernel,
+    "pair_terms": pair_terms_kernel,
+    "contrastive_grads": contrastive_grads_kernel,
+    "scale_grad": scale_grad_kernel,
+    "cyclic_statistics": cyclic_statistics_kernel,
+    "add_splits": add_splits_kernel,
+    "traces": traces_kernel,
+    "cyclic_terms": cyclic_terms_kernel,
+    "cyclic_grads": cyclic_grads_kernel,
+}
+
+
+def ids_of(kernel: str) -> set[str]:
+    """The arguments of a kernel that are ids."""
+    return IDS & set(KERNELS[kernel].arg_names)
+
+
+def variants(arch: str) -> Iterator[Variant]:
+    """Every configuration of an architecture, with the flags that cost most."""
+    of_all = "float32 ieee"  # without a product: the same for all dtypes of the features
+    yield _variant(arch, "join_lse", of_all, JOIN)
+    yield _variant(arch, "pair_terms", of_all, PAIRS, SYMMETRIC=True)
+    yield _variant(arch, "scale_grad", of_all, SUM)
+    add_splits = _variant(arch, "add_splits", of_all, SPLITS)
+    traces = _variant(arch, "traces", of_all, TRACES, WITH_CROSS=True)
+    yield from (add_splits, replace(add_splits, not_multiple="features"))
+    yield from (traces, replace(traces, not_multiple="d"))
+    yield _variant(arch, "cyclic_terms", of_all, SUM, WITH_CROSS=True, SEPARATE=True)
+    configs = ARCHITECTURES[arch]
+    flags: dict[str, Any]
+    for features, (pointer, dot) in FEATURES.items():
+        bits = 32 if pointer == "*fp32" else 16
+        for kernel, flags in (
+            ("contrastive_lse", {}),
+            ("contrastive_grads", {"NEEDS_SCALE": True, "SHIFT": 14 * (features == "float16")}),
+        ):
+            flags = {"SYMMETRIC": True, "WIDEN": False, "PRECISION": dot, **flags}
+            config = configs[kernel][bits, dot]
+            yield _variant(arch, kernel, features, config, **flags, **dict.fromkeys(IDS))
+            config = config.with_ids if kernel == "contrastive_grads" else config
+            yield _variant(arch, kernel, features, config, **flags)
+        for cross in (False, True):
+            flags = {"WITH_CROSS": cross, "TF32": dot == "tf32", "PRECISION": dot}
+            config = configs["cyclic_statistics"][32, dot]
+            yield _variant(arch, "cyclic_statistics", features, config, **flags)
+            flags |= {"NEEDS_IMAGE": True, "NEEDS_TEXT": True}
+            config = configs["cyclic_grads"][32, dot]
+            yield _variant(arch, "cyclic_grads", features, config, **flags)
+
+
+def _variant(arch: str, kernel: str, features: str, config: Config, **flags: Any) -> Variant:
+    return Variant(arch, kernel, features, config, tuple(flags.items()))
+
+
+def source(variant: Variant) -> ASTSource:
+    """The kernel with the types of its arguments, as a launch would have it."""
+    kernel = KERNELS[variant.kernel]
+    constants = {**dict(variant.flags), **variant.config.tile}
+    signature, attributes = {}, {}
+    for parameter in kernel.params:
+        name = parameter.name
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in NUMBERS:
+            signature[name] = "fp32"
+        elif name in INTEGERS:
+            signature[name] = "i32"
+        elif name in IDS:
+            signature[name] = "*i64"
+        else:
+            signature[name] = FEATURES[variant.features][0] if name in OF_FEATURES else "*fp32"
+        looks = not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
+        may_be_multiple = signature[name] == "i32" or signature[name].startswith("*")
+        if looks and may_be_multiple and name not in {*NEVER_MULTIPLES, variant.not_multiple}:
+            attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def build(variant: Variant) -> Binary | str:
+    """Compile one variant; the compiler's complaint if it does not compile."""
+    target = CHIPS[variant.arch].target
+    try:
+        options = variant.config.options
+        return inspect(triton.compile(source(variant), target=target, options=options))
+    except Exception as error:
+        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
+
+
+def row(variant: Variant, made: Binary | str) -> dict[str, Any]:
+    """A line of the table."""
+    config = variant.config
+    tile = " x ".join(str(size) for name, size in config.tile.items() if name != "GROUP")
+    line = {"arch": variant.arch, "kernel": variant.label, "features": variant.features}
+    line |= {"tile": tile, "warps": config.num_warps, "stages": config.num_stages}
+    if isinstance(made, str):
+        return line | {"registers": f"does not compile: {made}"}
+    matrix = ", ".join(f"{n} {name}" for name, n in made.matrix_instructions.items())
+    line |= {"registers": made.registers, "spilled bytes": made.spilled_bytes}
+    line |= {"shared KB": round(made.shared_bytes / 1024), "matrix instructions": matrix or "none"}
+    return line | {"binary KB": round(made.size_bytes / 1024)}
+
+
+def main(options: argparse.Namespace) -> int:
+    """Compile, print the table and the faults; 1 if there are any."""
+    chosen = options.arch or [a for a in CHIPS if triton_version() >= CHIPS[a].first_triton]
+    if unknown := [arch for arch in chosen if arch not in CHIPS]:
+        print(f"--arch {' '.join(unknown)}: choose from {', '.join(CHIPS)}", file=sys.stderr)
+        return 2
+    everything = [variant for arch in chosen for variant in variants(arch)]
+    rows, faults = [], []
+    with ProcessPoolExecutor() as pool:
+        for variant, made in zip(everything, pool.map(build, everything), strict=True):
+            rows.append(row(variant, made))
+            name = f"{variant.arch} {variant.label} {variant.features}"
+            faults += [f"FAULT {name}: {fault}" for fault in variant.faults(made)]
+            print(f"\rcompiled {len(rows)} of {len(everything)}", end="", file=sys.stderr)
+    print(f"Compiled with Triton {triton.__version__}\n\n{table(rows)}")
+    print("", *faults, sep="\n", file=sys.stderr)
+    return 1 if faults else 0

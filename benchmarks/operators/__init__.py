@@ -1,1 +1,0 @@
-"""One version of the operators against another, by pytest-benchmark."""

@@ -1,0 +1,139 @@
+"""What the compile gate refuses, and that launches use only binaries that it compiles."""
+
+from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+from processes import run_python
+
+pytest.importorskip("triton")
+
+from benchmarks.gate import compile as gate
+from benchmarks.gate.binary import Binary, is_serialised, nvidia_registers
+
+# Main loops as cuobjdump prints them (Triton 3.9, sm_90; only products, waits and jumps are shown).
+# In a persistent kernel, a loop over tiles contains the main loop and waits for its last product.
+LOOP = """
+        /*12b0*/                   HGMMA.64x128x16.F32.BF16 R88, gdesc[UR16], R88 ;
+        /*13a0*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24, gsb0 ;
+        /*13d0*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*1650*/              @!P0 BRA 0xf60 ;
+        /*1660*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+"""
+PERSISTENT = LOOP + "        /*2000*/              @!P1 BRA 0x0a00 ;\n"
+
+
+@pytest.mark.parametrize("sass", [LOOP, PERSISTENT])
+def test_serialised_products_are_detected(sass: str) -> None:
+    assert not is_serialised(sass)
+    assert is_serialised(sass.replace("gsb0, 0x1", "gsb0, 0x0"))
+
+
+@pytest.mark.parametrize(
+    ("instruction", "stack", "spilled"),
+    [
+        ("STL.64 [R1+0x8], R4", 16, 16),
+        ("@P0 LDL R3, [R1]", 16, 16),
+        ("LDL.LU.128 R4, [R1]", 0, 4),
+        ("STG.E.64 [R2], R4", 16, 0),  # a stack that nothing touches
+    ],
+)
+def test_spills_are_counted(instruction: str, stack: int, spilled: int) -> None:
+    usage = f"Function kernel:\n REG:200 STACK:{stack} SHARED:0 LOCAL:0 CONSTANT[0]:608"
+    sass = f"        /*0120*/                   {instruction} ;\n{LOOP}"
+    assert nvidia_registers(usage, sass) == (200, spilled)
+
+
+CLEAN = Binary(
+    registers=200,
+    spilled_bytes=0,
+    shared_bytes=1024,
+    matrix_instructions={"HGMMA.64x256x16.F32.BF16": 4},
+    size_bytes=1000,
+    serialised=False,
+    fuses=True,
+)
+
+
+@pytest.mark.parametrize(
+    ("made", "fault"),
+    [
+        (CLEAN, None),
+        (replace(CLEAN, spilled_bytes=8), "spills 8 bytes"),
+        (replace(CLEAN, shared_bytes=227 * 1024 + 1), "shared memory"),
+        (replace(CLEAN, matrix_instructions={"HMMA.16816.F32.BF16": 4}), "HGMMA"),
+        (replace(CLEAN, matrix_instructions={}), "no matrix instruction"),
+        (replace(CLEAN, serialised=True), "waits for the one before it"),
+        (replace(CLEAN, fuses=False), "does not fuse"),
+        ("CompilationError: unknown type", "CompilationError: unknown type"),
+    ],
+)
+def test_each_fault_is_reported(
+    made: Binary | str, fault: str | None, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """In the last lines, and by the exit code."""
+    variants = list(gate.variants("sm_90"))
+    variant = next(v for v in variants if (v.kernel, v.features) == ("contrastive_lse", "bfloat16"))
+    monkeypatch.setattr(gate, "ProcessPoolExecutor", ThreadPoolExecutor)
+    monkeypatch.setattr(gate, "variants", lambda arch: [variant])
+    monkeypatch.setattr(gate, "build", lambda variant: made)
+    assert gate.main(Namespace(arch=["sm_90"])) == (0 if fault is None else 1)
+    printed = capsys.readouterr()
+    assert "| sm_90 | contrastive_lse" in printed.out
+    faults = [line for line in printed.err.splitlines() if line.startswith("FAULT sm_90")]
+    assert faults == [] if fault is None else fault in "".join(faults)
+
+
+def test_the_gate_compiles_what_is_launched() -> None:
+    """Launches have the argument types and divisibilities that the gate compiles for.
+
+    In a separate process, because nothing can be compiled where the interpreter is on.
+    """
+    code = """
+import sys, torch
+sys.path.append("tests")
+from launches import leaves, no_device
+from cyclip_loss import CyCLIPLoss
+from benchmarks.gate import compile as gate
+
+def described(signature, attributes):
+    names = list(signature)
+    multiples = {names[path[0]] for path, found in attributes.items() if found}
+    return {name: (kind, name in multiples) for name, kind in signature.items()}
+
+for features, dtype in (("bfloat16", torch.bfloat16), ("float32 ieee", torch.float32)):
+    gated = [
+        (gate.KERNELS[v.kernel].fn.__name__, described(s.signature, s.attrs))
+        for v in gate.variants("sm_90") if v.features in (features, "float32 ieee")
+        for s in [gate.source(v)]
+    ]
+    with no_device() as (_, binaries):
+        loss = CyCLIPLoss(0.5, 0.25, impl="triton")
+        for d, ids in ((64, None), (70, None), (64, torch.arange(4096))):
+            sum(loss(*leaves(4096, d, dtype), ids=ids, output_dict=True).values()).backward()
+    for launched in binaries.values():
+        name = launched["kernel"].split(".")[-1]
+        description = described(launched["signature"], launched["configs"][0])
+        print(features, name, (name, description) in gated, description)
+"""
+    run = run_python("-c", code, interpreted=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    lines = run.stdout.splitlines()
+    assert len(lines) == 28
+    for line in lines:
+        assert " True " in line, line
+
+
+@pytest.mark.slow
+def test_shipped_configurations_compile_without_spills() -> None:
+    """The largest kernel, in bfloat16. `.ci/run` compiles all, for two architectures."""
+    code = """
+from benchmarks.gate.compile import build, variants
+for variant in variants("sm_90"):
+    if variant.features == "bfloat16" and variant.label.startswith("contrastive_grads"):
+        print(variant.faults(build(variant)))
+"""
+    run = run_python("-c", code, interpreted=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout == "[]\n" * 2

@@ -1,0 +1,78 @@
+"""How many kernels a step launches, and that no batch makes Triton compile again."""
+
+import pytest
+from processes import run_python
+
+LAUNCHES = """
+import sys, torch
+sys.path.append("tests")
+from launches import count, leaves, no_device
+from cyclip_loss import CyCLIPLoss, reference
+"""
+
+
+def without_interpreter(code: str) -> list[str]:
+    """The lines printed in a new process in which kernels are compiled, not interpreted."""
+    run = run_python("-W", "ignore", "-c", LAUNCHES + code, interpreted=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout.splitlines()
+
+
+def test_no_batch_makes_triton_compile_again() -> None:
+    """Sizes, strides, bases and views of any alignment use the binaries of two aligned batches."""
+    code = """
+loss = CyCLIPLoss(0.5, 0.25, impl="triton")
+
+def step(*inputs, ids=None):
+    loss(*(x.requires_grad_() for x in inputs), ids=ids).backward()
+
+def shifted(x, by):
+    # The same values, `by` elements behind an aligned base.
+    moved = x.detach().new_empty(x.numel() + by)[by:].view(x.shape)
+    return moved.copy_(x.detach())
+
+def wide(x, columns):
+    # Rows further apart.
+    return x.detach().new_empty(len(x), x.shape[1] + columns)[:, : x.shape[1]].copy_(x.detach())
+
+for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for d in (64, 70):
+        with no_device() as (_, binaries):
+            for n in (64, 4096):
+                step(*leaves(n, d, dtype))
+                step(*leaves(n, d, dtype), ids=torch.arange(n))
+            known = set(binaries)
+            for n in (1, 2, 16, 63, 255, 257, 1000, 2049, 4099):
+                image, text, scale = (x.detach() for x in leaves(n, d, dtype))
+                step(image, text, scale)
+                step(shifted(image, 1), shifted(text, 3), shifted(scale, 1))
+                step(wide(image, 1), wide(text, 16), shifted(scale, 2))
+                step(image, text, scale, ids=shifted(torch.arange(n), 1))
+                step(image.T.contiguous().T, text[:1].expand(n, d), scale)
+        print(dtype, d, len(known), sorted(set(binaries) - known))
+"""
+    lines = without_interpreter(code)
+    assert len(lines) == 6
+    for line in lines:
+        assert line.endswith(" []"), line
+        assert int(line.split()[2]) >= 9, line
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_few_launches(dtype: str) -> None:
+    """At most 16 for the whole loss and 10 without penalties; the dense formula takes over 60."""
+    code = f"""
+losses = {{lambdas: CyCLIPLoss(*lambdas, impl="triton") for lambdas in ((.25, .25), (.5, .25), (0, 0))}}
+losses["dense"] = lambda *inputs: sum(reference.cyclip_loss(*inputs).values())
+for n, d in ((64, 128), (1000, 256), (3000, 512), (8192, 128)):
+    for name, loss in losses.items():
+        if name != "dense" or n < 2000:
+            print(n, d, len(count(loss, n, d, torch.{dtype})), name, sep="|")
+"""
+    lines = [line.split("|") for line in without_interpreter(code)]
+    assert len(lines) == 14
+    for n, d, launches, name in lines:
+        if name == "dense":
+            assert int(launches) > 60
+        else:
+            assert 0 < int(launches) <= (10 if name == "(0, 0)" else 16), (n, d, launches, name)

@@ -1,0 +1,93 @@
+"""What a training step launches, counted without a GPU.
+
+At the sizes people train at, a step is 20 to 200 microseconds of matrix products. Each launch costs
+about one of them on the device, and several of Python on the host.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from inputs import Case
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from cyclip_loss import kernels
+from cyclip_loss.kernels import configs
+
+# Besides views: operators that allocate, or that make or read a number on the CPU.
+NO_KERNEL = {
+    "empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "_unsafe_view",
+    "scalar_tensor", "_local_scalar_dense", "lift_fresh",
+}  # fmt: skip
+
+
+class PyTorchLaunches(TorchDispatchMode):
+    """The names of the operators that launch a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in NO_KERNEL:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@lru_cache
+def h100() -> Any:
+    """A driver for Triton that says it is one; the same in each call, for Triton's caches."""
+    return SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda target=GPUTarget("cuda", 90, 32): target,
+    )
+
+
+@contextmanager
+def no_device() -> Iterator[tuple[list[str], dict[str, dict[str, Any]]]]:
+    """The Triton engine on CPU tensors. Launches are noted and not made: results are garbage.
+
+    Yields the names of the kernels launched, and how Triton describes each binary that it would
+    compile. Not under the interpreter.
+    """
+    names: list[str] = []
+    binaries: dict[str, dict[str, Any]] = {}
+
+    def note(*, key: str, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        names.append(fn.name)
+        binaries[f"{fn.name} {key}"] = {"kernel": fn.name, **compile}
+        return True  # nothing to compile or launch
+
+    driver.set_active(h100())
+    with (
+        mock.patch.object(triton.knobs.runtime, "jit_cache_hook", note),
+        mock.patch.object(kernels, "INTERPRETED", True),
+        mock.patch.object(configs, "_architecture", return_value="sm_90"),
+    ):
+        yield names, binaries
+
+
+def leaves(n: int, d: int, dtype: torch.dtype) -> list[Tensor]:
+    """Features and a logit scale that require gradients."""
+    return [tensor.requires_grad_() for tensor in Case(n, d, dtype).inputs("cpu")]
+
+
+def count(loss: Callable[..., Tensor], n: int, d: int, dtype: torch.dtype) -> list[str]:
+    """The launches of one step, by name, but for those of a module's first call only."""
+    inputs = leaves(n, d, dtype)
+    with no_device() as (triton_names, _):
+        loss(*inputs)
+        triton_names.clear()
+        with PyTorchLaunches() as counter:
+            loss(*inputs).backward()
+    return [*counter.names, *triton_names]
