@@ -6,8 +6,8 @@ from importlib import import_module
 from .command_line import run
 
 COMMANDS = {
-    "pretrain": ".pretrain.command",
-    "evaluate": ".evaluate.command",
+    "pretrain": ".pretrain.pretrain",
+    "evaluate": ".evaluate.evaluate",
     "report": ".evaluate.report",
 }
 
@@ -15,7 +15,7 @@ COMMANDS = {
 def main(argv: Sequence[str]) -> None:
     """A command of `COMMANDS`, or else the demonstration; imported only when asked for."""
     named = bool(argv) and argv[0] in COMMANDS
-    module = import_module(COMMANDS[argv[0]] if named else ".demo.command", __package__)
+    module = import_module(COMMANDS[argv[0]] if named else ".demo.demo", __package__)
     module.main(argv[1:] if named else argv)
 
 

@@ -3,7 +3,9 @@
 import argparse
 import math
 import os
+import re
 import sys
+import tarfile
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -33,8 +35,11 @@ def is_first(rank: str) -> bool:
 
 
 def first_line(error: object) -> str:
-    """What an error says, cut to one line."""
-    return (str(error) or type(error).__name__).partition("\n")[0].rstrip(":")
+    """What an error says, cut to one line, without the open files that Pillow and others show."""
+    # WebDataset adds to the arguments of an error, which makes a tuple of its message
+    said = str(error.args[0] if isinstance(error, tarfile.TarError) and error.args else error)
+    said = re.sub(r"( @)? <_io\.[^>]*>", "", said)
+    return (said or type(error).__name__).partition("\n")[0].rstrip(":")
 
 
 def say(message: object) -> None:

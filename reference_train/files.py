@@ -47,15 +47,19 @@ def new_folder(path: Path) -> Iterator[Path]:
 def check_writable(folder: Path) -> None:
     """Raises `CannotStart` if a folder (of --out) can't be made or written; makes nothing."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise CannotStart(f"--out: {folder} can't be written: {there} is no folder to write to")
+    try:  # some folders only look as if they could be written to: /proc, for example
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        why = f"{there} is no folder to write to"
+        raise CannotStart(f"--out: {folder} can't be written: {why}") from error
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, wait: bool = False) -> Iterator[None]:
     """Makes a folder, for one process at a time; the end of the process, too, frees it.
 
-    Raises `CannotStart` if another process has it, or it can't be written.
+    Raises `CannotStart` if another process has it and wait is false, or it can't be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +71,7 @@ def locked(folder: Path) -> Iterator[None]:
             import fcntl
 
             # a record lock: forked children, which may outlive this process, don't have it
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except (BlockingIOError, PermissionError) as error:
             taken = "another process is at work there: choose another --name"
             raise CannotStart(f"{folder}: {taken}") from error

@@ -59,7 +59,7 @@ def read_emoji(folder: Path = EMOJI_FOLDER) -> EmojiSet:
     concepts: dict[Concept, int] = {}
     images, drawn, styles = [], [], []
     for style in ALL_STYLES:
-        for image, name, info in read_samples([str(folder / f"{style}.tar.xz")]):
+        for _, image, name, info in read_samples([str(folder / f"{style}.tar.xz")]):
             kind, split = info["subgroup"].replace("-", " "), info["split"]
             keywords = tuple(info["keywords"])
             concept = Concept(info["concept"], name, keywords, info["group"], kind, split)

@@ -3,9 +3,11 @@
 import io
 import json
 import lzma
+import os
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
+from itertools import groupby, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,10 +17,14 @@ from PIL import Image
 
 from ..command_line import CannotStart, first_line
 
+IMAGES = ("png", "jpg", "jpeg", "webp")
+COMPRESSION = (lzma.LZMAError, zlib.error)  # what a damaged archive raises
+
 
 class Sample(NamedTuple):
     """One image with its caption, as the tar file has it."""
 
+    key: str  # its files' name
     image: bytes  # an encoded image
     caption: str
     info: dict[str, Any]  # the sample's json, if it has one
@@ -29,16 +35,47 @@ def read_samples(shards: Sequence[str]) -> Iterator[Sample]:
 
     Raises `CannotStart` for a shard that isn't there or can't be read.
     """
-    try:
-        for sample in wds.DataPipeline(wds.SimpleShardList(list(shards)), wds.tarfile_to_samples()):
-            image = next((sample[e] for e in ("png", "jpg", "jpeg", "webp") if e in sample), None)
-            if image is not None and "txt" in sample:
-                info = json.loads(sample["json"]) if "json" in sample else {}
-                yield Sample(image, sample["txt"].decode().strip(), info)
-    except FileNotFoundError as error:
-        raise CannotStart(f"no such shard: {error.filename}") from error
-    except (OSError, EOFError, tarfile.TarError, lzma.LZMAError, zlib.error) as error:
-        raise CannotStart(f"a shard can't be read: {first_line(error)}") from error
+    for shard in shards:
+        pipeline = wds.DataPipeline(wds.SimpleShardList([shard]), wds.tarfile_to_samples())
+        try:
+            for sample in pipeline:
+                image = next((sample[e] for e in IMAGES if e in sample), None)
+                if image is not None and "txt" in sample:
+                    info = json.loads(sample["json"]) if "json" in sample else {}
+                    caption = sample["txt"].decode().strip()
+                    yield Sample(sample["__key__"], image, caption, info)
+        except FileNotFoundError as error:
+            raise CannotStart(f"no such shard: {shard}") from error
+        except (OSError, EOFError, ValueError, tarfile.TarError, *COMPRESSION) as error:
+            raise CannotStart(f"{shard}: can't be read: {first_line(error)}") from error
+
+
+def count_pairs(shard: str, most: int) -> int:
+    """How many samples with image and caption a tar file has, or `most`: only headers are read."""
+
+    def files() -> Iterator[tuple[str, str]]:
+        """Name and extension of each; those before the place where the shard is broken."""
+        try:
+            with tarfile.open(shard) as tar:
+                for member in tar:
+                    folder, _, base = member.name.rpartition("/")
+                    stem, _, extension = base.partition(".")
+                    yield f"{folder}/{stem}", extension.lower()
+        except (OSError, EOFError, tarfile.TarError, *COMPRESSION):
+            return
+
+    samples = ({e for _, e in of} for _, of in groupby(files(), key=lambda file: file[0]))
+    pairs = (sample for sample in samples if "txt" in sample and not sample.isdisjoint(IMAGES))
+    return sum(1 for _ in islice(pairs, most))
+
+
+def ends_early(shard: str) -> bool:
+    """Whether a tar file lacks the zeros at its end; not known of a compressed or a remote one."""
+    if not shard.endswith(".tar") or not os.path.isfile(shard):
+        return False
+    with open(shard, "rb") as file:
+        file.seek(max(0, os.path.getsize(shard) - 1024))
+        return file.read() != bytes(1024)
 
 
 def decode(image: bytes, size: int) -> npt.NDArray[np.uint8]:

@@ -1,8 +1,6 @@
 """OpenCLIP checkpoints: found, loaded, and encoding images and texts."""
 
-import ast
 import logging
-import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from ..command_line import CannotStart
 from ..pretrain.presets import register_models
+from ..pretrain.runs import PARAMETERS, load_checkpoint, read_parameters, without_wrappers
 from .datasets import Images, Unreadable, Unusable
 
 TEXTS_AT_A_TIME = 1024
@@ -95,29 +94,6 @@ def checkpoint_file(path: Path) -> Path:
             if file.is_file():
                 return file
     raise CannotStart(f"no checkpoint at {path}")
-
-
-PARAMETERS = "params.txt"  # the settings of a run of OpenCLIP's trainer
-
-
-def read_parameters(path: Path) -> dict[str, Any]:
-    """A params.txt, `name: value` a line."""
-    parameters: dict[str, Any] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        name, _, value = line.partition(": ")
-        try:
-            parameters[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            parameters[name] = value
-    return parameters
-
-
-def without_wrappers(state: dict[str, Any]) -> dict[str, Any]:
-    """Weights by the model's own names: less what DDP and torch.compile put before them."""
-    return {
-        re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", "")): value
-        for name, value in state.items()
-    }
 
 
 @dataclass
@@ -225,13 +201,12 @@ def load(checkpoint: Checkpoint, device: torch.device, **feeding: Any) -> Clip:
         context = checkpoint.arguments.get("force_context_length")
         tokenizer = open_clip.get_tokenizer(name, context_length=context)
         if path is not None:
-            read: Any = load_file
-            if path.suffix != ".safetensors":
-                read = partial(torch.load, map_location="cpu", weights_only=True)
-            content = read(path)
+            content = (load_file if path.suffix == ".safetensors" else load_checkpoint)(path)
             epoch = content.get("epoch")
             model.load_state_dict(without_wrappers(content.get("state_dict", content)))
     except Exception as error:  # whatever OpenCLIP and PyTorch raise for other weights
+        if isinstance(error, CannotStart):
+            raise
         said = " ".join(str(error).split())[:300]
         raise CannotStart(f"{path or checkpoint.tag} as {name}: {said}") from error
     finally:

@@ -1,5 +1,5 @@
-"""What OpenCLIP's loading of WebDatasets lacks: losses are counted, `--seed` fixes the order of the
-pairs, and a worker whose shards make no batch is an error.
+"""What OpenCLIP's loading of WebDatasets lacks: lost pairs are counted, `--seed` fixes the order of
+the pairs, and a worker whose shards make no batch is an error.
 
 OpenCLIP logs "Ignoring" for a shard or a picture that can't be read, shuffles by time and process
 number, and waits for ever for a worker that has fewer pairs than a batch.
@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from ..command_line import Stopped, first_line
+from ..data.samples import ends_early
 
 SHOWN = 5  # shards in a message
 
@@ -26,17 +27,31 @@ class NoBatch(Stopped):
     """A worker has read all of its shards and made no batch of them."""
 
 
-class Losses:
-    """What could not be read, by shard: counted in worker processes, asked for in the main one."""
+class LostPairs:
+    """What could not be read, by shard: counted in worker processes, asked for in the main one.
 
-    def __init__(self, shards: Sequence[str]) -> None:
+    epochs: OpenCLIP's shared number of the epoch. A worker may read its shards again in it.
+    """
+
+    def __init__(self, shards: Sequence[str], epochs: Any) -> None:
         # OpenCLIP 4 drops the shard's name before it decodes pictures.
-        self.shards = [*shards, "shards unknown"]
+        self.shards, self.epochs = [*shards, "shards unknown"], epochs
         self.counts = multiprocessing.Array("q", 2 * len(self.shards))  # pairs, then shards
         self.told: set[str] = set()
+        self.epoch, self.counted = -1, set[tuple[str, str]]()
 
-    def add(self, shard: str, *, pairs: int = 0, shards: int = 0, why: object = "") -> None:
-        """Counts pairs that are lost, or a shard that ended early; logs the first of a shard."""
+    def add(
+        self, shard: str, part: str, *, pairs: int = 0, shards: int = 0, why: object = ""
+    ) -> None:
+        """Counts pairs that are lost, or a shard that ended early; logs the first of a shard.
+
+        part: the pair's key, or what else is lost; counted once an epoch.
+        """
+        if (epoch := self.epochs.get_value()) != self.epoch:
+            self.epoch, self.counted = epoch, set()
+        if (shard, part) in self.counted:
+            return
+        self.counted.add((shard, part))
         i = self.shards.index(shard if shard in self.shards else "shards unknown")
         with self.counts.get_lock():
             self.counts[i] += pairs
@@ -71,29 +86,33 @@ def call(stage: Any, source: Any, **options: Any) -> Iterator[Any]:
     return stage.f(source, *stage.args, **{**stage.kw, **options})
 
 
-def read(stage: Any, losses: Losses, sizes: Mapping[str, int], shards: Any) -> Iterator[Any]:
-    """The stage from shards to samples; goes on with the next shard where one can't be read."""
+def read_shards(
+    stage: Any, lost: LostPairs, sizes: Mapping[str, int], shards: Any
+) -> Iterator[Any]:
+    """The stage from shards to samples; skips to the next shard where one can't be read."""
     for shard in shards:
         url, samples = shard["url"], 0
-        errors: list[Exception] = []
+        errors: list[object] = []
         # its result, None, ends the shard, but keeps the sample before
         for sample in call(stage, iter([shard]), handler=errors.append):
             samples += 1
             yield sample
-        if errors:
-            losses.add(url, shards=1, why=errors[0])
         # A tar that was cut between two files ends without an error.
         if (missing := sizes.get(url, 0) - samples) > 0:
-            losses.add(url, pairs=missing, why=f"{missing} pairs of it are missing")
+            lost.add(url, "(missing)", pairs=missing, why=f"{missing} pairs of it are missing")
+        elif url not in sizes and ends_early(url):
+            errors.append("it has no end: cut short")
+        if errors:
+            lost.add(url, "(end)", shards=1, why=errors[0])
 
 
-def decode(stage: Any, losses: Losses, samples: Iterator[dict[str, Any]]) -> Iterator[Any]:
+def decode(stage: Any, lost: LostPairs, samples: Iterator[dict[str, Any]]) -> Iterator[Any]:
     """A stage that decodes; leaves out the samples for which it can't."""
     for sample in samples:
         errors: list[Exception] = []
         yield from call(stage, iter([sample]), handler=errors.append)
         if errors:
-            losses.add(sample.get("__url__", ""), pairs=1, why=errors[0])
+            lost.add(sample.get("__url__", ""), sample["__key__"], pairs=1, why=errors[0])
 
 
 def shuffle(stage: Any, epochs: Any, seed: str, passes: Counter[int], samples: Any) -> Any:
@@ -116,22 +135,22 @@ def not_none(batches: Iterator[Any]) -> Iterator[Any]:
         raise NoBatch
 
 
-def watch(info: Any, args: Namespace, sizes: Mapping[str, int], train: bool) -> Losses:
-    """Replaces stages in OpenCLIP's `DataInfo` of a WebDataset; returns what counts its losses.
+def watch(info: Any, args: Namespace, sizes: Mapping[str, int], train: bool) -> LostPairs:
+    """Replaces stages in OpenCLIP's `DataInfo` of a WebDataset; returns what counts lost pairs.
 
     sizes: path of a shard -> how many pairs it has, where that is known.
     """
     stages = info.dataloader.pipeline[0].dataset.pipeline
-    losses = Losses(list(getattr(stages[0], "urls", [])))
+    lost = LostPairs(getattr(stages[0], "urls", []), info.shared_epoch)
     for i, stage in enumerate(stages):
         name = getattr(getattr(stage, "f", stage), "__name__", "")
         if name in ("tarfile_to_samples_nothrow", "tarfile_samples"):
-            stages[i] = partial(read, stage, losses, sizes)
+            stages[i] = partial(read_shards, stage, lost, sizes)
         elif name == "_shuffle":
             seed = f"{args.seed} {args.rank}"
             stages[i] = partial(shuffle, stage, info.shared_epoch, seed, Counter())
         elif "handler" in getattr(stage, "kw", {}):
-            stages[i] = partial(decode, stage, losses)
+            stages[i] = partial(decode, stage, lost)
     if train:
         stages.append(not_none)
-    return losses
+    return lost

@@ -1,15 +1,21 @@
 """The tar files of a WebDataset: which there are, how many pairs they hold, and if that will do."""
 
+import hashlib
+import io
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from braceexpand import braceexpand
+from PIL import Image
 
-from ..command_line import CannotStart
-from ..data.samples import read_samples
+from ..command_line import CannotStart, first_line
+from ..data.samples import count_pairs, ends_early, read_samples
+
+SHOWN = 5  # pictures in a message
 
 
 def find(data: str, part: str, needed: bool = True) -> str:
@@ -39,11 +45,20 @@ def expand(data: str) -> list[str]:
     return [path for pattern in data.split("::") for path in braceexpand(pattern)]
 
 
-def check(argument: str, shards: Sequence[str], whole: bool) -> dict[str, int]:
+def fingerprint(shards: Sequence[str]) -> str:
+    """A name for these shards by their own names and sizes, wherever their folder is."""
+    files = [
+        f"{Path(shard).name} {Path(shard).stat().st_size}" if os.path.isfile(shard) else shard
+        for shard in shards
+    ]
+    return f"{len(shards)} shards, {hashlib.sha256(repr(files).encode()).hexdigest()[:12]}"
+
+
+def check(argument: str, shards: Sequence[str], held_out: bool) -> dict[str, int]:
     """How many pairs each shard has, where sizes.json or img2dataset's *_stats.json says it.
 
-    Raises `CannotStart` unless local shards are there, and the first has pairs; whole: unless each
-    can be read to its end, and has as many pairs as it should.
+    Raises `CannotStart` unless local shards are there, and the first has pairs; held_out: unless
+    each can be read to its end, every picture of it, and has as many pairs as it should.
     """
     if any("://" in path or path.startswith("pipe:") for path in shards):
         return {}
@@ -64,11 +79,30 @@ def check(argument: str, shards: Sequence[str], whole: bool) -> dict[str, int]:
                 known[shard] = int(json.loads(path.read_text())["successes"])
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise CannotStart(f"{path}: says no numbers of pairs: {error!r}") from error
-    for shard in shards if whole else ():
-        pairs = sum(1 for _ in read_samples([shard]))
+    if held_out:
+        check_whole(argument, shards, known)
+    return known
+
+
+def check_whole(argument: str, shards: Sequence[str], known: Mapping[str, int]) -> None:
+    """Raises `CannotStart` if shards are cut short, or hold pictures that can't be decoded."""
+    broken = []
+    for shard in shards:
+        pairs = 0
+        for sample in read_samples([shard]):
+            pairs += 1
+            try:
+                with Image.open(io.BytesIO(sample.image)) as image:
+                    image.convert("RGB")
+            except Exception as error:  # Pillow says SyntaxError of a broken PNG, for example
+                broken.append(f"{shard}, {sample.key}: {first_line(error)}")
         if pairs < known.get(shard, 0):
             raise CannotStart(f"{argument}: {shard} holds {pairs} of {known[shard]} pairs")
-    return known
+        if shard not in known and ends_early(shard):
+            raise CannotStart(f"{argument}: {shard} is cut short after {pairs} pairs")
+    if broken:
+        named = "; ".join(broken[:SHOWN]) + f"; {len(broken) - SHOWN} more" * (len(broken) > SHOWN)
+        raise CannotStart(f"{argument}: {len(broken)} pictures can't be read: {named}")
 
 
 def check_shared(
@@ -76,15 +110,19 @@ def check_shared(
 ) -> None:
     """Raises `CannotStart` if a worker may get no shard, or fewer pairs than its batch.
 
-    OpenCLIP gives each worker of each rank every so-manyth shard, in an order that changes with the
-    epoch, and waits for ever for one whose shards make no batch.
+    OpenCLIP gives worker i of k every k-th shard from the i-th on, in an order that changes with
+    the epoch, and waits for ever for a worker whose shards make no batch.
     """
     each = len(shards) // (workers * ranks)
     if not each:
         of = f"{workers * ranks} workers (--workers × ranks)"
         raise CannotStart(f"--data has {len(shards)} shards for {of}: each needs one")
-    fewest = sum(sorted(known.values())[:each])
-    if len(known) == len(shards) and fewest < batch:
+    local = [shard for shard in shards if shard in known or os.path.isfile(shard)]
+    # of a shard nobody has counted, no more than a batch
+    pairs = [known[s] if s in known else count_pairs(s, batch) for s in local]
+    fewest = sum(sorted(pairs)[:each])
+    if len(pairs) == len(shards) and fewest < batch:
         why = f"its {each} of {len(shards)} shards may hold {fewest} pairs and its batch is {batch}"
-        take = f"fewer --workers (now {workers}), a smaller batch or more pairs in a shard"
+        fewer = f"fewer --workers (now {workers}), " * (workers > 1)
+        take = f"{fewer}a smaller batch or more pairs in a shard"
         raise CannotStart(f"--data: a worker would wait for ever, as {why}: take {take}")

@@ -7,8 +7,8 @@ import logging
 import math
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from cyclip_loss.metrics import consistency_metrics
 
 from ..command_line import Stopped, first_line
-from ..evaluate.checkpoints import without_wrappers
 from ..files import written_whole
 from .loading import NoBatch, watch
+from .runs import without_wrappers
 
 LOSS = "clip_val_loss"  # OpenCLIP's name for the contrastive loss on the validation's batches
 BEST = "best.pt"
@@ -28,16 +28,28 @@ COLLAPSED = -0.05  # uniformity; runs that had learned nothing were at -0.02 and
 Function = Callable[..., Any]
 
 
-def add_to(main: Any, train: ModuleType, sizes: Mapping[str, int]) -> None:
+def add_to(main: Any, sizes: Mapping[str, int], settings: Mapping[str, Any]) -> None:
     """Changes `open_clip_train.main` and `open_clip_train.train` for this process.
 
-    sizes: path of a shard -> how many pairs it has, where that is known.
+    sizes: path of a shard -> how many pairs it has, where that is known. settings: of the run, to
+    be kept in its params.txt.
     """
+    main.parse_args = adding(main.parse_args, settings)
     main.get_data = watching(main.get_data, sizes)
     main.train_one_epoch = stopping(main.train_one_epoch)
     main.evaluate = keeping_the_best(main.evaluate)
-    train.get_clip_metrics = with_gaps(train.get_clip_metrics)  # type: ignore[attr-defined]
+    train: Any = import_module("open_clip_train.train")
+    train.get_clip_metrics = with_gaps(train.get_clip_metrics)
     torch.save = saving_whole(torch.save)
+
+
+def adding(theirs: Function, settings: Mapping[str, Any]) -> Function:
+    """Their parser of arguments, with more settings in what it returns."""
+
+    def parse_args(*args: Any) -> Namespace:
+        return Namespace(**{**vars(theirs(*args)), **settings})
+
+    return parse_args
 
 
 class Loader:
@@ -98,26 +110,28 @@ def stopping(theirs: Function) -> Function:
         # OpenCLIP 4: (state, data, args); 3: (model, data, loss, epoch, ...)
         model, loss = (first.task, first.task.loss) if hasattr(first, "task") else (first, rest[0])
         info = data["train"]
-        args, finite, losses, loader = info.args, info.finite, info.losses, info.dataloader
+        args, finite, lost, loader = info.args, info.finite, info.lost, info.dataloader
         every = args.log_every_n_steps * args.accum_freq
         info.dataloader = Loader(loader, lambda: finite.check(model), every)
         hook = loss.register_forward_hook(finite.note)
         try:
             result = theirs(first, data, *rest, **more)
         except NoBatch:
-            lost = losses.describe(losses.take())
+            unread = lost.describe(lost.take())
+            fewer = "fewer --workers or " * (args.workers > 1)
             raise Stopped(
                 f"the shards of a worker hold fewer pairs than its batch of {args.batch_size}: it "
-                f"would wait for ever; take fewer --workers{lost and f' (unreadable: {lost})'}"
+                f"would wait for ever; take {fewer}a smaller batch"
+                f"{unread and f' (unreadable: {unread})'}"
             ) from None
         finally:
             hook.remove()
             info.dataloader = loader
-        lost = losses.take().to(args.device)
+        counts = lost.take().to(args.device)
         if args.distributed:
-            torch.distributed.all_reduce(lost)
-        if lost.any() and args.rank == 0:
-            logging.warning("Not readable in this epoch: %s", losses.describe(lost.cpu()))
+            torch.distributed.all_reduce(counts)
+        if counts.any() and args.rank == 0:
+            logging.warning("Not readable in this epoch: %s", lost.describe(counts.cpu()))
         return result
 
     return train_one_epoch
@@ -130,13 +144,13 @@ def watching(theirs: Function, sizes: Mapping[str, int]) -> Function:
         data = theirs(args, *rest, **more)
         info = data["train"]
         info.args, info.finite = args, Finite(args)
-        info.losses = watch(info, args, sizes, train=True)
+        info.lost = watch(info, args, sizes, train=True)
         if "val" in data:
-            losses = watch(data["val"], args, sizes, train=False)
+            lost = watch(data["val"], args, sizes, train=False)
 
             def refuse() -> None:
-                if lost := losses.describe(losses.take()):
-                    raise Stopped(f"the validation lost pairs, and can't choose an epoch: {lost}")
+                if unread := lost.describe(lost.take()):
+                    raise Stopped(f"the validation lost pairs, and can't choose an epoch: {unread}")
 
             data["val"].dataloader = Loader(data["val"].dataloader, refuse)
         return data
@@ -152,13 +166,12 @@ def with_gaps(theirs: Function) -> Function:
         # OpenCLIP 4 passes them batch by batch
         image, text = ((x if isinstance(x, Tensor) else torch.cat(x)).float() for x in both)
         gaps = {name: float(gap) for name, gap in consistency_metrics(image, text).items()}
-        spread = min(gaps["image_uniformity"], gaps["text_uniformity"])
-        if spread > COLLAPSED:
-            logging.warning(
-                "All features are collapsed to one point (uniformity %.3f): nothing is learned; "
-                "try a smaller λ or --lr, or a longer --warmup",
-                spread,
-            )
+        for tower in ("image", "text"):
+            if (spread := gaps[f"{tower}_uniformity"]) > COLLAPSED:
+                logging.warning(
+                    f"All {tower} features are collapsed to one point (uniformity {spread:.4f}): "
+                    "nothing is learned; try a smaller λ or --lr, or a longer --warmup"
+                )
         return {**theirs(**features), **gaps}
 
     return metrics

@@ -25,7 +25,8 @@ from PIL import Image
 from reference_train import __main__ as cli
 from reference_train.command_line import CannotStart, Stopped, run
 from reference_train.data.emoji import ALL_STYLES, TRAIN_STYLES, fingerprint, read_emoji
-from reference_train.demo import command, evaluate, train
+from reference_train.demo import demo as command
+from reference_train.demo import questions, train
 from reference_train.demo.batches import EmojiBatches, augment
 from reference_train.demo.model import TINY, build_model
 
@@ -106,7 +107,7 @@ def test_a_run_leaves_numbers_table_and_pictures(finished: Path) -> None:
     assert list(result["results"]) == ["clip-0", "cyclip-0", "clip-1", "cyclip-1"]
     assert result["versions"]["torch"] == torch.__version__
     for name, numbers in result["results"]["clip-0"].items():
-        assert tuple(numbers["groups"]) == evaluate.SITUATIONS[name][0]
+        assert tuple(numbers["groups"]) == questions.SITUATIONS[name][0]
     table = (finished / "table.md").read_text()
     assert "| CLIP (2) | CyCLIP (2) | chance | n |" in table
     for name in ("picture.png", "training.png"):
@@ -124,8 +125,8 @@ def test_a_run_leaves_numbers_table_and_pictures(finished: Path) -> None:
 def test_what_is_asked(emoji_folder: Path) -> None:
     """Images of the right concepts and styles, and labels that are theirs."""
     emoji = read_emoji(emoji_folder)
-    for name, (styles, held_out) in evaluate.SITUATIONS.items():
-        data = evaluate.situation(emoji, "test", name)
+    for name, (styles, held_out) in questions.SITUATIONS.items():
+        data = questions.situation(emoji, "test", name)
         names = data.classes[""]
         of_images = [int(names.names[label].split()[1]) for label in names.labels.tolist()]
         colours = [tuple(p) for p in data.images.places[:, :, 0, 0].tolist()]

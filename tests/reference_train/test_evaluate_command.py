@@ -21,7 +21,8 @@ from timm.data.imagenet_info import ImageNetInfo
 from torch.nn import functional as F
 
 from reference_train.command_line import CannotStart, Stopped
-from reference_train.evaluate import command, report, suites
+from reference_train.evaluate import evaluate as command
+from reference_train.evaluate import report, suites
 from reference_train.evaluate.datasets import Classes, DataSet, Images, Unusable
 from reference_train.evaluate.paper import SPLITS
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import textwrap
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -33,7 +34,8 @@ from PIL import Image
 from cyclip_loss import open_clip_train
 from cyclip_loss.metrics import consistency_metrics
 from reference_train.command_line import CannotStart, Stopped
-from reference_train.pretrain import command, training
+from reference_train.pretrain import pretrain as command
+from reference_train.pretrain import training
 from reference_train.pretrain.presets import NAMES, register_models
 
 register_models()
@@ -63,6 +65,13 @@ def make_shards(folder: Path, **parts: int) -> Path:
 def cut_short(path: Path) -> None:
     """Half of a shard: the picture of its fifth pair ends early."""
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def cut_between_files(path: Path) -> None:
+    """The first four pairs of a shard, and no end of the archive."""
+    with tarfile.open(path) as archive:
+        fifth = archive.getmembers()[8].offset
+    path.write_bytes(path.read_bytes()[:fifth])
 
 
 def break_picture(path: Path) -> None:
@@ -135,16 +144,20 @@ def test_a_batch_is_shared_by_the_ranks(variable: str, dry_run: Run, monkeypatch
         ("--data {folder}/none-{{0..3}}.tar", "--data: no such shard: .*none-0.tar"),
         ("--data {empty}", "no tar file in"),
         ("--val {folder}/none.tar", "--val: no such shard"),
-        ("--data {folder}/sizes.json", "a shard can't be read"),
+        ("--data {folder}/sizes.json", r"sizes\.json: can't be read"),
         ("-- --model RN51", "--model RN51: OpenCLIP has none of that name"),
         ("--data s3://b/{{0..2}}.tar -- --train-num-samples 9", "has 3 shards for 4 workers"),
         ("--data s3://b/{{0..2}}.tar", r"is not known .* say it after --, e\.g\. -- --train-num"),
-        ("--batch-size 9", "wait for ever, as its 1 of 4 shards may hold 8 pairs"),
+        ("--batch-size 9", "may hold 8 pairs and its batch is 9: take fewer --workers .now 4., a"),
+        ("--batch-size 33 -- --workers 0", "hold 32 pairs and its batch is 33: take a smaller"),
+        ("--lambda-inmodal nan", "--lambda-inmodal must be finite and >= 0"),
+        ("-- --lambda-crossmodal -1", "--lambda-crossmodal must be finite and >= 0"),
         ("-- --epochs many", "argument --epochs: invalid int value: 'many'"),
         ("--epochs 3", "--epochs: OpenCLIP's own flags go after --"),
         ("-- --dataset-type csv", "--dataset-type csv: pretrain takes webdataset only"),
         ("-- --train-num-samples 0", "--train-num-samples must be >= 1, not 0"),
         ("--out {folder}/sizes.json/logs", "--out: .*can't be written: .*sizes.json is no"),
+        ("--out /proc/logs", "--out: /proc/logs/.* can't be written: /proc is no folder to"),
         ("-- --report-to all", "--report-to all: pip install tensorboard"),
         ("WORLD_SIZE --batch-size 7", "--batch-size 7 is of all ranks and does not divide by 2"),
         ("WORLD_SIZE -- --workers 2", "several ranks on a CPU: OpenCLIP 3 can't do that"),
@@ -201,8 +214,9 @@ def test_held_out_shards(tmp_path: Path, dry_run: Run) -> None:
     [
         ("--log-every-n-steps 3 --grad-checkpointing", ""),
         ("--lr 1e-4", "begun with lr = 0.001, not 0.0001: choose another --name"),
+        ("--epochs 40", "begun with epochs = 30, not 40"),  # it is not finished
+        ("--ignore-same-captions", "ignore_same_captions = False, not True"),
         ("--force-image-size 48", r"force_image_size = 32, not \[48\]"),
-        ("--val-data {folder}/train-00000.tar", "val_data = .*, not .*train-00000.tar"),
     ],
 )
 def test_a_run_goes_on_with_its_settings(
@@ -250,8 +264,9 @@ def test_gaps_are_added_to_their_metrics(caplog: Log) -> None:
     of_batches = metrics(image_features=image.split(4), text_features=text.split(4))
     assert of_batches == {"R@1": 0.5, **gaps}
     assert "collapsed" not in caplog.text
-    metrics(image_features=image[:1].expand(8, 4), text_features=text[:1].expand(8, 4))
-    assert "collapsed to one point" in caplog.text
+    metrics(image_features=image[:1].expand(10, 4), text_features=text)
+    assert "All image features are collapsed to one point" in caplog.text
+    assert "All text features" not in caplog.text
 
 
 @pytest.fixture
@@ -259,28 +274,57 @@ def pretrain(shards: Path, tmp_path: Path, monkeypatch: Patch) -> Callable[..., 
     """Trains for an epoch of two steps, in this process; what it changes there is put back."""
     trainer = command.open_clip_trainer()
     train = importlib.import_module("open_clip_train.train")
-    for name in ("get_data", "train_one_epoch", "evaluate", "create_loss", "parse_args"):
-        monkeypatch.setattr(trainer, name, getattr(trainer, name))
-    monkeypatch.setattr(train, "get_clip_metrics", train.get_clip_metrics)
-    monkeypatch.setattr(torch, "save", torch.save)
     monkeypatch.setattr(trainer, "setup_logging", lambda *_: None)
-    monkeypatch.setattr(logging, "raiseExceptions", True)
-    monkeypatch.setattr(logging.root.manager, "disable", 0)
+    changed = [(train, "get_clip_metrics"), (torch, "save"), (logging, "raiseExceptions")]
+    names = ("get_data", "train_one_epoch", "evaluate", "parse_args")
+    changed += [(trainer, name) for name in (*names, "create_loss", "create_model_and_transforms")]
+    changed += [(trainer, name) for name in ("cosine_lr", "const_lr", "const_lr_cooldown")]
 
     def run(*flags: str, data: Path = shards, batch: int = 8, pairs: int = 16) -> None:
         argv = ["--preset", "icons", "--batch-size", str(batch), "--data", str(data)]
         argv += ["--out", str(tmp_path), "--name", "run", "--", "--train-num-samples", str(pairs)]
-        command.main([*argv, "--epochs", "1", *flags])
+        with pytest.MonkeyPatch.context() as patch:
+            for module, name in changed:
+                patch.setattr(module, name, getattr(module, name))
+            patch.setattr(logging.root.manager, "disable", 0)
+            command.main([*argv, "--epochs", "1", *flags])
 
     return run
 
 
 def test_a_finished_run_says_so(pretrain: Run, tmp_path: Path, capsys: Capture) -> None:
+    """And OpenCLIP loads its model as the README says."""
     pretrain()
     said = capsys.readouterr().out.splitlines()[-1]
     assert re.fullmatch(r".*/run: finished, 1 epochs; the best was 1, clip_val_loss [\d.]+", said)
     pretrain()
     assert capsys.readouterr().out.endswith(f"{said[-4:]}; nothing left to do\n")
+    page = (ROOT / "reference_train" / "README.md").read_text()
+    [block] = re.findall("```python\n(.*?)```", page, re.DOTALL)
+    script = textwrap.dedent(block).replace("logs/icons-cyclip-0", str(tmp_path / "run"))
+    loaded = run_python("-c", script)
+    assert loaded.returncode == 0, loaded.stderr
+
+
+def test_a_finished_run_takes_more_epochs(
+    pretrain: Run, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    """Also of data in a folder that was moved; of other data or with another loss it does not."""
+    data, checkpoints = make_shards(tmp_path / "data", train=4, val=1), tmp_path / "run/checkpoints"
+    pretrain(data=data)
+    (checkpoints / ".best.pt.123").touch()  # left by a save that was killed
+    data = data.rename(tmp_path / "moved")
+    (tmp_path / "link").symlink_to(data)
+    monkeypatch.chdir(tmp_path)
+    for epochs, place in enumerate(["moved", tmp_path / "link"], start=2):
+        pretrain("--epochs", str(epochs), data=Path(place))
+    assert [line["epoch"] for line in results(tmp_path)] == [1, 2, 3]
+    assert {path.suffix for path in checkpoints.iterdir()} == {".pt", ".jsonl"}
+    with pytest.raises(CannotStart, match="epochs = 3, not 2: choose another"):
+        pretrain("--epochs", "2", data=data)
+    (data / "train-00003.tar").unlink()
+    with pytest.raises(CannotStart, match=r"begun with train_shards = 4 shards, .* not 3 shards, "):
+        pretrain("--epochs", "3", data=data)
 
 
 def test_no_best_epoch_without_held_out_pairs(pretrain: Run, capsys: Capture) -> None:
@@ -290,12 +334,19 @@ def test_no_best_epoch_without_held_out_pairs(pretrain: Run, capsys: Capture) ->
 
 
 def test_a_worker_without_a_batch_is_an_error(pretrain: Run, tmp_path: Path) -> None:
-    """Where nothing says beforehand how many pairs there are."""
+    """Where nothing says how many pairs there are; of shards elsewhere, once it is known."""
     data = make_shards(tmp_path / "data", train=4, val=1)
     (data / "sizes.json").unlink()
-    with pytest.raises(Stopped, match="hold fewer pairs than its batch of 33: it would wait") as e:
-        pretrain(data=data, batch=33, pairs=66)
-    assert "\n" not in str(e.value)
+    for flags, message in (
+        ([], "4 of 4 shards may hold 32 pairs and its batch is 33: take a smaller"),
+        (
+            ["--train-data", f"pipe:cat {data}/train-0000{{0..3}}.tar"],
+            "hold fewer pairs than its",
+        ),
+    ):
+        with pytest.raises(Stopped, match=message) as error:
+            pretrain(*flags, data=data, batch=33, pairs=66)
+        assert "\n" not in str(error.value)
 
 
 def test_weights_that_are_not_finite_are_not_saved(pretrain: Run, tmp_path: Path) -> None:
@@ -329,7 +380,7 @@ def test_what_can_not_be_read_is_counted(pretrain: Run, tmp_path: Path, caplog: 
     cut_short(data / "train-00001.tar")
     break_picture(data / "train-00002.tar")
     (data / "train-00003.tar").write_bytes(b"")
-    pretrain(data=data)  # 8 + 4 + 7 pairs are left, and two batches of 8
+    pretrain(data=data, pairs=32)  # 8 + 4 + 7 pairs are left: two batches of 8, twice
     [line] = [r.getMessage() for r in caplog.records if "Not readable" in r.getMessage()]
     one, two, three = (f"{data}/train-{i:05d}.tar" for i in (1, 2, 3))
     assert f"13 pairs ({three} 8, {one} 4, {two} 1)" in line
@@ -337,18 +388,33 @@ def test_what_can_not_be_read_is_counted(pretrain: Run, tmp_path: Path, caplog: 
     assert len(results(tmp_path)) == 1
 
 
+def test_a_shard_that_ends_between_two_files(pretrain: Run, tmp_path: Path, caplog: Log) -> None:
+    """Is noticed where nothing says how many pairs it should have."""
+    data = make_shards(tmp_path / "data", train=2, val=1)
+    (data / "sizes.json").unlink()
+    cut_between_files(data / "train-00001.tar")
+    pretrain(data=data)
+    assert f"1 shards cut short ({data}/train-00001.tar 1)" in caplog.text
+    cut_between_files(data / "val-00000.tar")
+    with pytest.raises(CannotStart, match=r"--val: .*val-00000.tar is cut short after 4 pairs"):
+        pretrain(data=data)
+
+
 def test_a_validation_that_lost_pairs_is_refused(pretrain: Run, tmp_path: Path) -> None:
+    """Before any work, or after the first epoch if the shards are elsewhere."""
     data = make_shards(tmp_path / "data", train=2, val=1)
     break_picture(data / "val-00000.tar")
-    with pytest.raises(Stopped, match=r"validation lost pairs.*: 1 pairs \(.*val-00000.tar 1\)"):
+    said = "--val: 1 pictures can't be read: .*val-00000.tar, 0_0: cannot identify image file$"
+    with pytest.raises(CannotStart, match=said):
         pretrain(data=data)
+    with pytest.raises(Stopped, match=r"validation lost pairs.*: 1 pairs \(.*val-00000.tar 1\)"):
+        pretrain("--val-data", f"pipe:cat {data}/val-00000.tar", data=data)
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
 def test_a_seed_fixes_the_pairs(pretrain: Run, tmp_path: Path, monkeypatch: Patch) -> None:
     """Their order, and the crops of a run without a restart."""
     trainer, seen = command.open_clip_trainer(), []
-    theirs = {n: getattr(trainer, n) for n in ("get_data", "create_loss", "parse_args")}
 
     def look(model: Any, data: Any, loss: Any, epoch: int, *_: Any, tb_writer: Any) -> None:
         data["train"].set_epoch(epoch)
@@ -356,14 +422,12 @@ def test_a_seed_fixes_the_pairs(pretrain: Run, tmp_path: Path, monkeypatch: Patc
 
     def record(*flags: str) -> tuple[Tensor, Tensor]:
         seen.clear()
-        for name, value in theirs.items():
-            monkeypatch.setattr(trainer, name, value)
-        monkeypatch.setattr(trainer, "train_one_epoch", look)
-        monkeypatch.setattr(trainer, "evaluate", lambda *a, **b: {})
         (tmp_path / "run" / "checkpoints" / "epoch_latest.pt").unlink(missing_ok=True)
         pretrain("--epochs", "2", "--workers", "2", *flags, pairs=32)
         return torch.cat([image for image, _ in seen]), torch.cat([text for _, text in seen])
 
+    monkeypatch.setattr(trainer, "train_one_epoch", look)
+    monkeypatch.setattr(trainer, "evaluate", lambda *a, **b: {})
     first, again, other = record(), record(), record("--seed", "1")
     assert all(map(torch.equal, first, again))
     assert not torch.equal(first[1], other[1])
@@ -402,7 +466,7 @@ def test_a_full_disk_leaves_no_stump(pretrain: Run, tmp_path: Path) -> None:
     assert left.name == "results.jsonl"
 
 
-def test_a_run_is_trained_by_one_process(pretrain: Run, tmp_path: Path) -> None:
+def test_a_run_is_trained_by_one_process(pretrain: Run, dry_run: Run, tmp_path: Path) -> None:
     script = "import sys\nfrom pathlib import Path\nfrom reference_train.files import locked\n"
     script += "with locked(Path(sys.argv[1])):\n print(flush=True)\n sys.stdin.read()"
     argv = [sys.executable, "-c", script, str(tmp_path / "run")]
@@ -412,6 +476,8 @@ def test_a_run_is_trained_by_one_process(pretrain: Run, tmp_path: Path) -> None:
         other.stdout.readline()
         with pytest.raises(CannotStart, match="/run: another process is at work there: choose an"):
             pretrain()
+        with pytest.raises(CannotStart, match="/run: another process is at work there"):
+            dry_run("--out", str(tmp_path), "--name", "run")
         other.kill()
 
 

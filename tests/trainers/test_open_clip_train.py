@@ -217,12 +217,18 @@ def test_unsupported_runs_stop(trainer: Trainer, flag, message: str, monkeypatch
 @pytest.mark.parametrize(
     ("flag", "wrong", "message"),
     [
-        ("--lambda-inmodal", "-1", "lambda_inmodal must be finite and >= 0"),
-        ("--reference-batch-size", "-1", "reference_batch_size must be >= 1"),
-        *(("--lambda-warmup", wrong, f"value: '{wrong}'") for wrong in ("-1", "1.5", "half")),
+        ("--lambda-inmodal", "-1", "--lambda-inmodal must be finite and >= 0"),
+        ("--reference-batch-size", "-1", "--reference-batch-size must be >= 1"),
+        ("--impl", "triton", "--impl='triton' needs features on a CUDA or ROCm device, got cpu"),
+        *(
+            ("--lambda-warmup", wrong, f"fraction of all steps from 0.0 to 1.0, not {wrong}")
+            for wrong in ("-1", "1.5", "half")
+        ),
     ],
 )
 def test_bad_flags_are_refused(flag, wrong, message, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(open_clip_train.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("cyclip_loss.kernels.INTERPRETED", False)
     with pytest.raises(SystemExit) as stopped:
         launch(Trainer(ClipLoss()), monkeypatch, flag, wrong)
     assert stopped.value.code == 2

@@ -12,7 +12,6 @@ import importlib.util
 import io
 import logging
 import os
-import pickle
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,19 +23,20 @@ import torch
 from cyclip_loss import open_clip_train
 
 from ..command_line import CannotStart, Parser, Stopped, is_first, say, whole_number
-from ..evaluate.checkpoints import PARAMETERS, read_parameters
 from ..files import check_writable, locked
 from ..losses import LOSSES
 from . import shards, training
 from .presets import NAMES, WEIGHT, preset, register_models
+from .runs import PARAMETERS, load_checkpoint, read_parameters
 
 # What a run is: how OpenCLIP's names in params.txt begin. The number of ranks is among them, as a
 # validation's loss is over batches of one rank, and shards are shared out to ranks.
 KEPT_SETTINGS = (
     *("model", "pretrained", "force_", "image_", "lock_", "use_bn_sync", "siglip", "distill_"),
-    *("coca_", "train_", "val_data", "val_num", "dataset_", "aug_cfg", "seed", "world_size"),
-    *("batch_size", "accum_freq", "epochs", "precision", "opt", "lr", "warmup", "skip_scheduler"),
-    *("wd", "beta", "eps", "momentum", "grad_clip", "lambda_", "reference_batch_size"),
+    *("coca_", "train_num", "train_data_up", "train_shards", "val_num", "val_shards", "dataset_"),
+    *("aug_cfg", "seed", "world_size", "batch_size", "accum_freq", "epochs", "precision", "opt"),
+    *("lr", "warmup", "skip_scheduler", "wd", "beta", "eps", "momentum", "grad_clip", "lambda_"),
+    *("reference_batch_size", "ignore_same_captions", "local_loss", "gather_with_grad"),
 )
 DESCRIPTION = """\
 Pretrains with OpenCLIP's trainer and the CyCLIP loss. The command that a preset stands for is
@@ -47,7 +47,7 @@ after the last epoch. Across GPUs:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Trains, or goes on with what was begun under the same name.
+    """Trains, or resumes what was begun under the same name.
 
     argv: the command line after `pretrain`. Raises `CannotStart` for what can't be trained.
     """
@@ -59,21 +59,25 @@ def main(argv: Sequence[str]) -> None:
     if world_size > 1 and not ranks.is_using_distributed():
         raise CannotStart(f"{world_size} ranks of MPI: OpenCLIP takes torchrun's and Slurm's only")
     flags = command_line(asked, more, world_size)
-    ours, theirs = parsed(open_clip_train.flags().parse_known_args, flags)
+    ours, theirs = parsed(open_clip_train.parse, flags)
     args = parsed(trainer.parse_args, theirs)
-    vars(args).update(vars(ours))
-    known = check_data(args, flags, world_size)
+    vars(args).update(vars(ours), world_size=world_size)
+    known, settings = check_data(args, flags, world_size)
+    vars(args).update(settings)
     if is_first("RANK"):
         # the "--" is for torchrun, which would take --logs for one of its own flags
         print("python -m cyclip_loss.open_clip_train --", shlex.join(flags), flush=True)
     check(args, world_size)
     folder = Path(args.logs) / args.name
-    done = epochs_done(folder, args, world_size)
+    done = epochs_done(folder, args)
+    lock = locked(folder) if is_first("RANK") else contextlib.nullcontext()
     if asked.dry_run:
-        return
+        with lock if folder.exists() else contextlib.nullcontext():
+            return
     if done < args.epochs:
-        with locked(folder) if is_first("RANK") else contextlib.nullcontext():
-            train(trainer, flags, folder, known)
+        with lock:
+            training.add_to(trainer, known, settings)
+            train(flags, folder)
     if is_first("RANK"):
         losses = training.validations(folder / "checkpoints")
         said = f"{folder}: finished, {args.epochs} epochs"
@@ -83,15 +87,16 @@ def main(argv: Sequence[str]) -> None:
         print(said + "; nothing left to do" * (done >= args.epochs))
 
 
-def train(trainer: Any, flags: list[str], folder: Path, known: dict[str, int]) -> None:
+def train(flags: list[str], folder: Path) -> None:
     """Runs OpenCLIP's trainer; a full disk is one line."""
     if not torch.cuda.is_available():
         # PyTorch's fused attention on a CPU is slower than plain products at a dozen tokens
         torch.backends.cuda.enable_flash_sdp(False)
-    # OpenCLIP does not tell wandb that it goes on, and wandb would replace what it has of the run.
+    # OpenCLIP does not tell wandb that it resumes, and wandb would replace what it has of the run.
     os.environ.setdefault("WANDB_RESUME", "allow")
-    training.add_to(trainer, importlib.import_module("open_clip_train.train"), known)
     logging.raiseExceptions = False  # a log on a full disk; checkpoints say that it is full
+    for left in (folder / "checkpoints").glob(".*.pt.*"):  # of a save that was killed
+        left.unlink(missing_ok=True)
     try:
         open_clip_train.main(flags)
     except OSError as error:
@@ -124,7 +129,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--name", help="of the run, a folder of DIR; default: PRESET-LOSS-SEED")
     add("--dry-run", action="store_true", help="check and print the command, and stop")
     asked, others = parser.parse_known_args(argv[:at])
-    _, unknown = parsed(open_clip_train.flags().parse_known_args, others)
+    _, unknown = parsed(open_clip_train.parse, others)
     if unknown:
         raise CannotStart(f"{unknown[0]}: OpenCLIP's own flags go after --")
     return asked, [*others, *argv[at + 1 :]]
@@ -192,10 +197,13 @@ def check(args: argparse.Namespace, world_size: int) -> None:
     check_writable(Path(args.logs) / args.name)
 
 
-def check_data(args: argparse.Namespace, flags: list[str], world_size: int) -> dict[str, int]:
-    """How many pairs each shard has, where that is known. Raises `CannotStart` for unusable data.
+def check_data(
+    args: argparse.Namespace, flags: list[str], world_size: int
+) -> tuple[dict[str, int], dict[str, str]]:
+    """How many pairs each shard has, where that is known, and names for what shards there are.
 
-    Adds to the flags how many pairs there are if OpenCLIP would not find it.
+    Adds to the flags how many pairs there are if OpenCLIP would not find it. Raises `CannotStart`
+    for unusable data.
     """
     if args.dataset_type != "webdataset":
         others = "python -m cyclip_loss.open_clip_train takes others"
@@ -204,7 +212,7 @@ def check_data(args: argparse.Namespace, flags: list[str], world_size: int) -> d
     if args.train_num_samples is not None and args.train_num_samples < 1:
         raise CannotStart(f"--train-num-samples must be >= 1, not {args.train_num_samples}")
     train = shards.expand(args.train_data)
-    known = shards.check("--data", train, whole=False)
+    known = shards.check("--data", train, held_out=False)
     # OpenCLIP reads the one or the other, in this order, and no *_stats.json.
     theirs = [n for n in ("sizes.json", "__len__") if (Path(train[0]).parent / n).exists()][:1]
     if args.train_num_samples is None and theirs != ["__len__"]:
@@ -217,15 +225,17 @@ def check_data(args: argparse.Namespace, flags: list[str], world_size: int) -> d
             flags += ["--train-num-samples", str(args.train_num_samples)]
     if not args.dataset_resampled:
         shards.check_shared(train, known, max(args.workers, 1), world_size, args.batch_size)
-    if not args.val_data:
-        if is_first("RANK"):
-            say("no held-out pairs (--val, or 'val' in the shards' names): no best epoch is kept")
-        return known
-    val = shards.expand(args.val_data)
-    return {**known, **shards.check("--val", val, whole=is_first("RANK"))}
+    names = {"train_shards": shards.fingerprint(train)}
+    if args.val_data:
+        val = shards.expand(args.val_data)
+        known |= shards.check("--val", val, held_out=is_first("RANK"))
+        names["val_shards"] = shards.fingerprint(val)
+    elif is_first("RANK"):
+        say("no held-out pairs (--val, or 'val' in the shards' names): no best epoch is kept")
+    return known, names
 
 
-def epochs_done(folder: Path, args: argparse.Namespace, world_size: int) -> int:
+def epochs_done(folder: Path, args: argparse.Namespace) -> int:
     """How far a run of this name has come.
 
     Raises `CannotStart` if it was begun with other settings, or its checkpoint can't be loaded.
@@ -234,18 +244,14 @@ def epochs_done(folder: Path, args: argparse.Namespace, world_size: int) -> int:
     latest = next((folder / "checkpoints").glob("epoch_latest*"), None)
     if latest is None:
         return 0
-    path = folder / PARAMETERS
-    before = read_parameters(path) if path.is_file() else {}
-    for name, value in {"world_size": world_size, **vars(args)}.items():
+    done = 0 if latest.is_dir() else int(load_checkpoint(latest)["epoch"])
+    before = read_parameters(folder / PARAMETERS)
+    if before.get("epochs") == done and args.epochs > done:  # finished, and asked for more
+        before["epochs"] = args.epochs
+    for name, value in vars(args).items():
         # [before]: OpenCLIP writes a list of one --force-image-size as the number
         same = name not in before or value in (before[name], [before[name]])
         if name.startswith(KEPT_SETTINGS) and not same:
             begun = f"{folder} was begun with {name} = {before[name]}, not {value}"
             raise CannotStart(f"{begun}: choose another --name")
-    if latest.is_dir():
-        return 0
-    try:  # mmap: the weights stay on the disk
-        return int(torch.load(latest, map_location="cpu", weights_only=True, mmap=True)["epoch"])
-    except (OSError, RuntimeError, LookupError, TypeError, pickle.UnpicklingError) as error:
-        what = f"{latest} is cut short, or holds more than weights, and was not loaded"
-        raise CannotStart(f"{what}: remove it, or choose another --name") from error
+    return done

@@ -15,8 +15,8 @@ from ..evaluate.measure import measure
 from ..evaluate.pictures import draw_training
 from ..losses import LOSSES
 from .batches import EmojiBatches
-from .evaluate import SITUATIONS, situation, validation_pairs
 from .model import build_model
+from .questions import SITUATIONS, situation, validation_pairs
 from .train import RunConfig, train
 
 BATCH_SIZE = 256  # at which a weight is the paper's, as in results/

@@ -1,0 +1,46 @@
+"""What OpenCLIP's trainer leaves in a run's folder: `params.txt`, and checkpoints."""
+
+import ast
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..command_line import CannotStart
+
+PARAMETERS = "params.txt"  # the run's settings
+
+
+def read_parameters(path: Path) -> dict[str, Any]:
+    """A params.txt, `name: value` a line; none if there is no such file."""
+    parameters: dict[str, Any] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        name, _, value = line.partition(": ")
+        try:
+            parameters[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            parameters[name] = value
+    return parameters
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of tensors and numbers, on the CPU. Raises `CannotStart` for anything else."""
+    try:  # mmap: what is not used stays on the disk
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if isinstance(content, dict):
+            return content
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        # PyTorch's words advise to run what the file holds.
+        why = f"{path} is cut short, or holds more than weights, and was not loaded"
+        raise CannotStart(why) from error
+    raise CannotStart(f"{path} is no checkpoint: it holds a {type(content).__name__}")
+
+
+def without_wrappers(state: dict[str, Any]) -> dict[str, Any]:
+    """Weights by the model's own names: less what DDP and torch.compile put before them."""
+    return {
+        re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", "")): value
+        for name, value in state.items()
+    }
