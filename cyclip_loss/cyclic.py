@@ -28,13 +28,13 @@ from cyclip_loss.operators import empty_grad_like, is_traced, operator
 from cyclip_loss.options import PenaltyOptions
 
 
-def _statistics_shapes(image: Tensor, text: Tensor, with_cross: bool, impl: str) -> Tensor:
-    d = image.shape[1]
-    return image.new_empty(3 if with_cross else 2, d, d, dtype=accumulation_dtype(image.dtype))
+def _gram_shapes(image_features: Tensor, with_cross: bool, **_: Any) -> Tensor:
+    d, dtype = image_features.shape[1], accumulation_dtype(image_features.dtype)
+    return image_features.new_empty(3 if with_cross else 2, d, d, dtype=dtype)
 
 
-@operator(_statistics_shapes)
-def cyclic_statistics(
+@operator(_gram_shapes)
+def gram_matrices(
     image_features: Tensor, text_features: Tensor, with_cross: bool, impl: str
 ) -> Tensor:
     """The Gram matrices of this rank's rows, as in `eager.cyclic_statistics`."""
@@ -42,13 +42,14 @@ def cyclic_statistics(
     return compute.cyclic_statistics(image_features, text_features, with_cross)  # type: ignore[no-any-return]
 
 
-def _grads_shapes(image: Tensor, text: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    needs = others[4]
-    return empty_grad_like(image, needs[0]), empty_grad_like(text, needs[1])
+def _backward_shapes(
+    image_features: Tensor, text_features: Tensor, needs: list[bool], **_: Any
+) -> tuple[Tensor, Tensor]:
+    return empty_grad_like(image_features, needs[0]), empty_grad_like(text_features, needs[1])
 
 
-@operator(_grads_shapes, gives_gradients=True)
-def cyclic_grads(
+@operator(_backward_shapes, gives_gradients=True)
+def cyclic_backward(
     image_features: Tensor,
     text_features: Tensor,
     grams: Tensor,
@@ -76,7 +77,7 @@ def start_penalties(
     if ranks.group is None or not options.has_penalties():
         return None
     with torch.no_grad():
-        grams = cyclic_statistics(image_features, text_features, True, options.impl)
+        grams = gram_matrices(image_features, text_features, True, options.impl)
     own = torch.cat((grams.reshape(-1), grams.new_full((1,), image_features.shape[0])))
     return distributed.start_all_reduce(own, "sum", ranks)
 
@@ -93,7 +94,7 @@ class _CyclicPenalties(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         image_features, text_features, grams, *weights, with_cross, separate, impl, size = inputs
         if grams is None:
-            grams = cyclic_statistics(image_features, text_features, with_cross, impl)
+            grams = gram_matrices(image_features, text_features, with_cross, impl)
         # Not an operator: a compiler can fuse these few PyTorch operations on D x D matrices.
         # On a rank without rows, too: so not the features, but their dtype, as it is verified.
         compute = eager if is_traced(grams) else engine(impl, image_features.new_empty(1))
@@ -108,7 +109,7 @@ class _CyclicPenalties(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[:2])
         # Multiplied by size, because DDP averages.
         arguments = (grams, list(grads), weights, ctx.size, needs, ctx.impl)
-        of_features = cyclic_grads(image_features, text_features, *arguments)
+        of_features = cyclic_backward(image_features, text_features, *arguments)
         needed = (grad if need else None for grad, need in zip(of_features, needs, strict=True))
         return (*needed, None, None, None, None, None, None, None)
 

@@ -10,7 +10,7 @@ respect to its own features, so that DDP's average is the gradient of the whole 
 from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -44,13 +44,15 @@ class Ranks:
         """The name by which collectives find the group."""
         return "" if self.group is None else self.group.group_name
 
-    def to_op_args(self) -> tuple[str, str, list[int] | None]:
+    def to_op_args(self) -> "RankArgs":
         """What `from_op_args` needs, in types that an operator can take."""
-        return self.dist_impl, self.group_name, None if self.rows is None else list(self.rows)
+        rows = None if self.rows is None else list(self.rows)
+        return RankArgs(self.dist_impl, self.group_name, rows)
 
     @staticmethod
-    def from_op_args(dist_impl: str, group_name: str, rows: list[int] | None) -> "Ranks":
+    def from_op_args(args: "RankArgs") -> "Ranks":
         """The inverse of `to_op_args`."""
+        dist_impl, group_name, rows = args
         if dist_impl == "alone":
             return Ranks()
         # Not at the top: PyTorch may be built without distributed.
@@ -75,6 +77,14 @@ class Ranks:
     def most(self, n: int) -> int:
         """The most rows of any rank, to which the blocks that ranks send are padded."""
         return n if self.rows is None else max(self.rows)
+
+
+class RankArgs(NamedTuple):
+    """`Ranks` as arguments of an operator."""
+
+    dist_impl: str
+    group_name: str
+    rows: list[int] | None
 
 
 def ranks_of(process_group: Any) -> Ranks:
@@ -213,7 +223,7 @@ def start_gather(features: Tensor, ranks: Ranks) -> Tensor | None:
     # crash, too: gloo's threads assign its name, long enough to be on the heap, without a lock.
     # Compiled code keeps that form, as Inductor may reuse `block` before the other form reads it.
     if is_gloo_on_gpu(block, ranks) or (block.is_cpu and not torch.compiler.is_compiling()):
-        out = block.new_empty(ranks.size * block.shape[0], block.shape[1])
+        out = block.new_empty(ranks.size * block.shape[0], *block.shape[1:])
         gather, where = _collectives.all_gather_into_tensor_out, {"out": out}
     else:
         gather, where = _collectives.all_gather_into_tensor, {}
@@ -246,7 +256,7 @@ def padded(block: Tensor, ranks: Ranks) -> Tensor:
     missing = ranks.most(block.shape[0]) - block.shape[0]
     if ranks.rows is None or missing == 0:
         return block.contiguous()
-    return torch.cat((block, block.new_zeros(missing, block.shape[1])))
+    return torch.cat((block, block.new_zeros(missing, *block.shape[1:])))
 
 
 class Hop:

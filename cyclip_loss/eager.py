@@ -5,7 +5,7 @@ Everything is computed in strips: blocks of rows against all columns. Products a
 the contrastive term, CUDA multiplies 16-bit features as they are, with a float32 result. That is
 many times as fast and as exact, except that G is rounded to 16 bits.
 
-I, T are `image_features` (n, D) and `text_features` (m, D); l_ij = logit_scale * I_i . T_j.
+I, T are the rows (n, D) and the columns (m, D) of `Logits`, as image and text features are.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cyclip_loss.numerics import (
+    Logits,
+    Lse,
     accumulation_dtype,
     add_product,
     has_wide_products,
@@ -24,7 +26,7 @@ from cyclip_loss.numerics import (
 )
 
 
-def _logits(image: Tensor, text_t: Tensor, logit_scale: Tensor, out: Tensor) -> None:
+def _multiply(image: Tensor, text_t: Tensor, logit_scale: Tensor, out: Tensor) -> None:
     """Write s * I T^T of a strip of image rows to `out`."""
     if image.dtype != out.dtype:
         torch.mm(image, text_t, out_dtype=out.dtype, out=out).mul_(logit_scale)
@@ -51,52 +53,43 @@ def _pairs(strip: Tensor, start: int, first_column: int) -> tuple[Tensor, slice]
     return pairs, slice(low, low + len(pairs))
 
 
-def contrastive_lse(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor,
-    first_column: int,
-    symmetric: bool,
-    ids: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def contrastive_lse(logits: Logits) -> tuple[Tensor, Tensor, Tensor]:
     """Log-sum-exps of the negatives of each row and column, and the pairs' logits, in one sweep.
-
-    image_features: (n, D); text_features: (m, D); logit_scale: scalar of the accumulation dtype.
-    Row i is paired with column `first_column + i`. Its negatives are all other columns except those
-    with its id. ids: int64, of the rows (n,) and the columns (m,).
 
     Returns row_negatives (n,), column_negatives (m,), empty unless `symmetric`, and pair_logits
     (n,), in the accumulation dtype. Without negatives the log-sum-exp is -inf. A row without a
     partner has pair logit 0.
     """
-    n, m = len(image_features), len(text_features)
-    dtype = accumulation_dtype(image_features.dtype)
-    factor_dtype = image_features.dtype if has_wide_products(image_features) else dtype
-    text_t = text_features.to(factor_dtype).T
-    height = min(n, strip_rows(m, image_features.device))
-    logits_buffer = text_t.new_empty(height, m, dtype=dtype)
+    features, columns, logit_scale, *_ = logits
+    n, m = len(features), len(columns)
+    dtype = accumulation_dtype(features.dtype)
+    factor_dtype = features.dtype if has_wide_products(features) else dtype
+    columns_t = columns.to(factor_dtype).T
+    height = min(n, strip_rows(m, features.device))
+    logits_buffer = columns_t.new_empty(height, m, dtype=dtype)
     exp_buffer = torch.empty_like(logits_buffer)
-    row_negatives = text_t.new_empty(n, dtype=dtype)
-    pair_logits = text_t.new_zeros(n, dtype=dtype)
+    row_negatives = columns_t.new_empty(n, dtype=dtype)
+    pair_logits = columns_t.new_zeros(n, dtype=dtype)
     # Maxima are kept finite, also of rows without negatives, as -inf - (-inf) would be NaN.
     lowest = torch.finfo(dtype).min
-    column_max = text_t.new_full((m if symmetric else 0,), lowest, dtype=dtype)
+    column_max = columns_t.new_full((m if logits.symmetric else 0,), lowest, dtype=dtype)
     column_sum = torch.zeros_like(column_max)
     for start, stop in _strips(n, height):
-        logits, exps = logits_buffer[: stop - start], exp_buffer[: stop - start]
-        _logits(image_features[start:stop].to(factor_dtype), text_t, logit_scale, logits)
-        pairs, rows = _pairs(logits, start, first_column)
+        strip, exps = logits_buffer[: stop - start], exp_buffer[: stop - start]
+        _multiply(features[start:stop].to(factor_dtype), columns_t, logit_scale, strip)
+        pairs, rows = _pairs(strip, start, logits.first_column)
         pair_logits[rows] = pairs
         pairs.fill_(-torch.inf)
-        if ids is not None:
-            logits.masked_fill_(ids[0][start:stop, None] == ids[1], -torch.inf)
-        row_max = logits.amax(dim=1, keepdim=True).clamp_(min=lowest)
-        torch.sub(logits, row_max, out=exps).exp_()
+        same = logits.same_ids(start, stop)
+        if same is not None:
+            strip.masked_fill_(same, -torch.inf)
+        row_max = strip.amax(dim=1, keepdim=True).clamp_(min=lowest)
+        torch.sub(strip, row_max, out=exps).exp_()
         row_negatives[start:stop] = exps.sum(dim=1).log_().add_(row_max[:, 0])
-        if symmetric:
-            new_max = torch.maximum(column_max, logits.amax(dim=0))
+        if logits.symmetric:
+            new_max = torch.maximum(column_max, strip.amax(dim=0))
             column_sum.mul_(column_max.sub_(new_max).exp_())
-            column_sum.add_(logits.sub_(new_max).exp_().sum(dim=0))
+            column_sum.add_(strip.sub_(new_max).exp_().sum(dim=0))
             column_max = new_max
     return row_negatives, column_sum.log_().add_(column_max), pair_logits
 
@@ -135,41 +128,30 @@ def pair_terms(
 
 
 def contrastive_grads(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor,
-    row_lse: Tensor,
-    column_lse: Tensor,
-    pair_gradient: Tensor,
-    grad: Tensor,
-    weight: float,
-    first_column: int,
-    symmetric: bool,
-    needs: list[bool],
-    wide: bool,
-    ids: tuple[Tensor, Tensor] | None = None,
+    logits: Logits, lse: Lse, grad: Tensor, weight: float, needs: list[bool], wide: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of w * (sum_i row_lse_i + sum_j column_lse_j - 2 * sum_i pair_logits_i).
+    """Gradients of w * (sum_i r_i + sum_j c_j - 2 * sum_i l_ii) with w = grad * weight.
 
-    row_lse, column_lse: log-sum-exps of all logits of a row or column, those of other ranks and
-    pairs included. w = grad * weight. With G_ij = pair_gradient_i if column j is row i's partner, 0
-    if it has the same id, else
+    r = `lse.rows` and c = `lse.columns` are log-sum-exps of all logits of a row or column, those of
+    other ranks included. With G_ij = pair_gradient_i if column j is row i's partner, 0 if it has
+    the same id, else
 
-        G_ij = exp(l_ij - row_lse_i) + exp(l_ij - column_lse_j)
+        G_ij = exp(l_ij - r_i) + exp(l_ij - c_j)
         dI = w * s * G T,   dT = w * s * G^T I,   ds = w * sum_ij G_ij (I_i . T_j)
 
     Without `symmetric` the columns' terms are left out.
 
-    pair_gradient: (n,), from `pair_terms`; grad: scalar of the accumulation dtype; needs: which of
-    the three are needed. Returns dI (n, D) and dT (m, D) in the features' dtype or, if `wide`, in
-    the accumulation dtype (for sums across ranks), empty where not needed; and ds, a scalar.
+    grad: scalar of the accumulation dtype; needs: which of the three are needed. Returns dI (n, D)
+    and dT (m, D) in the features' dtype or, if `wide`, in the accumulation dtype (for sums across
+    ranks), empty where not needed; and ds, a scalar.
     """
     needs_image, needs_text, needs_scale = needs
-    n, m = len(image_features), len(text_features)
-    dtype = accumulation_dtype(image_features.dtype)
-    factor_dtype = image_features.dtype if has_wide_products(image_features) else dtype
-    text = text_features.to(factor_dtype)
-    height = min(n, strip_rows(m, image_features.device))
+    features, columns, logit_scale, *_ = logits
+    n, m = len(features), len(columns)
+    dtype = accumulation_dtype(features.dtype)
+    factor_dtype = features.dtype if has_wide_products(features) else dtype
+    text = columns.to(factor_dtype)
+    height = min(n, strip_rows(m, features.device))
     logits_buffer = text.new_empty(height, m, dtype=dtype)
     gradient_buffer = torch.empty_like(logits_buffer)
     # float16 keeps 11 bits only above 6e-5, and most of G is smaller. So 2^14 * G is multiplied,
@@ -177,22 +159,22 @@ def contrastive_grads(
     shift = 14 if factor_dtype == torch.float16 else 0
     weighted_grad = grad * (weight * 2.0**-shift)
     feature_weight = weighted_grad * logit_scale
-    scale_sum = row_lse.new_zeros(())
-    grad_dtype = dtype if wide else image_features.dtype
-    image_shape = image_features.shape if needs_image else (0,)
-    image_grad = image_features.new_empty(image_shape, dtype=grad_dtype)
+    scale_sum = lse.rows.new_zeros(())
+    grad_dtype = dtype if wide else features.dtype
+    image_grad = features.new_empty(features.shape if needs_image else (0,), dtype=grad_dtype)
     text_grad = text.new_zeros(text.shape if needs_text else (0,), dtype=dtype)
     for start, stop in _strips(n, height):
-        logits, gradient = logits_buffer[: stop - start], gradient_buffer[: stop - start]
-        image = image_features[start:stop].to(factor_dtype)
-        _logits(image, text.T, logit_scale, logits)
-        torch.sub(logits, row_lse[start:stop, None], out=gradient).exp_()
-        if symmetric:
-            gradient.add_(logits.sub_(column_lse).exp_())
-        if ids is not None:
-            gradient.masked_fill_(ids[0][start:stop, None] == ids[1], 0.0)
-        pairs, rows = _pairs(gradient, start, first_column)
-        pairs.copy_(pair_gradient[rows])
+        strip, gradient = logits_buffer[: stop - start], gradient_buffer[: stop - start]
+        image = features[start:stop].to(factor_dtype)
+        _multiply(image, text.T, logit_scale, strip)
+        torch.sub(strip, lse.rows[start:stop, None], out=gradient).exp_()
+        if logits.symmetric:
+            gradient.add_(strip.sub_(lse.columns).exp_())
+        same = logits.same_ids(start, stop)
+        if same is not None:
+            gradient.masked_fill_(same, 0.0)
+        pairs, rows = _pairs(gradient, start, logits.first_column)
+        pairs.copy_(lse.pair_gradient[rows])
         if factor_dtype != dtype:
             gradient = gradient.mul_(2.0**shift).to(factor_dtype)
         # sum_ij G_ij (I_i . T_j) = sum_i I_i . (G T)_i = sum_j T_j . (G^T I)_j. From a feature

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cyclip_loss import eager
 from cyclip_loss.checks import warn_once
-from cyclip_loss.numerics import float32_is_exact
+from cyclip_loss.numerics import Logits, Lse, float32_is_exact
 from cyclip_loss.options import IMPLS
 
 # Rows, columns and features of the batch on which the kernels are compared with PyTorch.
@@ -44,7 +44,7 @@ def engine(impl: str, features: Tensor) -> ModuleType:
             raise ValueError(f"CYCLIP_LOSS_IMPL must be one of {', '.join(IMPLS)}, got {impl!r}")
     if impl == "eager" or features.dtype == torch.float64 or features.shape[0] == 0:
         return eager
-    has_kernels = _has_kernels(features.device)
+    has_kernels = architecture(features.device) is not None
     if impl == "auto":
         exact = features.dtype == torch.float32 and float32_is_exact()
         if not has_kernels or not (
@@ -140,9 +140,13 @@ def disagreement(compute: Any, device: torch.device, dtype: torch.dtype, exact: 
     problems = []
 
     def narrow(argument: Any) -> Any:
-        if isinstance(argument, Tensor):  # only features have two dimensions
-            return argument.to(dtype if argument.ndim == 2 else torch.float32)
-        return [*map(narrow, argument)] if isinstance(argument, list) else argument
+        if isinstance(argument, tuple):
+            return type(argument)(*map(narrow, argument))
+        if isinstance(argument, list):
+            return [*map(narrow, argument)]
+        if isinstance(argument, Tensor) and argument.is_floating_point():
+            return argument.to(dtype if argument.ndim == 2 else torch.float32)  # 2: features
+        return argument
 
     def check(name: str, *arguments: Any) -> Any:
         """Compare a function of the engine with the eager one; return the exact results."""
@@ -157,14 +161,14 @@ def disagreement(compute: Any, device: torch.device, dtype: torch.dtype, exact: 
         return exact_results
 
     same = torch.arange(rows + columns, device=device).remainder(50).tensor_split((rows,))
-    for ids, forms in ((None, (False, True)), (same, (True,))):
-        lse = check("contrastive_lse", image, text, scale, first, True, ids)
-        column_pairs = lse[1] - 1  # every column has a pair, as across ranks
-        column_pairs[first:last] = lse[2]
-        pairs = check("pair_terms", *lse, column_pairs, first, 1 / rows)
+    for ids, forms in (((None, None), (False, True)), (same, (True,))):
+        logits = Logits(image, text, scale, *ids, first)
+        negatives = check("contrastive_lse", logits)
+        column_pairs = negatives[1] - 1  # every column has a pair, as across ranks
+        column_pairs[first:last] = negatives[2]
+        _, *lse = check("pair_terms", *negatives, column_pairs, first, 1 / rows)
         for wide in forms:
-            settings = (1 / rows, first, True, [True] * 3, wide, ids)
-            check("contrastive_grads", image, text, scale, *pairs[1:], grad, *settings)
+            check("contrastive_grads", logits, Lse(*lse), grad, 1 / rows, [True] * 3, wide)
     text = text[first:last]
     for with_cross in (False, True):
         weights = [scale.cpu() / rows, scale.cpu() / (rows << with_cross)]  # equal without C
@@ -176,16 +180,21 @@ def disagreement(compute: Any, device: torch.device, dtype: torch.dtype, exact: 
 
 
 @lru_cache
-def _has_kernels(device: torch.device) -> bool:
-    """Whether Triton is installed and supports the device (NVIDIA: Ampere or newer)."""
+def architecture(device: torch.device) -> str | None:
+    """Whose tiles in `kernels/configs.py` a device takes; None if the kernels do not support it.
+
+    They need Triton, and Ampere or newer. Devices without tiles of their own take sm_86's.
+    """
     if device.type != "cuda" or find_spec("triton") is None:
-        return False
+        return None
     if torch.version.hip is not None:  # only gfx942 has the tf32 products that the kernels use
-        return torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx942")
-    capability = torch.cuda.get_device_capability(device)
-    if capability >= (10, 0) and triton_version() < TRITON_FOR_BLACKWELL:
-        return False
-    return capability >= (8, 0)
+        name = torch.cuda.get_device_properties(device).gcnArchName
+        return "gfx942" if name.startswith("gfx942") else None
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8 or (major >= 10 and triton_version() < TRITON_FOR_BLACKWELL):
+        return None
+    own = {(8, 0): "sm_80", (9, 0): "sm_90"}.get((major, minor))
+    return own or ("sm_100" if major == 10 else "sm_86")
 
 
 def triton_version() -> tuple[int, ...]:

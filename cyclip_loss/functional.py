@@ -37,6 +37,7 @@ from cyclip_loss.checks import (
     zero_of_bias,
 )
 from cyclip_loss.distributed import Ranks, check_ranks_agree, finish_gather, ranks_of, start_gather
+from cyclip_loss.numerics import Logits
 from cyclip_loss.options import LossOptions, PenaltyOptions
 
 CYCLIC_TERMS = ("inmodal_cyclic_loss", "crossmodal_cyclic_loss")
@@ -173,16 +174,15 @@ def loss_with(
         # Across ranks, the gather of the columns runs while the Gram matrices are computed, and the
         # all-reduce of those while the contrastive losses are.
         gathered = [start_gather(columns, ranks) for _, columns in pairs]
-        started_ids = None if ids is None else start_gather(ids[:, None], ranks)
+        started_ids = None if ids is None else start_gather(ids, ranks)
         started, gathered_ids = cyclic.start_penalties(*pair, options, ranks), None
         if started_ids is not None:  # not earlier: this waits for the columns' gather as well
-            gathered_ids = finish_gather(started_ids, ranks)[:, 0]
-        losses = [
-            contrastive.contrastive_loss(
-                *(*pair, scale, gathered.pop(0), at == 0, options.impl, ranks, ids, gathered_ids)
-            )
-            for at, pair in enumerate(pairs)
-        ]
+            gathered_ids = finish_gather(started_ids, ranks)
+        losses = []
+        for at, (rows, columns) in enumerate(pairs):
+            logits = Logits(rows, columns, scale, ids, gathered_ids, symmetric=at == 0)
+            of_pair = (logits, gathered.pop(0), options.impl, ranks)
+            losses.append(contrastive.contrastive_loss(*of_pair))
         penalties = ()
         if output_dict or options.has_penalties():
             penalties = cyclic.penalties(*pairs[0], options, output_dict, started, ranks.size)

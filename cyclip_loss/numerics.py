@@ -1,8 +1,8 @@
-"""What the engines share: the dtype of sums, products with a float32 result, and strips of rows."""
+"""What the engines share: their arguments, the dtype of sums, wide products, strips of rows."""
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,52 @@ STRIP_ELEMENTS = {"cpu": 2**22}
 STRIP_ELEMENTS_OTHER_DEVICES = 2**26
 # With fewer rows a matrix product is not efficient, however wide the strip.
 MIN_STRIP_ROWS = 64
+
+
+class Logits(NamedTuple):
+    """The logits l_ij = logit_scale * rows_i . columns_j of a contrastive term.
+
+    Row i is paired with column `first_column + i`, if that exists. Its negatives are all other
+    columns except those with its id.
+    """
+
+    rows: Tensor  # (n, D)
+    columns: Tensor  # (m, D)
+    logit_scale: Tensor  # scalar of the accumulation dtype
+    row_ids: Tensor | None = None  # (n,), int64, or None: ids do not matter
+    column_ids: Tensor | None = None  # (m,), or None: the rows'
+    first_column: int = 0
+    symmetric: bool = True  # whether columns have log-sum-exps, too, or only rows
+
+    @property
+    def ids(self) -> tuple[Tensor | None, Tensor | None]:
+        """The ids of the rows and of the columns."""
+        return self.row_ids, self.row_ids if self.column_ids is None else self.column_ids
+
+    def same_ids(self, start: int, stop: int) -> Tensor | None:
+        """Which of these rows and which columns have the same id: (stop - start, m)."""
+        of_rows, of_columns = self.ids
+        return None if of_rows is None else of_rows[start:stop, None] == of_columns
+
+    def block(self, start: int, stop: int, left: int = 0, right: int | None = None) -> "Logits":
+        """Rows `start` to `stop` and columns `left` to `right`."""
+        of_rows, of_columns = self.ids
+        return self._replace(
+            rows=self.rows[start:stop],
+            columns=self.columns[left:right],
+            row_ids=None if of_rows is None else of_rows[start:stop],
+            column_ids=None if of_columns is None else of_columns[left:right],
+            first_column=self.first_column + start - left,
+        )
+
+
+class Lse(NamedTuple):
+    """Log-sum-exps of all logits of a row or column, and the gradient of the pairs."""
+
+    rows: Tensor  # (n,)
+    columns: Tensor  # (m,), empty unless `Logits.symmetric`
+    # (n,): the sum of exp(pair logit - log-sum-exp) - 1 for a row and its paired column.
+    pair_gradient: Tensor
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

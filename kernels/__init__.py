@@ -6,12 +6,12 @@ names in `cyclip_loss.eager`, for float32, bfloat16 and float16 features.
 """
 
 from cyclip_loss.kernels.configs import INTERPRETED
-from cyclip_loss.kernels.contrastive_grads import contrastive_grads
-from cyclip_loss.kernels.contrastive_lse import contrastive_lse
-from cyclip_loss.kernels.cyclic_grads import cyclic_grads
-from cyclip_loss.kernels.cyclic_statistics import cyclic_statistics
-from cyclip_loss.kernels.cyclic_terms import cyclic_terms
-from cyclip_loss.kernels.pair_terms import pair_terms
+from cyclip_loss.kernels.grams import cyclic_statistics
+from cyclip_loss.kernels.logit_grads import contrastive_grads
+from cyclip_loss.kernels.lse import contrastive_lse
+from cyclip_loss.kernels.pairs import pair_terms
+from cyclip_loss.kernels.penalties import cyclic_terms
+from cyclip_loss.kernels.penalty_grads import cyclic_grads
 
 __all__ = [
     "INTERPRETED",

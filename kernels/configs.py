@@ -4,15 +4,15 @@
 shared memory and tensor-core instructions.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from cyclip_loss.engines import architecture
 from cyclip_loss.numerics import float32_is_exact
 
 # True if kernels run on CPU tensors. TRITON_INTERPRET decides it when Triton is imported.
@@ -52,6 +52,7 @@ class Config:
     tile: dict[str, int]
     num_warps: int
     num_stages: int
+    parts_with_ids: int = 1  # instead of PARTS, as a compare of ids needs registers
 
     @property
     def options(self) -> dict[str, Any]:
@@ -73,12 +74,15 @@ class Config:
 
     @cached_property
     def with_ids(self) -> "Config":
-        """For contrastive_grads with ids, which need registers: tiles in quarters, not halves."""
-        return replace(self, tile={**self.tile, "PARTS": self.tile["PARTS"] ** 2})
+        """The configuration of contrastive_grads for a call with ids."""
+        return replace(self, tile={**self.tile, "PARTS": self.parts_with_ids})
 
 
-def _product(bm: int, bn: int, bk: int, warps: int, stages: int, parts: int = 1) -> Config:
-    return Config({"BM": bm, "BN": bn, "BK": bk, "PARTS": parts, "GROUP": 8}, warps, stages)
+def _product(
+    bm: int, bn: int, bk: int, warps: int, stages: int, parts: int = 1, parts_with_ids: int = 1
+) -> Config:
+    tile = {"BM": bm, "BN": bn, "BK": bk, "PARTS": parts, "GROUP": 8}
+    return Config(tile, warps, stages, parts_with_ids)
 
 
 def _gram(bd: int, bk: int, warps: int, stages: int) -> Config:
@@ -114,7 +118,7 @@ _SM86 = {
 }
 # Operands rounded in registers go back to shared memory, and each wgmma waits for its operands. So
 # tiles are small enough for two programs per SM: one multiplies while the other rounds.
-_SM90_ROUNDED = _product(128, 128, 32, 4, 3, parts=2)
+_SM90_ROUNDED = _product(128, 128, 32, 4, 3, parts=2, parts_with_ids=4)
 _SM90 = {
     **_SM80,
     "contrastive_lse": {
@@ -123,7 +127,7 @@ _SM90 = {
         (32, "ieee"): _product(64, 64, 16, 4, 3),
     },
     "contrastive_grads": {
-        (16, "tf32"): _product(128, 256, 64, 8, 4, parts=2),
+        (16, "tf32"): _product(128, 256, 64, 8, 4, parts=2, parts_with_ids=4),
         (32, "tf32"): _SM90_ROUNDED,
         (32, "ieee"): _product(64, 64, 16, 4, 3),
     },
@@ -134,7 +138,7 @@ _SM90 = {
     },
 }
 # The product stays in tensor memory. Registers suffice for 256 rows, but not for 256 columns.
-_SM100_PRODUCT = _product(256, 128, 64, 8, 3, parts=2)
+_SM100_PRODUCT = _product(256, 128, 64, 8, 3, parts=2, parts_with_ids=4)
 _SM100 = {
     **_SM90,
     "contrastive_lse": {**_SM90["contrastive_lse"], (16, "tf32"): _SM100_PRODUCT},
@@ -157,7 +161,7 @@ _GFX942 = {
 }
 # Small, so that small tests have several tiles.
 _INTERPRETER_PRODUCTS = dict.fromkeys(
-    ((16, "tf32"), (32, "tf32"), (32, "ieee")), _product(32, 64, 32, 1, 1, parts=2)
+    ((16, "tf32"), (32, "tf32"), (32, "ieee")), _product(32, 64, 32, 1, 1, 2, parts_with_ids=4)
 )
 _INTERPRETER = {
     "contrastive_lse": _INTERPRETER_PRODUCTS,
@@ -177,60 +181,10 @@ SPLITS = Config({"BLOCK": 1024}, num_warps=4, num_stages=1)
 TRACES = Config({"BD": 64}, num_warps=8, num_stages=1)
 
 
-@lru_cache
-def _architecture(device: torch.device) -> str:
-    """The entry of ARCHITECTURES for a device: its own or, if it has none, sm_86's."""
-    if torch.version.hip is not None:
-        return "gfx942"
-    major, minor = torch.cuda.get_device_capability(device)
-    own = {(8, 0): "sm_80", (9, 0): "sm_90"}.get((major, minor))
-    return own or ("sm_100" if major == 10 else "sm_86")
-
-
-def config_for(family: str, features: Tensor, precision: Precision) -> Config:
+def config_for(
+    kernel: str, features: Tensor, precision: Precision, with_ids: bool = False
+) -> Config:
     """The configuration of a kernel, by its key in the tables, for the features' device."""
-    table = _INTERPRETER if INTERPRETED else ARCHITECTURES[_architecture(features.device)]
-    return table[family][precision.bits, precision.dot]
-
-
-# Triton can load 16 bytes at a time if it knows that a pointer is a multiple of this many bytes and
-# that the stride between rows is a multiple of this many elements.
-ALIGNMENT = 16
-
-
-def padded_rows(features: Tensor, multiple: int) -> Tensor:
-    """The features with D zero-padded to a multiple, which changes no product, and rows aligned.
-
-    A kernel without masks on D is simpler, and needs fewer registers. Features are copied unless D
-    is a multiple already and rows are contiguous and aligned. Triton compiles a separate binary for
-    an argument that is not a multiple of 16. For the base of the features or the stride between
-    rows, this binary would spill registers and load one element at a time. It would also be
-    compiled in the middle of training, at the first such batch.
-    """
-    n, d = features.shape
-    row, within = features.stride()
-    aligned = row % ALIGNMENT == 0 and features.data_ptr() % ALIGNMENT == 0
-    if d % multiple == 0 and within == 1 and row >= d and aligned:
-        return features
-    if d % multiple:
-        return torch.nn.functional.pad(features, (0, -d % multiple))
-    # Not `contiguous()`: a single row is contiguous whatever its stride.
-    return features.new_empty(n, d).copy_(features)
-
-
-def launch_on(features: Tensor) -> AbstractContextManager[Any]:
-    """Makes the features' device current, because Triton launches on the current device."""
-    return torch.cuda.device_of(features) if features.is_cuda else nullcontext()
-
-
-def number_or_pointer(scalar: Tensor) -> Tensor | float:
-    """A scalar as a kernel argument: a number if it is on the CPU, so that nothing has to wait.
-
-    Under the interpreter, always the tensor: numbers have no type there, which `scalar` needs.
-    """
-    return scalar.item() if scalar.device.type == "cpu" and not INTERPRETED else scalar
-
-
-def ceil_div(a: int, b: int) -> int:
-    """a / b, rounded up. (`triton.cdiv` takes 10 times as long on the host.)"""
-    return -(-a // b)
+    table = _INTERPRETER if INTERPRETED else ARCHITECTURES[architecture(features.device)]
+    config = table[kernel][precision.bits, precision.dot]
+    return config.with_ids if with_ids else config

@@ -1,4 +1,4 @@
-"""Two steps of `contrastive_grads.py`: the sum that makes ds, and G T of a few long rows.
+"""Two steps of `logit_grads.py`: the sum that makes ds, and G T of a few long rows.
 
 ds = weight * grad * the sum of the tiles' parts          dI = G T, in chunks of columns
 """
@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cyclip_loss.kernels.configs import ceil_div
+from cyclip_loss.kernels.launch import ceil_div
 from cyclip_loss.numerics import matmul
 
 

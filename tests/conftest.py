@@ -84,7 +84,7 @@ def device(pytestconfig: pytest.Config) -> torch.device:
 
 @pytest.fixture(params=IMPLS_UNDER_TEST, scope="session")
 def impl(request: pytest.FixtureRequest, device: torch.device) -> str:
-    if request.param == "triton" and device.type == "cuda" and not engines._has_kernels(device):
+    if request.param == "triton" and device.type == "cuda" and not engines.architecture(device):
         pytest.skip("the kernels do not support this GPU")
     return request.param
 
@@ -132,9 +132,9 @@ def set_strip_rows(monkeypatch: pytest.MonkeyPatch, rows: int | None) -> None:
     monkeypatch.setattr(numerics, "MIN_STRIP_ROWS", rows)
     monkeypatch.setitem(numerics.STRIP_ELEMENTS, "cpu", 1)
     monkeypatch.setattr(numerics, "STRIP_ELEMENTS_OTHER_DEVICES", 1)
-    bounds = {"contrastive_lse PARTIAL_ELEMENTS": 1, "products CHUNK_COLUMNS": rows}
-    bounds |= dict.fromkeys(("contrastive_grads BLOCK_ROWS", "contrastive_grads BLOCK_ELEMENTS"), 1)
-    bounds["cyclic_statistics MIN_SPLIT_ROWS"] = 4 * rows
+    bounds = {"lse PARTIAL_ELEMENTS": 1, "products CHUNK_COLUMNS": rows}
+    bounds |= dict.fromkeys(("logit_grads BLOCK_ROWS", "logit_grads BLOCK_ELEMENTS"), 1)
+    bounds["grams MIN_SPLIT_ROWS"] = 4 * rows
     for bound, value in bounds.items() if HAS_TRITON else ():
         name, constant = bound.split()
         module = importlib.import_module(f"cyclip_loss.kernels.{name}")

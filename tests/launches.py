@@ -72,7 +72,7 @@ def no_device() -> Iterator[tuple[list[str], dict[str, dict[str, Any]]]]:
     with (
         mock.patch.object(triton.knobs.runtime, "jit_cache_hook", note),
         mock.patch.object(kernels, "INTERPRETED", True),
-        mock.patch.object(configs, "_architecture", return_value="sm_90"),
+        mock.patch.object(configs, "architecture", return_value="sm_90"),
     ):
         yield names, binaries
 

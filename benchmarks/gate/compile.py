@@ -25,12 +25,12 @@ from benchmarks.gate.binary import CHIPS, Binary, inspect
 from benchmarks.record import table
 from cyclip_loss.engines import triton_version
 from cyclip_loss.kernels.configs import ARCHITECTURES, JOIN, PAIRS, SPLITS, SUM, TRACES, Config
-from cyclip_loss.kernels.contrastive_grads import contrastive_grads_kernel
-from cyclip_loss.kernels.contrastive_lse import contrastive_lse_kernel, join_lse_kernel
-from cyclip_loss.kernels.cyclic_grads import cyclic_grads_kernel
-from cyclip_loss.kernels.cyclic_statistics import add_splits_kernel, cyclic_statistics_kernel
-from cyclip_loss.kernels.cyclic_terms import cyclic_terms_kernel, traces_kernel
-from cyclip_loss.kernels.pair_terms import pair_terms_kernel
+from cyclip_loss.kernels.grams import add_splits_kernel, cyclic_statistics_kernel
+from cyclip_loss.kernels.logit_grads import contrastive_grads_kernel
+from cyclip_loss.kernels.lse import contrastive_lse_kernel, join_lse_kernel
+from cyclip_loss.kernels.pairs import pair_terms_kernel
+from cyclip_loss.kernels.penalties import cyclic_terms_kernel, traces_kernel
+from cyclip_loss.kernels.penalty_grads import cyclic_grads_kernel
 from cyclip_loss.kernels.products import scale_grad_kernel
 
 FEATURES = {  # dtype of the features -> Triton's pointer type and the precision of the products

@@ -13,11 +13,12 @@ from unittest import mock
 import torch
 
 from benchmarks.gpu.candidates import KEYS, Candidate, candidates, refusals, winner
-from benchmarks.memory import outcome_of
-from benchmarks.run import Run
+from benchmarks.run import Run, outcome_of
 from benchmarks.timing import columns, interleaved
 from cyclip_loss import kernels
+from cyclip_loss.engines import architecture
 from cyclip_loss.kernels import configs
+from cyclip_loss.numerics import Logits, Lse
 
 # The most useful first: what the budget does not allow is left out from the end.
 CELLS = [(kernel, n, d) for n in (16384, 65536) for kernel in KEYS for d in (768, 512, 1024)]
@@ -29,7 +30,7 @@ AHEAD = 4 * 10**6  # cycles, 2 ms: as long as Python takes to launch what is tim
 
 def sweep(run: Run) -> None:
     """A row for each candidate, N and D, in bfloat16; then the section "winners"."""
-    arch = "sm_90" if run.dry_run else configs._architecture(run.device)
+    arch = "sm_90" if run.dry_run else architecture(run.device)
     cells = DRY_RUN_CELLS if run.dry_run else CELLS
     tried = {kernel: candidates(arch, kernel)[: 2 if run.dry_run else None] for kernel in KEYS}
     everything = [candidate for several in tried.values() for candidate in several]
@@ -112,14 +113,13 @@ def launcher(run: Run, kernel: str, n: int, d: int) -> Callable[[], object]:
     scale = torch.tensor(50.0, device=run.device)
     one = torch.ones((), device=run.device)
     if kernel == "contrastive_lse":
-        return lambda: kernels.contrastive_lse(image, text, scale, 0, True)
+        return lambda: kernels.contrastive_lse(Logits(image, text, scale))
     if kernel == "contrastive_grads":
         # A log-sum-exp of logits so random is about this; no time depends on it.
         lse, pairs = torch.full((n,), 12.0, device=run.device), torch.zeros(n, device=run.device)
         only_scale = [False, False, True]
-        return lambda: kernels.contrastive_grads(
-            image, text, scale, lse, lse, pairs, one, 0.5 / n, 0, True, only_scale, False
-        )
+        settings = (Lse(lse, lse, pairs), one, 0.5 / n, only_scale, False)
+        return lambda: kernels.contrastive_grads(Logits(image, text, scale), *settings)
     if kernel == "cyclic_statistics":
         return lambda: kernels.cyclic_statistics(image, text, False)
     grams, weight = kernels.cyclic_statistics(image, text, False), torch.tensor(0.25)

@@ -3,6 +3,8 @@
 Tests with the fixture `impl` check values and gradients of both engines.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accuracy import check_loss
@@ -12,6 +14,7 @@ from processes import run_python
 
 from cyclip_loss import engines, kernels
 from cyclip_loss.kernels import configs
+from cyclip_loss.numerics import Logits
 
 on_a_cpu = pytest.mark.skipif(
     not kernels.INTERPRETED, reason="on a GPU every test runs the shipped tiles"
@@ -76,7 +79,8 @@ def test_float32_logits_multiply_rounded_features(device: torch.device) -> None:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        logits = kernels.contrastive_lse(image, image, torch.tensor(100.0, device=device), 0, True)
+        scale = torch.tensor(100.0, device=device)
+        logits = kernels.contrastive_lse(Logits(image, image, scale))
     finally:
         torch.set_float32_matmul_precision(before)
     exact = 100 * to_tf32(image.double()).square().sum(dim=1)
@@ -90,38 +94,27 @@ def test_d_beyond_32_bit_offsets(device: torch.device) -> None:
         kernels.cyclic_statistics(image, image, True)
 
 
-@pytest.mark.slow
-def test_the_shipped_configurations_compile_without_spills() -> None:
-    """The gate, for the largest kernel in bfloat16; `.ci/run` compiles all, in two architectures.
-
-    In a separate process, because nothing can be compiled where the interpreter is on.
-    """
-    code = """
-from benchmarks.gate.command import build, variants
-for variant in variants("sm_90"):
-    if variant.features == "bfloat16" and variant.label.startswith("contrastive_grads"):
-        print(variant.faults(build(variant)))
-"""
-    run = run_python("-c", code, interpreted=False)
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stdout == "[]\n" * 2
-
-
 @pytest.mark.parametrize(
     ("capability", "version", "expected"),
     [
-        *(((7, 5), "3.9.0", False), ((9, 0), "3.6.0", True)),
-        *(((10, 0), "3.8.0", False), ((10, 0), "3.9.0", True), ((12, 0), "3.10.1", True)),
+        *(((7, 5), "3.9.0", None), ((8, 0), "3.4.0", "sm_80"), ((8, 9), "3.6.0", "sm_86")),
+        *(((9, 0), "3.6.0", "sm_90"), ((10, 0), "3.8.0", None), ((10, 0), "3.9.0", "sm_100")),
+        *(((10, 3), "3.9.0", "sm_100"), ((12, 0), "3.8.0", None), ((12, 0), "3.10.1", "sm_86")),
+        *(("gfx90a:sramecc+:xnack-", "3.9.0", None), ("gfx1100", "3.9.0", None)),
+        ("gfx942:sramecc+:xnack-", "3.6.0", "gfx942"),
     ],
 )
 def test_devices_that_get_kernels(
-    capability, version: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+    capability, version: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before 3.9, Triton fails to compile the kernels for Blackwell, or leaves products out."""
-    monkeypatch.setattr(torch.version, "hip", None)
+    is_amd = isinstance(capability, str)
+    properties = SimpleNamespace(gcnArchName=capability)
+    monkeypatch.setattr(torch.version, "hip", "6.4" if is_amd else None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(engines.metadata, "version", lambda package: version)
-    assert engines._has_kernels.__wrapped__(torch.device("cuda")) == expected
+    assert engines.architecture.__wrapped__(torch.device("cuda")) == expected
 
 
 @pytest.mark.skipif(

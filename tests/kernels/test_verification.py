@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(not kernels.INTERPRETED, reason="pretends that t
 @pytest.fixture(autouse=True)
 def a_device_with_kernels(monkeypatch: pytest.MonkeyPatch):
     """Make `auto` take the CPU for a GPU with kernels, not yet verified."""
-    monkeypatch.setattr(engines, "_has_kernels", lambda device: True)
+    monkeypatch.setattr(engines, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(engines, "CHECK_SIZES", (70, 90, 40))
     monkeypatch.setitem(kernels.configs.SUM.kwargs, "BLOCK", 4)  # sums take several blocks
     engines._kernels_work.cache_clear()

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from inputs import LAYOUTS, lay_out, pairs, some_ids
 
 from cyclip_loss import engines
+from cyclip_loss.numerics import Logits, Lse
 
 SCALE, GRAD, WEIGHT = 5.0, 0.25, 0.5
 RECTANGLE = {
@@ -59,15 +60,15 @@ def test_contrastive_rectangles(
     row_lse = (logits.logsumexp(1) + 0.5).float()
     column_lse = (logits.logsumexp(0) + torch.linspace(0, 2, m, device="cpu")).float()
     pair_gradient = torch.linspace(-1, -1e-4, n, device="cpu")
-    lses = (row_lse, column_lse if symmetric else column_lse[:0], pair_gradient)
+    lse = Lse(row_lse, column_lse if symmetric else column_lse[:0], pair_gradient)
     engine, scale = engines.engine(impl, image), torch.tensor(SCALE, device=device)
     with pytest.MonkeyPatch.context() as monkeypatch:
         set_strip_rows(monkeypatch, strip_rows)
-        of_device = (row_ids.to(device), column_ids.to(device)) if with_ids else None
-        found = engine.contrastive_lse(image, text, scale, first_column, symmetric, of_device)
-        given = (*(lse.to(device) for lse in lses), torch.tensor(GRAD, device=device), WEIGHT)
-        options = (first_column, symmetric, [*needs], wide, of_device)
-        grads = engine.contrastive_grads(image, text, scale, *given, *options)
+        ids = (row_ids.to(device), column_ids.to(device)) if with_ids else (None, None)
+        of_device = Logits(image, text, scale, *ids, first_column, symmetric)
+        found = engine.contrastive_lse(of_device)
+        lse, grad = Lse(*(x.to(device) for x in lse)), torch.tensor(GRAD, device=device)
+        grads = engine.contrastive_grads(of_device, lse, grad, WEIGHT, [*needs], wide)
 
     columns, rows = torch.arange(m, device="cpu"), torch.arange(n, device="cpu")
     is_pair = columns == rows[:, None] + first_column

@@ -1,6 +1,6 @@
 """Gram matrices of U = I + T and V = I - T:  A = U^T U,  B = V^T V,  C = V^T U  (D x D).
 
-Both cyclic penalties follow from p = <A, B>_F and q = <C, C^T>_F (`cyclic_terms.py`).
+Both cyclic penalties follow from p = <A, B>_F and q = <C, C^T>_F (`penalties.py`).
 
 U and V are formed in registers, in float32, from the unrounded features, and only then rounded to
 tf32. V is small for well-aligned pairs, and its rounding error is relative to V. For 16-bit
@@ -20,14 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cyclip_loss.kernels.configs import (
-    SPLITS,
-    Precision,
-    ceil_div,
-    config_for,
-    launch_on,
-    padded_rows,
-)
+from cyclip_loss.kernels.configs import SPLITS, Precision, config_for
+from cyclip_loss.kernels.launch import ceil_div, launch_on, padded_rows
 from cyclip_loss.kernels.tiles import round_to_tf32
 
 # A D x D matrix has too few tiles to fill a GPU. So the sum over rows is split into at most this
@@ -116,13 +110,13 @@ def add_splits_kernel(
     splits,
     matrices,
     d,
-    features,  # D
+    unpadded,  # D
     BLOCK: tl.constexpr,
 ):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < matrices * features * features
-    row = at // features
-    source = splits_of + (row // features * d + row % features) * d + at % features
+    inside = at < matrices * unpadded * unpadded
+    row = at // unpadded
+    source = splits_of + (row // unpadded * d + row % unpadded) * d + at % unpadded
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for _ in range(splits):
         total += tl.load(source, mask=inside, other=0.0)
@@ -135,11 +129,11 @@ def cyclic_statistics(image_features: Tensor, text_features: Tensor, with_cross:
     precision = Precision.of(image_features, widened=True)
     config = config_for("cyclic_statistics", image_features, precision)
     bd, bk = config.tile["BD"], config.tile["BK"]
-    features = image_features.shape[1]
-    if features > MAX_D:
+    unpadded = image_features.shape[1]
+    if unpadded > MAX_D:
         raise ValueError(
             f"image_features must have D <= {MAX_D} for the penalties with impl='triton', "
-            f"got D = {features}; impl='eager' takes any D"
+            f"got D = {unpadded}; impl='eager' takes any D"
         )
     image, text = padded_rows(image_features, bd), padded_rows(text_features, bd)
     n, d = image.shape
@@ -154,10 +148,10 @@ def cyclic_statistics(image_features: Tensor, text_features: Tensor, with_cross:
             WITH_CROSS=with_cross, TF32=precision.dot == "tf32", PRECISION=precision.dot,
             **config.kwargs,
         )  # fmt: skip
-        if splits == 1 and d == features:
+        if splits == 1 and d == unpadded:
             return parts[0]
-        grams = parts.new_empty(matrices, features, features)
+        grams = parts.new_empty(matrices, unpadded, unpadded)
         add_splits_kernel[(ceil_div(grams.numel(), SPLITS.tile["BLOCK"]),)](
-            parts, grams, splits, matrices, d, features, **SPLITS.kwargs
+            parts, grams, splits, matrices, d, unpadded, **SPLITS.kwargs
         )
     return grams

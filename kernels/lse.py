@@ -16,15 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cyclip_loss.kernels.configs import (
-    JOIN,
-    Precision,
-    ceil_div,
-    config_for,
-    launch_on,
-    padded_rows,
-)
+from cyclip_loss.kernels.configs import JOIN, Precision, config_for
+from cyclip_loss.kernels.launch import ceil_div, launch_on, with_padded_rows
 from cyclip_loss.kernels.tiles import LN_2, LOG2_E, grouped_tile, halves, same_ids, tile_product
+from cyclip_loss.numerics import Logits
 
 # Tiles write at most this many maxima and as many sums per strip of rows, for rows and for columns
 # (float32, so 128 MB each). At N = 65,536 that takes two strips with 128-row tiles and PARTS = 1.
@@ -211,44 +206,37 @@ def join_lse_kernel(
         _join(column_partials, column_negatives, column_parts, columns, so_far, first, TILES, BLOCK)
 
 
-def contrastive_lse(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor,
-    first_column: int,
-    symmetric: bool,
-    ids: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def contrastive_lse(logits: Logits) -> tuple[Tensor, Tensor, Tensor]:
     """As `cyclip_loss.eager.contrastive_lse`."""
-    precision = Precision.of(image_features)
-    config = config_for("contrastive_lse", image_features, precision)
+    precision = Precision.of(logits.rows)
+    config = config_for("contrastive_lse", logits.rows, precision)
     tile = config.tile
-    image, text = padded_rows(image_features, tile["BK"]), padded_rows(text_features, tile["BK"])
-    (n, d), m = image.shape, text.shape[0]
-    columns = m if symmetric else 0
-    row_ids, column_ids = ids or (None, None)
-    row_negatives = image.new_empty(n, dtype=torch.float32)
+    logits = with_padded_rows(logits, tile["BK"])
+    (n, d), m = logits.rows.shape, logits.columns.shape[0]
+    columns = m if logits.symmetric else 0
+    row_negatives = logits.rows.new_empty(n, dtype=torch.float32)
     column_negatives = row_negatives.new_empty(columns)
     pair_logits = row_negatives.new_empty(n)
     column_tiles = ceil_div(m, tile["BN"])
     row_parts = column_tiles * tile["PARTS"]
     height = max(1, PARTIAL_ELEMENTS // max(row_parts * tile["BM"], m)) * tile["BM"]
-    with launch_on(image):
+    with launch_on(row_negatives):
         for strip, start in enumerate(range(0, n, height)):
-            rows = min(height, n - start)
+            part = logits.block(start, start + height)
+            rows = part.rows.shape[0]
             row_tiles = ceil_div(rows, tile["BM"])
             row_partials = row_negatives.new_empty(2 * row_parts * rows)
             column_partials = row_negatives.new_empty(2 * row_tiles * columns)
             contrastive_lse_kernel[(row_tiles * column_tiles,)](
-                image[start:], text, logit_scale, row_partials, column_partials,
-                pair_logits[start:], None if row_ids is None else row_ids[start:], column_ids, rows,
-                m, d, image.stride(0), text.stride(0), first_column + start, SYMMETRIC=symmetric,
+                part.rows, part.columns, logits.logit_scale, row_partials, column_partials,
+                pair_logits[start:], *part.ids, rows, m, d, part.rows.stride(0),
+                part.columns.stride(0), part.first_column, SYMMETRIC=logits.symmetric,
                 PRECISION=precision.dot, WIDEN=precision.widen, **config.kwargs,
             )  # fmt: skip
             block = JOIN.tile["BLOCK"]
             join_lse_kernel[(ceil_div(rows, block) + ceil_div(columns, block),)](
                 row_partials, column_partials, row_negatives[start:], column_negatives,
-                pair_logits[start:], row_parts, row_tiles, rows, m, columns, first_column + start,
+                pair_logits[start:], row_parts, row_tiles, rows, m, columns, part.first_column,
                 strip, **JOIN.kwargs,
             )  # fmt: skip
     return row_negatives, column_negatives, pair_logits

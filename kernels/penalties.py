@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cyclip_loss.kernels.configs import SUM, TRACES, ceil_div, launch_on, number_or_pointer
+from cyclip_loss.kernels.configs import SUM, TRACES
+from cyclip_loss.kernels.launch import ceil_div, launch_on, number_or_pointer
 from cyclip_loss.kernels.tiles import scalar
 
 

@@ -17,15 +17,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cyclip_loss.kernels.configs import SUM, Precision, ceil_div, config_for, launch_on, padded_rows
+from cyclip_loss.kernels.configs import SUM, Precision, config_for
+from cyclip_loss.kernels.launch import ceil_div, launch_on, with_padded_rows
 from cyclip_loss.kernels.products import product_over_columns, scale_grad_kernel
 from cyclip_loss.kernels.tiles import LN_2, LOG2_E, grouped_tile, halves, same_ids, tile_product
-from cyclip_loss.numerics import add_product, matmul
+from cyclip_loss.numerics import Logits, Lse, add_product, matmul
 
 # Rows and elements of one block of G, which thus has 16,384 columns and takes 512 MB in 16 bits, at
 # every N. Both products of a block sum over thousands of elements. At D = 768 they have 384 output
-# tiles of 128 x 256, which fill 132 SMs to 97% (with half as many rows, to 73%). Each product reads
-# and writes its float32 sums once per block: 3 GB in all at N = 65,536.
+# tiles of 128 x 256, which should fill 97% of 132 SMs (73% with half as many rows). Each product
+# reads and writes its float32 sums once per block: 3 GB in all at N = 65,536.
 BLOCK_ROWS = 16384
 BLOCK_ELEMENTS = 2**28
 
@@ -174,58 +175,44 @@ def contrastive_grads_kernel(
 
 
 def contrastive_grads(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor,
-    row_lse: Tensor,
-    column_lse: Tensor,
-    pair_gradient: Tensor,
-    grad: Tensor,
-    weight: float,
-    first_column: int,
-    symmetric: bool,
-    needs: list[bool],
-    wide: bool,
-    ids: tuple[Tensor, Tensor] | None = None,
+    logits: Logits, lse: Lse, grad: Tensor, weight: float, needs: list[bool], wide: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `cyclip_loss.eager.contrastive_grads`."""
     needs_image, needs_text, needs_scale = needs
+    image_features, text_features, logit_scale, *_ = logits
     precision = Precision.of(image_features)
-    config = config_for("contrastive_grads", image_features, precision)
-    if ids is not None:
-        config = config.with_ids
+    with_ids = logits.row_ids is not None
+    config = config_for("contrastive_grads", image_features, precision, with_ids)
     tile = config.tile
-    image, text = padded_rows(image_features, tile["BK"]), padded_rows(text_features, tile["BK"])
-    (n, d), m = image.shape, text.shape[0]
+    padded = with_padded_rows(logits, tile["BK"])
+    (n, d), m = padded.rows.shape, padded.columns.shape[0]
     # float16 keeps 11 bits only above 6e-5, and most of w s G is far smaller. So 2^14 G is stored:
     # its largest possible element, 2^15, still fits. The weight is applied to the sums.
-    shift = 14 if image.dtype == torch.float16 else 0
+    shift = 14 if image_features.dtype == torch.float16 else 0
     sum_weight = grad * logit_scale * (weight * 2.0**-shift) if shift else None
-    grad_dtype = torch.float32 if wide else image.dtype
-    row_ids, column_ids = ids or (None, None)
+    grad_dtype = torch.float32 if wide else image_features.dtype
 
     bm, bn = tile["BM"], tile["BN"]
     height = ceil_div(min(n, BLOCK_ROWS), bm) * bm
     width = max(1, BLOCK_ELEMENTS // (height * bn)) * bn
     width = min(width, ceil_div(m, bn) * bn)
-    gradient_tiles = image.new_empty(height, width)
+    gradient_tiles = image_features.new_empty(height, width)
     tiles = ceil_div(n, bm) * ceil_div(m, bn)  # in all blocks, as these are whole tiles
-    scale_partials = row_lse.new_empty(tiles if needs_scale else 0)
+    scale_partials = lse.rows.new_empty(tiles if needs_scale else 0)
     tiles_done = 0
 
     def block(start: int, left: int) -> Tensor:
         """The block of G from row `start` and column `left` on: (up to height, up to width)."""
         nonlocal tiles_done
-        rows, columns = min(height, n - start), min(width, m - left)
+        part = padded.block(start, start + height, left, left + width)
+        rows, columns = part.rows.shape[0], part.columns.shape[0]
         tiles = ceil_div(rows, bm) * ceil_div(columns, bn)
         contrastive_grads_kernel[(tiles,)](
-            image[start:], text[left:], logit_scale, grad, row_lse[start:], column_lse[left:],
-            pair_gradient[start:], None if row_ids is None else row_ids[start:],
-            None if column_ids is None else column_ids[left:], gradient_tiles,
-            scale_partials[tiles_done:], rows, columns, d, image.stride(0), text.stride(0), width,
-            first_column + start - left, float(weight), SYMMETRIC=symmetric,
-            NEEDS_SCALE=needs_scale, SHIFT=shift, PRECISION=precision.dot, WIDEN=precision.widen,
-            **config.kwargs,
+            part.rows, part.columns, logit_scale, grad, lse.rows[start:], lse.columns[left:],
+            lse.pair_gradient[start:], *part.ids, gradient_tiles, scale_partials[tiles_done:], rows,
+            columns, d, part.rows.stride(0), part.columns.stride(0), width, part.first_column,
+            float(weight), SYMMETRIC=logits.symmetric, NEEDS_SCALE=needs_scale, SHIFT=shift,
+            PRECISION=precision.dot, WIDEN=precision.widen, **config.kwargs,
         )  # fmt: skip
         tiles_done += tiles
         return gradient_tiles[:rows, :columns]
@@ -233,8 +220,8 @@ def contrastive_grads(
     def finished(total: Tensor) -> Tensor:
         return (total if sum_weight is None else total.mul_(sum_weight)).to(grad_dtype)
 
-    image_grad, text_grad = image.new_empty(0, dtype=grad_dtype), row_lse.new_empty(0)
-    with launch_on(image):
+    image_grad, text_grad = image_features.new_empty(0, dtype=grad_dtype), lse.rows.new_empty(0)
+    with launch_on(image_features):
         if n <= height and m <= width:
             gradient = block(0, 0)
             dtype = torch.float32 if shift else grad_dtype
@@ -244,12 +231,12 @@ def contrastive_grads(
                 text_grad = matmul(gradient.T, image_features, dtype)
         else:
             if needs_image:
-                image_grad = image.new_empty(image_features.shape, dtype=grad_dtype)
+                image_grad = image_features.new_empty(image_features.shape, dtype=grad_dtype)
             if needs_text:
-                text_grad = row_lse.new_zeros(text_features.shape)
+                text_grad = lse.rows.new_zeros(text_features.shape)
             for start in range(0, n, height):
                 rows = image_features[start : start + height]
-                image_sum = row_lse.new_zeros(rows.shape if needs_image else (0,))
+                image_sum = lse.rows.new_zeros(rows.shape if needs_image else (0,))
                 for left in range(0, m, width):
                     gradient = block(start, left)
                     if needs_image:
@@ -259,10 +246,10 @@ def contrastive_grads(
                 if needs_image:
                     image_grad[start : start + height] = finished(image_sum)
         if needs_scale:
-            scale_grad = row_lse.new_empty(())
+            scale_grad = lse.rows.new_empty(())
             scale_grad_kernel[(1,)](
                 scale_partials, grad, scale_grad, tiles, weight * 2.0**-shift, **SUM.kwargs
             )
         else:
-            scale_grad = row_lse.new_zeros(())
+            scale_grad = lse.rows.new_zeros(())
     return image_grad, finished(text_grad), scale_grad

@@ -13,11 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cyclip_loss.kernels.configs import (
+from cyclip_loss.kernels.configs import Precision, config_for
+from cyclip_loss.kernels.launch import (
     ALIGNMENT,
-    Precision,
     ceil_div,
-    config_for,
     launch_on,
     number_or_pointer,
     padded_rows,
@@ -126,9 +125,9 @@ def cyclic_grads(
     multiple = max(tile["BD"], tile["BK"])
     image, text = padded_rows(image_features, multiple), padded_rows(text_features, multiple)
     n, d = image.shape
-    features = image_features.shape[1]
-    if d != features:
-        grams = torch.nn.functional.pad(grams, (0, d - features, 0, d - features))
+    unpadded = image_features.shape[1]
+    if d != unpadded:
+        grams = torch.nn.functional.pad(grams, (0, d - unpadded, 0, d - unpadded))
     elif grams.data_ptr() % ALIGNMENT or not grams.is_contiguous():
         grams = grams.new_empty(grams.shape).copy_(grams)
     image_grad = image.new_empty(image.shape if needs_image else (0,))
@@ -142,10 +141,10 @@ def cyclic_grads(
             NEEDS_TEXT=needs_text, TF32=precision.dot == "tf32", PRECISION=precision.dot,
             **config.kwargs,
         )  # fmt: skip
-    if d == features:
+    if d == unpadded:
         return image_grad, text_grad
     if needs_image:
-        image_grad = image_grad[:, :features].contiguous()
+        image_grad = image_grad[:, :unpadded].contiguous()
     if needs_text:
-        text_grad = text_grad[:, :features].contiguous()
+        text_grad = text_grad[:, :unpadded].contiguous()
     return image_grad, text_grad

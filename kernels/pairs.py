@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cyclip_loss.kernels.configs import PAIRS, ceil_div, launch_on
+from cyclip_loss.kernels.configs import PAIRS
+from cyclip_loss.kernels.launch import ceil_div, launch_on
 
 
 @triton.jit
