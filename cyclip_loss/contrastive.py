@@ -119,7 +119,7 @@ def _ring(
     logits: Logits,
     column_lse: Tensor | None,
     total: Tensor | None,
-    multiply: Callable[[Logits, Any], Tensor],
+    multiply: Callable[[Tensor | None, Logits], Tensor],
     add: Callable[[Tensor, Tensor], Any],
     ranks: Ranks,
 ) -> Tensor | None:
@@ -127,12 +127,13 @@ def _ring(
 
     The columns' ids and log-sum-exps travel with them, where given. total: the initial value of
     that sum, padded, or None if none is wanted. The sum travels one step behind the columns.
-    `multiply(logits, column_lse)`, of this rank's rows and the columns that are here, returns this
+    `multiply(column_lse, logits)`, of this rank's rows and the columns that are here, returns this
     rank's contribution, which `add` adds in place.
     """
     n = logits.rows.shape[0]
-    travelling = (logits.columns, logits.ids[1], column_lse)
-    blocks = [padded(x, ranks) for x in travelling if x is not None]
+    travelling = {"columns": logits.columns, "column_ids": logits.ids[1], "lse": column_lse}
+    blocks = [padded(x, ranks) for x in travelling.values() if x is not None]
+    names = [name for name, x in travelling.items() if x is not None]
     for step in range(ranks.size):
         ahead = blocks if step + 1 < ranks.size else []
         behind = [total] if total is not None and step > 0 else []
@@ -140,11 +141,9 @@ def _ring(
         owner = (ranks.rank - step) % ranks.size
         count, part = ranks.count(owner, n), None
         if count > 0:
-            arrived = iter(blocks)
-            columns, ids, lse = (None if x is None else next(arrived)[:count] for x in travelling)
-            first_column = ranks.first_row(ranks.rank, n) - ranks.first_row(owner, n)
-            here = {"columns": columns, "column_ids": ids, "first_column": first_column}
-            part = multiply(logits._replace(**here), lse)
+            here: dict[str, Any] = dict(zip(names, (x[:count] for x in blocks), strict=True))
+            here["first_column"] = ranks.first_row(ranks.rank, n) - ranks.first_row(owner, n)
+            part = multiply(here.pop("lse", None), logits._replace(**here))
         received = hop.finish()
         if behind:
             total = received.pop()
@@ -164,7 +163,8 @@ def _ring_lse(compute: ModuleType, logits: Logits, ranks: Ranks) -> tuple[Tensor
     rows = scale.new_full((n,), -torch.inf, dtype=torch.float64)
     pair_logits = scale.new_zeros(n)
 
-    def multiply(part: Logits, _: None) -> Tensor:
+    def multiply(_: Tensor | None, part: Logits) -> Tensor:
+        of_columns: Tensor
         of_rows, of_columns, pairs = compute.contrastive_lse(part)
         rows.copy_(torch.logaddexp(rows, of_rows.double()))
         pair_logits.add_(pairs)  # 0 except in this rank's own block
@@ -225,9 +225,10 @@ def _ring_grads(
     row_grad = lse.rows.new_zeros(logits.rows.shape if needs[0] else (0,))
     scale_grad = lse.rows.new_zeros(())
 
-    def multiply(part: Logits, column_lse: Tensor | None) -> Tensor:
-        part_lse = lse if column_lse is None else lse._replace(columns=column_lse)
-        row_part, column_part, scale_part = compute.contrastive_grads(part, part_lse, *settings)
+    def multiply(column_lse: Tensor | None, part: Logits) -> Tensor:
+        of_part = lse if column_lse is None else lse._replace(columns=column_lse)
+        column_part: Tensor
+        row_part, column_part, scale_part = compute.contrastive_grads(part, of_part, *settings)
         scale_grad.add_(scale_part)
         if needs[0]:
             row_grad.add_(row_part)

@@ -25,7 +25,7 @@ from cyclip_loss.distributed import Ranks
 from cyclip_loss.engines import engine
 from cyclip_loss.numerics import accumulation_dtype
 from cyclip_loss.operators import empty_grad_like, is_traced, operator
-from cyclip_loss.options import PenaltyOptions
+from cyclip_loss.options import PenaltyOptions, has_equal_lambdas, has_penalties, penalty_weights
 
 
 def _gram_shapes(image_features: Tensor, with_cross: bool, **_: Any) -> Tensor:
@@ -74,7 +74,7 @@ def start_penalties(
     Returns 3 D^2 + 1 elements of the accumulation dtype; None in one process or if both lambdas are
     0. C is always included, so that a rank with `output_dict` sends no more than the others.
     """
-    if ranks.group is None or not options.has_penalties():
+    if ranks.group is None or not has_penalties(options):
         return None
     with torch.no_grad():
         grams = gram_matrices(image_features, text_features, True, options.impl)
@@ -131,19 +131,19 @@ def penalties(
     started: the result of `start_penalties` across `size` ranks.
     """
     n, d = image_features.shape
-    if not options.has_penalties():
+    if not has_penalties(options):
         # Zeros with zero gradients, as one penalty has if only its lambda is 0.
         nothing = image_features[:0].sum() + text_features[:0].sum()
         zero = nothing.to(accumulation_dtype(image_features.dtype))
         return (zero, zero.clone()) if separate else (zero,)
-    with_cross = separate or not options.has_equal_lambdas()
+    with_cross = separate or not has_equal_lambdas(options)
     if started is None:
         grams = None
         weights = _weights(options, n, image_features)
     else:
         summed = distributed.wait(started)
         grams = summed[:-1].view(3, d, d)[: 3 if with_cross else 2]
-        weights = options.penalty_weights(summed[-1])
+        weights = penalty_weights(options, summed[-1])
     return _cyclic_penalties(
         image_features, text_features, grams, *weights, with_cross, separate, options.impl, size
     )
@@ -157,7 +157,7 @@ def _weights(options: PenaltyOptions, n: int, features: Tensor) -> tuple[Tensor,
     """
     dtype = accumulation_dtype(features.dtype)
     if torch.compiler.is_compiling():
-        return options.penalty_weights(n, features.new_ones((), dtype=dtype))
+        return penalty_weights(options, n, features.new_ones((), dtype=dtype))
     # An explicit device, as torch.set_default_device may have set another.
-    weights = options.penalty_weights(n)
+    weights = penalty_weights(options, n)
     return tuple(torch.scalar_tensor(weight, dtype=dtype, device="cpu") for weight in weights)

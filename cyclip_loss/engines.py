@@ -162,7 +162,7 @@ def disagreement(compute: Any, device: torch.device, dtype: torch.dtype, exact: 
 
     same = torch.arange(rows + columns, device=device).remainder(50).tensor_split((rows,))
     for ids, forms in (((None, None), (False, True)), (same, (True,))):
-        logits = Logits(image, text, scale, *ids, first)
+        logits = Logits(image, text, scale, ids[0], ids[1], first)
         negatives = check("contrastive_lse", logits)
         column_pairs = negatives[1] - 1  # every column has a pair, as across ranks
         column_pairs[first:last] = negatives[2]

@@ -38,7 +38,9 @@ from cyclip_loss.checks import (
 )
 from cyclip_loss.distributed import Ranks, check_ranks_agree, finish_gather, ranks_of, start_gather
 from cyclip_loss.numerics import Logits
-from cyclip_loss.options import LossOptions, PenaltyOptions
+from cyclip_loss.options import LossOptions, PenaltyOptions, has_penalties, takes_options
+
+__all__ = ["caption_ids", "cyclic_penalty", "cyclip_loss"]
 
 CYCLIC_TERMS = ("inmodal_cyclic_loss", "crossmodal_cyclic_loss")
 _Terms = dict[str, Tensor]
@@ -55,7 +57,8 @@ def cyclic_penalty(
 ) -> Tensor: ...
 @overload
 def cyclic_penalty(*inputs: Any, output_dict: Literal[True], **options: Any) -> _Terms: ...
-def cyclic_penalty(  # type: ignore[misc]
+@takes_options(PenaltyOptions)  # type: ignore[misc]
+def cyclic_penalty(
     image_features: Tensor,
     text_features: Tensor,
     lambda_inmodal: float = 0.25,
@@ -102,7 +105,8 @@ def cyclip_loss(
 ) -> Tensor: ...
 @overload
 def cyclip_loss(*inputs: Any, output_dict: Literal[True], **options: Any) -> _Terms: ...
-def cyclip_loss(  # type: ignore[misc]
+@takes_options(LossOptions)  # type: ignore[misc]
+def cyclip_loss(
     image_features: Tensor,
     text_features: Tensor,
     logit_scale: Tensor | float,
@@ -184,7 +188,7 @@ def loss_with(
             of_pair = (logits, gathered.pop(0), options.impl, ranks)
             losses.append(contrastive.contrastive_loss(*of_pair))
         penalties = ()
-        if output_dict or options.has_penalties():
+        if output_dict or has_penalties(options):
             penalties = cyclic.penalties(*pairs[0], options, output_dict, started, ranks.size)
         contrastive_terms = {"contrastive_loss": losses[0]}
         if len(losses) > 1:
@@ -228,7 +232,7 @@ def collective_signature(
         "D": features.shape[1],
         "dtype": features.dtype,
         "the device type": features.device.type,
-        "whether a penalty has a weight": options.has_penalties(),
+        "whether a penalty has a weight": has_penalties(options),
         "whether augmented features are given": len(pairs) > 1,
         "whether ids are given": ids is not None,
         # Their gradients are summed across ranks.

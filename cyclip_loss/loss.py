@@ -1,8 +1,9 @@
 """The modules: `CyCLIPLoss`, a drop-in for `open_clip.ClipLoss`, and `CyclicPenalty`."""
 
+import inspect
 from copy import deepcopy
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -11,7 +12,9 @@ from cyclip_loss.checks import LEAST_SCALE, warn_of_unusual_inputs
 from cyclip_loss.distributed import NOT_STORED, ranks_of
 from cyclip_loss.engines import is_capturing
 from cyclip_loss.operators import is_traced
-from cyclip_loss.options import LossOptions, PenaltyOptions
+from cyclip_loss.options import LossOptions, PenaltyOptions, checks_names
+
+_ModuleType = TypeVar("_ModuleType", bound=nn.Module)
 
 
 @dataclass(eq=False, repr=False)
@@ -33,7 +36,7 @@ class _Module(PenaltyOptions, nn.Module):
         """The state to pickle. A note replaces the process group, which cannot be pickled."""
         return self.__dict__ | {"process_group": self.process_group and NOT_STORED}
 
-    def check_inputs_once(
+    def _check_inputs_once(
         self, image: Tensor, text: Tensor, logit_scale: Tensor | float = LEAST_SCALE
     ) -> None:
         """Warn of unusual features or an unusual scale, in the first call that has rows.
@@ -49,13 +52,23 @@ class _Module(PenaltyOptions, nn.Module):
             warn_of_unusual_inputs(image, text, logit_scale)
 
     def extra_repr(self) -> str:
-        """For `print(module)`: the lambdas, and those of `names` that differ from their default."""
-        names = ("reference_batch_size", "dist_impl", "uneven", "impl")
-        set_here = [n for n in names if getattr(self, n, None) != getattr(type(self), n, None)]
-        shown = ("lambda_inmodal", "lambda_crossmodal", *set_here)
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
+        """For `print(module)`: the lambdas, and the arguments that differ from their default."""
+        shown = [
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in fields(self)
+            if f.name.startswith("lambda_") or getattr(self, f.name) != f.default
+        ]
+        return ", ".join(shown)
 
 
+def _suggests_names(module: type[_ModuleType]) -> type[_ModuleType]:
+    """The module, whose constructor's error for a misspelled argument suggests the nearest."""
+    init: Any = module.__init__
+    setattr(module, "__init__", checks_names(init, inspect.signature(init).parameters))  # noqa: B010
+    return module
+
+
+@_suggests_names
 @dataclass(eq=False, repr=False, kw_only=True)
 class CyCLIPLoss(LossOptions, _Module):
     """CLIP's contrastive loss with the cyclic penalties of CyCLIP (Goel et al. 2022).
@@ -145,7 +158,7 @@ class CyCLIPLoss(LossOptions, _Module):
             *(image_features, text_features, logit_scale, logit_bias, output_dict),
             *(augmented_image_features, augmented_text_features, ids),
         )
-        self.check_inputs_once(image_features, text_features, logit_scale)
+        self._check_inputs_once(image_features, text_features, logit_scale)
         return loss
 
     def _check_rank(self) -> None:
@@ -161,6 +174,7 @@ class CyCLIPLoss(LossOptions, _Module):
             )
 
 
+@_suggests_names
 @dataclass(eq=False, repr=False)
 class CyclicPenalty(_Module):
     """The cyclic penalties alone, to add to another loss: SigLIP, CoCa, or your own.
@@ -177,5 +191,5 @@ class CyclicPenalty(_Module):
     ) -> Tensor | dict[str, Tensor]:
         """The penalty or, with `output_dict`, its two terms, as in `functional.cyclic_penalty`."""
         penalty = functional.penalty_with(self, image_features, text_features, output_dict)
-        self.check_inputs_once(image_features, text_features)
+        self._check_inputs_once(image_features, text_features)
         return penalty

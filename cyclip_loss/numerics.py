@@ -32,8 +32,8 @@ class Logits(NamedTuple):
     symmetric: bool = True  # whether columns have log-sum-exps, too, or only rows
 
     @property
-    def ids(self) -> tuple[Tensor | None, Tensor | None]:
-        """The ids of the rows and of the columns."""
+    def ids(self) -> tuple[Any, Any]:
+        """The ids of the rows and of the columns, or two None."""
         return self.row_ids, self.row_ids if self.column_ids is None else self.column_ids
 
     def same_ids(self, start: int, stop: int) -> Tensor | None:

@@ -60,7 +60,7 @@ def operator(
 
         @wraps(function)
         def call(*arguments: Any) -> Any:
-            flat = []
+            flat: list[Any] = []
             for argument in arguments:
                 flat.extend(argument if isinstance(argument, tuple) else (argument,))
             if is_traced(*(x for x in flat if isinstance(x, Tensor))):

@@ -3,11 +3,14 @@
 `cyclip_loss.CyCLIPLoss` documents each of them.
 """
 
+import inspect
 import math
-from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import KW_ONLY, dataclass, field, fields
+from difflib import get_close_matches
+from functools import wraps
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
 
 from torch.distributed import ProcessGroup
 
@@ -18,61 +21,11 @@ WEIGHTS = (
     *("lambda_inmodal", "lambda_crossmodal"),
     *("reference_batch_size", "inmodal_contrastive_weight"),
 )
+_Anything = TypeVar("_Anything")
 
 
 class CyCLIPWarning(UserWarning):
     """The category of this package's warnings, for `warnings.filterwarnings`."""
-
-
-@dataclass(eq=False, repr=False)
-class PenaltyOptions:
-    """The options of the penalties. Each is checked when it is set, and may be set at any time."""
-
-    lambda_inmodal: float = 0.25
-    lambda_crossmodal: float = 0.25
-    _: KW_ONLY
-    reference_batch_size: int | None = None
-    process_group: ProcessGroup | None = None
-    distributed: bool = True
-    impl: str = "auto"
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _CHECKS:
-            value = _CHECKS[name](name, value)
-        if name == "reference_batch_size":
-            # torch.compile treats an integer attribute as a constant, and a float as an input.
-            super().__setattr__("_reference", None if value is None else float(value))
-        super().__setattr__(name, value)
-
-    def has_penalties(self) -> bool:
-        """Whether a lambda is not 0. (`==` would make torch.compile treat the number as static.)"""
-        return self.lambda_inmodal > 0 or self.lambda_crossmodal > 0
-
-    def has_equal_lambdas(self) -> bool:
-        """Whether both penalties have the same weight."""
-        difference = self.lambda_inmodal - self.lambda_crossmodal
-        return not (difference < 0 or difference > 0)
-
-    def penalty_weights(self, n: Any, one: Any = 1.0) -> tuple[Any, Any]:
-        """The weights of N * P_in and N * P_cross, which are sums over all pairs of N rows.
-
-        lambda / N in the paper's formula, lambda * R / N^2 with a reference batch size R.
-        n: N, a number or a tensor; one: 1, or a tensor of it if the weights are to be tensors.
-        """
-        reference: float | None = self._reference  # type: ignore[attr-defined]
-        weights = one * self.lambda_inmodal, one * self.lambda_crossmodal
-        if reference is None:
-            return weights[0] / n, weights[1] / n
-        return weights[0] * reference / (n * n), weights[1] * reference / (n * n)
-
-
-@dataclass(eq=False, repr=False, kw_only=True)
-class LossOptions(PenaltyOptions):
-    """The options of the whole loss."""
-
-    dist_impl: str = "gather"
-    uneven: bool = False
-    inmodal_contrastive_weight: float | None = None
 
 
 def _weight(name: str, value: Any) -> float:
@@ -85,32 +38,126 @@ def _weight(name: str, value: Any) -> float:
     return number
 
 
-def _batch_size(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
+def _optional_weight(name: str, value: Any) -> float | None:
+    return None if value is None else _weight(name, value)
+
+
+def _optional_batch_size(name: str, value: Any) -> int | None:
+    if isinstance(value, bool) or not isinstance(value, Integral | None):
         raise TypeError(f"{name} must be an integer >= 1 or None, got {value!r}")
-    if value < 1:
+    if value is not None and value < 1:
         raise ValueError(f"{name} must be >= 1, got {value}")
     return value  # type: ignore[return-value]
 
 
-def _optional(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
-    return lambda name, value: None if value is None else check(name, value)
+def _bool(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
 
 
-def _one_of(choices: tuple[str, ...]) -> Callable[[str, Any], str]:
+def _option(default: _Anything, check: Callable[[str, Any], Any]) -> _Anything:
+    return field(default=default, metadata={"check": check})
+
+
+def _choice(*choices: str) -> str:
     def check(name: str, value: Any) -> str:
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         return value  # type: ignore[no-any-return]
 
-    return check
+    return _option(choices[0], check)
 
 
-_CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "lambda_inmodal": _weight,
-    "lambda_crossmodal": _weight,
-    "reference_batch_size": _optional(_batch_size),
-    "inmodal_contrastive_weight": _optional(_weight),
-    "impl": _one_of(IMPLS),
-    "dist_impl": _one_of(DIST_IMPLS),
-}
+@dataclass(eq=False, repr=False)
+class PenaltyOptions:
+    """The options of the penalties. Each is checked when it is set, and may be set at any time."""
+
+    lambda_inmodal: float = _option(0.25, _weight)
+    lambda_crossmodal: float = _option(0.25, _weight)
+    _: KW_ONLY
+    reference_batch_size: int | None = _option(None, _optional_batch_size)
+    process_group: ProcessGroup | None = None
+    distributed: bool = _option(True, _bool)
+    impl: str = _choice(*IMPLS)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _CHECKS:
+            value = _CHECKS[name](name, value)
+        if name == "reference_batch_size":
+            # torch.compile treats an integer attribute as a constant, and a float as an input.
+            super().__setattr__("_reference", None if value is None else float(value))
+        super().__setattr__(name, value)
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class LossOptions(PenaltyOptions):
+    """The options of the whole loss."""
+
+    dist_impl: str = _choice(*DIST_IMPLS)
+    uneven: bool = _option(False, _bool)
+    inmodal_contrastive_weight: float | None = _option(None, _optional_weight)
+
+
+_CHECKS = {f.name: f.metadata["check"] for f in fields(LossOptions) if f.metadata}
+
+
+def has_penalties(options: PenaltyOptions) -> bool:
+    """Whether a lambda is not 0. (`==` would make torch.compile treat the number as static.)"""
+    return options.lambda_inmodal > 0 or options.lambda_crossmodal > 0
+
+
+def has_equal_lambdas(options: PenaltyOptions) -> bool:
+    """Whether both penalties have the same weight."""
+    difference = options.lambda_inmodal - options.lambda_crossmodal
+    return not (difference < 0 or difference > 0)
+
+
+def penalty_weights(options: PenaltyOptions, n: Any, one: Any = 1.0) -> tuple[Any, Any]:
+    """The weights of N * P_in and N * P_cross, which are sums over all pairs of N rows.
+
+    lambda / N in the paper's formula, lambda * R / N^2 with a reference batch size R.
+    n: N, a number or a tensor; one: 1, or a tensor of it if the weights are to be tensors.
+    """
+    reference: float | None = options._reference  # type: ignore[attr-defined]
+    weights = one * options.lambda_inmodal, one * options.lambda_crossmodal
+    if reference is None:
+        return weights[0] / n, weights[1] / n
+    return weights[0] * reference / (n * n), weights[1] * reference / (n * n)
+
+
+def takes_options(options: Callable[..., Any]) -> Callable[[_Anything], _Anything]:
+    """A function's `**options` become the arguments of `options` in its signature and in `help`.
+
+    The error for an argument that it does not have suggests the nearest name.
+    """
+
+    def declare(function: Any) -> Any:
+        signature = inspect.signature(function)
+        own = {n: p for n, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD}
+        added = {
+            name: parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for name, parameter in inspect.signature(options).parameters.items()
+            if name not in own
+        }
+        call = checks_names(function, own.keys() | added.keys())
+        call.__signature__ = signature.replace(parameters=[*own.values(), *added.values()])
+        return call
+
+    return declare
+
+
+def checks_names(function: Any, names: Iterable[str]) -> Any:
+    """The function, with an error for an argument not in `names` that suggests the nearest."""
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for name in kwargs:
+            if name not in names:
+                nearest = get_close_matches(name, names, 1)
+                hint = f": did you mean {nearest[0]!r}?" if nearest else ""
+                called = function.__qualname__.removesuffix(".__init__")
+                raise TypeError(f"{called} has no argument {name!r}{hint}")
+        return function(*args, **kwargs)
+
+    return call

@@ -3,7 +3,7 @@
 Up to N = 2 D they are not much larger than the features, and take no more flops than avoiding them.
 So the eager engine keeps G, which `contrastive.py` computes again in backward, and W, which
 `cyclic.py` replaces by Gram matrices. With U = I + T, V = I - T and W = U V^T, and a and b the
-weights of N * P_in and N * P_cross (`PenaltyOptions.penalty_weights`):
+weights of N * P_in and N * P_cross (`options.penalty_weights`):
 
     P_in = (p + q) / (2N),  P_cross = (p - q) / (2N),       p = ||W||_F^2,  q = <W, W^T>_F
     G_ij = exp(l_ij - r_i) + exp(l_ij - c_j),  minus 2 for a pair
@@ -29,7 +29,7 @@ from cyclip_loss.eager import weighted_penalties
 from cyclip_loss.engines import engine
 from cyclip_loss.numerics import accumulation_dtype, has_wide_products
 from cyclip_loss.operators import FirstDerivativesOnly, is_traced, without_autocast
-from cyclip_loss.options import PenaltyOptions
+from cyclip_loss.options import PenaltyOptions, has_equal_lambdas, has_penalties, penalty_weights
 
 
 def loss_is_small(image_features: Tensor, text_features: Tensor, impl: str) -> bool:
@@ -51,8 +51,8 @@ def penalties_are_small(
     if not _can_be_small(image_features, text_features, options.impl):
         return False
     n, d = image_features.shape
-    flops_by_grams = (10 if separate else 8) if options.has_equal_lambdas() else 14
-    return options.has_penalties() and 6 * n <= flops_by_grams * d
+    flops_by_grams = (10 if separate else 8) if has_equal_lambdas(options) else 14
+    return has_penalties(options) and 6 * n <= flops_by_grams * d
 
 
 def _can_be_small(image_features: Tensor, text_features: Tensor, impl: str) -> bool:
@@ -209,6 +209,6 @@ def terms(
     image_features, text_features: (N, D); logit_scale: scalar of the accumulation dtype, or None
     for the penalties alone; ids: (N,). If both lambdas are 0, no penalty is computed.
     """
-    weights = options.penalty_weights(len(image_features))
+    weights = penalty_weights(options, len(image_features))
     settings = (ids, weights, separate, torch.is_grad_enabled())
     return _small(image_features, text_features, logit_scale, *settings)

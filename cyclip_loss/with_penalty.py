@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cyclip_loss.functional import CYCLIC_TERMS
 from cyclip_loss.loss import CyclicPenalty
-from cyclip_loss.options import PenaltyOptions
+from cyclip_loss.options import PenaltyOptions, takes_options
 
 
 class WithCyclicPenalty(CyclicPenalty):
@@ -33,6 +33,7 @@ class WithCyclicPenalty(CyclicPenalty):
             than a number or terms of a sum, such as one value per sample. Else as `CyclicPenalty`.
     """
 
+    @takes_options(PenaltyOptions)
     def __init__(
         self,
         loss: nn.Module,

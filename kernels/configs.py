@@ -185,6 +185,6 @@ def config_for(
     kernel: str, features: Tensor, precision: Precision, with_ids: bool = False
 ) -> Config:
     """The configuration of a kernel, by its key in the tables, for the features' device."""
-    table = _INTERPRETER if INTERPRETED else ARCHITECTURES[architecture(features.device)]
+    table = _INTERPRETER if INTERPRETED else ARCHITECTURES[str(architecture(features.device))]
     config = table[kernel][precision.bits, precision.dot]
     return config.with_ids if with_ids else config

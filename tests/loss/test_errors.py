@@ -1,6 +1,8 @@
 """Errors for bad arguments, which they name."""
 
+import inspect
 import re
+from dataclasses import fields
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from cyclip_loss import (
     cyclic_penalty,
     cyclip_loss,
 )
+from cyclip_loss.options import LossOptions, PenaltyOptions
 
 # Errors come before any computation, so the device does not matter.
 GOOD = torch.ones(4, 3, device="cpu")
@@ -78,6 +81,8 @@ BAD_CALLS = [
     ({"ids": GOOD[:, 0].long().to_sparse()}, TypeError, "ids must be a dense tensor, got layout"),
     ({"impl": "cuda"}, ValueError, "impl must be one of auto, triton, eager, got 'cuda'"),
     ({"dist_impl": "rows"}, ValueError, "dist_impl must be one of gather, ring, got 'rows'"),
+    ({"distributed": "no"}, TypeError, "distributed must be True or False, got 'no'"),
+    ({"uneven": 1}, TypeError, "uneven must be True or False, got 1"),
     ({"process_group": "a group"}, ValueError, "torch.distributed is not initialised"),
 ]
 
@@ -86,6 +91,26 @@ BAD_CALLS = [
 def test_bad_arguments(options: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         cyclip_loss(GOOD, GOOD, **({"logit_scale": 10.0} | options))
+
+
+@pytest.mark.parametrize("called", [cyclip_loss, cyclic_penalty, CyCLIPLoss, CyclicPenalty])
+def test_signatures_list_every_option_and_typos_get_a_hint(called) -> None:
+    parameters = inspect.signature(called).parameters
+    of_loss = called in (cyclip_loss, CyCLIPLoss)
+    for option in fields(LossOptions if of_loss else PenaltyOptions):
+        assert parameters[option.name].default == option.default
+    assert not any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    given = [GOOD, GOOD, 10.0][: 2 + of_loss] if inspect.isfunction(called) else []
+    message = f"{called.__name__} has no argument 'refrence_batch_size': did you mean 'reference_b"
+    with pytest.raises(TypeError, match=re.escape(message)):
+        called(*given, refrence_batch_size=128)
+
+
+def test_repr_shows_what_is_set() -> None:
+    options = {"distributed": False, "inmodal_contrastive_weight": 0.5, "uneven": True}
+    shown = repr(CyCLIPLoss(**options))
+    assert eval(shown).__dict__.items() >= options.items()
+    assert "impl" not in shown
 
 
 BAD_NUMBERS = [
