@@ -1,17 +1,17 @@
 """OpenCLIP checkpoints: found, loaded, and encoding images and texts."""
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
 from rich.progress import track
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -29,7 +29,7 @@ KEPT_ARGUMENTS = (
 )
 
 
-@dataclass
+@dataclass(eq=False)
 class Checkpoint:
     """Where weights come from, before anything is loaded."""
 
@@ -38,6 +38,13 @@ class Checkpoint:
     path: Path | None  # none: OpenCLIP's pretrained weights, by `tag`
     tag: str | None
     arguments: dict[str, Any]  # of `open_clip.create_model_and_transforms`
+    seed: int | None = None  # of the run
+
+    @cached_property
+    def source(self) -> dict[str, str]:
+        """What tells its weights from others."""
+        source = {"model": self.model, "path": str(self.path or self.tag)}
+        return {**source, "written": str(self.path.stat().st_mtime_ns)} if self.path else source
 
 
 def find_checkpoints(
@@ -52,8 +59,7 @@ def find_checkpoints(
     for file in map(checkpoint_file, paths):
         folder = file.resolve().parent
         run = folder.parent  # logs/NAME/checkpoints/best.pt -> NAME
-        written = [f / PARAMETERS for f in (run, folder) if (f / PARAMETERS).is_file()]
-        parameters = read_parameters(written[0]) if written else {}
+        parameters = read_parameters(run / PARAMETERS) or read_parameters(folder / PARAMETERS)
         name = model or parameters.get("model")
         if name is None:
             raise CannotStart(f"{file}: no {PARAMETERS} of a run beside it: say --model")
@@ -61,11 +67,13 @@ def find_checkpoints(
         if parameters.get("siglip"):  # its model has a bias; any number, the weights have theirs
             arguments["init_logit_bias"] = 0.0
         title = run.name if folder.name == "checkpoints" else file.stem
-        found.append(Checkpoint(title, name, file, None, arguments))
+        found.append(Checkpoint(title, name, file, None, arguments, parameters.get("seed")))
     titles = [checkpoint.title for checkpoint in found]
-    for checkpoint in found:
-        if titles.count(checkpoint.title) > 1 and checkpoint.path:
-            checkpoint.title += f" {checkpoint.path.stem}"
+    for title in {title for title in titles if titles.count(title) > 1}:
+        alike = {c: Path(os.path.abspath(c.path)) for c in found if c.title == title and c.path}
+        folder = os.path.commonpath([path.parent for path in alike.values()])
+        for checkpoint, path in alike.items():
+            checkpoint.title = f"{title}: {path.relative_to(folder)}"
     hub = model is not None and ":" in model and not paths  # the weights come with the model
     if pretrained is not None or hub:
         if model is None:
@@ -77,7 +85,7 @@ def find_checkpoints(
     titles = [checkpoint.title for checkpoint in found]
     for checkpoint in found:
         if titles.count(checkpoint.title) > 1:
-            raise CannotStart(f"two checkpoints are called {checkpoint.title!r}")
+            raise CannotStart(f"{checkpoint.path or checkpoint.title} is named twice")
         if ":" not in checkpoint.model and checkpoint.model not in open_clip.list_models():
             raise CannotStart(f"{checkpoint.title}: OpenCLIP has no model {checkpoint.model!r}")
     return found
@@ -186,7 +194,8 @@ def load(checkpoint: Checkpoint, device: torch.device, **feeding: Any) -> Clip:
 
     feeding: of `Clip`.
     """
-    name, path, epoch = checkpoint.model, checkpoint.path, None
+    name, path = checkpoint.model, checkpoint.path
+    content = load_checkpoint(path) if path else {}
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)  # "no pretrained weights": they come next
     try:
@@ -201,15 +210,12 @@ def load(checkpoint: Checkpoint, device: torch.device, **feeding: Any) -> Clip:
         context = checkpoint.arguments.get("force_context_length")
         tokenizer = open_clip.get_tokenizer(name, context_length=context)
         if path is not None:
-            content = (load_file if path.suffix == ".safetensors" else load_checkpoint)(path)
-            epoch = content.get("epoch")
             model.load_state_dict(without_wrappers(content.get("state_dict", content)))
     except Exception as error:  # whatever OpenCLIP and PyTorch raise for other weights
-        if isinstance(error, CannotStart):
-            raise
         said = " ".join(str(error).split())[:300]
         raise CannotStart(f"{path or checkpoint.tag} as {name}: {said}") from error
     finally:
         logging.disable(level)
     model.eval()
+    epoch = content.get("epoch")
     return Clip(checkpoint.title, model, preprocess, tokenizer, device, epoch=epoch, **feeding)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from ..data.samples import on_white
+from ..command_line import first_line
+from ..data.samples import IMAGES, on_white
 
-IMAGES = ("png", "jpg", "jpeg", "webp")
 FIELDS = ("cls", "txt", "json")
 
 
@@ -61,8 +61,7 @@ class Images:
                 return on_white(image)
         except Exception as error:  # Pillow says SyntaxError of a broken PNG, for example
             where = f"{place.shard}, {place.name}" if isinstance(place, Member) else place
-            why = "not an image" if isinstance(error, UnidentifiedImageError) else error
-            raise Unreadable(f"{where}: {why}") from error
+            raise Unreadable(f"{where}: {first_line(error)}") from error
 
 
 class TarImages(Images):

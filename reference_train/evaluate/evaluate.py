@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ..command_line import CannotStart, Parser, Stopped, add_device, whole_number
+from ..files import locked
 from . import report
 from .checkpoints import find_checkpoints, load
 from .datasets import DataSet
@@ -96,26 +97,29 @@ def main(argv: Sequence[str]) -> None:
     settings = {n: given[n] for n in ("precision", "linear_probe", "superclasses")}
     feeding = {n: given[n] for n in ("precision", "batch_size", "workers")}
     command = shlex.join(["python", "-m", "reference_train", "evaluate", *argv])
-    result = report.start(arguments.out, settings, command, arguments.device)
-    failed = result["failed"]
+    out, absent, failed = arguments.out, dict[str, str](), dict[str, str]()
+    report.start(out, settings, command, arguments.device)  # refuses other settings
     with Console().status("Looking at the data sets"):
-        sets = open_all(arguments, result)
-    for name, data in sets.items():
-        described = report.describe(name, data)
-        if result["data_sets"].setdefault(name, described) != described:  # other images since
-            result["data_sets"][name] = described
-            for results in result["results"].values():
-                results.pop(name, None)
+        sets = open_all(arguments, absent, failed)
+    described = {name: report.describe(name, data) for name, data in sets.items()}
+
+    def evaluation() -> Result:
+        """What --out holds by now, less the results of other images or weights."""
+        result = report.start(out, settings, command, arguments.device)
+        for name, data in described.items():
+            if result["data_sets"].setdefault(name, data) != data:
+                result["data_sets"][name] = data
+                for results in result["results"].values():
+                    results.pop(name, None)
+        for checkpoint in checkpoints:
+            before = result["checkpoints"].get(checkpoint.title, checkpoint.source)
+            if not before.items() >= checkpoint.source.items():
+                result["results"].pop(checkpoint.title, None)
+        return result
+
     for checkpoint in checkpoints:
         title = checkpoint.title
-        source = {"model": checkpoint.model, "path": str(checkpoint.path or checkpoint.tag)}
-        if checkpoint.path:
-            source["written"] = str(checkpoint.path.stat().st_mtime_ns)
-        before = result["checkpoints"].get(title, source)
-        if source != {key: before.get(key) for key in source}:
-            result["results"].pop(title)  # of other weights
-        numbers = result["results"].setdefault(title, {})
-        missing = [name for name in sets if name not in numbers]
+        missing = [n for n in sets if n not in evaluation()["results"].get(title, {})]
         if not missing:
             continue
         try:
@@ -123,27 +127,39 @@ def main(argv: Sequence[str]) -> None:
         except CannotStart as error:
             failed[title] = str(error)
             continue
-        result["checkpoints"][title] = {**source, "epoch": clip.epoch}
         for name in missing:
             clip.at_work, began = f"{title}: {name}", time.perf_counter()
             try:
                 measured = measure(clip, sets[name], arguments.linear_probe)
             except Exception as error:  # whatever it is: the others may have taken hours
                 failed[f"{name}, {title}"] = reason(error)
-            else:
-                numbers[name] = {**measured, "seconds": time.perf_counter() - began}
-                report.save(result, arguments.out)
-    if not any(result["results"].values()):
+                continue
+            measured["seconds"] = time.perf_counter() - began
+            weights = {**checkpoint.source, "seed": checkpoint.seed, "epoch": clip.epoch}
+            with locked(out, wait=True):  # another process may write there too
+                result = evaluation()
+                result["checkpoints"][title] = weights
+                result["results"].setdefault(title, {})[name] = measured
+                report.save(result, out)
+    if not any(evaluation()["results"].values()):
         raise CannotStart(f"nothing to evaluate: {listed(failed)}")
-    report.write(result, arguments.out)
+    with locked(out, wait=True):
+        result = evaluation()
+        tried = {*sets, *(checkpoint.title for checkpoint in checkpoints), "train split"}
+        old = {what: why for what, why in result["failed"].items() if {*what.split(", ")} - tried}
+        result["failed"] = {**old, **failed}
+        result["absent"] = {n: why for n, why in absent.items() if n not in result["data_sets"]}
+        report.write(result, out)
     if failed:
         raise Stopped(f"not in the table: {listed(failed)}")
 
 
-def open_all(arguments: argparse.Namespace, result: Result) -> dict[str, DataSet]:
+def open_all(
+    arguments: argparse.Namespace, absent: dict[str, str], failed: dict[str, str]
+) -> dict[str, DataSet]:
     """The data sets that were asked for and are there. Raises `CannotStart` if there is none.
 
-    result: gets the reasons of those that failed, and of those that are not there.
+    absent, failed: get the reasons of those that are not there, and of those that failed.
     """
     known, unknown = find(arguments.data, arguments.superclasses)
     found: dict[str, Open] = {**known, "emoji": open_emoji}
@@ -151,7 +167,6 @@ def open_all(arguments: argparse.Namespace, result: Result) -> dict[str, DataSet
         if name in found or name in SPLITS:
             raise CannotStart(f"--imagefolder: {name} is the name of another data set")
         found[name] = partial(open_folders, path, name, None)
-    absent, failed = result["absent"], result["failed"]
     if unknown:
         names = ", ".join(str(path) for path in unknown[:10]) + ", …" * (len(unknown) > 10)
         absent["under --data"] = f"no data set is recognised in {len(unknown)}: {names}"

@@ -150,7 +150,7 @@ def wilson(share: float, count: float) -> tuple[float, float]:
 
 
 def chance_of_any(right: float, candidates: float, k: int) -> float:
-    """How likely one of `right` of the candidates is among k of them that are drawn by lot."""
+    """How likely one of `right` of the candidates is among k of them, drawn at random."""
     missed = 1.0
     for drawn in range(k):
         missed *= max(0.0, candidates - right - drawn) / max(1.0, candidates - drawn)

@@ -11,21 +11,26 @@ from matplotlib import pyplot as plt
 
 from ..files import written_whole
 from ..losses import LOSSES
-from .paper import PUBLISHED
-from .table import METRICS, PAPER_TITLES, Result, chance, columns, digits, summary
+from .paper import MARKS, TABLES, published, titles
+from .table import Result, chance, columns, digits, metrics_of, summary
 
 DRAWN = ("top1", "subgroup_top1", "image_to_text_r1", "consistency_1")
 COLOURS = {look.title: look.colour for look in LOSSES.values()}
-COLOURS |= dict(zip(PAPER_TITLES, ("#c3cad1", "#f2b8a5"), strict=True))
+for _source in TABLES:
+    COLOURS |= dict(zip(titles(_source), ("#c3cad1", "#f2b8a5"), strict=True))
+TALL = 12  # more bars than that in a panel are too many for panels one above the other
 Bar = tuple[str, tuple[float, float, float], str]  # title; value, lowest, highest; mark
 
 
-def panels(heights: list[float]) -> tuple[Any, list[Any]]:
-    """A figure and its panels, one above the other. heights: in inches."""
+def panels(heights: list[float], across: int = 1) -> tuple[Any, list[Any]]:
+    """A figure and its panels, each 5.5 inches wide. heights: in inches; across: how many a row."""
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    figure = plt.figure(figsize=(5.5, sum(heights)), dpi=200, layout="constrained")
-    axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)
-    return figure, list(axes[:, 0])
+    rows = [max(heights[i : i + across]) for i in range(0, len(heights), across)]
+    figure = plt.figure(figsize=(5.5 * across, sum(rows)), dpi=200, layout="constrained")
+    axes = figure.subplots(len(rows), across, squeeze=False, height_ratios=rows).ravel()
+    for ax in axes[len(heights) :]:
+        ax.axis("off")
+    return figure, list(axes)
 
 
 def save(figure: Any, path: Path) -> None:
@@ -36,42 +41,51 @@ def save(figure: Any, path: Path) -> None:
 
 
 def draw(result: Result, path: Path) -> None:
-    """A panel for each data set and headline metric: yours, and the paper's."""
+    """A panel for each data set and headline metric: yours, and what is published."""
     shown = {(m, name): bars(result, name, m) for m in DRAWN for name in result["data_sets"]}
     shown = {what: found for what, found in shown.items() if found}
-    figure, axes = panels([0.65 + 0.22 * len(found) for found in shown.values()] or [1.0])
+    most = max(map(len, shown.values()), default=0)
+    heights = [0.65 + 0.22 * len(found) for found in shown.values()] or [1.0]
+    figure, axes = panels(heights, across=min(3, len(heights)) if most > TALL else 1)
+    marks = set()
     for ax, ((metric, name), found) in zip(axes, shown.items(), strict=False):
         for y, (title, (value, low, high), mark) in enumerate(found):
             one_run = len(columns(result).get(title, ())) == 1
-            colour, hatch = COLOURS.get(title, "#8fa9c4"), "//" if one_run else None
+            colour = COLOURS.get(title) or COLOURS.get(title.rpartition(" ")[2], "#8fa9c4")
+            hatch = "//" if one_run else None
             ax.barh(y, 100 * value, 0.9, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
             ax.plot([100 * low, 100 * high], [y, y], color="black", linewidth=0.9)
-            label = f" {100 * value:.{digits(value)}f}{mark}"
+            label = f" {100 * value:.{digits(value)}f} {mark}"
             ax.text(100 * max(value, high), y, label, va="center", fontsize=9)
+            marks.add(mark)
         ax.set_yticks(range(len(found)), [title for title, *_ in found], fontsize=9)
         ax.invert_yaxis()
-        ax.margins(x=0.16)  # room for the numbers
+        ax.margins(x=0.16, y=0.02)  # room for the numbers
         data = result["data_sets"][name]
-        title = f"{name}, {data['images']:,} images: {METRICS[metric].words}, %"
-        if (by_lot := chance(data, metric)) is not None:
-            ax.axvline(100 * by_lot, color="black", linestyle=":", linewidth=1.2)
-            title += f" (chance {100 * by_lot:.2g})"
+        title = f"{name}, {data['images']:,} images: {metrics_of(data)[metric].words}, %"
+        if (guess := chance(data, metric)) is not None:
+            ax.axvline(100 * guess, color="black", linestyle=":", linewidth=1.2)
+            title += f" (chance {100 * guess:.2g})"
         ax.set_title(title, loc="right", fontsize=8)
     legend = "bar: mean of the runs; line: lowest to highest\n"
-    legend += "hatched bar: one run; its line: 95% interval (Wilson); dotted: chance"
-    figure.supxlabel(legend, fontsize=8)
+    legend += "hatched bar: one run; its line: 95% interval (Wilson); dotted: chance\n"
+    legend += "; ".join(f"{mark}: {words}" for mark, words in MARKS.items() if mark in marks)
+    figure.supxlabel(legend.strip(), fontsize=8)
     save(figure, path)
 
 
 def bars(result: Result, name: str, metric: str) -> list[Bar]:
-    """The bars of a data set, where you have it, and the paper's below: shares."""
+    """The bars of a data set, where you have it, and the published ones below: shares."""
+    if metric not in metrics_of(result["data_sets"][name]):
+        return []
     of_columns = {t: summary(result, runs, name, metric) for t, runs in columns(result).items()}
     found = [(title, numbers, "") for title, numbers in of_columns.items() if numbers]
-    paper = PUBLISHED.get((name, metric))
-    if found and paper and not result["data_sets"][name].get("unlike_paper"):
-        mark = " q" if paper.origin == "quoted" else ""
-        for title, value in zip(PAPER_TITLES, paper[:2], strict=True):
-            found.append((title, (value / 100,) * 3, mark))
+    if found and not result["data_sets"][name].get("unlike_paper"):
+        for source, numbers in published(name).items():
+            if metric in numbers:
+                *values, mark = numbers[metric]
+                for title, value in zip(titles(source), values, strict=True):
+                    found.append((title, (value / 100,) * 3, mark))
     return found
 
 

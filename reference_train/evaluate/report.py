@@ -31,13 +31,13 @@ def start(out: Path, settings: dict[str, Any], command: str, device: torch.devic
     settings: what its numbers depend on. Raises `CannotStart` if those in the folder are others.
     """
     if (out / "evaluation.json").exists():
-        result = read(out)
+        result = read_evaluation(out)
         for name, asked in settings.items():
             if (before := result.get("settings", {}).get(name)) != asked:
                 what = f"--out {out}: holds an evaluation with {name} = {before}, not {asked}"
                 raise CannotStart(f"{what}: choose another --out")
         commands = dict.fromkeys([*result["command"].splitlines(), command])  # each once
-        return result | {"command": "\n".join(commands), "failed": {}, "absent": {}}
+        return result | {"command": "\n".join(commands)}
     packages = ("torch", "torchvision", "open_clip_torch")
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -49,7 +49,7 @@ def start(out: Path, settings: dict[str, Any], command: str, device: torch.devic
     }
 
 
-def read(path: Path) -> Result:
+def read_evaluation(path: Path) -> Result:
     """An evaluation.json, or the one in a folder. Raises `CannotStart`."""
     file = path / "evaluation.json" if path.is_dir() else path
     try:
@@ -70,7 +70,7 @@ def describe(name: str, data: DataSet) -> dict[str, Any]:
     texts = data.captions or []
     if data.across_groups and not texts:
         texts = [[str(label)] for label in data.classes[""].labels.tolist()]
-    superclasses: dict[str, float] = {}  # what answering by lot would give
+    superclasses: dict[str, float] = {}  # what guessing would give
     for question, classes in data.classes.items():
         if classes.coarse is not None:
             of_class = torch.bincount(classes.coarse)[classes.coarse]  # (C,) sizes of superclasses
@@ -120,15 +120,39 @@ def main(argv: Sequence[str]) -> None:
     add("--only", nargs="+", metavar="NAME", help="data sets")
     add("--out", type=Path, metavar="DIR", help="default: the folder")
     arguments = parser.parse_args(argv)
-    results = [read(path) for path in arguments.evaluations]
     out = arguments.out or arguments.evaluations[0]
-    if not arguments.out and (len(results) > 1 or out.is_file()):
+    if not arguments.out and (len(arguments.evaluations) > 1 or out.is_file()):
         raise CannotStart("report: --out is needed for several, or for a file")
-    result = {**results[-1], "command": "\n".join(r["command"] for r in results)}
-    for key in ("results", "data_sets", "failed", "absent"):
-        result[key] = {name: x for r in results for name, x in r.get(key, {}).items()}
-    if arguments.only:
-        result["data_sets"] = {n: d for n, d in result["data_sets"].items() if n in arguments.only}
-        if not result["data_sets"]:
-            raise CannotStart(f"--only: no data set {' or '.join(arguments.only)}")
+    records = [(str(path).removesuffix(".json"), path) for path in arguments.evaluations]
+    result = merge([(name, read_evaluation(path)) for name, path in records], arguments.only)
+    if not result["data_sets"]:
+        raise CannotStart(f"--only: no data set {' or '.join(arguments.only)}")
     write(result, out)
+
+
+def merge(records: Sequence[tuple[str, Result]], only: Sequence[str] | None) -> Result:
+    """One evaluation of several, each with a name, which tells runs of one name apart.
+
+    only: names of data sets; None: all. Raises `CannotStart` if records have different data sets
+    under one name.
+    """
+    merged = {**records[-1][1], "command": "\n".join(record["command"] for _, record in records)}
+    kept = ("checkpoints", "data_sets", "failed", "absent", "results")
+    merged |= {key: {} for key in kept}
+    for record, result in records:
+        for name, data in result["data_sets"].items():
+            if only is not None and name not in only:
+                continue
+            before = merged["data_sets"].setdefault(name, data)
+            if (before["images"], before["classes"]) != (data["images"], data["classes"]):
+                raise CannotStart(f"{record}: {name} is another data set there: choose by --only")
+        for run, results in result["results"].items():
+            earlier = merged["results"].get(run, {})
+            differ = any(earlier.get(name, found) != found for name, found in results.items())
+            title = f"{record}-{run}" if differ else run
+            merged["results"].setdefault(title, {}).update(results)
+            if run in result.get("checkpoints", {}):
+                merged["checkpoints"][title] = result["checkpoints"][run]
+        for key in ("failed", "absent"):
+            merged[key] |= result.get(key, {})
+    return merged

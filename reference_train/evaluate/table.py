@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ..losses import LOSSES
 from .metrics import KS, chance_of_any, wilson
-from .paper import ORIGINS, PUBLISHED
+from .paper import MARKS, NOTES, published, titles
 
 Result = dict[str, Any]  # what evaluation.json holds
 Runs = list[dict[str, Any]]  # the results of a column
@@ -21,20 +21,14 @@ class Metric(NamedTuple):
     question: str = ""
     k: int = 1  # one answer of k is right
 
+    @property
+    def is_share(self) -> bool:
+        """Whether it is a share of right answers."""
+        return self.kind not in ("", "gap")
 
-METRICS: dict[str, Metric] = {}  # in the order of the table
-for _question, _words in {"": "zero-shot", "subgroup": "subgroup", "group": "group"}.items():
-    _start, _of = (f"{_question}_", f"{_question} ") if _question else ("", "")
-    METRICS |= {
-        f"{_start}top1": Metric(f"{_words} top-1", "class", _question),
-        f"{_start}top5": Metric(f"{_words} top-5", "class", _question, 5),
-        f"{_start}coarse": Metric(f"{_of}superclass", "superclass"),
-        f"{_start}fine": Metric(f"{_of}within the superclass", "superclass"),
-    }
-    for _k in KS:
-        _score = Metric(f"{_of}consistency score, k = {_k}", "class", _question)
-        METRICS[f"{_start}consistency_{_k}"] = _score
-METRICS |= {
+
+# Those that do not depend on a data set's questions.
+COMMON = {
     "linear_probe": Metric("linear probe", "class"),
     **{f"image_to_text_r{k}": Metric(f"image → text, R@{k}", "text", k=k) for k in (1, 5, 10)},
     **{f"text_to_image_r{k}": Metric(f"text → image, R@{k}", "image", k=k) for k in (1, 5, 10)},
@@ -44,27 +38,55 @@ METRICS |= {
     "inmodal_gap": Metric("in-modal gap × 100", "gap"),
     "crossmodal_gap": Metric("cross-modal gap × 100", "gap"),
 }
-SHARES = [metric for metric, of in METRICS.items() if of.kind not in ("", "gap")]
-OF_GROUPS = ("top1", "subgroup_top1", "image_to_text_r1", "text_to_image_r1")  # in table.md
-SHORT = (*OF_GROUPS, "consistency_1", "linear_probe", "inmodal_gap", "crossmodal_gap")
-PAPER_TITLES = ("CLIP, paper", "CyCLIP, paper")
+OF_GROUPS = ("top1", "_r1")  # how metrics of groups end, in table.md
+SHORT = (*OF_GROUPS, "consistency_1", "linear_probe", "_gap")  # and those on the terminal
 NEEDS = {  # metrics that the paper has and you may lack
     "coarse": "superclasses need --superclasses",
     "consistency_1": "the consistency score needs a train split",
     "linear_probe": "the linear probe needs --linear-probe and a train split",
 }
-# As icons.sh, pretrain and the demonstration call their runs: [NAME-]LOSS-SEED.
-RUN = re.compile(rf"(.+?-)??({'|'.join(LOSSES)})-\d+")
+
+
+def metrics_of(data: dict[str, Any]) -> dict[str, Metric]:
+    """The metrics that a data set may have, in the order of the table."""
+    found: dict[str, Metric] = {}
+    for question in data["classes"]:
+        question = "" if question == "class" else question
+        start, of = (f"{question}_", f"{question} ") if question else ("", "")
+        found |= {
+            f"{start}top1": Metric(f"{of or 'zero-shot '}top-1", "class", question),
+            f"{start}top5": Metric(f"{of or 'zero-shot '}top-5", "class", question, 5),
+            f"{start}coarse": Metric(f"{of}superclass", "superclass"),
+            f"{start}fine": Metric(f"{of}within the superclass", "superclass"),
+        }
+        for k in KS:
+            words = f"{of}consistency score, k = {k}"
+            found[f"{start}consistency_{k}"] = Metric(words, "class", question)
+    return found | COMMON
 
 
 def columns(result: Result) -> dict[str, Runs]:
-    """Title -> the results of its runs: those that differ in the seed alone are one column."""
-    found: dict[str, Runs] = {}
+    """Title -> the results of its runs: those that differ in the seed alone are one column.
+
+    Runs are called [NAME-]LOSS-SEED or NAME-SEED. CLIP is first, then the other losses.
+    """
+    found: dict[tuple[Any, ...], Runs] = {}
     for name, results in result["results"].items():
-        match = RUN.fullmatch(name)
-        title = f"{(match[1] or '')[:-1]} {LOSSES[match[2]].title}".strip() if match else name
-        found.setdefault(title, []).append(results)
-    return found
+        stem, _, last = name.rpartition("-")
+        known = result.get("checkpoints", {}).get(name, {})
+        if "seed" in known:
+            has_seed = last == str(known["seed"])
+        else:  # an older evaluation: a digit is a seed, and so is the number after a loss
+            has_seed = last.isdigit() and (len(last) == 1 or stem.endswith(tuple(LOSSES)))
+        title = stem if has_seed else name
+        loss = re.fullmatch(rf"(?:(.+?)-)??({'|'.join(LOSSES)})", title)
+        parts = re.split(r"(\d+(?:\.\d+)?)", (loss[1] or "") if loss else title)
+        numbered = tuple(float(part) if i % 2 else part for i, part in enumerate(parts))
+        if loss:
+            title = f"{loss[1] or ''} {LOSSES[loss[2]].title}".strip()
+        place = (loss is None, numbered, list(LOSSES).index(loss[2]) if loss else 0, title)
+        found.setdefault(place, []).append(results)
+    return {place[-1]: found[place] for place in sorted(found)}
 
 
 def queries(result: Result, name: str, metric: str, group: str = "") -> int:
@@ -75,7 +97,7 @@ def queries(result: Result, name: str, metric: str, group: str = "") -> int:
     data = result["data_sets"][name]
     if group or data["mean_over"]:
         return max(data["groups"][style] for style in ([group] if group else data["mean_over"]))
-    if METRICS[metric].kind == "image":
+    if metrics_of(data)[metric].kind == "image":
         return int(data["captions"])
     read = [run[name].get("images", 0) for run in result["results"].values() if name in run]
     return max(read) or int(data["images"])
@@ -93,14 +115,14 @@ def summary(
     found = [n[metric] for n in numbers if metric in n]
     if not found:
         return None
-    if len(found) == 1 and metric in SHARES:
+    if len(found) == 1 and metrics_of(result["data_sets"][name])[metric].is_share:
         return found[0], *wilson(found[0], queries(result, name, metric, group))
     return mean(found), min(found), max(found)
 
 
 def chance(data: dict[str, Any], metric: str) -> float | None:
-    """What answering by lot would give, as a share; None if it is not known."""
-    kind, question, k = METRICS[metric][1:]
+    """What guessing would give, as a share; None if it is not known."""
+    kind, question, k = metrics_of(data)[metric][1:]
     if kind == "class":
         return float(min(1.0, k / data["classes"][question or "class"]))
     if kind == "superclass":
@@ -120,14 +142,14 @@ def digits(share: float) -> int:
     return 1 if share >= 0.1 else 2
 
 
-def cell(found: tuple[float, float, float] | None, metric: str) -> str:
+def cell(found: tuple[float, float, float] | None, of: Metric) -> str:
     """A number of one column; empty if there is none."""
     if found is None:
         return ""
-    if metric in SHARES:
+    if of.is_share:
         value, low, high = (f"{100 * share:.{digits(found[0])}f}" for share in found)
         return f"{value} ({low}–{high})"
-    value, low, high = (f"{x * (100 if METRICS[metric].kind else 1):.2f}" for x in found)
+    value, low, high = (f"{x * (100 if of.kind else 1):.2f}" for x in found)
     return value if found[1] == found[2] else f"{value} ({low} to {high})"
 
 
@@ -139,46 +161,49 @@ def markdown(result: Result, short: bool = False) -> str:
     notes = [
         "In %, but for alignment, uniformity and gaps, where lower is better. In brackets: the 95% "
         "interval (Wilson) of one run, or the lowest and the highest of several, whose number is "
-        "in the heading. chance: answering by lot. n: how many were asked.",
+        "in the heading. chance: guessing. n: how many were asked.",
     ]
-    marks = False
+    quoted: dict[str, None] = {}  # the sources that are shown, in their order
     for name, data in result["data_sets"].items():
         found = [run[name] for run in result["results"].values() if name in run]
-        measured = [m for m in METRICS if any(m in run["numbers"] for run in found)]
+        metrics = metrics_of(data)
+        measured = [m for m in metrics if any(m in run["numbers"] for run in found)]
         if not measured:
             continue
-        paper = {m: PUBLISHED[name, m] for m in METRICS if (name, m) in PUBLISHED}
+        sources = published(name)
         if data.get("unlike_paper"):
-            paper = {}
+            sources = {}
             notes.append(f"{name}: no column of the paper's: {data['unlike_paper']}.")
-        marks = marks or bool(paper)
+        quoted |= dict.fromkeys(sources)
         heads = ["", *(f"{t} ({len(r)})" if len(r) > 1 else t for t, r in shown.items())]
-        heads += [*(PAPER_TITLES if paper else ()), "chance", "n"]
+        heads += [*(title for source in sources for title in titles(source)), "chance", "n"]
         out += ["", f"## {name}: {sizes(data)}", "", f"| {' | '.join(heads)} |"]
         out += ["|---" + "|---:" * (len(heads) - 1) + "|"]
-        wanted = [(m, "") for m in METRICS if m in measured or m in paper]
-        wanted += [(m, group) for group in data["groups"] for m in OF_GROUPS if m in measured]
+        paper = sources.get("paper", {})
+        wanted = [(m, "") for m in metrics if m in measured or m in paper]
+        wanted += [(m, g) for g in data["groups"] for m in measured if m.endswith(OF_GROUPS)]
         for metric, group in wanted:
-            if short and (group or metric not in SHORT):
+            if short and (group or not metric.endswith(SHORT)):
                 continue
-            cells = [f"{group}: " * bool(group) + METRICS[metric].words]
-            cells += [cell(summary(result, r, name, metric, group), metric) for r in shown.values()]
-            if paper:
-                p = None if group else paper.get(metric)
-                cells += [f"{number:.2f} {p.origin[0]}" for number in p[:2]] if p else ["", ""]
-            lot = chance(data, metric)
-            known = lot is not None and not (group and METRICS[metric].kind in ("text", "image"))
-            cells += [f"{100 * lot:.{digits(lot)}f}" if known and lot is not None else ""]
-            cells += [f"{queries(result, name, metric, group):,}" if metric in SHARES else ""]
+            of = metrics[metric]
+            cells = [f"{group}: " * bool(group) + of.words]
+            cells += [cell(summary(result, r, name, metric, group), of) for r in shown.values()]
+            for numbers in sources.values():
+                p = None if group else numbers.get(metric)
+                cells += [f"{number:.2f} {p.mark}" for number in p[:2]] if p else ["", ""]
+            guess = chance(data, metric)
+            known = guess is not None and not (group and of.kind in ("text", "image"))
+            cells += [f"{100 * guess:.{digits(guess)}f}" if known and guess is not None else ""]
+            cells += [f"{queries(result, name, metric, group):,}" if of.is_share else ""]
             out.append(f"| {' | '.join(cells)} |")
         if data["mean_over"]:
             notes.append(f"{name}: the mean over {', '.join(data['mean_over'])}.")
         notes += [f"{name}: {why}." for m, why in NEEDS.items() if m in paper and m not in measured]
         if broken := sorted({why for run in found for why in run.get("unreadable", [])}):
             notes.append(f"{name}: {len(broken)} unreadable, left out: {'; '.join(broken)}.")
-    if marks:
-        origins = "; ".join(f"{origin[0]}: {words}" for origin, words in ORIGINS.items())
-        notes.append(f"Paper: Goel et al. 2022, RN50 on CC3M. {origins}.")
+    if quoted:
+        notes += [f"{source}: trained on CC3M; {NOTES[source]}." for source in quoted]
+        notes.append("; ".join(f"{mark}: {words}" for mark, words in MARKS.items()) + ".")
     notes += [f"Not evaluated: {name}: {why}." for name, why in result.get("absent", {}).items()]
     return "\n".join([*out, "", *(f"- {note}" for note in notes)]) + "\n"
 

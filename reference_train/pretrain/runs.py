@@ -1,12 +1,13 @@
 """What OpenCLIP's trainer leaves in a run's folder: `params.txt`, and checkpoints."""
 
 import ast
-import pickle
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from ..command_line import CannotStart
 
@@ -27,15 +28,18 @@ def read_parameters(path: Path) -> dict[str, Any]:
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint of tensors and numbers, on the CPU. Raises `CannotStart` for anything else."""
-    try:  # mmap: what is not used stays on the disk
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        # mmap: what is not used stays on the disk
+        whole = zipfile.is_zipfile(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=whole)
         if isinstance(content, dict):
             return content
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        # PyTorch's words advise to run what the file holds.
+        raise ValueError(f"a {type(content).__name__}")
+    except Exception as error:  # of many kinds; PyTorch's words advise to run what the file holds
         why = f"{path} is cut short, or holds more than weights, and was not loaded"
         raise CannotStart(why) from error
-    raise CannotStart(f"{path} is no checkpoint: it holds a {type(content).__name__}")
 
 
 def without_wrappers(state: dict[str, Any]) -> dict[str, Any]:

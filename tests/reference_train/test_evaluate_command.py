@@ -2,7 +2,11 @@
 
 import io
 import json
+import multiprocessing
 import pickle
+import shutil
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,7 @@ from torch.nn import functional as F
 from reference_train.command_line import CannotStart, Stopped
 from reference_train.evaluate import evaluate as command
 from reference_train.evaluate import report, suites
+from reference_train.evaluate.checkpoints import find_checkpoints
 from reference_train.evaluate.datasets import Classes, DataSet, Images, Unusable
 from reference_train.evaluate.paper import SPLITS
 
@@ -189,20 +194,86 @@ def test_prompts_and_class_names_of_ones_own(tmp_path: Path):
         suites.open_folders(tmp_path, "x", None)
 
 
+class Hostile:
+    """Loaded as a pickle may be, it ends the program."""
+
+    def __reduce__(self) -> Any:
+        return sys.exit, ("hostile",)
+
+
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "message"),
     [
-        *("", "nowhere", "{run} --only cifar10", "{run} --model no-such-model", "{run} {run}"),
-        *("{run} --data nowhere", "{run} --batch-size 0", "--pretrained openai"),
-        *("{run} --model RN50", "{run} --imagefolder emoji={run}", "{run} --imagefolder own=none"),
+        ("", "no checkpoint: name one"),
+        ("nowhere", "no checkpoint at nowhere"),
+        ("{run} --only cifar10", "no data set cifar10"),
+        ("{run} --model no-such-model", "no model 'no-such-model'"),
+        ("{run} {run}", r"epoch_2\.pt is named twice"),
+        ("{run} --data nowhere", "--data: no such folder: nowhere"),
+        ("{run} --batch-size 0", "--batch-size: must be a whole number >= 1, not 0"),
+        ("--pretrained openai", "--pretrained needs --model"),
+        ("{run} --model RN50", r"epoch_2\.pt as RN50: "),
+        ("{run} --imagefolder emoji={run}", "emoji is the name of another data set"),
+        ("{run} --imagefolder own=none", "no such folder: none"),
+        ("{out}.pt --model RN50", "out.pt is cut short, or holds more than weights, and was not"),
     ],
 )
 def test_what_cannot_be_done_is_said_and_nothing_written(
-    run_folder: Path, tmp_path: Path, small_emoji: None, arguments: str
+    run_folder: Path, tmp_path: Path, small_emoji: None, arguments: str, message: str
 ):
-    with pytest.raises(CannotStart):
-        evaluate(tmp_path / "out", *arguments.replace("{run}", str(run_folder)).split())
+    torch.save({"state_dict": Hostile()}, tmp_path / "out.pt")
+    words = arguments.format(run=run_folder, out=tmp_path / "out").split()
+    with pytest.raises(CannotStart, match=message) as error:
+        evaluate(tmp_path / "out", *words)
+    assert "weights_only" not in str(error.value)
     assert not list(tmp_path.glob("out/*"))
+
+
+def test_checkpoints_of_one_name_have_titles_that_differ(run_folder: Path, tmp_path: Path):
+    for name in ("a", "b"):
+        shutil.copytree(run_folder, tmp_path / name / "tiny")
+    file = run_folder / "checkpoints" / "epoch_2.pt"
+    shutil.copy(file, tmp_path / "a" / "tiny" / "checkpoints" / "best.pt")
+    found = find_checkpoints([tmp_path / "a" / "tiny", tmp_path / "b" / "tiny"], None, None)
+    expected = ["tiny: a/tiny/checkpoints/best.pt", "tiny: b/tiny/checkpoints/epoch_2.pt"]
+    assert [checkpoint.title for checkpoint in found] == expected
+
+
+def test_two_at_once_lose_no_column(
+    run_folder: Path, tmp_path: Path, small_emoji: None, monkeypatch: pytest.MonkeyPatch
+):
+    """Both have looked into --out before one writes there, and each takes its time to write."""
+    fork = multiprocessing.get_context("fork")
+    both, write = fork.Barrier(2, timeout=60), report.write_text
+
+    def measure(*_: Any) -> dict[str, Any]:
+        both.wait()
+        return {"numbers": {"top1": 0.5}, "groups": {}, "images": 24, "unreadable": []}
+
+    def write_slowly(content: str, path: Path) -> None:
+        time.sleep(0.3)
+        write(content, path)
+
+    monkeypatch.setattr(command, "measure", measure)
+    monkeypatch.setattr(report, "write_text", write_slowly)
+    for name in ("a-0", "a-1"):
+        shutil.copytree(run_folder, tmp_path / name)
+        (tmp_path / name / "params.txt").write_text(f"model: evaluate-tiny\nseed: {name[-1]}\n")
+    processes = [
+        fork.Process(target=evaluate, args=(tmp_path / "out", tmp_path / name))
+        for name in ("a-0", "a-1")
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    result = report.read_evaluation(tmp_path / "out")
+    assert {name: set(found) for name, found in result["results"].items()} == {
+        "a-0": {"emoji"},
+        "a-1": {"emoji"},
+    }
+    assert "| a (2) |" in (tmp_path / "out" / "table.md").read_text()
 
 
 def test_weights_that_are_not_finite_make_no_number(
@@ -229,7 +300,10 @@ def test_a_picture_that_is_none_is_named_and_left_out(run_folder: Path, tmp_path
     ]
     assert found[0]["numbers"] == pytest.approx(found[1]["numbers"], abs=1e-4)
     assert found[0]["unreadable"] == []
-    faults = ["0.tar, 0s0000.png: not an image", "1.tar, 1s0006.png: not an image"]
+    faults = [
+        "0.tar, 0s0000.png: cannot identify image file",
+        "1.tar, 1s0006.png: cannot identify image file",
+    ]
     assert [why.split("/")[-1] for why in found[1]["unreadable"]] == faults * 2
     table = (tmp_path / "out2" / "table.md").read_text()
     assert "x: 4 unreadable, left out:" in table
@@ -249,7 +323,7 @@ def test_the_cause_of_a_failure_comes_first(run_folder: Path, tmp_path: Path, sm
     (tmp_path / "wds_cifar10" / "train" / "1.tar").unlink()
     with pytest.raises(Stopped, match=r"train split: .*1\.tar"):
         evaluate(tmp_path / "3", run_folder, "--data", tmp_path)
-    numbers = report.read(tmp_path / "3")["results"]["tiny"]["cifar10"]["numbers"]
+    numbers = report.read_evaluation(tmp_path / "3")["results"]["tiny"]["cifar10"]["numbers"]
     assert ("top1" in numbers, "consistency_1" in numbers) == (True, False)
 
 
@@ -263,7 +337,7 @@ def test_the_paper_is_shown_where_it_can_be_compared(
         out = tmp_path / str(images)
         evaluate(out, run_folder, "--data", folder, "--only", "cifar10")
         table = (out / "table.md").read_text()
-        assert ("46.54 q | 51.45 q" in table) == (images == 20)
+        assert ("| 46.54 q | 51.45 q | 44.95 q | 43.22 q |" in table) == (images == 20)
         assert ("no column of the paper's" in table) == (images == 21)
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,18 +16,19 @@ from reference_train.evaluate import report, table
 SETS = {
     name: {"images": 100, "train_images": 0, "classes": classes, "templates": 1, "captions": 0}
     | {"groups": {}, "mean_over": []}
-    for name, classes in {"icons": {"class": 1484}, "emoji": {"class": 95}}.items()
+    for name, classes in {"icons": {"class": 1484, "colour": 9}, "emoji": {"class": 95}}.items()
 }
 
 
-def write(folder: Path, runs: dict[str, float]) -> str:
+def write(folder: Path, runs: dict[str, float], **more: Any) -> str:
     """Of each run a number that is its every share."""
+    numbers = ("top1", "colour_top1", "inmodal_gap")
     found = {
-        run: {name: {"numbers": {"top1": x, "inmodal_gap": x}, "groups": {}} for name in SETS}
+        run: {name: {"numbers": dict.fromkeys(numbers, x), "groups": {}} for name in SETS}
         for run, x in runs.items()
     }
     folder.mkdir()
-    result = {"date": "today", "command": "", "data_sets": SETS, "results": found}
+    result = {"date": "today", "command": "", "data_sets": SETS, "results": found, **more}
     (folder / "evaluation.json").write_text(json.dumps(result))
     return str(folder)
 
@@ -36,9 +38,37 @@ def test_runs_that_differ_in_the_seed_are_one_column(tmp_path: Path) -> None:
     folders = [write(tmp_path / "1", runs), write(tmp_path / "2", {"clip-1": 0.14})]
     report.main([*folders, "--only", "icons", "--out", str(tmp_path / "out")])
     text = (tmp_path / "out" / "table.md").read_text()
-    assert "|  | CLIP (2) | x C-CyCLIP | CyCLIP | other | chance | n |" in text
+    assert "|  | CLIP (2) | CyCLIP | x C-CyCLIP | other | chance | n |" in text
     low, high = (f"{100 * bound:.1f}" for bound in table.wilson(0.15, 100))
-    assert f"| zero-shot top-1 | 12.0 (10.0–14.0) | 15.0 ({low}–{high}) | 1.00" in text
-    assert "| in-modal gap × 100 | 12.00 (10.00 to 14.00) | 15.00 |" in text
+    assert "| zero-shot top-1 | 12.0 (10.0–14.0) | 1.00" in text
+    assert f" | 15.0 ({low}–{high}) | 50.0" in text
+    assert "| colour top-1 | 12.0 (10.0–14.0) |" in text  # a question of one's own
+    assert "| in-modal gap × 100 | 12.00 (10.00 to 14.00) | 1.00 | 15.00 |" in text
     assert "emoji" not in text
     assert matplotlib.image.imread(tmp_path / "out" / "picture.png").shape[1] == 1100
+
+
+def heads(folder: Path) -> list[str]:
+    line = next(x for x in (folder / "table.md").read_text().splitlines() if x.startswith("|  |"))
+    return line.strip("| ").split(" | ")[:-2]
+
+
+def test_the_columns_of_several_evaluations(tmp_path: Path) -> None:
+    """Seeds as the runs say or as the names look; numbers in order; runs of one name are two."""
+    older = dict.fromkeys(["rising-512-0", "rising-64-1", "rising-64-0", "i-cyclip-11"], 0.1)
+    newer = dict.fromkeys(["wide-2", "wide-1", "clip-12"], 0.2)
+    seeds = {"wide-2": {"seed": 0}, "wide-1": {"seed": 0}, "clip-12": {"seed": 12}}
+    folders = [write(tmp_path / "a", older), write(tmp_path / "b", newer, checkpoints=seeds)]
+    report.main([*folders, "--out", str(tmp_path / "out")])
+    known = ["CLIP", "I-CyCLIP", "rising-64 (2)", "rising-512", "wide-1", "wide-2"]
+    assert heads(tmp_path / "out") == known
+    other = write(tmp_path / "c", {"clip-12": 0.3})
+    report.main([*folders, other, "--out", str(tmp_path / "out")])
+    assert heads(tmp_path / "out") == ["CLIP", "I-CyCLIP", f"{other} CLIP", *known[2:]]
+
+
+def test_a_picture_of_many_columns_is_as_wide_as_tall(tmp_path: Path) -> None:
+    runs = dict.fromkeys([f"run-{number}-of-many" for number in range(40)], 0.1)
+    report.main([write(tmp_path / "1", runs)])
+    height, width, _ = matplotlib.image.imread(tmp_path / "1" / "picture.png").shape
+    assert 0.5 < width / height < 2
