@@ -1,7 +1,6 @@
 """Command lines: errors of one line, exit codes, and the types of arguments."""
 
 import argparse
-import math
 import os
 import re
 import sys
@@ -20,18 +19,6 @@ class CannotStart(Stopped):
     """What the user asked for can't be done."""
 
     exit_code = 2
-
-
-# Where a rank stands in the environment: torchrun's, MPI's and Slurm's names, as OpenCLIP has them.
-RANKS = {
-    "RANK": ("RANK", "PMI_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"),
-    "LOCAL_RANK": ("LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK"),
-}
-
-
-def is_first(rank: str) -> bool:
-    """Whether this process speaks for all ("RANK") or for those of its node ("LOCAL_RANK")."""
-    return next((os.environ[name] for name in RANKS[rank] if name in os.environ), "0") == "0"
 
 
 def first_line(error: object) -> str:
@@ -55,7 +42,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except Stopped as error:
-        if is_first("LOCAL_RANK"):  # a file may be missing on one node only
+        # one rank of each node: a file may be missing on one only
+        if (os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0") == "0":
             say(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt as error:
@@ -74,24 +62,15 @@ class Parser(argparse.ArgumentParser):
         raise CannotStart(message)
 
 
-def number(condition: str, holds: Callable[[Any], bool], kind: Any = float) -> Callable[[str], Any]:
-    """An argument's type: a finite number for which `holds`."""
-
-    def parse(text: str) -> Any:
-        try:
-            if math.isfinite(value := kind(text)) and holds(value):
-                return value
-        except ValueError:
-            pass
-        what = "whole number" if kind is int else "number"
-        raise argparse.ArgumentTypeError(f"must be a {what} {condition}, not {text}")
-
-    return parse
-
-
 def whole_number(least: int) -> Callable[[str], int]:
     """An argument's type: an integer of at least `least`."""
-    return number(f">= {least}", lambda value: value >= least, int)
+
+    def parse(text: str) -> int:
+        if text.removeprefix("-").isdecimal() and int(text) >= least:
+            return int(text)
+        raise argparse.ArgumentTypeError(f"must be a whole number >= {least}, not {text}")
+
+    return parse
 
 
 def add_device(parser: Parser) -> None:

@@ -1,41 +1,23 @@
-"""Icons of Iconify: npm's package of all sets, downloaded and read, and their icons, drawn.
+"""Icons of Iconify: npm's package of all sets is read, and their icons are drawn.
 
 An icon is an SVG body, see https://iconify.design/docs/types/iconify-json.html.
 """
 
-import hashlib
 import io
 import json
 import re
 import tarfile
-import urllib.request
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from rich.progress import wrap_file
 
-from ..command_line import CannotStart, Stopped, first_line
+from ..command_line import CannotStart, first_line
 
 # A reference that is not to a part of the same drawing, in any namespace.
 OUTSIDE = re.compile(r"""href\s*=\s*["']\s*(?!#)""", re.IGNORECASE)
-
-
-def fetch(url: str, sha256: str, folder: Path) -> Path:
-    """An npm package, downloaded. Raises `Stopped` if it doesn't come or is another."""
-    path = folder / Path(url).name
-    try:
-        with urllib.request.urlopen(url, timeout=60) as answer:
-            size = int(answer.headers["Content-Length"] or 0)
-            with wrap_file(answer, size, description=f"downloading {path.name}") as content:
-                path.write_bytes(content.read())
-    except OSError as error:
-        raise Stopped(f"{url}: {error}; --help says how to give what is on disk") from error
-    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-        raise Stopped(f"{url}: not the file it was (SHA-256)")
-    return path
 
 
 def read_json(archive: Path, files: Sequence[str]) -> dict[str, Any]:

@@ -34,13 +34,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 import webdataset as wds
 from PIL import Image
 from rich.progress import track
 
-from ..command_line import Parser, Stopped, run, whole_number
+from ..command_line import Parser, Stopped, first_line, run, whole_number
 from ..files import new_folder
-from .iconify import OUTSIDE, fetch, read_json, render, square_svg
+from .iconify import OUTSIDE, read_json, render, square_svg
 
 URL = "https://registry.npmjs.org/@iconify/json/-/json-2.2.535.tgz"
 SHA256 = "1a545f86fa224d6531d8fb101dcbe83aac2b28689a21cbed6fc68318a5af4d91"
@@ -319,7 +320,13 @@ def main(argv: Sequence[str]) -> None:
     # SIGTERM ends this process as an error would, so that no unfinished file is left
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with new_folder(options.out) as folder, tempfile.TemporaryDirectory() as temporary:
-        archive = options.package or fetch(URL, SHA256, Path(temporary))
+        archive = options.package or Path(temporary) / "icons.tgz"
+        if not options.package:
+            try:
+                torch.hub.download_url_to_file(URL, str(archive), SHA256)
+            except (OSError, RuntimeError) as error:  # RuntimeError: another file than it was
+                what = f"{URL}: {first_line(error)}"
+                raise Stopped(f"{what}; --help says how to give what is on disk") from error
         built = build(archive, folder, options.limit, options.pictures_of_a_name)
         source = {
             "package": str(options.package or URL),

@@ -7,7 +7,7 @@ import os
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
-from itertools import groupby, islice
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,23 +50,30 @@ def read_samples(shards: Sequence[str]) -> Iterator[Sample]:
             raise CannotStart(f"{shard}: can't be read: {first_line(error)}") from error
 
 
+def samples_in(tar: tarfile.TarFile) -> Iterator[dict[str, tarfile.TarInfo]]:
+    """The samples of an open tar file by its headers: extension -> where the file lies."""
+
+    def split(member: tarfile.TarInfo) -> tuple[str, str]:
+        folder, _, base = member.name.rpartition("/")
+        stem, _, extension = base.partition(".")
+        return f"{folder}/{stem}", extension.lower()
+
+    for _, members in groupby(tar, key=lambda member: split(member)[0]):
+        yield {split(member)[1]: member for member in members}
+
+
 def count_pairs(shard: str, most: int) -> int:
     """How many samples with image and caption a tar file has, or `most`: only headers are read."""
-
-    def files() -> Iterator[tuple[str, str]]:
-        """Name and extension of each; those before the place where the shard is broken."""
-        try:
-            with tarfile.open(shard) as tar:
-                for member in tar:
-                    folder, _, base = member.name.rpartition("/")
-                    stem, _, extension = base.partition(".")
-                    yield f"{folder}/{stem}", extension.lower()
-        except (OSError, EOFError, tarfile.TarError, *COMPRESSION):
-            return
-
-    samples = ({e for _, e in of} for _, of in groupby(files(), key=lambda file: file[0]))
-    pairs = (sample for sample in samples if "txt" in sample and not sample.isdisjoint(IMAGES))
-    return sum(1 for _ in islice(pairs, most))
+    pairs = 0
+    try:
+        with tarfile.open(shard) as tar:
+            for sample in samples_in(tar):
+                pairs += "txt" in sample and not sample.keys().isdisjoint(IMAGES)
+                if pairs == most:
+                    break
+    except (OSError, EOFError, tarfile.TarError, *COMPRESSION):
+        pass  # what comes after is lost
+    return pairs
 
 
 def ends_early(shard: str) -> bool:

@@ -4,15 +4,15 @@ Which name (of all trained concepts, or of the held-out ones), which image for a
 subgroup and group, the consistency score with the training images as neighbours, and the geometry
 of the pairs (image, name). A number is the mean over styles.
 
-Settings are chosen on the split `validation`. Held-out concepts are split in the data; of the
-trained concepts, whose images in new styles are asked about, a fixed quarter is for the validation.
+Settings were chosen on the validation split. Held-out concepts are split in the data; of the trained
+concepts, whose images in new styles are asked about, a fixed quarter was for the validation.
 """
 
 import hashlib
 
 import torch
 
-from ..data.emoji import SHIFT_STYLES, STRESS_STYLES, TRAIN_STYLES, Concept, EmojiSet
+from ..data.emoji import SHIFT_STYLES, STRESS_STYLES, TRAIN_STYLES, EmojiSet
 from ..evaluate.datasets import Classes, DataSet, Images
 from .batches import NAME_TEMPLATES, SUBGROUP_TEMPLATES
 
@@ -24,19 +24,16 @@ SITUATIONS = {
 }  # name -> (styles, held-out concepts?)
 
 
-def for_validation(concept: Concept) -> bool:
-    """Whether a trained concept is asked about in the validation, not in the test."""
-    return hashlib.sha256(f"query {concept.code}".encode()).digest()[0] < 64
-
-
-def situation(emoji: EmojiSet, split: str, name: str) -> DataSet:
+def situation(emoji: EmojiSet, name: str) -> DataSet:
     """A situation as a data set."""
     styles, held_out = SITUATIONS[name]
     concepts, trained = emoji.concepts, emoji.in_split("train")
-    candidates = emoji.in_split(split) if held_out else trained
-    asked = candidates
+    asked = candidates = emoji.in_split("test") if held_out else trained
     if not held_out:
-        asked = [i for i in trained if for_validation(concepts[i]) == (split == "validation")]
+        digests = {
+            i: hashlib.sha256(f"query {concepts[i].code}".encode()).digest() for i in trained
+        }
+        asked = [i for i in trained if digests[i][0] >= 64]
     images, drawn, groups = emoji.drawings(styles, asked)
     known_images, known, _ = emoji.drawings(TRAIN_STYLES, trained)
     place = torch.full((len(concepts),), -1)

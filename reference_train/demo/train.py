@@ -23,8 +23,9 @@ from .model import IMAGE_SIZE, MAX_LOGIT_SCALE, normalize
 
 BETAS, EPS, WEIGHT_DECAY = (0.9, 0.98), 1e-6, 0.1
 MAX_GRADIENT_NORM = 1.0
+WEIGHT = 0.25  # of a penalty that the loss has
 WARMUP = 0.1  # of the steps
-LOOKS = 25  # in a run: at the loss, at the validation; and checkpoints
+VALIDATIONS = 25  # in a run, each with a checkpoint
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,6 @@ class RunConfig:
 
     loss: str  # of LOSSES
     seed: int
-    lambda_inmodal: float  # of the penalties that the loss has
-    lambda_crossmodal: float
-    reference_batch_size: int  # 0: the paper's formula
     steps: int
     batch_size: int
     lr: float
@@ -75,9 +73,8 @@ def train(
     is no number.
     """
     model, device = clip.model, clip.device
-    kind, reference = LOSSES[config.loss], config.reference_batch_size or None
-    lambdas = kind.inmodal * config.lambda_inmodal, kind.crossmodal * config.lambda_crossmodal
-    loss_fn = CyCLIPLoss(*lambdas, reference_batch_size=reference)
+    kind = LOSSES[config.loss]
+    loss_fn = CyCLIPLoss(WEIGHT * kind.inmodal, WEIGHT * kind.crossmodal, reference_batch_size=256)
     optimizer = make_optimizer(model, config.lr)
     path = folder / "checkpoint.pt"
     saved: dict[str, Any] = {"step": 0, "seconds": 0.0, "history": []}
@@ -115,10 +112,10 @@ def train(
             values = {"loss": loss, **terms, "logit_scale": scale, "gradient_norm": gradient_norm}
             pending.append({name: value.detach() for name, value in values.items()})
             done = step + 1
-            if done % max(1, config.steps // LOOKS) and done < config.steps:
+            if done % max(1, config.steps // VALIDATIONS) and done < config.steps:
                 continue
 
-            # on a GPU each look waits for the GPU: not every step
+            # on a GPU this waits for the GPU: not every step
             table = torch.stack([torch.stack(list(row.values())) for row in pending]).tolist()
             for number, row in enumerate(table, start=done - len(table) + 1):
                 history.append({"step": number, **dict(zip(values, row, strict=True))})
@@ -144,6 +141,6 @@ def train(
             f"{config.name}: stopped; the same command resumes from step {saved['step']}"
         ) from None
     except FloatingPointError as error:
-        raise Stopped(f"{error}, at step {done}; try a lower --lr") from error
+        raise Stopped(f"{error}, at step {done}") from error
     model.eval()
     return {"seconds": saved["seconds"], "history": history}

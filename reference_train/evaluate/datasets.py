@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..command_line import first_line
-from ..data.samples import IMAGES, on_white
+from ..data.samples import IMAGES, on_white, samples_in
 
-FIELDS = ("cls", "txt", "json")
+FIELDS = {"cls", "txt", "json"}
 
 
 class Unusable(Exception):
@@ -73,24 +73,21 @@ class TarImages(Images):
 
     def __init__(self, shards: Sequence[Path]):
         """Raises `Unusable` if a shard can't be read."""
-        found: dict[tuple[Path, str], dict[str, Any]] = {}
+        self.samples: list[dict[str, Any]] = []
         for shard in shards:
             try:
                 with tarfile.open(shard, "r:") as tar:
-                    for member in tar:
-                        folder, _, base = member.name.rpartition("/")
-                        stem, _, extension = base.partition(".")
-                        sample = found.setdefault((shard, f"{folder}/{stem}"), {})
-                        if extension in IMAGES:
-                            place = Member(shard, member.name, member.offset_data, member.size)
-                            sample["image"] = place
-                        elif extension in FIELDS:
-                            content = tar.extractfile(member)
-                            assert content is not None
-                            sample[extension] = content.read().decode("utf-8").strip()
+                    for files in samples_in(tar):
+                        image = next((files[e] for e in IMAGES if e in files), None)
+                        if image is None:
+                            continue
+                        place = Member(shard, image.name, image.offset_data, image.size)
+                        self.samples.append({"image": place})
+                        for field in FIELDS & files.keys():
+                            content: Any = tar.extractfile(files[field])
+                            self.samples[-1][field] = content.read().decode("utf-8").strip()
             except (OSError, tarfile.TarError) as error:
                 raise Unusable(f"{shard}: {getattr(error, 'strerror', None) or error}") from error
-        self.samples = [sample for sample in found.values() if "image" in sample]
         super().__init__([sample["image"] for sample in self.samples])
 
     def texts(self, extension: str) -> list[str] | None:

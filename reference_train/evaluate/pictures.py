@@ -11,12 +11,12 @@ from matplotlib import pyplot as plt
 
 from ..files import written_whole
 from ..losses import LOSSES
-from .paper import MARKS, TABLES, published, titles
+from .paper import MARKS, NOTES, published, titles
 from .table import Result, chance, columns, digits, metrics_of, summary
 
 DRAWN = ("top1", "subgroup_top1", "image_to_text_r1", "consistency_1")
 COLOURS = {look.title: look.colour for look in LOSSES.values()}
-for _source in TABLES:
+for _source in NOTES:
     COLOURS |= dict(zip(titles(_source), ("#c3cad1", "#f2b8a5"), strict=True))
 TALL = 12  # more bars than that in a panel are too many for panels one above the other
 Bar = tuple[str, tuple[float, float, float], str]  # title; value, lowest, highest; mark

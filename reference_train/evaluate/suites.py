@@ -19,7 +19,7 @@ import torch
 from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor
-from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
 from ..data import emoji
 from .datasets import Classes, DataSet, Images, TarImages, Unusable
@@ -27,25 +27,14 @@ from .paper import SPLITS
 
 PAPER_TEMPLATES = [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]  # the 80
 PICTURE_TEMPLATES = ["{}", "a drawing of {}", "a picture of {}", "an icon of {}"]
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 ALIASES = {  # of folders that are not called as clip-benchmark's
     **dict.fromkeys(("imagenet", "imagenet-1k", "ilsvrc2012"), "imagenet1k"),
     **dict.fromkeys(("imagenet-v2", "imagenetv2-matched-frequency"), "imagenetv2"),
     "imagenetv2-matched-frequency-format-val": "imagenetv2",
     "sketch": "imagenet-sketch",
 }
-# CIFAR-100's superclasses (https://www.cs.toronto.edu/~kriz/cifar.html).
-CIFAR100_SUPERCLASSES = """
-beaver dolphin otter seal whale, aquarium_fish flatfish ray shark trout, orchid poppy rose
-sunflower tulip, bottle bowl can cup plate, apple mushroom orange pear sweet_pepper, clock keyboard
-lamp telephone television, bed chair couch table wardrobe, bee beetle butterfly caterpillar
-cockroach, bear leopard lion tiger wolf, bridge castle house road skyscraper, cloud forest mountain
-plain sea, camel cattle chimpanzee elephant kangaroo, fox porcupine possum raccoon skunk, crab
-lobster snail spider worm, baby boy girl man woman, crocodile dinosaur lizard snake turtle, hamster
-mouse rabbit shrew squirrel, maple_tree oak_tree palm_tree pine_tree willow_tree, bicycle bus
-motorcycle pickup_truck train, lawn_mower rocket streetcar tank tractor
-"""
-
+# https://www.cs.toronto.edu/~kriz/cifar.html, a line each
+CIFAR100_SUPERCLASSES = Path(__file__).with_name("cifar100_superclasses.txt")
 TEMPLATES = "zeroshot_classification_templates.txt"
 
 Open = Callable[[], DataSet]
@@ -100,7 +89,7 @@ def classified(
         if len(names) != SPLITS[name][0]:
             raise Unusable(f"{folder} has {len(names)} classes, not {SPLITS[name][0]}")
     if name == "cifar100":  # its classes are in the order of the alphabet
-        groups = [group.split() for group in CIFAR100_SUPERCLASSES.split(",")]
+        groups = [line.split() for line in lines(CIFAR100_SUPERCLASSES)]
         coarse = [group[0] for _, group in sorted((n, group) for group in groups for n in group)]
     elif name in SPLITS and kinds is not None:
         of = dict(zip(IMAGENET_CLASSNAMES, kinds, strict=True))
@@ -147,17 +136,12 @@ def split_folder(folder: Path) -> Path:
 
 def class_folders(path: Path) -> tuple[Images, Tensor, list[str]]:
     """A folder of images for each class: images, labels, and the folders' names."""
-    folders = sorted(folder for folder in path.iterdir() if folder.is_dir())
-    files = [
-        (file, label)
-        for label, folder in enumerate(folders)
-        for file in sorted(folder.rglob("*"))
-        if file.suffix.lower() in SUFFIXES
-    ]
-    if not files:
-        raise Unusable(f"{path} holds no folders of images, one for each class")
-    labels = torch.tensor([label for _, label in files])
-    return Images([file for file, _ in files]), labels, [folder.name for folder in folders]
+    try:
+        found = ImageFolder(path, allow_empty=True)
+    except OSError as error:
+        raise Unusable(f"{path} holds no folders of images, one for each class") from error
+    images = Images([Path(file) for file, _ in found.samples])
+    return images, torch.tensor(found.targets), found.classes
 
 
 def open_folders(folder: Path, name: str, kinds: Kinds) -> DataSet:

@@ -22,11 +22,11 @@ import torch
 
 from cyclip_loss import open_clip_train
 
-from ..command_line import CannotStart, Parser, Stopped, is_first, say, whole_number
+from ..command_line import CannotStart, Parser, Stopped, say, whole_number
 from ..files import check_writable, locked
 from ..losses import LOSSES
 from . import shards, training
-from .presets import NAMES, WEIGHT, preset, register_models
+from .presets import BATCH_SIZES, NAMES, WEIGHT, preset, register_models
 from .runs import PARAMETERS, load_checkpoint, read_parameters
 
 # What a run is: how OpenCLIP's names in params.txt begin. The number of ranks is among them, as a
@@ -55,30 +55,30 @@ def main(argv: Sequence[str]) -> None:
     register_models()
     trainer = open_clip_trainer()
     ranks = importlib.import_module("open_clip_train.distributed")
-    _, _, world_size = ranks.world_info_from_env()
+    _, rank, world_size = ranks.world_info_from_env()
     if world_size > 1 and not ranks.is_using_distributed():
         raise CannotStart(f"{world_size} ranks of MPI: OpenCLIP takes torchrun's and Slurm's only")
     flags = command_line(asked, more, world_size)
     ours, theirs = parsed(open_clip_train.parse, flags)
     args = parsed(trainer.parse_args, theirs)
-    vars(args).update(vars(ours), world_size=world_size)
-    known, settings = check_data(args, flags, world_size)
+    vars(args).update(vars(ours), rank=rank, world_size=world_size)
+    sizes, settings = check_data(args, flags)
     vars(args).update(settings)
-    if is_first("RANK"):
+    if rank == 0:
         # the "--" is for torchrun, which would take --logs for one of its own flags
         print("python -m cyclip_loss.open_clip_train --", shlex.join(flags), flush=True)
-    check(args, world_size)
+    check(args)
     folder = Path(args.logs) / args.name
     done = epochs_done(folder, args)
-    lock = locked(folder) if is_first("RANK") else contextlib.nullcontext()
+    lock = locked(folder) if rank == 0 else contextlib.nullcontext()
     if asked.dry_run:
         with lock if folder.exists() else contextlib.nullcontext():
             return
     if done < args.epochs:
         with lock:
-            training.add_to(trainer, known, settings)
+            training.Guards(sizes, settings).into(trainer)
             train(flags, folder)
-    if is_first("RANK"):
+    if rank == 0:
         losses = training.validations(folder / "checkpoints")
         said = f"{folder}: finished, {args.epochs} epochs"
         if losses:
@@ -116,13 +116,11 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add = parser.add_argument
     add("--preset", choices=NAMES, required=True, help="model, schedule, batch size")
     add("--loss", choices=LOSSES, default="cyclip", help="default: cyclip")
-    words = "WebDataset of images and captions: tar files (braces allowed) or their folder, of "
-    words += "which those with 'train' in their names are taken if there are such"
+    words = "WebDataset of images and captions: tar files (braces allowed) or their folder"
     add("--data", required=True, metavar="SHARDS", help=words)
-    words = "held-out pairs; default: if --data is a folder, those with 'val' in their names"
+    words = "held-out pairs; default: of a folder --data, those with 'val' in their names"
     add("--val", metavar="SHARDS", help=words)
-    words = "of all ranks; default: the preset's"
-    add("--batch-size", type=whole_number(1), metavar="N", help=words)
+    add("--batch-size", type=whole_number(1), metavar="N", help="of all ranks")
     add("--seed", type=int, default=0, help="default: 0")
     # not --logs, as OpenCLIP's: torchrun would take it for the start of one of its own
     add("--out", default="logs", metavar="DIR", help="where runs go; default: logs")
@@ -137,8 +135,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def command_line(asked: argparse.Namespace, more: Sequence[str], world_size: int) -> list[str]:
     """The launcher's flags."""
-    chosen = preset(asked.preset)
-    batch_size = asked.batch_size or chosen.batch_size
+    batch_size = asked.batch_size or BATCH_SIZES[asked.preset]
     if batch_size % world_size:
         why = f"is of all ranks and does not divide by {world_size}"
         raise CannotStart(f"--batch-size {batch_size} {why}")
@@ -146,7 +143,7 @@ def command_line(asked: argparse.Namespace, more: Sequence[str], world_size: int
     val = asked.val or (asked.data if Path(asked.data).is_dir() else None)
     held_out = shards.find(val, "val", needed=bool(asked.val)) if val else ""
     return [
-        *chosen.flags.split(),
+        *preset(asked.preset),
         *("--lambda-inmodal", str(WEIGHT * loss.inmodal)),
         *("--lambda-crossmodal", str(WEIGHT * loss.crossmodal)),
         *("--batch-size", str(batch_size // world_size)),
@@ -179,7 +176,7 @@ def parsed(parse: Callable[[Sequence[str]], Any], flags: Sequence[str]) -> Any:
         raise CannotStart(said.getvalue().strip().rpartition("error: ")[2]) from error
 
 
-def check(args: argparse.Namespace, world_size: int) -> None:
+def check(args: argparse.Namespace) -> None:
     """Raises `CannotStart` for what OpenCLIP would stumble over later, or in many lines."""
     try:
         known = open_clip.get_model_config(args.model) is not None
@@ -187,7 +184,7 @@ def check(args: argparse.Namespace, world_size: int) -> None:
         raise CannotStart(f"--model {args.model}: {' '.join(str(error).split())}") from error
     if not known and not args.model.startswith(("local-dir:", "hf-hub:")):
         raise CannotStart(f"--model {args.model}: OpenCLIP has none of that name")
-    if world_size > 1 and not torch.cuda.is_available() and not getattr(args, "fsdp", False):
+    if args.world_size > 1 and not torch.cuda.is_available() and not getattr(args, "fsdp", False):
         what = "several ranks on a CPU: OpenCLIP 3 can't do that"
         raise CannotStart(f"{what}; 4 can, by -- --fsdp --precision fp32")
     for package in ("tensorboard", "wandb"):
@@ -197,9 +194,7 @@ def check(args: argparse.Namespace, world_size: int) -> None:
     check_writable(Path(args.logs) / args.name)
 
 
-def check_data(
-    args: argparse.Namespace, flags: list[str], world_size: int
-) -> tuple[dict[str, int], dict[str, str]]:
+def check_data(args: argparse.Namespace, flags: list[str]) -> tuple[dict[str, int], dict[str, str]]:
     """How many pairs each shard has, where that is known, and names for what shards there are.
 
     Adds to the flags how many pairs there are if OpenCLIP would not find it. Raises `CannotStart`
@@ -224,13 +219,13 @@ def check_data(
             args.train_num_samples = sum(known.values())
             flags += ["--train-num-samples", str(args.train_num_samples)]
     if not args.dataset_resampled:
-        shards.check_shared(train, known, max(args.workers, 1), world_size, args.batch_size)
+        shards.check_shared(train, known, max(args.workers, 1), args.world_size, args.batch_size)
     names = {"train_shards": shards.fingerprint(train)}
     if args.val_data:
         val = shards.expand(args.val_data)
-        known |= shards.check("--val", val, held_out=is_first("RANK"))
+        known |= shards.check("--val", val, held_out=args.rank == 0)
         names["val_shards"] = shards.fingerprint(val)
-    elif is_first("RANK"):
+    elif args.rank == 0:
         say("no held-out pairs (--val, or 'val' in the shards' names): no best epoch is kept")
     return known, names
 

@@ -7,6 +7,7 @@ import logging
 import math
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -26,30 +27,6 @@ BEST = "best.pt"
 STEPS = 10  # running without a finite loss: GradScaler skips single ones, and that is normal
 COLLAPSED = -0.05  # uniformity; runs that had learned nothing were at -0.02 and -0.03
 Function = Callable[..., Any]
-
-
-def add_to(main: Any, sizes: Mapping[str, int], settings: Mapping[str, Any]) -> None:
-    """Changes `open_clip_train.main` and `open_clip_train.train` for this process.
-
-    sizes: path of a shard -> how many pairs it has, where that is known. settings: of the run, to
-    be kept in its params.txt.
-    """
-    main.parse_args = adding(main.parse_args, settings)
-    main.get_data = watching(main.get_data, sizes)
-    main.train_one_epoch = stopping(main.train_one_epoch)
-    main.evaluate = keeping_the_best(main.evaluate)
-    train: Any = import_module("open_clip_train.train")
-    train.get_clip_metrics = with_gaps(train.get_clip_metrics)
-    torch.save = saving_whole(torch.save)
-
-
-def adding(theirs: Function, settings: Mapping[str, Any]) -> Function:
-    """Their parser of arguments, with more settings in what it returns."""
-
-    def parse_args(*args: Any) -> Namespace:
-        return Namespace(**{**vars(theirs(*args)), **settings})
-
-    return parse_args
 
 
 class Loader:
@@ -100,20 +77,55 @@ class Finite:
             raise Stopped(f"{what} not finite: stopped, and nothing saved since the last epoch")
 
 
-def stopping(theirs: Function) -> Function:
-    """Their epoch of training; it stops where a loss or the model is not finite.
+class Guards:
+    """Changes OpenCLIP's trainer; methods replace the functions of the same name.
 
-    At the end it logs which pairs could not be read, of all ranks.
+    sizes: path of a shard -> how many pairs it has, where that is known. settings: more of the
+    run, to be kept in its params.txt.
     """
 
-    def train_one_epoch(first: Any, data: dict[str, Any], *rest: Any, **more: Any) -> Any:
+    def __init__(self, sizes: Mapping[str, int], settings: Mapping[str, Any]) -> None:
+        self.sizes, self.settings = sizes, settings
+
+    def into(self, main: Any) -> None:
+        """Replaces them in `open_clip_train.main`, `open_clip_train.train` and torch."""
+        names = {name: main for name in ("parse_args", "get_data", "train_one_epoch", "evaluate")}
+        names |= {"get_clip_metrics": import_module("open_clip_train.train"), "save": torch}
+        for name, module in names.items():
+            setattr(module, name, partial(getattr(self, name), getattr(module, name)))
+
+    def parse_args(self, theirs: Function, *args: Any) -> Namespace:
+        """Their arguments, with our settings."""
+        return Namespace(**{**vars(theirs(*args)), **self.settings})
+
+    def get_data(self, theirs: Function, args: Namespace, *rest: Any, **more: Any) -> Any:
+        """Their data, watched as `loading` says; a validation that lost pairs raises `Stopped`."""
+        data = theirs(args, *rest, **more)
+        self.args, self.finite = args, Finite(args)
+        self.lost = watch(data["train"], args, self.sizes, train=True)
+        if "val" in data:
+            lost = watch(data["val"], args, self.sizes, train=False)
+
+            def refuse() -> None:
+                if unread := lost.describe(lost.take()):
+                    raise Stopped(f"the validation lost pairs, and can't choose an epoch: {unread}")
+
+            data["val"].dataloader = Loader(data["val"].dataloader, refuse)
+        return data
+
+    def train_one_epoch(
+        self, theirs: Function, first: Any, data: dict[str, Any], *rest: Any, **more: Any
+    ) -> Any:
+        """Their epoch of training; it stops where a loss or the model is not finite.
+
+        At the end it logs which pairs could not be read, of all ranks.
+        """
         # OpenCLIP 4: (state, data, args); 3: (model, data, loss, epoch, ...)
         model, loss = (first.task, first.task.loss) if hasattr(first, "task") else (first, rest[0])
-        info = data["train"]
-        args, finite, lost, loader = info.args, info.finite, info.lost, info.dataloader
-        every = args.log_every_n_steps * args.accum_freq
-        info.dataloader = Loader(loader, lambda: finite.check(model), every)
-        hook = loss.register_forward_hook(finite.note)
+        info, args, lost = data["train"], self.args, self.lost
+        loader, every = info.dataloader, args.log_every_n_steps * args.accum_freq
+        info.dataloader = Loader(loader, lambda: self.finite.check(model), every)
+        hook = loss.register_forward_hook(self.finite.note)
         try:
             result = theirs(first, data, *rest, **more)
         except NoBatch:
@@ -134,34 +146,8 @@ def stopping(theirs: Function) -> Function:
             logging.warning("Not readable in this epoch: %s", lost.describe(counts.cpu()))
         return result
 
-    return train_one_epoch
-
-
-def watching(theirs: Function, sizes: Mapping[str, int]) -> Function:
-    """Their data, watched as `loading` says; a validation that lost pairs raises `Stopped`."""
-
-    def get_data(args: Namespace, *rest: Any, **more: Any) -> dict[str, Any]:
-        data = theirs(args, *rest, **more)
-        info = data["train"]
-        info.args, info.finite = args, Finite(args)
-        info.lost = watch(info, args, sizes, train=True)
-        if "val" in data:
-            lost = watch(data["val"], args, sizes, train=False)
-
-            def refuse() -> None:
-                if unread := lost.describe(lost.take()):
-                    raise Stopped(f"the validation lost pairs, and can't choose an epoch: {unread}")
-
-            data["val"].dataloader = Loader(data["val"].dataloader, refuse)
-        return data
-
-    return get_data
-
-
-def with_gaps(theirs: Function) -> Function:
-    """Their retrieval numbers, with those of `cyclip_loss.metrics.consistency_metrics`."""
-
-    def metrics(**features: Any) -> dict[str, Any]:
+    def get_clip_metrics(self, theirs: Function, **features: Any) -> dict[str, Any]:
+        """Their retrieval numbers, with those of `cyclip_loss.metrics.consistency_metrics`."""
         both = [features[f"{of}_features"] for of in ("image", "text")]
         # OpenCLIP 4 passes them batch by batch
         image, text = ((x if isinstance(x, Tensor) else torch.cat(x)).float() for x in both)
@@ -174,14 +160,11 @@ def with_gaps(theirs: Function) -> Function:
                 )
         return {**theirs(**features), **gaps}
 
-    return metrics
-
-
-def keeping_the_best(theirs: Function) -> Function:
-    """Their evaluation; then the model is saved as `best.pt` if its loss is the lowest so far."""
-
-    def evaluate(model: Any, data: Any, epoch: int, args: Namespace, **more: Any) -> dict[str, Any]:
-        metrics = theirs(model, data, epoch, args, **more)
+    def evaluate(
+        self, theirs: Function, model: Any, data: Any, epoch: int, args: Namespace, **more: Any
+    ) -> dict[str, Any]:
+        """Their evaluation; then the model is saved as best.pt if its loss is the lowest so far."""
+        metrics: dict[str, Any] = theirs(model, data, epoch, args, **more)
         # On other ranks, and where nothing was validated, there is no loss. Under FSDP a rank has
         # no whole model.
         if getattr(args, "save_logs", False) and LOSS in metrics and not getattr(args, "fsdp", 0):
@@ -195,23 +178,10 @@ def keeping_the_best(theirs: Function) -> Function:
                 logging.info("Epoch %d is the best so far: %s", epoch, folder / BEST)
         return metrics
 
-    return evaluate
-
-
-def validations(checkpoints: Path) -> dict[int, float]:
-    """Epoch -> loss, from the file that OpenCLIP logs them to."""
-    path = checkpoints / "results.jsonl"
-    lines = map(json.loads, path.read_text().splitlines() if path.exists() else [])
-    # a line without a loss is one of zero-shot accuracy alone
-    return {n["epoch"]: n[LOSS] for n in lines if math.isfinite(n.get(LOSS, math.nan))}
-
-
-def saving_whole(theirs: Function) -> Function:
-    """`torch.save` that leaves a file whole or not at all, and says in one line why it can't."""
-
-    def save(content: Any, file: Any, *more: Any, **options: Any) -> None:
+    def save(self, theirs: Function, content: Any, file: Any, *more: Any, **options: Any) -> None:
+        """`torch.save` that leaves a file whole or not at all; says in one line why it can't."""
         if not isinstance(file, str | Path):
-            return theirs(content, file, *more, **options)
+            return theirs(content, file, *more, **options)  # type: ignore[no-any-return]
         try:
             with written_whole(Path(file)) as partial:
                 theirs(content, partial, *more, **options)
@@ -220,4 +190,10 @@ def saving_whole(theirs: Function) -> Function:
             why = getattr(error, "strerror", None) or f"is the disk full? ({first_line(error)})"
             raise Stopped(f"{file} can't be written: {why}") from error
 
-    return save
+
+def validations(checkpoints: Path) -> dict[int, float]:
+    """Epoch -> loss, from the file that OpenCLIP logs them to."""
+    path = checkpoints / "results.jsonl"
+    lines = map(json.loads, path.read_text().splitlines() if path.exists() else [])
+    # a line without a loss is one of zero-shot accuracy alone
+    return {n["epoch"]: n[LOSS] for n in lines if math.isfinite(n.get(LOSS, math.nan))}

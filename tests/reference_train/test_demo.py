@@ -32,7 +32,7 @@ from reference_train.demo.model import TINY, build_model
 
 CONCEPTS = 24  # 16 to train on, 4 for validation, 4 for test
 Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
-FAST = ["--steps", "6", "--batch-size", "8", "--split", "validation"]
+FAST = ["--steps", "6", "--batch-size", "8"]
 
 
 def split_of(concept: int) -> str:
@@ -80,7 +80,7 @@ def small(emoji_folder: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "read_emoji", partial(read_emoji, emoji_folder))
         patch.setattr(command, "fingerprint", partial(fingerprint, emoji_folder))
-        patch.setattr(train, "LOOKS", 2)
+        patch.setattr(train, "VALIDATIONS", 2)
         small_text = {**TINY["text_cfg"], "width": 16, "heads": 2}  # most is the token embedding
         patch.setitem(TINY, "text_cfg", small_text)
         yield
@@ -126,7 +126,7 @@ def test_what_is_asked(emoji_folder: Path) -> None:
     """Images of the right concepts and styles, and labels that are theirs."""
     emoji = read_emoji(emoji_folder)
     for name, (styles, held_out) in questions.SITUATIONS.items():
-        data = questions.situation(emoji, "test", name)
+        data = questions.situation(emoji, name)
         names = data.classes[""]
         of_images = [int(names.names[label].split()[1]) for label in names.labels.tolist()]
         colours = [tuple(p) for p in data.images.places[:, :, 0, 0].tolist()]
@@ -168,15 +168,16 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path: Path, monkeypa
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
-    with pytest.raises(Stopped, match="try a lower --lr"):
-        demonstrate(*FAST, "--lr", "1e30", "--steps", "20", "--out", tmp_path)
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setitem(command.PRESETS["short"], "lr", 1e30)
+    with pytest.raises(Stopped, match="the loss is nan, at step"):
+        demonstrate(*FAST, "--steps", "20", "--out", tmp_path)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--lambda-crossmodal", "nan"], "--lambda-crossmodal: must be a number >= 0, not nan"),
+        (["--seeds", "many"], "--seeds: must be a whole number >= 1, not many"),
         (["--loss", "siglip"], "--loss: invalid choice: 'siglip'"),
         (["--batch-size", "17"], "more than the 16 distinct concepts"),
         (["--device", "cuda:99"], "--device: cuda:99"),
