@@ -8,7 +8,6 @@ from pathlib import Path
 
 MODULES = {
     "compare": "benchmarks.compare.side_by_side",
-    "plot": "benchmarks.compare.plot",
     "gpu": "benchmarks.gpu.sections",
     "gate": "benchmarks.gate.compile",
     "predict": "benchmarks.predict",
@@ -24,9 +23,6 @@ def main(arguments: list[str]) -> int:
     compare.add_argument(
         "--sizes", nargs="+", type=int, metavar="N", help="batches, D = 512 (default: the plan)"
     )
-
-    plot = commands.add_parser("plot", help="make the tables and pictures of a record again")
-    plot.add_argument("record", type=Path, help="its JSON file")
 
     gpu = commands.add_parser("gpu", help="test and time everything on the GPU at hand")
     gpu.add_argument("--dry-run", action="store_true", help="tiny sizes on CPU, interpreted")

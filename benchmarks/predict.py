@@ -14,8 +14,8 @@ to the features: large tensors at the peak of the backward pass.
 """
 
 import argparse
-from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 
 from benchmarks.record import table
 
@@ -80,78 +80,41 @@ def kernels(chip: Chip, n: int, m: int, d: int) -> dict[str, float]:
     }
 
 
-@dataclass(frozen=True)
-class Case:
-    """W ranks, 8 or more, of n rows of D bfloat16 features, on one kind of chip."""
+def across_ranks(chip: Chip, ranks: int, n: int, d: int) -> dict[str, tuple[float, float]]:
+    """Seconds and bytes of each way to compute the loss on `ranks` GPUs with n rows each."""
+    batch, within = ranks * n, ranks <= GPUS_PER_NODE
+    # Bytes per second of a collective, and of a hop in the ring, which has one card between nodes.
+    together = chip.nvlink if within else min(chip.nvlink, CARDS_PER_NODE * chip.card)
+    hop = chip.nvlink if within else chip.card
+    grams = 3 * d * d * FLOAT  # [A, B, C]; an all-reduce sends everything twice
+    held = grams + 2 * n * d * (FLOAT + WIDTH)  # and the gradients, as sums and rounded
 
-    chip: Chip
-    ranks: int
-    rows: int
-    d: int
+    # dist_impl="gather", one thing after the other. Text features come, sums of columns are
+    # all-reduced, gradients of texts leave. Held: these features and gradients, a block of G.
+    sent = 2 * grams + batch * (d * (WIDTH + FLOAT) + 6 * FLOAT)
+    gather = sum(kernels(chip, n, batch, d).values()) + sent / together
+    gather_held = held + batch * (d * (WIDTH + FLOAT) + FLOAT) + min(n * batch * WIDTH, BLOCK)
 
-    def travels(self, size: float, cards: int = CARDS_PER_NODE) -> float:
-        """Seconds of `size` bytes that each rank sends; between nodes, with so many cards a node."""
-        nvlink = self.chip.nvlink
-        within = self.ranks <= GPUS_PER_NODE
-        return size / (nvlink if within else min(nvlink, cards * self.chip.card))
+    # dist_impl="ring": texts forward with their columns' sums, backward with their gradients. A
+    # block is multiplied while the next one travels: each step takes the longer of both. Held: two
+    # blocks, gradients that leave and come, a block of G; nothing grows with the ranks.
+    parts = kernels(chip, n, n, d)
+    penalties = parts.pop("cyclic_statistics") + parts.pop("cyclic_grads") + 2 * grams / together
+    forward = max(parts.pop("contrastive_lse"), n * (d * WIDTH + 2 * FLOAT) / hop)
+    backward = max(sum(parts.values()), n * (d * (WIDTH + FLOAT) + FLOAT) / hop)
+    ring = penalties + ranks * (forward + backward)
+    ring_held = held + n * (d * (2 * WIDTH + 3 * FLOAT) + 3 * FLOAT) + min(n * n * WIDTH, BLOCK)
 
-    def collective(self, size: float) -> float:
-        """Seconds of an all-gather or reduce-scatter of `size` bytes in all; an all-reduce: two."""
-        return self.travels(size * (self.ranks - 1) / self.ranks)
-
-    def penalties(self) -> tuple[float, float]:
-        """Seconds of their all-reduce of [A, B, C]; bytes held, and those of the gradients."""
-        grams = 3 * self.d**2 * FLOAT
-        return 2 * self.collective(grams), grams + 2 * self.rows * self.d * (FLOAT + WIDTH)
-
-
-def gather(case: Case) -> tuple[float, float]:
-    """dist_impl="gather": text features come, column sums are shared, text gradients leave.
-
-    Seconds and bytes. One thing after the other; all text features, their gradients, a block of G.
-    """
-    batch = case.ranks * case.rows
-    columns = batch * case.d
-    shared, own = case.penalties()
-    transfers = columns * (WIDTH + FLOAT) + 2 * 3 * batch * FLOAT  # sums are all-reduced
-    seconds = sum(kernels(case.chip, case.rows, batch, case.d).values())
-    held = columns * (WIDTH + FLOAT) + batch * FLOAT + min(case.rows * batch * WIDTH, BLOCK)
-    return seconds + shared + case.collective(transfers), held + own
-
-
-def ring(case: Case) -> tuple[float, float]:
-    """dist_impl="ring": texts forward with their columns' sums, backward with their gradients.
-
-    Seconds and bytes. A block is multiplied while the next one travels: each step takes the longer
-    of both. Two text blocks, gradients that leave and come, a block of G: nothing grows with W.
-    """
-    block, sums = case.rows * case.d, case.rows * FLOAT
-    parts = kernels(case.chip, case.rows, case.rows, case.d)
-    penalties = parts.pop("cyclic_statistics") + parts.pop("cyclic_grads")
-    forward = parts.pop("contrastive_lse")
-    step = max(forward, case.travels(block * WIDTH + 2 * sums, cards=1))
-    step += max(sum(parts.values()), case.travels(block * (WIDTH + FLOAT) + sums, cards=1))
-    shared, own = case.penalties()
-    held = 2 * block * WIDTH + 3 * block * FLOAT + 3 * sums + min(case.rows**2 * WIDTH, BLOCK)
-    return penalties + shared + case.ranks * step, held + own
-
-
-def open_clip(case: Case) -> tuple[float, float]:
-    """CLIP's loss only: both features are gathered, the gradients of both scattered, as bfloat16.
-
-    Seconds and bytes. Products at the library's rate; two logit matrices and what autograd keeps.
-    """
-    elements, features = case.rows**2 * case.ranks, case.ranks * case.rows * case.d * WIDTH
-    seconds = PRODUCTS * 2 * elements * case.d / case.chip.matrix_rate
-    seconds += MOVED * elements / case.chip.memory_bandwidth + case.collective(4 * features)
-    return seconds, HELD * elements + 2 * features
-
-
-WAYS: dict[str, Callable[[Case], tuple[float, float]]] = {
-    "gather": gather,
-    "ring": ring,
-    "OpenCLIP": open_clip,
-}
+    # CLIP's loss of OpenCLIP. Both features are gathered, the gradients of both scattered, as
+    # bfloat16. Products at the library's rate; two logit matrices and what autograd keeps.
+    products = PRODUCTS * 2 * n * batch * d / chip.matrix_rate
+    dense = products + MOVED * n * batch / chip.memory_bandwidth + 4 * batch * d * WIDTH / together
+    dense_held = HELD * n * batch + 2 * batch * d * WIDTH
+    return {
+        "gather": (gather, gather_held),
+        "ring": (ring, ring_held),
+        "OpenCLIP": (dense, dense_held),
+    }
 
 
 def main(options: argparse.Namespace) -> int:
@@ -159,23 +122,17 @@ def main(options: argparse.Namespace) -> int:
     d = options.d
     print(f"D = {d}, bfloat16: predicted, not measured; at least. OpenCLIP: CLIP's loss only.")
     for name, chip in CHIPS.items():
-        print(f"\n{name}, milliseconds on one GPU:\n")
-        alone = []
+        alone, lines = [], []
         for n in (4096, 8192, 16384, 32768, 65536, 131072):
             parts = kernels(chip, n, n, d)
             parts |= {"all": sum(parts.values()), "8 N² D flops": 8 * n**2 * d / chip.matrix_rate}
             alone.append({"N": n} | {part: 1e3 * seconds for part, seconds in parts.items()})
-        print(table(alone))
-        print(f"\n{name}, across ranks:\n")
-        lines = []
-        for rows in (1024, 4096):
-            for ranks in (8, 16, 64, 256, 1024, 4096):
-                line: dict[str, object] = {"rows a rank": rows, "ranks": ranks}
-                for way, predict in WAYS.items():
-                    seconds, held = predict(Case(chip, ranks, rows, d))
-                    fits = held <= chip.memory
-                    line[f"{way}: ms"] = 1e3 * seconds if fits else "does not fit"
-                    line[f"{way}: MB"] = held / 1e6
-                lines.append(line)
-        print(table(lines))
+        for n, ranks in product((1024, 4096), (8, 16, 64, 256, 1024, 4096)):
+            line: dict[str, object] = {"rows a rank": n, "ranks": ranks}
+            for way, (seconds, held) in across_ranks(chip, ranks, n, d).items():
+                line[f"{way}: ms"] = 1e3 * seconds if held <= chip.memory else "does not fit"
+                line[f"{way}: MB"] = held / 1e6
+            lines.append(line)
+        print(f"\n{name}, milliseconds on one GPU:\n\n{table(alone)}")
+        print(f"\n{name}, across ranks:\n\n{table(lines)}")
     return 0

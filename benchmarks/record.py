@@ -4,6 +4,7 @@ The only place that writes tables and formats numbers.
 """
 
 import json
+import os
 import platform
 import re
 import sys
@@ -19,7 +20,6 @@ from torch.utils import collect_env
 
 from benchmarks import ROOT
 from benchmarks.run import Run
-from reference_train.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("triton", "numpy", "open_clip_torch")
@@ -32,7 +32,6 @@ def describe(run: Run) -> dict[str, Any]:
         "device": device_name(run.device),
         "date": run.began.isoformat(timespec="minutes"),
         "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
-        "seed": run.seed,
         "versions": versions(),
         "sections": {name: asdict(section) for name, section in run.sections.items()},
     }
@@ -69,7 +68,7 @@ def markdown(record: dict[str, Any], summary: str = "") -> str:
     if record["dry_run"]:
         lines += ["**DRY RUN**: on CPU at tiny sizes. No time in it means anything.", ""]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    lines += [f"`{record['command']}`, seed {record['seed']}; {versions}.", ""]
+    lines += [f"`{record['command']}`; {versions}.", ""]
     sections = record["sections"]
     failures = [(name, *x.split("\n", 1)) for name, s in sections.items() for x in s["failures"]]
     lines += [*(f"- FAILED {name}: {what}" for name, what, *_ in failures), ""] if failures else []
@@ -108,8 +107,17 @@ def write(folder: Path, kind: str, record: dict[str, Any], summary: str = "") ->
     """Write both files, <kind>-<device>-<date>; the JSON's path. NaN is as Python reads it."""
     device = re.sub(r"[^a-z0-9]+", "-", record["device"].split(",")[0].lower())
     path = folder / f"{kind}-{device}-{record['date'].replace(':', '')}.json"
-    content = json.dumps(record, indent=1) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(markdown(record, summary), path.with_suffix(".md"))
-    write_text(content, path)
+    write_whole(markdown(record, summary), path.with_suffix(".md"))
+    write_whole(json.dumps(record, indent=1) + "\n", path)
     return path
+
+
+def write_whole(content: str | bytes, path: Path) -> None:
+    """Write a file whole, or leave it as it was."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_bytes(content if isinstance(content, bytes) else content.encode())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -11,6 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
+
+SEED = 0
+OK, OUT_OF_MEMORY = "ok", "out of memory"
+# What errors say that mean it. The last two: CUDA's and Triton's own, and cuBLAS' when PyTorch's
+# allocator holds the whole card.
+SIGNS = ("can't allocate memory", "not enough memory", "std::bad_alloc", "out of memory",
+         "alloc_failed")  # fmt: skip
 
 
 @dataclass
@@ -29,8 +37,8 @@ class Section:
 class Run:
     """Where, how long, and the sections by name. A dry run is tiny, and proves no speed."""
 
-    def __init__(self, device: torch.device, seed: int = 0, dry_run: bool = False) -> None:
-        self.device, self.seed, self.dry_run = device, seed, dry_run
+    def __init__(self, device: torch.device, dry_run: bool = False) -> None:
+        self.device, self.dry_run = device, dry_run
         self.sections: dict[str, Section] = {}
         self.section = Section()
         self.deadline = math.inf  # in seconds since the run began
@@ -64,6 +72,16 @@ class Run:
         """Add a line to the section's table."""
         self.section.rows.append(values)
 
+    @contextmanager
+    def attempt(self, **values: Any) -> Iterator[dict[str, Any]]:
+        """Add a line that the block completes. An exception in it is the line's outcome."""
+        self.row(**values, outcome=OK)
+        row = self.section.rows[-1]
+        try:
+            yield row
+        except Exception as error:  # of any library: what ends one must not end the others
+            row["outcome"] = outcome_of(error)
+
     def fail(self, text: str) -> None:
         """Note and print a failure."""
         self.section.failures.append(text)
@@ -78,14 +96,24 @@ class Run:
         self, n: int, d: int, dtype: torch.dtype = torch.float32, distance: float | None = None
     ) -> tuple[Tensor, Tensor]:
         """Random unit rows, (n, d) twice; with a distance, texts are that near to their images."""
-        generator = torch.Generator(self.device).manual_seed(self.seed)
-        normal = (torch.randn(n, d, device=self.device, generator=generator) for _ in range(2))
-        image, text = (torch.nn.functional.normalize(rows, dim=1) for rows in normal)
+        generator = torch.Generator(self.device).manual_seed(SEED)
+        image, text = (
+            normalize(torch.randn(n, d, device=self.device, generator=generator)) for _ in range(2)
+        )
         if distance is not None:
-            text = torch.nn.functional.normalize(image + distance * text, dim=1)
+            text = normalize(image + distance * text)
         return image.to(dtype), text.to(dtype)
 
 
 def one_line(error: BaseException) -> str:
     """The kind of an error, and the first line of what it says."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def outcome_of(error: Exception) -> str:
+    """What went wrong, in one line; running out of memory is a result like any other."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        sign in str(error).lower() for sign in SIGNS
+    ):
+        return OUT_OF_MEMORY
+    return one_line(error)

@@ -46,10 +46,11 @@ class PyTorchLaunches(TorchDispatchMode):
 @lru_cache
 def h100() -> Any:
     """A driver for Triton that says it is one; the same in each call, for Triton's caches."""
+    target = GPUTarget("cuda", 90, 32)
     return SimpleNamespace(
         get_current_device=lambda: 0,
         get_current_stream=lambda device: 0,
-        get_current_target=lambda target=GPUTarget("cuda", 90, 32): target,
+        get_current_target=lambda: target,
     )
 
 

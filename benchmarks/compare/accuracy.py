@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.compare.competitors import CONTRASTIVE, PENALTIES, Competitor, Loss
-from benchmarks.compare.cost import LOGIT_SCALE, OK
+from benchmarks.compare.cost import LOGIT_SCALE
 from benchmarks.compare.plan import DISTANCES, Plan
-from benchmarks.memory import outcome_of
 from benchmarks.run import Run
 from cyclip_loss import reference
 
@@ -59,11 +58,7 @@ def errors(run: Run, found: list[Competitor], plan: Plan) -> None:
         where = {"N": n, "D": d, "dtype": str(dtype).removeprefix("torch.")}
         where["|T - I|"] = RANDOM if distance is None else distance
         for name, loss, lacks in ((c.name, c.loss, c.lacks) for c in found):
-            row = {**where, "loss": name, "lacks": lacks, "outcome": OK}
-            try:
+            with run.attempt(**where, loss=name, lacks=lacks) as row:
                 actual = results(loss, image, text, scale)
-                both = [key for key in exact[lacks] if key in actual]
-                row |= {key: relative_error(actual[key], exact[lacks][key]) for key in both}
-            except Exception as error:
-                row["outcome"] = outcome_of(error)
-            run.row(**row)
+                both = [what for what in exact[lacks] if what in actual]
+                row |= {what: relative_error(actual[what], exact[lacks][what]) for what in both}

@@ -12,11 +12,15 @@ from torch import Tensor
 
 from benchmarks.compare.competitors import CONTRASTIVE, OURS, PARTS, Competitor, Loss, build
 from benchmarks.compare.plan import Plan
-from benchmarks.memory import OUT_OF_MEMORY, allocated_peak, limit_to_available, outcome_of
-from benchmarks.run import Run
-from benchmarks.timing import columns, interleaved
+from benchmarks.measure import (
+    allocated_peak,
+    columns,
+    interleaved,
+    limit_to_available,
+    wall_seconds,
+)
+from benchmarks.run import OUT_OF_MEMORY, Run, outcome_of
 
-OK = "ok"
 WARM_UP_ROWS = 96
 MOST_RUNS = 300
 LOGIT_SCALE = 14.3  # CLIP's at the start
@@ -37,14 +41,13 @@ def costs(run: Run, found: list[Competitor], plan: Plan) -> None:
             continue
         run.say(f"N = {n:,}, D = {d:,}")
         chosen = [c for c in found if n <= plan.parts_up_to or c.name not in PARTS]
-        chosen = [c for c in chosen if n <= plan.dense_up_to or c.name == OURS]
         try:
             if n <= plan.timed_up_to:
                 rows = measure(run, chosen, n, d, plan)
             else:
-                rows = [measure_once(c.name, n, d, plan, run.seed) for c in chosen]
+                rows = [measure_once(c.name, n, d, plan) for c in chosen]
+                run.section.rows += rows
             add_ratios(rows, rate)
-            run.section.rows += rows
         except Exception as error:  # the other sizes go on
             run.fail(f"N = {n:,}, D = {d:,}: {outcome_of(error)}")
 
@@ -72,45 +75,41 @@ def step_of(loss: Loss, leaves: tuple[Tensor, Tensor, Tensor]) -> Callable[[], N
 def measure(
     run: Run, found: list[Competitor], n: int, d: int, plan: Plan, once: bool = False
 ) -> list[dict[str, Any]]:
-    """One row for each competitor: its peak, and interleaved runs of those that had one.
+    """A row for each competitor, also added to the section: its peak, and interleaved runs.
 
     once: the time is that of the run whose memory is measured.
     """
+    rows: dict[str, dict[str, Any]] = {}
     steps: dict[str, Callable[[], object]] = {}
-    peaks, runs, errors = {}, {}, {}
     few, leaves = leaves_of(run, WARM_UP_ROWS, d, plan.dtype), leaves_of(run, n, d, plan.dtype)
     for competitor in found:
-        try:
+        with run.attempt(N=n, D=d, loss=competitor.name, lacks=competitor.lacks) as row:
             step_of(competitor.loss, few)()  # what libraries load, compile and allocate once
             step = step_of(competitor.loss, leaves)
             begun = time.perf_counter()
-            peaks[competitor.name] = allocated_peak(run.device, step)
-            runs[competitor.name] = [1e3 * (time.perf_counter() - begun)]
-            steps[competitor.name] = step
-        except Exception as error:
-            errors[competitor.name] = outcome_of(error)
-    if not once:
-        runs = interleaved(steps, run.device, plan.seconds, plan.least, MOST_RUNS)
-    rows = []
-    for name, lacks in ((c.name, c.lacks) for c in found):
-        row = {"N": n, "D": d, "loss": name, "lacks": lacks, "outcome": errors.get(name, OK)}
-        if name in runs:
-            row |= columns(runs[name]) | {"peak MB": peaks[name] / 1e6}
-        rows.append(row)
-    return rows
+            row["peak MB"] = allocated_peak(run.device, step) / 1e6
+            if once:
+                row |= columns([1e3 * (time.perf_counter() - begun)])
+            else:
+                steps[competitor.name] = step
+        rows[competitor.name] = row
+    runs = interleaved(steps, run.device, plan.seconds, plan.least, MOST_RUNS)
+    for name, times in runs.items():
+        rows[name] |= columns(times)
+    return list(rows.values())
 
 
-def measure_once(name: str, n: int, d: int, plan: Plan, seed: int) -> dict[str, Any]:
-    """A row of one run on the CPU, in a process of its own: it may fail for want of memory."""
+def measure_once(name: str, n: int, d: int, plan: Plan) -> dict[str, Any]:
+    """A row of one run on the CPU, in a process of its own: it may run out of memory."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         try:
-            return pool.submit(_limited, name, n, d, plan, seed).result()
+            return pool.submit(_limited, name, n, d, plan).result()
         except BrokenProcessPool:  # the system's last resort, or an allocation nobody catches
             return {"N": n, "D": d, "loss": name, "outcome": OUT_OF_MEMORY}
 
 
-def _limited(name: str, n: int, d: int, plan: Plan, seed: int) -> dict[str, Any]:
-    run, competitor = Run(torch.device("cpu"), seed), [build(name)]
+def _limited(name: str, n: int, d: int, plan: Plan) -> dict[str, Any]:
+    run, competitor = Run(torch.device("cpu")), [build(name)]
     measure(run, competitor, WARM_UP_ROWS, d, plan, once=True)  # imports are not what is limited
     limit = limit_to_available()
     (row,) = measure(run, competitor, n, d, plan, once=True)
@@ -134,7 +133,6 @@ def add_ratios(rows: list[dict[str, Any]], rate: float) -> None:
 
 
 def matrix_rate(run: Run, dtype: torch.dtype, size: int) -> float:
-    """Flops per second of a library product of square matrices, at its fastest."""
+    """Flops per second of a library product of square matrices."""
     a = torch.randn(size, size, device=run.device).to(dtype)
-    runs = interleaved({"": lambda: torch.mm(a, a)}, run.device, 2.0, least=6)
-    return 2e3 * size**3 / min(runs[""])
+    return 2 * size**3 / wall_seconds(lambda: torch.mm(a, a), 0.01 if run.dry_run else 2.0)

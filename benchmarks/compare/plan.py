@@ -16,13 +16,12 @@ class Plan:
     sizes: tuple[tuple[int, int], ...]  # N, D
     parts_up_to: int  # the largest N at which contrastive term and penalties also run alone
     timed_up_to: int  # the largest N that runs again and again; beyond it, each loss runs once
-    dense_up_to: int  # the largest N of all but our loss
     error_at: tuple[int, int]
     error_dtypes: tuple[torch.dtype, ...]
     model: str  # of the training step
     batch_size: int
     matrix: int  # rows and columns of the product whose rate is measured
-    seconds: float = 6.0  # on interleaved runs of a size
+    seconds: float = 6.0  # of interleaved runs of a size
     least: int = 5  # interleaved runs of a size
 
 
@@ -35,7 +34,6 @@ CPU = Plan(
     ),
     parts_up_to=8192,
     timed_up_to=8192,
-    dense_up_to=32768,
     error_at=(2048, 512),
     error_dtypes=(torch.float32,),
     model="tiny",
@@ -48,7 +46,6 @@ CUDA = Plan(
     sizes=((4096, 512), (65536, 768), (16384, 512), (1024, 512), (32768, 768), (262144, 768)),
     parts_up_to=16384,
     timed_up_to=262144,
-    dense_up_to=65536,
     error_at=(8192, 512),
     error_dtypes=(torch.float32, torch.bfloat16),
     model="ViT-B-32",

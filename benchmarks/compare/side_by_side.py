@@ -15,21 +15,20 @@ from benchmarks import record
 from benchmarks.compare import accuracy, cost, training_step
 from benchmarks.compare.competitors import Competitor, competitors
 from benchmarks.compare.plan import CPU, CUDA, Plan
-from benchmarks.compare.plot import draw
-from benchmarks.compare.report import summary
-from benchmarks.run import Run
+from benchmarks.compare.report import draw, summary
+from benchmarks.run import SEED, Run
 
 BUSY = 0.25  # running processes a core, beyond which times mean little
 
 
 def main(options: argparse.Namespace) -> int:
     """Measure everything, write the record and the pictures, print the summary."""
-    run = Run(torch.device("cuda" if torch.cuda.is_available() else "cpu"), options.seed)
+    run = Run(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     plan = CUDA if run.device.type == "cuda" else CPU
     if options.sizes:
         n = min(max(options.sizes), plan.error_at[0])
         plan = replace(plan, sizes=tuple((n, 512) for n in options.sizes), error_at=(n, 512))
-    torch.manual_seed(options.seed)
+    torch.manual_seed(SEED)
     found, reasons = competitors(run.device)
     sections: dict[str, tuple[str, Callable[[Run, list[Competitor], Plan], None]]] = {
         "cost": (cost.ABOUT, cost.costs),

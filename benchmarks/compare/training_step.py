@@ -1,24 +1,26 @@
-"""End to end: what the loss takes of a training step.
-
-The model is one of `reference_train`; images are noise and every caption is the same, which takes
-as long as real ones.
-"""
+"""End to end: what the loss takes of a training step, on images of noise and one caption."""
 
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.compare.competitors import BESIDE, Competitor, Loss
-from benchmarks.compare.cost import LOGIT_SCALE, OK
+from benchmarks.compare.cost import LOGIT_SCALE
 from benchmarks.compare.plan import Plan
-from benchmarks.memory import allocated_peak, outcome_of
-from benchmarks.run import Run
-from benchmarks.timing import columns, interleaved
+from benchmarks.measure import allocated_peak, columns, interleaved
+from benchmarks.run import OK, SEED, Run
 
-CAPTION = "a photo of a thing"
+CAPTION, CAPTION_TOKENS = "a photo of a thing", 7
+# The size of the demonstration's model (`reference_train`), without padding behind captions.
+TINY: dict[str, Any] = {
+    "embed_dim": 128,
+    "vision_cfg": {"layers": (1, 1, 1, 1), "width": 16, "image_size": 32},
+    "text_cfg": {"layers": 2, "width": 128, "heads": 4, "context_length": CAPTION_TOKENS},
+}
 ABOUT = (
     "One step of the model with this loss, and its forward and backward pass alone on the step's "
     "features: medians. Peak: what PyTorch's allocator handed out beyond what was held before."
@@ -29,20 +31,17 @@ class Trainer:
     """A model, its optimiser and one batch."""
 
     def __init__(self, run: Run, name: str, batch_size: int) -> None:
-        """Raises ImportError where `reference_train` has not what it needs."""
+        """Raises ImportError without OpenCLIP."""
         import open_clip
 
-        from reference_train.demo.model import TINY, TinyCLIP
-        from reference_train.demo.train import make_optimizer
-
-        torch.manual_seed(run.seed)
+        torch.manual_seed(SEED)
         scale = {"init_logit_scale": math.log(LOGIT_SCALE), "output_dict": True}
         if name == "tiny":
-            model = TinyCLIP(**TINY, **scale)
+            model = open_clip.CLIP(**TINY, **scale)
         else:
             model = open_clip.create_model(name, load_weights=False, pretrained_text=False, **scale)
         self.model = model.to(run.device, memory_format=torch.channels_last).train()
-        self.optimizer = make_optimizer(self.model, lr=1e-4)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         on_cuda = run.device.type == "cuda"  # as training loops do
         self.autocast = torch.autocast(run.device.type, torch.bfloat16, enabled=on_cuda)
         size = model.visual.image_size
@@ -76,23 +75,19 @@ def training(run: Run, found: list[Competitor], plan: Plan) -> None:
     try:
         trainer = Trainer(run, plan.model, plan.batch_size)
     except ImportError as error:
-        run.note(f'no training step: {error}; pip install -e ".[train]"')
+        run.note(f"no training step: {error}")
         return
     features = [output.detach().requires_grad_() for output in trainer.encode()]
     steps: dict[str, Callable[[], object]] = {}
     for competitor in (c for c in found if c.name in BESIDE):
-        loss = competitor.loss
+        name, loss = competitor.name, competitor.loss
         step, alone = partial(trainer.step, loss), partial(trainer.loss_alone, loss, features)
-        run.row(model=plan.model, batch=plan.batch_size, loss=competitor.name)
-        row = run.section.rows[-1]
-        try:
+        with run.attempt(model=plan.model, batch=plan.batch_size, loss=name) as row:
             step()
             alone()
             trainer.optimizer.zero_grad(set_to_none=True)
-            row |= {"peak MB": allocated_peak(run.device, step) / 1e6, "outcome": OK}
-            steps |= {f"step {competitor.name}": step, f"loss {competitor.name}": alone}
-        except Exception as error:
-            row["outcome"] = outcome_of(error)
+            row["peak MB"] = allocated_peak(run.device, step) / 1e6
+            steps |= {f"step {name}": step, f"loss {name}": alone}
     runs = interleaved(steps, run.device, plan.seconds, plan.least)
     for row in (row for row in run.section.rows if row["outcome"] == OK):
         for what in ("step", "loss"):

@@ -7,15 +7,15 @@ needs more shared memory than its chip has, multiplies 16-bit numbers without te
 each such instruction of a contrastive kernel wait for the one before it, or does not fuse
 multiplications with additions. The table goes to stdout, the faults to stderr.
 
-What is compiled is what a launch runs: `padded_rows` copies features that are not aligned. The two
-kernels that see D itself are compiled for multiples of 16 and for any D.
+What is compiled is what a launch runs: `padded_rows` copies features that are not aligned. The
+kernel that sees D itself is compiled for multiples of 16 and for any D.
 """
 
 import argparse
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import triton
@@ -24,14 +24,8 @@ from triton.compiler import ASTSource
 from benchmarks.gate.binary import CHIPS, Binary, inspect
 from benchmarks.record import table
 from cyclip_loss.engines import triton_version
-from cyclip_loss.kernels.configs import ARCHITECTURES, JOIN, PAIRS, SPLITS, SUM, TRACES, Config
-from cyclip_loss.kernels.grams import add_splits_kernel, cyclic_statistics_kernel
-from cyclip_loss.kernels.logit_grads import contrastive_grads_kernel
-from cyclip_loss.kernels.lse import contrastive_lse_kernel, join_lse_kernel
-from cyclip_loss.kernels.pairs import pair_terms_kernel
-from cyclip_loss.kernels.penalties import cyclic_terms_kernel, traces_kernel
-from cyclip_loss.kernels.penalty_grads import cyclic_grads_kernel
-from cyclip_loss.kernels.products import scale_grad_kernel
+from cyclip_loss.kernels import grams, logit_grads, lse, pairs, penalties, penalty_grads
+from cyclip_loss.kernels.configs import ARCHITECTURES, JOIN, PAIRS, SUM, TRACES, Config
 
 FEATURES = {  # dtype of the features -> Triton's pointer type and the precision of the products
     "bfloat16": ("*bf16", "tf32"),
@@ -44,10 +38,9 @@ OF_FEATURES = {"image", "text", "gradient", "image_grad", "text_grad"}
 IDS = {"row_ids", "column_ids"}
 NUMBERS = {"weight", "weight_inmodal", "weight_crossmodal", "size"}
 INTEGERS = {
-    "n", "m", "d", "features", "image_stride", "text_stride", "gradient_stride", "first_column",
-    "columns", "row_parts", "column_parts", "strip", "length", "split_rows", "splits", "matrices",
+    "n", "m", "d", "image_stride", "text_stride", "gradient_stride", "first_column",
+    "columns", "row_parts", "column_parts", "strip", "length", "split_rows",
 }  # fmt: skip
-NEVER_MULTIPLES = {"matrices"}  # it is 2 or 3
 
 
 @dataclass(frozen=True)
@@ -58,15 +51,15 @@ class Variant:
     kernel: str
     features: str
     config: Config
-    flags: tuple[tuple[str, Any], ...]
-    not_multiple: str = ""  # an integer that need not be a multiple of 16: D
+    flags: dict[str, Any]
+    any_d: bool = False  # `d` is D itself, which need not be a multiple of 16
 
     @property
     def label(self) -> str:
         """The kernel and the flags that are on."""
-        on = [name.lower() for name, value in self.flags if name == "WITH_CROSS" and value]
-        on += ["any D"] if self.not_multiple else []
-        on += ["ids"] if ids_of(self.kernel) - dict(self.flags).keys() else []
+        on = ["with_cross"] if self.flags.get("WITH_CROSS") else []
+        on += ["any D"] if self.any_d else []
+        on += ["ids"] if IDS & {*KERNELS[self.kernel].arg_names} - self.flags.keys() else []
         return f"{self.kernel} ({', '.join(on)})" if on else self.kernel
 
     def faults(self, made: Binary | str) -> list[str]:
@@ -76,66 +69,52 @@ class Variant:
         return made.faults(self.arch, self.kernel, self.features)
 
 
+MODULES = (grams, logit_grads, lse, pairs, penalties, penalty_grads)
 KERNELS = {
-    "contrastive_lse": contrastive_lse_kernel,
-    "join_lse": join_lse_kernel,
-    "pair_terms": pair_terms_kernel,
-    "contrastive_grads": contrastive_grads_kernel,
-    "scale_grad": scale_grad_kernel,
-    "cyclic_statistics": cyclic_statistics_kernel,
-    "add_splits": add_splits_kernel,
-    "traces": traces_kernel,
-    "cyclic_terms": cyclic_terms_kernel,
-    "cyclic_grads": cyclic_grads_kernel,
+    name.removesuffix("_kernel"): kernel
+    for module in MODULES
+    for name, kernel in vars(module).items()
+    if name.endswith("_kernel")
 }
-
-
-def ids_of(kernel: str) -> set[str]:
-    """The arguments of a kernel that are ids."""
-    return IDS & set(KERNELS[kernel].arg_names)
 
 
 def variants(arch: str) -> Iterator[Variant]:
     """Every configuration of an architecture, with the flags that cost most."""
-    of_all = "float32 ieee"  # without a product: the same for all dtypes of the features
-    yield _variant(arch, "join_lse", of_all, JOIN)
-    yield _variant(arch, "pair_terms", of_all, PAIRS, SYMMETRIC=True)
-    yield _variant(arch, "scale_grad", of_all, SUM)
-    add_splits = _variant(arch, "add_splits", of_all, SPLITS)
-    traces = _variant(arch, "traces", of_all, TRACES, WITH_CROSS=True)
-    yield from (add_splits, replace(add_splits, not_multiple="features"))
-    yield from (traces, replace(traces, not_multiple="d"))
-    yield _variant(arch, "cyclic_terms", of_all, SUM, WITH_CROSS=True, SEPARATE=True)
+    # Without a product: the same for all dtypes of the features.
+    for kernel, config, flags in (
+        ("join_lse", JOIN, {}),
+        ("pair_terms", PAIRS, {"SYMMETRIC": True}),
+        ("scale_grad", SUM, {}),
+        ("traces", TRACES, {"WITH_CROSS": True}),
+        ("cyclic_terms", SUM, {"WITH_CROSS": True, "SEPARATE": True}),
+    ):
+        yield Variant(arch, kernel, "float32 ieee", config, flags)
+    yield Variant(arch, "traces", "float32 ieee", TRACES, {"WITH_CROSS": True}, any_d=True)
     configs = ARCHITECTURES[arch]
-    flags: dict[str, Any]
     for features, (pointer, dot) in FEATURES.items():
         bits = 32 if pointer == "*fp32" else 16
-        for kernel, flags in (
-            ("contrastive_lse", {}),
-            ("contrastive_grads", {"NEEDS_SCALE": True, "SHIFT": 14 * (features == "float16")}),
-        ):
-            flags = {"SYMMETRIC": True, "WIDEN": False, "PRECISION": dot, **flags}
-            config = configs[kernel][bits, dot]
-            yield _variant(arch, kernel, features, config, **flags, **dict.fromkeys(IDS))
-            config = config.with_ids if kernel == "contrastive_grads" else config
-            yield _variant(arch, kernel, features, config, **flags)
+        shared = {"SYMMETRIC": True, "WIDEN": False, "PRECISION": dot}
+        without_ids = shared | dict.fromkeys(IDS)
+        config = configs["contrastive_lse"][bits, dot]
+        yield Variant(arch, "contrastive_lse", features, config, without_ids)
+        yield Variant(arch, "contrastive_lse", features, config, shared)
+        more = {"NEEDS_SCALE": True, "SHIFT": 14 * (features == "float16")}
+        config = configs["contrastive_grads"][bits, dot]
+        yield Variant(arch, "contrastive_grads", features, config, without_ids | more)
+        yield Variant(arch, "contrastive_grads", features, config.with_ids, shared | more)
         for cross in (False, True):
-            flags = {"WITH_CROSS": cross, "TF32": dot == "tf32", "PRECISION": dot}
+            shared = {"WITH_CROSS": cross, "TF32": dot == "tf32", "PRECISION": dot}
             config = configs["cyclic_statistics"][32, dot]
-            yield _variant(arch, "cyclic_statistics", features, config, **flags)
-            flags |= {"NEEDS_IMAGE": True, "NEEDS_TEXT": True}
+            yield Variant(arch, "cyclic_statistics", features, config, shared)
+            more = {"NEEDS_IMAGE": True, "NEEDS_TEXT": True}
             config = configs["cyclic_grads"][32, dot]
-            yield _variant(arch, "cyclic_grads", features, config, **flags)
-
-
-def _variant(arch: str, kernel: str, features: str, config: Config, **flags: Any) -> Variant:
-    return Variant(arch, kernel, features, config, tuple(flags.items()))
+            yield Variant(arch, "cyclic_grads", features, config, shared | more)
 
 
 def source(variant: Variant) -> ASTSource:
     """The kernel with the types of its arguments, as a launch would have it."""
     kernel = KERNELS[variant.kernel]
-    constants = {**dict(variant.flags), **variant.config.tile}
+    constants = {**variant.flags, **variant.config.tile}
     signature, attributes = {}, {}
     for parameter in kernel.params:
         name = parameter.name
@@ -151,7 +130,7 @@ def source(variant: Variant) -> ASTSource:
             signature[name] = FEATURES[variant.features][0] if name in OF_FEATURES else "*fp32"
         looks = not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
         may_be_multiple = signature[name] == "i32" or signature[name].startswith("*")
-        if looks and may_be_multiple and name not in {*NEVER_MULTIPLES, variant.not_multiple}:
+        if looks and may_be_multiple and not (name == "d" and variant.any_d):
             attributes[(parameter.num,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes)
 

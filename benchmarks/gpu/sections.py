@@ -1,10 +1,10 @@
 """`python -m benchmarks gpu`: tests, times and candidates on the GPU at hand; all in one record.
 
-Needs this checkout, torch, triton, numpy, pytest and hypothesis. Sections are independent: one that
-fails is recorded, the others go on, and the exit code is 1. What a section has no time for is in
-the record, which is written after each section, and when the command is interrupted or terminated.
-`--dry-run` goes the same way on CPU, interpreted: a few tests, and tiny sizes timed by the wall
-clock.
+Needs this checkout, torch, triton, numpy, pytest and hypothesis. Sections are independent: if one
+fails, the record says so, the others go on, and the exit code is 1. What a section has no time for
+is in the record, which is written after each section, and when the command is interrupted or
+terminated. `--dry-run` goes the same way on a CPU, interpreted: a few tests, and tiny sizes timed
+by the wall clock.
 """
 
 import argparse
@@ -19,8 +19,7 @@ import torch
 
 from benchmarks import record
 from benchmarks.gpu import ablations, suite, sweep, timings
-from benchmarks.interpreter import why_unusable
-from benchmarks.run import Run
+from benchmarks.run import SEED, Run
 
 # Each with its seconds, of TOTAL, where all are run; what they leave is for the last. Those that
 # the command names share the whole budget, first come, first served.
@@ -37,7 +36,6 @@ SECTIONS: dict[str, tuple[Callable[[Run], None], float]] = {
     "slow": (partial(suite.suite, suite.SLOW, suite.SEVERAL), TOTAL),
     "ranks": (partial(suite.suite, suite.RANKS, 1), TOTAL),
 }
-LAUNCH_KERNELS = ("ablations", "sweep")  # and nothing else, in a dry run
 
 
 def main(options: argparse.Namespace) -> int:
@@ -45,30 +43,29 @@ def main(options: argparse.Namespace) -> int:
     if not options.dry_run and not torch.cuda.is_available():
         print("no CUDA device: `python -m benchmarks gpu --dry-run` runs on CPU, and times nothing")
         return 2
+    if unknown := [name for name in options.sections or () if name not in SECTIONS]:
+        print(f"--sections {' '.join(unknown)}: choose from {', '.join(SECTIONS)}")
+        return 2
     # The interpreter computes on numpy arrays, whose overflows to infinity are intended.
     warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.|numpy")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: `timeout` sends it
-    torch.manual_seed(options.seed)
-    device = torch.device("cpu" if options.dry_run else "cuda")
-    run = Run(device, options.seed, options.dry_run)
-    results = Path(tempfile.gettempdir()) if options.dry_run else record.RESULTS
-    unusable = why_unusable() if options.dry_run else ""
+    torch.manual_seed(SEED)
+    run = Run(torch.device("cpu" if options.dry_run else "cuda"), options.dry_run)
+    folder = Path(tempfile.gettempdir()) if options.dry_run else record.RESULTS
     try:
         for name in options.sections or SECTIONS:
             measure, seconds = SECTIONS[name]
             share = options.budget if options.sections else seconds * options.budget / TOTAL
             run.deadline = min(options.budget, run.elapsed() + share)
             with run.part(name):
-                if run.remaining() <= 0:
-                    run.note("the budget is spent")
-                elif unusable and name in LAUNCH_KERNELS:
-                    run.note(f"skipped: {unusable}")
-                else:
+                if run.remaining() > 0:
                     measure(run)
-            file = record.write(options.out or results, "gpu", record.describe(run))
+                else:
+                    run.note("the budget is spent")
+            file = record.write(options.out or folder, "gpu", record.describe(run))
     except KeyboardInterrupt:
         run.fail("interrupted")
-        file = record.write(options.out or results, "gpu", record.describe(run))
+        file = record.write(options.out or folder, "gpu", record.describe(run))
     failures = sum(len(section.failures) for section in run.sections.values())
     run.say(f"{failures} failures; record in {file} and {file.with_suffix('.md')}")
     return 1 if failures else 0

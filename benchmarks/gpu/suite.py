@@ -1,15 +1,19 @@
-"""Is it right on this device: the project's own tests, in processes of their own."""
+"""Is it right on this device: the project's own tests, shared among processes by pytest-xdist.
 
-import json
+A test that crashes its process fails, and the others go on in a new one.
+"""
+
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from xml.etree import ElementTree
 
 from benchmarks import ROOT
 from benchmarks.run import Run
@@ -23,82 +27,71 @@ FEW = ("tests/loss/test_loss.py", "-k", "eager")
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 # What takes time is the oracle, in float64 on the CPU.
 SEVERAL = max(1, min(8, CORES // 2))
-MOST_FAILURES = 20  # of a process: after an illegal access all that follows fails in it
-GRACE = 10.0  # seconds for pytest to report when it is interrupted
+MOST_FAILURES = 20  # after an illegal access all that follows in a process fails
+GRACE = 20.0  # seconds for pytest to report when it is interrupted
 
 
 def suite(which: Sequence[str], processes: int, run: Run) -> None:
     """Tests with tensors on the device, until the section's time is over.
 
-    Each that fails is a failure of the section, with its full text. A row for each process; why
-    tests were skipped is noted.
+    Each that fails is a failure of the section, with its full text. How often tests were skipped
+    for which reason is noted. If pytest leaves no report, its output is a failure.
     """
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.gpu.plugin"]
-    command += ["--device", run.device.type, "--maxfail", str(MOST_FAILURES)]
-    command += ["--continue-on-collection-errors", *(FEW if run.dry_run else which)]
+    command = [sys.executable, "-m", "pytest", "-v", "--device", run.device.type]
+    command += ["-n", str(processes), "--dist", "worksteal"]
+    command += ["--maxfail", str(MOST_FAILURES), "--continue-on-collection-errors"]
+    command += ["-o", "junit_logging=all", "-o", "junit_log_passing_tests=false"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, CORES // processes))}
     with tempfile.TemporaryDirectory() as folder:
-        started: dict[Path, subprocess.Popen[bytes]] = {}
-        interrupted = False
+        report, log = Path(folder, "report.xml"), Path(folder, "log")
+        command += ["--junitxml", str(report), *(FEW if run.dry_run else which)]
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
+            )
+        ended = False
         try:
-            for share in range(processes):
-                file = Path(folder, f"{share}.jsonl")
-                environment = {"OMP_NUM_THREADS": str(max(1, CORES // processes))}
-                environment |= {"TEST_SHARE": f"{share}/{processes}", "TEST_RESULTS": str(file)}
-                with file.with_suffix(".log").open("w") as log:
-                    started[file] = subprocess.Popen(
-                        command, cwd=ROOT, env=os.environ | environment, stdout=log, stderr=log
-                    )
-            interrupted = wait(started, run)
+            ended = wait(process, log, run)
         finally:  # also where this command is interrupted itself
-            reasons: Counter[str] = Counter()
-            for file, process in started.items():
-                process.kill()
-                reasons += read(run, file, process.wait(), interrupted)
-            for reason, count in reasons.most_common():
-                run.note(f"{count} skipped: {reason}")
+            if not ended:
+                os.killpg(process.pid, signal.SIGINT)  # pytest reports, and ends
+                run.note(f"interrupted at: {last_line(log)}")
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            code = process.wait()
+            if counts := re.findall(r"(\d+) (passed|failed|skipped|error)", last_line(log)):
+                run.row(**{kind: int(count) for count, kind in counts})
+            # pytest's codes: all passed, some failed, interrupted or too many failed, none to run.
+            if report.exists() and code in (0, 1, 2, 5):
+                read(run, report)
+            else:
+                run.fail(f"pytest ended with {code}\n{log.read_text(errors='replace')[-5000:]}")
 
 
-def wait(started: dict[Path, "subprocess.Popen[bytes]"], run: Run) -> bool:
-    """Until all have ended, or the time is over; whether they were interrupted for that."""
-    interrupted, said = False, run.elapsed()
-    while any(process.poll() is None for process in started.values()) and run.remaining() > 0:
-        if run.remaining() < GRACE and not interrupted:
-            interrupted = True
-            for process in started.values():
-                process.send_signal(signal.SIGINT)
-        if run.elapsed() > said + 15:
-            said = run.elapsed()
-            run.say(f"{sum('outcome' in line for file in started for line in lines(file))} tests")
-        time.sleep(0.1)
-    return interrupted
+def wait(process: "subprocess.Popen[bytes]", log: Path, run: Run) -> bool:
+    """Until pytest has ended or the time is over; whether it has ended."""
+    while (seconds := min(15.0, run.remaining() - GRACE)) > 0:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+            return True
+        run.say(last_line(log))
+    return False
 
 
-def lines(file: Path) -> list[dict[str, str]]:
-    """What the plugin wrote, whole lines of it."""
-    text = file.read_text() if file.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+def last_line(log: Path) -> str:
+    """Where pytest is."""
+    return (log.read_text(errors="replace").strip().splitlines() or ["its start"])[-1]
 
 
-def read(run: Run, file: Path, code: int, interrupted: bool) -> Counter[str]:
-    """Add the row and the failures of a process that ended; the reasons of tests skipped."""
-    counts: Counter[str] = Counter()
-    reasons: Counter[str] = Counter()
-    at = "its start"
-    for line in lines(file):
-        at, outcome = line["test"], line.get("outcome", "")
-        counts[outcome] += 1
-        if outcome == "failed":
-            run.fail(f"{at}\n{line['text']}")
-        elif outcome == "skipped":
-            reasons[line["text"]] += 1
-    run.row(process=file.stem, **{key: counts[key] for key in ("passed", "failed", "skipped")})
-    # pytest's codes: 0 all passed, 1 some failed, 2 interrupted, 5 nothing to run.
-    if code in (0, 5) or (code == 1 and counts["failed"]):
-        if counts["failed"] >= MOST_FAILURES:
-            run.note(f"process {file.stem} ended after so many failures")
-    elif interrupted and code != -signal.SIGKILL:
-        run.note(f"process {file.stem} was interrupted at {at}: no time")
-    else:
-        log = file.with_suffix(".log").read_text(errors="replace")
-        run.fail(f"process {file.stem}: pytest ended with {code} at {at}\n{log[-5000:]}")
-    return reasons
+def read(run: Run, report: Path) -> None:
+    """Add the failures, and the reasons why tests were skipped."""
+    skipped: Counter[str] = Counter()
+    for case in ElementTree.parse(report).iter("testcase"):
+        skipped.update(element.get("message", "") for element in case.findall("skipped"))
+        if case.find("failure") is not None or case.find("error") is not None:
+            text = "\n".join(element.text or "" for element in case)
+            run.fail(f"{case.get('classname')}::{case.get('name')}\n{text}")
+    for reason, count in skipped.most_common():
+        run.note(f"{count} skipped: {reason}")

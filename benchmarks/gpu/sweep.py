@@ -13,8 +13,8 @@ from unittest import mock
 import torch
 
 from benchmarks.gpu.candidates import KEYS, Candidate, candidates, refusals, winner
+from benchmarks.measure import columns, interleaved
 from benchmarks.run import Run, outcome_of
-from benchmarks.timing import columns, interleaved
 from cyclip_loss import kernels
 from cyclip_loss.engines import architecture
 from cyclip_loss.kernels import configs

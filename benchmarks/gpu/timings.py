@@ -7,14 +7,12 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.benchmark import Timer
 
 from benchmarks.compare.competitors import COMPILED, EAGER, OURS, PARTS, build, competitors
 from benchmarks.compare.cost import costs, leaves_of, matrix_rate, step_of
 from benchmarks.compare.plan import CUDA
-from benchmarks.memory import outcome_of
-from benchmarks.run import Run
-from benchmarks.timing import interleaved
+from benchmarks.measure import wall_seconds
+from benchmarks.run import Run, outcome_of
 
 KERNEL_SIZES = ((512, 512), (4096, 512), (65536, 768))
 KERNELS_SHOWN = 12
@@ -30,9 +28,9 @@ def ceilings(run: Run) -> None:
     run.row(what=f"bfloat16 product, {size} cubed", rate=rate / 1e12, unit="TFLOP/s")
     source = torch.empty(size * size * 8, dtype=torch.uint8, device=run.device)
     target = torch.empty_like(source)
-    best = min(interleaved({"": lambda: target.copy_(source)}, run.device, 2.0, least=8)[""])
-    bandwidth = 2 * source.numel() / best / 1e9
-    run.row(what=f"copy of {source.numel() / 1e6:.0f} MB", rate=bandwidth, unit="TB/s")
+    seconds = wall_seconds(lambda: target.copy_(source), 0.01 if run.dry_run else 2.0)
+    what = f"copy of {source.numel() / 1e6:.0f} MB"
+    run.row(what=what, rate=2 * source.numel() / seconds / 1e12, unit="TB/s")
 
 
 def kernels(run: Run) -> None:
@@ -42,9 +40,8 @@ def kernels(run: Run) -> None:
         for _ in range(3):
             step()
         spent = profiled(run, step)
-        launches = sum(count for count, _ in spent.values())
-        microseconds = sum(own for _, own in spent.values())
         if spent:
+            launches, microseconds = (sum(column) for column in zip(*spent.values(), strict=True))
             run.row(N=n, D=d, kernel="all", launches=launches, ms=microseconds / 1e3)
         for name, (count, own) in sorted(spent.items(), key=lambda x: -x[1][1])[:KERNELS_SHOWN]:
             run.row(N=n, D=d, kernel=name[:60], launches=count, ms=own / 1e3)
@@ -56,13 +53,11 @@ def profiled(run: Run, call: Callable[[], object]) -> dict[str, tuple[int, float
     On CPU, where there are no launches: PyTorch's operators. Nothing where it may not look.
     """
     on_cuda = run.device.type == "cuda"
-    activity = ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU
-    with profile(activities=[activity]) as profiler:
+    kind, own = ("CUDA", "self_device_time_total") if on_cuda else ("CPU", "self_cpu_time_total")
+    with profile(activities=[getattr(ProfilerActivity, kind)]) as profiler:
         call()
         if on_cuda:
             torch.cuda.synchronize()
-    own = "self_device_time_total" if on_cuda else "self_cpu_time_total"
-    kind = "CUDA" if on_cuda else "CPU"
     events = [e for e in profiler.key_averages() if e.device_type.name == kind and getattr(e, own)]
     if not events and NO_PROFILE not in run.section.notes:
         run.note(NO_PROFILE)
@@ -86,22 +81,17 @@ def sizes(run: Run) -> None:
             if run.remaining() < SECONDS_PER_STEP:
                 run.note(f"{competitor.name}, N = {n}, D = {d} left out: no time")
                 continue
-            run.row(N=n, D=d, dtype=str(dtype), loss=competitor.name)
-            try:
-                run.section.rows[-1] |= wall_and_graph(run, step_of(competitor.loss, leaves))
-            except Exception as error:  # of any library: what ends one must not end the others
-                run.section.rows[-1]["outcome"] = outcome_of(error)
+            with run.attempt(N=n, D=d, dtype=str(dtype), loss=competitor.name) as row:
+                wall_and_graph(run, step_of(competitor.loss, leaves), row)
 
 
-def wall_and_graph(run: Run, step: Callable[[], object]) -> dict[str, Any]:
+def wall_and_graph(run: Run, step: Callable[[], object], row: dict[str, Any]) -> None:
     """Columns of one step: one after another as in training, launches, in a CUDA graph."""
     for _ in range(3):
         step()
-    timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
-    seconds = timer.blocked_autorange(min_run_time=0.01 if run.dry_run else 0.2).median
-    row: dict[str, Any] = {"wall ms": 1e3 * seconds}
-    if launches := sum(count for count, _ in profiled(run, step).values()):
-        row["launches"] = launches
+    row["wall ms"] = 1e3 * wall_seconds(step, 0.01 if run.dry_run else 0.2)
+    if spent := profiled(run, step):
+        row["launches"] = sum(count for count, _ in spent.values())
     if run.device.type == "cuda":
         from triton.testing import do_bench_cudagraph
 
@@ -109,7 +99,6 @@ def wall_and_graph(run: Run, step: Callable[[], object]) -> dict[str, Any]:
             row["graph ms"] = do_bench_cudagraph(step, rep=5, return_mode="median")
         except Exception as error:  # not every library can be captured
             row["outcome"] = f"no graph: {outcome_of(error)}"
-    return row
 
 
 def beside_competitors(run: Run) -> None:

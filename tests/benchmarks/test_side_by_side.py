@@ -13,20 +13,12 @@ from processes import run_python
 
 pytest.importorskip("matplotlib")
 
-from benchmarks import memory, record
-from benchmarks.compare import (
-    accuracy,
-    competitors,
-    cost,
-    plot,
-    report,
-    side_by_side,
-    training_step,
-)
+from benchmarks import measure, record
+from benchmarks.compare import accuracy, competitors, cost, report, side_by_side, training_step
 from benchmarks.compare.competitors import AUTHORS, OURS, Competitor
 from benchmarks.compare.plan import CPU as PLAN
-from benchmarks.run import Run
-from benchmarks.timing import interleaved
+from benchmarks.measure import interleaved
+from benchmarks.run import OK, OUT_OF_MEMORY, Run
 from cyclip_loss import reference
 
 CPU = torch.device("cpu")
@@ -50,20 +42,20 @@ def test_allocated_peak() -> None:
         del a
         return b, c, torch.ones(1000, 100)
 
-    assert memory.allocated_peak(CPU, work) == 3 * 400_000
+    assert measure.allocated_peak(CPU, work) == 3 * 400_000
 
 
 LIMITED = """
 import json, sys
 from pathlib import Path
-from benchmarks import memory
+from benchmarks import measure
 from benchmarks.compare import cost
 from benchmarks.compare.plan import CPU
 
-print(json.dumps(cost._limited("authors' formula", 1000, 8, CPU, 0)))
-memory.LIMITS = (sys.argv[1],)
-Path(sys.argv[1]).write_text(str(memory.RESERVE + 10**7))
-print(json.dumps(cost._limited("authors' formula", 1000, 8, CPU, 0)))
+print(json.dumps(cost._limited("authors' formula", 1000, 8, CPU)))
+measure.LIMITS = (sys.argv[1],)
+Path(sys.argv[1]).write_text(str(measure.RESERVE + 10**7))
+print(json.dumps(cost._limited("authors' formula", 1000, 8, CPU)))
 """
 
 
@@ -73,9 +65,9 @@ def test_out_of_memory_is_a_result(tmp_path: Path) -> None:
     done = run_python("-c", LIMITED, str(tmp_path / "memory.max"))
     assert done.returncode == 0, done.stderr
     enough, limited = map(json.loads, done.stdout.splitlines()[-2:])
-    assert (enough["outcome"], enough["runs"]) == (cost.OK, 1)
+    assert (enough["outcome"], enough["runs"]) == (OK, 1)
     assert 5 * 4 < enough["peak MB"] < 16 * 4
-    assert limited["outcome"].startswith(memory.OUT_OF_MEMORY)
+    assert limited["outcome"].startswith(OUT_OF_MEMORY)
     assert "ms" not in limited
 
 
@@ -178,8 +170,8 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("few")
 def test_command(tmp_path: Path) -> None:
-    """Its record is complete: tables and plots can be made from it again, also with NaN."""
-    assert side_by_side.main(Namespace(sizes=[16, 32], out=tmp_path, seed=0)) == 0
+    """Its record is complete: tables and pictures can be made of it, also with NaN."""
+    assert side_by_side.main(Namespace(sizes=[16, 32], out=tmp_path)) == 0
     (file,) = tmp_path.glob("*.json")
     found = json.loads(file.read_text())
     sections = found["sections"]
@@ -198,11 +190,10 @@ def test_command(tmp_path: Path) -> None:
     sections["cost"]["rows"][3]["peak MB"] = math.nan
     text = report.summary(found)
     assert "| 16 | 512 | 2.00 | 3.00 (1.50 ×) |" in text.splitlines()
-    record.write(tmp_path, "side-by-side", found, text)
-    made = [file.with_suffix(".md"), *sorted(tmp_path.glob("*.png"))]
-    assert len(made) == 3
-    for path in made:
+    pictures = sorted(tmp_path.glob("*.png"))
+    assert len(pictures) == 2
+    for path in pictures:
         path.unlink()
-    assert plot.main(Namespace(record=file)) == 0
-    assert all(path.exists() for path in made)
-    assert "| nan |" in made[0].read_text()
+    report.draw(found, file)
+    assert all(path.exists() for path in pictures)
+    assert "| nan |" in record.markdown(found, text)

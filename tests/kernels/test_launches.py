@@ -62,7 +62,8 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
 def test_few_launches(dtype: str) -> None:
     """At most 16 for the whole loss and 10 without penalties; the dense formula takes over 60."""
     code = f"""
-losses = {{lambdas: CyCLIPLoss(*lambdas, impl="triton") for lambdas in ((.25, .25), (.5, .25), (0, 0))}}
+pairs_of_lambdas = ((0.25, 0.25), (0.5, 0.25), (0, 0))
+losses = {{lambdas: CyCLIPLoss(*lambdas, impl="triton") for lambdas in pairs_of_lambdas}}
 losses["dense"] = lambda *inputs: sum(reference.cyclip_loss(*inputs).values())
 for n, d in ((64, 128), (1000, 256), (3000, 512), (8192, 128)):
     for name, loss in losses.items():
