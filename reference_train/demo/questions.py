@@ -4,8 +4,8 @@ Which name (of all trained concepts, or of the held-out ones), which image for a
 subgroup and group, the consistency score with the training images as neighbours, and the geometry
 of the pairs (image, name). A number is the mean over styles.
 
-Settings were chosen on the validation split. Held-out concepts are split in the data; of the trained
-concepts, whose images in new styles are asked about, a fixed quarter was for the validation.
+Settings were chosen on a validation split. Held-out concepts are split in the data; of the trained
+concepts, whose images in new styles are asked about, a fixed quarter was for it.
 """
 
 import hashlib
@@ -30,10 +30,8 @@ def situation(emoji: EmojiSet, name: str) -> DataSet:
     concepts, trained = emoji.concepts, emoji.in_split("train")
     asked = candidates = emoji.in_split("test") if held_out else trained
     if not held_out:
-        digests = {
-            i: hashlib.sha256(f"query {concepts[i].code}".encode()).digest() for i in trained
-        }
-        asked = [i for i in trained if digests[i][0] >= 64]
+        digests = [hashlib.sha256(f"query {concept.code}".encode()) for concept in concepts]
+        asked = [i for i in trained if digests[i].digest()[0] >= 64]
     images, drawn, groups = emoji.drawings(styles, asked)
     known_images, known, _ = emoji.drawings(TRAIN_STYLES, trained)
     place = torch.full((len(concepts),), -1)
