@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from importlib import import_module
 
-from .command_line import run
+from .command_line import CannotStart, run
 
 COMMANDS = {
     "pretrain": ".pretrain.pretrain",
@@ -15,7 +15,11 @@ COMMANDS = {
 def main(argv: Sequence[str]) -> None:
     """A command of `COMMANDS`, or else the demonstration; imported only when asked for."""
     named = bool(argv) and argv[0] in COMMANDS
-    module = import_module(COMMANDS[argv[0]] if named else ".demo.demo", __package__)
+    try:
+        module = import_module(COMMANDS[argv[0]] if named else ".demo.demo", __package__)
+    except ImportError as error:
+        extra = "pretrain" if argv[:1] == ["pretrain"] else "train"
+        raise CannotStart(f"{error}: pip install -e '.[{extra}]'") from error
     module.main(argv[1:] if named else argv)
 
 

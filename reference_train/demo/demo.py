@@ -9,14 +9,15 @@ from pathlib import Path
 import torch
 
 from ..command_line import Parser, add_device, whole_number
-from ..data.emoji import fingerprint, read_emoji
+from ..data.emoji import TRAIN_STYLES, fingerprint, read_emoji
 from ..evaluate import report
+from ..evaluate.datasets import DataSet, Images
 from ..evaluate.measure import measure
 from ..evaluate.pictures import draw_training
 from ..losses import LOSSES
 from .batches import EmojiBatches
 from .model import build_model
-from .questions import SITUATIONS, situation, validation_pairs
+from .questions import SITUATIONS, situation
 from .train import RunConfig, train
 
 BATCH_SIZE = 256  # as in results/
@@ -63,13 +64,14 @@ def main(argv: Sequence[str]) -> None:
     arguments = parse_arguments(argv)
     out = arguments.out
     # a folder holds runs that can be compared: they differ in loss and seed alone
-    names = ("steps", "batch_size", "lr", "logit_scale")
-    settings = {name: getattr(arguments, name) for name in names}
+    settings = {n: getattr(arguments, n) for n in ("steps", "batch_size", "lr", "logit_scale")}
     command = shlex.join(["python", "-m", "reference_train", *argv])
     result = report.start(out, {**settings, "data": fingerprint()}, command, arguments.device)
     emoji = read_emoji()
     EmojiBatches(emoji, lambda texts: torch.zeros(len(texts), 1), arguments.batch_size, 0)
-    pairs = validation_pairs(emoji)
+    held_out, drawn, styles = emoji.drawings(TRAIN_STYLES, emoji.in_split("validation"))
+    names = [[emoji.concepts[i].name] for i in drawn.tolist()]  # to watch a run by
+    pairs = DataSet(Images(held_out), captions=names, groups=styles, across_groups=True)
     sets = {name: situation(emoji, name) for name in SITUATIONS}
     result["data_sets"] = {name: report.describe(name, data) for name, data in sets.items()}
     histories = result.setdefault("history", {})

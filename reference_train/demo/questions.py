@@ -47,10 +47,3 @@ def situation(emoji: EmojiSet, name: str) -> DataSet:
         labels[kind] = label[known]
     train = Images(known_images), labels
     return DataSet(Images(images), classes, groups=groups, train=train, across_groups=True)
-
-
-def validation_pairs(emoji: EmojiSet) -> DataSet:
-    """Held-out validation concepts and their names, for watching a run."""
-    images, drawn, groups = emoji.drawings(TRAIN_STYLES, emoji.in_split("validation"))
-    names = [[emoji.concepts[i].name] for i in drawn.tolist()]
-    return DataSet(Images(images), captions=names, groups=groups, across_groups=True)

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from ..command_line import CannotStart
 from ..pretrain.presets import register_models
 from ..pretrain.runs import PARAMETERS, load_checkpoint, read_parameters, without_wrappers
-from .datasets import Images, Unreadable, Unusable
+from .datasets import Images, Unusable
 
 TEXTS_AT_A_TIME = 1024
 # Arguments of OpenCLIP's trainer that change the model or what it is shown.
@@ -180,13 +180,8 @@ def read_batch(
     images: Images, preprocess: Callable[[Any], Tensor], rows: list[int]
 ) -> list[tuple[int, Tensor | str]]:
     """Some images by number, as the model's input, or why they can't be read."""
-    batch: list[tuple[int, Tensor | str]] = []
-    for row in rows:
-        try:
-            batch.append((row, preprocess(images[row])))
-        except Unreadable as error:
-            batch.append((row, str(error)))
-    return batch
+    found = ((row, images[row]) for row in rows)  # one at a time: they may be large
+    return [(row, x if isinstance(x, str) else preprocess(x)) for row, x in found]
 
 
 def load(checkpoint: Checkpoint, device: torch.device, **feeding: Any) -> Clip:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -19,10 +18,6 @@ FIELDS = {"cls", "txt", "json"}
 
 class Unusable(Exception):
     """A data set that is not as it should be; the message is the reason in the table."""
-
-
-class Unreadable(Exception):
-    """A picture that can't be decoded; the message names its file."""
 
 
 class Member(NamedTuple):
@@ -46,8 +41,8 @@ class Images:
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getitem__(self, index: int, /) -> Image.Image:
-        """An RGB image. Raises `Unreadable`."""
+    def __getitem__(self, index: int, /) -> Image.Image | str:
+        """An RGB image, or why it can't be decoded, with its file."""
         place = self.places[index]
         if isinstance(place, Tensor):
             return Image.fromarray(place.permute(1, 2, 0).contiguous().numpy())
@@ -61,7 +56,7 @@ class Images:
                 return on_white(image)
         except Exception as error:  # Pillow says SyntaxError of a broken PNG, for example
             where = f"{place.shard}, {place.name}" if isinstance(place, Member) else place
-            raise Unreadable(f"{where}: {first_line(error)}") from error
+            return f"{where}: {first_line(error)}"
 
 
 class TarImages(Images):
@@ -96,11 +91,6 @@ class TarImages(Images):
         if 0 < len(found) < len(self):
             raise Unusable(f"{len(self) - len(found)} of {len(self)} samples have no .{extension}")
         return found or None
-
-    def labels(self) -> Tensor | None:
-        """(N,), the classes of all samples; None if they have none."""
-        found = self.texts("cls")
-        return None if found is None else torch.tensor([int(label) for label in found])
 
 
 @dataclass

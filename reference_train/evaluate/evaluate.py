@@ -44,9 +44,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     words = "logs/NAME (its best.pt, else its newest epoch) or a file; several: several columns"
     add("checkpoint", nargs="*", type=Path, metavar="CHECKPOINT", help=words)
-    add("--data", nargs="+", type=folder, default=[], metavar="DIR", help="where data sets are")
+    add("--data", nargs="+", type=Path, default=[], metavar="DIR", help="where data sets are")
     words = "your own data set: in DIR (or DIR/test, DIR/train) a folder of images for each class"
-    add("--imagefolder", nargs="+", type=named_folder, default=[], metavar="NAME=DIR", help=words)
+    add("--imagefolder", nargs="+", default=[], metavar="NAME=DIR", help=words)
     add("--only", nargs="+", metavar="NAME", help="data sets to evaluate; default: all there are")
     add("--model", help="OpenCLIP's name of the model; default: as the run's params.txt says")
     add("--pretrained", metavar="TAG", help="OpenCLIP's own weights of --model, one more column")
@@ -69,21 +69,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
             f"--superclasses: a file of {len(arguments.superclasses)} lines, not 1000"
         )
     return arguments
-
-
-def folder(text: str) -> Path:
-    """An argument's type: a folder that is there."""
-    if not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"no such folder: {text}")
-    return Path(text)
-
-
-def named_folder(text: str) -> tuple[str, Path]:
-    """An argument's type: NAME=DIR."""
-    name, equals, path = text.partition("=")
-    if not (name and equals):
-        raise argparse.ArgumentTypeError(f"should be NAME=DIR, not {text}")
-    return name, folder(path)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -161,12 +146,16 @@ def open_all(
 
     absent, failed: get the reasons of those that are not there, and of those that failed.
     """
+    named = [text.partition("=") for text in arguments.imagefolder]
+    for folder in (*arguments.data, *(Path(path) for _, _, path in named)):
+        if not folder.is_dir():
+            raise CannotStart(f"--data, --imagefolder NAME=DIR: no such folder: {folder}")
     known, unknown = find(arguments.data, arguments.superclasses)
     found: dict[str, Open] = {**known, "emoji": open_emoji}
-    for name, path in arguments.imagefolder:
+    for name, _, path in named:
         if name in found or name in SPLITS:
             raise CannotStart(f"--imagefolder: {name} is the name of another data set")
-        found[name] = partial(open_folders, path, name, None)
+        found[name] = partial(open_folders, Path(path), name, None)
     if unknown:
         names = ", ".join(str(path) for path in unknown[:10]) + ", …" * (len(unknown) > 10)
         absent["under --data"] = f"no data set is recognised in {len(unknown)}: {names}"

@@ -7,7 +7,6 @@ utils/fine_coarse_plot.py, utils/linear_probe_plot.py).
 
 import csv
 from pathlib import Path
-from typing import NamedTuple
 
 MARKS = {"c": "read in the authors' repository", "q": "quoted, not checked"}
 NOTES = {
@@ -16,14 +15,6 @@ NOTES = {
     "reproduced": "arXiv 2303.05952, by other authors. There CLIP's linear probes are at 61.05% on "
     "average and CyCLIP's at 60.14%",
 }
-
-
-class Published(NamedTuple):
-    """One number of both models."""
-
-    clip: float
-    cyclip: float
-    mark: str
 
 
 SPLITS = {  # the paper's test splits: classes, images
@@ -37,15 +28,18 @@ SPLITS = {  # the paper's test splits: classes, images
 }
 
 
-def published(name: str) -> dict[str, dict[str, Published]]:
-    """Source -> metric -> its numbers on a data set; without sources that have none."""
-    found: dict[str, dict[str, Published]] = {}
+def published(name: str) -> dict[str, dict[str, tuple[float, float, str]]]:
+    """Source -> metric -> CLIP's and CyCLIP's number on a data set, and the mark.
+
+    Without sources that have none.
+    """
+    found: dict[str, dict[str, tuple[float, float, str]]] = {}
     with Path(__file__).with_name("published.csv").open(encoding="utf-8") as file:
         for row in csv.DictReader(file):
             if cell := row.get(name):
                 clip, cyclip, mark = cell.split()
-                number = Published(float(clip), float(cyclip), mark)
-                found.setdefault(row["source"], {})[row["metric"]] = number
+                numbers = found.setdefault(row["source"], {})
+                numbers[row["metric"]] = float(clip), float(cyclip), mark
     return found
 
 

@@ -39,6 +39,8 @@ TEMPLATES = "zeroshot_classification_templates.txt"
 
 Open = Callable[[], DataSet]
 Kinds = list[str] | None  # superclasses of ImageNet's 1,000 classes
+Split = tuple[Images, Tensor | None]  # with the labels
+Train = Callable[[], Split] | None
 
 
 def find(roots: Sequence[Path], kinds: Kinds) -> tuple[dict[str, Open], list[Path]]:
@@ -79,9 +81,17 @@ def recognise(folder: Path, kinds: Kinds) -> tuple[str, Open] | None:
 
 
 def classified(
-    folder: Path, name: str, images: Images, labels: Tensor, names: list[str], kinds: Kinds
+    folder: Path,
+    name: str,
+    test: tuple[Images, Tensor],
+    names: list[str],
+    kinds: Kinds,
+    train: Train = None,
 ) -> DataSet:
-    """Images with classes. Raises `Unusable` if one of the paper's has too few or too many."""
+    """Images with classes. Raises `Unusable` if one of the paper's has too few or too many.
+
+    train: reads the train split; one that is not as it should be is one to do without.
+    """
     templates = [line.replace("{c}", "{}") for line in lines(folder / TEMPLATES)]
     coarse: list[str] | None = None  # the superclass of each class
     if name in SPLITS:
@@ -97,35 +107,32 @@ def classified(
             coarse = kinds
         elif set(names) <= set(of):
             coarse = [of[class_name] for class_name in names]
+    images, labels = test
     classes = Classes(labels, names, templates or PAPER_TEMPLATES)
     if coarse is not None:
         order = sorted(set(coarse))
         classes.coarse = torch.tensor([order.index(kind) for kind in coarse])
-    return DataSet(images, {"": classes})
-
-
-def add_train(data: DataSet, read: Callable[[], tuple[Images, Tensor | None]]) -> None:
-    """Adds a train split; one that is not as it should be is one to do without."""
+    data = DataSet(images, {"": classes})
     try:
-        images, labels = read()
-        if labels is None:
-            raise Unusable("the samples of the train split have no .cls")
-        data.train = images, {"": labels}
+        if train is not None:
+            known, known_labels = train()
+            if known_labels is None:
+                raise Unusable("the samples of the train split have no .cls")
+            data.train = known, {"": known_labels}
     except Exception as error:  # whatever its files raise
         data.train_lacks = " ".join(str(error).split())
+    return data
 
 
 def open_cifar(root: Path, kind: type[CIFAR10]) -> DataSet:
     """torchvision's CIFAR-10 or CIFAR-100."""
 
-    def read(train: bool) -> tuple[Images, Tensor]:
-        part = kind(root, train=train, download=False)
+    def read(train: bool) -> Split:
+        part = kind(root, train=train)
         return Images(torch.from_numpy(part.data).permute(0, 3, 1, 2)), torch.tensor(part.targets)
 
     names = [name.replace("_", " ") for name in kind(root, train=False).classes]
-    data = classified(root, kind.__name__.lower(), *read(train=False), names, None)
-    add_train(data, partial(read, train=True))
-    return data
+    return classified(root, kind.__name__.lower(), read(False), names, None, partial(read, True))
 
 
 def split_folder(folder: Path) -> Path:
@@ -165,40 +172,38 @@ def open_folders(folder: Path, name: str, kinds: Kinds) -> DataSet:
         ordered = sorted(numbers)  # ImageNet's own order
         place = torch.tensor([ordered.index(number) for number in numbers])
         names = [IMAGENET_CLASSNAMES[number] for number in ordered]
-    data = classified(folder, name, images, place[labels], names, kinds)
 
-    def read_train() -> tuple[Images, Tensor]:
+    def read_train() -> Split:
         train_images, train_labels, train_folders = class_folders(train)
         if train_folders != folders:
             raise Unusable(f"{train} has {len(train_folders)} classes, not those of {test}")
         return train_images, place[train_labels]
 
-    if train.is_dir() and test != folder:
-        add_train(data, read_train)
-    return data
+    has_train = train.is_dir() and test != folder
+    read = read_train if has_train else None
+    return classified(folder, name, (images, place[labels]), names, kinds, read)
 
 
 def open_tars(folder: Path, name: str, kinds: Kinds) -> DataSet:
     """A data set in clip-benchmark's layout. The paper's take the paper's templates."""
     if lines(folder / "dataset_type.txt")[:1] == ["multilabel"]:
         raise Unusable("images with several labels each are not evaluated")
-    images = TarImages(shards(folder / "test"))
-    labels, texts = images.labels(), images.texts("txt")
-    data = DataSet(images)
+
+    def read(part: str) -> tuple[TarImages, Tensor | None]:
+        images = TarImages(shards(folder / part))
+        labels = images.texts("cls")
+        return images, None if labels is None else torch.tensor([int(label) for label in labels])
+
+    images, labels = read("test")
+    texts, data = images.texts("txt"), DataSet(images)
     if labels is not None:
         names = lines(folder / "classnames.txt")
         if not names:
             raise Unusable(f"no {folder / 'classnames.txt'}")
         if name.startswith("cifar"):
             names = [class_name.replace("_", " ") for class_name in names]
-        data = classified(folder, name, images, labels, names, kinds)
-        if (folder / "train").is_dir():
-
-            def read_train() -> tuple[Images, Tensor | None]:
-                known = TarImages(shards(folder / "train"))
-                return known, known.labels()
-
-            add_train(data, read_train)
+        train = partial(read, "train") if (folder / "train").is_dir() else None
+        data = classified(folder, name, (images, labels), names, kinds, train)
     if texts is not None:
         data.captions = [[line for line in text.splitlines() if line] for text in texts]
         if not all(data.captions):

@@ -190,7 +190,7 @@ def markdown(result: Result, short: bool = False) -> str:
             cells += [cell(summary(result, r, name, metric, group), of) for r in shown.values()]
             for numbers in sources.values():
                 p = None if group else numbers.get(metric)
-                cells += [f"{number:.2f} {p.mark}" for number in p[:2]] if p else ["", ""]
+                cells += [f"{number:.2f} {p[2]}" for number in p[:2]] if p else ["", ""]
             guess = chance(data, metric)
             known = guess is not None and not (group and of.kind in ("text", "image"))
             cells += [f"{100 * guess:.{digits(guess)}f}" if known and guess is not None else ""]

@@ -7,7 +7,6 @@ checked before any work, and runs it. Under `torchrun` every rank does the same.
 import argparse
 import contextlib
 import errno
-import importlib
 import importlib.util
 import io
 import logging
@@ -19,6 +18,8 @@ from typing import Any
 
 import open_clip
 import torch
+from open_clip_train import distributed as ranks
+from open_clip_train import main as trainer
 
 from cyclip_loss import open_clip_train
 
@@ -53,8 +54,6 @@ def main(argv: Sequence[str]) -> None:
     """
     asked, more = parse(argv)
     register_models()
-    trainer = open_clip_trainer()
-    ranks = importlib.import_module("open_clip_train.distributed")
     _, rank, world_size = ranks.world_info_from_env()
     if world_size > 1 and not ranks.is_using_distributed():
         raise CannotStart(f"{world_size} ranks of MPI: OpenCLIP takes torchrun's and Slurm's only")
@@ -155,15 +154,6 @@ def command_line(asked: argparse.Namespace, more: Sequence[str], world_size: int
         *("--save-frequency", "0", "--save-most-recent", "--resume", "latest"),
         *more,
     ]
-
-
-def open_clip_trainer() -> Any:
-    """The module `open_clip_train.main`."""
-    try:
-        return importlib.import_module("open_clip_train.main")
-    except ImportError as error:
-        what = f"open_clip_train can't be imported ({error})"
-        raise CannotStart(f'{what}: pip install "open_clip_torch[training]"') from error
 
 
 def parsed(parse: Callable[[Sequence[str]], Any], flags: Sequence[str]) -> Any:

@@ -8,11 +8,11 @@ import math
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+from open_clip_train import train
 from torch import Tensor, nn
 
 from cyclip_loss.metrics import consistency_metrics
@@ -90,7 +90,7 @@ class Guards:
     def into(self, main: Any) -> None:
         """Replaces them in `open_clip_train.main`, `open_clip_train.train` and torch."""
         names = {name: main for name in ("parse_args", "get_data", "train_one_epoch", "evaluate")}
-        names |= {"get_clip_metrics": import_module("open_clip_train.train"), "save": torch}
+        names |= {"get_clip_metrics": train, "save": torch}
         for name, module in names.items():
             setattr(module, name, partial(getattr(self, name), getattr(module, name)))
 

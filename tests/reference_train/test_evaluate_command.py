@@ -209,7 +209,7 @@ class Hostile:
         ("{run} --only cifar10", "no data set cifar10"),
         ("{run} --model no-such-model", "no model 'no-such-model'"),
         ("{run} {run}", r"epoch_2\.pt is named twice"),
-        ("{run} --data nowhere", "--data: no such folder: nowhere"),
+        ("{run} --data nowhere", "no such folder: nowhere"),
         ("{run} --batch-size 0", "--batch-size: must be a whole number >= 1, not 0"),
         ("--pretrained openai", "--pretrained needs --model"),
         ("{run} --model RN50", r"epoch_2\.pt as RN50: "),

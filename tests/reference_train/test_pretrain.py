@@ -98,7 +98,7 @@ def dry_run(shards: Path, tmp_path: Path, capsys: Capture) -> Callable[..., Name
         printed = shlex.split(capsys.readouterr().out)
         assert printed[:4] == ["python", "-m", open_clip_train.__name__, "--"]
         ours, theirs = open_clip_train.flags().parse_known_args(printed[4:])
-        parsed: Namespace = command.open_clip_trainer().parse_args(theirs)
+        parsed: Namespace = command.trainer.parse_args(theirs)
         vars(parsed).update(vars(ours))
         return parsed
 
@@ -273,7 +273,7 @@ def test_gaps_are_added_to_their_metrics(caplog: Log) -> None:
 @pytest.fixture
 def pretrain(shards: Path, tmp_path: Path, monkeypatch: Patch) -> Callable[..., None]:
     """Trains for an epoch of two steps, in this process; what it changes there is put back."""
-    trainer = command.open_clip_trainer()
+    trainer = command.trainer
     train = importlib.import_module("open_clip_train.train")
     monkeypatch.setattr(trainer, "setup_logging", lambda *_: None)
     changed = [(train, "get_clip_metrics"), (torch, "save"), (logging, "raiseExceptions")]
@@ -415,7 +415,7 @@ def test_a_validation_that_lost_pairs_is_refused(pretrain: Run, tmp_path: Path) 
 
 def test_a_seed_fixes_the_pairs(pretrain: Run, tmp_path: Path, monkeypatch: Patch) -> None:
     """Their order, and the crops of a run without a restart."""
-    trainer, seen = command.open_clip_trainer(), []
+    trainer, seen = command.trainer, []
 
     def look(model: Any, data: Any, loss: Any, epoch: int, *_: Any, tb_writer: Any) -> None:
         data["train"].set_epoch(epoch)
