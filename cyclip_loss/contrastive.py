@@ -131,7 +131,7 @@ def _ring(
     rank's contribution, which `add` adds in place.
     """
     n = logits.rows.shape[0]
-    travelling = {"columns": logits.columns, "column_ids": logits.ids[1], "lse": column_lse}
+    travelling = {"columns": logits.columns, "column_ids": logits.column_ids, "lse": column_lse}
     blocks = [padded(x, ranks) for x in travelling.values() if x is not None]
     names = [name for name, x in travelling.items() if x is not None]
     for step in range(ranks.size):

@@ -14,7 +14,6 @@ sign. p and q come from D x D Gram matrices:
 ranks, one all-reduce makes them global, no features are sent, and backward communicates nothing.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -114,9 +113,6 @@ class _CyclicPenalties(torch.autograd.Function):
         return (*needed, None, None, None, None, None, None, None)
 
 
-_cyclic_penalties: Callable[..., tuple[Tensor, ...]] = _CyclicPenalties.apply
-
-
 def penalties(
     image_features: Tensor,
     text_features: Tensor,
@@ -144,9 +140,8 @@ def penalties(
         summed = distributed.wait(started)
         grams = summed[:-1].view(3, d, d)[: 3 if with_cross else 2]
         weights = penalty_weights(options, summed[-1])
-    return _cyclic_penalties(
-        image_features, text_features, grams, *weights, with_cross, separate, options.impl, size
-    )
+    settings = (*weights, with_cross, separate, options.impl, size)
+    return _CyclicPenalties.apply(image_features, text_features, grams, *settings)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _weights(options: PenaltyOptions, n: int, features: Tensor) -> tuple[Tensor, ...]:

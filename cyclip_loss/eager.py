@@ -143,7 +143,7 @@ def contrastive_grads(
 
     grad: scalar of the accumulation dtype; needs: which of the three are needed. Returns dI (n, D)
     and dT (m, D) in the features' dtype or, if `wide`, in the accumulation dtype (for sums across
-    ranks), empty where not needed; and ds, a scalar.
+    ranks), empty where not needed; and ds, a scalar, arbitrary if not needed.
     """
     needs_image, needs_text, needs_scale = needs
     features, columns, logit_scale, *_ = logits

@@ -8,9 +8,7 @@ Arguments of all of them:
   normalised here.
 - `logit_scale`: scalar (one element), already exponentiated. A tensor gets its gradient.
 - `output_dict`: return the weighted terms as a dict (sum them to get the loss).
-- `options`: by keyword, with the meaning they have in `cyclip_loss.CyCLIPLoss`: `lambda_inmodal`,
-  `lambda_crossmodal`, `reference_batch_size`, `process_group`, `distributed`, `impl` and, for the
-  whole loss, `dist_impl`, `uneven` and `inmodal_contrastive_weight`.
+- all others, by keyword, have the meaning they have in `cyclip_loss.CyCLIPLoss`.
 
 Results are float32 scalars (float64 for float64 features), or a dict of them. They are NaN if a
 feature is NaN or infinite. Under `torch.autocast` the features are cast to the autocast dtype
@@ -179,12 +177,14 @@ def loss_with(
         # all-reduce of those while the contrastive losses are.
         gathered = [start_gather(columns, ranks) for _, columns in pairs]
         started_ids = None if ids is None else start_gather(ids, ranks)
-        started, gathered_ids = cyclic.start_penalties(*pair, options, ranks), None
+        started = cyclic.start_penalties(*pair, options, ranks)
+        # A second tensor, as torch.compile refuses the same tensor twice.
+        column_ids = None if ids is None else ids.view_as(ids)
         if started_ids is not None:  # not earlier: this waits for the columns' gather as well
-            gathered_ids = finish_gather(started_ids, ranks)
+            column_ids = finish_gather(started_ids, ranks)
         losses = []
         for at, (rows, columns) in enumerate(pairs):
-            logits = Logits(rows, columns, scale, ids, gathered_ids, symmetric=at == 0)
+            logits = Logits(rows, columns, scale, ids, column_ids, symmetric=at == 0)
             of_pair = (logits, gathered.pop(0), options.impl, ranks)
             losses.append(contrastive.contrastive_loss(*of_pair))
         penalties = ()

@@ -1,9 +1,8 @@
 """The modules: `CyCLIPLoss`, a drop-in for `open_clip.ClipLoss`, and `CyclicPenalty`."""
 
-import inspect
 from copy import deepcopy
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,9 +11,7 @@ from cyclip_loss.checks import LEAST_SCALE, warn_of_unusual_inputs
 from cyclip_loss.distributed import NOT_STORED, ranks_of
 from cyclip_loss.engines import is_capturing
 from cyclip_loss.operators import is_traced
-from cyclip_loss.options import LossOptions, PenaltyOptions, checks_names
-
-_ModuleType = TypeVar("_ModuleType", bound=nn.Module)
+from cyclip_loss.options import LossOptions, PenaltyOptions, takes_options
 
 
 @dataclass(eq=False, repr=False)
@@ -61,14 +58,6 @@ class _Module(PenaltyOptions, nn.Module):
         return ", ".join(shown)
 
 
-def _suggests_names(module: type[_ModuleType]) -> type[_ModuleType]:
-    """The module, whose constructor's error for a misspelled argument suggests the nearest."""
-    init: Any = module.__init__
-    setattr(module, "__init__", checks_names(init, inspect.signature(init).parameters))  # noqa: B010
-    return module
-
-
-@_suggests_names
 @dataclass(eq=False, repr=False, kw_only=True)
 class CyCLIPLoss(LossOptions, _Module):
     """CLIP's contrastive loss with the cyclic penalties of CyCLIP (Goel et al. 2022).
@@ -174,7 +163,6 @@ class CyCLIPLoss(LossOptions, _Module):
             )
 
 
-@_suggests_names
 @dataclass(eq=False, repr=False)
 class CyclicPenalty(_Module):
     """The cyclic penalties alone, to add to another loss: SigLIP, CoCa, or your own.
@@ -193,3 +181,7 @@ class CyclicPenalty(_Module):
         penalty = functional.penalty_with(self, image_features, text_features, output_dict)
         self._check_inputs_once(image_features, text_features)
         return penalty
+
+
+for module in (CyCLIPLoss, CyclicPenalty):  # a misspelled argument's error suggests the right one
+    setattr(module, "__init__", takes_options()(module.__init__))  # noqa: B010

@@ -1,6 +1,5 @@
 """What the engines share: their arguments, the dtype of sums, wide products, strips of rows."""
 
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -26,29 +25,22 @@ class Logits(NamedTuple):
     rows: Tensor  # (n, D)
     columns: Tensor  # (m, D)
     logit_scale: Tensor  # scalar of the accumulation dtype
-    row_ids: Tensor | None = None  # (n,), int64, or None: ids do not matter
-    column_ids: Tensor | None = None  # (m,), or None: the rows'
+    row_ids: Tensor | None = None  # (n,) and (m,), int64; or both None
+    column_ids: Tensor | None = None
     first_column: int = 0
     symmetric: bool = True  # whether columns have log-sum-exps, too, or only rows
 
-    @property
-    def ids(self) -> tuple[Any, Any]:
-        """The ids of the rows and of the columns, or two None."""
-        return self.row_ids, self.row_ids if self.column_ids is None else self.column_ids
-
-    def same_ids(self, start: int, stop: int) -> Tensor | None:
-        """Which of these rows and which columns have the same id: (stop - start, m)."""
-        of_rows, of_columns = self.ids
-        return None if of_rows is None else of_rows[start:stop, None] == of_columns
+    def same_ids(self, start: int, stop: int) -> Any:
+        """Which of these rows and columns have the same id: (stop - start, m); None without ids."""
+        return None if self.row_ids is None else self.row_ids[start:stop, None] == self.column_ids
 
     def block(self, start: int, stop: int, left: int = 0, right: int | None = None) -> "Logits":
         """Rows `start` to `stop` and columns `left` to `right`."""
-        of_rows, of_columns = self.ids
         return self._replace(
             rows=self.rows[start:stop],
             columns=self.columns[left:right],
-            row_ids=None if of_rows is None else of_rows[start:stop],
-            column_ids=None if of_columns is None else of_columns[left:right],
+            row_ids=None if self.row_ids is None else self.row_ids[start:stop],
+            column_ids=None if self.column_ids is None else self.column_ids[left:right],
             first_column=self.first_column + start - left,
         )
 
@@ -86,36 +78,30 @@ def has_wide_products(features: Tensor) -> bool:
 
     On a CPU they are widened instead, which keeps all digits of G.
     """
-    return features.dtype.itemsize == 2 and not features.is_cpu and _can(_multiply, features)
+    return features.dtype.itemsize == 2 and not features.is_cpu and _wide_products(features)[0]
 
 
-def _can(operation: Callable[[Tensor], Any], features: Tensor) -> bool:
-    """Whether an operation on a small matrix of this dtype and device works; it is tried once."""
+def _wide_products(features: Tensor) -> tuple[bool, bool]:
     # With float16 accumulation PyTorch refuses a float32 result.
     setting = torch.backends.cuda.matmul.allow_fp16_accumulation
-    return _is_possible(operation, features.device, features.dtype, setting)
+    return _try_wide_products(features.device, features.dtype, setting)
 
 
 @lru_cache
-def _is_possible(
-    operation: Callable[[Tensor], Any], device: torch.device, dtype: torch.dtype, setting: bool
-) -> bool:
+def _try_wide_products(device: torch.device, dtype: torch.dtype, _: bool) -> tuple[bool, bool]:
+    """Whether a small float32 product of 16-bit matrices works, and whether it can be added."""
+    a = torch.ones(16, 16, dtype=dtype, device=device)
+    options: Any = {"out_dtype": torch.float32}
+    multiplies = False
     try:
-        operation(torch.ones(16, 16, dtype=dtype, device=device))
+        product = torch.mm(a, a, **options)
+        torch.mm(a, a, **options, out=product)
+        torch.bmm(a[None], a[None], **options)
+        multiplies = True
+        torch.addmm(product, a, a, **options, out=product)  # not before PyTorch 2.11
     except (RuntimeError, TypeError):  # NotImplementedError is a RuntimeError
-        return False
-    return True
-
-
-def _multiply(a: Tensor) -> None:
-    product = torch.mm(a, a, out_dtype=torch.float32)
-    torch.mm(a, a, out_dtype=torch.float32, out=product)
-    torch.bmm(a[None], a[None], out_dtype=torch.float32)
-
-
-def _multiply_and_add(a: Tensor) -> None:
-    total = torch.zeros_like(a, dtype=torch.float32)
-    torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
+        return multiplies, False
+    return True, True
 
 
 def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -130,7 +116,7 @@ def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a b, summed in total's dtype."""
     if a.dtype != total.dtype and has_wide_products(a):
-        if _can(_multiply_and_add, a):  # not before PyTorch 2.11
+        if _wide_products(a)[1]:
             torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
         else:
             total += matmul(a, b, total.dtype)

@@ -39,11 +39,18 @@ def operator(
     def declare(function: _Function) -> _Function:
         signature = inspect.signature(function)
         kinds = [parameter.annotation for parameter in signature.parameters.values()]
+        flat_parameters = [
+            parameter.replace(name=f"{parameter.name}_{field}", annotation=annotation)
+            for parameter, kind in zip(signature.parameters.values(), kinds, strict=True)
+            for field, annotation in (
+                get_type_hints(kind) if _is_named(kind) else {"": kind}
+            ).items()
+        ]
 
         def structured(flat: tuple[Any, ...]) -> list[Any]:
-            values = iter(flat)
+            left = iter(flat)
             return [
-                kind(*islice(values, len(kind._fields))) if _is_named(kind) else next(values)
+                kind(*islice(left, len(kind._fields))) if _is_named(kind) else next(left)
                 for kind in kinds
             ]
 
@@ -51,18 +58,16 @@ def operator(
             with without_autocast(flat[0]):
                 return function(*structured(flat))
 
-        compute.__signature__ = signature.replace(parameters=_flat_parameters(signature))  # type: ignore[attr-defined]
-        name = f"cyclip_loss::{function.__name__}"
-        traced: Any = custom_op(name, compute, mutates_args=())
+        compute.__signature__ = signature.replace(parameters=flat_parameters)  # type: ignore[attr-defined]
+        traced: Any = custom_op(f"cyclip_loss::{function.__name__}", compute, mutates_args=())
+        names = list(signature.parameters)
         traced.register_fake(
-            lambda *flat: shapes(**dict(zip(signature.parameters, structured(flat), strict=True)))
+            lambda *flat: shapes(**dict(zip(names, structured(flat), strict=True)))
         )
 
         @wraps(function)
         def call(*arguments: Any) -> Any:
-            flat: list[Any] = []
-            for argument in arguments:
-                flat.extend(argument if isinstance(argument, tuple) else (argument,))
+            flat = [x for a in arguments for x in (a if isinstance(a, tuple) else (a,))]
             if is_traced(*(x for x in flat if isinstance(x, Tensor))):
                 return traced(*flat)
             if gives_gradients and torch.is_grad_enabled():
@@ -75,20 +80,7 @@ def operator(
 
 
 def _is_named(annotation: Any) -> bool:
-    return hasattr(annotation, "_fields")
-
-
-def _flat_parameters(signature: inspect.Signature) -> list[inspect.Parameter]:
-    """The parameters, with those that are NamedTuples replaced by their fields."""
-    flat = []
-    for parameter in signature.parameters.values():
-        if _is_named(parameter.annotation):
-            for field, annotation in get_type_hints(parameter.annotation).items():
-                name = f"{parameter.name}_{field}"
-                flat.append(inspect.Parameter(name, parameter.kind, annotation=annotation))
-        else:
-            flat.append(parameter)
-    return flat
+    return hasattr(annotation, "_fields")  # a NamedTuple
 
 
 class FirstDerivativesOnly(torch.autograd.Function):

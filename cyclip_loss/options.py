@@ -5,7 +5,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field, fields
 from difflib import get_close_matches
 from functools import wraps
@@ -126,7 +126,7 @@ def penalty_weights(options: PenaltyOptions, n: Any, one: Any = 1.0) -> tuple[An
     return weights[0] * reference / (n * n), weights[1] * reference / (n * n)
 
 
-def takes_options(options: Callable[..., Any]) -> Callable[[_Anything], _Anything]:
+def takes_options(options: Callable[..., Any] | None = None) -> Callable[[_Anything], _Anything]:
     """A function's `**options` become the arguments of `options` in its signature and in `help`.
 
     The error for an argument that it does not have suggests the nearest name.
@@ -134,30 +134,21 @@ def takes_options(options: Callable[..., Any]) -> Callable[[_Anything], _Anythin
 
     def declare(function: Any) -> Any:
         signature = inspect.signature(function)
-        own = {n: p for n, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD}
-        added = {
-            name: parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-            for name, parameter in inspect.signature(options).parameters.items()
-            if name not in own
-        }
-        call = checks_names(function, own.keys() | added.keys())
-        call.__signature__ = signature.replace(parameters=[*own.values(), *added.values()])
+        parameters = {n: p for n, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD}
+        for name, option in inspect.signature(options).parameters.items() if options else ():
+            parameters.setdefault(name, option.replace(kind=option.KEYWORD_ONLY))
+
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for name in kwargs:
+                if name not in parameters:
+                    nearest = get_close_matches(name, parameters, 1)
+                    hint = f": did you mean {nearest[0]!r}?" if nearest else ""
+                    called = function.__qualname__.removesuffix(".__init__")
+                    raise TypeError(f"{called} has no argument {name!r}{hint}")
+            return function(*args, **kwargs)
+
+        call.__signature__ = signature.replace(parameters=list(parameters.values()))  # type: ignore[attr-defined]
         return call
 
     return declare
-
-
-def checks_names(function: Any, names: Iterable[str]) -> Any:
-    """The function, with an error for an argument not in `names` that suggests the nearest."""
-
-    @wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        for name in kwargs:
-            if name not in names:
-                nearest = get_close_matches(name, names, 1)
-                hint = f": did you mean {nearest[0]!r}?" if nearest else ""
-                called = function.__qualname__.removesuffix(".__init__")
-                raise TypeError(f"{called} has no argument {name!r}{hint}")
-        return function(*args, **kwargs)
-
-    return call

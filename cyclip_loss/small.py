@@ -17,7 +17,6 @@ Forward and backward, that is 6 N^2 D flops for the contrastive term and 6 N^2 D
 terms of equal weight, and 14 N D^2 if the weights differ.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -193,9 +192,6 @@ def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     return left @ right if total is None else total.addmm_(left, right)
 
 
-_small: Callable[..., tuple[Tensor, ...]] = _Small.apply
-
-
 def terms(
     image_features: Tensor,
     text_features: Tensor,
@@ -211,4 +207,4 @@ def terms(
     """
     weights = penalty_weights(options, len(image_features))
     settings = (ids, weights, separate, torch.is_grad_enabled())
-    return _small(image_features, text_features, logit_scale, *settings)
+    return _Small.apply(image_features, text_features, logit_scale, *settings)  # type: ignore[no-any-return, no-untyped-call]

@@ -1,8 +1,8 @@
 """The engine in Triton: fused kernels, installed as `cyclip_loss.kernels`.
 
-One file per function, with its formula at the top. `tiles.py` and `products.py` have what they
-share, `configs.py` the tile sizes. Arguments and results are those of the functions with the same
-names in `cyclip_loss.eager`, for float32, bfloat16 and float16 features.
+One file per function, with its formula at the top. `tiles.py` has what they share, `launch.py` what
+their launches share, `configs.py` the tile sizes. Arguments and results are those of the functions
+with the same names in `cyclip_loss.eager`, for float32, bfloat16 and float16 features.
 """
 
 from cyclip_loss.kernels.configs import INTERPRETED

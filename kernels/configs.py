@@ -6,7 +6,7 @@ shared memory and tensor-core instructions.
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,30 +19,18 @@ from cyclip_loss.numerics import float32_is_exact
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
-@dataclass(frozen=True)
-class Precision:
-    """How a kernel multiplies.
+class Precision(NamedTuple):
+    """How a kernel multiplies; the key of its tiles."""
 
-    dot: Triton's input_precision, "ieee" or "tf32", of float32 operands; 16-bit operands ignore it.
-    bits: the size of an operand. `bits` and `dot` select the tiles.
-    widen: convert 16-bit operands to float32 first. Only under the interpreter, whose products of
-        bfloat16 are wrong (seen in Triton 3.7 and 3.9). Products of 16-bit numbers are exact in
-        float32, so the interpreter computes what the tensor cores do.
-    """
-
-    dot: str
-    bits: int
-    widen: bool
+    bits: int  # the size of an operand
+    dot: str  # Triton's input_precision of float32 operands; 16-bit operands ignore it
 
     @staticmethod
     def of(features: Tensor, widened: bool = False) -> "Precision":
         """For products of the features or, if `widened`, of float32 sums of features."""
         if features.dtype == torch.float32:
-            exact = float32_is_exact()
-            return Precision("ieee" if exact else "tf32", 32, False)
-        if widened:
-            return Precision("tf32", 32, False)
-        return Precision("tf32", 16, INTERPRETED)
+            return Precision(32, "ieee" if float32_is_exact() else "tf32")
+        return Precision(32 if widened else 16, "tf32")
 
 
 @dataclass(frozen=True)
@@ -132,10 +120,7 @@ _SM90 = {
         (32, "ieee"): _product(64, 64, 16, 4, 3),
     },
     "cyclic_statistics": {(32, "tf32"): _gram(64, 32, 4, 4), (32, "ieee"): _gram(64, 16, 4, 2)},
-    "cyclic_grads": {
-        (32, "tf32"): _cyclic(128, 128, 32, 8, 3),
-        (32, "ieee"): _cyclic(64, 64, 16, 8, 2),
-    },
+    "cyclic_grads": {**_SM80["cyclic_grads"], (32, "tf32"): _cyclic(128, 128, 32, 8, 3)},
 }
 # The product stays in tensor memory. Registers suffice for 256 rows, but not for 256 columns.
 _SM100_PRODUCT = _product(256, 128, 64, 8, 3, parts=2, parts_with_ids=4)
@@ -177,7 +162,6 @@ ARCHITECTURES = {
 JOIN = Config({"TILES": 32, "BLOCK": 128}, num_warps=4, num_stages=3)
 PAIRS = Config({"BLOCK": 2048}, num_warps=8, num_stages=1)
 SUM = Config({"BLOCK": 4096}, num_warps=8, num_stages=1)
-SPLITS = Config({"BLOCK": 1024}, num_warps=4, num_stages=1)
 TRACES = Config({"BD": 64}, num_warps=8, num_stages=1)
 
 
@@ -186,5 +170,5 @@ def config_for(
 ) -> Config:
     """The configuration of a kernel, by its key in the tables, for the features' device."""
     table = _INTERPRETER if INTERPRETED else ARCHITECTURES[str(architecture(features.device))]
-    config = table[kernel][precision.bits, precision.dot]
+    config = table[kernel][precision]
     return config.with_ids if with_ids else config

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cyclip_loss.kernels.configs import SPLITS, Precision, config_for
+from cyclip_loss.kernels.configs import Precision, config_for
 from cyclip_loss.kernels.launch import ceil_div, launch_on, padded_rows
 from cyclip_loss.kernels.tiles import round_to_tf32
 
@@ -103,27 +103,6 @@ def cyclic_statistics_kernel(
                 tl.store(out + 2 * matrix + mirrored, second)
 
 
-@triton.jit(do_not_specialize=["splits"])
-def add_splits_kernel(
-    splits_of,  # (splits, matrices, d, d)
-    grams,  # (matrices, D, D) out: the sums over splits, without the padding of D to d
-    splits,
-    matrices,
-    d,
-    unpadded,  # D
-    BLOCK: tl.constexpr,
-):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < matrices * unpadded * unpadded
-    row = at // unpadded
-    source = splits_of + (row // unpadded * d + row % unpadded) * d + at % unpadded
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for _ in range(splits):
-        total += tl.load(source, mask=inside, other=0.0)
-        source += matrices * d * d
-    tl.store(grams + at, total, mask=inside)
-
-
 def cyclic_statistics(image_features: Tensor, text_features: Tensor, with_cross: bool) -> Tensor:
     """As `cyclip_loss.eager.cyclic_statistics`."""
     precision = Precision.of(image_features, widened=True)
@@ -148,10 +127,5 @@ def cyclic_statistics(image_features: Tensor, text_features: Tensor, with_cross:
             WITH_CROSS=with_cross, TF32=precision.dot == "tf32", PRECISION=precision.dot,
             **config.kwargs,
         )  # fmt: skip
-        if splits == 1 and d == unpadded:
-            return parts[0]
-        grams = parts.new_empty(matrices, unpadded, unpadded)
-        add_splits_kernel[(ceil_div(grams.numel(), SPLITS.tile["BLOCK"]),)](
-            parts, grams, splits, matrices, d, unpadded, **SPLITS.kwargs
-        )
-    return grams
+    grams = parts[0] if splits == 1 else parts.sum(dim=0)  # in an order that is always the same
+    return grams if d == unpadded else grams[:, :unpadded, :unpadded].contiguous()

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from cyclip_loss.kernels.configs import INTERPRETED
-from cyclip_loss.numerics import Logits
 
 # Triton can load 16 bytes at a time if it knows that a pointer is a multiple of this many bytes and
 # that the stride between rows is a multiple of this many elements.
@@ -32,12 +31,6 @@ def padded_rows(features: Tensor, multiple: int) -> Tensor:
         return torch.nn.functional.pad(features, (0, -d % multiple))
     # Not `contiguous()`: a single row is contiguous whatever its stride.
     return features.new_empty(n, d).copy_(features)
-
-
-def with_padded_rows(logits: Logits, multiple: int) -> Logits:
-    """The logits of features whose D is a multiple."""
-    rows, columns = padded_rows(logits.rows, multiple), padded_rows(logits.columns, multiple)
-    return logits._replace(rows=rows, columns=columns)
 
 
 def launch_on(features: Tensor) -> AbstractContextManager[Any]:

@@ -18,9 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from cyclip_loss.kernels.configs import SUM, Precision, config_for
-from cyclip_loss.kernels.launch import ceil_div, launch_on, with_padded_rows
-from cyclip_loss.kernels.products import product_over_columns, scale_grad_kernel
-from cyclip_loss.kernels.tiles import LN_2, LOG2_E, grouped_tile, halves, same_ids, tile_product
+from cyclip_loss.kernels.launch import ceil_div, launch_on, padded_rows
+from cyclip_loss.kernels.tiles import LN_2, LOG2_E, grouped_tile, same_ids, split, tile_product
 from cyclip_loss.numerics import Logits, Lse, add_product, matmul
 
 # Rows and elements of one block of G, which thus has 16,384 columns and takes 512 MB in 16 bits, at
@@ -29,91 +28,6 @@ from cyclip_loss.numerics import Logits, Lse, add_product, matmul
 # reads and writes its float32 sums once per block: 3 GB in all at N = 65,536.
 BLOCK_ROWS = 16384
 BLOCK_ELEMENTS = 2**28
-
-
-@triton.jit
-def _tile_gradient(
-    product,  # (BM, BN)
-    scale,
-    factor,
-    row_lse,
-    column_lse,
-    pair_gradient,
-    row_ids,
-    column_ids,
-    gradient,
-    gradient_stride,
-    first_row,
-    first_column_of_tile,
-    first_column,
-    n,
-    m,
-    SYMMETRIC: tl.constexpr,
-    NEEDS_SCALE: tl.constexpr,
-    SHIFT: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """Store a tile of G, as the kernel documents; return its sum of 2^SHIFT * G_ij (I_i . T_j)."""
-    rows = first_row + tl.arange(0, BM)
-    columns = first_column_of_tile + tl.arange(0, BN)
-    # Past the end the last values are read again. They are finite, and their results are dropped.
-    r = (tl.load(row_lse + tl.minimum(rows, n - 1)) - SHIFT * LN_2) * LOG2_E
-    g = tl.exp2(product * scale - r[:, None])
-    if SYMMETRIC:
-        c = (tl.load(column_lse + tl.minimum(columns, m - 1)) - SHIFT * LN_2) * LOG2_E
-        # Two exponentials per element: sharing one is safe only in a branch, and the two results of
-        # that branch spill registers.
-        g += tl.exp2(product * scale - c[None, :])
-    if row_ids is not None:
-        g = tl.where(same_ids(row_ids, column_ids, rows, columns, n, m), 0.0, g)
-    first_pair = first_row + first_column
-    has_pairs = (first_pair < first_column_of_tile + BN) & (first_pair + BM > first_column_of_tile)
-    # Whole tiles are stored, with 0 outside the matrix, as a mask on columns would prevent wide
-    # stores. The pairs share the branch: a branch of their own would spill registers.
-    if has_pairs | (first_row + BM > n) | (first_column_of_tile + BN > m):
-        is_pair = (rows + first_column)[:, None] == columns[None, :]
-        of_pair = tl.load(pair_gradient + rows, mask=rows < n, other=0.0) * (1 << SHIFT)
-        g = tl.where(is_pair, of_pair[:, None], g)
-        g = tl.where((rows < n)[:, None] & (columns < m)[None, :], g, 0.0)
-    tile_sum = 0.0
-    if NEEDS_SCALE:
-        tile_sum = tl.sum(tl.sum(g * product, axis=1), axis=0)
-    # The offset of the tile has 64 bits, offsets within it 32.
-    tile_start = gradient + first_row.to(tl.int64) * gradient_stride
-    within = tl.arange(0, BM)[:, None] * gradient_stride + columns[None, :]
-    if SHIFT == 0:
-        g *= factor
-    tl.store(tile_start + within, g.to(gradient.dtype.element_ty))
-    return tile_sum
-
-
-@triton.jit
-def _gradient(
-    product, scale, factor, row_lse, column_lse, pair_gradient, row_ids, column_ids, gradient,
-    gradient_stride, first_row, first_column_of_tile, first_column, n, m, SYMMETRIC: tl.constexpr,
-    NEEDS_SCALE: tl.constexpr, SHIFT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PARTS: tl.constexpr,
-):  # fmt: skip
-    """`_tile_gradient` of a tile, one part after another; the recursion is at compile time."""
-    if PARTS == 1:
-        return _tile_gradient(
-            product, scale, factor, row_lse, column_lse, pair_gradient, row_ids, column_ids,
-            gradient, gradient_stride, first_row, first_column_of_tile, first_column, n, m,
-            SYMMETRIC, NEEDS_SCALE, SHIFT, BM, BN,
-        )  # fmt: skip
-    else:
-        left, right = halves(product, BM, BN)
-        left_sum = _gradient(
-            left, scale, factor, row_lse, column_lse, pair_gradient, row_ids, column_ids,
-            gradient, gradient_stride, first_row, first_column_of_tile, first_column, n, m,
-            SYMMETRIC, NEEDS_SCALE, SHIFT, BM, BN // 2, PARTS // 2,
-        )  # fmt: skip
-        return left_sum + _gradient(
-            right, scale, factor, row_lse, column_lse, pair_gradient, row_ids, column_ids,
-            gradient, gradient_stride, first_row, first_column_of_tile + BN // 2, first_column,
-            n, m, SYMMETRIC, NEEDS_SCALE, SHIFT, BM, BN // 2, PARTS // 2,
-        )  # fmt: skip
 
 
 @triton.jit(
@@ -147,31 +61,74 @@ def contrastive_grads_kernel(
     NEEDS_SCALE: tl.constexpr,
     SHIFT: tl.constexpr,  # if not 0, `gradient` is 2^SHIFT * G, without the weights
     PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    PARTS: tl.constexpr,  # 1, 2 or 4: in how many parts a tile of G is computed from its logits
+    PARTS: tl.constexpr,  # in how many parts a tile of G is computed from its logits
     GROUP: tl.constexpr,
 ):
-    tl.static_assert(PARTS == 1 or PARTS == 2 or PARTS == 4, "PARTS must be 1, 2 or 4")
     row_tile, column_tile = grouped_tile(tl.cdiv(n, BM), tl.cdiv(m, BN), GROUP)
     first_row = row_tile * BM
-    start = column_tile * BN
     product = tile_product(
-        image, text, first_row, start, n, m, d, image_stride, text_stride,
-        PRECISION, WIDEN, BM, BN, BK,
+        image, text, first_row, column_tile * BN, n, m, d, image_stride, text_stride,
+        PRECISION, BM, BN, BK,
     )  # fmt: skip
     logit_scale = tl.load(logit_scale)
     scale = logit_scale * LOG2_E
     factor = tl.load(grad) * weight * logit_scale
-    tile_sum = _gradient(
-        product, scale, factor, row_lse, column_lse, pair_gradient, row_ids, column_ids, gradient,
-        gradient_stride, first_row, start, first_column, n, m,
-        SYMMETRIC, NEEDS_SCALE, SHIFT, BM, BN, PARTS,
-    )  # fmt: skip
+    rows = first_row + tl.arange(0, BM)
+    first_pair = first_row + first_column
+    # The offset of the tile has 64 bits, offsets within it 32.
+    tile_start = gradient + first_row.to(tl.int64) * gradient_stride
+    tile_sum = 0.0
+    WIDTH: tl.constexpr = BN // PARTS
+    parts = split(product, BM, BN, PARTS)
+    for part in tl.static_range(PARTS):
+        start = column_tile * BN + part * WIDTH
+        columns = start + tl.arange(0, WIDTH)
+        # Past the end the last values are read again. They are finite; their results are dropped.
+        r = (tl.load(row_lse + tl.minimum(rows, n - 1)) - SHIFT * LN_2) * LOG2_E
+        g = tl.exp2(parts[part] * scale - r[:, None])
+        if SYMMETRIC:
+            c = (tl.load(column_lse + tl.minimum(columns, m - 1)) - SHIFT * LN_2) * LOG2_E
+            # Two exponentials per element: sharing one is safe only in a branch, whose two results
+            # spill registers.
+            g += tl.exp2(parts[part] * scale - c[None, :])
+        if row_ids is not None:
+            g = tl.where(same_ids(row_ids, column_ids, rows, columns, n, m), 0.0, g)
+        has_pairs = (first_pair < start + WIDTH) & (first_pair + BM > start)
+        # Whole tiles are stored, with 0 outside the matrix, as a mask on columns would prevent wide
+        # stores. The pairs share the branch: a branch of their own would spill registers.
+        if has_pairs | (first_row + BM > n) | (start + WIDTH > m):
+            is_pair = (rows + first_column)[:, None] == columns[None, :]
+            of_pair = tl.load(pair_gradient + rows, mask=rows < n, other=0.0) * (1 << SHIFT)
+            g = tl.where(is_pair, of_pair[:, None], g)
+            g = tl.where((rows < n)[:, None] & (columns < m)[None, :], g, 0.0)
+        if NEEDS_SCALE:
+            tile_sum += tl.sum(tl.sum(g * parts[part], axis=1), axis=0)
+        within = tl.arange(0, BM)[:, None] * gradient_stride + columns[None, :]
+        if SHIFT == 0:
+            g *= factor
+        tl.store(tile_start + within, g.to(gradient.dtype.element_ty))
     if NEEDS_SCALE:
         tl.store(scale_partials + tl.program_id(0), tile_sum)
+
+
+@triton.jit(do_not_specialize=["length"], do_not_specialize_on_alignment=["grad", "scale_grad"])
+def scale_grad_kernel(
+    scale_partials,  # (length,)
+    grad,  # scalar
+    scale_grad,  # scalar out: weight * grad * the sum of all parts
+    length,
+    weight,
+    BLOCK: tl.constexpr,
+):
+    """A single program, so that the sum has a fixed order."""
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, length, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        total += tl.load(scale_partials + at, mask=at < length, other=0.0)
+    tl.store(scale_grad, tl.sum(total, axis=0) * weight * tl.load(grad))
 
 
 def contrastive_grads(
@@ -180,12 +137,12 @@ def contrastive_grads(
     """As `cyclip_loss.eager.contrastive_grads`."""
     needs_image, needs_text, needs_scale = needs
     image_features, text_features, logit_scale, *_ = logits
-    precision = Precision.of(image_features)
-    with_ids = logits.row_ids is not None
+    precision, with_ids = Precision.of(image_features), logits.row_ids is not None
     config = config_for("contrastive_grads", image_features, precision, with_ids)
     tile = config.tile
-    padded = with_padded_rows(logits, tile["BK"])
-    (n, d), m = padded.rows.shape, padded.columns.shape[0]
+    image, text = (padded_rows(features, tile["BK"]) for features in logits[:2])
+    padded = logits._replace(rows=image, columns=text)
+    (n, d), m = image.shape, text.shape[0]
     # float16 keeps 11 bits only above 6e-5, and most of w s G is far smaller. So 2^14 G is stored:
     # its largest possible element, 2^15, still fits. The weight is applied to the sums.
     shift = 14 if image_features.dtype == torch.float16 else 0
@@ -209,10 +166,10 @@ def contrastive_grads(
         tiles = ceil_div(rows, bm) * ceil_div(columns, bn)
         contrastive_grads_kernel[(tiles,)](
             part.rows, part.columns, logit_scale, grad, lse.rows[start:], lse.columns[left:],
-            lse.pair_gradient[start:], *part.ids, gradient_tiles, scale_partials[tiles_done:], rows,
-            columns, d, part.rows.stride(0), part.columns.stride(0), width, part.first_column,
-            float(weight), SYMMETRIC=logits.symmetric, NEEDS_SCALE=needs_scale, SHIFT=shift,
-            PRECISION=precision.dot, WIDEN=precision.widen, **config.kwargs,
+            lse.pair_gradient[start:], part.row_ids, part.column_ids, gradient_tiles,
+            scale_partials[tiles_done:], rows, columns, d, image.stride(0), text.stride(0), width,
+            part.first_column, float(weight), SYMMETRIC=logits.symmetric, NEEDS_SCALE=needs_scale,
+            SHIFT=shift, PRECISION=precision.dot, **config.kwargs,
         )  # fmt: skip
         tiles_done += tiles
         return gradient_tiles[:rows, :columns]
@@ -226,7 +183,7 @@ def contrastive_grads(
             gradient = block(0, 0)
             dtype = torch.float32 if shift else grad_dtype
             if needs_image:
-                image_grad = finished(product_over_columns(gradient, text_features, dtype))
+                image_grad = finished(matmul(gradient, text_features, dtype))
             if needs_text:
                 text_grad = matmul(gradient.T, image_features, dtype)
         else:
@@ -245,11 +202,9 @@ def contrastive_grads(
                         add_product(text_grad[left : left + width], gradient.T, rows)
                 if needs_image:
                     image_grad[start : start + height] = finished(image_sum)
+        scale_grad = lse.rows.new_empty(())
         if needs_scale:
-            scale_grad = lse.rows.new_empty(())
             scale_grad_kernel[(1,)](
                 scale_partials, grad, scale_grad, tiles, weight * 2.0**-shift, **SUM.kwargs
             )
-        else:
-            scale_grad = lse.rows.new_zeros(())
     return image_grad, finished(text_grad), scale_grad

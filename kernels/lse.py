@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from cyclip_loss.kernels.configs import JOIN, Precision, config_for
-from cyclip_loss.kernels.launch import ceil_div, launch_on, with_padded_rows
-from cyclip_loss.kernels.tiles import LN_2, LOG2_E, grouped_tile, halves, same_ids, tile_product
+from cyclip_loss.kernels.launch import ceil_div, launch_on, padded_rows
+from cyclip_loss.kernels.tiles import LN_2, LOG2_E, grouped_tile, same_ids, split, tile_product
 from cyclip_loss.numerics import Logits
 
 # Tiles write at most this many maxima and as many sums per strip of rows, for rows and for columns
@@ -30,60 +30,6 @@ PARTIAL_ELEMENTS = 2**24
 def _finite_reference(maximum):
     """The maximum, or 0 if it is -inf (there are no negatives); the sum is then 0, not NaN."""
     return tl.where(maximum == -float("inf"), 0.0, maximum)
-
-
-@triton.jit
-def _tile_lse(
-    product,  # (BM, BN)
-    scale,
-    row_partial,
-    row_sums,  # the offset from a maximum to its sum
-    column_partial,
-    column_sums,
-    pair_logits,
-    row_ids,
-    column_ids,
-    first_row,
-    first_column_of_tile,
-    first_column,
-    n,
-    m,
-    SYMMETRIC: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
-    rows = first_row + tl.arange(0, BM)
-    columns = first_column_of_tile + tl.arange(0, BN)
-    # In units of log 2, as the hardware has exp2.
-    logits = product * scale
-    partner = rows + first_column
-    first_pair = first_row + first_column
-    has_pairs = (first_pair < first_column_of_tile + BN) & (first_pair + BM > first_column_of_tile)
-    if has_pairs:
-        is_pair = partner[:, None] == columns[None, :]
-        pair = tl.sum(tl.where(is_pair, logits, 0.0), axis=1) * LN_2
-        in_tile = (partner >= first_column_of_tile) & (partner < first_column_of_tile + BN)
-        tl.store(pair_logits + rows, pair, mask=in_tile & (partner < m) & (rows < n))
-    # Before the mask of the edges: after it, gfx942 would have more masks than registers for them.
-    if row_ids is not None:
-        logits = tl.where(same_ids(row_ids, column_ids, rows, columns, n, m), -float("inf"), logits)
-    # Not in the branch above, where this would spill registers.
-    if has_pairs | (first_row + BM > n) | (first_column_of_tile + BN > m):
-        # -1 for columns outside saves masks, for which gfx942 would run out of registers.
-        inside = tl.where(columns < m, columns, -1)
-        negative = (inside >= 0)[None, :] & (inside[None, :] != partner[:, None])
-        logits = tl.where(negative & (rows < n)[:, None], logits, -float("inf"))
-    # Two exponentials per element. A shared one, relative to the tile's maximum, would underflow in
-    # rows and columns far below it, and a branch for these spills registers.
-    row_max = tl.max(logits, axis=1)
-    row_sum = tl.sum(tl.exp2(logits - _finite_reference(row_max)[:, None]), axis=1)
-    tl.store(row_partial + rows, row_max, mask=rows < n)
-    tl.store(row_partial + row_sums + rows, row_sum, mask=rows < n)
-    if SYMMETRIC:
-        column_max = tl.max(logits, axis=0)
-        column_sum = tl.sum(tl.exp2(logits - _finite_reference(column_max)[None, :]), axis=0)
-        tl.store(column_partial + columns, column_max, mask=columns < m)
-        tl.store(column_partial + column_sums + columns, column_sum, mask=columns < m)
 
 
 @triton.jit(
@@ -107,42 +53,60 @@ def contrastive_lse_kernel(
     first_column,  # row i is paired with column first_column + i
     SYMMETRIC: tl.constexpr,
     PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    PARTS: tl.constexpr,  # 1 or 2: in how many parts a tile's maxima and sums are computed
+    PARTS: tl.constexpr,  # in how many parts a tile's maxima and sums are computed
     GROUP: tl.constexpr,
 ):
-    tl.static_assert(PARTS == 1 or PARTS == 2, "PARTS must be 1 or 2")
     row_tile, column_tile = grouped_tile(tl.cdiv(n, BM), tl.cdiv(m, BN), GROUP)
     first_row = row_tile * BM
-    start = column_tile * BN
     product = tile_product(
-        image, text, first_row, start, n, m, d, image_stride, text_stride,
-        PRECISION, WIDEN, BM, BN, BK,
+        image, text, first_row, column_tile * BN, n, m, d, image_stride, text_stride,
+        PRECISION, BM, BN, BK,
     )  # fmt: skip
     scale = tl.load(logit_scale).to(tl.float32) * LOG2_E
     column_partial = column_partials + row_tile.to(tl.int64) * m
     column_sums = tl.cdiv(n, BM).to(tl.int64) * m
     row_partial = row_partials + column_tile.to(tl.int64) * PARTS * n
     row_sums = tl.cdiv(m, BN).to(tl.int64) * PARTS * n
-    if PARTS == 1:
-        _tile_lse(
-            product, scale, row_partial, row_sums, column_partial, column_sums, pair_logits,
-            row_ids, column_ids, first_row, start, first_column, n, m, SYMMETRIC, BM, BN,
-        )  # fmt: skip
-    else:
-        left, right = halves(product, BM, BN)
-        _tile_lse(
-            left, scale, row_partial, row_sums, column_partial, column_sums, pair_logits,
-            row_ids, column_ids, first_row, start, first_column, n, m, SYMMETRIC, BM, BN // 2,
-        )  # fmt: skip
-        _tile_lse(
-            right, scale, row_partial + n, row_sums, column_partial, column_sums, pair_logits,
-            row_ids, column_ids, first_row, start + BN // 2, first_column, n, m, SYMMETRIC, BM,
-            BN // 2,
-        )  # fmt: skip
+    rows = first_row + tl.arange(0, BM)
+    partner = rows + first_column
+    first_pair = first_row + first_column
+    WIDTH: tl.constexpr = BN // PARTS
+    parts = split(product, BM, BN, PARTS)
+    for part in tl.static_range(PARTS):
+        start = column_tile * BN + part * WIDTH
+        columns = start + tl.arange(0, WIDTH)
+        # In units of log 2, as the hardware has exp2.
+        logits = parts[part] * scale
+        has_pairs = (first_pair < start + WIDTH) & (first_pair + BM > start)
+        if has_pairs:
+            is_pair = partner[:, None] == columns[None, :]
+            pair = tl.sum(tl.where(is_pair, logits, 0.0), axis=1) * LN_2
+            in_tile = (partner >= start) & (partner < start + WIDTH)
+            tl.store(pair_logits + rows, pair, mask=in_tile & (partner < m) & (rows < n))
+        # Before the mask of the edges: after it, gfx942 would run out of registers for masks.
+        if row_ids is not None:
+            same = same_ids(row_ids, column_ids, rows, columns, n, m)
+            logits = tl.where(same, -float("inf"), logits)
+        # Not in the branch above, where this would spill registers.
+        if has_pairs | (first_row + BM > n) | (start + WIDTH > m):
+            # -1 for columns outside saves masks, as above.
+            inside = tl.where(columns < m, columns, -1)
+            negative = (inside >= 0)[None, :] & (inside[None, :] != partner[:, None])
+            logits = tl.where(negative & (rows < n)[:, None], logits, -float("inf"))
+        # Two exponentials per element. One, relative to the tile's maximum, would underflow
+        # in rows and columns far below it, and a branch for these spills registers.
+        row_max = tl.max(logits, axis=1)
+        row_sum = tl.sum(tl.exp2(logits - _finite_reference(row_max)[:, None]), axis=1)
+        tl.store(row_partial + part * n + rows, row_max, mask=rows < n)
+        tl.store(row_partial + part * n + row_sums + rows, row_sum, mask=rows < n)
+        if SYMMETRIC:
+            column_max = tl.max(logits, axis=0)
+            column_sum = tl.sum(tl.exp2(logits - _finite_reference(column_max)[None, :]), axis=0)
+            tl.store(column_partial + columns, column_max, mask=columns < m)
+            tl.store(column_partial + column_sums + columns, column_sum, mask=columns < m)
 
 
 @triton.jit
@@ -211,10 +175,11 @@ def contrastive_lse(logits: Logits) -> tuple[Tensor, Tensor, Tensor]:
     precision = Precision.of(logits.rows)
     config = config_for("contrastive_lse", logits.rows, precision)
     tile = config.tile
-    logits = with_padded_rows(logits, tile["BK"])
-    (n, d), m = logits.rows.shape, logits.columns.shape[0]
+    image, text = (padded_rows(features, tile["BK"]) for features in logits[:2])
+    logits = logits._replace(rows=image, columns=text)
+    (n, d), m = image.shape, text.shape[0]
     columns = m if logits.symmetric else 0
-    row_negatives = logits.rows.new_empty(n, dtype=torch.float32)
+    row_negatives = image.new_empty(n, dtype=torch.float32)
     column_negatives = row_negatives.new_empty(columns)
     pair_logits = row_negatives.new_empty(n)
     column_tiles = ceil_div(m, tile["BN"])
@@ -229,9 +194,9 @@ def contrastive_lse(logits: Logits) -> tuple[Tensor, Tensor, Tensor]:
             column_partials = row_negatives.new_empty(2 * row_tiles * columns)
             contrastive_lse_kernel[(row_tiles * column_tiles,)](
                 part.rows, part.columns, logits.logit_scale, row_partials, column_partials,
-                pair_logits[start:], *part.ids, rows, m, d, part.rows.stride(0),
+                pair_logits[start:], part.row_ids, part.column_ids, rows, m, d, part.rows.stride(0),
                 part.columns.stride(0), part.first_column, SYMMETRIC=logits.symmetric,
-                PRECISION=precision.dot, WIDEN=precision.widen, **config.kwargs,
+                PRECISION=precision.dot, **config.kwargs,
             )  # fmt: skip
             block = JOIN.tile["BLOCK"]
             join_lse_kernel[(ceil_div(rows, block) + ceil_div(columns, block),)](

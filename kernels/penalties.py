@@ -42,18 +42,6 @@ def traces_kernel(
         tl.store(partials + tl.num_programs(0) + tl.program_id(0), q)
 
 
-@triton.jit
-def _not_negative(x):
-    """For sums of squares, which rounding must not make negative. NaN stays NaN."""
-    return tl.where(x < 0.0, 0.0, x)
-
-
-@triton.jit
-def _nan_if_infinite(x):
-    """An infinite feature may give an infinite penalty; inf - inf makes it NaN."""
-    return x + (x - x)
-
-
 @triton.jit(
     do_not_specialize=["length"],
     do_not_specialize_on_alignment=["weight_inmodal", "weight_crossmodal"],
@@ -78,13 +66,16 @@ def cyclic_terms_kernel(
             q_sum += tl.load(partials + length + at, mask=at < length, other=0.0)
     p = tl.sum(p_sum, axis=0)
     q = tl.sum(q_sum, axis=0)
-    inmodal = _not_negative(p + q) * (scalar(weight_inmodal) * 0.5)
-    crossmodal = _not_negative(p - q) * (scalar(weight_crossmodal) * 0.5)
+    # Sums of squares, which rounding must not make negative. NaN stays NaN.
+    inmodal = tl.where(p + q < 0.0, 0.0, p + q) * (scalar(weight_inmodal) * 0.5)
+    crossmodal = tl.where(p - q < 0.0, 0.0, p - q) * (scalar(weight_crossmodal) * 0.5)
+    # An infinite feature may give an infinite penalty; inf - inf makes it NaN.
     if SEPARATE:
-        tl.store(inmodal_term, _nan_if_infinite(inmodal))
-        tl.store(crossmodal_term, _nan_if_infinite(crossmodal))
+        tl.store(inmodal_term, inmodal + (inmodal - inmodal))
+        tl.store(crossmodal_term, crossmodal + (crossmodal - crossmodal))
     else:
-        tl.store(inmodal_term, _nan_if_infinite(inmodal + crossmodal))
+        both = inmodal + crossmodal
+        tl.store(inmodal_term, both + (both - both))
 
 
 def cyclic_terms(grams: Tensor, weights: list[Tensor], separate: bool) -> list[Tensor]:

@@ -3,6 +3,11 @@
 import triton
 import triton.language as tl
 
+from cyclip_loss.kernels.configs import INTERPRETED
+
+# The interpreter's products of bfloat16 are wrong (seen in Triton 3.7 and 3.9). Products of 16-bit
+# numbers are exact in float32, so it computes what the tensor cores do.
+WIDENS = tl.constexpr(INTERPRETED)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -57,7 +62,6 @@ def tile_product(
     a_stride,
     b_stride,
     PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -76,7 +80,7 @@ def tile_product(
     for _ in range(0, d, BK):
         a_block = tl.load(a_pointers)
         b_block = tl.load(b_pointers)
-        if WIDEN:
+        if WIDENS:
             a_block = a_block.to(tl.float32)
             b_block = b_block.to(tl.float32)
         if ROUNDS:
@@ -89,9 +93,24 @@ def tile_product(
 
 
 @triton.jit
-def halves(tile, BM: tl.constexpr, BN: tl.constexpr):
-    """The left and the right half of a (BM, BN) tile, which need fewer registers at a time."""
+def _halves(tile, BM: tl.constexpr, BN: tl.constexpr):
     return tl.split(tl.permute(tl.reshape(tile, (BM, 2, BN // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def split(tile, BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr):
+    """The tile (BM, BN) in 1, 2 or 4 parts, from left to right, which need fewer registers."""
+    tl.static_assert(PARTS == 1 or PARTS == 2 or PARTS == 4, "PARTS must be 1, 2 or 4")
+    if PARTS == 1:
+        return (tile,)
+    else:
+        left, right = _halves(tile, BM, BN)
+        if PARTS == 2:
+            return left, right
+        else:
+            a, b = _halves(left, BM, BN // 2)
+            c, d = _halves(right, BM, BN // 2)
+            return a, b, c, d
 
 
 @triton.jit

@@ -132,9 +132,8 @@ def set_strip_rows(monkeypatch: pytest.MonkeyPatch, rows: int | None) -> None:
     monkeypatch.setattr(numerics, "MIN_STRIP_ROWS", rows)
     monkeypatch.setitem(numerics.STRIP_ELEMENTS, "cpu", 1)
     monkeypatch.setattr(numerics, "STRIP_ELEMENTS_OTHER_DEVICES", 1)
-    bounds = {"lse PARTIAL_ELEMENTS": 1, "products CHUNK_COLUMNS": rows}
-    bounds |= dict.fromkeys(("logit_grads BLOCK_ROWS", "logit_grads BLOCK_ELEMENTS"), 1)
-    bounds["grams MIN_SPLIT_ROWS"] = 4 * rows
+    bounds = {"lse PARTIAL_ELEMENTS": 1, "logit_grads BLOCK_ROWS": 1}
+    bounds |= {"logit_grads BLOCK_ELEMENTS": 1, "grams MIN_SPLIT_ROWS": 4 * rows}
     for bound, value in bounds.items() if HAS_TRITON else ():
         name, constant = bound.split()
         module = importlib.import_module(f"cyclip_loss.kernels.{name}")

@@ -93,7 +93,7 @@ def variants(arch: str) -> Iterator[Variant]:
     configs = ARCHITECTURES[arch]
     for features, (pointer, dot) in FEATURES.items():
         bits = 32 if pointer == "*fp32" else 16
-        shared = {"SYMMETRIC": True, "WIDEN": False, "PRECISION": dot}
+        shared = {"SYMMETRIC": True, "PRECISION": dot}
         without_ids = shared | dict.fromkeys(IDS)
         config = configs["contrastive_lse"][bits, dot]
         yield Variant(arch, "contrastive_lse", features, config, without_ids)

@@ -18,7 +18,7 @@ from benchmarks.measure import columns, interleaved
 from benchmarks.predict import EPILOGUE_SHARE, LOST_BY_SHAPE
 from benchmarks.run import Run
 from cyclip_loss.engines import architecture
-from cyclip_loss.kernels.configs import ARCHITECTURES, INTERPRETED
+from cyclip_loss.kernels.configs import ARCHITECTURES
 from cyclip_loss.kernels.tiles import grouped_tile, tile_product
 
 SECONDS = 2.0
@@ -34,7 +34,6 @@ def product_kernel(
     n,  # a multiple of BM and of BN
     d,  # a multiple of BK
     PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -43,9 +42,7 @@ def product_kernel(
 ):
     """The product of a tile. It is stored only if wanted, but never removed as unused."""
     row, column = grouped_tile(tl.cdiv(n, BM), tl.cdiv(n, BN), GROUP)
-    product = tile_product(
-        image, text, row * BM, column * BN, n, n, d, d, d, PRECISION, WIDEN, BM, BN, BK
-    )
+    product = tile_product(image, text, row * BM, column * BN, n, n, d, d, d, PRECISION, BM, BN, BK)
     if wanted > 0.0:
         total = tl.sum(tl.sum(product, axis=1), axis=0)
         tl.store(sums + row * tl.cdiv(n, BN) + column, total)
@@ -53,7 +50,7 @@ def product_kernel(
 
 def ablations(run: Run) -> None:
     """Both sweeps as shipped, and the products of their tiles alone; then what that answers."""
-    table = ARCHITECTURES["sm_90" if run.dry_run else architecture(run.device)]
+    table = ARCHITECTURES[architecture(run.device) or "sm_90"]
     n, d, repeats = (256, 64, 1) if run.dry_run else (16384, 768, 4)
     image, text = run.pairs(n, d, torch.bfloat16)
     steps: dict[str, Callable[[], object]] = {}
@@ -63,7 +60,7 @@ def ablations(run: Run) -> None:
         height, width = config.tile["BM"], config.tile["BN"]
         programs = n // height * (n // width)
         sums = torch.zeros(programs, device=run.device)
-        options = {"PRECISION": "tf32", "WIDEN": INTERPRETED, **config.kwargs}
+        options = {"PRECISION": "tf32", **config.kwargs}
         product = partial(product_kernel[programs,], image, text, 0.0, sums, n, d, **options)
         launches = {kernel: launcher(run, kernel, n, d), f"{kernel}, product": product}
         for what, launch in launches.items():

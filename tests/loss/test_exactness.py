@@ -109,7 +109,7 @@ def test_products_of_16_bit_matrices(dtype: torch.dtype, adds: bool, monkeypatch
 
     for name in ("mm", "bmm", "addmm"):
         monkeypatch.setattr(torch, name, widening(name, getattr(torch, name)))
-    monkeypatch.setattr(numerics, "_is_possible", numerics._is_possible.__wrapped__)
+    monkeypatch.setattr(numerics, "_try_wide_products", numerics._try_wide_products.__wrapped__)
     for module in (eager, numerics):
         monkeypatch.setattr(module, "has_wide_products", lambda x: x.element_size() == 2)
     for frozen in ([], ["image"], ["text"]):
@@ -127,16 +127,16 @@ def test_a_device_without_wide_products(monkeypatch) -> None:
         asked.append(options)
         raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
 
-    numerics._is_possible.cache_clear()
+    numerics._try_wide_products.cache_clear()
     features = torch.ones(3, 3, dtype=torch.bfloat16, device="meta")  # not a CPU
     assert numerics.has_wide_products(features)
     assert not numerics.has_wide_products(features.float())
-    numerics._is_possible.cache_clear()
+    numerics._try_wide_products.cache_clear()
     monkeypatch.setattr(torch, "mm", refuses)
     for _ in range(2):
         assert numerics.matmul(features, features, torch.float32).dtype == torch.float32
         assert len(asked) == 1
-    numerics._is_possible.cache_clear()
+    numerics._try_wide_products.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
