@@ -6,16 +6,23 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from .command_line import CannotStart, say
+from .command_line import CannotStart, Stopped, first_line, say
 
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Yields where to write; what is written there becomes `path` at the end, unless one raises."""
+    """Yields where to write; what is written there becomes `path` at the end, unless one raises.
+
+    Raises `Stopped` if it can't be written.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield partial
         os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        # PyTorch's writer does not say that a disk is full
+        why = getattr(error, "strerror", None) or f"is the disk full? ({first_line(error)})"
+        raise Stopped(f"{path} can't be written: {why}") from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -71,9 +71,9 @@ def find_checkpoints(
     titles = [checkpoint.title for checkpoint in found]
     for title in {title for title in titles if titles.count(title) > 1}:
         alike = {c: Path(os.path.abspath(c.path)) for c in found if c.title == title and c.path}
-        folder = os.path.commonpath([path.parent for path in alike.values()])
+        common = os.path.commonpath([path.parent for path in alike.values()])
         for checkpoint, path in alike.items():
-            checkpoint.title = f"{title}: {path.relative_to(folder)}"
+            checkpoint.title = f"{title}: {path.relative_to(common)}"
     hub = model is not None and ":" in model and not paths  # the weights come with the model
     if pretrained is not None or hub:
         if model is None:

@@ -1,18 +1,47 @@
-"""What a data set is: images with classes, captions or both; in tar files, folders or memory."""
+"""The data sets: what one is, and those by name, the paper's, those that ship, and others.
+
+clip-benchmark (https://github.com/LAION-AI/CLIP_benchmark) lays a data set out as
+
+    FOLDER/test/0.tar, 1.tar, ...   samples of an image and .cls (a class's number) or .txt
+                                    (captions, one a line); how many tars is in nshards.txt
+    FOLDER/train/...                the same
+    FOLDER/classnames.txt           and zeroshot_classification_templates.txt, {c} is the class
+    FOLDER/dataset_type.txt         "retrieval", "multilabel", or none
+"""
 
 import io
+import json
+import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 from PIL import Image
+from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor
+from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
 from ..command_line import first_line
+from ..data import emoji
 from ..data.samples import IMAGES, on_white, samples_in
+from .paper import SPLITS
 
+PAPER_TEMPLATES = [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]  # the 80
+PICTURE_TEMPLATES = ["{}", "a drawing of {}", "a picture of {}", "an icon of {}"]
+ALIASES = {  # of folders that are not called as clip-benchmark's
+    **dict.fromkeys(("imagenet", "imagenet-1k", "ilsvrc2012"), "imagenet1k"),
+    **dict.fromkeys(("imagenet-v2", "imagenetv2-matched-frequency"), "imagenetv2"),
+    "imagenetv2-matched-frequency-format-val": "imagenetv2",
+    "sketch": "imagenet-sketch",
+}
+# https://www.cs.toronto.edu/~kriz/cifar.html, a line each
+CIFAR100_SUPERCLASSES = Path(__file__).with_name("cifar100_superclasses.txt")
+TEMPLATES = "zeroshot_classification_templates.txt"
 FIELDS = {"cls", "txt", "json"}
 
 
@@ -134,3 +163,229 @@ class DataSet:
         captions = self.captions and [self.captions[row] for row in chosen]
         groups = self.groups and [self.groups[row] for row in chosen]
         return replace(self, classes=classes, captions=captions, groups=groups)
+
+
+Open = Callable[[], DataSet]
+Kinds = list[str] | None  # superclasses of ImageNet's 1,000 classes
+Split = tuple[Images, Tensor | None]  # with the labels
+Train = Callable[[], Split] | None
+
+
+def find(roots: Sequence[Path], kinds: Kinds) -> tuple[dict[str, Open], list[Path]]:
+    """The data sets that the roots or their folders are, the paper's first; and what is none."""
+    found: dict[str, Open] = {}
+    other: list[Path] = []
+    for root in roots:
+        if known := recognise(root.resolve(), kinds):
+            found.setdefault(*known)
+            continue
+        for path in sorted(root.resolve().iterdir()):
+            try:
+                known = recognise(path, kinds) if path.is_dir() else None
+            except PermissionError:  # a disk's lost+found, for example
+                known = None
+            if known:
+                found.setdefault(*known)
+            elif not path.name.startswith("."):
+                other.append(path)
+    return {name: found[name] for name in [*SPLITS, *found] if name in found}, other
+
+
+def recognise(folder: Path, kinds: Kinds) -> tuple[str, Open] | None:
+    """The data set that a folder is."""
+    name = re.sub(r"^(wds-)?(vtab-)?", "", folder.name.lower().replace("_", "-"))
+    name = ALIASES.get(name, name)
+    if (folder / "test" / "nshards.txt").is_file() or (folder / "test" / "0.tar").is_file():
+        return name, partial(open_tars, folder, name, kinds)
+    if next(folder.glob("val-*.tar"), None) is not None:
+        return name, partial(open_icons, folder)
+    for kind in (CIFAR10, CIFAR100):
+        if folder.name == kind.base_folder:
+            return kind.__name__.lower(), partial(open_cifar, folder.parent, kind)
+    whole = name != "imagenet1k" or split_folder(folder) != folder
+    if name.startswith("imagenet") and name in SPLITS and whole:
+        return name, partial(open_folders, folder, name, kinds)
+    return None
+
+
+def classified(
+    folder: Path,
+    name: str,
+    test: tuple[Images, Tensor],
+    names: list[str],
+    kinds: Kinds,
+    train: Train = None,
+) -> DataSet:
+    """Images with classes. Raises `Unusable` if one of the paper's has too few or too many.
+
+    train: reads the train split; one that is not as it should be is one to do without.
+    """
+    templates = [line.replace("{c}", "{}") for line in lines(folder / TEMPLATES)]
+    coarse: list[str] | None = None  # the superclass of each class
+    if name in SPLITS:
+        templates = PAPER_TEMPLATES
+        if len(names) != SPLITS[name][0]:
+            raise Unusable(f"{folder} has {len(names)} classes, not {SPLITS[name][0]}")
+    if name == "cifar100":  # its classes are in the order of the alphabet
+        groups = [line.split() for line in lines(CIFAR100_SUPERCLASSES)]
+        coarse = [group[0] for _, group in sorted((n, group) for group in groups for n in group)]
+    elif name in SPLITS and kinds is not None:
+        of = dict(zip(IMAGENET_CLASSNAMES, kinds, strict=True))
+        if len(names) == len(kinds):
+            coarse = kinds
+        elif set(names) <= set(of):
+            coarse = [of[class_name] for class_name in names]
+    images, labels = test
+    classes = Classes(labels, names, templates or PAPER_TEMPLATES)
+    if coarse is not None:
+        order = sorted(set(coarse))
+        classes.coarse = torch.tensor([order.index(kind) for kind in coarse])
+    data = DataSet(images, {"": classes})
+    try:
+        if train is not None:
+            known, known_labels = train()
+            if known_labels is None:
+                raise Unusable("the samples of the train split have no .cls")
+            data.train = known, {"": known_labels}
+    except Exception as error:  # whatever its files raise
+        data.train_lacks = " ".join(str(error).split())
+    return data
+
+
+def open_cifar(root: Path, kind: type[CIFAR10]) -> DataSet:
+    """torchvision's CIFAR-10 or CIFAR-100."""
+
+    def read(train: bool) -> tuple[Images, Tensor]:
+        part = kind(root, train=train)
+        return Images(torch.from_numpy(part.data).permute(0, 3, 1, 2)), torch.tensor(part.targets)
+
+    names = [name.replace("_", " ") for name in kind(root, train=False).classes]
+    return classified(root, kind.__name__.lower(), read(False), names, None, partial(read, True))
+
+
+def split_folder(folder: Path) -> Path:
+    """Where a folder's test images are."""
+    names = ("test", "val", "validation")
+    return next((folder / name for name in names if (folder / name).is_dir()), folder)
+
+
+def class_folders(path: Path) -> tuple[Images, Tensor, list[str]]:
+    """A folder of images for each class: images, labels, and the folders' names."""
+    try:
+        found = ImageFolder(path, allow_empty=True)
+    except OSError as error:
+        raise Unusable(f"{path} holds no folders of images, one for each class") from error
+    images = Images([Path(file) for file, _ in found.samples])
+    return images, torch.tensor(found.targets), found.classes
+
+
+def open_folders(folder: Path, name: str, kinds: Kinds) -> DataSet:
+    """Images in a folder for each class; the folders in `folder` or in its test and train splits.
+
+    Classes are called as in `classnames.txt`, or as their folders. If `name` is one of the paper's
+    data sets, they are ImageNet's classes by WordNet's identifier or by number.
+    """
+    test, train = split_folder(folder), folder / "train"
+    images, labels, folders = class_folders(test)
+    names = lines(folder / "classnames.txt") or [name.replace("_", " ") for name in folders]
+    if len(names) != len(folders):
+        raise Unusable(f"{test} has {len(folders)} classes, classnames.txt has {len(names)}")
+    place = torch.arange(len(folders))  # of a folder among the classes
+    if name in SPLITS:
+        wnids = {wnid: i for i, wnid in enumerate(ImageNetInfo("imagenet-1k").label_names())}
+        try:
+            numbers = [wnids[name] if name in wnids else int(name) for name in folders]
+        except ValueError:
+            raise Unusable(f"{test}: folders should be called as ImageNet's classes") from None
+        ordered = sorted(numbers)  # ImageNet's own order
+        place = torch.tensor([ordered.index(number) for number in numbers])
+        names = [IMAGENET_CLASSNAMES[number] for number in ordered]
+
+    def read_train() -> Split:
+        train_images, train_labels, train_folders = class_folders(train)
+        if train_folders != folders:
+            raise Unusable(f"{train} has {len(train_folders)} classes, not those of {test}")
+        return train_images, place[train_labels]
+
+    has_train = train.is_dir() and test != folder
+    read = read_train if has_train else None
+    return classified(folder, name, (images, place[labels]), names, kinds, read)
+
+
+def open_tars(folder: Path, name: str, kinds: Kinds) -> DataSet:
+    """A data set in clip-benchmark's layout. The paper's take the paper's templates."""
+    if lines(folder / "dataset_type.txt")[:1] == ["multilabel"]:
+        raise Unusable("images with several labels each are not evaluated")
+
+    def read(part: str) -> tuple[TarImages, Tensor | None]:
+        images = TarImages(shards(folder / part))
+        labels = images.texts("cls")
+        return images, None if labels is None else torch.tensor([int(label) for label in labels])
+
+    images, labels = read("test")
+    texts, data = images.texts("txt"), DataSet(images)
+    if labels is not None:
+        names = lines(folder / "classnames.txt")
+        if not names:
+            raise Unusable(f"no {folder / 'classnames.txt'}")
+        if name.startswith("cifar"):
+            names = [class_name.replace("_", " ") for class_name in names]
+        train = partial(read, "train") if (folder / "train").is_dir() else None
+        data = classified(folder, name, (images, labels), names, kinds, train)
+    if texts is not None:
+        data.captions = [[line for line in text.splitlines() if line] for text in texts]
+        if not all(data.captions):
+            raise Unusable("images without a caption")
+    if labels is None and texts is None:
+        raise Unusable(f"the samples of {folder / 'test'} have neither .cls nor .txt")
+    return data
+
+
+def shards(folder: Path) -> list[Path]:
+    """0.tar, 1.tar, ..., as many as nshards.txt says."""
+    if count := lines(folder / "nshards.txt"):
+        return [folder / f"{number}.tar" for number in range(int(count[0]))]
+    return sorted(folder.glob("*.tar"), key=lambda path: (len(path.name), path.name))
+
+
+def lines(path: Path) -> list[str]:
+    """The lines of a text file; none if there is no such file."""
+    if not path.is_file():
+        return []
+    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def open_icons(folder: Path) -> DataSet:
+    """Held-out icons, `val-*.tar` with png, txt and json: retrieval, zero-shot to their names."""
+    images = TarImages(sorted(folder.glob("val-*.tar")))
+    captions, infos = images.texts("txt"), images.texts("json")
+    if captions is None or infos is None:
+        raise Unusable(f"the samples of {folder}/val-*.tar lack .txt or .json")
+    names = [str(json.loads(info)["name"]) for info in infos]
+    distinct = {name: number for number, name in enumerate(sorted(set(names)))}
+    labels = torch.tensor([distinct[name] for name in names])
+    classes = Classes(labels, list(distinct), PICTURE_TEMPLATES)
+    return DataSet(images, {"": classes}, [[caption] for caption in captions])
+
+
+def open_emoji() -> DataSet:
+    """The emoji that ship, in all styles: which name, which subgroup, and name to image and back.
+
+    A name's superclass is its subgroup, too. Black and white is apart.
+    """
+    shipped = emoji.read_emoji()
+    images, drawn, styles = shipped.drawings(emoji.ALL_STYLES, range(len(shipped.concepts)))
+    subgroups = sorted({concept.subgroup for concept in shipped.concepts})
+    coarse = torch.tensor([subgroups.index(concept.subgroup) for concept in shipped.concepts])
+    names = [concept.name for concept in shipped.concepts]
+    return DataSet(
+        Images(images),
+        {
+            "": Classes(drawn, names, PICTURE_TEMPLATES, coarse),
+            "subgroup": Classes(coarse[drawn], subgroups, PICTURE_TEMPLATES),
+        },
+        captions=[[names[concept]] for concept in drawn.tolist()],
+        groups=styles,
+        across_groups=True,
+        apart=frozenset(emoji.STRESS_STYLES),
+    )

@@ -14,10 +14,9 @@ from ..command_line import CannotStart, Parser, Stopped, add_device, whole_numbe
 from ..files import locked
 from . import report
 from .checkpoints import find_checkpoints, load
-from .datasets import DataSet
+from .datasets import DataSet, Open, find, lines, open_emoji, open_folders
 from .measure import measure
 from .paper import SPLITS
-from .suites import Open, find, lines, open_emoji, open_folders
 from .table import Result
 
 DESCRIPTION = """\

@@ -6,7 +6,6 @@ What is n x m is computed in strips of rows.
 
 import math
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,16 +15,10 @@ STRIP = 1024  # rows at a time
 KS = (1, 3, 5, 10)  # neighbours of the consistency score
 
 
-def strips(rows: int) -> Iterator[slice]:
-    """Slices that together are all rows."""
-    return (slice(start, start + STRIP) for start in range(0, rows, STRIP))
-
-
 def nearest(queries: Tensor, gallery: Tensor, k: int) -> Tensor:
     """The k rows of the gallery with the highest cosine, best first: (Q, min(k, G))."""
     k = min(k, len(gallery))
-    found = [(queries[rows] @ gallery.T).topk(k).indices for rows in strips(len(queries))]
-    return torch.cat(found)
+    return torch.cat([(rows @ gallery.T).topk(k).indices for rows in queries.split(STRIP)])
 
 
 def coarse_and_fine(
@@ -38,12 +31,12 @@ def coarse_and_fine(
     labels: (n,) classes. coarse: (C,), the superclass of each class.
     """
     right = image.new_zeros(2)
-    for rows in strips(len(image)):
-        scores = image[rows] @ prompts.T
-        truth = coarse[labels[rows]]
+    for rows, label in zip(image.split(STRIP), labels.split(STRIP), strict=True):
+        scores = rows @ prompts.T
+        truth = coarse[label]
         right[0] += (coarse[scores.argmax(dim=1)] == truth).sum()
         scores.masked_fill_(coarse != truth[:, None], -torch.inf)
-        right[1] += (scores.argmax(dim=1) == labels[rows]).sum()
+        right[1] += (scores.argmax(dim=1) == label).sum()
     of_coarse, of_fine = (right / len(image)).tolist()
     return of_coarse, of_fine
 
@@ -57,12 +50,11 @@ def ranks(queries: Tensor, gallery: Tensor, pairs: Tensor) -> Tensor:
     together; every query is in at least one.
     """
     found = []
-    for rows in strips(len(queries)):
-        scores = queries[rows] @ gallery.T
-        mine = (pairs[:, 0] >= rows.start) & (pairs[:, 0] < rows.stop)
-        query, right = pairs[mine].unbind(dim=1)
+    for number, rows in enumerate(queries.split(STRIP)):
+        scores = rows @ gallery.T
+        query, right = pairs[pairs[:, 0] // STRIP == number].unbind(dim=1)
         is_right = torch.zeros_like(scores, dtype=torch.bool)
-        is_right[query - rows.start, right] = True
+        is_right[query % STRIP, right] = True
         best = scores.masked_fill(~is_right, -torch.inf).amax(dim=1, keepdim=True)
         found.append(((scores >= best) & ~is_right).sum(dim=1))
     return torch.cat(found)

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from ..command_line import CannotStart, Parser
-from ..files import write_text
+from ..files import check_writable, write_text
 from .datasets import DataSet
 from .measure import distinct_texts
 from .paper import SPLITS
@@ -28,8 +28,10 @@ from .table import Result, markdown
 def start(out: Path, settings: dict[str, Any], command: str, device: torch.device) -> Result:
     """The evaluation in a folder, to be resumed, or a new one.
 
-    settings: what its numbers depend on. Raises `CannotStart` if those in the folder are others.
+    settings: what its numbers depend on. Raises `CannotStart` if those in the folder are others,
+    or it can't be written.
     """
+    check_writable(out)
     if (out / "evaluation.json").exists():
         result = read_evaluation(out)
         for name, asked in settings.items():
@@ -93,13 +95,9 @@ def describe(name: str, data: DataSet) -> dict[str, Any]:
 
 
 def save(result: Result, out: Path) -> None:
-    """Writes `evaluation.json`. Raises `CannotStart` if the folder can't be written."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
-        write_text(text, out / "evaluation.json")
-    except OSError as error:
-        raise CannotStart(f"--out {out}: can't be written: {error.strerror}") from error
+    """Writes `evaluation.json`."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", out / "evaluation.json")
 
 
 def write(result: Result, out: Path) -> None:

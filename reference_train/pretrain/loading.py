@@ -10,7 +10,7 @@ import multiprocessing
 import random
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -27,29 +27,78 @@ class NoBatch(Stopped):
     """A worker has read all of its shards and made no batch of them."""
 
 
-class LostPairs:
-    """What could not be read, by shard: counted in worker processes, asked for in the main one.
+class Watched:
+    """OpenCLIP's loader of a WebDataset, some of whose stages are replaced by the methods here.
 
-    epochs: OpenCLIP's shared number of the epoch. A worker may read its shards again in it.
+    What could not be read is counted by shard, in worker processes, and asked for in the main one.
+
+    info: OpenCLIP's `DataInfo`. sizes: path of a shard -> how many pairs it has, where that is
+    known.
     """
 
-    def __init__(self, shards: Sequence[str], epochs: Any) -> None:
+    def __init__(self, info: Any, args: Namespace, sizes: Mapping[str, int], train: bool) -> None:
+        self.epochs, self.sizes, self.seed = info.shared_epoch, sizes, f"{args.seed} {args.rank}"
+        stages = info.dataloader.pipeline[0].dataset.pipeline
         # OpenCLIP 4 drops the shard's name before it decodes pictures.
-        self.shards, self.epochs = [*shards, "shards unknown"], epochs
+        self.shards = [*getattr(stages[0], "urls", []), "shards unknown"]
         self.counts = multiprocessing.Array("q", 2 * len(self.shards))  # pairs, then shards
         self.told: set[str] = set()
         self.epoch, self.counted = -1, set[tuple[str, str]]()
+        self.passes: Counter[int] = Counter()  # how often the shards were begun in each epoch
+        for i, stage in enumerate(stages):
+            name = getattr(getattr(stage, "f", stage), "__name__", "")
+            if name in ("tarfile_to_samples_nothrow", "tarfile_samples"):
+                stages[i] = partial(self.read_shards, stage)
+            elif name == "_shuffle":
+                stages[i] = partial(self.shuffle, stage)
+            elif "handler" in getattr(stage, "kw", {}):
+                stages[i] = partial(self.decode, stage)
+        if train:
+            stages.append(not_none)
 
-    def add(
-        self, shard: str, part: str, *, pairs: int = 0, shards: int = 0, why: object = ""
-    ) -> None:
-        """Counts pairs that are lost, or a shard that ended early; logs the first of a shard.
+    def read_shards(self, stage: Any, shards: Any) -> Iterator[Any]:
+        """The stage from shards to samples; skips to the next shard where one can't be read."""
+        for shard in shards:
+            url, samples = shard["url"], 0
+            errors: list[object] = []
+            # its result, None, ends the shard, but keeps the sample before
+            for sample in call(stage, iter([shard]), handler=errors.append):
+                samples += 1
+                yield sample
+            # A tar that was cut between two files ends without an error.
+            if (missing := self.sizes.get(url, 0) - samples) > 0:
+                why = f"{missing} pairs of it are missing"
+                self.add(url, "(missing)", pairs=missing, why=why)
+            elif url not in self.sizes and ends_early(url):
+                errors.append("it has no end: cut short")
+            if errors:
+                self.add(url, "(end)", shards=1, why=errors[0])
 
-        part: the pair's key, or what else is lost; counted once an epoch.
+    def decode(self, stage: Any, samples: Iterator[dict[str, Any]]) -> Iterator[Any]:
+        """A stage that decodes; leaves out the samples for which it can't."""
+        for sample in samples:
+            errors: list[object] = []
+            yield from call(stage, iter([sample]), handler=errors.append)
+            if errors:
+                shard, key = (sample.get(name, "") for name in ("__url__", "__key__"))
+                self.add(shard, key, pairs=1, why=errors[0])
+
+    def shuffle(self, stage: Any, samples: Any) -> Any:
+        """WebDataset's shuffle by seed, worker, epoch and pass, where its own takes the time."""
+        epoch, worker = self.epochs.get_value(), get_worker_info()
+        self.passes[epoch] += 1
+        place = f"{self.seed} {worker.id if worker else 0} {epoch} {self.passes[epoch]}"
+        return call(stage, samples, rng=random.Random(place))
+
+    def add(self, shard: str, part: str, *, pairs: int = 0, shards: int = 0, why: object) -> None:
+        """Counts lost pairs, or a shard that ended early; logs the first of a shard.
+
+        part: a pair's key, or what else is lost. A worker may read its shards several times in an
+        epoch; each part is counted once in it.
         """
         if (epoch := self.epochs.get_value()) != self.epoch:
             self.epoch, self.counted = epoch, set()
-        if (shard, part) in self.counted:
+        if part and (shard, part) in self.counted:
             return
         self.counted.add((shard, part))
         i = self.shards.index(shard if shard in self.shards else "shards unknown")
@@ -86,46 +135,6 @@ def call(stage: Any, source: Any, **options: Any) -> Iterator[Any]:
     return stage.f(source, *stage.args, **{**stage.kw, **options})
 
 
-def read_shards(
-    stage: Any, lost: LostPairs, sizes: Mapping[str, int], shards: Any
-) -> Iterator[Any]:
-    """The stage from shards to samples; skips to the next shard where one can't be read."""
-    for shard in shards:
-        url, samples = shard["url"], 0
-        errors: list[object] = []
-        # its result, None, ends the shard, but keeps the sample before
-        for sample in call(stage, iter([shard]), handler=errors.append):
-            samples += 1
-            yield sample
-        # A tar that was cut between two files ends without an error.
-        if (missing := sizes.get(url, 0) - samples) > 0:
-            lost.add(url, "(missing)", pairs=missing, why=f"{missing} pairs of it are missing")
-        elif url not in sizes and ends_early(url):
-            errors.append("it has no end: cut short")
-        if errors:
-            lost.add(url, "(end)", shards=1, why=errors[0])
-
-
-def decode(stage: Any, lost: LostPairs, samples: Iterator[dict[str, Any]]) -> Iterator[Any]:
-    """A stage that decodes; leaves out the samples for which it can't."""
-    for sample in samples:
-        errors: list[Exception] = []
-        yield from call(stage, iter([sample]), handler=errors.append)
-        if errors:
-            lost.add(sample.get("__url__", ""), sample["__key__"], pairs=1, why=errors[0])
-
-
-def shuffle(stage: Any, epochs: Any, seed: str, passes: Counter[int], samples: Any) -> Any:
-    """WebDataset's shuffle by seed, worker, epoch and pass, where its own takes the time.
-
-    passes: how often the shards were begun in each epoch, counted here.
-    """
-    epoch, worker = epochs.get_value(), get_worker_info()
-    passes[epoch] += 1
-    place = f"{seed} {worker.id if worker else 0} {epoch} {passes[epoch]}"
-    return call(stage, samples, rng=random.Random(place))
-
-
 def not_none(batches: Iterator[Any]) -> Iterator[Any]:
     """The batches of one pass over a worker's shards; raises `NoBatch` if there is none."""
     batch = None
@@ -133,24 +142,3 @@ def not_none(batches: Iterator[Any]) -> Iterator[Any]:
         yield batch
     if batch is None:
         raise NoBatch
-
-
-def watch(info: Any, args: Namespace, sizes: Mapping[str, int], train: bool) -> LostPairs:
-    """Replaces stages in OpenCLIP's `DataInfo` of a WebDataset; returns what counts lost pairs.
-
-    sizes: path of a shard -> how many pairs it has, where that is known.
-    """
-    stages = info.dataloader.pipeline[0].dataset.pipeline
-    lost = LostPairs(getattr(stages[0], "urls", []), info.shared_epoch)
-    for i, stage in enumerate(stages):
-        name = getattr(getattr(stage, "f", stage), "__name__", "")
-        if name in ("tarfile_to_samples_nothrow", "tarfile_samples"):
-            stages[i] = partial(read_shards, stage, lost, sizes)
-        elif name == "_shuffle":
-            seed = f"{args.seed} {args.rank}"
-            stages[i] = partial(shuffle, stage, info.shared_epoch, seed, Counter())
-        elif "handler" in getattr(stage, "kw", {}):
-            stages[i] = partial(decode, stage, lost)
-    if train:
-        stages.append(not_none)
-    return lost

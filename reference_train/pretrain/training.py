@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from cyclip_loss.metrics import consistency_metrics
 
-from ..command_line import Stopped, first_line
+from ..command_line import Stopped
 from ..files import written_whole
-from .loading import NoBatch, watch
+from .loading import NoBatch, Watched
 from .runs import without_wrappers
 
 LOSS = "clip_val_loss"  # OpenCLIP's name for the contrastive loss on the validation's batches
@@ -102,9 +102,9 @@ class Guards:
         """Their data, watched as `loading` says; a validation that lost pairs raises `Stopped`."""
         data = theirs(args, *rest, **more)
         self.args, self.finite = args, Finite(args)
-        self.lost = watch(data["train"], args, self.sizes, train=True)
+        self.lost = Watched(data["train"], args, self.sizes, train=True)
         if "val" in data:
-            lost = watch(data["val"], args, self.sizes, train=False)
+            lost = Watched(data["val"], args, self.sizes, train=False)
 
             def refuse() -> None:
                 if unread := lost.describe(lost.take()):
@@ -181,14 +181,10 @@ class Guards:
     def save(self, theirs: Function, content: Any, file: Any, *more: Any, **options: Any) -> None:
         """`torch.save` that leaves a file whole or not at all; says in one line why it can't."""
         if not isinstance(file, str | Path):
-            return theirs(content, file, *more, **options)  # type: ignore[no-any-return]
-        try:
+            theirs(content, file, *more, **options)
+        else:
             with written_whole(Path(file)) as partial:
                 theirs(content, partial, *more, **options)
-        except (OSError, RuntimeError) as error:
-            # PyTorch's writer does not say that a disk is full
-            why = getattr(error, "strerror", None) or f"is the disk full? ({first_line(error)})"
-            raise Stopped(f"{file} can't be written: {why}") from error
 
 
 def validations(checkpoints: Path) -> dict[int, float]:

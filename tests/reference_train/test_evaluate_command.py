@@ -25,8 +25,8 @@ from timm.data.imagenet_info import ImageNetInfo
 from torch.nn import functional as F
 
 from reference_train.command_line import CannotStart, Stopped
+from reference_train.evaluate import datasets, report
 from reference_train.evaluate import evaluate as command
-from reference_train.evaluate import report, suites
 from reference_train.evaluate.checkpoints import find_checkpoints
 from reference_train.evaluate.datasets import Classes, DataSet, Images, Unusable
 from reference_train.evaluate.paper import SPLITS
@@ -114,7 +114,7 @@ def test_numbers_are_those_of_plain_loops(run_folder: Path, tmp_path: Path):
     test, train = labelled(40, 100), labelled(60, 100)
     data = tmp_path / "data" / "wds_vtab-cifar100"
     write_set(data, {"test": test, "train": train}, classnames="\n".join(names))
-    (data / suites.TEMPLATES).write_text("not the paper's {c}\n")
+    (data / datasets.TEMPLATES).write_text("not the paper's {c}\n")
     options = ("--data", tmp_path / "data", "--only", "cifar100", "--linear-probe")
     result = evaluate(tmp_path / "out", run_folder, *options)
     numbers = result["results"]["tiny"]["cifar100"]["numbers"]
@@ -186,12 +186,12 @@ def test_every_kind_of_data_set_in_one_command(run_folder: Path, tmp_path: Path,
 def test_prompts_and_class_names_of_ones_own(tmp_path: Path):
     write_image_folder(tmp_path, ["a", "b"])
     (tmp_path / "classnames.txt").write_text("own 0\nown 1\n")
-    (tmp_path / suites.TEMPLATES).write_text("{c} as I say\n")
-    classes = suites.open_folders(tmp_path, "x", None).classes[""]
+    (tmp_path / datasets.TEMPLATES).write_text("{c} as I say\n")
+    classes = datasets.open_folders(tmp_path, "x", None).classes[""]
     assert (classes.names, classes.templates) == (["own 0", "own 1"], ["{} as I say"])
     (tmp_path / "classnames.txt").write_text("own 0\n")
     with pytest.raises(Unusable, match=r"2 classes, classnames\.txt has 1"):
-        suites.open_folders(tmp_path, "x", None)
+        datasets.open_folders(tmp_path, "x", None)
 
 
 class Hostile:
@@ -394,14 +394,14 @@ def test_subsets_of_imagenet_have_their_own_class_names(tmp_path: Path):
     wnids = ImageNetInfo("imagenet-1k").label_names()
     write_image_folder(tmp_path / "imagenet-a", [wnids[i] for i in some])
     superclasses = [f"super {i % 7}" for i in range(1000)]
-    data = suites.find([tmp_path], superclasses)[0]["imagenet-a"]()
+    data = datasets.find([tmp_path], superclasses)[0]["imagenet-a"]()
     classes = data.classes[""]
     assert classes.names == [open_clip.IMAGENET_CLASSNAMES[i] for i in some]
     assert classes.labels.tolist() == list(range(200))
     assert classes.coarse.tolist() == [i % 7 for i in some]
 
     write_image_folder(tmp_path / "imagenetv2", [str(i) for i in range(1000)])
-    data = suites.find([tmp_path], None)[0]["imagenetv2"]()  # its folders are numbers
+    data = datasets.find([tmp_path], None)[0]["imagenetv2"]()  # its folders are numbers
     names = [path.parent.name for path in data.images.places]
     assert data.classes[""].labels.tolist() == [int(name) for name in names]
 
@@ -409,14 +409,14 @@ def test_subsets_of_imagenet_have_their_own_class_names(tmp_path: Path):
 def test_torchvisions_cifar_with_superclasses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = tmp_path / "cifar-100-python"
     folder.mkdir()
-    names = sorted(suites.CIFAR100_SUPERCLASSES.read_text().split())
+    names = sorted(datasets.CIFAR100_SUPERCLASSES.read_text().split())
     for split, count in (("test", 5), ("train", 7), ("meta", 0)):
         pixels = torch.randint(0, 256, (count, 3072), dtype=torch.uint8).numpy()
         content = {"data": pixels, "fine_labels": [19 * i % 100 for i in range(count)]}
         (folder / split).write_bytes(pickle.dumps({**content, "fine_label_names": names}))
     monkeypatch.setattr("torchvision.datasets.CIFAR100._check_integrity", lambda self: True)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
-    data = suites.find([tmp_path], None)[0]["cifar100"]()
+    data = datasets.find([tmp_path], None)[0]["cifar100"]()
     assert (len(data.images), len(data.train[0])) == (5, 7)
     classes = data.classes[""]
     assert classes.labels.tolist() == [0, 19, 38, 57, 76]
