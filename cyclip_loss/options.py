@@ -56,30 +56,26 @@ def _bool(name: str, value: Any) -> bool:
     return value
 
 
-def _option(default: _Anything, check: Callable[[str, Any], Any]) -> _Anything:
-    return field(default=default, metadata={"check": check})
-
-
-def _choice(*choices: str) -> str:
+def _one_of(*choices: str) -> Callable[[str, Any], str]:
     def check(name: str, value: Any) -> str:
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         return value  # type: ignore[no-any-return]
 
-    return _option(choices[0], check)
+    return check
 
 
 @dataclass(eq=False, repr=False)
 class PenaltyOptions:
     """The options of the penalties. Each is checked when it is set, and may be set at any time."""
 
-    lambda_inmodal: float = _option(0.25, _weight)
-    lambda_crossmodal: float = _option(0.25, _weight)
+    lambda_inmodal: float = field(default=0.25, metadata={"check": _weight})
+    lambda_crossmodal: float = field(default=0.25, metadata={"check": _weight})
     _: KW_ONLY
-    reference_batch_size: int | None = _option(None, _optional_batch_size)
+    reference_batch_size: int | None = field(default=None, metadata={"check": _optional_batch_size})
     process_group: ProcessGroup | None = None
-    distributed: bool = _option(True, _bool)
-    impl: str = _choice(*IMPLS)
+    distributed: bool = field(default=True, metadata={"check": _bool})
+    impl: str = field(default="auto", metadata={"check": _one_of(*IMPLS)})
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _CHECKS:
@@ -94,9 +90,11 @@ class PenaltyOptions:
 class LossOptions(PenaltyOptions):
     """The options of the whole loss."""
 
-    dist_impl: str = _choice(*DIST_IMPLS)
-    uneven: bool = _option(False, _bool)
-    inmodal_contrastive_weight: float | None = _option(None, _optional_weight)
+    dist_impl: str = field(default="gather", metadata={"check": _one_of(*DIST_IMPLS)})
+    uneven: bool = field(default=False, metadata={"check": _bool})
+    inmodal_contrastive_weight: float | None = field(
+        default=None, metadata={"check": _optional_weight}
+    )
 
 
 _CHECKS = {f.name: f.metadata["check"] for f in fields(LossOptions) if f.metadata}
@@ -148,6 +146,7 @@ def takes_options(options: Callable[..., Any] | None = None) -> Callable[[_Anyth
                     raise TypeError(f"{called} has no argument {name!r}{hint}")
             return function(*args, **kwargs)
 
+        del call.__wrapped__  # or documentation tools would show its signature
         call.__signature__ = signature.replace(parameters=list(parameters.values()))  # type: ignore[attr-defined]
         return call
 
