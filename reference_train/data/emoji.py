@@ -1,6 +1,5 @@
 """The emoji that ship in `emoji/`: about 1,600 concepts, each drawn in several styles."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,11 +69,3 @@ def read_emoji(folder: Path = EMOJI_FOLDER) -> EmojiSet:
             raise CannotStart(f"{folder}/{style}.tar.xz holds no image with a caption")
     pixels = torch.from_numpy(np.stack(images))
     return EmojiSet(list(concepts), pixels, torch.tensor(drawn), styles)
-
-
-def fingerprint(folder: Path = EMOJI_FOLDER) -> str:
-    """A name for exactly these shards: a model may have trained on what others hold out."""
-    digest = hashlib.sha256()
-    for style in ALL_STYLES:
-        digest.update((folder / f"{style}.tar.xz").read_bytes())
-    return f"emoji-{digest.hexdigest()[:12]}"

@@ -307,10 +307,8 @@ def main(argv: Sequence[str]) -> None:
     parser = Parser(prog="python -m reference_train.data.icons", description=__doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="a new folder")
-    words = "the package on disk (`npm pack @iconify/json`); default: downloaded"
-    add("--package", type=Path, metavar="FILE", help=words)
-    words = "draw N icons only, picked at random: a small build to try things with"
-    add("--limit", type=whole_number(1), metavar="N", help=words)
+    add("--package", type=Path, metavar="FILE", help="what `npm pack @iconify/json` downloads")
+    add("--limit", type=whole_number(1), metavar="N", help="draw N icons, picked at random")
     words = "train on at most N icons with the same name; default %(default)s; 0: on all"
     most, count = PICTURES_OF_A_NAME, whole_number(0)
     add("--pictures-of-a-name", type=count, default=most, metavar="N", help=words)

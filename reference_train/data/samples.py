@@ -1,5 +1,6 @@
 """Image-caption samples of WebDataset tar files, read and decoded."""
 
+import hashlib
 import io
 import json
 import lzma
@@ -8,6 +9,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,6 +85,15 @@ def ends_early(shard: str) -> bool:
     with open(shard, "rb") as file:
         file.seek(max(0, os.path.getsize(shard) - 1024))
         return file.read() != bytes(1024)
+
+
+def fingerprint(shards: Sequence[str]) -> str:
+    """A name for these shards by their own names and sizes, wherever their folder is."""
+    files = [
+        f"{Path(shard).name} {Path(shard).stat().st_size}" if os.path.isfile(shard) else shard
+        for shard in shards
+    ]
+    return f"{len(shards)} shards, {hashlib.sha256(repr(files).encode()).hexdigest()[:12]}"
 
 
 def decode(image: bytes, size: int) -> npt.NDArray[np.uint8]:

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from ..command_line import Parser, add_device, whole_number
-from ..data.emoji import TRAIN_STYLES, fingerprint, read_emoji
+from ..data.emoji import EMOJI_FOLDER, TRAIN_STYLES, read_emoji
+from ..data.samples import fingerprint
 from ..evaluate import report
 from ..evaluate.datasets import DataSet, Images
 from ..evaluate.measure import measure
@@ -20,7 +21,6 @@ from .model import build_model
 from .questions import SITUATIONS, situation
 from .train import RunConfig, train
 
-BATCH_SIZE = 256  # as in results/
 PRESETS = {
     "short": {"steps": 620, "lr": 3e-3, "logit_scale": 33.0},
     "long": {"steps": 1500, "lr": 2e-3, "logit_scale": 14.3},
@@ -40,15 +40,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments, with the preset filled in. Raises `CannotStart`."""
     parser = Parser(prog="python -m reference_train", description=DESCRIPTION, epilog=EPILOG)
     add = parser.add_argument
-    words = "of clip, cyclip, c-cyclip (cross-modal penalty alone), i-cyclip (in-modal one alone)"
     losses = ["clip", "cyclip"]
-    add("--loss", nargs="+", choices=LOSSES, default=losses, metavar="LOSS", help=words)
+    add("--loss", nargs="+", choices=LOSSES, default=losses, help="default: clip cyclip")
     add("--seeds", type=whole_number(1), default=1, metavar="N", help="runs of each loss")
     words = "short (default): 620 steps, lr 3e-3, logit scale 33; long: 1,500, 2e-3 and 14.3"
     add("--preset", choices=PRESETS, default="short", help=words)
     add("--steps", type=whole_number(1), help="overrides the preset")
-    words = "distinct concepts in a batch (default %(default)s)"
-    add("--batch-size", type=whole_number(2), default=BATCH_SIZE, help=words)
+    add("--batch-size", type=whole_number(2), default=256, help="default %(default)s")
     add_device(parser)
     add("--out", type=Path, metavar="DIR", help="default: runs/PRESET")
     arguments = parser.parse_args(argv)
@@ -66,7 +64,8 @@ def main(argv: Sequence[str]) -> None:
     # a folder holds runs that can be compared: they differ in loss and seed alone
     settings = {n: getattr(arguments, n) for n in ("steps", "batch_size", "lr", "logit_scale")}
     command = shlex.join(["python", "-m", "reference_train", *argv])
-    result = report.start(out, {**settings, "data": fingerprint()}, command, arguments.device)
+    shards = [str(path) for path in sorted(EMOJI_FOLDER.glob("*.tar.xz"))]
+    result = report.start(out, {**settings, "data": fingerprint(shards)}, command, arguments.device)
     emoji = read_emoji()
     EmojiBatches(emoji, lambda texts: torch.zeros(len(texts), 1), arguments.batch_size, 0)
     held_out, drawn, styles = emoji.drawings(TRAIN_STYLES, emoji.in_split("validation"))

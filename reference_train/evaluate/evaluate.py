@@ -41,21 +41,18 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         prog="python -m reference_train evaluate", description=DESCRIPTION, epilog=EPILOG
     )
     add = parser.add_argument
-    words = "logs/NAME (its best.pt, else its newest epoch) or a file; several: several columns"
-    add("checkpoint", nargs="*", type=Path, metavar="CHECKPOINT", help=words)
+    add("checkpoint", nargs="*", type=Path, metavar="CHECKPOINT", help="logs/NAME, or a file")
     add("--data", nargs="+", type=Path, default=[], metavar="DIR", help="where data sets are")
-    words = "your own data set: in DIR (or DIR/test, DIR/train) a folder of images for each class"
+    words = "your own data set: a folder of images for each class, in DIR or DIR/test, DIR/train"
     add("--imagefolder", nargs="+", default=[], metavar="NAME=DIR", help=words)
     add("--only", nargs="+", metavar="NAME", help="data sets to evaluate; default: all there are")
     add("--model", help="OpenCLIP's name of the model; default: as the run's params.txt says")
     add("--pretrained", metavar="TAG", help="OpenCLIP's own weights of --model, one more column")
-    words = "fit one as the paper's authors do, on the features of the whole train split"
-    add("--linear-probe", action="store_true", help=words)
+    add("--linear-probe", action="store_true", help="fit one, as the paper's authors do")
     words = "of ImageNet's classes in its order, 1,000 lines (the paper's 67 do not ship)"
     add("--superclasses", type=lambda path: lines(Path(path)), metavar="FILE", help=words)
     add_device(parser)
-    words = "default: amp_bf16 on cuda, fp32 elsewhere"
-    add("--precision", choices=["fp32", "amp", "amp_bf16"], help=words)
+    add("--precision", choices=["fp32", "amp", "amp_bf16"], help="default: amp_bf16 on cuda")
     add("--batch-size", type=whole_number(1), default=256, metavar="N", help="default %(default)s")
     workers, words = min(8, os.cpu_count() or 1), "processes that decode images; here %(default)s"
     add("--workers", type=whole_number(0), default=workers, metavar="N", help=words)
@@ -63,10 +60,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.precision is None:
         arguments.precision = "amp_bf16" if arguments.device.type == "cuda" else "fp32"
-    if arguments.superclasses is not None and len(arguments.superclasses) != 1000:
-        raise CannotStart(
-            f"--superclasses: a file of {len(arguments.superclasses)} lines, not 1000"
-        )
+    if arguments.superclasses is not None and (count := len(arguments.superclasses)) != 1000:
+        raise CannotStart(f"--superclasses: a file of {count} lines, not 1000")
     return arguments
 
 

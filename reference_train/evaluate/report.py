@@ -111,7 +111,7 @@ def write(result: Result, out: Path) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """`python -m reference_train report`."""
-    words = "Makes table.md and picture.png again. Runs that are called LOSS-SEED are one column."
+    words = "Makes table.md and picture.png again. Runs that are called NAME-SEED are one column."
     parser = Parser(prog="python -m reference_train report", description=words)
     add = parser.add_argument
     add("evaluations", nargs="+", type=Path, metavar="FOLDER", help="or an evaluation.json")

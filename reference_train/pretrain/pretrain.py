@@ -24,6 +24,7 @@ from open_clip_train import main as trainer
 from cyclip_loss import open_clip_train
 
 from ..command_line import CannotStart, Parser, Stopped, say, whole_number
+from ..data.samples import fingerprint
 from ..files import check_writable, locked
 from ..losses import LOSSES
 from . import shards, training
@@ -115,10 +116,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add = parser.add_argument
     add("--preset", choices=NAMES, required=True, help="model, schedule, batch size")
     add("--loss", choices=LOSSES, default="cyclip", help="default: cyclip")
-    words = "WebDataset of images and captions: tar files (braces allowed) or their folder"
-    add("--data", required=True, metavar="SHARDS", help=words)
-    words = "held-out pairs; default: of a folder --data, those with 'val' in their names"
-    add("--val", metavar="SHARDS", help=words)
+    add("--data", required=True, metavar="SHARDS", help="tar files (braces allowed), or a folder")
+    add("--val", metavar="SHARDS", help="held-out pairs; default: those of a folder --data")
     add("--batch-size", type=whole_number(1), metavar="N", help="of all ranks")
     add("--seed", type=int, default=0, help="default: 0")
     # not --logs, as OpenCLIP's: torchrun would take it for the start of one of its own
@@ -210,11 +209,11 @@ def check_data(args: argparse.Namespace, flags: list[str]) -> tuple[dict[str, in
             flags += ["--train-num-samples", str(args.train_num_samples)]
     if not args.dataset_resampled:
         shards.check_shared(train, known, max(args.workers, 1), args.world_size, args.batch_size)
-    names = {"train_shards": shards.fingerprint(train)}
+    names = {"train_shards": fingerprint(train)}
     if args.val_data:
         val = shards.expand(args.val_data)
         known |= shards.check("--val", val, held_out=args.rank == 0)
-        names["val_shards"] = shards.fingerprint(val)
+        names["val_shards"] = fingerprint(val)
     elif args.rank == 0:
         say("no held-out pairs (--val, or 'val' in the shards' names): no best epoch is kept")
     return known, names

@@ -1,6 +1,5 @@
 """The tar files of a WebDataset: which there are, how many pairs they hold, and if that will do."""
 
-import hashlib
 import io
 import json
 import os
@@ -43,15 +42,6 @@ def find(data: str, part: str, needed: bool = True) -> str:
 def expand(data: str) -> list[str]:
     """The tar files of a pattern, as OpenCLIP expands it."""
     return [path for pattern in data.split("::") for path in braceexpand(pattern)]
-
-
-def fingerprint(shards: Sequence[str]) -> str:
-    """A name for these shards by their own names and sizes, wherever their folder is."""
-    files = [
-        f"{Path(shard).name} {Path(shard).stat().st_size}" if os.path.isfile(shard) else shard
-        for shard in shards
-    ]
-    return f"{len(shards)} shards, {hashlib.sha256(repr(files).encode()).hexdigest()[:12]}"
 
 
 def check(argument: str, shards: Sequence[str], held_out: bool) -> dict[str, int]:

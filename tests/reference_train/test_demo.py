@@ -24,7 +24,7 @@ from PIL import Image
 
 from reference_train import __main__ as cli
 from reference_train.command_line import CannotStart, Stopped, run
-from reference_train.data.emoji import ALL_STYLES, TRAIN_STYLES, fingerprint, read_emoji
+from reference_train.data.emoji import ALL_STYLES, TRAIN_STYLES, read_emoji
 from reference_train.demo import demo as command
 from reference_train.demo import questions, train
 from reference_train.demo.batches import EmojiBatches, augment
@@ -79,7 +79,7 @@ def small(emoji_folder: Path) -> Iterator[None]:
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "read_emoji", partial(read_emoji, emoji_folder))
-        patch.setattr(command, "fingerprint", partial(fingerprint, emoji_folder))
+        patch.setattr(command, "EMOJI_FOLDER", emoji_folder)
         patch.setattr(train, "VALIDATIONS", 2)
         small_text = {**TINY["text_cfg"], "width": 16, "heads": 2}  # most is the token embedding
         patch.setitem(TINY, "text_cfg", small_text)
