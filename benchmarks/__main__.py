@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -45,6 +46,7 @@ def main(arguments: list[str]) -> int:
     interpreted = options.command == "gpu" and options.dry_run
     os.environ["TRITON_INTERPRET"] = str(int(interpreted))
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler reports each start
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: `timeout` sends it
     code: int = import_module(MODULES[options.command]).main(options)
     return code
 

@@ -9,6 +9,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from statistics import quantiles
@@ -85,6 +86,38 @@ def columns(runs: list[float]) -> dict[str, float | int]:
         return {"runs": 1, "ms": runs[0]}
     deciles = quantiles(runs, n=10, method="inclusive")
     return {"runs": len(runs), "ms": deciles[4], "p20": deciles[1], "p80": deciles[7]}
+
+
+def launches_of(step: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """Columns of one step: its wall time, its launches, its time in a CUDA graph.
+
+    In small batches a step is 20 to 200 microseconds of matrix products, so that the wall time is
+    that of Python and launches; the graph's time is what is left without them.
+    """
+    row = {"wall ms": 1e3 * wall_seconds(step, 0.2)}
+    if spent := profiled(step, device):
+        row["launches"] = sum(count for count, _ in spent.values())
+    if device.type == "cuda":
+        from triton.testing import do_bench_cudagraph
+
+        with suppress(Exception):  # not every library can be captured
+            row["graph ms"] = do_bench_cudagraph(step, rep=5, return_mode="median")
+    return row
+
+
+def profiled(call: Callable[[], object], device: torch.device) -> dict[str, tuple[int, float]]:
+    """By kernel, how often it is launched and its microseconds in all, as the profiler sees it.
+
+    On CPU, where there are no launches: PyTorch's operators. Nothing where it may not look.
+    """
+    on_cuda = device.type == "cuda"
+    kind, own = ("CUDA", "self_device_time_total") if on_cuda else ("CPU", "self_cpu_time_total")
+    with profile(activities=[getattr(ProfilerActivity, kind)]) as profiler:
+        call()
+        if on_cuda:
+            torch.cuda.synchronize()
+    events = [e for e in profiler.key_averages() if e.device_type.name == kind and getattr(e, own)]
+    return {e.key: (e.count, getattr(e, own)) for e in events}
 
 
 def allocated_peak(device: torch.device, work: Callable[[], object]) -> int:

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cache
 from importlib import metadata
@@ -51,11 +52,7 @@ def device_name(device: torch.device) -> str:
 def versions() -> dict[str, str]:
     """Of what a measurement depends on, and is there."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
+    found |= {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES}
     if torch.cuda.is_available():
         found["driver"] = str(collect_env.get_nvidia_driver_version(collect_env.run))
     _, commit, _ = collect_env.run(f"git -C {ROOT} describe --always --dirty")
@@ -69,17 +66,15 @@ def markdown(record: dict[str, Any], summary: str = "") -> str:
         lines += ["**DRY RUN**: on CPU at tiny sizes. No time in it means anything.", ""]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines += [f"`{record['command']}`; {versions}.", ""]
-    sections = record["sections"]
-    failures = [(name, *x.split("\n", 1)) for name, s in sections.items() for x in s["failures"]]
-    lines += [*(f"- FAILED {name}: {what}" for name, what, *_ in failures), ""] if failures else []
+    for name, section in record["sections"].items():
+        for failure in section["failures"]:
+            lines += [f"## FAILED {name}", "", "```", failure, "```", ""]
     lines += ["## Summary", "", summary, ""] if summary else []
-    for name, section in sections.items():
+    for name, section in record["sections"].items():
         lines += [f"## {name}", ""]
         lines += [section["about"], ""] if section["about"] else []
         lines += [table(section["rows"]), ""] if section["rows"] else []
         lines += [*(f"- {note}" for note in section["notes"]), ""] if section["notes"] else []
-    for name, what, *text in failures:
-        lines += [f"## FAILED {name}: {what}", "", "```", *text, "```", ""] if text else []
     return "\n".join(lines)
 
 
@@ -103,14 +98,37 @@ def number(value: Any) -> str:
     return f"{round(value, digits):,.{max(0, digits)}f}"
 
 
-def write(folder: Path, kind: str, record: dict[str, Any], summary: str = "") -> Path:
-    """Write both files, <kind>-<device>-<date>; the JSON's path. NaN is as Python reads it."""
-    device = re.sub(r"[^a-z0-9]+", "-", record["device"].split(",")[0].lower())
-    path = folder / f"{kind}-{device}-{record['date'].replace(':', '')}.json"
+def carry_out(
+    run: Run,
+    kind: str,
+    sections: Mapping[str, Callable[[Run], None]],
+    folder: Path,
+    summary: Callable[[dict[str, Any]], str] = lambda record: "",
+) -> tuple[dict[str, Any], Path]:
+    """Run the sections one by one; the record, and its JSON file, <kind>-<device>-<date>.
+
+    It is written after each section, and when the command is interrupted, with a Markdown file
+    beside it. NaN is as Python reads it.
+    """
+    device = re.sub(r"[^a-z0-9]+", "-", device_name(run.device).split(",")[0].lower())
+    file = folder / f"{kind}-{device}-{run.began:%Y-%m-%dT%H%M}.json"
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(markdown(record, summary), path.with_suffix(".md"))
-    write_whole(json.dumps(record, indent=1) + "\n", path)
-    return path
+
+    def save() -> dict[str, Any]:
+        record = describe(run)
+        write_whole(markdown(record, summary(record)), file.with_suffix(".md"))
+        write_whole(json.dumps(record, indent=1) + "\n", file)
+        return record
+
+    try:
+        for name, measure in sections.items():
+            with run.part(name):
+                measure(run)
+            save()
+    except KeyboardInterrupt:
+        run.fail("interrupted")
+    run.say(f"{run.failures()} failures; record in {file} and {file.with_suffix('.md')}")
+    return save(), file
 
 
 def write_whole(content: str | bytes, path: Path) -> None:

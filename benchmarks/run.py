@@ -38,6 +38,7 @@ class Run:
     """Where, how long, and the sections by name. A dry run is tiny, and proves no speed."""
 
     def __init__(self, device: torch.device, dry_run: bool = False) -> None:
+        torch.manual_seed(SEED)
         self.device, self.dry_run = device, dry_run
         self.sections: dict[str, Section] = {}
         self.section = Section()
@@ -57,9 +58,9 @@ class Run:
         print(f"[{self.elapsed():6.1f} s] {text}", flush=True)
 
     @contextmanager
-    def part(self, name: str, about: str = "") -> Iterator[Section]:
+    def part(self, name: str) -> Iterator[Section]:
         """Collect into a new section. An exception in it is a failure of it, not of the run."""
-        outer, self.section = self.section, Section(about)
+        outer, self.section = self.section, Section()
         self.sections[name] = self.section
         self.say(name)
         try:
@@ -91,6 +92,10 @@ class Run:
         """Note and print what was left out, or makes results doubtful."""
         self.section.notes.append(text)
         self.say(text)
+
+    def failures(self) -> int:
+        """Of all sections."""
+        return sum(len(section.failures) for section in self.sections.values())
 
     def pairs(
         self, n: int, d: int, dtype: torch.dtype = torch.float32, distance: float | None = None

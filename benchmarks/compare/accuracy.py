@@ -35,11 +35,6 @@ def results(loss: Loss, image: Tensor, text: Tensor, scale: Tensor) -> dict[str,
     return found if of_scale is None else found | {"logit-scale gradient": of_scale}
 
 
-def relative_error(actual: Tensor, exact: Tensor) -> float:
-    """The norm of the difference over the norm of the exact result."""
-    return float((actual.double() - exact).norm() / exact.norm())
-
-
 def definition(lacks: str, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     """What a competitor that lacks this should compute."""
     terms = reference.cyclip_loss(image, text, scale)
@@ -49,6 +44,7 @@ def definition(lacks: str, image: Tensor, text: Tensor, scale: Tensor) -> Tensor
 
 def errors(run: Run, found: list[Competitor], plan: Plan) -> None:
     """A row for each competitor, dtype and distance: against what it means to compute."""
+    run.section.about = ABOUT
     n, d = plan.error_at
     scale = torch.tensor(LOGIT_SCALE, device=run.device)
     for dtype, distance in product(plan.error_dtypes, DISTANCES):
@@ -60,5 +56,7 @@ def errors(run: Run, found: list[Competitor], plan: Plan) -> None:
         for name, loss, lacks in ((c.name, c.loss, c.lacks) for c in found):
             with run.attempt(**where, loss=name, lacks=lacks) as row:
                 actual = results(loss, image, text, scale)
-                both = [what for what in exact[lacks] if what in actual]
-                row |= {what: relative_error(actual[what], exact[lacks][what]) for what in both}
+                for what, right in exact[lacks].items():
+                    if what in actual:
+                        difference = actual[what].double() - right
+                        row[what] = (difference.norm() / right.norm()).item()

@@ -7,12 +7,13 @@ Features have rows of unit length.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from benchmarks.run import one_line
+from benchmarks.run import Run, one_line
 from cyclip_loss import CyCLIPLoss, cyclic_penalty, reference
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -69,13 +70,6 @@ def with_ids(loss: Callable[..., Tensor]) -> Loss:
     )
 
 
-def _open_clip() -> Loss:
-    import open_clip
-
-    loss: Loss = open_clip.ClipLoss()
-    return loss
-
-
 # Name: what makes the loss, and what it lacks. `dynamic`: one compilation for all sizes, each of
 # which takes up to a quarter of a minute on two cores. Code for one size alone was no faster
 # (N = 2,048, D = 512, on CPU).
@@ -87,7 +81,7 @@ BUILDERS: dict[str, tuple[Callable[[], Loss], str]] = {
     AUTHORS: (lambda: authors_formula, ""),
     COMPILED: (lambda: torch.compile(authors_formula, dynamic=True), ""),
     DENSE_PENALTIES: (lambda: dense_penalties, CONTRASTIVE),
-    OPEN_CLIP: (_open_clip, PENALTIES),
+    OPEN_CLIP: (lambda: import_module("open_clip").ClipLoss(), PENALTIES),
     IDS: (lambda: with_ids(CyCLIPLoss()), ""),
     AUTHORS_IDS: (lambda: with_ids(authors_formula), ""),
 }
@@ -99,14 +93,14 @@ def build(name: str) -> Competitor:
     return Competitor(name, make(), lacks)
 
 
-def competitors(device: torch.device) -> tuple[list[Competitor], list[str]]:
-    """Those that can run, and why the others cannot. On CPU `EAGER` is `OURS`."""
-    found, reasons = [], []
+def competitors(run: Run, *without: str) -> list[Competitor]:
+    """Those that can run; why the others cannot is noted. On CPU `EAGER` is `OURS`."""
+    found = []
     for name in BUILDERS:
-        if name == EAGER and device.type != "cuda":
+        if name in without or (name == EAGER and run.device.type != "cuda"):
             continue
         try:
             found.append(build(name))
         except Exception as error:  # an installed package may fail to import in any way
-            reasons.append(f"without {name}: {one_line(error)}")
-    return found, reasons
+            run.note(f"without {name}: {one_line(error)}")
+    return found

@@ -16,6 +16,7 @@ from benchmarks.measure import (
     allocated_peak,
     columns,
     interleaved,
+    launches_of,
     limit_to_available,
     wall_seconds,
 )
@@ -23,24 +24,28 @@ from benchmarks.run import OUT_OF_MEMORY, Run, outcome_of
 
 WARM_UP_ROWS = 96
 MOST_RUNS = 300
+# The largest N at which contrastive term and penalties also run alone; at which launches, rather
+# than products, may take the time of a GPU.
+PARTS_UP_TO, LAUNCHES_UP_TO = 16384, 8192
 LOGIT_SCALE = 14.3  # CLIP's at the start
 ABOUT = (
     "Forward and backward: median, 20th and 80th percentile of interleaved runs; where runs is 1, "
     "of the only one, in a process of its own. Peak: what PyTorch's allocator handed out beyond "
     "the inputs, gradients included. Of matrix rate: 8 N² D flops at the rate of one library "
-    "product, over the time."
+    "product, over the time. Wall: one after another, as in training; graph: in a CUDA graph."
 )
 
 
 def costs(run: Run, found: list[Competitor], plan: Plan) -> None:
     """Rows of time and memory, size by size, for as long as there is time."""
+    run.section.about = ABOUT
     rate = matrix_rate(run, plan.dtype, plan.matrix)
     for n, d in plan.sizes:
         if run.remaining() < 3 * plan.seconds:
             run.note(f"N = {n:,}, D = {d:,} left out: no time")
             continue
         run.say(f"N = {n:,}, D = {d:,}")
-        chosen = [c for c in found if n <= plan.parts_up_to or c.name not in PARTS]
+        chosen = [c for c in found if n <= PARTS_UP_TO or c.name not in PARTS]
         try:
             if n <= plan.timed_up_to:
                 rows = measure(run, chosen, n, d, plan)
@@ -81,9 +86,10 @@ def measure(
     """
     rows: dict[str, dict[str, Any]] = {}
     steps: dict[str, Callable[[], object]] = {}
+    dtype = {"dtype": str(plan.dtype).removeprefix("torch.")}
     few, leaves = leaves_of(run, WARM_UP_ROWS, d, plan.dtype), leaves_of(run, n, d, plan.dtype)
     for competitor in found:
-        with run.attempt(N=n, D=d, loss=competitor.name, lacks=competitor.lacks) as row:
+        with run.attempt(N=n, D=d, **dtype, loss=competitor.name, lacks=competitor.lacks) as row:
             step_of(competitor.loss, few)()  # what libraries load, compile and allocate once
             step = step_of(competitor.loss, leaves)
             begun = time.perf_counter()
@@ -92,6 +98,8 @@ def measure(
                 row |= columns([1e3 * (time.perf_counter() - begun)])
             else:
                 steps[competitor.name] = step
+                if n <= LAUNCHES_UP_TO and (run.dry_run or run.device.type == "cuda"):
+                    row |= launches_of(step, run.device)
         rows[competitor.name] = row
     runs = interleaved(steps, run.device, plan.seconds, plan.least, MOST_RUNS)
     for name, times in runs.items():

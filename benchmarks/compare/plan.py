@@ -14,7 +14,6 @@ class Plan:
 
     dtype: torch.dtype
     sizes: tuple[tuple[int, int], ...]  # N, D
-    parts_up_to: int  # the largest N at which contrastive term and penalties also run alone
     timed_up_to: int  # the largest N that runs again and again; beyond it, each loss runs once
     error_at: tuple[int, int]
     error_dtypes: tuple[torch.dtype, ...]
@@ -32,7 +31,6 @@ CPU = Plan(
         *((128, 512), (128, 1024), (512, 512), (512, 1024), (2048, 512), (2048, 1024)),
         *((8192, 512), (32768, 512)),
     ),
-    parts_up_to=8192,
     timed_up_to=8192,
     error_at=(2048, 512),
     error_dtypes=(torch.float32,),
@@ -43,8 +41,10 @@ CPU = Plan(
 # First what is most asked for: `gpu` may not have time for all.
 CUDA = Plan(
     dtype=torch.bfloat16,
-    sizes=((4096, 512), (65536, 768), (16384, 512), (1024, 512), (32768, 768), (262144, 768)),
-    parts_up_to=16384,
+    sizes=(
+        *((4096, 512), (65536, 768), (16384, 512), (1024, 512), (32768, 768)),
+        *((512, 512), (2048, 512), (8192, 512), (262144, 768)),
+    ),
     timed_up_to=262144,
     error_at=(8192, 512),
     error_dtypes=(torch.float32, torch.bfloat16),

@@ -109,11 +109,9 @@ def draw(record: dict[str, Any], beside: Path) -> None:
 def _multiples(ax: Any, rows: list[Row], column: str) -> None:
     """Each loss relative to ours, by N; where there was not enough memory the words say so."""
     ours = dict(points(rows, names.OURS, "N", column))
-    places = {n: place for place, n in enumerate(sorted({row["N"] for row in rows}))}
     lines: Lines = {
-        loss: [(places[n], y / ours[n]) for n, y in points(rows, loss, "N", column) if n in ours]
-        for loss in STYLES
-        if loss not in ALONE
+        loss: [(n, y / ours[n]) for n, y in points(rows, loss, "N", column) if n in ours]
+        for loss in (*WHOLE, names.OPEN_CLIP)
     }
     _lines(ax, lines)
     for loss, line in lines.items():
@@ -121,13 +119,13 @@ def _multiples(ax: Any, rows: list[Row], column: str) -> None:
         if failed and line:
             style = {"color": STYLES[loss][0], "fontsize": "small", "ha": "right"}
             ax.annotate("then out of memory", line[-1], (6, 9), textcoords="offset points", **style)
-    paper = {PAPER_BATCH_SIZE: "\n(the paper's)"}
-    ax.set_xticks(list(places.values()), [f"{n:,}{paper.get(n, '')}" for n in places])
+    batches, paper = sorted({row["N"] for row in rows}), {PAPER_BATCH_SIZE: "\n(the paper's)"}
+    ax.set(xscale="log", xlabel="N, pairs in the batch")
+    ax.set_xticks(batches, [f"{n:,}{paper.get(n, '')}" for n in batches])
     low, high = ax.get_ylim()
     ticks = [t for t in (0.5, 0.7, 1, 2, 3, 5, 10, 20, 50) if low <= t <= high]
     ax.set_yticks(ticks, [f"{t:g}×" for t in ticks])
     ax.minorticks_off()
-    ax.set(xlabel="N, pairs in the batch", xlim=(-0.3, len(places) - 0.6))
 
 
 def _lines(ax: Any, lines: Lines) -> None:

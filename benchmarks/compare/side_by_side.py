@@ -6,17 +6,18 @@ record (JSON, Markdown, pictures) in `results/`. On CUDA if there is a device, e
 
 import argparse
 import os
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
-from benchmarks import record
-from benchmarks.compare import accuracy, cost, training_step
+from benchmarks.compare.accuracy import errors
 from benchmarks.compare.competitors import Competitor, competitors
-from benchmarks.compare.plan import CPU, CUDA, Plan
+from benchmarks.compare.cost import costs
+from benchmarks.compare.plan import CPU, CUDA
 from benchmarks.compare.report import draw, summary
-from benchmarks.run import SEED, Run
+from benchmarks.compare.training_step import training
+from benchmarks.record import RESULTS, carry_out
+from benchmarks.run import Run
 
 BUSY = 0.25  # running processes a core, beyond which times mean little
 
@@ -28,33 +29,22 @@ def main(options: argparse.Namespace) -> int:
     if options.sizes:
         n = min(max(options.sizes), plan.error_at[0])
         plan = replace(plan, sizes=tuple((n, 512) for n in options.sizes), error_at=(n, 512))
-    torch.manual_seed(SEED)
-    found, reasons = competitors(run.device)
-    sections: dict[str, tuple[str, Callable[[Run, list[Competitor], Plan], None]]] = {
-        "cost": (cost.ABOUT, cost.costs),
-        "error": (accuracy.ABOUT, accuracy.errors),
-        "training step": (training_step.ABOUT, training_step.training),
+    found: list[Competitor] = []
+
+    def machine(run: Run) -> None:
+        """Note how busy the machine is already, and what is missing."""
+        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # Windows has none
+        busy = load > BUSY * (os.cpu_count() or 1)
+        run.note(f"load before: {load:.2f}{'; it was busy, do not trust the times' * busy}")
+        found.extend(competitors(run))
+
+    sections = {
+        "machine": machine,
+        "cost": lambda run: costs(run, found, plan),
+        "error": lambda run: errors(run, found, plan),
+        "training step": lambda run: training(run, found, plan),
     }
-    try:
-        for name, (about, measure) in sections.items():
-            with run.part(name, about):
-                if name == "cost":
-                    look_around(run, reasons)
-                measure(run, found, plan)
-    except KeyboardInterrupt:  # what there is becomes a record that says so
-        run.fail("interrupted")
-    described = record.describe(run)
-    text = summary(described)
-    file = record.write(options.out or record.RESULTS, "side-by-side", described, text)
-    print(f"\n{text}\n\nwrote {file} and {file.with_suffix('.md')}")
-    draw(described, file)
-    return 1 if any(section.failures for section in run.sections.values()) else 0
-
-
-def look_around(run: Run, reasons: list[str]) -> None:
-    """Note how busy the machine is already, and what is missing."""
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # Windows has none
-    busy = load > BUSY * (os.cpu_count() or 1)
-    run.note(f"load before: {load:.2f}{'; the machine was busy, do not trust the times' * busy}")
-    for reason in reasons:
-        run.note(reason)
+    record, file = carry_out(run, "side-by-side", sections, options.out or RESULTS, summary)
+    print(f"\n{summary(record)}\n")
+    draw(record, file)
+    return 1 if run.failures() else 0

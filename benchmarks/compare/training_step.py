@@ -72,6 +72,7 @@ class Trainer:
 
 def training(run: Run, found: list[Competitor], plan: Plan) -> None:
     """A row for some losses: the step, the loss alone, its share, and the step's peak."""
+    run.section.about = ABOUT
     try:
         trainer = Trainer(run, plan.model, plan.batch_size)
     except ImportError as error:

@@ -81,12 +81,12 @@ class Binary:
 def inspect(compiled: Any) -> Binary:
     """What `triton.compile` returned."""
     if "hsaco" in compiled.asm:
-        assembly, code = compiled.asm["amdgcn"], compiled.asm["hsaco"]
+        code, assembly = compiled.asm["hsaco"], compiled.asm["amdgcn"]
         registers, spilled = amd_registers(assembly)
     else:
         code = compiled.asm["cubin"]
-        usage, assembly = disassemble(code)
-        registers, spilled = nvidia_registers(usage, assembly)
+        assembly = disassemble(code)
+        registers, spilled = nvidia_registers(assembly)
     return Binary(
         registers,
         spilled,
@@ -108,35 +108,30 @@ def amd_registers(assembly: str) -> tuple[int, int]:
     return field("vgpr_count"), max(spilled, field("private_segment_fixed_size"))
 
 
-def nvidia_registers(usage: str, sass: str) -> tuple[int, int]:
+def nvidia_registers(sass: str) -> tuple[int, int]:
     """The registers of a thread, and the bytes that it spills.
 
     The stack holds what is spilled; LDL and STL, of any width, read and write it. Both are looked
     at: a stack that is never touched costs nothing, and a local access without one is no less slow.
     """
     registers, stack = (
-        max(map(int, re.findall(rf"{name}:(\d+)", usage))) for name in ("REG", "STACK")
+        max(map(int, re.findall(rf"{name}:(\d+)", sass))) for name in ("REG", "STACK")
     )
     local_accesses = len(re.findall(r"\b(?:LDL|STL)\b", sass))
     return registers, max(stack, 4 * local_accesses) if local_accesses else 0
 
 
-def disassemble(cubin: bytes) -> tuple[str, str]:
+def disassemble(cubin: bytes) -> str:
     """The resource usage and the assembly (SASS) of what was compiled for NVIDIA."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     # cuobjdump finds nvdisasm, its disassembler, on the PATH.
     environment = {**os.environ, "PATH": f"{tool.parent}{os.pathsep}{os.environ.get('PATH', '')}"}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(cubin)
-        usage, sass = (
-            subprocess.run(
-                [str(tool), option, str(path)],
-                check=True, capture_output=True, text=True, env=environment,
-            ).stdout
-            for option in ("--dump-resource-usage", "--dump-sass")
-        )  # fmt: skip
-    return usage, sass
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", "--dump-sass", file.name]
+        options: dict[str, Any] = {"check": True, "capture_output": True, "text": True}
+        return subprocess.run(command, env=environment, **options).stdout
 
 
 def is_serialised(sass: str) -> bool:

@@ -1,14 +1,12 @@
 """`python -m benchmarks gpu`: tests, times and candidates on the GPU at hand; all in one record.
 
-Needs this checkout, torch, triton, numpy, pytest and hypothesis. Sections are independent: if one
-fails, the record says so, the others go on, and the exit code is 1. What a section has no time for
-is in the record, which is written after each section, and when the command is interrupted or
-terminated. `--dry-run` goes the same way on a CPU, interpreted: a few tests, and tiny sizes timed
-by the wall clock.
+Needs this checkout, torch, triton, numpy, pytest, pytest-xdist and hypothesis. Sections are
+independent: if one fails, the record says so, the others go on, and the exit code is 1. What a
+section has no time for is in the record. `--dry-run` goes the same way on a CPU, interpreted: a few
+tests, and tiny sizes timed by the wall clock.
 """
 
 import argparse
-import signal
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -17,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import record
 from benchmarks.gpu import ablations, suite, sweep, timings
-from benchmarks.run import SEED, Run
+from benchmarks.record import RESULTS, carry_out
+from benchmarks.run import Run
 
 # Each with its seconds, of TOTAL, where all are run; what they leave is for the last. Those that
 # the command names share the whole budget, first come, first served.
@@ -29,10 +27,9 @@ SECTIONS: dict[str, tuple[Callable[[Run], None], float]] = {
     "tests": (partial(suite.suite, suite.KERNELS, suite.SEVERAL), 75),
     "ceilings": (timings.ceilings, 8),
     "kernels": (timings.kernels, 10),
-    "sizes": (timings.sizes, 50),
     "ablations": (ablations.ablations, 15),
     "sweep": (sweep.sweep, 110),
-    "competitors": (timings.beside_competitors, 72),
+    "competitors": (timings.beside_competitors, 122),
     "slow": (partial(suite.suite, suite.SLOW, suite.SEVERAL), TOTAL),
     "ranks": (partial(suite.suite, suite.RANKS, 1), TOTAL),
 }
@@ -43,29 +40,23 @@ def main(options: argparse.Namespace) -> int:
     if not options.dry_run and not torch.cuda.is_available():
         print("no CUDA device: `python -m benchmarks gpu --dry-run` runs on CPU, and times nothing")
         return 2
-    if unknown := [name for name in options.sections or () if name not in SECTIONS]:
+    chosen = options.sections or list(SECTIONS)
+    if unknown := [name for name in chosen if name not in SECTIONS]:
         print(f"--sections {' '.join(unknown)}: choose from {', '.join(SECTIONS)}")
         return 2
     # The interpreter computes on numpy arrays, whose overflows to infinity are intended.
     warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.|numpy")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: `timeout` sends it
-    torch.manual_seed(SEED)
+
+    def in_time(name: str, run: Run) -> None:
+        measure, seconds = SECTIONS[name]
+        share = options.budget if options.sections else seconds * options.budget / TOTAL
+        run.deadline = min(options.budget, run.elapsed() + share)
+        if run.remaining() > 0:
+            measure(run)
+        else:
+            run.note("the budget is spent")
+
     run = Run(torch.device("cpu" if options.dry_run else "cuda"), options.dry_run)
-    folder = Path(tempfile.gettempdir()) if options.dry_run else record.RESULTS
-    try:
-        for name in options.sections or SECTIONS:
-            measure, seconds = SECTIONS[name]
-            share = options.budget if options.sections else seconds * options.budget / TOTAL
-            run.deadline = min(options.budget, run.elapsed() + share)
-            with run.part(name):
-                if run.remaining() > 0:
-                    measure(run)
-                else:
-                    run.note("the budget is spent")
-            file = record.write(options.out or folder, "gpu", record.describe(run))
-    except KeyboardInterrupt:
-        run.fail("interrupted")
-        file = record.write(options.out or folder, "gpu", record.describe(run))
-    failures = sum(len(section.failures) for section in run.sections.values())
-    run.say(f"{failures} failures; record in {file} and {file.with_suffix('.md')}")
-    return 1 if failures else 0
+    folder = options.out or (Path(tempfile.gettempdir()) if options.dry_run else RESULTS)
+    carry_out(run, "gpu", {name: partial(in_time, name) for name in chosen}, folder)
+    return 1 if run.failures() else 0

@@ -3,17 +3,13 @@
 A test that crashes its process fails, and the others go on in a new one.
 """
 
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
-import tempfile
-from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
-from xml.etree import ElementTree
 
 from benchmarks import ROOT
 from benchmarks.run import Run
@@ -27,71 +23,49 @@ FEW = ("tests/loss/test_loss.py", "-k", "eager")
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 # What takes time is the oracle, in float64 on the CPU.
 SEVERAL = max(1, min(8, CORES // 2))
-MOST_FAILURES = 20  # after an illegal access all that follows in a process fails
-GRACE = 20.0  # seconds for pytest to report when it is interrupted
+GRACE = 30.0  # seconds for pytest to report when it is interrupted
+PROGRESS = 15.0  # seconds
+TIMED_OUT = 124  # exit code of `timeout`
+SHOWN = 30_000  # characters at the end of pytest's output, with the failed tests' full text
 
 
 def suite(which: Sequence[str], processes: int, run: Run) -> None:
     """Tests with tensors on the device, until the section's time is over.
 
-    Each that fails is a failure of the section, with its full text. How often tests were skipped
-    for which reason is noted. If pytest leaves no report, its output is a failure.
+    How many passed is a row, why some were skipped are notes. If any fails, what pytest says of it
+    is a failure of the section.
     """
-    command = [sys.executable, "-m", "pytest", "-v", "--device", run.device.type]
-    command += ["-n", str(processes), "--dist", "worksteal"]
-    command += ["--maxfail", str(MOST_FAILURES), "--continue-on-collection-errors"]
-    command += ["-o", "junit_logging=all", "-o", "junit_log_passing_tests=false"]
+    # After an illegal access all that follows in a process fails: 20 failures are enough.
+    command = ["-m", "pytest", "-v", "-rs", "--maxfail", "20", "--continue-on-collection-errors"]
+    command += ["-n", str(processes), "--dist", "worksteal", "--device", run.device.type]
+    command += FEW if run.dry_run else which
+    seconds = 0 if run.deadline == math.inf else max(1, run.remaining())  # 0: no limit
+    limit = ["timeout", "--signal=INT", f"--kill-after={GRACE}", str(seconds)]
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, CORES // processes))}
-    with tempfile.TemporaryDirectory() as folder:
-        report, log = Path(folder, "report.xml"), Path(folder, "log")
-        command += ["--junitxml", str(report), *(FEW if run.dry_run else which)]
-        with log.open("w") as file:
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
-            )
-        ended = False
+    output, told = [], run.elapsed()
+    with subprocess.Popen(
+        [*limit, sys.executable, *command], cwd=ROOT, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as process:  # fmt: skip
         try:
-            ended = wait(process, log, run)
-        finally:  # also where this command is interrupted itself
-            if not ended:
-                os.killpg(process.pid, signal.SIGINT)  # pytest reports, and ends
-                run.note(f"interrupted at: {last_line(log)}")
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(GRACE)
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            code = process.wait()
-            if counts := re.findall(r"(\d+) (passed|failed|skipped|error)", last_line(log)):
-                run.row(**{kind: int(count) for count, kind in counts})
-            # pytest's codes: all passed, some failed, interrupted or too many failed, none to run.
-            if report.exists() and code in (0, 1, 2, 5):
-                read(run, report)
-            else:
-                run.fail(f"pytest ended with {code}\n{log.read_text(errors='replace')[-5000:]}")
-
-
-def wait(process: "subprocess.Popen[bytes]", log: Path, run: Run) -> bool:
-    """Until pytest has ended or the time is over; whether it has ended."""
-    while (seconds := min(15.0, run.remaining() - GRACE)) > 0:
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)
-            return True
-        run.say(last_line(log))
-    return False
-
-
-def last_line(log: Path) -> str:
-    """Where pytest is."""
-    return (log.read_text(errors="replace").strip().splitlines() or ["its start"])[-1]
-
-
-def read(run: Run, report: Path) -> None:
-    """Add the failures, and the reasons why tests were skipped."""
-    skipped: Counter[str] = Counter()
-    for case in ElementTree.parse(report).iter("testcase"):
-        skipped.update(element.get("message", "") for element in case.findall("skipped"))
-        if case.find("failure") is not None or case.find("error") is not None:
-            text = "\n".join(element.text or "" for element in case)
-            run.fail(f"{case.get('classname')}::{case.get('name')}\n{text}")
-    for reason, count in skipped.most_common():
+            for line in process.stdout or ():
+                output.append(line)
+                if run.elapsed() > told + PROGRESS:
+                    told = run.elapsed()
+                    run.say(line.strip())
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)  # `timeout` passes it on
+            raise
+    code, text = process.returncode, "".join(output)
+    for count, reason in re.findall(r"^SKIPPED \[(\d+)\] (.*)", text, re.MULTILINE):
         run.note(f"{count} skipped: {reason}")
+    summary = "".join(re.findall(r"^=+ (.*) in [\d.]+s", text, re.MULTILINE)[-1:])
+    counts = re.findall(r"(\d+) (passed|failed|skipped|error)", summary)
+    if counts:
+        run.row(**{kind: int(count) for count, kind in counts})
+    if code == TIMED_OUT:
+        progress = re.split(r"^[=!]{5,} (?!test session)", text, flags=re.MULTILINE)[0]
+        run.note(f"interrupted at: {''.join(progress.strip().splitlines()[-1:])}")
+    # pytest's codes: 0 all passed, 5 nothing to run.
+    if code not in (0, 5, TIMED_OUT) or re.search("failed|error", summary):
+        run.fail(f"pytest ended with {code}\n{text[-SHOWN:]}")

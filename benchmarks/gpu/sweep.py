@@ -30,7 +30,7 @@ AHEAD = 4 * 10**6  # cycles, 2 ms: as long as Python takes to launch what is tim
 
 def sweep(run: Run) -> None:
     """A row for each candidate, N and D, in bfloat16; then the section "winners"."""
-    arch = "sm_90" if run.dry_run else architecture(run.device)
+    arch = architecture(run.device) or "sm_90"  # on a CPU: interpreted
     cells = DRY_RUN_CELLS if run.dry_run else CELLS
     tried = {kernel: candidates(arch, kernel)[: 2 if run.dry_run else None] for kernel in KEYS}
     everything = [candidate for several in tried.values() for candidate in several]

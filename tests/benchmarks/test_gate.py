@@ -40,9 +40,9 @@ def test_serialised_products_are_detected(sass: str) -> None:
     ],
 )
 def test_spills_are_counted(instruction: str, stack: int, spilled: int) -> None:
-    usage = f"Function kernel:\n REG:200 STACK:{stack} SHARED:0 LOCAL:0 CONSTANT[0]:608"
+    usage = f"Function kernel:\n REG:200 STACK:{stack} SHARED:0 LOCAL:0 CONSTANT[0]:608\n"
     sass = f"        /*0120*/                   {instruction} ;\n{LOOP}"
-    assert nvidia_registers(usage, sass) == (200, spilled)
+    assert nvidia_registers(usage + sass) == (200, spilled)
 
 
 CLEAN = Binary(

@@ -136,9 +136,9 @@ def test_training_step_is_a_training_step(run: Run, loss: competitors.Loss) -> N
 
 def test_competitors_agree_on_what_they_compute(run: Run) -> None:
     image, text = (features.requires_grad_() for features in run.pairs(30, 8))
-    found, reasons = competitors.competitors(run.device)
+    found = competitors.competitors(run)
     assert {OURS, AUTHORS} <= {competitor.name for competitor in found}
-    assert reasons == []
+    assert run.section.notes == []
     contrastive, *penalties = reference.cyclip_loss(image, text, torch.tensor(5.0)).values()
     expected = {"penalties": contrastive, "contrastive term": sum(penalties)}
     for competitor in found:
@@ -160,7 +160,7 @@ def test_times() -> None:
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two competitors, tiny sizes, and no other process."""
     both = [competitors.build(name) for name in (OURS, AUTHORS)]
-    monkeypatch.setattr(side_by_side, "competitors", lambda device: (both, ["without x: none"]))
+    monkeypatch.setattr(side_by_side, "competitors", lambda run: both)
     small = replace(side_by_side.CPU, batch_size=4, matrix=64, seconds=0.0, least=3)
     monkeypatch.setattr(side_by_side, "CPU", small)
     monkeypatch.setattr(side_by_side, "BUSY", -1)
@@ -178,9 +178,8 @@ def test_command(tmp_path: Path) -> None:
     costs = [(row["N"], row["loss"]) for row in sections["cost"]["rows"]]
     assert costs == [(16, OURS), (16, AUTHORS), (32, OURS), (32, AUTHORS)]
     assert all(row["ms"] > 0 < row["peak MB"] for row in sections["cost"]["rows"])
-    busy, missing = sections["cost"]["notes"]
-    assert "the machine was busy" in busy
-    assert missing == "without x: none"
+    (load,) = sections["machine"]["notes"]
+    assert "it was busy" in load
     assert {row["N"] for row in sections["error"]["rows"]} == {32}
     training = sections["training step"]["rows"]
     assert [row["loss"] for row in training] == [OURS, AUTHORS]
