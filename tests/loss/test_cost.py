@@ -1,8 +1,12 @@
 """No N x N matrix for a large batch, and as many flops as the formulas say.
 
-`benchmarks.memory.allocations` records allocations on the CPU. A test shows that it detects the
-matrices of the dense formula. `test_cuda.py` measures GPU memory.
+A test shows that `allocations` detects the matrices of the dense formula. `test_cuda.py` measures
+GPU memory.
 """
+
+import gc
+from collections.abc import Callable
+from itertools import accumulate
 
 import pytest
 import torch
@@ -10,13 +14,31 @@ from accuracy import results
 from conftest import set_strip_rows
 from inputs import Case
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.memory import allocations, peak_of
 from cyclip_loss import CyCLIPLoss, consistency_metrics, cyclip_loss, reference
 
 # Interpreted kernels are too slow for N.
 N, N_INTERPRETED, D = 4096, 256, 32
+
+
+def allocations(work: Callable[[], object]) -> list[int]:
+    """Bytes of each allocation on the CPU during `work`, in order; what is freed is negative.
+
+    The profiler reports all that PyTorch's allocator does, also in the middle of operators.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = work()  # bound to a name: alive at the end
+        gc.collect()  # what lies in reference cycles
+    del result
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+
+
+def peak_of(events: list[int]) -> int:
+    """The most bytes held at a time."""
+    return max(accumulate(events))
 
 
 @pytest.fixture
