@@ -24,7 +24,9 @@ import random
 import re
 import signal
 import sys
+import tarfile
 import tempfile
+import zlib
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -39,9 +41,8 @@ import webdataset as wds
 from PIL import Image
 from rich.progress import track
 
-from ..command_line import Parser, Stopped, first_line, run, whole_number
+from ..command_line import CannotStart, Parser, Stopped, first_line, run, whole_number
 from ..files import new_folder
-from .iconify import OUTSIDE, read_json, render, square_svg
 
 URL = "https://registry.npmjs.org/@iconify/json/-/json-2.2.535.tgz"
 SHA256 = "1a545f86fa224d6531d8fb101dcbe83aac2b28689a21cbed6fc68318a5af4d91"
@@ -67,6 +68,10 @@ TEMPLATES = (
     *("an icon of {name}", "a small drawing of {name}", "{name}, {style}", "{name} icon, {set}"),
     "{name}, {group}",
 )
+
+
+# A reference that is not to a part of the same drawing, in any namespace.
+OUTSIDE = re.compile(r"""href\s*=\s*["']\s*(?!#)""", re.IGNORECASE)
 
 
 class Icon(NamedTuple):
@@ -165,6 +170,58 @@ def read_sets(archive: Path, left_out: Counter[str]) -> tuple[dict[str, Any], li
     icons = [i for p in taken for i in read_set(p, content.pop(f"json/{p}.json"), left_out)]
     random.Random(SEED).shuffle(icons)
     return taken, icons
+
+
+def read_json(archive: Path, files: Sequence[str]) -> dict[str, Any]:
+    """Some JSON files of an archive by their names. Raises `CannotStart` if one can't be read."""
+    found = {}
+    try:
+        with tarfile.open(archive, "r|*") as tar:
+            for member in tar:
+                if (file := member.name.removeprefix("package/")) in files:
+                    found[file] = json.load(tar.extractfile(member) or io.BytesIO())
+    except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
+        raise CannotStart(f"{archive}: can't be read: {first_line(error)}") from error
+    if missing := set(files) - set(found):
+        raise CannotStart(f"{archive}: has no {min(missing)}: not the package expected")
+    return found
+
+
+def square_svg(icon: dict[str, Any]) -> str:
+    """An icon as a square SVG document; a box that is not square is centred, never stretched.
+
+    icon: its fields, with what it inherits from its set.
+    """
+    left, top = icon.get("left", 0), icon.get("top", 0)
+    width, height = icon.get("width", 16), icon.get("height", 16)
+    body = icon["body"]
+    if icon.get("hFlip"):
+        body = f'<g transform="translate({2 * left + width} 0) scale(-1 1)">{body}</g>'
+    side = max(width, height)
+    left, top = left - (side - width) / 2, top - (side - height) / 2
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="{left:g} {top:g} {side:g} {side:g}" width="{side:g}" height="{side:g}">'
+        f"{body}</svg>"
+    )
+
+
+def render(svg: str, size: int) -> Image.Image:
+    """Draws an SVG, size x size. Raises ValueError for what is none.
+
+    The renderer would draw files of this machine into one that refers to them: see `OUTSIDE`.
+    """
+    import resvg_py
+
+    png = resvg_py.svg_to_bytes(
+        svg_string=svg,
+        width=size,
+        height=size,
+        skip_system_fonts=True,  # no icon holds text, and a machine's fonts must not matter
+    )
+    with Image.open(io.BytesIO(bytes(png))) as image:
+        image.load()
+        return image
 
 
 class Drawn(NamedTuple):

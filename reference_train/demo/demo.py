@@ -3,7 +3,6 @@
 import argparse
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from ..losses import LOSSES
 from .batches import EmojiBatches
 from .model import build_model
 from .questions import SITUATIONS, situation
-from .train import RunConfig, train
+from .train import train
 
 PRESETS = {
     "short": {"steps": 620, "lr": 3e-3, "logit_scale": 33.0},
@@ -79,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
     seeds, losses = range(arguments.seeds), dict.fromkeys(arguments.loss)
     runs = [(loss, seed) for seed in seeds for loss in losses]
     for count, (loss, seed) in enumerate(runs, start=1):
-        config = RunConfig(loss=loss, seed=seed, **settings)
+        config = argparse.Namespace(name=f"{loss}-{seed}", loss=loss, seed=seed, **settings)
         if config.name in result["results"]:
             print(f"{config.name}: finished before")
             continue
@@ -90,7 +89,7 @@ def main(argv: Sequence[str]) -> None:
         (out / config.name).mkdir(exist_ok=True)
         trained = train(config, clip, batches, pairs, out / config.name)
         histories[config.name] = trained.pop("history")
-        result["checkpoints"][config.name] = {**asdict(config), **trained}
+        result["checkpoints"][config.name] = {**vars(config), **trained}
         result["results"][config.name] = {name: measure(clip, data) for name, data in sets.items()}
         report.save(result, out)
     report.write(result, out)

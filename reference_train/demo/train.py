@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import dataclass
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +28,7 @@ WARMUP = 0.1  # of the steps
 VALIDATIONS = 25  # in a run, each with a checkpoint
 
 
-@dataclass(frozen=True)
-class RunConfig:
-    """Everything that decides a run's numbers, but for the data and the machine."""
-
-    loss: str  # of LOSSES
-    seed: int
-    steps: int
-    batch_size: int
-    lr: float
-    logit_scale: float  # at the start, exp'd
-
-    @property
-    def name(self) -> str:
-        """The run's folder, and its column."""
-        return f"{self.loss}-{self.seed}"
-
-
-def learning_rate(step: int, config: RunConfig) -> float:
+def learning_rate(step: int, config: Namespace) -> float:
     """Linear warm-up, then cosine to zero."""
     warmup = max(1, round(WARMUP * config.steps))
     if step < warmup:
@@ -65,9 +48,11 @@ def make_optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
 
 
 def train(
-    config: RunConfig, clip: Clip, data: EmojiBatches, validation: DataSet, folder: Path
+    config: Namespace, clip: Clip, data: EmojiBatches, validation: DataSet, folder: Path
 ) -> dict[str, Any]:
     """Trains `clip.model` in place; leaves `folder/checkpoint.pt`.
+
+    config: name, loss, seed, steps, batch_size, lr, and logit_scale at the start (exp'd).
 
     Returns {"seconds": float, "history": [the numbers of each step]}. Raises `Stopped` if the loss
     is no number.

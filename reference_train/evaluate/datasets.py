@@ -29,8 +29,16 @@ from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from ..command_line import first_line
 from ..data import emoji
 from ..data.samples import IMAGES, on_white, samples_in
-from .paper import SPLITS
 
+SPLITS = {  # the paper's test splits: classes, images
+    "cifar10": (10, 10_000),
+    "cifar100": (100, 10_000),
+    "imagenet1k": (1000, 50_000),
+    "imagenetv2": (1000, 10_000),
+    "imagenet-sketch": (1000, 50_889),
+    "imagenet-a": (200, 7_500),
+    "imagenet-r": (200, 30_000),
+}
 PAPER_TEMPLATES = [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]  # the 80
 PICTURE_TEMPLATES = ["{}", "a drawing of {}", "a picture of {}", "an icon of {}"]
 ALIASES = {  # of folders that are not called as clip-benchmark's

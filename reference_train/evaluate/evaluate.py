@@ -14,9 +14,8 @@ from ..command_line import CannotStart, Parser, Stopped, add_device, whole_numbe
 from ..files import locked
 from . import report
 from .checkpoints import find_checkpoints, load
-from .datasets import DataSet, Open, find, lines, open_emoji, open_folders
+from .datasets import SPLITS, DataSet, Open, find, lines, open_emoji, open_folders
 from .measure import measure
-from .paper import SPLITS
 from .table import Result
 
 DESCRIPTION = """\

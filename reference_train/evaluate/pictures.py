@@ -11,13 +11,12 @@ from matplotlib import pyplot as plt
 
 from ..files import written_whole
 from ..losses import LOSSES
-from .paper import MARKS, NOTES, published, titles
-from .table import Result, chance, columns, digits, metrics_of, summary
+from . import table
 
 DRAWN = ("top1", "subgroup_top1", "image_to_text_r1", "consistency_1")
 COLOURS = {look.title: look.colour for look in LOSSES.values()}
-for _source in NOTES:
-    COLOURS |= dict(zip(titles(_source), ("#c3cad1", "#f2b8a5"), strict=True))
+for _source in table.NOTES:
+    COLOURS |= dict(zip(table.titles(_source), ("#c3cad1", "#f2b8a5"), strict=True))
 TALL = 12  # more bars than that in a panel are too many for panels one above the other
 Bar = tuple[str, tuple[float, float, float], str]  # title; value, lowest, highest; mark
 
@@ -40,7 +39,7 @@ def save(figure: Any, path: Path) -> None:
     plt.close(figure)
 
 
-def draw(result: Result, path: Path) -> None:
+def draw(result: table.Result, path: Path) -> None:
     """A panel for each data set and headline metric: yours, and what is published."""
     shown = {(m, name): bars(result, name, m) for m in DRAWN for name in result["data_sets"]}
     shown = {what: found for what, found in shown.items() if found}
@@ -50,41 +49,43 @@ def draw(result: Result, path: Path) -> None:
     marks = set()
     for ax, ((metric, name), found) in zip(axes, shown.items(), strict=False):
         for y, (title, (value, low, high), mark) in enumerate(found):
-            one_run = len(columns(result).get(title, ())) == 1
+            one_run = len(table.columns(result).get(title, ())) == 1
             colour = COLOURS.get(title) or COLOURS.get(title.rpartition(" ")[2], "#8fa9c4")
             hatch = "//" if one_run else None
             ax.barh(y, 100 * value, 0.9, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
             ax.plot([100 * low, 100 * high], [y, y], color="black", linewidth=0.9)
-            label = f" {100 * value:.{digits(value)}f} {mark}"
+            label = f" {100 * value:.{table.digits(value)}f} {mark}"
             ax.text(100 * max(value, high), y, label, va="center", fontsize=9)
             marks.add(mark)
         ax.set_yticks(range(len(found)), [title for title, *_ in found], fontsize=9)
         ax.invert_yaxis()
         ax.margins(x=0.16, y=0.02)  # room for the numbers
         data = result["data_sets"][name]
-        title = f"{name}, {data['images']:,} images: {metrics_of(data)[metric].words}, %"
-        if (guess := chance(data, metric)) is not None:
+        title = f"{name}, {data['images']:,} images: {table.metrics_of(data)[metric].words}, %"
+        if (guess := table.chance(data, metric)) is not None:
             ax.axvline(100 * guess, color="black", linestyle=":", linewidth=1.2)
             title += f" (chance {100 * guess:.2g})"
         ax.set_title(title, loc="right", fontsize=8)
     legend = "bar: mean of the runs; line: lowest to highest\n"
     legend += "hatched bar: one run; its line: 95% interval (Wilson); dotted: chance\n"
-    legend += "; ".join(f"{mark}: {words}" for mark, words in MARKS.items() if mark in marks)
+    legend += "; ".join(f"{mark}: {words}" for mark, words in table.MARKS.items() if mark in marks)
     figure.supxlabel(legend.strip(), fontsize=8)
     save(figure, path)
 
 
-def bars(result: Result, name: str, metric: str) -> list[Bar]:
+def bars(result: table.Result, name: str, metric: str) -> list[Bar]:
     """The bars of a data set, where you have it, and the published ones below: shares."""
-    if metric not in metrics_of(result["data_sets"][name]):
+    if metric not in table.metrics_of(result["data_sets"][name]):
         return []
-    of_columns = {t: summary(result, runs, name, metric) for t, runs in columns(result).items()}
-    found = [(title, numbers, "") for title, numbers in of_columns.items() if numbers]
+    found: list[Bar] = []
+    for title, runs in table.columns(result).items():
+        if numbers := table.summary(result, runs, name, metric):
+            found.append((title, numbers, ""))
     if found and not result["data_sets"][name].get("unlike_paper"):
-        for source, numbers in published(name).items():
-            if metric in numbers:
-                *values, mark = numbers[metric]
-                for title, value in zip(titles(source), values, strict=True):
+        for source, published in table.published(name).items():
+            if metric in published:
+                *values, mark = published[metric]
+                for title, value in zip(table.titles(source), values, strict=True):
                     found.append((title, (value / 100,) * 3, mark))
     return found
 

@@ -18,9 +18,8 @@ from rich.markdown import Markdown
 
 from ..command_line import CannotStart, Parser
 from ..files import check_writable, write_text
-from .datasets import DataSet
+from .datasets import SPLITS, DataSet
 from .measure import distinct_texts
-from .paper import SPLITS
 from .pictures import draw
 from .table import Result, markdown
 

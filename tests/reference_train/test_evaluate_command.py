@@ -28,8 +28,7 @@ from reference_train.command_line import CannotStart, Stopped
 from reference_train.evaluate import datasets, report
 from reference_train.evaluate import evaluate as command
 from reference_train.evaluate.checkpoints import find_checkpoints
-from reference_train.evaluate.datasets import Classes, DataSet, Images, Unusable
-from reference_train.evaluate.paper import SPLITS
+from reference_train.evaluate.datasets import SPLITS, Classes, DataSet, Images, Unusable
 
 TINY = {
     "embed_dim": 16,
