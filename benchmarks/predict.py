@@ -17,7 +17,7 @@ import argparse
 from dataclasses import dataclass
 from itertools import product
 
-from benchmarks.record import table
+from benchmarks.run import table
 
 # What `python -m benchmarks gpu` compares with its measurements on Hopper. The epilogue of a sweep:
 # from the instructions of its binary. The shape: a wgmma of 128 columns asks for 144 bytes of

@@ -10,7 +10,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from benchmarks.compare.competitors import CONTRASTIVE, PENALTIES, Competitor, Loss
+from benchmarks.compare.competitors import PENALTIES, TERM, Competitor, Loss
 from benchmarks.compare.cost import LOGIT_SCALE
 from benchmarks.compare.plan import DISTANCES, Plan
 from benchmarks.run import Run
@@ -38,7 +38,7 @@ def results(loss: Loss, image: Tensor, text: Tensor, scale: Tensor) -> dict[str,
 def definition(lacks: str, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     """What a competitor that lacks this should compute."""
     terms = reference.cyclip_loss(image, text, scale)
-    kind = {name: PENALTIES if "cyclic" in name else CONTRASTIVE for name in terms}
+    kind = {name: PENALTIES if "cyclic" in name else TERM for name in terms}
     return torch.stack([term for name, term in terms.items() if kind[name] not in lacks]).sum()
 
 
@@ -53,10 +53,10 @@ def errors(run: Run, found: list[Competitor], plan: Plan) -> None:
         exact = {c.lacks: results(partial(definition, c.lacks), *wide) for c in found}
         where = {"N": n, "D": d, "dtype": str(dtype).removeprefix("torch.")}
         where["|T - I|"] = RANDOM if distance is None else distance
-        for name, loss, lacks in ((c.name, c.loss, c.lacks) for c in found):
-            with run.attempt(**where, loss=name, lacks=lacks) as row:
-                actual = results(loss, image, text, scale)
-                for what, right in exact[lacks].items():
+        for competitor in found:
+            with run.attempt(**where, loss=competitor.name, lacks=competitor.lacks) as row:
+                actual = results(competitor.loss, image, text, scale)
+                for what, right in exact[competitor.lacks].items():
                     if what in actual:
                         difference = actual[what].double() - right
                         row[what] = (difference.norm() / right.norm()).item()

@@ -7,13 +7,13 @@ Features have rows of unit length.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from benchmarks.run import Run, one_line
 from cyclip_loss import CyCLIPLoss, cyclic_penalty, reference
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -28,7 +28,7 @@ OPEN_CLIP = "open_clip.ClipLoss, no penalties"
 IDS, AUTHORS_IDS = "CyCLIPLoss, ids", "authors' formula, ids"
 BESIDE = (OURS, AUTHORS, COMPILED, OPEN_CLIP)  # what a summary shows
 PARTS = (CONTRASTIVE_ONLY, PENALTIES_ONLY, DENSE_PENALTIES, IDS, AUTHORS_IDS)
-PENALTIES, CONTRASTIVE = "penalties", "contrastive term"  # what may be lacking
+PENALTIES, TERM = "penalties", "contrastive term"  # what may be lacking
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,13 @@ class Competitor:
     """A way to compute the loss. `lacks`: what a user of it would not get."""
 
     name: str
-    loss: Loss
+    make: Callable[[], Loss]
     lacks: str = ""
+
+    @cached_property
+    def loss(self) -> Loss:
+        """Raises what its package does where that is missing."""
+        return self.make()
 
 
 def authors_formula(
@@ -70,37 +75,23 @@ def with_ids(loss: Callable[..., Tensor]) -> Loss:
     )
 
 
-# Name: what makes the loss, and what it lacks. `dynamic`: one compilation for all sizes, each of
-# which takes up to a quarter of a minute on two cores. Code for one size alone was no faster
-# (N = 2,048, D = 512, on CPU).
-BUILDERS: dict[str, tuple[Callable[[], Loss], str]] = {
-    OURS: (CyCLIPLoss, ""),
-    EAGER: (lambda: CyCLIPLoss(impl="eager"), ""),
-    CONTRASTIVE_ONLY: (lambda: CyCLIPLoss(0, 0), PENALTIES),
-    PENALTIES_ONLY: (lambda: lambda image, text, scale: cyclic_penalty(image, text), CONTRASTIVE),
-    AUTHORS: (lambda: authors_formula, ""),
-    COMPILED: (lambda: torch.compile(authors_formula, dynamic=True), ""),
-    DENSE_PENALTIES: (lambda: dense_penalties, CONTRASTIVE),
-    OPEN_CLIP: (lambda: import_module("open_clip").ClipLoss(), PENALTIES),
-    IDS: (lambda: with_ids(CyCLIPLoss()), ""),
-    AUTHORS_IDS: (lambda: with_ids(authors_formula), ""),
-}
+# `dynamic`: one compilation for all sizes, each of which takes up to a quarter of a minute on two
+# cores. Code for one size alone was no faster (N = 2,048, D = 512, on CPU).
+COMPETITORS = (
+    Competitor(OURS, CyCLIPLoss),
+    Competitor(EAGER, lambda: CyCLIPLoss(impl="eager")),
+    Competitor(CONTRASTIVE_ONLY, lambda: CyCLIPLoss(0, 0), PENALTIES),
+    Competitor(PENALTIES_ONLY, lambda: lambda image, text, _: cyclic_penalty(image, text), TERM),
+    Competitor(AUTHORS, lambda: authors_formula),
+    Competitor(COMPILED, lambda: torch.compile(authors_formula, dynamic=True)),
+    Competitor(DENSE_PENALTIES, lambda: dense_penalties, TERM),
+    Competitor(OPEN_CLIP, lambda: import_module("open_clip").ClipLoss(), PENALTIES),
+    Competitor(IDS, lambda: with_ids(CyCLIPLoss())),
+    Competitor(AUTHORS_IDS, lambda: with_ids(authors_formula)),
+)
 
 
-def build(name: str) -> Competitor:
-    """A competitor by its name. Raises what its package does where that is missing."""
-    make, lacks = BUILDERS[name]
-    return Competitor(name, make(), lacks)
-
-
-def competitors(run: Run, *without: str) -> list[Competitor]:
-    """Those that can run; why the others cannot is noted. On CPU `EAGER` is `OURS`."""
-    found = []
-    for name in BUILDERS:
-        if name in without or (name == EAGER and run.device.type != "cuda"):
-            continue
-        try:
-            found.append(build(name))
-        except Exception as error:  # an installed package may fail to import in any way
-            run.note(f"without {name}: {one_line(error)}")
-    return found
+def competitors(device: torch.device, *without: str) -> list[Competitor]:
+    """All but those named. On CPU `EAGER` is `OURS`."""
+    left_out = without if device.type == "cuda" else (*without, EAGER)
+    return [competitor for competitor in COMPETITORS if competitor.name not in left_out]

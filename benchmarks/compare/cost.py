@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.compare.competitors import CONTRASTIVE, OURS, PARTS, Competitor, Loss, build
+from benchmarks.compare.competitors import COMPETITORS, OURS, PARTS, TERM, Competitor, Loss
 from benchmarks.compare.plan import Plan
 from benchmarks.measure import (
     allocated_peak,
@@ -57,14 +57,13 @@ def costs(run: Run, found: list[Competitor], plan: Plan) -> None:
             run.fail(f"N = {n:,}, D = {d:,}: {outcome_of(error)}")
 
 
-def leaves_of(run: Run, n: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def leaves_of(run: Run, n: int, d: int, dtype: torch.dtype) -> list[Tensor]:
     """Random features (n, d) and the logit scale, all to be differentiated."""
     scale = torch.tensor(LOGIT_SCALE, device=run.device)
-    image, text, scale = (tensor.requires_grad_() for tensor in (*run.pairs(n, d, dtype), scale))
-    return image, text, scale
+    return [tensor.requires_grad_() for tensor in (*run.pairs(n, d, dtype), scale)]
 
 
-def step_of(loss: Loss, leaves: tuple[Tensor, Tensor, Tensor]) -> Callable[[], None]:
+def step_of(loss: Loss, leaves: list[Tensor]) -> Callable[[], None]:
     """One loss and its gradients, which are dropped at the end."""
 
     def step() -> None:
@@ -77,13 +76,8 @@ def step_of(loss: Loss, leaves: tuple[Tensor, Tensor, Tensor]) -> Callable[[], N
     return step
 
 
-def measure(
-    run: Run, found: list[Competitor], n: int, d: int, plan: Plan, once: bool = False
-) -> list[dict[str, Any]]:
-    """A row for each competitor, also added to the section: its peak, and interleaved runs.
-
-    once: the time is that of the run whose memory is measured.
-    """
+def measure(run: Run, found: list[Competitor], n: int, d: int, plan: Plan) -> list[dict[str, Any]]:
+    """A row for each competitor, also added to the section: its peak, and interleaved runs."""
     rows: dict[str, dict[str, Any]] = {}
     steps: dict[str, Callable[[], object]] = {}
     dtype = {"dtype": str(plan.dtype).removeprefix("torch.")}
@@ -92,14 +86,10 @@ def measure(
         with run.attempt(N=n, D=d, **dtype, loss=competitor.name, lacks=competitor.lacks) as row:
             step_of(competitor.loss, few)()  # what libraries load, compile and allocate once
             step = step_of(competitor.loss, leaves)
-            begun = time.perf_counter()
             row["peak MB"] = allocated_peak(run.device, step) / 1e6
-            if once:
-                row |= columns([1e3 * (time.perf_counter() - begun)])
-            else:
-                steps[competitor.name] = step
-                if n <= LAUNCHES_UP_TO and (run.dry_run or run.device.type == "cuda"):
-                    row |= launches_of(step, run.device)
+            if n <= LAUNCHES_UP_TO and (run.dry_run or run.device.type == "cuda"):
+                row |= launches_of(step, run.device)
+            steps[competitor.name] = step
         rows[competitor.name] = row
     runs = interleaved(steps, run.device, plan.seconds, plan.least, MOST_RUNS)
     for name, times in runs.items():
@@ -117,10 +107,16 @@ def measure_once(name: str, n: int, d: int, plan: Plan) -> dict[str, Any]:
 
 
 def _limited(name: str, n: int, d: int, plan: Plan) -> dict[str, Any]:
-    run, competitor = Run(torch.device("cpu")), [build(name)]
-    measure(run, competitor, WARM_UP_ROWS, d, plan, once=True)  # imports are not what is limited
-    limit = limit_to_available()
-    (row,) = measure(run, competitor, n, d, plan, once=True)
+    run, limit = Run(torch.device("cpu")), None
+    (competitor,) = (c for c in COMPETITORS if c.name == name)
+    with run.attempt(N=n, D=d, loss=name, lacks=competitor.lacks) as row:
+        step = step_of(competitor.loss, leaves_of(run, WARM_UP_ROWS, d, plan.dtype))
+        allocated_peak(run.device, step)  # imports are not what is limited
+        limit = limit_to_available()
+        step = step_of(competitor.loss, leaves_of(run, n, d, plan.dtype))
+        begun = time.perf_counter()
+        row["peak MB"] = allocated_peak(run.device, step) / 1e6
+        row |= columns([1e3 * (time.perf_counter() - begun)])
     if row["outcome"] == OUT_OF_MEMORY and limit is not None:
         row["outcome"] += f" (had {limit / 1e9:.1f} GB)"
     return row
@@ -136,7 +132,7 @@ def add_ratios(rows: list[dict[str, Any]], rate: float) -> None:
     for row in (row for row in rows if "ms" in row):
         if ours is not None:
             row["times ours"] = row["ms"] / ours
-        if row["lacks"] != CONTRASTIVE:
+        if row["lacks"] != TERM:
             row["of matrix rate"] = 8 * row["N"] ** 2 * row["D"] / rate / (1e-3 * row["ms"])
 
 

@@ -14,8 +14,7 @@ import matplotlib
 
 from benchmarks.compare import competitors as names
 from benchmarks.compare.accuracy import RANDOM
-from benchmarks.record import number, table, write_whole
-from benchmarks.run import OK, OUT_OF_MEMORY
+from benchmarks.run import OK, OUT_OF_MEMORY, number, table, write_whole
 from cyclip_loss.checks import PAPER_BATCH_SIZE
 
 matplotlib.use("Agg")  # files only: no display needed

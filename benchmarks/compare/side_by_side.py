@@ -11,13 +11,12 @@ from dataclasses import replace
 import torch
 
 from benchmarks.compare.accuracy import errors
-from benchmarks.compare.competitors import Competitor, competitors
+from benchmarks.compare.competitors import competitors
 from benchmarks.compare.cost import costs
 from benchmarks.compare.plan import CPU, CUDA
 from benchmarks.compare.report import draw, summary
 from benchmarks.compare.training_step import training
-from benchmarks.record import RESULTS, carry_out
-from benchmarks.run import Run
+from benchmarks.run import RESULTS, Run, carry_out
 
 BUSY = 0.25  # running processes a core, beyond which times mean little
 
@@ -29,14 +28,13 @@ def main(options: argparse.Namespace) -> int:
     if options.sizes:
         n = min(max(options.sizes), plan.error_at[0])
         plan = replace(plan, sizes=tuple((n, 512) for n in options.sizes), error_at=(n, 512))
-    found: list[Competitor] = []
+    found = competitors(run.device)
 
     def machine(run: Run) -> None:
-        """Note how busy the machine is already, and what is missing."""
+        """Note how busy the machine is already."""
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # Windows has none
         busy = load > BUSY * (os.cpu_count() or 1)
         run.note(f"load before: {load:.2f}{'; it was busy, do not trust the times' * busy}")
-        found.extend(competitors(run))
 
     sections = {
         "machine": machine,

@@ -31,7 +31,6 @@ class Trainer:
     """A model, its optimiser and one batch."""
 
     def __init__(self, run: Run, name: str, batch_size: int) -> None:
-        """Raises ImportError without OpenCLIP."""
         import open_clip
 
         torch.manual_seed(SEED)
@@ -73,17 +72,14 @@ class Trainer:
 def training(run: Run, found: list[Competitor], plan: Plan) -> None:
     """A row for some losses: the step, the loss alone, its share, and the step's peak."""
     run.section.about = ABOUT
-    try:
-        trainer = Trainer(run, plan.model, plan.batch_size)
-    except ImportError as error:
-        run.note(f"no training step: {error}")
-        return
+    trainer = Trainer(run, plan.model, plan.batch_size)
     features = [output.detach().requires_grad_() for output in trainer.encode()]
     steps: dict[str, Callable[[], object]] = {}
     for competitor in (c for c in found if c.name in BESIDE):
-        name, loss = competitor.name, competitor.loss
-        step, alone = partial(trainer.step, loss), partial(trainer.loss_alone, loss, features)
+        name = competitor.name
         with run.attempt(model=plan.model, batch=plan.batch_size, loss=name) as row:
+            step = partial(trainer.step, competitor.loss)
+            alone = partial(trainer.loss_alone, competitor.loss, features)
             step()
             alone()
             trainer.optimizer.zero_grad(set_to_none=True)

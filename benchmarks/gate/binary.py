@@ -51,7 +51,6 @@ class Binary:
     spilled_bytes: int
     shared_bytes: int
     matrix_instructions: dict[str, int]
-    size_bytes: int
     serialised: bool
     fuses: bool  # a multiplication and an addition into one instruction
 
@@ -81,18 +80,16 @@ class Binary:
 def inspect(compiled: Any) -> Binary:
     """What `triton.compile` returned."""
     if "hsaco" in compiled.asm:
-        code, assembly = compiled.asm["hsaco"], compiled.asm["amdgcn"]
+        assembly = compiled.asm["amdgcn"]
         registers, spilled = amd_registers(assembly)
     else:
-        code = compiled.asm["cubin"]
-        assembly = disassemble(code)
+        assembly = disassemble(compiled.asm["cubin"])
         registers, spilled = nvidia_registers(assembly)
     return Binary(
         registers,
         spilled,
         compiled.metadata.shared,
         dict(Counter(MATRIX_INSTRUCTIONS.findall(assembly))),
-        len(code),
         is_serialised(assembly),
         compiled.metadata.enable_fp_fusion,
     )
@@ -141,20 +138,17 @@ def is_serialised(sass: str) -> bool:
     loops are the innermost with products: a persistent kernel's loop over tiles has to wait for its
     tile's last product.
     """
-    lines = [
-        (int(match[1], 16), match[2])
-        for match in re.finditer(r"/\*([0-9a-f]{4,})\*/([^;]+);", sass)
-    ]
-    loops = {}  # from its first and last address to its instructions
-    for end, text in lines:
-        jump = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)\s*$", text)
-        if jump and (start := int(jump[1], 16)) < end:
-            body = [line for address, line in lines if start <= address <= end]
-            if any("HGMMA" in line for line in body):
-                loops[start, end] = body
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/([^;]+);", sass)
+    lines = [(int(address, 16), text) for address, text in found]
+
+    def between(start: int, end: int, pattern: str) -> bool:
+        return any(start <= at <= end and re.search(pattern, text) for at, text in lines)
+
+    jumps = [(at, re.search(r"\bBRA\b.*\b0x([0-9a-f]+)\s*$", text)) for at, text in lines]
+    loops = [(int(jump[1], 16), at) for at, jump in jumps if jump and int(jump[1], 16) < at]
+    main = [loop for loop in loops if between(*loop, "HGMMA")]
     return any(
-        re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0\b", line)
-        for (start, end), body in loops.items()
-        if not any(start < first and last < end for first, last in loops)
-        for line in body
+        between(start, end, r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0\b")
+        for start, end in main
+        if not any(start < first and last < end for first, last in main)
     )

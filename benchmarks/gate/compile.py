@@ -22,7 +22,7 @@ import triton
 from triton.compiler import ASTSource
 
 from benchmarks.gate.binary import CHIPS, Binary, inspect
-from benchmarks.record import table
+from benchmarks.run import table
 from cyclip_loss.engines import triton_version
 from cyclip_loss.kernels import grams, logit_grads, lse, pairs, penalties, penalty_grads
 from cyclip_loss.kernels.configs import ARCHITECTURES, JOIN, PAIRS, SUM, TRACES, Config
@@ -148,15 +148,23 @@ def build(variant: Variant) -> Binary | str:
 def row(variant: Variant, made: Binary | str) -> dict[str, Any]:
     """A line of the table."""
     config = variant.config
-    tile = " x ".join(str(size) for name, size in config.tile.items() if name != "GROUP")
-    line = {"arch": variant.arch, "kernel": variant.label, "features": variant.features}
-    line |= {"tile": tile, "warps": config.num_warps, "stages": config.num_stages}
+    line: dict[str, Any] = {
+        "arch": variant.arch,
+        "kernel": variant.label,
+        "features": variant.features,
+        "tile": " x ".join(str(size) for name, size in config.tile.items() if name != "GROUP"),
+        "warps": config.num_warps,
+        "stages": config.num_stages,
+    }
     if isinstance(made, str):
         return line | {"registers": f"does not compile: {made}"}
     matrix = ", ".join(f"{n} {name}" for name, n in made.matrix_instructions.items())
-    line |= {"registers": made.registers, "spilled bytes": made.spilled_bytes}
-    line |= {"shared KB": round(made.shared_bytes / 1024), "matrix instructions": matrix or "none"}
-    return line | {"binary KB": round(made.size_bytes / 1024)}
+    return line | {
+        "registers": made.registers,
+        "spilled bytes": made.spilled_bytes,
+        "shared KB": round(made.shared_bytes / 1024),
+        "matrix instructions": matrix or "none",
+    }
 
 
 def main(options: argparse.Namespace) -> int:

@@ -62,7 +62,8 @@ def ablations(run: Run) -> None:
         sums = torch.zeros(programs, device=run.device)
         options = {"PRECISION": "tf32", **config.kwargs}
         product = partial(product_kernel[programs,], image, text, 0.0, sums, n, d, **options)
-        launches = {kernel: launcher(run, kernel, n, d), f"{kernel}, product": product}
+        launches: dict[str, Callable[[], object]] = {kernel: launcher(run, kernel, n, d)}
+        launches[f"{kernel}, product"] = product
         for what, launch in launches.items():
             with run.attempt(what=what, N=n, D=d, tile=f"{height} x {width}") as rows[what]:
                 launch()  # compiled, outside of its time

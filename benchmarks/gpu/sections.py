@@ -10,28 +10,78 @@ import argparse
 import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import ablations, suite, sweep, timings
-from benchmarks.record import RESULTS, carry_out
-from benchmarks.run import Run
+from benchmarks.compare.competitors import COMPILED, EAGER, OURS, competitors
+from benchmarks.compare.cost import LAUNCHES_UP_TO, costs, leaves_of, matrix_rate, step_of
+from benchmarks.compare.plan import CUDA
+from benchmarks.gpu.ablations import ablations
+from benchmarks.gpu.suite import CUDA_TESTS, KERNEL_TESTS, RANK_TESTS, SEVERAL, SLOW_TESTS, suite
+from benchmarks.gpu.sweep import sweep
+from benchmarks.measure import profiled, wall_seconds
+from benchmarks.run import RESULTS, Run, carry_out
+from cyclip_loss import CyCLIPLoss
+
+KERNEL_SIZES = ((512, 512), (4096, 512), (65536, 768))
+KERNELS_SHOWN = 12
+DRY_RUN = replace(CUDA, sizes=((96, 32),), matrix=256, seconds=0.1)
+
+
+def ceilings(run: Run) -> None:
+    """What this very card multiplies and copies."""
+    size = (DRY_RUN if run.dry_run else CUDA).matrix
+    rate = matrix_rate(run, torch.bfloat16, size)
+    run.row(what=f"bfloat16 product, {size} cubed", rate=rate / 1e12, unit="TFLOP/s")
+    source = torch.empty(size * size * 8, dtype=torch.uint8, device=run.device)
+    target = torch.empty_like(source)
+    seconds = wall_seconds(lambda: target.copy_(source), 0.01 if run.dry_run else 2.0)
+    what = f"copy of {source.numel() / 1e6:.0f} MB"
+    run.row(what=what, rate=2 * source.numel() / seconds / 1e12, unit="TB/s")
+
+
+def kernels(run: Run) -> None:
+    """What one step of the loss launches, and how long each kernel takes."""
+    for n, d in DRY_RUN.sizes if run.dry_run else KERNEL_SIZES:
+        step = step_of(CyCLIPLoss(), leaves_of(run, n, d, torch.bfloat16))
+        for _ in range(3):
+            step()
+        spent = profiled(step, run.device)
+        if not spent:
+            run.note("PyTorch's profiler delivered nothing: kernels' times are not known")
+        else:
+            launches, microseconds = (sum(column) for column in zip(*spent.values(), strict=True))
+            run.row(N=n, D=d, kernel="all", launches=launches, ms=microseconds / 1e3)
+        for name, (count, own) in sorted(spent.items(), key=lambda x: -x[1][1])[:KERNELS_SHOWN]:
+            run.row(N=n, D=d, kernel=name[:60], launches=count, ms=own / 1e3)
+
+
+def beside_competitors(run: Run) -> None:
+    """What `compare` says of costs, in the time there is; compiling takes too long on a CPU."""
+    found = competitors(run.device, *([COMPILED] if run.dry_run else []))
+    plan = DRY_RUN if run.dry_run else CUDA
+    costs(run, found, plan)
+    engines = [c for c in found if c.name in (OURS, EAGER)]  # which of them `impl="auto"` should be
+    small = tuple((n, d) for n, d in plan.sizes if n <= LAUNCHES_UP_TO)
+    costs(run, engines, replace(plan, dtype=torch.float32, sizes=small))
+
 
 # Each with its seconds, of TOTAL, where all are run; what they leave is for the last. Those that
 # the command names share the whole budget, first come, first served.
 TOTAL = 440
 SECTIONS: dict[str, tuple[Callable[[Run], None], float]] = {
-    "cuda": (partial(suite.suite, suite.CUDA, 1), 100),
-    "tests": (partial(suite.suite, suite.KERNELS, suite.SEVERAL), 75),
-    "ceilings": (timings.ceilings, 8),
-    "kernels": (timings.kernels, 10),
-    "ablations": (ablations.ablations, 15),
-    "sweep": (sweep.sweep, 110),
-    "competitors": (timings.beside_competitors, 122),
-    "slow": (partial(suite.suite, suite.SLOW, suite.SEVERAL), TOTAL),
-    "ranks": (partial(suite.suite, suite.RANKS, 1), TOTAL),
+    "cuda": (partial(suite, CUDA_TESTS, 1), 100),
+    "tests": (partial(suite, KERNEL_TESTS, SEVERAL), 75),
+    "ceilings": (ceilings, 8),
+    "kernels": (kernels, 10),
+    "ablations": (ablations, 15),
+    "sweep": (sweep, 110),
+    "competitors": (beside_competitors, 122),
+    "slow": (partial(suite, SLOW_TESTS, SEVERAL), TOTAL),
+    "ranks": (partial(suite, RANK_TESTS, 1), TOTAL),
 }
 
 

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from benchmarks import ROOT
 from benchmarks.run import Run
 
-CUDA = ("tests/test_cuda.py", "-m", "not slow")
-KERNELS = ("tests/kernels", "tests/loss", "tests/ranks/test_ranks_gpu.py", "-m", "not slow")
-SLOW = ("tests/test_cuda.py", "tests/kernels", "tests/loss", "-m", "slow")
-RANKS = ("tests/ranks", "-m", "nccl")
+CUDA_TESTS = ("tests/test_cuda.py", "-m", "not slow")
+KERNEL_TESTS = ("tests/kernels", "tests/loss", "tests/ranks/test_ranks_gpu.py", "-m", "not slow")
+SLOW_TESTS = ("tests/test_cuda.py", "tests/kernels", "tests/loss", "-m", "slow")
+RANK_TESTS = ("tests/ranks", "-m", "nccl")
 # For a dry run, which shows that tests can be started and their results read.
 FEW = ("tests/loss/test_loss.py", "-k", "eager")
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -50,7 +50,6 @@ CLEAN = Binary(
     spilled_bytes=0,
     shared_bytes=1024,
     matrix_instructions={"HGMMA.64x256x16.F32.BF16": 4},
-    size_bytes=1000,
     serialised=False,
     fuses=True,
 )

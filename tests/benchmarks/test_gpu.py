@@ -49,7 +49,7 @@ def test_outcomes_of_tests_are_recorded(
     run = Run(torch.device("cpu"), dry_run=True)
     run.deadline = 10 if long else 1000
     with run.part("tests") as section:
-        suite.suite(suite.CUDA, 1 if long else 2, run)
+        suite.suite(suite.CUDA_TESTS, 1 if long else 2, run)
     (row,) = section.rows
     if long:
         assert row == {"passed": 1}
