@@ -2,7 +2,7 @@
 # Pretrains on 250,000 icons, and asks about names and emoji that training never saw:
 # CLIP and CyCLIP in three seeds, C-CyCLIP and I-CyCLIP in one, then λ at five batch sizes, constant
 # and rising. On two CPU cores: data in 8 minutes, each run of 20 epochs in about 30, of 8 in 12.
-# Given again, it goes on where it stopped. Run from the repository: sh reference_train/icons.sh
+# Given again, it resumes where it stopped. Run from the repository: sh reference_train/icons.sh
 set -eu
 out=${OUT:-runs/icons}
 

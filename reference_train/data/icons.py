@@ -1,17 +1,8 @@
 """About 250,000 icons with the names that people gave them, as image-caption shards.
 
-`python -m reference_train.data.icons --out DIR` takes npm's `@iconify/json` (104 MB) and draws its
-icons into WebDataset shards, in about ten minutes: `train-*.tar` to train on, `val-*.tar` with
-names that training never sees, one picture of each, `sizes.json` as OpenCLIP reads it, and
-`manifest.json` with the sets, their authors and licences, and how many icons were left out and why.
-
-Left out: logos, flags, sets with a non-commercial licence, and emoji, which a model is asked about
-afterwards. Then pictures that are blank, refer to anything outside themselves, make the renderer
-crash or hang, or were there before; and of names that very many sets draw all but 40
-(`--pictures-of-a-name`): duplicates in a batch act as false negatives.
-
-A one-coloured icon is black on white in half of the cases, else in a random colour on white, on a
-pale or on a dark ground, so that a model learns shapes and not one way of printing them.
+Draws npm's `@iconify/json` (104 MB) into WebDataset shards in about ten minutes: `train-*.tar` to
+train on, `val-*.tar` with names that training never sees, `sizes.json` as OpenCLIP reads it, and
+`manifest.json` with the sets, their authors and licences, and what was left out and why.
 """
 
 import colorsys
@@ -107,7 +98,7 @@ def split_name(icon: str, styles: set[str]) -> tuple[str, list[str]]:
 
 
 def is_held_out(name: str) -> bool:
-    """Whether a name is one of the validation's; looks at the name alone."""
+    """Whether a name is one of the validation's; by the name alone."""
     digest = hashlib.sha256(f"{SEED}:{name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < VALIDATION_SHARE
 
@@ -277,7 +268,7 @@ def draw_in_processes(icons: Sequence[Icon]) -> Generator[Drawn, None, None]:
 
 
 def colours(rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
-    """Ink and ground of a one-coloured icon, each (3,) in [0, 1]."""
+    """Ink and ground of a one-coloured icon, each (3,) in [0, 1]; half are black on white."""
     kind, hue, other = rng.random(), rng.random(), rng.random()
     ink = colorsys.hls_to_rgb(hue, rng.uniform(0.2, 0.55), rng.uniform(0.3, 1))
     if kind < 0.5:

@@ -1,11 +1,7 @@
 """What the models are asked, about drawing styles, concepts, and both, that training never saw.
 
-Which name (of all trained concepts, or of the held-out ones), which image for a name, which
-subgroup and group, the consistency score with the training images as neighbours, and the geometry
-of the pairs (image, name). A number is the mean over styles.
-
-Settings were chosen on a validation split. Held-out concepts are split in the data; of the trained
-concepts, whose images in new styles are asked about, a fixed quarter was for it.
+A number is the mean over styles. Settings were chosen on a validation split: held-out concepts are
+split in the data; of trained ones, which are asked about in new styles, a fixed quarter was in it.
 """
 
 import hashlib
