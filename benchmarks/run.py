@@ -29,6 +29,7 @@ from benchmarks import ROOT
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("triton", "numpy", "open_clip_torch")
+Row = dict[str, Any]  # a line of a table, by column
 SEED = 0
 OK, OUT_OF_MEMORY = "ok", "out of memory"
 # What errors say that mean it. The last two: CUDA's and Triton's own, and cuBLAS' when PyTorch's
@@ -39,13 +40,12 @@ SIGNS = ("can't allocate memory", "not enough memory", "std::bad_alloc", "out of
 
 @dataclass
 class Section:
-    """What one part of a run found: rows of a table, what they mean, failures and other notes.
+    """What one part of a run found: rows of a table, failures and other notes.
 
     The first line of a failure says what failed, the others show it.
     """
 
-    about: str = ""
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -90,7 +90,7 @@ class Run:
         self.section.rows.append(values)
 
     @contextmanager
-    def attempt(self, **values: Any) -> Iterator[dict[str, Any]]:
+    def attempt(self, **values: Any) -> Iterator[Row]:
         """Add a line that the block completes. An exception in it is the line's outcome."""
         self.row(**values, outcome=OK)
         row = self.section.rows[-1]
@@ -167,20 +167,19 @@ def markdown(record: dict[str, Any], summary: str = "") -> str:
     if record["dry_run"]:
         lines += ["**DRY RUN**: on CPU at tiny sizes. No time in it means anything.", ""]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    lines += [f"`{record['command']}`; {versions}.", ""]
+    lines += [f"`{record['command']}`; {versions}. The columns: benchmarks/README.md.", ""]
     for name, section in record["sections"].items():
         for failure in section["failures"]:
             lines += [f"## FAILED {name}", "", "```", failure, "```", ""]
     lines += ["## Summary", "", summary, ""] if summary else []
     for name, section in record["sections"].items():
         lines += [f"## {name}", ""]
-        lines += [section["about"], ""] if section["about"] else []
         lines += [table(section["rows"]), ""] if section["rows"] else []
         lines += [*(f"- {note}" for note in section["notes"]), ""] if section["notes"] else []
     return "\n".join(lines)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[Row]) -> str:
     """A Markdown table; what a row lacks is left empty."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [columns, *([row.get(key, "") for key in columns] for row in rows)]

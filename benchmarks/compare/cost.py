@@ -5,22 +5,14 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks import measure
 from benchmarks.compare.competitors import COMPETITORS, OURS, PARTS, TERM, Competitor, Loss
 from benchmarks.compare.plan import Plan
-from benchmarks.measure import (
-    allocated_peak,
-    columns,
-    interleaved,
-    launches_of,
-    limit_to_available,
-    wall_seconds,
-)
-from benchmarks.run import OUT_OF_MEMORY, Run, outcome_of
+from benchmarks.run import OUT_OF_MEMORY, Row, Run, outcome_of
 
 WARM_UP_ROWS = 96
 MOST_RUNS = 300
@@ -28,17 +20,10 @@ MOST_RUNS = 300
 # than products, may take the time of a GPU.
 PARTS_UP_TO, LAUNCHES_UP_TO = 16384, 8192
 LOGIT_SCALE = 14.3  # CLIP's at the start
-ABOUT = (
-    "Forward and backward: median, 20th and 80th percentile of interleaved runs; where runs is 1, "
-    "of the only one, in a process of its own. Peak: what PyTorch's allocator handed out beyond "
-    "the inputs, gradients included. Of matrix rate: 8 N² D flops at the rate of one library "
-    "product, over the time. Wall: one after another, as in training; graph: in a CUDA graph."
-)
 
 
 def costs(run: Run, found: list[Competitor], plan: Plan) -> None:
     """Rows of time and memory, size by size, for as long as there is time."""
-    run.section.about = ABOUT
     rate = matrix_rate(run, plan.dtype, plan.matrix)
     for n, d in plan.sizes:
         if run.remaining() < 3 * plan.seconds:
@@ -48,7 +33,7 @@ def costs(run: Run, found: list[Competitor], plan: Plan) -> None:
         chosen = [c for c in found if n <= PARTS_UP_TO or c.name not in PARTS]
         try:
             if n <= plan.timed_up_to:
-                rows = measure(run, chosen, n, d, plan)
+                rows = measure_all(run, chosen, n, d, plan)
             else:
                 rows = [measure_once(c.name, n, d, plan) for c in chosen]
                 run.section.rows += rows
@@ -76,9 +61,9 @@ def step_of(loss: Loss, leaves: list[Tensor]) -> Callable[[], None]:
     return step
 
 
-def measure(run: Run, found: list[Competitor], n: int, d: int, plan: Plan) -> list[dict[str, Any]]:
+def measure_all(run: Run, found: list[Competitor], n: int, d: int, plan: Plan) -> list[Row]:
     """A row for each competitor, also added to the section: its peak, and interleaved runs."""
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, Row] = {}
     steps: dict[str, Callable[[], object]] = {}
     dtype = {"dtype": str(plan.dtype).removeprefix("torch.")}
     few, leaves = leaves_of(run, WARM_UP_ROWS, d, plan.dtype), leaves_of(run, n, d, plan.dtype)
@@ -86,18 +71,18 @@ def measure(run: Run, found: list[Competitor], n: int, d: int, plan: Plan) -> li
         with run.attempt(N=n, D=d, **dtype, loss=competitor.name, lacks=competitor.lacks) as row:
             step_of(competitor.loss, few)()  # what libraries load, compile and allocate once
             step = step_of(competitor.loss, leaves)
-            row["peak MB"] = allocated_peak(run.device, step) / 1e6
+            row["peak MB"] = measure.allocated_peak(run.device, step) / 1e6
             if n <= LAUNCHES_UP_TO and (run.dry_run or run.device.type == "cuda"):
-                row |= launches_of(step, run.device)
+                row |= measure.launches_of(step, run.device)
             steps[competitor.name] = step
         rows[competitor.name] = row
-    runs = interleaved(steps, run.device, plan.seconds, plan.least, MOST_RUNS)
+    runs = measure.interleaved(steps, run.device, plan.seconds, plan.least, MOST_RUNS)
     for name, times in runs.items():
-        rows[name] |= columns(times)
+        rows[name] |= measure.columns(times)
     return list(rows.values())
 
 
-def measure_once(name: str, n: int, d: int, plan: Plan) -> dict[str, Any]:
+def measure_once(name: str, n: int, d: int, plan: Plan) -> Row:
     """A row of one run on the CPU, in a process of its own: it may run out of memory."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         try:
@@ -106,23 +91,23 @@ def measure_once(name: str, n: int, d: int, plan: Plan) -> dict[str, Any]:
             return {"N": n, "D": d, "loss": name, "outcome": OUT_OF_MEMORY}
 
 
-def _limited(name: str, n: int, d: int, plan: Plan) -> dict[str, Any]:
+def _limited(name: str, n: int, d: int, plan: Plan) -> Row:
     run, limit = Run(torch.device("cpu")), None
     (competitor,) = (c for c in COMPETITORS if c.name == name)
     with run.attempt(N=n, D=d, loss=name, lacks=competitor.lacks) as row:
         step = step_of(competitor.loss, leaves_of(run, WARM_UP_ROWS, d, plan.dtype))
-        allocated_peak(run.device, step)  # imports are not what is limited
-        limit = limit_to_available()
+        measure.allocated_peak(run.device, step)  # imports are not what is limited
+        limit = measure.limit_to_available()
         step = step_of(competitor.loss, leaves_of(run, n, d, plan.dtype))
         begun = time.perf_counter()
-        row["peak MB"] = allocated_peak(run.device, step) / 1e6
-        row |= columns([1e3 * (time.perf_counter() - begun)])
+        row["peak MB"] = measure.allocated_peak(run.device, step) / 1e6
+        row |= measure.columns([1e3 * (time.perf_counter() - begun)])
     if row["outcome"] == OUT_OF_MEMORY and limit is not None:
         row["outcome"] += f" (had {limit / 1e9:.1f} GB)"
     return row
 
 
-def add_ratios(rows: list[dict[str, Any]], rate: float) -> None:
+def add_ratios(rows: list[Row], rate: float) -> None:
     """To each row its time over ours, and that of 8 N^2 D flops at `rate` over its time.
 
     8 N^2 D is what a contrastive loss takes that keeps no matrix (dense autograd: 6 N^2 D); the
@@ -139,4 +124,4 @@ def add_ratios(rows: list[dict[str, Any]], rate: float) -> None:
 def matrix_rate(run: Run, dtype: torch.dtype, size: int) -> float:
     """Flops per second of a library product of square matrices."""
     a = torch.randn(size, size, device=run.device).to(dtype)
-    return 2 * size**3 / wall_seconds(lambda: torch.mm(a, a), 0.01 if run.dry_run else 2.0)
+    return 2 * size**3 / measure.wall_seconds(lambda: torch.mm(a, a), 0.01 if run.dry_run else 2.0)

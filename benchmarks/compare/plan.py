@@ -16,7 +16,6 @@ class Plan:
     sizes: tuple[tuple[int, int], ...]  # N, D
     timed_up_to: int  # the largest N that runs again and again; beyond it, each loss runs once
     error_at: tuple[int, int]
-    error_dtypes: tuple[torch.dtype, ...]
     model: str  # of the training step
     batch_size: int
     matrix: int  # rows and columns of the product whose rate is measured
@@ -33,7 +32,6 @@ CPU = Plan(
     ),
     timed_up_to=8192,
     error_at=(2048, 512),
-    error_dtypes=(torch.float32,),
     model="tiny",
     batch_size=256,
     matrix=4096,
@@ -47,7 +45,6 @@ CUDA = Plan(
     ),
     timed_up_to=262144,
     error_at=(8192, 512),
-    error_dtypes=(torch.float32, torch.bfloat16),
     model="ViT-B-32",
     batch_size=1024,
     matrix=8192,

@@ -14,13 +14,12 @@ import matplotlib
 
 from benchmarks.compare import competitors as names
 from benchmarks.compare.accuracy import RANDOM
-from benchmarks.run import OK, OUT_OF_MEMORY, number, table, write_whole
+from benchmarks.run import OK, OUT_OF_MEMORY, Row, number, table, write_whole
 from cyclip_loss.checks import PAPER_BATCH_SIZE
 
 matplotlib.use("Agg")  # files only: no display needed
 from matplotlib import pyplot as plt
 
-Row = dict[str, Any]
 Lines = dict[str, list[tuple[float, float]]]  # the points of each loss
 STYLES = {
     names.OURS: ("#D55E00", "o"),

@@ -21,10 +21,6 @@ TINY: dict[str, Any] = {
     "vision_cfg": {"layers": (1, 1, 1, 1), "width": 16, "image_size": 32},
     "text_cfg": {"layers": 2, "width": 128, "heads": 4, "context_length": CAPTION_TOKENS},
 }
-ABOUT = (
-    "One step of the model with this loss, and its forward and backward pass alone on the step's "
-    "features: medians. Peak: what PyTorch's allocator handed out beyond what was held before."
-)
 
 
 class Trainer:
@@ -71,7 +67,6 @@ class Trainer:
 
 def training(run: Run, found: list[Competitor], plan: Plan) -> None:
     """A row for some losses: the step, the loss alone, its share, and the step's peak."""
-    run.section.about = ABOUT
     trainer = Trainer(run, plan.model, plan.batch_size)
     features = [output.detach().requires_grad_() for output in trainer.encode()]
     steps: dict[str, Callable[[], object]] = {}

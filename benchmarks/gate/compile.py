@@ -1,6 +1,4 @@
-"""Compile every shipped configuration for every architecture, without a GPU, and show the result.
-
-    python -m benchmarks gate [--arch sm_90 ...]
+"""`python -m benchmarks gate`: every shipped configuration, compiled for every chip without a GPU.
 
 The assembler and disassembler come with Triton's wheel. Exits with 1 if a binary spills registers,
 needs more shared memory than its chip has, multiplies 16-bit numbers without tensor cores or has
