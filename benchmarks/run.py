@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
-from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("triton", "numpy", "open_clip_torch")
 Row = dict[str, Any]  # a line of a table, by column
 SEED = 0
+BUSY = 0.25  # running processes a core, beyond which times mean little
 OK, OUT_OF_MEMORY = "ok", "out of memory"
 # What errors say that mean it. The last two: CUDA's and Triton's own, and cuBLAS' when PyTorch's
 # allocator holds the whole card.
@@ -59,6 +59,7 @@ class Run:
         self.sections: dict[str, Section] = {}
         self.section = Section()
         self.deadline = math.inf  # in seconds since the run began
+        self.load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # Windows has none
         self.began, self._start = datetime.now(), time.perf_counter()
 
     def elapsed(self) -> float:
@@ -150,7 +151,6 @@ def device_name(device: torch.device) -> str:
     return f"{found[1] if found else platform.machine()}, threads: {threads}"
 
 
-@cache
 def versions() -> dict[str, str]:
     """Of what a measurement depends on, and is there."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
@@ -168,6 +168,8 @@ def markdown(record: dict[str, Any], summary: str = "") -> str:
         lines += ["**DRY RUN**: on CPU at tiny sizes. No time in it means anything.", ""]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines += [f"`{record['command']}`; {versions}. The columns: benchmarks/README.md.", ""]
+    busy = ": the machine was busy, do not trust the times" * record["busy"]
+    lines += [f"Load before the run: {record['load']:.2f}{busy}.", ""]
     for name, section in record["sections"].items():
         for failure in section["failures"]:
             lines += [f"## FAILED {name}", "", "```", failure, "```", ""]
@@ -222,10 +224,12 @@ def carry_out(
             "date": run.began.isoformat(timespec="minutes"),
             "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
             "versions": versions(),
+            "load": run.load,
+            "busy": run.load > BUSY * (os.cpu_count() or 1),
             "sections": {name: asdict(section) for name, section in run.sections.items()},
         }
-        write_whole(markdown(record, summary(record)), file.with_suffix(".md"))
-        write_whole(json.dumps(record, indent=1) + "\n", file)
+        write_whole(markdown(record, summary(record)).encode(), file.with_suffix(".md"))
+        write_whole(f"{json.dumps(record, indent=1)}\n".encode(), file)
         return record
 
     try:
@@ -239,11 +243,11 @@ def carry_out(
     return save(), file
 
 
-def write_whole(content: str | bytes, path: Path) -> None:
+def write_whole(content: bytes, path: Path) -> None:
     """Write a file whole, or leave it as it was."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        unfinished.write_bytes(content if isinstance(content, bytes) else content.encode())
+        unfinished.write_bytes(content)
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """What a side-by-side run measures, on a CPU and on a CUDA device."""
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 
@@ -26,10 +27,7 @@ class Plan:
 # The paper's own batch is 128.
 CPU = Plan(
     dtype=torch.float32,
-    sizes=(
-        *((128, 512), (128, 1024), (512, 512), (512, 1024), (2048, 512), (2048, 1024)),
-        *((8192, 512), (32768, 512)),
-    ),
+    sizes=(*product((128, 512, 2048), (512, 1024)), (8192, 512), (32768, 512)),
     timed_up_to=8192,
     error_at=(2048, 512),
     model="tiny",

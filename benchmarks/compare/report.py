@@ -19,6 +19,7 @@ from cyclip_loss.checks import PAPER_BATCH_SIZE
 
 matplotlib.use("Agg")  # files only: no display needed
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator
 
 Lines = dict[str, list[tuple[float, float]]]  # the points of each loss
 STYLES = {
@@ -120,9 +121,8 @@ def _multiples(ax: Any, rows: list[Row], column: str) -> None:
     batches, paper = sorted({row["N"] for row in rows}), {PAPER_BATCH_SIZE: "\n(the paper's)"}
     ax.set(xscale="log", xlabel="N, pairs in the batch")
     ax.set_xticks(batches, [f"{n:,}{paper.get(n, '')}" for n in batches])
-    low, high = ax.get_ylim()
-    ticks = [t for t in (0.5, 0.7, 1, 2, 3, 5, 10, 20, 50) if low <= t <= high]
-    ax.set_yticks(ticks, [f"{t:g}×" for t in ticks])
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    ax.yaxis.set_major_formatter("{x:g}×")
     ax.minorticks_off()
 
 

@@ -5,7 +5,6 @@ record (JSON, Markdown, pictures) in `results/`. On CUDA if there is a device, e
 """
 
 import argparse
-import os
 from dataclasses import replace
 
 import torch
@@ -18,8 +17,6 @@ from benchmarks.compare.report import draw, summary
 from benchmarks.compare.training_step import training
 from benchmarks.run import RESULTS, Run, carry_out
 
-BUSY = 0.25  # running processes a core, beyond which times mean little
-
 
 def main(options: argparse.Namespace) -> int:
     """Measure everything, write the record and the pictures, print the summary."""
@@ -29,15 +26,7 @@ def main(options: argparse.Namespace) -> int:
         n = min(max(options.sizes), plan.error_at[0])
         plan = replace(plan, sizes=tuple((n, 512) for n in options.sizes), error_at=(n, 512))
     found = competitors(run.device)
-
-    def machine(run: Run) -> None:
-        """Note how busy the machine is already."""
-        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # Windows has none
-        busy = load > BUSY * (os.cpu_count() or 1)
-        run.note(f"load before: {load:.2f}{'; it was busy, do not trust the times' * busy}")
-
     sections = {
-        "machine": machine,
         "cost": lambda run: costs(run, found, plan),
         "error": lambda run: errors(run, found, plan),
         "training step": lambda run: training(run, found, plan),

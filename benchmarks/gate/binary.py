@@ -111,9 +111,8 @@ def nvidia_registers(sass: str) -> tuple[int, int]:
     The stack holds what is spilled; LDL and STL, of any width, read and write it. Both are looked
     at: a stack that is never touched costs nothing, and a local access without one is no less slow.
     """
-    registers, stack = (
-        max(map(int, re.findall(rf"{name}:(\d+)", sass))) for name in ("REG", "STACK")
-    )
+    registers = max(map(int, re.findall(r"REG:(\d+)", sass)))
+    stack = max(map(int, re.findall(r"STACK:(\d+)", sass)))
     local_accesses = len(re.findall(r"\b(?:LDL|STL)\b", sass))
     return registers, max(stack, 4 * local_accesses) if local_accesses else 0
 

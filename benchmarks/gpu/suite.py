@@ -16,11 +16,11 @@ from benchmarks.run import Run
 
 CUDA_TESTS = ("tests/test_cuda.py", "-m", "not slow")
 KERNEL_TESTS = ("tests/kernels", "tests/loss", "tests/ranks/test_ranks_gpu.py", "-m", "not slow")
-SLOW_TESTS = ("tests/test_cuda.py", "tests/kernels", "tests/loss", "-m", "slow")
+SLOW_TESTS = ("tests/test_cuda.py", "-m", "slow")
 RANK_TESTS = ("tests/ranks", "-m", "nccl")
 # For a dry run, which shows that tests can be started and their results read.
 FEW = ("tests/loss/test_loss.py", "-k", "eager")
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+CORES = len(os.sched_getaffinity(0))
 # What takes time is the oracle, in float64 on the CPU.
 SEVERAL = max(1, min(8, CORES // 2))
 GRACE = 30.0  # seconds for pytest to report when it is interrupted
