@@ -38,20 +38,8 @@ def check_features(
 
     may_be_empty: allow N = 0, as on one of several ranks; autocast: False: cast nothing.
     """
-    least = 0 if may_be_empty else 1
     for name, features in zip(names, (first, second)):  # noqa: B905 (PyTorch 2.8 can't trace strict)
-        if not isinstance(features, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(features).__name__}")
-        _check_dense(name, features, "to_local")
-        if features.dtype not in DTYPES:
-            raise TypeError(
-                f"{name} must be float64, float32, bfloat16 or float16, got {features.dtype}"
-            )
-        if features.ndim != 2 or features.shape[0] < least or features.shape[1] == 0:
-            raise ValueError(
-                f"{name} must have shape (N, D) with N >= {least} and D >= 1, "
-                f"got {tuple(features.shape)}"
-            )
+        _check_features(name, features, 0 if may_be_empty else 1)
     if second is first:  # torch.compile refuses the same tensor twice
         second = first.view_as(first)
     if autocast:
@@ -64,6 +52,21 @@ def check_features(
         if a != b:
             raise error(f"{' and '.join(names)} must have the same {what}, got {a} and {b}")
     return first, second
+
+
+def _check_features(name: str, features: Tensor, least: int) -> None:
+    if not isinstance(features, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(features).__name__}")
+    _check_dense(name, features, "to_local")
+    if features.dtype not in DTYPES:
+        raise TypeError(
+            f"{name} must be float64, float32, bfloat16 or float16, got {features.dtype}"
+        )
+    if features.ndim != 2 or features.shape[0] < least or features.shape[1] == 0:
+        raise ValueError(
+            f"{name} must have shape (N, D) with N >= {least} and D >= 1, "
+            f"got {tuple(features.shape)}"
+        )
 
 
 def _check_dense(name: str, tensor: Tensor, method: str) -> None:
@@ -106,8 +109,25 @@ def check_logit_scale(logit_scale: Tensor | float, features: Tensor) -> Tensor:
     return logit_scale.reshape(()).to(device=features.device, dtype=dtype)
 
 
-def check_ids(ids: Tensor, features: Tensor) -> Tensor:
+def check_negatives(name: str, negatives: Tensor | None, features: Tensor) -> Tensor | None:
+    """Extra negatives (M, D), cast as autocast asks, or an error; None if there are none."""
+    if negatives is None:
+        return None
+    _check_features(name, negatives, 0)
+    negatives = _autocast(negatives).view_as(negatives)  # torch.compile refuses a tensor twice
+    got, needed = ((x.shape[1], x.dtype, x.device) for x in (negatives, features))
+    if got != needed:
+        text = "{} must have D = {}, {} and device {}, as the other features, got {}, {} and {}"
+        raise ValueError(text.format(name, *needed, *got))
+    return negatives
+
+
+def check_ids(ids: Tensor | None, features: Tensor, same_ids: str) -> Tensor | None:
     """ids as int64, or an error: (N,), integers, on the features' device."""
+    if ids is None:
+        if same_ids == "positives":
+            raise ValueError("same_ids='positives' needs ids, got None")
+        return None
     if not isinstance(ids, Tensor) or ids.dtype not in ID_DTYPES:
         got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(f"ids must be a tensor of int8 to int64 or uint8, got {got}")

@@ -21,6 +21,9 @@ With n rows on each of W ranks, N = W n, the columns reach the rows in one of th
             columns, and of their sums; in backward, reduce-scatter of the text gradients (N, D)
     ring    each rank passes blocks of n text rows on to the next (`_ring`); O(n D) memory per rank
 
+Extra negatives are rows and columns without a pair, behind the others. Their own log-sum-exps are
+not part of the loss, so backward gets inf for them, which makes their part of G zero.
+
 Gradients are summed across ranks in the accumulation dtype. Except for the gather, communication is
 inside the operators, hidden from `torch.compile`. If it were traced, a ring would keep every block
 for backward, and a rank without rows would drop collectives whose results it does not use.
@@ -31,9 +34,10 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from cyclip_loss import distributed
+from cyclip_loss import distributed, positives
 from cyclip_loss.distributed import Hop, RankArgs, Ranks, padded
 from cyclip_loss.engines import engine
 from cyclip_loss.numerics import Logits, Lse
@@ -42,17 +46,25 @@ from cyclip_loss.operators import empty_grad_like, operator
 TENSORS = 5  # of the fields of Logits, its first
 
 
-def contrastive_loss(logits: Logits, gathered: Tensor | None, impl: str, ranks: Ranks) -> Tensor:
+def contrastive_loss(
+    logits: Logits,
+    gathered: Tensor | None,
+    total: int,
+    with_positives: bool,
+    impl: str,
+    ranks: Ranks,
+) -> Tensor:
     """The contrastive term of the global batch: a scalar of the accumulation dtype.
 
-    logits: of this rank's rows and columns, checked. gathered: `start_gather` of the columns, or
-    None; with it, `column_ids` are the ids of all ranks' columns. Without `symmetric` the loss is
-    one way, rows to columns.
+    logits: of this rank's rows and columns, checked; `column_ids` are all ranks'. gathered:
+    `start_gather` of the columns, or None. total: N, the pairs of all ranks; with_positives:
+    whether rows with the same id are positives; ranks: with their numbers of columns. Without
+    `symmetric` the loss is one way, rows to columns.
     """
     if gathered is not None:
-        first_column = ranks.first_row(ranks.rank, logits.rows.shape[0])
+        first_column = ranks.first_row(ranks.rank, logits.columns.shape[0])
         logits = logits._replace(first_column=first_column)
-    return _Contrastive.apply(*logits, gathered, impl, ranks)  # type: ignore[no-any-return, no-untyped-call]
+    return _Contrastive.apply(*logits, gathered, total, with_positives, impl, ranks)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Contrastive(torch.autograd.Function):
@@ -60,11 +72,12 @@ class _Contrastive(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        *fields, gathered, impl, ranks = inputs
+        *fields, gathered, total, with_positives, impl, ranks = inputs
         logits = Logits(*fields)
+        ctx.own = logits.columns.shape[0]
         if gathered is not None:
             logits = logits._replace(columns=distributed.finish_gather(gathered, ranks))
-        op_args = impl, ranks.to_op_args()
+        op_args = total, with_positives, impl, ranks.to_op_args()
         loss, *lse = contrastive_forward(logits, *op_args)
         ctx.save_for_backward(*logits[:TENSORS], *lse)
         ctx.settings = logits[TENSORS:], op_args
@@ -75,7 +88,7 @@ class _Contrastive(torch.autograd.Function):
         saved, (fields, op_args) = ctx.saved_tensors, ctx.settings
         logits, lse = Logits(*saved[:TENSORS], *fields), Lse(*saved[TENSORS:])
         needs = list(ctx.needs_input_grad[:3])
-        grads = contrastive_backward(logits, lse, grad, needs, *op_args)
+        grads = contrastive_backward(logits, lse, grad, needs, ctx.own, *op_args)
         needed = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
         return (*needed, *[None] * (len(ctx.needs_input_grad) - len(needed)))
 
@@ -89,61 +102,84 @@ def _forward_shapes(logits: Logits, **_: Any) -> tuple[Tensor, ...]:
 
 @operator(_forward_shapes)
 def contrastive_forward(
-    logits: Logits, impl: str, rank_args: RankArgs
+    logits: Logits, total: int, with_positives: bool, impl: str, rank_args: RankArgs
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The contrastive loss of the global batch, and the fields of `Lse`.
 
-    logits: this rank's rows (n, D) with its columns (n, D) or, gathered, all ranks' (N, D).
+    logits: this rank's rows with its columns or, gathered, all ranks'. total: N, all ranks' pairs.
     """
     ranks = Ranks.from_op_args(rank_args)
     compute = engine(impl, logits.rows)
-    if ranks.dist_impl == "ring":
-        row_negatives, column_negatives, pair_logits = _ring_lse(compute, logits, ranks)
-    else:
-        row_negatives, column_negatives, pair_logits = compute.contrastive_lse(logits)
+    batch_ids: Any = logits.column_ids if with_positives else None
+    sweep = _ring_lse if ranks.dist_impl == "ring" else _block_lse
+    row_negatives, columns, pair_logits, of_others = sweep(compute, logits, batch_ids, ranks)
+    n, m, first = logits.rows.shape[0], columns.shape[0], logits.first_column
+    pairs = min(n, logits.pairs)
+    pair_logits = pair_logits[:pairs]
     column_pairs = pair_logits
     if logits.symmetric and ranks.dist_impl == "gather":
-        column_negatives, column_pairs = distributed.log_sum_exp(
-            column_negatives, pair_logits, ranks
-        )
-    weight = 1 / (ranks.total(logits.rows.shape[0]) * (2 if logits.symmetric else 1))
-    loss, *lse = compute.pair_terms(
-        *(row_negatives, column_negatives, pair_logits, column_pairs, logits.first_column, weight)
+        columns, column_pairs = distributed.log_sum_exp(columns, pair_logits, first, ranks)
+    elif m > pairs:
+        column_pairs = F.pad(pair_logits, (0, m - pairs), value=-torch.inf)
+    sides = 2 if logits.symmetric else 1
+    loss, row_lse, column_lse, pair_gradient = compute.pair_terms(
+        *(row_negatives[:pairs], columns, pair_logits, column_pairs, first, 1 / (total * sides))
     )
+    if of_others is not None:
+        shares = 1 - 1 / positives.counts(batch_ids, logits.row_ids)[:pairs].to(loss.dtype)
+        of_pairs = (shares * pair_logits).sum()
+        loss += (of_pairs - logits.logit_scale * of_others) / total
+        pair_gradient += sides * shares
     if ranks.group is not None:
         loss = distributed.wait(distributed.start_all_reduce(loss, "sum", ranks))
-    return loss, *lse
+    if logits.pairs <= n:  # there may be extra negatives
+        row_lse = F.pad(row_lse, (0, n - pairs), value=torch.inf)
+        pair_gradient = F.pad(pair_gradient, (0, n - pairs))
+        column_lse.masked_fill_(column_pairs == -torch.inf, torch.inf)
+    return loss, row_lse, column_lse, pair_gradient
+
+
+def _block_lse(
+    compute: ModuleType, logits: Logits, batch_ids: Tensor | None, _: Ranks
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """As `eager.contrastive_lse` and, with `batch_ids`, sum_i I_i . R_i (`positives.py`)."""
+    if batch_ids is None:
+        return (*compute.contrastive_lse(logits), None)
+    of_others = (logits.rows * positives.means_of_others(logits, batch_ids)).sum()
+    return (*compute.contrastive_lse(logits.without_ids()), of_others)
 
 
 def _ring(
     logits: Logits,
     column_lse: Tensor | None,
     total: Tensor | None,
-    multiply: Callable[[Tensor | None, Logits], Tensor],
+    multiply: Callable[[Logits, Tensor | None], Tensor],
     add: Callable[[Tensor, Tensor], Any],
     ranks: Ranks,
 ) -> Tensor | None:
     """Send columns around the ring; return the sum over ranks for this rank's columns.
 
-    The columns' ids and log-sum-exps travel with them, where given. total: the initial value of
-    that sum, padded, or None if none is wanted. The sum travels one step behind the columns.
-    `multiply(column_lse, logits)`, of this rank's rows and the columns that are here, returns this
+    The columns' log-sum-exps travel with them, if given. total: the initial value of that sum,
+    padded, or None if none is wanted. The sum travels one step behind the columns.
+    `multiply(logits, column_lse)`, of this rank's rows and the columns that are here, returns this
     rank's contribution, which `add` adds in place.
     """
-    n = logits.rows.shape[0]
-    travelling = {"columns": logits.columns, "column_ids": logits.column_ids, "lse": column_lse}
-    blocks = [padded(x, ranks) for x in travelling.values() if x is not None]
-    names = [name for name, x in travelling.items() if x is not None]
+    m = logits.columns.shape[0]
+    blocks = [padded(x, ranks) for x in (logits.columns, column_lse) if x is not None]
     for step in range(ranks.size):
         ahead = blocks if step + 1 < ranks.size else []
         behind = [total] if total is not None and step > 0 else []
         hop = Hop([*ahead, *behind], ranks)
         owner = (ranks.rank - step) % ranks.size
-        count, part = ranks.count(owner, n), None
+        count, part = ranks.count(owner, m), None
         if count > 0:
-            here: dict[str, Any] = dict(zip(names, (x[:count] for x in blocks), strict=True))
-            here["first_column"] = ranks.first_row(ranks.rank, n) - ranks.first_row(owner, n)
-            part = multiply(here.pop("lse", None), logits._replace(**here))
+            columns, *lse = (block[:count] for block in blocks)
+            start, ids = ranks.first_row(owner, m), logits.column_ids
+            first_column = ranks.first_row(ranks.rank, m) - start
+            here = logits._replace(columns=columns, first_column=first_column)
+            if ids is not None:
+                here = here._replace(column_ids=ids[start : start + count])
+            part = multiply(here, lse[0] if lse else None)
         received = hop.finish()
         if behind:
             total = received.pop()
@@ -153,47 +189,57 @@ def _ring(
             blocks = received
         # Free these, each as large as a block, before the next step allocates its own.
         del part, received, hop
-    return None if total is None else Hop([total], ranks).finish()[0][:n]
+    return None if total is None else Hop([total], ranks).finish()[0][:m]
 
 
-def _ring_lse(compute: ModuleType, logits: Logits, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
-    """As `eager.contrastive_lse`, of this rank's rows and its own columns."""
+def _ring_lse(
+    compute: ModuleType, logits: Logits, batch_ids: Tensor | None, ranks: Ranks
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """As `_block_lse`, of this rank's rows and its own columns."""
     n, scale = logits.rows.shape[0], logits.logit_scale
     # Running log-sum-exps are in float64, because every step rounds them.
     rows = scale.new_full((n,), -torch.inf, dtype=torch.float64)
-    pair_logits = scale.new_zeros(n)
+    pair_logits, of_others = scale.new_zeros(n), scale.new_zeros(())
 
-    def multiply(_: Tensor | None, part: Logits) -> Tensor:
-        of_columns: Tensor
-        of_rows, of_columns, pairs = compute.contrastive_lse(part)
+    def multiply(part: Logits, _: Tensor | None) -> Tensor:
+        of_rows, of_columns, pairs, others = _block_lse(compute, part, batch_ids, ranks)
         rows.copy_(torch.logaddexp(rows, of_rows.double()))
         pair_logits.add_(pairs)  # 0 except in this rank's own block
+        if others is not None:
+            of_others.add_(others)
         return of_columns.double()
 
     def add(total: Tensor, part: Tensor) -> None:
         total.copy_(torch.logaddexp(total, part))
 
-    sums = rows.new_full((ranks.most(n),), -torch.inf) if logits.symmetric else None
+    most = ranks.most(logits.columns.shape[0])
+    sums = rows.new_full((most,), -torch.inf) if logits.symmetric else None
     sums = _ring(logits, None, sums, multiply, add, ranks)
     columns = scale.new_empty(0) if sums is None else sums.to(scale.dtype)
-    return rows.to(scale.dtype), columns, pair_logits
+    return rows.to(scale.dtype), columns, pair_logits, None if batch_ids is None else of_others
 
 
 def _backward_shapes(
-    logits: Logits, grad: Tensor, needs: list[bool], rank_args: RankArgs, **_: Any
+    logits: Logits, grad: Tensor, needs: list[bool], own: int, **_: Any
 ) -> tuple[Tensor, ...]:
-    columns = logits.columns
-    if rank_args.dist_impl == "gather":
-        columns = columns.new_empty(logits.rows.shape[0], columns.shape[1])
+    columns = logits.columns.new_empty(own, logits.columns.shape[1])
     of_features = empty_grad_like(logits.rows, needs[0]), empty_grad_like(columns, needs[1])
     return *of_features, grad.new_empty(())
 
 
 @operator(_backward_shapes, gives_gradients=True)
 def contrastive_backward(
-    logits: Logits, lse: Lse, grad: Tensor, needs: list[bool], impl: str, rank_args: RankArgs
+    logits: Logits,
+    lse: Lse,
+    grad: Tensor,
+    needs: list[bool],
+    own: int,
+    total: int,
+    with_positives: bool,
+    impl: str,
+    rank_args: RankArgs,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of this rank's rows and columns, (n, D), and its part of the scale's.
+    """Gradients of this rank's rows and its `own` columns, and its part of the scale's.
 
     logits: as in forward; grad: scalar, the upstream gradient; needs: which of the three to compute
     (other features get an empty one). Across W ranks they are W times the gradients of the global
@@ -201,41 +247,72 @@ def contrastive_backward(
     """
     ranks = Ranks.from_op_args(rank_args)
     compute = engine(impl, logits.rows)
-    weight = ranks.size / (ranks.total(logits.rows.shape[0]) * (2 if logits.symmetric else 1))
-    settings = (grad, weight, needs, ranks.group is not None)
-    if ranks.dist_impl == "ring":
-        grads = _ring_grads(compute, logits, lse, settings, ranks)
-    else:
-        grads = compute.contrastive_grads(logits, lse, *settings)
-    of_rows, of_columns, scale_grad = grads
+    weight = ranks.size / (total * (2 if logits.symmetric else 1))
+    # Sums, across ranks or with the means of positives, are rounded at the end.
+    wide = ranks.group is not None or with_positives
+    settings = (grad, weight, needs, wide)
+    batch_ids = logits.column_ids if with_positives else None
+    sweep = _ring_grads if ranks.dist_impl == "ring" else _block_grads
+    of_rows, of_columns, scale_grad = sweep(compute, logits, lse, settings, batch_ids, ranks)
     if ranks.dist_impl == "gather" and needs[1]:
         of_columns = distributed.sum_and_scatter(of_columns, ranks)
     return of_rows.to(logits.rows.dtype), of_columns.to(logits.columns.dtype), scale_grad
+
+
+_Settings = tuple[Tensor, float, list[bool], bool]
+
+
+def _block_grads(
+    compute: ModuleType,
+    logits: Logits,
+    lse: Lse,
+    settings: _Settings,
+    batch_ids: Tensor | None,
+    _: Ranks,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `eager.contrastive_grads`; with `batch_ids`, rows with the same id are positives."""
+    if batch_ids is None:
+        return compute.contrastive_grads(logits, lse, *settings)  # type: ignore[no-any-return]
+    row_grad, column_grad, scale_grad = compute.contrastive_grads(
+        logits.without_ids(), lse, *settings
+    )
+    grad, weight, needs, _wide = settings
+    factor = grad * (weight * (2 if logits.symmetric else 1))
+    of_features = factor * logits.logit_scale
+    if needs[0] or needs[2]:
+        means = positives.means_of_others(logits, batch_ids)
+        scale_grad = scale_grad - factor * (logits.rows * means).sum()
+        if needs[0]:
+            row_grad -= means.mul_(of_features)
+    if needs[1]:
+        means = positives.means_of_others(logits, batch_ids, of_columns=True)
+        column_grad -= means.mul_(of_features)
+    return row_grad, column_grad, scale_grad
 
 
 def _ring_grads(
     compute: ModuleType,
     logits: Logits,
     lse: Lse,
-    settings: tuple[Tensor, float, list[bool], bool],
+    settings: _Settings,
+    batch_ids: Tensor | None,
     ranks: Ranks,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `contrastive_backward`, in the accumulation dtype."""
+    """As `_block_grads`, of this rank's rows and its own columns."""
     needs = settings[2]
     row_grad = lse.rows.new_zeros(logits.rows.shape if needs[0] else (0,))
     scale_grad = lse.rows.new_zeros(())
 
-    def multiply(column_lse: Tensor | None, part: Logits) -> Tensor:
+    def multiply(part: Logits, column_lse: Tensor | None) -> Tensor:
         of_part = lse if column_lse is None else lse._replace(columns=column_lse)
-        column_part: Tensor
-        row_part, column_part, scale_part = compute.contrastive_grads(part, of_part, *settings)
-        scale_grad.add_(scale_part)
+        grads = _block_grads(compute, part, of_part, settings, batch_ids, ranks)
+        scale_grad.add_(grads[2])
         if needs[0]:
-            row_grad.add_(row_part)
-        return column_part
+            row_grad.add_(grads[0])
+        return grads[1]
 
-    n, d = logits.columns.shape
-    total = lse.rows.new_zeros(ranks.most(n), d) if needs[1] else None
+    m, d = logits.columns.shape
+    total = lse.rows.new_zeros(ranks.most(m), d) if needs[1] else None
     column_lse = lse.columns if logits.symmetric else None
     column_grad = _ring(logits, column_lse, total, multiply, Tensor.add_, ranks)
     return row_grad, lse.rows.new_empty(0) if column_grad is None else column_grad, scale_grad

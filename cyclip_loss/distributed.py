@@ -114,51 +114,60 @@ _agreed: WeakKeyDictionary[ProcessGroup, set[Hashable]] = WeakKeyDictionary()
 
 
 def check_ranks_agree(
-    ranks: Ranks, options: LossOptions, features: Tensor, signature: dict[str, Hashable]
-) -> Ranks:
-    """Compare the call with the other ranks'; return `ranks` with `dist_impl` and the row counts.
+    ranks: Ranks,
+    options: LossOptions,
+    device: torch.device,
+    rows: dict[str, int],
+    signature: dict[str, Hashable],
+) -> tuple[Ranks, Ranks]:
+    """Compare the call with the other ranks'; return `ranks` with `dist_impl` and row counts.
 
     Ranks compare in the first call with a signature and, with `uneven`, in every call. The host
     waits for it. In other calls they trust each other to hold equal numbers of rows. Without
     `uneven`, nothing is compared while `torch.compile` traces.
 
-    features: this rank's, (n, D); signature: what decides which collectives run, by name.
+    rows: how many this rank has, by the arguments' names, pairs first. The results have the pairs'
+    numbers, and those of all rows together. signature: what decides which collectives run, by name.
 
     Raises:
-        ValueError: on every rank, listing all differences, or if no rank has rows. In a call
-            without comparison, on a rank without rows.
+        ValueError: on every rank, listing all differences, or if no rank has pairs. In a call
+            without comparison, on a rank without pairs.
     """
-    rows, uneven = features.shape[0], options.uneven
+    (named, n), *_ = rows.items()
     # Older versions of torch.compile can't look up a group in a dictionary.
     is_compiling = torch.compiler.is_compiling()
     agreed = set() if is_compiling else _agreed.setdefault(ranks.group, set())  # type: ignore[arg-type]
     key = tuple(signature.items())
-    if not uneven and (is_compiling or key in agreed):
-        if rows == 0:
-            raise ValueError("image_features and text_features have 0 rows: that needs uneven=True")
-        return replace(ranks, dist_impl=options.dist_impl)
+    ranks = replace(ranks, dist_impl=options.dist_impl)
+    if not options.uneven and (is_compiling or key in agreed):
+        if n == 0:
+            raise ValueError(f"{named} have 0 rows: that needs uneven=True")
+        return ranks, ranks
 
     own = {**signature, **{name: getattr(options, name) for name in WEIGHTS}}
     disable: Any = torch.compiler.disable  # not at the top: that would import the whole compiler
-    of_ranks = disable(_exchange)({"rows": rows, **own}, ranks, features.device)
+    of_ranks = disable(_exchange)({"rows": (*rows.values(),), **own}, ranks, device)
     differences = [
         f"{name} must be the same on every rank, got {_listed(values)}"
         for name in own
         if len(set(values := [of_rank[name] for of_rank in of_ranks])) > 1
     ]
-    all_rows = tuple(of_rank["rows"] for of_rank in of_ranks)
-    even = len(set(all_rows)) == 1
-    if not even and not uneven:
-        differences.append(
-            "image_features and text_features must have the same number of rows on every rank "
-            f"unless uneven=True, got {_listed(all_rows)}"
-        )
+    of_names = list(zip(*(of_rank["rows"] for of_rank in of_ranks)))  # noqa: B905
+    for name, counts in zip(rows, of_names):  # noqa: B905
+        if len(set(counts)) > 1 and not options.uneven:
+            differences.append(
+                f"{name} must have the same number of rows on every rank unless uneven=True, "
+                f"got {_listed(counts)}"
+            )
     if differences:
         raise ValueError("; ".join(differences))
-    if sum(all_rows) == 0:
+    if sum(of_names[0]) == 0:
         raise ValueError("the global batch is empty: every rank's features have 0 rows")
     agreed.add(key)
-    return replace(ranks, dist_impl=options.dist_impl, rows=None if even else all_rows)
+    together = tuple(map(sum, zip(*of_names)))  # noqa: B905
+    counted = ((x if len(set(x)) > 1 else None) for x in (of_names[0], together))
+    of_pairs, of_all = (replace(ranks, rows=x) for x in counted)
+    return of_pairs, of_all
 
 
 def _exchange(own: dict[str, Any], ranks: Ranks, device: torch.device) -> list[dict[str, Any]]:
@@ -199,13 +208,15 @@ def start_all_reduce(tensor: Tensor, op: str, ranks: Ranks) -> Tensor:
     return _collectives.all_reduce(tensor, op, ranks.group_name)  # type: ignore[no-any-return]
 
 
-def log_sum_exp(values: Tensor, pair_logits: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """The elementwise log-sum-exp of all ranks' `values`, and the pair logits of all N columns.
+def log_sum_exp(
+    values: Tensor, pair_logits: Tensor, start: int, ranks: Ranks
+) -> tuple[Tensor, Tensor]:
+    """The elementwise log-sum-exp of all ranks' `values`, and the pair logits of all columns.
 
-    values: (N,); pair_logits: (n,), of this rank's columns. They are sent along with the maxima.
+    values: (N,); pair_logits: (n,), of this rank's columns from `start` on. They travel along with
+    the maxima. Columns without a pair get -inf.
     """
     placed = torch.full_like(values, -torch.inf)
-    start = ranks.first_row(ranks.rank, pair_logits.shape[0])
     placed[start : start + pair_logits.shape[0]] = pair_logits
     largest = wait(start_all_reduce(torch.stack((values, placed)), "max", ranks))
     # Finite, so that a column without negatives has a sum of 0.
@@ -215,8 +226,8 @@ def log_sum_exp(values: Tensor, pair_logits: Tensor, ranks: Ranks) -> tuple[Tens
 
 
 def start_gather(features: Tensor, ranks: Ranks) -> Tensor | None:
-    """Start to gather all ranks' rows, for `finish_gather`; None if `dist_impl` is not "gather"."""
-    if ranks.group is None or ranks.dist_impl != "gather":
+    """Start to gather all ranks' rows, for `finish_gather`; None in one process."""
+    if ranks.group is None:
         return None
     block = padded(features.detach(), ranks)
     # Without `out`, gloo runs allgather_coalesced, which reads GPU memory from the host. It can

@@ -42,14 +42,11 @@ def _strips(rows: int, height: int) -> list[tuple[int, int]]:
     return [(start, min(start + height, rows)) for start in range(0, rows, max(height, 1))]
 
 
-def _pairs(strip: Tensor, start: int, first_column: int) -> tuple[Tensor, slice]:
-    """The pairs of a strip that begins with row `start`, as a view, and their rows.
-
-    Row i is paired with column first_column + i, if that column exists.
-    """
-    offset = first_column + start
-    pairs = strip.diagonal(offset)
+def _pairs(strip: Tensor, start: int, logits: Logits) -> tuple[Tensor, slice]:
+    """The pairs of a strip that begins with row `start`, as a view, and their rows."""
+    offset = logits.first_column + start
     low = start + max(0, -offset)
+    pairs = strip.diagonal(offset)[: max(0, logits.pairs - low)]
     return pairs, slice(low, low + len(pairs))
 
 
@@ -77,7 +74,7 @@ def contrastive_lse(logits: Logits) -> tuple[Tensor, Tensor, Tensor]:
     for start, stop in _strips(n, height):
         strip, exps = logits_buffer[: stop - start], exp_buffer[: stop - start]
         _multiply(features[start:stop].to(factor_dtype), columns_t, logit_scale, strip)
-        pairs, rows = _pairs(strip, start, logits.first_column)
+        pairs, rows = _pairs(strip, start, logits)
         pair_logits[rows] = pairs
         pairs.fill_(-torch.inf)
         same = logits.same_ids(start, stop)
@@ -173,7 +170,7 @@ def contrastive_grads(
         same = logits.same_ids(start, stop)
         if same is not None:
             gradient.masked_fill_(same, 0.0)
-        pairs, rows = _pairs(gradient, start, logits.first_column)
+        pairs, rows = _pairs(gradient, start, logits)
         pairs.copy_(lse.pair_gradient[rows])
         if factor_dtype != dtype:
             gradient = gradient.mul_(2.0**shift).to(factor_dtype)

@@ -24,6 +24,7 @@ from collections.abc import Hashable
 from typing import Any, Literal, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cyclip_loss import contrastive, cyclic, small
@@ -31,6 +32,7 @@ from cyclip_loss.checks import (
     check_features,
     check_ids,
     check_logit_scale,
+    check_negatives,
     warn_of_strong_penalties,
     zero_of_bias,
 )
@@ -40,6 +42,7 @@ from cyclip_loss.options import LossOptions, PenaltyOptions, has_penalties, take
 
 __all__ = ["caption_ids", "cyclic_penalty", "cyclip_loss"]
 
+NEGATIVES = ("negative_text_features", "negative_image_features")
 CYCLIC_TERMS = ("inmodal_cyclic_loss", "crossmodal_cyclic_loss")
 _Terms = dict[str, Tensor]
 
@@ -114,6 +117,8 @@ def cyclip_loss(
     augmented_image_features: Tensor | None = None,
     augmented_text_features: Tensor | None = None,
     ids: Tensor | None = None,
+    negative_image_features: Tensor | None = None,
+    negative_text_features: Tensor | None = None,
     **options: Any,
 ) -> Tensor | dict[str, Tensor]:
     """The CyCLIP loss: contrastive + lambda_inmodal * P_in + lambda_crossmodal * P_cross.
@@ -125,17 +130,24 @@ def cyclip_loss(
     row has to find its own augmented view (the `--inmodal` option of the authors' code). It is
     averaged with CLIP's or, with `inmodal_contrastive_weight`, added: CLIP + weight * in-modal.
 
-    `ids`: (N,), int8 to int64 or uint8, on the features' device. Rows with the same id are not
-    negatives of each other: their logits, except each row's own pair, are left out of every
-    contrastive term. They do not become positives, as they would in SupCon. Every value is an id,
-    -1 too, so give rows without an id distinct values. The penalties still cover all pairs.
+    `ids`: (N,), int8 to int64 or uint8, on the features' device. With `same_ids="ignored"`, rows
+    with the same id are not negatives of each other: their logits, except each row's own pair, are
+    left out of every contrastive term. With `same_ids="positives"` they are positives of each other
+    (`positives.py` has the formula). Every value is an id, -1 too, so give rows without an id
+    distinct values. The penalties still cover all pairs.
+
+    `negative_image_features, negative_text_features`: (M, D), either or both, of any number of
+    rows, such as hard negatives. Every image's text has to be told from the negative texts too, of
+    all ranks, and every text's image from the negative images. They get gradients. They are in no
+    penalty, and in no term of augmented views.
 
     Returns a scalar or, with `output_dict`, `contrastive_loss`, `inmodal_contrastive_loss` if there
     are augmented views, `inmodal_cyclic_loss` and `crossmodal_cyclic_loss`.
     """
     inputs = (image_features, text_features, logit_scale, logit_bias, output_dict)
     by_name = (augmented_image_features, augmented_text_features, ids)
-    return loss_with(LossOptions(**options), *inputs, *by_name)
+    negatives = (negative_image_features, negative_text_features)
+    return loss_with(LossOptions(**options), *inputs, *by_name, *negatives)
 
 
 def loss_with(
@@ -148,6 +160,8 @@ def loss_with(
     augmented_image_features: Tensor | None,
     augmented_text_features: Tensor | None,
     ids: Tensor | None,
+    negative_image_features: Tensor | None,
+    negative_text_features: Tensor | None,
 ) -> Tensor | _Terms:
     """`cyclip_loss` with checked options; modules pass themselves."""
     ranks = ranks_of(options.process_group) if options.distributed else Ranks()
@@ -164,32 +178,57 @@ def loss_with(
     if len(pairs) == 2:
         missing = "image" if augmented_image_features is None else "text"
         raise ValueError(f"augmented features go together: augmented_{missing}_features is None")
-    if ids is not None:
-        ids = check_ids(ids, pair[0])
+    ids = check_ids(ids, pair[0], options.same_ids)
+    given = (negative_text_features, negative_image_features)
+    texts, images = (check_negatives(n, x, pair[0]) for n, x in zip(NEGATIVES, given))  # noqa: B905
+    has_negatives = texts is not None or images is not None
+    n, of_columns = pair[0].shape[0], ranks
     if several:
-        signature = collective_signature(pairs, options, ids)
-        ranks = check_ranks_agree(ranks, options, pair[0], signature)
-    if not several and len(pairs) == 1 and small.loss_is_small(*pair, options.impl):
+        counts = {"image_features and text_features": n}
+        if texts is not None:
+            counts[NEGATIVES[0]] = texts.shape[0]
+        signature = collective_signature(pairs, (texts, images), options, ids)
+        ranks, of_columns = check_ranks_agree(ranks, options, pair[0].device, counts, signature)
+    alone = not several and len(pairs) == 1 and not has_negatives
+    if alone and small.loss_is_small(*pair, options.impl):
         terms = small.terms(*pair, scale, options, output_dict, ids)
         contrastive_terms, penalties = {"contrastive_loss": terms[0]}, terms[1:]
     else:
+        # Extra negatives come behind the pairs.
+        rows, columns = (
+            x if more is None else torch.cat((x, more))
+            for x, more in zip(pair, (images, texts))  # noqa: B905
+        )
         # Across ranks, the gather of the columns runs while the Gram matrices are computed, and the
         # all-reduce of those while the contrastive losses are.
-        gathered = [start_gather(columns, ranks) for _, columns in pairs]
+        terms_of = [(rows, columns, of_columns), *((*views, ranks) for views in pairs[1:])]
+        gathered = [
+            start_gather(columns, of) if of.dist_impl == "gather" else None
+            for _, columns, of in terms_of
+        ]
         started_ids = None if ids is None else start_gather(ids, ranks)
         started = cyclic.start_penalties(*pair, options, ranks)
         # A second tensor, as torch.compile refuses the same tensor twice.
-        column_ids = None if ids is None else ids.view_as(ids)
+        batch_ids: Any = None if ids is None else ids.view_as(ids)
         if started_ids is not None:  # not earlier: this waits for the columns' gather as well
-            column_ids = finish_gather(started_ids, ranks)
+            batch_ids = finish_gather(started_ids, ranks)
+        with_positives = ids is not None and options.same_ids == "positives"
         losses = []
-        for at, (rows, columns) in enumerate(pairs):
-            logits = Logits(rows, columns, scale, ids, column_ids, symmetric=at == 0)
-            of_pair = (logits, gathered.pop(0), options.impl, ranks)
-            losses.append(contrastive.contrastive_loss(*of_pair))
+        for at, (rows, columns, of) in enumerate(terms_of):
+            logits = Logits(rows, columns, scale, ids, batch_ids, symmetric=at == 0)
+            if has_negatives and at == 0:
+                logits = logits._replace(pairs=n)
+                if ids is not None:
+                    sizes = (rows.shape[0], columns.shape[0])
+                    row_ids, column_ids = _fill_ids(ids, batch_ids, sizes, ranks, of)
+                    logits = logits._replace(row_ids=row_ids, column_ids=column_ids)
+            settings = (ranks.total(n), with_positives, options.impl, of)
+            losses.append(contrastive.contrastive_loss(logits, gathered.pop(0), *settings))
         penalties = ()
-        if output_dict or has_penalties(options):
-            penalties = cyclic.penalties(*pairs[0], options, output_dict, started, ranks.size)
+        if ranks.group is None and small.penalties_are_small(*pair, options, output_dict):
+            penalties = small.terms(*pair, None, options, output_dict)
+        elif output_dict or has_penalties(options):
+            penalties = cyclic.penalties(*pair, options, output_dict, started, ranks.size)
         contrastive_terms = {"contrastive_loss": losses[0]}
         if len(losses) > 1:
             inmodal, weight = (losses[1] + losses[2]) / 2, options.inmodal_contrastive_weight
@@ -206,6 +245,23 @@ def loss_with(
     return sum(others, loss)
 
 
+def _fill_ids(
+    ids: Tensor, batch_ids: Tensor, sizes: tuple[int, int], ranks: Ranks, of_columns: Ranks
+) -> tuple[Tensor, Tensor]:
+    """Ids of all rows of this rank, and of all ranks' columns, with extra negatives.
+
+    Pairs' ids are numbered from 0 on. Extra images get -2 and extra texts -1, which are nobody's.
+    sizes: the numbers of this rank's rows and columns.
+    """
+    in_order, n = batch_ids.sort()[0], ids.shape[0]
+    row_ids = F.pad(torch.searchsorted(in_order, ids), (0, sizes[0] - n), value=-2)
+    counts = [ranks.count(rank, n) for rank in range(ranks.size)]
+    of_ranks = torch.split(torch.searchsorted(in_order, batch_ids), counts)
+    missing = [of_columns.count(r, sizes[1]) - count for r, count in enumerate(counts)]
+    padded = [F.pad(x, (0, more), value=-1) for x, more in zip(of_ranks, missing)]  # noqa: B905
+    return row_ids, torch.cat(padded)
+
+
 def caption_ids(tokens: Tensor) -> Tensor:
     """`ids` of captions: a hash, (N,) int64, of each row of token numbers (N, context length).
 
@@ -219,12 +275,16 @@ def caption_ids(tokens: Tensor) -> Tensor:
 
 
 def collective_signature(
-    pairs: list[tuple[Tensor, Tensor]], options: LossOptions, ids: Tensor | None
+    pairs: list[tuple[Tensor, Tensor]],
+    negatives: tuple[Tensor | None, Tensor | None],
+    options: LossOptions,
+    ids: Tensor | None,
 ) -> dict[str, Hashable]:
     """What decides which collectives run, by the name that error messages use."""
     features = pairs[0][0]
-    names = ("text_features", "augmented_image_features", "augmented_text_features")
-    needed = [torch.is_grad_enabled() and columns.requires_grad for _, columns in pairs]
+    names = ("text_features", "augmented_image_features", "augmented_text_features", NEGATIVES[0])
+    columns = [*(columns for _, columns in pairs), *[None] * (3 - len(pairs)), negatives[0]]
+    needed = [x is not None and torch.is_grad_enabled() and x.requires_grad for x in columns]
     trained = [name for name, need in zip(names, needed) if need]  # noqa: B905
     return {
         "dist_impl": options.dist_impl,
@@ -234,7 +294,9 @@ def collective_signature(
         "the device type": features.device.type,
         "whether a penalty has a weight": has_penalties(options),
         "whether augmented features are given": len(pairs) > 1,
+        "whether negative_text_features are given": negatives[0] is not None,
         "whether ids are given": ids is not None,
+        "same_ids": options.same_ids,
         # Their gradients are summed across ranks.
         "which of the text and augmented features require a gradient": ", ".join(trained),
     }

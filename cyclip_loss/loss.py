@@ -88,6 +88,7 @@ class CyCLIPLoss(LossOptions, _Module):
             an evaluation on one rank only.
         dist_impl: how the text features reach the other ranks: "gather", or "ring" for O(n D)
             memory with n rows per rank. On GPUs "ring" needs nccl.
+        same_ids: what rows with the same id in `ids` are to each other: "ignored", or "positives".
         uneven: whether ranks may hold different numbers of rows, or none. They then exchange their
             row counts in every call, and the host waits.
         inmodal_contrastive_weight: weight of the in-modal contrastive term of augmented views.
@@ -138,6 +139,8 @@ class CyCLIPLoss(LossOptions, _Module):
         augmented_image_features: Tensor | None = None,
         augmented_text_features: Tensor | None = None,
         ids: Tensor | None = None,
+        negative_image_features: Tensor | None = None,
+        negative_text_features: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """The loss or, with `output_dict`, its terms, as in `functional.cyclip_loss`."""
         if not is_traced(image_features) and not self._inputs_checked:
@@ -146,6 +149,7 @@ class CyCLIPLoss(LossOptions, _Module):
             self,
             *(image_features, text_features, logit_scale, logit_bias, output_dict),
             *(augmented_image_features, augmented_text_features, ids),
+            *(negative_image_features, negative_text_features),
         )
         self._check_inputs_once(image_features, text_features, logit_scale)
         return loss

@@ -58,7 +58,8 @@ def consistency_metrics(
     n, d = pair[0].shape
     if ranks.size > 1:
         signature = {"D": d, "dtype": pair[0].dtype, "the device type": pair[0].device.type}
-        ranks = across.check_ranks_agree(ranks, LossOptions(uneven=True), pair[0], signature)
+        given, options = {"image_features and text_features": n}, LossOptions(uneven=True)
+        ranks, _ = across.check_ranks_agree(ranks, options, pair[0].device, given, signature)
         gathered = across.start_gather(torch.cat(pair, dim=1), ranks)
         assert gathered is not None
         pair = across.finish_gather(gathered, ranks).tensor_split((d,), dim=1)

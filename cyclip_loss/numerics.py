@@ -15,11 +15,14 @@ STRIP_ELEMENTS_OTHER_DEVICES = 2**26
 MIN_STRIP_ROWS = 64
 
 
+EVERY = 2**30  # more rows than there are; fits into 32 bits with another number added
+
+
 class Logits(NamedTuple):
     """The logits l_ij = logit_scale * rows_i . columns_j of a contrastive term.
 
-    Row i is paired with column `first_column + i`, if that exists. Its negatives are all other
-    columns except those with its id.
+    Row i < `pairs` is paired with column `first_column + i`, if that exists. Its negatives are all
+    other columns except those with its id.
     """
 
     rows: Tensor  # (n, D)
@@ -29,10 +32,15 @@ class Logits(NamedTuple):
     column_ids: Tensor | None = None
     first_column: int = 0
     symmetric: bool = True  # whether columns have log-sum-exps, too, or only rows
+    pairs: int = EVERY  # rows from here on are extra negatives of the columns
 
     def same_ids(self, start: int, stop: int) -> Any:
         """Which of these rows and columns have the same id: (stop - start, m); None without ids."""
         return None if self.row_ids is None else self.row_ids[start:stop, None] == self.column_ids
+
+    def without_ids(self) -> "Logits":
+        """The same, with all other columns as negatives."""
+        return self._replace(row_ids=None, column_ids=None)
 
     def block(self, start: int, stop: int, left: int = 0, right: int | None = None) -> "Logits":
         """Rows `start` to `stop` and columns `left` to `right`."""
@@ -42,6 +50,7 @@ class Logits(NamedTuple):
             row_ids=None if self.row_ids is None else self.row_ids[start:stop],
             column_ids=None if self.column_ids is None else self.column_ids[left:right],
             first_column=self.first_column + start - left,
+            pairs=self.pairs - start,
         )
 
 

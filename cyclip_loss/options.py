@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 
 IMPLS = ("auto", "triton", "eager")
 DIST_IMPLS = ("gather", "ring")
+SAME_IDS = ("ignored", "positives")
 # Numbers that may change between calls. Ranks compare them in their first call only.
 WEIGHTS = (
     *("lambda_inmodal", "lambda_crossmodal"),
@@ -91,6 +92,7 @@ class LossOptions(PenaltyOptions):
     """The options of the whole loss."""
 
     dist_impl: str = field(default="gather", metadata={"check": _one_of(*DIST_IMPLS)})
+    same_ids: str = field(default="ignored", metadata={"check": _one_of(*SAME_IDS)})
     uneven: bool = field(default=False, metadata={"check": _bool})
     inmodal_contrastive_weight: float | None = field(
         default=None, metadata={"check": _optional_weight}

@@ -17,19 +17,60 @@ from torch import Tensor
 
 
 def contrastive_loss(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, ids: Tensor | None = None
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    ids: Tensor | None = None,
+    same_ids: str = "ignored",
+    negative_image_features: Tensor | None = None,
+    negative_text_features: Tensor | None = None,
 ) -> Tensor:
     """Symmetric cross-entropy over the pairs of a batch (Goel et al. 2022, eq. 1).
 
-    image_features, text_features: (N, D); logit_scale: scalar, exp'd; ids: (N,), rows with the same
-    id are not negatives of each other. Returns a scalar.
+    image_features, text_features: (N, D); logit_scale: scalar, exp'd; ids, same_ids: as in `_find`.
+    Negative features, (M, D) and (K, D), are more columns for the other features. Returns a scalar.
     """
-    logits = logit_scale * image_features @ text_features.T  # (N, N)
-    logits_per_image = without_same_ids(logits, ids)
-    labels = torch.arange(len(logits_per_image), device=logits_per_image.device)
-    image_to_text = F.cross_entropy(logits_per_image, labels)
-    text_to_image = F.cross_entropy(logits_per_image.T, labels)
+    scaled = logit_scale * image_features
+    logits_per_image = scaled @ text_features.T  # (N, N)
+    logits_per_text = logits_per_image.T
+    more_texts = more_images = logits_per_image[:, :0]
+    if negative_text_features is not None:
+        more_texts = scaled @ negative_text_features.T  # (N, M)
+    if negative_image_features is not None:
+        more_images = logit_scale * text_features @ negative_image_features.T  # (N, K)
+    image_to_text = _find(logits_per_image, more_texts, ids, same_ids)
+    text_to_image = _find(logits_per_text, more_images, ids, same_ids)
     return (image_to_text + text_to_image) / 2
+
+
+def one_way_contrastive_loss(
+    features: Tensor,
+    augmented: Tensor,
+    logit_scale: Tensor,
+    ids: Tensor | None = None,
+    same_ids: str = "ignored",
+) -> Tensor:
+    """Cross-entropy of each row finding its own augmented view among all augmented views.
+
+    features, augmented: (N, D); logit_scale: scalar, exp'd; ids, same_ids: as in `_find`. Returns a
+    scalar.
+    """
+    logits = logit_scale * features @ augmented.T  # (N, N)
+    return _find(logits, logits[:, :0], ids, same_ids)
+
+
+def _find(logits: Tensor, others: Tensor, ids: Tensor | None, same_ids: str) -> Tensor:
+    """Mean cross-entropy of each row finding its column; `others` (N, M) are further negatives.
+
+    ids: (N,). Other rows with the same id are no negatives ("ignored"), or found as well, with the
+    mean over all that are to be found ("positives": UniCL; L_out of Khosla et al. 2020, eq. 2).
+    """
+    if ids is not None and same_ids == "positives":
+        same = (ids[:, None] == ids).to(logits)
+        log_probabilities = torch.cat((logits, others), dim=1).log_softmax(dim=1)
+        return -(log_probabilities[:, : len(logits)] * same / same.sum(dim=1)).sum() / len(logits)
+    all_logits = torch.cat((without_same_ids(logits, ids), others), dim=1)
+    return F.cross_entropy(all_logits, torch.arange(len(logits), device=logits.device))
 
 
 def without_same_ids(logits: Tensor, ids: Tensor | None) -> Tensor:
@@ -37,17 +78,6 @@ def without_same_ids(logits: Tensor, ids: Tensor | None) -> Tensor:
     if ids is None:
         return logits
     return logits.masked_fill((ids[:, None] == ids).fill_diagonal_(False), -torch.inf)
-
-
-def one_way_contrastive_loss(
-    features: Tensor, augmented: Tensor, logit_scale: Tensor, ids: Tensor | None = None
-) -> Tensor:
-    """Cross-entropy of each row finding its own augmented view among all augmented views.
-
-    features, augmented: (N, D); logit_scale: scalar, exp'd; ids: (N,). Returns a scalar.
-    """
-    logits = without_same_ids(logit_scale * features @ augmented.T, ids)  # (N, N)
-    return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
 
 
 def inmodal_cyclic_penalty(image_features: Tensor, text_features: Tensor) -> Tensor:
@@ -74,21 +104,33 @@ def cyclip_loss(
     reference_batch_size: int | None = None,
     inmodal_contrastive_weight: float | None = None,
     ids: Tensor | None = None,
+    same_ids: str = "ignored",
+    negative_image_features: Tensor | None = None,
+    negative_text_features: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The terms of the CyCLIP loss, each already weighted; their sum is the loss.
 
     image_features, text_features and, for the in-modal contrastive term, both augmented features:
-    (N, D), rows of unit length; logit_scale: scalar, exp'd; ids: (N,). reference_batch_size: both
-    penalties are multiplied by it / N; None: the paper's formula. inmodal_contrastive_weight: the
-    in-modal term, times this weight, is added to CLIP's; None: their mean.
+    (N, D), rows of unit length; logit_scale: scalar, exp'd; ids, same_ids and the negatives: as in
+    `contrastive_loss`. reference_batch_size: both penalties are multiplied by it / N; None: the
+    paper's formula. inmodal_contrastive_weight: the in-modal term, times this weight, is added to
+    CLIP's; None: their mean.
     """
     if reference_batch_size is not None:
         lambda_inmodal *= reference_batch_size / len(image_features)
         lambda_crossmodal *= reference_batch_size / len(image_features)
-    terms = {"contrastive_loss": contrastive_loss(image_features, text_features, logit_scale, ids)}
+    pair, negatives = (
+        (image_features, text_features),
+        (negative_image_features, negative_text_features),
+    )
+    terms = {"contrastive_loss": contrastive_loss(*pair, logit_scale, ids, same_ids, *negatives)}
     if augmented_image_features is not None and augmented_text_features is not None:
-        image = one_way_contrastive_loss(image_features, augmented_image_features, logit_scale, ids)
-        text = one_way_contrastive_loss(text_features, augmented_text_features, logit_scale, ids)
+        image = one_way_contrastive_loss(
+            image_features, augmented_image_features, logit_scale, ids, same_ids
+        )
+        text = one_way_contrastive_loss(
+            text_features, augmented_text_features, logit_scale, ids, same_ids
+        )
         weight = inmodal_contrastive_weight
         if weight is None:  # the authors' `--inmodal` option
             terms["contrastive_loss"], weight = terms["contrastive_loss"] / 2, 0.5

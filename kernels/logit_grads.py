@@ -31,7 +31,7 @@ BLOCK_ELEMENTS = 2**28
 
 
 @triton.jit(
-    do_not_specialize=["n", "m", "first_column"],
+    do_not_specialize=["n", "m", "first_column", "pairs"],
     do_not_specialize_on_alignment=[
         "logit_scale", "grad", "row_lse", "column_lse", "pair_gradient", "scale_partials",
         "row_ids", "column_ids",
@@ -55,7 +55,8 @@ def contrastive_grads_kernel(
     image_stride,
     text_stride,
     gradient_stride,
-    first_column,  # row i is paired with column first_column + i
+    first_column,  # row i < pairs is paired with column first_column + i
+    pairs,
     weight,
     SYMMETRIC: tl.constexpr,
     NEEDS_SCALE: tl.constexpr,
@@ -100,7 +101,8 @@ def contrastive_grads_kernel(
         # Whole tiles are stored, with 0 outside the matrix, as a mask on columns would prevent wide
         # stores. The pairs share the branch: a branch of their own would spill registers.
         if has_pairs | (first_row + BM > n) | (start + WIDTH > m):
-            is_pair = (rows + first_column)[:, None] == columns[None, :]
+            partner = tl.where(rows < pairs, rows + first_column, -2)
+            is_pair = partner[:, None] == columns[None, :]
             of_pair = tl.load(pair_gradient + rows, mask=rows < n, other=0.0) * (1 << SHIFT)
             g = tl.where(is_pair, of_pair[:, None], g)
             g = tl.where((rows < n)[:, None] & (columns < m)[None, :], g, 0.0)
@@ -168,8 +170,8 @@ def contrastive_grads(
             part.rows, part.columns, logit_scale, grad, lse.rows[start:], lse.columns[left:],
             lse.pair_gradient[start:], part.row_ids, part.column_ids, gradient_tiles,
             scale_partials[tiles_done:], rows, columns, d, image.stride(0), text.stride(0), width,
-            part.first_column, float(weight), SYMMETRIC=logits.symmetric, NEEDS_SCALE=needs_scale,
-            SHIFT=shift, PRECISION=precision.dot, **config.kwargs,
+            part.first_column, part.pairs, float(weight), SYMMETRIC=logits.symmetric,
+            NEEDS_SCALE=needs_scale, SHIFT=shift, PRECISION=precision.dot, **config.kwargs,
         )  # fmt: skip
         tiles_done += tiles
         return gradient_tiles[:rows, :columns]

@@ -33,7 +33,7 @@ def _finite_reference(maximum):
 
 
 @triton.jit(
-    do_not_specialize=["n", "m", "first_column"],
+    do_not_specialize=["n", "m", "first_column", "pairs"],
     do_not_specialize_on_alignment=["logit_scale", "pair_logits", "row_ids", "column_ids"],
 )
 def contrastive_lse_kernel(
@@ -50,7 +50,8 @@ def contrastive_lse_kernel(
     d,  # a multiple of BK
     image_stride,
     text_stride,
-    first_column,  # row i is paired with column first_column + i
+    first_column,  # row i < pairs is paired with column first_column + i
+    pairs,
     SYMMETRIC: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
@@ -71,7 +72,7 @@ def contrastive_lse_kernel(
     row_partial = row_partials + column_tile.to(tl.int64) * PARTS * n
     row_sums = tl.cdiv(m, BN).to(tl.int64) * PARTS * n
     rows = first_row + tl.arange(0, BM)
-    partner = rows + first_column
+    partner = tl.where(rows < pairs, rows + first_column, -2)
     first_pair = first_row + first_column
     WIDTH: tl.constexpr = BN // PARTS
     parts = split(product, BM, BN, PARTS)
@@ -135,7 +136,16 @@ def _join(partials, lse, tiles, length, present, first, TILES: tl.constexpr, BLO
 
 
 @triton.jit(
-    do_not_specialize=["row_parts", "column_parts", "n", "m", "columns", "first_column", "strip"],
+    do_not_specialize=[
+        "row_parts",
+        "column_parts",
+        "n",
+        "m",
+        "columns",
+        "first_column",
+        "pairs",
+        "strip",
+    ],
     do_not_specialize_on_alignment=["row_negatives", "pair_logits"],
 )
 def join_lse_kernel(
@@ -150,6 +160,7 @@ def join_lse_kernel(
     m,
     columns,  # m, or 0 where columns have no log-sum-exps
     first_column,
+    pairs,
     strip,  # how many strips of rows came before
     TILES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -162,7 +173,7 @@ def join_lse_kernel(
         _join(row_partials, row_negatives, row_parts, n, 0, first, TILES, BLOCK)
         rows = first + tl.arange(0, BLOCK)
         partner = rows + first_column
-        alone = (partner < 0) | (partner >= m)
+        alone = (partner < 0) | (partner >= m) | (rows >= pairs)
         tl.store(pair_logits + rows, tl.zeros((BLOCK,), tl.float32), mask=alone & (rows < n))
     else:
         first = (block - row_blocks) * BLOCK
@@ -195,13 +206,13 @@ def contrastive_lse(logits: Logits) -> tuple[Tensor, Tensor, Tensor]:
             contrastive_lse_kernel[(row_tiles * column_tiles,)](
                 part.rows, part.columns, logits.logit_scale, row_partials, column_partials,
                 pair_logits[start:], part.row_ids, part.column_ids, rows, m, d, part.rows.stride(0),
-                part.columns.stride(0), part.first_column, SYMMETRIC=logits.symmetric,
+                part.columns.stride(0), part.first_column, part.pairs, SYMMETRIC=logits.symmetric,
                 PRECISION=precision.dot, **config.kwargs,
             )  # fmt: skip
             block = JOIN.tile["BLOCK"]
             join_lse_kernel[(ceil_div(rows, block) + ceil_div(columns, block),)](
                 row_partials, column_partials, row_negatives[start:], column_negatives,
                 pair_logits[start:], row_parts, row_tiles, rows, m, columns, part.first_column,
-                strip, **JOIN.kwargs,
+                part.pairs, strip, **JOIN.kwargs,
             )  # fmt: skip
     return row_negatives, column_negatives, pair_logits

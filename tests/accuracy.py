@@ -15,13 +15,14 @@ So D terms of one sign lose up to D / 11 or D / 20 times eps times their sum. Fr
 multiple is D / 8. Bounds are computed on the CPU, whatever device the results come from.
 """
 
+from functools import partial
 from math import log
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from conftest import set_strip_rows
-from inputs import VIEWS, Case, Device, loss_dtype
+from inputs import BY_NAME, NEGATIVES, VIEWS, Case, Device, loss_dtype
 from torch import Tensor
 
 from cyclip_loss import CyclicPenalty, CyCLIPLoss, numerics, reference
@@ -75,13 +76,15 @@ def growth(d: int, eps: float) -> float:
 def contrastive_bound(
     rows: Tensor,
     columns: Tensor,
+    more: tuple[Tensor | None, Tensor | None],
     scale: float,
-    ids: Tensor | None,
+    id_options: dict[str, Any],
     eps: Eps,
     symmetric: bool,
     g_is_rounded: bool,
 ) -> list[Tensor]:
-    """eps * scale of a contrastive term of two features (n, D): value, dRows, dColumns, ds.
+    """eps * scale of a contrastive term of two features (n, D): value, dRows, dColumns, ds, and the
+    gradients of `more`, negatives of the rows and of the columns.
 
     A logit's rounding error, at most eps times `size`, is a *relative* error of its exponential,
     and so of G, the gradient with respect to the logits: G of a pair is minus the sum of the others
@@ -90,30 +93,53 @@ def contrastive_bound(
     g_is_rounded: G is rounded before it is summed to ds. The kernels round it afterwards.
     """
     n, d = rows.shape
-    logits = reference.without_same_ids(scale * rows @ columns.T, ids)
-    cosines = rows.abs() @ columns.abs().T
+    left = [rows, columns] if symmetric else [rows]
+    right = [torch.cat([x for x in both if x is not None]) for both in zip((columns, rows), more)]  # noqa: B905
+    largest = max((x.abs() @ y.abs().T).max() for x, y in zip(left, right))  # noqa: B905
     # A whole row shares the error of its log-sum-exp, whose size is log n + the largest logit.
-    size = growth(d, eps.logits) * (1 + abs(scale) * cosines.max()) + log(n)
-    exact = _gradient_sizes(logits)
+    most = max(len(y) for y in right[: len(left)])
+    size = growth(d, eps.logits) * (1 + abs(scale) * largest) + log(most)
+    value, of_scale = rows.new_zeros(()), rows.new_zeros(())
+    sums = [torch.zeros_like(x) for x in (rows, columns)]
+    of_more = [None if x is None else torch.zeros_like(x) for x in more]
+    for side, (x, y) in enumerate(zip(left, right)):  # noqa: B905
+        exact = _gradient_sizes(scale * x @ y.T, **id_options) / len(left)
+        # Exponentials below the smallest normal number may be lost.
+        of_logits = eps.logits * exact + (2.0**-126 if eps.logits > FLOAT64 else 2.0**-1022)
+        of_logits[:, :n] += FLOAT64 * exact.new_ones(n).diag()
+        of_logits *= size / n
+        errors = of_logits + eps.stored * exact / n
+        value += (eps.logits * exact.sum() / 2 / n + FLOAT64) * size
+        of_scale += ((errors if g_is_rounded else of_logits) * (x.abs() @ y.abs().T)).sum()
+        sums[side] += abs(scale) * errors @ y.abs()
+        of_y = abs(scale) * errors.T @ x.abs()
+        sums[1 - side] += of_y[:n]
+        if of_more[side] is not None:
+            of_more[side] += of_y[n:]
+    options = dict(zip(("negative_text_features", "negative_image_features"), more, strict=True))
+    loss = reference.one_way_contrastive_loss
     if symmetric:
-        exact = (exact + _gradient_sizes(logits.T).T) / 2
-    of_logits = (eps.logits * exact + FLOAT64 * exact.new_ones(n).diag()) * size / n
-    errors = of_logits + eps.stored * exact / n
-    loss = reference.contrastive_loss if symmetric else reference.one_way_contrastive_loss
-    value = (eps.logits * exact.trace() / n + FLOAT64) * size
-    return [
-        value + eps.logits * loss(rows, columns, scale, ids),
-        abs(scale) * errors @ columns.abs(),
-        abs(scale) * errors.T @ rows.abs(),
-        ((errors if g_is_rounded else of_logits) * cosines).sum(),
-    ]
+        loss = partial(reference.contrastive_loss, **options)
+    value += eps.logits * loss(rows, columns, scale, **id_options)
+    return [value, *sums, of_scale, *of_more]
 
 
-def _gradient_sizes(logits: Tensor) -> Tensor:
-    """|p - 1| for pairs, computed as the sum of the others in the row, and p for the others."""
-    probabilities = logits.softmax(dim=1)
-    negatives = probabilities - probabilities.diag().diag()
-    return negatives + negatives.sum(dim=1).diag()
+def _gradient_sizes(logits: Tensor, ids: Tensor | None, same_ids: str) -> Tensor:
+    """(n, m), the size of the terms that G_ij is the sum of: p of a negative; for a pair |p - 1|,
+    computed as the sum of the others in the row; p + 1/k and 1 - 1/k more with k positives.
+    """
+    n = len(logits)
+    targets = torch.eye(n, dtype=logits.dtype, device=logits.device)
+    if same_ids == "positives":
+        targets = (ids[:, None] == ids).to(logits)
+        targets /= targets.sum(1, keepdim=True)
+    else:
+        logits = torch.cat((reference.without_same_ids(logits[:, :n], ids), logits[:, n:]), 1)
+    sizes = logits.softmax(dim=1)
+    pair = sizes.sum(1) - sizes.diagonal()
+    sizes.diagonal().copy_(pair + 1 - targets.diagonal())
+    sizes[:, :n] += targets - targets.diag().diag()
+    return sizes
 
 
 def penalty_bound(image: Tensor, text: Tensor, a: float, b: float, eps: float) -> list[Tensor]:
@@ -143,12 +169,16 @@ def bounds(case: Case, features: dict[str, Tensor], impl: str, tf32: bool) -> di
     found = dict.fromkeys((*TERMS, *features, "logit_scale"), 0.0)
     parts = [("image", "text", 0.5 if case.views else 1.0)]
     parts += [("image", "image_view", 0.25), ("text", "text_view", 0.25)] if case.views else []
+    id_options = {"ids": case.ids("cpu"), **case.id_options}
     for rows, columns, share in parts:
-        inputs = (exact[rows], exact[columns], case.logit_scale, case.ids("cpu"))
-        value, *grads = contrastive_bound(*inputs, eps, columns == "text", rounded)
+        symmetric = columns == "text"
+        more = tuple(exact.get(name) if symmetric else None for name in NEGATIVES)
+        inputs = (exact[rows], exact[columns], more, case.logit_scale, id_options)
+        value, *grads = contrastive_bound(*inputs, eps, symmetric, rounded)
         found[TERMS[0]] += share * value
-        for name, grad in zip((rows, columns, "logit_scale"), grads, strict=True):
-            found[name] += share * abs(weights[0]) * grad
+        for name, grad in zip((rows, columns, "logit_scale", *NEGATIVES), grads, strict=True):
+            if grad is not None:
+                found[name] += share * abs(weights[0]) * grad
     n = len(exact["image"])
     penalty_weights = [x * (case.reference_batch_size or n) / n**2 for x in case.lambdas]
     upstream = [w * u for w, u in zip(penalty_weights, weights[1:], strict=True)]
@@ -170,6 +200,8 @@ def exact_results(
     def dense(*views: Tensor) -> dict[str, Tensor]:
         both = (leaves["image"], leaves["text"], scale)
         options = {"reference_batch_size": case.reference_batch_size, "ids": case.ids("cpu")}
+        options |= case.id_options
+        options |= {BY_NAME[name]: leaves[name] for name in NEGATIVES if name in leaves}
         return one_contrastive_term(reference.cyclip_loss(*both, *case.lambdas, *views, **options))
 
     terms = dense()
@@ -220,16 +252,15 @@ def evaluate(
     }
     copies = {name: leaf.detach().clone() for name, leaf in leaves.items()}
     options = {"reference_batch_size": case.reference_batch_size, "impl": impl}
-    image, text, *views, scale = leaves.values()
+    image, text, scale = (leaves[name] for name in NAMES[1:])
     with pytest.MonkeyPatch.context() as monkeypatch:
         set_strip_rows(monkeypatch, case.strip_rows)
         if case.penalties_alone:
             terms = CyclicPenalty(*case.lambdas, **options)(image, text, case.output_dict)
         else:
-            names = ("augmented_image_features", "augmented_text_features")
-            augmented = dict(zip(names, views, strict=False))
-            loss = CyCLIPLoss(*case.lambdas, **options, **across_ranks)
-            terms = loss(image, text, scale, None, case.output_dict, ids=ids, **augmented)
+            by_name = {BY_NAME[name]: leaf for name, leaf in leaves.items() if name in BY_NAME}
+            loss = CyCLIPLoss(*case.lambdas, **options, **case.id_options, **across_ranks)
+            terms = loss(image, text, scale, None, case.output_dict, ids=ids, **by_name)
         terms = one_contrastive_term(terms) if case.output_dict else {"loss": terms}
         weights = dict(zip(TERMS, case.weights, strict=True)) | {"loss": case.upstream[0]}
         total = sum(weights[name] * term for name, term in terms.items())

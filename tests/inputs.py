@@ -19,6 +19,14 @@ LAYOUTS = ["contiguous", "transposed", "every other column", "every other row", 
 # Rows that are contiguous, but whose stride or base may be unaligned for a kernel.
 LAYOUTS += ["rows 8 elements wider", "8 bytes off"]
 VIEWS = ("image_view", "text_view")
+NEGATIVES = ("negative_text", "negative_image")
+# The arguments of a call that are given by name.
+BY_NAME = {
+    "image_view": "augmented_image_features",
+    "text_view": "augmented_text_features",
+    "negative_text": "negative_text_features",
+    "negative_image": "negative_image_features",
+}
 
 
 @dataclass
@@ -43,18 +51,25 @@ class Case:
     # Gradients of the three terms; of the sum, the first.
     upstream: tuple[float, float, float] = (1.0, 1.0, 1.0)
     distinct_ids: int | None = None  # at most this many; None: no ids
+    same_ids: str = "ignored"
+    negatives: tuple[int | None, int | None] = (None, None)  # of texts and images; None: not given
     strip_rows: int | None = None
     seed: int = 0
 
     def features(self, device: Device) -> dict[str, Tensor]:
-        """By name: image and text features and, if `views`, an augmented view of each."""
+        """By name: image and text features, their augmented views, and extra negatives."""
         size, options = (self.n, self.d), {"norm": self.norm, "device": device}
         rows = pairs(*size, self.distance, self.anti_aligned, seed=self.seed, **options)
         rows += pairs(*size, seed=self.seed + 1, **options) if self.views else ()
         found = dict(zip(("image", "text", *VIEWS), rows, strict=False))
+        for at, (name, m) in enumerate(zip(NEGATIVES, self.negatives, strict=True)):
+            if m is not None and not self.penalties_alone:
+                found[name] = pairs(m, self.d, seed=self.seed + 2 + at, **options)[0]
         layouts = {"image": self.image_layout, "text": self.text_layout}
         return {
-            name: lay_out(one.to(self.dtype), layouts[name.removesuffix("_view")])
+            name: lay_out(
+                one.to(self.dtype), layouts[name.split("_")[-1 if name in NEGATIVES else 0]]
+            )
             for name, one in found.items()
         }
 
@@ -72,6 +87,12 @@ class Case:
         if self.distinct_ids is None or self.penalties_alone:
             return None
         return some_ids(self.n, self.distinct_ids, self.seed).to(device)
+
+    @property
+    def id_options(self) -> dict[str, Any]:
+        """`same_ids`, where there are ids."""
+        has_ids = self.distinct_ids is not None and not self.penalties_alone
+        return {"same_ids": self.same_ids if has_ids else "ignored"}
 
     @property
     def world_size(self) -> int:
@@ -158,6 +179,8 @@ DRAWN: dict[str, st.SearchStrategy[Any]] = {
     ),
     "upstream": st.tuples(UPSTREAM, UPSTREAM, UPSTREAM),
     "distinct_ids": st.sampled_from([None, None, 1, 6, 90]),
+    "same_ids": st.sampled_from(["ignored", "positives"]),
+    "negatives": st.tuples(*[st.sampled_from([None, None, 0, 1, 50, 130])] * 2),
     "strip_rows": st.sampled_from([None, 1, 7, 32]),
     "seed": st.integers(0, 2**31),
 }

@@ -138,11 +138,17 @@ def _views(x: Tensor, y: Tensor) -> dict[str, Tensor]:
 
 
 LOSS, ANOTHER, PENALTY = CyCLIPLoss(0.2, 0.1), WithCyclicPenalty(PlainClip()), CyclicPenalty()
+POSITIVES = CyCLIPLoss(same_ids="positives")
 # Calls of image, text, scale and ids.
 CALLS = {
     "image as text": lambda i, t, s, _: LOSS(i, i, s),
     "image as its view": lambda i, t, s, ids: LOSS(i, t, s, **_views(i, t), ids=ids),
     "views": lambda i, t, s, ids: LOSS(i, t, s, **_views(2 * t, i + t), ids=ids),
+    "positives": lambda i, t, s, ids: POSITIVES(i, t, s, ids=ids, **_views(2 * t, i + t)),
+    "negatives": lambda i, t, s, _: LOSS(i, t, s, negative_text_features=torch.cat((i, t))),
+    "all": lambda i, t, s, ids: POSITIVES(
+        *(i, t, s), ids=ids, negative_text_features=i, negative_image_features=t[:0]
+    ),
     "terms": lambda *x: sum(LOSS(*x[:3], output_dict=True, ids=x[3]).values()),
     "another loss": lambda i, t, s, _: ANOTHER(i, t, s),
     "its terms": lambda i, t, s, _: sum(ANOTHER(i, t, s, output_dict=True).values()),

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from accuracy import Grads, check, evaluate
 from hypothesis import strategies as st
-from inputs import DRAWN, DTYPES, Case, loss_dtype
+from inputs import DRAWN, DTYPES, NEGATIVES, Case, loss_dtype
 from pool import Ranks, own_device
 from torch import Tensor
 
@@ -25,6 +25,17 @@ class RankCase(Case):
 
     def __post_init__(self) -> None:
         self.n = sum(self.rows)
+        if not self.uneven:  # as many extra negatives on each rank
+            multiples = (x if x is None else x - x % self.world_size for x in self.negatives)
+            self.negatives = tuple(multiples)
+
+    def split(self, name: str, rows: Tensor) -> tuple[Tensor, ...]:
+        """The ranks' rows; without `uneven`, as many extra negatives for each."""
+        if name not in NEGATIVES:
+            return rows.split(self.rows)
+        if self.seed % 2 and self.uneven:  # all to the last rank
+            return rows.split((*[0] * (self.world_size - 1), len(rows)))
+        return rows.tensor_split(self.world_size)
 
     @property
     def world_size(self) -> int:
@@ -33,7 +44,7 @@ class RankCase(Case):
     def of_rank(self, rank: int) -> dict[str, Tensor]:
         """A rank's rows of all features."""
         whole = self.features(own_device())
-        return {name: rows.split(self.rows)[rank] for name, rows in whole.items()}
+        return {name: self.split(name, rows)[rank] for name, rows in whole.items()}
 
     def ids_of_rank(self, rank: int) -> Tensor | None:
         ids = self.ids(own_device())

@@ -45,10 +45,12 @@ def test_triton(data: st.DataObject, world_size: int, uneven: bool, ranks: Ranks
 def test_both_engines(impl: str, dist_impl: str, dtype: torch.dtype, ranks: Ranks) -> None:
     """Even and uneven rows; repeating a step gives the same bits."""
     options = {"lambdas": (0.5, 0.25), "views": True, "reference_batch_size": 16}
-    options |= {"distinct_ids": 4}
+    options |= {"distinct_ids": 4, "negatives": (8, 3)}
     case = RankCase(d=7, dtype=dtype, rows=(6, 6), impl=impl, dist_impl=dist_impl, **options)
     check_ranks(case, ranks)
-    check_ranks(replace(case, rows=(5, 0), uneven=True), ranks)
+    check_ranks(replace(case, rows=(5, 0), same_ids="positives", seed=1, uneven=True), ranks)
+    case = replace(case, same_ids="positives")
+    check_ranks(case, ranks)
     (terms, grads), _ = ranks.run(2, step, case)
     (same_terms, same_grads), _ = ranks.run(2, step, case)
     assert terms == same_terms
