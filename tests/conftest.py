@@ -20,7 +20,7 @@ import torch
 from hypothesis import settings
 from pool import Ranks
 
-from benchmarks.interpreter import why_unusable
+from interpreter import why_unusable
 from cyclip_loss import engines, numerics
 
 HAS_TRITON = find_spec("triton") is not None
