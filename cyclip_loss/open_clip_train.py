@@ -22,7 +22,7 @@ from cyclip_loss.checks import PAPER_BATCH_SIZE
 from cyclip_loss.engines import engine
 from cyclip_loss.functional import caption_ids
 from cyclip_loss.loss import CyCLIPLoss
-from cyclip_loss.options import DIST_IMPLS, IMPLS, PenaltyOptions
+from cyclip_loss.options import DIST_IMPLS, IMPLS, SAME_IDS, PenaltyOptions
 from cyclip_loss.with_penalty import WithCyclicPenalty
 
 
@@ -84,8 +84,7 @@ def flags() -> argparse.ArgumentParser:
     add("--reference-batch-size", type=int, default=PAPER_BATCH_SIZE, metavar="N", help=text)
     add("--impl", choices=IMPLS, default="auto", help="Triton kernels or PyTorch")
     add("--dist-impl", choices=DIST_IMPLS, default="gather", help="across ranks (plain CLIP only)")
-    text = "pairs with the same caption are not negatives of each other (plain CLIP only)"
-    add("--ignore-same-captions", action="store_true", help=text)
+    add("--same-captions", choices=SAME_IDS, help="instead of being negatives (plain CLIP only)")
     return parser
 
 
@@ -131,8 +130,8 @@ class _Swap:
         parsed = parse(*args)
         if getattr(parsed, "horovod", False):
             raise SystemExit("cyclip_loss: --horovod is not supported: use torchrun")
-        if self.options.ignore_same_captions and getattr(parsed, "accum_freq", 1) > 1:
-            raise SystemExit("cyclip_loss: --ignore-same-captions excludes --accum-freq above 1")
+        if self.options.same_captions and getattr(parsed, "accum_freq", 1) > 1:
+            raise SystemExit("cyclip_loss: --same-captions excludes --accum-freq above 1")
         vars(parsed).update(vars(self.options))
         return parsed
 
@@ -144,7 +143,7 @@ class _Swap:
             text = kwargs.get("text", args[1] if len(args) > 1 else None)
             self.ids = None if text is None else caption_ids(text)
 
-        if self.options.ignore_same_captions:
+        if self.options.same_captions:
             made[0].register_forward_pre_hook(keep, with_kwargs=True)
         return made
 
@@ -162,10 +161,11 @@ class _Swap:
             names = ("local_loss", "gather_with_grad", "cache_labels", "rank", "world_size")
             kept = {name: getattr(theirs, name) for name in names}
             self.loss = CyCLIPLoss(**self.penalty_options, **kept, dist_impl=self.options.dist_impl)
-            if self.options.ignore_same_captions:
+            if self.options.same_captions:
+                self.loss.same_ids = self.options.same_captions
                 self.loss.register_forward_pre_hook(self.add_ids, with_kwargs=True)
-        elif self.options.ignore_same_captions:
-            raise SystemExit("cyclip_loss: --ignore-same-captions needs plain CLIP's loss")
+        elif self.options.same_captions:
+            raise SystemExit("cyclip_loss: --same-captions needs plain CLIP's loss")
         else:
             try:
                 self.loss = WithCyclicPenalty(theirs, **self.penalty_options)
@@ -179,7 +179,7 @@ class _Swap:
     def add_ids(self, _: nn.Module, args: Any, kwargs: Any) -> Any:
         """The loss's arguments, plus the ids of the batch that the model saw last."""
         if self.ids is None:
-            raise SystemExit("cyclip_loss: --ignore-same-captions: the model got no captions")
+            raise SystemExit("cyclip_loss: --same-captions: the model got no captions")
         return args, {**kwargs, "ids": self.ids}
 
     def schedule(self, make: Callable[..., Any], *args: Any) -> Callable[[int], Any]:

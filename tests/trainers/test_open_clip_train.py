@@ -60,12 +60,12 @@ def assert_three_terms(folder: Path, count: int) -> None:
 
 
 def test_open_clip_trains_with_the_loss(tmp_path: Path) -> None:
-    more = ("--ignore-same-captions", "--lambda-warmup", "0.5")
+    more = ("--same-captions", "positives", "--lambda-warmup", "0.5")
     run = run_python("-m", open_clip_train.__name__, *flags(tmp_path, *more))
     assert run.returncode == 0, run.stderr
     assert_three_terms(tmp_path, 4)
     parameters = (tmp_path / "run" / "params.txt").read_text().splitlines()
-    assert {"ignore_same_captions: True", "lambda_inmodal: 0.25"} <= set(parameters)
+    assert {"same_captions: positives", "lambda_inmodal: 0.25"} <= set(parameters)
     assert (tmp_path / "run" / "checkpoints" / "epoch_1.pt").exists()
 
 
@@ -187,7 +187,7 @@ def test_other_losses_get_the_penalties(like: str, theirs: Any, monkeypatch) -> 
         assert (loss.reference_batch_size, loss.loss) == (expected, theirs)
 
 
-CAPTIONS = "--ignore-same-captions"
+CAPTIONS = "--same-captions"
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ CAPTIONS = "--ignore-same-captions"
 )
 def test_unsupported_runs_stop(trainer: Trainer, flag, message: str, monkeypatch) -> None:
     with pytest.raises(SystemExit) as stopped:
-        launch(trainer, monkeypatch, *([flag] if flag else []))
+        launch(trainer, monkeypatch, *([flag, "ignored"] if flag else []))
     assert message in str(stopped.value)
     assert "\n" not in str(stopped.value)
     assert not trainer.finished
@@ -219,6 +219,7 @@ def test_unsupported_runs_stop(trainer: Trainer, flag, message: str, monkeypatch
     [
         ("--lambda-inmodal", "-1", "--lambda-inmodal must be finite and >= 0"),
         ("--reference-batch-size", "-1", "--reference-batch-size must be >= 1"),
+        (CAPTIONS, "same", f"argument {CAPTIONS}: invalid choice: 'same'"),
         ("--impl", "triton", "--impl='triton' needs features on a CUDA or ROCm device, got cpu"),
         *(
             ("--lambda-warmup", wrong, f"fraction of all steps from 0.0 to 1.0, not {wrong}")
@@ -262,14 +263,16 @@ def test_a_warm_up_without_a_schedule_stops(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("like", ["3", "4"])
-def test_same_captions_are_ignored(like: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("same", ["ignored", "positives"])
+def test_same_captions(like: str, same: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss uses the captions' ids, although OpenCLIP passes it no captions."""
-    trainer = launch(Trainer(ClipLoss(), like, accum_freq=1), monkeypatch, CAPTIONS)
-    expected = trainer.loss(**Model()(IMAGES), output_dict=True, ids=caption_ids(TEXTS))
+    trainer = launch(Trainer(ClipLoss(), like, accum_freq=1), monkeypatch, CAPTIONS, same)
+    loss_fn = CyCLIPLoss(reference_batch_size=128, same_ids=same)
+    expected = loss_fn(**Model()(IMAGES), output_dict=True, ids=caption_ids(TEXTS))
     assert {name: term.item() for name, term in trainer.terms[0].items()} == {
         name: term.item() for name, term in expected.items()
     }
-    assert trainer.args.ignore_same_captions
+    assert trainer.args.same_captions == same
 
 
 def test_the_trainer_of_open_clip_2(monkeypatch: pytest.MonkeyPatch) -> None:
