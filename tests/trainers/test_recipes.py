@@ -29,6 +29,8 @@ from recipe_cases import (
     warm_up_on_rank,
     whole_batch_gradients,
 )
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, TensorDataset
 
@@ -122,6 +124,67 @@ def test_as_strong_as_the_papers() -> None:
         run("As strong as the paper's", at=1)
         warnings.warn("silenced", CyCLIPWarning, stacklevel=1)
     assert caught == []
+
+
+POSITIVES = "Several positives: classes, persons, captions"
+ROWS = torch.arange(32, device="cpu")
+
+
+def over_positives(logits: Tensor, ids: Tensor) -> Tensor:
+    """Dense cross-entropy whose targets are shared equally among a row's positives."""
+    same = (ids[:, None] == ids).float()
+    targets = same / same.sum(dim=1)
+    return (cross_entropy(logits, targets) + cross_entropy(logits.T, targets)) / 2
+
+
+def logits_of(out: dict[str, Tensor]) -> Tensor:
+    return out["logit_scale"] * out["image_features"] @ out["text_features"].T
+
+
+def papers_penalty(out: dict[str, Tensor]) -> Tensor:
+    return CyclicPenalty(reference_batch_size=128)(out["image_features"], out["text_features"])
+
+
+def test_class_names_as_labels() -> None:
+    """Rows of a class are positives whatever their texts, and so are equal captions."""
+    model, (images, tokens) = tiny_clip(), batch()
+    tokens[31] = tokens[30]
+    labels = torch.where(ROWS < 24, ROWS % 8, -1)
+    found = run(POSITIVES, model=model, loader=[(images, tokens, labels)])["loss"]
+    ids = torch.where(ROWS < 24, ROWS % 8, ROWS.clamp(max=30))
+    out = model(images, tokens)
+    torch.testing.assert_close(found, over_positives(logits_of(out), ids) + papers_penalty(out))
+
+
+def test_person_ids() -> None:
+    """TBPS-CLIP's two losses; the second has means instead of the paper's N times a mean."""
+    model, (images, tokens) = tiny_clip(), batch()
+    found = run(POSITIVES, 1, model=model, loader=[(images, tokens, ROWS // 4)])["loss"]
+    out = model(images, tokens)
+    image, text = out["image_features"], out["text_features"]
+    gaps = image @ image.T - text @ text.T, image @ text.T - text @ image.T
+    penalties = 0.1 * sum(0.25 * gap.square().mean() for gap in gaps)
+    torch.testing.assert_close(found, over_positives(logits_of(out), ROWS // 4) + penalties)
+
+
+def test_several_captions_of_each_image() -> None:
+    model, (images, tokens) = tiny_clip(), batch()
+    loader = [(images[:16], tokens.unflatten(0, (16, 2)), 5 * ROWS[:16])]
+    found = run(POSITIVES, 2, model=model, loader=loader)["loss"]
+    out = model(images[ROWS // 2], tokens)
+    expected = over_positives(logits_of(out), ROWS // 2) + papers_penalty(out)
+    torch.testing.assert_close(found, expected)
+
+
+def test_hard_negatives() -> None:
+    """NegCLIP's loss: the images' rows are longer, and the negatives' own rows are dropped."""
+    model, (images, tokens) = tiny_clip(), batch()
+    made = tokens[:, [0, 2, 1, *range(3, 12)]][:20]
+    names = {"model": model, "loss_fn": CyCLIPLoss(reference_batch_size=128)}
+    found = run("Hard negatives", loader=[(images, tokens, made)], **names)["loss"]
+    logits = logits_of(model(images, torch.cat((tokens, made))))
+    contrastive = (cross_entropy(logits, ROWS) + cross_entropy(logits[:, :32].T, ROWS)) / 2
+    torch.testing.assert_close(found, contrastive + papers_penalty(model(images, tokens)))
 
 
 def test_augmented_views() -> None:
