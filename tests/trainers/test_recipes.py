@@ -297,6 +297,12 @@ def test_sentence_transformers(tmp_path: Path) -> None:
     found = run("sentence-transformers", CyCLIPLoss=CyCLIPLoss, **options)
     history = [log for log in found["trainer"].state.log_history if "loss" in log]
     assert history[-1]["loss"] < 0.7 * history[0]["loss"]
+    # Two more columns are hard negatives.
+    loss = found["SentenceCyCLIPLoss"](lambda column: {"sentence_embedding": 3 * column})
+    columns = torch.nn.functional.normalize(torch.randn(4, 6, 5, device="cpu"), dim=-1)
+    negatives = {"negative_text_features": columns[2:].flatten(0, 1)}
+    expected = CyCLIPLoss(reference_batch_size=128)(*columns[:2], 20.0, **negatives)
+    torch.testing.assert_close(sum(loss(columns).values()), expected)
 
 
 def test_algebra_of_the_design() -> None:
