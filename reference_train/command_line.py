@@ -8,6 +8,8 @@ import tarfile
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+import torch
+
 
 class Stopped(Exception):
     """The command went wrong under way; the message is one line for the user."""
@@ -46,16 +48,16 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         if (os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0") == "0":
             say(error)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt as error:
-        say(str(error) or "interrupted")
+    except KeyboardInterrupt:
+        say("interrupted")
         sys.exit(130)
 
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, and whose help keeps its lines."""
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+    def __init__(self, prog: str, **settings: Any) -> None:
+        super().__init__(prog, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
     def error(self, message: str) -> NoReturn:
         """Raises `CannotStart`."""
@@ -75,7 +77,6 @@ def whole_number(least: int) -> Callable[[str], int]:
 
 def add_device(parser: Parser) -> None:
     """Adds `--device`, a device on which something can be put."""
-    import torch  # not needed by what only builds data
 
     def device(name: str) -> torch.device:
         try:

@@ -34,6 +34,7 @@ from rich.progress import track
 
 from ..command_line import CannotStart, Parser, Stopped, first_line, run, whole_number
 from ..files import new_folder
+from .samples import count_pairs
 
 URL = "https://registry.npmjs.org/@iconify/json/-/json-2.2.535.tgz"
 SHA256 = "1a545f86fa224d6531d8fb101dcbe83aac2b28689a21cbed6fc68318a5af4d91"
@@ -59,8 +60,6 @@ TEMPLATES = (
     *("an icon of {name}", "a small drawing of {name}", "{name}, {style}", "{name} icon, {set}"),
     "{name}, {group}",
 )
-
-
 # A reference that is not to a part of the same drawing, in any namespace.
 OUTSIDE = re.compile(r"""href\s*=\s*["']\s*(?!#)""", re.IGNORECASE)
 
@@ -197,22 +196,16 @@ def square_svg(icon: dict[str, Any]) -> str:
     )
 
 
-def render(svg: str, size: int) -> Image.Image:
-    """Draws an SVG, size x size. Raises ValueError for what is none.
+def render(svg: str) -> Image.Image:
+    """Draws an SVG in RGBA, SIZE x SIZE. Raises ValueError for what is none.
 
     The renderer would draw files of this machine into one that refers to them: see `OUTSIDE`.
     """
     import resvg_py
 
-    png = resvg_py.svg_to_bytes(
-        svg_string=svg,
-        width=size,
-        height=size,
-        skip_system_fonts=True,  # no icon holds text, and a machine's fonts must not matter
-    )
-    with Image.open(io.BytesIO(bytes(png))) as image:
-        image.load()
-        return image
+    # no icon holds text, and a machine's fonts must not matter
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE, skip_system_fonts=True)
+    return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
 
 
 class Drawn(NamedTuple):
@@ -229,17 +222,17 @@ def draw(icon: Icon) -> Drawn:
         return Drawn(fault="refers to something outside itself")
     try:
         ALARM(SECONDS)  # the renderer can't be interrupted: the process ends
-        image = render(icon.svg.replace("currentColor", "#000000"), SIZE)
+        image = render(icon.svg.replace("currentColor", "#000000"))
     except ValueError:  # some icons are no valid SVG
         return Drawn(fault="blank")
     finally:
         ALARM(0)
-    rgba = np.asarray(image.convert("RGBA"), dtype=np.float32) / 255
+    rgba = np.asarray(image, dtype=np.float32) / 255
     rgb, alpha = rgba[..., :3], rgba[..., 3:]
     one_colour = not (rgb * alpha > 0.02).any()
-    ink, ground = colours(random.Random(icon.key)) if one_colour else (None, np.ones(3))
+    ink, ground = colours(random.Random(icon.key)) if one_colour else (rgb, np.ones(3))
     digest = hashlib.sha256((rgba * 15).round().astype(np.uint8).tobytes()).digest()
-    picture = alpha * (rgb if ink is None else ink) + (1 - alpha) * ground
+    picture = alpha * ink + (1 - alpha) * ground
     if np.ptp(picture, axis=(0, 1)).max() < 0.1:
         return Drawn(fault="blank")
     file = io.BytesIO()
@@ -281,16 +274,6 @@ def colours(rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
     return np.array(pale), np.array(colorsys.hls_to_rgb(other, rng.uniform(0.05, 0.3), 0.6))
 
 
-def twins(names: Counter[str], batch_size: int) -> float:
-    """The expected share of a batch's rows whose name another row of it has, too.
-
-    names: how many pictures each name has.
-    """
-    total = sum(names.values())
-    alone = sum(n / total * (1 - n / total) ** (batch_size - 1) for n in names.values())
-    return round(1 - alone, 4)
-
-
 def build(archive: Path, out: Path, limit: int | None, pictures_of_a_name: int) -> dict[str, Any]:
     """Writes the shards and sizes.json into `out`; returns what the manifest says of them.
 
@@ -303,7 +286,6 @@ def build(archive: Path, out: Path, limit: int | None, pictures_of_a_name: int) 
     most = {"train": pictures_of_a_name or len(icons), "val": 1}  # pictures of a name
     seen: set[bytes] = set()
     names: dict[str, Counter[str]] = {part: Counter() for part in most}
-    pictures: Counter[str] = Counter()  # of each name to train on, with those left out
     sets: Counter[str] = Counter()
     # A whole number as the time of each file: the same bytes again, and no extra header to read.
     shards = partial(wds.ShardWriter, maxcount=SAMPLES_PER_SHARD, mtime=0, verbose=0)
@@ -318,8 +300,6 @@ def build(archive: Path, out: Path, limit: int | None, pictures_of_a_name: int) 
                 left_out[drawn.fault or "the same picture again"] += 1
                 continue
             seen.add(drawn.digest)
-            if part == "train":
-                pictures[icon.name] += 1
             if names[part][icon.name] >= most[part]:
                 left_out[f"more pictures of a name ({part})"] += 1
                 continue
@@ -332,27 +312,20 @@ def build(archive: Path, out: Path, limit: int | None, pictures_of_a_name: int) 
                 sample["json"] = {"name": icon.name, "style": icon.style, "set": icon.set}
             (train if part == "train" else val).write(sample)
     pairs = {part: sum(names[part].values()) for part in most}
-    sizes = {
-        f"{part}-{first // SAMPLES_PER_SHARD:05d}.tar": min(SAMPLES_PER_SHARD, pairs[part] - first)
-        for part in most
-        for first in range(0, pairs[part], SAMPLES_PER_SHARD)
-    }
+    written = sorted(out.glob("*.tar"))
+    sizes = {shard.name: count_pairs(str(shard), SAMPLES_PER_SHARD) for shard in written}
     (out / "sizes.json").write_text(json.dumps(sizes))
     return {
         "pairs": pairs,
         "names": {part: len(counter) for part, counter in names.items()},
         "left_out": dict(left_out.most_common()),
-        "rows_with_a_twin": {
-            str(n): {"uncapped": twins(pictures, n), "kept": twins(names["train"], n)}
-            for n in (128, 512, 1024, 2048, 4096)
-        },
         "sets": {p: describe(taken[p], sets[p]) for p in taken if sets[p]},
     }
 
 
 def main(argv: Sequence[str]) -> None:
     """The command line."""
-    parser = Parser(prog="python -m reference_train.data.icons", description=__doc__)
+    parser = Parser("python -m reference_train.data.icons", description=__doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     add("--package", type=Path, metavar="FILE", help="what `npm pack @iconify/json` downloads")

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import webdataset as wds
 from PIL import Image
+from webdataset.tariterators import base_plus_ext
 
 from ..command_line import CannotStart, first_line
 
@@ -54,14 +55,8 @@ def read_samples(shards: Sequence[str]) -> Iterator[Sample]:
 
 def samples_in(tar: tarfile.TarFile) -> Iterator[dict[str, tarfile.TarInfo]]:
     """The samples of an open tar file by its headers: extension -> where the file lies."""
-
-    def split(member: tarfile.TarInfo) -> tuple[str, str]:
-        folder, _, base = member.name.rpartition("/")
-        stem, _, extension = base.partition(".")
-        return f"{folder}/{stem}", extension.lower()
-
-    for _, members in groupby(tar, key=lambda member: split(member)[0]):
-        yield {split(member)[1]: member for member in members}
+    for _, members in groupby(tar, key=lambda member: base_plus_ext(member.name)[0]):
+        yield {(base_plus_ext(member.name)[1] or "").lower(): member for member in members}
 
 
 def count_pairs(shard: str, most: int) -> int:
@@ -99,18 +94,13 @@ def fingerprint(shards: Sequence[str]) -> str:
 def decode(image: bytes, size: int) -> npt.NDArray[np.uint8]:
     """An encoded square image -> (3, size, size) uint8."""
     with Image.open(io.BytesIO(image)) as opened:
-        rgb = opened.convert("RGB")
-    if rgb.size != (size, size):
-        rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
-    pixels: npt.NDArray[np.uint8] = np.asarray(rgb).transpose(2, 0, 1)
-    return pixels
+        rgb = opened.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(rgb).transpose(2, 0, 1)
 
 
 def on_white(image: Image.Image) -> Image.Image:
     """RGB; what is transparent is white."""
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        white.alpha_composite(rgba)
-        image = white
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     return image.convert("RGB")

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..command_line import CannotStart
 from ..data.emoji import TRAIN_STYLES, Concept, EmojiSet
 
 # What a caption is: half of them a name in a template, a quarter name and kind, 15 % the kind
@@ -45,16 +44,12 @@ class EmojiBatches:
     def __init__(
         self, emoji: EmojiSet, tokenize: Callable[[list[str]], Tensor], batch_size: int, seed: int
     ):
-        """Raises `CannotStart` if there are too few concepts for a batch."""
         # (concepts, styles) -> row of `images`; a style that lacks a concept repeats another's row
         self.images, owners, _ = emoji.drawings(TRAIN_STYLES, emoji.in_split("train"))
         rows: dict[int, list[int]] = {}
         for row, concept in enumerate(owners.tolist()):
             rows.setdefault(concept, []).append(row)
         concepts = sorted(rows)
-        if len(concepts) < batch_size:
-            many = f"the {len(concepts)} distinct concepts to train on"
-            raise CannotStart(f"--batch-size {batch_size} is more than {many}")
         styles = len(TRAIN_STYLES)
         self.rows = np.array([(rows[i] * styles)[:styles] for i in concepts])
         # (concepts, captions, L): every caption is tokenised once, here
@@ -80,12 +75,6 @@ class EmojiBatches:
         rows = self.rows[which, rng.integers(self.rows.shape[1], size=n)]
         caption = np.searchsorted(self.caption_shares[:-1], rng.random(n), side="right")
         return self.images[torch.from_numpy(rows)], self.tokens[which, caption]
-
-
-def resize(images: Tensor, size: int) -> Tensor:
-    """images: (N, 3, S, S) uint8 -> (N, 3, size, size) float in [0, 1], sampled as in training."""
-    pixels = images.float().div_(255)
-    return F.interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False)
 
 
 def augment(images: Tensor, size: int, rng: np.random.Generator) -> Tensor:

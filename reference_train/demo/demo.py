@@ -13,7 +13,6 @@ from ..data.samples import fingerprint
 from ..evaluate import report
 from ..evaluate.datasets import DataSet, Images
 from ..evaluate.measure import measure
-from ..evaluate.pictures import draw_training
 from ..losses import LOSSES
 from .batches import EmojiBatches
 from .model import build_model
@@ -21,8 +20,8 @@ from .questions import SITUATIONS, situation
 from .train import train
 
 PRESETS = {
-    "short": {"steps": 620, "lr": 3e-3, "logit_scale": 33.0},
-    "long": {"steps": 1500, "lr": 2e-3, "logit_scale": 14.3},
+    "short": {"steps": 620, "batch_size": 256, "lr": 3e-3, "logit_scale": 33.0},
+    "long": {"steps": 1500, "batch_size": 256, "lr": 2e-3, "logit_scale": 14.3},
 }
 DESCRIPTION = """\
 Trains small CLIP models with CyCLIPLoss and shows what the cyclic penalties changed: CLIP next to
@@ -35,44 +34,31 @@ other commands, each with its own --help:
   python -m reference_train report     table and picture of an evaluation again"""
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments, with the preset filled in. Raises `CannotStart`."""
-    parser = Parser(prog="python -m reference_train", description=DESCRIPTION, epilog=EPILOG)
+def main(argv: Sequence[str]) -> None:
+    """Trains what is not trained yet, evaluates, reports."""
+    parser = Parser("python -m reference_train", description=DESCRIPTION, epilog=EPILOG)
     add = parser.add_argument
-    losses = ["clip", "cyclip"]
-    add("--loss", nargs="+", choices=LOSSES, default=losses, help="default: clip cyclip")
+    add(
+        "--loss", nargs="+", choices=LOSSES, default=["clip", "cyclip"], help="default: clip cyclip"
+    )
     add("--seeds", type=whole_number(1), default=1, metavar="N", help="runs of each loss")
     words = "short (default): 620 steps, lr 3e-3, logit scale 33; long: 1,500, 2e-3 and 14.3"
     add("--preset", choices=PRESETS, default="short", help=words)
-    add("--steps", type=whole_number(1), help="overrides the preset")
-    add("--batch-size", type=whole_number(2), default=256, help="default %(default)s")
     add_device(parser)
     add("--out", type=Path, metavar="DIR", help="default: runs/PRESET")
     arguments = parser.parse_args(argv)
-    for name, value in PRESETS[arguments.preset].items():
-        if getattr(arguments, name, None) is None:
-            setattr(arguments, name, value)
-    arguments.out = arguments.out or Path("runs") / arguments.preset
-    return arguments
-
-
-def main(argv: Sequence[str]) -> None:
-    """Trains what is not trained yet, evaluates, reports."""
-    arguments = parse_arguments(argv)
-    out = arguments.out
+    out = arguments.out or Path("runs") / arguments.preset
     # a folder holds runs that can be compared: they differ in loss and seed alone
-    settings = {n: getattr(arguments, n) for n in ("steps", "batch_size", "lr", "logit_scale")}
+    settings = PRESETS[arguments.preset]
     command = shlex.join(["python", "-m", "reference_train", *argv])
     shards = [str(path) for path in sorted(EMOJI_FOLDER.glob("*.tar.xz"))]
     result = report.start(out, {**settings, "data": fingerprint(shards)}, command, arguments.device)
     emoji = read_emoji()
-    EmojiBatches(emoji, lambda texts: torch.zeros(len(texts), 1), arguments.batch_size, 0)
     held_out, drawn, styles = emoji.drawings(TRAIN_STYLES, emoji.in_split("validation"))
     names = [[emoji.concepts[i].name] for i in drawn.tolist()]  # to watch a run by
     pairs = DataSet(Images(held_out), captions=names, groups=styles, across_groups=True)
     sets = {name: situation(emoji, name) for name in SITUATIONS}
     result["data_sets"] = {name: report.describe(name, data) for name, data in sets.items()}
-    histories = result.setdefault("history", {})
     report.save(result, out)
     # seed by seed, so that an early stop leaves every loss with as many runs
     seeds, losses = range(arguments.seeds), dict.fromkeys(arguments.loss)
@@ -88,13 +74,8 @@ def main(argv: Sequence[str]) -> None:
         batches = EmojiBatches(emoji, clip.tokenizer, config.batch_size, seed)
         (out / config.name).mkdir(exist_ok=True)
         trained = train(config, clip, batches, pairs, out / config.name)
-        histories[config.name] = trained.pop("history")
+        result.setdefault("history", {})[config.name] = trained.pop("history")
         result["checkpoints"][config.name] = {**vars(config), **trained}
         result["results"][config.name] = {name: measure(clip, data) for name, data in sets.items()}
         report.save(result, out)
     report.write(result, out)
-    of_losses: dict[str, list[list[dict[str, float]]]] = {}
-    for name, run in result["checkpoints"].items():
-        of_losses.setdefault(run["loss"], []).append(histories[name])
-    draw_training(of_losses, out / "training.png")
-    print(f"and {out}/training.png")

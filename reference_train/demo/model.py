@@ -5,11 +5,11 @@ from typing import Any
 
 import open_clip
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
 from torchvision.transforms.functional import pil_to_tensor
 
 from ..evaluate.checkpoints import Clip
-from .batches import resize
 
 IMAGE_SIZE, CONTEXT_LENGTH = 32, 20
 TINY: dict[str, Any] = {
@@ -43,7 +43,7 @@ class TinyCLIP(open_clip.CLIP):  # type: ignore[misc]
             x = self.transformer(x, attn_mask=self.attn_mask[:length, :length])
             halves.append(self.ln_final(x)[torch.arange(len(x)), end[rows]] @ self.text_projection)
         x = torch.cat(halves)[order.argsort()]
-        return nn.functional.normalize(x, dim=-1) if normalize else x
+        return F.normalize(x, dim=-1) if normalize else x
 
 
 def normalize(images: Tensor) -> Tensor:
@@ -55,7 +55,10 @@ def normalize(images: Tensor) -> Tensor:
 
 def preprocess(image: Any) -> Tensor:
     """An RGB image of PIL -> (3, 32, 32), the model's input."""
-    return normalize(resize(pil_to_tensor(image)[None], IMAGE_SIZE))[0]
+    pixels = pil_to_tensor(image)[None].float().div_(255)
+    size = (IMAGE_SIZE, IMAGE_SIZE)  # sampled as in training
+    pixels = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False)
+    return normalize(pixels)[0]
 
 
 def build_model(name: str, logit_scale: float, device: torch.device) -> Clip:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from open_clip_train.scheduler import cosine_lr
+from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
 from torch import nn
 
 from cyclip_loss import CyCLIPLoss
@@ -28,25 +30,6 @@ WARMUP = 0.1  # of the steps
 VALIDATIONS = 25  # in a run, each with a checkpoint
 
 
-def learning_rate(step: int, config: Namespace) -> float:
-    """Linear warm-up, then cosine to zero."""
-    warmup = max(1, round(WARMUP * config.steps))
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    done = (step - warmup) / max(1, config.steps - warmup)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def make_optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
-    """AdamW; gains, biases and the logit scale don't decay."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": WEIGHT_DECAY},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=lr, betas=BETAS, eps=EPS, fused=True)
-
-
 def train(
     config: Namespace, clip: Clip, data: EmojiBatches, validation: DataSet, folder: Path
 ) -> dict[str, Any]:
@@ -60,7 +43,11 @@ def train(
     model, device = clip.model, clip.device
     kind = LOSSES[config.loss]
     loss_fn = CyCLIPLoss(WEIGHT * kind.inmodal, WEIGHT * kind.crossmodal, reference_batch_size=256)
-    optimizer = make_optimizer(model, config.lr)
+    # gains, biases and the logit scale don't decay
+    groups = param_groups_weight_decay(model, WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, eps=EPS, fused=True)
+    warmup = max(1, round(WARMUP * config.steps))
+    schedule = cosine_lr(optimizer, config.lr, warmup, config.steps)
     path = folder / "checkpoint.pt"
     saved: dict[str, Any] = {"step": 0, "seconds": 0.0, "history": []}
     if path.exists():
@@ -71,61 +58,51 @@ def train(
             print(f"{config.name}: resumes at step {saved['step']} of {config.steps}")
     history, pending, began = saved["history"], [], time.monotonic() - saved["seconds"]
 
-    try:
-        for step in range(saved["step"], config.steps):
-            model.train()
-            lr = learning_rate(step, config)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+    for step in range(saved["step"], config.steps):
+        model.train()
+        schedule(step)
 
-            images, tokens = (part.to(device, non_blocking=True) for part in data.batch(step))
-            # drawn from the seed and the step, as the batch is: a resumed run sees the same
-            rng = np.random.default_rng([config.seed, step, 2**31])
-            pixels = normalize(augment(images, IMAGE_SIZE, rng))
-            with clip.autocast():
-                out = model(pixels, tokens)
-            features, scale = (out["image_features"], out["text_features"]), out["logit_scale"]
-            terms = loss_fn(*features, scale, output_dict=True)
-            loss = sum(terms.values())
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
-            optimizer.step()
-            with torch.no_grad():
-                model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+        images, tokens = (part.to(device, non_blocking=True) for part in data.batch(step))
+        # drawn from the seed and the step, as the batch is: a resumed run sees the same
+        rng = np.random.default_rng([config.seed, step, 2**31])
+        pixels = normalize(augment(images, IMAGE_SIZE, rng))
+        with clip.autocast():
+            out = model(pixels, tokens)
+        features, scale = (out["image_features"], out["text_features"]), out["logit_scale"]
+        terms = loss_fn(*features, scale, output_dict=True)
+        loss = sum(terms.values())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
-            values = {"loss": loss, **terms, "logit_scale": scale, "gradient_norm": gradient_norm}
-            pending.append({name: value.detach() for name, value in values.items()})
-            done = step + 1
-            if done % max(1, config.steps // VALIDATIONS) and done < config.steps:
-                continue
+        values = {"loss": loss, **terms, "logit_scale": scale, "gradient_norm": gradient_norm}
+        pending.append({name: value.detach() for name, value in values.items()})
+        done = step + 1
+        if done % max(1, config.steps // VALIDATIONS) and done < config.steps:
+            continue
 
-            # on a GPU this waits for the GPU: not every step
-            table = torch.stack([torch.stack(list(row.values())) for row in pending]).tolist()
-            for number, row in enumerate(table, start=done - len(table) + 1):
-                history.append({"step": number, **dict(zip(values, row, strict=True))})
-            pending, last = [], history[-1]
-            if not math.isfinite(last["loss"]):
-                raise FloatingPointError(f"{config.name}: the loss is {last['loss']}")
-            model.eval()
-            numbers = measure(clip, validation)["numbers"]
-            last |= {f"validation_{name}": value for name, value in numbers.items()}
-            seconds = time.monotonic() - began
-            saved = {"model": model.state_dict(), "step": done, "seconds": seconds}
-            saved |= {"history": history}
-            if done < config.steps:
-                saved["optimizer"] = optimizer.state_dict()
-            with written_whole(path) as whole:
-                torch.save(saved, whole)
-            left = seconds / done * (config.steps - done)
-            parts = " + ".join(f"{last[name]:.3f}" for name in terms)
-            line = f"{config.name}: step {done}/{config.steps}, loss {parts}, {left:.0f} s left"
-            print(line, flush=True)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"{config.name}: stopped; the same command resumes from step {saved['step']}"
-        ) from None
-    except FloatingPointError as error:
-        raise Stopped(f"{error}, at step {done}") from error
+        # on a GPU this waits for the GPU: not every step
+        table = torch.stack([torch.stack(list(row.values())) for row in pending]).tolist()
+        for number, row in enumerate(table, start=done - len(table) + 1):
+            history.append({"step": number, **dict(zip(values, row, strict=True))})
+        pending, last = [], history[-1]
+        if not math.isfinite(last["loss"]):
+            raise Stopped(f"{config.name}: the loss is {last['loss']}, at step {done}")
+        model.eval()
+        numbers = measure(clip, validation)["numbers"]
+        last |= {f"validation_{name}": value for name, value in numbers.items()}
+        seconds, weights = time.monotonic() - began, model.state_dict()
+        saved = {"step": done, "seconds": seconds, "history": history, "model": weights}
+        if done < config.steps:
+            saved["optimizer"] = optimizer.state_dict()
+        with written_whole(path) as whole:
+            torch.save(saved, whole)
+        left = seconds / done * (config.steps - done)
+        parts = " + ".join(f"{last[name]:.3f}" for name in terms)
+        line = f"{config.name}: step {done}/{config.steps}, loss {parts}, {left:.0f} s left"
+        print(line, flush=True)
     model.eval()
     return {"seconds": saved["seconds"], "history": history}

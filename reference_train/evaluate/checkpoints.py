@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from ..command_line import CannotStart
+from ..command_line import CannotStart, Stopped
 from ..pretrain.presets import register_models
 from ..pretrain.runs import PARAMETERS, load_checkpoint, read_parameters, without_wrappers
 from .datasets import Images, Unusable
@@ -170,9 +170,9 @@ class Clip:
         return F.normalize(features.mean(dim=1), dim=-1)
 
     def _finite(self, features: Tensor) -> Tensor:
-        """Raises `FloatingPointError`: NaN compares as false, and a miss may look like a hit."""
+        """Raises `Stopped`: NaN compares as false, and a miss may look like a hit."""
         if not features.isfinite().all():
-            raise FloatingPointError(f"{self.title}: features are not finite")
+            raise Stopped(f"{self.title}: features are not finite")
         return features
 
 

@@ -41,16 +41,9 @@ SPLITS = {  # the paper's test splits: classes, images
 }
 PAPER_TEMPLATES = [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]  # the 80
 PICTURE_TEMPLATES = ["{}", "a drawing of {}", "a picture of {}", "an icon of {}"]
-ALIASES = {  # of folders that are not called as clip-benchmark's
-    **dict.fromkeys(("imagenet", "imagenet-1k", "ilsvrc2012"), "imagenet1k"),
-    **dict.fromkeys(("imagenet-v2", "imagenetv2-matched-frequency"), "imagenetv2"),
-    "imagenetv2-matched-frequency-format-val": "imagenetv2",
-    "sketch": "imagenet-sketch",
-}
 # https://www.cs.toronto.edu/~kriz/cifar.html, a line each
 CIFAR100_SUPERCLASSES = Path(__file__).with_name("cifar100_superclasses.txt")
 TEMPLATES = "zeroshot_classification_templates.txt"
-FIELDS = {"cls", "txt", "json"}
 
 
 class Unusable(Exception):
@@ -115,7 +108,7 @@ class TarImages(Images):
                             continue
                         place = Member(shard, image.name, image.offset_data, image.size)
                         self.samples.append({"image": place})
-                        for field in FIELDS & files.keys():
+                        for field in files.keys() & {"cls", "txt", "json"}:
                             content: Any = tar.extractfile(files[field])
                             self.samples[-1][field] = content.read().decode("utf-8").strip()
             except (OSError, tarfile.TarError) as error:
@@ -174,22 +167,21 @@ class DataSet:
 
 
 Open = Callable[[], DataSet]
-Kinds = list[str] | None  # superclasses of ImageNet's 1,000 classes
 Split = tuple[Images, Tensor | None]  # with the labels
 Train = Callable[[], Split] | None
 
 
-def find(roots: Sequence[Path], kinds: Kinds) -> tuple[dict[str, Open], list[Path]]:
+def find(roots: Sequence[Path]) -> tuple[dict[str, Open], list[Path]]:
     """The data sets that the roots or their folders are, the paper's first; and what is none."""
     found: dict[str, Open] = {}
     other: list[Path] = []
     for root in roots:
-        if known := recognise(root.resolve(), kinds):
+        if known := recognise(root.resolve()):
             found.setdefault(*known)
             continue
         for path in sorted(root.resolve().iterdir()):
             try:
-                known = recognise(path, kinds) if path.is_dir() else None
+                known = recognise(path) if path.is_dir() else None
             except PermissionError:  # a disk's lost+found, for example
                 known = None
             if known:
@@ -199,55 +191,37 @@ def find(roots: Sequence[Path], kinds: Kinds) -> tuple[dict[str, Open], list[Pat
     return {name: found[name] for name in [*SPLITS, *found] if name in found}, other
 
 
-def recognise(folder: Path, kinds: Kinds) -> tuple[str, Open] | None:
+def recognise(folder: Path) -> tuple[str, Open] | None:
     """The data set that a folder is."""
     name = re.sub(r"^(wds-)?(vtab-)?", "", folder.name.lower().replace("_", "-"))
-    name = ALIASES.get(name, name)
     if (folder / "test" / "nshards.txt").is_file() or (folder / "test" / "0.tar").is_file():
-        return name, partial(open_tars, folder, name, kinds)
+        return name, partial(open_tars, folder, name)
     if next(folder.glob("val-*.tar"), None) is not None:
         return name, partial(open_icons, folder)
     for kind in (CIFAR10, CIFAR100):
         if folder.name == kind.base_folder:
             return kind.__name__.lower(), partial(open_cifar, folder.parent, kind)
-    whole = name != "imagenet1k" or split_folder(folder) != folder
-    if name.startswith("imagenet") and name in SPLITS and whole:
-        return name, partial(open_folders, folder, name, kinds)
     return None
 
 
 def classified(
-    folder: Path,
-    name: str,
-    test: tuple[Images, Tensor],
-    names: list[str],
-    kinds: Kinds,
-    train: Train = None,
+    folder: Path, name: str, test: tuple[Images, Tensor], names: list[str], train: Train
 ) -> DataSet:
     """Images with classes. Raises `Unusable` if one of the paper's has too few or too many.
 
     train: reads the train split; one that is not as it should be is one to do without.
     """
     templates = [line.replace("{c}", "{}") for line in lines(folder / TEMPLATES)]
-    coarse: list[str] | None = None  # the superclass of each class
     if name in SPLITS:
         templates = PAPER_TEMPLATES
         if len(names) != SPLITS[name][0]:
             raise Unusable(f"{folder} has {len(names)} classes, not {SPLITS[name][0]}")
-    if name == "cifar100":  # its classes are in the order of the alphabet
-        groups = [line.split() for line in lines(CIFAR100_SUPERCLASSES)]
-        coarse = [group[0] for _, group in sorted((n, group) for group in groups for n in group)]
-    elif name in SPLITS and kinds is not None:
-        of = dict(zip(IMAGENET_CLASSNAMES, kinds, strict=True))
-        if len(names) == len(kinds):
-            coarse = kinds
-        elif set(names) <= set(of):
-            coarse = [of[class_name] for class_name in names]
     images, labels = test
     classes = Classes(labels, names, templates or PAPER_TEMPLATES)
-    if coarse is not None:
-        order = sorted(set(coarse))
-        classes.coarse = torch.tensor([order.index(kind) for kind in coarse])
+    if name == "cifar100":  # its classes are in the order of the alphabet
+        kinds = enumerate(lines(CIFAR100_SUPERCLASSES))
+        ordered = sorted((n, kind) for kind, line in kinds for n in line.split())
+        classes.coarse = torch.tensor([kind for _, kind in ordered])
     data = DataSet(images, {"": classes})
     try:
         if train is not None:
@@ -268,7 +242,7 @@ def open_cifar(root: Path, kind: type[CIFAR10]) -> DataSet:
         return Images(torch.from_numpy(part.data).permute(0, 3, 1, 2)), torch.tensor(part.targets)
 
     names = [name.replace("_", " ") for name in kind(root, train=False).classes]
-    return classified(root, kind.__name__.lower(), read(False), names, None, partial(read, True))
+    return classified(root, kind.__name__.lower(), read(False), names, partial(read, True))
 
 
 def split_folder(folder: Path) -> Path:
@@ -287,40 +261,36 @@ def class_folders(path: Path) -> tuple[Images, Tensor, list[str]]:
     return images, torch.tensor(found.targets), found.classes
 
 
-def open_folders(folder: Path, name: str, kinds: Kinds) -> DataSet:
+def open_folders(folder: Path, name: str) -> DataSet:
     """Images in a folder for each class; the folders in `folder` or in its test and train splits.
 
-    Classes are called as in `classnames.txt`, or as their folders. If `name` is one of the paper's
-    data sets, they are ImageNet's classes by WordNet's identifier or by number.
+    Classes are called as in `classnames.txt`, or as their folders. If `name` begins with
+    "imagenet", they are ImageNet's classes by WordNet's identifier or by number.
     """
     test, train = split_folder(folder), folder / "train"
     images, labels, folders = class_folders(test)
     names = lines(folder / "classnames.txt") or [name.replace("_", " ") for name in folders]
     if len(names) != len(folders):
         raise Unusable(f"{test} has {len(folders)} classes, classnames.txt has {len(names)}")
-    place = torch.arange(len(folders))  # of a folder among the classes
-    if name in SPLITS:
+    if name.startswith("imagenet"):
         wnids = {wnid: i for i, wnid in enumerate(ImageNetInfo("imagenet-1k").label_names())}
         try:
-            numbers = [wnids[name] if name in wnids else int(name) for name in folders]
-        except ValueError:
+            names = [IMAGENET_CLASSNAMES[wnids[f] if f in wnids else int(f)] for f in folders]
+        except (ValueError, IndexError):
             raise Unusable(f"{test}: folders should be called as ImageNet's classes") from None
-        ordered = sorted(numbers)  # ImageNet's own order
-        place = torch.tensor([ordered.index(number) for number in numbers])
-        names = [IMAGENET_CLASSNAMES[number] for number in ordered]
 
     def read_train() -> Split:
         train_images, train_labels, train_folders = class_folders(train)
         if train_folders != folders:
             raise Unusable(f"{train} has {len(train_folders)} classes, not those of {test}")
-        return train_images, place[train_labels]
+        return train_images, train_labels
 
     has_train = train.is_dir() and test != folder
     read = read_train if has_train else None
-    return classified(folder, name, (images, place[labels]), names, kinds, read)
+    return classified(folder, name, (images, labels), names, read)
 
 
-def open_tars(folder: Path, name: str, kinds: Kinds) -> DataSet:
+def open_tars(folder: Path, name: str) -> DataSet:
     """A data set in clip-benchmark's layout. The paper's take the paper's templates."""
     if lines(folder / "dataset_type.txt")[:1] == ["multilabel"]:
         raise Unusable("images with several labels each are not evaluated")
@@ -339,7 +309,7 @@ def open_tars(folder: Path, name: str, kinds: Kinds) -> DataSet:
         if name.startswith("cifar"):
             names = [class_name.replace("_", " ") for class_name in names]
         train = partial(read, "train") if (folder / "train").is_dir() else None
-        data = classified(folder, name, (images, labels), names, kinds, train)
+        data = classified(folder, name, (images, labels), names, train)
     if texts is not None:
         data.captions = [[line for line in text.splitlines() if line] for text in texts]
         if not all(data.captions):

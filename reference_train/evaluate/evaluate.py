@@ -14,7 +14,7 @@ from ..command_line import CannotStart, Parser, Stopped, add_device, whole_numbe
 from ..files import locked
 from . import report
 from .checkpoints import find_checkpoints, load
-from .datasets import SPLITS, DataSet, Open, find, lines, open_emoji, open_folders
+from .datasets import SPLITS, DataSet, Open, find, open_emoji, open_folders
 from .measure import measure
 from .table import Result
 
@@ -28,17 +28,14 @@ data sets of --data (DIR itself, or folders in it), besides the emoji that ship:
                                  wds_imagenet1k, wds_imagenetv2, wds_imagenet_sketch,
                                  wds_imagenet-a, wds_imagenet-r, wds_flickr30k, or any other
   torchvision's CIFAR            cifar-10-batches-py, cifar-100-python
-  ImageNet as folders            imagenet1k/val and imagenet1k/train, imagenetv2, imagenet-sketch,
-                                 imagenet-a, imagenet-r: in them a folder of images for each
-                                 WordNet identifier (or number, as imagenetv2 comes)
-  icons                          as python -m reference_train.data.icons makes them"""
+  icons                          as python -m reference_train.data.icons makes them
+with --imagefolder: ImageNet as a folder for each WordNet identifier (or number, as imagenetv2
+comes), called imagenet1k, imagenetv2, imagenet-sketch, imagenet-a or imagenet-r"""
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments, with their defaults. Raises `CannotStart`."""
-    parser = Parser(
-        prog="python -m reference_train evaluate", description=DESCRIPTION, epilog=EPILOG
-    )
+    parser = Parser("python -m reference_train evaluate", description=DESCRIPTION, epilog=EPILOG)
     add = parser.add_argument
     add("checkpoint", nargs="*", type=Path, metavar="CHECKPOINT", help="logs/NAME, or a file")
     add("--data", nargs="+", type=Path, default=[], metavar="DIR", help="where data sets are")
@@ -48,8 +45,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--model", help="OpenCLIP's name of the model; default: as the run's params.txt says")
     add("--pretrained", metavar="TAG", help="OpenCLIP's own weights of --model, one more column")
     add("--linear-probe", action="store_true", help="fit one, as the paper's authors do")
-    words = "of ImageNet's classes in its order, 1,000 lines (the paper's 67 do not ship)"
-    add("--superclasses", type=lambda path: lines(Path(path)), metavar="FILE", help=words)
     add_device(parser)
     add("--precision", choices=["fp32", "amp", "amp_bf16"], help="default: amp_bf16 on cuda")
     add("--batch-size", type=whole_number(1), default=256, metavar="N", help="default %(default)s")
@@ -59,8 +54,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.precision is None:
         arguments.precision = "amp_bf16" if arguments.device.type == "cuda" else "fp32"
-    if arguments.superclasses is not None and (count := len(arguments.superclasses)) != 1000:
-        raise CannotStart(f"--superclasses: a file of {count} lines, not 1000")
     return arguments
 
 
@@ -72,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
     arguments = parse_arguments(argv)
     given = vars(arguments)
     checkpoints = find_checkpoints(arguments.checkpoint, arguments.model, arguments.pretrained)
-    settings = {n: given[n] for n in ("precision", "linear_probe", "superclasses")}
+    settings = {n: given[n] for n in ("precision", "linear_probe")}
     feeding = {n: given[n] for n in ("precision", "batch_size", "workers")}
     command = shlex.join(["python", "-m", "reference_train", "evaluate", *argv])
     out, absent, failed = arguments.out, dict[str, str](), dict[str, str]()
@@ -143,12 +136,12 @@ def open_all(
     for folder in (*arguments.data, *(Path(path) for _, _, path in named)):
         if not folder.is_dir():
             raise CannotStart(f"--data, --imagefolder NAME=DIR: no such folder: {folder}")
-    known, unknown = find(arguments.data, arguments.superclasses)
+    known, unknown = find(arguments.data)
     found: dict[str, Open] = {**known, "emoji": open_emoji}
     for name, _, path in named:
-        if name in found or name in SPLITS:
+        if name in found:
             raise CannotStart(f"--imagefolder: {name} is the name of another data set")
-        found[name] = partial(open_folders, Path(path), name, None)
+        found[name] = partial(open_folders, Path(path), name)
     if unknown:
         names = ", ".join(str(path) for path in unknown[:10]) + ", …" * (len(unknown) > 10)
         absent["under --data"] = f"no data set is recognised in {len(unknown)}: {names}"

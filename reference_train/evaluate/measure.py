@@ -106,8 +106,7 @@ def measure(clip: Clip, data: DataSet, linear_probe: bool = False) -> dict[str, 
         numbers = {name: sum(n[name] for n in several) / len(several) for name in several[0]}
     else:
         numbers = numbers_of(torch.arange(len(image), device=device)) | probe
-    left_out = {"images": len(image), "unreadable": unreadable}
-    return {"numbers": numbers, "groups": of_groups, **left_out}
+    return {"numbers": numbers, "groups": of_groups, "images": len(image), "unreadable": unreadable}
 
 
 def sample_rows(rows: int, most: int) -> Tensor:

@@ -1,14 +1,14 @@
 """The metrics, on features alone: no model, no data set.
 
 Features are (n, D), float32, on any device; but for the linear probe their rows have unit length.
-What is n x m is computed in strips of rows.
+`nearest` and `ranks` go through the queries in strips.
 """
 
 import math
 from collections import Counter
-from typing import Any
 
 import torch
+from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 STRIP = 1024  # rows at a time
@@ -30,15 +30,10 @@ def coarse_and_fine(
 
     labels: (n,) classes. coarse: (C,), the superclass of each class.
     """
-    right = image.new_zeros(2)
-    for rows, label in zip(image.split(STRIP), labels.split(STRIP), strict=True):
-        scores = rows @ prompts.T
-        truth = coarse[label]
-        right[0] += (coarse[scores.argmax(dim=1)] == truth).sum()
-        scores.masked_fill_(coarse != truth[:, None], -torch.inf)
-        right[1] += (scores.argmax(dim=1) == label).sum()
-    of_coarse, of_fine = (right / len(image)).tolist()
-    return of_coarse, of_fine
+    scores, truth = image @ prompts.T, coarse[labels]
+    of_coarse = coarse[scores.argmax(dim=1)] == truth
+    of_fine = scores.masked_fill(coarse != truth[:, None], -torch.inf).argmax(dim=1) == labels
+    return of_coarse.float().mean().item(), of_fine.float().mean().item()
 
 
 def ranks(queries: Tensor, gallery: Tensor, pairs: Tensor) -> Tensor:
@@ -110,14 +105,10 @@ def linear_probe(
     """
     epochs = 32
     generator = torch.Generator().manual_seed(0)
-    layer = nn.Linear(features.shape[1], classes)
-    bound = features.shape[1] ** -0.5  # PyTorch's own, from a generator of ours
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.uniform_(-bound, bound, generator=generator)
-    layer.to(features.device)
-    weight: dict[str, Any] = {"params": [layer.weight], "weight_decay": 0.01}
-    optimizer = torch.optim.AdamW([weight, {"params": [layer.bias], "weight_decay": 0.0}], lr=0.005)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layer = nn.Linear(features.shape[1], classes).to(features.device)
+    optimizer = torch.optim.AdamW(param_groups_weight_decay(layer, 0.01), lr=0.005)
     steps = epochs * -(-len(features) // 128)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(epochs):

@@ -111,7 +111,7 @@ def write(result: Result, out: Path) -> None:
 def main(argv: Sequence[str]) -> None:
     """`python -m reference_train report`."""
     words = "Makes table.md and picture.png again. Runs that are called NAME-SEED are one column."
-    parser = Parser(prog="python -m reference_train report", description=words)
+    parser = Parser("python -m reference_train report", description=words)
     add = parser.add_argument
     add("evaluations", nargs="+", type=Path, metavar="FOLDER", help="or an evaluation.json")
     add("--only", nargs="+", metavar="NAME", help="data sets")
@@ -134,8 +134,7 @@ def merge(records: Sequence[tuple[str, Result]], only: Sequence[str] | None) -> 
     under one name.
     """
     merged = {**records[-1][1], "command": "\n".join(record["command"] for _, record in records)}
-    kept = ("checkpoints", "data_sets", "failed", "absent", "results")
-    merged |= {key: {} for key in kept}
+    merged |= {key: {} for key in ("checkpoints", "data_sets", "failed", "absent", "results")}
     for record, result in records:
         for name, data in result["data_sets"].items():
             if only is not None and name not in only:

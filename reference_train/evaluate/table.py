@@ -23,14 +23,9 @@ class Metric(NamedTuple):
     """A number of the table. kind: what one is right about."""
 
     words: str
-    kind: str  # "class", "superclass", "text", "image"; "gap" and "" are no shares
+    kind: str  # "class", "superclass", "text", "image"; "" is no share of right answers
     question: str = ""
     k: int = 1  # one answer of k is right
-
-    @property
-    def is_share(self) -> bool:
-        """Whether it is a share of right answers."""
-        return self.kind not in ("", "gap")
 
 
 # Those that do not depend on a data set's questions.
@@ -41,18 +36,15 @@ COMMON = {
     "alignment": Metric("alignment", ""),
     "image_uniformity": Metric("image uniformity", ""),
     "text_uniformity": Metric("text uniformity", ""),
-    "inmodal_gap": Metric("in-modal gap × 100", "gap"),
-    "crossmodal_gap": Metric("cross-modal gap × 100", "gap"),
+    "inmodal_gap": Metric("in-modal gap × 100", ""),
+    "crossmodal_gap": Metric("cross-modal gap × 100", ""),
 }
 OF_GROUPS = ("top1", "_r1")  # how metrics of groups end, in table.md
 SHORT = (*OF_GROUPS, "consistency_1", "linear_probe", "_gap")  # and those on the terminal
 NEEDS = {  # metrics that the paper has and you may lack
-    "coarse": "superclasses need --superclasses",
     "consistency_1": "the consistency score needs a train split",
     "linear_probe": "the linear probe needs --linear-probe and a train split",
 }
-
-
 MARKS = {"c": "read in the authors' repository", "q": "quoted, not checked"}
 NOTES = {
     "paper": "Goel et al. 2022, RN50. Those marked q, with ImageNet's, are gains of 10.2 to 23.9% "
@@ -150,7 +142,7 @@ def summary(
     found = [n[metric] for n in numbers if metric in n]
     if not found:
         return None
-    if len(found) == 1 and metrics_of(result["data_sets"][name])[metric].is_share:
+    if len(found) == 1 and metrics_of(result["data_sets"][name])[metric].kind:
         return found[0], *wilson(found[0], queries(result, name, metric, group))
     return mean(found), min(found), max(found)
 
@@ -181,10 +173,10 @@ def cell(found: tuple[float, float, float] | None, of: Metric) -> str:
     """A number of one column; empty if there is none."""
     if found is None:
         return ""
-    if of.is_share:
+    if of.kind:
         value, low, high = (f"{100 * share:.{digits(found[0])}f}" for share in found)
         return f"{value} ({low}–{high})"
-    value, low, high = (f"{x * (100 if of.kind else 1):.2f}" for x in found)
+    value, low, high = (f"{x * (100 if '× 100' in of.words else 1):.2f}" for x in found)
     return value if found[1] == found[2] else f"{value} ({low} to {high})"
 
 
@@ -226,10 +218,9 @@ def markdown(result: Result, short: bool = False) -> str:
             for numbers in sources.values():
                 p = None if group else numbers.get(metric)
                 cells += [f"{number:.2f} {p[2]}" for number in p[:2]] if p else ["", ""]
-            guess = chance(data, metric)
-            known = guess is not None and not (group and of.kind in ("text", "image"))
-            cells += [f"{100 * guess:.{digits(guess)}f}" if known and guess is not None else ""]
-            cells += [f"{queries(result, name, metric, group):,}" if of.is_share else ""]
+            guess = None if group and of.kind in ("text", "image") else chance(data, metric)
+            cells += ["" if guess is None else f"{100 * guess:.{digits(guess)}f}"]
+            cells += [f"{queries(result, name, metric, group):,}" if of.kind else ""]
             out.append(f"| {' | '.join(cells)} |")
         if data["mean_over"]:
             notes.append(f"{name}: the mean over {', '.join(data['mean_over'])}.")

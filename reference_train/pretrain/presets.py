@@ -5,7 +5,6 @@ from pathlib import Path
 import open_clip
 import torch
 
-NAMES = ("icons", "modern", "paper")
 WEIGHT = 0.25  # of a penalty that a loss has: the paper's, section 4.1
 BATCH_SIZES = {"icons": 1024, "modern": 1024, "paper": 128}  # of all ranks
 # Goel et al. 2022, section 4.1, and appendix. A scale and an aspect ratio of 1 make timm's random

@@ -20,6 +20,7 @@ import open_clip
 import torch
 from open_clip_train import distributed as ranks
 from open_clip_train import main as trainer
+from webdataset.shardlists import expand_urls
 
 from cyclip_loss import open_clip_train
 
@@ -28,7 +29,7 @@ from ..data.samples import fingerprint
 from ..files import check_writable, locked
 from ..losses import LOSSES
 from . import shards, training
-from .presets import BATCH_SIZES, NAMES, WEIGHT, preset, register_models
+from .presets import BATCH_SIZES, WEIGHT, preset, register_models
 from .runs import PARAMETERS, load_checkpoint, read_parameters
 
 # What a run is: how OpenCLIP's names in params.txt begin. The number of ranks is among them, as a
@@ -38,7 +39,7 @@ KEPT_SETTINGS = (
     *("coca_", "train_num", "train_data_up", "train_shards", "val_num", "val_shards", "dataset_"),
     *("aug_cfg", "seed", "world_size", "batch_size", "accum_freq", "epochs", "precision", "opt"),
     *("lr", "warmup", "skip_scheduler", "wd", "beta", "eps", "momentum", "grad_clip", "lambda_"),
-    *("reference_batch_size", "ignore_same_captions", "local_loss", "gather_with_grad"),
+    *("reference_batch_size", "same_captions", "local_loss", "gather_with_grad"),
 )
 DESCRIPTION = """\
 Pretrains with OpenCLIP's trainer and the CyCLIP loss. The command that a preset stands for is
@@ -111,10 +112,10 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our arguments; then the launcher's, and those after `--`."""
     at = argv.index("--") if "--" in argv else len(argv)
     parser = Parser(
-        prog="python -m reference_train pretrain", description=DESCRIPTION, allow_abbrev=False
+        "python -m reference_train pretrain", description=DESCRIPTION, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--preset", choices=NAMES, required=True, help="model, schedule, batch size")
+    add("--preset", choices=BATCH_SIZES, required=True, help="model, schedule, batch size")
     add("--loss", choices=LOSSES, default="cyclip", help="default: cyclip")
     add("--data", required=True, metavar="SHARDS", help="tar files (braces allowed), or a folder")
     add("--val", metavar="SHARDS", help="held-out pairs; default: those of a folder --data")
@@ -167,11 +168,7 @@ def parsed(parse: Callable[[Sequence[str]], Any], flags: Sequence[str]) -> Any:
 
 def check(args: argparse.Namespace) -> None:
     """Raises `CannotStart` for what OpenCLIP would stumble over later, or in many lines."""
-    try:
-        known = open_clip.get_model_config(args.model) is not None
-    except (OSError, ValueError) as error:  # of local-dir: and hf-hub:
-        raise CannotStart(f"--model {args.model}: {' '.join(str(error).split())}") from error
-    if not known and not args.model.startswith(("local-dir:", "hf-hub:")):
+    if ":" not in args.model and args.model not in open_clip.list_models():
         raise CannotStart(f"--model {args.model}: OpenCLIP has none of that name")
     if args.world_size > 1 and not torch.cuda.is_available() and not getattr(args, "fsdp", False):
         what = "several ranks on a CPU: OpenCLIP 3 can't do that"
@@ -195,7 +192,7 @@ def check_data(args: argparse.Namespace, flags: list[str]) -> tuple[dict[str, in
         raise CannotStart(f"{only}; {others}")
     if args.train_num_samples is not None and args.train_num_samples < 1:
         raise CannotStart(f"--train-num-samples must be >= 1, not {args.train_num_samples}")
-    train = shards.expand(args.train_data)
+    train = expand_urls(args.train_data)
     known = shards.check("--data", train, held_out=False)
     # OpenCLIP reads the one or the other, in this order, and no *_stats.json.
     theirs = [n for n in ("sizes.json", "__len__") if (Path(train[0]).parent / n).exists()][:1]
@@ -211,7 +208,7 @@ def check_data(args: argparse.Namespace, flags: list[str]) -> tuple[dict[str, in
         shards.check_shared(train, known, max(args.workers, 1), args.world_size, args.batch_size)
     names = {"train_shards": fingerprint(train)}
     if args.val_data:
-        val = shards.expand(args.val_data)
+        val = expand_urls(args.val_data)
         known |= shards.check("--val", val, held_out=args.rank == 0)
         names["val_shards"] = fingerprint(val)
     elif args.rank == 0:

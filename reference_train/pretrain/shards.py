@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from braceexpand import braceexpand
 from PIL import Image
+from webdataset.shardlists import expand_urls
 
 from ..command_line import CannotStart, first_line
 from ..data.samples import count_pairs, ends_early, read_samples
@@ -34,14 +34,9 @@ def find(data: str, part: str, needed: bool = True) -> str:
     numbers = [re.fullmatch(r"(.*?)(\d+)\.tar", name) for name in names]
     if len(names) > 1 and numbers[0] and numbers[-1]:
         pattern = f"{numbers[0][1]}{{{numbers[0][2]}..{numbers[-1][2]}}}.tar"
-        if list(braceexpand(pattern)) == names:
+        if expand_urls(pattern) == names:
             return pattern
     return "::".join(names)
-
-
-def expand(data: str) -> list[str]:
-    """The tar files of a pattern, as OpenCLIP expands it."""
-    return [path for pattern in data.split("::") for path in braceexpand(pattern)]
 
 
 def check(argument: str, shards: Sequence[str], held_out: bool) -> dict[str, int]:

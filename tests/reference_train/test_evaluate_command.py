@@ -186,11 +186,11 @@ def test_prompts_and_class_names_of_ones_own(tmp_path: Path):
     write_image_folder(tmp_path, ["a", "b"])
     (tmp_path / "classnames.txt").write_text("own 0\nown 1\n")
     (tmp_path / datasets.TEMPLATES).write_text("{c} as I say\n")
-    classes = datasets.open_folders(tmp_path, "x", None).classes[""]
+    classes = datasets.open_folders(tmp_path, "x").classes[""]
     assert (classes.names, classes.templates) == (["own 0", "own 1"], ["{} as I say"])
     (tmp_path / "classnames.txt").write_text("own 0\n")
     with pytest.raises(Unusable, match=r"2 classes, classnames\.txt has 1"):
-        datasets.open_folders(tmp_path, "x", None)
+        datasets.open_folders(tmp_path, "x")
 
 
 class Hostile:
@@ -327,7 +327,7 @@ def test_the_cause_of_a_failure_comes_first(run_folder: Path, tmp_path: Path, sm
 
 
 def test_the_paper_is_shown_where_it_can_be_compared(
-    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_folder: Path, tmp_path: Path, small_emoji: None, monkeypatch: pytest.MonkeyPatch
 ):
     folder = tmp_path / "wds_cifar10"
     write_set(folder, {"test": labelled(20, 10)}, classnames="\n".join("abcdefghij"))
@@ -338,6 +338,10 @@ def test_the_paper_is_shown_where_it_can_be_compared(
         table = (out / "table.md").read_text()
         assert ("| 46.54 q | 51.45 q | 44.95 q | 43.22 q |" in table) == (images == 20)
         assert ("no column of the paper's" in table) == (images == 21)
+    write_image_folder(tmp_path / "own", list("abcdefghij"))
+    monkeypatch.setitem(SPLITS, "cifar10", (10, 10))
+    evaluate(tmp_path / "folders", run_folder, "--imagefolder", f"cifar10={tmp_path / 'own'}")
+    assert "| 46.54 q | 51.45 q |" in (tmp_path / "folders" / "table.md").read_text()
 
 
 def test_interrupted_it_resumes_with_what_is_missing(
@@ -389,20 +393,23 @@ def test_models_with_a_bias_and_safetensors(run_folder: Path, tmp_path: Path, sm
 
 
 def test_subsets_of_imagenet_have_their_own_class_names(tmp_path: Path):
-    some = list(range(3, 1000, 5))[:200]
+    some = list(range(0, 1000, 5))
     wnids = ImageNetInfo("imagenet-1k").label_names()
     write_image_folder(tmp_path / "imagenet-a", [wnids[i] for i in some])
-    superclasses = [f"super {i % 7}" for i in range(1000)]
-    data = datasets.find([tmp_path], superclasses)[0]["imagenet-a"]()
-    classes = data.classes[""]
+    classes = datasets.open_folders(tmp_path / "imagenet-a", "imagenet-a").classes[""]
     assert classes.names == [open_clip.IMAGENET_CLASSNAMES[i] for i in some]
     assert classes.labels.tolist() == list(range(200))
-    assert classes.coarse.tolist() == [i % 7 for i in some]
+    assert classes.templates == datasets.PAPER_TEMPLATES
 
     write_image_folder(tmp_path / "imagenetv2", [str(i) for i in range(1000)])
-    data = datasets.find([tmp_path], None)[0]["imagenetv2"]()  # its folders are numbers
-    names = [path.parent.name for path in data.images.places]
-    assert data.classes[""].labels.tolist() == [int(name) for name in names]
+    data = datasets.open_folders(tmp_path / "imagenetv2", "imagenetv2")  # its folders are numbers
+    numbers = [int(path.parent.name) for path in data.images.places]
+    classes = data.classes[""]
+    shown = [classes.names[label] for label in classes.labels.tolist()]
+    assert shown == [open_clip.IMAGENET_CLASSNAMES[number] for number in numbers]
+    (tmp_path / "imagenetv2" / "999").rename(tmp_path / "imagenetv2" / "1000")
+    with pytest.raises(Unusable, match="folders should be called as ImageNet's classes"):
+        datasets.open_folders(tmp_path / "imagenetv2", "imagenetv2")
 
 
 def test_torchvisions_cifar_with_superclasses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -415,7 +422,7 @@ def test_torchvisions_cifar_with_superclasses(tmp_path: Path, monkeypatch: pytes
         (folder / split).write_bytes(pickle.dumps({**content, "fine_label_names": names}))
     monkeypatch.setattr("torchvision.datasets.CIFAR100._check_integrity", lambda self: True)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
-    data = datasets.find([tmp_path], None)[0]["cifar100"]()
+    data = datasets.find([tmp_path])[0]["cifar100"]()
     assert (len(data.images), len(data.train[0])) == (5, 7)
     classes = data.classes[""]
     assert classes.labels.tolist() == [0, 19, 38, 57, 76]

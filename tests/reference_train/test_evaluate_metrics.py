@@ -62,8 +62,7 @@ def test_consistency_score_by_hand():
     assert metrics.majority([2, 1, 1, 3, 2, 3]) == 1  # the farthest goes, until there is no tie
 
 
-def test_superclass_and_class_within_it(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(metrics, "STRIP", 16)
+def test_superclass_and_class_within_it():
     generator = torch.Generator().manual_seed(0)
     image, prompts = torch.randn(60, 4, generator=generator), torch.randn(9, 4, generator=generator)
     labels = torch.randint(0, 9, (60,), generator=generator)

@@ -37,7 +37,7 @@ from cyclip_loss.metrics import consistency_metrics
 from reference_train.command_line import CannotStart, Stopped
 from reference_train.pretrain import pretrain as command
 from reference_train.pretrain import training
-from reference_train.pretrain.presets import NAMES, register_models
+from reference_train.pretrain.presets import BATCH_SIZES, register_models
 
 register_models()
 Capture, Log, Patch = pytest.CaptureFixture[str], pytest.LogCaptureFixture, pytest.MonkeyPatch
@@ -105,7 +105,7 @@ def dry_run(shards: Path, tmp_path: Path, capsys: Capture) -> Callable[..., Name
     return run
 
 
-@pytest.mark.parametrize("preset", NAMES)
+@pytest.mark.parametrize("preset", BATCH_SIZES)
 @pytest.mark.parametrize(
     ("loss", "lambdas"),
     [("clip", (0, 0)), ("cyclip", (0.25, 0.25)), ("c-cyclip", (0, 0.25)), ("i-cyclip", (0.25, 0))],
@@ -216,7 +216,7 @@ def test_held_out_shards(tmp_path: Path, dry_run: Run) -> None:
         ("--log-every-n-steps 3 --grad-checkpointing", ""),
         ("--lr 1e-4", "begun with lr = 0.001, not 0.0001: choose another --name"),
         ("--epochs 40", "begun with epochs = 30, not 40"),  # it is not finished
-        ("--ignore-same-captions", "ignore_same_captions = False, not True"),
+        ("--same-captions ignored", "same_captions = None, not ignored"),
         ("--force-image-size 48", r"force_image_size = 32, not \[48\]"),
     ],
 )
