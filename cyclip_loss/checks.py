@@ -33,40 +33,41 @@ def check_features(
     names: tuple[str, str] = ("image_features", "text_features"),
     may_be_empty: bool = False,
     autocast: bool = True,
+    paired: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Two feature tensors (N, D), cast as autocast asks, or an error that names the argument.
 
-    may_be_empty: allow N = 0, as on one of several ranks; autocast: False: cast nothing.
+    may_be_empty: allow N = 0, as on one of several ranks; autocast: False: cast nothing; paired:
+    False: the second may have any number of rows.
     """
     for name, features in zip(names, (first, second)):  # noqa: B905 (PyTorch 2.8 can't trace strict)
-        _check_features(name, features, 0 if may_be_empty else 1)
+        least = 0 if may_be_empty or not paired else 1
+        if not isinstance(features, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(features).__name__}")
+        _check_dense(name, features, "to_local")
+        if features.dtype not in DTYPES:
+            raise TypeError(
+                f"{name} must be float64, float32, bfloat16 or float16, got {features.dtype}"
+            )
+        if features.ndim != 2 or features.shape[0] < least or features.shape[1] == 0:
+            raise ValueError(
+                f"{name} must have shape (N, D) with N >= {least} and D >= 1, "
+                f"got {tuple(features.shape)}"
+            )
     if second is first:  # torch.compile refuses the same tensor twice
         second = first.view_as(first)
     if autocast:
         first, second = _autocast(first), _autocast(second)
+    size = "shape" if paired else "D"
+    shapes = [tuple(x.shape) if paired else x.shape[1] for x in (first, second)]
     for what, error, a, b in (
-        ("shape", ValueError, tuple(first.shape), tuple(second.shape)),
+        (size, ValueError, shapes[0], shapes[1]),
         ("device", ValueError, first.device, second.device),
         ("dtype", TypeError, first.dtype, second.dtype),
     ):
         if a != b:
             raise error(f"{' and '.join(names)} must have the same {what}, got {a} and {b}")
     return first, second
-
-
-def _check_features(name: str, features: Tensor, least: int) -> None:
-    if not isinstance(features, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(features).__name__}")
-    _check_dense(name, features, "to_local")
-    if features.dtype not in DTYPES:
-        raise TypeError(
-            f"{name} must be float64, float32, bfloat16 or float16, got {features.dtype}"
-        )
-    if features.ndim != 2 or features.shape[0] < least or features.shape[1] == 0:
-        raise ValueError(
-            f"{name} must have shape (N, D) with N >= {least} and D >= 1, "
-            f"got {tuple(features.shape)}"
-        )
 
 
 def _check_dense(name: str, tensor: Tensor, method: str) -> None:
@@ -107,19 +108,6 @@ def check_logit_scale(logit_scale: Tensor | float, features: Tensor) -> Tensor:
             f"got {logit_scale.device}"
         )
     return logit_scale.reshape(()).to(device=features.device, dtype=dtype)
-
-
-def check_negatives(name: str, negatives: Tensor | None, features: Tensor) -> Tensor | None:
-    """Extra negatives (M, D), cast as autocast asks, or an error; None if there are none."""
-    if negatives is None:
-        return None
-    _check_features(name, negatives, 0)
-    negatives = _autocast(negatives).view_as(negatives)  # torch.compile refuses a tensor twice
-    got, needed = ((x.shape[1], x.dtype, x.device) for x in (negatives, features))
-    if got != needed:
-        text = "{} must have D = {}, {} and device {}, as the other features, got {}, {} and {}"
-        raise ValueError(text.format(name, *needed, *got))
-    return negatives
 
 
 def check_ids(ids: Tensor | None, features: Tensor, same_ids: str) -> Tensor | None:

@@ -30,41 +30,48 @@ for backward, and a rank without rows would drop collectives whose results it do
 """
 
 from collections.abc import Callable
-from types import ModuleType
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cyclip_loss import distributed, positives
-from cyclip_loss.distributed import Hop, RankArgs, Ranks, padded
+from cyclip_loss import distributed
+from cyclip_loss.distributed import Hop, Ranks, padded
 from cyclip_loss.engines import engine
 from cyclip_loss.numerics import Logits, Lse
 from cyclip_loss.operators import empty_grad_like, operator
+from cyclip_loss.positives import WithPositives
 
 TENSORS = 5  # of the fields of Logits, its first
 
 
+class Setup(NamedTuple):
+    """How a contrastive term is computed, in types that an operator can take."""
+
+    total: int  # N, the pairs of all ranks
+    positives: bool  # whether rows with the same id are positives, not ignored
+    impl: str
+    dist_impl: str  # this and the next two: `Ranks.to_op_args`, with the numbers of columns
+    group_name: str
+    columns: list[int] | None
+
+
 def contrastive_loss(
-    logits: Logits,
-    gathered: Tensor | None,
-    total: int,
-    with_positives: bool,
-    impl: str,
-    ranks: Ranks,
+    logits: Logits, gathered: Tensor | None, total: int, positives: bool, impl: str, ranks: Ranks
 ) -> Tensor:
     """The contrastive term of the global batch: a scalar of the accumulation dtype.
 
     logits: of this rank's rows and columns, checked; `column_ids` are all ranks'. gathered:
-    `start_gather` of the columns, or None. total: N, the pairs of all ranks; with_positives:
-    whether rows with the same id are positives; ranks: with their numbers of columns. Without
-    `symmetric` the loss is one way, rows to columns.
+    `start_gather` of the columns, or None. total, positives, impl: as in `Setup`; ranks: with their
+    numbers of columns. Without `symmetric` the loss is one way, rows to columns.
     """
+    setup = Setup(total, positives, impl, *ranks.to_op_args())
     if gathered is not None:
         first_column = ranks.first_row(ranks.rank, logits.columns.shape[0])
         logits = logits._replace(first_column=first_column)
-    return _Contrastive.apply(*logits, gathered, total, with_positives, impl, ranks)  # type: ignore[no-any-return, no-untyped-call]
+    return _Contrastive.apply(*logits, gathered, ranks, setup)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Contrastive(torch.autograd.Function):
@@ -72,25 +79,32 @@ class _Contrastive(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        *fields, gathered, total, with_positives, impl, ranks = inputs
+        *fields, gathered, ranks, setup = inputs
         logits = Logits(*fields)
-        ctx.own = logits.columns.shape[0]
+        own = logits.columns.shape[0]
         if gathered is not None:
             logits = logits._replace(columns=distributed.finish_gather(gathered, ranks))
-        op_args = total, with_positives, impl, ranks.to_op_args()
-        loss, *lse = contrastive_forward(logits, *op_args)
+        loss, *lse = contrastive_forward(logits, setup)
         ctx.save_for_backward(*logits[:TENSORS], *lse)
-        ctx.settings = logits[TENSORS:], op_args
+        ctx.settings = logits[TENSORS:], own, setup
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved, (fields, op_args) = ctx.saved_tensors, ctx.settings
+        saved, (fields, own, setup) = ctx.saved_tensors, ctx.settings
         logits, lse = Logits(*saved[:TENSORS], *fields), Lse(*saved[TENSORS:])
         needs = list(ctx.needs_input_grad[:3])
-        grads = contrastive_backward(logits, lse, grad, needs, ctx.own, *op_args)
+        grads = contrastive_backward(logits, lse, grad, needs, own, setup)
         needed = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
         return (*needed, *[None] * (len(ctx.needs_input_grad) - len(needed)))
+
+
+def _start(logits: Logits, setup: Setup) -> tuple[Any, Ranks, int]:
+    """The engine, the ranks, and by how many ways the loss is a mean."""
+    compute: Any = engine(setup.impl, logits.rows)
+    if setup.positives:
+        compute = WithPositives(compute, logits.column_ids)  # type: ignore[arg-type]
+    return compute, Ranks.from_op_args(*setup[3:]), 2 if logits.symmetric else 1
 
 
 def _forward_shapes(logits: Logits, **_: Any) -> tuple[Tensor, ...]:
@@ -101,35 +115,32 @@ def _forward_shapes(logits: Logits, **_: Any) -> tuple[Tensor, ...]:
 
 
 @operator(_forward_shapes)
-def contrastive_forward(
-    logits: Logits, total: int, with_positives: bool, impl: str, rank_args: RankArgs
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def contrastive_forward(logits: Logits, setup: Setup) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The contrastive loss of the global batch, and the fields of `Lse`.
 
-    logits: this rank's rows with its columns or, gathered, all ranks'. total: N, all ranks' pairs.
+    logits: this rank's rows with its columns or, gathered, all ranks'.
     """
-    ranks = Ranks.from_op_args(rank_args)
-    compute = engine(impl, logits.rows)
-    batch_ids: Any = logits.column_ids if with_positives else None
-    sweep = _ring_lse if ranks.dist_impl == "ring" else _block_lse
-    row_negatives, columns, pair_logits, of_others = sweep(compute, logits, batch_ids, ranks)
+    compute, ranks, ways = _start(logits, setup)
+    sweep = (
+        partial(_ring_lse, compute, ranks) if ranks.dist_impl == "ring" else compute.contrastive_lse
+    )
+    row_negatives, columns, pair_logits = sweep(logits)
     n, m, first = logits.rows.shape[0], columns.shape[0], logits.first_column
     pairs = min(n, logits.pairs)
-    pair_logits = pair_logits[:pairs]
-    column_pairs = pair_logits
+    column_pairs = pair_logits = pair_logits[:pairs]
     if logits.symmetric and ranks.dist_impl == "gather":
         columns, column_pairs = distributed.log_sum_exp(columns, pair_logits, first, ranks)
     elif m > pairs:
         column_pairs = F.pad(pair_logits, (0, m - pairs), value=-torch.inf)
-    sides = 2 if logits.symmetric else 1
+    negatives = (row_negatives[:pairs], columns)
     loss, row_lse, column_lse, pair_gradient = compute.pair_terms(
-        *(row_negatives[:pairs], columns, pair_logits, column_pairs, first, 1 / (total * sides))
+        *negatives, pair_logits, column_pairs, first, 1 / (setup.total * ways)
     )
-    if of_others is not None:
-        shares = 1 - 1 / positives.counts(batch_ids, logits.row_ids)[:pairs].to(loss.dtype)
+    if setup.positives:
+        shares = 1 - 1 / compute.counts(logits.row_ids)[:pairs].to(loss.dtype)
         of_pairs = (shares * pair_logits).sum()
-        loss += (of_pairs - logits.logit_scale * of_others) / total
-        pair_gradient += sides * shares
+        loss += (of_pairs - logits.logit_scale * compute.of_others) / setup.total
+        pair_gradient += ways * shares
     if ranks.group is not None:
         loss = distributed.wait(distributed.start_all_reduce(loss, "sum", ranks))
     if logits.pairs <= n:  # there may be extra negatives
@@ -137,16 +148,6 @@ def contrastive_forward(
         pair_gradient = F.pad(pair_gradient, (0, n - pairs))
         column_lse.masked_fill_(column_pairs == -torch.inf, torch.inf)
     return loss, row_lse, column_lse, pair_gradient
-
-
-def _block_lse(
-    compute: ModuleType, logits: Logits, batch_ids: Tensor | None, _: Ranks
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """As `eager.contrastive_lse` and, with `batch_ids`, sum_i I_i . R_i (`positives.py`)."""
-    if batch_ids is None:
-        return (*compute.contrastive_lse(logits), None)
-    of_others = (logits.rows * positives.means_of_others(logits, batch_ids)).sum()
-    return (*compute.contrastive_lse(logits.without_ids()), of_others)
 
 
 def _ring(
@@ -192,21 +193,18 @@ def _ring(
     return None if total is None else Hop([total], ranks).finish()[0][:m]
 
 
-def _ring_lse(
-    compute: ModuleType, logits: Logits, batch_ids: Tensor | None, ranks: Ranks
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """As `_block_lse`, of this rank's rows and its own columns."""
+def _ring_lse(compute: Any, ranks: Ranks, logits: Logits) -> tuple[Tensor, Tensor, Tensor]:
+    """As `eager.contrastive_lse`, of this rank's rows and its own columns."""
     n, scale = logits.rows.shape[0], logits.logit_scale
     # Running log-sum-exps are in float64, because every step rounds them.
     rows = scale.new_full((n,), -torch.inf, dtype=torch.float64)
-    pair_logits, of_others = scale.new_zeros(n), scale.new_zeros(())
+    pair_logits = scale.new_zeros(n)
 
     def multiply(part: Logits, _: Tensor | None) -> Tensor:
-        of_rows, of_columns, pairs, others = _block_lse(compute, part, batch_ids, ranks)
+        of_columns: Tensor
+        of_rows, of_columns, pairs = compute.contrastive_lse(part)
         rows.copy_(torch.logaddexp(rows, of_rows.double()))
         pair_logits.add_(pairs)  # 0 except in this rank's own block
-        if others is not None:
-            of_others.add_(others)
         return of_columns.double()
 
     def add(total: Tensor, part: Tensor) -> None:
@@ -216,7 +214,7 @@ def _ring_lse(
     sums = rows.new_full((most,), -torch.inf) if logits.symmetric else None
     sums = _ring(logits, None, sums, multiply, add, ranks)
     columns = scale.new_empty(0) if sums is None else sums.to(scale.dtype)
-    return rows.to(scale.dtype), columns, pair_logits, None if batch_ids is None else of_others
+    return rows.to(scale.dtype), columns, pair_logits
 
 
 def _backward_shapes(
@@ -229,15 +227,7 @@ def _backward_shapes(
 
 @operator(_backward_shapes, gives_gradients=True)
 def contrastive_backward(
-    logits: Logits,
-    lse: Lse,
-    grad: Tensor,
-    needs: list[bool],
-    own: int,
-    total: int,
-    with_positives: bool,
-    impl: str,
-    rank_args: RankArgs,
+    logits: Logits, lse: Lse, grad: Tensor, needs: list[bool], own: int, setup: Setup
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of this rank's rows and its `own` columns, and its part of the scale's.
 
@@ -245,71 +235,40 @@ def contrastive_backward(
     (other features get an empty one). Across W ranks they are W times the gradients of the global
     loss, as DDP averages.
     """
-    ranks = Ranks.from_op_args(rank_args)
-    compute = engine(impl, logits.rows)
-    weight = ranks.size / (total * (2 if logits.symmetric else 1))
+    compute, ranks, ways = _start(logits, setup)
     # Sums, across ranks or with the means of positives, are rounded at the end.
-    wide = ranks.group is not None or with_positives
-    settings = (grad, weight, needs, wide)
-    batch_ids = logits.column_ids if with_positives else None
-    sweep = _ring_grads if ranks.dist_impl == "ring" else _block_grads
-    of_rows, of_columns, scale_grad = sweep(compute, logits, lse, settings, batch_ids, ranks)
+    wide = ranks.group is not None or setup.positives
+    settings = (grad, ranks.size / (setup.total * ways), needs, wide)
+    if ranks.dist_impl == "ring":
+        grads = _ring_grads(compute, logits, lse, settings, ranks)
+    else:
+        grads = compute.contrastive_grads(logits, lse, *settings)
+    of_rows, of_columns, scale_grad = grads
     if ranks.dist_impl == "gather" and needs[1]:
         of_columns = distributed.sum_and_scatter(of_columns, ranks)
     return of_rows.to(logits.rows.dtype), of_columns.to(logits.columns.dtype), scale_grad
 
 
-_Settings = tuple[Tensor, float, list[bool], bool]
-
-
-def _block_grads(
-    compute: ModuleType,
-    logits: Logits,
-    lse: Lse,
-    settings: _Settings,
-    batch_ids: Tensor | None,
-    _: Ranks,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `eager.contrastive_grads`; with `batch_ids`, rows with the same id are positives."""
-    if batch_ids is None:
-        return compute.contrastive_grads(logits, lse, *settings)  # type: ignore[no-any-return]
-    row_grad, column_grad, scale_grad = compute.contrastive_grads(
-        logits.without_ids(), lse, *settings
-    )
-    grad, weight, needs, _wide = settings
-    factor = grad * (weight * (2 if logits.symmetric else 1))
-    of_features = factor * logits.logit_scale
-    if needs[0] or needs[2]:
-        means = positives.means_of_others(logits, batch_ids)
-        scale_grad = scale_grad - factor * (logits.rows * means).sum()
-        if needs[0]:
-            row_grad -= means.mul_(of_features)
-    if needs[1]:
-        means = positives.means_of_others(logits, batch_ids, of_columns=True)
-        column_grad -= means.mul_(of_features)
-    return row_grad, column_grad, scale_grad
-
-
 def _ring_grads(
-    compute: ModuleType,
+    compute: Any,
     logits: Logits,
     lse: Lse,
-    settings: _Settings,
-    batch_ids: Tensor | None,
+    settings: tuple[Tensor, float, list[bool], bool],
     ranks: Ranks,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_block_grads`, of this rank's rows and its own columns."""
+    """As `eager.contrastive_grads`, of this rank's rows and its own columns."""
     needs = settings[2]
     row_grad = lse.rows.new_zeros(logits.rows.shape if needs[0] else (0,))
     scale_grad = lse.rows.new_zeros(())
 
     def multiply(part: Logits, column_lse: Tensor | None) -> Tensor:
         of_part = lse if column_lse is None else lse._replace(columns=column_lse)
-        grads = _block_grads(compute, part, of_part, settings, batch_ids, ranks)
-        scale_grad.add_(grads[2])
+        column_part: Tensor
+        row_part, column_part, scale_part = compute.contrastive_grads(part, of_part, *settings)
+        scale_grad.add_(scale_part)
         if needs[0]:
-            row_grad.add_(grads[0])
-        return grads[1]
+            row_grad.add_(row_part)
+        return column_part
 
     m, d = logits.columns.shape
     total = lse.rows.new_zeros(ranks.most(m), d) if needs[1] else None

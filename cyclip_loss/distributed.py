@@ -10,7 +10,7 @@ respect to its own features, so that DDP's average is the gradient of the whole 
 from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -44,15 +44,13 @@ class Ranks:
         """The name by which collectives find the group."""
         return "" if self.group is None else self.group.group_name
 
-    def to_op_args(self) -> "RankArgs":
+    def to_op_args(self) -> tuple[str, str, list[int] | None]:
         """What `from_op_args` needs, in types that an operator can take."""
-        rows = None if self.rows is None else list(self.rows)
-        return RankArgs(self.dist_impl, self.group_name, rows)
+        return self.dist_impl, self.group_name, None if self.rows is None else list(self.rows)
 
     @staticmethod
-    def from_op_args(args: "RankArgs") -> "Ranks":
+    def from_op_args(dist_impl: str, group_name: str, rows: list[int] | None) -> "Ranks":
         """The inverse of `to_op_args`."""
-        dist_impl, group_name, rows = args
         if dist_impl == "alone":
             return Ranks()
         # Not at the top: PyTorch may be built without distributed.
@@ -77,14 +75,6 @@ class Ranks:
     def most(self, n: int) -> int:
         """The most rows of any rank, to which the blocks that ranks send are padded."""
         return n if self.rows is None else max(self.rows)
-
-
-class RankArgs(NamedTuple):
-    """`Ranks` as arguments of an operator."""
-
-    dist_impl: str
-    group_name: str
-    rows: list[int] | None
 
 
 def ranks_of(process_group: Any) -> Ranks:

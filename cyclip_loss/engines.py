@@ -8,8 +8,6 @@ import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from importlib import metadata
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -19,13 +17,12 @@ from torch import Tensor
 
 from cyclip_loss import eager
 from cyclip_loss.checks import warn_once
-from cyclip_loss.numerics import Logits, Lse, float32_is_exact
+from cyclip_loss.numerics import Logits, Lse, architecture, float32_is_exact, triton_version
+from cyclip_loss.operators import is_capturing
 from cyclip_loss.options import IMPLS
 
 # Rows, columns and features of the batch on which the kernels are compared with PyTorch.
 CHECK_SIZES = (600, 700, 200)
-# Before 3.9, Triton does not compile the kernels for sm_100, or leaves their products out.
-TRITON_FOR_BLACKWELL = (3, 9)
 
 
 def engine(impl: str, features: Tensor) -> ModuleType:
@@ -65,11 +62,6 @@ def engine(impl: str, features: Tensor) -> ModuleType:
             "(TRITON_INTERPRET=1 runs the kernels on CPU, for tests)"
         )
     return kernels
-
-
-def is_capturing(features: Tensor) -> bool:
-    """Whether a CUDA graph is being captured, in which nothing may wait for the device."""
-    return features.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 @lru_cache
@@ -177,32 +169,3 @@ def disagreement(compute: Any, device: torch.device, dtype: torch.dtype, exact: 
         check("cyclic_terms", grams, weights, with_cross)
         check("cyclic_grads", image, text, grams, grads, weights, 2, [True, True])
     return "; ".join(problems) or None
-
-
-@lru_cache
-def architecture(device: torch.device) -> str | None:
-    """Whose tiles in `kernels/configs.py` a device takes; None if the kernels do not support it.
-
-    They need Triton, and Ampere or newer. Devices without tiles of their own take sm_86's.
-    """
-    if device.type != "cuda" or find_spec("triton") is None:
-        return None
-    if torch.version.hip is not None:  # only gfx942 has the tf32 products that the kernels use
-        name = torch.cuda.get_device_properties(device).gcnArchName
-        return "gfx942" if name.startswith("gfx942") else None
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8 or (major >= 10 and triton_version() < TRITON_FOR_BLACKWELL):
-        return None
-    own = {(8, 0): "sm_80", (9, 0): "sm_90"}.get((major, minor))
-    return own or ("sm_100" if major == 10 else "sm_86")
-
-
-def triton_version() -> tuple[int, ...]:
-    """Major and minor version, without importing Triton; (0, 0) if it is not installed."""
-    # The second and third names are those of PyTorch's own package index.
-    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm"):
-        try:
-            return tuple(int(part) for part in metadata.version(name).split(".")[:2])
-        except metadata.PackageNotFoundError:
-            continue
-    return (0, 0)

@@ -32,7 +32,6 @@ from cyclip_loss.checks import (
     check_features,
     check_ids,
     check_logit_scale,
-    check_negatives,
     warn_of_strong_penalties,
     zero_of_bias,
 )
@@ -42,7 +41,6 @@ from cyclip_loss.options import LossOptions, PenaltyOptions, has_penalties, take
 
 __all__ = ["caption_ids", "cyclic_penalty", "cyclip_loss"]
 
-NEGATIVES = ("negative_text_features", "negative_image_features")
 CYCLIC_TERMS = ("inmodal_cyclic_loss", "crossmodal_cyclic_loss")
 _Terms = dict[str, Tensor]
 
@@ -169,35 +167,40 @@ def loss_with(
     pair = check_features(image_features, text_features, may_be_empty=several)
     scale = check_logit_scale(logit_scale, pair[0])
     # Rows and columns of each contrastive loss, the cross-modal one first.
-    pairs = [pair]
+    pairs, extra, travelling = [pair], [], {"text_features": pair[1]}
     views = (augmented_image_features, augmented_text_features)
-    for name, features, view in zip(("image_features", "text_features"), pair, views):  # noqa: B905
+    negatives = (negative_image_features, negative_text_features)
+    for kind, x, view, more in zip(("image", "text"), pair, views, negatives):  # noqa: B905
         if view is not None:
-            names = (name, f"augmented_{name}")
-            pairs.append(check_features(features, view, names, several))
+            names = (f"{kind}_features", f"augmented_{kind}_features")
+            pairs.append(check_features(x, view, names, several))
+            travelling[names[1]] = pairs[-1][1]
+        if more is not None:
+            names = ("image_features", f"negative_{kind}_features")
+            more = check_features(pair[0], more, names, several, paired=False)[1]
+            travelling |= {} if kind == "image" else {names[1]: more}
+        extra.append(more)
     if len(pairs) == 2:
         missing = "image" if augmented_image_features is None else "text"
         raise ValueError(f"augmented features go together: augmented_{missing}_features is None")
     ids = check_ids(ids, pair[0], options.same_ids)
-    given = (negative_text_features, negative_image_features)
-    texts, images = (check_negatives(n, x, pair[0]) for n, x in zip(NEGATIVES, given))  # noqa: B905
-    has_negatives = texts is not None or images is not None
     n, of_columns = pair[0].shape[0], ranks
     if several:
         counts = {"image_features and text_features": n}
-        if texts is not None:
-            counts[NEGATIVES[0]] = texts.shape[0]
-        signature = collective_signature(pairs, (texts, images), options, ids)
+        counts |= {name: x.shape[0] for name, x in travelling.items() if "negative" in name}
+        signature = collective_signature(travelling, options, ids)
         ranks, of_columns = check_ranks_agree(ranks, options, pair[0].device, counts, signature)
-    alone = not several and len(pairs) == 1 and not has_negatives
-    if alone and small.loss_is_small(*pair, options.impl):
+    has_negatives = any(more is not None for more in extra)
+    with_positives = ids is not None and options.same_ids == "positives"
+    plain = len(pairs) == 1 and not (several or has_negatives or with_positives)
+    if plain and small.loss_is_small(*pair, options.impl):
         terms = small.terms(*pair, scale, options, output_dict, ids)
         contrastive_terms, penalties = {"contrastive_loss": terms[0]}, terms[1:]
     else:
         # Extra negatives come behind the pairs.
         rows, columns = (
             x if more is None else torch.cat((x, more))
-            for x, more in zip(pair, (images, texts))  # noqa: B905
+            for x, more in zip(pair, extra)  # noqa: B905
         )
         # Across ranks, the gather of the columns runs while the Gram matrices are computed, and the
         # all-reduce of those while the contrastive losses are.
@@ -212,7 +215,6 @@ def loss_with(
         batch_ids: Any = None if ids is None else ids.view_as(ids)
         if started_ids is not None:  # not earlier: this waits for the columns' gather as well
             batch_ids = finish_gather(started_ids, ranks)
-        with_positives = ids is not None and options.same_ids == "positives"
         losses = []
         for at, (rows, columns, of) in enumerate(terms_of):
             logits = Logits(rows, columns, scale, ids, batch_ids, symmetric=at == 0)
@@ -275,17 +277,14 @@ def caption_ids(tokens: Tensor) -> Tensor:
 
 
 def collective_signature(
-    pairs: list[tuple[Tensor, Tensor]],
-    negatives: tuple[Tensor | None, Tensor | None],
-    options: LossOptions,
-    ids: Tensor | None,
+    travelling: dict[str, Tensor], options: LossOptions, ids: Tensor | None
 ) -> dict[str, Hashable]:
-    """What decides which collectives run, by the name that error messages use."""
-    features = pairs[0][0]
-    names = ("text_features", "augmented_image_features", "augmented_text_features", NEGATIVES[0])
-    columns = [*(columns for _, columns in pairs), *[None] * (3 - len(pairs)), negatives[0]]
-    needed = [x is not None and torch.is_grad_enabled() and x.requires_grad for x in columns]
-    trained = [name for name, need in zip(names, needed) if need]  # noqa: B905
+    """What decides which collectives run, by the name that error messages use.
+
+    travelling: the features that reach other ranks, by their argument's name.
+    """
+    features = travelling["text_features"]
+    trained = [name for name, x in travelling.items() if x.requires_grad]
     return {
         "dist_impl": options.dist_impl,
         "uneven": options.uneven,
@@ -293,10 +292,12 @@ def collective_signature(
         "dtype": features.dtype,
         "the device type": features.device.type,
         "whether a penalty has a weight": has_penalties(options),
-        "whether augmented features are given": len(pairs) > 1,
-        "whether negative_text_features are given": negatives[0] is not None,
+        "whether augmented features are given": "augmented_text_features" in travelling,
+        "whether negative_text_features are given": "negative_text_features" in travelling,
         "whether ids are given": ids is not None,
         "same_ids": options.same_ids,
         # Their gradients are summed across ranks.
-        "which of the text and augmented features require a gradient": ", ".join(trained),
+        "which of the text and augmented features require a gradient": ", ".join(trained)
+        if torch.is_grad_enabled()
+        else "",
     }

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from cyclip_loss import functional
 from cyclip_loss.checks import LEAST_SCALE, warn_of_unusual_inputs
 from cyclip_loss.distributed import NOT_STORED, ranks_of
-from cyclip_loss.engines import is_capturing
-from cyclip_loss.operators import is_traced
+from cyclip_loss.operators import is_capturing, is_traced
 from cyclip_loss.options import LossOptions, PenaltyOptions, takes_options
 
 

@@ -1,6 +1,8 @@
-"""What the engines share: their arguments, the dtype of sums, wide products, strips of rows."""
+"""What the engines share: arguments, dtypes, wide products, strips; which GPUs have kernels."""
 
 from functools import lru_cache
+from importlib import metadata
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +17,8 @@ STRIP_ELEMENTS_OTHER_DEVICES = 2**26
 MIN_STRIP_ROWS = 64
 
 
+# Before 3.9, Triton does not compile the kernels for sm_100, or leaves their products out.
+TRITON_FOR_BLACKWELL = (3, 9)
 EVERY = 2**30  # more rows than there are; fits into 32 bits with another number added
 
 
@@ -131,3 +135,32 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
             total += matmul(a, b, total.dtype)
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+@lru_cache
+def architecture(device: torch.device) -> str | None:
+    """Whose tiles in `kernels/configs.py` a device takes; None if the kernels do not support it.
+
+    They need Triton, and Ampere or newer. Devices without tiles of their own take sm_86's.
+    """
+    if device.type != "cuda" or find_spec("triton") is None:
+        return None
+    if torch.version.hip is not None:  # only gfx942 has the tf32 products that the kernels use
+        name = torch.cuda.get_device_properties(device).gcnArchName
+        return "gfx942" if name.startswith("gfx942") else None
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8 or (major >= 10 and triton_version() < TRITON_FOR_BLACKWELL):
+        return None
+    own = {(8, 0): "sm_80", (9, 0): "sm_90"}.get((major, minor))
+    return own or ("sm_100" if major == 10 else "sm_86")
+
+
+def triton_version() -> tuple[int, ...]:
+    """Major and minor version, without importing Triton; (0, 0) if it is not installed."""
+    # The second and third names are those of PyTorch's own package index.
+    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm"):
+        try:
+            return tuple(int(part) for part in metadata.version(name).split(".")[:2])
+        except metadata.PackageNotFoundError:
+            continue
+    return (0, 0)

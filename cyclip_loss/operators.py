@@ -1,4 +1,4 @@
-"""What makes a function an operator of `torch.ops.cyclip_loss`, and whether a call is traced.
+"""What makes a function an operator of `torch.ops.cyclip_loss`; the state of the caller.
 
 There are four operators, each of which calls an engine: two in `contrastive.py`, two in
 `cyclic.py`. `torch.compile` knows only the shapes of their results. The autograd functions in those
@@ -103,6 +103,11 @@ def is_traced(*tensors: Tensor) -> bool:
     """Whether operations on these may be recorded, not executed, as by `torch.compile`."""
     ordinary = (Tensor, torch.nn.Parameter)
     return torch.compiler.is_compiling() or any(type(x) not in ordinary for x in tensors)
+
+
+def is_capturing(features: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, in which nothing may wait for the device."""
+    return features.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def autocast_is_on(device_type: str) -> bool:

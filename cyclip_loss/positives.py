@@ -15,40 +15,66 @@ positive, and sum to the same for columns as for rows. Their gradients with resp
 are 1 - 1/k_i at the pair, which joins `Lse.pair_gradient`, and -1/k_i at the other positives.
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cyclip_loss.numerics import Logits, accumulation_dtype
+from cyclip_loss.numerics import Logits, Lse, accumulation_dtype
 
 
-def means_of_others(logits: Logits, batch_ids: Tensor, of_columns: bool = False) -> Tensor:
-    """R of the rows (n, D) or columns (m, D), from the columns or rows of this block.
+class WithPositives:
+    """An engine's contrastive functions, for which rows with the same id are positives.
 
     batch_ids: (N,), of all columns of the global batch.
     """
-    having: Any
-    wanted: Any
-    found, having, wanted = logits.columns, logits.column_ids, logits.row_ids
-    low, first = max(0, -logits.first_column), max(0, logits.first_column)
-    if of_columns:
-        found, having, wanted, low, first = logits.rows, wanted, having, first, low
-    sums = _sums(found, having, wanted)
-    n, m = min(len(logits.rows), logits.pairs), len(logits.columns)
-    pairs = max(0, min(n - max(0, -logits.first_column), m - max(0, logits.first_column)))
-    sums[low : low + pairs] -= found[first : first + pairs]
-    return sums / counts(batch_ids, wanted)[:, None]
+
+    def __init__(self, compute: ModuleType, batch_ids: Tensor) -> None:
+        self.compute, self.batch_ids, self.pair_terms = compute, batch_ids, compute.pair_terms
+        self.of_others: Any = 0  # sum of I_i . R_i over the blocks of logits so far
+
+    def contrastive_lse(self, logits: Logits) -> Any:
+        """As `eager.contrastive_lse`, with all other columns as negatives."""
+        self.of_others += (logits.rows * self._means(logits)).sum()
+        return self.compute.contrastive_lse(logits.without_ids())
+
+    def contrastive_grads(
+        self, logits: Logits, lse: Lse, grad: Tensor, weight: float, needs: list[bool], wide: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `eager.contrastive_grads`, where `wide`; `lse.pair_gradient` has its part already."""
+        settings = (grad, weight, needs, wide)
+        grads: Any = self.compute.contrastive_grads(logits.without_ids(), lse, *settings)
+        factor = grad * (weight * (2 if logits.symmetric else 1))
+        means = self._means(logits)
+        scale_grad = grads[2] - factor * (logits.rows * means).sum()
+        if needs[0]:
+            grads[0].sub_(means.mul_(factor * logits.logit_scale))
+        if needs[1]:
+            means = self._means(logits, of_columns=True)
+            grads[1].sub_(means.mul_(factor * logits.logit_scale))
+        return grads[0], grads[1], scale_grad
+
+    def _means(self, logits: Logits, of_columns: bool = False) -> Tensor:
+        """R of the rows (n, D) or columns (m, D), from the columns or rows of this block."""
+        row, column = max(0, -logits.first_column), max(0, logits.first_column)
+        n, m = min(len(logits.rows), logits.pairs), len(logits.columns)
+        pairs = max(0, min(n - row, m - column))
+        found, having, wanted = logits.columns, logits.column_ids, logits.row_ids
+        if of_columns:
+            found, having, wanted, row, column = logits.rows, wanted, having, column, row
+        means = _sums(found, having, wanted)
+        means[row : row + pairs] -= found[column : column + pairs]
+        return means.div_(self.counts(wanted)[:, None])
+
+    def counts(self, ids: Any) -> Tensor:
+        """How many columns of the global batch have each of these ids; at least 1."""
+        in_order = self.batch_ids.sort()[0]
+        after = torch.searchsorted(in_order, ids, right=True)
+        return (after - torch.searchsorted(in_order, ids)).clamp_(min=1)
 
 
-def counts(ids: Tensor, wanted: Any) -> Tensor:
-    """How many of the ids are equal to each of the wanted ones; at least 1."""
-    in_order = ids.sort()[0]
-    after = torch.searchsorted(in_order, wanted, right=True)
-    return (after - torch.searchsorted(in_order, wanted)).clamp_(min=1)
-
-
-def _sums(features: Tensor, ids: Tensor, wanted: Tensor) -> Tensor:
+def _sums(features: Tensor, ids: Any, wanted: Any) -> Tensor:
     """For each wanted id, the sum of the features (m, D) that have it, in the accumulation dtype.
 
     Always in the same order. (On a GPU, `index_add_` would use atomics.)

@@ -64,17 +64,11 @@ def _can_be_small(image_features: Tensor, text_features: Tensor, impl: str) -> b
 
 
 def _contrastive(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    same: Tensor | None,
-    positives: bool,
-    with_gradient: bool,
+    image: Tensor, text: Tensor, logit_scale: Tensor, ids: Tensor | None, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The contrastive term and, if `with_gradient`, G / (2N), (N, N), and ds.
 
-    image, text: (N, D); logit_scale: scalar; all of the accumulation dtype; same: (N, N), which
-    rows have the same id; positives: whether they are positives, or left out.
+    image, text: (N, D); logit_scale: scalar; all of the accumulation dtype; ids: (N,).
     """
     n = len(image)
     cosines = image @ text.T
@@ -83,8 +77,8 @@ def _contrastive(
     # From here on only negatives count. Not -inf: a row without negatives must add 0, not NaN.
     least = torch.finfo(logits.dtype).min
     logits.fill_diagonal_(least)
-    if same is not None and not positives:
-        logits.masked_fill_(same, least)
+    if ids is not None:
+        logits.masked_fill_(ids[:, None] == ids, least)
     maxima = logits.new_empty(2, n)
     sums = torch.empty_like(maxima)
     torch.amax(logits, dim=1, out=maxima[0])
@@ -97,12 +91,6 @@ def _contrastive(
     gap = sums.log().add_(maxima).sub_(pair_logits).add_(pair_logits - pair_logits)
     # Above 40, log(1 + exp(x)) rounds to x in float64.
     loss = F.softplus(gap, threshold=40.0).sum() / (2 * n)
-    to_mean = None
-    if same is not None and positives:
-        # The mean over positives replaces the pair. Exactly 0 in rows with no other positive.
-        to_mean = same.to(logits.dtype).div_(-n * same.sum(dim=1, keepdim=True))
-        to_mean.diagonal().add_(1 / n)
-        loss = loss + logit_scale * torch.dot(to_mean.view(-1), cosines.view(-1))
     if not with_gradient:
         return loss, None, None
     # exp(a_i - r_i): the row's part of G, summed over its negatives; its pair has minus this.
@@ -110,8 +98,6 @@ def _contrastive(
     weights = of_negatives / sums
     gradient = by_row.mul_(weights[0, :, None]).addcmul_(by_column, weights[1])
     torch.add(-of_negatives[0], of_negatives[1], alpha=-1, out=gradient.diagonal())
-    if to_mean is not None:
-        gradient.add_(to_mean)
     return loss, gradient, torch.dot(gradient.view(-1), cosines.view(-1))
 
 
@@ -123,8 +109,7 @@ class _Small(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        image_features, text_features, logit_scale, ids, *settings = inputs
-        positives, weights, separate, grad_mode = settings
+        image_features, text_features, logit_scale, ids, weights, separate, grad_mode = inputs
         dtype = accumulation_dtype(image_features.dtype)
         contrastive = gradient = scale_grad = product = None
         with without_autocast(image_features):
@@ -138,10 +123,8 @@ class _Small(torch.autograd.Function):
             elif separate:
                 terms = (image.new_zeros(()), image.new_zeros(()))
             if logit_scale is not None:
-                same = None if ids is None else ids[:, None] == ids
-                needed = grad_mode and any(ctx.needs_input_grad)
                 contrastive, gradient, scale_grad = _contrastive(
-                    image, text, logit_scale, same, positives, needed
+                    image, text, logit_scale, ids, grad_mode and any(ctx.needs_input_grad)
                 )
                 terms = (contrastive, *terms) if separate else (sum(terms, contrastive),)
         ctx.save_for_backward(
@@ -158,7 +141,7 @@ class _Small(torch.autograd.Function):
             gradients = FirstDerivativesOnly.apply(_gradients, *arguments)  # type: ignore[no-untyped-call]
         else:
             gradients = _gradients(*arguments)
-        return (*gradients, None, None, None, None, None)
+        return (*gradients, None, None, None, None)
 
 
 def _gradients(
@@ -223,6 +206,5 @@ def terms(
     for the penalties alone; ids: (N,). If both lambdas are 0, no penalty is computed.
     """
     weights = penalty_weights(options, len(image_features))
-    positives = getattr(options, "same_ids", "") == "positives"
-    settings = (ids, positives, weights, separate, torch.is_grad_enabled())
+    settings = (ids, weights, separate, torch.is_grad_enabled())
     return _Small.apply(image_features, text_features, logit_scale, *settings)  # type: ignore[no-any-return, no-untyped-call]

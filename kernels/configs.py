@@ -12,8 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from cyclip_loss.engines import architecture
-from cyclip_loss.numerics import float32_is_exact
+from cyclip_loss.numerics import architecture, float32_is_exact
 
 # True if kernels run on CPU tensors. TRITON_INTERPRET decides it when Triton is imported.
 INTERPRETED = bool(triton.knobs.runtime.interpret)

@@ -18,10 +18,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # with a thread per core each, workers 
 import pytest
 import torch
 from hypothesis import settings
+from interpreter import why_unusable
 from pool import Ranks
 
-from interpreter import why_unusable
-from cyclip_loss import engines, numerics
+from cyclip_loss import numerics
 
 HAS_TRITON = find_spec("triton") is not None
 needs_triton = pytest.mark.triton
@@ -84,7 +84,7 @@ def device(pytestconfig: pytest.Config) -> torch.device:
 
 @pytest.fixture(params=IMPLS_UNDER_TEST, scope="session")
 def impl(request: pytest.FixtureRequest, device: torch.device) -> str:
-    if request.param == "triton" and device.type == "cuda" and not engines.architecture(device):
+    if request.param == "triton" and device.type == "cuda" and not numerics.architecture(device):
         pytest.skip("the kernels do not support this GPU")
     return request.param
 

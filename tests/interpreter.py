@@ -2,7 +2,7 @@
 
 from importlib import metadata
 
-from cyclip_loss.engines import triton_version
+from cyclip_loss.numerics import triton_version
 
 FIXED_IN = (3, 7)  # before it, the interpreter assigns arrays of one element to scalars,
 NUMPY_REFUSES = (2, 4)  # which NumPy no longer does

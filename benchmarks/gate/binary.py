@@ -15,7 +15,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 
-from cyclip_loss.engines import TRITON_FOR_BLACKWELL
+from cyclip_loss.numerics import TRITON_FOR_BLACKWELL
 
 
 @dataclass(frozen=True)

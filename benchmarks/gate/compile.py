@@ -21,9 +21,9 @@ from triton.compiler import ASTSource
 
 from benchmarks.gate.binary import CHIPS, Binary, inspect
 from benchmarks.run import table
-from cyclip_loss.engines import triton_version
 from cyclip_loss.kernels import grams, logit_grads, lse, pairs, penalties, penalty_grads
 from cyclip_loss.kernels.configs import ARCHITECTURES, JOIN, PAIRS, SUM, TRACES, Config
+from cyclip_loss.numerics import triton_version
 
 FEATURES = {  # dtype of the features -> Triton's pointer type and the precision of the products
     "bfloat16": ("*bf16", "tf32"),
@@ -36,7 +36,7 @@ OF_FEATURES = {"image", "text", "gradient", "image_grad", "text_grad"}
 IDS = {"row_ids", "column_ids"}
 NUMBERS = {"weight", "weight_inmodal", "weight_crossmodal", "size"}
 INTEGERS = {
-    "n", "m", "d", "image_stride", "text_stride", "gradient_stride", "first_column",
+    "n", "m", "d", "pairs", "image_stride", "text_stride", "gradient_stride", "first_column",
     "columns", "row_parts", "column_parts", "strip", "length", "split_rows",
 }  # fmt: skip
 

@@ -17,9 +17,9 @@ from benchmarks.gpu.sweep import AHEAD, launcher, repeated
 from benchmarks.measure import columns, interleaved
 from benchmarks.predict import EPILOGUE_SHARE, LOST_BY_SHAPE
 from benchmarks.run import Run
-from cyclip_loss.engines import architecture
 from cyclip_loss.kernels.configs import ARCHITECTURES
 from cyclip_loss.kernels.tiles import grouped_tile, tile_product
+from cyclip_loss.numerics import architecture
 
 SECONDS = 2.0
 SWEEPS = ("contrastive_lse", "contrastive_grads")

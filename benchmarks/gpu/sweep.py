@@ -16,9 +16,8 @@ from benchmarks.gpu.candidates import KEYS, Candidate, candidates, refusals, win
 from benchmarks.measure import columns, interleaved
 from benchmarks.run import Run, outcome_of
 from cyclip_loss import kernels
-from cyclip_loss.engines import architecture
 from cyclip_loss.kernels import configs
-from cyclip_loss.numerics import Logits, Lse
+from cyclip_loss.numerics import Logits, Lse, architecture
 
 # The most useful first: what the budget does not allow is left out from the end.
 CELLS = [(kernel, n, d) for n in (16384, 65536) for kernel in KEYS for d in (768, 512, 1024)]

@@ -10,7 +10,8 @@ from processes import run_python
 pytest.importorskip("triton")
 
 from benchmarks.gate import compile as gate
-from benchmarks.gate.binary import Binary, is_serialised, nvidia_registers
+from benchmarks.gate.binary import CHIPS, Binary, is_serialised, nvidia_registers
+from cyclip_loss.kernels.configs import ARCHITECTURES
 
 # Main loops as cuobjdump prints them (Triton 3.9, sm_90; only products, waits and jumps are shown).
 # In a persistent kernel, a loop over tiles contains the main loop and waits for its last product.
@@ -136,3 +137,7 @@ for variant in variants("sm_90"):
     run = run_python("-c", code, interpreted=False)
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout == "[]\n" * 2
+
+
+def test_the_gate_knows_every_architecture() -> None:
+    assert CHIPS.keys() == ARCHITECTURES.keys()

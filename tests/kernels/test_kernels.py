@@ -12,7 +12,7 @@ from conftest import needs_triton
 from inputs import Case
 from processes import run_python
 
-from cyclip_loss import engines, kernels
+from cyclip_loss import kernels, numerics
 from cyclip_loss.kernels import configs
 from cyclip_loss.numerics import Logits
 
@@ -113,8 +113,8 @@ def test_devices_that_get_kernels(
     monkeypatch.setattr(torch.version, "hip", "6.4" if is_amd else None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(engines.metadata, "version", lambda package: version)
-    assert engines.architecture.__wrapped__(torch.device("cuda")) == expected
+    monkeypatch.setattr(numerics.metadata, "version", lambda package: version)
+    assert numerics.architecture.__wrapped__(torch.device("cuda")) == expected
 
 
 @pytest.mark.skipif(
