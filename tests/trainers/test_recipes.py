@@ -308,3 +308,4 @@ def test_sentence_transformers(tmp_path: Path) -> None:
 def test_algebra_of_the_design() -> None:
     run("The penalties without an N×N matrix")
     run("The contrastive term, streamed")
+    run("Several positives, and extra negatives")
