@@ -58,24 +58,13 @@ class Setup(NamedTuple):
     columns: list[int] | None
 
 
-def contrastive_loss(
-    logits: Logits, gathered: Tensor | None, total: int, positives: bool, impl: str, ranks: Ranks
-) -> Tensor:
+class _Contrastive(torch.autograd.Function):
     """The contrastive term of the global batch: a scalar of the accumulation dtype.
 
-    logits: of this rank's rows and columns, checked; `column_ids` are all ranks'. gathered:
-    `start_gather` of the columns, or None. total, positives, impl: as in `Setup`; ranks: with their
-    numbers of columns. Without `symmetric` the loss is one way, rows to columns.
+    The inputs are the fields of `Logits`, for PyTorch to see tensors, of this rank's features, with
+    the ids of all columns; `start_gather` of the columns, or None; the ranks, with their numbers of
+    columns; the `Setup`. Without `symmetric` the loss is one way, rows to columns.
     """
-    setup = Setup(total, positives, impl, *ranks.to_op_args())
-    if gathered is not None:
-        first_column = ranks.first_row(ranks.rank, logits.columns.shape[0])
-        logits = logits._replace(first_column=first_column)
-    return _Contrastive.apply(*logits, gathered, ranks, setup)  # type: ignore[no-any-return, no-untyped-call]
-
-
-class _Contrastive(torch.autograd.Function):
-    """`contrastive_loss` with the fields of `logits` as arguments, for PyTorch to see tensors."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -97,6 +86,9 @@ class _Contrastive(torch.autograd.Function):
         grads = contrastive_backward(logits, lse, grad, needs, own, setup)
         needed = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
         return (*needed, *[None] * (len(ctx.needs_input_grad) - len(needed)))
+
+
+contrastive_loss: Callable[..., Tensor] = _Contrastive.apply
 
 
 def _start(logits: Logits, setup: Setup) -> tuple[Any, Ranks, int]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cyclip_loss import distributed, eager
+from cyclip_loss import distributed, eager, small
 from cyclip_loss.distributed import Ranks
 from cyclip_loss.engines import engine
 from cyclip_loss.numerics import accumulation_dtype
@@ -127,6 +127,8 @@ def penalties(
     started: the result of `start_penalties` across `size` ranks.
     """
     n, d = image_features.shape
+    if size == 1 and small.penalties_are_small(image_features, text_features, options, separate):
+        return small.terms(image_features, text_features, None, options, separate)
     if not has_penalties(options):
         # Zeros with zero gradients, as one penalty has if only its lambda is 0.
         nothing = image_features[:0].sum() + text_features[:0].sum()

@@ -84,11 +84,8 @@ def penalty_with(
         raise TypeError(f"output_dict must be a bool, got {output_dict!r}: pass no logit scale")
     ranks = ranks_of(options.process_group) if options.distributed else Ranks()
     pair = check_features(image_features, text_features, may_be_empty=ranks.size > 1)
-    if ranks.size == 1 and small.penalties_are_small(*pair, options, output_dict):
-        terms = small.terms(*pair, None, options, output_dict)
-    else:
-        started = cyclic.start_penalties(*pair, options, ranks)
-        terms = cyclic.penalties(*pair, options, output_dict, started, ranks.size)
+    started = cyclic.start_penalties(*pair, options, ranks)
+    terms = cyclic.penalties(*pair, options, output_dict, started, ranks.size)
     warn_of_strong_penalties(options, ranks.total(pair[0].shape[0]))
     return dict(zip(CYCLIC_TERMS, terms)) if output_dict else terms[0]  # noqa: B905
 
@@ -218,18 +215,19 @@ def loss_with(
         losses = []
         for at, (rows, columns, of) in enumerate(terms_of):
             logits = Logits(rows, columns, scale, ids, batch_ids, symmetric=at == 0)
+            if of.dist_impl == "gather":
+                logits = logits._replace(first_column=of.first_row(of.rank, columns.shape[0]))
             if has_negatives and at == 0:
                 logits = logits._replace(pairs=n)
                 if ids is not None:
                     sizes = (rows.shape[0], columns.shape[0])
                     row_ids, column_ids = _fill_ids(ids, batch_ids, sizes, ranks, of)
                     logits = logits._replace(row_ids=row_ids, column_ids=column_ids)
-            settings = (ranks.total(n), with_positives, options.impl, of)
-            losses.append(contrastive.contrastive_loss(logits, gathered.pop(0), *settings))
+            total, op_args = ranks.total(n), of.to_op_args()
+            setup = contrastive.Setup(total, with_positives, options.impl, *op_args)
+            losses.append(contrastive.contrastive_loss(*logits, gathered.pop(0), of, setup))
         penalties = ()
-        if ranks.group is None and small.penalties_are_small(*pair, options, output_dict):
-            penalties = small.terms(*pair, None, options, output_dict)
-        elif output_dict or has_penalties(options):
+        if output_dict or has_penalties(options):
             penalties = cyclic.penalties(*pair, options, output_dict, started, ranks.size)
         contrastive_terms = {"contrastive_loss": losses[0]}
         if len(losses) > 1:
