@@ -10,7 +10,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from benchmarks.compare.competitors import PENALTIES, TERM, Competitor, Loss
+from benchmarks.compare.competitors import MORE, PENALTIES, TERM, Competitor, Loss
 from benchmarks.compare.cost import LOGIT_SCALE
 from benchmarks.compare.plan import DISTANCES, Plan
 from benchmarks.run import Run
@@ -31,9 +31,9 @@ def results(loss: Loss, image: Tensor, text: Tensor, scale: Tensor) -> dict[str,
     return found if of_scale is None else found | {"logit-scale gradient": of_scale}
 
 
-def definition(lacks: str, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    """What a competitor that lacks this should compute."""
-    terms = reference.cyclip_loss(image, text, scale)
+def definition(lacks: str, more: str, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    """What a competitor that lacks this, and is given more, should compute."""
+    terms = reference.cyclip_loss(image, text, scale, **MORE[more](text))
     kind = {name: PENALTIES if "cyclic" in name else TERM for name in terms}
     return torch.stack([term for name, term in terms.items() if kind[name] not in lacks]).sum()
 
@@ -45,13 +45,14 @@ def errors(run: Run, found: list[Competitor], plan: Plan) -> None:
     for dtype, distance in product(dict.fromkeys((torch.float32, plan.dtype)), DISTANCES):
         image, text = run.pairs(n, d, dtype, distance)
         wide = (image.double(), text.double(), scale.double())
-        exact = {c.lacks: results(partial(definition, c.lacks), *wide) for c in found}
+        kinds = dict.fromkeys((c.lacks, c.more) for c in found)
+        exact = {kind: results(partial(definition, *kind), *wide) for kind in kinds}
         where = {"N": n, "D": d, "dtype": str(dtype).removeprefix("torch.")}
         where["|T - I|"] = RANDOM if distance is None else distance
         for competitor in found:
             with run.attempt(**where, loss=competitor.name, lacks=competitor.lacks) as row:
                 actual = results(competitor.loss, image, text, scale)
-                for what, right in exact[competitor.lacks].items():
+                for what, right in exact[competitor.lacks, competitor.more].items():
                     if what in actual:
                         difference = actual[what].double() - right
                         row[what] = (difference.norm() / right.norm()).item()

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from benchmarks import measure
-from benchmarks.compare.competitors import COMPETITORS, OURS, PARTS, TERM, Competitor, Loss
+from benchmarks.compare.competitors import COMPETITORS, LARGE, OURS, TERM, TEXTS, Competitor, Loss
 from benchmarks.compare.plan import Plan
 from benchmarks.run import OUT_OF_MEMORY, Row, Run, outcome_of
 
 WARM_UP_ROWS = 96
 MOST_RUNS = 300
-# The largest N at which contrastive term and penalties also run alone; at which launches, rather
-# than products, may take the time of a GPU.
-PARTS_UP_TO, LAUNCHES_UP_TO = 16384, 8192
+# The largest N at which also parts of the loss run, and more than the loss; at which launches,
+# rather than products, may take the time of a GPU.
+ALL_UP_TO, LAUNCHES_UP_TO = 16384, 8192
 LOGIT_SCALE = 14.3  # CLIP's at the start
 
 
@@ -30,7 +30,7 @@ def costs(run: Run, found: list[Competitor], plan: Plan) -> None:
             run.note(f"N = {n:,}, D = {d:,} left out: no time")
             continue
         run.say(f"N = {n:,}, D = {d:,}")
-        chosen = [c for c in found if n <= PARTS_UP_TO or c.name not in PARTS]
+        chosen = [c for c in found if n <= ALL_UP_TO or c.name in LARGE]
         try:
             if n <= plan.timed_up_to:
                 rows = measure_all(run, chosen, n, d, plan)
@@ -48,17 +48,9 @@ def leaves_of(run: Run, n: int, d: int, dtype: torch.dtype) -> list[Tensor]:
     return [tensor.requires_grad_() for tensor in (*run.pairs(n, d, dtype), scale)]
 
 
-def step_of(loss: Loss, leaves: list[Tensor]) -> Callable[[], None]:
-    """One loss and its gradients, which are dropped at the end."""
-
-    def step() -> None:
-        try:
-            loss(*leaves).backward()
-        finally:
-            for leaf in leaves:
-                leaf.grad = None
-
-    return step
+def step_of(loss: Loss, leaves: list[Tensor]) -> Callable[[], object]:
+    """One loss and its gradients, where it has some."""
+    return lambda: torch.autograd.grad(loss(*leaves), leaves, allow_unused=True)
 
 
 def measure_all(run: Run, found: list[Competitor], n: int, d: int, plan: Plan) -> list[Row]:
@@ -108,17 +100,18 @@ def _limited(name: str, n: int, d: int, plan: Plan) -> Row:
 
 
 def add_ratios(rows: list[Row], rate: float) -> None:
-    """To each row its time over ours, and that of 8 N^2 D flops at `rate` over its time.
+    """To each row its time over ours, and that of its flops at `rate` over its time.
 
-    8 N^2 D is what a contrastive loss takes that keeps no matrix (dense autograd: 6 N^2 D); the
-    penalties alone have no such product.
+    8 N^2 D is what a contrastive loss takes that keeps no matrix (dense autograd: 6 N^2 D), twice
+    that with N extra texts; the penalties alone have no such product.
     """
     ours = next((row["ms"] for row in rows if row["loss"] == OURS and "ms" in row), None)
     for row in (row for row in rows if "ms" in row):
         if ours is not None:
             row["times ours"] = row["ms"] / ours
         if row["lacks"] != TERM:
-            row["of matrix rate"] = 8 * row["N"] ** 2 * row["D"] / rate / (1e-3 * row["ms"])
+            flops = 8 * row["N"] ** 2 * row["D"] * (1 + (TEXTS in row["loss"]))
+            row["of matrix rate"] = flops / rate / (1e-3 * row["ms"])
 
 
 def matrix_rate(run: Run, dtype: torch.dtype, size: int) -> float:

@@ -31,7 +31,6 @@ STYLES = {
     names.PENALTIES_ONLY: ("#D55E00", "o"),
     names.DENSE_PENALTIES: ("#0072B2", "s"),
 }
-WITH_IDS = (names.OURS, names.IDS, names.AUTHORS_IDS)
 # Gradients of the same size: of the whole loss, and of its penalties alone.
 WHOLE = (names.OURS, names.EAGER, names.AUTHORS, names.COMPILED)
 ALONE = (names.PENALTIES_ONLY, names.DENSE_PENALTIES)
@@ -47,15 +46,15 @@ def summary(record: dict[str, Any]) -> str:
     """Tables, each value with how many times ours it is; what was not measured is left out."""
     cost, error = rows_of(record, "cost"), rows_of(record, "error")
     step, pairs = rows_of(record, "training step"), ("N", "D", "dtype", "|T - I|")
-    beside = names.BESIDE
+    sets = {"": names.BESIDE} | {f", with {m}": losses for m, losses in names.WITH_MORE.items()}
     parts = {
-        "Forward and backward, ms": compared(cost, ("N", "D"), "ms", beside),
-        "Peak memory, MB": compared(cost, ("N", "D"), "peak MB", beside),
-        "With ids: forward and backward, ms": compared(cost, ("N", "D"), "ms", WITH_IDS),
-        "With ids: peak memory, MB": compared(cost, ("N", "D"), "peak MB", WITH_IDS),
+        f"{what}{more}": compared(cost, ("N", "D"), column, losses)
+        for more, losses in sets.items()
+        for what, column in (("Forward and backward, ms", "ms"), ("Peak memory, MB", "peak MB"))
+    } | {
         "Relative error of the gradient": compared(error, pairs, "gradient", WHOLE),
         "The same of the penalties alone": compared(error, pairs, "gradient", ALONE),
-        "Share of a training step": compared(step, ("batch",), "loss / step", beside),
+        "Share of a training step": compared(step, ("batch",), "loss / step", names.BESIDE),
     }
     return "\n\n".join(f"{name}\n\n{table(lines)}" for name, lines in parts.items() if lines)
 
@@ -110,7 +109,7 @@ def _multiples(ax: Any, rows: list[Row], column: str) -> None:
     ours = dict(points(rows, names.OURS, "N", column))
     lines: Lines = {
         loss: [(n, y / ours[n]) for n, y in points(rows, loss, "N", column) if n in ours]
-        for loss in (*WHOLE, names.OPEN_CLIP)
+        for loss in names.LARGE
     }
     _lines(ax, lines)
     for loss, line in lines.items():

@@ -118,16 +118,19 @@ def test_training_step_is_a_training_step(loss: competitors.Loss) -> None:
 
 
 def test_competitors_agree_on_what_they_compute(run: Run) -> None:
-    image, text = (features.requires_grad_() for features in run.pairs(30, 8))
+    pairs = (*(features.requires_grad_() for features in run.pairs(30, 8)), torch.tensor(5.0))
     found = competitors.competitors(CPU)
     assert {OURS, AUTHORS} <= {competitor.name for competitor in found}
-    contrastive, *penalties = reference.cyclip_loss(image, text, torch.tensor(5.0)).values()
-    expected = {"penalties": contrastive, "contrastive term": sum(penalties)}
+    wholes = {}
     for competitor in found:
+        more = competitors.MORE[competitor.more](pairs[1])
+        contrastive, *penalties = reference.cyclip_loss(*pairs, **more).values()
+        expected = {"penalties": contrastive, "contrastive term": sum(penalties)}
+        wholes[competitor.more] = whole = contrastive + sum(penalties)
         if competitor.name != competitors.COMPILED:  # compiling takes long
-            value = competitor.loss(image, text, torch.tensor(5.0))
-            whole = contrastive + sum(penalties)
+            value = competitor.loss(*pairs)
             torch.testing.assert_close(value, expected.get(competitor.lacks, whole))
+    assert len({round(whole.item(), 2) for whole in wholes.values()}) == len(competitors.MORE)
 
 
 def test_times() -> None:
