@@ -30,7 +30,6 @@ for backward, and a rank without rows would drop collectives whose results it do
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -113,10 +112,10 @@ def contrastive_forward(logits: Logits, setup: Setup) -> tuple[Tensor, Tensor, T
     logits: this rank's rows with its columns or, gathered, all ranks'.
     """
     compute, ranks, ways = _start(logits, setup)
-    sweep = (
-        partial(_ring_lse, compute, ranks) if ranks.dist_impl == "ring" else compute.contrastive_lse
-    )
-    row_negatives, columns, pair_logits = sweep(logits)
+    if ranks.dist_impl == "ring":
+        row_negatives, columns, pair_logits = _ring_lse(compute, logits, ranks)
+    else:
+        row_negatives, columns, pair_logits = compute.contrastive_lse(logits)
     n, m, first = logits.rows.shape[0], columns.shape[0], logits.first_column
     pairs = min(n, logits.pairs)
     column_pairs = pair_logits = pair_logits[:pairs]
@@ -124,9 +123,9 @@ def contrastive_forward(logits: Logits, setup: Setup) -> tuple[Tensor, Tensor, T
         columns, column_pairs = distributed.log_sum_exp(columns, pair_logits, first, ranks)
     elif m > pairs:
         column_pairs = F.pad(pair_logits, (0, m - pairs), value=-torch.inf)
-    negatives = (row_negatives[:pairs], columns)
+    weight = 1 / (setup.total * ways)
     loss, row_lse, column_lse, pair_gradient = compute.pair_terms(
-        *negatives, pair_logits, column_pairs, first, 1 / (setup.total * ways)
+        row_negatives[:pairs], columns, pair_logits, column_pairs, first, weight
     )
     if setup.positives:
         shares = 1 - 1 / compute.counts(logits.row_ids)[:pairs].to(loss.dtype)
@@ -185,7 +184,7 @@ def _ring(
     return None if total is None else Hop([total], ranks).finish()[0][:m]
 
 
-def _ring_lse(compute: Any, ranks: Ranks, logits: Logits) -> tuple[Tensor, Tensor, Tensor]:
+def _ring_lse(compute: Any, logits: Logits, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
     """As `eager.contrastive_lse`, of this rank's rows and its own columns."""
     n, scale = logits.rows.shape[0], logits.logit_scale
     # Running log-sum-exps are in float64, because every step rounds them.
