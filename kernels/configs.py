@@ -4,14 +4,20 @@
 shared memory and tensor-core instructions.
 """
 
+import json
+import os
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
+from math import gcd
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from cyclip_loss import __version__
+from cyclip_loss.checks import warn_once
 from cyclip_loss.numerics import architecture, float32_is_exact
 
 # True if kernels run on CPU tensors. TRITON_INTERPRET decides it when Triton is imported.
@@ -40,6 +46,10 @@ class Config:
     num_warps: int
     num_stages: int
     parts_with_ids: int = 1  # instead of PARTS, as a compare of ids needs registers
+
+    def __str__(self) -> str:
+        sizes = " ".join(f"{name}={size}" for name, size in self.tile.items() if name != "GROUP")
+        return f"{sizes}, {self.num_warps} warps, {self.num_stages} stages"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -164,10 +174,65 @@ SUM = Config({"BLOCK": 4096}, num_warps=8, num_stages=1)
 TRACES = Config({"BD": 64}, num_warps=8, num_stages=1)
 
 
+# By kernel: what `cyclip_loss.tune` is trying, instead of everything else.
+TRIED: dict[str, Config] = {}
+
+
+def shipped(device: torch.device) -> dict[str, Any]:
+    """The tables for a device."""
+    return _INTERPRETER if INTERPRETED else ARCHITECTURES[str(architecture(device))]
+
+
+def tiles_file() -> Path | None:
+    """Where `cyclip_loss.tune` keeps what it chose; None if CYCLIP_LOSS_TILES is off."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    file = os.environ.get("CYCLIP_LOSS_TILES") or f"{cache}/cyclip_loss/tiles.json"
+    return None if file == "off" else Path(file)
+
+
+def tiles_of(device: torch.device) -> str:
+    """The part of the file that is for this GPU, Triton and package."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return f"{name}, {architecture(device)}, Triton {triton.__version__}, cyclip-loss {__version__}"
+
+
+def tiles_key(kernel: str, features: Tensor, precision: Precision) -> str:
+    """The name of a kernel there. D counts as what it is a multiple of, up to 128; N does not."""
+    dtype = str(features.dtype).removeprefix("torch.")
+    return f"{kernel} {dtype} {precision.dot} D%{gcd(features.shape[1], 128)}"
+
+
+@lru_cache
+def tuned(device: torch.device) -> dict[str, Config]:
+    """What the file has for a device, by `tiles_key`; nothing, with a warning, if it is broken."""
+    file, found = tiles_file(), {}
+    try:
+        entries = json.loads(file.read_text()).get(tiles_of(device), {}) if file else {}
+        for key, entry in entries.items():
+            config = found[key] = Config(**entry)
+            numbers = {*config.tile.values(), config.num_warps, config.parts_with_ids}
+            names = _SM80[key.split()[0]][32, "tf32"].tile.keys()
+            if config.tile.keys() != names or not numbers <= {2**i for i in range(10)}:
+                raise ValueError(f"{key}: {entry}")
+        return found
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        # No file is as usual, unless one was named.
+        if os.environ.get("CYCLIP_LOSS_TILES") or not isinstance(error, FileNotFoundError):
+            warn_once(
+                "tiles",
+                f"the package's own tile sizes are used, as {file} can't be read: {error!r:.300}. "
+                "Move it away and run `python -m cyclip_loss.tune`, or set CYCLIP_LOSS_TILES=off",
+            )
+        return {}
+
+
 def config_for(
     kernel: str, features: Tensor, precision: Precision, with_ids: bool = False
 ) -> Config:
-    """The configuration of a kernel, by its key in the tables, for the features' device."""
-    table = _INTERPRETER if INTERPRETED else ARCHITECTURES[str(architecture(features.device))]
-    config = table[kernel][precision]
+    """The configuration of a kernel: the one tuned for such features, or else the shipped one."""
+    found = tuned(features.device)
+    config = TRIED.get(kernel) or (
+        found.get(tiles_key(kernel, features, precision)) if found else None
+    )
+    config = config or shipped(features.device)[kernel][precision]
     return config.with_ids if with_ids else config

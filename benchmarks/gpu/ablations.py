@@ -13,15 +13,16 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks.gpu.sweep import AHEAD, launcher, repeated
 from benchmarks.measure import columns, interleaved
 from benchmarks.predict import EPILOGUE_SHARE, LOST_BY_SHAPE
 from benchmarks.run import Run
 from cyclip_loss.kernels.configs import ARCHITECTURES
 from cyclip_loss.kernels.tiles import grouped_tile, tile_product
 from cyclip_loss.numerics import architecture
+from cyclip_loss.tune import launcher
 
 SECONDS = 2.0
+AHEAD = 4 * 10**6  # cycles, 2 ms: as long as Python takes to launch what is timed
 SWEEPS = ("contrastive_lse", "contrastive_grads")
 
 
@@ -62,7 +63,7 @@ def ablations(run: Run) -> None:
         sums = torch.zeros(programs, device=run.device)
         options = {"PRECISION": "tf32", **config.kwargs}
         product = partial(product_kernel[programs,], image, text, 0.0, sums, n, d, **options)
-        launches: dict[str, Callable[[], object]] = {kernel: launcher(run, kernel, n, d)}
+        launches: dict[str, Callable[[], object]] = {kernel: launcher(kernel, image, text)[0]}
         launches[f"{kernel}, product"] = product
         for what, launch in launches.items():
             with run.attempt(what=what, N=n, D=d, tile=f"{height} x {width}") as rows[what]:
@@ -82,3 +83,9 @@ def ablations(run: Run) -> None:
             if {fast, slow} <= steps.keys():
                 share = 1 - rows[fast]["ms"] / rows[slow]["ms"]
                 run.row(question=question, measured=f"{100 * share:.1f} %", predicted=predicted)
+
+
+def repeated(launch: Callable[[], object], repeats: int) -> None:
+    """One after another."""
+    for _ in range(repeats):
+        launch()

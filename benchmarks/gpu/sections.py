@@ -20,10 +20,11 @@ from benchmarks.compare.cost import LAUNCHES_UP_TO, costs, leaves_of, matrix_rat
 from benchmarks.compare.plan import CUDA
 from benchmarks.gpu.ablations import ablations
 from benchmarks.gpu.suite import CUDA_TESTS, KERNEL_TESTS, RANK_TESTS, SEVERAL, SLOW_TESTS, suite
-from benchmarks.gpu.sweep import sweep
 from benchmarks.measure import profiled, wall_seconds
 from benchmarks.run import RESULTS, Run, carry_out
 from cyclip_loss import CyCLIPLoss
+from cyclip_loss.kernels.configs import Config
+from cyclip_loss.tune import tune
 
 KERNEL_SIZES = ((512, 512), (4096, 512), (65536, 768))
 KERNELS_SHOWN = 12
@@ -64,6 +65,30 @@ def beside_competitors(run: Run) -> None:
     engines = [c for c in found if c.name in (OURS, EAGER)]  # which of them `impl="auto"` should be
     small = tuple((n, d) for n, d in plan.sizes if n <= LAUNCHES_UP_TO)
     costs(run, engines, replace(plan, dtype=torch.float32, sizes=small))
+
+
+def sweep(run: Run) -> None:
+    """What `cyclip_loss.tune` chooses in bfloat16, as lines for kernels/configs.py."""
+    n, d = (96, 128) if run.dry_run else (16384, 768)
+    for found in tune(run.device, [torch.bfloat16], n, d, run.remaining()):
+        times = {"shipped ms": found.shipped_ms, "ms": found.best_ms, "TFLOP/s": found.tflops}
+        line = line_of(found.key, found.tile)
+        state = "instead" if found.gains else "as shipped"
+        run.row(kernel=found.key, N=n, D=d, **times, **{"line for configs.py": line, "is": state})
+        for why in found.left_out:
+            run.note(why)
+
+
+def line_of(key: str, config: Config) -> str:
+    """The line of kernels/configs.py that ships a configuration. key: in the file of tiles."""
+    kernel, dtype, dot, _ = key.split()
+    bits = 32 if dtype == "float32" or kernel.startswith("cyclic") else 16
+    tile = {name: size for name, size in config.tile.items() if name not in ("PARTS", "GROUP")}
+    numbers = [*tile.values(), config.num_warps, config.num_stages]
+    maker = {"cyclic_statistics": "_gram", "cyclic_grads": "_cyclic"}.get(kernel, "_product")
+    if maker == "_product":
+        numbers += [config.tile["PARTS"], config.parts_with_ids]
+    return f'({bits}, "{dot}"): {maker}({", ".join(map(str, numbers))}),'
 
 
 # Each with its seconds, of TOTAL, where all are run; what they leave is for the last. Those that

@@ -12,8 +12,9 @@ from processes import run_python
 
 from benchmarks.__main__ import main
 from benchmarks.gpu import sections, suite
-from benchmarks.gpu.candidates import KEYS, winner
 from benchmarks.run import Run
+from cyclip_loss.kernels import configs
+from cyclip_loss.kernels.configs import ARCHITECTURES
 
 TESTS = """
 import pytest, time
@@ -74,31 +75,15 @@ def test_a_dry_run_leaves_a_record(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
     (file,) = tmp_path.glob("*.json")
     found = json.loads(file.read_text())["sections"]
-    assert list(found) == [*wanted[:3], "ablations answer", "sweep", "winners", "competitors"]
+    assert list(found) == [*wanted[:3], "ablations answer", *wanted[3:]]
     assert all(section["rows"] for section in found.values())
     assert all(row["launches"] > 0 < row["wall ms"] for row in found["competitors"]["rows"])
     assert {row["dtype"] for row in found["competitors"]["rows"]} == {"bfloat16", "float32"}
     assert all(row["ms"] > 0 for row in found["ablations"]["rows"])
-    # Two candidates per key were timed or refused; the winning line is one of the timed ones.
-    timed = {row["configuration"] for row in found["sweep"]["rows"]}
-    winners = {row["kernel"]: row["line for configs.py"] for row in found["winners"]["rows"]}
-    refused = [note for note in found["sweep"]["notes"] if "left out" in note]
-    assert len(found["sweep"]["rows"]) + len(refused) == 8
-    assert set(winners) == set(KEYS)
-    assert set(winners.values()) <= timed
+    tiles = {row["kernel"].split()[0]: row for row in found["sweep"]["rows"]}
+    assert list(tiles) == list(ARCHITECTURES["sm_90"])
+    assert found["sweep"]["notes"] == []
     assert "DRY RUN" in file.with_suffix(".md").read_text()
-
-
-def test_the_fastest_candidate_across_sizes_wins() -> None:
-    times = {
-        "shipped": {"small": 1.0, "large": 10.0},
-        "faster where it is small": {"small": 0.9, "large": 12.0},
-        "faster": {"small": 0.95, "large": 9.0},
-        "fastest, but not everywhere measured": {"small": 0.5},
-    }
-    assert winner(times, "shipped") == "faster"
-    hardly = {"shipped": {"small": 1.0}, "hardly faster": {"small": 0.995}}
-    assert winner(hardly, "shipped") == "shipped"
 
 
 def test_a_failure_and_an_interruption_leave_a_record(
@@ -124,3 +109,11 @@ def test_a_failure_and_an_interruption_leave_a_record(
     assert failure.startswith("RuntimeError: no kernel\nTraceback")
     assert found["sizes"]["rows"] == [{"n": 1}]
     assert found["sizes"]["failures"] == ["interrupted"]
+
+
+@interpreted
+def test_a_line_to_paste_makes_the_tile() -> None:
+    for kernel, table in ARCHITECTURES["sm_90"].items():
+        for (bits, dot), tile in table.items():
+            key = f"{kernel} {'float32' if bits == 32 else 'bfloat16'} {dot} D%128"
+            assert eval(f"{{{sections.line_of(key, tile)}}}", vars(configs)) == {(bits, dot): tile}
