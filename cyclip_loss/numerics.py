@@ -13,8 +13,9 @@ from torch import Tensor
 # Other devices need 2^26 elements to be busy.
 STRIP_ELEMENTS = {"cpu": 2**22}
 STRIP_ELEMENTS_OTHER_DEVICES = 2**26
-# With fewer rows a matrix product is not efficient, however wide the strip.
-MIN_STRIP_ROWS = 64
+# With fewer rows a matrix product is not efficient, however wide the strip. Up to 512 rows may take
+# twice the elements.
+MIN_STRIP_ROWS, FULL_SPEED_ROWS = 64, 512
 
 
 # Before 3.9, Triton does not compile the kernels for sm_100, or leaves their products out.
@@ -83,7 +84,8 @@ def float32_is_exact() -> bool:
 def strip_rows(columns: int, device: torch.device) -> int:
     """The number of rows, of `columns` elements each, in one strip."""
     elements = STRIP_ELEMENTS.get(device.type, STRIP_ELEMENTS_OTHER_DEVICES)
-    return max(MIN_STRIP_ROWS, elements // columns)
+    fast = min(FULL_SPEED_ROWS, 2 * elements // columns)
+    return max(MIN_STRIP_ROWS, elements // columns, fast)
 
 
 def has_wide_products(features: Tensor) -> bool:
