@@ -6,7 +6,6 @@ turn. One that fails, spills registers or is wrong is named and left out (docs/t
 
 import argparse
 import json
-import math
 import os
 import sys
 import time
@@ -35,7 +34,7 @@ if find_spec("triton") is not None:  # else `main` says that there is nothing to
     from cyclip_loss import kernels
     from cyclip_loss.kernels import configs
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = ["bfloat16", "float16", "float32"]
 LEAST_GAIN = 0.02  # less is noise, and no reason to leave what is shipped
 COMPILING = 0.6  # of a kernel's time: compiling and comparing; the rest is for timing
 # Bytes of a tile's depth, and stages: about what shared memory has room for.
@@ -164,11 +163,10 @@ def tune(
 
     Interpreted, each has two candidates, and their times mean nothing.
     """
-    begun, tables = time.perf_counter(), configs.shipped(device)
-    jobs = list(product(dtypes, tables))
-    if kernels.INTERPRETED:
-        engines.CHECK_SIZES = (70, 90, 40)
-    few, together = kernels.INTERPRETED, max(1, (os.cpu_count() or 1) // 2)  # two binaries each
+    begun, tables, few = time.perf_counter(), configs.shipped(device), kernels.INTERPRETED
+    # A tile has two binaries, with ids and without or with C and without.
+    jobs, together = list(product(dtypes, tables)), max(1, (os.cpu_count() or 1) // 2)
+    engines.CHECK_SIZES = (70, 90, 40) if few else engines.CHECK_SIZES
     matrix = torch.ones(*[64 if few else 8192] * 2, dtype=torch.bfloat16, device=device)
     own = min(milliseconds(lambda: matrix @ matrix, device) for _ in range(5))
     for job, (dtype, kernel) in enumerate(jobs, 1):
@@ -176,18 +174,17 @@ def tune(
         precision = configs.Precision.of(image, widened=kernel.startswith("cyclic"))
         key, shipped = configs.tiles_key(kernel, image, precision), tables[kernel][precision]
         tried = candidates(architecture(device) or "sm_90", kernel, precision, shipped)
-        tried = tried[: 2 if few else None]
-        launch, flops = launcher(kernel, image, text)
-        times: dict[int, list[float]] = {}
+        tried, (launch, flops) = tried[: 2 if few else None], launcher(kernel, image, text)
+        times: dict[int, list[float]] = {}  # by the place in `tried`
         left_out: list[str] = []
         now, end = time.perf_counter(), begun + seconds * job / len(jobs)
         for at, config in enumerate(tried):
-            if at and time.perf_counter() > now + COMPILING * (end - now):
-                left_out.append(f"{key}: no time for {len(tried) - at} of {len(tried)} candidates")
-                break
             doing = f"{job}/{len(jobs)} {key}: candidate {at + 1} of {len(tried)}"
             print(f"\r{doing:<79}", end="", file=sys.stderr, flush=True)
             if at % together == 0 and not few:
+                if at and time.perf_counter() > now + COMPILING * (end - now):
+                    left_out.append(f"{key}: no time for {len(tried) - at} of {len(tried)} tiles")
+                    break
                 compile_ahead(kernel, tried[at : at + together], image)
             if problem := refusal(kernel, config, image, launch, at == 0):
                 left_out.append(f"{key}: {config}: {problem}")
@@ -199,7 +196,7 @@ def tune(
             for at in times:  # in turn, so that clock and temperature meet all alike
                 with trying(kernel, tried[at]):
                     times[at].append(milliseconds(launch, device))
-        ms = {0: math.nan} | {at: median(found) for at, found in times.items()}
+        ms = {0: float("nan")} | {at: median(found) for at, found in times.items()}
         best = min(ms, key=ms.__getitem__)
         best = best if ms[best] <= (1 - LEAST_GAIN) * ms[0] else 0
         rate, share = flops / ms[best] / 1e9, flops / ms[best] * own / (2 * len(matrix) ** 3)
@@ -221,7 +218,7 @@ def remember(device: torch.device, result: Tuned) -> None:
             entries.pop(result.key, None)
             if result.gains:
                 entries[result.key] = asdict(result.tile)
-            unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+            unfinished = file.with_name(f".{file.name}.unfinished")
             unfinished.write_text(json.dumps(found, indent=1))
             unfinished.replace(file)
     except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
@@ -233,26 +230,26 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m cyclip_loss.tune", description=__doc__)
     parser.add_argument("--n", type=int, default=8192, help="pairs (default: 8192)")
     parser.add_argument("--d", type=int, default=768, help="features (default: 768)")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--seconds", type=int, default=120, help="of all (default: 120)")
     parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU; keeps nothing")
     options = parser.parse_args(arguments)
     if min(sizes := (options.n, options.d, options.seconds)) < 1:
         parser.error(f"--n, --d and --seconds must be 1 or more, got {sizes}")
     device = torch.device("cuda" if torch.cuda.is_available() and not options.dry_run else "cpu")
-    warnings.filterwarnings("ignore", category=RuntimeWarning)  # of infinity, in the interpreter
     if find_spec("triton") is None or not (options.dry_run or architecture(device)):
         print("no GPU on which the kernels run: --dry-run runs without one", file=sys.stderr)
         return 2
     if options.dry_run:
         options.n, options.d = 96, 128
+        warnings.filterwarnings("ignore", category=RuntimeWarning)  # NumPy's, of infinity
         os.environ.setdefault("CYCLIP_LOSS_TILES", "off")
         if not kernels.INTERPRETED:  # Triton reads it when it is imported
             os.environ["TRITON_INTERPRET"] = "1"
             os.execv(sys.executable, [sys.executable, "-m", "cyclip_loss.tune", *arguments])
     results = []
     try:
-        dtypes = [DTYPES[name] for name in options.dtype]
+        dtypes = [getattr(torch, name) for name in options.dtype]
         for result in tune(device, dtypes, options.n, options.d, options.seconds):
             remember(device, result)
             results.append(result)
@@ -260,11 +257,9 @@ def main(arguments: list[str]) -> int:
         print("\nstopped", end="", file=sys.stderr)
     print(file=sys.stderr)
     print(f"{'kernel':42} shipped ms  best ms   gain  TFLOP/s  of card  tile")
-    for key, shipped_ms, best_ms, tflops, share, tile, _, _ in results:
-        print(
-            f"{key:42} {shipped_ms:10.3f} {best_ms:8.3f} {1 - best_ms / shipped_ms:6.1%}", end=" "
-        )
-        print(f"{tflops:8.1f} {share:8.1%}  {tile}")
+    for key, before, after, tflops, share, tile, *_ in results:
+        times = f"{before:10.3f} {after:8.3f} {1 - after / before:6.1%}"
+        print(f"{key:42} {times} {tflops:8.1f} {share:8.1%}  {tile}")
     print(*(f"left out: {why}" for result in results for why in result.left_out), sep="\n")
     print(f"kept in {configs.tiles_file() or 'no file, as CYCLIP_LOSS_TILES is off'}")
     return 0
