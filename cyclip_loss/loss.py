@@ -172,9 +172,14 @@ class CyclicPenalty(_Module):
 
         penalty = lambda_inmodal * P_in + lambda_crossmodal * P_cross
 
-    Options, semantics across ranks, and errors are as in `CyCLIPLoss`. The only collective is an
-    all-reduce of 3 D^2 + 1 elements, so ranks may hold any numbers of rows (NaN if all hold none).
-    Ranks do not check that they agree on D and the lambdas.
+    Semantics across ranks, and errors are as in `CyCLIPLoss`. The only collective is an all-reduce
+    of 3 D^2 + 1 elements, so ranks may hold any numbers of rows (NaN if all hold none). Ranks do
+    not check that they agree on D and the lambdas.
+
+    Args:
+        lambda_inmodal, lambda_crossmodal: the weights of the penalties. 0: off.
+        reference_batch_size: multiplies both by reference_batch_size / N.
+        process_group, distributed, impl: as in `CyCLIPLoss`.
     """
 
     def forward(

@@ -97,13 +97,15 @@ def has_wide_products(features: Tensor) -> bool:
 
 
 def _wide_products(features: Tensor) -> tuple[bool, bool]:
-    # With float16 accumulation PyTorch refuses a float32 result.
-    setting = torch.backends.cuda.matmul.allow_fp16_accumulation
+    # With float16 accumulation PyTorch refuses a float32 result; in deterministic mode it may
+    # refuse every product.
+    mode = torch.get_deterministic_debug_mode()
+    setting = (torch.backends.cuda.matmul.allow_fp16_accumulation, mode)
     return _try_wide_products(features.device, features.dtype, setting)
 
 
 @lru_cache
-def _try_wide_products(device: torch.device, dtype: torch.dtype, _: bool) -> tuple[bool, bool]:
+def _try_wide_products(device: torch.device, dtype: torch.dtype, _: Any) -> tuple[bool, bool]:
     """Whether a small float32 product of 16-bit matrices works, and whether it can be added."""
     a = torch.ones(16, 16, dtype=dtype, device=device)
     options: Any = {"out_dtype": torch.float32}
@@ -114,6 +116,8 @@ def _try_wide_products(device: torch.device, dtype: torch.dtype, _: bool) -> tup
         torch.bmm(a[None], a[None], **options)
         multiplies = True
         torch.addmm(product, a, a, **options, out=product)  # not before PyTorch 2.11
+    except torch.OutOfMemoryError:  # says nothing of the next time
+        raise
     except (RuntimeError, TypeError):  # NotImplementedError is a RuntimeError
         return multiplies, False
     return True, True

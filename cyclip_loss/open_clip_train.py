@@ -59,8 +59,10 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         PenaltyOptions(**_Swap(ours).penalty_options)
         if ours.impl == "triton":
             engine("triton", torch.empty(1, 1, device="cuda" if cuda.is_available() else "cpu"))
-    except (ValueError, ImportError) as error:
-        option, _, problem = str(error).partition(" ")
+    except ImportError:
+        parser.error("--impl triton: Triton is not installed")
+    except ValueError as error:
+        option, _, problem = str(error).replace("='triton':", " triton:").partition(" ")
         parser.error(f"--{option.replace('_', '-')} {problem}")
     return ours, theirs
 

@@ -44,8 +44,8 @@ def loss_is_small(image_features: Tensor, text_features: Tensor, impl: str) -> b
 def penalties_are_small(
     image_features: Tensor, text_features: Tensor, options: PenaltyOptions, separate: bool
 ) -> bool:
-    """The same for the penalties alone: up to N = 4/3 D; 5/3 D if Gram matrices would need C in
-    forward, 7/3 D if they would need it in backward too.
+    """The same for the penalties: up to N = 4/3 D; 5/3 D if Gram matrices would need C in forward,
+    7/3 D if they would need it in backward too.
     """
     if not _can_be_small(image_features, text_features, options.impl):
         return False

@@ -227,6 +227,8 @@ def epochs_done(folder: Path, args: argparse.Namespace) -> int:
         return 0
     done = 0 if latest.is_dir() else int(load_checkpoint(latest)["epoch"])
     before = read_parameters(folder / PARAMETERS)
+    if before.pop("ignore_same_captions", False):  # the flag's name until 0.3
+        before["same_captions"] = "ignored"
     if before.get("epochs") == done and args.epochs > done:  # finished, and asked for more
         before["epochs"] = args.epochs
     for name, value in vars(args).items():

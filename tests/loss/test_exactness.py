@@ -127,10 +127,19 @@ def test_a_device_without_wide_products(monkeypatch) -> None:
         asked.append(options)
         raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
 
+    def out_of_memory(*_, **__) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
     numerics._try_wide_products.cache_clear()
     features = torch.ones(3, 3, dtype=torch.bfloat16, device="meta")  # not a CPU
     assert numerics.has_wide_products(features)
     assert not numerics.has_wide_products(features.float())
+    numerics._try_wide_products.cache_clear()
+    with pytest.MonkeyPatch.context() as full:
+        full.setattr(torch, "bmm", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            numerics.has_wide_products(features)
+    assert numerics.has_wide_products(features)
     numerics._try_wide_products.cache_clear()
     monkeypatch.setattr(torch, "mm", refuses)
     for _ in range(2):

@@ -215,6 +215,26 @@ def test_compiled_as_a_trainer_calls_it(impl: str, frozen, device: torch.device)
         torch.library.opcheck(function, tree_map_only(Tensor, Tensor.detach, arguments))
 
 
+class WithIds(torch.nn.Module):
+    """A loss with a scale of its own, to be exported."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(5.0))
+        self.loss = CyCLIPLoss()
+
+    def forward(self, image: Tensor, text: Tensor, ids: Tensor) -> Tensor:
+        return self.loss(image, text, self.scale, ids=ids)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_export_with_ids(strict: bool) -> None:
+    case = Case(9, 4, distinct_ids=5)
+    inputs = (*case.inputs("cpu")[:2], case.ids("cpu").contiguous())
+    exported = torch.export.export(WithIds(), inputs, strict=strict)
+    torch.testing.assert_close(exported.module()(*inputs), WithIds()(*inputs))
+
+
 MODULES = [CyCLIPLoss(0.5, 0.125), CyclicPenalty(0.5, 0.125), WithCyclicPenalty(PlainClip())]
 BY_MODULE = pytest.mark.parametrize("module", MODULES, ids=lambda module: type(module).__name__)
 
