@@ -172,15 +172,14 @@ def warn_of_strong_penalties(options: PenaltyOptions, n: int) -> None:
         )
 
 
-def warn_of_unusual_inputs(image: Tensor, text: Tensor, logit_scale: Tensor | float) -> None:
+def warn_of_unusual_inputs(features: list[Tensor], logit_scale: Tensor | float) -> None:
     """Warn of rows that are not of unit length, and of a scale that looks like a logarithm.
 
-    image, text: (n, D), n >= 1, checked. Waits for the device.
+    features: (n, D) each, n >= 1 in the first, checked. Waits for the device.
     """
-    dtype = accumulation_dtype(image.dtype)
-    lengths = torch.cat(
-        [torch.linalg.vector_norm(rows.detach(), dim=1, dtype=dtype) for rows in (image, text)]
-    )
+    dtype = accumulation_dtype(features[0].dtype)
+    norm = torch.linalg.vector_norm
+    lengths = torch.cat([norm(rows.detach(), dim=1, dtype=dtype) for rows in features])
     shortest, longest = torch.stack(lengths.aminmax()).tolist()
     # NaN fails both comparisons, so it causes no warning.
     if shortest < 1 - LENGTH_TOLERANCE or longest > 1 + LENGTH_TOLERANCE:

@@ -118,6 +118,9 @@ def cyclip_loss(
 ) -> Tensor | dict[str, Tensor]:
     """The CyCLIP loss: contrastive + lambda_inmodal * P_in + lambda_crossmodal * P_cross.
 
+    `image_features, text_features`: (N, D), rows of unit length; `logit_scale`: exponentiated. The
+    options are those of `CyCLIPLoss`, by keyword, and so are the errors.
+
     `logit_bias`: shifts every logit equally, so it changes nothing. Its gradient is zero.
 
     `augmented_image_features, augmented_text_features`: (N, D), features of a second, augmented
@@ -159,6 +162,8 @@ def loss_with(
     negative_text_features: Tensor | None,
 ) -> Tensor | _Terms:
     """`cyclip_loss` with checked options; modules pass themselves."""
+    if not isinstance(output_dict, bool):
+        raise TypeError(f"output_dict must be a bool, got {output_dict!r}: lambdas go by keyword")
     ranks = ranks_of(options.process_group) if options.distributed else Ranks()
     several = ranks.size > 1
     pair = check_features(image_features, text_features, may_be_empty=several)
@@ -268,6 +273,11 @@ def caption_ids(tokens: Tensor) -> Tensor:
     It is the same on every rank, and zeros at the end of a row do not change it. Among 65,536
     different captions, two have the same hash with a probability of 2^-33.
     """
+    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.is_floating_point():
+        got = (
+            f"{tokens.dtype} {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens)
+        )
+        raise TypeError(f"tokens must be an integer tensor (N, context length), got {got}")
     # Weights from SplitMix64 (Steele et al. 2014); products and sums wrap around at 64 bits.
     mixed = torch.arange(1, tokens.shape[1] + 1, device=tokens.device) * -0x61C8864680B583EB
     mixed = (mixed ^ (mixed >> 30)) * -0x40A7B892E31B1A47
@@ -295,7 +305,7 @@ def collective_signature(
         "whether ids are given": ids is not None,
         "same_ids": options.same_ids,
         # Their gradients are summed across ranks.
-        "which of the text and augmented features require a gradient": ", ".join(trained)
+        "which of the text, augmented and negative features require a gradient": ", ".join(trained)
         if torch.is_grad_enabled()
         else "",
     }

@@ -33,7 +33,7 @@ class _Module(PenaltyOptions, nn.Module):
         return self.__dict__ | {"process_group": self.process_group and NOT_STORED}
 
     def _check_inputs_once(
-        self, image: Tensor, text: Tensor, logit_scale: Tensor | float = LEAST_SCALE
+        self, logit_scale: Tensor | float, image: Tensor, text: Tensor, *others: Tensor | None
     ) -> None:
         """Warn of unusual features or an unusual scale, in the first call that has rows.
 
@@ -45,7 +45,8 @@ class _Module(PenaltyOptions, nn.Module):
             return
         if not image.is_meta and not is_capturing(image):
             self._inputs_checked = True
-            warn_of_unusual_inputs(image, text, logit_scale)
+            given = [image, text, *(x for x in others if x is not None)]
+            warn_of_unusual_inputs(given, logit_scale)
 
     def extra_repr(self) -> str:
         """For `print(module)`: the lambdas, and the arguments that differ from their default."""
@@ -150,7 +151,11 @@ class CyCLIPLoss(LossOptions, _Module):
             *(augmented_image_features, augmented_text_features, ids),
             *(negative_image_features, negative_text_features),
         )
-        self._check_inputs_once(image_features, text_features, logit_scale)
+        self._check_inputs_once(
+            *(logit_scale, image_features, text_features),
+            *(augmented_image_features, augmented_text_features),
+            *(negative_image_features, negative_text_features),
+        )
         return loss
 
     def _check_rank(self) -> None:
@@ -187,7 +192,7 @@ class CyclicPenalty(_Module):
     ) -> Tensor | dict[str, Tensor]:
         """The penalty or, with `output_dict`, its two terms, as in `functional.cyclic_penalty`."""
         penalty = functional.penalty_with(self, image_features, text_features, output_dict)
-        self._check_inputs_once(image_features, text_features)
+        self._check_inputs_once(LEAST_SCALE, image_features, text_features)
         return penalty
 
 

@@ -86,7 +86,8 @@ def flags() -> argparse.ArgumentParser:
     add("--reference-batch-size", type=int, default=PAPER_BATCH_SIZE, metavar="N", help=text)
     add("--impl", choices=IMPLS, default="auto", help="Triton kernels or PyTorch")
     add("--dist-impl", choices=DIST_IMPLS, default="gather", help="across ranks (plain CLIP only)")
-    add("--same-captions", choices=SAME_IDS, help="instead of being negatives (plain CLIP only)")
+    text = "what pairs with one caption are, instead of negatives (plain CLIP only)"
+    add("--same-captions", choices=SAME_IDS, help=text)
     return parser
 
 

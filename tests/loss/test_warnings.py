@@ -74,6 +74,11 @@ def test_lengths_and_scale_of_a_modules_first_call(device: torch.device) -> None
         found = messages(lambda loss=loss, arguments=arguments: loss(*arguments))
         assert len(found) == len(expected)
         assert all(part in "".join(found) for part in expected)
+    for name in ("negative_image_features", "negative_text_features"):
+        checks._warned.clear()
+        loss = CyCLIPLoss()
+        found = messages(lambda loss=loss, name=name: loss(image, text, SCALE, **{name: longer}))
+        assert len(found) == 1
 
 
 def test_no_warnings(device: torch.device) -> None:

@@ -70,3 +70,9 @@ def test_the_recipe_of_hugging_face() -> None:
     loss, out = trainer.compute_loss(self, model, inputs, return_outputs=True)
     features = out.image_embeds, out.text_embeds, model.logit_scale.exp()
     assert torch.equal(loss, CyCLIPLoss()(*features, ids=torch.arange(32, device="cpu") % 8))
+
+
+@pytest.mark.parametrize("tokens", [torch.ones(2, 3), torch.arange(3), [[1, 2]]], ids=str)
+def test_captions_are_rows_of_integers(tokens) -> None:
+    with pytest.raises(TypeError, match="tokens must be an integer tensor"):
+        caption_ids(tokens)
