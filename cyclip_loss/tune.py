@@ -58,13 +58,13 @@ class Tuned(NamedTuple):
 
 
 def candidates(arch: str, kernel: str, precision: Any, shipped: Any) -> list[Any]:
-    """Configurations that may be the fastest: the shipped one, and then the others."""
+    """Configurations that may be the fastest: the shipped one, and then the largest tiles first."""
     penalty, ieee, found = kernel.startswith("cyclic"), precision.dot == "ieee", [shipped]
     square = "BM" not in shipped.tile
     most = 64 if penalty or ieee else 128  # accumulators of a thread; the penalties have two each
-    least = most // (4 if square else 2)
-    depths = ([(64, 3), (64, 2)] if ieee else DEPTHS[arch]) + [(128, 2)] * square
-    for height, width, warps in product((64, 128, 256), (64, 128, 256), (4, 8)):
+    least = most // (8 if square else 2)
+    depths = [(64, 3), (64, 2)] if ieee else DEPTHS[arch] + [(64, 2)] * square
+    for height, width, warps in product((256, 128, 64, 32), (256, 128, 64, 32), (8, 4)):
         accumulators, longer = height * width // (32 * warps), 1 if square else 2
         if not (least <= accumulators <= most and height <= longer * width <= longer**2 * height):
             continue

@@ -102,7 +102,7 @@ def test_a_wrong_candidate_is_named_and_never_chosen(kinds, monkeypatch) -> None
         assert len(result.left_out) == (kind in said)
         if kind in said:
             assert said[kind] in result.left_out[0]
-            assert "4 warps" in result.left_out[0]
+            assert " 8 warps, " in result.left_out[0]
 
 
 def test_what_gains_is_kept_also_when_interrupted(file, monkeypatch, capsys) -> None:
