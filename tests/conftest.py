@@ -47,6 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
     assert "triton" not in sys.modules
     interpreted = not config.getoption("--device").startswith("cuda")
     os.environ["TRITON_INTERPRET"] = str(int(interpreted))
+    os.environ.setdefault("CYCLIP_LOSS_TILES", "off")  # the shipped ones, not this user's
     config.addinivalue_line("markers", "triton: launches kernels; interpreted: always on a CPU")
     # Without it PyTorch 2.8 warns of every matrix product in deterministic mode.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
