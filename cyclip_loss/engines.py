@@ -153,8 +153,9 @@ def disagreement(compute: Any, device: torch.device, dtype: torch.dtype, exact: 
         return exact_results
 
     same = torch.arange(rows + columns, device=device).remainder(50).tensor_split((rows,))
-    for ids, forms in (((None, None), (False, True)), (same, (True,))):
-        logits = Logits(image, text, scale, ids[0], ids[1], first)
+    # Plain; then with ids and extra negatives, which only the last rows and columns are.
+    for ids, pairs, forms in (((None, None), rows, (False, True)), (same, rows - 50, (True,))):
+        logits = Logits(image, text, scale, ids[0], ids[1], first, pairs=pairs)
         negatives = check("contrastive_lse", logits)
         column_pairs = negatives[1] - 1  # every column has a pair, as across ranks
         column_pairs[first:last] = negatives[2]

@@ -21,7 +21,7 @@ empty, if an option has a bad value, or if the process group cannot be used.
 """
 
 from collections.abc import Hashable
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,21 +42,9 @@ from cyclip_loss.options import LossOptions, PenaltyOptions, has_penalties, take
 __all__ = ["caption_ids", "cyclic_penalty", "cyclip_loss"]
 
 CYCLIC_TERMS = ("inmodal_cyclic_loss", "crossmodal_cyclic_loss")
-_Terms = dict[str, Tensor]
 
 
-@overload
-def cyclic_penalty(
-    image_features: Tensor,
-    text_features: Tensor,
-    lambda_inmodal: float = 0.25,
-    lambda_crossmodal: float = 0.25,
-    output_dict: Literal[False] = False,
-    **options: Any,
-) -> Tensor: ...
-@overload
-def cyclic_penalty(*inputs: Any, output_dict: Literal[True], **options: Any) -> _Terms: ...
-@takes_options(PenaltyOptions)  # type: ignore[misc]
+@takes_options(PenaltyOptions)
 def cyclic_penalty(
     image_features: Tensor,
     text_features: Tensor,
@@ -64,7 +52,7 @@ def cyclic_penalty(
     lambda_crossmodal: float = 0.25,
     output_dict: bool = False,
     **options: Any,
-) -> Tensor | dict[str, Tensor]:
+) -> Any:
     """lambda_inmodal * P_in + lambda_crossmodal * P_cross (Goel et al. 2022, eq. 2 and 3).
 
     Takes O(N D^2) flops and O(N D + D^2) memory. Across ranks, forward makes one all-reduce of
@@ -78,7 +66,7 @@ def cyclic_penalty(
 
 def penalty_with(
     options: PenaltyOptions, image_features: Tensor, text_features: Tensor, output_dict: bool
-) -> Tensor | _Terms:
+) -> Any:
     """`cyclic_penalty` with checked options; modules pass themselves."""
     if not isinstance(output_dict, bool):
         raise TypeError(f"output_dict must be a bool, got {output_dict!r}: pass no logit scale")
@@ -90,18 +78,7 @@ def penalty_with(
     return dict(zip(CYCLIC_TERMS, terms)) if output_dict else terms[0]  # noqa: B905
 
 
-@overload
-def cyclip_loss(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor | float,
-    logit_bias: Tensor | None = None,
-    output_dict: Literal[False] = False,
-    **options: Any,
-) -> Tensor: ...
-@overload
-def cyclip_loss(*inputs: Any, output_dict: Literal[True], **options: Any) -> _Terms: ...
-@takes_options(LossOptions)  # type: ignore[misc]
+@takes_options(LossOptions)
 def cyclip_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -115,7 +92,7 @@ def cyclip_loss(
     negative_image_features: Tensor | None = None,
     negative_text_features: Tensor | None = None,
     **options: Any,
-) -> Tensor | dict[str, Tensor]:
+) -> Any:
     """The CyCLIP loss: contrastive + lambda_inmodal * P_in + lambda_crossmodal * P_cross.
 
     `image_features, text_features`: (N, D), rows of unit length; `logit_scale`: exponentiated. The
@@ -142,10 +119,10 @@ def cyclip_loss(
     Returns a scalar or, with `output_dict`, `contrastive_loss`, `inmodal_contrastive_loss` if there
     are augmented views, `inmodal_cyclic_loss` and `crossmodal_cyclic_loss`.
     """
-    inputs = (image_features, text_features, logit_scale, logit_bias, output_dict)
-    by_name = (augmented_image_features, augmented_text_features, ids)
+    inputs = (image_features, text_features, logit_scale, logit_bias, output_dict, ids)
+    views = (augmented_image_features, augmented_text_features)
     negatives = (negative_image_features, negative_text_features)
-    return loss_with(LossOptions(**options), *inputs, *by_name, *negatives)
+    return loss_with(LossOptions(**options), *inputs, views, negatives)
 
 
 def loss_with(
@@ -155,35 +132,35 @@ def loss_with(
     logit_scale: Tensor | float,
     logit_bias: Tensor | None,
     output_dict: bool,
-    augmented_image_features: Tensor | None,
-    augmented_text_features: Tensor | None,
     ids: Tensor | None,
-    negative_image_features: Tensor | None,
-    negative_text_features: Tensor | None,
-) -> Tensor | _Terms:
-    """`cyclip_loss` with checked options; modules pass themselves."""
+    views: tuple[Tensor | None, Tensor | None],
+    negatives: tuple[Tensor | None, Tensor | None],
+) -> Any:
+    """`cyclip_loss` with checked options; modules pass themselves.
+
+    views, negatives: the augmented and the negative features, of images and of texts.
+    """
     if not isinstance(output_dict, bool):
         raise TypeError(f"output_dict must be a bool, got {output_dict!r}: lambdas go by keyword")
     ranks = ranks_of(options.process_group) if options.distributed else Ranks()
     several = ranks.size > 1
     pair = check_features(image_features, text_features, may_be_empty=several)
     scale = check_logit_scale(logit_scale, pair[0])
-    # Rows and columns of each contrastive loss, the cross-modal one first.
-    pairs, extra, travelling = [pair], [], {"text_features": pair[1]}
-    views = (augmented_image_features, augmented_text_features)
-    negatives = (negative_image_features, negative_text_features)
+    # Rows and columns of the cross-modal contrastive loss, and of those of augmented views.
+    cross, one_way, travelling = [], [], {"text_features": pair[1]}
     for kind, x, view, more in zip(("image", "text"), pair, views, negatives):  # noqa: B905
         if view is not None:
             names = (f"{kind}_features", f"augmented_{kind}_features")
-            pairs.append(check_features(x, view, names, several))
-            travelling[names[1]] = pairs[-1][1]
-        if more is not None:
+            one_way.append(check_features(x, view, names, several))
+            travelling[names[1]] = one_way[-1][1]
+        if more is not None:  # they come behind the pairs
             names = ("image_features", f"negative_{kind}_features")
             more = check_features(pair[0], more, names, several, paired=False)[1]
             travelling |= {} if kind == "image" else {names[1]: more}
-        extra.append(more)
-    if len(pairs) == 2:
-        missing = "image" if augmented_image_features is None else "text"
+            x = torch.cat((x, more))
+        cross.append(x)
+    if len(one_way) == 1:
+        missing = "image" if views[0] is None else "text"
         raise ValueError(f"augmented features go together: augmented_{missing}_features is None")
     ids = check_ids(ids, pair[0], options.same_ids)
     n, of_columns = pair[0].shape[0], ranks
@@ -192,21 +169,16 @@ def loss_with(
         counts |= {name: x.shape[0] for name, x in travelling.items() if "negative" in name}
         signature = collective_signature(travelling, options, ids)
         ranks, of_columns = check_ranks_agree(ranks, options, pair[0].device, counts, signature)
-    has_negatives = any(more is not None for more in extra)
+    has_negatives = any(more is not None for more in negatives)
     with_positives = ids is not None and options.same_ids == "positives"
-    plain = len(pairs) == 1 and not (several or has_negatives or with_positives)
-    if plain and small.loss_is_small(*pair, options.impl):
+    special = several or has_negatives or with_positives or one_way
+    if not special and small.loss_is_small(*pair, options.impl):
         terms = small.terms(*pair, scale, options, output_dict, ids)
         contrastive_terms, penalties = {"contrastive_loss": terms[0]}, terms[1:]
     else:
-        # Extra negatives come behind the pairs.
-        rows, columns = (
-            x if more is None else torch.cat((x, more))
-            for x, more in zip(pair, extra)  # noqa: B905
-        )
         # Across ranks, the gather of the columns runs while the Gram matrices are computed, and the
         # all-reduce of those while the contrastive losses are.
-        terms_of = [(rows, columns, of_columns), *((*views, ranks) for views in pairs[1:])]
+        terms_of: list[Any] = [(*cross, of_columns), *((*of_view, ranks) for of_view in one_way)]
         gathered = [
             start_gather(columns, of) if of.dist_impl == "gather" else None
             for _, columns, of in terms_of
@@ -223,11 +195,7 @@ def loss_with(
             if of.dist_impl == "gather":
                 logits = logits._replace(first_column=of.first_row(of.rank, columns.shape[0]))
             if has_negatives and at == 0:
-                logits = logits._replace(pairs=n)
-                if ids is not None:
-                    sizes = (rows.shape[0], columns.shape[0])
-                    row_ids, column_ids = _fill_ids(ids, batch_ids, sizes, ranks, of)
-                    logits = logits._replace(row_ids=row_ids, column_ids=column_ids)
+                logits = _with_negatives(logits, n, ranks, of)
             total, op_args = ranks.total(n), of.to_op_args()
             setup = contrastive.Setup(total, with_positives, options.impl, *op_args)
             losses.append(contrastive.contrastive_loss(*logits, gathered.pop(0), of, setup))
@@ -250,21 +218,24 @@ def loss_with(
     return sum(others, loss)
 
 
-def _fill_ids(
-    ids: Tensor, batch_ids: Tensor, sizes: tuple[int, int], ranks: Ranks, of_columns: Ranks
-) -> tuple[Tensor, Tensor]:
-    """Ids of all rows of this rank, and of all ranks' columns, with extra negatives.
+def _with_negatives(logits: Logits, n: int, ranks: Ranks, of_columns: Ranks) -> Logits:
+    """The logits, of whose rows and columns only the first `n` of this rank are pairs.
 
-    Pairs' ids are numbered from 0 on. Extra images get -2 and extra texts -1, which are nobody's.
-    sizes: the numbers of this rank's rows and columns.
+    ranks, of_columns: with the numbers of pairs and of columns. Pairs' ids are numbered from 0 on,
+    so that extra images can have -2 and extra texts -1, which are nobody else's.
     """
-    in_order, n = batch_ids.sort()[0], ids.shape[0]
-    row_ids = F.pad(torch.searchsorted(in_order, ids), (0, sizes[0] - n), value=-2)
-    counts = [ranks.count(rank, n) for rank in range(ranks.size)]
-    of_ranks = torch.split(torch.searchsorted(in_order, batch_ids), counts)
-    missing = [of_columns.count(r, sizes[1]) - count for r, count in enumerate(counts)]
-    padded = [F.pad(x, (0, more), value=-1) for x, more in zip(of_ranks, missing)]  # noqa: B905
-    return row_ids, torch.cat(padded)
+    rows, columns, _, ids, batch_ids, *_ = logits
+    if ids is not None and batch_ids is not None:
+        in_order = batch_ids.sort()[0]
+        ids, batch_ids = (torch.searchsorted(in_order, x) for x in (ids, batch_ids))
+        ids = F.pad(ids, (0, rows.shape[0] - n), value=-2)
+        counts = [ranks.count(rank, n) for rank in range(ranks.size)]
+        blocks = [
+            F.pad(block, (0, of_columns.count(rank, columns.shape[0]) - count), value=-1)
+            for rank, (block, count) in enumerate(zip(torch.split(batch_ids, counts), counts))  # noqa: B905
+        ]
+        logits = logits._replace(row_ids=ids, column_ids=torch.cat(blocks))
+    return logits._replace(pairs=n)
 
 
 def caption_ids(tokens: Tensor) -> Tensor:
@@ -273,10 +244,10 @@ def caption_ids(tokens: Tensor) -> Tensor:
     It is the same on every rank, and zeros at the end of a row do not change it. Among 65,536
     different captions, two have the same hash with a probability of 2^-33.
     """
+    got: Any = type(tokens).__name__
+    if isinstance(tokens, Tensor):
+        got = f"{tokens.dtype} {tuple(tokens.shape)}"
     if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.is_floating_point():
-        got = (
-            f"{tokens.dtype} {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens)
-        )
         raise TypeError(f"tokens must be an integer tensor (N, context length), got {got}")
     # Weights from SplitMix64 (Steele et al. 2014); products and sums wrap around at 64 bits.
     mixed = torch.arange(1, tokens.shape[1] + 1, device=tokens.device) * -0x61C8864680B583EB
@@ -292,7 +263,8 @@ def collective_signature(
     travelling: the features that reach other ranks, by their argument's name.
     """
     features = travelling["text_features"]
-    trained = [name for name, x in travelling.items() if x.requires_grad]
+    with_grad = torch.is_grad_enabled()
+    trained = [name for name, x in travelling.items() if x.requires_grad and with_grad]
     return {
         "dist_impl": options.dist_impl,
         "uneven": options.uneven,
@@ -300,12 +272,9 @@ def collective_signature(
         "dtype": features.dtype,
         "the device type": features.device.type,
         "whether a penalty has a weight": has_penalties(options),
-        "whether augmented features are given": "augmented_text_features" in travelling,
-        "whether negative_text_features are given": "negative_text_features" in travelling,
+        "which of the augmented and negative features are given": ", ".join(travelling),
         "whether ids are given": ids is not None,
         "same_ids": options.same_ids,
         # Their gradients are summed across ranks.
-        "which of the text, augmented and negative features require a gradient": ", ".join(trained)
-        if torch.is_grad_enabled()
-        else "",
+        "which of the features require a gradient": ", ".join(trained),
     }

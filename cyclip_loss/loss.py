@@ -141,21 +141,18 @@ class CyCLIPLoss(LossOptions, _Module):
         ids: Tensor | None = None,
         negative_image_features: Tensor | None = None,
         negative_text_features: Tensor | None = None,
-    ) -> Tensor | dict[str, Tensor]:
+    ) -> Any:
         """The loss or, with `output_dict`, its terms, as in `functional.cyclip_loss`."""
         if not is_traced(image_features) and not self._inputs_checked:
             self._check_rank()
+        views = (augmented_image_features, augmented_text_features)
+        negatives = (negative_image_features, negative_text_features)
         loss = functional.loss_with(
             self,
-            *(image_features, text_features, logit_scale, logit_bias, output_dict),
-            *(augmented_image_features, augmented_text_features, ids),
-            *(negative_image_features, negative_text_features),
+            *(image_features, text_features, logit_scale, logit_bias, output_dict, ids),
+            *(views, negatives),
         )
-        self._check_inputs_once(
-            *(logit_scale, image_features, text_features),
-            *(augmented_image_features, augmented_text_features),
-            *(negative_image_features, negative_text_features),
-        )
+        self._check_inputs_once(logit_scale, image_features, text_features, *views, *negatives)
         return loss
 
     def _check_rank(self) -> None:
@@ -189,12 +186,12 @@ class CyclicPenalty(_Module):
 
     def forward(
         self, image_features: Tensor, text_features: Tensor, output_dict: bool = False
-    ) -> Tensor | dict[str, Tensor]:
+    ) -> Any:
         """The penalty or, with `output_dict`, its two terms, as in `functional.cyclic_penalty`."""
         penalty = functional.penalty_with(self, image_features, text_features, output_dict)
         self._check_inputs_once(LEAST_SCALE, image_features, text_features)
         return penalty
 
 
-for module in (CyCLIPLoss, CyclicPenalty):  # a misspelled argument's error suggests the right one
-    setattr(module, "__init__", takes_options()(module.__init__))  # noqa: B010
+for _module in (CyCLIPLoss, CyclicPenalty):  # a misspelled argument's error suggests the right one
+    setattr(_module, "__init__", takes_options()(_module.__init__))  # noqa: B010

@@ -27,57 +27,42 @@ def contrastive_loss(
 ) -> Tensor:
     """Symmetric cross-entropy over the pairs of a batch (Goel et al. 2022, eq. 1).
 
-    image_features, text_features: (N, D); logit_scale: scalar, exp'd; ids, same_ids: as in `_find`.
-    Negative features, (M, D) and (K, D), are more columns for the other features. Returns a scalar.
+    image_features, text_features: (N, D); logit_scale: scalar, exp'd; ids, same_ids: as in
+    `one_way_loss`. Negative features, (M, D), are more columns for the features of the other kind.
+    Returns a scalar.
     """
-    scaled = logit_scale * image_features
-    logits_per_image = scaled @ text_features.T  # (N, N)
+    logits_per_image = logit_scale * image_features @ text_features.T  # (N, N)
     logits_per_text = logits_per_image.T
-    more_texts = more_images = logits_per_image[:, :0]
     if negative_text_features is not None:
-        more_texts = scaled @ negative_text_features.T  # (N, M)
+        more = logit_scale * image_features @ negative_text_features.T
+        logits_per_image = torch.cat((logits_per_image, more), dim=1)
     if negative_image_features is not None:
-        more_images = logit_scale * text_features @ negative_image_features.T  # (N, K)
-    image_to_text = _find(logits_per_image, more_texts, ids, same_ids)
-    text_to_image = _find(logits_per_text, more_images, ids, same_ids)
-    return (image_to_text + text_to_image) / 2
+        more = logit_scale * text_features @ negative_image_features.T
+        logits_per_text = torch.cat((logits_per_text, more), dim=1)
+    image_to_text = one_way_loss(logits_per_image, ids, same_ids)
+    return (image_to_text + one_way_loss(logits_per_text, ids, same_ids)) / 2
 
 
-def one_way_contrastive_loss(
-    features: Tensor,
-    augmented: Tensor,
-    logit_scale: Tensor,
-    ids: Tensor | None = None,
-    same_ids: str = "ignored",
-) -> Tensor:
-    """Cross-entropy of each row finding its own augmented view among all augmented views.
+def one_way_loss(logits: Tensor, ids: Tensor | None = None, same_ids: str = "ignored") -> Tensor:
+    """Mean cross-entropy of row i finding column i.
 
-    features, augmented: (N, D); logit_scale: scalar, exp'd; ids, same_ids: as in `_find`. Returns a
-    scalar.
+    logits: (N, N + M), of which the last M columns are further negatives; ids: (N,). Other columns
+    with the row's id are no negatives ("ignored"), or are found as well, with the mean over all
+    that are to be found ("positives": UniCL; L_out of Khosla et al. 2020, eq. 2).
     """
-    logits = logit_scale * features @ augmented.T  # (N, N)
-    return _find(logits, logits[:, :0], ids, same_ids)
-
-
-def _find(logits: Tensor, others: Tensor, ids: Tensor | None, same_ids: str) -> Tensor:
-    """Mean cross-entropy of each row finding its column; `others` (N, M) are further negatives.
-
-    ids: (N,). Other rows with the same id are no negatives ("ignored"), or found as well, with the
-    mean over all that are to be found ("positives": UniCL; L_out of Khosla et al. 2020, eq. 2).
-    """
+    n = len(logits)
     if ids is not None and same_ids == "positives":
         same = (ids[:, None] == ids).to(logits)
-        log_probabilities = torch.cat((logits, others), dim=1).log_softmax(dim=1)
-        return -(log_probabilities[:, : len(logits)] * same / same.sum(dim=1)).sum() / len(logits)
-    all_logits = torch.cat((without_same_ids(logits, ids), others), dim=1)
-    return F.cross_entropy(all_logits, torch.arange(len(logits), device=logits.device))
+        return -(logits.log_softmax(dim=1)[:, :n] * same / same.sum(dim=1)).sum() / n
+    return F.cross_entropy(without_same_ids(logits, ids), torch.arange(n, device=logits.device))
 
 
 def without_same_ids(logits: Tensor, ids: Tensor | None) -> Tensor:
-    """The logits (N, N), with -inf where rows have the same id, except for each row's own pair."""
+    """The logits (N, N + M), with -inf where i and j < N have the same id and i != j."""
     if ids is None:
         return logits
-    return logits.masked_fill((ids[:, None] == ids).fill_diagonal_(False), -torch.inf)
+    same = (ids[:, None] == ids).fill_diagonal_(False)
+    return logits.masked_fill(F.pad(same, (0, logits.shape[1] - len(ids))), -torch.inf)
 
 
 def inmodal_cyclic_penalty(image_features: Tensor, text_features: Tensor) -> Tensor:
@@ -119,18 +104,13 @@ def cyclip_loss(
     if reference_batch_size is not None:
         lambda_inmodal *= reference_batch_size / len(image_features)
         lambda_crossmodal *= reference_batch_size / len(image_features)
-    pair, negatives = (
-        (image_features, text_features),
-        (negative_image_features, negative_text_features),
-    )
-    terms = {"contrastive_loss": contrastive_loss(*pair, logit_scale, ids, same_ids, *negatives)}
+    settings = (logit_scale, ids, same_ids, negative_image_features, negative_text_features)
+    terms = {"contrastive_loss": contrastive_loss(image_features, text_features, *settings)}
     if augmented_image_features is not None and augmented_text_features is not None:
-        image = one_way_contrastive_loss(
-            image_features, augmented_image_features, logit_scale, ids, same_ids
-        )
-        text = one_way_contrastive_loss(
-            text_features, augmented_text_features, logit_scale, ids, same_ids
-        )
+        # Each row has to find its own augmented view.
+        of_images = logit_scale * image_features @ augmented_image_features.T
+        of_texts = logit_scale * text_features @ augmented_text_features.T
+        image, text = (one_way_loss(logits, ids, same_ids) for logits in (of_images, of_texts))
         weight = inmodal_contrastive_weight
         if weight is None:  # the authors' `--inmodal` option
             terms["contrastive_loss"], weight = terms["contrastive_loss"] / 2, 0.5

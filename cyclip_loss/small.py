@@ -156,13 +156,10 @@ def _gradients(
     """
     # The last three are G / (2N), ds and W, or None.
     image_features, text_features, logit_scale, gradient, scale_grad, product = saved
-    needs_image, needs_text, needs_scale, *_ = needs
     dtype = accumulation_dtype(image_features.dtype)
-    image_grad = text_grad = None
     with without_autocast(image_features):
-        if scale_grad is not None and needs_scale:
-            scale_grad = scale_grad * grad_terms[0]
         image, text = image_features.to(dtype), text_features.to(dtype)
+        image_grad, text_grad = torch.zeros_like(image), torch.zeros_like(text)
         if product is not None:
             inmodal = grad_terms[-2 if len(grad_terms) > 1 else 0] * weights[0]
             crossmodal = grad_terms[-1] * weights[1]
@@ -173,23 +170,16 @@ def _gradients(
                 both_ways.addcmul_(product.T, difference)
             u_grad = both_ways @ (image - text)
             v_grad = both_ways.T @ (image + text)
-            image_grad = u_grad + v_grad if needs_image else None
-            text_grad = u_grad.sub_(v_grad) if needs_text else None
+            image_grad, text_grad = u_grad + v_grad, u_grad.sub_(v_grad)
         if gradient is not None:
+            scale_grad = scale_grad * grad_terms[0]
             weighted = gradient * (logit_scale * grad_terms[0])
-            if needs_image:
-                image_grad = _add_product(image_grad, weighted, text)
-            if needs_text:
-                text_grad = _add_product(text_grad, weighted.T, image)
-    return (
-        image_grad.to(image_features.dtype) if image_grad is not None else None,
-        text_grad.to(text_features.dtype) if text_grad is not None else None,
-        scale_grad if needs_scale else None,
-    )
-
-
-def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    return left @ right if total is None else total.addmm_(left, right)
+            if needs[0]:
+                image_grad.addmm_(weighted, text)
+            if needs[1]:
+                text_grad.addmm_(weighted.T, image)
+    grads = image_grad.to(image_features.dtype), text_grad.to(text_features.dtype), scale_grad
+    return tuple(grad if need else None for grad, need in zip(grads, needs[:3], strict=True))
 
 
 def terms(

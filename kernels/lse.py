@@ -137,17 +137,10 @@ def _join(partials, lse, tiles, length, present, first, TILES: tl.constexpr, BLO
 
 @triton.jit(
     do_not_specialize=[
-        "row_parts",
-        "column_parts",
-        "n",
-        "m",
-        "columns",
-        "first_column",
-        "pairs",
-        "strip",
+        "row_parts", "column_parts", "n", "m", "columns", "first_column", "pairs", "strip",
     ],
     do_not_specialize_on_alignment=["row_negatives", "pair_logits"],
-)
+)  # fmt: skip
 def join_lse_kernel(
     row_partials,  # (2, row_parts, n): maxima and sums, in units of log 2
     column_partials,  # (2, column_parts, columns)

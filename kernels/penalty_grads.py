@@ -14,13 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cyclip_loss.kernels.configs import Precision, config_for
-from cyclip_loss.kernels.launch import (
-    ALIGNMENT,
-    ceil_div,
-    launch_on,
-    number_or_pointer,
-    padded_rows,
-)
+from cyclip_loss.kernels.launch import ceil_div, launch_on, number_or_pointer, padded_rows
 from cyclip_loss.kernels.tiles import grouped_tile, round_to_tf32, scalar
 
 
@@ -33,12 +27,9 @@ def _load_matrix(pointers, weight, TF32: tl.constexpr):
 @triton.jit(
     do_not_specialize=["n"],
     do_not_specialize_on_alignment=[
-        "inmodal_grad",
-        "crossmodal_grad",
-        "weight_inmodal",
-        "weight_crossmodal",
+        "inmodal_grad", "crossmodal_grad", "weight_inmodal", "weight_crossmodal",
     ],
-)
+)  # fmt: skip
 def cyclic_grads_kernel(
     image,  # (n, d), rows `image_stride` apart
     text,  # (n, d), rows `text_stride` apart
@@ -128,8 +119,8 @@ def cyclic_grads(
     unpadded = image_features.shape[1]
     if d != unpadded:
         grams = torch.nn.functional.pad(grams, (0, d - unpadded, 0, d - unpadded))
-    elif grams.data_ptr() % ALIGNMENT or not grams.is_contiguous():
-        grams = grams.new_empty(grams.shape).copy_(grams)
+    else:
+        grams = padded_rows(grams.flatten(0, 1), d).view(grams.shape)
     image_grad = image.new_empty(image.shape if needs_image else (0,))
     text_grad = text.new_empty(text.shape if needs_text else (0,))
     grid = (ceil_div(n, tile["BM"]) * (d // tile["BD"]),)

@@ -15,7 +15,6 @@ So D terms of one sign lose up to D / 11 or D / 20 times eps times their sum. Fr
 multiple is D / 8. Bounds are computed on the CPU, whatever device the results come from.
 """
 
-from functools import partial
 from math import log
 from typing import Any, NamedTuple
 
@@ -117,10 +116,11 @@ def contrastive_bound(
         if of_more[side] is not None:
             of_more[side] += of_y[n:]
     options = dict(zip(("negative_text_features", "negative_image_features"), more, strict=True))
-    loss = reference.one_way_contrastive_loss
     if symmetric:
-        loss = partial(reference.contrastive_loss, **options)
-    value += eps.logits * loss(rows, columns, scale, **id_options)
+        loss = reference.contrastive_loss(rows, columns, scale, **id_options, **options)
+    else:
+        loss = reference.one_way_loss(scale * rows @ columns.T, **id_options)
+    value += eps.logits * loss
     return [value, *sums, of_scale, *of_more]
 
 
@@ -134,7 +134,7 @@ def _gradient_sizes(logits: Tensor, ids: Tensor | None, same_ids: str) -> Tensor
         targets = (ids[:, None] == ids).to(logits)
         targets /= targets.sum(1, keepdim=True)
     else:
-        logits = torch.cat((reference.without_same_ids(logits[:, :n], ids), logits[:, n:]), 1)
+        logits = reference.without_same_ids(logits, ids)
     sizes = logits.softmax(dim=1)
     pair = sizes.sum(1) - sizes.diagonal()
     sizes.diagonal().copy_(pair + 1 - targets.diagonal())
