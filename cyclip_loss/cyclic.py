@@ -127,7 +127,7 @@ def penalties(
     started: the result of `start_penalties` across `size` ranks.
     """
     n, d = image_features.shape
-    if size == 1 and small.penalties_are_small(image_features, text_features, options, separate):
+    if size == 1 and small.is_small(image_features, text_features, options, separate, False):
         return small.terms(image_features, text_features, None, options, separate)
     if not has_penalties(options):
         # Zeros with zero gradients, as one penalty has if only its lambda is 0.

@@ -172,7 +172,7 @@ def loss_with(
     has_negatives = any(more is not None for more in negatives)
     with_positives = ids is not None and options.same_ids == "positives"
     special = several or has_negatives or with_positives or one_way
-    if not special and small.loss_is_small(*pair, options.impl):
+    if not special and small.is_small(*pair, options, output_dict, True):
         terms = small.terms(*pair, scale, options, output_dict, ids)
         contrastive_terms, penalties = {"contrastive_loss": terms[0]}, terms[1:]
     else:

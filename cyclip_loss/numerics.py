@@ -113,7 +113,6 @@ def _try_wide_products(device: torch.device, dtype: torch.dtype, _: Any) -> tupl
     try:
         product = torch.mm(a, a, **options)
         torch.mm(a, a, **options, out=product)
-        torch.bmm(a[None], a[None], **options)
         multiplies = True
         torch.addmm(product, a, a, **options, out=product)  # not before PyTorch 2.11
     except torch.OutOfMemoryError:  # says nothing of the next time
@@ -124,11 +123,11 @@ def _try_wide_products(device: torch.device, dtype: torch.dtype, _: Any) -> tupl
 
 
 def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b, or a batch of products. dtype: the result's; if it is wider than a's, also the sums'."""
+    """a b. dtype: the result's; if it is wider than a's, also the sums'."""
     if dtype == a.dtype:
         return torch.matmul(a, b)
     if has_wide_products(a):
-        return (torch.mm if a.ndim == 2 else torch.bmm)(a, b, out_dtype=dtype)
+        return torch.mm(a, b, out_dtype=dtype)
     return torch.matmul(a.to(dtype), b.to(dtype))
 
 

@@ -43,14 +43,14 @@ def operator(
             parameter.replace(name=f"{parameter.name}_{field}", annotation=annotation)
             for parameter, kind in zip(signature.parameters.values(), kinds, strict=True)
             for field, annotation in (
-                get_type_hints(kind) if _is_named(kind) else {"": kind}
+                get_type_hints(kind) if hasattr(kind, "_fields") else {"": kind}
             ).items()
         ]
 
         def structured(flat: tuple[Any, ...]) -> list[Any]:
             left = iter(flat)
             return [
-                kind(*islice(left, len(kind._fields))) if _is_named(kind) else next(left)
+                kind(*islice(left, len(kind._fields))) if hasattr(kind, "_fields") else next(left)
                 for kind in kinds
             ]
 
@@ -77,10 +77,6 @@ def operator(
         return call  # type: ignore[return-value]
 
     return declare
-
-
-def _is_named(annotation: Any) -> bool:
-    return hasattr(annotation, "_fields")  # a NamedTuple
 
 
 class FirstDerivativesOnly(torch.autograd.Function):

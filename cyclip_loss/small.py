@@ -31,36 +31,30 @@ from cyclip_loss.operators import FirstDerivativesOnly, is_traced, without_autoc
 from cyclip_loss.options import PenaltyOptions, has_equal_lambdas, has_penalties, penalty_weights
 
 
-def loss_is_small(image_features: Tensor, text_features: Tensor, impl: str) -> bool:
-    """Whether to compute the whole loss of these features (N, D) here, in one process.
-
-    Up to N = 2 D that takes no more flops than the other form, and memory stays O(N D).
-    """
-    n, d = image_features.shape
-    # In this order, so that N is not compared when traced.
-    return _can_be_small(image_features, text_features, impl) and n <= 2 * d
-
-
-def penalties_are_small(
-    image_features: Tensor, text_features: Tensor, options: PenaltyOptions, separate: bool
+def is_small(
+    image_features: Tensor,
+    text_features: Tensor,
+    options: PenaltyOptions,
+    separate: bool,
+    with_contrastive: bool,
 ) -> bool:
-    """The same for the penalties: up to N = 4/3 D; 5/3 D if Gram matrices would need C in forward,
-    7/3 D if they would need it in backward too.
+    """Whether to compute the loss, or the penalties alone, of these features (N, D) here.
+
+    That is where the eager engine computes, untraced and in one process, without fast 16-bit
+    products, and takes no more flops than the other form. For the loss, up to N = 2 D. For the
+    penalties up to N = 4/3 D; 5/3 D if Gram matrices would need C in forward, 7/3 D if they would
+    need it in backward too.
     """
-    if not _can_be_small(image_features, text_features, options.impl):
+    # In this order, so that N is not compared when traced.
+    if is_traced(image_features, text_features) or has_wide_products(image_features):
+        return False
+    if engine(options.impl, image_features) is not eager:
         return False
     n, d = image_features.shape
+    if with_contrastive:
+        return n <= 2 * d
     flops_by_grams = (10 if separate else 8) if has_equal_lambdas(options) else 14
     return has_penalties(options) and 6 * n <= flops_by_grams * d
-
-
-def _can_be_small(image_features: Tensor, text_features: Tensor, impl: str) -> bool:
-    """Whether the eager engine computes, untraced, and fast 16-bit products are not available."""
-    return (
-        not is_traced(image_features, text_features)
-        and not has_wide_products(image_features)
-        and engine(impl, image_features) is eager
-    )
 
 
 def _contrastive(
