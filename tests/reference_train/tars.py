@@ -6,6 +6,9 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 
 def write_tar(path: Path, files: dict[str, bytes], mode: Any = "w") -> Path:
     with tarfile.open(path, mode) as archive:
@@ -20,3 +23,26 @@ def write_package(path: Path, files: dict[str, Any]) -> Path:
     """JSON files, as npm packs them."""
     content = {f"package/{name}": json.dumps(data).encode() for name, data in files.items()}
     return write_tar(path, content, "w:gz")
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def make_shards(folder: Path, **parts: int) -> Path:
+    """Shards of 8 pairs: noise, and a caption that says which; parts: how many of each."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for part, count in parts.items():
+        for number in range(count):
+            pairs: dict[str, bytes] = {}
+            for i in range(8):
+                noise = rng.integers(256, size=(40, 36, 3), dtype=np.uint8)
+                pairs[f"{number}_{i}.png"] = png(Image.fromarray(noise))
+                pairs[f"{number}_{i}.txt"] = f"no {number} {i}".encode()
+            write_tar(folder / f"{part}-{number:05d}.tar", pairs)
+    sizes = {path.name: 8 for path in folder.glob("*.tar")}
+    (folder / "sizes.json").write_text(json.dumps(sizes))
+    return folder

@@ -1,0 +1,321 @@
+"""`pretrain` at work: it trains, resumes, stops where it should, and counts what is lost."""
+
+import importlib
+import json
+import logging
+import math
+import re
+import resource
+import subprocess
+import sys
+import tarfile
+import textwrap
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import ROOT, run_python
+from tars import make_shards, write_tar
+from torch import Tensor, nn
+
+pytest.importorskip("open_clip_train.main")
+
+from cyclip_loss.metrics import consistency_metrics
+from reference_train.command_line import CannotStart, Stopped
+from reference_train.pretrain import pretrain as command
+from reference_train.pretrain import training
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    return make_shards(tmp_path_factory.mktemp("data") / "shards", train=4, val=1)
+
+
+def cut_short(path: Path) -> None:
+    """Half of a shard: the picture of its fifth pair ends early."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def cut_between_files(path: Path) -> None:
+    """The first four pairs of a shard, and no end of the archive."""
+    with tarfile.open(path) as archive:
+        fifth = archive.getmembers()[8].offset
+    path.write_bytes(path.read_bytes()[:fifth])
+
+
+def break_picture(path: Path) -> None:
+    """The first picture of a shard is none."""
+    with tarfile.open(path) as archive:
+        files = {m.name: archive.extractfile(m).read() for m in archive}  # type: ignore[union-attr]
+    write_tar(path, {**files, next(iter(files)): b"no picture"})
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_best_epoch_is_kept(wrapped: bool, tmp_path: Path) -> None:
+    """After one that is no number; in between, lines of zero-shot accuracy alone."""
+    losses = dict(enumerate([math.nan, 3, 1, 2, 0.5], start=1))
+    model: Any = nn.Linear(2, 2, bias=False)
+    held = model
+    if wrapped:  # by DistributedDataParallel, and that by a task of OpenCLIP 4
+        held = Namespace(trainable_module=nn.ModuleDict({"module": model}))
+
+    def evaluate(_: Any, data: None, epoch: int, args: Namespace) -> Any:
+        with open(tmp_path / "results.jsonl", "a") as file:
+            file.write(json.dumps({training.LOSS: losses[epoch], "epoch": epoch}) + "\n")
+            file.write(json.dumps({"imagenet-zeroshot-val-top1": 0.5}) + "\n")
+        return {training.LOSS: losses[epoch]}
+
+    args = Namespace(save_logs=True, checkpoint_path=str(tmp_path), name="run")
+    for epoch, kept in {1: None, 2: 2, 3: 3, 4: 3, 5: 5}.items():
+        nn.init.constant_(model.weight, epoch)
+        training.Guards({}, {}).evaluate(evaluate, held, None, epoch, args)
+        if kept is None:
+            assert not (tmp_path / training.BEST).exists()
+            continue
+        saved = torch.load(tmp_path / training.BEST, weights_only=True)
+        assert (saved["epoch"], saved["name"]) == (kept, "run")
+        assert saved["state_dict"]["weight"][0, 0] == kept
+
+
+def test_gaps_are_added_to_their_metrics(caplog) -> None:
+    image, text = nn.functional.normalize(torch.randn(2, 10, 4), dim=-1)
+    metrics = partial(training.Guards({}, {}).get_clip_metrics, lambda **features: {"R@1": 0.5})
+    gaps = {k: float(v) for k, v in consistency_metrics(image, text).items()}
+    assert metrics(image_features=image, text_features=text) == {"R@1": 0.5, **gaps}
+    of_batches = metrics(image_features=image.split(4), text_features=text.split(4))
+    assert of_batches == {"R@1": 0.5, **gaps}
+    assert "collapsed" not in caplog.text
+    metrics(image_features=image[:1].expand(10, 4), text_features=text)
+    assert "All image features are collapsed to one point" in caplog.text
+    assert "All text features" not in caplog.text
+
+
+@pytest.fixture
+def pretrain(shards: Path, tmp_path: Path, monkeypatch) -> Callable[..., None]:
+    """Trains for an epoch of two steps, in this process; what it changes there is put back."""
+    modules = (command.trainer, importlib.import_module("open_clip_train.train"))
+    monkeypatch.setattr(command.trainer, "setup_logging", lambda *_: None)
+
+    def run(*flags: str, ours=(), data: Path = shards, batch: int = 8, pairs: int = 16) -> None:
+        argv = ["--preset", "icons", "--batch-size", str(batch), "--data", str(data), *ours]
+        argv += ["--out", str(tmp_path), "--name", "run", "--", "--train-num-samples", str(pairs)]
+        with pytest.MonkeyPatch.context() as patch:
+            for module in modules:
+                for name, value in list(vars(module).items()):
+                    patch.setattr(module, name, value)
+            patch.setattr(torch, "save", torch.save)
+            patch.setattr(logging, "raiseExceptions", True)
+            patch.setattr(logging.root.manager, "disable", 0)
+            command.main([*argv, "--epochs", "1", *flags])
+
+    return run
+
+
+def test_a_finished_run_says_so(pretrain, tmp_path: Path, capsys) -> None:
+    """And OpenCLIP loads its model as the README says."""
+    pretrain()
+    assert {"inmodal_gap", "crossmodal_gap", "clip_val_loss"} <= results(tmp_path)[0].keys()
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(r".*/run: finished, 1 epochs; the best was 1, clip_val_loss [\d.]+", said)
+    pretrain()
+    assert capsys.readouterr().out.endswith(f"{said[-4:]}; nothing left to do\n")
+    page = (ROOT / "reference_train" / "README.md").read_text()
+    [block] = re.findall("```python\n(.*?)```", page, re.DOTALL)
+    script = textwrap.dedent(block).replace("logs/icons-cyclip-0", str(tmp_path / "run"))
+    loaded = run_python("-c", script)
+    assert loaded.returncode == 0, loaded.stderr
+    cut_short(tmp_path / "run" / "checkpoints" / "epoch_latest.pt")
+    with pytest.raises(CannotStart, match=r"epoch_latest.pt is cut short, or holds more"):
+        pretrain()
+
+
+def test_a_finished_run_takes_more_epochs(pretrain, tmp_path: Path, monkeypatch) -> None:
+    """Also of data in a folder that was moved; of other data or with another loss it does not."""
+    data, checkpoints = make_shards(tmp_path / "data", train=4, val=1), tmp_path / "run/checkpoints"
+    pretrain(data=data)
+    (checkpoints / ".best.pt.123").touch()  # left by a save that was killed
+    data = data.rename(tmp_path / "moved")
+    (tmp_path / "link").symlink_to(data)
+    monkeypatch.chdir(tmp_path)
+    for epochs, place in enumerate(["moved", tmp_path / "link"], start=2):
+        pretrain("--epochs", str(epochs), data=Path(place))
+    assert [line["epoch"] for line in results(tmp_path)] == [1, 2, 3]
+    assert {path.suffix for path in checkpoints.iterdir()} == {".pt", ".jsonl"}
+    with pytest.raises(CannotStart, match="epochs = 3, not 2: choose another"):
+        pretrain("--epochs", "2", data=data)
+    (data / "train-00003.tar").unlink()
+    with pytest.raises(CannotStart, match=r"begun with train_shards = 4 shards, .* not 3 shards, "):
+        pretrain("--epochs", "3", data=data)
+
+
+def test_a_worker_without_a_batch_is_an_error(pretrain, tmp_path: Path) -> None:
+    """Where nothing says how many pairs there are; of shards elsewhere, once it is known."""
+    data = make_shards(tmp_path / "data", train=4, val=1)
+    (data / "sizes.json").unlink()
+    for flags, message in (
+        ([], "4 of 4 shards may hold 32 pairs and its batch is 33: take a smaller"),
+        (["--train-data", f"pipe:cat {data}/train-0000{{0..3}}.tar"], "fewer pairs than its batch"),
+    ):
+        with pytest.raises(Stopped, match=message) as error:
+            pretrain(*flags, data=data, batch=33, pairs=66)
+        assert "\n" not in str(error.value)
+
+
+def test_weights_that_are_not_finite_are_not_saved(pretrain, tmp_path: Path) -> None:
+    with pytest.raises(Stopped, match="the model's weights are not finite: stopped"):
+        pretrain("--lr", "1e30", "--warmup", "0", pairs=64)
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize("accum_freq", [1, 2])
+def test_ten_steps_running(accum_freq: int) -> None:
+    """With a loss that is no number; a step has as many losses as are accumulated."""
+    args = Namespace(device="cpu", distributed=False, accum_freq=accum_freq)
+    model = nn.BatchNorm1d(2)
+    finite = training.Finite(args)
+
+    def feed(*losses: float) -> None:
+        for loss in losses:
+            finite.note(model, (), {"a": torch.tensor(1.0), "b": torch.tensor(loss)})
+
+    nearly = 10 * accum_freq - 1
+    feed(*[math.nan] * nearly, 1.0, *[math.inf] * nearly)
+    finite.check(model)
+    feed(math.nan, 1.0)
+    with pytest.raises(Stopped, match="the loss of 10 steps running was not finite"):
+        finite.check(model)
+    model.running_mean.fill_(math.nan)  # as an overflow leaves it, though GradScaler skips the step
+    with pytest.raises(Stopped, match="the model's weights are not finite"):
+        training.Finite(args).check(model)
+
+
+def test_when_it_is_looked_at() -> None:
+    seen, looks = [], []
+    for batch in training.Loader("abcdefg", lambda: looks.append(len(seen)), every=3):
+        seen.append(batch)
+    assert looks == [3, 6, 7]
+
+
+def test_what_one_rank_sees_is_said_by_all(monkeypatch, caplog) -> None:
+    """Another rank has counted 9 or 10 losses, has weights that are not finite, or lost a pair."""
+    args = Namespace(device="cpu", distributed=True, accum_freq=1, log_every_n_steps=1, rank=0)
+    other = torch.tensor([9, 0])
+
+    def all_reduce(mine: Tensor, op: Any = torch.distributed.ReduceOp.SUM) -> None:
+        greatest = op == torch.distributed.ReduceOp.MAX
+        mine.copy_(torch.maximum(mine, other) if greatest else mine + 1)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    model = nn.Linear(1, 1)
+    training.Finite(args).check(model)
+    for seen, message in ([10, 0], "the loss of 10 steps"), ([0, 1], "the model's weights"):
+        other.copy_(torch.tensor(seen))
+        with pytest.raises(Stopped, match=message):
+            training.Finite(args).check(model)
+    guards = training.Guards({}, {})
+    guards.args, guards.finite = args, training.Finite(args)
+    guards.lost = Namespace(take=lambda: torch.tensor([4]), describe=Tensor.tolist)
+    for args.rank in (0, 1):
+        data = {"train": Namespace(dataloader=[])}
+        guards.train_one_epoch(lambda *_: None, model, data, nn.Identity())
+    assert [r.getMessage() for r in caplog.records] == ["Not readable in this epoch: [5]"]
+
+
+def test_what_can_not_be_read_is_counted(pretrain, tmp_path: Path, caplog) -> None:
+    data = make_shards(tmp_path / "data", train=4, val=1)
+    cut_short(data / "train-00001.tar")
+    break_picture(data / "train-00002.tar")
+    (data / "train-00003.tar").write_bytes(b"")
+    pretrain(data=data, pairs=32)  # 8 + 4 + 7 pairs are left: two batches of 8, twice
+    [line] = [r.getMessage() for r in caplog.records if "Not readable" in r.getMessage()]
+    one, two, three = (f"{data}/train-{i:05d}.tar" for i in (1, 2, 3))
+    assert f"13 pairs ({three} 8, {one} 4, {two} 1)" in line
+    assert f"2 shards cut short ({one} 1, {three} 1)" in line
+    assert len(results(tmp_path)) == 1
+    warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert not [message for message in warned if "train-00000.tar" in message]
+
+
+def test_a_shard_that_ends_between_two_files(pretrain, tmp_path: Path, caplog, capsys) -> None:
+    """Is noticed where nothing says how many pairs it should have. No best epoch: no validation."""
+    data = make_shards(tmp_path / "data", train=2, val=1)
+    (data / "sizes.json").unlink()
+    cut_between_files(data / "train-00001.tar")
+    pretrain("--val-data", "", data=data)
+    said = capsys.readouterr()
+    assert ("no held-out pairs" in said.err, "finished, 1 epochs\n" in said.out) == (True, True)
+    assert f"1 shards cut short ({data}/train-00001.tar 1)" in caplog.text
+    cut_between_files(data / "val-00000.tar")
+    with pytest.raises(CannotStart, match=r"--val: .*val-00000.tar is cut short after 4 pairs"):
+        pretrain(data=data)
+
+
+def test_a_validation_that_lost_pairs_is_refused(pretrain, tmp_path: Path) -> None:
+    """Before any work, or after the first epoch if the shards are elsewhere."""
+    data = make_shards(tmp_path / "data", train=2, val=1)
+    break_picture(data / "val-00000.tar")
+    said = "--val: 1 pictures can't be read: .*val-00000.tar, 0_0: cannot identify image file$"
+    with pytest.raises(CannotStart, match=said):
+        pretrain(data=data)
+    with pytest.raises(Stopped, match=r"validation lost pairs.*: 1 pairs \(.*val-00000.tar 1\)"):
+        pretrain("--val-data", f"pipe:cat {data}/val-00000.tar", data=data)
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_a_seed_fixes_the_pairs(pretrain, tmp_path: Path, monkeypatch) -> None:
+    """Their order, and the crops of a run without a restart."""
+    trainer, seen = command.trainer, []
+
+    def look(model: Any, data: Any, loss: Any, epoch: int, *_: Any, tb_writer: Any) -> None:
+        data["train"].set_epoch(epoch)
+        seen.extend(data["train"].dataloader)
+
+    def record(*flags: str) -> tuple[Tensor, Tensor]:
+        seen.clear()
+        (tmp_path / "run" / "checkpoints" / "epoch_latest.pt").unlink(missing_ok=True)
+        pretrain("--epochs", "2", "--workers", "2", *flags, pairs=32)
+        return torch.cat([image for image, _ in seen]), torch.cat([text for _, text in seen])
+
+    monkeypatch.setattr(trainer, "train_one_epoch", look)
+    monkeypatch.setattr(trainer, "evaluate", lambda *a, **b: {})
+    first, again, other = record(), record(), record("--seed", "1")
+    assert all(map(torch.equal, first, again))
+    assert not torch.equal(first[1], other[1])
+    assert not torch.equal(first[1][:32], first[1][32:])
+
+
+def test_a_full_disk_leaves_no_stump(pretrain, tmp_path: Path) -> None:
+    """A limit on the size of files stands in for the disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
+    try:
+        with pytest.raises(Stopped, match=r"best\.pt can't be written: ") as error:
+            pretrain()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(error.value)
+    [left] = (tmp_path / "run" / "checkpoints").iterdir()
+    assert left.name == "results.jsonl"
+
+
+def test_a_run_is_trained_by_one_process(pretrain, tmp_path: Path) -> None:
+    script = "import sys\nfrom pathlib import Path\nfrom reference_train.files import locked\n"
+    script += "with locked(Path(sys.argv[1])):\n print(flush=True)\n sys.stdin.read()"
+    argv = [sys.executable, "-c", script, str(tmp_path / "run")]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(argv, cwd=ROOT, stdin=pipe, stdout=pipe) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        for ours in ([], ["--dry-run"]):
+            with pytest.raises(CannotStart, match="/run: another process is at work there: choose"):
+                pretrain(ours=ours)
+        other.kill()
+
+
+def results(logs: Path) -> list[dict[str, float]]:
+    path = logs / "run" / "checkpoints" / "results.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
