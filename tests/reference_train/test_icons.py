@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -16,7 +17,6 @@ import pytest
 
 pytest.importorskip("resvg_py")
 pytest.importorskip("webdataset")
-pytest.importorskip("rich")
 
 from PIL import Image
 from processes import ROOT
@@ -76,7 +76,7 @@ def make_package(path: Path, without: str = "") -> Path:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(tmp_path_factory) -> Path:
     """With more held out than in truth, for some of so few."""
     folder = tmp_path_factory.mktemp("icons")
     package = make_package(folder / "icons.tgz")
@@ -93,9 +93,9 @@ def manifest_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "manifest.json").read_text())
 
 
-def samples(folder: Path) -> dict[str, Sample]:
-    pairs = [s for path in sorted(folder.glob("*.tar")) for s in read_samples([str(path)])]
-    return {s.caption: s for s in pairs}
+def samples(folder: Path, files: str = "*.tar") -> dict[str, Sample]:
+    pairs = [s for path in sorted(folder.glob(files)) for s in read_samples([str(path)])]
+    return {s.key: s for s in pairs}
 
 
 def test_what_is_left_out(built: Path) -> None:
@@ -119,10 +119,10 @@ def test_what_is_left_out(built: Path) -> None:
 def test_shards_are_as_open_clip_reads_them(built: Path) -> None:
     sizes = json.loads((built / "sizes.json").read_text())
     assert sizes == {p.name: len(list(read_samples([str(p)]))) for p in built.glob("*.tar")}
-    for text, sample in samples(built).items():
+    for sample in samples(built).values():
         with Image.open(io.BytesIO(sample.image)) as image:
             assert (image.size, image.mode) == ((64, 64), "RGB")
-            if "red box" in text:  # an icon in colours keeps them on white
+            if "red box" in sample.caption:  # an icon in colours keeps them on white
                 pixels = np.asarray(image)[[20, 0], [20, 63]].tolist()
                 assert pixels == [[255, 0, 0], [255, 255, 255]]
 
@@ -137,29 +137,43 @@ def test_names_without_their_style() -> None:
         assert icons.split_name(icon, {"outline"}) == (name, style)
 
 
-def test_pictures_of_a_name(tmp_path: Path) -> None:
-    """Of five icons called "box" the default, here 2, all, or another number are trained on."""
-    drawings = {f"box-{size}": square(size) for size in range(8, 13)}
-    files = {"collections.json": {"plain": a_set("Plain")}, "json/plain.json": {"icons": drawings}}
-    package = str(write_package(tmp_path / "icons.tgz", files))
-    counts = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(icons, "PICTURES_OF_A_NAME", 2)
-        patch.setattr(icons, "VALIDATION_SHARE", 0)
-        for chosen in ([], ["0"], ["3"]):
-            out = tmp_path / "".join(["out", *chosen])
-            option = ["--pictures-of-a-name"] if chosen else []
-            icons.main(["--out", str(out), "--package", package, *option, *chosen])
-            manifest = manifest_of(out)
-            counts[manifest["pictures_of_a_name"]] = manifest["pairs"]["train"]
-        with pytest.raises(CannotStart, match="--pictures-of-a-name: must be a whole number >= 0"):
-            icons.main(["--out", str(tmp_path / "new"), "--pictures-of-a-name", "-1"])
-    assert counts == {2: 2, 0: 5, 3: 3}
+def test_names_in_two_sets(tmp_path: Path, monkeypatch) -> None:
+    """Held out in both or in none. A held-out one has one picture; the others as many as wanted."""
+    monkeypatch.setattr(icons, "VALIDATION_SHARE", 0.5)
+    monkeypatch.setattr(icons, "PICTURES_OF_A_NAME", 1)
+    files: dict[str, Any] = {"collections.json": {"one": a_set("One"), "two": a_set("Two")}}
+    for of, size in (("one", 2), ("two", 10)):
+        drawings = {f"thing-{chr(97 + i)}x": square(size + i) for i in range(8)}
+        files[f"json/{of}.json"] = {"icons": drawings, "width": 24, "height": 24}
+    package = ["--package", str(write_package(tmp_path / "icons.tgz", files))]
+    for chosen, most in ([], 1), (["0"], 2), (["3"], 2):
+        out = tmp_path / "".join(["out", *chosen])
+        option = ["--pictures-of-a-name"] if chosen else []
+        icons.main(["--out", str(out), *package, *option, *chosen])
+        assert manifest_of(out)["pictures_of_a_name"] == int("".join(chosen) or 1)
+        val, train = (samples(out, f"{part}-*.tar").values() for part in ("val", "train"))
+        held_out = [sample.info["name"] for sample in val]
+        assert 0 < len(held_out) == len(set(held_out)) < 8
+        assert len(train) == most * (8 - len(held_out))
+        assert not [s for s in train if any(name in s.caption for name in held_out)]
+    with pytest.raises(CannotStart, match="--pictures-of-a-name: must be a whole number >= 0"):
+        icons.main(["--out", str(tmp_path / "new"), "--pictures-of-a-name", "-1"])
 
 
-def test_the_package_is_downloaded(
-    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_captions() -> None:
+    """Templates that name what an icon lacks become its name alone."""
+    whole = icons.Icon("key", "set", "cat", "bold", "pets", "")
+    for icon, extra in (
+        (whole, {"cat, bold", "cat, pets"}),
+        (whole._replace(style=""), {"cat, pets"}),
+        (whole._replace(group=""), {"cat, bold"}),
+    ):
+        found = {icons.caption(icon, "Set", random.Random(seed)) for seed in range(300)}
+        of_a = {f"{words} cat" for words in ("a drawing of", "a picture of", "an icon of")}
+        assert found == {"cat", "a small drawing of cat", "cat icon, Set", *of_a, *extra}
+
+
+def test_the_package_is_downloaded(built: Path, tmp_path: Path, monkeypatch) -> None:
     """And the same icons give the same pictures."""
     file = built.parent / "icons.tgz"
     monkeypatch.setattr(icons, "URL", file.as_uri())

@@ -57,11 +57,13 @@ def test_the_printed_command(preset: str, loss: str, lambdas, shards: Path, dry_
     assert (args.reference_batch_size, args.dist_impl) == (128, "ring")  # the launcher's own
 
 
-def test_the_paper_preset(dry_run) -> None:
+def test_the_paper_preset(dry_run, monkeypatch) -> None:
+    monkeypatch.setattr(command.torch.cuda, "is_available", lambda: False)
     # pairs that nobody has counted
     data = ["--data", "pipe:cat {folder}/train-{{00000..00003}}.tar", "--batch-size", "128"]
     args = dry_run("--preset", "paper", *data, "--", "--train-num-samples", "9")
     assert (args.model, args.batch_size, args.epochs, args.warmup) == ("RN50", 128, 64, 10_000)
+    assert args.precision == "fp32"  # on a CPU
     assert (args.lr, args.wd, args.eps, args.beta1, args.beta2) == (5e-4, 0.1, 1e-8, 0.9, 0.999)
     assert args.aug_cfg == {"use_timm": True, "scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
 
@@ -70,7 +72,8 @@ def test_the_paper_preset(dry_run) -> None:
 def test_ranks_share_batch_and_shards(variable: str, dry_run, monkeypatch) -> None:
     monkeypatch.setenv(variable, "2")
     monkeypatch.setattr(command.torch.cuda, "is_available", lambda: True)
-    assert dry_run("--", "--workers", "2").batch_size == 4
+    args = dry_run("--", "--workers", "2")
+    assert (args.batch_size, args.precision) == (4, "amp_bf16")
     with pytest.raises(CannotStart, match="has 4 shards for 6 workers"):
         dry_run("--", "--workers", "3")
 

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-pytest.importorskip("matplotlib")
-pytest.importorskip("rich")
+pytest.importorskip("webdataset")
 
 import matplotlib.image
 
 from reference_train.evaluate import report, table
+from reference_train.evaluate.datasets import Classes, DataSet, Images
 
 SETS = {
     name: {"images": 100, "train_images": 0, "classes": classes, "templates": 1, "captions": 0}
@@ -72,3 +73,50 @@ def test_a_picture_of_many_columns_is_as_wide_as_tall(tmp_path: Path) -> None:
     report.main([write(tmp_path / "1", runs)])
     height, width, _ = matplotlib.image.imread(tmp_path / "1" / "picture.png").shape
     assert 0.5 < width / height < 2
+
+
+# Of 8 images, each with a caption of its own and the one of all. Two classes are in superclass 1.
+BY_HAND = """
+## own: 8 images, 9 train images, 8 classes, 2 templates, 9 texts
+| zero-shot top-1 | 50.0 (21.5–78.5) | 12.5 | 8 |
+| zero-shot top-5 | 50.0 (21.5–78.5) | 62.5 | 8 |
+| superclass | 50.0 (21.5–78.5) | 34.4 | 8 |
+| within the superclass | 50.0 (21.5–78.5) | 50.0 | 8 |
+| consistency score, k = 1 | 50.0 (21.5–78.5) | 12.5 | 8 |
+| linear probe | 50.0 (21.5–78.5) | 12.5 | 8 |
+| image → text, R@1 | 50.0 (21.5–78.5) | 22.2 | 8 |
+| image → text, R@5 | 50.0 (21.5–78.5) | 83.3 | 8 |
+| image → text, R@10 | 50.0 (21.5–78.5) | 100.0 | 8 |
+| text → image, R@1 | 50.0 (28.0–72.0) | 22.2 | 16 |
+| text → image, R@5 | 50.0 (28.0–72.0) | 85.4 | 16 |
+| alignment | 0.50 |  |  |
+| in-modal gap × 100 | 50.00 |  |  |
+| x: zero-shot top-1 | 25.0 (5.3–66.4) | 12.5 | 5 |
+| y: image → text, R@1 | 25.0 (2.7–80.2) |  | 2 |
+## styles: 8 images, 8 classes, 2 templates, 7 texts
+| zero-shot top-1 | 50.0 (17.0–83.0) | 12.5 | 5 |
+| text → image, R@1 | 50.0 (17.0–83.0) | 28.6 | 5 |
+- styles: the mean over x, y.
+"""
+
+
+def test_a_table_by_hand() -> None:
+    classes = Classes(
+        torch.tensor([0, 1, 2, 3, 4, 5, 6, 6]),
+        [*"abcdefgh"],
+        ["{}", "a {}"],
+        coarse=torch.tensor([0, 0, 0, 0, 1, 1, 2, 3]),
+    )
+    images, styles = Images(torch.zeros(8, 3, 1, 1)), ["x"] * 5 + ["y"] * 2 + ["black"]
+    captions = [[f"own {number}", "of all"] for number in range(8)]
+    own = DataSet(images, {"": classes}, captions, styles, (Images(torch.zeros(9)), {}))
+    apart = frozenset({"black"})
+    of_styles = DataSet(images, {"": classes}, groups=styles, across_groups=True, apart=apart)
+    sets = {n: report.describe(n, data) for n, data in (("own", own), ("styles", of_styles))}
+    groups = {style: {"top1": 0.25, "image_to_text_r1": 0.25} for style in "xy"}
+    numbers = dict.fromkeys(table.metrics_of(sets["own"]), 0.5)
+    run = {name: {"numbers": numbers, "groups": groups, "images": 8} for name in sets}
+    result = {"date": "", "command": "", "data_sets": sets, "results": {"run": run}}
+    lines = iter(table.markdown(result).splitlines())
+    missing = [line for line in BY_HAND.strip().splitlines() if line not in lines]  # in this order
+    assert not missing
