@@ -9,15 +9,17 @@ import json
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.util import find_spec
 from itertools import product
+from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from timeit import timeit
+from typing import Any
 from unittest import mock
 
 import torch
@@ -34,73 +36,64 @@ if find_spec("triton") is not None:  # else `main` says that there is nothing to
     from cyclip_loss import kernels
     from cyclip_loss.kernels import configs
 
+    # Triton 3.4 compiles one after another.
+    parallel = getattr(triton, "AsyncCompileMode", lambda pool, ignore_errors: nullcontext())
+
 DTYPES = ["bfloat16", "float16", "float32"]
 LEAST_GAIN = 0.02  # less is noise, and no reason to leave what is shipped
 COMPILING = 0.6  # of a kernel's time: compiling and comparing; the rest is for timing
+# Height, width and warps of tiles, which leave a thread 64 to 128 accumulators; 32 to 64 where
+# there are two products, or where they take more registers; and for the square tiles of a matrix.
+LARGE = [(256, 128, 8), (128, 256, 8), (128, 128, 8), (128, 128, 4), (128, 64, 4), (64, 128, 4)]
+SMALL = [(128, 128, 8), (128, 64, 8), (128, 64, 4), (64, 128, 8), (64, 128, 4), (64, 64, 4)]
+SQUARE = [(128, 128, 8), (64, 64, 8), (64, 64, 4), (32, 32, 4)]
 # Bytes of a tile's depth, and stages: about what shared memory has room for.
-DEPTHS = {
-    "sm_80": [(64, 4), (128, 3)], "sm_86": [(64, 3), (128, 2)], "sm_90": [(128, 4), (128, 3)],
-    "sm_100": [(128, 4), (128, 3)], "gfx942": [(64, 2), (128, 2)],
-}  # fmt: skip
+DEPTHS = {"sm_80": [(64, 4), (128, 3)], "sm_86": [(64, 3), (128, 2)], "gfx942": [(64, 2), (128, 2)]}
+HOPPER = [(128, 4), (128, 3)]  # and Blackwell
 
 
-class Tuned(NamedTuple):
-    """What was found for a kernel and dtype."""
-
-    key: str  # in the file
-    shipped_ms: float  # NaN if the shipped tile fails; then nothing is chosen
-    best_ms: float
-    tflops: float  # a second, of the best
-    share: float  # of the card's own bfloat16 product
-    tile: Any  # the best configuration
-    gains: bool  # whether it is another than the shipped one
-    left_out: list[str]
-
-
-def candidates(arch: str, kernel: str, precision: Any, shipped: Any) -> list[Any]:
+def candidates(arch: str | None, kernel: str, precision: Any, shipped: Any) -> list[Any]:
     """Configurations that may be the fastest: the shipped one, and then the largest tiles first."""
-    penalty, ieee, found = kernel.startswith("cyclic"), precision.dot == "ieee", [shipped]
-    square = "BM" not in shipped.tile
-    most = 64 if penalty or ieee else 128  # accumulators of a thread; the penalties have two each
-    least = most // (8 if square else 2)
-    depths = [(64, 3), (64, 2)] if ieee else DEPTHS[arch] + [(64, 2)] * square
-    for height, width, warps in product((256, 128, 64, 32), (256, 128, 64, 32), (8, 4)):
-        accumulators, longer = height * width // (32 * warps), 1 if square else 2
-        if not (least <= accumulators <= most and height <= longer * width <= longer**2 * height):
-            continue
-        parts = 2 if accumulators > 64 else 1
-        for depth, stages in depths:
-            sizes = {"BM": height, "BN": width, "BD": width, "PARTS": parts}
-            sizes["BK"] = depth * 8 // precision.bits
-            tile = {name: sizes.get(name, size) for name, size in shipped.tile.items()}
-            config = replace(shipped, tile=tile, num_warps=warps, num_stages=stages)
-            if kernel == "contrastive_grads":
-                config = replace(config, parts_with_ids=parts**2)
-            found += [config] * (config not in found)
+    square, ieee, found = "BM" not in shipped.tile, precision.dot == "ieee", [shipped]
+    shapes = SQUARE if square else SMALL if ieee or kernel == "cyclic_grads" else LARGE
+    depths = [(64, 3), (64, 2)] if ieee else DEPTHS.get(str(arch), HOPPER) + [(64, 2)] * square
+    for (height, width, warps), (depth, stages) in product(shapes, depths):
+        parts = 2 if height * width // (32 * warps) > 64 else 1
+        sizes = {"BM": height, "BN": width, "BD": width, "PARTS": parts}
+        sizes["BK"] = depth * 8 // precision.bits
+        tile = {name: sizes.get(name, size) for name, size in shipped.tile.items()}
+        config = replace(shipped, tile=tile, num_warps=warps, num_stages=stages)
+        found += [config] * (config not in found)
     return found
 
 
 def launcher(kernel: str, image: Tensor, text: Tensor) -> tuple[Callable[[], object], int]:
     """What launches a kernel once, without the library's products, and the kernel's flops."""
     (n, d), one = image.shape, torch.ones((), device=image.device)
-    logits = Logits(image, text, 50 * one)
-    if kernel == "contrastive_lse":
-        return lambda: kernels.contrastive_lse(logits), 2 * n * n * d
-    if kernel == "contrastive_grads":
-        # A log-sum-exp of logits so random is about 12; no time depends on it.
-        sums = Lse(12 * one.repeat(n), 12 * one.repeat(n), 0 * one.repeat(n))
-        only_scale = (sums, one, 0.5 / n, [False, False, True], False)
-        return lambda: kernels.contrastive_grads(logits, *only_scale), 2 * n * n * d
-    if kernel == "cyclic_statistics":
-        return lambda: kernels.cyclic_statistics(image, text, False), 2 * n * d * d
-    matrices, weights = kernels.cyclic_statistics(image, text, False), [torch.tensor(0.25)] * 2
-    both = (matrices, [one], weights, n, [True, True])
-    return lambda: kernels.cyclic_grads(image, text, *both), 4 * n * d * d
+    logits, lse = Logits(image, text, 50 * one), 12 * one.repeat(n)  # about that of random logits
+    grams, weights = torch.randn(2, d, d, device=image.device), [torch.tensor(0.25)] * 2
+    only_scale = [False, False, True]
+    calls: dict[str, Any] = {
+        "contrastive_lse": (n, logits),
+        "contrastive_grads": (n, logits, Lse(lse, lse, 0 * lse), one, 0.5 / n, only_scale, False),
+        "cyclic_statistics": (d, image, text, False),
+        "cyclic_grads": (2 * d, image, text, grams, [one], weights, n, [True, True]),
+    }
+    width, *arguments = calls[kernel]
+    return partial(getattr(kernels, kernel), *arguments), 2 * n * d * width
 
 
-@contextmanager
-def trying(kernel: str, config: Any, compile_only: bool = False) -> Iterator[list[Any]]:
-    """Every launch of a kernel takes `config`. Yields what Triton compiled for them."""
+def trying(kernel: str, config: Any) -> Any:
+    """A context in which every launch of a kernel takes `config`, and no file is read."""
+    return mock.patch.multiple(
+        configs, tuned=lambda device: {kernel: config}, tiles_key=lambda name, *_: name
+    )
+
+
+def refusal(
+    kernel: str, config: Any, image: Tensor, launch: Any, compile_only: bool = False
+) -> str | None:
+    """Why a configuration must not be chosen: it fails, spills or is wrong. None if it may."""
     function, compiled = getattr(kernels, kernel).__globals__[f"{kernel}_kernel"], []
     run = function.run
 
@@ -108,60 +101,30 @@ def trying(kernel: str, config: Any, compile_only: bool = False) -> Iterator[lis
         compiled.append(run(*arguments, warmup=warmup or compile_only, **options))
         return compiled[-1]
 
-    with (
-        mock.patch.object(function, "run", noted),
-        mock.patch.dict(configs.TRIED, {kernel: config}),
-    ):
-        yield compiled
-
-
-def refusal(
-    kernel: str, config: Any, image: Tensor, launch: Callable[[], object], may_spill: bool
-) -> str | None:
-    """Why a configuration must not be chosen: it fails, spills or is wrong. None if it may."""
     try:
-        with trying(kernel, config) as compiled:
+        with trying(kernel, config), mock.patch.object(function, "run", noted):
             problem = engines.disagreement(kernels, image.device, image.dtype, float32_is_exact())
             launch()
+        spills = [0 if compile_only or binary is None else binary.n_spills for binary in compiled]
+        return f"spills {max(spills)} registers" if any(spills) else problem
     except Exception as error:  # of any kind: that candidate is out
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.200}"
-    spilled = max((binary.n_spills for binary in compiled if binary is not None), default=0)
-    if spilled and not may_spill:
-        return f"spills {spilled} registers"
-    return problem
-
-
-def compile_ahead(kernel: str, several: list[Any], image: Tensor) -> None:
-    """Compile configurations in parallel. `refusal` says later what does not compile."""
-    with suppress(Exception), ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
-        for config in several:
-            with suppress(Exception), trying(kernel, config, compile_only=True):
-                engines.disagreement(kernels, image.device, image.dtype, float32_is_exact())
 
 
 def milliseconds(launch: Callable[[], object], device: torch.device) -> float:
-    """Of a launch among others: of the device's time or, without one, by the clock."""
-    if device.type != "cuda":
-        begun = time.perf_counter()
-        launch()
-        return 1e3 * (time.perf_counter() - begun)
-    cuda: Any = torch.cuda
-    start, end = (cuda.Event(enable_timing=True) for _ in range(2))
-    cuda._sleep(4 * 10**6)  # cycles, 2 ms, in which Python launches what is timed
-    start.record()
-    for _ in range(4):
-        launch()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / 4
+    """Of a launch among others or, without a GPU, of one by the clock."""
+    if device.type == "cuda":
+        return float(triton.testing.do_bench(launch, warmup=1, rep=5, return_mode="median"))
+    return 1e3 * timeit(launch, number=1)
 
 
 def tune(
     device: torch.device, dtypes: list[torch.dtype], n: int, d: int, seconds: float
-) -> Iterator[Tuned]:
+) -> Iterator[dict[str, Any]]:
     """Tune every kernel for each dtype, at N = `n` and D = `d`, in about `seconds`.
 
-    Interpreted, each has two candidates, and their times mean nothing.
+    Yields a row of the table for each, with the candidates that were left out and why. Interpreted,
+    each has two candidates, and their times mean nothing.
     """
     begun, tables, few = time.perf_counter(), configs.shipped(device), kernels.INTERPRETED
     # A tile has two binaries, with ids and without or with C and without.
@@ -173,7 +136,7 @@ def tune(
         image, text = (normalize(torch.randn(n, d, device=device)).to(dtype) for _ in range(2))
         precision = configs.Precision.of(image, widened=kernel.startswith("cyclic"))
         key, shipped = configs.tiles_key(kernel, image, precision), tables[kernel][precision]
-        tried = candidates(architecture(device) or "sm_90", kernel, precision, shipped)
+        tried = candidates(architecture(device), kernel, precision, shipped)
         tried, (launch, flops) = tried[: 2 if few else None], launcher(kernel, image, text)
         times: dict[int, list[float]] = {}  # by the place in `tried`
         left_out: list[str] = []
@@ -185,8 +148,10 @@ def tune(
                 if at and time.perf_counter() > now + COMPILING * (end - now):
                     left_out.append(f"{key}: no time for {len(tried) - at} of {len(tried)} tiles")
                     break
-                compile_ahead(kernel, tried[at : at + together], image)
-            if problem := refusal(kernel, config, image, launch, at == 0):
+                with ThreadPoolExecutor() as pool, parallel(pool, ignore_errors=True):
+                    for ahead in tried[at : at + together]:
+                        refusal(kernel, ahead, image, launch, compile_only=True)
+            if problem := refusal(kernel, config, image, launch):
                 left_out.append(f"{key}: {config}: {problem}")
             else:
                 times[at] = []
@@ -196,17 +161,19 @@ def tune(
             for at in times:  # in turn, so that clock and temperature meet all alike
                 with trying(kernel, tried[at]):
                     times[at].append(milliseconds(launch, device))
-        ms = {0: float("nan")} | {at: median(found) for at, found in times.items()}
+        ms = {0: float("inf")} | {at: median(found) for at, found in times.items()}
         best = min(ms, key=ms.__getitem__)
         best = best if ms[best] <= (1 - LEAST_GAIN) * ms[0] else 0
-        rate, share = flops / ms[best] / 1e9, flops / ms[best] * own / (2 * len(matrix) ** 3)
-        yield Tuned(key, ms[0], ms[best], rate, share, tried[best], best > 0, left_out)
+        rate = flops / ms[best]
+        yield {
+            "kernel": key, "shipped ms": ms[0], "best ms": ms[best], "gain": 1 - ms[best] / ms[0],
+            "TFLOP/s": rate / 1e9, "of card": rate * own / (2 * len(matrix) ** 3),
+            "tile": tried[best], "left out": left_out,
+        }  # fmt: skip
 
 
-def remember(device: torch.device, result: Tuned) -> None:
-    """Put a choice into the file, or take an older one out of it. Warns if it can't be written."""
-    if not (file := configs.tiles_file()):
-        return
+def remember(file: Path, device: torch.device, key: str, tile: Any) -> None:
+    """Put a choice into the file. Warns if it can't be written."""
     try:
         import fcntl  # not on Windows
 
@@ -214,14 +181,11 @@ def remember(device: torch.device, result: Tuned) -> None:
         with open(f"{file}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
             found = json.loads(file.read_text()) if file.exists() else {}
-            entries = found.setdefault(configs.tiles_of(device), {})
-            entries.pop(result.key, None)
-            if result.gains:
-                entries[result.key] = asdict(result.tile)
+            found.setdefault(configs.tiles_of(device), {})[key] = asdict(tile)
             unfinished = file.with_name(f".{file.name}.unfinished")
             unfinished.write_text(json.dumps(found, indent=1))
             unfinished.replace(file)
-    except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
+    except Exception as error:
         warn_once("tiles", f"the tile sizes are not kept, as {file} can't be written: {error!r}")
 
 
@@ -242,26 +206,24 @@ def main(arguments: list[str]) -> int:
         return 2
     if options.dry_run:
         options.n, options.d = 96, 128
-        warnings.filterwarnings("ignore", category=RuntimeWarning)  # NumPy's, of infinity
-        os.environ.setdefault("CYCLIP_LOSS_TILES", "off")
-        if not kernels.INTERPRETED:  # Triton reads it when it is imported
-            os.environ["TRITON_INTERPRET"] = "1"
+        if not kernels.INTERPRETED:  # Triton reads it when it is imported. NumPy warns of infinity
+            os.environ |= {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore::RuntimeWarning"}
             os.execv(sys.executable, [sys.executable, "-m", "cyclip_loss.tune", *arguments])
-    results = []
+    file = None if options.dry_run else configs.tiles_file()
+    rows, dtypes = [], [getattr(torch, name) for name in options.dtype]
     try:
-        dtypes = [getattr(torch, name) for name in options.dtype]
-        for result in tune(device, dtypes, options.n, options.d, options.seconds):
-            remember(device, result)
-            results.append(result)
+        for row in tune(device, dtypes, options.n, options.d, options.seconds):
+            rows.append(row)
+            if file:
+                remember(file, device, row["kernel"], row["tile"])
     except KeyboardInterrupt:
         print("\nstopped", end="", file=sys.stderr)
     print(file=sys.stderr)
     print(f"{'kernel':42} shipped ms  best ms   gain  TFLOP/s  of card  tile")
-    for key, before, after, tflops, share, tile, *_ in results:
-        times = f"{before:10.3f} {after:8.3f} {1 - after / before:6.1%}"
-        print(f"{key:42} {times} {tflops:8.1f} {share:8.1%}  {tile}")
-    print(*(f"left out: {why}" for result in results for why in result.left_out), sep="\n")
-    print(f"kept in {configs.tiles_file() or 'no file, as CYCLIP_LOSS_TILES is off'}")
+    line = "{kernel:42} {shipped ms:10.3f} {best ms:8.3f} {gain:6.1%} {TFLOP/s:8.1f} {of card:8.1%}"
+    print(*(f"{line.format(**row)}  {row['tile']}" for row in rows), sep="\n")
+    print(*(f"left out: {why}" for row in rows for why in row["left out"]), sep="\n")
+    print(f"kept in {file or 'no file'}")
     return 0
 
 

@@ -45,7 +45,6 @@ class Config:
     tile: dict[str, int]
     num_warps: int
     num_stages: int
-    parts_with_ids: int = 1  # instead of PARTS, as a compare of ids needs registers
 
     def __str__(self) -> str:
         sizes = " ".join(f"{name}={size}" for name, size in self.tile.items() if name != "GROUP")
@@ -58,11 +57,8 @@ class Config:
         Triton 3.10 no longer fuses multiplications and additions by default, so this requests it.
         Where a product must be rounded before it is added, the kernel has an explicit `fma`.
         """
-        return {
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-            "enable_fp_fusion": True,
-        }
+        own = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {**own, "enable_fp_fusion": True}
 
     @cached_property
     def kwargs(self) -> dict[str, Any]:
@@ -71,15 +67,17 @@ class Config:
 
     @cached_property
     def with_ids(self) -> "Config":
-        """The configuration of contrastive_grads for a call with ids."""
-        return replace(self, tile={**self.tile, "PARTS": self.parts_with_ids})
+        """The configuration for a call with ids: in smaller parts, as a compare takes registers."""
+        return replace(self, tile={**self.tile, "PARTS": self.tile["PARTS"] ** 2})
 
 
-def _product(
-    bm: int, bn: int, bk: int, warps: int, stages: int, parts: int = 1, parts_with_ids: int = 1
-) -> Config:
-    tile = {"BM": bm, "BN": bn, "BK": bk, "PARTS": parts, "GROUP": 8}
-    return Config(tile, warps, stages, parts_with_ids)
+# As in `Precision`: 16-bit features; float32 products in tf32, and in full.
+HALF, TF32, IEEE = (16, "tf32"), (32, "tf32"), (32, "ieee")
+_Tables = dict[str, dict[tuple[int, str], Config]]  # by kernel and precision
+
+
+def _product(bm: int, bn: int, bk: int, warps: int, stages: int, parts: int = 1) -> Config:
+    return Config({"BM": bm, "BN": bn, "BK": bk, "PARTS": parts, "GROUP": 8}, warps, stages)
 
 
 def _gram(bd: int, bk: int, warps: int, stages: int) -> Config:
@@ -90,78 +88,65 @@ def _cyclic(bm: int, bd: int, bk: int, warps: int, stages: int) -> Config:
     return Config({"BM": bm, "BD": bd, "BK": bk, "GROUP": 8}, warps, stages)
 
 
-# (bits, dot) -> configuration, per kernel and architecture.
+# All of NVIDIA's architectures have the same tiles for products in full float32.
+_FULL = _product(64, 64, 16, 4, 3)
+_FULL_GRAM = _gram(64, 16, 4, 2)
+_FULL_CYCLIC = _cyclic(64, 64, 16, 8, 2)
+# With 4 warps instead of 8, tiles of 128 x 128 take 13 to 24% fewer instructions (D = 768), and two
+# programs fit into an SM: one multiplies while the other sums. (For contrastive_lse in tf32, sm_80
+# has room for two programs of 8 warps.) Of a Gram tile, 8 warps would compute each product twice.
+_SM80_HALF = _product(128, 128, 32, 4, 4, 2)
+_SM80_TF32 = _product(128, 128, 32, 4, 3, 2)
 _SM80 = {
-    "contrastive_lse": {
-        (16, "tf32"): _product(128, 128, 32, 4, 4, parts=2),
-        (32, "tf32"): _product(128, 128, 32, 8, 3),
-        (32, "ieee"): _product(64, 64, 16, 4, 3),
-    },
-    "contrastive_grads": {
-        (16, "tf32"): _product(128, 128, 32, 8, 4),
-        (32, "tf32"): _product(128, 128, 32, 8, 3),
-        (32, "ieee"): _product(64, 64, 16, 4, 3),
-    },
-    "cyclic_statistics": {(32, "tf32"): _gram(64, 16, 8, 3), (32, "ieee"): _gram(64, 16, 4, 2)},
-    "cyclic_grads": {
-        (32, "tf32"): _cyclic(64, 64, 32, 4, 3),
-        (32, "ieee"): _cyclic(64, 64, 16, 8, 2),
-    },
+    "contrastive_lse": {HALF: _SM80_HALF, TF32: _product(128, 128, 32, 8, 3), IEEE: _FULL},
+    "contrastive_grads": {HALF: _SM80_HALF, TF32: _SM80_TF32, IEEE: _FULL},
+    "cyclic_statistics": {TF32: _gram(64, 16, 4, 3), IEEE: _FULL_GRAM},
+    "cyclic_grads": {TF32: _cyclic(64, 64, 32, 4, 3), IEEE: _FULL_CYCLIC},
 }
 # sm_86, sm_89 and sm_120 have 99 KB of shared memory per program, where sm_80 has 163 KB.
+_SM86_SWEEP = {HALF: _SM80_HALF, TF32: _product(128, 128, 32, 4, 2, 2), IEEE: _FULL}
 _SM86 = {
-    **_SM80,
-    "cyclic_grads": {**_SM80["cyclic_grads"], (32, "tf32"): _cyclic(64, 64, 32, 4, 2)},
+    "contrastive_lse": _SM86_SWEEP,
+    "contrastive_grads": _SM86_SWEEP,
+    "cyclic_statistics": _SM80["cyclic_statistics"],
+    "cyclic_grads": {TF32: _cyclic(64, 64, 32, 4, 2), IEEE: _FULL_CYCLIC},
 }
 # Operands rounded in registers go back to shared memory, and each wgmma waits for its operands. So
 # tiles are small enough for two programs per SM: one multiplies while the other rounds.
-_SM90_ROUNDED = _product(128, 128, 32, 4, 3, parts=2, parts_with_ids=4)
 _SM90 = {
-    **_SM80,
-    "contrastive_lse": {
-        (16, "tf32"): _product(256, 128, 64, 8, 4),
-        (32, "tf32"): _SM90_ROUNDED,
-        (32, "ieee"): _product(64, 64, 16, 4, 3),
-    },
-    "contrastive_grads": {
-        (16, "tf32"): _product(128, 256, 64, 8, 4, parts=2, parts_with_ids=4),
-        (32, "tf32"): _SM90_ROUNDED,
-        (32, "ieee"): _product(64, 64, 16, 4, 3),
-    },
-    "cyclic_statistics": {(32, "tf32"): _gram(64, 32, 4, 4), (32, "ieee"): _gram(64, 16, 4, 2)},
-    "cyclic_grads": {**_SM80["cyclic_grads"], (32, "tf32"): _cyclic(128, 128, 32, 8, 3)},
+    "contrastive_lse": {HALF: _product(256, 128, 64, 8, 4), TF32: _SM80_TF32, IEEE: _FULL},
+    "contrastive_grads": {HALF: _product(128, 256, 64, 8, 4, 2), TF32: _SM80_TF32, IEEE: _FULL},
+    "cyclic_statistics": {TF32: _gram(64, 32, 4, 4), IEEE: _FULL_GRAM},
+    "cyclic_grads": {TF32: _cyclic(128, 128, 32, 8, 3), IEEE: _FULL_CYCLIC},
 }
 # The product stays in tensor memory. Registers suffice for 256 rows, but not for 256 columns.
-_SM100_PRODUCT = _product(256, 128, 64, 8, 3, parts=2, parts_with_ids=4)
+_SM100_SWEEP = {HALF: _product(256, 128, 64, 8, 3, 2), TF32: _SM80_TF32, IEEE: _FULL}
 _SM100 = {
-    **_SM90,
-    "contrastive_lse": {**_SM90["contrastive_lse"], (16, "tf32"): _SM100_PRODUCT},
-    "contrastive_grads": {**_SM90["contrastive_grads"], (16, "tf32"): _SM100_PRODUCT},
-    "cyclic_grads": {**_SM90["cyclic_grads"], (32, "tf32"): _cyclic(128, 128, 32, 8, 2)},
+    "contrastive_lse": _SM100_SWEEP,
+    "contrastive_grads": _SM100_SWEEP,
+    "cyclic_statistics": _SM90["cyclic_statistics"],
+    "cyclic_grads": {TF32: _cyclic(128, 128, 32, 8, 2), IEEE: _FULL_CYCLIC},
 }
-_GFX942_PRODUCTS = {
-    (16, "tf32"): _product(128, 128, 32, 8, 2),
-    (32, "tf32"): _product(128, 64, 32, 8, 2),
-    (32, "ieee"): _product(64, 64, 16, 4, 2),
-}
+# Of a tile of 64 x 64, 8 waves would compute each product twice: an instruction's is 32 x 32.
+_GFX942_HALF = _product(128, 128, 32, 8, 2)
+_GFX942_FULL = _product(64, 64, 16, 4, 2)
 _GFX942 = {
-    "contrastive_lse": _GFX942_PRODUCTS,
-    "contrastive_grads": _GFX942_PRODUCTS,
-    "cyclic_statistics": {(32, "tf32"): _gram(64, 32, 8, 1), (32, "ieee"): _gram(64, 16, 4, 1)},
-    "cyclic_grads": {
-        (32, "tf32"): _cyclic(64, 64, 32, 8, 1),
-        (32, "ieee"): _cyclic(64, 64, 16, 4, 1),
+    "contrastive_lse": {HALF: _GFX942_HALF, TF32: _product(128, 64, 16, 4, 2), IEEE: _GFX942_FULL},
+    "contrastive_grads": {
+        HALF: _GFX942_HALF,
+        TF32: _product(128, 64, 32, 8, 2),
+        IEEE: _GFX942_FULL,
     },
+    "cyclic_statistics": {TF32: _gram(64, 16, 4, 2), IEEE: _gram(64, 16, 4, 1)},
+    "cyclic_grads": {TF32: _cyclic(64, 64, 16, 4, 2), IEEE: _cyclic(64, 64, 16, 4, 1)},
 }
 # Small, so that small tests have several tiles.
-_INTERPRETER_PRODUCTS = dict.fromkeys(
-    ((16, "tf32"), (32, "tf32"), (32, "ieee")), _product(32, 64, 32, 1, 1, 2, parts_with_ids=4)
-)
+_SMALL = _product(32, 64, 32, 1, 1, parts=2)
 _INTERPRETER = {
-    "contrastive_lse": _INTERPRETER_PRODUCTS,
-    "contrastive_grads": _INTERPRETER_PRODUCTS,
-    "cyclic_statistics": dict.fromkeys(((32, "tf32"), (32, "ieee")), _gram(64, 32, 1, 1)),
-    "cyclic_grads": dict.fromkeys(((32, "tf32"), (32, "ieee")), _cyclic(64, 64, 32, 1, 1)),
+    "contrastive_lse": dict.fromkeys((HALF, TF32, IEEE), _SMALL),
+    "contrastive_grads": dict.fromkeys((HALF, TF32, IEEE), _SMALL),
+    "cyclic_statistics": dict.fromkeys((TF32, IEEE), _gram(64, 32, 1, 1)),
+    "cyclic_grads": dict.fromkeys((TF32, IEEE), _cyclic(64, 64, 32, 1, 1)),
 }
 ARCHITECTURES = {
     "sm_80": _SM80, "sm_86": _SM86, "sm_90": _SM90, "sm_100": _SM100, "gfx942": _GFX942,
@@ -174,11 +159,7 @@ SUM = Config({"BLOCK": 4096}, num_warps=8, num_stages=1)
 TRACES = Config({"BD": 64}, num_warps=8, num_stages=1)
 
 
-# By kernel: what `cyclip_loss.tune` is trying, instead of everything else.
-TRIED: dict[str, Config] = {}
-
-
-def shipped(device: torch.device) -> dict[str, Any]:
+def shipped(device: torch.device) -> _Tables:
     """The tables for a device."""
     return _INTERPRETER if INTERPRETED else ARCHITECTURES[str(architecture(device))]
 
@@ -205,24 +186,23 @@ def tiles_key(kernel: str, features: Tensor, precision: Precision) -> str:
 @lru_cache
 def tuned(device: torch.device) -> dict[str, Config]:
     """What the file has for a device, by `tiles_key`; nothing, with a warning, if it is broken."""
-    file, found = tiles_file(), {}
+    file = tiles_file()
+    # No file is as usual, unless one was named.
+    if not file or not (file.exists() or os.environ.get("CYCLIP_LOSS_TILES")):
+        return {}
     try:
-        entries = json.loads(file.read_text()).get(tiles_of(device), {}) if file else {}
-        for key, entry in entries.items():
-            config = found[key] = Config(**entry)
-            numbers = {*config.tile.values(), config.num_warps, config.parts_with_ids}
-            names = _SM80[key.split()[0]][32, "tf32"].tile.keys()
-            if config.tile.keys() != names or not numbers <= {2**i for i in range(10)}:
-                raise ValueError(f"{key}: {entry}")
+        entries = json.loads(file.read_text()).get(tiles_of(device), {})
+        found = {key: Config(**entry) for key, entry in entries.items()}
+        for key, config in found.items():
+            names = _SM80[key.split()[0]][TF32].tile.keys()
+            sizes = {*config.tile.values(), config.num_warps}
+            if config.tile.keys() != names or not sizes <= {2**i for i in range(10)}:
+                raise ValueError(f"{key}: {config}")
         return found
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-        # No file is as usual, unless one was named.
-        if os.environ.get("CYCLIP_LOSS_TILES") or not isinstance(error, FileNotFoundError):
-            warn_once(
-                "tiles",
-                f"the package's own tile sizes are used, as {file} can't be read: {error!r:.300}. "
-                "Move it away and run `python -m cyclip_loss.tune`, or set CYCLIP_LOSS_TILES=off",
-            )
+    except Exception as error:
+        what = f"the package's own tile sizes are used, as {file} can't be read: {error!r:.300}. "
+        way_out = "Run `python -m cyclip_loss.tune` without it, or set CYCLIP_LOSS_TILES=off"
+        warn_once("tiles", what + way_out)
         return {}
 
 
@@ -230,9 +210,7 @@ def config_for(
     kernel: str, features: Tensor, precision: Precision, with_ids: bool = False
 ) -> Config:
     """The configuration of a kernel: the one tuned for such features, or else the shipped one."""
-    found = tuned(features.device)
-    config = TRIED.get(kernel) or (
-        found.get(tiles_key(kernel, features, precision)) if found else None
-    )
-    config = config or shipped(features.device)[kernel][precision]
+    config = shipped(features.device)[kernel][precision]
+    if found := tuned(features.device):
+        config = found.get(tiles_key(kernel, features, precision), config)
     return config.with_ids if with_ids else config

@@ -16,9 +16,8 @@ import triton.language as tl
 from benchmarks.measure import columns, interleaved
 from benchmarks.predict import EPILOGUE_SHARE, LOST_BY_SHAPE
 from benchmarks.run import Run
-from cyclip_loss.kernels.configs import ARCHITECTURES
+from cyclip_loss.kernels.configs import Precision, config_for
 from cyclip_loss.kernels.tiles import grouped_tile, tile_product
-from cyclip_loss.numerics import architecture
 from cyclip_loss.tune import launcher
 
 SECONDS = 2.0
@@ -50,14 +49,13 @@ def product_kernel(
 
 
 def ablations(run: Run) -> None:
-    """Both sweeps as shipped, and the products of their tiles alone; then what that answers."""
-    table = ARCHITECTURES[architecture(run.device) or "sm_90"]
+    """Both sweeps, and the products of their tiles alone; then what that answers."""
     n, d, repeats = (256, 64, 1) if run.dry_run else (16384, 768, 4)
     image, text = run.pairs(n, d, torch.bfloat16)
     steps: dict[str, Callable[[], object]] = {}
     rows = {}
     for kernel in SWEEPS:
-        config = table[kernel][16, "tf32"]
+        config = config_for(kernel, image, Precision.of(image))
         height, width = config.tile["BM"], config.tile["BN"]
         programs = n // height * (n // width)
         sums = torch.zeros(programs, device=run.device)

@@ -70,25 +70,22 @@ def beside_competitors(run: Run) -> None:
 def sweep(run: Run) -> None:
     """What `cyclip_loss.tune` chooses in bfloat16, as lines for kernels/configs.py."""
     n, d = (96, 128) if run.dry_run else (16384, 768)
-    for found in tune(run.device, [torch.bfloat16], n, d, run.remaining()):
-        times = {"shipped ms": found.shipped_ms, "ms": found.best_ms, "TFLOP/s": found.tflops}
-        line = line_of(found.key, found.tile)
-        state = "instead" if found.gains else "as shipped"
-        run.row(kernel=found.key, N=n, D=d, **times, **{"line for configs.py": line, "is": state})
-        for why in found.left_out:
+    for row in tune(run.device, [torch.bfloat16], n, d, run.remaining()):
+        tile, left_out = row.pop("tile"), row.pop("left out")
+        run.row(N=n, D=d, **row, **{"line for configs.py": line_of(row["kernel"], tile)})
+        for why in left_out:
             run.note(why)
 
 
 def line_of(key: str, config: Config) -> str:
     """The line of kernels/configs.py that ships a configuration. key: in the file of tiles."""
     kernel, dtype, dot, _ = key.split()
-    bits = 32 if dtype == "float32" or kernel.startswith("cyclic") else 16
-    tile = {name: size for name, size in config.tile.items() if name not in ("PARTS", "GROUP")}
-    numbers = [*tile.values(), config.num_warps, config.num_stages]
+    precision = "HALF" if dtype != "float32" and kernel.startswith("contrastive") else dot.upper()
+    tile = {name: size for name, size in config.tile.items() if name != "GROUP"}
+    parts = [tile.pop("PARTS")] if "PARTS" in tile else []
+    numbers = [*tile.values(), config.num_warps, config.num_stages, *parts]
     maker = {"cyclic_statistics": "_gram", "cyclic_grads": "_cyclic"}.get(kernel, "_product")
-    if maker == "_product":
-        numbers += [config.tile["PARTS"], config.parts_with_ids]
-    return f'({bits}, "{dot}"): {maker}({", ".join(map(str, numbers))}),'
+    return f"{precision}: {maker}({', '.join(map(str, numbers))}),"
 
 
 # Each with its seconds, of TOTAL, where all are run; what they leave is for the last. Those that
