@@ -9,9 +9,12 @@ from processes import run_python
 
 pytest.importorskip("triton")
 
+from triton.backends.compiler import GPUTarget
+
 from benchmarks.gate import compile as gate
 from benchmarks.gate.binary import CHIPS, Binary, is_serialised, nvidia_registers
 from cyclip_loss.kernels.configs import ARCHITECTURES
+from cyclip_loss.numerics import TRITON_FOR_BLACKWELL
 
 # Main loops as cuobjdump prints them (Triton 3.9, sm_90; only products, waits and jumps are shown).
 # In a persistent kernel, a loop over tiles contains the main loop and waits for its last product.
@@ -69,9 +72,7 @@ CLEAN = Binary(
         ("CompilationError: unknown type", "CompilationError: unknown type"),
     ],
 )
-def test_each_fault_is_reported(
-    made: Binary | str, fault: str | None, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
+def test_each_fault_is_reported(made: Binary | str, fault: str | None, monkeypatch, capsys) -> None:
     """In the last lines, and by the exit code."""
     variants = list(gate.variants("sm_90"))
     variant = next(v for v in variants if (v.kernel, v.features) == ("contrastive_lse", "bfloat16"))
@@ -97,14 +98,16 @@ from launches import leaves, no_device
 from cyclip_loss import CyCLIPLoss
 from benchmarks.gate import compile as gate
 
-def described(signature, attributes):
+def described(signature, constants, attributes):
     names = list(signature)
     multiples = {names[path[0]] for path, found in attributes.items() if found}
-    return {name: (kind, name in multiples) for name, kind in signature.items()}
+    values = {names[path[0]]: value for path, value in constants.items()}
+    return {n: (kind, n in multiples, values.get(n)) for n, kind in signature.items()}
 
-for features, dtype in (("bfloat16", torch.bfloat16), ("float32 ieee", torch.float32)):
+dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32 ieee": torch.float32}
+for features, dtype in dtypes.items():
     gated = [
-        (gate.KERNELS[v.kernel].fn.__name__, described(s.signature, s.attrs))
+        (gate.KERNELS[v.kernel].fn.__name__, described(s.signature, s.constants, s.attrs))
         for v in gate.variants("sm_90") if v.features in (features, "float32 ieee")
         for s in [gate.source(v)]
     ]
@@ -114,13 +117,14 @@ for features, dtype in (("bfloat16", torch.bfloat16), ("float32 ieee", torch.flo
             sum(loss(*leaves(4096, d, dtype), ids=ids, output_dict=True).values()).backward()
     for launched in binaries.values():
         name = launched["kernel"].split(".")[-1]
-        description = described(launched["signature"], launched["configs"][0])
+        signature, constants = launched["signature"], launched["constants"]
+        description = described(signature, constants, launched["configs"][0])
         print(features, name, (name, description) in gated, description)
 """
     run = run_python("-c", code, interpreted=False)
     assert run.returncode == 0, run.stderr[-3000:]
     lines = run.stdout.splitlines()
-    assert len(lines) == 24
+    assert len(lines) == 36
     for line in lines:
         assert " True " in line, line
 
@@ -141,3 +145,22 @@ for variant in variants("sm_90"):
 
 def test_the_gate_knows_every_architecture() -> None:
     assert CHIPS.keys() == ARCHITECTURES.keys()
+    for name, chip in CHIPS.items():
+        arch = ("cuda", int(name[3:]), 32) if name[:3] == "sm_" else ("hip", name, 64)
+        assert chip.target == GPUTarget(*arch)
+        assert 64 * 1024 <= chip.shared_limit < 228 * 1024
+
+
+def test_which_architectures_are_compiled_for(monkeypatch, capsys) -> None:
+    """Those that this Triton can; the names of others are refused."""
+    every = gate.variants
+    monkeypatch.setattr(gate, "ProcessPoolExecutor", ThreadPoolExecutor)
+    monkeypatch.setattr(gate, "build", lambda variant: CLEAN)
+    monkeypatch.setattr(gate, "variants", lambda arch: [next(every(arch))])
+    for version, count in ((3, 4), 3), ((3, 5), 4), (TRITON_FOR_BLACKWELL, 5):
+        monkeypatch.setattr(gate, "triton_version", lambda version=version: version)
+        assert gate.main(Namespace(arch=None)) == 0
+        assert capsys.readouterr().out.count("| join_lse |") == count
+    refused = run_python("-m", "benchmarks", "gate", "--arch", "sm_80", "sm_1")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr == f"--arch sm_1: choose from {', '.join(CHIPS)}\n"

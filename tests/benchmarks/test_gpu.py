@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,9 +39,7 @@ def pytest_configure(config): config.addinivalue_line("markers", "slow: takes lo
 
 
 @pytest.mark.parametrize("long", [False, True])
-def test_outcomes_of_tests_are_recorded(
-    long: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_outcomes_of_tests_are_recorded(long: bool, tmp_path: Path, monkeypatch) -> None:
     """Two processes, with one file that can't be imported; or one process that exceeds its time."""
     (tmp_path / "test_few.py").write_text(TESTS)
     (tmp_path / "conftest.py").write_text(CONFTEST)
@@ -67,16 +66,36 @@ def test_outcomes_of_tests_are_recorded(
     assert re.fullmatch(r"1 skipped: .*test_few.py:\d+: not today", note)
 
 
+COLUMNS = {
+    "ceilings": "what, rate, unit",
+    "kernels": "N, D, kernel, launches, ms",
+    "ablations": "what, N, D, tile, outcome, runs, ms, TFLOP/s",
+    "ablations answer": "question, measured, predicted",
+    "sweep": "kernel, N, D, line for configs.py",
+    "competitors": "N, D, dtype, loss, lacks, outcome, peak MB, wall ms, launches, runs, ms, p20, "
+    "p80, times ours, of matrix rate",
+}
+
+
 @interpreted
 def test_a_dry_run_leaves_a_record(tmp_path: Path) -> None:
-    wanted = ["ceilings", "kernels", "ablations", "sweep", "competitors"]
+    wanted = [name for name in COLUMNS if name != "ablations answer"]
     arguments = ["--dry-run", "--out", str(tmp_path), "--budget", "9999"]  # on a busy machine too
     ran = run_python("-m", "benchmarks", "gpu", *arguments, "--sections", *wanted)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
     (file,) = tmp_path.glob("*.json")
-    found = json.loads(file.read_text())["sections"]
-    assert list(found) == [*wanted[:3], "ablations answer", *wanted[3:]]
-    assert all(section["rows"] for section in found.values())
+    record = json.loads(file.read_text())
+    command = ["python -m benchmarks gpu", *arguments, "--sections", *wanted]
+    assert record["command"] == " ".join(command)
+    found = record["sections"]
+    assert list(found) == list(COLUMNS)
+    for name, words in COLUMNS.items():
+        assert set(words.split(", ")) <= set().union(*found[name]["rows"])
+    assert "bfloat16 product, 256 cubed" in found["ceilings"]["rows"][0]["what"]
+    whole, *parts = (row["ms"] for row in found["kernels"]["rows"])
+    assert len(parts) == sections.KERNELS_SHOWN
+    assert parts == sorted(parts, reverse=True)
+    assert whole / 2 < sum(parts) <= whole
     assert all(row["launches"] > 0 < row["wall ms"] for row in found["competitors"]["rows"])
     assert {row["dtype"] for row in found["competitors"]["rows"]} == {"bfloat16", "float32"}
     assert all(row["ms"] > 0 for row in found["ablations"]["rows"])
@@ -86,10 +105,27 @@ def test_a_dry_run_leaves_a_record(tmp_path: Path) -> None:
     assert "DRY RUN" in file.with_suffix(".md").read_text()
 
 
-def test_a_failure_and_an_interruption_leave_a_record(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def put_back(monkeypatch) -> Iterator[None]:
+    """What `main` changes in its process."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("put_back")
+def test_what_it_cannot_run(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for options, said in ([], "no CUDA device"), (["--dry-run", "--sections", "x"], "x: choose"):
+        assert main(["gpu", *options]) == 2
+        assert said in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("put_back")
+def test_a_failure_and_an_interruption_leave_a_record(tmp_path: Path, monkeypatch, capsys) -> None:
     def fails(run: Run) -> None:
+        run.note("half of it")
         raise RuntimeError("no kernel")
 
     def terminated(run: Run) -> None:
@@ -97,18 +133,19 @@ def test_a_failure_and_an_interruption_leave_a_record(
         signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(sections, "SECTIONS", {"kernels": (fails, 1.0), "sizes": (terminated, 1.0)})
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        assert main(["gpu", "--dry-run", "--out", str(tmp_path)]) == 1
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    assert main(["gpu", "--dry-run", "--out", str(tmp_path)]) == 1
     (file,) = tmp_path.glob("*.json")
     found = json.loads(file.read_text())["sections"]
     (failure,) = found["kernels"]["failures"]
     assert failure.startswith("RuntimeError: no kernel\nTraceback")
     assert found["sizes"]["rows"] == [{"n": 1}]
     assert found["sizes"]["failures"] == ["interrupted"]
+    said, page = capsys.readouterr().out, file.with_suffix(".md").read_text()
+    for failed, why in ("kernels", "RuntimeError: no kernel"), ("sizes", "interrupted"):
+        assert f"## FAILED {failed}\n\n```\n{why}" in page
+        assert f"FAILED {why}\n" in said
+    assert "half of it\n" in said
+    assert "2 failures; record in" in said
 
 
 @interpreted

@@ -6,6 +6,7 @@ import sys
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +15,12 @@ from processes import run_python
 pytest.importorskip("matplotlib")
 pytest.importorskip("open_clip")
 
-from benchmarks import measure
+from benchmarks import measure, predict
 from benchmarks.compare import accuracy, competitors, cost, report, side_by_side, training_step
-from benchmarks.compare.competitors import AUTHORS, OURS, Competitor
+from benchmarks.compare.competitors import AUTHORS, OURS, PENALTIES_ONLY, TERM, TEXTS, Competitor
 from benchmarks.compare.plan import CPU as PLAN
-from benchmarks.measure import interleaved
-from benchmarks.run import OK, OUT_OF_MEMORY, Run, markdown
+from benchmarks.measure import columns, interleaved
+from benchmarks.run import OK, OUT_OF_MEMORY, Run, markdown, outcome_of, table
 from cyclip_loss import CyCLIPLoss, reference
 
 CPU = torch.device("cpu")
@@ -133,12 +134,53 @@ def test_competitors_agree_on_what_they_compute(run: Run) -> None:
     assert len({round(whole.item(), 2) for whole in wholes.values()}) == len(competitors.MORE)
 
 
+def test_inputs(run: Run) -> None:
+    """Rows of unit length, the same in every call; texts at a distance from their images."""
+    image, text = run.pairs(64, 32)
+    near = run.pairs(64, 32, torch.bfloat16, 0.1)
+    assert [near[0].dtype, near[1].dtype, image.dtype] == [torch.bfloat16] * 2 + [torch.float32]
+    torch.testing.assert_close(near[0], image.bfloat16())
+    for features in (image, text, near[1].float()):
+        torch.testing.assert_close(features.norm(dim=1), torch.ones(64), atol=0.01, rtol=0)
+    distances = (near[1].float() - image).norm(dim=1)
+    assert 0.07 < distances.min() < distances.max() < 0.11
+    assert (text - image).norm(dim=1).min() > 0.5
+
+
+def test_ratios_by_hand() -> None:
+    """8 N² D = 64,000 flops, twice with extra texts, at 1e9 flops per second."""
+    where = {"N": 20, "D": 20, "lacks": ""}
+    texts, penalties = {"loss": f"{OURS}, {TEXTS}"}, {"loss": PENALTIES_ONLY, "lacks": TERM}
+    rows = [{**where, "loss": "failed"}, {**where, "loss": OURS, "ms": 0.128}]
+    rows += [{**where, **texts, "ms": 0.256}, {**where, **penalties, "ms": 0.064}]
+    cost.add_ratios(rows, 1e9)
+    found = [(row.get("times ours"), row.get("of matrix rate")) for row in rows]
+    assert found == [(None, None), (1, pytest.approx(0.5)), (2, pytest.approx(0.5)), (0.5, None)]
+
+
+def test_what_is_out_of_memory() -> None:
+    cublas = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")
+    for error in (MemoryError(), torch.OutOfMemoryError(), cublas):
+        assert outcome_of(error) == OUT_OF_MEMORY
+    assert outcome_of(ValueError("\nno kernel\nfor this")) == "ValueError: no kernel"
+
+
 def test_times() -> None:
     calls: list[str] = []
     steps = {name: lambda name=name: calls.append(name) for name in "ab"}
     runs = interleaved(steps, CPU, seconds=0, least=2)
     assert calls == ["a", "b", "b", "a"]  # the order alternates
     assert [len(runs[name]) for name in "ab"] == [2, 2]
+    assert len(interleaved(steps, CPU, seconds=1000, most=4)["a"]) == 4
+    assert columns([2.0]) == {"runs": 1, "ms": 2}
+    assert columns([*range(11)]) == {"runs": 11, "ms": 5, "p20": 2, "p80": 8}
+
+
+def test_numbers_of_tables() -> None:
+    row = {"n": 12345, "ms": 1234.56, "share": 0.012345, "0": 0.0, "large": 1e9, "small": 1e-4}
+    shown = "| n | ms | share | 0 | large | small | x |\n|---|---|---|---|---|---|---|\n"
+    shown += "| 12,345 | 1,230 | 0.0123 | 0 | 1e+09 | 0.0001 |  |\n|  |  |  |  |  |  | a\\|b |"
+    assert table([row, {"x": "a|b"}]) == shown
 
 
 @pytest.fixture
@@ -152,12 +194,14 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("few")
-def test_command(tmp_path: Path) -> None:
+def test_command(tmp_path: Path, monkeypatch) -> None:
     """Its record is complete: tables and pictures can be made of it, also with NaN."""
-    assert side_by_side.main(Namespace(sizes=[16, 32], out=tmp_path)) == 0
-    (file,) = tmp_path.glob("*.json")
+    folder = tmp_path / "new" / "folder"
+    assert side_by_side.main(Namespace(sizes=[16, 32], out=folder)) == 0
+    (file,) = folder.glob("*.json")
     found = json.loads(file.read_text())
     sections = found["sections"]
+    assert not found["dry_run"]
     costs = [(row["N"], row["loss"]) for row in sections["cost"]["rows"]]
     assert costs == [(16, OURS), (16, AUTHORS), (32, OURS), (32, AUTHORS)]
     assert all(row["ms"] > 0 < row["peak MB"] for row in sections["cost"]["rows"])
@@ -170,12 +214,45 @@ def test_command(tmp_path: Path) -> None:
     sections["cost"]["rows"][3]["peak MB"] = math.nan
     text = report.summary(found)
     assert "| 16 | 512 | 2.00 | 3.00 (1.50 ×) |" in text.splitlines()
-    pictures = sorted(tmp_path.glob("*.png"))
-    assert len(pictures) == 2
-    for path in pictures:
-        path.unlink()
+    assert len(list(folder.glob("*.png"))) == 2
+    panels: list[list[list[float]]] = []  # the ordinates of their lines
+
+    def read(figure: Any, *_: Any) -> None:
+        panels.extend([list(line.get_ydata()) for line in ax.lines] for ax in figure.axes)
+
+    monkeypatch.setattr(report, "_save", read)
     report.draw(found, file)
-    assert all(path.exists() for path in pictures)
+    time, memory, error, _ = panels
+    assert (time[0], time[1][0], len(memory[1])) == ([1, 1], 1.5, 1)
+    ours = {r["|T - I|"]: r["gradient"] for r in sections["error"]["rows"] if r["loss"] == OURS}
+    assert error[0] == [ours[distance] for distance in sorted(accuracy.DISTANCES[1:])]
     shown = markdown({**found, "load": 2.0, "busy": True}, text)
     assert "| nan |" in shown
     assert "2.00: the machine was busy" in shown
+
+
+# D, chip, and a row of its tables. Those of the H100 are worked out by hand.
+PREDICTED = """
+64 A100 | 65,536 | 3.53 | 4.97 | 9.96 | 0.00970 | 0.0194 | 18.5 | 8.11 |
+64 H100 | 65,536 | 2.22 | 2.87 | 5.74 | 0.00559 | 0.0112 | 10.9 | 2.77 |
+64 B200 | 65,536 | 1.95 | 1.95 | 2.87 | 0.00280 | 0.00559 | 6.79 | 1.26 |
+768 A100 | 65,536 | 25.6 | 25.6 | 48.7 | 0.600 | 1.20 | 102 | 97.3 |
+768 A100 | 1,024 | 8 | 0.450 | 71.1 | 0.309 | 31.2 | 0.853 | 159 |
+768 A100 | 1,024 | 4,096 | 201 | 19,900 | 1,080 | 31.2 | does not fit | 81,600 |
+768 H100 | 65,536 | 10.4 | 10.4 | 16.6 | 0.243 | 0.487 | 38.1 | 33.2 |
+768 H100 | 1,024 | 8 | 0.225 | 71.1 | 0.186 | 31.2 | 0.435 | 159 |
+768 H100 | 4,096 | 16 | 3.24 | 884 | 8.85 | 129 | 10.7 | 4,500 |
+768 B200 | 65,536 | 5.40 | 5.40 | 7.56 | 0.127 | 0.253 | 18.7 | 15.1 |
+768 B200 | 1,024 | 8 | 0.112 | 71.1 | 0.0932 | 31.2 | 0.213 | 159 |
+768 B200 | 1,024 | 4,096 | 71.2 | 19,900 | 561 | 31.2 | 144 | 81,600 |
+"""
+
+
+def test_predictions(capsys) -> None:
+    found, chip = set(), ""
+    for d in (64, 768):
+        assert predict.main(Namespace(d=d)) == 0
+        for line in capsys.readouterr().out.splitlines():
+            chip = line[:4] if line[4:6] == ", " else chip
+            found.add(f"{d} {chip} {line}")
+    assert set(PREDICTED.strip().splitlines()) - found == set()
