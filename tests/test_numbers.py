@@ -1,4 +1,4 @@
-"""The headline numbers of README.md, docs/lambda.md and the icons page are those of the records."""
+"""The headline numbers of README.md and of the icons page are those of the records."""
 
 import json
 import re
@@ -61,49 +61,6 @@ def test_readme_speed_and_memory() -> None:
     assert len(found) == len(expected)
     for shown, number in zip(found, expected, strict=True):
         assert shown == f"{number:.{len(shown.partition('.')[2])}f}"
-
-
-# R@10 after the last epoch, in the order of the cells. Several runs in one place: their mean.
-ROWS = {
-    "| 4,096 |": "lambda-clip-4096-0 clip-4096-0 clip-4096-1 lambda-cyclip-4096-128"
-    " warmup-512-4096-0 warmup-512-4096-1",
-    "| 2,048 |": "lambda-clip-2048-0 clip-2048-0 clip-2048-1 lambda-cyclip-2048-128"
-    " warmup-512-2048-0 warmup-512-2048-1",
-    "| 1,024, three seeds |": "clip-* clip-1024-* cyclip-* cyclip-1024-* warmup-1.0-1024-*",
-    "| 512 |": "lambda-clip-512-0 lambda-cyclip-512-128 warmup-512-512-0",
-    "| 1,024, 20 epochs |": "clip-0-20-epochs cyclip-0-20-epochs cyclip-1024-20-0"
-    " warmup-512-1024-20-0",
-    "| 128 |": "lambda-clip-128-0 lambda-cyclip-128-0 warmup-512-128-0",
-}
-
-
-@pytest.mark.parametrize("start", ROWS)
-def test_lambda_table(start: str) -> None:
-    text = (ICONS / "runs.txt").read_text().replace(", 20 epochs:", "-20-epochs:")
-    recall = dict(re.findall(r"^(\S+): .*\n .*\n    R@10: .*?([\d.]+)$", text, re.M))
-
-    def last(runs: str) -> str:
-        return f"{mean(float(recall[runs.replace('*', seed)]) for seed in '012'):.1f}"
-
-    line = paragraph(ROOT / "docs" / "lambda.md", start)
-    assert re.findall(r"\d+\.\d", line) == [last(runs) for runs in ROWS[start].split()]
-
-
-def test_lambda_signs() -> None:
-    page = ROOT / "docs" / "lambda.md"
-
-    def means(number: str) -> list[float]:
-        return [mean(of_seeds(run, "icons", number)) / 100 for run in ("clip", "cyclip")]
-
-    smaller = sorted(a / b for a, b in (means("inmodal_gap"), means("crossmodal_gap")))
-    found = re.search(r"(\d+) to (\d+) times", paragraph(page, "| gaps |"))
-    assert found
-    assert [f"{times:.0f}" for times in smaller] == list(found.groups())
-    collapsed = evaluations("lambda")["lambda-cyclip-4096-0"]["icons"]["numbers"]
-    clip, works = means("image_uniformity")
-    shown = [f"{works:.1f}", f"{clip:.1f}", f"{collapsed['image_uniformity']:.2f}"]
-    found = re.findall(r"−(\d+\.\d+)", paragraph(page, "| `image_uniformity` |"))
-    assert [f"-{number}" for number in found] == shown
 
 
 @pytest.mark.parametrize(
