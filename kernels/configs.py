@@ -100,7 +100,7 @@ _SM80_TF32 = _product(128, 128, 32, 4, 3, 2)
 _SM80 = {
     "contrastive_lse": {HALF: _SM80_HALF, TF32: _product(128, 128, 32, 8, 3), IEEE: _FULL},
     "contrastive_grads": {HALF: _SM80_HALF, TF32: _SM80_TF32, IEEE: _FULL},
-    "cyclic_statistics": {TF32: _gram(64, 16, 4, 3), IEEE: _FULL_GRAM},
+    "cyclic_statistics": {TF32: _FULL_GRAM, IEEE: _FULL_GRAM},
     "cyclic_grads": {TF32: _cyclic(64, 64, 32, 4, 3), IEEE: _FULL_CYCLIC},
 }
 # sm_86, sm_89 and sm_120 have 99 KB of shared memory per program, where sm_80 has 163 KB.
@@ -128,15 +128,11 @@ _SM100 = {
     "cyclic_grads": {TF32: _cyclic(128, 128, 32, 8, 2), IEEE: _FULL_CYCLIC},
 }
 # Of a tile of 64 x 64, 8 waves would compute each product twice: an instruction's is 32 x 32.
-_GFX942_HALF = _product(128, 128, 32, 8, 2)
-_GFX942_FULL = _product(64, 64, 16, 4, 2)
+_AMD_HALF = _product(128, 128, 32, 8, 2)
+_AMD_FULL = _product(64, 64, 16, 4, 2)
 _GFX942 = {
-    "contrastive_lse": {HALF: _GFX942_HALF, TF32: _product(128, 64, 16, 4, 2), IEEE: _GFX942_FULL},
-    "contrastive_grads": {
-        HALF: _GFX942_HALF,
-        TF32: _product(128, 64, 32, 8, 2),
-        IEEE: _GFX942_FULL,
-    },
+    "contrastive_lse": {HALF: _AMD_HALF, TF32: _product(128, 64, 16, 4, 2), IEEE: _AMD_FULL},
+    "contrastive_grads": {HALF: _AMD_HALF, TF32: _product(128, 64, 32, 8, 2), IEEE: _AMD_FULL},
     "cyclic_statistics": {TF32: _gram(64, 16, 4, 2), IEEE: _gram(64, 16, 4, 1)},
     "cyclic_grads": {TF32: _cyclic(64, 64, 16, 4, 2), IEEE: _cyclic(64, 64, 16, 4, 1)},
 }
