@@ -87,7 +87,7 @@ def evaluation(out: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, small: None) -> Path:
     """All losses; what validates them are held-out concepts that no table asks about."""
-    out = tmp_path_factory.mktemp("finished")
+    out = tmp_path_factory.mktemp("finished") / "new" / "out"
 
     def look(config: Any, clip: Any, batches: Any, pairs: Any, folder: Path) -> dict[str, Any]:
         assert {split_of(int(name.split()[1])) for [name] in pairs.captions} == {"validation"}
@@ -140,9 +140,7 @@ def test_what_is_asked(emoji_folder: Path) -> None:
         assert ("" in known) != held_out
 
 
-def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
-    tmp_path: Path, monkeypatch, capsys
-) -> None:
+def test_a_resumed_run_is_bitwise_the_whole_one(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setitem(command.PRESETS["short"], "steps", 5)  # an epoch has two
     options = ["--loss", "cyclip"]
     demonstrate(*options, "--out", tmp_path / "whole")
@@ -190,9 +188,7 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path, monkeypatch) -> N
         (["evaluate", "{tmp}"], "no checkpoint at"),
     ],
 )
-def test_a_run_that_cannot_start_says_so_in_one_line(
-    arguments: list[str], message: str, tmp_path: Path, capsys, monkeypatch
-) -> None:
+def test_what_cannot_start(arguments, message: str, tmp_path: Path, capsys, monkeypatch) -> None:
     arguments = [a.format(tmp=tmp_path) for a in arguments]
     if arguments[0].startswith("-"):
         arguments = ["--out", str(tmp_path / "out"), *arguments]

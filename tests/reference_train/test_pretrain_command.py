@@ -33,7 +33,7 @@ def dry_run(shards: Path, tmp_path: Path, capsys) -> Callable[..., Namespace]:
         command.main([*argv, "--batch-size", "8", "--dry-run", *words])
         printed = shlex.split(capsys.readouterr().out)
         assert printed[:4] == ["python", "-m", open_clip_train.__name__, "--"]
-        ours, theirs = open_clip_train.flags().parse_known_args(printed[4:])
+        ours, theirs = open_clip_train.parse(printed[4:])
         parsed: Namespace = command.trainer.parse_args(theirs)
         vars(parsed).update(vars(ours))
         return parsed
