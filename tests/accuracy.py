@@ -263,12 +263,14 @@ def evaluate(
             terms = loss(image, text, scale, None, case.output_dict, ids=ids, **by_name)
         terms = one_contrastive_term(terms) if case.output_dict else {"loss": terms}
         weights = dict(zip(TERMS, case.weights, strict=True)) | {"loss": case.upstream[0]}
-        total = sum(weights[name] * term for name, term in terms.items())
+        found = {name: term.detach().clone() for name, term in terms.items()}
+        for name, term in terms.items():
+            term *= weights[name]  # in place, as trainers change and add up losses
+        total = sum(terms.values())
         if total.requires_grad:
             total.backward()
     assert all(torch.equal(leaf, copies[name]) for name, leaf in leaves.items())
-    grads = {name: leaf.grad for name, leaf in leaves.items()}
-    return {name: term.detach() for name, term in terms.items()}, grads
+    return found, {name: leaf.grad for name, leaf in leaves.items()}
 
 
 def check(

@@ -10,7 +10,10 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
 from importlib.util import find_spec
+from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # with a thread per core each, workers hold each other up
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,7 +21,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # with a thread per core each, workers 
 import pytest
 import torch
 from hypothesis import settings
-from interpreter import why_unusable
+from hypothesis.internal.conjecture import providers
 from pool import Ranks
 
 from cyclip_loss import numerics
@@ -33,6 +36,9 @@ collect_ignore = [] if HAS_TRITON else ["kernels", "test_cuda.py", "benchmarks/t
 IMPLS_UNDER_TEST = [pytest.param("triton", marks=needs_triton), "eager"]
 
 # The same examples in every run: a test fails because code changed, never by an unlucky draw.
+# Hypothesis also draws constants that it finds in loaded local modules, which depend on what else
+# is collected. No setting turns that off. (Versions without it ignore the attribute.)
+providers.is_local_module_file = lambda path: False
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=30)
 settings.load_profile("ci")
 
@@ -56,6 +62,16 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def why_interpreter_fails() -> str:
+    """Why Triton's interpreter cannot run the kernels; empty if it can. Does not import Triton."""
+    numpy, triton = metadata.version("numpy"), numerics.triton_version()
+    # Older ones assign arrays of one element to scalars, which NumPy no longer does since 2.4.
+    if triton >= (3, 7) or tuple(map(int, numpy.split(".")[:2])) < (2, 4):
+        return ""
+    version = ".".join(map(str, triton))
+    return f"Triton {version}'s interpreter needs NumPy before 2.4 (or Triton 3.7), here is {numpy}"
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip tests marked gpu, or gpu(2), without so many GPUs or with a different --device; and
     tests marked triton without Triton, or where its interpreter is needed and unusable.
@@ -66,7 +82,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("needs Triton")
         # Ranks compute on the CPU, except with NCCL.
         by_gloo = "ranks" in item.fixturenames and "nccl" not in item.name
-        unusable = why_unusable() if marker.args or by_gloo or not on_cuda else ""
+        unusable = why_interpreter_fails() if marker.args or by_gloo or not on_cuda else ""
         if unusable:
             pytest.skip(unusable)
     for marker in item.iter_markers("gpu"):
@@ -120,22 +136,39 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
     ranks.close()
 
 
-@pytest.fixture
-def small_strips(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Strips of 7 rows, so that a small batch has several strips and a shorter last one."""
-    set_strip_rows(monkeypatch, 7)
+# By file of the kernels: in strips, a small batch has several of each of them.
+BOUNDS = {"lse PARTIAL_ELEMENTS": 1, "logit_grads BLOCK_ROWS": 1, "logit_grads BLOCK_ELEMENTS": 1}
+BLOCKS = {"JOIN TILES": 4, "PAIRS BLOCK": 32, "SUM BLOCK": 4}  # of `configs.py`
+
+
+@contextmanager
+def setting(name: str, value: Any) -> Iterator[None]:
+    """A setting of PyTorch's, such as "float32_matmul_precision", put back afterwards."""
+    before = getattr(torch, f"get_{name}")()
+    getattr(torch, f"set_{name}")(value)
+    try:
+        yield
+    finally:
+        getattr(torch, f"set_{name}")(before)
 
 
 def set_strip_rows(monkeypatch: pytest.MonkeyPatch, rows: int | None) -> None:
-    """Lower the strips to `rows` in the eager engine, and to one tile in kernels; not if None."""
+    """Lower the strips to `rows` in the eager engine, and to one tile in kernels, whose other
+    blocks become small too; not if None.
+    """
     if rows is None:
         return
     monkeypatch.setattr(numerics, "MIN_STRIP_ROWS", rows)
     monkeypatch.setitem(numerics.STRIP_ELEMENTS, "cpu", 1)
     monkeypatch.setattr(numerics, "STRIP_ELEMENTS_OTHER_DEVICES", 1)
-    bounds = {"lse PARTIAL_ELEMENTS": 1, "logit_grads BLOCK_ROWS": 1}
-    bounds |= {"logit_grads BLOCK_ELEMENTS": 1, "grams MIN_SPLIT_ROWS": 4 * rows}
-    for bound, value in bounds.items() if HAS_TRITON else ():
-        name, constant = bound.split()
-        module = importlib.import_module(f"cyclip_loss.kernels.{name}")
-        monkeypatch.setattr(module, constant, value)
+    if HAS_TRITON:
+        kernels = importlib.import_module("cyclip_loss.kernels")
+        for block, value in BLOCKS.items():
+            name, size = block.split()
+            config = getattr(kernels.configs, name)
+            for sizes in (config.tile, config.kwargs):
+                monkeypatch.setitem(sizes, size, value)
+        for bound, value in BOUNDS.items():
+            file, constant = bound.split()
+            monkeypatch.setattr(getattr(kernels, file), constant, value)
+        monkeypatch.setattr(kernels.grams, "MIN_SPLIT_ROWS", 4 * rows)

@@ -83,10 +83,10 @@ class Case:
         return features["image"], features["text"], self.scale(device)
 
     def ids(self, device: Device) -> Tensor | None:
-        """(n,), or None. On the CPU, 8 bytes off an aligned address."""
+        """(n,), or None. On the CPU, 16 bytes apart and 8 off an aligned address."""
         if self.distinct_ids is None or self.penalties_alone:
             return None
-        return some_ids(self.n, self.distinct_ids, self.seed).to(device)
+        return some_ids(2 * self.n, self.distinct_ids, self.seed)[::2].to(device)
 
     @property
     def id_options(self) -> dict[str, Any]:
@@ -192,7 +192,11 @@ def cases(**given: st.SearchStrategy[Any]) -> st.SearchStrategy[Case]:
 
 
 class PlainClip(torch.nn.Module):
-    """CLIP's loss, to be wrapped."""
+    """CLIP's loss, to be wrapped, with a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones((), device="cpu"))
 
     def forward(self, image_features, text_features, logit_scale, output_dict=False):
         lambdas = {"lambda_inmodal": 0, "lambda_crossmodal": 0}

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accuracy import NAMES, Results, check_loss, results
+from conftest import setting
 from inputs import Case
 from torch import Tensor
 
@@ -25,27 +26,15 @@ MIDDLING = Case(n=517, d=200, dtype=torch.bfloat16, logit_scale=20.0, lambdas=(0
 
 @pytest.fixture
 def float32_products(products: str):
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(products)
-    yield
-    torch.set_float32_matmul_precision(before)
+    with setting("float32_matmul_precision", products):
+        yield
 
 
 def loss_of(case: Case, impl: str) -> CyCLIPLoss:
     return CyCLIPLoss(*case.lambdas, impl=impl)
 
 
-def assert_same_bits(one: Results, other: Results) -> None:
-    for name in NAMES:
-        assert torch.equal(getattr(one, name).cpu(), getattr(other, name).cpu()), name
-
-
-def assert_close(actual: Results, expected: Results) -> None:
-    """Equal up to the order of library sums, which may differ from call to call."""
-    for name in NAMES:
-        right = getattr(expected, name)
-        tolerance = 4 * torch.finfo(right.dtype).eps * right.abs().max().item()
-        torch.testing.assert_close(getattr(actual, name), right, rtol=0, atol=tolerance)
+SAME_BITS = {"rtol": 0, "atol": 0}
 
 
 @PRODUCTS
@@ -96,7 +85,7 @@ def test_the_same_bits_every_time(
     inputs = case.inputs(device)
     first = results(loss_of(case, impl), *inputs)
     for _ in range(4):
-        assert_same_bits(results(loss_of(case, impl), *inputs), first)
+        torch.testing.assert_close(results(loss_of(case, impl), *inputs), first, **SAME_BITS)
 
 
 def test_cuda_graph(impl: str, device: torch.device) -> None:
@@ -121,7 +110,7 @@ def test_cuda_graph(impl: str, device: torch.device) -> None:
             leaf.copy_(tensor)
     graph.replay()
     replayed = Results(value.detach(), *(leaf.grad for leaf in leaves))
-    assert_close(replayed, results(loss, *inputs))
+    torch.testing.assert_close(replayed, results(loss, *inputs))
 
 
 def test_another_stream(impl: str, device: torch.device) -> None:
@@ -133,10 +122,10 @@ def test_another_stream(impl: str, device: torch.device) -> None:
     torch.cuda._sleep(10**10)  # cycles: keeps the default stream busy for five seconds
     with torch.cuda.stream(stream):
         actual = results(loss_of(MIDDLING, impl), *inputs)
-        copies = Results(*(getattr(actual, name).clone() for name in NAMES))
+        copies = Results(*(tensor.clone() for tensor in actual))
     stream.synchronize()
     assert not torch.cuda.default_stream(device).query(), "the default stream was waited for"
-    assert_same_bits(copies, expected)
+    torch.testing.assert_close(copies, expected, **SAME_BITS)
 
 
 @pytest.mark.gpu(2)
@@ -149,9 +138,7 @@ def test_another_device_than_the_current_one(impl: str) -> None:
 
 @pytest.mark.parametrize("output_dict", [False, True])
 @pytest.mark.parametrize("lambdas", [(0.25, 0.25), (0.5, 0.125), (0.0, 0.0)])
-def test_no_host_synchronisation(
-    impl: str, lambdas, output_dict: bool, device: torch.device
-) -> None:
+def test_no_host_synchronisation(impl: str, lambdas, output_dict: bool, device) -> None:
     loss = CyCLIPLoss(*lambdas, impl=impl)
     leaves = [tensor.requires_grad_() for tensor in MIDDLING.inputs(device)]
 
@@ -173,7 +160,7 @@ def test_inductor(impl: str, device: torch.device) -> None:
     loss, inputs = loss_of(MIDDLING, impl), MIDDLING.inputs(device)
     torch._dynamo.reset()
     actual = results(torch.compile(loss, fullgraph=True), *inputs)
-    assert_close(actual, results(loss, *inputs))
+    torch.testing.assert_close(actual, results(loss, *inputs))
 
 
 def test_memory(impl: str, device: torch.device) -> None:

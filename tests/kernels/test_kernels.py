@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accuracy import check_loss
-from conftest import needs_triton
+from conftest import needs_triton, setting
 from inputs import Case
 from processes import run_python
 
@@ -76,13 +76,9 @@ def test_tf32_rounds_ties_to_even(dtype: torch.dtype, share: float, device: torc
 def test_float32_logits_multiply_rounded_features(device: torch.device) -> None:
     """With truncation, as in the tensor cores, the pairs' logits would all be too small."""
     image = Case(n=200, d=64, dtype=torch.float32).inputs(device)[0]
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
+    with setting("float32_matmul_precision", "high"):
         scale = torch.tensor(100.0, device=device)
         logits = kernels.contrastive_lse(Logits(image, image, scale))
-    finally:
-        torch.set_float32_matmul_precision(before)
     exact = 100 * to_tf32(image.double()).square().sum(dim=1)
     torch.testing.assert_close(logits[2].double(), exact, rtol=1e-6, atol=0)
 
@@ -92,6 +88,13 @@ def test_d_beyond_32_bit_offsets(device: torch.device) -> None:
     image = torch.zeros((), device=device).expand(2, 26_753)
     with pytest.raises(ValueError, match=r"image_features must have D <= 26752 .* got D = 26753"):
         kernels.cyclic_statistics(image, image, True)
+
+
+def test_shipped_sizes_are_powers_of_two() -> None:
+    """As Triton demands, also on the GPUs for which nothing else here compiles or runs."""
+    for tables in configs.ARCHITECTURES.values():
+        for config in (config for table in tables.values() for config in table.values()):
+            assert {*config.tile.values(), config.num_warps} <= {2**i for i in range(10)}
 
 
 @pytest.mark.parametrize(

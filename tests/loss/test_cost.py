@@ -1,7 +1,6 @@
 """No N x N matrix for a large batch, and as many flops as the formulas say.
 
-A test shows that `allocations` detects the matrices of the dense formula. `test_cuda.py` measures
-GPU memory.
+`test_cuda.py` measures GPU memory.
 """
 
 import gc
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cyclip_loss import CyCLIPLoss, consistency_metrics, cyclip_loss, reference
+from cyclip_loss import CyCLIPLoss, consistency_metrics, cyclip_loss
 
 # Interpreted kernels are too slow for N.
 N, N_INTERPRETED, D = 4096, 256, 32
@@ -65,13 +64,6 @@ def test_no_n_by_n_matrix(impl: str, inputs: list[Tensor]) -> None:
         assert peak_of(events) * 3 <= square
 
 
-def test_n_by_n_matrices_are_detected(device: torch.device) -> None:
-    if device.type == "cpu":
-        leaves = [tensor.requires_grad_() for tensor in Case(512, D).inputs("cpu")]
-        events = allocations(lambda: sum(reference.cyclip_loss(*leaves).values()).backward())
-        assert peak_of(events) >= 4 * max(events) >= 16 * 512**2
-
-
 @pytest.mark.parametrize(("lambda_inmodal", "grams"), [(0.5, 3), (0.25, 2)])
 def test_kept_between_forward_and_backward(impl: str, inputs, lambda_inmodal, grams: int) -> None:
     """Forward keeps three vectors of N, the Gram matrices that are needed, and scalars."""
@@ -108,7 +100,8 @@ class CountFlops(TorchDispatchMode):
         (24, 12, (0.25, 0.5), (12, 0)),
     ],
 )
-def test_flops(n: int, d: int, lambdas, expected, small_strips, device: torch.device) -> None:
+def test_flops(n: int, d: int, lambdas, expected, monkeypatch, device: torch.device) -> None:
+    set_strip_rows(monkeypatch, 7)
     with CountFlops() as counter:
         results(CyCLIPLoss(*lambdas, impl="eager"), *Case(n, d).inputs(device))
     assert counter.total == expected[0] * n * n * d + expected[1] * n * d * d

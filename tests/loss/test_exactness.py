@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from accuracy import check_loss
+from conftest import setting
 from inputs import DTYPES, Case
 from torch import Tensor
 
@@ -14,14 +15,10 @@ from cyclip_loss import eager, numerics, reference
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
 def test_matmul_precision_setting(impl: str, precision: str, device: torch.device) -> None:
     """The loss does not change the setting; "high" and "medium" allow tf32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        case = Case(80, 5, distance=1e-5, lambdas=(0.5, 0.25), output_dict=True)
+    case = Case(80, 5, distance=1e-5, lambdas=(0.5, 0.25), output_dict=True)
+    with setting("float32_matmul_precision", precision):
         check_loss(case, impl, device, tf32=precision != "highest")
         assert torch.get_float32_matmul_precision() == precision
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)

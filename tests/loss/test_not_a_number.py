@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from accuracy import TERMS
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from inputs import DTYPES, pairs
+from inputs import pairs
 
-from cyclip_loss import cyclic_penalty, cyclip_loss, reference
+from cyclip_loss import cyclic_penalty, cyclip_loss
 
 BAD_VALUES = st.sampled_from([torch.nan, torch.inf, -torch.inf])
 
@@ -61,16 +60,3 @@ def test_one_infinite_logit_is_nan(impl: str, d: int, device: torch.device) -> N
         image[row, 0] = text[0, 0] = 1e30
         assert cyclip_loss(image, text, 1.0, **options).isnan()
         assert cyclip_loss(image / 1e30, text / 1e30, torch.nan, **options).isnan()
-
-
-@pytest.mark.parametrize("d", [8, 3], ids=["small", "large"])
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_overflow_is_not_a_plausible_number(impl: str, dtype, d: int, device) -> None:
-    """Features with large products, with sums beyond float32, or with squares beyond float32."""
-    for size in (1e4, 4e18, 1e20) if dtype != torch.float16 else (1e4,):
-        features = [rows.to(dtype) for rows in pairs(8, d, norm=size, device=device)]
-        exact = reference.cyclip_loss(*(rows.double() for rows in features), 10.0)
-        found = cyclip_loss(*features, 10.0, output_dict=True, impl=impl)
-        for name in TERMS:
-            is_right = found[name].item() == pytest.approx(exact[name].item(), rel=1e-2)
-            assert is_right or (found[name].isnan() and size > 1e4), (size, found)

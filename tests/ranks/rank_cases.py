@@ -85,21 +85,24 @@ def check_ranks(case: RankCase, ranks: Ranks) -> None:
     check(case, case.features("cpu"), terms, grads, case.impl)
 
 
-def rank_cases(world_size: int, impl: str, uneven: bool) -> st.SearchStrategy[RankCase]:
+def rank_cases(world_size: int, impl: str) -> st.SearchStrategy[RankCase]:
     """Any step; if `uneven`, ranks may hold different numbers of rows, or none."""
 
-    def rows(most: int) -> st.SearchStrategy[tuple[int, ...]]:
-        if uneven:
-            return st.tuples(*[st.integers(0, most)] * world_size).filter(any)
-        return st.integers(1, most).map(lambda n: (n,) * world_size)
+    def of(uneven: bool) -> st.SearchStrategy[RankCase]:
+        def rows(most: int) -> st.SearchStrategy[tuple[int, ...]]:
+            if uneven:
+                return st.tuples(*[st.integers(0, most)] * world_size).filter(any)
+            return st.integers(1, most).map(lambda n: (n,) * world_size)
 
-    given: dict[str, Any] = {
-        "n": st.just(0),
-        "d": st.one_of(st.integers(1, 9), st.sampled_from([33, 40])),
-        "dtype": st.sampled_from([torch.float64, *DTYPES] if impl == "eager" else DTYPES[1:]),
-        "rows": st.sampled_from([3, 9, 24]).flatmap(rows),
-        "impl": st.just(impl),
-        "dist_impl": st.sampled_from(["gather", "ring"]),
-        "uneven": st.just(uneven),
-    }
-    return st.builds(RankCase, **(DRAWN | given))
+        given: dict[str, Any] = {
+            "n": st.just(0),
+            "d": st.one_of(st.integers(1, 9), st.sampled_from([33, 40])),
+            "dtype": st.sampled_from([torch.float64, *DTYPES] if impl == "eager" else DTYPES[1:]),
+            "rows": st.sampled_from([3, 9, 40]).flatmap(rows),
+            "impl": st.just(impl),
+            "dist_impl": st.sampled_from(["gather", "ring"]),
+            "uneven": st.just(uneven),
+        }
+        return st.builds(RankCase, **(DRAWN | given))
+
+    return st.booleans().flatmap(of)

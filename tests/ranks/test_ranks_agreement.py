@@ -49,7 +49,7 @@ def both_hold(n: int, **options) -> Step:
         ("lambda_inmodal", {"lambdas": (0.5, 0.25)}),
         ("lambda_crossmodal", {"lambdas": (0.25, 0.0)}),
         ("reference_batch_size", {"reference_batch_size": 128}),
-        ("augmented features", {"views": True}),
+        ("augmented and negative features", {"views": True}),
         ("ids are given", {"distinct_ids": 3}),
         ("require a gradient", {"frozen": frozenset(["text"])}),
     ],
@@ -66,7 +66,7 @@ def test_differences_in_a_first_call(name: str, other: dict, ranks: Ranks) -> No
     assert len(set(errors)) == 1
     assert name in errors[0]
     assert "must be the same on every rank, got [" in errors[0]
-    of_rows = "must have the same number of rows on every rank unless uneven=True, got [4, 3]"
+    of_rows = "(unless uneven=True) must be the same on every rank, got [4, 3]"
     assert (of_rows in errors[0]) == (rows == 3)
     assert set(first) == set(good) == {"right"}
 

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture(scope="module")
 def sharing() -> Iterator[Ranks]:
     """Over gloo, whose collectives accept GPU tensors. NCCL needs a GPU for each rank."""
-    ranks = Ranks("gloo", "cuda:0", timeout=60.0)
+    ranks = Ranks("gloo", "cuda:0")
     yield ranks
     ranks.close()
 

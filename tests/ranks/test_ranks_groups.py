@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import signal
+from contextlib import closing
 
 import pytest
 import torch
@@ -64,17 +65,12 @@ def refusals(rank: int, world_size: int) -> list[str]:
     x = torch.eye(3, device=own_device())
     pair = dist.new_group([0, 1])
     stored = pickle.loads(pickle.dumps(CyCLIPLoss(process_group=pair)))
-    calls = [
-        lambda: CyCLIPLoss(process_group=(0, 1))(x, x, 10.0),
-        lambda: stored(x, x, 10.0),
-        lambda: CyCLIPLoss(world_size=2)(x, x, 10.0),
-        lambda: CyCLIPLoss(rank=rank + 1)(x, x, 10.0),
-        lambda: CyCLIPLoss(process_group=pair, world_size=3)(x, x, 10.0),
-    ]
+    of_pair = CyCLIPLoss(process_group=pair, world_size=3)
+    modules = [CyCLIPLoss(process_group=(0, 1)), stored, CyCLIPLoss(world_size=2)]
     messages = []
-    for call in calls:
+    for module in (*modules, CyCLIPLoss(rank=rank + 1), of_pair):
         with pytest.raises((TypeError, ValueError)) as error:
-            call()
+            module(x, x, 10.0)
         messages.append(f"{type(error.value).__name__}: {error.value}")
     CyCLIPLoss(rank=0, world_size=0)(x, x, 10.0)  # some code passes 0 for one process
     return messages
@@ -125,13 +121,9 @@ def last_step(rank: int, world_size: int, case: RankCase, dies_in: str) -> None:
 @pytest.mark.parametrize("dies_in", ["forward", "backward"])
 def test_a_rank_that_dies_leaves_the_others_with_an_error(dist_impl: str, dies_in: str) -> None:
     """torch's own error, within the group's timeout: no rank still waits when `run` gives up."""
-    hasty = Ranks(timeout=20.0, patience=10.0)
     case = RankCase(rows=(4,) * 3, dist_impl=dist_impl)
-    try:
-        with pytest.raises(RankError) as error:
-            hasty.run(3, last_step, case, dies_in)
-    finally:
-        hasty.close()
+    with closing(Ranks()) as mortal, pytest.raises(RankError) as error:
+        mortal.run(3, last_step, case, dies_in)
     of_ranks = re.split(r"^rank \d: ", str(error.value), flags=re.MULTILINE)[1:]
     assert of_ranks[1] == "died, exit code -9\n"
     for other in (of_ranks[0], of_ranks[2]):
