@@ -8,7 +8,6 @@ respect to its own features, so that DDP's average is the gradient of the whole 
 """
 
 from collections.abc import Hashable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from cyclip_loss.numerics import on_device_of
 from cyclip_loss.options import WEIGHTS, LossOptions
 
 _collectives: Any = torch.ops._c10d_functional
@@ -106,7 +106,7 @@ _agreed: WeakKeyDictionary[ProcessGroup, set[Hashable]] = WeakKeyDictionary()
 def check_ranks_agree(
     ranks: Ranks,
     options: LossOptions,
-    device: torch.device,
+    features: Tensor,
     rows: dict[str, int],
     signature: dict[str, Hashable],
 ) -> tuple[Ranks, Ranks]:
@@ -116,8 +116,9 @@ def check_ranks_agree(
     waits for it. In other calls they trust each other to hold equal numbers of rows. Without
     `uneven`, nothing is compared while `torch.compile` traces.
 
-    rows: how many this rank has, by the arguments' names, pairs first. The results have the pairs'
-    numbers, and those of all rows together. signature: what decides which collectives run, by name.
+    features: of this rank, for their device. rows: how many this rank has, by the arguments' names,
+    pairs first. The results have the pairs' numbers, and those of all rows together. signature:
+    what decides which collectives run, by name.
 
     Raises:
         ValueError: on every rank, listing all differences, or if no rank has pairs. In a call
@@ -136,21 +137,16 @@ def check_ranks_agree(
 
     own = {**signature, **{name: getattr(options, name) for name in WEIGHTS}}
     disable: Any = torch.compiler.disable  # not at the top: that would import the whole compiler
-    of_ranks = disable(_exchange)({"rows": (*rows.values(),), **own}, ranks, device)
-    differences = [
-        f"{name} must be the same on every rank, got {_listed(values)}"
-        for name in own
-        if len(set(values := [of_rank[name] for of_rank in of_ranks])) > 1
-    ]
+    of_ranks = disable(_exchange)({"rows": (*rows.values(),), **own}, ranks, features)
+    found: Any = {name: [of_rank[name] for of_rank in of_ranks] for name in own}
     of_names = list(zip(*(of_rank["rows"] for of_rank in of_ranks)))  # noqa: B905
-    for name, counts in zip(rows, of_names):  # noqa: B905
-        if len(set(counts)) > 1 and not options.uneven:
-            differences.append(
-                f"{name} must have the same number of rows on every rank unless uneven=True, "
-                f"got {_listed(counts)}"
-            )
-    if differences:
-        raise ValueError("; ".join(differences))
+    if not options.uneven:
+        counts = zip(rows, of_names)  # noqa: B905
+        found |= {f"the number of rows of {name} (unless uneven=True)": of for name, of in counts}
+    same = "must be the same on every rank, got"
+    differing = [f"{name} {same} {_listed(x)}" for name, x in found.items() if len(set(x)) > 1]
+    if differing:
+        raise ValueError("; ".join(differing))
     if sum(of_names[0]) == 0:
         raise ValueError("the global batch is empty: every rank's features have 0 rows")
     agreed.add(key)
@@ -160,17 +156,12 @@ def check_ranks_agree(
     return of_pairs, of_all
 
 
-def _exchange(own: dict[str, Any], ranks: Ranks, device: torch.device) -> list[dict[str, Any]]:
+def _exchange(own: dict[str, Any], ranks: Ranks, features: Tensor) -> list[dict[str, Any]]:
     """Gather each rank's `own` on every rank; the host waits."""
     of_ranks: list[Any] = [None] * ranks.size
-    with on_device(device):
+    with on_device_of(features):
         dist.all_gather_object(of_ranks, own, group=ranks.group)
     return of_ranks
-
-
-def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes a GPU the current device, which NCCL uses for objects and sends."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def is_gloo_on_gpu(block: Tensor, ranks: Ranks) -> bool:
@@ -277,7 +268,7 @@ class Hop:
         if operations:
             if is_gloo_on_gpu(self.sent[0], ranks):
                 raise ValueError("dist_impl='ring' with features on a GPU needs nccl, not gloo")
-            with on_device(self.sent[0].device):
+            with on_device_of(self.sent[0]):
                 self.works = dist.batch_isend_irecv(operations)
 
     def finish(self) -> list[Tensor]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from cyclip_loss import eager
 from cyclip_loss.checks import warn_once
@@ -132,10 +133,6 @@ def disagreement(compute: Any, device: torch.device, dtype: torch.dtype, exact: 
     problems = []
 
     def narrow(argument: Any) -> Any:
-        if isinstance(argument, tuple):
-            return type(argument)(*map(narrow, argument))
-        if isinstance(argument, list):
-            return [*map(narrow, argument)]
         if isinstance(argument, Tensor) and argument.is_floating_point():
             return argument.to(dtype if argument.ndim == 2 else torch.float32)  # 2: features
         return argument
@@ -143,7 +140,7 @@ def disagreement(compute: Any, device: torch.device, dtype: torch.dtype, exact: 
     def check(name: str, *arguments: Any) -> Any:
         """Compare a function of the engine with the eager one; return the exact results."""
         expected = exact_results = getattr(eager, name)(*arguments)
-        results = getattr(compute, name)(*map(narrow, arguments))
+        results = getattr(compute, name)(*tree_map(narrow, arguments))
         if isinstance(results, Tensor):
             results, expected = [results], [expected]
         for at, (x, y) in enumerate(zip(results, expected, strict=True)):

@@ -8,7 +8,8 @@ Arguments of all of them:
   normalised here.
 - `logit_scale`: scalar (one element), already exponentiated. A tensor gets its gradient.
 - `output_dict`: return the weighted terms as a dict (sum them to get the loss).
-- all others, by keyword, have the meaning they have in `cyclip_loss.CyCLIPLoss`.
+- all others, by keyword, have the meaning they have in `cyclip_loss.CyCLIPLoss`. A module given as
+  `options` takes the place of all of them.
 
 Results are float32 scalars (float64 for float64 features), or a dict of them. They are NaN if a
 feature is NaN or infinite. Under `torch.autocast` the features are cast to the autocast dtype
@@ -51,7 +52,9 @@ def cyclic_penalty(
     lambda_inmodal: float = 0.25,
     lambda_crossmodal: float = 0.25,
     output_dict: bool = False,
-    **options: Any,
+    *,
+    options: PenaltyOptions | None = None,
+    **by_name: Any,
 ) -> Any:
     """lambda_inmodal * P_in + lambda_crossmodal * P_cross (Goel et al. 2022, eq. 2 and 3).
 
@@ -60,14 +63,8 @@ def cyclic_penalty(
 
     Returns a scalar or, with `output_dict`, `inmodal_cyclic_loss` and `crossmodal_cyclic_loss`.
     """
-    checked = PenaltyOptions(lambda_inmodal, lambda_crossmodal, **options)
-    return penalty_with(checked, image_features, text_features, output_dict)
-
-
-def penalty_with(
-    options: PenaltyOptions, image_features: Tensor, text_features: Tensor, output_dict: bool
-) -> Any:
-    """`cyclic_penalty` with checked options; modules pass themselves."""
+    if options is None:
+        options = PenaltyOptions(lambda_inmodal, lambda_crossmodal, **by_name)
     if not isinstance(output_dict, bool):
         raise TypeError(f"output_dict must be a bool, got {output_dict!r}: pass no logit scale")
     ranks = ranks_of(options.process_group) if options.distributed else Ranks()
@@ -91,7 +88,8 @@ def cyclip_loss(
     ids: Tensor | None = None,
     negative_image_features: Tensor | None = None,
     negative_text_features: Tensor | None = None,
-    **options: Any,
+    options: LossOptions | None = None,
+    **by_name: Any,
 ) -> Any:
     """The CyCLIP loss: contrastive + lambda_inmodal * P_in + lambda_crossmodal * P_cross.
 
@@ -119,27 +117,10 @@ def cyclip_loss(
     Returns a scalar or, with `output_dict`, `contrastive_loss`, `inmodal_contrastive_loss` if there
     are augmented views, `inmodal_cyclic_loss` and `crossmodal_cyclic_loss`.
     """
-    inputs = (image_features, text_features, logit_scale, logit_bias, output_dict, ids)
+    if options is None:
+        options = LossOptions(**by_name)
     views = (augmented_image_features, augmented_text_features)
     negatives = (negative_image_features, negative_text_features)
-    return loss_with(LossOptions(**options), *inputs, views, negatives)
-
-
-def loss_with(
-    options: LossOptions,
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor | float,
-    logit_bias: Tensor | None,
-    output_dict: bool,
-    ids: Tensor | None,
-    views: tuple[Tensor | None, Tensor | None],
-    negatives: tuple[Tensor | None, Tensor | None],
-) -> Any:
-    """`cyclip_loss` with checked options; modules pass themselves.
-
-    views, negatives: the augmented and the negative features, of images and of texts.
-    """
     if not isinstance(output_dict, bool):
         raise TypeError(f"output_dict must be a bool, got {output_dict!r}: lambdas go by keyword")
     ranks = ranks_of(options.process_group) if options.distributed else Ranks()
@@ -168,7 +149,7 @@ def loss_with(
         counts = {"image_features and text_features": n}
         counts |= {name: x.shape[0] for name, x in travelling.items() if "negative" in name}
         signature = collective_signature(travelling, options, ids)
-        ranks, of_columns = check_ranks_agree(ranks, options, pair[0].device, counts, signature)
+        ranks, of_columns = check_ranks_agree(ranks, options, pair[0], counts, signature)
     has_negatives = any(more is not None for more in negatives)
     with_positives = ids is not None and options.same_ids == "positives"
     special = several or has_negatives or with_positives or one_way

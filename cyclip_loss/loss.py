@@ -145,14 +145,15 @@ class CyCLIPLoss(LossOptions, _Module):
         """The loss or, with `output_dict`, its terms, as in `functional.cyclip_loss`."""
         if not is_traced(image_features) and not self._inputs_checked:
             self._check_rank()
-        views = (augmented_image_features, augmented_text_features)
-        negatives = (negative_image_features, negative_text_features)
-        loss = functional.loss_with(
-            self,
-            *(image_features, text_features, logit_scale, logit_bias, output_dict, ids),
-            *(views, negatives),
-        )
-        self._check_inputs_once(logit_scale, image_features, text_features, *views, *negatives)
+        others = {
+            "augmented_image_features": augmented_image_features,
+            "augmented_text_features": augmented_text_features,
+            "negative_image_features": negative_image_features,
+            "negative_text_features": negative_text_features,
+        }
+        inputs = (image_features, text_features, logit_scale, logit_bias, output_dict)
+        loss = functional.cyclip_loss(*inputs, ids=ids, **others, options=self)
+        self._check_inputs_once(logit_scale, image_features, text_features, *others.values())
         return loss
 
     def _check_rank(self) -> None:
@@ -188,7 +189,8 @@ class CyclicPenalty(_Module):
         self, image_features: Tensor, text_features: Tensor, output_dict: bool = False
     ) -> Any:
         """The penalty or, with `output_dict`, its two terms, as in `functional.cyclic_penalty`."""
-        penalty = functional.penalty_with(self, image_features, text_features, output_dict)
+        inputs = (image_features, text_features)
+        penalty = functional.cyclic_penalty(*inputs, output_dict=output_dict, options=self)
         self._check_inputs_once(LEAST_SCALE, image_features, text_features)
         return penalty
 

@@ -12,6 +12,7 @@ from cyclip_loss.options import LossOptions
 NAMES = (
     *("inmodal_gap", "crossmodal_gap", "alignment", "image_uniformity", "text_uniformity"),
     *("image_to_text_accuracy", "text_to_image_accuracy"),
+    *("inmodal_correlation", "crossmodal_correlation"),
 )
 
 
@@ -23,7 +24,7 @@ def consistency_metrics(
     process_group: ProcessGroup | None = None,
     distributed: bool = False,
 ) -> dict[str, Tensor]:
-    """Seven numbers of N pairs, by name, as float32 scalars without gradient.
+    """Nine numbers of N pairs, by name, as float32 scalars without gradient.
 
         inmodal_gap             mean over i, j of (I_i . I_j - T_i . T_j)^2  =  P_in / N
         crossmodal_gap          mean over i, j of (I_i . T_j - I_j . T_i)^2  =  P_cross / N
@@ -33,9 +34,14 @@ def consistency_metrics(
         text_uniformity         the same for T
         image_to_text_accuracy  share of the rows i whose nearest text, by I_i . T_j, is T_i
         text_to_image_accuracy  share of the rows i whose nearest image is I_i
+        inmodal_correlation     Pearson's, over i != j, of I_i . I_j with T_i . T_j
+        crossmodal_correlation  Pearson's, over i != j, of I_i . T_j with I_j . T_i
 
     The gaps are the penalties of Goel et al. 2022, eq. 2 and 3, without their factor N, so they are
-    comparable between batch sizes. Alignment and uniformity: Wang & Isola 2020, alpha = t = 2.
+    comparable between batch sizes. They are small, too, where all features are alike; correlations
+    are not (representational similarity analysis, Kriegeskorte et al. 2008). These are NaN if
+    N < 3, or if the similarities do not vary beyond rounding. Alignment and uniformity: Wang &
+    Isola 2020, alpha = t = 2.
 
     Args:
         image_features, text_features: (N, D), N >= 1, rows of unit length. They are not cast,
@@ -59,19 +65,29 @@ def consistency_metrics(
     if ranks.size > 1:
         signature = {"D": d, "dtype": pair[0].dtype, "the device type": pair[0].device.type}
         given, options = {"image_features and text_features": n}, LossOptions(uneven=True)
-        ranks, _ = across.check_ranks_agree(ranks, options, pair[0].device, given, signature)
+        ranks, _ = across.check_ranks_agree(ranks, options, pair[0], given, signature)
         gathered = across.start_gather(torch.cat(pair, dim=1), ranks)
         assert gathered is not None
         pair = across.finish_gather(gathered, ranks).tensor_split((d,), dim=1)
     wide = torch.float32 if pair[0].device.type == "mps" else torch.float64  # MPS has no float64
     images, texts = pair[0].to(wide), pair[1].to(wide)
     total, start = ranks.total(n), ranks.first_row(ranks.rank, n)
-    sums = images.new_zeros(len(NAMES))
+    pairs = total * (total - 1)  # 0 for a single row, whose means are 0 / 0 = NaN
+    # The mean similarities over i != j, from which the correlations are deviations.
+    means = [
+        (x.sum(dim=0).dot(y.sum(dim=0)) - (x * y).sum()) / pairs
+        for x, y in ((images, images), (texts, texts), (images, texts))
+    ]
+    sums = images.new_zeros(13)
     rows = torch.arange(start, start + n, device=images.device)
     for own in torch.split(rows, strip_rows(total, images.device)):
         image, text = images[own], texts[own]
         image_image, text_text = image @ images.T, text @ texts.T
         image_text, text_image = image @ texts.T, text @ images.T
+        moments = [
+            *_moments(image_image - means[0], text_text - means[1], own),
+            *_moments(image_text - means[2], text_image - means[2], own),
+        ]
         sums += torch.stack(
             (
                 (image_image - text_text).square_().sum(),
@@ -82,15 +98,28 @@ def consistency_metrics(
                 # NaN if a similarity is NaN.
                 (image_text.argmax(dim=1) == own).sum() + 0 * image_text.sum(),
                 (text_image.argmax(dim=1) == own).sum() + 0 * text_image.sum(),
+                *moments,
             )
         )
     if ranks.size > 1:
         sums = across.wait(across.start_all_reduce(sums, "sum", ranks))
-    pairs = total * (total - 1)  # 0 for a single row, whose uniformity is 0 / 0 = NaN
     counts = sums.new_tensor((total**2, total**2, total, pairs, pairs, total, total))
-    values = sums / counts
+    values = sums[:7] / counts
     values[3:5] = values[3:5].log()
-    return dict(zip(NAMES, values.float().unbind(), strict=True))
+    first, second, both = sums[7:].view(2, 3).unbind(dim=1)
+    length = (images.square().sum() + texts.square().sum()) / total
+    rounding = pairs * (64 * torch.finfo(wide).eps * length) ** 2
+    undefined = (torch.minimum(first, second) <= rounding) | (total < 3)
+    correlations = (both / (first * second).sqrt()).masked_fill(undefined, torch.nan)
+    return dict(zip(NAMES, torch.cat((values, correlations)).float().unbind(), strict=True))
+
+
+def _moments(first: Tensor, second: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums over i != j of the squares of both and of their product, for the rows i in `own`."""
+    for deviations in (first, second):
+        deviations[torch.arange(len(own), device=own.device), own] = 0
+    x, y = first.view(-1), second.view(-1)
+    return x.dot(x), y.dot(y), x.dot(y)
 
 
 def _potentials(products: Tensor, features: Tensor, own: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """What the engines share: arguments, dtypes, wide products, strips; which GPUs have kernels."""
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from importlib import metadata
 from importlib.util import find_spec
@@ -43,10 +44,6 @@ class Logits(NamedTuple):
         """Which of these rows and columns have the same id: (stop - start, m); None without ids."""
         return None if self.row_ids is None else self.row_ids[start:stop, None] == self.column_ids
 
-    def without_ids(self) -> "Logits":
-        """The same, with all other columns as negatives."""
-        return self._replace(row_ids=None, column_ids=None)
-
     def block(self, start: int, stop: int, left: int = 0, right: int | None = None) -> "Logits":
         """Rows `start` to `stop` and columns `left` to `right`."""
         return self._replace(
@@ -79,6 +76,12 @@ def float32_is_exact() -> bool:
         return torch.get_float32_matmul_precision() == "highest"
     except RuntimeError:  # set by the newer name, fp32_precision: reading the older one raises
         return torch.backends.cuda.matmul.fp32_precision not in ("tf32", "bf16")
+
+
+def on_device_of(features: Tensor) -> AbstractContextManager[Any]:
+    """Makes their GPU the current one, which Triton launches on and NCCL sends objects from."""
+    of_features: Any = torch.cuda.device_of
+    return of_features(features) if features.is_cuda else nullcontext()
 
 
 def strip_rows(columns: int, device: torch.device) -> int:

@@ -31,9 +31,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     # torchrun allows a "--" before the script's flags; some versions of Python pass it on.
     ours, theirs = parse(argv[1:] if argv[:1] == ["--"] else argv)
-    if "help" in ours:
-        print(flags().format_help(), "\nopen_clip_train's flags:\n", sep="\n", flush=True)
-        theirs = ["--help"]
     swap = _Swap(ours)
     try:
         trainer = import_module("open_clip_train.main")
@@ -53,22 +50,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The values of this launcher's flags, checked, and the rest of the command line."""
-    parser = flags()
-    ours, theirs = parser.parse_known_args(argv)
-    try:
-        PenaltyOptions(**_Swap(ours).penalty_options)
-        if ours.impl == "triton":
-            engine("triton", torch.empty(1, 1, device="cuda" if cuda.is_available() else "cpu"))
-    except ImportError:
-        parser.error("--impl triton: Triton is not installed")
-    except ValueError as error:
-        option, _, problem = str(error).replace("='triton':", " triton:").partition(" ")
-        parser.error(f"--{option.replace('_', '-')} {problem}")
-    return ours, theirs
-
-
-def flags() -> argparse.ArgumentParser:
-    """The flags that this launcher adds to open_clip_train's."""
     parser = argparse.ArgumentParser(
         prog="cyclip_loss.open_clip_train",
         usage="python -m cyclip_loss.open_clip_train [flags below] [open_clip_train's flags]",
@@ -88,7 +69,20 @@ def flags() -> argparse.ArgumentParser:
     add("--dist-impl", choices=DIST_IMPLS, default="gather", help="across ranks (plain CLIP only)")
     text = "what pairs with one caption are, instead of negatives (plain CLIP only)"
     add("--same-captions", choices=SAME_IDS, help=text)
-    return parser
+    ours, theirs = parser.parse_known_args(argv)
+    if "help" in ours:
+        print(parser.format_help(), "\nopen_clip_train's flags:\n", sep="\n", flush=True)
+        return ours, ["--help"]
+    try:
+        PenaltyOptions(**_Swap(ours).penalty_options)
+        if ours.impl == "triton":
+            engine("triton", torch.empty(1, 1, device="cuda" if cuda.is_available() else "cpu"))
+    except ImportError:
+        parser.error("--impl triton: Triton is not installed")
+    except ValueError as error:
+        option, _, problem = str(error).replace("='triton':", " triton:").partition(" ")
+        parser.error(f"--{option.replace('_', '-')} {problem}")
+    return ours, theirs
 
 
 def steps_or_share(text: str) -> int | float:

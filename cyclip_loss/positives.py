@@ -37,14 +37,14 @@ class WithPositives:
     def contrastive_lse(self, logits: Logits) -> Any:
         """As `eager.contrastive_lse`, with all other columns as negatives."""
         self.of_others += (logits.rows * self._means(logits)).sum()
-        return self.compute.contrastive_lse(logits.without_ids())
+        return self.compute.contrastive_lse(logits._replace(row_ids=None, column_ids=None))
 
     def contrastive_grads(
         self, logits: Logits, lse: Lse, grad: Tensor, weight: float, needs: list[bool], wide: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `eager.contrastive_grads`, where `wide`; `lse.pair_gradient` has its part already."""
-        settings = (grad, weight, needs, wide)
-        grads: Any = self.compute.contrastive_grads(logits.without_ids(), lse, *settings)
+        plain = logits._replace(row_ids=None, column_ids=None)
+        grads: Any = self.compute.contrastive_grads(plain, lse, grad, weight, needs, wide)
         factor = grad * (weight * (2 if logits.symmetric else 1))
         means = self._means(logits)
         scale_grad = grads[2] - factor * (logits.rows * means).sum()

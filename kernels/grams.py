@@ -21,8 +21,9 @@ import triton.language as tl
 from torch import Tensor
 
 from cyclip_loss.kernels.configs import Precision, config_for
-from cyclip_loss.kernels.launch import ceil_div, launch_on, padded_rows
+from cyclip_loss.kernels.launch import ceil_div, padded_rows
 from cyclip_loss.kernels.tiles import round_to_tf32
+from cyclip_loss.numerics import on_device_of
 
 # A D x D matrix has too few tiles to fill a GPU. So the sum over rows is split into at most this
 # many parts, each a multiple of the tile's rows. 16 parts of 768 x 768 in float32 are 38 MB.
@@ -121,7 +122,7 @@ def cyclic_statistics(image_features: Tensor, text_features: Tensor, with_cross:
     splits = ceil_div(n, split_rows)
     matrices = 3 if with_cross else 2
     parts = image.new_empty(splits, matrices, d, d, dtype=torch.float32)
-    with launch_on(image):
+    with on_device_of(image):
         cyclic_statistics_kernel[((d // bd) ** 2, splits, matrices - 1)](
             image, text, parts, n, d, image.stride(0), text.stride(0), split_rows,
             WITH_CROSS=with_cross, TF32=precision.dot == "tf32", PRECISION=precision.dot,

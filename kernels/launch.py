@@ -1,7 +1,4 @@
-"""What a launch needs on the host: aligned features, their device, scalars as arguments."""
-
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+"""What a launch needs on the host: aligned features, scalars as arguments."""
 
 import torch
 from torch import Tensor
@@ -31,11 +28,6 @@ def padded_rows(features: Tensor, multiple: int) -> Tensor:
         return torch.nn.functional.pad(features, (0, -d % multiple))
     # Not `contiguous()`: a single row is contiguous whatever its stride.
     return features.new_empty(n, d).copy_(features)
-
-
-def launch_on(features: Tensor) -> AbstractContextManager[Any]:
-    """Makes the features' device current, because Triton launches on the current device."""
-    return torch.cuda.device_of(features) if features.is_cuda else nullcontext()
 
 
 def number_or_pointer(scalar: Tensor) -> Tensor | float:

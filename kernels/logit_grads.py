@@ -18,9 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from cyclip_loss.kernels.configs import SUM, Precision, config_for
-from cyclip_loss.kernels.launch import ceil_div, launch_on, padded_rows
+from cyclip_loss.kernels.launch import ceil_div, padded_rows
 from cyclip_loss.kernels.tiles import LN_2, LOG2_E, grouped_tile, same_ids, split, tile_product
-from cyclip_loss.numerics import Logits, Lse, add_product, matmul
+from cyclip_loss.numerics import Logits, Lse, add_product, matmul, on_device_of
 
 # Rows and elements of one block of G, which thus has 16,384 columns and takes 512 MB in 16 bits, at
 # every N. Both products of a block sum over thousands of elements. At D = 768 they have 384 output
@@ -180,7 +180,7 @@ def contrastive_grads(
         return (total if sum_weight is None else total.mul_(sum_weight)).to(grad_dtype)
 
     image_grad, text_grad = image_features.new_empty(0, dtype=grad_dtype), lse.rows.new_empty(0)
-    with launch_on(image_features):
+    with on_device_of(image_features):
         if n <= height and m <= width:
             gradient = block(0, 0)
             dtype = torch.float32 if shift else grad_dtype

@@ -17,9 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from cyclip_loss.kernels.configs import JOIN, Precision, config_for
-from cyclip_loss.kernels.launch import ceil_div, launch_on, padded_rows
+from cyclip_loss.kernels.launch import ceil_div, padded_rows
 from cyclip_loss.kernels.tiles import LN_2, LOG2_E, grouped_tile, same_ids, split, tile_product
-from cyclip_loss.numerics import Logits
+from cyclip_loss.numerics import Logits, on_device_of
 
 # Tiles write at most this many maxima and as many sums per strip of rows, for rows and for columns
 # (float32, so 128 MB each). At N = 65,536 that takes two strips with 128-row tiles and PARTS = 1.
@@ -189,7 +189,7 @@ def contrastive_lse(logits: Logits) -> tuple[Tensor, Tensor, Tensor]:
     column_tiles = ceil_div(m, tile["BN"])
     row_parts = column_tiles * tile["PARTS"]
     height = max(1, PARTIAL_ELEMENTS // max(row_parts * tile["BM"], m)) * tile["BM"]
-    with launch_on(row_negatives):
+    with on_device_of(row_negatives):
         for strip, start in enumerate(range(0, n, height)):
             part = logits.block(start, start + height)
             rows = part.rows.shape[0]

@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from cyclip_loss.kernels.configs import PAIRS
-from cyclip_loss.kernels.launch import ceil_div, launch_on
+from cyclip_loss.kernels.launch import ceil_div
+from cyclip_loss.numerics import on_device_of
 
 
 @triton.jit
@@ -111,7 +112,7 @@ def pair_terms(
     loss = row_negatives.new_empty(())
     row_lse, pair_gradient = row_negatives.new_empty(n), row_negatives.new_empty(n)
     column_lse = row_negatives.new_empty(m)
-    with launch_on(row_negatives):
+    with on_device_of(row_negatives):
         pair_terms_kernel[(1 + ceil_div(max(n, m), PAIRS.tile["BLOCK"]),)](
             row_negatives, column_negatives, pair_logits, column_pair_logits, loss, row_lse,
             column_lse, pair_gradient, n, m, first_column, float(weight), SYMMETRIC=m > 0,

@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from cyclip_loss.kernels.configs import SUM, TRACES
-from cyclip_loss.kernels.launch import ceil_div, launch_on, number_or_pointer
+from cyclip_loss.kernels.launch import ceil_div, number_or_pointer
 from cyclip_loss.kernels.tiles import scalar
+from cyclip_loss.numerics import on_device_of
 
 
 @triton.jit
@@ -84,7 +85,7 @@ def cyclic_terms(grams: Tensor, weights: list[Tensor], separate: bool) -> list[T
     programs = ceil_div(d, TRACES.tile["BD"]) ** 2
     partials = grams.new_empty(2, programs)
     terms = [grams.new_empty(()) for _ in range(1 + separate)]
-    with launch_on(grams):
+    with on_device_of(grams):
         traces_kernel[(programs,)](grams, partials, d, WITH_CROSS=with_cross, **TRACES.kwargs)
         cyclic_terms_kernel[(1,)](
             partials, number_or_pointer(weights[0]), number_or_pointer(weights[1]), terms[0],

@@ -14,8 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from cyclip_loss.kernels.configs import Precision, config_for
-from cyclip_loss.kernels.launch import ceil_div, launch_on, number_or_pointer, padded_rows
+from cyclip_loss.kernels.launch import ceil_div, number_or_pointer, padded_rows
 from cyclip_loss.kernels.tiles import grouped_tile, round_to_tf32, scalar
+from cyclip_loss.numerics import on_device_of
 
 
 @triton.jit
@@ -124,7 +125,7 @@ def cyclic_grads(
     image_grad = image.new_empty(image.shape if needs_image else (0,))
     text_grad = text.new_empty(text.shape if needs_text else (0,))
     grid = (ceil_div(n, tile["BM"]) * (d // tile["BD"]),)
-    with launch_on(image):
+    with on_device_of(image):
         cyclic_grads_kernel[grid](
             image, text, grams, grads[0], grads[-1], number_or_pointer(weights[0]),
             number_or_pointer(weights[1]), float(size), image_grad, text_grad, n, d,
