@@ -2,17 +2,15 @@
 
 The bounds are forward error bounds, not tolerances found by trial. A sum of products in a type of
 precision eps is off by at most a small multiple of eps times the sum of the products' *absolute
-values*, the scale of the quantity. The scale is computed here for each element of each gradient,
-from the formulas of the loss in float64. So an element that is small because its terms are small is
-checked to relative precision. Only an element that is small because large terms cancel is allowed
-the rounding of these terms.
+values*. That is computed here for each element of each gradient, from the formulas of the loss in
+float64. So only an element that is small because large terms cancel is allowed the rounding of
+these terms; any other is checked to relative precision.
 
 The small multiple is FACTOR where errors have either sign, as in rounding to nearest, and mostly
-cancel (measured: at most 3.1 for sums of 100 terms, over 20,000 random inputs). Errors of one sign
-add up. A tensor core truncates what it adds to the float32 sum: 8 products at a time, one bit below
-the sum's last (A100), or 16, two bits below (H100; Khattak and Mikaitis 2025, arXiv 2512.07004).
-So D terms of one sign lose up to D / 11 or D / 20 times eps times their sum. From D = 48 on, the
-multiple is D / 8. Bounds are computed on the CPU, whatever device the results come from.
+cancel (measured: at most 3.1 for sums of 100 terms, over 20,000 random inputs). A tensor core
+truncates what it adds to the float32 sum: 8 products at a time, one bit below the sum's last
+(A100), or 16, two bits below (H100; Khattak and Mikaitis 2025, arXiv 2512.07004). So D terms of one
+sign lose up to D / 11 or D / 20 times eps times their sum. From D = 48 on, the multiple is D / 8.
 """
 
 from math import log

@@ -17,7 +17,7 @@ def run_python(*arguments: str, interpreted: bool = True) -> subprocess.Complete
         "OMP_NUM_THREADS": "1",
         **({"CUDA_VISIBLE_DEVICES": ""} if interpreted else {}),
     }
-    options = {"capture_output": True, "text": True, "timeout": 300}
+    options = {"capture_output": True, "text": True, "timeout": 1200}
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, **options)
 
 

@@ -34,9 +34,6 @@ def loss_of(case: Case, impl: str) -> CyCLIPLoss:
     return CyCLIPLoss(*case.lambdas, impl=impl)
 
 
-SAME_BITS = {"rtol": 0, "atol": 0}
-
-
 @PRODUCTS
 @DTYPES
 @pytest.mark.parametrize(
@@ -85,7 +82,7 @@ def test_the_same_bits_every_time(
     inputs = case.inputs(device)
     first = results(loss_of(case, impl), *inputs)
     for _ in range(4):
-        torch.testing.assert_close(results(loss_of(case, impl), *inputs), first, **SAME_BITS)
+        torch.testing.assert_close(results(loss_of(case, impl), *inputs), first, rtol=0, atol=0)
 
 
 def test_cuda_graph(impl: str, device: torch.device) -> None:
@@ -125,7 +122,7 @@ def test_another_stream(impl: str, device: torch.device) -> None:
         copies = Results(*(tensor.clone() for tensor in actual))
     stream.synchronize()
     assert not torch.cuda.default_stream(device).query(), "the default stream was waited for"
-    torch.testing.assert_close(copies, expected, **SAME_BITS)
+    torch.testing.assert_close(copies, expected, rtol=0, atol=0)
 
 
 @pytest.mark.gpu(2)

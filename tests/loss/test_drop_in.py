@@ -127,4 +127,4 @@ assert cyclip_loss.CyCLIPLoss()(torch.eye(3), torch.eye(3), 10.0) > 0
 @pytest.mark.parametrize("program", [IMPORTS_LITTLE, WITHOUT_DISTRIBUTED])
 def test_imports(program: str) -> None:
     """A loss on a CPU imports neither Triton nor the compiler, nor does it need distributed."""
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=1200)

@@ -30,16 +30,15 @@ class Run:
     micro_batches: int = 1
     uneven: bool = False
 
-    def rows_of(self, rank: int) -> list[int]:
+    def rows_of(self, rank: int) -> slice:
         """Which of the batch's samples are a rank's."""
-        start = rank * ROWS
-        stop = start + ROWS
+        start, stop = rank * ROWS, (rank + 1) * ROWS
         if self.uneven:  # at each border, the lower rank gives its last row to the next
             start, stop = start - (rank > 0), stop - (rank < self.world_size - 1)
-        return list(range(max(start, 0), stop))
+        return slice(start, stop)
 
 
-def train(model: nn.Module, run: Run, own: list[int]) -> dict[str, Tensor]:
+def train(model: nn.Module, run: Run, own: slice) -> dict[str, Tensor]:
     """Train three steps on the `own` samples of each batch; return the parameters' changes."""
     before = {name: full(tensor) for name, tensor in model.state_dict().items()}
     autocast = run.dtype == torch.float32
@@ -47,17 +46,15 @@ def train(model: nn.Module, run: Run, own: list[int]) -> dict[str, Tensor]:
     optimizer = rule(model.parameters(), lr=0.05)
     loss = CyCLIPLoss(0.5, 0.125, dist_impl=run.dist_impl, uneven=run.uneven)
     penalty = CyclicPenalty(0.5, 0.125)
-    size = (run.world_size * ROWS, IMAGE_SIZE + TEXT_SIZE)
     for at in range(3 * run.micro_batches):
-        samples = normal(*size, seed=at, device=own_device())[own]
-        images, texts = samples.to(run.dtype).split((IMAGE_SIZE, TEXT_SIZE), dim=1)
+        size = (run.world_size * ROWS, IMAGE_SIZE + TEXT_SIZE)
+        samples = normal(*size, seed=at, device=own_device())[own].to(run.dtype)
         last = (at + 1) % run.micro_batches == 0
         if hasattr(model, "set_requires_gradient_sync"):  # FSDP2's no_sync
             model.set_requires_gradient_sync(last)
-        no_sync = getattr(model, "no_sync", nullcontext)
-        with nullcontext() if last else no_sync():
+        with nullcontext() if last else getattr(model, "no_sync", nullcontext)():
             with torch.autocast(own_device().type, torch.bfloat16, enabled=autocast):
-                image, text, scale = model(images, texts).values()
+                image, text, scale = model(*samples.split((IMAGE_SIZE, TEXT_SIZE), 1)).values()
                 value = loss(image, text, scale) + penalty(image, text)
             (value / run.micro_batches).backward()
         if last:
@@ -82,8 +79,7 @@ def train_rank(rank: int, world_size: int, run: Run) -> dict[str, Tensor]:
     elif run.wrapper == "FSDP2":
         fully_shard(model.visual)
         fully_shard(model)
-    everything = list(range(run.world_size * ROWS))
-    return train(model, run, run.rows_of(rank) if world_size > 1 else everything)
+    return train(model, run, run.rows_of(rank) if world_size > 1 else slice(None))
 
 
 @DIST_IMPLS

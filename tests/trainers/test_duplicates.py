@@ -43,6 +43,8 @@ def test_caption_ids_are_equal_if_captions_are(ranks: Ranks) -> None:
     ids = caption_ids(tokens)
     assert ids.dtype == torch.int64
     assert torch.equal(ids[:, None] == ids, (tokens[:, None] == tokens).all(dim=2))
+    # As much more in one place as less in another: the places' weights are not in steps.
+    assert len(caption_ids(torch.tensor([[5, 7, 9], [7, 6, 9], [6, 5, 10]])).unique()) == 3
     assert torch.equal(torch.cat(ranks.run(2, hash_on_rank)), caption_ids(duplicates()[1]))
 
 

@@ -188,27 +188,30 @@ def test_other_losses_get_the_penalties(like: str, theirs: Any, monkeypatch) -> 
 
 
 CAPTIONS = "--same-captions"
+IGNORED = (CAPTIONS, "ignored")
+WARM_UP = ("--skip-scheduler", "--lambda-warmup", "2")
 
 
 @pytest.mark.parametrize(
-    ("trainer", "flag", "message"),
+    ("trainer", "given", "message"),
     [
-        (Trainer(ClipLoss(), ""), None, "in a way that this launcher does not support"),
-        (Trainer(CyCLIPLoss(), "own"), None, "loss was not created"),
-        (Trainer(ClipLoss(), calls=0), None, "created but not called"),
-        (Trainer(ClipLoss(), "4", calls=0), None, "created but not called"),
-        (Trainer(None, "4"), None, "cannot add the penalties: loss must be a module, got None"),
-        (Trainer(nn.CrossEntropyLoss()), None, "Loss.forward takes ['input', 'target']"),
-        (Trainer(nn.CrossEntropyLoss(), "4"), None, "Loss.forward takes ['input', 'target']"),
-        (Trainer(ClipLoss(), horovod=True), None, "--horovod is not supported"),
-        (Trainer(ClipLoss(), accum_freq=2), CAPTIONS, f"{CAPTIONS} excludes --accum-freq above 1"),
-        (Trainer(SigLipLoss()), CAPTIONS, f"{CAPTIONS} needs plain CLIP's loss"),
-        (Trainer(ClipLoss(), texts=0), CAPTIONS, f"{CAPTIONS}: the model got no captions"),
+        (Trainer(ClipLoss(), ""), (), "in a way that this launcher does not support"),
+        (Trainer(CyCLIPLoss(), "own"), (), "loss was not created"),
+        (Trainer(ClipLoss(), calls=0), (), "created but not called"),
+        (Trainer(ClipLoss(), "4", calls=0), (), "created but not called"),
+        (Trainer(None, "4"), (), "cannot add the penalties: loss must be a module, got None"),
+        (Trainer(nn.CrossEntropyLoss()), (), "Loss.forward takes ['input', 'target']"),
+        (Trainer(nn.CrossEntropyLoss(), "4"), (), "Loss.forward takes ['input', 'target']"),
+        (Trainer(ClipLoss(), horovod=True), (), "--horovod is not supported"),
+        (Trainer(ClipLoss()), WARM_UP, "--lambda-warmup needs OpenCLIP's"),
+        (Trainer(ClipLoss(), accum_freq=2), IGNORED, f"{CAPTIONS} excludes --accum-freq above 1"),
+        (Trainer(SigLipLoss()), IGNORED, f"{CAPTIONS} needs plain CLIP's loss"),
+        (Trainer(ClipLoss(), texts=0), IGNORED, f"{CAPTIONS}: the model got no captions"),
     ],
 )
-def test_unsupported_runs_stop(trainer: Trainer, flag, message: str, monkeypatch) -> None:
+def test_unsupported_runs_stop(trainer: Trainer, given, message: str, monkeypatch) -> None:
     with pytest.raises(SystemExit) as stopped:
-        launch(trainer, monkeypatch, *([flag, "ignored"] if flag else []))
+        launch(trainer, monkeypatch, *given)
     assert message in str(stopped.value)
     assert "\n" not in str(stopped.value)
     assert not trainer.finished
@@ -256,12 +259,6 @@ def test_the_weights_warm_up(like: str, theirs, warmup, length, epoch, monkeypat
     assert trainer.args.lambda_warmup == float(warmup)
 
 
-def test_a_warm_up_without_a_schedule_stops(monkeypatch: pytest.MonkeyPatch) -> None:
-    launch(Trainer(ClipLoss()), monkeypatch, "--skip-scheduler")
-    with pytest.raises(SystemExit, match="--lambda-warmup needs OpenCLIP's"):
-        launch(Trainer(ClipLoss()), monkeypatch, "--skip-scheduler", "--lambda-warmup", "2")
-
-
 @pytest.mark.parametrize("like", ["3", "4"])
 @pytest.mark.parametrize("same", ["ignored", "positives"])
 def test_same_captions(like: str, same: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,10 +266,15 @@ def test_same_captions(like: str, same: str, monkeypatch: pytest.MonkeyPatch) ->
     trainer = launch(Trainer(ClipLoss(), like, accum_freq=1), monkeypatch, CAPTIONS, same)
     loss_fn = CyCLIPLoss(reference_batch_size=128, same_ids=same)
     expected = loss_fn(**Model()(IMAGES), output_dict=True, ids=caption_ids(TEXTS))
-    assert {name: term.item() for name, term in trainer.terms[0].items()} == {
-        name: term.item() for name, term in expected.items()
-    }
+    torch.testing.assert_close(trainer.terms[0], expected, rtol=0, atol=0)
     assert trainer.args.same_captions == same
+
+
+def test_an_error_of_the_trainer_is_one_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(ClipLoss())
+    trainer.main = lambda argv: -1
+    with pytest.raises(SystemExit, match=r"^1$"):
+        launch(trainer, monkeypatch)
 
 
 def test_the_trainer_of_open_clip_2(monkeypatch: pytest.MonkeyPatch) -> None:

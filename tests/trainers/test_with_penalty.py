@@ -44,14 +44,6 @@ class AudioLoss(nn.Module):
         return self.returned(self.weight * ClipLoss()(audio_features, text_features, logit_scale_a))
 
 
-class Late(nn.Module):
-    """Takes any number of positional arguments before the features; one feature has a default."""
-
-    def __init__(self, image: Tensor) -> None:
-        super().__init__()
-        self.forward = lambda *rest, text_features, image_features=image: rest[0]
-
-
 class OneDict(nn.Module):
     """Takes one dict, as SLIP's loss does."""
 
@@ -124,15 +116,6 @@ def test_features_by_name_or_by_a_callable(compiled: bool, features, penalties) 
     terms = named(image, text)  # stays a namedtuple
     assert terms._fields == (*pair._fields, *penalties)
     torch.testing.assert_close(tuple(terms), (contrastive, 2.0, *penalties.values()))
-
-
-def test_the_call_is_bound_to_the_signature(features, penalties) -> None:
-    image, text = features
-    wrapped = WithCyclicPenalty(Late(image), *LAMBDAS)
-    torch.testing.assert_close(wrapped(1.0, text, text_features=text), 1 + sum(penalties.values()))
-    wrapped.loss = SigLipLoss()
-    expected = SigLipLoss()(image, text, 10.0, -5.0) + sum(penalties.values())
-    torch.testing.assert_close(wrapped(image, text, 10.0, logit_bias=-5.0), expected)
 
 
 @pytest.mark.parametrize(
