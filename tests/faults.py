@@ -1,0 +1,118 @@
+"""Break the code at random places, one at a time, and see which faults the tests notice.
+
+    python tests/faults.py --seed 1 cyclip_loss kernels  # --list: show the faults, run nothing
+
+The seed draws a kind of fault, then its place. The folder's tests run on a copy of the project that
+has the fault. A survivor is a hole in the tests, or changes nothing that a user could notice, or
+needs a device that is not here.
+"""
+
+import argparse
+import ast
+import os
+import random
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from subprocess import DEVNULL, TimeoutExpired, call
+
+ROOT = Path(__file__).parents[1]
+CORE = ["tests/loss", "tests/kernels", "tests/ranks", "tests/trainers"]
+TESTS = {name: [f"tests/{name}"] for name in ("reference_train", "benchmarks")}
+TESTS |= dict.fromkeys(("cyclip_loss", "kernels"), CORE)
+NOT_COPIED = shutil.ignore_patterns(".*", "runs", "build")
+PAIRS = [(ast.Lt, ast.LtE), (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq), (ast.Is, ast.IsNot)]
+PAIRS += [(ast.In, ast.NotIn), (ast.Add, ast.Sub), (ast.Mult, ast.Div), (ast.And, ast.Or)]
+SWAPS = {a: b for x, y in PAIRS for a, b in ((x, y), (y, x))}
+SWAPS |= {ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult}
+CONVERSIONS = ("contiguous", "to", "detach", "clone", "float", "double", "clamp", "abs", "strip")
+NO_BEHAVIOUR = ("annotation", "returns", "decorator_list", "exc")
+MESSAGES = ("help", "metavar", "description", "epilog", "stacklevel", "strict")
+
+
+def changed(node: ast.AST, **fields: object) -> ast.AST:
+    return type(node)(**vars(node) | fields)
+
+
+def faults_of(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
+    """Kinds of faults, and what takes the node's place with each."""
+    match node:
+        case ast.Compare(ops=[op]) if type(op) in SWAPS:
+            yield "comparison", changed(node, ops=[SWAPS[type(op)]()])
+        case ast.BinOp(op=op) | ast.BoolOp(op=op) if type(op) in SWAPS:
+            yield "operator", changed(node, op=SWAPS[type(op)]())
+        case ast.UnaryOp(op=ast.Not() | ast.USub()):
+            yield "sign or not", node.operand
+        case ast.Constant(value=bool()):
+            yield "flag", ast.Constant(not node.value)
+        case ast.Constant(value=int() | float() as value):
+            yield "number", ast.Constant(value + 1 if isinstance(value, int) else 2 * value or 1.0)
+        case ast.If() | ast.IfExp() | ast.While():
+            yield "condition", changed(node, test=ast.UnaryOp(ast.Not(), node.test))
+        case ast.Slice():
+            for end in [end for end in ("lower", "upper") if getattr(node, end)]:
+                yield "bound left out", changed(node, **{end: None})
+        case ast.Raise() | ast.AugAssign() | ast.Expr(value=ast.Call()):
+            yield "statement left out", ast.Pass()
+        case ast.Call(args=args, keywords=keywords):
+            for k in [k for k in keywords if k.arg and k.arg not in MESSAGES]:
+                yield "argument left out", changed(node, keywords=[x for x in keywords if x != k])
+            if len(args) > 1:
+                yield "arguments swapped", changed(node, args=[args[1], args[0], *args[2:]])
+            if isinstance(node.func, ast.Attribute) and node.func.attr in CONVERSIONS:
+                yield "conversion left out", node.func.value
+
+
+def break_each(node: ast.AST) -> Iterator[tuple[str, str]]:
+    """Puts one fault at a time into a tree; yields its kind, and its line and text."""
+    for name, value in ast.iter_fields(node):
+        children = value if isinstance(value, list) else [value]
+        for at, child in enumerate(children if name not in NO_BEHAVIOUR else ()):
+            if not isinstance(child, ast.AST) or getattr(child, "arg", None) in MESSAGES:
+                continue
+            for kind, new in faults_of(child):
+                after = [*children[:at], new, *children[at + 1 :]]
+                setattr(node, name, after if children is value else new)
+                texts = (ast.unparse(x).split("\n")[0][:70] for x in (child, new))
+                yield kind, f"{child.lineno} {kind}: {'  ->  '.join(texts)}"
+                setattr(node, name, value)
+            yield from break_each(child)
+
+
+def noticed(file: Path, source: str) -> bool:
+    """Whether a test fails, or hangs, if a file has this source."""
+    with tempfile.TemporaryDirectory() as folder, suppress(TimeoutExpired):
+        project = shutil.copytree(ROOT, f"{folder}/project", ignore=NOT_COPIED)
+        (project / file).write_text(source)
+        command = [sys.executable, "-m", "pytest", "-qx", "-n", "2", *TESTS[file.parts[0]]]
+        settings = os.environ | {"PYTHONPATH": str(project), "OMP_NUM_THREADS": "1"}
+        return call(command, cwd=project, env=settings, timeout=1200, stdout=DEVNULL) != 0
+    return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folders", nargs="+", choices=TESTS)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--count", type=int, default=40)
+    parser.add_argument("--list", action="store_true")
+    options = parser.parse_args()
+    places, killed, draw = {}, [], random.Random(options.seed)
+    for path in [f for folder in options.folders for f in sorted((ROOT / folder).rglob("*.py"))]:
+        tree = ast.parse(path.read_text())
+        for kind, text in break_each(tree):
+            places.setdefault(kind, []).append((path.relative_to(ROOT), text, ast.unparse(tree)))
+    for _ in range(options.count):
+        kind = draw.choice(sorted(kind for kind in places if places[kind]))
+        file, text, source = places[kind].pop(draw.randrange(len(places[kind])))
+        killed += [] if options.list else [noticed(file, source)]
+        verdict = ["killed" if last else "SURVIVED" for last in killed[-1:]]
+        print(*verdict, f"{file}:{text}", flush=True)
+    print(f"{sum(killed)} of {len(killed)} killed")
+
+
+if __name__ == "__main__":
+    main()
