@@ -55,17 +55,18 @@ def warned() -> list[str]:
     return [str(warning.message) for warning in caught]
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, ms: dict[str, float], **kinds: str) -> None:
-    """Times of candidates (all else takes 1; no time: Ctrl-C), and what is wrong with them.
+def pretend(monkeypatch: pytest.MonkeyPatch, times: list[float], kinds=()) -> None:
+    """What each kernel's candidate takes (without a time: Ctrl-C), and what is wrong with it.
 
-    A candidate has more than one warp, unlike what is shipped for the interpreter.
+    All else takes 1. A candidate has more than one warp; what is shipped for the interpreter one.
     """
 
     def clock(launch, device):
-        trying = [kernel for kernel, tile in configs.tuned(device).items() if tile.num_warps > 1]
-        if {*trying} - ms.keys():
-            raise KeyboardInterrupt
-        return ms[trying[0]] if trying else 1.0
+        for kernel, tile in configs.tuned(device).items():
+            if tile.num_warps > 1 and KERNELS.index(kernel) == len(times):
+                raise KeyboardInterrupt
+            return times[KERNELS.index(kernel)] if tile.num_warps > 1 else 1.0
+        return 1.0
 
     def faulty(run, kind, result, *arguments, **options):
         kind = kind if options["num_warps"] > 1 else "is right"
@@ -77,14 +78,14 @@ def pretend(monkeypatch: pytest.MonkeyPatch, ms: dict[str, float], **kinds: str)
         return SimpleNamespace(n_spills=12 * (kind == "spills"))
 
     monkeypatch.setattr(tune, "milliseconds", clock)
-    for (kernel, kind), result in zip(kinds.items(), (3, 9, 2, 8), strict=False):
+    for kernel, kind, result in zip(KERNELS, kinds, (3, 9, 2, 8), strict=False):
         function = getattr(kernels, kernel).__globals__[f"{kernel}_kernel"]
         monkeypatch.setattr(function, "run", partial(faulty, function.run, kind, result))
 
 
 @pytest.mark.parametrize("kinds", [["is wrong"] * 4, ["spills", "fails", "is right", "spills"]])
 def test_a_wrong_candidate_is_named_and_never_chosen(kinds, monkeypatch) -> None:
-    pretend(monkeypatch, dict.fromkeys(KERNELS, 0.1), **dict(zip(KERNELS, kinds, strict=True)))
+    pretend(monkeypatch, [0.1] * 4, kinds)
     rows = list(tune.tune(CPU, [torch.float16], 40, 64, 1000))
     said = {"is wrong": "is off by", "spills": "spills 12", "fails": "out of resource"}
     for row, kernel, kind in zip(rows, KERNELS, kinds, strict=True):
@@ -96,7 +97,7 @@ def test_a_wrong_candidate_is_named_and_never_chosen(kinds, monkeypatch) -> None
 
 def test_what_gains_is_kept_also_when_interrupted(file, monkeypatch, capsys) -> None:
     """A gain of 3 and of 1%, a loss, and Ctrl-C in the fourth kernel."""
-    pretend(monkeypatch, dict(zip(KERNELS[:3], (0.97, 0.99, 2), strict=True)))
+    pretend(monkeypatch, [0.97, 0.99, 2.0])
     monkeypatch.setattr(tune, "architecture", lambda device: "sm_90")
     assert tune.main(["--dtype", "bfloat16", "--n", "40", "--d", "128"]) == 0
     configs.tuned.cache_clear()
@@ -197,20 +198,18 @@ def test_what_cannot_be_written_is_one_warning_and_left_alone(what: str, file) -
 
 def test_two_processes_keep_all_their_tiles(file) -> None:
     code = (
-        "import sys, torch; from cyclip_loss import tune\n"
-        "from cyclip_loss.kernels.configs import _gram, tiles_file\n"
+        "import sys, torch; from cyclip_loss import tune; from cyclip_loss.kernels import configs\n"
         "for i in range(100):\n"
-        "    key = f'cyclic_statistics {sys.argv[1]} tf32 D%{i}'\n"
-        "    tune.remember(tiles_file(), torch.device('cpu'), key, _gram(64, 32, 4, 3))\n"
+        "    at = configs.tiles_file(), torch.device('cpu'), f'cyclic_grads {sys.argv[1]} {i}'\n"
+        "    tune.remember(*at, configs._cyclic(64, 64, 32, 4, 3))\n"
     )
     running = [start([sys.executable, "-c", code, name]) for name in ("first", "second")]
     assert [process.wait(200) for process in running] == [0, 0]
     assert len(json.loads(file.read_text())[configs.tiles_of(CPU)]) == 200
 
 
-def test_without_a_gpu_the_command_says_so(capsys) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
+def test_without_a_gpu_the_command_says_so(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert tune.main([]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     with pytest.raises(SystemExit):
