@@ -15,15 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cyclip_loss.numerics import (
-    Logits,
-    Lse,
-    accumulation_dtype,
-    add_product,
-    has_wide_products,
-    matmul,
-    strip_rows,
-)
+from cyclip_loss import numerics
+from cyclip_loss.numerics import Logits, Lse, accumulation_dtype, strip_rows
 
 
 def _multiply(image: Tensor, text_t: Tensor, logit_scale: Tensor, out: Tensor) -> None:
@@ -60,7 +53,7 @@ def contrastive_lse(logits: Logits) -> tuple[Tensor, Tensor, Tensor]:
     features, columns, logit_scale, *_ = logits
     n, m = len(features), len(columns)
     dtype = accumulation_dtype(features.dtype)
-    factor_dtype = features.dtype if has_wide_products(features) else dtype
+    factor_dtype = features.dtype if numerics.has_wide_products(features) else dtype
     columns_t = columns.to(factor_dtype).T
     height = min(n, strip_rows(m, features.device))
     logits_buffer = columns_t.new_empty(height, m, dtype=dtype)
@@ -146,7 +139,7 @@ def contrastive_grads(
     features, columns, logit_scale, *_ = logits
     n, m = len(features), len(columns)
     dtype = accumulation_dtype(features.dtype)
-    factor_dtype = features.dtype if has_wide_products(features) else dtype
+    factor_dtype = features.dtype if numerics.has_wide_products(features) else dtype
     text = columns.to(factor_dtype)
     height = min(n, strip_rows(m, features.device))
     logits_buffer = text.new_empty(height, m, dtype=dtype)
@@ -177,13 +170,13 @@ def contrastive_grads(
         # sum_ij G_ij (I_i . T_j) = sum_i I_i . (G T)_i = sum_j T_j . (G^T I)_j. From a feature
         # gradient that is computed anyway, it takes n * D multiplications.
         if needs_image or not needs_text:
-            row_gradient = matmul(gradient, text, dtype)
+            row_gradient = numerics.matmul(gradient, text, dtype)
             if needs_scale:
                 scale_sum += torch.dot(image.to(dtype).reshape(-1), row_gradient.view(-1))
             if needs_image:
                 image_grad[start:stop] = row_gradient.mul_(feature_weight)
         if needs_text:
-            add_product(text_grad, gradient.T, image)
+            numerics.add_product(text_grad, gradient.T, image)
     if needs_scale and needs_text and not needs_image:
         scale_sum += torch.dot(text.to(dtype).reshape(-1), text_grad.view(-1))
     text_grad = text_grad.mul_(feature_weight).to(grad_dtype)

@@ -28,14 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cyclip_loss import contrastive, cyclic, small
-from cyclip_loss.checks import (
-    check_features,
-    check_ids,
-    check_logit_scale,
-    warn_of_strong_penalties,
-    zero_of_bias,
-)
+from cyclip_loss import checks, contrastive, cyclic, small
 from cyclip_loss.distributed import Ranks, check_ranks_agree, finish_gather, ranks_of, start_gather
 from cyclip_loss.numerics import Logits
 from cyclip_loss.options import LossOptions, PenaltyOptions, has_penalties, takes_options
@@ -68,10 +61,10 @@ def cyclic_penalty(
     if not isinstance(output_dict, bool):
         raise TypeError(f"output_dict must be a bool, got {output_dict!r}: pass no logit scale")
     ranks = ranks_of(options.process_group) if options.distributed else Ranks()
-    pair = check_features(image_features, text_features, may_be_empty=ranks.size > 1)
+    pair = checks.check_features(image_features, text_features, may_be_empty=ranks.size > 1)
     started = cyclic.start_penalties(*pair, options, ranks)
     terms = cyclic.penalties(*pair, options, output_dict, started, ranks.size)
-    warn_of_strong_penalties(options, ranks.total(pair[0].shape[0]))
+    checks.warn_of_strong_penalties(options, ranks.total(pair[0].shape[0]))
     return dict(zip(CYCLIC_TERMS, terms)) if output_dict else terms[0]  # noqa: B905
 
 
@@ -125,25 +118,25 @@ def cyclip_loss(
         raise TypeError(f"output_dict must be a bool, got {output_dict!r}: lambdas go by keyword")
     ranks = ranks_of(options.process_group) if options.distributed else Ranks()
     several = ranks.size > 1
-    pair = check_features(image_features, text_features, may_be_empty=several)
-    scale = check_logit_scale(logit_scale, pair[0])
+    pair = checks.check_features(image_features, text_features, may_be_empty=several)
+    scale = checks.check_logit_scale(logit_scale, pair[0])
     # Rows and columns of the cross-modal contrastive loss, and of those of augmented views.
     cross, one_way, travelling = [], [], {"text_features": pair[1]}
     for kind, x, view, more in zip(("image", "text"), pair, views, negatives):  # noqa: B905
         if view is not None:
             names = (f"{kind}_features", f"augmented_{kind}_features")
-            one_way.append(check_features(x, view, names, several))
+            one_way.append(checks.check_features(x, view, names, several))
             travelling[names[1]] = one_way[-1][1]
         if more is not None:  # they come behind the pairs
             names = ("image_features", f"negative_{kind}_features")
-            more = check_features(pair[0], more, names, several, paired=False)[1]
+            more = checks.check_features(pair[0], more, names, several, paired=False)[1]
             travelling |= {} if kind == "image" else {names[1]: more}
             x = torch.cat((x, more))
         cross.append(x)
     if len(one_way) == 1:
         missing = "image" if views[0] is None else "text"
         raise ValueError(f"augmented features go together: augmented_{missing}_features is None")
-    ids = check_ids(ids, pair[0], options.same_ids)
+    ids = checks.check_ids(ids, pair[0], options.same_ids)
     n, of_columns = pair[0].shape[0], ranks
     if several:
         counts = {"image_features and text_features": n}
@@ -152,9 +145,10 @@ def cyclip_loss(
         ranks, of_columns = check_ranks_agree(ranks, options, pair[0], counts, signature)
     has_negatives = any(more is not None for more in negatives)
     with_positives = ids is not None and options.same_ids == "positives"
-    special = several or has_negatives or with_positives or one_way
-    if not special and small.is_small(*pair, options, output_dict, True):
+    terms = None
+    if not (several or has_negatives or with_positives or one_way):
         terms = small.terms(*pair, scale, options, output_dict, ids)
+    if terms is not None:
         contrastive_terms, penalties = {"contrastive_loss": terms[0]}, terms[1:]
     else:
         # Across ranks, the gather of the columns runs while the Gram matrices are computed, and the
@@ -191,8 +185,8 @@ def cyclip_loss(
             contrastive_terms["inmodal_contrastive_loss"] = inmodal * weight
     if logit_bias is not None:
         loss = contrastive_terms["contrastive_loss"]
-        contrastive_terms["contrastive_loss"] = loss + zero_of_bias(logit_bias, loss)
-    warn_of_strong_penalties(options, ranks.total(pair[0].shape[0]))
+        contrastive_terms["contrastive_loss"] = loss + checks.zero_of_bias(logit_bias, loss)
+    checks.warn_of_strong_penalties(options, ranks.total(pair[0].shape[0]))
     if output_dict:
         return {**contrastive_terms, **dict(zip(CYCLIC_TERMS, penalties))}  # noqa: B905
     loss, *others = (*contrastive_terms.values(), *penalties)
@@ -225,10 +219,8 @@ def caption_ids(tokens: Tensor) -> Tensor:
     It is the same on every rank, and zeros at the end of a row do not change it. Among 65,536
     different captions, two have the same hash with a probability of 2^-33.
     """
-    got: Any = type(tokens).__name__
-    if isinstance(tokens, Tensor):
-        got = f"{tokens.dtype} {tuple(tokens.shape)}"
     if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.is_floating_point():
+        got = [type(tokens).__name__, *(getattr(tokens, name, "") for name in ("dtype", "shape"))]
         raise TypeError(f"tokens must be an integer tensor (N, context length), got {got}")
     # Weights from SplitMix64 (Steele et al. 2014); products and sums wrap around at 64 bits.
     mixed = torch.arange(1, tokens.shape[1] + 1, device=tokens.device) * -0x61C8864680B583EB

@@ -145,7 +145,7 @@ class CyCLIPLoss(LossOptions, _Module):
         """The loss or, with `output_dict`, its terms, as in `functional.cyclip_loss`."""
         if not is_traced(image_features) and not self._inputs_checked:
             self._check_rank()
-        others = {
+        others: dict[str, Any] = {
             "augmented_image_features": augmented_image_features,
             "augmented_text_features": augmented_text_features,
             "negative_image_features": negative_image_features,

@@ -18,7 +18,6 @@ STRIP_ELEMENTS_OTHER_DEVICES = 2**26
 # twice the elements.
 MIN_STRIP_ROWS, FULL_SPEED_ROWS = 64, 512
 
-
 # Before 3.9, Triton does not compile the kernels for sm_100, or leaves their products out.
 TRITON_FOR_BLACKWELL = (3, 9)
 EVERY = 2**30  # more rows than there are; fits into 32 bits with another number added

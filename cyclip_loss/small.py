@@ -28,33 +28,7 @@ from cyclip_loss.eager import weighted_penalties
 from cyclip_loss.engines import engine
 from cyclip_loss.numerics import accumulation_dtype, has_wide_products
 from cyclip_loss.operators import FirstDerivativesOnly, is_traced, without_autocast
-from cyclip_loss.options import PenaltyOptions, has_equal_lambdas, has_penalties, penalty_weights
-
-
-def is_small(
-    image_features: Tensor,
-    text_features: Tensor,
-    options: PenaltyOptions,
-    separate: bool,
-    with_contrastive: bool,
-) -> bool:
-    """Whether to compute the loss, or the penalties alone, of these features (N, D) here.
-
-    That is where the eager engine computes, untraced and in one process, without fast 16-bit
-    products, and takes no more flops than the other form. For the loss, up to N = 2 D. For the
-    penalties up to N = 4/3 D; 5/3 D if Gram matrices would need C in forward, 7/3 D if they would
-    need it in backward too.
-    """
-    # In this order, so that N is not compared when traced.
-    if is_traced(image_features, text_features) or has_wide_products(image_features):
-        return False
-    if engine(options.impl, image_features) is not eager:
-        return False
-    n, d = image_features.shape
-    if with_contrastive:
-        return n <= 2 * d
-    flops_by_grams = (10 if separate else 8) if has_equal_lambdas(options) else 14
-    return has_penalties(options) and 6 * n <= flops_by_grams * d
+from cyclip_loss.options import PenaltyOptions, has_equal_lambdas, penalty_weights
 
 
 def _contrastive(
@@ -138,15 +112,11 @@ class _Small(torch.autograd.Function):
         return (*gradients, None, None, None, None)
 
 
-def _gradients(
-    weights: tuple[float, float],
-    needs: tuple[bool, ...],
-    grad_terms: tuple[Tensor, ...],
-    *saved: Any,
-) -> tuple[Tensor | None, ...]:
+def _gradients(weights: Any, needs: Any, grad_terms: Any, *saved: Any) -> tuple[Any, ...]:
     """dI, dT and ds, each None where not needed, from what `_Small.forward` saved.
 
-    weights: a and b; grad_terms: upstream gradients of each term, or of their sum.
+    weights: a and b; needs: which of the three; grad_terms: upstream gradients of each term, or of
+    their sum.
     """
     # The last three are G / (2N), ds and W, or None.
     image_features, text_features, logit_scale, gradient, scale_grad, product = saved
@@ -183,12 +153,24 @@ def terms(
     options: PenaltyOptions,
     separate: bool,
     ids: Tensor | None = None,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, ...] | None:
     """The contrastive term and both weighted penalties of checked inputs, or (their sum,).
+
+    None where the other form takes fewer flops, that is beyond N = 2 D; for the penalties alone
+    beyond N = 4/3 D, or 5/3 D if Gram matrices would need C in forward, or 7/3 D if they would need
+    it in backward too; or if the eager engine does not compute, or has fast 16-bit products.
 
     image_features, text_features: (N, D); logit_scale: scalar of the accumulation dtype, or None
     for the penalties alone; ids: (N,). If both lambdas are 0, no penalty is computed.
     """
-    weights = penalty_weights(options, len(image_features))
-    settings = (ids, weights, separate, torch.is_grad_enabled())
+    # First, so that N is not compared when traced.
+    if is_traced(image_features, text_features) or has_wide_products(image_features):
+        return None
+    n, d = image_features.shape
+    flops_by_grams = (10 if separate else 8) if has_equal_lambdas(options) else 14
+    if 6 * n > (12 if logit_scale is not None else flops_by_grams) * d:
+        return None
+    if engine(options.impl, image_features) is not eager:
+        return None
+    settings = (ids, penalty_weights(options, n), separate, torch.is_grad_enabled())
     return _Small.apply(image_features, text_features, logit_scale, *settings)  # type: ignore[no-any-return, no-untyped-call]
