@@ -196,14 +196,18 @@ def test_what_cannot_be_written_is_one_warning_and_left_alone(what: str, file) -
     assert path.read_text() == "not ours"
 
 
-def test_two_processes_keep_all_their_tiles(file) -> None:
+def test_two_processes_keep_all_their_tiles(file, tmp_path) -> None:
     code = (
-        "import sys, torch; from cyclip_loss import tune; from cyclip_loss.kernels import configs\n"
+        "import sys, torch, pathlib\n"
+        "from cyclip_loss import tune; from cyclip_loss.kernels import configs\n"
+        "pathlib.Path(sys.argv[1]).touch()\n"
+        "while not pathlib.Path(sys.argv[2]).exists(): pass\n"
         "for i in range(100):\n"
         "    at = configs.tiles_file(), torch.device('cpu'), f'cyclic_grads {sys.argv[1]} {i}'\n"
         "    tune.remember(*at, configs._cyclic(64, 64, 32, 4, 3))\n"
     )
-    running = [start([sys.executable, "-c", code, name]) for name in ("first", "second")]
+    names = [str(tmp_path / "first"), str(tmp_path / "second")]
+    running = [start([sys.executable, "-c", code, *order]) for order in (names, names[::-1])]
     assert [process.wait(200) for process in running] == [0, 0]
     assert len(json.loads(file.read_text())[configs.tiles_of(CPU)]) == 200
 
