@@ -138,7 +138,7 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
 
 # By file of the kernels: in strips, a small batch has several of each of them.
 BOUNDS = {"lse PARTIAL_ELEMENTS": 1, "logit_grads BLOCK_ROWS": 1, "logit_grads BLOCK_ELEMENTS": 1}
-BLOCKS = {"JOIN TILES": 4, "PAIRS BLOCK": 32, "SUM BLOCK": 4}  # of `configs.py`
+BLOCKS = {"JOIN TILES": 2, "PAIRS BLOCK": 32, "SUM BLOCK": 2}  # of `configs.py`
 
 
 @contextmanager
@@ -153,9 +153,7 @@ def setting(name: str, value: Any) -> Iterator[None]:
 
 
 def set_strip_rows(monkeypatch: pytest.MonkeyPatch, rows: int | None) -> None:
-    """Lower the strips to `rows` in the eager engine, and to one tile in kernels, whose other
-    blocks become small too; not if None.
-    """
+    """Strips of `rows`, in kernels of one tile, and small blocks there; not if None."""
     if rows is None:
         return
     monkeypatch.setattr(numerics, "MIN_STRIP_ROWS", rows)

@@ -1,13 +1,12 @@
 """In place of `open_clip.ClipLoss`: same values, training and calls; and what it imports."""
 
 import inspect
-import subprocess
-import sys
 
 import pytest
 import torch
 from accuracy import results
 from inputs import Case, normal, pairs
+from processes import run_python
 from torch import Tensor, nn
 from towers import IMAGE_SIZE, TEXT_SIZE, TwoTowers
 
@@ -127,4 +126,5 @@ assert cyclip_loss.CyCLIPLoss()(torch.eye(3), torch.eye(3), 10.0) > 0
 @pytest.mark.parametrize("program", [IMPORTS_LITTLE, WITHOUT_DISTRIBUTED])
 def test_imports(program: str) -> None:
     """A loss on a CPU imports neither Triton nor the compiler, nor does it need distributed."""
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=1200)
+    run = run_python("-c", program)
+    assert run.returncode == 0, run.stderr
