@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import textwrap
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
@@ -320,3 +321,18 @@ def test_a_run_is_trained_by_one_process(pretrain, tmp_path: Path) -> None:
 def results(logs: Path) -> list[dict[str, float]]:
     path = logs / "run" / "checkpoints" / "results.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on(shards: Path, tmp_path: Path) -> None:
+    argv = ["-m", "reference_train", "pretrain", "--preset", "icons", "--batch-size", "8"]
+    argv += ["--data", str(shards), "--out", str(tmp_path), "--name", "run"]
+    argv += ["--", "--epochs", "6", "--train-num-samples", "16"]
+    with subprocess.Popen([sys.executable, *argv], cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+        while len(results(tmp_path)) < 2 and process.poll() is None:
+            time.sleep(0.05)
+        process.kill()
+    assert 2 <= len(results(tmp_path)) < 6
+    again = run_python(*argv)
+    assert again.returncode == 0, again.stderr
+    assert {line["epoch"] for line in results(tmp_path)} == set(range(1, 7))
