@@ -23,6 +23,7 @@ PRESETS = {
     "short": {"steps": 620, "batch_size": 256, "lr": 3e-3, "logit_scale": 33.0},
     "long": {"steps": 1500, "batch_size": 256, "lr": 2e-3, "logit_scale": 14.3},
 }
+PICTURED = "new concepts, trained styles"  # the situation whose similarities are drawn
 DESCRIPTION = """\
 Trains small CLIP models with CyCLIPLoss and shows what the cyclic penalties changed: CLIP next to
 CyCLIP on the emoji that ship with the repository. With no argument about five minutes on two CPU
@@ -76,6 +77,8 @@ def main(argv: Sequence[str]) -> None:
         trained = train(config, clip, batches, pairs, out / config.name)
         result.setdefault("history", {})[config.name] = trained.pop("history")
         result["checkpoints"][config.name] = {**vars(config), **trained}
-        result["results"][config.name] = {name: measure(clip, data) for name, data in sets.items()}
+        result["results"][config.name] = {
+            name: measure(clip, data, pictured=name == PICTURED) for name, data in sets.items()
+        }
         report.save(result, out)
     report.write(result, out)

@@ -21,7 +21,7 @@ from .table import Result
 DESCRIPTION = """\
 Evaluates OpenCLIP checkpoints, next to the paper's numbers. Nothing is downloaded, but for weights
 that --pretrained names. Interrupted, the same command resumes with the data sets that are missing.
-`python -m reference_train report DIR` makes table and picture again."""
+`python -m reference_train report DIR` makes table and pictures again."""
 EPILOG = """\
 data sets of --data (DIR itself, or folders in it), besides the emoji that ship:
   clip-benchmark's WebDatasets   as they are on the hub: wds_vtab-cifar10, wds_vtab-cifar100,
@@ -101,7 +101,8 @@ def main(argv: Sequence[str]) -> None:
         for name in missing:
             clip.at_work, began = f"{title}: {name}", time.perf_counter()
             try:
-                measured = measure(clip, sets[name], arguments.linear_probe)
+                has_pairs = sets[name].captions is not None
+                measured = measure(clip, sets[name], arguments.linear_probe, has_pairs)
             except Exception as error:  # whatever it is: the others may have taken hours
                 failed[f"{name}, {title}"] = reason(error)
                 continue

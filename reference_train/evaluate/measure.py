@@ -1,5 +1,6 @@
 """Which metrics a data set has, and their numbers for one model."""
 
+import base64
 import math
 from typing import Any
 
@@ -15,17 +16,21 @@ from .datasets import DataSet
 
 NEIGHBOURS_FROM = 50_000  # training images the neighbours come from, as the paper's for ImageNet
 PAIRS = 10_000  # of gaps, alignment and uniformity, which take O(pairs^2)
+PAIRS_PICTURED = 60  # pairs whose similarities are kept for a picture
 
 Numbers = dict[str, float]
 
 
-def measure(clip: Clip, data: DataSet, linear_probe: bool = False) -> dict[str, Any]:
+def measure(
+    clip: Clip, data: DataSet, linear_probe: bool = False, pictured: bool = False
+) -> dict[str, Any]:
     """All numbers of a data set, as shares (not %). Pictures that can't be read are left out.
 
-    linear_probe: fit one, where there is a train split, on all of it.
+    linear_probe: fit one, where there is a train split, on all of it. pictured: keep similarities.
 
     Returns {"numbers": {metric: value}, "groups": {group: {metric: value}}, "images": how many,
-             "unreadable": [what is wrong with each picture that is left out]}.
+             "unreadable": [what is wrong with each picture that is left out],
+             "similarities": if `pictured`, of `PAIRS_PICTURED` pairs, by `similarities`}.
     """
     device = clip.device
     raw, read, unreadable = clip.encode_images(data.images, torch.arange(len(data.images)), "test")
@@ -69,6 +74,8 @@ def measure(clip: Clip, data: DataSet, linear_probe: bool = False) -> dict[str, 
         text = prompts[question]
         pairs = torch.stack((torch.arange(len(image)), classes.labels), dim=1)
     pairs = pairs.to(device)
+    everything = torch.arange(len(image), device=device)
+    first = pairs[torch.searchsorted(pairs[:, 0].contiguous(), everything), 1]  # of an image, (n,)
 
     def numbers_of(rows: Tensor) -> Numbers:
         """rows: (m,), of some of the images, ascending."""
@@ -87,26 +94,56 @@ def measure(clip: Clip, data: DataSet, linear_probe: bool = False) -> dict[str, 
             if question in neighbours:
                 scores = metrics.consistency(found[:, 0], neighbours[question][rows])
                 numbers |= {start + name: value for name, value in scores.items()}
-        kept, used = pairs_of(rows, pairs)
         if data.captions is not None or data.across_groups:
+            kept, used = pairs_of(rows, pairs)
             ways = metrics.retrieval(x, text[used], kept)
             if data.captions is None:  # top-1 has more names to choose from
                 ways = {name: n for name, n in ways.items() if name.startswith("text")}
             numbers |= ways
-        # of an image its first caption
-        first = torch.searchsorted(kept[:, 0].contiguous(), torch.arange(len(x), device=device))
         some = sample_rows(len(x), PAIRS).to(device)
-        geometry = consistency_metrics(x[some], text[used[kept[first[some], 1]]])
-        # the uniformity of one image is no number
+        geometry = consistency_metrics(x[some], text[first[rows[some]]])
+        # the uniformity of one image is no number, nor are correlations of two
         return numbers | {k: float(v) for k, v in geometry.items() if math.isfinite(v)}
 
     of_groups = {group: numbers_of(rows) for group, rows in groups.items()}
     if data.across_groups:
         several = [found for group, found in of_groups.items() if group not in data.apart]
-        numbers = {name: sum(n[name] for n in several) / len(several) for name in several[0]}
+        names = [name for name in several[0] if all(name in found for found in several)]
+        numbers = {name: sum(n[name] for n in several) / len(several) for name in names}
     else:
-        numbers = numbers_of(torch.arange(len(image), device=device)) | probe
-    return {"numbers": numbers, "groups": of_groups, "images": len(image), "unreadable": unreadable}
+        numbers = numbers_of(everything) | probe
+    measured: dict[str, Any] = {"numbers": numbers, "groups": of_groups, "images": len(image)}
+    if pictured:
+        shown = pictured_rows(next(iter(groups.values()), everything), first, labels)
+        measured["similarities"] = similarities(image[shown], text[first[shown]])
+    return measured | {"unreadable": unreadable}
+
+
+def pictured_rows(rows: Tensor, text: Tensor, labels: dict[str, Tensor]) -> Tensor:
+    """Up to `PAIRS_PICTURED` of the rows, with different texts, ordered by the coarsest label.
+
+    rows: (m,). text: (n,), which text each image has. labels: (n,) by question, coarsest last.
+    """
+    of_texts = {int(text[row]): row for row in rows.flip(0).tolist()}  # of each the first
+    rows = torch.tensor(sorted(of_texts.values()))
+    rows = rows[sample_rows(len(rows), PAIRS_PICTURED)].to(text.device)
+    for label in labels.values():
+        rows = rows[label[rows].argsort(stable=True)]
+    return rows
+
+
+def similarities(image: Tensor, text: Tensor) -> dict[str, Any]:
+    """What a picture shows of some pairs.
+
+    image, text: (n, D), rows of unit length.
+
+    Returns {"numbers": those of `consistency_metrics` that are defined,
+             "matrices": base64 of (3, n, n) int8: 127 times I_i . I_j, T_i . T_j, I_i . T_j}.
+    """
+    products = torch.stack((image @ image.T, text @ text.T, image @ text.T))
+    rounded = (127 * products).round().to(torch.int8).cpu().numpy()
+    numbers = {k: float(v) for k, v in consistency_metrics(image, text).items() if v.isfinite()}
+    return {"numbers": numbers, "matrices": base64.b64encode(rounded.tobytes()).decode()}
 
 
 def sample_rows(rows: int, most: int) -> Tensor:

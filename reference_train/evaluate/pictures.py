@@ -1,6 +1,9 @@
 """The pictures, 5.5 inches wide, to be read on a phone."""
 
+import base64
+import math
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -17,6 +20,8 @@ COLOURS = {look.title: look.colour for look in LOSSES.values()}
 for _source in table.NOTES:
     COLOURS |= dict(zip(table.titles(_source), ("#c3cad1", "#f2b8a5"), strict=True))
 TALL = 12  # more bars than that in a panel are too many for panels one above the other
+GEOMETRY = ("inmodal_gap", "inmodal_correlation", "crossmodal_gap", "crossmodal_correlation")
+MODELS = 4  # of similarities, in one picture
 Bar = tuple[str, tuple[float, float, float], str]  # title; value, lowest, highest; mark
 
 
@@ -83,3 +88,55 @@ def bars(result: table.Result, name: str, metric: str) -> list[Bar]:
                 for title, value in zip(table.titles(source), values, strict=True):
                     found.append((title, (value / 100,) * 3, mark))
     return found
+
+
+def draw_similarities(result: table.Result, path: Path) -> bool:
+    """Three matrices for each data set and model that has them; says whether there are any.
+
+    Of several runs of a model the first that has them. Colours mean the same throughout.
+    """
+    shown: list[tuple[str, dict[str, Any]]] = []
+    for name in result["data_sets"]:
+        rows = []
+        for title, runs in table.columns(result).items():
+            kept = [run[name].get("similarities") for run in runs if name in run]
+            rows += [(f"{title}: {name}", found) for found in kept if found][:1]
+        shown += rows[:MODELS]
+    if not shown:
+        return False
+    matrices = []
+    for _, found in shown:
+        rounded = np.frombuffer(base64.b64decode(found["matrices"]), np.int8)
+        pairs = math.isqrt(len(rounded) // 3)
+        image_image, text_text, image_text = rounded.reshape(3, pairs, pairs) / 127
+        matrices.append((image_image, text_text, image_text - image_text.T))
+    lowest = min(np.min(drawn[:2]) for drawn in matrices)
+    greatest = max(np.abs(drawn[2]).max() for drawn in matrices) or 1.0
+    similarity = {"cmap": "viridis", "vmin": lowest, "vmax": 1}
+    difference = {"cmap": "RdBu", "vmin": -greatest, "vmax": greatest}
+    figure = plt.figure(figsize=(5.5, 2.5 * len(shown) + 0.5), dpi=200, layout="constrained")
+    axes = figure.subplots(len(shown), 3, squeeze=False)
+    for row, (title, found), drawn in zip(axes, shown, matrices, strict=True):
+        words = ["image–image", "text–text", "image–text − its transpose"]
+        for place, metric in enumerate(GEOMETRY):
+            of, number = table.COMMON[metric], found["numbers"].get(metric)
+            value = "none" if number is None else table.cell((number,) * 3, of)
+            words[min(place, 2)] += f"\n{of.words}: {value}"
+        scales = (similarity, similarity, difference)
+        for ax, matrix, scale, label in zip(row, drawn, scales, words, strict=True):
+            ax.imshow(matrix, interpolation="nearest", **scale)
+            ax.set(xticks=(), yticks=())
+            ax.spines[:].set(visible=True, linewidth=0.5)
+            ax.set_xlabel(label, fontsize=7.5)
+        row[0].set_title(f"{title}, {len(drawn[0])} pairs", loc="left", fontsize=9)
+    for columns, label in ((axes[:, :2], "similarity"), (axes[:, 2:], "difference")):
+        image, aspect, room = columns[0, 0].images[0], 20 * columns.shape[1], 0.05 / len(shown)
+        bar = figure.colorbar(
+            image, ax=columns, location="bottom", aspect=aspect, fraction=room, pad=room
+        )
+        bar.set_label(label, fontsize=8)
+        bar.ax.tick_params(labelsize=7.5)
+    with written_whole(path) as partial:
+        figure.savefig(partial, format="png")
+    plt.close(figure)
+    return True

@@ -1,4 +1,4 @@
-"""`evaluation.json`, and what is made of it: `table.md`, `picture.png` and the terminal's table.
+"""`evaluation.json`, and what is made of it: `table.md`, pictures and the terminal's table.
 
 `python -m reference_train report FOLDER` makes them again, of several folders one table.
 """
@@ -20,7 +20,7 @@ from ..command_line import CannotStart, Parser
 from ..files import check_writable, write_text
 from .datasets import SPLITS, DataSet
 from .measure import distinct_texts
-from .pictures import draw
+from .pictures import draw, draw_similarities
 from .table import Result, markdown
 
 
@@ -104,13 +104,14 @@ def write(result: Result, out: Path) -> None:
     save(result, out)
     write_text(markdown(result), out / "table.md")
     draw(result, out / "picture.png")
+    more = ", similarities.png" * draw_similarities(result, out / "similarities.png")
     Console().print(Markdown(markdown(result, short=True)))
-    print(f"\nWritten to {out}: table.md has all metrics, picture.png")
+    print(f"\nWritten to {out}: table.md has all metrics, picture.png{more}")
 
 
 def main(argv: Sequence[str]) -> None:
     """`python -m reference_train report`."""
-    words = "Makes table.md and picture.png again. Runs that are called NAME-SEED are one column."
+    words = "Makes table.md and the pictures again. Runs that are called NAME-SEED are one column."
     parser = Parser("python -m reference_train report", description=words)
     add = parser.add_argument
     add("evaluations", nargs="+", type=Path, metavar="FOLDER", help="or an evaluation.json")

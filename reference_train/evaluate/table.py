@@ -37,10 +37,12 @@ COMMON = {
     "image_uniformity": Metric("image uniformity", ""),
     "text_uniformity": Metric("text uniformity", ""),
     "inmodal_gap": Metric("in-modal gap × 100", ""),
+    "inmodal_correlation": Metric("in-modal correlation", ""),
     "crossmodal_gap": Metric("cross-modal gap × 100", ""),
+    "crossmodal_correlation": Metric("cross-modal correlation", ""),
 }
 OF_GROUPS = ("top1", "_r1")  # how metrics of groups end, in table.md
-SHORT = (*OF_GROUPS, "consistency_1", "linear_probe", "_gap")  # and those on the terminal
+SHORT = (*OF_GROUPS, "consistency_1", "linear_probe", "_gap", "_correlation")  # on the terminal
 NEEDS = {  # metrics that the paper has and you may lack
     "consistency_1": "the consistency score needs a train split",
     "linear_probe": "the linear probe needs --linear-probe and a train split",
@@ -186,9 +188,10 @@ def markdown(result: Result, short: bool = False) -> str:
     out += [f"- **Failed: {name}: {why}**" for name, why in result.get("failed", {}).items()]
     shown = columns(result)
     notes = [
-        "In %, but for alignment, uniformity and gaps, where lower is better. In brackets: the 95% "
-        "interval (Wilson) of one run, or the lowest and the highest of several, whose number is "
-        "in the heading. chance: guessing. n: how many were asked.",
+        "In %, but for alignment, uniformity and gaps, where lower is better, and correlations, "
+        "where higher is more consistent. In brackets: the 95% interval (Wilson) of one run, or "
+        "the lowest and the highest of several, whose number is in the heading. chance: guessing. "
+        "n: how many were asked.",
     ]
     quoted: dict[str, None] = {}  # the sources that are shown, in their order
     for name, data in result["data_sets"].items():

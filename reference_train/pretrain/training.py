@@ -1,5 +1,5 @@
 """What OpenCLIP's training loop lacks: it stops where a loss or the model is not finite, validates
-all pairs or none, adds the consistency gaps, keeps the best epoch, and writes checkpoints whole.
+all pairs or none, adds `consistency_metrics`, keeps the best epoch, and writes checkpoints whole.
 """
 
 import json
@@ -151,14 +151,14 @@ class Guards:
         both = [features[f"{of}_features"] for of in ("image", "text")]
         # OpenCLIP 4 passes them batch by batch
         image, text = ((x if isinstance(x, Tensor) else torch.cat(x)).float() for x in both)
-        gaps = {name: float(gap) for name, gap in consistency_metrics(image, text).items()}
+        numbers = {name: float(x) for name, x in consistency_metrics(image, text).items()}
         for tower in ("image", "text"):
-            if (spread := gaps[f"{tower}_uniformity"]) > COLLAPSED:
+            if (spread := numbers[f"{tower}_uniformity"]) > COLLAPSED:
                 logging.warning(
                     f"All {tower} features are collapsed to one point (uniformity {spread:.4f}): "
                     "nothing is learned; try a smaller λ or --lr, or a longer --warmup"
                 )
-        return {**theirs(**features), **gaps}
+        return {**theirs(**features), **numbers}
 
     def evaluate(
         self, theirs: Function, model: Any, data: Any, epoch: int, args: Namespace, **more: Any
