@@ -123,8 +123,9 @@ def _gradients(weights: Any, needs: Any, grad_terms: Any, *saved: Any) -> tuple[
     dtype = accumulation_dtype(image_features.dtype)
     with without_autocast(image_features):
         image, text = image_features.to(dtype), text_features.to(dtype)
-        image_grad, text_grad = torch.zeros_like(image), torch.zeros_like(text)
-        if product is not None:
+        if product is None:
+            image_grad, text_grad = torch.zeros_like(image), torch.zeros_like(text)
+        else:
             inmodal = grad_terms[-2 if len(grad_terms) > 1 else 0] * weights[0]
             crossmodal = grad_terms[-1] * weights[1]
             both_ways = product * (inmodal + crossmodal)
