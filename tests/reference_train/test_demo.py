@@ -108,8 +108,9 @@ def test_a_run_leaves_numbers_table_and_picture(finished: Path) -> None:
         assert tuple(numbers["groups"]) == questions.SITUATIONS[name][0]
     table = (finished / "table.md").read_text()
     assert "| CLIP (2) | CyCLIP (2) | C-CyCLIP (2) | I-CyCLIP (2) | chance | n |" in table
-    with Image.open(finished / "picture.png") as image:
-        assert image.width == 1100
+    for picture in ("picture.png", "similarities.png"):
+        with Image.open(finished / picture) as image:
+            assert image.width == 1100
     for name, steps in result["history"].items():
         assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
         for line in steps:

@@ -168,6 +168,7 @@ def test_every_kind_of_data_set_in_one_command(run_folder: Path, tmp_path: Path)
     result = evaluate(tmp_path / "out", run_folder, "--data", data, *own)
     found = result["results"]["tiny"]
     assert set(found) == {"flickr8k", "icons", "own", "emoji"}
+    assert {name for name in found if "similarities" in found[name]} == {*found} - {"own"}
     assert result["data_sets"]["icons"]["classes"] == {"class": 6}
     assert result["data_sets"]["own"]["train_images"] == 2
     assert {"top1", "consistency_1"} <= set(found["own"]["numbers"])
