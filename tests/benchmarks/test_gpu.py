@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import needs_interpreter as interpreted
+from conftest import needs_interpreter
 from processes import run_python
 
 from benchmarks.__main__ import main
@@ -19,18 +19,12 @@ from cyclip_loss.kernels.configs import ARCHITECTURES
 
 TESTS = """
 import pytest, time
-
 def test_right(): pass
-
 def test_wrong(): assert 1 == 2, "one is two"
-
 def test_skipped(): pytest.skip("not today")
-
 def test_device(request): assert request.config.getoption("--device") == "cpu"
-
 @pytest.mark.slow
-def test_slow():
-    time.sleep(1000)
+def test_slow(): time.sleep(1000)
 """
 CONFTEST = """
 def pytest_addoption(parser): parser.addoption("--device")
@@ -50,11 +44,10 @@ def test_outcomes_of_tests_are_recorded(long: bool, tmp_path: Path, monkeypatch)
     run.deadline = 10 if long else 1000
     with run.part("tests") as section:
         suite.suite(suite.CUDA_TESTS, 1 if long else 2, run)
-    (row,) = section.rows
+    (row,), (note,) = section.rows, section.notes
     if long:
         assert row == {"passed": 1}
         assert section.failures == []
-        (note,) = section.notes
         assert re.search(r"interrupted at: .*test_slow", note)
         return
     assert row == {"failed": 1, "passed": 2, "skipped": 1, "error": 1}
@@ -62,7 +55,6 @@ def test_outcomes_of_tests_are_recorded(long: bool, tmp_path: Path, monkeypatch)
     assert failure.startswith("pytest ended with 1\n")
     assert 'assert 1 == 2, "one is two"' in failure
     assert "No module named 'no_such_package'" in failure
-    (note,) = section.notes
     assert re.fullmatch(r"1 skipped: .*test_few.py:\d+: not today", note)
 
 
@@ -77,16 +69,15 @@ COLUMNS = {
 }
 
 
-@interpreted
+@needs_interpreter
 def test_a_dry_run_leaves_a_record(tmp_path: Path) -> None:
-    wanted = [name for name in COLUMNS if name != "ablations answer"]
     arguments = ["--dry-run", "--out", str(tmp_path), "--budget", "9999"]  # on a busy machine too
-    ran = run_python("-m", "benchmarks", "gpu", *arguments, "--sections", *wanted)
+    arguments += ["--sections", *(name for name in COLUMNS if name != "ablations answer")]
+    ran = run_python("-m", "benchmarks", "gpu", *arguments)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
     (file,) = tmp_path.glob("*.json")
     record = json.loads(file.read_text())
-    command = ["python -m benchmarks gpu", *arguments, "--sections", *wanted]
-    assert record["command"] == " ".join(command)
+    assert record["command"] == " ".join(["python -m benchmarks gpu", *arguments])
     found = record["sections"]
     assert list(found) == list(COLUMNS)
     for name, words in COLUMNS.items():
@@ -99,13 +90,13 @@ def test_a_dry_run_leaves_a_record(tmp_path: Path) -> None:
     assert all(row["launches"] > 0 < row["wall ms"] for row in found["competitors"]["rows"])
     assert {row["dtype"] for row in found["competitors"]["rows"]} == {"bfloat16", "float32"}
     assert all(row["ms"] > 0 for row in found["ablations"]["rows"])
-    tiles = {row["kernel"].split()[0]: row for row in found["sweep"]["rows"]}
+    tiles = dict.fromkeys(row["kernel"].split()[0] for row in found["sweep"]["rows"])
     assert list(tiles) == list(ARCHITECTURES["sm_90"])
     assert found["sweep"]["notes"] == []
     assert "DRY RUN" in file.with_suffix(".md").read_text()
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def put_back(monkeypatch) -> Iterator[None]:
     """What `main` changes in its process."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -114,7 +105,6 @@ def put_back(monkeypatch) -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
-@pytest.mark.usefixtures("put_back")
 def test_what_it_cannot_run(monkeypatch, capsys) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for options, said in ([], "no CUDA device"), (["--dry-run", "--sections", "x"], "x: choose"):
@@ -122,7 +112,6 @@ def test_what_it_cannot_run(monkeypatch, capsys) -> None:
         assert said in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("put_back")
 def test_a_failure_and_an_interruption_leave_a_record(tmp_path: Path, monkeypatch, capsys) -> None:
     def fails(run: Run) -> None:
         run.note("half of it")
@@ -144,11 +133,10 @@ def test_a_failure_and_an_interruption_leave_a_record(tmp_path: Path, monkeypatc
     for failed, why in ("kernels", "RuntimeError: no kernel"), ("sizes", "interrupted"):
         assert f"## FAILED {failed}\n\n```\n{why}" in page
         assert f"FAILED {why}\n" in said
-    assert "half of it\n" in said
-    assert "2 failures; record in" in said
+    assert all(words in said for words in ("half of it\n", "2 failures; record in"))
 
 
-@interpreted
+@needs_interpreter
 def test_a_line_to_paste_makes_the_tile() -> None:
     for kernel, table in ARCHITECTURES["sm_90"].items():
         for (bits, dot), tile in table.items():

@@ -26,11 +26,6 @@ from cyclip_loss import CyCLIPLoss, reference
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def run() -> Run:
-    return Run(CPU)
-
-
 def fails(*_: object) -> torch.Tensor:
     raise RuntimeError("no kernel\nfor this")
 
@@ -48,15 +43,14 @@ def test_allocated_peak() -> None:
 
 
 LIMITED = """
-import json, sys
-from pathlib import Path
+import json, pathlib, sys
 from benchmarks import measure
 from benchmarks.compare import cost
 from benchmarks.compare.plan import CPU
 
 print(json.dumps(cost._limited("authors' formula", 1000, 8, CPU)))
 measure.LIMITS = (sys.argv[1],)
-Path(sys.argv[1]).write_text(str(measure.RESERVE + 10**7))
+pathlib.Path(sys.argv[1]).write_text(str(measure.RESERVE + 10**7))
 print(json.dumps(cost._limited("authors' formula", 1000, 8, CPU)))
 """
 
@@ -73,9 +67,9 @@ def test_out_of_memory_is_a_result(tmp_path: Path) -> None:
     assert "ms" not in limited
 
 
-def test_a_failing_competitor_does_not_affect_others(run: Run) -> None:
+def test_a_failing_competitor_does_not_affect_others() -> None:
     found = [Competitor(OURS, lambda: competitors.authors_formula), Competitor("broken", fails)]
-    plan = replace(PLAN, sizes=((16, 8),), matrix=64, seconds=0.0, least=2)
+    plan, run = replace(PLAN, sizes=((16, 8),), matrix=64, seconds=0.0, least=2), Run(CPU)
     with run.part("cost") as section:
         cost.costs(run, found, plan)
     ours, broken = section.rows
@@ -86,12 +80,10 @@ def test_a_failing_competitor_does_not_affect_others(run: Run) -> None:
     assert "ms" not in broken
 
 
-def test_errors_are_relative_to_what_a_loss_computes(run: Run) -> None:
-    def off(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return 1.5 * competitors.authors_formula(image, text, scale)
-
+def test_errors_are_relative_to_what_a_loss_computes() -> None:
+    off = Competitor("off", lambda: lambda *pairs: 1.5 * competitors.authors_formula(*pairs))
     contrastive = Competitor("c", lambda: CyCLIPLoss(0, 0, impl="eager"), "penalties")
-    found = [Competitor("off", lambda: off), contrastive, Competitor("broken", fails)]
+    found, run = [off, contrastive, Competitor("broken", fails)], Run(CPU)
     with run.part("error") as section:
         accuracy.errors(run, found, replace(PLAN, error_at=(32, 8)))
     assert len(section.rows) == 3 * len(accuracy.DISTANCES)
@@ -118,8 +110,8 @@ def test_training_step_is_a_training_step(loss: competitors.Loss) -> None:
         torch.testing.assert_close(p, wanted)
 
 
-def test_competitors_agree_on_what_they_compute(run: Run) -> None:
-    pairs = (*(features.requires_grad_() for features in run.pairs(30, 8)), torch.tensor(5.0))
+def test_competitors_agree_on_what_they_compute() -> None:
+    pairs = (*(f.requires_grad_() for f in Run(CPU).pairs(30, 8)), torch.tensor(5.0))
     found = competitors.competitors(CPU)
     assert {OURS, AUTHORS} <= {competitor.name for competitor in found}
     wholes = {}
@@ -134,8 +126,9 @@ def test_competitors_agree_on_what_they_compute(run: Run) -> None:
     assert len({round(whole.item(), 2) for whole in wholes.values()}) == len(competitors.MORE)
 
 
-def test_inputs(run: Run) -> None:
+def test_inputs() -> None:
     """Rows of unit length, the same in every call; texts at a distance from their images."""
+    run = Run(CPU)
     image, text = run.pairs(64, 32)
     near = run.pairs(64, 32, torch.bfloat16, 0.1)
     assert [near[0].dtype, near[1].dtype, image.dtype] == [torch.bfloat16] * 2 + [torch.float32]
@@ -183,35 +176,32 @@ def test_numbers_of_tables() -> None:
     assert table([row, {"x": "a|b"}]) == shown
 
 
-@pytest.fixture
-def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two competitors, tiny sizes, and no other process."""
+def test_command(tmp_path: Path, monkeypatch) -> None:
+    """Its record is complete: tables and pictures can be made of it, also with NaN.
+
+    Of two competitors, at tiny sizes, without another process.
+    """
     both = [c for c in competitors.COMPETITORS if c.name in (OURS, AUTHORS)]
     monkeypatch.setattr(side_by_side, "competitors", lambda device: both)
     small = replace(side_by_side.CPU, batch_size=4, matrix=64, seconds=0.0, least=3)
     monkeypatch.setattr(side_by_side, "CPU", small)
     monkeypatch.setattr(side_by_side.torch.cuda, "is_available", lambda: False)
-
-
-@pytest.mark.usefixtures("few")
-def test_command(tmp_path: Path, monkeypatch) -> None:
-    """Its record is complete: tables and pictures can be made of it, also with NaN."""
     folder = tmp_path / "new" / "folder"
     assert side_by_side.main(Namespace(sizes=[16, 32], out=folder)) == 0
     (file,) = folder.glob("*.json")
     found = json.loads(file.read_text())
     sections = found["sections"]
     assert not found["dry_run"]
-    costs = [(row["N"], row["loss"]) for row in sections["cost"]["rows"]]
-    assert costs == [(16, OURS), (16, AUTHORS), (32, OURS), (32, AUTHORS)]
-    assert all(row["ms"] > 0 < row["peak MB"] for row in sections["cost"]["rows"])
+    costs = sections["cost"]["rows"]
+    sizes = [(row["N"], row["loss"]) for row in costs]
+    assert sizes == [(16, OURS), (16, AUTHORS), (32, OURS), (32, AUTHORS)]
+    assert all(row["ms"] > 0 < row["peak MB"] for row in costs)
     assert {row["N"] for row in sections["error"]["rows"]} == {32}
     training = sections["training step"]["rows"]
     assert [row["loss"] for row in training] == [OURS, AUTHORS]
     assert all(row["loss / step"] > 0 < row["peak MB"] for row in training)
 
-    sections["cost"]["rows"][0]["ms"], sections["cost"]["rows"][1]["ms"] = 2.0, 3.0
-    sections["cost"]["rows"][3]["peak MB"] = math.nan
+    costs[0]["ms"], costs[1]["ms"], costs[3]["peak MB"] = 2.0, 3.0, math.nan
     text = report.summary(found)
     assert "| 16 | 512 | 2.00 | 3.00 (1.50 ×) |" in text.splitlines()
     assert len(list(folder.glob("*.png"))) == 2
