@@ -6,7 +6,6 @@ import io
 import json
 import os
 import random
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ pytest.importorskip("resvg_py")
 pytest.importorskip("webdataset")
 
 from PIL import Image
-from processes import ROOT
+from processes import start
 from tars import write_package
 
 from reference_train.command_line import CannotStart, Stopped
@@ -66,12 +65,11 @@ SETS = {
 }
 
 
-def make_package(path: Path, without: str = "") -> Path:
-    files: dict[str, Any] = {"collections.json": {name: info for name, (info, _) in SETS.items()}}
-    for name, (_, drawings) in SETS.items():
-        content = {"prefix": name, "icons": drawings, "width": 24, "height": 24}
-        if name != without:
-            files[f"json/{name}.json"] = content
+def make_package(path: Path, sets: dict[str, Any] = SETS, without: str = "") -> Path:
+    files = {"collections.json": {name: info for name, (info, _) in sets.items()}}
+    for name in sorted(sets.keys() - {without}):
+        drawings = {"prefix": name, "icons": sets[name][1], "width": 24, "height": 24}
+        files[f"json/{name}.json"] = drawings
     return write_package(path, files)
 
 
@@ -99,7 +97,7 @@ def samples(folder: Path, files: str = "*.tar") -> dict[str, Sample]:
 
 
 def test_what_is_left_out(built: Path) -> None:
-    manifest = manifest_of(built)
+    manifest, archive = manifest_of(built), built.parent / "icons.tgz"
     assert manifest["left_out"] == {
         "blank": 2,
         "crashes the renderer, or takes it for ever": 2,
@@ -111,7 +109,6 @@ def test_what_is_left_out(built: Path) -> None:
     }
     assert sum(manifest["pairs"].values()) == len(PLAIN) - 8
     assert {name: about["licence"] for name, about in manifest["sets"].items()} == {"plain": "MIT"}
-    archive = built.parent / "icons.tgz"
     assert manifest["package"] == str(archive)
     assert manifest["sha256"] == hashlib.sha256(archive.read_bytes()).hexdigest()
 
@@ -128,29 +125,24 @@ def test_shards_are_as_open_clip_reads_them(built: Path) -> None:
 
 
 def test_names_without_their_style() -> None:
-    for icon, name, style in (
-        ("alarm-clock-24-outline", "alarm clock", ["outline"]),
-        ("traffic-light", "traffic light", []),
-        ("outline", "outline", []),
-        ("outline-3d_rotation", "3d rotation", ["outline"]),
-    ):
-        assert icons.split_name(icon, {"outline"}) == (name, style)
+    names = ("alarm-clock-24-outline", "traffic-light", "outline", "outline-3d_rotation")
+    without = ["alarm clock", "traffic light", "outline", "3d rotation"]
+    found = [icons.split_name(name, {"outline"}) for name in names]
+    assert found == list(zip(without, (["outline"], [], [], ["outline"]), strict=True))
 
 
 def test_names_in_two_sets(tmp_path: Path, monkeypatch) -> None:
     """Held out in both or in none. A held-out one has one picture; the others as many as wanted."""
     monkeypatch.setattr(icons, "VALIDATION_SHARE", 0.5)
     monkeypatch.setattr(icons, "PICTURES_OF_A_NAME", 1)
-    files: dict[str, Any] = {"collections.json": {"one": a_set("One"), "two": a_set("Two")}}
+    sets: dict[str, Any] = {}
     for of, size in (("one", 2), ("two", 10)):
-        drawings = {f"thing-{chr(97 + i)}x": square(size + i) for i in range(8)}
-        files[f"json/{of}.json"] = {"icons": drawings, "width": 24, "height": 24}
-    package = ["--package", str(write_package(tmp_path / "icons.tgz", files))]
-    for chosen, most in ([], 1), (["0"], 2), (["3"], 2):
-        out = tmp_path / "".join(["out", *chosen])
-        option = ["--pictures-of-a-name"] if chosen else []
-        icons.main(["--out", str(out), *package, *option, *chosen])
-        assert manifest_of(out)["pictures_of_a_name"] == int("".join(chosen) or 1)
+        sets[of] = a_set(of), {f"thing-{chr(97 + i)}x": square(size + i) for i in range(8)}
+    package = str(make_package(tmp_path / "icons.tgz", sets))
+    for option, most in ("", 1), ("--pictures-of-a-name=0", 2), ("--pictures-of-a-name=3", 2):
+        out = tmp_path / f"out{option}"
+        icons.main(["--out", str(out), "--package", package, *option.split()])
+        assert manifest_of(out)["pictures_of_a_name"] == int(option[-1:] or 1)
         val, train = (samples(out, f"{part}-*.tar").values() for part in ("val", "train"))
         held_out = [sample.info["name"] for sample in val]
         assert 0 < len(held_out) == len(set(held_out)) < 8
@@ -202,16 +194,12 @@ def test_what_is_no_such_package(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["lacks.tgz", "other.tgz"]
 
 
-def test_sigterm_leaves_nothing(tmp_path: Path) -> None:
+def test_sigterm_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     os.mkfifo(tmp_path / "package")  # it is waited for
     command = [sys.executable, "-m", "reference_train.data.icons", "--package"]
-    with subprocess.Popen(
-        [*command, str(tmp_path / "package"), "--out", str(tmp_path / "new" / "out")],
-        cwd=ROOT,
-        env={**os.environ, "TMPDIR": str(tmp_path)},
-    ) as process:
-        deadline = time.monotonic() + 60
-        while not list(tmp_path.glob("new/.out.*/out")) and time.monotonic() < deadline:
+    with start([*command, f"{tmp_path}/package", "--out", f"{tmp_path}/new/out"]) as process:
+        while not list(tmp_path.glob("new/.out.*/out")) and process.poll() is None:
             time.sleep(0.05)
         process.terminate()
         assert process.wait(60) == 143
