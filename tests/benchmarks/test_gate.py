@@ -34,19 +34,16 @@ def test_serialised_products_are_detected(sass: str) -> None:
     assert is_serialised(sass.replace("gsb0, 0x1", "gsb0, 0x0"))
 
 
-@pytest.mark.parametrize(
-    ("instruction", "stack", "spilled"),
-    [
+def test_spills_are_counted() -> None:
+    for instruction, stack, spilled in (
         ("STL.64 [R1+0x8], R4", 16, 16),
         ("@P0 LDL R3, [R1]", 16, 16),
         ("LDL.LU.128 R4, [R1]", 0, 4),
         ("STG.E.64 [R2], R4", 16, 0),  # a stack that nothing touches
-    ],
-)
-def test_spills_are_counted(instruction: str, stack: int, spilled: int) -> None:
-    usage = f"Function kernel:\n REG:200 STACK:{stack} SHARED:0 LOCAL:0 CONSTANT[0]:608\n"
-    sass = f"        /*0120*/                   {instruction} ;\n{LOOP}"
-    assert nvidia_registers(usage + sass) == (200, spilled)
+    ):
+        usage = f"Function kernel:\n REG:200 STACK:{stack} SHARED:0 LOCAL:0 CONSTANT[0]:608\n"
+        sass = f"        /*0120*/                   {instruction} ;\n{LOOP}"
+        assert nvidia_registers(usage + sass) == (200, spilled), instruction
 
 
 CLEAN = Binary(200, 0, 1024, {"HGMMA.64x256x16.F32.BF16": 4}, serialised=False, fuses=True)
@@ -66,7 +63,6 @@ CLEAN = Binary(200, 0, 1024, {"HGMMA.64x256x16.F32.BF16": 4}, serialised=False, 
     ],
 )
 def test_each_fault_is_reported(made: Binary | str, fault: str | None, monkeypatch, capsys) -> None:
-    """In the last lines, and by the exit code."""
     variants = list(gate.variants("sm_90"))
     variant = next(v for v in variants if (v.kernel, v.features) == ("contrastive_lse", "bfloat16"))
     monkeypatch.setattr(gate, "ProcessPoolExecutor", ThreadPoolExecutor)

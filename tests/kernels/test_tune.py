@@ -1,14 +1,14 @@
 """`python -m cyclip_loss.tune`: what is chosen, and what a later process takes from its file."""
 
 import json
-import sys
+import multiprocessing
 import warnings
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from processes import run_python, start
+from processes import run_python
 
 from cyclip_loss import CyCLIPWarning, checks, engines, kernels, tune
 from cyclip_loss.kernels import configs
@@ -115,14 +115,13 @@ def test_what_gains_is_kept_also_when_interrupted(file, monkeypatch, capsys) -> 
 def test_a_tile_is_taken_for_its_dtype_and_multiple_of_d(file) -> None:
     tile = remember()
 
-    def found(n: int, d: int, dtype=torch.bfloat16, **options):
-        features = torch.ones(n, d, dtype=dtype)
-        return config_for("contrastive_lse", features, PRECISION, **options)
+    def found(*size, dtype=torch.bfloat16, **options):
+        return config_for("contrastive_lse", torch.ones(size, dtype=dtype), PRECISION, **options)
 
     assert found(3, 256) == found(5, 128) == found(1, 768) == tile
     assert found(3, 256) is found(5, 128)  # nothing is read again
-    others = (found(3, 192), found(3, 257), found(3, 256, torch.float16))
-    assert all(other is SHIPPED for other in others)
+    for other in (found(3, 192), found(3, 257), found(3, 256, dtype=torch.float16)):
+        assert other is SHIPPED
     assert config_for("contrastive_grads", FEATURES, PRECISION).num_warps == 1
     assert found(3, 256, with_ids=True).tile == tile.tile | {"PARTS": 4}
     file.write_text("{}")
@@ -145,19 +144,17 @@ def test_a_file_by_its_name_and_off(file, tmp_path, monkeypatch) -> None:
 def test_another_gpu_or_version_has_its_own_tiles(file, monkeypatch) -> None:
     device = torch.device("cuda", 0)
     monkeypatch.setattr(configs, "architecture", lambda device: "sm_80")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
-    assert remember(1, device) == configs.tuned(device)[KEY]
     for change in (
-        (torch.cuda, "get_device_name", lambda device: "NVIDIA L4"),
+        (torch.cuda, "get_device_name", lambda device: "NVIDIA A100"),
         (configs, "architecture", lambda device: "sm_90"),
+        (torch.cuda, "get_device_name", lambda device: "NVIDIA L4"),
         (configs.triton, "__version__", "4.0"),
         (configs, "__version__", "9.0"),
     ):
-        with monkeypatch.context() as patch:
-            patch.setattr(*change)
-            configs.tuned.cache_clear()
-            assert configs.tuned(device) == {}, change
-            assert remember(2, device) == configs.tuned(device)[KEY]
+        monkeypatch.setattr(*change)
+        configs.tuned.cache_clear()
+        assert configs.tuned(device) == {}, change
+        assert remember(2, device) == configs.tuned(device)[KEY]
     assert len(json.loads(file.read_text())) == 5  # next to each other
 
 
@@ -183,9 +180,9 @@ def test_a_broken_file_is_one_warning(broken: bytes | dict, file) -> None:
     assert str(file) in message
 
 
-@pytest.mark.parametrize("what", ["the file", "its folder"])
-def test_what_cannot_be_written_is_one_warning_and_left_alone(what: str, file) -> None:
-    path = file if what == "the file" else file.parent
+@pytest.mark.parametrize("path", ["cyclip_loss/tiles.json", "cyclip_loss"])
+def test_what_cannot_be_written_is_one_warning_and_left_alone(path, tmp_path) -> None:
+    path = tmp_path / "cache" / path
     path.parent.mkdir(parents=True)
     path.write_text("not ours")
     with pytest.warns(CyCLIPWarning, match=r"can't be written"):
@@ -196,19 +193,20 @@ def test_what_cannot_be_written_is_one_warning_and_left_alone(what: str, file) -
     assert path.read_text() == "not ours"
 
 
-def test_two_processes_keep_all_their_tiles(file, tmp_path) -> None:
-    code = (
-        "import sys, torch, pathlib\n"
-        "from cyclip_loss import tune; from cyclip_loss.kernels import configs\n"
-        "pathlib.Path(sys.argv[1]).touch()\n"
-        "while not pathlib.Path(sys.argv[2]).exists(): pass\n"
-        "for i in range(100):\n"
-        "    at = configs.tiles_file(), torch.device('cpu'), f'cyclic_grads {sys.argv[1]} {i}'\n"
-        "    tune.remember(*at, configs._cyclic(64, 64, 32, 4, 3))\n"
-    )
-    names = [str(tmp_path / "first"), str(tmp_path / "second")]
-    running = [start([sys.executable, "-c", code, *order]) for order in (names, names[::-1])]
-    assert [process.wait(200) for process in running] == [0, 0]
+def test_two_processes_keep_all_their_tiles(file) -> None:
+    fork = multiprocessing.get_context("fork")
+    both = fork.Barrier(2, timeout=60)
+
+    def keep(name: str) -> None:
+        both.wait()
+        for i in range(100):
+            tune.remember(configs.tiles_file(), CPU, f"cyclic_grads {name} {i}", SHIPPED)
+
+    running = [fork.Process(target=keep, args=(name,)) for name in ("first", "second")]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(200)
     assert len(json.loads(file.read_text())[configs.tiles_of(CPU)]) == 200
 
 
@@ -225,6 +223,6 @@ def test_a_dry_run_is_interpreted_by_itself_and_keeps_nothing(file) -> None:
     command = ("-m", "cyclip_loss.tune", "--dry-run", "--dtype", "float32")
     ran = run_python(*command, interpreted=False)
     assert ran.returncode == 0, ran.stderr[-3000:]
-    assert [f"{kernel} float32 ieee D%128" in ran.stdout for kernel in KERNELS] == [True] * 4
+    assert all(f"{kernel} float32 ieee D%128" in ran.stdout for kernel in KERNELS)
     assert "left out" not in ran.stdout
     assert not file.exists()

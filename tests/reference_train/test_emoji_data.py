@@ -2,34 +2,25 @@
 
 import hashlib
 import io
-import json
 import re
-import tarfile
+from itertools import chain
 from typing import Any
 
 import pytest
 
-pytest.importorskip("PIL")
 pytest.importorskip("webdataset")
 
 from PIL import Image
 
 from reference_train.data.emoji import ALL_STYLES, EMOJI_FOLDER
-
-Shard = dict[str, dict[str, bytes]]  # key -> suffix -> content
+from reference_train.data.samples import Sample, read_samples
 
 
 @pytest.fixture(scope="module")
-def shards() -> dict[str, Shard]:
-    found: dict[str, Shard] = {}
-    for path in EMOJI_FOLDER.glob("*.tar*"):
-        shard = found.setdefault(path.name.removesuffix(".tar.xz"), {})
-        with tarfile.open(path, "r|*") as tar:  # as a stream, which is how webdataset reads
-            for member in tar:
-                key, suffix = member.name.split(".")
-                shard.setdefault(key, {})[suffix] = tar.extractfile(member).read()  # type: ignore[union-attr]
-    assert set(found) == set(ALL_STYLES)
-    return found
+def shards() -> dict[str, list[Sample]]:
+    paths = {path.name.removesuffix(".tar.xz"): path for path in EMOJI_FOLDER.glob("*.tar*")}
+    assert set(paths) == set(ALL_STYLES)
+    return {style: list(read_samples([str(path)])) for style, path in paths.items()}
 
 
 def split_of(key: str) -> str:
@@ -39,29 +30,28 @@ def split_of(key: str) -> str:
 
 
 @pytest.mark.parametrize("style", ALL_STYLES)
-def test_samples(shards: dict[str, Shard], style: str) -> None:
+def test_samples(shards: dict[str, list[Sample]], style: str) -> None:
     pictures = set()
-    for key, sample in shards[style].items():
-        with Image.open(io.BytesIO(sample["png"])) as image:
+    for key, png, caption, info in shards[style]:
+        with Image.open(io.BytesIO(png)) as image:
             image.load()  # decodes, checksums included
             assert (image.format, image.mode, image.size) == ("PNG", "RGB", (64, 64))
             pictures.add(image.tobytes())
             assert image.getextrema() != ((255, 255),) * 3, "blank"
-        info = json.loads(sample["json"])
         assert (info["concept"], info["style"]) == (key, style)
         code = "-".join(f"{ord(c):04X}" for c in info["emoji"])
         assert key.replace("-FE0F", "") == code.replace("-FE0F", "")
-        assert info["name"] == sample["txt"].decode()
+        assert info["name"] == caption
         assert info["split"] == split_of(key)
         assert all(info["keywords"]) == bool(info["keywords"]) is True
     assert len(pictures) == len(shards[style]), "two concepts with one picture"
 
 
-def test_concepts(shards: dict[str, Shard]) -> None:
+def test_concepts(shards: dict[str, list[Sample]]) -> None:
     """They are the same in every style, and none is a flag, a skin tone or a near-duplicate."""
     assert sum(map(len, shards.values())) == 10_544
     seen: dict[str, dict[str, Any]] = {}
-    for info in (json.loads(s["json"]) for shard in shards.values() for s in shard.values()):
+    for _, _, _, info in chain.from_iterable(shards.values()):
         concept = {field: value for field, value in info.items() if field != "style"}
         assert seen.setdefault(info["concept"], concept) == concept
     assert len(seen) == len({concept["name"] for concept in seen.values()}) == 1597
