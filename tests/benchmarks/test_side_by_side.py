@@ -6,7 +6,6 @@ import sys
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -140,7 +139,7 @@ def test_inputs() -> None:
 def test_ratios_by_hand() -> None:
     """8 N² D = 64,000 flops, twice with extra texts, at 1e9 flops per second."""
     losses = [("failed", ""), (OURS, ""), (f"{OURS}, {TEXTS}", ""), (PENALTIES_ONLY, TERM)]
-    rows: list[dict[str, Any]] = [{"N": 20, "D": 20, "loss": x, "lacks": y} for x, y in losses]
+    rows: list[dict] = [{"N": 20, "D": 20, "loss": x, "lacks": y} for x, y in losses]
     rows[1]["ms"], rows[2]["ms"], rows[3]["ms"] = 0.128, 0.256, 0.064
     cost.add_ratios(rows, 1e9)
     found = [(row.get("times ours"), row.get("of matrix rate")) for row in rows]
@@ -200,7 +199,7 @@ def test_command(tmp_path: Path, monkeypatch) -> None:
     assert len(list(folder.glob("*.png"))) == 2
     panels: list[list[list[float]]] = []  # the ordinates of their lines
 
-    def read(figure: Any, *_: Any) -> None:
+    def read(figure, *_) -> None:
         panels.extend([list(line.get_ydata()) for line in ax.lines] for ax in figure.axes)
 
     monkeypatch.setattr(report, "_save", read)

@@ -4,7 +4,6 @@ import hashlib
 import io
 import re
 from itertools import chain
-from typing import Any
 
 import pytest
 
@@ -50,7 +49,7 @@ def test_samples(shards: dict[str, list[Sample]], style: str) -> None:
 def test_concepts(shards: dict[str, list[Sample]]) -> None:
     """They are the same in every style, and none is a flag, a skin tone or a near-duplicate."""
     assert sum(map(len, shards.values())) == 10_544
-    seen: dict[str, dict[str, Any]] = {}
+    seen: dict[str, dict] = {}
     for _, _, _, info in chain.from_iterable(shards.values()):
         concept = {field: value for field, value in info.items() if field != "style"}
         assert seen.setdefault(info["concept"], concept) == concept
