@@ -3,7 +3,6 @@
 import json
 import re
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -97,7 +96,7 @@ def test_a_dry_run_leaves_a_record(tmp_path: Path) -> None:
 
 
 @pytest.fixture(autouse=True)
-def put_back(monkeypatch) -> Iterator[None]:
+def put_back(monkeypatch):
     """What `main` changes in its process."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     before = signal.getsignal(signal.SIGTERM)

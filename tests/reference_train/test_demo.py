@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,10 +49,9 @@ def emoji_folder(tmp_path_factory) -> Path:
     for s, style in enumerate(ALL_STYLES):
         members = {}
         for c in range(int(style == "twemoji"), CONCEPTS):
-            keywords, group = [f"word {c}", "common"], "things & matters" if c % 2 else "others"
-            info = {"concept": f"{c:04X}", "name": f"thing {c}", "keywords": keywords}
-            info |= {"group": group, "subgroup": f"kind-{c % 4}", "split": split_of(c)}
-            info["style"] = style
+            info = {"concept": f"{c:04X}", "keywords": [f"word {c}", "common"], "style": style}
+            info |= {"group": "things & matters" if c % 2 else "others", "name": f"thing {c}"}
+            info |= {"subgroup": f"kind-{c % 4}", "split": split_of(c)}
             members[f"{c:04x}.png"] = png(Image.new("RGB", (64, 64), colour_of(s, c)))
             members[f"{c:04x}.txt"] = f"thing {c}".encode()
             members[f"{c:04x}.json"] = json.dumps(info).encode()
@@ -62,14 +60,13 @@ def emoji_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small(emoji_folder: Path) -> Iterator[None]:
+def small(emoji_folder: Path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "read_emoji", partial(read_emoji, emoji_folder))
         patch.setattr(command, "EMOJI_FOLDER", emoji_folder)
         patch.setattr(train, "VALIDATIONS", 2)
         patch.setitem(command.PRESETS, "short", SHORT)
-        small_text = {**TINY["text_cfg"], "width": 16, "heads": 2}  # most is the token embedding
-        patch.setitem(TINY, "text_cfg", small_text)
+        patch.setitem(TINY, "text_cfg", {**TINY["text_cfg"], "width": 16, "heads": 2})
         yield
 
 
@@ -102,8 +99,7 @@ def test_a_run_leaves_numbers_table_and_picture(finished: Path) -> None:
     table = (finished / "table.md").read_text()
     assert "| CLIP (2) | CyCLIP (2) | C-CyCLIP (2) | I-CyCLIP (2) | chance | n |" in table
     for picture in ("picture.png", "similarities.png"):
-        with Image.open(finished / picture) as image:
-            assert image.width == 1100
+        assert Image.open(finished / picture).width == 1100
     for name, steps in result["history"].items():
         assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
         for line in steps:

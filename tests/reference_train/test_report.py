@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ SETS = {
 }
 
 
-def write(folder: Path, runs: dict[str, float], **more: Any) -> str:
+def write(folder: Path, runs: dict[str, float], **more: object) -> str:
     """Of each run a number that is its every share."""
     numbers = ("top1", "colour_top1", "inmodal_gap")
     found = {
