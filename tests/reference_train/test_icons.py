@@ -9,7 +9,6 @@ import random
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ pytest.importorskip("webdataset")
 
 from PIL import Image
 from processes import start
-from tars import write_package
+from tars import write_tar
 
 from reference_train.command_line import CannotStart, Stopped
 from reference_train.data.samples import Sample, read_samples
@@ -27,15 +26,13 @@ from reference_train.data.samples import Sample, read_samples
 icons = pytest.importorskip("reference_train.data.icons")
 
 
-def square(size: int, colour: str = "currentColor") -> dict[str, Any]:
+def square(size: int, colour: str = "currentColor") -> dict:
     return {"body": f'<path fill="{colour}" d="M1 1h{size}v{size}h-{size}z"/>'}
 
 
-def a_set(title: str, category: str = "UI 24px", licence: str = "MIT") -> dict[str, Any]:
-    return {
-        **{"name": title, "total": 1, "category": category, "author": {"name": "Somebody"}},
-        "license": {"title": licence, "spdx": licence},
-    }
+def a_set(title: str, category: str = "UI 24px", licence: str = "MIT") -> dict:
+    info = {"name": title, "total": 1, "category": category, "author": {"name": "Somebody"}}
+    return {**info, "license": {"title": licence, "spdx": licence}}
 
 
 NOISE = '<filter id="f"><feTurbulence baseFrequency=".1" numOctaves="2000000000"/></filter>'
@@ -65,12 +62,14 @@ SETS = {
 }
 
 
-def make_package(path: Path, sets: dict[str, Any] = SETS, without: str = "") -> Path:
-    files = {"collections.json": {name: info for name, (info, _) in sets.items()}}
-    for name in sorted(sets.keys() - {without}):
-        drawings = {"prefix": name, "icons": sets[name][1], "width": 24, "height": 24}
-        files[f"json/{name}.json"] = drawings
-    return write_package(path, files)
+def make_package(path: Path, sets: dict = SETS, without: str = "") -> Path:
+    """As npm packs it; without a file."""
+    files = {"collections": {name: info for name, (info, _) in sets.items()}}
+    for name, (_, drawings) in sets.items():
+        files[f"json/{name}"] = {"prefix": name, "icons": drawings, "width": 24, "height": 24}
+    files.pop(without, None)
+    content = {f"package/{name}.json": json.dumps(files[name]).encode() for name in files}
+    return write_tar(path, content, "w:gz")
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +86,7 @@ def built(tmp_path_factory) -> Path:
     return folder / "out"
 
 
-def manifest_of(folder: Path) -> dict[str, Any]:
+def manifest_of(folder: Path) -> dict:
     return json.loads((folder / "manifest.json").read_text())
 
 
@@ -135,7 +134,7 @@ def test_names_in_two_sets(tmp_path: Path, monkeypatch) -> None:
     """Held out in both or in none. A held-out one has one picture; the others as many as wanted."""
     monkeypatch.setattr(icons, "VALIDATION_SHARE", 0.5)
     monkeypatch.setattr(icons, "PICTURES_OF_A_NAME", 1)
-    sets: dict[str, Any] = {}
+    sets = {}
     for of, size in (("one", 2), ("two", 10)):
         sets[of] = a_set(of), {f"thing-{chr(97 + i)}x": square(size + i) for i in range(8)}
     package = str(make_package(tmp_path / "icons.tgz", sets))
@@ -182,8 +181,8 @@ def test_the_package_is_downloaded(built: Path, tmp_path: Path, monkeypatch) -> 
 
 
 def test_what_is_no_such_package(tmp_path: Path) -> None:
-    write_package(tmp_path / "other.tgz", {})
-    make_package(tmp_path / "lacks.tgz", without="plain")
+    make_package(tmp_path / "other.tgz", without="collections")
+    make_package(tmp_path / "lacks.tgz", without="json/plain")
     for name, message in (
         ("none.tgz", r"none\.tgz: can't be read: .*No such file"),
         ("other.tgz", r"other\.tgz: has no collections\.json"),
