@@ -127,15 +127,15 @@ def penalties(
     started: the result of `start_penalties` across `size` ranks.
     """
     n, d = image_features.shape
-    if size == 1 and has_penalties(options):
-        terms = small.terms(image_features, text_features, None, options, separate)
-        if terms is not None:
-            return terms
     if not has_penalties(options):
         # Zeros with zero gradients, as one penalty has if only its lambda is 0.
         nothing = image_features[:0].sum() + text_features[:0].sum()
         zero = nothing.to(accumulation_dtype(image_features.dtype))
         return (zero, zero.clone()) if separate else (zero,)
+    if size == 1:
+        terms = small.terms(image_features, text_features, None, options, separate)
+        if terms is not None:
+            return terms
     with_cross = separate or not has_equal_lambdas(options)
     if started is None:
         grams = None

@@ -78,7 +78,7 @@ def consistency_metrics(
         (x.sum(dim=0).dot(y.sum(dim=0)) - (x * y).sum()) / pairs
         for x, y in ((images, images), (texts, texts), (images, texts))
     ]
-    sums = images.new_zeros(13)
+    sums = images.new_zeros(13)  # seven, and three for each correlation
     rows = torch.arange(start, start + n, device=images.device)
     for own in torch.split(rows, strip_rows(total, images.device)):
         image, text = images[own], texts[own]
