@@ -4,12 +4,13 @@ from typing import NamedTuple
 
 
 class Loss(NamedTuple):
-    """How a loss is shown, and which of the two penalties it has."""
+    """How a loss is shown, which of the two penalties it has, and what it asks of a second view."""
 
     title: str
     colour: str
     inmodal: bool
     crossmodal: bool
+    views: str = ""  # "contrastive" or "geometric"; such a loss takes a second view of each pair
 
 
 LOSSES = {
@@ -17,4 +18,6 @@ LOSSES = {
     "cyclip": Loss("CyCLIP", "#e4572e", True, True),
     "c-cyclip": Loss("C-CyCLIP", "#2a9d8f", False, True),
     "i-cyclip": Loss("I-CyCLIP", "#8e5ea2", True, False),
+    "clip-views": Loss("CLIP + views", "#3a86c8", False, False, "contrastive"),
+    "geometric": Loss("Geometric", "#d9a441", True, True, "geometric"),
 }

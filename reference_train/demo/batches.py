@@ -39,7 +39,7 @@ def captions_of(concept: Concept) -> list[list[str]]:
 
 
 class EmojiBatches:
-    """Batches of distinct training concepts, a random training style and caption each."""
+    """Batches of distinct training concepts: a random training style and two captions of each."""
 
     def __init__(
         self, emoji: EmojiSet, tokenize: Callable[[list[str]], Tensor], batch_size: int, seed: int
@@ -63,9 +63,10 @@ class EmojiBatches:
         self.batch_size, self.seed = batch_size, seed
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """The batch of a step: images (N, 3, 64, 64) uint8 and tokens (N, L).
+        """The batch of a step: images (N, 3, 64, 64) uint8 and tokens (2, N, L).
 
-        Each epoch is a new order of the concepts; its last incomplete batch is dropped.
+        The second caption, for losses of two views, may equal the first. Each epoch is a new order
+        of the concepts; its last incomplete batch is dropped.
         """
         n = self.batch_size
         epoch, index = divmod(step, len(self.rows) // n)
@@ -73,7 +74,7 @@ class EmojiBatches:
         which = order[index * n : (index + 1) * n]
         rng = np.random.default_rng([self.seed, epoch, index])
         rows = self.rows[which, rng.integers(self.rows.shape[1], size=n)]
-        caption = np.searchsorted(self.caption_shares[:-1], rng.random(n), side="right")
+        caption = np.searchsorted(self.caption_shares[:-1], rng.random((2, n)), side="right")
         return self.images[torch.from_numpy(rows)], self.tokens[which, caption]
 
 

@@ -11,8 +11,9 @@ import torch
 from open_clip_train.scheduler import cosine_lr
 from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
 from torch import nn
+from torch.nn import functional as F
 
-from cyclip_loss import CyCLIPLoss
+from cyclip_loss import CyclicPenalty, CyCLIPLoss
 
 from ..command_line import Stopped
 from ..evaluate.checkpoints import Clip
@@ -43,6 +44,8 @@ def train(
     model, device = clip.model, clip.device
     kind = LOSSES[config.loss]
     loss_fn = CyCLIPLoss(WEIGHT * kind.inmodal, WEIGHT * kind.crossmodal, reference_batch_size=256)
+    inmodal = CyclicPenalty(WEIGHT, 0, reference_batch_size=256)
+    views = 2 if kind.views else 1
     # gains, biases and the logit scale don't decay
     groups = param_groups_weight_decay(model, WEIGHT_DECAY)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, eps=EPS, fused=True)
@@ -65,11 +68,18 @@ def train(
         images, tokens = (part.to(device, non_blocking=True) for part in data.batch(step))
         # drawn from the seed and the step, as the batch is: a resumed run sees the same
         rng = np.random.default_rng([config.seed, step, 2**31])
-        pixels = normalize(augment(images, IMAGE_SIZE, rng))
+        pixels = [normalize(augment(images, IMAGE_SIZE, rng)) for _ in range(views)]
         with clip.autocast():
-            out = model(pixels, tokens)
-        features, scale = (out["image_features"], out["text_features"]), out["logit_scale"]
-        terms = loss_fn(*features, scale, output_dict=True)
+            out = model(torch.cat(pixels), tokens[:views].flatten(0, 1))
+        image, text = (out[f"{tower}_features"].chunk(views) for tower in ("image", "text"))
+        scale, second = out["logit_scale"], {}
+        if kind.views == "contrastive":
+            second = {"augmented_image_features": image[1], "augmented_text_features": text[1]}
+        terms = loss_fn(image[0], text[0], scale, output_dict=True, **second)
+        if kind.views == "geometric":  # docs/recipes.md, "Augmented views"
+            pairs = [(i * t).sum(dim=1) for i, t in zip(image, text, strict=True)]
+            between = inmodal(*image) + inmodal(*text) + WEIGHT * F.mse_loss(*pairs)
+            terms["geometric_consistency_loss"] = between
         loss = sum(terms.values())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -116,7 +116,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     add = parser.add_argument
     add("--preset", choices=BATCH_SIZES, required=True, help="model, schedule, batch size")
-    add("--loss", choices=LOSSES, default="cyclip", help="default: cyclip")
+    losses = [name for name, loss in LOSSES.items() if not loss.views]
+    add("--loss", choices=losses, default="cyclip", help="default: cyclip")
     add("--data", required=True, metavar="SHARDS", help="tar files (braces allowed), or a folder")
     add("--val", metavar="SHARDS", help="held-out pairs; default: those of a folder --data")
     add("--batch-size", type=whole_number(1), metavar="N", help="of all ranks")

@@ -97,16 +97,23 @@ def test_a_run_leaves_numbers_table_and_picture(finished: Path) -> None:
     for name, numbers in result["results"]["clip-0"].items():
         assert tuple(numbers["groups"]) == questions.SITUATIONS[name][0]
     table = (finished / "table.md").read_text()
-    assert "| CLIP (2) | CyCLIP (2) | C-CyCLIP (2) | I-CyCLIP (2) | chance | n |" in table
+    titles = " | ".join(f"{loss.title} (2)" for loss in LOSSES.values())
+    assert f"| {titles} | chance | n |" in table
     for picture in ("picture.png", "similarities.png"):
         assert Image.open(finished / picture).width == 1100
     for name, steps in result["history"].items():
         assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
         for line in steps:
-            penalties = line["inmodal_cyclic_loss"] + line["crossmodal_cyclic_loss"]
-            assert line["loss"] == pytest.approx(line["contrastive_loss"] + penalties, rel=1e-5)
-            assert (line["inmodal_cyclic_loss"] > 0) == name.startswith(("cyclip", "i-"))
-            assert (line["crossmodal_cyclic_loss"] > 0) == name.startswith(("cyclip", "c-"))
+            kind = LOSSES[name[:-2]]
+            terms = {term: line[term] for term in line if term.endswith("_loss")}
+            assert line["loss"] == pytest.approx(sum(terms.values()), rel=1e-5)
+            positive = {"contrastive": True, "inmodal_cyclic": kind.inmodal}
+            positive |= {"crossmodal_cyclic": kind.crossmodal}
+            positive |= {"inmodal_contrastive": True} if kind.views == "contrastive" else {}
+            positive |= {"geometric_consistency": True} if kind.views == "geometric" else {}
+            assert {term: value > 0 for term, value in terms.items()} == {
+                f"{term}_loss": asked for term, asked in positive.items()
+            }
         assert "validation_inmodal_gap" in steps[-1]
 
 
