@@ -86,7 +86,10 @@ class Case:
         """(n,), or None. On the CPU, 16 bytes apart and 8 off an aligned address."""
         if self.distinct_ids is None or self.penalties_alone:
             return None
-        return some_ids(2 * self.n, self.distinct_ids, self.seed)[::2].to(device)
+        size, generator = (2 * self.n + 1,), torch.Generator("cpu").manual_seed(self.seed)
+        drawn = torch.randint(0, self.distinct_ids, size, generator=generator, device="cpu")
+        # Some differ only in the high bits.
+        return (drawn % 3 - 1 + (drawn // 3 - 1) * 2**32)[1::2].to(device)
 
     @property
     def id_options(self) -> dict[str, Any]:
@@ -104,13 +107,6 @@ class Case:
         """What the three terms are multiplied by before backward."""
         weights = self.upstream if self.output_dict else self.upstream[:1] * 3
         return (0.0, *weights[1:]) if self.penalties_alone else weights
-
-
-def some_ids(n: int, distinct: int, seed: int) -> Tensor:
-    """(n,), at most `distinct` values, some of which differ only in the high bits; on the CPU."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    drawn = torch.randint(0, distinct, (n + 1,), generator=generator, device="cpu")
-    return (drawn % 3 - 1 + (drawn // 3 - 1) * 2**32)[1:]
 
 
 def loss_dtype(dtype: torch.dtype) -> torch.dtype:

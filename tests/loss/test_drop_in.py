@@ -55,13 +55,11 @@ def test_keywords_and_arguments_of_clip_loss(given: dict) -> None:
     ours, theirs = CyCLIPLoss(**given), open_clip.ClipLoss(**given)
     assert all(getattr(ours, name) == getattr(theirs, name) for name in OPENCLIP_KEYWORDS)
     ours.load_state_dict(theirs.state_dict())  # both have none
-    of_forward = [
-        [(p.name, p.default) for p in inspect.signature(loss.forward).parameters.values()]
-        for loss in (ours, theirs)
-    ]
-    assert of_forward[0][: len(of_forward[1])] == of_forward[1]
-    keywords = [inspect.signature(loss).parameters for loss in (CyCLIPLoss, open_clip.ClipLoss)]
-    assert keywords[1].keys() <= keywords[0].keys()
+    parameters = [inspect.signature(loss.forward).parameters for loss in (ours, theirs)]
+    first, all_theirs = ([(p.name, p.default) for p in x.values()] for x in parameters)
+    assert first[: len(all_theirs)] == all_theirs
+    keywords = [inspect.signature(loss).parameters.keys() for loss in (CyCLIPLoss, type(theirs))]
+    assert keywords[1] <= keywords[0]
 
 
 @pytest.mark.parametrize("output_dict", [False, True])

@@ -1,17 +1,23 @@
-"""The loss with all options: terms and gradients against the definition in float64."""
+"""The loss with all options against the definition in float64, and the definition itself.
 
+Then what is not a number, and PyTorch's settings and devices that change how it multiplies.
+"""
+
+import math
 from functools import reduce
 
 import pytest
 import torch
 from accuracy import check_loss
-from conftest import needs_triton
+from conftest import needs_triton, setting
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from inputs import DTYPES, Case, cases, pairs
+from inputs import BY_NAME, DTYPES, VIEWS, Case, cases, pairs
+from torch import Tensor
 
-from cyclip_loss import CyclicPenalty, CyCLIPLoss, cyclip_loss, reference
+from cyclip_loss import CyclicPenalty, CyCLIPLoss, cyclic_penalty, cyclip_loss, numerics, reference
 
+NO_PENALTIES = {"lambda_inmodal": 0, "lambda_crossmodal": 0}
 FULL = {"views": True, "output_dict": True, "upstream": (3.0, -0.5, 2.0), "lambdas": (0.25, 0.5)}
 IMAGE, TEXT, TOWERS = frozenset(["image"]), frozenset(["text"]), frozenset(["image", "text"])
 WIDE = torch.float64
@@ -85,12 +91,135 @@ def test_a_penalty_without_weight_has_a_gradient_of_zeros(n: int, impl: str, dev
 
 @pytest.mark.parametrize("weight", [None, 0, 0.7])
 def test_the_inmodal_contrastive_term(weight: float | None, device: torch.device) -> None:
-    image, text, *views = (*pairs(9, 6, device=device), *pairs(9, 6, seed=1, device=device))
-    names = ("augmented_image_features", "augmented_text_features")
-    options = dict(zip(names, views, strict=True)) | {"inmodal_contrastive_weight": weight}
-    scale = torch.tensor(10.0, dtype=torch.float64, device=device)
-    terms = cyclip_loss(image, text, scale, output_dict=True, **options)
-    expected = reference.cyclip_loss(image, text, scale, **options)
-    torch.testing.assert_close(terms, expected)
-    torch.testing.assert_close(sum(terms.values()), cyclip_loss(image, text, scale, **options))
-    assert "inmodal_contrastive_loss" not in cyclip_loss(image, text, scale, output_dict=True)
+    case = Case(9, 6, WIDE, views=True)
+    features, inputs = case.features(device), case.inputs(device)
+    options = {BY_NAME[name]: features[name] for name in VIEWS}
+    options["inmodal_contrastive_weight"] = weight
+    terms = cyclip_loss(*inputs, output_dict=True, **options)
+    torch.testing.assert_close(terms, reference.cyclip_loss(*inputs, **options))
+    torch.testing.assert_close(sum(terms.values()), cyclip_loss(*inputs, **options))
+    assert "inmodal_contrastive_loss" not in cyclip_loss(*inputs, output_dict=True)
+
+
+def test_the_definition() -> None:
+    """`reference` against values computed by hand; and it has second derivatives."""
+    image = torch.eye(2, dtype=WIDE, device="cpu")
+    text = torch.tensor([[0.0, 1.0], [0.0, 1.0]], dtype=WIDE, device="cpu")
+    scale = torch.tensor(2.0, dtype=WIDE, device="cpu")
+    # Logits [[0, 0], [2, 2]], from I T^T = [[0, 0], [1, 1]].
+    terms = reference.cyclip_loss(image, text, scale, 1.0, 1.0, reference_batch_size=1)
+    row, column = math.log(2), math.log(1 + math.exp(2)) - 1
+    assert terms["contrastive_loss"].item() == pytest.approx((row + column) / 2)
+    # I I^T - T T^T = -[[0, 1], [1, 0]], I T^T - T I^T = [[0, -1], [1, 0]]: 2 / N, times R / N.
+    assert terms["inmodal_cyclic_loss"] == terms["crossmodal_cyclic_loss"] == 0.5
+    leaves = [x.requires_grad_() for x in Case(4, 3, WIDE).inputs("cpu")]
+    assert torch.autograd.gradgradcheck(
+        lambda *inputs: sum(reference.cyclip_loss(*inputs, 0.5, 0.25).values()), leaves
+    )
+
+
+@settings(max_examples=15)
+@given(
+    n=st.integers(1, 9),
+    d=st.integers(1, 6),
+    bad=st.sampled_from([torch.nan, torch.inf, -torch.inf]),
+    where=st.integers(0, 3),
+    at=st.tuples(st.integers(0, 8), st.integers(0, 5)),
+    sign=st.sampled_from([1, -1, None]),
+    seed=st.integers(0, 2**31),
+)
+@example(n=1, d=1, bad=torch.inf, where=0, at=(0, 0), sign=1, seed=0)
+@example(n=1, d=3, bad=torch.inf, where=2, at=(0, 0), sign=1, seed=0)
+@example(n=6, d=2, bad=-torch.inf, where=1, at=(5, 1), sign=1, seed=0)
+def test_nan_and_infinity_come_out_as_nan(n, d, bad, where, at, sign, seed, impl, device) -> None:
+    """In either tower or view, whatever the sign of the features that it is multiplied with."""
+    features = Case(n, d, views=True, seed=seed).features(device)
+    if sign is not None:
+        signs = (1, sign, 1, sign)
+        features = {k: x.abs() * s for (k, x), s in zip(features.items(), signs, strict=True)}
+    [*features.values()][where][at[0] % n, at[1] % d] = bad
+    both = features["image"], features["text"]
+    views = {BY_NAME[name]: features[name] for name in VIEWS}
+    terms = [
+        *cyclip_loss(*both, 10.0, None, True, impl=impl).values(),
+        cyclip_loss(*both, 10.0, impl=impl),
+        *(cyclic_penalty(*both, *x, impl=impl) for x in ((0.25, 0.25), (0.25, 0), (0, 0.25))),
+        cyclip_loss(*both, 10.0, **NO_PENALTIES, impl=impl),
+        cyclip_loss(*both, 10.0, **NO_PENALTIES, **views, impl=impl),
+    ]
+    assert all(term.isnan() for term in (terms if where < 2 else terms[-1:])), terms
+
+
+@pytest.mark.parametrize("d", [4, 2], ids=["small", "large"])
+def test_one_infinite_logit_is_nan(impl: str, d: int, device: torch.device) -> None:
+    """The logit of a pair, which would look perfectly matched; of a negative; and a NaN scale."""
+    options = NO_PENALTIES | {"impl": impl}
+    for row in (0, 1):
+        image, text = torch.eye(5, d, device=device), torch.eye(5, d, device=device)
+        image[row, 0] = text[0, 0] = 1e30
+        assert cyclip_loss(image, text, 1.0, **options).isnan()
+        assert cyclip_loss(image / 1e30, text / 1e30, torch.nan, **options).isnan()
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_matmul_precision_setting(impl: str, precision: str, device: torch.device) -> None:
+    """The loss does not change the setting; "high" and "medium" allow tf32."""
+    case = Case(80, 5, distance=1e-5, lambdas=(0.5, 0.25), output_dict=True)
+    with setting("float32_matmul_precision", precision):
+        check_loss(case, impl, device, tf32=precision != "highest")
+        assert torch.get_float32_matmul_precision() == precision
+
+
+@pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
+@pytest.mark.parametrize("adds", [False, True], ids=["mm", "addmm"])
+def test_products_of_16_bit_matrices(dtype: torch.dtype, adds: bool, monkeypatch, device) -> None:
+    """On CUDA the eager engine multiplies 16-bit matrices into float32; imitated here."""
+    factors = set()
+
+    def widening(name: str, original):
+        def multiply(*matrices: Tensor, out_dtype: torch.dtype | None = None, **options) -> Tensor:
+            if out_dtype is not None:
+                if name == "addmm" and not adds:  # as in PyTorch 2.8 to 2.10
+                    raise RuntimeError("cannot add to a float32 matrix")
+                factors.add(matrices[-1].dtype)
+                matrices = tuple(matrix.to(out_dtype) for matrix in matrices)
+            return original(*matrices, **options)
+
+        return multiply
+
+    for name in ("mm", "addmm"):
+        monkeypatch.setattr(torch, name, widening(name, getattr(torch, name)))
+    monkeypatch.setattr(numerics, "_try_wide_products", numerics._try_wide_products.__wrapped__)
+    monkeypatch.setattr(numerics, "has_wide_products", lambda x: x.element_size() == 2)
+    for frozen in ([], ["image"], ["text"]):
+        given = {"lambdas": (0.0, 0.0), "strip_rows": 7, "frozen": frozenset(frozen)}
+        for logit_scale in (10.0, 100.0):
+            check_loss(Case(40, 12, dtype, logit_scale=logit_scale, **given), "eager", device)
+    assert factors == {dtype}
+
+
+def test_a_device_without_wide_products(monkeypatch) -> None:
+    """Each device is asked once; if it refuses, 16-bit matrices are widened first."""
+    asked = []
+
+    def refuses(a: Tensor, b: Tensor, **options) -> Tensor:
+        asked.append(options)
+        raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
+
+    def out_of_memory(*_, **__) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    numerics._try_wide_products.cache_clear()
+    features = torch.ones(3, 3, dtype=torch.bfloat16, device="meta")  # not a CPU
+    with pytest.MonkeyPatch.context() as full:
+        full.setattr(torch, "mm", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            numerics.has_wide_products(features)
+    assert numerics.has_wide_products(features)
+    assert not numerics.has_wide_products(features.float())
+    numerics._try_wide_products.cache_clear()
+    monkeypatch.setattr(torch, "mm", refuses)
+    for _ in range(2):
+        assert numerics.matmul(features, features, torch.float32).dtype == torch.float32
+        assert len(asked) == 1
+    numerics._try_wide_products.cache_clear()
