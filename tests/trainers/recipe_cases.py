@@ -89,38 +89,21 @@ def whole_batch_gradients() -> dict[str, Tensor]:
     return gradients(model)
 
 
-def part_of_batch(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
+def recipes_on_rank(rank: int, world_size: int) -> tuple[list[dict[str, Tensor]], Tensor]:
+    """The gradients after a step of two recipes, and of a logit scale outside of the DDP model."""
     images, tokens = batch()
-    return images.double().chunk(world_size)[rank], tokens.chunk(world_size)[rank]
-
-
-def big_batch_on_rank(rank: int, world_size: int) -> dict[str, Tensor]:
-    """The gradients after the recipe's step."""
-    model = DistributedDataParallel(tiny_clip().double())
-    images, tokens = part_of_batch(rank, world_size)
+    images, tokens = images.double().chunk(world_size)[rank], tokens.chunk(world_size)[rank]
     micro_batches = list(zip(images.split(6), tokens.split(6), strict=True))
-    options = {"model": model, "optimizer": sgd(model), "loss_fn": CyCLIPLoss()}
-    run("A big batch on one card", micro_batches=micro_batches, **options)
-    return gradients(model)
-
-
-def warm_up_on_rank(rank: int, world_size: int) -> dict[str, Tensor]:
-    """The gradients after one step whose weights are those of the paper."""
-    model = DistributedDataParallel(tiny_clip().double())
-    options = {"model": model, "optimizer": sgd(model), "loss_fn": CyCLIPLoss()}
-    loader = [part_of_batch(rank, world_size)]
-    run("Weights that warm up", loader=loader, warmup_steps=1, **options)
-    return gradients(model)
-
-
-def scale_outside_on_rank(rank: int, world_size: int) -> Tensor:
-    """The gradient of a logit scale that is not a parameter of the DDP model."""
+    options = {"micro_batches": micro_batches, "loader": [(images, tokens)], "warmup_steps": 1}
+    found = []
+    for heading in ("A big batch on one card", "Weights that warm up"):
+        model = DistributedDataParallel(tiny_clip().double())
+        run(heading, model=model, optimizer=sgd(model), loss_fn=CyCLIPLoss(), **options)
+        found.append(gradients(model))
     model = tiny_clip().double()
-    log_scale = nn.Parameter(model.logit_scale.detach().clone())
-    out = model(*part_of_batch(rank, world_size))
-    names = {name: out[name] for name in ("image_features", "text_features")}
-    names |= {"loss_fn": CyCLIPLoss(), "log_scale": log_scale}
-    return run("A logit scale outside of DDP", **names)["log_scale"].grad
+    names = model(images, tokens) | {"loss_fn": CyCLIPLoss()}
+    names["log_scale"] = nn.Parameter(model.logit_scale.detach().clone())
+    return found, run("A logit scale outside of DDP", **names)["log_scale"].grad
 
 
 def tiny_hugging_face() -> nn.Module:

@@ -1,7 +1,8 @@
-"""Every recipe of `docs/`, run from its page."""
+"""Every recipe of `docs/`, run from its page; and `caption_ids`."""
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, TensorDataset
 
-from cyclip_loss import CyclicPenalty, CyCLIPLoss
+from cyclip_loss import CyclicPenalty, CyCLIPLoss, caption_ids
 
 
 def assert_same_gradients(actual: dict[str, torch.Tensor], expected: dict[str, Any]) -> None:
@@ -31,6 +32,7 @@ def assert_same_gradients(actual: dict[str, torch.Tensor], expected: dict[str, A
 
 
 POSITIVES = "Several positives: classes, persons, captions"
+DUPLICATES = "Duplicates in a batch"
 ROWS = torch.arange(32, device="cpu")
 
 
@@ -167,11 +169,10 @@ def test_weights_that_warm_up() -> None:
 
 def test_recipes_across_ranks_match_the_whole_batch(ranks: Ranks) -> None:
     expected = recipe_cases.whole_batch_gradients()
-    for step in (recipe_cases.warm_up_on_rank, recipe_cases.big_batch_on_rank):
-        for found in ranks.run(2, step):
+    for of_models, of_scale in ranks.run(2, recipe_cases.recipes_on_rank):
+        for found in of_models:
             assert_same_gradients(found, expected)
-    for found in ranks.run(2, recipe_cases.scale_outside_on_rank):
-        torch.testing.assert_close(found, expected["logit_scale"], rtol=1e-10, atol=0)
+        torch.testing.assert_close(of_scale, expected["logit_scale"], rtol=1e-10, atol=0)
 
 
 def test_gradcache() -> None:
@@ -247,6 +248,55 @@ def test_sentence_transformers(tmp_path: Path) -> None:
     negatives = {"negative_text_features": columns[2:].flatten(0, 1)}
     expected = CyCLIPLoss(reference_batch_size=128)(*columns[:2], 20.0, **negatives)
     torch.testing.assert_close(sum(loss(columns).values()), expected)
+
+
+def duplicates() -> tuple[Tensor, Tensor, Tensor]:
+    """Images, tokens of which each row occurs four times, and ids of the distinct rows."""
+    images, tokens = batch()
+    return images, tokens[ROWS % 8], ROWS % 8
+
+
+def test_caption_ids_are_equal_if_captions_are() -> None:
+    tokens = duplicates()[1]
+    tokens[:2] = tokens[:2].flip(1)  # the same tokens in another order are another caption
+    ids = caption_ids(tokens)
+    assert ids.dtype == torch.int64
+    assert torch.equal(ids[:, None] == ids, (tokens[:, None] == tokens).all(dim=2))
+    # As much more in one place as less in another: the places' weights are not in steps.
+    assert len(caption_ids(torch.tensor([[5, 7, 9], [7, 6, 9], [6, 5, 10]])).unique()) == 3
+    assert torch.equal(caption_ids(torch.nn.functional.pad(tokens, (0, 2))), ids)
+
+
+@pytest.mark.parametrize("tokens", [torch.ones(2, 3), torch.arange(3), [[1, 2]]], ids=str)
+def test_captions_are_rows_of_integers(tokens) -> None:
+    with pytest.raises(TypeError, match="tokens must be an integer tensor"):
+        caption_ids(tokens)
+
+
+def test_duplicates() -> None:
+    model, (images, tokens, ids) = tiny_clip(), duplicates()
+    names: dict[str, Any] = {"model": model, "loss_fn": CyCLIPLoss()}
+    expected = CyCLIPLoss()(**model(images, tokens), ids=ids)
+    assert expected < CyCLIPLoss()(**model(images, tokens))
+    found = run(DUPLICATES, **names, images=images, tokens=tokens)["loss"]
+    assert torch.equal(found, expected)
+    keys = [f"product {at}" for at in ids.tolist()]
+    loader = [(images, tokens, keys)]
+    assert torch.equal(run(DUPLICATES, 1, **names, all_keys=keys, loader=loader)["loss"], expected)
+
+
+def test_duplicates_with_hugging_face() -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    model, (images, tokens, ids) = recipe_cases.tiny_hugging_face(), duplicates()
+    trainer = run(DUPLICATES, 2, loss_fn=CyCLIPLoss())["WithoutDuplicates"]
+    mask = (ROWS[:12] <= tokens.argmax(dim=1)[:, None]).long()
+    padded = tokens + ROWS[:, None] * (1 - mask)
+    inputs = {"pixel_values": images, "input_ids": padded, "attention_mask": mask}
+    self = SimpleNamespace(accelerator=SimpleNamespace(unwrap_model=lambda model: model))
+    loss, out = trainer.compute_loss(self, model, inputs, return_outputs=True)
+    features = out.image_embeds, out.text_embeds, model.logit_scale.exp()
+    assert torch.equal(loss, CyCLIPLoss()(*features, ids=ids))
 
 
 def test_algebra_of_the_design() -> None:
