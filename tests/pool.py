@@ -70,7 +70,7 @@ class Ranks:
             store = f"file://{self._folder.name}/store{self._groups}"
             timeout = timedelta(seconds=self.timeout)
             self._everywhere(_join_group, world_size, self.backend, store, timeout)
-        return self._everywhere(_run, task, arguments)
+        return self._everywhere(task, world_size, *arguments)
 
     def leave(self) -> None:
         """Leave the group: the next task runs in a new one."""
@@ -164,10 +164,6 @@ def _serve(rank: int, device: str, connection: Connection) -> None:
         buffer = io.BytesIO()
         torch.save(reply, buffer)
         connection.send_bytes(buffer.getvalue())
-
-
-def _run(rank: int, task: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    return task(rank, dist.get_world_size(), *arguments)
 
 
 def _join_group(rank: int, world_size: int, backend: str, store: str, timeout: timedelta) -> None:

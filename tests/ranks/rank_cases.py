@@ -46,10 +46,6 @@ class RankCase(Case):
         whole = self.features(own_device())
         return {name: self.split(name, rows)[rank] for name, rows in whole.items()}
 
-    def ids_of_rank(self, rank: int) -> Tensor | None:
-        ids = self.ids(own_device())
-        return None if ids is None else ids.split(self.rows)[rank]
-
     def rank_inputs(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """A rank's images and texts, and the logit scale."""
         features = self.of_rank(rank)
@@ -58,9 +54,9 @@ class RankCase(Case):
 
 def step(rank: int, world_size: int, case: RankCase) -> tuple[dict[str, Tensor], Grads]:
     """The terms and this rank's gradients; runs on every rank."""
-    options = {"dist_impl": case.dist_impl, "uneven": case.uneven}
-    inputs = (case.of_rank(rank), case.impl, own_device(), case.ids_of_rank(rank))
-    return evaluate(case, *inputs, **options)
+    ids, options = case.ids(own_device()), {"dist_impl": case.dist_impl, "uneven": case.uneven}
+    options["ids"] = None if ids is None else ids.split(case.rows)[rank]
+    return evaluate(case, case.of_rank(rank), case.impl, own_device(), **options)
 
 
 def check_ranks(case: RankCase, ranks: Ranks) -> None:

@@ -23,18 +23,14 @@ RANKS, ROWS, WIDTH, D = 4, 8, 16, 6
 WHOLE_BATCH, OWN_ROWS, OWN_ROWS_ALONE = "whole batch", "own rows, all columns", "own rows alone"
 
 
-def step(loss_fn, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of these rows, and the gradients of two linear encoders and of the logit scale."""
-    inputs = normal(2, RANKS * ROWS, WIDTH, seed=1, device="cpu")[:, rows]
+def step(rank: int, world_size: int, make) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of a rank's rows, and the gradients of two linear encoders and the logit scale."""
+    inputs = normal(2, RANKS * ROWS, WIDTH, seed=1, device="cpu").chunk(world_size, dim=1)[rank]
     encoders = normal(2, WIDTH, D, device="cpu").requires_grad_()
     log_scale = torch.full((), 2.0, dtype=torch.float64, requires_grad=True)
     image, text = F.normalize(inputs @ encoders, dim=-1)
-    loss = loss_fn(image, text, log_scale.exp())
+    loss = make(rank=rank, world_size=world_size)(image, text, log_scale.exp())
     return loss.detach(), *torch.autograd.grad(loss, (encoders, log_scale))
-
-
-def on_rank(rank: int, world_size: int, make) -> tuple[Tensor, Tensor, Tensor]:
-    return step(make(rank=rank, world_size=world_size), slice(rank * ROWS, (rank + 1) * ROWS))
 
 
 def without_flags(rank: int, world_size: int) -> ClipLoss:
@@ -57,8 +53,8 @@ def without_flags(rank: int, world_size: int) -> ClipLoss:
     ],
 )
 def test_flags(ranks: Ranks, make, value, factor, rest, scale_factor) -> None:
-    losses, encoders, scales = map(torch.stack, zip(*ranks.run(RANKS, on_rank, make), strict=True))
-    whole, exact, exact_scale = step(ClipLoss(), slice(None))
+    losses, encoders, scales = map(torch.stack, zip(*ranks.run(RANKS, step, make), strict=True))
+    whole, exact, exact_scale = step(0, 1, ClipLoss)
     of_whole = [torch.allclose(loss, whole, rtol=1e-9) for loss in (losses.mean(), *losses)]
     assert of_whole == [value != OWN_ROWS_ALONE] + [value == WHOLE_BATCH] * RANKS
     gradient = encoders.mean(dim=0)

@@ -1,6 +1,7 @@
 """Across ranks: the loss and gradients of the whole batch, as one process computes them."""
 
 import math
+from contextlib import closing
 from dataclasses import replace
 from itertools import product
 
@@ -45,6 +46,16 @@ def test_everything_at_once(impl: str, dist_impl: str, ranks: Ranks) -> None:
     check_ranks(case, ranks)
     rows = {"rows": (5, 0, 40), "strip_rows": 7, "uneven": True}
     check_ranks(replace(case, same_ids="positives", seed=1, **rows), ranks)
+
+
+@pytest.mark.gpu
+def test_two_ranks_on_one_gpu(impl: str) -> None:
+    """Over gloo, whose collectives accept GPU tensors; NCCL needs a GPU for each rank."""
+    dtypes, both_lambdas = (torch.float32, torch.bfloat16), ((0.0, 0.0), (0.5, 0.125))
+    with closing(Ranks("gloo", "cuda:0")) as sharing:
+        for dtype, lambdas, n in product(dtypes, both_lambdas, (130, 150)):
+            options = {"dtype": dtype, "impl": impl, "lambdas": lambdas}
+            check_ranks(RankCase(d=40, rows=(n, 150), uneven=n < 150, **options), sharing)
 
 
 def with_a_bad_value(rank: int, world_size: int, bad: float, dist_impl: str) -> list[float]:
