@@ -12,8 +12,9 @@ from conftest import needs_triton, setting
 from inputs import Case, normal
 from processes import run_python
 
-from cyclip_loss import kernels, numerics
+from cyclip_loss import kernels, numerics, tune
 from cyclip_loss.kernels import configs
+from cyclip_loss.kernels.configs import Precision
 from cyclip_loss.numerics import Logits
 
 on_a_cpu = pytest.mark.skipif(
@@ -90,10 +91,18 @@ def test_d_beyond_32_bit_offsets(device: torch.device) -> None:
 
 
 def test_shipped_sizes_are_powers_of_two() -> None:
-    """As Triton demands, also on the GPUs for which nothing else here compiles or runs."""
-    for tables in configs.ARCHITECTURES.values():
-        for config in (config for table in tables.values() for config in table.values()):
-            assert {*config.tile.values(), config.num_warps} <= {2**i for i in range(10)}
+    """As Triton demands, also on the GPUs for which nothing else here compiles or runs. And so are
+    those that tuning tries, in parts of at most 64 accumulators a thread.
+    """
+    for arch, tables in configs.ARCHITECTURES.items():
+        rows = [(kernel, *item) for kernel in tables for item in tables[kernel].items()]
+        for kernel, precision, shipped in rows:
+            for config in tune.candidates(arch, kernel, Precision(*precision), shipped):
+                sizes = config.tile
+                assert {*sizes.values(), config.num_warps} <= {2**i for i in range(10)}
+                if config is not shipped and "PARTS" in sizes:
+                    threads = 32 * config.num_warps * sizes["PARTS"]
+                    assert 32 <= sizes["BM"] * sizes["BN"] / threads <= 64
 
 
 @pytest.mark.parametrize(
