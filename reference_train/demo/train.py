@@ -3,6 +3,7 @@
 import math
 import time
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from open_clip_train.scheduler import cosine_lr
 from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cyclip_loss import CyclicPenalty, CyCLIPLoss
@@ -31,6 +32,16 @@ WARMUP = 0.1  # of the steps
 VALIDATIONS = 25  # in a run, each with a checkpoint
 
 
+def between_views(image: Sequence[Tensor], text: Sequence[Tensor]) -> Tensor:
+    """What geometric consistency adds to CyCLIP: docs/recipes.md, "Augmented views".
+
+    image, text: the features of both views, (N, D) each.
+    """
+    inmodal = CyclicPenalty(WEIGHT, 0, reference_batch_size=256)
+    first, second = ((i * t).sum(dim=1) for i, t in zip(image, text, strict=True))
+    return inmodal(*image) + inmodal(*text) + WEIGHT * F.mse_loss(first, second)
+
+
 def train(
     config: Namespace, clip: Clip, data: EmojiBatches, validation: DataSet, folder: Path
 ) -> dict[str, Any]:
@@ -44,7 +55,6 @@ def train(
     model, device = clip.model, clip.device
     kind = LOSSES[config.loss]
     loss_fn = CyCLIPLoss(WEIGHT * kind.inmodal, WEIGHT * kind.crossmodal, reference_batch_size=256)
-    inmodal = CyclicPenalty(WEIGHT, 0, reference_batch_size=256)
     views = 2 if kind.views else 1
     # gains, biases and the logit scale don't decay
     groups = param_groups_weight_decay(model, WEIGHT_DECAY)
@@ -76,10 +86,8 @@ def train(
         if kind.views == "contrastive":
             second = {"augmented_image_features": image[1], "augmented_text_features": text[1]}
         terms = loss_fn(image[0], text[0], scale, output_dict=True, **second)
-        if kind.views == "geometric":  # docs/recipes.md, "Augmented views"
-            pairs = [(i * t).sum(dim=1) for i, t in zip(image, text, strict=True)]
-            between = inmodal(*image) + inmodal(*text) + WEIGHT * F.mse_loss(*pairs)
-            terms["geometric_consistency_loss"] = between
+        if kind.views == "geometric":
+            terms["between_views_loss"] = between_views(image, text)
         loss = sum(terms.values())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

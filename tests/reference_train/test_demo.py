@@ -110,11 +110,22 @@ def test_a_run_leaves_numbers_table_and_picture(finished: Path) -> None:
             positive = {"contrastive": True, "inmodal_cyclic": kind.inmodal}
             positive |= {"crossmodal_cyclic": kind.crossmodal}
             positive |= {"inmodal_contrastive": True} if kind.views == "contrastive" else {}
-            positive |= {"geometric_consistency": True} if kind.views == "geometric" else {}
+            positive |= {"between_views": True} if kind.views == "geometric" else {}
             assert {term: value > 0 for term, value in terms.items()} == {
                 f"{term}_loss": asked for term, asked in positive.items()
             }
         assert "validation_inmodal_gap" in steps[-1]
+
+
+def test_what_is_between_views() -> None:
+    images, texts = torch.nn.functional.normalize(torch.randn(2, 2, 9, 5), dim=-1)
+    gaps = [one @ one.T - other @ other.T for one, other in (images, texts)]
+    found = train.between_views(images, texts)
+    pairs = (images * texts).sum(dim=2)
+    expected = (
+        256 * sum(gap.square().mean() for gap in gaps) + (pairs[0] - pairs[1]).square().mean()
+    )
+    torch.testing.assert_close(found, 0.25 * expected)
 
 
 def test_what_is_asked(emoji_folder: Path) -> None:
