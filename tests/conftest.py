@@ -29,8 +29,14 @@ from cyclip_loss import numerics
 HAS_TRITON = find_spec("triton") is not None
 needs_triton = pytest.mark.triton
 needs_interpreter = pytest.mark.triton("interpreted")
-# Files that import the kernels at the top.
-collect_ignore = [] if HAS_TRITON else ["kernels", "test_cuda.py", "benchmarks/test_gpu.py"]
+# Files that import the kernels, or packages of an extra, and what they can't be imported without.
+NEEDS = dict.fromkeys(["kernels", "test_cuda.py", "benchmarks/test_gate.py"], ["triton"])
+NEEDS |= {
+    "benchmarks/test_gpu.py": ["triton"],
+    "benchmarks/test_side_by_side.py": ["matplotlib", "open_clip"],
+    "reference_train": ["open_clip", "webdataset", "pandas", "resvg_py"],
+}
+collect_ignore = [file for file, packages in NEEDS.items() if None in map(find_spec, packages)]
 
 # Tests with the fixture `impl` run once per engine.
 IMPLS_UNDER_TEST = [pytest.param("triton", marks=needs_triton), "eager"]

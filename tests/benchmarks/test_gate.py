@@ -6,9 +6,6 @@ from dataclasses import replace
 
 import pytest
 from processes import run_python
-
-pytest.importorskip("triton")
-
 from triton.backends.compiler import GPUTarget
 
 from benchmarks.gate import compile as gate

@@ -11,9 +11,6 @@ import pytest
 import torch
 from processes import run_python
 
-pytest.importorskip("matplotlib")
-pytest.importorskip("open_clip")
-
 from benchmarks import measure, predict
 from benchmarks.compare import accuracy, competitors, cost, report, side_by_side, training_step
 from benchmarks.compare.competitors import AUTHORS, OURS, PENALTIES_ONLY, TERM, TEXTS, Competitor

@@ -6,10 +6,6 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
-import pytest
-
-pytest.importorskip("webdataset")
-
 from PIL import Image
 
 

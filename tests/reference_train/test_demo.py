@@ -10,15 +10,12 @@ from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
+import open_clip
 import pytest
 import torch
+from PIL import Image
 from processes import run_python
 from tars import png, write_tar
-
-pytest.importorskip("webdataset")
-
-import open_clip
-from PIL import Image
 
 from reference_train import __main__ as cli
 from reference_train.command_line import CannotStart, Stopped, run

@@ -6,9 +6,6 @@ import re
 from itertools import chain
 
 import pytest
-
-pytest.importorskip("webdataset")
-
 from PIL import Image
 
 from reference_train.data.emoji import ALL_STYLES, EMOJI_FOLDER

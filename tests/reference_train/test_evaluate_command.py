@@ -10,12 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import pytest
 import torch
-
-pytest.importorskip("webdataset")
-
-import open_clip
 from PIL import Image
 from safetensors.torch import save_file
 from tars import png, write_tar

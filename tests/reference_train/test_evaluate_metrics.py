@@ -6,8 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-pytest.importorskip("webdataset")
-
 from reference_train.evaluate import metrics
 from reference_train.evaluate.measure import distinct_texts, neighbours_across, pairs_of
 

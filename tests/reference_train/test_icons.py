@@ -12,18 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-pytest.importorskip("resvg_py")
-pytest.importorskip("webdataset")
-
 from PIL import Image
 from processes import start
 from tars import write_tar
 
 from reference_train.command_line import CannotStart, Stopped
+from reference_train.data import icons
 from reference_train.data.samples import Sample, read_samples
-
-icons = pytest.importorskip("reference_train.data.icons")
 
 
 def square(size: int, colour: str = "currentColor") -> dict:

@@ -22,8 +22,6 @@ from processes import ROOT, run_python, start
 from tars import make_shards
 from torch import Tensor, nn
 
-pytest.importorskip("open_clip_train.main")
-
 from cyclip_loss.metrics import consistency_metrics
 from reference_train.command_line import CannotStart, Stopped
 from reference_train.pretrain import pretrain as command

@@ -3,12 +3,8 @@
 import json
 from pathlib import Path
 
-import pytest
-import torch
-
-pytest.importorskip("webdataset")
-
 import matplotlib.image
+import torch
 
 from reference_train.evaluate import report, table
 from reference_train.evaluate.datasets import Classes, DataSet, Images

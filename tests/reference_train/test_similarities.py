@@ -6,9 +6,6 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("webdataset")
-
 from matplotlib import colormaps, image
 
 from cyclip_loss import consistency_metrics
