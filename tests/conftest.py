@@ -30,11 +30,11 @@ HAS_TRITON = find_spec("triton") is not None
 needs_triton = pytest.mark.triton
 needs_interpreter = pytest.mark.triton("interpreted")
 # Files that import the kernels, or packages of an extra, and what they can't be imported without.
-NEEDS = dict.fromkeys(["kernels", "test_cuda.py", "benchmarks/test_gate.py"], ["triton"])
-NEEDS |= {
-    "benchmarks/test_gpu.py": ["triton"],
-    "benchmarks/test_side_by_side.py": ["matplotlib", "open_clip"],
-    "reference_train": ["open_clip", "webdataset", "pandas", "resvg_py"],
+OF_TRITON = ("kernels", "test_cuda.py", "benchmarks/test_gate.py", "benchmarks/test_gpu.py")
+NEEDS = {
+    **dict.fromkeys(OF_TRITON, ("triton",)),
+    "benchmarks/test_side_by_side.py": ("matplotlib", "open_clip"),
+    "reference_train": ("open_clip", "webdataset", "pandas", "resvg_py"),
 }
 collect_ignore = [file for file, packages in NEEDS.items() if None in map(find_spec, packages)]
 

@@ -11,17 +11,14 @@ ROOT = Path(__file__).parents[1]
 
 def run_python(*arguments: str, interpreted: bool = True) -> subprocess.CompletedProcess[str]:
     """Run Python. interpreted: Triton interprets kernels; the process sees no GPU."""
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1" if interpreted else "0",
-        "OMP_NUM_THREADS": "1",
-        **({"CUDA_VISIBLE_DEVICES": ""} if interpreted else {}),
-    }
+    environment = os.environ | {"TRITON_INTERPRET": str(int(interpreted)), "OMP_NUM_THREADS": "1"}
+    if interpreted:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     options = {"capture_output": True, "text": True, "timeout": 1200}
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, **options)
 
 
 def start(command: list[str], **streams: Any) -> "subprocess.Popen[str]":
     """Start a command, for tests that continue while it runs or that end it."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, text=True, cwd=ROOT, env=environment, **streams)

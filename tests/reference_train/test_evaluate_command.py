@@ -6,6 +6,7 @@ import multiprocessing
 import pickle
 import shutil
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -260,15 +261,11 @@ def test_two_at_once_lose_no_column(run_folder: Path, tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(command, "measure", measured)
     monkeypatch.setattr(report, "write_text", write_slowly)
-    processes = []
-    for seed in (0, 1):
-        run = shutil.copytree(run_folder, tmp_path / f"a-{seed}")
+    runs = [shutil.copytree(run_folder, tmp_path / f"a-{seed}") for seed in (0, 1)]
+    for seed, run in enumerate(runs):
         (run / "params.txt").write_text(f"model: evaluate-tiny\nseed: {seed}\n")
-        processes.append(fork.Process(target=evaluate, args=(out, run)))
-        processes[seed].start()
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
+    with ProcessPoolExecutor(2, fork) as pool:
+        assert len(list(pool.map(evaluate, (out, out), runs))) == 2
     results = report.read_evaluation(out)["results"]
     assert {name for name, found in results.items() if "emoji" in found} == {"a-0", "a-1"}
     assert "| a (2) |" in (out / "table.md").read_text()

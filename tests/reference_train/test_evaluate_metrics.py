@@ -1,7 +1,9 @@
 """The metrics of `reference_train evaluate`, against the plain way to compute each."""
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,22 +19,16 @@ def coarse_features(rows: int, seed: int) -> Tensor:
 
 def plain_recall(image: Tensor, captions: list[list[str]], feature: dict[str, Tensor]):
     """Every query ranks every candidate, in loops; a wrong one that scores the same is before."""
-    ranks: dict[str, list[int]] = {"image_to_text": [], "text_to_image": []}
 
-    def rank(scored: list[tuple[float, bool]]) -> int:
-        best = max(score for score, right in scored if right)
-        return sum(score >= best for score, right in scored if not right)
+    def rank(candidates: Sequence[tuple[float, bool]]) -> int:
+        best = max(score for score, right in candidates if right)
+        return sum(score >= best for score, right in candidates if not right)
 
-    for x, own in zip(image, captions, strict=True):
-        ranks["image_to_text"].append(rank([(float(x @ f), t in own) for t, f in feature.items()]))
-        for text in own:
-            scored = [(float(image[i] @ feature[text]), text in c) for i, c in enumerate(captions)]
-            ranks["text_to_image"].append(rank(scored))
-    return {
-        f"{way}_r{k}": sum(rank < k for rank in found) / len(found)
-        for way, found in ranks.items()
-        for k in (1, 5, 10)
-    }
+    pairs = zip(image, captions, strict=True)
+    scored = [[(float(x @ f), t in own) for t, f in feature.items()] for x, own in pairs]
+    of_texts = [of for of in zip(*scored, strict=True) for _, own in of if own]  # of each image
+    ranks = {"image_to_text": [*map(rank, scored)], "text_to_image": [*map(rank, of_texts)]}
+    return {f"{w}_r{k}": np.less(found, k).mean() for w, found in ranks.items() for k in (1, 5, 10)}
 
 
 @pytest.mark.parametrize("some", [40, 11])

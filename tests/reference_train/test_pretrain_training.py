@@ -12,7 +12,9 @@ import sys
 import textwrap
 import time
 from argparse import Namespace
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 
 from cyclip_loss.metrics import consistency_metrics
 from reference_train.command_line import CannotStart, Stopped
+from reference_train.files import locked
 from reference_train.pretrain import pretrain as command
 from reference_train.pretrain import training
 
@@ -33,21 +36,9 @@ def data(tmp_path: Path) -> Path:
     return make_shards(tmp_path / "data", train=4, val=1)
 
 
-def cut_short(path: Path) -> None:
-    """Half of a shard: the picture of its fifth pair ends early."""
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def cut_between_files(path: Path) -> None:
-    """The first four pairs of a shard, and no end of the archive."""
-    content = path.read_bytes()
-    path.write_bytes(content[: content.index(b"_4.png") - 1])  # a header starts with the name
-
-
 def break_picture(path: Path) -> None:
-    """The first picture of a shard is none: the eight bytes after its header are others."""
-    content = path.read_bytes()
-    path.write_bytes(content[:512] + b"no image" + content[520:])
+    """The first picture of a shard is none."""
+    path.write_bytes(path.read_bytes().replace(b"\x89PNG\r\n\x1a\n", b"no image", 1))
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -124,7 +115,7 @@ def test_a_finished_run_says_so(pretrain, tmp_path: Path, capsys) -> None:
     script = textwrap.dedent(block).replace("logs/icons-cyclip-0", str(tmp_path / "run"))
     loaded = run_python("-c", script)
     assert loaded.returncode == 0, loaded.stderr
-    cut_short(tmp_path / "run" / "checkpoints" / "epoch_latest.pt")
+    os.truncate(tmp_path / "run" / "checkpoints" / "epoch_latest.pt", 10_000)
     with pytest.raises(CannotStart, match=r"epoch_latest.pt is cut short, or holds more"):
         pretrain()
 
@@ -220,7 +211,8 @@ def test_what_one_rank_sees_is_said_by_all(monkeypatch, caplog) -> None:
 
 
 def test_what_can_not_be_read_is_counted(pretrain, data: Path, tmp_path: Path, caplog) -> None:
-    cut_short(data / "train-00001.tar")
+    half = (data / "train-00001.tar").stat().st_size // 2  # in its fifth picture
+    os.truncate(data / "train-00001.tar", half)
     break_picture(data / "train-00002.tar")
     (data / "train-00003.tar").write_bytes(b"")
     # 8 + 4 + 7 pairs are left: two batches of 8, twice. What workers log is not in caplog.
@@ -237,13 +229,13 @@ def test_what_can_not_be_read_is_counted(pretrain, data: Path, tmp_path: Path, c
 def test_a_shard_that_ends_between_two_files(pretrain, data: Path, caplog, capsys) -> None:
     """Is noticed where nothing says how many pairs it should have. No best epoch: no validation."""
     (data / "sizes.json").unlink()
-    cut_between_files(data / "train-00001.tar")
+    for shard in (data / "train-00001.tar", data / "val-00000.tar"):
+        os.truncate(shard, shard.read_bytes().index(b"_4.png") - 1)  # a header starts with the name
     pretrain("--val-data", "")
     said = capsys.readouterr()
     assert "no held-out pairs" in said.err
     assert "finished, 1 epochs\n" in said.out
     assert f"1 shards cut short ({data}/train-00001.tar 1)" in caplog.text
-    cut_between_files(data / "val-00000.tar")
     with pytest.raises(CannotStart, match=r"--val: .*val-00000.tar is cut short after 4 pairs"):
         pretrain()
 
@@ -295,15 +287,12 @@ def test_a_full_disk_leaves_no_stump(pretrain, tmp_path: Path) -> None:
 
 
 def test_a_run_is_trained_by_one_process(pretrain, tmp_path: Path) -> None:
-    script = "import sys\nfrom pathlib import Path\nfrom reference_train.files import locked\n"
-    script += "with locked(Path(sys.argv[1])):\n print(flush=True)\n sys.stdin.read()"
-    argv = [sys.executable, "-c", script, str(tmp_path / "run")]
-    with start(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        other.stdout.readline()
+    lock = locked(tmp_path / "run")
+    with ProcessPoolExecutor(1, get_context("fork"), lock.__enter__) as other:
+        other.submit(os.getpid).result()  # it has the lock by now
         for ours in ([], ["--dry-run"]):
             with pytest.raises(CannotStart, match="/run: another process is at work there: choose"):
                 pretrain(ours=ours)
-        other.kill()
 
 
 def results(logs: Path) -> list[dict[str, float]]:
