@@ -177,28 +177,25 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path, monkeypatch) -> N
         demonstrate("--out", tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_what_cannot_start(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "train", lambda *_: pytest.fail("training began"))
+    monkeypatch.delitem(sys.modules, cli.__name__)  # as if it were not imported
+    for arguments, message in (
         ("--seeds many", "--seeds: must be a whole number >= 1, not many"),
         ("--loss siglip", "--loss: invalid choice: 'siglip'"),
         ("--device cuda:99", "--device: cuda:99"),
         ("--out /dev/null/runs", "can't be written"),
         ("report .", "is no evaluation.json"),
         ("evaluate .", "no checkpoint at"),
-    ],
-)
-def test_what_cannot_start(arguments, message: str, tmp_path: Path, capsys, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["reference_train", *arguments.split()])
-    monkeypatch.setattr(command, "train", lambda *_: pytest.fail("training began"))
-    monkeypatch.delitem(sys.modules, cli.__name__)  # as if it were not imported
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_module("reference_train", run_name="__main__")
-    said = capsys.readouterr().err
-    assert (stopped.value.code, said.count("\n")) == (2, 1)
-    assert said.startswith("reference_train: ")
-    assert message in said
+    ):
+        monkeypatch.setattr(sys, "argv", ["reference_train", *arguments.split()])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_module("reference_train", run_name="__main__")
+        said = capsys.readouterr().err
+        assert (stopped.value.code, said.count("\n")) == (2, 1)
+        assert said.startswith("reference_train: ")
+        assert message in said
 
 
 def test_exit_codes(monkeypatch, capsys) -> None:
@@ -249,23 +246,20 @@ def test_batches_hold_distinct_training_concepts_by_seed_and_step(emoji_folder: 
     assert not torch.equal(batches.batch(5)[0], batches.batch(7)[0])  # its place, an epoch later
 
 
-class Still:
+def still(lowest: float | None = None) -> Mock:
     """Draws what moves and tints nothing; or, of one of the ranges, its lowest number."""
-
-    def __init__(self, lowest: float | None = None) -> None:
-        self.lowest = lowest
-
-    def uniform(self, low: float, high: float, shape: tuple[int, ...]) -> np.ndarray:
-        return np.full(shape, low if low == self.lowest else float(low > 0))
+    draws = Mock()
+    draws.uniform = lambda low, _, shape: np.full(shape, low if low == lowest else float(low > 0))
+    return draws
 
 
 def test_what_augmentation_leaves() -> None:
     """Unmoved, a picture is as in the evaluation; what is grey has no saturation to lose."""
     pixels = torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8)
     picture = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
-    torch.testing.assert_close(normalize(augment(pixels, 32, Still()))[0], preprocess(picture))
+    torch.testing.assert_close(normalize(augment(pixels, 32, still()))[0], preprocess(picture))
     grey = pixels[:, :1].expand(-1, 3, -1, -1)
-    same, paler = (augment(grey, 32, Still(lowest)) for lowest in (None, 0.5))
+    same, paler = (augment(grey, 32, still(lowest)) for lowest in (None, 0.5))
     torch.testing.assert_close(same, paler)
 
 

@@ -1,4 +1,4 @@
-"""The icons, from a package made here."""
+"""The data: the icons, from a package made here, and the emoji that ship."""
 
 import faulthandler
 import hashlib
@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import re
 import sys
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from tars import write_tar
 
 from reference_train.command_line import CannotStart, Stopped
 from reference_train.data import icons
+from reference_train.data.emoji import ALL_STYLES, EMOJI_FOLDER
 from reference_train.data.samples import Sample, read_samples
 
 
@@ -198,3 +200,42 @@ def test_sigterm_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
         process.terminate()
         assert process.wait(60) == 143
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["new", "package"]
+
+
+def split_of(key: str) -> str:
+    """As the data card says."""
+    place = int.from_bytes(hashlib.sha256(f"52:{key}".encode()).digest()[:8], "big") / 2**64
+    return "test" if place < 0.15 else "validation" if place < 0.25 else "train"
+
+
+def test_samples_and_concepts() -> None:
+    """Concepts are the same in every style, and none is a flag, a skin tone or a near-duplicate."""
+    paths = {path.name.removesuffix(".tar.xz"): path for path in EMOJI_FOLDER.glob("*.tar*")}
+    assert set(paths) == set(ALL_STYLES)
+    count, seen = 0, dict[str, dict]()
+    for style, path in paths.items():
+        pictures, samples = set(), list(read_samples([str(path)]))
+        count += len(samples)
+        for key, png, caption, info in samples:
+            with Image.open(io.BytesIO(png)) as image:
+                image.load()  # decodes, checksums included
+                assert (image.format, image.mode, image.size) == ("PNG", "RGB", (64, 64))
+                pictures.add(image.tobytes())
+                assert image.getextrema() != ((255, 255),) * 3, "blank"
+            assert info.pop("style") == style
+            assert seen.setdefault(key, info) == info
+            assert info["name"] == caption
+        assert len(pictures) == len(samples), "two concepts with one picture"
+    assert count == 10_544
+    assert len(seen) == len({concept["name"] for concept in seen.values()}) == 1597
+    subgroups = {concept["subgroup"] for concept in seen.values()}
+    trained = {c["subgroup"] for c in seen.values() if c["split"] == "train"}
+    assert (len(subgroups), trained) == (95, subgroups)
+    for key, concept in seen.items():
+        code = "-".join(f"{ord(c):04X}" for c in concept["emoji"])
+        assert concept["concept"] == key
+        assert key.replace("-FE0F", "") == code.replace("-FE0F", "")
+        assert concept["split"] == split_of(key)
+        assert all(concept["keywords"]) == bool(concept["keywords"]) is True
+        assert not re.search(r"\b1F3F[B-F]\b|\b1F1[EF]", key)
+        assert not re.search(r"facing right$|^family:|skin tone|^flag(?! in hole)", concept["name"])
