@@ -25,10 +25,7 @@ def test_device(request): assert request.config.getoption("--device") == "cpu"
 @pytest.mark.slow
 def test_slow(): time.sleep(1000)
 """
-CONFTEST = """
-def pytest_addoption(parser): parser.addoption("--device")
-def pytest_configure(config): config.addinivalue_line("markers", "slow: takes long")
-"""
+CONFTEST = "def pytest_addoption(parser): parser.addoption('--device')"
 
 
 @pytest.mark.parametrize("long", [False, True])

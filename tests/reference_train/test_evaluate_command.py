@@ -184,9 +184,12 @@ def test_prompts_and_class_names_of_ones_own(tmp_path: Path):
         datasets.open_folders(tmp_path, "x")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_what_cannot_be_done_is_said(run_folder: Path, tmp_path: Path):
+    state = torch.load(run_folder / "checkpoints" / "epoch_2.pt")["state_dict"]
+    torch.save({"state_dict": tmp_path}, tmp_path / "1.pt")  # an object that may run anything
+    state["module.visual.proj"] *= torch.nan
+    torch.save({"state_dict": state}, tmp_path / "2.pt")
+    for arguments, message in (
         ("", "no checkpoint: name one"),
         ("nowhere", "no checkpoint at nowhere"),
         ("{run} --only cifar10", "no data set cifar10"),
@@ -200,17 +203,11 @@ def test_prompts_and_class_names_of_ones_own(tmp_path: Path):
         ("{run} --imagefolder own=none", "no such folder: none"),
         ("{tmp}/1.pt --model RN50", "cut short, or holds more than weights, and was not loaded$"),
         ("{tmp}/2.pt --model evaluate-tiny", "not finite"),
-    ],
-)
-def test_what_cannot_be_done_is_said(run_folder, tmp_path, arguments: str, message: str):
-    state = torch.load(run_folder / "checkpoints" / "epoch_2.pt")["state_dict"]
-    torch.save({"state_dict": tmp_path}, tmp_path / "1.pt")  # an object that may run anything
-    state["module.visual.proj"] *= torch.nan
-    torch.save({"state_dict": state}, tmp_path / "2.pt")
-    words = arguments.format(run=run_folder, tmp=tmp_path).split()
-    with pytest.raises(CannotStart, match=message):
-        evaluate(tmp_path / "out", *words)
-    assert not list(tmp_path.glob("out/*"))
+    ):
+        words = arguments.format(run=run_folder, tmp=tmp_path).split()
+        with pytest.raises(CannotStart, match=message):
+            evaluate(tmp_path / "out", *words)
+        assert not list(tmp_path.glob("out/*"))
 
 
 def test_which_checkpoint_of_a_run(tmp_path: Path, monkeypatch):
@@ -230,13 +227,21 @@ def test_which_checkpoint_of_a_run(tmp_path: Path, monkeypatch):
 
 
 def test_images_are_shown_as_in_training(run_folder: Path, tmp_path: Path):
-    """With the run's own mean and deviation, squashed and not cropped; transparent is white."""
-    run = shutil.copytree(run_folder, tmp_path / "run")
-    (run / "params.txt").write_text(
+    """With the run's own mean and deviation, squashed and not cropped; transparent is white.
+
+    The model has a bias, as SigLIP's, and its weights are safetensors.
+    """
+    model = open_clip.create_model("evaluate-tiny", load_weights=False, init_logit_bias=-10)
+    file = tmp_path / "checkpoints" / "model.safetensors"
+    file.parent.mkdir()
+    save_file(model.state_dict(), file)
+    (tmp_path / "params.txt").write_text(
         "model: evaluate-tiny\nimage_mean: [0.5, 0.0, 0.0]\nimage_std: [0.5, 1.0, 2.0]\n"
-        "image_resize_mode: squash\n"
+        "image_resize_mode: squash\nsiglip: True\n"
     )
-    clip = load(find_checkpoints([run], None, None)[0], torch.device("cpu"))
+    [checkpoint] = find_checkpoints([file], None, None)
+    assert checkpoint.title == tmp_path.name
+    clip = load(checkpoint, torch.device("cpu"))
     image = Image.new("RGBA", (64, 32), (0, 0, 0, 0))
     image.paste((0, 0, 0, 255), (0, 0, 8, 32))
     for of_a_mode in (image, image.convert("LA"), image.quantize()):
@@ -349,16 +354,6 @@ def test_interrupted_it_resumes_with_what_is_missing(run_folder: Path, tmp_path:
     result = evaluate(*arguments, "--only", "x")
     assert measured[6:] == [4]
     assert ["--only x" in line for line in result["command"].splitlines()] == [False, True]
-
-
-def test_models_with_a_bias_and_safetensors(run_folder: Path, tmp_path: Path):
-    model = open_clip.create_model("evaluate-tiny", load_weights=False, init_logit_bias=-10)
-    file = tmp_path / "checkpoints" / "model.safetensors"
-    file.parent.mkdir()
-    save_file(model.state_dict(), file)
-    (tmp_path / "params.txt").write_text("model: evaluate-tiny\nsiglip: True\n")
-    result = evaluate(tmp_path / "out", file)
-    assert set(result["results"]) == {tmp_path.name}
 
 
 def test_subsets_of_imagenet_have_their_own_class_names(tmp_path: Path):

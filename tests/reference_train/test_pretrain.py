@@ -34,18 +34,18 @@ from reference_train.pretrain import training
 from reference_train.pretrain.presets import BATCH_SIZES
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> Path:
-    return make_shards(tmp_path_factory.mktemp("data") / "shards", train=4, val=1)
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return make_shards(tmp_path / "data", train=4, val=1)
 
 
 @pytest.fixture
-def dry_run(shards: Path, tmp_path: Path, capsys):
+def dry_run(data: Path, tmp_path: Path, capsys):
     """What OpenCLIP and the launcher make of the command that is printed."""
 
     def run(*flags: str) -> Namespace:
-        argv = ["--preset", "modern", "--data", str(shards), "--out", str(tmp_path / "logs")]
-        words = [word.format(folder=shards, empty=tmp_path) for word in flags]
+        argv = ["--preset", "modern", "--data", str(data), "--out", str(tmp_path / "logs")]
+        words = [word.format(folder=data, empty=tmp_path) for word in flags]
         command.main([*argv, "--batch-size", "8", "--dry-run", *words])
         printed = shlex.split(capsys.readouterr().out)
         assert printed[:4] == ["python", "-m", open_clip_train.__name__, "--"]
@@ -60,12 +60,12 @@ def dry_run(shards: Path, tmp_path: Path, capsys):
     ("loss", "lambdas"),
     [("clip", (0, 0)), ("cyclip", (0.25, 0.25)), ("c-cyclip", (0, 0.25)), ("i-cyclip", (0.25, 0))],
 )
-def test_the_printed_command(preset: str, loss: str, lambdas, shards: Path, dry_run) -> None:
+def test_the_printed_command(preset: str, loss: str, lambdas, data: Path, dry_run) -> None:
     argv = ["--preset", preset, "--loss", loss, "--seed", "3", "--dist-impl", "ring"]
     args = dry_run(*argv, "--", "--workers", "2", "--epochs", "7")
     assert (args.lambda_inmodal, args.lambda_crossmodal) == lambdas
-    assert args.train_data == f"{shards}/train-{{00000..00003}}.tar"
-    assert args.val_data == f"{shards}/val-00000.tar"
+    assert args.train_data == f"{data}/train-{{00000..00003}}.tar"
+    assert args.val_data == f"{data}/val-00000.tar"
     assert (args.epochs, args.workers, args.seed) == (7, 2, 3)  # what follows -- comes last
     assert args.name == f"{preset}-{loss}-3"
     assert (args.reference_batch_size, args.dist_impl) == (128, "ring")  # the launcher's own
@@ -130,17 +130,17 @@ def test_what_it_refuses(change: str, message: str, dry_run, tmp_path: Path, mon
     assert not (tmp_path / "logs").exists()
 
 
-def test_pairs_as_img2dataset_counts_them(shards: Path, tmp_path: Path, dry_run) -> None:
-    for number, path in enumerate(sorted(shards.glob("train*.tar"))):
+def test_pairs_as_img2dataset_counts_them(data: Path, tmp_path: Path, dry_run) -> None:
+    for number, path in enumerate(sorted(data.glob("train*.tar"))):
         (tmp_path / path.name).symlink_to(path)
         (tmp_path / f"{path.stem}_stats.json").write_text(f'{{"successes": {5 + number}}}')
-    data = ["--data", str(tmp_path), "--batch-size"]
-    assert dry_run(*data, "5").train_num_samples == 5 + 6 + 7 + 8
+    counted = ["--data", str(tmp_path), "--batch-size"]
+    assert dry_run(*counted, "5").train_num_samples == 5 + 6 + 7 + 8
     with pytest.raises(CannotStart, match="may hold 5 pairs and its batch is 6"):
-        dry_run(*data, "6")
+        dry_run(*counted, "6")
     (tmp_path / "sizes.json").write_text("[")
     with pytest.raises(CannotStart, match=r"sizes\.json: says no numbers of pairs"):
-        dry_run(*data, "5")
+        dry_run(*counted, "5")
 
 
 def test_held_out_shards(tmp_path: Path, dry_run) -> None:
@@ -183,11 +183,6 @@ def test_a_run_goes_on_with_its_settings(dry_run, tmp_path: Path) -> None:
         message = f"begun with {name} = .*, not .*: choose another --name"
         with pytest.raises(CannotStart, match=message):
             dry_run(*argv, *change.split())
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    return make_shards(tmp_path / "data", train=4, val=1)
 
 
 def break_picture(path: Path) -> None:
