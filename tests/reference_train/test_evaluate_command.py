@@ -227,10 +227,7 @@ def test_which_checkpoint_of_a_run(tmp_path: Path, monkeypatch):
 
 
 def test_images_are_shown_as_in_training(run_folder: Path, tmp_path: Path):
-    """With the run's own mean and deviation, squashed and not cropped; transparent is white.
-
-    The model has a bias, as SigLIP's, and its weights are safetensors.
-    """
+    """By the run's own settings, on white; also of a model with a bias, in safetensors."""
     model = open_clip.create_model("evaluate-tiny", load_weights=False, init_logit_bias=-10)
     file = tmp_path / "checkpoints" / "model.safetensors"
     file.parent.mkdir()
