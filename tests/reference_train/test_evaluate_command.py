@@ -198,6 +198,7 @@ def test_what_cannot_be_done_is_said(run_folder: Path, tmp_path: Path):
         ("{run} --data nowhere", "no such folder: nowhere"),
         ("{run} --batch-size 0", "--batch-size: must be a whole number >= 1, not 0"),
         ("--pretrained openai", "--pretrained needs --model"),
+        ("{tmp}/1.pt", r"1\.pt: no params.txt of a run beside it: say --model"),
         ("{run} --model RN50", r"epoch_2\.pt as RN50: "),
         ("{run} --imagefolder emoji={run}", "emoji is the name of another data set"),
         ("{run} --imagefolder own=none", "no such folder: none"),

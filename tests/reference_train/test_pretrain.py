@@ -135,7 +135,8 @@ def test_pairs_as_img2dataset_counts_them(data: Path, tmp_path: Path, dry_run) -
         (tmp_path / path.name).symlink_to(path)
         (tmp_path / f"{path.stem}_stats.json").write_text(f'{{"successes": {5 + number}}}')
     counted = ["--data", str(tmp_path), "--batch-size"]
-    assert dry_run(*counted, "5").train_num_samples == 5 + 6 + 7 + 8
+    args = dry_run(*counted, "5")
+    assert (args.train_num_samples, args.val_data) == (5 + 6 + 7 + 8, None)  # nothing is held out
     with pytest.raises(CannotStart, match="may hold 5 pairs and its batch is 6"):
         dry_run(*counted, "6")
     (tmp_path / "sizes.json").write_text("[")
