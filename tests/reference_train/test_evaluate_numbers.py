@@ -11,10 +11,11 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from cyclip_loss import consistency_metrics
-from reference_train.evaluate import measure, metrics, report, table
+from reference_train.evaluate import measure, metrics, pictures, report, table
 from reference_train.evaluate.datasets import Classes, DataSet, Images
 
 
@@ -160,6 +161,23 @@ def test_the_columns_of_several_evaluations(tmp_path: Path) -> None:
         report.main([*folders, *more, "--out", str(tmp_path / "out")])
         heads = f"CLIP | I-CyCLIP{column} | rising-64 (2) | rising-512 | wide-1 | wide-2"
         assert f"|  | {heads} | chance | n |\n" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_the_bars_of_a_picture(tmp_path: Path, monkeypatch) -> None:
+    """Mean, lowest and highest in %; below them what is published; chance."""
+    figures: list[Figure] = []
+    monkeypatch.setattr(pictures.plt, "close", figures.append)
+    sets = {"cifar10": SETS["icons"] | {"classes": {"class": 10}}}
+    shares = {"clip-0": 0.1, "clip-1": 0.16}
+    runs = {run: {"cifar10": {"numbers": {"top1": share}}} for run, share in shares.items()}
+    report.main([write(tmp_path / "1", {}, data_sets=sets, results=runs)])
+    (ax,) = figures[0].axes
+    bars = ax.containers[-1]  # after its lines
+    published = [x for found in table.published("cifar10").values() for x in found["top1"][:-1]]
+    assert [bar.get_width() for bar in bars] == pytest.approx([13, *published])
+    (line, *_) = bars.errorbar.lines[2][0].get_segments()
+    assert line[:, 0] == pytest.approx([10, 16])
+    assert ax.lines[0].get_xdata() == pytest.approx([10, 10])
 
 
 def test_a_picture_of_many_columns_is_as_wide_as_tall(tmp_path: Path) -> None:
