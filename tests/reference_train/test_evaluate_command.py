@@ -175,7 +175,7 @@ def test_every_kind_of_data_set_in_one_command(run_folder: Path, tmp_path: Path)
 
 def test_prompts_and_class_names_of_ones_own(tmp_path: Path):
     write_image_folder(tmp_path, ["a", "b"])
-    (tmp_path / "classnames.txt").write_text("own 0\nown 1\n")
+    (tmp_path / "classnames.txt").write_text("own 0 \nown 1\n")
     (tmp_path / datasets.TEMPLATES).write_text("{c} as I say\n")
     classes = datasets.open_folders(tmp_path, "x").classes[""]
     assert (classes.names, classes.templates) == (["own 0", "own 1"], ["{} as I say"])
@@ -229,17 +229,20 @@ def test_which_checkpoint_of_a_run(tmp_path: Path, monkeypatch):
 
 def test_images_are_shown_as_in_training(run_folder: Path, tmp_path: Path):
     """By the run's own settings, on white; also of a model with a bias, in safetensors."""
-    model = open_clip.create_model("evaluate-tiny", load_weights=False, init_logit_bias=-10)
+    model = open_clip.create_model(
+        "evaluate-tiny", load_weights=False, init_logit_bias=-10, force_context_length=9
+    )
     file = tmp_path / "checkpoints" / "model.safetensors"
     file.parent.mkdir()
     save_file(model.state_dict(), file)
     (tmp_path / "params.txt").write_text(
         "model: evaluate-tiny\nimage_mean: [0.5, 0.0, 0.0]\nimage_std: [0.5, 1.0, 2.0]\n"
-        "image_resize_mode: squash\nsiglip: True\n"
+        "image_resize_mode: squash\nforce_context_length: 9\nsiglip: True\n"
     )
     [checkpoint] = find_checkpoints([file], None, None)
     assert checkpoint.title == tmp_path.name
     clip = load(checkpoint, torch.device("cpu"))
+    assert clip.tokenizer(["a"]).shape == (1, 9)
     image = Image.new("RGBA", (64, 32), (0, 0, 0, 0))
     image.paste((0, 0, 0, 255), (0, 0, 8, 32))
     for of_a_mode in (image, image.convert("LA"), image.quantize()):
