@@ -81,6 +81,7 @@ def test_a_dry_run_leaves_a_record(tmp_path: Path) -> None:
     assert "bfloat16 product, 256 cubed" in found["ceilings"]["rows"][0]["what"]
     whole, *parts = (row["ms"] for row in found["kernels"]["rows"])
     assert len(parts) == sections.KERNELS_SHOWN
+    assert {(row["N"], row["D"]) for row in found["kernels"]["rows"]} == {(96, 32)}
     assert parts == sorted(parts, reverse=True)
     assert whole / 2 < sum(parts) <= whole
     assert all(row["launches"] > 0 < row["wall ms"] for row in found["competitors"]["rows"])
