@@ -236,6 +236,7 @@ def test_batches_hold_distinct_training_concepts_by_seed_and_step(emoji_folder: 
         images, tokens = batches.batch(step)
         colours = [tuple(pixel) for pixel in images[:, :, 0, 0].tolist()]
         assert len({red for red, _, _ in colours}) == 8
+        assert len({green for _, green, _ in colours}) > 1  # of several styles
         seen |= set(colours)
         captions |= set(tokens.flatten().tolist())
     trained = {colour_of(s, c) for s in range(len(TRAIN_STYLES)) for c in range(16)}
