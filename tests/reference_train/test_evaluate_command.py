@@ -21,6 +21,7 @@ from timm.data.imagenet_info import ImageNetInfo
 from torch.nn import functional as F
 
 from reference_train.command_line import CannotStart, Stopped
+from reference_train.data.emoji import ALL_STYLES, STRESS_STYLES
 from reference_train.evaluate import datasets, measure, metrics, report
 from reference_train.evaluate import evaluate as command
 from reference_train.evaluate.checkpoints import checkpoint_file, find_checkpoints, load
@@ -171,6 +172,17 @@ def test_every_kind_of_data_set_in_one_command(run_folder: Path, tmp_path: Path)
     styles = found["emoji"]["groups"]
     mean = (styles["a"]["top1"] + styles["b"]["top1"]) / 2
     assert found["emoji"]["numbers"]["top1"] == pytest.approx(mean)
+
+
+def test_the_emoji_that_ship() -> None:
+    """A mean over their styles, without the black ones; a name's superclass is its subgroup."""
+    data = datasets.open_emoji()
+    names, kinds = data.classes[""], data.classes["subgroup"]
+    assert [[names.names[concept]] for concept in names.labels.tolist()] == data.captions
+    assert torch.equal(names.coarse[names.labels], kinds.labels)
+    assert data.across_groups
+    assert set(data.groups) - data.apart == {*ALL_STYLES} - {*STRESS_STYLES}
+    assert len(data.images) == len(data.groups) == 10_544
 
 
 def test_prompts_and_class_names_of_ones_own(tmp_path: Path):
