@@ -72,7 +72,9 @@ def test_logit_bias_changes_nothing(impl, output_dict, device: torch.device) -> 
         bias = torch.full(shape, 1e4, requires_grad=True, device=device)
         shifted = loss(image, text, 10.0, bias, output_dict)
         assert shifted == plain
-        (sum(shifted.values()) if output_dict else shifted).backward()
+        total = sum(shifted.values()) if output_dict else shifted
+        assert total.ndim == 0
+        total.backward()
         assert torch.equal(bias.grad, torch.zeros(shape, device=device))
 
 

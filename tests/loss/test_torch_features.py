@@ -136,6 +136,7 @@ CALLS = {
     "another loss": lambda i, t, s, _: ANOTHER(i, t, s),
     "its terms": lambda i, t, s, _: sum(ANOTHER(i, t, s, output_dict=True).values()),
     "penalties": lambda i, t, s, _: PENALTY(i, t),
+    "in 16 bits": lambda i, t, s, _: LOSS(i.bfloat16(), t.bfloat16(), s),
     **{
         str(dtype): lambda i, t, s, ids, dtype=dtype: cyclip_loss(i, t, s, ids=ids.to(dtype))
         for dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
