@@ -43,7 +43,7 @@ IMPLS_UNDER_TEST = [pytest.param("triton", marks=needs_triton), "eager"]
 
 # The same examples in every run: a test fails because code changed, never by an unlucky draw.
 # Hypothesis also draws constants that it finds in loaded local modules, which depend on what else
-# is collected. No setting turns that off. (Versions without it ignore the attribute.)
+# is collected. No setting turns that off.
 providers.is_local_module_file = lambda path: False
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=30)
 settings.load_profile("ci")
@@ -52,6 +52,11 @@ settings.load_profile("ci")
 def pytest_addoption(parser: pytest.Parser) -> None:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.addoption("--device", default=default, help=f"device of the tests, here {default}")
+
+
+def pytest_report_header() -> list[str]:
+    missing = {file: [x for x in NEEDS[file] if not find_spec(x)] for file in collect_ignore}
+    return [f"not collected: {file} (needs {', '.join(of)})" for file, of in missing.items()]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -79,9 +84,10 @@ def why_interpreter_fails() -> str:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip tests marked gpu, or gpu(2), without so many GPUs or with a different --device; and
+    """Seed PyTorch's generator. Skip tests marked gpu, or gpu(2), without so many GPUs or with a different --device; and
     tests marked triton without Triton, or where its interpreter is needed and unusable.
     """
+    torch.manual_seed(0)  # whatever ran before
     on_cuda = item.config.getoption("--device").startswith("cuda")
     for marker in item.iter_markers("triton"):
         if not HAS_TRITON:

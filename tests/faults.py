@@ -100,6 +100,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--list", action="store_true")
     options = parser.parse_args()
+    first = Path(options.folders[0], "__init__.py")
+    assert options.list or not noticed(first, (ROOT / first).read_text()), "without a fault"
     places, killed, draw = {}, [], random.Random(options.seed)
     for path in [f for folder in options.folders for f in sorted((ROOT / folder).rglob("*.py"))]:
         tree = ast.parse(path.read_text())
@@ -109,8 +111,7 @@ def main() -> None:
         kind = draw.choice(sorted(kind for kind in places if places[kind]))
         file, text, source = places[kind].pop(draw.randrange(len(places[kind])))
         killed += [] if options.list else [noticed(file, source)]
-        verdict = ["killed" if last else "SURVIVED" for last in killed[-1:]]
-        print(*verdict, f"{file}:{text}", flush=True)
+        print(*["killed" if x else "SURVIVED" for x in killed[-1:]], f"{file}:{text}", flush=True)
     print(f"{sum(killed)} of {len(killed)} killed")
 
 

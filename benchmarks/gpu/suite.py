@@ -15,7 +15,8 @@ from benchmarks import ROOT
 from benchmarks.run import Run
 
 CUDA_TESTS = ("tests/test_cuda.py", "-m", "not slow")
-KERNEL_TESTS = ("tests/kernels", "tests/loss", "tests/ranks/test_ranks_gpu.py", "-m", "not slow")
+SHARED_GPU = "tests/ranks/test_ranks.py::test_two_ranks_on_one_gpu"
+KERNEL_TESTS = ("tests/kernels", "tests/loss", SHARED_GPU, "-m", "not slow")
 SLOW_TESTS = ("tests/test_cuda.py", "-m", "slow")
 RANK_TESTS = ("tests/ranks", "-m", "nccl")
 # For a dry run, which shows that tests can be started and their results read.

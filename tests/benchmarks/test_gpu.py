@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import needs_interpreter
-from processes import run_python
+from processes import ROOT, run_python
 
 from benchmarks.__main__ import main
 from benchmarks.gpu import sections, suite
@@ -52,6 +52,14 @@ def test_outcomes_of_tests_are_recorded(long: bool, tmp_path: Path, monkeypatch)
     assert 'assert 1 == 2, "one is two"' in failure
     assert "No module named 'no_such_package'" in failure
     assert re.fullmatch(r"1 skipped: .*test_few.py:\d+: not today", note)
+
+
+def test_the_chosen_tests_are_there() -> None:
+    chosen = {*suite.CUDA_TESTS, *suite.KERNEL_TESTS, *suite.SLOW_TESTS, *suite.RANK_TESTS}
+    paths = [word.partition("::") for word in chosen if word.startswith("tests/")]
+    for path, _, name in paths:
+        place = ROOT / path
+        assert place.is_dir() or f"def {name}" in place.read_text()
 
 
 COLUMNS = {

@@ -90,9 +90,9 @@ def test_d_beyond_32_bit_offsets(device: torch.device) -> None:
         kernels.cyclic_statistics(image, image, True)
 
 
-def test_shipped_sizes_are_powers_of_two() -> None:
-    """As Triton demands, also on the GPUs for which nothing else here compiles or runs. And so are
-    those that tuning tries, in parts of at most 64 accumulators a thread.
+def test_tile_sizes_are_powers_of_two() -> None:
+    """As Triton demands, also on the GPUs for which nothing else here compiles or runs. The same
+    holds for the tiles that tuning tries, with 32 to 64 accumulators a thread.
     """
     for arch, tables in configs.ARCHITECTURES.items():
         rows = [(kernel, *item) for kernel in tables for item in tables[kernel].items()]

@@ -195,7 +195,7 @@ def test_what_cannot_be_written_is_one_warning_and_left_alone(path, tmp_path) ->
 
 def test_two_processes_keep_all_their_tiles(file) -> None:
     fork = multiprocessing.get_context("fork")
-    both = fork.Barrier(2, timeout=60)
+    both = fork.Barrier(2, timeout=300)
 
     def keep(name: str) -> None:
         both.wait()

@@ -1,6 +1,6 @@
 """The loss with all options against the definition in float64, and the definition itself.
 
-Then what is not a number, and PyTorch's settings and devices that change how it multiplies.
+Then NaN and infinity, and PyTorch's settings and devices that change matrix products.
 """
 
 import math

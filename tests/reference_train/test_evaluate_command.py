@@ -6,7 +6,6 @@ import multiprocessing
 import pickle
 import shutil
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -240,7 +239,9 @@ def test_which_checkpoint_of_a_run(tmp_path: Path, monkeypatch):
 
 
 def test_images_are_shown_as_in_training(run_folder: Path, tmp_path: Path):
-    """By the run's own settings, on white; also of a model with a bias, in safetensors."""
+    """With the run's own settings, and white behind transparent parts. The model has a logit bias
+    and is a safetensors file.
+    """
     model = open_clip.create_model(
         "evaluate-tiny", load_weights=False, init_logit_bias=-10, force_context_length=9
     )
@@ -267,7 +268,7 @@ def test_images_are_shown_as_in_training(run_folder: Path, tmp_path: Path):
 def test_two_at_once_lose_no_column(run_folder: Path, tmp_path: Path, monkeypatch):
     """Both have looked into --out before one writes there, and each takes its time to write."""
     fork = multiprocessing.get_context("fork")
-    both, write, out = fork.Barrier(2, timeout=60), report.write_text, tmp_path / "out"
+    both, write, out = fork.Barrier(2, timeout=300), report.write_text, tmp_path / "out"
 
     def measured(*_: Any) -> dict[str, Any]:
         both.wait()
@@ -282,8 +283,12 @@ def test_two_at_once_lose_no_column(run_folder: Path, tmp_path: Path, monkeypatc
     runs = [shutil.copytree(run_folder, tmp_path / f"a-{seed}") for seed in (0, 1)]
     for seed, run in enumerate(runs):
         (run / "params.txt").write_text(f"model: evaluate-tiny\nseed: {seed}\n")
-    with ProcessPoolExecutor(2, fork) as pool:
-        assert len(list(pool.map(evaluate, (out, out), runs))) == 2
+    running = [fork.Process(target=evaluate, args=(out, run)) for run in runs]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(300)
+    assert [process.exitcode for process in running] == [0, 0]
     results = report.read_evaluation(out)["results"]
     assert {name for name, found in results.items() if "emoji" in found} == {"a-0", "a-1"}
     assert "| a (2) |" in (out / "table.md").read_text()

@@ -33,7 +33,9 @@ def plain_recall(image: Tensor, captions: list[list[str]], feature: dict[str, Te
 
     pairs = zip(image, captions, strict=True)
     scored = [[(float(x @ f), t in own) for t, f in feature.items()] for x, own in pairs]
-    of_texts = [of for of in zip(*scored, strict=True) for _, own in of if own]  # of each image
+    of_texts = [
+        of for of in zip(*scored, strict=True) for _, own in of if own
+    ]  # once for each image
     ranks = {"image_to_text": [*map(rank, scored)], "text_to_image": [*map(rank, of_texts)]}
     return {f"{w}_r{k}": np.less(found, k).mean() for w, found in ranks.items() for k in (1, 5, 10)}
 

@@ -1,4 +1,4 @@
-"""`pretrain`: what it gives to OpenCLIP's trainer and refuses before any work; then, at work."""
+"""`pretrain`: the command for OpenCLIP's trainer, what is refused before any work, and training."""
 
 import importlib
 import json
