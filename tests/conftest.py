@@ -84,8 +84,9 @@ def why_interpreter_fails() -> str:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Seed PyTorch's generator. Skip tests marked gpu, or gpu(2), without so many GPUs or with a different --device; and
-    tests marked triton without Triton, or where its interpreter is needed and unusable.
+    """Seed PyTorch's generator. Skip tests marked gpu, or gpu(2), without so many GPUs or with a
+    different --device; and tests marked triton without Triton, or where its interpreter is needed
+    and unusable.
     """
     torch.manual_seed(0)  # whatever ran before
     on_cuda = item.config.getoption("--device").startswith("cuda")
