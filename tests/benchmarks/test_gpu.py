@@ -123,7 +123,7 @@ def test_a_failure_and_an_interruption_leave_a_record(tmp_path: Path, monkeypatc
         raise RuntimeError("no kernel")
 
     def terminated(run: Run) -> None:
-        run.row(n=1)
+        run.row(records=len([*tmp_path.glob("*.json")]))
         signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(sections, "SECTIONS", {"kernels": (fails, 1.0), "sizes": (terminated, 1.0)})
@@ -132,7 +132,7 @@ def test_a_failure_and_an_interruption_leave_a_record(tmp_path: Path, monkeypatc
     found = json.loads(file.read_text())["sections"]
     (failure,) = found["kernels"]["failures"]
     assert failure.startswith("RuntimeError: no kernel\nTraceback")
-    assert found["sizes"]["rows"] == [{"n": 1}]
+    assert found["sizes"]["rows"] == [{"records": 1}]
     assert found["sizes"]["failures"] == ["interrupted"]
     said, page = capsys.readouterr().out, file.with_suffix(".md").read_text()
     for failed, why in ("kernels", "RuntimeError: no kernel"), ("sizes", "interrupted"):
