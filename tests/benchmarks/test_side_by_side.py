@@ -186,6 +186,7 @@ def test_command(tmp_path: Path, monkeypatch) -> None:
     assert [row["loss"] for row in training] == [OURS, AUTHORS]
     assert all(row["loss / step"] > 0 < row["peak MB"] for row in training)
 
+    assert "\n## Summary\n" in file.with_suffix(".md").read_text()
     costs[0]["ms"], costs[1]["ms"], costs[3]["peak MB"] = 2.0, 3.0, math.nan
     text = report.summary(found)
     assert "| 16 | 512 | 2.00 | 3.00 (1.50 ×) |" in text.splitlines()

@@ -210,6 +210,15 @@ def test_two_processes_keep_all_their_tiles(file) -> None:
     assert len(json.loads(file.read_text())[configs.tiles_of(CPU)]) == 200
 
 
+def test_what_is_tuned_by_default(monkeypatch, capsys) -> None:
+    asked: list[torch.dtype] = []
+    monkeypatch.setattr(tune, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(tune, "tune", lambda device, dtypes, *_: asked.extend(dtypes) or ())
+    assert tune.main([]) == 0
+    assert asked == [torch.bfloat16, torch.float16, torch.float32]
+    assert capsys.readouterr().out.split()[:3] == ["kernel", "shipped", "ms"]
+
+
 def test_without_a_gpu_the_command_says_so(capsys, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert tune.main([]) == 2

@@ -374,6 +374,8 @@ def test_what_can_not_be_read_is_counted(pretrain, data: Path, tmp_path: Path, c
         assert f"2 shards cut short ({one} 1, {three} 1)" in line
     assert len(results(tmp_path)) == len(lines) == 2
     warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    told = [[file in message for message in warned].count(True) for file in (one, two, three)]
+    assert told == [3, 3, 3]  # once, and in the line of each epoch
     assert not [message for message in warned if "train-00000.tar" in message]
 
 
