@@ -234,6 +234,8 @@ def test_which_checkpoint_of_a_run(tmp_path: Path, monkeypatch):
     found = find_checkpoints([folder.parent, other / "checkpoints" / "epoch_9.pt"], None, None)
     expected = ["run: a/run/checkpoints/best.pt", "run: b/run/checkpoints/epoch_9.pt"]
     assert [checkpoint.title for checkpoint in found] == expected
+    [of_the_hub] = find_checkpoints([], "hf-hub:a/b", None)
+    assert (of_the_hub.title, of_the_hub.path) == ("hf-hub:a/b", None)
     monkeypatch.chdir(folder)
     assert [c.title for c in find_checkpoints([Path("best.pt")], None, None)] == ["run"]
 
@@ -325,6 +327,10 @@ def test_the_cause_of_a_failure_comes_first(run_folder: Path, tmp_path: Path):
         evaluate(tmp_path / "3", run_folder, "--data", tmp_path)
     numbers = report.read_evaluation(tmp_path / "3")["results"]["tiny"]["cifar10"]["numbers"]
     assert ("top1" in numbers, "consistency_1" in numbers) == (True, False)
+    splits["train"] = [{"png": picture(0)}]
+    write_set(tmp_path / "wds_cifar10", splits, classnames=TEN)
+    with pytest.raises(Stopped, match=r"the train split have no \.cls"):
+        evaluate(tmp_path / "4", run_folder, "--data", tmp_path)
 
 
 def test_the_paper_is_shown_where_it_can_be_compared(run_folder: Path, tmp_path: Path, monkeypatch):
