@@ -78,7 +78,6 @@ def built(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(icons, "VALIDATION_SHARE", 0.3)
         patch.setattr(icons, "SECONDS", 2)
-        patch.setattr(icons, "CHUNK", 4)  # so that some are drawn before a crash
         icons.main(["--out", str(folder / "out"), "--package", str(package)])
     faulthandler.enable(sys.__stderr__)
     return folder / "out"
