@@ -166,6 +166,10 @@ def test_a_resumed_run_is_bitwise_the_whole_one(tmp_path: Path, monkeypatch, cap
     whole, parts = (read_evaluation(tmp_path / name) for name in ("whole", "parts"))
     demonstrate(*options, tmp_path / "parts")  # finished: nothing is repeated
     assert len(augmented) == 4 + 3
+    (tmp_path / "parts" / "evaluation.json").unlink()  # trained, but not measured
+    demonstrate(*options, tmp_path / "parts")
+    assert read_evaluation(tmp_path / "parts")["results"] == whole["results"]
+    assert len(augmented) == 4 + 3
     assert whole["history"] == parts["history"]
     assert whole["results"] == parts["results"]
     files = [tmp_path / name / "cyclip-0" / "checkpoint.pt" for name in ("whole", "parts")]

@@ -230,6 +230,7 @@ def test_a_table_by_hand() -> None:
     lines = iter(table.markdown(result).splitlines())
     missing = [line for line in BY_HAND.strip().splitlines() if line not in lines]  # in this order
     assert not missing
+    assert table.chance({**sets["styles"], "classes": {"class": 3}}, "top5") == 1  # not 5 / 3
 
 
 def test_an_image_of_each_name_in_one_style_sorted_by_group() -> None:
