@@ -4,6 +4,7 @@ import math
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cyclip_loss import CyclicPenalty, CyCLIPLoss
+from cyclip_loss import CyCLIPLoss, cyclic_penalty
 
 from ..command_line import Stopped
 from ..evaluate.checkpoints import Clip
@@ -28,6 +29,7 @@ from .model import IMAGE_SIZE, MAX_LOGIT_SCALE, normalize
 BETAS, EPS, WEIGHT_DECAY = (0.9, 0.98), 1e-6, 0.1
 MAX_GRADIENT_NORM = 1.0
 WEIGHT = 0.25  # of a penalty that the loss has
+REFERENCE_BATCH_SIZE = 256
 WARMUP = 0.1  # of the steps
 VALIDATIONS = 25  # in a run, each with a checkpoint
 
@@ -37,7 +39,12 @@ def between_views(image: Sequence[Tensor], text: Sequence[Tensor]) -> Tensor:
 
     image, text: the features of both views, (N, D) each.
     """
-    inmodal = CyclicPenalty(WEIGHT, 0, reference_batch_size=256)
+    inmodal = partial(
+        cyclic_penalty,
+        lambda_inmodal=WEIGHT,
+        lambda_crossmodal=0,
+        reference_batch_size=REFERENCE_BATCH_SIZE,
+    )
     first, second = ((i * t).sum(dim=1) for i, t in zip(image, text, strict=True))
     return inmodal(*image) + inmodal(*text) + WEIGHT * F.mse_loss(first, second)
 
@@ -54,7 +61,9 @@ def train(
     """
     model, device = clip.model, clip.device
     kind = LOSSES[config.loss]
-    loss_fn = CyCLIPLoss(WEIGHT * kind.inmodal, WEIGHT * kind.crossmodal, reference_batch_size=256)
+    loss_fn = CyCLIPLoss(
+        WEIGHT * kind.inmodal, WEIGHT * kind.crossmodal, reference_batch_size=REFERENCE_BATCH_SIZE
+    )
     views = 2 if kind.views else 1
     # gains, biases and the logit scale don't decay
     groups = param_groups_weight_decay(model, WEIGHT_DECAY)

@@ -101,9 +101,7 @@ def measure(
                 ways = {name: n for name, n in ways.items() if name.startswith("text")}
             numbers |= ways
         some = sample_rows(len(x), PAIRS).to(device)
-        geometry = consistency_metrics(x[some], text[first[rows[some]]])
-        # the uniformity of one image is no number, nor are correlations of two
-        return numbers | {k: float(v) for k, v in geometry.items() if math.isfinite(v)}
+        return numbers | geometry(x[some], text[first[rows[some]]])
 
     of_groups = {group: numbers_of(rows) for group, rows in groups.items()}
     if data.across_groups:
@@ -117,6 +115,15 @@ def measure(
         shown = pictured_rows(next(iter(groups.values()), everything), first, labels)
         measured["similarities"] = similarities(image[shown], text[first[shown]])
     return measured | {"unreadable": unreadable}
+
+
+def geometry(image: Tensor, text: Tensor) -> Numbers:
+    """`consistency_metrics` of (n, D) pairs, without those that are undefined.
+
+    One image has no uniformity, and two pairs have no correlations.
+    """
+    found = consistency_metrics(image, text)
+    return {name: float(value) for name, value in found.items() if math.isfinite(value)}
 
 
 def pictured_rows(rows: Tensor, text: Tensor, labels: dict[str, Tensor]) -> Tensor:
@@ -137,13 +144,13 @@ def similarities(image: Tensor, text: Tensor) -> dict[str, Any]:
 
     image, text: (n, D), rows of unit length.
 
-    Returns {"numbers": those of `consistency_metrics` that are defined,
+    Returns {"numbers": those of `geometry`,
              "matrices": base64 of (3, n, n) int8: 127 times I_i . I_j, T_i . T_j, I_i . T_j}.
     """
     products = torch.stack((image @ image.T, text @ text.T, image @ text.T))
     rounded = (127 * products).round().to(torch.int8).cpu().numpy()
-    numbers = {k: float(v) for k, v in consistency_metrics(image, text).items() if v.isfinite()}
-    return {"numbers": numbers, "matrices": base64.b64encode(rounded.tobytes()).decode()}
+    matrices = base64.b64encode(rounded.tobytes()).decode()
+    return {"numbers": geometry(image, text), "matrices": matrices}
 
 
 def sample_rows(rows: int, most: int) -> Tensor:
