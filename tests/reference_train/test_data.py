@@ -9,6 +9,7 @@ import random
 import re
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ def square(size: int, colour: str = "currentColor") -> dict:
 
 def a_set(title: str, category: str = "UI 24px", licence: str = "MIT") -> dict:
     info = {"name": title, "total": 1, "category": category, "author": {"name": "Somebody"}}
-    return {**info, "license": {"title": licence, "spdx": licence}}
+    return {**info, "license": {"title": f"The {licence} licence", "spdx": licence}}
 
 
 NOISE = '<filter id="f"><feTurbulence baseFrequency=".1" numOctaves="2000000000"/></filter>'
@@ -42,6 +43,7 @@ PLAIN = {
     "broken": {"body": "<path"},
     "12": square(13),
     "red-box": square(14, "#ff0000"),
+    "nothing-but-red": {"body": '<rect width="24" height="24" fill="red"/>'},
     "brand-x": square(15),
     "wide": {**square(9), "width": 32},
     # the renderer of resvg-py 0.5 overflows its stack, and its process dies
@@ -78,6 +80,8 @@ def built(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(icons, "VALIDATION_SHARE", 0.3)
         patch.setattr(icons, "SECONDS", 2)
+        patch.setattr(icons, "CHUNK", 4)  # so that some are drawn before a crash
+        patch.setattr(icons, "SAMPLES_PER_SHARD", 6)
         icons.main(["--out", str(folder / "out"), "--package", str(package)])
     faulthandler.enable(sys.__stderr__)
     return folder / "out"
@@ -95,7 +99,7 @@ def samples(folder: Path, files: str = "*.tar") -> dict[str, Sample]:
 def test_what_is_left_out(built: Path) -> None:
     manifest, archive = manifest_of(built), built.parent / "icons.tgz"
     assert manifest["left_out"] == {
-        "blank": 2,
+        "blank": 3,
         "crashes the renderer, or takes it for ever": 2,
         **{f"sets: {kind}": 1 for kind in ("emoji", "logos", "flags", "non-commercial licence")},
         "refers to something outside itself": 1,
@@ -103,7 +107,7 @@ def test_what_is_left_out(built: Path) -> None:
         "hidden, or a name without a word": 1,
         "logos and flags in other sets": 1,
     }
-    assert sum(manifest["pairs"].values()) == len(PLAIN) - 8
+    assert sum(manifest["pairs"].values()) == len(PLAIN) - 9
     assert {name: about["licence"] for name, about in manifest["sets"].items()} == {"plain": "MIT"}
     assert manifest["package"] == str(archive)
     assert manifest["sha256"] == hashlib.sha256(archive.read_bytes()).hexdigest()
@@ -112,6 +116,9 @@ def test_what_is_left_out(built: Path) -> None:
 def test_shards_are_as_open_clip_reads_them(built: Path) -> None:
     sizes = json.loads((built / "sizes.json").read_text())
     assert sizes == {p.name: len(list(read_samples([str(p)]))) for p in built.glob("*.tar")}
+    assert max(sizes.values()) == 6
+    things = [key for key in samples(built, "train-*.tar") if "thing" in key]
+    assert things != sorted(things)
     for sample in samples(built).values():
         with Image.open(io.BytesIO(sample.image)) as image:
             assert (image.size, image.mode) == ((64, 64), "RGB")
@@ -121,10 +128,40 @@ def test_shards_are_as_open_clip_reads_them(built: Path) -> None:
 
 
 def test_names_without_their_style() -> None:
-    names = ("alarm-clock-24-outline", "traffic-light", "outline", "outline-3d_rotation")
+    names = ("Alarm-clock-24-outline", "traffic-light", "outline", "outline-3d_rotation")
     without = ["alarm clock", "traffic light", "outline", "3d rotation"]
     found = [icons.split_name(name, {"outline"}) for name in names]
     assert found == list(zip(without, (["outline"], [], [], ["outline"]), strict=True))
+
+
+def test_an_icon_as_its_set_has_it() -> None:
+    """With its set's box where it has none, in a square, and with its group in words."""
+    drawings = {"cat": {"body": "CAT", "hFlip": True, "width": 8}, "dog": {"body": "DOG"}}
+    content = {"icons": {**drawings, "us": {"body": ""}}, "left": 1, "top": 2, "height": 12}
+    content["categories"] = {"PetsAndMore": ["cat"], "Flags": ["us"]}
+    left_out: Counter[str] = Counter()
+    cat, dog = icons.read_set("set", content, left_out)
+    assert cat[:5] == ("set__cat", "set", "cat", "", "pets and more")
+    assert 'viewBox="-1 2 12 12" width="12" height="12"><g transform="translate(10 0)' in cat.svg
+    assert 'viewBox="1 0 16 16" width="16" height="16">DOG<' in dog.svg
+    assert 'viewBox="0 0 16 16"' in icons.square_svg({"body": ""})
+    assert left_out == {"logos and flags in other sets": 1}
+
+
+def test_ink_and_ground() -> None:
+    """Half are black on white, a fifth in a colour on white; all can be seen."""
+    drawn = [icons.colours(random.Random(number)) for number in range(1000)]
+    inks, grounds = (np.array(colours) for colours in zip(*drawn, strict=True))
+    assert 0 <= min(inks.min(), grounds.min()) < max(inks.max(), grounds.max()) <= 1
+    lighter = inks.mean(axis=1) > grounds.mean(axis=1)
+    shares = [(inks == 0).all(axis=1).mean(), (grounds == 1).all(axis=1).mean(), lighter.mean()]
+    assert shares == pytest.approx([0.5, 0.7, 0.15], abs=0.03)
+    assert np.abs(inks - grounds).max(axis=1).min() > 0.2
+    for key in map(str, range(9)):
+        icon = icons.Icon(key, "set", "box", "", "", icons.square_svg(square(12)))
+        with Image.open(io.BytesIO(icons.draw(icon).png)) as image:
+            pixels = np.asarray(image)[[20, 0], [20, 63]] / 255
+        np.testing.assert_allclose(pixels, icons.colours(random.Random(key)), atol=0.003)
 
 
 def test_names_in_two_sets(tmp_path: Path, monkeypatch) -> None:
@@ -177,7 +214,7 @@ def test_the_package_is_downloaded(built: Path, tmp_path: Path, monkeypatch) -> 
     assert samples(tmp_path / "out").items() <= samples(built).items()
 
 
-def test_what_is_no_such_package(tmp_path: Path) -> None:
+def test_what_cannot_be_built(tmp_path: Path, monkeypatch) -> None:
     make_package(tmp_path / "other.tgz", without="collections")
     make_package(tmp_path / "lacks.tgz", without="json/plain")
     for name, message in (
@@ -187,6 +224,16 @@ def test_what_is_no_such_package(tmp_path: Path) -> None:
     ):
         with pytest.raises(CannotStart, match=message):
             icons.main(["--out", str(tmp_path / "out"), "--package", str(tmp_path / name)])
+    for arguments, message in (
+        ([], "arguments are required: --out"),
+        (["--out", str(tmp_path)], "--out .*: is there already"),
+        (["--out", "/proc/icons"], "--out: /proc/icons can't be written"),
+    ):
+        with pytest.raises(CannotStart, match=message):
+            icons.main(arguments)
+    monkeypatch.setattr(icons.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(Stopped, match="pip install resvg-py"):
+        icons.main(["--out", str(tmp_path / "out")])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["lacks.tgz", "other.tgz"]
 
 

@@ -1,10 +1,12 @@
 """The demonstration, on a small emoji set made here: each image is one colour that names it."""
 
 import json
+import math
 import os
 import runpy
 import signal
 import sys
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import torch
 from PIL import Image
 from tars import png, write_tar
 
+from cyclip_loss import CyCLIPLoss
 from reference_train import __main__ as cli
 from reference_train.command_line import CannotStart, Stopped, run
 from reference_train.data.emoji import ALL_STYLES, SHIFT_STYLES, TRAIN_STYLES, read_emoji
@@ -24,6 +27,7 @@ from reference_train.demo import demo as command
 from reference_train.demo import questions, train
 from reference_train.demo.batches import EmojiBatches, augment
 from reference_train.demo.model import TINY, build_model, normalize, preprocess
+from reference_train.evaluate.datasets import DataSet, Images
 from reference_train.evaluate.report import read_evaluation
 
 SHORT = {**command.PRESETS["short"], "steps": 6, "batch_size": 8}
@@ -58,7 +62,7 @@ def emoji_folder(tmp_path_factory) -> Path:
             info |= {"group": "things & matters" if c % 2 else "others", "name": f"thing {c}"}
             info |= {"subgroup": f"kind-{c % 4}", "split": split_of(c)}
             members[f"{c:04x}.png"] = png(Image.new("RGB", (64, 64), colour_of(s, c)))
-            members[f"{c:04x}.txt"] = f"thing {c}".encode()
+            members[f"{c:04x}.txt"] = f"thing {c}\n".encode()
             members[f"{c:04x}.json"] = json.dumps(info).encode()
         write_tar(folder / f"{style}.tar.xz", members, "w:xz")
     return folder
@@ -101,6 +105,8 @@ def test_a_run_leaves_numbers_table_and_picture(finished: Path) -> None:
     assert result["versions"]["torch"] == torch.__version__
     for name, numbers in result["results"]["clip-0"].items():
         assert tuple(numbers["groups"]) == questions.SITUATIONS[name][0]
+        assert ("similarities" in numbers) == (name == command.PICTURED)
+    assert 0 < result["checkpoints"]["clip-0"]["seconds"] < 600
     table = (finished / "table.md").read_text()
     titles = ("CLIP", "CyCLIP", "C-CyCLIP", "I-CyCLIP", "CLIP + views", "Geometric")
     assert f"| {' | '.join(f'{title} (2)' for title in titles)} | chance | n |" in table
@@ -129,20 +135,25 @@ def test_what_is_between_views() -> None:
 
 def test_what_is_asked(emoji_folder: Path) -> None:
     """Images of the right concepts and styles, and labels that are theirs."""
-    emoji = read_emoji(emoji_folder)
+    emoji, things = read_emoji(emoji_folder), [f"thing {c}" for c in range(CONCEPTS)]
     kinds = {"trained styles": TRAIN_STYLES, "new styles": SHIFT_STYLES, "black": ALL_STYLES[6:]}
     for name in questions.SITUATIONS:
         data, held_out = questions.situation(emoji, name), name.startswith("new concepts")
         names = data.classes[""]
-        of_images = [int(names.names[label].split()[1]) for label in names.labels.tolist()]
+        of_images = [things.index(names.names[label]) for label in names.labels.tolist()]
         colours = [tuple(p) for p in data.images.places[:, :, 0, 0].tolist()]
-        drawn = zip(data.groups, of_images, strict=True)
-        assert colours == [colour_of(ALL_STYLES.index(style), of) for style, of in drawn]
+        both = zip(data.groups, of_images, strict=True)
+        assert colours == [colour_of(ALL_STYLES.index(style), of) for style, of in both]
         assert [set(data.groups)] == [set(kinds[kind]) for kind in kinds if name.endswith(kind)]
         assert {split_of(of) for of in of_images} == {"test" if held_out else "train"}
         assert len(names.names) == (4 if held_out else 16)
         known_images, known = data.train
-        assert torch.equal(known["subgroup"], known_images.places[:, 0, 0, 0] // 10 % 4)
+        drawn = known_images.places[:, 0, 0, 0] // 10
+        assert torch.equal(known["subgroup"], drawn % 4)
+        assert torch.equal(known["group"], drawn % 2)
+        assert data.classes["subgroup"].names == [f"kind {number}" for number in range(4)]
+        assert data.classes["group"].names == ["others", "things and matters"]
+        assert data.across_groups
         assert ("" in known) != held_out
 
 
@@ -162,9 +173,12 @@ def test_a_resumed_run_is_bitwise_the_whole_one(tmp_path: Path, monkeypatch, cap
     with pytest.raises(KeyboardInterrupt):
         demonstrate(*options, tmp_path / "parts")
     demonstrate(*options, tmp_path / "parts")
-    assert "cyclip-0: resumes at step 2 of 5" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    for part in ("run 1 of 1: cyclip-0\n", "cyclip-0: resumes at step 2 of 5\n", ", 0 s left\n"):
+        assert part in said
     whole, parts = (read_evaluation(tmp_path / name) for name in ("whole", "parts"))
     demonstrate(*options, tmp_path / "parts")  # finished: nothing is repeated
+    assert "cyclip-0: finished before\n" in capsys.readouterr().out
     assert len(augmented) == 4 + 3
     (tmp_path / "parts" / "evaluation.json").unlink()  # trained, but not measured
     demonstrate(*options, tmp_path / "parts")
@@ -179,8 +193,10 @@ def test_a_resumed_run_is_bitwise_the_whole_one(tmp_path: Path, monkeypatch, cap
 
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(command.PRESETS, "short", {**SHORT, "lr": 1e30, "steps": 20})
-    with pytest.raises(Stopped, match="the loss is nan, at step"):
-        demonstrate("--out", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Stopped, match="clip-0: the loss is nan, at step"):
+        demonstrate()
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["short"]
 
 
 def test_what_cannot_start(tmp_path: Path, capsys, monkeypatch) -> None:
@@ -190,6 +206,8 @@ def test_what_cannot_start(tmp_path: Path, capsys, monkeypatch) -> None:
     for arguments, message in (
         ("--seeds many", "--seeds: must be a whole number >= 1, not many"),
         ("--loss siglip", "--loss: invalid choice: 'siglip'"),
+        ("--preset tiny", "--preset: invalid choice: 'tiny'"),
+        ("pretrain", "the following arguments are required: --preset, --data"),
         ("--device cuda:99", "--device: cuda:99"),
         ("--out /dev/null/runs", "can't be written"),
         ("report .", "is no evaluation.json"),
@@ -213,7 +231,8 @@ def test_exit_codes(monkeypatch, capsys) -> None:
                 run(Mock(side_effect=error))
             said = capsys.readouterr().err
             assert stopped.value.code == code
-            assert (said == "reference_train: why\n") == (rank == "0" and code < 130)
+            expected = "interrupted" if code == 130 else "why" if rank == "0" else ""
+            assert said == f"reference_train: {expected}\n" * bool(expected)
 
 
 def test_what_is_not_installed_is_named(monkeypatch) -> None:
@@ -253,21 +272,67 @@ def test_batches_hold_distinct_training_concepts_by_seed_and_step(emoji_folder: 
     assert not torch.equal(batches.batch(5)[0], batches.batch(7)[0])  # its place, an epoch later
 
 
-def still(lowest: float | None = None) -> Mock:
-    """Draws what moves and tints nothing; or, of one of the ranges, its lowest number."""
-    draws = Mock()
-    draws.uniform = lambda low, _, shape: np.full(shape, low if low == lowest else float(low > 0))
-    return draws
-
-
-def test_what_augmentation_leaves() -> None:
-    """Unmoved, a picture is as in the evaluation; what is grey has no saturation to lose."""
+def test_what_is_not_moved_is_as_in_the_evaluation() -> None:
+    still = Mock(uniform=lambda low, high, shape: np.full(shape, float(low > 0)))
     pixels = torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8)
     picture = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
-    torch.testing.assert_close(normalize(augment(pixels, 32, still()))[0], preprocess(picture))
-    grey = pixels[:, :1].expand(-1, 3, -1, -1)
-    same, paler = (augment(grey, 32, still(lowest)) for lowest in (None, 0.5))
-    torch.testing.assert_close(same, paler)
+    torch.testing.assert_close(normalize(augment(pixels, 32, still))[0], preprocess(picture))
+
+
+@pytest.mark.parametrize("end", [-1, 1])
+def test_augmentation_at_the_ends_of_its_ranges(end: int) -> None:
+    """A picture whose red and green are its coordinates, so that it shows where they went."""
+    place = torch.arange(64, dtype=torch.uint8).expand(64, 64)
+    pixels = torch.stack([3 * place, 3 * place.T, torch.full_like(place, 60)])
+    draws = Mock(uniform=lambda low, high, shape: np.full(shape, high if end > 0 else low))
+    moved = augment(pixels[None], 64, draws)[0]
+    x = ((2 * place + 1) / 64 - 1).double()
+    y, zoom, angle, shear, shift = x.T, math.exp(0.16 * end), 0.2 * end, 0.1 * end, 0.1 * end
+    cos, sin = zoom * math.cos(angle), zoom * math.sin(angle)
+    from_x = cos * x + (shear * cos - sin) * y + shift
+    from_y = sin * x + (shear * sin + cos) * y + shift
+    columns, rows = 32 * from_x + 31.5, 32 * from_y + 31.5
+    ink = 1 - torch.stack([3 * columns, 3 * rows, torch.full_like(x, 60)]) / 255
+    grey = 0.299 * ink[0] + 0.587 * ink[1] + 0.114 * ink[2]
+    saturation, tint, contrast = (0.5, 0.85, 0.8) if end < 0 else (1.3, 1.15, 1.2)
+    ink = contrast * tint * (saturation * ink + (1 - saturation) * grey) + 0.08 * end
+    inside = (columns.clamp(0, 63) == columns) & (rows.clamp(0, 63) == rows)
+    expected = (1 - ink).clamp(0, 1).float()
+    torch.testing.assert_close(moved[:, inside], expected[:, inside], atol=1e-4, rtol=0)
+    outside = torch.maximum(from_x.abs(), from_y.abs()) > 1.1
+    assert (moved[:, outside] == moved.new_tensor(1 - 0.08 * end).clamp(max=1)).all()
+
+
+def test_a_run_is_its_recipe(emoji_folder: Path, tmp_path: Path) -> None:
+    """AdamW, a warm-up of a tenth and then a cosine, gradients clipped at 1, a scale up to 100."""
+    config = {"name": "x", "loss": "cyclip", "seed": 3, "steps": 20, "batch_size": 8, "lr": 0.003}
+    clip, plain = (build_model("x", 150.0, torch.device("cpu")) for _ in range(2))
+    plain.model.load_state_dict(clip.model.state_dict())
+    batches = EmojiBatches(read_emoji(emoji_folder), clip.tokenizer, 8, seed=3)
+    pairs = DataSet(Images(torch.zeros(2, 3, 64, 64, dtype=torch.uint8)), captions=[["a"], ["b"]])
+    history = train.train(Namespace(**config), clip, batches, pairs, tmp_path)["history"]
+    model, loss_fn = plain.model, CyCLIPLoss(0.25, 0.25, reference_batch_size=256)
+    groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == of]} for of in (0, 1)]
+    groups[0]["weight_decay"] = 0.0
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
+    for step, line in enumerate(history):
+        for group in optimizer.param_groups:
+            cosine = (1 + math.cos(math.pi * (step - 2) / 18)) / 2
+            group["lr"] = 0.003 * (cosine if step >= 2 else (step + 1) / 2)
+        images, tokens = batches.batch(step)
+        pixels = normalize(augment(images, 32, np.random.default_rng([3, step, 2**31])))
+        output = model(pixels, tokens[0])
+        loss = loss_fn(**output)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        model.logit_scale.data.clamp_(max=math.log(100))
+        assert line["loss"] == pytest.approx(loss.item(), rel=0.01)
+        assert line["logit_scale"] == pytest.approx(output["logit_scale"].item(), rel=1e-4)
+    unused = slice(30_000, 31_000)  # words of no caption decay
+    mine, theirs = (x.model.token_embedding.weight[unused] for x in (clip, plain))
+    torch.testing.assert_close(mine, theirs)
 
 
 def test_the_tiny_model_encodes_text_as_open_clip_does() -> None:
