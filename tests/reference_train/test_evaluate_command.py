@@ -2,8 +2,10 @@
 
 import io
 import json
+import logging
 import multiprocessing
 import pickle
+import re
 import shutil
 import time
 from pathlib import Path
@@ -106,7 +108,7 @@ def test_numbers_are_those_of_plain_loops(run_folder: Path, tmp_path: Path, monk
     monkeypatch.setattr(measure, "PAIRS", 20)
     names = [f"kind_{i}" for i in range(100)]
     test, train = labelled(40, 100), labelled(60, 100)
-    data = tmp_path / "wds_vtab-cifar100"
+    data = tmp_path / "wds_VTAB-cifar100"
     write_set(data, {"test": test, "train": train}, classnames="\n".join(names))
     (data / datasets.TEMPLATES).write_text("not the paper's {c}\n")
     options = ("--data", data, "--only", "cifar100", "--linear-probe")
@@ -145,28 +147,33 @@ def test_numbers_are_those_of_plain_loops(run_folder: Path, tmp_path: Path, monk
     assert numbers["linear_probe"] == pytest.approx(probes[0]) != pytest.approx(probes[1])
     assert {"coarse", "fine", "inmodal_gap"} <= set(numbers)
     assert result["checkpoints"]["tiny"]["epoch"] == 2
+    assert 0 < result["results"]["tiny"]["cifar100"]["seconds"] < 600
 
 
 def test_every_kind_of_data_set_in_one_command(run_folder: Path, tmp_path: Path):
     data = tmp_path / "data"
-    pairs = [{"jpg": picture(i), "txt": b"one %d\ntwo %d\n" % (i, i)} for i in range(12)]
+    pairs = [{"JPG": picture(i), "txt": b"one %d\ntwo %d\n" % (i, i)} for i in range(12)]
     write_set(data / "wds_flickr8k", {"test": pairs}, dataset_type="retrieval\n")
+    (data / "wds_flickr8k" / "test" / "nshards.txt").unlink()
     names = [b'{"name": "n%d"}' % (i // 2) for i in range(12)]
-    icons = [{"png": picture(i), "txt": b"%d, bold" % i, "json": n} for i, n in enumerate(names)]
+    texts = [b"%d, bold" % (i // 2) + b"\n" * (i % 2) for i in range(12)]
+    icons = [{"png": picture(0), "txt": t, "json": n} for t, n in zip(texts, names, strict=True)]
     write_samples(data / "icons" / "val-00000.tar", icons)
     (data / "logs").mkdir()
-    (data / "cifar-10-python.tar.gz").touch()
+    for name in ("cifar-10-python.tar.gz", *"0123456789"):
+        (data / name).touch()
     for split in ("test", "train"):
         write_image_folder(tmp_path / split, ["a_b", "c"])
-    own = ("--imagefolder", f"own={tmp_path}")
-    result = evaluate(tmp_path / "out", run_folder, "--data", data, *own)
+    options = ("--imagefolder", f"own={tmp_path}", "--precision", "amp_bf16", "--data", data)
+    result = evaluate(tmp_path / "out", run_folder, *options)
     found = result["results"]["tiny"]
     assert set(found) == {"flickr8k", "icons", "own", "emoji"}
     assert {name for name in found if "similarities" in found[name]} == {*found} - {"own"}
     assert result["data_sets"]["icons"]["classes"] == {"class": 6}
+    assert [result["data_sets"][name]["texts"] for name in ("flickr8k", "icons")] == [24, 6]
     assert {"top1", "consistency_1"} <= set(found["own"]["numbers"])
     assert {"cifar10", "imagenet1k"} <= set(result["absent"])
-    assert all(name in result["absent"]["under --data"] for name in ("/logs", "python.tar.gz"))
+    assert re.search(r" in 12: .*/0, .*/9, …$", result["absent"]["under --data"])
     # the emoji's number is the mean over styles, without the one that is apart
     styles = found["emoji"]["groups"]
     mean = (styles["a"]["top1"] + styles["b"]["top1"]) / 2
@@ -185,7 +192,10 @@ def test_the_emoji_that_ship() -> None:
 
 
 def test_prompts_and_class_names_of_ones_own(tmp_path: Path):
-    write_image_folder(tmp_path, ["a", "b"])
+    write_image_folder(tmp_path, ["a_b", "c"])
+    (tmp_path / "empty").mkdir()
+    assert datasets.open_folders(tmp_path, "x").classes[""].names == ["a b", "c", "empty"]
+    (tmp_path / "empty").rmdir()
     (tmp_path / "classnames.txt").write_text("own 0 \nown 1\n")
     (tmp_path / datasets.TEMPLATES).write_text("{c} as I say\n")
     classes = datasets.open_folders(tmp_path, "x").classes[""]
@@ -195,11 +205,46 @@ def test_prompts_and_class_names_of_ones_own(tmp_path: Path):
         datasets.open_folders(tmp_path, "x")
 
 
+def test_what_a_data_set_lacks(tmp_path: Path):
+    image, label, text = {"png": picture(0)}, {"cls": b"9"}, {"txt": b"a"}
+    for number, (samples, texts, message) in enumerate(
+        (
+            ([], {}, "no images"),
+            ([image], {}, r"/test have neither \.cls nor \.txt"),
+            ([image | label, image], {"classnames": TEN}, r"1 of 2 samples have no \.cls"),
+            ([image | label], {}, r"no .*classnames\.txt"),
+            ([image | {"cls": b"10"}], {"classnames": TEN}, "labels from 10 to 10, but 10 class"),
+            ([image | {"cls": b"-1"}], {"classnames": TEN}, "labels from -1 to -1, but"),
+            ([image | {"txt": b" \n"}], {}, "images without a caption"),
+            ([image | text], {"dataset_type": "multilabel\n"}, "several labels each"),
+        )
+    ):
+        write_set(tmp_path / f"{number}", {"test": samples}, **texts)
+        with pytest.raises(Unusable, match=message):
+            datasets.open_tars(tmp_path / f"{number}", "x")
+    write_samples(tmp_path / "icons" / "val-0.tar", [image | text])
+    with pytest.raises(Unusable, match=r"val-\*\.tar lack \.txt or \.json"):
+        datasets.open_icons(tmp_path / "icons")
+    write_image_folder(tmp_path / "own" / "test", ["a", "b"])
+    write_image_folder(tmp_path / "own" / "train", ["a"])
+    assert "has 1 classes, not those of" in datasets.open_folders(tmp_path / "own", "x").train_lacks
+    with pytest.raises(Unusable, match="holds no folders of images"):
+        datasets.open_folders(tmp_path / "own" / "test" / "a", "x")
+
+
+def test_an_error_is_one_line():
+    """The last, as a worker's traceback comes before; not longer than a terminal shows."""
+    for error, expected in (ValueError("a\nb\n\n"), "b"), (ValueError(), "ValueError"):
+        assert command.reason(error) == expected
+    assert command.reason(ValueError("x" * 999)) == "x" * 300
+
+
 def test_what_cannot_be_done_is_said(run_folder: Path, tmp_path: Path):
     state = torch.load(run_folder / "checkpoints" / "epoch_2.pt")["state_dict"]
     torch.save({"state_dict": tmp_path}, tmp_path / "1.pt")  # an object that may run anything
     state["module.visual.proj"] *= torch.nan
     torch.save({"state_dict": state}, tmp_path / "2.pt")
+    torch.save([state], tmp_path / "3.pt")
     for arguments, message in (
         ("", "no checkpoint: name one"),
         ("nowhere", "no checkpoint at nowhere"),
@@ -215,10 +260,13 @@ def test_what_cannot_be_done_is_said(run_folder: Path, tmp_path: Path):
         ("{run} --imagefolder own=none", "no such folder: none"),
         ("{tmp}/1.pt --model RN50", "cut short, or holds more than weights, and was not loaded$"),
         ("{tmp}/2.pt --model evaluate-tiny", "not finite"),
+        ("{tmp}/3.pt --model evaluate-tiny", "cut short, or holds more than weights"),
+        ("{run} --precision fp8", "--precision: invalid choice: 'fp8'"),
     ):
         words = arguments.format(run=run_folder, tmp=tmp_path).split()
-        with pytest.raises(CannotStart, match=message):
+        with pytest.raises(CannotStart, match=message) as error:
             evaluate(tmp_path / "out", *words)
+        assert len(str(error.value)) < 500
         assert not list(tmp_path.glob("out/*"))
 
 
@@ -257,7 +305,8 @@ def test_images_are_shown_as_in_training(run_folder: Path, tmp_path: Path):
     [checkpoint] = find_checkpoints([file], None, None)
     assert checkpoint.title == tmp_path.name
     clip = load(checkpoint, torch.device("cpu"))
-    assert clip.tokenizer(["a"]).shape == (1, 9)
+    assert (clip.tokenizer(["a"]).shape, clip.model.training) == ((1, 9), False)
+    assert not logging.root.manager.disable
     image = Image.new("RGBA", (64, 32), (0, 0, 0, 0))
     image.paste((0, 0, 0, 255), (0, 0, 8, 32))
     for of_a_mode in (image, image.convert("LA"), image.quantize()):
@@ -265,6 +314,19 @@ def test_images_are_shown_as_in_training(run_folder: Path, tmp_path: Path):
         pixels = clip.preprocess(Images([tmp_path / "image.png"])[0])
         assert pixels[:, 0, 31].tolist() == [1, 1, 0.5]
         assert pixels[:, 0, 0].tolist() == [-1, 0, 0]
+
+
+def test_weights_by_a_tag_and_precisions(run_folder: Path):
+    """OpenCLIP takes a file for a tag, too."""
+    file = run_folder / "checkpoints" / "epoch_2.pt"
+    ours, by_tag = find_checkpoints([file], "evaluate-tiny", str(file))
+    assert by_tag.title == f"evaluate-tiny {file}"
+    clip, other = (load(checkpoint, torch.device("cpu")) for checkpoint in (ours, by_tag))
+    weights = other.model.state_dict()
+    assert all(torch.equal(weights[n], x) for n, x in clip.model.state_dict().items())
+    for clip.precision, dtype in ("amp", torch.float16), ("amp_bf16", torch.bfloat16):
+        with clip.autocast():
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
 
 
 def test_two_at_once_lose_no_column(run_folder: Path, tmp_path: Path, monkeypatch):
@@ -297,7 +359,7 @@ def test_two_at_once_lose_no_column(run_folder: Path, tmp_path: Path, monkeypatc
 
 
 def test_a_picture_that_is_none_is_named_and_left_out(run_folder: Path, tmp_path: Path):
-    samples, found = labelled(12, 10), []
+    samples, found = [s | {"txt": s["cls"]} for s in labelled(12, 10)], []
     broken = [{**samples[0], "png": b"no image"}, *samples, {**samples[1], "png": b""}]
     for content in (samples, broken):
         write_set(tmp_path / "wds_x", dict.fromkeys(("test", "train"), content), classnames=TEN)
@@ -307,6 +369,9 @@ def test_a_picture_that_is_none_is_named_and_left_out(run_folder: Path, tmp_path
     assert found[0]["unreadable"] == []
     faults = [f"{i}.tar, {i}s000{6 * i}.png: cannot identify image file" for i in (0, 1)]
     assert [why.split("/")[-1] for why in found[1]["unreadable"]] == faults * 2
+    write_set(tmp_path / "wds_x", {"test": broken[:1] * 2}, classnames=TEN)
+    with pytest.raises(CannotStart, match=r"x, tiny: no picture can be read: .*0s0000\.png"):
+        evaluate(tmp_path / "none", run_folder, *options, tmp_path)
     table = (out / "table.md").read_text()
     assert "x: 4 unreadable, left out:" in table
     assert "| 10.0 | 12 |" in table  # n: those that were read
@@ -339,10 +404,13 @@ def test_the_paper_is_shown_where_it_can_be_compared(run_folder: Path, tmp_path:
     for images in (20, 21):
         monkeypatch.setitem(SPLITS, "cifar10", (10, images))
         out = tmp_path / str(images)
-        evaluate(out, run_folder, "--data", folder, "--only", "cifar10")
+        monkeypatch.chdir(folder)
+        evaluate(out, run_folder, "--data", ".", "--only", "cifar10")
         table = (out / "table.md").read_text()
         assert ("| 46.54 q | 51.45 q | 44.95 q | 43.22 q |" in table) == (images == 20)
         assert ("no column of the paper's" in table) == (images == 21)
+        for note in ("paper: trained on CC3M", "q: quoted, not", "cifar10: the linear probe needs"):
+            assert (f"- {note}" in table or f"; {note}" in table) == (images == 20)
 
 
 def test_interrupted_it_resumes_with_what_is_missing(run_folder: Path, tmp_path: Path, monkeypatch):

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from cyclip_loss import consistency_metrics
+from reference_train.command_line import CannotStart
 from reference_train.evaluate import measure, metrics, pictures, report, table
 from reference_train.evaluate.datasets import Classes, DataSet, Images
 
@@ -140,7 +141,7 @@ def write(folder: Path, runs: dict[str, float], **more: object) -> str:
 def test_runs_that_differ_in_the_seed_are_one_column(tmp_path: Path) -> None:
     runs = {"clip-0": 0.10, "x-c-cyclip-0": 0.15, "cyclip-0": 0.01, "other": 0.5}
     folders = [write(tmp_path / "1", runs), write(tmp_path / "2", {"clip-1": 0.14})]
-    report.main([*folders, "--only", "icons", "--out", str(tmp_path / "out")])
+    report.main([*folders, "--only", "icons", "x", "--out", str(tmp_path / "out")])
     text = (tmp_path / "out" / "table.md").read_text()
     assert "|  | CLIP (2) | CyCLIP | x C-CyCLIP | other | chance | n |" in text
     low, high = (f"{100 * bound:.1f}" for bound in table.wilson(0.15, 100))
@@ -165,6 +166,20 @@ def test_the_columns_of_several_evaluations(tmp_path: Path) -> None:
         assert f"|  | {heads} | chance | n |\n" in (tmp_path / "out" / "table.md").read_text()
 
 
+def test_which_evaluations_cannot_be_reported(tmp_path: Path) -> None:
+    first = write(tmp_path / "a", {"clip-0": 0.1})
+    other = {name: data | {"images": 99} for name, data in SETS.items()}
+    second = write(tmp_path / "b", {"clip-1": 0.1}, data_sets=other)
+    for arguments, message in (
+        ([first, second], "report: --out is needed"),
+        ([f"{first}/evaluation.json"], "report: --out is needed"),
+        ([first, "--only", "cifar10"], "--only: no data set cifar10"),
+        ([first, second, "--out", str(tmp_path / "out")], "b: icons is another data set there"),
+    ):
+        with pytest.raises(CannotStart, match=message):
+            report.main(arguments)
+
+
 def test_the_bars_of_a_picture(tmp_path: Path, monkeypatch) -> None:
     """Mean, lowest and highest in %; below them what is published; chance."""
     figures: list[Figure] = []
@@ -180,6 +195,10 @@ def test_the_bars_of_a_picture(tmp_path: Path, monkeypatch) -> None:
     (line, *_) = bars.errorbar.lines[2][0].get_segments()
     assert line[:, 0] == pytest.approx([10, 16])
     assert ax.lines[0].get_xdata() == pytest.approx([10, 10])
+    assert ax.axison
+    assert ax.get_title("right") == "cifar10, 100 images: zero-shot top-1, % (chance 10)"
+    legend = figures[0].get_supxlabel()
+    assert legend.endswith("q: quoted, not checked")
 
 
 def test_a_picture_of_many_columns_is_as_wide_as_tall(tmp_path: Path) -> None:
@@ -214,7 +233,8 @@ BY_HAND = """
 """
 
 
-def test_a_table_by_hand() -> None:
+def test_a_table_by_hand(tmp_path: Path, capsys) -> None:
+    """And the terminal's, without the metrics of groups and all but the headline ones."""
     labels, coarse = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 6], [0, 0, 0, 0, 1, 1, 2, 3]])
     classes = Classes(labels, [*"abcdefgh"], ["{}", "a {}"], coarse=coarse)
     images, styles = Images(torch.zeros(8, 3, 1, 1)), ["x"] * 5 + ["y"] * 2 + ["black"]
@@ -227,21 +247,26 @@ def test_a_table_by_hand() -> None:
     numbers = dict.fromkeys(table.metrics_of(sets["own"]), 0.5)
     run = {name: {"numbers": numbers, "groups": groups, "images": 8} for name in sets}
     result = {"date": "", "command": "", "data_sets": sets, "results": {"run": run}}
-    lines = iter(table.markdown(result).splitlines())
+    report.write(result, tmp_path)
+    lines = iter((tmp_path / "table.md").read_text().splitlines())
     missing = [line for line in BY_HAND.strip().splitlines() if line not in lines]  # in this order
     assert not missing
+    said = capsys.readouterr().out
+    words = ("zero-shot top-1", "image → text, R@1", "in-modal gap", "R@5", "within the", "x: ")
+    assert [word in said for word in words] == [True] * 3 + [False] * 3
     assert table.chance({**sets["styles"], "classes": {"class": 3}}, "top5") == 1  # not 5 / 3
 
 
 def test_an_image_of_each_name_in_one_style_sorted_by_group() -> None:
     pictures, texts = torch.nn.functional.normalize(torch.randn(2, 7, 5), dim=-1)
     names, kinds = torch.tensor([[3, 0, 1, 0, 2, 3, 4], [0, 1, 0, 1, 0, 0, 0]])
-    classes = {"": Classes(names, [*"vwxyz"], ["{}"]), "group": Classes(kinds, [*"gh"], ["{}"])}
+    classes = {"": Classes(names, [*"uvwxyz"], ["{}"]), "group": Classes(kinds, [*"gh"], ["{}"])}
     data = DataSet(Images(pictures), classes, groups=[*"aaaaabb"], across_groups=True)
     clip = Mock(device=torch.device("cpu"), encode_classes=lambda names, _: texts[: len(names)])
     clip.encode_images.return_value = pictures, torch.arange(7), []
     found = measure.measure(clip, data, pictured=True)
     assert "inmodal_correlation" not in found["numbers"]  # style b has two pairs, and so none
+    assert ("top5" in found["numbers"], "group_top5" in found["numbers"]) == (True, False)
     x, y = pictures[[2, 4, 0, 1]], texts[[1, 2, 3, 0]]
     kept = np.frombuffer(b64decode(found["similarities"]["matrices"]), np.int8).reshape(3, 4, 4)
     np.testing.assert_allclose(kept / 127, [x @ x.T, y @ y.T, x @ y.T], atol=0.51 / 127)
@@ -249,19 +274,21 @@ def test_an_image_of_each_name_in_one_style_sorted_by_group() -> None:
     assert found["similarities"]["numbers"] == pytest.approx(numbers, rel=1e-4)
 
 
-def test_the_picture_of_the_first_seed_by_the_colours_of_its_extremes(tmp_path) -> None:
+def test_the_picture_of_the_first_seed_by_the_colours_of_its_extremes(tmp_path, capsys) -> None:
     one, runs = np.kron(np.eye(3), np.full((2, 2), 127)), {}
     shown = {"clip-0": [one, one, np.triu(one)], "cyclip-0": [one / 2] * 3, "cyclip-1": [one] * 3}
+    shown |= dict.fromkeys("xyz", [one / 2] * 3)  # one of them is too many
     for run, of in shown.items():
         kept = {"numbers": {}, "matrices": b64encode(np.int8(of)).decode()}
         runs[run] = {"x": {"numbers": {}, "similarities": kept}}
     sets = {"x": {"images": 6, "classes": {}}}
     for name, results in ("older", {"clip-0": {"x": {"numbers": {}}}}), ("new", runs):
         report.main([write(tmp_path / name, {}, data_sets=sets, results=results)])
+        assert ("similarities.png" in capsys.readouterr().out) == (name == "new")
     assert [path.name for path in (tmp_path / "older").glob("*.png")] == ["picture.png"]
     pixels = matplotlib.image.imread(tmp_path / "new" / "similarities.png")[..., :3]
     ends = [
         matplotlib.colormaps[name](end)[:3] for name in ("viridis", "RdBu") for end in (0.0, 1.0)
     ]
     counts = [np.isclose(pixels, end, atol=3e-3).all(axis=-1).sum() for end in ends]
-    assert np.divide(counts, counts[2] / 3) == pytest.approx([96, 24, 3, 3], rel=0.1)  # cells
+    assert np.divide(counts, counts[2] / 3) == pytest.approx([192, 24, 3, 3], rel=0.1)  # cells

@@ -1,6 +1,8 @@
 """`pretrain`: the command for OpenCLIP's trainer, what is refused before any work, and training."""
 
+import errno
 import importlib
+import io
 import json
 import logging
 import math
@@ -13,24 +15,26 @@ import sys
 import textwrap
 import time
 from argparse import Namespace
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from processes import ROOT, run_python, start
-from tars import make_shards
+from tars import make_shards, write_tar
 from torch import Tensor, nn
 
 from cyclip_loss import open_clip_train
 from cyclip_loss.metrics import consistency_metrics
 from reference_train.command_line import CannotStart, Stopped
 from reference_train.files import locked
+from reference_train.pretrain import loading, shards, training
 from reference_train.pretrain import pretrain as command
-from reference_train.pretrain import training
 from reference_train.pretrain.presets import BATCH_SIZES
 
 
@@ -43,10 +47,10 @@ def data(tmp_path: Path) -> Path:
 def dry_run(data: Path, tmp_path: Path, capsys):
     """What OpenCLIP and the launcher make of the command that is printed."""
 
-    def run(*flags: str) -> Namespace:
+    def run(*flags: str, batch: Sequence[str] = ("--batch-size", "8")) -> Namespace:
         argv = ["--preset", "modern", "--data", str(data), "--out", str(tmp_path / "logs")]
         words = [word.format(folder=data, empty=tmp_path) for word in flags]
-        command.main([*argv, "--batch-size", "8", "--dry-run", *words])
+        command.main([*argv, *batch, "--dry-run", *words])
         printed = shlex.split(capsys.readouterr().out)
         assert printed[:4] == ["python", "-m", open_clip_train.__name__, "--"]
         ours, theirs = open_clip_train.parse(printed[4:])
@@ -74,11 +78,14 @@ def test_the_printed_command(preset: str, loss: str, lambdas, data: Path, dry_ru
 def test_the_paper_preset(dry_run, monkeypatch) -> None:
     monkeypatch.setattr(command.torch.cuda, "is_available", lambda: False)
     # pairs that nobody has counted
-    data = ["--data", "pipe:cat {folder}/train-{{00000..00003}}.tar", "--batch-size", "128"]
-    args = dry_run("--preset", "paper", *data, "--", "--train-num-samples", "9")
+    data = ["--data", "pipe:cat {folder}/train-{{00000..00003}}.tar", "--", "--workers", "4"]
+    dry_run = partial(dry_run, batch=())
+    args = dry_run("--preset", "paper", *data, "--train-num-samples", "9")
     assert (args.model, args.batch_size, args.epochs, args.warmup) == ("RN50", 128, 64, 10_000)
     assert args.precision == "fp32"  # on a CPU
     assert (args.lr, args.wd, args.eps, args.beta1, args.beta2) == (5e-4, 0.1, 1e-8, 0.9, 0.999)
+    for preset in ("icons", "modern"):
+        assert dry_run("--preset", preset, *data, "--train-num-samples", "9").batch_size == 1024
     assert args.aug_cfg == {"use_timm": True, "scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
 
 
@@ -108,6 +115,8 @@ def test_ranks_share_batch_and_shards(variable: str, dry_run, monkeypatch) -> No
         ("-- --lambda-crossmodal -1", "--lambda-crossmodal must be finite and >= 0"),
         ("-- --epochs many", "argument --epochs: invalid int value: 'many'"),
         ("--epochs 3", "--epochs: OpenCLIP's own flags go after --"),
+        ("--dry", "--dry: OpenCLIP's own flags go after --"),
+        ("--loss geometric", "--loss: invalid choice: 'geometric'"),
         ("-- --dataset-type csv", "--dataset-type csv: pretrain takes webdataset only"),
         ("-- --train-num-samples 0", "--train-num-samples must be >= 1, not 0"),
         ("--out {folder}/sizes.json/logs", "--out: .*can't be written: .*sizes.json is no"),
@@ -139,6 +148,11 @@ def test_pairs_as_img2dataset_counts_them(data: Path, tmp_path: Path, dry_run) -
     assert (args.train_num_samples, args.val_data) == (5 + 6 + 7 + 8, None)  # nothing is held out
     with pytest.raises(CannotStart, match="may hold 5 pairs and its batch is 6"):
         dry_run(*counted, "6")
+    (tmp_path / "__len__").write_text("26")  # OpenCLIP reads it
+    assert dry_run(*counted, "5").train_num_samples is None
+    write_tar(tmp_path / "empty.tar", {"a.txt": b"a caption"})
+    with pytest.raises(CannotStart, match=r"--data: .*empty\.tar holds no image with a caption"):
+        dry_run("--data", str(tmp_path / "empty.tar"))
     (tmp_path / "sizes.json").write_text("[")
     with pytest.raises(CannotStart, match=r"sizes\.json: says no numbers of pairs"):
         dry_run(*counted, "5")
@@ -186,9 +200,12 @@ def test_a_run_goes_on_with_its_settings(dry_run, tmp_path: Path) -> None:
             dry_run(*argv, *change.split())
 
 
-def break_picture(path: Path) -> None:
-    """The first picture of a shard is none."""
-    path.write_bytes(path.read_bytes().replace(b"\x89PNG\r\n\x1a\n", b"no image", 1))
+def break_picture(path: Path, last: bool = False) -> None:
+    """The header of a shard's first picture, or the data of its last."""
+    content = bytearray(path.read_bytes())
+    place = content.rindex(b"IDAT") + 4 if last else content.index(b"PNG")
+    content[place : place + 8] = bytes(8)
+    path.write_bytes(content)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -216,6 +233,12 @@ def test_the_best_epoch_is_kept(wrapped: bool, tmp_path: Path) -> None:
             saved = torch.load(file, weights_only=True)
             kept.append((saved["epoch"], saved["name"], saved["state_dict"]["weight"][0, 0]))
     assert kept == [(epoch, "run", epoch) for epoch in (2, 3, 3, 5)]
+    (tmp_path / training.BEST).unlink()
+    training.Guards({}, {}).evaluate(lambda *_: {}, held, None, 6, args)
+    for change in {"fsdp": 1}, {"save_logs": False}:  # no whole model; another rank
+        of_a_rank = Namespace(**{**vars(args), **change})
+        training.Guards({}, {}).evaluate(evaluate, held, None, 5, of_a_rank)
+    assert not (tmp_path / training.BEST).exists()
 
 
 def test_gaps_are_added_to_their_metrics(caplog) -> None:
@@ -270,7 +293,7 @@ def test_a_finished_run_says_so(pretrain, tmp_path: Path, capsys) -> None:
         pretrain()
 
 
-def test_a_finished_run_takes_more_epochs(pretrain, data, tmp_path: Path, monkeypatch) -> None:
+def test_a_finished_run_takes_more_epochs(pretrain, data, tmp_path, monkeypatch, capsys) -> None:
     """Also of data in a folder that was moved; of other data or with another loss it does not."""
     checkpoints = tmp_path / "run" / "checkpoints"
     pretrain()
@@ -280,7 +303,11 @@ def test_a_finished_run_takes_more_epochs(pretrain, data, tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     for epochs, place in enumerate(["moved", tmp_path / "link"], start=2):
         pretrain("--epochs", str(epochs), data=Path(place))
-    assert [line["epoch"] for line in results(tmp_path)] == [1, 2, 3]
+    losses = {line["epoch"]: line["clip_val_loss"] for line in results(tmp_path)}
+    assert list(losses) == [1, 2, 3]
+    best = min(losses, key=losses.__getitem__)
+    said = f"3 epochs; the best was {best}, clip_val_loss {losses[best]:.4f}\n"
+    assert capsys.readouterr().out.endswith(said)
     assert {path.suffix for path in checkpoints.iterdir()} == {".pt", ".jsonl"}
     with pytest.raises(CannotStart, match="epochs = 3, not 2: choose another"):
         pretrain("--epochs", "2", data=data)
@@ -294,7 +321,10 @@ def test_a_worker_without_a_batch_is_an_error(pretrain, data: Path) -> None:
     (data / "sizes.json").unlink()
     for flags, message in (
         ([], "4 of 4 shards may hold 32 pairs and its batch is 33: take a smaller"),
-        (["--train-data", f"pipe:cat {data}/train-0000{{0..3}}.tar"], "fewer pairs than its batch"),
+        (
+            ["--train-data", f"pipe:cat {data}/train-0000{{0..3}}.tar"],
+            "fewer pairs than its batch of 33: it would wait for ever; take a smaller batch$",
+        ),
     ):
         with pytest.raises(Stopped, match=message) as error:
             pretrain(*flags, batch=33, pairs=66)
@@ -355,12 +385,14 @@ def test_what_one_rank_sees_is_said_by_all(monkeypatch, caplog) -> None:
     guards.args, guards.finite = args, training.Finite(args)
     guards.lost = Namespace(take=lambda: torch.tensor([4]), describe=Tensor.tolist)
     for args.rank in (0, 1):
-        data = {"train": Namespace(dataloader=[])}
-        guards.train_one_epoch(lambda *_: None, model, data, nn.Identity())
+        data, loss = {"train": Namespace(dataloader=[])}, nn.Identity()
+        guards.train_one_epoch(lambda *_: None, model, data, loss)
+        assert not loss._forward_hooks
     assert [r.getMessage() for r in caplog.records] == ["Not readable in this epoch: [5]"]
 
 
-def test_what_can_not_be_read_is_counted(pretrain, data: Path, tmp_path: Path, caplog) -> None:
+def test_what_can_not_be_read_is_counted(pretrain, data, tmp_path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(loading, "SHOWN", 2)
     half = (data / "train-00001.tar").stat().st_size // 2  # in its fifth picture
     os.truncate(data / "train-00001.tar", half)
     break_picture(data / "train-00002.tar")
@@ -370,12 +402,12 @@ def test_what_can_not_be_read_is_counted(pretrain, data: Path, tmp_path: Path, c
     lines = [r.getMessage() for r in caplog.records if "Not readable" in r.getMessage()]
     one, two, three = (f"{data}/train-{i:05d}.tar" for i in (1, 2, 3))
     for line in lines:
-        assert f"13 pairs ({three} 8, {one} 4, {two} 1)" in line
+        assert f"13 pairs ({three} 8, {one} 4, 1 more)" in line
         assert f"2 shards cut short ({one} 1, {three} 1)" in line
     assert len(results(tmp_path)) == len(lines) == 2
     warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     told = [[file in message for message in warned].count(True) for file in (one, two, three)]
-    assert told == [3, 3, 3]  # once, and in the line of each epoch
+    assert told == [3, 1, 3]  # once, and in the line of each epoch
     assert not [message for message in warned if "train-00000.tar" in message]
 
 
@@ -393,13 +425,15 @@ def test_a_shard_that_ends_between_two_files(pretrain, data: Path, caplog, capsy
         pretrain()
 
 
-def test_a_validation_that_lost_pairs_is_refused(pretrain, data: Path, tmp_path: Path) -> None:
+def test_a_validation_that_lost_pairs_is_refused(pretrain, data, tmp_path, monkeypatch) -> None:
     """Before any work, or after the first epoch if the shards are elsewhere."""
-    break_picture(data / "val-00000.tar")
-    said = "--val: 1 pictures can't be read: .*val-00000.tar, 0_0: cannot identify image file$"
-    with pytest.raises(CannotStart, match=said):
-        pretrain()
-    with pytest.raises(Stopped, match=r"validation lost pairs.*: 1 pairs \(.*val-00000.tar 1\)"):
+    monkeypatch.setattr(shards, "SHOWN", 1)
+    one = r"can't be read: .*val-00000\.tar, 0_0: cannot identify image file"
+    for last, said in (False, f"1 pictures {one}$"), (True, f"2 pictures {one}; 1 more$"):
+        break_picture(data / "val-00000.tar", last)
+        with pytest.raises(CannotStart, match=f"--val: {said}"):
+            pretrain()
+    with pytest.raises(Stopped, match=r"validation lost pairs.*: 2 pairs \(.*val-00000.tar 2\)"):
         pretrain("--val-data", f"pipe:cat {data}/val-00000.tar")
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
@@ -437,6 +471,16 @@ def test_a_full_disk_leaves_no_stump(pretrain, tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "\n" not in str(error.value)
     assert os.listdir(tmp_path / "run" / "checkpoints") == ["results.jsonl"]
+    training.Guards({}, {}).save(torch.save, 1, buffer := io.BytesIO())
+    assert buffer.tell()
+
+
+def test_other_errors_are_not_a_full_disk(monkeypatch, tmp_path: Path) -> None:
+    for number, kind in (errno.ENOSPC, Stopped), (errno.ESTALE, OSError):
+        fails = Mock(side_effect=OSError(number, "why", "file"))
+        monkeypatch.setattr(open_clip_train, "main", fails)
+        with pytest.raises(kind, match="file can't be written: why" if kind is Stopped else "why"):
+            command.train([], tmp_path)
 
 
 def test_a_run_is_trained_by_one_process(pretrain, tmp_path: Path) -> None:
