@@ -175,11 +175,11 @@ def find(roots: Sequence[Path]) -> tuple[dict[str, Open], list[Path]]:
     """The data sets that the roots or their folders are, the paper's first; and what is none."""
     found: dict[str, Open] = {}
     other: list[Path] = []
-    for root in roots:
-        if known := recognise(root.resolve()):
+    for root in (path.resolve() for path in roots):  # "." has no name
+        if known := recognise(root):
             found.setdefault(*known)
             continue
-        for path in sorted(root.resolve().iterdir()):
+        for path in sorted(root.iterdir()):
             try:
                 known = recognise(path) if path.is_dir() else None
             except PermissionError:  # a disk's lost+found, for example
@@ -292,7 +292,7 @@ def open_folders(folder: Path, name: str) -> DataSet:
 
 def open_tars(folder: Path, name: str) -> DataSet:
     """A data set in clip-benchmark's layout. The paper's take the paper's templates."""
-    if lines(folder / "dataset_type.txt")[:1] == ["multilabel"]:
+    if "multilabel" in lines(folder / "dataset_type.txt"):
         raise Unusable("images with several labels each are not evaluated")
 
     def read(part: str) -> tuple[TarImages, Tensor | None]:
