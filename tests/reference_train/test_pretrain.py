@@ -107,19 +107,16 @@ def test_ranks_share_batch_and_shards(variable: str, dry_run, monkeypatch) -> No
         ("--val {folder}/none.tar", "--val: no such shard"),
         ("--data {folder}/sizes.json", r"sizes\.json: can't be read: [\w ]+$"),
         ("-- --model RN51", "--model RN51: OpenCLIP has none of that name"),
-        ("--data s3://b/{{0..2}}.tar -- --train-num-samples 9", "has 3 shards for 4 workers"),
         ("--data s3://b/{{0..2}}.tar", r"is not known .* say it after --, e\.g\. -- --train-num"),
         ("--batch-size 9", "may hold 8 pairs and its batch is 9: take fewer --workers .now 4., a"),
         ("--batch-size 33 -- --workers 0", "hold 32 pairs and its batch is 33: take a smaller"),
         ("--lambda-inmodal nan", "--lambda-inmodal must be finite and >= 0"),
         ("-- --lambda-crossmodal -1", "--lambda-crossmodal must be finite and >= 0"),
         ("-- --epochs many", "argument --epochs: invalid int value: 'many'"),
-        ("--epochs 3", "--epochs: OpenCLIP's own flags go after --"),
-        ("--dry", "--dry: OpenCLIP's own flags go after --"),
+        ("--dry 3", "--dry: OpenCLIP's own flags go after --"),  # no abbreviation of --dry-run
         ("--loss geometric", "--loss: invalid choice: 'geometric'"),
         ("-- --dataset-type csv", "--dataset-type csv: pretrain takes webdataset only"),
         ("-- --train-num-samples 0", "--train-num-samples must be >= 1, not 0"),
-        ("--out {folder}/sizes.json/logs", "--out: .*can't be written: .*sizes.json is no"),
         ("--out /proc/logs", "--out: /proc/logs/.* can't be written: /proc is no folder to"),
         ("-- --report-to all", "--report-to all: pip install tensorboard"),
         ("WORLD_SIZE --batch-size 7", "--batch-size 7 is of all ranks and does not divide by 2"),
@@ -313,12 +310,10 @@ def test_a_finished_run(pretrain, data: Path, tmp_path: Path, monkeypatch, capsy
 def test_a_worker_without_a_batch_is_an_error(pretrain, data: Path) -> None:
     """Where nothing says how many pairs there are; of shards elsewhere, once it is known."""
     (data / "sizes.json").unlink()
+    pipe = ["--train-data", f"pipe:cat {data}/train-0000{{0..3}}.tar"]
     for flags, message in (
         ([], "4 of 4 shards may hold 32 pairs and its batch is 33: take a smaller"),
-        (
-            ["--train-data", f"pipe:cat {data}/train-0000{{0..3}}.tar"],
-            "fewer pairs than its batch of 33: it would wait for ever; take a smaller batch$",
-        ),
+        (pipe, "fewer pairs than its batch of 33: it would wait for ever; take a smaller batch$"),
     ):
         with pytest.raises(Stopped, match=message) as error:
             pretrain(*flags, batch=33, pairs=66)
