@@ -7,7 +7,6 @@ import runpy
 import signal
 import sys
 from argparse import Namespace
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -51,9 +50,9 @@ def colour_of(style: int, concept: int) -> tuple[int, int, int]:
     return (10 * concept, 30 * style, 100)
 
 
-@pytest.fixture(scope="module")
-def emoji_folder(tmp_path_factory) -> Path:
-    """All styles have all concepts, but for one that is trained on."""
+@pytest.fixture(scope="module", autouse=True)
+def emoji(tmp_path_factory):
+    """All styles have all concepts, but for one that is trained on. The model is small, too."""
     folder = tmp_path_factory.mktemp("emoji")
     for s, style in enumerate(ALL_STYLES):
         members = {}
@@ -65,18 +64,14 @@ def emoji_folder(tmp_path_factory) -> Path:
             members[f"{c:04x}.txt"] = f"thing {c}\n".encode()
             members[f"{c:04x}.json"] = json.dumps(info).encode()
         write_tar(folder / f"{style}.tar.xz", members, "w:xz")
-    return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small(emoji_folder: Path):
+    emoji = read_emoji(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "read_emoji", partial(read_emoji, emoji_folder))
-        patch.setattr(command, "EMOJI_FOLDER", emoji_folder)
+        patch.setattr(command, "read_emoji", lambda: emoji)
+        patch.setattr(command, "EMOJI_FOLDER", folder)
         patch.setattr(train, "VALIDATIONS", 2)
         patch.setitem(command.PRESETS, "short", SHORT)
         patch.setitem(TINY, "text_cfg", {**TINY["text_cfg"], "width": 16, "heads": 2})
-        yield
+        yield emoji
 
 
 def demonstrate(*arguments: object) -> None:
@@ -84,18 +79,10 @@ def demonstrate(*arguments: object) -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, small: None) -> Path:
-    """All losses; what validates them are held-out concepts that no table asks about."""
+def finished(tmp_path_factory) -> Path:
+    """All losses."""
     out = tmp_path_factory.mktemp("finished") / "new" / "out"
-
-    def look(config: Any, clip: Any, batches: Any, pairs: Any, folder: Path) -> dict[str, Any]:
-        assert {split_of(int(name.split()[1])) for [name] in pairs.captions} == {"validation"}
-        assert (set(pairs.groups), pairs.across_groups) == (set(TRAIN_STYLES), True)
-        return train.train(config, clip, batches, pairs, folder)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "train", look)
-        demonstrate("--loss", *TERMS, "--seeds", 2, "--out", out)
+    demonstrate("--loss", *TERMS, "--seeds", 2, "--out", out)
     return out
 
 
@@ -135,9 +122,9 @@ def test_what_is_between_views() -> None:
     torch.testing.assert_close(found, 0.25 * expected)
 
 
-def test_what_is_asked(emoji_folder: Path) -> None:
+def test_what_is_asked(emoji) -> None:
     """Images of the right concepts and styles, and labels that are theirs."""
-    emoji, things = read_emoji(emoji_folder), [f"thing {c}" for c in range(CONCEPTS)]
+    things = [f"thing {c}" for c in range(CONCEPTS)]
     kinds = {"trained styles": TRAIN_STYLES, "new styles": SHIFT_STYLES, "black": ALL_STYLES[6:]}
     for name in questions.SITUATIONS:
         data, held_out = questions.situation(emoji, name), name.startswith("new concepts")
@@ -190,10 +177,15 @@ def test_a_resumed_run_is_bitwise_the_whole_one(finished, tmp_path, monkeypatch,
 
 
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path, monkeypatch) -> None:
+    """And what validates a run are held-out concepts that no table asks about."""
     monkeypatch.setitem(command.PRESETS, "short", {**SHORT, "lr": 1e30, "steps": 20})
+    monkeypatch.setattr(command, "train", trained := Mock(wraps=train.train))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Stopped, match="clip-0: the loss is nan, at step"):
         demonstrate()
+    pairs = trained.call_args.args[3]
+    assert {split_of(int(name.split()[1])) for [name] in pairs.captions} == {"validation"}
+    assert (set(pairs.groups), pairs.across_groups) == (set(TRAIN_STYLES), True)
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["short"]
 
 
@@ -246,8 +238,7 @@ def tokenize(texts: list[str]) -> torch.Tensor:
     return torch.tensor(numbers)[:, None]
 
 
-def test_batches_hold_distinct_training_concepts_by_seed_and_step(emoji_folder: Path) -> None:
-    emoji = read_emoji(emoji_folder)
+def test_batches_hold_distinct_training_concepts_by_seed_and_step(emoji) -> None:
     batches, again, other = (EmojiBatches(emoji, tokenize, 8, seed) for seed in (0, 0, 1))
     seen, captions = set(), set()
     for step in range(200):
@@ -296,12 +287,12 @@ def test_augmentation_at_the_ends_of_its_ranges(end: int) -> None:
     assert (moved[:, outside] == moved.new_tensor(1 - 0.08 * end).clamp(max=1)).all()
 
 
-def test_a_run_is_its_recipe(emoji_folder: Path, tmp_path: Path) -> None:
+def test_a_run_is_its_recipe(emoji, tmp_path: Path) -> None:
     """AdamW, a warm-up of a tenth and then a cosine, gradients clipped at 1, a scale up to 100."""
     config = {"name": "x", "loss": "cyclip", "seed": 3, "steps": 20, "batch_size": 8, "lr": 0.003}
     clip, plain = (build_model("x", 150.0, torch.device("cpu")) for _ in range(2))
     plain.model.load_state_dict(clip.model.state_dict())
-    batches = EmojiBatches(read_emoji(emoji_folder), clip.tokenizer, 8, seed=3)
+    batches = EmojiBatches(emoji, clip.tokenizer, 8, seed=3)
     pairs = DataSet(Images(torch.zeros(2, 3, 64, 64, dtype=torch.uint8)), captions=[["a"], ["b"]])
     history = train.train(Namespace(**config), clip, batches, pairs, tmp_path)["history"]
     model, loss_fn = plain.model, CyCLIPLoss(0.25, 0.25, reference_batch_size=256)
