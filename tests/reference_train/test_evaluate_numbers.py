@@ -20,11 +20,6 @@ from reference_train.evaluate import measure, metrics, pictures, report, table
 from reference_train.evaluate.datasets import Classes, DataSet, Images
 
 
-def coarse_features(rows: int, seed: int) -> Tensor:
-    """Features with many equal products, to see what becomes of ties."""
-    return torch.randint(-1, 2, (rows, 3), generator=torch.Generator().manual_seed(seed)).float()
-
-
 def plain_recall(image: Tensor, captions: list[list[str]], feature: dict[str, Tensor]):
     """Every query ranks every candidate, in loops; a wrong one that scores the same is before."""
 
@@ -34,9 +29,8 @@ def plain_recall(image: Tensor, captions: list[list[str]], feature: dict[str, Te
 
     pairs = zip(image, captions, strict=True)
     scored = [[(float(x @ f), t in own) for t, f in feature.items()] for x, own in pairs]
-    of_texts = [
-        of for of in zip(*scored, strict=True) for _, own in of if own
-    ]  # once for each image
+    # once for each image
+    of_texts = [of for of in zip(*scored, strict=True) for _, own in of if own]
     ranks = {"image_to_text": [*map(rank, scored)], "text_to_image": [*map(rank, of_texts)]}
     return {f"{w}_r{k}": np.less(found, k).mean() for w, found in ranks.items() for k in (1, 5, 10)}
 
@@ -49,7 +43,8 @@ def test_retrieval_with_several_and_shared_captions(some: int, monkeypatch: pyte
     for i in range(0, 40, 4):
         captions[i].append("of several")
     texts, pairs = measure.distinct_texts(captions)
-    image, text = coarse_features(40, 0), coarse_features(len(texts), 100)
+    # with many equal products, to see what becomes of ties
+    image, text = (torch.randint(-1, 2, (rows, 3)).float() for rows in (40, len(texts)))
     rows = torch.randperm(40)[:some].sort().values
     kept, which = measure.pairs_of(rows, pairs)
     theirs = [captions[i] for i in rows.tolist()]
@@ -67,9 +62,7 @@ def test_consistency_score_by_hand():
 
 
 def test_superclass_and_class_within_it():
-    generator = torch.Generator().manual_seed(0)
-    image, prompts = torch.randn(60, 4, generator=generator), torch.randn(9, 4, generator=generator)
-    labels = torch.randint(0, 9, (60,), generator=generator)
+    image, prompts, labels = torch.randn(60, 4), torch.randn(9, 4), torch.randint(0, 9, (60,))
     coarse = [0, 1, 2, 0, 1, 2, 0, 1, 3]  # the last superclass has one class
     of_coarse = of_fine = 0
     for row, label in zip((image @ prompts.T).tolist(), labels.tolist(), strict=True):
@@ -84,7 +77,7 @@ def test_superclass_and_class_within_it():
 def test_neighbours_across_groups_are_of_other_groups_and_not_apart():
     names = ["a", "b", "c", "line"] * 5
     groups = {name: torch.arange(i, 20, 4) for i, name in enumerate(names[:4])}
-    image = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+    image = torch.randn(20, 4)
     near = measure.neighbours_across(image, groups, frozenset({"line"}))
     for row, found in enumerate(near.tolist()):
         allowed = [i for i in range(20) if names[i] not in (names[row], "line")]
@@ -99,9 +92,8 @@ def test_wilson_as_published():
 
 def test_linear_probe_is_the_recipe_of_the_papers_authors():
     """Their cosine of the learning rate in closed form: it falls from 0.005 to 0 in 32 epochs."""
-    generator = torch.Generator().manual_seed(1)
-    features, test = torch.randn(300, 6, generator=generator), torch.randn(4000, 6)
-    labels = (features[:, :4] + torch.randn(300, 4, generator=generator)).argmax(dim=1)
+    features, test = torch.randn(300, 6), torch.randn(4000, 6)
+    labels = (features[:, :4] + torch.randn(300, 4)).argmax(dim=1)
     torch.manual_seed(0)
     layer = nn.Linear(6, 4)
     decays = [{"params": [layer.bias], "weight_decay": 0}, {"params": [layer.weight]}]
