@@ -183,8 +183,7 @@ def test_the_bars_of_a_picture(tmp_path: Path, monkeypatch) -> None:
     assert ax.lines[0].get_xdata() == pytest.approx([10, 10])
     assert ax.axison
     assert ax.get_title("right") == "cifar10, 100 images: zero-shot top-1, % (chance 10)"
-    legend = figures[0].get_supxlabel()
-    assert legend.endswith("q: quoted, not checked")
+    assert figures[0].get_supxlabel().endswith("q: quoted, not checked")
 
 
 def test_a_picture_of_many_columns_is_as_wide_as_tall(tmp_path: Path) -> None:
@@ -236,8 +235,7 @@ def test_a_table_by_hand(tmp_path: Path, capsys) -> None:
     result = {"date": "", "command": "", "data_sets": sets, "results": {"run": run}}
     report.write(result, tmp_path)
     lines = iter((tmp_path / "table.md").read_text().splitlines())
-    missing = [line for line in BY_HAND.strip().splitlines() if line not in lines]  # in this order
-    assert not missing
+    assert [line for line in BY_HAND.strip().splitlines() if line not in lines] == []  # in order
     said = capsys.readouterr().out
     words = ("zero-shot top-1", "image → text, R@1", "in-modal gap", "R@5", "within the", "x: ")
     assert [word in said for word in words] == [True] * 3 + [False] * 3
@@ -274,8 +272,7 @@ def test_the_picture_of_the_first_seed_by_the_colours_of_its_extremes(tmp_path, 
         assert ("similarities.png" in capsys.readouterr().out) == (name == "new")
     assert [path.name for path in (tmp_path / "older").glob("*.png")] == ["picture.png"]
     pixels = matplotlib.image.imread(tmp_path / "new" / "similarities.png")[..., :3]
-    ends = [
-        matplotlib.colormaps[name](end)[:3] for name in ("viridis", "RdBu") for end in (0.0, 1.0)
-    ]
+    maps = (matplotlib.colormaps[name] for name in ("viridis", "RdBu"))
+    ends = [colours(end)[:3] for colours in maps for end in (0.0, 1.0)]
     counts = [np.isclose(pixels, end, atol=3e-3).all(axis=-1).sum() for end in ends]
     assert np.divide(counts, counts[2] / 3) == pytest.approx([192, 24, 3, 3], rel=0.1)  # cells
