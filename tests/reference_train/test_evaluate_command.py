@@ -455,15 +455,12 @@ def test_subsets_of_imagenet_have_their_own_class_names(tmp_path: Path):
     assert classes.names == [open_clip.IMAGENET_CLASSNAMES[i] for i in some]
     assert classes.labels.tolist() == list(range(200))
     assert classes.templates == datasets.PAPER_TEMPLATES
-
-    write_image_folder(tmp_path / "imagenetv2", [str(i) for i in range(1000)])
-    data = datasets.open_folders(tmp_path / "imagenetv2", "imagenetv2")  # its folders are numbers
-    classes = data.classes[""]
-    for path, label in zip(data.images.places, classes.labels.tolist(), strict=True):
-        assert classes.names[label] == open_clip.IMAGENET_CLASSNAMES[int(path.parent.name)]
-    (tmp_path / "imagenetv2" / "999").rename(tmp_path / "imagenetv2" / "1000")
+    write_image_folder(tmp_path / "v2", ["0", "10", "999"])  # imagenetv2's folders are numbers
+    classes = datasets.open_folders(tmp_path / "v2", "imagenet-x").classes[""]
+    assert classes.names == [open_clip.IMAGENET_CLASSNAMES[i] for i in (0, 10, 999)]
+    (tmp_path / "v2" / "999").rename(tmp_path / "v2" / "1000")
     with pytest.raises(Unusable, match="folders should be called as ImageNet's classes"):
-        datasets.open_folders(tmp_path / "imagenetv2", "imagenetv2")
+        datasets.open_folders(tmp_path / "v2", "imagenet-x")
 
 
 def test_torchvisions_cifar_with_superclasses(tmp_path: Path, monkeypatch):
