@@ -326,18 +326,16 @@ def test_weights_that_are_not_finite_are_not_saved(pretrain, tmp_path: Path) -> 
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
-@pytest.mark.parametrize("accum_freq", [1, 2])
-def test_ten_steps_running(accum_freq: int) -> None:
-    """With a loss that is no number; a step has as many losses as are accumulated."""
-    args = Namespace(device="cpu", distributed=False, accum_freq=accum_freq)
-    model = nn.BatchNorm1d(2)
-    finite, nearly = training.Finite(args), 10 * accum_freq - 1
+def test_ten_steps_running() -> None:
+    """With a loss that is no number; a step has as many losses as are accumulated, here 2."""
+    args = Namespace(device="cpu", distributed=False, accum_freq=2)
+    model, finite = nn.BatchNorm1d(2), training.Finite(args)
 
     def feed(*losses: float) -> None:
         for loss in losses:
             finite.note(model, (), {"a": torch.tensor(1.0), "b": torch.tensor(loss)})
 
-    feed(*[math.nan] * nearly, 1.0, *[math.inf] * nearly)
+    feed(*[math.nan] * 19, 1.0, *[math.inf] * 19)
     finite.check(model)
     feed(math.nan, 1.0)
     with pytest.raises(Stopped, match="the loss of 10 steps running was not finite"):
