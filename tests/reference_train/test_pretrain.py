@@ -1,7 +1,6 @@
 """`pretrain`: the command for OpenCLIP's trainer, what is refused before any work, and training."""
 
 import errno
-import importlib
 import io
 import json
 import logging
@@ -252,14 +251,13 @@ def test_gaps_are_added_to_their_metrics(caplog) -> None:
 @pytest.fixture
 def pretrain(data: Path, tmp_path: Path, monkeypatch):
     """Trains for an epoch of two steps, in this process; what it changes there is put back."""
-    modules = (command.trainer, importlib.import_module("open_clip_train.train"))
     monkeypatch.setattr(command.trainer, "setup_logging", lambda *_: None)
 
     def run(*flags: str, ours=(), data: Path = data, batch: int = 8, pairs: int = 16) -> None:
         argv = ["--preset", "icons", "--batch-size", str(batch), "--data", str(data), *ours]
         argv += ["--out", str(tmp_path), "--name", "run", "--", "--train-num-samples", str(pairs)]
         with pytest.MonkeyPatch.context() as patch:
-            for module in modules:
+            for module in (command.trainer, training.train):
                 for name, value in list(vars(module).items()):
                     patch.setattr(module, name, value)
             patch.setattr(torch, "save", torch.save)
@@ -380,22 +378,20 @@ def test_what_one_rank_sees_is_said_by_all(monkeypatch, caplog) -> None:
 
 def test_what_can_not_be_read_is_counted(pretrain, data, tmp_path, monkeypatch, caplog) -> None:
     monkeypatch.setattr(loading, "SHOWN", 2)
-    half = (data / "train-00001.tar").stat().st_size // 2  # in its fifth picture
-    os.truncate(data / "train-00001.tar", half)
-    break_picture(data / "train-00002.tar")
-    (data / "train-00003.tar").write_bytes(b"")
+    _, one, two, three = shards = [data / f"train-{i:05d}.tar" for i in range(4)]
+    os.truncate(one, one.stat().st_size // 2)  # in its fifth picture
+    break_picture(two)
+    three.write_bytes(b"")
     # 8 + 4 + 7 pairs are left: two batches of 8, twice. What workers log is not in caplog.
     pretrain("--workers", "0", "--epochs", "2", pairs=32)
     lines = [r.getMessage() for r in caplog.records if "Not readable" in r.getMessage()]
-    one, two, three = (f"{data}/train-{i:05d}.tar" for i in (1, 2, 3))
     for line in lines:
         assert f"13 pairs ({three} 8, {one} 4, 1 more)" in line
         assert f"2 shards cut short ({one} 1, {three} 1)" in line
     assert len(results(tmp_path)) == len(lines) == 2
     warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    told = [[file in message for message in warned].count(True) for file in (one, two, three)]
-    assert told == [3, 1, 3]  # once, and in the line of each epoch
-    assert not [message for message in warned if "train-00000.tar" in message]
+    told = [sum(str(shard) in message for message in warned) for shard in shards]
+    assert told == [0, 3, 1, 3]  # once, and in the line of each epoch
 
 
 def test_a_shard_that_ends_between_two_files(pretrain, data: Path, caplog, capsys) -> None:
@@ -452,11 +448,10 @@ def test_a_full_disk_leaves_no_stump(pretrain, tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
     try:
-        with pytest.raises(Stopped, match=r"best\.pt can't be written: ") as error:
+        with pytest.raises(Stopped, match=r"best\.pt can't be written: .+\Z"):
             pretrain()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "\n" not in str(error.value)
     assert os.listdir(tmp_path / "run" / "checkpoints") == ["results.jsonl"]
     training.Guards({}, {}).save(torch.save, 1, buffer := io.BytesIO())
     assert buffer.tell()
