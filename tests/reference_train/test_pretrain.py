@@ -17,6 +17,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -58,20 +59,17 @@ def dry_run(data: Path, tmp_path: Path, capsys):
     return run
 
 
-@pytest.mark.parametrize("preset", BATCH_SIZES)
-@pytest.mark.parametrize(
-    ("loss", "lambdas"),
-    [("clip", (0, 0)), ("cyclip", (0.25, 0.25)), ("c-cyclip", (0, 0.25)), ("i-cyclip", (0.25, 0))],
-)
-def test_the_printed_command(preset: str, loss: str, lambdas, data: Path, dry_run) -> None:
-    argv = ["--preset", preset, "--loss", loss, "--seed", "3", "--dist-impl", "ring"]
-    args = dry_run(*argv, "--", "--workers", "2", "--epochs", "7")
-    assert (args.lambda_inmodal, args.lambda_crossmodal) == lambdas
-    assert args.train_data == f"{data}/train-{{00000..00003}}.tar"
-    assert args.val_data == f"{data}/val-00000.tar"
-    assert (args.epochs, args.workers, args.seed) == (7, 2, 3)  # what follows -- comes last
-    assert args.name == f"{preset}-{loss}-3"
-    assert (args.reference_batch_size, args.dist_impl) == (128, "ring")  # the launcher's own
+def test_the_printed_command(data: Path, dry_run) -> None:
+    lambdas = {"clip": (0, 0), "cyclip": (0.25, 0.25), "c-cyclip": (0, 0.25), "i-cyclip": (0.25, 0)}
+    for preset, loss in product(BATCH_SIZES, lambdas):
+        argv = ["--preset", preset, "--loss", loss, "--seed", "3", "--dist-impl", "ring"]
+        args = dry_run(*argv, "--", "--workers", "2", "--epochs", "7")
+        assert (args.lambda_inmodal, args.lambda_crossmodal) == lambdas[loss]
+        assert args.train_data == f"{data}/train-{{00000..00003}}.tar"
+        assert args.val_data == f"{data}/val-00000.tar"
+        assert (args.epochs, args.workers, args.seed) == (7, 2, 3)  # what follows -- comes last
+        assert args.name == f"{preset}-{loss}-3"
+        assert (args.reference_batch_size, args.dist_impl) == (128, "ring")  # the launcher's own
 
 
 def test_the_paper_preset(dry_run, monkeypatch) -> None:
