@@ -8,6 +8,7 @@ import pickle
 import re
 import shutil
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -347,12 +348,8 @@ def test_two_at_once_lose_no_column(run_folder: Path, tmp_path: Path, monkeypatc
     runs = [shutil.copytree(run_folder, tmp_path / f"a-{seed}") for seed in (0, 1)]
     for seed, run in enumerate(runs):
         (run / "params.txt").write_text(f"model: evaluate-tiny\nseed: {seed}\n")
-    running = [fork.Process(target=evaluate, args=(out, run)) for run in runs]
-    for process in running:
-        process.start()
-    for process in running:
-        process.join(300)
-    assert [process.exitcode for process in running] == [0, 0]
+    with ProcessPoolExecutor(2, fork) as processes:
+        list(processes.map(evaluate, [out, out], runs))
     results = report.read_evaluation(out)["results"]
     assert {name for name, found in results.items() if "emoji" in found} == {"a-0", "a-1"}
     assert "| a (2) |" in (out / "table.md").read_text()
