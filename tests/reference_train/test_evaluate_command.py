@@ -205,23 +205,22 @@ def test_prompts_and_class_names_of_ones_own(tmp_path: Path):
         datasets.open_folders(tmp_path, "x")
 
 
-def test_what_a_data_set_lacks(tmp_path: Path):
+def test_what_a_data_set_lacks(tmp_path: Path, tmp_path_factory):
     image, label, text = {"png": picture(0)}, {"cls": b"9"}, {"txt": b"a"}
-    for number, (samples, texts, message) in enumerate(
-        (
-            ([], {}, "no images"),
-            ([image], {}, r"/test have neither \.cls nor \.txt"),
-            ([image | label, image], {"classnames": TEN}, r"1 of 2 samples have no \.cls"),
-            ([image | label], {}, r"no .*classnames\.txt"),
-            ([image | {"cls": b"10"}], {"classnames": TEN}, "labels from 10 to 10, but 10 class"),
-            ([image | {"cls": b"-1"}], {"classnames": TEN}, "labels from -1 to -1, but"),
-            ([image | {"txt": b" \n"}], {}, "images without a caption"),
-            ([image | text], {"dataset_type": "multilabel\n"}, "several labels each"),
-        )
+    for samples, texts, message in (
+        ([], {}, "no images"),
+        ([image], {}, r"/test have neither \.cls nor \.txt"),
+        ([image | label, image], {"classnames": TEN}, r"1 of 2 samples have no \.cls"),
+        ([image | label], {}, r"no .*classnames\.txt"),
+        ([image | {"cls": b"10"}], {"classnames": TEN}, "labels from 10 to 10, but 10 class"),
+        ([image | {"cls": b"-1"}], {"classnames": TEN}, "labels from -1 to -1, but"),
+        ([image | {"txt": b" \n"}], {}, "images without a caption"),
+        ([image | text], {"dataset_type": "multilabel\n"}, "several labels each"),
     ):
-        write_set(tmp_path / f"{number}", {"test": samples}, **texts)
+        folder = tmp_path_factory.mktemp("set")
+        write_set(folder, {"test": samples}, **texts)
         with pytest.raises(Unusable, match=message):
-            datasets.open_tars(tmp_path / f"{number}", "x")
+            datasets.open_tars(folder, "x")
     write_samples(tmp_path / "icons" / "val-0.tar", [image | text])
     with pytest.raises(Unusable, match=r"val-\*\.tar lack \.txt or \.json"):
         datasets.open_icons(tmp_path / "icons")
@@ -290,9 +289,7 @@ def test_which_checkpoint_of_a_run(tmp_path: Path, monkeypatch):
 
 
 def test_images_are_shown_as_in_training(run_folder: Path, tmp_path: Path):
-    """With the run's own settings, and white behind transparent parts. The model has a logit bias
-    and is a safetensors file.
-    """
+    """With white behind transparent parts. The model has a logit bias, and is safetensors."""
     model = open_clip.create_model(
         "evaluate-tiny", load_weights=False, init_logit_bias=-10, force_context_length=9
     )
