@@ -136,7 +136,6 @@ def test_runs_that_differ_in_the_seed_are_one_column(tmp_path: Path) -> None:
     assert "| colour top-1 | 12.0 (10.0–14.0) |" in text  # a question of one's own
     assert "| in-modal gap × 100 | 12.00 (10.00 to 14.00) | 1.00 | 15.00 |" in text
     assert "emoji" not in text
-    assert matplotlib.image.imread(tmp_path / "out" / "picture.png").shape[1] == 1100
 
 
 def test_the_columns_of_several_evaluations(tmp_path: Path) -> None:
