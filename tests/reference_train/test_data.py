@@ -242,9 +242,7 @@ def test_sigterm_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_samples_and_concepts() -> None:
-    """Pictures decode and differ. Concepts are the same in every style and split by the data card's
-    rule; none is a flag, a skin tone or a near-duplicate.
-    """
+    """Concepts are the same in every style, and split by the data card's rule."""
     concepts = dict[str, dict]()
     for style in ALL_STYLES:
         samples = list(read_samples([str(EMOJI_FOLDER / f"{style}.tar.xz")]))
