@@ -217,10 +217,9 @@ def test_exit_codes(monkeypatch, capsys) -> None:
             monkeypatch.setenv("LOCAL_RANK", rank)
             with pytest.raises(SystemExit) as stopped:
                 run(Mock(side_effect=error))
-            said = capsys.readouterr().err
             assert stopped.value.code == code
             expected = "interrupted" if code == 130 else "why" if rank == "0" else ""
-            assert said == f"reference_train: {expected}\n" * bool(expected)
+            assert capsys.readouterr().err == f"reference_train: {expected}\n" * bool(expected)
 
 
 def test_what_is_not_installed_is_named(monkeypatch) -> None:
