@@ -49,8 +49,7 @@ def dry_run(data: Path, tmp_path: Path, capsys):
 
     def run(*flags: str, batch: Sequence[str] = ("--batch-size", "8")) -> Namespace:
         argv = ["--preset", "modern", "--data", str(data), "--out", str(tmp_path / "logs")]
-        words = [word.format(folder=data, empty=tmp_path) for word in flags]
-        command.main([*argv, *batch, "--dry-run", *words])
+        command.main([*argv, *batch, "--dry-run", *(word.format(folder=data) for word in flags)])
         printed = shlex.split(capsys.readouterr().out)
         assert printed[:4] == ["python", "-m", open_clip_train.__name__, "--"]
         ours, theirs = open_clip_train.parse(printed[4:])
@@ -99,9 +98,7 @@ def test_ranks_share_batch_and_shards(variable: str, dry_run, monkeypatch) -> No
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("--data {folder}/none-{{0..3}}.tar", "--data: no such shard: .*none-0.tar"),
-        ("--data {empty}", "no tar file in"),
-        ("--val {folder}/none.tar", "--val: no such shard"),
+        ("--val {folder}/none-{{0..3}}.tar", "--val: no such shard: .*none-0.tar"),
         ("--data {folder}/sizes.json", r"sizes\.json: can't be read: [\w ]+$"),
         ("-- --model RN51", "--model RN51: OpenCLIP has none of that name"),
         ("--data s3://b/{{0..2}}.tar", r"is not known .* say it after --, e\.g\. -- --train-num"),
