@@ -195,13 +195,12 @@ def test_prompts_and_class_names_of_ones_own(tmp_path: Path):
     write_image_folder(tmp_path, ["a_b", "c"])
     (tmp_path / "empty").mkdir()
     assert datasets.open_folders(tmp_path, "x").classes[""].names == ["a b", "c", "empty"]
-    (tmp_path / "empty").rmdir()
-    (tmp_path / "classnames.txt").write_text("own 0 \nown 1\n")
+    (tmp_path / "classnames.txt").write_text("own 0 \nown 1\nown 2\n")
     (tmp_path / datasets.TEMPLATES).write_text("{c} as I say\n")
     classes = datasets.open_folders(tmp_path, "x").classes[""]
-    assert (classes.names, classes.templates) == (["own 0", "own 1"], ["{} as I say"])
+    assert (classes.names, classes.templates) == (["own 0", "own 1", "own 2"], ["{} as I say"])
     (tmp_path / "classnames.txt").write_text("own 0\n")
-    with pytest.raises(Unusable, match=r"2 classes, classnames\.txt has 1"):
+    with pytest.raises(Unusable, match=r"3 classes, classnames\.txt has 1"):
         datasets.open_folders(tmp_path, "x")
 
 
@@ -263,9 +262,8 @@ def test_what_cannot_be_done_is_said(run_folder: Path, tmp_path: Path):
         ("{tmp}/3.pt --model evaluate-tiny", "cut short, or holds more than weights"),
         ("{run} --precision fp8", "--precision: invalid choice: 'fp8'"),
     ):
-        words = arguments.format(run=run_folder, tmp=tmp_path).split()
         with pytest.raises(CannotStart, match=message) as error:
-            evaluate(tmp_path / "out", *words)
+            evaluate(tmp_path / "out", *arguments.format(run=run_folder, tmp=tmp_path).split())
         assert len(str(error.value)) < 500
         assert not list(tmp_path.glob("out/*"))
 
@@ -300,9 +298,7 @@ def test_images_are_shown_as_in_training(run_folder: Path, tmp_path: Path):
         "model: evaluate-tiny\nimage_mean: [0.5, 0.0, 0.0]\nimage_std: [0.5, 1.0, 2.0]\n"
         "image_resize_mode: squash\nforce_context_length: 9\nsiglip: True\n"
     )
-    [checkpoint] = find_checkpoints([file], None, None)
-    assert checkpoint.title == tmp_path.name
-    clip = load(checkpoint, torch.device("cpu"))
+    clip = load(*find_checkpoints([file], None, None), torch.device("cpu"))
     assert (clip.tokenizer(["a"]).shape, clip.model.training) == ((1, 9), False)
     assert not logging.root.manager.disable
     image = Image.new("RGBA", (64, 32), (0, 0, 0, 0))
