@@ -223,15 +223,13 @@ def test_a_table_by_hand(tmp_path: Path, capsys) -> None:
     images, styles = Images(torch.zeros(8, 3, 1, 1)), ["x"] * 5 + ["y"] * 2 + ["black"]
     captions = [[f"own {number}", "of all"] for number in range(8)]
     own = DataSet(images, {"": classes}, captions, styles, (Images(torch.zeros(9)), {}))
-    apart = frozenset({"black"})
-    of_styles = DataSet(images, {"": classes}, groups=styles, across_groups=True, apart=apart)
+    of_styles = DataSet(images, {"": classes}, groups=styles, across_groups=True, apart={"black"})
     sets = {n: report.describe(n, data) for n, data in (("own", own), ("styles", of_styles))}
     groups = {style: {"top1": 0.25, "image_to_text_r1": 0.25} for style in "xy"}
     numbers = dict.fromkeys(table.metrics_of(sets["own"]), 0.5)
     run = {name: {"numbers": numbers, "groups": groups, "images": 8} for name in sets}
-    result = {"date": "", "command": "", "data_sets": sets, "results": {"run": run}}
-    report.write(result, tmp_path)
-    lines = iter((tmp_path / "table.md").read_text().splitlines())
+    report.main([write(tmp_path / "1", {}, data_sets=sets, results={"run": run})])
+    lines = iter((tmp_path / "1" / "table.md").read_text().splitlines())
     assert [line for line in BY_HAND.strip().splitlines() if line not in lines] == []  # in order
     said = capsys.readouterr().out
     words = ("zero-shot top-1", "image → text, R@1", "in-modal gap", "R@5", "within the", "x: ")
