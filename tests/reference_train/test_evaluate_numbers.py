@@ -170,15 +170,13 @@ def test_the_bars_of_a_picture(tmp_path: Path, monkeypatch) -> None:
     figures: list[Figure] = []
     monkeypatch.setattr(pictures.plt, "close", figures.append)
     sets = {"cifar10": SETS["icons"] | {"classes": {"class": 10}}}
-    shares = {"clip-0": 0.1, "clip-1": 0.16}
-    runs = {run: {"cifar10": {"numbers": {"top1": share}}} for run, share in shares.items()}
+    runs = {f"clip-{i}": {"cifar10": {"numbers": {"top1": x}}} for i, x in enumerate([0.1, 0.16])}
     report.main([write(tmp_path / "1", {}, data_sets=sets, results=runs)])
     (ax,) = figures[0].axes
     bars = ax.containers[-1]  # after its lines
     published = [x for found in table.published("cifar10").values() for x in found["top1"][:-1]]
     assert [bar.get_width() for bar in bars] == pytest.approx([13, *published])
-    (line, *_) = bars.errorbar.lines[2][0].get_segments()
-    assert line[:, 0] == pytest.approx([10, 16])
+    assert bars.errorbar.lines[2][0].get_segments()[0][:, 0] == pytest.approx([10, 16])
     assert ax.lines[0].get_xdata() == pytest.approx([10, 10])
     assert ax.axison
     assert ax.get_title("right") == "cifar10, 100 images: zero-shot top-1, % (chance 10)"
