@@ -196,7 +196,6 @@ def test_the_package_is_downloaded(built: Path, tmp_path: Path, monkeypatch) -> 
     file = built.parent / "icons.tgz"
     monkeypatch.setattr(icons, "URL", file.as_uri())
     monkeypatch.setattr(icons, "VALIDATION_SHARE", 0.3)
-    monkeypatch.setattr(icons, "SECONDS", 2)
     with pytest.raises(Stopped, match="invalid hash value"):
         icons.main(["--out", str(tmp_path / "out")])
     monkeypatch.setattr(icons, "SHA256", hashlib.sha256(file.read_bytes()).hexdigest())
