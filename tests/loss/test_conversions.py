@@ -43,13 +43,9 @@ THEIRS = {
 }
 
 
-def test_every_row_is_tested() -> None:
-    assert len(ROWS) == len(THEIRS)
-    assert all(any(row.startswith(words) for words in THEIRS) for row in ROWS)
-
-
 @pytest.mark.parametrize("words", THEIRS)
 def test_conversion(words: str) -> None:
+    assert len(ROWS) == len(THEIRS)
     [code] = [code for row, code in ROWS.items() if row.startswith(words)]
     lengths = torch.linspace(0.5, 3, N, dtype=torch.float64, device="cpu")[:, None]
     raw = words == "It normalises"
