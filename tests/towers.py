@@ -8,18 +8,16 @@ IMAGE_SIZE, TEXT_SIZE = 12, 10
 
 
 class TwoTowers(nn.Module):
-    def __init__(self, with_bias: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.visual = nn.Sequential(nn.Linear(IMAGE_SIZE, 10), nn.GELU(), nn.Linear(10, 8))
         self.textual = nn.Linear(TEXT_SIZE, 8)
         # Not 0-dim, which FSDP2 cannot shard. On the CPU, and moved with the module.
         self.logit_scale = nn.Parameter(torch.full((1,), 2.0, device="cpu"))
-        self.logit_bias = nn.Parameter(torch.tensor(-3.0, device="cpu")) if with_bias else None
 
     def forward(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
-        output = {
+        return {
             "image_features": normalize(self.visual(images), dim=1),
             "text_features": normalize(self.textual(texts), dim=1),
             "logit_scale": self.logit_scale.exp(),
         }
-        return output if self.logit_bias is None else output | {"logit_bias": self.logit_bias}
