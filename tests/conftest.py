@@ -5,7 +5,6 @@ CPU, and so are the `ranks` over gloo. On CUDA the Triton kernels are compiled, 
 interpreter runs them. Where Triton is not installed, as on macOS, their tests are skipped.
 """
 
-import importlib
 import os
 import signal
 import sys
@@ -37,9 +36,6 @@ NEEDS = {
     "reference_train": ("open_clip", "webdataset", "pandas", "resvg_py"),
 }
 collect_ignore = [file for file, packages in NEEDS.items() if None in map(find_spec, packages)]
-
-# Tests with the fixture `impl` run once per engine.
-IMPLS_UNDER_TEST = [pytest.param("triton", marks=needs_triton), "eager"]
 
 # The same examples in every run: a test fails because code changed, never by an unlucky draw.
 # Hypothesis also draws constants that it finds in loaded local modules, which depend on what else
@@ -112,8 +108,9 @@ def device(pytestconfig: pytest.Config) -> torch.device:
     return torch.device(pytestconfig.getoption("--device"))
 
 
-@pytest.fixture(params=IMPLS_UNDER_TEST, scope="session")
+@pytest.fixture(params=[pytest.param("triton", marks=needs_triton), "eager"], scope="session")
 def impl(request: pytest.FixtureRequest, device: torch.device) -> str:
+    """Tests with it run once per engine."""
     if request.param == "triton" and device.type == "cuda" and not numerics.architecture(device):
         pytest.skip("the kernels do not support this GPU")
     return request.param
@@ -149,11 +146,6 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
     ranks.close()
 
 
-# By file of the kernels: in strips, a small batch has several of each of them.
-BOUNDS = {"lse PARTIAL_ELEMENTS": 1, "logit_grads BLOCK_ROWS": 1, "logit_grads BLOCK_ELEMENTS": 1}
-BLOCKS = {"JOIN TILES": 2, "PAIRS BLOCK": 32, "SUM BLOCK": 2}  # of `configs.py`
-
-
 @contextmanager
 def setting(name: str, value: Any) -> Iterator[None]:
     """A setting of PyTorch's, such as "float32_matmul_precision", put back afterwards."""
@@ -173,13 +165,13 @@ def set_strip_rows(monkeypatch: pytest.MonkeyPatch, rows: int | None) -> None:
     monkeypatch.setitem(numerics.STRIP_ELEMENTS, "cpu", 1)
     monkeypatch.setattr(numerics, "STRIP_ELEMENTS_OTHER_DEVICES", 1)
     if HAS_TRITON:
-        kernels = importlib.import_module("cyclip_loss.kernels")
-        for block, value in BLOCKS.items():
-            name, size = block.split()
-            config = getattr(kernels.configs, name)
-            for sizes in (config.tile, config.kwargs):
+        from cyclip_loss.kernels import configs, grams, logit_grads, lse
+
+        blocks = (configs.JOIN, "TILES", 2), (configs.PAIRS, "BLOCK", 32), (configs.SUM, "BLOCK", 2)
+        for config, size, value in blocks:
+            for sizes in (config.tile, config.kwargs):  # the latter is a copy, made once
                 monkeypatch.setitem(sizes, size, value)
-        for bound, value in BOUNDS.items():
-            file, constant = bound.split()
-            monkeypatch.setattr(getattr(kernels, file), constant, value)
-        monkeypatch.setattr(kernels.grams, "MIN_SPLIT_ROWS", 4 * rows)
+        monkeypatch.setattr(lse, "PARTIAL_ELEMENTS", 1)
+        monkeypatch.setattr(logit_grads, "BLOCK_ROWS", 1)
+        monkeypatch.setattr(logit_grads, "BLOCK_ELEMENTS", 1)
+        monkeypatch.setattr(grams, "MIN_SPLIT_ROWS", 4 * rows)
