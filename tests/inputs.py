@@ -82,6 +82,10 @@ class Case:
         features = self.features(device)
         return features["image"], features["text"], self.scale(device)
 
+    def leaves(self, device: Device) -> list[Tensor]:
+        """These inputs, with gradients."""
+        return [tensor.requires_grad_() for tensor in self.inputs(device)]
+
     def ids(self, device: Device) -> Tensor | None:
         """(n,), or None. On the CPU, 16 bytes apart and 8 off an aligned address."""
         if self.distinct_ids is None or self.penalties_alone:

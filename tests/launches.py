@@ -6,7 +6,6 @@ about one of them on the device, and several of Python on the host.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -43,15 +42,12 @@ class PyTorchLaunches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@lru_cache
-def h100() -> Any:
-    """A driver for Triton that says it is one; the same in each call, for Triton's caches."""
-    target = GPUTarget("cuda", 90, 32)
-    return SimpleNamespace(
-        get_current_device=lambda: 0,
-        get_current_stream=lambda device: 0,
-        get_current_target=lambda: target,
-    )
+# A driver for Triton, of an H100.
+H100 = SimpleNamespace(
+    get_current_device=lambda: 0,
+    get_current_stream=lambda device: 0,
+    get_current_target=lambda: GPUTarget("cuda", 90, 32),
+)
 
 
 @contextmanager
@@ -69,7 +65,7 @@ def no_device() -> Iterator[tuple[list[str], dict[str, dict[str, Any]]]]:
         binaries[f"{fn.name} {key}"] = {"kernel": fn.name, **compile}
         return True  # nothing to compile or launch
 
-    driver.set_active(h100())
+    driver.set_active(H100)
     with (
         mock.patch.object(triton.knobs.runtime, "jit_cache_hook", note),
         mock.patch.object(kernels, "INTERPRETED", True),
@@ -78,14 +74,9 @@ def no_device() -> Iterator[tuple[list[str], dict[str, dict[str, Any]]]]:
         yield names, binaries
 
 
-def leaves(n: int, d: int, dtype: torch.dtype) -> list[Tensor]:
-    """Features and a logit scale that require gradients."""
-    return [tensor.requires_grad_() for tensor in Case(n, d, dtype).inputs("cpu")]
-
-
 def count(loss: Callable[..., Tensor], n: int, d: int, dtype: torch.dtype) -> list[str]:
     """The launches of one step, by name, but for those of a module's first call only."""
-    inputs = leaves(n, d, dtype)
+    inputs = Case(n, d, dtype).leaves("cpu")
     with no_device() as (triton_names, _):
         loss(*inputs)
         triton_names.clear()

@@ -74,7 +74,8 @@ def test_the_gate_compiles_what_is_launched() -> None:
     code = """
 import sys, torch
 sys.path.append("tests")
-from launches import leaves, no_device
+from inputs import Case
+from launches import no_device
 from cyclip_loss import CyCLIPLoss
 from benchmarks.gate import compile as gate
 
@@ -94,7 +95,8 @@ for features, dtype in dtypes.items():
     with no_device() as (_, binaries):
         loss = CyCLIPLoss(0.5, 0.25, impl="triton")
         for d, ids in ((64, None), (70, None), (64, torch.arange(4096))):
-            sum(loss(*leaves(4096, d, dtype), ids=ids, output_dict=True).values()).backward()
+            inputs = Case(4096, d, dtype).leaves("cpu")
+            sum(loss(*inputs, ids=ids, output_dict=True).values()).backward()
     for b in binaries.values():
         name = b["kernel"].split(".")[-1]
         description = described(b["signature"], b["constants"], b["configs"][0])

@@ -6,7 +6,8 @@ from processes import run_python
 LAUNCHES = """
 import sys, torch
 sys.path.append("tests")
-from launches import count, leaves, no_device
+from inputs import Case
+from launches import count, no_device
 from cyclip_loss import CyCLIPLoss, reference
 """
 
@@ -39,11 +40,11 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
     for d in (64, 70):
         with no_device() as (_, binaries):
             for n in (64, 4096):
-                step(*leaves(n, d, dtype))
-                step(*leaves(n, d, dtype), ids=torch.arange(n))
+                step(*Case(n, d, dtype).inputs("cpu"))
+                step(*Case(n, d, dtype).inputs("cpu"), ids=torch.arange(n))
             known = set(binaries)
             for n in (1, 2, 16, 63, 255, 257, 1000, 2049, 4099):
-                image, text, scale = (x.detach() for x in leaves(n, d, dtype))
+                image, text, scale = Case(n, d, dtype).inputs("cpu")
                 step(image, text, scale)
                 step(shifted(image, 1), shifted(text, 3), shifted(scale, 1))
                 step(wide(image, 1), wide(text, 16), shifted(scale, 2))

@@ -42,8 +42,7 @@ def inputs(impl: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> 
     if device.type != "cpu":
         pytest.skip("measures CPU memory")
     set_strip_rows(monkeypatch, 64)
-    case = Case(N if impl == "eager" else N_INTERPRETED, D)
-    return [tensor.requires_grad_() for tensor in case.inputs("cpu")]
+    return Case(N if impl == "eager" else N_INTERPRETED, D).leaves("cpu")
 
 
 def test_no_n_by_n_matrix(impl: str, inputs: list[Tensor]) -> None:

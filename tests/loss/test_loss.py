@@ -112,9 +112,9 @@ def test_the_definition() -> None:
     assert terms["contrastive_loss"].item() == pytest.approx((row + column) / 2)
     # I I^T - T T^T = -[[0, 1], [1, 0]], I T^T - T I^T = [[0, -1], [1, 0]]: 2 / N, times R / N.
     assert terms["inmodal_cyclic_loss"] == terms["crossmodal_cyclic_loss"] == 0.5
-    leaves = [x.requires_grad_() for x in Case(4, 3, WIDE).inputs("cpu")]
     assert torch.autograd.gradgradcheck(
-        lambda *inputs: sum(reference.cyclip_loss(*inputs, 0.5, 0.25).values()), leaves
+        lambda *inputs: sum(reference.cyclip_loss(*inputs, 0.5, 0.25).values()),
+        Case(4, 3, WIDE).leaves("cpu"),
     )
 
 

@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from accuracy import Grads, evaluate
+from accuracy import Grads, evaluate, results
 from functorch.compile import make_boxed_func
 from hypothesis import example, given, settings
 from inputs import Case, PlainClip, cases
@@ -15,10 +15,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_map_only
 
 from cyclip_loss import CyclicPenalty, CyCLIPLoss, WithCyclicPenalty, cyclip_loss
-
-
-def leaves_of(case: Case, device: torch.device) -> list[Tensor]:
-    return [tensor.requires_grad_() for tensor in case.inputs(device)]
 
 
 @settings(max_examples=6)
@@ -56,7 +52,7 @@ def test_backward_twice(impl: str, n: int, d: int, device: torch.device) -> None
     """A second backward gives the same bits; second derivatives raise, and are not silently 0."""
     for loss in (CyCLIPLoss(0, 0), CyclicPenalty(), CyCLIPLoss(0.5, 0.25)):
         loss.impl = impl
-        leaves = leaves_of(Case(n, d), device)[: 2 if type(loss) is CyclicPenalty else 3]
+        leaves = Case(n, d).leaves(device)[: 2 if type(loss) is CyclicPenalty else 3]
         value = loss(*leaves)
         first, second = (torch.autograd.grad(value, leaves, retain_graph=True) for _ in range(2))
         in_grad_mode = torch.autograd.grad(value, leaves, create_graph=True)
@@ -86,7 +82,7 @@ def test_schedules_compile_a_few_times_and_no_more(scale: str, device: torch.dev
         loss.reference_batch_size = 100 + at
         found = []
         for call in (compiled, module(*lambdas, reference_batch_size=100 + at)):
-            leaves = leaves_of(Case(20 + 3 * at, 12, torch.float64), device)
+            leaves = Case(20 + 3 * at, 12, torch.float64).leaves(device)
             if scale in ("number", "none"):
                 leaves = leaves[:2]
             inputs = [*leaves, 10.0 + at] if scale == "number" else leaves
@@ -164,10 +160,7 @@ def test_each_form_of_call_compiled(name: str, device: torch.device) -> None:
     case, found = Case(9, 4, torch.float64, distinct_ids=5, text_layout="transposed"), []
     ids, backend = case.ids("cpu").remainder(7).to(device), aot_autograd(fw_compiler=compiler)
     for loss in (CALLS[name], torch.compile(CALLS[name], backend=backend, fullgraph=True)):
-        leaves = leaves_of(case, device)
-        value = loss(*leaves, ids)
-        value.backward()
-        found.append((value.detach(), *(leaf.grad for leaf in leaves)))
+        found.append(results(lambda *x, loss=loss: loss(*x, ids), *case.inputs(device)))
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-7)
     if name == "as a trainer":
         assert len(calls) == 8  # three contrastive terms and the penalties, forward and backward
