@@ -26,9 +26,7 @@ on_a_cpu = pytest.mark.skipif(
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
-def test_shipped_tiles(
-    arch: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, device: torch.device
-) -> None:
+def test_shipped_tiles(arch: str, dtype: torch.dtype, monkeypatch, device: torch.device) -> None:
     """The tiles of real GPUs, on a batch whose rows and columns end within a tile.
 
     The two lambdas differ, so that C is needed too.
@@ -115,9 +113,7 @@ def test_tile_sizes_are_powers_of_two() -> None:
         ("gfx942:sramecc+:xnack-", "3.6.0", "gfx942"),
     ],
 )
-def test_devices_that_get_kernels(
-    capability, version: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_devices_that_get_kernels(capability, version: str, expected, monkeypatch) -> None:
     """Before 3.9, Triton fails to compile the kernels for Blackwell, or leaves products out."""
     is_amd = isinstance(capability, str)
     properties = SimpleNamespace(gcnArchName=capability)
@@ -129,8 +125,7 @@ def test_devices_that_get_kernels(
 
 
 @pytest.mark.skipif(
-    not hasattr(torch.backends.cuda.matmul, "fp32_precision"),
-    reason="PyTorch 2.8 has no such setting",
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="not in PyTorch 2.8"
 )
 def test_the_newer_float32_setting_is_understood() -> None:
     """After its newer setting was used, PyTorch's older getter raises."""
