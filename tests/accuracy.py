@@ -29,6 +29,7 @@ TF32 = 2.0**-10
 FACTOR = 6.0
 TERMS = ("contrastive_loss", "inmodal_cyclic_loss", "crossmodal_cyclic_loss")
 NAMES = ("value", "image", "text", "logit_scale")
+Tensors = dict[str, Tensor]
 Grads = dict[str, Tensor | None]
 
 
@@ -71,14 +72,7 @@ def growth(d: int, eps: float) -> float:
 
 
 def contrastive_bound(
-    rows: Tensor,
-    columns: Tensor,
-    more: tuple[Tensor | None, Tensor | None],
-    scale: float,
-    id_options: dict[str, Any],
-    eps: Eps,
-    symmetric: bool,
-    g_is_rounded: bool,
+    rows: Tensor, columns: Tensor, more, scale, id_options, eps: Eps, symmetric: bool, g_is_rounded
 ) -> list[Tensor]:
     """eps * scale of a contrastive term of two features (n, D): value, dRows, dColumns, ds, and the
     gradients of `more`, negatives of the rows and of the columns.
@@ -158,7 +152,7 @@ def penalty_bound(image: Tensor, text: Tensor, a: float, b: float, eps: float) -
     return [value, grad]
 
 
-def bounds(case: Case, features: dict[str, Tensor], impl: str, tf32: bool) -> dict[str, Tensor]:
+def bounds(case: Case, features: Tensors, impl: str, tf32: bool) -> Tensors:
     """eps * scale of every term and of the gradients of their weighted sum, by name."""
     eps = eps_of(impl, features["image"], tf32)
     rounded = impl == "eager" and numerics.has_wide_products(features["image"])
@@ -186,16 +180,14 @@ def bounds(case: Case, features: dict[str, Tensor], impl: str, tf32: bool) -> di
     return found | {name: found[name] + grad for name in ("image", "text")}
 
 
-def exact_results(
-    case: Case, features: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
+def exact_results(case: Case, features: Tensors) -> tuple[Tensors, dict[str, list[Tensor]]]:
     """Every term by the definition, and for each gradient the parts that sum to it."""
     leaves = {name: exact_on_host(tensor).requires_grad_() for name, tensor in features.items()}
     scale = torch.tensor(case.logit_scale, dtype=torch.float64, device="cpu", requires_grad=True)
     leaves["logit_scale"] = scale
     weights = [case.world_size * weight for weight in case.weights]
 
-    def dense(*views: Tensor) -> dict[str, Tensor]:
+    def dense(*views: Tensor) -> Tensors:
         both = (leaves["image"], leaves["text"], scale)
         options = {"reference_batch_size": case.reference_batch_size, "ids": case.ids("cpu")}
         options |= case.id_options
@@ -213,7 +205,7 @@ def exact_results(
     return terms, dict(zip(leaves, map(list, zip(*grads, strict=True)), strict=True))
 
 
-def one_contrastive_term(terms: dict[str, Tensor]) -> dict[str, Tensor]:
+def one_contrastive_term(terms: Tensors) -> Tensors:
     """The terms, with the in-modal contrastive term of augmented views in the cross-modal one."""
     found = dict(terms)
     if "inmodal_contrastive_loss" in found:
@@ -235,13 +227,8 @@ def results(loss, image: Tensor, text: Tensor, logit_scale: Tensor, upstream=1.0
 
 
 def evaluate(
-    case: Case,
-    features: dict[str, Tensor],
-    impl: str,
-    device: Device,
-    ids: Tensor | None = None,
-    **across_ranks: Any,
-) -> tuple[dict[str, Tensor], Grads]:
+    case: Case, features: Tensors, impl: str, device: Device, ids=None, **across_ranks: Any
+) -> tuple[Tensors, Grads]:
     """The loss's terms, or their sum, and all gradients, by name. Asserts that inputs are kept."""
     given = features | {"logit_scale": case.scale(device)}
     leaves = {
@@ -272,12 +259,7 @@ def evaluate(
 
 
 def check(
-    case: Case,
-    features: dict[str, Tensor],
-    terms: dict[str, Tensor],
-    grads: Grads,
-    impl: str,
-    tf32: bool = False,
+    case: Case, features: Tensors, terms: Tensors, grads: Grads, impl: str, tf32: bool = False
 ) -> None:
     """Assert that terms and gradients have the right dtypes and are accurate in each element."""
     exact_terms, exact_grads = exact_results(case, features)
