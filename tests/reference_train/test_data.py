@@ -174,7 +174,9 @@ def test_names_in_two_sets(tmp_path: Path, monkeypatch) -> None:
     for option, most in ("", 1), ("--pictures-of-a-name=0", 2), ("--pictures-of-a-name=3", 2):
         out = tmp_path / f"out{option}"
         icons.main(["--out", str(out), "--package", package, *option.split()])
-        assert manifest_of(out)["pictures_of_a_name"] == int(option[-1:] or 1)
+        manifest = manifest_of(out)
+        assert manifest["pictures_of_a_name"] == int(option[-1:] or 1)
+        assert sum((*manifest["pairs"].values(), *manifest["left_out"].values())) == 16
         val, train = (samples(out, f"{part}-*.tar").values() for part in ("val", "train"))
         held_out = [sample.info["name"] for sample in val]
         assert 0 < len(held_out) == len(set(held_out)) < 8

@@ -179,6 +179,7 @@ def test_the_bars_of_a_picture(tmp_path: Path, monkeypatch) -> None:
     assert bars.errorbar.lines[2][0].get_segments()[0][:, 0] == pytest.approx([10, 16])
     assert ax.lines[0].get_xdata() == pytest.approx([10, 10])
     assert ax.axison
+    assert [label.get_text() for label in ax.texts][:2] == ["13.0 ", "46.5 q"]
     assert ax.get_title("right") == "cifar10, 100 images: zero-shot top-1, % (chance 10)"
     assert figures[0].get_supxlabel().endswith("q: quoted, not checked")
     # one of many columns is about as wide as tall
@@ -252,18 +253,33 @@ def test_an_image_of_each_name_in_one_style_sorted_by_group() -> None:
     assert found["similarities"]["numbers"] == pytest.approx(numbers, rel=1e-4)
 
 
-def test_the_picture_of_the_first_seed_by_the_colours_of_its_extremes(tmp_path, capsys) -> None:
+def test_the_picture_of_the_first_seed(tmp_path, monkeypatch, capsys) -> None:
+    """By the colours of its extremes, and by what is written below."""
+    figures: list[Figure] = []
+    monkeypatch.setattr(pictures.plt, "close", figures.append)
     one, runs = np.kron(np.eye(3), np.full((2, 2), 127)), {}
     shown = {"clip-0": [one, one, np.triu(one)], "cyclip-0": [one / 2] * 3, "cyclip-1": [one] * 3}
     shown |= dict.fromkeys("xyz", [one / 2] * 3)  # one of them is too many
     for run, of in shown.items():
-        kept = {"numbers": {}, "matrices": b64encode(np.int8(of)).decode()}
+        numbers = {"inmodal_gap": 0.1, "crossmodal_correlation": 0.3}
+        kept = {"numbers": numbers, "matrices": b64encode(np.int8(of)).decode()}
         runs[run] = {"x": {"numbers": {}, "similarities": kept}}
     sets = {"x": {"images": 6, "classes": {}}}
     for name, results in ("older", {"clip-0": {"x": {"numbers": {}}}}), ("new", runs):
         report.main([write(tmp_path / name, {}, data_sets=sets, results=results)])
         assert ("similarities.png" in capsys.readouterr().out) == (name == "new")
     assert [path.name for path in (tmp_path / "older").glob("*.png")] == ["picture.png"]
+    words = "image–text − its transpose"
+    below = [ax.get_xlabel().split("\n") for ax in figures[-1].axes[:3]]
+    assert below == [
+        ["image–image", "in-modal gap × 100: 10.00"],
+        ["text–text", "in-modal correlation: none"],
+        [
+            "image–text − its transpose",
+            "cross-modal gap × 100: 20.00",
+            "cross-modal correlation: 0.30",
+        ],
+    ]
     pixels = matplotlib.image.imread(tmp_path / "new" / "similarities.png")[..., :3]
     maps = (matplotlib.colormaps[name] for name in ("viridis", "RdBu"))
     ends = [colours(end)[:3] for colours in maps for end in (0.0, 1.0)]

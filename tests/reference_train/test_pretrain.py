@@ -76,7 +76,7 @@ def test_the_paper_preset(dry_run, monkeypatch) -> None:
     # pairs that nobody has counted
     data = ["--data", "pipe:cat {folder}/train-{{00000..00003}}.tar", "--", "--workers", "4"]
     dry_run = partial(dry_run, batch=())
-    args = dry_run("--preset", "paper", *data, "--train-num-samples", "9")
+    args = dry_run("--preset", "paper", *data, "--train-num-samples", "1")
     assert (args.model, args.batch_size, args.epochs, args.warmup) == ("RN50", 128, 64, 10_000)
     assert args.precision == "fp32"  # on a CPU
     assert (args.lr, args.wd, args.eps, args.beta1, args.beta2) == (5e-4, 0.1, 1e-8, 0.9, 0.999)
@@ -143,7 +143,7 @@ def test_pairs_as_img2dataset_counts_them(data: Path, tmp_path: Path, dry_run) -
     assert dry_run(*counted, "5").train_num_samples is None
     write_tar(tmp_path / "empty.tar", {"a.txt": b"a caption"})
     with pytest.raises(CannotStart, match=r"--data: .*empty\.tar holds no image with a caption"):
-        dry_run("--data", str(tmp_path / "empty.tar"))
+        dry_run("--data", f"{tmp_path}/empty.tar::{data}/train-00000.tar")
     (tmp_path / "sizes.json").write_text("[")
     with pytest.raises(CannotStart, match=r"sizes\.json: says no numbers of pairs"):
         dry_run(*counted, "5")
