@@ -127,6 +127,8 @@ def test_shards_are_as_open_clip_reads_them(built: Path) -> None:
 
 
 def test_names_without_their_style() -> None:
+    found = ["bold-cat", "bold-dog", "cat-thin", "dog-thin", "cat-light", *["thin"] * 95]
+    assert icons.style_words(found) == {"bold", "thin"}  # 2% of the names have them
     names = ("Alarm-clock-24-outline", "traffic-light", "outline", "outline-3d_rotation")
     without = ["alarm clock", "traffic light", "outline", "3d rotation"]
     found = [icons.split_name(name, {"outline"}) for name in names]

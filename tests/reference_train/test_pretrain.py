@@ -441,7 +441,7 @@ def test_a_full_disk_leaves_no_stump(pretrain, tmp_path: Path, monkeypatch) -> N
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
     try:
-        with pytest.raises(Stopped, match=r"best\.pt can't be written: .+\Z"):
+        with pytest.raises(Stopped, match=r"best\.pt can't be written: is the disk full.+\Z"):
             pretrain()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
