@@ -1,8 +1,7 @@
 """Fixtures of all tests: the device and the engines, NaN-filled fresh memory, small strips.
 
-Tests run on one device: CUDA if available, or as `pytest --device cpu` says. The oracle is on the
-CPU, and so are the `ranks` over gloo. On CUDA the Triton kernels are compiled, elsewhere Triton's
-interpreter runs them. Where Triton is not installed, as on macOS, their tests are skipped.
+Tests run on one device: CUDA, where kernels are compiled, if available, or as `--device cpu` says,
+where Triton's interpreter runs them. The oracle is on the CPU, and so are the `ranks` over gloo.
 """
 
 import os

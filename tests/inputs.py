@@ -1,7 +1,4 @@
-"""Features to test with: every dtype, layout and geometry that the loss supports.
-
-Numbers are drawn on the CPU and then moved, so that they are the same on every device.
-"""
+"""Features to test with: every dtype, layout and geometry; the same numbers on every device."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,8 +1,4 @@
-"""What a training step launches, counted without a GPU.
-
-At the sizes people train at, a step is 20 to 200 microseconds of matrix products. Each launch costs
-about one of them on the device, and several of Python on the host.
-"""
+"""What a training step launches, counted without a GPU."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -54,8 +50,7 @@ H100 = SimpleNamespace(
 def no_device() -> Iterator[tuple[list[str], dict[str, dict[str, Any]]]]:
     """The Triton engine on CPU tensors. Launches are noted and not made: results are garbage.
 
-    Yields the names of the kernels launched, and how Triton describes each binary that it would
-    compile. Not under the interpreter.
+    Yields the names of launched kernels, and how Triton describes each binary. Not interpreted.
     """
     names: list[str] = []
     binaries: dict[str, dict[str, Any]] = {}

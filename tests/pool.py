@@ -1,10 +1,8 @@
 """Processes that compute together: a group of a few ranks that serves many tests.
 
-The processes start once and serve all tests. A test sends them a function from a module's top
-level. Every rank runs it, with tensors on its `own_device()`, and returns the results on the CPU.
-Failures are reported in bounded time: an exception with its traceback, a rank that died, or ranks
-that do not answer. The limits are far longer than any test takes, also on a busy machine. By
-default, ranks use gloo and the CPU, where kernels are interpreted.
+A test sends them a function from a module's top level. Every rank runs it, with tensors on its
+`own_device()`, and returns the results on the CPU. An exception, a rank that died, or ranks that do
+not answer are reported in bounded time, far longer than any test takes, also on a busy machine.
 """
 
 import faulthandler

@@ -1,7 +1,6 @@
 """What needs a GPU: graphs, streams, devices, synchronisation, Inductor, memory, large batches.
 
-All other tests also run on a GPU if there is one. They check values and gradients of the compiled
-kernels.
+All other tests run on a GPU, too, and check the compiled kernels' values and gradients.
 """
 
 import gc

@@ -1,7 +1,4 @@
-"""The Triton kernels alone: shipped tiles, tf32 rounding, and what they compile to.
-
-Tests with the fixture `impl` check values and gradients of both engines.
-"""
+"""The Triton kernels alone: shipped tiles, tf32 rounding, and what they compile to."""
 
 from types import SimpleNamespace
 
@@ -27,10 +24,7 @@ on_a_cpu = pytest.mark.skipif(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
 def test_shipped_tiles(arch: str, dtype: torch.dtype, monkeypatch, device: torch.device) -> None:
-    """The tiles of real GPUs, on a batch whose rows and columns end within a tile.
-
-    The two lambdas differ, so that C is needed too.
-    """
+    """Rows and columns end within a tile; the two lambdas differ, so that C is needed too."""
     monkeypatch.setattr(configs, "_INTERPRETER", configs.ARCHITECTURES[arch])
     case = Case(n=290, d=70, dtype=dtype, logit_scale=30.0, lambdas=(0.25, 0.5))
     check_loss(case, "triton", device)

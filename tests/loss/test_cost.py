@@ -1,7 +1,4 @@
-"""No N x N matrix for a large batch, and as many flops as the formulas say.
-
-`test_cuda.py` measures GPU memory.
-"""
+"""No N x N matrix for a large batch, and as many flops as the formulas say."""
 
 import gc
 from collections.abc import Callable
@@ -23,10 +20,7 @@ N, N_INTERPRETED, D = 4096, 256, 32
 
 
 def allocated(work: Callable[[], object]) -> tuple[int, int, int]:
-    """Bytes on the CPU during `work`: the largest allocation, the most at a time, and in the end.
-
-    The profiler reports all that PyTorch's allocator does, also in the middle of operators.
-    """
+    """Bytes on the CPU during `work`: the largest allocation, the most at a time, the rest."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = work()  # bound to a name: alive at the end
         gc.collect()  # what lies in reference cycles

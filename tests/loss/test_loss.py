@@ -1,7 +1,4 @@
-"""The loss with all options against the definition in float64, and the definition itself.
-
-Then NaN and infinity, and PyTorch's settings and devices that change matrix products.
-"""
+"""The loss against the definition in float64, the definition itself, NaN, PyTorch's settings."""
 
 import math
 from functools import reduce

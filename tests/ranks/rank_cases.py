@@ -60,10 +60,7 @@ def step(rank: int, world_size: int, case: RankCase) -> tuple[dict[str, Tensor],
 
 
 def check_ranks(case: RankCase, ranks: Ranks) -> None:
-    """Every rank has the terms of the whole batch, bit for bit, and W times its gradients.
-
-    The ranks' gradients of the logit scale average to the whole batch's.
-    """
+    """Every rank has the whole batch's terms and W times its gradients, the scale's on average."""
     of_ranks = ranks.run(case.world_size, step, case)
     terms = of_ranks[0][0]
     grads: Grads = {}

@@ -452,7 +452,7 @@ def test_a_full_disk_leaves_no_stump(pretrain, tmp_path: Path, monkeypatch) -> N
         fails = Mock(side_effect=OSError(number, "why", "file"))
         monkeypatch.setattr(open_clip_train, "main", fails)
         with pytest.raises(kind, match="file can't be written: why" if kind is Stopped else "why"):
-            command.train([], tmp_path)
+            pretrain()
 
 
 def test_a_run_is_trained_by_one_process(pretrain, tmp_path: Path) -> None:
