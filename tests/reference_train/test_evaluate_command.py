@@ -452,16 +452,16 @@ def test_subsets_of_imagenet_have_their_own_class_names(tmp_path: Path):
 
 
 def test_torchvisions_cifar_with_superclasses(tmp_path: Path, monkeypatch):
-    folder = tmp_path / "cifar-100-python"
-    folder.mkdir()
+    (folder := tmp_path / "cifar-100-python").mkdir()
     names = sorted(datasets.CIFAR100_SUPERCLASSES.read_text().split())
-    for split, count in (("test", 5), ("train", 7), ("meta", 0)):
+    for split, count in (("meta", 0), ("train", 7), ("test", 5)):
         pixels = torch.randint(0, 256, (count, 3072), dtype=torch.uint8).numpy()
         content = {"data": pixels, "fine_labels": [19 * i % 100 for i in range(count)]}
         (folder / split).write_bytes(pickle.dumps({**content, "fine_label_names": names}))
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
     data = datasets.find([tmp_path])[0]["cifar100"]()
     assert (len(data.images), len(data.train[0])) == (5, 7)
+    np.testing.assert_array_equal(data.images[4], pixels[4].reshape(3, 32, 32).transpose(1, 2, 0))
     classes = data.classes[""]
     assert classes.labels.tolist() == [0, 19, 38, 57, 76]
     of = dict(zip(classes.names, classes.coarse.tolist(), strict=True))
