@@ -38,8 +38,8 @@ collect_ignore = [file for file, packages in NEEDS.items() if None in map(find_s
 
 # The same examples in every run: a test fails because code changed, never by an unlucky draw.
 # Hypothesis also draws constants that it finds in loaded local modules, which depend on what else
-# is collected. No setting turns that off.
-providers.is_local_module_file = lambda path: False
+# is collected. No setting turns that off. (setattr raises if Hypothesis has renamed it.)
+pytest.MonkeyPatch().setattr(providers, "is_local_module_file", lambda path: False)
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=30)
 settings.load_profile("ci")
 
