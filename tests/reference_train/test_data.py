@@ -21,7 +21,7 @@ from tars import write_tar
 from reference_train.command_line import CannotStart, Stopped
 from reference_train.data import icons
 from reference_train.data.emoji import ALL_STYLES, EMOJI_FOLDER
-from reference_train.data.samples import Sample, read_samples
+from reference_train.data.samples import Sample, decode, read_samples
 
 
 def square(size: int, colour: str = "currentColor") -> dict:
@@ -244,11 +244,11 @@ def test_sigterm_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_samples_and_concepts() -> None:
-    """Pictures differ. Concepts are the same in every style, and split by the data card's rule."""
+    """Concepts are the same in every style, and split by the data card's rule."""
     concepts = dict[str, dict]()
     for style in ALL_STYLES:
         samples = list(read_samples([str(EMOJI_FOLDER / f"{style}.tar.xz")]))
-        assert len({sample.image for sample in samples}) == len(samples)
+        assert len({decode(s.image, 64).tobytes() for s in samples}) == len(samples)  # all differ
         for key, _, caption, info in samples:
             assert (info.pop("style"), info["concept"], info["name"]) == (style, key, caption)
             assert concepts.setdefault(key, info) == info
