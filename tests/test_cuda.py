@@ -51,7 +51,6 @@ def test_many_tiles(case: Case, dtype: torch.dtype, products: str, impl: str, de
 @pytest.mark.parametrize(("n", "d", "scale"), [(16385, 64, 20.0), (65536, 768, 50.0)])
 def test_large_batches(n: int, d: int, scale: float, device: torch.device) -> None:
     """More than one block of G (N = 16,385), and a size at which large models train.
-
     Compared with the eager engine in float64, as the oracle of the other tests would take minutes.
     The bound is 16-bit rounding, or the float32 rounding of logits, of the largest element.
     """

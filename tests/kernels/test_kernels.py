@@ -51,7 +51,6 @@ def to_tf32(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("dtype", "share"), [(torch.float16, 0.1), (torch.bfloat16, 0.02)])
 def test_tf32_rounds_ties_to_even(dtype: torch.dtype, share: float, device: torch.device) -> None:
     """Gram matrices multiply U and V rounded to 10 bits of mantissa.
-
     With one row, each element of a Gram matrix is a single product, exact in float32. In 16-bit
     features, a share of the elements of I + T are ties.
     """

@@ -57,7 +57,6 @@ def warned() -> list[str]:
 
 def pretend(monkeypatch: pytest.MonkeyPatch, times: list[float], kinds=()) -> None:
     """What each kernel's candidate takes (without a time: Ctrl-C), and what is wrong with it.
-
     All else takes 1. A candidate has more than one warp; what is shipped for the interpreter one.
     """
 

@@ -124,7 +124,6 @@ def compiled_steps(rank: int, world_size: int, cases: list[RankCase]) -> tuple[l
 )
 def test_compile_gives_the_same(uneven: bool, dist_impl: str, ranks: Ranks) -> None:
     """With fullgraph=True, and without a new graph for each number of rows or weight.
-
     With uneven rows there are several graphs, which may differ between ranks that have seen
     different numbers of rows. If a graph decided what is sent, the last step would crash.
     """

@@ -21,7 +21,7 @@ from tars import write_tar
 from reference_train.command_line import CannotStart, Stopped
 from reference_train.data import icons
 from reference_train.data.emoji import ALL_STYLES, EMOJI_FOLDER
-from reference_train.data.samples import Sample, decode, read_samples
+from reference_train.data.samples import Sample, read_samples
 
 
 def square(size: int, colour: str = "currentColor") -> dict:
@@ -248,14 +248,18 @@ def test_samples_and_concepts() -> None:
     concepts = dict[str, dict]()
     for style in ALL_STYLES:
         samples = list(read_samples([str(EMOJI_FOLDER / f"{style}.tar.xz")]))
-        assert len({decode(s.image, 64).tobytes() for s in samples}) == len(samples)  # all differ
+        pictures = [Image.open(io.BytesIO(sample.image)) for sample in samples]
+        assert {(p.format, p.mode, p.size) for p in pictures} == {("PNG", "RGB", (64, 64))}
+        assert len({picture.tobytes() for picture in pictures}) == len(samples)  # all differ
         for key, _, caption, info in samples:
             assert (info.pop("style"), info["concept"], info["name"]) == (style, key, caption)
             assert concepts.setdefault(key, info) == info
     assert len(concepts) == 1597
+    trained = {c["subgroup"] for c in concepts.values() if c["split"] == "train"}
+    assert len(trained) == len({c["subgroup"] for c in concepts.values()}) == 95
     for key, concept in concepts.items():
         place = int.from_bytes(hashlib.sha256(f"52:{key}".encode()).digest()[:8], "big") / 2**64
         split = "test" if place < 0.15 else "validation" if place < 0.25 else "train"
-        assert (concept["split"], all(concept["keywords"])) == (split, True)
+        assert (concept["split"], all(concept["keywords"] or [""])) == (split, True)
         assert not re.search(r"\b1F3F[B-F]\b|\b1F1[EF]", key)
         assert not re.search(r"facing right$|^family:|skin tone|^flag(?! in hole)", concept["name"])
