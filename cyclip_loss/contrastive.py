@@ -71,10 +71,13 @@ class _Contrastive(torch.autograd.Function):
         logits = Logits(*fields)
         own = logits.columns.shape[0]
         if gathered is not None:
-            logits = logits._replace(columns=distributed.finish_gather(gathered, ranks))
+            fields[1] = distributed.finish_gather(gathered, ranks)
+            logits = Logits(*fields)
         loss, *lse = contrastive_forward(logits, setup)
-        ctx.save_for_backward(*logits[:TENSORS], *lse)
-        ctx.settings = logits[TENSORS:], own, setup
+        # Taken from a tuple: torch.compile of PyTorch 2.8 cannot slice a NamedTuple.
+        tensors = (logits.rows, logits.columns, *fields[2:TENSORS])
+        ctx.save_for_backward(*tensors, *lse)
+        ctx.settings = fields[TENSORS:], own, setup
         return loss
 
     @staticmethod

@@ -166,9 +166,8 @@ def cyclip_loss(
             batch_ids = finish_gather(started_ids, ranks)
         losses = []
         for at, (rows, columns, of) in enumerate(terms_of):
-            logits = Logits(rows, columns, scale, ids, batch_ids, symmetric=at == 0)
-            if of.dist_impl == "gather":
-                logits = logits._replace(first_column=of.first_row(of.rank, columns.shape[0]))
+            first = of.first_row(of.rank, columns.shape[0]) if of.dist_impl == "gather" else 0
+            logits = Logits(rows, columns, scale, ids, batch_ids, first, symmetric=at == 0)
             if has_negatives and at == 0:
                 logits = _with_negatives(logits, n, ranks, of)
             total, op_args = ranks.total(n), of.to_op_args()
@@ -199,7 +198,8 @@ def _with_negatives(logits: Logits, n: int, ranks: Ranks, of_columns: Ranks) -> 
     ranks, of_columns: with the numbers of pairs and of columns. Pairs' ids are numbered from 0 on,
     so that extra images can have -2 and extra texts -1, which are nobody else's.
     """
-    rows, columns, _, ids, batch_ids, *_ = logits
+    rows, columns = logits.rows, logits.columns
+    ids, batch_ids = logits.row_ids, logits.column_ids
     if ids is not None and batch_ids is not None:
         in_order = batch_ids.sort()[0]
         ids, batch_ids = (torch.searchsorted(in_order, x) for x in (ids, batch_ids))
@@ -209,8 +209,9 @@ def _with_negatives(logits: Logits, n: int, ranks: Ranks, of_columns: Ranks) -> 
             F.pad(block, (0, of_columns.count(rank, columns.shape[0]) - count), value=-1)
             for rank, (block, count) in enumerate(zip(torch.split(batch_ids, counts), counts))  # noqa: B905
         ]
-        logits = logits._replace(row_ids=ids, column_ids=torch.cat(blocks))
-    return logits._replace(pairs=n)
+        batch_ids = torch.cat(blocks)
+    # Not `_replace`, which torch.compile of PyTorch 2.8 refuses to trace.
+    return Logits(rows, columns, logits.logit_scale, ids, batch_ids, logits.first_column, pairs=n)
 
 
 def caption_ids(tokens: Tensor) -> Tensor:

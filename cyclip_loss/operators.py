@@ -67,7 +67,14 @@ def operator(
 
         @wraps(function)
         def call(*arguments: Any) -> Any:
-            flat = [x for a in arguments for x in (a if isinstance(a, tuple) else (a,))]
+            # The schema, not the value, decides what is taken apart: torch.compile of PyTorch 2.11
+            # and 2.12 passes tuples where eager code passes lists.
+            flat: list[Any] = []
+            for kind, argument in zip(kinds, arguments):  # noqa: B905 (2.8 can't trace strict)
+                if hasattr(kind, "_fields"):
+                    flat.extend(argument)
+                else:
+                    flat.append(list(argument) if isinstance(argument, tuple) else argument)
             if is_traced(*(x for x in flat if isinstance(x, Tensor))):
                 return traced(*flat)
             if gives_gradients and torch.is_grad_enabled():

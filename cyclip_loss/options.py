@@ -44,7 +44,7 @@ def _optional_weight(name: str, value: Any) -> float | None:
 
 
 def _optional_batch_size(name: str, value: Any) -> int | None:
-    if isinstance(value, bool) or not isinstance(value, Integral | None):
+    if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
         raise TypeError(f"{name} must be an integer >= 1 or None, got {value!r}")
     if value is not None and value < 1:
         raise ValueError(f"{name} must be >= 1, got {value}")
