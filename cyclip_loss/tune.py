@@ -16,25 +16,26 @@ from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import product
+from math import gcd
 from pathlib import Path
 from statistics import median
 from timeit import timeit
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from cyclip_loss import engines
-from cyclip_loss.checks import warn_once
-from cyclip_loss.numerics import Logits, Lse, architecture, float32_is_exact
+from cyclip_loss.logits import Logits, SavedStatistics
+from cyclip_loss.numerics import architecture
+from cyclip_loss.usage_warnings import warn_once
 
 if find_spec("triton") is not None:  # else `main` says that there is nothing to tune
     import triton
 
-    from cyclip_loss import kernels
+    from cyclip_loss import kernels, verification
     from cyclip_loss.kernels import configs
+    from cyclip_loss.kernels.launch import recording
 
     # Triton 3.4 compiles one after another.
     parallel = getattr(triton, "AsyncCompileMode", lambda pool, ignore_errors: nullcontext())
@@ -71,48 +72,70 @@ def launcher(kernel: str, image: Tensor, text: Tensor) -> tuple[Callable[[], obj
     """What launches a kernel once, without the library's products, and the kernel's flops."""
     (n, d), one = image.shape, torch.ones((), device=image.device)
     logits, lse = Logits(image, text, 50 * one), 12 * one.repeat(n)  # about that of random logits
+    saved = SavedStatistics(lse, lse, 0 * lse)
     grams, weights = torch.randn(2, d, d, device=image.device), [torch.tensor(0.25)] * 2
     only_scale = [False, False, True]
     calls: dict[str, Any] = {
         "contrastive_lse": (n, logits),
-        "contrastive_grads": (n, logits, Lse(lse, lse, 0 * lse), one, 0.5 / n, only_scale, False),
-        "cyclic_statistics": (d, image, text, False),
+        "contrastive_grads": (n, logits, saved, one, 0.5 / n, only_scale, False),
+        "gram_matrices": (d, image, text, False),
         "cyclic_grads": (2 * d, image, text, grams, [one], weights, n, [True, True]),
     }
     width, *arguments = calls[kernel]
     return partial(getattr(kernels, kernel), *arguments), 2 * n * d * width
 
 
-def trying(kernel: str, config: Any) -> Any:
-    """A context in which every launch of a kernel takes `config`, and no file is read."""
-    return mock.patch.multiple(
-        configs, tuned=lambda device: {kernel: config}, tiles_key=lambda name, *_: name
-    )
-
-
 def refusal(
     kernel: str, config: Any, image: Tensor, launch: Any, compile_only: bool = False
 ) -> str | None:
-    """Why a configuration must not be chosen: it fails, spills or is wrong. None if it may."""
-    function, compiled = getattr(kernels, kernel).__globals__[f"{kernel}_kernel"], []
-    run = function.run
+    """Why a configuration must not be chosen: it fails, spills or is wrong. None if it may.
 
-    def noted(*arguments: Any, warmup: bool, **options: Any) -> Any:
-        compiled.append(run(*arguments, warmup=warmup or compile_only, **options))
-        return compiled[-1]
-
+    compile_only: only compile it, for a later call to find in Triton's cache.
+    """
+    problem = None
     try:
-        with trying(kernel, config), mock.patch.object(function, "run", noted):
-            problem = engines.disagreement(kernels, image.device, image.dtype, float32_is_exact())
+        with configs.overridden(kernel, config), recording(compile_only) as binaries:
+            for form in forms(kernel, image):
+                problem = verification.compare(form)
+                if problem and not compile_only:
+                    problem = f"{form}: {problem}"
+                    break
             launch()
-        spills = [0 if compile_only or binary is None else binary.n_spills for binary in compiled]
-        return f"spills {max(spills)} registers" if any(spills) else problem
+        spills = max(getattr(binary, "n_spills", 0) for binary in binaries)
+        return f"spills {spills} registers" if spills else problem
     except Exception as error:  # of any kind: that candidate is out
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.200}"
 
 
+def forms(kernel: str, image: Tensor) -> Iterator[Any]:
+    """The forms of a kernel that a candidate has to compute right."""
+    logits = {"symmetric": True, "extra negatives": True, "first_column": "> 0"}
+    switches: dict[str, list[dict[str, Any]]] = {
+        "contrastive_lse": [logits | {"ids": ids, "several strips": True} for ids in (False, True)],
+        "contrastive_grads": [
+            logits
+            | {
+                "ids": ids,
+                "needs": (True, True, True),
+                "wide": False,
+                "several blocks of rows": False,
+                "several blocks of columns": False,
+            }
+            for ids in (False, True)
+        ],
+        "gram_matrices": [{"with_cross": cross, "several splits": True} for cross in (False, True)],
+        "cyclic_grads": [
+            {"with_cross": cross, "separate": cross, "needs": (True, True)}
+            for cross in (False, True)
+        ],
+    }
+    for chosen in switches[kernel]:
+        scope, d_class = verification.scope_of(image), gcd(image.shape[1], verification.D_CLASSES)
+        yield verification.Form(scope, kernel, d_class, tuple(chosen.items()))
+
+
 def milliseconds(launch: Callable[[], object], device: torch.device) -> float:
-    """Of a launch among others or, without a GPU, of one by the clock."""
+    """Median time per launch: CUDA events on a GPU, wall-clock time otherwise."""
     if device.type == "cuda":
         return float(triton.testing.do_bench(launch, warmup=1, rep=5, return_mode="median"))
     return 1e3 * timeit(launch, number=1)
@@ -127,9 +150,7 @@ def tune(
     each has two candidates, and their times mean nothing.
     """
     begun, tables, few = time.perf_counter(), configs.shipped(device), kernels.INTERPRETED
-    # A tile has two binaries, with ids and without or with C and without.
     jobs, together = list(product(dtypes, tables)), max(1, (os.cpu_count() or 1) // 2)
-    engines.CHECK_SIZES = (70, 90, 40) if few else engines.CHECK_SIZES
     matrix = torch.ones(*[64 if few else 8192] * 2, dtype=torch.bfloat16, device=device)
     own = min(milliseconds(lambda: matrix @ matrix, device) for _ in range(5))
     for job, (dtype, kernel) in enumerate(jobs, 1):
@@ -159,7 +180,7 @@ def tune(
             if turn >= 5 and time.perf_counter() > end:
                 break
             for at in times:  # in turn, so that clock and temperature meet all alike
-                with trying(kernel, tried[at]):
+                with configs.overridden(kernel, tried[at]):
                     times[at].append(milliseconds(launch, device))
         ms = {0: float("inf")} | {at: median(found) for at, found in times.items()}
         best = min(ms, key=ms.__getitem__)
@@ -172,8 +193,8 @@ def tune(
         }  # fmt: skip
 
 
-def remember(file: Path, device: torch.device, key: str, tile: Any) -> None:
-    """Put a choice into the file. Warns if it can't be written."""
+def remember(file: Path, device: torch.device, key: str, tile: Any) -> bool:
+    """Put a choice into the file. Warns, and returns False, if it can't be written."""
     try:
         import fcntl  # not on Windows
 
@@ -185,8 +206,10 @@ def remember(file: Path, device: torch.device, key: str, tile: Any) -> None:
             unfinished = file.with_name(f".{file.name}.unfinished")
             unfinished.write_text(json.dumps(found, indent=1))
             unfinished.replace(file)
+        return True
     except Exception as error:
         warn_once("tiles", f"the tile sizes are not kept, as {file} can't be written: {error!r}")
+        return False
 
 
 def main(arguments: list[str]) -> int:

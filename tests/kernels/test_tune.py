@@ -10,7 +10,7 @@ import pytest
 import torch
 from processes import run_python
 
-from cyclip_loss import CyCLIPWarning, checks, engines, kernels, tune
+from cyclip_loss import CyCLIPWarning, engines, kernels, tune, usage_warnings
 from cyclip_loss.kernels import configs
 from cyclip_loss.kernels.configs import Precision, config_for
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 FEATURES = torch.ones(3, 256, dtype=torch.bfloat16)
 PRECISION = Precision.of(FEATURES)
 KEY = configs.tiles_key("contrastive_lse", FEATURES, PRECISION)
-KERNELS = ("contrastive_lse", "contrastive_grads", "cyclic_statistics", "cyclic_grads")
+KERNELS = ("contrastive_lse", "contrastive_grads", "gram_matrices", "cyclic_grads")
 TILE = {"BM": 64, "BN": 64, "BK": 32, "PARTS": 2, "GROUP": 8}
 SHIPPED = configs.shipped(CPU)["contrastive_lse"][PRECISION] if kernels.INTERPRETED else None
 pytestmark = pytest.mark.skipif(not kernels.INTERPRETED, reason="pretends that the CPU is a GPU")
@@ -31,7 +31,7 @@ def file(tmp_path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("CYCLIP_LOSS_TILES", raising=False)
     monkeypatch.setattr(engines, "CHECK_SIZES", (70, 90, 40))
     configs.tuned.cache_clear()
-    checks._warned.clear()
+    usage_warnings._warned.clear()
     yield tmp_path / "cache" / "cyclip_loss" / "tiles.json"
     configs.tuned.cache_clear()
 

@@ -9,11 +9,11 @@ from conftest import setting
 from inputs import pairs
 from torch.utils.flop_counter import FlopCounterMode
 
-from cyclip_loss import CyCLIPLoss, CyCLIPWarning, checks, eager, engines, kernels
+from cyclip_loss import CyCLIPLoss, CyCLIPWarning, eager, engines, kernels, usage_warnings
 
 # How many tensors each function returns.
 RESULTS = {"contrastive_lse": 3, "pair_terms": 4, "contrastive_grads": 3}
-RESULTS |= {"cyclic_statistics": 1, "cyclic_terms": 1, "cyclic_grads": 2}
+RESULTS |= {"gram_matrices": 1, "cyclic_terms": 1, "cyclic_grads": 2}
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not kernels.INTERPRETED, reason="pretends that the CPU is a GPU")
 
@@ -25,7 +25,7 @@ def a_device_with_kernels(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(engines, "CHECK_SIZES", (70, 90, 40))
     monkeypatch.setitem(kernels.configs.SUM.kwargs, "BLOCK", 4)  # sums take several blocks
     engines._kernels_work.cache_clear()
-    checks._warned.clear()
+    usage_warnings._warned.clear()
     yield
     engines._kernels_work.cache_clear()
 
