@@ -235,8 +235,10 @@ def contrastive_forward(
         own_pairs = min(num_rows, num_pairs)
         pair_logits, column_pair_logits = lse.pair_logits[:own_pairs], lse.column_pair_logits
         if column_pair_logits is None:
-            extra = max(0, lse.column_negatives_lse.shape[0] - own_pairs)
-            column_pair_logits = F.pad(pair_logits, (0, extra), value=-torch.inf)
+            column_pair_logits = pair_logits
+            extra = lse.column_negatives_lse.shape[0] - own_pairs
+            if extra > 0:
+                column_pair_logits = F.pad(pair_logits, (0, extra), value=-torch.inf)
         loss, row_lse, column_lse, pair_gradient = compute.pair_terms(
             lse.row_negatives_lse[:own_pairs],
             lse.column_negatives_lse,

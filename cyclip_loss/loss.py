@@ -205,7 +205,7 @@ class CyCLIPLoss(LossOptions, _Module):
             output_dict: return `contrastive_loss`, `inmodal_cyclic_loss` and
                 `crossmodal_cyclic_loss` (and `inmodal_contrastive_loss` with augmented views), each
                 weighted, which sum to the loss.
-            augmented_image_features, augmented_text_features: (N, D), of a second view of the pairs.
+            augmented_image_features, augmented_text_features: (N, D), of a second view of each.
             ids: (N,), integers; rows with the same id are not negatives of each other.
             negative_image_features, negative_text_features: (M, D), more negatives.
 

@@ -28,7 +28,7 @@ from cyclip_loss.usage_warnings import warn_once
 
 # Rows and columns of the batches that are compared: several tiles in each direction, and no
 # multiple of a tile. The interpreter's tiles are smaller.
-CHECK_SIZES = (70, 90) if kernels.INTERPRETED else (600, 700)
+CHECK_SIZES = (40, 70) if kernels.INTERPRETED else (600, 700)
 D_CLASSES = 128  # D counts as the largest power of two that divides it, up to this
 
 
@@ -162,9 +162,11 @@ def _disagreement(form: Form, sizes: tuple[int, int]) -> str | None:
         if isinstance(results, Tensor):
             results, expected = [results], [expected]
         for index, (result, right) in enumerate(zip(results, expected, strict=True)):
+            if index == 2 and not dict(form.switches).get("needs", (True,) * 3)[index]:
+                continue  # ds is arbitrary where it is not needed
             if result.shape != right.shape:
                 return f"result {index} has shape {tuple(result.shape)}"
-            if result.numel() == 0:
+            if right.numel() == 0:
                 continue
             # Where the eager result is not finite, the kernel's must not be either.
             finite = right.isfinite()
@@ -173,7 +175,9 @@ def _disagreement(form: Form, sizes: tuple[int, int]) -> str | None:
             error = torch.where(finite, (result - right).abs(), 0).max().item()
             largest = torch.where(finite, right.abs(), 0).max().item()
             if not error <= bound * largest:
-                return f"result {index} is off by {error / largest:.2g} of its largest value"
+                return (
+                    f"result {index} is off by {error:.2g}, and its largest value is {largest:.2g}"
+                )
     return None
 
 
@@ -188,7 +192,10 @@ def _features(form: Form, num_rows: int, num_columns: int) -> tuple[Tensor, Tens
 
     Every fifth row is nearly aligned with the column of the same number.
     """
-    d = form.d_class + D_CLASSES if form.d_class < D_CLASSES else 2 * D_CLASSES
+    # An odd multiple has the same class. The interpreter, which is slow, gets a small one.
+    d = form.d_class * (3 if kernels.INTERPRETED or form.d_class == D_CLASSES else 1)
+    if not kernels.INTERPRETED and form.d_class < D_CLASSES:
+        d += D_CLASSES
     # A generator of its own: the user's random numbers stay as they are.
     generator = torch.Generator("cpu").manual_seed(0)
     total = num_rows + num_columns
@@ -327,10 +334,8 @@ def _pairs_cases(form: Form, sizes: tuple[int, int]) -> Iterator[tuple[Any, dict
     values = torch.randn(2, num_columns, generator=generator, dtype=torch.float64, device="cpu")
     row_lse, column_lse = (5 * values).float().to(form.scope.device).double()
     pair_logits = column_lse.flip(0)[:num_rows]
-    column_pair_logits = F.pad(pair_logits, (first_column, 0), value=-torch.inf)
-    column_pair_logits = F.pad(
-        column_pair_logits, (0, num_columns - len(column_pair_logits)), value=-torch.inf
-    )
+    column_pair_logits = column_lse - 1  # every column has a partner, as across ranks
+    column_pair_logits[first_column : first_column + num_rows] = pair_logits
     if not switches["symmetric"]:
         column_lse = column_pair_logits = column_lse[:0]
     row_lse = row_lse[:num_rows]

@@ -128,7 +128,9 @@ def test_the_definition() -> None:
 @example(n=1, d=1, bad=torch.inf, where=0, at=(0, 0), sign=1, seed=0)
 @example(n=1, d=3, bad=torch.inf, where=2, at=(0, 0), sign=1, seed=0)
 @example(n=6, d=2, bad=-torch.inf, where=1, at=(5, 1), sign=1, seed=0)
-def test_nan_and_infinity_never_give_a_finite_loss(n, d, bad, where, at, sign, seed, impl, device) -> None:
+def test_nan_and_infinity_never_give_a_finite_loss(
+    n, d, bad, where, at, sign, seed, impl, device
+) -> None:
     """In either tower or view, whatever the sign of the features that it is multiplied with."""
     features = Case(n, d, views=True, seed=seed).features(device)
     if sign is not None:

@@ -73,7 +73,10 @@ def test_lengths_and_scale_of_a_modules_first_call(device: torch.device) -> None
         (partial(WithCyclicPenalty(PlainClip()), image, longer, 1.0), lengths),
         (partial(CyCLIPLoss(), image, text, scale), ["scale.exp()"]),
         (partial(CyCLIPLoss(), image * torch.nan, text, SCALE), []),
-        (partial(CyCLIPLoss(), image, text, scale * torch.nan), ["must be finite and > 0, got nan"]),
+        (
+            partial(CyCLIPLoss(), image, text, scale * torch.nan),
+            ["must be finite and > 0, got nan"],
+        ),
         (partial(CyCLIPLoss(), image, text, 0 * scale), ["must be finite and > 0, got 0"]),
     ):
         usage_warnings._warned.clear()
