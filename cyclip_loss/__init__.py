@@ -6,7 +6,8 @@ from cyclip_loss import functional, reference
 from cyclip_loss.functional import caption_ids
 from cyclip_loss.loss import CyclicPenalty, CyCLIPLoss
 from cyclip_loss.metrics import consistency_metrics
-from cyclip_loss.options import CyCLIPWarning, hint_at_misspelled
+from cyclip_loss.options import hint_at_misspelled
+from cyclip_loss.usage_warnings import CyCLIPWarning
 from cyclip_loss.with_penalty import WithCyclicPenalty
 
 __version__ = "0.3.0"

@@ -1,6 +1,10 @@
-"""The first step of a call: check the arguments, cast them, and put them under one name each."""
+"""The first step of a call: check the arguments, cast them, and put them under one name each.
+
+`Batch` and `Plan` are the two records that the later steps get.
+"""
 
 from collections.abc import Hashable
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -8,8 +12,8 @@ import torch
 from torch import Tensor
 
 from cyclip_loss.distributed import Ranks, check_ranks_agree, ranks_of
-from cyclip_loss.numerics import accumulation_dtype, autocast_is_on
-from cyclip_loss.options import LossOptions, PenaltyOptions, has_penalties
+from cyclip_loss.numerics import accumulation_dtype
+from cyclip_loss.options import WEIGHTS, LossOptions, PenaltyOptions, has_penalties
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -26,13 +30,31 @@ class Batch(NamedTuple):
     image_features: Tensor  # (n, D)
     text_features: Tensor  # (n, D)
     ranks: Ranks  # with the number of pairs on each
+    column_ranks: Ranks  # with the number of columns of the first term on each
     total_pairs: int  # N
     logit_scale: Tensor | None = None  # scalar of the accumulation dtype; None: penalties alone
     ids: Tensor | None = None  # (n,), int64
     row_features: tuple[Tensor, ...] = ()  # of each contrastive term
     column_features: tuple[Tensor, ...] = ()
     has_negatives: bool = False
-    column_ranks: Ranks = Ranks()  # with the number of columns of the first term on each
+
+
+class Plan(NamedTuple):
+    """How a call is computed. Backward follows the plan of its forward."""
+
+    # "dense": N x N matrices, each computed once; "streamed": logits in blocks; "none": no term.
+    contrastive: str
+    # "dense"; "gram": D x D Gram matrices; "none": both lambdas are 0.
+    penalties: str
+    # "eager", "kernels", or "verified kernels". While traced, one of `options.IMPLS`: the operators
+    # choose when they run.
+    engine: str
+    # How text features reach the rows of other ranks: "local" (one process), "gather" or "ring".
+    strategy: str
+    separate: bool  # whether the terms are returned one by one
+    with_cross: bool  # whether the penalties need the Gram matrix C
+    positives: bool  # whether rows with the same id are positives of each other
+    traced: bool  # whether torch.compile or torch.export records the call
 
 
 def prepare_pairs(
@@ -45,7 +67,8 @@ def prepare_pairs(
     image_features, text_features = check_features(
         image_features, text_features, may_be_empty=ranks.size > 1
     )
-    return Batch(image_features, text_features, ranks, ranks.total(image_features.shape[0]))
+    total_pairs = ranks.total(image_features.shape[0])
+    return Batch(image_features, text_features, ranks, ranks, total_pairs)
 
 
 def prepare(
@@ -102,18 +125,20 @@ def prepare(
     column_ranks = ranks
     if several:
         signature = _collective_signature(sent, options, ids)
-        ranks, column_ranks = check_ranks_agree(ranks, options, images, num_rows, signature)
+        ranks, column_ranks = check_ranks_agree(
+            ranks, options, images, num_rows, signature, WEIGHTS
+        )
     return Batch(
         images,
         texts,
         ranks,
+        column_ranks,
         ranks.total(images.shape[0]),
         scale,
         ids,
         tuple(row_features),
         tuple(column_features),
         negative_image_features is not None or negative_text_features is not None,
-        column_ranks,
     )
 
 
@@ -201,6 +226,21 @@ def _autocast(features: Tensor) -> Tensor:
     return features
 
 
+def autocast_is_on(device_type: str) -> bool:
+    """Whether autocast is on; False for devices without autocast, such as "meta"."""
+    # PyTorch 2.8 can't trace `is_autocast_available`; compiled code does not run on "meta".
+    has_autocast = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
+    return has_autocast and torch.is_autocast_enabled(device_type)
+
+
+def without_autocast(features: Tensor) -> AbstractContextManager[Any]:
+    """Switch autocast off for the features' device; costs nothing where it is off already."""
+    device_type = features.device.type
+    if autocast_is_on(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
 def check_logit_scale(logit_scale: Tensor | float, features: Tensor) -> Tensor:
     """logit_scale as a 0-dim tensor of the accumulation dtype on the features' device."""
     dtype = accumulation_dtype(features.dtype)
@@ -245,14 +285,3 @@ def check_ids(ids: Tensor | None, features: Tensor, same_ids: str) -> Tensor | N
             f"{features.device}, got {tuple(ids.shape)} on {ids.device}"
         )
     return ids.to(torch.int64).contiguous()
-
-
-def zero_of_bias(logit_bias: Tensor | float, loss: Tensor) -> Tensor:
-    """0 with a gradient of 0 to the bias: DDP needs a gradient for every parameter."""
-    if isinstance(logit_bias, bool) or not isinstance(logit_bias, (Tensor, Real)):
-        hint = ": pass output_dict by keyword" if isinstance(logit_bias, bool) else ""
-        raise TypeError(f"logit_bias must be a tensor, a number or None, got {logit_bias!r}{hint}")
-    bias = torch.as_tensor(logit_bias)
-    if bias.numel() != 1:
-        raise ValueError(f"logit_bias must have one element, got shape {tuple(bias.shape)}")
-    return (bias.reshape(()) * 0).to(loss)

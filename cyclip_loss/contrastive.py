@@ -33,13 +33,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cyclip_loss import dense, distributed, engines, gather, local, ring
-from cyclip_loss.batch import Batch
+from cyclip_loss.batch import Batch, Plan, without_autocast
 from cyclip_loss.distributed import Ranks
 from cyclip_loss.logits import Logits, SavedStatistics
-from cyclip_loss.numerics import without_autocast
 from cyclip_loss.operators import call_backward, empty_grad_like, register
 from cyclip_loss.options import LossOptions
-from cyclip_loss.plan import Plan
 from cyclip_loss.positives import WithPositives
 
 STRATEGIES: Any = {"local": local, "gather": gather, "ring": ring}
@@ -170,7 +168,8 @@ class _Contrastive(torch.autograd.Function):
         *fields, gathered, ranks, settings, traced = inputs
         own_columns = fields[1].shape[0]
         if gathered is not None:
-            fields[1] = distributed.finish_gather(gathered, ranks)
+            # A new list: torch.compile of PyTorch 2.8 makes `fields` a tuple.
+            fields = [fields[0], distributed.finish_gather(gathered, ranks), *fields[2:]]
         compute = _forward_operator if traced else contrastive_forward
         loss, row_lse, column_lse, pair_gradient = compute(*fields, *settings)
         ctx.save_for_backward(*fields[:5], row_lse, column_lse, pair_gradient)

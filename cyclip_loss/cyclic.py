@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 
 from cyclip_loss import dense, distributed, eager, engines
-from cyclip_loss.batch import Batch
-from cyclip_loss.numerics import accumulation_dtype, without_autocast
+from cyclip_loss.batch import Batch, Plan, without_autocast
+from cyclip_loss.numerics import accumulation_dtype
 from cyclip_loss.operators import call_backward, empty_grad_like, register
-from cyclip_loss.options import PenaltyOptions, has_penalties, penalty_weights
-from cyclip_loss.plan import Plan
+from cyclip_loss.options import PenaltyOptions, has_penalties
 
 
 def start_all_reduce(batch: Batch, plan: Plan, options: PenaltyOptions) -> Tensor | None:
@@ -57,17 +56,21 @@ def terms(
         zero = nothing.to(accumulation_dtype(image_features.dtype))
         return (zero, zero.clone()) if plan.separate else (zero,)
     if plan.penalties == "dense":
-        weights = penalty_weights(options, n)
         return dense.penalties(
-            image_features, text_features, weights, plan.separate, plan.with_cross
+            image_features,
+            text_features,
+            _numeric_weights(options, n),
+            plan.separate,
+            plan.with_cross,
         )
     if reduced is None:
-        grams = None
-        weights = _weights(options, n, image_features)
+        grams, weights = None, _tensor_weights(options, n, image_features)
     else:
         summed = distributed.wait(reduced)
         grams = summed[:-1].view(3, d, d)[: 3 if plan.with_cross else 2]
-        weights = penalty_weights(options, summed[-1])
+        # Tensors are multiplied: torch.compile of PyTorch 2.8 would make constants of the lambdas.
+        one = summed.new_ones(()) if torch.compiler.is_compiling() else 1.0
+        weights = _numeric_weights(options, summed[-1], one)
     return _CyclicPenalties.apply(  # type: ignore[no-any-return, no-untyped-call]
         image_features, text_features, grams, *weights, batch.ranks.size, plan
     )
@@ -122,17 +125,30 @@ class _CyclicPenalties(torch.autograd.Function):
         return (*needed, None, None, None, None, None)
 
 
-def _weights(options: PenaltyOptions, n: int, features: Tensor) -> tuple[Tensor, ...]:
-    """`penalty_weights` as tensors, on the CPU: filling one on a GPU would launch a kernel.
+def _numeric_weights(options: PenaltyOptions, total: Any, one: Any = 1.0) -> tuple[Any, Any]:
+    """The weights of N * P_in and N * P_cross, which are sums over all pairs of N rows.
+
+    lambda / N in the paper's formula, lambda * R / N^2 with a reference batch size R.
+    total: N, a number or a tensor; one: 1, or a tensor of it if the weights are to be tensors.
+    """
+    reference: float | None = options._reference  # type: ignore[attr-defined]
+    weights = one * options.lambda_inmodal, one * options.lambda_crossmodal
+    if reference is None:
+        return weights[0] / total, weights[1] / total
+    return weights[0] * reference / (total * total), weights[1] * reference / (total * total)
+
+
+def _tensor_weights(options: PenaltyOptions, n: int, features: Tensor) -> tuple[Any, ...]:
+    """`_numeric_weights` as tensors, on the CPU: filling one on a GPU would launch a kernel.
 
     When traced, they are on the features' device, for CUDA graphs, and the arithmetic is on
     tensors: torch.compile would make constants of Python numbers combined with each other.
     """
     dtype = accumulation_dtype(features.dtype)
     if torch.compiler.is_compiling():
-        return penalty_weights(options, n, features.new_ones((), dtype=dtype))
+        return _numeric_weights(options, n, features.new_ones((), dtype=dtype))
     # An explicit device, as torch.set_default_device may have set another.
-    weights = penalty_weights(options, n)
+    weights = _numeric_weights(options, n)
     return tuple(torch.scalar_tensor(weight, dtype=dtype, device="cpu") for weight in weights)
 
 

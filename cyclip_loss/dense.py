@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cyclip_loss.numerics import accumulation_dtype, without_autocast
+from cyclip_loss.batch import without_autocast
+from cyclip_loss.numerics import accumulation_dtype
 from cyclip_loss.operators import call_backward
 
 

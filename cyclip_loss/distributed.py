@@ -17,9 +17,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from cyclip_loss.numerics import on_device_of
-from cyclip_loss.options import WEIGHTS, LossOptions
-
 _collectives: Any = torch.ops._c10d_functional
 # Takes the place of the process group, which cannot be stored, in a stored module.
 NOT_STORED = "not stored with the module: set its attribute process_group"
@@ -104,10 +101,11 @@ _agreed: WeakKeyDictionary[ProcessGroup, set[Hashable]] = WeakKeyDictionary()
 
 def check_ranks_agree(
     ranks: Ranks,
-    options: LossOptions,
+    options: Any,
     features: Tensor,
     num_rows: dict[str, int],
     signature: dict[str, Hashable],
+    weights: tuple[str, ...],
 ) -> tuple[Ranks, Ranks]:
     """Compare the call with the other ranks'; return `ranks` with the number of rows on each.
 
@@ -117,7 +115,8 @@ def check_ranks_agree(
 
     features: this rank's, for their device. num_rows: how many this rank has, by the arguments'
     names, pairs first. The first result has the ranks' numbers of pairs, the second those of all
-    rows together. signature: what decides which collectives run, by name.
+    rows together. signature: what decides which collectives run, by name. weights: names of
+    options that are numbers, which may change between calls. options: a `LossOptions`.
 
     Raises:
         ValueError: on every rank, listing all differences, or if no rank has pairs. In a call
@@ -133,7 +132,7 @@ def check_ranks_agree(
             raise ValueError(f"{pairs_name} have 0 rows: that needs uneven=True")
         return ranks, ranks
 
-    own = {**signature, **{name: getattr(options, name) for name in WEIGHTS}}
+    own = {**signature, **{name: getattr(options, name) for name in weights}}
     disable: Any = torch.compiler.disable  # not at the top: that would import the whole compiler
     answers = disable(_exchange)({"rows": (*num_rows.values(),), **own}, ranks, features)
     values: Any = {name: [answer[name] for answer in answers] for name in own}
@@ -160,7 +159,7 @@ def _with_rows(ranks: Ranks, rows_per_rank: tuple[int, ...]) -> Ranks:
 def _exchange(own: dict[str, Any], ranks: Ranks, features: Tensor) -> list[dict[str, Any]]:
     """Gather each rank's `own` on every rank; the host waits."""
     answers: list[Any] = [None] * ranks.size
-    with on_device_of(features):
+    with torch.cuda.device_of(features):
         dist.all_gather_object(answers, own, group=ranks.group)
     return answers
 
@@ -268,10 +267,14 @@ class Hop:
         target, source = (ranks.rank + 1) % ranks.size, (ranks.rank - 1) % ranks.size
         operations = []
         for tag, (outgoing, incoming) in enumerate(zip(self.sent, self.received, strict=True)):
-            options = {"group": ranks.group, "tag": tag}
-            operations.append(dist.P2POp(dist.isend, outgoing, group_peer=target, **options))
-            operations.append(dist.P2POp(dist.irecv, incoming, group_peer=source, **options))
-        with on_device_of(self.sent[0]):
+            for move, block, peer in (
+                (dist.isend, outgoing, target),
+                (dist.irecv, incoming, source),
+            ):
+                operations.append(
+                    dist.P2POp(move, block, group=ranks.group, tag=tag, group_peer=peer)
+                )
+        with torch.cuda.device_of(self.sent[0]):
             self.works = dist.batch_isend_irecv(operations)
 
     def finish(self) -> list[Tensor]:

@@ -5,6 +5,7 @@ Two modules have the same functions: `eager.py` and, on CUDA and ROCm, the Trito
 """
 
 import os
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from cyclip_loss import eager
 from cyclip_loss.numerics import architecture
 from cyclip_loss.options import IMPLS
+from cyclip_loss.verification import VerifiedKernels
 
 
 def choose(impl: str, features: Tensor) -> str:
@@ -34,9 +36,7 @@ def choose(impl: str, features: Tensor) -> str:
     if impl == "auto":
         if not has_kernels:
             return "eager"
-        from cyclip_loss import verification
-
-        return "verified kernels" if verification.kernels_work(features) else "eager"
+        return "verified kernels" if verified_kernels().work(features) else "eager"
     if features.is_cuda and not has_kernels:
         # The kernels might compile nevertheless, and give wrong results.
         raise ValueError(
@@ -67,6 +67,12 @@ def module(engine: str, features: Tensor) -> Any:
         from cyclip_loss import kernels
 
         return kernels
-    from cyclip_loss import verification
+    return verified_kernels()
 
-    return verification.VERIFIED
+
+@lru_cache
+def verified_kernels() -> VerifiedKernels:
+    """The kernels with the forms that have been compared in this process."""
+    from cyclip_loss import kernels
+
+    return VerifiedKernels(kernels, eager)

@@ -21,6 +21,7 @@ Raises ValueError if shapes or devices do not match, on one rank or between rank
 empty, if an option has a bad value, or if the process group cannot be used.
 """
 
+from numbers import Real
 from typing import Literal, overload
 
 import torch
@@ -28,7 +29,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from cyclip_loss import contrastive, cyclic, usage_warnings
-from cyclip_loss.batch import prepare, prepare_pairs, zero_of_bias
+from cyclip_loss.batch import prepare, prepare_pairs
 from cyclip_loss.options import LossOptions, PenaltyOptions, given_options
 from cyclip_loss.plan import make_plan
 
@@ -307,7 +308,7 @@ def cyclip_loss(
         penalties = cyclic.terms(batch, plan, options, reduced)
 
     if logit_bias is not None:
-        zero = zero_of_bias(logit_bias, terms["contrastive_loss"])
+        zero = _zero_of_bias(logit_bias, terms["contrastive_loss"])
         terms["contrastive_loss"] = terms["contrastive_loss"] + zero
     usage_warnings.warn_of_strong_penalties(options, batch.total_pairs)
     if augmented_image_features is None:
@@ -316,6 +317,17 @@ def cyclip_loss(
         return {**terms, **dict(zip(CYCLIC_TERMS, penalties))}  # noqa: B905
     loss, *others = (*terms.values(), *penalties)
     return sum(others, loss)
+
+
+def _zero_of_bias(logit_bias: Tensor | float, loss: Tensor) -> Tensor:
+    """0 with a gradient of 0 to the bias: DDP needs a gradient for every parameter."""
+    if isinstance(logit_bias, bool) or not isinstance(logit_bias, (Tensor, Real)):
+        hint = ": pass output_dict by keyword" if isinstance(logit_bias, bool) else ""
+        raise TypeError(f"logit_bias must be a tensor, a number or None, got {logit_bias!r}{hint}")
+    bias = torch.as_tensor(logit_bias)
+    if bias.numel() != 1:
+        raise ValueError(f"logit_bias must have one element, got shape {tuple(bias.shape)}")
+    return (bias.reshape(()) * 0).to(loss)
 
 
 def caption_ids(tokens: Tensor) -> Tensor:

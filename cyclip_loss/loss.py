@@ -4,13 +4,14 @@ from copy import deepcopy
 from dataclasses import dataclass, fields
 from typing import Any, Literal, overload
 
+import torch
 from torch import Tensor, nn
 
 from cyclip_loss import functional
 from cyclip_loss.distributed import NOT_STORED, ranks_of
 from cyclip_loss.numerics import is_capturing
-from cyclip_loss.operators import is_traced
 from cyclip_loss.options import LossOptions, PenaltyOptions, hint_at_misspelled
+from cyclip_loss.plan import is_traced
 from cyclip_loss.usage_warnings import warn_of_unusual_inputs
 
 
@@ -212,7 +213,8 @@ class CyCLIPLoss(LossOptions, _Module):
         Returns a float32 scalar (float64 for float64 features), or a dict of them.
         `functional.cyclip_loss` has the details.
         """
-        if not is_traced(image_features) and not self._inputs_checked:
+        # `is_compiling` comes first: compiled code must not depend on the flag.
+        if not torch.compiler.is_compiling() and not self._inputs_checked:
             self._check_rank()
         loss = functional.cyclip_loss(
             image_features,

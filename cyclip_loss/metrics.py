@@ -48,7 +48,8 @@ def consistency_metrics(
             not even under autocast.
         process_group, distributed: a group, or True for the default group, to use the rows of all
             its ranks, which may hold different numbers of rows. Every rank must make the call. The
-            host waits, and all features are gathered (2 N D elements).
+            host waits, and all features are gathered (2 N D elements). Off by default, unlike in
+            the loss, because metrics are often computed on one rank alone.
 
     Takes 8 N^2 D flops in float64 (float32 on MPS), shared by the ranks, in bounded memory.
 
@@ -64,8 +65,9 @@ def consistency_metrics(
     n, d = pair[0].shape
     if ranks.size > 1:
         signature = {"D": d, "dtype": pair[0].dtype, "the device type": pair[0].device.type}
-        given, options = {"image_features and text_features": n}, LossOptions(uneven=True)
-        ranks, _ = across.check_ranks_agree(ranks, options, pair[0], given, signature)
+        num_rows = {"image_features and text_features": n}
+        options = LossOptions(uneven=True)
+        ranks, _ = across.check_ranks_agree(ranks, options, pair[0], num_rows, signature, ())
         gathered = across.start_gather(torch.cat(pair, dim=1), ranks)
         assert gathered is not None
         pair = across.finish_gather(gathered, ranks).tensor_split((d,), dim=1)

@@ -46,21 +46,6 @@ def is_capturing(features: Tensor) -> bool:
     return features.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def autocast_is_on(device_type: str) -> bool:
-    """Whether autocast is on; False for devices without autocast, such as "meta"."""
-    # PyTorch 2.8 can't trace `is_autocast_available`; compiled code does not run on "meta".
-    has_autocast = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
-    return has_autocast and torch.is_autocast_enabled(device_type)
-
-
-def without_autocast(features: Tensor) -> AbstractContextManager[Any]:
-    """Switch autocast off for the features' device; costs nothing where it is off already."""
-    device_type = features.device.type
-    if autocast_is_on(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
-
-
 def rows_per_strip(row_length: int, device: torch.device) -> int:
     """The number of rows, of `row_length` elements each, in one strip."""
     elements = STRIP_ELEMENTS.get(device.type, STRIP_ELEMENTS_OTHER_DEVICES)

@@ -53,12 +53,6 @@ def call_backward(function: Callable[..., Any], *arguments: Any) -> Any:
     return function(*arguments)
 
 
-def is_traced(*tensors: Tensor) -> bool:
-    """Whether operations on these may be recorded, not executed, as by `torch.compile`."""
-    ordinary = (Tensor, torch.nn.Parameter)
-    return torch.compiler.is_compiling() or any(type(x) not in ordinary for x in tensors)
-
-
 def empty_grad_like(features: Tensor, needed: bool) -> Tensor:
     """An uninitialised gradient of these features, without elements if it is not needed."""
     return features.new_empty(features.shape if needed else (0,))

@@ -27,10 +27,6 @@ WEIGHTS = (
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-class CyCLIPWarning(UserWarning):
-    """The category of this package's warnings, for `warnings.filterwarnings`."""
-
-
 def _weight(name: str, value: Any) -> float:
     # ClipLoss(False, True) passes local_loss and gather_with_grad, which must not become weights.
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -166,19 +162,6 @@ def has_equal_lambdas(options: PenaltyOptions) -> bool:
     """Whether both penalties have the same weight."""
     difference = options.lambda_inmodal - options.lambda_crossmodal
     return not (difference < 0 or difference > 0)
-
-
-def penalty_weights(options: PenaltyOptions, total: Any, one: Any = 1.0) -> tuple[Any, Any]:
-    """The weights of N * P_in and N * P_cross, which are sums over all pairs of N rows.
-
-    lambda / N in the paper's formula, lambda * R / N^2 with a reference batch size R.
-    total: N, a number or a tensor; one: 1, or a tensor of it if the weights are to be tensors.
-    """
-    reference: float | None = options._reference  # type: ignore[attr-defined]
-    weights = one * options.lambda_inmodal, one * options.lambda_crossmodal
-    if reference is None:
-        return weights[0] / total, weights[1] / total
-    return weights[0] * reference / (total * total), weights[1] * reference / (total * total)
 
 
 def hint_at_misspelled(function: _Function) -> _Function:

@@ -4,35 +4,15 @@
 """
 
 import logging
-from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from cyclip_loss import engines
-from cyclip_loss.batch import Batch
-from cyclip_loss.numerics import has_wide_products
-from cyclip_loss.operators import is_traced
+from cyclip_loss.batch import Batch, Plan
 from cyclip_loss.options import PenaltyOptions, has_equal_lambdas, has_penalties
 
 _log = logging.getLogger("cyclip_loss")
-
-
-class Plan(NamedTuple):
-    """How a call is computed. Backward follows the plan of its forward."""
-
-    # "dense": N x N matrices, each computed once; "streamed": logits in blocks; "none": no term.
-    contrastive: str
-    # "dense"; "gram": D x D Gram matrices; "none": both lambdas are 0.
-    penalties: str
-    # "eager", "kernels", or "verified kernels". While traced, one of `options.IMPLS`: the operators
-    # choose when they run.
-    engine: str
-    # How text features reach the rows of other ranks: "local" (one process), "gather" or "ring".
-    strategy: str
-    separate: bool  # whether the terms are returned one by one
-    with_cross: bool  # whether the penalties need the Gram matrix C
-    positives: bool  # whether rows with the same id are positives of each other
-    traced: bool  # whether torch.compile or torch.export records the call
 
 
 def make_plan(batch: Batch, options: PenaltyOptions, separate: bool) -> Plan:
@@ -45,14 +25,17 @@ def make_plan(batch: Batch, options: PenaltyOptions, separate: bool) -> Plan:
     with_cross = separate or not has_equal_lambdas(options)
     contrastive = "none" if batch.logit_scale is None else "streamed"
     penalties = "gram" if has_penalties(options) else "none"
-    if not traced and engine == "eager" and batch.ranks.group is None:
+    # Off the CPU, streamed products of 16-bit features are fast, and dense ones are widened.
+    may_be_dense = features.is_cpu or features.dtype.itemsize > 2
+    if may_be_dense and not traced and engine == "eager" and batch.ranks.group is None:
+        n, d = features.shape
         plain = len(batch.row_features) == 1 and not batch.has_negatives and not positives
-        if contrastive == "streamed" and plain and _is_small(features, 12):
+        if contrastive == "streamed" and plain and n <= 2 * d:
             contrastive = "dense"
-        # Flops of a penalty by Gram matrices, in N D^2; the dense form takes 6 N^2 D. Where the
-        # contrastive term is dense, the penalties are dense too.
+        # The dense form of the penalties takes 6 N^2 D flops, Gram matrices this many N D^2. Where
+        # the contrastive term is dense, the penalties are dense too.
         gram_flops = 14 if not has_equal_lambdas(options) else 10 if separate else 8
-        if penalties == "gram" and (contrastive == "dense" or _is_small(features, gram_flops)):
+        if penalties == "gram" and (contrastive == "dense" or 6 * n <= gram_flops * d):
             penalties = "dense"
     plan = Plan(
         contrastive,
@@ -69,7 +52,7 @@ def make_plan(batch: Batch, options: PenaltyOptions, separate: bool) -> Plan:
     return plan
 
 
-def _is_small(features: Tensor, flops: int) -> bool:
-    """Whether 6 N^2 D flops are at most `flops` N D^2, in float32 or float64 products."""
-    n, d = features.shape
-    return 6 * n <= flops * d and not has_wide_products(features)
+def is_traced(*tensors: Tensor) -> bool:
+    """Whether operations on these may be recorded, not executed, as by `torch.compile`."""
+    ordinary = (Tensor, torch.nn.Parameter)
+    return torch.compiler.is_compiling() or any(type(x) not in ordinary for x in tensors)

@@ -26,14 +26,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from cyclip_loss.engines import verified_kernels
 from cyclip_loss.logits import Logits, SavedStatistics
 from cyclip_loss.numerics import architecture
 from cyclip_loss.usage_warnings import warn_once
+from cyclip_loss.verification import D_CLASSES, Form
 
 if find_spec("triton") is not None:  # else `main` says that there is nothing to tune
     import triton
 
-    from cyclip_loss import kernels, verification
+    from cyclip_loss import kernels
     from cyclip_loss.kernels import configs
     from cyclip_loss.kernels.launch import recording
 
@@ -96,7 +98,7 @@ def refusal(
     try:
         with configs.overridden(kernel, config), recording(compile_only) as binaries:
             for form in forms(kernel, image):
-                problem = verification.compare(form)
+                problem = verified_kernels().compare(form)
                 if problem and not compile_only:
                     problem = f"{form}: {problem}"
                     break
@@ -130,8 +132,8 @@ def forms(kernel: str, image: Tensor) -> Iterator[Any]:
         ],
     }
     for chosen in switches[kernel]:
-        scope, d_class = verification.scope_of(image), gcd(image.shape[1], verification.D_CLASSES)
-        yield verification.Form(scope, kernel, d_class, tuple(chosen.items()))
+        scope, d_class = verified_kernels().scope_of(image), gcd(image.shape[1], D_CLASSES)
+        yield Form(scope, kernel, d_class, tuple(chosen.items()))
 
 
 def milliseconds(launch: Callable[[], object], device: torch.device) -> float:

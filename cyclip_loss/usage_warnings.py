@@ -2,13 +2,11 @@
 
 import sys
 import warnings
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from cyclip_loss.numerics import accumulation_dtype
-from cyclip_loss.options import CyCLIPWarning, LossOptions, PenaltyOptions
 
 PAPER_LAMBDA, PAPER_BATCH_SIZE = 0.25, 128  # Goel et al. 2022
 # Penalties more than this many times as strong as the paper's cause a warning. In the icons
@@ -20,6 +18,10 @@ LENGTH_TOLERANCE = 0.05
 LEAST_SCALE = 5.0
 
 _warned: set[str] = set()
+
+
+class CyCLIPWarning(UserWarning):
+    """The category of this package's warnings, for `warnings.filterwarnings`."""
 
 
 def warn_once(subject: str, text: str) -> None:
@@ -34,11 +36,11 @@ def warn_once(subject: str, text: str) -> None:
     warnings.warn(text, CyCLIPWarning, stacklevel=level)
 
 
-def warn_of_strong_penalties(options: PenaltyOptions, total: int) -> None:
+def warn_of_strong_penalties(options: Any, total: int) -> None:
     """Warn if lambda * N is more than STRONG times the paper's 0.25 * 128.
 
-    total: N, the rows of the global batch. Does nothing with a reference batch size, nor while
-    `torch.compile` traces, as compiled code would depend on N.
+    options: a `PenaltyOptions`; total: N, the rows of the global batch. Does nothing with a
+    reference batch size, nor while `torch.compile` traces, as compiled code would depend on N.
     """
     if torch.compiler.is_compiling() or options.reference_batch_size is not None:
         return
@@ -55,7 +57,7 @@ def warn_of_strong_penalties(options: PenaltyOptions, total: int) -> None:
         )
 
 
-def warn_of_unused_weight(options: LossOptions) -> None:
+def warn_of_unused_weight(options: Any) -> None:
     """Warn of a weight of the in-modal contrastive term in a call without augmented views."""
     if not torch.compiler.is_compiling() and options.inmodal_contrastive_weight is not None:
         warn_once(
@@ -71,7 +73,7 @@ def warn_of_unusual_inputs(features: list[Tensor], logit_scale: Tensor | float |
     features: (n, D) each, n >= 1 in the first, checked; logit_scale: None for the penalties alone.
     Waits for the device.
     """
-    dtype = accumulation_dtype(features[0].dtype)
+    dtype = torch.promote_types(features[0].dtype, torch.float32)
     norm = torch.linalg.vector_norm
     lengths = torch.cat([norm(x.detach(), dim=1, dtype=dtype) for x in features])
     shortest, longest = torch.stack(lengths.aminmax()).tolist()

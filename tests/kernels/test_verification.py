@@ -22,9 +22,17 @@ from cyclip_loss import (
     verification,
 )
 from cyclip_loss.logits import Logits
-from cyclip_loss.verification import VERIFIED
+from cyclip_loss.verification import Form
 
 CPU = torch.device("cpu")
+FUNCTIONS = (
+    "contrastive_lse",
+    "contrastive_grads",
+    "pair_terms",
+    "gram_matrices",
+    "cyclic_terms",
+    "cyclic_grads",
+)
 pytestmark = pytest.mark.skipif(not kernels.INTERPRETED, reason="pretends that the CPU is a GPU")
 
 
@@ -35,10 +43,10 @@ def a_device_with_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(kernels.configs.SUM.kwargs, "BLOCK", 4)  # sums take several blocks
     monkeypatch.setitem(kernels.configs.PAIRS.kwargs, "BLOCK", 32)
     monkeypatch.setitem(kernels.configs.PAIRS.tile, "BLOCK", 32)
-    verification.forget()
+    engines.verified_kernels().forget()
     usage_warnings._warned.clear()
     yield
-    verification.forget()
+    engines.verified_kernels().forget()
 
 
 def leaves(n: int = 6, d: int = 4, frozen: str = "") -> list[Tensor]:
@@ -78,7 +86,7 @@ def block(first_column: int) -> Tensor:
     """The log-sum-exps of a block of logits, as a rank of several gets it."""
     rows, columns = (x.float() for x in pairs(40, 4, device=CPU))
     logits = Logits(rows, columns, torch.tensor(14.3), first_column=first_column)
-    return VERIFIED.contrastive_lse(logits)[0]
+    return engines.verified_kernels().contrastive_lse(logits)[0]
 
 
 IDS = torch.tensor([0, 1, 0, 2, 2, 3])
@@ -211,7 +219,7 @@ FAULTS = {
     ),
     **{
         f"NaN in {function}": Fault(function, lambda *_, **__: True, step, hides_nan)
-        for function in verification._CASES
+        for function in FUNCTIONS
     },
 }
 
@@ -271,19 +279,20 @@ def test_the_shipped_kernels_agree_in_every_form_and_are_used(name: str, monkeyp
     _, said = run(CALLS[name])
     assert said == []
     assert torch.equal(state, torch.get_rng_state())
-    used = {form.function for form in verification._agreed}
+    used = {form.function for form in engines.verified_kernels().agreed}
     assert used >= ({"cyclic_terms"} if name == "penalties alone" else {"contrastive_lse"})
-    assert not verification._problems
+    assert not engines.verified_kernels().problems
 
 
 def test_only_the_forms_that_a_step_uses_are_compared_and_each_once(monkeypatch) -> None:
     compared = []
-    original = verification.problem_of
+    verified = engines.verified_kernels()
+    original = verified.problem_of
     monkeypatch.setattr(
-        verification, "problem_of", lambda form: compared.append(form.function) or original(form)
+        verified, "problem_of", lambda form: compared.append(form.function) or original(form)
     )
     step()
-    assert sorted(compared) == sorted(verification._CASES)
+    assert sorted(compared) == sorted(FUNCTIONS)
     step()
     step(n=9)
     assert len(compared) == 6
@@ -334,27 +343,27 @@ def test_the_comparison_does_not_depend_on_the_caller(name: str, monkeypatch) ->
         states.append((*counted, *autocast, torch.is_inference_mode_enabled()))
         return original(*arguments)
 
-    original = verification._disagreement
-    monkeypatch.setattr(verification, "_disagreement", disagreement)
+    original = engines.verified_kernels()._disagreement
+    monkeypatch.setattr(engines.verified_kernels(), "_disagreement", disagreement)
     image, text = (x.float() for x in pairs(6, 4, device=CPU))
     with CALLERS[name](), warnings.catch_warnings():
         warnings.simplefilter("error")
-        VERIFIED.gram_matrices(image, text, False)
+        engines.verified_kernels().gram_matrices(image, text, False)
         mode = torch.get_deterministic_debug_mode()
     assert states == [(CPU, 0, False, False, False)]
     assert mode == (2 if name == "deterministic" else 1)  # the tests' own is 1
-    assert not verification._problems
+    assert not engines.verified_kernels().problems
 
 
 def test_nothing_is_compared_while_a_graph_is_captured(monkeypatch) -> None:
     monkeypatch.setattr(verification, "is_capturing", lambda features: True)
-    monkeypatch.setattr(verification, "problem_of", fails)
+    monkeypatch.setattr(engines.verified_kernels(), "problem_of", fails)
     step()
-    assert not verification._agreed
+    assert not engines.verified_kernels().agreed
 
 
 def test_an_unusable_device_is_an_error(monkeypatch) -> None:
-    form = verification.Form(
+    form = Form(
         verification.Scope(
             torch.device("cuda:0"), torch.float32, kernels.configs.Precision(32, "")
         ),
@@ -362,10 +371,10 @@ def test_an_unusable_device_is_an_error(monkeypatch) -> None:
         128,
         (),
     )
-    monkeypatch.setattr(verification, "compare", fails)
+    monkeypatch.setattr(engines.verified_kernels(), "compare", fails)
     monkeypatch.setattr(torch.cuda, "synchronize", fails)
     with pytest.raises(RuntimeError, match="CYCLIP_LOSS_IMPL=eager"):
-        verification.problem_of(form)
+        engines.verified_kernels().problem_of(form)
 
 
 def test_backward_uses_the_engine_that_forward_chose(monkeypatch) -> None:
