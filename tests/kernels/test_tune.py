@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from processes import run_python
+from triton.runtime.jit import KernelInterface
 
 from cyclip_loss import CyCLIPWarning, checks, engines, kernels, tune
 from cyclip_loss.kernels import configs
@@ -80,6 +81,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch, times: list[float], kinds=()) -> No
     for kernel, kind, result in zip(KERNELS, kinds, (3, 9, 2, 8), strict=False):
         function = getattr(kernels, kernel).__globals__[f"{kernel}_kernel"]
         monkeypatch.setattr(function, "run", partial(faulty, function.run, kind, result))
+        # The interpreter before Triton 3.6 launches without `run`, unlike compiled kernels.
+        monkeypatch.setattr(type(function), "__getitem__", KernelInterface.__getitem__)
 
 
 @pytest.mark.parametrize("kinds", [["is wrong"] * 4, ["spills", "fails", "is right", "spills"]])
