@@ -75,7 +75,7 @@ def kernels(chip: Chip, n: int, m: int, d: int) -> dict[str, float]:
         "contrastive_lse": longest(triton, 2 * n * m * d, 2 * n * m, features),
         "contrastive_grads": longest(triton, 2 * n * m * d, 2 * n * m, features + matrix),
         "products with G": longest(chip.matrix_rate, 4 * n * m * d, 0, 2 * matrix + 3 * features),
-        "cyclic_statistics": longest(triton / 2, 2 * n * d * d, 0, 2 * n * d * WIDTH),
+        "gram_matrices": longest(triton / 2, 2 * n * d * d, 0, 2 * n * d * WIDTH),
         "cyclic_grads": longest(triton / 2, 4 * n * d * d, 0, 4 * n * d * WIDTH),
     }
 
@@ -99,7 +99,7 @@ def across_ranks(chip: Chip, ranks: int, n: int, d: int) -> dict[str, tuple[floa
     # block is multiplied while the next one travels: each step takes the longer of both. Held: two
     # blocks, gradients that leave and come, a block of G; nothing grows with the ranks.
     parts = kernels(chip, n, n, d)
-    penalties = parts.pop("cyclic_statistics") + parts.pop("cyclic_grads") + 2 * grams / together
+    penalties = parts.pop("gram_matrices") + parts.pop("cyclic_grads") + 2 * grams / together
     forward = max(parts.pop("contrastive_lse"), n * (d * WIDTH + 2 * FLOAT) / hop)
     backward = max(sum(parts.values()), n * (d * (WIDTH + FLOAT) + FLOAT) / hop)
     ring = penalties + ranks * (forward + backward)

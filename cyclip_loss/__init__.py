@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from cyclip_loss import reference
-from cyclip_loss.functional import caption_ids, cyclic_penalty, cyclip_loss
+from cyclip_loss import functional, reference
+from cyclip_loss.functional import caption_ids
 from cyclip_loss.loss import CyclicPenalty, CyCLIPLoss
 from cyclip_loss.metrics import consistency_metrics
-from cyclip_loss.options import CyCLIPWarning
+from cyclip_loss.options import CyCLIPWarning, hint_at_misspelled
 from cyclip_loss.with_penalty import WithCyclicPenalty
 
 __version__ = "0.3.0"
@@ -21,6 +21,9 @@ __all__ = [
     "cyclip_loss",
     "reference",
 ]
+
+cyclip_loss = hint_at_misspelled(functional.cyclip_loss)
+cyclic_penalty = hint_at_misspelled(functional.cyclic_penalty)
 
 # An installation has the kernels in this folder. A checkout has them next to it, and Python started
 # in the checkout imports the package from there.

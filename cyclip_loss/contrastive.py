@@ -14,258 +14,338 @@ sums run over *negatives*: a_i, b_j are the log-sum-exps of row i and column j w
 Forward saves the features and vectors of N elements, no N x N matrix. Backward computes the logits
 again: 8 N^2 D flops in all, where dense autograd takes 6 N^2 D.
 
-With n rows on each of W ranks, N = W n, the columns reach the rows in one of three ways:
+With n rows on each of W ranks, N = W n, the columns reach the rows by one of three strategies, a
+file each: `local.py` (one process), `gather.py` and `ring.py`.
 
-    alone   one process, which has all columns
-    gather  all-gather of the text features (N, D); all-reduces of the maxima and pair logits of N
-            columns, and of their sums; in backward, reduce-scatter of the text gradients (N, D)
-    ring    each rank passes blocks of n text rows on to the next (`_ring`); O(n D) memory per rank
-
-Extra negatives are rows and columns without a pair, behind the others. Their own log-sum-exps are
+Extra negatives are rows and columns without a pair, behind the pairs. Their own log-sum-exps are
 not part of the loss, so backward gets inf for them, which makes their part of G zero.
 
 Gradients are summed across ranks in the accumulation dtype. Except for the gather, communication is
-inside the operators, hidden from `torch.compile`. If it were traced, a ring would keep every block
-for backward, and a rank without rows would drop collectives whose results it does not use.
+inside the operators, where `torch.compile` does not see it. If it were traced, a ring would keep
+every block for backward, and a rank without rows would drop collectives whose results it does not
+use.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cyclip_loss import distributed
-from cyclip_loss.distributed import Hop, Ranks, padded
-from cyclip_loss.engines import engine
-from cyclip_loss.numerics import Logits, Lse
-from cyclip_loss.operators import empty_grad_like, operator
+from cyclip_loss import dense, distributed, engines, gather, local, ring
+from cyclip_loss.batch import Batch
+from cyclip_loss.distributed import Ranks
+from cyclip_loss.logits import Logits, SavedStatistics
+from cyclip_loss.numerics import without_autocast
+from cyclip_loss.operators import call_backward, empty_grad_like, register
+from cyclip_loss.options import LossOptions
+from cyclip_loss.plan import Plan
 from cyclip_loss.positives import WithPositives
 
-TENSORS = 5  # of the fields of Logits, its first
+STRATEGIES: Any = {"local": local, "gather": gather, "ring": ring}
 
 
-class Setup(NamedTuple):
+class Gathers(NamedTuple):
+    """All-gathers that run while other terms are computed; None where nothing is sent."""
+
+    column_features: list[Tensor | None]  # of each contrastive term
+    ids: Tensor | None
+
+
+def start_gathers(batch: Batch, plan: Plan) -> Gathers:
+    """Start to gather the columns of every contrastive term and the ids, for `terms`."""
+    column_features: list[Tensor | None] = []
+    for index, features in enumerate(batch.column_features):
+        ranks = batch.column_ranks if index == 0 else batch.ranks
+        gathers = plan.strategy == "gather"
+        column_features.append(distributed.start_gather(features, ranks) if gathers else None)
+    ids = None if batch.ids is None else distributed.start_gather(batch.ids, batch.ranks)
+    return Gathers(column_features, ids)
+
+
+def terms(batch: Batch, plan: Plan, options: LossOptions, gathers: Gathers) -> dict[str, Tensor]:
+    """The contrastive terms by name, weighted: scalars of the accumulation dtype."""
+    assert batch.logit_scale is not None
+    if plan.contrastive == "dense":
+        loss = dense.contrastive_loss(
+            batch.image_features, batch.text_features, batch.logit_scale, batch.ids
+        )
+        return {"contrastive_loss": loss}
+
+    batch_ids = None
+    if gathers.ids is not None:
+        batch_ids = distributed.finish_gather(gathers.ids, batch.ranks)
+    elif batch.ids is not None:
+        batch_ids = batch.ids.view_as(batch.ids)  # torch.compile refuses the same tensor twice
+    losses: list[Tensor] = []
+    for index, row_features in enumerate(batch.row_features):
+        ranks = batch.column_ranks if index == 0 else batch.ranks
+        column_features = batch.column_features[index]
+        gathered = gathers.column_features[index]
+        # Not `Logits`, of which torch.compile of PyTorch 2.8 can neither slice nor replace fields.
+        row_ids, column_ids, num_pairs = batch.ids, batch_ids, Logits._field_defaults["num_pairs"]
+        if batch.has_negatives and index == 0:
+            num_pairs = batch.image_features.shape[0]
+            row_ids, column_ids = _ids_with_negatives(batch, batch_ids)
+        first_column = 0
+        if plan.strategy == "gather":
+            first_column = ranks.first_row(ranks.rank, column_features.shape[0])
+        settings = Settings(
+            batch.total_pairs,
+            plan.positives,
+            plan.engine,
+            plan.strategy,
+            *ranks.operator_arguments(),
+        )
+        loss = _Contrastive.apply(  # type: ignore[no-untyped-call]
+            row_features,
+            column_features,
+            batch.logit_scale,
+            row_ids,
+            column_ids,
+            first_column,
+            index == 0,
+            num_pairs,
+            gathered,
+            ranks,
+            settings,
+            plan.traced,
+        )
+        losses.append(loss)
+    if len(losses) == 1:
+        return {"contrastive_loss": losses[0]}
+    inmodal, weight = (losses[1] + losses[2]) / 2, options.inmodal_contrastive_weight
+    if weight is None:  # the authors' mean
+        return {"contrastive_loss": losses[0] / 2, "inmodal_contrastive_loss": inmodal * 0.5}
+    return {"contrastive_loss": losses[0], "inmodal_contrastive_loss": inmodal * weight}
+
+
+def _ids_with_negatives(
+    batch: Batch, batch_ids: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Ids of the rows and columns of the first term, of which the extra negatives have none.
+
+    batch_ids: of the pairs of all ranks. Their ids are numbered from 0 on, so that extra images can
+    have -2 and extra texts -1, which are nobody else's.
+    """
+    if batch.ids is None or batch_ids is None:
+        return None, None
+    ordered = batch_ids.sort()[0]
+    row_ids, column_ids = (
+        torch.searchsorted(ordered, batch.ids),
+        torch.searchsorted(ordered, batch_ids),
+    )
+    num_pairs, num_columns = batch.image_features.shape[0], batch.column_features[0].shape[0]
+    row_ids = F.pad(row_ids, (0, batch.row_features[0].shape[0] - num_pairs), value=-2)
+    pairs_per_rank = [batch.ranks.count(rank, num_pairs) for rank in range(batch.ranks.size)]
+    blocks = []
+    for rank, block in enumerate(torch.split(column_ids, pairs_per_rank)):
+        extra = batch.column_ranks.count(rank, num_columns) - pairs_per_rank[rank]
+        blocks.append(F.pad(block, (0, extra), value=-1))
+    return row_ids, torch.cat(blocks)
+
+
+class Settings(NamedTuple):
     """How a contrastive term is computed, in types that an operator can take."""
 
-    total: int  # N, the pairs of all ranks
+    total_pairs: int  # N
     positives: bool  # whether rows with the same id are positives, not ignored
-    impl: str
-    dist_impl: str  # this and the next two: `Ranks.to_op_args`, with the numbers of columns
-    group_name: str
-    columns: list[int] | None
+    engine: str  # as in `Plan`
+    strategy: str
+    group_name: str  # this and the next: `Ranks.operator_arguments`, with the numbers of columns
+    rows_per_rank: list[int] | None
 
 
 class _Contrastive(torch.autograd.Function):
-    """The contrastive term of the global batch: a scalar of the accumulation dtype.
+    """A contrastive term of the global batch: a scalar of the accumulation dtype.
 
-    The inputs are the fields of `Logits`, for PyTorch to see tensors, of this rank's features, with
+    The inputs are the fields of `Logits`, for PyTorch to see tensors, of this rank's features with
     the ids of all columns; `start_gather` of the columns, or None; the ranks, with their numbers of
-    columns; the `Setup`. Without `symmetric` the loss is one way, rows to columns.
+    columns; the `Settings`; whether the call is traced. Without `symmetric` the loss is one way,
+    rows to columns.
     """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        *fields, gathered, ranks, setup = inputs
-        logits = Logits(*fields)
-        own = logits.columns.shape[0]
+        *fields, gathered, ranks, settings, traced = inputs
+        own_columns = fields[1].shape[0]
         if gathered is not None:
             fields[1] = distributed.finish_gather(gathered, ranks)
-            logits = Logits(*fields)
-        loss, *lse = contrastive_forward(logits, setup)
-        # Taken from a tuple: torch.compile of PyTorch 2.8 cannot slice a NamedTuple.
-        tensors = (logits.rows, logits.columns, *fields[2:TENSORS])
-        ctx.save_for_backward(*tensors, *lse)
-        ctx.settings = fields[TENSORS:], own, setup
+        compute = _forward_operator if traced else contrastive_forward
+        loss, row_lse, column_lse, pair_gradient = compute(*fields, *settings)
+        ctx.save_for_backward(*fields[:5], row_lse, column_lse, pair_gradient)
+        ctx.rest = fields[5:], own_columns, settings, traced
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved, (fields, own, setup) = ctx.saved_tensors, ctx.settings
-        logits, lse = Logits(*saved[:TENSORS], *fields), Lse(*saved[TENSORS:])
+        fields, own_columns, settings, traced = ctx.rest
+        tensors = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
-        grads = contrastive_backward(logits, lse, grad, needs, own, setup)
-        needed = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+        arguments = (*tensors[:5], *fields, *tensors[5:], grad, needs, own_columns, *settings)
+        if traced:
+            grads = _backward_operator(*arguments)
+        else:
+            grads = call_backward(contrastive_backward, *arguments)
+        needed = [grad if need else None for grad, need in zip(grads, needs)]  # noqa: B905
         return (*needed, *[None] * (len(ctx.needs_input_grad) - len(needed)))
 
 
-contrastive_loss: Callable[..., Tensor] = _Contrastive.apply
+def _engine(settings: Settings, features: Tensor, column_ids: Tensor | None) -> Any:
+    """What computes: the planned engine or, in compiled code, the one that is right now."""
+    compute = engines.module(settings.engine, features)
+    if settings.positives:
+        assert column_ids is not None
+        compute = WithPositives(compute, column_ids)
+    return compute
 
 
-def _start(logits: Logits, setup: Setup) -> tuple[Any, Ranks, int]:
-    """The engine, the ranks, and by how many ways the loss is a mean."""
-    compute: Any = engine(setup.impl, logits.rows)
-    if setup.positives:
-        compute = WithPositives(compute, logits.column_ids)  # type: ignore[arg-type]
-    return compute, Ranks.from_op_args(*setup[3:]), 2 if logits.symmetric else 1
+def contrastive_forward(
+    row_features: Tensor,
+    column_features: Tensor,
+    logit_scale: Tensor,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    first_column: int,
+    symmetric: bool,
+    num_pairs: int,
+    total_pairs: int,
+    positives: bool,
+    engine: str,
+    strategy: str,
+    group_name: str,
+    rows_per_rank: list[int] | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A contrastive term of the global batch, and the fields of `SavedStatistics`.
 
-
-def _forward_shapes(logits: Logits, **_: Any) -> tuple[Tensor, ...]:
-    # shape[0], not len: len would make a symbolic size static, and every N would be compiled.
-    n, m = logits.rows.shape[0], logits.columns.shape[0] if logits.symmetric else 0
-    sizes: tuple[tuple[int, ...], ...] = ((), (n,), (m,), (n,))
-    return tuple(logits.logit_scale.new_empty(size) for size in sizes)
-
-
-@operator(_forward_shapes)
-def contrastive_forward(logits: Logits, setup: Setup) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The contrastive loss of the global batch, and the fields of `Lse`.
-
-    logits: this rank's rows with its columns or, gathered, all ranks'.
+    The first eight arguments are the fields of `Logits`: this rank's rows with its own columns or,
+    with "gather", those of all ranks. The others are the fields of `Settings`.
     """
-    compute, ranks, ways = _start(logits, setup)
-    if ranks.dist_impl == "ring":
-        row_negatives, columns, pair_logits = _ring_lse(compute, logits, ranks)
-    else:
-        row_negatives, columns, pair_logits = compute.contrastive_lse(logits)
-    n, m, first = logits.rows.shape[0], columns.shape[0], logits.first_column
-    pairs = min(n, logits.pairs)
-    column_pairs = pair_logits = pair_logits[:pairs]
-    if logits.symmetric and ranks.dist_impl == "gather":
-        columns, column_pairs = distributed.log_sum_exp(columns, pair_logits, first, ranks)
-    elif m > pairs:
-        column_pairs = F.pad(pair_logits, (0, m - pairs), value=-torch.inf)
-    weight = 1 / (setup.total * ways)
-    loss, row_lse, column_lse, pair_gradient = compute.pair_terms(
-        row_negatives[:pairs], columns, pair_logits, column_pairs, first, weight
-    )
-    if setup.positives:
-        shares = 1 - 1 / compute.counts(logits.row_ids)[:pairs].to(loss.dtype)
-        of_pairs = (shares * pair_logits).sum()
-        loss += (of_pairs - logits.logit_scale * compute.of_others) / setup.total
-        pair_gradient += ways * shares
-    if ranks.group is not None:
-        loss = distributed.wait(distributed.start_all_reduce(loss, "sum", ranks))
-    if logits.pairs <= n:  # there may be extra negatives
-        row_lse = F.pad(row_lse, (0, n - pairs), value=torch.inf)
-        pair_gradient = F.pad(pair_gradient, (0, n - pairs))
-        column_lse.masked_fill_(column_pairs == -torch.inf, torch.inf)
+    logits = Logits(
+        row_features, column_features, logit_scale, row_ids, column_ids, first_column, symmetric,
+        num_pairs,
+    )  # fmt: skip
+    settings = Settings(total_pairs, positives, engine, strategy, group_name, rows_per_rank)
+    ranks = Ranks.from_operator_arguments(group_name, rows_per_rank)
+    compute = _engine(settings, row_features, column_ids)
+    directions = 2 if symmetric else 1
+    with without_autocast(row_features):
+        lse = STRATEGIES[strategy].log_sum_exps(compute, logits, ranks)
+        num_rows = row_features.shape[0]
+        own_pairs = min(num_rows, num_pairs)
+        pair_logits, column_pair_logits = lse.pair_logits[:own_pairs], lse.column_pair_logits
+        if column_pair_logits is None:
+            column_pair_logits = pair_logits
+            extra = lse.column_negatives_lse.shape[0] - own_pairs
+            if extra > 0:
+                column_pair_logits = F.pad(pair_logits, (0, extra), value=-torch.inf)
+        loss, row_lse, column_lse, pair_gradient = compute.pair_terms(
+            lse.row_negatives_lse[:own_pairs],
+            lse.column_negatives_lse,
+            pair_logits,
+            column_pair_logits,
+            first_column,
+            1 / (total_pairs * directions),
+        )
+        if positives:
+            shares = 1 - 1 / compute.counts(row_ids)[:own_pairs].to(loss.dtype)
+            pairs_part = (shares * pair_logits).sum()
+            loss += (pairs_part - logit_scale * lse.other_positives) / total_pairs
+            pair_gradient += directions * shares
+        if num_pairs <= num_rows:  # there may be extra negatives
+            # The logit of an infinite one may be -inf, which would leave the loss finite.
+            loss = loss + ((row_features * 0).sum() + (column_features * 0).sum()).to(loss.dtype)
+        if ranks.group is not None:
+            loss = distributed.wait(distributed.start_all_reduce(loss, "sum", ranks))
+        if num_pairs <= num_rows:
+            row_lse = F.pad(row_lse, (0, num_rows - own_pairs), value=torch.inf)
+            pair_gradient = F.pad(pair_gradient, (0, num_rows - own_pairs))
+            column_lse.masked_fill_(column_pair_logits == -torch.inf, torch.inf)
     return loss, row_lse, column_lse, pair_gradient
 
 
-def _ring(
-    logits: Logits,
-    column_lse: Tensor | None,
-    total: Tensor | None,
-    multiply: Callable[[Logits, Tensor | None], Tensor],
-    add: Callable[[Tensor, Tensor], Any],
-    ranks: Ranks,
-) -> Tensor | None:
-    """Send columns around the ring; return the sum over ranks for this rank's columns.
-
-    The columns' log-sum-exps travel with them, if given. total: the initial value of that sum,
-    padded, or None if none is wanted. The sum travels one step behind the columns.
-    `multiply(logits, column_lse)`, of this rank's rows and the columns that are here, returns this
-    rank's contribution, which `add` adds in place.
-    """
-    m = logits.columns.shape[0]
-    blocks = [padded(x, ranks) for x in (logits.columns, column_lse) if x is not None]
-    for step in range(ranks.size):
-        ahead = blocks if step + 1 < ranks.size else []
-        behind = [total] if total is not None and step > 0 else []
-        hop = Hop([*ahead, *behind], ranks)
-        owner = (ranks.rank - step) % ranks.size
-        count, part = ranks.count(owner, m), None
-        if count > 0:
-            columns, *lse = (block[:count] for block in blocks)
-            start, ids = ranks.first_row(owner, m), logits.column_ids
-            first_column = ranks.first_row(ranks.rank, m) - start
-            here = logits._replace(columns=columns, first_column=first_column)
-            if ids is not None:
-                here = here._replace(column_ids=ids[start : start + count])
-            part = multiply(here, lse[0] if lse else None)
-        received = hop.finish()
-        if behind:
-            total = received.pop()
-        if total is not None and part is not None:
-            add(total[:count], part)
-        if ahead:
-            blocks = received
-        # Free these, each as large as a block, before the next step allocates its own.
-        del part, received, hop
-    return None if total is None else Hop([total], ranks).finish()[0][:m]
-
-
-def _ring_lse(compute: Any, logits: Logits, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
-    """As `eager.contrastive_lse`, of this rank's rows and its own columns."""
-    n, scale = logits.rows.shape[0], logits.logit_scale
-    # Running log-sum-exps are in float64, because every step rounds them.
-    rows = scale.new_full((n,), -torch.inf, dtype=torch.float64)
-    pair_logits = scale.new_zeros(n)
-
-    def multiply(part: Logits, _: Tensor | None) -> Tensor:
-        of_columns: Tensor
-        of_rows, of_columns, pairs = compute.contrastive_lse(part)
-        rows.copy_(torch.logaddexp(rows, of_rows.double()))
-        pair_logits.add_(pairs)  # 0 except in this rank's own block
-        return of_columns.double()
-
-    def add(total: Tensor, part: Tensor) -> None:
-        total.copy_(torch.logaddexp(total, part))
-
-    most = ranks.most(logits.columns.shape[0])
-    sums = rows.new_full((most,), -torch.inf) if logits.symmetric else None
-    sums = _ring(logits, None, sums, multiply, add, ranks)
-    columns = scale.new_empty(0) if sums is None else sums.to(scale.dtype)
-    return rows.to(scale.dtype), columns, pair_logits
-
-
-def _backward_shapes(
-    logits: Logits, grad: Tensor, needs: list[bool], own: int, **_: Any
+def _forward_fake(
+    row_features: Tensor,
+    column_features: Tensor,
+    logit_scale: Tensor,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    first_column: int,
+    symmetric: bool,
+    *others: Any,
 ) -> tuple[Tensor, ...]:
-    columns = logits.columns.new_empty(own, logits.columns.shape[1])
-    of_features = empty_grad_like(logits.rows, needs[0]), empty_grad_like(columns, needs[1])
-    return *of_features, grad.new_empty(())
+    # shape[0], not len: len would make a symbolic size static, and every N would be compiled.
+    n, m = row_features.shape[0], column_features.shape[0] if symmetric else 0
+    new = logit_scale.new_empty
+    return new(()), new((n,)), new((m,)), new((n,))
 
 
-@operator(_backward_shapes, gives_gradients=True)
+_forward_operator = register(contrastive_forward, _forward_fake)
+
+
 def contrastive_backward(
-    logits: Logits, lse: Lse, grad: Tensor, needs: list[bool], own: int, setup: Setup
+    row_features: Tensor,
+    column_features: Tensor,
+    logit_scale: Tensor,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    first_column: int,
+    symmetric: bool,
+    num_pairs: int,
+    row_lse: Tensor,
+    column_lse: Tensor,
+    pair_gradient: Tensor,
+    grad: Tensor,
+    needs: list[bool],
+    own_columns: int,
+    total_pairs: int,
+    positives: bool,
+    engine: str,
+    strategy: str,
+    group_name: str,
+    rows_per_rank: list[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of this rank's rows and its `own` columns, and its part of the scale's.
+    """Gradients of this rank's rows and its own columns, and its part of the scale's.
 
-    logits: as in forward; grad: scalar, the upstream gradient; needs: which of the three to compute
-    (other features get an empty one). Across W ranks they are W times the gradients of the global
-    loss, as DDP averages.
+    The arguments are the fields of `Logits`, as in forward, and of `SavedStatistics`; grad: scalar,
+    the upstream gradient; needs: which of the three to compute (other features get an empty one);
+    own_columns: how many columns are this rank's; the fields of `Settings`. Across W ranks they are
+    W times the gradients of the global loss, as DDP averages.
     """
-    compute, ranks, ways = _start(logits, setup)
+    logits = Logits(
+        row_features, column_features, logit_scale, row_ids, column_ids, first_column, symmetric,
+        num_pairs,
+    )  # fmt: skip
+    settings = Settings(total_pairs, positives, engine, strategy, group_name, rows_per_rank)
+    ranks = Ranks.from_operator_arguments(group_name, rows_per_rank)
+    compute = _engine(settings, row_features, column_ids)
+    weight = ranks.size / (total_pairs * (2 if symmetric else 1))
     # Sums, across ranks or with the means of positives, are rounded at the end.
-    wide = ranks.group is not None or setup.positives
-    settings = (grad, ranks.size / (setup.total * ways), needs, wide)
-    if ranks.dist_impl == "ring":
-        grads = _ring_grads(compute, logits, lse, settings, ranks)
-    else:
-        grads = compute.contrastive_grads(logits, lse, *settings)
-    of_rows, of_columns, scale_grad = grads
-    if ranks.dist_impl == "gather" and needs[1]:
-        of_columns = distributed.sum_and_scatter(of_columns, ranks)
-    return of_rows.to(logits.rows.dtype), of_columns.to(logits.columns.dtype), scale_grad
+    wide = ranks.group is not None or positives
+    with without_autocast(row_features):
+        row_grad, column_grad, scale_grad = STRATEGIES[strategy].gradients(
+            compute,
+            logits,
+            SavedStatistics(row_lse, column_lse, pair_gradient),
+            grad,
+            weight,
+            needs,
+            wide,
+            ranks,
+        )
+    return row_grad.to(row_features.dtype), column_grad.to(column_features.dtype), scale_grad
 
 
-def _ring_grads(
-    compute: Any,
-    logits: Logits,
-    lse: Lse,
-    settings: tuple[Tensor, float, list[bool], bool],
-    ranks: Ranks,
+def _backward_fake(
+    row_features: Tensor, column_features: Tensor, logit_scale: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `eager.contrastive_grads`, of this rank's rows and its own columns."""
-    needs = settings[2]
-    row_grad = lse.rows.new_zeros(logits.rows.shape if needs[0] else (0,))
-    scale_grad = lse.rows.new_zeros(())
+    needs, own_columns = others[9], others[10]
+    own = column_features.new_empty(own_columns, column_features.shape[1])
+    return (
+        empty_grad_like(row_features, needs[0]),
+        empty_grad_like(own, needs[1]),
+        logit_scale.new_empty(()),
+    )
 
-    def multiply(part: Logits, column_lse: Tensor | None) -> Tensor:
-        of_part = lse if column_lse is None else lse._replace(columns=column_lse)
-        column_part: Tensor
-        row_part, column_part, scale_part = compute.contrastive_grads(part, of_part, *settings)
-        scale_grad.add_(scale_part)
-        if needs[0]:
-            row_grad.add_(row_part)
-        return column_part
 
-    m, d = logits.columns.shape
-    total = lse.rows.new_zeros(ranks.most(m), d) if needs[1] else None
-    column_lse = lse.columns if logits.symmetric else None
-    column_grad = _ring(logits, column_lse, total, multiply, Tensor.add_, ranks)
-    return row_grad, lse.rows.new_empty(0) if column_grad is None else column_grad, scale_grad
+_backward_operator = register(contrastive_backward, _backward_fake)

@@ -27,7 +27,7 @@ NOT_STORED = "not stored with the module: set its attribute process_group"
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which ranks share the batch, how text columns reach them, and how many rows each holds.
+    """Which ranks share the batch, and how many rows each holds.
 
     The methods take n, the rows of this rank. n is not a field: `torch.compile` would make a field
     a constant, and compile for every number of rows.
@@ -36,45 +36,44 @@ class Ranks:
     group: ProcessGroup | None = None  # None: one process
     rank: int = 0  # of this process
     size: int = 1  # W, how many there are
-    dist_impl: str = "alone"  # in one process; otherwise one of DIST_IMPLS
-    rows: tuple[int, ...] | None = None  # of each rank; None: all hold equally many
+    rows_per_rank: tuple[int, ...] | None = None  # None: all hold equally many
 
     @property
     def group_name(self) -> str:
-        """The name by which collectives find the group."""
+        """The name by which collectives find the group; empty in one process."""
         return "" if self.group is None else self.group.group_name
 
-    def to_op_args(self) -> tuple[str, str, list[int] | None]:
-        """What `from_op_args` needs, in types that an operator can take."""
-        return self.dist_impl, self.group_name, None if self.rows is None else list(self.rows)
+    def operator_arguments(self) -> tuple[str, list[int] | None]:
+        """What `from_operator_arguments` needs, in types that an operator can take."""
+        return self.group_name, None if self.rows_per_rank is None else list(self.rows_per_rank)
 
     @staticmethod
-    def from_op_args(dist_impl: str, group_name: str, rows: list[int] | None) -> "Ranks":
-        """The inverse of `to_op_args`."""
-        if dist_impl == "alone":
+    def from_operator_arguments(group_name: str, rows_per_rank: list[int] | None) -> "Ranks":
+        """The inverse of `operator_arguments`."""
+        if not group_name:
             return Ranks()
         # Not at the top: PyTorch may be built without distributed.
         from torch.distributed import distributed_c10d
 
         c10d: Any = distributed_c10d
         ranks = ranks_of(c10d._resolve_process_group(group_name))
-        return replace(ranks, dist_impl=dist_impl, rows=None if rows is None else tuple(rows))
+        return replace(ranks, rows_per_rank=None if rows_per_rank is None else tuple(rows_per_rank))
 
     def count(self, rank: int, n: int) -> int:
         """The number of rows of a rank."""
-        return n if self.rows is None else self.rows[rank]
+        return n if self.rows_per_rank is None else self.rows_per_rank[rank]
 
     def first_row(self, rank: int, n: int) -> int:
         """Where a rank's rows begin in the global batch."""
-        return rank * n if self.rows is None else sum(self.rows[:rank])
+        return rank * n if self.rows_per_rank is None else sum(self.rows_per_rank[:rank])
 
     def total(self, n: int) -> int:
         """N, the rows of the global batch."""
-        return self.size * n if self.rows is None else sum(self.rows)
+        return self.size * n if self.rows_per_rank is None else sum(self.rows_per_rank)
 
     def most(self, n: int) -> int:
         """The most rows of any rank, to which the blocks that ranks send are padded."""
-        return n if self.rows is None else max(self.rows)
+        return n if self.rows_per_rank is None else max(self.rows_per_rank)
 
 
 def ranks_of(process_group: Any) -> Ranks:
@@ -107,61 +106,63 @@ def check_ranks_agree(
     ranks: Ranks,
     options: LossOptions,
     features: Tensor,
-    rows: dict[str, int],
+    num_rows: dict[str, int],
     signature: dict[str, Hashable],
 ) -> tuple[Ranks, Ranks]:
-    """Compare the call with the other ranks'; return `ranks` with `dist_impl` and row counts.
+    """Compare the call with the other ranks'; return `ranks` with the number of rows on each.
 
     Ranks compare in the first call with a signature and, with `uneven`, in every call. The host
-    waits for it. In other calls they trust each other to hold equal numbers of rows. Without
-    `uneven`, nothing is compared while `torch.compile` traces.
+    waits for it. Other calls are not checked. Without `uneven`, nothing is compared while
+    `torch.compile` traces.
 
-    features: of this rank, for their device. rows: how many this rank has, by the arguments' names,
-    pairs first. The results have the pairs' numbers, and those of all rows together. signature:
-    what decides which collectives run, by name.
+    features: this rank's, for their device. num_rows: how many this rank has, by the arguments'
+    names, pairs first. The first result has the ranks' numbers of pairs, the second those of all
+    rows together. signature: what decides which collectives run, by name.
 
     Raises:
         ValueError: on every rank, listing all differences, or if no rank has pairs. In a call
             without comparison, on a rank without pairs.
     """
-    (named, n), *_ = rows.items()
+    (pairs_name, num_pairs), *_ = num_rows.items()
     # Older versions of torch.compile can't look up a group in a dictionary.
     is_compiling = torch.compiler.is_compiling()
     agreed = set() if is_compiling else _agreed.setdefault(ranks.group, set())  # type: ignore[arg-type]
     key = tuple(signature.items())
-    ranks = replace(ranks, dist_impl=options.dist_impl)
     if not options.uneven and (is_compiling or key in agreed):
-        if n == 0:
-            raise ValueError(f"{named} have 0 rows: that needs uneven=True")
+        if num_pairs == 0:
+            raise ValueError(f"{pairs_name} have 0 rows: that needs uneven=True")
         return ranks, ranks
 
     own = {**signature, **{name: getattr(options, name) for name in WEIGHTS}}
     disable: Any = torch.compiler.disable  # not at the top: that would import the whole compiler
-    of_ranks = disable(_exchange)({"rows": (*rows.values(),), **own}, ranks, features)
-    found: Any = {name: [of_rank[name] for of_rank in of_ranks] for name in own}
-    of_names = list(zip(*(of_rank["rows"] for of_rank in of_ranks)))  # noqa: B905
+    answers = disable(_exchange)({"rows": (*num_rows.values(),), **own}, ranks, features)
+    values: Any = {name: [answer[name] for answer in answers] for name in own}
+    rows_by_name = list(zip(*(answer["rows"] for answer in answers)))  # noqa: B905
     if not options.uneven:
-        counts = zip(rows, of_names)  # noqa: B905
-        found |= {f"the number of rows of {name} (unless uneven=True)": of for name, of in counts}
+        for name, rows in zip(num_rows, rows_by_name):  # noqa: B905
+            values[f"the number of rows of {name} (unless uneven=True)"] = rows
     same = "must be the same on every rank, got"
-    differing = [f"{name} {same} {_listed(x)}" for name, x in found.items() if len(set(x)) > 1]
+    differing = [f"{name} {same} {_listed(x)}" for name, x in values.items() if len(set(x)) > 1]
     if differing:
         raise ValueError("; ".join(differing))
-    if sum(of_names[0]) == 0:
+    if sum(rows_by_name[0]) == 0:
         raise ValueError("the global batch is empty: every rank's features have 0 rows")
     agreed.add(key)
-    together = tuple(map(sum, zip(*of_names)))  # noqa: B905
-    counted = ((x if len(set(x)) > 1 else None) for x in (of_names[0], together))
-    of_pairs, of_all = (replace(ranks, rows=x) for x in counted)
-    return of_pairs, of_all
+    all_rows = tuple(map(sum, zip(*rows_by_name)))  # noqa: B905
+    return _with_rows(ranks, rows_by_name[0]), _with_rows(ranks, all_rows)
+
+
+def _with_rows(ranks: Ranks, rows_per_rank: tuple[int, ...]) -> Ranks:
+    """The ranks with their numbers of rows, None if these are equal."""
+    return replace(ranks, rows_per_rank=rows_per_rank if len(set(rows_per_rank)) > 1 else None)
 
 
 def _exchange(own: dict[str, Any], ranks: Ranks, features: Tensor) -> list[dict[str, Any]]:
     """Gather each rank's `own` on every rank; the host waits."""
-    of_ranks: list[Any] = [None] * ranks.size
+    answers: list[Any] = [None] * ranks.size
     with on_device_of(features):
-        dist.all_gather_object(of_ranks, own, group=ranks.group)
-    return of_ranks
+        dist.all_gather_object(answers, own, group=ranks.group)
+    return answers
 
 
 def is_gloo_on_gpu(block: Tensor, ranks: Ranks) -> bool:
@@ -216,37 +217,39 @@ def start_gather(features: Tensor, ranks: Ranks) -> Tensor | None:
     # Compiled code keeps that form, as Inductor may reuse `block` before the other form reads it.
     if is_gloo_on_gpu(block, ranks) or (block.is_cpu and not torch.compiler.is_compiling()):
         out = block.new_empty(ranks.size * block.shape[0], *block.shape[1:])
-        gather, where = _collectives.all_gather_into_tensor_out, {"out": out}
-    else:
-        gather, where = _collectives.all_gather_into_tensor, {}
-    return gather(block, ranks.size, ranks.group_name, **where)  # type: ignore[no-any-return]
+        gather = _collectives.all_gather_into_tensor_out
+        return gather(block, ranks.size, ranks.group_name, out=out)  # type: ignore[no-any-return]
+    gather = _collectives.all_gather_into_tensor
+    return gather(block, ranks.size, ranks.group_name)  # type: ignore[no-any-return]
 
 
 def finish_gather(gathered: Tensor, ranks: Ranks) -> Tensor:
     """(N, D), the rows of every rank in order."""
     gathered = wait(gathered)
-    if ranks.rows is None:
+    if ranks.rows_per_rank is None:
         return gathered
     blocks = gathered.chunk(ranks.size)
-    return torch.cat([block[:count] for block, count in zip(blocks, ranks.rows, strict=True)])
+    return torch.cat(
+        [block[:count] for block, count in zip(blocks, ranks.rows_per_rank, strict=True)]
+    )
 
 
 def sum_and_scatter(partial: Tensor, ranks: Ranks) -> Tensor:
     """This rank's own rows of the sum across ranks of `partial`, (N, D)."""
-    if ranks.rows is not None:
+    if ranks.rows_per_rank is not None:
         partial = torch.cat(
-            [padded(block, ranks) for block in torch.split(partial, list(ranks.rows))]
+            [padded(block, ranks) for block in torch.split(partial, list(ranks.rows_per_rank))]
         )
     own: Tensor = wait(
         _collectives.reduce_scatter_tensor(partial, "sum", ranks.size, ranks.group_name)
     )
-    return own if ranks.rows is None else own[: ranks.rows[ranks.rank]]
+    return own if ranks.rows_per_rank is None else own[: ranks.rows_per_rank[ranks.rank]]
 
 
 def padded(block: Tensor, ranks: Ranks) -> Tensor:
     """The rows, contiguous, padded with zeros to as many as the largest rank has."""
     missing = ranks.most(block.shape[0]) - block.shape[0]
-    if ranks.rows is None or missing == 0:
+    if ranks.rows_per_rank is None or missing == 0:
         return block.contiguous()
     return torch.cat((block, block.new_zeros(missing, *block.shape[1:])))
 
@@ -256,20 +259,20 @@ class Hop:
 
     def __init__(self, blocks: list[Tensor], ranks: Ranks) -> None:
         self.sent = [block.contiguous() for block in blocks]  # kept until they are sent
-        to, source = (ranks.rank + 1) % ranks.size, (ranks.rank - 1) % ranks.size
-        self.works: list[Any] = []
         self.received = [torch.empty_like(block) for block in self.sent]
+        self.works: list[Any] = []
+        if not blocks:
+            return
+        if is_gloo_on_gpu(self.sent[0], ranks):
+            raise ValueError("dist_impl='ring' with features on a GPU needs nccl, not gloo")
+        target, source = (ranks.rank + 1) % ranks.size, (ranks.rank - 1) % ranks.size
         operations = []
-        for tag, (out, into) in enumerate(zip(self.sent, self.received, strict=True)):
-            for move, block, peer in ((dist.isend, out, to), (dist.irecv, into, source)):
-                operations.append(
-                    dist.P2POp(move, block, group=ranks.group, tag=tag, group_peer=peer)
-                )
-        if operations:
-            if is_gloo_on_gpu(self.sent[0], ranks):
-                raise ValueError("dist_impl='ring' with features on a GPU needs nccl, not gloo")
-            with on_device_of(self.sent[0]):
-                self.works = dist.batch_isend_irecv(operations)
+        for tag, (outgoing, incoming) in enumerate(zip(self.sent, self.received, strict=True)):
+            options = {"group": ranks.group, "tag": tag}
+            operations.append(dist.P2POp(dist.isend, outgoing, group_peer=target, **options))
+            operations.append(dist.P2POp(dist.irecv, incoming, group_peer=source, **options))
+        with on_device_of(self.sent[0]):
+            self.works = dist.batch_isend_irecv(operations)
 
     def finish(self) -> list[Tensor]:
         """The received blocks; on CUDA the stream waits for them, not the host."""

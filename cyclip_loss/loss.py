@@ -2,15 +2,16 @@
 
 from copy import deepcopy
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal, overload
 
 from torch import Tensor, nn
 
 from cyclip_loss import functional
-from cyclip_loss.checks import LEAST_SCALE, warn_of_unusual_inputs
 from cyclip_loss.distributed import NOT_STORED, ranks_of
-from cyclip_loss.operators import is_capturing, is_traced
-from cyclip_loss.options import LossOptions, PenaltyOptions, takes_options
+from cyclip_loss.numerics import is_capturing
+from cyclip_loss.operators import is_traced
+from cyclip_loss.options import LossOptions, PenaltyOptions, hint_at_misspelled
+from cyclip_loss.usage_warnings import warn_of_unusual_inputs
 
 
 @dataclass(eq=False, repr=False)
@@ -32,21 +33,19 @@ class _Module(PenaltyOptions, nn.Module):
         """The state to pickle. A note replaces the process group, which cannot be pickled."""
         return self.__dict__ | {"process_group": self.process_group and NOT_STORED}
 
-    def _check_inputs_once(
-        self, logit_scale: Tensor | float, image: Tensor, text: Tensor, *others: Tensor | None
-    ) -> None:
+    def _check_inputs_once(self, logit_scale: Tensor | float | None, *features: Any) -> None:
         """Warn of unusual features or an unusual scale, in the first call that has rows.
 
         The check waits for the device, once. It is skipped while `torch.compile` traces or a CUDA
-        graph is captured.
+        graph is captured. features: of images and of texts; the others may be None.
         """
+        image, text = features[:2]
         # `is_traced` comes first: compiled code must not depend on the flag.
         if is_traced(image, text) or self._inputs_checked or image.shape[0] == 0:
             return
         if not image.is_meta and not is_capturing(image):
             self._inputs_checked = True
-            given = [image, text, *(x for x in others if x is not None)]
-            warn_of_unusual_inputs(given, logit_scale)
+            warn_of_unusual_inputs([x for x in features if x is not None], logit_scale)
 
     def extra_repr(self) -> str:
         """For `print(module)`: the lambdas, and the arguments that differ from their default."""
@@ -94,9 +93,10 @@ class CyCLIPLoss(LossOptions, _Module):
         inmodal_contrastive_weight: weight of the in-modal contrastive term of augmented views.
             None: the mean of this term and CLIP's, as in the authors' code.
         impl: "triton": the kernels for CUDA and ROCm. "eager": PyTorch in bounded memory. "auto":
-            the kernels if they support the features' device, else "eager". On a device's first
-            call "auto" compares the kernels with PyTorch; if they fail, it warns and uses "eager".
-            The environment variable CYCLIP_LOSS_IMPL sets what "auto" means.
+            the kernels if they support the features' device, else "eager". With "auto" each form of
+            a kernel is compared with PyTorch when it is first used; if one is wrong, a warning says
+            so, and "eager" computes from then on. The environment variable CYCLIP_LOSS_IMPL sets
+            what "auto" means.
 
     All options are attributes that may be set between calls, also of a compiled loss.
 
@@ -114,6 +114,15 @@ class CyCLIPLoss(LossOptions, _Module):
             refused: `ClipLoss(True, True)` passes `local_loss` and `gather_with_grad` by position.
         ValueError: an option has a bad value. When called: `rank` or `world_size` differs from the
             process group's, or ranks do not agree (every rank raises, and lists all differences).
+        AttributeError: an attribute that is set looks like a misspelled option.
+
+    >>> import torch
+    >>> loss_fn = CyCLIPLoss(reference_batch_size=128)
+    >>> image_features = nn.functional.normalize(torch.randn(8, 4), dim=1).requires_grad_()
+    >>> text_features = nn.functional.normalize(torch.randn(8, 4), dim=1).requires_grad_()
+    >>> loss_fn(image_features, text_features, logit_scale=14.3).backward()
+    >>> image_features.grad.shape
+    torch.Size([8, 4])
     """
 
     local_loss: bool = False
@@ -123,17 +132,45 @@ class CyCLIPLoss(LossOptions, _Module):
     world_size: int = 1
     use_horovod: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.use_horovod:
-            raise ValueError("use_horovod=True is not supported: use torch.distributed")
-
+    @overload
     def forward(
         self,
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: Tensor | float,
-        logit_bias: Tensor | None = None,
+        logit_bias: Tensor | float | None = None,
+        output_dict: Literal[False] = False,
+        *,
+        augmented_image_features: Tensor | None = None,
+        augmented_text_features: Tensor | None = None,
+        ids: Tensor | None = None,
+        negative_image_features: Tensor | None = None,
+        negative_text_features: Tensor | None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        *,
+        output_dict: Literal[True],
+        augmented_image_features: Tensor | None = None,
+        augmented_text_features: Tensor | None = None,
+        ids: Tensor | None = None,
+        negative_image_features: Tensor | None = None,
+        negative_text_features: Tensor | None = None,
+    ) -> dict[str, Tensor]: ...
+
+    @overload
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
         *,
         augmented_image_features: Tensor | None = None,
@@ -141,19 +178,64 @@ class CyCLIPLoss(LossOptions, _Module):
         ids: Tensor | None = None,
         negative_image_features: Tensor | None = None,
         negative_text_features: Tensor | None = None,
-    ) -> Any:
-        """The loss or, with `output_dict`, its terms, as in `functional.cyclip_loss`."""
+    ) -> Tensor | dict[str, Tensor]: ...
+
+    @hint_at_misspelled
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        output_dict: bool = False,
+        *,
+        augmented_image_features: Tensor | None = None,
+        augmented_text_features: Tensor | None = None,
+        ids: Tensor | None = None,
+        negative_image_features: Tensor | None = None,
+        negative_text_features: Tensor | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss or, with `output_dict`, its terms.
+
+        Args:
+            image_features, text_features: (N, D), or (n, D) on each rank; rows of unit length, of
+                one floating dtype on one device.
+            logit_scale: scalar, already exponentiated.
+            logit_bias: scalar; changes nothing.
+            output_dict: return `contrastive_loss`, `inmodal_cyclic_loss` and
+                `crossmodal_cyclic_loss` (and `inmodal_contrastive_loss` with augmented views), each
+                weighted, which sum to the loss.
+            augmented_image_features, augmented_text_features: (N, D), of a second view of each.
+            ids: (N,), integers; rows with the same id are not negatives of each other.
+            negative_image_features, negative_text_features: (M, D), more negatives.
+
+        Returns a float32 scalar (float64 for float64 features), or a dict of them.
+        `functional.cyclip_loss` has the details.
+        """
         if not is_traced(image_features) and not self._inputs_checked:
             self._check_rank()
-        others: dict[str, Any] = {
-            "augmented_image_features": augmented_image_features,
-            "augmented_text_features": augmented_text_features,
-            "negative_image_features": negative_image_features,
-            "negative_text_features": negative_text_features,
-        }
-        inputs = (image_features, text_features, logit_scale, logit_bias, output_dict)
-        loss = functional.cyclip_loss(*inputs, ids=ids, **others, options=self)
-        self._check_inputs_once(logit_scale, image_features, text_features, *others.values())
+        loss = functional.cyclip_loss(
+            image_features,
+            text_features,
+            logit_scale,
+            logit_bias,
+            output_dict,
+            augmented_image_features=augmented_image_features,
+            augmented_text_features=augmented_text_features,
+            ids=ids,
+            negative_image_features=negative_image_features,
+            negative_text_features=negative_text_features,
+            options=self,
+        )
+        self._check_inputs_once(
+            logit_scale,
+            image_features,
+            text_features,
+            augmented_image_features,
+            augmented_text_features,
+            negative_image_features,
+            negative_text_features,
+        )
         return loss
 
     def _check_rank(self) -> None:
@@ -185,15 +267,35 @@ class CyclicPenalty(_Module):
         process_group, distributed, impl: as in `CyCLIPLoss`.
     """
 
+    @overload
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, output_dict: Literal[False] = False
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, output_dict: Literal[True]
+    ) -> dict[str, Tensor]: ...
+
+    @overload
     def forward(
         self, image_features: Tensor, text_features: Tensor, output_dict: bool = False
-    ) -> Any:
-        """The penalty or, with `output_dict`, its two terms, as in `functional.cyclic_penalty`."""
-        inputs = (image_features, text_features)
-        penalty = functional.cyclic_penalty(*inputs, output_dict=output_dict, options=self)
-        self._check_inputs_once(LEAST_SCALE, image_features, text_features)
+    ) -> Tensor | dict[str, Tensor]: ...
+
+    @hint_at_misspelled
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, output_dict: bool = False
+    ) -> Tensor | dict[str, Tensor]:
+        """The penalty or, with `output_dict`, its two weighted terms.
+
+        image_features, text_features: (N, D), or (n, D) on each rank; rows of unit length.
+        """
+        penalty = functional.cyclic_penalty(
+            image_features, text_features, output_dict=output_dict, options=self
+        )
+        self._check_inputs_once(None, image_features, text_features)
         return penalty
 
 
-for _module in (CyCLIPLoss, CyclicPenalty):  # a misspelled argument's error suggests the right one
-    setattr(_module, "__init__", takes_options()(_module.__init__))  # noqa: B010
+for _module in (CyCLIPLoss, CyclicPenalty):
+    setattr(_module, "__init__", hint_at_misspelled(_module.__init__))  # noqa: B010

@@ -5,8 +5,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from cyclip_loss import distributed as across
-from cyclip_loss.checks import check_features
-from cyclip_loss.numerics import strip_rows
+from cyclip_loss.batch import check_features
+from cyclip_loss.numerics import rows_per_strip
 from cyclip_loss.options import LossOptions
 
 NAMES = (
@@ -80,7 +80,7 @@ def consistency_metrics(
     ]
     sums = images.new_zeros(13)  # seven, and three for each correlation
     rows = torch.arange(start, start + n, device=images.device)
-    for own in torch.split(rows, strip_rows(total, images.device)):
+    for own in torch.split(rows, rows_per_strip(total, images.device)):
         image, text = images[own], texts[own]
         image_image, text_text = image @ images.T, text @ texts.T
         image_text, text_image = image @ texts.T, text @ images.T

@@ -1,10 +1,10 @@
-"""What the engines share: arguments, dtypes, wide products, strips; which GPUs have kernels."""
+"""What the engines share: dtypes, matrix products, strips; which GPUs have kernels."""
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from importlib import metadata
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,48 +20,6 @@ MIN_STRIP_ROWS, FULL_SPEED_ROWS = 64, 512
 
 # Before 3.9, Triton does not compile the kernels for sm_100, or leaves their products out.
 TRITON_FOR_BLACKWELL = (3, 9)
-EVERY = 2**30  # more rows than there are; fits into 32 bits with another number added
-
-
-class Logits(NamedTuple):
-    """The logits l_ij = logit_scale * rows_i . columns_j of a contrastive term.
-
-    Row i < `pairs` is paired with column `first_column + i`, if that exists. Its negatives are all
-    other columns except those with its id.
-    """
-
-    rows: Tensor  # (n, D)
-    columns: Tensor  # (m, D)
-    logit_scale: Tensor  # scalar of the accumulation dtype
-    row_ids: Tensor | None = None  # (n,) and (m,), int64; or both None
-    column_ids: Tensor | None = None
-    first_column: int = 0
-    symmetric: bool = True  # whether columns have log-sum-exps, too, or only rows
-    pairs: int = EVERY  # rows from here on are extra negatives of the columns
-
-    def same_ids(self, start: int, stop: int) -> Any:
-        """Which of these rows and columns have the same id: (stop - start, m); None without ids."""
-        return None if self.row_ids is None else self.row_ids[start:stop, None] == self.column_ids
-
-    def block(self, start: int, stop: int, left: int = 0, right: int | None = None) -> "Logits":
-        """Rows `start` to `stop` and columns `left` to `right`."""
-        return self._replace(
-            rows=self.rows[start:stop],
-            columns=self.columns[left:right],
-            row_ids=None if self.row_ids is None else self.row_ids[start:stop],
-            column_ids=None if self.column_ids is None else self.column_ids[left:right],
-            first_column=self.first_column + start - left,
-            pairs=self.pairs - start,
-        )
-
-
-class Lse(NamedTuple):
-    """Log-sum-exps of all logits of a row or column, and the gradient of the pairs."""
-
-    rows: Tensor  # (n,)
-    columns: Tensor  # (m,), empty unless `Logits.symmetric`
-    # (n,): the sum of exp(pair logit - log-sum-exp) - 1 for a row and its paired column.
-    pair_gradient: Tensor
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -78,16 +36,41 @@ def float32_is_exact() -> bool:
 
 
 def on_device_of(features: Tensor) -> AbstractContextManager[Any]:
-    """Makes their GPU the current one, which Triton launches on and NCCL sends objects from."""
-    of_features: Any = torch.cuda.device_of
-    return of_features(features) if features.is_cuda else nullcontext()
+    """Make the features' GPU the current one, which Triton launches on and NCCL sends from."""
+    device_of: Any = torch.cuda.device_of
+    return device_of(features) if features.is_cuda else nullcontext()
 
 
-def strip_rows(columns: int, device: torch.device) -> int:
-    """The number of rows, of `columns` elements each, in one strip."""
+def is_capturing(features: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, in which nothing may wait for the device."""
+    return features.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def autocast_is_on(device_type: str) -> bool:
+    """Whether autocast is on; False for devices without autocast, such as "meta"."""
+    # PyTorch 2.8 can't trace `is_autocast_available`; compiled code does not run on "meta".
+    has_autocast = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
+    return has_autocast and torch.is_autocast_enabled(device_type)
+
+
+def without_autocast(features: Tensor) -> AbstractContextManager[Any]:
+    """Switch autocast off for the features' device; costs nothing where it is off already."""
+    device_type = features.device.type
+    if autocast_is_on(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def rows_per_strip(row_length: int, device: torch.device) -> int:
+    """The number of rows, of `row_length` elements each, in one strip."""
     elements = STRIP_ELEMENTS.get(device.type, STRIP_ELEMENTS_OTHER_DEVICES)
-    fast = min(FULL_SPEED_ROWS, 2 * elements // columns)
-    return max(MIN_STRIP_ROWS, elements // columns, fast)
+    fast = min(FULL_SPEED_ROWS, 2 * elements // row_length)
+    return max(MIN_STRIP_ROWS, elements // row_length, fast)
+
+
+def strips(num_rows: int, height: int) -> list[tuple[int, int]]:
+    """The first row and the end of each strip of at most `height` rows."""
+    return [(start, min(start + height, num_rows)) for start in range(0, num_rows, max(height, 1))]
 
 
 def has_wide_products(features: Tensor) -> bool:
@@ -146,7 +129,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 @lru_cache
 def architecture(device: torch.device) -> str | None:
-    """Whose tiles in `kernels/configs.py` a device takes; None if the kernels do not support it.
+    """The name of the tile table used for a device; None if the kernels do not support it.
 
     They need Triton, and Ampere or newer. Devices without tiles of their own take sm_86's.
     """
@@ -158,8 +141,8 @@ def architecture(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8 or (major >= 10 and triton_version() < TRITON_FOR_BLACKWELL):
         return None
-    own = {(8, 0): "sm_80", (9, 0): "sm_90"}.get((major, minor))
-    return own or ("sm_100" if major == 10 else "sm_86")
+    exact_match = {(8, 0): "sm_80", (9, 0): "sm_90"}.get((major, minor))
+    return exact_match or ("sm_100" if major == 10 else "sm_86")
 
 
 def triton_version() -> tuple[int, ...]:

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, cuda, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from cyclip_loss.checks import PAPER_BATCH_SIZE
-from cyclip_loss.engines import engine
+from cyclip_loss import engines
 from cyclip_loss.functional import caption_ids
 from cyclip_loss.loss import CyCLIPLoss
 from cyclip_loss.options import DIST_IMPLS, IMPLS, SAME_IDS, PenaltyOptions
+from cyclip_loss.usage_warnings import PAPER_BATCH_SIZE
 from cyclip_loss.with_penalty import WithCyclicPenalty
 
 
@@ -76,7 +76,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     try:
         PenaltyOptions(**_Swap(ours).penalty_options)
         if ours.impl == "triton":
-            engine("triton", torch.empty(1, 1, device="cuda" if cuda.is_available() else "cpu"))
+            device = "cuda" if cuda.is_available() else "cpu"
+            engines.choose("triton", torch.empty(1, 1, device=device))
     except ImportError:
         parser.error("--impl triton: Triton is not installed")
     except ValueError as error:

@@ -1,100 +1,41 @@
-"""What makes a function an operator of `torch.ops.cyclip_loss`; the state of the caller.
+"""How a function becomes an operator of `torch.ops.cyclip_loss`, for `torch.compile`.
 
 There are four operators, each of which calls an engine: two in `contrastive.py`, two in
-`cyclic.py`. `torch.compile` knows only the shapes of their results. The autograd functions in those
-files call the operators.
+`cyclic.py`. `torch.compile` sees only the shapes of their results. The autograd functions in those
+files call an operator while they are traced (`torch.compile`, `torch.export`, fake tensors), and
+the Python function otherwise: PyTorch's dispatcher takes 18 microseconds instead of 1.8.
 """
 
-import inspect
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from functools import wraps
-from itertools import islice
-from typing import Any, NoReturn, TypeVar, get_type_hints
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
+def register(function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """The operator `cyclip_loss::<function's name>`; the function's annotations are its schema.
 
-def operator(
-    shapes: Callable[..., Any], gives_gradients: bool = False
-) -> Callable[[_Function], _Function]:
-    """Make a function the operator `cyclip_loss::<its name>`; its annotations are the schema.
-
-    The first argument is a tensor or a NamedTuple that starts with one. In the schema, the fields
-    of a NamedTuple are arguments of their own. The function is called by position, with autocast
-    off. Only traced calls (`torch.compile`, `torch.export`, fake tensors) go through PyTorch's
-    dispatcher, which takes 18 microseconds instead of 1.8.
+    Compiled code may run it under autocast, so the function has to switch autocast off.
 
     Args:
-        shapes: takes the function's arguments by name; returns tensors like its results, of any
-            values.
-        gives_gradients: the results are gradients. Differentiating them is an error, as it would
-            give second derivatives of the loss.
+        fake: takes the same arguments; returns tensors like the results, of any values.
     """
-
-    def declare(function: _Function) -> _Function:
-        signature = inspect.signature(function)
-        kinds = [parameter.annotation for parameter in signature.parameters.values()]
-        flat_parameters = [
-            parameter.replace(name=f"{parameter.name}_{field}", annotation=annotation)
-            for parameter, kind in zip(signature.parameters.values(), kinds, strict=True)
-            for field, annotation in (
-                get_type_hints(kind) if hasattr(kind, "_fields") else {"": kind}
-            ).items()
-        ]
-
-        def structured(flat: tuple[Any, ...]) -> list[Any]:
-            left = iter(flat)
-            return [
-                kind(*islice(left, len(kind._fields))) if hasattr(kind, "_fields") else next(left)
-                for kind in kinds
-            ]
-
-        def compute(*flat: Any) -> Any:
-            with without_autocast(flat[0]):
-                return function(*structured(flat))
-
-        compute.__signature__ = signature.replace(parameters=flat_parameters)  # type: ignore[attr-defined]
-        traced: Any = custom_op(f"cyclip_loss::{function.__name__}", compute, mutates_args=())
-        names = list(signature.parameters)
-        traced.register_fake(
-            lambda *flat: shapes(**dict(zip(names, structured(flat), strict=True)))
-        )
-
-        @wraps(function)
-        def call(*arguments: Any) -> Any:
-            # The schema, not the value, decides what is taken apart: torch.compile of PyTorch 2.11
-            # and 2.12 passes tuples where eager code passes lists.
-            flat: list[Any] = []
-            for kind, argument in zip(kinds, arguments):  # noqa: B905 (2.8 can't trace strict)
-                if hasattr(kind, "_fields"):
-                    flat.extend(argument)
-                else:
-                    flat.append(list(argument) if isinstance(argument, tuple) else argument)
-            if is_traced(*(x for x in flat if isinstance(x, Tensor))):
-                return traced(*flat)
-            if gives_gradients and torch.is_grad_enabled():
-                return FirstDerivativesOnly.apply(compute, *flat)  # type: ignore[no-untyped-call]
-            return compute(*flat)
-
-        return call  # type: ignore[return-value]
-
-    return declare
+    operator: Any = custom_op(f"cyclip_loss::{function.__name__}", function, mutates_args=())
+    operator.register_fake(fake)
+    return operator
 
 
-class FirstDerivativesOnly(torch.autograd.Function):
-    """Calls a function that returns gradients; differentiating them raises, and is not 0."""
+class _FirstDerivativesOnly(torch.autograd.Function):
+    """Calls a function that returns gradients. Differentiating these raises an error."""
 
     @staticmethod
-    def forward(ctx: Any, function: Callable[..., Any], *arguments: Any) -> Any:  # noqa: D102
+    def forward(ctx: Any, function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*arguments)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> NoReturn:  # noqa: D102
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
         raise RuntimeError(
             "cyclip_loss has first derivatives only: its gradients cannot be differentiated again "
             "(as a gradient penalty, or backward through create_graph=True, would). "
@@ -102,30 +43,20 @@ class FirstDerivativesOnly(torch.autograd.Function):
         )
 
 
+def call_backward(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The gradients `function(*arguments)`, in the backward of an autograd function.
+
+    With create_graph=True, differentiating them raises an error instead of silently returning zero.
+    """
+    if torch.is_grad_enabled():
+        return _FirstDerivativesOnly.apply(function, *arguments)  # type: ignore[no-untyped-call]
+    return function(*arguments)
+
+
 def is_traced(*tensors: Tensor) -> bool:
     """Whether operations on these may be recorded, not executed, as by `torch.compile`."""
     ordinary = (Tensor, torch.nn.Parameter)
     return torch.compiler.is_compiling() or any(type(x) not in ordinary for x in tensors)
-
-
-def is_capturing(features: Tensor) -> bool:
-    """Whether a CUDA graph is being captured, in which nothing may wait for the device."""
-    return features.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def autocast_is_on(device_type: str) -> bool:
-    """Whether autocast is on; False for devices without autocast, such as "meta"."""
-    # PyTorch 2.8 can't trace `is_autocast_available`; compiled code does not run on "meta".
-    has_autocast = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
-    return has_autocast and torch.is_autocast_enabled(device_type)
-
-
-def without_autocast(features: Tensor) -> AbstractContextManager[Any]:
-    """Switches autocast off for the features' device; costs nothing where it is off already."""
-    device_type = features.device.type
-    if autocast_is_on(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
 
 
 def empty_grad_like(features: Tensor, needed: bool) -> Tensor:

@@ -6,7 +6,7 @@
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, fields
 from difflib import get_close_matches
 from functools import wraps
 from numbers import Integral, Real
@@ -19,10 +19,12 @@ DIST_IMPLS = ("gather", "ring")
 SAME_IDS = ("ignored", "positives")
 # Numbers that may change between calls. Ranks compare them in their first call only.
 WEIGHTS = (
-    *("lambda_inmodal", "lambda_crossmodal"),
-    *("reference_batch_size", "inmodal_contrastive_weight"),
+    "lambda_inmodal",
+    "lambda_crossmodal",
+    "reference_batch_size",
+    "inmodal_contrastive_weight",
 )
-_Anything = TypeVar("_Anything")
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class CyCLIPWarning(UserWarning):
@@ -43,15 +45,25 @@ def _optional_weight(name: str, value: Any) -> float | None:
     return None if value is None else _weight(name, value)
 
 
+def integer(name: str, value: Any) -> int:
+    """The value, or TypeError unless it is an integer."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    return value  # type: ignore[return-value]
+
+
 def _optional_batch_size(name: str, value: Any) -> int | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer >= 1 or None, got {value!r}")
-    if value is not None and value < 1:
+    if value < 1:
         raise ValueError(f"{name} must be >= 1, got {value}")
     return value  # type: ignore[return-value]
 
 
-def _bool(name: str, value: Any) -> bool:
+def boolean(name: str, value: Any) -> bool:
+    """The value, or TypeError unless it is a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return value
@@ -66,21 +78,52 @@ def _one_of(*choices: str) -> Callable[[str, Any], str]:
     return check
 
 
+def _no_horovod(name: str, value: Any) -> bool:
+    if boolean(name, value):
+        raise ValueError(f"{name}=True is not supported: use torch.distributed")
+    return False
+
+
+CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "lambda_inmodal": _weight,
+    "lambda_crossmodal": _weight,
+    "reference_batch_size": _optional_batch_size,
+    "distributed": boolean,
+    "impl": _one_of(*IMPLS),
+    "dist_impl": _one_of(*DIST_IMPLS),
+    "same_ids": _one_of(*SAME_IDS),
+    "uneven": boolean,
+    "inmodal_contrastive_weight": _optional_weight,
+    # OpenCLIP's
+    "local_loss": boolean,
+    "gather_with_grad": boolean,
+    "cache_labels": boolean,
+    "rank": integer,
+    "world_size": integer,
+    "use_horovod": _no_horovod,
+}
+
+
 @dataclass(eq=False, repr=False)
 class PenaltyOptions:
     """The options of the penalties. Each is checked when it is set, and may be set at any time."""
 
-    lambda_inmodal: float = field(default=0.25, metadata={"check": _weight})
-    lambda_crossmodal: float = field(default=0.25, metadata={"check": _weight})
+    lambda_inmodal: float = 0.25
+    lambda_crossmodal: float = 0.25
     _: KW_ONLY
-    reference_batch_size: int | None = field(default=None, metadata={"check": _optional_batch_size})
+    reference_batch_size: int | None = None
     process_group: ProcessGroup | None = None
-    distributed: bool = field(default=True, metadata={"check": _bool})
-    impl: str = field(default="auto", metadata={"check": _one_of(*IMPLS)})
+    distributed: bool = True
+    impl: str = "auto"
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _CHECKS:
-            value = _CHECKS[name](name, value)
+        if name in CHECKS:
+            value = CHECKS[name](name, value)
+        elif not name.startswith("_") and not hasattr(self, name):
+            nearest = get_close_matches(name, [option.name for option in fields(self)], 1, 0.8)
+            if nearest:
+                problem = f"{type(self).__name__} has no attribute {name!r}"
+                raise AttributeError(f"{problem}: did you mean {nearest[0]!r}?")
         if name == "reference_batch_size":
             # torch.compile treats an integer attribute as a constant, and a float as an input.
             super().__setattr__("_reference", None if value is None else float(value))
@@ -91,15 +134,27 @@ class PenaltyOptions:
 class LossOptions(PenaltyOptions):
     """The options of the whole loss."""
 
-    dist_impl: str = field(default="gather", metadata={"check": _one_of(*DIST_IMPLS)})
-    same_ids: str = field(default="ignored", metadata={"check": _one_of(*SAME_IDS)})
-    uneven: bool = field(default=False, metadata={"check": _bool})
-    inmodal_contrastive_weight: float | None = field(
-        default=None, metadata={"check": _optional_weight}
-    )
+    dist_impl: str = "gather"
+    same_ids: str = "ignored"
+    uneven: bool = False
+    inmodal_contrastive_weight: float | None = None
 
 
-_CHECKS = {f.name: f.metadata["check"] for f in fields(LossOptions) if f.metadata}
+def given_options(options: Any, kind: type, **by_keyword: Any) -> Any:
+    """The options of a function's call: `options`, or an object of `kind` with the keywords.
+
+    Raises:
+        TypeError: `options` is not of this kind, or a keyword is given as well.
+    """
+    if options is None:
+        return kind(**by_keyword)
+    if not isinstance(options, kind):
+        raise TypeError(f"options must be a module of this package, got {type(options).__name__}")
+    for name, value in by_keyword.items():
+        default = getattr(kind, name)
+        if value is not default and value != default:
+            raise TypeError(f"options and {name}={value!r} were both given: set the attribute")
+    return options
 
 
 def has_penalties(options: PenaltyOptions) -> bool:
@@ -113,43 +168,35 @@ def has_equal_lambdas(options: PenaltyOptions) -> bool:
     return not (difference < 0 or difference > 0)
 
 
-def penalty_weights(options: PenaltyOptions, n: Any, one: Any = 1.0) -> tuple[Any, Any]:
+def penalty_weights(options: PenaltyOptions, total: Any, one: Any = 1.0) -> tuple[Any, Any]:
     """The weights of N * P_in and N * P_cross, which are sums over all pairs of N rows.
 
     lambda / N in the paper's formula, lambda * R / N^2 with a reference batch size R.
-    n: N, a number or a tensor; one: 1, or a tensor of it if the weights are to be tensors.
+    total: N, a number or a tensor; one: 1, or a tensor of it if the weights are to be tensors.
     """
     reference: float | None = options._reference  # type: ignore[attr-defined]
     weights = one * options.lambda_inmodal, one * options.lambda_crossmodal
     if reference is None:
-        return weights[0] / n, weights[1] / n
-    return weights[0] * reference / (n * n), weights[1] * reference / (n * n)
+        return weights[0] / total, weights[1] / total
+    return weights[0] * reference / (total * total), weights[1] * reference / (total * total)
 
 
-def takes_options(options: Callable[..., Any] | None = None) -> Callable[[_Anything], _Anything]:
-    """A function's `**options` become the arguments of `options` in its signature and in `help`.
+def hint_at_misspelled(function: _Function) -> _Function:
+    """Name the nearest argument in the error for an unknown keyword. (Python 3.13 does it too.)"""
+    names = [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is not parameter.VAR_KEYWORD
+    ]
 
-    The error for an argument that it does not have suggests the nearest name.
-    """
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for name in kwargs:
+            if name not in names:
+                nearest = get_close_matches(name, names, 1)
+                hint = f": did you mean {nearest[0]!r}?" if nearest else ""
+                called = function.__qualname__.removesuffix(".__init__")
+                raise TypeError(f"{called} has no argument {name!r}{hint}")
+        return function(*args, **kwargs)
 
-    def declare(function: Any) -> Any:
-        signature = inspect.signature(function)
-        parameters = {n: p for n, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD}
-        for name, option in inspect.signature(options).parameters.items() if options else ():
-            parameters.setdefault(name, option.replace(kind=option.KEYWORD_ONLY))
-
-        @wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            for name in kwargs:
-                if name not in parameters:
-                    nearest = get_close_matches(name, parameters, 1)
-                    hint = f": did you mean {nearest[0]!r}?" if nearest else ""
-                    called = function.__qualname__.removesuffix(".__init__")
-                    raise TypeError(f"{called} has no argument {name!r}{hint}")
-            return function(*args, **kwargs)
-
-        del call.__wrapped__  # or documentation tools would show its signature
-        call.__signature__ = signature.replace(parameters=list(parameters.values()))  # type: ignore[attr-defined]
-        return call
-
-    return declare
+    return call  # type: ignore[return-value]

@@ -12,16 +12,17 @@ The means are linear in the features, so no N x N matrix is needed. With k_i the
 
 the first part is the loss without ids. The others are exactly 0 for a row that is its own only
 positive, and sum to the same for columns as for rows. Their gradients with respect to the logits
-are 1 - 1/k_i at the pair, which joins `Lse.pair_gradient`, and -1/k_i at the other positives.
+are 1 - 1/k_i at the pair, which joins `SavedStatistics.pair_gradient`, and -1/k_i at the other
+positives.
 """
 
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cyclip_loss.numerics import Logits, Lse, accumulation_dtype
+from cyclip_loss.logits import Logits, SavedStatistics
+from cyclip_loss.numerics import accumulation_dtype
 
 
 class WithPositives:
@@ -30,51 +31,69 @@ class WithPositives:
     batch_ids: (N,), of all columns of the global batch.
     """
 
-    def __init__(self, compute: ModuleType, batch_ids: Tensor) -> None:
+    def __init__(self, compute: Any, batch_ids: Tensor) -> None:
         self.compute, self.batch_ids, self.pair_terms = compute, batch_ids, compute.pair_terms
-        self.of_others: Any = 0  # sum of I_i . R_i over the blocks of logits so far
 
-    def contrastive_lse(self, logits: Logits) -> Any:
-        """As `eager.contrastive_lse`, with all other columns as negatives."""
-        self.of_others += (logits.rows * self._means(logits)).sum()
-        return self.compute.contrastive_lse(logits._replace(row_ids=None, column_ids=None))
+    def contrastive_lse(self, logits: Logits) -> tuple[Tensor, ...]:
+        """As `eager.contrastive_lse`, with all other columns as negatives; and sum_i I_i . R_i.
+
+        R sums over the columns of `logits` only.
+        """
+        other_positives = (logits.row_features * self._row_means(logits)).sum()
+        return (*self.compute.contrastive_lse(logits.without_ids()), other_positives)
 
     def contrastive_grads(
-        self, logits: Logits, lse: Lse, grad: Tensor, weight: float, needs: list[bool], wide: bool
+        self,
+        logits: Logits,
+        saved: SavedStatistics,
+        grad: Tensor,
+        weight: float,
+        needs: list[bool],
+        wide: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `eager.contrastive_grads`, where `wide`; `lse.pair_gradient` has its part already."""
-        plain = logits._replace(row_ids=None, column_ids=None)
-        grads: Any = self.compute.contrastive_grads(plain, lse, grad, weight, needs, wide)
+        """As `eager.contrastive_grads` with `wide`. `saved.pair_gradient` has the pairs' part."""
+        row_grad, column_grad, scale_grad = self.compute.contrastive_grads(
+            logits.without_ids(), saved, grad, weight, needs, wide
+        )
         factor = grad * (weight * (2 if logits.symmetric else 1))
-        means = self._means(logits)
-        scale_grad = grads[2] - factor * (logits.rows * means).sum()
+        means = self._row_means(logits)
+        scale_grad = scale_grad - factor * (logits.row_features * means).sum()
         if needs[0]:
-            grads[0].sub_(means.mul_(factor * logits.logit_scale))
+            row_grad.sub_(means.mul_(factor * logits.logit_scale))
         if needs[1]:
-            means = self._means(logits, of_columns=True)
-            grads[1].sub_(means.mul_(factor * logits.logit_scale))
-        return grads[0], grads[1], scale_grad
-
-    def _means(self, logits: Logits, of_columns: bool = False) -> Tensor:
-        """R of the rows (n, D) or columns (m, D), from the columns or rows of this block."""
-        row, column = max(0, -logits.first_column), max(0, logits.first_column)
-        n, m = min(len(logits.rows), logits.pairs), len(logits.columns)
-        pairs = max(0, min(n - row, m - column))
-        found, having, wanted = logits.columns, logits.column_ids, logits.row_ids
-        if of_columns:
-            found, having, wanted, row, column = logits.rows, wanted, having, column, row
-        means = _sums(found, having, wanted)
-        means[row : row + pairs] -= found[column : column + pairs]
-        return means.div_(self.counts(wanted)[:, None])
+            means = self._column_means(logits)
+            column_grad.sub_(means.mul_(factor * logits.logit_scale))
+        return row_grad, column_grad, scale_grad
 
     def counts(self, ids: Any) -> Tensor:
         """How many columns of the global batch have each of these ids; at least 1."""
-        in_order = self.batch_ids.sort()[0]
-        after = torch.searchsorted(in_order, ids, right=True)
-        return (after - torch.searchsorted(in_order, ids)).clamp_(min=1)
+        ordered = self.batch_ids.sort()[0]
+        after = torch.searchsorted(ordered, ids, right=True)
+        return (after - torch.searchsorted(ordered, ids)).clamp_(min=1)
+
+    def _row_means(self, logits: Logits) -> Tensor:
+        """R of the rows (n, D), from the columns of this block."""
+        means = _sums_by_id(logits.column_features, logits.column_ids, logits.row_ids)
+        row, column, num_pairs = _pairs_of(logits)
+        means[row : row + num_pairs] -= logits.column_features[column : column + num_pairs]
+        return means.div_(self.counts(logits.row_ids)[:, None])
+
+    def _column_means(self, logits: Logits) -> Tensor:
+        """R of the columns (m, D), from the rows of this block."""
+        means = _sums_by_id(logits.row_features, logits.row_ids, logits.column_ids)
+        row, column, num_pairs = _pairs_of(logits)
+        means[column : column + num_pairs] -= logits.row_features[row : row + num_pairs]
+        return means.div_(self.counts(logits.column_ids)[:, None])
 
 
-def _sums(features: Tensor, ids: Any, wanted: Any) -> Tensor:
+def _pairs_of(logits: Logits) -> tuple[int, int, int]:
+    """The first row and the first column that are partners, and how many pairs there are."""
+    row, column = max(0, -logits.first_column), max(0, logits.first_column)
+    num_rows = min(len(logits.row_features), logits.num_pairs)
+    return row, column, max(0, min(num_rows - row, len(logits.column_features) - column))
+
+
+def _sums_by_id(features: Tensor, ids: Any, wanted: Any) -> Tensor:
     """For each wanted id, the sum of the features (m, D) that have it, in the accumulation dtype.
 
     Always in the same order. (On a GPU, `index_add_` would use atomics.)
@@ -83,13 +102,13 @@ def _sums(features: Tensor, ids: Any, wanted: Any) -> Tensor:
     wide = features.to(accumulation_dtype(features.dtype))
     if m == 0:  # a rank without rows
         return wide.new_zeros(len(wanted), features.shape[1])
-    in_order, order = ids.sort(stable=True)
-    # The number of the run of equal ids that each id in order belongs to, from 0.
-    run = torch.nn.functional.pad((in_order[1:] != in_order[:-1]).cumsum(0), (1, 0))
+    ordered, order = ids.sort(stable=True)
+    # The number of the run of equal ids that each ordered id belongs to, from 0.
+    run = torch.nn.functional.pad((ordered[1:] != ordered[:-1]).cumsum(0), (1, 0))
     if features.is_cuda:
         lengths = torch.zeros_like(run).scatter_add_(0, run, torch.ones_like(run))
         sums = torch.segment_reduce(wide[order], "sum", lengths=lengths, unsafe=True)
     else:
         sums = torch.zeros_like(wide).index_add_(0, run, wide[order])
-    at = torch.searchsorted(in_order, wanted).clamp_(max=m - 1)
-    return sums[run[at]].masked_fill_((in_order[at] != wanted)[:, None], 0)
+    place = torch.searchsorted(ordered, wanted).clamp_(max=m - 1)
+    return sums[run[place]].masked_fill_((ordered[place] != wanted)[:, None], 0)

@@ -16,25 +16,26 @@ from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import product
+from math import gcd
 from pathlib import Path
 from statistics import median
 from timeit import timeit
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from cyclip_loss import engines
-from cyclip_loss.checks import warn_once
-from cyclip_loss.numerics import Logits, Lse, architecture, float32_is_exact
+from cyclip_loss.logits import Logits, SavedStatistics
+from cyclip_loss.numerics import architecture
+from cyclip_loss.usage_warnings import warn_once
 
 if find_spec("triton") is not None:  # else `main` says that there is nothing to tune
     import triton
 
-    from cyclip_loss import kernels
+    from cyclip_loss import kernels, verification
     from cyclip_loss.kernels import configs
+    from cyclip_loss.kernels.launch import recording
 
     # Triton 3.4 compiles one after another.
     parallel = getattr(triton, "AsyncCompileMode", lambda pool, ignore_errors: nullcontext())
@@ -71,48 +72,70 @@ def launcher(kernel: str, image: Tensor, text: Tensor) -> tuple[Callable[[], obj
     """What launches a kernel once, without the library's products, and the kernel's flops."""
     (n, d), one = image.shape, torch.ones((), device=image.device)
     logits, lse = Logits(image, text, 50 * one), 12 * one.repeat(n)  # about that of random logits
+    saved = SavedStatistics(lse, lse, 0 * lse)
     grams, weights = torch.randn(2, d, d, device=image.device), [torch.tensor(0.25)] * 2
     only_scale = [False, False, True]
     calls: dict[str, Any] = {
         "contrastive_lse": (n, logits),
-        "contrastive_grads": (n, logits, Lse(lse, lse, 0 * lse), one, 0.5 / n, only_scale, False),
-        "cyclic_statistics": (d, image, text, False),
+        "contrastive_grads": (n, logits, saved, one, 0.5 / n, only_scale, False),
+        "gram_matrices": (d, image, text, False),
         "cyclic_grads": (2 * d, image, text, grams, [one], weights, n, [True, True]),
     }
     width, *arguments = calls[kernel]
     return partial(getattr(kernels, kernel), *arguments), 2 * n * d * width
 
 
-def trying(kernel: str, config: Any) -> Any:
-    """A context in which every launch of a kernel takes `config`, and no file is read."""
-    return mock.patch.multiple(
-        configs, tuned=lambda device: {kernel: config}, tiles_key=lambda name, *_: name
-    )
-
-
 def refusal(
     kernel: str, config: Any, image: Tensor, launch: Any, compile_only: bool = False
 ) -> str | None:
-    """Why a configuration must not be chosen: it fails, spills or is wrong. None if it may."""
-    function, compiled = getattr(kernels, kernel).__globals__[f"{kernel}_kernel"], []
-    run = function.run
+    """Why a configuration must not be chosen: it fails, spills or is wrong. None if it may.
 
-    def noted(*arguments: Any, warmup: bool, **options: Any) -> Any:
-        compiled.append(run(*arguments, warmup=warmup or compile_only, **options))
-        return compiled[-1]
-
+    compile_only: only compile it, for a later call to find in Triton's cache.
+    """
+    problem = None
     try:
-        with trying(kernel, config), mock.patch.object(function, "run", noted):
-            problem = engines.disagreement(kernels, image.device, image.dtype, float32_is_exact())
+        with configs.overridden(kernel, config), recording(compile_only) as binaries:
+            for form in forms(kernel, image):
+                problem = verification.compare(form)
+                if problem and not compile_only:
+                    problem = f"{form}: {problem}"
+                    break
             launch()
-        spills = [0 if compile_only or binary is None else binary.n_spills for binary in compiled]
-        return f"spills {max(spills)} registers" if any(spills) else problem
+        spills = max(getattr(binary, "n_spills", 0) for binary in binaries)
+        return f"spills {spills} registers" if spills else problem
     except Exception as error:  # of any kind: that candidate is out
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.200}"
 
 
+def forms(kernel: str, image: Tensor) -> Iterator[Any]:
+    """The forms of a kernel that a candidate has to compute right."""
+    logits = {"symmetric": True, "extra negatives": True, "first_column": "> 0"}
+    switches: dict[str, list[dict[str, Any]]] = {
+        "contrastive_lse": [logits | {"ids": ids, "several strips": True} for ids in (False, True)],
+        "contrastive_grads": [
+            logits
+            | {
+                "ids": ids,
+                "needs": (True, True, True),
+                "wide": False,
+                "several blocks of rows": False,
+                "several blocks of columns": False,
+            }
+            for ids in (False, True)
+        ],
+        "gram_matrices": [{"with_cross": cross, "several splits": True} for cross in (False, True)],
+        "cyclic_grads": [
+            {"with_cross": cross, "separate": cross, "needs": (True, True)}
+            for cross in (False, True)
+        ],
+    }
+    for chosen in switches[kernel]:
+        scope, d_class = verification.scope_of(image), gcd(image.shape[1], verification.D_CLASSES)
+        yield verification.Form(scope, kernel, d_class, tuple(chosen.items()))
+
+
 def milliseconds(launch: Callable[[], object], device: torch.device) -> float:
-    """Of a launch among others or, without a GPU, of one by the clock."""
+    """Median time per launch: CUDA events on a GPU, wall-clock time otherwise."""
     if device.type == "cuda":
         return float(triton.testing.do_bench(launch, warmup=1, rep=5, return_mode="median"))
     return 1e3 * timeit(launch, number=1)
@@ -126,54 +149,83 @@ def tune(
     Yields a row of the table for each, with the candidates that were left out and why. Interpreted,
     each has two candidates, and their times mean nothing.
     """
-    begun, tables, few = time.perf_counter(), configs.shipped(device), kernels.INTERPRETED
-    # A tile has two binaries, with ids and without or with C and without.
-    jobs, together = list(product(dtypes, tables)), max(1, (os.cpu_count() or 1) // 2)
-    engines.CHECK_SIZES = (70, 90, 40) if few else engines.CHECK_SIZES
-    matrix = torch.ones(*[64 if few else 8192] * 2, dtype=torch.bfloat16, device=device)
-    own = min(milliseconds(lambda: matrix @ matrix, device) for _ in range(5))
+    begun, tables, interpreted = time.perf_counter(), configs.shipped(device), kernels.INTERPRETED
+    jobs = list(product(dtypes, tables))
+    matrix = torch.ones(*[64 if interpreted else 8192] * 2, dtype=torch.bfloat16, device=device)
+    card_ms = min(milliseconds(lambda: matrix @ matrix, device) for _ in range(5))
+    card_rate = 2 * len(matrix) ** 3 / card_ms
     for job, (dtype, kernel) in enumerate(jobs, 1):
         image, text = (normalize(torch.randn(n, d, device=device)).to(dtype) for _ in range(2))
-        precision = configs.Precision.of(image, widened=kernel.startswith("cyclic"))
+        widened = kernel in ("gram_matrices", "cyclic_grads")
+        precision = configs.Precision.of(image, widened=widened)
         key, shipped = configs.tiles_key(kernel, image, precision), tables[kernel][precision]
-        tried = candidates(architecture(device), kernel, precision, shipped)
-        tried, (launch, flops) = tried[: 2 if few else None], launcher(kernel, image, text)
-        times: dict[int, list[float]] = {}  # by the place in `tried`
-        left_out: list[str] = []
-        now, end = time.perf_counter(), begun + seconds * job / len(jobs)
-        for at, config in enumerate(tried):
-            doing = f"{job}/{len(jobs)} {key}: candidate {at + 1} of {len(tried)}"
-            print(f"\r{doing:<79}", end="", file=sys.stderr, flush=True)
-            if at % together == 0 and not few:
-                if at and time.perf_counter() > now + COMPILING * (end - now):
-                    left_out.append(f"{key}: no time for {len(tried) - at} of {len(tried)} tiles")
-                    break
-                with ThreadPoolExecutor() as pool, parallel(pool, ignore_errors=True):
-                    for ahead in tried[at : at + together]:
-                        refusal(kernel, ahead, image, launch, compile_only=True)
-            if problem := refusal(kernel, config, image, launch):
-                left_out.append(f"{key}: {config}: {problem}")
-            else:
-                times[at] = []
-        for turn in range(1 if few else 100):
-            if turn >= 5 and time.perf_counter() > end:
-                break
-            for at in times:  # in turn, so that clock and temperature meet all alike
-                with trying(kernel, tried[at]):
-                    times[at].append(milliseconds(launch, device))
-        ms = {0: float("inf")} | {at: median(found) for at, found in times.items()}
-        best = min(ms, key=ms.__getitem__)
-        best = best if ms[best] <= (1 - LEAST_GAIN) * ms[0] else 0
-        rate = flops / ms[best]
+        tiles = candidates(architecture(device), kernel, precision, shipped)
+        if interpreted:
+            tiles = tiles[:2]
+        launch, flops = launcher(kernel, image, text)
+        end = begun + seconds * job / len(jobs)
+        doing = f"{job}/{len(jobs)} {key}"
+        left_out, usable = _right_ones(kernel, tiles, image, launch, end, doing)
+        found = list(zip(_median_times(kernel, usable, launch, device, end), usable, strict=True))
+        shipped_ms = next((ms for ms, config in found if config == shipped), float("inf"))
+        best_ms, fastest = min(found, key=lambda one: one[0], default=(shipped_ms, shipped))
+        if best_ms > (1 - LEAST_GAIN) * shipped_ms:
+            best_ms, fastest = shipped_ms, shipped
         yield {
-            "kernel": key, "shipped ms": ms[0], "best ms": ms[best], "gain": 1 - ms[best] / ms[0],
-            "TFLOP/s": rate / 1e9, "of card": rate * own / (2 * len(matrix) ** 3),
-            "tile": tried[best], "left out": left_out,
-        }  # fmt: skip
+            "kernel": key,
+            "shipped ms": shipped_ms,
+            "best ms": best_ms,
+            "gain": 1 - best_ms / shipped_ms,
+            "TFLOP/s": flops / best_ms / 1e9,
+            "of card": flops / best_ms / card_rate,
+            "tile": fastest,
+            "left out": [f"{key}: {reason}" for reason in left_out],
+        }
 
 
-def remember(file: Path, device: torch.device, key: str, tile: Any) -> None:
-    """Put a choice into the file. Warns if it can't be written."""
+def _right_ones(
+    kernel: str, tiles: list[Any], image: Tensor, launch: Any, end: float, doing: str
+) -> tuple[list[str], list[Any]]:
+    """Why candidates were left out, and the candidates that may be chosen.
+
+    Groups of candidates are compiled at the same time, until COMPILING of the time has passed.
+    """
+    begun, group = time.perf_counter(), max(1, (os.cpu_count() or 1) // 2)
+    left_out: list[str] = []
+    usable: list[Any] = []
+    for number, config in enumerate(tiles):
+        progress = f"{doing}: candidate {number + 1} of {len(tiles)}"
+        print(f"\r{progress:<79}", end="", file=sys.stderr, flush=True)
+        if number % group == 0 and not kernels.INTERPRETED:
+            if number and time.perf_counter() > begun + COMPILING * (end - begun):
+                left_out.append(f"no time for {len(tiles) - number} of {len(tiles)} tiles")
+                break
+            with ThreadPoolExecutor() as pool, parallel(pool, ignore_errors=True):
+                for ahead in tiles[number : number + group]:
+                    refusal(kernel, ahead, image, launch, compile_only=True)
+        if problem := refusal(kernel, config, image, launch):
+            left_out.append(f"{config}: {problem}")
+        else:
+            usable.append(config)
+    return left_out, usable
+
+
+def _median_times(
+    kernel: str, tiles: list[Any], launch: Any, device: torch.device, end: float
+) -> list[float]:
+    """Milliseconds of each candidate, timed in turn, so that all meet the same clock rate."""
+    times: list[list[float]] = [[] for _ in tiles]
+    for turn in range(1 if kernels.INTERPRETED else 100):
+        if turn >= 5 and time.perf_counter() > end:
+            break
+        for config, found in zip(tiles, times, strict=True):
+            with configs.overridden(kernel, config):
+                found.append(milliseconds(launch, device))
+    return [median(found) for found in times]
+
+
+def remember(file: Path, device: torch.device, key: str, tile: Any) -> bool:
+    """Put a choice into the file. Warns, and returns False, if it can't be written."""
     try:
         import fcntl  # not on Windows
 
@@ -185,12 +237,17 @@ def remember(file: Path, device: torch.device, key: str, tile: Any) -> None:
             unfinished = file.with_name(f".{file.name}.unfinished")
             unfinished.write_text(json.dumps(found, indent=1))
             unfinished.replace(file)
+        return True
     except Exception as error:
         warn_once("tiles", f"the tile sizes are not kept, as {file} can't be written: {error!r}")
+        return False
 
 
 def main(arguments: list[str]) -> int:
-    """Tune, keep what wins, print the table; 2 if there is no GPU with kernels."""
+    """Tune, keep what wins, print the table.
+
+    Returns the exit status: 1 if the choices could not be kept, 2 if there is no GPU with kernels.
+    """
     parser = argparse.ArgumentParser(prog="python -m cyclip_loss.tune", description=__doc__)
     parser.add_argument("--n", type=int, default=8192, help="pairs (default: 8192)")
     parser.add_argument("--d", type=int, default=768, help="features (default: 768)")
@@ -211,11 +268,12 @@ def main(arguments: list[str]) -> int:
             os.execv(sys.executable, [sys.executable, "-m", "cyclip_loss.tune", *arguments])
     file = None if options.dry_run else configs.tiles_file()
     rows, dtypes = [], [getattr(torch, name) for name in options.dtype]
+    kept = []
     try:
         for row in tune(device, dtypes, options.n, options.d, options.seconds):
             rows.append(row)
             if file:
-                remember(file, device, row["kernel"], row["tile"])
+                kept.append(remember(file, device, row["kernel"], row["tile"]))
     except KeyboardInterrupt:
         print("\nstopped", end="", file=sys.stderr)
     print(file=sys.stderr)
@@ -223,8 +281,8 @@ def main(arguments: list[str]) -> int:
     line = "{kernel:42} {shipped ms:10.3f} {best ms:8.3f} {gain:6.1%} {TFLOP/s:8.1f} {of card:8.1%}"
     print(*(f"{line.format(**row)}  {row['tile']}" for row in rows), sep="\n")
     print(*(f"left out: {why}" for row in rows for why in row["left out"]), sep="\n")
-    print(f"kept in {file or 'no file'}")
-    return 0
+    print(f"kept in {file if file and all(kept) else 'no file'}")
+    return 0 if all(kept) else 1
 
 
 if __name__ == "__main__":

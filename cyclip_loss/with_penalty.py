@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from cyclip_loss.functional import CYCLIC_TERMS
 from cyclip_loss.loss import CyclicPenalty
-from cyclip_loss.options import PenaltyOptions, takes_options
+from cyclip_loss.options import PenaltyOptions, hint_at_misspelled
 
 
 class WithCyclicPenalty(CyclicPenalty):
@@ -33,7 +34,7 @@ class WithCyclicPenalty(CyclicPenalty):
             than a number or terms of a sum, such as one value per sample. Else as `CyclicPenalty`.
     """
 
-    @takes_options(PenaltyOptions)
+    @hint_at_misspelled
     def __init__(
         self,
         loss: nn.Module,
@@ -41,39 +42,58 @@ class WithCyclicPenalty(CyclicPenalty):
         lambda_crossmodal: float = 0.25,
         *,
         features: tuple[str, str] | Callable[..., Any] = ("image_features", "text_features"),
-        **options: Any,
+        reference_batch_size: int | None = None,
+        process_group: ProcessGroup | None = None,
+        distributed: bool = True,
+        impl: str = "auto",
     ) -> None:
-        super().__init__(lambda_inmodal, lambda_crossmodal, **options)
+        super().__init__(
+            lambda_inmodal,
+            lambda_crossmodal,
+            reference_batch_size=reference_batch_size,
+            process_group=process_group,
+            distributed=distributed,
+            impl=impl,
+        )
         self.features = features
         self.loss = loss
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the wrapped loss returns for these arguments, plus the penalties."""
-        if callable(self.features):
-            image, text = self.features(*args, **kwargs)
-        else:
-            bound = inspect.signature(self.loss.forward).bind(*args, **kwargs)
-            bound.apply_defaults()
-            image, text = [bound.arguments[name] for name in self.features]
+        image_features, text_features = self._features_of(args, kwargs)
         terms = self.loss(*args, **kwargs)
         named = terms if isinstance(terms, dict) else {"result": terms}
         if isinstance(terms, tuple):
             named = dict(zip(getattr(terms, "_fields", range(len(terms))), terms))  # noqa: B905
         for name, term in named.items():
-            size = term.numel() if isinstance(term, Tensor) else isinstance(term, (float, int))
-            if size != 1 or name in ("loss", *CYCLIC_TERMS):
+            if not _is_a_term(name, term):
                 got = f"{name}: {type(term).__name__} {tuple(getattr(term, 'shape', ()))}"
+                if isinstance(term, Tensor):
+                    got += f" {term.dtype}"
                 raise TypeError(
                     f"the penalties cannot be added to what {type(self.loss).__name__} returned "
                     f"({got}): return only the terms of a sum, or add CyclicPenalty yourself"
                 )
         if not isinstance(terms, (dict, tuple)):
-            return terms + super().forward(image, text)
-        penalties: Any = super().forward(image, text, output_dict=True)
-        merged = named | penalties
+            return terms + super().forward(image_features, text_features)
+        merged: Any = named | super().forward(image_features, text_features, True)
         if hasattr(terms, "_fields"):
             return namedtuple(type(terms).__name__, tuple(merged))(**merged)
         return merged if isinstance(terms, dict) else tuple(merged.values())
+
+    def _features_of(self, args: Any, kwargs: Any) -> Any:
+        """The image and text features among the arguments of a call."""
+        if not callable(self.features):
+            bound = inspect.signature(self.loss.forward).bind(*args, **kwargs)
+            bound.apply_defaults()
+            return [bound.arguments[name] for name in self.features]
+        found = self.features(*args, **kwargs)
+        if not isinstance(found, (tuple, list)) or len(found) != 2:
+            got = (
+                f"{len(found)} values" if isinstance(found, (tuple, list)) else type(found).__name__
+            )
+            raise TypeError(f"features must return the image and the text features, got {got}")
+        return found
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -89,6 +109,20 @@ class WithCyclicPenalty(CyclicPenalty):
         elif not own and hasattr(wrapped, name):
             return setattr(wrapped, name, value)
         super().__setattr__(name, value)
+
+
+def _is_a_term(name: Any, term: Any) -> bool:
+    """Whether an entry of a loss's result may be a term of a sum: a floating-point scalar.
+
+    A total would be counted twice, and an accuracy is no loss.
+    """
+    if name in ("loss", "total_loss", "total", *CYCLIC_TERMS):
+        return False
+    if isinstance(name, str) and {"acc", "accuracy"} & set(name.lower().split("_")):
+        return False
+    if isinstance(term, Tensor):
+        return term.numel() == 1 and term.is_floating_point()
+    return isinstance(term, (float, int)) and not isinstance(term, bool)
 
 
 def _check(loss: Any, features: Any) -> None:

@@ -6,6 +6,8 @@ shared memory and tensor-core instructions.
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import gcd
@@ -17,8 +19,8 @@ import triton
 from torch import Tensor
 
 from cyclip_loss import __version__
-from cyclip_loss.checks import warn_once
 from cyclip_loss.numerics import architecture, float32_is_exact
+from cyclip_loss.usage_warnings import warn_once
 
 # True if kernels run on CPU tensors. TRITON_INTERPRET decides it when Triton is imported.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -68,7 +70,7 @@ class Config:
     @cached_property
     def with_ids(self) -> "Config":
         """The configuration for a call with ids: in smaller parts, as a compare takes registers."""
-        return replace(self, tile={**self.tile, "PARTS": self.tile["PARTS"] ** 2})
+        return replace(self, tile={**self.tile, "PARTS": min(4, self.tile["PARTS"] ** 2)})
 
 
 # As in `Precision`: 16-bit features; float32 products in tf32, and in full.
@@ -100,7 +102,7 @@ _SM80_TF32 = _product(128, 128, 32, 4, 3, 2)
 _SM80 = {
     "contrastive_lse": {HALF: _SM80_HALF, TF32: _product(128, 128, 32, 8, 3), IEEE: _FULL},
     "contrastive_grads": {HALF: _SM80_HALF, TF32: _SM80_TF32, IEEE: _FULL},
-    "cyclic_statistics": {TF32: _FULL_GRAM, IEEE: _FULL_GRAM},
+    "gram_matrices": {TF32: _FULL_GRAM, IEEE: _FULL_GRAM},
     "cyclic_grads": {TF32: _cyclic(64, 64, 32, 4, 3), IEEE: _FULL_CYCLIC},
 }
 # sm_86, sm_89 and sm_120 have 99 KB of shared memory per program, where sm_80 has 163 KB.
@@ -108,7 +110,7 @@ _SM86_SWEEP = {HALF: _SM80_HALF, TF32: _product(128, 128, 32, 4, 2, 2), IEEE: _F
 _SM86 = {
     "contrastive_lse": _SM86_SWEEP,
     "contrastive_grads": _SM86_SWEEP,
-    "cyclic_statistics": _SM80["cyclic_statistics"],
+    "gram_matrices": _SM80["gram_matrices"],
     "cyclic_grads": {TF32: _cyclic(64, 64, 32, 4, 2), IEEE: _FULL_CYCLIC},
 }
 # Operands rounded in registers go back to shared memory, and each wgmma waits for its operands. So
@@ -116,7 +118,7 @@ _SM86 = {
 _SM90 = {
     "contrastive_lse": {HALF: _product(256, 128, 64, 8, 4), TF32: _SM80_TF32, IEEE: _FULL},
     "contrastive_grads": {HALF: _product(128, 256, 64, 8, 4, 2), TF32: _SM80_TF32, IEEE: _FULL},
-    "cyclic_statistics": {TF32: _gram(64, 32, 4, 4), IEEE: _FULL_GRAM},
+    "gram_matrices": {TF32: _gram(64, 32, 4, 4), IEEE: _FULL_GRAM},
     "cyclic_grads": {TF32: _cyclic(128, 128, 32, 8, 3), IEEE: _FULL_CYCLIC},
 }
 # The product stays in tensor memory. Registers suffice for 256 rows, but not for 256 columns.
@@ -124,7 +126,7 @@ _SM100_SWEEP = {HALF: _product(256, 128, 64, 8, 3, 2), TF32: _SM80_TF32, IEEE: _
 _SM100 = {
     "contrastive_lse": _SM100_SWEEP,
     "contrastive_grads": _SM100_SWEEP,
-    "cyclic_statistics": _SM90["cyclic_statistics"],
+    "gram_matrices": _SM90["gram_matrices"],
     "cyclic_grads": {TF32: _cyclic(128, 128, 32, 8, 2), IEEE: _FULL_CYCLIC},
 }
 # Of a tile of 64 x 64, 8 waves would compute each product twice: an instruction's is 32 x 32.
@@ -133,7 +135,7 @@ _AMD_FULL = _product(64, 64, 16, 4, 2)
 _GFX942 = {
     "contrastive_lse": {HALF: _AMD_HALF, TF32: _product(128, 64, 16, 4, 2), IEEE: _AMD_FULL},
     "contrastive_grads": {HALF: _AMD_HALF, TF32: _product(128, 64, 32, 8, 2), IEEE: _AMD_FULL},
-    "cyclic_statistics": {TF32: _gram(64, 16, 4, 2), IEEE: _gram(64, 16, 4, 1)},
+    "gram_matrices": {TF32: _gram(64, 16, 4, 2), IEEE: _gram(64, 16, 4, 1)},
     "cyclic_grads": {TF32: _cyclic(64, 64, 16, 4, 2), IEEE: _cyclic(64, 64, 16, 4, 1)},
 }
 # Small, so that small tests have several tiles.
@@ -141,7 +143,7 @@ _SMALL = _product(32, 64, 32, 1, 1, parts=2)
 _INTERPRETER = {
     "contrastive_lse": dict.fromkeys((HALF, TF32, IEEE), _SMALL),
     "contrastive_grads": dict.fromkeys((HALF, TF32, IEEE), _SMALL),
-    "cyclic_statistics": dict.fromkeys((TF32, IEEE), _gram(64, 32, 1, 1)),
+    "gram_matrices": dict.fromkeys((TF32, IEEE), _gram(64, 32, 1, 1)),
     "cyclic_grads": dict.fromkeys((TF32, IEEE), _cyclic(64, 64, 32, 1, 1)),
 }
 ARCHITECTURES = {
@@ -174,9 +176,28 @@ def tiles_of(device: torch.device) -> str:
 
 
 def tiles_key(kernel: str, features: Tensor, precision: Precision) -> str:
-    """The name of a kernel there. D counts as what it is a multiple of, up to 128; N does not."""
+    """The name of a kernel in the file of tiles.
+
+    One choice serves all N, and all D with the same largest power-of-two divisor, at most 128.
+    """
     dtype = str(features.dtype).removeprefix("torch.")
     return f"{kernel} {dtype} {precision.dot} D%{gcd(features.shape[1], 128)}"
+
+
+def _check(key: str, config: Config) -> None:
+    """Raise ValueError unless a kernel can be launched with a configuration from the file."""
+    names = _SM80[key.split()[0]][TF32].tile.keys()
+    allowed = {name: [2**i for i in range(4, 10)] for name in ("BM", "BN", "BK", "BD")}
+    allowed |= {"PARTS": [1, 2, 4], "GROUP": [2**i for i in range(10)]}
+    numbers = [*config.tile.values(), config.num_warps, config.num_stages]
+    if not (
+        config.tile.keys() == names
+        and all(type(number) is int for number in numbers)
+        and all(size in allowed[name] for name, size in config.tile.items())
+        and config.num_warps in (1, 2, 4, 8, 16)
+        and 1 <= config.num_stages <= 8
+    ):
+        raise ValueError(f"{key}: {config}")
 
 
 @lru_cache
@@ -190,10 +211,7 @@ def tuned(device: torch.device) -> dict[str, Config]:
         entries = json.loads(file.read_text()).get(tiles_of(device), {})
         found = {key: Config(**entry) for key, entry in entries.items()}
         for key, config in found.items():
-            names = _SM80[key.split()[0]][TF32].tile.keys()
-            sizes = {*config.tile.values(), config.num_warps}
-            if config.tile.keys() != names or not sizes <= {2**i for i in range(10)}:
-                raise ValueError(f"{key}: {config}")
+            _check(key, config)
         return found
     except Exception as error:
         what = f"the package's own tile sizes are used, as {file} can't be read: {error!r:.300}. "
@@ -202,11 +220,28 @@ def tuned(device: torch.device) -> dict[str, Config]:
         return {}
 
 
+# What `overridden` sets: configurations by kernel, and then no file is read.
+_overrides: dict[str, Config] | None = None
+
+
+@contextmanager
+def overridden(kernel: str, config: Config) -> Iterator[None]:
+    """A context in which every launch of a kernel takes `config`, and others what is shipped."""
+    global _overrides
+    before, _overrides = _overrides, {kernel: config}
+    try:
+        yield
+    finally:
+        _overrides = before
+
+
 def config_for(
     kernel: str, features: Tensor, precision: Precision, with_ids: bool = False
 ) -> Config:
     """The configuration of a kernel: the one tuned for such features, or else the shipped one."""
     config = shipped(features.device)[kernel][precision]
-    if found := tuned(features.device):
+    if _overrides is not None:
+        config = _overrides.get(kernel, config)
+    elif found := tuned(features.device):
         config = found.get(tiles_key(kernel, features, precision), config)
     return config.with_ids if with_ids else config

@@ -1,4 +1,8 @@
-"""What a launch needs on the host: aligned features, scalars as arguments."""
+"""What a launch needs on the host: the launch itself, aligned features, scalars as arguments."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,6 +12,33 @@ from cyclip_loss.kernels.configs import INTERPRETED
 # Triton can load 16 bytes at a time if it knows that a pointer is a multiple of this many bytes and
 # that the stride between rows is a multiple of this many elements.
 ALIGNMENT = 16
+
+_recorded: list[Any] | None = None
+_compiles_only = False
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Launch a kernel; while `recording`, also note its binary."""
+    if _recorded is None:
+        kernel[grid](*arguments, **constants)
+    elif _compiles_only:
+        _recorded.append(kernel.warmup(*arguments, grid=grid, **constants))
+    else:
+        _recorded.append(kernel[grid](*arguments, **constants))
+
+
+@contextmanager
+def recording(compile_only: bool = False) -> Iterator[list[Any]]:
+    """Yield a list to which every launch adds its compiled kernel.
+
+    compile_only: compile, and launch nothing; results are then arbitrary.
+    """
+    global _compiles_only, _recorded
+    _recorded, _compiles_only = [], compile_only
+    try:
+        yield _recorded
+    finally:
+        _recorded, _compiles_only = None, False
 
 
 def padded_rows(features: Tensor, multiple: int) -> Tensor:

@@ -116,6 +116,6 @@ def split(tile, BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr):
 @triton.jit
 def same_ids(row_ids, column_ids, rows, columns, n, m):
     """Which rows and columns have equal ids; arbitrary past the end."""
-    of_rows = tl.load(row_ids + tl.minimum(rows, n - 1))
-    of_columns = tl.load(column_ids + tl.minimum(columns, m - 1))
-    return of_rows[:, None] == of_columns[None, :]
+    row_id = tl.load(row_ids + tl.minimum(rows, n - 1))
+    column_id = tl.load(column_ids + tl.minimum(columns, m - 1))
+    return row_id[:, None] == column_id[None, :]

@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from typing import Any
 
@@ -161,13 +161,18 @@ def set_strip_rows(monkeypatch: pytest.MonkeyPatch, rows: int | None) -> None:
     monkeypatch.setitem(numerics.STRIP_ELEMENTS, "cpu", 1)
     monkeypatch.setattr(numerics, "STRIP_ELEMENTS_OTHER_DEVICES", 1)
     if HAS_TRITON:
-        from cyclip_loss.kernels import configs, grams, logit_grads, lse
+        from cyclip_loss.kernels import configs
 
+        # The package has the functions under the names of their files.
+        lse, grads, grams = (
+            import_module(f"cyclip_loss.kernels.{name}")
+            for name in ("contrastive_lse", "contrastive_grads", "gram_matrices")
+        )
         blocks = (configs.JOIN, "TILES", 2), (configs.PAIRS, "BLOCK", 32), (configs.SUM, "BLOCK", 2)
         for config, size, value in blocks:
             for sizes in (config.tile, config.kwargs):  # the latter is a copy, made once
                 monkeypatch.setitem(sizes, size, value)
         monkeypatch.setattr(lse, "PARTIAL_ELEMENTS", 1)
-        monkeypatch.setattr(logit_grads, "BLOCK_ROWS", 1)
-        monkeypatch.setattr(logit_grads, "BLOCK_ELEMENTS", 1)
+        monkeypatch.setattr(grads, "BLOCK_ROWS", 1)
+        monkeypatch.setattr(grads, "BLOCK_ELEMENTS", 1)
         monkeypatch.setattr(grams, "MIN_SPLIT_ROWS", 4 * rows)

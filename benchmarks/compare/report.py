@@ -15,7 +15,7 @@ import matplotlib
 from benchmarks.compare import competitors as names
 from benchmarks.compare.accuracy import RANDOM
 from benchmarks.run import OK, OUT_OF_MEMORY, Row, number, table, write_whole
-from cyclip_loss.checks import PAPER_BATCH_SIZE
+from cyclip_loss.usage_warnings import PAPER_BATCH_SIZE
 
 matplotlib.use("Agg")  # files only: no display needed
 from matplotlib import pyplot as plt

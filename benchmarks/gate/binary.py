@@ -40,7 +40,7 @@ CHIPS = {
 MATRIX_INSTRUCTIONS = re.compile(
     rf"\b(?:{'|'.join(chip.matrix_instruction for chip in CHIPS.values())})[\w.]*"
 )
-WITH_PRODUCTS = ("contrastive_lse", "contrastive_grads", "cyclic_statistics", "cyclic_grads")
+WITH_PRODUCTS = ("contrastive_lse", "contrastive_grads", "gram_matrices", "cyclic_grads")
 
 
 @dataclass(frozen=True)

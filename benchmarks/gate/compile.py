@@ -21,8 +21,13 @@ from triton.compiler import ASTSource
 
 from benchmarks.gate.binary import CHIPS, Binary, inspect
 from benchmarks.run import table
-from cyclip_loss.kernels import grams, logit_grads, lse, pairs, penalties, penalty_grads
 from cyclip_loss.kernels.configs import ARCHITECTURES, JOIN, PAIRS, SUM, TRACES, Config
+from cyclip_loss.kernels.contrastive_grads import contrastive_grads_kernel, scale_grad_kernel
+from cyclip_loss.kernels.contrastive_lse import contrastive_lse_kernel, join_lse_kernel
+from cyclip_loss.kernels.cyclic_grads import cyclic_grads_kernel
+from cyclip_loss.kernels.cyclic_terms import cyclic_terms_kernel, traces_kernel
+from cyclip_loss.kernels.gram_matrices import gram_matrices_kernel
+from cyclip_loss.kernels.pair_terms import pair_terms_kernel
 from cyclip_loss.numerics import triton_version
 
 FEATURES = {  # dtype of the features -> Triton's pointer type and the precision of the products
@@ -32,12 +37,15 @@ FEATURES = {  # dtype of the features -> Triton's pointer type and the precision
     "float32 ieee": ("*fp32", "ieee"),
 }
 # Features and their gradients; int64; every other pointer is to float32.
-OF_FEATURES = {"image", "text", "gradient", "image_grad", "text_grad"}
+OF_FEATURES = {
+    "image", "text", "row_features", "column_features", "gradient", "image_grad", "text_grad",
+}  # fmt: skip
 IDS = {"row_ids", "column_ids"}
 NUMBERS = {"weight", "weight_inmodal", "weight_crossmodal", "size"}
 INTEGERS = {
-    "n", "m", "d", "pairs", "image_stride", "text_stride", "gradient_stride", "first_column",
-    "columns", "row_parts", "column_parts", "strip", "length", "split_rows",
+    "n", "m", "d", "num_pairs", "image_stride", "text_stride", "row_stride", "column_stride",
+    "gradient_stride", "first_column", "num_columns", "row_parts", "column_parts", "strip",
+    "length", "split_rows",
 }  # fmt: skip
 
 
@@ -67,12 +75,19 @@ class Variant:
         return made.faults(self.arch, self.kernel, self.features)
 
 
-MODULES = (grams, logit_grads, lse, pairs, penalties, penalty_grads)
 KERNELS = {
-    name.removesuffix("_kernel"): kernel
-    for module in MODULES
-    for name, kernel in vars(module).items()
-    if name.endswith("_kernel")
+    kernel.__name__.removesuffix("_kernel"): kernel
+    for kernel in (
+        contrastive_grads_kernel,
+        contrastive_lse_kernel,
+        cyclic_grads_kernel,
+        cyclic_terms_kernel,
+        gram_matrices_kernel,
+        join_lse_kernel,
+        pair_terms_kernel,
+        scale_grad_kernel,
+        traces_kernel,
+    )
 }
 
 
@@ -102,8 +117,8 @@ def variants(arch: str) -> Iterator[Variant]:
         yield Variant(arch, "contrastive_grads", features, config.with_ids, shared | more)
         for cross in (False, True):
             shared = {"WITH_CROSS": cross, "TF32": dot == "tf32", "PRECISION": dot}
-            config = configs["cyclic_statistics"][32, dot]
-            yield Variant(arch, "cyclic_statistics", features, config, shared)
+            config = configs["gram_matrices"][32, dot]
+            yield Variant(arch, "gram_matrices", features, config, shared)
             more = {"NEEDS_IMAGE": True, "NEEDS_TEXT": True}
             config = configs["cyclic_grads"][32, dot]
             yield Variant(arch, "cyclic_grads", features, config, shared | more)

@@ -84,7 +84,7 @@ def line_of(key: str, config: Config) -> str:
     tile = {name: size for name, size in config.tile.items() if name != "GROUP"}
     parts = [tile.pop("PARTS")] if "PARTS" in tile else []
     numbers = [*tile.values(), config.num_warps, config.num_stages, *parts]
-    maker = {"cyclic_statistics": "_gram", "cyclic_grads": "_cyclic"}.get(kernel, "_product")
+    maker = {"gram_matrices": "_gram", "cyclic_grads": "_cyclic"}.get(kernel, "_product")
     return f"{precision}: {maker}({', '.join(map(str, numbers))}),"
 
 

@@ -12,7 +12,7 @@ from processes import run_python
 from cyclip_loss import kernels, numerics, tune
 from cyclip_loss.kernels import configs
 from cyclip_loss.kernels.configs import Precision
-from cyclip_loss.numerics import Logits
+from cyclip_loss.logits import Logits
 
 on_a_cpu = pytest.mark.skipif(
     not kernels.INTERPRETED, reason="on a GPU every test runs the shipped tiles"
@@ -59,7 +59,7 @@ def test_tf32_rounds_ties_to_even(dtype: torch.dtype, share: float, device: torc
     ulp = torch.ldexp(torch.ones_like(u), torch.frexp(u)[1] - 11)
     ties = (u - to_tf32(u)).abs() == ulp / 2
     assert ties.double().mean() > share
-    got = kernels.cyclic_statistics(image, text, True).double()
+    got = kernels.gram_matrices(image, text, True).double()
     u, v = to_tf32(u), to_tf32(v)
     assert torch.equal(got, torch.stack([u.T @ u, v.T @ v, v.T @ u]))
 
@@ -78,7 +78,7 @@ def test_d_beyond_32_bit_offsets(device: torch.device) -> None:
     """Refused before a matrix of 2 GB is allocated."""
     image = torch.zeros((), device=device).expand(2, 26_753)
     with pytest.raises(ValueError, match=r"image_features must have D <= 26752 .* got D = 26753"):
-        kernels.cyclic_statistics(image, image, True)
+        kernels.gram_matrices(image, image, True)
 
 
 def test_tile_sizes_are_powers_of_two() -> None:

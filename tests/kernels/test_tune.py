@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import warnings
 from functools import partial
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from processes import run_python
 from triton.runtime.jit import KernelInterface
 
-from cyclip_loss import CyCLIPWarning, checks, engines, kernels, tune
+from cyclip_loss import CyCLIPWarning, kernels, tune, usage_warnings
 from cyclip_loss.kernels import configs
 from cyclip_loss.kernels.configs import Precision, config_for
 
@@ -19,7 +20,7 @@ CPU = torch.device("cpu")
 FEATURES = torch.ones(3, 256, dtype=torch.bfloat16)
 PRECISION = Precision.of(FEATURES)
 KEY = configs.tiles_key("contrastive_lse", FEATURES, PRECISION)
-KERNELS = ("contrastive_lse", "contrastive_grads", "cyclic_statistics", "cyclic_grads")
+KERNELS = ("contrastive_lse", "contrastive_grads", "gram_matrices", "cyclic_grads")
 TILE = {"BM": 64, "BN": 64, "BK": 32, "PARTS": 2, "GROUP": 8}
 SHIPPED = configs.shipped(CPU)["contrastive_lse"][PRECISION] if kernels.INTERPRETED else None
 pytestmark = pytest.mark.skipif(not kernels.INTERPRETED, reason="pretends that the CPU is a GPU")
@@ -30,9 +31,8 @@ def file(tmp_path, monkeypatch: pytest.MonkeyPatch):
     """The file of tiles, which is not there yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("CYCLIP_LOSS_TILES", raising=False)
-    monkeypatch.setattr(engines, "CHECK_SIZES", (70, 90, 40))
     configs.tuned.cache_clear()
-    checks._warned.clear()
+    usage_warnings._warned.clear()
     yield tmp_path / "cache" / "cyclip_loss" / "tiles.json"
     configs.tuned.cache_clear()
 
@@ -62,7 +62,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, times: list[float], kinds=()) -> No
     """
 
     def clock(launch, device):
-        for kernel, tile in configs.tuned(device).items():
+        for kernel, tile in (configs._overrides or {}).items():
             if tile.num_warps > 1 and KERNELS.index(kernel) == len(times):
                 raise KeyboardInterrupt
             return times[KERNELS.index(kernel)] if tile.num_warps > 1 else 1.0
@@ -79,7 +79,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch, times: list[float], kinds=()) -> No
 
     monkeypatch.setattr(tune, "milliseconds", clock)
     for kernel, kind, result in zip(KERNELS, kinds, (3, 9, 2, 8), strict=False):
-        function = getattr(kernels, kernel).__globals__[f"{kernel}_kernel"]
+        # The package has the function under the name of the file.
+        function = getattr(import_module(f"cyclip_loss.kernels.{kernel}"), f"{kernel}_kernel")
         monkeypatch.setattr(function, "run", partial(faulty, function.run, kind, result))
         # The interpreter before Triton 3.6 launches without `run`, unlike compiled kernels.
         monkeypatch.setattr(type(function), "__getitem__", KernelInterface.__getitem__)
@@ -165,6 +166,8 @@ def test_another_gpu_or_version_has_its_own_tiles(file, monkeypatch) -> None:
     [
         b"", b"\xff\xfe", b"[1, 2]", b"{", {"tile": {"BM": 64}}, {"tile": TILE | {"BM": 48}},
         {"tile": 3}, {"num_warps": "4"}, {"colour": "blue"}, {"kernel": "another"},
+        {"tile": TILE | {"PARTS": 512}}, {"tile": TILE | {"BM": 1}}, {"tile": TILE | {"BM": 64.0}},
+        {"num_stages": -1}, {"num_warps": 3},
     ],
     ids=str,
 )  # fmt: skip
@@ -193,6 +196,21 @@ def test_what_cannot_be_written_is_one_warning_and_left_alone(path, tmp_path) ->
         warnings.simplefilter("error")
         remember()
     assert path.read_text() == "not ours"
+
+
+def test_tiles_that_cannot_be_kept_give_exit_status_1(file, monkeypatch, capsys) -> None:
+    file.parent.parent.write_text("not a folder")
+    monkeypatch.setattr(tune, "architecture", lambda device: "sm_90")
+    row = {"kernel": KEY, "shipped ms": 1.0, "best ms": 1.0, "gain": 0.0, "TFLOP/s": 1.0}
+    row |= {"of card": 0.5, "tile": SHIPPED, "left out": []}
+    monkeypatch.setattr(tune, "tune", lambda *_: [row])
+    with pytest.warns(CyCLIPWarning, match=r"can't be written"):
+        assert tune.main([]) == 1
+    assert "kept in no file" in capsys.readouterr().out
+
+
+def test_a_tile_in_four_parts_serves_calls_with_ids_too() -> None:
+    assert configs.Config(TILE | {"PARTS": 4}, 4, 3).with_ids.tile["PARTS"] == 4
 
 
 def test_two_processes_keep_all_their_tiles(file) -> None:

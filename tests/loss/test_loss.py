@@ -128,7 +128,9 @@ def test_the_definition() -> None:
 @example(n=1, d=1, bad=torch.inf, where=0, at=(0, 0), sign=1, seed=0)
 @example(n=1, d=3, bad=torch.inf, where=2, at=(0, 0), sign=1, seed=0)
 @example(n=6, d=2, bad=-torch.inf, where=1, at=(5, 1), sign=1, seed=0)
-def test_nan_and_infinity_come_out_as_nan(n, d, bad, where, at, sign, seed, impl, device) -> None:
+def test_nan_and_infinity_never_give_a_finite_loss(
+    n, d, bad, where, at, sign, seed, impl, device
+) -> None:
     """In either tower or view, whatever the sign of the features that it is multiplied with."""
     features = Case(n, d, views=True, seed=seed).features(device)
     if sign is not None:
@@ -144,7 +146,20 @@ def test_nan_and_infinity_come_out_as_nan(n, d, bad, where, at, sign, seed, impl
         cyclip_loss(*both, 10.0, **NO_PENALTIES, impl=impl),
         cyclip_loss(*both, 10.0, **NO_PENALTIES, **views, impl=impl),
     ]
-    assert all(term.isnan() for term in (terms if where < 2 else terms[-1:])), terms
+    assert not any(term.isfinite() for term in (terms if where < 2 else terms[-1:])), terms
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", ["negative_text_features", "negative_image_features"])
+def test_an_extra_negative_that_is_not_finite_never_gives_a_finite_loss(
+    name: str, bad: float, impl: str, device: torch.device
+) -> None:
+    """A logit of -inf alone would leave the loss finite."""
+    features = torch.tensor([[1.0, 0.0], [0.8, 0.6]], device=device)
+    negatives = torch.tensor([[bad, -1.0]], device=device)
+    loss = cyclip_loss(features, features, 10.0, **{name: negatives}, impl=impl)
+    assert not loss.isfinite()
+    assert cyclip_loss(features, features, 10.0, **{name: negatives[:0]}, impl=impl).isfinite()
 
 
 @pytest.mark.parametrize("d", [4, 2], ids=["small", "large"])
@@ -155,7 +170,7 @@ def test_one_infinite_logit_is_nan(impl: str, d: int, device: torch.device) -> N
         image, text = torch.eye(5, d, device=device), torch.eye(5, d, device=device)
         image[row, 0] = text[0, 0] = 1e30
         assert cyclip_loss(image, text, 1.0, **options).isnan()
-        assert cyclip_loss(image / 1e30, text / 1e30, torch.nan, **options).isnan()
+        assert cyclip_loss(image / 1e30, text / 1e30, torch.tensor(torch.nan), **options).isnan()
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])

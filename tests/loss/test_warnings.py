@@ -13,9 +13,9 @@ from cyclip_loss import (
     CyCLIPLoss,
     CyCLIPWarning,
     WithCyclicPenalty,
-    checks,
     cyclic_penalty,
     cyclip_loss,
+    usage_warnings,
 )
 
 SCALE = 20.0
@@ -24,7 +24,7 @@ SCALE = 20.0
 @pytest.fixture(autouse=True)
 def forget_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Start each test as a process that has not warned yet."""
-    monkeypatch.setattr(checks, "_warned", set())
+    monkeypatch.setattr(usage_warnings, "_warned", set())
 
 
 def messages(*calls) -> list[str]:
@@ -46,7 +46,7 @@ def test_strong_penalties(weight, n: int, options, warned: int, device: torch.de
         lambda: CyCLIPLoss(0, weight, **options)(image, text, SCALE),
         lambda: cyclic_penalty(image, text, weight, 0, **options),
     ):
-        checks._warned.clear()
+        usage_warnings._warned.clear()
         assert len(messages(call)) == warned
 
 
@@ -72,9 +72,14 @@ def test_lengths_and_scale_of_a_modules_first_call(device: torch.device) -> None
         (partial(CyclicPenalty(), longer, image), lengths),
         (partial(WithCyclicPenalty(PlainClip()), image, longer, 1.0), lengths),
         (partial(CyCLIPLoss(), image, text, scale), ["scale.exp()"]),
-        (partial(CyCLIPLoss(), image * torch.nan, text, torch.nan), []),
+        (partial(CyCLIPLoss(), image * torch.nan, text, SCALE), []),
+        (
+            partial(CyCLIPLoss(), image, text, scale * torch.nan),
+            ["must be finite and > 0, got nan"],
+        ),
+        (partial(CyCLIPLoss(), image, text, 0 * scale), ["must be finite and > 0, got 0"]),
     ):
-        checks._warned.clear()
+        usage_warnings._warned.clear()
         found = messages(call)
         assert len(found) == len(expected)
         assert all(part in "".join(found) for part in expected)

@@ -10,7 +10,7 @@ from rank_cases import RankCase
 from rank_cases import step as take_step
 from test_ranks import DIST_IMPLS
 
-from cyclip_loss import CyCLIPLoss, CyCLIPWarning, checks
+from cyclip_loss import CyCLIPLoss, CyCLIPWarning, usage_warnings
 
 Step = list[tuple[int, dict]]  # each rank's (rows, options)
 
@@ -93,7 +93,7 @@ def test_empty_global_batch(options: dict, ranks: Ranks) -> None:
 
 
 def raises_warning(rank: int, world_size: int) -> bool:
-    checks._warned.clear()
+    usage_warnings._warned.clear()
     features = 2 * torch.eye(3, device=own_device())
     with warnings.catch_warnings(), contextlib.suppress(CyCLIPWarning):
         warnings.simplefilter("error", CyCLIPWarning)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cyclip_loss.kernels.configs import Precision, config_for
-from cyclip_loss.kernels.launch import ceil_div, number_or_pointer, padded_rows
+from cyclip_loss.kernels.launch import ceil_div, launch, number_or_pointer, padded_rows
 from cyclip_loss.kernels.tiles import grouped_tile, round_to_tf32, scalar
 from cyclip_loss.numerics import on_device_of
 
@@ -85,19 +85,19 @@ def cyclic_grads_kernel(
         v_grad = tl.dot(v, a, v_grad, input_precision=PRECISION)
         if WITH_CROSS:
             c_t = _load_matrix(mirrored + 2 * d * d, difference, TF32)
-            at = grams + inner[:, None] * d + columns[None, :]
-            c = _load_matrix(at + 2 * d * d, difference, TF32)
+            direct = grams + inner[:, None] * d + columns[None, :]
+            c = _load_matrix(direct + 2 * d * d, difference, TF32)
             u_grad = tl.dot(v, c_t, u_grad, input_precision=PRECISION)
             v_grad = tl.dot(u, c, v_grad, input_precision=PRECISION)
 
-    at = rows.to(tl.int64)[:, None] * d + columns[None, :]
+    offset = rows.to(tl.int64)[:, None] * d + columns[None, :]
     valid = (rows < n)[:, None]
     if NEEDS_IMAGE:
         grad = (u_grad + v_grad).to(image_grad.dtype.element_ty)
-        tl.store(image_grad + at, grad, mask=valid)
+        tl.store(image_grad + offset, grad, mask=valid)
     if NEEDS_TEXT:
         grad = (u_grad - v_grad).to(text_grad.dtype.element_ty)
-        tl.store(text_grad + at, grad, mask=valid)
+        tl.store(text_grad + offset, grad, mask=valid)
 
 
 def cyclic_grads(
@@ -126,7 +126,8 @@ def cyclic_grads(
     text_grad = text.new_empty(text.shape if needs_text else (0,))
     grid = (ceil_div(n, tile["BM"]) * (d // tile["BD"]),)
     with on_device_of(image):
-        cyclic_grads_kernel[grid](
+        launch(
+            cyclic_grads_kernel, grid,
             image, text, grams, grads[0], grads[-1], number_or_pointer(weights[0]),
             number_or_pointer(weights[1]), float(size), image_grad, text_grad, n, d,
             image.stride(0), text.stride(0), WITH_CROSS=len(grams) == 3, NEEDS_IMAGE=needs_image,

@@ -1,6 +1,6 @@
 """Gram matrices of U = I + T and V = I - T:  A = U^T U,  B = V^T V,  C = V^T U  (D x D).
 
-Both cyclic penalties follow from p = <A, B>_F and q = <C, C^T>_F (`penalties.py`).
+Both cyclic penalties follow from p = <A, B>_F and q = <C, C^T>_F (`cyclic_terms.py`).
 
 U and V are formed in registers, in float32, from the unrounded features, and only then rounded to
 tf32. V is small for well-aligned pairs, and its rounding error is relative to V. For 16-bit
@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cyclip_loss.kernels.configs import Precision, config_for
-from cyclip_loss.kernels.launch import ceil_div, padded_rows
+from cyclip_loss.kernels.launch import ceil_div, launch, padded_rows
 from cyclip_loss.kernels.tiles import round_to_tf32
 from cyclip_loss.numerics import on_device_of
 
@@ -40,7 +40,7 @@ def _load_block(features, rows, columns, n, stride):
 
 
 @triton.jit(do_not_specialize=["n", "split_rows"])
-def cyclic_statistics_kernel(
+def gram_matrices_kernel(
     image,  # (n, d), rows `image_stride` apart
     text,  # (n, d), rows `text_stride` apart
     grams,  # (splits, 2 or 3, d, d) out
@@ -60,9 +60,9 @@ def cyclic_statistics_kernel(
     j = tl.program_id(0) % tiles
     if i <= j:
         split = tl.program_id(1)
-        of_cross = tl.program_id(2)
+        is_cross = tl.program_id(2)
         # Programs of C swap U and V of columns i.
-        sign = 1.0 - 2.0 * of_cross
+        sign = 1.0 - 2.0 * is_cross
         i_columns = i * BD + tl.arange(0, BD)
         j_columns = j * BD + tl.arange(0, BD)
         first = tl.zeros((BD, BD), dtype=tl.float32)
@@ -88,26 +88,43 @@ def cyclic_statistics_kernel(
             first = tl.dot(tl.trans(u_i), u_j, first, input_precision=PRECISION)
             second = tl.dot(tl.trans(v_i), v_j, second, input_precision=PRECISION)
 
-        at = i_columns[:, None] * d + j_columns[None, :]
+        direct = i_columns[:, None] * d + j_columns[None, :]
         mirrored = i_columns[:, None] + j_columns[None, :] * d
         matrix = d * d
         out = grams + split.to(tl.int64) * (3 if WITH_CROSS else 2) * matrix
-        if of_cross == 0:
-            tl.store(out + at, first)
-            tl.store(out + matrix + at, second)
+        if is_cross == 0:
+            tl.store(out + direct, first)
+            tl.store(out + matrix + direct, second)
             if i < j:
                 tl.store(out + mirrored, first)
                 tl.store(out + matrix + mirrored, second)
         else:
-            tl.store(out + 2 * matrix + at, first)
+            tl.store(out + 2 * matrix + direct, first)
             if i < j:
                 tl.store(out + 2 * matrix + mirrored, second)
 
 
-def cyclic_statistics(image_features: Tensor, text_features: Tensor, with_cross: bool) -> Tensor:
-    """As `cyclip_loss.eager.cyclic_statistics`."""
+def _num_splits(n: int, min_split_rows: int) -> int:
+    return max(1, min(MAX_SPLITS, n // min_split_rows))
+
+
+def gram_matrices_loops(image_features: Tensor) -> bool:
+    """Whether a call splits the sum over rows."""
+    return _num_splits(image_features.shape[0], MIN_SPLIT_ROWS) > 1
+
+
+def gram_matrices(
+    image_features: Tensor,
+    text_features: Tensor,
+    with_cross: bool,
+    min_split_rows: int | None = None,
+) -> Tensor:
+    """As `cyclip_loss.eager.gram_matrices`.
+
+    min_split_rows: instead of MIN_SPLIT_ROWS, for a small batch in several splits.
+    """
     precision = Precision.of(image_features, widened=True)
-    config = config_for("cyclic_statistics", image_features, precision)
+    config = config_for("gram_matrices", image_features, precision)
     bd, bk = config.tile["BD"], config.tile["BK"]
     unpadded = image_features.shape[1]
     if unpadded > MAX_D:
@@ -117,13 +134,14 @@ def cyclic_statistics(image_features: Tensor, text_features: Tensor, with_cross:
         )
     image, text = padded_rows(image_features, bd), padded_rows(text_features, bd)
     n, d = image.shape
-    splits = max(1, min(MAX_SPLITS, n // MIN_SPLIT_ROWS))
+    splits = _num_splits(n, min_split_rows or MIN_SPLIT_ROWS)
     split_rows = ceil_div(ceil_div(n, splits), bk) * bk
     splits = ceil_div(n, split_rows)
     matrices = 3 if with_cross else 2
     parts = image.new_empty(splits, matrices, d, d, dtype=torch.float32)
     with on_device_of(image):
-        cyclic_statistics_kernel[((d // bd) ** 2, splits, matrices - 1)](
+        launch(
+            gram_matrices_kernel, ((d // bd) ** 2, splits, matrices - 1),
             image, text, parts, n, d, image.stride(0), text.stride(0), split_rows,
             WITH_CROSS=with_cross, TF32=precision.dot == "tf32", PRECISION=precision.dot,
             **config.kwargs,

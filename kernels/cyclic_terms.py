@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cyclip_loss.kernels.configs import SUM, TRACES
-from cyclip_loss.kernels.launch import ceil_div, number_or_pointer
+from cyclip_loss.kernels.launch import ceil_div, launch, number_or_pointer
 from cyclip_loss.kernels.tiles import scalar
 from cyclip_loss.numerics import on_device_of
 
@@ -28,16 +28,16 @@ def traces_kernel(
     rows = tl.program_id(0) // tiles * BD + tl.arange(0, BD)
     columns = tl.program_id(0) % tiles * BD + tl.arange(0, BD)
     inside = (rows < d)[:, None] & (columns < d)[None, :]
-    at = grams + rows[:, None] * d + columns[None, :]
-    a = tl.load(at, mask=inside, other=0.0)
-    b = tl.load(at + d * d, mask=inside, other=0.0)
+    pointers = grams + rows[:, None] * d + columns[None, :]
+    a = tl.load(pointers, mask=inside, other=0.0)
+    b = tl.load(pointers + d * d, mask=inside, other=0.0)
     # `fma(a, b, 0)` rounds each product before it is added. Otherwise the compiler fuses a thread's
     # own product but not one from another thread, and the threads get different sums.
     p = tl.sum(tl.sum(tl.fma(a, b, 0.0), axis=1), axis=0)
     tl.store(partials + tl.program_id(0), p)
     if WITH_CROSS:
         mirrored = grams + rows[:, None] + columns[None, :] * d
-        c = tl.load(at + 2 * d * d, mask=inside, other=0.0)
+        c = tl.load(pointers + 2 * d * d, mask=inside, other=0.0)
         c_t = tl.load(mirrored + 2 * d * d, mask=inside, other=0.0)
         q = tl.sum(tl.sum(tl.fma(c, c_t, 0.0), axis=1), axis=0)
         tl.store(partials + tl.num_programs(0) + tl.program_id(0), q)
@@ -61,22 +61,20 @@ def cyclic_terms_kernel(
     p_sum = tl.zeros((BLOCK,), dtype=tl.float32)
     q_sum = tl.zeros((BLOCK,), dtype=tl.float32)
     for start in range(0, length, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        p_sum += tl.load(partials + at, mask=at < length, other=0.0)
+        index = start + tl.arange(0, BLOCK)
+        p_sum += tl.load(partials + index, mask=index < length, other=0.0)
         if WITH_CROSS:
-            q_sum += tl.load(partials + length + at, mask=at < length, other=0.0)
+            q_sum += tl.load(partials + length + index, mask=index < length, other=0.0)
     p = tl.sum(p_sum, axis=0)
     q = tl.sum(q_sum, axis=0)
     # Sums of squares, which rounding must not make negative. NaN stays NaN.
     inmodal = tl.where(p + q < 0.0, 0.0, p + q) * (scalar(weight_inmodal) * 0.5)
     crossmodal = tl.where(p - q < 0.0, 0.0, p - q) * (scalar(weight_crossmodal) * 0.5)
-    # An infinite feature may give an infinite penalty; inf - inf makes it NaN.
     if SEPARATE:
-        tl.store(inmodal_term, inmodal + (inmodal - inmodal))
-        tl.store(crossmodal_term, crossmodal + (crossmodal - crossmodal))
+        tl.store(inmodal_term, inmodal)
+        tl.store(crossmodal_term, crossmodal)
     else:
-        both = inmodal + crossmodal
-        tl.store(inmodal_term, both + (both - both))
+        tl.store(inmodal_term, inmodal + crossmodal)
 
 
 def cyclic_terms(grams: Tensor, weights: list[Tensor], separate: bool) -> list[Tensor]:
@@ -86,8 +84,11 @@ def cyclic_terms(grams: Tensor, weights: list[Tensor], separate: bool) -> list[T
     partials = grams.new_empty(2, programs)
     terms = [grams.new_empty(()) for _ in range(1 + separate)]
     with on_device_of(grams):
-        traces_kernel[(programs,)](grams, partials, d, WITH_CROSS=with_cross, **TRACES.kwargs)
-        cyclic_terms_kernel[(1,)](
+        launch(
+            traces_kernel, (programs,), grams, partials, d, WITH_CROSS=with_cross, **TRACES.kwargs
+        )
+        launch(
+            cyclic_terms_kernel, (1,),
             partials, number_or_pointer(weights[0]), number_or_pointer(weights[1]), terms[0],
             terms[-1], programs, WITH_CROSS=with_cross, SEPARATE=separate, **SUM.kwargs,
         )  # fmt: skip

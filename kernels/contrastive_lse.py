@@ -16,10 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cyclip_loss.kernels.configs import JOIN, Precision, config_for
-from cyclip_loss.kernels.launch import ceil_div, padded_rows
+from cyclip_loss.kernels.configs import JOIN, Config, Precision, config_for
+from cyclip_loss.kernels.launch import ceil_div, launch, padded_rows
 from cyclip_loss.kernels.tiles import LN_2, LOG2_E, grouped_tile, same_ids, split, tile_product
-from cyclip_loss.numerics import Logits, on_device_of
+from cyclip_loss.logits import Logits
+from cyclip_loss.numerics import on_device_of
 
 # Tiles write at most this many maxima and as many sums per strip of rows, for rows and for columns
 # (float32, so 128 MB each). At N = 65,536 that takes two strips with 128-row tiles and PARTS = 1.
@@ -33,12 +34,12 @@ def _finite_reference(maximum):
 
 
 @triton.jit(
-    do_not_specialize=["n", "m", "first_column", "pairs"],
+    do_not_specialize=["n", "m", "first_column", "num_pairs"],
     do_not_specialize_on_alignment=["logit_scale", "pair_logits", "row_ids", "column_ids"],
 )
 def contrastive_lse_kernel(
-    image,  # (n, d), rows `image_stride` apart
-    text,  # (m, d), rows `text_stride` apart
+    row_features,  # (n, d), rows `row_stride` apart
+    column_features,  # (m, d), rows `column_stride` apart
     logit_scale,  # scalar
     row_partials,  # (2, column tiles * PARTS, n) out: maxima and sums, in units of log 2
     column_partials,  # (2, row tiles, m) out
@@ -48,10 +49,10 @@ def contrastive_lse_kernel(
     n,
     m,
     d,  # a multiple of BK
-    image_stride,
-    text_stride,
-    first_column,  # row i < pairs is paired with column first_column + i
-    pairs,
+    row_stride,
+    column_stride,
+    first_column,  # row i < num_pairs is paired with column first_column + i
+    num_pairs,
     SYMMETRIC: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
@@ -63,8 +64,8 @@ def contrastive_lse_kernel(
     row_tile, column_tile = grouped_tile(tl.cdiv(n, BM), tl.cdiv(m, BN), GROUP)
     first_row = row_tile * BM
     product = tile_product(
-        image, text, first_row, column_tile * BN, n, m, d, image_stride, text_stride,
-        PRECISION, BM, BN, BK,
+        row_features, column_features, first_row, column_tile * BN, n, m, d, row_stride,
+        column_stride, PRECISION, BM, BN, BK,
     )  # fmt: skip
     scale = tl.load(logit_scale).to(tl.float32) * LOG2_E
     column_partial = column_partials + row_tile.to(tl.int64) * m
@@ -72,7 +73,7 @@ def contrastive_lse_kernel(
     row_partial = row_partials + column_tile.to(tl.int64) * PARTS * n
     row_sums = tl.cdiv(m, BN).to(tl.int64) * PARTS * n
     rows = first_row + tl.arange(0, BM)
-    partner = tl.where(rows < pairs, rows + first_column, -2)
+    partner = tl.where(rows < num_pairs, rows + first_column, -2)
     first_pair = first_row + first_column
     WIDTH: tl.constexpr = BN // PARTS
     parts = split(product, BM, BN, PARTS)
@@ -116,44 +117,44 @@ def _join(partials, lse, tiles, length, present, first, TILES: tl.constexpr, BLO
 
     Elements below `present` hold log-sum-exps already, of earlier strips.
     """
-    at = first + tl.arange(0, BLOCK)
-    maximum = tl.load(lse + at, mask=at < present, other=-float("inf")) * LOG2_E
+    index = first + tl.arange(0, BLOCK)
+    maximum = tl.load(lse + index, mask=index < present, other=-float("inf")) * LOG2_E
     # The log-sum-exp so far is a maximum with a sum of 1.
     total = tl.where(maximum == -float("inf"), 0.0, 1.0)
     for start in range(0, tiles, TILES):
         tile = start + tl.arange(0, TILES)
-        inside = (tile < tiles)[:, None] & (at < length)[None, :]
-        offset = tile.to(tl.int64)[:, None] * length + at[None, :]
+        inside = (tile < tiles)[:, None] & (index < length)[None, :]
+        offset = tile.to(tl.int64)[:, None] * length + index[None, :]
         maxima = tl.load(partials + offset, mask=inside, other=-float("inf"))
-        sums_at = partials + tiles.to(tl.int64) * length + offset
-        sums = tl.load(sums_at, mask=inside, other=0.0)
+        sum_pointers = partials + tiles.to(tl.int64) * length + offset
+        sums = tl.load(sum_pointers, mask=inside, other=0.0)
         new_maximum = tl.maximum(maximum, tl.max(maxima, axis=0))
         reference = _finite_reference(new_maximum)
         total *= tl.exp2(maximum - reference)
         total += tl.sum(sums * tl.exp2(maxima - reference[None, :]), axis=0)
         maximum = new_maximum
-    tl.store(lse + at, (maximum + tl.log2(total)) * LN_2, mask=at < length)
+    tl.store(lse + index, (maximum + tl.log2(total)) * LN_2, mask=index < length)
 
 
 @triton.jit(
     do_not_specialize=[
-        "row_parts", "column_parts", "n", "m", "columns", "first_column", "pairs", "strip",
+        "row_parts", "column_parts", "n", "m", "num_columns", "first_column", "num_pairs", "strip",
     ],
-    do_not_specialize_on_alignment=["row_negatives", "pair_logits"],
+    do_not_specialize_on_alignment=["row_lse", "pair_logits"],
 )  # fmt: skip
 def join_lse_kernel(
     row_partials,  # (2, row_parts, n): maxima and sums, in units of log 2
-    column_partials,  # (2, column_parts, columns)
-    row_negatives,  # (n,) out
-    column_negatives,  # (columns,) out, combined with its values after the first strip
+    column_partials,  # (2, column_parts, num_columns)
+    row_lse,  # (n,) out
+    column_lse,  # (num_columns,) out, combined with its values after the first strip
     pair_logits,  # (n,) out: 0 where row i has no partner
     row_parts,
     column_parts,
     n,
     m,
-    columns,  # m, or 0 where columns have no log-sum-exps
+    num_columns,  # m, or 0 where columns have no log-sum-exps
     first_column,
-    pairs,
+    num_pairs,
     strip,  # how many strips of rows came before
     TILES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -163,49 +164,73 @@ def join_lse_kernel(
     block = tl.program_id(0)
     if block < row_blocks:
         first = block * BLOCK
-        _join(row_partials, row_negatives, row_parts, n, 0, first, TILES, BLOCK)
+        _join(row_partials, row_lse, row_parts, n, 0, first, TILES, BLOCK)
         rows = first + tl.arange(0, BLOCK)
         partner = rows + first_column
-        alone = (partner < 0) | (partner >= m) | (rows >= pairs)
+        alone = (partner < 0) | (partner >= m) | (rows >= num_pairs)
         tl.store(pair_logits + rows, tl.zeros((BLOCK,), tl.float32), mask=alone & (rows < n))
     else:
         first = (block - row_blocks) * BLOCK
-        so_far = tl.where(strip > 0, columns, 0)
-        _join(column_partials, column_negatives, column_parts, columns, so_far, first, TILES, BLOCK)
+        present = tl.where(strip > 0, num_columns, 0)
+        _join(column_partials, column_lse, column_parts, num_columns, present, first, TILES, BLOCK)
 
 
-def contrastive_lse(logits: Logits) -> tuple[Tensor, Tensor, Tensor]:
-    """As `cyclip_loss.eager.contrastive_lse`."""
-    precision = Precision.of(logits.rows)
-    config = config_for("contrastive_lse", logits.rows, precision)
+def _strip_height(config: Config, num_columns: int, partial_elements: int) -> int:
+    """The rows of a strip, a multiple of the tile's rows."""
     tile = config.tile
-    image, text = (padded_rows(features, tile["BK"]) for features in logits[:2])
-    logits = logits._replace(rows=image, columns=text)
-    (n, d), m = image.shape, text.shape[0]
-    columns = m if logits.symmetric else 0
-    row_negatives = image.new_empty(n, dtype=torch.float32)
-    column_negatives = row_negatives.new_empty(columns)
-    pair_logits = row_negatives.new_empty(n)
+    row_parts = ceil_div(num_columns, tile["BN"]) * tile["PARTS"]
+    longest = max(row_parts * tile["BM"], num_columns)
+    return int(max(1, partial_elements // longest) * tile["BM"])
+
+
+def contrastive_lse_loops(logits: Logits) -> bool:
+    """Whether a call computes several strips of rows."""
+    features = logits.row_features
+    config = config_for("contrastive_lse", features, Precision.of(features))
+    height = _strip_height(config, logits.column_features.shape[0], PARTIAL_ELEMENTS)
+    return features.shape[0] > height
+
+
+def contrastive_lse(
+    logits: Logits, partial_elements: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `cyclip_loss.eager.contrastive_lse`.
+
+    partial_elements: instead of PARTIAL_ELEMENTS, for a small batch in several strips.
+    """
+    precision = Precision.of(logits.row_features)
+    config = config_for("contrastive_lse", logits.row_features, precision)
+    tile = config.tile
+    row_features, column_features = (padded_rows(x, tile["BK"]) for x in logits[:2])
+    padded = logits._replace(row_features=row_features, column_features=column_features)
+    (n, d), m = row_features.shape, column_features.shape[0]
+    num_columns = m if logits.symmetric else 0
+    row_lse = row_features.new_empty(n, dtype=torch.float32)
+    column_lse = row_lse.new_empty(num_columns)
+    pair_logits = row_lse.new_empty(n)
     column_tiles = ceil_div(m, tile["BN"])
     row_parts = column_tiles * tile["PARTS"]
-    height = max(1, PARTIAL_ELEMENTS // max(row_parts * tile["BM"], m)) * tile["BM"]
-    with on_device_of(row_negatives):
+    height = _strip_height(config, m, partial_elements or PARTIAL_ELEMENTS)
+    with on_device_of(row_lse):
         for strip, start in enumerate(range(0, n, height)):
-            part = logits.block(start, start + height)
-            rows = part.rows.shape[0]
+            part = padded.block(start, start + height)
+            rows = part.row_features.shape[0]
             row_tiles = ceil_div(rows, tile["BM"])
-            row_partials = row_negatives.new_empty(2 * row_parts * rows)
-            column_partials = row_negatives.new_empty(2 * row_tiles * columns)
-            contrastive_lse_kernel[(row_tiles * column_tiles,)](
-                part.rows, part.columns, logits.logit_scale, row_partials, column_partials,
-                pair_logits[start:], part.row_ids, part.column_ids, rows, m, d, part.rows.stride(0),
-                part.columns.stride(0), part.first_column, part.pairs, SYMMETRIC=logits.symmetric,
-                PRECISION=precision.dot, **config.kwargs,
+            row_partials = row_lse.new_empty(2 * row_parts * rows)
+            column_partials = row_lse.new_empty(2 * row_tiles * num_columns)
+            launch(
+                contrastive_lse_kernel, (row_tiles * column_tiles,),
+                part.row_features, part.column_features, logits.logit_scale, row_partials,
+                column_partials, pair_logits[start:], part.row_ids, part.column_ids, rows, m, d,
+                part.row_features.stride(0), part.column_features.stride(0), part.first_column,
+                part.num_pairs, SYMMETRIC=logits.symmetric, PRECISION=precision.dot,
+                **config.kwargs,
             )  # fmt: skip
             block = JOIN.tile["BLOCK"]
-            join_lse_kernel[(ceil_div(rows, block) + ceil_div(columns, block),)](
-                row_partials, column_partials, row_negatives[start:], column_negatives,
-                pair_logits[start:], row_parts, row_tiles, rows, m, columns, part.first_column,
-                part.pairs, strip, **JOIN.kwargs,
+            launch(
+                join_lse_kernel, (ceil_div(rows, block) + ceil_div(num_columns, block),),
+                row_partials, column_partials, row_lse[start:], column_lse, pair_logits[start:],
+                row_parts, row_tiles, rows, m, num_columns, part.first_column, part.num_pairs,
+                strip, **JOIN.kwargs,
             )  # fmt: skip
-    return row_negatives, column_negatives, pair_logits
+    return row_lse, column_lse, pair_logits

@@ -1,0 +1,258 @@
+"""The first step of a call: check the arguments, cast them, and put them under one name each."""
+
+from collections.abc import Hashable
+from numbers import Real
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cyclip_loss.distributed import Ranks, check_ranks_agree, ranks_of
+from cyclip_loss.numerics import accumulation_dtype, autocast_is_on
+from cyclip_loss.options import LossOptions, PenaltyOptions, has_penalties
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+class Batch(NamedTuple):
+    """The checked arguments of one call on this rank, which has n of the N pairs.
+
+    A contrastive term compares row features with column features. There is one of images with
+    texts and, with augmented views, one of each tower's features with those of its views. Extra
+    negatives are rows or columns behind the pairs of the first term.
+    """
+
+    image_features: Tensor  # (n, D)
+    text_features: Tensor  # (n, D)
+    ranks: Ranks  # with the number of pairs on each
+    total_pairs: int  # N
+    logit_scale: Tensor | None = None  # scalar of the accumulation dtype; None: penalties alone
+    ids: Tensor | None = None  # (n,), int64
+    row_features: tuple[Tensor, ...] = ()  # of each contrastive term
+    column_features: tuple[Tensor, ...] = ()
+    has_negatives: bool = False
+    column_ranks: Ranks = Ranks()  # with the number of columns of the first term on each
+
+
+def prepare_pairs(
+    image_features: Tensor, text_features: Tensor, options: PenaltyOptions, output_dict: bool
+) -> Batch:
+    """The batch of a call of the penalties alone. Raises as `cyclip_loss.functional`."""
+    if not isinstance(output_dict, bool):
+        raise TypeError(f"output_dict must be a bool, got {output_dict!r}: pass no logit scale")
+    ranks = ranks_of(options.process_group) if options.distributed else Ranks()
+    image_features, text_features = check_features(
+        image_features, text_features, may_be_empty=ranks.size > 1
+    )
+    return Batch(image_features, text_features, ranks, ranks.total(image_features.shape[0]))
+
+
+def prepare(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    augmented_image_features: Tensor | None,
+    augmented_text_features: Tensor | None,
+    ids: Tensor | None,
+    negative_image_features: Tensor | None,
+    negative_text_features: Tensor | None,
+    options: LossOptions,
+    output_dict: bool,
+) -> Batch:
+    """The batch of a call of the loss. Raises as `cyclip_loss.functional`.
+
+    Across ranks, compares the call with the other ranks' (`distributed.check_ranks_agree`).
+    """
+    if not isinstance(output_dict, bool):
+        raise TypeError(f"output_dict must be a bool, got {output_dict!r}: lambdas go by keyword")
+    ranks = ranks_of(options.process_group) if options.distributed else Ranks()
+    several = ranks.size > 1
+    images, texts = check_features(image_features, text_features, may_be_empty=several)
+    scale = check_logit_scale(logit_scale, images)
+    ids = check_ids(ids, images, options.same_ids)
+    # Features that reach other ranks, by the argument's name.
+    sent = {"text_features": texts}
+    num_rows = {"image_features and text_features": images.shape[0]}
+    row_features, column_features = [images], [texts]
+
+    if augmented_image_features is not None and augmented_text_features is not None:
+        names = ("image_features", "augmented_image_features")
+        image_view = check_features(images, augmented_image_features, names, several)[1]
+        names = ("text_features", "augmented_text_features")
+        text_view = check_features(texts, augmented_text_features, names, several)[1]
+        sent |= {"augmented_image_features": image_view, "augmented_text_features": text_view}
+        row_features += [images, texts]
+        column_features += [image_view, text_view]
+    elif augmented_image_features is not None or augmented_text_features is not None:
+        missing = "image" if augmented_image_features is None else "text"
+        raise ValueError(f"augmented features go together: augmented_{missing}_features is None")
+
+    if negative_image_features is not None:
+        names = ("image_features", "negative_image_features")
+        negatives = check_features(images, negative_image_features, names, several, paired=False)[1]
+        row_features[0] = torch.cat((images, negatives))
+    if negative_text_features is not None:
+        names = ("image_features", "negative_text_features")
+        negatives = check_features(images, negative_text_features, names, several, paired=False)[1]
+        column_features[0] = torch.cat((texts, negatives))
+        sent["negative_text_features"] = negatives
+        num_rows["negative_text_features"] = negatives.shape[0]
+
+    column_ranks = ranks
+    if several:
+        signature = _collective_signature(sent, options, ids)
+        ranks, column_ranks = check_ranks_agree(ranks, options, images, num_rows, signature)
+    return Batch(
+        images,
+        texts,
+        ranks,
+        ranks.total(images.shape[0]),
+        scale,
+        ids,
+        tuple(row_features),
+        tuple(column_features),
+        negative_image_features is not None or negative_text_features is not None,
+        column_ranks,
+    )
+
+
+def _collective_signature(
+    sent: dict[str, Tensor], options: LossOptions, ids: Tensor | None
+) -> dict[str, Hashable]:
+    """What decides which collectives run, by the name that error messages use.
+
+    sent: the features that reach other ranks, by their argument's name.
+    """
+    features = sent["text_features"]
+    grad_mode = torch.is_grad_enabled()
+    trained = [name for name, x in sent.items() if x.requires_grad and grad_mode]
+    return {
+        "dist_impl": options.dist_impl,
+        "uneven": options.uneven,
+        "D": features.shape[1],
+        "dtype": features.dtype,
+        "the device type": features.device.type,
+        "whether a penalty has a weight": has_penalties(options),
+        "which of the augmented and negative features are given": ", ".join(sent),
+        "whether ids are given": ids is not None,
+        "same_ids": options.same_ids,
+        # Their gradients are summed across ranks.
+        "which of the features require a gradient": ", ".join(trained),
+    }
+
+
+def check_features(
+    first: Tensor,
+    second: Tensor,
+    names: tuple[str, str] = ("image_features", "text_features"),
+    may_be_empty: bool = False,
+    autocast: bool = True,
+    paired: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Two feature tensors (N, D), cast as autocast asks, or an error that names the argument.
+
+    may_be_empty: allow N = 0, as on one of several ranks. autocast: False casts nothing. paired:
+    False allows the second any number of rows.
+    """
+    least = 0 if may_be_empty or not paired else 1
+    for name, features in zip(names, (first, second)):  # noqa: B905 (PyTorch 2.8 can't trace strict)
+        if not isinstance(features, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(features).__name__}")
+        _check_dense(name, features, "to_local")
+        if features.dtype not in DTYPES:
+            raise TypeError(
+                f"{name} must be float64, float32, bfloat16 or float16, got {features.dtype}"
+            )
+        if features.ndim != 2 or features.shape[0] < least or features.shape[1] == 0:
+            raise ValueError(
+                f"{name} must have shape (N, D) with N >= {least} and D >= 1, "
+                f"got {tuple(features.shape)}"
+            )
+    if second is first:  # torch.compile refuses the same tensor twice
+        second = first.view_as(first)
+    if autocast:
+        first, second = _autocast(first), _autocast(second)
+    compared: list[tuple[str, type[Exception], Any, Any]] = [
+        ("device", ValueError, first.device, second.device),
+        ("dtype", TypeError, first.dtype, second.dtype),
+    ]
+    if paired:
+        compared.insert(0, ("shape", ValueError, tuple(first.shape), tuple(second.shape)))
+    else:
+        compared.insert(0, ("D", ValueError, first.shape[1], second.shape[1]))
+    for what, error, a, b in compared:
+        if a != b:
+            raise error(f"{' and '.join(names)} must have the same {what}, got {a} and {b}")
+    return first, second
+
+
+def _check_dense(name: str, tensor: Tensor, method: str) -> None:
+    if type(tensor).__name__ == "DTensor":
+        raise TypeError(f"{name} must be an ordinary tensor, got a DTensor: pass {name}.{method}()")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+
+
+def _autocast(features: Tensor) -> Tensor:
+    device_type = features.device.type
+    if features.dtype != torch.float64 and autocast_is_on(device_type):
+        return features.to(torch.get_autocast_dtype(device_type))
+    return features
+
+
+def check_logit_scale(logit_scale: Tensor | float, features: Tensor) -> Tensor:
+    """logit_scale as a 0-dim tensor of the accumulation dtype on the features' device."""
+    dtype = accumulation_dtype(features.dtype)
+    if not isinstance(logit_scale, Tensor):
+        if isinstance(logit_scale, bool) or not isinstance(logit_scale, Real):
+            raise TypeError(
+                f"logit_scale must be a scalar tensor or a number, got {type(logit_scale).__name__}"
+            )
+        if not torch.compiler.is_compiling() and not 0 < logit_scale < torch.inf:
+            raise ValueError(f"logit_scale must be finite and > 0, got {logit_scale}")
+        # Not `new_full`: torch.compile would make the number a constant.
+        return features.new_ones((), dtype=dtype) * float(logit_scale)
+    _check_dense("logit_scale", logit_scale, "full_tensor")
+    if logit_scale.numel() != 1:
+        raise ValueError(f"logit_scale must have one element, got shape {tuple(logit_scale.shape)}")
+    if not logit_scale.is_floating_point():
+        raise TypeError(f"logit_scale must be a floating-point tensor, got {logit_scale.dtype}")
+    # As in PyTorch's own arithmetic, a 0-dim CPU tensor goes with features on any device.
+    if logit_scale.device != features.device and (
+        logit_scale.device.type != "cpu" or logit_scale.ndim != 0
+    ):
+        raise ValueError(
+            f"logit_scale must be on the features' device {features.device}, "
+            f"got {logit_scale.device}"
+        )
+    return logit_scale.reshape(()).to(device=features.device, dtype=dtype)
+
+
+def check_ids(ids: Tensor | None, features: Tensor, same_ids: str) -> Tensor | None:
+    """ids as int64, or an error: (N,), integers, on the features' device."""
+    if ids is None:
+        if same_ids == "positives":
+            raise ValueError("same_ids='positives' needs ids, got None")
+        return None
+    if not isinstance(ids, Tensor) or ids.dtype not in ID_DTYPES:
+        got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"ids must be a tensor of int8 to int64 or uint8, got {got}")
+    _check_dense("ids", ids, "to_local")
+    if ids.shape != features.shape[:1] or ids.device != features.device:
+        raise ValueError(
+            f"ids must have shape ({features.shape[0]},) on the features' device "
+            f"{features.device}, got {tuple(ids.shape)} on {ids.device}"
+        )
+    return ids.to(torch.int64).contiguous()
+
+
+def zero_of_bias(logit_bias: Tensor | float, loss: Tensor) -> Tensor:
+    """0 with a gradient of 0 to the bias: DDP needs a gradient for every parameter."""
+    if isinstance(logit_bias, bool) or not isinstance(logit_bias, (Tensor, Real)):
+        hint = ": pass output_dict by keyword" if isinstance(logit_bias, bool) else ""
+        raise TypeError(f"logit_bias must be a tensor, a number or None, got {logit_bias!r}{hint}")
+    bias = torch.as_tensor(logit_bias)
+    if bias.numel() != 1:
+        raise ValueError(f"logit_bias must have one element, got shape {tuple(bias.shape)}")
+    return (bias.reshape(()) * 0).to(loss)

@@ -1,0 +1,73 @@
+"""The arguments of the engines: a block of logits, and what forward saves of it for backward."""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+ALL_ROWS = 2**30  # more rows than there are; fits into 32 bits with another number added
+
+
+class Logits(NamedTuple):
+    """The logits l_ij = logit_scale * row_features_i . column_features_j of a contrastive term.
+
+    Row i < `num_pairs` is paired with column `first_column + i`, if that column exists. The row's
+    negatives are all other columns, except those with the row's id.
+    """
+
+    row_features: Tensor  # (n, D)
+    column_features: Tensor  # (m, D)
+    logit_scale: Tensor  # scalar of the accumulation dtype
+    row_ids: Tensor | None = None  # (n,), int64; None if `column_ids` is None
+    column_ids: Tensor | None = None  # (m,), int64
+    first_column: int = 0
+    symmetric: bool = True  # whether columns have log-sum-exps, too, or only rows
+    num_pairs: int = ALL_ROWS  # later rows are extra negatives of the columns
+
+    def same_ids(self, start: int, stop: int) -> Any:
+        """Whether rows `start` to `stop` and each column have the same id: (stop - start, m).
+
+        None without ids.
+        """
+        return None if self.row_ids is None else self.row_ids[start:stop, None] == self.column_ids
+
+    def block(self, start: int, stop: int, left: int = 0, right: int | None = None) -> "Logits":
+        """Rows `start` to `stop` and columns `left` to `right`."""
+        return Logits(
+            self.row_features[start:stop],
+            self.column_features[left:right],
+            self.logit_scale,
+            None if self.row_ids is None else self.row_ids[start:stop],
+            None if self.column_ids is None else self.column_ids[left:right],
+            self.first_column + start - left,
+            self.symmetric,
+            self.num_pairs - start,
+        )
+
+    def without_ids(self) -> "Logits":
+        """The same logits, in which every column but the partner is a negative of a row."""
+        return self._replace(row_ids=None, column_ids=None)
+
+
+class LogSumExps(NamedTuple):
+    """Log-sum-exps over the negatives of each row and column, and the logits of the pairs.
+
+    The columns are those that this rank needs for its loss and its backward.
+    """
+
+    row_negatives_lse: Tensor  # (n,)
+    column_negatives_lse: Tensor  # (m,), empty unless `Logits.symmetric`
+    pair_logits: Tensor  # (n,), of the rows; 0 where a row has no partner
+    # (m,), of the columns; -inf where a column has no partner. None: the pairs of this rank's rows
+    # are the first columns, and other columns have no partner.
+    column_pair_logits: Tensor | None = None
+    # The sum of the other positives' part of the loss (`positives.py`), if there are any.
+    other_positives: Tensor | None = None
+
+
+class SavedStatistics(NamedTuple):
+    """Log-sum-exps of all logits of a row or column, and the gradient of the pairs' logits."""
+
+    row_lse: Tensor  # (n,)
+    column_lse: Tensor  # (m,), empty unless `Logits.symmetric`
+    # (n,): the sum of exp(pair logit - log-sum-exp) - 1 for a row and its paired column.
+    pair_gradient: Tensor

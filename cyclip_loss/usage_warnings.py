@@ -1,0 +1,96 @@
+"""Warnings of likely mistakes, each given once per process, on rank 0."""
+
+import sys
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cyclip_loss.numerics import accumulation_dtype
+from cyclip_loss.options import CyCLIPWarning, LossOptions, PenaltyOptions
+
+PAPER_LAMBDA, PAPER_BATCH_SIZE = 0.25, 128  # Goel et al. 2022
+# Penalties more than this many times as strong as the paper's cause a warning. In the icons
+# experiment of reference_train, penalties four times as strong name fewer icons.
+STRONG = 2
+# Rows normalised in bfloat16 differ from length 1 by less than 1 %.
+LENGTH_TOLERANCE = 0.05
+# CLIP's scale starts at 1 / 0.07 = 14.3 and ends at 100. The logarithm of 100 is 4.6.
+LEAST_SCALE = 5.0
+
+_warned: set[str] = set()
+
+
+def warn_once(subject: str, text: str) -> None:
+    """Warn with the user's line, once per process and subject; across ranks, on rank 0 only."""
+    if subject in _warned or (dist.is_available() and dist.is_initialized() and dist.get_rank()):
+        return
+    _warned.add(subject)
+    level, frame = 1, sys._getframe(0)
+    libraries = ("cyclip_loss", "torch")
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in libraries:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, CyCLIPWarning, stacklevel=level)
+
+
+def warn_of_strong_penalties(options: PenaltyOptions, total: int) -> None:
+    """Warn if lambda * N is more than STRONG times the paper's 0.25 * 128.
+
+    total: N, the rows of the global batch. Does nothing with a reference batch size, nor while
+    `torch.compile` traces, as compiled code would depend on N.
+    """
+    if torch.compiler.is_compiling() or options.reference_batch_size is not None:
+        return
+    weight = max(options.lambda_inmodal, options.lambda_crossmodal)
+    times = weight * total / (PAPER_LAMBDA * PAPER_BATCH_SIZE)
+    if times > STRONG:
+        warn_once(
+            "strong penalties",
+            f"lambda = {weight:g} in a batch of {total} is {times:.3g} times as strong as the "
+            f"paper's {PAPER_LAMBDA} in a batch of {PAPER_BATCH_SIZE}: the penalties grow with the "
+            f"batch. With reference_batch_size={PAPER_BATCH_SIZE} a lambda has the same effect at "
+            "every batch size. If you want the paper's formula: warnings.filterwarnings('ignore', "
+            "category=cyclip_loss.CyCLIPWarning)",
+        )
+
+
+def warn_of_unused_weight(options: LossOptions) -> None:
+    """Warn of a weight of the in-modal contrastive term in a call without augmented views."""
+    if not torch.compiler.is_compiling() and options.inmodal_contrastive_weight is not None:
+        warn_once(
+            "inmodal_contrastive_weight",
+            "inmodal_contrastive_weight has no effect in a call without augmented_image_features "
+            "and augmented_text_features",
+        )
+
+
+def warn_of_unusual_inputs(features: list[Tensor], logit_scale: Tensor | float | None) -> None:
+    """Warn of rows that are not of unit length, and of a scale that can't be CLIP's.
+
+    features: (n, D) each, n >= 1 in the first, checked; logit_scale: None for the penalties alone.
+    Waits for the device.
+    """
+    dtype = accumulation_dtype(features[0].dtype)
+    norm = torch.linalg.vector_norm
+    lengths = torch.cat([norm(x.detach(), dim=1, dtype=dtype) for x in features])
+    shortest, longest = torch.stack(lengths.aminmax()).tolist()
+    # NaN fails both comparisons, so it causes no warning.
+    if shortest < 1 - LENGTH_TOLERANCE or longest > 1 + LENGTH_TOLERANCE:
+        warn_once(
+            "lengths",
+            f"the rows of the features have lengths from {shortest:.3g} to {longest:.3g}; the loss "
+            "expects rows of unit length and does not normalise them: "
+            "torch.nn.functional.normalize(features, dim=-1)",
+        )
+    if logit_scale is None:
+        return
+    scale = float(logit_scale.detach() if isinstance(logit_scale, Tensor) else logit_scale)
+    if not 0 < scale < torch.inf:
+        warn_once("scale", f"logit_scale must be finite and > 0, got {scale:.3g}")
+    elif scale < LEAST_SCALE:
+        warn_once(
+            "scale",
+            f"logit_scale is {scale:.3g}, where CLIP's is from 14.3 to 100. If it is a logarithm, "
+            "as the parameter of CLIP's models is, pass logit_scale.exp()",
+        )

@@ -1,0 +1,440 @@
+"""The kernels, each form of which is compared with PyTorch when it is first used.
+
+A form is a function of the engine with its compile-time switches and the ways that its loops can
+take: symmetric or not, with ids, with extra negatives, which gradients, several strips, and so on.
+The first call of a form computes a small batch that takes the same ways, with the kernel and with
+the eager engine in float64. If the two disagree, or the kernel fails, PyTorch computes everything
+in that dtype from then on. Nobody waits for a form that is not used, nor for the device after the
+first use. Nothing is compared while a CUDA graph is captured.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from math import gcd
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from cyclip_loss import eager, kernels
+from cyclip_loss.kernels.configs import Precision
+from cyclip_loss.logits import ALL_ROWS, Logits, SavedStatistics
+from cyclip_loss.numerics import float32_is_exact, is_capturing, triton_version
+from cyclip_loss.usage_warnings import warn_once
+
+# Rows and columns of the batches that are compared: several tiles in each direction, and no
+# multiple of a tile. The interpreter's tiles are smaller.
+CHECK_SIZES = (40, 70) if kernels.INTERPRETED else (600, 700)
+D_CLASSES = 128  # D counts as the largest power of two that divides it, up to this
+
+
+class Scope(NamedTuple):
+    """Where one wrong form switches the kernels off."""
+
+    device: torch.device
+    dtype: torch.dtype
+    precision: Precision
+
+
+class Form(NamedTuple):
+    """A function of the engine, and what decides which code of its kernels runs."""
+
+    scope: Scope
+    function: str
+    d_class: int  # of D, which decides tile sizes and padding
+    switches: tuple[tuple[str, Any], ...]
+
+    def __str__(self) -> str:
+        shown = [f"{name}={value}" for name, value in self.switches]
+        return f"{self.function}({', '.join([*shown, f'D % {D_CLASSES}: {self.d_class}'])})"
+
+
+_agreed: set[Form] = set()
+_problems: dict[Scope, str] = {}
+
+
+def scope_of(features: Tensor) -> Scope:
+    """Where a wrong result for these features switches the kernels off."""
+    return Scope(features.device, features.dtype, Precision.of(features))
+
+
+def kernels_work(features: Tensor) -> bool:
+    """Whether no form has been found wrong for such features, so far."""
+    return scope_of(features) not in _problems
+
+
+def forget() -> None:
+    """Compare every form again, as a new process would."""
+    _agreed.clear()
+    _problems.clear()
+
+
+def _verified(function: str, describe: Callable[..., Form]) -> Callable[..., Any]:
+    """The kernel `function`, or the eager function where a form of the kernels is wrong."""
+
+    def call(*arguments: Any) -> Any:
+        form = describe(*arguments)
+        if form not in _agreed and form.scope not in _problems:
+            features = next(x for x in _tensors(arguments) if x.ndim > 0)
+            if not is_capturing(features):
+                problem = problem_of(form)
+                if problem is None:
+                    _agreed.add(form)
+                else:
+                    _switch_off(form, problem)
+        engine = eager if form.scope in _problems else kernels
+        return getattr(engine, function)(*arguments)
+
+    return call
+
+
+def _tensors(arguments: tuple[Any, ...]) -> Iterator[Tensor]:
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, Logits):
+            yield argument.row_features
+
+
+def _switch_off(form: Form, problem: str) -> None:
+    device, dtype, _ = form.scope
+    _problems[form.scope] = problem
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    warn_once(
+        f"kernels: {form.scope}",
+        f"the Triton kernels do not work on {device} ({name}, PyTorch {torch.__version__}, Triton "
+        f"{'.'.join(map(str, triton_version()))}); PyTorch computes {dtype} instead, with the "
+        f"same results but slower. {form}: {problem}",
+    )
+
+
+def problem_of(form: Form, sizes: tuple[int, int] = CHECK_SIZES) -> str | None:
+    """What is wrong with a form of the kernels; None if it agrees with the eager engine.
+
+    sizes: rows and columns of the batches that are compared.
+    """
+    try:
+        # The caller's autocast, inference mode, default device and other modes are its thread's. So
+        # they do not reach this thread.
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(compare, form, sizes).result()
+    except Exception as error:
+        problem = f"{type(error).__name__}: {str(error).strip()[:500]}"
+        try:
+            if form.scope.device.type == "cuda":
+                torch.cuda.synchronize(form.scope.device)
+        except RuntimeError:
+            raise RuntimeError(
+                f"the Triton kernels of cyclip_loss left {form.scope.device} unusable; restart "
+                "with the environment variable CYCLIP_LOSS_IMPL=eager, which disables them"
+            ) from error
+        return problem
+
+
+def compare(form: Form, sizes: tuple[int, int] = CHECK_SIZES) -> str | None:
+    """What is wrong with the results of a form, with warnings ignored and deterministic mode off.
+
+    A kernel that fails raises its error.
+    """
+    mode = torch.get_deterministic_debug_mode()
+    # Products would raise in this mode, unless an environment variable is set.
+    torch.set_deterministic_debug_mode("default")
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # they may be errors
+            return _disagreement(form, sizes)
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+
+
+def _disagreement(form: Form, sizes: tuple[int, int]) -> str | None:
+    """Which results of a form are off by more than rounding; None if all agree."""
+    exact = form.scope.dtype == torch.float32 and float32_is_exact()
+    bound = 2.0**-14 if exact else 2.0**-6
+    for arguments, limits in _CASES[form.function](form, sizes):
+        expected = getattr(eager, form.function)(*arguments)
+        narrow = tree_map(lambda x: _narrow(x, form.scope.dtype), arguments)
+        results = getattr(kernels, form.function)(*narrow, **limits)
+        if isinstance(results, Tensor):
+            results, expected = [results], [expected]
+        for index, (result, right) in enumerate(zip(results, expected, strict=True)):
+            if index == 2 and not dict(form.switches).get("needs", (True,) * 3)[index]:
+                continue  # ds is arbitrary where it is not needed
+            if result.shape != right.shape:
+                return f"result {index} has shape {tuple(result.shape)}"
+            if right.numel() == 0:
+                continue
+            # Where the eager result is not finite, the kernel's must not be either.
+            finite = right.isfinite()
+            if bool((result.isfinite() & ~finite).any()):
+                return f"result {index} is finite where it should not be"
+            error = torch.where(finite, (result - right).abs(), 0).max().item()
+            largest = torch.where(finite, right.abs(), 0).max().item()
+            if not error <= bound * largest:
+                return (
+                    f"result {index} is off by {error:.2g}, and its largest value is {largest:.2g}"
+                )
+    return None
+
+
+def _narrow(argument: Any, dtype: torch.dtype) -> Any:
+    if isinstance(argument, Tensor) and argument.is_floating_point():
+        return argument.to(dtype if argument.ndim == 2 else torch.float32)  # 2: features
+    return argument
+
+
+def _features(form: Form, num_rows: int, num_columns: int) -> tuple[Tensor, Tensor]:
+    """Row and column features in float64, of values that the form's dtype holds exactly.
+
+    Every fifth row is nearly aligned with the column of the same number.
+    """
+    # An odd multiple has the same class. The interpreter, which is slow, gets a small one.
+    d = form.d_class * (3 if kernels.INTERPRETED or form.d_class == D_CLASSES else 1)
+    if not kernels.INTERPRETED and form.d_class < D_CLASSES:
+        d += D_CLASSES
+    # A generator of its own: the user's random numbers stay as they are.
+    generator = torch.Generator("cpu").manual_seed(0)
+    total = num_rows + num_columns
+    noise = torch.randn(total, d, generator=generator, dtype=torch.float64, device="cpu")
+    rows, columns = F.normalize(noise, dim=1).tensor_split((num_rows,))
+    paired = min(num_rows, num_columns)
+    columns[:paired:5] = F.normalize(rows[:paired:5] + 0.01 * columns[:paired:5], dim=1)
+    device, dtype, _ = form.scope
+    return rows.to(dtype).to(device).double(), columns.to(dtype).to(device).double()
+
+
+def _with_nan(features: Tensor) -> Tensor:
+    """The features with one element that is NaN."""
+    features = features.clone()
+    features[len(features) // 2, 1 % features.shape[1]] = torch.nan
+    return features
+
+
+def _ids(total: int, device: torch.device) -> Tensor:
+    """Ids of which some are negative, and some differ in their upper 32 bits alone."""
+    number = torch.arange(total, device=device)
+    return number % 7 - 3 + (number // 7 % 3 - 1) * 2**32
+
+
+# --- The log-sum-exps and gradients of the contrastive term
+
+
+def _logits_switches(logits: Logits) -> tuple[tuple[str, Any], ...]:
+    first_column = logits.first_column
+    return (
+        ("symmetric", logits.symmetric),
+        ("ids", logits.row_ids is not None),
+        ("extra negatives", logits.num_pairs <= logits.row_features.shape[0]),
+        ("first_column", "0" if first_column == 0 else "> 0" if first_column > 0 else "< 0"),
+    )
+
+
+def _describe_lse(logits: Logits) -> Form:
+    limits = kernels.contrastive_lse_loops(logits)
+    return Form(
+        scope_of(logits.row_features),
+        "contrastive_lse",
+        gcd(logits.row_features.shape[1], D_CLASSES),
+        (*_logits_switches(logits), ("several strips", limits)),
+    )
+
+
+def _describe_grads(
+    logits: Logits,
+    saved: SavedStatistics,
+    grad: Tensor,
+    weight: float,
+    needs: list[bool],
+    wide: bool,
+) -> Form:
+    rows, columns = kernels.contrastive_grads_loops(logits)
+    return Form(
+        scope_of(logits.row_features),
+        "contrastive_grads",
+        gcd(logits.row_features.shape[1], D_CLASSES),
+        (
+            *_logits_switches(logits),
+            ("needs", tuple(needs)),
+            ("wide", wide),
+            ("several blocks of rows", rows),
+            ("several blocks of columns", columns),
+        ),
+    )
+
+
+def _check_logits(form: Form, sizes: tuple[int, int]) -> Iterator[Logits]:
+    """Logits that take the ways of the form, without and with NaN."""
+    switches = dict(form.switches)
+    num_rows, num_columns = sizes
+    rows, columns = _features(form, num_rows, num_columns)
+    row_ids = column_ids = None
+    if switches["ids"]:
+        ids = _ids(num_rows + num_columns, rows.device)
+        row_ids, column_ids = ids.tensor_split((num_rows,))
+    first_column = {"0": 0, "> 0": 10, "< 0": -10}[switches["first_column"]]
+    num_pairs = num_rows - 9 if switches["extra negatives"] else ALL_ROWS
+    settings = (row_ids, column_ids, first_column, switches["symmetric"], num_pairs)
+    scale = rows.new_tensor(20.0)
+    yield Logits(rows, columns, scale, *settings)
+    yield Logits(_with_nan(rows), columns, scale, *settings)
+    yield Logits(rows, _with_nan(columns), scale, *settings)
+
+
+def _lse_cases(form: Form, sizes: tuple[int, int]) -> Iterator[tuple[Any, dict[str, int]]]:
+    several_strips = dict(form.switches)["several strips"]
+    limits = {"partial_elements": 1} if several_strips else {}
+    for logits in _check_logits(form, sizes):
+        yield (logits,), limits
+
+
+def _grads_cases(form: Form, sizes: tuple[int, int]) -> Iterator[tuple[Any, dict[str, int]]]:
+    switches = dict(form.switches)
+    limits = {}
+    if switches["several blocks of rows"]:
+        limits["block_rows"] = 1
+    if switches["several blocks of columns"]:
+        limits["block_elements"] = 1
+    for logits in _check_logits(form, sizes):
+        row_lse, column_lse, pair_logits = eager.contrastive_lse(logits)
+        # Complete log-sum-exps, as `pair_terms` would give them for rows and columns with partners.
+        row_lse = torch.logaddexp(row_lse, pair_logits)
+        saved = SavedStatistics(row_lse, column_lse + 0.5, -torch.sigmoid(pair_logits - 5))
+        grad = row_lse.new_tensor(1.5)
+        weight = 1 / len(row_lse)
+        yield (logits, saved, grad, weight, list(switches["needs"]), switches["wide"]), limits
+
+
+def _describe_pairs(
+    row_negatives_lse: Tensor,
+    column_negatives_lse: Tensor,
+    pair_logits: Tensor,
+    column_pair_logits: Tensor,
+    first_column: int,
+    weight: float,
+) -> Form:
+    switches = (
+        ("symmetric", column_negatives_lse.shape[0] > 0),
+        ("first_column", "0" if first_column == 0 else "> 0"),
+        ("more columns", column_negatives_lse.shape[0] > row_negatives_lse.shape[0]),
+    )
+    return Form(scope_of(row_negatives_lse), "pair_terms", D_CLASSES, switches)
+
+
+def _pairs_cases(form: Form, sizes: tuple[int, int]) -> Iterator[tuple[Any, dict[str, int]]]:
+    switches = dict(form.switches)
+    # More than one block of the kernel's vectors.
+    num_rows = 3 * sizes[0] if kernels.INTERPRETED else 5 * sizes[0]
+    first_column = 0 if switches["first_column"] == "0" else 10
+    num_columns = num_rows + first_column + (7 if switches["more columns"] else 0)
+    generator = torch.Generator("cpu").manual_seed(0)
+    values = torch.randn(2, num_columns, generator=generator, dtype=torch.float64, device="cpu")
+    row_lse, column_lse = (5 * values).float().to(form.scope.device).double()
+    pair_logits = column_lse.flip(0)[:num_rows]
+    column_pair_logits = column_lse - 1  # every column has a partner, as across ranks
+    column_pair_logits[first_column : first_column + num_rows] = pair_logits
+    if not switches["symmetric"]:
+        column_lse = column_pair_logits = column_lse[:0]
+    row_lse = row_lse[:num_rows]
+    weight = 1 / num_rows
+    yield (row_lse, column_lse, pair_logits, column_pair_logits, first_column, weight), {}
+    bad = pair_logits.clone()
+    bad[-1] = torch.nan
+    yield (row_lse, column_lse, bad, column_pair_logits, first_column, weight), {}
+
+
+# --- The penalties
+
+
+def _describe_grams(image_features: Tensor, text_features: Tensor, with_cross: bool) -> Form:
+    switches = (
+        ("with_cross", with_cross),
+        ("several splits", kernels.gram_matrices_loops(image_features)),
+    )
+    d_class = gcd(image_features.shape[1], D_CLASSES)
+    return Form(scope_of(image_features), "gram_matrices", d_class, switches)
+
+
+def _grams_cases(form: Form, sizes: tuple[int, int]) -> Iterator[tuple[Any, dict[str, int]]]:
+    switches = dict(form.switches)
+    limits = {"min_split_rows": 16} if switches["several splits"] else {}
+    rows, columns = _features(form, sizes[0], sizes[0])
+    for image, text in ((rows, columns), (_with_nan(rows), columns), (rows, _with_nan(columns))):
+        yield (image, text, switches["with_cross"]), limits
+
+
+def _describe_terms(grams: Tensor, weights: list[Tensor], separate: bool) -> Form:
+    switches = (("with_cross", len(grams) == 3), ("separate", separate))
+    d_class = gcd(grams.shape[1], D_CLASSES)
+    return Form(scope_of(grams), "cyclic_terms", d_class, switches)
+
+
+def _check_weights(with_cross: bool, device: torch.device) -> list[list[Tensor]]:
+    """Equal weights and, where C is there, different ones; on the CPU, as in a call."""
+    numbers = [(0.03, 0.03), (0.03, 0.01), (0.0, 0.02)] if with_cross else [(0.03, 0.03)]
+    return [[torch.tensor(x, dtype=torch.float64, device="cpu") for x in pair] for pair in numbers]
+
+
+def _terms_cases(form: Form, sizes: tuple[int, int]) -> Iterator[tuple[Any, dict[str, int]]]:
+    switches = dict(form.switches)
+    grams = eager.gram_matrices(*_features(form, sizes[0], sizes[0]), switches["with_cross"])
+    grams = grams.float().double()
+    for weights in _check_weights(switches["with_cross"], grams.device):
+        yield (grams, weights, switches["separate"]), {}
+        bad = grams.clone()
+        bad[0, -1, -1] = torch.nan
+        yield (bad, weights, switches["separate"]), {}
+
+
+def _describe_cyclic_grads(
+    image_features: Tensor,
+    text_features: Tensor,
+    grams: Tensor,
+    grads: list[Tensor],
+    weights: list[Tensor],
+    size: int,
+    needs: list[bool],
+) -> Form:
+    switches = (
+        ("with_cross", len(grams) == 3),
+        ("separate", len(grads) == 2),
+        ("needs", tuple(needs)),
+    )
+    d_class = gcd(image_features.shape[1], D_CLASSES)
+    return Form(scope_of(image_features), "cyclic_grads", d_class, switches)
+
+
+def _cyclic_grads_cases(form: Form, sizes: tuple[int, int]) -> Iterator[tuple[Any, dict[str, int]]]:
+    switches = dict(form.switches)
+    rows, columns = _features(form, sizes[0], sizes[0])
+    grams = eager.gram_matrices(rows, columns, switches["with_cross"]).float().double()
+    needs = list(switches["needs"])
+    one, two = rows.new_tensor(1.5), rows.new_tensor(3.0)
+    for weights in _check_weights(switches["with_cross"], grams.device):
+        for grads in ([one, one], [one, two]) if switches["separate"] else ([one],):
+            yield (rows, columns, grams, grads, weights, 2, needs), {}
+    weights = _check_weights(False, grams.device)[0]
+    grads = [one, one] if switches["separate"] else [one]
+    yield (_with_nan(rows), columns, grams, grads, weights, 2, needs), {}
+    yield (rows, _with_nan(columns), grams, grads, weights, 2, needs), {}
+
+
+_CASES: dict[str, Callable[..., Iterator[tuple[Any, dict[str, int]]]]] = {
+    "contrastive_lse": _lse_cases,
+    "contrastive_grads": _grads_cases,
+    "pair_terms": _pairs_cases,
+    "gram_matrices": _grams_cases,
+    "cyclic_terms": _terms_cases,
+    "cyclic_grads": _cyclic_grads_cases,
+}
+VERIFIED = SimpleNamespace(
+    contrastive_lse=_verified("contrastive_lse", _describe_lse),
+    contrastive_grads=_verified("contrastive_grads", _describe_grads),
+    pair_terms=_verified("pair_terms", _describe_pairs),
+    gram_matrices=_verified("gram_matrices", _describe_grams),
+    cyclic_terms=_verified("cyclic_terms", _describe_terms),
+    cyclic_grads=_verified("cyclic_grads", _describe_cyclic_grads),
+)

@@ -1,0 +1,126 @@
+"""The loss, complete log-sum-exps and G of the pairs, from the log-sum-exps of the negatives.
+
+With the pairs' logits l_ii, and a_i, b_i the log-sum-exps of the negatives of row and column i:
+
+    loss = weight * sum_i softplus(a_i - l_ii) + softplus(b_i - l_ii)
+    r_i = logaddexp(a_i, l_ii)        c_j = logaddexp(b_j, l_jj)
+    pair_gradient_i = -sigmoid(a_i - l_ii) - sigmoid(b_i - l_ii)
+
+One program adds up the loss, in a fixed order. The others compute the vectors.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cyclip_loss.kernels.configs import PAIRS
+from cyclip_loss.kernels.launch import ceil_div, launch
+from cyclip_loss.numerics import on_device_of
+
+
+@triton.jit
+def _margin(negatives_lse, pair_logits, index, pair_index, mask):
+    """a - l, l and a. An infinite l would look perfectly matched; inf - inf makes a - l NaN."""
+    negative = tl.load(negatives_lse + index, mask=mask, other=0.0)
+    pair = tl.load(pair_logits + pair_index, mask=mask, other=0.0)
+    return (negative - pair) + (pair - pair), pair, negative
+
+
+@triton.jit
+def _log1p_exp(x):
+    """log(1 + exp(-|x|)), accurate also if the exponential is much smaller than 1."""
+    exp = tl.exp(-tl.abs(x))
+    above_1 = 1.0 + exp
+    # The quotient corrects the rounding of 1 + exp (the textbook log1p).
+    return tl.where(above_1 == 1.0, exp, tl.log(above_1) * (exp / (above_1 - 1.0)))
+
+
+@triton.jit
+def _softplus(x):
+    # Not `maximum`, which would lose a NaN.
+    return tl.where(x > 0.0, x, 0.0) + _log1p_exp(x)
+
+
+@triton.jit
+def _sigmoid(x):
+    exp = tl.exp(-tl.abs(x))
+    return tl.where(x > 0.0, 1.0, exp) / (1.0 + exp)
+
+
+@triton.jit(
+    do_not_specialize=["n", "m", "first_column"],
+    do_not_specialize_on_alignment=[
+        "row_negatives_lse", "column_negatives_lse", "pair_logits", "column_pair_logits",
+        "row_lse", "column_lse", "pair_gradient",
+    ],
+)  # fmt: skip
+def pair_terms_kernel(
+    row_negatives_lse,  # (n,)
+    column_negatives_lse,  # (m,)
+    pair_logits,  # (n,)
+    column_pair_logits,  # (m,)
+    loss,  # scalar out
+    row_lse,  # (n,) out
+    column_lse,  # (m,) out
+    pair_gradient,  # (n,) out
+    n,
+    m,  # 0 if columns have no log-sum-exps
+    first_column,  # row i is paired with column first_column + i
+    weight,  # of the sum
+    SYMMETRIC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    if tl.program_id(0) == 0:
+        total = tl.zeros((BLOCK,), dtype=tl.float32)
+        for start in range(0, n, BLOCK):
+            rows = start + tl.arange(0, BLOCK)
+            mask = rows < n
+            margin, _, _ = _margin(row_negatives_lse, pair_logits, rows, rows, mask)
+            total += tl.where(mask, _softplus(margin), 0.0)
+            if SYMMETRIC:
+                margin, _, _ = _margin(
+                    column_negatives_lse, pair_logits, rows + first_column, rows, mask
+                )
+                total += tl.where(mask, _softplus(margin), 0.0)
+        tl.store(loss, tl.sum(total, axis=0) * weight)
+    else:
+        index = (tl.program_id(0) - 1) * BLOCK + tl.arange(0, BLOCK)
+        mask = index < n
+        margin, pair, negative = _margin(row_negatives_lse, pair_logits, index, index, mask)
+        lse = tl.where(margin > 0.0, negative, pair) + _log1p_exp(margin)
+        tl.store(row_lse + index, lse, mask=mask)
+        gradient = -_sigmoid(margin)
+        if SYMMETRIC:
+            margin, _, _ = _margin(
+                column_negatives_lse, pair_logits, index + first_column, index, mask
+            )
+            gradient -= _sigmoid(margin)
+            margin, pair, negative = _margin(
+                column_negatives_lse, column_pair_logits, index, index, index < m
+            )
+            lse = tl.where(margin > 0.0, negative, pair) + _log1p_exp(margin)
+            tl.store(column_lse + index, lse, mask=index < m)
+        tl.store(pair_gradient + index, gradient, mask=mask)
+
+
+def pair_terms(
+    row_negatives_lse: Tensor,
+    column_negatives_lse: Tensor,
+    pair_logits: Tensor,
+    column_pair_logits: Tensor,
+    first_column: int,
+    weight: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `cyclip_loss.eager.pair_terms`."""
+    n, m = row_negatives_lse.shape[0], column_negatives_lse.shape[0]
+    loss = row_negatives_lse.new_empty(())
+    row_lse, pair_gradient = row_negatives_lse.new_empty(n), row_negatives_lse.new_empty(n)
+    column_lse = row_negatives_lse.new_empty(m)
+    with on_device_of(row_negatives_lse):
+        programs = 1 + ceil_div(max(n, m), PAIRS.tile["BLOCK"])
+        launch(
+            pair_terms_kernel, (programs,), row_negatives_lse, column_negatives_lse, pair_logits,
+            column_pair_logits, loss, row_lse, column_lse, pair_gradient, n, m, first_column,
+            float(weight), SYMMETRIC=m > 0, **PAIRS.kwargs,
+        )  # fmt: skip
+    return loss, row_lse, column_lse, pair_gradient
