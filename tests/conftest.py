@@ -19,7 +19,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # with a thread per core each, workers 
 import pytest
 import torch
 from hypothesis import settings
-from hypothesis.internal.conjecture import providers
 from pool import Ranks
 
 from cyclip_loss import numerics
@@ -37,9 +36,7 @@ NEEDS = {
 collect_ignore = [file for file, packages in NEEDS.items() if None in map(find_spec, packages)]
 
 # The same examples in every run: a test fails because code changed, never by an unlucky draw.
-# Hypothesis also draws constants that it finds in loaded local modules, which depend on what else
-# is collected. No setting turns that off. (setattr raises if Hypothesis has renamed it.)
-pytest.MonkeyPatch().setattr(providers, "is_local_module_file", lambda path: False)
+# `inputs.py` says why they do not depend on which tests are collected.
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=30)
 settings.load_profile("ci")
 

@@ -147,6 +147,9 @@ def lay_out(values: Tensor, layout: str) -> Tensor:
     return values
 
 
+# Hypothesis also draws constants that it finds in the loaded modules, but no integers between -100
+# and 100. All numbers are drawn as such integers, so that the examples of a test do not depend on
+# which other tests are collected.
 SIZES = st.one_of(st.integers(1, 5), st.integers(1, 90))
 UPSTREAM = st.sampled_from([1.0, 1.0, -0.5, 64.0, 0.0])
 DRAWN: dict[str, st.SearchStrategy[Any]] = {
@@ -156,9 +159,9 @@ DRAWN: dict[str, st.SearchStrategy[Any]] = {
     "distance": st.sampled_from([None, None, 0.3, 0.03, 0.003, 0.0]),
     "anti_aligned": st.booleans(),
     "norm": st.sampled_from([1.0, 1.0, 2.5]),
-    # Scales that float32 holds exactly, so that the float64 oracle sees the same number.
+    # From 0.01 to 100. Scales that float32 holds exactly, so that the float64 oracle sees the same.
     "logit_scale": st.one_of(
-        st.floats(0.01, 100.0).map(lambda scale: torch.tensor(scale, device="cpu").item()),
+        st.integers(-64, 64).map(lambda x: torch.tensor(10 ** (x / 32), device="cpu").item()),
         st.sampled_from([1.0, 14.25, 100.0]),
     ),
     "image_layout": st.sampled_from(LAYOUTS),
@@ -179,7 +182,7 @@ DRAWN: dict[str, st.SearchStrategy[Any]] = {
     "same_ids": st.sampled_from(["ignored", "positives"]),
     "negatives": st.tuples(*[st.sampled_from([None, None, 0, 1, 50, 130])] * 2),
     "strip_rows": st.sampled_from([None, 1, 7, 32]),
-    "seed": st.integers(0, 2**31),
+    "seed": st.integers(0, 99),
 }
 
 

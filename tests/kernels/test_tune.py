@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from processes import run_python
+from triton.runtime.jit import KernelInterface
 
 from cyclip_loss import CyCLIPWarning, kernels, tune, usage_warnings
 from cyclip_loss.kernels import configs
@@ -81,6 +82,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch, times: list[float], kinds=()) -> No
         # The package has the function under the name of the file.
         function = getattr(import_module(f"cyclip_loss.kernels.{kernel}"), f"{kernel}_kernel")
         monkeypatch.setattr(function, "run", partial(faulty, function.run, kind, result))
+        # The interpreter before Triton 3.6 launches without `run`, unlike compiled kernels.
+        monkeypatch.setattr(type(function), "__getitem__", KernelInterface.__getitem__)
 
 
 @pytest.mark.parametrize("kinds", [["is wrong"] * 4, ["spills", "fails", "is right", "spills"]])

@@ -123,7 +123,7 @@ def test_the_definition() -> None:
     where=st.integers(0, 3),
     at=st.tuples(st.integers(0, 8), st.integers(0, 5)),
     sign=st.sampled_from([1, -1, None]),
-    seed=st.integers(0, 2**31),
+    seed=st.integers(0, 99),
 )
 @example(n=1, d=1, bad=torch.inf, where=0, at=(0, 0), sign=1, seed=0)
 @example(n=1, d=3, bad=torch.inf, where=2, at=(0, 0), sign=1, seed=0)

@@ -1,0 +1,201 @@
+"""Test with chosen versions of the dependencies, each set in a virtual environment of its own.
+
+    python .ci/versions.py            each minor version of PyTorch, from pyproject.toml's lower
+                                      bound to the newest on the index: loss, kernels, ranks
+    python .ci/versions.py 2.11 2.14  the same with these minor versions
+    python .ci/versions.py oldest     the lower bound: loss, kernels, compiled across ranks
+    python .ci/versions.py lowest     the lowest version of every dependency: all tests
+
+`pip install uv` first. uv resolves and installs; every PyTorch gets the Triton that it requires.
+Prints a table. The exit status is 1 if anything failed.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parents[1]
+UV = (sys.executable, "-m", "uv")
+LOSS = ("tests/loss", "tests/kernels")
+TESTS = {
+    # By its name, so that pytest fails if nothing has this name.
+    "oldest": (*LOSS, "tests/ranks/test_ranks_training.py::test_compile_gives_the_same"),
+    "lowest": ("tests",),
+}
+HEAD = (
+    "environment",
+    "PyTorch",
+    "Triton",
+    "Python",
+    "NumPy",
+    "passed",
+    "failed",
+    "skipped",
+    "seconds",
+)
+INSTALLED = """
+import importlib.metadata, json, platform
+versions = {"python": platform.python_version()}
+for package in importlib.metadata.distributions():
+    versions[package.metadata["Name"]] = package.version
+print(json.dumps(versions))
+"""
+
+
+def lower_bound(name: str) -> str:
+    """The minor version in `name>=2.8` of pyproject.toml. (Python 3.10 cannot read TOML.)"""
+    return minor_version(rf'\b{name}( = ")?>=', (ROOT / "pyproject.toml").read_text())
+
+
+def minor_version(before: str, text: str) -> str:
+    """The first two numbers of the version that follows the pattern `before` in the text."""
+    found = re.search(rf"{before}(?P<minor>\d+\.\d+)", text)
+    if found is None:
+        raise SystemExit(f"no version after {before!r} in: {text}")
+    return found["minor"]
+
+
+def minor_versions() -> list[str]:
+    """PyTorch's minor versions on the index that run on this Python, oldest first."""
+    oldest = lower_bound("torch")
+    found: list[str] = []
+    while oldest not in found:  # ask for the newest, then for the newest before it
+        requirement = f"torch>={oldest}" + (f",<{found[0]}" if found else "")
+        command = (*UV, "pip", "compile", "--quiet", "--no-deps", "--no-header", "--no-annotate")
+        answer = subprocess.run(
+            (*command, "--python", sys.executable, "-"),
+            input=requirement,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        found.insert(0, minor_version("torch==", answer.stdout))
+    return found
+
+
+def make_environment(name: str, folder: Path) -> Path:
+    """Make the virtual environment and return its Python."""
+    python = folder / "bin" / "python"
+    venv = (*UV, "venv", "--quiet", folder, "--python")
+    made = False
+    if name in TESTS:
+        oldest = lower_bound("requires-python")
+        # pyenv runs `python3.10` only where version 3.10 is asked for.
+        environment = os.environ | {"PYENV_VERSION": oldest}
+        made = subprocess.run((*venv, oldest), env=environment).returncode == 0
+        if not made:
+            print(f"No Python {oldest} here: {sys.executable} instead.", flush=True)
+    if not made:
+        subprocess.run((*venv, sys.executable), check=True)
+
+    install = (*UV, "pip", "install", "--quiet", "--python", python)
+    chosen: tuple[str, ...]
+    if name == "lowest":
+        chosen = ("--resolution", "lowest-direct", "--editable", ".[test,benchmark]")
+    else:
+        torch = lower_bound("torch") if name == "oldest" else name
+        # The extra `benchmark` has what these tests import.
+        chosen = ("--editable", ".[benchmark]", f"torch=={torch}.*")
+    subprocess.run((*install, *chosen), cwd=ROOT, check=True)
+    triton = installed(python).get("triton", "4.0")
+    if tuple(map(int, triton.split(".")[:2])) < (3, 7):
+        # The interpreter before Triton 3.7 does not work with a newer NumPy.
+        subprocess.run((*install, "numpy<2.4"), check=True)
+    return python
+
+
+def installed(python: Path) -> dict[str, str]:
+    """The version of each package, and of Python."""
+    answer = subprocess.run((python, "-c", INSTALLED), stdout=subprocess.PIPE, check=True)
+    versions: dict[str, str] = json.loads(answer.stdout)
+    return versions
+
+
+def test(name: str) -> tuple[tuple[str, ...], bool]:
+    """Install one environment and test in it. Returns a row of the table and whether all passed."""
+    with tempfile.TemporaryDirectory(prefix="cyclip-loss-") as temporary:
+        folder = Path(temporary)
+        try:
+            python = make_environment(name, folder / "venv")
+        except subprocess.CalledProcessError as error:
+            print(f"{name}: could not be installed: {error}", flush=True)
+            return (name, "not installed", *["–"] * 7), False
+        versions = installed(python)
+        shown = [versions.get(package, "–") for package in ("torch", "triton", "python", "numpy")]
+
+        print(f"{name}: testing with PyTorch {shown[0]}, Python {shown[2]}", flush=True)
+        tests = TESTS.get(name, (*LOSS, "tests/ranks"))
+        report = folder / "report.xml"
+        # Nothing that another version has compiled.
+        caches = {
+            "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+            "TRITON_CACHE_DIR": str(folder / "triton"),
+        }
+        options = ("-q", "-n", "2", "--dist", "worksteal", "-p", "no:cacheprovider")
+        command = (str(python), "-m", "pytest", *options, f"--junitxml={report}", *tests)
+        start = time.monotonic()
+        status = subprocess.run(command, cwd=ROOT, env=os.environ | caches).returncode
+        seconds = time.monotonic() - start
+        counts = count(report)
+    return (name, *shown, *counts, f"{seconds:.0f}"), status == 0
+
+
+def count(report: Path) -> tuple[str, str, str]:
+    """How many tests passed, failed and were skipped; dashes if pytest wrote no report."""
+    if not report.exists():
+        return "–", "–", "–"
+    suite = next(ElementTree.parse(report).iter("testsuite"))
+    total, failures, errors, skipped = (
+        int(suite.attrib[key]) for key in ("tests", "failures", "errors", "skipped")
+    )
+    failed = failures + errors
+    return str(total - failed - skipped), str(failed), str(skipped)
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """The rows in Markdown, with columns aligned."""
+    widths = [max(map(len, column)) for column in zip(HEAD, *rows, strict=True)]
+    rule = tuple("-" * width for width in widths)
+    lines = [
+        " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in (HEAD, rule, *rows)
+    ]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def environment_name(text: str) -> str:
+    """`oldest`, `lowest` or a minor version."""
+    if text not in TESTS and not re.fullmatch(r"\d+\.\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of oldest, lowest, 2.8, 2.9 ...")
+    return text
+
+
+def main() -> int:
+    """Test in each environment, print the table, and return the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("environments", nargs="*", type=environment_name, metavar="environment")
+    names = parser.parse_args().environments or minor_versions()
+    rows: list[tuple[str, ...]] = []
+    all_passed = True
+    try:
+        for number, name in enumerate(names, 1):
+            print(f"{name}: installing ({number} of {len(names)})", flush=True)
+            row, passed = test(name)
+            rows.append(row)
+            all_passed &= passed
+    finally:  # also of what was tested before Ctrl-C
+        print(table(rows), flush=True)
+    return 0 if all_passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
