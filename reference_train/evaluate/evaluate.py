@@ -106,10 +106,10 @@ class Evaluation:
 
     def finish(self, absent: dict[str, str], failed: dict[str, str]) -> None:
         """Writes the table and the pictures. Raises `CannotStart` if there are no results."""
+        if not any(self.read()["results"].values()):
+            raise CannotStart(f"nothing to evaluate: {listed(failed)}")
         with locked(self.arguments.out, wait=True):
             result = self.read()
-            if not any(result["results"].values()):
-                raise CannotStart(f"nothing to evaluate: {listed(failed)}")
             titles = [checkpoint.title for checkpoint in self.checkpoints]
             tried = {*self.described, *titles, "train split"}
             earlier = {

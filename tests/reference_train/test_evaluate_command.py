@@ -153,7 +153,7 @@ def test_numbers_are_those_of_plain_loops(run_folder: Path, tmp_path: Path, monk
     assert 0 < result["results"]["tiny"]["cifar100"]["seconds"] < 600
 
 
-def test_every_kind_of_data_set_in_one_command(run_folder: Path, tmp_path: Path):
+def test_one_command_evaluates_every_kind_of_data_set(run_folder: Path, tmp_path: Path):
     data = tmp_path / "data"
     pairs = [{"JPG": picture(i), "txt": b"one %d\ntwo %d\n" % (i, i)} for i in range(12)]
     write_set(data / "wds_flickr8k", {"test": pairs}, dataset_type="retrieval\n")
@@ -183,7 +183,7 @@ def test_every_kind_of_data_set_in_one_command(run_folder: Path, tmp_path: Path)
     assert found["emoji"]["numbers"]["top1"] == pytest.approx(mean)
 
 
-def test_the_emoji_that_ship(monkeypatch) -> None:
+def test_shipped_emoji_have_subgroups_as_superclasses_and_a_mean_over_styles(monkeypatch) -> None:
     """A mean over their styles, without the black ones; a name's superclass is its subgroup."""
     monkeypatch.setattr(emoji_set.emoji, "decode", lambda *_: np.zeros((3, 1, 1), np.uint8))
     data = emoji_set.open_emoji()
@@ -195,7 +195,7 @@ def test_the_emoji_that_ship(monkeypatch) -> None:
     assert len(data.images) == len(data.groups) == 10_544
 
 
-def test_prompts_and_class_names_of_ones_own(tmp_path: Path):
+def test_a_folder_may_say_its_own_class_names_and_templates(tmp_path: Path):
     write_image_folder(tmp_path, ["a_b", "c"])
     (tmp_path / "empty").mkdir()
     assert open_folders(tmp_path, "x").classes[""].names == ["a b", "c", "empty"]
@@ -208,7 +208,7 @@ def test_prompts_and_class_names_of_ones_own(tmp_path: Path):
         open_folders(tmp_path, "x")
 
 
-def test_what_a_data_set_lacks(tmp_path: Path, tmp_path_factory):
+def test_a_data_set_says_what_it_lacks(tmp_path: Path, tmp_path_factory):
     image, label, text = {"png": picture(0)}, {"cls": b"9"}, {"txt": b"a"}
     for samples, texts, message in (
         ([], {}, "no images"),
@@ -242,7 +242,7 @@ def test_an_error_is_one_line():
     assert [*map(command.reason, errors)] == ["b", "ValueError", "x" * 300]
 
 
-def test_what_cannot_be_done_is_said(run_folder: Path, tmp_path: Path):
+def test_bad_arguments_and_files_are_one_line_and_leave_nothing(run_folder: Path, tmp_path: Path):
     state = torch.load(run_folder / "checkpoints" / "epoch_2.pt")["state_dict"]
     torch.save({"state_dict": tmp_path}, tmp_path / "1.pt")  # an object that may run anything
     state["module.visual.proj"] *= torch.nan
@@ -272,7 +272,7 @@ def test_what_cannot_be_done_is_said(run_folder: Path, tmp_path: Path):
         assert not list(tmp_path.glob("out/*"))
 
 
-def test_which_checkpoint_of_a_run(tmp_path: Path, monkeypatch):
+def test_a_runs_folder_gives_its_best_epoch_then_its_latest(tmp_path: Path, monkeypatch):
     """The best, else the latest, else the last epoch; titles differ, and are as the run's name."""
     folder = tmp_path / "a" / "run" / "checkpoints"
     folder.mkdir(parents=True)
@@ -314,7 +314,7 @@ def test_images_are_shown_as_in_training(run_folder: Path, tmp_path: Path):
         assert pixels[:, 0, 0].tolist() == [-1, 0, 0]
 
 
-def test_weights_by_a_tag_and_precisions(run_folder: Path):
+def test_a_tag_gives_the_same_weights_and_precision_decides_the_dtype(run_folder: Path):
     """OpenCLIP takes a file for a tag, too."""
     file = run_folder / "checkpoints" / "epoch_2.pt"
     ours, by_tag = find_checkpoints([file], "evaluate-tiny", str(file))
@@ -327,7 +327,7 @@ def test_weights_by_a_tag_and_precisions(run_folder: Path):
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
 
 
-def test_two_at_once_lose_no_column(run_folder: Path, tmp_path: Path, monkeypatch):
+def test_two_evaluations_at_once_lose_no_column(run_folder: Path, tmp_path: Path, monkeypatch):
     """Both have looked into --out before one writes there, and each takes its time to write."""
     fork = multiprocessing.get_context("fork")
     both, write, out = fork.Barrier(2, timeout=300), records.write_text, tmp_path / "out"
@@ -352,7 +352,7 @@ def test_two_at_once_lose_no_column(run_folder: Path, tmp_path: Path, monkeypatc
     assert "| a (2) |" in (out / "table.md").read_text()
 
 
-def test_a_picture_that_is_none_is_named_and_left_out(run_folder: Path, tmp_path: Path):
+def test_an_unreadable_picture_is_named_and_left_out(run_folder: Path, tmp_path: Path):
     samples, found = [s | {"txt": s["cls"]} for s in labelled(12, 10)], []
     broken = [{**samples[0], "png": b"no image"}, *samples, {**samples[1], "png": b""}]
     for content in (samples, broken):
@@ -388,11 +388,13 @@ def test_the_cause_of_a_failure_comes_first(run_folder: Path, tmp_path: Path):
     assert ("top1" in numbers, "consistency_1" in numbers) == (True, False)
     table = (tmp_path / "3" / "table.md").read_text()
     assert "published numbers are not shown" in table  # of other images
-    for part in ("46.54 q", "paper: trained", "quoted, not", "the linear probe needs"):
+    for part in ("46.54 q", "paper: Goel", "quoted, not", "the linear probe needs"):
         assert part not in table
 
 
-def test_the_paper_is_shown_where_it_can_be_compared(run_folder: Path, tmp_path: Path, monkeypatch):
+def test_published_numbers_stand_beside_the_papers_test_split(
+    run_folder: Path, tmp_path: Path, monkeypatch
+):
     monkeypatch.setitem(paper.SETS, "cifar10", paper.Split(10, 20, None))
     write_set(tmp_path / "wds_cifar10", {"test": labelled(20, 10)}, classnames=TEN)
     monkeypatch.chdir(tmp_path / "wds_cifar10")
@@ -400,11 +402,13 @@ def test_the_paper_is_shown_where_it_can_be_compared(run_folder: Path, tmp_path:
     table = (tmp_path / "table.md").read_text()
     assert "| 46.54 q | 51.45 q | 44.95 q | 43.22 q |" in table
     assert "published numbers are not shown" not in table
-    for note in ("- paper: trained on CC3M", "; q: quoted,", "- cifar10: the linear probe needs"):
+    for note in ("- paper: Goel et al.", "; q: quoted,", "- cifar10: the linear probe needs"):
         assert note in table
 
 
-def test_interrupted_it_resumes_with_what_is_missing(run_folder: Path, tmp_path: Path, monkeypatch):
+def test_an_interrupted_evaluation_resumes_with_what_is_missing(
+    run_folder: Path, tmp_path: Path, monkeypatch
+):
     """Memory that runs out, then Ctrl-C; then again, with other settings, with other images."""
     measured = []
     two = [{"png": picture(i), "txt": b"%d" % i} for i in (1, 2)]
@@ -455,7 +459,7 @@ def test_subsets_of_imagenet_have_their_own_class_names(tmp_path: Path):
         open_folders(tmp_path / "v2", "imagenet-x")
 
 
-def test_torchvisions_cifar_with_superclasses(tmp_path: Path, monkeypatch):
+def test_torchvisions_cifar100_has_its_superclasses(tmp_path: Path, monkeypatch):
     (folder := tmp_path / "cifar-100-python").mkdir()
     names = sorted(classification.CIFAR100_SUPERCLASSES.read_text().split())
     for split, count in (("meta", 0), ("train", 7), ("test", 5)):
