@@ -24,7 +24,7 @@ TEXTS_AT_A_TIME = 1024
 # The learning rate in the authors' checkpoints is a NumPy number, which PyTorch refuses otherwise.
 # NumPy 2 has given its constructor another name.
 _scalar = np.float64().__reduce__()[0]
-NUMPY_FLOAT64 = [
+NUMPY_FLOAT64: list[Any] = [
     (_scalar, "numpy.core.multiarray.scalar"),
     (_scalar, "numpy._core.multiarray.scalar"),
     np.dtype,

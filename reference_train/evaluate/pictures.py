@@ -28,7 +28,6 @@ PUBLISHED = {  # lighter than our own
 TALL = 12  # with more bars in a panel, panels are placed three in a row
 GEOMETRY = ("inmodal_gap", "inmodal_correlation", "crossmodal_gap", "crossmodal_correlation")
 MODELS = 4  # whose similarities are in one picture
-STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 
 
 class Bar(NamedTuple):
@@ -41,6 +40,11 @@ class Bar(NamedTuple):
     is_one_run: bool
 
 
+def use_style() -> None:
+    """Sets the look of all pictures."""
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+
+
 def draw(result: Result, path: Path) -> None:
     """A panel for each data set and headline metric: yours, and what is published."""
     panels = {(m, name): bars(result, name, m) for m in DRAWN for name in result["data_sets"]}
@@ -49,7 +53,7 @@ def draw(result: Result, path: Path) -> None:
     most = max(map(len, panels.values()), default=0)
     across = min(3, len(heights)) if most > TALL else 1
     rows = [max(heights[i : i + across]) for i in range(0, len(heights), across)]
-    plt.rcParams.update(STYLE)
+    use_style()
     figure = plt.figure(figsize=(5.5 * across, sum(rows)), dpi=200, layout="constrained")
     axes = figure.subplots(len(rows), across, squeeze=False, height_ratios=rows).ravel()
     for ax in axes[len(panels) :]:

@@ -6,7 +6,8 @@ an evaluation have two such numbers or more. Published points stand beside ours 
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from ..files import written_whole
 from ..losses import LOSSES
 from . import published
 from .paper import why_incomparable
-from .pictures import PUBLISHED, STYLE
+from .pictures import PUBLISHED, use_style
 from .records import Result
 
 # Accuracy under a natural shift, over accuracy on the data set that it is a shift of.
@@ -74,21 +75,22 @@ def several_sizes(result: Result) -> list[str]:
 
 def draw_data_size(result: Result, path: Path) -> bool:
     """Accuracy over the number of training pairs; returns whether there is anything to draw."""
+    panels = [partial(draw_size_panel, result, name) for name in several_sizes(result)]
+    return draw_panels(panels, path, "Dots are means over seeds.")
 
-    def draw(ax: Any, name: str) -> None:
-        for line in all_lines(result, name):
-            draw_line(ax, line, list(line.percent), list(line.percent.values()))
-        ax.set_xscale("log")
-        ticks = sorted({pairs for line in all_lines(result, name) for pairs in line.percent})
-        ax.set_xticks(ticks, [short_number(pairs) for pairs in ticks])
-        ax.minorticks_off()
-        ax.set_ylim(bottom=0)
-        ax.set(title=f"{name}: zero-shot top-1, %", xlabel="training pairs")
 
-    names = several_sizes(result)
-    return draw_panels(
-        names, draw, path, "dots: means over seeds; grey axis: pairs, on a log scale"
-    )
+def draw_size_panel(result: Result, name: str, ax: Any) -> None:
+    """The accuracy on one data set."""
+    lines = all_lines(result, name)
+    for line in lines:
+        draw_line(ax, line, list(line.percent), list(line.percent.values()))
+    ticks = sorted({pairs for line in lines for pairs in line.percent})
+    ax.set_xscale("log")
+    ax.set_xticks(ticks, [short_number(pairs) for pairs in ticks])
+    ax.minorticks_off()
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("training pairs")
+    ax.set_title(f"{name}: zero-shot top-1, %", fontsize=8.5)
 
 
 def draw_robustness(result: Result, path: Path) -> bool:
@@ -98,40 +100,40 @@ def draw_robustness(result: Result, path: Path) -> bool:
     dashed line y = x loses nothing under the shift.
     """
     there = several_sizes(result)
-    panels = {
-        shift: base
+    panels = [
+        partial(draw_shift_panel, result, base, shift)
         for base, shifts in SHIFTS.items()
         for shift in shifts
         if base in there and shift in there
-    }
+    ]
+    return draw_panels(panels, path, "A dot for each number of training pairs.")
 
-    def draw(ax: Any, shift: str) -> None:
-        base = panels[shift]
-        shifted = {line.title: line.percent for line in all_lines(result, shift)}
-        points = []
-        for line in all_lines(result, base):
-            percent = shifted.get(line.title, {})
-            common = [pairs for pairs in line.percent if pairs in percent]
-            x, y = [line.percent[p] for p in common], [percent[p] for p in common]
-            draw_line(ax, line, x, y)
-            points += [*x, *y]
-        end = 1.05 * max(points)
-        ax.plot([0, end], [0, end], color="black", linestyle="--", linewidth=0.8, label="y = x")
-        if shift in STANDARD_TRAINING:
-            slope, offset = STANDARD_TRAINING[shift]
-            start = max(0.0, -offset / slope)
-            ax.plot(
-                [start, end],
-                [slope * start + offset, slope * end + offset],
-                color="black",
-                linestyle=":",
-                linewidth=1,
-                label="standard training, paper",
-            )
-        ax.set(xlim=(0, end), ylim=(0, end), xlabel=f"{base}, top-1, %")
-        ax.set_title(f"{shift}: zero-shot top-1, %")
 
-    return draw_panels(list(panels), draw, path, "dots: numbers of training pairs, fewest at left")
+def draw_shift_panel(result: Result, base: str, shift: str, ax: Any) -> None:
+    """The accuracy on one data set over that on the data set that it is a shift of."""
+    under_shift = {line.title: line.percent for line in all_lines(result, shift)}
+    points = [1.0]
+    for line in all_lines(result, base):
+        percent = under_shift.get(line.title, {})
+        common = [pairs for pairs in line.percent if pairs in percent]
+        x, y = [line.percent[pairs] for pairs in common], [percent[pairs] for pairs in common]
+        draw_line(ax, line, x, y)
+        points += [*x, *y]
+    end = 1.05 * max(points)
+    ax.plot([0, end], [0, end], color="black", linestyle="--", linewidth=0.8, label="y = x")
+    if shift in STANDARD_TRAINING:
+        slope, offset = STANDARD_TRAINING[shift]
+        start = -offset / slope  # where it begins to be positive
+        ax.plot(
+            [start, max(start, end)],
+            [0, slope * max(start, end) + offset],
+            color="black",
+            linestyle=":",
+            linewidth=1,
+            label="standard training, paper",
+        )
+    ax.set(xlim=(0, end), ylim=(0, end), xlabel=f"{base}: zero-shot top-1, %")
+    ax.set_title(f"{shift}: zero-shot top-1, %", fontsize=8.5)
 
 
 def draw_line(ax: Any, line: Line, x: list[float], y: list[float]) -> None:
@@ -149,29 +151,36 @@ def draw_line(ax: Any, line: Line, x: list[float], y: list[float]) -> None:
     )
 
 
-def draw_panels(
-    names: list[str], draw: Callable[[Any, str], None], path: Path, caption: str
-) -> bool:
-    """A panel for each name, with one legend; returns whether there is any."""
-    if not names:
+def draw_panels(panels: Sequence[Callable[[Any], None]], path: Path, caption: str) -> bool:
+    """A picture of panels with one legend; returns whether there is any.
+
+    panels: each draws into its axes.
+    """
+    if not panels:
         return False
-    plt.rcParams.update(STYLE)
-    across = min(ACROSS, len(names))
-    down = math.ceil(len(names) / across)
+    use_style()
+    across = min(ACROSS, len(panels))
+    down = math.ceil(len(panels) / across)
     size = (5.5 * across / ACROSS if across > 1 else 4.2, 2.9 * down + 0.9)
     figure = plt.figure(figsize=size, dpi=200, layout="constrained")
     axes = figure.subplots(down, across, squeeze=False).ravel()
-    for ax in axes[len(names) :]:
+    for ax in axes[len(panels) :]:
         ax.axis("off")
     legend: dict[str, Any] = {}
-    for ax, name in zip(axes, names, strict=False):
-        draw(ax, name)
+    for ax, draw in zip(axes, panels, strict=False):
+        draw(ax)
         handles, labels = ax.get_legend_handles_labels()
         legend |= dict(zip(labels, handles, strict=True))
     figure.legend(
-        list(legend.values()), list(legend), loc="outside lower center", ncols=3, fontsize=7.5
+        list(legend.values()),
+        list(legend),
+        title=caption,
+        loc="outside lower center",
+        ncols=3,
+        fontsize=7.5,
+        title_fontsize=7.5,
+        frameon=False,
     )
-    figure.supxlabel(caption, fontsize=7.5)
     with written_whole(path) as partial:
         figure.savefig(partial, format="png")
     plt.close(figure)

@@ -195,7 +195,8 @@ def comparable(
 
     The paper's are shown where a metric is not measured, too. measured: metrics.
     """
-    rows, notes = [], {}
+    rows: list[Published] = []
+    notes: dict[str, None] = {}  # in order, each once
     for row in published.for_table(name):
         if row.metric not in measured:
             if requirement := REQUIREMENTS.get(row.metric):
