@@ -63,9 +63,9 @@ def coarse_and_fine(
         image_features.split(STRIP), group[labels].split(STRIP), strict=True
     ):
         scores = features @ class_features.T
-        of_superclass = scores.new_full((len(scores), len(groups)), -torch.inf)
-        of_superclass.scatter_reduce_(1, group.expand_as(scores), scores, "amax")
-        coarse.append(of_superclass.topk(min(most, len(groups))).indices)
+        superclass_scores = scores.new_full((len(scores), len(groups)), -torch.inf)
+        superclass_scores.scatter_reduce_(1, group.expand_as(scores), scores, "amax")
+        coarse.append(superclass_scores.topk(min(most, len(groups))).indices)
         siblings = scores.masked_fill(group != truth[:, None], -torch.inf)
         fine.append(siblings.topk(min(most, len(group))).indices)
     answers = {"coarse": (torch.cat(coarse), group[labels]), "fine": (torch.cat(fine), labels)}
