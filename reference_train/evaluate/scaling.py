@@ -20,6 +20,7 @@ from . import published
 from .paper import why_incomparable
 from .pictures import PUBLISHED, use_style
 from .records import Result
+from .table import chance
 
 # Accuracy under a natural shift, over accuracy on the data set that it is a shift of.
 SHIFTS = {
@@ -84,6 +85,8 @@ def draw_size_panel(result: Result, name: str, ax: Any) -> None:
     lines = all_lines(result, name)
     for line in lines:
         draw_line(ax, line, list(line.percent), list(line.percent.values()))
+    if guess := chance(result["data_sets"][name], "top1"):
+        ax.axhline(100 * guess, color="black", linestyle=":", linewidth=1, label="chance")
     ticks = sorted({pairs for line in lines for pairs in line.percent})
     ax.set_xscale("log")
     ax.set_xticks(ticks, [short_number(pairs) for pairs in ticks])
@@ -112,7 +115,7 @@ def draw_robustness(result: Result, path: Path) -> bool:
 def draw_shift_panel(result: Result, base: str, shift: str, ax: Any) -> None:
     """The accuracy on one data set over that on the data set that it is a shift of."""
     under_shift = {line.title: line.percent for line in all_lines(result, shift)}
-    points = [1.0]
+    points = [0.1]
     for line in all_lines(result, base):
         percent = under_shift.get(line.title, {})
         common = [pairs for pairs in line.percent if pairs in percent]
@@ -188,8 +191,8 @@ def draw_panels(panels: Sequence[Callable[[Any], None]], path: Path, caption: st
 
 
 def short_number(pairs: int) -> str:
-    """500000 -> "500K", 2000000 -> "2M", 2905954 -> "2.9M"."""
+    """500000 -> "500K", 2000000 -> "2M", 2905954 -> "2.91M"."""
     for size, letter in ((1_000_000, "M"), (1_000, "K")):
         if pairs >= size:
-            return f"{pairs / size:.1f}".removesuffix(".0") + letter
+            return f"{pairs / size:.3g}{letter}"
     return str(pairs)

@@ -148,7 +148,10 @@ def test_runs_on_several_data_sizes_are_drawn_with_the_published_points(
         if any("training pairs" in a.get_xlabel() or "top-1" in a.get_xlabel() for a in f.axes)
     ]
     lines = {line.get_label(): line for line in sizes.axes[0].lines}
-    assert [*lines] == ["CLIP, paper", "CyCLIP, paper", "CLIP", "CyCLIP"]
+    assert [*lines] == ["CLIP, paper", "CyCLIP, paper", "CLIP", "CyCLIP", "chance"]
+    assert lines["chance"].get_ydata() == pytest.approx([0.1, 0.1])
+    ticks = [label.get_text() for label in sizes.axes[0].get_xticklabels()]
+    assert ticks == ["500K", "1M", "2M", "3M", "6M"]
     assert lines["CyCLIP"].get_xdata().tolist() == [500_000, 1_000_000, 2_000_000, 3_000_000]
     assert lines["CyCLIP"].get_ydata() == pytest.approx([3, 6, 12, 18])
     assert lines["CLIP, paper"].get_ydata() == pytest.approx([5.03, 11.10, 15.10, 17.28, 22.16])
