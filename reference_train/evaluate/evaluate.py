@@ -5,23 +5,31 @@ import os
 import shlex
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from ..command_line import CannotStart, Parser, Stopped, add_device, whole_number
 from ..files import locked
-from . import report
-from .checkpoints import find_checkpoints, load
-from .datasets import SPLITS, DataSet, Open, find, open_emoji, open_folders
+from . import records, report
+from .checkpoints import load
+from .datasets import DataSet, Open
+from .emoji_set import open_emoji
+from .find import find
+from .folder_sets import open_folders
 from .measure import measure
-from .table import Result
+from .paper import ZERO_SHOT_SETS
+from .records import Result
+from .runs import Checkpoint, find_checkpoints
 
 DESCRIPTION = """\
-Evaluates OpenCLIP checkpoints, next to the paper's numbers. Nothing is downloaded, but for weights
-that --pretrained names. Interrupted, the same command resumes with the data sets that are missing.
-`python -m reference_train report DIR` makes table and pictures again."""
+Evaluates checkpoints of OpenCLIP, or of the CyCLIP authors' code, beside the paper's numbers.
+Nothing is downloaded, except weights that --pretrained names. If the command is interrupted, the
+same command resumes with the data sets that are missing.
+`python -m reference_train report DIR` makes the table and the pictures again."""
 EPILOG = """\
 data sets of --data (DIR itself, or folders in it), besides the emoji that ship:
   clip-benchmark's WebDatasets   as they are on the hub: wds_vtab-cifar10, wds_vtab-cifar100,
@@ -30,7 +38,8 @@ data sets of --data (DIR itself, or folders in it), besides the emoji that ship:
   torchvision's CIFAR            cifar-10-batches-py, cifar-100-python
   icons                          as python -m reference_train.data.icons makes them
 with --imagefolder: ImageNet as a folder for each WordNet identifier (or number, as imagenetv2
-comes), called imagenet1k, imagenetv2, imagenet-sketch, imagenet-a or imagenet-r"""
+comes), called imagenet1k, imagenetv2, imagenet-sketch, imagenet-a or imagenet-r; or a folder of
+the CyCLIP authors' code, with a labels.csv"""
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -42,7 +51,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     words = "your own data set: a folder of images for each class, in DIR or DIR/test, DIR/train"
     add("--imagefolder", nargs="+", default=[], metavar="NAME=DIR", help=words)
     add("--only", nargs="+", metavar="NAME", help="data sets to evaluate; default: all there are")
-    add("--model", help="OpenCLIP's name of the model; default: as the run's params.txt says")
+    words = "OpenCLIP's name of the model; default: from the run's params.txt; RN50-quickgelu for "
+    add("--model", help=words + "checkpoints of the CyCLIP authors")
     add("--pretrained", metavar="TAG", help="OpenCLIP's own weights of --model, one more column")
     add("--linear-probe", action="store_true", help="fit one, as the paper's authors do")
     add_device(parser)
@@ -57,112 +67,163 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
+@dataclass
+class Evaluation:
+    """What a command adds to the evaluation in --out. Other processes may add to it, too."""
+
+    arguments: argparse.Namespace
+    command: str
+    checkpoints: list[Checkpoint]
+    described: dict[str, Any] = field(default_factory=dict)  # the data sets, by `report.describe`
+
+    def read(self) -> Result:
+        """The evaluation in --out, without results of other images or of other weights.
+
+        Raises `CannotStart` if it was made with other settings.
+        """
+        given = self.arguments
+        settings = {"precision": given.precision, "linear_probe": given.linear_probe}
+        result = records.start(given.out, settings, self.command, given.device)
+        for name, data in self.described.items():
+            if result["data_sets"].setdefault(name, data) != data:
+                result["data_sets"][name] = data
+                for results in result["results"].values():
+                    results.pop(name, None)
+        for checkpoint in self.checkpoints:
+            before = result["checkpoints"].get(checkpoint.title, checkpoint.source)
+            if not before.items() >= checkpoint.source.items():
+                result["results"].pop(checkpoint.title, None)
+        return result
+
+    def add(self, checkpoint: Checkpoint, epoch: int | None, name: str, measured: Any) -> None:
+        """Adds the numbers of a checkpoint on one data set to --out."""
+        with locked(self.arguments.out, wait=True):
+            result = self.read()
+            known = {**checkpoint.source, **checkpoint.run, "epoch": epoch}
+            result["checkpoints"][checkpoint.title] = known
+            result["results"].setdefault(checkpoint.title, {})[name] = measured
+            records.save(result, self.arguments.out)
+
+    def finish(self, absent: dict[str, str], failed: dict[str, str]) -> None:
+        """Writes the table and the pictures. Raises `CannotStart` if there are no results."""
+        if not any(self.read()["results"].values()):
+            raise CannotStart(f"nothing to evaluate: {listed(failed)}")
+        with locked(self.arguments.out, wait=True):
+            result = self.read()
+            titles = [checkpoint.title for checkpoint in self.checkpoints]
+            tried = {*self.described, *titles, "train split"}
+            earlier = {
+                what: why for what, why in result["failed"].items() if {*what.split(", ")} - tried
+            }
+            result["failed"] = {**earlier, **failed}
+            result["absent"] = {n: why for n, why in absent.items() if n not in result["data_sets"]}
+            report.write(result, self.arguments.out)
+
+
 def main(argv: Sequence[str]) -> None:
     """Finds, evaluates, writes. Raises `CannotStart` if nothing can be evaluated.
 
     Raises `Stopped` at the end if a data set or a checkpoint failed.
     """
     arguments = parse_arguments(argv)
-    given = vars(arguments)
     checkpoints = find_checkpoints(arguments.checkpoint, arguments.model, arguments.pretrained)
-    settings = {n: given[n] for n in ("precision", "linear_probe")}
-    feeding = {n: given[n] for n in ("precision", "batch_size", "workers")}
     command = shlex.join(["python", "-m", "reference_train", "evaluate", *argv])
-    out, absent, failed = arguments.out, dict[str, str](), dict[str, str]()
-    report.start(out, settings, command, arguments.device)  # refuses other settings
+    evaluation = Evaluation(arguments, command, checkpoints)
+    evaluation.read()  # refuses other settings before any work
+    absent, failed = dict[str, str](), dict[str, str]()
     with Console().status("Looking at the data sets"):
         sets = open_all(arguments, absent, failed)
-    described = {name: report.describe(name, data) for name, data in sets.items()}
-
-    def evaluation() -> Result:
-        """What --out holds by now, less the results of other images or weights."""
-        result = report.start(out, settings, command, arguments.device)
-        for name, data in described.items():
-            if result["data_sets"].setdefault(name, data) != data:
-                result["data_sets"][name] = data
-                for results in result["results"].values():
-                    results.pop(name, None)
-        for checkpoint in checkpoints:
-            before = result["checkpoints"].get(checkpoint.title, checkpoint.source)
-            if not before.items() >= checkpoint.source.items():
-                result["results"].pop(checkpoint.title, None)
-        return result
-
+    evaluation.described = {name: report.describe(name, data) for name, data in sets.items()}
+    done = evaluation.read()["results"]
     for checkpoint in checkpoints:
-        title = checkpoint.title
-        missing = [n for n in sets if n not in evaluation()["results"].get(title, {})]
-        if not missing:
-            continue
-        try:
-            clip = load(checkpoint, arguments.device, **feeding)
-        except CannotStart as error:
-            failed[title] = str(error)
-            continue
-        for name in missing:
-            clip.at_work, began = f"{title}: {name}", time.perf_counter()
-            try:
-                has_pairs = sets[name].captions is not None
-                measured = measure(clip, sets[name], arguments.linear_probe, has_pairs)
-            except Exception as error:  # whatever it is: the others may have taken hours
-                failed[f"{name}, {title}"] = reason(error)
-                continue
-            measured["seconds"] = time.perf_counter() - began
-            weights = {**checkpoint.source, "seed": checkpoint.seed, "epoch": clip.epoch}
-            with locked(out, wait=True):  # another process may write there too
-                result = evaluation()
-                result["checkpoints"][title] = weights
-                result["results"].setdefault(title, {})[name] = measured
-                report.save(result, out)
-    if not any(evaluation()["results"].values()):
-        raise CannotStart(f"nothing to evaluate: {listed(failed)}")
-    with locked(out, wait=True):
-        result = evaluation()
-        tried = {*sets, *(checkpoint.title for checkpoint in checkpoints), "train split"}
-        old = {what: why for what, why in result["failed"].items() if {*what.split(", ")} - tried}
-        result["failed"] = {**old, **failed}
-        result["absent"] = {n: why for n, why in absent.items() if n not in result["data_sets"]}
-        report.write(result, out)
+        missing = [name for name in sets if name not in done.get(checkpoint.title, {})]
+        if missing:
+            evaluate(evaluation, checkpoint, {name: sets[name] for name in missing}, failed)
+    evaluation.finish(absent, failed)
     if failed:
         raise Stopped(f"not in the table: {listed(failed)}")
+
+
+def evaluate(
+    evaluation: Evaluation,
+    checkpoint: Checkpoint,
+    sets: dict[str, DataSet],
+    failed: dict[str, str],
+) -> None:
+    """Measures a checkpoint on data sets. Adds to `failed` what cannot be measured, and why."""
+    arguments = evaluation.arguments
+    try:
+        clip = load(
+            checkpoint,
+            arguments.device,
+            precision=arguments.precision,
+            batch_size=arguments.batch_size,
+            workers=arguments.workers,
+        )
+    except CannotStart as error:
+        failed[checkpoint.title] = str(error)
+        return
+    for name, data in sets.items():
+        clip.progress, began = f"{checkpoint.title}: {name}", time.perf_counter()
+        try:
+            has_captions = data.captions is not None
+            measured = measure(clip, data, arguments.linear_probe, pictured=has_captions)
+        except Exception as error:  # whatever it is: other data sets may have taken hours
+            failed[f"{name}, {checkpoint.title}"] = reason(error)
+            continue
+        measured["seconds"] = time.perf_counter() - began
+        evaluation.add(checkpoint, clip.epoch, name, measured)
 
 
 def open_all(
     arguments: argparse.Namespace, absent: dict[str, str], failed: dict[str, str]
 ) -> dict[str, DataSet]:
-    """The data sets that were asked for and are there. Raises `CannotStart` if there is none.
+    """The data sets that the command asks for and that are there.
 
-    absent, failed: get the reasons of those that are not there, and of those that failed.
+    Adds to `absent` and `failed` the reasons of those that are not there, and of those that cannot
+    be read. Raises `CannotStart` if there is none.
+    """
+    found = find_all(arguments, absent)
+    if arguments.only is None:
+        absent |= {name: "not under --data" for name in ZERO_SHOT_SETS if name not in found}
+    elif missing := [name for name in arguments.only if name not in found]:
+        there = f"no data set {' or '.join(missing)}; there are {', '.join(found)}"
+        raise CannotStart(f"--only: {'; '.join([there, *([listed(absent)] if absent else [])])}")
+    sets: dict[str, DataSet] = {}
+    for name in arguments.only or found:
+        try:
+            data = sets[name] = found[name]()
+        except Exception as error:  # whatever reading a damaged data set raises
+            failed[name] = reason(error)
+            continue
+        if data.train_error:
+            failed[f"{name}, train split"] = data.train_error
+    if not sets:
+        raise CannotStart(f"nothing to evaluate: {listed(failed)}")
+    return sets
+
+
+def find_all(arguments: argparse.Namespace, absent: dict[str, str]) -> dict[str, Open]:
+    """All data sets of --data and --imagefolder, and the emoji, before they are opened.
+
+    Adds to `absent` what is not recognised. Raises `CannotStart` for folders that are not there.
     """
     named = [text.partition("=") for text in arguments.imagefolder]
     for folder in (*arguments.data, *(Path(path) for _, _, path in named)):
         if not folder.is_dir():
             raise CannotStart(f"--data, --imagefolder NAME=DIR: no such folder: {folder}")
-    known, unknown = find(arguments.data)
+    known, unrecognised = find(arguments.data)
     found: dict[str, Open] = {**known, "emoji": open_emoji}
     for name, _, path in named:
         if name in found:
             raise CannotStart(f"--imagefolder: {name} is the name of another data set")
         found[name] = partial(open_folders, Path(path), name)
-    if unknown:
-        names = ", ".join(str(path) for path in unknown[:10]) + ", …" * (len(unknown) > 10)
-        absent["under --data"] = f"no data set is recognised in {len(unknown)}: {names}"
-    if arguments.only is None:
-        absent |= {name: "not under --data" for name in SPLITS if name not in found}
-    elif missing := [name for name in arguments.only if name not in found]:
-        there = f"no data set {' or '.join(missing)}; there are {', '.join(found)}"
-        raise CannotStart(f"--only: {there}{'; ' * bool(absent)}{listed(absent)}")
-    sets: dict[str, DataSet] = {}
-    for name in arguments.only or found:
-        try:
-            data = sets[name] = found[name]()
-        except Exception as error:  # whatever a data set that is not as it should be raises
-            failed[name] = reason(error)
-            continue
-        if data.train_lacks:
-            failed[f"{name}, train split"] = data.train_lacks
-    if not sets:
-        raise CannotStart(f"nothing to evaluate: {listed(failed)}")
-    return sets
+    if unrecognised:
+        names = [str(path) for path in unrecognised[:10]]
+        names += ["…"] if len(unrecognised) > 10 else []
+        what = f"no data set is recognised in {len(unrecognised)}: {', '.join(names)}"
+        absent["under --data"] = what
+    return found
 
 
 def listed(reasons: dict[str, str]) -> str:
@@ -171,5 +232,5 @@ def listed(reasons: dict[str, str]) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """An error as one line: its last, as a worker's traceback comes before."""
+    """An error as one line: its last line, because a worker's traceback comes before."""
     return ([type(error).__name__, *str(error).strip().splitlines()][-1])[:300]

@@ -1,7 +1,8 @@
-"""Which metrics a data set has, and their numbers for one model."""
+"""Computes every metric that applies to a data set, for one model."""
 
 import base64
 import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,143 +15,265 @@ from . import metrics
 from .checkpoints import Clip
 from .datasets import DataSet
 
-NEIGHBOURS_FROM = 50_000  # training images the neighbours come from, as the paper's for ImageNet
-PAIRS = 10_000  # of gaps, alignment and uniformity, which take O(pairs^2)
+GALLERY = 50_000  # training images the neighbours come from, as many as the paper's for ImageNet
+PAIRS = 10_000  # of gaps, alignment and uniformity, whose cost grows with the square
 PAIRS_PICTURED = 60  # pairs whose similarities are kept for a picture
 
 Numbers = dict[str, float]
 
 
+@dataclass
+class Encoded:
+    """A data set as a model encodes it. n is the number of images that could be read.
+
+    Features have unit length, except for the raw ones. Questions are those of `DataSet.classes`.
+    """
+
+    data: DataSet  # of the n images
+    raw_image_features: Tensor  # (n, D), not normalised
+    image_features: Tensor  # (n, D)
+    class_features: dict[str, Tensor]  # (C, D) by question
+    labels: dict[str, Tensor]  # (n,) by question
+    ranked_classes: dict[str, Tensor]  # (n, up to 10) by question, the nearest class first
+    group_rows: dict[str, Tensor]  # the images of each group, ascending
+    text_features: Tensor  # (m, D), of distinct captions, or of class names
+    pairs: Tensor  # (P, 2), which image has which text, ordered by image
+    unreadable: list[str]  # what is wrong with each picture that is left out
+    neighbour_labels: dict[str, Tensor] = field(default_factory=dict)  # (n, up to 10), by question
+    probe: Numbers = field(default_factory=dict)
+
+    def first_texts(self) -> Tensor:
+        """The first text of each image: (n,)."""
+        images = torch.arange(len(self.image_features), device=self.pairs.device)
+        return self.pairs[torch.searchsorted(self.pairs[:, 0].contiguous(), images), 1]
+
+
 def measure(
     clip: Clip, data: DataSet, linear_probe: bool = False, pictured: bool = False
 ) -> dict[str, Any]:
-    """All numbers of a data set, as shares (not %). Pictures that can't be read are left out.
+    """All numbers of a data set, as shares (not %). Pictures that cannot be read are left out.
 
-    linear_probe: fit one, where there is a train split, on all of it. pictured: keep similarities.
+    linear_probe: fit a linear probe on all of the train split, if there is one.
+    pictured: keep the similarities of some pairs.
 
     Returns {"numbers": {metric: value}, "groups": {group: {metric: value}}, "images": how many,
-             "unreadable": [what is wrong with each picture that is left out],
-             "similarities": if `pictured`, of `PAIRS_PICTURED` pairs, by `similarities`}.
+             "similarities": those of `PAIRS_PICTURED` pairs, if `pictured`; see `similarities`,
+             "unreadable": [what is wrong with each picture that is left out]}.
     """
-    device = clip.device
-    raw, read, unreadable = clip.encode_images(data.images, torch.arange(len(data.images)), "test")
-    data, raw = data.only(read), raw.to(device)
-    image = F.normalize(raw, dim=-1)
-    prompts, labels, predicted = {}, {}, {}
-    for question, classes in data.classes.items():
-        prompts[question] = clip.encode_classes(classes.names, classes.templates).to(device)
-        labels[question] = classes.labels.to(device)
-        predicted[question] = metrics.nearest(image, prompts[question], 5)
-    groups: dict[str, Tensor] = {}  # the rows of each
-    for group in dict.fromkeys(data.groups or []):
-        rows = [row for row, of in enumerate(data.groups or []) if of == group]
-        groups[group] = torch.tensor(rows, device=device)
-    neighbours: dict[str, Tensor] = {}  # labels of the nearest images, (n, k)
-    probe: Numbers = {}
+    encoded = encode(clip, data)
     if data.train is not None:
-        images, of_images = data.train
-        # the linear probe takes all of them, the neighbours some
-        some = sample_rows(len(images), NEIGHBOURS_FROM)
-        wanted = torch.arange(len(images)) if linear_probe else some
-        features, read, broken = clip.encode_images(images, wanted, "train")
-        unreadable, features = unreadable + broken, features.to(device)
-        of_images = {q: label[read].to(device) for q, label in of_images.items()}
-        if linear_probe:
-            probe["linear_probe"] = metrics.linear_probe(
-                features, of_images[""], raw, labels[""], len(data.classes[""].names)
-            )
-        gallery = torch.isin(read, some).to(device)
-        known = F.normalize(features[gallery], dim=-1)
-        near = metrics.nearest(image, known, max(metrics.KS))
-        neighbours = {q: label[gallery][near] for q, label in of_images.items()}
-    elif data.across_groups and labels:
-        near = neighbours_across(image, groups, data.apart)
-        neighbours = {question: label[near] for question, label in labels.items()}
+        use_train_split(clip, encoded, linear_probe)
+    elif data.across_groups and data.classes:
+        use_other_groups(encoded)
+    groups = {group: numbers(encoded, rows) for group, rows in encoded.group_rows.items()}
+    everything = torch.arange(len(encoded.image_features), device=clip.device)
+    if data.across_groups:
+        overall = mean_over_groups(groups, data.excluded_groups)
+    else:
+        overall = numbers(encoded, everything) | encoded.probe
+    measured: dict[str, Any] = {"numbers": overall, "groups": groups, "images": len(everything)}
+    if pictured:
+        rows = next(iter(encoded.group_rows.values()), everything)
+        measured["similarities"] = pictured_similarities(encoded, rows)
+    return measured | {"unreadable": encoded.unreadable}
+
+
+def encode(clip: Clip, data: DataSet) -> Encoded:
+    """Encodes the images, the class names and the captions of a data set."""
+    device, numbers_of_images = clip.device, torch.arange(len(data.images))
+    raw, readable, unreadable = clip.encode_images(data.images, numbers_of_images, "test")
+    data, raw = data.select(readable), raw.to(device)
+    image_features = F.normalize(raw, dim=-1)
+    class_features = {
+        question: clip.encode_classes(classes.names, classes.templates).to(device)
+        for question, classes in data.classes.items()
+    }
+    ranked_classes = {
+        question: metrics.nearest(image_features, features, max(metrics.TOP))
+        for question, features in class_features.items()
+    }
     if data.captions is not None:
         texts, pairs = distinct_texts(data.captions)
-        text = clip.encode_texts(texts).to(device)
-    else:  # the names of the classes
+        text_features = clip.encode_texts(texts).to(device)
+    else:  # class names take the place of captions
         question, classes = next(iter(data.classes.items()))
-        text = prompts[question]
-        pairs = torch.stack((torch.arange(len(image)), classes.labels), dim=1)
-    pairs = pairs.to(device)
-    everything = torch.arange(len(image), device=device)
-    first = pairs[torch.searchsorted(pairs[:, 0].contiguous(), everything), 1]  # of an image, (n,)
-
-    def numbers_of(rows: Tensor) -> Numbers:
-        """rows: (m,), of some of the images, ascending."""
-        x, numbers = image[rows], {}
-        for question, classes in data.classes.items():
-            start = f"{question}_" if question else ""
-            label, found = labels[question][rows], predicted[question][rows]
-            hits = (found == label[:, None]).float()
-            numbers[f"{start}top1"] = hits[:, 0].mean().item()
-            if len(classes.names) > 5:
-                numbers[f"{start}top5"] = hits.sum(dim=1).mean().item()
-            if classes.coarse is not None:
-                coarse = classes.coarse.to(device)
-                both = metrics.coarse_and_fine(x, prompts[question], label, coarse)
-                numbers |= dict(zip((f"{start}coarse", f"{start}fine"), both, strict=True))
-            if question in neighbours:
-                scores = metrics.consistency(found[:, 0], neighbours[question][rows])
-                numbers |= {start + name: value for name, value in scores.items()}
-        if data.captions is not None or data.across_groups:
-            kept, used = pairs_of(rows, pairs)
-            ways = metrics.retrieval(x, text[used], kept)
-            if data.captions is None:  # top-1 has more names to choose from
-                ways = {name: n for name, n in ways.items() if name.startswith("text")}
-            numbers |= ways
-        some = sample_rows(len(x), PAIRS).to(device)
-        return numbers | geometry(x[some], text[first[rows[some]]])
-
-    of_groups = {group: numbers_of(rows) for group, rows in groups.items()}
-    if data.across_groups:
-        several = [found for group, found in of_groups.items() if group not in data.apart]
-        names = [name for name in several[0] if all(name in found for found in several)]
-        numbers = {name: sum(n[name] for n in several) / len(several) for name in names}
-    else:
-        numbers = numbers_of(everything) | probe
-    measured: dict[str, Any] = {"numbers": numbers, "groups": of_groups, "images": len(image)}
-    if pictured:
-        shown = pictured_rows(next(iter(groups.values()), everything), first, labels)
-        measured["similarities"] = similarities(image[shown], text[first[shown]])
-    return measured | {"unreadable": unreadable}
+        text_features = class_features[question]
+        pairs = torch.stack((torch.arange(len(raw)), classes.labels), dim=1)
+    return Encoded(
+        data=data,
+        raw_image_features=raw,
+        image_features=image_features,
+        class_features=class_features,
+        labels={question: c.labels.to(device) for question, c in data.classes.items()},
+        ranked_classes=ranked_classes,
+        group_rows=rows_by_group(data.groups or [], device),
+        text_features=text_features,
+        pairs=pairs.to(device),
+        unreadable=unreadable,
+    )
 
 
-def geometry(image: Tensor, text: Tensor) -> Numbers:
-    """`consistency_metrics` of (n, D) pairs, without those that are undefined.
+def rows_by_group(groups: list[str], device: torch.device) -> dict[str, Tensor]:
+    """The images of each group, ascending, in the order in which groups first occur."""
+    rows: dict[str, list[int]] = {}
+    for row, group in enumerate(groups):
+        rows.setdefault(group, []).append(row)
+    return {group: torch.tensor(found, device=device) for group, found in rows.items()}
+
+
+def use_train_split(clip: Clip, encoded: Encoded, linear_probe: bool) -> None:
+    """Encodes the train split: labels of the nearest images, and the linear probe if asked for.
+
+    Neighbours come from at most `GALLERY` training images. The probe is fitted on all of them.
+    """
+    assert encoded.data.train is not None
+    images, labels = encoded.data.train
+    gallery = sample_rows(len(images), GALLERY)
+    wanted = torch.arange(len(images)) if linear_probe else gallery
+    features, readable, unreadable = clip.encode_images(images, wanted, "train")
+    features = features.to(clip.device)
+    labels = {question: label[readable].to(clip.device) for question, label in labels.items()}
+    encoded.unreadable += unreadable
+    if linear_probe:
+        encoded.probe["linear_probe"] = metrics.linear_probe(
+            features,
+            labels[""],
+            encoded.raw_image_features,
+            encoded.labels[""],
+            len(encoded.data.classes[""].names),
+        )
+    in_gallery = torch.isin(readable, gallery).to(clip.device)
+    nearest = metrics.nearest(
+        encoded.image_features,
+        F.normalize(features[in_gallery], dim=-1),
+        max(metrics.CONSISTENCY_NEIGHBOURS),
+    )
+    for question, label in labels.items():
+        encoded.neighbour_labels[question] = label[in_gallery][nearest]
+
+
+def use_other_groups(encoded: Encoded) -> None:
+    """Takes the neighbours of an image from the other groups."""
+    nearest = neighbours_across(
+        encoded.image_features, encoded.group_rows, encoded.data.excluded_groups
+    )
+    for question, labels in encoded.labels.items():
+        encoded.neighbour_labels[question] = labels[nearest]
+
+
+def neighbours_across(
+    image_features: Tensor, group_rows: dict[str, Tensor], excluded: frozenset[str]
+) -> Tensor:
+    """The nearest images of other groups that are not excluded: (n, up to 10) rows.
+
+    group_rows: the rows of each group.
+    """
+    others = {
+        group: torch.cat([r for g, r in group_rows.items() if g != group and g not in excluded])
+        for group in group_rows
+    }
+    k = min(max(metrics.CONSISTENCY_NEIGHBOURS), *(len(rows) for rows in others.values()))
+    found = torch.empty(len(image_features), k, dtype=torch.long, device=image_features.device)
+    for group, rows in group_rows.items():
+        gallery = others[group]
+        nearest = metrics.nearest(image_features[rows], image_features[gallery], k)
+        found[rows] = gallery[nearest]
+    return found
+
+
+def numbers(encoded: Encoded, rows: Tensor) -> Numbers:
+    """The numbers of some images. rows: (m,), ascending."""
+    found: Numbers = {}
+    for question in encoded.data.classes:
+        prefix = f"{question}_" if question else ""
+        answers = class_numbers(encoded, question, rows)
+        found |= {f"{prefix}{name}": value for name, value in answers.items()}
+    found |= retrieval_numbers(encoded, rows)
+    sampled = rows[sample_rows(len(rows), PAIRS).to(rows.device)]
+    texts = encoded.first_texts()[sampled]
+    return found | geometry(encoded.image_features[sampled], encoded.text_features[texts])
+
+
+def class_numbers(encoded: Encoded, question: str, rows: Tensor) -> Numbers:
+    """Zero-shot accuracy, superclasses and consistency scores of some images for one question."""
+    classes = encoded.data.classes[question]
+    ranked, labels = encoded.ranked_classes[question][rows], encoded.labels[question][rows]
+    found = metrics.zero_shot(ranked, labels, len(classes.names))
+    if classes.superclass is not None:
+        found |= metrics.coarse_and_fine(
+            encoded.image_features[rows],
+            encoded.class_features[question],
+            labels,
+            classes.superclass.to(labels.device),
+        )
+    if question in encoded.neighbour_labels:
+        found |= metrics.consistency(ranked[:, 0], encoded.neighbour_labels[question][rows])
+    return found
+
+
+def retrieval_numbers(encoded: Encoded, rows: Tensor) -> Numbers:
+    """Recall among some images and their texts.
+
+    Without captions it is only asked across groups, and only from class names to images: zero-shot
+    accuracy is the other direction, and there an image has more names to choose from.
+    """
+    if encoded.data.captions is None and not encoded.data.across_groups:
+        return {}
+    pairs, texts = pairs_of(rows, encoded.pairs)
+    recall = metrics.retrieval(encoded.image_features[rows], encoded.text_features[texts], pairs)
+    if encoded.data.captions is None:
+        return {name: value for name, value in recall.items() if name.startswith("text_to_image")}
+    return recall
+
+
+def mean_over_groups(groups: dict[str, Numbers], excluded: frozenset[str]) -> Numbers:
+    """The mean of each number that all groups have."""
+    included = [found for group, found in groups.items() if group not in excluded]
+    names = [name for name in included[0] if all(name in found for found in included)]
+    return {name: sum(found[name] for found in included) / len(included) for name in names}
+
+
+def geometry(image_features: Tensor, text_features: Tensor) -> Numbers:
+    """`consistency_metrics` of (n, D) pairs, without the numbers that are undefined.
 
     One image has no uniformity, and two pairs have no correlations.
     """
-    found = consistency_metrics(image, text)
+    found = consistency_metrics(image_features, text_features)
     return {name: float(value) for name, value in found.items() if math.isfinite(value)}
 
 
-def pictured_rows(rows: Tensor, text: Tensor, labels: dict[str, Tensor]) -> Tensor:
-    """Up to `PAIRS_PICTURED` of the rows, with different texts, ordered by the coarsest label.
+def pictured_similarities(encoded: Encoded, rows: Tensor) -> dict[str, Any]:
+    """The similarities of up to `PAIRS_PICTURED` of some images, which have different texts.
 
-    rows: (m,). text: (n,), which text each image has. labels: (n,) by question, coarsest last.
+    Pairs are ordered by the label of the last question, which is the coarsest.
     """
-    of_texts = {int(text[row]): row for row in rows.flip(0).tolist()}  # of each the first
-    rows = torch.tensor(sorted(of_texts.values()))
-    rows = rows[sample_rows(len(rows), PAIRS_PICTURED)].to(text.device)
-    for label in labels.values():
-        rows = rows[label[rows].argsort(stable=True)]
-    return rows
+    texts = encoded.first_texts()
+    first_row = {int(texts[row]): row for row in rows.flip(0).tolist()}  # of each text
+    distinct = torch.tensor(sorted(first_row.values()))
+    chosen = distinct[sample_rows(len(distinct), PAIRS_PICTURED)].to(texts.device)
+    for labels in encoded.labels.values():
+        chosen = chosen[labels[chosen].argsort(stable=True)]
+    return similarities(encoded.image_features[chosen], encoded.text_features[texts[chosen]])
 
 
-def similarities(image: Tensor, text: Tensor) -> dict[str, Any]:
+def similarities(image_features: Tensor, text_features: Tensor) -> dict[str, Any]:
     """What a picture shows of some pairs.
 
-    image, text: (n, D), rows of unit length.
+    image_features, text_features: (n, D), rows of unit length.
 
     Returns {"numbers": those of `geometry`,
              "matrices": base64 of (3, n, n) int8: 127 times I_i . I_j, T_i . T_j, I_i . T_j}.
     """
-    products = torch.stack((image @ image.T, text @ text.T, image @ text.T))
+    products = torch.stack(
+        (
+            image_features @ image_features.T,
+            text_features @ text_features.T,
+            image_features @ text_features.T,
+        )
+    )
     rounded = (127 * products).round().to(torch.int8).cpu().numpy()
     matrices = base64.b64encode(rounded.tobytes()).decode()
-    return {"numbers": geometry(image, text), "matrices": matrices}
+    return {"numbers": geometry(image_features, text_features), "matrices": matrices}
 
 
 def sample_rows(rows: int, most: int) -> Tensor:
@@ -159,39 +282,24 @@ def sample_rows(rows: int, most: int) -> Tensor:
     return drawn[:most].sort().values
 
 
-def neighbours_across(image: Tensor, groups: dict[str, Tensor], apart: frozenset[str]) -> Tensor:
-    """For each image the nearest ones of other groups, but of those apart: (n, up to 10) rows.
-
-    groups: the rows of each.
-    """
-    others = {
-        group: torch.cat([r for g, r in groups.items() if g != group and g not in apart])
-        for group in groups
-    }
-    k = min(max(metrics.KS), *(len(rows) for rows in others.values()))
-    near = torch.empty(len(image), k, dtype=torch.long, device=image.device)
-    for group, mine in groups.items():
-        gallery = others[group]
-        near[mine] = gallery[metrics.nearest(image[mine], image[gallery], k)]
-    return near
-
-
 def distinct_texts(captions: list[list[str]]) -> tuple[list[str], Tensor]:
-    """The distinct texts, and the pairs (image, text), an image's first caption first: (P, 2)."""
-    index: dict[str, int] = {}
+    """The distinct texts, and the pairs (image, text): (P, 2), an image's first caption first."""
+    number: dict[str, int] = {}
     pairs = [
-        (row, index.setdefault(text, len(index)))
-        for row, texts in enumerate(captions)
+        (image, number.setdefault(text, len(number)))
+        for image, texts in enumerate(captions)
         for text in dict.fromkeys(texts)
     ]
-    return list(index), torch.tensor(pairs, dtype=torch.long).view(-1, 2)
+    return list(number), torch.tensor(pairs, dtype=torch.long).view(-1, 2)
 
 
 def pairs_of(rows: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
-    """The pairs of some images, in the numbers of these images and of the texts that they have.
+    """The pairs of some images, and the texts that they have.
 
-    rows: (m,), ascending, as the pairs' images. Returns (Q, 2) pairs and (t,) which texts.
+    In the pairs, images and texts are numbered anew, from 0.
+
+    rows: (m,), ascending. pairs: (P, 2). Returns (Q, 2) pairs, and (t,) texts in the old numbers.
     """
     image, text = pairs[torch.isin(pairs[:, 0], rows)].unbind(dim=1)
-    used, text = text.unique(return_inverse=True)
-    return torch.stack((torch.searchsorted(rows, image.contiguous()), text), dim=1), used
+    texts, text = text.unique(return_inverse=True)
+    return torch.stack((torch.searchsorted(rows, image.contiguous()), text), dim=1), texts

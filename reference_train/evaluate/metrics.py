@@ -1,7 +1,7 @@
 """The metrics, on features alone: no model, no data set.
 
-Features are (n, D), float32, on any device; but for the linear probe their rows have unit length.
-`nearest` and `ranks` go through the queries in strips.
+Features are (n, D), float32, on any device. Their rows have unit length, except for the linear
+probe. Queries are compared with the gallery in strips, so memory is bounded.
 """
 
 import math
@@ -12,7 +12,10 @@ from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 STRIP = 1024  # rows at a time
-KS = (1, 3, 5, 10)  # neighbours of the consistency score
+TOP = (1, 3, 5, 10)  # zero-shot: is the class among the k nearest?
+SUPERCLASS_TOP = (1, 2, 3)
+CONSISTENCY_NEIGHBOURS = (1, 3, 5, 10)
+RECALL_AT = (1, 5, 10)
 
 
 def nearest(queries: Tensor, gallery: Tensor, k: int) -> Tensor:
@@ -21,32 +24,69 @@ def nearest(queries: Tensor, gallery: Tensor, k: int) -> Tensor:
     return torch.cat([(rows @ gallery.T).topk(k).indices for rows in queries.split(STRIP)])
 
 
-def coarse_and_fine(
-    image: Tensor, prompts: Tensor, labels: Tensor, coarse: Tensor
-) -> tuple[float, float]:
-    """Two shares: superclass right; class right among those of the true superclass.
+def hit_rate(ranked: Tensor, truth: Tensor, k: int) -> float:
+    """How often the truth is among the first k answers.
 
-    As Goel et al. 2022, section 4.3: an image's superclass is that of its most similar class.
-
-    labels: (n,) classes. coarse: (C,), the superclass of each class.
+    ranked: (n, at least k), best first. truth: (n,).
     """
-    scores, truth = image @ prompts.T, coarse[labels]
-    of_coarse = coarse[scores.argmax(dim=1)] == truth
-    of_fine = scores.masked_fill(coarse != truth[:, None], -torch.inf).argmax(dim=1) == labels
-    return of_coarse.float().mean().item(), of_fine.float().mean().item()
+    return (ranked[:, :k] == truth[:, None]).any(dim=1).float().mean().item()
+
+
+def zero_shot(ranked: Tensor, labels: Tensor, num_classes: int) -> dict[str, float]:
+    """Top-1, 3, 5 and 10, where there are more than k classes.
+
+    ranked: (n, up to 10), the nearest classes, best first. labels: (n,).
+    """
+    ks = [k for k in TOP if k == 1 or k < num_classes]
+    return {f"top{k}": hit_rate(ranked, labels, k) for k in ks}
+
+
+def top(name: str, k: int) -> str:
+    """The name of the top-k form of `coarse` and `fine`; that of k = 1 is plain."""
+    return name if k == 1 else f"{name}_top{k}"
+
+
+def coarse_and_fine(
+    image_features: Tensor, class_features: Tensor, labels: Tensor, superclass: Tensor
+) -> dict[str, float]:
+    """Goel et al. 2022, section 4.3, for k = 1; the supplement has k = 2 and 3.
+
+    coarse: is the true superclass among the best k? A superclass scores as its best class does.
+    fine: is the true class among the best k classes of its own superclass?
+
+    labels: (n,) classes. superclass: (C,), the superclass of each class.
+    """
+    groups, group = superclass.unique(return_inverse=True)
+    most = max(SUPERCLASS_TOP)
+    coarse, fine = [], []
+    for features, truth in zip(
+        image_features.split(STRIP), group[labels].split(STRIP), strict=True
+    ):
+        scores = features @ class_features.T
+        superclass_scores = scores.new_full((len(scores), len(groups)), -torch.inf)
+        superclass_scores.scatter_reduce_(1, group.expand_as(scores), scores, "amax")
+        coarse.append(superclass_scores.topk(min(most, len(groups))).indices)
+        siblings = scores.masked_fill(group != truth[:, None], -torch.inf)
+        fine.append(siblings.topk(min(most, len(group))).indices)
+    answers = {"coarse": (torch.cat(coarse), group[labels]), "fine": (torch.cat(fine), labels)}
+    return {
+        top(name, k): hit_rate(ranked, truth, k)
+        for name, (ranked, truth) in answers.items()
+        for k in SUPERCLASS_TOP
+    }
 
 
 def ranks(queries: Tensor, gallery: Tensor, pairs: Tensor) -> Tensor:
     """How many wrong candidates score at least as high as the best right one: (Q,), 0 is a hit.
 
-    So an exact tie counts against the model.
+    An exact tie counts against the model.
 
     queries: (Q, D). gallery: (G, D). pairs: (P, 2), rows of queries and gallery that belong
-    together; every query is in at least one.
+    together; every query is in at least one pair.
     """
     found = []
-    for number, rows in enumerate(queries.split(STRIP)):
-        scores = rows @ gallery.T
+    for number, strip in enumerate(queries.split(STRIP)):
+        scores = strip @ gallery.T
         query, right = pairs[pairs[:, 0] // STRIP == number].unbind(dim=1)
         is_right = torch.zeros_like(scores, dtype=torch.bool)
         is_right[query % STRIP, right] = True
@@ -55,26 +95,26 @@ def ranks(queries: Tensor, gallery: Tensor, pairs: Tensor) -> Tensor:
     return torch.cat(found)
 
 
-def retrieval(image: Tensor, text: Tensor, pairs: Tensor) -> dict[str, float]:
-    """Recall at 1, 5 and 10, every image against all captions and every caption against all images.
+def retrieval(image_features: Tensor, text_features: Tensor, pairs: Tensor) -> dict[str, float]:
+    """Recall at 1, 5 and 10 in both directions. Every query is compared with all candidates.
 
     A query is a hit if any of its partners is among the first k. A text that captions several
-    images is one candidate, right for each of them, and as a query counts once for each.
+    images is one candidate, which is right for each of them. As a query it counts once for each.
 
-    image: (n, D). text: (m, D), distinct texts. pairs: (P, 2), rows of image and text.
+    image_features: (n, D). text_features: (m, D), of distinct texts. pairs: (P, 2), rows of
+    image_features and text_features.
     """
-    of_image = ranks(image, text, pairs)
-    of_text = ranks(text, image, pairs.flip(1))[pairs[:, 1]]
-    both = {"image_to_text": of_image, "text_to_image": of_text}
+    image_ranks = ranks(image_features, text_features, pairs)
+    text_ranks = ranks(text_features, image_features, pairs.flip(1))[pairs[:, 1]]
     return {
-        f"{way}_r{k}": (rank < k).float().mean().item()
-        for way, rank in both.items()
-        for k in (1, 5, 10)
+        f"{direction}_r{k}": (found < k).float().mean().item()
+        for direction, found in (("image_to_text", image_ranks), ("text_to_image", text_ranks))
+        for k in RECALL_AT
     }
 
 
 def majority(labels: list[int]) -> int:
-    """The most frequent label; on a tie the last one goes, until there is none."""
+    """The most frequent label. On a tie the last label is dropped, until there is no tie."""
     (first, votes), *others = Counter(labels).most_common(2)
     return majority(labels[:-1]) if others and others[0][1] == votes else first
 
@@ -82,13 +122,13 @@ def majority(labels: list[int]) -> int:
 def consistency(predicted: Tensor, neighbours: Tensor) -> dict[str, float]:
     """How often the zero-shot label is the majority label of the k nearest training images.
 
-    Goel et al. 2022, section 4.2. On a tie the farthest image goes.
+    Goel et al. 2022, section 4.2. On a tie the farthest image is dropped.
 
     predicted: (n,). neighbours: (n, up to 10), labels of training images, nearest first.
     """
-    rows, numbers = neighbours.tolist(), {}
-    for k in (k for k in KS if k <= neighbours.shape[1]):
-        votes = torch.tensor([majority(row[:k]) for row in rows])
+    labels, numbers = neighbours.tolist(), {}
+    for k in (k for k in CONSISTENCY_NEIGHBOURS if k <= neighbours.shape[1]):
+        votes = torch.tensor([majority(nearest_first[:k]) for nearest_first in labels])
         numbers[f"consistency_{k}"] = (votes == predicted.cpu()).float().mean().item()
     return numbers
 
@@ -125,7 +165,7 @@ def linear_probe(
 
 
 def wilson(share: float, count: float) -> tuple[float, float]:
-    """The 95% interval of a share of `count` trials (Wilson 1927)."""
+    """The 95% interval (Wilson 1927) of a share that was measured on `count` trials."""
     z2 = 1.96**2
     centre = share + z2 / (2 * count)
     half = math.sqrt(z2 * (share * (1 - share) / count + z2 / (4 * count**2)))
@@ -133,7 +173,7 @@ def wilson(share: float, count: float) -> tuple[float, float]:
 
 
 def chance_of_any(right: float, candidates: float, k: int) -> float:
-    """How likely one of `right` of the candidates is among k of them, drawn at random."""
+    """The probability that k candidates, drawn at random, include one of the `right` ones."""
     missed = 1.0
     for drawn in range(k):
         missed *= max(0.0, candidates - right - drawn) / max(1.0, candidates - drawn)

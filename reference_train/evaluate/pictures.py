@@ -2,8 +2,9 @@
 
 import base64
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -13,95 +14,116 @@ from matplotlib import pyplot as plt
 
 from ..files import written_whole
 from ..losses import LOSSES
-from . import table
+from . import published, table
+from .records import Result
 
 DRAWN = ("top1", "subgroup_top1", "image_to_text_r1", "consistency_1")
-COLOURS = {look.title: look.colour for look in LOSSES.values()}
-for _source in table.NOTES:
-    COLOURS |= dict(zip(table.titles(_source), ("#c3cad1", "#f2b8a5"), strict=True))
-TALL = 12  # more bars than that in a panel are too many for panels one above the other
+OTHER = "#8fa9c4"  # runs whose loss is not known
+PUBLISHED = {  # lighter than our own
+    "CLIP": "#c3cad1",
+    "CyCLIP": "#f2b8a5",
+    "C-CyCLIP": "#b5dcd7",
+    "I-CyCLIP": "#d3c2dc",
+}
+TALL = 12  # with more bars in a panel, panels are placed three in a row
 GEOMETRY = ("inmodal_gap", "inmodal_correlation", "crossmodal_gap", "crossmodal_correlation")
-MODELS = 4  # of similarities, in one picture
-Bar = tuple[str, tuple[float, float, float], str]  # title; value, lowest, highest; mark
+MODELS = 4  # whose similarities are in one picture
 
 
-def draw(result: table.Result, path: Path) -> None:
+class Bar(NamedTuple):
+    """A number in a panel."""
+
+    title: str
+    bounds: table.Bounded  # a share, and the lowest and the highest
+    colour: str
+    label: str
+    is_one_run: bool
+
+
+def use_style() -> None:
+    """Sets the look of all pictures."""
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+
+
+def draw(result: Result, path: Path) -> None:
     """A panel for each data set and headline metric: yours, and what is published."""
-    shown = {(m, name): bars(result, name, m) for m in DRAWN for name in result["data_sets"]}
-    shown = {what: found for what, found in shown.items() if found}
-    heights = [0.65 + 0.22 * len(found) for found in shown.values()] or [1.0]
-    most = max(map(len, shown.values()), default=0)
+    panels = {(m, name): bars(result, name, m) for m in DRAWN for name in result["data_sets"]}
+    panels = {panel: found for panel, found in panels.items() if found}
+    heights = [0.65 + 0.22 * len(found) for found in panels.values()] or [1.0]
+    most = max(map(len, panels.values()), default=0)
     across = min(3, len(heights)) if most > TALL else 1
     rows = [max(heights[i : i + across]) for i in range(0, len(heights), across)]
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    use_style()
     figure = plt.figure(figsize=(5.5 * across, sum(rows)), dpi=200, layout="constrained")
     axes = figure.subplots(len(rows), across, squeeze=False, height_ratios=rows).ravel()
-    for ax in axes[len(shown) :]:
+    for ax in axes[len(panels) :]:
         ax.axis("off")
-    for ax, ((metric, name), found) in zip(axes, shown.items(), strict=False):
-        titles, numbers, _ = zip(*found, strict=True)
-        value, low, high = 100 * np.array(numbers).T
-        one_run = [len(table.columns(result).get(title, ())) == 1 for title in titles]
-        drawn = ax.barh(
-            titles,
-            value,
-            0.9,
-            color=[COLOURS.get(t) or COLOURS.get(t.rpartition(" ")[2], "#8fa9c4") for t in titles],
-            hatch=["//" if one else "" for one in one_run],
-            edgecolor="white",
-            linewidth=0,
-            xerr=np.maximum((value - low, high - value), 0),  # as rounded, it may be below
-            error_kw={"elinewidth": 0.9},
-        )
-        labels = [f"{100 * n[0]:.{table.digits(n[0])}f} {mark}" for _, n, mark in found]
-        ax.bar_label(drawn, labels, padding=3)
-        ax.invert_yaxis()
-        ax.margins(x=0.16, y=0.02)  # room for the numbers
+    for ax, ((metric, name), found) in zip(axes, panels.items(), strict=False):
+        draw_bars(ax, found)
         data = result["data_sets"][name]
-        title = f"{name}, {data['images']:,} images: {table.metrics_of(data)[metric].words}, %"
+        title = f"{name}, {data['images']:,} images: {table.metrics_of(data)[metric].title}, %"
         if (guess := table.chance(data, metric)) is not None:
             ax.axvline(100 * guess, color="black", linestyle=":", linewidth=1.2)
             title += f" (chance {100 * guess:.2g})"
         ax.set_title(title, loc="right", fontsize=8)
-    used = {mark for found in shown.values() for *_, mark in found}
+    used = {bar.label[-1] for found in panels.values() for bar in found}
     legend = "bar: mean of the runs; line: lowest to highest\n"
-    legend += "hatched bar: one run; its line: 95% interval (Wilson); dotted: chance\n"
-    legend += "; ".join(f"{mark}: {words}" for mark, words in table.MARKS.items() if mark in used)
-    figure.supxlabel(legend.strip(), fontsize=8)
+    legend += "hatched bar: one run; its line: 95% interval (Wilson); dotted: chance"
+    for mark, words in published.MARKS.items():
+        if mark in used:
+            legend += f"\n{mark}: {words.partition(' (')[0]}"
+    figure.supxlabel(legend, fontsize=8)
     with written_whole(path) as partial:
         figure.savefig(partial, format="png")
     plt.close(figure)
 
 
-def bars(result: table.Result, name: str, metric: str) -> list[Bar]:
-    """The bars of a data set, where you have it, and the published ones below: shares."""
-    if metric not in table.metrics_of(result["data_sets"][name]):
+def draw_bars(ax: Any, found: Sequence[Bar]) -> None:
+    """Horizontal bars with their numbers and bounds, in %."""
+    value, low, high = 100 * np.array([bar.bounds for bar in found]).T
+    drawn = ax.barh(
+        [bar.title for bar in found],
+        value,
+        0.9,
+        color=[bar.colour for bar in found],
+        hatch=["//" if bar.is_one_run else "" for bar in found],
+        edgecolor="white",
+        linewidth=0,
+        xerr=np.maximum((value - low, high - value), 0),  # rounding may make it negative
+        error_kw={"elinewidth": 0.9},
+    )
+    ax.bar_label(drawn, [bar.label for bar in found], padding=3)
+    ax.invert_yaxis()
+    ax.margins(x=0.16, y=0.02)  # room for the numbers
+
+
+def bars(result: Result, name: str, metric: str) -> list[Bar]:
+    """The bars of a data set: yours, if there are any, and the published ones below."""
+    data = result["data_sets"][name]
+    if metric not in table.metrics_of(data):
         return []
     found: list[Bar] = []
-    for title, runs in table.columns(result).items():
-        if numbers := table.summary(result, runs, name, metric):
-            found.append((title, numbers, ""))
-    if found and not result["data_sets"][name].get("unlike_paper"):
-        for source, published in table.published(name).items():
-            if metric in published:
-                *values, mark = published[metric]
-                for title, value in zip(table.titles(source), values, strict=True):
-                    found.append((title, (value / 100,) * 3, mark))
+    for column in table.columns(result):
+        if bounds := table.summary(result, column.runs, name, metric):
+            colour = LOSSES[column.loss].colour if column.loss else OTHER
+            label = f"{100 * bounds[0]:.{table.digits(bounds[0])}f} "
+            found.append(Bar(column.title, bounds, colour, label, len(column.runs) == 1))
+    if found:
+        for row in table.comparable(name, data, [metric])[0]:
+            for model, percent in row.percent.items() if row.metric == metric else ():
+                share = percent / 100
+                label = f"{percent:.{table.digits(share)}f} {row.mark}"
+                title = f"{model}, {row.source}"
+                found.append(Bar(title, (share, share, share), PUBLISHED[model], label, False))
     return found
 
 
-def draw_similarities(result: table.Result, path: Path) -> bool:
-    """Three matrices for each data set and model that has them; says whether there are any.
+def draw_similarities(result: Result, path: Path) -> bool:
+    """Three matrices for each data set and model that has them; returns whether there are any.
 
-    Of several runs of a model the first that has them. Colours mean the same throughout.
+    Colours mean the same in all of them.
     """
-    shown: list[tuple[str, dict[str, Any]]] = []
-    for name in result["data_sets"]:
-        rows = []
-        for title, runs in table.columns(result).items():
-            kept = [run[name].get("similarities") for run in runs if name in run]
-            rows += [(f"{title}: {name}", found) for found in kept if found][:1]
-        shown += rows[:MODELS]
+    shown = kept_similarities(result)
     if not shown:
         return False
     matrices = []
@@ -117,13 +139,9 @@ def draw_similarities(result: table.Result, path: Path) -> bool:
     figure = plt.figure(figsize=(5.5, 2.5 * len(shown) + 0.5), dpi=200, layout="constrained")
     axes = figure.subplots(len(shown), 3, squeeze=False)
     for row, (title, found), drawn in zip(axes, shown, matrices, strict=True):
-        words = ["image–image", "text–text", "image–text − its transpose"]
-        for place, metric in enumerate(GEOMETRY):
-            of, number = table.COMMON[metric], found["numbers"].get(metric)
-            value = "none" if number is None else table.cell((number,) * 3, of)
-            words[min(place, 2)] += f"\n{of.words}: {value}"
+        captions = matrix_captions(found["numbers"])
         scales = (similarity, similarity, difference)
-        for ax, matrix, scale, label in zip(row, drawn, scales, words, strict=True):
+        for ax, matrix, scale, label in zip(row, drawn, scales, captions, strict=True):
             ax.imshow(matrix, interpolation="nearest", **scale)
             ax.set(xticks=(), yticks=())
             ax.spines[:].set(visible=True, linewidth=0.5)
@@ -140,3 +158,28 @@ def draw_similarities(result: table.Result, path: Path) -> bool:
         figure.savefig(partial, format="png")
     plt.close(figure)
     return True
+
+
+def kept_similarities(result: Result) -> list[tuple[str, dict[str, Any]]]:
+    """Title and similarities: for each data set and column, those of its first run that has them.
+
+    At most `MODELS` columns of a data set.
+    """
+    shown: list[tuple[str, dict[str, Any]]] = []
+    for name in result["data_sets"]:
+        rows = []
+        for column in table.columns(result):
+            kept = [run[name].get("similarities") for run in column.runs if name in run]
+            rows += [(f"{column.title}: {name}", found) for found in kept if found][:1]
+        shown += rows[:MODELS]
+    return shown
+
+
+def matrix_captions(numbers: dict[str, float]) -> list[str]:
+    """What is written below the three matrices, with the numbers of `GEOMETRY`."""
+    captions = ["image–image", "text–text", "image–text − its transpose"]
+    for place, name in enumerate(GEOMETRY):
+        metric, number = table.COMMON[name], numbers.get(name)
+        value = "none" if number is None else table.cell((number, number, number), metric)
+        captions[min(place, 2)] += f"\n{metric.title}: {value}"
+    return captions

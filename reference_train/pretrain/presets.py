@@ -7,12 +7,13 @@ import torch
 
 WEIGHT = 0.25  # of a penalty that a loss has: the paper's, section 4.1
 BATCH_SIZES = {"icons": 1024, "modern": 1024, "paper": 128}  # of all ranks
-# Goel et al. 2022, section 4.1, and appendix. A scale and an aspect ratio of 1 make timm's random
-# crop the largest centred square, resized, which is the paper's resizing and centre crop.
-# Their code counts its steps from one epoch on, so that its warm-up never runs; this one's does.
+# Goel et al. 2022, section 4.1, and appendix. The authors' model is OpenAI's RN50, whose text
+# encoder has QuickGELU. A scale and an aspect ratio of 1 make timm's random crop the largest
+# centred square, resized, which is the paper's resizing and centre crop. The warm-up runs here. In
+# the authors' code it never does: that code counts its steps from the end of the first epoch.
 PAPER = """
---model RN50 --epochs 64 --lr 5e-4 --wd 0.1 --beta1 0.9 --beta2 0.999 --eps 1e-8 --warmup 10000
---precision amp --workers 4 --aug-cfg use_timm=True scale=(1.0,1.0) ratio=(1.0,1.0)
+--model RN50-quickgelu --epochs 64 --lr 5e-4 --wd 0.1 --beta1 0.9 --beta2 0.999 --eps 1e-8
+--warmup 10000 --precision amp --workers 4 --aug-cfg use_timm=True scale=(1.0,1.0) ratio=(1.0,1.0)
 """
 # OpenCLIP's recipe for RN50 on CC3M (https://github.com/mlfoundations/open_clip/issues/448).
 MODERN = """

@@ -24,10 +24,14 @@ from torch.nn import functional as F
 
 from reference_train.command_line import CannotStart, Stopped
 from reference_train.data.emoji import ALL_STYLES, STRESS_STYLES
-from reference_train.evaluate import datasets, measure, metrics, report
+from reference_train.evaluate import classification, emoji_set, measure, metrics, paper, records
 from reference_train.evaluate import evaluate as command
-from reference_train.evaluate.checkpoints import checkpoint_file, find_checkpoints, load
-from reference_train.evaluate.datasets import SPLITS, Classes, DataSet, Images, Unusable
+from reference_train.evaluate.checkpoints import load
+from reference_train.evaluate.datasets import Classes, DataSet, Images, Unusable
+from reference_train.evaluate.find import find
+from reference_train.evaluate.folder_sets import open_folders
+from reference_train.evaluate.runs import checkpoint_file, find_checkpoints
+from reference_train.evaluate.tar_sets import open_icons, open_tars
 
 TINY = {
     "embed_dim": 16,
@@ -103,13 +107,13 @@ def evaluate(out: Path, *arguments: object) -> dict[str, Any]:
 
 def test_numbers_are_those_of_plain_loops(run_folder: Path, tmp_path: Path, monkeypatch):
     """Neighbours are of some training images, the probe of all; geometry is that of some pairs."""
-    monkeypatch.setattr(measure, "NEIGHBOURS_FROM", 30)
+    monkeypatch.setattr(measure, "GALLERY", 30)
     monkeypatch.setattr(measure, "PAIRS", 20)
     names = [f"kind_{i}" for i in range(100)]
     test, train = labelled(40, 100), labelled(60, 100)
     data = tmp_path / "wds_VTAB-cifar100"
     write_set(data, {"test": test, "train": train}, classnames="\n".join(names))
-    (data / datasets.TEMPLATES).write_text("not the paper's {c}\n")
+    (data / classification.TEMPLATES).write_text("not the paper's {c}\n")
     options = ("--data", data, "--only", "cifar100", "--linear-probe")
     result = evaluate(tmp_path / "new" / "out", run_folder, *options)
     numbers = result["results"]["tiny"]["cifar100"]["numbers"]
@@ -149,7 +153,7 @@ def test_numbers_are_those_of_plain_loops(run_folder: Path, tmp_path: Path, monk
     assert 0 < result["results"]["tiny"]["cifar100"]["seconds"] < 600
 
 
-def test_every_kind_of_data_set_in_one_command(run_folder: Path, tmp_path: Path):
+def test_one_command_evaluates_every_kind_of_data_set(run_folder: Path, tmp_path: Path):
     data = tmp_path / "data"
     pairs = [{"JPG": picture(i), "txt": b"one %d\ntwo %d\n" % (i, i)} for i in range(12)]
     write_set(data / "wds_flickr8k", {"test": pairs}, dataset_type="retrieval\n")
@@ -179,32 +183,32 @@ def test_every_kind_of_data_set_in_one_command(run_folder: Path, tmp_path: Path)
     assert found["emoji"]["numbers"]["top1"] == pytest.approx(mean)
 
 
-def test_the_emoji_that_ship(monkeypatch) -> None:
+def test_shipped_emoji_have_subgroups_as_superclasses_and_a_mean_over_styles(monkeypatch) -> None:
     """A mean over their styles, without the black ones; a name's superclass is its subgroup."""
-    monkeypatch.setattr(datasets.emoji, "decode", lambda *_: np.zeros((3, 1, 1), np.uint8))
-    data = datasets.open_emoji()
+    monkeypatch.setattr(emoji_set.emoji, "decode", lambda *_: np.zeros((3, 1, 1), np.uint8))
+    data = emoji_set.open_emoji()
     names, kinds = data.classes[""], data.classes["subgroup"]
     assert [[names.names[concept]] for concept in names.labels.tolist()] == data.captions
-    assert torch.equal(names.coarse[names.labels], kinds.labels)
+    assert torch.equal(names.superclass[names.labels], kinds.labels)
     assert data.across_groups
-    assert set(data.groups) - data.apart == {*ALL_STYLES} - {*STRESS_STYLES}
+    assert set(data.groups) - data.excluded_groups == {*ALL_STYLES} - {*STRESS_STYLES}
     assert len(data.images) == len(data.groups) == 10_544
 
 
-def test_prompts_and_class_names_of_ones_own(tmp_path: Path):
+def test_a_folder_may_say_its_own_class_names_and_templates(tmp_path: Path):
     write_image_folder(tmp_path, ["a_b", "c"])
     (tmp_path / "empty").mkdir()
-    assert datasets.open_folders(tmp_path, "x").classes[""].names == ["a b", "c", "empty"]
+    assert open_folders(tmp_path, "x").classes[""].names == ["a b", "c", "empty"]
     (tmp_path / "classnames.txt").write_text("own 0 \nown 1\nown 2\n")
-    (tmp_path / datasets.TEMPLATES).write_text("{c} as I say\n")
-    classes = datasets.open_folders(tmp_path, "x").classes[""]
+    (tmp_path / classification.TEMPLATES).write_text("{c} as I say\n")
+    classes = open_folders(tmp_path, "x").classes[""]
     assert (classes.names, classes.templates) == (["own 0", "own 1", "own 2"], ["{} as I say"])
     (tmp_path / "classnames.txt").write_text("own 0\n")
     with pytest.raises(Unusable, match=r"3 classes, classnames\.txt has 1"):
-        datasets.open_folders(tmp_path, "x")
+        open_folders(tmp_path, "x")
 
 
-def test_what_a_data_set_lacks(tmp_path: Path, tmp_path_factory):
+def test_a_data_set_says_what_it_lacks(tmp_path: Path, tmp_path_factory):
     image, label, text = {"png": picture(0)}, {"cls": b"9"}, {"txt": b"a"}
     for samples, texts, message in (
         ([], {}, "no images"),
@@ -219,17 +223,17 @@ def test_what_a_data_set_lacks(tmp_path: Path, tmp_path_factory):
         folder = tmp_path_factory.mktemp("set")
         write_set(folder, {"test": samples}, **texts)
         with pytest.raises(Unusable, match=message):
-            datasets.open_tars(folder, "x")
+            open_tars(folder, "x")
     write_samples(tmp_path / "icons" / "val-0.tar", [image | text])
     with pytest.raises(Unusable, match=r"val-\*\.tar lack \.txt or \.json"):
-        datasets.open_icons(tmp_path / "icons")
+        open_icons(tmp_path / "icons")
     write_image_folder(tmp_path / "own" / "test", ["a", "b"])
     write_image_folder(tmp_path / "own" / "train", ["a"])
-    assert "has 1 classes, not those of" in datasets.open_folders(tmp_path / "own", "x").train_lacks
+    assert "has 1 classes, not those of" in open_folders(tmp_path / "own", "x").train_error
     write_set(tmp_path / "tars", {"test": [image | label], "train": [image]}, classnames=TEN)
-    assert "train split have no .cls" in datasets.open_tars(tmp_path / "tars", "x").train_lacks
+    assert "train split have no .cls" in open_tars(tmp_path / "tars", "x").train_error
     with pytest.raises(Unusable, match="holds no folders of images"):
-        datasets.open_folders(tmp_path / "own" / "test" / "a", "x")
+        open_folders(tmp_path / "own" / "test" / "a", "x")
 
 
 def test_an_error_is_one_line():
@@ -238,7 +242,7 @@ def test_an_error_is_one_line():
     assert [*map(command.reason, errors)] == ["b", "ValueError", "x" * 300]
 
 
-def test_what_cannot_be_done_is_said(run_folder: Path, tmp_path: Path):
+def test_bad_arguments_and_files_are_one_line_and_leave_nothing(run_folder: Path, tmp_path: Path):
     state = torch.load(run_folder / "checkpoints" / "epoch_2.pt")["state_dict"]
     torch.save({"state_dict": tmp_path}, tmp_path / "1.pt")  # an object that may run anything
     state["module.visual.proj"] *= torch.nan
@@ -268,7 +272,7 @@ def test_what_cannot_be_done_is_said(run_folder: Path, tmp_path: Path):
         assert not list(tmp_path.glob("out/*"))
 
 
-def test_which_checkpoint_of_a_run(tmp_path: Path, monkeypatch):
+def test_a_runs_folder_gives_its_best_epoch_then_its_latest(tmp_path: Path, monkeypatch):
     """The best, else the latest, else the last epoch; titles differ, and are as the run's name."""
     folder = tmp_path / "a" / "run" / "checkpoints"
     folder.mkdir(parents=True)
@@ -310,7 +314,7 @@ def test_images_are_shown_as_in_training(run_folder: Path, tmp_path: Path):
         assert pixels[:, 0, 0].tolist() == [-1, 0, 0]
 
 
-def test_weights_by_a_tag_and_precisions(run_folder: Path):
+def test_a_tag_gives_the_same_weights_and_precision_decides_the_dtype(run_folder: Path):
     """OpenCLIP takes a file for a tag, too."""
     file = run_folder / "checkpoints" / "epoch_2.pt"
     ours, by_tag = find_checkpoints([file], "evaluate-tiny", str(file))
@@ -323,12 +327,12 @@ def test_weights_by_a_tag_and_precisions(run_folder: Path):
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
 
 
-def test_two_at_once_lose_no_column(run_folder: Path, tmp_path: Path, monkeypatch):
+def test_two_evaluations_at_once_lose_no_column(run_folder: Path, tmp_path: Path, monkeypatch):
     """Both have looked into --out before one writes there, and each takes its time to write."""
     fork = multiprocessing.get_context("fork")
-    both, write, out = fork.Barrier(2, timeout=300), report.write_text, tmp_path / "out"
+    both, write, out = fork.Barrier(2, timeout=300), records.write_text, tmp_path / "out"
 
-    def measured(*_: Any) -> dict[str, Any]:
+    def measured(*_: Any, **_kept: Any) -> dict[str, Any]:
         both.wait()
         return {**MEASURED}
 
@@ -337,18 +341,18 @@ def test_two_at_once_lose_no_column(run_folder: Path, tmp_path: Path, monkeypatc
         write(content, path)
 
     monkeypatch.setattr(command, "measure", measured)
-    monkeypatch.setattr(report, "write_text", write_slowly)
+    monkeypatch.setattr(records, "write_text", write_slowly)
     runs = [shutil.copytree(run_folder, tmp_path / f"a-{seed}") for seed in (0, 1)]
     for seed, run in enumerate(runs):
         (run / "params.txt").write_text(f"model: evaluate-tiny\nseed: {seed}\n")
     with ProcessPoolExecutor(2, fork) as processes:
         list(processes.map(evaluate, [out, out], runs))
-    results = report.read_evaluation(out)["results"]
+    results = records.read_evaluation(out)["results"]
     assert {name for name, found in results.items() if "emoji" in found} == {"a-0", "a-1"}
     assert "| a (2) |" in (out / "table.md").read_text()
 
 
-def test_a_picture_that_is_none_is_named_and_left_out(run_folder: Path, tmp_path: Path):
+def test_an_unreadable_picture_is_named_and_left_out(run_folder: Path, tmp_path: Path):
     samples, found = [s | {"txt": s["cls"]} for s in labelled(12, 10)], []
     broken = [{**samples[0], "png": b"no image"}, *samples, {**samples[1], "png": b""}]
     for content in (samples, broken):
@@ -380,34 +384,38 @@ def test_the_cause_of_a_failure_comes_first(run_folder: Path, tmp_path: Path):
     (tmp_path / "wds_cifar10" / "train" / "1.tar").unlink()
     with pytest.raises(Stopped, match=r"train split: .*1\.tar"):
         evaluate(tmp_path / "3", run_folder, "--data", tmp_path)
-    numbers = report.read_evaluation(tmp_path / "3")["results"]["tiny"]["cifar10"]["numbers"]
+    numbers = records.read_evaluation(tmp_path / "3")["results"]["tiny"]["cifar10"]["numbers"]
     assert ("top1" in numbers, "consistency_1" in numbers) == (True, False)
     table = (tmp_path / "3" / "table.md").read_text()
-    assert "no column of the paper's" in table  # of other images
-    for part in ("46.54 q", "paper: trained", "quoted, not", "the linear probe needs"):
+    assert "published numbers are not shown" in table  # of other images
+    for part in ("46.54 q", "paper: Goel", "quoted, not", "the linear probe needs"):
         assert part not in table
 
 
-def test_the_paper_is_shown_where_it_can_be_compared(run_folder: Path, tmp_path: Path, monkeypatch):
-    monkeypatch.setitem(SPLITS, "cifar10", (10, 20))
+def test_published_numbers_stand_beside_the_papers_test_split(
+    run_folder: Path, tmp_path: Path, monkeypatch
+):
+    monkeypatch.setitem(paper.SETS, "cifar10", paper.Split(10, 20, None))
     write_set(tmp_path / "wds_cifar10", {"test": labelled(20, 10)}, classnames=TEN)
     monkeypatch.chdir(tmp_path / "wds_cifar10")
     evaluate(tmp_path, run_folder, "--data", ".", "--only", "cifar10")
     table = (tmp_path / "table.md").read_text()
     assert "| 46.54 q | 51.45 q | 44.95 q | 43.22 q |" in table
-    assert "no column of the paper's" not in table
-    for note in ("- paper: trained on CC3M", "; q: quoted,", "- cifar10: the linear probe needs"):
+    assert "published numbers are not shown" not in table
+    for note in ("- paper: Goel et al.", "; q: quoted,", "- cifar10: the linear probe needs"):
         assert note in table
 
 
-def test_interrupted_it_resumes_with_what_is_missing(run_folder: Path, tmp_path: Path, monkeypatch):
+def test_an_interrupted_evaluation_resumes_with_what_is_missing(
+    run_folder: Path, tmp_path: Path, monkeypatch
+):
     """Memory that runs out, then Ctrl-C; then again, with other settings, with other images."""
     measured = []
     two = [{"png": picture(i), "txt": b"%d" % i} for i in (1, 2)]
     for name in ("flickr8k", "x"):
         write_set(tmp_path / f"wds_{name}", {"test": two})
 
-    def failing(_: Any, data: DataSet, *more: Any) -> dict[str, Any]:
+    def failing(_: Any, data: DataSet, *more: Any, **_kept: Any) -> dict[str, Any]:
         measured.append(len(data.images))
         if len(measured) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -419,7 +427,7 @@ def test_interrupted_it_resumes_with_what_is_missing(run_folder: Path, tmp_path:
     arguments = (tmp_path / "out", run_folder, "--data", tmp_path)
     with pytest.raises(KeyboardInterrupt):
         evaluate(*arguments)
-    assert set(report.read_evaluation(tmp_path / "out")["results"]["tiny"]) == {"flickr8k"}
+    assert set(records.read_evaluation(tmp_path / "out")["results"]["tiny"]) == {"flickr8k"}
     with pytest.raises(CannotStart, match="linear_probe = False, not True: choose another --out"):
         evaluate(*arguments, "--linear-probe")
     result = evaluate(*arguments)
@@ -439,31 +447,31 @@ def test_subsets_of_imagenet_have_their_own_class_names(tmp_path: Path):
     some = list(range(0, 1000, 5))
     wnids = ImageNetInfo("imagenet-1k").label_names()
     write_image_folder(tmp_path / "imagenet-a", [wnids[i] for i in some])
-    classes = datasets.open_folders(tmp_path / "imagenet-a", "imagenet-a").classes[""]
+    classes = open_folders(tmp_path / "imagenet-a", "imagenet-a").classes[""]
     assert classes.names == [open_clip.IMAGENET_CLASSNAMES[i] for i in some]
     assert classes.labels.tolist() == list(range(200))
-    assert classes.templates == datasets.PAPER_TEMPLATES
+    assert classes.templates == paper.TEMPLATES
     write_image_folder(tmp_path / "v2", ["0", "10", "999"])  # imagenetv2's folders are numbers
-    classes = datasets.open_folders(tmp_path / "v2", "imagenet-x").classes[""]
+    classes = open_folders(tmp_path / "v2", "imagenet-x").classes[""]
     assert classes.names == [open_clip.IMAGENET_CLASSNAMES[i] for i in (0, 10, 999)]
     (tmp_path / "v2" / "999").rename(tmp_path / "v2" / "1000")
     with pytest.raises(Unusable, match="folders should be called as ImageNet's classes"):
-        datasets.open_folders(tmp_path / "v2", "imagenet-x")
+        open_folders(tmp_path / "v2", "imagenet-x")
 
 
-def test_torchvisions_cifar_with_superclasses(tmp_path: Path, monkeypatch):
+def test_torchvisions_cifar100_has_its_superclasses(tmp_path: Path, monkeypatch):
     (folder := tmp_path / "cifar-100-python").mkdir()
-    names = sorted(datasets.CIFAR100_SUPERCLASSES.read_text().split())
+    names = sorted(classification.CIFAR100_SUPERCLASSES.read_text().split())
     for split, count in (("meta", 0), ("train", 7), ("test", 5)):
         pixels = torch.randint(0, 256, (count, 3072), dtype=torch.uint8).numpy()
         content = {"data": pixels, "fine_labels": [19 * i % 100 for i in range(count)]}
         (folder / split).write_bytes(pickle.dumps({**content, "fine_label_names": names}))
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
-    data = datasets.find([tmp_path])[0]["cifar100"]()
+    data = find([tmp_path])[0]["cifar100"]()
     assert (len(data.images), len(data.train[0])) == (5, 7)
     np.testing.assert_array_equal(data.images[4], pixels[4].reshape(3, 32, 32).transpose(1, 2, 0))
     classes = data.classes[""]
     assert classes.labels.tolist() == [0, 19, 38, 57, 76]
-    of = dict(zip(classes.names, classes.coarse.tolist(), strict=True))
+    of = dict(zip(classes.names, classes.superclass.tolist(), strict=True))
     assert of["aquarium fish"] == of["trout"] != of["whale"]
     assert set(of.values()) == set(range(20))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cyclip_loss import consistency_metrics
 from reference_train.command_line import CannotStart
-from reference_train.evaluate import measure, metrics, pictures, report, table
+from reference_train.evaluate import measure, metrics, pictures, published, report, table
 from reference_train.evaluate.datasets import Classes, DataSet, Images
 
 
@@ -36,7 +36,9 @@ def plain_recall(image: Tensor, captions: list[list[str]], feature: dict[str, Te
 
 
 @pytest.mark.parametrize("some", [40, 11])
-def test_retrieval_with_several_and_shared_captions(some: int, monkeypatch: pytest.MonkeyPatch):
+def test_retrieval_with_several_and_shared_captions_agrees_with_loops(
+    some: int, monkeypatch: pytest.MonkeyPatch
+):
     """Among all images, and among some, which then have their captions alone."""
     monkeypatch.setattr(metrics, "STRIP", 7)
     captions = [[f"own {i} {j}" for j in range(i % 3 + 1)] for i in range(40)]
@@ -53,7 +55,7 @@ def test_retrieval_with_several_and_shared_captions(some: int, monkeypatch: pyte
     assert metrics.retrieval(image[rows], text[which], kept) == pytest.approx(expected)
 
 
-def test_consistency_score_by_hand():
+def test_a_tie_of_neighbours_drops_the_farthest():
     neighbours = torch.tensor([[5, 6, 6], [1, 2, 3], [4, 4, 7]])
     # of three: 6; 1 2 3 is a tie, 1 2 is one, so 1; 4
     numbers = metrics.consistency(torch.tensor([6, 1, 7]), neighbours)
@@ -61,20 +63,32 @@ def test_consistency_score_by_hand():
     assert metrics.majority([2, 1, 1, 3, 2, 3]) == 1  # the farthest goes, until there is no tie
 
 
-def test_superclass_and_class_within_it():
+def test_coarse_and_fine_accuracy_agree_with_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A superclass scores as its best class; a superclass of k classes or fewer is always right."""
+    monkeypatch.setattr(metrics, "STRIP", 7)
     image, prompts, labels = torch.randn(60, 4), torch.randn(9, 4), torch.randint(0, 9, (60,))
-    coarse = [0, 1, 2, 0, 1, 2, 0, 1, 3]  # the last superclass has one class
-    of_coarse = of_fine = 0
-    for row, label in zip((image @ prompts.T).tolist(), labels.tolist(), strict=True):
-        best_of = [max(row[c] for c in range(9) if coarse[c] == kind) for kind in range(4)]
-        of_coarse += best_of.index(max(best_of)) == coarse[label]
-        siblings = [c for c in range(9) if coarse[c] == coarse[label]]
-        of_fine += max(siblings, key=row.__getitem__) == label
-    found = metrics.coarse_and_fine(image, prompts, labels, torch.tensor(coarse))
-    assert found == pytest.approx((of_coarse / 60, of_fine / 60))
+    superclass = [0, 7, 2, 0, 7, 2, 0, 7, 3]  # numbers with a gap; the last has one class
+    expected = dict.fromkeys(
+        (metrics.top(name, k) for name in ("coarse", "fine") for k in (1, 2, 3)), 0
+    )
+    for scores, label in zip((image @ prompts.T).tolist(), labels.tolist(), strict=True):
+        own = superclass[label]
+        best = {
+            g: max(s for s, of in zip(scores, superclass, strict=True) if of == g)
+            for g in superclass
+        }
+        order = sorted(best, key=best.__getitem__, reverse=True)
+        siblings = [c for c in range(9) if superclass[c] == own]
+        siblings.sort(key=scores.__getitem__, reverse=True)
+        for k in (1, 2, 3):
+            expected[metrics.top("coarse", k)] += own in order[:k]
+            expected[metrics.top("fine", k)] += label in siblings[:k]
+    found = metrics.coarse_and_fine(image, prompts, labels, torch.tensor(superclass))
+    assert found == pytest.approx({name: count / 60 for name, count in expected.items()})
+    assert len(set(found.values())) > 4
 
 
-def test_neighbours_across_groups_are_of_other_groups_and_not_apart():
+def test_neighbours_across_groups_come_from_other_groups_that_are_not_excluded():
     names = ["a", "b", "c", "line"] * 5
     groups = {name: torch.arange(i, 20, 4) for i, name in enumerate(names[:4])}
     image = torch.randn(20, 4)
@@ -85,7 +99,7 @@ def test_neighbours_across_groups_are_of_other_groups_and_not_apart():
         assert found == expected
 
 
-def test_linear_probe_is_the_recipe_of_the_papers_authors():
+def test_linear_probe_follows_the_recipe_of_the_papers_authors():
     """Their cosine of the learning rate in closed form: it falls from 0.005 to 0 in 32 epochs."""
     features, test = torch.randn(300, 6), torch.randn(4000, 6)
     labels = (features[:, :4] + torch.randn(300, 4)).argmax(dim=1)
@@ -125,7 +139,7 @@ def write(folder: Path, runs: dict[str, float], **more: object) -> str:
     return str(folder)
 
 
-def test_runs_that_differ_in_the_seed_are_one_column(tmp_path: Path) -> None:
+def test_runs_that_differ_in_the_seed_only_are_one_column(tmp_path: Path) -> None:
     runs = {"clip-0": 0.10, "x-c-cyclip-0": 0.15, "cyclip-0": 0.01, "other": 0.5}
     folders = [write(tmp_path / "1", runs), write(tmp_path / "2", {"clip-1": 0.14})]
     report.main([*folders, "--only", "icons", "x", "--out", str(tmp_path / "out")])
@@ -138,7 +152,7 @@ def test_runs_that_differ_in_the_seed_are_one_column(tmp_path: Path) -> None:
     assert "emoji" not in text
 
 
-def test_the_columns_of_several_evaluations(tmp_path: Path) -> None:
+def test_older_evaluations_have_the_columns_that_their_names_say(tmp_path: Path) -> None:
     """Seeds as the runs say or as the names look; numbers in order; runs of one name are two."""
     older = dict.fromkeys(["rising-512-0", "rising-64-1", "rising-64-0", "i-cyclip-11"], 0.1)
     newer = dict.fromkeys(["wide-2", "wide-1", "clip-12"], 0.2)
@@ -151,7 +165,7 @@ def test_the_columns_of_several_evaluations(tmp_path: Path) -> None:
         assert f"|  | {heads} | chance | n |\n" in (tmp_path / "out" / "table.md").read_text()
 
 
-def test_which_evaluations_cannot_be_reported(tmp_path: Path) -> None:
+def test_report_refuses_evaluations_that_do_not_go_together(tmp_path: Path) -> None:
     first = write(tmp_path / "a", {"clip-0": 0.1})
     other = {name: data | {"images": 99} for name, data in SETS.items()}
     second = write(tmp_path / "b", {"clip-1": 0.1}, data_sets=other)
@@ -165,22 +179,24 @@ def test_which_evaluations_cannot_be_reported(tmp_path: Path) -> None:
             report.main(arguments)
 
 
-def test_the_bars_of_a_picture(tmp_path: Path, monkeypatch) -> None:
+def test_bars_show_mean_range_published_numbers_and_chance(tmp_path: Path, monkeypatch) -> None:
     """Mean, lowest and highest in %; below them what is published; chance."""
     figures: list[Figure] = []
     monkeypatch.setattr(pictures.plt, "close", figures.append)
-    sets = {"cifar10": SETS["icons"] | {"classes": {"class": 10}}}
+    sets = {"cifar10": SETS["icons"] | {"images": 10_000, "classes": {"class": 10}}}
     runs = {f"clip-{i}": {"cifar10": {"numbers": {"top1": x}}} for i, x in enumerate([0.1, 0.16])}
     report.main([write(tmp_path / "1", {}, data_sets=sets, results=runs)])
     (ax,) = figures[0].axes
     bars = ax.containers[-1]  # after its lines
-    published = [x for found in table.published("cifar10").values() for x in found["top1"][:-1]]
-    assert [bar.get_width() for bar in bars] == pytest.approx([13, *published])
+    numbers = [row for row in published.for_table("cifar10") if row.metric == "top1"]
+    percent = [number for row in numbers for number in row.percent.values()]
+    assert len(percent) == 4
+    assert [bar.get_width() for bar in bars] == pytest.approx([13, *percent])
     assert bars.errorbar.lines[2][0].get_segments()[0][:, 0] == pytest.approx([10, 16])
     assert ax.lines[0].get_xdata() == pytest.approx([10, 10])
     assert ax.axison
     assert [label.get_text() for label in ax.texts][:2] == ["13.0 ", "46.5 q"]
-    assert ax.get_title("right") == "cifar10, 100 images: zero-shot top-1, % (chance 10)"
+    assert ax.get_title("right") == "cifar10, 10,000 images: zero-shot top-1, % (chance 10)"
     assert figures[0].get_supxlabel().endswith("q: quoted, not checked")
     # one of many columns is about as wide as tall
     runs = dict.fromkeys([f"run-{number}-of-many" for number in range(40)], 0.1)
@@ -194,9 +210,13 @@ def test_the_bars_of_a_picture(tmp_path: Path, monkeypatch) -> None:
 BY_HAND = """
 ## own: 8 images, 9 train images, 8 classes, 2 templates, 9 texts
 | zero-shot top-1 | 50.0 (21.5–78.5) | 12.5 | 8 |
+| zero-shot top-3 | 50.0 (21.5–78.5) | 37.5 | 8 |
 | zero-shot top-5 | 50.0 (21.5–78.5) | 62.5 | 8 |
+| zero-shot top-10 | 50.0 (21.5–78.5) | 100.0 | 8 |
 | superclass | 50.0 (21.5–78.5) | 34.4 | 8 |
+| superclass, top-2 | 50.0 (21.5–78.5) |  | 8 |
 | within the superclass | 50.0 (21.5–78.5) | 50.0 | 8 |
+| within the superclass, top-2 | 50.0 (21.5–78.5) | 75.0 | 8 |
 | consistency score, k = 1 | 50.0 (21.5–78.5) | 12.5 | 8 |
 | linear probe | 50.0 (21.5–78.5) | 12.5 | 8 |
 | image → text, R@1 | 50.0 (21.5–78.5) | 22.2 | 8 |
@@ -215,14 +235,16 @@ BY_HAND = """
 """
 
 
-def test_a_table_by_hand(tmp_path: Path, capsys) -> None:
+def test_the_table_agrees_with_one_written_by_hand(tmp_path: Path, capsys) -> None:
     """And the terminal's, without the metrics of groups and all but the headline ones."""
     labels, coarse = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 6], [0, 0, 0, 0, 1, 1, 2, 3]])
-    classes = Classes(labels, [*"abcdefgh"], ["{}", "a {}"], coarse=coarse)
+    classes = Classes(labels, [*"abcdefgh"], ["{}", "a {}"], superclass=coarse)
     images, styles = Images(torch.zeros(8, 3, 1, 1)), ["x"] * 5 + ["y"] * 2 + ["black"]
     captions = [[f"own {number}", "of all"] for number in range(8)]
     own = DataSet(images, {"": classes}, captions, styles, (Images(torch.zeros(9)), {}))
-    of_styles = DataSet(images, {"": classes}, groups=styles, across_groups=True, apart={"black"})
+    of_styles = DataSet(
+        images, {"": classes}, groups=styles, across_groups=True, excluded_groups={"black"}
+    )
     sets = {n: report.describe(n, data) for n, data in (("own", own), ("styles", of_styles))}
     groups = {style: {"top1": 0.25, "image_to_text_r1": 0.25} for style in "xy"}
     numbers = dict.fromkeys(table.metrics_of(sets["own"]), 0.5)
@@ -236,7 +258,7 @@ def test_a_table_by_hand(tmp_path: Path, capsys) -> None:
     assert table.chance({**sets["styles"], "classes": {"class": 3}}, "top5") == 1  # not 5 / 3
 
 
-def test_an_image_of_each_name_in_one_style_sorted_by_group() -> None:
+def test_pictured_pairs_have_different_texts_in_one_style_sorted_by_group() -> None:
     pictures, texts = torch.nn.functional.normalize(torch.randn(2, 7, 5), dim=-1)
     names, kinds = torch.tensor([[3, 0, 1, 0, 2, 3, 4], [0, 1, 0, 1, 0, 0, 0]])
     classes = {"": Classes(names, [*"uvwxyz"], ["{}"]), "group": Classes(kinds, [*"gh"], ["{}"])}
@@ -253,7 +275,7 @@ def test_an_image_of_each_name_in_one_style_sorted_by_group() -> None:
     assert found["similarities"]["numbers"] == pytest.approx(numbers, rel=1e-4)
 
 
-def test_the_picture_of_the_first_seed(tmp_path, monkeypatch, capsys) -> None:
+def test_similarities_show_the_first_seed_on_one_scale(tmp_path, monkeypatch, capsys) -> None:
     """By the colours of its extremes, and by what is written below."""
     figures: list[Figure] = []
     monkeypatch.setattr(pictures.plt, "close", figures.append)

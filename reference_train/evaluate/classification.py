@@ -1,0 +1,69 @@
+"""Images with classes, whatever the layout of their files: templates, superclasses, train split."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import imagenet, paper
+from .datasets import Classes, DataSet, Images, Unusable, lines
+
+# https://www.cs.toronto.edu/~kriz/cifar.html, a superclass on each line
+CIFAR100_SUPERCLASSES = Path(__file__).with_name("cifar100_superclasses.txt")
+TEMPLATES = "zeroshot_classification_templates.txt"
+Split = tuple[Images, Tensor | None]  # with the labels (n,)
+
+
+def classified(
+    folder: Path,
+    name: str,
+    test: tuple[Images, Tensor],
+    names: list[str],
+    read_train: Callable[[], Split] | None,
+    imagenet_classes: Sequence[int] | None = None,
+) -> DataSet:
+    """A data set of images with classes.
+
+    Args:
+        folder: may hold the templates of a data set that is not the paper's.
+        name: of the data set.
+        test: the images and their labels.
+        names: of the classes.
+        read_train: reads the train split. If that fails, the data set does without.
+        imagenet_classes: ImageNet's number of each class; None: `name` says them.
+
+    Raises `Unusable` if a data set of the paper has too few or too many classes.
+    """
+    templates = [line.replace("{c}", "{}") for line in lines(folder / TEMPLATES)]
+    if name in paper.ZERO_SHOT_SETS:
+        templates = paper.TEMPLATES
+        expected = paper.ZERO_SHOT_SETS[name].classes
+        if len(names) != expected:
+            raise Unusable(f"{folder} has {len(names)} classes, not {expected}")
+        if name.startswith("imagenet") and imagenet_classes is None:
+            imagenet_classes = imagenet.class_numbers(name)
+    superclass = None
+    if imagenet_classes is not None:
+        superclass = imagenet.superclass_of(imagenet_classes)
+    elif name == "cifar100":
+        superclass = cifar100_superclass()
+    images, labels = test
+    classes = Classes(labels, names, templates or paper.TEMPLATES, superclass)
+    data = DataSet(images, {"": classes})
+    try:
+        if read_train is not None:
+            train_images, train_labels = read_train()
+            if train_labels is None:
+                raise Unusable("the samples of the train split have no .cls")
+            data.train = train_images, {"": train_labels}
+    except Exception as error:  # whatever reading the files raises
+        data.train_error = " ".join(str(error).split())
+    return data
+
+
+def cifar100_superclass() -> Tensor:
+    """The superclass of each class of CIFAR-100, which has them in alphabetical order: (100,)."""
+    groups = enumerate(lines(CIFAR100_SUPERCLASSES))
+    by_name = sorted((name, group) for group, line in groups for name in line.split())
+    return torch.tensor([group for _, group in by_name])

@@ -1,0 +1,49 @@
+"""Finds the data sets in the folders of `--data`."""
+
+import re
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from .cifar import open_cifar
+from .datasets import Open
+from .paper import SETS
+from .tar_sets import open_icons, open_tars
+
+
+def find(roots: Sequence[Path]) -> tuple[dict[str, Open], list[Path]]:
+    """The data sets that the roots or folders in them are, and the files and folders that are none.
+
+    The paper's data sets come first.
+    """
+    found: dict[str, Open] = {}
+    unrecognised: list[Path] = []
+    for root in (path.resolve() for path in roots):  # "." has no name
+        if known := recognise(root):
+            found.setdefault(*known)
+            continue
+        for path in sorted(root.iterdir()):
+            try:
+                known = recognise(path) if path.is_dir() else None
+            except PermissionError:  # a disk's lost+found, for example
+                known = None
+            if known:
+                found.setdefault(*known)
+            elif not path.name.startswith("."):
+                unrecognised.append(path)
+    return {name: found[name] for name in [*SETS, *found] if name in found}, unrecognised
+
+
+def recognise(folder: Path) -> tuple[str, Open] | None:
+    """The name of the data set that a folder is, and how to open it; None if it is none."""
+    name = re.sub(r"^(wds-)?(vtab-)?", "", folder.name.lower().replace("_", "-"))
+    if (folder / "test" / "nshards.txt").is_file() or (folder / "test" / "0.tar").is_file():
+        return name, partial(open_tars, folder, name)
+    if next(folder.glob("val-*.tar"), None) is not None:
+        return name, partial(open_icons, folder)
+    for kind in (CIFAR10, CIFAR100):
+        if folder.name == kind.base_folder:
+            return kind.__name__.lower(), partial(open_cifar, folder.parent, kind)
+    return None

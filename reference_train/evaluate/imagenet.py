@@ -1,0 +1,58 @@
+"""ImageNet's classes: their numbers, and the 67 superclasses of the paper.
+
+Class numbers are 0 to 999 in the order of the WordNet identifiers, as OpenCLIP and timm have them.
+"""
+
+import pkgutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from timm.data.imagenet_info import ImageNetInfo
+from torch import Tensor
+
+from .datasets import lines
+
+# "NAME: NUMBERS" on each line; # begins a comment.
+SUPERCLASSES = Path(__file__).with_name("imagenet_superclasses.txt")
+SUBSETS = {"imagenet-a": "imagenet_a_indices.txt", "imagenet-r": "imagenet_r_indices.txt"}  # timm's
+
+
+def class_numbers(data_set: str) -> list[int]:
+    """The class numbers of ImageNet, or of ImageNet-A or ImageNet-R, in the order of the labels."""
+    if data_set not in SUBSETS:
+        return list(range(1000))
+    content = pkgutil.get_data("timm.data", f"_info/{SUBSETS[data_set]}")
+    assert content is not None
+    return [int(number) for number in content.split()]
+
+
+def folder_numbers(folders: Sequence[str]) -> list[int]:
+    """The class numbers of folders that are called by WordNet identifier or by number.
+
+    Raises ValueError for any other name.
+    """
+    identifiers = ImageNetInfo("imagenet-1k").label_names()
+    by_identifier = {identifier: number for number, identifier in enumerate(identifiers)}
+    numbers = [by_identifier[f] if f in by_identifier else int(f) for f in folders]
+    if any(not 0 <= number < 1000 for number in numbers):
+        raise ValueError("class numbers are 0 to 999")
+    return numbers
+
+
+def superclasses() -> dict[str, list[int]]:
+    """The class numbers of each of the 67 superclasses, by name."""
+    groups: dict[str, list[int]] = {}
+    for line in lines(SUPERCLASSES):
+        name, _, numbers = line.partition("#")[0].partition(":")
+        if not numbers:
+            continue
+        ranges = [part.split("-") for part in numbers.split()]
+        groups[name] = [n for part in ranges for n in range(int(part[0]), int(part[-1]) + 1)]
+    return groups
+
+
+def superclass_of(numbers: Sequence[int]) -> Tensor:
+    """The superclass of each of some classes, as a number: (C,) int64."""
+    by_class = {n: g for g, members in enumerate(superclasses().values()) for n in members}
+    return torch.tensor([by_class[number] for number in numbers])

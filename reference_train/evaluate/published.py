@@ -1,0 +1,77 @@
+"""Published numbers, from published.csv, where each one has its source.
+
+Columns: data set; metric; source, which is the heading in the table; training pairs, of the runs of
+several data sizes only; a number in % for each model; mark; where it was read; note.
+"""
+
+import csv
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from ..losses import LOSSES
+
+MODELS = ("clip", "cyclip", "c-cyclip", "i-cyclip")
+DATA_SIZE = "data size"  # the source of runs on several numbers of training pairs
+MARKS = {
+    "c": "read in the repository of the paper's authors (github.com/goel-shashank/CyCLIP), in the "
+    "file and commit that published.csv says",
+    "q": "quoted, not checked",
+}
+SOURCES = {
+    "paper": "Goel et al. 2022, RN50 trained on CC3M. Those marked q, with ImageNet's, are gains "
+    "of 10.2 to 23.9% (CIFAR, ImageNet) and 10.2 to 26.5% (shifts), where its abstract says 10 to "
+    "24% and 10 to 27%",
+    "May 2022": "linear probes as the authors' repository has them since then; not sure to be the "
+    "paper's",
+    "April 2022": "linear probes as the authors' repository had them then, all of them accuracies",
+    "reproduced": "arXiv 2303.05952, by other authors, trained on CC3M. There CLIP's linear probes "
+    "are at 61.05% on average and CyCLIP's at 60.14%",
+}
+
+
+class Published(NamedTuple):
+    """The numbers of a data set and metric in one source."""
+
+    data_set: str
+    metric: str
+    source: str
+    pairs: int | None
+    percent: dict[str, float]  # by the title of the model
+    mark: str
+    where: str
+    note: str
+
+
+@cache
+def read() -> tuple[Published, ...]:
+    """All published numbers."""
+    with Path(__file__).with_name("published.csv").open(encoding="utf-8", newline="") as file:
+        return tuple(
+            Published(
+                row["data_set"],
+                row["metric"],
+                row["source"],
+                int(row["pairs"]) if row["pairs"] else None,
+                {LOSSES[model].title: float(row[model]) for model in MODELS if row[model]},
+                row["mark"],
+                row["where"],
+                row["note"],
+            )
+            for row in csv.DictReader(file)
+        )
+
+
+def for_table(data_set: str) -> list[Published]:
+    """The published numbers of a data set, without those of other runs on several data sizes."""
+    return [row for row in read() if row.data_set == data_set and row.source != DATA_SIZE]
+
+
+def by_pairs(data_set: str) -> dict[str, dict[int, float]]:
+    """Model -> number of training pairs -> zero-shot top-1 in %."""
+    found: dict[str, dict[int, float]] = {}
+    for row in read():
+        if (row.data_set, row.source) == (data_set, DATA_SIZE) and row.pairs is not None:
+            for model, percent in row.percent.items():
+                found.setdefault(model, {})[row.pairs] = percent
+    return found

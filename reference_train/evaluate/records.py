@@ -1,0 +1,114 @@
+"""`evaluation.json`: begun, read, merged and written."""
+
+import json
+import platform
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..command_line import CannotStart
+from ..files import check_writable, write_text
+from .runs import describe_run
+
+Result = dict[str, Any]  # what evaluation.json holds
+PARTS = ("checkpoints", "data_sets", "failed", "absent", "results")
+
+
+def start(out: Path, settings: dict[str, Any], command: str, device: torch.device) -> Result:
+    """The evaluation in a folder, to be resumed, or a new one.
+
+    settings: what its numbers depend on. Raises `CannotStart` if the evaluation in the folder has
+    other settings, or the folder cannot be written.
+    """
+    check_writable(out)
+    if (out / "evaluation.json").exists():
+        result = read_evaluation(out)
+        for name, wanted in settings.items():
+            before = result.get("settings", {}).get(name)
+            if before != wanted:
+                what = f"--out {out}: holds an evaluation with {name} = {before}, not {wanted}"
+                raise CannotStart(f"{what}: choose another --out")
+        commands = dict.fromkeys([*result["command"].splitlines(), command])  # each once
+        return result | {"command": "\n".join(commands)}
+    packages = ("torch", "torchvision", "open_clip_torch")
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "settings": settings,
+        **{part: {} for part in PARTS},
+    }
+
+
+def read_evaluation(path: Path) -> Result:
+    """An evaluation.json, or the one in a folder. Raises `CannotStart`."""
+    file = path / "evaluation.json" if path.is_dir() else path
+    try:
+        result: Result = json.loads(file.read_text(encoding="utf-8"))
+        if not all(isinstance(result[key], dict) for key in ("results", "data_sets")):
+            raise ValueError("no results")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CannotStart(f"{file} is no evaluation.json: {error!r}") from error
+    return add_losses_and_seeds(result)
+
+
+def add_losses_and_seeds(result: Result) -> Result:
+    """Adds what older evaluations did not store: the loss and the seed of each run.
+
+    There a run is called [NAME-]LOSS-SEED or NAME-SEED. Where the seed is not known either, a
+    single digit at the end is one, and so is any number after a loss.
+    """
+    checkpoints = result.get("checkpoints", {})
+    if isinstance(checkpoints, list):  # the oldest evaluations
+        checkpoints = {checkpoint["title"]: checkpoint for checkpoint in checkpoints}
+    for title in result["results"]:
+        known = checkpoints.setdefault(title, {})
+        if "loss" in known:
+            continue
+        if "seed" not in known:
+            stem, _, last = title.rpartition("-")
+            named = describe_run(stem, {})["loss"]
+            is_seed = last.isdigit() and (len(last) == 1 or named is not None)
+            known["seed"] = int(last) if is_seed else None
+        known["loss"] = describe_run(title, {"seed": known["seed"]})["loss"]
+    return result | {"checkpoints": checkpoints}
+
+
+def save(result: Result, out: Path) -> None:
+    """Writes `evaluation.json`."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", out / "evaluation.json")
+
+
+def merge(records: Sequence[tuple[str, Result]], only: Sequence[str] | None) -> Result:
+    """One evaluation of several.
+
+    Args:
+        records: each with a name, which distinguishes runs that have the same title.
+        only: names of data sets; None: all.
+
+    Raises `CannotStart` if records have different data sets under one name.
+    """
+    merged = {**records[-1][1], "command": "\n".join(record["command"] for _, record in records)}
+    merged |= {part: {} for part in PARTS}
+    for record, result in records:
+        for name, data in result["data_sets"].items():
+            if only is not None and name not in only:
+                continue
+            before = merged["data_sets"].setdefault(name, data)
+            if (before["images"], before["classes"]) != (data["images"], data["classes"]):
+                raise CannotStart(f"{record}: {name} is another data set there: choose by --only")
+        for run, results in result["results"].items():
+            earlier = merged["results"].get(run, {})
+            differ = any(earlier.get(name, found) != found for name, found in results.items())
+            title = f"{record}-{run}" if differ else run
+            merged["results"].setdefault(title, {}).update(results)
+            merged["checkpoints"][title] = result["checkpoints"][run]
+        for part in ("failed", "absent"):
+            merged[part] |= result.get(part, {})
+    return merged

@@ -1,0 +1,198 @@
+"""Pictures of runs on several numbers of training pairs: data size, and effective robustness.
+
+The number of pairs is `train_num_samples` in a run's params.txt. A picture is drawn if the runs of
+an evaluation have two such numbers or more. Published points stand beside ours where there are any.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any, NamedTuple
+
+from matplotlib import pyplot as plt
+
+from ..files import written_whole
+from ..losses import LOSSES
+from . import published
+from .paper import why_incomparable
+from .pictures import PUBLISHED, use_style
+from .records import Result
+from .table import chance
+
+# Accuracy under a natural shift, over accuracy on the data set that it is a shift of.
+SHIFTS = {
+    "imagenet1k": ("imagenetv2", "imagenet-sketch", "imagenet-a", "imagenet-r"),
+    "icons": ("emoji",),
+}
+# Goel et al. 2022 draw "standard training" as V2 = 1.2 * ImageNet - 9. Its source is not known.
+STANDARD_TRAINING = {"imagenetv2": (1.2, -9.0)}
+ACROSS = 2  # panels in a row
+
+
+class Line(NamedTuple):
+    """Zero-shot top-1 in %, by number of training pairs, of one loss."""
+
+    title: str
+    colour: str
+    is_ours: bool
+    percent: dict[int, float]
+
+
+def our_lines(result: Result, name: str) -> list[Line]:
+    """A line for each loss: means over the runs that have the same number of pairs."""
+    found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for title, run in result["checkpoints"].items():
+        numbers = result["results"].get(title, {}).get(name, {}).get("numbers", {})
+        pairs, loss = run.get("train_num_samples"), run.get("loss")
+        if pairs and loss and "top1" in numbers:
+            found[loss][pairs].append(100 * numbers["top1"])
+    lines = []
+    for loss in (loss for loss in LOSSES if loss in found):
+        percent = {pairs: mean(found[loss][pairs]) for pairs in sorted(found[loss])}
+        lines.append(Line(LOSSES[loss].title, LOSSES[loss].colour, True, percent))
+    return lines
+
+
+def all_lines(result: Result, name: str) -> list[Line]:
+    """Our lines on a data set, and the published ones if it is the paper's."""
+    theirs: list[Line] = []
+    if not why_incomparable(name, result["data_sets"][name], "top1"):
+        for model, percent in published.by_pairs(name).items():
+            theirs.append(Line(f"{model}, paper", PUBLISHED[model], False, percent))
+    return theirs + our_lines(result, name)
+
+
+def several_sizes(result: Result) -> list[str]:
+    """The data sets on which runs with different numbers of training pairs were measured."""
+    return [
+        name
+        for name in result["data_sets"]
+        if len({pairs for line in our_lines(result, name) for pairs in line.percent}) > 1
+    ]
+
+
+def draw_data_size(result: Result, path: Path) -> bool:
+    """Accuracy over the number of training pairs; returns whether there is anything to draw."""
+    panels = [partial(draw_size_panel, result, name) for name in several_sizes(result)]
+    return draw_panels(panels, path, "Dots are means over seeds.")
+
+
+def draw_size_panel(result: Result, name: str, ax: Any) -> None:
+    """The accuracy on one data set."""
+    lines = all_lines(result, name)
+    for line in lines:
+        draw_line(ax, line, list(line.percent), list(line.percent.values()))
+    if guess := chance(result["data_sets"][name], "top1"):
+        ax.axhline(100 * guess, color="black", linestyle=":", linewidth=1, label="chance")
+    ticks = sorted({pairs for line in lines for pairs in line.percent})
+    ax.set_xscale("log")
+    ax.set_xticks(ticks, [short_number(pairs) for pairs in ticks])
+    ax.minorticks_off()
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("training pairs")
+    ax.set_title(f"{name}: zero-shot top-1, %", fontsize=8.5)
+
+
+def draw_robustness(result: Result, path: Path) -> bool:
+    """Accuracy under a shift over accuracy without it; returns whether there is anything to draw.
+
+    Raw %, as in the paper: nothing is transformed, and no line is fitted. What lies above the
+    dashed line y = x loses nothing under the shift.
+    """
+    there = several_sizes(result)
+    panels = [
+        partial(draw_shift_panel, result, base, shift)
+        for base, shifts in SHIFTS.items()
+        for shift in shifts
+        if base in there and shift in there
+    ]
+    return draw_panels(panels, path, "A dot for each number of training pairs.")
+
+
+def draw_shift_panel(result: Result, base: str, shift: str, ax: Any) -> None:
+    """The accuracy on one data set over that on the data set that it is a shift of."""
+    under_shift = {line.title: line.percent for line in all_lines(result, shift)}
+    points = [0.1]
+    for line in all_lines(result, base):
+        percent = under_shift.get(line.title, {})
+        common = [pairs for pairs in line.percent if pairs in percent]
+        x, y = [line.percent[pairs] for pairs in common], [percent[pairs] for pairs in common]
+        draw_line(ax, line, x, y)
+        points += [*x, *y]
+    end = 1.05 * max(points)
+    ax.plot([0, end], [0, end], color="black", linestyle="--", linewidth=0.8, label="y = x")
+    if shift in STANDARD_TRAINING:
+        slope, offset = STANDARD_TRAINING[shift]
+        start = -offset / slope  # where it begins to be positive
+        ax.plot(
+            [start, max(start, end)],
+            [0, slope * max(start, end) + offset],
+            color="black",
+            linestyle=":",
+            linewidth=1,
+            label="standard training, paper",
+        )
+    ax.set(xlim=(0, end), ylim=(0, end), xlabel=f"{base}: zero-shot top-1, %")
+    ax.set_title(f"{shift}: zero-shot top-1, %", fontsize=8.5)
+
+
+def draw_line(ax: Any, line: Line, x: list[float], y: list[float]) -> None:
+    """Our points are filled and joined by a solid line; published ones are hollow and dashed."""
+    ax.plot(
+        x,
+        y,
+        color=line.colour,
+        marker="o",
+        markersize=4.5,
+        markerfacecolor=line.colour if line.is_ours else "white",
+        linestyle="-" if line.is_ours else "--",
+        linewidth=1.4,
+        label=line.title,
+    )
+
+
+def draw_panels(panels: Sequence[Callable[[Any], None]], path: Path, caption: str) -> bool:
+    """A picture of panels with one legend; returns whether there is any.
+
+    panels: each draws into its axes.
+    """
+    if not panels:
+        return False
+    use_style()
+    across = min(ACROSS, len(panels))
+    down = math.ceil(len(panels) / across)
+    size = (5.5 * across / ACROSS if across > 1 else 4.2, 2.9 * down + 0.9)
+    figure = plt.figure(figsize=size, dpi=200, layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False).ravel()
+    for ax in axes[len(panels) :]:
+        ax.axis("off")
+    legend: dict[str, Any] = {}
+    for ax, draw in zip(axes, panels, strict=False):
+        draw(ax)
+        handles, labels = ax.get_legend_handles_labels()
+        legend |= dict(zip(labels, handles, strict=True))
+    figure.legend(
+        list(legend.values()),
+        list(legend),
+        title=caption,
+        loc="outside lower center",
+        ncols=3,
+        fontsize=7.5,
+        title_fontsize=7.5,
+        frameon=False,
+    )
+    with written_whole(path) as partial:
+        figure.savefig(partial, format="png")
+    plt.close(figure)
+    return True
+
+
+def short_number(pairs: int) -> str:
+    """500000 -> "500K", 2000000 -> "2M", 2905954 -> "2.91M"."""
+    for size, letter in ((1_000_000, "M"), (1_000, "K")):
+        if pairs >= size:
+            return f"{pairs / size:.3g}{letter}"
+    return str(pairs)

@@ -1,0 +1,206 @@
+"""Checkpoints and evaluation folders of the CyCLIP authors' code."""
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from test_evaluate_command import TINY
+
+from reference_train.command_line import CannotStart
+from reference_train.evaluate import evaluate as command
+from reference_train.evaluate.checkpoints import load
+from reference_train.evaluate.folder_sets import open_folders
+from reference_train.evaluate.runs import find_checkpoints
+
+NAMES = ["apples", "sea snake", "it's"]
+CLASSES = """{
+    "classes": ["apples", "sea snake", "it's"],
+    "templates": [lambda s: f"a photo of a {s}.", lambda s: __import__("os").abort()]
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def model_names(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A model, and the same one with QuickGELU, as RN50 and RN50-quickgelu are."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, quick in (("authors-tiny", False), ("authors-tiny-quickgelu", True)):
+        (folder / f"{name}.json").write_text(json.dumps({**TINY, "quick_gelu": quick}))
+    open_clip.add_model_config(folder)
+    return "authors-tiny", "authors-tiny-quickgelu"
+
+
+def authors_checkpoint(model: torch.nn.Module) -> dict[str, Any]:
+    """A checkpoint as their code writes it after a step on two GPUs.
+
+    Names decide which weights decay, and the learning rate is a NumPy number.
+    """
+    exempt = ("bn", "ln", "bias", "logit_scale")
+    parameters = list(model.named_parameters())
+    optimizer = torch.optim.AdamW(
+        [
+            {
+                "params": [p for n, p in parameters if any(e in n for e in exempt)],
+                "weight_decay": 0,
+            },
+            {
+                "params": [p for n, p in parameters if not any(e in n for e in exempt)],
+                "weight_decay": 0.1,
+            },
+        ]
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = np.float64(5e-4) * (1 + np.cos(0.5)) / 2
+    state = {f"module.{name}": value for name, value in model.state_dict().items()}
+    return {"epoch": 3, "name": "x", "state_dict": state, "optimizer": optimizer.state_dict()}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model_names: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The authors' released folder: cyclip.pt/best.pt."""
+    torch.manual_seed(0)
+    model = open_clip.create_model(model_names[1], load_weights=False)
+    folder = tmp_path_factory.mktemp("released") / "cyclip.pt"
+    folder.mkdir()
+    torch.save(authors_checkpoint(model), folder / "best.pt")
+    return folder / "best.pt"
+
+
+def write_labels(folder: Path, labels: list[int]) -> None:
+    """An evaluation folder of their code."""
+    (folder / "images").mkdir(parents=True)
+    rows = ["image,label"]
+    for number, label in enumerate(labels):
+        pixels = np.random.default_rng(number).integers(256, size=(40, 36, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{number}.png")
+        rows.append(f"images/{number}.png,{label}")
+    (folder / "labels.csv").write_text("\n".join(rows) + "\n")
+
+
+@pytest.fixture
+def evaluation_folder(tmp_path: Path) -> Path:
+    for split, labels in (("validation", [2, 0, 1, 0]), ("train", [1, 1, 0, 2, 0, 2])):
+        write_labels(tmp_path / "data" / split, labels)
+        (tmp_path / "data" / split / "classes.py").write_text(CLASSES)
+    return tmp_path / "data"
+
+
+def test_a_checkpoint_of_the_authors_gives_the_numbers_of_openclips_format(
+    checkpoint: Path, model_names: tuple[str, str], evaluation_folder: Path, tmp_path: Path
+) -> None:
+    """Whether it holds the optimizer or not."""
+    content = torch.load(checkpoint, weights_only=False)
+    state = {name.removeprefix("module."): x for name, x in content["state_dict"].items()}
+    torch.save({"state_dict": state}, tmp_path / "openclip.pt")
+    stripped = {name: content[name] for name in ("epoch", "name", "state_dict")}
+    torch.save(stripped, tmp_path / "stripped.pt")
+    files = [checkpoint, tmp_path / "openclip.pt", tmp_path / "stripped.pt"]
+    arguments = [*map(str, files), "--model", model_names[1], "--only", "own", "--linear-probe"]
+    arguments += ["--imagefolder", f"own={evaluation_folder}", "--device", "cpu", "--workers", "0"]
+    command.main([*arguments, "--out", str(tmp_path / "out")])
+    record = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    theirs, ours, without = (
+        record["results"][t]["own"] for t in ("cyclip", "openclip", "stripped")
+    )
+    assert theirs["numbers"] == ours["numbers"] == without["numbers"]
+    assert {"top1", "consistency_1", "linear_probe"} <= theirs["numbers"].keys()
+    assert (
+        record["checkpoints"]["cyclip"] | {"loss": "cyclip", "epoch": 3}
+        == record["checkpoints"]["cyclip"]
+    )
+
+
+@pytest.mark.parametrize("optimizer", [True, False])
+def test_a_model_without_quickgelu_is_refused_for_weights_of_the_authors(
+    optimizer: bool, checkpoint: Path, model_names: tuple[str, str], tmp_path: Path
+) -> None:
+    content = torch.load(checkpoint, weights_only=False)
+    if not optimizer:
+        del content["optimizer"]
+    torch.save(content, tmp_path / "theirs.pt")
+    [found] = find_checkpoints([tmp_path / "theirs.pt"], model_names[0], None)
+    with pytest.raises(CannotStart, match=f"say --model {model_names[1]} ") as error:
+        load(found, torch.device("cpu"))
+    assert "\n" not in str(error.value)
+    # what params.txt says of a run is believed
+    (tmp_path / "params.txt").write_text(f"model: {model_names[0]}\n")
+    [found] = find_checkpoints([tmp_path / "theirs.pt"], None, None)
+    load(found, torch.device("cpu"))
+
+
+def test_openclips_checkpoints_are_not_taken_for_the_authors(
+    model_names: tuple[str, str], tmp_path: Path
+) -> None:
+    """Its optimizer lets no one-dimensional weight decay, as here; nor does ours."""
+    model = open_clip.create_model(model_names[0], load_weights=False)
+    groups: dict[bool, list[Any]] = {False: [], True: []}
+    for parameter in model.parameters():
+        groups[parameter.ndim > 1].append(parameter)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": groups[True], "weight_decay": 0.2},
+            {"params": groups[False], "weight_decay": 0},
+        ]
+    )
+    content = {"epoch": 1, "name": "x", "state_dict": model.state_dict()}
+    torch.save(content | {"optimizer": optimizer.state_dict()}, tmp_path / "epoch_1.pt")
+    torch.save(content | {"clip_val_loss": 1.0}, tmp_path / "best.pt")
+    for name in ("epoch_1.pt", "best.pt"):
+        [found] = find_checkpoints([tmp_path / name], model_names[0], None)
+        load(found, torch.device("cpu"))
+
+
+def test_numpys_old_name_of_a_number_is_read_too_and_nothing_else_is(
+    checkpoint: Path, model_names: tuple[str, str], tmp_path: Path
+) -> None:
+    """NumPy 1 called the constructor numpy.core.multiarray.scalar."""
+    new, old = b"cnumpy._core.multiarray\nscalar\n", b"cnumpy.core.multiarray\nscalar\n"
+    for replacement, loads in (
+        (new, True),
+        (old, True),
+        (b"cnumpy.core.multiarray\nfrombuffer\n", False),
+        (b"cos\nsystem\n", False),
+    ):
+        with (
+            zipfile.ZipFile(checkpoint) as saved,
+            zipfile.ZipFile(tmp_path / "changed.pt", "w") as changed,  # stored, not compressed
+        ):
+            for member in saved.namelist():
+                content = saved.read(member)
+                if member.endswith("data.pkl"):
+                    assert (new in content) != (old in content)
+                    content = content.replace(new, replacement).replace(old, replacement)
+                changed.writestr(member, content)
+        [found] = find_checkpoints([tmp_path / "changed.pt"], model_names[1], None)
+        if loads:
+            assert load(found, torch.device("cpu")).epoch == 3
+        else:
+            with pytest.raises(CannotStart, match="holds more than weights"):
+                load(found, torch.device("cpu"))
+
+
+def test_a_labels_csv_is_read_with_the_class_names_beside_it(evaluation_folder: Path) -> None:
+    """classes.py is parsed, not run: its second template would end this process."""
+    data = open_folders(evaluation_folder, "own")
+    assert data.classes[""].names == NAMES
+    assert data.classes[""].labels.tolist() == [2, 0, 1, 0]
+    assert data.images[3].size == (36, 40)
+    assert data.train is not None
+    assert data.train[1][""].tolist() == [1, 1, 0, 2, 0, 2]
+    assert open_folders(evaluation_folder / "validation", "own").train is None
+    (evaluation_folder / "classnames.txt").write_text("one\ntwo\nthree\n")
+    assert open_folders(evaluation_folder, "own").classes[""].names == ["one", "two", "three"]
+
+
+def test_imagenets_labels_csv_has_the_superclasses(tmp_path: Path) -> None:
+    write_labels(tmp_path, [0, 199])
+    (tmp_path / "classnames.txt").write_text("\n".join(map(str, range(200))))
+    superclass = open_folders(tmp_path, "imagenet-a").classes[""].superclass
+    assert superclass is not None
+    assert len(set(superclass.tolist())) == 59
