@@ -45,12 +45,15 @@ def main(argv: Sequence[str]) -> None:
     add("--seeds", type=whole_number(1), default=1, metavar="N", help="runs of each loss")
     words = "short (default): 620 steps, lr 3e-3, logit scale 33; long: 1,500, 2e-3 and 14.3"
     add("--preset", choices=PRESETS, default="short", help=words)
+    add("--steps", type=whole_number(1), metavar="N", help="instead of the preset's number")
     add_device(parser)
     add("--out", type=Path, metavar="DIR", help="default: runs/PRESET")
     arguments = parser.parse_args(argv)
     out = arguments.out or Path("runs") / arguments.preset
     # a folder holds runs that can be compared: they differ in loss and seed alone
-    settings = PRESETS[arguments.preset]
+    settings = {**PRESETS[arguments.preset]}
+    if arguments.steps:
+        settings["steps"] = arguments.steps
     command = shlex.join(["python", "-m", "reference_train", *argv])
     shards = [str(path) for path in sorted(EMOJI_FOLDER.glob("*.tar.xz"))]
     result = report.start(out, {**settings, "data": fingerprint(shards)}, command, arguments.device)
@@ -65,7 +68,8 @@ def main(argv: Sequence[str]) -> None:
     seeds, losses = range(arguments.seeds), dict.fromkeys(arguments.loss)
     runs = [(loss, seed) for seed in seeds for loss in losses]
     for count, (loss, seed) in enumerate(runs, start=1):
-        config = argparse.Namespace(name=f"{loss}-{seed}", loss=loss, seed=seed, **settings)
+        name = f"{arguments.steps}-steps-{loss}-{seed}" if arguments.steps else f"{loss}-{seed}"
+        config = argparse.Namespace(name=name, loss=loss, seed=seed, **settings)
         if config.name in result["results"]:
             print(f"{config.name}: finished before")
             continue

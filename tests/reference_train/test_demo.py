@@ -37,6 +37,9 @@ TERMS = {
     "c-cyclip": "crossmodal_cyclic",
     "i-cyclip": "inmodal_cyclic",
     "clip-views": "inmodal_contrastive",
+    "cyclip-views": "inmodal_contrastive inmodal_cyclic crossmodal_cyclic",
+    "c-cyclip-views": "inmodal_contrastive crossmodal_cyclic",
+    "i-cyclip-views": "inmodal_contrastive inmodal_cyclic",
     "geometric": "inmodal_cyclic crossmodal_cyclic between_views",
 }
 CONCEPTS = 24  # 16 to train on, 4 for validation, 4 for test
@@ -96,7 +99,8 @@ def test_a_run_leaves_numbers_table_and_picture(finished: Path) -> None:
         assert tuple(numbers["groups"]) == questions.SITUATIONS[name][0]
         assert ("similarities" in numbers) == (name == command.PICTURED)
     assert 0 < result["checkpoints"]["clip-0"]["seconds"] < 600
-    heads = "CLIP (2) | CyCLIP (2) | C-CyCLIP | I-CyCLIP | CLIP + views | Geometric"
+    heads = "CLIP (2) | CyCLIP (2) | C-CyCLIP | I-CyCLIP | CLIP + views | CyCLIP + views"
+    heads += " | C-CyCLIP + views | I-CyCLIP + views | Geometric"
     assert f"| {heads} | chance | n |" in (finished / "table.md").read_text()
     for picture in ("picture.png", "similarities.png"):
         assert Image.open(finished / picture).width == 1100
