@@ -17,23 +17,27 @@ from argparse import Namespace
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from itertools import product
+from itertools import permutations, product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
+import open_clip
 import pytest
 import torch
+from PIL import Image
 from processes import ROOT, run_python, start
 from tars import make_shards, write_tar
 from torch import Tensor, nn
+from torchvision.transforms.functional import pil_to_tensor
 
-from cyclip_loss import open_clip_train
+from cyclip_loss import CyCLIPLoss, open_clip_train
 from cyclip_loss.metrics import consistency_metrics
 from reference_train.command_line import CannotStart, Stopped
 from reference_train.files import locked
-from reference_train.pretrain import loading, shards, training
+from reference_train.pretrain import loading, shards, training, views
 from reference_train.pretrain import pretrain as command
 from reference_train.pretrain.presets import BATCH_SIZES
 
@@ -51,9 +55,14 @@ def dry_run(data: Path, tmp_path: Path, capsys):
         argv = ["--preset", "modern", "--data", str(data), "--out", str(tmp_path / "logs")]
         command.main([*argv, *batch, "--dry-run", *(word.format(folder=data) for word in flags)])
         printed = shlex.split(capsys.readouterr().out)
-        assert printed[:4] == ["python", "-m", open_clip_train.__name__, "--"]
-        ours, theirs = open_clip_train.parse(printed[4:])
-        return Namespace(**{**vars(command.trainer.parse_args(theirs)), **vars(ours)})
+        launcher, end = printed[:3], printed.index("--") + 1
+        if "--views" in flags:
+            assert launcher == ["python", "-m", "reference_train.pretrain.views"]
+        else:
+            assert launcher == ["python", "-m", open_clip_train.__name__]
+        ours, theirs = open_clip_train.parse(printed[end:])
+        views_flag = {"views_flag": printed[3 : end - 1]}
+        return Namespace(**{**vars(command.trainer.parse_args(theirs)), **vars(ours), **views_flag})
 
     return run
 
@@ -69,6 +78,17 @@ def test_the_printed_command(data: Path, dry_run) -> None:
         assert (args.epochs, args.workers, args.seed) == (7, 2, 3)  # what follows -- comes last
         assert args.name == f"{preset}-{loss}-3"
         assert (args.reference_batch_size, args.dist_impl) == (128, "ring")  # the launcher's own
+
+
+def test_the_printed_command_has_the_views(dry_run) -> None:
+    for flags, how in (["--views"], "autoaugment"), (["--views", "own"], "own"):
+        args = dry_run("--loss", "clip", *flags)
+        assert args.views_flag == ["--views", how]
+        assert args.name == "modern-clip-views-0"
+    for flag in ("--same-captions ignored", "--distill-model RN50 --distill-pretrained openai"):
+        words = f"{flag.split()[0]} does not go with --views"
+        with pytest.raises(CannotStart, match=words):
+            dry_run("--views", "--", *flag.split())
 
 
 def test_the_paper_preset(dry_run, monkeypatch) -> None:
@@ -189,6 +209,8 @@ def test_a_run_goes_on_with_its_settings(dry_run, tmp_path: Path) -> None:
         message = f"begun with {name} = .*, not .*: choose another --name"
         with pytest.raises(CannotStart, match=message):
             dry_run(*argv, *change.split())
+    with pytest.raises(CannotStart, match="begun with views = None, not own: choose another"):
+        dry_run("--views", "own", *argv)
 
 
 def break_picture(path: Path, last: bool = False) -> None:
@@ -469,10 +491,151 @@ def results(logs: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def logged_terms(caplog: pytest.LogCaptureFixture) -> list[dict[str, float]]:
+    """The terms of each step in OpenCLIP's log, and "loss", their sum."""
+    lines = [r.getMessage() for r in caplog.records if "Train Epoch" in r.getMessage()]
+    steps = [re.findall(r"(\w*[Ll]oss): (\S+) \(", line) for line in lines]
+    return [{name.lower(): float(value) for name, value in step} for step in steps]
+
+
+def test_a_step_with_views_has_the_loss_of_its_features_by_hand(
+    pretrain, monkeypatch, caplog
+) -> None:
+    caplog.set_level(logging.INFO)
+    calls: list[dict[str, Tensor]] = []
+    forward, encode = CyCLIPLoss.forward, open_clip.CLIP.forward
+
+    def record_inputs(model: Any, image: Tensor, text: Tensor) -> Any:
+        output = encode(model, image, text)
+        if model.training:
+            calls.append({"image": image, "text": text, **output})
+        else:
+            assert image.shape[1:] == (3, 32, 32)  # held-out pairs have one view
+            assert text.ndim == 2
+        return output
+
+    def record_terms(loss: CyCLIPLoss, **features: Any) -> Any:
+        terms = forward(loss, **features)
+        calls[-1] |= {"terms": terms.copy(), "given": features}
+        return terms
+
+    monkeypatch.setattr(open_clip.CLIP, "forward", record_inputs)
+    monkeypatch.setattr(CyCLIPLoss, "forward", record_terms)
+    pretrain("--log-every-n-steps", "1", ours=["--views"])
+    logged = logged_terms(caplog)
+    assert len(calls) == len(logged) == 2
+    assert re.search(r"Train Epoch: 0 \[ 8/16 ", caplog.text)  # pairs, not views
+    for call, of_step in zip(calls, logged, strict=True):
+        assert call["image"].shape == (16, 3, 32, 32)
+        assert not torch.equal(*call["image"].chunk(2))
+        assert not torch.equal(*call["text"].chunk(2))
+        images, second_images = call["image_features"].detach().double().chunk(2)
+        texts, second_texts = call["text_features"].detach().double().chunk(2)
+        scale, pairs = call["logit_scale"].detach().double(), torch.arange(8)
+
+        def entropy(rows: Tensor, columns: Tensor) -> Tensor:
+            return nn.functional.cross_entropy(scale * rows @ columns.T, pairs)  # noqa: B023
+
+        across = entropy(images, texts) + entropy(texts, images)
+        within = entropy(images, second_images) + entropy(texts, second_texts)
+        inmodal = images @ images.T - texts @ texts.T
+        crossmodal = images @ texts.T - texts @ images.T
+        by_hand = {
+            "contrastive_loss": across / 4,
+            "inmodal_contrastive_loss": within / 4,
+            "inmodal_cyclic_loss": 0.25 * 128 * inmodal.square().mean(),
+            "crossmodal_cyclic_loss": 0.25 * 128 * crossmodal.square().mean(),
+        }
+        found = {name: term.detach().double() for name, term in call["terms"].items()}
+        torch.testing.assert_close(found, by_hand, rtol=2e-5, atol=1e-6)
+        loss = of_step.pop("loss")
+        assert of_step == pytest.approx({k: float(v) for k, v in by_hand.items()}, rel=1e-3)
+        assert loss == pytest.approx(sum(of_step.values()), rel=1e-3)
+
+
+@pytest.mark.parametrize(("flag", "loss"), [("--siglip", "cyclip"), ("--accum-freq=2", "c-cyclip")])
+def test_other_losses_and_accumulated_batches_train_with_views(
+    flag: str, loss: str, pretrain, caplog
+) -> None:
+    caplog.set_level(logging.INFO)
+    pretrain("--log-every-n-steps", "1", flag, ours=["--views", "own", "--loss", loss])
+    logged = logged_terms(caplog)
+    assert len(logged) == (2 if loss == "cyclip" else 1)
+    for terms in logged:
+        total = terms.pop("loss")
+        assert total == pytest.approx(sum(terms.values()), rel=1e-3)
+        positive = {name.removesuffix("_loss") for name in terms if terms[name] > 0}
+        expected = {"contrastive", "inmodal_contrastive", "crossmodal_cyclic"}
+        assert positive == expected | ({"inmodal_cyclic"} if loss == "cyclip" else set())
+
+
+def test_another_loss_gets_the_first_views_and_the_term_of_the_views() -> None:
+    image, text = torch.randn(4, 2, 3, 2, 2), torch.randint(9, (4, 2, 5))
+
+    def encode(image: Tensor, text: Tensor) -> dict[str, Tensor]:
+        features = {"image_features": image.mean(dim=(2, 3)), "text_features": text[:, :3] / 9}
+        return {**features, "logits": text, "logit_scale": torch.tensor(3.0)}
+
+    model = nn.Identity()
+    with pytest.raises(Stopped, match=r"without second views: image \(4, 3, 2, 2\), text \("):
+        views.forward_both_views(model, encode, image[:, 0], text)
+    output = views.forward_both_views(model, encode, image, text)
+    loss = Mock(spec=nn.Module, return_value={"caption_loss": torch.tensor(2.0)})
+    terms = views.WithInmodalTerm(loss)(**output)
+    first, second = (encode(image[:, view], text[:, view]) for view in (0, 1))
+    for name, value in first.items():
+        assert torch.equal(loss.call_args.kwargs[name], value)
+    within = [3 * first[name] @ second[name].T for name in views.FEATURES]
+    entropies = [nn.functional.cross_entropy(logits, torch.arange(4)) for logits in within]
+    assert terms["caption_loss"] == 2
+    assert terms["inmodal_contrastive_loss"] == pytest.approx(sum(entropies) / 2)
+    assert len(terms) == 2
+
+
+def test_views_of_a_caption() -> None:
+    torch.manual_seed(0)
+
+    def drawn(caption: str) -> set[tuple[str, ...]]:
+        tokenized = (views.TwoCaptions(tokenize)(caption) for _ in range(300))
+        return {
+            tuple("".join(map(chr, view)).strip("\0") for view in both[0]) for both in tokenized
+        }
+
+    def tokenize(captions: list[str]) -> Tensor:
+        codes = [[ord(letter) for letter in caption.ljust(40, "\0")] for caption in captions]
+        return torch.tensor(codes)
+
+    captions = ("a red fox", "a fox in snow", "fox")
+    assert drawn("\n".join(captions) + "\n") == set(permutations(captions, 2))
+    assert drawn("fox") == {("fox", "fox")}
+    assert drawn("") == {("", "")}
+    seconds = {second for first, second in drawn("red fox jumps") if first == "red fox jumps"}
+    swapped = {"fox red jumps", "jumps fox red", "red jumps fox"}
+    dropped = {"red fox", "red jumps", "fox jumps", "red", "fox", "jumps"}
+    assert swapped <= seconds <= swapped | dropped | {"red fox jumps"}
+    assert seconds & dropped
+
+
+def test_views_of_a_picture() -> None:
+    """One transform for both; AutoAugment changes the second before it is transformed."""
+    torch.manual_seed(0)
+    ramp = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    picture = Image.fromarray(ramp).convert("P")
+    transform = Mock(side_effect=pil_to_tensor)
+    for how, changed in ("own", False), ("autoaugment", True):
+        both = [views.TwoPictures(transform, how)(picture) for _ in range(10)]
+        for first, second in both:
+            assert torch.equal(first, torch.from_numpy(ramp).expand(3, 8, 8))
+            assert changed or torch.equal(first, second)
+        assert len({str(second.tolist()) for _, second in both}) > 5 or not changed
+    assert transform.call_count == 40
+
+
 @pytest.mark.slow
-def test_a_killed_run_goes_on(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("flags", [[], ["--views"]], ids=["pairs", "views"])
+def test_a_killed_run_goes_on(flags: list[str], data: Path, tmp_path: Path) -> None:
     argv = ["-m", "reference_train", "pretrain", "--preset", "icons", "--batch-size", "8"]
-    argv += ["--data", str(data), "--out", str(tmp_path), "--name", "run"]
+    argv += ["--data", str(data), "--out", str(tmp_path), "--name", "run", *flags]
     argv += ["--", "--epochs", "6", "--train-num-samples", "16"]
     with start([sys.executable, *argv], stdout=subprocess.DEVNULL) as process:
         while len(results(tmp_path)) < 2 and process.poll() is None:
@@ -482,3 +645,5 @@ def test_a_killed_run_goes_on(data: Path, tmp_path: Path) -> None:
     again = run_python(*argv)
     assert again.returncode == 0, again.stderr
     assert {line["epoch"] for line in results(tmp_path)} == set(range(1, 7))
+    log = (tmp_path / "run" / "out.log").read_text()
+    assert ("Inmodal_contrastive_loss: " in log) == bool(flags)
