@@ -4,13 +4,13 @@ from typing import NamedTuple
 
 
 class Loss(NamedTuple):
-    """How a loss is shown, which of the two penalties it has, and what it asks of a second view."""
+    """How a loss is shown, which penalties it has, and what it computes from a second view."""
 
     title: str
     colour: str
     inmodal: bool
     crossmodal: bool
-    views: str = ""  # "contrastive" or "geometric"; such a loss takes a second view of each pair
+    views: str = ""  # "contrastive", "geometric", or without a second view of each pair ""
 
 
 LOSSES = {

@@ -25,9 +25,9 @@ PRESETS = {
 }
 PICTURED = "new concepts, trained styles"  # the situation whose similarities are drawn
 DESCRIPTION = """\
-Trains small CLIP models with CyCLIPLoss and shows what the cyclic penalties changed: CLIP next to
-CyCLIP on the emoji that ship with the repository. With no argument about five minutes on two CPU
-cores. Interrupted, the same command resumes; runs that are finished are not repeated."""
+Trains small CLIP models on the emoji that ship with the repository, and shows what the cyclic
+penalties change: CLIP next to CyCLIP. Without arguments it takes about five minutes on two CPU
+cores. If it is interrupted, the same command resumes. Finished runs are not repeated."""
 EPILOG = """\
 other commands, each with its own --help:
   python -m reference_train pretrain   OpenCLIP's trainer with CyCLIPLoss
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
     add("--out", type=Path, metavar="DIR", help="default: runs/PRESET")
     arguments = parser.parse_args(argv)
     out = arguments.out or Path("runs") / arguments.preset
-    # a folder holds runs that can be compared: they differ in loss and seed alone
+    # A folder holds runs that can be compared: only their losses and their seeds differ.
     settings = {**PRESETS[arguments.preset]}
     if arguments.steps:
         settings["steps"] = arguments.steps
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
     sets = {name: situation(emoji, name) for name in SITUATIONS}
     result["data_sets"] = {name: report.describe(name, data) for name, data in sets.items()}
     report.save(result, out)
-    # seed by seed, so that an early stop leaves every loss with as many runs
+    # Seed by seed: if it is stopped early, every loss has as many runs.
     seeds, losses = range(arguments.seeds), dict.fromkeys(arguments.loss)
     runs = [(loss, seed) for seed in seeds for loss in losses]
     for count, (loss, seed) in enumerate(runs, start=1):

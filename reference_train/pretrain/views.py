@@ -66,8 +66,9 @@ class TwoCaptions:
     def __init__(self, tokenizer: Function) -> None:
         self.tokenizer = tokenizer
 
-    def __call__(self, text: str) -> Tensor:
-        """(1, 2, L)."""
+    def __call__(self, text: str | list[str]) -> Tensor:
+        """(1, 2, L). text: one caption; OpenCLIP passes that of a CSV file in a list."""
+        text = text if isinstance(text, str) else text[0]
         captions = [line.strip() for line in text.splitlines() if line.strip()] or [""]
         if len(captions) > 1:
             views = [captions[i] for i in torch.randperm(len(captions))[:2].tolist()]
@@ -113,13 +114,11 @@ def forward_both_views(
         image_shape, text_shape = (x if x is None else tuple(x.shape) for x in (image, text))
         shapes = f"image {image_shape}, text {text_shape}"
         raise Stopped(f"--views: a batch came without second views: {shapes}")
-    pairs = len(image)
-    image, text = (x.transpose(0, 1).flatten(0, 1) for x in (image, text))
-    output = forward(image, text, **options)
-    second = {f"augmented_{name}": output[name][pairs:] for name in FEATURES}
+    output = forward(image.flatten(0, 1), text.flatten(0, 1), **options)
+    second = {f"augmented_{name}": output[name][1::2] for name in FEATURES}
     # Of the other outputs, some have a row for each picture or caption (CoCa's logits).
     first = {
-        name: value[:pairs] if isinstance(value, Tensor) and value.ndim else value
+        name: value[0::2] if isinstance(value, Tensor) and value.ndim else value
         for name, value in output.items()
     }
     return first | second

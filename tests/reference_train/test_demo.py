@@ -116,6 +116,17 @@ def test_a_run_leaves_numbers_table_and_picture(finished: Path) -> None:
         demonstrate("--preset", "long", "--loss", "i-cyclip", "--out", finished)
 
 
+def test_steps_replace_those_of_the_preset_and_are_in_the_name(tmp_path: Path) -> None:
+    demonstrate("--loss", "c-cyclip-views", "--steps", 2, "--out", tmp_path)
+    result = read_evaluation(tmp_path)
+    [(name, run)] = result["checkpoints"].items()
+    assert (name, run["loss"], run["steps"]) == ("2-steps-c-cyclip-views-0", "c-cyclip-views", 2)
+    assert [line["step"] for line in result["history"][name]] == [1, 2]
+    assert "| 2-steps C-CyCLIP + views |" in (tmp_path / "table.md").read_text()
+    with pytest.raises(CannotStart, match="steps = 2, not 5: choose another"):
+        demonstrate("--loss", "clip", "--out", tmp_path)
+
+
 def test_what_is_between_views() -> None:
     images, texts = torch.nn.functional.normalize(torch.randn(2, 2, 9, 5), dim=-1)
     of_images, of_texts = (one @ one.T - other @ other.T for one, other in (images, texts))

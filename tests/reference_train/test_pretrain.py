@@ -498,6 +498,9 @@ def logged_terms(caplog: pytest.LogCaptureFixture) -> list[dict[str, float]]:
     return [{name.lower(): float(value) for name, value in step} for step in steps]
 
 
+SIDES = ("image", "text", "image_features", "text_features")
+
+
 def test_a_step_with_views_has_the_loss_of_its_features_by_hand(
     pretrain, monkeypatch, caplog
 ) -> None:
@@ -527,10 +530,13 @@ def test_a_step_with_views_has_the_loss_of_its_features_by_hand(
     assert re.search(r"Train Epoch: 0 \[ 8/16 ", caplog.text)  # pairs, not views
     for call, of_step in zip(calls, logged, strict=True):
         assert call["image"].shape == (16, 3, 32, 32)
-        assert not torch.equal(*call["image"].chunk(2))
-        assert not torch.equal(*call["text"].chunk(2))
-        images, second_images = call["image_features"].detach().double().chunk(2)
-        texts, second_texts = call["text_features"].detach().double().chunk(2)
+        of_pairs = {
+            name: call[name].detach().unflatten(0, (8, 2)) for name in call if name in SIDES
+        }
+        for views_of_pairs in of_pairs.values():
+            assert not torch.equal(*views_of_pairs.unbind(dim=1))
+        images, second_images = of_pairs["image_features"].double().unbind(dim=1)
+        texts, second_texts = of_pairs["text_features"].double().unbind(dim=1)
         scale, pairs = call["logit_scale"].detach().double(), torch.arange(8)
 
         def entropy(rows: Tensor, columns: Tensor) -> Tensor:
