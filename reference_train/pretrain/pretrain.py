@@ -1,7 +1,8 @@
 """`python -m reference_train pretrain`: OpenCLIP's trainer with the CyCLIP loss, by presets.
 
-Prints the one command of `cyclip_loss.open_clip_train` that a preset stands for, checks what can be
-checked before any work, and runs it. Under `torchrun` every rank does the same.
+A preset stands for one command of `cyclip_loss.open_clip_train` (or `views`, which adds `--views`).
+`pretrain` prints this command, checks before any work what can be checked, and runs it. Under
+`torchrun` every rank does the same.
 """
 
 import argparse
@@ -51,9 +52,9 @@ after the last epoch. Across GPUs:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Trains, or resumes what was begun under the same name.
+    """Trains, or resumes the run of the same name.
 
-    argv: the command line after `pretrain`. Raises `CannotStart` for what can't be trained.
+    argv: the command line after `pretrain`. Raises `CannotStart` if something is wrong with it.
     """
     asked, launcher_flags = parse(argv)
     register_models()
@@ -96,13 +97,13 @@ def main(argv: Sequence[str]) -> None:
 
 
 def train(flags: list[str], folder: Path) -> None:
-    """Runs OpenCLIP's trainer; a full disk is one line."""
+    """Runs OpenCLIP's trainer. If the disk is full, the error is one line."""
     if not torch.cuda.is_available():
         # PyTorch's fused attention on a CPU is slower than plain products at a dozen tokens
         torch.backends.cuda.enable_flash_sdp(False)
-    # OpenCLIP does not tell wandb that it resumes, and wandb would replace what it has of the run.
+    # OpenCLIP does not tell wandb that it resumes. wandb would then replace its record of the run.
     os.environ.setdefault("WANDB_RESUME", "allow")
-    logging.raiseExceptions = False  # a log on a full disk; checkpoints say that it is full
+    logging.raiseExceptions = False  # on a full disk; saving a checkpoint says that it is full
     for left in (folder / "checkpoints").glob(".*.pt.*"):  # of a save that was killed
         left.unlink(missing_ok=True)
     try:
@@ -112,7 +113,7 @@ def train(flags: list[str], folder: Path) -> None:
             raise
         raise Stopped(f"{error.filename or folder} can't be written: {error.strerror}") from error
     finally:
-        logging.disable(logging.INFO)  # of PyTorch's compiler at the exit, after the last line
+        logging.disable(logging.INFO)  # PyTorch's compiler logs at exit, after our last line
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -167,7 +168,7 @@ def command_line(
 
 
 def parsed(parse: Callable[[Sequence[str]], Any], flags: Sequence[str]) -> Any:
-    """What a parser of theirs makes of flags; its error is one line."""
+    """The result of OpenCLIP's or the launcher's parser. Its error becomes one line."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -177,7 +178,7 @@ def parsed(parse: Callable[[Sequence[str]], Any], flags: Sequence[str]) -> Any:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises `CannotStart` for what OpenCLIP would stumble over later, or in many lines."""
+    """Raises `CannotStart` for errors that OpenCLIP would raise later, or in many lines."""
     if ":" not in args.model and args.model not in open_clip.list_models():
         raise CannotStart(f"--model {args.model}: OpenCLIP has none of that name")
     if args.world_size > 1 and not torch.cuda.is_available() and not getattr(args, "fsdp", False):
@@ -194,10 +195,10 @@ def check(args: argparse.Namespace) -> None:
 
 
 def check_data(args: argparse.Namespace, flags: list[str]) -> tuple[dict[str, int], dict[str, str]]:
-    """How many pairs each shard has, where that is known, and names for what shards there are.
+    """Shard -> its number of pairs, where that is known; and fingerprints of the shards.
 
-    Adds to the flags how many pairs there are if OpenCLIP would not find it. Raises `CannotStart`
-    for unusable data.
+    If OpenCLIP would not find the number of training pairs, it is added to the flags. Raises
+    `CannotStart` if the data can't be used.
     """
     if args.dataset_type != "webdataset":
         others = "python -m cyclip_loss.open_clip_train takes others"
@@ -207,7 +208,7 @@ def check_data(args: argparse.Namespace, flags: list[str]) -> tuple[dict[str, in
         raise CannotStart(f"--train-num-samples must be >= 1, not {args.train_num_samples}")
     train = expand_urls(args.train_data)
     known = shards.check("--data", train, held_out=False)
-    # OpenCLIP reads the one or the other, in this order, and no *_stats.json.
+    # OpenCLIP reads the first of these two files that is there, and no *_stats.json.
     theirs = [n for n in ("sizes.json", "__len__") if (Path(train[0]).parent / n).exists()][:1]
     if args.train_num_samples is None and theirs != ["__len__"]:
         if len(known) < len(train):
@@ -230,7 +231,7 @@ def check_data(args: argparse.Namespace, flags: list[str]) -> tuple[dict[str, in
 
 
 def epochs_done(folder: Path, args: argparse.Namespace) -> int:
-    """How far a run of this name has come.
+    """The number of epochs that a run of this name has finished.
 
     Raises `CannotStart` if it was begun with other settings, or its checkpoint can't be loaded.
     """

@@ -127,7 +127,7 @@ def test_steps_replace_those_of_the_preset_and_are_in_the_name(tmp_path: Path) -
         demonstrate("--loss", "clip", "--out", tmp_path)
 
 
-def test_what_is_between_views() -> None:
+def test_gaps_between_views_are_their_formula() -> None:
     images, texts = torch.nn.functional.normalize(torch.randn(2, 2, 9, 5), dim=-1)
     of_images, of_texts = (one @ one.T - other @ other.T for one, other in (images, texts))
     of_pairs = (images * texts).sum(dim=2).diff(dim=0)
@@ -135,7 +135,7 @@ def test_what_is_between_views() -> None:
     torch.testing.assert_close(train.between_views(images, texts), 0.25 * gaps)
 
 
-def test_what_is_asked(emoji) -> None:
+def test_questions_are_about_the_right_concepts_and_styles(emoji) -> None:
     """Images of the right concepts and styles, and labels that are theirs."""
     things = [f"thing {c}" for c in range(CONCEPTS)]
     kinds = {"trained styles": TRAIN_STYLES, "new styles": SHIFT_STYLES, "black": ALL_STYLES[6:]}
@@ -205,7 +205,7 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path, monkeypatch) -> N
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["short"]
 
 
-def test_what_cannot_start(tmp_path: Path, capsys, monkeypatch) -> None:
+def test_bad_arguments_end_with_one_line(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(command, "train", lambda *_: pytest.fail("training began"))
     monkeypatch.delitem(sys.modules, cli.__name__)  # as if it were not imported
@@ -228,7 +228,7 @@ def test_what_cannot_start(tmp_path: Path, capsys, monkeypatch) -> None:
         assert message in said
 
 
-def test_exit_codes(monkeypatch, capsys) -> None:
+def test_exit_codes_say_how_a_command_ended(monkeypatch, capsys) -> None:
     """And of the ranks of a node, the first says why."""
     for error, code in (Stopped("why"), 1), (CannotStart("why"), 2), (KeyboardInterrupt(), 130):
         for rank in ("0", "1"):
@@ -240,7 +240,7 @@ def test_exit_codes(monkeypatch, capsys) -> None:
             assert capsys.readouterr().err == f"reference_train: {expected}\n" * bool(expected)
 
 
-def test_what_is_not_installed_is_named(monkeypatch) -> None:
+def test_a_missing_package_is_named_with_its_extra(monkeypatch) -> None:
     monkeypatch.setattr(cli, "import_module", Mock(side_effect=ImportError("no 'x'")))
     for argv, extra in (["pretrain", "x"], "pretrain"), (["evaluate"], "train"), ([], "train"):
         with pytest.raises(CannotStart, match=rf"'x': pip install -e '\.\[{extra}\]'"):
@@ -271,7 +271,7 @@ def test_batches_hold_distinct_training_concepts_by_seed_and_step(emoji) -> None
     assert not torch.equal(batches.batch(5)[0], batches.batch(7)[0])  # its place, an epoch later
 
 
-def test_what_is_not_moved_is_as_in_the_evaluation() -> None:
+def test_a_picture_that_is_not_moved_is_that_of_the_evaluation() -> None:
     still = Mock(uniform=lambda low, high, shape: np.full(shape, float(low > 0)))
     pixels = torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8)
     picture = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
@@ -279,7 +279,7 @@ def test_what_is_not_moved_is_as_in_the_evaluation() -> None:
 
 
 @pytest.mark.parametrize("end", [-1, 1])
-def test_augmentation_at_the_ends_of_its_ranges(end: int) -> None:
+def test_augmentation_moves_and_tints_as_its_ranges_say(end: int) -> None:
     """A picture whose red and green are its coordinates, so that it shows where they went."""
     place = torch.arange(64, dtype=torch.uint8).expand(64, 64)
     pixels = torch.stack([3 * place, 3 * place.T, torch.full_like(place, 60)])
@@ -302,7 +302,7 @@ def test_augmentation_at_the_ends_of_its_ranges(end: int) -> None:
     assert (moved[:, outside] == moved.new_tensor(1 - 0.08 * end).clamp(max=1)).all()
 
 
-def test_a_run_is_its_recipe(emoji, tmp_path: Path) -> None:
+def test_a_run_trains_by_its_recipe(emoji, tmp_path: Path) -> None:
     """AdamW, a warm-up of a tenth and then a cosine, gradients clipped at 1, a scale up to 100."""
     config = {"name": "x", "loss": "cyclip", "seed": 3, "steps": 20, "batch_size": 8, "lr": 0.003}
     clip, plain = (build_model("x", 150.0, torch.device("cpu")) for _ in range(2))

@@ -67,7 +67,7 @@ def dry_run(data: Path, tmp_path: Path, capsys):
     return run
 
 
-def test_the_printed_command(data: Path, dry_run) -> None:
+def test_the_printed_command_is_that_of_preset_and_loss(data: Path, dry_run) -> None:
     lambdas = {"clip": (0, 0), "cyclip": (0.25, 0.25), "c-cyclip": (0, 0.25), "i-cyclip": (0.25, 0)}
     for preset, loss in product(BATCH_SIZES, lambdas):
         argv = ["--preset", preset, "--loss", loss, "--seed", "3", "--dist-impl", "ring"]
@@ -91,7 +91,7 @@ def test_the_printed_command_has_the_views(dry_run) -> None:
             dry_run("--views", "--", *flag.split())
 
 
-def test_the_paper_preset(dry_run, monkeypatch) -> None:
+def test_the_paper_preset_has_the_papers_settings(dry_run, monkeypatch) -> None:
     monkeypatch.setattr(command.torch.cuda, "is_available", lambda: False)
     # pairs that nobody has counted
     data = ["--data", "pipe:cat {folder}/train-{{00000..00003}}.tar", "--", "--workers", "4"]
@@ -138,7 +138,9 @@ def test_ranks_share_batch_and_shards(variable: str, dry_run, monkeypatch) -> No
         ("OMPI_COMM_WORLD_SIZE", "2 ranks of MPI"),  # OpenCLIP counts them; each would be alone
     ],
 )
-def test_what_it_refuses(change: str, message: str, dry_run, tmp_path: Path, monkeypatch) -> None:
+def test_pretrain_refuses_before_any_work(
+    change: str, message: str, dry_run, tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.setattr(command.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
     words = change.split()
@@ -150,7 +152,7 @@ def test_what_it_refuses(change: str, message: str, dry_run, tmp_path: Path, mon
     assert not (tmp_path / "logs").exists()
 
 
-def test_pairs_as_img2dataset_counts_them(data: Path, tmp_path: Path, dry_run) -> None:
+def test_numbers_of_pairs_come_from_img2datasets_files(data: Path, tmp_path: Path, dry_run) -> None:
     for number, path in enumerate(sorted(data.glob("train*.tar"))):
         (tmp_path / path.name).symlink_to(path)
         (tmp_path / f"{path.stem}_stats.json").write_text(f'{{"successes": {5 + number}}}')
@@ -169,7 +171,7 @@ def test_pairs_as_img2dataset_counts_them(data: Path, tmp_path: Path, dry_run) -
         dry_run(*counted, "5")
 
 
-def test_held_out_shards(tmp_path: Path, dry_run) -> None:
+def test_held_out_shards_are_whole_and_not_trained_on(tmp_path: Path, dry_run) -> None:
     """They are not trained on, and have to be whole."""
     data = make_shards(tmp_path / "cc3m", **{"cc3m-train": 4, "cc3m-validation": 1})
     args = dry_run("--data", str(data))
@@ -252,7 +254,7 @@ def test_the_best_epoch_is_kept(tmp_path: Path) -> None:
     assert not (tmp_path / training.BEST).exists()
 
 
-def test_gaps_are_added_to_their_metrics(caplog) -> None:
+def test_gaps_and_correlations_are_added_to_the_validation(caplog) -> None:
     image, text = nn.functional.normalize(torch.randn(2, 10, 4), dim=-1)
     metrics = partial(training.Guards({}, {}).get_clip_metrics, lambda **features: {"R@1": 0.5})
     both = {"R@1": 0.5} | {k: float(v) for k, v in consistency_metrics(image, text).items()}
@@ -284,7 +286,9 @@ def pretrain(data: Path, tmp_path: Path, monkeypatch):
     return run
 
 
-def test_a_finished_run(pretrain, data: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_finished_run_says_so_and_takes_more_epochs(
+    pretrain, data: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
     """It says so, OpenCLIP loads its model as the README says, and it takes more epochs."""
     checkpoints = tmp_path / "run" / "checkpoints"
     pretrain()
@@ -340,7 +344,7 @@ def test_weights_that_are_not_finite_are_not_saved(pretrain, tmp_path: Path) -> 
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
-def test_ten_steps_running() -> None:
+def test_ten_losses_in_a_row_that_are_not_finite_stop_the_run() -> None:
     """With a loss that is no number; a step has as many losses as are accumulated, here 2."""
     args = Namespace(device="cpu", distributed=False, accum_freq=2)
     model, finite = nn.BatchNorm1d(2), training.Finite(args)
@@ -352,21 +356,21 @@ def test_ten_steps_running() -> None:
     feed(*[math.nan] * 19, 1.0, *[math.inf] * 19)
     finite.check(model)
     feed(math.nan, 1.0)
-    with pytest.raises(Stopped, match="the loss of 10 steps running was not finite"):
+    with pytest.raises(Stopped, match="the loss of 10 steps in a row was not finite"):
         finite.check(model)
     model.running_mean.fill_(math.nan)  # as an overflow leaves it, though GradScaler skips the step
     with pytest.raises(Stopped, match="the model's weights are not finite"):
         training.Finite(args).check(model)
 
 
-def test_when_it_is_looked_at() -> None:
+def test_a_loader_checks_after_every_few_steps_and_at_the_end() -> None:
     seen, looks = [], []
     for batch in training.Loader("abcdefg", lambda: looks.append(len(seen)), every=3):
         seen.append(batch)
     assert looks == [3, 6, 7]
 
 
-def test_what_one_rank_sees_is_said_by_all(monkeypatch, caplog) -> None:
+def test_what_one_rank_sees_stops_all_ranks(monkeypatch, caplog) -> None:
     """Another rank has counted 9 or 10 losses, has weights that are not finite, or lost a pair."""
     args = Namespace(device="cpu", distributed=True, accum_freq=1, log_every_n_steps=1, rank=0)
     other = torch.tensor([9, 0])
@@ -391,7 +395,9 @@ def test_what_one_rank_sees_is_said_by_all(monkeypatch, caplog) -> None:
     assert [r.getMessage() for r in caplog.records] == ["Not readable in this epoch: [5]"]
 
 
-def test_what_can_not_be_read_is_counted(pretrain, data, tmp_path, monkeypatch, caplog) -> None:
+def test_pairs_that_can_not_be_read_are_counted(
+    pretrain, data, tmp_path, monkeypatch, caplog
+) -> None:
     monkeypatch.setattr(loading, "SHOWN", 2)
     _, one, two, three = shards = [data / f"train-{i:05d}.tar" for i in range(4)]
     os.truncate(one, one.stat().st_size // 2)  # in its fifth picture
@@ -409,7 +415,9 @@ def test_what_can_not_be_read_is_counted(pretrain, data, tmp_path, monkeypatch, 
     assert told == [0, 3, 1, 3]  # once, and in the line of each epoch
 
 
-def test_a_shard_that_ends_between_two_files(pretrain, data: Path, caplog, capsys) -> None:
+def test_a_shard_that_ends_between_two_files_is_noticed(
+    pretrain, data: Path, caplog, capsys
+) -> None:
     """Is noticed where nothing says how many pairs it should have. No best epoch: no validation."""
     (data / "sizes.json").unlink()
     for shard in (data / "train-00001.tar", data / "val-00000.tar"):
