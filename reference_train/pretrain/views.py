@@ -150,7 +150,7 @@ class WithInmodalTerm(nn.Module):
             output_dict=True,
             **others,
         )
-        of_views = cyclip_loss(
+        clip_terms = cyclip_loss(
             image_features,
             text_features,
             logit_scale,
@@ -161,7 +161,7 @@ class WithInmodalTerm(nn.Module):
             lambda_crossmodal=0.0,
             inmodal_contrastive_weight=1.0,
         )
-        return {**terms, "inmodal_contrastive_loss": of_views["inmodal_contrastive_loss"]}
+        return {**terms, "inmodal_contrastive_loss": clip_terms["inmodal_contrastive_loss"]}
 
 
 class Views:

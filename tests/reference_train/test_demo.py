@@ -147,7 +147,9 @@ def test_questions_are_about_the_right_concepts_and_styles(emoji) -> None:
         both = zip(data.groups, of_images, strict=True)
         assert colours == [colour_of(ALL_STYLES.index(style), of) for style, of in both]
         assert [set(data.groups)] == [set(kinds[kind]) for kind in kinds if name.endswith(kind)]
-        assert {split_of(of) for of in of_images} == {"test" if held_out else "train"}
+        # Settings were chosen on trained concepts 2 and 5, so no table asks about them.
+        asked = range(20, 24) if held_out else set(range(16)) - {2, 5}
+        assert set(of_images) == set(asked)
         assert len(names.names) == (4 if held_out else 16)
         known_images, known = data.train
         drawn = known_images.places[:, 0, 0, 0] // 10
