@@ -466,6 +466,41 @@ def test_a_seed_fixes_the_pairs(pretrain, tmp_path: Path, monkeypatch) -> None:
     assert not torch.equal(first[1][:32], first[1][32:])
 
 
+def test_the_order_of_the_pairs_depends_on_seed_rank_worker_epoch_and_pass(monkeypatch) -> None:
+    def first_draws(seed: int, rank: int, worker: int | None) -> list[float]:
+        """The first random numbers of the shuffles of two epochs with two passes each."""
+        epoch = Mock()
+        dataset = Namespace(pipeline=[Namespace(urls=[])])
+        info = Namespace(
+            shared_epoch=epoch, dataloader=Namespace(pipeline=[Namespace(dataset=dataset)])
+        )
+        lost = loading.Watched(info, Namespace(seed=seed, rank=rank), {}, train=True)
+        worker_info = None if worker is None else Namespace(id=worker)
+        monkeypatch.setattr(loading, "get_worker_info", lambda: worker_info)
+        draws = []
+        for epoch.get_value.return_value in (0, 0, 1, 1):
+            draws.append(lost.shuffle(lambda _, rng: rng.random(), None))
+        return draws
+
+    places = list(product((0, 1), (0, 1), (0, 1)))
+    draws = [draw for place in places for draw in first_draws(*place)]
+    assert len(set(draws)) == len(draws) == 32
+    assert draws == [draw for place in places for draw in first_draws(*place)]
+    assert first_draws(0, 0, None) == first_draws(0, 0, 0)
+
+
+def test_wandb_continues_its_record_of_a_run_unless_told_otherwise(pretrain, monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_RESUME", "")  # put back afterwards
+    monkeypatch.delenv("WANDB_RESUME")
+    seen: list[str] = []
+    train = Mock(side_effect=lambda _: seen.append(os.environ["WANDB_RESUME"]))
+    monkeypatch.setattr(open_clip_train, "main", train)
+    pretrain()
+    monkeypatch.setenv("WANDB_RESUME", "never")
+    pretrain()
+    assert seen == ["allow", "never"]
+
+
 def test_a_full_disk_leaves_no_stump(pretrain, tmp_path: Path, monkeypatch) -> None:
     """A limit on the size of files stands in for the disk. Other errors are shown as they are."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
