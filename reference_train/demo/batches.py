@@ -1,6 +1,6 @@
-"""What a training batch is, and what it never holds.
+"""Training batches: what they hold, and how pictures are augmented.
 
-A batch is N *distinct* concepts of split `train`, each in one of the training styles: the same
+A batch has N *distinct* concepts of split `train`, each in one of the training styles: the same
 emoji in another style would be a false negative of the contrastive loss. A batch depends on the
 seed and the step alone, so a resumed run sees what an uninterrupted one would have seen.
 """
@@ -15,11 +15,17 @@ from torch.nn import functional as F
 
 from ..data.emoji import TRAIN_STYLES, Concept, EmojiSet
 
-# What a caption is: half of them a name in a template, a quarter name and kind, 15 % the kind
-# alone, 10 % keywords (CAPTION_SHARES, in the order of `captions_of`).
+# Half of the captions are a name in a template, a quarter are a name and its kind, 15% are the kind
+# alone, and 10% are keywords (CAPTION_SHARES, in the order of `captions_of`).
 NAME_TEMPLATES = (
-    *("{}", "{}", "a drawing of {}", "a picture of {}", "an emoji of {}", "an icon of {}"),
-    *("the {} emoji", "a small drawing of {}"),
+    "{}",
+    "{}",
+    "a drawing of {}",
+    "a picture of {}",
+    "an emoji of {}",
+    "an icon of {}",
+    "the {} emoji",
+    "a small drawing of {}",
 )
 SUBGROUP_TEMPLATES = ("{}", "a kind of {}", "a drawing of {}", "an emoji of {}")
 KEYWORD_CAPTIONS = 4  # drawn once for each concept: up to three keywords, in random order
@@ -44,7 +50,8 @@ class EmojiBatches:
     def __init__(
         self, emoji: EmojiSet, tokenize: Callable[[list[str]], Tensor], batch_size: int, seed: int
     ):
-        # (concepts, styles) -> row of `images`; a style that lacks a concept repeats another's row
+        # rows: (concepts, styles), indices into `images`. If a style lacks a concept, the row of
+        # another style stands in its place.
         self.images, owners, _ = emoji.drawings(TRAIN_STYLES, emoji.in_split("train"))
         rows: dict[int, list[int]] = {}
         for row, concept in enumerate(owners.tolist()):
@@ -52,7 +59,7 @@ class EmojiBatches:
         concepts = sorted(rows)
         styles = len(TRAIN_STYLES)
         self.rows = np.array([(rows[i] * styles)[:styles] for i in concepts])
-        # (concepts, captions, L): every caption is tokenised once, here
+        # tokens: (concepts, captions, L). Every caption is tokenised once, here.
         captions = [captions_of(emoji.concepts[i]) for i in concepts]
         flat = [text for kinds in captions for kind in kinds for text in kind]
         tokens = tokenize(flat)
@@ -71,19 +78,19 @@ class EmojiBatches:
         n = self.batch_size
         epoch, index = divmod(step, len(self.rows) // n)
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
-        which = order[index * n : (index + 1) * n]
+        concepts = order[index * n : (index + 1) * n]
         rng = np.random.default_rng([self.seed, epoch, index])
-        rows = self.rows[which, rng.integers(self.rows.shape[1], size=n)]
-        caption = np.searchsorted(self.caption_shares[:-1], rng.random((2, n)), side="right")
-        return self.images[torch.from_numpy(rows)], self.tokens[which, caption]
+        rows = self.rows[concepts, rng.integers(self.rows.shape[1], size=n)]
+        captions = np.searchsorted(self.caption_shares[:-1], rng.random((2, n)), side="right")
+        return self.images[torch.from_numpy(rows)], self.tokens[concepts, captions]
 
 
 def augment(images: Tensor, size: int, rng: np.random.Generator) -> Tensor:
     """images: (n, 3, S, S) uint8 -> (n, 3, size, size) float in [0, 1], moved and tinted a little.
 
-    One affine resampling (rotation, scale, shear, shift; never a flip: names say left and right)
-    and one affine map of the colours (contrast, saturation, tint, brightness) for each image. What
-    comes in at the border is white.
+    Each image gets one affine resampling (rotation, scale, shear, shift) and one affine map of its
+    colours (contrast, saturation, tint, brightness). Images are never flipped, because names say
+    left and right. The new border is white.
     """
     n = len(images)
 

@@ -25,9 +25,9 @@ PRESETS = {
 }
 PICTURED = "new concepts, trained styles"  # the situation whose similarities are drawn
 DESCRIPTION = """\
-Trains small CLIP models with CyCLIPLoss and shows what the cyclic penalties changed: CLIP next to
-CyCLIP on the emoji that ship with the repository. With no argument about five minutes on two CPU
-cores. Interrupted, the same command resumes; runs that are finished are not repeated."""
+Trains small CLIP models on the emoji that ship with the repository, and shows what the cyclic
+penalties change: CLIP next to CyCLIP. Without arguments it takes about five minutes on two CPU
+cores. If it is interrupted, the same command resumes. Finished runs are not repeated."""
 EPILOG = """\
 other commands, each with its own --help:
   python -m reference_train pretrain   OpenCLIP's trainer with CyCLIPLoss
@@ -45,12 +45,15 @@ def main(argv: Sequence[str]) -> None:
     add("--seeds", type=whole_number(1), default=1, metavar="N", help="runs of each loss")
     words = "short (default): 620 steps, lr 3e-3, logit scale 33; long: 1,500, 2e-3 and 14.3"
     add("--preset", choices=PRESETS, default="short", help=words)
+    add("--steps", type=whole_number(1), metavar="N", help="instead of the preset's number")
     add_device(parser)
     add("--out", type=Path, metavar="DIR", help="default: runs/PRESET")
     arguments = parser.parse_args(argv)
     out = arguments.out or Path("runs") / arguments.preset
-    # a folder holds runs that can be compared: they differ in loss and seed alone
-    settings = PRESETS[arguments.preset]
+    # A folder holds runs that can be compared: only their losses and their seeds differ.
+    settings = {**PRESETS[arguments.preset]}
+    if arguments.steps:
+        settings["steps"] = arguments.steps
     command = shlex.join(["python", "-m", "reference_train", *argv])
     shards = [str(path) for path in sorted(EMOJI_FOLDER.glob("*.tar.xz"))]
     result = report.start(out, {**settings, "data": fingerprint(shards)}, command, arguments.device)
@@ -61,11 +64,12 @@ def main(argv: Sequence[str]) -> None:
     sets = {name: situation(emoji, name) for name in SITUATIONS}
     result["data_sets"] = {name: report.describe(name, data) for name, data in sets.items()}
     report.save(result, out)
-    # seed by seed, so that an early stop leaves every loss with as many runs
+    # Seed by seed: if it is stopped early, every loss has as many runs.
     seeds, losses = range(arguments.seeds), dict.fromkeys(arguments.loss)
     runs = [(loss, seed) for seed in seeds for loss in losses]
     for count, (loss, seed) in enumerate(runs, start=1):
-        config = argparse.Namespace(name=f"{loss}-{seed}", loss=loss, seed=seed, **settings)
+        name = f"{arguments.steps}-steps-{loss}-{seed}" if arguments.steps else f"{loss}-{seed}"
+        config = argparse.Namespace(name=name, loss=loss, seed=seed, **settings)
         if config.name in result["results"]:
             print(f"{config.name}: finished before")
             continue

@@ -24,14 +24,15 @@ MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
 class TinyCLIP(open_clip.CLIP):  # type: ignore[misc]
     """`open_clip.CLIP` whose text encoder spends little time on padding: same features, less work.
 
-    What follows the end-of-text token cannot change a caption's feature (the attention is causal,
-    and the feature is read at the end-of-text token), and most captions are far shorter than the
-    context. So the shorter and the longer half of a batch are each cut to their longest.
+    Tokens behind the end-of-text token cannot change a caption's feature: the attention is causal,
+    and the feature is read at the end-of-text token. Most captions are far shorter than the
+    context. So the batch is cut into its shorter and its longer half, and the captions of each half
+    are cut to the longest of them.
     """
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
         """text: (N, L) token ids, zero-padded -> (N, D) features."""
-        if text.is_cuda:  # reading the lengths would stall the GPU for longer than it saves
+        if text.is_cuda:  # the host would wait for the lengths, which costs more than it saves
             features_on_gpu: Tensor = super().encode_text(text, normalize)
             return features_on_gpu
         end = text.argmax(dim=-1)  # end-of-text is the highest id

@@ -1,14 +1,15 @@
-"""What the models are asked, about drawing styles, concepts, and both, that training never saw.
+"""The questions: about drawing styles, about concepts, and about both, that training never saw.
 
-A number is the mean over styles. Settings were chosen on a validation split: held-out concepts are
-split in the data; of trained ones, which are asked about in new styles, a fixed quarter was in it.
+A number is the mean over styles. Settings were chosen on questions that are left out here: those
+about the data's validation split of held-out concepts, and those about a fixed quarter of the
+trained concepts in new styles.
 """
 
 import hashlib
 
 import torch
 
-from ..data.emoji import SHIFT_STYLES, STRESS_STYLES, TRAIN_STYLES, EmojiSet
+from ..data.emoji import SHIFT_STYLES, STRESS_STYLES, TRAIN_STYLES, Concept, EmojiSet
 from ..evaluate.datasets import Classes, DataSet, Images
 from .batches import NAME_TEMPLATES, SUBGROUP_TEMPLATES
 
@@ -24,22 +25,32 @@ def situation(emoji: EmojiSet, name: str) -> DataSet:
     """A situation as a data set."""
     styles, held_out = SITUATIONS[name]
     concepts, trained = emoji.concepts, emoji.in_split("train")
-    asked = candidates = emoji.in_split("test") if held_out else trained
-    if not held_out:
-        digests = [hashlib.sha256(f"query {concept.code}".encode()) for concept in concepts]
-        asked = [i for i in trained if digests[i].digest()[0] >= 64]
-    images, drawn, groups = emoji.drawings(styles, asked)
-    known_images, known, _ = emoji.drawings(TRAIN_STYLES, trained)
-    place = torch.full((len(concepts),), -1)
-    place[candidates] = torch.arange(len(candidates))
+    candidates = emoji.in_split("test") if held_out else trained
+    asked = candidates if held_out else [i for i in trained if not chose_settings(concepts[i])]
+    images, concept_of_image, style_of_image = emoji.drawings(styles, asked)
+    train_images, concept_of_train_image, _ = emoji.drawings(TRAIN_STYLES, trained)
+    name_label = torch.full((len(concepts),), -1)
+    name_label[candidates] = torch.arange(len(candidates))
     names = [concepts[i].name for i in candidates]
-    classes = {"": Classes(place[drawn], names, list(dict.fromkeys(NAME_TEMPLATES)))}
-    labels = {} if held_out else {"": place[known]}  # a held-out name is no neighbour's name
+    templates = list(dict.fromkeys(NAME_TEMPLATES))
+    classes = {"": Classes(name_label[concept_of_image], names, templates)}
+    # No training image has the name of a held-out concept.
+    train_labels = {} if held_out else {"": name_label[concept_of_train_image]}
     for kind in ("subgroup", "group"):
-        of_concepts = [getattr(c, kind).replace("&", "and") for c in concepts]
-        names = sorted(set(of_concepts))
-        label = torch.tensor([names.index(word) for word in of_concepts])
-        classes[kind] = Classes(label[drawn], names, list(SUBGROUP_TEMPLATES))
-        labels[kind] = label[known]
-    train = Images(known_images), labels
-    return DataSet(Images(images), classes, groups=groups, train=train, across_groups=True)
+        kind_of_concept = [getattr(concept, kind).replace("&", "and") for concept in concepts]
+        names = sorted(set(kind_of_concept))
+        label = torch.tensor([names.index(word) for word in kind_of_concept])
+        classes[kind] = Classes(label[concept_of_image], names, list(SUBGROUP_TEMPLATES))
+        train_labels[kind] = label[concept_of_train_image]
+    return DataSet(
+        Images(images),
+        classes,
+        groups=style_of_image,
+        train=(Images(train_images), train_labels),
+        across_groups=True,
+    )
+
+
+def chose_settings(concept: Concept) -> bool:
+    """Whether a trained concept is in the quarter on which settings were chosen."""
+    return hashlib.sha256(f"query {concept.code}".encode()).digest()[0] < 64

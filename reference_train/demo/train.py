@@ -22,7 +22,7 @@ from ..evaluate.checkpoints import Clip
 from ..evaluate.datasets import DataSet
 from ..evaluate.measure import measure
 from ..files import written_whole
-from ..losses import LOSSES
+from ..losses import LOSSES, Loss
 from .batches import EmojiBatches, augment
 from .model import IMAGE_SIZE, MAX_LOGIT_SCALE, normalize
 
@@ -34,19 +34,19 @@ WARMUP = 0.1  # of the steps
 VALIDATIONS = 25  # in a run, each with a checkpoint
 
 
-def between_views(image: Sequence[Tensor], text: Sequence[Tensor]) -> Tensor:
+def between_views(images: Sequence[Tensor], texts: Sequence[Tensor]) -> Tensor:
     """What geometric consistency adds to CyCLIP: docs/recipes.md, "Augmented views".
 
-    image, text: the features of both views, (N, D) each.
+    images, texts: the features of the first and of the second views, (N, D) each.
     """
-    inmodal = partial(
+    inmodal_penalty = partial(
         cyclic_penalty,
         lambda_inmodal=WEIGHT,
         lambda_crossmodal=0,
         reference_batch_size=REFERENCE_BATCH_SIZE,
     )
-    first, second = ((i * t).sum(dim=1) for i, t in zip(image, text, strict=True))
-    return inmodal(*image) + inmodal(*text) + WEIGHT * F.mse_loss(first, second)
+    first, second = ((i * t).sum(dim=1) for i, t in zip(images, texts, strict=True))
+    return inmodal_penalty(*images) + inmodal_penalty(*texts) + WEIGHT * F.mse_loss(first, second)
 
 
 def train(
@@ -54,82 +54,127 @@ def train(
 ) -> dict[str, Any]:
     """Trains `clip.model` in place; leaves `folder/checkpoint.pt`.
 
-    config: name, loss, seed, steps, batch_size, lr, and logit_scale at the start (exp'd).
+    config: name, loss, seed, steps, batch_size, lr, and the exponentiated logit_scale at the start.
 
     Returns {"seconds": float, "history": [the numbers of each step]}. Raises `Stopped` if the loss
-    is no number.
+    is not finite.
     """
-    model, device = clip.model, clip.device
-    kind = LOSSES[config.loss]
+    model, path = clip.model, folder / "checkpoint.pt"
+    loss = LOSSES[config.loss]
+    views = 2 if loss.views else 1
     loss_fn = CyCLIPLoss(
-        WEIGHT * kind.inmodal, WEIGHT * kind.crossmodal, reference_batch_size=REFERENCE_BATCH_SIZE
+        WEIGHT * loss.inmodal, WEIGHT * loss.crossmodal, reference_batch_size=REFERENCE_BATCH_SIZE
     )
-    views = 2 if kind.views else 1
-    # gains, biases and the logit scale don't decay
+    # Gains, biases and the logit scale do not decay.
     groups = param_groups_weight_decay(model, WEIGHT_DECAY)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, eps=EPS, fused=True)
     warmup = max(1, round(WARMUP * config.steps))
-    schedule = cosine_lr(optimizer, config.lr, warmup, config.steps)
-    path = folder / "checkpoint.pt"
-    saved: dict[str, Any] = {"step": 0, "seconds": 0.0, "history": []}
-    if path.exists():
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(saved["model"])
-        if saved["step"] < config.steps:
-            optimizer.load_state_dict(saved["optimizer"])
-            print(f"{config.name}: resumes at step {saved['step']} of {config.steps}")
-    history, pending, began = saved["history"], [], time.monotonic() - saved["seconds"]
+    set_learning_rate = cosine_lr(optimizer, config.lr, warmup, config.steps)
+    saved = resume(path, config, model, optimizer)
+    history, new_steps, began = saved["history"], [], time.monotonic() - saved["seconds"]
+    steps_between_checkpoints = max(1, config.steps // VALIDATIONS)
 
     for step in range(saved["step"], config.steps):
         model.train()
-        schedule(step)
-
-        images, tokens = (part.to(device, non_blocking=True) for part in data.batch(step))
-        # drawn from the seed and the step, as the batch is: a resumed run sees the same
-        rng = np.random.default_rng([config.seed, step, 2**31])
-        pixels = [normalize(augment(images, IMAGE_SIZE, rng)) for _ in range(views)]
-        with clip.autocast():
-            out = model(torch.cat(pixels), tokens[:views].flatten(0, 1))
-        image, text = (out[f"{tower}_features"].chunk(views) for tower in ("image", "text"))
-        scale, second = out["logit_scale"], {}
-        if kind.views == "contrastive":
-            second = {"augmented_image_features": image[1], "augmented_text_features": text[1]}
-        terms = loss_fn(image[0], text[0], scale, output_dict=True, **second)
-        if kind.views == "geometric":
-            terms["between_views_loss"] = between_views(image, text)
-        loss = sum(terms.values())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
-        optimizer.step()
-        with torch.no_grad():
-            model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
-
-        values = {"loss": loss, **terms, "logit_scale": scale, "gradient_norm": gradient_norm}
-        pending.append({name: value.detach() for name, value in values.items()})
+        set_learning_rate(step)
+        pixels, tokens = draw_views(config, clip, data, step, views)
+        terms, logit_scale = compute_terms(clip, loss, loss_fn, pixels, tokens)
+        total: Any = sum(terms.values())
+        gradient_norm = update(model, optimizer, total)
+        values = {"loss": total, **terms, "logit_scale": logit_scale}
+        values["gradient_norm"] = gradient_norm
+        new_steps.append({name: value.detach() for name, value in values.items()})
         done = step + 1
-        if done % max(1, config.steps // VALIDATIONS) and done < config.steps:
+        if done % steps_between_checkpoints and done < config.steps:
             continue
 
-        # on a GPU this waits for the GPU: not every step
-        table = torch.stack([torch.stack(list(row.values())) for row in pending]).tolist()
-        for number, row in enumerate(table, start=done - len(table) + 1):
-            history.append({"step": number, **dict(zip(values, row, strict=True))})
-        pending, last = [], history[-1]
+        history += to_numbers(new_steps, last_step=done)
+        new_steps, last = [], history[-1]
         if not math.isfinite(last["loss"]):
             raise Stopped(f"{config.name}: the loss is {last['loss']}, at step {done}")
         model.eval()
         numbers = measure(clip, validation)["numbers"]
         last |= {f"validation_{name}": value for name, value in numbers.items()}
-        seconds, weights = time.monotonic() - began, model.state_dict()
-        saved = {"step": done, "seconds": seconds, "history": history, "model": weights}
-        if done < config.steps:
-            saved["optimizer"] = optimizer.state_dict()
-        with written_whole(path) as whole:
-            torch.save(saved, whole)
-        left = seconds / done * (config.steps - done)
-        parts = " + ".join(f"{last[name]:.3f}" for name in terms)
-        line = f"{config.name}: step {done}/{config.steps}, loss {parts}, {left:.0f} s left"
-        print(line, flush=True)
+        saved = {"step": done, "seconds": time.monotonic() - began, "history": history}
+        save(path, saved, model, optimizer if done < config.steps else None)
+        seconds_left = saved["seconds"] / done * (config.steps - done)
+        shown = " + ".join(f"{last[name]:.3f}" for name in terms)
+        place = f"step {done}/{config.steps}"
+        print(f"{config.name}: {place}, loss {shown}, {seconds_left:.0f} s left", flush=True)
     model.eval()
     return {"seconds": saved["seconds"], "history": history}
+
+
+def resume(
+    path: Path, config: Namespace, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Loads a checkpoint, if there is one. Returns its step, its seconds and its history."""
+    if not path.exists():
+        return {"step": 0, "seconds": 0.0, "history": []}
+    saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    model.load_state_dict(saved["model"])
+    if saved["step"] < config.steps:
+        optimizer.load_state_dict(saved["optimizer"])
+        print(f"{config.name}: resumes at step {saved['step']} of {config.steps}")
+    return saved
+
+
+def save(
+    path: Path, progress: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer | None
+) -> None:
+    """Writes a checkpoint. optimizer: None after the last step."""
+    content = {**progress, "model": model.state_dict()}
+    if optimizer is not None:
+        content["optimizer"] = optimizer.state_dict()
+    with written_whole(path) as partial_file:
+        torch.save(content, partial_file)
+
+
+def draw_views(
+    config: Namespace, clip: Clip, data: EmojiBatches, step: int, views: int
+) -> tuple[Tensor, Tensor]:
+    """The model's inputs: pixels (views * N, 3, 32, 32) and tokens (views * N, L), view by view.
+
+    They depend on the seed and the step alone, so a resumed run sees what a whole run would have
+    seen.
+    """
+    images, tokens = (part.to(clip.device, non_blocking=True) for part in data.batch(step))
+    rng = np.random.default_rng([config.seed, step, 2**31])
+    pixels = [normalize(augment(images, IMAGE_SIZE, rng)) for _ in range(views)]
+    return torch.cat(pixels), tokens[:views].flatten(0, 1)
+
+
+def compute_terms(
+    clip: Clip, loss: Loss, loss_fn: CyCLIPLoss, pixels: Tensor, tokens: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The weighted terms of the loss, and the logit scale."""
+    with clip.autocast():
+        output = clip.model(pixels, tokens)
+    views = 2 if loss.views else 1
+    images, texts = (output[f"{kind}_features"].chunk(views) for kind in ("image", "text"))
+    second_views = {}
+    if loss.views == "contrastive":
+        second_views = {"augmented_image_features": images[1], "augmented_text_features": texts[1]}
+    scale = output["logit_scale"]
+    terms = loss_fn(images[0], texts[0], scale, output_dict=True, **second_views)
+    if loss.views == "geometric":
+        terms["between_views_loss"] = between_views(images, texts)
+    return terms, scale
+
+
+def update(model: Any, optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
+    """One optimizer step. Returns the norm of the gradients before they were clipped."""
+    optimizer.zero_grad()
+    loss.backward()
+    gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
+    optimizer.step()
+    with torch.no_grad():
+        model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+    return gradient_norm
+
+
+def to_numbers(steps: Sequence[dict[str, Tensor]], last_step: int) -> list[dict[str, Any]]:
+    """The values of several steps as numbers. On a GPU this waits for the GPU, once."""
+    table = torch.stack([torch.stack(list(values.values())) for values in steps]).tolist()
+    numbered = enumerate(table, start=last_step - len(steps) + 1)
+    return [{"step": number, **dict(zip(steps[0], row, strict=True))} for number, row in numbered]

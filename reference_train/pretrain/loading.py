@@ -1,8 +1,9 @@
-"""What OpenCLIP's loading of WebDatasets lacks: lost pairs are counted, `--seed` fixes the order of
-the pairs, and a worker whose shards make no batch is an error.
+"""Counts lost pairs, fixes the order of the pairs by `--seed`, and stops if a worker has no batch.
 
-OpenCLIP logs "Ignoring" for a shard or a picture that can't be read, shuffles by time and process
-number, and waits for ever for a worker that has fewer pairs than a batch.
+OpenCLIP's loading of WebDatasets does none of the three: it logs "Ignoring" for a shard or a
+picture that can't be read, seeds its shuffle by time and process number, and waits for ever for a
+worker that has fewer pairs than a batch. OpenCLIP builds the pipeline with its own error handlers,
+so the stages are replaced in the finished pipeline.
 """
 
 import logging
@@ -24,16 +25,16 @@ SHOWN = 5  # shards in a message
 
 
 class NoBatch(Stopped):
-    """A worker has read all of its shards and made no batch of them."""
+    """The shards of a worker hold fewer pairs than one batch."""
 
 
 class Watched:
-    """OpenCLIP's loader of a WebDataset, some of whose stages are replaced by the methods here.
+    """Replaces stages of OpenCLIP's pipeline of a WebDataset by the methods here.
 
-    What could not be read is counted by shard, in worker processes, and asked for in the main one.
+    Worker processes count the pairs that could not be read, for each shard. The main process calls
+    `take` for the counts.
 
-    info: OpenCLIP's `DataInfo`. sizes: path of a shard -> how many pairs it has, where that is
-    known.
+    info: OpenCLIP's `DataInfo`. sizes: path of a shard -> its number of pairs, where that is known.
     """
 
     def __init__(self, info: Any, args: Namespace, sizes: Mapping[str, int], train: bool) -> None:
@@ -42,9 +43,9 @@ class Watched:
         # OpenCLIP 4 drops the shard's name before it decodes pictures.
         self.shards = [*getattr(stages[0], "urls", []), "shards unknown"]
         self.counts = multiprocessing.Array("q", 2 * len(self.shards))  # pairs, then shards
-        self.told: set[str] = set()
+        self.logged: set[str] = set()  # shards
         self.epoch, self.counted = -1, set[tuple[str, str]]()
-        self.passes: Counter[int] = Counter()  # how often the shards were begun in each epoch
+        self.passes: Counter[int] = Counter()  # epoch -> how often it began to read the shards
         for i, stage in enumerate(stages):
             name = getattr(getattr(stage, "f", stage), "__name__", "")
             if name in ("tarfile_to_samples_nothrow", "tarfile_samples"):
@@ -54,14 +55,14 @@ class Watched:
             elif "handler" in getattr(stage, "kw", {}):
                 stages[i] = partial(self.decode, stage)
         if train:
-            stages.append(not_none)
+            stages.append(require_a_batch)
 
     def read_shards(self, stage: Any, shards: Any) -> Iterator[Any]:
-        """The stage from shards to samples; skips to the next shard where one can't be read."""
+        """The stage from shards to samples. If a shard can't be read, it goes on with the next."""
         for shard in shards:
             url, samples = shard["url"], 0
             errors: list[object] = []
-            # its result, None, ends the shard, but keeps the sample before
+            # `append` returns None, which ends the shard and keeps the sample before the error.
             for sample in call(stage, iter([shard]), handler=errors.append):
                 samples += 1
                 yield sample
@@ -70,12 +71,12 @@ class Watched:
                 why = f"{missing} pairs of it are missing"
                 self.add(url, "(missing)", pairs=missing, why=why)
             elif url not in self.sizes and ends_early(url):
-                errors.append("it has no end: cut short")
+                errors.append("it is cut short: the end of the tar file is missing")
             if errors:
                 self.add(url, "(end)", shards=1, why=errors[0])
 
     def decode(self, stage: Any, samples: Iterator[dict[str, Any]]) -> Iterator[Any]:
-        """A stage that decodes; leaves out the samples for which it can't."""
+        """A stage that decodes. It leaves out the samples that can't be decoded."""
         for sample in samples:
             errors: list[object] = []
             yield from call(stage, iter([sample]), handler=errors.append)
@@ -84,17 +85,17 @@ class Watched:
                 self.add(shard, key, pairs=1, why=errors[0])
 
     def shuffle(self, stage: Any, samples: Any) -> Any:
-        """WebDataset's shuffle by seed, worker, epoch and pass, where its own takes the time."""
+        """WebDataset's shuffle, seeded by seed, rank, worker, epoch and pass, not by time."""
         epoch, worker = self.epochs.get_value(), get_worker_info()
         self.passes[epoch] += 1
-        place = f"{self.seed} {worker.id if worker else 0} {epoch} {self.passes[epoch]}"
-        return call(stage, samples, rng=random.Random(place))
+        seed = f"{self.seed} {worker.id if worker else 0} {epoch} {self.passes[epoch]}"
+        return call(stage, samples, rng=random.Random(seed))
 
     def add(self, shard: str, part: str, *, pairs: int = 0, shards: int = 0, why: object) -> None:
-        """Counts lost pairs, or a shard that ended early; logs the first of a shard.
+        """Counts lost pairs, or a shard that ended early. Logs the first loss of each shard.
 
-        part: a pair's key, or what else is lost. A worker may read its shards several times in an
-        epoch; each part is counted once in it.
+        part: the key of a pair, or a word for another loss. A worker may read its shards several
+        times in an epoch, and each part is counted once in an epoch.
         """
         if (epoch := self.epochs.get_value()) != self.epoch:
             self.epoch, self.counted = epoch, set()
@@ -105,8 +106,8 @@ class Watched:
         with self.counts.get_lock():
             self.counts[i] += pairs
             self.counts[len(self.shards) + i] += shards
-        if shard not in self.told:
-            self.told.add(shard)
+        if shard not in self.logged:
+            self.logged.add(shard)
             logging.warning("%s: %s", shard or "a picture", first_line(why))
 
     def take(self) -> torch.Tensor:
@@ -129,13 +130,13 @@ class Watched:
 
 
 def call(stage: Any, source: Any, **options: Any) -> Iterator[Any]:
-    """A stage of WebDataset, or one of OpenCLIP's functions, with other options."""
+    """Calls a stage of WebDataset, or a function of OpenCLIP, with other options."""
     if not hasattr(stage, "f"):
         return stage(source, **options)
     return stage.f(source, *stage.args, **{**stage.kw, **options})
 
 
-def not_none(batches: Iterator[Any]) -> Iterator[Any]:
+def require_a_batch(batches: Iterator[Any]) -> Iterator[Any]:
     """The batches of one pass over a worker's shards; raises `NoBatch` if there is none."""
     batch = None
     for batch in batches:

@@ -1,4 +1,4 @@
-"""The tar files of a WebDataset: which there are, how many pairs they hold, and if that will do."""
+"""The tar files of a WebDataset: which there are, their numbers of pairs, and whether they do."""
 
 import io
 import json
@@ -18,14 +18,15 @@ SHOWN = 5  # pictures in a message
 
 
 def find(data: str, part: str, needed: bool = True) -> str:
-    """A folder -> the pattern of its tar files, those of a part if they are named so.
+    """The pattern of a folder's tar files. If names have "train" or "val", only those of `part`.
 
-    Anything else stays as it is: OpenCLIP expands braces, and takes pipes and addresses.
+    Anything but a folder is returned as it is: OpenCLIP expands braces, and takes pipes and
+    addresses.
     """
     if not Path(data).is_dir():
         return data
     found = sorted(Path(data).glob(f"*{part}*.tar"))
-    if not found and needed:  # whatever it is called, but nothing held out to train on
+    if not found and needed:  # any name will do, but training must not see held-out pairs
         tars = sorted(Path(data).glob("*.tar"))
         found = [p for p in tars if part == "val" or "val" not in p.name]
     if not found and needed:
@@ -40,10 +41,10 @@ def find(data: str, part: str, needed: bool = True) -> str:
 
 
 def check(argument: str, shards: Sequence[str], held_out: bool) -> dict[str, int]:
-    """How many pairs each shard has, where sizes.json or img2dataset's *_stats.json says it.
+    """Shard -> its number of pairs, where sizes.json or img2dataset's *_stats.json says it.
 
-    Raises `CannotStart` unless local shards are there, and the first has pairs; held_out: unless
-    each can be read to its end, every picture of it, and has as many pairs as it should.
+    Raises `CannotStart` if a local shard is missing, or the first shard has no pairs. If held_out,
+    also if a shard or a picture can't be read, or a shard has fewer pairs than it should.
     """
     if any("://" in path or path.startswith("pipe:") for path in shards):
         return {}

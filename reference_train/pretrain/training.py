@@ -1,5 +1,7 @@
-"""What OpenCLIP's training loop lacks: it stops where a loss or the model is not finite, validates
-all pairs or none, adds `consistency_metrics`, keeps the best epoch, and writes checkpoints whole.
+"""Guards for OpenCLIP's training loop.
+
+They stop the training if the loss or the model is not finite, refuse a validation that lost pairs,
+add `consistency_metrics`, keep the best epoch, and write each checkpoint whole or not at all.
 """
 
 import json
@@ -24,8 +26,8 @@ from .runs import without_wrappers
 
 LOSS = "clip_val_loss"  # OpenCLIP's name for the contrastive loss on the validation's batches
 BEST = "best.pt"
-STEPS = 10  # running without a finite loss: GradScaler skips single ones, and that is normal
-COLLAPSED = -0.05  # uniformity; runs that had learned nothing were at -0.02 and -0.03
+STEPS = 10  # so many steps in a row without a finite loss; GradScaler skips single steps
+COLLAPSED = -0.05  # uniformity; it was -0.02 and -0.03 in runs that had learned nothing
 Function = Callable[..., Any]
 
 
@@ -51,6 +53,7 @@ class Finite:
 
     def __init__(self, args: Namespace) -> None:
         self.args, self.limit = args, STEPS * args.accum_freq
+        # How many losses in a row were not finite: now, and at most.
         self.running = self.longest = torch.zeros((), dtype=torch.int64, device=args.device)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -62,33 +65,35 @@ class Finite:
         self.longest = torch.maximum(self.longest, self.running)
 
     def check(self, model: nn.Module) -> None:
-        """Raises `Stopped` on all ranks if one of them has seen `limit` losses, or has weights."""
-        # of buffers only what training writes: an attention mask may be -inf
+        """Raises `Stopped` on all ranks if one has `limit` bad losses in a row, or bad weights."""
+        # Of the buffers, only running statistics: an attention mask may be -inf.
         running = [b for n, b in model.named_buffers() if n.endswith(("_mean", "_var"))]
         tensors = [t.detach() for t in (*model.parameters(), *running)]
-        local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]  # of FSDP
+        local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]  # FSDP shards
         model_is_finite = torch.stack([t.isfinite().all() for t in local]).all()
         found = torch.stack([self.longest, (~model_is_finite).to(self.longest)])
         if self.args.distributed:
             torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
         longest, broken = found.tolist()
         if longest >= self.limit or broken:
-            what = "the model's weights are" if broken else f"the loss of {STEPS} steps running was"
+            what = (
+                "the model's weights are" if broken else f"the loss of {STEPS} steps in a row was"
+            )
             raise Stopped(f"{what} not finite: stopped, and nothing saved since the last epoch")
 
 
 class Guards:
     """Changes OpenCLIP's trainer; methods replace the functions of the same name.
 
-    sizes: path of a shard -> how many pairs it has, where that is known. settings: more of the
-    run, to be kept in its params.txt.
+    sizes: path of a shard -> its number of pairs, where that is known. settings: what is added to
+    the run's params.txt.
     """
 
     def __init__(self, sizes: Mapping[str, int], settings: Mapping[str, Any]) -> None:
         self.sizes, self.settings = sizes, settings
 
     def into(self, main: Any) -> None:
-        """Replaces them in `open_clip_train.main`, `open_clip_train.train` and torch."""
+        """Replaces functions in `open_clip_train.main`, `open_clip_train.train` and torch."""
         names = {name: main for name in ("parse_args", "get_data", "train_one_epoch", "evaluate")}
         names |= {"get_clip_metrics": train, "save": torch}
         for name, module in names.items():
@@ -99,7 +104,7 @@ class Guards:
         return Namespace(**{**vars(theirs(*args)), **self.settings})
 
     def get_data(self, theirs: Function, args: Namespace, *rest: Any, **more: Any) -> Any:
-        """Their data, watched as `loading` says; a validation that lost pairs raises `Stopped`."""
+        """Their data, whose lost pairs are counted. A validation that lost pairs is refused."""
         data = theirs(args, *rest, **more)
         self.args, self.finite = args, Finite(args)
         self.lost = Watched(data["train"], args, self.sizes, train=True)
@@ -116,9 +121,9 @@ class Guards:
     def train_one_epoch(
         self, theirs: Function, first: Any, data: dict[str, Any], *rest: Any, **more: Any
     ) -> Any:
-        """Their epoch of training; it stops where a loss or the model is not finite.
+        """Their epoch of training. It stops if the loss or the model is not finite.
 
-        At the end it logs which pairs could not be read, of all ranks.
+        At the end it logs which pairs could not be read on any rank.
         """
         # OpenCLIP 4: (state, data, args); 3: (model, data, loss, epoch, ...)
         model, loss = (first.task, first.task.loss) if hasattr(first, "task") else (first, rest[0])
@@ -148,7 +153,7 @@ class Guards:
 
     def get_clip_metrics(self, theirs: Function, **features: Any) -> dict[str, Any]:
         """Their retrieval numbers, with those of `cyclip_loss.metrics.consistency_metrics`."""
-        both = [features[f"{of}_features"] for of in ("image", "text")]
+        both = [features[f"{kind}_features"] for kind in ("image", "text")]
         # OpenCLIP 4 passes them batch by batch
         image, text = ((x if isinstance(x, Tensor) else torch.cat(x)).float() for x in both)
         numbers = {name: float(x) for name, x in consistency_metrics(image, text).items()}
@@ -169,7 +174,7 @@ class Guards:
         # no whole model.
         if getattr(args, "save_logs", False) and LOSS in metrics and not getattr(args, "fsdp", 0):
             folder = Path(args.checkpoint_path)
-            earlier = [loss for at, loss in validations(folder).items() if at < epoch]
+            earlier = [loss for number, loss in validations(folder).items() if number < epoch]
             if metrics[LOSS] <= min(earlier, default=math.inf):
                 inner = getattr(model, "trainable_module", model)  # of a task of OpenCLIP 4
                 state = without_wrappers(inner.state_dict())
@@ -179,7 +184,7 @@ class Guards:
         return metrics
 
     def save(self, theirs: Function, content: Any, file: Any, *more: Any, **options: Any) -> None:
-        """`torch.save` that leaves a file whole or not at all; says in one line why it can't."""
+        """`torch.save`, which leaves a whole file or none. An error is one line."""
         if not isinstance(file, str | Path):
             theirs(content, file, *more, **options)
         else:
@@ -188,8 +193,8 @@ class Guards:
 
 
 def validations(checkpoints: Path) -> dict[int, float]:
-    """Epoch -> loss, from the file that OpenCLIP logs them to."""
+    """Epoch -> validation loss, from OpenCLIP's results.jsonl."""
     path = checkpoints / "results.jsonl"
     lines = map(json.loads, path.read_text().splitlines() if path.exists() else [])
-    # a line without a loss is one of zero-shot accuracy alone
+    # A line without a loss has zero-shot accuracy only.
     return {n["epoch"]: n[LOSS] for n in lines if math.isfinite(n.get(LOSS, math.nan))}

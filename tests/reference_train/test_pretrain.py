@@ -17,23 +17,27 @@ from argparse import Namespace
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from itertools import product
+from itertools import permutations, product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
+import open_clip
 import pytest
 import torch
+from PIL import Image
 from processes import ROOT, run_python, start
 from tars import make_shards, write_tar
 from torch import Tensor, nn
+from torchvision.transforms.functional import pil_to_tensor
 
-from cyclip_loss import open_clip_train
+from cyclip_loss import CyCLIPLoss, open_clip_train
 from cyclip_loss.metrics import consistency_metrics
 from reference_train.command_line import CannotStart, Stopped
 from reference_train.files import locked
-from reference_train.pretrain import loading, shards, training
+from reference_train.pretrain import loading, shards, training, views
 from reference_train.pretrain import pretrain as command
 from reference_train.pretrain.presets import BATCH_SIZES
 
@@ -51,14 +55,19 @@ def dry_run(data: Path, tmp_path: Path, capsys):
         argv = ["--preset", "modern", "--data", str(data), "--out", str(tmp_path / "logs")]
         command.main([*argv, *batch, "--dry-run", *(word.format(folder=data) for word in flags)])
         printed = shlex.split(capsys.readouterr().out)
-        assert printed[:4] == ["python", "-m", open_clip_train.__name__, "--"]
-        ours, theirs = open_clip_train.parse(printed[4:])
-        return Namespace(**{**vars(command.trainer.parse_args(theirs)), **vars(ours)})
+        launcher, end = printed[:3], printed.index("--") + 1
+        if "--views" in flags:
+            assert launcher == ["python", "-m", "reference_train.pretrain.views"]
+        else:
+            assert launcher == ["python", "-m", open_clip_train.__name__]
+        ours, theirs = open_clip_train.parse(printed[end:])
+        views_flag = {"views_flag": printed[3 : end - 1]}
+        return Namespace(**{**vars(command.trainer.parse_args(theirs)), **vars(ours), **views_flag})
 
     return run
 
 
-def test_the_printed_command(data: Path, dry_run) -> None:
+def test_the_printed_command_is_that_of_preset_and_loss(data: Path, dry_run) -> None:
     lambdas = {"clip": (0, 0), "cyclip": (0.25, 0.25), "c-cyclip": (0, 0.25), "i-cyclip": (0.25, 0)}
     for preset, loss in product(BATCH_SIZES, lambdas):
         argv = ["--preset", preset, "--loss", loss, "--seed", "3", "--dist-impl", "ring"]
@@ -71,7 +80,18 @@ def test_the_printed_command(data: Path, dry_run) -> None:
         assert (args.reference_batch_size, args.dist_impl) == (128, "ring")  # the launcher's own
 
 
-def test_the_paper_preset(dry_run, monkeypatch) -> None:
+def test_the_printed_command_has_the_views(dry_run) -> None:
+    for flags, how in (["--views"], "autoaugment"), (["--views", "own"], "own"):
+        args = dry_run("--loss", "clip", *flags)
+        assert args.views_flag == ["--views", how]
+        assert args.name == "modern-clip-views-0"
+    for flag in ("--same-captions ignored", "--distill-model RN50 --distill-pretrained openai"):
+        words = f"{flag.split()[0]} does not go with --views"
+        with pytest.raises(CannotStart, match=words):
+            dry_run("--views", "--", *flag.split())
+
+
+def test_the_paper_preset_has_the_papers_settings(dry_run, monkeypatch) -> None:
     monkeypatch.setattr(command.torch.cuda, "is_available", lambda: False)
     # pairs that nobody has counted
     data = ["--data", "pipe:cat {folder}/train-{{00000..00003}}.tar", "--", "--workers", "4"]
@@ -119,7 +139,9 @@ def test_ranks_share_batch_and_shards(variable: str, dry_run, monkeypatch) -> No
         ("OMPI_COMM_WORLD_SIZE", "2 ranks of MPI"),  # OpenCLIP counts them; each would be alone
     ],
 )
-def test_what_it_refuses(change: str, message: str, dry_run, tmp_path: Path, monkeypatch) -> None:
+def test_pretrain_refuses_before_any_work(
+    change: str, message: str, dry_run, tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.setattr(command.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
     words = change.split()
@@ -131,7 +153,7 @@ def test_what_it_refuses(change: str, message: str, dry_run, tmp_path: Path, mon
     assert not (tmp_path / "logs").exists()
 
 
-def test_pairs_as_img2dataset_counts_them(data: Path, tmp_path: Path, dry_run) -> None:
+def test_numbers_of_pairs_come_from_img2datasets_files(data: Path, tmp_path: Path, dry_run) -> None:
     for number, path in enumerate(sorted(data.glob("train*.tar"))):
         (tmp_path / path.name).symlink_to(path)
         (tmp_path / f"{path.stem}_stats.json").write_text(f'{{"successes": {5 + number}}}')
@@ -150,7 +172,7 @@ def test_pairs_as_img2dataset_counts_them(data: Path, tmp_path: Path, dry_run) -
         dry_run(*counted, "5")
 
 
-def test_held_out_shards(tmp_path: Path, dry_run) -> None:
+def test_held_out_shards_are_whole_and_not_trained_on(tmp_path: Path, dry_run) -> None:
     """They are not trained on, and have to be whole."""
     data = make_shards(tmp_path / "cc3m", **{"cc3m-train": 4, "cc3m-validation": 1})
     args = dry_run("--data", str(data))
@@ -190,6 +212,8 @@ def test_a_run_goes_on_with_its_settings(dry_run, tmp_path: Path) -> None:
         message = f"begun with {name} = .*, not .*: choose another --name"
         with pytest.raises(CannotStart, match=message):
             dry_run(*argv, *change.split())
+    with pytest.raises(CannotStart, match="begun with views = None, not own: choose another"):
+        dry_run("--views", "own", *argv)
 
 
 def break_picture(path: Path, last: bool = False) -> None:
@@ -231,7 +255,7 @@ def test_the_best_epoch_is_kept(tmp_path: Path) -> None:
     assert not (tmp_path / training.BEST).exists()
 
 
-def test_gaps_are_added_to_their_metrics(caplog) -> None:
+def test_gaps_and_correlations_are_added_to_the_validation(caplog) -> None:
     image, text = nn.functional.normalize(torch.randn(2, 10, 4), dim=-1)
     metrics = partial(training.Guards({}, {}).get_clip_metrics, lambda **features: {"R@1": 0.5})
     both = {"R@1": 0.5} | {k: float(v) for k, v in consistency_metrics(image, text).items()}
@@ -263,7 +287,9 @@ def pretrain(data: Path, tmp_path: Path, monkeypatch):
     return run
 
 
-def test_a_finished_run(pretrain, data: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_finished_run_says_so_and_takes_more_epochs(
+    pretrain, data: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
     """It says so, OpenCLIP loads its model as the README says, and it takes more epochs."""
     checkpoints = tmp_path / "run" / "checkpoints"
     pretrain()
@@ -319,7 +345,7 @@ def test_weights_that_are_not_finite_are_not_saved(pretrain, tmp_path: Path) -> 
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
-def test_ten_steps_running() -> None:
+def test_ten_losses_in_a_row_that_are_not_finite_stop_the_run() -> None:
     """With a loss that is no number; a step has as many losses as are accumulated, here 2."""
     args = Namespace(device="cpu", distributed=False, accum_freq=2)
     model, finite = nn.BatchNorm1d(2), training.Finite(args)
@@ -331,21 +357,21 @@ def test_ten_steps_running() -> None:
     feed(*[math.nan] * 19, 1.0, *[math.inf] * 19)
     finite.check(model)
     feed(math.nan, 1.0)
-    with pytest.raises(Stopped, match="the loss of 10 steps running was not finite"):
+    with pytest.raises(Stopped, match="the loss of 10 steps in a row was not finite"):
         finite.check(model)
     model.running_mean.fill_(math.nan)  # as an overflow leaves it, though GradScaler skips the step
     with pytest.raises(Stopped, match="the model's weights are not finite"):
         training.Finite(args).check(model)
 
 
-def test_when_it_is_looked_at() -> None:
+def test_a_loader_checks_after_every_few_steps_and_at_the_end() -> None:
     seen, looks = [], []
     for batch in training.Loader("abcdefg", lambda: looks.append(len(seen)), every=3):
         seen.append(batch)
     assert looks == [3, 6, 7]
 
 
-def test_what_one_rank_sees_is_said_by_all(monkeypatch, caplog) -> None:
+def test_what_one_rank_sees_stops_all_ranks(monkeypatch, caplog) -> None:
     """Another rank has counted 9 or 10 losses, has weights that are not finite, or lost a pair."""
     args = Namespace(device="cpu", distributed=True, accum_freq=1, log_every_n_steps=1, rank=0)
     other = torch.tensor([9, 0])
@@ -370,7 +396,9 @@ def test_what_one_rank_sees_is_said_by_all(monkeypatch, caplog) -> None:
     assert [r.getMessage() for r in caplog.records] == ["Not readable in this epoch: [5]"]
 
 
-def test_what_can_not_be_read_is_counted(pretrain, data, tmp_path, monkeypatch, caplog) -> None:
+def test_pairs_that_can_not_be_read_are_counted(
+    pretrain, data, tmp_path, monkeypatch, caplog
+) -> None:
     monkeypatch.setattr(loading, "SHOWN", 2)
     _, one, two, three = shards = [data / f"train-{i:05d}.tar" for i in range(4)]
     os.truncate(one, one.stat().st_size // 2)  # in its fifth picture
@@ -388,7 +416,9 @@ def test_what_can_not_be_read_is_counted(pretrain, data, tmp_path, monkeypatch, 
     assert told == [0, 3, 1, 3]  # once, and in the line of each epoch
 
 
-def test_a_shard_that_ends_between_two_files(pretrain, data: Path, caplog, capsys) -> None:
+def test_a_shard_that_ends_between_two_files_is_noticed(
+    pretrain, data: Path, caplog, capsys
+) -> None:
     """Is noticed where nothing says how many pairs it should have. No best epoch: no validation."""
     (data / "sizes.json").unlink()
     for shard in (data / "train-00001.tar", data / "val-00000.tar"):
@@ -437,6 +467,41 @@ def test_a_seed_fixes_the_pairs(pretrain, tmp_path: Path, monkeypatch) -> None:
     assert not torch.equal(first[1][:32], first[1][32:])
 
 
+def test_the_order_of_the_pairs_depends_on_seed_rank_worker_epoch_and_pass(monkeypatch) -> None:
+    def first_draws(seed: int, rank: int, worker: int | None) -> list[float]:
+        """The first random numbers of the shuffles of two epochs with two passes each."""
+        epoch = Mock()
+        dataset = Namespace(pipeline=[Namespace(urls=[])])
+        info = Namespace(
+            shared_epoch=epoch, dataloader=Namespace(pipeline=[Namespace(dataset=dataset)])
+        )
+        lost = loading.Watched(info, Namespace(seed=seed, rank=rank), {}, train=True)
+        worker_info = None if worker is None else Namespace(id=worker)
+        monkeypatch.setattr(loading, "get_worker_info", lambda: worker_info)
+        draws = []
+        for epoch.get_value.return_value in (0, 0, 1, 1):
+            draws.append(lost.shuffle(lambda _, rng: rng.random(), None))
+        return draws
+
+    places = list(product((0, 1), (0, 1), (0, 1)))
+    draws = [draw for place in places for draw in first_draws(*place)]
+    assert len(set(draws)) == len(draws) == 32
+    assert draws == [draw for place in places for draw in first_draws(*place)]
+    assert first_draws(0, 0, None) == first_draws(0, 0, 0)
+
+
+def test_wandb_continues_its_record_of_a_run_unless_told_otherwise(pretrain, monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_RESUME", "")  # put back afterwards
+    monkeypatch.delenv("WANDB_RESUME")
+    seen: list[str] = []
+    train = Mock(side_effect=lambda _: seen.append(os.environ["WANDB_RESUME"]))
+    monkeypatch.setattr(open_clip_train, "main", train)
+    pretrain()
+    monkeypatch.setenv("WANDB_RESUME", "never")
+    pretrain()
+    assert seen == ["allow", "never"]
+
+
 def test_a_full_disk_leaves_no_stump(pretrain, tmp_path: Path, monkeypatch) -> None:
     """A limit on the size of files stands in for the disk. Other errors are shown as they are."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -470,10 +535,157 @@ def results(logs: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def logged_terms(caplog: pytest.LogCaptureFixture) -> list[dict[str, float]]:
+    """The terms of each step in OpenCLIP's log, and "loss", their sum."""
+    lines = [r.getMessage() for r in caplog.records if "Train Epoch" in r.getMessage()]
+    steps = [re.findall(r"(\w*[Ll]oss): (\S+) \(", line) for line in lines]
+    return [{name.lower(): float(value) for name, value in step} for step in steps]
+
+
+SIDES = ("image", "text", "image_features", "text_features")
+
+
+def test_a_step_with_views_has_the_loss_of_its_features_by_hand(
+    pretrain, monkeypatch, caplog
+) -> None:
+    caplog.set_level(logging.INFO)
+    calls: list[dict[str, Tensor]] = []
+    forward, encode = CyCLIPLoss.forward, open_clip.CLIP.forward
+
+    def record_inputs(model: Any, image: Tensor, text: Tensor) -> Any:
+        output = encode(model, image, text)
+        if model.training:
+            calls.append({"image": image, "text": text, **output})
+        else:
+            assert image.shape[1:] == (3, 32, 32)  # held-out pairs have one view
+            assert text.ndim == 2
+        return output
+
+    def record_terms(loss: CyCLIPLoss, **features: Any) -> Any:
+        terms = forward(loss, **features)
+        calls[-1] |= {"terms": terms.copy(), "given": features}
+        return terms
+
+    monkeypatch.setattr(open_clip.CLIP, "forward", record_inputs)
+    monkeypatch.setattr(CyCLIPLoss, "forward", record_terms)
+    pretrain("--log-every-n-steps", "1", ours=["--views"])
+    logged = logged_terms(caplog)
+    assert len(calls) == len(logged) == 2
+    assert re.search(r"Train Epoch: 0 \[ 8/16 ", caplog.text)  # pairs, not views
+    for call, of_step in zip(calls, logged, strict=True):
+        assert call["image"].shape == (16, 3, 32, 32)
+        of_pairs = {
+            name: call[name].detach().unflatten(0, (8, 2)) for name in call if name in SIDES
+        }
+        for views_of_pairs in of_pairs.values():
+            assert not torch.equal(*views_of_pairs.unbind(dim=1))
+        images, second_images = of_pairs["image_features"].double().unbind(dim=1)
+        texts, second_texts = of_pairs["text_features"].double().unbind(dim=1)
+        scale, pairs = call["logit_scale"].detach().double(), torch.arange(8)
+
+        def entropy(rows: Tensor, columns: Tensor) -> Tensor:
+            return nn.functional.cross_entropy(scale * rows @ columns.T, pairs)  # noqa: B023
+
+        across = entropy(images, texts) + entropy(texts, images)
+        within = entropy(images, second_images) + entropy(texts, second_texts)
+        inmodal = images @ images.T - texts @ texts.T
+        crossmodal = images @ texts.T - texts @ images.T
+        by_hand = {
+            "contrastive_loss": across / 4,
+            "inmodal_contrastive_loss": within / 4,
+            "inmodal_cyclic_loss": 0.25 * 128 * inmodal.square().mean(),
+            "crossmodal_cyclic_loss": 0.25 * 128 * crossmodal.square().mean(),
+        }
+        found = {name: term.detach().double() for name, term in call["terms"].items()}
+        torch.testing.assert_close(found, by_hand, rtol=2e-5, atol=1e-6)
+        loss = of_step.pop("loss")
+        assert of_step == pytest.approx({k: float(v) for k, v in by_hand.items()}, rel=1e-3)
+        assert loss == pytest.approx(sum(of_step.values()), rel=1e-3)
+
+
+@pytest.mark.parametrize(("flag", "loss"), [("--siglip", "cyclip"), ("--accum-freq=2", "c-cyclip")])
+def test_other_losses_and_accumulated_batches_train_with_views(
+    flag: str, loss: str, pretrain, caplog
+) -> None:
+    caplog.set_level(logging.INFO)
+    pretrain("--log-every-n-steps", "1", flag, ours=["--views", "own", "--loss", loss])
+    logged = logged_terms(caplog)
+    assert len(logged) == (2 if loss == "cyclip" else 1)
+    for terms in logged:
+        total = terms.pop("loss")
+        assert total == pytest.approx(sum(terms.values()), rel=1e-3)
+        positive = {name.removesuffix("_loss") for name in terms if terms[name] > 0}
+        expected = {"contrastive", "inmodal_contrastive", "crossmodal_cyclic"}
+        assert positive == expected | ({"inmodal_cyclic"} if loss == "cyclip" else set())
+
+
+def test_another_loss_gets_the_first_views_and_the_term_of_the_views() -> None:
+    image, text = torch.randn(4, 2, 3, 2, 2), torch.randint(9, (4, 2, 5))
+
+    def encode(image: Tensor, text: Tensor) -> dict[str, Tensor]:
+        features = {"image_features": image.mean(dim=(2, 3)), "text_features": text[:, :3] / 9}
+        return {**features, "logits": text, "logit_scale": torch.tensor(3.0)}
+
+    model = nn.Identity()
+    with pytest.raises(Stopped, match=r"without second views: image \(4, 3, 2, 2\), text \("):
+        views.forward_both_views(model, encode, image[:, 0], text)
+    output = views.forward_both_views(model, encode, image, text)
+    loss = Mock(spec=nn.Module, return_value={"caption_loss": torch.tensor(2.0)})
+    terms = views.WithInmodalTerm(loss)(**output)
+    first, second = (encode(image[:, view], text[:, view]) for view in (0, 1))
+    for name, value in first.items():
+        assert torch.equal(loss.call_args.kwargs[name], value)
+    within = [3 * first[name] @ second[name].T for name in views.FEATURES]
+    entropies = [nn.functional.cross_entropy(logits, torch.arange(4)) for logits in within]
+    assert terms["caption_loss"] == 2
+    assert terms["inmodal_contrastive_loss"] == pytest.approx(sum(entropies) / 2)
+    assert len(terms) == 2
+
+
+def test_views_of_a_caption() -> None:
+    torch.manual_seed(0)
+
+    def drawn(caption: str) -> set[tuple[str, ...]]:
+        tokenized = (views.TwoCaptions(tokenize)(caption) for _ in range(300))
+        return {
+            tuple("".join(map(chr, view)).strip("\0") for view in both[0]) for both in tokenized
+        }
+
+    def tokenize(captions: list[str]) -> Tensor:
+        codes = [[ord(letter) for letter in caption.ljust(40, "\0")] for caption in captions]
+        return torch.tensor(codes)
+
+    captions = ("a red fox", "a fox in snow", "fox")
+    assert drawn("\n".join(captions) + "\n") == set(permutations(captions, 2))
+    assert drawn("fox") == {("fox", "fox")}
+    assert drawn("") == {("", "")}
+    seconds = {second for first, second in drawn("red fox jumps") if first == "red fox jumps"}
+    swapped = {"fox red jumps", "jumps fox red", "red jumps fox"}
+    dropped = {"red fox", "red jumps", "fox jumps", "red", "fox", "jumps"}
+    assert swapped <= seconds <= swapped | dropped | {"red fox jumps"}
+    assert seconds & dropped
+
+
+def test_views_of_a_picture() -> None:
+    """One transform for both; AutoAugment changes the second before it is transformed."""
+    torch.manual_seed(0)
+    ramp = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    picture = Image.fromarray(ramp).convert("P")
+    transform = Mock(side_effect=pil_to_tensor)
+    for how, changed in ("own", False), ("autoaugment", True):
+        both = [views.TwoPictures(transform, how)(picture) for _ in range(10)]
+        for first, second in both:
+            assert torch.equal(first, torch.from_numpy(ramp).expand(3, 8, 8))
+            assert changed or torch.equal(first, second)
+        assert len({str(second.tolist()) for _, second in both}) > 5 or not changed
+    assert transform.call_count == 40
+
+
 @pytest.mark.slow
-def test_a_killed_run_goes_on(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("flags", [[], ["--views"]], ids=["pairs", "views"])
+def test_a_killed_run_goes_on(flags: list[str], data: Path, tmp_path: Path) -> None:
     argv = ["-m", "reference_train", "pretrain", "--preset", "icons", "--batch-size", "8"]
-    argv += ["--data", str(data), "--out", str(tmp_path), "--name", "run"]
+    argv += ["--data", str(data), "--out", str(tmp_path), "--name", "run", *flags]
     argv += ["--", "--epochs", "6", "--train-num-samples", "16"]
     with start([sys.executable, *argv], stdout=subprocess.DEVNULL) as process:
         while len(results(tmp_path)) < 2 and process.poll() is None:
@@ -483,3 +695,5 @@ def test_a_killed_run_goes_on(data: Path, tmp_path: Path) -> None:
     again = run_python(*argv)
     assert again.returncode == 0, again.stderr
     assert {line["epoch"] for line in results(tmp_path)} == set(range(1, 7))
+    log = (tmp_path / "run" / "out.log").read_text()
+    assert ("Inmodal_contrastive_loss: " in log) == bool(flags)

@@ -19,8 +19,9 @@ pytest.importorskip("sybil")
 from accuracy import TERMS
 from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
 from processes import run_python
-from recipe_cases import TEXT, VISION, blocks
+from recipe_cases import TEXT, VISION, blocks, captions
 from torch import Tensor, nn
+from torchvision.transforms.functional import to_pil_image
 
 from cyclip_loss import CyCLIPLoss, WithCyclicPenalty, caption_ids, open_clip_train
 from reference_train.data.emoji import EMOJI_FOLDER
@@ -67,6 +68,24 @@ def test_open_clip_trains_with_the_loss(tmp_path: Path) -> None:
     parameters = (tmp_path / "run" / "params.txt").read_text().splitlines()
     assert {"same_captions: positives", "lambda_inmodal: 0.25"} <= set(parameters)
     assert (tmp_path / "run" / "checkpoints" / "epoch_1.pt").exists()
+
+
+@pytest.mark.slow
+def test_the_launcher_with_views_trains_on_a_csv_file(tmp_path: Path) -> None:
+    rows = ["filepath\ttitle"]
+    for number, (picture, name, keyword) in enumerate(captions()):
+        path = tmp_path / f"{number}.png"
+        to_pil_image(picture).save(path)
+        rows.append(f"{path}\t{name} {keyword}")
+    (tmp_path / "pairs.csv").write_text("\n".join(rows))
+    csv = ["--dataset-type", "csv", "--train-data", str(tmp_path / "pairs.csv")]
+    more = [*csv, "--batch-size", "16", "--val-data", str(tmp_path / "pairs.csv")]
+    command = ["-m", "reference_train.pretrain.views", "--views", "--", *flags(tmp_path, *more)]
+    run = run_python(*command)
+    assert run.returncode == 0, run.stderr
+    log = (tmp_path / "run" / "out.log").read_text()
+    assert len(re.findall(r"Train Epoch.* Inmodal_contrastive_loss: [0-9.]+ ", log)) == 2
+    assert "Eval Epoch: 1 " in log
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Every recipe of `docs/`, run from its page; and `caption_ids`."""
 
 import math
+import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,11 +17,13 @@ pytest.importorskip("sybil")
 pytest.importorskip("webdataset")
 
 import recipe_cases
+from open_clip import SimpleTokenizer
 from recipe_cases import batch, captions, gradients, run, sgd, tiny_clip
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, TensorDataset
+from torchvision.transforms.functional import to_pil_image, to_tensor
 
 from cyclip_loss import CyclicPenalty, CyCLIPLoss, caption_ids
 
@@ -138,12 +141,44 @@ def test_hard_negatives() -> None:
     torch.testing.assert_close(found, contrastive + papers_penalty(model(images, tokens)))
 
 
-def test_augmented_views() -> None:
+def test_views_are_drawn_and_the_loss_has_their_inmodal_term() -> None:
+    """From pictures and captions to a step, beside the loss of the same features by hand."""
+    torch.manual_seed(0)
+    random.seed(0)
+    model = tiny_clip()
+    names = {"preprocess": to_tensor, "tokenizer": SimpleTokenizer(context_length=12)}
+    two_views = run("Augmented views", **names)["two_views"]
+    drawn = [two_views(to_pil_image(image), words) for image, *words in captions()]
+    loader = [tuple(torch.stack(views) for views in zip(*drawn, strict=True))]
+    [(images, tokens)] = loader
+    assert not torch.equal(images[:, 0], images[:, 1])
+    for image, text, (picture, *words) in zip(images, tokens, captions(), strict=True):
+        assert torch.equal(image[0], picture / 255)
+        expected = SimpleTokenizer(context_length=12)(words)
+        assert torch.equal(text.sort(dim=0).values, expected.sort(dim=0).values)
+    names = {"loader": loader, "loss_fn": CyCLIPLoss(reference_batch_size=128)}
+    firsts, seconds = (model(images[:, view], tokens[:, view]) for view in (0, 1))
+    losses = run("Augmented views", 1, model=model, optimizer=sgd(model), **names)["losses"]
+    scale, entropies = firsts["logit_scale"], []
+    for rows, columns in (
+        (firsts["image_features"], firsts["text_features"]),
+        (firsts["text_features"], firsts["image_features"]),
+        (firsts["image_features"], seconds["image_features"]),
+        (firsts["text_features"], seconds["text_features"]),
+    ):
+        entropies.append(cross_entropy(scale * rows @ columns.T, ROWS))
+    assert losses["contrastive_loss"].item() == pytest.approx(sum(entropies[:2]).item() / 4)
+    assert losses["inmodal_contrastive_loss"].item() == pytest.approx(sum(entropies[2:]).item() / 4)
+    penalty = losses["inmodal_cyclic_loss"] + losses["crossmodal_cyclic_loss"]
+    torch.testing.assert_close(penalty, papers_penalty(firsts))
+
+
+def test_geometric_consistency_is_its_formula() -> None:
     features = torch.randn(4, 9, 5, dtype=torch.float64, device="cpu")
     v, t, va, ta = torch.nn.functional.normalize(features, dim=-1)
     gaps = [v @ t.T - t @ v.T, (v * t).sum(1) - (va * ta).sum(1)]
     gaps += [one @ one.T - other @ other.T for one, other in ((v, t), (v, va), (t, ta))]
-    found = run("Augmented views", V=v, T=t, Va=va, Ta=ta)["geometric_consistency"]
+    found = run("Augmented views", 2, V=v, T=t, Va=va, Ta=ta)["geometric_consistency"]
     expected = sum(gap.square().sum() for gap in gaps) / 9
     torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
 

@@ -1,0 +1,220 @@
+"""`--views`: two views of each training pair, and the in-modal contrastive term of these views.
+
+It is the authors' `--inmodal` (Goel et al. 2022): each image has to find its own second view among
+the second views of the batch, and each caption likewise. The second views are drawn anew in each
+epoch, and held-out pairs have one view. A batch has `--batch-size` pairs: (N, 2, ...) tensors.
+
+    python -m reference_train.pretrain.views --views -- FLAGS
+
+is the command line of `cyclip_loss.open_clip_train` with one more flag. `pretrain --views` runs it
+with presets and checks.
+"""
+
+import argparse
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from open_clip_train import main as trainer
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms import AutoAugment
+
+from cyclip_loss import open_clip_train
+from cyclip_loss.functional import cyclip_loss
+
+from ..command_line import Parser, Stopped, run
+
+DROPPED = 0.1  # of the words; also the share of words that is swapped (EDA's default)
+NOT_TRAINED_ON = {"val_data": None, "imagenet_val": None, "imagenet_v2": None}
+FEATURES = ("image_features", "text_features")
+Function = Callable[..., Any]
+
+
+def add_flag(parser: argparse.ArgumentParser) -> None:
+    """Adds `--views`."""
+    words = "train on two views of each pair, with the in-modal contrastive term. The second "
+    words += "picture is drawn by torchvision's AutoAugment, then by the training's augmentation "
+    words += "(default), or by the training's augmentation alone (own)"
+    add = parser.add_argument
+    add("--views", nargs="?", choices=("autoaugment", "own"), const="autoaugment", help=words)
+
+
+class TwoPictures:
+    """Two views of a picture, each by the training's transform; the second augmented before."""
+
+    def __init__(self, transform: Callable[[Image.Image], Tensor], how: str) -> None:
+        self.transform = transform
+        self.augment = AutoAugment() if how == "autoaugment" else None
+
+    def __call__(self, picture: Image.Image) -> Tensor:
+        """(2, 3, H, W)."""
+        picture = picture.convert("RGB")  # AutoAugment takes no palettes and no transparency
+        second = self.augment(picture) if self.augment else picture
+        return torch.stack((self.transform(picture), self.transform(second)))
+
+
+class TwoCaptions:
+    """A tokenizer that makes two views of one caption.
+
+    A caption of several lines is several captions: the views are two of them. A caption of one line
+    is the first view, and `reworded` is the second.
+    """
+
+    def __init__(self, tokenizer: Function) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, text: str | list[str]) -> Tensor:
+        """(1, 2, L). text: one caption; OpenCLIP passes that of a CSV file in a list."""
+        text = text if isinstance(text, str) else text[0]
+        captions = [line.strip() for line in text.splitlines() if line.strip()] or [""]
+        if len(captions) > 1:
+            views = [captions[i] for i in torch.randperm(len(captions))[:2].tolist()]
+        else:
+            views = [captions[0], reworded(captions[0])]
+        tokens: Tensor = self.tokenizer(views)
+        return tokens[None]
+
+
+def reworded(caption: str) -> str:
+    """A caption with words swapped or, half of the time, with some words left out.
+
+    These are two of the four operations of EDA (Wei & Zou 2019, arXiv 1901.11196). The other two,
+    replacing words and adding words, need a dictionary of synonyms.
+    """
+    words = caption.split()
+    if len(words) < 2:
+        return caption
+    if torch.rand(()) < 0.5:
+        kept = [word for word in words if torch.rand(()) >= DROPPED]
+        return " ".join(kept or [words[int(torch.randint(len(words), ()))]])
+    for _ in range(max(1, int(DROPPED * len(words)))):
+        i, j = torch.randperm(len(words))[:2].tolist()
+        words[i], words[j] = words[j], words[i]
+    return " ".join(words)
+
+
+def forward_both_views(
+    model: nn.Module,
+    forward: Function,
+    image: Tensor | None = None,
+    text: Tensor | None = None,
+    **options: Any,
+) -> Any:
+    """A model's forward pass of both views at once, in training.
+
+    image: (N, 2, 3, H, W); text: (N, 2, L). Returns what the model returns for the first views, and
+    `augmented_image_features` and `augmented_text_features`, (N, D) each.
+    """
+    if not model.training:
+        return forward(image, text, **options)
+    if image is None or text is None or image.ndim != 5 or text.ndim != 3:
+        image_shape, text_shape = (x if x is None else tuple(x.shape) for x in (image, text))
+        shapes = f"image {image_shape}, text {text_shape}"
+        raise Stopped(f"--views: a batch came without second views: {shapes}")
+    output = forward(image.flatten(0, 1), text.flatten(0, 1), **options)
+    second = {f"augmented_{name}": output[name][1::2] for name in FEATURES}
+    # Of the other outputs, some have a row for each picture or caption (CoCa's logits).
+    first = {
+        name: value[0::2] if isinstance(value, Tensor) and value.ndim else value
+        for name, value in output.items()
+    }
+    return first | second
+
+
+class WithInmodalTerm(nn.Module):
+    """Another loss (SigLIP's, CoCa's) plus the in-modal contrastive term of the views, weight 1."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        *,
+        augmented_image_features: Tensor,
+        augmented_text_features: Tensor,
+        output_dict: bool = True,
+        **others: Any,
+    ) -> dict[str, Tensor]:
+        """The terms of the loss, and `inmodal_contrastive_loss`."""
+        terms: dict[str, Tensor] = self.loss(
+            image_features=image_features,
+            text_features=text_features,
+            logit_scale=logit_scale,
+            output_dict=True,
+            **others,
+        )
+        clip_terms = cyclip_loss(
+            image_features,
+            text_features,
+            logit_scale,
+            output_dict=True,
+            augmented_image_features=augmented_image_features,
+            augmented_text_features=augmented_text_features,
+            lambda_inmodal=0.0,
+            lambda_crossmodal=0.0,
+            inmodal_contrastive_weight=1.0,
+        )
+        return {**terms, "inmodal_contrastive_loss": clip_terms["inmodal_contrastive_loss"]}
+
+
+class Views:
+    """Changes OpenCLIP's trainer; methods replace the trainer's functions of the same name."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def into(self, main: Any) -> None:
+        """Replaces functions in `open_clip_train.main`."""
+        for name in ("create_model_and_transforms", "get_data", "create_loss", "create_task"):
+            if theirs := getattr(main, name, None):  # a version has one of the last two
+                setattr(main, name, partial(getattr(self, name), theirs))
+
+    def create_model_and_transforms(self, theirs: Function, *args: Any, **options: Any) -> Any:
+        """OpenCLIP's model, which takes both views in one forward pass."""
+        made = theirs(*args, **options)
+        model = made[0]
+        model.forward = partial(forward_both_views, model, model.forward)
+        return made
+
+    def get_data(
+        self, theirs: Function, args: Namespace, transforms: Any, *, tokenizer: Any, **options: Any
+    ) -> Any:
+        """OpenCLIP's data: training pairs have two views, and held-out pairs have one."""
+        train, val = transforms
+        trained_on = Namespace(**{**vars(args), **NOT_TRAINED_ON})
+        held_out = Namespace(**{**vars(args), "train_data": None})
+        both = (TwoPictures(train, self.how), val)
+        data = theirs(trained_on, both, tokenizer=TwoCaptions(tokenizer), **options)
+        return data | theirs(held_out, transforms, tokenizer=tokenizer, **options)
+
+    def create_loss(self, theirs: Function, *args: Any, **options: Any) -> nn.Module:
+        """OpenCLIP's loss. The launcher replaces CLIP's own, which knows the term already."""
+        loss: nn.Module = theirs(*args, **options)
+        return loss if type(loss).__name__ == "ClipLoss" else WithInmodalTerm(loss)
+
+    def create_task(self, theirs: Function, *args: Any, **options: Any) -> Any:
+        """OpenCLIP 4's task, which holds its loss."""
+        task = theirs(*args, **options)
+        task.loss = self.create_loss(getattr, task, "loss")
+        return task
+
+
+def main(argv: Sequence[str]) -> None:
+    """`cyclip_loss.open_clip_train` with two views."""
+    parser = Parser("python -m reference_train.pretrain.views", add_help=False, allow_abbrev=False)
+    add_flag(parser)
+    ours, flags = parser.parse_known_args(argv)
+    if ours.views and not {"-h", "--help"} & set(flags):
+        Views(ours.views).into(trainer)
+    open_clip_train.main(flags)
+
+
+if __name__ == "__main__":
+    run(main)
