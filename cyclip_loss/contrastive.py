@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cyclip_loss import dense, distributed, engines, gather, local, ring
+from cyclip_loss import distributed, engines, gather, local, ring
 from cyclip_loss.batch import Batch, Plan, without_autocast
 from cyclip_loss.distributed import Ranks
 from cyclip_loss.logits import Logits, SavedStatistics
@@ -64,12 +64,6 @@ def start_gathers(batch: Batch, plan: Plan) -> Gathers:
 def terms(batch: Batch, plan: Plan, options: LossOptions, gathers: Gathers) -> dict[str, Tensor]:
     """The contrastive terms by name, weighted: scalars of the accumulation dtype."""
     assert batch.logit_scale is not None
-    if plan.contrastive == "dense":
-        loss = dense.contrastive_loss(
-            batch.image_features, batch.text_features, batch.logit_scale, batch.ids
-        )
-        return {"contrastive_loss": loss}
-
     batch_ids = None
     if gathers.ids is not None:
         batch_ids = distributed.finish_gather(gathers.ids, batch.ranks)

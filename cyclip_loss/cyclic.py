@@ -56,13 +56,8 @@ def terms(
         zero = nothing.to(accumulation_dtype(image_features.dtype))
         return (zero, zero.clone()) if plan.separate else (zero,)
     if plan.penalties == "dense":
-        return dense.penalties(
-            image_features,
-            text_features,
-            _numeric_weights(options, n),
-            plan.separate,
-            plan.with_cross,
-        )
+        weights = numeric_weights(options, n)
+        return dense.terms(image_features, text_features, None, None, weights, plan)
     if reduced is None:
         grams, weights = None, _tensor_weights(options, n, image_features)
     else:
@@ -70,7 +65,7 @@ def terms(
         grams = summed[:-1].view(3, d, d)[: 3 if plan.with_cross else 2]
         # Tensors are multiplied: torch.compile of PyTorch 2.8 would make constants of the lambdas.
         one = summed.new_ones(()) if torch.compiler.is_compiling() else 1.0
-        weights = _numeric_weights(options, summed[-1], one)
+        weights = numeric_weights(options, summed[-1], one)
     return _CyclicPenalties.apply(  # type: ignore[no-any-return, no-untyped-call]
         image_features, text_features, grams, *weights, batch.ranks.size, plan
     )
@@ -125,7 +120,7 @@ class _CyclicPenalties(torch.autograd.Function):
         return (*needed, None, None, None, None, None)
 
 
-def _numeric_weights(options: PenaltyOptions, total: Any, one: Any = 1.0) -> tuple[Any, Any]:
+def numeric_weights(options: PenaltyOptions, total: Any, one: Any = 1.0) -> tuple[Any, Any]:
     """The weights of N * P_in and N * P_cross, which are sums over all pairs of N rows.
 
     lambda / N in the paper's formula, lambda * R / N^2 with a reference batch size R.
@@ -139,16 +134,16 @@ def _numeric_weights(options: PenaltyOptions, total: Any, one: Any = 1.0) -> tup
 
 
 def _tensor_weights(options: PenaltyOptions, n: int, features: Tensor) -> tuple[Any, ...]:
-    """`_numeric_weights` as tensors, on the CPU: filling one on a GPU would launch a kernel.
+    """`numeric_weights` as tensors, on the CPU: filling one on a GPU would launch a kernel.
 
     When traced, they are on the features' device, for CUDA graphs, and the arithmetic is on
     tensors: torch.compile would make constants of Python numbers combined with each other.
     """
     dtype = accumulation_dtype(features.dtype)
     if torch.compiler.is_compiling():
-        return _numeric_weights(options, n, features.new_ones((), dtype=dtype))
+        return numeric_weights(options, n, features.new_ones((), dtype=dtype))
     # An explicit device, as torch.set_default_device may have set another.
-    weights = _numeric_weights(options, n)
+    weights = numeric_weights(options, n)
     return tuple(torch.scalar_tensor(weight, dtype=dtype, device="cpu") for weight in weights)
 
 

@@ -159,7 +159,8 @@ def _with_rows(ranks: Ranks, rows_per_rank: tuple[int, ...]) -> Ranks:
 def _exchange(own: dict[str, Any], ranks: Ranks, features: Tensor) -> list[dict[str, Any]]:
     """Gather each rank's `own` on every rank; the host waits."""
     answers: list[Any] = [None] * ranks.size
-    with torch.cuda.device_of(features):
+    device_of: Any = torch.cuda.device_of
+    with device_of(features):
         dist.all_gather_object(answers, own, group=ranks.group)
     return answers
 
@@ -274,7 +275,8 @@ class Hop:
                 operations.append(
                     dist.P2POp(move, block, group=ranks.group, tag=tag, group_peer=peer)
                 )
-        with torch.cuda.device_of(self.sent[0]):
+        device_of: Any = torch.cuda.device_of
+        with device_of(self.sent[0]):
             self.works = dist.batch_isend_irecv(operations)
 
     def finish(self) -> list[Tensor]:

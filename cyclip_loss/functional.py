@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from cyclip_loss import contrastive, cyclic, usage_warnings
+from cyclip_loss import contrastive, cyclic, dense, usage_warnings
 from cyclip_loss.batch import prepare, prepare_pairs
 from cyclip_loss.options import LossOptions, PenaltyOptions, given_options
 from cyclip_loss.plan import make_plan
@@ -298,14 +298,21 @@ def cyclip_loss(
     )
     plan = make_plan(batch, options, output_dict)
 
-    # Across ranks, the gather of the columns runs while the Gram matrices are computed, and their
-    # all-reduce runs while the contrastive terms are.
-    gathers = contrastive.start_gathers(batch, plan)
-    reduced = cyclic.start_all_reduce(batch, plan, options)
-    terms = contrastive.terms(batch, plan, options, gathers)
-    penalties: tuple[Tensor, ...] = ()
-    if output_dict or plan.penalties != "none":
-        penalties = cyclic.terms(batch, plan, options, reduced)
+    if plan.contrastive == "dense":
+        weights = cyclic.numeric_weights(options, batch.total_pairs)
+        contrastive_loss, *penalties = dense.terms(
+            batch.image_features, batch.text_features, batch.logit_scale, batch.ids, weights, plan
+        )
+        terms = {"contrastive_loss": contrastive_loss}
+    else:
+        # Across ranks, the gather of the columns runs while the Gram matrices are computed, and
+        # their all-reduce runs while the contrastive terms are.
+        gathers = contrastive.start_gathers(batch, plan)
+        reduced = cyclic.start_all_reduce(batch, plan, options)
+        terms = contrastive.terms(batch, plan, options, gathers)
+        penalties = []
+        if output_dict or plan.penalties != "none":
+            penalties = [*cyclic.terms(batch, plan, options, reduced)]
 
     if logit_bias is not None:
         zero = _zero_of_bias(logit_bias, terms["contrastive_loss"])

@@ -68,7 +68,7 @@ class WithCyclicPenalty(CyclicPenalty):
         for name, term in named.items():
             if not _is_a_term(name, term):
                 got = f"{name}: {type(term).__name__} {tuple(getattr(term, 'shape', ()))}"
-                if isinstance(term, Tensor):
+                if isinstance(term, Tensor) and not term.is_floating_point():
                     got += f" {term.dtype}"
                 raise TypeError(
                     f"the penalties cannot be added to what {type(self.loss).__name__} returned "

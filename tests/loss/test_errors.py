@@ -158,6 +158,38 @@ def test_bad_weights(name: str, value, error: type[Exception]) -> None:
             function(*given, **{name: value})
 
 
+def test_a_misspelled_name_is_an_error_that_names_the_nearest() -> None:
+    loss = CyCLIPLoss()
+    with pytest.raises(AttributeError, match="'lambda_inmodel': did you mean 'lambda_inmodal'"):
+        loss.lambda_inmodel = 3
+    with pytest.raises(TypeError, match="has no argument 'idz': did you mean 'ids'"):
+        loss(GOOD, GOOD, 10.0, idz=None)
+    loss.note = "a trainer's own attribute"
+    wrapped = WithCyclicPenalty(PlainClip())
+    with pytest.raises(AttributeError, match="did you mean 'reference_batch_size'"):
+        wrapped.reference_batchsize = 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("local_loss", "yes", TypeError),
+        ("world_size", "8", TypeError),
+        ("rank", 1.0, TypeError),
+        ("use_horovod", True, ValueError),
+    ],
+)
+def test_openclips_arguments_are_checked_whenever_they_are_set(name, value, error) -> None:
+    with pytest.raises(error, match=rf"^{name}"):
+        CyCLIPLoss(**{name: value})
+    with pytest.raises(error, match=rf"^{name}"):
+        setattr(CyCLIPLoss(), name, value)
+
+
+def test_a_penalty_without_weights_ignores_values_that_are_not_finite() -> None:
+    assert cyclic_penalty(GOOD * torch.nan, GOOD, 0.0, 0.0) == 0
+
+
 def test_bad_calls_of_modules() -> None:
     process = "were given, but this process is rank 0 of 1"
     for options, message in (

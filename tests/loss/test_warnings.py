@@ -50,6 +50,15 @@ def test_strong_penalties(weight, n: int, options, warned: int, device: torch.de
         assert len(messages(call)) == warned
 
 
+def test_a_weight_of_views_without_views_is_one_warning(device: torch.device) -> None:
+    image, text = (rows.float() for rows in pairs(9, 4, device=device))
+    loss = CyCLIPLoss(inmodal_contrastive_weight=0.5)
+    views = {"augmented_image_features": text, "augmented_text_features": image}
+    assert messages(lambda: loss(image, text, SCALE, **views)) == []
+    (message,) = messages(lambda: loss(image, text, SCALE))
+    assert message.startswith("inmodal_contrastive_weight has no effect")
+
+
 def test_warnings_show_the_users_line(device: torch.device) -> None:
     image, text = pairs(9, 4, device=device)
     with pytest.warns() as caught:

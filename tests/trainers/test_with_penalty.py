@@ -117,6 +117,10 @@ def test_features_by_name_or_by_a_callable(compiled: bool, features, penalties) 
     [
         (lambda loss: {"loss": loss, "accuracy": 0.5}, r"\(loss: Tensor \(\)\)"),
         (lambda loss: {"inmodal_cyclic_loss": loss}, r"\(inmodal_cyclic_loss: Tensor"),
+        (lambda loss: {"itc_loss": loss, "total_loss": loss}, r"\(total_loss: Tensor \(\)\)"),
+        (lambda loss: {"itc_loss": loss, "accuracy": 0.5 * loss}, r"\(accuracy: Tensor \(\)\)"),
+        (lambda loss: (loss, loss.long()), r"\(1: Tensor \(\) torch.int64\)"),
+        (lambda loss: (loss, True), r"\(1: bool \(\)\)"),
         (lambda loss: loss.expand(6), r"\(result: Tensor \(6,\)\)"),
         (lambda loss: (loss, loss.expand(6)), r"\(1: Tensor \(6,\)\)"),
         (lambda loss: [loss, loss], r"\(result: list"),
@@ -126,6 +130,13 @@ def test_what_cannot_be_added_to_is_refused(returned: Any, message: str, feature
     wrapped = WithCyclicPenalty(AudioLoss(returned), features=OTHER_NAMES)
     message = rf"AudioLoss returned {message}.*add CyclicPenalty yourself"
     with pytest.raises(TypeError, match=message):
+        wrapped(*features)
+
+
+@pytest.mark.parametrize(("count", "got"), [(1, "1 values"), (3, "3 values")])
+def test_a_callable_that_returns_other_than_two_features_is_refused(count, got, features) -> None:
+    wrapped = WithCyclicPenalty(AudioLoss(), features=lambda *_: features[:1] * count)
+    with pytest.raises(TypeError, match=f"the image and the text features, got {got}"):
         wrapped(*features)
 
 

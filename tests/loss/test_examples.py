@@ -1,0 +1,16 @@
+"""The examples in docstrings run, and show what they say."""
+
+import doctest
+from importlib import import_module
+
+import pytest
+import torch
+
+MODULES = ["cyclip_loss.functional", "cyclip_loss.loss"]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings_run(name: str) -> None:
+    outcome = doctest.testmod(import_module(name), extraglobs={"torch": torch})
+    assert outcome.attempted > 0
+    assert outcome.failed == 0
