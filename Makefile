@@ -1,7 +1,7 @@
 # With the environment in .venv, or `make PYTHON=...`; what each does is in CONTRIBUTING.md.
 PYTHON ?= $(if $(wildcard .venv),$(CURDIR)/.venv/bin/python,python3)
 
-.PHONY: test lint bench gpu docs
+.PHONY: test lint versions bench gpu docs
 
 test:
 	$(PYTHON) -m pytest -n 2 --dist worksteal
@@ -10,6 +10,9 @@ lint:
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	PYTHON=$(PYTHON) bash .ci/types
+
+versions:
+	$(PYTHON) .ci/versions.py
 
 bench:
 	$(PYTHON) -m benchmarks

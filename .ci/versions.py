@@ -138,7 +138,7 @@ def test(name: str) -> tuple[tuple[str, ...], bool]:
             "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
             "TRITON_CACHE_DIR": str(folder / "triton"),
         }
-        options = ("-q", "-n", "2", "--dist", "worksteal", "-p", "no:cacheprovider")
+        options = ("-q", "-rs", "-n", "2", "--dist", "worksteal", "-p", "no:cacheprovider")
         command = (str(python), "-m", "pytest", *options, f"--junitxml={report}", *tests)
         start = time.monotonic()
         status = subprocess.run(command, cwd=ROOT, env=os.environ | caches).returncode
