@@ -14,11 +14,12 @@ sums run over *negatives*: a_i, b_j are the log-sum-exps of row i and column j w
 Forward saves the features and vectors of N elements, no N x N matrix. Backward computes the logits
 again: 8 N^2 D flops in all, where dense autograd takes 6 N^2 D.
 
-With n rows on each of W ranks, N = W n, the columns reach the rows by one of three strategies, a
-file each: `local.py` (one process), `gather.py` and `ring.py`.
+With the N pairs spread over W ranks, the columns reach the rows by one of three strategies, a file
+each: `local.py` (one process), `gather.py` and `ring.py`.
 
 Extra negatives are rows and columns without a pair, behind the pairs. Their own log-sum-exps are
-not part of the loss, so backward gets inf for them, which makes their part of G zero.
+not part of the loss, so backward gets inf for them. That makes their part of G, the gradient of the
+logits, zero (`eager.contrastive_grads`).
 
 Gradients are summed across ranks in the accumulation dtype. Except for the gather, communication is
 inside the operators, where `torch.compile` does not see it. If it were traced, a ring would keep
@@ -35,7 +36,7 @@ from torch import Tensor
 from cyclip_loss import distributed, engines, gather, local, ring
 from cyclip_loss.batch import Batch, Plan, without_autocast
 from cyclip_loss.distributed import Ranks
-from cyclip_loss.logits import Logits, SavedStatistics
+from cyclip_loss.logits import ALL_ROWS, Logits, SavedStatistics
 from cyclip_loss.operators import call_backward, empty_grad_like, register
 from cyclip_loss.options import LossOptions
 from cyclip_loss.positives import WithPositives
@@ -74,8 +75,7 @@ def terms(batch: Batch, plan: Plan, options: LossOptions, gathers: Gathers) -> d
         ranks = batch.column_ranks if index == 0 else batch.ranks
         column_features = batch.column_features[index]
         gathered = gathers.column_features[index]
-        # Not `Logits`, of which torch.compile of PyTorch 2.8 can neither slice nor replace fields.
-        row_ids, column_ids, num_pairs = batch.ids, batch_ids, Logits._field_defaults["num_pairs"]
+        row_ids, column_ids, num_pairs = batch.ids, batch_ids, ALL_ROWS
         if batch.has_negatives and index == 0:
             num_pairs = batch.image_features.shape[0]
             row_ids, column_ids = _ids_with_negatives(batch, batch_ids)
@@ -151,10 +151,16 @@ class Settings(NamedTuple):
 class _Contrastive(torch.autograd.Function):
     """A contrastive term of the global batch: a scalar of the accumulation dtype.
 
-    The inputs are the fields of `Logits`, for PyTorch to see tensors, of this rank's features with
-    the ids of all columns; `start_gather` of the columns, or None; the ranks, with their numbers of
-    columns; the `Settings`; whether the call is traced. Without `symmetric` the loss is one way,
-    rows to columns.
+    Inputs, in this order:
+
+    - the eight fields of `Logits`, one by one, because autograd sees only tensors that are inputs
+      themselves: this rank's features, but the ids of all columns;
+    - the result of `start_gather` for the columns, or None;
+    - the ranks, with their numbers of columns;
+    - the `Settings`;
+    - whether the call is traced.
+
+    Without `symmetric` the loss is one way, rows to columns.
     """
 
     @staticmethod
@@ -185,7 +191,7 @@ class _Contrastive(torch.autograd.Function):
 
 
 def _engine(settings: Settings, features: Tensor, column_ids: Tensor | None) -> Any:
-    """What computes: the planned engine or, in compiled code, the one that is right now."""
+    """The engine that was planned; in compiled code it is chosen here, when the code runs."""
     compute = engines.module(settings.engine, features)
     if settings.positives:
         assert column_ids is not None
@@ -313,7 +319,7 @@ def contrastive_backward(
     ranks = Ranks.from_operator_arguments(group_name, rows_per_rank)
     compute = _engine(settings, row_features, column_ids)
     weight = ranks.size / (total_pairs * (2 if symmetric else 1))
-    # Sums, across ranks or with the means of positives, are rounded at the end.
+    # Gradients to which more is added, by other ranks or for positives, stay in float32.
     wide = ranks.group is not None or positives
     with without_autocast(row_features):
         row_grad, column_grad, scale_grad = STRATEGIES[strategy].gradients(

@@ -107,7 +107,7 @@ def check_ranks_agree(
     signature: dict[str, Hashable],
     weights: tuple[str, ...],
 ) -> tuple[Ranks, Ranks]:
-    """Compare the call with the other ranks'; return `ranks` with the number of rows on each.
+    """Compare the call with the other ranks'; return `ranks` twice, with numbers of rows.
 
     Ranks compare in the first call with a signature and, with `uneven`, in every call. The host
     waits for it. Other calls are not checked. Without `uneven`, nothing is compared while

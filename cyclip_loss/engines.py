@@ -20,7 +20,8 @@ from cyclip_loss.verification import VerifiedKernels
 def choose(impl: str, features: Tensor) -> str:
     """The engine for features of this dtype and device: "eager", "kernels" or "verified kernels".
 
-    float64 is always computed by the eager engine, because the kernels do not support it.
+    The eager engine always computes float64, which the kernels do not support. With "auto" it also
+    computes a D that is too large for the kernels' offsets.
 
     Raises:
         ValueError: the kernels were asked for and do not run on the features' device, or
@@ -35,6 +36,10 @@ def choose(impl: str, features: Tensor) -> str:
     has_kernels = architecture(features.device) is not None
     if impl == "auto":
         if not has_kernels:
+            return "eager"
+        from cyclip_loss import kernels
+
+        if features.shape[1] > kernels.MAX_D:
             return "eager"
         return "verified kernels" if verified_kernels().work(features) else "eager"
     if features.is_cuda and not has_kernels:
@@ -56,8 +61,8 @@ def choose(impl: str, features: Tensor) -> str:
 def module(engine: str, features: Tensor) -> Any:
     """What has the functions of an engine that `choose` returned.
 
-    engine: inside the operators of compiled code one of `IMPLS`, as `choose` can be asked only
-    there. A rank without rows gets the eager engine: no kernel can be launched for it.
+    engine: one of `IMPLS` in compiled code, whose operators can choose an engine only when they
+    run. A rank without rows gets the eager engine: no kernel can be launched for it.
     """
     if engine in ("auto", "triton"):
         engine = choose(engine, features)

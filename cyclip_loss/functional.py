@@ -300,6 +300,7 @@ def cyclip_loss(
 
     if plan.contrastive == "dense":
         weights = cyclic.numeric_weights(options, batch.total_pairs)
+        # Without `output_dict` the first is already the sum, and there are no others.
         contrastive_loss, *penalties = dense.terms(
             batch.image_features, batch.text_features, batch.logit_scale, batch.ids, weights, plan
         )

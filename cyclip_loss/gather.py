@@ -22,9 +22,9 @@ def log_sum_exps(compute: Any, logits: Logits, ranks: Ranks) -> LogSumExps:
     row_lse, column_lse, pair_logits, *other_positives = compute.contrastive_lse(logits)
     if not logits.symmetric:
         return LogSumExps(row_lse, column_lse, pair_logits, None, *other_positives)
-    own_pairs = pair_logits[: logits.num_pairs]
+    own_pair_logits = pair_logits[: logits.num_pairs]
     column_lse, column_pair_logits = distributed.log_sum_exp(
-        column_lse, own_pairs, logits.first_column, ranks
+        column_lse, own_pair_logits, logits.first_column, ranks
     )
     return LogSumExps(row_lse, column_lse, pair_logits, column_pair_logits, *other_positives)
 

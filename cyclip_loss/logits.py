@@ -69,5 +69,6 @@ class SavedStatistics(NamedTuple):
 
     row_lse: Tensor  # (n,)
     column_lse: Tensor  # (m,), empty unless `Logits.symmetric`
-    # (n,): the sum of exp(pair logit - log-sum-exp) - 1 for a row and its paired column.
+    # (n,): the sum of exp(pair logit - log-sum-exp) - 1 for a row and its paired column, with the
+    # part of other positives. For extra negatives it is 0, and their log-sum-exps are inf.
     pair_gradient: Tensor

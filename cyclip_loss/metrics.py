@@ -117,7 +117,10 @@ def consistency_metrics(
 
 
 def _moments(first: Tensor, second: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The sums over i != j of the squares of both and of their product, for the rows i in `own`."""
+    """The sums over i != j of the squares of both and of their product, for the rows i in `own`.
+
+    Both are overwritten.
+    """
     for deviations in (first, second):
         deviations[torch.arange(len(own), device=own.device), own] = 0
     x, y = first.view(-1), second.view(-1)

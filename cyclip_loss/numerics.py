@@ -116,7 +116,8 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 def architecture(device: torch.device) -> str | None:
     """The name of the tile table used for a device; None if the kernels do not support it.
 
-    They need Triton, and Ampere or newer. Devices without tiles of their own take sm_86's.
+    They need Triton, and Ampere or newer. All of the sm_100 family take sm_100's, and other
+    devices without a table sm_86's.
     """
     if device.type != "cuda" or find_spec("triton") is None:
         return None

@@ -190,7 +190,7 @@ class _Swap:
 
         def at(step: int) -> Any:
             self.warming_up = True
-            for name in ("lambda_inmodal", "lambda_crossmodal"):
+            for name in ("lambda_inmodal", "lambda_crossmodal") if self.loss is not None else ():
                 setattr(self.loss, name, min(1.0, (step + 1) / length) * self.penalty_options[name])
             return set_rate(step)
 

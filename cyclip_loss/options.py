@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 IMPLS = ("auto", "triton", "eager")
 DIST_IMPLS = ("gather", "ring")
 SAME_IDS = ("ignored", "positives")
-# Numbers that may change between calls. Ranks compare them in their first call only.
+# Numbers that may change between calls. Ranks compare them only where they compare a call anyway.
 WEIGHTS = (
     "lambda_inmodal",
     "lambda_crossmodal",

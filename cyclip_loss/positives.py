@@ -7,8 +7,8 @@ P_j likewise (Yang et al. 2022, UniCL; L_out of Khosla et al. 2020, SupCon):
 
 The means are linear in the features, so no N x N matrix is needed. With k_i the size of P_i and
 
-    R_i = 1/k_i * sum of the T_p with p in P_i other than the partner,     r_i - mean of l_ip
-        = (r_i - l_ii) + (1 - 1/k_i) * l_ii - s * I_i . R_i
+    R_i = 1/k_i * sum of the T_p with p in P_i other than the partner
+    r_i - mean of l_ip = (r_i - l_ii) + (1 - 1/k_i) * l_ii - s * I_i . R_i
 
 the first part is the loss without ids. The others are exactly 0 for a row that is its own only
 positive, and sum to the same for columns as for rows. Their gradients with respect to the logits

@@ -127,7 +127,7 @@ def forms(kernel: str, image: Tensor) -> Iterator[Any]:
         ],
         "gram_matrices": [{"with_cross": cross, "several splits": True} for cross in (False, True)],
         "cyclic_grads": [
-            {"with_cross": cross, "separate": cross, "needs": (True, True)}
+            {"with_cross": cross, "separate": cross, "weights": "cpu", "needs": (True, True)}
             for cross in (False, True)
         ],
     }

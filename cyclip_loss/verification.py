@@ -1,10 +1,10 @@
 """The kernels, each form of which is compared with PyTorch when it is first used.
 
-A form is a function of the engine with its compile-time switches and the ways that its loops can
-take: symmetric or not, with ids, with extra negatives, which gradients, several strips, and so on.
-The first call of a form computes a small batch that takes the same ways, with the kernel and with
-the eager engine in float64. If the two disagree, or the kernel fails, PyTorch computes everything
-in that dtype from then on. Nobody waits for a form that is not used, nor for the device after the
+A form is a function of the engine with its compile-time switches and the code paths of its loops:
+symmetric or not, with ids, with extra negatives, which gradients, several strips, and so on. The
+first call of a form computes a small batch on the same code paths, with the kernel and with the
+eager engine in float64. If the two disagree, or the kernel fails, PyTorch computes everything in
+that dtype from then on. Nobody waits for a form that is not used, nor for the device after the
 first use. Nothing is compared while a CUDA graph is captured.
 """
 
@@ -188,12 +188,12 @@ class VerifiedKernels:
         return None
 
     def _describe_lse(self, logits: Logits) -> Form:
-        limits = self.kernels.contrastive_lse_loops(logits)
+        several_strips = self.kernels.contrastive_lse_loops(logits)
         return Form(
             self.scope_of(logits.row_features),
             "contrastive_lse",
             gcd(logits.row_features.shape[1], D_CLASSES),
-            (*_logits_switches(logits), ("several strips", limits)),
+            (*_logits_switches(logits), ("several strips", several_strips)),
         )
 
     def _describe_grads(
@@ -317,7 +317,11 @@ class VerifiedKernels:
             yield (image, text, switches["with_cross"]), limits
 
     def _describe_terms(self, grams: Tensor, weights: list[Tensor], separate: bool) -> Form:
-        switches = (("with_cross", len(grams) == 3), ("separate", separate))
+        switches = (
+            ("with_cross", len(grams) == 3),
+            ("separate", separate),
+            ("weights", weights[0].device.type),
+        )
         d_class = gcd(grams.shape[1], D_CLASSES)
         return Form(self.scope_of(grams), "cyclic_terms", d_class, switches)
 
@@ -328,7 +332,7 @@ class VerifiedKernels:
             switches["with_cross"],
         )
         grams = grams.float().double()
-        for weights in _check_weights(switches["with_cross"], grams.device):
+        for weights in _check_weights(form):
             yield (grams, weights, switches["separate"]), {}
             bad = grams.clone()
             bad[0, -1, -1] = torch.nan
@@ -347,6 +351,7 @@ class VerifiedKernels:
         switches = (
             ("with_cross", len(grams) == 3),
             ("separate", len(grads) == 2),
+            ("weights", weights[0].device.type),
             ("needs", tuple(needs)),
         )
         d_class = gcd(image_features.shape[1], D_CLASSES)
@@ -358,10 +363,10 @@ class VerifiedKernels:
         grams = self.eager.gram_matrices(rows, columns, switches["with_cross"]).float().double()
         needs = list(switches["needs"])
         one, two = rows.new_tensor(1.5), rows.new_tensor(3.0)
-        for weights in _check_weights(switches["with_cross"], grams.device):
+        for weights in _check_weights(form):
             for grads in ([one, one], [one, two]) if switches["separate"] else ([one],):
                 yield (rows, columns, grams, grads, weights, 2, needs), {}
-        weights = _check_weights(False, grams.device)[0]
+        weights = _check_weights(form)[0]
         grads = [one, one] if switches["separate"] else [one]
         yield (_with_nan(rows), columns, grams, grads, weights, 2, needs), {}
         yield (rows, _with_nan(columns), grams, grads, weights, 2, needs), {}
@@ -435,7 +440,16 @@ def _logits_switches(logits: Logits) -> tuple[tuple[str, Any], ...]:
     )
 
 
-def _check_weights(with_cross: bool, device: torch.device) -> list[list[Tensor]]:
-    """Equal weights and, where C is there, different ones; on the CPU, as in a call."""
-    numbers = [(0.03, 0.03), (0.03, 0.01), (0.0, 0.02)] if with_cross else [(0.03, 0.03)]
-    return [[torch.tensor(x, dtype=torch.float64, device="cpu") for x in pair] for pair in numbers]
+def _check_weights(form: Form) -> list[list[Tensor]]:
+    """Equal weights and, where C is there, different ones.
+
+    In one process weights are numbers on the CPU; across ranks and in compiled code they are on the
+    features' device, and the kernels load them.
+    """
+    switches = dict(form.switches)
+    on_cpu = switches["weights"] == "cpu"
+    options = {"dtype": torch.float64, "device": "cpu" if on_cpu else form.scope.device}
+    numbers = [(0.03, 0.03)]
+    if switches["with_cross"]:
+        numbers += [(0.03, 0.01), (0.0, 0.02)]
+    return [[torch.tensor(x, **options) for x in pair] for pair in numbers]

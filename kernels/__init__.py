@@ -12,11 +12,12 @@ from cyclip_loss.kernels.contrastive_grads import contrastive_grads, contrastive
 from cyclip_loss.kernels.contrastive_lse import contrastive_lse, contrastive_lse_loops
 from cyclip_loss.kernels.cyclic_grads import cyclic_grads
 from cyclip_loss.kernels.cyclic_terms import cyclic_terms
-from cyclip_loss.kernels.gram_matrices import gram_matrices, gram_matrices_loops
+from cyclip_loss.kernels.gram_matrices import MAX_D, gram_matrices, gram_matrices_loops
 from cyclip_loss.kernels.pair_terms import pair_terms
 
 __all__ = [
     "INTERPRETED",
+    "MAX_D",
     "contrastive_grads",
     "contrastive_grads_loops",
     "contrastive_lse",

@@ -159,7 +159,7 @@ def contrastive_grads_loops(logits: Logits) -> tuple[bool, bool]:
 class _Gradient:
     """G, computed block by block in one buffer, and the sums of its tiles for the scale's gradient.
 
-    Values are in units of 2^-shift / w s, where `shift` is not 0.
+    If `shift` is not 0, the buffer holds 2^shift G, without the weights w and s.
     """
 
     def __init__(
@@ -277,7 +277,8 @@ def _summed_over_blocks(
     finished: Callable[[Tensor], Tensor],
     row_grad: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """dI, finished, and the sums of dT in float32. row_grad: dI if it is not needed."""
+    """dI, finished, and the sums of dT in float32. row_grad: empty, of
+    the result's dtype, and returned as it is if dI is not needed."""
     needs_rows, needs_columns, _ = needs
     new = gradient.saved.row_lse
     if needs_rows:

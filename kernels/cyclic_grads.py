@@ -1,9 +1,9 @@
 """Gradients of the cyclic penalties from the Gram matrices A, B, C of U = I + T and V = I - T:
 
-    dU = (a+b) U B + (a-b) V C^T         dI = dU + dV
-    dV = (a+b) V A + (a-b) U C           dT = dU - dV
+    dU = (x+y) U B + (x-y) V C^T         dI = dU + dV
+    dV = (x+y) V A + (x-y) U C           dT = dU - dV
 
-a and b are size * weight * upstream gradient of the two penalties. 4 N D^2 flops, 8 with C. U and V
+x and y are size * weight * upstream gradient of the two penalties. 4 N D^2 flops, 8 with C. U and V
 are formed in registers in float32 and never stored. Neither sum cancels: where U is large, B is
 small, and where V is small, A is large.
 """
