@@ -136,19 +136,19 @@ def check_ranks_agree(
     disable: Any = torch.compiler.disable  # not at the top: that would import the whole compiler
     answers = disable(_exchange)({"rows": (*num_rows.values(),), **own}, ranks, features)
     values: Any = {name: [answer[name] for answer in answers] for name in own}
-    rows_by_name = list(zip(*(answer["rows"] for answer in answers)))  # noqa: B905
+    named_rows = list(zip(*(answer["rows"] for answer in answers)))  # noqa: B905
     if not options.uneven:
-        for name, rows in zip(num_rows, rows_by_name):  # noqa: B905
+        for name, rows in zip(num_rows, named_rows):  # noqa: B905
             values[f"the number of rows of {name} (unless uneven=True)"] = rows
     same = "must be the same on every rank, got"
     differing = [f"{name} {same} {_listed(x)}" for name, x in values.items() if len(set(x)) > 1]
     if differing:
         raise ValueError("; ".join(differing))
-    if sum(rows_by_name[0]) == 0:
+    if sum(named_rows[0]) == 0:
         raise ValueError("the global batch is empty: every rank's features have 0 rows")
     agreed.add(key)
-    all_rows = tuple(map(sum, zip(*rows_by_name)))  # noqa: B905
-    return _with_rows(ranks, rows_by_name[0]), _with_rows(ranks, all_rows)
+    all_rows = tuple(map(sum, zip(*named_rows)))  # noqa: B905
+    return _with_rows(ranks, named_rows[0]), _with_rows(ranks, all_rows)
 
 
 def _with_rows(ranks: Ranks, rows_per_rank: tuple[int, ...]) -> Ranks:

@@ -10,9 +10,15 @@ from cyclip_loss.numerics import rows_per_strip
 from cyclip_loss.options import LossOptions
 
 NAMES = (
-    *("inmodal_gap", "crossmodal_gap", "alignment", "image_uniformity", "text_uniformity"),
-    *("image_to_text_accuracy", "text_to_image_accuracy"),
-    *("inmodal_correlation", "crossmodal_correlation"),
+    "inmodal_gap",
+    "crossmodal_gap",
+    "alignment",
+    "image_uniformity",
+    "text_uniformity",
+    "image_to_text_accuracy",
+    "text_to_image_accuracy",
+    "inmodal_correlation",
+    "crossmodal_correlation",
 )
 
 

@@ -188,13 +188,13 @@ class _Swap:
         set_rate, length = make(*args), self.options.lambda_warmup
         length *= args[3] if isinstance(length, float) else 1
 
-        def at(step: int) -> Any:
+        def set_rate_and_lambdas(step: int) -> Any:
             self.warming_up = True
             for name in ("lambda_inmodal", "lambda_crossmodal") if self.loss is not None else ():
                 setattr(self.loss, name, min(1.0, (step + 1) / length) * self.penalty_options[name])
             return set_rate(step)
 
-        return at if length else set_rate
+        return set_rate_and_lambdas if length else set_rate
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def check(self, *_: Any) -> None:

@@ -108,9 +108,9 @@ def cyclip_loss(
     terms = {"contrastive_loss": contrastive_loss(image_features, text_features, *settings)}
     if augmented_image_features is not None and augmented_text_features is not None:
         # Each row has to find its own augmented view.
-        of_images = logit_scale * image_features @ augmented_image_features.T
-        of_texts = logit_scale * text_features @ augmented_text_features.T
-        image, text = (one_way_loss(logits, ids, same_ids) for logits in (of_images, of_texts))
+        image_logits = logit_scale * image_features @ augmented_image_features.T
+        text_logits = logit_scale * text_features @ augmented_text_features.T
+        image, text = (one_way_loss(x, ids, same_ids) for x in (image_logits, text_logits))
         weight = inmodal_contrastive_weight
         if weight is None:  # the authors' `--inmodal` option
             terms["contrastive_loss"], weight = terms["contrastive_loss"] / 2, 0.5
