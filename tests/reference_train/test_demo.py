@@ -94,7 +94,7 @@ def test_a_run_leaves_numbers_table_and_picture(finished: Path) -> None:
     result = read_evaluation(finished)
     first = ["clip-0", "cyclip-0", "clip-1", "cyclip-1"]
     assert list(result["results"]) == [*first, *(f"{loss}-0" for loss in list(TERMS)[2:])]
-    assert result["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(result["versions"]["torch"])  # without "+cu128"
     for name, numbers in result["results"]["clip-0"].items():
         assert tuple(numbers["groups"]) == questions.SITUATIONS[name][0]
         assert ("similarities" in numbers) == (name == command.PICTURED)
