@@ -447,9 +447,8 @@ def _check_weights(form: Form) -> list[list[Tensor]]:
     features' device, and the kernels load them.
     """
     switches = dict(form.switches)
-    on_cpu = switches["weights"] == "cpu"
-    options = {"dtype": torch.float64, "device": "cpu" if on_cpu else form.scope.device}
+    device = torch.device("cpu") if switches["weights"] == "cpu" else form.scope.device
     numbers = [(0.03, 0.03)]
     if switches["with_cross"]:
         numbers += [(0.03, 0.01), (0.0, 0.02)]
-    return [[torch.tensor(x, **options) for x in pair] for pair in numbers]
+    return [[torch.tensor(x, dtype=torch.float64, device=device) for x in pair] for pair in numbers]
