@@ -14,6 +14,7 @@ from torch import Tensor
 from cyclip_loss import eager
 from cyclip_loss.numerics import architecture
 from cyclip_loss.options import IMPLS
+from cyclip_loss.usage_warnings import warn_once
 from cyclip_loss.verification import VerifiedKernels
 
 
@@ -35,7 +36,7 @@ def choose(impl: str, features: Tensor) -> str:
         return "eager"
     has_kernels = architecture(features.device) is not None
     if impl == "auto":
-        if not has_kernels:
+        if not has_kernels or not _kernels_import():
             return "eager"
         from cyclip_loss import kernels
 
@@ -73,6 +74,21 @@ def module(engine: str, features: Tensor) -> Any:
 
         return kernels
     return verified_kernels()
+
+
+@lru_cache
+def _kernels_import() -> bool:
+    """Whether the kernels can be imported. Warns if not, as with a Triton that is broken."""
+    try:
+        from cyclip_loss import kernels  # noqa: F401
+    except Exception as error:
+        warn_once(
+            "kernels",
+            "the Triton kernels cannot be imported; PyTorch computes instead, with the same "
+            f"results but slower. {type(error).__name__}: {str(error).strip()[:500]}",
+        )
+        return False
+    return True
 
 
 @lru_cache

@@ -1,5 +1,6 @@
 """`impl="auto"` compares each form of a kernel with PyTorch, and avoids kernels that are wrong."""
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -408,6 +409,21 @@ def test_a_gpu_without_kernels_computes_with_pytorch_or_raises(monkeypatch) -> N
     monkeypatch.setattr(Tensor, "is_cuda", True)
     with pytest.raises(ValueError, match="the kernels do not support cpu"):
         engines.choose("triton", features)
+
+
+def test_kernels_that_cannot_be_imported_are_one_warning(monkeypatch) -> None:
+    """As with a broken Triton: PyTorch computes."""
+    monkeypatch.delattr("cyclip_loss.kernels")
+    monkeypatch.setitem(sys.modules, "cyclip_loss.kernels", None)
+    engines._kernels_import.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert engines.choose("auto", torch.ones(2, 2)) == "eager"
+    [warning] = caught
+    assert warning.category is CyCLIPWarning
+    assert "kernels cannot be imported" in str(warning.message)
+    engines._kernels_import.cache_clear()
 
 
 def test_the_environment_sets_what_auto_means(monkeypatch) -> None:
