@@ -147,6 +147,7 @@ class _LogSumExp(torch.autograd.Function):
             column_lse = F.pad(column_lse, (0, missing), value=torch.inf)
             if settings.strategy == "gather":
                 gathered = start_gather(column_lse, ranks)
+                assert gathered is not None
                 column_lse = finish_gather(gathered, ranks)
         tensors = (*logits, row_lse, column_lse, grads[2].contiguous(), grad)
         return contrastive.input_gradients(
