@@ -20,7 +20,7 @@ from sybil.parsers.markdown import CodeBlockParser
 import cyclip_loss
 
 PAGE = Path(__file__).parents[2] / "docs" / "losses.md"
-D, TAU, SCALE = 5, 0.01, 6.0
+D, TAU, SCALE = 5, 0.03, 6.0
 FEATURES = ("image_features", "text_features", "hard_negatives")
 DENSE: dict[str, Callable[..., Tensor]] = {}
 
