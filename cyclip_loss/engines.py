@@ -60,7 +60,7 @@ def choose(impl: str, features: Tensor) -> str:
 
 
 def module(engine: str, features: Tensor) -> Any:
-    """What has the functions of an engine that `choose` returned.
+    """The module or object with the functions of an engine.
 
     engine: one of `IMPLS` in compiled code, whose operators can choose an engine only when they
     run. A rank without rows gets the eager engine: no kernel can be launched for it.
@@ -93,7 +93,7 @@ def _kernels_import() -> bool:
 
 @lru_cache
 def verified_kernels() -> VerifiedKernels:
-    """The kernels with the forms that have been compared in this process."""
+    """This process's `VerifiedKernels`, which remembers the forms that it compared."""
     from cyclip_loss import kernels
 
     return VerifiedKernels(kernels, eager)

@@ -33,8 +33,8 @@ def consistency_metrics(
 
     The gaps are the penalties of Goel et al. 2022, eq. 2 and 3, without their factor N, so they are
     comparable between batch sizes. They are small, too, where all features are alike; correlations
-    are not (representational similarity analysis, Kriegeskorte et al. 2008). These are NaN if
-    N < 3, or if the similarities do not vary beyond rounding. Alignment and uniformity: Wang &
+    are not (representational similarity analysis, Kriegeskorte et al. 2008). Correlations are NaN
+    if N < 3, or if the similarities do not vary beyond rounding. Alignment and uniformity: Wang &
     Isola 2020, alpha = t = 2.
 
     Args:
