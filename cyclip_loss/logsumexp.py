@@ -139,7 +139,7 @@ class _LogSumExp(torch.autograd.Function):
         *logits, row_lse, column_lse = ctx.saved_tensors
         # The logarithm of a negative gradient is NaN. Of 0 it is -inf, so r_i is inf and G_ij is 0.
         # In a row without negatives, every G_ij is left out.
-        row_lse, column_lse = row_lse - grads[0].log(), column_lse - grads[1].log()
+        row_lse = row_lse - grads[0].log()
         # The operator multiplies by W, and divides by the number of directions and `total_pairs`.
         symmetric = fields[1]
         grad = torch.full_like(logits[2], (2 if symmetric else 1) / ranks.size)
@@ -147,9 +147,10 @@ class _LogSumExp(torch.autograd.Function):
             1, False, settings.engine, settings.strategy, *ranks.operator_arguments()
         )
         if symmetric:
-            # Extra negatives have no log-sum-exp of their own.
+            column_lse = column_lse - grads[1].log()
             num_extra = own_columns - column_lse.shape[0]
-            column_lse = F.pad(column_lse, (0, num_extra), value=torch.inf)
+            if num_extra > 0:  # extra negatives have no log-sum-exp of their own
+                column_lse = F.pad(column_lse, (0, num_extra), value=torch.inf)
             if settings.strategy == "gather":
                 gathered = start_gather(column_lse, ranks)
                 assert gathered is not None
@@ -183,8 +184,11 @@ def logsumexp_forward(
     compute = engines.module(engine, row_features)
     with without_autocast(row_features):
         lse = contrastive.STRATEGIES[strategy].log_sum_exps(compute, logits, ranks)
-    column_lse = lse.column_negatives_lse[first_column : first_column + row_features.shape[0]]
-    return lse.row_negatives_lse, column_lse.clone(), lse.pair_logits
+    column_lse = lse.column_negatives_lse
+    if symmetric and column_lse.shape[0] > row_features.shape[0]:
+        # This rank's, without extra negatives. A copy, because a view would keep all of them.
+        column_lse = column_lse[first_column : first_column + row_features.shape[0]].clone()
+    return lse.row_negatives_lse, column_lse, lse.pair_logits
 
 
 def _forward_fake(
