@@ -16,7 +16,7 @@ pytest.importorskip("open_clip_train.main")
 pytest.importorskip("pandas")  # which OpenCLIP's data module needs
 pytest.importorskip("sybil")
 
-from accuracy import TERMS
+from inputs import TERMS
 from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
 from processes import run_python
 from recipe_cases import TEXT, VISION, blocks, captions
