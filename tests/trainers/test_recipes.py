@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import TERMS
 from conftest import needs_triton
+from inputs import TERMS
 from pool import Ranks
 
 pytest.importorskip("open_clip")
