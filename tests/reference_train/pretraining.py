@@ -1,23 +1,20 @@
 """Fixtures of the tests of `pretrain`: shards, the printed command, and short trainings.
 
-A test file takes them by `pytest_plugins = ["pretraining"]`.
+A test file takes them by `pytest_plugins = ["pretraining"]`, and must not import this file.
 """
 
-import json
-import logging
-import re
 import shlex
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
+from pretrain_runs import train
 from tars import make_shards
 
 from cyclip_loss import open_clip_train
 from reference_train.pretrain import pretrain as command
-from reference_train.pretrain import training
 
 
 @pytest.fixture
@@ -47,41 +44,10 @@ def dry_run(data: Path, tmp_path: Path, capsys) -> Callable[..., Namespace]:
 
 
 @pytest.fixture
-def pretrain(data: Path, tmp_path: Path, monkeypatch) -> Callable[..., None]:
-    """Trains for an epoch of two steps in this process, and undoes what that changes here."""
-    monkeypatch.setattr(command.trainer, "setup_logging", lambda *_: None)
+def pretrain(data: Path, tmp_path: Path) -> Callable[..., None]:
+    """`pretrain_runs.train` of the folder `data` into `tmp_path`."""
 
-    def run(*flags: str, ours=(), data: Path = data, batch: int = 8, pairs: int = 16) -> None:
-        argv = ["--preset", "icons", "--batch-size", str(batch), "--data", str(data), *ours]
-        argv += ["--out", str(tmp_path), "--name", "run", "--", "--train-num-samples", str(pairs)]
-        with pytest.MonkeyPatch.context() as patch:
-            for module in (command.trainer, training.train):
-                for name, value in list(vars(module).items()):
-                    patch.setattr(module, name, value)
-            patch.setattr(torch, "save", torch.save)
-            patch.setattr(logging, "raiseExceptions", True)
-            patch.setattr(logging.root.manager, "disable", 0)
-            command.main([*argv, "--epochs", "1", *flags])
+    def run(*flags: str, data: Path = data, **options: Any) -> None:
+        train(tmp_path, data, *flags, **options)
 
     return run
-
-
-def results(logs: Path) -> list[dict[str, float]]:
-    """The lines of results.jsonl of the run called "run"."""
-    path = logs / "run" / "checkpoints" / "results.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def logged_terms(caplog: pytest.LogCaptureFixture) -> list[dict[str, float]]:
-    """The terms of each step in OpenCLIP's log, and "loss", their sum."""
-    lines = [r.getMessage() for r in caplog.records if "Train Epoch" in r.getMessage()]
-    steps = [re.findall(r"(\w*[Ll]oss): (\S+) \(", line) for line in lines]
-    return [{name.lower(): float(value) for name, value in step} for step in steps]
-
-
-def break_picture(shard: Path, last: bool = False) -> None:
-    """Overwrites the header of a shard's first picture, or the data of its last one."""
-    content = bytearray(shard.read_bytes())
-    place = content.rindex(b"IDAT") + 4 if last else content.index(b"PNG")
-    content[place : place + 8] = bytes(8)
-    shard.write_bytes(content)

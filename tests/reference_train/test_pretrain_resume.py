@@ -2,13 +2,14 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from pretraining import results
+from pretrain_runs import results, train
 from processes import ROOT, run_python, start
+from tars import make_shards
 
 from cyclip_loss import open_clip_train
 from reference_train.command_line import CannotStart
@@ -134,11 +136,21 @@ def test_a_run_is_trained_by_one_process(pretrain, tmp_path: Path) -> None:
                 pretrain(ours=ours)
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of one epoch, and with its last line in out.txt."""
+    folder = tmp_path_factory.mktemp("trained")
+    with (folder / "out.txt").open("w") as out, redirect_stdout(out):
+        train(folder, make_shards(folder / "data", train=4, val=1))
+    return folder
+
+
 @pytest.fixture
-def finished(pretrain, tmp_path: Path, capsys) -> str:
-    """A run of one epoch in tmp_path / "run"; its last line."""
-    pretrain()
-    return capsys.readouterr().out.splitlines()[-1]
+def finished(trained: Path, tmp_path: Path) -> str:
+    """A run of one epoch in tmp_path / "run"; returns its last line."""
+    shutil.copytree(trained / "run", tmp_path / "run")
+    line = (trained / "out.txt").read_text().splitlines()[-1]
+    return line.replace(str(trained), str(tmp_path))
 
 
 def test_a_finished_run_says_so_and_which_epoch_was_the_best(

@@ -11,7 +11,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from pretraining import logged_terms
+from pretrain_runs import logged_terms
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
