@@ -10,7 +10,6 @@ from argparse import Namespace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -182,12 +181,19 @@ def test_a_full_disk_leaves_no_stump(pretrain, tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "run" / "checkpoints") == ["results.jsonl"]
 
 
-def test_only_errors_of_a_full_disk_become_one_line(pretrain, monkeypatch) -> None:
-    for number, kind in (errno.ENOSPC, Stopped), (errno.ESTALE, OSError):
-        fails = Mock(side_effect=OSError(number, "why", "file"))
-        monkeypatch.setattr(open_clip_train, "main", fails)
-        with pytest.raises(kind, match="file can't be written: why" if kind is Stopped else "why"):
-            pretrain()
+@pytest.mark.parametrize(
+    ("number", "kind", "message"),
+    [(errno.ENOSPC, Stopped, "file can't be written: why"), (errno.ESTALE, OSError, "why")],
+)
+def test_only_errors_of_a_full_disk_become_one_line(
+    number: int, kind: type[Exception], message: str, pretrain, monkeypatch
+) -> None:
+    def fail(flags: list[str]) -> None:
+        raise OSError(number, "why", "file")
+
+    monkeypatch.setattr(open_clip_train, "main", fail)
+    with pytest.raises(kind, match=message):
+        pretrain()
 
 
 def test_what_is_saved_to_a_buffer_goes_there() -> None:
