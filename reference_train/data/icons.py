@@ -59,16 +59,16 @@ def main(argv: Sequence[str]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with new_folder(arguments.out) as folder, tempfile.TemporaryDirectory() as temporary:
         archive = arguments.package or download(Path(temporary) / "icons.tgz")
-        manifest = {
+        built = build(archive, folder, arguments.limit, arguments.pictures_of_a_name)
+        source = {
             "package": str(arguments.package or URL),
             "sha256": hashlib.sha256(archive.read_bytes()).hexdigest(),
             "limit": arguments.limit,
             "pictures_of_a_name": arguments.pictures_of_a_name,
-            **build(archive, folder, arguments.limit, arguments.pictures_of_a_name),
         }
-        text = json.dumps(manifest, indent=1, ensure_ascii=False)
-        (folder / "manifest.json").write_text(text)
-    pairs: Any = manifest["pairs"]
+        manifest = json.dumps({**source, **built}, indent=1, ensure_ascii=False)
+        (folder / "manifest.json").write_text(manifest)
+    pairs = built["pairs"]
     print(f"{arguments.out}: {pairs['train']:,} pairs to train on, {pairs['val']:,} held out")
 
 

@@ -176,7 +176,7 @@ def test_half_of_the_one_coloured_icons_are_black_on_white_and_all_can_be_seen()
     assert np.abs(inks - grounds).max(axis=1).min() > 0.2
 
 
-@pytest.mark.parametrize("key", map(str, range(9)))
+@pytest.mark.parametrize("key", list("012345678"))
 def test_a_one_coloured_icon_is_drawn_in_the_colours_of_its_key(key: str) -> None:
     icon = icon_names.Icon(key, "set", "box", "", "", icon_sets.square_svg(square(12)))
     with Image.open(io.BytesIO(icon_drawing.draw(icon).png)) as image:
