@@ -1,6 +1,6 @@
 """The data sets of the demonstration: styles, concepts, or both, that training never saw.
 
-A number is the mean over styles. Settings were chosen by other questions, which are left out here:
+A number is the mean over styles. Settings were chosen on other questions, which are left out here:
 about the validation split of the held-out concepts, and about a fixed quarter of the trained
 concepts in new styles.
 """

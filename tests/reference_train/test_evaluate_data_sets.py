@@ -17,38 +17,13 @@ from miniature import (
 )
 from timm.data.imagenet_info import ImageNetInfo
 
-from reference_train.data.emoji import ALL_STYLES, STRESS_STYLES
-from reference_train.evaluate import classification, emoji_set, paper
-from reference_train.evaluate.datasets import DataSet, Unusable
+from reference_train.evaluate import classification, paper
+from reference_train.evaluate.datasets import Unusable
 from reference_train.evaluate.find import find
 from reference_train.evaluate.folder_sets import open_folders
 from reference_train.evaluate.tar_sets import open_icons, open_tars
 
 IMAGE, LABEL, TEXT = {"png": picture(0)}, {"cls": b"9"}, {"txt": b"a"}
-
-
-@pytest.fixture(scope="module")
-def emoji() -> DataSet:
-    """The emoji that ship, without their pictures, whose decoding takes long."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(emoji_set.emoji, "decode", lambda *_: np.zeros((3, 1, 1), np.uint8))
-        return emoji_set.open_emoji()
-
-
-def test_all_shipped_emoji_are_evaluated_with_their_names(emoji: DataSet) -> None:
-    names = emoji.classes[""]
-    assert [[names.names[concept]] for concept in names.labels.tolist()] == emoji.captions
-    assert len(emoji.images) == len(emoji.groups) == 10_544
-
-
-def test_the_superclass_of_an_emojis_name_is_its_subgroup(emoji: DataSet) -> None:
-    names, subgroups = emoji.classes[""], emoji.classes["subgroup"]
-    assert torch.equal(names.superclass[names.labels], subgroups.labels)
-
-
-def test_black_emoji_are_in_no_mean_over_styles(emoji: DataSet) -> None:
-    assert emoji.across_groups
-    assert set(emoji.groups) - emoji.excluded_groups == {*ALL_STYLES} - {*STRESS_STYLES}
 
 
 def test_classes_are_called_as_their_folders_or_as_classnames_txt_says(tmp_path: Path) -> None:
