@@ -33,6 +33,9 @@ from benchmarks.run import Run, describe, markdown
 from cyclip_loss import CyCLIPLoss
 
 CPU = torch.device("cpu")
+SMALL_PLAN = replace(
+    PLAN, sizes=((16, 8),), matrix=64, matrix_seconds=0.0, seconds=0.0, min_rounds=2
+)
 
 
 def fails(*_: object) -> torch.Tensor:
@@ -161,9 +164,8 @@ def test_loss_with_other_values_is_not_timed() -> None:
     no_penalties = Competitor("CLIP", lambda: CyCLIPLoss(0, 0, impl="eager"))
     near = Competitor("near", lambda: lambda *x: 1.04 * competitors.authors_formula(*x))
     found, run = [ours, other_value, other_grad, nan, no_penalties, near], Run(CPU)
-    plan = replace(PLAN, sizes=((16, 8),), matrix=64, matrix_seconds=0.0, seconds=0.0, min_rounds=2)
     with run.start_section("cost") as section:
-        cost.add_costs(run, found, plan)
+        cost.add_costs(run, found, SMALL_PLAN)
     outcomes = {row["loss"]: row["outcome"] for row in section.rows}
     assert outcomes[OURS] == outcomes["near"] == "ok"
     assert outcomes["value"] == "AssertionError: the value is not that of CyCLIP, by 6 %"
@@ -175,10 +177,9 @@ def test_loss_with_other_values_is_not_timed() -> None:
 
 def test_failing_competitor_does_not_affect_others() -> None:
     found = [Competitor(OURS, lambda: competitors.authors_formula), Competitor("broken", fails)]
-    plan = replace(PLAN, sizes=((16, 8),), matrix=64, matrix_seconds=0.0, seconds=0.0, min_rounds=2)
     run = Run(CPU)
     with run.start_section("cost") as section:
-        cost.add_costs(run, found, plan)
+        cost.add_costs(run, found, SMALL_PLAN)
     ours, broken = section.rows
     assert (ours["outcome"], ours["runs"], ours["times ours"]) == ("ok", 2, 1.0)
     assert 0 < ours["of matrix rate"] < 1
@@ -234,9 +235,7 @@ def record_file(tmp_path_factory) -> Path:
     """The JSON file of a tiny run of the command, with its Markdown and its pictures beside it."""
     folder = tmp_path_factory.mktemp("results") / "new" / "folder"
     both = [c for c in competitors.COMPETITORS if c.name in (OURS, AUTHORS)]
-    small = replace(
-        side_by_side.CPU, batch_size=4, matrix=64, matrix_seconds=0.0, seconds=0.0, min_rounds=3
-    )
+    small = replace(SMALL_PLAN, batch_size=4, min_rounds=3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(side_by_side, "competitors", lambda device: both)
         patch.setattr(side_by_side, "CPU", small)
