@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from cyclip_loss import functional, reference
+from cyclip_loss import functional, logsumexp, reference
 from cyclip_loss.functional import caption_ids
+from cyclip_loss.logsumexp import ContrastiveLogSumExp
 from cyclip_loss.loss import CyclicPenalty, CyCLIPLoss
 from cyclip_loss.metrics import consistency_metrics
 from cyclip_loss.options import hint_at_misspelled
@@ -12,18 +13,21 @@ from cyclip_loss.with_penalty import WithCyclicPenalty
 
 __version__ = "0.3.0"
 __all__ = [
+    "ContrastiveLogSumExp",
     "CyCLIPLoss",
     "CyCLIPWarning",
     "CyclicPenalty",
     "WithCyclicPenalty",
     "caption_ids",
     "consistency_metrics",
+    "contrastive_logsumexp",
     "cyclic_penalty",
     "cyclip_loss",
     "reference",
 ]
 
 cyclip_loss = hint_at_misspelled(functional.cyclip_loss)
+contrastive_logsumexp = hint_at_misspelled(logsumexp.contrastive_logsumexp)
 cyclic_penalty = hint_at_misspelled(functional.cyclic_penalty)
 
 # An installation has the kernels in this folder. A checkout has them next to it, and Python started

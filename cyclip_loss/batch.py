@@ -37,6 +37,7 @@ class Batch(NamedTuple):
     row_features: tuple[Tensor, ...] = ()  # of each contrastive term
     column_features: tuple[Tensor, ...] = ()
     has_negatives: bool = False
+    one_way: bool = False  # whether the first term compares rows with columns only
 
 
 class Plan(NamedTuple):
@@ -82,6 +83,7 @@ def prepare(
     negative_text_features: Tensor | None,
     options: LossOptions,
     output_dict: bool,
+    one_way: bool = False,
 ) -> Batch:
     """The batch of a call of the loss. Raises as `cyclip_loss.functional`.
 
@@ -124,7 +126,7 @@ def prepare(
 
     column_ranks = ranks
     if several:
-        signature = _collective_signature(sent, options, ids)
+        signature = _collective_signature(sent, options, ids, one_way)
         ranks, column_ranks = check_ranks_agree(
             ranks, options, images, num_rows, signature, WEIGHTS
         )
@@ -139,11 +141,12 @@ def prepare(
         tuple(row_features),
         tuple(column_features),
         negative_image_features is not None or negative_text_features is not None,
+        one_way,
     )
 
 
 def _collective_signature(
-    sent: dict[str, Tensor], options: LossOptions, ids: Tensor | None
+    sent: dict[str, Tensor], options: LossOptions, ids: Tensor | None, one_way: bool
 ) -> dict[str, Hashable]:
     """What decides which collectives run, by the name that error messages use.
 
@@ -162,6 +165,7 @@ def _collective_signature(
         "which of the augmented and negative features are given": ", ".join(sent),
         "whether ids are given": ids is not None,
         "same_ids": options.same_ids,
+        "one_way": one_way,
         # Their gradients are summed across ranks.
         "which of the features require a gradient": ", ".join(trained),
     }

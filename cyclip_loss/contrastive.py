@@ -64,13 +64,27 @@ def start_gathers(batch: Batch, plan: Plan) -> Gathers:
 
 def terms(batch: Batch, plan: Plan, options: LossOptions, gathers: Gathers) -> dict[str, Tensor]:
     """The contrastive terms by name, weighted: scalars of the accumulation dtype."""
+    losses = [
+        _Contrastive.apply(*inputs)  # type: ignore[no-untyped-call]
+        for inputs in term_inputs(batch, plan, gathers)
+    ]
+    if len(losses) == 1:
+        return {"contrastive_loss": losses[0]}
+    inmodal, weight = (losses[1] + losses[2]) / 2, options.inmodal_contrastive_weight
+    if weight is None:  # the authors' mean
+        return {"contrastive_loss": losses[0] / 2, "inmodal_contrastive_loss": inmodal * 0.5}
+    return {"contrastive_loss": losses[0], "inmodal_contrastive_loss": inmodal * weight}
+
+
+def term_inputs(batch: Batch, plan: Plan, gathers: Gathers) -> list[tuple[Any, ...]]:
+    """The inputs of the autograd function for each contrastive term: see `_Contrastive`."""
     assert batch.logit_scale is not None
     batch_ids = None
     if gathers.ids is not None:
         batch_ids = distributed.finish_gather(gathers.ids, batch.ranks)
     elif batch.ids is not None:
         batch_ids = batch.ids.view_as(batch.ids)  # torch.compile refuses the same tensor twice
-    losses: list[Tensor] = []
+    all_inputs: list[tuple[Any, ...]] = []
     for index, row_features in enumerate(batch.row_features):
         ranks = batch.column_ranks if index == 0 else batch.ranks
         column_features = batch.column_features[index]
@@ -82,6 +96,7 @@ def terms(batch: Batch, plan: Plan, options: LossOptions, gathers: Gathers) -> d
         first_column = 0
         if plan.strategy == "gather":
             first_column = ranks.first_row(ranks.rank, column_features.shape[0])
+        symmetric = index == 0 and not batch.one_way
         settings = Settings(
             batch.total_pairs,
             plan.positives,
@@ -89,27 +104,22 @@ def terms(batch: Batch, plan: Plan, options: LossOptions, gathers: Gathers) -> d
             plan.strategy,
             *ranks.operator_arguments(),
         )
-        loss = _Contrastive.apply(  # type: ignore[no-untyped-call]
+        inputs = (
             row_features,
             column_features,
             batch.logit_scale,
             row_ids,
             column_ids,
             first_column,
-            index == 0,
+            symmetric,
             num_pairs,
             gathered,
             ranks,
             settings,
             plan.traced,
         )
-        losses.append(loss)
-    if len(losses) == 1:
-        return {"contrastive_loss": losses[0]}
-    inmodal, weight = (losses[1] + losses[2]) / 2, options.inmodal_contrastive_weight
-    if weight is None:  # the authors' mean
-        return {"contrastive_loss": losses[0] / 2, "inmodal_contrastive_loss": inmodal * 0.5}
-    return {"contrastive_loss": losses[0], "inmodal_contrastive_loss": inmodal * weight}
+        all_inputs.append(inputs)
+    return all_inputs
 
 
 def _ids_with_negatives(
@@ -167,9 +177,7 @@ class _Contrastive(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         *fields, gathered, ranks, settings, traced = inputs
         own_columns = fields[1].shape[0]
-        if gathered is not None:
-            # A new list: torch.compile of PyTorch 2.8 makes `fields` a tuple.
-            fields = [fields[0], distributed.finish_gather(gathered, ranks), *fields[2:]]
+        fields = with_gathered_columns(fields, gathered, ranks)
         compute = _forward_operator if traced else contrastive_forward
         loss, row_lse, column_lse, pair_gradient = compute(*fields, *settings)
         ctx.save_for_backward(*fields[:5], row_lse, column_lse, pair_gradient)
@@ -179,15 +187,39 @@ class _Contrastive(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         fields, own_columns, settings, traced = ctx.rest
-        tensors = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[:3])
-        arguments = (*tensors[:5], *fields, *tensors[5:], grad, needs, own_columns, *settings)
-        if traced:
-            grads = _backward_operator(*arguments)
-        else:
-            grads = call_backward(contrastive_backward, *arguments)
-        needed = [grad if need else None for grad, need in zip(grads, needs)]  # noqa: B905
-        return (*needed, *[None] * (len(ctx.needs_input_grad) - len(needed)))
+        tensors = (*ctx.saved_tensors, grad)
+        return input_gradients(tensors, fields, own_columns, settings, traced, ctx.needs_input_grad)
+
+
+def with_gathered_columns(fields: Any, gathered: Tensor | None, ranks: Ranks) -> Any:
+    """The fields of `Logits`, with the columns of all ranks if they were gathered."""
+    if gathered is None:
+        return fields
+    # A new list: torch.compile of PyTorch 2.8 makes `fields` a tuple.
+    return [fields[0], distributed.finish_gather(gathered, ranks), *fields[2:]]
+
+
+def input_gradients(
+    tensors: tuple[Tensor, ...],
+    fields: Any,
+    own_columns: int,
+    settings: "Settings",
+    traced: bool,
+    needs_input_grad: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """What the backward of a contrastive term returns: a gradient or None for each input.
+
+    tensors: the tensors of `Logits`, those of `SavedStatistics`, and the upstream gradient.
+    fields: the other fields of `Logits`.
+    """
+    needs = list(needs_input_grad[:3])
+    arguments = (*tensors[:5], *fields, *tensors[5:], needs, own_columns, *settings)
+    if traced:
+        grads = _backward_operator(*arguments)
+    else:
+        grads = call_backward(contrastive_backward, *arguments)
+    needed = [grad if need else None for grad, need in zip(grads, needs)]  # noqa: B905
+    return (*needed, *[None] * (len(needs_input_grad) - len(needed)))
 
 
 def _engine(settings: Settings, features: Tensor, column_ids: Tensor | None) -> Any:

@@ -4,6 +4,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from importlib import metadata
 from importlib.util import find_spec
+from math import gcd
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ STRIP_ELEMENTS_OTHER_DEVICES = 2**26
 # twice the elements.
 MIN_STRIP_ROWS, FULL_SPEED_ROWS = 64, 512
 
+# D matters to the kernels by the largest power of two that divides it, up to this.
+MAX_DIVISOR = 128
+
 # Before 3.9, Triton does not compile the kernels for sm_100, or leaves their products out.
 TRITON_FOR_BLACKWELL = (3, 9)
 
@@ -25,6 +29,11 @@ TRITON_FOR_BLACKWELL = (3, 9)
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums, log-sum-exps and losses for features of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def divisor_of(d: int) -> int:
+    """The largest power of two, at most 128, that divides D. All D that share it share kernels."""
+    return gcd(d, MAX_DIVISOR)
 
 
 def float32_is_exact() -> bool:

@@ -166,11 +166,7 @@ def has_equal_lambdas(options: PenaltyOptions) -> bool:
 
 def hint_at_misspelled(function: _Function) -> _Function:
     """Name the nearest argument in the error for an unknown keyword. (Python 3.13 does it too.)"""
-    names = [
-        name
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is not parameter.VAR_KEYWORD
-    ]
+    names = list(inspect.signature(function).parameters)
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:

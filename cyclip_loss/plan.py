@@ -15,8 +15,13 @@ from cyclip_loss.options import PenaltyOptions, has_equal_lambdas, has_penalties
 _log = logging.getLogger("cyclip_loss")
 
 
-def make_plan(batch: Batch, options: PenaltyOptions, separate: bool) -> Plan:
-    """Decide how the batch is computed. Raises ValueError if `options.impl` cannot compute it."""
+def make_plan(
+    batch: Batch, options: PenaltyOptions, separate: bool, has_dense_form: bool = True
+) -> Plan:
+    """Decide how the batch is computed. Raises ValueError if `options.impl` cannot compute it.
+
+    has_dense_form: whether what is computed can be computed by `dense.py`.
+    """
     features = batch.image_features
     # Before N is compared with anything: compiled code must not depend on N.
     traced = is_traced(features, batch.text_features)
@@ -26,7 +31,7 @@ def make_plan(batch: Batch, options: PenaltyOptions, separate: bool) -> Plan:
     contrastive = "none" if batch.logit_scale is None else "streamed"
     penalties = "gram" if has_penalties(options) else "none"
     # Off the CPU, streamed products of 16-bit features are fast, and dense ones are widened.
-    may_be_dense = features.is_cpu or features.dtype.itemsize > 2
+    may_be_dense = has_dense_form and (features.is_cpu or features.dtype.itemsize > 2)
     if may_be_dense and not traced and engine == "eager" and batch.ranks.group is None:
         n, d = features.shape
         plain = len(batch.row_features) == 1 and not batch.has_negatives and not positives

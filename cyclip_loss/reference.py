@@ -65,6 +65,27 @@ def without_same_ids(logits: Tensor, ids: Tensor | None) -> Tensor:
     return logits.masked_fill(F.pad(same, (0, logits.shape[1] - len(ids))), -torch.inf)
 
 
+def contrastive_logsumexp(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    ids: Tensor | None = None,
+    negative_text_features: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three results of `cyclip_loss.contrastive_logsumexp`, (N,) each."""
+    logits = logit_scale * image_features @ text_features.T  # (N, N)
+    is_negative = ~torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    if ids is not None:
+        is_negative &= ids[:, None] != ids
+    negatives = logits.where(is_negative, -torch.inf)
+    row_negatives = negatives
+    if negative_text_features is not None:
+        row_negatives = torch.cat(
+            (negatives, logit_scale * image_features @ negative_text_features.T), 1
+        )
+    return row_negatives.logsumexp(dim=1), negatives.logsumexp(dim=0), logits.diagonal()
+
+
 def inmodal_cyclic_penalty(image_features: Tensor, text_features: Tensor) -> Tensor:
     """P_in = 1/N * ||I I^T - T T^T||_F^2 (Goel et al. 2022, eq. 2). (N, D) -> scalar."""
     image_image = image_features @ image_features.T  # (N, N)

@@ -16,7 +16,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import product
-from math import gcd
 from pathlib import Path
 from statistics import median
 from timeit import timeit
@@ -28,9 +27,9 @@ from torch.nn.functional import normalize
 
 from cyclip_loss.engines import verified_kernels
 from cyclip_loss.logits import Logits, SavedStatistics
-from cyclip_loss.numerics import architecture
+from cyclip_loss.numerics import architecture, divisor_of
 from cyclip_loss.usage_warnings import warn_once
-from cyclip_loss.verification import D_CLASSES, Form
+from cyclip_loss.verification import Form
 
 if find_spec("triton") is not None:  # else `main` says that there is nothing to tune
     import triton
@@ -45,8 +44,8 @@ if find_spec("triton") is not None:  # else `main` says that there is nothing to
 DTYPES = ["bfloat16", "float16", "float32"]
 LEAST_GAIN = 0.02  # less is noise, and no reason to leave what is shipped
 COMPILING = 0.6  # of a kernel's time: compiling and comparing; the rest is for timing
-# Height, width and warps of tiles, which leave a thread 64 to 128 accumulators; 32 to 64 where
-# there are two products, or where they take more registers; and for the square tiles of a matrix.
+# Height, width and warps of tiles. LARGE ones leave each thread 64 to 128 accumulators. SMALL ones,
+# for kernels with two products or wider accumulators, leave 32 to 64. SQUARE: for D x D matrices.
 LARGE = [(256, 128, 8), (128, 256, 8), (128, 128, 8), (128, 128, 4), (128, 64, 4), (64, 128, 4)]
 SMALL = [(128, 128, 8), (128, 64, 8), (128, 64, 4), (64, 128, 8), (64, 128, 4), (64, 64, 4)]
 SQUARE = [(128, 128, 8), (64, 64, 8), (64, 64, 4), (32, 32, 4)]
@@ -132,8 +131,8 @@ def forms(kernel: str, image: Tensor) -> Iterator[Any]:
         ],
     }
     for chosen in switches[kernel]:
-        scope, d_class = verified_kernels().scope_of(image), gcd(image.shape[1], D_CLASSES)
-        yield Form(scope, kernel, d_class, tuple(chosen.items()))
+        scope, divisor = verified_kernels().scope_of(image), divisor_of(image.shape[1])
+        yield Form(scope, kernel, divisor, tuple(chosen.items()))
 
 
 def milliseconds(launch: Callable[[], object], device: torch.device) -> float:

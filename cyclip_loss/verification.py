@@ -11,7 +11,6 @@ first use. Nothing is compared while a CUDA graph is captured.
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from math import gcd
 from typing import Any, NamedTuple
 
 import torch
@@ -20,10 +19,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from cyclip_loss.logits import ALL_ROWS, Logits, SavedStatistics
-from cyclip_loss.numerics import float32_is_exact, is_capturing, triton_version
+from cyclip_loss.numerics import (
+    MAX_DIVISOR,
+    divisor_of,
+    float32_is_exact,
+    is_capturing,
+    triton_version,
+)
 from cyclip_loss.usage_warnings import warn_once
-
-D_CLASSES = 128  # D counts as the largest power of two that divides it, up to this
 
 
 class Scope(NamedTuple):
@@ -39,12 +42,12 @@ class Form(NamedTuple):
 
     scope: Scope
     function: str
-    d_class: int  # of D, which decides tile sizes and padding
+    divisor: int  # of D, which decides tile sizes and padding
     switches: tuple[tuple[str, Any], ...]
 
     def __str__(self) -> str:
         shown = [f"{name}={value}" for name, value in self.switches]
-        return f"{self.function}({', '.join([*shown, f'D % {D_CLASSES}: {self.d_class}'])})"
+        return f"{self.function}({', '.join([*shown, f'D a multiple of {self.divisor}'])})"
 
 
 # The arguments of a function, and the limits of its loops.
@@ -192,7 +195,7 @@ class VerifiedKernels:
         return Form(
             self.scope_of(logits.row_features),
             "contrastive_lse",
-            gcd(logits.row_features.shape[1], D_CLASSES),
+            divisor_of(logits.row_features.shape[1]),
             (*_logits_switches(logits), ("several strips", several_strips)),
         )
 
@@ -209,7 +212,7 @@ class VerifiedKernels:
         return Form(
             self.scope_of(logits.row_features),
             "contrastive_grads",
-            gcd(logits.row_features.shape[1], D_CLASSES),
+            divisor_of(logits.row_features.shape[1]),
             (
                 *_logits_switches(logits),
                 ("needs", tuple(needs)),
@@ -272,7 +275,7 @@ class VerifiedKernels:
             ("first_column", "0" if first_column == 0 else "> 0"),
             ("more columns", column_negatives_lse.shape[0] > row_negatives_lse.shape[0]),
         )
-        return Form(self.scope_of(row_negatives_lse), "pair_terms", D_CLASSES, switches)
+        return Form(self.scope_of(row_negatives_lse), "pair_terms", MAX_DIVISOR, switches)
 
     def _pairs_cases(self, form: Form) -> Iterator[_Case]:
         switches = dict(form.switches)
@@ -302,8 +305,8 @@ class VerifiedKernels:
             ("with_cross", with_cross),
             ("several splits", self.kernels.gram_matrices_loops(image_features)),
         )
-        d_class = gcd(image_features.shape[1], D_CLASSES)
-        return Form(self.scope_of(image_features), "gram_matrices", d_class, switches)
+        divisor = divisor_of(image_features.shape[1])
+        return Form(self.scope_of(image_features), "gram_matrices", divisor, switches)
 
     def _grams_cases(self, form: Form) -> Iterator[_Case]:
         switches = dict(form.switches)
@@ -322,8 +325,8 @@ class VerifiedKernels:
             ("separate", separate),
             ("weights", weights[0].device.type),
         )
-        d_class = gcd(grams.shape[1], D_CLASSES)
-        return Form(self.scope_of(grams), "cyclic_terms", d_class, switches)
+        divisor = divisor_of(grams.shape[1])
+        return Form(self.scope_of(grams), "cyclic_terms", divisor, switches)
 
     def _terms_cases(self, form: Form) -> Iterator[_Case]:
         switches = dict(form.switches)
@@ -354,8 +357,8 @@ class VerifiedKernels:
             ("weights", weights[0].device.type),
             ("needs", tuple(needs)),
         )
-        d_class = gcd(image_features.shape[1], D_CLASSES)
-        return Form(self.scope_of(image_features), "cyclic_grads", d_class, switches)
+        divisor = divisor_of(image_features.shape[1])
+        return Form(self.scope_of(image_features), "cyclic_grads", divisor, switches)
 
     def _cyclic_grads_cases(self, form: Form) -> Iterator[_Case]:
         switches = dict(form.switches)
@@ -403,9 +406,9 @@ def _features(
     Every fifth row is nearly aligned with the column of the same number.
     """
     # An odd multiple has the same class. The interpreter, which is slow, gets a small one.
-    d = form.d_class * (3 if interpreted or form.d_class == D_CLASSES else 1)
-    if not interpreted and form.d_class < D_CLASSES:
-        d += D_CLASSES
+    d = form.divisor * (3 if interpreted or form.divisor == MAX_DIVISOR else 1)
+    if not interpreted and form.divisor < MAX_DIVISOR:
+        d += MAX_DIVISOR
     # A generator of its own: the user's random numbers stay as they are.
     generator = torch.Generator("cpu").manual_seed(0)
     total = num_rows + num_columns

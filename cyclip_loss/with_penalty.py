@@ -64,7 +64,9 @@ class WithCyclicPenalty(CyclicPenalty):
         terms = self.loss(*args, **kwargs)
         named = terms if isinstance(terms, dict) else {"result": terms}
         if isinstance(terms, tuple):
-            named = dict(zip(getattr(terms, "_fields", range(len(terms))), terms))  # noqa: B905
+            # Of the type: PyTorch 2.8 cannot trace `terms._fields`.
+            names = getattr(type(terms), "_fields", range(len(terms)))
+            named = dict(zip(names, terms))  # noqa: B905
         for name, term in named.items():
             if not _is_a_term(name, term):
                 got = f"{name}: {type(term).__name__} {tuple(getattr(term, 'shape', ()))}"

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from math import gcd
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ import triton
 from torch import Tensor
 
 from cyclip_loss import __version__
-from cyclip_loss.numerics import architecture, float32_is_exact
+from cyclip_loss.numerics import architecture, divisor_of, float32_is_exact
 from cyclip_loss.usage_warnings import warn_once
 
 # True if kernels run on CPU tensors. TRITON_INTERPRET decides it when Triton is imported.
@@ -178,10 +177,10 @@ def tiles_of(device: torch.device) -> str:
 def tiles_key(kernel: str, features: Tensor, precision: Precision) -> str:
     """The name of a kernel in the file of tiles.
 
-    One choice serves all N, and all D with the same largest power-of-two divisor, at most 128.
+    One choice serves all N, and all D with the same `divisor_of`.
     """
     dtype = str(features.dtype).removeprefix("torch.")
-    return f"{kernel} {dtype} {precision.dot} D%{gcd(features.shape[1], 128)}"
+    return f"{kernel} {dtype} {precision.dot} D%{divisor_of(features.shape[1])}"
 
 
 def _check(key: str, config: Config) -> None:

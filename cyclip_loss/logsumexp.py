@@ -1,0 +1,199 @@
+"""The log-sum-exps that contrastive losses are made of, with gradients.
+
+With l_ij = s * I_i . T_j and no sum over the pair itself:
+
+    a_i = log sum_{j != i} exp(l_ij)      b_j = log sum_{i != j} exp(l_ij)      l_ii
+
+Given the upstream gradients g_i of a_i, h_j of b_j, and e_i of l_ii, the gradient of l_ij is
+
+    G_ij = g_i exp(l_ij - a_i) + h_j exp(l_ij - b_j)      G_ii = e_i
+
+Because g_i exp(l_ij - a_i) = exp(l_ij - (a_i - ln g_i)), this is the backward of the contrastive
+term with r_i = a_i - ln g_i and c_j = b_j - ln h_j, so both share an operator.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from cyclip_loss import contrastive, engines
+from cyclip_loss.batch import prepare, without_autocast
+from cyclip_loss.distributed import Ranks, finish_gather, start_gather
+from cyclip_loss.logits import Logits
+from cyclip_loss.operators import register
+from cyclip_loss.options import LossOptions, boolean
+from cyclip_loss.plan import make_plan
+
+
+class ContrastiveLogSumExp(NamedTuple):
+    """Of this rank's n pairs, over the negatives of all ranks: float32 (float64 for float64)."""
+
+    row_negatives: Tensor  # (n,): log sum_{j != i} exp(l_ij), -inf without negatives
+    column_negatives: Tensor | None  # (n,): log sum_{i != j} exp(l_ij); None with `one_way`
+    pair_logits: Tensor  # (n,): l_ii
+
+
+def contrastive_logsumexp(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float = 1.0,
+    *,
+    ids: Tensor | None = None,
+    negative_text_features: Tensor | None = None,
+    one_way: bool = False,
+    process_group: ProcessGroup | None = None,
+    distributed: bool = True,
+    dist_impl: str = "gather",
+    uneven: bool = False,
+    impl: str = "auto",
+) -> ContrastiveLogSumExp:
+    """The log-sum-exps of each row's and column's negatives, and the pairs' logits; differentiable.
+
+    They are what contrastive losses are functions of, in O(N D) memory: CLIP's is the mean of
+    (softplus(row_negatives - pair_logits) + softplus(column_negatives - pair_logits)) / 2.
+
+    Gradients are exact for losses that do not fall when a log-sum-exp rises. A negative upstream
+    gradient of a log-sum-exp gives NaN gradients. One of zero gives zeros. Second derivatives are
+    an error. float16 features are computed in float32.
+
+    Across ranks, compute each rank's loss as a mean over its own n pairs. (If ranks hold different
+    numbers of pairs, take the sum times number of ranks / N.) The gradients are then those of one
+    process, averaged as DDP does.
+
+    Args:
+        image_features, text_features: (N, D), as in `cyclip_loss`; rows of any length.
+        logit_scale: multiplies the products.
+        ids: (N,), integers. Rows with the same id are no negatives of each other.
+        negative_text_features: (M, D), more columns. They have no result of their own.
+        one_way: leave out the columns' log-sum-exps, which saves time.
+        process_group, distributed, dist_impl, uneven, impl: as in `CyCLIPLoss`.
+
+    Raises:
+        TypeError, ValueError: as `cyclip_loss`.
+
+    >>> features = torch.nn.functional.normalize(torch.randn(8, 4), dim=1)
+    >>> row_negatives, _, pair_logits = contrastive_logsumexp(features, features, one_way=True)
+    >>> info_nce = torch.nn.functional.softplus(row_negatives - pair_logits).mean()
+    """
+    options = LossOptions(
+        lambda_inmodal=0.0,
+        lambda_crossmodal=0.0,
+        process_group=process_group,
+        distributed=distributed,
+        dist_impl=dist_impl,
+        uneven=uneven,
+        impl=impl,
+    )
+    batch = prepare(
+        image_features,
+        text_features,
+        logit_scale,
+        None,
+        None,
+        ids,
+        None,
+        negative_text_features,
+        options,
+        output_dict=False,
+        one_way=boolean("one_way", one_way),
+    )
+    plan = make_plan(batch, options, separate=False, has_dense_form=False)
+    gathers = contrastive.start_gathers(batch, plan)
+    (inputs,) = contrastive.term_inputs(batch, plan, gathers)
+    row, column, pair = _LogSumExp.apply(*inputs)  # type: ignore[no-untyped-call]
+    return ContrastiveLogSumExp(row, None if one_way else column, pair)
+
+
+class _LogSumExp(torch.autograd.Function):
+    """row_negatives, column_negatives (empty with `one_way`) and pair_logits, each (n,).
+
+    The inputs are those of the contrastive term (`contrastive._Contrastive`).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        *fields, gathered, ranks, settings, traced = inputs
+        own_columns = fields[1].shape[0]
+        fields = contrastive.with_gathered_columns(fields, gathered, ranks)
+        if fields[0].dtype == torch.float16:
+            # G has the size of the upstream gradients, which are too small for float16.
+            fields = [fields[0].float(), fields[1].float(), *fields[2:]]
+        compute = _forward_operator if traced else logsumexp_forward
+        arguments = (settings.engine, settings.strategy, *ranks.operator_arguments())
+        results: tuple[Tensor, ...] = compute(*fields, *arguments)
+        ctx.save_for_backward(*fields[:5], *results)
+        ctx.rest = fields[5:], own_columns, ranks, settings, traced
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        fields, own_columns, ranks, settings, traced = ctx.rest
+        *logits, row_lse, column_lse, pair_logits = ctx.saved_tensors
+        # NaN for a negative upstream gradient. For 0 it is inf, which makes G 0. Where there are no
+        # negatives, the log-sum-exp is -inf, and every G_ij is left out.
+        row_lse, column_lse = row_lse - grads[0].log(), column_lse - grads[1].log()
+        # The operator multiplies by W, and divides by the number of directions and `total_pairs`.
+        symmetric = fields[1]
+        grad = torch.full_like(pair_logits.sum(), (2 if symmetric else 1) / ranks.size)
+        settings = contrastive.Settings(
+            1, False, settings.engine, settings.strategy, *ranks.operator_arguments()
+        )
+        if symmetric:
+            # Extra negatives have no log-sum-exp of their own.
+            missing = own_columns - column_lse.shape[0]
+            column_lse = F.pad(column_lse, (0, missing), value=torch.inf)
+            if settings.strategy == "gather":
+                gathered = start_gather(column_lse, ranks)
+                assert gathered is not None
+                column_lse = finish_gather(gathered, ranks)
+        tensors = (*logits, row_lse, column_lse, grads[2].contiguous(), grad)
+        return contrastive.input_gradients(
+            tensors, fields, own_columns, settings, traced, ctx.needs_input_grad
+        )
+
+
+def logsumexp_forward(
+    row_features: Tensor,
+    column_features: Tensor,
+    logit_scale: Tensor,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    first_column: int,
+    symmetric: bool,
+    num_pairs: int,
+    engine: str,
+    strategy: str,
+    group_name: str,
+    rows_per_rank: list[int] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The results of `_LogSumExp`, from the fields of `Logits` and four of `Settings`."""
+    logits = Logits(
+        row_features, column_features, logit_scale, row_ids, column_ids, first_column, symmetric,
+        num_pairs,
+    )  # fmt: skip
+    ranks = Ranks.from_operator_arguments(group_name, rows_per_rank)
+    compute = engines.module(engine, row_features)
+    with without_autocast(row_features):
+        lse = contrastive.STRATEGIES[strategy].log_sum_exps(compute, logits, ranks)
+    column_lse = lse.column_negatives_lse[first_column : first_column + row_features.shape[0]]
+    return lse.row_negatives_lse, column_lse.clone(), lse.pair_logits
+
+
+def _forward_fake(
+    row_features: Tensor,
+    column_features: Tensor,
+    logit_scale: Tensor,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    first_column: int,
+    symmetric: bool,
+    *others: Any,
+) -> tuple[Tensor, ...]:
+    n, new = row_features.shape[0], logit_scale.new_empty
+    return new((n,)), new((n if symmetric else 0,)), new((n,))
+
+
+_forward_operator = register(logsumexp_forward, _forward_fake)
