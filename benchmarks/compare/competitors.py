@@ -13,10 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, logsigmoid
+from torch.nn.functional import cross_entropy, logsigmoid, softplus
 
 from benchmarks.compare.plan import LOGIT_SCALE
-from cyclip_loss import CyCLIPLoss, cyclic_penalty, cyclip_loss, reference
+from cyclip_loss import (
+    CyCLIPLoss,
+    contrastive_logsumexp,
+    cyclic_penalty,
+    cyclip_loss,
+    reference,
+)
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 SIGLIP_BIAS = -10.0  # SigLIP's own initial value
@@ -29,6 +35,8 @@ AUTHORS = "authors' formula"
 COMPILED = "authors' formula, torch.compile"
 DENSE_PENALTIES = "dense penalties"
 OPEN_CLIP = "open_clip.ClipLoss, no penalties"
+OUR_ONE_WAY = "contrastive_logsumexp, one-way InfoNCE"
+DENSE_ONE_WAY = "dense one-way InfoNCE"
 MEMEFF = "memeff, no penalties, fixed scale"
 INF_CL = "inf-cl, no penalties"
 SIGLIP_KERNEL = "siglip-kernel, SigLIP"
@@ -57,6 +65,7 @@ EXTRA_INPUTS: dict[str, Callable[[Tensor], dict[str, Any]]] = {
 TABLES = {
     "": BESIDE,
     ", CLIP's loss and SigLIP's": (OUR_CLIP, OPEN_CLIP, *PEERS),
+    ", one-way InfoNCE": (OUR_ONE_WAY, DENSE_ONE_WAY, OUR_CLIP),
     ", with ids": (OURS, *(f"{OURS}, {x}" for x in (DISTINCT_IDS, DUPLICATE_IDS)),
                    f"{AUTHORS}, {DUPLICATE_IDS}"),
     ", with positives": (OURS, f"{OURS}, {POSITIVES}", f"{AUTHORS}, {POSITIVES}"),
@@ -80,11 +89,24 @@ def _penalties(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     return torch.stack(penalties).sum()
 
 
+def dense_one_way(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    """InfoNCE from images to texts only."""
+    return reference.one_way_loss(scale * image @ text.T)
+
+
+def our_one_way(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    """InfoNCE from images to texts only, from the rows' log-sum-exps."""
+    row_negatives, _, pair_logits = contrastive_logsumexp(image, text, scale, one_way=True)
+    return softplus(row_negatives - pair_logits).mean()
+
+
 # What a competitor means to compute.
-CYCLIP, CLIP, PENALTIES, SIGLIP = "CyCLIP", "CLIP", "penalties", "SigLIP"
+CYCLIP, CLIP, ONE_WAY = "CyCLIP", "CLIP", "one-way InfoNCE"
+PENALTIES, SIGLIP = "penalties", "SigLIP"
 DEFINITIONS: dict[str, Callable[..., Tensor]] = {
     CYCLIP: _cyclip,
     CLIP: reference.contrastive_loss,
+    ONE_WAY: dense_one_way,
     PENALTIES: _penalties,
     SIGLIP: siglip_loss,
 }
@@ -202,6 +224,8 @@ COMPETITORS = (
     Competitor(
         OPEN_CLIP, lambda: import_module("open_clip").ClipLoss(), CLIP, package="open_clip_torch"
     ),
+    Competitor(OUR_ONE_WAY, lambda: our_one_way, ONE_WAY),
+    Competitor(DENSE_ONE_WAY, lambda: dense_one_way, ONE_WAY),
     Competitor(MEMEFF, memeff_loss, CLIP, package="memeff", cuda_only=True),
     Competitor(INF_CL, inf_cl_loss, CLIP, package="inf-cl", cuda_only=True),
     Competitor(SIGLIP_KERNEL, siglip_kernel_loss, SIGLIP, package="siglip-kernel", cuda_only=True),

@@ -23,7 +23,7 @@ from benchmarks.compare.competitors import (
 from benchmarks.compare.plan import LOGIT_SCALE, Plan
 from benchmarks.run import OUT_OF_MEMORY, Row, Run, describe
 
-SMALL_BATCH = 256
+SMALL_BATCH = 128
 MAX_ROUNDS = 300
 # The largest N at which all competitors run. Beyond it, only `LARGE`.
 ALL_UP_TO = 16384
