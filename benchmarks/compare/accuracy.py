@@ -26,8 +26,8 @@ def results(loss: Loss, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
     leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
     value = loss(*leaves)
     *feature_grads, scale_grad = torch.autograd.grad(value, leaves, allow_unused=True)
-    found = {"value": value.detach(), "gradient": torch.stack(feature_grads)}
-    return found if scale_grad is None else found | {"logit-scale gradient": scale_grad}
+    tensors = {"value": value.detach(), "gradient": torch.stack(feature_grads)}
+    return tensors if scale_grad is None else tensors | {"logit-scale gradient": scale_grad}
 
 
 def relative_errors(actual: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
@@ -56,7 +56,7 @@ def assert_same_values(competitor: Competitor, inputs: Sequence[Tensor]) -> None
                                  f"{100 * errors[name]:.3g} %")  # fmt: skip
 
 
-def add_errors(run: Run, found: list[Competitor], plan: Plan) -> None:
+def add_errors(run: Run, losses: list[Competitor], plan: Plan) -> None:
     """Add a row of errors for each competitor, dtype and distance."""
     n, d = plan.error_size
     scale = torch.tensor(LOGIT_SCALE, device=run.device)
@@ -65,7 +65,7 @@ def add_errors(run: Run, found: list[Competitor], plan: Plan) -> None:
         exact: dict[tuple[str, str], dict[str, Tensor]] = {}
         case = {"N": n, "D": d, "dtype": str(dtype).removeprefix("torch.")}
         case["|T - I|"] = RANDOM if distance is None else distance
-        for competitor in found:
+        for competitor in losses:
             definition = (competitor.computes, competitor.extra)
             if definition not in exact:
                 exact[definition] = exact_results(competitor, inputs)

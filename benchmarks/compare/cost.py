@@ -31,7 +31,7 @@ ALL_UP_TO = 16384
 LAUNCHES_UP_TO = 8192
 
 
-def add_costs(run: Run, found: list[Competitor], plan: Plan) -> None:
+def add_costs(run: Run, losses: list[Competitor], plan: Plan) -> None:
     """Add rows of time and memory, size by size, for as long as there is time."""
     rate = matrix_rate(run, plan)
     for n, d in plan.sizes:
@@ -39,7 +39,7 @@ def add_costs(run: Run, found: list[Competitor], plan: Plan) -> None:
             run.note(f"N = {n:,}, D = {d:,} left out: no time")
             continue
         run.say(f"N = {n:,}, D = {d:,}")
-        chosen = [c for c in found if n <= ALL_UP_TO or c.name in LARGE]
+        chosen = [c for c in losses if n <= ALL_UP_TO or c.name in LARGE]
         try:
             if n <= plan.timed_up_to:
                 rows = measure_in_rounds(run, chosen, n, d, plan)
@@ -62,7 +62,7 @@ def make_step(loss: Loss, leaves: list[Tensor]) -> Callable[[], object]:
     return lambda: torch.autograd.grad(loss(*leaves), leaves, allow_unused=True)
 
 
-def measure_in_rounds(run: Run, found: list[Competitor], n: int, d: int, plan: Plan) -> list[Row]:
+def measure_in_rounds(run: Run, losses: list[Competitor], n: int, d: int, plan: Plan) -> list[Row]:
     """A row for each competitor, also added to the section: peak memory and interleaved times.
 
     A competitor that fails in a small batch, or computes something else there, is not timed.
@@ -72,7 +72,7 @@ def measure_in_rounds(run: Run, found: list[Competitor], n: int, d: int, plan: P
     case = {"N": n, "D": d, "dtype": str(plan.dtype).removeprefix("torch.")}
     small_batch = make_leaves(run, SMALL_BATCH, d, plan.dtype)
     leaves = make_leaves(run, n, d, plan.dtype)
-    for competitor in found:
+    for competitor in losses:
         with run.attempt(**case, loss=competitor.name, computes=competitor.computes) as row:
             # This is also the warm-up: libraries load, compile and allocate.
             assert_same_values(competitor, small_batch)

@@ -25,11 +25,11 @@ def main(options: argparse.Namespace) -> int:
     if options.sizes:
         n = min(max(options.sizes), plan.error_size[0])
         plan = replace(plan, sizes=tuple((n, 512) for n in options.sizes), error_size=(n, 512))
-    found = competitors(run.device)
+    losses = competitors(run.device)
     sections = {
-        "cost": lambda run: add_costs(run, found, plan),
-        "error": lambda run: add_errors(run, found, plan),
-        "training step": lambda run: add_training_steps(run, found, plan),
+        "cost": lambda run: add_costs(run, losses, plan),
+        "error": lambda run: add_errors(run, losses, plan),
+        "training step": lambda run: add_training_steps(run, losses, plan),
     }
     record, file = run_sections(run, "side-by-side", sections, options.out or RESULTS, summary)
     print(f"\n{summary(record)}\n")

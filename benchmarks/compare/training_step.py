@@ -62,12 +62,12 @@ class Trainer:
         self.optimizer.step()
 
 
-def add_training_steps(run: Run, found: list[Competitor], plan: Plan) -> None:
+def add_training_steps(run: Run, losses: list[Competitor], plan: Plan) -> None:
     """Add a row for some losses: the step, the loss alone, its share, and the step's peak."""
     trainer = Trainer(run, plan.model, plan.batch_size)
     features = [output.detach().requires_grad_() for output in trainer.encode()]
     steps: dict[str, Callable[[], object]] = {}
-    for competitor in (c for c in found if c.name in BESIDE):
+    for competitor in (c for c in losses if c.name in BESIDE):
         name = competitor.name
         with run.attempt(model=plan.model, batch=plan.batch_size, loss=name) as row:
             step = partial(trainer.step, competitor.loss)

@@ -2,9 +2,10 @@
 
 The assembler and disassembler come with Triton's wheel. The exit code is 1 if a binary
 
-- spills registers, or needs more shared memory than its chip has,
+- spills registers,
+- needs more shared memory than its chip has,
 - multiplies 16-bit numbers without tensor cores,
-- of a contrastive kernel makes each of these instructions wait for the one before it, or
+- makes each tensor-core instruction of a 16-bit contrastive kernel wait for the one before it, or
 - does not fuse multiplications with additions.
 
 The table goes to stdout, the faults to stderr.
@@ -69,7 +70,7 @@ class Variant:
 
     @property
     def label(self) -> str:
-        """The kernel and what it is compiled with."""
+        """The kernel's name, with the flags that tell its variants apart."""
         has_ids = ID_POINTERS & {*KERNELS[self.kernel].arg_names} - self.flags.keys()
         words = {
             "with_cross": self.flags.get("WITH_CROSS"),

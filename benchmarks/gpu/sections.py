@@ -64,23 +64,23 @@ def kernels(run: Run) -> None:
         step = make_step(CyCLIPLoss(), make_leaves(run, n, d, torch.bfloat16))
         for _ in range(3):
             step()
-        found = profiled(step, run.device)
-        launches = sum(count for count, _ in found.values())
-        microseconds = sum(spent for _, spent in found.values())
+        spent = profiled(step, run.device)
+        launches = sum(count for count, _ in spent.values())
+        microseconds = sum(time for _, time in spent.values())
         run.add_row(N=n, D=d, kernel="all", launches=launches, ms=microseconds / 1e3)
-        longest = sorted(found.items(), key=lambda item: -item[1][1])[:KERNELS_SHOWN]
-        for name, (count, spent) in longest:
-            run.add_row(N=n, D=d, kernel=name[:60], launches=count, ms=spent / 1e3)
+        longest = sorted(spent.items(), key=lambda item: -item[1][1])[:KERNELS_SHOWN]
+        for name, (count, time) in longest:
+            run.add_row(N=n, D=d, kernel=name[:60], launches=count, ms=time / 1e3)
 
 
 def beside_competitors(run: Run) -> None:
     """Measure the costs that `compare` measures, for as long as there is time."""
     # On a CPU, compiling takes too long for a dry run.
-    found = competitors(run.device, without=(COMPILED,) if run.dry_run else ())
+    losses = competitors(run.device, without=(COMPILED,) if run.dry_run else ())
     plan = DRY_RUN if run.dry_run else CUDA
-    add_costs(run, found, plan)
+    add_costs(run, losses, plan)
     # Which engine should `impl="auto"` choose for small float32 batches?
-    engines = [competitor for competitor in found if competitor.name in (OURS, EAGER)]
+    engines = [competitor for competitor in losses if competitor.name in (OURS, EAGER)]
     small_sizes = tuple((n, d) for n, d in plan.sizes if n <= LAUNCHES_UP_TO)
     add_costs(run, engines, replace(plan, dtype=torch.float32, sizes=small_sizes))
 
