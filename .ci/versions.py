@@ -5,9 +5,12 @@
     python .ci/versions.py 2.11 2.14  the same with these minor versions
     python .ci/versions.py oldest     the lower bound: loss, kernels, compiled across ranks
     python .ci/versions.py lowest     the lowest version of every dependency: all tests
+    python .ci/versions.py open_clip-2.32
+                                      this minor version of OpenCLIP: its trainer and its flags
 
 `pip install uv` first. uv resolves and installs; every PyTorch gets the Triton that it requires.
-Prints a table. The exit status is 1 if anything failed.
+Prints a table; `--output FILE` also writes it to a Markdown page. The exit status is 1 if anything
+failed.
 """
 
 import argparse
@@ -18,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import date
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -29,12 +33,18 @@ TESTS = {
     "oldest": (*LOSS, "tests/ranks/test_ranks_training.py::test_compile_gives_the_same"),
     "lowest": ("tests",),
 }
+OPEN_CLIP_TESTS = (
+    "tests/trainers/test_open_clip_train.py",
+    "tests/trainers/test_with_penalty.py",
+    "tests/ranks/test_open_clip_flags.py",
+)
 HEAD = (
     "environment",
     "PyTorch",
     "Triton",
     "Python",
     "NumPy",
+    "OpenCLIP",
     "passed",
     "failed",
     "skipped",
@@ -99,6 +109,11 @@ def make_environment(name: str, folder: Path) -> Path:
     chosen: tuple[str, ...]
     if name == "lowest":
         chosen = ("--resolution", "lowest-direct", "--editable", ".[test,benchmark]")
+    elif name.startswith("open_clip-"):
+        # pyproject.toml asks for a newer version.
+        override = folder / "override.txt"
+        override.write_text(f"open_clip_torch[training]=={name.removeprefix('open_clip-')}.*")
+        chosen = ("--override", str(override), "--editable", ".[test]")
     else:
         torch = lower_bound("torch") if name == "oldest" else name
         # The extra `benchmark` has what these tests import.
@@ -126,12 +141,14 @@ def test(name: str) -> tuple[tuple[str, ...], bool]:
             python = make_environment(name, folder / "venv")
         except subprocess.CalledProcessError as error:
             print(f"{name}: could not be installed: {error}", flush=True)
-            return (name, "not installed", *["–"] * 7), False
+            return (name, "not installed", *["–"] * (len(HEAD) - 2)), False
         versions = installed(python)
-        shown = [versions.get(package, "–") for package in ("torch", "triton", "python", "numpy")]
+        packages = ("torch", "triton", "python", "numpy", "open_clip_torch")
+        shown = [versions.get(package, "–") for package in packages]
 
         print(f"{name}: testing with PyTorch {shown[0]}, Python {shown[2]}", flush=True)
-        tests = TESTS.get(name, (*LOSS, "tests/ranks"))
+        is_open_clip = name.startswith("open_clip-")
+        tests = TESTS.get(name, OPEN_CLIP_TESTS if is_open_clip else (*LOSS, "tests/ranks"))
         report = folder / "report.xml"
         # Nothing that another version has compiled.
         caches = {
@@ -170,10 +187,31 @@ def table(rows: list[tuple[str, ...]]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
+def write_page(path: Path, command: str, rows: list[tuple[str, ...]]) -> None:
+    """Write the table as a page, with its command, date and commit. It appears whole or not."""
+    git = ("git", "describe", "--always", "--dirty")
+    commit = subprocess.run(git, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout.strip()
+    text = f"""# Tested versions
+
+`{command}`, {date.today()}, commit {commit or "unknown"}.
+`python .ci/versions.py --help` says which tests an environment runs.
+
+{table(rows)}
+"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def environment_name(text: str) -> str:
-    """`oldest`, `lowest` or a minor version."""
-    if text not in TESTS and not re.fullmatch(r"\d+\.\d+", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is none of oldest, lowest, 2.8, 2.9 ...")
+    """`oldest`, `lowest`, a minor version of PyTorch, or one of OpenCLIP."""
+    if text not in TESTS and not re.fullmatch(r"(open_clip-)?\d+\.\d+", text):
+        known = "oldest, lowest, 2.8, 2.9 ..., open_clip-2.32 ..."
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {known}")
     return text
 
 
@@ -183,7 +221,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("environments", nargs="*", type=environment_name, metavar="environment")
-    names = parser.parse_args().environments or minor_versions()
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the table here too")
+    arguments = parser.parse_args()
+    names = arguments.environments or minor_versions()
     rows: list[tuple[str, ...]] = []
     all_passed = True
     try:
@@ -194,6 +234,9 @@ def main() -> int:
             all_passed &= passed
     finally:  # also of what was tested before Ctrl-C
         print(table(rows), flush=True)
+    if arguments.output:
+        command = " ".join(("python .ci/versions.py", *sys.argv[1:]))
+        write_page(arguments.output, command, rows)
     return 0 if all_passed else 1
 
 

@@ -1,6 +1,6 @@
-"""One run of a command: its device, its clock, what it found so far, and the record of that.
+"""One run of a command: its device, its clock, what it found so far, and its record.
 
-The only place that writes tables and formats numbers.
+Only this file writes tables and formats numbers.
 """
 
 import json
@@ -25,17 +25,23 @@ from torch.nn.functional import normalize
 from torch.utils import collect_env
 
 from benchmarks import ROOT
+from cyclip_loss import __version__
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("triton", "numpy", "open_clip_torch")
-Row = dict[str, Any]  # a line of a table, by column
+PACKAGES = ("triton", "numpy", "open_clip_torch", "memeff", "inf-cl", "siglip-kernel")
+Row = dict[str, Any]  # a row of a table, by column
 SEED = 0
-BUSY = 0.25  # running processes a core, beyond which times mean little
+BUSY = 0.25  # running processes for each core; beyond this, times cannot be trusted
 OK, OUT_OF_MEMORY = "ok", "out of memory"
-# What errors say that mean it. The last two: CUDA's and Triton's own, and cuBLAS' when PyTorch's
-# allocator holds the whole card.
-SIGNS = ("can't allocate memory", "not enough memory", "std::bad_alloc", "out of memory",
-         "alloc_failed")  # fmt: skip
+# Words in the errors that mean it. CUDA's and Triton's own are "out of memory"; cuBLAS fails to
+# allocate when PyTorch's allocator holds the whole card.
+OUT_OF_MEMORY_WORDS = (
+    "can't allocate memory",
+    "not enough memory",
+    "std::bad_alloc",
+    "out of memory",
+    "alloc_failed",
+)
 
 
 @dataclass
@@ -51,7 +57,7 @@ class Section:
 
 
 class Run:
-    """Where, how long, and the sections by name. A dry run is tiny, and proves no speed."""
+    """The device, the clock, and the sections by name. A dry run is tiny and shows no speed."""
 
     def __init__(self, device: torch.device, dry_run: bool = False) -> None:
         torch.manual_seed(SEED)
@@ -60,14 +66,14 @@ class Run:
         self.section = Section()
         self.deadline = math.inf  # in seconds since the run began
         self.load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # Windows has none
-        self.began, self._start = datetime.now(), time.perf_counter()
+        self.date, self._start = datetime.now(), time.perf_counter()
 
     def elapsed(self) -> float:
         """Seconds since the run began."""
         return time.perf_counter() - self._start
 
     def remaining(self) -> float:
-        """Seconds left."""
+        """Seconds until the deadline."""
         return self.deadline - self.elapsed()
 
     def say(self, text: str) -> None:
@@ -75,30 +81,30 @@ class Run:
         print(f"[{self.elapsed():6.1f} s] {text}", flush=True)
 
     @contextmanager
-    def part(self, name: str) -> Iterator[Section]:
-        """Collect into a new section. An exception in it is a failure of it, not of the run."""
+    def start_section(self, name: str) -> Iterator[Section]:
+        """Collect into a new section. An exception is a failure of the section, not of the run."""
         outer, self.section = self.section, Section()
         self.sections[name] = self.section
         self.say(name)
         try:
             yield self.section
         except Exception as error:
-            self.fail(f"{one_line(error)}\n{traceback.format_exc()}")
+            self.fail(f"{first_line(error)}\n{traceback.format_exc()}")
         self.section = outer
 
-    def row(self, **values: Any) -> None:
-        """Add a line to the section's table."""
+    def add_row(self, **values: Any) -> None:
+        """Add a row to the section's table."""
         self.section.rows.append(values)
 
     @contextmanager
     def attempt(self, **values: Any) -> Iterator[Row]:
-        """Add a line that the block completes. An exception in it is the line's outcome."""
-        self.row(**values, outcome=OK)
+        """Add a row that the block completes. An exception in the block is the row's outcome."""
+        self.add_row(**values, outcome=OK)
         row = self.section.rows[-1]
         try:
             yield row
         except Exception as error:  # of any library: what ends one must not end the others
-            row["outcome"] = outcome_of(error)
+            row["outcome"] = describe(error)
 
     def fail(self, text: str) -> None:
         """Note and print a failure."""
@@ -106,18 +112,18 @@ class Run:
         self.say(f"FAILED {text}")
 
     def note(self, text: str) -> None:
-        """Note and print what was left out, or makes results doubtful."""
+        """Note and print what was left out, or what makes results doubtful."""
         self.section.notes.append(text)
         self.say(text)
 
     def failures(self) -> int:
-        """Of all sections."""
+        """How many failures all sections have."""
         return sum(len(section.failures) for section in self.sections.values())
 
     def pairs(
         self, n: int, d: int, dtype: torch.dtype = torch.float32, distance: float | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Random unit rows, (n, d) twice; with a distance, texts are that near to their images."""
+        """Random rows of unit length, (n, d) twice. distance: from an image to its text."""
         generator = torch.Generator(self.device).manual_seed(SEED)
         image, text = (
             normalize(torch.randn(n, d, device=self.device, generator=generator)) for _ in range(2)
@@ -127,22 +133,22 @@ class Run:
         return image.to(dtype), text.to(dtype)
 
 
-def one_line(error: BaseException) -> str:
-    """The kind of an error, and the first line of what it says."""
+def first_line(error: BaseException) -> str:
+    """The kind of an error, and the first line of its message."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
-def outcome_of(error: Exception) -> str:
-    """What went wrong, in one line; running out of memory is a result like any other."""
+def describe(error: Exception) -> str:
+    """What went wrong, in one line. Running out of memory is a result like any other."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        sign in str(error).lower() for sign in SIGNS
+        words in str(error).lower() for words in OUT_OF_MEMORY_WORDS
     ):
         return OUT_OF_MEMORY
-    return one_line(error)
+    return first_line(error)
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's and how many threads PyTorch takes of it."""
+    """The GPU's name, or the processor's and how many threads PyTorch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     information = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
@@ -152,45 +158,51 @@ def device_name(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of what a measurement depends on, and is there."""
+    """The versions of what a measurement depends on, and the commit in a checkout of git."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     found |= {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES}
     if torch.cuda.is_available():
         found["driver"] = str(collect_env.get_nvidia_driver_version(collect_env.run))
+    found["cyclip_loss"] = __version__
     _, commit, _ = collect_env.run(f"git -C {ROOT} describe --always --dirty")
-    return {**found, "commit": commit or "unknown"}
+    return found | {"commit": commit} if commit else found
 
 
 def markdown(record: dict[str, Any], summary: str = "") -> str:
-    """The record for people: where and how, what failed, the summary, a table for each section."""
+    """The record for people: machine and versions, failures, the summary, a table per section."""
     lines = [f"# {record['device']}, {record['date']}", ""]
     if record["dry_run"]:
         lines += ["**DRY RUN**: on CPU at tiny sizes. No time in it means anything.", ""]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    lines += [f"`{record['command']}`; {versions}. The columns: benchmarks/README.md.", ""]
-    busy = ": the machine was busy, do not trust the times" * record["busy"]
+    lines += [f"`{record['command']}`, {record['seconds']:.0f} seconds; {versions}.", ""]
+    busy = ": the machine was busy, do not trust the times" if record["busy"] else ""
     lines += [f"Load before the run: {record['load']:.2f}{busy}.", ""]
+    lines += ["benchmarks/README.md explains the columns.", ""]
     for name, section in record["sections"].items():
         for failure in section["failures"]:
             lines += [f"## FAILED {name}", "", "```", failure, "```", ""]
-    lines += ["## Summary", "", summary, ""] if summary else []
+    if summary:
+        lines += ["## Summary", "", summary, ""]
     for name, section in record["sections"].items():
         lines += [f"## {name}", ""]
-        lines += [table(section["rows"]), ""] if section["rows"] else []
-        lines += [*(f"- {note}" for note in section["notes"]), ""] if section["notes"] else []
+        if section["rows"]:
+            lines += [table(section["rows"]), ""]
+        if section["notes"]:
+            lines += [*(f"- {note}" for note in section["notes"]), ""]
     return "\n".join(lines)
 
 
 def table(rows: list[Row]) -> str:
-    """A Markdown table; what a row lacks is left empty."""
+    """The rows in Markdown. A column that a row lacks is left empty."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [columns, *([row.get(key, "") for key in columns] for row in rows)]
-    head, *lines = (" | ".join(number(c).replace("|", r"\|") for c in row) for row in cells)
-    return "\n".join([f"| {head} |", "|---" * len(columns) + "|", *(f"| {x} |" for x in lines)])
+    cells = [columns, *([format_number(row.get(key, "")) for key in columns] for row in rows)]
+    head, *lines = (" | ".join(cell.replace("|", r"\|") for cell in row) for row in cells)
+    rule = "|---" * len(columns) + "|"
+    return "\n".join([f"| {head} |", rule, *(f"| {line} |" for line in lines)])
 
 
-def number(value: Any) -> str:
-    """Three significant digits, a comma for thousands; text as it is."""
+def format_number(value: Any) -> str:
+    """Three significant digits, with commas between thousands; text as it is."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     if isinstance(value, int):
@@ -201,46 +213,54 @@ def number(value: Any) -> str:
     return f"{round(value, digits):,.{max(0, digits)}f}"
 
 
-def carry_out(
+def run_sections(
     run: Run,
     kind: str,
     sections: Mapping[str, Callable[[Run], None]],
     folder: Path,
     summary: Callable[[dict[str, Any]], str] = lambda record: "",
 ) -> tuple[dict[str, Any], Path]:
-    """Run the sections one by one; the record, and its JSON file, <kind>-<device>-<date>.
+    """Run the sections one by one. Returns the record and its JSON file, <kind>-<device>-<date>.
 
-    It is written after each section, and when the command is interrupted, with a Markdown file
-    beside it. NaN is as Python reads it.
+    The file, and a Markdown file beside it, are written after each section and when the command is
+    interrupted. JSON has no NaN: the file has Python's `NaN`.
     """
     device = re.sub(r"[^a-z0-9]+", "-", device_name(run.device).split(",")[0].lower())
-    file = folder / f"{kind}-{device}-{run.began:%Y-%m-%dT%H%M}.json"
+    file = folder / f"{kind}-{device}-{run.date:%Y-%m-%dT%H%M}.json"
     folder.mkdir(parents=True, exist_ok=True)
 
+    found_versions = versions()
+
     def save() -> dict[str, Any]:
-        record = {
-            "dry_run": run.dry_run,
-            "device": device_name(run.device),
-            "date": run.began.isoformat(timespec="minutes"),
-            "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
-            "versions": versions(),
-            "load": run.load,
-            "busy": run.load > BUSY * (os.cpu_count() or 1),
-            "sections": {name: asdict(section) for name, section in run.sections.items()},
-        }
+        record = make_record(run, found_versions)
         write_whole(markdown(record, summary(record)).encode(), file.with_suffix(".md"))
         write_whole(f"{json.dumps(record, indent=1)}\n".encode(), file)
         return record
 
     try:
         for name, measure in sections.items():
-            with run.part(name):
+            with run.start_section(name):
                 measure(run)
             save()
     except KeyboardInterrupt:
         run.fail("interrupted")
     run.say(f"{run.failures()} failures; record in {file} and {file.with_suffix('.md')}")
     return save(), file
+
+
+def make_record(run: Run, versions: dict[str, str]) -> dict[str, Any]:
+    """What the run found so far, with what its numbers depend on."""
+    return {
+        "dry_run": run.dry_run,
+        "device": device_name(run.device),
+        "date": run.date.isoformat(timespec="minutes"),
+        "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
+        "seconds": run.elapsed(),
+        "versions": versions,
+        "load": run.load,
+        "busy": run.load > BUSY * (os.cpu_count() or 1),
+        "sections": {name: asdict(section) for name, section in run.sections.items()},
+    }
 
 
 def write_whole(content: bytes, path: Path) -> None:

@@ -1,1 +1,1 @@
-"""The loss beside what one would use instead."""
+"""The loss compared with its alternatives."""

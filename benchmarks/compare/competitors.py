@@ -1,4 +1,4 @@
-"""What else one could use: each behind one signature, each stating what it does not compute.
+"""The losses that are compared: each behind one signature, each stating what it computes.
 
     loss(image_features (N, D), text_features (N, D), logit_scale scalar) -> scalar
 
@@ -13,68 +13,158 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, logsigmoid, softplus
 
-from cyclip_loss import CyCLIPLoss, cyclic_penalty, cyclip_loss, reference
+from benchmarks.compare.plan import LOGIT_SCALE
+from cyclip_loss import (
+    CyCLIPLoss,
+    contrastive_logsumexp,
+    cyclic_penalty,
+    cyclip_loss,
+    reference,
+)
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+SIGLIP_BIAS = -10.0  # SigLIP's own initial value
+
 OURS = "CyCLIPLoss"
 EAGER = "CyCLIPLoss, eager"
+OUR_CLIP = "CyCLIPLoss(0, 0)"
 PENALTIES_ONLY = "cyclic_penalty"
 AUTHORS = "authors' formula"
 COMPILED = "authors' formula, torch.compile"
 DENSE_PENALTIES = "dense penalties"
 OPEN_CLIP = "open_clip.ClipLoss, no penalties"
-BESIDE = (OURS, AUTHORS, COMPILED, OPEN_CLIP)  # what a summary shows
-LARGE = (*BESIDE, EAGER)  # what runs at every size
-# What a loss may be given besides pairs, made of the text features. Each id occurs twice.
-TEXTS = "N extra texts"
-MORE: dict[str, Callable[[Tensor], dict[str, Any]]] = {
+OUR_ONE_WAY = "contrastive_logsumexp, one-way InfoNCE"
+DENSE_ONE_WAY = "dense one-way InfoNCE"
+MEMEFF = "memeff, no penalties, fixed scale"
+INF_CL = "inf-cl, no penalties"
+SIGLIP_KERNEL = "siglip-kernel, SigLIP"
+
+BESIDE = (OURS, AUTHORS, COMPILED, OPEN_CLIP)  # what the main tables show
+PEERS = (MEMEFF, INF_CL, SIGLIP_KERNEL)
+LARGE = (*BESIDE, EAGER, OUR_CLIP, *PEERS)  # what runs at every size
+
+# What a loss may be given besides features and scale, made from the text features.
+DISTINCT_IDS, DUPLICATE_IDS = "ids, all different", "ids, each twice"
+POSITIVES, EXTRA_TEXTS = "positives", "N extra texts"
+
+
+def _ids(text: Tensor, rows_per_id: int) -> Tensor:
+    return torch.arange(len(text), device=text.device) // rows_per_id
+
+
+EXTRA_INPUTS: dict[str, Callable[[Tensor], dict[str, Any]]] = {
     "": lambda text: {},
-    "ids": lambda text: {"ids": torch.arange(len(text), device=text.device) // 2},
-    "positives": lambda text: {**MORE["ids"](text), "same_ids": "positives"},
-    TEXTS: lambda text: {"negative_text_features": -text},
+    DISTINCT_IDS: lambda text: {"ids": _ids(text, 1)},
+    DUPLICATE_IDS: lambda text: {"ids": _ids(text, 2)},
+    POSITIVES: lambda text: {"ids": _ids(text, 2), "same_ids": "positives"},
+    EXTRA_TEXTS: lambda text: {"negative_text_features": -text},
 }
-WITH_MORE = {more: (OURS, f"{OURS}, {more}", f"{AUTHORS}, {more}") for more in MORE if more}
-PENALTIES, TERM = "penalties", "contrastive term"  # what may be lacking
+# The tables of a summary, by what their titles add. Ratios are to the first loss of a table.
+TABLES = {
+    "": BESIDE,
+    ", CLIP's loss and SigLIP's": (OUR_CLIP, OPEN_CLIP, *PEERS),
+    ", one-way InfoNCE": (OUR_ONE_WAY, DENSE_ONE_WAY, OUR_CLIP),
+    ", with ids": (OURS, *(f"{OURS}, {x}" for x in (DISTINCT_IDS, DUPLICATE_IDS)),
+                   f"{AUTHORS}, {DUPLICATE_IDS}"),
+    ", with positives": (OURS, f"{OURS}, {POSITIVES}", f"{AUTHORS}, {POSITIVES}"),
+    ", with N extra texts": (OURS, f"{OURS}, {EXTRA_TEXTS}", f"{AUTHORS}, {EXTRA_TEXTS}"),
+}  # fmt: skip
+
+
+def siglip_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    """SigLIP's loss with `SIGLIP_BIAS` (Zhai et al. 2023, Algorithm 1), dense."""
+    logits = scale * image @ text.T + SIGLIP_BIAS
+    signs = 2 * torch.eye(len(image), device=image.device, dtype=logits.dtype) - 1
+    return -logsigmoid(signs * logits).sum() / len(image)
+
+
+def _cyclip(image: Tensor, text: Tensor, scale: Tensor, **extra: Any) -> Tensor:
+    return torch.stack([*reference.cyclip_loss(image, text, scale, **extra).values()]).sum()
+
+
+def _penalties(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    _, *penalties = reference.cyclip_loss(image, text, scale).values()
+    return torch.stack(penalties).sum()
+
+
+def dense_one_way(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    """InfoNCE from images to texts only."""
+    return reference.one_way_loss(scale * image @ text.T)
+
+
+def our_one_way(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    """InfoNCE from images to texts only, from the rows' log-sum-exps."""
+    row_negatives, _, pair_logits = contrastive_logsumexp(image, text, scale, one_way=True)
+    return softplus(row_negatives - pair_logits).mean()
+
+
+# What a competitor means to compute.
+CYCLIP, CLIP, ONE_WAY = "CyCLIP", "CLIP", "one-way InfoNCE"
+PENALTIES, SIGLIP = "penalties", "SigLIP"
+DEFINITIONS: dict[str, Callable[..., Tensor]] = {
+    CYCLIP: _cyclip,
+    CLIP: reference.contrastive_loss,
+    ONE_WAY: dense_one_way,
+    PENALTIES: _penalties,
+    SIGLIP: siglip_loss,
+}
 
 
 @dataclass(frozen=True)
 class Competitor:
-    """A way to compute the loss. `lacks`: what a user of it would not get; `more`: of `MORE`."""
+    """A way to compute a loss.
+
+    make: returns the loss; computes: a key of `DEFINITIONS`; extra: a key of `EXTRA_INPUTS`;
+    package: the name by which pip installs what `make` imports; cuda_only: left out on a CPU.
+    """
 
     name: str
     make: Callable[[], Callable[..., Tensor]]
-    lacks: str = ""
-    more: str = ""
+    computes: str = CYCLIP
+    extra: str = ""
+    package: str = ""
+    cuda_only: bool = False
 
     @cached_property
     def loss(self) -> Loss:
-        """Raises what its package does where that is missing."""
-        made, more = self.make(), MORE[self.more]
-        return lambda image, text, scale: made(image, text, scale, **more(text))
+        """The loss, given its extra inputs. Raises an error where its package is missing."""
+        try:
+            loss = self.make()
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(f"{error}; pip install {self.package}") from error
+        extra_inputs = EXTRA_INPUTS[self.extra]
+        return lambda image, text, scale: loss(image, text, scale, **extra_inputs(text))
+
+    def definition(self, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        """What the loss should be."""
+        return DEFINITIONS[self.computes](image, text, scale, **EXTRA_INPUTS[self.extra](text))
 
 
-def authors_formula(image: Tensor, text: Tensor, scale: Tensor, **more: Any) -> Tensor:
-    """CyCLIP as its authors write it: three N x N products, penalties of logits, scale taken out.
+def authors_formula(image: Tensor, text: Tensor, scale: Tensor, **extra: Any) -> Tensor:
+    """CyCLIP as its authors write it (Goel et al. 2022, eq. 1 to 3), both weights 0.25.
 
-    Goel et al. 2022, eq. 1 to 3, both weights 0.25. Theirs has nothing of `MORE`: ids are a mask,
-    positives the targets as in TBPS-CLIP, extra texts further columns as in NegCLIP.
+    Three N x N products; the penalties are computed from logits and divided by the squared scale.
+    The authors have none of `EXTRA_INPUTS`. Here ids are a mask, positives are soft targets (as in
+    TBPS-CLIP), and extra texts are further columns (as in NegCLIP).
     """
     logits = scale * image @ text.T
-    rows = columns = reference.without_same_ids(logits, more.get("ids"))
+    image_logits = text_logits = reference.without_same_ids(logits, extra.get("ids"))
     targets = torch.arange(len(image), device=image.device)
-    if "same_ids" in more:
-        rows = columns = logits
-        same = (more["ids"][:, None] == more["ids"]).to(logits)
+    if "same_ids" in extra:
+        image_logits = text_logits = logits
+        same = (extra["ids"][:, None] == extra["ids"]).to(logits)
         targets = same / same.sum(dim=1)
-    if "negative_text_features" in more:
-        rows = torch.cat((logits, scale * image @ more["negative_text_features"].T), dim=1)
-    both = (cross_entropy(rows, targets) + cross_entropy(columns.T, targets)) / 2
+    if "negative_text_features" in extra:
+        extra_logits = scale * image @ extra["negative_text_features"].T
+        image_logits = torch.cat((logits, extra_logits), dim=1)
+    image_to_text = cross_entropy(image_logits, targets)
+    text_to_image = cross_entropy(text_logits.T, targets)
     difference = scale * image @ image.T - scale * text @ text.T
     inmodal = difference.square().mean() / scale.square() * len(image)
     crossmodal = (logits - logits.T).square().mean() / scale.square() * len(image)
-    return both + 0.25 * (inmodal + crossmodal)
+    return (image_to_text + text_to_image) / 2 + 0.25 * (inmodal + crossmodal)
 
 
 def dense_penalties(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
@@ -83,23 +173,72 @@ def dense_penalties(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     return 0.25 * (inmodal + reference.crossmodal_cyclic_penalty(image, text))
 
 
-# `dynamic`: one compilation for all sizes, each of which takes up to a quarter of a minute on two
-# cores. Code for one size alone was no faster (N = 2,048, D = 512, on CPU).
+def memeff_loss() -> Loss:
+    """CLIP's loss of memeff. Its temperature is a constant, and gets no gradient."""
+    # `stable=True`, its default, scales the gradients by another factor.
+    module = import_module("memeff").MemoryEfficientCLIPLoss(
+        temperature=1 / LOGIT_SCALE, normalized_inputs=True, stable=False
+    )
+    return lambda image, text, scale: module(image, text)
+
+
+def inf_cl_loss() -> Loss:
+    """CLIP's loss of inf-cl: a call for each direction, on one device.
+
+    Its `cal_inf_loss` needs a process group in the backward pass, also on one device.
+    """
+    one_way = import_module("inf_cl").cal_flash_loss
+
+    def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        image_to_text, text_to_image = (
+            one_way(rows, columns, scale=scale).mean()
+            for rows, columns in ((image, text), (text, image))
+        )
+        return (image_to_text + text_to_image) / 2
+
+    return loss
+
+
+def siglip_kernel_loss() -> Loss:
+    """SigLIP's loss of siglip-kernel, which takes the logarithm of the scale."""
+    fused = import_module("siglip_kernel").fused_siglip_loss
+
+    def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        return fused(image, text, scale.log(), torch.full_like(scale, SIGLIP_BIAS))
+
+    return loss
+
+
+# `dynamic`: one compilation for all sizes, as each takes up to 15 seconds on two cores. Code for
+# one size was no faster on a CPU.
 COMPETITORS = (
     Competitor(OURS, CyCLIPLoss),
-    Competitor(EAGER, lambda: CyCLIPLoss(impl="eager")),
-    Competitor("CyCLIPLoss(0, 0)", lambda: CyCLIPLoss(0, 0), PENALTIES),
-    Competitor(PENALTIES_ONLY, lambda: lambda image, text, _: cyclic_penalty(image, text), TERM),
+    Competitor(EAGER, lambda: CyCLIPLoss(impl="eager"), cuda_only=True),
+    Competitor(OUR_CLIP, lambda: CyCLIPLoss(0, 0), CLIP),
+    Competitor(
+        PENALTIES_ONLY, lambda: lambda image, text, _: cyclic_penalty(image, text), PENALTIES
+    ),
     Competitor(AUTHORS, lambda: authors_formula),
     Competitor(COMPILED, lambda: torch.compile(authors_formula, dynamic=True)),
-    Competitor(DENSE_PENALTIES, lambda: dense_penalties, TERM),
-    Competitor(OPEN_CLIP, lambda: import_module("open_clip").ClipLoss(), PENALTIES),
-    *(Competitor(f"{OURS}, {more}", lambda: cyclip_loss, more=more) for more in WITH_MORE),
-    *(Competitor(f"{AUTHORS}, {more}", lambda: authors_formula, more=more) for more in WITH_MORE),
+    Competitor(DENSE_PENALTIES, lambda: dense_penalties, PENALTIES),
+    Competitor(
+        OPEN_CLIP, lambda: import_module("open_clip").ClipLoss(), CLIP, package="open_clip_torch"
+    ),
+    Competitor(OUR_ONE_WAY, lambda: our_one_way, ONE_WAY),
+    Competitor(DENSE_ONE_WAY, lambda: dense_one_way, ONE_WAY),
+    Competitor(MEMEFF, memeff_loss, CLIP, package="memeff", cuda_only=True),
+    Competitor(INF_CL, inf_cl_loss, CLIP, package="inf-cl", cuda_only=True),
+    Competitor(SIGLIP_KERNEL, siglip_kernel_loss, SIGLIP, package="siglip-kernel", cuda_only=True),
+    *(Competitor(f"{OURS}, {x}", lambda: cyclip_loss, extra=x) for x in EXTRA_INPUTS if x),
+    # The mask costs the same whether ids differ or not.
+    *(
+        Competitor(f"{AUTHORS}, {x}", lambda: authors_formula, extra=x)
+        for x in (DUPLICATE_IDS, POSITIVES, EXTRA_TEXTS)
+    ),
 )
 
 
-def competitors(device: torch.device, *without: str) -> list[Competitor]:
-    """All but those named. On CPU `EAGER` is `OURS`."""
-    left_out = without if device.type == "cuda" else (*without, EAGER)
-    return [competitor for competitor in COMPETITORS if competitor.name not in left_out]
+def competitors(device: torch.device, without: tuple[str, ...] = ()) -> list[Competitor]:
+    """All that the device can run, but those named."""
+    on_cuda = device.type == "cuda"
+    return [c for c in COMPETITORS if c.name not in without and (on_cuda or not c.cuda_only)]

@@ -1,4 +1,4 @@
-"""What one loss costs: time of forward and backward, and peak memory."""
+"""What a loss costs: the time of forward and backward, and peak memory."""
 
 import time
 from collections.abc import Callable
@@ -10,67 +10,81 @@ import torch
 from torch import Tensor
 
 from benchmarks import measure
-from benchmarks.compare.competitors import COMPETITORS, LARGE, OURS, TERM, TEXTS, Competitor, Loss
-from benchmarks.compare.plan import Plan
-from benchmarks.run import OUT_OF_MEMORY, Row, Run, outcome_of
+from benchmarks.compare.accuracy import assert_same_values
+from benchmarks.compare.competitors import (
+    COMPETITORS,
+    EXTRA_TEXTS,
+    LARGE,
+    OURS,
+    PENALTIES,
+    Competitor,
+    Loss,
+)  # fmt: skip
+from benchmarks.compare.plan import LOGIT_SCALE, Plan
+from benchmarks.run import OUT_OF_MEMORY, Row, Run, describe
 
-WARM_UP_ROWS = 96
-MOST_RUNS = 300
-# The largest N at which also parts of the loss run, and more than the loss; at which launches,
-# rather than products, may take the time of a GPU.
-ALL_UP_TO, LAUNCHES_UP_TO = 16384, 8192
-LOGIT_SCALE = 14.3  # CLIP's at the start
+SMALL_BATCH = 128
+MAX_ROUNDS = 300
+# The largest N at which all competitors run. Beyond it, only `LARGE`.
+ALL_UP_TO = 16384
+# The largest N whose launches are counted. In larger batches, products take nearly all the time.
+LAUNCHES_UP_TO = 8192
 
 
-def costs(run: Run, found: list[Competitor], plan: Plan) -> None:
-    """Rows of time and memory, size by size, for as long as there is time."""
-    rate = matrix_rate(run, plan.dtype, plan.matrix)
+def add_costs(run: Run, losses: list[Competitor], plan: Plan) -> None:
+    """Add rows of time and memory, size by size, for as long as there is time."""
+    rate = matrix_rate(run, plan)
     for n, d in plan.sizes:
         if run.remaining() < 3 * plan.seconds:
             run.note(f"N = {n:,}, D = {d:,} left out: no time")
             continue
         run.say(f"N = {n:,}, D = {d:,}")
-        chosen = [c for c in found if n <= ALL_UP_TO or c.name in LARGE]
+        chosen = [c for c in losses if n <= ALL_UP_TO or c.name in LARGE]
         try:
             if n <= plan.timed_up_to:
-                rows = measure_all(run, chosen, n, d, plan)
+                rows = measure_in_rounds(run, chosen, n, d, plan)
             else:
                 rows = [measure_once(c.name, n, d, plan) for c in chosen]
                 run.section.rows += rows
             add_ratios(rows, rate)
         except Exception as error:  # the other sizes go on
-            run.fail(f"N = {n:,}, D = {d:,}: {outcome_of(error)}")
+            run.fail(f"N = {n:,}, D = {d:,}: {describe(error)}")
 
 
-def leaves_of(run: Run, n: int, d: int, dtype: torch.dtype) -> list[Tensor]:
-    """Random features (n, d) and the logit scale, all to be differentiated."""
+def make_leaves(run: Run, n: int, d: int, dtype: torch.dtype) -> list[Tensor]:
+    """Random image and text features (n, d) and the logit scale, all requiring gradients."""
     scale = torch.tensor(LOGIT_SCALE, device=run.device)
     return [tensor.requires_grad_() for tensor in (*run.pairs(n, d, dtype), scale)]
 
 
-def step_of(loss: Loss, leaves: list[Tensor]) -> Callable[[], object]:
-    """One loss and its gradients, where it has some."""
+def make_step(loss: Loss, leaves: list[Tensor]) -> Callable[[], object]:
+    """A function that computes the loss and its gradients."""
     return lambda: torch.autograd.grad(loss(*leaves), leaves, allow_unused=True)
 
 
-def measure_all(run: Run, found: list[Competitor], n: int, d: int, plan: Plan) -> list[Row]:
-    """A row for each competitor, also added to the section: its peak, and interleaved runs."""
+def measure_in_rounds(run: Run, losses: list[Competitor], n: int, d: int, plan: Plan) -> list[Row]:
+    """A row for each competitor, also added to the section: peak memory and interleaved times.
+
+    A competitor that fails in a small batch, or computes something else there, is not timed.
+    """
     rows: dict[str, Row] = {}
     steps: dict[str, Callable[[], object]] = {}
-    dtype = {"dtype": str(plan.dtype).removeprefix("torch.")}
-    few, leaves = leaves_of(run, WARM_UP_ROWS, d, plan.dtype), leaves_of(run, n, d, plan.dtype)
-    for competitor in found:
-        with run.attempt(N=n, D=d, **dtype, loss=competitor.name, lacks=competitor.lacks) as row:
-            step_of(competitor.loss, few)()  # what libraries load, compile and allocate once
-            step = step_of(competitor.loss, leaves)
+    case = {"N": n, "D": d, "dtype": str(plan.dtype).removeprefix("torch.")}
+    small_batch = make_leaves(run, SMALL_BATCH, d, plan.dtype)
+    leaves = make_leaves(run, n, d, plan.dtype)
+    for competitor in losses:
+        with run.attempt(**case, loss=competitor.name, computes=competitor.computes) as row:
+            # This is also the warm-up: libraries load, compile and allocate.
+            assert_same_values(competitor, small_batch)
+            step = make_step(competitor.loss, leaves)
             row["peak MB"] = measure.allocated_peak(run.device, step) / 1e6
             if n <= LAUNCHES_UP_TO and (run.dry_run or run.device.type == "cuda"):
-                row |= measure.launches_of(step, run.device)
+                row |= measure.launch_columns(step, run.device)
             steps[competitor.name] = step
         rows[competitor.name] = row
-    runs = measure.interleaved(steps, run.device, plan.seconds, plan.least, MOST_RUNS)
-    for name, times in runs.items():
-        rows[name] |= measure.columns(times)
+    times = measure.interleaved(steps, run.device, plan.seconds, plan.min_rounds, MAX_ROUNDS)
+    for name, milliseconds in times.items():
+        rows[name] |= measure.time_columns(milliseconds)
     return list(rows.values())
 
 
@@ -78,43 +92,44 @@ def measure_once(name: str, n: int, d: int, plan: Plan) -> Row:
     """A row of one run on the CPU, in a process of its own: it may run out of memory."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         try:
-            return pool.submit(_limited, name, n, d, plan).result()
-        except BrokenProcessPool:  # the system's last resort, or an allocation nobody catches
+            return pool.submit(_measure_with_limit, name, n, d, plan).result()
+        except BrokenProcessPool:  # the system ended the process, or a library did
             return {"N": n, "D": d, "loss": name, "outcome": OUT_OF_MEMORY}
 
 
-def _limited(name: str, n: int, d: int, plan: Plan) -> Row:
+def _measure_with_limit(name: str, n: int, d: int, plan: Plan) -> Row:
     run, limit = Run(torch.device("cpu")), None
     (competitor,) = (c for c in COMPETITORS if c.name == name)
-    with run.attempt(N=n, D=d, loss=name, lacks=competitor.lacks) as row:
-        step = step_of(competitor.loss, leaves_of(run, WARM_UP_ROWS, d, plan.dtype))
-        measure.allocated_peak(run.device, step)  # imports are not what is limited
+    with run.attempt(N=n, D=d, loss=name, computes=competitor.computes) as row:
+        # What a first run imports does not count towards the limit.
+        assert_same_values(competitor, make_leaves(run, SMALL_BATCH, d, plan.dtype))
         limit = measure.limit_to_available()
-        step = step_of(competitor.loss, leaves_of(run, n, d, plan.dtype))
-        begun = time.perf_counter()
+        step = make_step(competitor.loss, make_leaves(run, n, d, plan.dtype))
+        start = time.perf_counter()
         row["peak MB"] = measure.allocated_peak(run.device, step) / 1e6
-        row |= measure.columns([1e3 * (time.perf_counter() - begun)])
+        row |= measure.time_columns([1e3 * (time.perf_counter() - start)])
     if row["outcome"] == OUT_OF_MEMORY and limit is not None:
         row["outcome"] += f" (had {limit / 1e9:.1f} GB)"
     return row
 
 
 def add_ratios(rows: list[Row], rate: float) -> None:
-    """To each row its time over ours, and that of its flops at `rate` over its time.
+    """Add to each row its time over that of `OURS`, and its share of the matrix rate.
 
-    8 N^2 D is what a contrastive loss takes that keeps no matrix (dense autograd: 6 N^2 D), twice
-    that with N extra texts; the penalties alone have no such product.
+    The share counts 8 N^2 D flops, which a contrastive loss takes that keeps no matrix (dense
+    autograd: 6 N^2 D), and twice as many with N extra texts. The penalties have no such product.
     """
     ours = next((row["ms"] for row in rows if row["loss"] == OURS and "ms" in row), None)
     for row in (row for row in rows if "ms" in row):
         if ours is not None:
             row["times ours"] = row["ms"] / ours
-        if row["lacks"] != TERM:
-            flops = 8 * row["N"] ** 2 * row["D"] * (1 + (TEXTS in row["loss"]))
+        if row["computes"] != PENALTIES:
+            flops = 8 * row["N"] ** 2 * row["D"] * (2 if EXTRA_TEXTS in row["loss"] else 1)
             row["of matrix rate"] = flops / rate / (1e-3 * row["ms"])
 
 
-def matrix_rate(run: Run, dtype: torch.dtype, size: int) -> float:
-    """Flops per second of a library product of square matrices."""
-    a = torch.randn(size, size, device=run.device).to(dtype)
-    return 2 * size**3 / measure.wall_seconds(lambda: torch.mm(a, a), 0.01 if run.dry_run else 2.0)
+def matrix_rate(run: Run, plan: Plan) -> float:
+    """Flops per second of the library's product of two square matrices."""
+    matrix = torch.randn(plan.matrix, plan.matrix, device=run.device).to(plan.dtype)
+    seconds = measure.wall_seconds(lambda: torch.mm(matrix, matrix), plan.matrix_seconds)
+    return 2 * plan.matrix**3 / seconds

@@ -1,27 +1,29 @@
-"""What a side-by-side run measures, on a CPU and on a CUDA device."""
+"""The sizes of a side-by-side run, on a CPU and on a CUDA device."""
 
 from dataclasses import dataclass
 from itertools import product
 
 import torch
 
-# Of texts from their images, as in a model that is trained further and further; None: random pairs.
+LOGIT_SCALE = 14.3  # CLIP's initial value
+# From a text's features to its image's: the longer a model is trained, the smaller. None: random.
 DISTANCES = (None, 0.3, 0.03, 0.003, 0.001)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of a run."""
+    """The sizes of a run."""
 
     dtype: torch.dtype
     sizes: tuple[tuple[int, int], ...]  # N, D
-    timed_up_to: int  # the largest N that runs again and again; beyond it, each loss runs once
-    error_at: tuple[int, int]
+    timed_up_to: int  # the largest N that is timed in rounds; beyond it, each loss runs once
+    error_size: tuple[int, int]  # N, D
     model: str  # of the training step
     batch_size: int
-    matrix: int  # rows and columns of the product whose rate is measured
-    seconds: float = 6.0  # of interleaved runs of a size
-    least: int = 5  # interleaved runs of a size
+    matrix: int  # rows and columns of the matrices whose product shows the matrix rate
+    matrix_seconds: float = 2.0  # for measuring that rate
+    seconds: float = 6.0  # of the rounds at one size
+    min_rounds: int = 5
 
 
 # The paper's own batch is 128.
@@ -29,12 +31,12 @@ CPU = Plan(
     dtype=torch.float32,
     sizes=(*product((128, 512, 2048), (512, 1024)), (8192, 512), (32768, 512)),
     timed_up_to=8192,
-    error_at=(2048, 512),
+    error_size=(2048, 512),
     model="tiny",
     batch_size=256,
     matrix=4096,
 )
-# First what is most asked for: `gpu` may not have time for all.
+# The sizes that most users ask for come first: `gpu` may not have time for all.
 CUDA = Plan(
     dtype=torch.bfloat16,
     sizes=(
@@ -42,7 +44,7 @@ CUDA = Plan(
         *((512, 512), (2048, 512), (8192, 512), (262144, 768)),
     ),
     timed_up_to=262144,
-    error_at=(8192, 512),
+    error_size=(8192, 512),
     model="ViT-B-32",
     batch_size=1024,
     matrix=8192,

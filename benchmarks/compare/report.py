@@ -1,11 +1,12 @@
 """How a side-by-side record is shown: tables of times, peaks and errors, and two pictures.
 
-Colours are Okabe and Ito's, which people with any colour vision tell apart; lines differ in their
-marks too.
+The colours are those of Okabe and Ito, which people with any colour vision tell apart. Lines also
+differ in their marks.
 """
 
 import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mode
 from typing import Any
@@ -14,14 +15,14 @@ import matplotlib
 
 from benchmarks.compare import competitors as names
 from benchmarks.compare.accuracy import RANDOM
-from benchmarks.run import OK, OUT_OF_MEMORY, Row, number, table, write_whole
+from benchmarks.run import OK, OUT_OF_MEMORY, Row, format_number, table, write_whole
 from cyclip_loss.usage_warnings import PAPER_BATCH_SIZE
 
 matplotlib.use("Agg")  # files only: no display needed
 from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator
 
-Lines = dict[str, list[tuple[float, float]]]  # the points of each loss
+Points = list[tuple[float, float]]
 STYLES = {
     names.OURS: ("#D55E00", "o"),
     names.EAGER: ("#CC79A7", "v"),
@@ -31,87 +32,99 @@ STYLES = {
     names.PENALTIES_ONLY: ("#D55E00", "o"),
     names.DENSE_PENALTIES: ("#0072B2", "s"),
 }
-# Gradients of the same size: of the whole loss, and of its penalties alone.
+IN_PICTURE = (*names.BESIDE, names.EAGER)
+# Losses whose gradients have the same size: the whole loss, and its penalties alone.
 WHOLE = (names.OURS, names.EAGER, names.AUTHORS, names.COMPILED)
-ALONE = (names.PENALTIES_ONLY, names.DENSE_PENALTIES)
+PENALTIES = (names.PENALTIES_ONLY, names.DENSE_PENALTIES)
 
 
-def rows_of(record: dict[str, Any], section: str) -> list[Row]:
-    """The rows of a section; none of one that was not reached."""
+def section_rows(record: dict[str, Any], section: str) -> list[Row]:
+    """The rows of a section. A section that was not reached has none."""
     rows: list[Row] = record["sections"].get(section, {}).get("rows", [])
     return rows
 
 
 def summary(record: dict[str, Any]) -> str:
-    """Tables, each value with how many times ours it is; what was not measured is left out."""
-    cost, error = rows_of(record, "cost"), rows_of(record, "error")
-    step, pairs = rows_of(record, "training step"), ("N", "D", "dtype", "|T - I|")
-    sets = {"": names.BESIDE} | {f", with {m}": losses for m, losses in names.WITH_MORE.items()}
-    parts = {
-        f"{what}{more}": compared(cost, ("N", "D"), column, losses)
-        for more, losses in sets.items()
-        for what, column in (("Forward and backward, ms", "ms"), ("Peak memory, MB", "peak MB"))
-    } | {
-        "Relative error of the gradient": compared(error, pairs, "gradient", WHOLE),
-        "The same of the penalties alone": compared(error, pairs, "gradient", ALONE),
-        "Share of a training step": compared(step, ("batch",), "loss / step", names.BESIDE),
-    }
-    return "\n\n".join(f"{name}\n\n{table(lines)}" for name, lines in parts.items() if lines)
+    """Tables, each value with its ratio to the first loss. What was not measured is left out."""
+    cost, error = section_rows(record, "cost"), section_rows(record, "error")
+    step = section_rows(record, "training step")
+    tables = {}
+    for group, losses in names.TABLES.items():
+        for title, column in (("Forward and backward, ms", "ms"), ("Peak memory, MB", "peak MB")):
+            tables[title + group] = compare_losses(cost, ("N", "D"), column, losses)
+    case = ("N", "D", "dtype", "|T - I|")
+    tables["Relative error of the gradient"] = compare_losses(error, case, "gradient", WHOLE)
+    tables["The same of the penalties alone"] = compare_losses(error, case, "gradient", PENALTIES)
+    share = compare_losses(step, ("batch",), "loss / step", names.BESIDE)
+    tables["Share of a training step"] = share
+    return "\n\n".join(f"{title}\n\n{table(rows)}" for title, rows in tables.items() if rows)
 
 
-def compared(
-    rows: list[Row], where: tuple[str, ...], column: str, losses: tuple[str, ...]
+def compare_losses(
+    rows: list[Row], case_columns: tuple[str, ...], column: str, losses: Sequence[str]
 ) -> list[Row]:
-    """A line for each value of `where`, a column for each loss; ratios are to the first loss."""
-    lines: dict[tuple[Any, ...], Row] = {}
-    firsts: dict[tuple[Any, ...], float] = {}
+    """A row for each case, with a column for each loss. Ratios are to the first loss."""
+    compared: dict[tuple[Any, ...], Row] = {}
+    first_values: dict[tuple[Any, ...], float] = {}
     for row in (row for loss in losses for row in rows if row["loss"] == loss):
-        at = tuple(row[key] for key in where)
-        line = lines.setdefault(at, dict(zip(where, at, strict=True)))
+        case = tuple(row[key] for key in case_columns)
+        cells = compared.setdefault(case, dict(zip(case_columns, case, strict=True)))
         if column not in row:
-            line[row["loss"]] = "" if row["outcome"] == OK else row["outcome"]
+            cells[row["loss"]] = "" if row["outcome"] == OK else row["outcome"]
             continue
-        ratio = f" ({number(row[column] / firsts[at])} ×)" if at in firsts else ""
-        line[row["loss"]] = f"{number(row[column])}{ratio}"
+        cell = format_number(row[column])
+        if case in first_values:
+            cell += f" ({format_number(row[column] / first_values[case])} ×)"
+        cells[row["loss"]] = cell
         if row["loss"] == losses[0]:
-            firsts[at] = row[column]
-    return list(lines.values())
+            first_values[case] = row[column]
+    return list(compared.values())
 
 
-def draw(record: dict[str, Any], beside: Path) -> None:
-    """Write `<record>-cost.png` and `<record>-error.png`, as far as there is something in them."""
-    cost, error = rows_of(record, "cost"), rows_of(record, "error")
-    if cost:
-        d = mode(row["D"] for row in cost)
-        cost = [row for row in cost if row["D"] == d]
-        figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), dpi=150, layout="constrained")
-        columns = (("ms", "Time", "slower"), ("peak MB", "Peak memory", "larger"))
-        for ax, (column, what, more) in zip(axes, columns, strict=True):
-            _multiples(ax, cost, column)
-            ax.set_title(f"{what} relative to {names.OURS} (above 1×: {more})", loc="left")
-        title = f"Forward and backward pass, D = {d:,}, {record['device']}"
-        _save(figure, title, beside.with_name(f"{beside.stem}-cost.png"))
-    if error:
-        n, d, dtype = (error[0][key] for key in ("N", "D", "dtype"))
-        error = [row for row in error if row["dtype"] == dtype]
-        kinds = (("gradient", WHOLE), ("penalties' gradient", ALONE))
-        figure, axes = plt.subplots(2, figsize=(5.5, 7.5), dpi=200, layout="constrained")
-        for ax, (what, losses) in zip(axes, kinds, strict=True):
-            _lines(ax, {loss: points(error, loss, "|T - I|", "gradient") for loss in losses})
-            ax.set(xscale="log", xlabel="|T − I|, distance of a pair's features")
-            where = f"N = {n:,}, D = {d:,}, {dtype}"
-            ax.set_title(f"Relative error of the {what},\nagainst float64: {where}", loc="left")
-        _save(figure, record["device"], beside.with_name(f"{beside.stem}-error.png"))
+def draw(record: dict[str, Any], record_file: Path) -> None:
+    """Write `<record>-cost.png` and `<record>-error.png`, each if its section has rows."""
+    if cost := section_rows(record, "cost"):
+        path = record_file.with_name(f"{record_file.stem}-cost.png")
+        _draw_cost(cost, record["device"], path)
+    if errors := section_rows(record, "error"):
+        path = record_file.with_name(f"{record_file.stem}-error.png")
+        _draw_errors(errors, record["device"], path)
 
 
-def _multiples(ax: Any, rows: list[Row], column: str) -> None:
-    """Each loss relative to ours, by N; where there was not enough memory the words say so."""
+def _draw_cost(rows: list[Row], device: str, path: Path) -> None:
+    """Time and peak memory relative to ours, at the D that most rows have."""
+    d = mode(row["D"] for row in rows)
+    rows = [row for row in rows if row["D"] == d]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), dpi=150, layout="constrained")
+    panels = (("ms", "Time", "slower"), ("peak MB", "Peak memory", "larger"))
+    for ax, (column, title, above) in zip(axes, panels, strict=True):
+        _draw_multiples(ax, rows, column)
+        ax.set_title(f"{title} relative to {names.OURS} (above 1×: {above})", loc="left")
+    _save(figure, f"Forward and backward pass, D = {d:,}, {device}", path)
+
+
+def _draw_errors(rows: list[Row], device: str, path: Path) -> None:
+    """Errors of the gradients by the distance of pairs, in the first row's dtype."""
+    n, d, dtype = (rows[0][key] for key in ("N", "D", "dtype"))
+    rows = [row for row in rows if row["dtype"] == dtype]
+    figure, axes = plt.subplots(2, figsize=(5.5, 7.5), dpi=200, layout="constrained")
+    panels = (("gradient", WHOLE), ("penalties' gradient", PENALTIES))
+    for ax, (what, losses) in zip(axes, panels, strict=True):
+        _draw_lines(ax, {loss: points(rows, loss, "|T - I|", "gradient") for loss in losses})
+        ax.set(xscale="log", xlabel="|T − I|, distance of a pair's features")
+        case = f"N = {n:,}, D = {d:,}, {dtype}"
+        ax.set_title(f"Relative error of the {what},\nagainst float64: {case}", loc="left")
+    _save(figure, device, path)
+
+
+def _draw_multiples(ax: Any, rows: list[Row], column: str) -> None:
+    """A column's value of each loss relative to ours, by N. Says where memory ran out."""
     ours = dict(points(rows, names.OURS, "N", column))
-    lines: Lines = {
+    lines = {
         loss: [(n, y / ours[n]) for n, y in points(rows, loss, "N", column) if n in ours]
-        for loss in names.LARGE
+        for loss in IN_PICTURE
     }
-    _lines(ax, lines)
+    _draw_lines(ax, lines)
     for loss, line in lines.items():
         failed = any(OUT_OF_MEMORY in row["outcome"] for row in rows if row["loss"] == loss)
         if failed and line:
@@ -125,8 +138,8 @@ def _multiples(ax: Any, rows: list[Row], column: str) -> None:
     ax.minorticks_off()
 
 
-def _lines(ax: Any, lines: Lines) -> None:
-    """One line a loss, as far as it has points, on a logarithmic axis."""
+def _draw_lines(ax: Any, lines: dict[str, Points]) -> None:
+    """A line for each loss that has points, on a logarithmic axis."""
     ax.set_yscale("log")
     ax.grid(alpha=0.3)
     for loss, line in lines.items():
@@ -148,7 +161,7 @@ def _save(figure: Any, title: str, path: Path) -> None:
     print(f"wrote {path}")
 
 
-def points(rows: list[Row], loss: str, x: str, y: str) -> list[tuple[float, float]]:
-    """Of a loss, by x, as far as it was measured and is a number. Random pairs have no distance."""
+def points(rows: list[Row], loss: str, x: str, y: str) -> Points:
+    """The (x, y) of a loss, sorted; without random pairs, missing values, NaN and infinity."""
     pairs = [(row[x], row.get(y, math.nan)) for row in rows if row["loss"] == loss]
     return sorted(pair for pair in pairs if pair[0] != RANDOM and math.isfinite(pair[1]))

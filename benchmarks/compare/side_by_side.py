@@ -1,7 +1,7 @@
-"""`python -m benchmarks`: the loss beside what one would use instead, on the machine at hand.
+"""`python -m benchmarks`: the loss compared with its alternatives, on the machine at hand.
 
-Time, memory, accuracy and the share of a training step, as a summary in the terminal and as a
-record (JSON, Markdown, pictures) in `results/`. On CUDA if there is a device, else on the CPU.
+It measures time, memory, errors and the share of a training step. The summary goes to the terminal,
+the record (JSON, Markdown, pictures) to `results/`. On CUDA if there is a device, else on the CPU.
 """
 
 import argparse
@@ -9,13 +9,13 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks.compare.accuracy import errors
+from benchmarks.compare.accuracy import add_errors
 from benchmarks.compare.competitors import competitors
-from benchmarks.compare.cost import costs
+from benchmarks.compare.cost import add_costs
 from benchmarks.compare.plan import CPU, CUDA
 from benchmarks.compare.report import draw, summary
-from benchmarks.compare.training_step import training
-from benchmarks.run import RESULTS, Run, carry_out
+from benchmarks.compare.training_step import add_training_steps
+from benchmarks.run import RESULTS, Run, run_sections
 
 
 def main(options: argparse.Namespace) -> int:
@@ -23,15 +23,15 @@ def main(options: argparse.Namespace) -> int:
     run = Run(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     plan = CUDA if run.device.type == "cuda" else CPU
     if options.sizes:
-        n = min(max(options.sizes), plan.error_at[0])
-        plan = replace(plan, sizes=tuple((n, 512) for n in options.sizes), error_at=(n, 512))
-    found = competitors(run.device)
+        n = min(max(options.sizes), plan.error_size[0])
+        plan = replace(plan, sizes=tuple((n, 512) for n in options.sizes), error_size=(n, 512))
+    losses = competitors(run.device)
     sections = {
-        "cost": lambda run: costs(run, found, plan),
-        "error": lambda run: errors(run, found, plan),
-        "training step": lambda run: training(run, found, plan),
+        "cost": lambda run: add_costs(run, losses, plan),
+        "error": lambda run: add_errors(run, losses, plan),
+        "training step": lambda run: add_training_steps(run, losses, plan),
     }
-    record, file = carry_out(run, "side-by-side", sections, options.out or RESULTS, summary)
+    record, file = run_sections(run, "side-by-side", sections, options.out or RESULTS, summary)
     print(f"\n{summary(record)}\n")
     draw(record, file)
     return 1 if run.failures() else 0

@@ -1,4 +1,4 @@
-"""End to end: what the loss takes of a training step, on images and texts of noise."""
+"""The loss's share of a training step, with images and texts of noise."""
 
 import math
 from collections.abc import Callable
@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.compare.competitors import BESIDE, Competitor, Loss
-from benchmarks.compare.cost import LOGIT_SCALE
-from benchmarks.compare.plan import Plan
-from benchmarks.measure import allocated_peak, columns, interleaved
+from benchmarks.compare.plan import LOGIT_SCALE, Plan
+from benchmarks.measure import allocated_peak, interleaved, time_columns
 from benchmarks.run import OK, Run
 
-# The size of the demonstration's model (`reference_train`), without padding behind captions.
+# The demonstration's model (`reference_train`), for captions without padding.
 TINY: dict[str, Any] = {
     "embed_dim": 128,
     "vision_cfg": {"layers": (1, 1, 1, 1), "width": 16, "image_size": 32},
@@ -63,23 +62,23 @@ class Trainer:
         self.optimizer.step()
 
 
-def training(run: Run, found: list[Competitor], plan: Plan) -> None:
-    """A row for some losses: the step, the loss alone, its share, and the step's peak."""
+def add_training_steps(run: Run, losses: list[Competitor], plan: Plan) -> None:
+    """Add a row for some losses: the step, the loss alone, its share, and the step's peak."""
     trainer = Trainer(run, plan.model, plan.batch_size)
     features = [output.detach().requires_grad_() for output in trainer.encode()]
     steps: dict[str, Callable[[], object]] = {}
-    for competitor in (c for c in found if c.name in BESIDE):
+    for competitor in (c for c in losses if c.name in BESIDE):
         name = competitor.name
         with run.attempt(model=plan.model, batch=plan.batch_size, loss=name) as row:
             step = partial(trainer.step, competitor.loss)
-            alone = partial(trainer.loss_alone, competitor.loss, features)
+            loss_alone = partial(trainer.loss_alone, competitor.loss, features)
             step()
-            alone()
+            loss_alone()
             trainer.optimizer.zero_grad(set_to_none=True)
             row["peak MB"] = allocated_peak(run.device, step) / 1e6
-            steps |= {f"step {name}": step, f"loss {name}": alone}
-    runs = interleaved(steps, run.device, plan.seconds, plan.least)
+            steps |= {f"step {name}": step, f"loss {name}": loss_alone}
+    times = interleaved(steps, run.device, plan.seconds, plan.min_rounds)
     for row in (row for row in run.section.rows if row["outcome"] == OK):
         for what in ("step", "loss"):
-            row[f"{what} ms"] = columns(runs[f"{what} {row['loss']}"])["ms"]
+            row[f"{what} ms"] = time_columns(times[f"{what} {row['loss']}"])["ms"]
         row["loss / step"] = row["loss ms"] / row["step ms"]

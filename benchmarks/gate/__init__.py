@@ -1,1 +1,1 @@
-"""Every shipped kernel, compiled for every architecture without a GPU."""
+"""Compiles every shipped kernel for every architecture, without a GPU."""

@@ -1,6 +1,7 @@
-"""What the assembler made of a kernel: registers, spills, shared memory, tensor-core instructions.
+"""Registers, spills, shared memory and tensor-core instructions of a compiled kernel.
 
-Read from the binary with `cuobjdump`, which comes with Triton's wheel, or from AMD's assembly.
+They are read from the binary with `cuobjdump`, which comes with Triton's wheel, or from AMD's
+assembly.
 """
 
 import os
@@ -20,11 +21,11 @@ from cyclip_loss.numerics import TRITON_FOR_BLACKWELL
 
 @dataclass(frozen=True)
 class Chip:
-    """What the kernels are compiled for, and what a binary must keep to."""
+    """A target of the compiler, and the limits that its binaries must keep."""
 
     target: GPUTarget
     shared_limit: int  # bytes of shared memory (LDS) that one program may use
-    matrix_instruction: str  # that a product of 16-bit operands must become, as a pattern
+    matrix_instruction: str  # a pattern: what a product of 16-bit operands must compile to
     first_triton: tuple[int, int] = (3, 4)
 
 
@@ -32,9 +33,9 @@ CHIPS = {
     "sm_80": Chip(GPUTarget("cuda", 80, 32), 163 * 1024, r"HMMA\b"),
     "sm_86": Chip(GPUTarget("cuda", 86, 32), 99 * 1024, r"HMMA\b"),
     "sm_90": Chip(GPUTarget("cuda", 90, 32), 227 * 1024, r"HGMMA\b"),
-    # Older versions fail, and the package does not use them there.
+    # Older versions fail. The package does not use them on this chip.
     "sm_100": Chip(GPUTarget("cuda", 100, 32), 227 * 1024, r"UTC\w*MMA\b", TRITON_FOR_BLACKWELL),
-    # Older versions bring no linker for it.
+    # Older versions have no linker for this chip.
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 64 * 1024, r"v_mfma_", (3, 5)),
 }
 MATRIX_INSTRUCTIONS = re.compile(
@@ -52,10 +53,10 @@ class Binary:
     shared_bytes: int
     matrix_instructions: dict[str, int]
     serialised: bool
-    fuses: bool  # a multiplication and an addition into one instruction
+    fuses: bool  # multiplications and additions are one instruction
 
     def faults(self, arch: str, kernel: str, features: str) -> list[str]:
-        """Why this binary must not ship."""
+        """The reasons why this binary must not ship."""
         found, chip = [], CHIPS[arch]
         if self.spilled_bytes:
             found.append(f"spills {self.spilled_bytes} bytes")
@@ -67,7 +68,7 @@ class Binary:
             return found
         wanted = chip.matrix_instruction
         is_16_bit_product = kernel.startswith("contrastive") and not features.startswith("float32")
-        # Float32 operands are rounded in registers first, so there every wgmma waits for its own.
+        # Float32 operands are rounded in registers first, so each wgmma must wait for them.
         if self.serialised and is_16_bit_product:
             found.append("each wgmma waits for the one before it")
         if is_16_bit_product and not any(re.match(wanted, n) for n in self.matrix_instructions):
@@ -78,16 +79,16 @@ class Binary:
 
 
 def inspect(compiled: Any) -> Binary:
-    """What `triton.compile` returned."""
+    """Read what `triton.compile` returned."""
     if "hsaco" in compiled.asm:
         assembly = compiled.asm["amdgcn"]
-        registers, spilled = amd_registers(assembly)
+        registers, spilled_bytes = amd_registers(assembly)
     else:
         assembly = disassemble(compiled.asm["cubin"])
-        registers, spilled = nvidia_registers(assembly)
+        registers, spilled_bytes = nvidia_registers(assembly)
     return Binary(
         registers,
-        spilled,
+        spilled_bytes,
         compiled.metadata.shared,
         dict(Counter(MATRIX_INSTRUCTIONS.findall(assembly))),
         is_serialised(assembly),
@@ -108,8 +109,8 @@ def amd_registers(assembly: str) -> tuple[int, int]:
 def nvidia_registers(sass: str) -> tuple[int, int]:
     """The registers of a thread, and the bytes that it spills.
 
-    The stack holds what is spilled; LDL and STL, of any width, read and write it. Both are looked
-    at: a stack that is never touched costs nothing, and a local access without one is no less slow.
+    Spilled registers lie on the stack; LDL and STL, of any width, read and write it. A stack that
+    is never accessed costs nothing, and an access costs time even where no stack is reported.
     """
     registers = max(map(int, re.findall(r"REG:(\d+)", sass)))
     stack = max(map(int, re.findall(r"STACK:(\d+)", sass)))
@@ -118,7 +119,7 @@ def nvidia_registers(sass: str) -> tuple[int, int]:
 
 
 def disassemble(cubin: bytes) -> str:
-    """The resource usage and the assembly (SASS) of what was compiled for NVIDIA."""
+    """The resource usage and the assembly (SASS) of a binary for NVIDIA."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     # cuobjdump finds nvdisasm, its disassembler, on the PATH.
     environment = {**os.environ, "PATH": f"{tool.parent}{os.pathsep}{os.environ.get('PATH', '')}"}
@@ -133,21 +134,26 @@ def disassemble(cubin: bytes) -> str:
 def is_serialised(sass: str) -> bool:
     """Whether a main loop waits for its last wgmma before the next one begins.
 
-    A loop that keeps the tensor cores busy lets one group run on: it waits with `gsb0, 0x1`. Main
-    loops are the innermost with products: a persistent kernel's loop over tiles has to wait for its
-    tile's last product.
+    A loop that keeps the tensor cores busy waits with `gsb0, 0x1`, which lets one group run on.
+    Main loops are the innermost loops with products. The loop over tiles of a persistent kernel is
+    none: it has to wait for its tile's last product.
     """
     found = re.findall(r"/\*([0-9a-f]{4,})\*/([^;]+);", sass)
     lines = [(int(address, 16), text) for address, text in found]
 
-    def between(start: int, end: int, pattern: str) -> bool:
-        return any(start <= at <= end and re.search(pattern, text) for at, text in lines)
+    def has(loop: tuple[int, int], pattern: str) -> bool:
+        start, end = loop
+        return any(start <= line <= end and re.search(pattern, text) for line, text in lines)
 
-    jumps = [(at, re.search(r"\bBRA\b.*\b0x([0-9a-f]+)\s*$", text)) for at, text in lines]
-    loops = [(int(jump[1], 16), at) for at, jump in jumps if jump and int(jump[1], 16) < at]
-    main = [loop for loop in loops if between(*loop, "HGMMA")]
-    return any(
-        between(start, end, r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0\b")
-        for start, end in main
-        if not any(start < first and last < end for first, last in main)
-    )
+    loops = []
+    for address, text in lines:
+        jump = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)\s*$", text)
+        if jump and int(jump[1], 16) < address:
+            loops.append((int(jump[1], 16), address))
+    with_products = [loop for loop in loops if has(loop, "HGMMA")]
+    innermost = [
+        (start, end)
+        for start, end in with_products
+        if not any(start < first and last < end for first, last in with_products)
+    ]
+    return any(has(loop, r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0\b") for loop in innermost)

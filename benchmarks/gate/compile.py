@@ -1,12 +1,18 @@
-"""`python -m benchmarks gate`: every shipped configuration, compiled for every chip without a GPU.
+"""`python -m benchmarks gate`: compiles every shipped configuration for every chip, without a GPU.
 
-The assembler and disassembler come with Triton's wheel. Exits with 1 if a binary spills registers,
-needs more shared memory than its chip has, multiplies 16-bit numbers without tensor cores or has
-each such instruction of a contrastive kernel wait for the one before it, or does not fuse
-multiplications with additions. The table goes to stdout, the faults to stderr.
+The assembler and disassembler come with Triton's wheel. The exit code is 1 if a binary
 
-What is compiled is what a launch runs: `padded_rows` copies features that are not aligned. The
-kernel that sees D itself is compiled for multiples of 16 and for any D.
+- spills registers,
+- needs more shared memory than its chip has,
+- multiplies 16-bit numbers without tensor cores,
+- makes each tensor-core instruction of a 16-bit contrastive kernel wait for the one before it, or
+- does not fuse multiplications with additions.
+
+The table goes to stdout, the faults to stderr.
+
+The gate compiles what a launch runs. Launches copy features that are not aligned (`padded_rows`),
+so pointers and strides are multiples of 16. D itself is an argument of one kernel only, which is
+compiled for multiples of 16 and for any D.
 """
 
 import argparse
@@ -20,7 +26,7 @@ import triton
 from triton.compiler import ASTSource
 
 from benchmarks.gate.binary import CHIPS, Binary, inspect
-from benchmarks.run import table
+from benchmarks.run import Row, table
 from cyclip_loss.kernels.configs import ARCHITECTURES, JOIN, PAIRS, SUM, TRACES, Config
 from cyclip_loss.kernels.contrastive_grads import contrastive_grads_kernel, scale_grad_kernel
 from cyclip_loss.kernels.contrastive_lse import contrastive_lse_kernel, join_lse_kernel
@@ -30,18 +36,20 @@ from cyclip_loss.kernels.gram_matrices import gram_matrices_kernel
 from cyclip_loss.kernels.pair_terms import pair_terms_kernel
 from cyclip_loss.numerics import triton_version
 
-FEATURES = {  # dtype of the features -> Triton's pointer type and the precision of the products
+# For each dtype of the features: Triton's pointer type, and the precision of the products.
+FEATURES = {
     "bfloat16": ("*bf16", "tf32"),
     "float16": ("*fp16", "tf32"),
     "float32 tf32": ("*fp32", "tf32"),
     "float32 ieee": ("*fp32", "ieee"),
 }
-# Features and their gradients; int64; every other pointer is to float32.
-OF_FEATURES = {
+# Arguments by their type. Pointers to the features' dtype, pointers to int64, floats and integers;
+# every other argument is a pointer to float32.
+FEATURE_POINTERS = {
     "image", "text", "row_features", "column_features", "gradient", "image_grad", "text_grad",
 }  # fmt: skip
-IDS = {"row_ids", "column_ids"}
-NUMBERS = {"weight", "weight_inmodal", "weight_crossmodal", "size"}
+ID_POINTERS = {"row_ids", "column_ids"}
+FLOATS = {"weight", "weight_inmodal", "weight_crossmodal", "size"}
 INTEGERS = {
     "n", "m", "d", "num_pairs", "image_stride", "text_stride", "row_stride", "column_stride",
     "gradient_stride", "first_column", "num_columns", "row_parts", "column_parts", "strip",
@@ -62,17 +70,21 @@ class Variant:
 
     @property
     def label(self) -> str:
-        """The kernel and the flags that are on."""
-        on = ["with_cross"] if self.flags.get("WITH_CROSS") else []
-        on += ["any D"] if self.any_d else []
-        on += ["ids"] if IDS & {*KERNELS[self.kernel].arg_names} - self.flags.keys() else []
-        return f"{self.kernel} ({', '.join(on)})" if on else self.kernel
+        """The kernel's name, with the flags that tell its variants apart."""
+        has_ids = ID_POINTERS & {*KERNELS[self.kernel].arg_names} - self.flags.keys()
+        words = {
+            "with_cross": self.flags.get("WITH_CROSS"),
+            "any D": self.any_d,
+            "ids": has_ids,
+        }
+        shown = ", ".join(word for word, is_on in words.items() if is_on)
+        return f"{self.kernel} ({shown})" if shown else self.kernel
 
-    def faults(self, made: Binary | str) -> list[str]:
-        """Why what was made of it must not ship."""
-        if isinstance(made, str):
-            return [made]
-        return made.faults(self.arch, self.kernel, self.features)
+    def faults(self, built: Binary | str) -> list[str]:
+        """The reasons why it must not ship. built: what `build` returned."""
+        if isinstance(built, str):
+            return [built]
+        return built.faults(self.arch, self.kernel, self.features)
 
 
 KERNELS = {
@@ -93,7 +105,7 @@ KERNELS = {
 
 def variants(arch: str) -> Iterator[Variant]:
     """Every configuration of an architecture, with the flags that cost most."""
-    # Without a product: the same for all dtypes of the features.
+    # These have no product, and are the same for all dtypes of the features.
     for kernel, config, flags in (
         ("join_lse", JOIN, {}),
         ("pair_terms", PAIRS, {"SYMMETRIC": True}),
@@ -107,25 +119,25 @@ def variants(arch: str) -> Iterator[Variant]:
     for features, (pointer, dot) in FEATURES.items():
         bits = 32 if pointer == "*fp32" else 16
         shared = {"SYMMETRIC": True, "PRECISION": dot}
-        without_ids = shared | dict.fromkeys(IDS)
+        without_ids = shared | dict.fromkeys(ID_POINTERS)
         config = configs["contrastive_lse"][bits, dot]
         yield Variant(arch, "contrastive_lse", features, config, without_ids)
         yield Variant(arch, "contrastive_lse", features, config, shared)
-        more = {"NEEDS_SCALE": True, "SHIFT": 14 * (features == "float16")}
+        needs = {"NEEDS_SCALE": True, "SHIFT": 14 if features == "float16" else 0}
         config = configs["contrastive_grads"][bits, dot]
-        yield Variant(arch, "contrastive_grads", features, config, without_ids | more)
-        yield Variant(arch, "contrastive_grads", features, config.with_ids, shared | more)
+        yield Variant(arch, "contrastive_grads", features, config, without_ids | needs)
+        yield Variant(arch, "contrastive_grads", features, config.with_ids, shared | needs)
         for cross in (False, True):
             shared = {"WITH_CROSS": cross, "TF32": dot == "tf32", "PRECISION": dot}
             config = configs["gram_matrices"][32, dot]
             yield Variant(arch, "gram_matrices", features, config, shared)
-            more = {"NEEDS_IMAGE": True, "NEEDS_TEXT": True}
+            needs = {"NEEDS_IMAGE": True, "NEEDS_TEXT": True}
             config = configs["cyclic_grads"][32, dot]
-            yield Variant(arch, "cyclic_grads", features, config, shared | more)
+            yield Variant(arch, "cyclic_grads", features, config, shared | needs)
 
 
 def source(variant: Variant) -> ASTSource:
-    """The kernel with the types of its arguments, as a launch would have it."""
+    """The kernel with the types of its arguments, as in a launch."""
     kernel = KERNELS[variant.kernel]
     constants = {**variant.flags, **variant.config.tile}
     signature, attributes = {}, {}
@@ -133,23 +145,23 @@ def source(variant: Variant) -> ASTSource:
         name = parameter.name
         if name in constants:
             signature[name] = "constexpr"
-        elif name in NUMBERS:
+        elif name in FLOATS:
             signature[name] = "fp32"
         elif name in INTEGERS:
             signature[name] = "i32"
-        elif name in IDS:
+        elif name in ID_POINTERS:
             signature[name] = "*i64"
         else:
-            signature[name] = FEATURES[variant.features][0] if name in OF_FEATURES else "*fp32"
-        looks = not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
-        may_be_multiple = signature[name] == "i32" or signature[name].startswith("*")
-        if looks and may_be_multiple and not (name == "d" and variant.any_d):
+            signature[name] = FEATURES[variant.features][0] if name in FEATURE_POINTERS else "*fp32"
+        specialised = not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
+        is_int_or_pointer = signature[name] == "i32" or signature[name].startswith("*")
+        if specialised and is_int_or_pointer and not (name == "d" and variant.any_d):
             attributes[(parameter.num,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes)
 
 
 def build(variant: Variant) -> Binary | str:
-    """Compile one variant; the compiler's complaint if it does not compile."""
+    """Compile one variant. Returns the compiler's error message if that fails."""
     target = CHIPS[variant.arch].target
     try:
         options = variant.config.options
@@ -158,10 +170,10 @@ def build(variant: Variant) -> Binary | str:
         return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
 
 
-def row(variant: Variant, made: Binary | str) -> dict[str, Any]:
-    """A line of the table."""
+def make_row(variant: Variant, built: Binary | str) -> Row:
+    """A row of the table."""
     config = variant.config
-    line: dict[str, Any] = {
+    row: Row = {
         "arch": variant.arch,
         "kernel": variant.label,
         "features": variant.features,
@@ -169,19 +181,19 @@ def row(variant: Variant, made: Binary | str) -> dict[str, Any]:
         "warps": config.num_warps,
         "stages": config.num_stages,
     }
-    if isinstance(made, str):
-        return line | {"registers": f"does not compile: {made}"}
-    matrix = ", ".join(f"{n} {name}" for name, n in made.matrix_instructions.items())
-    return line | {
-        "registers": made.registers,
-        "spilled bytes": made.spilled_bytes,
-        "shared KB": round(made.shared_bytes / 1024),
+    if isinstance(built, str):
+        return row | {"registers": f"does not compile: {built}"}
+    matrix = ", ".join(f"{n} {name}" for name, n in built.matrix_instructions.items())
+    return row | {
+        "registers": built.registers,
+        "spilled bytes": built.spilled_bytes,
+        "shared KB": round(built.shared_bytes / 1024),
         "matrix instructions": matrix or "none",
     }
 
 
 def main(options: argparse.Namespace) -> int:
-    """Compile, print the table and the faults; 1 if there are any."""
+    """Compile, print the table and the faults. Returns 1 if there are faults."""
     chosen = options.arch or [a for a in CHIPS if triton_version() >= CHIPS[a].first_triton]
     if unknown := [arch for arch in chosen if arch not in CHIPS]:
         print(f"--arch {' '.join(unknown)}: choose from {', '.join(CHIPS)}", file=sys.stderr)
@@ -189,10 +201,10 @@ def main(options: argparse.Namespace) -> int:
     everything = [variant for arch in chosen for variant in variants(arch)]
     rows, faults = [], []
     with ProcessPoolExecutor() as pool:
-        for variant, made in zip(everything, pool.map(build, everything), strict=True):
-            rows.append(row(variant, made))
+        for variant, built in zip(everything, pool.map(build, everything), strict=True):
+            rows.append(make_row(variant, built))
             name = f"{variant.arch} {variant.label} {variant.features}"
-            faults += [f"FAULT {name}: {fault}" for fault in variant.faults(made)]
+            faults += [f"FAULT {name}: {fault}" for fault in variant.faults(built)]
             print(f"\rcompiled {len(rows)} of {len(everything)}", end="", file=sys.stderr)
     print(f"Compiled with Triton {triton.__version__}\n\n{table(rows)}")
     print("", *faults, sep="\n", file=sys.stderr)

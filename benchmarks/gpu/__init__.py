@@ -1,1 +1,1 @@
-"""Everything that needs a GPU to be known, in one command."""
+"""What can only be tested and timed on a GPU, in one command."""

@@ -1,4 +1,4 @@
-"""What the compile gate refuses, and that launches use only binaries that it compiles."""
+"""The compile gate refuses faulty binaries, and launches use only binaries that it compiles."""
 
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
@@ -26,12 +26,12 @@ PERSISTENT = LOOP + "        /*2000*/              @!P1 BRA 0x0a00 ;\n"
 
 
 @pytest.mark.parametrize("sass", [LOOP, PERSISTENT])
-def test_serialised_products_are_detected(sass: str) -> None:
+def test_main_loop_that_waits_for_each_product_is_serialised(sass: str) -> None:
     assert not is_serialised(sass)
     assert is_serialised(sass.replace("gsb0, 0x1", "gsb0, 0x0"))
 
 
-def test_spills_are_counted() -> None:
+def test_only_a_stack_that_is_accessed_counts_as_spills() -> None:
     for instruction, stack, spilled in (
         ("STL.64 [R1+0x8], R4", 16, 16),
         ("@P0 LDL R3, [R1]", 16, 16),
@@ -46,12 +46,12 @@ def test_spills_are_counted() -> None:
 CLEAN = Binary(200, 0, 1024, {"HGMMA.64x256x16.F32.BF16": 4}, serialised=False, fuses=True)
 
 
-def test_each_fault_is_reported(monkeypatch, capsys) -> None:
+def test_each_fault_is_printed_and_fails_the_gate(monkeypatch, capsys) -> None:
     variants = list(gate.variants("sm_90"))
     variant = next(v for v in variants if (v.kernel, v.features) == ("contrastive_lse", "bfloat16"))
     monkeypatch.setattr(gate, "ProcessPoolExecutor", ThreadPoolExecutor)
     monkeypatch.setattr(gate, "variants", lambda arch: [variant])
-    for made, fault in (
+    for built, fault in (
         (CLEAN, None),
         (replace(CLEAN, spilled_bytes=8), "spills 8 bytes"),
         (replace(CLEAN, shared_bytes=227 * 1024 + 1), "shared memory"),
@@ -61,7 +61,7 @@ def test_each_fault_is_reported(monkeypatch, capsys) -> None:
         (replace(CLEAN, fuses=False), "does not fuse"),
         ("CompilationError: unknown type", "CompilationError: unknown type"),
     ):
-        monkeypatch.setattr(gate, "build", lambda variant, made=made: made)
+        monkeypatch.setattr(gate, "build", lambda variant, built=built: built)
         assert gate.main(Namespace(arch=["sm_90"])) == (0 if fault is None else 1)
         out, err = capsys.readouterr()
         assert "| sm_90 | contrastive_lse" in out
@@ -69,8 +69,8 @@ def test_each_fault_is_reported(monkeypatch, capsys) -> None:
         assert faults == [] if fault is None else fault in "".join(faults)
 
 
-def test_the_gate_compiles_what_is_launched() -> None:
-    """In a separate process, because nothing can be compiled where the interpreter is on."""
+def test_gate_compiles_exactly_what_is_launched() -> None:
+    """In a separate process: nothing can be compiled while the interpreter is on."""
     code = """
 import sys, torch
 sys.path.append("tests")
@@ -110,7 +110,7 @@ for features, dtype in dtypes.items():
 
 @pytest.mark.slow
 def test_shipped_configurations_compile_without_spills() -> None:
-    """The largest kernel, in bfloat16. `.ci/run` compiles all, for two architectures."""
+    """Only the largest kernel, in bfloat16. `.ci/run` compiles all, for two architectures."""
     code = "from benchmarks.gate.compile import build, variants\n"
     code += "for v in variants('sm_90'):\n"
     code += "  if v.label.startswith('contrastive_grads') and v.features == 'bfloat16':\n"
@@ -120,7 +120,7 @@ def test_shipped_configurations_compile_without_spills() -> None:
     assert run.stdout == "[]\n" * 2
 
 
-def test_the_gate_knows_every_architecture() -> None:
+def test_gate_has_the_target_of_every_architecture() -> None:
     assert CHIPS.keys() == ARCHITECTURES.keys()
     for name, chip in CHIPS.items():
         arch = ("cuda", int(name[3:]), 32) if name[:3] == "sm_" else ("hip", name, 64)
@@ -128,16 +128,15 @@ def test_the_gate_knows_every_architecture() -> None:
         assert 64 * 1024 <= chip.shared_limit < 228 * 1024
 
 
-def test_which_architectures_are_compiled_for(monkeypatch, capsys) -> None:
-    """Those that this Triton can; the names of others are refused."""
-    every = gate.variants
+def test_gate_compiles_what_this_triton_can_and_refuses_unknown_names(monkeypatch, capsys) -> None:
+    all_variants = gate.variants
     monkeypatch.setattr(gate, "ProcessPoolExecutor", ThreadPoolExecutor)
     monkeypatch.setattr(gate, "build", lambda variant: CLEAN)
-    monkeypatch.setattr(gate, "variants", lambda arch: [next(every(arch))])
+    monkeypatch.setattr(gate, "variants", lambda arch: [next(all_variants(arch))])
     for version, count in ((3, 4), 3), ((3, 5), 4), (TRITON_FOR_BLACKWELL, 5):
         monkeypatch.setattr(gate, "triton_version", lambda version=version: version)
         assert gate.main(Namespace(arch=None)) == 0
         assert capsys.readouterr().out.count("| join_lse |") == count
-    refused = run_python("-m", "benchmarks", "gate", "--arch", "sm_80", "sm_1")
-    assert (refused.returncode, refused.stdout) == (2, "")
-    assert refused.stderr == f"--arch sm_1: choose from {', '.join(CHIPS)}\n"
+    assert gate.main(Namespace(arch=["sm_80", "sm_1"])) == 2
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", f"--arch sm_1: choose from {', '.join(CHIPS)}\n")

@@ -1,4 +1,4 @@
-"""`python -m benchmarks gpu`, as far as it runs on a CPU: its test runs, timings and record."""
+"""`python -m benchmarks gpu`, as far as it runs on a CPU: its tests, its timings and its record."""
 
 import json
 import re
@@ -11,11 +11,14 @@ from conftest import needs_interpreter
 from processes import ROOT, run_python
 
 from benchmarks.__main__ import main
+from benchmarks.compare import cost
 from benchmarks.gpu import sections, suite
+from benchmarks.gpu.ablations import SWEEPS, tile_products
 from benchmarks.run import Run
 from cyclip_loss.kernels import configs
 from cyclip_loss.kernels.configs import ARCHITECTURES
 
+CPU = torch.device("cpu")
 TESTS = """
 import pytest, time
 def test_right(): pass
@@ -28,24 +31,24 @@ def test_slow(): time.sleep(1000)
 CONFTEST = "def pytest_addoption(parser): parser.addoption('--device')"
 
 
-@pytest.mark.parametrize("long", [False, True])
-def test_outcomes_of_tests_are_recorded(long: bool, tmp_path: Path, monkeypatch) -> None:
-    """Two processes, with one file that can't be imported; or one process that exceeds its time."""
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch) -> Path:
+    """A folder of tests that a dry run runs, in a pytest that starts fast."""
     (tmp_path / "test_few.py").write_text(TESTS)
     (tmp_path / "conftest.py").write_text(CONFTEST)
-    (tmp_path / "test_missing.py").write_text("" if long else "import no_such_package")
-    chosen = ("-k", "right or slow") if long else ("-m", "not slow")
-    monkeypatch.setattr(suite, "FEW", (str(tmp_path), *chosen))
-    run = Run(torch.device("cpu"), dry_run=True)
-    run.deadline = 10 if long else 1000
-    with run.part("tests") as section:
-        suite.suite(suite.CUDA_TESTS, 1 if long else 2, run)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p xdist")
+    return tmp_path
+
+
+def test_outcomes_of_tests_are_recorded(project: Path, monkeypatch) -> None:
+    """Two processes, and one file that cannot be imported."""
+    (project / "test_missing.py").write_text("import no_such_package")
+    monkeypatch.setattr(suite, "DRY_RUN_TESTS", (str(project), "-m", "not slow"))
+    run = Run(CPU, dry_run=True)
+    with run.start_section("tests") as section:
+        suite.run_tests(suite.CUDA_TESTS, 2, run)
     (row,), (note,) = section.rows, section.notes
-    if long:
-        assert row == {"passed": 1}
-        assert section.failures == []
-        assert re.search(r"interrupted at: .*test_slow", note)
-        return
     assert row == {"failed": 1, "passed": 2, "skipped": 1, "error": 1}
     (failure,) = section.failures
     assert failure.startswith("pytest ended with 1\n")
@@ -54,7 +57,19 @@ def test_outcomes_of_tests_are_recorded(long: bool, tmp_path: Path, monkeypatch)
     assert re.fullmatch(r"1 skipped: .*test_few.py:\d+: not today", note)
 
 
-def test_the_chosen_tests_are_there() -> None:
+def test_tests_that_exceed_the_time_are_interrupted_and_noted(project: Path, monkeypatch) -> None:
+    monkeypatch.setattr(suite, "DRY_RUN_TESTS", (str(project), "-k", "right or slow"))
+    run = Run(CPU, dry_run=True)
+    run.deadline = 10
+    with run.start_section("tests") as section:
+        suite.run_tests(suite.CUDA_TESTS, 1, run)
+    (row,), (note,) = section.rows, section.notes
+    assert row == {"passed": 1}
+    assert section.failures == []
+    assert re.search(r"interrupted at: .*test_slow", note)
+
+
+def test_chosen_tests_exist() -> None:
     chosen = {*suite.CUDA_TESTS, *suite.KERNEL_TESTS, *suite.SLOW_TESTS, *suite.RANK_TESTS}
     paths = [word.partition("::") for word in chosen if word.startswith("tests/")]
     for path, _, name in paths:
@@ -68,13 +83,13 @@ COLUMNS = {
     "ablations": "what, N, D, tile, outcome, runs, ms, TFLOP/s",
     "ablations answer": "question, measured, predicted",
     "sweep": "kernel, N, D, line for configs.py",
-    "competitors": "N, D, dtype, loss, lacks, outcome, peak MB, wall ms, launches, runs, ms, p20, "
-    "p80, times ours, of matrix rate",
+    "competitors": "N, D, dtype, loss, computes, outcome, peak MB, wall ms, launches, runs, ms, "
+    "p20, p80, times ours, of matrix rate",
 }
 
 
 @needs_interpreter
-def test_a_dry_run_leaves_a_record(tmp_path: Path) -> None:
+def test_dry_run_leaves_a_record_with_every_section(tmp_path: Path) -> None:
     arguments = ["--dry-run", "--out", str(tmp_path), "--budget", "9999"]  # on a busy machine too
     arguments += ["--sections", *(name for name in COLUMNS if name != "ablations answer")]
     ran = run_python("-m", "benchmarks", "gpu", *arguments)
@@ -92,6 +107,7 @@ def test_a_dry_run_leaves_a_record(tmp_path: Path) -> None:
     assert {(row["N"], row["D"]) for row in found["kernels"]["rows"]} == {(96, 32)}
     assert parts == sorted(parts, reverse=True)
     assert whole / 2 < sum(parts) <= whole
+    assert {row["outcome"] for row in found["competitors"]["rows"]} == {"ok"}
     assert all(row["launches"] > 0 < row["wall ms"] for row in found["competitors"]["rows"])
     assert {row["dtype"] for row in found["competitors"]["rows"]} == {"bfloat16", "float32"}
     assert all(row["ms"] > 0 for row in found["ablations"]["rows"])
@@ -101,29 +117,58 @@ def test_a_dry_run_leaves_a_record(tmp_path: Path) -> None:
     assert "DRY RUN" in file.with_suffix(".md").read_text()
 
 
+def test_rates_count_each_flop_and_each_byte_read_and_written(monkeypatch) -> None:
+    monkeypatch.setattr(sections, "wall_seconds", lambda call, min_seconds: 0.5)
+    monkeypatch.setattr(cost.measure, "wall_seconds", lambda call, min_seconds: 0.25)
+    run = Run(CPU, dry_run=True)
+    sections.ceilings(run)
+    product, copy = run.section.rows
+    assert product["rate"] == pytest.approx(2 * 256**3 / 0.25 / 1e12)
+    assert (copy["what"], copy["unit"]) == ("copy of 1 MB", "TB/s")
+    assert copy["rate"] == pytest.approx(2 * (8 * 256**2) / 0.5 / 1e12)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_ablation_computes_the_products_of_all_tiles_and_stores_only_wanted_sums(sweep) -> None:
+    image, text = Run(CPU).pairs(512, 64, torch.float16)
+    products = tile_products(sweep, image, text, wanted=1.0)
+    products.launch()
+    rows, columns = products.sums.shape
+    height, width = 512 // rows, 512 // columns
+    assert products.tile == f"{height} x {width}"
+    logits = image.double() @ text.double().T
+    exact = logits.view(rows, height, columns, width).sum(dim=(1, 3))
+    torch.testing.assert_close(products.sums.double(), exact, rtol=1e-4, atol=1e-3)
+
+    unwanted = tile_products(sweep, image, text)
+    unwanted.launch()
+    assert not unwanted.sums.any()
+
+
 @pytest.fixture(autouse=True)
-def put_back(monkeypatch):
-    """What `main` changes in its process."""
+def restore_process(monkeypatch):
+    """Restore what `main` changes in its process."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
 
 
-def test_what_it_cannot_run(monkeypatch, capsys) -> None:
+def test_command_refuses_a_missing_gpu_and_an_unknown_section(monkeypatch, capsys) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for options, said in ([], "no CUDA device"), (["--dry-run", "--sections", "x"], "x: choose"):
         assert main(["gpu", *options]) == 2
         assert said in capsys.readouterr().out
 
 
-def test_a_failure_and_an_interruption_leave_a_record(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_failure_and_interruption_leave_a_record(tmp_path: Path, monkeypatch, capsys) -> None:
     def fails(run: Run) -> None:
         run.note("half of it")
         raise RuntimeError("no kernel")
 
     def terminated(run: Run) -> None:
-        run.row(records=len([*tmp_path.glob("*.json")]))
+        run.add_row(records=len([*tmp_path.glob("*.json")]))
         signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(sections, "SECTIONS", {"kernels": (fails, 1.0), "sizes": (terminated, 1.0)})
@@ -142,8 +187,10 @@ def test_a_failure_and_an_interruption_leave_a_record(tmp_path: Path, monkeypatc
 
 
 @needs_interpreter
-def test_a_line_to_paste_makes_the_tile() -> None:
+def test_line_to_paste_makes_the_tile() -> None:
     for kernel, table in ARCHITECTURES["sm_90"].items():
         for (bits, dot), tile in table.items():
             key = f"{kernel} {'float32' if bits == 32 else 'bfloat16'} {dot} D%128"
-            assert eval(f"{{{sections.line_of(key, tile)}}}", vars(configs)) == {(bits, dot): tile}
+            assert eval(f"{{{sections.config_line(key, tile)}}}", vars(configs)) == {
+                (bits, dot): tile
+            }
