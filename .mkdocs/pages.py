@@ -42,6 +42,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         uri = path.relative_to(ROOT).as_posix()
         if files.get_file_from_path(uri):
             return match[1]
+        if not config.repo_url:  # built on a developer's machine
+            return path.as_uri()
         return f"{config.repo_url.rstrip('/')}/{'tree' if path.is_dir() else 'blob'}/main/{uri}"
 
     # The start page leads with the picture of "How it works" and its caption.
