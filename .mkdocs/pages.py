@@ -54,10 +54,3 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         shown = f"\n{start}{picture}\n\n{caption}\n"
         markdown = f"{opening}{shown}{status}{before}{after}"
     return LINK.sub(link, markdown)
-
-
-def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
-    """The page with the pages that docstrings name as links."""
-    if page.file.src_uri != "docs/api.md":
-        return html
-    return re.sub(r"docs/(\w+)\.md", r'<a href="../\1/">docs/\1.md</a>', html)
