@@ -290,7 +290,7 @@ def pretrain(data: Path, tmp_path: Path, monkeypatch):
 def test_a_finished_run_says_so_and_takes_more_epochs(
     pretrain, data: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    """It says so, OpenCLIP loads its model as the README says, and it takes more epochs."""
+    """It says so, OpenCLIP loads its model as docs say, and it takes more epochs."""
     checkpoints = tmp_path / "run" / "checkpoints"
     pretrain()
     [first] = results(tmp_path)
@@ -299,7 +299,7 @@ def test_a_finished_run_says_so_and_takes_more_epochs(
     assert capsys.readouterr().out.endswith(f"{said}\n")
     pretrain()
     assert capsys.readouterr().out.endswith(f"{said}; nothing left to do\n")
-    page = (ROOT / "reference_train" / "README.md").read_text()
+    page = (ROOT / "docs" / "pretraining.md").read_text()
     [block] = re.findall("```python\n(.*?)```", page, re.DOTALL)
     script = textwrap.dedent(block).replace("logs/icons-cyclip-0", str(tmp_path / "run"))
     loaded = run_python("-c", script)
