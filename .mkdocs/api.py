@@ -19,7 +19,8 @@ HEAD = """\
 # API reference
 
 What each public class and function takes, returns and raises.
-N is the number of pairs in the global batch, n the number of rows of one rank, and D the feature size.
+N is the number of pairs in the global batch, n the number of rows of one rank, and D the feature
+size.
 `make api` writes this page from the docstrings in [`cyclip_loss/`](../cyclip_loss).
 """
 CONFIG = ConfigDict(

@@ -46,11 +46,4 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
             return path.as_uri()
         return f"{config.repo_url.rstrip('/')}/{'tree' if path.is_dir() else 'blob'}/main/{uri}"
 
-    # The start page leads with the picture of "How it works" and its caption.
-    if page.file.src_uri == "README.md":
-        before, start, after = markdown.partition("![Similarity matrices")
-        picture, caption, after = after.split("\n\n", 2)
-        opening, status, before = before.partition("\n> ")
-        shown = f"\n{start}{picture}\n\n{caption}\n"
-        markdown = f"{opening}{shown}{status}{before}{after}"
     return LINK.sub(link, markdown)
