@@ -1,5 +1,6 @@
-"""The Python blocks of README.md and docs/, except the recipes, which have their own tests."""
+"""Python blocks of README.md and docs/ (the recipes have their own tests), and numbers on them."""
 
+import csv
 import re
 import warnings
 from pathlib import Path
@@ -113,3 +114,38 @@ def test_the_authors_weights_are_saved_without_the_rest(tmp_path: Path, monkeypa
     run("docs/from_the_authors_code.md", 1)
     saved = torch.load("cyclip-weights.pt")
     assert list(saved) == ["visual.proj"]
+
+
+def last_recalls() -> dict[str, float]:
+    """R@10 in % of each run of the icons after its last epoch, by the run's heading."""
+    record = (ROOT / "reference_train/results/icons/runs.txt").read_text()
+    runs = re.findall(r"^(\S.*): \d+ minutes.*\n(?: .*\n)*? +R@10: .*?([\d.]+)$", record, re.M)
+    return {name: float(recall) for name, recall in runs}
+
+
+def test_the_settings_table_has_the_differences_of_the_record() -> None:
+    recalls = last_recalls()
+    compared = [("lambda-cyclip-128-0", "lambda-clip-128-0")]
+    compared += [("lambda-cyclip-512-128", "lambda-clip-512-0")]
+    compared += [(f"warmup-1.0-1024-{seed}", f"clip-1024-{seed}") for seed in range(3)]
+    compared += [(f"cyclip-{seed}, 20 epochs", f"clip-{seed}, 20 epochs") for seed in range(3)]
+    compared += [("warmup-512-1024-20-0", "clip-0, 20 epochs")]
+    expected = [f"{recalls[cyclip] - recalls[clip]:.1f}" for cyclip, clip in compared]
+    table = (ROOT / "docs/choosing.md").read_text().partition("## Settings")[2]
+    rows = [line for line in table.splitlines() if line.startswith("| ")]
+    assert re.findall(r"\d+\.\d", "\n".join(rows[:5])) == expected
+
+
+def test_published_numbers_on_the_first_pages_have_a_source() -> None:
+    with open(ROOT / "reference_train/evaluate/published.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["metric"] == "top1"]
+    published = {(row["data_set"], row["source"]): (row["clip"], row["cyclip"]) for row in rows}
+    shown = [("imagenet1k", "paper"), ("imagenet1k", "reproduced"), ("cifar10", "reproduced")]
+    expected = [f"{float(number):.1f}" for key in shown for number in published[key]]
+    readme = (ROOT / "README.md").read_text()
+    bullet = readme.partition("- **For accuracy")[2].partition("\n- ")[0]
+    assert re.findall(r"\d+\.\d", bullet) == expected
+    known = (ROOT / "docs/choosing.md").read_text()
+    for (_, source), numbers in published.items():
+        if source == "reproduced":
+            assert " → ".join(numbers) in known
