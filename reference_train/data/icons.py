@@ -1,9 +1,8 @@
 """About 250,000 icons with the names that people gave them, as image-caption shards.
 
-Draws the icons of npm's `@iconify/json` (104 MB) into WebDataset shards, in about ten minutes:
-`train-*.tar` to train on, `val-*.tar` with names that training never sees, `sizes.json` as OpenCLIP
-reads it, and `manifest.json` with the sets, their authors and licences, and what was left out and
-why.
+Draws npm's `@iconify/json` (104 MB) into WebDataset shards in about eight minutes: `train-*.tar` to
+train on, `val-*.tar` with names that training never sees, `sizes.json` as OpenCLIP reads it, and
+`manifest.json` with the sets, their authors and licences, and what was left out and why.
 """
 
 import argparse

@@ -2,6 +2,7 @@
 
 import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from cyclip_loss import (
     WithCyclicPenalty,
     cyclic_penalty,
     cyclip_loss,
+    engines,
     usage_warnings,
 )
 
@@ -117,3 +119,39 @@ def test_rows_normalised_in_16_bits_and_later_calls_cause_no_warning(device) -> 
     torch._dynamo.reset()
     compiled = torch.compile(CyCLIPLoss(9, 9), fullgraph=True, backend="eager")
     assert messages(lambda: compiled(3 * image, text, torch.ones((), device=device))) == []
+
+
+@pytest.mark.parametrize(
+    ("has_triton", "gpu", "warned"),
+    [
+        (False, (8, 0), True),
+        (False, (12, 0), True),
+        (False, (7, 5), False),
+        (False, "gfx942:sramecc+:xnack-", True),
+        (False, "gfx1100", False),
+        (True, (7, 5), False),
+        (True, "gfx1100", False),
+    ],
+)
+def test_one_warning_says_what_to_install_where_a_supported_gpu_has_no_triton(
+    has_triton: bool, gpu, warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("engines", "numerics"):
+        monkeypatch.setattr(f"cyclip_loss.{name}.find_spec", lambda name: has_triton or None)
+    monkeypatch.setattr(torch.version, "hip", "6.4" if isinstance(gpu, str) else None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: gpu)
+    properties = SimpleNamespace(gcnArchName=gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.delenv("CYCLIP_LOSS_IMPL", raising=False)
+    engines.architecture.cache_clear()
+    engines._warn_if_only_triton_is_missing.cache_clear()
+    features = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, is_cuda=True)
+    try:
+        found = messages(lambda: engines.choose("auto", features))
+        assert engines.choose("auto", features) == "eager"
+        assert ["`pip install triton`" in message for message in found] == [True] * warned
+        usage_warnings._warned.clear()
+        assert messages(lambda: engines.choose("eager", features)) == []
+    finally:
+        engines.architecture.cache_clear()
+        engines._warn_if_only_triton_is_missing.cache_clear()

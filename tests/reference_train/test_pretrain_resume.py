@@ -165,7 +165,7 @@ def test_a_finished_run_says_so_and_which_epoch_was_the_best(
 
 
 def test_openclip_loads_the_best_epoch_as_the_page_says(finished: str, tmp_path: Path) -> None:
-    page = (ROOT / "reference_train" / "README.md").read_text()
+    page = (ROOT / "docs" / "pretraining.md").read_text()
     [block] = re.findall("```python\n(.*?)```", page, re.DOTALL)
     script = textwrap.dedent(block).replace("logs/icons-cyclip-0", str(tmp_path / "run"))
     loaded = run_python("-c", script)
