@@ -15,7 +15,7 @@ import signal
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,7 @@ def build(archive: Path, out: Path, limit: int | None, pictures_of_a_name: int) 
 
 def distinct_pictures(
     icons: Sequence[Icon], left_out: Counter[str]
-) -> Iterator[tuple[Icon, bytes]]:
+) -> Generator[tuple[Icon, bytes], None, None]:
     """Draws icons; yields each with its PNG, except those that show an earlier picture again.
 
     Adds to `left_out` how many were not yielded, by reason.
