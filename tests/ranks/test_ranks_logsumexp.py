@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import loss_dtype, pairs
 from pool import RankError, Ranks, own_device
+from test_ranks_traffic import Recorder, Traffic
 from torch import Tensor
 
 from cyclip_loss import CyCLIPLoss, contrastive_logsumexp, reference
@@ -175,6 +176,29 @@ def test_each_engine_gives_the_results_of_one_process(impl: str, dist_impl: str,
 @DIST_IMPLS
 def test_compiled_ranks_give_the_results_of_one_process(dist_impl: str, ranks: Ranks) -> None:
     check(LseRankCase((4, 4), (2, 2), 3, is_compiled=True, dist_impl=dist_impl), ranks)
+
+
+def traffic(rank: int, world_size: int, case: LseRankCase) -> Traffic:
+    """The collectives of the second of two calls."""
+    step(rank, world_size, case)
+    with Recorder() as recorder:
+        step(rank, world_size, case)
+    return recorder.found
+
+
+def test_a_call_sends_no_more_than_docs_say(ranks: Ranks) -> None:
+    n, of_float64 = 4, 8
+    gather = f"all_gather_into_tensor{'_out' if ranks.backend == 'gloo' else ''}"
+    expected = [
+        (gather, 2 * n * D * of_float64),
+        ("all_reduce max", 2 * 2 * n * of_float64),
+        ("all_reduce sum", 2 * n * of_float64),
+        (gather, 2 * n * of_float64),
+        ("reduce_scatter_tensor", 2 * n * D * of_float64),
+    ]
+    assert ranks.run(2, traffic, LseRankCase((n, n))) == [expected] * 2
+    one_way = [expected[0], expected[-1]]
+    assert ranks.run(2, traffic, LseRankCase((n, n), one_way=True)) == [one_way] * 2
 
 
 def differing_directions(rank: int, world_size: int) -> None:
