@@ -1,4 +1,4 @@
-"""The launcher, with OpenCLIP's trainer, and with a stand-in that creates losses in several ways."""
+"""The launcher, with OpenCLIP's trainer and with a stand-in that creates losses in several ways."""
 
 import json
 import re
