@@ -1,4 +1,4 @@
-"""The headline numbers of README.md are those of the records."""
+"""The headline numbers of README.md are those of the committed records."""
 
 import json
 import re
@@ -15,19 +15,19 @@ def paragraph(start: str) -> str:
     return re.sub(r"\]\([^)]*\)|\b[ND] = [\d,]+|float32", "", found)
 
 
-def test_accuracy() -> None:
+def test_accuracies_in_the_readme_are_those_of_the_records() -> None:
     results: dict[str, dict] = {}
     for name in ("warmup", "warmup-2", "seed-0", "seeds-1-2"):
         record = ROOT / f"reference_train/results/icons/evaluation-{name}.json"
         results |= json.loads(record.read_text())["results"]
     expected = []
     for run in ("cyclip-1024", "warmup-1.0-1024", "clip-1024", "cyclip", "clip"):
-        of_seeds = [results[f"{run}-{seed}"]["icons"]["numbers"]["top1"] for seed in range(3)]
-        expected.append(f"{100 * mean(of_seeds):.1f}")
+        seeds = [results[f"{run}-{seed}"]["icons"]["numbers"]["top1"] for seed in range(3)]
+        expected.append(f"{100 * mean(seeds):.1f}")
     assert re.findall(r"(\d+\.\d)%", paragraph("Our largest experiment")) == expected
 
 
-def test_speed_and_memory() -> None:
+def test_speed_and_memory_in_the_readme_are_those_of_the_record() -> None:
     (path,) = set(re.findall(r"\[record]\((.*?)\.md\)", README))
     rows = json.loads((ROOT / f"{path}.json").read_text())["sections"]["cost"]["rows"]
     cost = {(row["N"], row["D"], row["loss"]): row for row in rows}
