@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cyclip_loss import CyCLIPLoss, consistency_metrics, cyclip_loss
 
 # Interpreted kernels are too slow for N.
-N, N_INTERPRETED, D = 4096, 256, 32
+N, N_INTERPRETED, D, STRIP_ROWS = 4096, 256, 32, 64
 
 
 class CollectCycles(TorchDispatchMode):
@@ -58,13 +58,13 @@ def allocated(work: Callable[[], object]) -> tuple[int, int, int]:
 def inputs(impl: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     if device.type != "cpu":
         pytest.skip("measures CPU memory")
-    set_strip_rows(monkeypatch, 64)
+    set_strip_rows(monkeypatch, STRIP_ROWS)
     return Case(N if impl == "eager" else N_INTERPRETED, D).leaves("cpu")
 
 
 def test_no_n_by_n_matrix_is_allocated(impl: str, inputs: list[Tensor]) -> None:
     n = len(inputs[0])
-    square, strip, features = 4 * n * n, 4 * 64 * n, 4 * n * D
+    square, strip, features = 4 * n * n, 4 * STRIP_ROWS * n, 4 * n * D
 
     def step(inputs: list[Tensor]) -> tuple[int, int, int]:
         return allocated(lambda: cyclip_loss(*inputs, lambda_inmodal=0.5, impl=impl).backward())
