@@ -90,7 +90,7 @@ def test_eager_engine_is_accurate_in_each_element(case: Case, device: torch.devi
 @given(
     case=cases(
         dtype=st.sampled_from(DTYPES[1:]),
-        # Every interpreted tile takes time. 50 negatives already end in a second tile.
+        # Interpreted tiles are slow. Behind the pairs, 50 negatives reach into another tile.
         negatives=st.tuples(*[st.sampled_from([None, None, 0, 1, 50])] * 2),
     )
 )
