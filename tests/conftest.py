@@ -13,7 +13,7 @@ from importlib import import_module, metadata
 from importlib.util import find_spec
 from typing import Any
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # with a thread per core each, workers hold each other up
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers with a thread per core slow each other down
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -26,10 +26,12 @@ from cyclip_loss import numerics
 HAS_TRITON = find_spec("triton") is not None
 needs_triton = pytest.mark.triton
 needs_interpreter = pytest.mark.triton("interpreted")
-# Files that import the kernels, or packages of an extra, and what they can't be imported without.
-OF_TRITON = ("kernels", "test_cuda.py", "benchmarks/test_gate.py", "benchmarks/test_gpu.py")
+# The packages without which a file, or a folder's files, cannot be imported.
 NEEDS = {
-    **dict.fromkeys(OF_TRITON, ("triton",)),
+    "kernels": ("triton",),
+    "test_cuda.py": ("triton",),
+    "benchmarks/test_gate.py": ("triton",),
+    "benchmarks/test_gpu.py": ("triton",),
     "benchmarks/test_side_by_side.py": ("matplotlib", "open_clip"),
     "reference_train": ("open_clip", "webdataset", "pandas", "resvg_py"),
 }
@@ -47,8 +49,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_report_header() -> list[str]:
-    missing = {file: [x for x in NEEDS[file] if not find_spec(x)] for file in collect_ignore}
-    return [f"not collected: {file} (needs {', '.join(of)})" for file, of in missing.items()]
+    lines = []
+    for file in collect_ignore:
+        missing = ", ".join(package for package in NEEDS[file] if not find_spec(package))
+        lines.append(f"not collected: {file} (needs {missing})")
+    return lines
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -56,7 +61,7 @@ def pytest_configure(config: pytest.Config) -> None:
     assert "triton" not in sys.modules
     interpreted = not config.getoption("--device").startswith("cuda")
     os.environ["TRITON_INTERPRET"] = str(int(interpreted))
-    os.environ.setdefault("CYCLIP_LOSS_TILES", "off")  # the shipped ones, not this user's
+    os.environ.setdefault("CYCLIP_LOSS_TILES", "off")  # the shipped tiles, not this user's
     config.addinivalue_line("markers", "triton: launches kernels; interpreted: always on a CPU")
     # Without it PyTorch 2.8 warns of every matrix product in deterministic mode.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -68,7 +73,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def why_interpreter_fails() -> str:
     """Why Triton's interpreter cannot run the kernels; empty if it can. Does not import Triton."""
     numpy, triton = metadata.version("numpy"), numerics.triton_version()
-    # Older ones assign arrays of one element to scalars, which NumPy no longer does since 2.4.
+    # Older interpreters assign arrays of one element to scalars, which NumPy 2.4 refuses.
     if triton >= (3, 7) or tuple(map(int, numpy.split(".")[:2])) < (2, 4):
         return ""
     version = ".".join(map(str, triton))
@@ -76,9 +81,10 @@ def why_interpreter_fails() -> str:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Seed PyTorch's generator. Skip tests marked gpu, or gpu(2), without so many GPUs or with a
-    different --device; and tests marked triton without Triton, or where its interpreter is needed
-    and unusable.
+    """Seed PyTorch's generator, and skip tests that cannot run here.
+
+    They are tests marked gpu or gpu(2) without so many GPUs or with another --device, and tests
+    marked triton without Triton, or where Triton's interpreter is needed and does not work.
     """
     torch.manual_seed(0)  # whatever ran before
     on_cuda = item.config.getoption("--device").startswith("cuda")
@@ -86,10 +92,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if not HAS_TRITON:
             pytest.skip("needs Triton")
         # Ranks compute on the CPU, except with NCCL.
-        by_gloo = "ranks" in item.fixturenames and "nccl" not in item.name
-        unusable = why_interpreter_fails() if marker.args or by_gloo or not on_cuda else ""
-        if unusable:
-            pytest.skip(unusable)
+        uses_gloo = "ranks" in item.fixturenames and "nccl" not in item.name
+        if (marker.args or uses_gloo or not on_cuda) and (problem := why_interpreter_fails()):
+            pytest.skip(problem)
     for marker in item.iter_markers("gpu"):
         needed = marker.args[0] if marker.args else 1
         if not on_cuda:
@@ -144,7 +149,7 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
 
 @contextmanager
 def setting(name: str, value: Any) -> Iterator[None]:
-    """A setting of PyTorch's, such as "float32_matmul_precision", put back afterwards."""
+    """Set a setting of PyTorch, such as "float32_matmul_precision", and reset it at the end."""
     before = getattr(torch, f"get_{name}")()
     getattr(torch, f"set_{name}")(value)
     try:
@@ -154,7 +159,7 @@ def setting(name: str, value: Any) -> Iterator[None]:
 
 
 def set_strip_rows(monkeypatch: pytest.MonkeyPatch, rows: int | None) -> None:
-    """Strips of `rows`, in kernels of one tile, and small blocks there; not if None."""
+    """Make strips `rows` high, or one tile in kernels, with small blocks. None: change nothing."""
     if rows is None:
         return
     monkeypatch.setattr(numerics, "MIN_STRIP_ROWS", rows)
@@ -168,9 +173,12 @@ def set_strip_rows(monkeypatch: pytest.MonkeyPatch, rows: int | None) -> None:
             import_module(f"cyclip_loss.kernels.{name}")
             for name in ("contrastive_lse", "contrastive_grads", "gram_matrices")
         )
-        blocks = (configs.JOIN, "TILES", 2), (configs.PAIRS, "BLOCK", 32), (configs.SUM, "BLOCK", 2)
-        for config, size, value in blocks:
-            for sizes in (config.tile, config.kwargs):  # the latter is a copy, made once
+        for config, size, value in (
+            (configs.JOIN, "TILES", 2),
+            (configs.PAIRS, "BLOCK", 32),
+            (configs.SUM, "BLOCK", 2),
+        ):
+            for sizes in (config.tile, config.kwargs):  # `kwargs` is a copy, made once
                 monkeypatch.setitem(sizes, size, value)
         monkeypatch.setattr(lse, "PARTIAL_ELEMENTS", 1)
         monkeypatch.setattr(grads, "BLOCK_ROWS", 1)

@@ -37,8 +37,8 @@ def changed(node: ast.AST, **fields: object) -> ast.AST:
     return type(node)(**vars(node) | fields)
 
 
-def faults_of(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
-    """Kinds of faults, and what takes the node's place with each."""
+def possible_faults(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
+    """The kind of each fault that the node can have, and the node with this fault."""
     match node:
         case ast.Compare(ops=[op]) if type(op) in SWAPS:
             yield "comparison", changed(node, ops=[SWAPS[type(op)]()])
@@ -67,15 +67,15 @@ def faults_of(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
 
 
 def break_each(node: ast.AST) -> Iterator[tuple[str, str]]:
-    """Puts one fault at a time into a tree; yields its kind, and its line and text."""
+    """Put one fault at a time into a tree. Yields the fault's kind, and its line and text."""
     for name, value in ast.iter_fields(node):
         children = value if isinstance(value, list) else [value]
-        for at, child in enumerate(children if name not in NO_BEHAVIOUR else ()):
+        for index, child in enumerate(children if name not in NO_BEHAVIOUR else ()):
             if not isinstance(child, ast.AST) or getattr(child, "arg", None) in MESSAGES:
                 continue
-            for kind, new in faults_of(child):
-                after = [*children[:at], new, *children[at + 1 :]]
-                setattr(node, name, after if children is value else new)
+            for kind, new in possible_faults(child):
+                changed_children = [*children[:index], new, *children[index + 1 :]]
+                setattr(node, name, changed_children if children is value else new)
                 texts = (ast.unparse(x).split("\n")[0][:70] for x in (child, new))
                 yield kind, f"{child.lineno} {kind}: {'  ->  '.join(texts)}"
                 setattr(node, name, value)
@@ -100,8 +100,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--list", action="store_true")
     options = parser.parse_args()
-    for one in [] if options.list else [Path(name, "__init__.py") for name in options.folders]:
-        assert not noticed(one, (ROOT / one).read_text()), f"{one.parent} fails as it is"
+    for folder in [] if options.list else options.folders:
+        file = Path(folder, "__init__.py")
+        assert not noticed(file, (ROOT / file).read_text()), f"the tests of {folder} fail as it is"
     places, killed, draw = {}, [], random.Random(options.seed)
     for path in [f for folder in options.folders for f in sorted((ROOT / folder).rglob("*.py"))]:
         tree = ast.parse(path.read_text())

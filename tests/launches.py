@@ -1,4 +1,4 @@
-"""What a training step launches, counted without a GPU."""
+"""Which kernels a training step launches, found out without a GPU."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from triton.runtime.driver import driver
 from cyclip_loss import kernels
 from cyclip_loss.kernels import configs
 
-# Besides views: operators that allocate, or that make or read a number on the CPU.
+# Operators that launch nothing, besides views: they allocate, or read or write a number on the CPU.
 NO_KERNEL = {
     "empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "_unsafe_view",
     "scalar_tensor", "_local_scalar_dense", "lift_fresh",
@@ -69,8 +69,8 @@ def no_device() -> Iterator[tuple[list[str], dict[str, dict[str, Any]]]]:
         yield names, binaries
 
 
-def count(loss: Callable[..., Tensor], n: int, d: int, dtype: torch.dtype) -> list[str]:
-    """The launches of one step, by name, but for those of a module's first call only."""
+def launched_kernels(loss: Callable[..., Tensor], n: int, d: int, dtype: torch.dtype) -> list[str]:
+    """The names of the kernels that one step launches, after a first call of the module."""
     inputs = Case(n, d, dtype).leaves("cpu")
     with no_device() as (triton_names, _):
         loss(*inputs)

@@ -1,8 +1,8 @@
-"""Processes that compute together: a group of a few ranks that serves many tests.
+"""Processes that compute together: one group of a few ranks serves many tests.
 
 A test sends them a function from a module's top level. Every rank runs it, with tensors on its
-`own_device()`, and returns the results on the CPU. An exception, a rank that died, or ranks that do
-not answer are reported in bounded time, far longer than any test takes, also on a busy machine.
+`own_device()`, and returns the results on the CPU. An exception, a rank that died, and ranks that
+do not answer are errors of the test within `limit` seconds, far longer than any test takes.
 """
 
 import faulthandler
@@ -49,7 +49,7 @@ class Ranks:
         self.backend, self.device, self.timeout = backend, device, timeout
         self.limit = 1.25 * timeout  # of a task; by then, a collective that hangs has raised
         self._ranks: list[tuple[Any, Connection]] = []
-        self._grouped = self._groups = 0  # the current group's size; how many groups so far
+        self._group_size = self._group_count = 0  # of the current group; of all groups so far
         self._folder = tempfile.TemporaryDirectory()
 
     def run(self, world_size: int, task: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -59,42 +59,42 @@ class Ranks:
         """
         if self.backend == "nccl" and world_size > torch.cuda.device_count():
             pytest.skip(f"needs {world_size} GPUs")
-        if world_size != self._grouped:
+        if world_size != self._group_size:
             self.leave()
             while len(self._ranks) < world_size:
                 self._start()
-            self._groups += 1
-            self._grouped = world_size
-            store = f"file://{self._folder.name}/store{self._groups}"
+            self._group_count += 1
+            self._group_size = world_size
+            store = f"file://{self._folder.name}/store{self._group_count}"
             timeout = timedelta(seconds=self.timeout)
-            self._everywhere(_join_group, world_size, self.backend, store, timeout)
-        return self._everywhere(task, world_size, *arguments)
+            self._run_on_all(_join_group, world_size, self.backend, store, timeout)
+        return self._run_on_all(task, world_size, *arguments)
 
     def leave(self) -> None:
         """Leave the group: the next task runs in a new one."""
-        self._everywhere(_leave_group)
-        self._grouped = 0
+        self._run_on_all(_leave_group)
+        self._group_size = 0
 
     def close(self) -> None:
         for process, connection in self._ranks:
             connection.close()
             process.kill()
             process.join()
-        self._ranks, self._grouped = [], 0
+        self._ranks, self._group_size = [], 0
 
     def _start(self) -> None:
         ours, theirs = multiprocessing.Pipe()
-        context = _forks() if self.device == "cpu" else multiprocessing.get_context("spawn")
+        context = _fork_context() if self.device == "cpu" else multiprocessing.get_context("spawn")
         arguments = (len(self._ranks), self.device, theirs)
         process = context.Process(target=_serve, args=arguments, daemon=True)
         process.start()
         theirs.close()
         self._ranks.append((process, ours))
 
-    def _everywhere(self, command: Callable[..., Any], *arguments: Any) -> list[Any]:
+    def _run_on_all(self, command: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Run command(rank, *arguments) on the ranks of the group."""
         message = pickle.dumps((command, arguments, self.limit))
-        waiting = {ours: rank for rank, (_, ours) in enumerate(self._ranks[: self._grouped])}
+        waiting = {ours: rank for rank, (_, ours) in enumerate(self._ranks[: self._group_size])}
         results: dict[int, Any] = {}
         errors: dict[int, str] = {}
         for ours in waiting:
@@ -114,7 +114,7 @@ class Ranks:
                     found = f"died, exit code {self._ranks[rank][0].exitcode}"
                 (results if succeeded else errors)[rank] = found
         errors |= dict.fromkeys(waiting.values(), f"did not answer in {self.limit:g} s")
-        if lost or waiting or 0 < len(errors) < self._grouped:
+        if lost or waiting or 0 < len(errors) < self._group_size:
             self.close()  # the group is unusable
         if errors:
             raise RankError("\n".join(f"rank {rank}: {errors[rank]}" for rank in sorted(errors)))
@@ -122,7 +122,7 @@ class Ranks:
 
 
 @lru_cache
-def _forks() -> Any:
+def _fork_context() -> Any:
     """A context that forks processes from one that has imported much, and computed nothing."""
     context = multiprocessing.get_context("forkserver")
     modules = ["torch._dynamo", "torch._inductor.config", "torch.distributed.fsdp"]

@@ -1,6 +1,6 @@
 """What needs a GPU: graphs, streams, devices, synchronisation, Inductor, memory, large batches.
 
-All other tests run on a GPU, too, and check the compiled kernels' values and gradients.
+The other tests run on a GPU, too, and check the values and gradients of compiled kernels.
 """
 
 import gc
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.gpu
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 PRODUCTS = pytest.mark.parametrize("products", ["highest", "high"])  # "high": tf32
 # Several tiles, the last ones partial. The lambdas differ, so that all Gram matrices are needed.
-MIDDLING = Case(n=517, d=200, dtype=torch.bfloat16, logit_scale=20.0, lambdas=(0.5, 0.125))
+SEVERAL_TILES = Case(n=517, d=200, dtype=torch.bfloat16, logit_scale=20.0, lambdas=(0.5, 0.125))
 
 
 def loss_of(case: Case, impl: str) -> CyCLIPLoss:
@@ -40,8 +40,10 @@ def loss_of(case: Case, impl: str) -> CyCLIPLoss:
     ],
     ids=lambda case: f"{case.n}-{case.d}-{case.distance}-{case.image_layout}",
 )
-def test_many_tiles(case: Case, dtype: torch.dtype, products: str, impl: str, device) -> None:
-    """Batches of many tiles of the shipped sizes; small tests have only a few."""
+def test_batches_of_many_tiles_are_accurate(
+    case: Case, dtype: torch.dtype, products: str, impl: str, device
+) -> None:
+    """Of the shipped sizes. The other tests have only a few tiles."""
     tf32 = products == "high" and (dtype == torch.float32 or impl == "eager")
     with setting("float32_matmul_precision", products):
         check_loss(replace(case, dtype=dtype), impl, device, tf32)
@@ -49,7 +51,7 @@ def test_many_tiles(case: Case, dtype: torch.dtype, products: str, impl: str, de
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("n", "d", "scale"), [(16385, 64, 20.0), (65536, 768, 50.0)])
-def test_large_batches(n: int, d: int, scale: float, device: torch.device) -> None:
+def test_large_batches_are_accurate(n: int, d: int, scale: float, device: torch.device) -> None:
     """More than one block of G (N = 16,385), and a size at which large models train.
     Compared with the eager engine in float64, as the oracle of the other tests would take minutes.
     The bound is 16-bit rounding, or the float32 rounding of logits, of the largest element.
@@ -66,7 +68,9 @@ def test_large_batches(n: int, d: int, scale: float, device: torch.device) -> No
 
 @PRODUCTS
 @DTYPES
-def test_the_same_bits_every_time(dtype: torch.dtype, products: str, impl: str, device) -> None:
+def test_every_call_gives_the_same_bits(
+    dtype: torch.dtype, products: str, impl: str, device
+) -> None:
     case = Case(8197, 520, dtype, logit_scale=20.0, lambdas=(0.5, 0.125))
     inputs = case.inputs(device)
     with setting("float32_matmul_precision", products):
@@ -75,13 +79,12 @@ def test_the_same_bits_every_time(dtype: torch.dtype, products: str, impl: str, 
         torch.testing.assert_close(other, first, rtol=0, atol=0)
 
 
-def test_cuda_graph(impl: str, device: torch.device) -> None:
-    """Forward and backward captured once, replayed on other features."""
-    loss = loss_of(MIDDLING, impl)
-    leaves = [tensor.clone().requires_grad_() for tensor in MIDDLING.inputs(device)]
+def test_a_cuda_graph_replays_a_step_on_other_features(impl: str, device: torch.device) -> None:
+    loss = loss_of(SEVERAL_TILES, impl)
+    leaves = [tensor.clone().requires_grad_() for tensor in SEVERAL_TILES.inputs(device)]
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):  # as PyTorch asks for before a capture
+    with torch.cuda.stream(stream):  # PyTorch demands such steps before a capture
         for _ in range(3):
             loss(*leaves).backward()
     torch.cuda.current_stream(device).wait_stream(stream)
@@ -91,7 +94,7 @@ def test_cuda_graph(impl: str, device: torch.device) -> None:
     with torch.cuda.graph(graph):
         value = loss(*leaves)
         value.backward()
-    inputs = replace(MIDDLING, seed=1).inputs(device)
+    inputs = replace(SEVERAL_TILES, seed=1).inputs(device)
     with torch.no_grad():
         for leaf, tensor in zip(leaves, inputs, strict=True):
             leaf.copy_(tensor)
@@ -100,15 +103,15 @@ def test_cuda_graph(impl: str, device: torch.device) -> None:
     torch.testing.assert_close(replayed, results(loss, *inputs))
 
 
-def test_another_stream(impl: str, device: torch.device) -> None:
-    """A step runs on the current stream only: work on the default stream would have to wait."""
-    inputs = MIDDLING.inputs(device)
-    expected = results(loss_of(MIDDLING, impl), *inputs)
+def test_a_step_runs_on_the_current_stream_only(impl: str, device: torch.device) -> None:
+    """Work on the default stream would have to wait here."""
+    inputs = SEVERAL_TILES.inputs(device)
+    expected = results(loss_of(SEVERAL_TILES, impl), *inputs)
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     torch.cuda._sleep(10**10)  # cycles: keeps the default stream busy for five seconds
     with torch.cuda.stream(stream):
-        actual = results(loss_of(MIDDLING, impl), *inputs)
+        actual = results(loss_of(SEVERAL_TILES, impl), *inputs)
         copies = Results(*(tensor.clone() for tensor in actual))
     stream.synchronize()
     assert not torch.cuda.default_stream(device).query(), "the default stream was waited for"
@@ -116,17 +119,19 @@ def test_another_stream(impl: str, device: torch.device) -> None:
 
 
 @pytest.mark.gpu(2)
-def test_another_device_than_the_current_one(impl: str) -> None:
+def test_features_may_be_on_another_device_than_the_current_one(impl: str) -> None:
     assert torch.cuda.current_device() == 0
-    check_loss(MIDDLING, impl, "cuda:1")
+    check_loss(SEVERAL_TILES, impl, "cuda:1")
     assert torch.cuda.current_device() == 0
 
 
 @pytest.mark.parametrize("output_dict", [False, True])
 @pytest.mark.parametrize("lambdas", [(0.25, 0.25), (0.5, 0.125), (0.0, 0.0)])
-def test_no_host_synchronisation(impl: str, lambdas, output_dict: bool, device) -> None:
+def test_a_step_does_not_synchronise_the_host(
+    impl: str, lambdas, output_dict: bool, device
+) -> None:
     loss = CyCLIPLoss(*lambdas, impl=impl)
-    leaves = [tensor.requires_grad_() for tensor in MIDDLING.inputs(device)]
+    leaves = [tensor.requires_grad_() for tensor in SEVERAL_TILES.inputs(device)]
 
     def step() -> None:
         terms = loss(*leaves, output_dict=output_dict)
@@ -141,16 +146,16 @@ def test_no_host_synchronisation(impl: str, lambdas, output_dict: bool, device) 
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_inductor(impl: str, device: torch.device) -> None:
-    """With PyTorch's default compiler; other tests only trace."""
-    loss, inputs = loss_of(MIDDLING, impl), MIDDLING.inputs(device)
+def test_inductors_code_computes_the_same(impl: str, device: torch.device) -> None:
+    """Other tests only trace, or use other compilers."""
+    loss, inputs = loss_of(SEVERAL_TILES, impl), SEVERAL_TILES.inputs(device)
     torch._dynamo.reset()
     actual = results(torch.compile(loss, fullgraph=True), *inputs)
     torch.testing.assert_close(actual, results(loss, *inputs))
 
 
-def test_memory(impl: str, device: torch.device) -> None:
-    """No N x N matrix (17 GB in float32); only vectors of N are kept for backward."""
+def test_no_n_by_n_matrix_is_allocated_and_only_vectors_are_kept(impl: str, device) -> None:
+    """The matrix would take 17 GB in float32."""
     n, d = 65536, 32
     case = Case(n, d, torch.bfloat16, lambdas=(0.5, 0.125))
     leaves = [tensor.requires_grad_() for tensor in case.inputs(device)]

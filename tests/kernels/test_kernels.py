@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accuracy import check_loss
+from accuracy import check, check_beside_pytorch, check_loss, evaluate
 from conftest import needs_triton, setting
 from inputs import Case, normal
 from processes import run_python
@@ -23,11 +23,16 @@ on_a_cpu = pytest.mark.skipif(
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
-def test_shipped_tiles(arch: str, dtype: torch.dtype, monkeypatch, device: torch.device) -> None:
+def test_shipped_tiles_are_accurate(
+    arch: str, dtype: torch.dtype, monkeypatch, device: torch.device
+) -> None:
     """Rows and columns end within a tile; the two lambdas differ, so that C is needed too."""
     monkeypatch.setattr(configs, "_INTERPRETER", configs.ARCHITECTURES[arch])
     case = Case(n=290, d=70, dtype=dtype, logit_scale=30.0, lambdas=(0.25, 0.5))
-    check_loss(case, "triton", device)
+    features = case.features(device)
+    terms, grads = evaluate(case, features, "triton", device)
+    check(case, features, terms, grads, "triton")
+    check_beside_pytorch(case, features, terms, grads)
 
 
 @on_a_cpu
@@ -51,8 +56,9 @@ def to_tf32(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("dtype", "share"), [(torch.float16, 0.1), (torch.bfloat16, 0.02)])
 def test_tf32_rounds_ties_to_even(dtype: torch.dtype, share: float, device: torch.device) -> None:
     """Gram matrices multiply U and V rounded to 10 bits of mantissa.
-    With one row, each element of a Gram matrix is a single product, exact in float32. In 16-bit
-    features, a share of the elements of I + T are ties.
+
+    With one row, each element of a Gram matrix is a single product, exact in float32. With 16-bit
+    features, at least this share of the elements of I + T are ties.
     """
     image, text = normal(2, 1, 256, device=device).to(dtype)
     u, v = image.double() + text.double(), image.double() - text.double()
@@ -64,7 +70,7 @@ def test_tf32_rounds_ties_to_even(dtype: torch.dtype, share: float, device: torc
     assert torch.equal(got, torch.stack([u.T @ u, v.T @ v, v.T @ u]))
 
 
-def test_float32_logits_multiply_rounded_features(device: torch.device) -> None:
+def test_tf32_logits_multiply_rounded_and_not_truncated_features(device: torch.device) -> None:
     """With truncation, as in the tensor cores, the pairs' logits would all be too small."""
     image = Case(n=200, d=64, dtype=torch.float32).inputs(device)[0]
     with setting("float32_matmul_precision", "high"):
@@ -74,20 +80,21 @@ def test_float32_logits_multiply_rounded_features(device: torch.device) -> None:
     torch.testing.assert_close(logits[2].double(), exact, rtol=1e-6, atol=0)
 
 
-def test_d_beyond_32_bit_offsets(device: torch.device) -> None:
-    """Refused before a matrix of 2 GB is allocated."""
+def test_a_d_beyond_32_bit_offsets_is_refused(device: torch.device) -> None:
+    """Before a matrix of 2 GB is allocated."""
     image = torch.zeros((), device=device).expand(2, 26_753)
     with pytest.raises(ValueError, match=r"image_features must have D <= 26752 .* got D = 26753"):
         kernels.gram_matrices(image, image, True)
 
 
 def test_tile_sizes_are_powers_of_two() -> None:
-    """As Triton demands, also on the GPUs for which nothing else here compiles or runs. The same
-    holds for the tiles that tuning tries, with 32 to 64 accumulators a thread.
+    """Triton demands it, also on GPUs for which nothing else here compiles or runs.
+
+    The tiles that tuning tries also have 32 to 64 accumulators in each thread.
     """
     for arch, tables in configs.ARCHITECTURES.items():
-        rows = [(kernel, *item) for kernel in tables for item in tables[kernel].items()]
-        for kernel, precision, shipped in rows:
+        entries = [(kernel, *item) for kernel in tables for item in tables[kernel].items()]
+        for kernel, precision, shipped in entries:
             for config in tune.candidates(arch, kernel, Precision(*precision), shipped):
                 sizes = config.tile
                 assert {*sizes.values(), config.num_warps} <= {2**i for i in range(10)}
@@ -99,14 +106,23 @@ def test_tile_sizes_are_powers_of_two() -> None:
 @pytest.mark.parametrize(
     ("capability", "version", "expected"),
     [
-        *(((7, 5), "3.9.0", None), ((8, 0), "3.4.0", "sm_80"), ((8, 9), "3.6.0", "sm_86")),
-        *(((9, 0), "3.6.0", "sm_90"), ((10, 0), "3.8.0", None), ((10, 0), "3.9.0", "sm_100")),
-        *(((10, 3), "3.9.0", "sm_100"), ((12, 0), "3.8.0", None), ((12, 0), "3.10.1", "sm_86")),
-        *(("gfx90a:sramecc+:xnack-", "3.9.0", None), ("gfx1100", "3.9.0", None)),
+        ((7, 5), "3.9.0", None),
+        ((8, 0), "3.4.0", "sm_80"),
+        ((8, 9), "3.6.0", "sm_86"),
+        ((9, 0), "3.6.0", "sm_90"),
+        ((10, 0), "3.8.0", None),
+        ((10, 0), "3.9.0", "sm_100"),
+        ((10, 3), "3.9.0", "sm_100"),
+        ((12, 0), "3.8.0", None),
+        ((12, 0), "3.10.1", "sm_86"),
+        ("gfx90a:sramecc+:xnack-", "3.9.0", None),
+        ("gfx1100", "3.9.0", None),
         ("gfx942:sramecc+:xnack-", "3.6.0", "gfx942"),
     ],
 )
-def test_devices_that_get_kernels(capability, version: str, expected, monkeypatch) -> None:
+def test_each_device_gets_the_kernels_that_its_triton_compiles(
+    capability, version: str, expected, monkeypatch
+) -> None:
     """Before 3.9, Triton fails to compile the kernels for Blackwell, or leaves products out."""
     is_amd = isinstance(capability, str)
     properties = SimpleNamespace(gcnArchName=capability)

@@ -7,7 +7,7 @@ LAUNCHES = """
 import sys, torch
 sys.path.append("tests")
 from inputs import Case
-from launches import count, no_device
+from launches import launched_kernels, no_device
 from cyclip_loss import CyCLIPLoss, reference
 """
 
@@ -60,16 +60,16 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_few_launches(dtype: str) -> None:
-    """At most 16 for the whole loss and 10 without penalties; the dense formula takes over 60."""
+def test_a_step_launches_at_most_16_kernels(dtype: str) -> None:
+    """Without penalties at most 10. The dense formula launches more than 60."""
     code = f"""
-pairs_of_lambdas = ((0.25, 0.25), (0.5, 0.25), (0, 0))
-losses = {{lambdas: CyCLIPLoss(*lambdas, impl="triton") for lambdas in pairs_of_lambdas}}
+lambda_pairs = ((0.25, 0.25), (0.5, 0.25), (0, 0))
+losses = {{lambdas: CyCLIPLoss(*lambdas, impl="triton") for lambdas in lambda_pairs}}
 losses["dense"] = lambda *inputs: sum(reference.cyclip_loss(*inputs).values())
 for n, d in ((64, 128), (1000, 256), (3000, 512), (8192, 128)):
     for name, loss in losses.items():
         if name != "dense" or n < 2000:
-            print(n, d, len(count(loss, n, d, torch.{dtype})), name, sep="|")
+            print(n, d, len(launched_kernels(loss, n, d, torch.{dtype})), name, sep="|")
 """
     lines = [line.split("|") for line in without_interpreter(code)]
     assert len(lines) == 14

@@ -1,4 +1,4 @@
-"""`python -m cyclip_loss.tune`: what is chosen, and what a later process takes from its file."""
+"""`python -m cyclip_loss.tune`: which tiles it chooses, and which of them later processes use."""
 
 import json
 import multiprocessing
@@ -37,16 +37,16 @@ def file(tmp_path, monkeypatch: pytest.MonkeyPatch):
     configs.tuned.cache_clear()
 
 
-def remember(at: int = 1, device: torch.device = CPU):
-    """Keep a candidate, of which the first is what is shipped."""
-    tile = tune.candidates("sm_90", "contrastive_lse", PRECISION, SHIPPED)[at]
+def remember(index: int = 1, device: torch.device = CPU):
+    """Keep the candidate with this index. The first one is the shipped tile."""
+    tile = tune.candidates("sm_90", "contrastive_lse", PRECISION, SHIPPED)[index]
     tune.remember(configs.tiles_file(), device, KEY, tile)
     configs.tuned.cache_clear()
     return tile
 
 
 def warned() -> list[str]:
-    """The warnings of two look-ups of a kernel that must get the shipped tile."""
+    """The warnings when the tile of a kernel is looked up twice. It must be the shipped one."""
     configs.tuned.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -57,8 +57,10 @@ def warned() -> list[str]:
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, times: list[float], kinds=()) -> None:
-    """What each kernel's candidate takes (without a time: Ctrl-C), and what is wrong with it.
-    All else takes 1. A candidate has more than one warp; what is shipped for the interpreter one.
+    """Set the milliseconds of each kernel's candidate, and what is wrong with the candidate.
+
+    A kernel beyond the end of `times` is interrupted as by Ctrl-C. Shipped tiles take 1 ms. A
+    candidate has more than one warp, and the interpreter's shipped tiles have one.
     """
 
     def clock(launch, device):
@@ -98,7 +100,7 @@ def test_a_wrong_candidate_is_named_and_never_chosen(kinds, monkeypatch) -> None
         assert all(said[kind] in why and " 8 warps, " in why for why in row["left out"])
 
 
-def test_what_gains_is_kept_also_when_interrupted(file, monkeypatch, capsys) -> None:
+def test_faster_tiles_are_kept_also_after_an_interrupt(file, monkeypatch, capsys) -> None:
     """A gain of 3 and of 1%, a loss, and Ctrl-C in the fourth kernel."""
     pretend(monkeypatch, [0.97, 0.99, 2.0])
     monkeypatch.setattr(tune, "architecture", lambda device: "sm_90")
@@ -129,11 +131,13 @@ def test_a_tile_is_taken_for_its_dtype_and_multiple_of_d(file) -> None:
     assert found(3, 256, with_ids=True).tile == tile.tile | {"PARTS": 4}
     file.write_text("{}")
     assert found(3, 256) == tile  # once per process
-    remember(at=0)  # instead of what an earlier run had chosen
+    remember(index=0)  # replaces the choice of an earlier run
     assert found(3, 256) == SHIPPED
 
 
-def test_a_file_by_its_name_and_off(file, tmp_path, monkeypatch) -> None:
+def test_the_environment_names_the_file_of_tiles_or_turns_it_off(
+    file, tmp_path, monkeypatch
+) -> None:
     assert warned() == []  # no file is as usual
     monkeypatch.setenv("CYCLIP_LOSS_TILES", str(tmp_path / "named.json"))
     assert len(warned()) == 1  # but not if it was named
@@ -186,7 +190,7 @@ def test_a_broken_file_is_one_warning(broken: bytes | dict, file) -> None:
 
 
 @pytest.mark.parametrize("path", ["cyclip_loss/tiles.json", "cyclip_loss"])
-def test_what_cannot_be_written_is_one_warning_and_left_alone(path, tmp_path) -> None:
+def test_a_file_that_cannot_be_written_is_one_warning_and_left_alone(path, tmp_path) -> None:
     path = tmp_path / "cache" / path
     path.parent.mkdir(parents=True)
     path.write_text("not ours")
@@ -230,7 +234,7 @@ def test_two_processes_keep_all_their_tiles(file) -> None:
     assert len(json.loads(file.read_text())[configs.tiles_of(CPU)]) == 200
 
 
-def test_what_is_tuned_by_default(monkeypatch, capsys) -> None:
+def test_all_three_dtypes_are_tuned_by_default(monkeypatch, capsys) -> None:
     asked: list[torch.dtype] = []
     monkeypatch.setattr(tune, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(tune, "tune", lambda device, dtypes, *_: asked.extend(dtypes) or ())

@@ -334,7 +334,7 @@ CALLERS = {
 
 @pytest.mark.parametrize("name", CALLERS)
 def test_the_comparison_does_not_depend_on_the_caller(name: str, monkeypatch) -> None:
-    """Neither its verdict nor what it computes under, and it takes no warning for an error."""
+    """Its verdict and its settings are always the same, and no warning in it counts as an error."""
     states = []
 
     def disagreement(*arguments: Any) -> str | None:

@@ -13,8 +13,8 @@ from cyclip_loss import CyclicPenalty, CyCLIPLoss
 
 PAGE = Path(__file__).parents[2] / "docs" / "lambda.md"
 SECTION = PAGE.read_text().partition("## Coming from your own loss\n")[2]
-# A row: text in the first cell, code in the second.
-ROWS = dict(re.findall(r"^\| (\w[^|]*) \| `(.*)` \|$", SECTION, re.MULTILINE))
+# The code of each row, by its text.
+CODE = dict(re.findall(r"^\| (\w[^|]*) \| `(.*)` \|$", SECTION, re.MULTILINE))
 
 N, RANKS = 12, 3
 I, T = pairs(N, 5, device="cpu")  # noqa: E741
@@ -30,7 +30,7 @@ def clip(logits: Tensor) -> Tensor:
 
 
 CLIP = clip(SCALE * I @ T.T)
-# By the first words of a row, the other loss, in float64.
+# The other losses in float64, by the first words of their rows.
 THEIRS = {
     "The paper's": CLIP + 0.3 * N * IN_GAPS.mean() + 0.2 * N * CROSS_GAPS.mean(),
     "The *mean*": CLIP + WEIGHT * (IN_GAPS.mean() + CROSS_GAPS.mean()),
@@ -44,9 +44,9 @@ THEIRS = {
 
 
 @pytest.mark.parametrize("words", THEIRS)
-def test_conversion(words: str) -> None:
-    assert len(ROWS) == len(THEIRS)
-    [code] = [code for row, code in ROWS.items() if row.startswith(words)]
+def test_the_code_of_each_row_gives_the_other_loss(words: str) -> None:
+    assert len(CODE) == len(THEIRS)
+    [code] = [code for row, code in CODE.items() if row.startswith(words)]
     lengths = torch.linspace(0.5, 3, N, dtype=torch.float64, device="cpu")[:, None]
     raw = words == "It normalises"
     found = eval(

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cyclip_loss import CyCLIPLoss, consistency_metrics, contrastive_logsumexp, cyclip_loss
 
 # Interpreted kernels are too slow for N.
-N, N_INTERPRETED, D = 4096, 256, 32
+N, N_INTERPRETED, D, STRIP_ROWS = 4096, 256, 32, 64
 
 
 class CollectCycles(TorchDispatchMode):
@@ -43,12 +43,13 @@ class CollectCycles(TorchDispatchMode):
 
 
 def allocated(work: Callable[[], object]) -> tuple[int, int, int]:
-    """Bytes on the CPU during `work`: the largest allocation, the most at a time, the rest."""
+    """Bytes on the CPU: the largest allocation, the most at a time, and what `work` keeps."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = work()  # bound to a name: alive at the end
         gc.collect()  # what lies in reference cycles
     del result
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events = profiler.profiler.kineto_results.events()
+    events = [event for event in events if event.name() == "[memory]"]
     # What is freed is negative.
     sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     return max(sizes), max(accumulate(sizes)), sum(sizes)
@@ -58,13 +59,13 @@ def allocated(work: Callable[[], object]) -> tuple[int, int, int]:
 def inputs(impl: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     if device.type != "cpu":
         pytest.skip("measures CPU memory")
-    set_strip_rows(monkeypatch, 64)
+    set_strip_rows(monkeypatch, STRIP_ROWS)
     return Case(N if impl == "eager" else N_INTERPRETED, D).leaves("cpu")
 
 
-def test_no_n_by_n_matrix(impl: str, inputs: list[Tensor]) -> None:
+def test_no_n_by_n_matrix_is_allocated(impl: str, inputs: list[Tensor]) -> None:
     n = len(inputs[0])
-    square, strip, features = 4 * n * n, 4 * 64 * n, 4 * n * D
+    square, strip, features = 4 * n * n, 4 * STRIP_ROWS * n, 4 * n * D
 
     def step(inputs: list[Tensor]) -> tuple[int, int, int]:
         return allocated(lambda: cyclip_loss(*inputs, lambda_inmodal=0.5, impl=impl).backward())
@@ -104,8 +105,10 @@ def test_log_sum_exps_take_no_n_by_n_matrix(impl: str, one_way: bool, inputs) ->
 
 
 @pytest.mark.parametrize(("lambda_inmodal", "grams"), [(0.5, 3), (0.25, 2)])
-def test_kept_between_forward_and_backward(impl: str, inputs, lambda_inmodal, grams: int) -> None:
-    """Forward keeps three vectors of N, the Gram matrices that are needed, and scalars."""
+def test_forward_keeps_only_vectors_and_gram_matrices(
+    impl: str, inputs: list[Tensor], lambda_inmodal: float, grams: int
+) -> None:
+    """Three vectors of N elements, the Gram matrices that are needed, and scalars."""
     *_, kept = allocated(lambda: cyclip_loss(*inputs, lambda_inmodal=lambda_inmodal, impl=impl))
     # The allocator may round each of a dozen tensors up to 64 bytes.
     assert kept <= 4 * (3 * len(inputs[0]) + grams * D * D) + 1024
@@ -129,17 +132,20 @@ class CountFlops(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("n", "d", "lambdas", "expected"),
     [
-        # Large: 8 N^2 D for the contrastive term, 8 N D^2 for penalties, 14 if the lambdas differ.
+        # Streamed: 8 N^2 D for the contrastive term, 8 N D^2 for the penalties, or 14 N D^2 if the
+        # lambdas differ.
         (40, 12, (0, 0), (8, 0)),
         (40, 12, (0.25, 0.25), (8, 8)),
         (40, 12, (0.25, 0.5), (8, 14)),
-        # Small: 6 N^2 D for the contrastive term, and 6 N^2 D for the penalties.
+        # Dense: 6 N^2 D for the contrastive term, and 6 N^2 D for the penalties.
         (24, 12, (0, 0), (6, 0)),
         (24, 12, (0.25, 0.25), (12, 0)),
         (24, 12, (0.25, 0.5), (12, 0)),
     ],
 )
-def test_flops(n: int, d: int, lambdas, expected, monkeypatch, device: torch.device) -> None:
+def test_flops_are_those_of_the_formulas(
+    n: int, d: int, lambdas, expected, monkeypatch, device: torch.device
+) -> None:
     set_strip_rows(monkeypatch, 7)
     with CountFlops() as counter:
         results(CyCLIPLoss(*lambdas, impl="eager"), *Case(n, d).inputs(device))

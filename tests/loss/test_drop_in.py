@@ -26,9 +26,9 @@ def train(loss: nn.Module, device: torch.device) -> tuple[list[float], TwoTowers
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     history = []
     for step in range(8):
-        rows = 20 if step < 7 else 5  # the last batch is smaller
-        both = normal(rows, IMAGE_SIZE + TEXT_SIZE, seed=step, device=device)
-        batch = both.split((IMAGE_SIZE, TEXT_SIZE), dim=1)
+        n = 20 if step < 7 else 5  # the last batch is smaller
+        samples = normal(n, IMAGE_SIZE + TEXT_SIZE, seed=step, device=device)
+        batch = samples.split((IMAGE_SIZE, TEXT_SIZE), dim=1)
         optimizer.zero_grad()
         total = sum(loss(**model(*batch), output_dict=True).values())
         total.backward()
@@ -38,7 +38,7 @@ def train(loss: nn.Module, device: torch.device) -> tuple[list[float], TwoTowers
     return history, model
 
 
-def test_training_is_unchanged(impl: str, device: torch.device) -> None:
+def test_training_without_penalties_is_that_of_clip_loss(impl: str, device: torch.device) -> None:
     ours, our_model = train(CyCLIPLoss(0, 0, **OPENCLIP_KEYWORDS, impl=impl), device)
     theirs, their_model = train(open_clip.ClipLoss(**OPENCLIP_KEYWORDS), device)
     assert ours == pytest.approx(theirs, rel=1e-9)
@@ -47,16 +47,18 @@ def test_training_is_unchanged(impl: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("given", [{}, OPENCLIP_KEYWORDS, {"rank": 3, "world_size": 4}], ids=str)
-def test_keywords_and_arguments_of_clip_loss(given: dict) -> None:
-    """OpenCLIP reads the keywords as attributes; `forward` has ClipLoss's arguments first."""
+def test_clip_losss_keywords_attributes_and_arguments_are_accepted(given: dict) -> None:
+    """`forward` has ClipLoss's arguments first."""
     ours, theirs = CyCLIPLoss(**given), open_clip.ClipLoss(**given)
     assert all(getattr(ours, name) == getattr(theirs, name) for name in OPENCLIP_KEYWORDS)
     ours.load_state_dict(theirs.state_dict())  # both have none
-    parameters = [inspect.signature(loss.forward).parameters for loss in (ours, theirs)]
-    first, all_theirs = ([(p.name, p.default) for p in x.values()] for x in parameters)
-    assert first[: len(all_theirs)] == all_theirs
-    keywords = [inspect.signature(loss).parameters.keys() for loss in (CyCLIPLoss, type(theirs))]
-    assert keywords[1] <= keywords[0]
+    our_arguments, their_arguments = (
+        [(argument.name, argument.default) for argument in signature.parameters.values()]
+        for signature in (inspect.signature(ours.forward), inspect.signature(theirs.forward))
+    )
+    assert our_arguments[: len(their_arguments)] == their_arguments
+    their_keywords = inspect.signature(type(theirs)).parameters.keys()
+    assert their_keywords <= inspect.signature(CyCLIPLoss).parameters.keys()
 
 
 @pytest.mark.parametrize("output_dict", [False, True])
@@ -84,8 +86,10 @@ FORMS_OF_THE_SCALE = [
 
 @pytest.mark.parametrize("form", FORMS_OF_THE_SCALE, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_forms_of_the_logit_scale(impl: str, dtype, form: Tensor, device: torch.device) -> None:
-    """All forms give the same loss; a tensor gets a gradient of its own shape and dtype."""
+def test_every_form_of_the_logit_scale_gives_the_same_loss(
+    impl: str, dtype, form: Tensor, device: torch.device
+) -> None:
+    """A tensor gets a gradient of its own shape and dtype."""
     image, text, plain = Case(20, 6, dtype).inputs(device)
     loss, logit_scale = CyCLIPLoss(impl=impl), form.to(device)
     expected, actual = results(loss, image, text, plain), results(loss, image, text, logit_scale)
@@ -121,7 +125,6 @@ assert cyclip_loss.CyCLIPLoss()(torch.eye(3), torch.eye(3), 10.0) > 0
 
 
 @pytest.mark.parametrize("program", [IMPORTS_LITTLE, WITHOUT_DISTRIBUTED])
-def test_imports(program: str) -> None:
-    """A loss on a CPU imports neither Triton nor the compiler, nor does it need distributed."""
+def test_a_loss_on_a_cpu_needs_no_triton_compiler_or_distributed(program: str) -> None:
     run = run_python("-c", program)
     assert run.returncode == 0, run.stderr

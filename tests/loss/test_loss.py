@@ -20,7 +20,7 @@ FULL = TERMS_WEIGHTED | {"views": True, "lambdas": (0.25, 0.5)}
 IMAGE, TEXT, TOWERS = frozenset(["image"]), frozenset(["text"]), frozenset(["image", "text"])
 WIDE = torch.float64
 SAME_ROWS = {"image_layout": "expanded", "text_layout": "expanded", "anti_aligned": True}
-# Always tested. A large D is among them, as errors of a kernel grow with it.
+# Always tested. D = 256 is among them, as errors of a kernel grow with D.
 HARD = [
     Case(1, 1, WIDE),
     Case(65, 10, strip_rows=32, **FULL),
@@ -50,8 +50,8 @@ HARD = [
     Case(80, 64, text_layout="every other row", lambdas=(0.5, 0.125)),
     Case(80, 32, torch.bfloat16, image_layout="8 bytes off", lambdas=(0.5, 0.125)),
     Case(80, 64, torch.float16, text_layout="rows 8 elements wider", lambdas=(0.5, 0.125)),
-    Case(70, 768, torch.bfloat16, distance=0.3, logit_scale=30.0),
-    Case(70, 768, distance=0.003, logit_scale=5.0, strip_rows=32, output_dict=True),
+    Case(70, 256, torch.bfloat16, distance=0.3, logit_scale=30.0),
+    Case(70, 256, distance=0.003, logit_scale=5.0, strip_rows=32, output_dict=True),
     Case(10, 30, WIDE, reference_batch_size=16, lambdas=(0.25, 0.5), **TERMS_WEIGHTED),
     # Equal lambdas, but the caller weights the two penalties differently.
     Case(10, 30, WIDE, **TERMS_WEIGHTED),
@@ -87,7 +87,13 @@ def test_eager_engine_is_accurate_in_each_element(case: Case, device: torch.devi
 
 @needs_triton
 @settings(max_examples=60)
-@given(case=cases(dtype=st.sampled_from(DTYPES[1:])))
+@given(
+    case=cases(
+        dtype=st.sampled_from(DTYPES[1:]),
+        # Interpreted tiles are slow. Behind the pairs, 50 negatives reach into another tile.
+        negatives=st.tuples(*[st.sampled_from([None, None, 0, 1, 50])] * 2),
+    )
+)
 @with_hard_cases
 def test_kernels_are_accurate_in_each_element(case: Case, device: torch.device) -> None:
     check_loss(case, "triton", device)
@@ -140,7 +146,7 @@ def test_the_definition_has_values_computed_by_hand_and_second_derivatives() -> 
     )
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(
     n=st.integers(1, 9),
     d=st.integers(1, 6),

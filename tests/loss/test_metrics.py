@@ -44,7 +44,7 @@ def dense_metrics(image: torch.Tensor, text: torch.Tensor) -> dict[str, float]:
 
 @given(case=cases(n=SIZES.map(lambda n: n + 2)))
 @example(case=Case(20, 30, norm=10.0))  # exp(-2 * 200) of a pair must not be lost next to exp(0)
-def test_consistency_metrics(case: Case, device: torch.device) -> None:
+def test_metrics_are_those_of_the_dense_definitions(case: Case, device: torch.device) -> None:
     """Also under autocast, which casts nothing here."""
     image, text, _ = case.inputs(device)
     with pytest.MonkeyPatch.context() as monkeypatch, torch.autocast(device.type, torch.bfloat16):
@@ -59,7 +59,7 @@ def test_consistency_metrics(case: Case, device: torch.device) -> None:
         assert value.item() == pytest.approx(expected[name], rel=1e-6, abs=atol, nan_ok=True), name
 
 
-def test_no_gradient_nan_and_one_row(device: torch.device) -> None:
+def test_metrics_have_no_gradient_and_are_nan_where_undefined(device: torch.device) -> None:
     image, text = (features.float().requires_grad_() for features in pairs(6, 3, device=device))
     assert not any(value.requires_grad for value in consistency_metrics(image, text).values())
     broken = image.detach().clone()

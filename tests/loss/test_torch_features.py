@@ -8,7 +8,7 @@ import torch
 from accuracy import evaluate, results
 from functorch.compile import make_boxed_func
 from hypothesis import example, given, settings
-from inputs import Case, Grads, PlainClip, cases
+from inputs import Case, Grads, PlainClip, Tensors, cases
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -23,33 +23,38 @@ from cyclip_loss import CyclicPenalty, CyCLIPLoss, WithCyclicPenalty, cyclip_los
 @example(case=Case(10, 30, torch.float64))
 @example(case=Case(10, 30, torch.float16))
 @example(case=Case(10, 6, penalties_alone=True))
-def test_modes(case: Case, impl: str, device: torch.device) -> None:
-    """Autocast casts the features, unless float64, and nothing else; other modes change no bit."""
+def test_autocast_casts_only_features_and_other_modes_change_no_bit(
+    case: Case, impl: str, device: torch.device
+) -> None:
+    """Autocast does not cast float64. The other modes are those without gradients, and a default
+    device.
+    """
 
-    def of(features: dict[str, Tensor]) -> tuple[dict[str, Tensor], Grads]:
+    def step(features: Tensors) -> tuple[Tensors, Grads]:
         return evaluate(case, features, impl, device, case.ids(device))
 
     features = case.features(device)
-    terms, grads = of(features)
+    terms, grads = step(features)
     same_bits = {"rtol": 0, "atol": 0}
     with torch.device("meta"):  # not the features' device
-        torch.testing.assert_close(of(features), (terms, grads), **same_bits)
+        torch.testing.assert_close(step(features), (terms, grads), **same_bits)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
-            without = of(features)
-        torch.testing.assert_close(without, (terms, dict.fromkeys(grads)), **same_bits)
-    shorter = torch.float64 if case.dtype == torch.float64 else torch.bfloat16
-    terms, grads = of({name: x.to(shorter) for name, x in features.items()})
-    grads = {
-        x: g if g is None or x == "logit_scale" else g.to(case.dtype) for x, g in grads.items()
-    }
+            without_grads = step(features)
+        torch.testing.assert_close(without_grads, (terms, dict.fromkeys(grads)), **same_bits)
+    cast_dtype = torch.float64 if case.dtype == torch.float64 else torch.bfloat16
+    terms, grads = step({name: tensor.to(cast_dtype) for name, tensor in features.items()})
+    for name, grad in grads.items():
+        if grad is not None and name != "logit_scale":
+            grads[name] = grad.to(case.dtype)
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        torch.testing.assert_close(of(features), (terms, grads), **same_bits)
+        torch.testing.assert_close(step(features), (terms, grads), **same_bits)
 
 
-@pytest.mark.parametrize(("n", "d"), [(30, 6), (10, 30)], ids=["large", "small"])
-def test_backward_twice(impl: str, n: int, d: int, device: torch.device) -> None:
-    """A second backward gives the same bits; second derivatives raise, and are not silently 0."""
+@pytest.mark.parametrize(("n", "d"), [(30, 6), (10, 30)], ids=["streamed", "dense"])
+def test_a_second_backward_has_the_same_bits_and_second_derivatives_raise(
+    impl: str, n: int, d: int, device: torch.device
+) -> None:
     for loss in (CyCLIPLoss(0, 0), CyclicPenalty(), CyCLIPLoss(0.5, 0.25)):
         loss.impl = impl
         leaves = Case(n, d).leaves(device)[: 2 if type(loss) is CyclicPenalty else 3]
@@ -65,27 +70,31 @@ def test_backward_twice(impl: str, n: int, d: int, device: torch.device) -> None
 
 # Lambdas that are equal, different, one zero, or both zero, and new values of each kind.
 SCHEDULE = [
-    *((0.25, 0.25), (0.3, 0.3), (0.4, 0.1), (0.1, 0.6), (0.0, 0.0), (0.0, 0.3), (0.2, 0.0)),
-    *((0.7, 0.7), (0.5, 0.2), (0.0, 0.4), (0.6, 0.0), (0.9, 0.05), (0.35, 0.35)),
-]
+    (0.25, 0.25), (0.3, 0.3), (0.4, 0.1), (0.1, 0.6), (0.0, 0.0), (0.0, 0.3), (0.2, 0.0),
+    (0.7, 0.7), (0.5, 0.2), (0.0, 0.4), (0.6, 0.0), (0.9, 0.05), (0.35, 0.35),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("scale", ["tensor", "number", "none", "alone", "no gradient"])
-def test_schedules_compile_a_few_times_and_no_more(scale: str, device: torch.device) -> None:
-    """Lambdas and batch sizes change in every step: correct results, without a graph for each."""
+def test_new_lambdas_and_batch_sizes_compile_no_new_graph(scale: str, device) -> None:
+    """After the first few. The results are correct.
+
+    scale: how the logit scale is given: as a tensor, a number or not at all, as the only input with
+    a gradient, or without gradients of any input.
+    """
     torch._dynamo.reset()
     module = CyclicPenalty if scale == "none" else CyCLIPLoss
     counter, loss = CompileCounterWithBackend("aot_eager"), module()
     compiled, counts = torch.compile(loss, fullgraph=True, backend=counter), []
-    for at, lambdas in enumerate(SCHEDULE):
+    for index, lambdas in enumerate(SCHEDULE):
         loss.lambda_inmodal, loss.lambda_crossmodal = lambdas
-        loss.reference_batch_size = 100 + at
+        loss.reference_batch_size = 100 + index
         found = []
-        for call in (compiled, module(*lambdas, reference_batch_size=100 + at)):
-            leaves = Case(20 + 3 * at, 12, torch.float64).leaves(device)
+        for call in (compiled, module(*lambdas, reference_batch_size=100 + index)):
+            leaves = Case(20 + 3 * index, 12, torch.float64).leaves(device)
             if scale in ("number", "none"):
                 leaves = leaves[:2]
-            inputs = [*leaves, 10.0 + at] if scale == "number" else leaves
+            inputs = [*leaves, 10.0 + index] if scale == "number" else leaves
             if scale in ("alone", "no gradient"):  # frozen features; a validation loss
                 inputs = [x.detach() for x in leaves[:2]] + leaves[2:]
                 leaves = leaves[2:]
@@ -141,9 +150,9 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_each_form_of_call_compiled(name: str, device: torch.device) -> None:
-    """In one graph, with gradients, though a tensor may be given twice. The operators pass
-    PyTorch's `opcheck` of schemas, mutation, aliasing, and the shapes of fake tensors.
+def test_each_form_of_call_compiles_into_one_graph(name: str, device: torch.device) -> None:
+    """With gradients, also if a tensor is given twice. The operators pass PyTorch's `opcheck` of
+    schemas, mutation, aliasing, and the shapes of fake tensors.
     """
     calls = []
 
@@ -169,7 +178,7 @@ def test_each_form_of_call_compiled(name: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_export_with_ids(strict: bool) -> None:
+def test_an_exported_loss_with_ids_has_the_same_value(strict: bool) -> None:
     case = Case(9, 4, distinct_ids=5)
     inputs, ids = case.inputs("cpu"), {"ids": case.ids("cpu").contiguous()}
     exported = torch.export.export(CyCLIPLoss(), inputs, ids, strict=strict)
@@ -180,7 +189,7 @@ MODULES = [CyCLIPLoss(0.5, 0.125), CyclicPenalty(0.5, 0.125), WithCyclicPenalty(
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: type(module).__name__)
-def test_modules_can_be_copied_and_stored(module, device: torch.device) -> None:
+def test_a_copied_or_stored_module_computes_the_same(module, device: torch.device) -> None:
     arguments = Case(10, 4).inputs(device)[: 2 if type(module) is CyclicPenalty else 3]
     file = io.BytesIO()
     torch.save(module, file)
@@ -188,7 +197,8 @@ def test_modules_can_be_copied_and_stored(module, device: torch.device) -> None:
     for twin in (copy.deepcopy(module), torch.load(file, weights_only=False)):
         assert twin(*arguments) == module(*arguments)
         assert repr(twin) == repr(module)
-        # As for an average of weights, which must not change the original's.
-        assert all(x is not y for x, y in zip(twin.parameters(), module.parameters(), strict=True))
+        # An average of weights must not change the original's.
+        parameters = zip(twin.parameters(), module.parameters(), strict=True)
+        assert all(copied is not original for copied, original in parameters)
     assert module.state_dict().keys() <= {"loss.weight"}  # of the wrapped loss
     assert "lambda_inmodal=0." in repr(module)

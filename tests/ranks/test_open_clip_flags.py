@@ -52,11 +52,14 @@ def without_flags(rank: int, world_size: int) -> ClipLoss:
         (partial(CyCLIPLoss, 0, 0, dist_impl="ring"), WHOLE_BATCH, 1, 0, 1),
     ],
 )
-def test_flags(ranks: Ranks, make, value, factor, rest, scale_factor) -> None:
+def test_each_flag_has_the_loss_and_gradients_of_the_table_in_the_docs(
+    ranks: Ranks, make, value, factor, rest, scale_factor
+) -> None:
     losses, encoders, scales = map(torch.stack, zip(*ranks.run(RANKS, step, make), strict=True))
     whole, exact, exact_scale = step(0, 1, ClipLoss)
-    of_whole = [torch.allclose(loss, whole, rtol=1e-9) for loss in (losses.mean(), *losses)]
-    assert of_whole == [value != OWN_ROWS_ALONE] + [value == WHOLE_BATCH] * RANKS
+    assert torch.allclose(losses.mean(), whole, rtol=1e-9) == (value != OWN_ROWS_ALONE)
+    for loss in losses:
+        assert torch.allclose(loss, whole, rtol=1e-9) == (value == WHOLE_BATCH)
     gradient = encoders.mean(dim=0)
     found_factor = (gradient * exact).sum() / exact.square().sum()
     found_rest = (gradient - found_factor * exact).norm() / gradient.norm()

@@ -1,4 +1,4 @@
-"""Which processes share a batch: subgroups, copies, OpenCLIP's arguments, a rank that dies."""
+"""Which processes share a batch: subgroups, copies, OpenCLIP's arguments, and a rank that dies."""
 
 import copy
 import os
@@ -25,7 +25,7 @@ LAMBDAS = (0.5, 0.125)
 def in_subgroups(rank: int, world_size: int, dist_impl: str, uneven: bool) -> tuple:
     """Ranks 0 and 2, and ranks 1 and 3, share a batch. Returns its value and gradients."""
     groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
-    own, at = groups[rank % 2], rank // 2
+    own, rank_in_group = groups[rank % 2], rank // 2
     options = {"process_group": own, "dist_impl": dist_impl, "uneven": uneven}
     # Copies share the group.
     module = AveragedModel(CyCLIPLoss(*LAMBDAS, **options)).module
@@ -35,49 +35,56 @@ def in_subgroups(rank: int, world_size: int, dist_impl: str, uneven: bool) -> tu
         losses = module(image, text, scale) + cyclip_loss(image, text, scale, **options)
         return losses + penalty(image, text) + cyclic_penalty(image, text, process_group=own)
 
-    return tuple(results(total, *subgroup_case(rank % 2, uneven).rank_inputs(at)))
+    return tuple(results(total, *subgroup_case(rank % 2, uneven).rank_inputs(rank_in_group)))
 
 
-def subgroup_case(which: int, uneven: bool) -> RankCase:
-    return RankCase(rows=(4, 3 + which) if uneven else (4 + which,) * 2, seed=which)
+def subgroup_case(group: int, uneven: bool) -> RankCase:
+    """The whole batch of the first or second group."""
+    rows_per_rank = (4, 3 + group) if uneven else (4 + group, 4 + group)
+    return RankCase(rows_per_rank=rows_per_rank, seed=group)
 
 
 @DIST_IMPLS
 @pytest.mark.parametrize("uneven", [False, True])
-def test_subgroups(dist_impl: str, uneven: bool, ranks: Ranks) -> None:
-    of_ranks = ranks.run(4, in_subgroups, dist_impl, uneven)
+def test_each_subgroup_has_the_loss_of_its_own_batch(dist_impl, uneven, ranks: Ranks) -> None:
+    found = ranks.run(4, in_subgroups, dist_impl, uneven)
 
-    def total(i: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        losses = CyCLIPLoss(*LAMBDAS)(i, t, s) + cyclip_loss(i, t, s)
-        return losses + cyclic_penalty(i, t, *LAMBDAS) + cyclic_penalty(i, t)
+    def total(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        losses = CyCLIPLoss(*LAMBDAS)(image, text, scale) + cyclip_loss(image, text, scale)
+        return losses + cyclic_penalty(image, text, *LAMBDAS) + cyclic_penalty(image, text)
 
-    for which in (0, 1):
-        value, *grads = results(total, *subgroup_case(which, uneven).inputs(own_device()))
-        values, *of_both = zip(of_ranks[which], of_ranks[which + 2], strict=True)
+    for group in (0, 1):
+        value, *grads = results(total, *subgroup_case(group, uneven).inputs(own_device()))
+        values, *grads_per_rank = zip(found[group], found[group + 2], strict=True)
         torch.testing.assert_close(list(values), [value] * 2, rtol=1e-12, atol=0)
-        for parts, grad in zip(of_both, grads, strict=True):
-            whole = torch.cat(parts) if grad.ndim else sum(parts)
+        for rank_grads, grad in zip(grads_per_rank, grads, strict=True):
+            whole = torch.cat(rank_grads) if grad.ndim else sum(rank_grads)
             torch.testing.assert_close(whole / 2, grad, rtol=1e-11, atol=1e-14)
 
 
 def refusals(rank: int, world_size: int) -> list[str]:
     """The errors for wrong process groups, and for wrong `rank` and `world_size`."""
-    x = torch.eye(3, device=own_device())
+    features = torch.eye(3, device=own_device())
     pair = dist.new_group([0, 1])
-    stored = pickle.loads(pickle.dumps(CyCLIPLoss(process_group=pair)))
-    of_pair = CyCLIPLoss(process_group=pair, world_size=3)
-    modules = [CyCLIPLoss(process_group=(0, 1)), stored, CyCLIPLoss(world_size=2)]
+    modules = [
+        CyCLIPLoss(process_group=(0, 1)),
+        pickle.loads(pickle.dumps(CyCLIPLoss(process_group=pair))),
+        CyCLIPLoss(world_size=2),
+        CyCLIPLoss(rank=rank + 1),
+        CyCLIPLoss(process_group=pair, world_size=3),
+    ]
     messages = []
-    for module in (*modules, CyCLIPLoss(rank=rank + 1), of_pair):
+    for module in modules:
         with pytest.raises((TypeError, ValueError)) as error:
-            module(x, x, 10.0)
+            module(features, features, 10.0)
         messages.append(f"{type(error.value).__name__}: {error.value}")
-    CyCLIPLoss(rank=0, world_size=0)(x, x, 10.0)  # some code passes 0 for one process
+    # Some code passes 0 for one process.
+    CyCLIPLoss(rank=0, world_size=0)(features, features, 10.0)
     return messages
 
 
-def test_wrong_groups_and_ranks(ranks: Ranks) -> None:
-    """Raised before any communication, so that it does not need the other ranks."""
+def test_wrong_groups_and_ranks_are_refused_without_communication(ranks: Ranks) -> None:
+    """So a rank raises its error whatever the other ranks do."""
     inside, _, outside = ranks.run(3, refusals)
     for rank, messages in ((0, inside), (2, outside)):
         assert messages[0].startswith("TypeError: process_group must be a ProcessGroup")
@@ -90,7 +97,7 @@ def test_wrong_groups_and_ranks(ranks: Ranks) -> None:
 
 
 def alone(rank: int, world_size: int) -> list[Tensor]:
-    """The loss on the first rank only. The others make no call, and it does not wait for them."""
+    """The loss on the first rank only. The other ranks make no call."""
     if rank > 0:
         return []
     image, text, scale = RankCase().rank_inputs(rank)
@@ -98,7 +105,7 @@ def alone(rank: int, world_size: int) -> list[Tensor]:
     return [module(image, text, scale), cyclic_penalty(image, text, distributed=False)]
 
 
-def test_one_rank_alone(ranks: Ranks) -> None:
+def test_a_loss_that_is_not_distributed_waits_for_no_other_rank(ranks: Ranks) -> None:
     image, text, scale = RankCase().rank_inputs(0)
     found, _ = ranks.run(2, alone)
     assert found == [cyclip_loss(image, text, scale), cyclic_penalty(image, text)]
@@ -120,11 +127,11 @@ def last_step(rank: int, world_size: int, case: RankCase, dies_in: str) -> None:
 @DIST_IMPLS
 @pytest.mark.parametrize("dies_in", ["forward", "backward"])
 def test_a_rank_that_dies_leaves_the_others_with_an_error(dist_impl: str, dies_in: str) -> None:
-    """torch's own error, within the group's timeout: no rank still waits when `run` gives up."""
-    case = RankCase(rows=(4,) * 3, dist_impl=dist_impl)
+    """It is PyTorch's own error, within the group's timeout, so no rank still waits then."""
+    case = RankCase(rows_per_rank=(4, 4, 4), dist_impl=dist_impl)
     with closing(Ranks()) as mortal, pytest.raises(RankError) as error:
         mortal.run(3, last_step, case, dies_in)
-    of_ranks = re.split(r"^rank \d: ", str(error.value), flags=re.MULTILINE)[1:]
-    assert of_ranks[1] == "died, exit code -9\n"
-    for other in (of_ranks[0], of_ranks[2]):
-        assert re.search(r"RuntimeError: .*(gloo|[Cc]onnection|[Tt]imed? ?out)", other), other
+    messages = re.split(r"^rank \d: ", str(error.value), flags=re.MULTILINE)[1:]
+    assert messages[1] == "died, exit code -9\n"
+    for message in (messages[0], messages[2]):
+        assert re.search(r"RuntimeError: .*(gloo|[Cc]onnection|[Tt]imed? ?out)", message), message

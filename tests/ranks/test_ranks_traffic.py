@@ -1,4 +1,4 @@
-"""Exactly which collectives run, in which order, and how many bytes each has."""
+"""Exactly which collectives run, in which order, and how many bytes each of them has."""
 
 from collections import Counter
 from dataclasses import replace
@@ -28,7 +28,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         tensors = result if isinstance(result, (tuple, list)) else [result]
-        sizes = [one.numel() for one in tensors if isinstance(one, torch.Tensor)]
+        sizes = [tensor.numel() for tensor in tensors if isinstance(tensor, torch.Tensor)]
         self.largest = max([self.largest, *sizes])
         name = function.overloadpacket.__name__
         if name == "allgather_":  # two per comparison: of sizes, then of objects
@@ -44,7 +44,7 @@ class Recorder(TorchDispatchMode):
 def traffic(rank: int, world_size: int, case: RankCase) -> tuple[Traffic, int]:
     """The collectives and the largest result of the second of two steps."""
     step(rank, world_size, case)
-    features = case.of_rank(rank)
+    features = case.rank_features(rank)
     options = {"dist_impl": case.dist_impl, "uneven": case.uneven}
     with Recorder() as recorder:
         evaluate(case, features, case.impl, own_device(), **options)
@@ -58,29 +58,29 @@ def sends(times: int, size: int) -> Traffic:
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("lambdas", [(0.25, 0.25), (0.5, 0.125), (0.0, 0.0)])
-def test_collectives(world_size: int, dtype: torch.dtype, lambdas, ranks: Ranks) -> None:
-    """As in the table of `docs/distributed.md`, with and without `output_dict`."""
-    wide, rows, block = loss_dtype(dtype).itemsize, world_size * N, N * D
+def test_collectives_are_those_of_the_table_in_the_docs(
+    world_size: int, dtype: torch.dtype, lambdas, ranks: Ranks
+) -> None:
+    """That of `docs/distributed.md`, with and without `output_dict`."""
+    wide, total_rows, block = loss_dtype(dtype).itemsize, world_size * N, N * D
     penalties = [("all_reduce sum", wide * (3 * D * D + 1))] if any(lambdas) else []
     form = "_out" if ranks.backend == "gloo" else ""  # without it, gloo may crash
     gather = [
-        (f"all_gather_into_tensor{form}", rows * D * dtype.itemsize),
+        (f"all_gather_into_tensor{form}", total_rows * D * dtype.itemsize),
         *penalties,
-        ("all_reduce max", wide * 2 * rows),  # maxima and pair logits
-        ("all_reduce sum", wide * rows),
+        ("all_reduce max", wide * 2 * total_rows),  # maxima and pair logits
+        ("all_reduce sum", wide * total_rows),
         ("all_reduce sum", wide),
     ]
-    gather_backward = [("reduce_scatter_tensor", wide * rows * D)]
+    gather_backward = [("reduce_scatter_tensor", wide * total_rows * D)]
     blocks = sends(world_size - 1, block * dtype.itemsize)
-    ring = [
-        *(*blocks, *sends(world_size, 8 * N)),  # log-sum-exps, always float64
-        *(*penalties, ("all_reduce sum", wide)),
-    ]
+    lse_sums = sends(world_size, 8 * N)  # always float64
+    ring = [*blocks, *lse_sums, *penalties, ("all_reduce sum", wide)]
     lse, text_grads = sends(world_size - 1, wide * N), sends(world_size, wide * block)
     ring_backward = [*blocks, *lse, *text_grads]
-    given = {"d": D, "dtype": dtype, "rows": (N,) * world_size, "lambdas": lambdas}
+    even = RankCase(d=D, dtype=dtype, rows_per_rank=(N,) * world_size, lambdas=lambdas)
     for output_dict in (False, True):
-        case = RankCase(**given, output_dict=output_dict)
+        case = replace(even, output_dict=output_dict)
         for found, _ in ranks.run(world_size, traffic, case):
             assert found == gather + gather_backward
         for found, largest in ranks.run(world_size, traffic, replace(case, dist_impl="ring")):
@@ -88,13 +88,13 @@ def test_collectives(world_size: int, dtype: torch.dtype, lambdas, ranks: Ranks)
             # O(n D) memory: nothing grows with the number of ranks.
             assert largest == max(block, 3 * D * D + 1 if penalties else 0)
     # Without a gradient of the texts, backward communicates nothing.
-    case = RankCase(**given, frozen=frozenset(["text"]))
+    case = replace(even, frozen=frozenset(["text"]))
     assert ranks.run(world_size, traffic, case)[0][0] == gather
     # With uneven rows, every step compares first, and blocks are padded to the longest.
-    case = RankCase(**given | {"rows": (N, *[1] * (world_size - 1))}, uneven=True)
+    case = replace(even, rows_per_rank=(N, *[1] * (world_size - 1)), uneven=True)
     found, _ = ranks.run(world_size, traffic, case)[0]
     assert found[:2] == [("comparison", 0)] * 2
     assert {found[2], found[-1]} == {gather[0], gather_backward[0]}
     # The penalties alone, with any numbers of rows: one all-reduce, and nothing in backward.
-    case = RankCase(**given | {"rows": tuple(range(world_size))}, penalties_alone=True)
+    case = replace(even, rows_per_rank=tuple(range(world_size)), penalties_alone=True)
     assert ranks.run(world_size, traffic, case)[0][0] == penalties

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.nccl
 @dataclass
 class Run:
     dist_impl: str = "gather"
-    rows: tuple[int, ...] = (6, 6, 6)  # of a micro-batch, by rank
+    rows_per_rank: tuple[int, ...] = (6, 6, 6)  # of a micro-batch
     dtype: torch.dtype = torch.float64
     wrapper: str = "DDP"
     micro_batches: int = 1
@@ -46,10 +46,11 @@ def train(rank: int, world_size: int, run: Run) -> dict[str, Tensor]:
     optimizer = rule(model.parameters(), lr=0.05)
     loss = CyCLIPLoss(0.5, 0.125, dist_impl=run.dist_impl, uneven=run.uneven)
     penalty = CyclicPenalty(0.5, 0.125)
-    for at in range(3 * run.micro_batches):
-        batch = normal(sum(run.rows), IMAGE_SIZE + TEXT_SIZE, seed=at, device=own_device())
-        samples = batch.to(run.dtype).split(run.rows)[rank]
-        last = (at + 1) % run.micro_batches == 0
+    for index in range(3 * run.micro_batches):
+        size = sum(run.rows_per_rank), IMAGE_SIZE + TEXT_SIZE
+        batch = normal(*size, seed=index, device=own_device())
+        samples = batch.to(run.dtype).split(run.rows_per_rank)[rank]
+        last = (index + 1) % run.micro_batches == 0
         if hasattr(model, "set_requires_gradient_sync"):  # FSDP2's no_sync
             model.set_requires_gradient_sync(last)
         with nullcontext() if last else getattr(model, "no_sync", nullcontext)():
@@ -75,39 +76,40 @@ def full(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "options",
     [
-        {"micro_batches": 2, "rows": (6, 6)},
-        {"rows": (5, 6, 7), "uneven": True},
+        {"micro_batches": 2, "rows_per_rank": (6, 6)},
+        {"rows_per_rank": (5, 6, 7), "uneven": True},
         {"dtype": torch.float32},  # under autocast
         {"wrapper": "FSDP2", "micro_batches": 2},
-        {"wrapper": "FSDP2", "rows": (5, 6, 7), "uneven": True},
+        {"wrapper": "FSDP2", "rows_per_rank": (5, 6, 7), "uneven": True},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
 def test_every_parameter_moves_as_in_one_process(options, dist_impl: str, ranks: Ranks) -> None:
     """Each micro-batch is a separate batch of the loss; the last one synchronises gradients."""
     run = Run(dist_impl=dist_impl, **options)
-    of_ranks = ranks.run(len(run.rows), train, run)
-    expected = train(0, 1, replace(run, wrapper="none", rows=(sum(run.rows),)))
+    changes_per_rank = ranks.run(len(run.rows_per_rank), train, run)
+    whole_batch = replace(run, wrapper="none", rows_per_rank=(sum(run.rows_per_rank),))
+    expected = train(0, 1, whole_batch)
     # bfloat16 towers: rounding differs with the number of rows, by a few parts in 2^8.
     tolerance = 8 * 2**-8 if run.dtype == torch.float32 else 1e-8
-    assert expected.keys() == of_ranks[0].keys()
+    assert expected.keys() == changes_per_rank[0].keys()
     for name, change in expected.items():
         assert change.norm() > 1e-4, f"{name} is not trained"
-        for own in of_ranks:
-            error = (own[name] - change).norm()
+        for changes in changes_per_rank:
+            error = (changes[name] - change).norm()
             assert error <= tolerance * change.norm(), f"{name}: {error / change.norm():.2g}"
 
 
 def compiled_steps(rank: int, world_size: int, cases: list[RankCase]) -> tuple[list, list[int]]:
-    """For each case, the results of a compiled and an eager loss; and the graphs made so far."""
+    """For each case, the results of a compiled and an eager loss; and the number of graphs then."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     first = cases[0]
     loss = CyCLIPLoss(dist_impl=first.dist_impl, uneven=first.uneven, reference_batch_size=16)
     penalty = CyclicPenalty(reference_batch_size=16)
 
-    def total(i: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        return loss(i, t, s) + penalty(i, t)
+    def total(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        return loss(image, text, scale) + penalty(image, text)
 
     function = torch.compile(total, fullgraph=not first.uneven, backend=counter)
     found, counts = [], []
@@ -127,12 +129,19 @@ def test_compile_gives_the_same(uneven: bool, dist_impl: str, ranks: Ranks) -> N
     With uneven rows there are several graphs, which may differ between ranks that have seen
     different numbers of rows. If a graph decided what is sent, the last step would crash.
     """
-    even = [(4, 4), (7, 7), (9, 9), (4, 4), (5, 5), (6, 6)]
+    steps = [(4, 4), (7, 7), (9, 9), (4, 4), (5, 5), (6, 6)]
+    if uneven:
+        steps = [(4, 4), (4, 3), (1, 5), (0, 2)]
     cases = [
-        RankCase(rows=rows, dist_impl=dist_impl, uneven=uneven, lambdas=(0.3 + at, 0.2 + 2 * at))
-        for at, rows in enumerate([(4, 4), (4, 3), (1, 5), (0, 2)] if uneven else even)
+        RankCase(
+            rows_per_rank=rows_per_rank,
+            dist_impl=dist_impl,
+            uneven=uneven,
+            lambdas=(0.3 + index, 0.2 + 2 * index),
+        )
+        for index, rows_per_rank in enumerate(steps)
     ]
     for found, counts in ranks.run(2, compiled_steps, cases):
-        for pair in found:
-            torch.testing.assert_close(*pair, rtol=1e-9, atol=1e-12)
+        for compiled, eager in found:
+            torch.testing.assert_close(compiled, eager, rtol=1e-9, atol=1e-12)
         assert uneven or counts[-3:] == [counts[-1]] * 3

@@ -33,9 +33,9 @@ def blocks(language: str = "python") -> dict[str, list[str]]:
     return found
 
 
-def run(heading: str, at: int = 0, **names: Any) -> dict[str, Any]:
-    """Run a block with these variables, and return all of its variables."""
-    exec(compile(blocks()[heading][at], f"docs: {heading}", "exec"), names)
+def run(heading: str, index: int = 0, **names: Any) -> dict[str, Any]:
+    """Run a block under this heading with these variables, and return all of its variables."""
+    exec(compile(blocks()[heading][index], f"docs: {heading}", "exec"), names)
     return names
 
 

@@ -35,7 +35,7 @@ def assert_same_gradients(actual: dict[str, torch.Tensor], expected: dict[str, A
 
 
 DUPLICATES = "Duplicates in a batch"
-ROWS = torch.arange(32, device="cpu")
+INDICES = torch.arange(32, device="cpu")
 
 
 def logits_of(out: dict[str, Tensor]) -> Tensor:
@@ -89,7 +89,7 @@ def test_the_logit_scale_is_clamped(heading: str) -> None:
     assert names["model"].logit_scale.item() == pytest.approx(math.log(100))
 
 
-def test_siglip_and_coca() -> None:
+def test_siglip_and_coca_have_the_penalties_as_terms() -> None:
     images, tokens = batch()
     clip, coca = tiny_clip(), recipe_cases.tiny_coca()
     clip.logit_bias = torch.nn.Parameter(torch.tensor(-10.0, device="cpu"))
@@ -101,28 +101,30 @@ def test_siglip_and_coca() -> None:
     torch.testing.assert_close(added, papers_penalty(coca(images, tokens)))
 
 
-def test_as_strong_as_the_papers() -> None:
+def test_the_reference_batch_size_of_the_recipe_is_the_papers_strength() -> None:
     loss_fn = run("As strong as the paper's", CyCLIPLoss=CyCLIPLoss)["loss_fn"]
     images, texts = torch.nn.functional.normalize(torch.randn(2, 32, 4, device="cpu"), dim=-1)
     papers = CyCLIPLoss(0.25 * 128 / 32, 0.25 * 128 / 32)
     torch.testing.assert_close(loss_fn(images, texts, 10.0), papers(images, texts, 10.0))
 
 
-@pytest.mark.parametrize("at", [0, 1, 2], ids=["class names", "person ids", "captions"])
-def test_several_positives(at: int) -> None:
+@pytest.mark.parametrize("block", [0, 1, 2], ids=["class names", "person ids", "captions"])
+def test_several_positives_share_the_target_equally(block: int) -> None:
     model, (images, tokens) = tiny_clip(), batch()
     tokens[31] = tokens[30]
-    ids, share = ROWS // (4 if at == 1 else 2), 1.0
-    loader = (images[:16], tokens.unflatten(0, (16, 2)), 5 * ROWS[:16])
-    if at == 0:  # a class, whatever the texts; without one, equal captions
-        ids = torch.where(ROWS < 24, ROWS % 8, ROWS.clamp(max=30))
-        loader = (images, tokens, torch.where(ROWS < 24, ROWS % 8, -1))
-    elif at == 1:  # TBPS-CLIP has a mean where the paper has N times a mean
-        share, loader = 0.1 / 128, (images, tokens, ids)
+    share = 1.0
+    if block == 0:  # a class, whatever the texts; without one, equal captions
+        ids = torch.where(INDICES < 24, INDICES % 8, INDICES.clamp(max=30))
+        loader = (images, tokens, torch.where(INDICES < 24, INDICES % 8, -1))
+    elif block == 1:  # TBPS-CLIP has a mean where the paper has N times a mean
+        ids, share = INDICES // 4, 0.1 / 128
+        loader = (images, tokens, ids)
     else:
+        ids = INDICES // 2
+        loader = (images[:16], tokens.unflatten(0, (16, 2)), 5 * INDICES[:16])
         images = images[ids]
     heading = "Several positives: classes, persons, captions"
-    found = run(heading, at, model=model, loader=[loader])["loss"]
+    found = run(heading, block, model=model, loader=[loader])["loss"]
     out = model(images, tokens)
     logits, same = logits_of(out), (ids[:, None] == ids).float()
     targets = same / same.sum(dim=1)  # shared equally among a row's positives
@@ -130,14 +132,14 @@ def test_several_positives(at: int) -> None:
     torch.testing.assert_close(found, contrastive + share * papers_penalty(out))
 
 
-def test_hard_negatives() -> None:
-    """NegCLIP's loss: the images' rows are longer, and the negatives' own rows are dropped."""
+def test_hard_negatives_give_the_loss_of_negclip() -> None:
+    """The images' rows of logits are longer, and the negatives have no rows of their own."""
     model, (images, tokens) = tiny_clip(), batch()
     made = tokens[:, [0, 2, 1, *range(3, 12)]][:20]
     names = {"model": model, "loss_fn": CyCLIPLoss(reference_batch_size=128)}
     found = run("Hard negatives", loader=[(images, tokens, made)], **names)["loss"]
     logits = logits_of(model(images, torch.cat((tokens, made))))
-    contrastive = (cross_entropy(logits, ROWS) + cross_entropy(logits[:, :32].T, ROWS)) / 2
+    contrastive = (cross_entropy(logits, INDICES) + cross_entropy(logits[:, :32].T, INDICES)) / 2
     torch.testing.assert_close(found, contrastive + papers_penalty(model(images, tokens)))
 
 
@@ -160,13 +162,13 @@ def test_views_are_drawn_and_the_loss_has_their_inmodal_term() -> None:
     firsts, seconds = (model(images[:, view], tokens[:, view]) for view in (0, 1))
     losses = run("Augmented views", 1, model=model, optimizer=sgd(model), **names)["losses"]
     scale, entropies = firsts["logit_scale"], []
-    for rows, columns in (
+    for row_features, column_features in (
         (firsts["image_features"], firsts["text_features"]),
         (firsts["text_features"], firsts["image_features"]),
         (firsts["image_features"], seconds["image_features"]),
         (firsts["text_features"], seconds["text_features"]),
     ):
-        entropies.append(cross_entropy(scale * rows @ columns.T, ROWS))
+        entropies.append(cross_entropy(scale * row_features @ column_features.T, INDICES))
     assert losses["contrastive_loss"].item() == pytest.approx(sum(entropies[:2]).item() / 4)
     assert losses["inmodal_contrastive_loss"].item() == pytest.approx(sum(entropies[2:]).item() / 4)
     penalty = losses["inmodal_cyclic_loss"] + losses["crossmodal_cyclic_loss"]
@@ -183,7 +185,7 @@ def test_geometric_consistency_is_its_formula() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
 
 
-def test_weights_that_warm_up() -> None:
+def test_lambdas_warm_up_over_the_given_steps() -> None:
     model, seen, loss_fn = tiny_clip(), [], CyCLIPLoss()
     loss_fn.register_forward_hook(
         lambda loss, *_: seen.append((loss.lambda_inmodal, loss.lambda_crossmodal))
@@ -195,13 +197,13 @@ def test_weights_that_warm_up() -> None:
 
 def test_recipes_across_ranks_match_the_whole_batch(ranks: Ranks) -> None:
     expected = recipe_cases.whole_batch_gradients()
-    for of_models, of_scale in ranks.run(2, recipe_cases.recipes_on_rank):
-        for found in of_models:
+    for model_gradients, scale_gradient in ranks.run(2, recipe_cases.recipes_on_rank):
+        for found in model_gradients:
             assert_same_gradients(found, expected)
-        torch.testing.assert_close(of_scale, expected["logit_scale"], rtol=1e-10, atol=0)
+        torch.testing.assert_close(scale_gradient, expected["logit_scale"], rtol=1e-10, atol=0)
 
 
-def test_gradcache() -> None:
+def test_gradcache_has_the_gradients_of_the_whole_batch() -> None:
     pytest.importorskip("grad_cache")
     model = tiny_clip().double()
     images, tokens = batch()
@@ -210,8 +212,8 @@ def test_gradcache() -> None:
     assert_same_gradients(gradients(model), recipe_cases.whole_batch_gradients())
 
 
-class Rows(IterableDataset):
-    """The batch's rows in order, in the form of Hugging Face's Trainer."""
+class Samples(IterableDataset):
+    """The batch's samples in order, in the form of Hugging Face's Trainer."""
 
     def __iter__(self) -> Any:
         for image, tokens in zip(*batch(), strict=True):
@@ -220,7 +222,7 @@ class Rows(IterableDataset):
 
 # transformers takes the checkout's folder `kernels/` for a package of that name and imports it.
 @needs_triton
-def test_hugging_face_trainer(tmp_path: Path) -> None:
+def test_hugging_faces_trainer_takes_the_step_of_the_loss(tmp_path: Path) -> None:
     """The step of the recipe with two accumulated batches, SGD and a learning rate of 1."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
@@ -231,7 +233,7 @@ def test_hugging_face_trainer(tmp_path: Path) -> None:
     )  # fmt: skip
 
     trained, model = recipe_cases.tiny_hugging_face(), recipe_cases.tiny_hugging_face()
-    names = {"model": trained, "training_arguments": arguments, "dataset": Rows()}
+    names = {"model": trained, "training_arguments": arguments, "dataset": Samples()}
     run("Hugging Face Trainer", **names, loss_fn=CyCLIPLoss())
     images, tokens = batch()
     for pixel_values, input_ids in zip(images.split(16), tokens.split(16), strict=True):
@@ -268,7 +270,7 @@ def sentence_training(folder: Path) -> dict[str, Any]:
     return {"model": model, "training_arguments": arguments, "dataset": dataset}
 
 
-def test_sentence_transformers_trains_with_cyclip(tmp_path: Path) -> None:
+def test_sentence_transformers_train_and_take_hard_negatives(tmp_path: Path) -> None:
     found = run("sentence-transformers", CyCLIPLoss=CyCLIPLoss, **sentence_training(tmp_path))
     history = [log for log in found["trainer"].state.log_history if "loss" in log]
     assert history[-1]["loss"] < 0.7 * history[0]["loss"]
@@ -309,7 +311,7 @@ def test_sentence_transformers_trains_with_its_own_loss_in_bounded_memory(tmp_pa
 def duplicates() -> tuple[Tensor, Tensor, Tensor]:
     """Images, tokens of which each row occurs four times, and ids of the distinct rows."""
     images, tokens = batch()
-    return images, tokens[ROWS % 8], ROWS % 8
+    return images, tokens[INDICES % 8], INDICES % 8
 
 
 def test_caption_ids_are_equal_if_captions_are() -> None:
@@ -318,36 +320,37 @@ def test_caption_ids_are_equal_if_captions_are() -> None:
     ids = caption_ids(tokens)
     assert ids.dtype == torch.int64
     assert torch.equal(ids[:, None] == ids, (tokens[:, None] == tokens).all(dim=2))
-    # As much more in one place as less in another: the places' weights are not in steps.
+    # One token is greater by as much as another one is less. If the places' weights were evenly
+    # spaced, such captions could have one hash.
     assert len(caption_ids(torch.tensor([[5, 7, 9], [7, 6, 9], [6, 5, 10]])).unique()) == 3
     assert torch.equal(caption_ids(torch.nn.functional.pad(tokens, (0, 2))), ids)
 
 
 @pytest.mark.parametrize("tokens", [torch.ones(2, 3), torch.arange(3), [[1, 2]]], ids=str)
-def test_captions_are_rows_of_integers(tokens) -> None:
+def test_caption_ids_refuse_tokens_that_are_no_rows_of_integers(tokens) -> None:
     with pytest.raises(TypeError, match="tokens must be an integer tensor"):
         caption_ids(tokens)
 
 
-def test_duplicates() -> None:
+def test_duplicates_are_not_negatives_of_each_other() -> None:
     model, (images, tokens, ids) = tiny_clip(), duplicates()
     names: dict[str, Any] = {"model": model, "loss_fn": CyCLIPLoss()}
     expected = CyCLIPLoss()(**model(images, tokens), ids=ids)
     assert expected < CyCLIPLoss()(**model(images, tokens))
     found = run(DUPLICATES, **names, images=images, tokens=tokens)["loss"]
     assert torch.equal(found, expected)
-    keys = [f"product {at}" for at in ids.tolist()]
+    keys = [f"product {number}" for number in ids.tolist()]
     loader = [(images, tokens, keys)]
     assert torch.equal(run(DUPLICATES, 1, **names, all_keys=keys, loader=loader)["loss"], expected)
 
 
-def test_duplicates_with_hugging_face() -> None:
+def test_hugging_faces_trainer_leaves_duplicates_out_of_the_negatives() -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     model, (images, tokens, ids) = recipe_cases.tiny_hugging_face(), duplicates()
     trainer = run(DUPLICATES, 2, loss_fn=CyCLIPLoss())["WithoutDuplicates"]
-    mask = (ROWS[:12] <= tokens.argmax(dim=1)[:, None]).long()
-    padded = tokens + ROWS[:, None] * (1 - mask)
+    mask = (INDICES[:12] <= tokens.argmax(dim=1)[:, None]).long()
+    padded = tokens + INDICES[:, None] * (1 - mask)
     inputs = {"pixel_values": images, "input_ids": padded, "attention_mask": mask}
     self = SimpleNamespace(accelerator=SimpleNamespace(unwrap_model=lambda model: model))
     loss, out = trainer.compute_loss(self, model, inputs, return_outputs=True)
@@ -355,7 +358,7 @@ def test_duplicates_with_hugging_face() -> None:
     assert torch.equal(loss, CyCLIPLoss()(*features, ids=ids))
 
 
-def test_algebra_of_the_design() -> None:
+def test_the_formulas_of_the_design_page_agree() -> None:
     run("The penalties without an N×N matrix")
     run("The contrastive term, streamed")
     run("Several positives, and extra negatives")

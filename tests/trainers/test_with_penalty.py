@@ -18,7 +18,7 @@ LAMBDAS = (0.5, 0.125)
 FEATURES, OTHER_NAMES = ("image_features", "text_features"), ("audio_features", "text_features")
 
 
-class Own(nn.Module):
+class MarginLoss(nn.Module):
     """A custom loss with keyword-only features."""
 
     temperature = 3.0
@@ -55,10 +55,10 @@ def penalties(features: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     return CyclicPenalty(*LAMBDAS)(*features, output_dict=True)
 
 
-def arguments_of(loss: nn.Module, features: tuple[Tensor, Tensor]) -> dict[str, Any]:
+def arguments_for(loss: nn.Module, features: tuple[Tensor, Tensor]) -> dict[str, Any]:
     """The keyword arguments of a loss."""
     device, given = features[0].device, dict(zip(FEATURES, features, strict=True))
-    if isinstance(loss, Own):
+    if isinstance(loss, MarginLoss):
         return given | {"margin": torch.tensor(1.0, device=device)}
     given |= {"logit_scale": torch.tensor(10.0, device=device)}
     if isinstance(loss, SigLipLoss):
@@ -66,31 +66,31 @@ def arguments_of(loss: nn.Module, features: tuple[Tensor, Tensor]) -> dict[str, 
     if isinstance(loss, CoCaLoss):
         labels = torch.arange(18, device=device).view(6, 3) % 8 + 1
         return given | {"labels": labels, "logits": torch.ones(6, 3, 9, device=device)}
-    teacher = {f"dist_{name}": one.flip(0) for name, one in given.items() if name in FEATURES}
+    teacher = {f"dist_{name}": given[name].flip(0) for name in FEATURES}
     return given | teacher | {"dist_logit_scale": 10.0}
 
 
 @pytest.mark.parametrize(
     "loss",
-    [SigLipLoss(), CoCaLoss(2.0, 1.0), DistillClipLoss(), Own()],
-    ids=lambda x: x._get_name(),
+    [SigLipLoss(), CoCaLoss(2.0, 1.0), DistillClipLoss(), MarginLoss()],
+    ids=lambda loss: type(loss).__name__,
 )
 def test_penalties_are_added_to_what_the_loss_returns(loss, features, penalties) -> None:
-    """A sum, a tuple with two more elements, or a dict with two more keys; of the student only."""
-    wrapped, arguments = WithCyclicPenalty(loss, *LAMBDAS), arguments_of(loss, features)
+    """It is a number, a tuple or a dict. With a teacher, only the student's features count."""
+    wrapped, arguments = WithCyclicPenalty(loss, *LAMBDAS), arguments_for(loss, features)
     found, plain = wrapped(**arguments), loss(**arguments)
     is_tuple = isinstance(plain, tuple)
     expected = (*plain, *penalties.values()) if is_tuple else plain + sum(penalties.values())
     torch.testing.assert_close(found, expected)
     without = WithCyclicPenalty(loss, 0, 0)(**arguments)
     assert without == ((*plain, 0, 0) if is_tuple else plain)
-    if not isinstance(loss, Own):
+    if not isinstance(loss, MarginLoss):
         plain = loss(**arguments, output_dict=True)
         torch.testing.assert_close(wrapped(**arguments, output_dict=True), plain | penalties)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_features_by_name_or_by_a_callable(compiled: bool, features, penalties) -> None:
+def test_features_are_found_by_name_or_by_a_callable(compiled: bool, features, penalties) -> None:
     image, text = features
     pair = namedtuple("Pair", ("contrastive", "other"))
     modules: list[Any] = [
@@ -126,7 +126,9 @@ def test_features_by_name_or_by_a_callable(compiled: bool, features, penalties) 
         (lambda loss: [loss, loss], r"\(result: list"),
     ],
 )
-def test_what_cannot_be_added_to_is_refused(returned: Any, message: str, features) -> None:
+def test_a_result_that_is_no_term_of_a_sum_is_refused(
+    returned: Any, message: str, features
+) -> None:
     wrapped = WithCyclicPenalty(AudioLoss(returned), features=OTHER_NAMES)
     message = rf"AudioLoss returned {message}.*add CyclicPenalty yourself"
     with pytest.raises(TypeError, match=message):
@@ -149,7 +151,7 @@ def test_a_callable_that_returns_other_than_two_features_is_refused(count, got, 
         (SigLipLoss, "loss must be a module"),
     ],
 )
-def test_what_cannot_be_wrapped_is_refused(loss: Any, message: str) -> None:
+def test_a_loss_that_cannot_be_wrapped_is_refused(loss: Any, message: str) -> None:
     wrapped = WithCyclicPenalty(SigLipLoss())
     for wrap in (WithCyclicPenalty, lambda other: setattr(wrapped, "loss", other)):
         with pytest.raises(TypeError, match=message):
@@ -169,7 +171,7 @@ def test_train_and_eval_set_the_flags_of_the_wrapper_and_of_the_wrapped_loss() -
 def test_attributes_that_only_the_wrapped_loss_has_are_read_and_written_there(features) -> None:
     wrapped = WithCyclicPenalty(SigLipLoss(rank=1, world_size=2, dist_impl="shift"))
     assert (wrapped.rank, wrapped.world_size, wrapped.dist_impl) == (1, 2, "shift")
-    assert WithCyclicPenalty(Own()).temperature == 3.0  # of its class
+    assert WithCyclicPenalty(MarginLoss()).temperature == 3.0  # of its class
     with pytest.raises(AttributeError, match="no_such"):
         _ = wrapped.no_such
     wrapped = WithCyclicPenalty(AudioLoss(), 0.0, 0.0, features=OTHER_NAMES)
