@@ -26,6 +26,7 @@ from reference_train.demo import demo as command
 from reference_train.demo import questions, train
 from reference_train.demo.batches import EmojiBatches, augment
 from reference_train.demo.model import TINY, build_model, normalize, preprocess
+from reference_train.evaluate import report
 from reference_train.evaluate.datasets import DataSet, Images
 from reference_train.evaluate.report import read_evaluation
 
@@ -81,11 +82,19 @@ def demonstrate(*arguments: object) -> None:
     cli.main([str(argument) for argument in arguments])
 
 
+def demonstrate_without_pictures(*arguments: object) -> None:
+    """Saves the seconds that drawing takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "draw", lambda *_: None)
+        patch.setattr(report, "draw_similarities", lambda *_: False)
+        demonstrate(*arguments)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     """All losses, two of them with two seeds."""
     out = tmp_path_factory.mktemp("finished") / "new" / "out"
-    demonstrate("--loss", "clip", "cyclip", "--seeds", 2, "--out", out)
+    demonstrate_without_pictures("--loss", "clip", "cyclip", "--seeds", 2, "--out", out)
     demonstrate("--loss", *TERMS, "--out", out)
     return out
 
@@ -129,7 +138,7 @@ def test_a_folder_of_another_preset_is_refused(finished: Path) -> None:
 
 
 def test_steps_replace_those_of_the_preset_and_are_in_the_name(tmp_path: Path) -> None:
-    demonstrate("--loss", "c-cyclip-views", "--steps", 2, "--out", tmp_path)
+    demonstrate_without_pictures("--loss", "c-cyclip-views", "--steps", 2, "--out", tmp_path)
     result = read_evaluation(tmp_path)
     [(name, run)] = result["checkpoints"].items()
     assert (name, run["loss"], run["steps"]) == ("2-steps-c-cyclip-views-0", "c-cyclip-views", 2)
@@ -198,9 +207,9 @@ def resumed(emoji, tmp_path_factory) -> Path:
         patch.setattr(train, "augment", augment_and_press_ctrl_c)
         with (out / "out.txt").open("w") as file, redirect_stdout(file):
             with pytest.raises(KeyboardInterrupt):
-                demonstrate(*options)
+                demonstrate_without_pictures(*options)
             torch.save(torch.load(checkpoint, weights_only=True) | {"seconds": 1e6}, checkpoint)
-            demonstrate(*options)
+            demonstrate_without_pictures(*options)
     assert len(batches) == 4 + 3
     return out
 
@@ -225,7 +234,7 @@ def test_a_resumed_run_says_where_it_goes_on_and_adds_up_its_time(resumed: Path)
 
 def test_a_finished_run_is_not_repeated(resumed: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(train, "augment", lambda *_: pytest.fail("training began"))
-    demonstrate("--loss", "cyclip", "--out", resumed)
+    demonstrate_without_pictures("--loss", "cyclip", "--out", resumed)
     assert "cyclip-0: finished before\n" in capsys.readouterr().out
 
 
@@ -233,7 +242,7 @@ def test_a_run_that_is_trained_and_not_measured_is_measured(resumed, tmp_path, m
     shutil.copytree(resumed, tmp_path / "out")
     (tmp_path / "out" / "evaluation.json").unlink()
     monkeypatch.setattr(train, "augment", lambda *_: pytest.fail("training began"))
-    demonstrate("--loss", "cyclip", "--out", tmp_path / "out")
+    demonstrate_without_pictures("--loss", "cyclip", "--out", tmp_path / "out")
     before, after = read_evaluation(resumed), read_evaluation(tmp_path / "out")
     for what in ("history", "results"):
         assert after[what] == before[what]
