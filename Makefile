@@ -1,7 +1,7 @@
 # With the environment in .venv, or `make PYTHON=...`; what each does is in CONTRIBUTING.md.
 PYTHON ?= $(if $(wildcard .venv),$(CURDIR)/.venv/bin/python,python3)
 
-.PHONY: test lint versions bench gpu docs
+.PHONY: test lint versions bench gpu api docs
 
 test:
 	$(PYTHON) -m pytest -n 2 --dist worksteal
@@ -19,6 +19,9 @@ bench:
 
 gpu:
 	$(PYTHON) -m benchmarks gpu
+
+api:
+	$(PYTHON) .mkdocs/api.py
 
 docs:
 	$(PYTHON) -m mkdocs build --strict -f .mkdocs/mkdocs.yml

@@ -116,8 +116,9 @@ def make_environment(name: str, folder: Path) -> Path:
         chosen = ("--override", str(override), "--editable", ".[test]")
     else:
         torch = lower_bound("torch") if name == "oldest" else name
-        # The extra `benchmark` has what these tests import.
-        chosen = ("--editable", ".[benchmark]", f"torch=={torch}.*")
+        # The extra `benchmark` has what these tests import. PyTorch for CPU brings no Triton.
+        triton = f"triton>={lower_bound('triton')}; platform_system == 'Linux'"
+        chosen = ("--editable", ".[benchmark]", f"torch=={torch}.*", triton)
     subprocess.run((*install, *chosen), cwd=ROOT, check=True)
     triton = installed(python).get("triton", "4.0")
     if tuple(map(int, triton.split(".")[:2])) < (3, 7):

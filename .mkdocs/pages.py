@@ -42,20 +42,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         uri = path.relative_to(ROOT).as_posix()
         if files.get_file_from_path(uri):
             return match[1]
+        if not config.repo_url:  # built on a developer's machine
+            return path.as_uri()
         return f"{config.repo_url.rstrip('/')}/{'tree' if path.is_dir() else 'blob'}/main/{uri}"
 
-    # The start page leads with the picture of "How it works" and its caption.
-    if page.file.src_uri == "README.md":
-        before, start, after = markdown.partition("![Similarity matrices")
-        picture, caption, after = after.split("\n\n", 2)
-        opening, status, before = before.partition("\n> ")
-        shown = f"\n{start}{picture}\n\n{caption}\n"
-        markdown = f"{opening}{shown}{status}{before}{after}"
     return LINK.sub(link, markdown)
-
-
-def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
-    """The page with the pages that docstrings name as links."""
-    if page.file.src_uri != "docs/api.md":
-        return html
-    return re.sub(r"docs/(\w+)\.md", r'<a href="../\1/">docs/\1.md</a>', html)

@@ -24,7 +24,7 @@ class Batch(NamedTuple):
 
     A contrastive term compares row features with column features. There is one of images with
     texts and, with augmented views, one of each tower's features with those of its views. Extra
-    negatives are rows or columns behind the pairs of the first term.
+    negatives are rows or columns after the pairs of the first term.
     """
 
     image_features: Tensor  # (n, D)
@@ -68,7 +68,7 @@ def prepare_pairs(
     image_features, text_features = check_features(
         image_features, text_features, may_be_empty=ranks.size > 1
     )
-    total_pairs = ranks.total(image_features.shape[0])
+    total_pairs = ranks.total_rows(image_features.shape[0])
     return Batch(image_features, text_features, ranks, ranks, total_pairs)
 
 
@@ -83,6 +83,7 @@ def prepare(
     negative_text_features: Tensor | None,
     options: LossOptions,
     output_dict: bool,
+    function: str = "cyclip_loss",
     one_way: bool = False,
 ) -> Batch:
     """The batch of a call of the loss. Raises as `cyclip_loss.functional`.
@@ -126,7 +127,14 @@ def prepare(
 
     column_ranks = ranks
     if several:
-        signature = _collective_signature(sent, options, ids, one_way)
+        inputs = (*row_features, *column_features, scale)
+        is_trained = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+        signature: dict[str, Hashable] = {
+            "the function": function,
+            "one_way": one_way,
+            "whether an input requires a gradient": is_trained,
+            **_collective_signature(sent, options, ids),
+        }
         ranks, column_ranks = check_ranks_agree(
             ranks, options, images, num_rows, signature, WEIGHTS
         )
@@ -135,7 +143,7 @@ def prepare(
         texts,
         ranks,
         column_ranks,
-        ranks.total(images.shape[0]),
+        ranks.total_rows(images.shape[0]),
         scale,
         ids,
         tuple(row_features),
@@ -146,7 +154,7 @@ def prepare(
 
 
 def _collective_signature(
-    sent: dict[str, Tensor], options: LossOptions, ids: Tensor | None, one_way: bool
+    sent: dict[str, Tensor], options: LossOptions, ids: Tensor | None
 ) -> dict[str, Hashable]:
     """What decides which collectives run, by the name that error messages use.
 
@@ -165,7 +173,6 @@ def _collective_signature(
         "which of the augmented and negative features are given": ", ".join(sent),
         "whether ids are given": ids is not None,
         "same_ids": options.same_ids,
-        "one_way": one_way,
         # Their gradients are summed across ranks.
         "which of the features require a gradient": ", ".join(trained),
     }
@@ -184,7 +191,7 @@ def check_features(
     may_be_empty: allow N = 0, as on one of several ranks. autocast: False casts nothing. paired:
     False allows the second any number of rows.
     """
-    least = 0 if may_be_empty or not paired else 1
+    min_rows = 0 if may_be_empty or not paired else 1
     for name, features in zip(names, (first, second)):  # noqa: B905 (PyTorch 2.8 can't trace strict)
         if not isinstance(features, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(features).__name__}")
@@ -193,9 +200,9 @@ def check_features(
             raise TypeError(
                 f"{name} must be float64, float32, bfloat16 or float16, got {features.dtype}"
             )
-        if features.ndim != 2 or features.shape[0] < least or features.shape[1] == 0:
+        if features.ndim != 2 or features.shape[0] < min_rows or features.shape[1] == 0:
             raise ValueError(
-                f"{name} must have shape (N, D) with N >= {least} and D >= 1, "
+                f"{name} must have shape (N, D) with N >= {min_rows} and D >= 1, "
                 f"got {tuple(features.shape)}"
             )
     if second is first:  # torch.compile refuses the same tensor twice

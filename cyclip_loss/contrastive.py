@@ -17,7 +17,7 @@ again: 8 N^2 D flops in all, where dense autograd takes 6 N^2 D.
 With the N pairs spread over W ranks, the columns reach the rows by one of three strategies, a file
 each: `local.py` (one process), `gather.py` and `ring.py`.
 
-Extra negatives are rows and columns without a pair, behind the pairs. Their own log-sum-exps are
+Extra negatives are rows and columns without a pair, after the pairs. Their own log-sum-exps are
 not part of the loss, so backward gets inf for them. That makes their part of G, the gradient of the
 logits, zero (`eager.contrastive_grads`).
 
@@ -125,10 +125,10 @@ def term_inputs(batch: Batch, plan: Plan, gathers: Gathers) -> list[tuple[Any, .
 def _ids_with_negatives(
     batch: Batch, batch_ids: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Ids of the rows and columns of the first term, of which the extra negatives have none.
+    """Row and column ids of the first term. Extra negatives get ids that match no other.
 
-    batch_ids: of the pairs of all ranks. Their ids are numbered from 0 on, so that extra images can
-    have -2 and extra texts -1, which are nobody else's.
+    batch_ids: of the pairs of all ranks. They are numbered from 0 on, so -2 (extra images) and -1
+    (extra texts) are free.
     """
     if batch.ids is None or batch_ids is None:
         return None, None
@@ -283,12 +283,13 @@ def contrastive_forward(
             pairs_part = (shares * pair_logits).sum()
             loss += (pairs_part - logit_scale * lse.other_positives) / total_pairs
             pair_gradient += directions * shares
-        if num_pairs <= num_rows:  # there may be extra negatives
-            # The logit of an infinite one may be -inf, which would leave the loss finite.
+        may_have_negatives = num_pairs <= num_rows
+        if may_have_negatives:
+            # An infinite extra negative may have the logit -inf, and the loss would stay finite.
             loss = loss + ((row_features * 0).sum() + (column_features * 0).sum()).to(loss.dtype)
         if ranks.group is not None:
             loss = distributed.wait(distributed.start_all_reduce(loss, "sum", ranks))
-        if num_pairs <= num_rows:
+        if may_have_negatives:
             row_lse = F.pad(row_lse, (0, num_rows - own_pairs), value=torch.inf)
             pair_gradient = F.pad(pair_gradient, (0, num_rows - own_pairs))
             column_lse.masked_fill_(column_pair_logits == -torch.inf, torch.inf)

@@ -90,8 +90,8 @@ class _CyclicPenalties(torch.autograd.Function):
             # Not an operator: a compiler can fuse these few PyTorch operations on D x D matrices.
             penalties = eager.cyclic_terms(grams, weights, plan.separate)
         else:
-            # Not the features, which decide the engine: a rank may have no rows, and its penalties
-            # must be those of the other ranks bit for bit.
+            # Choose the engine by the Gram matrices, not by the features: a rank without rows must
+            # compute the same bits as the others.
             engine = engines.module(plan.engine, grams)
             penalties = engine.cyclic_terms(grams, weights, plan.separate)
         ctx.save_for_backward(image_features, text_features, grams, *weights)
@@ -124,7 +124,7 @@ def numeric_weights(options: PenaltyOptions, total: Any, one: Any = 1.0) -> tupl
     """The weights of N * P_in and N * P_cross, which are sums over all pairs of N rows.
 
     lambda / N in the paper's formula, lambda * R / N^2 with a reference batch size R.
-    total: N, a number or a tensor; one: 1, or a tensor of it if the weights are to be tensors.
+    total: N, a number or a tensor; one: 1.0, or a tensor with the value 1 to get tensors.
     """
     reference: float | None = options._reference  # type: ignore[attr-defined]
     weights = one * options.lambda_inmodal, one * options.lambda_crossmodal

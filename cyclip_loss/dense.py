@@ -1,9 +1,9 @@
 """Both terms of a batch with few rows, from N x N matrices that are computed once.
 
 Up to N = 2 D these matrices are not much larger than the features, and take no more flops than
-avoiding them. So forward keeps G, which `contrastive.py` computes again in backward, and W, which
-`cyclic.py` replaces by Gram matrices. With U = I + T, V = I - T and W = U V^T, and x and y the
-weights of N P_in and N P_cross (`cyclic.numeric_weights`):
+the streamed form. So forward keeps G, which `contrastive.py` computes again in backward, and W,
+which `cyclic.py` replaces by Gram matrices. With U = I + T, V = I - T and W = U V^T, and x and y
+the weights of N P_in and N P_cross (`cyclic.numeric_weights`):
 
     P_in = (p + q) / (2N),  P_cross = (p - q) / (2N),       p = ||W||_F^2,  q = <W, W^T>_F
     G_ij = exp(l_ij - r_i) + exp(l_ij - c_j),  minus 2 for a pair
@@ -60,13 +60,13 @@ class _Dense(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         image_features, text_features, logit_scale, ids, weights, plan, grad_mode = inputs
         dtype = accumulation_dtype(image_features.dtype)
-        gradient = scale_grad = product = None
+        gradient = scale_grad = w_matrix = None
         terms: tuple[Tensor, ...] = ()
         with without_autocast(image_features):
             image, text = image_features.to(dtype), text_features.to(dtype)
             if plan.penalties != "none":
-                product = (image + text) @ (image - text).T
-                terms = _penalty_terms(product, weights, plan)
+                w_matrix = (image + text) @ (image - text).T
+                terms = _penalty_terms(w_matrix, weights, plan)
             elif plan.separate:
                 terms = (image.new_zeros(()), image.new_zeros(()))
             if logit_scale is not None:
@@ -76,7 +76,7 @@ class _Dense(torch.autograd.Function):
                 )
                 terms = (loss, *terms) if plan.separate else (sum(terms, loss),)
         ctx.save_for_backward(
-            image_features, text_features, logit_scale, gradient, scale_grad, product
+            image_features, text_features, logit_scale, gradient, scale_grad, w_matrix
         )
         ctx.weights = weights
         return terms
@@ -99,10 +99,10 @@ def _contrastive(
     logits = cosines * logit_scale
     pair_logits = logits.diagonal().clone()
     # From here on only negatives count. Not -inf: a row without negatives must add 0, not NaN.
-    least = torch.finfo(logits.dtype).min
-    logits.fill_diagonal_(least)
+    lowest = torch.finfo(logits.dtype).min
+    logits.fill_diagonal_(lowest)
     if ids is not None:
-        logits.masked_fill_(ids[:, None] == ids, least)
+        logits.masked_fill_(ids[:, None] == ids, lowest)
     maxima = logits.new_empty(2, n)
     sums = torch.empty_like(maxima)
     torch.amax(logits, dim=1, out=maxima[0])
@@ -118,7 +118,7 @@ def _contrastive(
     loss = F.softplus(margins, threshold=40.0).sum() / (2 * n)
     if not needs_gradient:
         return loss, None, None
-    # exp(a_i - r_i): the row's part of G, summed over its negatives; its pair has minus this.
+    # exp(a_i - r_i): the row's part of G, summed over its negatives. G of the pair is minus that.
     negatives_part = margins.sigmoid_().mul_(1 / (2 * n))
     shares = negatives_part / sums
     gradient = row_exps.mul_(shares[0, :, None]).addcmul_(column_exps, shares[1])
@@ -126,12 +126,14 @@ def _contrastive(
     return loss, gradient, torch.dot(gradient.view(-1), cosines.view(-1))
 
 
-def _penalty_terms(product: Tensor, weights: tuple[float, float], plan: Plan) -> tuple[Tensor, ...]:
+def _penalty_terms(
+    w_matrix: Tensor, weights: tuple[float, float], plan: Plan
+) -> tuple[Tensor, ...]:
     """(x N P_in, y N P_cross) if `plan.separate`, else (their sum,), from W (N, N)."""
-    p = product.square().sum()
+    p = w_matrix.square().sum()
     if not plan.with_cross:
         return (p * ((weights[0] + weights[1]) / 2),)
-    q = (product * product.T).sum()
+    q = (w_matrix * w_matrix.T).sum()
     # Both are sums of squares. Rounding must not make them negative; `clamp` keeps NaN.
     inmodal = (p + q).clamp_(min=0) * (weights[0] / 2)
     crossmodal = (p - q).clamp_(min=0) * (weights[1] / 2)
@@ -144,33 +146,33 @@ def _gradients(
     logit_scale: Tensor | None,
     gradient: Tensor | None,
     scale_grad: Tensor | None,
-    product: Tensor | None,
+    w_matrix: Tensor | None,
     weights: tuple[float, float],
     grads: tuple[Tensor, ...],
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """dI, dT and ds, each None where not needed.
 
-    gradient, scale_grad, product: G / (2N), ds and W, or None; grads: upstream gradients of each
+    gradient, scale_grad, w_matrix: G / (2N), ds and W, or None; grads: upstream gradients of each
     term, or of their sum.
     """
     needs_image, needs_text, needs_scale = needs[:3]
     dtype = accumulation_dtype(image_features.dtype)
     with without_autocast(image_features):
         image, text = image_features.to(dtype), text_features.to(dtype)
-        if product is None:
+        if w_matrix is None:
             image_grad, text_grad = torch.zeros_like(image), torch.zeros_like(text)
         else:
             inmodal = grads[-2 if len(grads) > 1 else 0] * weights[0]
             crossmodal = grads[-1] * weights[1]
-            both_ways = product * (inmodal + crossmodal)
+            h_matrix = w_matrix * (inmodal + crossmodal)
             difference = inmodal - crossmodal
             # The weights are usually equal, and W^T is slow to read; comparing costs little on a
             # CPU.
             if difference.device.type != "cpu" or difference != 0:
-                both_ways.addcmul_(product.T, difference)
-            u_grad = both_ways @ (image - text)
-            v_grad = both_ways.T @ (image + text)
+                h_matrix.addcmul_(w_matrix.T, difference)
+            u_grad = h_matrix @ (image - text)
+            v_grad = h_matrix.T @ (image + text)
             image_grad, text_grad = u_grad + v_grad, u_grad.sub_(v_grad)
         if gradient is not None and logit_scale is not None and scale_grad is not None:
             scale_grad = scale_grad * grads[0]

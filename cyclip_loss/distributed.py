@@ -64,11 +64,11 @@ class Ranks:
         """Where a rank's rows begin in the global batch."""
         return rank * n if self.rows_per_rank is None else sum(self.rows_per_rank[:rank])
 
-    def total(self, n: int) -> int:
+    def total_rows(self, n: int) -> int:
         """N, the rows of the global batch."""
         return self.size * n if self.rows_per_rank is None else sum(self.rows_per_rank)
 
-    def most(self, n: int) -> int:
+    def max_rows(self, n: int) -> int:
         """The most rows of any rank, to which the blocks that ranks send are padded."""
         return n if self.rows_per_rank is None else max(self.rows_per_rank)
 
@@ -110,13 +110,13 @@ def check_ranks_agree(
     """Compare the call with the other ranks'; return `ranks` twice, with numbers of rows.
 
     Ranks compare in the first call with a signature and, with `uneven`, in every call. The host
-    waits for it. Other calls are not checked. Without `uneven`, nothing is compared while
-    `torch.compile` traces.
+    waits for the comparison. Other calls are not checked. Without `uneven`, nothing is compared
+    while `torch.compile` traces.
 
     features: this rank's, for their device. num_rows: how many this rank has, by the arguments'
-    names, pairs first. The first result has the ranks' numbers of pairs, the second those of all
-    rows together. signature: what decides which collectives run, by name. weights: names of
-    options that are numbers, which may change between calls. options: a `LossOptions`.
+    names, pairs first. The first result has the ranks' numbers of pairs, the second those of pairs
+    and extra negatives together. signature: what decides which collectives run, by name. weights:
+    names of options that are numbers, which may change between calls. options: a `LossOptions`.
 
     Raises:
         ValueError: on every rank, listing all differences, or if no rank has pairs. In a call
@@ -174,7 +174,7 @@ def is_gloo_on_gpu(block: Tensor, ranks: Ranks) -> bool:
 
 
 def _listed(values: Any) -> str:
-    """Up to 16 values by rank; of more, up to 16 distinct ones."""
+    """The values by rank; on more than 16 ranks, up to 16 distinct values."""
     if len(values) <= 16:
         return f"{list(values)} (by rank)"
     return f"{', '.join(sorted(set(map(str, values)))[:16])} on {len(values)} ranks"
@@ -195,16 +195,16 @@ def log_sum_exp(
 ) -> tuple[Tensor, Tensor]:
     """The elementwise log-sum-exp of all ranks' `values`, and the pair logits of all columns.
 
-    values: (N,); pair_logits: (n,), of this rank's columns from `start` on. They travel along with
-    the maxima. Columns without a pair get -inf.
+    values: (N,); pair_logits: (n,), of this rank's columns from `start` on. They are sent in the
+    all-reduce of the maxima. Columns without a pair get -inf.
     """
     placed = torch.full_like(values, -torch.inf)
     placed[start : start + pair_logits.shape[0]] = pair_logits
-    largest = wait(start_all_reduce(torch.stack((values, placed)), "max", ranks))
+    maxima = wait(start_all_reduce(torch.stack((values, placed)), "max", ranks))
     # Finite, so that a column without negatives has a sum of 0.
-    reference = largest[0].clamp(min=torch.finfo(values.dtype).min)
+    reference = maxima[0].clamp(min=torch.finfo(values.dtype).min)
     sums = wait(start_all_reduce((values - reference).exp(), "sum", ranks))
-    return sums.log() + reference, largest[1]
+    return sums.log() + reference, maxima[1]
 
 
 def start_gather(features: Tensor, ranks: Ranks) -> Tensor | None:
@@ -248,7 +248,7 @@ def sum_and_scatter(partial: Tensor, ranks: Ranks) -> Tensor:
 
 def padded(block: Tensor, ranks: Ranks) -> Tensor:
     """The rows, contiguous, padded with zeros to as many as the largest rank has."""
-    missing = ranks.most(block.shape[0]) - block.shape[0]
+    missing = ranks.max_rows(block.shape[0]) - block.shape[0]
     if ranks.rows_per_rank is None or missing == 0:
         return block.contiguous()
     return torch.cat((block, block.new_zeros(missing, *block.shape[1:])))

@@ -42,9 +42,9 @@ def _pairs(strip: Tensor, start: int, logits: Logits) -> tuple[Tensor, slice]:
 def contrastive_lse(logits: Logits) -> tuple[Tensor, Tensor, Tensor]:
     """Log-sum-exps of the negatives of each row and column, and the pairs' logits, in one sweep.
 
-    Returns row_negatives (n,), column_negatives (m,), empty unless `symmetric`, and pair_logits
-    (n,), in the accumulation dtype. Without negatives the log-sum-exp is -inf. A row without a
-    partner has pair logit 0.
+    Returns row_negatives_lse (n,), column_negatives_lse (m,), empty unless `symmetric`, and
+    pair_logits (n,), in the accumulation dtype. Without negatives the log-sum-exp is -inf. A row
+    without a partner has pair logit 0.
     """
     row_features, column_features, logit_scale = logits[:3]
     n, m = len(row_features), len(column_features)
@@ -55,7 +55,7 @@ def contrastive_lse(logits: Logits) -> tuple[Tensor, Tensor, Tensor]:
     height = min(n, rows_per_strip(m, row_features.device))
     logits_buffer = columns_t.new_empty(height, m, dtype=dtype)
     exp_buffer = torch.empty_like(logits_buffer)
-    row_lse = columns_t.new_empty(n, dtype=dtype)
+    row_negatives_lse = columns_t.new_empty(n, dtype=dtype)
     pair_logits = columns_t.new_zeros(n, dtype=dtype)
     # Maxima are kept finite, also of rows without negatives, as -inf - (-inf) would be NaN.
     lowest = torch.finfo(dtype).min
@@ -76,13 +76,13 @@ def contrastive_lse(logits: Logits) -> tuple[Tensor, Tensor, Tensor]:
             strip.masked_fill_(same, -torch.inf)
         row_max = strip.amax(dim=1, keepdim=True).clamp_(min=lowest)
         torch.sub(strip, row_max, out=exps).exp_()
-        row_lse[start:stop] = exps.sum(dim=1).log_().add_(row_max[:, 0])
+        row_negatives_lse[start:stop] = exps.sum(dim=1).log_().add_(row_max[:, 0])
         if logits.symmetric:
             new_max = torch.maximum(column_max, strip.amax(dim=0))
             column_sum.mul_(column_max.sub_(new_max).exp_())
             column_sum.add_(strip.sub_(new_max).exp_().sum(dim=0))
             column_max = new_max
-    return row_lse, column_sum.log_().add_(column_max), pair_logits
+    return row_negatives_lse, column_sum.log_().add_(column_max), pair_logits
 
 
 def pair_terms(

@@ -6,6 +6,7 @@ Two modules have the same functions: `eager.py` and, on CUDA and ROCm, the Trito
 
 import os
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -36,7 +37,10 @@ def choose(impl: str, features: Tensor) -> str:
         return "eager"
     has_kernels = architecture(features.device) is not None
     if impl == "auto":
-        if not has_kernels or not _kernels_import():
+        if not has_kernels:
+            _warn_if_only_triton_is_missing(features.device)
+            return "eager"
+        if not _kernels_import():
             return "eager"
         from cyclip_loss import kernels
 
@@ -60,7 +64,7 @@ def choose(impl: str, features: Tensor) -> str:
 
 
 def module(engine: str, features: Tensor) -> Any:
-    """What has the functions of an engine that `choose` returned.
+    """The module or object with the functions of an engine.
 
     engine: one of `IMPLS` in compiled code, whose operators can choose an engine only when they
     run. A rank without rows gets the eager engine: no kernel can be launched for it.
@@ -74,6 +78,25 @@ def module(engine: str, features: Tensor) -> Any:
 
         return kernels
     return verified_kernels()
+
+
+@lru_cache
+def _warn_if_only_triton_is_missing(device: torch.device) -> None:
+    """Warn on a GPU that the kernels support, if Triton, which compiles them, is not installed."""
+    if device.type != "cuda" or find_spec("triton") is not None:
+        return
+    if torch.version.hip is not None:
+        supported = torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx942")
+    else:
+        supported = torch.cuda.get_device_capability(device) >= (8, 0)
+    if supported:
+        warn_once(
+            "triton",
+            "Triton is not installed, so PyTorch computes instead of the kernels, with the same "
+            "results but slower. Install the Triton that belongs to your version of PyTorch: "
+            "`pip install triton` (Windows: `triton-windows`; ROCm: `pytorch-triton-rocm` of "
+            "PyTorch's index). CYCLIP_LOSS_IMPL=eager chooses PyTorch without this warning",
+        )
 
 
 @lru_cache
@@ -93,7 +116,7 @@ def _kernels_import() -> bool:
 
 @lru_cache
 def verified_kernels() -> VerifiedKernels:
-    """The kernels with the forms that have been compared in this process."""
+    """This process's `VerifiedKernels`, which remembers the forms that it compared."""
     from cyclip_loss import kernels
 
     return VerifiedKernels(kernels, eager)

@@ -257,9 +257,9 @@ def cyclip_loss(
     distinct values. The penalties still cover all pairs.
 
     `negative_image_features, negative_text_features`: (M, D), either or both, of any number of
-    rows, such as hard negatives. Every image's text has to be told from the negative texts too, of
-    all ranks, and every text's image from the negative images. They get gradients. They are in no
-    penalty, and in no term of augmented views.
+    rows, such as hard negatives. The negative texts of all ranks are further negatives of every
+    image, and the negative images of every text. They get gradients. They are in no penalty, and
+    in no term of augmented views.
 
     Returns a scalar or, with `output_dict`, `contrastive_loss`, `inmodal_contrastive_loss` if there
     are augmented views, `inmodal_cyclic_loss` and `crossmodal_cyclic_loss`.

@@ -9,7 +9,7 @@ from cyclip_loss.logits import Logits, LogSumExps, SavedStatistics
 
 
 def log_sum_exps(compute: Any, logits: Logits, ranks: Ranks) -> LogSumExps:
-    """The log-sum-exps of all rows and columns, which are here."""
+    """The log-sum-exps of all rows and columns, which one process has."""
     row_lse, column_lse, pair_logits, *other_positives = compute.contrastive_lse(logits)
     return LogSumExps(row_lse, column_lse, pair_logits, None, *other_positives)
 

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-ALL_ROWS = 2**30  # more rows than there are; fits into 32 bits with another number added
+ALL_ROWS = 2**30  # larger than any number of rows; the sum with a column number fits 32 bits
 
 
 class Logits(NamedTuple):

@@ -1,6 +1,6 @@
 """The log-sum-exps that contrastive losses are made of, with gradients.
 
-With l_ij = s * I_i . T_j and no sum over the pair itself:
+With l_ij = s * I_i . T_j, and sums that leave out the pair:
 
     a_i = log sum_{j != i} exp(l_ij)      b_j = log sum_{i != j} exp(l_ij)      l_ii
 
@@ -8,8 +8,8 @@ Given the upstream gradients g_i of a_i, h_j of b_j, and e_i of l_ii, the gradie
 
     G_ij = g_i exp(l_ij - a_i) + h_j exp(l_ij - b_j)      G_ii = e_i
 
-Because g_i exp(l_ij - a_i) = exp(l_ij - (a_i - ln g_i)), this is the backward of the contrastive
-term with r_i = a_i - ln g_i and c_j = b_j - ln h_j, so both share an operator.
+Because g_i exp(l_ij - a_i) = exp(l_ij - (a_i - ln g_i)), `contrastive_backward` computes this G
+when it is given r_i = a_i - ln g_i and c_j = b_j - ln h_j.
 """
 
 from typing import Any, NamedTuple
@@ -29,7 +29,10 @@ from cyclip_loss.plan import make_plan
 
 
 class ContrastiveLogSumExp(NamedTuple):
-    """Of this rank's n pairs, over the negatives of all ranks: float32 (float64 for float64)."""
+    """Results for this rank's n pairs; the sums run over the negatives of all ranks.
+
+    float32 (float64 for float64 features).
+    """
 
     row_negatives: Tensor  # (n,): log sum_{j != i} exp(l_ij), -inf without negatives
     column_negatives: Tensor | None  # (n,): log sum_{i != j} exp(l_ij); None with `one_way`
@@ -52,22 +55,23 @@ def contrastive_logsumexp(
 ) -> ContrastiveLogSumExp:
     """The log-sum-exps of each row's and column's negatives, and the pairs' logits; differentiable.
 
-    They are what contrastive losses are functions of, in O(N D) memory: CLIP's is the mean of
+    Most contrastive losses are functions of these vectors. Memory is O(N D). CLIP's is the mean of
     (softplus(row_negatives - pair_logits) + softplus(column_negatives - pair_logits)) / 2.
 
-    Gradients are exact for losses that do not fall when a log-sum-exp rises. A negative upstream
-    gradient of a log-sum-exp gives NaN gradients. One of zero gives zeros. Second derivatives are
-    an error. float16 features are computed in float32.
+    The loss must not fall when a log-sum-exp rises: a negative upstream gradient of a log-sum-exp
+    makes the gradients NaN. A zero one contributes exactly zero. Second derivatives are an error.
+    float16 features are computed in float32.
 
     Across ranks, compute each rank's loss as a mean over its own n pairs. (If ranks hold different
     numbers of pairs, take the sum times number of ranks / N.) The gradients are then those of one
-    process, averaged as DDP does.
+    process, averaged as DDP does. Every rank must run backward.
 
     Args:
         image_features, text_features: (N, D), as in `cyclip_loss`; rows of any length.
         logit_scale: multiplies the products.
         ids: (N,), integers. Rows with the same id are no negatives of each other.
-        negative_text_features: (M, D), more columns. They have no result of their own.
+        negative_text_features: (M, D), further negatives of every image. They get gradients, but
+            have no entry in the results.
         one_way: leave out the columns' log-sum-exps, which saves time.
         process_group, distributed, dist_impl, uneven, impl: as in `CyCLIPLoss`.
 
@@ -98,6 +102,7 @@ def contrastive_logsumexp(
         negative_text_features,
         options,
         output_dict=False,
+        function="contrastive_logsumexp",
         one_way=boolean("one_way", one_way),
     )
     plan = make_plan(batch, options, separate=False, has_dense_form=False)
@@ -124,27 +129,28 @@ class _LogSumExp(torch.autograd.Function):
         compute = _forward_operator if traced else logsumexp_forward
         arguments = (settings.engine, settings.strategy, *ranks.operator_arguments())
         results: tuple[Tensor, ...] = compute(*fields, *arguments)
-        ctx.save_for_backward(*fields[:5], *results)
+        ctx.save_for_backward(*fields[:5], *results[:2])
         ctx.rest = fields[5:], own_columns, ranks, settings, traced
         return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         fields, own_columns, ranks, settings, traced = ctx.rest
-        *logits, row_lse, column_lse, pair_logits = ctx.saved_tensors
-        # NaN for a negative upstream gradient. For 0 it is inf, which makes G 0. Where there are no
-        # negatives, the log-sum-exp is -inf, and every G_ij is left out.
-        row_lse, column_lse = row_lse - grads[0].log(), column_lse - grads[1].log()
+        *logits, row_lse, column_lse = ctx.saved_tensors
+        # The logarithm of a negative gradient is NaN. Of 0 it is -inf, so r_i is inf and G_ij is 0.
+        # In a row without negatives, every G_ij is left out.
+        row_lse = row_lse - grads[0].log()
         # The operator multiplies by W, and divides by the number of directions and `total_pairs`.
         symmetric = fields[1]
-        grad = torch.full_like(pair_logits.sum(), (2 if symmetric else 1) / ranks.size)
+        grad = torch.full_like(logits[2], (2 if symmetric else 1) / ranks.size)
         settings = contrastive.Settings(
             1, False, settings.engine, settings.strategy, *ranks.operator_arguments()
         )
         if symmetric:
-            # Extra negatives have no log-sum-exp of their own.
-            missing = own_columns - column_lse.shape[0]
-            column_lse = F.pad(column_lse, (0, missing), value=torch.inf)
+            column_lse = column_lse - grads[1].log()
+            num_extra = own_columns - column_lse.shape[0]
+            if num_extra > 0:  # extra negatives have no log-sum-exp of their own
+                column_lse = F.pad(column_lse, (0, num_extra), value=torch.inf)
             if settings.strategy == "gather":
                 gathered = start_gather(column_lse, ranks)
                 assert gathered is not None
@@ -178,8 +184,11 @@ def logsumexp_forward(
     compute = engines.module(engine, row_features)
     with without_autocast(row_features):
         lse = contrastive.STRATEGIES[strategy].log_sum_exps(compute, logits, ranks)
-    column_lse = lse.column_negatives_lse[first_column : first_column + row_features.shape[0]]
-    return lse.row_negatives_lse, column_lse.clone(), lse.pair_logits
+    column_lse = lse.column_negatives_lse
+    if symmetric and column_lse.shape[0] > row_features.shape[0]:
+        # This rank's, without extra negatives. A copy, because a view would keep all of them.
+        column_lse = column_lse[first_column : first_column + row_features.shape[0]].clone()
+    return lse.row_negatives_lse, column_lse, lse.pair_logits
 
 
 def _forward_fake(

@@ -259,7 +259,7 @@ class CyclicPenalty(_Module):
 
         penalty = lambda_inmodal * P_in + lambda_crossmodal * P_cross
 
-    Semantics across ranks, and errors are as in `CyCLIPLoss`. The only collective is an all-reduce
+    Behaviour across ranks and errors are as in `CyCLIPLoss`. The only collective is an all-reduce
     of 3 D^2 + 1 elements, so ranks may hold any numbers of rows (NaN if all hold none). Ranks do
     not check that they agree on D and the lambdas.
 

@@ -9,18 +9,6 @@ from cyclip_loss.batch import check_features
 from cyclip_loss.numerics import rows_per_strip
 from cyclip_loss.options import LossOptions
 
-NAMES = (
-    "inmodal_gap",
-    "crossmodal_gap",
-    "alignment",
-    "image_uniformity",
-    "text_uniformity",
-    "image_to_text_accuracy",
-    "text_to_image_accuracy",
-    "inmodal_correlation",
-    "crossmodal_correlation",
-)
-
 
 @torch.no_grad()
 def consistency_metrics(
@@ -45,8 +33,8 @@ def consistency_metrics(
 
     The gaps are the penalties of Goel et al. 2022, eq. 2 and 3, without their factor N, so they are
     comparable between batch sizes. They are small, too, where all features are alike; correlations
-    are not (representational similarity analysis, Kriegeskorte et al. 2008). These are NaN if
-    N < 3, or if the similarities do not vary beyond rounding. Alignment and uniformity: Wang &
+    are not (representational similarity analysis, Kriegeskorte et al. 2008). Correlations are NaN
+    if N < 3, or if the similarities do not vary beyond rounding. Alignment and uniformity: Wang &
     Isola 2020, alpha = t = 2.
 
     Args:
@@ -65,82 +53,134 @@ def consistency_metrics(
     ranks = across.Ranks()
     if distributed or process_group is not None:
         ranks = across.ranks_of(process_group)
-    pair: tuple[Tensor, ...] = check_features(
+    pair = check_features(
         image_features, text_features, may_be_empty=ranks.size > 1, autocast=False
     )
-    n, d = pair[0].shape
+    start, stop = 0, pair[0].shape[0]
     if ranks.size > 1:
-        signature = {"D": d, "dtype": pair[0].dtype, "the device type": pair[0].device.type}
-        num_rows = {"image_features and text_features": n}
-        options = LossOptions(uneven=True)
-        ranks, _ = across.check_ranks_agree(ranks, options, pair[0], num_rows, signature, ())
-        gathered = across.start_gather(torch.cat(pair, dim=1), ranks)
-        assert gathered is not None
-        pair = across.finish_gather(gathered, ranks).tensor_split((d,), dim=1)
+        pair, start, stop, ranks = _gather(pair, ranks)
     wide = torch.float32 if pair[0].device.type == "mps" else torch.float64  # MPS has no float64
     images, texts = pair[0].to(wide), pair[1].to(wide)
-    total, start = ranks.total(n), ranks.first_row(ranks.rank, n)
-    pairs = total * (total - 1)  # 0 for a single row, whose means are 0 / 0 = NaN
-    # The mean similarities over i != j, from which the correlations are deviations.
-    means = [
-        (x.sum(dim=0).dot(y.sum(dim=0)) - (x * y).sum()) / pairs
-        for x, y in ((images, images), (texts, texts), (images, texts))
-    ]
-    sums = images.new_zeros(13)  # seven, and three for each correlation
-    rows = torch.arange(start, start + n, device=images.device)
-    for own in torch.split(rows, rows_per_strip(total, images.device)):
-        image, text = images[own], texts[own]
-        image_image, text_text = image @ images.T, text @ texts.T
-        image_text, text_image = image @ texts.T, text @ images.T
-        moments = [
-            *_moments(image_image - means[0], text_text - means[1], own),
-            *_moments(image_text - means[2], text_image - means[2], own),
-        ]
-        sums += torch.stack(
-            (
-                (image_image - text_text).square_().sum(),
-                (image_text - text_image).square_().sum(),
-                (image - text).square_().sum(),
-                _potentials(image_image, images, own),
-                _potentials(text_text, texts, own),
-                # NaN if a similarity is NaN.
-                (image_text.argmax(dim=1) == own).sum() + 0 * image_text.sum(),
-                (text_image.argmax(dim=1) == own).sum() + 0 * text_image.sum(),
-                *moments,
-            )
-        )
+
+    means = _mean_similarities(images, texts)
+    sums: dict[str, Tensor] = {}
+    own_rows = torch.arange(start, stop, device=images.device)
+    for rows in torch.split(own_rows, rows_per_strip(images.shape[0], images.device)):
+        for name, part in _sums_of_rows(images, texts, rows, means).items():
+            sums[name] = sums[name] + part if name in sums else part
     if ranks.size > 1:
-        sums = across.wait(across.start_all_reduce(sums, "sum", ranks))
-    counts = sums.new_tensor((total**2, total**2, total, pairs, pairs, total, total))
-    values = sums[:7] / counts
-    values[3:5] = values[3:5].log()
-    first, second, both = sums[7:].view(2, 3).unbind(dim=1)
-    length = (images.square().sum() + texts.square().sum()) / total
-    rounding = pairs * (64 * torch.finfo(wide).eps * length) ** 2
-    undefined = (torch.minimum(first, second) <= rounding) | (total < 3)
-    correlations = (both / (first * second).sqrt()).masked_fill(undefined, torch.nan)
-    return dict(zip(NAMES, torch.cat((values, correlations)).float().unbind(), strict=True))
+        # A rank without rows has the sums of one empty strip.
+        packed = torch.stack([*sums.values()])
+        packed = across.wait(across.start_all_reduce(packed, "sum", ranks))
+        sums = dict(zip(sums, packed.unbind(), strict=True))
+    return {name: value.float() for name, value in _metrics(sums, images, texts).items()}
 
 
-def _moments(first: Tensor, second: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The sums over i != j of the squares of both and of their product, for the rows i in `own`.
+def _gather(
+    pair: tuple[Tensor, Tensor], ranks: across.Ranks
+) -> tuple[tuple[Tensor, Tensor], int, int, across.Ranks]:
+    """The features of all ranks, the first of this rank's rows and their end, and the ranks."""
+    n, d = pair[0].shape
+    signature = {"D": d, "dtype": pair[0].dtype, "the device type": pair[0].device.type}
+    num_rows = {"image_features and text_features": n}
+    options = LossOptions(uneven=True)
+    ranks, _ = across.check_ranks_agree(ranks, options, pair[0], num_rows, signature, ())
+    gathered = across.start_gather(torch.cat(pair, dim=1), ranks)
+    assert gathered is not None
+    images, texts = across.finish_gather(gathered, ranks).tensor_split((d,), dim=1)
+    start = ranks.first_row(ranks.rank, n)
+    return (images, texts), start, start + n, ranks
+
+
+def _mean_similarities(images: Tensor, texts: Tensor) -> dict[str, Tensor]:
+    """The means over i != j of I_i . I_j, T_i . T_j and I_i . T_j; NaN for a single row."""
+    n = images.shape[0]
+
+    def mean(x: Tensor, y: Tensor) -> Tensor:
+        return (x.sum(dim=0).dot(y.sum(dim=0)) - (x * y).sum()) / (n * (n - 1))
+
+    return {
+        "image": mean(images, images),
+        "text": mean(texts, texts),
+        "cross": mean(images, texts),
+    }
+
+
+def _sums_of_rows(
+    images: Tensor, texts: Tensor, rows: Tensor, means: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """What `_metrics` needs, summed over these rows i and all j."""
+    image, text = images[rows], texts[rows]
+    image_image, text_text = image @ images.T, text @ texts.T
+    image_text, text_image = image @ texts.T, text @ images.T
+    # Correlations are sums of deviations from the mean.
+    inmodal = _moments(image_image - means["image"], text_text - means["text"], rows)
+    crossmodal = _moments(image_text - means["cross"], text_image - means["cross"], rows)
+    return {
+        "inmodal_gap": (image_image - text_text).square_().sum(),
+        "crossmodal_gap": (image_text - text_image).square_().sum(),
+        "alignment": (image - text).square_().sum(),
+        "image_uniformity": _potentials(image_image, images, rows),
+        "text_uniformity": _potentials(text_text, texts, rows),
+        # NaN if a similarity is NaN.
+        "image_to_text_accuracy": (image_text.argmax(dim=1) == rows).sum() + 0 * image_text.sum(),
+        "text_to_image_accuracy": (text_image.argmax(dim=1) == rows).sum() + 0 * text_image.sum(),
+        "image_image_square": inmodal[0],
+        "text_text_square": inmodal[1],
+        "inmodal_product": inmodal[2],
+        "image_text_square": crossmodal[0],
+        "text_image_square": crossmodal[1],
+        "crossmodal_product": crossmodal[2],
+    }
+
+
+def _metrics(sums: dict[str, Tensor], images: Tensor, texts: Tensor) -> dict[str, Tensor]:
+    """The metrics by name, from sums over all rows."""
+    n = images.shape[0]
+    pairs = n * (n - 1)
+    length = (images.square().sum() + texts.square().sum()) / n
+    rounding = pairs * (64 * torch.finfo(images.dtype).eps * length) ** 2
+
+    def correlation(first: Tensor, second: Tensor, product: Tensor) -> Tensor:
+        is_undefined = (torch.minimum(first, second) <= rounding) | (n < 3)
+        return (product / (first * second).sqrt()).masked_fill(is_undefined, torch.nan)
+
+    return {
+        "inmodal_gap": sums["inmodal_gap"] / n**2,
+        "crossmodal_gap": sums["crossmodal_gap"] / n**2,
+        "alignment": sums["alignment"] / n,
+        "image_uniformity": (sums["image_uniformity"] / pairs).log(),
+        "text_uniformity": (sums["text_uniformity"] / pairs).log(),
+        "image_to_text_accuracy": sums["image_to_text_accuracy"] / n,
+        "text_to_image_accuracy": sums["text_to_image_accuracy"] / n,
+        "inmodal_correlation": correlation(
+            sums["image_image_square"], sums["text_text_square"], sums["inmodal_product"]
+        ),
+        "crossmodal_correlation": correlation(
+            sums["image_text_square"], sums["text_image_square"], sums["crossmodal_product"]
+        ),
+    }
+
+
+def _moments(first: Tensor, second: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums over i != j of the squares of both and of their product, for these rows i.
 
     Both are overwritten.
     """
     for deviations in (first, second):
-        deviations[torch.arange(len(own), device=own.device), own] = 0
+        deviations[torch.arange(len(rows), device=rows.device), rows] = 0
     x, y = first.view(-1), second.view(-1)
     return x.dot(x), y.dot(y), x.dot(y)
 
 
-def _potentials(products: Tensor, features: Tensor, own: Tensor) -> Tensor:
-    """The sum of exp(-2 |x_i - x_j|^2) over the rows i in `own` and all j != i.
+def _potentials(products: Tensor, features: Tensor, rows: Tensor) -> Tensor:
+    """The sum of exp(-2 |x_i - x_j|^2) over these rows i and all j != i.
 
     products: x_i . x_j, overwritten.
     """
     norms = features.square().sum(dim=1)
-    squared = products.mul_(-2).add_(norms).add_(norms[own, None])
+    squared = products.mul_(-2).add_(norms).add_(norms[rows, None])
     potentials = squared.clamp_(min=0).mul_(-2).exp_()
     # Set to 0, not subtracted from the sum, whose other terms could be lost in rounding.
-    potentials[torch.arange(len(own), device=own.device), own] = 0
+    potentials[torch.arange(len(rows), device=rows.device), rows] = 0
     return potentials.sum()

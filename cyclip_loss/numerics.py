@@ -19,7 +19,7 @@ STRIP_ELEMENTS_OTHER_DEVICES = 2**26
 # twice the elements.
 MIN_STRIP_ROWS, FULL_SPEED_ROWS = 64, 512
 
-# D matters to the kernels by the largest power of two that divides it, up to this.
+# Tile sizes depend on the largest power of two, at most this, that divides D.
 MAX_DIVISOR = 128
 
 # Before 3.9, Triton does not compile the kernels for sm_100, or leaves their products out.

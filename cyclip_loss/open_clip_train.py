@@ -148,7 +148,7 @@ class _Swap:
     def create_task(self, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """OpenCLIP 4.x's task with its loss replaced. (Other versions create the loss directly.)"""
         task = make(*args, **kwargs)
-        task.loss = self.create_loss(getattr, task, "loss", None)
+        task.loss = self.create_loss(lambda: getattr(task, "loss", None))
         return task
 
     def create_loss(self, make: Callable[..., Any], *args: Any, **kwargs: Any) -> nn.Module:
@@ -190,8 +190,10 @@ class _Swap:
 
         def set_rate_and_lambdas(step: int) -> Any:
             self.warming_up = True
-            for name in ("lambda_inmodal", "lambda_crossmodal") if self.loss is not None else ():
-                setattr(self.loss, name, min(1.0, (step + 1) / length) * self.penalty_options[name])
+            if self.loss is not None:
+                for name in ("lambda_inmodal", "lambda_crossmodal"):
+                    share = min(1.0, (step + 1) / length)
+                    setattr(self.loss, name, share * self.penalty_options[name])
             return set_rate(step)
 
         return set_rate_and_lambdas if length else set_rate

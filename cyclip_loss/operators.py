@@ -1,7 +1,7 @@
 """How a function becomes an operator of `torch.ops.cyclip_loss`, for `torch.compile`.
 
-There are four operators, each of which calls an engine: two in `contrastive.py`, two in
-`cyclic.py`. `torch.compile` sees only the shapes of their results. The autograd functions in those
+Five operators call an engine: two each in `contrastive.py` and `cyclic.py`, one in `logsumexp.py`.
+ `torch.compile` sees only the shapes of their results. The autograd functions in those
 files call an operator while they are traced (`torch.compile`, `torch.export`, fake tensors), and
 the Python function otherwise: PyTorch's dispatcher takes 18 microseconds instead of 1.8.
 """

@@ -1,4 +1,4 @@
-"""The second step of a call: what is decided about it, once.
+"""The second step of a call: decide, once, how it is computed.
 
 `logging.getLogger("cyclip_loss").setLevel("DEBUG")` shows the plan of each call.
 """
@@ -20,7 +20,7 @@ def make_plan(
 ) -> Plan:
     """Decide how the batch is computed. Raises ValueError if `options.impl` cannot compute it.
 
-    has_dense_form: whether what is computed can be computed by `dense.py`.
+    has_dense_form: whether `dense.py` can compute this function.
     """
     features = batch.image_features
     # Before N is compared with anything: compiled code must not depend on N.
@@ -34,8 +34,8 @@ def make_plan(
     may_be_dense = has_dense_form and (features.is_cpu or features.dtype.itemsize > 2)
     if may_be_dense and not traced and engine == "eager" and batch.ranks.group is None:
         n, d = features.shape
-        plain = len(batch.row_features) == 1 and not batch.has_negatives and not positives
-        if contrastive == "streamed" and plain and n <= 2 * d:
+        has_only_pairs = len(batch.row_features) == 1 and not batch.has_negatives and not positives
+        if contrastive == "streamed" and has_only_pairs and n <= 2 * d:
             contrastive = "dense"
         # The dense form of the penalties takes 6 N^2 D flops, Gram matrices this many N D^2. Where
         # the contrastive term is dense, the penalties are dense too.

@@ -1,7 +1,7 @@
 """Rows with the same id as positives of each other (`same_ids="positives"`).
 
-With P_i the columns that have row i's id, its partner among them, r_i over all columns, and c_j and
-P_j likewise (Yang et al. 2022, UniCL; L_out of Khosla et al. 2020, SupCon):
+P_i: the columns with row i's id, its partner included. r_i: the log-sum-exp over all columns. P_j
+and c_j: the same for column j (Yang et al. 2022, UniCL; L_out of Khosla et al. 2020, SupCon):
 
     L = 1/(2N) * (sum_i [r_i - mean over P_i of l_ip] + sum_j [c_j - mean over P_j of l_pj])
 

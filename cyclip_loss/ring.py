@@ -1,7 +1,7 @@
 """The strategy "ring": each rank passes a block of n text rows on to the next rank.
 
-After W steps every row has met every column, in O(n D) memory per rank. Sums over the rows of all
-ranks for a block of columns travel with it, one step behind.
+After W steps every row has met every column, in O(n D) memory per rank. Each block's column sums
+follow it one step later, and every rank adds its rows' part.
 """
 
 from collections.abc import Callable
@@ -35,8 +35,8 @@ def log_sum_exps(compute: Any, logits: Logits, ranks: Ranks) -> LogSumExps:
 
     initial = None
     if logits.symmetric:
-        most = ranks.most(logits.column_features.shape[0])
-        initial = row_lse.new_full((most,), -torch.inf)
+        max_rows = ranks.max_rows(logits.column_features.shape[0])
+        initial = row_lse.new_full((max_rows,), -torch.inf)
     column_lse = _ring(logits, None, initial, column_part, combine, ranks)
     return LogSumExps(
         row_lse.to(scale.dtype),
@@ -75,7 +75,7 @@ def gradients(
         return part
 
     num_columns, d = logits.column_features.shape
-    initial = new.new_zeros(ranks.most(num_columns), d) if needs_columns else None
+    initial = new.new_zeros(ranks.max_rows(num_columns), d) if needs_columns else None
     column_lse = saved.column_lse if logits.symmetric else None
     column_grad = _ring(logits, column_lse, initial, column_part, Tensor.add_, ranks)
     return row_grad, new.new_empty(0) if column_grad is None else column_grad, scale_grad

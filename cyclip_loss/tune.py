@@ -42,8 +42,8 @@ if find_spec("triton") is not None:  # else `main` says that there is nothing to
     parallel = getattr(triton, "AsyncCompileMode", lambda pool, ignore_errors: nullcontext())
 
 DTYPES = ["bfloat16", "float16", "float32"]
-LEAST_GAIN = 0.02  # less is noise, and no reason to leave what is shipped
-COMPILING = 0.6  # of a kernel's time: compiling and comparing; the rest is for timing
+LEAST_GAIN = 0.02  # a smaller gain is noise: keep the shipped tile
+COMPILING_SHARE = 0.6  # of a kernel's time: compiling and comparing; the rest is for timing
 # Height, width and warps of tiles. LARGE ones leave each thread 64 to 128 accumulators. SMALL ones,
 # for kernels with two products or wider accumulators, leave 32 to 64. SQUARE: for D x D matrices.
 LARGE = [(256, 128, 8), (128, 256, 8), (128, 128, 8), (128, 128, 4), (128, 64, 4), (64, 128, 4)]
@@ -166,7 +166,7 @@ def tune(
         launch, flops = launcher(kernel, image, text)
         end = begun + seconds * job / len(jobs)
         doing = f"{job}/{len(jobs)} {key}"
-        left_out, usable = _right_ones(kernel, tiles, image, launch, end, doing)
+        left_out, usable = _usable_candidates(kernel, tiles, image, launch, end, doing)
         found = list(zip(_median_times(kernel, usable, launch, device, end), usable, strict=True))
         shipped_ms = next((ms for ms, config in found if config == shipped), float("inf"))
         best_ms, fastest = min(found, key=lambda one: one[0], default=(shipped_ms, shipped))
@@ -184,12 +184,12 @@ def tune(
         }
 
 
-def _right_ones(
+def _usable_candidates(
     kernel: str, tiles: list[Any], image: Tensor, launch: Any, end: float, doing: str
 ) -> tuple[list[str], list[Any]]:
     """Why candidates were left out, and the candidates that may be chosen.
 
-    Groups of candidates are compiled at the same time, until COMPILING of the time has passed.
+    Groups of candidates are compiled at the same time, until COMPILING_SHARE of the time is over.
     """
     begun, group = time.perf_counter(), max(1, (os.cpu_count() or 1) // 2)
     left_out: list[str] = []
@@ -198,12 +198,12 @@ def _right_ones(
         progress = f"{doing}: candidate {number + 1} of {len(tiles)}"
         print(f"\r{progress:<79}", end="", file=sys.stderr, flush=True)
         if number % group == 0 and not kernels.INTERPRETED:
-            if number and time.perf_counter() > begun + COMPILING * (end - begun):
+            if number and time.perf_counter() > begun + COMPILING_SHARE * (end - begun):
                 left_out.append(f"no time for {len(tiles) - number} of {len(tiles)} tiles")
                 break
             with ThreadPoolExecutor() as pool, parallel(pool, ignore_errors=True):
-                for ahead in tiles[number : number + group]:
-                    refusal(kernel, ahead, image, launch, compile_only=True)
+                for candidate in tiles[number : number + group]:
+                    refusal(kernel, candidate, image, launch, compile_only=True)
         if problem := refusal(kernel, config, image, launch):
             left_out.append(f"{config}: {problem}")
         else:
@@ -253,7 +253,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--n", type=int, default=8192, help="pairs (default: 8192)")
     parser.add_argument("--d", type=int, default=768, help="features (default: 768)")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
-    parser.add_argument("--seconds", type=int, default=120, help="of all (default: 120)")
+    parser.add_argument("--seconds", type=int, default=120, help="in total (default: 120)")
     parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU; keeps nothing")
     options = parser.parse_args(arguments)
     if min(sizes := (options.n, options.d, options.seconds)) < 1:

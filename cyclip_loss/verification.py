@@ -135,8 +135,8 @@ class VerifiedKernels:
     def problem_of(self, form: Form) -> str | None:
         """What is wrong with a form of the kernels; None if it agrees with the eager engine."""
         try:
-            # The caller's autocast, inference mode, default device and other modes are its
-            # thread's. So they do not reach this thread.
+            # Compare in a thread of its own: the caller's autocast, inference mode, default device
+            # and other modes do not apply there.
             with ThreadPoolExecutor(1) as thread:
                 return thread.submit(self.compare, form).result()
         except Exception as error:
@@ -177,15 +177,15 @@ class VerifiedKernels:
         }
         needs_scale = dict(form.switches).get("needs", (True, True, True))[-1]
         for arguments, limits in cases[form.function](form):
-            expected = getattr(self.eager, form.function)(*arguments)
+            expected_results = getattr(self.eager, form.function)(*arguments)
             narrow = tree_map(lambda x: _narrow(x, form.scope.dtype), arguments)
             results = getattr(self.kernels, form.function)(*narrow, **limits)
             if isinstance(results, Tensor):
-                results, expected = [results], [expected]
-            for index, (result, right) in enumerate(zip(results, expected, strict=True)):
+                results, expected_results = [results], [expected_results]
+            for index, (result, expected) in enumerate(zip(results, expected_results, strict=True)):
                 if form.function == "contrastive_grads" and index == 2 and not needs_scale:
                     continue  # arbitrary where it is not needed
-                problem = _difference(result, right, bound)
+                problem = _difference(result, expected, bound)
                 if problem is not None:
                     return f"result {index} {problem}"
         return None
@@ -223,7 +223,7 @@ class VerifiedKernels:
         )
 
     def _check_logits(self, form: Form) -> Iterator[Logits]:
-        """Logits that take the ways of the form, without and with NaN."""
+        """Logits that take the code paths of the form, without and with NaN."""
         switches = dict(form.switches)
         num_rows, num_columns = self.sizes
         rows, columns = _features(form, self.kernels.INTERPRETED, num_rows, num_columns)
@@ -375,18 +375,18 @@ class VerifiedKernels:
         yield (rows, _with_nan(columns), grams, grads, weights, 2, needs), {}
 
 
-def _difference(result: Tensor, right: Tensor, bound: float) -> str | None:
+def _difference(result: Tensor, expected: Tensor, bound: float) -> str | None:
     """How a result is wrong; None if it is right, up to `bound` of the largest value."""
-    if result.shape != right.shape:
+    if result.shape != expected.shape:
         return f"has shape {tuple(result.shape)}"
-    if right.numel() == 0:
+    if expected.numel() == 0:
         return None
     # Where the eager result is not finite, the kernel's must not be either.
-    finite = right.isfinite()
+    finite = expected.isfinite()
     if bool((result.isfinite() & ~finite).any()):
         return "is finite where it should not be"
-    error = torch.where(finite, (result - right).abs(), 0).max().item()
-    largest = torch.where(finite, right.abs(), 0).max().item()
+    error = torch.where(finite, (result - expected).abs(), 0).max().item()
+    largest = torch.where(finite, expected.abs(), 0).max().item()
     if not error <= bound * largest:
         return f"is off by {error:.2g}; its largest value is {largest:.2g}"
     return None
@@ -405,7 +405,7 @@ def _features(
 
     Every fifth row is nearly aligned with the column of the same number.
     """
-    # An odd multiple has the same class. The interpreter, which is slow, gets a small one.
+    # An odd multiple has the same `divisor_of`. The interpreter, which is slow, gets a small one.
     d = form.divisor * (3 if interpreted or form.divisor == MAX_DIVISOR else 1)
     if not interpreted and form.divisor < MAX_DIVISOR:
         d += MAX_DIVISOR

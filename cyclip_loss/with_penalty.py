@@ -64,7 +64,7 @@ class WithCyclicPenalty(CyclicPenalty):
         terms = self.loss(*args, **kwargs)
         named = terms if isinstance(terms, dict) else {"result": terms}
         if isinstance(terms, tuple):
-            # Of the type: PyTorch 2.8 cannot trace `terms._fields`.
+            # Ask the type, because PyTorch 2.8 cannot trace `terms._fields`.
             names = getattr(type(terms), "_fields", range(len(terms)))
             named = dict(zip(names, terms))  # noqa: B905
         for name, term in named.items():

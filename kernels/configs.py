@@ -95,7 +95,7 @@ _FULL_GRAM = _gram(64, 16, 4, 2)
 _FULL_CYCLIC = _cyclic(64, 64, 16, 8, 2)
 # With 4 warps instead of 8, tiles of 128 x 128 take 13 to 24% fewer instructions (D = 768), and two
 # programs fit into an SM: one multiplies while the other sums. (For contrastive_lse in tf32, sm_80
-# has room for two programs of 8 warps.) Of a Gram tile, 8 warps would compute each product twice.
+# has room for two programs of 8 warps.) 8 warps would compute each product of a Gram tile twice.
 _SM80_HALF = _product(128, 128, 32, 4, 4, 2)
 _SM80_TF32 = _product(128, 128, 32, 4, 3, 2)
 _SM80 = {
@@ -128,7 +128,7 @@ _SM100 = {
     "gram_matrices": _SM90["gram_matrices"],
     "cyclic_grads": {TF32: _cyclic(128, 128, 32, 8, 2), IEEE: _FULL_CYCLIC},
 }
-# Of a tile of 64 x 64, 8 waves would compute each product twice: an instruction's is 32 x 32.
+# 8 waves would compute each product of a 64 x 64 tile twice, as an instruction computes 32 x 32.
 _AMD_HALF = _product(128, 128, 32, 8, 2)
 _AMD_FULL = _product(64, 64, 16, 4, 2)
 _GFX942 = {
@@ -203,7 +203,7 @@ def _check(key: str, config: Config) -> None:
 def tuned(device: torch.device) -> dict[str, Config]:
     """What the file has for a device, by `tiles_key`; nothing, with a warning, if it is broken."""
     file = tiles_file()
-    # No file is as usual, unless one was named.
+    # A missing file is normal, unless CYCLIP_LOSS_TILES names it.
     if not file or not (file.exists() or os.environ.get("CYCLIP_LOSS_TILES")):
         return {}
     try:
@@ -219,7 +219,7 @@ def tuned(device: torch.device) -> dict[str, Config]:
         return {}
 
 
-# What `overridden` sets: configurations by kernel, and then no file is read.
+# Configurations by kernel, set by `overridden`. While they are set, the file is not read.
 _overrides: dict[str, Config] | None = None
 
 

@@ -25,7 +25,7 @@ from cyclip_loss.kernels.tiles import LN_2, LOG2_E, grouped_tile, same_ids, spli
 from cyclip_loss.logits import Logits, SavedStatistics
 from cyclip_loss.numerics import add_product, matmul, on_device_of
 
-# Rows and elements of one block of G, which thus has 16,384 columns and takes 512 MB in 16 bits, at
+# A block of G has at most this many rows and elements, so 16,384 columns: 512 MB in 16 bits, at
 # every N. Both products of a block sum over thousands of elements. At D = 768 they have 384 output
 # tiles of 128 x 256, which should fill 97% of 132 SMs (73% with half as many rows). Each product
 # reads and writes its float32 sums once per block: 3 GB in all at N = 65,536.
@@ -90,7 +90,7 @@ def contrastive_grads_kernel(
     for part in tl.static_range(PARTS):
         start = column_tile * BN + part * WIDTH
         columns = start + tl.arange(0, WIDTH)
-        # Past the end the last values are read again. They are finite; their results are dropped.
+        # Past the end the last values are read again. The mask below drops their results.
         r = (tl.load(row_lse + tl.minimum(rows, n - 1)) - SHIFT * LN_2) * LOG2_E
         g = tl.exp2(parts[part] * scale - r[:, None])
         if SYMMETRIC:
@@ -249,7 +249,7 @@ def contrastive_grads(
         if gradient.shift:
             sum_weight = grad * logits.logit_scale * (weight * 2.0**-gradient.shift)
 
-        def finished(total: Tensor) -> Tensor:
+        def weighted(total: Tensor) -> Tensor:
             return (total if sum_weight is None else total.mul_(sum_weight)).to(grad_dtype)
 
         row_grad, column_grad = row_features.new_empty(0, dtype=grad_dtype), new.new_empty(0)
@@ -258,15 +258,15 @@ def contrastive_grads(
             block = gradient.block(0, 0)
             dtype = torch.float32 if gradient.shift else grad_dtype
             if needs_rows:
-                row_grad = finished(matmul(block, column_features, dtype))
+                row_grad = weighted(matmul(block, column_features, dtype))
             if needs_columns:
                 column_grad = matmul(block.T, row_features, dtype)
         else:
             row_grad, column_grad = _summed_over_blocks(
-                gradient, row_features, column_features, needs, finished, row_grad
+                gradient, row_features, column_features, needs, weighted, row_grad
             )
         scale_grad = gradient.scale_grad()
-    return row_grad, finished(column_grad), scale_grad
+    return row_grad, weighted(column_grad), scale_grad
 
 
 def _summed_over_blocks(
@@ -274,10 +274,10 @@ def _summed_over_blocks(
     row_features: Tensor,
     column_features: Tensor,
     needs: list[bool],
-    finished: Callable[[Tensor], Tensor],
+    weighted: Callable[[Tensor], Tensor],
     row_grad: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """dI, finished, and the sums of dT in float32. row_grad: empty, of
+    """dI, weighted, and the sums of dT in float32. row_grad: empty, of
     the result's dtype, and returned as it is if dI is not needed."""
     needs_rows, needs_columns, _ = needs
     new = gradient.saved.row_lse
@@ -295,5 +295,5 @@ def _summed_over_blocks(
             if needs_columns:
                 add_product(column_grad[left:right], block.T, rows)
         if needs_rows:
-            row_grad[start : start + gradient.height] = finished(row_sum)
+            row_grad[start : start + gradient.height] = weighted(row_sum)
     return row_grad, column_grad

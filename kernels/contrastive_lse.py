@@ -6,9 +6,9 @@ With ids, the sums leave out l_ij also where row i and column j have the same id
 
 2 n m D flops. A tile's program writes, for each row and each column of its tile, the maximum and
 the sum of exponentials relative to it. A second kernel combines them. So every sum has a fixed
-order, no atomics are needed, and the same inputs give the same bits. (Log-sum-exps would be half as
-much to write. But a precise log2 in every thread that holds a copy of a sum was a third of all
-instructions after the product.)
+order, no atomics are needed, and the same inputs give the same bits. (One
+log-sum-exp per tile would halve the writes. But its precise log2, in every thread that holds a copy
+of the sum, took a third of all instructions after the product.)
 """
 
 import torch
@@ -112,13 +112,15 @@ def contrastive_lse_kernel(
 
 
 @triton.jit
-def _join(partials, lse, tiles, length, present, first, TILES: tl.constexpr, BLOCK: tl.constexpr):
+def _join(
+    partials, lse, tiles, length, num_previous, first, TILES: tl.constexpr, BLOCK: tl.constexpr
+):
     """Combine tiles' maxima and sums, (2, tiles, length), into `lse`, BLOCK elements from `first`.
 
-    Elements below `present` hold log-sum-exps already, of earlier strips.
+    Elements below `num_previous` hold log-sum-exps already, of earlier strips.
     """
     index = first + tl.arange(0, BLOCK)
-    maximum = tl.load(lse + index, mask=index < present, other=-float("inf")) * LOG2_E
+    maximum = tl.load(lse + index, mask=index < num_previous, other=-float("inf")) * LOG2_E
     # The log-sum-exp so far is a maximum with a sum of 1.
     total = tl.where(maximum == -float("inf"), 0.0, 1.0)
     for start in range(0, tiles, TILES):
@@ -167,12 +169,23 @@ def join_lse_kernel(
         _join(row_partials, row_lse, row_parts, n, 0, first, TILES, BLOCK)
         rows = first + tl.arange(0, BLOCK)
         partner = rows + first_column
-        alone = (partner < 0) | (partner >= m) | (rows >= num_pairs)
-        tl.store(pair_logits + rows, tl.zeros((BLOCK,), tl.float32), mask=alone & (rows < n))
+        has_no_partner = (partner < 0) | (partner >= m) | (rows >= num_pairs)
+        tl.store(
+            pair_logits + rows, tl.zeros((BLOCK,), tl.float32), mask=has_no_partner & (rows < n)
+        )
     else:
         first = (block - row_blocks) * BLOCK
-        present = tl.where(strip > 0, num_columns, 0)
-        _join(column_partials, column_lse, column_parts, num_columns, present, first, TILES, BLOCK)
+        num_previous = tl.where(strip > 0, num_columns, 0)
+        _join(
+            column_partials,
+            column_lse,
+            column_parts,
+            num_columns,
+            num_previous,
+            first,
+            TILES,
+            BLOCK,
+        )
 
 
 def _strip_height(config: Config, num_columns: int, partial_elements: int) -> int:
@@ -205,19 +218,19 @@ def contrastive_lse(
     padded = logits._replace(row_features=row_features, column_features=column_features)
     (n, d), m = row_features.shape, column_features.shape[0]
     num_columns = m if logits.symmetric else 0
-    row_lse = row_features.new_empty(n, dtype=torch.float32)
-    column_lse = row_lse.new_empty(num_columns)
-    pair_logits = row_lse.new_empty(n)
+    row_negatives_lse = row_features.new_empty(n, dtype=torch.float32)
+    column_negatives_lse = row_negatives_lse.new_empty(num_columns)
+    pair_logits = row_negatives_lse.new_empty(n)
     column_tiles = ceil_div(m, tile["BN"])
     row_parts = column_tiles * tile["PARTS"]
     height = _strip_height(config, m, partial_elements or PARTIAL_ELEMENTS)
-    with on_device_of(row_lse):
+    with on_device_of(row_negatives_lse):
         for strip, start in enumerate(range(0, n, height)):
             part = padded.block(start, start + height)
             rows = part.row_features.shape[0]
             row_tiles = ceil_div(rows, tile["BM"])
-            row_partials = row_lse.new_empty(2 * row_parts * rows)
-            column_partials = row_lse.new_empty(2 * row_tiles * num_columns)
+            row_partials = row_negatives_lse.new_empty(2 * row_parts * rows)
+            column_partials = row_negatives_lse.new_empty(2 * row_tiles * num_columns)
             launch(
                 contrastive_lse_kernel, (row_tiles * column_tiles,),
                 part.row_features, part.column_features, logits.logit_scale, row_partials,
@@ -229,8 +242,8 @@ def contrastive_lse(
             block = JOIN.tile["BLOCK"]
             launch(
                 join_lse_kernel, (ceil_div(rows, block) + ceil_div(num_columns, block),),
-                row_partials, column_partials, row_lse[start:], column_lse, pair_logits[start:],
-                row_parts, row_tiles, rows, m, num_columns, part.first_column, part.num_pairs,
-                strip, **JOIN.kwargs,
+                row_partials, column_partials, row_negatives_lse[start:], column_negatives_lse,
+                pair_logits[start:], row_parts, row_tiles, rows, m, num_columns,
+                part.first_column, part.num_pairs, strip, **JOIN.kwargs,
             )  # fmt: skip
-    return row_lse, column_lse, pair_logits
+    return row_negatives_lse, column_negatives_lse, pair_logits

@@ -1,4 +1,4 @@
-"""`python -m reference_train`: the command by its first word."""
+"""`python -m reference_train`: runs the command that the first word names."""
 
 from collections.abc import Sequence
 from importlib import import_module
@@ -13,14 +13,14 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str]) -> None:
-    """A command of `COMMANDS`, or else the demonstration; imported only when asked for."""
-    named = bool(argv) and argv[0] in COMMANDS
+    """Runs a command of `COMMANDS`, or else the demonstration. Only that command is imported."""
+    is_command = bool(argv) and argv[0] in COMMANDS
     try:
-        module = import_module(COMMANDS[argv[0]] if named else ".demo.demo", __package__)
+        module = import_module(COMMANDS[argv[0]] if is_command else ".demo.demo", __package__)
     except ImportError as error:
         extra = "pretrain" if argv[:1] == ["pretrain"] else "train"
         raise CannotStart(f"{error}: pip install -e '.[{extra}]'") from error
-    module.main(argv[1:] if named else argv)
+    module.main(argv[1:] if is_command else argv)
 
 
 if __name__ == "__main__":

@@ -12,39 +12,39 @@ import torch
 
 
 class Stopped(Exception):
-    """The command went wrong under way; the message is one line for the user."""
+    """The command failed after it had begun. The message is one line for the user."""
 
     exit_code = 1
 
 
 class CannotStart(Stopped):
-    """What the user asked for can't be done."""
+    """The command can't do what the user asked for."""
 
     exit_code = 2
 
 
 def first_line(error: object) -> str:
-    """What an error says, cut to one line, without the open files that Pillow and others show."""
-    # WebDataset adds to the arguments of an error, which makes a tuple of its message
-    said = str(error.args[0] if isinstance(error, tarfile.TarError) and error.args else error)
-    said = re.sub(r"( @)? <_io\.[^>]*>", "", said)
-    return (said or type(error).__name__).partition("\n")[0].rstrip(":")
+    """The first line of an error's message, without the names of open files in it."""
+    # WebDataset adds arguments to an error, and its message becomes a tuple.
+    message = str(error.args[0] if isinstance(error, tarfile.TarError) and error.args else error)
+    message = re.sub(r"( @)? <_io\.[^>]*>", "", message)
+    return (message or type(error).__name__).partition("\n")[0].rstrip(":")
 
 
 def say(message: object) -> None:
-    """One line to the user, beside a command's output."""
+    """Prints one line to stderr, which keeps it apart from the command's output."""
     print(f"reference_train: {message}", file=sys.stderr, flush=True)
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Runs `main` with the command line's arguments.
 
-    Exit codes: 0 done, 1 it went wrong, 2 it can't start, 130 interrupted.
+    Exit codes: 0 done, 1 failed, 2 can't start, 130 interrupted.
     """
     try:
         main(sys.argv[1:])
     except Stopped as error:
-        # one rank of each node: a file may be missing on one only
+        # One rank of each node says it: a file may be missing on one node only.
         if (os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0") == "0":
             say(error)
         sys.exit(error.exit_code)
@@ -54,7 +54,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, and whose help keeps its lines."""
+    """A parser whose errors are one line, and whose help keeps the description's line breaks."""
 
     def __init__(self, prog: str, **settings: Any) -> None:
         super().__init__(prog, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
@@ -65,7 +65,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def whole_number(least: int) -> Callable[[str], int]:
-    """An argument's type: an integer of at least `least`."""
+    """The type of an argument that is an integer of at least `least`."""
 
     def parse(text: str) -> int:
         if text.removeprefix("-").isdecimal() and int(text) >= least:
@@ -76,7 +76,7 @@ def whole_number(least: int) -> Callable[[str], int]:
 
 
 def add_device(parser: Parser) -> None:
-    """Adds `--device`, a device on which something can be put."""
+    """Adds `--device`, and checks that a tensor can be created there."""
 
     def device(name: str) -> torch.device:
         try:
@@ -85,5 +85,5 @@ def add_device(parser: Parser) -> None:
             raise argparse.ArgumentTypeError(f"{name}: {first_line(error)}") from error
 
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    words = "default: cuda (in bfloat16) if there is one, else cpu"
-    parser.add_argument("--device", type=device, default=default, help=words)
+    text = "default: cuda (in bfloat16) if there is one, else cpu"
+    parser.add_argument("--device", type=device, default=default, help=text)

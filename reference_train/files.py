@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all."""
+"""Files and folders that appear whole or not at all, and locks."""
 
 import contextlib
 import os
@@ -11,16 +11,16 @@ from .command_line import CannotStart, Stopped, first_line, say
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Yields where to write; what is written there becomes `path` at the end, unless one raises.
+    """Yields a temporary path. If nothing raises, its file is renamed to `path` at the end.
 
-    Raises `Stopped` if it can't be written.
+    Raises `Stopped` if the file can't be written.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield partial
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
-        # PyTorch's writer does not say that a disk is full
+        # PyTorch's writer does not say that a disk is full.
         why = getattr(error, "strerror", None) or f"is the disk full? ({first_line(error)})"
         raise Stopped(f"{path} can't be written: {why}") from error
     finally:
@@ -35,7 +35,7 @@ def write_text(content: str, path: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yields an empty folder that becomes `path` (--out) at the end, unless something raises.
+    """Yields an empty folder. If nothing raises, it is renamed to `path` (--out) at the end.
 
     Raises `CannotStart` if `path` is there already, or can't be written.
     """
@@ -52,21 +52,24 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def check_writable(folder: Path) -> None:
-    """Raises `CannotStart` if a folder (of --out) can't be made or written; makes nothing."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    try:  # some folders only look as if they could be written to: /proc, for example
-        with tempfile.TemporaryFile(dir=there):
+    """Raises `CannotStart` if a folder (of --out) can't be made or written. Makes nothing."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:  # Permissions do not tell: /proc, for example, looks writable.
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        why = f"{there} is no folder to write to"
+        why = f"{existing} is no folder to write to"
         raise CannotStart(f"--out: {folder} can't be written: {why}") from error
 
 
 @contextlib.contextmanager
 def locked(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Makes a folder, for one process at a time; the end of the process, too, frees it.
+    """Makes a folder, and holds its lock until the context or the process ends.
 
-    Raises `CannotStart` if another process has it and wait is false, or it can't be written.
+    wait: wait for another process that holds the lock.
+
+    Raises `CannotStart` if another process holds the lock and wait is false, or the folder can't be
+    written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,11 +80,11 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
         try:
             import fcntl
 
-            # a record lock: forked children, which may outlive this process, don't have it
+            # A record lock is not inherited by forked children, which may outlive this process.
             fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except (BlockingIOError, PermissionError) as error:
-            taken = "another process is at work there: choose another --name"
-            raise CannotStart(f"{folder}: {taken}") from error
+            why = "another process is at work there: choose another --name"
+            raise CannotStart(f"{folder}: {why}") from error
         except (ImportError, OSError) as error:
-            say(f"{folder} can't be locked ({error}): don't use its --name twice at once")
+            say(f"{folder} can't be locked ({error}): start no second run of its --name")
         yield

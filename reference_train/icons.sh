@@ -1,14 +1,15 @@
 #!/bin/sh
-# Pretrains on 250,000 icons, and asks about names and emoji that training never saw:
-# CLIP and CyCLIP in three seeds, C-CyCLIP and I-CyCLIP in one, then λ at five batch sizes, constant
-# and rising. On two CPU cores: data in 8 minutes, each run of 20 epochs in about 30, of 8 in 12.
-# Given again, it resumes where it stopped. Run from the repository: sh reference_train/icons.sh
+# Pretrains on 250,000 icons, and evaluates on names and emoji that training never saw: CLIP and
+# CyCLIP with three seeds, C-CyCLIP and I-CyCLIP with one, then λ at five batch sizes, constant and
+# rising. On two CPU cores the data take 8 minutes, a run of 20 epochs about 30, and a run of 8
+# epochs 12. The same command again resumes where it stopped.
+# Run from the repository: sh reference_train/icons.sh
 set -eu
 out=${OUT:-runs/icons}
 
 [ -d "$out/icons" ] || python -m reference_train.data.icons --out "$out/icons"
 
-pretrain() { # NAME LOSS, then more
+pretrain() { # NAME LOSS [FLAGS]
     name=$1 loss=$2
     shift 2
     python -m reference_train pretrain --preset icons --data "$out/icons" --out "$out/logs" \
@@ -20,7 +21,8 @@ for run in clip-0 cyclip-0 clip-1 cyclip-1 clip-2 cyclip-2 c-cyclip-0 i-cyclip-0
     pretrain $run "${run%-*}" --seed "${run##*-}" -- ${EPOCHS:+--epochs "$EPOCHS"}
 done
 
-# 524,288 pairs in batches of another size. The learning rate grows with its square root.
+# 524,288 pairs in batches of other sizes. The learning rate is proportional to the square root of
+# the batch size.
 settings() { # BATCH
     case $1 in
     128) echo --epochs 8 --lr 7e-4 --warmup 820 ;;
@@ -31,7 +33,8 @@ settings() { # BATCH
     esac
 }
 
-# NAME is lambda-LOSS-BATCH-REFERENCE; 0 is the paper's formula, at 128 the same as 128.
+# NAME is lambda-LOSS-BATCH-REFERENCE. Reference 0 is the paper's formula; in batches of 128, so is
+# 128.
 for batch in 128 512 2048 4096; do
     for run in clip-$batch-0 cyclip-$batch-0 cyclip-$batch-128; do
         [ $run = cyclip-128-128 ] ||
@@ -40,8 +43,8 @@ for batch in 128 512 2048 4096; do
     done
 done
 
-# λ that rises from 0, over a share of the steps or a number of them. NAME is
-# warmup-LENGTH-BATCH-SEED. (All steps at 1,024 are 512.)
+# λ rises from 0 over LENGTH: a share of the steps, or a number of steps. NAME is
+# warmup-LENGTH-BATCH-SEED. (A run in batches of 1,024 has 512 steps.)
 rising() { # LENGTH BATCH SEED
     pretrain "warmup-$1-$2-$3" cyclip --batch-size "$2" --seed "$3" --lambda-warmup "$1" \
         -- $(settings "$2")
@@ -55,7 +58,7 @@ done
 for setting in 128-0 512-0 2048-0 2048-1 4096-0 4096-1; do
     rising 512 "${setting%-*}" "${setting#*-}"
 done
-# CLIP's second seed; its first is lambda-clip-BATCH-0.
+# CLIP with a second seed. The run of the first seed is lambda-clip-BATCH-0.
 for batch in 2048 4096; do
     pretrain clip-$batch-1 clip --batch-size $batch --seed 1 -- $(settings $batch)
 done

@@ -1,16 +1,16 @@
-"""The losses that are compared, one row each."""
+"""The losses that are compared, and how pictures show them."""
 
 from typing import NamedTuple
 
 
 class Loss(NamedTuple):
-    """How a loss is shown, which penalties it has, and what it computes from a second view."""
+    """A loss: its name and colour in pictures, its penalties, and what it does with views."""
 
     title: str
     colour: str
     inmodal: bool
     crossmodal: bool
-    views: str = ""  # "contrastive", "geometric", or without a second view of each pair ""
+    views: str = ""  # the term of the second views: "contrastive" or "geometric"; "": no views
 
 
 LOSSES = {

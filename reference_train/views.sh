@@ -1,26 +1,27 @@
 #!/bin/sh
 # Compares losses with and without two views of each pair, at the same number of steps and in the
-# same time: the demonstration, its long preset, and 250,000 icons. On two quiet CPU cores the 36
-# short runs take 3 to 6 minutes each, the 9 long runs half an hour, the 27 on icons 12 to 25 minutes.
-# Given again, it resumes where it stopped. Run from the repository: sh reference_train/views.sh
+# same time, with the demonstration, its long preset, and 250,000 icons. On two quiet CPU cores each
+# of the 36 short runs takes 3 to 6 minutes, each of the 9 long runs half an hour, and each of the 27
+# runs on icons 12 to 25 minutes. The same command again resumes where it stopped.
+# Run from the repository: sh reference_train/views.sh
 set -eu
 out=${OUT:-runs/views}
-demonstration() { # FOLDER, then more
+demonstration() { # FOLDER [FLAGS]
     folder=$1
     shift
     python -m reference_train --seeds 3 --out "$out/$folder" "$@"
 }
 
-# A step with views takes 1.9 times as long: 1,178 steps without take as long as 620 with them.
+# A step with views takes 1.9 times as long, so 1,178 steps without views take as long as 620 with.
 demonstration time --steps 1178 --loss cyclip clip c-cyclip
 demonstration views --loss clip-views cyclip-views c-cyclip-views i-cyclip-views geometric
 demonstration pairs --loss clip cyclip c-cyclip i-cyclip
 python -m reference_train report "$out/pairs" "$out/views" "$out/time" --out "$out/short"
 demonstration long --preset long --loss clip-views cyclip-views c-cyclip-views
 
-icons=${ICONS:-runs/icons/icons} # as `sh reference_train/icons.sh` draws them
+icons=${ICONS:-runs/icons/icons} # where `sh reference_train/icons.sh` draws them
 [ -d "$icons" ] || python -m reference_train.data.icons --out "$icons"
-pretrain() { # NAME EPOCHS LOSS SEED, then more
+pretrain() { # NAME EPOCHS LOSS SEED [FLAGS]
     name=$1-$4 epochs=$2 loss=$3 seed=$4
     shift 4
     python -m reference_train pretrain --preset icons --data "$icons" --out "$out/logs" \

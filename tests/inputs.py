@@ -10,15 +10,26 @@ from torch import Tensor
 
 from cyclip_loss import cyclip_loss
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 Device = torch.device | str
-LAYOUTS = ["contiguous", "transposed", "every other column", "every other row", "expanded"]
-# Rows that are contiguous, but whose stride or base may be unaligned for a kernel.
-LAYOUTS += ["rows 8 elements wider", "8 bytes off"]
+Tensors = dict[str, Tensor]
+Grads = dict[str, Tensor | None]
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+LAYOUTS = [
+    "contiguous",
+    "transposed",
+    "every other column",
+    "every other row",
+    "expanded",
+    # Rows that are contiguous, but whose stride or base may be unaligned for a kernel.
+    "rows 8 elements wider",
+    "8 bytes off",
+]
+TERMS = ("contrastive_loss", "inmodal_cyclic_loss", "crossmodal_cyclic_loss")
 VIEWS = ("image_view", "text_view")
 NEGATIVES = ("negative_text", "negative_image")
-# The arguments of a call that are given by name.
-BY_NAME = {
+# The arguments of the loss for these features.
+ARGUMENT_NAMES = {
     "image_view": "augmented_image_features",
     "text_view": "augmented_text_features",
     "negative_text": "negative_text_features",
@@ -49,25 +60,28 @@ class Case:
     upstream: tuple[float, float, float] = (1.0, 1.0, 1.0)
     distinct_ids: int | None = None  # at most this many; None: no ids
     same_ids: str = "ignored"
-    negatives: tuple[int | None, int | None] = (None, None)  # of texts and images; None: not given
+    # How many extra negative texts and images there are; None: not given.
+    negatives: tuple[int | None, int | None] = (None, None)
     strip_rows: int | None = None
     seed: int = 0
 
-    def features(self, device: Device) -> dict[str, Tensor]:
+    def features(self, device: Device) -> Tensors:
         """By name: image and text features, their augmented views, and extra negatives."""
-        size, options = (self.n, self.d), {"norm": self.norm, "device": device}
-        rows = pairs(*size, self.distance, self.anti_aligned, seed=self.seed, **options)
-        rows += pairs(*size, seed=self.seed + 1, **options) if self.views else ()
-        found = dict(zip(("image", "text", *VIEWS), rows, strict=False))
-        for at, (name, m) in enumerate(zip(NEGATIVES, self.negatives, strict=True)):
-            if m is not None and not self.penalties_alone:
-                found[name] = pairs(m, self.d, seed=self.seed + 2 + at, **options)[0]
-        layouts = {"image": self.image_layout, "text": self.text_layout}
+        options = {"norm": self.norm, "device": device}
+        image, text = pairs(
+            self.n, self.d, self.distance, self.anti_aligned, seed=self.seed, **options
+        )
+        values = {"image": image, "text": text}
+        if self.views:
+            values |= zip(VIEWS, pairs(self.n, self.d, seed=self.seed + 1, **options), strict=True)
+        for seed, name, count in zip(range(2), NEGATIVES, self.negatives, strict=True):
+            if count is not None and not self.penalties_alone:
+                values[name] = pairs(count, self.d, seed=self.seed + 2 + seed, **options)[0]
         return {
             name: lay_out(
-                one.to(self.dtype), layouts[name.split("_")[-1 if name in NEGATIVES else 0]]
+                tensor.to(self.dtype), self.image_layout if "image" in name else self.text_layout
             )
-            for name, one in found.items()
+            for name, tensor in values.items()
         }
 
     def scale(self, device: Device) -> Tensor:
@@ -80,7 +94,7 @@ class Case:
         return features["image"], features["text"], self.scale(device)
 
     def leaves(self, device: Device) -> list[Tensor]:
-        """These inputs, with gradients."""
+        """The tensors of `inputs`, as leaves that require gradients."""
         return [tensor.requires_grad_() for tensor in self.inputs(device)]
 
     def ids(self, device: Device) -> Tensor | None:
@@ -94,7 +108,7 @@ class Case:
 
     @property
     def id_options(self) -> dict[str, Any]:
-        """`same_ids`, where there are ids."""
+        """The option `same_ids`, which is not "ignored" only if there are ids."""
         has_ids = self.distinct_ids is not None and not self.penalties_alone
         return {"same_ids": self.same_ids if has_ids else "ignored"}
 
@@ -105,7 +119,7 @@ class Case:
 
     @property
     def weights(self) -> tuple[float, float, float]:
-        """What the three terms are multiplied by before backward."""
+        """The factors of the three terms before backward."""
         weights = self.upstream if self.output_dict else self.upstream[:1] * 3
         return (0.0, *weights[1:]) if self.penalties_alone else weights
 
@@ -114,9 +128,15 @@ def loss_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def exact_on_host(tensor: Tensor) -> Tensor:
+    """The same numbers in float64 on the CPU, where exact results are computed."""
+    return tensor.detach().to("cpu", torch.float64)
+
+
 def pairs(n, d, distance=None, anti_aligned=False, norm=1.0, seed=0, *, device: Device):
-    """Random rows of the given norm, (n, d) twice, in float64."""
-    image, text = (F.normalize(rows, dim=1) for rows in normal(2, n, d, seed=seed, device="cpu"))
+    """Random image and text features, (n, d) each, in float64, with rows of the given norm."""
+    values = normal(2, n, d, seed=seed, device="cpu")
+    image, text = F.normalize(values, dim=2)
     if distance is not None:
         text = F.normalize(image + distance * text, dim=1)
     return (norm * image).to(device), (norm * (-text if anti_aligned else text)).to(device)
@@ -129,7 +149,10 @@ def normal(*shape: int, seed: int = 0, device: Device) -> Tensor:
 
 
 def lay_out(values: Tensor, layout: str) -> Tensor:
-    """The same values with other strides, and NaN between; "expanded" repeats the first row."""
+    """The same values with other strides, and NaN between them.
+
+    "expanded" repeats the first row.
+    """
     n, d = values.shape
     if layout == "transposed":
         return values.T.contiguous().T

@@ -1,1 +1,1 @@
-"""The data sets of `reference_train`: one reader of samples, and a module for each set."""
+"""The data of `reference_train`: emoji and icons, and the samples of their tar files."""

@@ -14,13 +14,13 @@ from .samples import decode, read_samples
 EMOJI_FOLDER = Path(__file__).parents[1] / "emoji"
 TRAIN_STYLES = ("noto", "twemoji", "fluent-emoji-flat")
 SHIFT_STYLES = ("noto-v1", "openmoji", "fluent-emoji")  # never trained on
-STRESS_STYLES = ("fluent-emoji-high-contrast",)  # black and white: outside every mean
+STRESS_STYLES = ("fluent-emoji-high-contrast",)  # black and white: in no mean
 ALL_STYLES = TRAIN_STYLES + SHIFT_STYLES + STRESS_STYLES
 SIZE = 64  # pixels
 
 
 class Concept(NamedTuple):
-    """What an emoji depicts, whatever the style."""
+    """What an emoji depicts, in any style."""
 
     code: str  # Unicode code points: "1F600"
     name: str
@@ -32,11 +32,11 @@ class Concept(NamedTuple):
 
 @dataclass
 class EmojiSet:
-    """All styles, in memory."""
+    """The emoji of all styles, in memory."""
 
     concepts: list[Concept]
     images: Tensor  # (n, 3, 64, 64) uint8
-    concept: Tensor  # (n,) which concept each image draws
+    concept: Tensor  # (n,) the concept of each image, an index into `concepts`
     styles: list[str]  # of each image
 
     def in_split(self, split: str) -> list[int]:
@@ -46,23 +46,33 @@ class EmojiSet:
     def drawings(
         self, styles: Sequence[str], concepts: Sequence[int]
     ) -> tuple[Tensor, Tensor, list[str]]:
-        """All images of some concepts in some styles; of each its concept, and its style."""
-        of_styles = torch.tensor([style in styles for style in self.styles])
-        rows = (of_styles & torch.isin(self.concept, torch.tensor(concepts))).nonzero()[:, 0]
-        return self.images[rows], self.concept[rows], [self.styles[row] for row in rows.tolist()]
+        """All images of some concepts in some styles, with the concept and style of each image."""
+        has_style = torch.tensor([style in styles for style in self.styles])
+        has_concept = torch.isin(self.concept, torch.tensor(concepts))
+        chosen = (has_style & has_concept).nonzero()[:, 0]
+        chosen_styles = [self.styles[i] for i in chosen.tolist()]
+        return self.images[chosen], self.concept[chosen], chosen_styles
 
 
 def read_emoji(folder: Path = EMOJI_FOLDER) -> EmojiSet:
-    """Decodes all styles of a folder of emoji shards; raises `CannotStart` if one is not whole."""
+    """Decodes a folder of emoji shards, one for each style.
+
+    Raises `CannotStart` if a shard can't be read.
+    """
     concepts: dict[Concept, int] = {}
-    images, drawn, styles = [], [], []
+    images, concept_of_image, styles = [], [], []
     for style in ALL_STYLES:
         for _, image, name, info in read_samples([str(folder / f"{style}.tar.xz")]):
-            kind, split = info["subgroup"].replace("-", " "), info["split"]
-            keywords = tuple(info["keywords"])
-            concept = Concept(info["concept"], name, keywords, info["group"], kind, split)
-            drawn.append(concepts.setdefault(concept, len(concepts)))
+            concept = Concept(
+                code=info["concept"],
+                name=name,
+                keywords=tuple(info["keywords"]),
+                group=info["group"],
+                subgroup=info["subgroup"].replace("-", " "),
+                split=info["split"],
+            )
+            concept_of_image.append(concepts.setdefault(concept, len(concepts)))
             images.append(decode(image, SIZE))
             styles.append(style)
     pixels = torch.from_numpy(np.stack(images))
-    return EmojiSet(list(concepts), pixels, torch.tensor(drawn), styles)
+    return EmojiSet(list(concepts), pixels, torch.tensor(concept_of_image), styles)

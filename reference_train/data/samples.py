@@ -34,7 +34,7 @@ class Sample(NamedTuple):
 
 
 def read_samples(shards: Sequence[str]) -> Iterator[Sample]:
-    """The samples of tar files that hold both an image and a caption, in the files' order.
+    """The samples of tar files that have both an image and a caption, in the order of the files.
 
     Raises `CannotStart` for a shard that isn't there or can't be read.
     """
@@ -54,13 +54,16 @@ def read_samples(shards: Sequence[str]) -> Iterator[Sample]:
 
 
 def samples_in(tar: tarfile.TarFile) -> Iterator[dict[str, tarfile.TarInfo]]:
-    """The samples of an open tar file by its headers: extension -> where the file lies."""
+    """The samples of an open tar file, from its headers: extension -> header of that file."""
     for _, members in groupby(tar, key=lambda member: base_plus_ext(member.name)[0]):
         yield {(base_plus_ext(member.name)[1] or "").lower(): member for member in members}
 
 
 def count_pairs(shard: str, most: int) -> int:
-    """How many samples with image and caption a tar file has, or `most`: only headers are read."""
+    """How many samples of a tar file have an image and a caption, counted up to `most`.
+
+    Only headers are read.
+    """
     pairs = 0
     try:
         with tarfile.open(shard) as tar:
@@ -69,12 +72,15 @@ def count_pairs(shard: str, most: int) -> int:
                 if pairs == most:
                     break
     except (OSError, EOFError, tarfile.TarError, *COMPRESSION):
-        pass  # what comes after is lost
+        pass  # the samples after a damaged place can't be read
     return pairs
 
 
 def ends_early(shard: str) -> bool:
-    """Whether a tar file lacks the zeros at its end; not known of a compressed or a remote one."""
+    """Whether a local tar file lacks the zeros at its end.
+
+    False for compressed and remote files, whose end is not looked at.
+    """
     if not shard.endswith(".tar") or not os.path.isfile(shard):
         return False
     with open(shard, "rb") as file:
@@ -83,7 +89,7 @@ def ends_early(shard: str) -> bool:
 
 
 def fingerprint(shards: Sequence[str]) -> str:
-    """A name for these shards by their own names and sizes, wherever their folder is."""
+    """A text that is the same for shards of the same names and sizes, in any folder."""
     files = [
         f"{Path(shard).name} {Path(shard).stat().st_size}" if os.path.isfile(shard) else shard
         for shard in shards
@@ -99,7 +105,7 @@ def decode(image: bytes, size: int) -> npt.NDArray[np.uint8]:
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """RGB; what is transparent is white."""
+    """The image in RGB. Transparent parts are white."""
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)

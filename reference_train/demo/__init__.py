@@ -1,1 +1,1 @@
-"""The demonstration: small CLIP models on the emoji that ship. Read `train.py` first, the loop."""
+"""The demonstration: small CLIP models on the emoji that ship. `train.py` has the loop."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ..command_line import Parser, add_device, whole_number
-from ..data.emoji import EMOJI_FOLDER, TRAIN_STYLES, read_emoji
+from ..data.emoji import EMOJI_FOLDER, TRAIN_STYLES, EmojiSet, read_emoji
 from ..data.samples import fingerprint
 from ..evaluate import report
 from ..evaluate.datasets import DataSet, Images
@@ -23,7 +23,7 @@ PRESETS = {
     "short": {"steps": 620, "batch_size": 256, "lr": 3e-3, "logit_scale": 33.0},
     "long": {"steps": 1500, "batch_size": 256, "lr": 2e-3, "logit_scale": 14.3},
 }
-PICTURED = "new concepts, trained styles"  # the situation whose similarities are drawn
+PICTURED = "new concepts, trained styles"  # the data set whose similarities are drawn
 DESCRIPTION = """\
 Trains small CLIP models on the emoji that ship with the repository, and shows what the cyclic
 penalties change: CLIP next to CyCLIP. Without arguments it takes about five minutes on two CPU
@@ -31,58 +31,71 @@ cores. If it is interrupted, the same command resumes. Finished runs are not rep
 EPILOG = """\
 other commands, each with its own --help:
   python -m reference_train pretrain   OpenCLIP's trainer with CyCLIPLoss
-  python -m reference_train evaluate   any OpenCLIP checkpoint
-  python -m reference_train report     table and picture of an evaluation again"""
+  python -m reference_train evaluate   evaluates any OpenCLIP checkpoint
+  python -m reference_train report     makes the table and the pictures of an evaluation again"""
 
 
-def main(argv: Sequence[str]) -> None:
-    """Trains what is not trained yet, evaluates, reports."""
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments, with their defaults. Raises `CannotStart`."""
     parser = Parser("python -m reference_train", description=DESCRIPTION, epilog=EPILOG)
     add = parser.add_argument
     add(
         "--loss", nargs="+", choices=LOSSES, default=["clip", "cyclip"], help="default: clip cyclip"
     )
     add("--seeds", type=whole_number(1), default=1, metavar="N", help="runs of each loss")
-    words = "short (default): 620 steps, lr 3e-3, logit scale 33; long: 1,500, 2e-3 and 14.3"
-    add("--preset", choices=PRESETS, default="short", help=words)
+    text = "short (default): 620 steps, lr 3e-3, logit scale 33; long: 1,500, 2e-3 and 14.3"
+    add("--preset", choices=PRESETS, default="short", help=text)
     add("--steps", type=whole_number(1), metavar="N", help="instead of the preset's number")
     add_device(parser)
     add("--out", type=Path, metavar="DIR", help="default: runs/PRESET")
     arguments = parser.parse_args(argv)
-    out = arguments.out or Path("runs") / arguments.preset
-    # A folder holds runs that can be compared: only their losses and their seeds differ.
+    arguments.out = arguments.out or Path("runs") / arguments.preset
+    return arguments
+
+
+def main(argv: Sequence[str]) -> None:
+    """Trains what is not trained yet, evaluates it, and writes the table and the pictures."""
+    arguments = parse_arguments(argv)
+    out = arguments.out
     settings = {**PRESETS[arguments.preset]}
     if arguments.steps:
         settings["steps"] = arguments.steps
     command = shlex.join(["python", "-m", "reference_train", *argv])
+    # The runs in a folder can be compared: they differ in loss and seed only.
     shards = [str(path) for path in sorted(EMOJI_FOLDER.glob("*.tar.xz"))]
     result = report.start(out, {**settings, "data": fingerprint(shards)}, command, arguments.device)
     emoji = read_emoji()
-    held_out, drawn, styles = emoji.drawings(TRAIN_STYLES, emoji.in_split("validation"))
-    names = [[emoji.concepts[i].name] for i in drawn.tolist()]  # to watch a run by
-    pairs = DataSet(Images(held_out), captions=names, groups=styles, across_groups=True)
+    validation = validation_pairs(emoji)
     sets = {name: situation(emoji, name) for name in SITUATIONS}
     result["data_sets"] = {name: report.describe(name, data) for name, data in sets.items()}
     report.save(result, out)
-    # Seed by seed: if it is stopped early, every loss has as many runs.
+    # Seed by seed: if the command is stopped early, every loss has as many runs.
     seeds, losses = range(arguments.seeds), dict.fromkeys(arguments.loss)
     runs = [(loss, seed) for seed in seeds for loss in losses]
     for count, (loss, seed) in enumerate(runs, start=1):
         name = f"{arguments.steps}-steps-{loss}-{seed}" if arguments.steps else f"{loss}-{seed}"
-        config = argparse.Namespace(name=name, loss=loss, seed=seed, **settings)
-        if config.name in result["results"]:
-            print(f"{config.name}: finished before")
+        if name in result["results"]:
+            print(f"{name}: finished before")
             continue
-        print(f"run {count} of {len(runs)}: {config.name}", flush=True)
+        print(f"run {count} of {len(runs)}: {name}", flush=True)
+        config = argparse.Namespace(name=name, loss=loss, seed=seed, **settings)
         torch.manual_seed(seed)
-        clip = build_model(config.name, config.logit_scale, arguments.device)
+        clip = build_model(name, config.logit_scale, arguments.device)
         batches = EmojiBatches(emoji, clip.tokenizer, config.batch_size, seed)
-        (out / config.name).mkdir(exist_ok=True)
-        trained = train(config, clip, batches, pairs, out / config.name)
-        result.setdefault("history", {})[config.name] = trained.pop("history")
-        result["checkpoints"][config.name] = {**vars(config), **trained}
-        result["results"][config.name] = {
-            name: measure(clip, data, pictured=name == PICTURED) for name, data in sets.items()
+        (out / name).mkdir(exist_ok=True)
+        trained = train(config, clip, batches, validation, out / name)
+        result.setdefault("history", {})[name] = trained.pop("history")
+        result["checkpoints"][name] = {**vars(config), **trained}
+        result["results"][name] = {
+            data_set: measure(clip, data, pictured=data_set == PICTURED)
+            for data_set, data in sets.items()
         }
         report.save(result, out)
     report.write(result, out)
+
+
+def validation_pairs(emoji: EmojiSet) -> DataSet:
+    """The drawings and names that a run is validated on. No table asks about their concepts."""
+    images, concepts, styles = emoji.drawings(TRAIN_STYLES, emoji.in_split("validation"))
+    names = [[emoji.concepts[concept].name] for concept in concepts.tolist()]
+    return DataSet(Images(images), captions=names, groups=styles, across_groups=True)

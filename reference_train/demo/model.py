@@ -22,27 +22,27 @@ MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
 
 
 class TinyCLIP(open_clip.CLIP):  # type: ignore[misc]
-    """`open_clip.CLIP` whose text encoder spends little time on padding: same features, less work.
+    """`open_clip.CLIP` with the same text features in less time, by less padding.
 
-    Tokens behind the end-of-text token cannot change a caption's feature: the attention is causal,
+    Tokens after the end-of-text token cannot change a caption's feature: the attention is causal,
     and the feature is read at the end-of-text token. Most captions are far shorter than the
-    context. So the batch is cut into its shorter and its longer half, and the captions of each half
-    are cut to the longest of them.
+    context. So the shorter and the longer half of the batch are encoded one after the other, each
+    cut to its longest caption.
     """
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
         """text: (N, L) token ids, zero-padded -> (N, D) features."""
-        if text.is_cuda:  # the host would wait for the lengths, which costs more than it saves
+        if text.is_cuda:  # waiting for the lengths costs more time than shorter texts save
             features_on_gpu: Tensor = super().encode_text(text, normalize)
             return features_on_gpu
         end = text.argmax(dim=-1)  # end-of-text is the highest id
         order = end.argsort(stable=True)
         halves = []
-        for rows in order.chunk(2):
-            length = int(end[rows[-1]]) + 1
-            x = self.token_embedding(text[rows, :length]) + self.positional_embedding[:length]
+        for half in order.chunk(2):
+            length = int(end[half[-1]]) + 1
+            x = self.token_embedding(text[half, :length]) + self.positional_embedding[:length]
             x = self.transformer(x, attn_mask=self.attn_mask[:length, :length])
-            halves.append(self.ln_final(x)[torch.arange(len(x)), end[rows]] @ self.text_projection)
+            halves.append(self.ln_final(x)[torch.arange(len(x)), end[half]] @ self.text_projection)
         x = torch.cat(halves)[order.argsort()]
         return F.normalize(x, dim=-1) if normalize else x
 
@@ -63,7 +63,10 @@ def preprocess(image: Any) -> Tensor:
 
 
 def build_model(name: str, logit_scale: float, device: torch.device) -> Clip:
-    """A randomly initialised model (from torch's global generator). logit_scale: exp'd."""
+    """A model with random weights, from torch's global generator.
+
+    logit_scale: the initial one, exponentiated.
+    """
     model = TinyCLIP(**TINY, init_logit_scale=math.log(logit_scale), output_dict=True)
     return Clip(
         name,

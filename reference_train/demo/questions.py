@@ -1,8 +1,8 @@
-"""The questions: about drawing styles, about concepts, and about both, that training never saw.
+"""The data sets of the demonstration: styles, concepts, or both, that training never saw.
 
-A number is the mean over styles. Settings were chosen on questions that are left out here: those
-about the data's validation split of held-out concepts, and those about a fixed quarter of the
-trained concepts in new styles.
+A number is the mean over styles. Settings were chosen on other questions, which are left out here:
+about the validation split of the held-out concepts, and about a fixed quarter of the trained
+concepts in new styles.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ SITUATIONS = {
     "new concepts, trained styles": (TRAIN_STYLES, True),
     "new concepts, new styles": (SHIFT_STYLES, True),
     "trained concepts, drawn black": (STRESS_STYLES, False),
-}  # name -> (styles, held-out concepts?)
+}  # name -> (styles, whether the concepts are held out)
 
 
 def situation(emoji: EmojiSet, name: str) -> DataSet:

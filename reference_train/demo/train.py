@@ -28,7 +28,7 @@ from .model import IMAGE_SIZE, MAX_LOGIT_SCALE, normalize
 
 BETAS, EPS, WEIGHT_DECAY = (0.9, 0.98), 1e-6, 0.1
 MAX_GRADIENT_NORM = 1.0
-WEIGHT = 0.25  # of a penalty that the loss has
+WEIGHT = 0.25  # of each penalty that the loss has
 REFERENCE_BATCH_SIZE = 256
 WARMUP = 0.1  # of the steps
 VALIDATIONS = 25  # in a run, each with a checkpoint
@@ -61,7 +61,6 @@ def train(
     """
     model, path = clip.model, folder / "checkpoint.pt"
     loss = LOSSES[config.loss]
-    views = 2 if loss.views else 1
     loss_fn = CyCLIPLoss(
         WEIGHT * loss.inmodal, WEIGHT * loss.crossmodal, reference_batch_size=REFERENCE_BATCH_SIZE
     )
@@ -70,14 +69,15 @@ def train(
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, eps=EPS, fused=True)
     warmup = max(1, round(WARMUP * config.steps))
     set_learning_rate = cosine_lr(optimizer, config.lr, warmup, config.steps)
-    saved = resume(path, config, model, optimizer)
-    history, new_steps, began = saved["history"], [], time.monotonic() - saved["seconds"]
+    progress = resume(path, config, model, optimizer)
+    began = time.monotonic() - progress["seconds"]
     steps_between_checkpoints = max(1, config.steps // VALIDATIONS)
+    new_steps: list[dict[str, Tensor]] = []
 
-    for step in range(saved["step"], config.steps):
+    for step in range(progress["step"], config.steps):
         model.train()
         set_learning_rate(step)
-        pixels, tokens = draw_views(config, clip, data, step, views)
+        pixels, tokens = draw_views(config, clip, data, step)
         terms, logit_scale = compute_terms(clip, loss, loss_fn, pixels, tokens)
         total: Any = sum(terms.values())
         gradient_norm = update(model, optimizer, total)
@@ -85,30 +85,47 @@ def train(
         values["gradient_norm"] = gradient_norm
         new_steps.append({name: value.detach() for name, value in values.items()})
         done = step + 1
-        if done % steps_between_checkpoints and done < config.steps:
-            continue
-
-        history += to_numbers(new_steps, last_step=done)
-        new_steps, last = [], history[-1]
-        if not math.isfinite(last["loss"]):
-            raise Stopped(f"{config.name}: the loss is {last['loss']}, at step {done}")
-        model.eval()
-        numbers = measure(clip, validation)["numbers"]
-        last |= {f"validation_{name}": value for name, value in numbers.items()}
-        saved = {"step": done, "seconds": time.monotonic() - began, "history": history}
-        save(path, saved, model, optimizer if done < config.steps else None)
-        seconds_left = saved["seconds"] / done * (config.steps - done)
-        shown = " + ".join(f"{last[name]:.3f}" for name in terms)
-        place = f"step {done}/{config.steps}"
-        print(f"{config.name}: {place}, loss {shown}, {seconds_left:.0f} s left", flush=True)
+        if done % steps_between_checkpoints == 0 or done == config.steps:
+            history = progress["history"] + to_numbers(new_steps, last_step=done)
+            history[-1] |= validate(config, clip, validation, history[-1])
+            progress = {"step": done, "seconds": time.monotonic() - began, "history": history}
+            save(path, progress, model, optimizer if done < config.steps else None)
+            print_progress(config, progress)
+            new_steps = []
     model.eval()
-    return {"seconds": saved["seconds"], "history": history}
+    return {"seconds": progress["seconds"], "history": progress["history"]}
+
+
+def validate(
+    config: Namespace, clip: Clip, validation: DataSet, last: dict[str, Any]
+) -> dict[str, float]:
+    """The numbers of the validation data. Raises `Stopped` if the last step's loss is not finite.
+
+    last: the numbers of the last step.
+    """
+    if not math.isfinite(last["loss"]):
+        raise Stopped(f"{config.name}: the loss is {last['loss']}, at step {last['step']}")
+    clip.model.eval()
+    numbers = measure(clip, validation)["numbers"]
+    return {f"validation_{name}": value for name, value in numbers.items()}
+
+
+def print_progress(config: Namespace, progress: dict[str, Any]) -> None:
+    """One line: the step, the terms of its loss, and the seconds that are left."""
+    done, last = progress["step"], progress["history"][-1]
+    terms = " + ".join(f"{last[name]:.3f}" for name in last if name.endswith("_loss"))
+    seconds_left = progress["seconds"] / done * (config.steps - done)
+    place = f"step {done}/{config.steps}"
+    print(f"{config.name}: {place}, loss {terms}, {seconds_left:.0f} s left", flush=True)
 
 
 def resume(
     path: Path, config: Namespace, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """Loads a checkpoint, if there is one. Returns its step, its seconds and its history."""
+    """Loads a checkpoint, if there is one. Returns its step, seconds and history.
+
+    Without a checkpoint they are those of a run that begins.
+    """
     if not path.exists():
         return {"step": 0, "seconds": 0.0, "history": []}
     saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
@@ -131,17 +148,23 @@ def save(
 
 
 def draw_views(
-    config: Namespace, clip: Clip, data: EmojiBatches, step: int, views: int
+    config: Namespace, clip: Clip, data: EmojiBatches, step: int
 ) -> tuple[Tensor, Tensor]:
-    """The model's inputs: pixels (views * N, 3, 32, 32) and tokens (views * N, L), view by view.
+    """The model's inputs: pixels (V·N, 3, 32, 32) and tokens (V·N, L) of V views, view by view.
 
-    They depend on the seed and the step alone, so a resumed run sees what a whole run would have
-    seen.
+    V is 2 if the loss compares views, else 1. The inputs depend on the seed and the step alone, so
+    a resumed run has the batches of an uninterrupted one.
     """
     images, tokens = (part.to(clip.device, non_blocking=True) for part in data.batch(step))
     rng = np.random.default_rng([config.seed, step, 2**31])
+    views = num_views(LOSSES[config.loss])
     pixels = [normalize(augment(images, IMAGE_SIZE, rng)) for _ in range(views)]
     return torch.cat(pixels), tokens[:views].flatten(0, 1)
+
+
+def num_views(loss: Loss) -> int:
+    """How many views of each pair a loss compares."""
+    return 2 if loss.views else 1
 
 
 def compute_terms(
@@ -150,8 +173,9 @@ def compute_terms(
     """The weighted terms of the loss, and the logit scale."""
     with clip.autocast():
         output = clip.model(pixels, tokens)
-    views = 2 if loss.views else 1
-    images, texts = (output[f"{kind}_features"].chunk(views) for kind in ("image", "text"))
+    images, texts = (
+        output[f"{kind}_features"].chunk(num_views(loss)) for kind in ("image", "text")
+    )
     second_views = {}
     if loss.views == "contrastive":
         second_views = {"augmented_image_features": images[1], "augmented_text_features": texts[1]}
@@ -176,5 +200,8 @@ def update(model: Any, optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor
 def to_numbers(steps: Sequence[dict[str, Tensor]], last_step: int) -> list[dict[str, Any]]:
     """The values of several steps as numbers. On a GPU this waits for the GPU, once."""
     table = torch.stack([torch.stack(list(values.values())) for values in steps]).tolist()
-    numbered = enumerate(table, start=last_step - len(steps) + 1)
-    return [{"step": number, **dict(zip(steps[0], row, strict=True))} for number, row in numbered]
+    first_step = last_step - len(steps) + 1
+    return [
+        {"step": step, **dict(zip(steps[0], numbers, strict=True))}
+        for step, numbers in enumerate(table, start=first_step)
+    ]

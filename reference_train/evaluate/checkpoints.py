@@ -45,7 +45,7 @@ class Clip:
     batch_size: int = 256
     workers: int = 0
     epoch: int | None = None
-    progress: str = ""  # what the progress bar says; "": no bar is shown
+    progress: str = ""  # the text of the progress bar; "": no bar is shown
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context of all computation."""
@@ -53,19 +53,19 @@ class Clip:
         return torch.autocast(self.device.type, dtype, enabled=self.precision != "fp32")
 
     def encode_images(
-        self, images: Images, rows: Tensor, split: str
+        self, images: Images, indices: Tensor, split: str
     ) -> tuple[Tensor, Tensor, list[str]]:
         """Encodes some images. Those that cannot be read are left out.
 
-        rows: (m,), numbers of images. split: for the progress bar.
+        indices: (m,), of the images. split: for the progress bar.
 
-        Returns (n, D) features, not normalised, float32, on the CPU; the numbers of these images
-        (n,); and what is wrong with each of the others.
+        Returns (n, D) features, not normalised, float32, on the CPU; the indices of these images
+        (n,); and what is wrong with each image that is left out.
         """
         loader: Any = DataLoader(
-            rows.tolist(),  # type: ignore[arg-type]
+            indices.tolist(),  # type: ignore[arg-type]
             batch_size=self.batch_size,
-            num_workers=min(self.workers, len(rows) // self.batch_size),
+            num_workers=min(self.workers, len(indices) // self.batch_size),
             pin_memory=self.device.type == "cuda",
             collate_fn=partial(read_batch, images, self.preprocess),
         )
@@ -75,7 +75,7 @@ class Clip:
             unreadable += [pixels for _, pixels in batch if isinstance(pixels, str)]
             samples = [sample for sample in batch if not isinstance(sample[1], str)]
             if samples:
-                readable += [row for row, _ in samples]
+                readable += [index for index, _ in samples]
                 pixels = torch.stack([pixels for _, pixels in samples]).to(self.device)
                 with torch.inference_mode(), self.autocast():
                     features.append(self.model.encode_image(pixels).float().cpu())
@@ -95,30 +95,30 @@ class Clip:
 
     def encode_classes(self, names: list[str], templates: list[str]) -> Tensor:
         """(C, D) features of unit length: for each class the mean over the templates."""
-        # not str.format: a name may contain braces itself
+        # str.format would replace braces in a name, too.
         texts = [template.replace("{}", name) for name in names for template in templates]
         features = self.encode_texts(texts).view(len(names), len(templates), -1)
         return F.normalize(features.mean(dim=1), dim=-1)
 
     def _finite(self, features: Tensor) -> Tensor:
-        """Raises `Stopped` for NaN, which compares as false, so that a miss may look like a hit."""
+        """Raises `Stopped` for NaN, whose comparisons are false, so that misses could be hits."""
         if not features.isfinite().all():
             raise Stopped(f"{self.title}: features are not finite")
         return features
 
 
 def read_batch(
-    images: Images, preprocess: Callable[[Any], Tensor], rows: list[int]
+    images: Images, preprocess: Callable[[Any], Tensor], indices: list[int]
 ) -> list[tuple[int, Tensor | str]]:
-    """Some images by number, each as the model's input, or why it cannot be read."""
-    found = ((row, images[row]) for row in rows)  # one at a time: they may be large
-    return [(row, x if isinstance(x, str) else preprocess(x)) for row, x in found]
+    """Index and input of the model for some images; for an unreadable image, the reason."""
+    opened = ((i, images[i]) for i in indices)  # one at a time: images may be large
+    return [(i, image if isinstance(image, str) else preprocess(image)) for i, image in opened]
 
 
-def load(checkpoint: Checkpoint, device: torch.device, **feeding: Any) -> Clip:
+def load(checkpoint: Checkpoint, device: torch.device, **settings: Any) -> Clip:
     """Builds the model and reads the weights. Raises `CannotStart` if either fails.
 
-    feeding: precision, batch_size and workers of `Clip`.
+    settings: precision, batch_size and workers of `Clip`.
     """
     name, path = checkpoint.model, checkpoint.path
     content: dict[str, Any] = {}
@@ -127,7 +127,7 @@ def load(checkpoint: Checkpoint, device: torch.device, **feeding: Any) -> Clip:
             content = load_checkpoint(path)
         check_activation(checkpoint, content)
     level = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # OpenCLIP warns of missing weights; they come next
+    logging.disable(logging.WARNING)  # OpenCLIP warns that weights are missing; they are read below
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(
             name,
@@ -142,13 +142,13 @@ def load(checkpoint: Checkpoint, device: torch.device, **feeding: Any) -> Clip:
         if path is not None:
             model.load_state_dict(without_wrappers(content.get("state_dict", content)))
     except Exception as error:  # whatever OpenCLIP and PyTorch raise for other weights
-        said = " ".join(str(error).split())[:300]
-        raise CannotStart(f"{path or checkpoint.tag} as {name}: {said}") from error
+        message = " ".join(str(error).split())[:300]
+        raise CannotStart(f"{path or checkpoint.tag} as {name}: {message}") from error
     finally:
         logging.disable(level)
     model.eval()
     epoch = content.get("epoch")
-    return Clip(checkpoint.title, model, preprocess, tokenizer, device, epoch=epoch, **feeding)
+    return Clip(checkpoint.title, model, preprocess, tokenizer, device, epoch=epoch, **settings)
 
 
 def check_activation(checkpoint: Checkpoint, content: dict[str, Any]) -> None:
@@ -174,8 +174,8 @@ def check_activation(checkpoint: Checkpoint, content: dict[str, Any]) -> None:
 def from_authors_code(checkpoint: Checkpoint, content: dict[str, Any]) -> bool:
     """Whether the CyCLIP authors' code wrote a checkpoint.
 
-    It has the fields of OpenCLIP's. But OpenCLIP lets no one-dimensional weight decay. The authors
-    go by name, so that the weights of some batch norms do decay.
+    Its fields are those of OpenCLIP's checkpoints. But in OpenCLIP no one-dimensional weight
+    decays. In the authors' code the name of a weight decides, and some batch norms decay.
     """
     fields = {"epoch", "name", "state_dict"}
     if checkpoint.has_parameters or not fields <= content.keys() <= {*fields, "optimizer"}:

@@ -1,4 +1,4 @@
-"""Images with classes, whatever the layout of their files: templates, superclasses, train split."""
+"""Data sets of images with classes: their templates, superclasses and train split."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,12 +26,12 @@ def classified(
     """A data set of images with classes.
 
     Args:
-        folder: may hold the templates of a data set that is not the paper's.
+        folder: may hold a file of templates, for a data set that is not the paper's.
         name: of the data set.
         test: the images and their labels.
         names: of the classes.
-        read_train: reads the train split. If that fails, the data set does without.
-        imagenet_classes: ImageNet's number of each class; None: `name` says them.
+        read_train: reads the train split. If that fails, the data set has no train split.
+        imagenet_classes: ImageNet's number of each class; None: they follow from `name`.
 
     Raises `Unusable` if a data set of the paper has too few or too many classes.
     """
@@ -63,7 +63,10 @@ def classified(
 
 
 def cifar100_superclass() -> Tensor:
-    """The superclass of each class of CIFAR-100, which has them in alphabetical order: (100,)."""
-    groups = enumerate(lines(CIFAR100_SUPERCLASSES))
-    by_name = sorted((name, group) for group, line in groups for name in line.split())
-    return torch.tensor([group for _, group in by_name])
+    """The superclass of each class of CIFAR-100: (100,), int64."""
+    superclass = {
+        name: number
+        for number, line in enumerate(lines(CIFAR100_SUPERCLASSES))
+        for name in line.split()
+    }
+    return torch.tensor([superclass[name] for name in sorted(superclass)])  # as CIFAR-100 sorts

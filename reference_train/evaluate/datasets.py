@@ -1,4 +1,4 @@
-"""What a data set is: images, and what is known of each of them."""
+"""A data set: images, and what is known about each of them."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ PICTURE_TEMPLATES = ["{}", "a drawing of {}", "a picture of {}", "an icon of {}"
 
 
 class Unusable(Exception):
-    """A data set that is not as it should be. The table shows the message as the reason."""
+    """A data set that cannot be evaluated. The table shows the message as the reason."""
 
 
 class Member(NamedTuple):
@@ -29,7 +29,7 @@ class Member(NamedTuple):
 
 
 class Images:
-    """Images by number, as a `torch.utils.data.DataLoader` takes them.
+    """Images by index, as a `torch.utils.data.DataLoader` takes them.
 
     places: for each image its file, its place in a tar file, or its pixels (3, S, S) uint8.
     """
@@ -70,7 +70,7 @@ class Classes:
 
 @dataclass
 class DataSet:
-    """n images and what is known of them. `measure` computes every metric that applies."""
+    """n images and what is known about them. `measure` computes every metric that applies."""
 
     images: Images
     classes: dict[str, Classes] = field(default_factory=dict)  # by question; "" is the first one
@@ -79,9 +79,9 @@ class DataSet:
     train: tuple[Images, dict[str, Tensor]] | None = None  # images, and labels by question
     # True if the groups are drawing styles of the same things. A metric is then the mean over
     # groups. Without a train split, the neighbours of an image come from the other groups. Without
-    # captions, class names are also used as captions: which image does a name belong to?
+    # captions, class names are used as captions, too.
     across_groups: bool = False
-    excluded_groups: frozenset[str] = frozenset()  # in no mean, and no neighbours
+    excluded_groups: frozenset[str] = frozenset()  # not in any mean, and never neighbours
     train_error: str = ""  # why the train split cannot be used, if there is one
 
     def __post_init__(self) -> None:
@@ -92,18 +92,18 @@ class DataSet:
             if low < 0 or high >= len(classes.names):
                 raise Unusable(f"labels from {low} to {high}, but {len(classes.names)} class names")
 
-    def select(self, rows: Tensor) -> "DataSet":
+    def select(self, indices: Tensor) -> "DataSet":
         """The data set with the labels, captions and groups of some images; `images` stays.
 
-        rows: (m,) int64, numbers of images.
+        indices: (m,) int64, of the images.
         """
-        chosen = rows.tolist()
+        chosen = indices.tolist()
         classes = {
-            question: replace(known, labels=known.labels[rows])
-            for question, known in self.classes.items()
+            question: replace(classes, labels=classes.labels[indices])
+            for question, classes in self.classes.items()
         }
-        captions = self.captions and [self.captions[row] for row in chosen]
-        groups = self.groups and [self.groups[row] for row in chosen]
+        captions = self.captions and [self.captions[i] for i in chosen]
+        groups = self.groups and [self.groups[i] for i in chosen]
         return replace(self, classes=classes, captions=captions, groups=groups)
 
 
@@ -111,7 +111,7 @@ Open = Callable[[], DataSet]
 
 
 def lines(path: Path) -> list[str]:
-    """The lines of a text file; none if there is no such file."""
+    """The lines of a text file; [] if there is no such file."""
     if not path.is_file():
         return []
     return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]

@@ -7,9 +7,9 @@ from .datasets import PICTURE_TEMPLATES, Classes, DataSet, Images
 
 
 def open_emoji() -> DataSet:
-    """All emoji in all styles. Which name? Which subgroup? And retrieval with the names.
+    """All emoji in all styles: classes are their names and their subgroups, captions their names.
 
-    The superclass of a name is its subgroup. Black-and-white drawings are outside every mean.
+    The superclass of a name is its subgroup. Black-and-white drawings are in no mean.
     """
     shipped = emoji.read_emoji()
     images, concept, styles = shipped.drawings(emoji.ALL_STYLES, range(len(shipped.concepts)))

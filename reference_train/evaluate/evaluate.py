@@ -47,19 +47,22 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser("python -m reference_train evaluate", description=DESCRIPTION, epilog=EPILOG)
     add = parser.add_argument
     add("checkpoint", nargs="*", type=Path, metavar="CHECKPOINT", help="logs/NAME, or a file")
-    add("--data", nargs="+", type=Path, default=[], metavar="DIR", help="where data sets are")
-    words = "your own data set: a folder of images for each class, in DIR or DIR/test, DIR/train"
-    add("--imagefolder", nargs="+", default=[], metavar="NAME=DIR", help=words)
-    add("--only", nargs="+", metavar="NAME", help="data sets to evaluate; default: all there are")
-    words = "OpenCLIP's name of the model; default: from the run's params.txt; RN50-quickgelu for "
-    add("--model", help=words + "checkpoints of the CyCLIP authors")
-    add("--pretrained", metavar="TAG", help="OpenCLIP's own weights of --model, one more column")
-    add("--linear-probe", action="store_true", help="fit one, as the paper's authors do")
+    add("--data", nargs="+", type=Path, default=[], metavar="DIR", help="folders of data sets")
+    text = "your own data set: a folder of images for each class, in DIR or DIR/test, DIR/train"
+    add("--imagefolder", nargs="+", default=[], metavar="NAME=DIR", help=text)
+    add("--only", nargs="+", metavar="NAME", help="data sets to evaluate; default: all")
+    text = "OpenCLIP's name of the model; default: from the run's params.txt; RN50-quickgelu for "
+    add("--model", help=text + "checkpoints of the CyCLIP authors")
+    text = "evaluate OpenCLIP's own weights of --model, too"
+    add("--pretrained", metavar="TAG", help=text)
+    text = "fit a linear probe on the train split, as the paper's authors do"
+    add("--linear-probe", action="store_true", help=text)
     add_device(parser)
     add("--precision", choices=["fp32", "amp", "amp_bf16"], help="default: amp_bf16 on cuda")
     add("--batch-size", type=whole_number(1), default=256, metavar="N", help="default %(default)s")
-    workers, words = min(8, os.cpu_count() or 1), "processes that decode images; here %(default)s"
-    add("--workers", type=whole_number(0), default=workers, metavar="N", help=words)
+    workers = min(8, os.cpu_count() or 1)
+    text = "processes that decode images; default, on this machine: %(default)s"
+    add("--workers", type=whole_number(0), default=workers, metavar="N", help=text)
     add("--out", type=Path, default="runs/evaluation", metavar="DIR", help="default %(default)s")
     arguments = parser.parse_args(argv)
     if arguments.precision is None:
@@ -69,7 +72,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 @dataclass
 class Evaluation:
-    """What a command adds to the evaluation in --out. Other processes may add to it, too."""
+    """The evaluation in --out, to which a command adds. Other processes may add to it, too."""
 
     arguments: argparse.Namespace
     command: str
@@ -77,7 +80,9 @@ class Evaluation:
     described: dict[str, Any] = field(default_factory=dict)  # the data sets, by `report.describe`
 
     def read(self) -> Result:
-        """The evaluation in --out, without results of other images or of other weights.
+        """The evaluation in --out, without results that are out of date.
+
+        A result is out of date if the images of its data set or its checkpoint have changed.
 
         Raises `CannotStart` if it was made with other settings.
         """
@@ -121,9 +126,10 @@ class Evaluation:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Finds, evaluates, writes. Raises `CannotStart` if nothing can be evaluated.
+    """Finds checkpoints and data sets, evaluates them, and writes the table and the pictures.
 
-    Raises `Stopped` at the end if a data set or a checkpoint failed.
+    Raises `CannotStart` if nothing can be evaluated, and `Stopped` at the end if a data set or a
+    checkpoint failed.
     """
     arguments = parse_arguments(argv)
     checkpoints = find_checkpoints(arguments.checkpoint, arguments.model, arguments.pretrained)
@@ -168,7 +174,7 @@ def evaluate(
         try:
             has_captions = data.captions is not None
             measured = measure(clip, data, arguments.linear_probe, pictured=has_captions)
-        except Exception as error:  # whatever it is: other data sets may have taken hours
+        except Exception as error:  # of any kind: the other data sets may have taken hours
             failed[f"{name}, {checkpoint.title}"] = reason(error)
             continue
         measured["seconds"] = time.perf_counter() - began
@@ -180,15 +186,15 @@ def open_all(
 ) -> dict[str, DataSet]:
     """The data sets that the command asks for and that are there.
 
-    Adds to `absent` and `failed` the reasons of those that are not there, and of those that cannot
-    be read. Raises `CannotStart` if there is none.
+    Adds to `absent` why a data set is not there, and to `failed` why it cannot be read. Raises
+    `CannotStart` if there is no data set.
     """
     found = find_all(arguments, absent)
     if arguments.only is None:
         absent |= {name: "not under --data" for name in ZERO_SHOT_SETS if name not in found}
     elif missing := [name for name in arguments.only if name not in found]:
-        there = f"no data set {' or '.join(missing)}; there are {', '.join(found)}"
-        raise CannotStart(f"--only: {'; '.join([there, *([listed(absent)] if absent else [])])}")
+        message = f"--only: no data set {' or '.join(missing)}; there are {', '.join(found)}"
+        raise CannotStart(f"{message}; {listed(absent)}" if absent else message)
     sets: dict[str, DataSet] = {}
     for name in arguments.only or found:
         try:
@@ -221,8 +227,8 @@ def find_all(arguments: argparse.Namespace, absent: dict[str, str]) -> dict[str,
     if unrecognised:
         names = [str(path) for path in unrecognised[:10]]
         names += ["…"] if len(unrecognised) > 10 else []
-        what = f"no data set is recognised in {len(unrecognised)}: {', '.join(names)}"
-        absent["under --data"] = what
+        why = f"no data set is recognised in {len(unrecognised)}: {', '.join(names)}"
+        absent["under --data"] = why
     return found
 
 
@@ -232,5 +238,5 @@ def listed(reasons: dict[str, str]) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """An error as one line: its last line, because a worker's traceback comes before."""
+    """The last line of an error. The lines before it may be a worker's traceback."""
     return ([type(error).__name__, *str(error).strip().splitlines()][-1])[:300]

@@ -14,13 +14,13 @@ from .tar_sets import open_icons, open_tars
 
 
 def find(roots: Sequence[Path]) -> tuple[dict[str, Open], list[Path]]:
-    """The data sets that the roots or folders in them are, and the files and folders that are none.
+    """The data sets in some folders, and the files and folders that are not recognised.
 
-    The paper's data sets come first.
+    roots: data sets, or folders of data sets. The paper's data sets come first in the result.
     """
     found: dict[str, Open] = {}
     unrecognised: list[Path] = []
-    for root in (path.resolve() for path in roots):  # "." has no name
+    for root in (path.resolve() for path in roots):  # the path "." has no name
         if known := recognise(root):
             found.setdefault(*known)
             continue
@@ -37,7 +37,7 @@ def find(roots: Sequence[Path]) -> tuple[dict[str, Open], list[Path]]:
 
 
 def recognise(folder: Path) -> tuple[str, Open] | None:
-    """The name of the data set that a folder is, and how to open it; None if it is none."""
+    """The name of the data set in a folder, and how to open it; None if it is no data set."""
     name = re.sub(r"^(wds-)?(vtab-)?", "", folder.name.lower().replace("_", "-"))
     if (folder / "test" / "nshards.txt").is_file() or (folder / "test" / "0.tar").is_file():
         return name, partial(open_tars, folder, name)

@@ -18,10 +18,10 @@ LABELS = "labels.csv"
 
 
 def open_folders(folder: Path, name: str) -> DataSet:
-    """Images in a folder for each class. The folders are in `folder`, or in test and train in it.
+    """Images in a folder for each class, directly in `folder` or in its `test` and `train`.
 
-    Classes are called as in `classnames.txt`, or as their folders. If `name` begins with
-    "imagenet", the folders are called by WordNet identifier or by class number.
+    Class names come from `classnames.txt`, or from the names of the folders. If `name` begins with
+    "imagenet", a folder's name is a WordNet identifier or a class number.
     """
     test, train = test_folder(folder), folder / "train"
     if (test / LABELS).is_file():
@@ -50,13 +50,13 @@ def open_folders(folder: Path, name: str) -> DataSet:
 
 
 def test_folder(folder: Path) -> Path:
-    """Where the test images of a data set are: a folder in it, or the folder itself."""
+    """The folder of a data set's test images: one in it, or the folder itself."""
     candidates = [folder / name for name in ("test", "val", "validation")]
     return next((path for path in candidates if path.is_dir()), folder)
 
 
 def class_folders(path: Path) -> tuple[Images, Tensor, list[str]]:
-    """A folder of images for each class: images, labels, and the names of the folders."""
+    """The images, their labels, and the folders' names, of a folder for each class."""
     try:
         found = ImageFolder(path, allow_empty=True)
     except OSError as error:
@@ -68,7 +68,7 @@ def class_folders(path: Path) -> tuple[Images, Tensor, list[str]]:
 def open_labels(folder: Path, name: str, test: Path) -> DataSet:
     """A folder of the CyCLIP authors' code: labels.csv has an image and a label on each line.
 
-    Class names are those of `classnames.txt`, or of the authors' classes.py beside labels.csv.
+    Class names come from `classnames.txt`, or from the authors' classes.py beside labels.csv.
     """
     names = lines(folder / "classnames.txt") or authors_class_names(test / "classes.py")
     if not names:
@@ -81,15 +81,15 @@ def open_labels(folder: Path, name: str, test: Path) -> DataSet:
 def read_labels(folder: Path) -> tuple[Images, Tensor]:
     """The images and labels of a labels.csv."""
     with (folder / LABELS).open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    images = Images([folder / row["image"] for row in rows])
-    return images, torch.tensor([int(row["label"]) for row in rows])
+        entries = list(csv.DictReader(file))
+    images = Images([folder / entry["image"] for entry in entries])
+    return images, torch.tensor([int(entry["label"]) for entry in entries])
 
 
 def authors_class_names(path: Path) -> list[str]:
-    """The "classes" of a classes.py; none if there are none.
+    """The "classes" of a classes.py; [] without such a file or entry.
 
-    The file holds a dict with functions in it. It is parsed, and never run.
+    The file holds a dict that contains functions. It is parsed, and never run.
     """
     if not path.is_file():
         return []

@@ -28,13 +28,13 @@ def class_numbers(data_set: str) -> list[int]:
 
 
 def folder_numbers(folders: Sequence[str]) -> list[int]:
-    """The class numbers of folders that are called by WordNet identifier or by number.
+    """The class numbers of folders whose names are WordNet identifiers or class numbers.
 
     Raises ValueError for any other name.
     """
     identifiers = ImageNetInfo("imagenet-1k").label_names()
-    by_identifier = {identifier: number for number, identifier in enumerate(identifiers)}
-    numbers = [by_identifier[f] if f in by_identifier else int(f) for f in folders]
+    number_of = {identifier: number for number, identifier in enumerate(identifiers)}
+    numbers = [number_of[f] if f in number_of else int(f) for f in folders]
     if any(not 0 <= number < 1000 for number in numbers):
         raise ValueError("class numbers are 0 to 999")
     return numbers
@@ -53,6 +53,8 @@ def superclasses() -> dict[str, list[int]]:
 
 
 def superclass_of(numbers: Sequence[int]) -> Tensor:
-    """The superclass of each of some classes, as a number: (C,) int64."""
-    by_class = {n: g for g, members in enumerate(superclasses().values()) for n in members}
-    return torch.tensor([by_class[number] for number in numbers])
+    """The superclass of each class, as a number: (C,) int64. numbers: of the classes."""
+    superclass = {
+        number: group for group, members in enumerate(superclasses().values()) for number in members
+    }
+    return torch.tensor([superclass[number] for number in numbers])

@@ -15,8 +15,8 @@ from . import metrics
 from .checkpoints import Clip
 from .datasets import DataSet
 
-GALLERY = 50_000  # training images the neighbours come from, as many as the paper's for ImageNet
-PAIRS = 10_000  # of gaps, alignment and uniformity, whose cost grows with the square
+GALLERY = 50_000  # training images that may be neighbours, as in the paper for ImageNet
+PAIRS = 10_000  # pairs that gaps, alignment and uniformity compare; the cost grows with its square
 PAIRS_PICTURED = 60  # pairs whose similarities are kept for a picture
 
 Numbers = dict[str, float]
@@ -24,9 +24,9 @@ Numbers = dict[str, float]
 
 @dataclass
 class Encoded:
-    """A data set as a model encodes it. n is the number of images that could be read.
+    """The features of a data set. n is the number of images that could be read.
 
-    Features have unit length, except for the raw ones. Questions are those of `DataSet.classes`.
+    Features have unit length, except for the raw ones. Questions are the keys of `DataSet.classes`.
     """
 
     data: DataSet  # of the n images
@@ -35,11 +35,11 @@ class Encoded:
     class_features: dict[str, Tensor]  # (C, D) by question
     labels: dict[str, Tensor]  # (n,) by question
     ranked_classes: dict[str, Tensor]  # (n, up to 10) by question, the nearest class first
-    group_rows: dict[str, Tensor]  # the images of each group, ascending
+    group_indices: dict[str, Tensor]  # the images of each group, ascending
     text_features: Tensor  # (m, D), of distinct captions, or of class names
-    pairs: Tensor  # (P, 2), which image has which text, ordered by image
+    pairs: Tensor  # (P, 2), indices of an image and of its text, ordered by image
     unreadable: list[str]  # what is wrong with each picture that is left out
-    neighbour_labels: dict[str, Tensor] = field(default_factory=dict)  # (n, up to 10), by question
+    neighbour_labels: dict[str, Tensor] = field(default_factory=dict)  # (n, up to 10) by question
     probe: Numbers = field(default_factory=dict)
 
     def first_texts(self) -> Tensor:
@@ -65,7 +65,7 @@ def measure(
         use_train_split(clip, encoded, linear_probe)
     elif data.across_groups and data.classes:
         use_other_groups(encoded)
-    groups = {group: numbers(encoded, rows) for group, rows in encoded.group_rows.items()}
+    groups = {group: numbers(encoded, indices) for group, indices in encoded.group_indices.items()}
     everything = torch.arange(len(encoded.image_features), device=clip.device)
     if data.across_groups:
         overall = mean_over_groups(groups, data.excluded_groups)
@@ -73,15 +73,15 @@ def measure(
         overall = numbers(encoded, everything) | encoded.probe
     measured: dict[str, Any] = {"numbers": overall, "groups": groups, "images": len(everything)}
     if pictured:
-        rows = next(iter(encoded.group_rows.values()), everything)
-        measured["similarities"] = pictured_similarities(encoded, rows)
+        indices = next(iter(encoded.group_indices.values()), everything)
+        measured["similarities"] = pictured_similarities(encoded, indices)
     return measured | {"unreadable": encoded.unreadable}
 
 
 def encode(clip: Clip, data: DataSet) -> Encoded:
     """Encodes the images, the class names and the captions of a data set."""
-    device, numbers_of_images = clip.device, torch.arange(len(data.images))
-    raw, readable, unreadable = clip.encode_images(data.images, numbers_of_images, "test")
+    device, everything = clip.device, torch.arange(len(data.images))
+    raw, readable, unreadable = clip.encode_images(data.images, everything, "test")
     data, raw = data.select(readable), raw.to(device)
     image_features = F.normalize(raw, dim=-1)
     class_features = {
@@ -106,29 +106,30 @@ def encode(clip: Clip, data: DataSet) -> Encoded:
         class_features=class_features,
         labels={question: c.labels.to(device) for question, c in data.classes.items()},
         ranked_classes=ranked_classes,
-        group_rows=rows_by_group(data.groups or [], device),
+        group_indices=indices_by_group(data.groups or [], device),
         text_features=text_features,
         pairs=pairs.to(device),
         unreadable=unreadable,
     )
 
 
-def rows_by_group(groups: list[str], device: torch.device) -> dict[str, Tensor]:
-    """The images of each group, ascending, in the order in which groups first occur."""
-    rows: dict[str, list[int]] = {}
-    for row, group in enumerate(groups):
-        rows.setdefault(group, []).append(row)
-    return {group: torch.tensor(found, device=device) for group, found in rows.items()}
+def indices_by_group(groups: list[str], device: torch.device) -> dict[str, Tensor]:
+    """The images of each group, ascending. groups: the group of each image."""
+    indices: dict[str, list[int]] = {}
+    for i, group in enumerate(groups):
+        indices.setdefault(group, []).append(i)
+    return {group: torch.tensor(members, device=device) for group, members in indices.items()}
 
 
 def use_train_split(clip: Clip, encoded: Encoded, linear_probe: bool) -> None:
-    """Encodes the train split: labels of the nearest images, and the linear probe if asked for.
+    """Encodes the train split, and adds the labels of neighbours and the linear probe's accuracy.
 
-    Neighbours come from at most `GALLERY` training images. The probe is fitted on all of them.
+    Neighbours come from at most `GALLERY` training images. The probe is fitted on all training
+    images, and only if `linear_probe`.
     """
     assert encoded.data.train is not None
     images, labels = encoded.data.train
-    gallery = sample_rows(len(images), GALLERY)
+    gallery = sample_indices(len(images), GALLERY)
     wanted = torch.arange(len(images)) if linear_probe else gallery
     features, readable, unreadable = clip.encode_images(images, wanted, "train")
     features = features.to(clip.device)
@@ -155,72 +156,81 @@ def use_train_split(clip: Clip, encoded: Encoded, linear_probe: bool) -> None:
 def use_other_groups(encoded: Encoded) -> None:
     """Takes the neighbours of an image from the other groups."""
     nearest = neighbours_across(
-        encoded.image_features, encoded.group_rows, encoded.data.excluded_groups
+        encoded.image_features, encoded.group_indices, encoded.data.excluded_groups
     )
     for question, labels in encoded.labels.items():
         encoded.neighbour_labels[question] = labels[nearest]
 
 
 def neighbours_across(
-    image_features: Tensor, group_rows: dict[str, Tensor], excluded: frozenset[str]
+    image_features: Tensor, group_indices: dict[str, Tensor], excluded: frozenset[str]
 ) -> Tensor:
-    """The nearest images of other groups that are not excluded: (n, up to 10) rows.
+    """For each image the nearest images of other groups that are not excluded: (n, up to 10).
 
-    group_rows: the rows of each group.
+    group_indices: the images of each group.
     """
-    others = {
-        group: torch.cat([r for g, r in group_rows.items() if g != group and g not in excluded])
-        for group in group_rows
+    galleries = {
+        group: torch.cat(
+            [
+                indices
+                for other, indices in group_indices.items()
+                if other != group and other not in excluded
+            ]
+        )
+        for group in group_indices
     }
-    k = min(max(metrics.CONSISTENCY_NEIGHBOURS), *(len(rows) for rows in others.values()))
-    found = torch.empty(len(image_features), k, dtype=torch.long, device=image_features.device)
-    for group, rows in group_rows.items():
-        gallery = others[group]
-        nearest = metrics.nearest(image_features[rows], image_features[gallery], k)
-        found[rows] = gallery[nearest]
-    return found
+    k = min(max(metrics.CONSISTENCY_NEIGHBOURS), *map(len, galleries.values()))
+    neighbours = torch.empty(len(image_features), k, dtype=torch.long, device=image_features.device)
+    for group, indices in group_indices.items():
+        gallery = galleries[group]
+        nearest = metrics.nearest(image_features[indices], image_features[gallery], k)
+        neighbours[indices] = gallery[nearest]
+    return neighbours
 
 
-def numbers(encoded: Encoded, rows: Tensor) -> Numbers:
-    """The numbers of some images. rows: (m,), ascending."""
+def numbers(encoded: Encoded, indices: Tensor) -> Numbers:
+    """The numbers of some images. indices: (m,), ascending."""
     found: Numbers = {}
     for question in encoded.data.classes:
         prefix = f"{question}_" if question else ""
-        answers = class_numbers(encoded, question, rows)
+        answers = class_numbers(encoded, question, indices)
         found |= {f"{prefix}{name}": value for name, value in answers.items()}
-    found |= retrieval_numbers(encoded, rows)
-    sampled = rows[sample_rows(len(rows), PAIRS).to(rows.device)]
+    found |= retrieval_numbers(encoded, indices)
+    sampled = indices[sample_indices(len(indices), PAIRS).to(indices.device)]
     texts = encoded.first_texts()[sampled]
     return found | geometry(encoded.image_features[sampled], encoded.text_features[texts])
 
 
-def class_numbers(encoded: Encoded, question: str, rows: Tensor) -> Numbers:
+def class_numbers(encoded: Encoded, question: str, indices: Tensor) -> Numbers:
     """Zero-shot accuracy, superclasses and consistency scores of some images for one question."""
     classes = encoded.data.classes[question]
-    ranked, labels = encoded.ranked_classes[question][rows], encoded.labels[question][rows]
+    ranked = encoded.ranked_classes[question][indices]
+    labels = encoded.labels[question][indices]
     found = metrics.zero_shot(ranked, labels, len(classes.names))
     if classes.superclass is not None:
         found |= metrics.coarse_and_fine(
-            encoded.image_features[rows],
+            encoded.image_features[indices],
             encoded.class_features[question],
             labels,
             classes.superclass.to(labels.device),
         )
     if question in encoded.neighbour_labels:
-        found |= metrics.consistency(ranked[:, 0], encoded.neighbour_labels[question][rows])
+        neighbours = encoded.neighbour_labels[question][indices]
+        found |= metrics.consistency(ranked[:, 0], neighbours)
     return found
 
 
-def retrieval_numbers(encoded: Encoded, rows: Tensor) -> Numbers:
+def retrieval_numbers(encoded: Encoded, indices: Tensor) -> Numbers:
     """Recall among some images and their texts.
 
-    Without captions it is only asked across groups, and only from class names to images: zero-shot
-    accuracy is the other direction, and there an image has more names to choose from.
+    Without captions there is recall only across groups, and only from class names to images. The
+    other direction is zero-shot accuracy, where an image is compared with all names.
     """
     if encoded.data.captions is None and not encoded.data.across_groups:
         return {}
-    pairs, texts = pairs_of(rows, encoded.pairs)
-    recall = metrics.retrieval(encoded.image_features[rows], encoded.text_features[texts], pairs)
+    pairs, texts = select_pairs(indices, encoded.pairs)
+    image_features, text_features = encoded.image_features[indices], encoded.text_features[texts]
+    recall = metrics.retrieval(image_features, text_features, pairs)
     if encoded.data.captions is None:
         return {name: value for name, value in recall.items() if name.startswith("text_to_image")}
     return recall
@@ -242,26 +252,26 @@ def geometry(image_features: Tensor, text_features: Tensor) -> Numbers:
     return {name: float(value) for name, value in found.items() if math.isfinite(value)}
 
 
-def pictured_similarities(encoded: Encoded, rows: Tensor) -> dict[str, Any]:
+def pictured_similarities(encoded: Encoded, indices: Tensor) -> dict[str, Any]:
     """The similarities of up to `PAIRS_PICTURED` of some images, which have different texts.
 
     Pairs are ordered by the label of the last question, which is the coarsest.
     """
     texts = encoded.first_texts()
-    first_row = {int(texts[row]): row for row in rows.flip(0).tolist()}  # of each text
-    distinct = torch.tensor(sorted(first_row.values()))
-    chosen = distinct[sample_rows(len(distinct), PAIRS_PICTURED)].to(texts.device)
+    first_image = {int(texts[i]): i for i in indices.flip(0).tolist()}  # of each text
+    distinct = torch.tensor(sorted(first_image.values()))
+    chosen = distinct[sample_indices(len(distinct), PAIRS_PICTURED)].to(texts.device)
     for labels in encoded.labels.values():
         chosen = chosen[labels[chosen].argsort(stable=True)]
     return similarities(encoded.image_features[chosen], encoded.text_features[texts[chosen]])
 
 
 def similarities(image_features: Tensor, text_features: Tensor) -> dict[str, Any]:
-    """What a picture shows of some pairs.
+    """The similarities of some pairs, as a picture shows them.
 
     image_features, text_features: (n, D), rows of unit length.
 
-    Returns {"numbers": those of `geometry`,
+    Returns {"numbers": the result of `geometry`,
              "matrices": base64 of (3, n, n) int8: 127 times I_i . I_j, T_i . T_j, I_i . T_j}.
     """
     products = torch.stack(
@@ -276,10 +286,10 @@ def similarities(image_features: Tensor, text_features: Tensor) -> dict[str, Any
     return {"numbers": geometry(image_features, text_features), "matrices": matrices}
 
 
-def sample_rows(rows: int, most: int) -> Tensor:
-    """At most `most` of `rows` numbers in order, the same in every run: (min(rows, most),)."""
-    drawn = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
-    return drawn[:most].sort().values
+def sample_indices(count: int, most: int) -> Tensor:
+    """At most `most` of the indices 0 to count - 1, ascending, the same in every run."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    return order[:most].sort().values
 
 
 def distinct_texts(captions: list[list[str]]) -> tuple[list[str], Tensor]:
@@ -293,13 +303,13 @@ def distinct_texts(captions: list[list[str]]) -> tuple[list[str], Tensor]:
     return list(number), torch.tensor(pairs, dtype=torch.long).view(-1, 2)
 
 
-def pairs_of(rows: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
-    """The pairs of some images, and the texts that they have.
+def select_pairs(indices: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """The pairs of some images, and the indices of their texts.
 
-    In the pairs, images and texts are numbered anew, from 0.
+    indices: (m,), of the images, ascending. pairs: (P, 2).
 
-    rows: (m,), ascending. pairs: (P, 2). Returns (Q, 2) pairs, and (t,) texts in the old numbers.
+    Returns (Q, 2) pairs, which index the m images and the t texts, and the texts' indices (t,).
     """
-    image, text = pairs[torch.isin(pairs[:, 0], rows)].unbind(dim=1)
+    image, text = pairs[torch.isin(pairs[:, 0], indices)].unbind(dim=1)
     texts, text = text.unique(return_inverse=True)
-    return torch.stack((torch.searchsorted(rows, image.contiguous()), text), dim=1), texts
+    return torch.stack((torch.searchsorted(indices, image.contiguous()), text), dim=1), texts

@@ -11,7 +11,7 @@ import torch
 from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
-STRIP = 1024  # rows at a time
+STRIP = 1024  # queries that are compared with the gallery in one product
 TOP = (1, 3, 5, 10)  # zero-shot: is the class among the k nearest?
 SUPERCLASS_TOP = (1, 2, 3)
 CONSISTENCY_NEIGHBOURS = (1, 3, 5, 10)
@@ -19,9 +19,9 @@ RECALL_AT = (1, 5, 10)
 
 
 def nearest(queries: Tensor, gallery: Tensor, k: int) -> Tensor:
-    """The k rows of the gallery with the highest cosine, best first: (Q, min(k, G))."""
+    """The indices of the k gallery rows with the highest cosine, best first: (Q, min(k, G))."""
     k = min(k, len(gallery))
-    return torch.cat([(rows @ gallery.T).topk(k).indices for rows in queries.split(STRIP)])
+    return torch.cat([(strip @ gallery.T).topk(k).indices for strip in queries.split(STRIP)])
 
 
 def hit_rate(ranked: Tensor, truth: Tensor, k: int) -> float:
@@ -33,7 +33,7 @@ def hit_rate(ranked: Tensor, truth: Tensor, k: int) -> float:
 
 
 def zero_shot(ranked: Tensor, labels: Tensor, num_classes: int) -> dict[str, float]:
-    """Top-1, 3, 5 and 10, where there are more than k classes.
+    """Top-k accuracy for k = 1, 3, 5 and 10, as far as there are more than k classes.
 
     ranked: (n, up to 10), the nearest classes, best first. labels: (n,).
     """
@@ -42,7 +42,7 @@ def zero_shot(ranked: Tensor, labels: Tensor, num_classes: int) -> dict[str, flo
 
 
 def top(name: str, k: int) -> str:
-    """The name of the top-k form of `coarse` and `fine`; that of k = 1 is plain."""
+    """The name of a metric for the best k answers; for k = 1, the name alone."""
     return name if k == 1 else f"{name}_top{k}"
 
 
@@ -99,7 +99,8 @@ def retrieval(image_features: Tensor, text_features: Tensor, pairs: Tensor) -> d
     """Recall at 1, 5 and 10 in both directions. Every query is compared with all candidates.
 
     A query is a hit if any of its partners is among the first k. A text that captions several
-    images is one candidate, which is right for each of them. As a query it counts once for each.
+    images is one candidate, which is right for each of these images. As a query it counts once for
+    each image.
 
     image_features: (n, D). text_features: (m, D), of distinct texts. pairs: (P, 2), rows of
     image_features and text_features.
@@ -153,8 +154,8 @@ def linear_probe(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(epochs):
         order = torch.randperm(len(features), generator=generator).to(features.device)
-        for rows in order.split(128):
-            loss = nn.functional.cross_entropy(layer(features[rows]), labels[rows])
+        for batch in order.split(128):
+            loss = nn.functional.cross_entropy(layer(features[batch]), labels[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -1,4 +1,4 @@
-"""The paper's data sets: their splits, their templates, and what makes a data set comparable."""
+"""The paper's data sets: their splits and templates, and which data sets compare with them."""
 
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ ZERO_SHOT_SETS = {
     "imagenet-a": Split(200, 7_500, None),
     "imagenet-r": Split(200, 30_000, None),
 }
-# And these have a linear probe only. Names are those of clip-benchmark, without "wds_" and "vtab-".
+# They fit a linear probe on these. Names are as in clip-benchmark, without "wds_" and "vtab-".
 PROBE_SETS = {
     "caltech101": Split(102, None, None),
     "dtd": Split(47, 1_880, 3_760),

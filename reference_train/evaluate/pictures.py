@@ -18,16 +18,16 @@ from . import published, table
 from .records import Result
 
 DRAWN = ("top1", "subgroup_top1", "image_to_text_r1", "consistency_1")
-OTHER = "#8fa9c4"  # runs whose loss is not known
+UNKNOWN_LOSS = "#8fa9c4"
 PUBLISHED = {  # lighter than our own
     "CLIP": "#c3cad1",
     "CyCLIP": "#f2b8a5",
     "C-CyCLIP": "#b5dcd7",
     "I-CyCLIP": "#d3c2dc",
 }
-TALL = 12  # with more bars in a panel, panels are placed three in a row
+MANY_BARS = 12  # if a panel has more bars, three panels are placed in a row
 GEOMETRY = ("inmodal_gap", "inmodal_correlation", "crossmodal_gap", "crossmodal_correlation")
-MODELS = 4  # whose similarities are in one picture
+MODELS = 4  # the most models whose similarities are in one picture
 
 
 class Bar(NamedTuple):
@@ -46,16 +46,19 @@ def use_style() -> None:
 
 
 def draw(result: Result, path: Path) -> None:
-    """A panel for each data set and headline metric: yours, and what is published."""
+    """Draws a panel of bars for each data set and headline metric, with the published numbers."""
     panels = {(m, name): bars(result, name, m) for m in DRAWN for name in result["data_sets"]}
     panels = {panel: found for panel, found in panels.items() if found}
     heights = [0.65 + 0.22 * len(found) for found in panels.values()] or [1.0]
     most = max(map(len, panels.values()), default=0)
-    across = min(3, len(heights)) if most > TALL else 1
-    rows = [max(heights[i : i + across]) for i in range(0, len(heights), across)]
+    across = min(3, len(heights)) if most > MANY_BARS else 1
+    row_heights = [max(heights[i : i + across]) for i in range(0, len(heights), across)]
     use_style()
-    figure = plt.figure(figsize=(5.5 * across, sum(rows)), dpi=200, layout="constrained")
-    axes = figure.subplots(len(rows), across, squeeze=False, height_ratios=rows).ravel()
+    size = (5.5 * across, sum(row_heights))
+    figure = plt.figure(figsize=size, dpi=200, layout="constrained")
+    axes = figure.subplots(
+        len(row_heights), across, squeeze=False, height_ratios=row_heights
+    ).ravel()
     for ax in axes[len(panels) :]:
         ax.axis("off")
     for ax, ((metric, name), found) in zip(axes, panels.items(), strict=False):
@@ -79,7 +82,7 @@ def draw(result: Result, path: Path) -> None:
 
 
 def draw_bars(ax: Any, found: Sequence[Bar]) -> None:
-    """Horizontal bars with their numbers and bounds, in %."""
+    """Draws horizontal bars with their numbers and bounds, in %."""
     value, low, high = 100 * np.array([bar.bounds for bar in found]).T
     drawn = ax.barh(
         [bar.title for bar in found],
@@ -89,7 +92,7 @@ def draw_bars(ax: Any, found: Sequence[Bar]) -> None:
         hatch=["//" if bar.is_one_run else "" for bar in found],
         edgecolor="white",
         linewidth=0,
-        xerr=np.maximum((value - low, high - value), 0),  # rounding may make it negative
+        xerr=np.maximum((value - low, high - value), 0),  # rounding may make a length negative
         error_kw={"elinewidth": 0.9},
     )
     ax.bar_label(drawn, [bar.label for bar in found], padding=3)
@@ -98,14 +101,17 @@ def draw_bars(ax: Any, found: Sequence[Bar]) -> None:
 
 
 def bars(result: Result, name: str, metric: str) -> list[Bar]:
-    """The bars of a data set: yours, if there are any, and the published ones below."""
+    """The bars of a data set: our runs and, below them, published numbers.
+
+    Without runs of ours there are no bars.
+    """
     data = result["data_sets"][name]
     if metric not in table.metrics_of(data):
         return []
     found: list[Bar] = []
     for column in table.columns(result):
         if bounds := table.summary(result, column.runs, name, metric):
-            colour = LOSSES[column.loss].colour if column.loss else OTHER
+            colour = LOSSES[column.loss].colour if column.loss else UNKNOWN_LOSS
             label = f"{100 * bounds[0]:.{table.digits(bounds[0])}f} "
             found.append(Bar(column.title, bounds, colour, label, len(column.runs) == 1))
     if found:
@@ -119,9 +125,9 @@ def bars(result: Result, name: str, metric: str) -> list[Bar]:
 
 
 def draw_similarities(result: Result, path: Path) -> bool:
-    """Three matrices for each data set and model that has them; returns whether there are any.
+    """Draws three matrices for each data set and model that has them, on the same colour scales.
 
-    Colours mean the same in all of them.
+    Returns whether there are any.
     """
     shown = kept_similarities(result)
     if not shown:
@@ -161,22 +167,23 @@ def draw_similarities(result: Result, path: Path) -> bool:
 
 
 def kept_similarities(result: Result) -> list[tuple[str, dict[str, Any]]]:
-    """Title and similarities: for each data set and column, those of its first run that has them.
+    """The title and the similarities of each model that is drawn.
 
-    At most `MODELS` columns of a data set.
+    A column of the table is drawn by its first run that has similarities. A data set has at most
+    `MODELS` models.
     """
     shown: list[tuple[str, dict[str, Any]]] = []
     for name in result["data_sets"]:
-        rows = []
+        models = []
         for column in table.columns(result):
             kept = [run[name].get("similarities") for run in column.runs if name in run]
-            rows += [(f"{column.title}: {name}", found) for found in kept if found][:1]
-        shown += rows[:MODELS]
+            models += [(f"{column.title}: {name}", found) for found in kept if found][:1]
+        shown += models[:MODELS]
     return shown
 
 
 def matrix_captions(numbers: dict[str, float]) -> list[str]:
-    """What is written below the three matrices, with the numbers of `GEOMETRY`."""
+    """The captions below the three matrices, with the numbers of `GEOMETRY`."""
     captions = ["image–image", "text–text", "image–text − its transpose"]
     for place, name in enumerate(GEOMETRY):
         metric, number = table.COMMON[name], numbers.get(name)

@@ -1,7 +1,7 @@
 """Published numbers, from published.csv, where each one has its source.
 
-Columns: data set; metric; source, which is the heading in the table; training pairs, of the runs of
-several data sizes only; a number in % for each model; mark; where it was read; note.
+Columns: data set; metric; source, as in the table's heading; training pairs, only for the runs on
+several data sizes; a number in % for each model; mark; where it was read; note.
 """
 
 import csv
@@ -63,7 +63,7 @@ def read() -> tuple[Published, ...]:
 
 
 def for_table(data_set: str) -> list[Published]:
-    """The published numbers of a data set, without those of other runs on several data sizes."""
+    """The published numbers of a data set, except those of runs on several data sizes."""
     return [row for row in read() if row.data_set == data_set and row.source != DATA_SIZE]
 
 

@@ -1,4 +1,4 @@
-"""`evaluation.json`: begun, read, merged and written."""
+"""`evaluation.json`: begins, reads, merges and writes it."""
 
 import json
 import platform
@@ -21,8 +21,10 @@ PARTS = ("checkpoints", "data_sets", "failed", "absent", "results")
 def start(out: Path, settings: dict[str, Any], command: str, device: torch.device) -> Result:
     """The evaluation in a folder, to be resumed, or a new one.
 
-    settings: what its numbers depend on. Raises `CannotStart` if the evaluation in the folder has
-    other settings, or the folder cannot be written.
+    settings: the settings that its numbers depend on.
+
+    Raises `CannotStart` if the evaluation in the folder has other settings, or the folder cannot be
+    written.
     """
     check_writable(out)
     if (out / "evaluation.json").exists():
@@ -58,10 +60,10 @@ def read_evaluation(path: Path) -> Result:
 
 
 def add_losses_and_seeds(result: Result) -> Result:
-    """Adds what older evaluations did not store: the loss and the seed of each run.
+    """Adds the loss and the seed of each run, which older evaluations did not store.
 
-    There a run is called [NAME-]LOSS-SEED or NAME-SEED. Where the seed is not known either, a
-    single digit at the end is one, and so is any number after a loss.
+    Their runs are called [NAME-]LOSS-SEED or NAME-SEED. If the seed was not stored, a single digit
+    at the end of the name is the seed, and so is any number after a loss.
     """
     checkpoints = result.get("checkpoints", {})
     if isinstance(checkpoints, list):  # the oldest evaluations
@@ -72,8 +74,8 @@ def add_losses_and_seeds(result: Result) -> Result:
             continue
         if "seed" not in known:
             stem, _, last = title.rpartition("-")
-            named = describe_run(stem, {})["loss"]
-            is_seed = last.isdigit() and (len(last) == 1 or named is not None)
+            loss = describe_run(stem, {})["loss"]
+            is_seed = last.isdigit() and (len(last) == 1 or loss is not None)
             known["seed"] = int(last) if is_seed else None
         known["loss"] = describe_run(title, {"seed": known["seed"]})["loss"]
     return result | {"checkpoints": checkpoints}
@@ -89,7 +91,7 @@ def merge(records: Sequence[tuple[str, Result]], only: Sequence[str] | None) -> 
     """One evaluation of several.
 
     Args:
-        records: each with a name, which distinguishes runs that have the same title.
+        records: evaluations with a name each, which distinguishes runs of the same title.
         only: names of data sets; None: all.
 
     Raises `CannotStart` if records have different data sets under one name.

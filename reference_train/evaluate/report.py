@@ -1,4 +1,4 @@
-"""What is made of `evaluation.json`: `table.md`, pictures and the table on the terminal.
+"""Makes `table.md`, the pictures and the table on the terminal from `evaluation.json`.
 
 `python -m reference_train report FOLDER` makes them again, and one table of several folders.
 """
@@ -22,7 +22,7 @@ from .records import Result, merge, read_evaluation, save, start
 from .scaling import draw_data_size, draw_robustness
 from .table import markdown
 
-__all__ = ["describe", "main", "save", "start", "write"]  # the demonstration takes all from here
+__all__ = ["describe", "main", "save", "start", "write"]  # the demonstration uses these
 
 
 def describe(name: str, data: DataSet) -> dict[str, Any]:
@@ -47,14 +47,14 @@ def describe(name: str, data: DataSet) -> dict[str, Any]:
 
 
 def superclass_chances(data: DataSet) -> dict[str, float]:
-    """What guessing would give in the metrics of superclasses, as far as it is easily said."""
+    """The accuracy of guessing in the metrics of superclasses that have a simple formula."""
     chances: dict[str, float] = {}
     for question, classes in data.classes.items():
         if classes.superclass is None:
             continue
         prefix = f"{question}_" if question else ""
         class_sizes = torch.bincount(classes.superclass)[classes.superclass]  # (C,)
-        size = class_sizes[classes.labels].double()  # (n,), classes in the image's superclass
+        size = class_sizes[classes.labels].double()  # (n,), classes in each image's superclass
         chances[f"{prefix}coarse"] = float((size / len(classes.superclass)).mean())
         for k in SUPERCLASS_TOP:
             chances[prefix + top("fine", k)] = float((k / size).clamp(max=1).mean())
@@ -62,7 +62,7 @@ def superclass_chances(data: DataSet) -> dict[str, float]:
 
 
 def write(result: Result, out: Path) -> None:
-    """All files, and a shorter table on the terminal."""
+    """Writes all files, and prints a shorter table."""
     save(result, out)
     write_text(markdown(result), out / "table.md")
     draw(result, out / "picture.png")
@@ -80,13 +80,17 @@ def write(result: Result, out: Path) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """`python -m reference_train report`."""
-    description = (
-        "Makes table.md and the pictures again. Runs that are called NAME-SEED are one column."
-    )
+    description = "Makes table.md and the pictures again. Runs called NAME-SEED share a column."
     parser = Parser("python -m reference_train report", description=description)
     add = parser.add_argument
-    add("evaluations", nargs="+", type=Path, metavar="FOLDER", help="or an evaluation.json")
-    add("--only", nargs="+", metavar="NAME", help="data sets")
+    add(
+        "evaluations",
+        nargs="+",
+        type=Path,
+        metavar="FOLDER",
+        help="a folder of evaluate, or an evaluation.json",
+    )
+    add("--only", nargs="+", metavar="NAME", help="data sets to show; default: all")
     add("--out", type=Path, metavar="DIR", help="default: the folder")
     arguments = parser.parse_args(argv)
     out = arguments.out or arguments.evaluations[0]

@@ -1,4 +1,4 @@
-"""Finds checkpoint files, OpenCLIP's and the CyCLIP authors', and what is known of their runs."""
+"""Finds checkpoints of OpenCLIP and of the CyCLIP authors, and describes their runs."""
 
 import os
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from ..losses import LOSSES
 from ..pretrain.presets import register_models
 from ..pretrain.runs import PARAMETERS, read_parameters
 
-# Arguments of OpenCLIP's trainer that change the model or what it is shown.
+# Arguments of OpenCLIP's trainer that change the model or its preprocessing.
 KEPT_ARGUMENTS = (
     "force_quick_gelu",
     "force_custom_text",
@@ -36,12 +36,12 @@ class Checkpoint:
     path: Path | None  # None: OpenCLIP's pretrained weights, by `tag`
     tag: str | None
     arguments: dict[str, Any]  # of `open_clip.create_model_and_transforms`
-    run: dict[str, Any] = field(default_factory=dict)  # what is known of the run, for the table
-    has_parameters: bool = False  # a params.txt says which model it is
+    run: dict[str, Any] = field(default_factory=dict)  # of `describe_run`, for the table
+    has_parameters: bool = False  # whether a params.txt says which model it is
 
     @cached_property
     def source(self) -> dict[str, str]:
-        """What distinguishes its weights from others."""
+        """What distinguishes these weights from others."""
         source = {"model": self.model, "path": str(self.path or self.tag)}
         return {**source, "written": str(self.path.stat().st_mtime_ns)} if self.path else source
 
@@ -49,10 +49,12 @@ class Checkpoint:
 def find_checkpoints(
     paths: Sequence[Path], model: str | None, pretrained: str | None
 ) -> list[Checkpoint]:
-    """The checkpoints of the command line. Their titles differ.
+    """The checkpoints of the command line, with different titles.
 
-    paths: files, or folders of runs. model: of all of them; None: their params.txt says it.
-    pretrained: a tag of OpenCLIP's own weights.
+    paths: files, or folders of runs. model: the model of all of them; None: each params.txt says
+    it. pretrained: a tag of OpenCLIP's own weights.
+
+    Raises `CannotStart` if a checkpoint or its model is missing, or named twice.
     """
     register_models()
     found = [from_file(checkpoint_file(path), model) for path in paths]
@@ -75,7 +77,7 @@ def find_checkpoints(
 
 
 def checkpoint_file(path: Path) -> Path:
-    """A file itself; in a run's folder its best epoch, else its newest one."""
+    """The file itself; in a run's folder its best epoch, or else its newest one."""
     if path.is_file():
         return path
     for folder in (path / "checkpoints", path):
@@ -89,7 +91,7 @@ def checkpoint_file(path: Path) -> Path:
 
 
 def from_file(file: Path, model: str | None) -> Checkpoint:
-    """A checkpoint file, with what the params.txt of its run says. Raises `CannotStart`."""
+    """A checkpoint from a file and the params.txt of its run. Raises `CannotStart`."""
     folder = file.resolve().parent
     run = folder.parent  # logs/NAME/checkpoints/best.pt -> NAME
     parameters = read_parameters(run / PARAMETERS) or read_parameters(folder / PARAMETERS)
@@ -109,19 +111,19 @@ def from_file(file: Path, model: str | None) -> Checkpoint:
 
 
 def describe_run(title: str, parameters: dict[str, Any]) -> dict[str, Any]:
-    """What tables and pictures need to know of a run: its loss, seed, and pairs in an epoch.
+    """The loss, the seed, and the pairs in an epoch of a run, for tables and pictures.
 
-    parameters: its params.txt. The loss is the one that the title ends with, if its penalties are
-    those of the run. ("x-c-cyclip" ends with c-cyclip, not with cyclip.)
+    parameters: its params.txt. The loss is the one that the title ends with, if it has the same
+    penalties as the run. ("x-c-cyclip" ends with c-cyclip, not with cyclip.)
     """
     seed = parameters.get("seed")
     stem = title if seed is None else title.removesuffix(f"-{seed}")
-    named = [loss for loss in LOSSES if stem == loss or stem.endswith(f"-{loss}")]
-    loss = max(named, key=len, default=None)
+    endings = [loss for loss in LOSSES if stem == loss or stem.endswith(f"-{loss}")]
+    loss = max(endings, key=len, default=None)
     if "lambda_inmodal" in parameters:
         used = [parameters[f"lambda_{kind}"] > 0 for kind in ("inmodal", "crossmodal")]
-        alike = [name for name, look in LOSSES.items() if [look.inmodal, look.crossmodal] == used]
-        loss = loss if loss in alike else alike[0]
+        candidates = [name for name, x in LOSSES.items() if [x.inmodal, x.crossmodal] == used]
+        loss = loss if loss in candidates else candidates[0]
     return {
         "loss": loss,
         "seed": seed,
@@ -133,9 +135,9 @@ def distinguish(checkpoints: Sequence[Checkpoint]) -> None:
     """Adds paths to titles that several checkpoints have."""
     titles = [checkpoint.title for checkpoint in checkpoints]
     for title in {title for title in titles if titles.count(title) > 1}:
-        alike = {
+        paths = {
             c: Path(os.path.abspath(c.path)) for c in checkpoints if c.title == title and c.path
         }
-        common = os.path.commonpath([path.parent for path in alike.values()])
-        for checkpoint, path in alike.items():
+        common = os.path.commonpath([path.parent for path in paths.values()])
+        for checkpoint, path in paths.items():
             checkpoint.title = f"{title}: {path.relative_to(common)}"

@@ -1,7 +1,7 @@
 """Pictures of runs on several numbers of training pairs: data size, and effective robustness.
 
 The number of pairs is `train_num_samples` in a run's params.txt. A picture is drawn if the runs of
-an evaluation have two such numbers or more. Published points stand beside ours where there are any.
+an evaluation have at least two different numbers. Published points are drawn beside ours.
 """
 
 import math
@@ -22,7 +22,7 @@ from .pictures import PUBLISHED, use_style
 from .records import Result
 from .table import chance
 
-# Accuracy under a natural shift, over accuracy on the data set that it is a shift of.
+# Data set -> data sets with the same classes under a natural distribution shift.
 SHIFTS = {
     "imagenet1k": ("imagenetv2", "imagenet-sketch", "imagenet-a", "imagenet-r"),
     "icons": ("emoji",),
@@ -42,7 +42,7 @@ class Line(NamedTuple):
 
 
 def our_lines(result: Result, name: str) -> list[Line]:
-    """A line for each loss: means over the runs that have the same number of pairs."""
+    """A line for each loss. Its points are means over the runs with the same number of pairs."""
     found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for title, run in result["checkpoints"].items():
         numbers = result["results"].get(title, {}).get(name, {}).get("numbers", {})
@@ -58,11 +58,11 @@ def our_lines(result: Result, name: str) -> list[Line]:
 
 def all_lines(result: Result, name: str) -> list[Line]:
     """Our lines on a data set, and the published ones if it is the paper's."""
-    theirs: list[Line] = []
+    lines: list[Line] = []
     if not why_incomparable(name, result["data_sets"][name], "top1"):
         for model, percent in published.by_pairs(name).items():
-            theirs.append(Line(f"{model}, paper", PUBLISHED[model], False, percent))
-    return theirs + our_lines(result, name)
+            lines.append(Line(f"{model}, paper", PUBLISHED[model], False, percent))
+    return lines + our_lines(result, name)
 
 
 def several_sizes(result: Result) -> list[str]:
@@ -75,13 +75,13 @@ def several_sizes(result: Result) -> list[str]:
 
 
 def draw_data_size(result: Result, path: Path) -> bool:
-    """Accuracy over the number of training pairs; returns whether there is anything to draw."""
+    """Draws accuracy over the number of training pairs. Returns whether there is any."""
     panels = [partial(draw_size_panel, result, name) for name in several_sizes(result)]
     return draw_panels(panels, path, "Dots are means over seeds.")
 
 
 def draw_size_panel(result: Result, name: str, ax: Any) -> None:
-    """The accuracy on one data set."""
+    """Draws the accuracy on one data set."""
     lines = all_lines(result, name)
     for line in lines:
         draw_line(ax, line, list(line.percent), list(line.percent.values()))
@@ -97,23 +97,23 @@ def draw_size_panel(result: Result, name: str, ax: Any) -> None:
 
 
 def draw_robustness(result: Result, path: Path) -> bool:
-    """Accuracy under a shift over accuracy without it; returns whether there is anything to draw.
+    """Draws accuracy under a shift over accuracy without it. Returns whether there is any.
 
-    Raw %, as in the paper: nothing is transformed, and no line is fitted. What lies above the
-    dashed line y = x loses nothing under the shift.
+    The axes are in %, as in the paper: nothing is transformed, and no line is fitted. A model above
+    the dashed line y = x loses nothing under the shift.
     """
-    there = several_sizes(result)
+    drawable = several_sizes(result)
     panels = [
         partial(draw_shift_panel, result, base, shift)
         for base, shifts in SHIFTS.items()
         for shift in shifts
-        if base in there and shift in there
+        if base in drawable and shift in drawable
     ]
     return draw_panels(panels, path, "A dot for each number of training pairs.")
 
 
 def draw_shift_panel(result: Result, base: str, shift: str, ax: Any) -> None:
-    """The accuracy on one data set over that on the data set that it is a shift of."""
+    """Draws the accuracy on a shifted data set over the accuracy on the original one."""
     under_shift = {line.title: line.percent for line in all_lines(result, shift)}
     points = [0.1]
     for line in all_lines(result, base):
@@ -126,7 +126,7 @@ def draw_shift_panel(result: Result, base: str, shift: str, ax: Any) -> None:
     ax.plot([0, end], [0, end], color="black", linestyle="--", linewidth=0.8, label="y = x")
     if shift in STANDARD_TRAINING:
         slope, offset = STANDARD_TRAINING[shift]
-        start = -offset / slope  # where it begins to be positive
+        start = -offset / slope  # the line is positive from here on
         ax.plot(
             [start, max(start, end)],
             [0, slope * max(start, end) + offset],
@@ -140,7 +140,7 @@ def draw_shift_panel(result: Result, base: str, shift: str, ax: Any) -> None:
 
 
 def draw_line(ax: Any, line: Line, x: list[float], y: list[float]) -> None:
-    """Our points are filled and joined by a solid line; published ones are hollow and dashed."""
+    """Draws our points filled on a solid line, and published points hollow on a dashed line."""
     ax.plot(
         x,
         y,
@@ -155,9 +155,9 @@ def draw_line(ax: Any, line: Line, x: list[float], y: list[float]) -> None:
 
 
 def draw_panels(panels: Sequence[Callable[[Any], None]], path: Path, caption: str) -> bool:
-    """A picture of panels with one legend; returns whether there is any.
+    """Draws panels with one legend. Returns whether there are any.
 
-    panels: each draws into its axes.
+    panels: functions that draw into given axes.
     """
     if not panels:
         return False

@@ -24,7 +24,10 @@ Bounded = tuple[float, float, float]  # a value, and the lowest and the highest
 
 
 class Metric(NamedTuple):
-    """A number of the table. kind: what an answer is; it is right if one of k answers is."""
+    """A number of the table.
+
+    kind: what an answer is. A query is right if one of its k best answers is.
+    """
 
     title: str
     kind: str  # "class", "superclass", "text", "image"; "" if the number is no share of answers
@@ -73,24 +76,28 @@ def metrics_of(data: dict[str, Any]) -> dict[str, Metric]:
     found: dict[str, Metric] = {}
     for name in data["classes"]:
         question = "" if name == "class" else name
-        prefix, words = (f"{question}_", f"{question} ") if question else ("", "")
+        prefix, label = (f"{question}_", f"{question} ") if question else ("", "")
         for k in TOP:
-            title = f"{words or 'zero-shot '}top-{k}"
+            title = f"{label or 'zero-shot '}top-{k}"
             found[f"{prefix}top{k}"] = Metric(title, "class", question, k)
-        for metric, words_of in (("coarse", "superclass"), ("fine", "within the superclass")):
+        for metric, title_of_metric in (
+            ("coarse", "superclass"),
+            ("fine", "within the superclass"),
+        ):
             for k in SUPERCLASS_TOP:
-                title = words + words_of + ("" if k == 1 else f", top-{k}")
+                title = label + title_of_metric + ("" if k == 1 else f", top-{k}")
                 found[prefix + top(metric, k)] = Metric(title, "superclass")
         for k in CONSISTENCY_NEIGHBOURS:
-            title = f"{words}consistency score, k = {k}"
+            title = f"{label}consistency score, k = {k}"
             found[f"{prefix}consistency_{k}"] = Metric(title, "class", question)
     return found | COMMON
 
 
 def columns(result: Result) -> list[Column]:
-    """One column for the runs that differ in their seed only: CLIP, other losses, the rest.
+    """The columns of the table: CLIP, other losses, then runs whose loss is not known.
 
-    A run is called [SERIES-]LOSS-SEED or SERIES-SEED.
+    Runs that differ in their seed only share a column. A run is called [SERIES-]LOSS-SEED or
+    SERIES-SEED.
     """
     found: dict[tuple[Any, ...], Column] = {}
     for title, results in result["results"].items():
@@ -98,18 +105,18 @@ def columns(result: Result) -> list[Column]:
         loss, seed = run["loss"], run["seed"]
         series = title if seed is None else title.removesuffix(f"-{seed}")
         if loss is None:
-            place = (True, natural(series), 0)
+            sort_key = (True, natural(series), 0)
             column = Column(series, None, [])
         else:
             series = series.removesuffix(loss).removesuffix("-")
-            place = (False, natural(series), list(LOSSES).index(loss))
+            sort_key = (False, natural(series), list(LOSSES).index(loss))
             column = Column(f"{series} {LOSSES[loss].title}".strip(), loss, [])
-        found.setdefault(place, column).runs.append(results)
-    return [found[place] for place in sorted(found)]
+        found.setdefault(sort_key, column).runs.append(results)
+    return [found[sort_key] for sort_key in sorted(found)]
 
 
 def natural(series: str) -> tuple[tuple[bool, float, str], ...]:
-    """A key for sorting by words, and by numbers where words are numbers: 64 before 512."""
+    """A key that sorts words that are numbers as numbers: 64 before 512."""
     keys = []
     for word in series.split("-"):
         is_word = not word.replace(".", "", 1).isdigit()
@@ -118,9 +125,9 @@ def natural(series: str) -> tuple[tuple[bool, float, str], ...]:
 
 
 def num_queries(result: Result, name: str, metric: str, group: str = "") -> int:
-    """How many answers a share is of, without pictures that could not be read.
+    """The number of queries that a share is measured on, without pictures that cannot be read.
 
-    Where it is a mean over styles, each thing counts once, because its drawings are alike.
+    If the share is a mean over styles, a thing counts once, because its drawings are alike.
     """
     data = result["data_sets"][name]
     if group or data["mean_over"]:
@@ -134,9 +141,10 @@ def num_queries(result: Result, name: str, metric: str, group: str = "") -> int:
 def summary(
     result: Result, runs: Sequence[dict[str, Any]], name: str, metric: str, group: str = ""
 ) -> Bounded | None:
-    """A metric of a data set, or of a group of it: the mean over the runs that have it, and bounds.
+    """A metric of a data set, or of one of its groups: the mean over runs, and bounds.
 
-    The bounds are the lowest and the highest run. The share of a single run has its 95% interval.
+    The bounds of several runs are the lowest and the highest one. The bounds of a single run are
+    the 95% interval of its share. None if no run has the metric.
     """
     measured = [run[name] for run in runs if name in run]
     numbers = [m["groups"].get(group, {}) if group else m["numbers"] for m in measured]
@@ -149,7 +157,7 @@ def summary(
 
 
 def chance(data: dict[str, Any], metric: str) -> float | None:
-    """What guessing would give, as a share; None if it is not known."""
+    """The share of right answers by guessing; None if it is not known."""
     _, kind, question, k = metrics_of(data)[metric]
     if kind == "class":
         return float(min(1.0, k / data["classes"][question or "class"]))
@@ -166,12 +174,12 @@ def chance(data: dict[str, Any], metric: str) -> float | None:
 
 
 def digits(share: float) -> int:
-    """How many digits after the point a share in % is shown with."""
+    """The number of digits after the point with which a share is shown in %."""
     return 1 if share >= 0.1 else 2
 
 
 def cell(found: Bounded | None, metric: Metric) -> str:
-    """A number of one column; empty if there is none."""
+    """The text of a number and its bounds; "" if there is none."""
     if found is None:
         return ""
     if metric.kind:
@@ -182,7 +190,7 @@ def cell(found: Bounded | None, metric: Metric) -> str:
 
 
 def published_cell(row: Published | None, model: str) -> str:
-    """A published number with its mark, and * if a note explains it."""
+    """The text of a published number with its mark, and with * if a note explains it."""
     if row is None or model not in row.percent:
         return ""
     return f"{row.percent[model]:.2f} {row.mark}{'*' if row.note else ''}"
@@ -193,7 +201,7 @@ def comparable(
 ) -> tuple[list[Published], list[str]]:
     """The published numbers that can stand beside a data set's own, and notes on them.
 
-    The paper's are shown where a metric is not measured, too. measured: metrics.
+    measured: the metrics that our runs have. Other metrics are shown if the paper has them.
     """
     rows: list[Published] = []
     notes: dict[str, None] = {}  # in order, each once
@@ -210,13 +218,16 @@ def comparable(
         if row.note:
             title = metrics_of(data)[row.metric].title
             notes[rf"\* {name}, {title}, {row.source}: {row.note}."] = None
-    if not rows:  # what is missing is of no interest then
+    if not rows:  # nobody then asks what our runs lack
         notes = {note: None for note in notes if "not shown" in note}
     return rows, list(notes)
 
 
 def markdown(result: Result, short: bool = False) -> str:
-    """`table.md`: failures, a table for each data set, notes. short: headline metrics only."""
+    """The text of `table.md`: failures, a table for each data set, notes.
+
+    short: headline metrics only.
+    """
     out = [f"# Evaluation of {result['date']}", "", indent(result["command"], "    "), ""]
     out += [f"- **Failed: {name}: {why}**" for name, why in result.get("failed", {}).items()]
     notes, shown = [READING], dict[str, None]()
@@ -244,11 +255,13 @@ def data_set_table(
     result: Result, name: str, measured: Sequence[str], rows: Sequence[Published], short: bool
 ) -> list[str]:
     """The lines of a data set's table."""
-    data, ours = result["data_sets"][name], columns(result)
-    theirs = dict.fromkeys((row.source, model) for row in rows for model in row.percent)
-    by_metric = {(row.source, row.metric): row for row in rows}
-    headings = ["", *(f"{c.title} ({len(c.runs)})" if len(c.runs) > 1 else c.title for c in ours)]
-    headings += [*(f"{model}, {source}" for source, model in theirs), "chance", "n"]
+    data, our_columns = result["data_sets"][name], columns(result)
+    published_columns = dict.fromkeys((row.source, model) for row in rows for model in row.percent)
+    row_of = {(row.source, row.metric): row for row in rows}
+    headings = [""]
+    headings += [f"{c.title} ({len(c.runs)})" if len(c.runs) > 1 else c.title for c in our_columns]
+    headings += [f"{model}, {source}" for source, model in published_columns]
+    headings += ["chance", "n"]
     out = ["", f"## {name}: {sizes(data)}", "", f"| {' | '.join(headings)} |"]
     out += ["|---" + "|---:" * (len(headings) - 1) + "|"]
     metrics = metrics_of(data)
@@ -259,10 +272,10 @@ def data_set_table(
             continue
         metric = metrics[name_of_metric]
         cells = [f"{group}: {metric.title}" if group else metric.title]
-        for column in ours:
+        for column in our_columns:
             cells.append(cell(summary(result, column.runs, name, name_of_metric, group), metric))
-        for source, model in theirs:
-            row = None if group else by_metric.get((source, name_of_metric))
+        for source, model in published_columns:
+            row = None if group else row_of.get((source, name_of_metric))
             cells.append(published_cell(row, model))
         known = not (group and metric.kind in ("text", "image"))
         guess = chance(data, name_of_metric) if known else None
@@ -274,7 +287,7 @@ def data_set_table(
 
 
 def sizes(data: dict[str, Any]) -> str:
-    """A data set in words."""
+    """The sizes of a data set: images, classes, templates and texts."""
     counts = {"images": data["images"], "train images": data["train_images"]}
     counts |= {"classes" if q == "class" else f"{q}s": n for q, n in data["classes"].items()}
     counts |= {"templates": data["templates"], "texts": data.get("texts", data["captions"])}

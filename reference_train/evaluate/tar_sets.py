@@ -25,10 +25,10 @@ from .datasets import PICTURE_TEMPLATES, Classes, DataSet, Images, Member, Unusa
 
 
 class TarImages(Images):
-    """The samples of WebDataset tar files, by number: their images, and their fields.
+    """The images of WebDataset tar files, by index, and the other fields of their samples.
 
-    webdataset itself streams. Here the order matters, and one sample out of 1.3 million is wanted,
-    so the places of the images are looked up once in the headers of the tar files.
+    The webdataset package streams samples. Here any of 1.3 million images is read by its index, so
+    their places are looked up once in the headers of the tar files.
     """
 
     def __init__(self, shards: Sequence[Path]):
@@ -51,7 +51,7 @@ class TarImages(Images):
         super().__init__([sample["image"] for sample in self.samples])
 
     def texts(self, extension: str) -> list[str] | None:
-        """A field of all samples; None if no sample has it. Raises `Unusable` if some lack it."""
+        """A field of all samples; None if no sample has it. Raises `Unusable` if only some do."""
         found = [sample[extension] for sample in self.samples if extension in sample]
         if 0 < len(found) < len(self):
             raise Unusable(f"{len(self) - len(found)} of {len(self)} samples have no .{extension}")
@@ -88,7 +88,7 @@ def open_tars(folder: Path, name: str) -> DataSet:
 
 
 def shards(folder: Path) -> list[Path]:
-    """0.tar, 1.tar, ..., as many as nshards.txt says."""
+    """0.tar, 1.tar, ..., as many as nshards.txt says; without it, all tar files."""
     if count := lines(folder / "nshards.txt"):
         return [folder / f"{number}.tar" for number in range(int(count[0]))]
     return sorted(folder.glob("*.tar"), key=lambda path: (len(path.name), path.name))

@@ -1,9 +1,14 @@
-"""Counts lost pairs, fixes the order of the pairs by `--seed`, and stops if a worker has no batch.
+"""Counts unreadable pairs, shuffles by `--seed`, and stops if a worker has no batch.
 
-OpenCLIP's loading of WebDatasets does none of the three: it logs "Ignoring" for a shard or a
-picture that can't be read, seeds its shuffle by time and process number, and waits for ever for a
-worker that has fewer pairs than a batch. OpenCLIP builds the pipeline with its own error handlers,
-so the stages are replaced in the finished pipeline.
+OpenCLIP's loading of WebDatasets does none of the three. It logs "Ignoring" for a shard or a
+picture that it cannot read. It seeds its shuffle with the time and the process number. It waits
+forever for a worker whose shards hold fewer pairs than a batch.
+
+There is no public interface for this. WebDataset's filters take an error handler and a random
+generator only when they are made, and OpenCLIP's `get_wds_dataset` makes them without an argument
+for either. A pipeline of our own would have to repeat all of OpenCLIP's data flags. So filters are
+replaced in the finished pipeline. They are recognised by the public function that makes them, and
+a pipeline without them is refused.
 """
 
 import logging
@@ -11,133 +16,164 @@ import multiprocessing
 import random
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
+import webdataset as wds
+from open_clip_train.data import tarfile_to_samples_nothrow
 from torch.utils.data import get_worker_info
 
 from ..command_line import Stopped, first_line
 from ..data.samples import ends_early
 
 SHOWN = 5  # shards in a message
+UNKNOWN = "shards unknown"
+Filter = Callable[[Any], Iterator[Any]]
 
 
 class NoBatch(Stopped):
     """The shards of a worker hold fewer pairs than one batch."""
 
 
-class Watched:
-    """Replaces stages of OpenCLIP's pipeline of a WebDataset by the methods here.
+class WatchedData:
+    """Replaces filters in OpenCLIP's pipeline of a WebDataset by the methods of this class.
 
-    Worker processes count the pairs that could not be read, for each shard. The main process calls
-    `take` for the counts.
+    Worker processes count the pairs that they cannot read, for each shard. The main process calls
+    `take_counts`.
 
-    info: OpenCLIP's `DataInfo`. sizes: path of a shard -> its number of pairs, where that is known.
+    info: OpenCLIP's `DataInfo`. sizes: path of a shard -> its number of pairs, where it is known.
+    Raises `Stopped` if the pipeline has no filter that reads shards or, in training, that shuffles.
     """
 
     def __init__(self, info: Any, args: Namespace, sizes: Mapping[str, int], train: bool) -> None:
-        self.epochs, self.sizes, self.seed = info.shared_epoch, sizes, f"{args.seed} {args.rank}"
-        stages = info.dataloader.pipeline[0].dataset.pipeline
+        self.shared_epoch, self.sizes = info.shared_epoch, sizes
+        self.seed_and_rank = f"{args.seed} {args.rank}"
+        filters = info.dataloader.pipeline[0].dataset.pipeline
         # OpenCLIP 4 drops the shard's name before it decodes pictures.
-        self.shards = [*getattr(stages[0], "urls", []), "shards unknown"]
+        self.shards = [*getattr(filters[0], "urls", []), UNKNOWN]
         self.counts = multiprocessing.Array("q", 2 * len(self.shards))  # pairs, then shards
-        self.logged: set[str] = set()  # shards
-        self.epoch, self.counted = -1, set[tuple[str, str]]()
+        self.logged_shards: set[str] = set()
+        self.epoch, self.counted = -1, set[tuple[str, str]]()  # (shard, part) of this epoch
         self.passes: Counter[int] = Counter()  # epoch -> how often it began to read the shards
-        for i, stage in enumerate(stages):
-            name = getattr(getattr(stage, "f", stage), "__name__", "")
-            if name in ("tarfile_to_samples_nothrow", "tarfile_samples"):
-                stages[i] = partial(self.read_shards, stage)
-            elif name == "_shuffle":
-                stages[i] = partial(self.shuffle, stage)
-            elif "handler" in getattr(stage, "kw", {}):
-                stages[i] = partial(self.decode, stage)
+        replaced = self.replace(filters)
+        if not replaced >= ({"read_shards", "shuffle"} if train else {"read_shards"}):
+            raise Stopped(
+                "OpenCLIP's data pipeline has another form than pretrain knows: its filters for "
+                f"shards and for the shuffle were not found in {filters}"
+            )
         if train:
-            stages.append(require_a_batch)
+            filters.append(require_a_batch)
 
-    def read_shards(self, stage: Any, shards: Any) -> Iterator[Any]:
-        """The stage from shards to samples. If a shard can't be read, it goes on with the next."""
+    def replace(self, filters: list[Any]) -> set[str]:
+        """Replaces the filters in place. Returns the names of the methods that are used."""
+        replaced = set()
+        for i, original in enumerate(filters):
+            if original is tarfile_to_samples_nothrow or is_made_by(
+                wds.tarfile_to_samples, original
+            ):
+                method: Any = self.read_shards
+            elif is_made_by(wds.shuffle, original):
+                method = self.shuffle
+            elif "handler" in getattr(original, "kw", {}):
+                method = self.decode
+            else:
+                continue
+            filters[i] = partial(method, original)
+            replaced.add(method.__name__)
+        return replaced
+
+    def read_shards(self, original: Filter, shards: Iterator[dict[str, str]]) -> Iterator[Any]:
+        """The samples of the shards. If a shard cannot be read, the next one follows."""
         for shard in shards:
-            url, samples = shard["url"], 0
+            url, num_samples = shard["url"], 0
             errors: list[object] = []
             # `append` returns None, which ends the shard and keeps the sample before the error.
-            for sample in call(stage, iter([shard]), handler=errors.append):
-                samples += 1
+            for sample in call(original, iter([shard]), handler=errors.append):
+                num_samples += 1
                 yield sample
             # A tar that was cut between two files ends without an error.
-            if (missing := self.sizes.get(url, 0) - samples) > 0:
+            if (missing := self.sizes.get(url, 0) - num_samples) > 0:
                 why = f"{missing} pairs of it are missing"
-                self.add(url, "(missing)", pairs=missing, why=why)
+                self.count_loss(url, "(missing)", pairs=missing, why=why)
             elif url not in self.sizes and ends_early(url):
                 errors.append("it is cut short: the end of the tar file is missing")
             if errors:
-                self.add(url, "(end)", shards=1, why=errors[0])
+                self.count_loss(url, "(end)", shards=1, why=errors[0])
 
-    def decode(self, stage: Any, samples: Iterator[dict[str, Any]]) -> Iterator[Any]:
-        """A stage that decodes. It leaves out the samples that can't be decoded."""
+    def decode(self, original: Filter, samples: Iterator[dict[str, Any]]) -> Iterator[Any]:
+        """The decoded samples, without those that cannot be decoded."""
         for sample in samples:
             errors: list[object] = []
-            yield from call(stage, iter([sample]), handler=errors.append)
+            yield from call(original, iter([sample]), handler=errors.append)
             if errors:
-                shard, key = (sample.get(name, "") for name in ("__url__", "__key__"))
-                self.add(shard, key, pairs=1, why=errors[0])
+                shard, key = sample.get("__url__", ""), sample.get("__key__", "")
+                self.count_loss(shard, key, pairs=1, why=errors[0])
 
-    def shuffle(self, stage: Any, samples: Any) -> Any:
-        """WebDataset's shuffle, seeded by seed, rank, worker, epoch and pass, not by time."""
-        epoch, worker = self.epochs.get_value(), get_worker_info()
+    def shuffle(self, original: Filter, samples: Iterator[Any]) -> Iterator[Any]:
+        """The samples in an order that depends on seed, rank, worker, epoch and pass."""
+        epoch, worker = self.shared_epoch.get_value(), get_worker_info()
         self.passes[epoch] += 1
-        seed = f"{self.seed} {worker.id if worker else 0} {epoch} {self.passes[epoch]}"
-        return call(stage, samples, rng=random.Random(seed))
+        worker_id = worker.id if worker else 0
+        seed = f"{self.seed_and_rank} {worker_id} {epoch} {self.passes[epoch]}"
+        return call(original, samples, rng=random.Random(seed))
 
-    def add(self, shard: str, part: str, *, pairs: int = 0, shards: int = 0, why: object) -> None:
+    def count_loss(
+        self, shard: str, part: str, *, pairs: int = 0, shards: int = 0, why: object
+    ) -> None:
         """Counts lost pairs, or a shard that ended early. Logs the first loss of each shard.
 
         part: the key of a pair, or a word for another loss. A worker may read its shards several
         times in an epoch, and each part is counted once in an epoch.
         """
-        if (epoch := self.epochs.get_value()) != self.epoch:
+        if (epoch := self.shared_epoch.get_value()) != self.epoch:
             self.epoch, self.counted = epoch, set()
         if part and (shard, part) in self.counted:
             return
         self.counted.add((shard, part))
-        i = self.shards.index(shard if shard in self.shards else "shards unknown")
+        i = self.shards.index(shard if shard in self.shards else UNKNOWN)
         with self.counts.get_lock():
             self.counts[i] += pairs
             self.counts[len(self.shards) + i] += shards
-        if shard not in self.logged:
-            self.logged.add(shard)
+        if shard not in self.logged_shards:
+            self.logged_shards.add(shard)
             logging.warning("%s: %s", shard or "a picture", first_line(why))
 
-    def take(self) -> torch.Tensor:
+    def take_counts(self) -> torch.Tensor:
         """The counts since the last call, (2, shards + 1) int64; row 0: pairs, row 1: shards."""
         with self.counts.get_lock():
             taken = torch.tensor(self.counts[:]).view(2, -1)
             self.counts[:] = [0] * len(self.counts)
         return taken
 
-    def describe(self, taken: torch.Tensor) -> str:
-        """ "3 pairs (a.tar 2, b.tar 1), 1 shards cut short (a.tar 1)"; nothing lost: ""."""
-        found = []
-        for row, what in zip(taken, ("pairs", "shards cut short"), strict=True):
-            named = [f"{self.shards[i]} {row[i]}" for i in row.argsort(descending=True) if row[i]]
-            if len(named) > SHOWN:
-                named[SHOWN:] = [f"{len(named) - SHOWN} more"]
+    def describe(self, counts: torch.Tensor) -> str:
+        """ "pairs: 3 (a.tar 2, b.tar 1); shards cut short: 1 (a.tar 1)"; "" if nothing is lost."""
+        parts = []
+        for row, what in zip(counts, ("pairs", "shards cut short"), strict=True):
+            order = [i for i in row.argsort(descending=True).tolist() if row[i]]
+            named = [f"{self.shards[i]} {row[i]}" for i in order[:SHOWN]]
+            if len(order) > SHOWN:
+                named.append(f"{len(order) - SHOWN} more")
             if named:
-                found.append(f"{row.sum()} {what} ({', '.join(named)})")
-        return ", ".join(found)
+                parts.append(f"{what}: {row.sum()} ({', '.join(named)})")
+        return "; ".join(parts)
 
 
-def call(stage: Any, source: Any, **options: Any) -> Iterator[Any]:
-    """Calls a stage of WebDataset, or a function of OpenCLIP, with other options."""
-    if not hasattr(stage, "f"):
-        return stage(source, **options)
-    return stage.f(source, *stage.args, **{**stage.kw, **options})
+def is_made_by(maker: Any, candidate: Any) -> bool:
+    """Whether a filter of a pipeline was made by this function of WebDataset (`wds.shuffle`)."""
+    return getattr(candidate, "f", None) is maker.f
+
+
+def call(original: Any, source: Iterator[Any], **options: Any) -> Iterator[Any]:
+    """Runs a filter of WebDataset, or a function of OpenCLIP, with other options."""
+    if not hasattr(original, "f"):
+        return original(source, **options)
+    return original.f(source, *original.args, **{**original.kw, **options})
 
 
 def require_a_batch(batches: Iterator[Any]) -> Iterator[Any]:
-    """The batches of one pass over a worker's shards; raises `NoBatch` if there is none."""
+    """The batches of one pass over a worker's shards. Raises `NoBatch` if there is none."""
     batch = None
     for batch in batches:
         yield batch

@@ -15,7 +15,7 @@ PARAMETERS = "params.txt"  # the run's settings
 
 
 def read_parameters(path: Path) -> dict[str, Any]:
-    """A params.txt, `name: value` a line; none if there is no such file."""
+    """The settings in a params.txt, one `name: value` a line; {} if there is no such file."""
     parameters: dict[str, Any] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         name, _, value = line.partition(": ")
@@ -37,13 +37,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         if isinstance(content, dict):
             return content
         raise ValueError(f"a {type(content).__name__}")
-    except Exception as error:  # of many kinds; PyTorch's words advise to run what the file holds
+    except Exception as error:
+        # PyTorch raises errors of many kinds. Some advise to run the code that the file holds.
         why = f"{path} is cut short, or holds more than weights, and was not loaded"
         raise CannotStart(why) from error
 
 
 def without_wrappers(state: dict[str, Any]) -> dict[str, Any]:
-    """Weights by the model's own names: less what DDP and torch.compile put before them."""
+    """Weights by the model's own names, without the prefixes of DDP and torch.compile."""
     return {
         re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", "")): value
         for name, value in state.items()

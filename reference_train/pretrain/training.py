@@ -21,17 +21,17 @@ from cyclip_loss.metrics import consistency_metrics
 
 from ..command_line import Stopped
 from ..files import written_whole
-from .loading import NoBatch, Watched
+from .loading import NoBatch, WatchedData
 from .runs import without_wrappers
 
 LOSS = "clip_val_loss"  # OpenCLIP's name for the contrastive loss on the validation's batches
 BEST = "best.pt"
-STEPS = 10  # so many steps in a row without a finite loss; GradScaler skips single steps
+STEPS = 10  # steps in a row without a finite loss that stop a run; GradScaler skips single steps
 COLLAPSED = -0.05  # uniformity; it was -0.02 and -0.03 in runs that had learned nothing
 Function = Callable[..., Any]
 
 
-class Loader:
+class CheckedLoader:
     """A loader of batches that calls `check` after every `every` steps, and at the end."""
 
     def __init__(self, loader: Any, check: Callable[[], None], every: float = math.inf) -> None:
@@ -48,8 +48,8 @@ class Loader:
         self.check()
 
 
-class Finite:
-    """Whether losses and the model are finite; the host waits for it in `check` only."""
+class FinitenessCheck:
+    """Whether losses and weights are finite. Only `check` waits for the GPU."""
 
     def __init__(self, args: Namespace) -> None:
         self.args, self.limit = args, STEPS * args.accum_freq
@@ -66,110 +66,150 @@ class Finite:
 
     def check(self, model: nn.Module) -> None:
         """Raises `Stopped` on all ranks if one has `limit` bad losses in a row, or bad weights."""
-        # Of the buffers, only running statistics: an attention mask may be -inf.
-        running = [b for n, b in model.named_buffers() if n.endswith(("_mean", "_var"))]
-        tensors = [t.detach() for t in (*model.parameters(), *running)]
+        # Of the buffers only running statistics are checked: an attention mask may hold -inf.
+        statistics = [b for n, b in model.named_buffers() if n.endswith(("_mean", "_var"))]
+        tensors = [t.detach() for t in (*model.parameters(), *statistics)]
         local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]  # FSDP shards
         model_is_finite = torch.stack([t.isfinite().all() for t in local]).all()
         found = torch.stack([self.longest, (~model_is_finite).to(self.longest)])
         if self.args.distributed:
             torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
         longest, broken = found.tolist()
-        if longest >= self.limit or broken:
-            what = (
-                "the model's weights are" if broken else f"the loss of {STEPS} steps in a row was"
-            )
-            raise Stopped(f"{what} not finite: stopped, and nothing saved since the last epoch")
+        if broken:
+            what = "the model's weights are"
+        elif longest >= self.limit:
+            what = f"the loss of {STEPS} steps in a row was"
+        else:
+            return
+        raise Stopped(f"{what} not finite: stopped, and nothing saved since the last epoch")
 
 
 class Guards:
-    """Changes OpenCLIP's trainer; methods replace the functions of the same name.
+    """Changes OpenCLIP's trainer. A method replaces the trainer's function of the same name.
 
-    sizes: path of a shard -> its number of pairs, where that is known. settings: what is added to
+    The first argument of such a method, `original`, is the trainer's own function.
+
+    sizes: path of a shard -> its number of pairs, where it is known. settings: what is added to
     the run's params.txt.
     """
 
     def __init__(self, sizes: Mapping[str, int], settings: Mapping[str, Any]) -> None:
         self.sizes, self.settings = sizes, settings
 
-    def into(self, main: Any) -> None:
+    def install(self, main: Any) -> None:
         """Replaces functions in `open_clip_train.main`, `open_clip_train.train` and torch."""
-        names = {name: main for name in ("parse_args", "get_data", "train_one_epoch", "evaluate")}
-        names |= {"get_clip_metrics": train, "save": torch}
-        for name, module in names.items():
+        modules = {
+            "parse_args": main,
+            "get_data": main,
+            "train_one_epoch": main,
+            "evaluate": main,
+            "get_clip_metrics": train,
+            "save": torch,
+        }
+        for name, module in modules.items():
             setattr(module, name, partial(getattr(self, name), getattr(module, name)))
 
-    def parse_args(self, theirs: Function, *args: Any) -> Namespace:
-        """Their arguments, with our settings."""
-        return Namespace(**{**vars(theirs(*args)), **self.settings})
+    def parse_args(self, original: Function, *args: Any) -> Namespace:
+        """OpenCLIP's arguments, with `settings` added."""
+        return Namespace(**{**vars(original(*args)), **self.settings})
 
-    def get_data(self, theirs: Function, args: Namespace, *rest: Any, **more: Any) -> Any:
-        """Their data, whose lost pairs are counted. A validation that lost pairs is refused."""
-        data = theirs(args, *rest, **more)
-        self.args, self.finite = args, Finite(args)
-        self.lost = Watched(data["train"], args, self.sizes, train=True)
+    def get_data(
+        self, original: Function, args: Namespace, *positional: Any, **options: Any
+    ) -> Any:
+        """OpenCLIP's data. Lost pairs are counted, and a validation that lost any is refused."""
+        data = original(args, *positional, **options)
+        self.args, self.finiteness = args, FinitenessCheck(args)
+        self.watched = WatchedData(data["train"], args, self.sizes, train=True)
         if "val" in data:
-            lost = Watched(data["val"], args, self.sizes, train=False)
+            watched = WatchedData(data["val"], args, self.sizes, train=False)
 
-            def refuse() -> None:
-                if unread := lost.describe(lost.take()):
-                    raise Stopped(f"the validation lost pairs, and can't choose an epoch: {unread}")
+            def refuse_losses() -> None:
+                if lost := watched.describe(watched.take_counts()):
+                    raise Stopped(f"the validation lost pairs, and can't choose an epoch: {lost}")
 
-            data["val"].dataloader = Loader(data["val"].dataloader, refuse)
+            data["val"].dataloader = CheckedLoader(data["val"].dataloader, refuse_losses)
         return data
 
     def train_one_epoch(
-        self, theirs: Function, first: Any, data: dict[str, Any], *rest: Any, **more: Any
+        self,
+        original: Function,
+        first: Any,
+        data: dict[str, Any],
+        *positional: Any,
+        **options: Any,
     ) -> Any:
-        """Their epoch of training. It stops if the loss or the model is not finite.
+        """One epoch of training. It stops if the loss or the model is not finite.
 
         At the end it logs which pairs could not be read on any rank.
+
+        first: OpenCLIP 4's training state, OpenCLIP 3's model.
         """
-        # OpenCLIP 4: (state, data, args); 3: (model, data, loss, epoch, ...)
-        model, loss = (first.task, first.task.loss) if hasattr(first, "task") else (first, rest[0])
-        info, args, lost = data["train"], self.args, self.lost
-        loader, every = info.dataloader, args.log_every_n_steps * args.accum_freq
-        info.dataloader = Loader(loader, lambda: self.finite.check(model), every)
-        hook = loss.register_forward_hook(self.finite.note)
+        is_state = hasattr(first, "task")
+        model, loss = (first.task, first.task.loss) if is_state else (first, positional[0])
+        loader = data["train"].dataloader
+        data["train"].dataloader = CheckedLoader(
+            loader,
+            lambda: self.finiteness.check(model),
+            every=self.args.log_every_n_steps * self.args.accum_freq,
+        )
+        hook = loss.register_forward_hook(self.finiteness.note)
         try:
-            result = theirs(first, data, *rest, **more)
+            result = original(first, data, *positional, **options)
         except NoBatch:
-            unread = lost.describe(lost.take())
-            fewer = "fewer --workers or " * (args.workers > 1)
-            raise Stopped(
-                f"the shards of a worker hold fewer pairs than its batch of {args.batch_size}: it "
-                f"would wait for ever; take {fewer}a smaller batch"
-                f"{unread and f' (unreadable: {unread})'}"
-            ) from None
+            raise Stopped(self.why_no_batch()) from None
         finally:
             hook.remove()
-            info.dataloader = loader
-        counts = lost.take().to(args.device)
-        if args.distributed:
-            torch.distributed.all_reduce(counts)
-        if counts.any() and args.rank == 0:
-            logging.warning("Not readable in this epoch: %s", lost.describe(counts.cpu()))
+            data["train"].dataloader = loader
+        self.log_lost_pairs()
         return result
 
-    def get_clip_metrics(self, theirs: Function, **features: Any) -> dict[str, Any]:
-        """Their retrieval numbers, with those of `cyclip_loss.metrics.consistency_metrics`."""
+    def why_no_batch(self) -> str:
+        """The message for a worker whose shards hold fewer pairs than a batch."""
+        message = "the shards of a worker hold fewer pairs than its batch of "
+        message += f"{self.args.batch_size}: it would wait forever; take "
+        if self.args.workers > 1:
+            message += "fewer --workers or "
+        message += "a smaller batch"
+        if lost := self.watched.describe(self.watched.take_counts()):
+            message += f" (unreadable: {lost})"
+        return message
+
+    def log_lost_pairs(self) -> None:
+        """Logs, on rank 0, what no rank could read since the last call."""
+        counts = self.watched.take_counts().to(self.args.device)
+        if self.args.distributed:
+            torch.distributed.all_reduce(counts)
+        if counts.any() and self.args.rank == 0:
+            lost = self.watched.describe(counts.cpu())
+            logging.warning("Not readable in this epoch: %s", lost)
+
+    def get_clip_metrics(self, original: Function, **features: Any) -> dict[str, Any]:
+        """OpenCLIP's retrieval numbers, and those of `cyclip_loss.metrics.consistency_metrics`."""
         both = [features[f"{kind}_features"] for kind in ("image", "text")]
-        # OpenCLIP 4 passes them batch by batch
+        # OpenCLIP 4 passes a list of batches.
         image, text = ((x if isinstance(x, Tensor) else torch.cat(x)).float() for x in both)
         numbers = {name: float(x) for name, x in consistency_metrics(image, text).items()}
         for tower in ("image", "text"):
-            if (spread := numbers[f"{tower}_uniformity"]) > COLLAPSED:
+            uniformity = numbers[f"{tower}_uniformity"]
+            if uniformity > COLLAPSED:
                 logging.warning(
-                    f"All {tower} features are collapsed to one point (uniformity {spread:.4f}): "
-                    "nothing is learned; try a smaller λ or --lr, or a longer --warmup"
+                    f"All {tower} features are collapsed to one point (uniformity "
+                    f"{uniformity:.4f}): nothing is learned; try a smaller λ or --lr, or a longer "
+                    "--warmup"
                 )
-        return {**theirs(**features), **numbers}
+        return {**original(**features), **numbers}
 
     def evaluate(
-        self, theirs: Function, model: Any, data: Any, epoch: int, args: Namespace, **more: Any
+        self,
+        original: Function,
+        model: Any,
+        data: Any,
+        epoch: int,
+        args: Namespace,
+        **options: Any,
     ) -> dict[str, Any]:
-        """Their evaluation; then the model is saved as best.pt if its loss is the lowest so far."""
-        metrics: dict[str, Any] = theirs(model, data, epoch, args, **more)
+        """OpenCLIP's evaluation. The model with the lowest loss so far is saved as best.pt."""
+        metrics: dict[str, Any] = original(model, data, epoch, args, **options)
         # On other ranks, and where nothing was validated, there is no loss. Under FSDP a rank has
         # no whole model.
         if getattr(args, "save_logs", False) and LOSS in metrics and not getattr(args, "fsdp", 0):
@@ -183,13 +223,15 @@ class Guards:
                 logging.info("Epoch %d is the best so far: %s", epoch, folder / BEST)
         return metrics
 
-    def save(self, theirs: Function, content: Any, file: Any, *more: Any, **options: Any) -> None:
-        """`torch.save`, which leaves a whole file or none. An error is one line."""
+    def save(
+        self, original: Function, content: Any, file: Any, *positional: Any, **options: Any
+    ) -> None:
+        """`torch.save` that leaves a whole file or none. An error is one line."""
         if not isinstance(file, str | Path):
-            theirs(content, file, *more, **options)
+            original(content, file, *positional, **options)
         else:
-            with written_whole(Path(file)) as partial:
-                theirs(content, partial, *more, **options)
+            with written_whole(Path(file)) as partial_file:
+                original(content, partial_file, *positional, **options)
 
 
 def validations(checkpoints: Path) -> dict[int, float]:

@@ -1,13 +1,13 @@
 """`--views`: two views of each training pair, and the in-modal contrastive term of these views.
 
-It is the authors' `--inmodal` (Goel et al. 2022): each image has to find its own second view among
-the second views of the batch, and each caption likewise. The second views are drawn anew in each
-epoch, and held-out pairs have one view. A batch has `--batch-size` pairs: (N, 2, ...) tensors.
+This is the option `--inmodal` of the CyCLIP authors' code (Goel et al. 2022). Each image has to
+find its own second view among the second views of the batch, and so has each caption. Second views
+are drawn anew in each epoch. Held-out pairs have one view. A batch has `--batch-size` pairs, as
+(N, 2, ...) tensors.
 
     python -m reference_train.pretrain.views --views -- FLAGS
 
-is the command line of `cyclip_loss.open_clip_train` with one more flag. `pretrain --views` runs it
-with presets and checks.
+is `cyclip_loss.open_clip_train` with one more flag. `pretrain --views` adds presets and checks.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from cyclip_loss.functional import cyclip_loss
 
 from ..command_line import Parser, Stopped, run
 
-DROPPED = 0.1  # of the words; also the share of words that is swapped (EDA's default)
+CHANGED = 0.1  # the share of words that are left out, or swapped (EDA's default)
 NOT_TRAINED_ON = {"val_data": None, "imagenet_val": None, "imagenet_v2": None}
 FEATURES = ("image_features", "text_features")
 Function = Callable[..., Any]
@@ -35,15 +35,21 @@ Function = Callable[..., Any]
 
 def add_flag(parser: argparse.ArgumentParser) -> None:
     """Adds `--views`."""
-    words = "train on two views of each pair, with the in-modal contrastive term. The second "
-    words += "picture is drawn by torchvision's AutoAugment, then by the training's augmentation "
-    words += "(default), or by the training's augmentation alone (own)"
-    add = parser.add_argument
-    add("--views", nargs="?", choices=("autoaugment", "own"), const="autoaugment", help=words)
+    choices = ("autoaugment", "own")
+    text = (
+        "train on two views of each pair, with the in-modal contrastive term. autoaugment (the "
+        "default): torchvision's AutoAugment changes the second picture before the training's own "
+        "augmentation does; own: the training's own augmentation alone"
+    )
+    parser.add_argument("--views", nargs="?", choices=choices, const="autoaugment", help=text)
 
 
 class TwoPictures:
-    """Two views of a picture, each by the training's transform; the second augmented before."""
+    """Two views of a picture, each by the training's transform.
+
+    how: with "autoaugment", AutoAugment changes the second view before the transform; with "own",
+    nothing does.
+    """
 
     def __init__(self, transform: Callable[[Image.Image], Tensor], how: str) -> None:
         self.transform = transform
@@ -67,7 +73,7 @@ class TwoCaptions:
         self.tokenizer = tokenizer
 
     def __call__(self, text: str | list[str]) -> Tensor:
-        """(1, 2, L). text: one caption; OpenCLIP passes that of a CSV file in a list."""
+        """(1, 2, L). text: one caption. OpenCLIP passes a caption of a CSV file in a list."""
         text = text if isinstance(text, str) else text[0]
         captions = [line.strip() for line in text.splitlines() if line.strip()] or [""]
         if len(captions) > 1:
@@ -88,9 +94,9 @@ def reworded(caption: str) -> str:
     if len(words) < 2:
         return caption
     if torch.rand(()) < 0.5:
-        kept = [word for word in words if torch.rand(()) >= DROPPED]
+        kept = [word for word in words if torch.rand(()) >= CHANGED]
         return " ".join(kept or [words[int(torch.randint(len(words), ()))]])
-    for _ in range(max(1, int(DROPPED * len(words)))):
+    for _ in range(max(1, int(CHANGED * len(words)))):
         i, j = torch.randperm(len(words))[:2].tolist()
         words[i], words[j] = words[j], words[i]
     return " ".join(words)
@@ -116,7 +122,7 @@ def forward_both_views(
         raise Stopped(f"--views: a batch came without second views: {shapes}")
     output = forward(image.flatten(0, 1), text.flatten(0, 1), **options)
     second = {f"augmented_{name}": output[name][1::2] for name in FEATURES}
-    # Of the other outputs, some have a row for each picture or caption (CoCa's logits).
+    # Other outputs may have a row for each picture or caption, too (CoCa's logits).
     first = {
         name: value[0::2] if isinstance(value, Tensor) and value.ndim else value
         for name, value in output.items()
@@ -140,7 +146,7 @@ class WithInmodalTerm(nn.Module):
         augmented_image_features: Tensor,
         augmented_text_features: Tensor,
         output_dict: bool = True,
-        **others: Any,
+        **other_inputs: Any,
     ) -> dict[str, Tensor]:
         """The terms of the loss, and `inmodal_contrastive_loss`."""
         terms: dict[str, Tensor] = self.loss(
@@ -148,7 +154,7 @@ class WithInmodalTerm(nn.Module):
             text_features=text_features,
             logit_scale=logit_scale,
             output_dict=True,
-            **others,
+            **other_inputs,
         )
         clip_terms = cyclip_loss(
             image_features,
@@ -165,43 +171,53 @@ class WithInmodalTerm(nn.Module):
 
 
 class Views:
-    """Changes OpenCLIP's trainer; methods replace the trainer's functions of the same name."""
+    """Changes OpenCLIP's trainer. A method replaces the trainer's function of the same name.
+
+    The first argument of such a method, `original`, is the trainer's own function.
+    """
 
     def __init__(self, how: str) -> None:
         self.how = how
 
-    def into(self, main: Any) -> None:
+    def install(self, main: Any) -> None:
         """Replaces functions in `open_clip_train.main`."""
         for name in ("create_model_and_transforms", "get_data", "create_loss", "create_task"):
-            if theirs := getattr(main, name, None):  # a version has one of the last two
-                setattr(main, name, partial(getattr(self, name), theirs))
+            if original := getattr(main, name, None):  # a version has one of the last two
+                setattr(main, name, partial(getattr(self, name), original))
 
-    def create_model_and_transforms(self, theirs: Function, *args: Any, **options: Any) -> Any:
+    def create_model_and_transforms(self, original: Function, *args: Any, **options: Any) -> Any:
         """OpenCLIP's model, which takes both views in one forward pass."""
-        made = theirs(*args, **options)
-        model = made[0]
+        created = original(*args, **options)
+        model = created[0]
         model.forward = partial(forward_both_views, model, model.forward)
-        return made
+        return created
 
     def get_data(
-        self, theirs: Function, args: Namespace, transforms: Any, *, tokenizer: Any, **options: Any
+        self,
+        original: Function,
+        args: Namespace,
+        transforms: Any,
+        *,
+        tokenizer: Any,
+        **options: Any,
     ) -> Any:
         """OpenCLIP's data: training pairs have two views, and held-out pairs have one."""
         train, val = transforms
         trained_on = Namespace(**{**vars(args), **NOT_TRAINED_ON})
         held_out = Namespace(**{**vars(args), "train_data": None})
-        both = (TwoPictures(train, self.how), val)
-        data = theirs(trained_on, both, tokenizer=TwoCaptions(tokenizer), **options)
-        return data | theirs(held_out, transforms, tokenizer=tokenizer, **options)
+        two_transforms = (TwoPictures(train, self.how), val)
+        data = original(trained_on, two_transforms, tokenizer=TwoCaptions(tokenizer), **options)
+        return data | original(held_out, transforms, tokenizer=tokenizer, **options)
 
-    def create_loss(self, theirs: Function, *args: Any, **options: Any) -> nn.Module:
-        """OpenCLIP's loss. The launcher replaces CLIP's own, which knows the term already."""
-        loss: nn.Module = theirs(*args, **options)
+    def create_loss(self, original: Function, *args: Any, **options: Any) -> nn.Module:
+        """OpenCLIP's loss plus the in-modal term."""
+        loss: nn.Module = original(*args, **options)
+        # The launcher replaces `ClipLoss` by a loss that has the term.
         return loss if type(loss).__name__ == "ClipLoss" else WithInmodalTerm(loss)
 
-    def create_task(self, theirs: Function, *args: Any, **options: Any) -> Any:
+    def create_task(self, original: Function, *args: Any, **options: Any) -> Any:
         """OpenCLIP 4's task, which holds its loss."""
-        task = theirs(*args, **options)
+        task = original(*args, **options)
         task.loss = self.create_loss(getattr, task, "loss")
         return task
 
@@ -210,9 +226,9 @@ def main(argv: Sequence[str]) -> None:
     """`cyclip_loss.open_clip_train` with two views."""
     parser = Parser("python -m reference_train.pretrain.views", add_help=False, allow_abbrev=False)
     add_flag(parser)
-    ours, flags = parser.parse_known_args(argv)
-    if ours.views and not {"-h", "--help"} & set(flags):
-        Views(ours.views).into(trainer)
+    arguments, flags = parser.parse_known_args(argv)
+    if arguments.views and not {"-h", "--help"} & set(flags):
+        Views(arguments.views).install(trainer)
     open_clip_train.main(flags)
 
 

@@ -78,3 +78,25 @@ for n, d in ((64, 128), (1000, 256), (3000, 512), (8192, 128)):
             assert int(launches) > 60
         else:
             assert 0 < int(launches) <= (10 if name == "(0, 0)" else 16), (n, d, launches, name)
+
+
+def test_a_loss_of_log_sum_exps_has_few_launches() -> None:
+    """At most 17 one way and 26 both ways, of which 7 and 13 are the few lines of PyTorch here."""
+    code = """
+from cyclip_loss import contrastive_logsumexp
+from torch.nn.functional import softplus
+
+def one_way(*inputs):
+    row, _, pair = contrastive_logsumexp(*inputs, one_way=True, impl="triton")
+    return softplus(row - pair).mean()
+
+def both_ways(*inputs):
+    row, column, pair = contrastive_logsumexp(*inputs, impl="triton")
+    return (softplus(row - pair) + softplus(column - pair)).mean() / 2
+
+for loss in (one_way, both_ways):
+    print(len(count(loss, 1000, 256, torch.bfloat16)))
+"""
+    one_way, both_ways = map(int, without_interpreter(code))
+    assert one_way <= 17
+    assert both_ways <= 26

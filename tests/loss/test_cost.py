@@ -11,10 +11,11 @@ from accuracy import results
 from conftest import set_strip_rows
 from inputs import Case
 from torch import Tensor
+from torch.nn.functional import softplus
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cyclip_loss import CyCLIPLoss, consistency_metrics, cyclip_loss
+from cyclip_loss import CyCLIPLoss, consistency_metrics, contrastive_logsumexp, cyclip_loss
 
 # Interpreted kernels are too slow for N.
 N, N_INTERPRETED, D = 4096, 256, 32
@@ -81,6 +82,25 @@ def test_no_n_by_n_matrix(impl: str, inputs: list[Tensor]) -> None:
         largest, peak, _ = allocated(lambda: consistency_metrics(*inputs[:2]))
         assert largest <= 2 * max(strip, features)
         assert peak * 3 <= square
+
+
+@pytest.mark.parametrize("one_way", [False, True])
+def test_log_sum_exps_take_no_n_by_n_matrix(impl: str, one_way: bool, inputs) -> None:
+    n = len(inputs[0])
+    square, strip, features = 4 * n * n, 4 * 64 * n, 4 * n * D
+
+    def step(inputs: list[Tensor]) -> None:
+        row, _, pair = contrastive_logsumexp(*inputs, one_way=one_way, impl=impl)
+        softplus(row - pair).mean().backward()
+
+    if impl == "triton":
+        step(Case(8, D).leaves("cpu"))  # makes what only a first call makes
+    with CollectCycles() if impl == "triton" else nullcontext():
+        largest, peak, _ = allocated(lambda: step(inputs))
+    assert largest <= max(strip, features)
+    assert peak <= 4 * strip + 6 * features + 16 * 4 * n
+    if impl == "eager":
+        assert peak * 6 <= square
 
 
 @pytest.mark.parametrize(("lambda_inmodal", "grams"), [(0.5, 3), (0.25, 2)])

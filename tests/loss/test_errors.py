@@ -56,7 +56,7 @@ def says(name: str, message: str) -> str:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_bad_features(name: str) -> None:
+def test_bad_features_are_refused_with_the_arguments_name(name: str) -> None:
     for call in CALLS[name]:
         for bad, error, message in BAD_FEATURES:
             with pytest.raises(error, match=says(name, message)):
@@ -103,7 +103,7 @@ BAD_CALLS = [
 
 
 @pytest.mark.parametrize(("options", "error", "message"), BAD_CALLS, ids=lambda x: str(x)[:30])
-def test_bad_arguments(options: dict, error: type[Exception], message: str) -> None:
+def test_bad_arguments_are_refused(options: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         cyclip_loss(GOOD, GOOD, **({"logit_scale": 10.0} | options))
 
@@ -111,11 +111,11 @@ def test_bad_arguments(options: dict, error: type[Exception], message: str) -> N
 @pytest.mark.parametrize("called", [cyclip_loss, cyclic_penalty, CyCLIPLoss, CyclicPenalty])
 def test_signatures_list_every_option_and_typos_get_a_hint(called) -> None:
     parameters = inspect.signature(called).parameters
-    of_loss = called in (cyclip_loss, CyCLIPLoss)
-    for option in fields(LossOptions if of_loss else PenaltyOptions):
+    is_loss = called in (cyclip_loss, CyCLIPLoss)
+    for option in fields(LossOptions if is_loss else PenaltyOptions):
         assert parameters[option.name].default == option.default
     assert not any(p.kind == p.VAR_KEYWORD for p in parameters.values())
-    given = [GOOD, GOOD, 10.0][: 2 + of_loss] if inspect.isfunction(called) else []
+    given = [GOOD, GOOD, 10.0][: 3 if is_loss else 2] if inspect.isfunction(called) else []
     message = f"{called.__name__} has no argument 'refrence_batch_size': did you mean 'reference_b"
     with pytest.raises(TypeError, match=re.escape(message)):
         called(*given, refrence_batch_size=128)
@@ -143,8 +143,8 @@ BAD_NUMBERS = [
 
 
 @pytest.mark.parametrize(("name", "value", "error"), BAD_NUMBERS, ids=str)
-def test_bad_weights(name: str, value, error: type[Exception]) -> None:
-    """Refused in the constructor and as an attribute, whose old value stays."""
+def test_bad_weights_are_refused_and_the_old_value_stays(name: str, value, error) -> None:
+    """In the constructor, as an attribute, and as an argument of a function."""
     message = says(name, f"got {value!r}")
     for build in (CyCLIPLoss, CyclicPenalty, lambda **k: WithCyclicPenalty(PlainClip(), **k)):
         with pytest.raises(error, match=message):
@@ -173,24 +173,32 @@ def test_a_misspelled_name_is_an_error_that_names_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "error"),
     [
+        ("inmodal_contrastive_weight", -0.5, ValueError),
+        ("inmodal_contrastive_weight", torch.inf, ValueError),
+        ("inmodal_contrastive_weight", torch.nan, ValueError),
+        ("inmodal_contrastive_weight", True, TypeError),
+        ("inmodal_contrastive_weight", "0.5", TypeError),
         ("local_loss", "yes", TypeError),
         ("world_size", "8", TypeError),
         ("rank", 1.0, TypeError),
         ("use_horovod", True, ValueError),
     ],
 )
-def test_openclips_arguments_are_checked_whenever_they_are_set(name, value, error) -> None:
+def test_a_bad_option_of_the_loss_is_refused_whenever_it_is_set(name, value, error) -> None:
     with pytest.raises(error, match=rf"^{name}"):
         CyCLIPLoss(**{name: value})
     with pytest.raises(error, match=rf"^{name}"):
         setattr(CyCLIPLoss(), name, value)
+    if name in inspect.signature(cyclip_loss).parameters:  # the others are OpenCLIP's
+        with pytest.raises(error, match=rf"^{name}"):
+            cyclip_loss(GOOD, GOOD, 10.0, **{name: value})
 
 
 def test_a_penalty_without_weights_ignores_values_that_are_not_finite() -> None:
     assert cyclic_penalty(GOOD * torch.nan, GOOD, 0.0, 0.0) == 0
 
 
-def test_bad_calls_of_modules() -> None:
+def test_a_module_refuses_a_wrong_rank_and_positional_options() -> None:
     process = "were given, but this process is rank 0 of 1"
     for options, message in (
         ({"use_horovod": True}, "use_horovod=True"),

@@ -5,10 +5,10 @@ import io
 
 import pytest
 import torch
-from accuracy import Grads, evaluate, results
+from accuracy import evaluate, results
 from functorch.compile import make_boxed_func
 from hypothesis import example, given, settings
-from inputs import Case, PlainClip, cases
+from inputs import Case, Grads, PlainClip, cases
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend

@@ -2,6 +2,7 @@
 
 import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from cyclip_loss import (
     WithCyclicPenalty,
     cyclic_penalty,
     cyclip_loss,
+    engines,
     usage_warnings,
 )
 
@@ -33,25 +35,37 @@ def messages(*calls) -> list[str]:
         warnings.simplefilter("always")
         for call in (*calls, *calls):
             call()
-    return [str(one.message) for one in caught if one.category is CyCLIPWarning]
+    return [str(warning.message) for warning in caught if warning.category is CyCLIPWarning]
 
 
 @pytest.mark.parametrize(
-    ("weight", "n", "options", "warned"),
-    [(1, 65, {}, 1), (0, 5000, {}, 0), (1, 2000, {"reference_batch_size": 128}, 0)],
+    ("weights", "n", "reference_batch_size", "warned"),
+    [
+        ((0, 1), 64, None, 0),
+        ((0, 1), 65, None, 1),
+        ((1, 0), 65, None, 1),
+        # The lambdas are not added: each may be twice as strong as the paper's.
+        ((0.25, 0.25), 256, None, 0),
+        ((0.25, 0.25), 257, None, 1),
+        ((0, 0), 5000, None, 0),
+        ((0, 1), 2000, 128, 0),
+    ],
 )
-def test_strong_penalties(weight, n: int, options, warned: int, device: torch.device) -> None:
-    image, text = (rows.float() for rows in pairs(n, 4, device=device))
+def test_penalties_above_twice_the_papers_strength_are_one_warning(
+    weights, n: int, reference_batch_size, warned: int, device: torch.device
+) -> None:
+    image, text = (features.float() for features in pairs(n, 4, device=device))
+    options = {"reference_batch_size": reference_batch_size}
     for call in (
-        lambda: CyCLIPLoss(0, weight, **options)(image, text, SCALE),
-        lambda: cyclic_penalty(image, text, weight, 0, **options),
+        lambda: CyCLIPLoss(*weights, **options)(image, text, SCALE),
+        lambda: cyclic_penalty(image, text, *weights, **options),
     ):
         usage_warnings._warned.clear()
         assert len(messages(call)) == warned
 
 
 def test_a_weight_of_views_without_views_is_one_warning(device: torch.device) -> None:
-    image, text = (rows.float() for rows in pairs(9, 4, device=device))
+    image, text = (features.float() for features in pairs(9, 4, device=device))
     loss = CyCLIPLoss(inmodal_contrastive_weight=0.5)
     views = {"augmented_image_features": text, "augmented_text_features": image}
     assert messages(lambda: loss(image, text, SCALE, **views)) == []
@@ -59,16 +73,16 @@ def test_a_weight_of_views_without_views_is_one_warning(device: torch.device) ->
     assert message.startswith("inmodal_contrastive_weight has no effect")
 
 
-def test_warnings_show_the_users_line(device: torch.device) -> None:
+def test_each_warning_shows_the_users_line(device: torch.device) -> None:
     image, text = pairs(9, 4, device=device)
     with pytest.warns() as caught:
         CyCLIPLoss(50)(3 * image, text, 1.0)
-    line = test_warnings_show_the_users_line.__code__.co_firstlineno + 3
-    found = [(w.category, w.filename, w.lineno) for w in caught]
+    line = test_each_warning_shows_the_users_line.__code__.co_firstlineno + 3
+    found = [(warning.category, warning.filename, warning.lineno) for warning in caught]
     assert found == [(CyCLIPWarning, __file__, line)] * 3
 
 
-def test_lengths_and_scale_of_a_modules_first_call(device: torch.device) -> None:
+def test_unusual_lengths_and_scales_in_a_modules_first_call_are_warnings(device) -> None:
     image, text = pairs(8, 4, device=device)
     longer = text.clone()
     longer[3] *= 7
@@ -94,10 +108,9 @@ def test_lengths_and_scale_of_a_modules_first_call(device: torch.device) -> None
         assert all(part in "".join(found) for part in expected)
 
 
-def test_no_warnings(device: torch.device) -> None:
-    """Rows normalised in 16 bits are of unit length; only a module's first call is checked."""
-    rows = pairs(128, 100, norm=3.0, device=device)
-    image, text = (normalize(one.bfloat16(), dim=-1) for one in rows)
+def test_rows_normalised_in_16_bits_and_later_calls_cause_no_warning(device) -> None:
+    features = pairs(128, 100, norm=3.0, device=device)
+    image, text = (normalize(tensor.bfloat16(), dim=-1) for tensor in features)
     loss = CyCLIPLoss()
     assert messages(lambda: loss(image, text, 14.3)) == []
     assert messages(lambda: loss(3 * image, text, 1.0)) == []
@@ -106,3 +119,39 @@ def test_no_warnings(device: torch.device) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(CyCLIPLoss(9, 9), fullgraph=True, backend="eager")
     assert messages(lambda: compiled(3 * image, text, torch.ones((), device=device))) == []
+
+
+@pytest.mark.parametrize(
+    ("has_triton", "gpu", "warned"),
+    [
+        (False, (8, 0), True),
+        (False, (12, 0), True),
+        (False, (7, 5), False),
+        (False, "gfx942:sramecc+:xnack-", True),
+        (False, "gfx1100", False),
+        (True, (7, 5), False),
+        (True, "gfx1100", False),
+    ],
+)
+def test_one_warning_says_what_to_install_where_a_supported_gpu_has_no_triton(
+    has_triton: bool, gpu, warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("engines", "numerics"):
+        monkeypatch.setattr(f"cyclip_loss.{name}.find_spec", lambda name: has_triton or None)
+    monkeypatch.setattr(torch.version, "hip", "6.4" if isinstance(gpu, str) else None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: gpu)
+    properties = SimpleNamespace(gcnArchName=gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.delenv("CYCLIP_LOSS_IMPL", raising=False)
+    engines.architecture.cache_clear()
+    engines._warn_if_only_triton_is_missing.cache_clear()
+    features = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, is_cuda=True)
+    try:
+        found = messages(lambda: engines.choose("auto", features))
+        assert engines.choose("auto", features) == "eager"
+        assert ["`pip install triton`" in message for message in found] == [True] * warned
+        usage_warnings._warned.clear()
+        assert messages(lambda: engines.choose("eager", features)) == []
+    finally:
+        engines.architecture.cache_clear()
+        engines._warn_if_only_triton_is_missing.cache_clear()

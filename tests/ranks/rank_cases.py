@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accuracy import Grads, check, evaluate
+from accuracy import check, check_beside_pytorch, evaluate
 from hypothesis import strategies as st
-from inputs import DRAWN, DTYPES, NEGATIVES, Case, loss_dtype
+from inputs import DRAWN, DTYPES, NEGATIVES, Case, Grads, Tensors, loss_dtype
 from pool import Ranks, own_device
 from torch import Tensor
 
@@ -15,57 +15,73 @@ from torch import Tensor
 class RankCase(Case):
     """The input of one step. A dataclass, so that hypothesis prints what reproduces it."""
 
-    n: int = 0  # the sum of `rows`
+    n: int = 0  # the sum of `rows_per_rank`
     d: int = 5
     dtype: torch.dtype = torch.float64
-    rows: tuple[int, ...] = (4, 4)  # numbers of rows, by rank
+    rows_per_rank: tuple[int, ...] = (4, 4)
     impl: str = "eager"
     dist_impl: str = "gather"
     uneven: bool = False
 
     def __post_init__(self) -> None:
-        self.n = sum(self.rows)
-        if not self.uneven:  # as many extra negatives on each rank
-            multiples = (x if x is None else x - x % self.world_size for x in self.negatives)
-            self.negatives = tuple(multiples)
-
-    def split(self, name: str, rows: Tensor) -> tuple[Tensor, ...]:
-        """The ranks' rows; without `uneven`, as many extra negatives for each."""
-        if name not in NEGATIVES:
-            return rows.split(self.rows)
-        if self.seed % 2 and self.uneven:  # all to the last rank
-            return rows.split((*[0] * (self.world_size - 1), len(rows)))
-        return rows.tensor_split(self.world_size)
+        self.n = sum(self.rows_per_rank)
+        if not self.uneven:  # each rank has the same number of extra negatives
+            self.negatives = tuple(
+                None if count is None else count - count % self.world_size
+                for count in self.negatives
+            )
 
     @property
     def world_size(self) -> int:
-        return len(self.rows)
+        return len(self.rows_per_rank)
 
-    def of_rank(self, rank: int) -> dict[str, Tensor]:
+    def split(self, name: str, features: Tensor) -> tuple[Tensor, ...]:
+        """The rows of each rank."""
+        if name not in NEGATIVES:
+            return features.split(self.rows_per_rank)
+        if self.seed % 2 and self.uneven:  # the last rank has all extra negatives
+            return features.split((*[0] * (self.world_size - 1), len(features)))
+        return features.tensor_split(self.world_size)
+
+    def rank_features(self, rank: int) -> Tensors:
         """A rank's rows of all features."""
-        whole = self.features(own_device())
-        return {name: self.split(name, rows)[rank] for name, rows in whole.items()}
+        return {
+            name: self.split(name, features)[rank]
+            for name, features in self.features(own_device()).items()
+        }
 
     def rank_inputs(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """A rank's images and texts, and the logit scale."""
-        features = self.of_rank(rank)
+        features = self.rank_features(rank)
         return features["image"], features["text"], self.scale(own_device())
 
 
-def step(rank: int, world_size: int, case: RankCase) -> tuple[dict[str, Tensor], Grads]:
+def step(rank: int, world_size: int, case: RankCase) -> tuple[Tensors, Grads]:
     """The terms and this rank's gradients; runs on every rank."""
-    ids, options = case.ids(own_device()), {"dist_impl": case.dist_impl, "uneven": case.uneven}
-    options["ids"] = None if ids is None else ids.split(case.rows)[rank]
-    return evaluate(case, case.of_rank(rank), case.impl, own_device(), **options)
+    ids = case.ids(own_device())
+    return evaluate(
+        case,
+        case.rank_features(rank),
+        case.impl,
+        own_device(),
+        None if ids is None else ids.split(case.rows_per_rank)[rank],
+        dist_impl=case.dist_impl,
+        uneven=case.uneven,
+    )
 
 
-def check_ranks(case: RankCase, ranks: Ranks) -> None:
-    """Every rank has the whole batch's terms and W times its gradients, the scale's on average."""
-    of_ranks = ranks.run(case.world_size, step, case)
-    terms = of_ranks[0][0]
+def check_ranks(case: RankCase, ranks: Ranks, beside_pytorch: bool = False) -> None:
+    """Every rank has the whole batch's terms and W times its gradients, the scale's on average.
+
+    beside_pytorch: whether to compare errors with those of plain PyTorch, too.
+    """
+    all_terms, all_grads = zip(*ranks.run(case.world_size, step, case), strict=True)
+    terms = all_terms[0]
+    for name, term in terms.items():
+        assert all(torch.equal(others[name], term) for others in all_terms), f"{name}: bits differ"
     grads: Grads = {}
-    for name in of_ranks[0][1]:
-        parts = [of_rank[name] for _, of_rank in of_ranks]
+    for name in all_grads[0]:
+        parts = [rank_grads[name] for rank_grads in all_grads]
         if parts[0] is None:
             assert all(part is None for part in parts), name
             grads[name] = None
@@ -73,29 +89,31 @@ def check_ranks(case: RankCase, ranks: Ranks) -> None:
             grads[name] = torch.stack(parts).double().sum().to(loss_dtype(case.dtype))
         else:
             grads[name] = torch.cat(parts)
-    for others, _ in of_ranks:
-        assert all(torch.equal(others[name], term) for name, term in terms.items()), "bits differ"
-    check(case, case.features("cpu"), terms, grads, case.impl)
+    features = case.features("cpu")
+    check(case, features, terms, grads, case.impl)
+    if beside_pytorch:
+        check_beside_pytorch(case, features, terms, grads)
 
 
 def rank_cases(world_size: int, impl: str) -> st.SearchStrategy[RankCase]:
     """Any step; if `uneven`, ranks may hold different numbers of rows, or none."""
 
-    def of(uneven: bool) -> st.SearchStrategy[RankCase]:
-        def rows(most: int) -> st.SearchStrategy[tuple[int, ...]]:
-            if uneven:
-                return st.tuples(*[st.integers(0, most)] * world_size).filter(any)
-            return st.integers(1, most).map(lambda n: (n,) * world_size)
+    def rows_per_rank(most: int, uneven: bool) -> st.SearchStrategy[tuple[int, ...]]:
+        if uneven:
+            return st.tuples(*[st.integers(0, most)] * world_size).filter(any)
+        return st.integers(1, most).map(lambda n: (n,) * world_size)
 
+    def steps(uneven: bool) -> st.SearchStrategy[RankCase]:
+        most = st.sampled_from([3, 9, 40])
         given: dict[str, Any] = {
             "n": st.just(0),
             "d": st.one_of(st.integers(1, 9), st.sampled_from([33, 40])),
             "dtype": st.sampled_from([torch.float64, *DTYPES] if impl == "eager" else DTYPES[1:]),
-            "rows": st.sampled_from([3, 9, 40]).flatmap(rows),
+            "rows_per_rank": most.flatmap(lambda most: rows_per_rank(most, uneven)),
             "impl": st.just(impl),
             "dist_impl": st.sampled_from(["gather", "ring"]),
             "uneven": st.just(uneven),
         }
         return st.builds(RankCase, **(DRAWN | given))
 
-    return st.booleans().flatmap(of)
+    return st.booleans().flatmap(steps)

@@ -25,7 +25,9 @@ DIST_IMPLS = pytest.mark.parametrize("dist_impl", ["gather", "ring"])
 @WORLD_SIZES
 @settings(max_examples=80)
 @given(data=st.data())
-def test_eager(data: st.DataObject, world_size: int, ranks: Ranks) -> None:
+def test_eager_engine_is_accurate_across_ranks(
+    data: st.DataObject, world_size: int, ranks: Ranks
+) -> None:
     check_ranks(data.draw(rank_cases(world_size, "eager")), ranks)
 
 
@@ -33,19 +35,29 @@ def test_eager(data: st.DataObject, world_size: int, ranks: Ranks) -> None:
 @WORLD_SIZES
 @settings(max_examples=12)
 @given(data=st.data())
-def test_triton(data: st.DataObject, world_size: int, ranks: Ranks) -> None:
+def test_kernels_are_accurate_across_ranks(
+    data: st.DataObject, world_size: int, ranks: Ranks
+) -> None:
     check_ranks(data.draw(rank_cases(world_size, "triton")), ranks)
 
 
 @DIST_IMPLS
-def test_everything_at_once(impl: str, dist_impl: str, ranks: Ranks) -> None:
+def test_all_options_together_are_accurate(impl: str, dist_impl: str, ranks: Ranks) -> None:
     """In several tiles of each rank's rows, and of the columns."""
-    options = {"lambdas": (0.5, 0.25), "views": True, "distinct_ids": 4, "negatives": (9, 3)}
-    options |= {"dtype": torch.float32, "impl": impl, "dist_impl": dist_impl}
-    case = RankCase(d=7, rows=(40, 40), **options)
-    check_ranks(case, ranks)
-    rows = {"rows": (5, 0, 40), "strip_rows": 7, "uneven": True}
-    check_ranks(replace(case, same_ids="positives", seed=1, **rows), ranks)
+    case = RankCase(
+        d=7,
+        rows_per_rank=(40, 40),
+        dtype=torch.float32,
+        impl=impl,
+        dist_impl=dist_impl,
+        lambdas=(0.5, 0.25),
+        views=True,
+        distinct_ids=4,
+        negatives=(9, 3),
+    )
+    check_ranks(case, ranks, beside_pytorch=True)
+    uneven = {"rows_per_rank": (5, 0, 40), "strip_rows": 7, "uneven": True}
+    check_ranks(replace(case, same_ids="positives", seed=1, **uneven), ranks)
 
 
 @pytest.mark.gpu
@@ -55,16 +67,17 @@ def test_two_ranks_on_one_gpu(impl: str) -> None:
     with closing(Ranks("gloo", "cuda:0")) as sharing:
         for dtype, lambdas, n in product(dtypes, both_lambdas, (130, 150)):
             options = {"dtype": dtype, "impl": impl, "lambdas": lambdas}
-            check_ranks(RankCase(d=40, rows=(n, 150), uneven=n < 150, **options), sharing)
+            case = RankCase(d=40, rows_per_rank=(n, 150), uneven=n < 150, **options)
+            check_ranks(case, sharing)
 
 
 def with_a_bad_value(rank: int, world_size: int, bad: float, dist_impl: str) -> list[float]:
     """The terms, with a bad value in one of the features of one rank at a time."""
     losses = []
-    for which, where in product((0, 1), range(world_size)):
+    for tower, bad_rank in product((0, 1), range(world_size)):
         features = [torch.eye(4, device=own_device()).roll(rank, 0) for _ in range(2)]
-        if rank == where:
-            features[which][1, 2] = bad
+        if rank == bad_rank:
+            features[tower][1, 2] = bad
         terms = cyclip_loss(*features, 10.0, output_dict=True, dist_impl=dist_impl)
         losses += [term.item() for term in terms.values()]
     return losses
@@ -88,10 +101,10 @@ def measure(rank: int, world_size: int, case: RankCase) -> list[dict[str, Tensor
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rows", [(4, 4), (4, 0, 7), (0, 1, 0)], ids=str)
-def test_metrics_of_the_whole_batch(rows, dtype: torch.dtype, ranks: Ranks) -> None:
-    case = RankCase(rows=rows, dtype=dtype)
+@pytest.mark.parametrize("rows_per_rank", [(4, 4), (4, 0, 7), (0, 1, 0)], ids=str)
+def test_metrics_are_those_of_the_whole_batch(rows_per_rank, dtype, ranks: Ranks) -> None:
+    case = RankCase(rows_per_rank=rows_per_rank, dtype=dtype)
     whole = consistency_metrics(*case.inputs("cpu")[:2])
     close = {"rtol": 1e-6, "atol": 1e-7, "equal_nan": True}
-    for found in ranks.run(len(rows), measure, case):
+    for found in ranks.run(len(rows_per_rank), measure, case):
         torch.testing.assert_close(found, [whole, whole], **close)

@@ -1,18 +1,25 @@
-"""What ranks must agree on: checked in the first call, with errors on every rank, then trusted."""
+"""What ranks must agree on: their first call checks it, with an error on every rank.
+
+The warnings that depend on the whole batch are here, too.
+"""
 
 import contextlib
 import warnings
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from pool import RankError, Ranks, own_device
 from rank_cases import RankCase
 from rank_cases import step as take_step
 from test_ranks import DIST_IMPLS
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from cyclip_loss import CyCLIPLoss, CyCLIPWarning, usage_warnings
+from cyclip_loss import CyCLIPLoss, CyCLIPWarning, cyclic_penalty, cyclip_loss, usage_warnings
 
-Step = list[tuple[int, dict]]  # each rank's (rows, options)
+# The number of rows and the options of each rank; "no_grad": whether it computes without gradients.
+Step = list[tuple[int, dict[str, Any]]]
 
 
 def outcomes(rank: int, world_size: int, steps: list[Step]) -> list[str]:
@@ -20,9 +27,12 @@ def outcomes(rank: int, world_size: int, steps: list[Step]) -> list[str]:
     found = []
     for step in steps:
         n, options = step[rank]
-        case = RankCase(rows=(n,) * world_size, **({"dtype": torch.float32, "d": 4} | options))
+        options = {"dtype": torch.float32, "d": 4, "no_grad": False} | options
+        no_grad = options.pop("no_grad")
+        case = RankCase(rows_per_rank=(n,) * world_size, **options)
         try:
-            take_step(rank, world_size, case)
+            with torch.set_grad_enabled(not no_grad):
+                take_step(rank, world_size, case)
             found.append("right")
         except ValueError as error:
             found.append(str(error))
@@ -52,27 +62,50 @@ def both_hold(n: int, **options) -> Step:
         ("augmented and negative features", {"views": True}),
         ("ids are given", {"distinct_ids": 3}),
         ("require a gradient", {"frozen": frozenset(["text"])}),
+        ("require a gradient", {"no_grad": True}),
     ],
     ids=str,
 )
-def test_differences_in_a_first_call(name: str, other: dict, ranks: Ranks) -> None:
-    """After calls with other settings, every rank raises the same error with all differences.
+def test_ranks_that_differ_in_a_first_call_raise_the_same_error(
+    name: str, other: dict, ranks: Ranks, monkeypatch
+) -> None:
+    """It lists all differences. Earlier calls had other settings, and then the group still works.
 
-    Then the group still works. Ranks may differ in `output_dict`, so that one can log the terms.
+    Ranks may differ in `output_dict`, so that one can log the terms.
     """
+    monkeypatch.setattr(ranks, "timeout", 30.0)  # of a rank that waits for the other one
     rows = 4 if name == "uneven" else 3
     with_terms = [(4, {}), (4, {"output_dict": True})]
     first, errors, good = run_steps(ranks, both_hold(4, d=3), [(4, {}), (rows, other)], with_terms)
     assert len(set(errors)) == 1
     assert name in errors[0]
     assert "must be the same on every rank, got [" in errors[0]
-    of_rows = "(unless uneven=True) must be the same on every rank, got [4, 3]"
-    assert (of_rows in errors[0]) == (rows == 3)
+    different_rows = "(unless uneven=True) must be the same on every rank, got [4, 3] (by rank)"
+    assert (different_rows in errors[0]) == (rows == 3)
     assert set(first) == set(good) == {"right"}
 
 
+def test_an_error_of_more_than_16_ranks_lists_each_value_once(monkeypatch) -> None:
+    """Here one process pretends to be rank 0 of 20."""
+
+    def answer(answers: list[Any], own: dict[str, Any], group: Any = None) -> None:
+        for rank in range(20):
+            answers[rank] = own | {"reference_batch_size": None if rank % 2 else 128}
+
+    monkeypatch.setattr(dist, "all_gather_object", answer)
+    dist.init_process_group("fake", rank=0, world_size=20, store=FakeStore())
+    try:
+        features = torch.eye(3, device="cpu")
+        with pytest.raises(ValueError, match=r"every rank, got 128, None on 20 ranks$"):
+            CyCLIPLoss(reference_batch_size=128)(features, features, 10.0)
+    finally:
+        dist.destroy_process_group()
+
+
 @DIST_IMPLS
-def test_rows_change_on_all_ranks_and_then_on_one(dist_impl: str, ranks, monkeypatch) -> None:
+def test_a_later_number_of_rows_may_change_on_all_ranks_but_not_on_one(
+    dist_impl: str, ranks: Ranks, monkeypatch
+) -> None:
     """Later calls compare nothing, so the collective fails, on every rank, as the docs say."""
     monkeypatch.setattr(ranks, "timeout", 10.0)  # one of the ranks may wait for it
     options = {"dist_impl": dist_impl}
@@ -84,7 +117,7 @@ def test_rows_change_on_all_ranks_and_then_on_one(dist_impl: str, ranks, monkeyp
 
 
 @pytest.mark.parametrize("options", [{}, {"uneven": True}, {"dist_impl": "ring"}], ids=str)
-def test_empty_global_batch(options: dict, ranks: Ranks) -> None:
+def test_an_empty_global_batch_is_an_error_on_every_rank(options: dict, ranks: Ranks) -> None:
     steps = [both_hold(n, **options) for n in (0, 3, 0, 3)]
     first, _, later, after = run_steps(ranks, *steps)
     assert all("the global batch is empty" in error for error in first)
@@ -104,3 +137,22 @@ def raises_warning(rank: int, world_size: int) -> bool:
 
 def test_a_warning_that_is_an_error_leaves_no_rank_waiting(ranks: Ranks) -> None:
     assert ranks.run(2, raises_warning) == [True, False]
+
+
+def strong_penalty_warnings(rank: int, world_size: int, n: int) -> list[int]:
+    """How many warnings the loss and the penalties give, with the paper's lambdas."""
+    image, text, scale = RankCase(rows_per_rank=(n,) * world_size).rank_inputs(rank)
+    counts = []
+    for call in (lambda: cyclip_loss(image, text, scale), lambda: cyclic_penalty(image, text)):
+        usage_warnings._warned.clear()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call()
+        counts.append(sum("times as strong" in str(warning.message) for warning in caught))
+    return counts
+
+
+@pytest.mark.parametrize(("rows_per_rank", "warned"), [(128, 0), (129, 1)])
+def test_strong_penalties_are_those_of_the_whole_batch(rows_per_rank, warned, ranks) -> None:
+    """On rank 0 only."""
+    assert ranks.run(2, strong_penalty_warnings, rows_per_rank) == [[warned] * 2, [0, 0]]

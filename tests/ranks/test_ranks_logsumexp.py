@@ -1,90 +1,123 @@
 """`contrastive_logsumexp` across ranks: results and gradients of the whole batch."""
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from inputs import loss_dtype, pairs
 from pool import RankError, Ranks, own_device
+from test_ranks_traffic import Recorder, Traffic
 from torch import Tensor
 
-from cyclip_loss import contrastive_logsumexp, reference
+from cyclip_loss import CyCLIPLoss, contrastive_logsumexp, reference
 
 pytestmark = pytest.mark.nccl
-D, SCALE, DISTINCT_IDS = 5, 8.0, 4
+D, SCALE = 5, 8.0
+NAMES = ("image", "text", "negative", "logit_scale")
+DIST_IMPLS = pytest.mark.parametrize("dist_impl", ["gather", "ring"])
 
 
-def whole_batch(rows: tuple[int, ...], negatives: tuple[int, ...], dtype: torch.dtype) -> Any:
-    """Image, text and negative features of all ranks, and ids."""
-    image, text = pairs(sum(rows), D, 0.5, device="cpu")
-    negative = pairs(sum(negatives), D, seed=1, device="cpu")[0]
-    ids = torch.arange(sum(rows), device="cpu") * 7 % DISTINCT_IDS
-    return image.to(dtype), text.to(dtype), negative.to(dtype), ids
+@dataclass
+class LseRankCase:
+    """One call on several ranks."""
+
+    rows: tuple[int, ...]  # by rank
+    negatives: tuple[int, ...] | None = None  # numbers of extra negatives, by rank
+    distinct_ids: int | None = None  # with 1, no row has negatives but the extra ones
+    one_way: bool = False
+    dist_impl: str = "gather"
+    uneven: bool = False
+    frozen: str = ""  # the input without gradient
+    dtype: torch.dtype = torch.float64
+    impl: str = "eager"
+    is_compiled: bool = False
+
+    def whole_batch(self) -> dict[str, Tensor]:
+        """The inputs of one process, by name."""
+        image, text = pairs(sum(self.rows), D, 0.5, device="cpu")
+        inputs = {"image": image.to(self.dtype), "text": text.to(self.dtype)}
+        if self.negatives is not None:
+            negative = pairs(sum(self.negatives), D, seed=1, device="cpu")[0]
+            inputs["negative"] = negative.to(self.dtype)
+        scale = torch.tensor(SCALE, dtype=loss_dtype(self.dtype), device="cpu")
+        return inputs | {"logit_scale": scale}
+
+    def ids(self) -> Tensor | None:
+        if self.distinct_ids is None:
+            return None
+        return torch.arange(sum(self.rows), device="cpu") * 7 % self.distinct_ids
+
+    def weights(self) -> Tensor:
+        """Of each pair in the loss; some are 0."""
+        return torch.arange(sum(self.rows), dtype=torch.float64, device="cpu") % 3
 
 
 def total(results: Any, weights: Tensor) -> Tensor:
-    """The sum over pairs of a loss in which each pair has its weight; some weights are 0."""
+    """The sum over pairs of a loss in which each pair has its weight."""
     row, column, pair = results
     loss = (weights * F.softplus(row - pair)).sum()
-    return loss if column is None else loss + (weights * (column - pair)).sum()
+    if column is not None:
+        # Of columns without negatives, only the pairs count.
+        margins = torch.where(column > -torch.inf, column, 0.0) - pair
+        loss = loss + (weights * margins).sum()
+    return loss
 
 
-def weights_of(n: int, dtype: torch.dtype) -> Tensor:
-    return torch.arange(n, dtype=loss_dtype(dtype), device="cpu") % 3
+def gradients(loss: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    trained = {name: x for name, x in leaves.items() if x.requires_grad}
+    return dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
 
 
-def step(
-    rank: int,
-    world_size: int,
-    rows: tuple[int, ...],
-    negatives: tuple[int, ...],
-    dtype: torch.dtype,
-    options: dict[str, Any],
-    is_compiled: bool = False,
-) -> tuple[Any, list[Tensor]]:
+def step(rank: int, world_size: int, case: LseRankCase) -> tuple[Any, dict[str, Tensor]]:
     """This rank's results, and the gradients of its features and of the logit scale."""
-    image, text, negative, ids = whole_batch(rows, negatives, dtype)
-    device = own_device()
-    own = (image.split(rows)[rank], text.split(rows)[rank], negative.split(negatives)[rank])
-    leaves = [x.to(device).requires_grad_() for x in own]
-    scale = torch.tensor(SCALE, dtype=loss_dtype(dtype), device=device, requires_grad=True)
-    own_ids = ids.split(rows)[rank].to(device)
-    weights = weights_of(sum(rows), dtype).split(rows)[rank].to(device)
+    device, inputs = own_device(), case.whole_batch()
+    for name in ("image", "text"):
+        inputs[name] = inputs[name].split(case.rows)[rank]
+    if case.negatives is not None:
+        inputs["negative"] = inputs["negative"].split(case.negatives)[rank]
+    leaves = {name: x.to(device).requires_grad_(name != case.frozen) for name, x in inputs.items()}
+    ids = case.ids()
+    own_ids = None if ids is None else ids.split(case.rows)[rank].to(device)
 
-    def compute(image: Tensor, text: Tensor, negative: Tensor, scale: Tensor) -> Any:
-        given = {"ids": own_ids, "negative_text_features": negative if negatives else None}
-        return contrastive_logsumexp(image, text, scale, **given, **options)
+    def compute(*features: Tensor) -> Any:
+        image, text, *negative, scale = features
+        return contrastive_logsumexp(
+            image,
+            text,
+            scale,
+            ids=own_ids,
+            negative_text_features=negative[0] if negative else None,
+            one_way=case.one_way,
+            dist_impl=case.dist_impl,
+            uneven=case.uneven,
+            impl=case.impl,
+        )
 
-    function = torch.compile(compute, backend="aot_eager", fullgraph=True) if is_compiled else None
-    results = (function or compute)(*leaves, scale)
-    loss = total(results, weights) * world_size / sum(rows)
-    used = [*leaves[: 3 if negatives else 2], scale]
-    return tuple(results), list(torch.autograd.grad(loss, used))
+    if case.is_compiled:
+        compute = torch.compile(compute, backend="aot_eager", fullgraph=True)
+    results = compute(*leaves.values())
+    weights = case.weights().split(case.rows)[rank].to(device, loss_dtype(case.dtype))
+    loss = total(results, weights) * world_size / sum(case.rows)
+    return tuple(results), gradients(loss, leaves)
 
 
-def check_against_one_process(
-    ranks: Ranks,
-    rows: tuple[int, ...],
-    negatives: tuple[int, ...] = (),
-    dtype: torch.dtype = torch.float64,
-    is_compiled: bool = False,
-    **options: Any,
-) -> None:
-    padded = negatives or (0,) * len(rows)
-    answers = ranks.run(len(rows), step, rows, padded, dtype, options, is_compiled)
+def check(case: LseRankCase, ranks: Ranks) -> None:
+    answers = ranks.run(len(case.rows), step, case)
 
-    image, text, negative, ids = whole_batch(rows, padded, dtype)
-    scale = torch.tensor(SCALE, dtype=torch.float64, device="cpu")
-    leaves = [x.double().requires_grad_() for x in (image, text, negative, scale)]
+    leaves = {
+        name: x.double().requires_grad_(name != case.frozen)
+        for name, x in case.whole_batch().items()
+    }
     row, column, pair = reference.contrastive_logsumexp(
-        leaves[0], leaves[1], leaves[3], ids, leaves[2]
+        leaves["image"], leaves["text"], leaves["logit_scale"], case.ids(), leaves.get("negative")
     )
-    exact = (row, None if options.get("one_way") else column, pair)
-    loss = total(exact, weights_of(sum(rows), torch.float64)) / sum(rows)
-    expected = torch.autograd.grad(loss, leaves)
-
-    tolerance = 1e-10 if dtype == torch.float64 else 2e-5
+    exact = (row, None if case.one_way else column, pair)
+    loss = total(exact, case.weights()) / sum(case.rows)
+    tolerance = 1e-10 if case.dtype == torch.float64 else 2e-5
     close = {"rtol": tolerance, "atol": tolerance}
     for index, vector in enumerate(exact):
         parts = [results[index] for results, _ in answers]
@@ -93,47 +126,104 @@ def check_against_one_process(
         else:
             torch.testing.assert_close(torch.cat(parts).double(), vector, **close)
     # Averaged over ranks, as DDP does, the gradients are those of one process.
-    for index, gradient in enumerate(expected):
-        parts = [grads[index].double() for _, grads in answers]
-        found = torch.stack(parts).sum(dim=0) if index == 3 else torch.cat(parts)
-        torch.testing.assert_close(found / len(rows), gradient, **close)
+    for name, gradient in gradients(loss, leaves).items():
+        parts = [grads[name].double() for _, grads in answers]
+        found = torch.stack(parts).sum(dim=0) if gradient.ndim == 0 else torch.cat(parts)
+        # Without negatives the dense form's gradient is 0 / 0.
+        gradient = gradient.nan_to_num()
+        torch.testing.assert_close(found / len(case.rows), gradient, **close)
 
 
-@pytest.mark.parametrize("one_way", [False, True])
-@pytest.mark.parametrize("dist_impl", ["gather", "ring"])
-@pytest.mark.parametrize("rows", [(4, 4), (3, 3, 3), (2, 2, 2, 2)], ids=str)
+def rank_cases(world_size: int) -> st.SearchStrategy[LseRankCase]:
+    counts = st.tuples(*[st.integers(0, 5)] * world_size)
+    same_on_all = st.sampled_from([0, 3]).map(lambda m: (m,) * world_size)
+    uneven = st.builds(
+        LseRankCase,
+        rows=counts.filter(any),
+        negatives=st.one_of(st.none(), counts),
+        uneven=st.just(True),
+    )
+    even = st.builds(
+        LseRankCase,
+        rows=st.integers(1, 5).map(lambda n: (n,) * world_size),
+        negatives=st.one_of(st.none(), same_on_all),
+    )
+    return st.builds(
+        replace,
+        st.one_of(even, uneven),
+        distinct_ids=st.sampled_from([None, 1, 4]),
+        one_way=st.booleans(),
+        dist_impl=st.sampled_from(["gather", "ring"]),
+        frozen=st.sampled_from(["", *NAMES[:2], "logit_scale"]),
+    )
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@settings(max_examples=40)
+@given(data=st.data())
 def test_ranks_together_give_the_results_of_one_process(
-    rows: tuple[int, ...], dist_impl: str, one_way: bool, ranks: Ranks
+    data: st.DataObject, world_size: int, ranks: Ranks
 ) -> None:
-    negatives = (2,) * len(rows)
-    check_against_one_process(ranks, rows, negatives, dist_impl=dist_impl, one_way=one_way)
+    check(data.draw(rank_cases(world_size)), ranks)
 
 
-@pytest.mark.parametrize("dist_impl", ["gather", "ring"])
-@pytest.mark.parametrize("rows", [(5, 2), (4, 0, 3), (1, 1, 0)], ids=str)
-def test_uneven_and_empty_ranks_give_the_results_of_one_process(
-    rows: tuple[int, ...], dist_impl: str, ranks: Ranks
-) -> None:
-    negatives = tuple(range(len(rows)))  # none on the first rank
-    check_against_one_process(ranks, rows, negatives, dist_impl=dist_impl, uneven=True)
-
-
-@pytest.mark.parametrize("dist_impl", ["gather", "ring"])
+@DIST_IMPLS
 def test_each_engine_gives_the_results_of_one_process(impl: str, dist_impl: str, ranks) -> None:
-    options = {"dist_impl": dist_impl, "impl": impl}
-    check_against_one_process(ranks, (20, 20), (3, 3), torch.float32, **options)
+    case = LseRankCase((20, 20), (3, 3), 9, dtype=torch.float32, impl=impl, dist_impl=dist_impl)
+    check(case, ranks)
 
 
-@pytest.mark.parametrize("dist_impl", ["gather", "ring"])
+@DIST_IMPLS
 def test_compiled_ranks_give_the_results_of_one_process(dist_impl: str, ranks: Ranks) -> None:
-    check_against_one_process(ranks, (4, 4), (2, 2), is_compiled=True, dist_impl=dist_impl)
+    check(LseRankCase((4, 4), (2, 2), 3, is_compiled=True, dist_impl=dist_impl), ranks)
+
+
+def traffic(rank: int, world_size: int, case: LseRankCase) -> Traffic:
+    """The collectives of the second of two calls."""
+    step(rank, world_size, case)
+    with Recorder() as recorder:
+        step(rank, world_size, case)
+    return recorder.found
+
+
+def test_a_call_sends_no_more_than_docs_say(ranks: Ranks) -> None:
+    n, of_float64 = 4, 8
+    gather = f"all_gather_into_tensor{'_out' if ranks.backend == 'gloo' else ''}"
+    expected = [
+        (gather, 2 * n * D * of_float64),
+        ("all_reduce max", 2 * 2 * n * of_float64),
+        ("all_reduce sum", 2 * n * of_float64),
+        (gather, 2 * n * of_float64),
+        ("reduce_scatter_tensor", 2 * n * D * of_float64),
+    ]
+    assert ranks.run(2, traffic, LseRankCase((n, n))) == [expected] * 2
+    one_way = [expected[0], expected[-1]]
+    assert ranks.run(2, traffic, LseRankCase((n, n), one_way=True)) == [one_way] * 2
 
 
 def differing_directions(rank: int, world_size: int) -> None:
-    features = pairs(4, D, device=own_device())
-    contrastive_logsumexp(*features, one_way=rank == 0)
+    contrastive_logsumexp(*pairs(4, D, device=own_device()), one_way=rank == 0)
 
 
-def test_ranks_that_differ_in_one_way_are_an_error(ranks: Ranks) -> None:
-    with pytest.raises(RankError, match="one_way must be the same on every rank"):
-        ranks.run(2, differing_directions)
+def differing_functions(rank: int, world_size: int) -> None:
+    (CyCLIPLoss(0, 0) if rank == 0 else contrastive_logsumexp)(
+        *pairs(4, D, device=own_device()), 1.0
+    )
+
+
+def no_grad_on_one_rank(rank: int, world_size: int) -> None:
+    image, text = pairs(4, D, device=own_device())
+    contrastive_logsumexp(image.requires_grad_(rank == 0), text)
+
+
+@pytest.mark.parametrize(
+    ("task", "what"),
+    [
+        (differing_directions, "one_way"),
+        (differing_functions, "the function"),
+        (no_grad_on_one_rank, "whether an input requires a gradient"),
+    ],
+)
+def test_ranks_that_differ_are_an_error(task: Any, what: str, ranks: Ranks) -> None:
+    with pytest.raises(RankError, match=f"{what} must be the same on every rank"):
+        ranks.run(2, task)

@@ -1,7 +1,8 @@
-"""Tar files, and shards of them."""
+"""Tar files of pictures and captions, whole and damaged."""
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -25,7 +26,10 @@ def png(image: Image.Image) -> bytes:
 
 
 def make_shards(folder: Path, **parts: int) -> Path:
-    """Shards of 8 pairs: noise, and a caption that says which; parts: how many of each."""
+    """Shards of 8 pairs: a picture of noise, and a caption with its number.
+
+    parts: how many shards of each name.
+    """
     folder.mkdir()
     rng = np.random.default_rng(0)
     for part, count in parts.items():
@@ -39,3 +43,16 @@ def make_shards(folder: Path, **parts: int) -> Path:
     sizes = {path.name: 8 for path in folder.glob("*.tar")}
     (folder / "sizes.json").write_text(json.dumps(sizes))
     return folder
+
+
+def break_picture(shard: Path, last: bool = False) -> None:
+    """Overwrites the header of a shard's first picture, or the data of its last one."""
+    content = bytearray(shard.read_bytes())
+    start = content.rindex(b"IDAT") + 4 if last else content.index(b"PNG")
+    content[start : start + 8] = bytes(8)
+    shard.write_bytes(content)
+
+
+def cut_between_two_files(shard: Path) -> None:
+    """Cuts a shard before its fifth picture, whose header starts with its name."""
+    os.truncate(shard, shard.read_bytes().index(b"_4.png") - 1)

@@ -3,13 +3,13 @@
 import json
 import math
 import os
-import runpy
+import shutil
 import signal
-import sys
 from argparse import Namespace
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import open_clip
@@ -20,7 +20,7 @@ from tars import png, write_tar
 
 from cyclip_loss import CyCLIPLoss
 from reference_train import __main__ as cli
-from reference_train.command_line import CannotStart, Stopped, run
+from reference_train.command_line import CannotStart, Stopped
 from reference_train.data.emoji import ALL_STYLES, SHIFT_STYLES, TRAIN_STYLES, read_emoji
 from reference_train.demo import demo as command
 from reference_train.demo import questions, train
@@ -30,7 +30,7 @@ from reference_train.evaluate.datasets import DataSet, Images
 from reference_train.evaluate.report import read_evaluation
 
 SHORT = {**command.PRESETS["short"], "steps": 5, "batch_size": 8}  # an epoch has two
-# Beside the contrastive one.
+# The terms of each loss, except the contrastive one.
 TERMS = {
     "clip": "",
     "cyclip": "inmodal_cyclic crossmodal_cyclic",
@@ -55,7 +55,7 @@ def colour_of(style: int, concept: int) -> tuple[int, int, int]:
 
 @pytest.fixture(scope="module", autouse=True)
 def emoji(tmp_path_factory):
-    """All styles have all concepts, but for one that is trained on. The model is small, too."""
+    """Every style has every concept, but twemoji lacks concept 0. The model is small, too."""
     folder = tmp_path_factory.mktemp("emoji")
     for s, style in enumerate(ALL_STYLES):
         members = {}
@@ -90,21 +90,30 @@ def finished(tmp_path_factory) -> Path:
     return out
 
 
-def test_a_run_leaves_numbers_table_and_picture(finished: Path) -> None:
+def test_a_folder_has_the_results_of_every_loss_and_seed(finished: Path) -> None:
     result = read_evaluation(finished)
     first = ["clip-0", "cyclip-0", "clip-1", "cyclip-1"]
     assert list(result["results"]) == [*first, *(f"{loss}-0" for loss in list(TERMS)[2:])]
     assert torch.__version__.startswith(result["versions"]["torch"])  # without "+cu128"
-    for name, numbers in result["results"]["clip-0"].items():
-        assert tuple(numbers["groups"]) == questions.SITUATIONS[name][0]
-        assert ("similarities" in numbers) == (name == command.PICTURED)
     assert 0 < result["checkpoints"]["clip-0"]["seconds"] < 600
+
+
+def test_a_run_is_measured_on_every_data_set_in_its_styles(finished: Path) -> None:
+    for name, measured in read_evaluation(finished)["results"]["clip-0"].items():
+        assert tuple(measured["groups"]) == questions.SITUATIONS[name][0]
+        assert ("similarities" in measured) == (name == command.PICTURED)
+
+
+def test_the_table_has_a_column_for_each_loss(finished: Path) -> None:
     heads = "CLIP (2) | CyCLIP (2) | C-CyCLIP | I-CyCLIP | CLIP + views | CyCLIP + views"
     heads += " | C-CyCLIP + views | I-CyCLIP + views | Geometric"
     assert f"| {heads} | chance | n |" in (finished / "table.md").read_text()
     for picture in ("picture.png", "similarities.png"):
         assert Image.open(finished / picture).width == 1100
-    for name, steps in result["history"].items():
+
+
+def test_the_history_has_the_terms_of_each_step_and_their_sum(finished: Path) -> None:
+    for name, steps in read_evaluation(finished)["history"].items():
         assert [line["step"] for line in steps] == [1, 2, 3, 4, 5]
         for line in steps:
             terms = {term: line[term] for term in line if term.endswith("_loss")}
@@ -112,6 +121,9 @@ def test_a_run_leaves_numbers_table_and_picture(finished: Path) -> None:
             positive = {term.removesuffix("_loss") for term in terms if terms[term] > 0}
             assert positive == {"contrastive", *TERMS[name[:-2]].split()}
         assert "validation_inmodal_gap" in steps[-1]
+
+
+def test_a_folder_of_another_preset_is_refused(finished: Path) -> None:
     with pytest.raises(CannotStart, match="steps = 5, not 1500: choose another"):
         demonstrate("--preset", "long", "--loss", "i-cyclip", "--out", finished)
 
@@ -129,124 +141,118 @@ def test_steps_replace_those_of_the_preset_and_are_in_the_name(tmp_path: Path) -
 
 def test_gaps_between_views_are_their_formula() -> None:
     images, texts = torch.nn.functional.normalize(torch.randn(2, 2, 9, 5), dim=-1)
-    of_images, of_texts = (one @ one.T - other @ other.T for one, other in (images, texts))
-    of_pairs = (images * texts).sum(dim=2).diff(dim=0)
-    gaps = 256 * (of_images.square() + of_texts.square()).mean() + of_pairs.square().mean()
-    torch.testing.assert_close(train.between_views(images, texts), 0.25 * gaps)
+    image_gap = (images[0] @ images[0].T - images[1] @ images[1].T).square().mean()
+    text_gap = (texts[0] @ texts[0].T - texts[1] @ texts[1].T).square().mean()
+    pair_gap = ((images[0] * texts[0]).sum(dim=1) - (images[1] * texts[1]).sum(dim=1)).square()
+    expected = 0.25 * (256 * (image_gap + text_gap) + pair_gap.mean())
+    torch.testing.assert_close(train.between_views(images, texts), expected)
 
 
-def test_questions_are_about_the_right_concepts_and_styles(emoji) -> None:
-    """Images of the right concepts and styles, and labels that are theirs."""
-    things = [f"thing {c}" for c in range(CONCEPTS)]
-    kinds = {"trained styles": TRAIN_STYLES, "new styles": SHIFT_STYLES, "black": ALL_STYLES[6:]}
-    for name in questions.SITUATIONS:
-        data, held_out = questions.situation(emoji, name), name.startswith("new concepts")
-        names = data.classes[""]
-        of_images = [things.index(names.names[label]) for label in names.labels.tolist()]
-        colours = [tuple(p) for p in data.images.places[:, :, 0, 0].tolist()]
-        both = zip(data.groups, of_images, strict=True)
-        assert colours == [colour_of(ALL_STYLES.index(style), of) for style, of in both]
-        assert [set(data.groups)] == [set(kinds[kind]) for kind in kinds if name.endswith(kind)]
-        # Settings were chosen on trained concepts 2 and 5, so no table asks about them.
-        asked = range(20, 24) if held_out else set(range(16)) - {2, 5}
-        assert set(of_images) == set(asked)
-        assert len(names.names) == (4 if held_out else 16)
-        known_images, known = data.train
-        drawn = known_images.places[:, 0, 0, 0] // 10
-        assert torch.equal(known["subgroup"], drawn % 4)
-        assert torch.equal(known["group"], drawn % 2)
-        assert data.classes["subgroup"].names == [f"kind {number}" for number in range(4)]
-        assert data.classes["group"].names == ["others", "things and matters"]
-        assert data.across_groups
-        assert ("" in known) != held_out
+@pytest.mark.parametrize("name", questions.SITUATIONS)
+def test_a_data_set_has_the_concepts_and_styles_that_its_name_says(emoji, name: str) -> None:
+    data, held_out = questions.situation(emoji, name), name.startswith("new concepts")
+    names = data.classes[""]
+    concepts = [int(names.names[label].removeprefix("thing ")) for label in names.labels.tolist()]
+    styles = {"trained styles": TRAIN_STYLES, "new styles": SHIFT_STYLES, "black": ALL_STYLES[6:]}
+    [expected] = [styles[ending] for ending in styles if name.endswith(ending)]
+    assert set(data.groups) == set(expected)
+    assert data.across_groups
+    drawn = [tuple(colour) for colour in data.images.places[:, :, 0, 0].tolist()]
+    pairs = zip(data.groups, concepts, strict=True)
+    assert drawn == [colour_of(ALL_STYLES.index(style), concept) for style, concept in pairs]
+    # Settings were chosen on trained concepts 2 and 5, so no table asks about them.
+    assert set(concepts) == (set(range(20, 24)) if held_out else set(range(16)) - {2, 5})
+    assert len(names.names) == (4 if held_out else 16)
 
 
-def test_a_resumed_run_is_bitwise_the_whole_one(finished, tmp_path, monkeypatch, capsys) -> None:
-    options, augmented = ["--loss", "cyclip", "--out", tmp_path], []
+@pytest.mark.parametrize("name", questions.SITUATIONS)
+def test_a_data_set_has_the_labels_of_its_train_split(emoji, name: str) -> None:
+    data = questions.situation(emoji, name)
+    images, labels = data.train
+    concepts = images.places[:, 0, 0, 0] // 10
+    assert torch.equal(labels["subgroup"], concepts % 4)
+    assert torch.equal(labels["group"], concepts % 2)
+    assert data.classes["subgroup"].names == [f"kind {number}" for number in range(4)]
+    assert data.classes["group"].names == ["others", "things and matters"]
+    assert ("" in labels) == name.startswith("trained concepts")
+
+
+@pytest.fixture(scope="module")
+def resumed(emoji, tmp_path_factory) -> Path:
+    """A run of CyCLIP that is interrupted after step 3, and resumed; what it printed in out.txt.
+
+    Its checkpoint then says that it has taken 1e6 seconds.
+    """
+    out = tmp_path_factory.mktemp("resumed")
+    options = ["--loss", "cyclip", "--out", out]
+    batches = []
 
     def augment_and_press_ctrl_c(*arguments: Any) -> torch.Tensor:
-        augmented.append(True)
-        if len(augmented) == 4:  # after the look at step 2
+        batches.append(True)
+        if len(batches) == 4:  # after the checkpoint of step 2
             os.kill(os.getpid(), signal.SIGINT)
         return augment(*arguments)
 
-    monkeypatch.setattr(train, "augment", augment_and_press_ctrl_c)
-    with pytest.raises(KeyboardInterrupt):
-        demonstrate(*options)
-    checkpoint = tmp_path / "cyclip-0" / "checkpoint.pt"
-    torch.save(torch.load(checkpoint, weights_only=True) | {"seconds": 1e6}, checkpoint)
-    demonstrate(*options)
-    assert torch.load(checkpoint, weights_only=True)["seconds"] > 1e6
-    said = capsys.readouterr().out
-    for part in ("run 1 of 1: cyclip-0\n", "cyclip-0: resumes at step 2 of 5\n", ", 0 s left\n"):
-        assert part in said
-    whole, parts = read_evaluation(finished), read_evaluation(tmp_path)
-    demonstrate(*options)  # finished: nothing is repeated
-    assert "cyclip-0: finished before\n" in capsys.readouterr().out
-    (tmp_path / "evaluation.json").unlink()  # trained, but not measured
-    demonstrate(*options)
-    assert len(augmented) == 4 + 3
-    for found in (parts, read_evaluation(tmp_path)):
-        for what in ("history", "results"):
-            assert found[what] == {"cyclip-0": whole[what]["cyclip-0"]}
-    files = [folder / "cyclip-0" / "checkpoint.pt" for folder in (finished, tmp_path)]
+    checkpoint = out / "cyclip-0" / "checkpoint.pt"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "augment", augment_and_press_ctrl_c)
+        with (out / "out.txt").open("w") as file, redirect_stdout(file):
+            with pytest.raises(KeyboardInterrupt):
+                demonstrate(*options)
+            torch.save(torch.load(checkpoint, weights_only=True) | {"seconds": 1e6}, checkpoint)
+            demonstrate(*options)
+    assert len(batches) == 4 + 3
+    return out
+
+
+def test_a_resumed_run_is_bitwise_the_whole_one(finished: Path, resumed: Path) -> None:
+    whole, parts = read_evaluation(finished), read_evaluation(resumed)
+    for what in ("history", "results"):
+        assert parts[what] == {"cyclip-0": whole[what]["cyclip-0"]}
+    files = [folder / "cyclip-0" / "checkpoint.pt" for folder in (finished, resumed)]
     one, other = (torch.load(file, weights_only=True)["model"] for file in files)
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_resumed_run_says_where_it_goes_on_and_adds_up_its_time(resumed: Path) -> None:
+    checkpoint = torch.load(resumed / "cyclip-0" / "checkpoint.pt", weights_only=True)
+    assert checkpoint["seconds"] > 1e6
+    printed = (resumed / "out.txt").read_text()
+    assert "run 1 of 1: cyclip-0\n" in printed
+    assert "cyclip-0: resumes at step 2 of 5\n" in printed
+    assert ", 0 s left\n" in printed
+
+
+def test_a_finished_run_is_not_repeated(resumed: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(train, "augment", lambda *_: pytest.fail("training began"))
+    demonstrate("--loss", "cyclip", "--out", resumed)
+    assert "cyclip-0: finished before\n" in capsys.readouterr().out
+
+
+def test_a_run_that_is_trained_and_not_measured_is_measured(resumed, tmp_path, monkeypatch) -> None:
+    shutil.copytree(resumed, tmp_path / "out")
+    (tmp_path / "out" / "evaluation.json").unlink()
+    monkeypatch.setattr(train, "augment", lambda *_: pytest.fail("training began"))
+    demonstrate("--loss", "cyclip", "--out", tmp_path / "out")
+    before, after = read_evaluation(resumed), read_evaluation(tmp_path / "out")
+    for what in ("history", "results"):
+        assert after[what] == before[what]
+
+
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path, monkeypatch) -> None:
-    """And what validates a run are held-out concepts that no table asks about."""
     monkeypatch.setitem(command.PRESETS, "short", {**SHORT, "lr": 1e30, "steps": 20})
-    monkeypatch.setattr(command, "train", trained := Mock(wraps=train.train))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Stopped, match="clip-0: the loss is nan, at step"):
         demonstrate()
-    pairs = trained.call_args.args[3]
-    assert {split_of(int(name.split()[1])) for [name] in pairs.captions} == {"validation"}
-    assert (set(pairs.groups), pairs.across_groups) == (set(TRAIN_STYLES), True)
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["short"]
 
 
-def test_bad_arguments_end_with_one_line(tmp_path: Path, capsys, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "train", lambda *_: pytest.fail("training began"))
-    monkeypatch.delitem(sys.modules, cli.__name__)  # as if it were not imported
-    for arguments, message in (
-        ("--seeds many", "--seeds: must be a whole number >= 1, not many"),
-        ("--loss siglip", "--loss: invalid choice: 'siglip'"),
-        ("--preset tiny", "--preset: invalid choice: 'tiny'"),
-        ("pretrain", "the following arguments are required: --preset, --data"),
-        ("--device cuda:99", "--device: cuda:99"),
-        ("--out /dev/null/runs", "can't be written"),
-        ("report .", "is no evaluation.json"),
-        ("evaluate .", "no checkpoint at"),
-    ):
-        monkeypatch.setattr(sys, "argv", ["reference_train", *arguments.split()])
-        with pytest.raises(SystemExit) as stopped:
-            runpy.run_module("reference_train", run_name="__main__")
-        said = capsys.readouterr().err
-        assert (stopped.value.code, said.count("\n")) == (2, 1)
-        assert said.startswith("reference_train: ")
-        assert message in said
-
-
-def test_exit_codes_say_how_a_command_ended(monkeypatch, capsys) -> None:
-    """And of the ranks of a node, the first says why."""
-    for error, code in (Stopped("why"), 1), (CannotStart("why"), 2), (KeyboardInterrupt(), 130):
-        for rank in ("0", "1"):
-            monkeypatch.setenv("LOCAL_RANK", rank)
-            with pytest.raises(SystemExit) as stopped:
-                run(Mock(side_effect=error))
-            assert stopped.value.code == code
-            expected = "interrupted" if code == 130 else "why" if rank == "0" else ""
-            assert capsys.readouterr().err == f"reference_train: {expected}\n" * bool(expected)
-
-
-def test_a_missing_package_is_named_with_its_extra(monkeypatch) -> None:
-    monkeypatch.setattr(cli, "import_module", Mock(side_effect=ImportError("no 'x'")))
-    for argv, extra in (["pretrain", "x"], "pretrain"), (["evaluate"], "train"), ([], "train"):
-        with pytest.raises(CannotStart, match=rf"'x': pip install -e '\.\[{extra}\]'"):
-            cli.main(argv)
+def test_a_run_is_validated_on_held_out_concepts_that_no_table_asks_about(emoji) -> None:
+    pairs = command.validation_pairs(emoji)
+    assert {split_of(int(name.split()[1])) for [name] in pairs.captions} == {"validation"}
+    assert (set(pairs.groups), pairs.across_groups) == (set(TRAIN_STYLES), True)
+    concepts = [int(name.split()[1]) for [name] in pairs.captions]
+    assert pairs.images.places[:, 0, 0, 0].tolist() == [10 * concept for concept in concepts]
 
 
 def tokenize(texts: list[str]) -> torch.Tensor:
@@ -255,26 +261,50 @@ def tokenize(texts: list[str]) -> torch.Tensor:
     return torch.tensor(numbers)[:, None]
 
 
-def test_batches_hold_distinct_training_concepts_by_seed_and_step(emoji) -> None:
-    batches, again, other = (EmojiBatches(emoji, tokenize, 8, seed) for seed in (0, 0, 1))
-    seen, captions = set(), set()
+def colours(images: torch.Tensor) -> list[tuple[int, ...]]:
+    return [tuple(pixel) for pixel in images[:, :, 0, 0].tolist()]
+
+
+def test_a_batch_holds_distinct_concepts_in_several_styles(emoji) -> None:
+    batches = EmojiBatches(emoji, tokenize, 8, seed=0)
+    for step in range(20):
+        drawn = colours(batches.batch(step)[0])
+        assert len({red for red, _, _ in drawn}) == 8
+        assert len({green for _, green, _ in drawn}) > 1
+
+
+def test_batches_show_every_training_picture_and_caption_and_nothing_else(emoji) -> None:
+    batches = EmojiBatches(emoji, tokenize, 8, seed=0)
+    drawn, captions = set(), set()
     for step in range(200):
         images, tokens = batches.batch(step)
-        colours = [tuple(pixel) for pixel in images[:, :, 0, 0].tolist()]
-        assert len({red for red, _, _ in colours}) == 8
-        assert len({green for _, green, _ in colours}) > 1  # of several styles
-        seen |= set(colours)
+        drawn |= set(colours(images))
         captions |= set(tokens.flatten().tolist())
-    trained = {colour_of(s, c) for s in range(len(TRAIN_STYLES)) for c in range(16)}
-    assert seen == trained - {colour_of(1, 0)}
+    trained = {colour_of(style, c) for style in range(len(TRAIN_STYLES)) for c in range(16)}
+    assert drawn == trained - {colour_of(1, 0)}
     assert captions == {*range(16), 99}
+
+
+def test_a_batch_depends_on_seed_and_step_alone(emoji) -> None:
+    batches, again, other = (EmojiBatches(emoji, tokenize, 8, seed) for seed in (0, 0, 1))
+    again.batch(0)
     assert all(map(torch.equal, batches.batch(5), again.batch(5)))
     assert not torch.equal(batches.batch(5)[0], other.batch(5)[0])
     assert not torch.equal(batches.batch(5)[0], batches.batch(7)[0])  # its place, an epoch later
 
 
-def test_a_picture_that_is_not_moved_is_that_of_the_evaluation() -> None:
-    still = Mock(uniform=lambda low, high, shape: np.full(shape, float(low > 0)))
+class Uniform:
+    """A random generator whose every draw is an end of its range."""
+
+    def __init__(self, draw: Callable[[float, float], float]) -> None:
+        self.draw = draw
+
+    def uniform(self, low: float, high: float, shape: tuple[int, ...]) -> np.ndarray:
+        return np.full(shape, float(self.draw(low, high)))
+
+
+def test_a_picture_that_is_neither_moved_nor_tinted_is_as_in_the_evaluation() -> None:
+    still = Uniform(lambda low, high: low > 0)  # factors are 1, and everything else is 0
     pixels = torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8)
     picture = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
     torch.testing.assert_close(normalize(augment(pixels, 32, still))[0], preprocess(picture))
@@ -282,22 +312,22 @@ def test_a_picture_that_is_not_moved_is_that_of_the_evaluation() -> None:
 
 @pytest.mark.parametrize("end", [-1, 1])
 def test_augmentation_moves_and_tints_as_its_ranges_say(end: int) -> None:
-    """A picture whose red and green are its coordinates, so that it shows where they went."""
-    place = torch.arange(64, dtype=torch.uint8).expand(64, 64)
-    pixels = torch.stack([3 * place, 3 * place.T, torch.full_like(place, 60)])
-    draws = Mock(uniform=lambda low, high, shape: np.full(shape, high if end > 0 else low))
+    """Red and green of the picture are its coordinates, and show where each pixel comes from."""
+    ramp = torch.arange(64, dtype=torch.uint8).expand(64, 64)
+    pixels = torch.stack([3 * ramp, 3 * ramp.T, torch.full_like(ramp, 60)])
+    draws = Uniform(lambda low, high: high if end > 0 else low)
     moved = augment(pixels[None], 64, draws)[0]
-    x = ((2 * place + 1) / 64 - 1).double()
+    x = ((2 * ramp + 1) / 64 - 1).double()
     y, zoom, angle, shear, shift = x.T, math.exp(0.16 * end), 0.2 * end, 0.1 * end, 0.1 * end
     cos, sin = zoom * math.cos(angle), zoom * math.sin(angle)
     from_x = cos * x + (shear * cos - sin) * y + shift
     from_y = sin * x + (shear * sin + cos) * y + shift
-    columns, rows = 32 * from_x + 31.5, 32 * from_y + 31.5
-    ink = 1 - torch.stack([3 * columns, 3 * rows, torch.full_like(x, 60)]) / 255
+    pixel_x, pixel_y = 32 * from_x + 31.5, 32 * from_y + 31.5
+    ink = 1 - torch.stack([3 * pixel_x, 3 * pixel_y, torch.full_like(x, 60)]) / 255
     grey = 0.299 * ink[0] + 0.587 * ink[1] + 0.114 * ink[2]
     saturation, tint, contrast = (0.5, 0.85, 0.8) if end < 0 else (1.3, 1.15, 1.2)
     ink = contrast * tint * (saturation * ink + (1 - saturation) * grey) + 0.08 * end
-    inside = (columns.clamp(0, 63) == columns) & (rows.clamp(0, 63) == rows)
+    inside = (pixel_x.clamp(0, 63) == pixel_x) & (pixel_y.clamp(0, 63) == pixel_y)
     expected = (1 - ink).clamp(0, 1).float()
     torch.testing.assert_close(moved[:, inside], expected[:, inside], atol=1e-4, rtol=0)
     outside = torch.maximum(from_x.abs(), from_y.abs()) > 1.1
@@ -313,8 +343,9 @@ def test_a_run_trains_by_its_recipe(emoji, tmp_path: Path) -> None:
     pairs = DataSet(Images(torch.zeros(2, 3, 64, 64, dtype=torch.uint8)), captions=[["a"], ["b"]])
     history = train.train(Namespace(**config), clip, batches, pairs, tmp_path)["history"]
     model, loss_fn = plain.model, CyCLIPLoss(0.25, 0.25, reference_batch_size=256)
-    groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == of]} for of in (0, 1)]
-    groups[0]["weight_decay"] = 0.0
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    groups = [{"params": vectors, "weight_decay": 0.0}, {"params": matrices}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
     for step, line in enumerate(history):
         for group in optimizer.param_groups:
@@ -331,9 +362,9 @@ def test_a_run_trains_by_its_recipe(emoji, tmp_path: Path) -> None:
         model.logit_scale.data.clamp_(max=math.log(100))
         assert line["loss"] == pytest.approx(loss.item(), rel=0.01)
         assert line["logit_scale"] == pytest.approx(output["logit_scale"].item(), rel=1e-4)
-    unused = slice(30_000, 31_000)  # words of no caption decay
-    mine, theirs = (x.model.token_embedding.weight[unused] for x in (clip, plain))
-    torch.testing.assert_close(mine, theirs)
+    unused = slice(30_000, 31_000)  # the embeddings of words in no caption decay
+    found, expected = (x.model.token_embedding.weight[unused] for x in (clip, plain))
+    torch.testing.assert_close(found, expected)
 
 
 def test_the_tiny_model_encodes_text_as_open_clip_does() -> None:

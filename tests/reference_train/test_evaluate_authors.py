@@ -9,8 +9,8 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from miniature import TINY
 from PIL import Image
-from test_evaluate_command import TINY
 
 from reference_train.command_line import CannotStart
 from reference_train.evaluate import evaluate as command
@@ -94,7 +94,7 @@ def evaluation_folder(tmp_path: Path) -> Path:
 def test_a_checkpoint_of_the_authors_gives_the_numbers_of_openclips_format(
     checkpoint: Path, model_names: tuple[str, str], evaluation_folder: Path, tmp_path: Path
 ) -> None:
-    """Whether it holds the optimizer or not."""
+    """Its numbers do not depend on the optimizer in the file."""
     content = torch.load(checkpoint, weights_only=False)
     state = {name.removeprefix("module."): x for name, x in content["state_dict"].items()}
     torch.save({"state_dict": state}, tmp_path / "openclip.pt")
@@ -105,11 +105,9 @@ def test_a_checkpoint_of_the_authors_gives_the_numbers_of_openclips_format(
     arguments += ["--imagefolder", f"own={evaluation_folder}", "--device", "cpu", "--workers", "0"]
     command.main([*arguments, "--out", str(tmp_path / "out")])
     record = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    theirs, ours, without = (
-        record["results"][t]["own"] for t in ("cyclip", "openclip", "stripped")
-    )
-    assert theirs["numbers"] == ours["numbers"] == without["numbers"]
-    assert {"top1", "consistency_1", "linear_probe"} <= theirs["numbers"].keys()
+    numbers = {title: found["own"]["numbers"] for title, found in record["results"].items()}
+    assert numbers["cyclip"] == numbers["openclip"] == numbers["stripped"]
+    assert {"top1", "consistency_1", "linear_probe"} <= numbers["cyclip"].keys()
     assert (
         record["checkpoints"]["cyclip"] | {"loss": "cyclip", "epoch": 3}
         == record["checkpoints"]["cyclip"]
@@ -128,7 +126,7 @@ def test_a_model_without_quickgelu_is_refused_for_weights_of_the_authors(
     with pytest.raises(CannotStart, match=f"say --model {model_names[1]} ") as error:
         load(found, torch.device("cpu"))
     assert "\n" not in str(error.value)
-    # what params.txt says of a run is believed
+    # a params.txt beside the file decides
     (tmp_path / "params.txt").write_text(f"model: {model_names[0]}\n")
     [found] = find_checkpoints([tmp_path / "theirs.pt"], None, None)
     load(found, torch.device("cpu"))
@@ -137,7 +135,7 @@ def test_a_model_without_quickgelu_is_refused_for_weights_of_the_authors(
 def test_openclips_checkpoints_are_not_taken_for_the_authors(
     model_names: tuple[str, str], tmp_path: Path
 ) -> None:
-    """Its optimizer lets no one-dimensional weight decay, as here; nor does ours."""
+    """In OpenCLIP's optimizer no one-dimensional weight decays."""
     model = open_clip.create_model(model_names[0], load_weights=False)
     groups: dict[bool, list[Any]] = {False: [], True: []}
     for parameter in model.parameters():

@@ -1,11 +1,11 @@
-"""The numbers of `evaluate`, against the plain way to compute each; their tables and pictures."""
+"""The numbers of `evaluate`, compared with plain loops; their tables and pictures."""
 
 import json
 import math
 from base64 import b64decode, b64encode
 from collections.abc import Sequence
 from pathlib import Path
-from unittest.mock import Mock
+from types import SimpleNamespace
 
 import matplotlib.image
 import numpy as np
@@ -20,44 +20,59 @@ from reference_train.evaluate import measure, metrics, pictures, published, repo
 from reference_train.evaluate.datasets import Classes, DataSet, Images
 
 
-def plain_recall(image: Tensor, captions: list[list[str]], feature: dict[str, Tensor]):
-    """Every query ranks every candidate, in loops; a wrong one that scores the same is before."""
+def recall_by_loops(
+    image_features: Tensor, captions: list[list[str]], text_feature: dict[str, Tensor]
+) -> dict[str, float]:
+    """Every query ranks every candidate. A wrong one ranks before a right one of the same score."""
 
     def rank(candidates: Sequence[tuple[float, bool]]) -> int:
         best = max(score for score, right in candidates if right)
         return sum(score >= best for score, right in candidates if not right)
 
-    pairs = zip(image, captions, strict=True)
-    scored = [[(float(x @ f), t in own) for t, f in feature.items()] for x, own in pairs]
-    # once for each image
-    of_texts = [of for of in zip(*scored, strict=True) for _, own in of if own]
-    ranks = {"image_to_text": [*map(rank, scored)], "text_to_image": [*map(rank, of_texts)]}
-    return {f"{w}_r{k}": np.less(found, k).mean() for w, found in ranks.items() for k in (1, 5, 10)}
+    # (score, whether it is right) for each image and text
+    scores = [
+        [(float(image @ feature), text in own) for text, feature in text_feature.items()]
+        for image, own in zip(image_features, captions, strict=True)
+    ]
+    ranks = {"image_to_text": [rank(candidates) for candidates in scores], "text_to_image": []}
+    for candidates in zip(*scores, strict=True):
+        num_images = sum(right for _, right in candidates)  # a text counts once for each image
+        ranks["text_to_image"] += [rank(candidates)] * num_images
+    return {
+        f"{direction}_r{k}": np.less(found, k).mean()
+        for direction, found in ranks.items()
+        for k in (1, 5, 10)
+    }
 
 
 @pytest.mark.parametrize("some", [40, 11])
 def test_retrieval_with_several_and_shared_captions_agrees_with_loops(
     some: int, monkeypatch: pytest.MonkeyPatch
 ):
-    """Among all images, and among some, which then have their captions alone."""
+    """Among all images, and among some images and their captions alone."""
     monkeypatch.setattr(metrics, "STRIP", 7)
     captions = [[f"own {i} {j}" for j in range(i % 3 + 1)] for i in range(40)]
     for i in range(0, 40, 4):
         captions[i].append("of several")
     texts, pairs = measure.distinct_texts(captions)
-    # with many equal products, to see what becomes of ties
-    image, text = (torch.randint(-1, 2, (rows, 3)).float() for rows in (40, len(texts)))
-    rows = torch.randperm(40)[:some].sort().values
-    kept, which = measure.pairs_of(rows, pairs)
-    theirs = [captions[i] for i in rows.tolist()]
-    feature = {t: f for t, f in zip(texts, text, strict=True) if any(t in c for c in theirs)}
-    expected = plain_recall(image[rows], theirs, feature)
-    assert metrics.retrieval(image[rows], text[which], kept) == pytest.approx(expected)
+    # Features of few values have many equal products, so that there are ties.
+    images, features = (torch.randint(-1, 2, (n, 3)).float() for n in (40, len(texts)))
+    chosen = torch.randperm(40)[:some].sort().values
+    kept, text_indices = measure.select_pairs(chosen, pairs)
+    chosen_captions = [captions[i] for i in chosen.tolist()]
+    feature_of_text = {
+        text: feature
+        for text, feature in zip(texts, features, strict=True)
+        if any(text in own for own in chosen_captions)
+    }
+    expected = recall_by_loops(images[chosen], chosen_captions, feature_of_text)
+    found = metrics.retrieval(images[chosen], features[text_indices], kept)
+    assert found == pytest.approx(expected)
 
 
-def test_a_tie_of_neighbours_drops_the_farthest():
+def test_a_tie_of_neighbours_drops_the_farthest() -> None:
     neighbours = torch.tensor([[5, 6, 6], [1, 2, 3], [4, 4, 7]])
-    # of three: 6; 1 2 3 is a tie, 1 2 is one, so 1; 4
+    # The majorities of three are 6, 1 (1 2 3 is a tie, and so is 1 2) and 4.
     numbers = metrics.consistency(torch.tensor([6, 1, 7]), neighbours)
     assert numbers == pytest.approx({"consistency_1": 1 / 3, "consistency_3": 2 / 3})
     assert metrics.majority([2, 1, 1, 3, 2, 3]) == 1  # the farthest goes, until there is no tie
@@ -74,8 +89,8 @@ def test_coarse_and_fine_accuracy_agree_with_loops(monkeypatch: pytest.MonkeyPat
     for scores, label in zip((image @ prompts.T).tolist(), labels.tolist(), strict=True):
         own = superclass[label]
         best = {
-            g: max(s for s, of in zip(scores, superclass, strict=True) if of == g)
-            for g in superclass
+            group: max(score for score, g in zip(scores, superclass, strict=True) if g == group)
+            for group in superclass
         }
         order = sorted(best, key=best.__getitem__, reverse=True)
         siblings = [c for c in range(9) if superclass[c] == own]
@@ -88,18 +103,18 @@ def test_coarse_and_fine_accuracy_agree_with_loops(monkeypatch: pytest.MonkeyPat
     assert len(set(found.values())) > 4
 
 
-def test_neighbours_across_groups_come_from_other_groups_that_are_not_excluded():
+def test_neighbours_across_groups_come_from_other_groups_that_are_not_excluded() -> None:
     names = ["a", "b", "c", "line"] * 5
     groups = {name: torch.arange(i, 20, 4) for i, name in enumerate(names[:4])}
     image = torch.randn(20, 4)
-    near = measure.neighbours_across(image, groups, frozenset({"line"}))
-    for row, found in enumerate(near.tolist()):
-        allowed = [i for i in range(20) if names[i] not in (names[row], "line")]
-        expected = sorted(allowed, key=lambda i: -float(image[row] @ image[i]))[: len(found)]
+    neighbours = measure.neighbours_across(image, groups, frozenset({"line"}))
+    for query, found in enumerate(neighbours.tolist()):
+        allowed = [i for i in range(20) if names[i] not in (names[query], "line")]
+        expected = sorted(allowed, key=lambda i: -float(image[query] @ image[i]))[: len(found)]
         assert found == expected
 
 
-def test_linear_probe_follows_the_recipe_of_the_papers_authors():
+def test_linear_probe_follows_the_recipe_of_the_papers_authors() -> None:
     """Their cosine of the learning rate in closed form: it falls from 0.005 to 0 in 32 epochs."""
     features, test = torch.randn(300, 6), torch.randn(4000, 6)
     labels = (features[:, :4] + torch.randn(300, 4)).argmax(dim=1)
@@ -109,13 +124,13 @@ def test_linear_probe_follows_the_recipe_of_the_papers_authors():
     optimizer = torch.optim.AdamW(decays, weight_decay=0.01)
     orders = torch.Generator().manual_seed(0)
     batches = [b for _ in range(32) for b in torch.randperm(300, generator=orders).split(128)]
-    for step, rows in enumerate(batches):
+    for step, batch in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = 0.0025 * (1 + math.cos(math.pi * step / len(batches)))
         optimizer.zero_grad()
-        nn.functional.cross_entropy(layer(features[rows]), labels[rows]).backward()
+        nn.functional.cross_entropy(layer(features[batch]), labels[batch]).backward()
         optimizer.step()
-    # right for each of the test's images, or for all but a few where it is nearly undecided
+    # The two layers may differ for a few test images that are nearly undecided.
     assert metrics.linear_probe(features, labels, test, layer(test).argmax(dim=1), 4) > 0.9996
 
 
@@ -126,15 +141,15 @@ SETS = {
 }
 
 
-def write(folder: Path, runs: dict[str, float], **more: object) -> str:
-    """Of each run a number that is its every share."""
+def write(folder: Path, runs: dict[str, float], **fields: object) -> str:
+    """An evaluation.json. runs: for each run the value of all its numbers."""
     numbers = ("top1", "colour_top1", "inmodal_gap")
     found = {
         run: {name: {"numbers": dict.fromkeys(numbers, x), "groups": {}} for name in SETS}
         for run, x in runs.items()
     }
     folder.mkdir()
-    result = {"date": "today", "command": "", "data_sets": SETS, "results": found, **more}
+    result = {"date": "today", "command": "", "data_sets": SETS, "results": found, **fields}
     (folder / "evaluation.json").write_text(json.dumps(result))
     return str(folder)
 
@@ -147,20 +162,20 @@ def test_runs_that_differ_in_the_seed_only_are_one_column(tmp_path: Path) -> Non
     assert "|  | CLIP (2) | CyCLIP | x C-CyCLIP | other | chance | n |" in text
     assert "| zero-shot top-1 | 12.0 (10.0–14.0) | 1.00" in text
     assert " | 15.0 (9.3–23.3) | 50.0" in text
-    assert "| colour top-1 | 12.0 (10.0–14.0) |" in text  # a question of one's own
+    assert "| colour top-1 | 12.0 (10.0–14.0) |" in text  # of the second question
     assert "| in-modal gap × 100 | 12.00 (10.00 to 14.00) | 1.00 | 15.00 |" in text
     assert "emoji" not in text
 
 
 def test_older_evaluations_have_the_columns_that_their_names_say(tmp_path: Path) -> None:
-    """Seeds as the runs say or as the names look; numbers in order; runs of one name are two."""
+    """A run's seed is stored, or the end of its name. Two runs of one name are two columns."""
     older = dict.fromkeys(["rising-512-0", "rising-64-1", "rising-64-0", "i-cyclip-11"], 0.1)
     newer = dict.fromkeys(["wide-2", "wide-1", "clip-12"], 0.2)
     seeds = {"wide-2": {"seed": 0}, "wide-1": {"seed": 0}, "clip-12": {"seed": 12}}
     folders = [write(tmp_path / "a", older), write(tmp_path / "b", newer, checkpoints=seeds)]
     other = write(tmp_path / "c", {"clip-12": 0.3})
-    for more, column in ([], ""), ([other], f" | {other} CLIP"):
-        report.main([*folders, *more, "--out", str(tmp_path / "out")])
+    for added, column in ([], ""), ([other], f" | {other} CLIP"):
+        report.main([*folders, *added, "--out", str(tmp_path / "out")])
         heads = f"CLIP | I-CyCLIP{column} | rising-64 (2) | rising-512 | wide-1 | wide-2"
         assert f"|  | {heads} | chance | n |\n" in (tmp_path / "out" / "table.md").read_text()
 
@@ -180,7 +195,6 @@ def test_report_refuses_evaluations_that_do_not_go_together(tmp_path: Path) -> N
 
 
 def test_bars_show_mean_range_published_numbers_and_chance(tmp_path: Path, monkeypatch) -> None:
-    """Mean, lowest and highest in %; below them what is published; chance."""
     figures: list[Figure] = []
     monkeypatch.setattr(pictures.plt, "close", figures.append)
     sets = {"cifar10": SETS["icons"] | {"images": 10_000, "classes": {"class": 10}}}
@@ -198,15 +212,19 @@ def test_bars_show_mean_range_published_numbers_and_chance(tmp_path: Path, monke
     assert [label.get_text() for label in ax.texts][:2] == ["13.0 ", "46.5 q"]
     assert ax.get_title("right") == "cifar10, 10,000 images: zero-shot top-1, % (chance 10)"
     assert figures[0].get_supxlabel().endswith("q: quoted, not checked")
-    # one of many columns is about as wide as tall
+
+
+def test_a_picture_of_many_runs_is_about_as_wide_as_tall(tmp_path: Path, monkeypatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(pictures.plt, "close", figures.append)
     runs = dict.fromkeys([f"run-{number}-of-many" for number in range(40)], 0.1)
-    report.main([write(tmp_path / "2", runs)])
-    width, height = figures[1].get_size_inches()
+    report.main([write(tmp_path / "1", runs)])
+    width, height = figures[0].get_size_inches()
     assert 0.5 < width / height < 2
 
 
-# Of 8 images, each with a caption of its own and the one of all. Two classes are in superclass 1.
-# The intervals are Wilson's, as published.
+# There are 8 images, each with a caption of its own and a caption that all have. Two classes are in
+# superclass 1. The intervals are Wilson's, as published.
 BY_HAND = """
 ## own: 8 images, 9 train images, 8 classes, 2 templates, 9 texts
 | zero-shot top-1 | 50.0 (21.5–78.5) | 12.5 | 8 |
@@ -236,26 +254,33 @@ BY_HAND = """
 
 
 def test_the_table_agrees_with_one_written_by_hand(tmp_path: Path, capsys) -> None:
-    """And the terminal's, without the metrics of groups and all but the headline ones."""
+    """The terminal has the headline metrics, and no metrics of groups."""
     labels, coarse = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 6], [0, 0, 0, 0, 1, 1, 2, 3]])
     classes = Classes(labels, [*"abcdefgh"], ["{}", "a {}"], superclass=coarse)
     images, styles = Images(torch.zeros(8, 3, 1, 1)), ["x"] * 5 + ["y"] * 2 + ["black"]
     captions = [[f"own {number}", "of all"] for number in range(8)]
     own = DataSet(images, {"": classes}, captions, styles, (Images(torch.zeros(9)), {}))
-    of_styles = DataSet(
+    in_styles = DataSet(
         images, {"": classes}, groups=styles, across_groups=True, excluded_groups={"black"}
     )
-    sets = {n: report.describe(n, data) for n, data in (("own", own), ("styles", of_styles))}
+    data_sets = {"own": own, "styles": in_styles}
+    sets = {name: report.describe(name, data) for name, data in data_sets.items()}
     groups = {style: {"top1": 0.25, "image_to_text_r1": 0.25} for style in "xy"}
     numbers = dict.fromkeys(table.metrics_of(sets["own"]), 0.5)
     run = {name: {"numbers": numbers, "groups": groups, "images": 8} for name in sets}
     report.main([write(tmp_path / "1", {}, data_sets=sets, results={"run": run})])
     lines = iter((tmp_path / "1" / "table.md").read_text().splitlines())
     assert [line for line in BY_HAND.strip().splitlines() if line not in lines] == []  # in order
-    said = capsys.readouterr().out
-    words = ("zero-shot top-1", "image → text, R@1", "in-modal gap", "R@5", "within the", "x: ")
-    assert [word in said for word in words] == [True] * 3 + [False] * 3
-    assert table.chance({**sets["styles"], "classes": {"class": 3}}, "top5") == 1  # not 5 / 3
+    printed = capsys.readouterr().out
+    for metric in ("zero-shot top-1", "image → text, R@1", "in-modal gap"):
+        assert metric in printed
+    for metric in ("R@5", "within the", "x: "):
+        assert metric not in printed
+
+
+def test_chance_is_never_more_than_certain() -> None:
+    data = {**SETS["icons"], "classes": {"class": 3}}
+    assert table.chance(data, "top5") == 1  # not 5 / 3
 
 
 def test_pictured_pairs_have_different_texts_in_one_style_sorted_by_group() -> None:
@@ -263,8 +288,11 @@ def test_pictured_pairs_have_different_texts_in_one_style_sorted_by_group() -> N
     names, kinds = torch.tensor([[3, 0, 1, 0, 2, 3, 4], [0, 1, 0, 1, 0, 0, 0]])
     classes = {"": Classes(names, [*"uvwxyz"], ["{}"]), "group": Classes(kinds, [*"gh"], ["{}"])}
     data = DataSet(Images(pictures), classes, groups=[*"aaaaabb"], across_groups=True)
-    clip = Mock(device=torch.device("cpu"), encode_classes=lambda names, _: texts[: len(names)])
-    clip.encode_images.return_value = pictures, torch.arange(7), []
+    clip = SimpleNamespace(
+        device=torch.device("cpu"),
+        encode_classes=lambda names, _: texts[: len(names)],
+        encode_images=lambda *_: (pictures, torch.arange(7), []),
+    )
     found = measure.measure(clip, data, pictured=True)
     assert "inmodal_correlation" not in found["numbers"]  # style b has two pairs, and so none
     assert ("top5" in found["numbers"], "group_top5" in found["numbers"]) == (True, False)
@@ -276,15 +304,15 @@ def test_pictured_pairs_have_different_texts_in_one_style_sorted_by_group() -> N
 
 
 def test_similarities_show_the_first_seed_on_one_scale(tmp_path, monkeypatch, capsys) -> None:
-    """By the colours of its extremes, and by what is written below."""
+    """The colours of the extremes tell the scale, and the captions the run."""
     figures: list[Figure] = []
     monkeypatch.setattr(pictures.plt, "close", figures.append)
     one, runs = np.kron(np.eye(3), np.full((2, 2), 127)), {}
     shown = {"clip-0": [one, one, np.triu(one)], "cyclip-0": [one / 2] * 3, "cyclip-1": [one] * 3}
     shown |= dict.fromkeys("xyz", [one / 2] * 3)  # one of them is too many
-    for run, of in shown.items():
+    for run, similarities in shown.items():
         numbers = {"inmodal_gap": 0.1, "crossmodal_correlation": 0.3}
-        kept = {"numbers": numbers, "matrices": b64encode(np.int8(of)).decode()}
+        kept = {"numbers": numbers, "matrices": b64encode(np.int8(similarities)).decode()}
         runs[run] = {"x": {"numbers": {}, "similarities": kept}}
     sets = {"x": {"images": 6, "classes": {}}}
     for name, results in ("older", {"clip-0": {"x": {"numbers": {}}}}), ("new", runs):

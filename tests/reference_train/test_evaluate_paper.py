@@ -59,7 +59,7 @@ def test_each_published_number_has_a_source_and_no_incomparable_one_is_shown() -
 
 
 def test_a_probe_that_was_fitted_on_other_images_hides_the_published_ones() -> None:
-    """Notes say why, and explain the numbers that are shown. An unknown split hides nothing."""
+    """A note says why. If the authors' split is not known, nothing is hidden."""
     base = {"classes": {"class": 47}, "images": 1880, "train_images": 3760}
     shown, notes = table.comparable("dtd", base, ["linear_probe"])
     assert [row.source for row in shown] == ["May 2022", "April 2022"]
@@ -101,7 +101,7 @@ def test_imagenets_67_superclasses_hold_each_class_once() -> None:
 def test_superclasses_are_cut_to_the_classes_of_a_data_set(
     name: str, classes: int, superclasses: int, tmp_path: Path
 ) -> None:
-    """As many of them remain as in the authors' histograms."""
+    """The authors' histograms have as many superclasses."""
     images = Images(torch.zeros(1, 3, 1, 1)), torch.tensor([0])
     data = classified(tmp_path, name, images, [str(i) for i in range(classes)], None)
     found = data.classes[""].superclass
@@ -112,7 +112,10 @@ def test_superclasses_are_cut_to_the_classes_of_a_data_set(
 
 
 def record(folder: Path, sets: dict[str, float]) -> str:
-    """An evaluation of two losses on four sizes; a number is the pairs' millions times a factor."""
+    """An evaluation of two losses on four data sizes.
+
+    A number is the millions of pairs, times a factor of the loss, times one of the data set.
+    """
     described = {"train_images": 0, "templates": 1, "captions": 0, "groups": {}, "mean_over": []}
     images = {name: paper.SETS[name].test_images if name in paper.SETS else 9 for name in sets}
     data_sets = {
@@ -124,8 +127,8 @@ def record(folder: Path, sets: dict[str, float]) -> str:
             title = f"{size}-{loss}-{seed}"
             checkpoints[title] = {"loss": loss, "seed": seed, "train_num_samples": size}
             results[title] = {
-                name: {"numbers": {"top1": size / 1e6 * factor * of_set}, "groups": {}}
-                for name, of_set in sets.items()
+                name: {"numbers": {"top1": size / 1e6 * factor * difficulty}, "groups": {}}
+                for name, difficulty in sets.items()
             }
     content = {"date": "today", "command": "", "data_sets": data_sets}
     folder.mkdir()
@@ -164,7 +167,7 @@ def test_runs_on_several_data_sizes_are_drawn_with_the_published_points(
     assert lines["CyCLIP"].get_xydata() == pytest.approx(
         torch.tensor([[3, 1.5], [6, 3], [12, 6], [18, 9]]).numpy()
     )
-    # published on both axes: not the 6 M pairs, which were asked about ImageNet alone
+    # The point of 6 M pairs is missing: it is published for ImageNet alone.
     assert lines["CLIP, paper"].get_xydata()[-1] == pytest.approx([17.28, 14.39])
     x, y = lines["standard training, paper"].get_data()
     assert (y[0], y[1]) == pytest.approx((1.2 * x[0] - 9, 1.2 * x[1] - 9))

@@ -1,10 +1,11 @@
-"""The launcher: OpenCLIP's own trainer, and a made-up one that builds its loss in several ways."""
+"""The launcher with OpenCLIP's trainer, and with a stand-in that creates losses in several ways."""
 
 import json
 import re
 import shlex
 import sys
 from argparse import Namespace
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,8 +17,9 @@ pytest.importorskip("open_clip_train.main")
 pytest.importorskip("pandas")  # which OpenCLIP's data module needs
 pytest.importorskip("sybil")
 
-from accuracy import TERMS
+from inputs import TERMS
 from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
+from open_clip_train import scheduler as open_clip_schedules
 from processes import run_python
 from recipe_cases import TEXT, VISION, blocks, captions
 from torch import Tensor, nn
@@ -27,24 +29,29 @@ from cyclip_loss import CyCLIPLoss, WithCyclicPenalty, caption_ids, open_clip_tr
 from reference_train.data.emoji import EMOJI_FOLDER
 
 
-def flags(folder: Path, *more: str) -> list[str]:
+def flags(folder: Path, *others: str) -> list[str]:
     """The flags of the recipes' command line, but with a tiny model and the emoji."""
     config = {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}
     (folder / "tiny").mkdir(exist_ok=True)
     config = json.dumps({"model_cfg": config, "preprocess_cfg": {}})
     (folder / "tiny" / "open_clip_config.json").write_text(config)
     [command] = blocks("sh")["OpenCLIP's command line"]
-    _, _, module, *given = shlex.split(command.replace("\\\n", ""))
+    _, _, module, *from_page = shlex.split(command.replace("\\\n", ""))
     assert module == open_clip_train.__name__
-    shards = f"{EMOJI_FOLDER}/{{noto,twemoji}}.tar.xz"
-    return [
-        *given,
-        *("--model", f"local-dir:{folder / 'tiny'}"),
-        *("--dataset-type", "webdataset", "--train-data", shards, "--train-num-samples", "128"),
-        *("--batch-size", "32"),
-        *("--epochs", "1", "--workers", "1", "--log-every-n-steps", "1", "--warmup", "1"),
-        *("--logs", str(folder), "--name", "run", *more),
-    ]
+    small_run = {
+        "--model": f"local-dir:{folder / 'tiny'}",
+        "--dataset-type": "webdataset",
+        "--train-data": f"{EMOJI_FOLDER}/{{noto,twemoji}}.tar.xz",
+        "--train-num-samples": "128",
+        "--batch-size": "32",
+        "--epochs": "1",
+        "--workers": "1",
+        "--log-every-n-steps": "1",
+        "--warmup": "1",
+        "--logs": str(folder),
+        "--name": "run",
+    }
+    return [*from_page, *chain.from_iterable(small_run.items()), *others]
 
 
 def assert_three_terms(folder: Path, count: int) -> None:
@@ -61,8 +68,8 @@ def assert_three_terms(folder: Path, count: int) -> None:
 
 
 def test_open_clip_trains_with_the_loss(tmp_path: Path) -> None:
-    more = ("--same-captions", "positives", "--lambda-warmup", "0.5")
-    run = run_python("-m", open_clip_train.__name__, *flags(tmp_path, *more))
+    arguments = flags(tmp_path, "--same-captions", "positives", "--lambda-warmup", "0.5")
+    run = run_python("-m", open_clip_train.__name__, *arguments)
     assert run.returncode == 0, run.stderr
     assert_three_terms(tmp_path, 4)
     parameters = (tmp_path / "run" / "params.txt").read_text().splitlines()
@@ -72,16 +79,16 @@ def test_open_clip_trains_with_the_loss(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_launcher_with_views_trains_on_a_csv_file(tmp_path: Path) -> None:
-    rows = ["filepath\ttitle"]
+    lines = ["filepath\ttitle"]
     for number, (picture, name, keyword) in enumerate(captions()):
         path = tmp_path / f"{number}.png"
         to_pil_image(picture).save(path)
-        rows.append(f"{path}\t{name} {keyword}")
-    (tmp_path / "pairs.csv").write_text("\n".join(rows))
-    csv = ["--dataset-type", "csv", "--train-data", str(tmp_path / "pairs.csv")]
-    more = [*csv, "--batch-size", "16", "--val-data", str(tmp_path / "pairs.csv")]
-    command = ["-m", "reference_train.pretrain.views", "--views", "--", *flags(tmp_path, *more)]
-    run = run_python(*command)
+        lines.append(f"{path}\t{name} {keyword}")
+    csv = tmp_path / "pairs.csv"
+    csv.write_text("\n".join(lines))
+    data = ["--dataset-type", "csv", "--train-data", str(csv), "--val-data", str(csv)]
+    arguments = flags(tmp_path, *data, "--batch-size", "16")
+    run = run_python("-m", "reference_train.pretrain.views", "--views", "--", *arguments)
     assert run.returncode == 0, run.stderr
     log = (tmp_path / "run" / "out.log").read_text()
     assert len(re.findall(r"Train Epoch.* Inmodal_contrastive_loss: [0-9.]+ ", log)) == 2
@@ -93,14 +100,15 @@ def test_the_launcher_with_views_trains_on_a_csv_file(tmp_path: Path) -> None:
     "options",
     [
         ["--precision", "fp32", "--accum-freq", "2", "--local-loss", "--gather-with-grad"],
-        ["--siglip", "--dist-impl", "ring"],
+        ["--siglip", "--lr-scheduler", "const-cooldown", "--epochs-cooldown", "1"],
     ],
-    ids=lambda options: options[-1],
+    ids=["CLIP", "SigLIP"],
 )
-def test_two_ranks(tmp_path: Path, options: list[str]) -> None:
+def test_two_ranks_train(tmp_path: Path, options: list[str]) -> None:
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
     script = str(Path(__file__).with_name("on_cpu.py"))
-    run = run_python(*torchrun, script, "--", *flags(tmp_path, *options))
+    arguments = flags(tmp_path, "--dist-impl", "ring", "--lambda-warmup", "2", *options)
+    run = run_python(*torchrun, script, "--", *arguments)
     assert run.returncode == 0, run.stderr
     assert_three_terms(tmp_path, 1 if "--accum-freq" in options else 2)
 
@@ -113,56 +121,83 @@ class Model(nn.Module):
         self.weight = nn.Parameter(torch.eye(6, device="cpu"))
 
     def forward(self, image: Tensor, text: Tensor | None = None) -> dict[str, Any]:
-        both = [nn.functional.normalize((self.weight + x).cos(), dim=1) for x in (image, 1 - image)]
-        return {"image_features": both[0], "text_features": both[1], "logit_scale": 10.0}
+        image_features, text_features = (
+            nn.functional.normalize((self.weight + x).cos(), dim=1) for x in (image, 1 - image)
+        )
+        return {
+            "image_features": image_features,
+            "text_features": text_features,
+            "logit_scale": 10.0,
+        }
 
 
 IMAGES, TEXTS = torch.arange(6.0, device="cpu"), torch.arange(6, device="cpu")[:, None] % 3
 
 
+# OpenCLIP's schedules, and their arguments after the optimizer: rate, warm-up, all steps ...
+SCHEDULES = {
+    "cosine_lr": (0.1, 2, 10),
+    "const_lr": (0.1, 2, 10),
+    "const_lr_cooldown": (0.1, 2, 10, 5, 1.0, 0.0),
+}
+
+
 class Trainer(ModuleType):
     """A stand-in for OpenCLIP's trainer, with epochs of five steps of three batches.
 
-    like: the OpenCLIP version whose way to create the loss it uses, or "own"; calls: whether it
-    calls the loss; epoch: where it starts; texts: whether the model gets texts; options: flags.
+    theirs: its loss. version: the OpenCLIP version whose way to create a loss it has; "own": it
+    has this way, but does not use it; "": it has none. calls: whether it calls the loss. epoch:
+    where it starts. texts: whether the model gets texts. schedule: its learning rate schedule.
+    options: OpenCLIP's flags.
     """
 
-    def __init__(self, theirs: Any, like="3", calls=1, epoch=1, texts=1, **options: Any) -> None:
+    def __init__(
+        self,
+        theirs: Any,
+        version: str = "3",
+        *,
+        calls: bool = True,
+        epoch: int = 1,
+        texts: bool = True,
+        schedule: str = "cosine_lr",
+        **options: Any,
+    ) -> None:
         super().__init__("open_clip_train.main")
         self.parse_args = lambda argv: Namespace(argv=argv, **options)
-        self.cosine_lr = lambda optimizer, lr, warmup, steps: self.rates.append
-        self.create_model_and_transforms = lambda name, **more: (Model(), None, None)
-        self.rates, self.seen, self.terms, self.finished = [], [], [], False
-        self.theirs, self.like, self.calls = theirs, like, calls
-        self.epoch, self.texts = epoch, texts
-        if like == "4":
+        self.create_model_and_transforms = lambda name, **kwargs: (Model(), None, None)
+        self.theirs, self.version, self.calls = theirs, version, calls
+        self.epoch, self.texts, self.schedule = epoch, texts, schedule
+        self.rates, self.lambdas, self.terms, self.finished = [], [], [], False
+        for name in SCHEDULES:
+            setattr(self, name, getattr(open_clip_schedules, name))
+        if version == "4":
             task = nn.Module()
             task.loss = theirs
             self.create_task = lambda args, model: task
-        elif like:
+        elif version:
             self.create_loss = lambda args: theirs
 
     def make_loss(self) -> Any:
-        if self.like == "4":
+        if self.version == "4":
             return self.create_task(None, model=None).loss
-        return self.create_loss(None) if self.like == "3" else self.theirs
+        return self.create_loss(None) if self.version == "3" else self.theirs
 
     def main(self, argv: list[str]) -> None:
         self.args = self.parse_args(argv)
         model, *_ = self.create_model_and_transforms("tiny", output_dict=True)
         loss = self.loss = self.make_loss()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        set_rate = self.cosine_lr(optimizer, 0.1, 2, 10)
+        set_rate = getattr(self, self.schedule)(optimizer, *SCHEDULES[self.schedule])
         for step in range(5 * self.epoch, 10):
             for _ in range(3):
                 if "--skip-scheduler" not in argv:
-                    set_rate(step)
-                given = {"image": IMAGES} | ({"text": TEXTS} if self.texts else {})
-                out = model(**given) if self.like == "4" else model(*given.values())
+                    self.rates.append(set_rate(step))
+                inputs = {"image": IMAGES} | ({"text": TEXTS} if self.texts else {})
+                out = model(**inputs) if self.version == "4" else model(*inputs.values())
                 if self.calls:
                     self.terms.append(loss(**out, output_dict=True))
-                    self.seen.append((loss.lambda_inmodal, loss.lambda_crossmodal, loss.impl))
-                sum(x.sum() for x in list(out.values())[:2]).backward()
+                    self.lambdas.append((loss.lambda_inmodal, loss.lambda_crossmodal))
+                (out["image_features"].sum() + out["text_features"].sum()).backward()
             optimizer.step()
         self.finished = True
 
@@ -175,11 +210,11 @@ def launch(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, *argv: str) -> Tra
     return trainer
 
 
-@pytest.mark.parametrize("like", ["3", "4"])
-def test_clip_is_replaced(like: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("version", ["3", "4"])
+def test_clips_loss_is_replaced(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # torchrun allows a "--" before the script's flags.
     argv = ("--", "--lambda-inmodal", "0.5", "--dist-impl", "ring", "--epochs", "3")
-    trainer = launch(Trainer(ClipLoss(local_loss=True), like), monkeypatch, *argv)
+    trainer = launch(Trainer(ClipLoss(local_loss=True), version), monkeypatch, *argv)
     loss = trainer.loss
     assert type(loss) is CyCLIPLoss
     assert (loss.lambda_inmodal, loss.lambda_crossmodal, loss.dist_impl) == (0.5, 0.25, "ring")
@@ -190,12 +225,12 @@ def test_clip_is_replaced(like: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert trainer.args.lambda_inmodal == 0.5
 
 
-@pytest.mark.parametrize("like", ["3", "4"])
+@pytest.mark.parametrize("version", ["3", "4"])
 @pytest.mark.parametrize("theirs", [SigLipLoss(), CoCaLoss(2.0, 1.0), DistillClipLoss()])
-def test_other_losses_get_the_penalties(like: str, theirs: Any, monkeypatch) -> None:
+def test_other_losses_get_the_penalties(version: str, theirs: Any, monkeypatch) -> None:
     """With reference_batch_size=128, or None if the flag is 0."""
     for given, expected in ((), 128), (("--reference-batch-size", "0"), None):
-        trainer = Trainer(theirs, like)
+        trainer = Trainer(theirs, version)
         trainer.main = lambda argv, it=trainer: vars(it).update(loss=it.make_loss(), finished=True)
         loss = launch(trainer, monkeypatch, *given).loss
         assert isinstance(loss, WithCyclicPenalty)
@@ -212,14 +247,14 @@ WARM_UP = ("--skip-scheduler", "--lambda-warmup", "2")
     [
         (Trainer(ClipLoss(), ""), (), "in a way that this launcher does not support"),
         (Trainer(CyCLIPLoss(), "own"), (), "loss was not created"),
-        (Trainer(ClipLoss(), calls=0), (), "created but not called"),
+        (Trainer(ClipLoss(), calls=False), (), "created but not called"),
         (Trainer(None, "4"), (), "cannot add the penalties: loss must be a module, got None"),
         (Trainer(nn.CrossEntropyLoss()), (), "Loss.forward takes ['input', 'target']"),
         (Trainer(ClipLoss(), horovod=True), (), "--horovod is not supported"),
         (Trainer(ClipLoss()), WARM_UP, "--lambda-warmup needs OpenCLIP's"),
         (Trainer(ClipLoss(), accum_freq=2), IGNORED, f"{CAPTIONS} excludes --accum-freq above 1"),
         (Trainer(SigLipLoss()), IGNORED, f"{CAPTIONS} needs plain CLIP's loss"),
-        (Trainer(ClipLoss(), texts=0), IGNORED, f"{CAPTIONS}: the model got no captions"),
+        (Trainer(ClipLoss(), texts=False), IGNORED, f"{CAPTIONS}: the model got no captions"),
     ],
 )
 def test_unsupported_runs_stop(trainer: Trainer, given, message: str, monkeypatch) -> None:
@@ -238,10 +273,9 @@ def test_unsupported_runs_stop(trainer: Trainer, given, message: str, monkeypatc
         ("--reference-batch-size", "-1", "--reference-batch-size must be >= 1"),
         (CAPTIONS, "same", f"argument {CAPTIONS}: invalid choice: 'same'"),
         ("--impl", "triton", "--impl='triton' needs features on a CUDA or ROCm device, got cpu"),
-        *(
-            ("--lambda-warmup", wrong, f"fraction of all steps from 0.0 to 1.0, not {wrong}")
-            for wrong in ("-1", "1.5", "half")
-        ),
+        ("--lambda-warmup", "-1", "fraction of all steps from 0.0 to 1.0, not -1"),
+        ("--lambda-warmup", "1.5", "fraction of all steps from 0.0 to 1.0, not 1.5"),
+        ("--lambda-warmup", "half", "fraction of all steps from 0.0 to 1.0, not half"),
     ],
 )
 def test_bad_flags_are_refused(flag, wrong, message, monkeypatch, capsys) -> None:
@@ -257,41 +291,66 @@ class Other(ClipLoss):
     """A subclass, which CyCLIPLoss must not replace."""
 
 
-@pytest.mark.parametrize("like", ["3", "4"])
+@pytest.mark.parametrize("version", ["3", "4"])
 @pytest.mark.parametrize("theirs", [ClipLoss, Other])
 @pytest.mark.parametrize(
-    ("warmup", "length", "epoch"), [("4", 4, 0), ("8", 8, 1), ("0.8", 8, 1), ("1.0", 10, 0)]
+    ("schedule", "warmup", "length", "epoch"),
+    [
+        ("cosine_lr", "4", 4, 0),
+        ("const_lr", "8", 8, 1),
+        ("const_lr_cooldown", "0.8", 8, 1),
+        ("cosine_lr", "1.0", 10, 0),
+    ],
 )
-def test_the_weights_warm_up(like: str, theirs, warmup, length, epoch, monkeypatch) -> None:
+def test_the_lambdas_warm_up_beside_each_schedule(
+    version: str, theirs, schedule: str, warmup: str, length: int, epoch: int, monkeypatch
+) -> None:
     """Over a number of steps or a fraction of all ten, also in a resumed run."""
     argv = ("--lambda-warmup", warmup, "--lambda-crossmodal", "1", "--impl", "eager")
-    trainer = launch(Trainer(theirs(), like, epoch=epoch), monkeypatch, *argv)
+    trainer = Trainer(theirs(), version, epoch=epoch, schedule=schedule)
+    launch(trainer, monkeypatch, *argv)
     steps = [step for step in range(5 * epoch, 10) for _ in range(3)]
     shares = [min(1.0, (step + 1) / length) for step in steps]
-    assert trainer.seen == [(0.25 * share, share, "eager") for share in shares]
-    assert trainer.rates == steps
+    assert trainer.lambdas == [(0.25 * share, share) for share in shares]
+    assert trainer.loss.impl == "eager"
+    optimizer = torch.optim.SGD([nn.Parameter(IMAGES)], lr=0.0)
+    rate = getattr(open_clip_schedules, schedule)(optimizer, *SCHEDULES[schedule])
+    assert trainer.rates == [rate(step) for step in steps]
     assert trainer.args.lambda_warmup == float(warmup)
 
 
-@pytest.mark.parametrize("like", ["3", "4"])
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_prints_our_flags_and_open_clips_and_stops(flag: str, capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        open_clip_train.main(["--lambda-inmodal", "0.5", flag])
+    assert not stopped.value.code
+    out, _ = capsys.readouterr()
+    assert 0 < out.index("--lambda-crossmodal") < out.index("--train-data")
+
+
+@pytest.mark.parametrize("version", ["3", "4"])
 @pytest.mark.parametrize("same", ["ignored", "positives"])
-def test_same_captions(like: str, same: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loss uses the captions' ids, although OpenCLIP passes it no captions."""
-    trainer = launch(Trainer(ClipLoss(), like, accum_freq=1), monkeypatch, CAPTIONS, same)
+def test_the_loss_gets_ids_of_the_captions(version: str, same: str, monkeypatch) -> None:
+    """OpenCLIP passes it no captions."""
+    trainer = launch(Trainer(ClipLoss(), version, accum_freq=1), monkeypatch, CAPTIONS, same)
     loss_fn = CyCLIPLoss(reference_batch_size=128, same_ids=same)
     expected = loss_fn(**Model()(IMAGES), output_dict=True, ids=caption_ids(TEXTS))
     torch.testing.assert_close(trainer.terms[0], expected, rtol=0, atol=0)
     assert trainer.args.same_captions == same
 
 
-def test_an_error_of_the_trainer_is_one_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_trainer_is_an_error_of_the_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     trainer = Trainer(ClipLoss())
     trainer.main = lambda argv: -1
     with pytest.raises(SystemExit, match=r"^1$"):
         launch(trainer, monkeypatch)
 
 
-def test_the_trainer_of_open_clip_2(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trainer_of_open_clip_2_gets_the_loss_or_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for name in ("open_clip_train", "open_clip_train.main", "training"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(SystemExit, match=r"import of open_clip_train.*pip install"):

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import TERMS
 from conftest import needs_triton
+from inputs import TERMS
 from pool import Ranks
 
 pytest.importorskip("open_clip")
@@ -244,13 +244,14 @@ def test_hugging_face_trainer(tmp_path: Path) -> None:
     torch.testing.assert_close(before - after, grads, rtol=0, atol=atol)
 
 
-def test_sentence_transformers(tmp_path: Path) -> None:
+def sentence_training(folder: Path) -> dict[str, Any]:
+    """A small model of sentence-transformers, arguments to train it, and pairs of texts."""
     sentence_transformers = pytest.importorskip("sentence_transformers")
     datasets = pytest.importorskip("datasets")
     tokenizers = pytest.importorskip("tokenizers")
     modules = pytest.importorskip("sentence_transformers.models")
     words = sorted({word for _, *texts in captions() for text in texts for word in text.split()})
-    numbered = {word: at for at, word in enumerate(words)}
+    numbered = {word: number for number, word in enumerate(words)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(numbered, words[0]))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     torch.manual_seed(0)
@@ -258,14 +259,17 @@ def test_sentence_transformers(tmp_path: Path) -> None:
         modules=[modules.StaticEmbedding(tokenizer, embedding_dim=16)], device="cpu"
     )
     arguments = sentence_transformers.SentenceTransformerTrainingArguments(
-        str(tmp_path), per_device_train_batch_size=16, num_train_epochs=5, learning_rate=0.1,
+        str(folder), per_device_train_batch_size=16, num_train_epochs=5, learning_rate=0.1,
         report_to=[], save_strategy="no", disable_tqdm=True, logging_steps=1, use_cpu=True,
         batch_sampler="no_duplicates",
     )  # fmt: skip
     _, names, keywords = zip(*captions(), strict=True)
     dataset = datasets.Dataset.from_dict({"name": list(names), "keyword": list(keywords)})
-    options = {"model": model, "training_arguments": arguments, "dataset": dataset}
-    found = run("sentence-transformers", CyCLIPLoss=CyCLIPLoss, **options)
+    return {"model": model, "training_arguments": arguments, "dataset": dataset}
+
+
+def test_sentence_transformers_trains_with_cyclip(tmp_path: Path) -> None:
+    found = run("sentence-transformers", CyCLIPLoss=CyCLIPLoss, **sentence_training(tmp_path))
     history = [log for log in found["trainer"].state.log_history if "loss" in log]
     assert history[-1]["loss"] < 0.7 * history[0]["loss"]
     # Two more columns are hard negatives.
@@ -274,6 +278,32 @@ def test_sentence_transformers(tmp_path: Path) -> None:
     negatives = {"negative_text_features": columns[2:].flatten(0, 1)}
     expected = CyCLIPLoss(reference_batch_size=128)(*columns[:2], 20.0, **negatives)
     torch.testing.assert_close(sum(loss(columns).values()), expected)
+
+
+def test_sentence_transformers_trains_with_its_own_loss_in_bounded_memory(tmp_path: Path) -> None:
+    given = sentence_training(tmp_path)
+    losses = pytest.importorskip("sentence_transformers.losses")
+    from sentence_transformers import SentenceTransformerTrainer
+
+    loss_class = run("sentence-transformers", 1)["LargeBatchRankingLoss"]
+    trainer = SentenceTransformerTrainer(
+        given["model"],
+        given["training_arguments"],
+        train_dataset=given["dataset"],
+        loss=loss_class(given["model"]),
+    )
+    trainer.train()
+    history = [log for log in trainer.state.log_history if "loss" in log]
+    assert history[-1]["loss"] < 0.7 * history[0]["loss"]
+    # With hard negatives too, it is the loss of sentence-transformers.
+    for count in (2, 4):
+        columns = torch.randn(count, 6, 5, device="cpu", requires_grad=True)
+        embeddings = [{"sentence_embedding": column} for column in columns]
+        ours = loss_class(lambda column: column)(embeddings)
+        theirs = losses.MultipleNegativesRankingLoss(lambda column: column)(embeddings, None)
+        torch.testing.assert_close(ours, theirs)
+        both = [torch.autograd.grad(loss, columns)[0] for loss in (ours, theirs)]
+        torch.testing.assert_close(*both)
 
 
 def duplicates() -> tuple[Tensor, Tensor, Tensor]:

@@ -156,7 +156,17 @@ def test_what_cannot_be_wrapped_is_refused(loss: Any, message: str) -> None:
             wrap(loss)
 
 
-def test_attributes_are_those_of_the_wrapped_loss(features) -> None:
+def test_train_and_eval_set_the_flags_of_the_wrapper_and_of_the_wrapped_loss() -> None:
+    wrapped = WithCyclicPenalty(AudioLoss(), features=OTHER_NAMES)
+    for training in (False, True):
+        assert wrapped.train(training) is wrapped
+        assert wrapped.training == wrapped.loss.training == training
+    wrapped.eval()
+    assert not wrapped.training
+    assert not wrapped.loss.training
+
+
+def test_attributes_that_only_the_wrapped_loss_has_are_read_and_written_there(features) -> None:
     wrapped = WithCyclicPenalty(SigLipLoss(rank=1, world_size=2, dist_impl="shift"))
     assert (wrapped.rank, wrapped.world_size, wrapped.dist_impl) == (1, 2, "shift")
     assert WithCyclicPenalty(Own()).temperature == 3.0  # of its class

@@ -1,0 +1,102 @@
+"""Write docs/api.md from the docstrings and signatures of the public names.
+
+    python .mkdocs/api.py           write the page
+    python .mkdocs/api.py --check   exit with status 1 if the page is not what this would write
+
+Nothing is imported: griffe2md reads the source. Needs Python 3.11 and `pip install -e ".[docs]"`.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+from griffe import Alias, GriffeLoader, Object, Parser
+from griffe2md import ConfigDict, render_object_docs
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "api.md"
+HEAD = """\
+# API reference
+
+What each public class and function takes, returns and raises.
+N is the number of pairs in the global batch, n the number of rows of one rank, and D the feature
+size.
+`make api` writes this page from the docstrings in [`cyclip_loss/`](../cyclip_loss).
+"""
+CONFIG = ConfigDict(
+    docstring_section_style="list",
+    line_length=100,
+    members=["forward"],
+    separate_signature=True,
+    show_bases=False,
+    show_root_members_full_path=False,
+    show_signature_annotations=True,
+    summary=False,
+)
+
+
+def public_objects() -> dict[str, list[Object | Alias]]:
+    """The sections of the page: the objects in `__all__`, and the functions of the definition."""
+    loader = GriffeLoader(
+        search_paths=[ROOT],
+        docstring_parser=Parser("google"),
+        # One entry of `Args` may describe several arguments.
+        docstring_options={"warn_unknown_params": False, "warn_missing_types": False},
+    )
+    package = loader.load("cyclip_loss")
+    loader.resolve_aliases(external=False)
+    assert package.exports is not None
+    # A function that `__init__` wraps in a decorator is documented where it is defined.
+    public = [
+        package["functional"][name] if package[name].is_attribute else package[name]
+        for name in map(str, package.exports)
+        if name != "reference"
+    ]
+    return {
+        "The classes": [item for item in public if item.is_class],
+        "The functions": [package["functional"], *(item for item in public if item.is_function)],
+        "The definition": [package["reference"], *package["reference"].functions.values()],
+    }
+
+
+def markdown(item: Object | Alias, heading_level: int) -> str:
+    """The documentation of one object, in Markdown that GitHub and the site show alike."""
+    if item.is_module:  # its docstring is the introduction of the section
+        return f"{item.docstring.value}\n" if item.docstring else ""
+    text = render_object_docs(item, {**CONFIG, "heading_level": heading_level})
+    text = text.replace("`cyclip_loss.functional.", "`cyclip_loss.")  # the public name
+    # The types of arguments are in the signature. griffe2md links the types of errors to nowhere.
+    text = re.sub(r" \(<code>.*?</code>\) –", " –", text)
+    text = re.sub(r"<code>(.*?)</code>", lambda code: f"`{without_links(code[1])}`", text)
+    # The lines of an example, up to the next empty line.
+    text = re.sub(r"(?m)^>>> (?:.+\n)+", r"```pycon\n\g<0>```\n", text)
+    return re.sub(r"docs/(\w+)\.md", r"[docs/\1.md](\1.md)", text)
+
+
+def without_links(text: str) -> str:
+    """The text with the words of each Markdown link in its place."""
+    return re.sub(r"\[([^\]]+)\]\(#[^)]*\)", r"\1", text)
+
+
+def page() -> str:
+    """The whole page."""
+    parts = [HEAD]
+    for title, items in public_objects().items():
+        parts += [f"## {title}\n", *(markdown(item, heading_level=3) for item in items)]
+    text = "\n".join(parts)
+    return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+
+
+def main() -> int:
+    """Write or check the page. Returns the exit status."""
+    text = page()
+    if "--check" not in sys.argv[1:]:
+        PAGE.write_text(text)
+    elif PAGE.read_text() != text:
+        print("docs/api.md is stale: run `make api`")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""A tiny CLIP model, and miniature data sets in the layouts that `evaluate` reads."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+from PIL import Image
+from tars import png, write_tar
+
+TINY = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+TEN_CLASSES = "\n".join("abcdefghij")
+Samples = list[dict[str, bytes]]
+
+
+def write_run(folder: Path) -> Path:
+    """logs/NAME of a tiny random model, as OpenCLIP's trainer leaves it under DDP."""
+    (folder / "evaluate-tiny.json").write_text(json.dumps(TINY))
+    open_clip.add_model_config(folder / "evaluate-tiny.json")
+    torch.manual_seed(0)
+    model = open_clip.create_model("evaluate-tiny", load_weights=False)
+    state = {f"module.{name}": value for name, value in model.state_dict().items()}
+    run = folder / "tiny"
+    (run / "checkpoints").mkdir(parents=True)
+    torch.save({"epoch": 2, "state_dict": state}, run / "checkpoints" / "epoch_2.pt")
+    (run / "params.txt").write_text("batch_size: 8\nmodel: evaluate-tiny\nlr: 0.001\n")
+    return run
+
+
+def picture(number: int) -> bytes:
+    """A PNG of noise."""
+    rng = np.random.default_rng(number)
+    return png(Image.fromarray(rng.integers(rng.integers(250), 256, (24, 20, 3), np.uint8)))
+
+
+def labelled(count: int, classes: int) -> Samples:
+    """Samples of a picture and a label."""
+    return [{"png": picture(i), "cls": str(3 * i % classes).encode()} for i in range(count)]
+
+
+def write_samples(path: Path, samples: Samples) -> None:
+    """A tar file of samples."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tar(path, {f"{path.stem}s{i:04}.{e}": s[e] for i, s in enumerate(samples) for e in s})
+
+
+def write_set(folder: Path, splits: dict[str, Samples], **texts: str) -> None:
+    """A data set in clip-benchmark's layout, in two shards a split. texts: its text files."""
+    for split, samples in splits.items():
+        half = len(samples) // 2
+        write_samples(folder / split / "0.tar", samples[:half])
+        write_samples(folder / split / "1.tar", samples[half:])
+        (folder / split / "nshards.txt").write_text("2\n")
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_text(text)
+
+
+def write_image_folder(folder: Path, classes: list[str]) -> None:
+    """A folder for each class, with one picture in it."""
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        (folder / name / "0.png").write_bytes(picture(0))

@@ -1,0 +1,53 @@
+"""Fixtures of the tests of `pretrain`: shards, the printed command, and short trainings.
+
+A test file takes them by `pytest_plugins = ["pretraining"]`, and must not import this file.
+"""
+
+import shlex
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pretrain_runs import train
+from tars import make_shards
+
+from cyclip_loss import open_clip_train
+from reference_train.pretrain import pretrain as command
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A folder of four shards to train on and one held-out shard, 8 pairs in each."""
+    return make_shards(tmp_path / "data", train=4, val=1)
+
+
+@pytest.fixture
+def dry_run(data: Path, tmp_path: Path, capsys) -> Callable[..., Namespace]:
+    """What OpenCLIP and the launcher make of the command that `pretrain --dry-run` prints."""
+
+    def run(*flags: str, batch: Sequence[str] = ("--batch-size", "8")) -> Namespace:
+        argv = ["--preset", "modern", "--data", str(data), "--out", str(tmp_path / "logs")]
+        command.main([*argv, *batch, "--dry-run", *(word.format(folder=data) for word in flags)])
+        printed = shlex.split(capsys.readouterr().out)
+        launcher, end = printed[:3], printed.index("--") + 1
+        if "--views" in flags:
+            assert launcher == ["python", "-m", "reference_train.pretrain.views"]
+        else:
+            assert launcher == ["python", "-m", open_clip_train.__name__]
+        launcher_args, openclip_flags = open_clip_train.parse(printed[end:])
+        args = vars(command.trainer.parse_args(openclip_flags))
+        return Namespace(**{**args, **vars(launcher_args), "views_flag": printed[3 : end - 1]})
+
+    return run
+
+
+@pytest.fixture
+def pretrain(data: Path, tmp_path: Path) -> Callable[..., None]:
+    """`pretrain_runs.train` of the folder `data` into `tmp_path`."""
+
+    def run(*flags: str, data: Path = data, **options: Any) -> None:
+        train(tmp_path, data, *flags, **options)
+
+    return run

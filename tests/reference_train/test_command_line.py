@@ -1,0 +1,101 @@
+"""`python -m reference_train`: which command runs, its exit code, and errors of one line."""
+
+import runpy
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from reference_train import __main__ as cli
+from reference_train.command_line import CannotStart, Stopped, run
+from reference_train.demo import demo
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--seeds many", "--seeds: must be a whole number >= 1, not many"),
+        ("--loss siglip", "--loss: invalid choice: 'siglip'"),
+        ("--preset tiny", "--preset: invalid choice: 'tiny'"),
+        ("pretrain", "the following arguments are required: --preset, --data"),
+        ("--device cuda:99", "--device: cuda:99"),
+        ("--out /dev/null/runs", "can't be written"),
+        ("report .", "is no evaluation.json"),
+        ("evaluate .", "no checkpoint at"),
+    ],
+)
+def test_bad_arguments_end_with_one_line_and_exit_code_2(
+    arguments: str, message: str, tmp_path, capsys, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "train", lambda *_: pytest.fail("training began"))
+    monkeypatch.delitem(sys.modules, cli.__name__)  # as if it were not imported
+    monkeypatch.setattr(sys, "argv", ["reference_train", *arguments.split()])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("reference_train", run_name="__main__")
+    printed = capsys.readouterr().err
+    assert (stopped.value.code, printed.count("\n")) == (2, 1)
+    assert printed.startswith("reference_train: ")
+    assert message in printed
+
+
+def exit_code(error: BaseException) -> Any:
+    """The exit code of a command that raises an error."""
+
+    def raise_error(argv: list[str]) -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        run(raise_error)
+    return stopped.value.code
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [(Stopped("why"), 1, "why"), (CannotStart("why"), 2, "why"), (KeyboardInterrupt(), 130, None)],
+)
+def test_the_exit_code_and_one_line_say_how_a_command_ended(error, code, line, capsys) -> None:
+    assert exit_code(error) == code
+    assert capsys.readouterr().err == f"reference_train: {line or 'interrupted'}\n"
+
+
+@pytest.mark.parametrize("variable", ["LOCAL_RANK", "SLURM_LOCALID"])
+def test_only_the_first_rank_of_a_node_says_why_a_command_ended(
+    variable: str, monkeypatch, capsys
+) -> None:
+    for rank, line in ("0", "reference_train: why\n"), ("1", ""):
+        monkeypatch.setenv(variable, rank)
+        assert exit_code(Stopped("why")) == 1
+        assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize(
+    ("argv", "extra"), [(["pretrain", "x"], "pretrain"), (["evaluate"], "train"), ([], "train")]
+)
+def test_a_missing_package_is_named_with_its_extra(argv, extra, monkeypatch) -> None:
+    def fail(*_: str) -> None:
+        raise ImportError("no 'x'")
+
+    monkeypatch.setattr(cli, "import_module", fail)
+    with pytest.raises(CannotStart, match=rf"'x': pip install -e '\.\[{extra}\]'"):
+        cli.main(argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "module", "rest"),
+    [
+        (["evaluate", "x"], ".evaluate.evaluate", ["x"]),
+        (["--loss", "clip"], ".demo.demo", ["--loss", "clip"]),
+        ([], ".demo.demo", []),
+    ],
+)
+def test_the_first_word_names_the_command(argv, module, rest, monkeypatch) -> None:
+    calls: list[Any] = []
+
+    def import_module(name: str, package: str) -> SimpleNamespace:
+        return SimpleNamespace(main=lambda rest: calls.append((name, package, rest)))
+
+    monkeypatch.setattr(cli, "import_module", import_module)
+    cli.main(argv)
+    assert calls == [(module, "reference_train", rest)]

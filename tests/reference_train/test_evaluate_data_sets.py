@@ -1,0 +1,126 @@
+"""The data sets of `evaluate`, in each layout that it reads."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from miniature import (
+    TEN_CLASSES,
+    Samples,
+    picture,
+    write_image_folder,
+    write_samples,
+    write_set,
+)
+from timm.data.imagenet_info import ImageNetInfo
+
+from reference_train.evaluate import classification, paper
+from reference_train.evaluate.datasets import Unusable
+from reference_train.evaluate.find import find
+from reference_train.evaluate.folder_sets import open_folders
+from reference_train.evaluate.tar_sets import open_icons, open_tars
+
+IMAGE, LABEL, TEXT = {"png": picture(0)}, {"cls": b"9"}, {"txt": b"a"}
+
+
+def test_classes_are_called_as_their_folders_or_as_classnames_txt_says(tmp_path: Path) -> None:
+    write_image_folder(tmp_path, ["a_b", "c"])
+    (tmp_path / "empty").mkdir()
+    assert open_folders(tmp_path, "x").classes[""].names == ["a b", "c", "empty"]
+    (tmp_path / "classnames.txt").write_text("own 0 \nown 1\nown 2\n")
+    assert open_folders(tmp_path, "x").classes[""].names == ["own 0", "own 1", "own 2"]
+    (tmp_path / "classnames.txt").write_text("own 0\n")
+    with pytest.raises(Unusable, match=r"3 classes, classnames\.txt has 1"):
+        open_folders(tmp_path, "x")
+
+
+def test_a_folder_may_have_its_own_templates(tmp_path: Path) -> None:
+    write_image_folder(tmp_path, ["a", "b"])
+    (tmp_path / classification.TEMPLATES).write_text("{c} as I say\n")
+    assert open_folders(tmp_path, "x").classes[""].templates == ["{} as I say"]
+
+
+@pytest.mark.parametrize(
+    ("samples", "texts", "message"),
+    [
+        ([], {}, "no images"),
+        ([IMAGE], {}, r"/test have neither \.cls nor \.txt"),
+        ([IMAGE | LABEL, IMAGE], {"classnames": TEN_CLASSES}, r"1 of 2 samples have no \.cls"),
+        ([IMAGE | LABEL], {}, r"no .*classnames\.txt"),
+        ([IMAGE | {"cls": b"10"}], {"classnames": TEN_CLASSES}, "labels from 10 to 10, but 10 c"),
+        ([IMAGE | {"cls": b"-1"}], {"classnames": TEN_CLASSES}, "labels from -1 to -1, but"),
+        ([IMAGE | {"txt": b" \n"}], {}, "images without a caption"),
+        ([IMAGE | TEXT], {"dataset_type": "multilabel\n"}, "several labels each"),
+    ],
+)
+def test_a_data_set_says_what_it_lacks(
+    samples: Samples, texts: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    write_set(tmp_path, {"test": samples}, **texts)
+    with pytest.raises(Unusable, match=message):
+        open_tars(tmp_path, "x")
+
+
+def test_held_out_icons_without_their_info_are_unusable(tmp_path: Path) -> None:
+    write_samples(tmp_path / "val-0.tar", [IMAGE | TEXT])
+    with pytest.raises(Unusable, match=r"val-\*\.tar lack \.txt or \.json"):
+        open_icons(tmp_path)
+
+
+def test_a_folder_without_folders_of_images_is_unusable(tmp_path: Path) -> None:
+    with pytest.raises(Unusable, match="holds no folders of images"):
+        open_folders(tmp_path, "x")
+
+
+def test_a_data_set_with_a_broken_train_split_says_why_and_does_without(tmp_path: Path) -> None:
+    write_image_folder(tmp_path / "own" / "test", ["a", "b"])
+    write_image_folder(tmp_path / "own" / "train", ["a"])
+    data = open_folders(tmp_path / "own", "x")
+    assert data.train is None
+    assert "has 1 classes, not those of" in data.train_error
+    splits = {"test": [IMAGE | LABEL], "train": [IMAGE]}
+    write_set(tmp_path / "tars", splits, classnames=TEN_CLASSES)
+    data = open_tars(tmp_path / "tars", "x")
+    assert data.train is None
+    assert "train split have no .cls" in data.train_error
+
+
+def test_a_subset_of_imagenet_has_the_names_of_its_classes(tmp_path: Path) -> None:
+    some = list(range(0, 1000, 5))
+    identifiers = ImageNetInfo("imagenet-1k").label_names()
+    write_image_folder(tmp_path, [identifiers[i] for i in some])
+    classes = open_folders(tmp_path, "imagenet-a").classes[""]
+    assert classes.names == [open_clip.IMAGENET_CLASSNAMES[i] for i in some]
+    assert classes.labels.tolist() == list(range(200))
+    assert classes.templates == paper.TEMPLATES
+
+
+def test_folders_of_imagenet_may_be_called_by_class_number(tmp_path: Path) -> None:
+    """As those of imagenetv2 are."""
+    write_image_folder(tmp_path, ["0", "10", "999"])
+    classes = open_folders(tmp_path, "imagenet-x").classes[""]
+    assert classes.names == [open_clip.IMAGENET_CLASSNAMES[i] for i in (0, 10, 999)]
+    (tmp_path / "999").rename(tmp_path / "1000")
+    with pytest.raises(Unusable, match="folders should be called as ImageNet's classes"):
+        open_folders(tmp_path, "imagenet-x")
+
+
+def test_torchvisions_cifar100_has_its_superclasses(tmp_path: Path, monkeypatch) -> None:
+    (folder := tmp_path / "cifar-100-python").mkdir()
+    names = sorted(classification.CIFAR100_SUPERCLASSES.read_text().split())
+    for split, count in (("meta", 0), ("train", 7), ("test", 5)):
+        pixels = torch.randint(0, 256, (count, 3072), dtype=torch.uint8).numpy()
+        content = {"data": pixels, "fine_labels": [19 * i % 100 for i in range(count)]}
+        (folder / split).write_bytes(pickle.dumps({**content, "fine_label_names": names}))
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    data = find([tmp_path])[0]["cifar100"]()
+    assert (len(data.images), len(data.train[0])) == (5, 7)
+    np.testing.assert_array_equal(data.images[4], pixels[4].reshape(3, 32, 32).transpose(1, 2, 0))
+    classes = data.classes[""]
+    assert classes.labels.tolist() == [0, 19, 38, 57, 76]
+    superclass = dict(zip(classes.names, classes.superclass.tolist(), strict=True))
+    assert superclass["aquarium fish"] == superclass["trout"] != superclass["whale"]
+    assert set(superclass.values()) == set(range(20))

@@ -1,0 +1,300 @@
+"""The data of icons: what is taken from a package made here, and how it is named and drawn."""
+
+import faulthandler
+import hashlib
+import io
+import json
+import os
+import random
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from processes import start
+from tars import write_tar
+
+from reference_train.command_line import CannotStart, Stopped
+from reference_train.data import icon_drawing, icon_names, icon_sets, icons
+from reference_train.data.samples import Sample, read_samples
+
+
+def square(size: int, colour: str = "currentColor") -> dict:
+    return {"body": f'<path fill="{colour}" d="M1 1h{size}v{size}h-{size}z"/>'}
+
+
+def a_set(title: str, category: str = "UI 24px", licence: str = "MIT") -> dict:
+    info = {"name": title, "total": 1, "category": category, "author": {"name": "Somebody"}}
+    return {**info, "license": {"title": f"The {licence} licence", "spdx": licence}}
+
+
+NOISE = '<filter id="f"><feTurbulence baseFrequency=".1" numOctaves="2000000000"/></filter>'
+# The renderer of resvg-py 0.5 overflows its stack for the first, and its process dies. It would
+# draw the second one for years.
+CRASH = {"body": "<g opacity='.9'>" * 900 + square(8)["body"] + "</g>" * 900}
+ENDLESS = {"body": NOISE + '<rect width="20" height="20" filter="url(#f)"/>'}
+DRAWINGS = {
+    "alarm-clock-outline": square(10),
+    "alarm-clock-16": square(11),
+    "traffic-light": square(12),  # "light" ends one name: not a style here
+    "again": square(10),
+    "nothing": {"body": "<g/>"},
+    "broken": {"body": "<path"},
+    "12": square(13),
+    "red-box": square(14, "#ff0000"),
+    "nothing-but-red": {"body": '<rect width="24" height="24" fill="red"/>'},
+    "brand-x": square(15),
+    "wide": {**square(9), "width": 32},
+    "crash": CRASH,
+    "endless": ENDLESS,
+    "file": {"body": f'<image width="9" height="9" xlink:href="{__file__}.png"/>'},
+    **{f"thing-{letter}x-outline": square(16 + i) for i, letter in enumerate("abcdefgh")},
+}
+SETS = {
+    "plain": (a_set("Plain Icons"), DRAWINGS),
+    "faces": (a_set("Some Emoji", category="Emoji"), {"grin": square(2)}),
+    "brands": (a_set("Logos", category="Logos"), {"logo": square(3)}),
+    "countries": (a_set("Flag Icons", category="Flags / Maps"), {"fr": square(4)}),
+    "unfree": (a_set("Unfree", licence="CC-BY-NC-4.0"), {"cat": square(5)}),
+}
+
+
+def make_package(path: Path, sets: dict = SETS, without: str = "") -> Path:
+    """A package as npm packs it. without: a file that it lacks."""
+    files = {"collections": {name: info for name, (info, _) in sets.items()}}
+    for name, (_, drawings) in sets.items():
+        files[f"json/{name}"] = {"prefix": name, "icons": drawings, "width": 24, "height": 24}
+    files.pop(without, None)
+    content = {f"package/{name}.json": json.dumps(files[name]).encode() for name in files}
+    return write_tar(path, content, "w:gz")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """The shards of `SETS`. More names are held out than usual, because there are so few."""
+    folder = tmp_path_factory.mktemp("icons")
+    package = make_package(folder / "icons.tgz")
+    faulthandler.disable()  # pytest's would show how a child crashes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(icon_names, "VALIDATION_SHARE", 0.3)
+        patch.setattr(icon_drawing, "SECONDS", 2)
+        patch.setattr(icon_drawing, "CHUNK", 4)  # so that some are drawn before a crash
+        patch.setattr(icons, "SAMPLES_PER_SHARD", 6)
+        icons.main(["--out", str(folder / "out"), "--package", str(package)])
+    faulthandler.enable(sys.__stderr__)
+    return folder / "out"
+
+
+def manifest_of(folder: Path) -> dict:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def samples(folder: Path, files: str = "*.tar") -> dict[str, Sample]:
+    pairs = [s for path in sorted(folder.glob(files)) for s in read_samples([str(path)])]
+    return {s.key: s for s in pairs}
+
+
+def test_the_manifest_says_what_was_left_out_and_why(built: Path) -> None:
+    manifest = manifest_of(built)
+    assert manifest["left_out"] == {
+        "blank": 3,
+        "crashes the renderer, or takes it for ever": 2,
+        **{f"sets: {kind}": 1 for kind in ("emoji", "logos", "flags", "non-commercial licence")},
+        "refers to something outside itself": 1,
+        "the same picture again": 1,
+        "hidden, or a name without a word": 1,
+        "logos and flags in other sets": 1,
+    }
+    assert sum(manifest["pairs"].values()) == len(DRAWINGS) - 9
+
+
+def test_the_manifest_says_where_the_icons_come_from(built: Path) -> None:
+    manifest, archive = manifest_of(built), built.parent / "icons.tgz"
+    assert {name: about["licence"] for name, about in manifest["sets"].items()} == {"plain": "MIT"}
+    assert manifest["package"] == str(archive)
+    assert manifest["sha256"] == hashlib.sha256(archive.read_bytes()).hexdigest()
+
+
+def test_sizes_json_has_the_number_of_pairs_in_each_shard(built: Path) -> None:
+    sizes = json.loads((built / "sizes.json").read_text())
+    assert sizes == {p.name: len(list(read_samples([str(p)]))) for p in built.glob("*.tar")}
+    assert max(sizes.values()) == 6
+
+
+def test_icons_are_in_a_random_order(built: Path) -> None:
+    things = [key for key in samples(built, "train-*.tar") if "thing" in key]
+    assert things != sorted(things)
+
+
+def test_pictures_are_64_pixels_wide_and_keep_their_colours_on_white(built: Path) -> None:
+    colours = {}
+    for sample in samples(built).values():
+        with Image.open(io.BytesIO(sample.image)) as image:
+            assert (image.size, image.mode) == ((64, 64), "RGB")
+            colours[sample.key] = np.asarray(image)[[20, 0], [20, 63]].tolist()
+    assert colours["plain__red-box"] == [[255, 0, 0], [255] * 3]
+
+
+def test_words_of_style_are_those_that_two_percent_of_the_names_have() -> None:
+    names = ["bold-cat", "bold-dog", "cat-thin", "dog-thin", "cat-light", *["thin"] * 95]
+    assert icon_names.style_words(names) == {"bold", "thin"}
+
+
+def test_a_name_loses_its_words_of_style_and_its_numbers_at_the_end() -> None:
+    for icon, name, style in (
+        ("Alarm-clock-24-outline", "alarm clock", ["outline"]),
+        ("traffic-light", "traffic light", []),
+        ("outline", "outline", []),
+        ("outline-3d_rotation", "3d rotation", ["outline"]),
+    ):
+        assert icon_names.split_name(icon, {"outline"}) == (name, style)
+
+
+def test_an_icon_has_the_box_of_its_set_where_it_has_none_itself() -> None:
+    drawings = {"cat": {"body": "CAT", "hFlip": True, "width": 8}, "dog": {"body": "DOG"}}
+    content = {"icons": {**drawings, "us": {"body": ""}}, "left": 1, "top": 2, "height": 12}
+    content["categories"] = {"PetsAndMore": ["cat"], "Flags": ["us"]}
+    left_out: Counter[str] = Counter()
+    cat, dog = icon_sets.read_set("set", content, left_out)
+    assert cat[:5] == ("set__cat", "set", "cat", "", "pets and more")
+    assert 'viewBox="-1 2 12 12" width="12" height="12"><g transform="translate(10 0)' in cat.svg
+    assert 'viewBox="1 0 16 16" width="16" height="16">DOG<' in dog.svg
+    assert 'viewBox="0 0 16 16"' in icon_sets.square_svg({"body": ""})
+    assert left_out == {"logos and flags in other sets": 1}
+
+
+def test_half_of_the_one_coloured_icons_are_black_on_white_and_all_can_be_seen() -> None:
+    drawn = [icon_drawing.colours(random.Random(number)) for number in range(1000)]
+    inks, grounds = (np.array(colours) for colours in zip(*drawn, strict=True))
+    assert 0 <= min(inks.min(), grounds.min()) < max(inks.max(), grounds.max()) <= 1
+    lighter = inks.mean(axis=1) > grounds.mean(axis=1)
+    shares = [(inks == 0).all(axis=1).mean(), (grounds == 1).all(axis=1).mean(), lighter.mean()]
+    assert shares == pytest.approx([0.5, 0.7, 0.15], abs=0.03)
+    assert np.abs(inks - grounds).max(axis=1).min() > 0.2
+
+
+@pytest.mark.parametrize("key", list("012345678"))
+def test_a_one_coloured_icon_is_drawn_in_the_colours_of_its_key(key: str) -> None:
+    icon = icon_names.Icon(key, "set", "box", "", "", icon_sets.square_svg(square(12)))
+    with Image.open(io.BytesIO(icon_drawing.draw(icon).png)) as image:
+        pixels = np.asarray(image)[[20, 0], [20, 63]] / 255
+    np.testing.assert_allclose(pixels, icon_drawing.colours(random.Random(key)), atol=0.003)
+
+
+@pytest.fixture(scope="module")
+def two_sets(tmp_path_factory) -> str:
+    """A package of eight names, each in two sets."""
+    sets = {}
+    for prefix, size in (("one", 2), ("two", 10)):
+        drawings = {f"thing-{letter}x": square(size + i) for i, letter in enumerate("abcdefgh")}
+        sets[prefix] = a_set(prefix), drawings
+    return str(make_package(tmp_path_factory.mktemp("two") / "icons.tgz", sets))
+
+
+@pytest.mark.parametrize(("most", "trained_on"), [(0, 2), (1, 1), (3, 2)])
+def test_a_name_is_held_out_in_all_sets_or_in_none(
+    most: int, trained_on: int, two_sets: str, tmp_path: Path, monkeypatch
+) -> None:
+    """A held-out name has one picture. Another one has as many as --pictures-of-a-name allows."""
+    monkeypatch.setattr(icon_names, "VALIDATION_SHARE", 0.5)
+    out = tmp_path / "out"
+    icons.main(["--out", str(out), "--package", two_sets, "--pictures-of-a-name", str(most)])
+    manifest = manifest_of(out)
+    assert manifest["pictures_of_a_name"] == most
+    assert sum((*manifest["pairs"].values(), *manifest["left_out"].values())) == 16
+    val, train = (samples(out, f"{part}-*.tar").values() for part in ("val", "train"))
+    held_out = [sample.info["name"] for sample in val]
+    assert 0 < len(held_out) == len(set(held_out)) < 8
+    assert len(train) == trained_on * (8 - len(held_out))
+    assert not [s for s in train if any(name in s.caption for name in held_out)]
+
+
+def test_by_default_a_name_has_at_most_40_pictures_to_train_on(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(icon_names, "VALIDATION_SHARE", 0.0)
+    drawings = {f"cat-{number}": {**square(12), "width": 24 + number} for number in range(43)}
+    package = make_package(tmp_path / "icons.tgz", {"plain": (a_set("Plain Icons"), drawings)})
+    icons.main(["--out", str(tmp_path / "out"), "--package", str(package)])
+    manifest = manifest_of(tmp_path / "out")
+    assert manifest["names"] == {"train": 1, "val": 0}
+    assert manifest["pairs"] == {"train": 40, "val": 0}
+    assert manifest["left_out"] == {"more pictures of a name (train)": 3}
+
+
+def test_a_template_that_needs_what_an_icon_lacks_becomes_its_name() -> None:
+    always = {"cat", "a small drawing of cat", "cat icon, Set"}
+    always |= {f"{words} cat" for words in ("a drawing of", "a picture of", "an icon of")}
+    for lacks, other in ("style", "cat, pets"), ("group", "cat, bold"):
+        icon = icon_names.Icon("key", "set", "cat", "bold", "pets", "")._replace(**{lacks: ""})
+        found = {icon_names.caption(icon, "Set", random.Random(seed)) for seed in range(300)}
+        assert found == {*always, other}
+
+
+@pytest.fixture
+def downloadable(two_sets: str, monkeypatch) -> None:
+    """Downloads get the package of two sets instead of the real one."""
+    monkeypatch.setattr(icons, "URL", Path(two_sets).as_uri())
+    monkeypatch.setattr(icons, "SHA256", hashlib.sha256(Path(two_sets).read_bytes()).hexdigest())
+
+
+def test_some_downloaded_icons_are_drawn_as_in_the_whole_package(
+    downloadable: None, two_sets: str, tmp_path: Path
+) -> None:
+    icons.main(["--out", str(tmp_path / "whole"), "--package", two_sets])
+    icons.main(["--out", str(tmp_path / "some"), "--limit", "3"])
+    manifest = manifest_of(tmp_path / "some")
+    assert manifest["package"] == icons.URL
+    assert sum(manifest["pairs"].values()) == manifest["limit"] == 3
+    assert samples(tmp_path / "some").items() <= samples(tmp_path / "whole").items()
+
+
+def test_another_package_than_the_expected_one_is_refused(
+    downloadable: None, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(icons, "SHA256", "0" * 64)
+    with pytest.raises(Stopped, match=r"invalid hash value.*; --package takes a file"):
+        icons.main(["--out", str(tmp_path / "out")])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--out out --package none.tgz", r"none\.tgz: can't be read: .*No such file"),
+        ("--out out --package other.tgz", r"other\.tgz: has no collections\.json"),
+        ("--out out --package lacks.tgz", r"lacks\.tgz: has no json/plain\.json"),
+        ("--out out --pictures-of-a-name -1", "--pictures-of-a-name: must be a whole number >= 0"),
+        ("", "arguments are required: --out"),
+        ("--out .", "--out .*: is there already"),
+        ("--out /proc/icons", "--out: /proc/icons can't be written"),
+    ],
+)
+def test_bad_arguments_and_packages_are_one_line_and_leave_nothing(
+    arguments: str, message: str, tmp_path: Path, monkeypatch
+) -> None:
+    make_package(tmp_path / "other.tgz", without="collections")
+    make_package(tmp_path / "lacks.tgz", without="json/plain")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CannotStart, match=message):
+        icons.main(arguments.split())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["lacks.tgz", "other.tgz"]
+
+
+def test_a_missing_renderer_is_named(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(icons.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(Stopped, match="pip install resvg-py"):
+        icons.main(["--out", str(tmp_path / "out")])
+
+
+def test_sigterm_leaves_no_unfinished_folder(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    os.mkfifo(tmp_path / "package")  # the command waits for its content
+    command = [sys.executable, "-m", "reference_train.data.icons", "--package"]
+    with start([*command, f"{tmp_path}/package", "--out", f"{tmp_path}/new/out"]) as process:
+        while not list(tmp_path.glob("new/.out.*/out")) and process.poll() is None:
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(300) == 143
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["new", "package"]

@@ -1,0 +1,235 @@
+"""`pretrain`: a run is resumed with the settings that it was begun with, by one process."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, redirect_stdout
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pretrain_runs import results, train
+from processes import ROOT, run_python, start
+from tars import make_shards
+
+from cyclip_loss import open_clip_train
+from reference_train.command_line import CannotStart
+from reference_train.files import locked
+from reference_train.pretrain import pretrain as command
+from reference_train.pretrain import resume
+
+pytest_plugins = ["pretraining"]
+
+
+@pytest.fixture
+def resume_run(dry_run, data: Path, tmp_path: Path) -> Callable[..., None]:
+    """Resumes a run of one epoch, as far as --dry-run does, with other flags.
+
+    begun_with: settings in its params.txt that differ from those of the flags.
+    """
+    openclip_flags = ["--workers", "1", "--force-image-size", "32"]
+    settings = {**vars(dry_run("--", *openclip_flags)), "force_image_size": 32, "rank": 0}
+    run = tmp_path / "logs" / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    torch.save({"epoch": 1}, run / "checkpoints" / "epoch_latest.pt")
+    argv = ["--preset", "modern", "--batch-size", "8", "--data", str(data), "--dry-run"]
+    argv += ["--out", str(tmp_path / "logs"), "--name", "run"]
+
+    def again(*flags: str, ours: tuple[str, ...] = (), **begun_with: object) -> None:
+        written = {"world_size": 1, **settings, **begun_with}
+        lines = [f"{name}: {value}\n" for name, value in sorted(written.items())]
+        (run / "params.txt").write_text("".join(lines))
+        command.main([*argv, *ours, "--", *openclip_flags, *flags])
+
+    return again
+
+
+CHANGES = """
+--model RN101, --seed 1, --epochs 40, --lr 1e-4, --wd 1, --warmup 1, --beta1 0.5, --eps 1e-3
+--batch-size 4, --accum-freq 2, --precision bf16, --grad-clip-norm 1, --train-num-samples 9
+--lambda-inmodal 1, --lambda-crossmodal 1, --reference-batch-size 64, --same-captions ignored
+--lambda-warmup 9, --force-image-size 48, --image-mean 0 0 0, --siglip, --lock-image
+--use-bn-sync, --local-loss, --use-bnb-linear SwitchBackLinearGlobal
+"""
+
+
+@pytest.mark.parametrize("change", CHANGES.strip().replace("\n", ", ").split(", "))
+def test_a_resumed_run_refuses_another_setting_of_model_data_loss_or_optimiser(
+    change: str, resume_run
+) -> None:
+    name = change.split()[0].strip("-").replace("-", "_")
+    message = f"begun with {name} = .*, not .*: choose another --name"
+    with pytest.raises(CannotStart, match=message):
+        resume_run(*change.split())
+
+
+def test_a_resumed_run_refuses_views_if_it_was_begun_without(resume_run) -> None:
+    with pytest.raises(CannotStart, match="begun with views = None, not own: choose another"):
+        resume_run(ours=("--views", "own"))
+
+
+def test_a_flag_that_nobody_listed_is_compared(resume_run, monkeypatch) -> None:
+    """Such as a flag that a new version of OpenCLIP adds."""
+    parse_args = command.trainer.parse_args
+
+    def with_new_flag(flags: list[str]) -> Any:
+        args = parse_args(flags)
+        args.brand_new_flag = 2
+        return args
+
+    monkeypatch.setattr(command.trainer, "parse_args", with_new_flag)
+    resume_run()  # the version that began the run did not have the flag
+    resume_run(brand_new_flag=2)
+    with pytest.raises(CannotStart, match="begun with brand_new_flag = 1, not 2: choose another"):
+        resume_run(brand_new_flag=1)
+
+
+def test_settings_that_change_no_value_may_differ(resume_run) -> None:
+    resume_run("--log-every-n-steps", "3", "--grad-checkpointing", "--workers", "2", "--debug")
+    resume_run(**dict.fromkeys(resume.MAY_DIFFER, "another value"))
+
+
+def test_the_old_name_of_same_captions_is_understood(resume_run) -> None:
+    flags = ("--same-captions", "ignored")
+    resume_run(*flags, same_captions=None, ignore_same_captions=True)
+    with pytest.raises(CannotStart, match="begun with same_captions = None, not ignored"):
+        resume_run(*flags, same_captions=None, ignore_same_captions=False)
+
+
+@contextmanager
+def held_by_another_process(folder: Path) -> Iterator[None]:
+    lock = locked(folder)
+    with ProcessPoolExecutor(1, get_context("fork"), lock.__enter__) as other:
+        other.submit(os.getpid).result()  # it has the lock by now
+        yield
+
+
+def test_a_second_rank_resumes_beside_the_first_one(
+    resume_run, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """The first rank wrote params.txt and holds the folder; it alone prints."""
+    monkeypatch.setattr(command.torch.cuda, "is_available", lambda: True)
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    settings = {"batch_size": 4, "precision": "amp_bf16"}
+    capsys.readouterr()
+    with held_by_another_process(tmp_path / "logs" / "run"):
+        resume_run(**settings, world_size=2)
+    assert capsys.readouterr() == ("", "")
+    with pytest.raises(CannotStart, match="begun with world_size = 1, not 2: choose another"):
+        resume_run(**settings, world_size=1)
+
+
+def test_a_run_is_trained_by_one_process(pretrain, tmp_path: Path) -> None:
+    with held_by_another_process(tmp_path / "run"):
+        for ours in ([], ["--dry-run"]):
+            with pytest.raises(CannotStart, match="/run: another process is at work there: choose"):
+                pretrain(ours=ours)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of one epoch, and with its last line in out.txt."""
+    folder = tmp_path_factory.mktemp("trained")
+    with (folder / "out.txt").open("w") as out, redirect_stdout(out):
+        train(folder, make_shards(folder / "data", train=4, val=1))
+    return folder
+
+
+@pytest.fixture
+def finished(trained: Path, tmp_path: Path) -> str:
+    """A run of one epoch in tmp_path / "run"; returns its last line."""
+    shutil.copytree(trained / "run", tmp_path / "run")
+    line = (trained / "out.txt").read_text().splitlines()[-1]
+    return line.replace(str(trained), str(tmp_path))
+
+
+def test_a_finished_run_says_so_and_which_epoch_was_the_best(
+    finished: str, pretrain, tmp_path: Path, capsys
+) -> None:
+    [line] = results(tmp_path)
+    assert {"inmodal_gap", "crossmodal_gap"} <= line.keys()
+    loss = line["clip_val_loss"]
+    assert finished.endswith(f"/run: finished, 1 epochs; the best was 1, clip_val_loss {loss:.4f}")
+    pretrain()
+    assert capsys.readouterr().out.endswith(f"{finished}; nothing left to do\n")
+    assert results(tmp_path) == [line]
+
+
+def test_openclip_loads_the_best_epoch_as_the_page_says(finished: str, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "pretraining.md").read_text()
+    [block] = re.findall("```python\n(.*?)```", page, re.DOTALL)
+    script = textwrap.dedent(block).replace("logs/icons-cyclip-0", str(tmp_path / "run"))
+    loaded = run_python("-c", script)
+    assert loaded.returncode == 0, loaded.stderr
+
+
+def test_a_finished_run_takes_more_epochs_and_moved_data(
+    finished: str, pretrain, data: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / ".best.pt.123").touch()  # left by a save that was killed
+    data = data.rename(tmp_path / "moved")
+    (tmp_path / "link").symlink_to(data)
+    monkeypatch.chdir(tmp_path)
+    for epochs, place in enumerate(["moved", tmp_path / "link"], start=2):
+        pretrain("--epochs", str(epochs), data=Path(place))
+    losses = {line["epoch"]: line["clip_val_loss"] for line in results(tmp_path)}
+    assert list(losses) == [1, 2, 3]
+    best = min(losses, key=losses.__getitem__)
+    last_line = f"3 epochs; the best was {best}, clip_val_loss {losses[best]:.4f}\n"
+    assert capsys.readouterr().out.endswith(last_line)
+    assert {path.suffix for path in checkpoints.iterdir()} == {".pt", ".jsonl"}
+    with pytest.raises(CannotStart, match="epochs = 3, not 2: choose another"):
+        pretrain("--epochs", "2", data=data)
+
+
+def test_a_finished_run_refuses_other_shards(finished: str, pretrain, data: Path) -> None:
+    (data / "train-00003.tar").unlink()
+    with pytest.raises(CannotStart, match=r"begun with train_shards = 4 shards, .* not 3 shards, "):
+        pretrain("--workers", "0")
+
+
+def test_a_checkpoint_that_is_cut_short_is_an_error(finished: str, pretrain, tmp_path) -> None:
+    os.truncate(tmp_path / "run" / "checkpoints" / "epoch_latest.pt", 10_000)
+    with pytest.raises(CannotStart, match=r"epoch_latest.pt is cut short, or holds more"):
+        pretrain()
+
+
+def test_wandb_continues_its_record_of_a_run_unless_told_otherwise(pretrain, monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_RESUME", "")  # put back afterwards
+    monkeypatch.delenv("WANDB_RESUME")
+    seen: list[str] = []
+    monkeypatch.setattr(
+        open_clip_train, "main", lambda flags: seen.append(os.environ["WANDB_RESUME"])
+    )
+    pretrain()
+    monkeypatch.setenv("WANDB_RESUME", "never")
+    pretrain()
+    assert seen == ["allow", "never"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--views"]], ids=["pairs", "views"])
+def test_a_killed_run_goes_on(flags: list[str], data: Path, tmp_path: Path) -> None:
+    argv = ["-m", "reference_train", "pretrain", "--preset", "icons", "--batch-size", "8"]
+    argv += ["--data", str(data), "--out", str(tmp_path), "--name", "run", *flags]
+    argv += ["--", "--epochs", "6", "--train-num-samples", "16"]
+    with start([sys.executable, *argv], stdout=subprocess.DEVNULL) as process:
+        while len(results(tmp_path)) < 2 and process.poll() is None:
+            time.sleep(0.05)
+        process.kill()
+    assert 2 <= len(results(tmp_path)) < 6
+    again = run_python(*argv)
+    assert again.returncode == 0, again.stderr
+    assert {line["epoch"] for line in results(tmp_path)} == set(range(1, 7))
+    log = (tmp_path / "run" / "out.log").read_text()
+    assert ("Inmodal_contrastive_loss: " in log) == bool(flags)

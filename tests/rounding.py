@@ -1,0 +1,201 @@
+"""How far rounding alone may move each element of a result away from the exact one.
+
+The bounds are forward error bounds, not tolerances found by trial. A sum of products in a type of
+precision eps is off by at most a small multiple of eps times the sum of the products' *absolute
+values*. That sum is computed here for each element of each gradient, from the formulas of the loss
+in float64. So only an element that is small because large terms cancel is allowed the rounding of
+these terms. Every other element is checked to relative precision.
+
+The small multiple is FACTOR where errors have either sign, as in rounding to nearest, and mostly
+cancel (measured: at most 3.1 for sums of 100 terms, over 20,000 random inputs). A tensor core
+truncates what it adds to the float32 sum: 8 products at a time, one bit below the sum's last
+(A100), or 16, two bits below (H100; Khattak and Mikaitis 2025, arXiv 2512.07004). So D terms of one
+sign lose up to D / 11 or D / 20 times eps times their sum. From D = 48 on, the multiple is D / 8.
+"""
+
+from math import log
+from typing import Any, NamedTuple
+
+import torch
+from inputs import NEGATIVES, TERMS, Case, Tensors, exact_on_host, loss_dtype
+from torch import Tensor
+
+from cyclip_loss import numerics, reference
+
+FLOAT64, FLOAT32 = torch.finfo(torch.float64).eps, torch.finfo(torch.float32).eps
+TF32 = 2.0**-10
+FACTOR = 6.0
+
+
+class Eps(NamedTuple):
+    """Relative precision of each kind of rounding."""
+
+    logits: float  # of products of features; a logit's error is its exponential's relative error
+    stored: float  # of G as stored for the products with the features
+    penalties: float  # of products of U and V
+
+
+def bounds(case: Case, features: Tensors, impl: str, tf32: bool) -> Tensors:
+    """FACTOR times the size of the rounding of each term, and of each gradient of the total.
+
+    Returned by name. The total is the sum of the terms, each times its upstream gradient.
+    """
+    eps = engine_eps(impl, features["image"], tf32)
+    g_is_rounded = impl == "eager" and numerics.has_wide_products(features["image"])
+    exact = {name: exact_on_host(tensor) for name, tensor in features.items()}
+    upstream = [case.world_size * weight for weight in case.weights]
+    found = dict.fromkeys((*TERMS, *features, "logit_scale"), 0.0)
+
+    # Each contrastive term: the names of its features, and its share of the loss.
+    contrastive_terms = [("image", "text", 0.5 if case.views else 1.0)]
+    if case.views:
+        contrastive_terms += [("image", "image_view", 0.25), ("text", "text_view", 0.25)]
+    for row_name, column_name, share in contrastive_terms:
+        symmetric = column_name == "text"
+        negatives = [exact.get(name) if symmetric else None for name in NEGATIVES]
+        value, *grads = contrastive_bound(
+            case, exact[row_name], exact[column_name], negatives, eps, symmetric, g_is_rounded
+        )
+        found[TERMS[0]] += share * value
+        for name, grad in zip((row_name, column_name, "logit_scale", *NEGATIVES), grads):  # noqa: B905
+            if grad is not None:
+                found[name] += share * abs(upstream[0]) * grad
+
+    n = len(exact["image"])
+    penalty_weights = [x * (case.reference_batch_size or n) / n**2 for x in case.lambdas]
+    inmodal, crossmodal = (w * u for w, u in zip(penalty_weights, upstream[1:], strict=True))
+    value, grad = penalty_bound(exact["image"], exact["text"], inmodal, crossmodal, eps.penalties)
+    for name, weight in zip(TERMS[1:], penalty_weights, strict=True):
+        found[name] += weight * value
+    for name in ("image", "text"):
+        found[name] += grad
+    return {name: FACTOR * bound for name, bound in found.items()}
+
+
+def engine_eps(impl: str, features: Tensor, tf32: bool = False) -> Eps:
+    """The precision with which an engine computes with these features.
+
+    The eager engine widens 16-bit features to float32. Where CUDA multiplies them as they are, it
+    stores G in 16 bits. The kernels multiply 16-bit features exactly and sum in float32, store G in
+    16 bits, and round U and V to tf32. tf32: whether float32 matrices are multiplied in tf32.
+    """
+    dtype = features.dtype
+    if impl == "triton" and dtype.itemsize == 2:
+        return Eps(FLOAT32, torch.finfo(dtype).eps, TF32)
+    eps = torch.finfo(loss_dtype(dtype)).eps
+    if tf32 and dtype != torch.float64:
+        eps = max(eps, TF32)
+    return Eps(eps, torch.finfo(dtype).eps if numerics.has_wide_products(features) else eps, eps)
+
+
+def growth(d: int, eps: float) -> float:
+    """The multiple of FACTOR * eps by which a sum of d products may be off."""
+    return max(1.0, d / 8 / FACTOR) if eps <= FLOAT32 else 1.0
+
+
+def contrastive_bound(
+    case: Case,
+    row_features: Tensor,
+    column_features: Tensor,
+    negatives: list[Tensor | None],
+    eps: Eps,
+    symmetric: bool,
+    g_is_rounded: bool,
+) -> list[Tensor | None]:
+    """The size of the rounding of a contrastive term's value and gradients.
+
+    row_features, column_features: (n, D). negatives: extra ones of the rows, which are columns, and
+    of the columns, which are rows: (m, D) or None. g_is_rounded: whether G is rounded before it is
+    summed to the scale's gradient. (The kernels round it afterwards.)
+
+    Returns it for the value, and for the gradients of the rows, the columns, the scale, and the
+    negatives of each kind.
+
+    A logit's rounding error, at most eps times `size`, is a *relative* error of its exponential,
+    and so of G, the gradient with respect to the logits: G of a pair is minus the sum of the other
+    elements of its row. At the pairs the oracle subtracts probabilities from 1, and logits from
+    their log-sum-exp. The oracle's own error in float64 is added. (For float64 features, that is
+    the whole error.)
+    """
+    scale, id_options = case.logit_scale, {"ids": case.ids("cpu"), **case.id_options}
+    n, d = row_features.shape
+    # For each direction, the features that have to find their partners, and those they search.
+    directions = [(row_features, with_negatives(column_features, negatives[0]))]
+    if symmetric:
+        directions.append((column_features, with_negatives(row_features, negatives[1])))
+    largest = max((own.abs() @ searched.abs().T).max() for own, searched in directions)
+    # A whole row shares the error of its log-sum-exp, whose size is log n + the largest logit.
+    most = max(len(searched) for _, searched in directions)
+    size = growth(d, eps.logits) * (1 + abs(scale) * largest) + log(most)
+
+    value, scale_grad = row_features.new_zeros(()), row_features.new_zeros(())
+    grads = [torch.zeros_like(row_features), torch.zeros_like(column_features)]
+    negative_grads: list[Tensor | None] = [None, None]
+    for index, (own, searched) in enumerate(directions):
+        exact = gradient_sizes(scale * own @ searched.T, **id_options) / len(directions)
+        # Exponentials below the smallest normal number may be lost.
+        logit_errors = eps.logits * exact
+        logit_errors += 2.0**-126 if eps.logits > FLOAT64 else 2.0**-1022
+        logit_errors[:, :n] += FLOAT64 * exact.new_ones(n).diag()
+        logit_errors *= size / n
+        errors = logit_errors + eps.stored * exact / n
+        value += (eps.logits * exact.sum() / 2 / n + FLOAT64) * size
+        summed = errors if g_is_rounded else logit_errors
+        scale_grad += (summed * (own.abs() @ searched.abs().T)).sum()
+        grads[index] += abs(scale) * errors @ searched.abs()
+        searched_grad = abs(scale) * errors.T @ own.abs()
+        grads[1 - index] += searched_grad[:n]
+        if negatives[index] is not None:
+            negative_grads[index] = searched_grad[n:]
+    if symmetric:
+        options = dict(zip(("negative_text_features", "negative_image_features"), negatives))  # noqa: B905
+        loss = reference.contrastive_loss(
+            row_features, column_features, scale, **id_options, **options
+        )
+    else:
+        loss = reference.one_way_loss(scale * row_features @ column_features.T, **id_options)
+    value += eps.logits * loss
+    return [value, *grads, scale_grad, *negative_grads]
+
+
+def with_negatives(features: Tensor, negatives: Tensor | None) -> Tensor:
+    return features if negatives is None else torch.cat((features, negatives))
+
+
+def gradient_sizes(logits: Tensor, ids: Tensor | None, same_ids: str) -> Tensor:
+    """(n, m), the size of the terms that G_ij is the sum of.
+
+    It is p for a negative, and for a pair |p - 1|, computed as the sum of the other elements of the
+    row. With k positives it is p + 1/k, and for the pair 1 - 1/k more.
+    """
+    n = len(logits)
+    targets = torch.eye(n, dtype=logits.dtype, device=logits.device)
+    if same_ids == "positives":
+        targets = (ids[:, None] == ids).to(logits)
+        targets /= targets.sum(1, keepdim=True)
+    else:
+        logits = reference.without_same_ids(logits, ids)
+    sizes = logits.softmax(dim=1)
+    pair = sizes.sum(1) - sizes.diagonal()
+    sizes.diagonal().copy_(pair + 1 - targets.diagonal())
+    sizes[:, :n] += targets - targets.diag().diag()
+    return sizes
+
+
+def penalty_bound(image: Tensor, text: Tensor, a: float, b: float, eps: float) -> list[Any]:
+    """The size of the rounding of N P_in and N P_cross, and of dI and dT of a N P_in + b N P_cross.
+
+    U and V are a sum and a difference of two given numbers, so each is exact except for its last
+    bit. For nearly aligned pairs V is small, and so is every size. The oracle subtracts products of
+    I and T, and its own error in float64 is added.
+    """
+    value = grad = 0.0
+    sizes = image.abs() + text.abs()
+    engine = ((image + text).abs(), (image - text).abs(), eps * growth(image.shape[1], eps))
+    oracle = (sizes, sizes, FLOAT64)
+    for u, v, precision in (engine, oracle):
+        w = u @ v.T
+        value += precision * w.square().sum()
+        equal, different = w @ v + w.T @ u, w.T @ v + w @ u
+        grad += precision * ((abs(a) + abs(b)) * equal + abs(a - b) * different)
+    return [value, grad]

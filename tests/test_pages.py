@@ -1,0 +1,151 @@
+"""Python blocks of README.md and docs/ (the recipes have their own tests), and numbers on them."""
+
+import csv
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from processes import ROOT
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+import cyclip_loss
+
+D = 8
+
+
+class Towers(nn.Module):
+    """Two linear encoders and a scale, called as OpenCLIP's models are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.text = nn.Linear(5, D), nn.Linear(7, D)
+        self.log_scale = nn.Parameter(torch.tensor(2.66))
+
+    def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        image, text = (normalize(x, dim=-1) for x in (self.image(images), self.text(texts)))
+        return image, text, self.log_scale.exp()
+
+
+def run(page: str, index: int = 0, **names: Any) -> dict[str, Any]:
+    """Run the block of this number on a page with these variables. Returns all of its variables."""
+    text = (ROOT / page).read_text()
+    block = re.findall(r"^( *)```python\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE)[index]
+    indent, code = block
+    code = re.sub(f"^{indent}", "", code, flags=re.MULTILINE)
+    exec(compile(code, page, "exec"), names)
+    return names
+
+
+def inputs() -> dict[str, Any]:
+    """A model and a batch, under the names that the pages use."""
+    torch.manual_seed(0)
+    texts = torch.randn(6, 7)
+    return {"model": Towers(), "images": torch.randn(6, 5), "texts": texts, "tokens": texts}
+
+
+def features() -> dict[str, Any]:
+    """What the model of `inputs` returns."""
+    given = inputs()
+    output = given["model"](given["images"], given["texts"])
+    return dict(zip(("image_features", "text_features", "logit_scale"), output, strict=True))
+
+
+def expected_loss() -> float:
+    return cyclip_loss.CyCLIPLoss(reference_batch_size=128)(**features()).item()
+
+
+def test_the_training_step_of_the_readme_gives_the_loss_and_gradients() -> None:
+    names = run("README.md", **inputs())
+    assert names["loss"].item() == pytest.approx(expected_loss())
+    assert all(parameter.grad is not None for parameter in names["model"].parameters())
+
+
+def test_the_step_across_ranks_trains_with_one_rank(tmp_path: Path, monkeypatch) -> None:
+    initialise = dist.init_process_group
+    options = {"init_method": f"file://{tmp_path}/store", "rank": 0, "world_size": 1}
+    monkeypatch.setattr(dist, "init_process_group", lambda _: initialise("gloo", **options))
+    try:
+        names = run("docs/distributed.md", **inputs())
+        assert all(parameter.grad is not None for parameter in names["model"].parameters())
+    finally:
+        dist.destroy_process_group()
+
+
+def test_the_logged_terms_sum_to_the_loss(capsys: pytest.CaptureFixture[str]) -> None:
+    loss_fn = cyclip_loss.CyCLIPLoss(reference_batch_size=128)
+    names = run("docs/choosing.md", loss_fn=loss_fn, **features())
+    assert names["loss"].item() == pytest.approx(expected_loss())
+    assert "'crossmodal_cyclic_loss': " in capsys.readouterr().out
+
+
+def test_the_numbers_to_watch_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    run("docs/evaluation.md")
+    assert "inmodal_correlation" in capsys.readouterr().out
+
+
+def test_the_filter_silences_every_warning_of_the_package() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run("docs/troubleshooting.md")
+        warnings.warn("silent", cyclip_loss.CyCLIPWarning, stacklevel=1)
+        warnings.warn("heard", UserWarning, stacklevel=1)
+    assert [str(warning.message) for warning in caught] == ["heard"]
+
+
+def test_the_authors_step_becomes_one_call() -> None:
+    loss = run("docs/from_the_authors_code.md", **features())["loss"]
+    scale = features()["logit_scale"]
+    image, text = features()["image_features"], features()["text_features"]
+    terms = cyclip_loss.reference.cyclip_loss(image, text, scale, 0.25, 0.25)
+    torch.testing.assert_close(loss, sum(terms.values()))
+
+
+def test_the_authors_weights_are_saved_without_the_rest(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("cyclip.pt").mkdir()
+    content = {"state_dict": {"module.visual.proj": torch.ones(2)}, "lr": np.float64(5e-4)}
+    torch.save(content, "cyclip.pt/best.pt")
+    run("docs/from_the_authors_code.md", 1)
+    saved = torch.load("cyclip-weights.pt")
+    assert list(saved) == ["visual.proj"]
+
+
+def last_recalls() -> dict[str, float]:
+    """R@10 in % of each run of the icons after its last epoch, by the run's heading."""
+    record = (ROOT / "reference_train/results/icons/runs.txt").read_text()
+    runs = re.findall(r"^(\S.*): \d+ minutes.*\n(?: .*\n)*? +R@10: .*?([\d.]+)$", record, re.M)
+    return {name: float(recall) for name, recall in runs}
+
+
+def test_the_settings_table_has_the_differences_of_the_record() -> None:
+    recalls = last_recalls()
+    compared = [("lambda-cyclip-128-0", "lambda-clip-128-0")]
+    compared += [("lambda-cyclip-512-128", "lambda-clip-512-0")]
+    compared += [(f"warmup-1.0-1024-{seed}", f"clip-1024-{seed}") for seed in range(3)]
+    compared += [(f"cyclip-{seed}, 20 epochs", f"clip-{seed}, 20 epochs") for seed in range(3)]
+    compared += [("warmup-512-1024-20-0", "clip-0, 20 epochs")]
+    expected = [f"{recalls[cyclip] - recalls[clip]:.1f}" for cyclip, clip in compared]
+    table = (ROOT / "docs/choosing.md").read_text().partition("## Settings")[2]
+    rows = [line for line in table.splitlines() if line.startswith("| ")]
+    assert re.findall(r"\d+\.\d", "\n".join(rows[:5])) == expected
+
+
+def test_published_numbers_on_the_first_pages_have_a_source() -> None:
+    with open(ROOT / "reference_train/evaluate/published.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["metric"] == "top1"]
+    published = {(row["data_set"], row["source"]): (row["clip"], row["cyclip"]) for row in rows}
+    shown = [("imagenet1k", "paper"), ("imagenet1k", "reproduced"), ("cifar10", "reproduced")]
+    expected = [f"{float(number):.1f}" for key in shown for number in published[key]]
+    readme = (ROOT / "README.md").read_text()
+    bullet = readme.partition("- **For accuracy")[2].partition("\n- ")[0]
+    assert re.findall(r"\d+\.\d", bullet) == expected
+    known = (ROOT / "docs/choosing.md").read_text()
+    for (_, source), numbers in published.items():
+        if source == "reproduced":
+            assert " → ".join(numbers) in known
