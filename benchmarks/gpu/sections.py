@@ -41,7 +41,9 @@ from cyclip_loss.tune import tune
 
 KERNEL_SIZES = ((512, 512), (4096, 512), (65536, 768))
 KERNELS_SHOWN = 12
-DRY_RUN = replace(CUDA, sizes=((96, 32),), matrix=256, matrix_seconds=0.01, seconds=0.1)
+DRY_RUN = replace(
+    CUDA, sizes=((96, 32),), matrix=256, matrix_seconds=0.01, seconds=0.1, min_rounds=2
+)
 
 
 def ceilings(run: Run) -> None:

@@ -59,10 +59,13 @@ def test_outcomes_of_tests_are_recorded(project: Path, monkeypatch) -> None:
 
 def test_tests_that_exceed_the_time_are_interrupted_and_noted(project: Path, monkeypatch) -> None:
     monkeypatch.setattr(suite, "DRY_RUN_TESTS", (str(project), "-k", "right or slow"))
-    run = Run(CPU, dry_run=True)
-    run.deadline = 10
-    with run.start_section("tests") as section:
-        suite.run_tests(suite.CUDA_TESTS, 1, run)
+    for deadline in (5, 50, 500):  # on a busy machine pytest starts slowly
+        run = Run(CPU, dry_run=True)
+        run.deadline = deadline
+        with run.start_section("tests") as section:
+            suite.run_tests(suite.CUDA_TESTS, 1, run)
+        if section.rows:
+            break
     (row,), (note,) = section.rows, section.notes
     assert row == {"passed": 1}
     assert section.failures == []
