@@ -136,7 +136,7 @@ def prepare(
             **_collective_signature(sent, options, ids),
         }
         ranks, column_ranks = check_ranks_agree(
-            ranks, options, images, num_rows, signature, WEIGHTS
+            options.process_group, options, images, num_rows, signature, WEIGHTS
         )
     return Batch(
         images,

@@ -100,14 +100,14 @@ _agreed: WeakKeyDictionary[ProcessGroup, set[Hashable]] = WeakKeyDictionary()
 
 
 def check_ranks_agree(
-    ranks: Ranks,
+    process_group: Any,
     options: Any,
     features: Tensor,
     num_rows: dict[str, int],
     signature: dict[str, Hashable],
     weights: tuple[str, ...],
 ) -> tuple[Ranks, Ranks]:
-    """Compare the call with the other ranks'; return `ranks` twice, with numbers of rows.
+    """Compare the call with the other ranks'; return the ranks twice, with numbers of rows.
 
     Ranks compare in the first call with a signature and, with `uneven`, in every call. The host
     waits for the comparison. Other calls are not checked. Without `uneven`, nothing is compared
@@ -122,23 +122,46 @@ def check_ranks_agree(
         ValueError: on every rank, listing all differences, or if no rank has pairs. In a call
             without comparison, on a rank without pairs.
     """
-    (pairs_name, num_pairs), *_ = num_rows.items()
+    ranks = ranks_of(process_group)
     # Older versions of torch.compile can't look up a group in a dictionary.
     is_compiling = torch.compiler.is_compiling()
-    agreed = set() if is_compiling else _agreed.setdefault(ranks.group, set())  # type: ignore[arg-type]
-    key = tuple(signature.items())
-    if not options.uneven and (is_compiling or key in agreed):
+    if not options.uneven and (is_compiling or tuple(signature.items()) in _agreed_in(ranks)):
+        (pairs_name, num_pairs), *_ = num_rows.items()
         if num_pairs == 0:
             raise ValueError(f"{pairs_name} have 0 rows: that needs uneven=True")
         return ranks, ranks
-
-    own = {**signature, **{name: getattr(options, name) for name in weights}}
     disable: Any = torch.compiler.disable  # not at the top: that would import the whole compiler
-    answers = disable(_exchange)({"rows": (*num_rows.values(),), **own}, ranks, features)
+    # It gets the group, not `ranks`: PyTorch 2.12 cannot pass an object that holds a group and was
+    # made in compiled code.
+    compare = disable(_compare)
+    return compare(process_group, options, features, num_rows, signature, weights)  # type: ignore[no-any-return]
+
+
+def _agreed_in(ranks: Ranks) -> set[Hashable]:
+    return _agreed.setdefault(ranks.group, set())  # type: ignore[arg-type]
+
+
+def _compare(
+    process_group: Any,
+    options: Any,
+    features: Tensor,
+    num_rows: dict[str, int],
+    signature: dict[str, Hashable],
+    weights: tuple[str, ...],
+) -> tuple[Ranks, Ranks]:
+    """The comparison of `check_ranks_agree`. The host waits."""
+    ranks = ranks_of(process_group)
+    own = {**signature, **{name: getattr(options, name) for name in weights}}
+    answers: list[Any] = [None] * ranks.size
+    device_of: Any = torch.cuda.device_of
+    with device_of(features):
+        message = {"rows": tuple(num_rows.values()), **own}
+        dist.all_gather_object(answers, message, group=ranks.group)
+
     values: Any = {name: [answer[name] for answer in answers] for name in own}
-    named_rows = list(zip(*(answer["rows"] for answer in answers)))  # noqa: B905
+    named_rows = list(zip(*(answer["rows"] for answer in answers), strict=True))
     if not options.uneven:
-        for name, rows in zip(num_rows, named_rows):  # noqa: B905
+        for name, rows in zip(num_rows, named_rows, strict=True):
             values[f"the number of rows of {name} (unless uneven=True)"] = rows
     same = "must be the same on every rank, got"
     differing = [f"{name} {same} {_listed(x)}" for name, x in values.items() if len(set(x)) > 1]
@@ -146,23 +169,14 @@ def check_ranks_agree(
         raise ValueError("; ".join(differing))
     if sum(named_rows[0]) == 0:
         raise ValueError("the global batch is empty: every rank's features have 0 rows")
-    agreed.add(key)
-    all_rows = tuple(map(sum, zip(*named_rows)))  # noqa: B905
+    _agreed_in(ranks).add(tuple(signature.items()))
+    all_rows = tuple(map(sum, zip(*named_rows, strict=True)))
     return _with_rows(ranks, named_rows[0]), _with_rows(ranks, all_rows)
 
 
 def _with_rows(ranks: Ranks, rows_per_rank: tuple[int, ...]) -> Ranks:
     """The ranks with their numbers of rows, None if these are equal."""
     return replace(ranks, rows_per_rank=rows_per_rank if len(set(rows_per_rank)) > 1 else None)
-
-
-def _exchange(own: dict[str, Any], ranks: Ranks, features: Tensor) -> list[dict[str, Any]]:
-    """Gather each rank's `own` on every rank; the host waits."""
-    answers: list[Any] = [None] * ranks.size
-    device_of: Any = torch.cuda.device_of
-    with device_of(features):
-        dist.all_gather_object(answers, own, group=ranks.group)
-    return answers
 
 
 def is_gloo_on_gpu(block: Tensor, ranks: Ranks) -> bool:

@@ -84,7 +84,7 @@ def _gather(
     signature = {"D": d, "dtype": pair[0].dtype, "the device type": pair[0].device.type}
     num_rows = {"image_features and text_features": n}
     options = LossOptions(uneven=True)
-    ranks, _ = across.check_ranks_agree(ranks, options, pair[0], num_rows, signature, ())
+    ranks, _ = across.check_ranks_agree(ranks.group, options, pair[0], num_rows, signature, ())
     gathered = across.start_gather(torch.cat(pair, dim=1), ranks)
     assert gathered is not None
     images, texts = across.finish_gather(gathered, ranks).tensor_split((d,), dim=1)
