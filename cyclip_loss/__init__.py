@@ -11,7 +11,7 @@ from cyclip_loss.options import hint_at_misspelled
 from cyclip_loss.usage_warnings import CyCLIPWarning
 from cyclip_loss.with_penalty import WithCyclicPenalty
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 __all__ = [
     "ContrastiveLogSumExp",
     "CyCLIPLoss",

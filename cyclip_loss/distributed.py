@@ -166,7 +166,7 @@ def _compare(
     same = "must be the same on every rank, got"
     differing = [f"{name} {same} {_listed(x)}" for name, x in values.items() if len(set(x)) > 1]
     if differing:
-        raise ValueError("; ".join(differing))
+        raise ValueError("; ".join(differing) + " (more: docs/troubleshooting.md)")
     if sum(named_rows[0]) == 0:
         raise ValueError("the global batch is empty: every rank's features have 0 rows")
     _agreed_in(ranks).add(tuple(signature.items()))

@@ -29,14 +29,18 @@ from cyclip_loss.plan import make_plan
 
 
 class ContrastiveLogSumExp(NamedTuple):
-    """Results for this rank's n pairs; the sums run over the negatives of all ranks.
+    """Three vectors for this rank's n pairs; the sums run over the negatives of all ranks.
 
-    float32 (float64 for float64 features).
+    - `row_negatives` (n,): log sum_{j != i} exp(l_ij), -inf without negatives
+    - `column_negatives` (n,): log sum_{i != j} exp(l_ij); None with `one_way`
+    - `pair_logits` (n,): l_ii
+
+    float32; float64 for float64 features.
     """
 
-    row_negatives: Tensor  # (n,): log sum_{j != i} exp(l_ij), -inf without negatives
-    column_negatives: Tensor | None  # (n,): log sum_{i != j} exp(l_ij); None with `one_way`
-    pair_logits: Tensor  # (n,): l_ii
+    row_negatives: Tensor
+    column_negatives: Tensor | None
+    pair_logits: Tensor
 
 
 def contrastive_logsumexp(

@@ -39,7 +39,8 @@ class _FirstDerivativesOnly(torch.autograd.Function):
         raise RuntimeError(
             "cyclip_loss has first derivatives only: its gradients cannot be differentiated again "
             "(as a gradient penalty, or backward through create_graph=True, would). "
-            "cyclip_loss.reference.cyclip_loss has all derivatives, but builds N x N matrices"
+            "cyclip_loss.reference.cyclip_loss has all derivatives, but builds N x N matrices "
+            "(more: docs/troubleshooting.md)"
         )
 
 

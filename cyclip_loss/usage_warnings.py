@@ -33,7 +33,8 @@ def warn_once(subject: str, text: str) -> None:
     libraries = ("cyclip_loss", "torch")
     while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in libraries:
         level, frame = level + 1, frame.f_back
-    warnings.warn(text, CyCLIPWarning, stacklevel=level)
+    page = "docs/troubleshooting.md"
+    warnings.warn(f"{text} (more: {page})", CyCLIPWarning, stacklevel=level)
 
 
 def warn_of_strong_penalties(options: Any, total: int) -> None:
