@@ -96,7 +96,7 @@ def test_an_error_of_more_than_16_ranks_lists_each_value_once(monkeypatch) -> No
     dist.init_process_group("fake", rank=0, world_size=20, store=FakeStore())
     try:
         features = torch.eye(3, device="cpu")
-        with pytest.raises(ValueError, match=r"every rank, got 128, None on 20 ranks$"):
+        with pytest.raises(ValueError, match=r"every rank, got 128, None on 20 ranks \(more: "):
             CyCLIPLoss(reference_batch_size=128)(features, features, 10.0)
     finally:
         dist.destroy_process_group()
