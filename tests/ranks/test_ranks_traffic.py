@@ -31,7 +31,9 @@ class Recorder(TorchDispatchMode):
         sizes = [tensor.numel() for tensor in tensors if isinstance(tensor, torch.Tensor)]
         self.largest = max([self.largest, *sizes])
         name = function.overloadpacket.__name__
-        if name == "allgather_":  # two per comparison: of sizes, then of objects
+        # `all_gather_object` makes two of these in a comparison, of sizes and of objects. Their name
+        # depends on the version of PyTorch.
+        if function.namespace == "c10d" and "allgather" in name:
             self.found.append(("comparison", 0))
         elif "c10d" in function.namespace and name != "wait_tensor":
             tensor = args[0] if name == "reduce_scatter_tensor" else result
