@@ -149,7 +149,7 @@ def test_a_model_that_was_never_released_is_not_suggested(
 def test_a_file_without_a_params_txt_asks_for_the_model_and_names_the_authors(
     checkpoint: Path,
 ) -> None:
-    with pytest.raises(CannotStart, match="say --model .RN50-quickgelu for .* CyCLIP authors"):
+    with pytest.raises(CannotStart, match=r"say --model .RN50-quickgelu for .* CyCLIP authors"):
         find_checkpoints([checkpoint], None, None)
 
 
