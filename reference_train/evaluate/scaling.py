@@ -131,7 +131,7 @@ def draw_robustness(result: Result, path: Path) -> bool:
         for shift in shifts
         if base in drawable and shift in drawable
     ]
-    caption = "A dot for each number of training pairs. Dots are means over seeds."
+    caption = "Dots differ in the number of training pairs, and are means over seeds."
     return draw_panels(panels, path, caption)
 
 
