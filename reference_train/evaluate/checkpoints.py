@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from ..command_line import CannotStart, Stopped
 from ..pretrain.runs import PARAMETERS, load_checkpoint, without_wrappers
 from .datasets import Images, Unusable
-from .runs import Checkpoint
+from .runs import RELEASED_MODEL, Checkpoint
 
 TEXTS_AT_A_TIME = 1024
 # The learning rate in the authors' checkpoints is a NumPy number, which PyTorch refuses otherwise.
@@ -161,13 +161,14 @@ def check_activation(checkpoint: Checkpoint, content: dict[str, Any]) -> None:
         return
     if open_clip.get_model_config(name).get("quick_gelu"):
         return
-    right = f"{name}-quickgelu"
-    if right not in open_clip.list_models():
-        right = "a model with quick_gelu"
+    right = f"{RELEASED_MODEL} for the files that they released"
+    own = f"{name}-quickgelu"
+    if own != RELEASED_MODEL and own in open_clip.list_models():
+        right += f", or {own} if their code trained {name}"
     raise CannotStart(
         f"{checkpoint.path}: the CyCLIP authors' code wrote these weights, for QuickGELU; {name} "
-        f"would give other features: say --model {right} (if OpenCLIP's trainer wrote them, put "
-        f"its {PARAMETERS} beside them)"
+        f"would give other features or not load: say --model {right} (if OpenCLIP's trainer wrote "
+        f"them, put its {PARAMETERS} beside them)"
     )
 
 

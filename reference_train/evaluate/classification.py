@@ -33,7 +33,8 @@ def classified(
         read_train: reads the train split. If that fails, the data set has no train split.
         imagenet_classes: ImageNet's number of each class; None: they follow from `name`.
 
-    Raises `Unusable` if a data set of the paper has too few or too many classes.
+    Raises `Unusable` if a data set of the paper has too few or too many classes, or ImageNet's in
+    another order.
     """
     templates = [line.replace("{c}", "{}") for line in lines(folder / TEMPLATES)]
     if name in paper.ZERO_SHOT_SETS:
@@ -43,6 +44,7 @@ def classified(
             raise Unusable(f"{folder} has {len(names)} classes, not {expected}")
         if name.startswith("imagenet") and imagenet_classes is None:
             imagenet_classes = imagenet.class_numbers(name)
+            imagenet.check_order(names, imagenet_classes)
     superclass = None
     if imagenet_classes is not None:
         superclass = imagenet.superclass_of(imagenet_classes)

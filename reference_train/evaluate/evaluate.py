@@ -23,7 +23,7 @@ from .folder_sets import open_folders
 from .measure import measure
 from .paper import ZERO_SHOT_SETS
 from .records import Result
-from .runs import Checkpoint, find_checkpoints
+from .runs import RELEASED_MODEL, Checkpoint, find_checkpoints
 
 DESCRIPTION = """\
 Evaluates checkpoints of OpenCLIP, or of the CyCLIP authors' code, beside the paper's numbers.
@@ -51,8 +51,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     text = "your own data set: a folder of images for each class, in DIR or DIR/test, DIR/train"
     add("--imagefolder", nargs="+", default=[], metavar="NAME=DIR", help=text)
     add("--only", nargs="+", metavar="NAME", help="data sets to evaluate; default: all")
-    text = "OpenCLIP's name of the model; default: from the run's params.txt; RN50-quickgelu for "
-    add("--model", help=text + "checkpoints of the CyCLIP authors")
+    text = "OpenCLIP's name of the model; default: from the run's params.txt; say "
+    add("--model", help=f"{text}{RELEASED_MODEL} for checkpoints of the CyCLIP authors")
     text = "evaluate OpenCLIP's own weights of --model, too"
     add("--pretrained", metavar="TAG", help=text)
     text = "fit a linear probe on the train split, as the paper's authors do"

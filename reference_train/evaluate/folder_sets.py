@@ -34,8 +34,11 @@ def open_folders(folder: Path, name: str) -> DataSet:
     if name.startswith("imagenet"):
         try:
             numbers = imagenet.folder_numbers(folders)
-        except ValueError:
-            raise Unusable(f"{test}: folders should be called as ImageNet's classes") from None
+        except ValueError as error:
+            raise Unusable(
+                f"{test / str(error)}: folders should be called by WordNet identifier (n01440764) "
+                "or number (0 to 999)"
+            ) from None
         names = [IMAGENET_CLASSNAMES[number] for number in numbers]
 
     def read_train() -> Split:
@@ -61,6 +64,8 @@ def class_folders(path: Path) -> tuple[Images, Tensor, list[str]]:
         found = ImageFolder(path, allow_empty=True)
     except OSError as error:
         raise Unusable(f"{path} holds no folders of images, one for each class") from error
+    if not found.samples:
+        raise Unusable(f"{path}: no images")
     images = Images([Path(file) for file, _ in found.samples])
     return images, torch.tensor(found.targets), found.classes
 
@@ -70,34 +75,57 @@ def open_labels(folder: Path, name: str, test: Path) -> DataSet:
 
     Class names come from `classnames.txt`, or from the authors' classes.py beside labels.csv.
     """
-    names = lines(folder / "classnames.txt") or authors_class_names(test / "classes.py")
+    names, classes_py = lines(folder / "classnames.txt"), test / "classes.py"
+    if not names and not classes_py.is_file():
+        raise Unusable(f"no class names: neither {folder}/classnames.txt nor {classes_py}")
     if not names:
-        raise Unusable(f"no class names: neither {folder}/classnames.txt nor {test}/classes.py")
+        try:
+            names = authors_class_names(classes_py)
+        except (ValueError, SyntaxError) as error:
+            raise Unusable(
+                f'{classes_py}: its "classes" should be a list of strings; write '
+                f"{folder}/classnames.txt instead"
+            ) from error
     train = folder / "train"
     read_train = partial(read_labels, train) if train.is_dir() and test != folder else None
     return classified(folder, name, read_labels(test), names, read_train)
 
 
 def read_labels(folder: Path) -> tuple[Images, Tensor]:
-    """The images and labels of a labels.csv."""
-    with (folder / LABELS).open(encoding="utf-8", newline="") as file:
-        entries = list(csv.DictReader(file))
-    images = Images([folder / entry["image"] for entry in entries])
-    return images, torch.tensor([int(entry["label"]) for entry in entries])
+    """The images and labels of a labels.csv. Raises `Unusable` if it holds anything else."""
+    path = folder / LABELS
+    places, labels = list[Path](), list[int]()
+    with path.open(encoding="utf-8-sig", newline="") as file:  # Excel begins a file with a BOM
+        reader = csv.DictReader(file)
+        if not {"image", "label"} <= {*(reader.fieldnames or ())}:
+            raise Unusable(f"{path}: its columns should be image,label")
+        for entry in reader:
+            try:
+                labels.append(int(entry["label"]))
+            except (TypeError, ValueError):  # TypeError: the line has no second column
+                raise Unusable(
+                    f"{path}, line {reader.line_num}: the label should be a class number, not "
+                    f"{entry['label']!r}"
+                ) from None
+            places.append(folder / entry["image"])
+    if not places:
+        raise Unusable(f"{path}: no images")
+    return Images(places), torch.tensor(labels)
 
 
 def authors_class_names(path: Path) -> list[str]:
-    """The "classes" of a classes.py; [] without such a file or entry.
+    """The "classes" of a classes.py.
 
-    The file holds a dict that contains functions. It is parsed, and never run.
+    The file holds a dict that contains functions. It is parsed, and never run. Raises ValueError or
+    SyntaxError if it is no such dict, or its "classes" are no list of strings.
     """
-    if not path.is_file():
-        return []
-    content = ast.parse(path.read_text(encoding="utf-8").strip(), mode="eval").body
+    content = ast.parse(path.read_text(encoding="utf-8-sig").strip(), mode="eval").body
     entries = (
         zip(content.keys, content.values, strict=True) if isinstance(content, ast.Dict) else ()
     )
     for key, value in entries:
         if isinstance(key, ast.Constant) and key.value == "classes":
-            return [str(name) for name in ast.literal_eval(value)]
-    return []
+            names = ast.literal_eval(value)
+            if isinstance(names, list) and all(isinstance(name, str) for name in names):
+                return names
+    raise ValueError('no list of strings called "classes"')

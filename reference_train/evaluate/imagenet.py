@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from open_clip import IMAGENET_CLASSNAMES
 from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor
 
-from .datasets import lines
+from .datasets import Unusable, lines
 
 # "NAME: NUMBERS" on each line; # begins a comment.
 SUPERCLASSES = Path(__file__).with_name("imagenet_superclasses.txt")
@@ -27,16 +28,37 @@ def class_numbers(data_set: str) -> list[int]:
     return [int(number) for number in content.split()]
 
 
+def check_order(names: Sequence[str], numbers: Sequence[int]) -> None:
+    """Raises `Unusable` if a name is ImageNet's name of another class.
+
+    In another order each class would have the superclass of another one. Names that are not
+    ImageNet's, such as translations, cannot be checked.
+
+    names: of the classes, by label. numbers: their class numbers, if the order is ImageNet's.
+    """
+    known = set(IMAGENET_CLASSNAMES)
+    for label, (name, number) in enumerate(zip(names, numbers, strict=True)):
+        if name in known and name != IMAGENET_CLASSNAMES[number]:
+            raise Unusable(
+                f"class {label} is called {name!r}, but in ImageNet's order it is "
+                f"{IMAGENET_CLASSNAMES[number]!r}: labels and class names should be in the order "
+                "of the WordNet identifiers"
+            )
+
+
 def folder_numbers(folders: Sequence[str]) -> list[int]:
     """The class numbers of folders whose names are WordNet identifiers or class numbers.
 
-    Raises ValueError for any other name.
+    Raises ValueError, with the name, for any other name.
     """
     identifiers = ImageNetInfo("imagenet-1k").label_names()
     number_of = {identifier: number for number, identifier in enumerate(identifiers)}
-    numbers = [number_of[f] if f in number_of else int(f) for f in folders]
-    if any(not 0 <= number < 1000 for number in numbers):
-        raise ValueError("class numbers are 0 to 999")
+    numbers = []
+    for folder in folders:
+        number = number_of.get(folder, int(folder) if folder.isdecimal() else -1)
+        if not 0 <= number < len(identifiers):
+            raise ValueError(folder)
+        numbers.append(number)
     return numbers
 
 

@@ -19,9 +19,9 @@ MARKS = {
     "q": "quoted, not checked",
 }
 SOURCES = {
-    "paper": "Goel et al. 2022, RN50 trained on CC3M. Those marked q, with ImageNet's, are gains "
-    "of 10.2 to 23.9% (CIFAR, ImageNet) and 10.2 to 26.5% (shifts), where its abstract says 10 to "
-    "24% and 10 to 27%",
+    "paper": "Goel et al. 2022, RN50 trained on CC3M. The zero-shot top-1 numbers are gains of "
+    "10.2 to 23.9% (CIFAR, ImageNet) and 10.2 to 26.5% (shifts); the abstract says 10 to 24% and "
+    "10 to 27%",
     "May 2022": "linear probes as the authors' repository has them since then; not sure to be the "
     "paper's",
     "April 2022": "linear probes as the authors' repository had them then, all of them accuracies",

@@ -14,6 +14,7 @@ from ..losses import LOSSES
 from ..pretrain.presets import register_models
 from ..pretrain.runs import PARAMETERS, read_parameters
 
+RELEASED_MODEL = "RN50-quickgelu"  # OpenCLIP's name of the only model that the authors released
 # Arguments of OpenCLIP's trainer that change the model or its preprocessing.
 KEPT_ARGUMENTS = (
     "force_quick_gelu",
@@ -97,7 +98,10 @@ def from_file(file: Path, model: str | None) -> Checkpoint:
     parameters = read_parameters(run / PARAMETERS) or read_parameters(folder / PARAMETERS)
     name = model or parameters.get("model")
     if name is None:
-        raise CannotStart(f"{file}: no {PARAMETERS} of a run beside it: say --model")
+        raise CannotStart(
+            f"{file}: no {PARAMETERS} of a run beside it: say --model ({RELEASED_MODEL} for "
+            "checkpoints of the CyCLIP authors)"
+        )
     arguments = {k: parameters[k] for k in KEPT_ARGUMENTS if parameters.get(k)}
     if parameters.get("siglip"):  # the model needs a bias; the weights have its value
         arguments["init_logit_bias"] = 0.0

@@ -20,7 +20,7 @@ from . import published
 from .paper import why_incomparable
 from .pictures import PUBLISHED, use_style
 from .records import Result
-from .table import chance
+from .table import chance, series_of
 
 # Data set -> data sets with the same classes under a natural distribution shift.
 SHIFTS = {
@@ -30,6 +30,14 @@ SHIFTS = {
 # Goel et al. 2022 draw "standard training" as V2 = 1.2 * ImageNet - 9. Its source is not known.
 STANDARD_TRAINING = {"imagenetv2": (1.2, -9.0)}
 ACROSS = 2  # panels in a row
+APART = 1.2  # the smallest ratio of two numbers of pairs whose labels do not overlap
+
+
+class Size(NamedTuple):
+    """What the points of a line differ in."""
+
+    pairs: int
+    series: str = ""  # of our runs, as the table has them: runs that differ in their seed only
 
 
 class Line(NamedTuple):
@@ -38,20 +46,20 @@ class Line(NamedTuple):
     title: str
     colour: str
     is_ours: bool
-    percent: dict[int, float]
+    percent: dict[Size, float]
 
 
 def our_lines(result: Result, name: str) -> list[Line]:
-    """A line for each loss. Its points are means over the runs with the same number of pairs."""
-    found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    """A line for each loss. Its points are means over runs that differ in their seed only."""
+    found: dict[str, dict[Size, list[float]]] = defaultdict(lambda: defaultdict(list))
     for title, run in result["checkpoints"].items():
         numbers = result["results"].get(title, {}).get(name, {}).get("numbers", {})
         pairs, loss = run.get("train_num_samples"), run.get("loss")
         if pairs and loss and "top1" in numbers:
-            found[loss][pairs].append(100 * numbers["top1"])
+            found[loss][Size(pairs, series_of(title, run))].append(100 * numbers["top1"])
     lines = []
     for loss in (loss for loss in LOSSES if loss in found):
-        percent = {pairs: mean(found[loss][pairs]) for pairs in sorted(found[loss])}
+        percent = {size: mean(found[loss][size]) for size in sorted(found[loss])}
         lines.append(Line(LOSSES[loss].title, LOSSES[loss].colour, True, percent))
     return lines
 
@@ -61,7 +69,8 @@ def all_lines(result: Result, name: str) -> list[Line]:
     lines: list[Line] = []
     if not why_incomparable(name, result["data_sets"][name], "top1"):
         for model, percent in published.by_pairs(name).items():
-            lines.append(Line(f"{model}, paper", PUBLISHED[model], False, percent))
+            points = {Size(pairs): number for pairs, number in percent.items()}
+            lines.append(Line(f"{model}, paper", PUBLISHED[model], False, points))
     return lines + our_lines(result, name)
 
 
@@ -70,7 +79,7 @@ def several_sizes(result: Result) -> list[str]:
     return [
         name
         for name in result["data_sets"]
-        if len({pairs for line in our_lines(result, name) for pairs in line.percent}) > 1
+        if len({size.pairs for line in our_lines(result, name) for size in line.percent}) > 1
     ]
 
 
@@ -84,16 +93,29 @@ def draw_size_panel(result: Result, name: str, ax: Any) -> None:
     """Draws the accuracy on one data set."""
     lines = all_lines(result, name)
     for line in lines:
-        draw_line(ax, line, list(line.percent), list(line.percent.values()))
+        draw_line(ax, line, [size.pairs for size in line.percent], list(line.percent.values()))
     if guess := chance(result["data_sets"][name], "top1"):
         ax.axhline(100 * guess, color="black", linestyle=":", linewidth=1, label="chance")
-    ticks = sorted({pairs for line in lines for pairs in line.percent})
+    ticks = sizes_with_a_label(lines)
     ax.set_xscale("log")
     ax.set_xticks(ticks, [short_number(pairs) for pairs in ticks])
     ax.minorticks_off()
     ax.set_ylim(bottom=0)
     ax.set_xlabel("training pairs")
     ax.set_title(f"{name}: zero-shot top-1, %", fontsize=8.5)
+
+
+def sizes_with_a_label(lines: Sequence[Line]) -> list[int]:
+    """The numbers of pairs that are written below the axis.
+
+    All published ones are, and ours if their labels do not overlap with others.
+    """
+    published_first = sorted((line.is_ours, size.pairs) for line in lines for size in line.percent)
+    labelled: list[int] = []
+    for is_ours, pairs in published_first:
+        if not is_ours or all(max(pairs / x, x / pairs) > APART for x in labelled):
+            labelled.append(pairs)
+    return sorted({*labelled})
 
 
 def draw_robustness(result: Result, path: Path) -> bool:
@@ -109,7 +131,8 @@ def draw_robustness(result: Result, path: Path) -> bool:
         for shift in shifts
         if base in drawable and shift in drawable
     ]
-    return draw_panels(panels, path, "A dot for each number of training pairs.")
+    caption = "Dots differ in the number of training pairs, and are means over seeds."
+    return draw_panels(panels, path, caption)
 
 
 def draw_shift_panel(result: Result, base: str, shift: str, ax: Any) -> None:
@@ -118,8 +141,8 @@ def draw_shift_panel(result: Result, base: str, shift: str, ax: Any) -> None:
     points = [0.1]
     for line in all_lines(result, base):
         percent = under_shift.get(line.title, {})
-        common = [pairs for pairs in line.percent if pairs in percent]
-        x, y = [line.percent[pairs] for pairs in common], [percent[pairs] for pairs in common]
+        common = [size for size in line.percent if size in percent]
+        x, y = [line.percent[size] for size in common], [percent[size] for size in common]
         draw_line(ax, line, x, y)
         points += [*x, *y]
     end = 1.05 * max(points)

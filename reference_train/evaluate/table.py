@@ -102,17 +102,25 @@ def columns(result: Result) -> list[Column]:
     found: dict[tuple[Any, ...], Column] = {}
     for title, results in result["results"].items():
         run = result["checkpoints"][title]
-        loss, seed = run["loss"], run["seed"]
-        series = title if seed is None else title.removesuffix(f"-{seed}")
+        loss, series = run["loss"], series_of(title, run)
         if loss is None:
             sort_key = (True, natural(series), 0)
             column = Column(series, None, [])
         else:
-            series = series.removesuffix(loss).removesuffix("-")
             sort_key = (False, natural(series), list(LOSSES).index(loss))
             column = Column(f"{series} {LOSSES[loss].title}".strip(), loss, [])
         found.setdefault(sort_key, column).runs.append(results)
     return [found[sort_key] for sort_key in sorted(found)]
+
+
+def series_of(title: str, run: dict[str, Any]) -> str:
+    """What the title of a run says besides its loss and its seed; "" if it says nothing else.
+
+    run: as `runs.describe_run` describes it.
+    """
+    loss, seed = run["loss"], run["seed"]
+    series = title if seed is None else title.removesuffix(f"-{seed}")
+    return series if loss is None else series.removesuffix(loss).removesuffix("-")
 
 
 def natural(series: str) -> tuple[tuple[bool, float, str], ...]:

@@ -1,6 +1,9 @@
 """Checkpoints and evaluation folders of the CyCLIP authors' code."""
 
 import json
+import re
+import shutil
+import textwrap
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -11,10 +14,12 @@ import pytest
 import torch
 from miniature import TINY
 from PIL import Image
+from processes import ROOT
 
 from reference_train.command_line import CannotStart
 from reference_train.evaluate import evaluate as command
-from reference_train.evaluate.checkpoints import load
+from reference_train.evaluate.checkpoints import check_activation, load
+from reference_train.evaluate.datasets import Unusable
 from reference_train.evaluate.folder_sets import open_folders
 from reference_train.evaluate.runs import find_checkpoints
 
@@ -123,13 +128,60 @@ def test_a_model_without_quickgelu_is_refused_for_weights_of_the_authors(
         del content["optimizer"]
     torch.save(content, tmp_path / "theirs.pt")
     [found] = find_checkpoints([tmp_path / "theirs.pt"], model_names[0], None)
-    with pytest.raises(CannotStart, match=f"say --model {model_names[1]} ") as error:
+    right = f"say --model RN50-quickgelu .*, or {model_names[1]} if"
+    with pytest.raises(CannotStart, match=right) as error:
         load(found, torch.device("cpu"))
     assert "\n" not in str(error.value)
     # a params.txt beside the file decides
     (tmp_path / "params.txt").write_text(f"model: {model_names[0]}\n")
     [found] = find_checkpoints([tmp_path / "theirs.pt"], None, None)
     load(found, torch.device("cpu"))
+
+
+def test_a_model_that_was_never_released_is_not_suggested(
+    checkpoint: Path, model_names: tuple[str, str]
+) -> None:
+    [found] = find_checkpoints([checkpoint], "ViT-B-32-256", None)
+    with pytest.raises(CannotStart, match=r"say --model RN50-quickgelu .*released \(if"):
+        check_activation(found, torch.load(checkpoint, weights_only=False))
+
+
+def test_a_file_without_a_params_txt_asks_for_the_model_and_names_the_authors(
+    checkpoint: Path,
+) -> None:
+    with pytest.raises(CannotStart, match=r"say --model .RN50-quickgelu for .* CyCLIP authors"):
+        find_checkpoints([checkpoint], None, None)
+
+
+def test_the_help_of_model_promises_no_default_for_the_authors_checkpoints(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "params.txt; say RN50-quickgelu for checkpoints of the CyCLIP authors" in said
+
+
+def test_weights_saved_as_the_page_says_train_further_and_still_tell_their_model(
+    checkpoint: Path,
+    model_names: tuple[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The block of "What cannot be continued" reads the file without running what it says."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(checkpoint.parent, tmp_path / checkpoint.parent.name)
+    page = (ROOT / "docs" / "from_the_authors_code.md").read_text()
+    [block] = [b for b in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "torch.load" in b]
+    assert "weights_only=False" not in block
+    exec(textwrap.dedent(block), {})
+    model = open_clip.create_model(model_names[1], pretrained="cyclip-weights.pt")
+    trained = torch.load(checkpoint, weights_only=False)["state_dict"]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, trained[f"module.{name}"])
+    [found] = find_checkpoints([Path("cyclip-weights.pt")], model_names[0], None)
+    with pytest.raises(CannotStart, match="would give other features"):
+        load(found, torch.device("cpu"))
 
 
 def test_openclips_checkpoints_are_not_taken_for_the_authors(
@@ -194,6 +246,50 @@ def test_a_labels_csv_is_read_with_the_class_names_beside_it(evaluation_folder: 
     assert open_folders(evaluation_folder / "validation", "own").train is None
     (evaluation_folder / "classnames.txt").write_text("one\ntwo\nthree\n")
     assert open_folders(evaluation_folder, "own").classes[""].names == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("file,class\nimages/0.png,0\n", "its columns should be image,label"),
+        ("", "its columns should be image,label"),
+        ("image,label\nimages/0.png,0\nimages/1.png,dog\n", "line 3: .* class number, not 'dog'"),
+        ("image,label\nimages/0.png\n", "line 2: .* class number, not None"),
+        ("image,label\n", "no images"),
+    ],
+)
+def test_a_labels_csv_with_other_content_is_named_with_what_is_wrong(
+    content: str, message: str, evaluation_folder: Path
+) -> None:
+    (evaluation_folder / "validation" / "labels.csv").write_text(content)
+    with pytest.raises(Unusable, match=f"/validation/labels.csv.*{message}"):
+        open_folders(evaluation_folder, "own")
+
+
+def test_a_labels_csv_may_begin_with_a_byte_order_mark(evaluation_folder: Path) -> None:
+    path = evaluation_folder / "validation" / "labels.csv"
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert open_folders(evaluation_folder, "own").classes[""].labels.tolist() == [2, 0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        'config = {"classes": ["a", "b", "c"]}',
+        '{"classes": [c for c in "abc"]}',
+        '{"classes": "abc"}',
+        '{"classes": [1, 2, 3]}',
+        '{"templates": []}',
+        '["a", "b", "c"]',
+    ],
+)
+def test_a_classes_py_of_another_form_is_named_with_the_file_to_write_instead(
+    content: str, evaluation_folder: Path
+) -> None:
+    (evaluation_folder / "validation" / "classes.py").write_text(content)
+    message = r'/validation/classes.py: its "classes" .* write .*/data/classnames.txt instead'
+    with pytest.raises(Unusable, match=message):
+        open_folders(evaluation_folder, "own")
 
 
 def test_imagenets_labels_csv_has_the_superclasses(tmp_path: Path) -> None:

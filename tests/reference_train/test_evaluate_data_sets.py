@@ -17,7 +17,7 @@ from miniature import (
 )
 from timm.data.imagenet_info import ImageNetInfo
 
-from reference_train.evaluate import classification, paper
+from reference_train.evaluate import classification, imagenet, paper
 from reference_train.evaluate.datasets import Unusable
 from reference_train.evaluate.find import find
 from reference_train.evaluate.folder_sets import open_folders
@@ -75,6 +75,12 @@ def test_a_folder_without_folders_of_images_is_unusable(tmp_path: Path) -> None:
         open_folders(tmp_path, "x")
 
 
+def test_a_folder_without_images_is_named(tmp_path: Path) -> None:
+    (tmp_path / "test" / "a").mkdir(parents=True)
+    with pytest.raises(Unusable, match="/test: no images"):
+        open_folders(tmp_path, "x")
+
+
 def test_a_data_set_with_a_broken_train_split_says_why_and_does_without(tmp_path: Path) -> None:
     write_image_folder(tmp_path / "own" / "test", ["a", "b"])
     write_image_folder(tmp_path / "own" / "train", ["a"])
@@ -103,9 +109,25 @@ def test_folders_of_imagenet_may_be_called_by_class_number(tmp_path: Path) -> No
     write_image_folder(tmp_path, ["0", "10", "999"])
     classes = open_folders(tmp_path, "imagenet-x").classes[""]
     assert classes.names == [open_clip.IMAGENET_CLASSNAMES[i] for i in (0, 10, 999)]
-    (tmp_path / "999").rename(tmp_path / "1000")
-    with pytest.raises(Unusable, match="folders should be called as ImageNet's classes"):
-        open_folders(tmp_path, "imagenet-x")
+    for right, wrong in (("999", "1000"), ("1000", "dog")):
+        (tmp_path / right).rename(tmp_path / wrong)
+        with pytest.raises(Unusable, match=rf"/{wrong}: .* identifier \(n01440764\) or number"):
+            open_folders(tmp_path, "imagenet-x")
+
+
+def test_imagenets_class_names_in_another_order_are_refused(tmp_path: Path) -> None:
+    """Each class would have the superclass of another one, and no number would show it."""
+    numbers = imagenet.class_numbers("imagenet-a")
+    names = [open_clip.IMAGENET_CLASSNAMES[number] for number in numbers]
+    write_set(tmp_path, {"test": [IMAGE | LABEL]}, classnames="\n".join(names))
+    assert open_tars(tmp_path, "imagenet-a").classes[""].names == names
+    names[3], names[7] = names[7], names[3]
+    write_set(tmp_path, {"test": [IMAGE | LABEL]}, classnames="\n".join(names))
+    with pytest.raises(Unusable, match=f"class 3 is called '{names[3]}', .* is '{names[7]}'"):
+        open_tars(tmp_path, "imagenet-a")
+    translated = [f"le {name}" for name in names]
+    write_set(tmp_path, {"test": [IMAGE | LABEL]}, classnames="\n".join(translated))
+    assert open_tars(tmp_path, "imagenet-a").classes[""].names == translated
 
 
 def test_torchvisions_cifar100_has_its_superclasses(tmp_path: Path, monkeypatch) -> None:

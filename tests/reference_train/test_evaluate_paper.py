@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,48 @@ def test_runs_on_several_data_sizes_are_drawn_with_the_published_points(
     x, y = lines["standard training, paper"].get_data()
     assert (y[0], y[1]) == pytest.approx((1.2 * x[0] - 9, 1.2 * x[1] - 9))
     assert "standard training, paper" not in {line.get_label() for line in a.lines}
+
+
+def test_labels_of_data_sizes_do_not_overlap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """504,000 pairs of CC3M stand beside the published 500,000."""
+    figures: list[Figure] = []
+    monkeypatch.setattr(scaling.plt, "close", figures.append)
+    sizes = {500_000: 504_000, 1_000_000: 250_000, 2_000_000: 255_000, 3_000_000: 2_905_954}
+    result = report.read_evaluation(Path(record(tmp_path / "a", {"imagenet1k": 1})))
+    for run in result["checkpoints"].values():
+        run["train_num_samples"] = sizes[run["train_num_samples"]]
+    assert scaling.draw_data_size(result, tmp_path / "data_size.png")
+    [ax] = figures[0].axes
+    assert [label.get_text() for label in ax.get_xticklabels()] == [
+        "250K",
+        "500K",
+        "1M",
+        "2M",
+        "3M",
+        "6M",
+    ]
+    figures[0].canvas.draw()
+    boxes = [label.get_window_extent() for label in ax.get_xticklabels()]
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+
+
+def test_a_dot_is_the_mean_over_runs_that_differ_in_their_seed_only(tmp_path: Path) -> None:
+    """Runs with the same loss and number of pairs, but with other settings, have their own dot."""
+    result = report.read_evaluation(Path(record(tmp_path / "a", {"imagenet1k": 1})))
+    for title, seed, top1 in (("500000-cyclip-4", 4, 0.05), ("weak-cyclip-0", 0, 0.01)):
+        result["checkpoints"][title] = {"loss": "cyclip", "seed": seed, "train_num_samples": 500000}
+        result["results"][title] = {"imagenet1k": {"numbers": {"top1": top1}, "groups": {}}}
+    cyclip = scaling.our_lines(result, "imagenet1k")[1]
+    dots = [(size.pairs, percent) for size, percent in cyclip.percent.items()]
+    assert dots == [
+        (500_000, pytest.approx((3 + 5) / 2)),
+        (500_000, pytest.approx(1)),
+        (1_000_000, pytest.approx(6)),
+        (2_000_000, pytest.approx(12)),
+        (3_000_000, pytest.approx(18)),
+    ]
 
 
 def test_runs_on_one_data_size_are_not_drawn(tmp_path: Path) -> None:
