@@ -31,8 +31,7 @@ class Recorder(TorchDispatchMode):
         sizes = [tensor.numel() for tensor in tensors if isinstance(tensor, torch.Tensor)]
         self.largest = max([self.largest, *sizes])
         name = function.overloadpacket.__name__
-        # `all_gather_object` makes two of these in a comparison, of sizes and of objects. Their name
-        # depends on the version of PyTorch.
+        # A comparison gathers sizes, then objects; the operator's name depends on the version.
         if function.namespace == "c10d" and "allgather" in name:
             self.found.append(("comparison", 0))
         elif "c10d" in function.namespace and name != "wait_tensor":
