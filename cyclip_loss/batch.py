@@ -128,16 +128,8 @@ def prepare(
     column_ranks = ranks
     if several:
         inputs = (*row_features, *column_features, scale)
-        is_trained = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-        signature: dict[str, Hashable] = {
-            "the function": function,
-            "one_way": one_way,
-            "whether an input requires a gradient": is_trained,
-            **_collective_signature(sent, options, ids),
-        }
-        ranks, column_ranks = check_ranks_agree(
-            options.process_group, options, images, num_rows, signature, WEIGHTS
-        )
+        signature = _collective_signature(sent, inputs, options, ids, function, one_way)
+        ranks, column_ranks = check_ranks_agree(options, images, num_rows, signature, WEIGHTS)
     return Batch(
         images,
         texts,
@@ -154,16 +146,26 @@ def prepare(
 
 
 def _collective_signature(
-    sent: dict[str, Tensor], options: LossOptions, ids: Tensor | None
+    sent: dict[str, Tensor],
+    inputs: tuple[Tensor, ...],
+    options: LossOptions,
+    ids: Tensor | None,
+    function: str,
+    one_way: bool,
 ) -> dict[str, Hashable]:
     """What decides which collectives run, by the name that error messages use.
 
-    sent: the features that reach other ranks, by their argument's name.
+    sent: the features that reach other ranks, by their argument's name; inputs: all that may
+    require a gradient.
     """
     features = sent["text_features"]
     grad_mode = torch.is_grad_enabled()
     trained = [name for name, x in sent.items() if x.requires_grad and grad_mode]
     return {
+        "the function": function,
+        "one_way": one_way,
+        # If not on one rank, the others would wait for it in backward.
+        "whether an input requires a gradient": grad_mode and any(x.requires_grad for x in inputs),
         "dist_impl": options.dist_impl,
         "uneven": options.uneven,
         "D": features.shape[1],

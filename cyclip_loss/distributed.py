@@ -100,7 +100,6 @@ _agreed: WeakKeyDictionary[ProcessGroup, set[Hashable]] = WeakKeyDictionary()
 
 
 def check_ranks_agree(
-    process_group: Any,
     options: Any,
     features: Tensor,
     num_rows: dict[str, int],
@@ -122,7 +121,7 @@ def check_ranks_agree(
         ValueError: on every rank, listing all differences, or if no rank has pairs. In a call
             without comparison, on a rank without pairs.
     """
-    ranks = ranks_of(process_group)
+    ranks = ranks_of(options.process_group)
     # Older versions of torch.compile can't look up a group in a dictionary.
     is_compiling = torch.compiler.is_compiling()
     if not options.uneven and (is_compiling or tuple(signature.items()) in _agreed_in(ranks)):
@@ -131,10 +130,10 @@ def check_ranks_agree(
             raise ValueError(f"{pairs_name} have 0 rows: that needs uneven=True")
         return ranks, ranks
     disable: Any = torch.compiler.disable  # not at the top: that would import the whole compiler
-    # It gets the group, not `ranks`: PyTorch 2.12 cannot pass an object that holds a group and was
-    # made in compiled code.
+    # It gets no `ranks`: PyTorch 2.12 cannot pass on an object that holds a group and was made in
+    # compiled code.
     compare = disable(_compare)
-    return compare(process_group, options, features, num_rows, signature, weights)  # type: ignore[no-any-return]
+    return compare(options, features, num_rows, signature, weights)  # type: ignore[no-any-return]
 
 
 def _agreed_in(ranks: Ranks) -> set[Hashable]:
@@ -142,7 +141,6 @@ def _agreed_in(ranks: Ranks) -> set[Hashable]:
 
 
 def _compare(
-    process_group: Any,
     options: Any,
     features: Tensor,
     num_rows: dict[str, int],
@@ -150,7 +148,7 @@ def _compare(
     weights: tuple[str, ...],
 ) -> tuple[Ranks, Ranks]:
     """The comparison of `check_ranks_agree`. The host waits."""
-    ranks = ranks_of(process_group)
+    ranks = ranks_of(options.process_group)
     own = {**signature, **{name: getattr(options, name) for name in weights}}
     answers: list[Any] = [None] * ranks.size
     device_of: Any = torch.cuda.device_of

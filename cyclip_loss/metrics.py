@@ -83,8 +83,8 @@ def _gather(
     n, d = pair[0].shape
     signature = {"D": d, "dtype": pair[0].dtype, "the device type": pair[0].device.type}
     num_rows = {"image_features and text_features": n}
-    options = LossOptions(uneven=True)
-    ranks, _ = across.check_ranks_agree(ranks.group, options, pair[0], num_rows, signature, ())
+    options = LossOptions(uneven=True, process_group=ranks.group)
+    ranks, _ = across.check_ranks_agree(options, pair[0], num_rows, signature, ())
     gathered = across.start_gather(torch.cat(pair, dim=1), ranks)
     assert gathered is not None
     images, texts = across.finish_gather(gathered, ranks).tensor_split((d,), dim=1)
