@@ -37,20 +37,19 @@ def choose(impl: str, features: Tensor) -> str:
         return "eager"
     has_kernels = architecture(features.device) is not None
     if impl == "auto":
-        if not has_kernels:
-            _warn_if_only_triton_is_missing(features.device)
-            return "eager"
-        if not _kernels_import():
+        if not (has_kernels and _kernels_import()):
             return "eager"
         from cyclip_loss import kernels
 
         if features.shape[1] > kernels.MAX_D:
             return "eager"
         return "verified kernels" if verified_kernels().work(features) else "eager"
+    if find_spec("triton") is None:
+        raise ValueError("impl='triton' needs Triton, which is not installed")
     if features.is_cuda and not has_kernels:
         # The kernels might compile nevertheless, and give wrong results.
         raise ValueError(
-            f"impl='triton': the kernels do not support {features.device} (they need Triton, and "
+            f"impl='triton': the kernels do not support {features.device} (they need "
             "NVIDIA Ampere or newer, Blackwell with Triton 3.9 or newer, or AMD gfx942)"
         )
     from cyclip_loss import kernels
@@ -81,15 +80,9 @@ def module(engine: str, features: Tensor) -> Any:
 
 
 @lru_cache
-def _warn_if_only_triton_is_missing(device: torch.device) -> None:
-    """Warn on a GPU that the kernels support, if Triton, which compiles them, is not installed."""
-    if device.type != "cuda" or find_spec("triton") is not None:
-        return
-    if torch.version.hip is not None:
-        supported = torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx942")
-    else:
-        supported = torch.cuda.get_device_capability(device) >= (8, 0)
-    if supported:
+def _kernels_import() -> bool:
+    """Whether the kernels can be imported. Warns if Triton, which compiles them, is missing."""
+    if find_spec("triton") is None:
         warn_once(
             "triton",
             "Triton is not installed, so PyTorch computes instead of the kernels, with the same "
@@ -97,14 +90,10 @@ def _warn_if_only_triton_is_missing(device: torch.device) -> None:
             "`pip install triton` (Windows: `triton-windows`; ROCm: `pytorch-triton-rocm` of "
             "PyTorch's index). CYCLIP_LOSS_IMPL=eager chooses PyTorch without this warning",
         )
-
-
-@lru_cache
-def _kernels_import() -> bool:
-    """Whether the kernels can be imported. Warns if not, as with a Triton that is broken."""
+        return False
     try:
         from cyclip_loss import kernels  # noqa: F401
-    except Exception as error:
+    except Exception as error:  # as with a Triton that is broken
         warn_once(
             "kernels",
             "the Triton kernels cannot be imported; PyTorch computes instead, with the same "

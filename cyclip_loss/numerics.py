@@ -3,7 +3,6 @@
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from importlib import metadata
-from importlib.util import find_spec
 from math import gcd
 from typing import Any
 
@@ -125,16 +124,16 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 def architecture(device: torch.device) -> str | None:
     """The name of the tile table used for a device; None if the kernels do not support it.
 
-    They need Triton, and Ampere or newer. All of the sm_100 family take sm_100's, and other
-    devices without a table sm_86's.
+    They need Ampere or newer, and Blackwell a newer Triton too, if one is installed. All of the
+    sm_100 family take sm_100's, and other devices without a table sm_86's.
     """
-    if device.type != "cuda" or find_spec("triton") is None:
+    if device.type != "cuda":
         return None
     if torch.version.hip is not None:  # only gfx942 has the tf32 products that the kernels use
         name = torch.cuda.get_device_properties(device).gcnArchName
         return "gfx942" if name.startswith("gfx942") else None
     major, minor = torch.cuda.get_device_capability(device)
-    if major < 8 or (major >= 10 and triton_version() < TRITON_FOR_BLACKWELL):
+    if major < 8 or (major >= 10 and (0, 0) < triton_version() < TRITON_FOR_BLACKWELL):
         return None
     exact_match = {(8, 0): "sm_80", (9, 0): "sm_90"}.get((major, minor))
     return exact_match or ("sm_100" if major == 10 else "sm_86")

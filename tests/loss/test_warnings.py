@@ -17,6 +17,7 @@ from cyclip_loss import (
     cyclic_penalty,
     cyclip_loss,
     engines,
+    numerics,
     usage_warnings,
 )
 
@@ -136,15 +137,15 @@ def test_rows_normalised_in_16_bits_and_later_calls_cause_no_warning(device) -> 
 def test_one_warning_says_what_to_install_where_a_supported_gpu_has_no_triton(
     has_triton: bool, gpu, warned: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("engines", "numerics"):
-        monkeypatch.setattr(f"cyclip_loss.{name}.find_spec", lambda name: has_triton or None)
+    monkeypatch.setattr(engines, "find_spec", lambda name: has_triton or None)
+    monkeypatch.setattr(numerics, "triton_version", lambda: (3, 9) if has_triton else (0, 0))
     monkeypatch.setattr(torch.version, "hip", "6.4" if isinstance(gpu, str) else None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: gpu)
     properties = SimpleNamespace(gcnArchName=gpu)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.delenv("CYCLIP_LOSS_IMPL", raising=False)
     engines.architecture.cache_clear()
-    engines._warn_if_only_triton_is_missing.cache_clear()
+    engines._kernels_import.cache_clear()
     features = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, is_cuda=True)
     try:
         found = messages(lambda: engines.choose("auto", features))
@@ -152,6 +153,9 @@ def test_one_warning_says_what_to_install_where_a_supported_gpu_has_no_triton(
         assert ["`pip install triton`" in message for message in found] == [True] * warned
         usage_warnings._warned.clear()
         assert messages(lambda: engines.choose("eager", features)) == []
+        if not has_triton:
+            with pytest.raises(ValueError, match="needs Triton, which is not installed"):
+                engines.choose("triton", features)
     finally:
         engines.architecture.cache_clear()
-        engines._warn_if_only_triton_is_missing.cache_clear()
+        engines._kernels_import.cache_clear()
