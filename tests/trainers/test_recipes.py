@@ -359,5 +359,3 @@ def test_hugging_faces_trainer_leaves_duplicates_out_of_the_negatives() -> None:
 
 def test_the_formulas_of_the_design_page_agree() -> None:
     run("The penalties without an N×N matrix")
-    run("The contrastive term, streamed")
-    run("Several positives, and extra negatives")
