@@ -116,14 +116,16 @@ def test_several_positives_share_the_target_equally(block: int) -> None:
         loader = (images, tokens, torch.where(INDICES < 24, INDICES % 8, -1))
     elif block == 1:  # TBPS-CLIP has a mean where the paper has N times a mean
         ids, share = INDICES // 4, 0.1 / 128
-        loader = (images, tokens, ids)
+        loader = ()  # the block is one step
     else:
         ids = INDICES // 2
         loader = (images[:16], tokens.unflatten(0, (16, 2)), 5 * INDICES[:16])
         images = images[ids]
     heading = "Several positives: classes, persons, captions"
-    loss_fn = CyCLIPLoss(reference_batch_size=128, same_ids="positives")
-    found = run(heading, block, model=model, loader=[loader], loss_fn=loss_fn)["loss"]
+    names = {"model": model, "loader": [loader], "CyCLIPLoss": CyCLIPLoss}
+    names |= {"images": images, "tokens": tokens, "person_ids": ids}
+    names["loss_fn"] = CyCLIPLoss(reference_batch_size=128, same_ids="positives")
+    found = run(heading, block, **names)["loss"]
     out = model(images, tokens)
     logits, same = logits_of(out), (ids[:, None] == ids).float()
     targets = same / same.sum(dim=1)  # shared equally among a row's positives
@@ -339,8 +341,8 @@ def test_duplicates_are_not_negatives_of_each_other() -> None:
     found = run(DUPLICATES, **names, images=images, tokens=tokens)["loss"]
     assert torch.equal(found, expected)
     keys = [f"product {number}" for number in ids.tolist()]
-    loader = [(images, tokens, keys)]
-    assert torch.equal(run(DUPLICATES, 1, **names, all_keys=keys, loader=loader)["loss"], expected)
+    names |= {"torch": torch, "keys": keys, "all_keys": keys}
+    assert torch.equal(run(DUPLICATES, 1, **names, images=images, tokens=tokens)["loss"], expected)
 
 
 def test_hugging_faces_trainer_leaves_duplicates_out_of_the_negatives() -> None:
