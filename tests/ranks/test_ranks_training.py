@@ -101,7 +101,7 @@ def test_every_parameter_moves_as_in_one_process(options, dist_impl: str, ranks:
 
 
 def compiled_steps(rank: int, world_size: int, cases: list[RankCase]) -> tuple[list, list[int]]:
-    """For each case, the results of a compiled and an eager loss; and the number of graphs then."""
+    """For each case, the results of the compiled and the eager loss, and the graphs so far."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     first = cases[0]
@@ -124,10 +124,11 @@ def compiled_steps(rank: int, world_size: int, cases: list[RankCase]) -> tuple[l
     ("dist_impl", "uneven"),
     [("gather", False), ("ring", False), pytest.param("ring", True, marks=pytest.mark.slow)],
 )
-def test_compile_gives_the_same(uneven: bool, dist_impl: str, ranks: Ranks) -> None:
-    """With fullgraph=True, and without a new graph for each number of rows or weight.
-    With uneven rows there are several graphs, which may differ between ranks that have seen
-    different numbers of rows. If a graph decided what is sent, the last step would crash.
+def test_compiled_and_eager_loss_are_equal(uneven: bool, dist_impl: str, ranks: Ranks) -> None:
+    """With even rows, fullgraph=True works, and new numbers of rows and new lambdas add no graph.
+
+    With uneven rows there are several graphs. Ranks that have seen different numbers of rows may
+    have different graphs. If the graph decided what is sent, the last step would crash.
     """
     steps = [(4, 4), (7, 7), (9, 9), (4, 4), (5, 5), (6, 6)]
     if uneven:
