@@ -42,8 +42,9 @@ def train(rank: int, world_size: int, run: Run) -> dict[str, Tensor]:
         fully_shard(model)
     before = {name: full(tensor) for name, tensor in model.state_dict().items()}
     autocast = run.dtype == torch.float32
-    rule = torch.optim.SGD if autocast else torch.optim.AdamW  # Adam would amplify rounding
-    optimizer = rule(model.parameters(), lr=0.05)
+    # Adam would amplify the rounding of bfloat16.
+    optimizer_class = torch.optim.SGD if autocast else torch.optim.AdamW
+    optimizer = optimizer_class(model.parameters(), lr=0.05)
     loss = CyCLIPLoss(0.5, 0.125, dist_impl=run.dist_impl, uneven=run.uneven)
     penalty = CyclicPenalty(0.5, 0.125)
     for index in range(3 * run.micro_batches):
@@ -85,7 +86,7 @@ def full(tensor: Tensor) -> Tensor:
     ids=lambda options: "-".join(map(str, options.values())),
 )
 def test_every_parameter_moves_as_in_one_process(options, dist_impl: str, ranks: Ranks) -> None:
-    """Each micro-batch is a separate batch of the loss; the last one synchronises gradients."""
+    """The loss takes each micro-batch by itself. The last one synchronises the gradients."""
     run = Run(dist_impl=dist_impl, **options)
     changes_per_rank = ranks.run(len(run.rows_per_rank), train, run)
     whole_batch = replace(run, wrapper="none", rows_per_rank=(sum(run.rows_per_rank),))

@@ -50,7 +50,7 @@ def make_emoji() -> DataSet:
 
 @pytest.fixture(autouse=True)
 def small_emoji(monkeypatch) -> None:
-    """The emoji that ship take too long here."""
+    """The emoji that ship would take too long here."""
     monkeypatch.setattr(command, "open_emoji", make_emoji)
 
 
@@ -62,7 +62,7 @@ def evaluate(out: Path, *arguments: object) -> dict[str, Any]:
 CIFAR100_NAMES = [f"kind_{i}" for i in range(100)]
 TEST, TRAIN = labelled(40, 100), labelled(60, 100)
 TEST_LABELS, TRAIN_LABELS = ([int(s["cls"]) for s in samples] for samples in (TEST, TRAIN))
-GALLERY, PAIRS = 30, 20  # fewer than there are training images, and test images
+GALLERY, PAIRS = 30, 20  # fewer than the training images, and than the test images
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_the_probe_is_fitted_on_all_training_images_that_are_not_normalised(
     assert numbers["linear_probe"] == pytest.approx(raw) != pytest.approx(normalised)
 
 
-def test_an_evaluation_says_which_epoch_it_is_of_and_how_long_it_took(cifar100) -> None:
+def test_an_evaluation_records_the_epoch_and_how_long_it_took(cifar100) -> None:
     assert cifar100["checkpoints"]["tiny"]["epoch"] == 2
     assert 0 < cifar100["results"]["tiny"]["cifar100"]["seconds"] < 600
 
@@ -189,19 +189,19 @@ def test_similarities_are_kept_of_data_sets_with_captions(every_kind) -> None:
     assert {name for name in found if "similarities" in found[name]} == {*found} - {"own"}
 
 
-def test_what_is_not_there_or_not_recognised_is_named(every_kind) -> None:
+def test_absent_and_unrecognised_data_sets_are_listed(every_kind) -> None:
     assert {"cifar10", "imagenet1k"} <= set(every_kind["absent"])
     assert re.search(r" in 12: .*/0, .*/9, …$", every_kind["absent"]["under --data"])
 
 
-def test_a_number_of_the_emoji_is_the_mean_over_styles_that_are_not_excluded(every_kind) -> None:
+def test_the_emojis_numbers_are_means_over_the_styles_that_are_not_excluded(every_kind) -> None:
     emoji = every_kind["results"]["tiny"]["emoji"]
     mean = (emoji["groups"]["a"]["top1"] + emoji["groups"]["b"]["top1"]) / 2
     assert emoji["numbers"]["top1"] == pytest.approx(mean)
 
 
-def test_an_error_is_its_last_line_as_long_as_a_terminal_shows() -> None:
-    """The lines before may be a worker's traceback."""
+def test_the_reason_for_an_error_is_its_last_line_cut_to_300_characters() -> None:
+    """The lines before it may be the traceback of a worker."""
     errors = ValueError("a\nb\n\n"), ValueError(), ValueError("x" * 999)
     assert [*map(command.reason, errors)] == ["b", "ValueError", "x" * 300]
 
@@ -276,7 +276,7 @@ def test_two_evaluations_at_once_lose_no_column(run_folder: Path, tmp_path: Path
 
 @pytest.fixture
 def unreadable(run_folder: Path, tmp_path: Path) -> dict[str, dict[str, Any]]:
-    """The numbers of a data set, whole and with two pictures more that cannot be read."""
+    """The results on a data set, and on the same set with two unreadable pictures added."""
     samples = [sample | {"txt": sample["cls"]} for sample in labelled(12, 10)]
     broken = [{**samples[0], "png": b"no image"}, *samples, {**samples[1], "png": b""}]
     found = {}
@@ -335,7 +335,7 @@ def test_published_numbers_of_other_images_are_not_shown(run_folder: Path, tmp_p
         assert text not in table
 
 
-def test_published_numbers_stand_beside_the_papers_test_split(
+def test_published_numbers_are_shown_for_the_papers_test_split(
     run_folder: Path, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setitem(paper.SETS, "cifar10", paper.Split(10, 20, None))
