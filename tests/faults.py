@@ -29,6 +29,7 @@ PAIRS += [(ast.In, ast.NotIn), (ast.Add, ast.Sub), (ast.Mult, ast.Div), (ast.And
 SWAPS = {a: b for x, y in PAIRS for a, b in ((x, y), (y, x))}
 SWAPS |= {ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult}
 CONVERSIONS = ("contiguous", "to", "detach", "clone", "float", "double", "clamp", "abs", "strip")
+# Fields of the syntax tree, and arguments, that get no faults.
 NO_BEHAVIOUR = ("annotation", "returns", "decorator_list", "exc")
 MESSAGES = ("help", "metavar", "description", "epilog", "stacklevel", "strict")
 

@@ -55,8 +55,8 @@ def test_large_batches_are_accurate(n: int, d: int, scale: float, device: torch.
     """N = 16,385 needs more than one block of G. Large models train with N = 65,536.
 
     The reference is the eager engine in float64, as the oracle of the other tests would take
-    minutes. The bound is one rounding of the largest element: in 16 bits for features, and in
-    float32, times the scale, for the value and the scale.
+    minutes. The bound is one rounding of the largest element: in 16 bits for the gradients of
+    features, and in float32, times the scale, for the value and the gradient of the scale.
     """
     case, impl = Case(n, d, torch.bfloat16, logit_scale=scale), "triton"
     inputs = case.inputs(device)

@@ -108,7 +108,7 @@ def test_errors_are_at_most_three_times_those_of_plain_pytorch(
 
 @pytest.mark.parametrize("n", [5, 30])
 def test_a_penalty_without_weight_has_a_zero_gradient(n: int, impl: str, device) -> None:
-    """In the first step of a warm-up from 0, for example. n: a dense and a streamed batch."""
+    """As in the first step of a warm-up from 0. n: a dense and a streamed batch."""
     for lambdas in ((0, 0), (0, 0.5)):
         image, text = (x.float().requires_grad_() for x in pairs(n, 6, device=device))
         terms = CyCLIPLoss(*lambdas, impl=impl)(image, text, 10.0, output_dict=True)
@@ -164,7 +164,7 @@ def test_the_definition_matches_values_computed_by_hand_and_has_second_derivativ
 def test_nan_and_infinity_never_give_a_finite_loss(
     n, d, bad, name, row, column, sign, seed, impl, device
 ) -> None:
-    """The bad value is in any tower or view, and is multiplied with features of any sign."""
+    """The bad value is in any tower or view, and is multiplied by features of any sign."""
     features = Case(n, d, views=True, seed=seed).features(device)
     if sign is not None:  # all images are positive, all texts have this sign
         for other, values in features.items():
@@ -199,8 +199,8 @@ def test_an_extra_negative_that_is_not_finite_never_gives_a_finite_loss(
 
 @pytest.mark.parametrize("d", [4, 2], ids=["dense", "streamed"])
 def test_one_infinite_logit_makes_the_loss_nan(impl: str, d: int, device: torch.device) -> None:
-    """The logit is a negative's, or a pair's, which would look perfectly matched. A NaN scale
-    gives NaN too.
+    """It belongs to a pair, which would look perfectly matched, or to a negative. A NaN scale makes
+    the loss NaN, too.
     """
     options = NO_PENALTIES | {"impl": impl}
     for row in (0, 1):

@@ -156,5 +156,5 @@ def strong_penalty_warnings(rank: int, world_size: int, n: int) -> list[int]:
 def test_penalties_too_strong_for_the_whole_batch_warn_on_rank_0_only(
     rows_per_rank, warned, ranks
 ) -> None:
-    """The number of pairs in all ranks counts, not the number in one rank."""
+    """The number of pairs on all ranks counts, not the number on one rank."""
     assert ranks.run(2, strong_penalty_warnings, rows_per_rank) == [[warned] * 2, [0, 0]]

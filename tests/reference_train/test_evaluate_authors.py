@@ -113,10 +113,7 @@ def test_a_checkpoint_of_the_authors_gives_the_same_numbers_as_in_openclips_form
     numbers = {title: found["own"]["numbers"] for title, found in record["results"].items()}
     assert numbers["cyclip"] == numbers["openclip"] == numbers["stripped"]
     assert {"top1", "consistency_1", "linear_probe"} <= numbers["cyclip"].keys()
-    assert (
-        record["checkpoints"]["cyclip"] | {"loss": "cyclip", "epoch": 3}
-        == record["checkpoints"]["cyclip"]
-    )
+    assert {"loss": "cyclip", "epoch": 3}.items() <= record["checkpoints"]["cyclip"].items()
 
 
 @pytest.mark.parametrize("optimizer", [True, False])

@@ -240,7 +240,7 @@ def bad_files(run_folder: Path, tmp_path_factory) -> Path:
         ("{run} --precision fp8", "--precision: invalid choice: 'fp8'"),
     ],
 )
-def test_bad_arguments_and_files_are_one_line_and_leave_nothing(
+def test_bad_arguments_and_files_raise_a_short_error_and_leave_nothing(
     arguments: str, message: str, run_folder: Path, bad_files: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(CannotStart, match=message) as error:
@@ -288,7 +288,7 @@ def unreadable(run_folder: Path, tmp_path: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def test_an_unreadable_picture_is_named_and_changes_no_number(unreadable, tmp_path: Path) -> None:
+def test_an_unreadable_picture_is_listed_and_changes_no_number(unreadable, tmp_path: Path) -> None:
     whole, broken = unreadable["whole"], unreadable["broken"]
     assert whole["numbers"] == pytest.approx(broken["numbers"], abs=1e-4)
     assert whole["unreadable"] == []
@@ -306,7 +306,7 @@ def test_a_data_set_without_a_readable_picture_fails(run_folder: Path, tmp_path:
         evaluate(tmp_path / "out", run_folder, "--only", "x", "--data", tmp_path)
 
 
-def test_a_data_set_that_fails_is_named_first_in_the_table(run_folder: Path, tmp_path) -> None:
+def test_a_failed_data_set_is_the_first_note_below_the_table(run_folder: Path, tmp_path) -> None:
     write_set(tmp_path / "wds_cifar10", {"test": labelled(4, 10)}, classnames="only\ntwo\n")
     with pytest.raises(Stopped, match=r"cifar10: .* has 2 classes, not 10") as stopped:
         evaluate(tmp_path / "out", run_folder, "--data", tmp_path)

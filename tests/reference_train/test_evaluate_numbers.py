@@ -80,7 +80,7 @@ def test_a_tie_of_neighbours_drops_the_farthest() -> None:
 
 
 def test_coarse_and_fine_accuracy_agree_with_loops(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A superclass scores as its best class; a superclass of k classes or fewer is always right."""
+    """A superclass scores as its best class; a superclass of at most k classes is always right."""
     monkeypatch.setattr(metrics, "STRIP", 7)
     image, prompts, labels = torch.randn(60, 4), torch.randn(9, 4), torch.randint(0, 9, (60,))
     superclass = [0, 7, 2, 0, 7, 2, 0, 7, 3]  # numbers with a gap; the last has one class
@@ -163,7 +163,7 @@ def test_runs_that_differ_in_the_seed_only_are_one_column(tmp_path: Path) -> Non
     assert "|  | CLIP (2) | CyCLIP | x C-CyCLIP | other | chance | n |" in text
     assert "| zero-shot top-1 | 12.0 (10.0–14.0) | 1.00" in text
     assert " | 15.0 (9.3–23.3) | 50.0" in text
-    assert "| colour top-1 | 12.0 (10.0–14.0) |" in text  # of the second question
+    assert "| colour top-1 | 12.0 (10.0–14.0) |" in text  # for the second set of classes
     assert "| in-modal gap × 100 | 12.00 (10.00 to 14.00) | 1.00 | 15.00 |" in text
     assert "emoji" not in text
 
@@ -313,7 +313,7 @@ def test_pictures_of_similarities_show_the_first_seed_on_one_scale(
     monkeypatch.setattr(pictures.plt, "close", figures.append)
     one, runs = np.kron(np.eye(3), np.full((2, 2), 127)), {}
     shown = {"clip-0": [one, one, np.triu(one)], "cyclip-0": [one / 2] * 3, "cyclip-1": [one] * 3}
-    shown |= dict.fromkeys("xyz", [one / 2] * 3)  # with these there is one loss too many
+    shown |= dict.fromkeys("xyz", [one / 2] * 3)  # one loss more than a picture shows
     for run, similarities in shown.items():
         numbers = {"inmodal_gap": 0.1, "crossmodal_correlation": 0.3}
         kept = {"numbers": numbers, "matrices": b64encode(np.int8(similarities)).decode()}

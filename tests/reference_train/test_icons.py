@@ -198,7 +198,7 @@ def two_sets(tmp_path_factory) -> str:
 def test_a_name_is_held_out_in_all_sets_or_in_none(
     most: int, trained_on: int, two_sets: str, tmp_path: Path, monkeypatch
 ) -> None:
-    """A held-out name has one picture. Another one has as many as --pictures-of-a-name allows."""
+    """A held-out name has one picture, other names as many as --pictures-of-a-name allows."""
     monkeypatch.setattr(icon_names, "VALIDATION_SHARE", 0.5)
     out = tmp_path / "out"
     icons.main(["--out", str(out), "--package", two_sets, "--pictures-of-a-name", str(most)])
@@ -271,7 +271,7 @@ def test_another_package_than_the_expected_one_is_refused(
         ("--out /proc/icons", "--out: /proc/icons can't be written"),
     ],
 )
-def test_bad_arguments_and_packages_are_one_line_and_leave_nothing(
+def test_bad_arguments_and_packages_raise_an_error_and_leave_nothing(
     arguments: str, message: str, tmp_path: Path, monkeypatch
 ) -> None:
     make_package(tmp_path / "other.tgz", without="collections")

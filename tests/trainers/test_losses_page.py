@@ -79,7 +79,7 @@ def mask(n: int, ids: Tensor | None) -> Tensor:
 
 
 def dense(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Registers the N x N form of the block that has this text."""
+    """Registers the N x N form of the block that contains this text."""
 
     def add(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         DENSE[name] = function

@@ -145,7 +145,7 @@ def test_hard_negatives_give_the_loss_of_negclip() -> None:
 
 
 def test_views_are_drawn_and_the_loss_has_their_inmodal_term() -> None:
-    """The recipe's loss, from pictures and captions on, equals one computed by hand."""
+    """The recipe runs from pictures and captions to the loss. It is also computed by hand."""
     torch.manual_seed(0)
     random.seed(0)
     model = tiny_clip()

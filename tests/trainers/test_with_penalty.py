@@ -90,7 +90,9 @@ def test_penalties_are_added_to_what_the_loss_returns(loss, features, penalties)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_features_are_found_by_names_or_a_callable(compiled: bool, features, penalties) -> None:
+def test_features_are_found_by_argument_names_or_a_callable(
+    compiled: bool, features, penalties
+) -> None:
     image, text = features
     pair = namedtuple("Pair", ("contrastive", "other"))
     modules: list[Any] = [
