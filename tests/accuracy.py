@@ -48,7 +48,7 @@ class Results(NamedTuple):
 
 
 def results(loss, image: Tensor, text: Tensor, logit_scale: Tensor, upstream=1.0) -> Results:
-    """The loss, and its gradients with respect to the three inputs, times `upstream`."""
+    """The loss, and the gradients of `upstream` times the loss."""
     leaves = [tensor.detach().requires_grad_() for tensor in (image, text, logit_scale)]
     value = loss(*leaves)
     value.backward(torch.full_like(value, upstream))

@@ -1,4 +1,4 @@
-"""Large batches need no N x N matrix, and no more flops than the formulas say."""
+"""Large batches need no N x N matrix, and exactly the flops of the formulas."""
 
 import gc
 from collections.abc import Callable

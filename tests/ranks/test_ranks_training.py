@@ -102,7 +102,7 @@ def test_every_parameter_moves_as_in_one_process(options, dist_impl: str, ranks:
 
 
 def compiled_steps(rank: int, world_size: int, cases: list[RankCase]) -> tuple[list, list[int]]:
-    """For each case, the results of the compiled and the eager loss, and the graphs so far."""
+    """After each case: results of the compiled and the eager loss, and the number of graphs."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     first = cases[0]

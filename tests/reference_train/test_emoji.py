@@ -88,7 +88,7 @@ def without_pictures(shipped: dict[str, list[Sample]]):
 
 @pytest.fixture(scope="module")
 def evaluated(without_pictures: None) -> DataSet:
-    """The emoji as `evaluate` asks about them."""
+    """The data set of the emoji, as `evaluate` opens it."""
     return emoji_set.open_emoji()
 
 

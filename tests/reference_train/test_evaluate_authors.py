@@ -143,7 +143,7 @@ def test_a_model_that_was_never_released_is_not_suggested(
         check_activation(found, torch.load(checkpoint, weights_only=False))
 
 
-def test_a_file_without_a_params_txt_asks_for_the_model_and_names_the_authors(
+def test_the_error_for_a_file_without_a_params_txt_asks_for_the_model(
     checkpoint: Path,
 ) -> None:
     with pytest.raises(CannotStart, match=r"say --model .RN50-quickgelu for .* CyCLIP authors"):
@@ -159,7 +159,7 @@ def test_the_help_of_model_promises_no_default_for_the_authors_checkpoints(
     assert "params.txt; say RN50-quickgelu for checkpoints of the CyCLIP authors" in said
 
 
-def test_weights_saved_as_the_page_says_load_in_openclip_and_refuse_a_wrong_model(
+def test_weights_saved_as_the_page_says_load_in_openclip_and_a_wrong_model_is_refused(
     checkpoint: Path,
     model_names: tuple[str, str],
     tmp_path: Path,

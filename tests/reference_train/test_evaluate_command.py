@@ -133,7 +133,7 @@ def test_alignment_is_that_of_a_sample_of_the_pairs(numbers, features) -> None:
     assert numbers["alignment"] == pytest.approx(float(distances.mean()), rel=1e-4)
 
 
-def test_the_probe_is_fitted_on_all_training_images_that_are_not_normalised(
+def test_the_probe_is_fitted_on_all_training_features_without_normalising_them(
     numbers, features
 ) -> None:
     labels = torch.tensor(TRAIN_LABELS), torch.tensor(TEST_LABELS)
@@ -184,7 +184,7 @@ def test_one_command_evaluates_every_kind_of_data_set(every_kind) -> None:
     assert texts == [24, 6]  # distinct ones
 
 
-def test_similarities_are_kept_of_data_sets_with_captions(every_kind) -> None:
+def test_similarities_are_kept_for_data_sets_with_captions(every_kind) -> None:
     found = every_kind["results"]["tiny"]
     assert {name for name in found if "similarities" in found[name]} == {*found} - {"own"}
 
@@ -315,7 +315,9 @@ def test_a_failed_data_set_is_the_first_note_below_the_table(run_folder: Path, t
     assert notes.startswith("**Failed: cifar10")
 
 
-def test_a_broken_train_split_costs_only_what_needs_it(run_folder: Path, tmp_path: Path) -> None:
+def test_a_broken_train_split_loses_only_the_metrics_that_need_it(
+    run_folder: Path, tmp_path: Path
+) -> None:
     splits = dict.fromkeys(("test", "train"), labelled(20, 10))
     write_set(tmp_path / "wds_cifar10", splits, classnames=TEN_CLASSES)
     (tmp_path / "wds_cifar10" / "train" / "1.tar").unlink()

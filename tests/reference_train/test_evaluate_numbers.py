@@ -169,7 +169,7 @@ def test_runs_that_differ_in_the_seed_only_are_one_column(tmp_path: Path) -> Non
 
 
 def test_older_evaluations_have_the_columns_that_their_names_say(tmp_path: Path) -> None:
-    """A run's seed is stored, or the end of its name. Two runs of one name are two columns."""
+    """A run's seed is stored, or ends its name. Two runs with the same name are two columns."""
     older = dict.fromkeys(["rising-512-0", "rising-64-1", "rising-64-0", "i-cyclip-11"], 0.1)
     newer = dict.fromkeys(["wide-2", "wide-1", "clip-12"], 0.2)
     seeds = {"wide-2": {"seed": 0}, "wide-1": {"seed": 0}, "clip-12": {"seed": 12}}
@@ -202,7 +202,7 @@ def test_bars_show_mean_range_published_numbers_and_chance(tmp_path: Path, monke
     runs = {f"clip-{i}": {"cifar10": {"numbers": {"top1": x}}} for i, x in enumerate([0.1, 0.16])}
     report.main([write(tmp_path / "1", {}, data_sets=sets, results=runs)])
     (ax,) = figures[0].axes
-    bars = ax.containers[-1]  # after its lines
+    bars = ax.containers[-1]  # after the container of the error bars
     numbers = [row for row in published.for_table("cifar10") if row.metric == "top1"]
     percent = [number for row in numbers for number in row.percent.values()]
     assert len(percent) == 4

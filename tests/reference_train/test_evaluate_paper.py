@@ -103,7 +103,7 @@ def test_imagenets_67_superclasses_hold_each_class_once() -> None:
 def test_superclasses_are_cut_to_the_classes_of_a_data_set(
     name: str, classes: int, superclasses: int, tmp_path: Path
 ) -> None:
-    """The authors' histograms have as many superclasses."""
+    """The numbers of superclasses are those in the authors' histograms."""
     images = Images(torch.zeros(1, 3, 1, 1)), torch.tensor([0])
     data = classified(tmp_path, name, images, [str(i) for i in range(classes)], None)
     found = data.classes[""].superclass
@@ -116,7 +116,7 @@ def test_superclasses_are_cut_to_the_classes_of_a_data_set(
 def record(folder: Path, sets: dict[str, float]) -> str:
     """An evaluation of two losses on four data sizes.
 
-    A number is the millions of pairs, times a factor of the loss, times one of the data set.
+    Each number is the millions of pairs, times a factor for the loss and one for the data set.
     """
     described = {"train_images": 0, "templates": 1, "captions": 0, "groups": {}, "mean_over": []}
     images = {name: paper.SETS[name].test_images if name in paper.SETS else 9 for name in sets}

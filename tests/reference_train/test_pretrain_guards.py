@@ -129,7 +129,7 @@ def test_a_loader_checks_after_every_few_steps_and_at_the_end() -> None:
 
 @pytest.fixture
 def other_rank(monkeypatch) -> Tensor:
-    """What another rank has counted: losses in a row, and weights, that are not finite."""
+    """Another rank's counts: non-finite losses in a row, and non-finite weights."""
     counts = torch.tensor([9, 0])
 
     def all_reduce(mine: Tensor, op: Any = torch.distributed.ReduceOp.SUM) -> None:
