@@ -17,7 +17,7 @@ from triton.runtime.driver import driver
 from cyclip_loss import kernels
 from cyclip_loss.kernels import configs
 
-# Operators besides views that launch no kernel. They allocate, or read or write a number on the CPU.
+# Operators besides views that launch no kernel: they allocate, or read or write a CPU scalar.
 NO_KERNEL = {
     "empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "_unsafe_view",
     "scalar_tensor", "_local_scalar_dense", "lift_fresh",

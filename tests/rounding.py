@@ -92,7 +92,7 @@ def engine_eps(impl: str, features: Tensor, tf32: bool = False) -> Eps:
 
 
 def growth(d: int, eps: float) -> float:
-    """How many times FACTOR * eps a sum of d products may be off, relative to its absolute terms."""
+    """How many times FACTOR * eps a sum of d products may be off, relative to |its terms|."""
     return max(1.0, d / 8 / FACTOR) if eps <= FLOAT32 else 1.0
 
 
