@@ -30,7 +30,7 @@ UV = (sys.executable, "-m", "uv")
 LOSS = ("tests/loss", "tests/kernels")
 TESTS = {
     # By its name, so that pytest fails if nothing has this name.
-    "oldest": (*LOSS, "tests/ranks/test_ranks_training.py::test_compile_gives_the_same"),
+    "oldest": (*LOSS, "tests/ranks/test_ranks_training.py::test_compiled_and_eager_loss_are_equal"),
     "lowest": ("tests",),
 }
 OPEN_CLIP_TESTS = (

@@ -5,8 +5,8 @@ Both compare with `cyclip_loss.reference` in float64, which is dense and literal
 - `check`, for any input: no element's error exceeds the bound that `rounding.py` derives for it.
 - `check_beside_pytorch`, for ordinary inputs: no result's largest error exceeds TIMES_PYTORCH times
   the largest error of plain PyTorch, which computes the definition in the same dtype on the same
-  input. ROUNDINGS of the largest element are added, as PyTorch's single numbers may be exact by
-  chance.
+  input. ROUNDINGS times the rounding of the largest element is added, because a scalar that
+  PyTorch computes may be exact by chance.
 
 The second oracle does not use our formulas, so a mistake in the derived bounds cannot deceive it.
 On inputs that are not ordinary, such as a few rows or equal rows, PyTorch's errors may all be 0.
@@ -48,7 +48,7 @@ class Results(NamedTuple):
 
 
 def results(loss, image: Tensor, text: Tensor, logit_scale: Tensor, upstream=1.0) -> Results:
-    """loss(image, text, logit_scale) and its gradients times `upstream`, on fresh leaves."""
+    """The loss, and the gradients of `upstream` times the loss."""
     leaves = [tensor.detach().requires_grad_() for tensor in (image, text, logit_scale)]
     value = loss(*leaves)
     value.backward(torch.full_like(value, upstream))
@@ -58,7 +58,7 @@ def results(loss, image: Tensor, text: Tensor, logit_scale: Tensor, upstream=1.0
 def evaluate(
     case: Case, features: Tensors, impl: str, device: Device, ids=None, **across_ranks: Any
 ) -> tuple[Tensors, Grads]:
-    """The loss's terms, or their sum, and all gradients, by name. Asserts that inputs are kept."""
+    """The loss's terms (or sum) and all gradients, by name. Asserts that no input is changed."""
     given = features | {"logit_scale": case.scale(device)}
     leaves = {
         name: tensor.detach().requires_grad_(name not in case.frozen)
@@ -79,7 +79,7 @@ def evaluate(
         weights = dict(zip(TERMS, case.weights, strict=True)) | {"loss": case.upstream[0]}
         found = {name: term.detach().clone() for name, term in terms.items()}
         for name, term in terms.items():
-            term *= weights[name]  # in place, as trainers change and add up losses
+            term *= weights[name]  # in place, as some trainers do
         total = sum(terms.values())
         if total.requires_grad:
             total.backward()
@@ -88,7 +88,7 @@ def evaluate(
 
 
 def one_contrastive_term(terms: Tensors) -> Tensors:
-    """The terms, with the in-modal contrastive term of augmented views in the cross-modal one."""
+    """The terms, with the in-modal contrastive term added to the cross-modal one."""
     found = dict(terms)
     if "inmodal_contrastive_loss" in found:
         found[TERMS[0]] = found[TERMS[0]] + found.pop("inmodal_contrastive_loss")
@@ -96,7 +96,7 @@ def one_contrastive_term(terms: Tensors) -> Tensors:
 
 
 def defined_terms(case: Case, leaves: Tensors, with_views: bool) -> Tensors:
-    """Every term by the definition, in the dtype of the leaves and on their device."""
+    """All terms by the definition, in the dtype and on the device of the leaves."""
     ids = case.ids(leaves["image"].device)
     options = {"reference_batch_size": case.reference_batch_size, "ids": ids, **case.id_options}
     names = (*NEGATIVES, *VIEWS) if with_views else NEGATIVES
@@ -154,12 +154,12 @@ def check(
     assert tuple(terms) == (computed_terms(case) if case.output_dict else ("loss",))
     for name, term in terms.items():
         assert term.dtype == loss_dtype(case.dtype)
-        assert not term < 0  # NaN is compared below
+        assert not term < 0  # NaN fails in check_bound
         check_bound(name, term, [exact_terms[name]], bound[name])
     for name, grad in grads.items():
         if name in case.frozen:
             assert grad is None, name
-        elif grad is None:  # nothing depends on it
+        elif grad is None:  # no term depends on this input
             assert not any(part.any() for part in exact_grads[name]), name
         else:
             assert grad.dtype == (loss_dtype(case.dtype) if name == "logit_scale" else case.dtype)
@@ -174,10 +174,10 @@ def check_bound(name: str, actual: Tensor, exact: list[Tensor], bound: Tensor | 
     rounding = sum(part.abs() + result.tiny for part in exact) * (len(exact) + 1) / 2
     bound = bound + result.eps * rounding
     error = (exact_on_host(actual) - total).abs()
-    # In this form, NaN fails.
+    # Written with `not`, so that NaN fails.
     if not bool((error <= bound).all()):
         worst = (error / bound).max().item()
-        raise AssertionError(f"{name}: error {worst:.2f} times the bound, {error.max():.3g}")
+        raise AssertionError(f"{name}: error up to {error.max():.3g}, {worst:.2f} times the bound")
 
 
 def check_loss_beside_pytorch(case: Case, impl: str, device: Device) -> None:

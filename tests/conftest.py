@@ -1,7 +1,8 @@
-"""Fixtures of all tests: the device and the engines, NaN-filled fresh memory, small strips.
+"""Fixtures for all tests: the device, the engines, the ranks, NaN in fresh memory, small strips.
 
-Tests run on one device: CUDA, where kernels are compiled, if available, or as `--device cpu` says,
-where Triton's interpreter runs them. The oracle is on the CPU, and so are the `ranks` over gloo.
+All tests run on the device given by `--device`, by default CUDA if there is a GPU, else the CPU. On
+CUDA the kernels are compiled; on the CPU Triton's interpreter runs them. The oracle always runs on
+the CPU, and so do the `ranks` over gloo.
 """
 
 import os
@@ -26,7 +27,7 @@ from cyclip_loss import numerics
 HAS_TRITON = find_spec("triton") is not None
 needs_triton = pytest.mark.triton
 needs_interpreter = pytest.mark.triton("interpreted")
-# The packages without which a file, or a folder's files, cannot be imported.
+# What a test file or folder imports. Without these packages it is not collected.
 NEEDS = {
     "kernels": ("triton",),
     "test_cuda.py": ("triton",),
@@ -37,15 +38,15 @@ NEEDS = {
 }
 collect_ignore = [file for file, packages in NEEDS.items() if None in map(find_spec, packages)]
 
-# The same examples in every run: a test fails because code changed, never by an unlucky draw.
-# `inputs.py` says why they do not depend on which tests are collected.
+# Hypothesis draws the same examples in every run, so a test fails only if the code changed.
+# `inputs.py` says why the examples do not depend on which tests are collected.
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=30)
 settings.load_profile("ci")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.addoption("--device", default=default, help=f"device of the tests, here {default}")
+    parser.addoption("--device", default=default, help=f"the tests' device (default: {default})")
 
 
 def pytest_report_header() -> list[str]:
@@ -57,15 +58,17 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Triton reads the variable when it is imported, which test files or the kernels do.
+    # Triton reads TRITON_INTERPRET when it is imported. Test files or the kernels import it later.
     assert "triton" not in sys.modules
     interpreted = not config.getoption("--device").startswith("cuda")
     os.environ["TRITON_INTERPRET"] = str(int(interpreted))
-    os.environ.setdefault("CYCLIP_LOSS_TILES", "off")  # the shipped tiles, not this user's
-    config.addinivalue_line("markers", "triton: launches kernels; interpreted: always on a CPU")
+    os.environ.setdefault("CYCLIP_LOSS_TILES", "off")  # ignore tiles that this user has tuned
+    config.addinivalue_line(
+        "markers", "triton: launches kernels; triton('interpreted'): always in the interpreter"
+    )
     # Without it PyTorch 2.8 warns of every matrix product in deterministic mode.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # Background jobs of a shell script ignore SIGINT, which some tests send.
+    # A shell script's background jobs ignore SIGINT, but some tests have to receive it.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -77,16 +80,16 @@ def why_interpreter_fails() -> str:
     if triton >= (3, 7) or tuple(map(int, numpy.split(".")[:2])) < (2, 4):
         return ""
     version = ".".join(map(str, triton))
-    return f"Triton {version}'s interpreter needs NumPy before 2.4 (or Triton 3.7), here is {numpy}"
+    return f"Triton {version}'s interpreter fails with NumPy {numpy}: use numpy<2.4 or Triton 3.7"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Seed PyTorch's generator, and skip tests that cannot run here.
 
-    They are tests marked gpu or gpu(2) without so many GPUs or with another --device, and tests
-    marked triton without Triton, or where Triton's interpreter is needed and does not work.
+    A test marked gpu(n) needs n GPUs (by default 1) and --device cuda. A test marked triton needs
+    Triton, and needs its interpreter to work if the kernels are interpreted.
     """
-    torch.manual_seed(0)  # whatever ran before
+    torch.manual_seed(0)  # independent of the tests that ran before
     on_cuda = item.config.getoption("--device").startswith("cuda")
     for marker in item.iter_markers("triton"):
         if not HAS_TRITON:
@@ -111,7 +114,7 @@ def device(pytestconfig: pytest.Config) -> torch.device:
 
 @pytest.fixture(params=[pytest.param("triton", marks=needs_triton), "eager"], scope="session")
 def impl(request: pytest.FixtureRequest, device: torch.device) -> str:
-    """Tests with it run once per engine."""
+    """The engine. A test with this fixture runs once per engine."""
     if request.param == "triton" and device.type == "cuda" and not numerics.architecture(device):
         pytest.skip("the kernels do not support this GPU")
     return request.param
@@ -131,7 +134,7 @@ def nan_in_fresh_memory() -> Iterator[None]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests marked nccl use gloo, like all others, and also NCCL if there are two GPUs."""
+    """Run tests marked nccl over gloo, and over NCCL too if there are two GPUs."""
     on_cuda = metafunc.config.getoption("--device").startswith("cuda")
     marked = metafunc.definition.get_closest_marker("nccl") and "ranks" in metafunc.fixturenames
     if marked and on_cuda and torch.cuda.device_count() >= 2:
@@ -159,7 +162,7 @@ def setting(name: str, value: Any) -> Iterator[None]:
 
 
 def set_strip_rows(monkeypatch: pytest.MonkeyPatch, rows: int | None) -> None:
-    """Make strips `rows` high, or one tile in kernels, with small blocks. None: change nothing."""
+    """Make strips `rows` high (one tile in kernels) and blocks small. None: change nothing."""
     if rows is None:
         return
     monkeypatch.setattr(numerics, "MIN_STRIP_ROWS", rows)
@@ -168,7 +171,7 @@ def set_strip_rows(monkeypatch: pytest.MonkeyPatch, rows: int | None) -> None:
     if HAS_TRITON:
         from cyclip_loss.kernels import configs
 
-        # The package has the functions under the names of their files.
+        # `kernels.contrastive_lse` is the function, so the modules are imported by their paths.
         lse, grads, grams = (
             import_module(f"cyclip_loss.kernels.{name}")
             for name in ("contrastive_lse", "contrastive_grads", "gram_matrices")

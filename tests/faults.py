@@ -2,9 +2,9 @@
 
     python tests/faults.py --seed 1 cyclip_loss kernels  # --list: show the faults, run nothing
 
-The seed draws a kind of fault, then its place. The folder's tests run on a copy of the project that
-has the fault. A survivor is a hole in the tests, or changes nothing that a user could notice, or
-needs a device that is not here.
+The seed decides the kind of each fault, and then its place. Each fault is put into a copy of the
+project, and the folder's tests run there. A fault that no test notices is printed as SURVIVED. Then
+the tests have a hole, or no user could notice the fault, or it needs a device that is not here.
 """
 
 import argparse
@@ -29,6 +29,7 @@ PAIRS += [(ast.In, ast.NotIn), (ast.Add, ast.Sub), (ast.Mult, ast.Div), (ast.And
 SWAPS = {a: b for x, y in PAIRS for a, b in ((x, y), (y, x))}
 SWAPS |= {ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult}
 CONVERSIONS = ("contiguous", "to", "detach", "clone", "float", "double", "clamp", "abs", "strip")
+# Fields of the syntax tree, and arguments, that get no faults.
 NO_BEHAVIOUR = ("annotation", "returns", "decorator_list", "exc")
 MESSAGES = ("help", "metavar", "description", "epilog", "stacklevel", "strict")
 
@@ -38,7 +39,7 @@ def changed(node: ast.AST, **fields: object) -> ast.AST:
 
 
 def possible_faults(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
-    """The kind of each fault that the node can have, and the node with this fault."""
+    """Yields each fault that the node can have: its kind, and the node with the fault."""
     match node:
         case ast.Compare(ops=[op]) if type(op) in SWAPS:
             yield "comparison", changed(node, ops=[SWAPS[type(op)]()])
@@ -67,7 +68,7 @@ def possible_faults(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
 
 
 def break_each(node: ast.AST) -> Iterator[tuple[str, str]]:
-    """Put one fault at a time into a tree. Yields the fault's kind, and its line and text."""
+    """Puts one fault at a time into a tree. Yields the fault's kind, and its line and text."""
     for name, value in ast.iter_fields(node):
         children = value if isinstance(value, list) else [value]
         for index, child in enumerate(children if name not in NO_BEHAVIOUR else ()):
@@ -88,8 +89,8 @@ def noticed(file: Path, source: str) -> bool:
         project = shutil.copytree(ROOT, f"{folder}/project", ignore=NOT_COPIED)
         (project / file).write_text(source)
         command = [sys.executable, "-m", "pytest", "-qx", "-n", "2", *TESTS[file.parts[0]]]
-        settings = os.environ | {"PYTHONPATH": str(project), "OMP_NUM_THREADS": "1"}
-        return call(command, cwd=project, env=settings, timeout=1200, stdout=DEVNULL) != 0
+        environment = os.environ | {"PYTHONPATH": str(project), "OMP_NUM_THREADS": "1"}
+        return call(command, cwd=project, env=environment, timeout=1200, stdout=DEVNULL) != 0
     return True
 
 
@@ -102,7 +103,7 @@ def main() -> None:
     options = parser.parse_args()
     for folder in [] if options.list else options.folders:
         file = Path(folder, "__init__.py")
-        assert not noticed(file, (ROOT / file).read_text()), f"the tests of {folder} fail as it is"
+        assert not noticed(file, (ROOT / file).read_text()), f"the tests of {folder} fail already"
     places, killed, draw = {}, [], random.Random(options.seed)
     for path in [f for folder in options.folders for f in sorted((ROOT / folder).rglob("*.py"))]:
         tree = ast.parse(path.read_text())

@@ -1,4 +1,4 @@
-"""Features to test with: every dtype, layout and geometry; the same numbers on every device."""
+"""Inputs for the tests: features of every dtype, layout and geometry, the same on every device."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ LAYOUTS = [
     "every other column",
     "every other row",
     "expanded",
-    # Rows that are contiguous, but whose stride or base may be unaligned for a kernel.
+    # The elements of a row are contiguous, but the row stride or the base may be unaligned.
     "rows 8 elements wider",
     "8 bytes off",
 ]
@@ -39,7 +39,7 @@ ARGUMENT_NAMES = {
 
 @dataclass
 class Case:
-    """One input of the loss. A dataclass, so that hypothesis prints what reproduces it."""
+    """One input of the loss. It is a dataclass, so that Hypothesis prints how to make it again."""
 
     n: int
     d: int
@@ -56,7 +56,7 @@ class Case:
     penalties_alone: bool = False
     output_dict: bool = False
     frozen: frozenset[str] = frozenset()  # inputs without gradient
-    # Gradients of the three terms; of the sum, the first.
+    # The upstream gradients of the three terms. If a call returns their sum, it has the first one.
     upstream: tuple[float, float, float] = (1.0, 1.0, 1.0)
     distinct_ids: int | None = None  # at most this many; None: no ids
     same_ids: str = "ignored"
@@ -98,7 +98,7 @@ class Case:
         return [tensor.requires_grad_() for tensor in self.inputs(device)]
 
     def ids(self, device: Device) -> Tensor | None:
-        """(n,), or None. On the CPU, 16 bytes apart and 8 off an aligned address."""
+        """(n,) or None. On the CPU they are 16 bytes apart, 8 bytes after an aligned address."""
         if self.distinct_ids is None or self.penalties_alone:
             return None
         size, generator = (2 * self.n + 1,), torch.Generator("cpu").manual_seed(self.seed)
@@ -108,18 +108,18 @@ class Case:
 
     @property
     def id_options(self) -> dict[str, Any]:
-        """The option `same_ids`, which is not "ignored" only if there are ids."""
+        """The option `same_ids`, which is "ignored" if there are no ids."""
         has_ids = self.distinct_ids is not None and not self.penalties_alone
         return {"same_ids": self.same_ids if has_ids else "ignored"}
 
     @property
     def world_size(self) -> int:
-        """W: across W ranks gradients are W times as large, because DDP averages them."""
+        """W, the number of ranks. Gradients are W times as large, because DDP averages them."""
         return 1
 
     @property
     def weights(self) -> tuple[float, float, float]:
-        """The factors of the three terms before backward."""
+        """The factor of each term in the sum whose backward runs."""
         weights = self.upstream if self.output_dict else self.upstream[:1] * 3
         return (0.0, *weights[1:]) if self.penalties_alone else weights
 
@@ -149,9 +149,9 @@ def normal(*shape: int, seed: int = 0, device: Device) -> Tensor:
 
 
 def lay_out(values: Tensor, layout: str) -> Tensor:
-    """The same values with other strides, and NaN between them.
+    """The same values in another memory layout, with NaN in the gaps.
 
-    "expanded" repeats the first row.
+    The layout "expanded" repeats the first row instead.
     """
     n, d = values.shape
     if layout == "transposed":
@@ -170,19 +170,19 @@ def lay_out(values: Tensor, layout: str) -> Tensor:
     return values
 
 
-# Hypothesis also draws constants that it finds in the loaded modules, but no integers between -100
-# and 100. All numbers are drawn as such integers, so that the examples of a test do not depend on
-# which other tests are collected.
+# Hypothesis also draws constants that it finds in the loaded modules, except integers between -100
+# and 100. So all numbers are drawn as integers in this range, and the examples of a test do not
+# depend on which other tests are collected.
 SIZES = st.one_of(st.integers(1, 5), st.integers(1, 90))
 UPSTREAM = st.sampled_from([1.0, 1.0, -0.5, 64.0, 0.0])
-DRAWN: dict[str, st.SearchStrategy[Any]] = {
+STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     "n": SIZES,
     "d": SIZES,
     "dtype": st.sampled_from(DTYPES),
     "distance": st.sampled_from([None, None, 0.3, 0.03, 0.003, 0.0]),
     "anti_aligned": st.booleans(),
     "norm": st.sampled_from([1.0, 1.0, 2.5]),
-    # From 0.01 to 100. Scales that float32 holds exactly, so that the float64 oracle sees the same.
+    # From 0.01 to 100, rounded to float32, so that the float64 oracle gets the same scale.
     "logit_scale": st.one_of(
         st.integers(-64, 64).map(lambda x: torch.tensor(10 ** (x / 32), device="cpu").item()),
         st.sampled_from([1.0, 14.25, 100.0]),
@@ -210,12 +210,12 @@ DRAWN: dict[str, st.SearchStrategy[Any]] = {
 
 
 def cases(**given: st.SearchStrategy[Any]) -> st.SearchStrategy[Case]:
-    """Any input of the loss; `given` replaces some of the strategies."""
-    return st.builds(Case, **(DRAWN | given))
+    """Draws any input of the loss. `given` replaces some of the strategies."""
+    return st.builds(Case, **(STRATEGIES | given))
 
 
 class PlainClip(torch.nn.Module):
-    """CLIP's loss, to be wrapped, with a parameter."""
+    """CLIP's loss with a parameter, for tests that wrap a loss."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
+import pytest
 import torch
 import triton
 from inputs import Case
@@ -17,7 +17,7 @@ from triton.runtime.driver import driver
 from cyclip_loss import kernels
 from cyclip_loss.kernels import configs
 
-# Operators that launch nothing, besides views: they allocate, or read or write a number on the CPU.
+# Operators besides views that launch no kernel: they allocate, or read or write a CPU scalar.
 NO_KERNEL = {
     "empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "_unsafe_view",
     "scalar_tensor", "_local_scalar_dense", "lift_fresh",
@@ -25,7 +25,7 @@ NO_KERNEL = {
 
 
 class PyTorchLaunches(TorchDispatchMode):
-    """The names of the operators that launch a kernel."""
+    """Records the names of PyTorch's operators that launch a kernel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class PyTorchLaunches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# A driver for Triton, of an H100.
+# A driver that tells Triton that the device is an H100.
 H100 = SimpleNamespace(
     get_current_device=lambda: 0,
     get_current_stream=lambda device: 0,
@@ -48,29 +48,29 @@ H100 = SimpleNamespace(
 
 @contextmanager
 def no_device() -> Iterator[tuple[list[str], dict[str, dict[str, Any]]]]:
-    """The Triton engine on CPU tensors. Launches are noted and not made: results are garbage.
+    """Lets the Triton engine take CPU tensors. Launches are only recorded, so results are garbage.
 
-    Yields the names of launched kernels, and how Triton describes each binary. Not interpreted.
+    Yields the names of the launched kernels, and Triton's description of each binary. It does not
+    work in Triton's interpreter.
     """
     names: list[str] = []
     binaries: dict[str, dict[str, Any]] = {}
 
-    def note(*, key: str, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+    def record(*, key: str, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         names.append(fn.name)
         binaries[f"{fn.name} {key}"] = {"kernel": fn.name, **compile}
         return True  # nothing to compile or launch
 
     driver.set_active(H100)
-    with (
-        mock.patch.object(triton.knobs.runtime, "jit_cache_hook", note),
-        mock.patch.object(kernels, "INTERPRETED", True),
-        mock.patch.object(configs, "architecture", return_value="sm_90"),
-    ):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton.knobs.runtime, "jit_cache_hook", record)
+        patch.setattr(kernels, "INTERPRETED", True)
+        patch.setattr(configs, "architecture", lambda device: "sm_90")
         yield names, binaries
 
 
 def launched_kernels(loss: Callable[..., Tensor], n: int, d: int, dtype: torch.dtype) -> list[str]:
-    """The names of the kernels that one step launches, after a first call of the module."""
+    """The names of the kernels that a step launches if it is not the module's first step."""
     inputs = Case(n, d, dtype).leaves("cpu")
     with no_device() as (triton_names, _):
         loss(*inputs)

@@ -1,8 +1,8 @@
-"""Processes that compute together: one group of a few ranks serves many tests.
+"""Ranks for the tests: a few processes in one group, which many tests share.
 
-A test sends them a function from a module's top level. Every rank runs it, with tensors on its
-`own_device()`, and returns the results on the CPU. An exception, a rank that died, and ranks that
-do not answer are errors of the test within `limit` seconds, far longer than any test takes.
+A test sends the ranks a function from a module's top level. Every rank runs it, with tensors on its
+`own_device()`, and returns the results on the CPU. The test fails if a rank raises an exception,
+dies, or does not answer within `limit` seconds, which is far longer than any test takes.
 """
 
 import faulthandler
@@ -35,11 +35,11 @@ def own_device() -> torch.device:
 
 
 class RankError(AssertionError):
-    """A rank raised, died or does not answer; the message says which."""
+    """A rank raised an exception, died or does not answer. The message says which."""
 
 
 class Ranks:
-    """Processes, of which the first `world_size` form their default process group.
+    """Processes. The first `world_size` of them form the default process group.
 
     backend, device: "nccl" and "cuda", one GPU each; "gloo" and "cuda:0", one GPU for all.
     timeout: of the group's collectives, in seconds, after which torch raises.
@@ -47,9 +47,10 @@ class Ranks:
 
     def __init__(self, backend: str = "gloo", device: str = "cpu", timeout: float = 240.0) -> None:
         self.backend, self.device, self.timeout = backend, device, timeout
-        self.limit = 1.25 * timeout  # of a task; by then, a collective that hangs has raised
+        self.limit = 1.25 * timeout  # of a task; a collective that hangs raises before that
         self._ranks: list[tuple[Any, Connection]] = []
-        self._group_size = self._group_count = 0  # of the current group; of all groups so far
+        self._group_size = 0  # of the current group
+        self._group_count = 0  # groups so far
         self._folder = tempfile.TemporaryDirectory()
 
     def run(self, world_size: int, task: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -98,9 +99,9 @@ class Ranks:
         results: dict[int, Any] = {}
         errors: dict[int, str] = {}
         for ours in waiting:
-            with suppress(ConnectionError):  # a process that has died: found below
+            with suppress(ConnectionError):  # the process has died, which is noticed below
                 ours.send_bytes(message)
-        deadline = time.monotonic() + self.limit + 60.0  # at the limit, processes end themselves
+        deadline = time.monotonic() + self.limit + 60.0  # processes end themselves at the limit
         lost = False
         while waiting and time.monotonic() < deadline:
             for ours in wait(list(waiting), deadline - time.monotonic()):
@@ -123,7 +124,7 @@ class Ranks:
 
 @lru_cache
 def _fork_context() -> Any:
-    """A context that forks processes from one that has imported much, and computed nothing."""
+    """A context that forks from a process which has imported slow modules and computed nothing."""
     context = multiprocessing.get_context("forkserver")
     modules = ["torch._dynamo", "torch._inductor.config", "torch.distributed.fsdp"]
     context.set_forkserver_preload([*modules, "hypothesis", "pytest"])
@@ -144,7 +145,8 @@ def _serve(rank: int, device: str, connection: Connection) -> None:
     if _own_device.type == "cuda":
         torch.cuda.set_device(_own_device)
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")  # as in pytest
+    # As in pyproject.toml.
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")
     fill_fresh_memory_with_nan()
     while True:
         try:

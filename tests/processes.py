@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def run_python(*arguments: str, interpreted: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run Python. interpreted: Triton interprets kernels; the process sees no GPU."""
+    """Run Python. interpreted: whether Triton interprets kernels, and the process sees no GPU."""
     environment = os.environ | {"TRITON_INTERPRET": str(int(interpreted)), "OMP_NUM_THREADS": "1"}
     if interpreted:
         environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -19,6 +19,6 @@ def run_python(*arguments: str, interpreted: bool = True) -> subprocess.Complete
 
 
 def start(command: list[str], **streams: Any) -> "subprocess.Popen[str]":
-    """Start a command, for tests that continue while it runs or that end it."""
+    """Start a command. The test goes on while it runs, and may end it."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, text=True, cwd=ROOT, env=environment, **streams)

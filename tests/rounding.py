@@ -1,4 +1,4 @@
-"""How far rounding alone may move each element of a result away from the exact one.
+"""How far rounding alone may move each element of a result away from its exact value.
 
 The bounds are forward error bounds, not tolerances found by trial. A sum of products in a type of
 precision eps is off by at most a small multiple of eps times the sum of the products' *absolute
@@ -7,10 +7,11 @@ in float64. So only an element that is small because large terms cancel is allow
 these terms. Every other element is checked to relative precision.
 
 The small multiple is FACTOR where errors have either sign, as in rounding to nearest, and mostly
-cancel (measured: at most 3.1 for sums of 100 terms, over 20,000 random inputs). A tensor core
-truncates what it adds to the float32 sum: 8 products at a time, one bit below the sum's last
-(A100), or 16, two bits below (H100; Khattak and Mikaitis 2025, arXiv 2512.07004). So D terms of one
-sign lose up to D / 11 or D / 20 times eps times their sum. From D = 48 on, the multiple is D / 8.
+cancel. (Measured: at most 3.1 for sums of 100 terms, over 20,000 random inputs.) Tensor cores do
+not round to nearest. They add several products to the float32 sum at a time, and truncate them.
+An A100 adds 8 products, and keeps one bit more than the sum has; an H100 adds 16, and keeps two
+bits more (Khattak and Mikaitis 2025, arXiv 2512.07004). So a sum of D terms of the same sign loses
+up to D / 11 (A100) or D / 20 (H100) times eps times itself. From D = 48 on, the multiple is D / 8.
 """
 
 from math import log
@@ -30,15 +31,15 @@ FACTOR = 6.0
 class Eps(NamedTuple):
     """Relative precision of each kind of rounding."""
 
-    logits: float  # of products of features; a logit's error is its exponential's relative error
-    stored: float  # of G as stored for the products with the features
-    penalties: float  # of products of U and V
+    logits: float  # in logits; a logit's absolute error is its exponential's relative error
+    stored: float  # in G as it is stored for the products with the features
+    penalties: float  # in products of U and V
 
 
 def bounds(case: Case, features: Tensors, impl: str, tf32: bool) -> Tensors:
-    """FACTOR times the size of the rounding of each term, and of each gradient of the total.
+    """The bounds of each term and of each gradient, by name: FACTOR times the rounding error.
 
-    Returned by name. The total is the sum of the terms, each times its upstream gradient.
+    The gradients are those of the sum of all terms, each times its upstream gradient.
     """
     eps = engine_eps(impl, features["image"], tf32)
     g_is_rounded = impl == "eager" and numerics.has_wide_products(features["image"])
@@ -46,7 +47,7 @@ def bounds(case: Case, features: Tensors, impl: str, tf32: bool) -> Tensors:
     upstream = [case.world_size * weight for weight in case.weights]
     found = dict.fromkeys((*TERMS, *features, "logit_scale"), 0.0)
 
-    # Each contrastive term: the names of its features, and its share of the loss.
+    # For each contrastive term: the names of its features, and its share of the loss.
     contrastive_terms = [("image", "text", 0.5 if case.views else 1.0)]
     if case.views:
         contrastive_terms += [("image", "image_view", 0.25), ("text", "text_view", 0.25)]
@@ -75,9 +76,11 @@ def bounds(case: Case, features: Tensors, impl: str, tf32: bool) -> Tensors:
 def engine_eps(impl: str, features: Tensor, tf32: bool = False) -> Eps:
     """The precision with which an engine computes with these features.
 
-    The eager engine widens 16-bit features to float32. Where CUDA multiplies them as they are, it
-    stores G in 16 bits. The kernels multiply 16-bit features exactly and sum in float32, store G in
-    16 bits, and round U and V to tf32. tf32: whether float32 matrices are multiplied in tf32.
+    The eager engine widens 16-bit features to float32. Where CUDA multiplies 16-bit matrices into
+    float32 ones, the eager engine does not widen them, but stores G in 16 bits. The kernels
+    multiply 16-bit features exactly, sum in float32, store G in 16 bits, and round U and V to tf32.
+
+    tf32: whether float32 matrices are multiplied in tf32.
     """
     dtype = features.dtype
     if impl == "triton" and dtype.itemsize == 2:
@@ -89,7 +92,7 @@ def engine_eps(impl: str, features: Tensor, tf32: bool = False) -> Eps:
 
 
 def growth(d: int, eps: float) -> float:
-    """The multiple of FACTOR * eps by which a sum of d products may be off."""
+    """How many times FACTOR * eps a sum of d products may be off, relative to |its terms|."""
     return max(1.0, d / 8 / FACTOR) if eps <= FLOAT32 else 1.0
 
 
@@ -102,37 +105,37 @@ def contrastive_bound(
     symmetric: bool,
     g_is_rounded: bool,
 ) -> list[Tensor | None]:
-    """The size of the rounding of a contrastive term's value and gradients.
+    """The rounding error of a contrastive term's value and gradients.
 
-    row_features, column_features: (n, D). negatives: extra ones of the rows, which are columns, and
-    of the columns, which are rows: (m, D) or None. g_is_rounded: whether G is rounded before it is
-    summed to the scale's gradient. (The kernels round it afterwards.)
+    row_features, column_features: (n, D). negatives: extra negatives of the rows (more columns),
+    and of the columns (more rows); each (m, D) or None. g_is_rounded: whether G is rounded before
+    it is summed to the scale's gradient. (The kernels round it afterwards.)
 
-    Returns it for the value, and for the gradients of the rows, the columns, the scale, and the
-    negatives of each kind.
+    Returns the errors of the value, and of the gradients of the row features, the column features,
+    the scale, and each of the negatives.
 
-    A logit's rounding error, at most eps times `size`, is a *relative* error of its exponential,
-    and so of G, the gradient with respect to the logits: G of a pair is minus the sum of the other
-    elements of its row. At the pairs the oracle subtracts probabilities from 1, and logits from
-    their log-sum-exp. The oracle's own error in float64 is added. (For float64 features, that is
+    A logit's rounding error is at most eps times `size`. It is a *relative* error of the logit's
+    exponential, and so of G, the gradient with respect to the logits. (G of a pair is minus the sum
+    of the other elements of its row.) For the pairs, the oracle subtracts probabilities from 1, and
+    logits from their log-sum-exp, so its own float64 error is added. (For float64 features, that is
     the whole error.)
     """
     scale, id_options = case.logit_scale, {"ids": case.ids("cpu"), **case.id_options}
     n, d = row_features.shape
-    # For each direction, the features that have to find their partners, and those they search.
+    # For each direction: the query features, and the candidates among which each finds its partner.
     directions = [(row_features, with_negatives(column_features, negatives[0]))]
     if symmetric:
         directions.append((column_features, with_negatives(row_features, negatives[1])))
-    largest = max((own.abs() @ searched.abs().T).max() for own, searched in directions)
+    largest = max((queries.abs() @ candidates.abs().T).max() for queries, candidates in directions)
     # A whole row shares the error of its log-sum-exp, whose size is log n + the largest logit.
-    most = max(len(searched) for _, searched in directions)
-    size = growth(d, eps.logits) * (1 + abs(scale) * largest) + log(most)
+    num_candidates = max(len(candidates) for _, candidates in directions)
+    size = growth(d, eps.logits) * (1 + abs(scale) * largest) + log(num_candidates)
 
     value, scale_grad = row_features.new_zeros(()), row_features.new_zeros(())
     grads = [torch.zeros_like(row_features), torch.zeros_like(column_features)]
     negative_grads: list[Tensor | None] = [None, None]
-    for index, (own, searched) in enumerate(directions):
-        exact = gradient_sizes(scale * own @ searched.T, **id_options) / len(directions)
+    for index, (queries, candidates) in enumerate(directions):
+        exact = gradient_sizes(scale * queries @ candidates.T, **id_options) / len(directions)
         # Exponentials below the smallest normal number may be lost.
         logit_errors = eps.logits * exact
         logit_errors += 2.0**-126 if eps.logits > FLOAT64 else 2.0**-1022
@@ -141,12 +144,12 @@ def contrastive_bound(
         errors = logit_errors + eps.stored * exact / n
         value += (eps.logits * exact.sum() / 2 / n + FLOAT64) * size
         summed = errors if g_is_rounded else logit_errors
-        scale_grad += (summed * (own.abs() @ searched.abs().T)).sum()
-        grads[index] += abs(scale) * errors @ searched.abs()
-        searched_grad = abs(scale) * errors.T @ own.abs()
-        grads[1 - index] += searched_grad[:n]
+        scale_grad += (summed * (queries.abs() @ candidates.abs().T)).sum()
+        grads[index] += abs(scale) * errors @ candidates.abs()
+        candidate_grads = abs(scale) * errors.T @ queries.abs()
+        grads[1 - index] += candidate_grads[:n]
         if negatives[index] is not None:
-            negative_grads[index] = searched_grad[n:]
+            negative_grads[index] = candidate_grads[n:]
     if symmetric:
         options = dict(zip(("negative_text_features", "negative_image_features"), negatives))  # noqa: B905
         loss = reference.contrastive_loss(
@@ -163,10 +166,10 @@ def with_negatives(features: Tensor, negatives: Tensor | None) -> Tensor:
 
 
 def gradient_sizes(logits: Tensor, ids: Tensor | None, same_ids: str) -> Tensor:
-    """(n, m), the size of the terms that G_ij is the sum of.
+    """(n, m): for each G_ij, the sum of the absolute values of the terms that it is computed from.
 
-    It is p for a negative, and for a pair |p - 1|, computed as the sum of the other elements of the
-    row. With k positives it is p + 1/k, and for the pair 1 - 1/k more.
+    For a negative this is p. For a pair it is 1 - p, the sum of the other elements of the row. If
+    the row has k positives, it is p + 1/k for the others, and 1 - p + 1 - 1/k for the pair.
     """
     n = len(logits)
     targets = torch.eye(n, dtype=logits.dtype, device=logits.device)
@@ -183,11 +186,11 @@ def gradient_sizes(logits: Tensor, ids: Tensor | None, same_ids: str) -> Tensor:
 
 
 def penalty_bound(image: Tensor, text: Tensor, a: float, b: float, eps: float) -> list[Any]:
-    """The size of the rounding of N P_in and N P_cross, and of dI and dT of a N P_in + b N P_cross.
+    """The rounding error of N P_in and N P_cross, and of the gradients of a N P_in + b N P_cross.
 
-    U and V are a sum and a difference of two given numbers, so each is exact except for its last
-    bit. For nearly aligned pairs V is small, and so is every size. The oracle subtracts products of
-    I and T, and its own error in float64 is added.
+    Each element of U and V is a sum or a difference of two given numbers, so only its last bit is
+    inexact. For nearly aligned pairs V is small, and so are all errors. The oracle subtracts
+    products of I and T instead, so its own float64 error is added.
     """
     value = grad = 0.0
     sizes = image.abs() + text.abs()

@@ -1,6 +1,6 @@
-"""What needs a GPU: graphs, streams, devices, synchronisation, Inductor, memory, large batches.
+"""Tests that need a GPU: CUDA graphs, streams, synchronisation, Inductor, memory, large batches.
 
-The other tests run on a GPU, too, and check the values and gradients of compiled kernels.
+The other tests can also run on a GPU. There they check the compiled kernels.
 """
 
 import gc
@@ -23,7 +23,7 @@ PRODUCTS = pytest.mark.parametrize("products", ["highest", "high"])  # "high": t
 SEVERAL_TILES = Case(n=517, d=200, dtype=torch.bfloat16, logit_scale=20.0, lambdas=(0.5, 0.125))
 
 
-def loss_of(case: Case, impl: str) -> CyCLIPLoss:
+def make_loss(case: Case, impl: str) -> CyCLIPLoss:
     return CyCLIPLoss(*case.lambdas, impl=impl)
 
 
@@ -43,7 +43,7 @@ def loss_of(case: Case, impl: str) -> CyCLIPLoss:
 def test_batches_of_many_tiles_are_accurate(
     case: Case, dtype: torch.dtype, products: str, impl: str, device
 ) -> None:
-    """Of the shipped sizes. The other tests have only a few tiles."""
+    """Tiles have their shipped sizes. In the other tests a batch has only a few tiles."""
     tf32 = products == "high" and (dtype == torch.float32 or impl == "eager")
     with setting("float32_matmul_precision", products):
         check_loss(replace(case, dtype=dtype), impl, device, tf32)
@@ -52,14 +52,16 @@ def test_batches_of_many_tiles_are_accurate(
 @pytest.mark.slow
 @pytest.mark.parametrize(("n", "d", "scale"), [(16385, 64, 20.0), (65536, 768, 50.0)])
 def test_large_batches_are_accurate(n: int, d: int, scale: float, device: torch.device) -> None:
-    """More than one block of G (N = 16,385), and a size at which large models train.
-    Compared with the eager engine in float64, as the oracle of the other tests would take minutes.
-    The bound is 16-bit rounding, or the float32 rounding of logits, of the largest element.
+    """N = 16,385 needs more than one block of G. Large models train with N = 65,536.
+
+    The reference is the eager engine in float64, as the oracle of the other tests would take
+    minutes. The bound is one rounding of the largest element: in 16 bits for the gradients of
+    features, and in float32, times the scale, for the value and the gradient of the scale.
     """
     case, impl = Case(n, d, torch.bfloat16, logit_scale=scale), "triton"
     inputs = case.inputs(device)
-    actual = results(loss_of(case, impl), *inputs)
-    exact = results(loss_of(case, "eager"), *(tensor.double() for tensor in inputs))
+    actual = results(make_loss(case, impl), *inputs)
+    exact = results(make_loss(case, "eager"), *(tensor.double() for tensor in inputs))
     for name in NAMES:
         found, right = getattr(actual, name), getattr(exact, name)
         eps = torch.finfo(found.dtype).eps * (1 if found.ndim else case.logit_scale)
@@ -74,17 +76,17 @@ def test_every_call_gives_the_same_bits(
     case = Case(8197, 520, dtype, logit_scale=20.0, lambdas=(0.5, 0.125))
     inputs = case.inputs(device)
     with setting("float32_matmul_precision", products):
-        first, *others = (results(loss_of(case, impl), *inputs) for _ in range(5))
+        first, *others = (results(make_loss(case, impl), *inputs) for _ in range(5))
     for other in others:
         torch.testing.assert_close(other, first, rtol=0, atol=0)
 
 
-def test_a_cuda_graph_replays_a_step_on_other_features(impl: str, device: torch.device) -> None:
-    loss = loss_of(SEVERAL_TILES, impl)
+def test_a_cuda_graph_replays_a_step_on_new_features(impl: str, device: torch.device) -> None:
+    loss = make_loss(SEVERAL_TILES, impl)
     leaves = [tensor.clone().requires_grad_() for tensor in SEVERAL_TILES.inputs(device)]
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):  # PyTorch demands such steps before a capture
+    with torch.cuda.stream(stream):  # PyTorch requires warm-up steps before a capture
         for _ in range(3):
             loss(*leaves).backward()
     torch.cuda.current_stream(device).wait_stream(stream)
@@ -104,22 +106,22 @@ def test_a_cuda_graph_replays_a_step_on_other_features(impl: str, device: torch.
 
 
 def test_a_step_runs_on_the_current_stream_only(impl: str, device: torch.device) -> None:
-    """Work on the default stream would have to wait here."""
+    """The default stream is busy, so that work on it would have to wait."""
     inputs = SEVERAL_TILES.inputs(device)
-    expected = results(loss_of(SEVERAL_TILES, impl), *inputs)
+    expected = results(make_loss(SEVERAL_TILES, impl), *inputs)
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     torch.cuda._sleep(10**10)  # cycles: keeps the default stream busy for five seconds
     with torch.cuda.stream(stream):
-        actual = results(loss_of(SEVERAL_TILES, impl), *inputs)
+        actual = results(make_loss(SEVERAL_TILES, impl), *inputs)
         copies = Results(*(tensor.clone() for tensor in actual))
     stream.synchronize()
-    assert not torch.cuda.default_stream(device).query(), "the default stream was waited for"
+    assert not torch.cuda.default_stream(device).query(), "the step waited for the default stream"
     torch.testing.assert_close(copies, expected, rtol=0, atol=0)
 
 
 @pytest.mark.gpu(2)
-def test_features_may_be_on_another_device_than_the_current_one(impl: str) -> None:
+def test_features_may_be_on_a_gpu_that_is_not_the_current_device(impl: str) -> None:
     assert torch.cuda.current_device() == 0
     check_loss(SEVERAL_TILES, impl, "cuda:1")
     assert torch.cuda.current_device() == 0
@@ -127,7 +129,7 @@ def test_features_may_be_on_another_device_than_the_current_one(impl: str) -> No
 
 @pytest.mark.parametrize("output_dict", [False, True])
 @pytest.mark.parametrize("lambdas", [(0.25, 0.25), (0.5, 0.125), (0.0, 0.0)])
-def test_a_step_does_not_synchronise_the_host(
+def test_a_step_does_not_synchronise_with_the_host(
     impl: str, lambdas, output_dict: bool, device
 ) -> None:
     loss = CyCLIPLoss(*lambdas, impl=impl)
@@ -146,27 +148,29 @@ def test_a_step_does_not_synchronise_the_host(
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_inductors_code_computes_the_same(impl: str, device: torch.device) -> None:
-    """Other tests only trace, or use other compilers."""
-    loss, inputs = loss_of(SEVERAL_TILES, impl), SEVERAL_TILES.inputs(device)
+def test_inductor_gives_the_same_value_and_gradients(impl: str, device: torch.device) -> None:
+    """The other tests compile with other backends than Inductor."""
+    loss, inputs = make_loss(SEVERAL_TILES, impl), SEVERAL_TILES.inputs(device)
     torch._dynamo.reset()
     actual = results(torch.compile(loss, fullgraph=True), *inputs)
     torch.testing.assert_close(actual, results(loss, *inputs))
 
 
-def test_no_n_by_n_matrix_is_allocated_and_only_vectors_are_kept(impl: str, device) -> None:
-    """The matrix would take 17 GB in float32."""
+def test_no_n_by_n_matrix_is_allocated_and_forward_keeps_only_vectors_and_gram_matrices(
+    impl: str, device
+) -> None:
+    """An N x N matrix would take 17 GB in float32."""
     n, d = 65536, 32
     case = Case(n, d, torch.bfloat16, lambdas=(0.5, 0.125))
     leaves = [tensor.requires_grad_() for tensor in case.inputs(device)]
-    loss_of(case, impl)(*leaves).backward()  # allocates what libraries allocate once
+    make_loss(case, impl)(*leaves).backward()  # libraries allocate some memory in the first step
     for leaf in leaves:
         leaf.grad = None
     gc.collect()
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    value: Tensor = loss_of(case, impl)(*leaves)
+    value: Tensor = make_loss(case, impl)(*leaves)
     kept = torch.cuda.memory_allocated(device) - before
     # Log-sum-exps of rows and columns, gradients of pairs, Gram matrices, and up to 512 bytes of
     # alignment for each of a dozen tensors.

@@ -1,4 +1,4 @@
-"""Measured numbers of README.md and benchmarks/README.md are those of the records."""
+"""The measured numbers in README.md and benchmarks/README.md are the recorded ones."""
 
 import csv
 import json
@@ -11,17 +11,17 @@ README = (ROOT / "README.md").read_text()
 BENCHMARKS = (ROOT / "benchmarks/README.md").read_text()
 RESULTS = ROOT / "benchmarks/results"
 
-
+# How the two paragraphs of the README with our own numbers begin.
 OUR_ACCURACY, OUR_SPEED = "Our largest experiment", "Forward and backward"
 
 
 def paragraph(start: str) -> str:
-    """From a line of the README that starts so to the next empty line."""
+    """The README's paragraph that begins with these words."""
     return README[README.index(f"\n{start}") :].partition("\n\n")[0]
 
 
 def benchmark_record() -> dict:
-    """The record that the README's paragraph on speed links."""
+    """The record that the README links to."""
     (path,) = set(re.findall(r"\[record]\((.*?)\.md\)", README))
     record: dict = json.loads((ROOT / f"{path}.json").read_text())
     return record
@@ -39,7 +39,7 @@ def test_accuracy_in_the_readme_is_the_mean_over_the_recorded_seeds() -> None:
     assert re.findall(r"(\d+\.\d)%", paragraph(OUR_ACCURACY)) == expected
 
 
-def test_speed_and_memory_in_the_readme_are_those_of_the_record_it_links() -> None:
+def test_speed_and_memory_in_the_readme_match_the_linked_record() -> None:
     rows = benchmark_record()["sections"]["cost"]["rows"]
     cost = {(row["N"], row["D"], row["loss"]): row for row in rows}
     ours, clip = cost[8192, 512, "CyCLIPLoss"], cost[8192, 512, "open_clip.ClipLoss, no penalties"]
@@ -61,8 +61,8 @@ def test_speed_and_memory_in_the_readme_are_those_of_the_record_it_links() -> No
         assert shown == f"{number:.{len(shown.partition('.')[2])}f}"
 
 
-def test_other_percentages_in_the_readme_are_published() -> None:
-    """Numbers of the paper and of others, rounded to one decimal."""
+def test_percentages_quoted_in_the_readme_are_published() -> None:
+    """The paper's numbers, and other people's, rounded to one decimal."""
     with (ROOT / "reference_train/evaluate/published.csv").open() as file:
         cells = {cell for row in csv.DictReader(file) for cell in row.values() if cell}
     published = {f"{float(cell):.1f}" for cell in cells if re.fullmatch(r"\d+\.\d+", cell)}
@@ -77,21 +77,21 @@ def test_other_percentages_in_the_readme_are_published() -> None:
     assert {"16.7", "17.8", "45.0", "43.2"} <= shown
 
 
-def test_results_in_benchmarks_are_lines_of_the_record_it_links() -> None:
-    """Rows of the tables from "What it found" to the next heading."""
+def test_rows_in_the_benchmarks_readme_are_lines_of_the_linked_records() -> None:
+    """Checks the tables under the heading "What it found"."""
     section = BENCHMARKS.partition("## What it found")[2].partition("\n## ")[0]
     pages = [RESULTS / name for name in re.findall(r"\]\(results/(.*?\.md)\)", section)]
     recorded = {line for page in pages for line in page.read_text().splitlines()}
     shown = re.findall(r"^\| \d.*", section, re.MULTILINE)
     assert len(shown) > 10
     assert [line for line in shown if line not in recorded] == []
-    # What speaks against the library is among them.
+    # The rows in which the library is slower than others must be among them.
     for start in ("| 2,048 | 1,024 |", "| 512 | 512 |"):
         assert sum(line.startswith(start) for line in shown) == 2
     assert sum(line.startswith("| 256 |") for line in shown) == 1
 
 
-def test_each_record_is_listed_with_its_version_and_duration() -> None:
+def test_each_record_is_listed_with_its_command_version_and_duration() -> None:
     records = [*RESULTS.glob("*.json")]
     assert records
     for path in records:
@@ -101,5 +101,5 @@ def test_each_record_is_listed_with_its_version_and_duration() -> None:
         assert command == f"`{record['command']}`"
         versions = record["versions"]
         assert version.split(",")[0] == versions.get("commit", versions.get("cyclip_loss"))
-        seconds = record.get("seconds")  # none before December 2026
+        seconds = record.get("seconds")  # records before December 2026 have none
         assert duration == ("not recorded" if seconds is None else f"{seconds / 60:.0f} minutes")

@@ -1,4 +1,4 @@
-"""Python blocks of README.md and docs/ (the recipes have their own tests), and numbers on them."""
+"""Runs the Python blocks of README.md and docs/ (not the recipes), and checks numbers on them."""
 
 import csv
 import re
@@ -32,7 +32,7 @@ class Towers(nn.Module):
 
 
 def run(page: str, index: int = 0, **names: Any) -> dict[str, Any]:
-    """Run the block of this number on a page with these variables. Returns all of its variables."""
+    """Run block number `index` of a page with these variables, and return all of its variables."""
     text = (ROOT / page).read_text()
     block = re.findall(r"^( *)```python\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE)[index]
     indent, code = block
@@ -49,7 +49,7 @@ def inputs() -> dict[str, Any]:
 
 
 def features() -> dict[str, Any]:
-    """What the model of `inputs` returns."""
+    """The output of the model of `inputs`, by name."""
     given = inputs()
     output = given["model"](given["images"], given["texts"])
     return dict(zip(("image_features", "text_features", "logit_scale"), output, strict=True))
@@ -59,13 +59,13 @@ def expected_loss() -> float:
     return cyclip_loss.CyCLIPLoss(reference_batch_size=128)(**features()).item()
 
 
-def test_the_training_step_of_the_readme_gives_the_loss_and_gradients() -> None:
+def test_the_readmes_training_step_gives_the_loss_and_all_gradients() -> None:
     names = run("README.md", **inputs())
     assert names["loss"].item() == pytest.approx(expected_loss())
     assert all(parameter.grad is not None for parameter in names["model"].parameters())
 
 
-def test_the_step_across_ranks_trains_with_one_rank(tmp_path: Path, monkeypatch) -> None:
+def test_the_distributed_pages_step_gives_all_gradients(tmp_path: Path, monkeypatch) -> None:
     initialise = dist.init_process_group
     options = {"init_method": f"file://{tmp_path}/store", "rank": 0, "world_size": 1}
     monkeypatch.setattr(dist, "init_process_group", lambda _: initialise("gloo", **options))
@@ -76,19 +76,19 @@ def test_the_step_across_ranks_trains_with_one_rank(tmp_path: Path, monkeypatch)
         dist.destroy_process_group()
 
 
-def test_the_logged_terms_sum_to_the_loss(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_choosing_pages_terms_sum_to_the_loss(capsys: pytest.CaptureFixture[str]) -> None:
     loss_fn = cyclip_loss.CyCLIPLoss(reference_batch_size=128)
     names = run("docs/choosing.md", loss_fn=loss_fn, **features())
     assert names["loss"].item() == pytest.approx(expected_loss())
     assert "'crossmodal_cyclic_loss': " in capsys.readouterr().out
 
 
-def test_the_numbers_to_watch_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_evaluation_pages_code_prints_the_metrics(capsys: pytest.CaptureFixture[str]) -> None:
     run("docs/evaluation.md")
     assert "inmodal_correlation" in capsys.readouterr().out
 
 
-def test_the_filter_silences_every_warning_of_the_package() -> None:
+def test_the_troubleshooting_pages_filter_silences_only_our_warnings() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run("docs/troubleshooting.md")
@@ -97,7 +97,7 @@ def test_the_filter_silences_every_warning_of_the_package() -> None:
     assert [str(warning.message) for warning in caught] == ["heard"]
 
 
-def test_the_authors_step_becomes_one_call() -> None:
+def test_the_call_that_replaces_the_authors_code_gives_the_papers_loss() -> None:
     loss = run("docs/from_the_authors_code.md", **features())["loss"]
     scale = features()["logit_scale"]
     image, text = features()["image_features"], features()["text_features"]
@@ -106,13 +106,13 @@ def test_the_authors_step_becomes_one_call() -> None:
 
 
 def last_recalls() -> dict[str, float]:
-    """R@10 in % of each run of the icons after its last epoch, by the run's heading."""
+    """R@10 in % of each run on the icons after its last epoch, by the run's heading."""
     record = (ROOT / "reference_train/results/icons/runs.txt").read_text()
     runs = re.findall(r"^(\S.*): \d+ minutes.*\n(?: .*\n)*? +R@10: .*?([\d.]+)$", record, re.M)
     return {name: float(recall) for name, recall in runs}
 
 
-def test_the_settings_table_has_the_differences_of_the_record() -> None:
+def test_the_settings_table_shows_the_recorded_differences_in_recall() -> None:
     recalls = last_recalls()
     compared = [("lambda-cyclip-128-0", "lambda-clip-128-0")]
     compared += [("lambda-cyclip-512-128", "lambda-clip-512-0")]
@@ -125,7 +125,7 @@ def test_the_settings_table_has_the_differences_of_the_record() -> None:
     assert re.findall(r"\d+\.\d", "\n".join(rows[:5])) == expected
 
 
-def test_published_numbers_on_the_first_pages_have_a_source() -> None:
+def test_published_numbers_in_the_readme_and_on_the_choosing_page_match_the_csv() -> None:
     with open(ROOT / "reference_train/evaluate/published.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["metric"] == "top1"]
     published = {(row["data_set"], row["source"]): (row["clip"], row["cyclip"]) for row in rows}

@@ -12,7 +12,7 @@ class TwoTowers(nn.Module):
         super().__init__()
         self.visual = nn.Sequential(nn.Linear(IMAGE_SIZE, 10), nn.GELU(), nn.Linear(10, 8))
         self.textual = nn.Linear(TEXT_SIZE, 8)
-        # Not 0-dim, which FSDP2 cannot shard. On the CPU, and moved with the module.
+        # Of shape (1,), because FSDP2 cannot shard 0-dim parameters.
         self.logit_scale = nn.Parameter(torch.full((1,), 2.0, device="cpu"))
 
     def forward(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from benchmarks import ROOT
 from benchmarks.run import Run
 
 CUDA_TESTS = ("tests/test_cuda.py", "-m", "not slow")
-SHARED_GPU = "tests/ranks/test_ranks.py::test_two_ranks_on_one_gpu"
+SHARED_GPU = "tests/ranks/test_ranks.py::test_two_ranks_that_share_a_gpu_are_accurate"
 KERNEL_TESTS = ("tests/kernels", "tests/loss", SHARED_GPU, "-m", "not slow")
 SLOW_TESTS = ("tests/test_cuda.py", "-m", "slow")
 RANK_TESTS = ("tests/ranks", "-m", "nccl")

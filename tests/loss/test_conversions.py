@@ -1,4 +1,4 @@
-"""Each row of the table in `docs/lambda.md`, "Coming from your own loss", against that loss."""
+"""Each row of "Coming from your own loss" in `docs/lambda.md` gives the loss that it replaces."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ from cyclip_loss import CyclicPenalty, CyCLIPLoss
 
 PAGE = Path(__file__).parents[2] / "docs" / "lambda.md"
 SECTION = PAGE.read_text().partition("## Coming from your own loss\n")[2]
-# The code of each row, by its text.
+# The code in each row, by the text before it.
 CODE = dict(re.findall(r"^\| (\w[^|]*) \| `(.*)` \|$", SECTION, re.MULTILINE))
 
 N, RANKS = 12, 3
@@ -30,7 +30,7 @@ def clip(logits: Tensor) -> Tensor:
 
 
 CLIP = clip(SCALE * I @ T.T)
-# The other losses in float64, by the first words of their rows.
+# The losses that the rows replace, in float64, by the rows' first words.
 THEIRS = {
     "The paper's": CLIP + 0.3 * N * IN_GAPS.mean() + 0.2 * N * CROSS_GAPS.mean(),
     "The *mean*": CLIP + WEIGHT * (IN_GAPS.mean() + CROSS_GAPS.mean()),
@@ -44,7 +44,7 @@ THEIRS = {
 
 
 @pytest.mark.parametrize("words", THEIRS)
-def test_the_code_of_each_row_gives_the_other_loss(words: str) -> None:
+def test_the_code_in_each_row_gives_the_other_loss(words: str) -> None:
     assert len(CODE) == len(THEIRS)
     [code] = [code for row, code in CODE.items() if row.startswith(words)]
     lengths = torch.linspace(0.5, 3, N, dtype=torch.float64, device="cpu")[:, None]

@@ -1,4 +1,4 @@
-"""No N x N matrix for a large batch, and as many flops as the formulas say."""
+"""Large batches need no N x N matrix, and exactly the flops of the formulas."""
 
 import gc
 from collections.abc import Callable
@@ -17,12 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cyclip_loss import CyCLIPLoss, consistency_metrics, contrastive_logsumexp, cyclip_loss
 
-# Interpreted kernels are too slow for N.
+# Interpreted kernels are too slow for N rows.
 N, N_INTERPRETED, D, STRIP_ROWS = 4096, 256, 32, 64
 
 
 class CollectCycles(TorchDispatchMode):
-    """Frees what lies in reference cycles before each operator of PyTorch.
+    """Frees unreachable reference cycles before each operator of PyTorch.
 
     Triton's interpreter leaves the tensors of each launch in a cycle. Without this, the peak would
     depend on when Python collects cycles.
@@ -30,7 +30,7 @@ class CollectCycles(TorchDispatchMode):
 
     def __enter__(self):
         gc.collect()
-        gc.freeze()  # what exists already is not searched each time
+        gc.freeze()  # so that objects that exist already are not searched each time
         return super().__enter__()
 
     def __exit__(self, *exception):
@@ -43,14 +43,14 @@ class CollectCycles(TorchDispatchMode):
 
 
 def allocated(work: Callable[[], object]) -> tuple[int, int, int]:
-    """Bytes on the CPU: the largest allocation, the most at a time, and what `work` keeps."""
+    """Bytes on the CPU: the largest allocation, the peak, and what the result of `work` keeps."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = work()  # bound to a name: alive at the end
-        gc.collect()  # what lies in reference cycles
+        result = work()  # has a name, so that it is alive at the end
+        gc.collect()  # frees reference cycles
     del result
     events = profiler.profiler.kineto_results.events()
     events = [event for event in events if event.name() == "[memory]"]
-    # What is freed is negative.
+    # Freed memory has a negative size.
     sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     return max(sizes), max(accumulate(sizes)), sum(sizes)
 
@@ -71,7 +71,7 @@ def test_no_n_by_n_matrix_is_allocated(impl: str, inputs: list[Tensor]) -> None:
         return allocated(lambda: cyclip_loss(*inputs, lambda_inmodal=0.5, impl=impl).backward())
 
     if impl == "triton":
-        step(Case(8, D).leaves("cpu"))  # makes what only a first call makes
+        step(Case(8, D).leaves("cpu"))  # a first call allocates more
     with CollectCycles() if impl == "triton" else nullcontext():
         largest, peak, _ = step(inputs)
     # No tensor is larger than a strip or the features. At any time there are a few of these, and a
@@ -86,16 +86,16 @@ def test_no_n_by_n_matrix_is_allocated(impl: str, inputs: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("one_way", [False, True])
-def test_log_sum_exps_take_no_n_by_n_matrix(impl: str, one_way: bool, inputs) -> None:
+def test_log_sum_exps_allocate_no_n_by_n_matrix(impl: str, one_way: bool, inputs) -> None:
     n = len(inputs[0])
-    square, strip, features = 4 * n * n, 4 * 64 * n, 4 * n * D
+    square, strip, features = 4 * n * n, 4 * STRIP_ROWS * n, 4 * n * D
 
     def step(inputs: list[Tensor]) -> None:
         row, _, pair = contrastive_logsumexp(*inputs, one_way=one_way, impl=impl)
         softplus(row - pair).mean().backward()
 
     if impl == "triton":
-        step(Case(8, D).leaves("cpu"))  # makes what only a first call makes
+        step(Case(8, D).leaves("cpu"))  # a first call allocates more
     with CollectCycles() if impl == "triton" else nullcontext():
         largest, peak, _ = allocated(lambda: step(inputs))
     assert largest <= max(strip, features)

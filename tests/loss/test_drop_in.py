@@ -1,4 +1,4 @@
-"""In place of `open_clip.ClipLoss`: same values, training and calls; and what it imports."""
+"""CyCLIPLoss in place of `open_clip.ClipLoss`: same arguments, values and training, few imports."""
 
 import inspect
 
@@ -38,7 +38,9 @@ def train(loss: nn.Module, device: torch.device) -> tuple[list[float], TwoTowers
     return history, model
 
 
-def test_training_without_penalties_is_that_of_clip_loss(impl: str, device: torch.device) -> None:
+def test_training_without_penalties_equals_training_with_clip_loss(
+    impl: str, device: torch.device
+) -> None:
     ours, our_model = train(CyCLIPLoss(0, 0, **OPENCLIP_KEYWORDS, impl=impl), device)
     theirs, their_model = train(open_clip.ClipLoss(**OPENCLIP_KEYWORDS), device)
     assert ours == pytest.approx(theirs, rel=1e-9)
@@ -47,8 +49,8 @@ def test_training_without_penalties_is_that_of_clip_loss(impl: str, device: torc
 
 
 @pytest.mark.parametrize("given", [{}, OPENCLIP_KEYWORDS, {"rank": 3, "world_size": 4}], ids=str)
-def test_clip_losss_keywords_attributes_and_arguments_are_accepted(given: dict) -> None:
-    """`forward` has ClipLoss's arguments first."""
+def test_keywords_attributes_and_arguments_of_clip_loss_are_accepted(given: dict) -> None:
+    """The first arguments of `forward` are ClipLoss's."""
     ours, theirs = CyCLIPLoss(**given), open_clip.ClipLoss(**given)
     assert all(getattr(ours, name) == getattr(theirs, name) for name in OPENCLIP_KEYWORDS)
     ours.load_state_dict(theirs.state_dict())  # both have none
@@ -62,7 +64,9 @@ def test_clip_losss_keywords_attributes_and_arguments_are_accepted(given: dict) 
 
 
 @pytest.mark.parametrize("output_dict", [False, True])
-def test_logit_bias_changes_nothing(impl, output_dict, device: torch.device) -> None:
+def test_logit_bias_changes_no_value_and_gets_a_zero_gradient(
+    impl, output_dict, device: torch.device
+) -> None:
     image, text = pairs(12, 4, device=device)
     loss = CyCLIPLoss(impl=impl)
     plain = loss(image, text, 10.0, output_dict=output_dict)
@@ -77,14 +81,14 @@ def test_logit_bias_changes_nothing(impl, output_dict, device: torch.device) -> 
         assert torch.equal(bias.grad, torch.zeros(shape, device=device))
 
 
-FORMS_OF_THE_SCALE = [
+SCALE_TENSORS = [
     torch.tensor(10.0, dtype=torch.float64, device="cpu"),
     torch.tensor([10.0], dtype=torch.bfloat16, device="cpu"),
     torch.tensor([7.0, 10.0], device="cpu")[1].expand(1, 1),  # with a storage offset
 ]
 
 
-@pytest.mark.parametrize("form", FORMS_OF_THE_SCALE, ids=str)
+@pytest.mark.parametrize("form", SCALE_TENSORS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_every_form_of_the_logit_scale_gives_the_same_loss(
     impl: str, dtype, form: Tensor, device: torch.device
@@ -125,6 +129,6 @@ assert cyclip_loss.CyCLIPLoss()(torch.eye(3), torch.eye(3), 10.0) > 0
 
 
 @pytest.mark.parametrize("program", [IMPORTS_LITTLE, WITHOUT_DISTRIBUTED])
-def test_a_loss_on_a_cpu_needs_no_triton_compiler_or_distributed(program: str) -> None:
+def test_the_loss_on_a_cpu_needs_neither_triton_nor_dynamo_nor_distributed(program: str) -> None:
     run = run_python("-c", program)
     assert run.returncode == 0, run.stderr

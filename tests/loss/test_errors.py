@@ -1,4 +1,4 @@
-"""Errors for bad arguments, which they name."""
+"""Bad arguments raise errors that name the argument."""
 
 import inspect
 import re
@@ -56,7 +56,7 @@ def says(name: str, message: str) -> str:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_bad_features_are_refused_with_the_arguments_name(name: str) -> None:
+def test_bad_features_raise_an_error_that_names_the_argument(name: str) -> None:
     for call in CALLS[name]:
         for bad, error, message in BAD_FEATURES:
             with pytest.raises(error, match=says(name, message)):
@@ -121,7 +121,7 @@ def test_signatures_list_every_option_and_typos_get_a_hint(called) -> None:
         called(*given, refrence_batch_size=128)
 
 
-def test_repr_shows_what_is_set() -> None:
+def test_repr_shows_the_options_that_are_set() -> None:
     options = {"distributed": False, "inmodal_contrastive_weight": 0.5, "uneven": True}
     shown = repr(CyCLIPLoss(**options))
     assert eval(shown).__dict__.items() >= options.items()
@@ -158,7 +158,7 @@ def test_bad_weights_are_refused_and_the_old_value_stays(name: str, value, error
             function(*given, **{name: value})
 
 
-def test_a_misspelled_name_is_an_error_that_names_the_nearest() -> None:
+def test_a_misspelled_name_raises_an_error_that_suggests_the_nearest() -> None:
     loss = CyCLIPLoss()
     with pytest.raises(AttributeError, match="'lambda_inmodel': did you mean 'lambda_inmodal'"):
         loss.lambda_inmodel = 3
@@ -184,7 +184,7 @@ def test_a_misspelled_name_is_an_error_that_names_the_nearest() -> None:
         ("use_horovod", True, ValueError),
     ],
 )
-def test_a_bad_option_of_the_loss_is_refused_whenever_it_is_set(name, value, error) -> None:
+def test_a_bad_option_of_the_loss_is_refused_wherever_it_is_set(name, value, error) -> None:
     with pytest.raises(error, match=rf"^{name}"):
         CyCLIPLoss(**{name: value})
     with pytest.raises(error, match=rf"^{name}"):

@@ -1,4 +1,4 @@
-"""The examples in docstrings run, and show what they say."""
+"""The examples in docstrings run, and print what the docstrings show."""
 
 import doctest
 from importlib import import_module
@@ -10,7 +10,7 @@ MODULES = ["cyclip_loss.functional", "cyclip_loss.logsumexp", "cyclip_loss.loss"
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_examples_in_docstrings_run(name: str) -> None:
+def test_docstring_examples_print_what_they_show(name: str) -> None:
     outcome = doctest.testmod(import_module(name), extraglobs={"torch": torch})
     assert outcome.attempted > 0
     assert outcome.failed == 0

@@ -19,7 +19,7 @@ from cyclip_loss import contrastive_logsumexp, reference
 
 @dataclass
 class LseCase:
-    """One input. A dataclass, so that hypothesis prints what reproduces it."""
+    """One input. It is a dataclass, so that Hypothesis prints how to make it again."""
 
     n: int
     d: int
@@ -30,7 +30,7 @@ class LseCase:
     distinct_ids: int | None = None
     negatives: int | None = None
     one_way: bool = False
-    weights_are_zero: bool = False  # of every second row and every third column
+    weights_are_zero: bool = False  # for every second row and every third column
     frozen: frozenset[str] = frozenset()
     seed: int = 0
 
@@ -52,13 +52,13 @@ class LseCase:
         return torch.arange(self.n, device=device) * 7 % self.distinct_ids
 
     def upstream(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of the three results: positive or 0, and of any sign for the pairs."""
-        rows, columns, pairs = normal(3, self.n, seed=self.seed + 2, device=device)
-        rows, columns = rows.abs(), columns.abs()
+        """Gradients of the three results: not negative, but of any sign for the pair logits."""
+        row_grads, column_grads, pair_grads = normal(3, self.n, seed=self.seed + 2, device=device)
+        row_grads, column_grads = row_grads.abs(), column_grads.abs()
         if self.weights_are_zero:
-            rows[::2] = 0
-            columns[::3] = 0
-        return rows / self.n, columns / self.n, pairs / self.n
+            row_grads[::2] = 0
+            column_grads[::3] = 0
+        return row_grads / self.n, column_grads / self.n, pair_grads / self.n
 
 
 def weighted_sum(results: Any, upstream: tuple[Tensor, ...]) -> Tensor:
@@ -66,7 +66,7 @@ def weighted_sum(results: Any, upstream: tuple[Tensor, ...]) -> Tensor:
     total = results[2].new_zeros(())
     for vector, weights in zip(results, upstream, strict=True):
         if vector is not None:
-            # 0 * -inf would be NaN: a row without negatives has no part in the loss.
+            # A row without negatives is left out of the loss, because 0 * -inf is NaN.
             has_negatives = vector.detach() > -torch.inf
             total = total + (vector * weights.to(vector.dtype))[has_negatives].sum()
     return total
@@ -109,7 +109,7 @@ def check(case: LseCase, impl: str, device: torch.device) -> None:
     results, grads = gradients(ours, case, tensors)
     wide = {name: x.double() for name, x in tensors.items()}
     expected_results, expected = gradients(dense, case, wide)
-    _, narrow = gradients(dense, case, {name: x.to(dtype) for name, x in tensors.items()})
+    _, plain = gradients(dense, case, {name: x.to(dtype) for name, x in tensors.items()})
 
     assert (results.column_negatives is None) == case.one_way
     eps = torch.finfo(dtype).eps
@@ -127,11 +127,11 @@ def check(case: LseCase, impl: str, device: torch.device) -> None:
     for name, exact in expected.items():
         assert grads[name].dtype == tensors[name].dtype
         error = (grads[name].double() - exact).abs().max() if exact.numel() else 0
-        pytorchs = (narrow[name].double() - exact).abs().max() if exact.numel() else 0
-        # `narrow` has the features' values, but computes in float32. The kernels also round G, and
+        pytorch_error = (plain[name].double() - exact).abs().max() if exact.numel() else 0
+        # `plain` is computed in float32 from the same values. In addition, the kernels round G, and
         # every gradient is rounded to its dtype.
         size = float(exact.abs().max()) if exact.numel() else 0.0
-        assert error <= 4 * pytorchs + 4 * (stored + eps * largest_logit) * (size + 1e-6), name
+        assert error <= 4 * pytorch_error + 4 * (stored + eps * largest_logit) * (size + 1e-6), name
 
 
 HARD = [
@@ -185,7 +185,7 @@ def test_kernels_agree_with_the_dense_definition(case: LseCase, device: torch.de
         check(case, "triton", device)
 
 
-def test_clip_is_a_function_of_the_results(impl: str, device: torch.device) -> None:
+def test_clips_loss_can_be_computed_from_the_results(impl: str, device: torch.device) -> None:
     image, text = (x.float() for x in pairs(50, 9, 0.3, device=device))
     row, column, pair = contrastive_logsumexp(image, text, 20.0, impl=impl)
     clip = (F.softplus(row - pair) + F.softplus(column - pair)).mean() / 2
@@ -194,24 +194,24 @@ def test_clip_is_a_function_of_the_results(impl: str, device: torch.device) -> N
 
 
 def test_a_negative_upstream_gradient_gives_nan(impl: str, device: torch.device) -> None:
-    for of_rows in (True, False):
+    for use_rows in (True, False):
         image, text = (x.float().requires_grad_() for x in pairs(9, 4, device=device))
         scale = torch.tensor(5.0, device=device, requires_grad=True)
         results = contrastive_logsumexp(image, text, scale, impl=impl)
-        vector = results.row_negatives if of_rows else results.column_negatives
+        vector = results.row_negatives if use_rows else results.column_negatives
         (-vector.sum()).backward()
         assert all(x.grad.isnan().all() for x in (image, text, scale))
 
 
-def test_an_unused_result_has_no_gradient(impl: str, device: torch.device) -> None:
+def test_unused_results_add_nothing_to_the_gradient(impl: str, device: torch.device) -> None:
     image, text = (x.float().requires_grad_() for x in pairs(9, 4, device=device))
     results = contrastive_logsumexp(image, text, 5.0, impl=impl)
     (only_pairs,) = torch.autograd.grad(results.pair_logits.sum(), image)
     torch.testing.assert_close(only_pairs, 5 * text.detach())
 
 
-def test_small_gradients_are_not_lost_in_float16(impl: str, device: torch.device) -> None:
-    """G has the upstream gradient's size, here 1e-7, below float16's smallest number."""
+def test_g_is_not_rounded_to_float16(impl: str, device: torch.device) -> None:
+    """The kernels round G to the dtype of the features, so float16 features are cast to float32."""
     image, text = (x.half().requires_grad_() for x in pairs(60, 8, device=device))
     results = contrastive_logsumexp(image, text, 5.0, impl=impl)
     loss = 1e-7 * (results.row_negatives.sum() + results.column_negatives.sum())
@@ -225,7 +225,9 @@ def test_small_gradients_are_not_lost_in_float16(impl: str, device: torch.device
 
 @pytest.mark.parametrize("one_way", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
-def test_compiled_in_one_graph_it_gives_the_same(one_way: bool, dtype, device) -> None:
+def test_compiled_into_one_graph_it_gives_the_same_loss_and_gradients(
+    one_way: bool, dtype, device
+) -> None:
     def loss(image: Tensor, text: Tensor, scale: Tensor, ids: Tensor, negative: Tensor) -> Tensor:
         options = {"ids": ids, "negative_text_features": negative, "one_way": one_way}
         row, column, pair = contrastive_logsumexp(image, text, scale, **options)
@@ -245,8 +247,8 @@ def test_compiled_in_one_graph_it_gives_the_same(one_way: bool, dtype, device) -
         torch.testing.assert_close(*found)
 
 
-def test_operators_pass_opcheck(device: torch.device) -> None:
-    """Their schema, mutation, aliasing, and the shapes of fake tensors."""
+def test_the_forward_operator_passes_opcheck(device: torch.device) -> None:
+    """`opcheck` tests the schema, mutation, aliasing, and the shapes of fake tensors."""
     image, text, scale = LseCase(9, 4).tensors(device).values()
     for symmetric in (True, False):
         arguments = (image, text, scale, None, None, 0, symmetric, 9, "eager", "local", "", None)
@@ -268,7 +270,7 @@ def test_under_autocast_features_are_cast_and_results_are_float32(device: torch.
     assert torch.equal(image.grad, short[0].grad.float())
 
 
-def test_second_derivatives_are_an_error(device: torch.device) -> None:
+def test_second_derivatives_raise_an_error(device: torch.device) -> None:
     image, text = (x.requires_grad_() for x in pairs(9, 4, device=device))
     loss = contrastive_logsumexp(image, text).row_negatives.sum()
     (grad,) = torch.autograd.grad(loss, image, create_graph=True)
@@ -289,7 +291,9 @@ def test_second_derivatives_are_an_error(device: torch.device) -> None:
         ({"logit_scal": 2.0}, TypeError, "did you mean 'logit_scale'"),
     ],
 )
-def test_bad_arguments_are_named(bad: dict[str, Any], error: type, message: str) -> None:
+def test_bad_arguments_raise_an_error_that_names_them(
+    bad: dict[str, Any], error: type, message: str
+) -> None:
     features = torch.ones(2, 4, device="cpu")
     arguments: dict[str, Any] = {"image_features": features, "text_features": features} | bad
     with pytest.raises(error, match=message):

@@ -1,4 +1,4 @@
-"""The loss against the definition in float64; the definition; NaN; settings of PyTorch."""
+"""The loss against its definition in float64, the definition itself, NaN, and matmul precision."""
 
 import math
 from functools import reduce
@@ -20,7 +20,7 @@ FULL = TERMS_WEIGHTED | {"views": True, "lambdas": (0.25, 0.5)}
 IMAGE, TEXT, TOWERS = frozenset(["image"]), frozenset(["text"]), frozenset(["image", "text"])
 WIDE = torch.float64
 SAME_ROWS = {"image_layout": "expanded", "text_layout": "expanded", "anti_aligned": True}
-# Always tested. D = 256 is among them, as errors of a kernel grow with D.
+# Cases that are always tested. Some have D = 256, because a kernel's errors grow with D.
 HARD = [
     Case(1, 1, WIDE),
     Case(65, 10, strip_rows=32, **FULL),
@@ -28,7 +28,7 @@ HARD = [
     Case(64, 1, logit_scale=100.0, strip_rows=7),
     # All logits are -100: exp(l - 100) would underflow, and its log be -inf.
     Case(65, 33, logit_scale=100.0, distance=0.003, **SAME_ROWS),
-    # P_cross is 0; without the clamps, both engines' would be negative.
+    # P_cross is 0. Without clamping, both engines would return a negative number.
     Case(80, 24, torch.bfloat16, norm=2.5, output_dict=True, seed=8, **SAME_ROWS),
     *(
         Case(n, d, WIDE, frozen=frozen, lambdas=lambdas, strip_rows=7)
@@ -38,7 +38,7 @@ HARD = [
     Case(80, 24, torch.bfloat16, distinct_ids=6, strip_rows=7),  # several blocks of G
     Case(30, 6, WIDE, distinct_ids=6, same_ids="positives", negatives=(50, 1), frozen=IMAGE),
     Case(300, 5),  # more than one group of row tiles
-    # G of a text that all images are near, summed over images, overflows in 16 bits.
+    # All images are equal and nearest to one text. That text's G, summed over images, overflows.
     Case(40, 3, torch.float16, logit_scale=100.0, image_layout="expanded"),
     Case(80, 1, torch.float16, strip_rows=7),  # the same over several blocks
     # Pairs far worse than their negatives: 1e-9 is missing from the loss if log(1 + exp(21)) is 21.
@@ -46,7 +46,7 @@ HARD = [
     # Close pairs, whose penalties, loss and G are small differences of large numbers.
     Case(96, 40, logit_scale=16.0, distance=0.003, output_dict=True),
     Case(60, 60, logit_scale=16.0, distance=0.003, output_dict=True),
-    # Rows of the features further apart in one than in the other.
+    # Image and text features with different row strides, or one unaligned base address.
     Case(80, 64, text_layout="every other row", lambdas=(0.5, 0.125)),
     Case(80, 32, torch.bfloat16, image_layout="8 bytes off", lambdas=(0.5, 0.125)),
     Case(80, 64, torch.float16, text_layout="rows 8 elements wider", lambdas=(0.5, 0.125)),
@@ -57,7 +57,7 @@ HARD = [
     Case(10, 30, WIDE, **TERMS_WEIGHTED),
     Case(30, 6, **TERMS_WEIGHTED),
 ]
-# Where plain PyTorch's errors are not 0 by chance.
+# Inputs on which plain PyTorch's errors are not 0 by chance.
 ORDINARY = [
     Case(32, 64),
     Case(90, 24, strip_rows=32),
@@ -90,7 +90,7 @@ def test_eager_engine_is_accurate_in_each_element(case: Case, device: torch.devi
 @given(
     case=cases(
         dtype=st.sampled_from(DTYPES[1:]),
-        # Interpreted tiles are slow. Behind the pairs, 50 negatives reach into another tile.
+        # Interpreted tiles are slow. 50 extra negatives are enough to reach into another tile.
         negatives=st.tuples(*[st.sampled_from([None, None, 0, 1, 50])] * 2),
     )
 )
@@ -107,8 +107,8 @@ def test_errors_are_at_most_three_times_those_of_plain_pytorch(
 
 
 @pytest.mark.parametrize("n", [5, 30])
-def test_a_penalty_without_weight_has_a_gradient_of_zeros(n: int, impl: str, device) -> None:
-    """In dense and streamed batches, as in the first step of a warm-up from 0."""
+def test_a_penalty_without_weight_has_a_zero_gradient(n: int, impl: str, device) -> None:
+    """As in the first step of a warm-up from 0. n: a dense and a streamed batch."""
     for lambdas in ((0, 0), (0, 0.5)):
         image, text = (x.float().requires_grad_() for x in pairs(n, 6, device=device))
         terms = CyCLIPLoss(*lambdas, impl=impl)(image, text, 10.0, output_dict=True)
@@ -130,7 +130,7 @@ def test_the_inmodal_contrastive_term_has_its_weight(weight: float | None, devic
     assert "inmodal_contrastive_loss" not in cyclip_loss(*inputs, output_dict=True)
 
 
-def test_the_definition_has_values_computed_by_hand_and_second_derivatives() -> None:
+def test_the_definition_matches_values_computed_by_hand_and_has_second_derivatives() -> None:
     image = torch.eye(2, dtype=WIDE, device="cpu")
     text = torch.tensor([[0.0, 1.0], [0.0, 1.0]], dtype=WIDE, device="cpu")
     scale = torch.tensor(2.0, dtype=WIDE, device="cpu")
@@ -138,7 +138,8 @@ def test_the_definition_has_values_computed_by_hand_and_second_derivatives() -> 
     terms = reference.cyclip_loss(image, text, scale, 1.0, 1.0, reference_batch_size=1)
     row, column = math.log(2), math.log(1 + math.exp(2)) - 1
     assert terms["contrastive_loss"].item() == pytest.approx((row + column) / 2)
-    # I I^T - T T^T = -[[0, 1], [1, 0]], I T^T - T I^T = [[0, -1], [1, 0]]: 2 / N, times R / N.
+    # I I^T - T T^T = -[[0, 1], [1, 0]] and I T^T - T I^T = [[0, -1], [1, 0]]. The squares of each
+    # sum to 2, so each penalty is 2 / N, times R / N.
     assert terms["inmodal_cyclic_loss"] == terms["crossmodal_cyclic_loss"] == 0.5
     assert torch.autograd.gradgradcheck(
         lambda *inputs: sum(reference.cyclip_loss(*inputs, 0.5, 0.25).values()),
@@ -163,7 +164,7 @@ def test_the_definition_has_values_computed_by_hand_and_second_derivatives() -> 
 def test_nan_and_infinity_never_give_a_finite_loss(
     n, d, bad, name, row, column, sign, seed, impl, device
 ) -> None:
-    """In either tower or view, whatever the sign of the features that it is multiplied with."""
+    """The bad value is in any tower or view, and is multiplied by features of any sign."""
     features = Case(n, d, views=True, seed=seed).features(device)
     if sign is not None:  # all images are positive, all texts have this sign
         for other, values in features.items():
@@ -198,7 +199,9 @@ def test_an_extra_negative_that_is_not_finite_never_gives_a_finite_loss(
 
 @pytest.mark.parametrize("d", [4, 2], ids=["dense", "streamed"])
 def test_one_infinite_logit_makes_the_loss_nan(impl: str, d: int, device: torch.device) -> None:
-    """That of a pair, which would look perfectly matched, or of a negative. So does a NaN scale."""
+    """It belongs to a pair, which would look perfectly matched, or to a negative. A NaN scale makes
+    the loss NaN, too.
+    """
     options = NO_PENALTIES | {"impl": impl}
     for row in (0, 1):
         image, text = torch.eye(5, d, device=device), torch.eye(5, d, device=device)
@@ -221,13 +224,13 @@ def test_the_matmul_precision_is_obeyed_and_not_changed(impl: str, precision: st
 def test_16_bit_matrices_multiplied_into_float32_are_accurate(
     dtype: torch.dtype, adds: bool, monkeypatch, device
 ) -> None:
-    """On CUDA the eager engine multiplies them so. Here such products are imitated."""
+    """The eager engine uses such products on CUDA. This test imitates them."""
     factors = set()
 
     def widening(name: str, original):
         def multiply(*matrices: Tensor, out_dtype: torch.dtype | None = None, **options) -> Tensor:
             if out_dtype is not None:
-                if name == "addmm" and not adds:  # as in PyTorch 2.8 to 2.10
+                if name == "addmm" and not adds:  # as PyTorch 2.8 to 2.10 does
                     raise RuntimeError("cannot add to a float32 matrix")
                 factors.add(matrices[-1].dtype)
                 matrices = tuple(matrix.to(out_dtype) for matrix in matrices)
@@ -247,7 +250,7 @@ def test_16_bit_matrices_multiplied_into_float32_are_accurate(
 
 
 def test_16_bit_matrices_are_widened_if_their_device_has_no_wide_products(monkeypatch) -> None:
-    """Each device is asked once, but again after it was out of memory."""
+    """Each device is tried once, and again only if it was out of memory."""
     asked = []
 
     def refuses(a: Tensor, b: Tensor, **options) -> Tensor:
@@ -258,11 +261,11 @@ def test_16_bit_matrices_are_widened_if_their_device_has_no_wide_products(monkey
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     numerics._try_wide_products.cache_clear()
-    features = torch.ones(3, 3, dtype=torch.bfloat16, device="meta")  # not a CPU
+    features = torch.ones(3, 3, dtype=torch.bfloat16, device="meta")  # stands for a GPU
     try:
         torch.mm(features, features, out_dtype=torch.float32)
     except (RuntimeError, TypeError):
-        pytest.skip("this PyTorch has no such product on the device that stands for a GPU")
+        pytest.skip("this PyTorch has no such product on the meta device")
     with pytest.MonkeyPatch.context() as full:
         full.setattr(torch, "mm", out_of_memory)
         with pytest.raises(torch.OutOfMemoryError):

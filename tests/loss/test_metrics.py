@@ -44,8 +44,8 @@ def dense_metrics(image: torch.Tensor, text: torch.Tensor) -> dict[str, float]:
 
 @given(case=cases(n=SIZES.map(lambda n: n + 2)))
 @example(case=Case(20, 30, norm=10.0))  # exp(-2 * 200) of a pair must not be lost next to exp(0)
-def test_metrics_are_those_of_the_dense_definitions(case: Case, device: torch.device) -> None:
-    """Also under autocast, which casts nothing here."""
+def test_metrics_equal_their_dense_definitions(case: Case, device: torch.device) -> None:
+    """They are computed under autocast here, which must not cast anything."""
     image, text, _ = case.inputs(device)
     with pytest.MonkeyPatch.context() as monkeypatch, torch.autocast(device.type, torch.bfloat16):
         set_strip_rows(monkeypatch, case.strip_rows)

@@ -26,7 +26,7 @@ from cyclip_loss import CyclicPenalty, CyCLIPLoss, WithCyclicPenalty, cyclip_los
 def test_autocast_casts_only_features_and_other_modes_change_no_bit(
     case: Case, impl: str, device: torch.device
 ) -> None:
-    """Autocast does not cast float64. The other modes are those without gradients, and a default
+    """Autocast leaves float64 as it is. The other modes are no_grad, inference_mode and a default
     device.
     """
 
@@ -68,7 +68,7 @@ def test_a_second_backward_has_the_same_bits_and_second_derivatives_raise(
                 (value + grad.square().sum()).backward(retain_graph=True)
 
 
-# Lambdas that are equal, different, one zero, or both zero, and new values of each kind.
+# Lambdas: equal, different, both zero, one zero; then new values of each kind.
 SCHEDULE = [
     (0.25, 0.25), (0.3, 0.3), (0.4, 0.1), (0.1, 0.6), (0.0, 0.0), (0.0, 0.3), (0.2, 0.0),
     (0.7, 0.7), (0.5, 0.2), (0.0, 0.4), (0.6, 0.0), (0.9, 0.05), (0.35, 0.35),
@@ -77,10 +77,10 @@ SCHEDULE = [
 
 @pytest.mark.parametrize("scale", ["tensor", "number", "none", "alone", "no gradient"])
 def test_new_lambdas_and_batch_sizes_compile_no_new_graph(scale: str, device) -> None:
-    """After the first few. The results are correct.
+    """Only the first values of each kind may compile a graph. All results equal the eager ones.
 
-    scale: how the logit scale is given: as a tensor, a number or not at all, as the only input with
-    a gradient, or without gradients of any input.
+    scale: how the logit scale is given. "none": the penalties are called, which take no scale.
+    "alone": it is the only input with a gradient. "no gradient": no input has a gradient.
     """
     torch._dynamo.reset()
     module = CyclicPenalty if scale == "none" else CyCLIPLoss
@@ -104,7 +104,8 @@ def test_new_lambdas_and_batch_sizes_compile_no_new_graph(scale: str, device) ->
             found.append([value.detach(), *grads])
         torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
         counts.append(counter.frame_count)
-    # Graphs with constants, then symbols; equal or not; no penalty. None for new values.
+    # PyTorch first compiles with constants, then with symbols. Equal lambdas, different lambdas and
+    # no penalties are different graphs. New values of a kind add none.
     assert counts[-1] <= 9
     assert counts[-4:] == [counts[-1]] * 4
 
@@ -134,12 +135,12 @@ CALLS = {
     "views": lambda i, t, s, ids: LOSS(i, t, s, **views(2 * t, i + t), ids=ids),
     "positives": lambda i, t, s, ids: POSITIVES(i, t, s, ids=ids, **views(2 * t, i + t)),
     "negatives": lambda i, t, s, _: LOSS(i, t, s, negative_text_features=torch.cat((i, t))),
-    "all": lambda i, t, s, ids: POSITIVES(
-        *(i, t, s), ids=ids, negative_text_features=i, negative_image_features=t[:0]
+    "positives and negatives": lambda i, t, s, ids: POSITIVES(
+        i, t, s, ids=ids, negative_text_features=i, negative_image_features=t[:0]
     ),
     "terms": lambda *x: sum(LOSS(*x[:3], output_dict=True, ids=x[3]).values()),
     "another loss": lambda i, t, s, _: ANOTHER(i, t, s),
-    "its terms": lambda i, t, s, _: sum(ANOTHER(i, t, s, output_dict=True).values()),
+    "terms of another loss": lambda i, t, s, _: sum(ANOTHER(i, t, s, output_dict=True).values()),
     "penalties": lambda i, t, s, _: PENALTY(i, t),
     "in 16 bits": lambda i, t, s, _: LOSS(i.bfloat16(), t.bfloat16(), s),
     **{
@@ -151,8 +152,8 @@ CALLS = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_each_form_of_call_compiles_into_one_graph(name: str, device: torch.device) -> None:
-    """With gradients, also if a tensor is given twice. The operators pass PyTorch's `opcheck` of
-    schemas, mutation, aliasing, and the shapes of fake tensors.
+    """Also if a tensor is given twice. Value and gradients equal the eager ones. The operators pass
+    PyTorch's `opcheck` of schemas, mutation, aliasing, and the shapes of fake tensors.
     """
     calls = []
 
@@ -189,7 +190,7 @@ MODULES = [CyCLIPLoss(0.5, 0.125), CyclicPenalty(0.5, 0.125), WithCyclicPenalty(
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: type(module).__name__)
-def test_a_copied_or_stored_module_computes_the_same(module, device: torch.device) -> None:
+def test_a_copied_or_stored_module_computes_the_same_loss(module, device: torch.device) -> None:
     arguments = Case(10, 4).inputs(device)[: 2 if type(module) is CyclicPenalty else 3]
     file = io.BytesIO()
     torch.save(module, file)
@@ -197,7 +198,7 @@ def test_a_copied_or_stored_module_computes_the_same(module, device: torch.devic
     for twin in (copy.deepcopy(module), torch.load(file, weights_only=False)):
         assert twin(*arguments) == module(*arguments)
         assert repr(twin) == repr(module)
-        # An average of weights must not change the original's.
+        # The copy has its own parameters, so that averaging its weights leaves the original alone.
         parameters = zip(twin.parameters(), module.parameters(), strict=True)
         assert all(copied is not original for copied, original in parameters)
     assert module.state_dict().keys() <= {"loss.weight"}  # of the wrapped loss

@@ -1,4 +1,4 @@
-"""The warnings: what causes each, and that it is given once, with the user's line."""
+"""Which calls warn. Each warning is given once, and shows the user's line."""
 
 import warnings
 from functools import partial
@@ -26,12 +26,12 @@ SCALE = 20.0
 
 @pytest.fixture(autouse=True)
 def forget_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Start each test as a process that has not warned yet."""
+    """Start each test as if the process had not warned yet."""
     monkeypatch.setattr(usage_warnings, "_warned", set())
 
 
 def messages(*calls) -> list[str]:
-    """The warnings of these calls, each made twice."""
+    """The messages of the warnings if each call is made twice."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for call in (*calls, *calls):
@@ -52,7 +52,7 @@ def messages(*calls) -> list[str]:
         ((0, 1), 2000, 128, 0),
     ],
 )
-def test_penalties_above_twice_the_papers_strength_are_one_warning(
+def test_penalties_above_twice_the_papers_strength_warn_once(
     weights, n: int, reference_batch_size, warned: int, device: torch.device
 ) -> None:
     image, text = (features.float() for features in pairs(n, 4, device=device))
@@ -65,7 +65,7 @@ def test_penalties_above_twice_the_papers_strength_are_one_warning(
         assert len(messages(call)) == warned
 
 
-def test_a_weight_of_views_without_views_is_one_warning(device: torch.device) -> None:
+def test_a_weight_for_views_without_views_warns_once(device: torch.device) -> None:
     image, text = (features.float() for features in pairs(9, 4, device=device))
     loss = CyCLIPLoss(inmodal_contrastive_weight=0.5)
     views = {"augmented_image_features": text, "augmented_text_features": image}
@@ -83,7 +83,7 @@ def test_each_warning_shows_the_users_line(device: torch.device) -> None:
     assert found == [(CyCLIPWarning, __file__, line)] * 3
 
 
-def test_unusual_lengths_and_scales_in_a_modules_first_call_are_warnings(device) -> None:
+def test_a_modules_first_call_warns_of_unusual_lengths_and_scales(device) -> None:
     image, text = pairs(8, 4, device=device)
     longer = text.clone()
     longer[3] *= 7
@@ -109,7 +109,7 @@ def test_unusual_lengths_and_scales_in_a_modules_first_call_are_warnings(device)
         assert all(part in "".join(found) for part in expected)
 
 
-def test_rows_normalised_in_16_bits_and_later_calls_cause_no_warning(device) -> None:
+def test_16_bit_rows_later_calls_functions_and_compiled_modules_do_not_warn(device) -> None:
     features = pairs(128, 100, norm=3.0, device=device)
     image, text = (normalize(tensor.bfloat16(), dim=-1) for tensor in features)
     loss = CyCLIPLoss()
@@ -134,7 +134,7 @@ def test_rows_normalised_in_16_bits_and_later_calls_cause_no_warning(device) -> 
         (True, "gfx1100", False),
     ],
 )
-def test_one_warning_says_what_to_install_where_a_supported_gpu_has_no_triton(
+def test_a_supported_gpu_without_triton_warns_once_what_to_install(
     has_triton: bool, gpu, warned: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engines, "find_spec", lambda name: has_triton or None)
@@ -150,7 +150,8 @@ def test_one_warning_says_what_to_install_where_a_supported_gpu_has_no_triton(
     try:
         found = messages(lambda: engines.choose("auto", features))
         assert engines.choose("auto", features) == "eager"
-        assert ["`pip install triton`" in message for message in found] == [True] * warned
+        assert len(found) == warned
+        assert all("`pip install triton`" in message for message in found)
         usage_warnings._warned.clear()
         assert messages(lambda: engines.choose("eager", features)) == []
         if not has_triton:

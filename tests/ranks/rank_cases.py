@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from accuracy import check, check_beside_pytorch, evaluate
 from hypothesis import strategies as st
-from inputs import DRAWN, DTYPES, NEGATIVES, Case, Grads, Tensors, loss_dtype
+from inputs import DTYPES, NEGATIVES, STRATEGIES, Case, Grads, Tensors, loss_dtype
 from pool import Ranks, own_device
 from torch import Tensor
 
 
 @dataclass
 class RankCase(Case):
-    """The input of one step. A dataclass, so that hypothesis prints what reproduces it."""
+    """The input of one step. It is a dataclass, so that Hypothesis prints how to make it again."""
 
     n: int = 0  # the sum of `rows_per_rank`
     d: int = 5
@@ -71,9 +71,10 @@ def step(rank: int, world_size: int, case: RankCase) -> tuple[Tensors, Grads]:
 
 
 def check_ranks(case: RankCase, ranks: Ranks, beside_pytorch: bool = False) -> None:
-    """Every rank has the whole batch's terms and W times its gradients, the scale's on average.
+    """Assert that each rank has the terms of the whole batch, and W times the gradients.
 
-    beside_pytorch: whether to compare errors with those of plain PyTorch, too.
+    Only the average over ranks of the scale's gradient is compared. beside_pytorch: whether to
+    compare errors with those of plain PyTorch, too.
     """
     all_terms, all_grads = zip(*ranks.run(case.world_size, step, case), strict=True)
     terms = all_terms[0]
@@ -96,7 +97,7 @@ def check_ranks(case: RankCase, ranks: Ranks, beside_pytorch: bool = False) -> N
 
 
 def rank_cases(world_size: int, impl: str) -> st.SearchStrategy[RankCase]:
-    """Any step; if `uneven`, ranks may hold different numbers of rows, or none."""
+    """Draws any step. If it is uneven, ranks may have different numbers of rows, or none."""
 
     def rows_per_rank(most: int, uneven: bool) -> st.SearchStrategy[tuple[int, ...]]:
         if uneven:
@@ -114,6 +115,6 @@ def rank_cases(world_size: int, impl: str) -> st.SearchStrategy[RankCase]:
             "dist_impl": st.sampled_from(["gather", "ring"]),
             "uneven": st.just(uneven),
         }
-        return st.builds(RankCase, **(DRAWN | given))
+        return st.builds(RankCase, **(STRATEGIES | given))
 
     return st.booleans().flatmap(steps)

@@ -1,7 +1,7 @@
 """What OpenCLIP's flags do to the loss and its gradients: the table in docs/distributed.md.
 
-Gradients are averaged across ranks, as DDP does, and compared with those of one process on the
-whole batch. OpenCLIP's losses have no penalties, so CLIP's loss is what all compute.
+Gradients are averaged across ranks, as DDP does, and compared with the gradients of one process on
+the whole batch. OpenCLIP's losses have no penalties, so CyCLIPLoss has none here, too.
 """
 
 from functools import partial
@@ -41,8 +41,8 @@ def without_flags(rank: int, world_size: int) -> ClipLoss:
 @pytest.mark.parametrize(
     ("make", "value", "factor", "rest", "scale_factor"),
     [
-        # The encoders' gradient is `factor` times the exact one, plus a part in a different
-        # direction that is `rest` of its length.
+        # The encoders' gradient is `factor` times the exact gradient, plus an orthogonal part.
+        # `rest` is the length of the orthogonal part as a fraction of the gradient's length.
         (without_flags, OWN_ROWS_ALONE, 0.879, 0.489, 0.668),
         (partial(ClipLoss), WHOLE_BATCH, 1 / RANKS, 0, 1),
         (partial(ClipLoss, gather_with_grad=True), WHOLE_BATCH, 1, 0, 1),
@@ -52,7 +52,7 @@ def without_flags(rank: int, world_size: int) -> ClipLoss:
         (partial(CyCLIPLoss, 0, 0, dist_impl="ring"), WHOLE_BATCH, 1, 0, 1),
     ],
 )
-def test_each_flag_has_the_loss_and_gradients_of_the_table_in_the_docs(
+def test_each_flag_has_the_loss_and_gradients_in_the_docs_table(
     ranks: Ranks, make, value, factor, rest, scale_factor
 ) -> None:
     losses, encoders, scales = map(torch.stack, zip(*ranks.run(RANKS, step, make), strict=True))

@@ -1,4 +1,4 @@
-"""Across ranks: the loss and gradients of the whole batch, as one process computes them."""
+"""Ranks compute the loss and gradients that one process computes for the whole batch."""
 
 import math
 from contextlib import closing
@@ -43,7 +43,7 @@ def test_kernels_are_accurate_across_ranks(
 
 @DIST_IMPLS
 def test_all_options_together_are_accurate(impl: str, dist_impl: str, ranks: Ranks) -> None:
-    """In several tiles of each rank's rows, and of the columns."""
+    """Each rank's rows, and the columns, need several tiles."""
     case = RankCase(
         d=7,
         rows_per_rank=(40, 40),
@@ -61,7 +61,7 @@ def test_all_options_together_are_accurate(impl: str, dist_impl: str, ranks: Ran
 
 
 @pytest.mark.gpu
-def test_two_ranks_on_one_gpu(impl: str) -> None:
+def test_two_ranks_that_share_a_gpu_are_accurate(impl: str) -> None:
     """Over gloo, whose collectives accept GPU tensors; NCCL needs a GPU for each rank."""
     dtypes, both_lambdas = (torch.float32, torch.bfloat16), ((0.0, 0.0), (0.5, 0.125))
     with closing(Ranks("gloo", "cuda:0")) as sharing:
@@ -102,7 +102,7 @@ def measure(rank: int, world_size: int, case: RankCase) -> list[dict[str, Tensor
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows_per_rank", [(4, 4), (4, 0, 7), (0, 1, 0)], ids=str)
-def test_metrics_are_those_of_the_whole_batch(rows_per_rank, dtype, ranks: Ranks) -> None:
+def test_metrics_equal_those_of_the_whole_batch(rows_per_rank, dtype, ranks: Ranks) -> None:
     case = RankCase(rows_per_rank=rows_per_rank, dtype=dtype)
     whole = consistency_metrics(*case.inputs("cpu")[:2])
     close = {"rtol": 1e-6, "atol": 1e-7, "equal_nan": True}

@@ -1,6 +1,6 @@
-"""What ranks must agree on: their first call checks it, with an error on every rank.
+"""What ranks must agree on. Their first call checks it, and raises an error on every rank.
 
-The warnings that depend on the whole batch are here, too.
+Warnings that depend on the whole batch are tested here, too.
 """
 
 import contextlib
@@ -41,11 +41,11 @@ def outcomes(rank: int, world_size: int, steps: list[Step]) -> list[str]:
 
 def run_steps(ranks: Ranks, *steps: Step) -> list[list[str]]:
     """The outcomes of each step, by rank."""
-    ranks.leave()  # a new group has no first call behind it
+    ranks.leave()  # the next call is the first one of a new group
     return list(zip(*ranks.run(2, outcomes, list(steps)), strict=True))
 
 
-def both_hold(n: int, **options) -> Step:
+def on_both(n: int, **options) -> Step:
     return [(n, options)] * 2
 
 
@@ -69,14 +69,14 @@ def both_hold(n: int, **options) -> Step:
 def test_ranks_that_differ_in_a_first_call_raise_the_same_error(
     name: str, other: dict, ranks: Ranks, monkeypatch
 ) -> None:
-    """It lists all differences. Earlier calls had other settings, and then the group still works.
+    """The error lists all differences. Calls before it and after it work.
 
-    Ranks may differ in `output_dict`, so that one can log the terms.
+    Ranks may differ in `output_dict`, so that only one of them logs the terms.
     """
-    monkeypatch.setattr(ranks, "timeout", 30.0)  # of a rank that waits for the other one
+    monkeypatch.setattr(ranks, "timeout", 30.0)  # a rank that waits for the other one gives up
     rows = 4 if name == "uneven" else 3
     with_terms = [(4, {}), (4, {"output_dict": True})]
-    first, errors, good = run_steps(ranks, both_hold(4, d=3), [(4, {}), (rows, other)], with_terms)
+    first, errors, good = run_steps(ranks, on_both(4, d=3), [(4, {}), (rows, other)], with_terms)
     assert len(set(errors)) == 1
     assert name in errors[0]
     assert "must be the same on every rank, got [" in errors[0]
@@ -103,13 +103,13 @@ def test_an_error_of_more_than_16_ranks_lists_each_value_once(monkeypatch) -> No
 
 
 @DIST_IMPLS
-def test_a_later_number_of_rows_may_change_on_all_ranks_but_not_on_one(
+def test_later_calls_may_change_the_number_of_rows_on_all_ranks_but_not_on_one(
     dist_impl: str, ranks: Ranks, monkeypatch
 ) -> None:
-    """Later calls compare nothing, so the collective fails, on every rank, as the docs say."""
-    monkeypatch.setattr(ranks, "timeout", 10.0)  # one of the ranks may wait for it
+    """Later calls are not compared. So the collective fails on every rank, as the docs say."""
+    monkeypatch.setattr(ranks, "timeout", 10.0)  # a rank may wait this long
     options = {"dist_impl": dist_impl}
-    good = [both_hold(n, **options) for n in (4, 4, 7, 2)]
+    good = [on_both(n, **options) for n in (4, 4, 7, 2)]
     assert all(set(step) == {"right"} for step in run_steps(ranks, *good))
     with pytest.raises(RankError, match=r"rank 0[\s\S]*rank 1"):
         run_steps(ranks, *good, [(4, options), (3, options)])
@@ -117,8 +117,8 @@ def test_a_later_number_of_rows_may_change_on_all_ranks_but_not_on_one(
 
 
 @pytest.mark.parametrize("options", [{}, {"uneven": True}, {"dist_impl": "ring"}], ids=str)
-def test_an_empty_global_batch_is_an_error_on_every_rank(options: dict, ranks: Ranks) -> None:
-    steps = [both_hold(n, **options) for n in (0, 3, 0, 3)]
+def test_an_empty_global_batch_raises_an_error_on_every_rank(options: dict, ranks: Ranks) -> None:
+    steps = [on_both(n, **options) for n in (0, 3, 0, 3)]
     first, _, later, after = run_steps(ranks, *steps)
     assert all("the global batch is empty" in error for error in first)
     assert all("0 rows" in error for error in later)
@@ -135,7 +135,7 @@ def raises_warning(rank: int, world_size: int) -> bool:
     return True
 
 
-def test_a_warning_that_is_an_error_leaves_no_rank_waiting(ranks: Ranks) -> None:
+def test_a_warning_that_is_raised_as_an_error_leaves_no_rank_waiting(ranks: Ranks) -> None:
     assert ranks.run(2, raises_warning) == [True, False]
 
 
@@ -153,6 +153,8 @@ def strong_penalty_warnings(rank: int, world_size: int, n: int) -> list[int]:
 
 
 @pytest.mark.parametrize(("rows_per_rank", "warned"), [(128, 0), (129, 1)])
-def test_strong_penalties_are_those_of_the_whole_batch(rows_per_rank, warned, ranks) -> None:
-    """On rank 0 only."""
+def test_penalties_too_strong_for_the_whole_batch_warn_on_rank_0_only(
+    rows_per_rank, warned, ranks
+) -> None:
+    """The number of pairs on all ranks counts, not the number on one rank."""
     assert ranks.run(2, strong_penalty_warnings, rows_per_rank) == [[warned] * 2, [0, 0]]

@@ -78,13 +78,13 @@ def refusals(rank: int, world_size: int) -> list[str]:
         with pytest.raises((TypeError, ValueError)) as error:
             module(features, features, 10.0)
         messages.append(f"{type(error.value).__name__}: {error.value}")
-    # Some code passes 0 for one process.
+    # Some trainers pass world_size=0 if there is one process.
     CyCLIPLoss(rank=0, world_size=0)(features, features, 10.0)
     return messages
 
 
 def test_wrong_groups_and_ranks_are_refused_without_communication(ranks: Ranks) -> None:
-    """So a rank raises its error whatever the other ranks do."""
+    """A rank raises its error even if the other ranks do nothing."""
     inside, _, outside = ranks.run(3, refusals)
     for rank, messages in ((0, inside), (2, outside)):
         assert messages[0].startswith("TypeError: process_group must be a ProcessGroup")
@@ -105,7 +105,7 @@ def alone(rank: int, world_size: int) -> list[Tensor]:
     return [module(image, text, scale), cyclic_penalty(image, text, distributed=False)]
 
 
-def test_a_loss_that_is_not_distributed_waits_for_no_other_rank(ranks: Ranks) -> None:
+def test_a_loss_with_distributed_false_waits_for_no_other_rank(ranks: Ranks) -> None:
     image, text, scale = RankCase().rank_inputs(0)
     found, _ = ranks.run(2, alone)
     assert found == [cyclip_loss(image, text, scale), cyclic_penalty(image, text)]
@@ -126,11 +126,11 @@ def last_step(rank: int, world_size: int, case: RankCase, dies_in: str) -> None:
 @pytest.mark.slow
 @DIST_IMPLS
 @pytest.mark.parametrize("dies_in", ["forward", "backward"])
-def test_a_rank_that_dies_leaves_the_others_with_an_error(dist_impl: str, dies_in: str) -> None:
-    """It is PyTorch's own error, within the group's timeout, so no rank still waits then."""
+def test_the_other_ranks_get_an_error_if_a_rank_dies(dist_impl: str, dies_in: str) -> None:
+    """It is PyTorch's own error, raised within the group's timeout, so no rank waits forever."""
     case = RankCase(rows_per_rank=(4, 4, 4), dist_impl=dist_impl)
-    with closing(Ranks()) as mortal, pytest.raises(RankError) as error:
-        mortal.run(3, last_step, case, dies_in)
+    with closing(Ranks()) as pool, pytest.raises(RankError) as error:
+        pool.run(3, last_step, case, dies_in)
     messages = re.split(r"^rank \d: ", str(error.value), flags=re.MULTILINE)[1:]
     assert messages[1] == "died, exit code -9\n"
     for message in (messages[0], messages[2]):

@@ -25,9 +25,9 @@ DIST_IMPLS = pytest.mark.parametrize("dist_impl", ["gather", "ring"])
 class LseRankCase:
     """One call on several ranks."""
 
-    rows: tuple[int, ...]  # by rank
-    negatives: tuple[int, ...] | None = None  # numbers of extra negatives, by rank
-    distinct_ids: int | None = None  # with 1, no row has negatives but the extra ones
+    rows_per_rank: tuple[int, ...]
+    negatives_per_rank: tuple[int, ...] | None = None  # numbers of extra negatives
+    distinct_ids: int | None = None  # with 1, a row's only negatives are the extra ones
     one_way: bool = False
     dist_impl: str = "gather"
     uneven: bool = False
@@ -38,10 +38,10 @@ class LseRankCase:
 
     def whole_batch(self) -> dict[str, Tensor]:
         """The inputs of one process, by name."""
-        image, text = pairs(sum(self.rows), D, 0.5, device="cpu")
+        image, text = pairs(sum(self.rows_per_rank), D, 0.5, device="cpu")
         inputs = {"image": image.to(self.dtype), "text": text.to(self.dtype)}
-        if self.negatives is not None:
-            negative = pairs(sum(self.negatives), D, seed=1, device="cpu")[0]
+        if self.negatives_per_rank is not None:
+            negative = pairs(sum(self.negatives_per_rank), D, seed=1, device="cpu")[0]
             inputs["negative"] = negative.to(self.dtype)
         scale = torch.tensor(SCALE, dtype=loss_dtype(self.dtype), device="cpu")
         return inputs | {"logit_scale": scale}
@@ -49,19 +49,19 @@ class LseRankCase:
     def ids(self) -> Tensor | None:
         if self.distinct_ids is None:
             return None
-        return torch.arange(sum(self.rows), device="cpu") * 7 % self.distinct_ids
+        return torch.arange(sum(self.rows_per_rank), device="cpu") * 7 % self.distinct_ids
 
     def weights(self) -> Tensor:
-        """Of each pair in the loss; some are 0."""
-        return torch.arange(sum(self.rows), dtype=torch.float64, device="cpu") % 3
+        """(N,): the weight of each pair in the loss. Some are 0."""
+        return torch.arange(sum(self.rows_per_rank), dtype=torch.float64, device="cpu") % 3
 
 
 def total(results: Any, weights: Tensor) -> Tensor:
-    """The sum over pairs of a loss in which each pair has its weight."""
+    """A loss of the results, summed over pairs with these weights."""
     row, column, pair = results
     loss = (weights * F.softplus(row - pair)).sum()
     if column is not None:
-        # Of columns without negatives, only the pairs count.
+        # A column without negatives adds only its pair logit.
         margins = torch.where(column > -torch.inf, column, 0.0) - pair
         loss = loss + (weights * margins).sum()
     return loss
@@ -76,12 +76,12 @@ def step(rank: int, world_size: int, case: LseRankCase) -> tuple[Any, dict[str, 
     """This rank's results, and the gradients of its features and of the logit scale."""
     device, inputs = own_device(), case.whole_batch()
     for name in ("image", "text"):
-        inputs[name] = inputs[name].split(case.rows)[rank]
-    if case.negatives is not None:
-        inputs["negative"] = inputs["negative"].split(case.negatives)[rank]
+        inputs[name] = inputs[name].split(case.rows_per_rank)[rank]
+    if case.negatives_per_rank is not None:
+        inputs["negative"] = inputs["negative"].split(case.negatives_per_rank)[rank]
     leaves = {name: x.to(device).requires_grad_(name != case.frozen) for name, x in inputs.items()}
     ids = case.ids()
-    own_ids = None if ids is None else ids.split(case.rows)[rank].to(device)
+    own_ids = None if ids is None else ids.split(case.rows_per_rank)[rank].to(device)
 
     def compute(*features: Tensor) -> Any:
         image, text, *negative, scale = features
@@ -100,13 +100,13 @@ def step(rank: int, world_size: int, case: LseRankCase) -> tuple[Any, dict[str, 
     if case.is_compiled:
         compute = torch.compile(compute, backend="aot_eager", fullgraph=True)
     results = compute(*leaves.values())
-    weights = case.weights().split(case.rows)[rank].to(device, loss_dtype(case.dtype))
-    loss = total(results, weights) * world_size / sum(case.rows)
+    weights = case.weights().split(case.rows_per_rank)[rank].to(device, loss_dtype(case.dtype))
+    loss = total(results, weights) * world_size / sum(case.rows_per_rank)
     return tuple(results), gradients(loss, leaves)
 
 
 def check(case: LseRankCase, ranks: Ranks) -> None:
-    answers = ranks.run(len(case.rows), step, case)
+    answers = ranks.run(len(case.rows_per_rank), step, case)
 
     leaves = {
         name: x.double().requires_grad_(name != case.frozen)
@@ -116,7 +116,7 @@ def check(case: LseRankCase, ranks: Ranks) -> None:
         leaves["image"], leaves["text"], leaves["logit_scale"], case.ids(), leaves.get("negative")
     )
     exact = (row, None if case.one_way else column, pair)
-    loss = total(exact, case.weights()) / sum(case.rows)
+    loss = total(exact, case.weights()) / sum(case.rows_per_rank)
     tolerance = 1e-10 if case.dtype == torch.float64 else 2e-5
     close = {"rtol": tolerance, "atol": tolerance}
     for index, vector in enumerate(exact):
@@ -131,7 +131,7 @@ def check(case: LseRankCase, ranks: Ranks) -> None:
         found = torch.stack(parts).sum(dim=0) if gradient.ndim == 0 else torch.cat(parts)
         # Without negatives the dense form's gradient is 0 / 0.
         gradient = gradient.nan_to_num()
-        torch.testing.assert_close(found / len(case.rows), gradient, **close)
+        torch.testing.assert_close(found / len(case.rows_per_rank), gradient, **close)
 
 
 def rank_cases(world_size: int) -> st.SearchStrategy[LseRankCase]:
@@ -139,14 +139,14 @@ def rank_cases(world_size: int) -> st.SearchStrategy[LseRankCase]:
     same_on_all = st.sampled_from([0, 3]).map(lambda m: (m,) * world_size)
     uneven = st.builds(
         LseRankCase,
-        rows=counts.filter(any),
-        negatives=st.one_of(st.none(), counts),
+        rows_per_rank=counts.filter(any),
+        negatives_per_rank=st.one_of(st.none(), counts),
         uneven=st.just(True),
     )
     even = st.builds(
         LseRankCase,
-        rows=st.integers(1, 5).map(lambda n: (n,) * world_size),
-        negatives=st.one_of(st.none(), same_on_all),
+        rows_per_rank=st.integers(1, 5).map(lambda n: (n,) * world_size),
+        negatives_per_rank=st.one_of(st.none(), same_on_all),
     )
     return st.builds(
         replace,
@@ -186,15 +186,15 @@ def traffic(rank: int, world_size: int, case: LseRankCase) -> Traffic:
     return recorder.found
 
 
-def test_a_call_sends_no_more_than_docs_say(ranks: Ranks) -> None:
-    n, of_float64 = 4, 8
+def test_a_call_sends_exactly_what_the_docs_say(ranks: Ranks) -> None:
+    n, element_bytes = 4, 8
     gather = f"all_gather_into_tensor{'_out' if ranks.backend == 'gloo' else ''}"
     expected = [
-        (gather, 2 * n * D * of_float64),
-        ("all_reduce max", 2 * 2 * n * of_float64),
-        ("all_reduce sum", 2 * n * of_float64),
-        (gather, 2 * n * of_float64),
-        ("reduce_scatter_tensor", 2 * n * D * of_float64),
+        (gather, 2 * n * D * element_bytes),
+        ("all_reduce max", 2 * 2 * n * element_bytes),
+        ("all_reduce sum", 2 * n * element_bytes),
+        (gather, 2 * n * element_bytes),
+        ("reduce_scatter_tensor", 2 * n * D * element_bytes),
     ]
     assert ranks.run(2, traffic, LseRankCase((n, n))) == [expected] * 2
     one_way = [expected[0], expected[-1]]
@@ -224,6 +224,6 @@ def no_grad_on_one_rank(rank: int, world_size: int) -> None:
         (no_grad_on_one_rank, "whether an input requires a gradient"),
     ],
 )
-def test_ranks_that_differ_are_an_error(task: Any, what: str, ranks: Ranks) -> None:
+def test_ranks_whose_calls_differ_raise_an_error(task: Any, what: str, ranks: Ranks) -> None:
     with pytest.raises(RankError, match=f"{what} must be the same on every rank"):
         ranks.run(2, task)

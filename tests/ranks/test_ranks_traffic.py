@@ -16,8 +16,8 @@ Traffic = list[tuple[str, int]]
 
 
 class Recorder(TorchDispatchMode):
-    """Records the name and bytes of each collective: of its result, or of a send's or
-    reduce-scatter's input. Also the number of elements of the largest result of any operation.
+    """Records each collective: its name, and the bytes of its result (or of its input, for sends
+    and reduce-scatters). `largest` is the most elements that the result of any operator has.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class Recorder(TorchDispatchMode):
         sizes = [tensor.numel() for tensor in tensors if isinstance(tensor, torch.Tensor)]
         self.largest = max([self.largest, *sizes])
         name = function.overloadpacket.__name__
-        # A comparison gathers sizes, then objects; the operator's name depends on the version.
+        # A comparison gathers sizes, then objects. The name depends on PyTorch's version.
         if function.namespace == "c10d" and "allgather" in name:
             self.found.append(("comparison", 0))
         elif "c10d" in function.namespace and name != "wait_tensor":
@@ -43,7 +43,7 @@ class Recorder(TorchDispatchMode):
 
 
 def traffic(rank: int, world_size: int, case: RankCase) -> tuple[Traffic, int]:
-    """The collectives and the largest result of the second of two steps."""
+    """Of the second of two steps: the collectives, and the elements of the largest result."""
     step(rank, world_size, case)
     features = case.rank_features(rank)
     options = {"dist_impl": case.dist_impl, "uneven": case.uneven}
@@ -59,25 +59,25 @@ def sends(times: int, size: int) -> Traffic:
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("lambdas", [(0.25, 0.25), (0.5, 0.125), (0.0, 0.0)])
-def test_collectives_are_those_of_the_table_in_the_docs(
+def test_collectives_are_exactly_those_in_the_docs_table(
     world_size: int, dtype: torch.dtype, lambdas, ranks: Ranks
 ) -> None:
-    """That of `docs/distributed.md`, with and without `output_dict`."""
-    wide, total_rows, block = loss_dtype(dtype).itemsize, world_size * N, N * D
-    penalties = [("all_reduce sum", wide * (3 * D * D + 1))] if any(lambdas) else []
-    form = "_out" if ranks.backend == "gloo" else ""  # without it, gloo may crash
+    """The table is in `docs/distributed.md`. It holds with and without `output_dict`."""
+    loss_bytes, total_rows, block = loss_dtype(dtype).itemsize, world_size * N, N * D
+    penalties = [("all_reduce sum", loss_bytes * (3 * D * D + 1))] if any(lambdas) else []
+    form = "_out" if ranks.backend == "gloo" else ""  # gloo may crash in the other form
     gather = [
         (f"all_gather_into_tensor{form}", total_rows * D * dtype.itemsize),
         *penalties,
-        ("all_reduce max", wide * 2 * total_rows),  # maxima and pair logits
-        ("all_reduce sum", wide * total_rows),
-        ("all_reduce sum", wide),
+        ("all_reduce max", loss_bytes * 2 * total_rows),  # maxima and pair logits
+        ("all_reduce sum", loss_bytes * total_rows),
+        ("all_reduce sum", loss_bytes),
     ]
-    gather_backward = [("reduce_scatter_tensor", wide * total_rows * D)]
+    gather_backward = [("reduce_scatter_tensor", loss_bytes * total_rows * D)]
     blocks = sends(world_size - 1, block * dtype.itemsize)
     lse_sums = sends(world_size, 8 * N)  # always float64
-    ring = [*blocks, *lse_sums, *penalties, ("all_reduce sum", wide)]
-    lse, text_grads = sends(world_size - 1, wide * N), sends(world_size, wide * block)
+    ring = [*blocks, *lse_sums, *penalties, ("all_reduce sum", loss_bytes)]
+    lse, text_grads = sends(world_size - 1, loss_bytes * N), sends(world_size, loss_bytes * block)
     ring_backward = [*blocks, *lse, *text_grads]
     even = RankCase(d=D, dtype=dtype, rows_per_rank=(N,) * world_size, lambdas=lambdas)
     for output_dict in (False, True):

@@ -42,8 +42,9 @@ def train(rank: int, world_size: int, run: Run) -> dict[str, Tensor]:
         fully_shard(model)
     before = {name: full(tensor) for name, tensor in model.state_dict().items()}
     autocast = run.dtype == torch.float32
-    rule = torch.optim.SGD if autocast else torch.optim.AdamW  # Adam would amplify rounding
-    optimizer = rule(model.parameters(), lr=0.05)
+    # Adam would amplify the rounding of bfloat16.
+    optimizer_class = torch.optim.SGD if autocast else torch.optim.AdamW
+    optimizer = optimizer_class(model.parameters(), lr=0.05)
     loss = CyCLIPLoss(0.5, 0.125, dist_impl=run.dist_impl, uneven=run.uneven)
     penalty = CyclicPenalty(0.5, 0.125)
     for index in range(3 * run.micro_batches):
@@ -85,7 +86,7 @@ def full(tensor: Tensor) -> Tensor:
     ids=lambda options: "-".join(map(str, options.values())),
 )
 def test_every_parameter_moves_as_in_one_process(options, dist_impl: str, ranks: Ranks) -> None:
-    """Each micro-batch is a separate batch of the loss; the last one synchronises gradients."""
+    """The loss takes each micro-batch by itself. The last one synchronises the gradients."""
     run = Run(dist_impl=dist_impl, **options)
     changes_per_rank = ranks.run(len(run.rows_per_rank), train, run)
     whole_batch = replace(run, wrapper="none", rows_per_rank=(sum(run.rows_per_rank),))
@@ -101,7 +102,7 @@ def test_every_parameter_moves_as_in_one_process(options, dist_impl: str, ranks:
 
 
 def compiled_steps(rank: int, world_size: int, cases: list[RankCase]) -> tuple[list, list[int]]:
-    """For each case, the results of a compiled and an eager loss; and the number of graphs then."""
+    """After each case: results of the compiled and the eager loss, and the number of graphs."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     first = cases[0]
@@ -124,10 +125,11 @@ def compiled_steps(rank: int, world_size: int, cases: list[RankCase]) -> tuple[l
     ("dist_impl", "uneven"),
     [("gather", False), ("ring", False), pytest.param("ring", True, marks=pytest.mark.slow)],
 )
-def test_compile_gives_the_same(uneven: bool, dist_impl: str, ranks: Ranks) -> None:
-    """With fullgraph=True, and without a new graph for each number of rows or weight.
-    With uneven rows there are several graphs, which may differ between ranks that have seen
-    different numbers of rows. If a graph decided what is sent, the last step would crash.
+def test_compiled_and_eager_loss_are_equal(uneven: bool, dist_impl: str, ranks: Ranks) -> None:
+    """With even rows, fullgraph=True works, and new numbers of rows and new lambdas add no graph.
+
+    With uneven rows there are several graphs. Ranks that have seen different numbers of rows may
+    have different graphs. If the graph decided what is sent, the last step would crash.
     """
     steps = [(4, 4), (7, 7), (9, 9), (4, 4), (5, 5), (6, 6)]
     if uneven:

@@ -50,7 +50,7 @@ def write_samples(path: Path, samples: Samples) -> None:
 
 
 def write_set(folder: Path, splits: dict[str, Samples], **texts: str) -> None:
-    """A data set in clip-benchmark's layout, in two shards a split. texts: its text files."""
+    """A data set in clip-benchmark's layout, with two shards per split. texts: its text files."""
     for split, samples in splits.items():
         half = len(samples) // 2
         write_samples(folder / split / "0.tar", samples[:half])

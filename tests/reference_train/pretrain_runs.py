@@ -1,4 +1,4 @@
-"""Short trainings by `pretrain` in this process, and what they leave."""
+"""Short trainings with `pretrain` in this process, and the results that they write."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ def train(
 ) -> None:
     """Trains out / "run" for an epoch of two steps, and undoes what that changes in this process.
 
-    flags: OpenCLIP's. ours: those of `pretrain`.
+    flags: OpenCLIP's flags. ours: the flags of `pretrain`.
     """
     argv = ["--preset", "icons", "--batch-size", str(batch), "--data", str(data), *ours]
     argv += ["--out", str(out), "--name", "run", "--", "--train-num-samples", str(pairs)]

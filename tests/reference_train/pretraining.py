@@ -1,6 +1,6 @@
 """Fixtures of the tests of `pretrain`: shards, the printed command, and short trainings.
 
-A test file takes them by `pytest_plugins = ["pretraining"]`, and must not import this file.
+A test file uses them with `pytest_plugins = ["pretraining"]`, and must not import this file.
 """
 
 import shlex
@@ -25,7 +25,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def dry_run(data: Path, tmp_path: Path, capsys) -> Callable[..., Namespace]:
-    """What OpenCLIP and the launcher make of the command that `pretrain --dry-run` prints."""
+    """The arguments, as OpenCLIP and the launcher parse the command of `pretrain --dry-run`."""
 
     def run(*flags: str, batch: Sequence[str] = ("--batch-size", "8")) -> Namespace:
         argv = ["--preset", "modern", "--data", str(data), "--out", str(tmp_path / "logs")]

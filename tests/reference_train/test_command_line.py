@@ -90,7 +90,7 @@ def test_a_missing_package_is_named_with_its_extra(argv, extra, monkeypatch) -> 
         ([], ".demo.demo", []),
     ],
 )
-def test_the_first_word_names_the_command(argv, module, rest, monkeypatch) -> None:
+def test_the_first_word_selects_the_command(argv, module, rest, monkeypatch) -> None:
     calls: list[Any] = []
 
     def import_module(name: str, package: str) -> SimpleNamespace:

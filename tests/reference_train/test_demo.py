@@ -1,4 +1,4 @@
-"""The demonstration, on a small emoji set made here: each image is one colour that names it."""
+"""The demonstration, on a small emoji set made here. Each image has one colour of its own."""
 
 import json
 import math
@@ -107,7 +107,7 @@ def test_a_folder_has_the_results_of_every_loss_and_seed(finished: Path) -> None
     assert 0 < result["checkpoints"]["clip-0"]["seconds"] < 600
 
 
-def test_a_run_is_measured_on_every_data_set_in_its_styles(finished: Path) -> None:
+def test_a_run_is_measured_on_every_data_set_in_the_styles_of_the_set(finished: Path) -> None:
     for name, measured in read_evaluation(finished)["results"]["clip-0"].items():
         assert tuple(measured["groups"]) == questions.SITUATIONS[name][0]
         assert ("similarities" in measured) == (name == command.PICTURED)
@@ -137,7 +137,7 @@ def test_a_folder_of_another_preset_is_refused(finished: Path) -> None:
         demonstrate("--preset", "long", "--loss", "i-cyclip", "--out", finished)
 
 
-def test_steps_replace_those_of_the_preset_and_are_in_the_name(tmp_path: Path) -> None:
+def test_the_steps_flag_overrides_the_preset_and_is_in_the_runs_name(tmp_path: Path) -> None:
     demonstrate_without_pictures("--loss", "c-cyclip-views", "--steps", 2, "--out", tmp_path)
     result = read_evaluation(tmp_path)
     [(name, run)] = result["checkpoints"].items()
@@ -148,7 +148,7 @@ def test_steps_replace_those_of_the_preset_and_are_in_the_name(tmp_path: Path) -
         demonstrate("--loss", "clip", "--out", tmp_path)
 
 
-def test_gaps_between_views_are_their_formula() -> None:
+def test_gaps_between_views_equal_their_formula() -> None:
     images, texts = torch.nn.functional.normalize(torch.randn(2, 2, 9, 5), dim=-1)
     image_gap = (images[0] @ images[0].T - images[1] @ images[1].T).square().mean()
     text_gap = (texts[0] @ texts[0].T - texts[1] @ texts[1].T).square().mean()
@@ -188,9 +188,9 @@ def test_a_data_set_has_the_labels_of_its_train_split(emoji, name: str) -> None:
 
 @pytest.fixture(scope="module")
 def resumed(emoji, tmp_path_factory) -> Path:
-    """A run of CyCLIP that is interrupted after step 3, and resumed; what it printed in out.txt.
+    """A run of CyCLIP that is interrupted after step 3, and resumed. What it printed is in out.txt.
 
-    Its checkpoint then says that it has taken 1e6 seconds.
+    Before it resumes, its checkpoint is changed to say that the run has taken 1e6 seconds.
     """
     out = tmp_path_factory.mktemp("resumed")
     options = ["--loss", "cyclip", "--out", out]
@@ -214,7 +214,9 @@ def resumed(emoji, tmp_path_factory) -> Path:
     return out
 
 
-def test_a_resumed_run_is_bitwise_the_whole_one(finished: Path, resumed: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_run_bit_for_bit(
+    finished: Path, resumed: Path
+) -> None:
     whole, parts = read_evaluation(finished), read_evaluation(resumed)
     for what in ("history", "results"):
         assert parts[what] == {"cyclip-0": whole[what]["cyclip-0"]}
@@ -223,7 +225,7 @@ def test_a_resumed_run_is_bitwise_the_whole_one(finished: Path, resumed: Path) -
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_resumed_run_says_where_it_goes_on_and_adds_up_its_time(resumed: Path) -> None:
+def test_a_resumed_run_says_where_it_resumes_and_adds_up_its_time(resumed: Path) -> None:
     checkpoint = torch.load(resumed / "cyclip-0" / "checkpoint.pt", weights_only=True)
     assert checkpoint["seconds"] > 1e6
     printed = (resumed / "out.txt").read_text()
@@ -238,7 +240,7 @@ def test_a_finished_run_is_not_repeated(resumed: Path, monkeypatch, capsys) -> N
     assert "cyclip-0: finished before\n" in capsys.readouterr().out
 
 
-def test_a_run_that_is_trained_and_not_measured_is_measured(resumed, tmp_path, monkeypatch) -> None:
+def test_a_trained_run_that_was_not_measured_is_measured(resumed, tmp_path, monkeypatch) -> None:
     shutil.copytree(resumed, tmp_path / "out")
     (tmp_path / "out" / "evaluation.json").unlink()
     monkeypatch.setattr(train, "augment", lambda *_: pytest.fail("training began"))
@@ -248,7 +250,7 @@ def test_a_run_that_is_trained_and_not_measured_is_measured(resumed, tmp_path, m
         assert after[what] == before[what]
 
 
-def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path, monkeypatch) -> None:
+def test_a_nan_loss_ends_the_run(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(command.PRESETS, "short", {**SHORT, "lr": 1e30, "steps": 20})
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Stopped, match="clip-0: the loss is nan, at step"):
@@ -299,7 +301,8 @@ def test_a_batch_depends_on_seed_and_step_alone(emoji) -> None:
     again.batch(0)
     assert all(map(torch.equal, batches.batch(5), again.batch(5)))
     assert not torch.equal(batches.batch(5)[0], other.batch(5)[0])
-    assert not torch.equal(batches.batch(5)[0], batches.batch(7)[0])  # its place, an epoch later
+    # Step 7 is at the same place in the next epoch.
+    assert not torch.equal(batches.batch(5)[0], batches.batch(7)[0])
 
 
 class Uniform:
@@ -312,7 +315,7 @@ class Uniform:
         return np.full(shape, float(self.draw(low, high)))
 
 
-def test_a_picture_that_is_neither_moved_nor_tinted_is_as_in_the_evaluation() -> None:
+def test_a_picture_that_is_neither_moved_nor_tinted_looks_as_in_the_evaluation() -> None:
     still = Uniform(lambda low, high: low > 0)  # factors are 1, and everything else is 0
     pixels = torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8)
     picture = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
@@ -320,8 +323,8 @@ def test_a_picture_that_is_neither_moved_nor_tinted_is_as_in_the_evaluation() ->
 
 
 @pytest.mark.parametrize("end", [-1, 1])
-def test_augmentation_moves_and_tints_as_its_ranges_say(end: int) -> None:
-    """Red and green of the picture are its coordinates, and show where each pixel comes from."""
+def test_augmentation_at_both_ends_of_its_ranges_equals_its_formula(end: int) -> None:
+    """Red and green of each pixel are its coordinates, and show where it comes from."""
     ramp = torch.arange(64, dtype=torch.uint8).expand(64, 64)
     pixels = torch.stack([3 * ramp, 3 * ramp.T, torch.full_like(ramp, 60)])
     draws = Uniform(lambda low, high: high if end > 0 else low)

@@ -52,15 +52,15 @@ def test_a_concept_is_the_same_in_every_style(shipped, concepts) -> None:
             assert info == {**concepts[key], "style": style}
 
 
-def test_every_subgroup_is_trained_on(concepts) -> None:
+def test_every_subgroup_has_concepts_to_train_on(concepts) -> None:
     trained = {c["subgroup"] for c in concepts.values() if c["split"] == "train"}
     assert len(trained) == len({c["subgroup"] for c in concepts.values()}) == 95
 
 
 def test_concepts_are_split_by_the_rule_of_the_data_card(concepts) -> None:
     for key, concept in concepts.items():
-        place = int.from_bytes(hashlib.sha256(f"52:{key}".encode()).digest()[:8], "big") / 2**64
-        split = "test" if place < 0.15 else "validation" if place < 0.25 else "train"
+        fraction = int.from_bytes(hashlib.sha256(f"52:{key}".encode()).digest()[:8], "big") / 2**64
+        split = "test" if fraction < 0.15 else "validation" if fraction < 0.25 else "train"
         assert concept["split"] == split
 
 
@@ -88,7 +88,7 @@ def without_pictures(shipped: dict[str, list[Sample]]):
 
 @pytest.fixture(scope="module")
 def evaluated(without_pictures: None) -> DataSet:
-    """The emoji as `evaluate` asks about them."""
+    """The data set of the emoji, as `evaluate` opens it."""
     return emoji_set.open_emoji()
 
 
@@ -103,13 +103,13 @@ def test_the_superclass_of_a_name_is_its_subgroup(evaluated: DataSet) -> None:
     assert torch.equal(names.superclass[names.labels], subgroups.labels)
 
 
-def test_black_emoji_are_in_no_mean_over_styles(evaluated: DataSet) -> None:
+def test_stress_styles_are_left_out_of_the_mean_over_styles(evaluated: DataSet) -> None:
     assert evaluated.across_groups
     assert set(evaluated.groups) - evaluated.excluded_groups == {*ALL_STYLES} - {*STRESS_STYLES}
 
 
-def test_the_demonstration_asks_about_the_concepts_of_its_record(without_pictures: None) -> None:
-    """So it never asks about the quarter of the trained concepts on which settings were chosen."""
+def test_the_demonstration_asks_about_the_recorded_concepts(without_pictures: None) -> None:
+    """They leave out the quarter of the trained concepts on which settings were chosen."""
     record = ROOT / "reference_train" / "results" / "short" / "evaluation.json"
     recorded = json.loads(record.read_text())["data_sets"]
     shipped = emoji.read_emoji()

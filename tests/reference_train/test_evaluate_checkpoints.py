@@ -25,7 +25,7 @@ def run_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def checkpoints(tmp_path: Path) -> Path:
-    """The folder of checkpoints of a run, without any."""
+    """The folder for the checkpoints of a run. It is empty."""
     folder = tmp_path / "a" / "run" / "checkpoints"
     folder.mkdir(parents=True)
     (folder.parent / "params.txt").write_text("model: RN50\n")
@@ -39,7 +39,7 @@ def test_a_runs_folder_gives_its_best_epoch_then_its_latest(checkpoints: Path) -
         assert checkpoint_file(checkpoints.parent) == checkpoint_file(checkpoints) == expected
 
 
-def test_titles_of_checkpoints_are_their_runs_and_differ(
+def test_checkpoints_have_their_runs_as_titles_and_titles_differ(
     checkpoints: Path, tmp_path: Path, monkeypatch
 ) -> None:
     for name in ("epoch_9.pt", "best.pt"):
@@ -80,7 +80,7 @@ def test_a_model_is_built_as_its_params_txt_says(squashing: Clip) -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_images_are_shown_as_in_training_with_white_behind_transparent_parts(
+def test_images_are_preprocessed_as_in_training_with_white_behind_transparent_parts(
     mode: str, squashing: Clip, tmp_path: Path
 ) -> None:
     image = Image.new("RGBA", (64, 32), (0, 0, 0, 0))
@@ -94,7 +94,7 @@ def test_images_are_shown_as_in_training_with_white_behind_transparent_parts(
 
 
 def test_a_tag_gives_the_same_weights_as_its_file(run_folder: Path) -> None:
-    """OpenCLIP takes a file for a tag, too."""
+    """OpenCLIP accepts the path of a file as a tag."""
     file = run_folder / "checkpoints" / "epoch_2.pt"
     by_path, by_tag = find_checkpoints([file], "evaluate-tiny", str(file))
     assert by_tag.title == f"evaluate-tiny {file}"

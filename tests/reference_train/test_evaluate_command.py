@@ -50,7 +50,7 @@ def make_emoji() -> DataSet:
 
 @pytest.fixture(autouse=True)
 def small_emoji(monkeypatch) -> None:
-    """The emoji that ship take too long here."""
+    """The emoji that ship would take too long here."""
     monkeypatch.setattr(command, "open_emoji", make_emoji)
 
 
@@ -62,7 +62,7 @@ def evaluate(out: Path, *arguments: object) -> dict[str, Any]:
 CIFAR100_NAMES = [f"kind_{i}" for i in range(100)]
 TEST, TRAIN = labelled(40, 100), labelled(60, 100)
 TEST_LABELS, TRAIN_LABELS = ([int(s["cls"]) for s in samples] for samples in (TEST, TRAIN))
-GALLERY, PAIRS = 30, 20  # fewer than there are training images, and test images
+GALLERY, PAIRS = 30, 20  # fewer than the training images, and than the test images
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_alignment_is_that_of_a_sample_of_the_pairs(numbers, features) -> None:
     assert numbers["alignment"] == pytest.approx(float(distances.mean()), rel=1e-4)
 
 
-def test_the_probe_is_fitted_on_all_training_images_that_are_not_normalised(
+def test_the_probe_is_fitted_on_all_training_features_without_normalising_them(
     numbers, features
 ) -> None:
     labels = torch.tensor(TRAIN_LABELS), torch.tensor(TEST_LABELS)
@@ -147,7 +147,7 @@ def test_the_probe_is_fitted_on_all_training_images_that_are_not_normalised(
     assert numbers["linear_probe"] == pytest.approx(raw) != pytest.approx(normalised)
 
 
-def test_an_evaluation_says_which_epoch_it_is_of_and_how_long_it_took(cifar100) -> None:
+def test_an_evaluation_records_the_epoch_and_how_long_it_took(cifar100) -> None:
     assert cifar100["checkpoints"]["tiny"]["epoch"] == 2
     assert 0 < cifar100["results"]["tiny"]["cifar100"]["seconds"] < 600
 
@@ -184,24 +184,24 @@ def test_one_command_evaluates_every_kind_of_data_set(every_kind) -> None:
     assert texts == [24, 6]  # distinct ones
 
 
-def test_similarities_are_kept_of_data_sets_with_captions(every_kind) -> None:
+def test_similarities_are_kept_for_data_sets_with_captions(every_kind) -> None:
     found = every_kind["results"]["tiny"]
     assert {name for name in found if "similarities" in found[name]} == {*found} - {"own"}
 
 
-def test_what_is_not_there_or_not_recognised_is_named(every_kind) -> None:
+def test_absent_and_unrecognised_data_sets_are_listed(every_kind) -> None:
     assert {"cifar10", "imagenet1k"} <= set(every_kind["absent"])
     assert re.search(r" in 12: .*/0, .*/9, …$", every_kind["absent"]["under --data"])
 
 
-def test_a_number_of_the_emoji_is_the_mean_over_styles_that_are_not_excluded(every_kind) -> None:
+def test_the_emojis_numbers_are_means_over_the_styles_that_are_not_excluded(every_kind) -> None:
     emoji = every_kind["results"]["tiny"]["emoji"]
     mean = (emoji["groups"]["a"]["top1"] + emoji["groups"]["b"]["top1"]) / 2
     assert emoji["numbers"]["top1"] == pytest.approx(mean)
 
 
-def test_an_error_is_its_last_line_as_long_as_a_terminal_shows() -> None:
-    """The lines before may be a worker's traceback."""
+def test_the_reason_for_an_error_is_its_last_line_cut_to_300_characters() -> None:
+    """The lines before it may be the traceback of a worker."""
     errors = ValueError("a\nb\n\n"), ValueError(), ValueError("x" * 999)
     assert [*map(command.reason, errors)] == ["b", "ValueError", "x" * 300]
 
@@ -240,7 +240,7 @@ def bad_files(run_folder: Path, tmp_path_factory) -> Path:
         ("{run} --precision fp8", "--precision: invalid choice: 'fp8'"),
     ],
 )
-def test_bad_arguments_and_files_are_one_line_and_leave_nothing(
+def test_bad_arguments_and_files_raise_a_short_error_and_leave_nothing(
     arguments: str, message: str, run_folder: Path, bad_files: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(CannotStart, match=message) as error:
@@ -276,7 +276,7 @@ def test_two_evaluations_at_once_lose_no_column(run_folder: Path, tmp_path: Path
 
 @pytest.fixture
 def unreadable(run_folder: Path, tmp_path: Path) -> dict[str, dict[str, Any]]:
-    """The numbers of a data set, whole and with two pictures more that cannot be read."""
+    """The results on a data set, and on the same set with two unreadable pictures added."""
     samples = [sample | {"txt": sample["cls"]} for sample in labelled(12, 10)]
     broken = [{**samples[0], "png": b"no image"}, *samples, {**samples[1], "png": b""}]
     found = {}
@@ -288,7 +288,7 @@ def unreadable(run_folder: Path, tmp_path: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def test_an_unreadable_picture_is_named_and_changes_no_number(unreadable, tmp_path: Path) -> None:
+def test_an_unreadable_picture_is_listed_and_changes_no_number(unreadable, tmp_path: Path) -> None:
     whole, broken = unreadable["whole"], unreadable["broken"]
     assert whole["numbers"] == pytest.approx(broken["numbers"], abs=1e-4)
     assert whole["unreadable"] == []
@@ -306,7 +306,7 @@ def test_a_data_set_without_a_readable_picture_fails(run_folder: Path, tmp_path:
         evaluate(tmp_path / "out", run_folder, "--only", "x", "--data", tmp_path)
 
 
-def test_a_data_set_that_fails_is_named_first_in_the_table(run_folder: Path, tmp_path) -> None:
+def test_a_failed_data_set_is_the_first_note_below_the_table(run_folder: Path, tmp_path) -> None:
     write_set(tmp_path / "wds_cifar10", {"test": labelled(4, 10)}, classnames="only\ntwo\n")
     with pytest.raises(Stopped, match=r"cifar10: .* has 2 classes, not 10") as stopped:
         evaluate(tmp_path / "out", run_folder, "--data", tmp_path)
@@ -315,7 +315,9 @@ def test_a_data_set_that_fails_is_named_first_in_the_table(run_folder: Path, tmp
     assert notes.startswith("**Failed: cifar10")
 
 
-def test_a_broken_train_split_costs_only_what_needs_it(run_folder: Path, tmp_path: Path) -> None:
+def test_a_broken_train_split_loses_only_the_metrics_that_need_it(
+    run_folder: Path, tmp_path: Path
+) -> None:
     splits = dict.fromkeys(("test", "train"), labelled(20, 10))
     write_set(tmp_path / "wds_cifar10", splits, classnames=TEN_CLASSES)
     (tmp_path / "wds_cifar10" / "train" / "1.tar").unlink()
@@ -335,7 +337,7 @@ def test_published_numbers_of_other_images_are_not_shown(run_folder: Path, tmp_p
         assert text not in table
 
 
-def test_published_numbers_stand_beside_the_papers_test_split(
+def test_published_numbers_are_shown_for_the_papers_test_split(
     run_folder: Path, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setitem(paper.SETS, "cifar10", paper.Split(10, 20, None))

@@ -26,7 +26,7 @@ from reference_train.evaluate.tar_sets import open_icons, open_tars
 IMAGE, LABEL, TEXT = {"png": picture(0)}, {"cls": b"9"}, {"txt": b"a"}
 
 
-def test_classes_are_called_as_their_folders_or_as_classnames_txt_says(tmp_path: Path) -> None:
+def test_class_names_come_from_the_folders_or_from_classnames_txt(tmp_path: Path) -> None:
     write_image_folder(tmp_path, ["a_b", "c"])
     (tmp_path / "empty").mkdir()
     assert open_folders(tmp_path, "x").classes[""].names == ["a b", "c", "empty"]
@@ -56,7 +56,7 @@ def test_a_folder_may_have_its_own_templates(tmp_path: Path) -> None:
         ([IMAGE | TEXT], {"dataset_type": "multilabel\n"}, "several labels each"),
     ],
 )
-def test_a_data_set_says_what_it_lacks(
+def test_an_unusable_data_set_says_what_it_lacks(
     samples: Samples, texts: dict[str, str], message: str, tmp_path: Path
 ) -> None:
     write_set(tmp_path, {"test": samples}, **texts)
@@ -75,13 +75,13 @@ def test_a_folder_without_folders_of_images_is_unusable(tmp_path: Path) -> None:
         open_folders(tmp_path, "x")
 
 
-def test_a_folder_without_images_is_named(tmp_path: Path) -> None:
+def test_an_error_names_the_folder_without_images(tmp_path: Path) -> None:
     (tmp_path / "test" / "a").mkdir(parents=True)
     with pytest.raises(Unusable, match="/test: no images"):
         open_folders(tmp_path, "x")
 
 
-def test_a_data_set_with_a_broken_train_split_says_why_and_does_without(tmp_path: Path) -> None:
+def test_a_broken_train_split_is_left_out_and_says_why(tmp_path: Path) -> None:
     write_image_folder(tmp_path / "own" / "test", ["a", "b"])
     write_image_folder(tmp_path / "own" / "train", ["a"])
     data = open_folders(tmp_path / "own", "x")
@@ -104,8 +104,8 @@ def test_a_subset_of_imagenet_has_the_names_of_its_classes(tmp_path: Path) -> No
     assert classes.templates == paper.TEMPLATES
 
 
-def test_folders_of_imagenet_may_be_called_by_class_number(tmp_path: Path) -> None:
-    """As those of imagenetv2 are."""
+def test_folders_of_imagenet_may_have_class_numbers_as_names(tmp_path: Path) -> None:
+    """The folders of imagenetv2 are named so."""
     write_image_folder(tmp_path, ["0", "10", "999"])
     classes = open_folders(tmp_path, "imagenet-x").classes[""]
     assert classes.names == [open_clip.IMAGENET_CLASSNAMES[i] for i in (0, 10, 999)]
@@ -116,7 +116,7 @@ def test_folders_of_imagenet_may_be_called_by_class_number(tmp_path: Path) -> No
 
 
 def test_imagenets_class_names_in_another_order_are_refused(tmp_path: Path) -> None:
-    """Each class would have the superclass of another one, and no number would show it."""
+    """Otherwise each class would have a wrong superclass, and no number would show it."""
     numbers = imagenet.class_numbers("imagenet-a")
     names = [open_clip.IMAGENET_CLASSNAMES[number] for number in numbers]
     write_set(tmp_path, {"test": [IMAGE | LABEL]}, classnames="\n".join(names))

@@ -23,7 +23,7 @@ from reference_train.evaluate.datasets import Classes, DataSet, Images
 def recall_by_loops(
     image_features: Tensor, captions: list[list[str]], text_feature: dict[str, Tensor]
 ) -> dict[str, float]:
-    """Every query ranks every candidate. A wrong one ranks before a right one of the same score."""
+    """Ranks all candidates for each query. In a tie, wrong candidates come first."""
 
     def rank(candidates: Sequence[tuple[float, bool]]) -> int:
         best = max(score for score, right in candidates if right)
@@ -49,13 +49,13 @@ def recall_by_loops(
 def test_retrieval_with_several_and_shared_captions_agrees_with_loops(
     some: int, monkeypatch: pytest.MonkeyPatch
 ):
-    """Among all images, and among some images and their captions alone."""
+    """With all images, and with some images and only their captions."""
     monkeypatch.setattr(metrics, "STRIP", 7)
     captions = [[f"own {i} {j}" for j in range(i % 3 + 1)] for i in range(40)]
     for i in range(0, 40, 4):
         captions[i].append("of several")
     texts, pairs = measure.distinct_texts(captions)
-    # Features of few values have many equal products, so that there are ties.
+    # Features with few different values have many equal products, so that there are ties.
     images, features = (torch.randint(-1, 2, (n, 3)).float() for n in (40, len(texts)))
     chosen = torch.randperm(40)[:some].sort().values
     kept, text_indices = measure.select_pairs(chosen, pairs)
@@ -75,11 +75,12 @@ def test_a_tie_of_neighbours_drops_the_farthest() -> None:
     # The majorities of three are 6, 1 (1 2 3 is a tie, and so is 1 2) and 4.
     numbers = metrics.consistency(torch.tensor([6, 1, 7]), neighbours)
     assert numbers == pytest.approx({"consistency_1": 1 / 3, "consistency_3": 2 / 3})
-    assert metrics.majority([2, 1, 1, 3, 2, 3]) == 1  # the farthest goes, until there is no tie
+    # The farthest is dropped until there is no tie.
+    assert metrics.majority([2, 1, 1, 3, 2, 3]) == 1
 
 
 def test_coarse_and_fine_accuracy_agree_with_loops(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A superclass scores as its best class; a superclass of k classes or fewer is always right."""
+    """A superclass scores as its best class; a superclass of at most k classes is always right."""
     monkeypatch.setattr(metrics, "STRIP", 7)
     image, prompts, labels = torch.randn(60, 4), torch.randn(9, 4), torch.randint(0, 9, (60,))
     superclass = [0, 7, 2, 0, 7, 2, 0, 7, 3]  # numbers with a gap; the last has one class
@@ -115,7 +116,7 @@ def test_neighbours_across_groups_come_from_other_groups_that_are_not_excluded()
 
 
 def test_linear_probe_follows_the_recipe_of_the_papers_authors() -> None:
-    """Their cosine of the learning rate in closed form: it falls from 0.005 to 0 in 32 epochs."""
+    """The learning rate falls from 0.005 to 0 in 32 epochs, along a cosine."""
     features, test = torch.randn(300, 6), torch.randn(4000, 6)
     labels = (features[:, :4] + torch.randn(300, 4)).argmax(dim=1)
     torch.manual_seed(0)
@@ -162,13 +163,13 @@ def test_runs_that_differ_in_the_seed_only_are_one_column(tmp_path: Path) -> Non
     assert "|  | CLIP (2) | CyCLIP | x C-CyCLIP | other | chance | n |" in text
     assert "| zero-shot top-1 | 12.0 (10.0–14.0) | 1.00" in text
     assert " | 15.0 (9.3–23.3) | 50.0" in text
-    assert "| colour top-1 | 12.0 (10.0–14.0) |" in text  # of the second question
+    assert "| colour top-1 | 12.0 (10.0–14.0) |" in text  # for the second set of classes
     assert "| in-modal gap × 100 | 12.00 (10.00 to 14.00) | 1.00 | 15.00 |" in text
     assert "emoji" not in text
 
 
 def test_older_evaluations_have_the_columns_that_their_names_say(tmp_path: Path) -> None:
-    """A run's seed is stored, or the end of its name. Two runs of one name are two columns."""
+    """A run's seed is stored, or ends its name. Two runs with the same name are two columns."""
     older = dict.fromkeys(["rising-512-0", "rising-64-1", "rising-64-0", "i-cyclip-11"], 0.1)
     newer = dict.fromkeys(["wide-2", "wide-1", "clip-12"], 0.2)
     seeds = {"wide-2": {"seed": 0}, "wide-1": {"seed": 0}, "clip-12": {"seed": 12}}
@@ -201,7 +202,7 @@ def test_bars_show_mean_range_published_numbers_and_chance(tmp_path: Path, monke
     runs = {f"clip-{i}": {"cifar10": {"numbers": {"top1": x}}} for i, x in enumerate([0.1, 0.16])}
     report.main([write(tmp_path / "1", {}, data_sets=sets, results=runs)])
     (ax,) = figures[0].axes
-    bars = ax.containers[-1]  # after its lines
+    bars = ax.containers[-1]  # after the container of the error bars
     numbers = [row for row in published.for_table("cifar10") if row.metric == "top1"]
     percent = [number for row in numbers for number in row.percent.values()]
     assert len(percent) == 4
@@ -214,7 +215,7 @@ def test_bars_show_mean_range_published_numbers_and_chance(tmp_path: Path, monke
     assert figures[0].get_supxlabel().endswith("q: quoted, not checked")
 
 
-def test_a_picture_of_many_runs_is_about_as_wide_as_tall(tmp_path: Path, monkeypatch) -> None:
+def test_a_picture_of_many_runs_has_a_moderate_aspect_ratio(tmp_path: Path, monkeypatch) -> None:
     figures: list[Figure] = []
     monkeypatch.setattr(pictures.plt, "close", figures.append)
     runs = dict.fromkeys([f"run-{number}-of-many" for number in range(40)], 0.1)
@@ -223,8 +224,8 @@ def test_a_picture_of_many_runs_is_about_as_wide_as_tall(tmp_path: Path, monkeyp
     assert 0.5 < width / height < 2
 
 
-# There are 8 images, each with a caption of its own and a caption that all have. Two classes are in
-# superclass 1. The intervals are Wilson's, as published.
+# There are 8 images, each with a caption of its own and a caption that all share. The intervals are
+# Wilson's score intervals.
 BY_HAND = """
 ## own: 8 images, 9 train images, 8 classes, 2 templates, 9 texts
 | zero-shot top-1 | 50.0 (21.5–78.5) | 12.5 | 8 |
@@ -253,8 +254,8 @@ BY_HAND = """
 """
 
 
-def test_the_table_agrees_with_one_written_by_hand(tmp_path: Path, capsys) -> None:
-    """The terminal has the headline metrics, and no metrics of groups."""
+def test_the_table_has_the_lines_of_one_written_by_hand(tmp_path: Path, capsys) -> None:
+    """The terminal shows only the most important metrics, and none of groups."""
     labels, coarse = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 6], [0, 0, 0, 0, 1, 1, 2, 3]])
     classes = Classes(labels, [*"abcdefgh"], ["{}", "a {}"], superclass=coarse)
     images, styles = Images(torch.zeros(8, 3, 1, 1)), ["x"] * 5 + ["y"] * 2 + ["black"]
@@ -294,7 +295,8 @@ def test_pictured_pairs_have_different_texts_in_one_style_sorted_by_group() -> N
         encode_images=lambda *_: (pictures, torch.arange(7), []),
     )
     found = measure.measure(clip, data, pictured=True)
-    assert "inmodal_correlation" not in found["numbers"]  # style b has two pairs, and so none
+    # Style b has two pairs, which are too few for a correlation.
+    assert "inmodal_correlation" not in found["numbers"]
     assert ("top5" in found["numbers"], "group_top5" in found["numbers"]) == (True, False)
     x, y = pictures[[2, 4, 0, 1]], texts[[1, 2, 3, 0]]
     kept = np.frombuffer(b64decode(found["similarities"]["matrices"]), np.int8).reshape(3, 4, 4)
@@ -303,13 +305,15 @@ def test_pictured_pairs_have_different_texts_in_one_style_sorted_by_group() -> N
     assert found["similarities"]["numbers"] == pytest.approx(numbers, rel=1e-4)
 
 
-def test_similarities_show_the_first_seed_on_one_scale(tmp_path, monkeypatch, capsys) -> None:
-    """The colours of the extremes tell the scale, and the captions the run."""
+def test_pictures_of_similarities_show_the_first_seed_on_one_scale(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    """The numbers of pixels in the extreme colours show the scale. The captions show the run."""
     figures: list[Figure] = []
     monkeypatch.setattr(pictures.plt, "close", figures.append)
     one, runs = np.kron(np.eye(3), np.full((2, 2), 127)), {}
     shown = {"clip-0": [one, one, np.triu(one)], "cyclip-0": [one / 2] * 3, "cyclip-1": [one] * 3}
-    shown |= dict.fromkeys("xyz", [one / 2] * 3)  # one of them is too many
+    shown |= dict.fromkeys("xyz", [one / 2] * 3)  # one loss more than a picture shows
     for run, similarities in shown.items():
         numbers = {"inmodal_gap": 0.1, "crossmodal_correlation": 0.3}
         kept = {"numbers": numbers, "matrices": b64encode(np.int8(similarities)).decode()}

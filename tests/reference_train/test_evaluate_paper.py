@@ -14,6 +14,7 @@ from reference_train.evaluate import imagenet, paper, pictures, published, repor
 from reference_train.evaluate.classification import classified
 from reference_train.evaluate.datasets import Images
 
+# Read from the sources: data set, metric, source, pairs, model, percent.
 CELLS = """
 cifar10          top1           paper        -        CyCLIP    51.45
 cifar10          linear_probe   May 2022     -        CLIP      78.27
@@ -39,28 +40,28 @@ pets             linear_probe   April 2022   -        C-CyCLIP  57.89
 
 
 @pytest.mark.parametrize("line", CELLS.replace(" 2022", "_2022").strip().splitlines())
-def test_a_published_number_is_the_one_that_was_read(line: str) -> None:
+def test_the_csv_has_the_number_that_its_source_prints(line: str) -> None:
     data_set, metric, source, pairs, model, number = line.split()
     key = (data_set, metric, source.replace("_", " "), None if pairs == "-" else int(pairs))
     (row,) = [row for row in published.read() if row[:4] == key]
     assert row.percent[model] == float(number)
 
 
-def test_each_published_number_has_a_source_and_no_incomparable_one_is_shown() -> None:
+def test_each_published_number_has_a_source_and_no_incomparable_one_is_listed() -> None:
     rows = published.read()
     assert max(Counter(row[:4] for row in rows).values()) == 1
     assert all(row.where and row.mark in published.MARKS for row in rows)
     assert {row.source for row in rows} == {*published.SOURCES, published.DATA_SIZE}
     assert {row.data_set for row in rows} == {*paper.SETS}
     probes = {(row.data_set, row.source) for row in rows if row.metric == "linear_probe"}
-    # fitted on test images; fitted on an unknown part of the training images
+    # These were fitted on test images, or on an unknown part of the training images.
     assert ("cifar100", "May 2022") not in probes
     assert not any(data_set == "imagenet1k" for data_set, _ in probes)
     assert {d for d, _ in probes} == {*paper.PROBE_SETS, "cifar10", "cifar100"}
 
 
-def test_a_probe_that_was_fitted_on_other_images_hides_the_published_ones() -> None:
-    """A note says why. If the authors' split is not known, nothing is hidden."""
+def test_published_probes_are_hidden_if_ours_was_fitted_on_other_images() -> None:
+    """A note says why. They are not hidden if the authors' split is not known."""
     base = {"classes": {"class": 47}, "images": 1880, "train_images": 3760}
     shown, notes = table.comparable("dtd", base, ["linear_probe"])
     assert [row.source for row in shown] == ["May 2022", "April 2022"]
@@ -102,7 +103,7 @@ def test_imagenets_67_superclasses_hold_each_class_once() -> None:
 def test_superclasses_are_cut_to_the_classes_of_a_data_set(
     name: str, classes: int, superclasses: int, tmp_path: Path
 ) -> None:
-    """The authors' histograms have as many superclasses."""
+    """The numbers of superclasses are those in the authors' histograms."""
     images = Images(torch.zeros(1, 3, 1, 1)), torch.tensor([0])
     data = classified(tmp_path, name, images, [str(i) for i in range(classes)], None)
     found = data.classes[""].superclass
@@ -115,7 +116,7 @@ def test_superclasses_are_cut_to_the_classes_of_a_data_set(
 def record(folder: Path, sets: dict[str, float]) -> str:
     """An evaluation of two losses on four data sizes.
 
-    A number is the millions of pairs, times a factor of the loss, times one of the data set.
+    Each number is the millions of pairs, times a factor for the loss and one for the data set.
     """
     described = {"train_images": 0, "templates": 1, "captions": 0, "groups": {}, "mean_over": []}
     images = {name: paper.SETS[name].test_images if name in paper.SETS else 9 for name in sets}
@@ -178,7 +179,7 @@ def test_runs_on_several_data_sizes_are_drawn_with_the_published_points(
 def test_labels_of_data_sizes_do_not_overlap(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """504,000 pairs of CC3M stand beside the published 500,000."""
+    """Our run on 504,000 pairs is next to the published one on 500,000."""
     figures: list[Figure] = []
     monkeypatch.setattr(scaling.plt, "close", figures.append)
     sizes = {500_000: 504_000, 1_000_000: 250_000, 2_000_000: 255_000, 3_000_000: 2_905_954}

@@ -1,4 +1,4 @@
-"""The data of icons: what is taken from a package made here, and how it is named and drawn."""
+"""The icons, from a package made here: which are taken, and how they are named and drawn."""
 
 import faulthandler
 import hashlib
@@ -32,14 +32,14 @@ def a_set(title: str, category: str = "UI 24px", licence: str = "MIT") -> dict:
 
 
 NOISE = '<filter id="f"><feTurbulence baseFrequency=".1" numOctaves="2000000000"/></filter>'
-# The renderer of resvg-py 0.5 overflows its stack for the first, and its process dies. It would
-# draw the second one for years.
+# With CRASH, the renderer of resvg-py 0.5 overflows its stack, and its process dies. It would need
+# years to draw ENDLESS.
 CRASH = {"body": "<g opacity='.9'>" * 900 + square(8)["body"] + "</g>" * 900}
 ENDLESS = {"body": NOISE + '<rect width="20" height="20" filter="url(#f)"/>'}
 DRAWINGS = {
     "alarm-clock-outline": square(10),
     "alarm-clock-16": square(11),
-    "traffic-light": square(12),  # "light" ends one name: not a style here
+    "traffic-light": square(12),  # "light" ends one name only, so it is no style
     "again": square(10),
     "nothing": {"body": "<g/>"},
     "broken": {"body": "<path"},
@@ -77,7 +77,7 @@ def built(tmp_path_factory) -> Path:
     """The shards of `SETS`. More names are held out than usual, because there are so few."""
     folder = tmp_path_factory.mktemp("icons")
     package = make_package(folder / "icons.tgz")
-    faulthandler.disable()  # pytest's would show how a child crashes
+    faulthandler.disable()  # pytest enables it, and it would show how a child crashes
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(icon_names, "VALIDATION_SHARE", 0.3)
         patch.setattr(icon_drawing, "SECONDS", 2)
@@ -153,7 +153,7 @@ def test_a_name_loses_its_words_of_style_and_its_numbers_at_the_end() -> None:
         assert icon_names.split_name(icon, {"outline"}) == (name, style)
 
 
-def test_an_icon_has_the_box_of_its_set_where_it_has_none_itself() -> None:
+def test_an_icon_without_a_view_box_has_that_of_its_set() -> None:
     drawings = {"cat": {"body": "CAT", "hFlip": True, "width": 8}, "dog": {"body": "DOG"}}
     content = {"icons": {**drawings, "us": {"body": ""}}, "left": 1, "top": 2, "height": 12}
     content["categories"] = {"PetsAndMore": ["cat"], "Flags": ["us"]}
@@ -166,7 +166,7 @@ def test_an_icon_has_the_box_of_its_set_where_it_has_none_itself() -> None:
     assert left_out == {"logos and flags in other sets": 1}
 
 
-def test_half_of_the_one_coloured_icons_are_black_on_white_and_all_can_be_seen() -> None:
+def test_one_coloured_icons_have_the_intended_shares_of_colours_and_all_can_be_seen() -> None:
     drawn = [icon_drawing.colours(random.Random(number)) for number in range(1000)]
     inks, grounds = (np.array(colours) for colours in zip(*drawn, strict=True))
     assert 0 <= min(inks.min(), grounds.min()) < max(inks.max(), grounds.max()) <= 1
@@ -198,7 +198,7 @@ def two_sets(tmp_path_factory) -> str:
 def test_a_name_is_held_out_in_all_sets_or_in_none(
     most: int, trained_on: int, two_sets: str, tmp_path: Path, monkeypatch
 ) -> None:
-    """A held-out name has one picture. Another one has as many as --pictures-of-a-name allows."""
+    """A held-out name has one picture, other names as many as --pictures-of-a-name allows."""
     monkeypatch.setattr(icon_names, "VALIDATION_SHARE", 0.5)
     out = tmp_path / "out"
     icons.main(["--out", str(out), "--package", two_sets, "--pictures-of-a-name", str(most)])
@@ -223,7 +223,7 @@ def test_by_default_a_name_has_at_most_40_pictures_to_train_on(tmp_path: Path, m
     assert manifest["left_out"] == {"more pictures of a name (train)": 3}
 
 
-def test_a_template_that_needs_what_an_icon_lacks_becomes_its_name() -> None:
+def test_a_caption_is_the_name_if_the_icon_lacks_what_the_template_needs() -> None:
     always = {"cat", "a small drawing of cat", "cat icon, Set"}
     always |= {f"{words} cat" for words in ("a drawing of", "a picture of", "an icon of")}
     for lacks, other in ("style", "cat, pets"), ("group", "cat, bold"):
@@ -271,7 +271,7 @@ def test_another_package_than_the_expected_one_is_refused(
         ("--out /proc/icons", "--out: /proc/icons can't be written"),
     ],
 )
-def test_bad_arguments_and_packages_are_one_line_and_leave_nothing(
+def test_bad_arguments_and_packages_raise_an_error_and_leave_nothing(
     arguments: str, message: str, tmp_path: Path, monkeypatch
 ) -> None:
     make_package(tmp_path / "other.tgz", without="collections")

@@ -50,7 +50,7 @@ def test_a_command_with_views_is_run_by_the_module_that_draws_them(flags, how, d
     "flags",
     ["--same-captions ignored", "--distill-model RN50 --distill-pretrained openai"],
 )
-def test_views_refuse_flags_that_pair_captions_or_models(flags: str, dry_run) -> None:
+def test_views_refuse_same_captions_and_distillation(flags: str, dry_run) -> None:
     with pytest.raises(CannotStart, match=f"{flags.split()[0]} does not go with --views"):
         dry_run("--views", "--", *flags.split())
 
@@ -83,7 +83,7 @@ def test_the_other_presets_have_batches_of_1024(preset: str, dry_run_of_uncounte
 
 
 @pytest.mark.parametrize("variable", ["WORLD_SIZE", "SLURM_NTASKS"])  # torchrun's, srun's
-def test_ranks_share_batch_and_shards(variable: str, dry_run, monkeypatch) -> None:
+def test_ranks_share_the_batch_and_the_shards(variable: str, dry_run, monkeypatch) -> None:
     monkeypatch.setenv(variable, "2")
     monkeypatch.setattr(command.torch.cuda, "is_available", lambda: True)
     args = dry_run("--", "--workers", "2")
@@ -112,7 +112,8 @@ def test_ranks_share_batch_and_shards(variable: str, dry_run, monkeypatch) -> No
         ("-- --report-to all", "--report-to all: pip install tensorboard"),
         ("WORLD_SIZE --batch-size 7", "--batch-size 7 is for all ranks .* does not divide by 2"),
         ("WORLD_SIZE -- --workers 2", "several ranks on a CPU: OpenCLIP 3 can't train so"),
-        ("OMPI_COMM_WORLD_SIZE", "2 ranks of MPI"),  # OpenCLIP counts them; each would be alone
+        # OpenCLIP counts MPI's ranks, but each of them would train alone.
+        ("OMPI_COMM_WORLD_SIZE", "2 ranks of MPI"),
     ],
 )
 def test_pretrain_refuses_before_any_work(
@@ -150,7 +151,7 @@ def test_numbers_of_pairs_come_from_img2datasets_files(
         run("6")
 
 
-def test_the_number_of_pairs_is_left_to_openclip_if_it_reads_it(
+def test_the_number_of_pairs_is_left_to_openclip_if_it_can_read_it(
     counted_by_img2dataset: Path, dry_run
 ) -> None:
     (counted_by_img2dataset / "__len__").write_text("26")
@@ -170,7 +171,9 @@ def test_a_first_shard_without_pairs_is_an_error(data: Path, tmp_path: Path, dry
         dry_run("--data", f"{tmp_path}/empty.tar::{data}/train-00000.tar")
 
 
-def test_shards_of_a_folder_are_told_apart_by_train_and_val(tmp_path: Path, dry_run) -> None:
+def test_shards_of_a_folder_are_told_apart_by_train_and_val_in_their_names(
+    tmp_path: Path, dry_run
+) -> None:
     data = make_shards(tmp_path / "cc3m", **{"cc3m-train": 4, "cc3m-validation": 1})
     args = dry_run("--data", str(data))
     assert args.train_data == f"{data}/cc3m-train-{{00000..00003}}.tar"

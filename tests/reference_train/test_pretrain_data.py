@@ -73,7 +73,7 @@ def test_the_shuffle_depends_on_seed_rank_worker_epoch_and_pass(monkeypatch) -> 
 
 @pytest.mark.parametrize("filters", [[wds.shuffle(1)], [tarfile_to_samples_nothrow]])
 def test_a_pipeline_that_openclip_builds_in_another_way_is_refused(filters: list[Any]) -> None:
-    """Nothing would be counted, or the time would seed the shuffle."""
+    """Otherwise nothing would be counted, or the time of day would seed the shuffle."""
     args = Namespace(seed=0, rank=0)
     with pytest.raises(Stopped, match="OpenCLIP's data pipeline has another form"):
         loading.WatchedData(info_of(*filters), args, {}, train=True)
@@ -89,7 +89,7 @@ REMOTE = "fewer pairs than its batch of 33: it would wait forever; take a smalle
 def test_a_worker_without_a_batch_is_an_error(
     remote: bool, message: str, pretrain, data: Path
 ) -> None:
-    """Before any work if the shards are here; after the worker's first pass if they are not."""
+    """It is raised before any work if the shards are local, else after a worker's first pass."""
     (data / "sizes.json").unlink()
     flags = ["--train-data", f"pipe:cat {data}/train-0000{{0..3}}.tar"] if remote else []
     with pytest.raises(Stopped, match=message) as error:
@@ -105,7 +105,7 @@ def test_pairs_that_cannot_be_read_are_counted_for_each_shard(
     os.truncate(one, one.stat().st_size // 2)  # in its fifth picture
     break_picture(two)
     three.write_bytes(b"")
-    # 8 + 4 + 7 pairs are left: two batches of 8, twice. What workers log is not in caplog.
+    # 8 + 4 + 7 pairs are left: two batches of 8 in each epoch. caplog misses what workers log.
     pretrain("--workers", "0", "--epochs", "2", pairs=32)
     lines = [r.getMessage() for r in caplog.records if "Not readable" in r.getMessage()]
     for line in lines:
@@ -113,11 +113,11 @@ def test_pairs_that_cannot_be_read_are_counted_for_each_shard(
         assert line.endswith(f"; shards cut short: 2 ({one} 1, {three} 1)")
     assert len(results(tmp_path)) == len(lines) == 2
     warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    told = [sum(str(shard) in message for message in warned) for shard in tars]
-    assert told == [0, 3, 1, 3]  # once, and in the line of each epoch
+    warnings_per_shard = [sum(str(shard) in message for message in warned) for shard in tars]
+    assert warnings_per_shard == [0, 3, 1, 3]  # when it is found, and in the line of each epoch
 
 
-def test_a_shard_that_ends_between_two_files_is_noticed(pretrain, data: Path, caplog) -> None:
+def test_a_shard_that_ends_between_two_files_is_reported(pretrain, data: Path, caplog) -> None:
     """Even if nothing says how many pairs it should have."""
     (data / "sizes.json").unlink()
     cut_between_two_files(data / "train-00001.tar")
@@ -154,7 +154,7 @@ def test_held_out_pictures_that_cannot_be_read_are_named_before_any_work(
 
 
 def test_a_validation_that_lost_pairs_stops_the_run(pretrain, data: Path, tmp_path: Path) -> None:
-    """Shards elsewhere are not read before the first validation."""
+    """Remote shards are not read before the first validation."""
     break_picture(data / "val-00000.tar")
     with pytest.raises(Stopped, match=r"validation lost pairs.*: pairs: 1 \(.*val-00000.tar 1\)"):
         pretrain("--val-data", f"pipe:cat {data}/val-00000.tar")

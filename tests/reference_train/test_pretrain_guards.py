@@ -25,9 +25,9 @@ pytest_plugins = ["pretraining"]
 
 @pytest.fixture
 def evaluate(tmp_path: Path):
-    """Evaluates a model whose weights are its epoch, with a given validation loss."""
+    """Evaluates a model whose weights all equal its epoch, with a given validation loss."""
     model: Any = nn.Linear(2, 2, bias=False)
-    # as DistributedDataParallel wraps it, and a task of OpenCLIP 4 that
+    # The model as DistributedDataParallel wraps it, in a task of OpenCLIP 4.
     task = Namespace(trainable_module=nn.ModuleDict({"module": model}))
 
     def run(epoch: int, loss: float | None, **changes: object) -> None:
@@ -48,7 +48,7 @@ def evaluate(tmp_path: Path):
 
 
 def test_the_epoch_with_the_lowest_loss_is_kept(evaluate, tmp_path: Path) -> None:
-    """A loss that is no number, and lines of zero-shot accuracy alone, are no losses."""
+    """A loss that is NaN, and lines with zero-shot accuracy only, do not count."""
     kept: list[tuple[Any, ...]] = []
     for epoch, loss in enumerate([math.nan, 3, 1, 2, 0.5], start=1):
         evaluate(epoch, loss)
@@ -78,7 +78,7 @@ def test_gaps_and_correlations_are_added_to_the_validation() -> None:
     assert metrics(image_features=image.split(4), text_features=text.split(4)) == both
 
 
-def test_features_that_are_collapsed_give_a_warning(caplog) -> None:
+def test_collapsed_features_give_a_warning(caplog) -> None:
     image, text = nn.functional.normalize(torch.randn(2, 10, 4), dim=-1)
     metrics = partial(training.Guards({}, {}).get_clip_metrics, lambda **features: {})
     metrics(image_features=image, text_features=text)
@@ -129,7 +129,7 @@ def test_a_loader_checks_after_every_few_steps_and_at_the_end() -> None:
 
 @pytest.fixture
 def other_rank(monkeypatch) -> Tensor:
-    """What another rank has counted: losses in a row, and weights, that are not finite."""
+    """Another rank's counts: non-finite losses in a row, and non-finite weights."""
     counts = torch.tensor([9, 0])
 
     def all_reduce(mine: Tensor, op: Any = torch.distributed.ReduceOp.SUM) -> None:
@@ -147,7 +147,7 @@ RANKS = {"device": "cpu", "distributed": True, "accum_freq": 1, "log_every_n_ste
     ("counts", "message"),
     [([10, 0], "the loss of 10 steps"), ([0, 1], "the model's weights")],
 )
-def test_what_one_rank_sees_stops_all_ranks(
+def test_a_number_that_is_not_finite_on_one_rank_stops_all_ranks(
     counts: list[int], message: str, other_rank: Tensor
 ) -> None:
     model = nn.Linear(1, 1)
@@ -157,20 +157,21 @@ def test_what_one_rank_sees_stops_all_ranks(
         training.FinitenessCheck(Namespace(**RANKS)).check(model)
 
 
-def test_the_first_rank_logs_what_all_ranks_lost(other_rank: Tensor, caplog) -> None:
+def test_the_first_rank_logs_the_unreadable_pairs_of_all_ranks(other_rank: Tensor, caplog) -> None:
     guards, model = training.Guards({}, {}), nn.Linear(1, 1)
     guards.args = Namespace(**RANKS)
     guards.finiteness = training.FinitenessCheck(guards.args)
     guards.watched = Namespace(take_counts=lambda: torch.tensor([4]), describe=Tensor.tolist)
-    for guards.args.rank in (0, 1):
+    for rank in (0, 1):
+        guards.args.rank = rank
         data, loss = {"train": Namespace(dataloader=[])}, nn.Identity()
         guards.train_one_epoch(lambda *_: None, model, data, loss)
         assert not loss._forward_hooks
     assert [r.getMessage() for r in caplog.records] == ["Not readable in this epoch: [5]"]
 
 
-def test_a_full_disk_leaves_no_stump(pretrain, tmp_path: Path) -> None:
-    """A limit on the size of files stands in for the disk."""
+def test_a_full_disk_leaves_no_partial_file(pretrain, tmp_path: Path) -> None:
+    """A limit on the size of files imitates a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
     try:
@@ -196,6 +197,6 @@ def test_only_errors_of_a_full_disk_become_one_line(
         pretrain()
 
 
-def test_what_is_saved_to_a_buffer_goes_there() -> None:
+def test_guards_save_to_a_buffer_too() -> None:
     training.Guards({}, {}).save(torch.save, 1, buffer := io.BytesIO())
     assert buffer.tell()

@@ -1,4 +1,4 @@
-"""`pretrain`: a run is resumed with the settings that it was begun with, by one process."""
+"""`pretrain`: a run resumes with the settings that it was begun with, and in one process only."""
 
 import os
 import re
@@ -31,9 +31,9 @@ pytest_plugins = ["pretraining"]
 
 @pytest.fixture
 def resume_run(dry_run, data: Path, tmp_path: Path) -> Callable[..., None]:
-    """Resumes a run of one epoch, as far as --dry-run does, with other flags.
+    """Resumes a run of one epoch with other flags, as far as --dry-run goes.
 
-    begun_with: settings in its params.txt that differ from those of the flags.
+    begun_with: the settings in its params.txt that differ from those of the flags.
     """
     openclip_flags = ["--workers", "1", "--force-image-size", "32"]
     settings = {**vars(dry_run("--", *openclip_flags)), "force_image_size": 32, "rank": 0}
@@ -76,8 +76,8 @@ def test_a_resumed_run_refuses_views_if_it_was_begun_without(resume_run) -> None
         resume_run(ours=("--views", "own"))
 
 
-def test_a_flag_that_nobody_listed_is_compared(resume_run, monkeypatch) -> None:
-    """Such as a flag that a new version of OpenCLIP adds."""
+def test_an_unlisted_flag_is_compared_too(resume_run, monkeypatch) -> None:
+    """A new version of OpenCLIP may add such a flag."""
     parse_args = command.trainer.parse_args
 
     def with_new_flag(flags: list[str]) -> Any:
@@ -92,7 +92,7 @@ def test_a_flag_that_nobody_listed_is_compared(resume_run, monkeypatch) -> None:
         resume_run(brand_new_flag=1)
 
 
-def test_settings_that_change_no_value_may_differ(resume_run) -> None:
+def test_settings_that_change_no_result_may_differ(resume_run) -> None:
     resume_run("--log-every-n-steps", "3", "--grad-checkpointing", "--workers", "2", "--debug")
     resume_run(**dict.fromkeys(resume.MAY_DIFFER, "another value"))
 
@@ -108,14 +108,14 @@ def test_the_old_name_of_same_captions_is_understood(resume_run) -> None:
 def held_by_another_process(folder: Path) -> Iterator[None]:
     lock = locked(folder)
     with ProcessPoolExecutor(1, get_context("fork"), lock.__enter__) as other:
-        other.submit(os.getpid).result()  # it has the lock by now
+        other.submit(os.getpid).result()  # returns when the process has the lock
         yield
 
 
-def test_a_second_rank_resumes_beside_the_first_one(
+def test_a_second_rank_resumes_while_the_first_rank_holds_the_lock(
     resume_run, tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    """The first rank wrote params.txt and holds the folder; it alone prints."""
+    """The first rank wrote params.txt and has locked the folder. Only the first rank prints."""
     monkeypatch.setattr(command.torch.cuda, "is_available", lambda: True)
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
@@ -128,7 +128,7 @@ def test_a_second_rank_resumes_beside_the_first_one(
         resume_run(**settings, world_size=1)
 
 
-def test_a_run_is_trained_by_one_process(pretrain, tmp_path: Path) -> None:
+def test_a_run_refuses_a_second_process(pretrain, tmp_path: Path) -> None:
     with held_by_another_process(tmp_path / "run"):
         for ours in ([], ["--dry-run"]):
             with pytest.raises(CannotStart, match="/run: another process is at work there: choose"):
@@ -137,7 +137,7 @@ def test_a_run_is_trained_by_one_process(pretrain, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run of one epoch, and with its last line in out.txt."""
+    """A folder with a run of one epoch. out.txt has what the run printed."""
     folder = tmp_path_factory.mktemp("trained")
     with (folder / "out.txt").open("w") as out, redirect_stdout(out):
         train(folder, make_shards(folder / "data", train=4, val=1))
@@ -146,7 +146,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def finished(trained: Path, tmp_path: Path) -> str:
-    """A run of one epoch in tmp_path / "run"; returns its last line."""
+    """Copies the run to tmp_path / "run". Returns the last line that it printed."""
     shutil.copytree(trained / "run", tmp_path / "run")
     line = (trained / "out.txt").read_text().splitlines()[-1]
     return line.replace(str(trained), str(tmp_path))
@@ -172,7 +172,7 @@ def test_openclip_loads_the_best_epoch_as_the_page_says(finished: str, tmp_path:
     assert loaded.returncode == 0, loaded.stderr
 
 
-def test_a_finished_run_takes_more_epochs_and_moved_data(
+def test_a_finished_run_accepts_more_epochs_and_moved_data(
     finished: str, pretrain, data: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     checkpoints = tmp_path / "run" / "checkpoints"
@@ -198,7 +198,7 @@ def test_a_finished_run_refuses_other_shards(finished: str, pretrain, data: Path
         pretrain("--workers", "0")
 
 
-def test_a_checkpoint_that_is_cut_short_is_an_error(finished: str, pretrain, tmp_path) -> None:
+def test_a_checkpoint_that_is_cut_short_is_refused(finished: str, pretrain, tmp_path) -> None:
     os.truncate(tmp_path / "run" / "checkpoints" / "epoch_latest.pt", 10_000)
     with pytest.raises(CannotStart, match=r"epoch_latest.pt is cut short, or holds more"):
         pretrain()
@@ -219,7 +219,7 @@ def test_wandb_continues_its_record_of_a_run_unless_told_otherwise(pretrain, mon
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--views"]], ids=["pairs", "views"])
-def test_a_killed_run_goes_on(flags: list[str], data: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_and_finishes(flags: list[str], data: Path, tmp_path: Path) -> None:
     argv = ["-m", "reference_train", "pretrain", "--preset", "icons", "--batch-size", "8"]
     argv += ["--data", str(data), "--out", str(tmp_path), "--name", "run", *flags]
     argv += ["--", "--epochs", "6", "--train-num-samples", "16"]

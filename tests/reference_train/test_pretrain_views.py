@@ -24,7 +24,7 @@ FEATURES = ("image_features", "text_features")
 
 
 def by_hand(call: dict[str, Any]) -> dict[str, Tensor]:
-    """The terms of a step from its features: (16, D) each, two views of 8 pairs in turn."""
+    """The terms of a step, from features (16, D) with a pair's two views in consecutive rows."""
     views_of_pairs = {name: call[name].detach().double().unflatten(0, (8, 2)) for name in FEATURES}
     images, second_images = views_of_pairs["image_features"].unbind(dim=1)
     texts, second_texts = views_of_pairs["text_features"].unbind(dim=1)
@@ -45,9 +45,7 @@ def by_hand(call: dict[str, Any]) -> dict[str, Tensor]:
     }
 
 
-def test_a_step_with_views_has_the_loss_of_its_features_by_hand(
-    pretrain, monkeypatch, caplog
-) -> None:
+def test_a_step_with_views_has_the_loss_computed_by_hand(pretrain, monkeypatch, caplog) -> None:
     caplog.set_level(logging.INFO)
     calls: list[dict[str, Any]] = []
     forward, encode = CyCLIPLoss.forward, open_clip.CLIP.forward

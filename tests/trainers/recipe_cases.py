@@ -1,4 +1,4 @@
-"""Runs the recipes of `docs/` from their pages, and makes the models and data for them."""
+"""Runs the recipes on the pages of `docs/`, and makes models and data for them."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -90,7 +90,7 @@ def whole_batch_gradients() -> dict[str, Tensor]:
 
 
 def recipes_on_rank(rank: int, world_size: int) -> tuple[list[dict[str, Tensor]], Tensor]:
-    """The gradients after a step of two recipes, and of a logit scale outside of the DDP model."""
+    """The gradients of two recipes, and the gradient of a logit scale outside of the DDP model."""
     images, tokens = batch()
     images, tokens = images.double().chunk(world_size)[rank], tokens.chunk(world_size)[rank]
     micro_batches = list(zip(images.split(6), tokens.split(6), strict=True))

@@ -1,4 +1,4 @@
-"""Every recipe of `docs/losses.md`, run from its page, against its N x N form in float64."""
+"""Runs every recipe on `docs/losses.md` and compares it with its N x N form in float64."""
 
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -31,12 +31,12 @@ def blocks() -> list[str]:
     return [str(example.parsed) for example in document.examples()]
 
 
-def block_that_says(text: str) -> str:
+def block_with(text: str) -> str:
     (found,) = [block for block in blocks() if text in block]
     return found
 
 
-def made_data(n: int) -> dict[str, Tensor]:
+def make_data(n: int) -> dict[str, Tensor]:
     """The variables of the recipes for the whole batch, by name."""
     image, text = pairs(n, D, 0.5, device="cpu")
     weights = torch.arange(n, dtype=torch.float64, device="cpu") % 3  # some are 0
@@ -50,15 +50,15 @@ def made_data(n: int) -> dict[str, Tensor]:
     }
 
 
-def loss_of(block: str, data: dict[str, Tensor], options: dict[str, Any], n: int) -> Tensor:
-    """What the block computes from these variables; n: pairs in the whole batch."""
+def run_block(block: str, data: dict[str, Tensor], options: dict[str, Any], n: int) -> Tensor:
+    """The loss that the block computes from these variables. n: pairs in the whole batch."""
     names: dict[str, Any] = dict(data)
     exec(blocks()[0], names)
     names["contrastive_logsumexp"] = partial(cyclip_loss.contrastive_logsumexp, **options)
     names |= {"queries": data["image_features"], "documents": data["text_features"]}
     names |= {"num_negatives": n - 1, "tau": TAU, "num_samples": n}
     if "moving_average(" in block:
-        exec(block_that_says("class MovingAverageLoss"), names)
+        exec(block_with("class MovingAverageLoss"), names)
         names["moving_average"].double().log_u[:] = moving_averages(n)
     exec(block, names)
     loss: Tensor = names["loss"]
@@ -66,7 +66,7 @@ def loss_of(block: str, data: dict[str, Tensor], options: dict[str, Any], n: int
 
 
 def moving_averages(n: int) -> Tensor:
-    """log u of an earlier step; the first sample was in none."""
+    """log u after earlier steps. The first sample was in none of them."""
     log_u = normal(n, seed=3, device="cpu")
     log_u[0] = -torch.inf
     return log_u
@@ -79,6 +79,8 @@ def mask(n: int, ids: Tensor | None) -> Tensor:
 
 
 def dense(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Registers the N x N form of the block that contains this text."""
+
     def add(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         DENSE[name] = function
         return function
@@ -87,7 +89,7 @@ def dense(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
 
 
 def cross_entropy(logits: Tensor, negatives: Tensor) -> Tensor:
-    """(N,): of row i finding column i among its negatives."""
+    """(N,): the cross-entropy of row i for column i among its negatives."""
     n = len(logits)
     kept = negatives | torch.eye(n, logits.shape[1], dtype=torch.bool, device="cpu")
     target = torch.arange(n, device="cpu")
@@ -184,20 +186,20 @@ def with_gradients(data: dict[str, Tensor]) -> dict[str, Tensor]:
 def gradients(loss: Tensor, data: dict[str, Tensor], marker: str) -> dict[str, Tensor]:
     leaves = {name: x for name, x in data.items() if x.requires_grad}
     found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    by_name = {
+    grads = {
         name: torch.zeros_like(leaves[name]) if x is None else x
         for name, x in zip(leaves, found, strict=True)
     }
     if DENSE[marker] is uniformity:
-        # It is that of rows of unit length. So only a change of the rows' direction counts.
+        # The formula holds for rows of unit length, so only the tangential part is compared.
         for name in FEATURES:
-            rows, gradient = leaves[name].detach(), by_name[name]
-            by_name[name] = gradient - (gradient * rows).sum(dim=1, keepdim=True) * rows
-    return by_name
+            rows, gradient = leaves[name].detach(), grads[name]
+            grads[name] = gradient - (gradient * rows).sum(dim=1, keepdim=True) * rows
+    return grads
 
 
 def expected(marker: str, n: int, ids: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-    data = with_gradients(made_data(n))
+    data = with_gradients(make_data(n))
     loss = DENSE[marker](data, mask(n, ids))
     return loss, gradients(loss, data, marker)
 
@@ -207,11 +209,11 @@ CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
 @RECIPES
 @pytest.mark.parametrize("n", [1, 2, 40])
-def test_a_recipe_agrees_with_its_dense_form(marker: str, n: int) -> None:
+def test_a_recipe_equals_its_dense_form(marker: str, n: int) -> None:
     if n == 1 and DENSE[marker] in NEED_TWO_PAIRS:
         pytest.skip("not defined for one pair")
-    data = with_gradients(made_data(n))
-    loss = loss_of(block_that_says(marker), data, {}, n)
+    data = with_gradients(make_data(n))
+    loss = run_block(block_with(marker), data, {}, n)
     torch.testing.assert_close(
         (loss, gradients(loss, data, marker)), expected(marker, n, None), **CLOSE
     )
@@ -219,11 +221,11 @@ def test_a_recipe_agrees_with_its_dense_form(marker: str, n: int) -> None:
 
 @pytest.mark.parametrize("distinct", [1, 3])  # with 1, the only negatives are the hard ones
 @RECIPES
-def test_a_recipe_with_duplicates_agrees_with_its_dense_form(marker: str, distinct: int) -> None:
+def test_a_recipe_with_duplicates_equals_its_dense_form(marker: str, distinct: int) -> None:
     if DENSE[marker] not in WITH_IDS:
         pytest.skip("takes no ids")
-    data, ids = with_gradients(made_data(20)), torch.arange(20, device="cpu") % distinct
-    loss = loss_of(block_that_says(marker), data, {"ids": ids}, 20)
+    data, ids = with_gradients(make_data(20)), torch.arange(20, device="cpu") % distinct
+    loss = run_block(block_with(marker), data, {"ids": ids}, 20)
     torch.testing.assert_close(
         (loss, gradients(loss, data, marker)), expected(marker, 20, ids), **CLOSE
     )
@@ -236,10 +238,10 @@ def own_part(name: str, whole: Tensor, rank: int, world_size: int) -> Tensor:
 def step(
     rank: int, world_size: int, marker: str, n: int, dist_impl: str
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    own = {name: own_part(name, x, rank, world_size) for name, x in made_data(n).items()}
+    own = {name: own_part(name, x, rank, world_size) for name, x in make_data(n).items()}
     data = with_gradients(own)
-    block = block_that_says(ACROSS_RANKS.get(marker, marker))
-    loss = loss_of(block, data, {"dist_impl": dist_impl}, n)
+    block = block_with(ACROSS_RANKS.get(marker, marker))
+    loss = run_block(block, data, {"dist_impl": dist_impl}, n)
     return loss.detach(), gradients(loss, data, marker)
 
 
@@ -247,13 +249,13 @@ def step(
 @pytest.mark.parametrize(
     ("world_size", "dist_impl"), [(2, "gather"), (2, "ring"), (3, "gather"), (4, "ring")]
 )
-def test_a_recipe_across_ranks_agrees_with_its_dense_form(
+def test_a_recipe_across_ranks_equals_its_dense_form(
     marker: str, world_size: int, dist_impl: str, ranks: Ranks
 ) -> None:
     n = 12
     answers = ranks.run(world_size, step, marker, n, dist_impl)
     loss, exact = expected(marker, n, None)
-    if marker not in ACROSS_RANKS:  # whose value is another one
+    if marker not in ACROSS_RANKS:  # else only the gradients are the same
         mean = torch.stack([value for value, _ in answers]).mean()
         torch.testing.assert_close(mean, loss.detach(), **CLOSE)
     for name, gradient in exact.items():
@@ -262,21 +264,21 @@ def test_a_recipe_across_ranks_agrees_with_its_dense_form(
         torch.testing.assert_close(found / world_size, gradient, **CLOSE, msg=name)
 
 
-def test_uniformity_between_modalities_agrees_with_its_dense_form() -> None:
+def test_uniformity_between_modalities_equals_its_dense_form() -> None:
     marker, n = "loss = torch.logsumexp(row, dim=0)", 12
-    block = block_that_says(marker).replace(
+    block = block_with(marker).replace(
         "(image_features, image_features,", "(image_features, text_features,"
     )
-    data = with_gradients(made_data(n))
+    data = with_gradients(make_data(n))
     images, texts = (F.normalize(data[name], dim=1) for name in FEATURES[:2])
     distances = (images[:, None] - texts).square().sum(dim=2)
     exact = (-2 * distances)[mask(n, None)].exp().mean().log()
-    loss = loss_of(block, data, {}, n)
+    loss = run_block(block, data, {}, n)
     torch.testing.assert_close(loss, exact)
     found, expected = (gradients(x, data, marker) for x in (loss, exact))
     torch.testing.assert_close(found, expected, **CLOSE)
 
 
 def test_every_recipe_of_the_page_is_compared() -> None:
-    compared = {block_that_says(marker) for marker in (*DENSE, *ACROSS_RANKS.values())}
+    compared = {block_with(marker) for marker in (*DENSE, *ACROSS_RANKS.values())}
     assert compared == {block for block in blocks() if "\nloss = " in block}

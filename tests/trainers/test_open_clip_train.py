@@ -1,4 +1,4 @@
-"""The launcher with OpenCLIP's trainer, and with a stand-in that creates losses in several ways."""
+"""The launcher with OpenCLIP's trainer, and with a stand-in for the trainers of other versions."""
 
 import json
 import re
@@ -67,7 +67,7 @@ def assert_three_terms(folder: Path, count: int) -> None:
         assert terms["inmodal_cyclic_loss"] > 0
 
 
-def test_open_clip_trains_with_the_loss(tmp_path: Path) -> None:
+def test_open_clip_trains_with_the_loss_and_logs_its_terms(tmp_path: Path) -> None:
     arguments = flags(tmp_path, "--same-captions", "positives", "--lambda-warmup", "0.5")
     run = run_python("-m", open_clip_train.__name__, *arguments)
     assert run.returncode == 0, run.stderr
@@ -134,7 +134,7 @@ class Model(nn.Module):
 IMAGES, TEXTS = torch.arange(6.0, device="cpu"), torch.arange(6, device="cpu")[:, None] % 3
 
 
-# OpenCLIP's schedules, and their arguments after the optimizer: rate, warm-up, all steps ...
+# OpenCLIP's schedules, and their arguments after the optimizer: rate, warm-up, total steps ...
 SCHEDULES = {
     "cosine_lr": (0.1, 2, 10),
     "const_lr": (0.1, 2, 10),
@@ -145,10 +145,10 @@ SCHEDULES = {
 class Trainer(ModuleType):
     """A stand-in for OpenCLIP's trainer, with epochs of five steps of three batches.
 
-    theirs: its loss. version: the OpenCLIP version whose way to create a loss it has; "own": it
-    has this way, but does not use it; "": it has none. calls: whether it calls the loss. epoch:
-    where it starts. texts: whether the model gets texts. schedule: its learning rate schedule.
-    options: OpenCLIP's flags.
+    theirs: its loss. version: how it creates the loss. "3" and "4": as these versions of OpenCLIP.
+    "own": it has the function of OpenCLIP 3, but does not call it. "": it has no such function.
+    calls: whether it calls the loss. epoch: the first epoch. texts: whether the model gets texts.
+    schedule: its learning rate schedule. options: OpenCLIP's flags.
     """
 
     def __init__(
@@ -257,7 +257,9 @@ WARM_UP = ("--skip-scheduler", "--lambda-warmup", "2")
         (Trainer(ClipLoss(), texts=False), IGNORED, f"{CAPTIONS}: the model got no captions"),
     ],
 )
-def test_unsupported_runs_stop(trainer: Trainer, given, message: str, monkeypatch) -> None:
+def test_unsupported_runs_stop_with_one_line(
+    trainer: Trainer, given, message: str, monkeypatch
+) -> None:
     with pytest.raises(SystemExit) as stopped:
         launch(trainer, monkeypatch, *given)
     assert message in str(stopped.value)
@@ -302,10 +304,10 @@ class Other(ClipLoss):
         ("cosine_lr", "1.0", 10, 0),
     ],
 )
-def test_the_lambdas_warm_up_beside_each_schedule(
+def test_the_lambdas_warm_up_with_each_learning_rate_schedule(
     version: str, theirs, schedule: str, warmup: str, length: int, epoch: int, monkeypatch
 ) -> None:
-    """Over a number of steps or a fraction of all ten, also in a resumed run."""
+    """The warm-up is a number of steps or a fraction of all ten steps. Some runs are resumed."""
     argv = ("--lambda-warmup", warmup, "--lambda-crossmodal", "1", "--impl", "eager")
     trainer = Trainer(theirs(), version, epoch=epoch, schedule=schedule)
     launch(trainer, monkeypatch, *argv)
@@ -331,7 +333,7 @@ def test_help_prints_our_flags_and_open_clips_and_stops(flag: str, capsys) -> No
 @pytest.mark.parametrize("version", ["3", "4"])
 @pytest.mark.parametrize("same", ["ignored", "positives"])
 def test_the_loss_gets_ids_of_the_captions(version: str, same: str, monkeypatch) -> None:
-    """OpenCLIP passes it no captions."""
+    """OpenCLIP itself passes no captions to the loss."""
     trainer = launch(Trainer(ClipLoss(), version, accum_freq=1), monkeypatch, CAPTIONS, same)
     loss_fn = CyCLIPLoss(reference_batch_size=128, same_ids=same)
     expected = loss_fn(**Model()(IMAGES), output_dict=True, ids=caption_ids(TEXTS))
@@ -339,9 +341,7 @@ def test_the_loss_gets_ids_of_the_captions(version: str, same: str, monkeypatch)
     assert trainer.args.same_captions == same
 
 
-def test_an_error_of_the_trainer_is_an_error_of_the_command(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_command_fails_if_the_trainer_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(ClipLoss())
     trainer.main = lambda argv: -1
     with pytest.raises(SystemExit, match=r"^1$"):

@@ -1,4 +1,4 @@
-"""Every recipe of `docs/`, run from its page; and `caption_ids`."""
+"""Runs every recipe on the pages of `docs/`, and tests `caption_ids`."""
 
 import math
 import random
@@ -61,13 +61,14 @@ def prepared(package: str, epochs: int, rate: float) -> dict[str, Any]:
     return names
 
 
+# The recipes that train, with the package that each needs, and those that clamp the logit scale.
 OWN_LOOP = "OpenCLIP's models, your own loop"
 PACKAGES = {OWN_LOOP: "open_clip", "Accelerate": "accelerate", "Lightning": "lightning"}
 CLAMPING = PACKAGES | {"A big batch on one card": "open_clip", "GradCache": "grad_cache"}
 
 
 @pytest.mark.parametrize("heading", PACKAGES)
-def test_a_recipe_trains(heading: str) -> None:
+def test_a_recipe_lowers_the_loss(heading: str) -> None:
     names = run(heading, **prepared(PACKAGES[heading], epochs=10, rate=1e-3))
     loss = names.get("loss")
     if heading == "Lightning":
@@ -80,7 +81,7 @@ def test_a_recipe_trains(heading: str) -> None:
 
 
 @pytest.mark.parametrize("heading", CLAMPING)
-def test_the_logit_scale_is_clamped(heading: str) -> None:
+def test_a_recipe_clamps_the_logit_scale(heading: str) -> None:
     names = prepared(CLAMPING[heading], epochs=1, rate=0.0)
     names["model"].logit_scale.data.fill_(6.0)
     run(heading, **names)
@@ -99,7 +100,7 @@ def test_siglip_and_coca_have_the_penalties_as_terms() -> None:
     torch.testing.assert_close(added, papers_penalty(coca(images, tokens)))
 
 
-def test_the_reference_batch_size_of_the_recipe_is_the_papers_strength() -> None:
+def test_the_recipes_reference_batch_size_gives_the_papers_strength() -> None:
     loss_fn = run("As strong as the paper's", CyCLIPLoss=CyCLIPLoss)["loss_fn"]
     images, texts = torch.nn.functional.normalize(torch.randn(2, 32, 4, device="cpu"), dim=-1)
     papers = CyCLIPLoss(0.25 * 128 / 32, 0.25 * 128 / 32)
@@ -111,10 +112,10 @@ def test_several_positives_share_the_target_equally(block: int) -> None:
     model, (images, tokens) = tiny_clip(), batch()
     tokens[31] = tokens[30]
     share = 1.0
-    if block == 0:  # a class, whatever the texts; without one, equal captions
+    if block == 0:  # images of a class, whatever their captions; else images with equal captions
         ids = torch.where(INDICES < 24, INDICES % 8, INDICES.clamp(max=30))
         loader = (images, tokens, torch.where(INDICES < 24, INDICES % 8, -1))
-    elif block == 1:  # TBPS-CLIP has a mean where the paper has N times a mean
+    elif block == 1:  # TBPS-CLIP takes means, where the paper takes N times means
         ids, share = INDICES // 4, 0.1 / 128
         loader = ()  # the block is one step
     else:
@@ -134,7 +135,7 @@ def test_several_positives_share_the_target_equally(block: int) -> None:
 
 
 def test_hard_negatives_give_the_loss_of_negclip() -> None:
-    """The images' rows of logits are longer, and the negatives have no rows of their own."""
+    """Images have a logit for each hard negative. Hard negatives have no logits of their own."""
     model, (images, tokens) = tiny_clip(), batch()
     made = tokens[:, [0, 2, 1, *range(3, 12)]][:20]
     names = {"model": model, "loss_fn": CyCLIPLoss(reference_batch_size=128)}
@@ -145,7 +146,7 @@ def test_hard_negatives_give_the_loss_of_negclip() -> None:
 
 
 def test_views_are_drawn_and_the_loss_has_their_inmodal_term() -> None:
-    """From pictures and captions to a step, beside the loss of the same features by hand."""
+    """The recipe runs from pictures and captions to the loss. It is also computed by hand."""
     torch.manual_seed(0)
     random.seed(0)
     model = tiny_clip()
@@ -176,7 +177,7 @@ def test_views_are_drawn_and_the_loss_has_their_inmodal_term() -> None:
     torch.testing.assert_close(penalty, papers_penalty(firsts))
 
 
-def test_geometric_consistency_is_its_formula() -> None:
+def test_geometric_consistency_equals_its_formula() -> None:
     features = torch.randn(4, 9, 5, dtype=torch.float64, device="cpu")
     v, t, va, ta = torch.nn.functional.normalize(features, dim=-1)
     gaps = [v @ t.T - t @ v.T, (v * t).sum(1) - (va * ta).sum(1)]
@@ -221,9 +222,9 @@ class Samples(IterableDataset):
             yield {"pixel_values": image, "input_ids": tokens}
 
 
-# transformers takes the checkout's folder `kernels/` for a package of that name and imports it.
+# transformers imports the checkout's folder `kernels/`, as if it were the package of this name.
 @needs_triton
-def test_hugging_faces_trainer_takes_the_step_of_the_loss(tmp_path: Path) -> None:
+def test_hugging_faces_trainer_takes_the_gradient_step_of_the_loss(tmp_path: Path) -> None:
     """The step of the recipe with two accumulated batches, SGD and a learning rate of 1."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
@@ -271,7 +272,7 @@ def sentence_training(folder: Path) -> dict[str, Any]:
     return {"model": model, "training_arguments": arguments, "dataset": dataset}
 
 
-def test_sentence_transformers_train_and_take_hard_negatives(tmp_path: Path) -> None:
+def test_sentence_transformers_trains_and_takes_hard_negatives(tmp_path: Path) -> None:
     found = run("sentence-transformers", CyCLIPLoss=CyCLIPLoss, **sentence_training(tmp_path))
     history = [log for log in found["trainer"].state.log_history if "loss" in log]
     assert history[-1]["loss"] < 0.7 * history[0]["loss"]
@@ -283,7 +284,9 @@ def test_sentence_transformers_train_and_take_hard_negatives(tmp_path: Path) -> 
     torch.testing.assert_close(sum(loss(columns).values()), expected)
 
 
-def test_sentence_transformers_trains_with_its_own_loss_in_bounded_memory(tmp_path: Path) -> None:
+def test_large_batch_ranking_loss_trains_and_equals_the_loss_of_sentence_transformers(
+    tmp_path: Path,
+) -> None:
     given = sentence_training(tmp_path)
     losses = pytest.importorskip("sentence_transformers.losses")
     from sentence_transformers import SentenceTransformerTrainer
@@ -310,7 +313,7 @@ def test_sentence_transformers_trains_with_its_own_loss_in_bounded_memory(tmp_pa
 
 
 def duplicates() -> tuple[Tensor, Tensor, Tensor]:
-    """Images, tokens of which each row occurs four times, and ids of the distinct rows."""
+    """Images, tokens whose rows occur four times each, and an id for each distinct row."""
     images, tokens = batch()
     return images, tokens[INDICES % 8], INDICES % 8
 
@@ -321,14 +324,14 @@ def test_caption_ids_are_equal_if_captions_are() -> None:
     ids = caption_ids(tokens)
     assert ids.dtype == torch.int64
     assert torch.equal(ids[:, None] == ids, (tokens[:, None] == tokens).all(dim=2))
-    # One token is greater by as much as another one is less. If the places' weights were evenly
-    # spaced, such captions could have one hash.
+    # From one caption to the next, one token rises by as much as another one falls. If the weights
+    # of the positions were evenly spaced, such captions could have the same hash.
     assert len(caption_ids(torch.tensor([[5, 7, 9], [7, 6, 9], [6, 5, 10]])).unique()) == 3
     assert torch.equal(caption_ids(torch.nn.functional.pad(tokens, (0, 2))), ids)
 
 
 @pytest.mark.parametrize("tokens", [torch.ones(2, 3), torch.arange(3), [[1, 2]]], ids=str)
-def test_caption_ids_refuse_tokens_that_are_no_rows_of_integers(tokens) -> None:
+def test_caption_ids_refuse_tokens_that_are_not_an_integer_matrix(tokens) -> None:
     with pytest.raises(TypeError, match="tokens must be an integer tensor"):
         caption_ids(tokens)
 
@@ -359,5 +362,5 @@ def test_hugging_faces_trainer_leaves_duplicates_out_of_the_negatives() -> None:
     assert torch.equal(found, CyCLIPLoss()(*features, ids=ids))
 
 
-def test_the_formulas_of_the_design_page_agree() -> None:
+def test_the_assertions_on_the_design_page_hold() -> None:
     run("The penalties without an N×N matrix")

@@ -28,7 +28,7 @@ class MarginLoss(nn.Module):
 
 
 class AudioLoss(nn.Module):
-    """With arguments like LAION's CLAP loss; `returned` makes its result from the loss."""
+    """Has the arguments of LAION's CLAP loss. `returned` turns the loss into what it returns."""
 
     def __init__(self, returned: Any = lambda loss: loss) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ def arguments_for(loss: nn.Module, features: tuple[Tensor, Tensor]) -> dict[str,
     ids=lambda loss: type(loss).__name__,
 )
 def test_penalties_are_added_to_what_the_loss_returns(loss, features, penalties) -> None:
-    """It is a number, a tuple or a dict. With a teacher, only the student's features count."""
+    """A loss returns a scalar, a tuple or a dict. A teacher's features have no penalties."""
     wrapped, arguments = WithCyclicPenalty(loss, *LAMBDAS), arguments_for(loss, features)
     found, plain = wrapped(**arguments), loss(**arguments)
     is_tuple = isinstance(plain, tuple)
@@ -90,7 +90,9 @@ def test_penalties_are_added_to_what_the_loss_returns(loss, features, penalties)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_features_are_found_by_name_or_by_a_callable(compiled: bool, features, penalties) -> None:
+def test_features_are_found_by_argument_names_or_a_callable(
+    compiled: bool, features, penalties
+) -> None:
     image, text = features
     pair = namedtuple("Pair", ("contrastive", "other"))
     modules: list[Any] = [
@@ -101,13 +103,13 @@ def test_features_are_found_by_name_or_by_a_callable(compiled: bool, features, p
     if compiled:
         torch._dynamo.reset()
         modules = [torch.compile(m, fullgraph=True, backend="aot_eager") for m in modules]
-    by_name, named, by_callable = modules
+    with_names, with_namedtuple, with_callable = modules
     contrastive = ClipLoss()(image, text, 10.0)
     expected = contrastive + sum(penalties.values())
-    torch.testing.assert_close(by_name(image, text_features=text), expected)
-    torch.testing.assert_close(by_name(image, text, 10.0, mlp=text), expected)
-    torch.testing.assert_close(by_callable({"image_embed": image, "text_embed": text}), expected)
-    terms = named(image, text)  # stays a namedtuple
+    torch.testing.assert_close(with_names(image, text_features=text), expected)
+    torch.testing.assert_close(with_names(image, text, 10.0, mlp=text), expected)
+    torch.testing.assert_close(with_callable({"image_embed": image, "text_embed": text}), expected)
+    terms = with_namedtuple(image, text)  # stays a namedtuple
     assert terms._fields == (*pair._fields, *penalties)
     torch.testing.assert_close(tuple(terms), (contrastive, 2.0, *penalties.values()))
 
@@ -126,9 +128,7 @@ def test_features_are_found_by_name_or_by_a_callable(compiled: bool, features, p
         (lambda loss: [loss, loss], r"\(result: list"),
     ],
 )
-def test_a_result_that_is_no_term_of_a_sum_is_refused(
-    returned: Any, message: str, features
-) -> None:
+def test_a_result_that_cannot_be_summed_is_refused(returned: Any, message: str, features) -> None:
     wrapped = WithCyclicPenalty(AudioLoss(returned), features=OTHER_NAMES)
     message = rf"AudioLoss returned {message}.*add CyclicPenalty yourself"
     with pytest.raises(TypeError, match=message):
@@ -136,7 +136,7 @@ def test_a_result_that_is_no_term_of_a_sum_is_refused(
 
 
 @pytest.mark.parametrize(("count", "got"), [(1, "1 values"), (3, "3 values")])
-def test_a_callable_that_returns_other_than_two_features_is_refused(count, got, features) -> None:
+def test_a_callable_that_does_not_return_two_features_is_refused(count, got, features) -> None:
     wrapped = WithCyclicPenalty(AudioLoss(), features=lambda *_: features[:1] * count)
     with pytest.raises(TypeError, match=f"the image and the text features, got {got}"):
         wrapped(*features)
@@ -158,7 +158,7 @@ def test_a_loss_that_cannot_be_wrapped_is_refused(loss: Any, message: str) -> No
             wrap(loss)
 
 
-def test_train_and_eval_set_the_flags_of_the_wrapper_and_of_the_wrapped_loss() -> None:
+def test_train_and_eval_switch_the_wrapper_and_the_wrapped_loss() -> None:
     wrapped = WithCyclicPenalty(AudioLoss(), features=OTHER_NAMES)
     for training in (False, True):
         assert wrapped.train(training) is wrapped
@@ -171,7 +171,7 @@ def test_train_and_eval_set_the_flags_of_the_wrapper_and_of_the_wrapped_loss() -
 def test_attributes_that_only_the_wrapped_loss_has_are_read_and_written_there(features) -> None:
     wrapped = WithCyclicPenalty(SigLipLoss(rank=1, world_size=2, dist_impl="shift"))
     assert (wrapped.rank, wrapped.world_size, wrapped.dist_impl) == (1, 2, "shift")
-    assert WithCyclicPenalty(MarginLoss()).temperature == 3.0  # of its class
+    assert WithCyclicPenalty(MarginLoss()).temperature == 3.0  # an attribute of the class
     with pytest.raises(AttributeError, match="no_such"):
         _ = wrapped.no_such
     wrapped = WithCyclicPenalty(AudioLoss(), 0.0, 0.0, features=OTHER_NAMES)
