@@ -12,7 +12,7 @@ import numpy as np
 matplotlib.use("Agg")  # files, without a display
 from matplotlib import pyplot as plt
 
-from ..files import written_whole
+from ..files import atomic_write
 from ..losses import LOSSES
 from . import published, table
 from .records import Result
@@ -76,8 +76,8 @@ def draw(result: Result, path: Path) -> None:
         if mark in used:
             legend += f"\n{mark}: {words.partition(' (')[0]}"
     figure.supxlabel(legend, fontsize=8)
-    with written_whole(path) as partial:
-        figure.savefig(partial, format="png")
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png")
     plt.close(figure)
 
 
@@ -160,8 +160,8 @@ def draw_similarities(result: Result, path: Path) -> bool:
         )
         bar.set_label(label, fontsize=8)
         bar.ax.tick_params(labelsize=7.5)
-    with written_whole(path) as partial:
-        figure.savefig(partial, format="png")
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png")
     plt.close(figure)
     return True
 

@@ -191,7 +191,7 @@ def test_similarities_are_kept_of_data_sets_with_captions(every_kind) -> None:
 
 def test_what_is_not_there_or_not_recognised_is_named(every_kind) -> None:
     assert {"cifar10", "imagenet1k"} <= set(every_kind["absent"])
-    assert re.search(r" in 12: .*/0, .*/9, …$", every_kind["absent"]["under --data"])
+    assert re.search(r" in 12 files .*/0, .*/9, …$", every_kind["absent"]["under --data"])
 
 
 def test_a_number_of_the_emoji_is_the_mean_over_styles_that_are_not_excluded(every_kind) -> None:
@@ -203,7 +203,7 @@ def test_a_number_of_the_emoji_is_the_mean_over_styles_that_are_not_excluded(eve
 def test_an_error_is_its_last_line_as_long_as_a_terminal_shows() -> None:
     """The lines before may be a worker's traceback."""
     errors = ValueError("a\nb\n\n"), ValueError(), ValueError("x" * 999)
-    assert [*map(command.reason, errors)] == ["b", "ValueError", "x" * 300]
+    assert [*map(command.last_line, errors)] == ["b", "ValueError", "x" * 300]
 
 
 @pytest.fixture(scope="module")
@@ -221,16 +221,16 @@ def bad_files(run_folder: Path, tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("", "no checkpoint: name one"),
+        ("", "no checkpoint: give one"),
         ("nowhere", "no checkpoint at nowhere"),
         ("{run} --only cifar10", "no data set cifar10; there are emoji$"),
         ("{run} --only cifar10 --data {bad}", "there are emoji; under --data: no data set is rec"),
         ("{run} --model no-such-model", "no model 'no-such-model'"),
-        ("{run} {run}", r"epoch_2\.pt is named twice"),
+        ("{run} {run}", r"epoch_2\.pt is given twice"),
         ("{run} --data nowhere", "no such folder: nowhere"),
         ("{run} --batch-size 0", "--batch-size: must be a whole number >= 1, not 0"),
         ("--pretrained openai", "--pretrained needs --model"),
-        ("{bad}/code.pt", r"code\.pt: no params.txt of a run beside it: say --model"),
+        ("{bad}/code.pt", r"code\.pt: no params.txt of a run beside it: pass --model"),
         ("{run} --model RN50", r"epoch_2\.pt as RN50: "),
         ("{run} --imagefolder emoji={run}", "emoji is the name of another data set"),
         ("{run} --imagefolder own=none", "no such folder: none"),

@@ -162,7 +162,7 @@ def test_runs_that_differ_in_the_seed_only_are_one_column(tmp_path: Path) -> Non
     assert "|  | CLIP (2) | CyCLIP | x C-CyCLIP | other | chance | n |" in text
     assert "| zero-shot top-1 | 12.0 (10.0–14.0) | 1.00" in text
     assert " | 15.0 (9.3–23.3) | 50.0" in text
-    assert "| colour top-1 | 12.0 (10.0–14.0) |" in text  # of the second question
+    assert "| colour top-1 | 12.0 (10.0–14.0) |" in text  # of the second task
     assert "| in-modal gap × 100 | 12.00 (10.00 to 14.00) | 1.00 | 15.00 |" in text
     assert "emoji" not in text
 
@@ -293,7 +293,7 @@ def test_pictured_pairs_have_different_texts_in_one_style_sorted_by_group() -> N
         encode_classes=lambda names, _: texts[: len(names)],
         encode_images=lambda *_: (pictures, torch.arange(7), []),
     )
-    found = measure.measure(clip, data, pictured=True)
+    found = measure.measure(clip, data, keep_similarities=True)
     assert "inmodal_correlation" not in found["numbers"]  # style b has two pairs, and so none
     assert ("top5" in found["numbers"], "group_top5" in found["numbers"]) == (True, False)
     x, y = pictures[[2, 4, 0, 1]], texts[[1, 2, 3, 0]]

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from open_clip import IMAGENET_CLASSNAMES
 
 from reference_train.evaluate import imagenet, paper, pictures, published, report, scaling, table
-from reference_train.evaluate.classification import classified
+from reference_train.evaluate.classification import classification_set
 from reference_train.evaluate.datasets import Images
 
 CELLS = """
@@ -104,7 +104,7 @@ def test_superclasses_are_cut_to_the_classes_of_a_data_set(
 ) -> None:
     """The authors' histograms have as many superclasses."""
     images = Images(torch.zeros(1, 3, 1, 1)), torch.tensor([0])
-    data = classified(tmp_path, name, images, [str(i) for i in range(classes)], None)
+    data = classification_set(tmp_path, name, images, [str(i) for i in range(classes)], None)
     found = data.classes[""].superclass
     assert found is not None
     assert (len(found), len(set(found.tolist()))) == (classes, superclasses)

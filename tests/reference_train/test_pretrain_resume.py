@@ -131,7 +131,7 @@ def test_a_second_rank_resumes_beside_the_first_one(
 def test_a_run_is_trained_by_one_process(pretrain, tmp_path: Path) -> None:
     with held_by_another_process(tmp_path / "run"):
         for ours in ([], ["--dry-run"]):
-            with pytest.raises(CannotStart, match="/run: another process is at work there: choose"):
+            with pytest.raises(CannotStart, match="/run: another process is using it: choose"):
                 pretrain(ours=ours)
 
 
