@@ -76,7 +76,7 @@ def draw(result: Result, path: Path) -> None:
             title += f" (chance {100 * guess:.2g})"
         ax.set_title(title, loc="right", fontsize=8)
     used_marks = {bar.label[-1] for found in panels.values() for bar in found}
-    legend = "plain bar: mean of several runs; its line: lowest to highest run\n"
+    legend = "solid bar: mean of several runs; its line: lowest to highest run\n"
     legend += "hatched bar: one run; its line: 95% interval (Wilson). dotted line: chance"
     for mark, words in published.MARKS.items():
         if mark in used_marks:

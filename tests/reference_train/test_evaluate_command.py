@@ -338,7 +338,7 @@ def test_published_numbers_of_other_images_are_not_shown(run_folder: Path, tmp_p
 def test_published_numbers_stand_beside_the_papers_test_split(
     run_folder: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    monkeypatch.setitem(paper.SETS, "cifar10", paper.Split(10, 20, None))
+    monkeypatch.setitem(paper.SETS, "cifar10", paper.Sizes(10, 20, None))
     write_set(tmp_path / "wds_cifar10", {"test": labelled(20, 10)}, classnames=TEN_CLASSES)
     monkeypatch.chdir(tmp_path / "wds_cifar10")
     evaluate(tmp_path, run_folder, "--data", ".", "--only", "cifar10")
