@@ -26,17 +26,17 @@ PERSISTENT = LOOP + "        /*2000*/              @!P1 BRA 0x0a00 ;\n"
 
 
 @pytest.mark.parametrize("sass", [LOOP, PERSISTENT])
-def test_main_loop_that_waits_for_each_product_is_serialised(sass: str) -> None:
+def test_only_a_main_loop_that_waits_for_each_product_is_serialised(sass: str) -> None:
     assert not is_serialised(sass)
     assert is_serialised(sass.replace("gsb0, 0x1", "gsb0, 0x0"))
 
 
-def test_only_a_stack_that_is_accessed_counts_as_spills() -> None:
+def test_stack_counts_as_spilled_only_if_it_is_accessed() -> None:
     for instruction, stack, spilled in (
         ("STL.64 [R1+0x8], R4", 16, 16),
         ("@P0 LDL R3, [R1]", 16, 16),
         ("LDL.LU.128 R4, [R1]", 0, 4),
-        ("STG.E.64 [R2], R4", 16, 0),  # a stack that nothing touches
+        ("STG.E.64 [R2], R4", 16, 0),  # writes to global memory, not to the stack
     ):
         usage = f"Function kernel:\n REG:200 STACK:{stack} SHARED:0 LOCAL:0 CONSTANT[0]:608\n"
         sass = f"        /*0120*/                   {instruction} ;\n{LOOP}"
@@ -69,8 +69,8 @@ def test_each_fault_is_printed_and_fails_the_gate(monkeypatch, capsys) -> None:
         assert faults == [] if fault is None else fault in "".join(faults)
 
 
-def test_gate_compiles_exactly_what_is_launched() -> None:
-    """In a separate process: nothing can be compiled while the interpreter is on."""
+def test_gate_compiles_every_binary_that_is_launched() -> None:
+    """It runs in a separate process, because the interpreter prevents compilation in this one."""
     code = """
 import sys, torch
 sys.path.append("tests")
@@ -110,7 +110,7 @@ for features, dtype in dtypes.items():
 
 @pytest.mark.slow
 def test_shipped_configurations_compile_without_spills() -> None:
-    """Only the largest kernel, in bfloat16. `.ci/run` compiles all, for two architectures."""
+    """This compiles only the largest kernel, in bfloat16; `.ci/run` compiles all kernels."""
     code = "from benchmarks.gate.compile import build, variants\n"
     code += "for v in variants('sm_90'):\n"
     code += "  if v.label.startswith('contrastive_grads') and v.features == 'bfloat16':\n"
@@ -120,7 +120,7 @@ def test_shipped_configurations_compile_without_spills() -> None:
     assert run.stdout == "[]\n" * 2
 
 
-def test_gate_has_the_target_of_every_architecture() -> None:
+def test_gate_has_a_target_for_every_architecture() -> None:
     assert CHIPS.keys() == ARCHITECTURES.keys()
     for name, chip in CHIPS.items():
         arch = ("cuda", int(name[3:]), 32) if name[:3] == "sm_" else ("hip", name, 64)
@@ -128,7 +128,7 @@ def test_gate_has_the_target_of_every_architecture() -> None:
         assert 64 * 1024 <= chip.shared_limit < 228 * 1024
 
 
-def test_gate_compiles_what_this_triton_can_and_refuses_unknown_names(monkeypatch, capsys) -> None:
+def test_gate_skips_chips_newer_than_triton_and_refuses_unknown_ones(monkeypatch, capsys) -> None:
     all_variants = gate.variants
     monkeypatch.setattr(gate, "ProcessPoolExecutor", ThreadPoolExecutor)
     monkeypatch.setattr(gate, "build", lambda variant: CLEAN)

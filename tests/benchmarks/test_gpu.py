@@ -1,4 +1,4 @@
-"""`python -m benchmarks gpu`, as far as it runs on a CPU: its tests, its timings and its record."""
+"""The parts of `python -m benchmarks gpu` that run on a CPU: tests, timings and the record."""
 
 import json
 import re
@@ -33,7 +33,7 @@ CONFTEST = "def pytest_addoption(parser): parser.addoption('--device')"
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch) -> Path:
-    """A folder of tests that a dry run runs, in a pytest that starts fast."""
+    """A folder of tests for a dry run. pytest loads no plugin but xdist, so that it starts fast."""
     (tmp_path / "test_few.py").write_text(TESTS)
     (tmp_path / "conftest.py").write_text(CONFTEST)
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
@@ -41,8 +41,8 @@ def project(tmp_path: Path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_outcomes_of_tests_are_recorded(project: Path, monkeypatch) -> None:
-    """Two processes, and one file that cannot be imported."""
+def test_record_counts_outcomes_and_has_the_text_of_failures(project: Path, monkeypatch) -> None:
+    """Two processes run the tests. One of the two files cannot be imported."""
     (project / "test_missing.py").write_text("import no_such_package")
     monkeypatch.setattr(suite, "DRY_RUN_TESTS", (str(project), "-m", "not slow"))
     run = Run(CPU, dry_run=True)
@@ -57,7 +57,7 @@ def test_outcomes_of_tests_are_recorded(project: Path, monkeypatch) -> None:
     assert re.fullmatch(r"1 skipped: .*test_few.py:\d+: not today", note)
 
 
-def test_tests_that_exceed_the_time_are_interrupted_and_noted(project: Path, monkeypatch) -> None:
+def test_tests_are_interrupted_at_the_deadline_with_a_note(project: Path, monkeypatch) -> None:
     monkeypatch.setattr(suite, "DRY_RUN_TESTS", (str(project), "-k", "right or slow"))
     for deadline in (5, 50, 500):  # on a busy machine pytest starts slowly
         run = Run(CPU, dry_run=True)
@@ -72,7 +72,7 @@ def test_tests_that_exceed_the_time_are_interrupted_and_noted(project: Path, mon
     assert re.search(r"interrupted at: .*test_slow", note)
 
 
-def test_chosen_tests_exist() -> None:
+def test_every_test_that_the_suite_selects_exists() -> None:
     chosen = {*suite.CUDA_TESTS, *suite.KERNEL_TESTS, *suite.SLOW_TESTS, *suite.RANK_TESTS}
     paths = [word.partition("::") for word in chosen if word.startswith("tests/")]
     for path, _, name in paths:
@@ -93,7 +93,7 @@ COLUMNS = {
 
 @needs_interpreter
 def test_dry_run_leaves_a_record_with_every_section(tmp_path: Path) -> None:
-    arguments = ["--dry-run", "--out", str(tmp_path), "--budget", "9999"]  # on a busy machine too
+    arguments = ["--dry-run", "--out", str(tmp_path), "--budget", "9999"]
     arguments += ["--sections", *(name for name in COLUMNS if name != "ablations answer")]
     ran = run_python("-m", "benchmarks", "gpu", *arguments)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
@@ -151,7 +151,7 @@ def test_ablation_computes_the_products_of_all_tiles_and_stores_only_wanted_sums
 
 @pytest.fixture(autouse=True)
 def restore_process(monkeypatch):
-    """Restore what `main` changes in its process."""
+    """Restore the environment variable and the signal handler that `main` sets."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     before = signal.getsignal(signal.SIGTERM)
     yield
@@ -160,9 +160,9 @@ def restore_process(monkeypatch):
 
 def test_command_refuses_a_missing_gpu_and_an_unknown_section(monkeypatch, capsys) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for options, said in ([], "no CUDA device"), (["--dry-run", "--sections", "x"], "x: choose"):
+    for options, text in ([], "no CUDA device"), (["--dry-run", "--sections", "x"], "x: choose"):
         assert main(["gpu", *options]) == 2
-        assert said in capsys.readouterr().out
+        assert text in capsys.readouterr().out
 
 
 def test_failure_and_interruption_leave_a_record(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -182,15 +182,15 @@ def test_failure_and_interruption_leave_a_record(tmp_path: Path, monkeypatch, ca
     assert failure.startswith("RuntimeError: no kernel\nTraceback")
     assert found["sizes"]["rows"] == [{"records": 1}]
     assert found["sizes"]["failures"] == ["interrupted"]
-    said, page = capsys.readouterr().out, file.with_suffix(".md").read_text()
+    printed, page = capsys.readouterr().out, file.with_suffix(".md").read_text()
     for failed, why in ("kernels", "RuntimeError: no kernel"), ("sizes", "interrupted"):
         assert f"## FAILED {failed}\n\n```\n{why}" in page
-        assert f"FAILED {why}\n" in said
-    assert all(words in said for words in ("half of it\n", "2 failures; record in"))
+        assert f"FAILED {why}\n" in printed
+    assert all(words in printed for words in ("half of it\n", "2 failures; record in"))
 
 
 @needs_interpreter
-def test_line_to_paste_makes_the_tile() -> None:
+def test_line_for_configs_py_evaluates_to_the_tile() -> None:
     for kernel, table in ARCHITECTURES["sm_90"].items():
         for (bits, dot), tile in table.items():
             key = f"{kernel} {'float32' if bits == 32 else 'bfloat16'} {dot} D%128"

@@ -20,20 +20,20 @@ def without_interpreter(code: str) -> list[str]:
 
 
 def test_no_batch_makes_triton_compile_again() -> None:
-    """Sizes, strides, bases and views of any alignment use the binaries of two aligned batches."""
+    """Batches of any size, stride and alignment use the binaries that two aligned batches made."""
     code = """
 loss = CyCLIPLoss(0.5, 0.25, impl="triton")
 
 def step(*inputs, ids=None):
     loss(*(x.requires_grad_() for x in inputs), ids=ids).backward()
 
-def shifted(x, by):
-    # The same values, `by` elements behind an aligned base.
-    moved = x.detach().new_empty(x.numel() + by)[by:].view(x.shape)
+def shifted(x, offset):
+    # A copy that starts `offset` elements after an aligned address.
+    moved = x.detach().new_empty(x.numel() + offset)[offset:].view(x.shape)
     return moved.copy_(x.detach())
 
 def wide(x, columns):
-    # Rows further apart.
+    # A copy whose rows are `columns` elements further apart.
     return x.detach().new_empty(len(x), x.shape[1] + columns)[:, : x.shape[1]].copy_(x.detach())
 
 for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -61,7 +61,7 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_step_launches_at_most_16_kernels(dtype: str) -> None:
-    """Without penalties at most 10. The dense formula launches more than 60."""
+    """Without penalties a step launches at most 10. The dense formula launches more than 60."""
     code = f"""
 lambda_pairs = ((0.25, 0.25), (0.5, 0.25), (0, 0))
 losses = {{lambdas: CyCLIPLoss(*lambdas, impl="triton") for lambdas in lambda_pairs}}
@@ -80,8 +80,8 @@ for n, d in ((64, 128), (1000, 256), (3000, 512), (8192, 128)):
             assert 0 < int(launches) <= (10 if name == "(0, 0)" else 16), (n, d, launches, name)
 
 
-def test_a_loss_of_log_sum_exps_has_few_launches() -> None:
-    """At most 17 one way and 26 both ways, of which 7 and 13 are the few lines of PyTorch here."""
+def test_a_loss_from_log_sum_exps_launches_at_most_17_kernels_or_26_if_symmetric() -> None:
+    """7 and 13 of them belong to the PyTorch code of the two losses below."""
     code = """
 from cyclip_loss import contrastive_logsumexp
 from torch.nn.functional import softplus

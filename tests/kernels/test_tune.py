@@ -38,7 +38,7 @@ def file(tmp_path, monkeypatch: pytest.MonkeyPatch):
 
 
 def remember(index: int = 1, device: torch.device = CPU):
-    """Keep the candidate with this index. The first one is the shipped tile."""
+    """Write the candidate with this index to the file. Candidate 0 is the shipped tile."""
     tile = tune.candidates("sm_90", "contrastive_lse", PRECISION, SHIPPED)[index]
     tune.remember(configs.tiles_file(), device, KEY, tile)
     configs.tuned.cache_clear()
@@ -46,7 +46,7 @@ def remember(index: int = 1, device: torch.device = CPU):
 
 
 def warned() -> list[str]:
-    """The warnings when the tile of a kernel is looked up twice. It must be the shipped one."""
+    """Look up a kernel's tile twice, and return the warnings. The tile must be the shipped one."""
     configs.tuned.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -57,10 +57,10 @@ def warned() -> list[str]:
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, times: list[float], kinds=()) -> None:
-    """Set the milliseconds of each kernel's candidate, and what is wrong with the candidate.
+    """Pretend that each kernel's candidates take `times` milliseconds and have faults of `kinds`.
 
-    A kernel beyond the end of `times` is interrupted as by Ctrl-C. Shipped tiles take 1 ms. A
-    candidate has more than one warp, and the interpreter's shipped tiles have one.
+    Shipped tiles take 1 ms. The kernel after the last one in `times` raises KeyboardInterrupt.
+    Candidates have more than one warp; the shipped tiles of the interpreter have one.
     """
 
     def clock(launch, device):
@@ -89,7 +89,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, times: list[float], kinds=()) -> No
 
 
 @pytest.mark.parametrize("kinds", [["is wrong"] * 4, ["spills", "fails", "is right", "spills"]])
-def test_a_wrong_candidate_is_named_and_never_chosen(kinds, monkeypatch) -> None:
+def test_a_faulty_candidate_is_reported_and_never_chosen(kinds, monkeypatch) -> None:
     pretend(monkeypatch, [0.1] * 4, kinds)
     rows = list(tune.tune(CPU, [torch.float16], 40, 64, 1000))
     said = {"is wrong": "is off by", "spills": "spills 12", "fails": "out of resource"}
@@ -101,7 +101,7 @@ def test_a_wrong_candidate_is_named_and_never_chosen(kinds, monkeypatch) -> None
 
 
 def test_faster_tiles_are_kept_also_after_an_interrupt(file, monkeypatch, capsys) -> None:
-    """A gain of 3 and of 1%, a loss, and Ctrl-C in the fourth kernel."""
+    """Candidates are 3% faster, 1% faster and slower. Ctrl-C interrupts the fourth kernel."""
     pretend(monkeypatch, [0.97, 0.99, 2.0])
     monkeypatch.setattr(tune, "architecture", lambda device: "sm_90")
     assert tune.main(["--dtype", "bfloat16", "--n", "40", "--d", "128"]) == 0
@@ -117,30 +117,30 @@ def test_faster_tiles_are_kept_also_after_an_interrupt(file, monkeypatch, capsys
     assert str(file) in out
 
 
-def test_a_tile_is_taken_for_its_dtype_and_multiple_of_d(file) -> None:
+def test_a_tile_is_used_for_its_own_dtype_and_divisor_of_d_only(file) -> None:
     tile = remember()
 
     def found(*size, dtype=torch.bfloat16, **options):
         return config_for("contrastive_lse", torch.ones(size, dtype=dtype), PRECISION, **options)
 
     assert found(3, 256) == found(5, 128) == found(1, 768) == tile
-    assert found(3, 256) is found(5, 128)  # nothing is read again
+    assert found(3, 256) is found(5, 128)  # the file is read once
     for other in (found(3, 192), found(3, 257), found(3, 256, dtype=torch.float16)):
         assert other is SHIPPED
     assert config_for("contrastive_grads", FEATURES, PRECISION).num_warps == 1
     assert found(3, 256, with_ids=True).tile == tile.tile | {"PARTS": 4}
     file.write_text("{}")
-    assert found(3, 256) == tile  # once per process
+    assert found(3, 256) == tile  # a process reads the file once
     remember(index=0)  # replaces the choice of an earlier run
     assert found(3, 256) == SHIPPED
 
 
-def test_the_environment_names_the_file_of_tiles_or_turns_it_off(
+def test_the_environment_variable_sets_the_file_of_tiles_or_turns_it_off(
     file, tmp_path, monkeypatch
 ) -> None:
-    assert warned() == []  # no file is as usual
-    monkeypatch.setenv("CYCLIP_LOSS_TILES", str(tmp_path / "named.json"))
-    assert len(warned()) == 1  # but not if it was named
+    assert warned() == []  # the default file may be missing
+    monkeypatch.setenv("CYCLIP_LOSS_TILES", str(tmp_path / "chosen.json"))
+    assert len(warned()) == 1  # a file that the user chose must exist
     assert remember() == config_for("contrastive_lse", FEATURES, PRECISION)
     monkeypatch.setenv("CYCLIP_LOSS_TILES", "off")
     assert warned() == []
@@ -148,7 +148,7 @@ def test_the_environment_names_the_file_of_tiles_or_turns_it_off(
     assert not file.exists()
 
 
-def test_another_gpu_or_version_has_its_own_tiles(file, monkeypatch) -> None:
+def test_each_gpu_and_version_has_its_own_tiles(file, monkeypatch) -> None:
     device = torch.device("cuda", 0)
     monkeypatch.setattr(configs, "architecture", lambda device: "sm_80")
     for change in (
@@ -162,7 +162,7 @@ def test_another_gpu_or_version_has_its_own_tiles(file, monkeypatch) -> None:
         configs.tuned.cache_clear()
         assert configs.tuned(device) == {}, change
         assert remember(2, device) == configs.tuned(device)[KEY]
-    assert len(json.loads(file.read_text())) == 5  # next to each other
+    assert len(json.loads(file.read_text())) == 5  # one entry for each change
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_another_gpu_or_version_has_its_own_tiles(file, monkeypatch) -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_a_broken_file_is_one_warning(broken: bytes | dict, file) -> None:
+def test_a_broken_file_gives_one_warning_with_its_path(broken: bytes | dict, file) -> None:
     def write(kernel: str = "contrastive_lse", **changes) -> None:
         entry = {"tile": TILE, "num_warps": 4, "num_stages": 3} | changes
         key = KEY.replace("contrastive_lse", kernel)
@@ -190,7 +190,7 @@ def test_a_broken_file_is_one_warning(broken: bytes | dict, file) -> None:
 
 
 @pytest.mark.parametrize("path", ["cyclip_loss/tiles.json", "cyclip_loss"])
-def test_a_file_that_cannot_be_written_is_one_warning_and_left_alone(path, tmp_path) -> None:
+def test_an_unwritable_file_gives_one_warning_and_stays_unchanged(path, tmp_path) -> None:
     path = tmp_path / "cache" / path
     path.parent.mkdir(parents=True)
     path.write_text("not ours")
@@ -217,7 +217,7 @@ def test_a_tile_in_four_parts_serves_calls_with_ids_too() -> None:
     assert configs.Config(TILE | {"PARTS": 4}, 4, 3).with_ids.tile["PARTS"] == 4
 
 
-def test_two_processes_keep_all_their_tiles(file) -> None:
+def test_two_processes_that_write_together_lose_no_tile(file) -> None:
     fork = multiprocessing.get_context("fork")
     both = fork.Barrier(2, timeout=300)
 
@@ -243,7 +243,7 @@ def test_all_three_dtypes_are_tuned_by_default(monkeypatch, capsys) -> None:
     assert capsys.readouterr().out.split()[:3] == ["kernel", "shipped", "ms"]
 
 
-def test_without_a_gpu_the_command_says_so(capsys, monkeypatch) -> None:
+def test_the_command_refuses_a_missing_gpu_and_a_bad_size(capsys, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert tune.main([]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
@@ -252,7 +252,7 @@ def test_without_a_gpu_the_command_says_so(capsys, monkeypatch) -> None:
     assert "--n" in capsys.readouterr().err
 
 
-def test_a_dry_run_is_interpreted_by_itself_and_keeps_nothing(file) -> None:
+def test_a_dry_run_turns_the_interpreter_on_and_writes_no_file(file) -> None:
     command = ("-m", "cyclip_loss.tune", "--dry-run", "--dtype", "float32")
     ran = run_python(*command, interpreted=False)
     assert ran.returncode == 0, ran.stderr[-3000:]
