@@ -1,5 +1,6 @@
 """Python in a separate process, in the checkout."""
 
+import multiprocessing
 import os
 import runpy
 import subprocess
@@ -65,6 +66,7 @@ def _run(arguments: tuple[str, ...], variables: dict[str, str], output: list[Pat
     os.chdir(ROOT)
     os.environ.clear()
     os.environ |= variables
+    multiprocessing.set_start_method("fork", force=True)  # for data loaders, as in a new process
     for stream, file in enumerate(output, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
     option, *others = arguments
