@@ -1,4 +1,4 @@
-"""Python in a separate process, in the checkout."""
+"""Python in a separate process, in the checkout. Kernels are interpreted, and it sees no GPU."""
 
 import multiprocessing
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from interpreter import speed_up
 from pool import fork_context
 
 ROOT = Path(__file__).parents[1]
@@ -17,56 +18,53 @@ TIMEOUT = 1200.0
 
 
 def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run Python, which has imported nothing yet."""
-    options = {"capture_output": True, "text": True, "timeout": TIMEOUT}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment(interpreted=True), **options
-    )
+    """Run Python from its start, for tests of what is imported."""
+    options = {"capture_output": True, "text": True, "timeout": TIMEOUT, "env": environment()}
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, **options)
 
 
-def run_forked(*arguments: str, interpreted: bool = True) -> subprocess.CompletedProcess[str]:
-    """As `run_python`, in a process that has imported PyTorch and OpenCLIP, which takes seconds.
-
-    arguments: as of `start_forked`. interpreted: whether Triton interprets kernels, and the process
-    sees no GPU.
-    """
+def run_forked(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """As `run_python`, but PyTorch and OpenCLIP are imported already, which saves seconds."""
     with TemporaryDirectory() as folder:
-        files = [Path(folder) / name for name in ("stdout", "stderr")]
-        process = start_forked(*arguments, output=files, interpreted=interpreted)
+        output = [Path(folder) / name for name in ("stdout", "stderr")]
+        process = start_forked(*arguments, output=output)
         process.join(TIMEOUT)
         process.kill()
         process.join()
-        return subprocess.CompletedProcess(
-            arguments, process.exitcode, *(file.read_text() for file in files)
-        )
+        texts = [file.read_text() for file in output]
+    return subprocess.CompletedProcess(arguments, process.exitcode, *texts)
 
 
-def start_forked(
-    *arguments: str, output: list[Path], interpreted: bool = True, **variables: str
-) -> BaseProcess:
-    """Start a process that has imported PyTorch and OpenCLIP. The test may end it.
+def start_forked(*arguments: str, output: list[Path], **variables: str) -> BaseProcess:
+    """Start what `run_forked` runs. The test goes on while it runs, and may end it.
 
-    arguments: "-m" and a module, "-c" and code, or a script; then its own arguments. output: the
-    files of stdout and stderr. variables: of the environment.
+    arguments: "-m" and a module, "-c" and code, or a script; then the arguments for it. output: the
+    files for stdout and stderr. variables: added to the environment.
     """
-    arguments = (arguments, environment(interpreted) | variables, output)
-    process = fork_context().Process(target=_run, args=arguments)
+    process = fork_context().Process(
+        target=_run, args=(arguments, output, environment() | variables)
+    )
     process.start()
     return process
 
 
-def environment(interpreted: bool) -> dict[str, str]:
-    """The environment of a process that computes with one thread."""
-    found = os.environ | {"TRITON_INTERPRET": str(int(interpreted)), "OMP_NUM_THREADS": "1"}
-    return found | ({"CUDA_VISIBLE_DEVICES": ""} if interpreted else {})
+def start(command: list[str], **streams: Any) -> "subprocess.Popen[str]":
+    """Start a command. The test goes on while it runs, and may end it."""
+    return subprocess.Popen(command, text=True, cwd=ROOT, env=environment(), **streams)
 
 
-def _run(arguments: tuple[str, ...], variables: dict[str, str], output: list[Path]) -> None:
+def environment() -> dict[str, str]:
+    own = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return os.environ | own
+
+
+def _run(arguments: tuple[str, ...], output: list[Path], variables: dict[str, str]) -> None:
     """Do what `python *arguments` does, in this process."""
     os.chdir(ROOT)
     os.environ.clear()
     os.environ |= variables
     multiprocessing.set_start_method("fork", force=True)  # for data loaders, as in a new process
+    speed_up()
     for stream, file in enumerate(output, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
     option, *others = arguments
@@ -79,10 +77,5 @@ def _run(arguments: tuple[str, ...], variables: dict[str, str], output: list[Pat
         sys.argv = [module, *others]
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     else:
-        sys.argv = list(arguments)
+        sys.argv = [option, *others]
         runpy.run_path(option, run_name="__main__")
-
-
-def start(command: list[str], **streams: Any) -> "subprocess.Popen[str]":
-    """Start a command. The test goes on while it runs, and may end it."""
-    return subprocess.Popen(command, text=True, cwd=ROOT, env=environment(True), **streams)
