@@ -1,4 +1,4 @@
-"""Benchmarks of the loss, run from the checkout: `python -m benchmarks --help`, and README.md."""
+"""Benchmarks of the loss, for a checkout. README.md and `python -m benchmarks --help` say more."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks [command]`. Without a command: compare."""
+"""Run one of the benchmarks. Without a command, `python -m benchmarks` runs `compare`."""
 
 import argparse
 import os
@@ -16,30 +16,48 @@ MODULES = {
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The commands and their options."""
+    """The parser of all commands."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    compare = commands.add_parser("compare", help="the loss and its alternatives, on this machine")
+    compare = commands.add_parser(
+        "compare", help="compare the loss with its alternatives on this machine"
+    )
     compare.add_argument(
-        "--sizes", nargs="+", type=int, metavar="N", help="batch sizes, with D = 512"
+        "--sizes", nargs="+", type=int, metavar="N", help="batch sizes to measure, with D = 512"
     )
 
-    gpu = commands.add_parser("gpu", help="test and time everything on this machine's GPU")
-    gpu.add_argument("--dry-run", action="store_true", help="tiny sizes, interpreted on the CPU")
-    gpu.add_argument(
-        "--budget", type=float, default=440.0, metavar="SECONDS", help="for all sections together"
+    gpu = commands.add_parser(
+        "gpu", help="test and time the kernels and the loss on this machine's GPU"
     )
-    gpu.add_argument("--sections", nargs="+", help="run only these (default: all)")
+    gpu.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="run on the CPU: tiny sizes, kernels in Triton's interpreter",
+    )
+    gpu.add_argument(
+        "--budget",
+        type=float,
+        default=440.0,
+        metavar="SECONDS",
+        help="time limit of the whole run (default: %(default)g)",
+    )
+    gpu.add_argument("--sections", nargs="+", help="sections to run (default: all)")
 
     gate = commands.add_parser("gate", help="compile every kernel for every chip, without a GPU")
-    gate.add_argument("--arch", nargs="+", help="only these (default: all that this Triton knows)")
+    gate.add_argument(
+        "--arch", nargs="+", help="architectures (default: all that this Triton supports)"
+    )
 
-    predict = commands.add_parser("predict", help="what a step should take on GPUs you do not have")
+    predict = commands.add_parser(
+        "predict", help="predict the least time and memory of a step on A100, H100 and B200"
+    )
     predict.add_argument("--d", type=int, default=512, help="feature size")
 
     for command in (compare, gpu):
-        command.add_argument("--out", type=Path, help="folder for the record (default: results/)")
+        command.add_argument(
+            "--out", type=Path, help="folder for the record (default: benchmarks/results)"
+        )
     return parser
 
 
@@ -48,11 +66,11 @@ def main(arguments: list[str]) -> int:
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["compare", *arguments]
     options = make_parser().parse_args(arguments)
-    # A kernel is interpreted or compiled depending on this variable at its import, which follows.
+    # Triton reads this variable when kernels are imported, which the command does below.
     interpreted = options.command == "gpu" and options.dry_run
     os.environ["TRITON_INTERPRET"] = str(int(interpreted))
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else PyTorch's profiler logs each start
-    # `timeout` sends SIGTERM: treat it as Ctrl-C.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or PyTorch's profiler logs each start
+    # `timeout` sends SIGTERM. Handle it like Ctrl-C, so that the record is written.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     code: int = import_module(MODULES[options.command]).main(options)
     return code

@@ -1,8 +1,8 @@
-"""Time and memory of a step.
+"""Measures the time and the memory of a step.
 
-Steps that are compared run in turn, and the record has the median, the 20th and the 80th
-percentile. Memory is the peak of what PyTorch's allocator holds. A limit turns too large an
-allocation into an error, so that the system does not end the process.
+Steps that are compared run in turn. The results are the median and the 20th and 80th percentile of
+their times, and the peak of the memory that PyTorch allocates. A limit turns an allocation that is
+too large into an error, so that the system does not end the process.
 """
 
 import gc
@@ -19,18 +19,18 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 
-# Written between timed calls, so that none finds its inputs in the L2 cache.
+# A buffer of this size is overwritten before each timed call, to remove inputs from the L2 cache.
 FLUSH_BYTES = 256 * 10**6
-# Left to everything else on the machine when a process is limited to what is available.
+# Memory that is left to other processes when this process is limited to the available memory.
 RESERVED_BYTES = 10**9
 # Files with the memory limit of a container: cgroups, version 2 and 1.
 LIMIT_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def wall_seconds(call: Callable[[], object], min_seconds: float) -> float:
-    """The median time of a call among others like it, as in training.
+    """The median wall-clock time of a call, repeated for at least `min_seconds`.
 
-    Calls are repeated for `min_seconds` or longer.
+    Calls follow each other without waiting for the GPU, as steps of training do.
     """
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
     return float(timer.blocked_autorange(min_run_time=min_seconds).median)
@@ -44,11 +44,12 @@ def interleaved(
     max_rounds: int = 30,
     sleep_cycles: int = 0,
 ) -> dict[str, list[float]]:
-    """Milliseconds of each step in each round. A round runs all steps; the caller has warmed up.
+    """The milliseconds of each step in each round. The caller has run each step at least once.
 
-    Each round begins with the next step, so that no step always follows the same one. (PyTorch's
-    `Timer` measures one call only.) New rounds start until `seconds` are over, but at least
-    `min_rounds` and at most `max_rounds`. sleep_cycles: see `milliseconds`.
+    A round runs every step once. Each round starts with another step, so that background load
+    affects all steps equally. (PyTorch's `Timer` times only one function.) Rounds start until
+    `seconds` are over; there are at least `min_rounds` and at most `max_rounds`.
+    sleep_cycles: see `milliseconds`.
     """
     flush = torch.empty(FLUSH_BYTES // 4, device=device) if device.type == "cuda" else None
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -66,14 +67,14 @@ def interleaved(
 
 
 def milliseconds(step: Callable[[], object], device: torch.device, sleep_cycles: int = 0) -> float:
-    """The time of one run: of the device's work on CUDA, by the wall clock elsewhere.
+    """The milliseconds of one run: CUDA events on a GPU, wall-clock time otherwise.
 
-    sleep_cycles: the device sleeps this long first, while Python launches what is timed.
+    sleep_cycles: the GPU first sleeps for so many cycles, while Python launches the step's kernels.
     """
     if device.type != "cuda":
-        begin = time.perf_counter()
+        before = time.perf_counter()
         step()
-        return 1e3 * (time.perf_counter() - begin)
+        return 1e3 * (time.perf_counter() - before)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     if sleep_cycles:
         torch.cuda._sleep(sleep_cycles)
@@ -85,7 +86,7 @@ def milliseconds(step: Callable[[], object], device: torch.device, sleep_cycles:
 
 
 def time_columns(times: list[float]) -> dict[str, float | int]:
-    """Columns of a row: how many runs, their median and percentiles. One run has no percentiles."""
+    """Columns of a row: the number of runs, and if it is above 1, median and percentiles."""
     if len(times) == 1:
         return {"runs": 1, "ms": times[0]}
     deciles = quantiles(times, n=10, method="inclusive")
@@ -93,10 +94,10 @@ def time_columns(times: list[float]) -> dict[str, float | int]:
 
 
 def launch_columns(step: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Columns of a row: a step's wall time, its launches, and its time in a CUDA graph.
+    """Columns of a row: a step's wall-clock time, its launches, and its time in a CUDA graph.
 
-    In small batches the matrix products of a step take 20 to 200 microseconds, so the wall time is
-    that of Python and launches. The graph's time is what remains without them.
+    In small batches the matrix products of a step take only 20 to 200 microseconds, and Python and
+    launches take most of the wall-clock time. A CUDA graph needs neither.
     """
     row = {"wall ms": 1e3 * wall_seconds(step, 0.2)}
     if kernels := profiled(step, device):
@@ -104,16 +105,16 @@ def launch_columns(step: Callable[[], object], device: torch.device) -> dict[str
     if device.type == "cuda":
         from triton.testing import do_bench_cudagraph
 
-        with suppress(Exception):  # not every library can be captured
+        with suppress(Exception):  # some libraries cannot be captured
             row["graph ms"] = do_bench_cudagraph(step, rep=5, return_mode="median")
     return row
 
 
 def profiled(call: Callable[[], object], device: torch.device) -> dict[str, tuple[int, float]]:
-    """For each kernel: how often the call launches it, and its microseconds in all.
+    """For each kernel: the number of launches in a call, and their microseconds in total.
 
-    On a CPU, where nothing is launched, PyTorch's operators take the kernels' place. The result is
-    empty where the profiler has no access.
+    On a CPU, the result has PyTorch's operators instead of kernels. On a GPU it is empty if the
+    profiler has no access to the GPU.
     """
     on_cuda = device.type == "cuda"
     kind, field = ("CUDA", "self_device_time_total") if on_cuda else ("CPU", "self_cpu_time_total")
@@ -129,13 +130,13 @@ def profiled(call: Callable[[], object], device: torch.device) -> dict[str, tupl
 
 
 def allocated_peak(device: torch.device, work: Callable[[], object]) -> int:
-    """The largest number of bytes that PyTorch allocates during `work`, beyond those before.
+    """The peak number of bytes that PyTorch allocates during `work`, without earlier allocations.
 
-    On a CPU the profiler reports every allocation, also inside custom operators. Memory that other
-    libraries allocate themselves is not counted.
+    On a CPU, PyTorch's profiler reports every allocation, also inside custom operators. Memory that
+    other libraries allocate without PyTorch is not counted.
     """
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # drop what earlier work left in the cache
+        torch.cuda.empty_cache()  # free the memory that earlier work left cached
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -153,10 +154,10 @@ def allocated_peak(device: torch.device, work: Callable[[], object]) -> int:
 
 
 def limit_to_available() -> int | None:
-    """Let this process allocate what the machine can give and no more; returns those bytes.
+    """Limit this process to the available memory, and return how many bytes it can still allocate.
 
-    Linux only; None elsewhere. Beyond the limit an allocation raises an error that Python can
-    catch. If the system must end a process all the same, it chooses this one.
+    An allocation beyond the limit raises an error that Python can catch. If the system still has to
+    end a process, it ends this one. Other systems than Linux have no limit, and the result is None.
     """
     if sys.platform != "linux":
         return None

@@ -1,6 +1,6 @@
-"""One run of a command: its device, its clock, what it found so far, and its record.
+"""One run of a benchmark command: its device, its clock, its results so far, and its record.
 
-Only this file writes tables and formats numbers.
+All tables and numbers of the benchmarks are formatted here.
 """
 
 import json
@@ -31,10 +31,10 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("triton", "numpy", "open_clip_torch", "memeff", "inf-cl", "siglip-kernel")
 Row = dict[str, Any]  # a row of a table, by column
 SEED = 0
-BUSY = 0.25  # running processes for each core; beyond this, times cannot be trusted
+BUSY = 0.25  # load per core; above it, times cannot be trusted
 OK, OUT_OF_MEMORY = "ok", "out of memory"
-# Words in the errors that mean it. CUDA's and Triton's own are "out of memory"; cuBLAS fails to
-# allocate when PyTorch's allocator holds the whole card.
+# Words in error messages that mean "out of memory". "alloc_failed" is cuBLAS's: it cannot allocate
+# when PyTorch's allocator has all memory of the GPU.
 OUT_OF_MEMORY_WORDS = (
     "can't allocate memory",
     "not enough memory",
@@ -46,18 +46,15 @@ OUT_OF_MEMORY_WORDS = (
 
 @dataclass
 class Section:
-    """What one part of a run found: rows of a table, failures and other notes.
-
-    The first line of a failure says what failed, the others show it.
-    """
+    """The results of one part of a run: rows of a table, failures, and notes."""
 
     rows: list[Row] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)  # a summary in the first line, then details
     notes: list[str] = field(default_factory=list)
 
 
 class Run:
-    """The device, the clock, and the sections by name. A dry run is tiny and shows no speed."""
+    """The device, the clock, and the sections by name. Times of a dry run mean nothing."""
 
     def __init__(self, device: torch.device, dry_run: bool = False) -> None:
         torch.manual_seed(SEED)
@@ -82,7 +79,7 @@ class Run:
 
     @contextmanager
     def start_section(self, name: str) -> Iterator[Section]:
-        """Collect into a new section. An exception is a failure of the section, not of the run."""
+        """Collect results in a new section. An exception ends the section, but not the run."""
         outer, self.section = self.section, Section()
         self.sections[name] = self.section
         self.say(name)
@@ -98,12 +95,12 @@ class Run:
 
     @contextmanager
     def attempt(self, **values: Any) -> Iterator[Row]:
-        """Add a row that the block completes. An exception in the block is the row's outcome."""
+        """Add a row, which the block fills in. An exception in the block becomes its outcome."""
         self.add_row(**values, outcome=OK)
         row = self.section.rows[-1]
         try:
             yield row
-        except Exception as error:  # of any library: what ends one must not end the others
+        except Exception as error:  # a failure must not end the run
             row["outcome"] = describe(error)
 
     def fail(self, text: str) -> None:
@@ -112,7 +109,7 @@ class Run:
         self.say(f"FAILED {text}")
 
     def note(self, text: str) -> None:
-        """Note and print what was left out, or what makes results doubtful."""
+        """Note and print what the section left out, or why its results may be wrong."""
         self.section.notes.append(text)
         self.say(text)
 
@@ -123,7 +120,10 @@ class Run:
     def pairs(
         self, n: int, d: int, dtype: torch.dtype = torch.float32, distance: float | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Random rows of unit length, (n, d) twice. distance: from an image to its text."""
+        """Random image and text features, both (n, d) with rows of unit length.
+
+        distance: about how far apart the two features of a pair are. None: they are independent.
+        """
         generator = torch.Generator(self.device).manual_seed(SEED)
         image, text = (
             normalize(torch.randn(n, d, device=self.device, generator=generator)) for _ in range(2)
@@ -134,12 +134,12 @@ class Run:
 
 
 def first_line(error: BaseException) -> str:
-    """The kind of an error, and the first line of its message."""
+    """The type of an error, and the first line of its message."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def describe(error: Exception) -> str:
-    """What went wrong, in one line. Running out of memory is a result like any other."""
+    """The outcome of a row with this error: "out of memory", or its type and first line."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
         words in str(error).lower() for words in OUT_OF_MEMORY_WORDS
     ):
@@ -148,7 +148,7 @@ def describe(error: Exception) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's and how many threads PyTorch uses."""
+    """The name of the GPU, or the name of the CPU with PyTorch's number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     information = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
@@ -158,7 +158,7 @@ def device_name(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    """The versions of what a measurement depends on, and the commit in a checkout of git."""
+    """Versions of the packages that a measurement depends on, and git's commit if there is one."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     found |= {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES}
     if torch.cuda.is_available():
@@ -169,10 +169,10 @@ def versions() -> dict[str, str]:
 
 
 def markdown(record: dict[str, Any], summary: str = "") -> str:
-    """The record for people: machine and versions, failures, the summary, a table per section."""
+    """The record as a page: machine, versions, failures, the summary, and a table per section."""
     lines = [f"# {record['device']}, {record['date']}", ""]
     if record["dry_run"]:
-        lines += ["**DRY RUN**: on CPU at tiny sizes. No time in it means anything.", ""]
+        lines += ["**DRY RUN** on the CPU with tiny sizes: its times mean nothing.", ""]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines += [f"`{record['command']}`, {record['seconds']:.0f} seconds; {versions}.", ""]
     busy = ": the machine was busy, do not trust the times" if record["busy"] else ""
@@ -193,7 +193,7 @@ def markdown(record: dict[str, Any], summary: str = "") -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """The rows in Markdown. A column that a row lacks is left empty."""
+    """The rows as a Markdown table. Cells of missing values are empty."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [columns, *([format_number(row.get(key, "")) for key in columns] for row in rows)]
     head, *lines = (" | ".join(cell.replace("|", r"\|") for cell in row) for row in cells)
@@ -202,7 +202,7 @@ def table(rows: list[Row]) -> str:
 
 
 def format_number(value: Any) -> str:
-    """Three significant digits, with commas between thousands; text as it is."""
+    """A float with three significant digits and commas between thousands. Text stays as it is."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     if isinstance(value, int):
@@ -222,8 +222,8 @@ def run_sections(
 ) -> tuple[dict[str, Any], Path]:
     """Run the sections one by one. Returns the record and its JSON file, <kind>-<device>-<date>.
 
-    The file, and a Markdown file beside it, are written after each section and when the command is
-    interrupted. JSON has no NaN: the file has Python's `NaN`.
+    This file and a Markdown file with the same name are written after each section, and when the
+    command is interrupted. The JSON file may have NaN, which Python reads and the standard forbids.
     """
     device = re.sub(r"[^a-z0-9]+", "-", device_name(run.device).split(",")[0].lower())
     file = folder / f"{kind}-{device}-{run.date:%Y-%m-%dT%H%M}.json"
@@ -249,7 +249,7 @@ def run_sections(
 
 
 def make_record(run: Run, versions: dict[str, str]) -> dict[str, Any]:
-    """What the run found so far, with what its numbers depend on."""
+    """The results of the run so far, with the machine and versions that they depend on."""
     return {
         "dry_run": run.dry_run,
         "device": device_name(run.device),
@@ -264,7 +264,7 @@ def make_record(run: Run, versions: dict[str, str]) -> dict[str, Any]:
 
 
 def write_whole(content: bytes, path: Path) -> None:
-    """Write a file whole, or leave it as it was."""
+    """Write a whole file, or leave the old one unchanged."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         unfinished.write_bytes(content)

@@ -37,7 +37,7 @@ from cyclip_loss import distributed, engines, gather, local, ring
 from cyclip_loss.batch import Batch, Plan, without_autocast
 from cyclip_loss.distributed import Ranks
 from cyclip_loss.logits import ALL_ROWS, Logits, SavedStatistics
-from cyclip_loss.operators import call_backward, empty_grad_like, register
+from cyclip_loss.operators import call_backward, empty_grad_like, register, takes_fields
 from cyclip_loss.options import LossOptions
 from cyclip_loss.positives import WithPositives
 
@@ -179,8 +179,9 @@ class _Contrastive(torch.autograd.Function):
         own_columns = fields[1].shape[0]
         fields = with_gathered_columns(fields, gathered, ranks)
         compute = _forward_operator if traced else contrastive_forward
-        loss, row_lse, column_lse, pair_gradient = compute(*fields, *settings)
-        ctx.save_for_backward(*fields[:5], row_lse, column_lse, pair_gradient)
+        loss: Tensor
+        loss, *saved = compute(*fields, *settings)
+        ctx.save_for_backward(*fields[:5], *saved)
         ctx.rest = fields[5:], own_columns, settings, traced
         return loss
 
@@ -231,37 +232,21 @@ def _engine(settings: Settings, features: Tensor, column_ids: Tensor | None) -> 
     return compute
 
 
+@takes_fields
 def contrastive_forward(
-    row_features: Tensor,
-    column_features: Tensor,
-    logit_scale: Tensor,
-    row_ids: Tensor | None,
-    column_ids: Tensor | None,
-    first_column: int,
-    symmetric: bool,
-    num_pairs: int,
-    total_pairs: int,
-    positives: bool,
-    engine: str,
-    strategy: str,
-    group_name: str,
-    rows_per_rank: list[int] | None,
+    logits: Logits, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A contrastive term of the global batch, and the fields of `SavedStatistics`.
 
-    The first eight arguments are the fields of `Logits`: this rank's rows with its own columns or,
-    with "gather", those of all ranks. The others are the fields of `Settings`.
+    logits: of this rank's rows with its own columns or, with "gather", those of all ranks.
     """
-    logits = Logits(
-        row_features, column_features, logit_scale, row_ids, column_ids, first_column, symmetric,
-        num_pairs,
-    )  # fmt: skip
-    settings = Settings(total_pairs, positives, engine, strategy, group_name, rows_per_rank)
-    ranks = Ranks.from_operator_arguments(group_name, rows_per_rank)
-    compute = _engine(settings, row_features, column_ids)
+    row_features, num_pairs, symmetric = logits.row_features, logits.num_pairs, logits.symmetric
+    total_pairs, positives = settings.total_pairs, settings.positives
+    ranks = Ranks.from_operator_arguments(settings.group_name, settings.rows_per_rank)
+    compute = _engine(settings, row_features, logits.column_ids)
     directions = 2 if symmetric else 1
     with without_autocast(row_features):
-        lse = STRATEGIES[strategy].log_sum_exps(compute, logits, ranks)
+        lse = STRATEGIES[settings.strategy].log_sum_exps(compute, logits, ranks)
         num_rows = row_features.shape[0]
         own_pairs = min(num_rows, num_pairs)
         pair_logits, column_pair_logits = lse.pair_logits[:own_pairs], lse.column_pair_logits
@@ -275,18 +260,19 @@ def contrastive_forward(
             lse.column_negatives_lse,
             pair_logits,
             column_pair_logits,
-            first_column,
+            logits.first_column,
             1 / (total_pairs * directions),
         )
         if positives:
-            shares = 1 - 1 / compute.counts(row_ids)[:own_pairs].to(loss.dtype)
+            shares = 1 - 1 / compute.counts(logits.row_ids)[:own_pairs].to(loss.dtype)
             pairs_part = (shares * pair_logits).sum()
-            loss += (pairs_part - logit_scale * lse.other_positives) / total_pairs
+            loss += (pairs_part - logits.logit_scale * lse.other_positives) / total_pairs
             pair_gradient += directions * shares
         may_have_negatives = num_pairs <= num_rows
         if may_have_negatives:
             # An infinite extra negative may have the logit -inf, and the loss would stay finite.
-            loss = loss + ((row_features * 0).sum() + (column_features * 0).sum()).to(loss.dtype)
+            zero = (row_features * 0).sum() + (logits.column_features * 0).sum()
+            loss = loss + zero.to(loss.dtype)
         if ranks.group is not None:
             loss = distributed.wait(distributed.start_all_reduce(loss, "sum", ranks))
         if may_have_negatives:
@@ -296,87 +282,62 @@ def contrastive_forward(
     return loss, row_lse, column_lse, pair_gradient
 
 
-def _forward_fake(
-    row_features: Tensor,
-    column_features: Tensor,
-    logit_scale: Tensor,
-    row_ids: Tensor | None,
-    column_ids: Tensor | None,
-    first_column: int,
-    symmetric: bool,
-    *others: Any,
-) -> tuple[Tensor, ...]:
+@takes_fields
+def _forward_fake(logits: Logits, settings: Settings) -> tuple[Tensor, ...]:
     # shape[0], not len: len would make a symbolic size static, and every N would be compiled.
-    n, m = row_features.shape[0], column_features.shape[0] if symmetric else 0
-    new = logit_scale.new_empty
+    n = logits.row_features.shape[0]
+    m = logits.column_features.shape[0] if logits.symmetric else 0
+    new = logits.logit_scale.new_empty
     return new(()), new((n,)), new((m,)), new((n,))
 
 
 _forward_operator = register(contrastive_forward, _forward_fake)
 
 
+@takes_fields
 def contrastive_backward(
-    row_features: Tensor,
-    column_features: Tensor,
-    logit_scale: Tensor,
-    row_ids: Tensor | None,
-    column_ids: Tensor | None,
-    first_column: int,
-    symmetric: bool,
-    num_pairs: int,
-    row_lse: Tensor,
-    column_lse: Tensor,
-    pair_gradient: Tensor,
+    logits: Logits,
+    saved: SavedStatistics,
     grad: Tensor,
     needs: list[bool],
     own_columns: int,
-    total_pairs: int,
-    positives: bool,
-    engine: str,
-    strategy: str,
-    group_name: str,
-    rows_per_rank: list[int] | None,
+    settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of this rank's rows and its own columns, and its part of the scale's.
 
-    The arguments are the fields of `Logits`, as in forward, and of `SavedStatistics`; grad: scalar,
-    the upstream gradient; needs: which of the three to compute (other features get an empty one);
-    own_columns: how many columns are this rank's; the fields of `Settings`. Across W ranks they are
-    W times the gradients of the global loss, as DDP averages.
+    Across W ranks they are W times the gradients of the global loss, as DDP averages.
+
+    logits: as in forward. grad: scalar, the upstream gradient. needs: which of the three to compute
+    (other features get an empty one). own_columns: how many columns are this rank's.
     """
-    logits = Logits(
-        row_features, column_features, logit_scale, row_ids, column_ids, first_column, symmetric,
-        num_pairs,
-    )  # fmt: skip
-    settings = Settings(total_pairs, positives, engine, strategy, group_name, rows_per_rank)
-    ranks = Ranks.from_operator_arguments(group_name, rows_per_rank)
-    compute = _engine(settings, row_features, column_ids)
-    weight = ranks.size / (total_pairs * (2 if symmetric else 1))
+    row_features, column_features = logits.row_features, logits.column_features
+    ranks = Ranks.from_operator_arguments(settings.group_name, settings.rows_per_rank)
+    compute = _engine(settings, row_features, logits.column_ids)
+    weight = ranks.size / (settings.total_pairs * (2 if logits.symmetric else 1))
     # Gradients to which more is added, by other ranks or for positives, stay in float32.
-    wide = ranks.group is not None or positives
+    wide = ranks.group is not None or settings.positives
     with without_autocast(row_features):
-        row_grad, column_grad, scale_grad = STRATEGIES[strategy].gradients(
-            compute,
-            logits,
-            SavedStatistics(row_lse, column_lse, pair_gradient),
-            grad,
-            weight,
-            needs,
-            wide,
-            ranks,
+        row_grad, column_grad, scale_grad = STRATEGIES[settings.strategy].gradients(
+            compute, logits, saved, grad, weight, needs, wide, ranks
         )
     return row_grad.to(row_features.dtype), column_grad.to(column_features.dtype), scale_grad
 
 
+@takes_fields
 def _backward_fake(
-    row_features: Tensor, column_features: Tensor, logit_scale: Tensor, *others: Any
+    logits: Logits,
+    saved: SavedStatistics,
+    grad: Tensor,
+    needs: list[bool],
+    own_columns: int,
+    settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    needs, own_columns = others[9], others[10]
+    column_features = logits.column_features
     own = column_features.new_empty(own_columns, column_features.shape[1])
     return (
-        empty_grad_like(row_features, needs[0]),
+        empty_grad_like(logits.row_features, needs[0]),
         empty_grad_like(own, needs[1]),
-        logit_scale.new_empty(()),
+        logits.logit_scale.new_empty(()),
     )
 
 

@@ -23,7 +23,7 @@ from cyclip_loss import contrastive, engines
 from cyclip_loss.batch import prepare, without_autocast
 from cyclip_loss.distributed import Ranks, finish_gather, start_gather
 from cyclip_loss.logits import Logits
-from cyclip_loss.operators import register
+from cyclip_loss.operators import register, takes_fields
 from cyclip_loss.options import LossOptions, boolean
 from cyclip_loss.plan import make_plan
 
@@ -165,48 +165,29 @@ class _LogSumExp(torch.autograd.Function):
         )
 
 
+@takes_fields
 def logsumexp_forward(
-    row_features: Tensor,
-    column_features: Tensor,
-    logit_scale: Tensor,
-    row_ids: Tensor | None,
-    column_ids: Tensor | None,
-    first_column: int,
-    symmetric: bool,
-    num_pairs: int,
-    engine: str,
-    strategy: str,
-    group_name: str,
-    rows_per_rank: list[int] | None,
+    logits: Logits, engine: str, strategy: str, group_name: str, rows_per_rank: list[int] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The results of `_LogSumExp`, from the fields of `Logits` and four of `Settings`."""
-    logits = Logits(
-        row_features, column_features, logit_scale, row_ids, column_ids, first_column, symmetric,
-        num_pairs,
-    )  # fmt: skip
+    """The results of `_LogSumExp`. The last four arguments are as in `contrastive.Settings`."""
+    row_features, first_column = logits.row_features, logits.first_column
     ranks = Ranks.from_operator_arguments(group_name, rows_per_rank)
     compute = engines.module(engine, row_features)
     with without_autocast(row_features):
         lse = contrastive.STRATEGIES[strategy].log_sum_exps(compute, logits, ranks)
     column_lse = lse.column_negatives_lse
-    if symmetric and column_lse.shape[0] > row_features.shape[0]:
+    if logits.symmetric and column_lse.shape[0] > row_features.shape[0]:
         # This rank's, without extra negatives. A copy, because a view would keep all of them.
         column_lse = column_lse[first_column : first_column + row_features.shape[0]].clone()
     return lse.row_negatives_lse, column_lse, lse.pair_logits
 
 
+@takes_fields
 def _forward_fake(
-    row_features: Tensor,
-    column_features: Tensor,
-    logit_scale: Tensor,
-    row_ids: Tensor | None,
-    column_ids: Tensor | None,
-    first_column: int,
-    symmetric: bool,
-    *others: Any,
+    logits: Logits, engine: str, strategy: str, group_name: str, rows_per_rank: list[int] | None
 ) -> tuple[Tensor, ...]:
-    n, new = row_features.shape[0], logit_scale.new_empty
-    return new((n,)), new((n if symmetric else 0,)), new((n,))
+    n, new = logits.row_features.shape[0], logits.logit_scale.new_empty
+    return new((n,)), new((n if logits.symmetric else 0,)), new((n,))
 
 
 _forward_operator = register(logsumexp_forward, _forward_fake)

@@ -1,1 +1,1 @@
-"""CLIP and CyCLIP trained and evaluated by one command each; see README.md beside this file."""
+"""Commands that train and evaluate CLIP and CyCLIP. README.md beside this file lists them."""

@@ -1,4 +1,4 @@
-"""`python -m reference_train`: runs the command that the first word names."""
+"""`python -m reference_train [COMMAND]`: runs a command or, without one, the demonstration."""
 
 from collections.abc import Sequence
 from importlib import import_module
@@ -13,7 +13,10 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str]) -> None:
-    """Runs a command of `COMMANDS`, or else the demonstration. Only that command is imported."""
+    """Runs the command `argv[0]`, or the demonstration if that is no command.
+
+    Only the module of this command is imported.
+    """
     is_command = bool(argv) and argv[0] in COMMANDS
     try:
         module = import_module(COMMANDS[argv[0]] if is_command else ".demo.demo", __package__)

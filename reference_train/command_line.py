@@ -1,4 +1,4 @@
-"""Command lines: errors of one line, exit codes, and the types of arguments."""
+"""What all command lines share: one-line errors, exit codes, and types of arguments."""
 
 import argparse
 import os
@@ -18,21 +18,21 @@ class Stopped(Exception):
 
 
 class CannotStart(Stopped):
-    """The command can't do what the user asked for."""
+    """The command can't start, for example because an argument or a data set is wrong."""
 
     exit_code = 2
 
 
 def first_line(error: object) -> str:
-    """The first line of an error's message, without the names of open files in it."""
-    # WebDataset adds arguments to an error, and its message becomes a tuple.
+    """The first line of an error's message, without file objects (`<_io.BufferedReader ...>`)."""
+    # WebDataset adds arguments to a TarError, so `str(error)` would be a tuple.
     message = str(error.args[0] if isinstance(error, tarfile.TarError) and error.args else error)
     message = re.sub(r"( @)? <_io\.[^>]*>", "", message)
     return (message or type(error).__name__).partition("\n")[0].rstrip(":")
 
 
 def say(message: object) -> None:
-    """Prints one line to stderr, which keeps it apart from the command's output."""
+    """Prints a one-line message to stderr. The command's output goes to stdout."""
     print(f"reference_train: {message}", file=sys.stderr, flush=True)
 
 
@@ -44,7 +44,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except Stopped as error:
-        # One rank of each node says it: a file may be missing on one node only.
+        # One rank of each node prints the error, because a file may be missing on one node only.
         if (os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0") == "0":
             say(error)
         sys.exit(error.exit_code)
@@ -64,19 +64,19 @@ class Parser(argparse.ArgumentParser):
         raise CannotStart(message)
 
 
-def whole_number(least: int) -> Callable[[str], int]:
-    """The type of an argument that is an integer of at least `least`."""
+def whole_number(minimum: int) -> Callable[[str], int]:
+    """The type of an argument that is an integer of at least `minimum`."""
 
     def parse(text: str) -> int:
-        if text.removeprefix("-").isdecimal() and int(text) >= least:
+        if text.removeprefix("-").isdecimal() and int(text) >= minimum:
             return int(text)
-        raise argparse.ArgumentTypeError(f"must be a whole number >= {least}, not {text}")
+        raise argparse.ArgumentTypeError(f"must be a whole number >= {minimum}, not {text}")
 
     return parse
 
 
 def add_device(parser: Parser) -> None:
-    """Adds `--device`, and checks that a tensor can be created there."""
+    """Adds `--device`. Parsing it checks that a tensor can be created on the device."""
 
     def device(name: str) -> torch.device:
         try:
@@ -85,5 +85,5 @@ def add_device(parser: Parser) -> None:
             raise argparse.ArgumentTypeError(f"{name}: {first_line(error)}") from error
 
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    text = "default: cuda (in bfloat16) if there is one, else cpu"
+    text = "default: cuda (in bfloat16) if available, else cpu"
     parser.add_argument("--device", type=device, default=default, help=text)

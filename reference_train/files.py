@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and locks."""
+"""Writes files and folders whole or not at all, and locks folders."""
 
 import contextlib
 import os
@@ -10,61 +10,61 @@ from .command_line import CannotStart, Stopped, first_line, say
 
 
 @contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Yields a temporary path. If nothing raises, its file is renamed to `path` at the end.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yields a temporary path to write to. If nothing raises, the file is then renamed to `path`.
 
     Raises `Stopped` if the file can't be written.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        yield partial
-        os.replace(partial, path)
+        yield temporary
+        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        # PyTorch's writer does not say that a disk is full.
+        # On a full disk PyTorch raises a RuntimeError that does not give the reason.
         why = getattr(error, "strerror", None) or f"is the disk full? ({first_line(error)})"
         raise Stopped(f"{path} can't be written: {why}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(content: str, path: Path) -> None:
-    """Writes a text file whole."""
-    with written_whole(path) as partial:
-        partial.write_text(content, encoding="utf-8")
+    """Writes a text file whole or not at all."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(content, encoding="utf-8")
 
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yields an empty folder. If nothing raises, it is renamed to `path` (--out) at the end.
+    """Yields an empty temporary folder. If nothing raises, it is then renamed to `path` (--out).
 
-    Raises `CannotStart` if `path` is there already, or can't be written.
+    Raises `CannotStart` if `path` exists or can't be written.
     """
     if path.exists():
-        raise CannotStart(f"--out {path}: is there already")
+        raise CannotStart(f"--out {path}: already exists")
     check_writable(path)
     parent = path.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{path.name}.") as made:
-        folder = Path(made) / path.name
+    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{path.name}.") as temporary:
+        folder = Path(temporary) / path.name
         folder.mkdir()
         yield folder
         folder.replace(path)
 
 
 def check_writable(folder: Path) -> None:
-    """Raises `CannotStart` if a folder (of --out) can't be made or written. Makes nothing."""
+    """Raises `CannotStart` if the folder of --out can't be created or written. Creates nothing."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    try:  # Permissions do not tell: /proc, for example, looks writable.
+    try:  # Permission bits are not enough: /proc, for example, looks writable.
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        why = f"{existing} is no folder to write to"
+        why = f"{existing} is not a writable folder"
         raise CannotStart(f"--out: {folder} can't be written: {why}") from error
 
 
 @contextlib.contextmanager
 def locked(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Makes a folder, and holds its lock until the context or the process ends.
+    """Creates a folder, and holds its lock until the context or the process ends.
 
     wait: wait for another process that holds the lock.
 
@@ -83,8 +83,8 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
             # A record lock is not inherited by forked children, which may outlive this process.
             fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except (BlockingIOError, PermissionError) as error:
-            why = "another process is at work there: choose another --name"
+            why = "another process is using it: choose another --name"
             raise CannotStart(f"{folder}: {why}") from error
         except (ImportError, OSError) as error:
-            say(f"{folder} can't be locked ({error}): start no second run of its --name")
+            say(f"{folder} can't be locked ({error}): do not start a second run of this --name")
         yield

@@ -11,54 +11,53 @@ README = (ROOT / "README.md").read_text()
 BENCHMARKS = (ROOT / "benchmarks/README.md").read_text()
 RESULTS = ROOT / "benchmarks/results"
 
-# How the two paragraphs of the README with our own numbers begin.
-OUR_ACCURACY, OUR_SPEED = "Our largest experiment", "Forward and backward"
+
+def readme_cells(heading: str) -> list[list[str]]:
+    """The rows of the table under a heading of the README, without its first row and column."""
+    section = README.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")]
+    return [row[1:] for row in rows[2:]]
 
 
-def paragraph(start: str) -> str:
-    """The README's paragraph that begins with these words."""
-    return README[README.index(f"\n{start}") :].partition("\n\n")[0]
-
-
-def benchmark_record() -> dict:
-    """The record that the README links to."""
+def recorded_costs() -> list[dict]:
+    """Time and memory in the record that the README links."""
     (path,) = set(re.findall(r"\[record]\((.*?)\.md\)", README))
-    record: dict = json.loads((ROOT / f"{path}.json").read_text())
-    return record
+    rows: list[dict] = json.loads((ROOT / f"{path}.json").read_text())["sections"]["cost"]["rows"]
+    return rows
 
 
-def test_accuracy_in_the_readme_is_the_mean_over_the_recorded_seeds() -> None:
+def test_accuracy_in_the_readme_is_that_of_the_recorded_seeds() -> None:
+    """The mean and the range of three seeds."""
     results: dict[str, dict] = {}
     for name in ("warmup", "warmup-2", "seed-0", "seeds-1-2"):
         record = ROOT / f"reference_train/results/icons/evaluation-{name}.json"
         results |= json.loads(record.read_text())["results"]
-    expected = []
-    for run in ("cyclip-1024", "warmup-1.0-1024", "clip-1024", "cyclip", "clip"):
-        accuracies = [results[f"{run}-{seed}"]["icons"]["numbers"]["top1"] for seed in range(3)]
-        expected.append(f"{100 * mean(accuracies):.1f}")
-    assert re.findall(r"(\d+\.\d)%", paragraph(OUR_ACCURACY)) == expected
+
+    def cell(run: str) -> str:
+        top1 = [100 * results[f"{run}-{seed}"]["icons"]["numbers"]["top1"] for seed in range(3)]
+        return f"{mean(top1):.1f} ({min(top1):.1f}–{max(top1):.1f})"
+
+    short = [cell(run) for run in ("clip-1024", "cyclip-1024", "warmup-1.0-1024")]
+    assert readme_cells("Accuracy") == [short, [cell("clip"), cell("cyclip"), "–"]]
 
 
 def test_speed_and_memory_in_the_readme_match_the_linked_record() -> None:
-    rows = benchmark_record()["sections"]["cost"]["rows"]
-    cost = {(row["N"], row["D"], row["loss"]): row for row in rows}
-    ours, clip = cost[8192, 512, "CyCLIPLoss"], cost[8192, 512, "open_clip.ClipLoss, no penalties"]
-    dense = cost[8192, 512, "authors' formula"], cost[8192, 512, "authors' formula, torch.compile"]
-    times = [row[key] / ours[key] for row in (*dense, clip) for key in ("ms", "peak MB")]
-    small = [
-        mean(cost[128, d, loss]["times ours"] for d in (512, 1024))
-        for loss in ("authors' formula", "open_clip.ClipLoss, no penalties")
-    ]
-    # Records before December 2026 call distinct ids just "ids".
-    ids = [
-        row["times ours"]
-        for row in rows
-        if row["loss"].startswith("CyCLIPLoss, ids") and "times ours" in row
-    ]
-    expected = [ours["ms"] / 1000, ours["peak MB"], *times, *small, 100 * max(ids) - 100]
-    text = re.sub(r"\]\([^)]*\)|\b[ND] = [\d,]+|float32", "", paragraph(OUR_SPEED))
-    for shown, number in zip(re.findall(r"\d+(?:\.\d+)?", text), expected, strict=True):
-        assert shown == f"{number:.{len(shown.partition('.')[2])}f}"
+    cost = {(row["N"], row["D"], row["loss"]): row for row in recorded_costs()}
+    losses = (
+        "authors' formula",
+        "authors' formula, torch.compile",
+        "open_clip.ClipLoss, no penalties",
+    )
+    rows = [(8192, "ms", 1000, "s"), (8192, "peak MB", 1, "MB"), (128, "ms", 1, "ms")]
+    shown_rows = readme_cells("Speed and memory")
+    for (n, column, per_unit, unit), shown in zip(rows, shown_rows, strict=True):
+        ours = cost[n, 512, "CyCLIPLoss"][column]
+        ratios = [cost[n, 512, loss][column] / ours for loss in losses]
+        assert shown[0].endswith(f" {unit}")
+        assert all(ratio.endswith(" ×") for ratio in shown[1:])
+        for text, number in zip(shown, (ours / per_unit, *ratios), strict=True):
+            digits = text.split()[0]
+            assert digits == f"{number:.{len(digits.partition('.')[2])}f}"
 
 
 def test_percentages_quoted_in_the_readme_are_published() -> None:
@@ -66,10 +65,9 @@ def test_percentages_quoted_in_the_readme_are_published() -> None:
     with (ROOT / "reference_train/evaluate/published.csv").open() as file:
         cells = {cell for row in csv.DictReader(file) for cell in row.values() if cell}
     published = {f"{float(cell):.1f}" for cell in cells if re.fullmatch(r"\d+\.\d+", cell)}
-    text = README.replace(paragraph(OUR_ACCURACY), "").replace(paragraph(OUR_SPEED), "")
     shown = {
         number
-        for part in text.split("\n\n")
+        for part in README.split("\n\n")
         if "%" in part
         for number in re.findall(r"\b\d+\.\d\b", part)
     }

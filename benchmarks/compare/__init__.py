@@ -1,1 +1,1 @@
-"""The loss compared with its alternatives."""
+"""`python -m benchmarks`: compares the loss with its alternatives."""

@@ -1,6 +1,7 @@
-"""Errors: a loss and its gradients compared with its definition in float64.
+"""Errors of a loss and its gradients, relative to its definition in float64.
 
-Pairs are random, or near each other: text = image + distance * random direction, normalised.
+Pairs are random, or the two features of a pair are close to each other:
+text = normalize(image + distance * random unit vector).
 """
 
 from collections.abc import Sequence
@@ -14,13 +15,14 @@ from benchmarks.compare.plan import DISTANCES, LOGIT_SCALE, Plan
 from benchmarks.run import Run
 
 RANDOM = "random"
-# Far above what rounding in bfloat16 causes, far below a missing term or another factor.
-LARGEST_DIFFERENCE = 0.05
+# Rounding in bfloat16 causes much smaller errors. A missing term or factor causes larger ones.
+MAX_RELATIVE_ERROR = 0.05
 
 
-def results(loss: Loss, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The value, the gradient of both features (2, N, D), and that of the scale if there is one.
+def value_and_grads(loss: Loss, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The loss, the stacked gradients of both features (2, N, D), and the gradient of the scale.
 
+    The gradient of the scale is left out if the loss does not depend on the scale.
     inputs: image features, text features, logit scale.
     """
     leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
@@ -31,29 +33,31 @@ def results(loss: Loss, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
 
 
 def relative_errors(actual: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
-    """The norm of each difference over the norm of the exact result."""
+    """For each result: the norm of the difference, divided by the norm of the exact result."""
     return {
-        name: ((actual[name].double() - right).norm() / right.norm()).item()
-        for name, right in exact.items()
+        name: ((actual[name].double() - exact_result).norm() / exact_result.norm()).item()
+        for name, exact_result in exact.items()
         if name in actual
     }
 
 
-def exact_results(competitor: Competitor, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
-    """What the competitor's definition gives in float64."""
-    return results(competitor.definition, [tensor.double() for tensor in inputs])
+def exact_value_and_grads(competitor: Competitor, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The value and gradients of the competitor's definition in float64."""
+    return value_and_grads(competitor.definition, [tensor.double() for tensor in inputs])
 
 
 def assert_same_values(competitor: Competitor, inputs: Sequence[Tensor]) -> None:
-    """Raise an error if a competitor computes something else than it means to.
+    """Raise an error if a competitor's value or gradient differs from its definition's.
 
-    The logit scale's gradient is not compared: with random pairs it is too small.
+    The gradient of the logit scale is not compared. With random pairs it is too small for a
+    relative comparison.
     """
-    errors = relative_errors(results(competitor.loss, inputs), exact_results(competitor, inputs))
+    actual = value_and_grads(competitor.loss, inputs)
+    errors = relative_errors(actual, exact_value_and_grads(competitor, inputs))
     for name in ("value", "gradient"):
-        if not errors[name] <= LARGEST_DIFFERENCE:  # also NaN
-            raise AssertionError(f"the {name} is not that of {competitor.computes}, by "
-                                 f"{100 * errors[name]:.3g} %")  # fmt: skip
+        if not errors[name] <= MAX_RELATIVE_ERROR:  # also true for NaN
+            percent = f"{100 * errors[name]:.3g} %"
+            raise AssertionError(f"the {name} differs from {competitor.computes}'s by {percent}")
 
 
 def add_errors(run: Run, losses: list[Competitor], plan: Plan) -> None:
@@ -66,8 +70,8 @@ def add_errors(run: Run, losses: list[Competitor], plan: Plan) -> None:
         case = {"N": n, "D": d, "dtype": str(dtype).removeprefix("torch.")}
         case["|T - I|"] = RANDOM if distance is None else distance
         for competitor in losses:
-            definition = (competitor.computes, competitor.extra)
-            if definition not in exact:
-                exact[definition] = exact_results(competitor, inputs)
+            key = (competitor.computes, competitor.extra)
+            if key not in exact:
+                exact[key] = exact_value_and_grads(competitor, inputs)
             with run.attempt(**case, loss=competitor.name, computes=competitor.computes) as row:
-                row |= relative_errors(results(competitor.loss, inputs), exact[definition])
+                row |= relative_errors(value_and_grads(competitor.loss, inputs), exact[key])

@@ -1,8 +1,8 @@
-"""The losses that are compared: each behind one signature, each stating what it computes.
+"""The losses that are compared, and what each of them computes. All have the same signature:
 
     loss(image_features (N, D), text_features (N, D), logit_scale scalar) -> scalar
 
-Features have rows of unit length.
+The rows of the features have unit length.
 """
 
 from collections.abc import Callable
@@ -41,11 +41,11 @@ MEMEFF = "memeff, no penalties, fixed scale"
 INF_CL = "inf-cl, no penalties"
 SIGLIP_KERNEL = "siglip-kernel, SigLIP"
 
-BESIDE = (OURS, AUTHORS, COMPILED, OPEN_CLIP)  # what the main tables show
-PEERS = (MEMEFF, INF_CL, SIGLIP_KERNEL)
-LARGE = (*BESIDE, EAGER, OUR_CLIP, *PEERS)  # what runs at every size
+MAIN = (OURS, AUTHORS, COMPILED, OPEN_CLIP)  # in the main tables and in the training step
+PEERS = (MEMEFF, INF_CL, SIGLIP_KERNEL)  # other libraries with fused losses
+IN_LARGE_BATCHES = (*MAIN, EAGER, OUR_CLIP, *PEERS)  # other competitors are left out
 
-# What a loss may be given besides features and scale, made from the text features.
+# Extra inputs of a loss. They are made from the text features.
 DISTINCT_IDS, DUPLICATE_IDS = "ids, all different", "ids, each twice"
 POSITIVES, EXTRA_TEXTS = "positives", "N extra texts"
 
@@ -61,12 +61,12 @@ EXTRA_INPUTS: dict[str, Callable[[Tensor], dict[str, Any]]] = {
     POSITIVES: lambda text: {"ids": _ids(text, 2), "same_ids": "positives"},
     EXTRA_TEXTS: lambda text: {"negative_text_features": -text},
 }
-# The tables of a summary, by what their titles add. Ratios are to the first loss of a table.
+# The tables of a summary: the end of each title, and its losses. Ratios are relative to the first.
 TABLES = {
-    "": BESIDE,
+    "": MAIN,
     ", CLIP's loss and SigLIP's": (OUR_CLIP, OPEN_CLIP, *PEERS),
     ", one-way InfoNCE": (OUR_ONE_WAY, DENSE_ONE_WAY, OUR_CLIP),
-    ", with ids": (OURS, *(f"{OURS}, {x}" for x in (DISTINCT_IDS, DUPLICATE_IDS)),
+    ", with ids": (OURS, *(f"{OURS}, {ids}" for ids in (DISTINCT_IDS, DUPLICATE_IDS)),
                    f"{AUTHORS}, {DUPLICATE_IDS}"),
     ", with positives": (OURS, f"{OURS}, {POSITIVES}", f"{AUTHORS}, {POSITIVES}"),
     ", with N extra texts": (OURS, f"{OURS}, {EXTRA_TEXTS}", f"{AUTHORS}, {EXTRA_TEXTS}"),
@@ -100,7 +100,7 @@ def our_one_way(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     return softplus(row_negatives - pair_logits).mean()
 
 
-# What a competitor means to compute.
+# What a competitor computes.
 CYCLIP, CLIP, ONE_WAY = "CyCLIP", "CLIP", "one-way InfoNCE"
 PENALTIES, SIGLIP = "penalties", "SigLIP"
 DEFINITIONS: dict[str, Callable[..., Tensor]] = {
@@ -114,22 +114,18 @@ DEFINITIONS: dict[str, Callable[..., Tensor]] = {
 
 @dataclass(frozen=True)
 class Competitor:
-    """A way to compute a loss.
-
-    make: returns the loss; computes: a key of `DEFINITIONS`; extra: a key of `EXTRA_INPUTS`;
-    package: the name by which pip installs what `make` imports; cuda_only: left out on a CPU.
-    """
+    """A way to compute a loss."""
 
     name: str
-    make: Callable[[], Callable[..., Tensor]]
-    computes: str = CYCLIP
-    extra: str = ""
-    package: str = ""
+    make: Callable[[], Callable[..., Tensor]]  # returns the loss
+    computes: str = CYCLIP  # a key of `DEFINITIONS`
+    extra: str = ""  # a key of `EXTRA_INPUTS`
+    package: str = ""  # `pip install` gets what `make` imports from it
     cuda_only: bool = False
 
     @cached_property
     def loss(self) -> Loss:
-        """The loss, given its extra inputs. Raises an error where its package is missing."""
+        """The loss with its extra inputs. If a package is missing, the error says how to get it."""
         try:
             loss = self.make()
         except ModuleNotFoundError as error:
@@ -138,16 +134,16 @@ class Competitor:
         return lambda image, text, scale: loss(image, text, scale, **extra_inputs(text))
 
     def definition(self, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-        """What the loss should be."""
+        """The loss as its definition computes it."""
         return DEFINITIONS[self.computes](image, text, scale, **EXTRA_INPUTS[self.extra](text))
 
 
 def authors_formula(image: Tensor, text: Tensor, scale: Tensor, **extra: Any) -> Tensor:
-    """CyCLIP as its authors write it (Goel et al. 2022, eq. 1 to 3), both weights 0.25.
+    """CyCLIP as its authors write it (Goel et al. 2022, eq. 1 to 3), with both weights 0.25.
 
-    Three N x N products; the penalties are computed from logits and divided by the squared scale.
-    The authors have none of `EXTRA_INPUTS`. Here ids are a mask, positives are soft targets (as in
-    TBPS-CLIP), and extra texts are further columns (as in NegCLIP).
+    It takes three N x N products, and computes the penalties from logits, divided by the squared
+    scale. The authors' formula has no ids, positives or extra texts. Here ids are a mask, positives
+    are soft targets (as in TBPS-CLIP), and extra texts are more columns (as in NegCLIP).
     """
     logits = scale * image @ text.T
     image_logits = text_logits = reference.without_same_ids(logits, extra.get("ids"))
@@ -168,14 +164,14 @@ def authors_formula(image: Tensor, text: Tensor, scale: Tensor, **extra: Any) ->
 
 
 def dense_penalties(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    """Both penalties alone, by their definition."""
+    """Both penalties without the contrastive term, from N x N matrices."""
     inmodal = reference.inmodal_cyclic_penalty(image, text)
     return 0.25 * (inmodal + reference.crossmodal_cyclic_penalty(image, text))
 
 
 def memeff_loss() -> Loss:
-    """CLIP's loss of memeff. Its temperature is a constant, and gets no gradient."""
-    # `stable=True`, its default, scales the gradients by another factor.
+    """memeff's CLIP loss. The temperature is a constant and gets no gradient."""
+    # The default, `stable=True`, scales the gradients by another factor.
     module = import_module("memeff").MemoryEfficientCLIPLoss(
         temperature=1 / LOGIT_SCALE, normalized_inputs=True, stable=False
     )
@@ -183,16 +179,16 @@ def memeff_loss() -> Loss:
 
 
 def inf_cl_loss() -> Loss:
-    """CLIP's loss of inf-cl: a call for each direction, on one device.
+    """inf-cl's CLIP loss on one device, with one call for each direction.
 
-    Its `cal_inf_loss` needs a process group in the backward pass, also on one device.
+    `cal_inf_loss` is not used, because its backward pass needs a process group.
     """
     one_way = import_module("inf_cl").cal_flash_loss
 
     def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
         image_to_text, text_to_image = (
-            one_way(rows, columns, scale=scale).mean()
-            for rows, columns in ((image, text), (text, image))
+            one_way(row_features, column_features, scale=scale).mean()
+            for row_features, column_features in ((image, text), (text, image))
         )
         return (image_to_text + text_to_image) / 2
 
@@ -200,7 +196,7 @@ def inf_cl_loss() -> Loss:
 
 
 def siglip_kernel_loss() -> Loss:
-    """SigLIP's loss of siglip-kernel, which takes the logarithm of the scale."""
+    """siglip-kernel's SigLIP loss. It takes the logarithm of the scale."""
     fused = import_module("siglip_kernel").fused_siglip_loss
 
     def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
@@ -209,8 +205,8 @@ def siglip_kernel_loss() -> Loss:
     return loss
 
 
-# `dynamic`: one compilation for all sizes, as each takes up to 15 seconds on two cores. Code for
-# one size was no faster on a CPU.
+# `dynamic=True` compiles the formula once for all sizes. Each compilation takes up to 15 seconds on
+# two cores, and code compiled for one size was no faster on a CPU.
 COMPETITORS = (
     Competitor(OURS, CyCLIPLoss),
     Competitor(EAGER, lambda: CyCLIPLoss(impl="eager"), cuda_only=True),
@@ -229,16 +225,20 @@ COMPETITORS = (
     Competitor(MEMEFF, memeff_loss, CLIP, package="memeff", cuda_only=True),
     Competitor(INF_CL, inf_cl_loss, CLIP, package="inf-cl", cuda_only=True),
     Competitor(SIGLIP_KERNEL, siglip_kernel_loss, SIGLIP, package="siglip-kernel", cuda_only=True),
-    *(Competitor(f"{OURS}, {x}", lambda: cyclip_loss, extra=x) for x in EXTRA_INPUTS if x),
+    *(
+        Competitor(f"{OURS}, {extra}", lambda: cyclip_loss, extra=extra)
+        for extra in EXTRA_INPUTS
+        if extra
+    ),
     # The mask costs the same whether ids differ or not.
     *(
-        Competitor(f"{AUTHORS}, {x}", lambda: authors_formula, extra=x)
-        for x in (DUPLICATE_IDS, POSITIVES, EXTRA_TEXTS)
+        Competitor(f"{AUTHORS}, {extra}", lambda: authors_formula, extra=extra)
+        for extra in (DUPLICATE_IDS, POSITIVES, EXTRA_TEXTS)
     ),
 )
 
 
 def competitors(device: torch.device, without: tuple[str, ...] = ()) -> list[Competitor]:
-    """All that the device can run, but those named."""
+    """All competitors that the device can run, except those named in `without`."""
     on_cuda = device.type == "cuda"
     return [c for c in COMPETITORS if c.name not in without and (on_cuda or not c.cuda_only)]

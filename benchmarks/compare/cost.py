@@ -1,4 +1,4 @@
-"""What a loss costs: the time of forward and backward, and peak memory."""
+"""The cost of a loss: time of the forward and backward pass, and peak memory."""
 
 import time
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from benchmarks.compare.accuracy import assert_same_values
 from benchmarks.compare.competitors import (
     COMPETITORS,
     EXTRA_TEXTS,
-    LARGE,
+    IN_LARGE_BATCHES,
     OURS,
     PENALTIES,
     Competitor,
@@ -25,21 +25,21 @@ from benchmarks.run import OUT_OF_MEMORY, Row, Run, describe
 
 SMALL_BATCH = 128
 MAX_ROUNDS = 300
-# The largest N at which all competitors run. Beyond it, only `LARGE`.
+# The largest N at which all competitors run. Beyond it, only `IN_LARGE_BATCHES` run.
 ALL_UP_TO = 16384
-# The largest N whose launches are counted. In larger batches, products take nearly all the time.
+# The largest N at which launches are counted. Beyond it, matrix products take nearly all the time.
 LAUNCHES_UP_TO = 8192
 
 
 def add_costs(run: Run, losses: list[Competitor], plan: Plan) -> None:
-    """Add rows of time and memory, size by size, for as long as there is time."""
+    """Add rows of time and memory for one size after another, until the time is over."""
     rate = matrix_rate(run, plan)
     for n, d in plan.sizes:
         if run.remaining() < 3 * plan.seconds:
             run.note(f"N = {n:,}, D = {d:,} left out: no time")
             continue
         run.say(f"N = {n:,}, D = {d:,}")
-        chosen = [c for c in losses if n <= ALL_UP_TO or c.name in LARGE]
+        chosen = [c for c in losses if n <= ALL_UP_TO or c.name in IN_LARGE_BATCHES]
         try:
             if n <= plan.timed_up_to:
                 rows = measure_in_rounds(run, chosen, n, d, plan)
@@ -47,7 +47,7 @@ def add_costs(run: Run, losses: list[Competitor], plan: Plan) -> None:
                 rows = [measure_once(c.name, n, d, plan) for c in chosen]
                 run.section.rows += rows
             add_ratios(rows, rate)
-        except Exception as error:  # the other sizes go on
+        except Exception as error:  # go on with the other sizes
             run.fail(f"N = {n:,}, D = {d:,}: {describe(error)}")
 
 
@@ -63,9 +63,9 @@ def make_step(loss: Loss, leaves: list[Tensor]) -> Callable[[], object]:
 
 
 def measure_in_rounds(run: Run, losses: list[Competitor], n: int, d: int, plan: Plan) -> list[Row]:
-    """A row for each competitor, also added to the section: peak memory and interleaved times.
+    """Add a row with peak memory and times for each competitor. Returns these rows.
 
-    A competitor that fails in a small batch, or computes something else there, is not timed.
+    A competitor that fails in a small batch, or is wrong there, is not timed.
     """
     rows: dict[str, Row] = {}
     steps: dict[str, Callable[[], object]] = {}
@@ -89,11 +89,11 @@ def measure_in_rounds(run: Run, losses: list[Competitor], n: int, d: int, plan: 
 
 
 def measure_once(name: str, n: int, d: int, plan: Plan) -> Row:
-    """A row of one run on the CPU, in a process of its own: it may run out of memory."""
+    """A row of one run on the CPU, in a separate process because it may run out of memory."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         try:
             return pool.submit(_measure_with_limit, name, n, d, plan).result()
-        except BrokenProcessPool:  # the system ended the process, or a library did
+        except BrokenProcessPool:  # the system or a library ended the process
             return {"N": n, "D": d, "loss": name, "outcome": OUT_OF_MEMORY}
 
 
@@ -101,7 +101,7 @@ def _measure_with_limit(name: str, n: int, d: int, plan: Plan) -> Row:
     run, limit = Run(torch.device("cpu")), None
     (competitor,) = (c for c in COMPETITORS if c.name == name)
     with run.attempt(N=n, D=d, loss=name, computes=competitor.computes) as row:
-        # What a first run imports does not count towards the limit.
+        # This first run also imports libraries, whose memory does not count towards the limit.
         assert_same_values(competitor, make_leaves(run, SMALL_BATCH, d, plan.dtype))
         limit = measure.limit_to_available()
         step = make_step(competitor.loss, make_leaves(run, n, d, plan.dtype))
@@ -114,10 +114,11 @@ def _measure_with_limit(name: str, n: int, d: int, plan: Plan) -> Row:
 
 
 def add_ratios(rows: list[Row], rate: float) -> None:
-    """Add to each row its time over that of `OURS`, and its share of the matrix rate.
+    """Add to each row its time divided by our time, and its share of the matrix rate.
 
-    The share counts 8 N^2 D flops, which a contrastive loss takes that keeps no matrix (dense
-    autograd: 6 N^2 D), and twice as many with N extra texts. The penalties have no such product.
+    A contrastive loss that keeps no N x N matrix needs 8 N^2 D flops, and twice as many with N
+    extra texts. The share is based on these flops for every loss, although dense autograd needs
+    only 6 N^2 D. The penalties alone have no such products, so their rows have no share.
     """
     ours = next((row["ms"] for row in rows if row["loss"] == OURS and "ms" in row), None)
     for row in (row for row in rows if "ms" in row):
@@ -129,7 +130,7 @@ def add_ratios(rows: list[Row], rate: float) -> None:
 
 
 def matrix_rate(run: Run, plan: Plan) -> float:
-    """Flops per second of the library's product of two square matrices."""
+    """Flops per second of `torch.mm` with two square matrices."""
     matrix = torch.randn(plan.matrix, plan.matrix, device=run.device).to(plan.dtype)
     seconds = measure.wall_seconds(lambda: torch.mm(matrix, matrix), plan.matrix_seconds)
     return 2 * plan.matrix**3 / seconds

@@ -6,7 +6,7 @@ from itertools import product
 import torch
 
 LOGIT_SCALE = 14.3  # CLIP's initial value
-# From a text's features to its image's: the longer a model is trained, the smaller. None: random.
+# Distances between the two features of a pair. They shrink during training. None: random pairs.
 DISTANCES = (None, 0.3, 0.03, 0.003, 0.001)
 
 
@@ -20,13 +20,13 @@ class Plan:
     error_size: tuple[int, int]  # N, D
     model: str  # of the training step
     batch_size: int
-    matrix: int  # rows and columns of the matrices whose product shows the matrix rate
-    matrix_seconds: float = 2.0  # for measuring that rate
-    seconds: float = 6.0  # of the rounds at one size
+    matrix: int  # size of the square matrices whose product gives the matrix rate
+    matrix_seconds: float = 2.0  # for the measurement of the matrix rate
+    seconds: float = 6.0  # for all rounds at one size
     min_rounds: int = 5
 
 
-# The paper's own batch is 128.
+# The paper's batch size is 128.
 CPU = Plan(
     dtype=torch.float32,
     sizes=(*product((128, 512, 2048), (512, 1024)), (8192, 512), (32768, 512)),
@@ -36,7 +36,7 @@ CPU = Plan(
     batch_size=256,
     matrix=4096,
 )
-# The sizes that most users ask for come first: `gpu` may not have time for all.
+# The most common sizes come first, because `gpu` may not have time for all sizes.
 CUDA = Plan(
     dtype=torch.bfloat16,
     sizes=(

@@ -1,7 +1,7 @@
-"""How a side-by-side record is shown: tables of times, peaks and errors, and two pictures.
+"""Shows a side-by-side record: a summary in tables, and two pictures.
 
-The colours are those of Okabe and Ito, which people with any colour vision tell apart. Lines also
-differ in their marks.
+The colours are from Okabe and Ito's palette, which is safe for colour-blind readers. Each line also
+has its own marker.
 """
 
 import io
@@ -32,20 +32,22 @@ STYLES = {
     names.PENALTIES_ONLY: ("#D55E00", "o"),
     names.DENSE_PENALTIES: ("#0072B2", "s"),
 }
-IN_PICTURE = (*names.BESIDE, names.EAGER)
-# Losses whose gradients have the same size: the whole loss, and its penalties alone.
-WHOLE = (names.OURS, names.EAGER, names.AUTHORS, names.COMPILED)
-PENALTIES = (names.PENALTIES_ONLY, names.DENSE_PENALTIES)
+IN_COST_PICTURE = (*names.MAIN, names.EAGER)
+# Losses whose errors are compared with each other, because they compute the same function.
+WITH_BOTH_TERMS = (names.OURS, names.EAGER, names.AUTHORS, names.COMPILED)
+PENALTIES_ALONE = (names.PENALTIES_ONLY, names.DENSE_PENALTIES)
+# Independent random vectors of unit length are about this far apart if D is large.
+RANDOM_DISTANCE = math.sqrt(2)
 
 
 def section_rows(record: dict[str, Any], section: str) -> list[Row]:
-    """The rows of a section. A section that was not reached has none."""
+    """The rows of a section. An interrupted run may lack sections, which then have no rows."""
     rows: list[Row] = record["sections"].get(section, {}).get("rows", [])
     return rows
 
 
 def summary(record: dict[str, Any]) -> str:
-    """Tables, each value with its ratio to the first loss. What was not measured is left out."""
+    """The tables of the summary, with ratios to the first loss. Empty tables are left out."""
     cost, error = section_rows(record, "cost"), section_rows(record, "error")
     step = section_rows(record, "training step")
     tables = {}
@@ -53,9 +55,12 @@ def summary(record: dict[str, Any]) -> str:
         for title, column in (("Forward and backward, ms", "ms"), ("Peak memory, MB", "peak MB")):
             tables[title + group] = compare_losses(cost, ("N", "D"), column, losses)
     case = ("N", "D", "dtype", "|T - I|")
-    tables["Relative error of the gradient"] = compare_losses(error, case, "gradient", WHOLE)
-    tables["The same of the penalties alone"] = compare_losses(error, case, "gradient", PENALTIES)
-    share = compare_losses(step, ("batch",), "loss / step", names.BESIDE)
+    tables["Relative error of the gradient"] = compare_losses(
+        error, case, "gradient", WITH_BOTH_TERMS
+    )
+    penalties_alone = compare_losses(error, case, "gradient", PENALTIES_ALONE)
+    tables["The same of the penalties alone"] = penalties_alone
+    share = compare_losses(step, ("batch",), "loss / step", names.MAIN)
     tables["Share of a training step"] = share
     return "\n\n".join(f"{title}\n\n{table(rows)}" for title, rows in tables.items() if rows)
 
@@ -82,7 +87,7 @@ def compare_losses(
 
 
 def draw(record: dict[str, Any], record_file: Path) -> None:
-    """Write `<record>-cost.png` and `<record>-error.png`, each if its section has rows."""
+    """Write `<record>-cost.png` and `<record>-error.png`. A section without rows has no picture."""
     if cost := section_rows(record, "cost"):
         path = record_file.with_name(f"{record_file.stem}-cost.png")
         _draw_cost(cost, record["device"], path)
@@ -104,25 +109,29 @@ def _draw_cost(rows: list[Row], device: str, path: Path) -> None:
 
 
 def _draw_errors(rows: list[Row], device: str, path: Path) -> None:
-    """Errors of the gradients by the distance of pairs, in the first row's dtype."""
+    """Errors of the gradients over the distance of pairs, for the first dtype of the record."""
     n, d, dtype = (rows[0][key] for key in ("N", "D", "dtype"))
     rows = [row for row in rows if row["dtype"] == dtype]
+    distances = sorted({row["|T - I|"] for row in rows} - {RANDOM})
+    ticks = [f"{distance:g}" for distance in distances]
     figure, axes = plt.subplots(2, figsize=(5.5, 7.5), dpi=200, layout="constrained")
-    panels = (("gradient", WHOLE), ("penalties' gradient", PENALTIES))
-    for ax, (what, losses) in zip(axes, panels, strict=True):
+    panels = (("gradient", WITH_BOTH_TERMS), ("penalties' gradient", PENALTIES_ALONE))
+    for ax, (gradient, losses) in zip(axes, panels, strict=True):
         _draw_lines(ax, {loss: points(rows, loss, "|T - I|", "gradient") for loss in losses})
-        ax.set(xscale="log", xlabel="|T − I|, distance of a pair's features")
+        ax.set(xscale="log", xlabel="|T − I|, distance between the features of a pair")
+        ax.set_xticks([*distances, RANDOM_DISTANCE], [*ticks, "random\npairs"])
+        ax.tick_params(axis="x", which="minor", bottom=False)
         case = f"N = {n:,}, D = {d:,}, {dtype}"
-        ax.set_title(f"Relative error of the {what},\nagainst float64: {case}", loc="left")
+        ax.set_title(f"Relative error of the {gradient},\nagainst float64: {case}", loc="left")
     _save(figure, device, path)
 
 
 def _draw_multiples(ax: Any, rows: list[Row], column: str) -> None:
-    """A column's value of each loss relative to ours, by N. Says where memory ran out."""
+    """Draw the values of a column over N, divided by ours. Mark where a loss ran out of memory."""
     ours = dict(points(rows, names.OURS, "N", column))
     lines = {
         loss: [(n, y / ours[n]) for n, y in points(rows, loss, "N", column) if n in ours]
-        for loss in IN_PICTURE
+        for loss in IN_COST_PICTURE
     }
     _draw_lines(ax, lines)
     for loss, line in lines.items():
@@ -130,22 +139,23 @@ def _draw_multiples(ax: Any, rows: list[Row], column: str) -> None:
         if failed and line:
             style = {"color": STYLES[loss][0], "fontsize": "small", "ha": "right"}
             ax.annotate("then out of memory", line[-1], (6, 9), textcoords="offset points", **style)
-    batches, paper = sorted({row["N"] for row in rows}), {PAPER_BATCH_SIZE: "\n(the paper's)"}
+    batch_sizes = sorted({row["N"] for row in rows})
+    notes = {PAPER_BATCH_SIZE: "\n(the paper's)"}
     ax.set(xscale="log", xlabel="N, pairs in the batch")
-    ax.set_xticks(batches, [f"{n:,}{paper.get(n, '')}" for n in batches])
+    ax.set_xticks(batch_sizes, [f"{n:,}{notes.get(n, '')}" for n in batch_sizes])
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     ax.yaxis.set_major_formatter("{x:g}×")
     ax.minorticks_off()
 
 
 def _draw_lines(ax: Any, lines: dict[str, Points]) -> None:
-    """A line for each loss that has points, on a logarithmic axis."""
+    """Draw a line for each loss that has points, over a logarithmic axis."""
     ax.set_yscale("log")
     ax.grid(alpha=0.3)
     for loss, line in lines.items():
         if line:
-            colour, mark = STYLES[loss]
-            ax.plot(*zip(*line, strict=True), color=colour, marker=mark, linewidth=2, label=loss)
+            colour, marker = STYLES[loss]
+            ax.plot(*zip(*line, strict=True), color=colour, marker=marker, linewidth=2, label=loss)
     low, high = ax.get_ylim()
     ax.set_ylim(low, high * (high / low) ** 0.15)  # room for the legend
     if any(lines.values()):
@@ -162,6 +172,13 @@ def _save(figure: Any, title: str, path: Path) -> None:
 
 
 def points(rows: list[Row], loss: str, x: str, y: str) -> Points:
-    """The (x, y) of a loss, sorted; without random pairs, missing values, NaN and infinity."""
-    pairs = [(row[x], row.get(y, math.nan)) for row in rows if row["loss"] == loss]
-    return sorted(pair for pair in pairs if pair[0] != RANDOM and math.isfinite(pair[1]))
+    """The values of columns x and y for a loss, sorted by x. Only finite y are drawn.
+
+    Random pairs are drawn at `RANDOM_DISTANCE`.
+    """
+    found = [
+        (RANDOM_DISTANCE if row[x] == RANDOM else row[x], row.get(y, math.nan))
+        for row in rows
+        if row["loss"] == loss
+    ]
+    return sorted(point for point in found if math.isfinite(point[1]))

@@ -1,7 +1,8 @@
-"""`python -m benchmarks`: the loss compared with its alternatives, on the machine at hand.
+"""`python -m benchmarks`: compares the loss with its alternatives on this machine.
 
-It measures time, memory, errors and the share of a training step. The summary goes to the terminal,
-the record (JSON, Markdown, pictures) to `results/`. On CUDA if there is a device, else on the CPU.
+It measures time, memory, errors and the share of a training step. It uses the GPU if there is one,
+and the CPU otherwise. It prints a summary, and writes a record (JSON, Markdown, pictures) to
+`results/`.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The loss's share of a training step, with images and texts of noise."""
+"""The loss's share of a training step. Images and texts are random."""
 
 import math
 from collections.abc import Callable
@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.compare.competitors import BESIDE, Competitor, Loss
+from benchmarks.compare.competitors import MAIN, Competitor, Loss
 from benchmarks.compare.plan import LOGIT_SCALE, Plan
 from benchmarks.measure import allocated_peak, interleaved, time_columns
 from benchmarks.run import OK, Run
 
-# The demonstration's model (`reference_train`), for captions without padding.
+# The model of `reference_train/demo/model.py` with fewer tokens. The demonstration pads captions to
+# 20 tokens, but encodes little of the padding.
 TINY: dict[str, Any] = {
     "embed_dim": 128,
     "vision_cfg": {"layers": (1, 1, 1, 1), "width": 16, "image_size": 32},
@@ -34,7 +35,8 @@ class Trainer:
             model = open_clip.create_model(name, load_weights=False, pretrained_text=False, **scale)
         self.model = model.to(run.device, memory_format=torch.channels_last).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
-        on_cuda = run.device.type == "cuda"  # as training loops do
+        # Training loops use autocast on a GPU only.
+        on_cuda = run.device.type == "cuda"
         self.autocast = torch.autocast(run.device.type, torch.bfloat16, enabled=on_cuda)
         size = model.visual.image_size
         sides = size if isinstance(size, tuple) else (size, size)
@@ -50,7 +52,7 @@ class Trainer:
         return [out[name] for name in ("image_features", "text_features", "logit_scale")]
 
     def loss_alone(self, loss: Loss, features: list[Tensor]) -> None:
-        """Forward and backward."""
+        """The loss's forward and backward pass."""
         with self.autocast:
             value = loss(*features)
         value.backward()
@@ -63,11 +65,11 @@ class Trainer:
 
 
 def add_training_steps(run: Run, losses: list[Competitor], plan: Plan) -> None:
-    """Add a row for some losses: the step, the loss alone, its share, and the step's peak."""
+    """Add a row for each loss in `MAIN`: times of the step and of the loss, and peak memory."""
     trainer = Trainer(run, plan.model, plan.batch_size)
     features = [output.detach().requires_grad_() for output in trainer.encode()]
     steps: dict[str, Callable[[], object]] = {}
-    for competitor in (c for c in losses if c.name in BESIDE):
+    for competitor in [c for c in losses if c.name in MAIN]:
         name = competitor.name
         with run.attempt(model=plan.model, batch=plan.batch_size, loss=name) as row:
             step = partial(trainer.step, competitor.loss)
@@ -78,7 +80,7 @@ def add_training_steps(run: Run, losses: list[Competitor], plan: Plan) -> None:
             row["peak MB"] = allocated_peak(run.device, step) / 1e6
             steps |= {f"step {name}": step, f"loss {name}": loss_alone}
     times = interleaved(steps, run.device, plan.seconds, plan.min_rounds)
-    for row in (row for row in run.section.rows if row["outcome"] == OK):
+    for row in [row for row in run.section.rows if row["outcome"] == OK]:
         for what in ("step", "loss"):
             row[f"{what} ms"] = time_columns(times[f"{what} {row['loss']}"])["ms"]
         row["loss / step"] = row["loss ms"] / row["step ms"]

@@ -1,1 +1,1 @@
-"""Compiles every shipped kernel for every architecture, without a GPU."""
+"""`python -m benchmarks gate`: compiles every shipped kernel for every architecture."""

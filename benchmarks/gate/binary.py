@@ -1,7 +1,6 @@
-"""Registers, spills, shared memory and tensor-core instructions of a compiled kernel.
+"""Reads registers, spills, shared memory and tensor-core instructions of a compiled kernel.
 
-They are read from the binary with `cuobjdump`, which comes with Triton's wheel, or from AMD's
-assembly.
+The source is the binary for NVIDIA, read with `cuobjdump` from Triton's wheel, or AMD's assembly.
 """
 
 import os
@@ -21,39 +20,39 @@ from cyclip_loss.numerics import TRITON_FOR_BLACKWELL
 
 @dataclass(frozen=True)
 class Chip:
-    """A target of the compiler, and the limits that its binaries must keep."""
+    """A target of the compiler, and the requirements for its binaries."""
 
     target: GPUTarget
     shared_limit: int  # bytes of shared memory (LDS) that one program may use
-    matrix_instruction: str  # a pattern: what a product of 16-bit operands must compile to
-    first_triton: tuple[int, int] = (3, 4)
+    matrix_instruction: str  # regular expression: products of 16-bit operands must compile to this
+    first_triton: tuple[int, int] = (3, 4)  # the first version of Triton that supports the chip
 
 
 CHIPS = {
     "sm_80": Chip(GPUTarget("cuda", 80, 32), 163 * 1024, r"HMMA\b"),
     "sm_86": Chip(GPUTarget("cuda", 86, 32), 99 * 1024, r"HMMA\b"),
     "sm_90": Chip(GPUTarget("cuda", 90, 32), 227 * 1024, r"HGMMA\b"),
-    # Older versions fail. The package does not use them on this chip.
+    # Older versions of Triton fail on this chip, and the package does not use them there.
     "sm_100": Chip(GPUTarget("cuda", 100, 32), 227 * 1024, r"UTC\w*MMA\b", TRITON_FOR_BLACKWELL),
-    # Older versions have no linker for this chip.
+    # Older versions of Triton have no linker for this chip.
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 64 * 1024, r"v_mfma_", (3, 5)),
 }
 MATRIX_INSTRUCTIONS = re.compile(
     rf"\b(?:{'|'.join(chip.matrix_instruction for chip in CHIPS.values())})[\w.]*"
 )
-WITH_PRODUCTS = ("contrastive_lse", "contrastive_grads", "gram_matrices", "cyclic_grads")
+KERNELS_WITH_PRODUCTS = ("contrastive_lse", "contrastive_grads", "gram_matrices", "cyclic_grads")
 
 
 @dataclass(frozen=True)
 class Binary:
-    """One binary. `serialised`: each wgmma waits for the one before it (Hopper only)."""
+    """What the gate checks of a compiled kernel."""
 
     registers: int
     spilled_bytes: int
     shared_bytes: int
     matrix_instructions: dict[str, int]
-    serialised: bool
-    fuses: bool  # multiplications and additions are one instruction
+    serialised: bool  # each wgmma waits for the one before it (Hopper only)
+    fuses: bool  # a multiplication and an addition may become one instruction
 
     def faults(self, arch: str, kernel: str, features: str) -> list[str]:
         """The reasons why this binary must not ship."""
@@ -64,14 +63,14 @@ class Binary:
             found.append(f"{self.shared_bytes} bytes of shared memory, over {chip.shared_limit}")
         if not self.fuses:
             found.append("does not fuse multiplications and additions")
-        if kernel not in WITH_PRODUCTS:
+        if kernel not in KERNELS_WITH_PRODUCTS:
             return found
         wanted = chip.matrix_instruction
+        # All other products round float32 operands in registers, and each wgmma waits for that.
         is_16_bit_product = kernel.startswith("contrastive") and not features.startswith("float32")
-        # Float32 operands are rounded in registers first, so each wgmma must wait for them.
         if self.serialised and is_16_bit_product:
             found.append("each wgmma waits for the one before it")
-        if is_16_bit_product and not any(re.match(wanted, n) for n in self.matrix_instructions):
+        if is_16_bit_product and not any(re.match(wanted, i) for i in self.matrix_instructions):
             found.append(f"no {wanted} in a 16-bit product")
         if features != "float32 ieee" and not self.matrix_instructions:
             found.append("no matrix instruction")
@@ -79,7 +78,7 @@ class Binary:
 
 
 def inspect(compiled: Any) -> Binary:
-    """Read what `triton.compile` returned."""
+    """Read the binary that `triton.compile` returned."""
     if "hsaco" in compiled.asm:
         assembly = compiled.asm["amdgcn"]
         registers, spilled_bytes = amd_registers(assembly)
@@ -97,7 +96,7 @@ def inspect(compiled: Any) -> Binary:
 
 
 def amd_registers(assembly: str) -> tuple[int, int]:
-    """The registers of a thread, and the bytes that it spills."""
+    """The number of registers of a thread, and the number of bytes that it spills."""
 
     def field(name: str) -> int:
         return max(map(int, re.findall(rf"\.{name}:\s*(\d+)", assembly)), default=0)
@@ -107,10 +106,11 @@ def amd_registers(assembly: str) -> tuple[int, int]:
 
 
 def nvidia_registers(sass: str) -> tuple[int, int]:
-    """The registers of a thread, and the bytes that it spills.
+    """The number of registers of a thread, and the number of bytes that it spills.
 
-    Spilled registers lie on the stack; LDL and STL, of any width, read and write it. A stack that
-    is never accessed costs nothing, and an access costs time even where no stack is reported.
+    Registers are spilled to the stack, which the instructions LDL and STL read and write. A stack
+    that these instructions never access costs nothing. Where they occur, they cost time, even if
+    cuobjdump reports no stack.
     """
     registers = max(map(int, re.findall(r"REG:(\d+)", sass)))
     stack = max(map(int, re.findall(r"STACK:(\d+)", sass)))
@@ -119,7 +119,7 @@ def nvidia_registers(sass: str) -> tuple[int, int]:
 
 
 def disassemble(cubin: bytes) -> str:
-    """The resource usage and the assembly (SASS) of a binary for NVIDIA."""
+    """The resource usage and the assembly (SASS) of an NVIDIA binary, as text."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     # cuobjdump finds nvdisasm, its disassembler, on the PATH.
     environment = {**os.environ, "PATH": f"{tool.parent}{os.pathsep}{os.environ.get('PATH', '')}"}
@@ -132,11 +132,11 @@ def disassemble(cubin: bytes) -> str:
 
 
 def is_serialised(sass: str) -> bool:
-    """Whether a main loop waits for its last wgmma before the next one begins.
+    """Whether a main loop waits for each wgmma before it starts the next one.
 
-    A loop that keeps the tensor cores busy waits with `gsb0, 0x1`, which lets one group run on.
-    Main loops are the innermost loops with products. The loop over tiles of a persistent kernel is
-    none: it has to wait for its tile's last product.
+    A main loop is an innermost loop with products. To keep the tensor cores busy, it waits with
+    `gsb0, 0x1`, which lets one group of products continue. The outer loop of a persistent kernel is
+    not checked, because it has to wait for the last product of each tile.
     """
     found = re.findall(r"/\*([0-9a-f]{4,})\*/([^;]+);", sass)
     lines = [(int(address, 16), text) for address, text in found]

@@ -1,6 +1,6 @@
-"""`python -m benchmarks gate`: compiles every shipped configuration for every chip, without a GPU.
+"""`python -m benchmarks gate`: compiles every shipped kernel for every chip, without a GPU.
 
-The assembler and disassembler come with Triton's wheel. The exit code is 1 if a binary
+It uses the assembler and disassembler in Triton's wheel. The exit code is 1 if a binary
 
 - spills registers,
 - needs more shared memory than its chip has,
@@ -8,11 +8,11 @@ The assembler and disassembler come with Triton's wheel. The exit code is 1 if a
 - makes each tensor-core instruction of a 16-bit contrastive kernel wait for the one before it, or
 - does not fuse multiplications with additions.
 
-The table goes to stdout, the faults to stderr.
+It prints a table of all binaries to stdout, and these faults to stderr.
 
-The gate compiles what a launch runs. Launches copy features that are not aligned (`padded_rows`),
-so pointers and strides are multiples of 16. D itself is an argument of one kernel only, which is
-compiled for multiples of 16 and for any D.
+The gate compiles the binaries that launches use. Launches copy unaligned features (`padded_rows`),
+so pointers and strides are multiples of 16. The D that kernels get is padded too, except in
+`traces_kernel`, which is compiled both for multiples of 16 and for any D.
 """
 
 import argparse
@@ -36,15 +36,15 @@ from cyclip_loss.kernels.gram_matrices import gram_matrices_kernel
 from cyclip_loss.kernels.pair_terms import pair_terms_kernel
 from cyclip_loss.numerics import triton_version
 
-# For each dtype of the features: Triton's pointer type, and the precision of the products.
+# For each dtype of the features and precision of products: Triton's names for both.
 FEATURES = {
     "bfloat16": ("*bf16", "tf32"),
     "float16": ("*fp16", "tf32"),
     "float32 tf32": ("*fp32", "tf32"),
     "float32 ieee": ("*fp32", "ieee"),
 }
-# Arguments by their type. Pointers to the features' dtype, pointers to int64, floats and integers;
-# every other argument is a pointer to float32.
+# The kernels' arguments, grouped by type. The first group has pointers to the features' dtype.
+# Arguments in none of the four groups are pointers to float32.
 FEATURE_POINTERS = {
     "image", "text", "row_features", "column_features", "gradient", "image_grad", "text_grad",
 }  # fmt: skip
@@ -66,22 +66,22 @@ class Variant:
     features: str
     config: Config
     flags: dict[str, Any]
-    any_d: bool = False  # `d` is D itself, which need not be a multiple of 16
+    any_d: bool = False  # D need not be a multiple of 16
 
     @property
     def label(self) -> str:
-        """The kernel's name, with the flags that tell its variants apart."""
+        """The kernel's name, with the flags that distinguish its variants."""
         has_ids = ID_POINTERS & {*KERNELS[self.kernel].arg_names} - self.flags.keys()
-        words = {
+        flags = {
             "with_cross": self.flags.get("WITH_CROSS"),
             "any D": self.any_d,
             "ids": has_ids,
         }
-        shown = ", ".join(word for word, is_on in words.items() if is_on)
-        return f"{self.kernel} ({shown})" if shown else self.kernel
+        active = ", ".join(flag for flag, is_active in flags.items() if is_active)
+        return f"{self.kernel} ({active})" if active else self.kernel
 
     def faults(self, built: Binary | str) -> list[str]:
-        """The reasons why it must not ship. built: what `build` returned."""
+        """The reasons why this variant must not ship. built: the result of `build`."""
         if isinstance(built, str):
             return [built]
         return built.faults(self.arch, self.kernel, self.features)
@@ -104,8 +104,8 @@ KERNELS = {
 
 
 def variants(arch: str) -> Iterator[Variant]:
-    """Every configuration of an architecture, with the flags that cost most."""
-    # These have no product, and are the same for all dtypes of the features.
+    """Every configuration of an architecture, with the flags that make the kernel do most work."""
+    # These kernels multiply no matrices, and are the same for all dtypes of the features.
     for kernel, config, flags in (
         ("join_lse", JOIN, {}),
         ("pair_terms", PAIRS, {"SYMMETRIC": True}),
@@ -118,26 +118,26 @@ def variants(arch: str) -> Iterator[Variant]:
     configs = ARCHITECTURES[arch]
     for features, (pointer, dot) in FEATURES.items():
         bits = 32 if pointer == "*fp32" else 16
-        shared = {"SYMMETRIC": True, "PRECISION": dot}
-        without_ids = shared | dict.fromkeys(ID_POINTERS)
+        with_ids = {"SYMMETRIC": True, "PRECISION": dot}
+        without_ids = with_ids | dict.fromkeys(ID_POINTERS)
         config = configs["contrastive_lse"][bits, dot]
         yield Variant(arch, "contrastive_lse", features, config, without_ids)
-        yield Variant(arch, "contrastive_lse", features, config, shared)
-        needs = {"NEEDS_SCALE": True, "SHIFT": 14 if features == "float16" else 0}
+        yield Variant(arch, "contrastive_lse", features, config, with_ids)
+        grad_flags = {"NEEDS_SCALE": True, "SHIFT": 14 if features == "float16" else 0}
         config = configs["contrastive_grads"][bits, dot]
-        yield Variant(arch, "contrastive_grads", features, config, without_ids | needs)
-        yield Variant(arch, "contrastive_grads", features, config.with_ids, shared | needs)
-        for cross in (False, True):
-            shared = {"WITH_CROSS": cross, "TF32": dot == "tf32", "PRECISION": dot}
+        yield Variant(arch, "contrastive_grads", features, config, without_ids | grad_flags)
+        yield Variant(arch, "contrastive_grads", features, config.with_ids, with_ids | grad_flags)
+        for with_cross in (False, True):
+            gram_flags = {"WITH_CROSS": with_cross, "TF32": dot == "tf32", "PRECISION": dot}
             config = configs["gram_matrices"][32, dot]
-            yield Variant(arch, "gram_matrices", features, config, shared)
-            needs = {"NEEDS_IMAGE": True, "NEEDS_TEXT": True}
+            yield Variant(arch, "gram_matrices", features, config, gram_flags)
+            grad_flags = {"NEEDS_IMAGE": True, "NEEDS_TEXT": True}
             config = configs["cyclic_grads"][32, dot]
-            yield Variant(arch, "cyclic_grads", features, config, shared | needs)
+            yield Variant(arch, "cyclic_grads", features, config, gram_flags | grad_flags)
 
 
 def source(variant: Variant) -> ASTSource:
-    """The kernel with the types of its arguments, as in a launch."""
+    """The kernel with the types of its arguments, as launches describe them to the compiler."""
     kernel = KERNELS[variant.kernel]
     constants = {**variant.flags, **variant.config.tile}
     signature, attributes = {}, {}
@@ -171,7 +171,7 @@ def build(variant: Variant) -> Binary | str:
 
 
 def make_row(variant: Variant, built: Binary | str) -> Row:
-    """A row of the table."""
+    """The row of a variant in the printed table."""
     config = variant.config
     row: Row = {
         "arch": variant.arch,
@@ -183,7 +183,7 @@ def make_row(variant: Variant, built: Binary | str) -> Row:
     }
     if isinstance(built, str):
         return row | {"registers": f"does not compile: {built}"}
-    matrix = ", ".join(f"{n} {name}" for name, n in built.matrix_instructions.items())
+    matrix = ", ".join(f"{count} {name}" for name, count in built.matrix_instructions.items())
     return row | {
         "registers": built.registers,
         "spilled bytes": built.spilled_bytes,
@@ -193,7 +193,7 @@ def make_row(variant: Variant, built: Binary | str) -> Row:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Compile, print the table and the faults. Returns 1 if there are faults."""
+    """Compile all variants, and print the table and the faults. Returns 1 if there are faults."""
     chosen = options.arch or [a for a in CHIPS if triton_version() >= CHIPS[a].first_triton]
     if unknown := [arch for arch in chosen if arch not in CHIPS]:
         print(f"--arch {' '.join(unknown)}: choose from {', '.join(CHIPS)}", file=sys.stderr)

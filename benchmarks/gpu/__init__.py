@@ -1,1 +1,1 @@
-"""What can only be tested and timed on a GPU, in one command."""
+"""`python -m benchmarks gpu`: tests, times and tile sizes on a GPU."""

@@ -1,8 +1,8 @@
 """`python -m benchmarks gpu`: tests, times and tile sizes on this machine's GPU, in one record.
 
-Sections are independent: if one fails, the record says so, the others run, and the exit code is 1.
-The record also says what a section had no time for. `--dry-run` does the same on a CPU, with the
-kernels interpreted: a few tests, and tiny sizes timed by the wall clock.
+Sections are independent. If a section fails, the record says so, the other sections still run, and
+the exit code is 1. The record also says what a section had no time for. `--dry-run` runs the
+sections on a CPU, with few tests and tiny sizes. Triton's interpreter runs the kernels there.
 """
 
 import argparse
@@ -47,7 +47,7 @@ DRY_RUN = replace(
 
 
 def ceilings(run: Run) -> None:
-    """Measure how fast this card multiplies and copies."""
+    """Measure the rates of matrix products and of copies on this GPU."""
     plan = DRY_RUN if run.dry_run else CUDA
     rate = matrix_rate(run, plan)
     what = f"bfloat16 product, {plan.matrix} cubed"
@@ -61,7 +61,7 @@ def ceilings(run: Run) -> None:
 
 
 def kernels(run: Run) -> None:
-    """List what one step of the loss launches, and how long each kernel takes."""
+    """List the kernels that one step of the loss launches, and the time of each kernel."""
     for n, d in DRY_RUN.sizes if run.dry_run else KERNEL_SIZES:
         step = make_step(CyCLIPLoss(), make_leaves(run, n, d, torch.bfloat16))
         for _ in range(3):
@@ -75,9 +75,9 @@ def kernels(run: Run) -> None:
             run.add_row(N=n, D=d, kernel=name[:60], launches=count, ms=time / 1e3)
 
 
-def beside_competitors(run: Run) -> None:
-    """Measure the costs that `compare` measures, for as long as there is time."""
-    # On a CPU, compiling takes too long for a dry run.
+def compare_with_competitors(run: Run) -> None:
+    """Measure the costs that `compare` measures, until the time is over."""
+    # The compiled competitor takes too long for a dry run.
     losses = competitors(run.device, without=(COMPILED,) if run.dry_run else ())
     plan = DRY_RUN if run.dry_run else CUDA
     add_costs(run, losses, plan)
@@ -88,17 +88,17 @@ def beside_competitors(run: Run) -> None:
 
 
 def sweep(run: Run) -> None:
-    """Show what `cyclip_loss.tune` chooses in bfloat16, as lines for kernels/configs.py."""
+    """Run `cyclip_loss.tune` in bfloat16. Its choices are lines to paste in kernels/configs.py."""
     n, d = (96, 128) if run.dry_run else (16384, 768)
     for row in tune(run.device, [torch.bfloat16], n, d, run.remaining()):
         tile, left_out = row.pop("tile"), row.pop("left out")
         run.add_row(N=n, D=d, **row, **{"line for configs.py": config_line(row["kernel"], tile)})
-        for why in left_out:
-            run.note(why)
+        for reason in left_out:
+            run.note(reason)
 
 
 def config_line(key: str, config: Config) -> str:
-    """The line of kernels/configs.py that ships a configuration. key: as in the file of tiles."""
+    """The line of kernels/configs.py for a configuration. key: its key in the file of tiles."""
     kernel, dtype, dot, _ = key.split()
     precision = "HALF" if dtype != "float32" and kernel.startswith("contrastive") else dot.upper()
     tile = {name: size for name, size in config.tile.items() if name != "GROUP"}
@@ -108,8 +108,8 @@ def config_line(key: str, config: Config) -> str:
     return f"{precision}: {maker}({', '.join(map(str, numbers))}),"
 
 
-# The seconds of each section, of TOTAL, where all sections run; the last two take what is left. If
-# the command names sections, each may use the whole remaining budget.
+# Each section with its seconds if all sections run with the default budget, TOTAL. The last two
+# sections may use all the time that is left. So may each section if the user chooses sections.
 TOTAL = 440
 SECTIONS: dict[str, tuple[Callable[[Run], None], float]] = {
     "cuda": (partial(run_tests, CUDA_TESTS, 1), 100),
@@ -118,22 +118,22 @@ SECTIONS: dict[str, tuple[Callable[[Run], None], float]] = {
     "kernels": (kernels, 10),
     "ablations": (ablations, 15),
     "sweep": (sweep, 110),
-    "competitors": (beside_competitors, 122),
+    "competitors": (compare_with_competitors, 122),
     "slow": (partial(run_tests, SLOW_TESTS, PROCESSES), TOTAL),
     "ranks": (partial(run_tests, RANK_TESTS, 1), TOTAL),
 }
 
 
 def main(options: argparse.Namespace) -> int:
-    """Run the sections, write the record. Returns 1 if anything failed, 2 if nothing could run."""
+    """Run the sections and write the record. Returns 1 after a failure, 2 if nothing could run."""
     if not options.dry_run and not torch.cuda.is_available():
-        print("no CUDA device: `python -m benchmarks gpu --dry-run` runs on CPU, and times nothing")
+        print("no CUDA device: `python -m benchmarks gpu --dry-run` runs here, without real times")
         return 2
     chosen = options.sections or list(SECTIONS)
     if unknown := [name for name in chosen if name not in SECTIONS]:
         print(f"--sections {' '.join(unknown)}: choose from {', '.join(SECTIONS)}")
         return 2
-    # The interpreter computes with NumPy arrays. Their overflows to infinity are intended.
+    # Triton's interpreter computes with NumPy, which warns of overflows that the kernels intend.
     warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.|numpy")
 
     def measure_in_time(name: str, run: Run) -> None:

@@ -1,6 +1,6 @@
-"""Runs the project's own tests on this device, shared among processes by pytest-xdist.
+"""Runs the project's tests on this device, in several processes with pytest-xdist.
 
-A test that crashes its process fails, and the others run in a new process.
+If a test crashes its process, the test fails, and the remaining tests run in a new process.
 """
 
 import math
@@ -22,19 +22,19 @@ RANK_TESTS = ("tests/ranks", "-m", "nccl")
 # A dry run only shows that tests can be started and their results read.
 DRY_RUN_TESTS = ("tests/loss/test_loss.py", "-k", "eager")
 CORES = len(os.sched_getaffinity(0))
-# Several processes: most of the time goes to the oracle, in float64 on the CPU.
+# Several processes share the GPU, because the oracle takes most of the time, in float64 on the CPU.
 PROCESSES = max(1, min(8, CORES // 2))
 GRACE_SECONDS = 30.0  # for pytest to report when it is interrupted
 PROGRESS_SECONDS = 15.0  # between two lines of progress
 TIMED_OUT = 124  # exit code of `timeout`
-SHOWN_CHARACTERS = 30_000  # at the end of pytest's output: the full text of what failed
+SHOWN_CHARACTERS = 30_000  # of the end of pytest's output, which describes all failures
 
 
 def run_tests(tests: Sequence[str], processes: int, run: Run) -> None:
     """Run tests with tensors on the device, until the section's time is over.
 
-    A row has the number of tests that passed; notes say why tests were skipped. If any test fails,
-    pytest's output is a failure of the section.
+    The row counts the tests by outcome, and notes say why tests were skipped. If any test fails,
+    the section fails with pytest's output.
     """
     output, code = run_pytest(DRY_RUN_TESTS if run.dry_run else tests, processes, run)
     for count, reason in re.findall(r"^SKIPPED \[(\d+)\] (.*)", output, re.MULTILINE):
@@ -46,14 +46,14 @@ def run_tests(tests: Sequence[str], processes: int, run: Run) -> None:
     if code == TIMED_OUT:
         progress = re.split(r"^[=!]{5,} (?!test session)", output, flags=re.MULTILINE)[0]
         run.note(f"interrupted at: {''.join(progress.strip().splitlines()[-1:])}")
-    # pytest's exit codes: 0 means that all passed, 5 that there was nothing to run.
+    # pytest's exit codes: 0 means that all tests passed, 5 that there were no tests.
     if code not in (0, 5, TIMED_OUT) or re.search("failed|error", summary):
         run.fail(f"pytest ended with {code}\n{output[-SHOWN_CHARACTERS:]}")
 
 
 def run_pytest(tests: Sequence[str], processes: int, run: Run) -> tuple[str, int]:
-    """Run pytest, print some of its progress. Returns its output and exit code."""
-    # After an illegal access all later tests of a process fail: 20 failures are enough.
+    """Run pytest and print some of its progress. Returns its output and exit code."""
+    # After an illegal memory access all later tests of a process fail. Stop after 20 failures.
     command = ["-m", "pytest", "-v", "-rs", "--maxfail", "20", "--continue-on-collection-errors"]
     command += ["-n", str(processes), "--dist", "worksteal", "--device", run.device.type, *tests]
     seconds = 0 if run.deadline == math.inf else max(1, run.remaining())  # 0: no limit

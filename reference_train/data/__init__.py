@@ -1,1 +1,1 @@
-"""The data of `reference_train`: emoji and icons, and the samples of their tar files."""
+"""Emoji and icons, and a reader of their tar files."""

@@ -14,7 +14,7 @@ from .samples import decode, read_samples
 EMOJI_FOLDER = Path(__file__).parents[1] / "emoji"
 TRAIN_STYLES = ("noto", "twemoji", "fluent-emoji-flat")
 SHIFT_STYLES = ("noto-v1", "openmoji", "fluent-emoji")  # never trained on
-STRESS_STYLES = ("fluent-emoji-high-contrast",)  # black and white: in no mean
+STRESS_STYLES = ("fluent-emoji-high-contrast",)  # black and white; means do not include it
 ALL_STYLES = TRAIN_STYLES + SHIFT_STYLES + STRESS_STYLES
 SIZE = 64  # pixels
 
@@ -36,22 +36,22 @@ class EmojiSet:
 
     concepts: list[Concept]
     images: Tensor  # (n, 3, 64, 64) uint8
-    concept: Tensor  # (n,) the concept of each image, an index into `concepts`
-    styles: list[str]  # of each image
+    image_concepts: Tensor  # (n,) int64, the concept of each image as an index into `concepts`
+    image_styles: list[str]  # the style of each image
 
     def in_split(self, split: str) -> list[int]:
-        """The concepts of a split, as indices."""
+        """The concepts of a split, as indices into `concepts`."""
         return [i for i, concept in enumerate(self.concepts) if concept.split == split]
 
     def drawings(
         self, styles: Sequence[str], concepts: Sequence[int]
     ) -> tuple[Tensor, Tensor, list[str]]:
-        """All images of some concepts in some styles, with the concept and style of each image."""
-        has_style = torch.tensor([style in styles for style in self.styles])
-        has_concept = torch.isin(self.concept, torch.tensor(concepts))
+        """The images of these concepts in these styles, and the concept and style of each image."""
+        has_style = torch.tensor([style in styles for style in self.image_styles])
+        has_concept = torch.isin(self.image_concepts, torch.tensor(concepts))
         chosen = (has_style & has_concept).nonzero()[:, 0]
-        chosen_styles = [self.styles[i] for i in chosen.tolist()]
-        return self.images[chosen], self.concept[chosen], chosen_styles
+        chosen_styles = [self.image_styles[i] for i in chosen.tolist()]
+        return self.images[chosen], self.image_concepts[chosen], chosen_styles
 
 
 def read_emoji(folder: Path = EMOJI_FOLDER) -> EmojiSet:
@@ -60,7 +60,7 @@ def read_emoji(folder: Path = EMOJI_FOLDER) -> EmojiSet:
     Raises `CannotStart` if a shard can't be read.
     """
     concepts: dict[Concept, int] = {}
-    images, concept_of_image, styles = [], [], []
+    images, image_concepts, image_styles = [], [], []
     for style in ALL_STYLES:
         for _, image, name, info in read_samples([str(folder / f"{style}.tar.xz")]):
             concept = Concept(
@@ -71,8 +71,8 @@ def read_emoji(folder: Path = EMOJI_FOLDER) -> EmojiSet:
                 subgroup=info["subgroup"].replace("-", " "),
                 split=info["split"],
             )
-            concept_of_image.append(concepts.setdefault(concept, len(concepts)))
+            image_concepts.append(concepts.setdefault(concept, len(concepts)))
             images.append(decode(image, SIZE))
-            styles.append(style)
+            image_styles.append(style)
     pixels = torch.from_numpy(np.stack(images))
-    return EmojiSet(list(concepts), pixels, torch.tensor(concept_of_image), styles)
+    return EmojiSet(list(concepts), pixels, torch.tensor(image_concepts), image_styles)

@@ -1,4 +1,4 @@
-"""What an icon shows, in words: its name, whether the name is held out, and its caption."""
+"""Names of icons: what an icon shows, whether its name is held out, and its caption."""
 
 import hashlib
 import random
@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 VALIDATION_SHARE = 0.02  # of the names
 SEED = 0
-# Words that say how an icon is drawn or which of several it is, not what it shows. They are taken
-# off a name only in a set that uses them again and again (`style_words`).
+# Words that say how an icon is drawn, or which variant it is, but not what it shows. They are
+# removed from the names of a set only if the set uses them often (`style_words`).
 STYLES = """
 outline outlined outlines filled fill solid line linear lines bold thin light regular duotone duo
 twotone sharp round rounded broken bulk stroke flat remix color colored colour alt glyph variant
@@ -33,7 +33,7 @@ TEMPLATES = (
 class Icon(NamedTuple):
     """One icon before it is drawn."""
 
-    key: str  # the names of set and icon in the package, with "__" between them
+    key: str  # SET__ICON, by their names in the package
     set: str
     name: str  # what it shows, in words
     style: str  # how it is drawn, in words
@@ -42,17 +42,17 @@ class Icon(NamedTuple):
 
 
 def style_words(names: Sequence[str]) -> set[str]:
-    """The words of `STYLES` that end or begin at least 2% of a set's names."""
+    """The words of `STYLES` that at least 2% of a set's names begin or end with."""
     last_words = Counter(name.rsplit("-", 1)[-1] for name in names if "-" in name)
     first_words = Counter(name.split("-", 1)[0] for name in names if "-" in name)
-    least = 0.02 * len(names)
-    return {word for word in STYLES.split() if last_words[word] + first_words[word] >= least}
+    min_count = 0.02 * len(names)
+    return {word for word in STYLES.split() if last_words[word] + first_words[word] >= min_count}
 
 
 def split_name(icon: str, styles: set[str]) -> tuple[str, list[str]]:
-    """An icon's name -> what it shows ("alarm clock"), and the words of style at either end.
+    """Splits an icon's name into what it shows ("alarm clock") and the style words at its ends.
 
-    Numbers at the end are taken off, too: they are sizes, or count variants.
+    Numbers at the end are removed. They are sizes, or number the variants of an icon.
     """
     words = [word for word in re.split(r"[-_]+", icon.lower()) if word]
     style = []
@@ -64,15 +64,15 @@ def split_name(icon: str, styles: set[str]) -> tuple[str, list[str]]:
 
 
 def is_held_out(name: str) -> bool:
-    """Whether icons of this name are validation data. It depends on the name alone."""
+    """Whether icons of this name are validation data. It depends on the name only."""
     digest = hashlib.sha256(f"{SEED}:{name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < VALIDATION_SHARE
 
 
 def caption(icon: Icon, set_title: str, rng: random.Random) -> str:
-    """A caption from the name and, in some templates, the style, the set's title or the group.
+    """A random caption from the name and, in some templates, the style, the set or the group.
 
-    A template that needs a style or a group that the icon lacks is replaced by the name.
+    If the template needs a style or a group and the icon has none, the caption is the name.
     """
     template = rng.choice(TEMPLATES)
     if ("{style}" in template and not icon.style) or ("{group}" in template and not icon.group):

@@ -1,4 +1,4 @@
-"""The icon sets in npm's package `@iconify/json`: which are taken, and their icons."""
+"""Reads the icon sets of npm's package `@iconify/json`, except those that are left out."""
 
 import io
 import json
@@ -20,9 +20,9 @@ DROPPED_GROUPS = {"logos", "logo", "brand", "brands", "flags", "flag"}
 
 
 def read_sets(archive: Path, left_out: Counter[str]) -> tuple[dict[str, Any], list[Icon]]:
-    """The information about each set that is taken, by its prefix; and their icons, shuffled.
+    """Returns the sets that are used (prefix -> information), and their icons, shuffled.
 
-    Adds to `left_out` how many icons are not taken, by reason.
+    Adds to `left_out` how many icons are left out, by reason.
     """
     sets: dict[str, Any] = {}
     for prefix, info in read_json(archive, ["collections.json"])["collections.json"].items():
@@ -39,7 +39,7 @@ def read_sets(archive: Path, left_out: Counter[str]) -> tuple[dict[str, Any], li
 
 
 def read_json(archive: Path, files: Sequence[str]) -> dict[str, Any]:
-    """Some JSON files of an archive, by name. Raises `CannotStart` if one can't be read."""
+    """Reads JSON files of an archive, by name. Raises `CannotStart` if one can't be read."""
     found = {}
     try:
         with tarfile.open(archive, "r|*") as tar:
@@ -49,12 +49,12 @@ def read_json(archive: Path, files: Sequence[str]) -> dict[str, Any]:
     except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
         raise CannotStart(f"{archive}: can't be read: {first_line(error)}") from error
     if missing := set(files) - set(found):
-        raise CannotStart(f"{archive}: has no {min(missing)}: not the package expected")
+        raise CannotStart(f"{archive}: has no {min(missing)}: it is not the expected package")
     return found
 
 
 def why_left_out(info: dict[str, Any]) -> str | None:
-    """The reason why a whole set is left out; None if it is taken."""
+    """The reason why a whole set is left out; None if it is used."""
     name, category = info["name"].lower(), (info.get("category") or "").lower()
     if category == "logos" or "brands" in name:
         return "logos"
@@ -71,7 +71,7 @@ def licence(info: dict[str, Any]) -> str:
 
 
 def read_set(prefix: str, content: dict[str, Any], left_out: Counter[str]) -> Iterator[Icon]:
-    """The icons of one set. content: its JSON file."""
+    """The icons of one set that are used. content: the set's JSON file."""
     categories = (content.get("categories") or {}).items()
     groups = {icon: group for group, icons in categories for icon in icons}
     inherited = {k: v for k, v in content.items() if k in ("left", "top", "width", "height")}
@@ -86,13 +86,20 @@ def read_set(prefix: str, content: dict[str, Any], left_out: Counter[str]) -> It
         else:
             group_words = re.sub(r"([a-z])([A-Z])", r"\1 \2", group).lower()
             svg = square_svg({**inherited, **icon})
-            yield Icon(f"{prefix}__{key}", prefix, name, " ".join(style), group_words, svg)
+            yield Icon(
+                key=f"{prefix}__{key}",
+                set=prefix,
+                name=name,
+                style=" ".join(style),
+                group=group_words,
+                svg=svg,
+            )
 
 
 def square_svg(icon: dict[str, Any]) -> str:
-    """An icon as a square SVG document. A box that is not square is centred, never stretched.
+    """An icon as a square SVG document. The icon is centred and never stretched.
 
-    icon: its fields, with those that it inherits from its set.
+    icon: its fields, and the fields that it inherits from its set.
     """
     left, top = icon.get("left", 0), icon.get("top", 0)
     width, height = icon.get("width", 16), icon.get("height", 16)

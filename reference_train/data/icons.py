@@ -1,8 +1,10 @@
-"""About 250,000 icons with the names that people gave them, as image-caption shards.
+"""Makes image-caption shards of about 250,000 icons, with the names that people gave them.
 
-Draws npm's `@iconify/json` (104 MB) into WebDataset shards in about eight minutes: `train-*.tar` to
-train on, `val-*.tar` with names that training never sees, `sizes.json` as OpenCLIP reads it, and
-`manifest.json` with the sets, their authors and licences, and what was left out and why.
+It takes about eight minutes to draw the icons of npm's `@iconify/json` (104 MB). The folder gets
+  train-*.tar    WebDataset shards to train on
+  val-*.tar      shards of held-out icons, whose names no training shard has
+  sizes.json     the number of pairs in each shard, as OpenCLIP reads it
+  manifest.json  the icon sets, their authors and licences, and which icons are left out and why
 """
 
 import argparse
@@ -32,7 +34,7 @@ from .icon_sets import SHA256, URL, licence, read_sets
 from .samples import count_pairs
 
 SAMPLES_PER_SHARD = 5000
-PICTURES_OF_A_NAME = 40  # that are trained on
+PICTURES_OF_A_NAME = 40  # at most, in the training shards
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -43,9 +45,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     text = "the file that `npm pack @iconify/json` downloads; default: it is downloaded"
     add("--package", type=Path, metavar="FILE", help=text)
     add("--limit", type=whole_number(1), metavar="N", help="draw N icons, picked at random")
-    text = "train on at most N icons with the same name; default %(default)s; 0: on all"
-    most, count = PICTURES_OF_A_NAME, whole_number(0)
-    add("--pictures-of-a-name", type=count, default=most, metavar="N", help=text)
+    add(
+        "--pictures-of-a-name",
+        type=whole_number(0),
+        default=PICTURES_OF_A_NAME,
+        metavar="N",
+        help="train on at most N icons with the same name; default %(default)s; 0: on all",
+    )
     return parser.parse_args(argv)
 
 
@@ -54,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
     arguments = parse_arguments(argv)
     if importlib.util.find_spec("resvg_py") is None:
         raise Stopped("resvg_py is not installed: pip install resvg-py")
-    # SIGTERM then ends this process as an error does, and no unfinished file is left.
+    # SIGTERM then raises SystemExit, so the unfinished folder is removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with new_folder(arguments.out) as folder, tempfile.TemporaryDirectory() as temporary:
         archive = arguments.package or download(Path(temporary) / "icons.tgz")
@@ -72,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def download(file: Path) -> Path:
-    """Downloads the package. Raises `Stopped` if that fails, or if the package has changed."""
+    """Downloads the package. Raises `Stopped` if that fails or the checksum differs."""
     try:
         torch.hub.download_url_to_file(URL, str(file), SHA256)
     except (OSError, RuntimeError) as error:  # RuntimeError: another checksum
@@ -82,19 +88,19 @@ def download(file: Path) -> Path:
 
 
 def build(archive: Path, out: Path, limit: int | None, pictures_of_a_name: int) -> dict[str, Any]:
-    """Writes the shards and sizes.json into `out`; returns what the manifest says about them.
+    """Writes the shards and sizes.json into `out`. Returns their entries in the manifest.
 
-    limit: how many icons to draw, picked at random; None: all. pictures_of_a_name: the most that
-    are trained on; 0: all. A held-out name has one picture.
+    limit: how many icons to draw, picked at random; None: all. pictures_of_a_name: how many
+    training icons may have the same name; 0: any number. A held-out name has one icon.
     """
     left_out: Counter[str] = Counter()
-    taken, icons = read_sets(archive, left_out)
+    sets, icons = read_sets(archive, left_out)
     icons = icons[:limit]
-    most = {"train": pictures_of_a_name or len(icons), "val": 1}
-    names: dict[str, Counter[str]] = {part: Counter() for part in most}  # with their pictures
-    sets: Counter[str] = Counter()
-    # With a whole number as the time of each file, every run writes the same bytes, and no file
-    # has an extra header.
+    max_pictures = {"train": pictures_of_a_name or len(icons), "val": 1}
+    # Part -> name -> number of its pictures.
+    names: dict[str, Counter[str]] = {part: Counter() for part in max_pictures}
+    used_icons: Counter[str] = Counter()  # of each set
+    # mtime=0: every run writes the same bytes. A fractional time would need an extra header.
     writer = partial(wds.ShardWriter, maxcount=SAMPLES_PER_SHARD, mtime=0, verbose=0)
     with (
         writer(str(out / "train-%05d.tar")) as train,
@@ -103,41 +109,45 @@ def build(archive: Path, out: Path, limit: int | None, pictures_of_a_name: int) 
     ):
         for icon, png in pictures:
             part = "val" if is_held_out(icon.name) else "train"
-            if names[part][icon.name] >= most[part]:
+            if names[part][icon.name] >= max_pictures[part]:
                 left_out[f"more pictures of a name ({part})"] += 1
                 continue
             names[part][icon.name] += 1
-            sets[icon.set] += 1
-            text = caption(icon, taken[icon.set]["name"], random.Random(icon.key))
+            used_icons[icon.set] += 1
+            text = caption(icon, sets[icon.set]["name"], random.Random(icon.key))
             sample: dict[str, Any] = {
                 "__key__": icon.key.replace(".", "_"),
                 "png": png,
                 "txt": text,
             }
-            if part == "val":  # training doesn't read it, and each file of a tar costs it time
+            if part == "val":  # training does not read it, and is slower with more files in a tar
                 sample["json"] = {"name": icon.name, "style": icon.style, "set": icon.set}
             (train if part == "train" else val).write(sample)
     write_sizes(out)
     return {
-        "pairs": {part: sum(names[part].values()) for part in most},
+        "pairs": {part: sum(names[part].values()) for part in max_pictures},
         "names": {part: len(counter) for part, counter in names.items()},
         "left_out": dict(left_out.most_common()),
-        "sets": {prefix: describe(taken[prefix], sets[prefix]) for prefix in taken if sets[prefix]},
+        "sets": {
+            prefix: describe(info, used_icons[prefix])
+            for prefix, info in sets.items()
+            if used_icons[prefix]
+        },
     }
 
 
 def distinct_pictures(
     icons: Sequence[Icon], left_out: Counter[str]
 ) -> Generator[tuple[Icon, bytes], None, None]:
-    """Draws icons; yields each with its PNG, except those that show an earlier picture again.
+    """Draws icons. Yields each icon and its PNG, unless an earlier icon has the same picture.
 
-    Adds to `left_out` how many were not yielded, by reason.
+    Adds to `left_out` how many icons are not yielded, by reason.
     """
     seen: set[bytes] = set()
     with contextlib.closing(draw_in_processes(icons)) as drawing:
         for icon, drawn in zip(icons, track(drawing, "drawing", total=len(icons)), strict=True):
-            if drawn.fault or drawn.digest in seen:
-                left_out[drawn.fault or "the same picture again"] += 1
+            if drawn.error or drawn.digest in seen:
+                left_out[drawn.error or "the same picture again"] += 1
                 continue
             seen.add(drawn.digest)
             yield icon, drawn.png
@@ -151,7 +161,7 @@ def write_sizes(folder: Path) -> None:
 
 
 def describe(info: dict[str, Any], icons: int) -> dict[str, Any]:
-    """A set in the manifest: its title, author and licence, and how many of its icons are used."""
+    """The entry of a set in the manifest. icons: how many of its icons are used."""
     author = info["author"]
     return {
         "title": info["name"],

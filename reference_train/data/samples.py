@@ -1,4 +1,4 @@
-"""Image-caption samples of WebDataset tar files, read and decoded."""
+"""Reads and decodes the image-caption samples of WebDataset tar files."""
 
 import hashlib
 import io
@@ -20,14 +20,14 @@ from webdataset.tariterators import base_plus_ext
 
 from ..command_line import CannotStart, first_line
 
-IMAGES = ("png", "jpg", "jpeg", "webp")
-COMPRESSION = (lzma.LZMAError, zlib.error)  # what a damaged archive raises
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+DECOMPRESSION_ERRORS = (lzma.LZMAError, zlib.error)
 
 
 class Sample(NamedTuple):
     """One image with its caption, as the tar file has it."""
 
-    key: str  # its files' name
+    key: str  # the name that its files share, without the extension
     image: bytes  # an encoded image
     caption: str
     info: dict[str, Any]  # the sample's json, if it has one
@@ -36,31 +36,31 @@ class Sample(NamedTuple):
 def read_samples(shards: Sequence[str]) -> Iterator[Sample]:
     """The samples of tar files that have both an image and a caption, in the order of the files.
 
-    Raises `CannotStart` for a shard that isn't there or can't be read.
+    Raises `CannotStart` for a shard that does not exist or can't be read.
     """
     for shard in shards:
         pipeline = wds.DataPipeline(wds.SimpleShardList([shard]), wds.tarfile_to_samples())
         try:
             for sample in pipeline:
-                image = next((sample[e] for e in IMAGES if e in sample), None)
+                image = next((sample[e] for e in IMAGE_EXTENSIONS if e in sample), None)
                 if image is not None and "txt" in sample:
                     info = json.loads(sample["json"]) if "json" in sample else {}
                     caption = sample["txt"].decode().strip()
                     yield Sample(sample["__key__"], image, caption, info)
         except FileNotFoundError as error:
             raise CannotStart(f"no such shard: {shard}") from error
-        except (OSError, EOFError, ValueError, tarfile.TarError, *COMPRESSION) as error:
+        except (OSError, EOFError, ValueError, tarfile.TarError, *DECOMPRESSION_ERRORS) as error:
             raise CannotStart(f"{shard}: can't be read: {first_line(error)}") from error
 
 
 def samples_in(tar: tarfile.TarFile) -> Iterator[dict[str, tarfile.TarInfo]]:
-    """The samples of an open tar file, from its headers: extension -> header of that file."""
+    """Yields a dict for each sample of an open tar file: extension -> header of the file."""
     for _, members in groupby(tar, key=lambda member: base_plus_ext(member.name)[0]):
         yield {(base_plus_ext(member.name)[1] or "").lower(): member for member in members}
 
 
-def count_pairs(shard: str, most: int) -> int:
-    """How many samples of a tar file have an image and a caption, counted up to `most`.
+def count_pairs(shard: str, limit: int) -> int:
+    """The number of samples with an image and a caption in a tar file, counted up to `limit`.
 
     Only headers are read.
     """
@@ -68,18 +68,19 @@ def count_pairs(shard: str, most: int) -> int:
     try:
         with tarfile.open(shard) as tar:
             for sample in samples_in(tar):
-                pairs += "txt" in sample and not sample.keys().isdisjoint(IMAGES)
-                if pairs == most:
+                if "txt" in sample and not sample.keys().isdisjoint(IMAGE_EXTENSIONS):
+                    pairs += 1
+                if pairs == limit:
                     break
-    except (OSError, EOFError, tarfile.TarError, *COMPRESSION):
-        pass  # the samples after a damaged place can't be read
+    except (OSError, EOFError, tarfile.TarError, *DECOMPRESSION_ERRORS):
+        pass  # samples after the damage can't be read
     return pairs
 
 
 def ends_early(shard: str) -> bool:
-    """Whether a local tar file lacks the zeros at its end.
+    """Whether a local tar file lacks the 1,024 zero bytes with which it should end.
 
-    False for compressed and remote files, whose end is not looked at.
+    False for compressed and remote files, which are not checked.
     """
     if not shard.endswith(".tar") or not os.path.isfile(shard):
         return False
@@ -89,7 +90,7 @@ def ends_early(shard: str) -> bool:
 
 
 def fingerprint(shards: Sequence[str]) -> str:
-    """A text that is the same for shards of the same names and sizes, in any folder."""
+    """A string that identifies shards by their names and sizes, whatever their folder."""
     files = [
         f"{Path(shard).name} {Path(shard).stat().st_size}" if os.path.isfile(shard) else shard
         for shard in shards

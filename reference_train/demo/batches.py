@@ -1,8 +1,8 @@
-"""Training batches: what they hold, and how pictures are augmented.
+"""Training batches, and the augmentation of their images.
 
 A batch has N *distinct* concepts of split `train`, each in one of the training styles. The same
 concept in a second style would be a false negative of the contrastive loss. A batch depends on the
-seed and the step alone, so a resumed run has the batches of an uninterrupted one.
+seed and the step only, so a resumed run has the batches of an uninterrupted one.
 """
 
 import random
@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from ..data.emoji import TRAIN_STYLES, Concept, EmojiSet
 
-# 50% of the captions are a name in a template, 25% a name and its subgroup, 15% the subgroup alone,
-# and 10% keywords: CAPTION_SHARES, in the order of `training_captions`.
+# A caption is a name in a template, a name and its subgroup, a subgroup alone, or keywords. These
+# are the shares of the four kinds, in the order of `training_captions`.
+CAPTION_SHARES = (0.50, 0.25, 0.15, 0.10)
 NAME_TEMPLATES = (
     "{}",
     "{}",
@@ -28,12 +29,11 @@ NAME_TEMPLATES = (
     "a small drawing of {}",
 )
 SUBGROUP_TEMPLATES = ("{}", "a kind of {}", "a drawing of {}", "an emoji of {}")
-KEYWORD_CAPTIONS = 4  # drawn once for each concept: up to three keywords, in random order
-CAPTION_SHARES = (0.50, 0.25, 0.15, 0.10)
+KEYWORD_CAPTIONS = 4  # of each concept, each with up to three keywords in a random order
 
 
 def training_captions(concept: Concept) -> list[list[str]]:
-    """All captions that a concept may have in training: a list for each of `CAPTION_SHARES`."""
+    """All training captions of a concept: a list for each share in `CAPTION_SHARES`."""
     rng = random.Random(concept.code)
     keywords = concept.keywords or (concept.name,)
     return [
@@ -45,43 +45,44 @@ def training_captions(concept: Concept) -> list[list[str]]:
 
 
 class EmojiBatches:
-    """Batches of distinct training concepts: a random training style and two captions of each."""
+    """Batches of distinct concepts. Each concept is in a random style and has two captions."""
 
     def __init__(
         self, emoji: EmojiSet, tokenize: Callable[[list[str]], Tensor], batch_size: int, seed: int
     ):
-        self.images, concept_of_image, _ = emoji.drawings(TRAIN_STYLES, emoji.in_split("train"))
-        drawings: dict[int, list[int]] = {}  # concept -> its images
-        for image, concept in enumerate(concept_of_image.tolist()):
-            drawings.setdefault(concept, []).append(image)
-        concepts = sorted(drawings)
-        # (concepts, styles), indices into `images`. If a style lacks a concept, its drawing in
-        # another style is there twice.
+        self.images, image_concepts, _ = emoji.drawings(TRAIN_STYLES, emoji.in_split("train"))
+        indices: dict[int, list[int]] = {}  # concept -> indices of its images
+        for index, concept in enumerate(image_concepts.tolist()):
+            indices.setdefault(concept, []).append(index)
+        concepts = sorted(indices)
+        # (concepts, styles), indices into `images`. If a concept is missing in a style, an image of
+        # the concept in another style takes its place.
         num_styles = len(TRAIN_STYLES)
-        self.drawings = np.array([(drawings[i] * num_styles)[:num_styles] for i in concepts])
-        # tokens: (concepts, captions, L). Every caption is tokenised once, here.
+        self.image_indices = np.array([(indices[i] * num_styles)[:num_styles] for i in concepts])
         captions = [training_captions(emoji.concepts[i]) for i in concepts]
         tokens = tokenize([text for kinds in captions for kind in kinds for text in kind])
-        self.tokens = tokens.view(len(concepts), -1, tokens.shape[1])
+        self.tokens = tokens.view(len(concepts), -1, tokens.shape[1])  # (concepts, captions, L)
         counts = [len(kind) for kind in captions[0]]
-        shares = [[share / n] * n for share, n in zip(CAPTION_SHARES, counts, strict=True)]
+        shares = [
+            [share / count] * count for share, count in zip(CAPTION_SHARES, counts, strict=True)
+        ]
         self.cumulative_shares = np.cumsum(np.concatenate(shares))
         self.batch_size, self.seed = batch_size, seed
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """The batch of a step: images (N, 3, 64, 64) uint8 and tokens (2, N, L).
 
-        Losses of two views use the second caption, which may equal the first. Each epoch has a new
-        order of the concepts, and drops its last incomplete batch.
+        Each concept has two captions, which may be equal. Losses with one view use the first. Each
+        epoch has a new order of the concepts, and drops its last incomplete batch.
         """
-        n, (num_concepts, num_styles) = self.batch_size, self.drawings.shape
+        n, (num_concepts, num_styles) = self.batch_size, self.image_indices.shape
         epoch, index = divmod(step, num_concepts // n)
         order = np.random.default_rng([self.seed, epoch]).permutation(num_concepts)
         concepts = order[index * n : (index + 1) * n]
         rng = np.random.default_rng([self.seed, epoch, index])
-        images = self.drawings[concepts, rng.integers(num_styles, size=n)]
+        indices = self.image_indices[concepts, rng.integers(num_styles, size=n)]
         captions = np.searchsorted(self.cumulative_shares[:-1], rng.random((2, n)), side="right")
-        return self.images[torch.from_numpy(images)], self.tokens[concepts, captions]
+        return self.images[torch.from_numpy(indices)], self.tokens[concepts, captions]
 
 
 def augment(images: Tensor, size: int, rng: np.random.Generator) -> Tensor:

@@ -1,4 +1,4 @@
-"""The command line of the demonstration. `python -m reference_train --help`."""
+"""The demonstration: `python -m reference_train`, with `--help` for its options."""
 
 import argparse
 import shlex
@@ -15,15 +15,15 @@ from ..evaluate.datasets import DataSet, Images
 from ..evaluate.measure import measure
 from ..losses import LOSSES
 from .batches import EmojiBatches
+from .data_sets import DATA_SETS, open_data_set
 from .model import build_model
-from .questions import SITUATIONS, situation
 from .train import train
 
 PRESETS = {
     "short": {"steps": 620, "batch_size": 256, "lr": 3e-3, "logit_scale": 33.0},
     "long": {"steps": 1500, "batch_size": 256, "lr": 2e-3, "logit_scale": 14.3},
 }
-PICTURED = "new concepts, trained styles"  # the data set whose similarities are drawn
+SIMILARITIES_OF = "new concepts, trained styles"  # the data set of similarities.png
 DESCRIPTION = """\
 Trains small CLIP models on the emoji that ship with the repository, and shows what the cyclic
 penalties change: CLIP next to CyCLIP. Without arguments it takes about five minutes on two CPU
@@ -45,7 +45,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--seeds", type=whole_number(1), default=1, metavar="N", help="runs of each loss")
     text = "short (default): 620 steps, lr 3e-3, logit scale 33; long: 1,500, 2e-3 and 14.3"
     add("--preset", choices=PRESETS, default="short", help=text)
-    add("--steps", type=whole_number(1), metavar="N", help="instead of the preset's number")
+    add("--steps", type=whole_number(1), metavar="N", help="training steps; default: the preset's")
     add_device(parser)
     add("--out", type=Path, metavar="DIR", help="default: runs/PRESET")
     arguments = parser.parse_args(argv)
@@ -61,15 +61,15 @@ def main(argv: Sequence[str]) -> None:
     if arguments.steps:
         settings["steps"] = arguments.steps
     command = shlex.join(["python", "-m", "reference_train", *argv])
-    # The runs in a folder can be compared: they differ in loss and seed only.
+    # `start` refuses other settings, so the runs in a folder differ in loss and seed only.
     shards = [str(path) for path in sorted(EMOJI_FOLDER.glob("*.tar.xz"))]
     result = report.start(out, {**settings, "data": fingerprint(shards)}, command, arguments.device)
     emoji = read_emoji()
     validation = validation_pairs(emoji)
-    sets = {name: situation(emoji, name) for name in SITUATIONS}
+    sets = {name: open_data_set(emoji, name) for name in DATA_SETS}
     result["data_sets"] = {name: report.describe(name, data) for name, data in sets.items()}
     report.save(result, out)
-    # Seed by seed: if the command is stopped early, every loss has as many runs.
+    # All losses of a seed come before the next seed: an interrupted command has runs to compare.
     seeds, losses = range(arguments.seeds), dict.fromkeys(arguments.loss)
     runs = [(loss, seed) for seed in seeds for loss in losses]
     for count, (loss, seed) in enumerate(runs, start=1):
@@ -87,7 +87,7 @@ def main(argv: Sequence[str]) -> None:
         result.setdefault("history", {})[name] = trained.pop("history")
         result["checkpoints"][name] = {**vars(config), **trained}
         result["results"][name] = {
-            data_set: measure(clip, data, pictured=data_set == PICTURED)
+            data_set: measure(clip, data, keep_similarities=data_set == SIMILARITIES_OF)
             for data_set, data in sets.items()
         }
         report.save(result, out)
@@ -95,7 +95,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def validation_pairs(emoji: EmojiSet) -> DataSet:
-    """The drawings and names that a run is validated on. No table asks about their concepts."""
+    """The images and names on which a run is validated. The table has none of their concepts."""
     images, concepts, styles = emoji.drawings(TRAIN_STYLES, emoji.in_split("validation"))
-    names = [[emoji.concepts[concept].name] for concept in concepts.tolist()]
-    return DataSet(Images(images), captions=names, groups=styles, across_groups=True)
+    captions = [[emoji.concepts[concept].name] for concept in concepts.tolist()]
+    return DataSet(Images(images), captions=captions, groups=styles, across_groups=True)

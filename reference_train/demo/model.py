@@ -1,4 +1,4 @@
-"""The model: OpenCLIP's classes, with 8.1 M parameters, 6.3 M of them its token embedding."""
+"""The model: OpenCLIP's classes with 8.1 M parameters, of which 6.3 M embed tokens."""
 
 import math
 from typing import Any
@@ -14,7 +14,7 @@ from ..evaluate.checkpoints import Clip
 IMAGE_SIZE, CONTEXT_LENGTH = 32, 20
 TINY: dict[str, Any] = {
     "embed_dim": 128,
-    # layers in a tuple: a ModifiedResNet
+    # Because `layers` is a tuple, OpenCLIP builds a ModifiedResNet.
     "vision_cfg": {"layers": (1, 1, 1, 1), "width": 16, "image_size": IMAGE_SIZE},
     "text_cfg": {"layers": 2, "width": 128, "heads": 4, "context_length": CONTEXT_LENGTH},
 }
@@ -22,17 +22,17 @@ MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
 
 
 class TinyCLIP(open_clip.CLIP):  # type: ignore[misc]
-    """`open_clip.CLIP` with the same text features in less time, by less padding.
+    """`open_clip.CLIP` that computes the same text features faster, with less padding.
 
     Tokens after the end-of-text token cannot change a caption's feature: the attention is causal,
     and the feature is read at the end-of-text token. Most captions are far shorter than the
-    context. So the shorter and the longer half of the batch are encoded one after the other, each
-    cut to its longest caption.
+    context. So the shorter half of the batch is encoded first, and then the longer half, each cut
+    to its longest caption.
     """
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
         """text: (N, L) token ids, zero-padded -> (N, D) features."""
-        if text.is_cuda:  # waiting for the lengths costs more time than shorter texts save
+        if text.is_cuda:  # waiting for the lengths would cost more than padding does
             features_on_gpu: Tensor = super().encode_text(text, normalize)
             return features_on_gpu
         end = text.argmax(dim=-1)  # end-of-text is the highest id
@@ -55,17 +55,18 @@ def normalize(images: Tensor) -> Tensor:
 
 
 def preprocess(image: Any) -> Tensor:
-    """An RGB image of PIL -> (3, 32, 32), the model's input."""
+    """A PIL image in RGB -> (3, 32, 32), the model's input."""
     pixels = pil_to_tensor(image)[None].float().div_(255)
-    size = (IMAGE_SIZE, IMAGE_SIZE)  # sampled as in training
+    size = (IMAGE_SIZE, IMAGE_SIZE)
+    # The same resampling as in `augment`.
     pixels = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False)
     return normalize(pixels)[0]
 
 
 def build_model(name: str, logit_scale: float, device: torch.device) -> Clip:
-    """A model with random weights, from torch's global generator.
+    """A model with random weights from torch's global generator.
 
-    logit_scale: the initial one, exponentiated.
+    logit_scale: the initial scale, exponentiated.
     """
     model = TinyCLIP(**TINY, init_logit_scale=math.log(logit_scale), output_dict=True)
     return Clip(

@@ -1,4 +1,4 @@
-"""The training loop: one run of one loss, from its last checkpoint if there is one."""
+"""The training loop. It resumes a run from its last checkpoint, if there is one."""
 
 import math
 import time
@@ -21,53 +21,60 @@ from ..command_line import Stopped
 from ..evaluate.checkpoints import Clip
 from ..evaluate.datasets import DataSet
 from ..evaluate.measure import measure
-from ..files import written_whole
+from ..files import atomic_write
 from ..losses import LOSSES, Loss
 from .batches import EmojiBatches, augment
 from .model import IMAGE_SIZE, MAX_LOGIT_SCALE, normalize
 
 BETAS, EPS, WEIGHT_DECAY = (0.9, 0.98), 1e-6, 0.1
 MAX_GRADIENT_NORM = 1.0
-WEIGHT = 0.25  # of each penalty that the loss has
+PENALTY_WEIGHT = 0.25  # λ, of each penalty that the loss has
 REFERENCE_BATCH_SIZE = 256
-WARMUP = 0.1  # of the steps
-VALIDATIONS = 25  # in a run, each with a checkpoint
+WARMUP_SHARE = 0.1  # of all steps
+VALIDATIONS = 25  # in a run; after each one a checkpoint is saved
 
 
-def between_views(images: Sequence[Tensor], texts: Sequence[Tensor]) -> Tensor:
-    """What geometric consistency adds to CyCLIP: docs/recipes.md, "Augmented views".
+def between_views_loss(image_features: Sequence[Tensor], text_features: Sequence[Tensor]) -> Tensor:
+    """The term that geometric consistency adds to CyCLIP (docs/recipes.md has its formula).
 
-    images, texts: the features of the first and of the second views, (N, D) each.
+    image_features, text_features: the features of the first and of the second views, (N, D) each.
     """
     inmodal_penalty = partial(
         cyclic_penalty,
-        lambda_inmodal=WEIGHT,
+        lambda_inmodal=PENALTY_WEIGHT,
         lambda_crossmodal=0,
         reference_batch_size=REFERENCE_BATCH_SIZE,
     )
-    first, second = ((i * t).sum(dim=1) for i, t in zip(images, texts, strict=True))
-    return inmodal_penalty(*images) + inmodal_penalty(*texts) + WEIGHT * F.mse_loss(first, second)
+    first_similarities, second_similarities = (
+        (image * text).sum(dim=1)  # of each pair
+        for image, text in zip(image_features, text_features, strict=True)
+    )
+    pair_gap = F.mse_loss(first_similarities, second_similarities)
+    penalties = inmodal_penalty(*image_features) + inmodal_penalty(*text_features)
+    return penalties + PENALTY_WEIGHT * pair_gap
 
 
 def train(
     config: Namespace, clip: Clip, data: EmojiBatches, validation: DataSet, folder: Path
 ) -> dict[str, Any]:
-    """Trains `clip.model` in place; leaves `folder/checkpoint.pt`.
+    """Trains `clip.model` in place, and saves `folder/checkpoint.pt`.
 
-    config: name, loss, seed, steps, batch_size, lr, and the exponentiated logit_scale at the start.
+    config: name, loss, seed, steps, batch_size, lr, and the initial logit_scale (exponentiated).
 
-    Returns {"seconds": float, "history": [the numbers of each step]}. Raises `Stopped` if the loss
+    Returns {"seconds": float, "history": [the metrics of each step]}. Raises `Stopped` if the loss
     is not finite.
     """
     model, path = clip.model, folder / "checkpoint.pt"
     loss = LOSSES[config.loss]
     loss_fn = CyCLIPLoss(
-        WEIGHT * loss.inmodal, WEIGHT * loss.crossmodal, reference_batch_size=REFERENCE_BATCH_SIZE
+        lambda_inmodal=PENALTY_WEIGHT * loss.inmodal,
+        lambda_crossmodal=PENALTY_WEIGHT * loss.crossmodal,
+        reference_batch_size=REFERENCE_BATCH_SIZE,
     )
     # Gains, biases and the logit scale do not decay.
     groups = param_groups_weight_decay(model, WEIGHT_DECAY)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, eps=EPS, fused=True)
-    warmup = max(1, round(WARMUP * config.steps))
+    warmup = max(1, round(WARMUP_SHARE * config.steps))
     set_learning_rate = cosine_lr(optimizer, config.lr, warmup, config.steps)
     progress = resume(path, config, model, optimizer)
     began = time.monotonic() - progress["seconds"]
@@ -77,7 +84,7 @@ def train(
     for step in range(progress["step"], config.steps):
         model.train()
         set_learning_rate(step)
-        pixels, tokens = draw_views(config, clip, data, step)
+        pixels, tokens = model_inputs(config, clip, data, step)
         terms, logit_scale = compute_terms(clip, loss, loss_fn, pixels, tokens)
         total: Any = sum(terms.values())
         gradient_norm = update(model, optimizer, total)
@@ -99,9 +106,9 @@ def train(
 def validate(
     config: Namespace, clip: Clip, validation: DataSet, last: dict[str, Any]
 ) -> dict[str, float]:
-    """The numbers of the validation data. Raises `Stopped` if the last step's loss is not finite.
+    """The metrics of the validation data. Raises `Stopped` if the last step's loss is not finite.
 
-    last: the numbers of the last step.
+    last: the metrics of the last step.
     """
     if not math.isfinite(last["loss"]):
         raise Stopped(f"{config.name}: the loss is {last['loss']}, at step {last['step']}")
@@ -111,20 +118,20 @@ def validate(
 
 
 def print_progress(config: Namespace, progress: dict[str, Any]) -> None:
-    """One line: the step, the terms of its loss, and the seconds that are left."""
+    """Prints the step, the terms of its loss, and the seconds that are left."""
     done, last = progress["step"], progress["history"][-1]
     terms = " + ".join(f"{last[name]:.3f}" for name in last if name.endswith("_loss"))
     seconds_left = progress["seconds"] / done * (config.steps - done)
-    place = f"step {done}/{config.steps}"
-    print(f"{config.name}: {place}, loss {terms}, {seconds_left:.0f} s left", flush=True)
+    step = f"step {done}/{config.steps}"
+    print(f"{config.name}: {step}, loss {terms}, {seconds_left:.0f} s left", flush=True)
 
 
 def resume(
     path: Path, config: Namespace, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """Loads a checkpoint, if there is one. Returns its step, seconds and history.
+    """Loads the checkpoint at `path`, if there is one. Returns its step, seconds and history.
 
-    Without a checkpoint they are those of a run that begins.
+    Without a checkpoint the step is 0 and the history is empty.
     """
     if not path.exists():
         return {"step": 0, "seconds": 0.0, "history": []}
@@ -143,19 +150,19 @@ def save(
     content = {**progress, "model": model.state_dict()}
     if optimizer is not None:
         content["optimizer"] = optimizer.state_dict()
-    with written_whole(path) as partial_file:
-        torch.save(content, partial_file)
+    with atomic_write(path) as temporary:
+        torch.save(content, temporary)
 
 
-def draw_views(
+def model_inputs(
     config: Namespace, clip: Clip, data: EmojiBatches, step: int
 ) -> tuple[Tensor, Tensor]:
-    """The model's inputs: pixels (V·N, 3, 32, 32) and tokens (V·N, L) of V views, view by view.
+    """Pixels (V·N, 3, 32, 32) and tokens (V·N, L), the first views before the second views.
 
-    V is 2 if the loss compares views, else 1. The inputs depend on the seed and the step alone, so
-    a resumed run has the batches of an uninterrupted one.
+    V is 2 if the loss compares views, else 1. The inputs depend on the seed and the step only, so a
+    resumed run has the same inputs as an uninterrupted one.
     """
-    images, tokens = (part.to(clip.device, non_blocking=True) for part in data.batch(step))
+    images, tokens = (x.to(clip.device, non_blocking=True) for x in data.batch(step))
     rng = np.random.default_rng([config.seed, step, 2**31])
     views = num_views(LOSSES[config.loss])
     pixels = [normalize(augment(images, IMAGE_SIZE, rng)) for _ in range(views)]
@@ -163,7 +170,7 @@ def draw_views(
 
 
 def num_views(loss: Loss) -> int:
-    """How many views of each pair a loss compares."""
+    """How many views of each pair a loss needs."""
     return 2 if loss.views else 1
 
 
@@ -173,17 +180,21 @@ def compute_terms(
     """The weighted terms of the loss, and the logit scale."""
     with clip.autocast():
         output = clip.model(pixels, tokens)
-    images, texts = (
-        output[f"{kind}_features"].chunk(num_views(loss)) for kind in ("image", "text")
-    )
+    image_features = output["image_features"].chunk(num_views(loss))  # (N, D) for each view
+    text_features = output["text_features"].chunk(num_views(loss))
+    logit_scale = output["logit_scale"]
     second_views = {}
     if loss.views == "contrastive":
-        second_views = {"augmented_image_features": images[1], "augmented_text_features": texts[1]}
-    scale = output["logit_scale"]
-    terms = loss_fn(images[0], texts[0], scale, output_dict=True, **second_views)
+        second_views = {
+            "augmented_image_features": image_features[1],
+            "augmented_text_features": text_features[1],
+        }
+    terms = loss_fn(
+        image_features[0], text_features[0], logit_scale, output_dict=True, **second_views
+    )
     if loss.views == "geometric":
-        terms["between_views_loss"] = between_views(images, texts)
-    return terms, scale
+        terms["between_views_loss"] = between_views_loss(image_features, text_features)
+    return terms, logit_scale
 
 
 def update(model: Any, optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
@@ -198,7 +209,7 @@ def update(model: Any, optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor
 
 
 def to_numbers(steps: Sequence[dict[str, Tensor]], last_step: int) -> list[dict[str, Any]]:
-    """The values of several steps as numbers. On a GPU this waits for the GPU, once."""
+    """The values of several steps as Python numbers, with one GPU synchronisation."""
     table = torch.stack([torch.stack(list(values.values())) for values in steps]).tolist()
     first_step = last_step - len(steps) + 1
     return [

@@ -1,4 +1,4 @@
-"""A model with a checkpoint's weights, which encodes images and texts."""
+"""Loads checkpoints, and encodes images and texts with them."""
 
 import logging
 from collections.abc import Callable
@@ -20,9 +20,9 @@ from ..pretrain.runs import PARAMETERS, load_checkpoint, without_wrappers
 from .datasets import Images, Unusable
 from .runs import RELEASED_MODEL, Checkpoint
 
-TEXTS_AT_A_TIME = 1024
-# The learning rate in the authors' checkpoints is a NumPy number, which PyTorch refuses otherwise.
-# NumPy 2 has given its constructor another name.
+TEXT_BATCH_SIZE = 1024
+# The learning rate in the authors' checkpoints is a NumPy number, which PyTorch loads only if it is
+# allowed to. NumPy 2 has given the constructor of this number another name.
 _scalar = np.float64().__reduce__()[0]
 NUMPY_FLOAT64: list[Any] = [
     (_scalar, "numpy.core.multiarray.scalar"),
@@ -34,33 +34,33 @@ NUMPY_FLOAT64: list[Any] = [
 
 @dataclass
 class Clip:
-    """A model in evaluation mode, and how it is fed."""
+    """A model in evaluation mode, with its preprocessing, device and precision."""
 
     title: str
     model: Any  # an OpenCLIP module
     preprocess: Callable[[Any], Tensor]
     tokenizer: Callable[[list[str]], Tensor]
     device: torch.device
-    precision: str = "fp32"  # or "amp", "amp_bf16"
+    precision: str = "fp32"  # or "amp" (float16) or "amp_bf16"
     batch_size: int = 256
     workers: int = 0
     epoch: int | None = None
     progress: str = ""  # the text of the progress bar; "": no bar is shown
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The context of all computation."""
+        """The autocast context in which the model runs."""
         dtype = torch.float16 if self.precision == "amp" else torch.bfloat16
         return torch.autocast(self.device.type, dtype, enabled=self.precision != "fp32")
 
     def encode_images(
         self, images: Images, indices: Tensor, split: str
     ) -> tuple[Tensor, Tensor, list[str]]:
-        """Encodes some images. Those that cannot be read are left out.
+        """Encodes images. Leaves out images that cannot be read.
 
-        indices: (m,), of the images. split: for the progress bar.
+        indices: (m,), of the images. split: the name that the progress bar shows.
 
-        Returns (n, D) features, not normalised, float32, on the CPU; the indices of these images
-        (n,); and what is wrong with each image that is left out.
+        Returns (n, D) features, not normalised, float32, on the CPU; the indices (n,) of their
+        images; and an error message for each image that is left out.
         """
         loader: Any = DataLoader(
             indices.tolist(),  # type: ignore[arg-type]
@@ -86,22 +86,22 @@ class Clip:
     def encode_texts(self, texts: list[str]) -> Tensor:
         """(m, D) features of unit length, float32, on the CPU."""
         parts = []
-        for start in range(0, len(texts), TEXTS_AT_A_TIME):
-            tokens = self.tokenizer(texts[start : start + TEXTS_AT_A_TIME]).to(self.device)
+        for start in range(0, len(texts), TEXT_BATCH_SIZE):
+            tokens = self.tokenizer(texts[start : start + TEXT_BATCH_SIZE]).to(self.device)
             with torch.inference_mode(), self.autocast():
                 features = self.model.encode_text(tokens)
             parts.append(F.normalize(features.float(), dim=-1).cpu())
         return self._finite(torch.cat(parts))
 
     def encode_classes(self, names: list[str], templates: list[str]) -> Tensor:
-        """(C, D) features of unit length: for each class the mean over the templates."""
-        # str.format would replace braces in a name, too.
+        """(C, D) features of unit length. The feature of a class is the mean over the templates."""
+        # `replace` and not `format`, because a name may contain braces.
         texts = [template.replace("{}", name) for name in names for template in templates]
         features = self.encode_texts(texts).view(len(names), len(templates), -1)
         return F.normalize(features.mean(dim=1), dim=-1)
 
     def _finite(self, features: Tensor) -> Tensor:
-        """Raises `Stopped` for NaN, whose comparisons are false, so that misses could be hits."""
+        """Returns the features. Raises `Stopped` if they are not finite: metrics would be wrong."""
         if not features.isfinite().all():
             raise Stopped(f"{self.title}: features are not finite")
         return features
@@ -110,15 +110,15 @@ class Clip:
 def read_batch(
     images: Images, preprocess: Callable[[Any], Tensor], indices: list[int]
 ) -> list[tuple[int, Tensor | str]]:
-    """Index and input of the model for some images; for an unreadable image, the reason."""
-    opened = ((i, images[i]) for i in indices)  # one at a time: images may be large
+    """For each image its index, and the model's input or the reason why it cannot be read."""
+    opened = ((i, images[i]) for i in indices)  # a generator, because images may be large
     return [(i, image if isinstance(image, str) else preprocess(image)) for i, image in opened]
 
 
 def load(checkpoint: Checkpoint, device: torch.device, **settings: Any) -> Clip:
     """Builds the model and reads the weights. Raises `CannotStart` if either fails.
 
-    settings: precision, batch_size and workers of `Clip`.
+    settings: `precision`, `batch_size` and `workers` of the `Clip`.
     """
     name, path = checkpoint.model, checkpoint.path
     content: dict[str, Any] = {}
@@ -127,7 +127,8 @@ def load(checkpoint: Checkpoint, device: torch.device, **settings: Any) -> Clip:
             content = load_checkpoint(path)
         check_activation(checkpoint, content)
     level = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # OpenCLIP warns that weights are missing; they are read below
+    # OpenCLIP warns that the model has no weights. They are loaded below.
+    logging.disable(logging.WARNING)
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(
             name,
@@ -141,7 +142,7 @@ def load(checkpoint: Checkpoint, device: torch.device, **settings: Any) -> Clip:
         tokenizer = open_clip.get_tokenizer(name, context_length=context)
         if path is not None:
             model.load_state_dict(without_wrappers(content.get("state_dict", content)))
-    except Exception as error:  # whatever OpenCLIP and PyTorch raise for other weights
+    except Exception as error:  # OpenCLIP and PyTorch raise many types of errors
         message = " ".join(str(error).split())[:300]
         raise CannotStart(f"{path or checkpoint.tag} as {name}: {message}") from error
     finally:
@@ -152,31 +153,32 @@ def load(checkpoint: Checkpoint, device: torch.device, **settings: Any) -> Clip:
 
 
 def check_activation(checkpoint: Checkpoint, content: dict[str, Any]) -> None:
-    """Raises `CannotStart` if the model has another activation than the authors' weights need.
+    """Raises `CannotStart` if the authors' code wrote the weights, and the model lacks QuickGELU.
 
-    The weights would load without an error, and give other text features.
+    The weights would load without an error, but give other text features.
     """
     name = checkpoint.model
     if ":" in name or not from_authors_code(checkpoint, content):
         return
     if open_clip.get_model_config(name).get("quick_gelu"):
         return
-    right = f"{RELEASED_MODEL} for the files that they released"
-    own = f"{name}-quickgelu"
-    if own != RELEASED_MODEL and own in open_clip.list_models():
-        right += f", or {own} if their code trained {name}"
+    advice = f"{RELEASED_MODEL} for the files that they released"
+    variant = f"{name}-quickgelu"
+    if variant != RELEASED_MODEL and variant in open_clip.list_models():
+        advice += f", or {variant} if their code trained {name}"
     raise CannotStart(
         f"{checkpoint.path}: the CyCLIP authors' code wrote these weights, for QuickGELU; {name} "
-        f"would give other features or not load: say --model {right} (if OpenCLIP's trainer wrote "
-        f"them, put its {PARAMETERS} beside them)"
+        f"would give other features or not load: pass --model {advice} (if OpenCLIP's trainer "
+        f"wrote them, put its {PARAMETERS} beside them)"
     )
 
 
 def from_authors_code(checkpoint: Checkpoint, content: dict[str, Any]) -> bool:
     """Whether the CyCLIP authors' code wrote a checkpoint.
 
-    Its fields are those of OpenCLIP's checkpoints. But in OpenCLIP no one-dimensional weight
-    decays. In the authors' code the name of a weight decides, and some batch norms decay.
+    Its checkpoints have the same fields as OpenCLIP's, but OpenCLIP applies no weight decay to
+    one-dimensional weights. The authors' code decides by the name of a weight, and so applies
+    weight decay to some batch norms.
     """
     fields = {"epoch", "name", "state_dict"}
     if checkpoint.has_parameters or not fields <= content.keys() <= {*fields, "optimizer"}:

@@ -1,4 +1,4 @@
-"""Data sets of images with classes: their templates, superclasses and train split."""
+"""Makes data sets of labelled images: adds templates, superclasses and the train split."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,36 +7,36 @@ import torch
 from torch import Tensor
 
 from . import imagenet, paper
-from .datasets import Classes, DataSet, Images, Unusable, lines
+from .datasets import Classes, DataSet, Images, Unusable, read_lines
 
-# https://www.cs.toronto.edu/~kriz/cifar.html, a superclass on each line
+# From https://www.cs.toronto.edu/~kriz/cifar.html. Each line has the classes of a superclass.
 CIFAR100_SUPERCLASSES = Path(__file__).with_name("cifar100_superclasses.txt")
 TEMPLATES = "zeroshot_classification_templates.txt"
-Split = tuple[Images, Tensor | None]  # with the labels (n,)
+LabelledImages = tuple[Images, Tensor | None]  # labels: (n,); None: there are none
 
 
-def classified(
+def classification_set(
     folder: Path,
     name: str,
     test: tuple[Images, Tensor],
     names: list[str],
-    read_train: Callable[[], Split] | None,
+    read_train: Callable[[], LabelledImages] | None,
     imagenet_classes: Sequence[int] | None = None,
 ) -> DataSet:
-    """A data set of images with classes.
+    """A data set of images with one label each.
 
     Args:
-        folder: may hold a file of templates, for a data set that is not the paper's.
+        folder: may have a file of templates. The paper's data sets always have the paper's.
         name: of the data set.
         test: the images and their labels.
         names: of the classes.
         read_train: reads the train split. If that fails, the data set has no train split.
-        imagenet_classes: ImageNet's number of each class; None: they follow from `name`.
+        imagenet_classes: ImageNet's number of each class; None: `name` decides.
 
-    Raises `Unusable` if a data set of the paper has too few or too many classes, or ImageNet's in
-    another order.
+    Raises `Unusable` if a data set of the paper has another number of classes than in the paper, or
+    if ImageNet's classes are in another order.
     """
-    templates = [line.replace("{c}", "{}") for line in lines(folder / TEMPLATES)]
+    templates = [line.replace("{c}", "{}") for line in read_lines(folder / TEMPLATES)]
     if name in paper.ZERO_SHOT_SETS:
         templates = paper.TEMPLATES
         expected = paper.ZERO_SHOT_SETS[name].classes
@@ -65,10 +65,11 @@ def classified(
 
 
 def cifar100_superclass() -> Tensor:
-    """The superclass of each class of CIFAR-100: (100,), int64."""
+    """The superclass of each class of CIFAR-100: (100,) int64."""
     superclass = {
         name: number
-        for number, line in enumerate(lines(CIFAR100_SUPERCLASSES))
+        for number, line in enumerate(read_lines(CIFAR100_SUPERCLASSES))
         for name in line.split()
     }
-    return torch.tensor([superclass[name] for name in sorted(superclass)])  # as CIFAR-100 sorts
+    # CIFAR-100's classes are in alphabetical order.
+    return torch.tensor([superclass[name] for name in sorted(superclass)])

@@ -1,4 +1,4 @@
-"""A data set: images, and what is known about each of them."""
+"""A data set of `evaluate`: images with their labels, captions and groups."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -16,11 +16,11 @@ PICTURE_TEMPLATES = ["{}", "a drawing of {}", "a picture of {}", "an icon of {}"
 
 
 class Unusable(Exception):
-    """A data set that cannot be evaluated. The table shows the message as the reason."""
+    """A data set cannot be evaluated. The table shows the message as the reason."""
 
 
 class Member(NamedTuple):
-    """Where a file lies in a tar file."""
+    """A file in a tar file, and its place there."""
 
     shard: Path
     name: str
@@ -29,9 +29,9 @@ class Member(NamedTuple):
 
 
 class Images:
-    """Images by index, as a `torch.utils.data.DataLoader` takes them.
+    """Images by index, for a `torch.utils.data.DataLoader`.
 
-    places: for each image its file, its place in a tar file, or its pixels (3, S, S) uint8.
+    places: for each image its file, its member of a tar file, or its pixels (3, S, S) uint8.
     """
 
     def __init__(self, places: Tensor | Sequence[Path | Member]):
@@ -41,7 +41,7 @@ class Images:
         return len(self.places)
 
     def __getitem__(self, index: int, /) -> Image.Image | str:
-        """An RGB image; if it cannot be decoded, the name of its file and the reason."""
+        """An RGB image or, if it cannot be decoded, the name of its file and the reason."""
         place = self.places[index]
         if isinstance(place, Tensor):
             return Image.fromarray(place.permute(1, 2, 0).contiguous().numpy())
@@ -60,29 +60,30 @@ class Images:
 
 @dataclass
 class Classes:
-    """A question: which of these classes does an image show?"""
+    """A classification task: which of C classes does each of n images show?"""
 
     labels: Tensor  # (n,) int64
-    names: list[str]
-    templates: list[str]  # each with {} in the place of the name
+    names: list[str]  # of the C classes
+    templates: list[str]  # prompts, each with {} for the name of a class
     superclass: Tensor | None = None  # (C,) int64, the superclass of each class
 
 
 @dataclass
 class DataSet:
-    """n images and what is known about them. `measure` computes every metric that applies."""
+    """n images with labels, captions and groups. `measure` computes every metric that applies."""
 
     images: Images
-    classes: dict[str, Classes] = field(default_factory=dict)  # by question; "" is the first one
-    captions: list[list[str]] | None = None  # of each image, one or more
-    groups: list[str] | None = None  # of each image; metrics are also computed for each group
-    train: tuple[Images, dict[str, Tensor]] | None = None  # images, and labels by question
-    # True if the groups are drawing styles of the same things. A metric is then the mean over
+    classes: dict[str, Classes] = field(default_factory=dict)  # by task; the main task is ""
+    captions: list[list[str]] | None = None  # for each image, one or more
+    groups: list[str] | None = None  # the group of each image; each group also has its own metrics
+    train: tuple[Images, dict[str, Tensor]] | None = None  # images, and their labels by task
+    # True if the groups are drawing styles of the same concepts. A metric is then the mean over
     # groups. Without a train split, the neighbours of an image come from the other groups. Without
     # captions, class names are used as captions, too.
     across_groups: bool = False
-    excluded_groups: frozenset[str] = frozenset()  # not in any mean, and never neighbours
-    train_error: str = ""  # why the train split cannot be used, if there is one
+    # Groups that have metrics, but are not in means and not among neighbours.
+    excluded_groups: frozenset[str] = frozenset()
+    train_error: str = ""  # why the data set's train split cannot be used
 
     def __post_init__(self) -> None:
         if not len(self.images):
@@ -93,24 +94,24 @@ class DataSet:
                 raise Unusable(f"labels from {low} to {high}, but {len(classes.names)} class names")
 
     def select(self, indices: Tensor) -> "DataSet":
-        """The data set with the labels, captions and groups of some images; `images` stays.
+        """The data set with the labels, captions and groups of these images only.
 
-        indices: (m,) int64, of the images.
+        indices: (m,) int64, of the images. `images` itself is not changed.
         """
         chosen = indices.tolist()
         classes = {
-            question: replace(classes, labels=classes.labels[indices])
-            for question, classes in self.classes.items()
+            task: replace(classes, labels=classes.labels[indices])
+            for task, classes in self.classes.items()
         }
         captions = self.captions and [self.captions[i] for i in chosen]
         groups = self.groups and [self.groups[i] for i in chosen]
         return replace(self, classes=classes, captions=captions, groups=groups)
 
 
-Open = Callable[[], DataSet]
+Opener = Callable[[], DataSet]
 
 
-def lines(path: Path) -> list[str]:
+def read_lines(path: Path) -> list[str]:
     """The lines of a text file; [] if there is no such file."""
     if not path.is_file():
         return []

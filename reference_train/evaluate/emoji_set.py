@@ -7,9 +7,10 @@ from .datasets import PICTURE_TEMPLATES, Classes, DataSet, Images
 
 
 def open_emoji() -> DataSet:
-    """All emoji in all styles: classes are their names and their subgroups, captions their names.
+    """All emoji in all styles. There are two tasks: their names, and their subgroups.
 
-    The superclass of a name is its subgroup. Black-and-white drawings are in no mean.
+    The superclass of a name is its subgroup. The names are also the captions. Means do
+    not include black-and-white drawings.
     """
     shipped = emoji.read_emoji()
     images, concept, styles = shipped.drawings(emoji.ALL_STYLES, range(len(shipped.concepts)))
@@ -22,7 +23,7 @@ def open_emoji() -> DataSet:
             "": Classes(concept, names, PICTURE_TEMPLATES, subgroup),
             "subgroup": Classes(subgroup[concept], subgroups, PICTURE_TEMPLATES),
         },
-        captions=[[names[number]] for number in concept.tolist()],
+        captions=[[names[i]] for i in concept.tolist()],
         groups=styles,
         across_groups=True,
         excluded_groups=frozenset(emoji.STRESS_STYLES),

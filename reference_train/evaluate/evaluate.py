@@ -1,4 +1,4 @@
-"""The command line: `python -m reference_train evaluate --help`."""
+"""`python -m reference_train evaluate`: measures checkpoints on data sets."""
 
 import argparse
 import os
@@ -16,7 +16,7 @@ from ..command_line import CannotStart, Parser, Stopped, add_device, whole_numbe
 from ..files import locked
 from . import records, report
 from .checkpoints import load
-from .datasets import DataSet, Open
+from .datasets import DataSet, Opener
 from .emoji_set import open_emoji
 from .find import find
 from .folder_sets import open_folders
@@ -26,20 +26,25 @@ from .records import Result
 from .runs import RELEASED_MODEL, Checkpoint, find_checkpoints
 
 DESCRIPTION = """\
-Evaluates checkpoints of OpenCLIP, or of the CyCLIP authors' code, beside the paper's numbers.
-Nothing is downloaded, except weights that --pretrained names. If the command is interrupted, the
-same command resumes with the data sets that are missing.
+Evaluates checkpoints of OpenCLIP, or of the CyCLIP authors' code, and shows the paper's numbers
+beside them. Nothing is downloaded except the weights of --pretrained or --model hf-hub:... If the
+command is interrupted, the same command resumes with the data sets that are missing.
 `python -m reference_train report DIR` makes the table and the pictures again."""
 EPILOG = """\
-data sets of --data (DIR itself, or folders in it), besides the emoji that ship:
-  clip-benchmark's WebDatasets   as they are on the hub: wds_vtab-cifar10, wds_vtab-cifar100,
-                                 wds_imagenet1k, wds_imagenetv2, wds_imagenet_sketch,
-                                 wds_imagenet-a, wds_imagenet-r, wds_flickr30k, or any other
+data sets of --data DIR (DIR itself, or folders in it); the emoji are always there:
+  clip-benchmark's WebDatasets   as they are on the Hugging Face hub: wds_vtab-cifar10,
+                                 wds_vtab-cifar100, wds_imagenet1k, wds_imagenetv2,
+                                 wds_imagenet_sketch, wds_imagenet-a, wds_imagenet-r,
+                                 wds_flickr30k, or any other
   torchvision's CIFAR            cifar-10-batches-py, cifar-100-python
   icons                          as python -m reference_train.data.icons makes them
-with --imagefolder: ImageNet as a folder for each WordNet identifier (or number, as imagenetv2
-comes), called imagenet1k, imagenetv2, imagenet-sketch, imagenet-a or imagenet-r; or a folder of
-the CyCLIP authors' code, with a labels.csv"""
+data sets of --imagefolder NAME=DIR:
+  your own                       a folder of images for each class, in DIR or in DIR/test and
+                                 DIR/train
+  ImageNet's                     the same. NAME is imagenet1k, imagenetv2, imagenet-sketch,
+                                 imagenet-a or imagenet-r, and the names of the folders are WordNet
+                                 identifiers or class numbers
+  the CyCLIP authors'            DIR is a folder of their code, with a labels.csv"""
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -48,14 +53,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("checkpoint", nargs="*", type=Path, metavar="CHECKPOINT", help="logs/NAME, or a file")
     add("--data", nargs="+", type=Path, default=[], metavar="DIR", help="folders of data sets")
-    text = "your own data set: a folder of images for each class, in DIR or DIR/test, DIR/train"
+    text = "a data set of image folders, and the name to give it"
     add("--imagefolder", nargs="+", default=[], metavar="NAME=DIR", help=text)
     add("--only", nargs="+", metavar="NAME", help="data sets to evaluate; default: all")
-    text = "OpenCLIP's name of the model; default: from the run's params.txt; say "
+    text = "OpenCLIP's name of the model; default: from the run's params.txt; use "
     add("--model", help=f"{text}{RELEASED_MODEL} for checkpoints of the CyCLIP authors")
-    text = "evaluate OpenCLIP's own weights of --model, too"
+    text = "also evaluate OpenCLIP's own weights TAG of --model"
     add("--pretrained", metavar="TAG", help=text)
-    text = "fit a linear probe on the train split, as the paper's authors do"
+    text = "also fit a linear probe on the train split, with the authors' recipe"
     add("--linear-probe", action="store_true", help=text)
     add_device(parser)
     add("--precision", choices=["fp32", "amp", "amp_bf16"], help="default: amp_bf16 on cuda")
@@ -72,56 +77,60 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 @dataclass
 class Evaluation:
-    """The evaluation in --out, to which a command adds. Other processes may add to it, too."""
+    """The evaluation in --out. Several processes may add results to it at the same time."""
 
     arguments: argparse.Namespace
     command: str
     checkpoints: list[Checkpoint]
-    described: dict[str, Any] = field(default_factory=dict)  # the data sets, by `report.describe`
+    described: dict[str, Any] = field(default_factory=dict)  # name -> `report.describe`
 
     def read(self) -> Result:
-        """The evaluation in --out, without results that are out of date.
+        """Reads the evaluation in --out, without results that are out of date.
 
-        A result is out of date if the images of its data set or its checkpoint have changed.
+        A result is out of date if its data set or its checkpoint has changed.
 
-        Raises `CannotStart` if it was made with other settings.
+        Raises `CannotStart` if the evaluation was made with other settings.
         """
-        given = self.arguments
-        settings = {"precision": given.precision, "linear_probe": given.linear_probe}
-        result = records.start(given.out, settings, self.command, given.device)
+        arguments = self.arguments
+        settings = {"precision": arguments.precision, "linear_probe": arguments.linear_probe}
+        result = records.start(arguments.out, settings, self.command, arguments.device)
         for name, data in self.described.items():
             if result["data_sets"].setdefault(name, data) != data:
                 result["data_sets"][name] = data
                 for results in result["results"].values():
                     results.pop(name, None)
         for checkpoint in self.checkpoints:
-            before = result["checkpoints"].get(checkpoint.title, checkpoint.source)
-            if not before.items() >= checkpoint.source.items():
+            stored = result["checkpoints"].get(checkpoint.title, checkpoint.source)
+            if not stored.items() >= checkpoint.source.items():
                 result["results"].pop(checkpoint.title, None)
         return result
 
     def add(self, checkpoint: Checkpoint, epoch: int | None, name: str, measured: Any) -> None:
-        """Adds the numbers of a checkpoint on one data set to --out."""
+        """Adds the results of a checkpoint on one data set."""
         with locked(self.arguments.out, wait=True):
             result = self.read()
-            known = {**checkpoint.source, **checkpoint.run, "epoch": epoch}
-            result["checkpoints"][checkpoint.title] = known
+            about = {**checkpoint.source, **checkpoint.run, "epoch": epoch}
+            result["checkpoints"][checkpoint.title] = about
             result["results"].setdefault(checkpoint.title, {})[name] = measured
             records.save(result, self.arguments.out)
 
     def finish(self, absent: dict[str, str], failed: dict[str, str]) -> None:
         """Writes the table and the pictures. Raises `CannotStart` if there are no results."""
         if not any(self.read()["results"].values()):
-            raise CannotStart(f"nothing to evaluate: {listed(failed)}")
+            raise CannotStart(f"nothing to evaluate: {join_reasons(failed)}")
         with locked(self.arguments.out, wait=True):
             result = self.read()
             titles = [checkpoint.title for checkpoint in self.checkpoints]
+            # Failures of earlier commands stay, unless this command tried the same again. They are
+            # called "DATA SET", "CHECKPOINT" or "DATA SET, CHECKPOINT".
             tried = {*self.described, *titles, "train split"}
-            earlier = {
+            not_tried = {
                 what: why for what, why in result["failed"].items() if {*what.split(", ")} - tried
             }
-            result["failed"] = {**earlier, **failed}
-            result["absent"] = {n: why for n, why in absent.items() if n not in result["data_sets"]}
+            result["failed"] = {**not_tried, **failed}
+            result["absent"] = {
+                name: why for name, why in absent.items() if name not in result["data_sets"]
+            }
             report.write(result, self.arguments.out)
 
 
@@ -135,7 +144,7 @@ def main(argv: Sequence[str]) -> None:
     checkpoints = find_checkpoints(arguments.checkpoint, arguments.model, arguments.pretrained)
     command = shlex.join(["python", "-m", "reference_train", "evaluate", *argv])
     evaluation = Evaluation(arguments, command, checkpoints)
-    evaluation.read()  # refuses other settings before any work
+    evaluation.read()  # raises an error for other settings before any work
     absent, failed = dict[str, str](), dict[str, str]()
     with Console().status("Looking at the data sets"):
         sets = open_all(arguments, absent, failed)
@@ -147,7 +156,7 @@ def main(argv: Sequence[str]) -> None:
             evaluate(evaluation, checkpoint, {name: sets[name] for name in missing}, failed)
     evaluation.finish(absent, failed)
     if failed:
-        raise Stopped(f"not in the table: {listed(failed)}")
+        raise Stopped(f"not in the table: {join_reasons(failed)}")
 
 
 def evaluate(
@@ -173,9 +182,9 @@ def evaluate(
         clip.progress, began = f"{checkpoint.title}: {name}", time.perf_counter()
         try:
             has_captions = data.captions is not None
-            measured = measure(clip, data, arguments.linear_probe, pictured=has_captions)
-        except Exception as error:  # of any kind: the other data sets may have taken hours
-            failed[f"{name}, {checkpoint.title}"] = reason(error)
+            measured = measure(clip, data, arguments.linear_probe, keep_similarities=has_captions)
+        except Exception as error:  # any error: go on with the next data set
+            failed[f"{name}, {checkpoint.title}"] = last_line(error)
             continue
         measured["seconds"] = time.perf_counter() - began
         evaluation.add(checkpoint, clip.epoch, name, measured)
@@ -184,59 +193,59 @@ def evaluate(
 def open_all(
     arguments: argparse.Namespace, absent: dict[str, str], failed: dict[str, str]
 ) -> dict[str, DataSet]:
-    """The data sets that the command asks for and that are there.
+    """Opens the data sets that the command asks for.
 
-    Adds to `absent` why a data set is not there, and to `failed` why it cannot be read. Raises
-    `CannotStart` if there is no data set.
+    Adds to `absent` which data sets do not exist, and to `failed` which cannot be read, with the
+    reasons. Raises `CannotStart` if no data set can be opened.
     """
     found = find_all(arguments, absent)
     if arguments.only is None:
         absent |= {name: "not under --data" for name in ZERO_SHOT_SETS if name not in found}
     elif missing := [name for name in arguments.only if name not in found]:
         message = f"--only: no data set {' or '.join(missing)}; there are {', '.join(found)}"
-        raise CannotStart(f"{message}; {listed(absent)}" if absent else message)
+        raise CannotStart(f"{message}; {join_reasons(absent)}" if absent else message)
     sets: dict[str, DataSet] = {}
     for name in arguments.only or found:
         try:
             data = sets[name] = found[name]()
-        except Exception as error:  # whatever reading a damaged data set raises
-            failed[name] = reason(error)
+        except Exception as error:  # any error that a damaged data set causes
+            failed[name] = last_line(error)
             continue
         if data.train_error:
             failed[f"{name}, train split"] = data.train_error
     if not sets:
-        raise CannotStart(f"nothing to evaluate: {listed(failed)}")
+        raise CannotStart(f"nothing to evaluate: {join_reasons(failed)}")
     return sets
 
 
-def find_all(arguments: argparse.Namespace, absent: dict[str, str]) -> dict[str, Open]:
-    """All data sets of --data and --imagefolder, and the emoji, before they are opened.
+def find_all(arguments: argparse.Namespace, absent: dict[str, str]) -> dict[str, Opener]:
+    """The openers of all data sets: those of --data and --imagefolder, and the emoji.
 
-    Adds to `absent` what is not recognised. Raises `CannotStart` for folders that are not there.
+    Adds to `absent` what is not recognised. Raises `CannotStart` for folders that do not exist.
     """
-    named = [text.partition("=") for text in arguments.imagefolder]
-    for folder in (*arguments.data, *(Path(path) for _, _, path in named)):
+    image_folders = [text.partition("=") for text in arguments.imagefolder]
+    for folder in (*arguments.data, *(Path(path) for _, _, path in image_folders)):
         if not folder.is_dir():
             raise CannotStart(f"--data, --imagefolder NAME=DIR: no such folder: {folder}")
-    known, unrecognised = find(arguments.data)
-    found: dict[str, Open] = {**known, "emoji": open_emoji}
-    for name, _, path in named:
+    recognised, unrecognised = find(arguments.data)
+    found: dict[str, Opener] = {**recognised, "emoji": open_emoji}
+    for name, _, path in image_folders:
         if name in found:
             raise CannotStart(f"--imagefolder: {name} is the name of another data set")
         found[name] = partial(open_folders, Path(path), name)
     if unrecognised:
         names = [str(path) for path in unrecognised[:10]]
         names += ["…"] if len(unrecognised) > 10 else []
-        why = f"no data set is recognised in {len(unrecognised)}: {', '.join(names)}"
-        absent["under --data"] = why
+        what = f"{len(unrecognised)} files and folders: {', '.join(names)}"
+        absent["under --data"] = f"no data set is recognised in {what}"
     return found
 
 
-def listed(reasons: dict[str, str]) -> str:
+def join_reasons(reasons: dict[str, str]) -> str:
     """Reasons in one line."""
     return "; ".join(f"{name}: {why}" for name, why in reasons.items())
 
 
-def reason(error: BaseException) -> str:
-    """The last line of an error. The lines before it may be a worker's traceback."""
+def last_line(error: BaseException) -> str:
+    """The last line of an error's message. The lines before it may be a worker's traceback."""
     return ([type(error).__name__, *str(error).strip().splitlines()][-1])[:300]

@@ -8,19 +8,19 @@ from pathlib import Path
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from .cifar import open_cifar
-from .datasets import Open
+from .datasets import Opener
 from .paper import SETS
 from .tar_sets import open_icons, open_tars
 
 
-def find(roots: Sequence[Path]) -> tuple[dict[str, Open], list[Path]]:
-    """The data sets in some folders, and the files and folders that are not recognised.
+def find(roots: Sequence[Path]) -> tuple[dict[str, Opener], list[Path]]:
+    """The data sets in `roots`, and the files and folders there that are not recognised.
 
     roots: data sets, or folders of data sets. The paper's data sets come first in the result.
     """
-    found: dict[str, Open] = {}
+    found: dict[str, Opener] = {}
     unrecognised: list[Path] = []
-    for root in (path.resolve() for path in roots):  # the path "." has no name
+    for root in (path.resolve() for path in roots):  # so that "." has a name
         if known := recognise(root):
             found.setdefault(*known)
             continue
@@ -36,8 +36,8 @@ def find(roots: Sequence[Path]) -> tuple[dict[str, Open], list[Path]]:
     return {name: found[name] for name in [*SETS, *found] if name in found}, unrecognised
 
 
-def recognise(folder: Path) -> tuple[str, Open] | None:
-    """The name of the data set in a folder, and how to open it; None if it is no data set."""
+def recognise(folder: Path) -> tuple[str, Opener] | None:
+    """The name of the data set in a folder, and its opener; None if there is no data set."""
     name = re.sub(r"^(wds-)?(vtab-)?", "", folder.name.lower().replace("_", "-"))
     if (folder / "test" / "nshards.txt").is_file() or (folder / "test" / "0.tar").is_file():
         return name, partial(open_tars, folder, name)

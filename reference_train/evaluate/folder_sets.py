@@ -11,23 +11,23 @@ from torch import Tensor
 from torchvision.datasets import ImageFolder
 
 from . import imagenet
-from .classification import Split, classified
-from .datasets import DataSet, Images, Unusable, lines
+from .classification import LabelledImages, classification_set
+from .datasets import DataSet, Images, Unusable, read_lines
 
 LABELS = "labels.csv"
 
 
 def open_folders(folder: Path, name: str) -> DataSet:
-    """Images in a folder for each class, directly in `folder` or in its `test` and `train`.
+    """A data set with a folder of images for each class, in `folder` or in its `test` and `train`.
 
-    Class names come from `classnames.txt`, or from the names of the folders. If `name` begins with
-    "imagenet", a folder's name is a WordNet identifier or a class number.
+    Class names come from `classnames.txt`, or else from the names of the folders. If `name` begins
+    with "imagenet", the names of the folders must be WordNet identifiers or class numbers.
     """
     test, train = test_folder(folder), folder / "train"
     if (test / LABELS).is_file():
         return open_labels(folder, name, test)
     images, labels, folders = class_folders(test)
-    names = lines(folder / "classnames.txt") or [name.replace("_", " ") for name in folders]
+    names = read_lines(folder / "classnames.txt") or [name.replace("_", " ") for name in folders]
     if len(names) != len(folders):
         raise Unusable(f"{test} has {len(folders)} classes, classnames.txt has {len(names)}")
     numbers = None
@@ -36,12 +36,12 @@ def open_folders(folder: Path, name: str) -> DataSet:
             numbers = imagenet.folder_numbers(folders)
         except ValueError as error:
             raise Unusable(
-                f"{test / str(error)}: folders should be called by WordNet identifier (n01440764) "
-                "or number (0 to 999)"
+                f"{test / str(error)}: the folder's name should be a WordNet identifier "
+                "(n01440764) or number (0 to 999)"
             ) from None
         names = [IMAGENET_CLASSNAMES[number] for number in numbers]
 
-    def read_train() -> Split:
+    def read_train() -> LabelledImages:
         train_images, train_labels, train_folders = class_folders(train)
         if train_folders != folders:
             raise Unusable(f"{train} has {len(train_folders)} classes, not those of {test}")
@@ -49,17 +49,17 @@ def open_folders(folder: Path, name: str) -> DataSet:
 
     has_train = train.is_dir() and test != folder
     read = read_train if has_train else None
-    return classified(folder, name, (images, labels), names, read, numbers)
+    return classification_set(folder, name, (images, labels), names, read, numbers)
 
 
 def test_folder(folder: Path) -> Path:
-    """The folder of a data set's test images: one in it, or the folder itself."""
+    """The folder of the test images: `test`, `val` or `validation`, or else `folder` itself."""
     candidates = [folder / name for name in ("test", "val", "validation")]
     return next((path for path in candidates if path.is_dir()), folder)
 
 
 def class_folders(path: Path) -> tuple[Images, Tensor, list[str]]:
-    """The images, their labels, and the folders' names, of a folder for each class."""
+    """The images of a folder for each class, their labels, and the names of the folders."""
     try:
         found = ImageFolder(path, allow_empty=True)
     except OSError as error:
@@ -71,11 +71,11 @@ def class_folders(path: Path) -> tuple[Images, Tensor, list[str]]:
 
 
 def open_labels(folder: Path, name: str, test: Path) -> DataSet:
-    """A folder of the CyCLIP authors' code: labels.csv has an image and a label on each line.
+    """A folder of the CyCLIP authors' code. Each line of labels.csv has an image and its label.
 
-    Class names come from `classnames.txt`, or from the authors' classes.py beside labels.csv.
+    Class names come from `classnames.txt`, or else from the authors' classes.py beside labels.csv.
     """
-    names, classes_py = lines(folder / "classnames.txt"), test / "classes.py"
+    names, classes_py = read_lines(folder / "classnames.txt"), test / "classes.py"
     if not names and not classes_py.is_file():
         raise Unusable(f"no class names: neither {folder}/classnames.txt nor {classes_py}")
     if not names:
@@ -88,11 +88,11 @@ def open_labels(folder: Path, name: str, test: Path) -> DataSet:
             ) from error
     train = folder / "train"
     read_train = partial(read_labels, train) if train.is_dir() and test != folder else None
-    return classified(folder, name, read_labels(test), names, read_train)
+    return classification_set(folder, name, read_labels(test), names, read_train)
 
 
 def read_labels(folder: Path) -> tuple[Images, Tensor]:
-    """The images and labels of a labels.csv. Raises `Unusable` if it holds anything else."""
+    """The images and labels of a labels.csv. Raises `Unusable` if the file is not valid."""
     path = folder / LABELS
     places, labels = list[Path](), list[int]()
     with path.open(encoding="utf-8-sig", newline="") as file:  # Excel begins a file with a BOM
@@ -114,10 +114,10 @@ def read_labels(folder: Path) -> tuple[Images, Tensor]:
 
 
 def authors_class_names(path: Path) -> list[str]:
-    """The "classes" of a classes.py.
+    """The entry "classes" of the dict in a classes.py.
 
-    The file holds a dict that contains functions. It is parsed, and never run. Raises ValueError or
-    SyntaxError if it is no such dict, or its "classes" are no list of strings.
+    The dict also holds functions, so the file is parsed but never run. Raises ValueError or
+    SyntaxError if it holds no dict, or if "classes" is not a list of strings.
     """
     content = ast.parse(path.read_text(encoding="utf-8-sig").strip(), mode="eval").body
     entries = (

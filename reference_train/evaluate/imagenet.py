@@ -12,7 +12,7 @@ from open_clip import IMAGENET_CLASSNAMES
 from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor
 
-from .datasets import Unusable, lines
+from .datasets import Unusable, read_lines
 
 # "NAME: NUMBERS" on each line; # begins a comment.
 SUPERCLASSES = Path(__file__).with_name("imagenet_superclasses.txt")
@@ -20,7 +20,7 @@ SUBSETS = {"imagenet-a": "imagenet_a_indices.txt", "imagenet-r": "imagenet_r_ind
 
 
 def class_numbers(data_set: str) -> list[int]:
-    """The class numbers of ImageNet, or of ImageNet-A or ImageNet-R, in the order of the labels."""
+    """The class number of each label of a data set: ImageNet's, ImageNet-A's or ImageNet-R's."""
     if data_set not in SUBSETS:
         return list(range(1000))
     content = pkgutil.get_data("timm.data", f"_info/{SUBSETS[data_set]}")
@@ -29,12 +29,12 @@ def class_numbers(data_set: str) -> list[int]:
 
 
 def check_order(names: Sequence[str], numbers: Sequence[int]) -> None:
-    """Raises `Unusable` if a name is ImageNet's name of another class.
+    """Raises `Unusable` if the classes are not in ImageNet's order.
 
-    In another order each class would have the superclass of another one. Names that are not
-    ImageNet's, such as translations, cannot be checked.
+    Otherwise they would get the superclasses of other classes. Names that are not ImageNet's, such
+    as translations, are not checked.
 
-    names: of the classes, by label. numbers: their class numbers, if the order is ImageNet's.
+    names: the name of each label. numbers: the class number that each label should have.
     """
     known = set(IMAGENET_CLASSNAMES)
     for label, (name, number) in enumerate(zip(names, numbers, strict=True)):
@@ -49,7 +49,7 @@ def check_order(names: Sequence[str], numbers: Sequence[int]) -> None:
 def folder_numbers(folders: Sequence[str]) -> list[int]:
     """The class numbers of folders whose names are WordNet identifiers or class numbers.
 
-    Raises ValueError, with the name, for any other name.
+    Raises ValueError for any other name. Its message is the name.
     """
     identifiers = ImageNetInfo("imagenet-1k").label_names()
     number_of = {identifier: number for number, identifier in enumerate(identifiers)}
@@ -63,9 +63,9 @@ def folder_numbers(folders: Sequence[str]) -> list[int]:
 
 
 def superclasses() -> dict[str, list[int]]:
-    """The class numbers of each of the 67 superclasses, by name."""
+    """The 67 superclasses: name -> class numbers."""
     groups: dict[str, list[int]] = {}
-    for line in lines(SUPERCLASSES):
+    for line in read_lines(SUPERCLASSES):
         name, _, numbers = line.partition("#")[0].partition(":")
         if not numbers:
             continue
@@ -75,7 +75,7 @@ def superclasses() -> dict[str, list[int]]:
 
 
 def superclass_of(numbers: Sequence[int]) -> Tensor:
-    """The superclass of each class, as a number: (C,) int64. numbers: of the classes."""
+    """The superclasses of classes, as numbers: (C,) int64. numbers: the class numbers."""
     superclass = {
         number: group for group, members in enumerate(superclasses().values()) for number in members
     }

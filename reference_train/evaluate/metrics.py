@@ -1,7 +1,7 @@
-"""The metrics, on features alone: no model, no data set.
+"""The metrics of `evaluate`, computed from features.
 
 Features are (n, D), float32, on any device. Their rows have unit length, except for the linear
-probe. Queries are compared with the gallery in strips, so memory is bounded.
+probe. Queries are compared with the gallery in strips, so that memory stays small.
 """
 
 import math
@@ -25,7 +25,7 @@ def nearest(queries: Tensor, gallery: Tensor, k: int) -> Tensor:
 
 
 def hit_rate(ranked: Tensor, truth: Tensor, k: int) -> float:
-    """How often the truth is among the first k answers.
+    """The share of queries whose true answer is among the first k answers.
 
     ranked: (n, at least k), best first. truth: (n,).
     """
@@ -33,7 +33,7 @@ def hit_rate(ranked: Tensor, truth: Tensor, k: int) -> float:
 
 
 def zero_shot(ranked: Tensor, labels: Tensor, num_classes: int) -> dict[str, float]:
-    """Top-k accuracy for k = 1, 3, 5 and 10, as far as there are more than k classes.
+    """Top-k accuracy for k = 1, and for k = 3, 5 and 10 if there are more than k classes.
 
     ranked: (n, up to 10), the nearest classes, best first. labels: (n,).
     """
@@ -49,15 +49,15 @@ def top(name: str, k: int) -> str:
 def coarse_and_fine(
     image_features: Tensor, class_features: Tensor, labels: Tensor, superclass: Tensor
 ) -> dict[str, float]:
-    """Goel et al. 2022, section 4.3, for k = 1; the supplement has k = 2 and 3.
+    """Coarse and fine accuracy: Goel et al. 2022, section 4.3 (k = 1) and supplement (k = 2, 3).
 
-    coarse: is the true superclass among the best k? A superclass scores as its best class does.
-    fine: is the true class among the best k classes of its own superclass?
+    coarse: is the true superclass among the best k? A superclass has the score of its best class.
+    fine: is the true class among the best k classes of the true superclass?
 
     labels: (n,) classes. superclass: (C,), the superclass of each class.
     """
     groups, group = superclass.unique(return_inverse=True)
-    most = max(SUPERCLASS_TOP)
+    max_k = max(SUPERCLASS_TOP)
     coarse, fine = [], []
     for features, truth in zip(
         image_features.split(STRIP), group[labels].split(STRIP), strict=True
@@ -65,9 +65,9 @@ def coarse_and_fine(
         scores = features @ class_features.T
         superclass_scores = scores.new_full((len(scores), len(groups)), -torch.inf)
         superclass_scores.scatter_reduce_(1, group.expand_as(scores), scores, "amax")
-        coarse.append(superclass_scores.topk(min(most, len(groups))).indices)
+        coarse.append(superclass_scores.topk(min(max_k, len(groups))).indices)
         siblings = scores.masked_fill(group != truth[:, None], -torch.inf)
-        fine.append(siblings.topk(min(most, len(group))).indices)
+        fine.append(siblings.topk(min(max_k, len(group))).indices)
     answers = {"coarse": (torch.cat(coarse), group[labels]), "fine": (torch.cat(fine), labels)}
     return {
         top(name, k): hit_rate(ranked, truth, k)
@@ -77,12 +77,13 @@ def coarse_and_fine(
 
 
 def ranks(queries: Tensor, gallery: Tensor, pairs: Tensor) -> Tensor:
-    """How many wrong candidates score at least as high as the best right one: (Q,), 0 is a hit.
+    """The rank of the best right candidate for each query: (Q,), 0 for the first rank.
 
-    An exact tie counts against the model.
+    It is the number of wrong candidates with at least the same score, so an exact tie counts
+    against the model.
 
-    queries: (Q, D). gallery: (G, D). pairs: (P, 2), rows of queries and gallery that belong
-    together; every query is in at least one pair.
+    queries: (Q, D). gallery: (G, D). pairs: (P, 2), a query and a right candidate in each row, as
+    indices. Every query is in at least one pair.
     """
     found = []
     for number, strip in enumerate(queries.split(STRIP)):
@@ -98,12 +99,12 @@ def ranks(queries: Tensor, gallery: Tensor, pairs: Tensor) -> Tensor:
 def retrieval(image_features: Tensor, text_features: Tensor, pairs: Tensor) -> dict[str, float]:
     """Recall at 1, 5 and 10 in both directions. Every query is compared with all candidates.
 
-    A query is a hit if any of its partners is among the first k. A text that captions several
-    images is one candidate, which is right for each of these images. As a query it counts once for
-    each image.
+    A query is a hit if any of its right candidates is among the first k. A text that is the caption
+    of several images is one candidate, and right for each of these images. As a query it counts
+    once for each image.
 
-    image_features: (n, D). text_features: (m, D), of distinct texts. pairs: (P, 2), rows of
-    image_features and text_features.
+    image_features: (n, D). text_features: (m, D), of distinct texts. pairs: (P, 2), an image and
+    its text in each row, as indices.
     """
     image_ranks = ranks(image_features, text_features, pairs)
     text_ranks = ranks(text_features, image_features, pairs.flip(1))[pairs[:, 1]]
@@ -115,7 +116,7 @@ def retrieval(image_features: Tensor, text_features: Tensor, pairs: Tensor) -> d
 
 
 def majority(labels: list[int]) -> int:
-    """The most frequent label. On a tie the last label is dropped, until there is no tie."""
+    """The most frequent label. While there is a tie, the last label is dropped."""
     (first, votes), *others = Counter(labels).most_common(2)
     return majority(labels[:-1]) if others and others[0][1] == votes else first
 
@@ -166,7 +167,7 @@ def linear_probe(
 
 
 def wilson(share: float, count: float) -> tuple[float, float]:
-    """The 95% interval (Wilson 1927) of a share that was measured on `count` trials."""
+    """The 95% interval (Wilson 1927) of a share of `count` trials."""
     z2 = 1.96**2
     centre = share + z2 / (2 * count)
     half = math.sqrt(z2 * (share * (1 - share) / count + z2 / (4 * count**2)))
@@ -174,8 +175,8 @@ def wilson(share: float, count: float) -> tuple[float, float]:
 
 
 def chance_of_any(right: float, candidates: float, k: int) -> float:
-    """The probability that k candidates, drawn at random, include one of the `right` ones."""
-    missed = 1.0
-    for drawn in range(k):
-        missed *= max(0.0, candidates - right - drawn) / max(1.0, candidates - drawn)
-    return 1 - missed
+    """The probability that k random candidates include at least one of the `right` ones."""
+    all_wrong = 1.0
+    for i in range(k):
+        all_wrong *= max(0.0, candidates - right - i) / max(1.0, candidates - i)
+    return 1 - all_wrong

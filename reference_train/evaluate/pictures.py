@@ -1,9 +1,10 @@
-"""The pictures, 5.5 inches wide, to be read on a phone."""
+"""Draws picture.png and similarities.png, 5.5 inches wide so that a phone can show them."""
 
 import base64
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -12,29 +13,30 @@ import numpy as np
 matplotlib.use("Agg")  # files, without a display
 from matplotlib import pyplot as plt
 
-from ..files import written_whole
+from ..files import atomic_write
 from ..losses import LOSSES
 from . import published, table
+from .measure import PAIRS
 from .records import Result
 
-DRAWN = ("top1", "subgroup_top1", "image_to_text_r1", "consistency_1")
-UNKNOWN_LOSS = "#8fa9c4"
-PUBLISHED = {  # lighter than our own
+BAR_METRICS = ("top1", "subgroup_top1", "image_to_text_r1", "consistency_1")
+UNKNOWN_LOSS = "#8fa9c4"  # colour of a run whose loss is not known
+# Colours of published models, lighter than ours.
+PUBLISHED = {
     "CLIP": "#c3cad1",
     "CyCLIP": "#f2b8a5",
     "C-CyCLIP": "#b5dcd7",
     "I-CyCLIP": "#d3c2dc",
 }
-MANY_BARS = 12  # if a panel has more bars, three panels are placed in a row
-GEOMETRY = ("inmodal_gap", "inmodal_correlation", "crossmodal_gap", "crossmodal_correlation")
-MODELS = 4  # the most models whose similarities are in one picture
+MANY_BARS = 12  # if a panel has more bars, there are three panels in a row
+MAX_MODELS = 4  # whose similarities are drawn for a data set
 
 
 class Bar(NamedTuple):
-    """A number in a panel."""
+    """A bar in a panel of picture.png."""
 
     title: str
-    bounds: table.Bounded  # a share, and the lowest and the highest
+    bounds: table.Bounded  # a share (not in %) and its bounds
     colour: str
     label: str
     is_one_run: bool
@@ -46,18 +48,22 @@ def use_style() -> None:
 
 
 def draw(result: Result, path: Path) -> None:
-    """Draws a panel of bars for each data set and headline metric, with the published numbers."""
-    panels = {(m, name): bars(result, name, m) for m in DRAWN for name in result["data_sets"]}
+    """Draws a panel of bars for each metric of `BAR_METRICS` and each data set that has it."""
+    panels = {
+        (metric, name): bars(result, name, metric)
+        for metric in BAR_METRICS
+        for name in result["data_sets"]
+    }
     panels = {panel: found for panel, found in panels.items() if found}
     heights = [0.65 + 0.22 * len(found) for found in panels.values()] or [1.0]
-    most = max(map(len, panels.values()), default=0)
-    across = min(3, len(heights)) if most > MANY_BARS else 1
-    row_heights = [max(heights[i : i + across]) for i in range(0, len(heights), across)]
+    max_bars = max(map(len, panels.values()), default=0)
+    columns = min(3, len(heights)) if max_bars > MANY_BARS else 1
+    row_heights = [max(heights[i : i + columns]) for i in range(0, len(heights), columns)]
     use_style()
-    size = (5.5 * across, sum(row_heights))
+    size = (5.5 * columns, sum(row_heights))
     figure = plt.figure(figsize=size, dpi=200, layout="constrained")
     axes = figure.subplots(
-        len(row_heights), across, squeeze=False, height_ratios=row_heights
+        len(row_heights), columns, squeeze=False, height_ratios=row_heights
     ).ravel()
     for ax in axes[len(panels) :]:
         ax.axis("off")
@@ -69,20 +75,20 @@ def draw(result: Result, path: Path) -> None:
             ax.axvline(100 * guess, color="black", linestyle=":", linewidth=1.2)
             title += f" (chance {100 * guess:.2g})"
         ax.set_title(title, loc="right", fontsize=8)
-    used = {bar.label[-1] for found in panels.values() for bar in found}
-    legend = "bar: mean of the runs; line: lowest to highest\n"
-    legend += "hatched bar: one run; its line: 95% interval (Wilson); dotted: chance"
+    used_marks = {bar.label[-1] for found in panels.values() for bar in found}
+    legend = "solid bar: mean of several runs; its line: lowest to highest run\n"
+    legend += "hatched bar: one run; its line: 95% interval (Wilson). dotted line: chance"
     for mark, words in published.MARKS.items():
-        if mark in used:
+        if mark in used_marks:
             legend += f"\n{mark}: {words.partition(' (')[0]}"
     figure.supxlabel(legend, fontsize=8)
-    with written_whole(path) as partial:
-        figure.savefig(partial, format="png")
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png")
     plt.close(figure)
 
 
 def draw_bars(ax: Any, found: Sequence[Bar]) -> None:
-    """Draws horizontal bars with their numbers and bounds, in %."""
+    """Draws horizontal bars with their labels and bounds, in %."""
     value, low, high = 100 * np.array([bar.bounds for bar in found]).T
     drawn = ax.barh(
         [bar.title for bar in found],
@@ -92,7 +98,7 @@ def draw_bars(ax: Any, found: Sequence[Bar]) -> None:
         hatch=["//" if bar.is_one_run else "" for bar in found],
         edgecolor="white",
         linewidth=0,
-        xerr=np.maximum((value - low, high - value), 0),  # rounding may make a length negative
+        xerr=np.maximum((value - low, high - value), 0),  # rounding may give -1e-17
         error_kw={"elinewidth": 0.9},
     )
     ax.bar_label(drawn, [bar.label for bar in found], padding=3)
@@ -101,9 +107,9 @@ def draw_bars(ax: Any, found: Sequence[Bar]) -> None:
 
 
 def bars(result: Result, name: str, metric: str) -> list[Bar]:
-    """The bars of a data set: our runs and, below them, published numbers.
+    """The bars of a data set and metric: our runs and, below them, published numbers.
 
-    Without runs of ours there are no bars.
+    There are no bars if none of our runs has the metric.
     """
     data = result["data_sets"][name]
     if metric not in table.metrics_of(data):
@@ -124,69 +130,147 @@ def bars(result: Result, name: str, metric: str) -> list[Bar]:
     return found
 
 
+class Matrix(NamedTuple):
+    """A similarity matrix in similarities.png, and the metrics below it."""
+
+    title: str
+    axis: str  # what its rows and columns are
+    metrics: tuple[str, str]  # keys of `table.COMMON`
+
+
+MATRICES = (
+    Matrix("image–image", "images", ("inmodal_gap", "inmodal_correlation")),
+    Matrix("text–text", "texts", ("inmodal_gap", "inmodal_correlation")),
+    Matrix("image–text − its transpose", "pairs", ("crossmodal_gap", "crossmodal_correlation")),
+)
+
+
+class Similarities(NamedTuple):
+    """What similarities.png shows of one model and data set."""
+
+    title: str
+    note: str  # which pairs are shown, and which pairs the table has
+    order: str  # of the rows and columns
+    matrices: list[np.ndarray]  # (n, n) each, in the order of `MATRICES`
+    captions: list[str]  # the metrics below each matrix
+
+
 def draw_similarities(result: Result, path: Path) -> bool:
     """Draws three matrices for each data set and model that has them, on the same colour scales.
 
-    Returns whether there are any.
+    Returns whether there were any.
     """
-    shown = kept_similarities(result)
+    shown = stored_similarities(result)
     if not shown:
         return False
-    matrices = []
-    for _, found in shown:
-        rounded = np.frombuffer(base64.b64decode(found["matrices"]), np.int8)
-        pairs = math.isqrt(len(rounded) // 3)
-        image_image, text_text, image_text = rounded.reshape(3, pairs, pairs) / 127
-        matrices.append((image_image, text_text, image_text - image_text.T))
-    lowest = min(np.min(drawn[:2]) for drawn in matrices)
-    greatest = max(np.abs(drawn[2]).max() for drawn in matrices) or 1.0
+    lowest = min(np.min(similarities.matrices[:2]) for similarities in shown)
+    greatest = max(np.abs(similarities.matrices[2]).max() for similarities in shown) or 1.0
     similarity = {"cmap": "viridis", "vmin": lowest, "vmax": 1}
     difference = {"cmap": "RdBu", "vmin": -greatest, "vmax": greatest}
-    figure = plt.figure(figsize=(5.5, 2.5 * len(shown) + 0.5), dpi=200, layout="constrained")
-    axes = figure.subplots(len(shown), 3, squeeze=False)
-    for row, (title, found), drawn in zip(axes, shown, matrices, strict=True):
-        captions = matrix_captions(found["numbers"])
-        scales = (similarity, similarity, difference)
-        for ax, matrix, scale, label in zip(row, drawn, scales, captions, strict=True):
-            ax.imshow(matrix, interpolation="nearest", **scale)
-            ax.set(xticks=(), yticks=())
-            ax.spines[:].set(visible=True, linewidth=0.5)
-            ax.set_xlabel(label, fontsize=7.5)
-        row[0].set_title(f"{title}, {len(drawn[0])} pairs", loc="left", fontsize=9)
-    for columns, label in ((axes[:, :2], "similarity"), (axes[:, 2:], "difference")):
-        image, aspect, room = columns[0, 0].images[0], 20 * columns.shape[1], 0.05 / len(shown)
-        bar = figure.colorbar(
-            image, ax=columns, location="bottom", aspect=aspect, fraction=room, pad=room
-        )
+    heights = [2.9] * len(shown) + [0.6]
+    figure = plt.figure(figsize=(5.5, sum(heights)), dpi=200, layout="constrained")
+    *rows, bottom = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for row, similarities in zip(rows, shown, strict=True):
+        axes = draw_matrices(row, similarities, (similarity, similarity, difference))
+    # All rows have the same colour scales, so the bars of the last row are enough.
+    bar_axes = bottom.subplots(1, 2, width_ratios=(2, 1))
+    for bar_ax, ax, label in zip(bar_axes, axes[1:], ("similarity", "difference"), strict=True):
+        bar = figure.colorbar(ax.images[0], cax=bar_ax, orientation="horizontal")
         bar.set_label(label, fontsize=8)
-        bar.ax.tick_params(labelsize=7.5)
-    with written_whole(path) as partial:
-        figure.savefig(partial, format="png")
+        bar_ax.tick_params(labelsize=7.5)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png")
     plt.close(figure)
     return True
 
 
-def kept_similarities(result: Result) -> list[tuple[str, dict[str, Any]]]:
-    """The title and the similarities of each model that is drawn.
+def draw_matrices(figure: Any, similarities: Similarities, scales: Sequence[Any]) -> Any:
+    """Draws the matrices of one model in a row. Returns their axes.
 
-    A column of the table is drawn by its first run that has similarities. A data set has at most
-    `MODELS` models.
+    scales: the colour scale of each matrix.
     """
-    shown: list[tuple[str, dict[str, Any]]] = []
+    heading = f"{similarities.title}\n{similarities.note}"
+    figure.suptitle(heading, x=0.01, ha="left", fontsize=8)
+    axes = figure.subplots(1, len(MATRICES))
+    for ax, matrix, values, caption, scale in zip(
+        axes, MATRICES, similarities.matrices, similarities.captions, scales, strict=True
+    ):
+        ax.imshow(values, interpolation="nearest", **scale)
+        ax.set(xticks=(), yticks=(), anchor="N")
+        ax.spines[:].set(visible=True, linewidth=0.5)
+        ax.set_title(matrix.title, fontsize=8)
+        axis = f"{matrix.axis}, {similarities.order}"
+        ax.set_ylabel(axis, fontsize=7)
+        ax.set_xlabel(f"{axis}\n\n{caption}", fontsize=7)
+    return axes
+
+
+def stored_similarities(result: Result) -> list[Similarities]:
+    """The similarities of each model that is drawn.
+
+    Each column of the table is a model, of which the first run with similarities is drawn. For each
+    data set, at most `MAX_MODELS` models are drawn.
+    """
+    shown: list[Similarities] = []
     for name in result["data_sets"]:
         models = []
         for column in table.columns(result):
-            kept = [run[name].get("similarities") for run in column.runs if name in run]
-            models += [(f"{column.title}: {name}", found) for found in kept if found][:1]
-        shown += models[:MODELS]
+            runs = [run[name] for run in column.runs if run.get(name, {}).get("similarities")]
+            if runs:
+                models.append(column_similarities(result, name, column, runs[0]))
+        shown += models[:MAX_MODELS]
     return shown
 
 
-def matrix_captions(numbers: dict[str, float]) -> list[str]:
-    """The captions below the three matrices, with the numbers of `GEOMETRY`."""
-    captions = ["image–image", "text–text", "image–text − its transpose"]
-    for place, name in enumerate(GEOMETRY):
-        metric, number = table.COMMON[name], numbers.get(name)
-        value = "none" if number is None else table.cell((number, number, number), metric)
-        captions[min(place, 2)] += f"\n{metric.title}: {value}"
-    return captions
+def column_similarities(
+    result: Result, name: str, column: table.Column, run: dict[str, Any]
+) -> Similarities:
+    """What similarities.png shows for a column of the table. run: the run of it that is drawn."""
+    data = result["data_sets"][name]
+    stored = run["similarities"]
+    rounded = np.frombuffer(base64.b64decode(stored["matrices"]), np.int8)
+    num_pairs = math.isqrt(len(rounded) // 3)
+    image_image, text_text, image_text = rounded.reshape(3, num_pairs, num_pairs) / 127
+    in_table = {
+        key: bounds[0]
+        for key in table.COMMON
+        if (bounds := table.summary(result, column.runs, name, key))
+    }
+    runs = f", one of {len(column.runs)} runs" if len(column.runs) > 1 else ""
+    tasks = list(data["classes"])
+    return Similarities(
+        title=f"{column.title}: {name}{runs}",
+        note=pairs_note(data, run, num_pairs, len(column.runs)),
+        order=f"sorted by {tasks[-1]}" if tasks else "in the data set's order",
+        matrices=[image_image, text_text, image_text - image_text.T],
+        captions=[matrix_caption(matrix, stored["numbers"], in_table) for matrix in MATRICES],
+    )
+
+
+def matrix_caption(matrix: Matrix, shown: dict[str, float], in_table: dict[str, float]) -> str:
+    """The metrics of the pairs that a matrix shows, with the numbers of table.md in brackets."""
+    lines = []
+    for key in matrix.metrics:
+        metric = table.COMMON[key]
+        kind, _, title = metric.title.partition(" ")  # "in-modal", "gap × 100"
+        number, table_number = (
+            table.cell((x[key], x[key], x[key]), metric) if key in x else "none"
+            for x in (shown, in_table)
+        )
+        lines.append(f"{title}: {number} (table: {table_number})")
+    return "\n".join([kind, *lines])
+
+
+def pairs_note(data: dict[str, Any], run: dict[str, Any], num_pairs: int, num_runs: int) -> str:
+    """Says which pairs similarities.png shows, and which pairs table.md has."""
+    styles = data["mean_over"]
+    shown = f"Shown: {num_pairs} pairs"
+    if run["groups"]:  # the pairs come from the first group
+        shown += f" in {'style' if styles else 'group'} {next(iter(run['groups']))}"
+    counts = [data["groups"][style] for style in styles] or [data["images"]]
+    in_table = f"table: {sum(min(PAIRS, count) for count in counts):,} pairs"
+    averaged = [f"{num_runs} runs"] if num_runs > 1 else []
+    averaged += styles
+    if averaged:
+        in_table += f", the mean over {', '.join(averaged)}"
+    return fill(f"{shown}; {in_table}.", 98)

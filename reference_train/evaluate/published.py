@@ -1,7 +1,8 @@
-"""Published numbers, from published.csv, where each one has its source.
+"""Published numbers, from published.csv.
 
-Columns: data set; metric; source, as in the table's heading; training pairs, only for the runs on
-several data sizes; a number in % for each model; mark; where it was read; note.
+Its columns are the data set; the metric; the source, as the table's heading shows it; the training
+pairs, only in rows of the source `DATA_SIZE`; a number in % for each model; the mark, a key of
+`MARKS`; where the number was read; and a note.
 """
 
 import csv
@@ -12,21 +13,22 @@ from typing import NamedTuple
 from ..losses import LOSSES
 
 MODELS = ("clip", "cyclip", "c-cyclip", "i-cyclip")
-DATA_SIZE = "data size"  # the source of runs on several numbers of training pairs
+DATA_SIZE = "data size"  # the source of the paper's runs with several numbers of training pairs
 MARKS = {
     "c": "read in the repository of the paper's authors (github.com/goel-shashank/CyCLIP), in the "
     "file and commit that published.csv says",
     "q": "quoted, not checked",
 }
 SOURCES = {
-    "paper": "Goel et al. 2022, RN50 trained on CC3M. The zero-shot top-1 numbers are gains of "
-    "10.2 to 23.9% (CIFAR, ImageNet) and 10.2 to 26.5% (shifts); the abstract says 10 to 24% and "
-    "10 to 27%",
-    "May 2022": "linear probes as the authors' repository has them since then; not sure to be the "
-    "paper's",
-    "April 2022": "linear probes as the authors' repository had them then, all of them accuracies",
-    "reproduced": "arXiv 2303.05952, by other authors, trained on CC3M. There CLIP's linear probes "
-    "are at 61.05% on average and CyCLIP's at 60.14%",
+    "paper": "Goel et al. 2022, RN50 trained on CC3M. CyCLIP's relative gains in zero-shot "
+    "top-1 are 10.2 to 23.9% (CIFAR, ImageNet) and 10.2 to 26.5% (shifts); the abstract says 10 to "
+    "24% and 10 to 27%",
+    "May 2022": "linear probes that the authors' repository has had since May 2022; they may not "
+    "be the paper's",
+    "April 2022": "linear probes that the authors' repository had in April 2022; all are "
+    "accuracies",
+    "reproduced": "arXiv 2303.05952, by other authors, trained on CC3M. The mean of its linear "
+    "probes is 61.05% for CLIP and 60.14% for CyCLIP",
 }
 
 
@@ -37,7 +39,7 @@ class Published(NamedTuple):
     metric: str
     source: str
     pairs: int | None
-    percent: dict[str, float]  # by the title of the model
+    percent: dict[str, float]  # title of the model -> number in %
     mark: str
     where: str
     note: str
@@ -63,7 +65,7 @@ def read() -> tuple[Published, ...]:
 
 
 def for_table(data_set: str) -> list[Published]:
-    """The published numbers of a data set, except those of runs on several data sizes."""
+    """The published numbers of a data set, except those of the source `DATA_SIZE`."""
     return [row for row in read() if row.data_set == data_set and row.source != DATA_SIZE]
 
 

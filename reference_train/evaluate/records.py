@@ -1,4 +1,4 @@
-"""`evaluation.json`: begins, reads, merges and writes it."""
+"""Reads, writes and merges `evaluation.json`."""
 
 import json
 import platform
@@ -19,22 +19,23 @@ PARTS = ("checkpoints", "data_sets", "failed", "absent", "results")
 
 
 def start(out: Path, settings: dict[str, Any], command: str, device: torch.device) -> Result:
-    """The evaluation in a folder, to be resumed, or a new one.
+    """Returns the evaluation that a folder holds, or a new one.
 
-    settings: the settings that its numbers depend on.
+    settings: the settings that the numbers depend on.
 
-    Raises `CannotStart` if the evaluation in the folder has other settings, or the folder cannot be
+    Raises `CannotStart` if the folder's evaluation has other settings, or the folder cannot be
     written.
     """
     check_writable(out)
     if (out / "evaluation.json").exists():
         result = read_evaluation(out)
         for name, wanted in settings.items():
-            before = result.get("settings", {}).get(name)
-            if before != wanted:
-                what = f"--out {out}: holds an evaluation with {name} = {before}, not {wanted}"
+            stored = result.get("settings", {}).get(name)
+            if stored != wanted:
+                what = f"--out {out}: holds an evaluation with {name} = {stored}, not {wanted}"
                 raise CannotStart(f"{what}: choose another --out")
-        commands = dict.fromkeys([*result["command"].splitlines(), command])  # each once
+        # A dict keeps the order of the commands, and each command once.
+        commands = dict.fromkeys([*result["command"].splitlines(), command])
         return result | {"command": "\n".join(commands)}
     packages = ("torch", "torchvision", "open_clip_torch")
     return {
@@ -48,7 +49,7 @@ def start(out: Path, settings: dict[str, Any], command: str, device: torch.devic
 
 
 def read_evaluation(path: Path) -> Result:
-    """An evaluation.json, or the one in a folder. Raises `CannotStart`."""
+    """Reads an evaluation.json. path: the file or its folder. Raises `CannotStart`."""
     file = path / "evaluation.json" if path.is_dir() else path
     try:
         result: Result = json.loads(file.read_text(encoding="utf-8"))
@@ -60,10 +61,10 @@ def read_evaluation(path: Path) -> Result:
 
 
 def add_losses_and_seeds(result: Result) -> Result:
-    """Adds the loss and the seed of each run, which older evaluations did not store.
+    """Adds the loss and the seed of each run to older evaluations, which did not store them.
 
-    Their runs are called [NAME-]LOSS-SEED or NAME-SEED. If the seed was not stored, a single digit
-    at the end of the name is the seed, and so is any number after a loss.
+    Runs are called [NAME-]LOSS-SEED or NAME-SEED. A number at the end is the seed if it has one
+    digit or comes after a loss.
     """
     checkpoints = result.get("checkpoints", {})
     if isinstance(checkpoints, list):  # the oldest evaluations
@@ -82,19 +83,20 @@ def add_losses_and_seeds(result: Result) -> Result:
 
 
 def save(result: Result, out: Path) -> None:
-    """Writes `evaluation.json`."""
+    """Writes `evaluation.json` to a folder."""
     out.mkdir(parents=True, exist_ok=True)
     write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", out / "evaluation.json")
 
 
 def merge(records: Sequence[tuple[str, Result]], only: Sequence[str] | None) -> Result:
-    """One evaluation of several.
+    """Merges several evaluations into one.
 
     Args:
-        records: evaluations with a name each, which distinguishes runs of the same title.
-        only: names of data sets; None: all.
+        records: names and evaluations. If two evaluations have different results for runs of the
+            same title, the name is added to the title.
+        only: the names of the data sets to keep; None: all.
 
-    Raises `CannotStart` if records have different data sets under one name.
+    Raises `CannotStart` if evaluations have different data sets under one name.
     """
     merged = {**records[-1][1], "command": "\n".join(record["command"] for _, record in records)}
     merged |= {part: {} for part in PARTS}
@@ -102,12 +104,15 @@ def merge(records: Sequence[tuple[str, Result]], only: Sequence[str] | None) -> 
         for name, data in result["data_sets"].items():
             if only is not None and name not in only:
                 continue
-            before = merged["data_sets"].setdefault(name, data)
-            if (before["images"], before["classes"]) != (data["images"], data["classes"]):
-                raise CannotStart(f"{record}: {name} is another data set there: choose by --only")
+            earlier = merged["data_sets"].setdefault(name, data)
+            if (earlier["images"], earlier["classes"]) != (data["images"], data["classes"]):
+                why = f"{name} is another data set there: leave it out with --only"
+                raise CannotStart(f"{record}: {why}")
         for run, results in result["results"].items():
-            earlier = merged["results"].get(run, {})
-            differ = any(earlier.get(name, found) != found for name, found in results.items())
+            merged_results = merged["results"].get(run, {})
+            differ = any(
+                merged_results.get(name, found) != found for name, found in results.items()
+            )
             title = f"{record}-{run}" if differ else run
             merged["results"].setdefault(title, {}).update(results)
             merged["checkpoints"][title] = result["checkpoints"][run]

@@ -1,6 +1,6 @@
-"""Makes `table.md`, the pictures and the table on the terminal from `evaluation.json`.
+"""Makes `table.md`, the pictures and the terminal's table from `evaluation.json`.
 
-`python -m reference_train report FOLDER` makes them again, and one table of several folders.
+`python -m reference_train report FOLDER ...` makes them again, or one table of several folders.
 """
 
 from collections import Counter
@@ -26,18 +26,18 @@ __all__ = ["describe", "main", "save", "start", "write"]  # the demonstration us
 
 
 def describe(name: str, data: DataSet) -> dict[str, Any]:
-    """A data set in numbers."""
+    """The entry of a data set in evaluation.json: its sizes, groups and superclasses."""
     groups = dict(Counter(data.groups or []))
-    texts = data.captions or []
-    if data.across_groups and not texts:
-        texts = [[str(label)] for label in data.classes[""].labels.tolist()]
+    captions = data.captions or []
+    if data.across_groups and not captions:  # class names are used as captions
+        captions = [[str(label)] for label in data.classes[""].labels.tolist()]
     return {
         "images": len(data.images),
         "train_images": len(data.train[0]) if data.train else 0,
-        "classes": {question or "class": len(c.names) for question, c in data.classes.items()},
+        "classes": {task or "class": len(c.names) for task, c in data.classes.items()},
         "templates": max((len(c.templates) for c in data.classes.values()), default=0),
-        "captions": sum(map(len, texts)),
-        "texts": len(distinct_texts(texts)[0]),
+        "captions": sum(map(len, captions)),
+        "texts": len(distinct_texts(captions)[0]),
         "groups": groups,
         "mean_over": [g for g in groups if g not in data.excluded_groups]
         if data.across_groups
@@ -47,14 +47,15 @@ def describe(name: str, data: DataSet) -> dict[str, Any]:
 
 
 def superclass_chances(data: DataSet) -> dict[str, float]:
-    """The accuracy of guessing in the metrics of superclasses that have a simple formula."""
+    """Metric -> accuracy of guessing, for the superclass metrics where it has a simple formula."""
     chances: dict[str, float] = {}
-    for question, classes in data.classes.items():
+    for task, classes in data.classes.items():
         if classes.superclass is None:
             continue
-        prefix = f"{question}_" if question else ""
-        class_sizes = torch.bincount(classes.superclass)[classes.superclass]  # (C,)
-        size = class_sizes[classes.labels].double()  # (n,), classes in each image's superclass
+        prefix = f"{task}_" if task else ""
+        # How many classes the superclass of each class has: (C,).
+        class_sizes = torch.bincount(classes.superclass)[classes.superclass]
+        size = class_sizes[classes.labels].double()  # (n,), of the superclass of each image
         chances[f"{prefix}coarse"] = float((size / len(classes.superclass)).mean())
         for k in SUPERCLASS_TOP:
             chances[prefix + top("fine", k)] = float((k / size).clamp(max=1).mean())
@@ -62,17 +63,17 @@ def superclass_chances(data: DataSet) -> dict[str, float]:
 
 
 def write(result: Result, out: Path) -> None:
-    """Writes all files, and prints a shorter table."""
+    """Writes evaluation.json, table.md and the pictures, and prints a shorter table."""
     save(result, out)
     write_text(markdown(result), out / "table.md")
     draw(result, out / "picture.png")
     pictures = ["picture.png"]
-    for name, draw_if_any in (
+    for name, draw_if_possible in (
         ("similarities.png", draw_similarities),
         ("data_size.png", draw_data_size),
         ("robustness.png", draw_robustness),
     ):
-        if draw_if_any(result, out / name):
+        if draw_if_possible(result, out / name):
             pictures.append(name)
     Console().print(Markdown(markdown(result, short=True)))
     print(f"\nWritten to {out}: table.md has all metrics, {', '.join(pictures)}")
@@ -80,7 +81,9 @@ def write(result: Result, out: Path) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """`python -m reference_train report`."""
-    description = "Makes table.md and the pictures again. Runs called NAME-SEED share a column."
+    description = (
+        "Makes table.md and the pictures again. Runs called NAME-SEED share the column NAME."
+    )
     parser = Parser("python -m reference_train report", description=description)
     add = parser.add_argument
     add(
@@ -95,7 +98,7 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     out = arguments.out or arguments.evaluations[0]
     if not arguments.out and (len(arguments.evaluations) > 1 or out.is_file()):
-        raise CannotStart("report: --out is needed for several, or for a file")
+        raise CannotStart("report: --out is needed for several evaluations, or for a file")
     records = [(str(path).removesuffix(".json"), path) for path in arguments.evaluations]
     result = merge([(name, read_evaluation(path)) for name, path in records], arguments.only)
     if not result["data_sets"]:

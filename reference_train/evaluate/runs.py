@@ -1,4 +1,4 @@
-"""Finds checkpoints of OpenCLIP and of the CyCLIP authors, and describes their runs."""
+"""Finds checkpoints of OpenCLIP and of the CyCLIP authors' code, and describes their runs."""
 
 import os
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ from ..losses import LOSSES
 from ..pretrain.presets import register_models
 from ..pretrain.runs import PARAMETERS, read_parameters
 
-RELEASED_MODEL = "RN50-quickgelu"  # OpenCLIP's name of the only model that the authors released
+RELEASED_MODEL = "RN50-quickgelu"  # OpenCLIP's name for the model of the authors' checkpoints
 # Arguments of OpenCLIP's trainer that change the model or its preprocessing.
-KEPT_ARGUMENTS = (
+MODEL_ARGUMENTS = (
     "force_quick_gelu",
     "force_custom_text",
     "force_image_size",
@@ -30,15 +30,15 @@ KEPT_ARGUMENTS = (
 
 @dataclass(eq=False)
 class Checkpoint:
-    """Where weights come from, before anything is loaded."""
+    """Where the weights of a model come from. Nothing is loaded yet."""
 
     title: str
     model: str  # OpenCLIP's name
-    path: Path | None  # None: OpenCLIP's pretrained weights, by `tag`
-    tag: str | None
-    arguments: dict[str, Any]  # of `open_clip.create_model_and_transforms`
-    run: dict[str, Any] = field(default_factory=dict)  # of `describe_run`, for the table
-    has_parameters: bool = False  # whether a params.txt says which model it is
+    path: Path | None  # a file; None: the weights come from `tag`
+    tag: str | None  # of OpenCLIP's pretrained weights
+    arguments: dict[str, Any]  # for `open_clip.create_model_and_transforms`
+    run: dict[str, Any] = field(default_factory=dict)  # from `describe_run`, for the table
+    has_parameters: bool = False  # whether a params.txt has the name of the model
 
     @cached_property
     def source(self) -> dict[str, str]:
@@ -50,35 +50,36 @@ class Checkpoint:
 def find_checkpoints(
     paths: Sequence[Path], model: str | None, pretrained: str | None
 ) -> list[Checkpoint]:
-    """The checkpoints of the command line, with different titles.
+    """The checkpoints that the command line asks for. Each has a title of its own.
 
-    paths: files, or folders of runs. model: the model of all of them; None: each params.txt says
-    it. pretrained: a tag of OpenCLIP's own weights.
+    paths: files, or folders of runs. model: the model of all checkpoints; None: the model in the
+    params.txt of each run. pretrained: a tag of OpenCLIP's own weights.
 
-    Raises `CannotStart` if a checkpoint or its model is missing, or named twice.
+    Raises `CannotStart` if a checkpoint or its model is missing, or a checkpoint is given twice.
     """
     register_models()
     found = [from_file(checkpoint_file(path), model) for path in paths]
     distinguish(found)
-    hub = model is not None and ":" in model and not paths  # the weights come with the model
-    if pretrained is not None or hub:
+    # The name of a model on a hub ("hf-hub:...") stands for its weights, too.
+    is_on_hub = model is not None and ":" in model and not paths
+    if pretrained is not None or is_on_hub:
         if model is None:
             raise CannotStart("--pretrained needs --model")
-        title = model if hub else f"{model} {pretrained}"
+        title = model if is_on_hub else f"{model} {pretrained}"
         found.append(Checkpoint(title, model, None, pretrained, {}, describe_run(title, {})))
     if not found:
-        raise CannotStart("no checkpoint: name one, or --model with --pretrained")
+        raise CannotStart("no checkpoint: give one, or --model with --pretrained")
     titles = [checkpoint.title for checkpoint in found]
     for checkpoint in found:
         if titles.count(checkpoint.title) > 1:
-            raise CannotStart(f"{checkpoint.path or checkpoint.title} is named twice")
+            raise CannotStart(f"{checkpoint.path or checkpoint.title} is given twice")
         if ":" not in checkpoint.model and checkpoint.model not in open_clip.list_models():
             raise CannotStart(f"{checkpoint.title}: OpenCLIP has no model {checkpoint.model!r}")
     return found
 
 
 def checkpoint_file(path: Path) -> Path:
-    """The file itself; in a run's folder its best epoch, or else its newest one."""
+    """The path itself if it is a file. In a run's folder: its best epoch, or else its newest."""
     if path.is_file():
         return path
     for folder in (path / "checkpoints", path):
@@ -99,11 +100,11 @@ def from_file(file: Path, model: str | None) -> Checkpoint:
     name = model or parameters.get("model")
     if name is None:
         raise CannotStart(
-            f"{file}: no {PARAMETERS} of a run beside it: say --model ({RELEASED_MODEL} for "
+            f"{file}: no {PARAMETERS} of a run beside it: pass --model ({RELEASED_MODEL} for "
             "checkpoints of the CyCLIP authors)"
         )
-    arguments = {k: parameters[k] for k in KEPT_ARGUMENTS if parameters.get(k)}
-    if parameters.get("siglip"):  # the model needs a bias; the weights have its value
+    arguments = {k: parameters[k] for k in MODEL_ARGUMENTS if parameters.get(k)}
+    if parameters.get("siglip"):  # so that the model has a bias; the weights have its value
         arguments["init_logit_bias"] = 0.0
     title = file.stem
     if folder.name == "checkpoints":
@@ -115,10 +116,13 @@ def from_file(file: Path, model: str | None) -> Checkpoint:
 
 
 def describe_run(title: str, parameters: dict[str, Any]) -> dict[str, Any]:
-    """The loss, the seed, and the pairs in an epoch of a run, for tables and pictures.
+    """The loss and the seed of a run, and the pairs in its epoch, for tables and pictures.
 
-    parameters: its params.txt. The loss is the one that the title ends with, if it has the same
-    penalties as the run. ("x-c-cyclip" ends with c-cyclip, not with cyclip.)
+    The title ends with the name of the loss. ("x-c-cyclip" ends with c-cyclip, not with cyclip.) If
+    the run had other penalties than this loss, the penalties decide. The loss is None if it is not
+    known.
+
+    parameters: the run's params.txt.
     """
     seed = parameters.get("seed")
     stem = title if seed is None else title.removesuffix(f"-{seed}")
@@ -136,7 +140,7 @@ def describe_run(title: str, parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def distinguish(checkpoints: Sequence[Checkpoint]) -> None:
-    """Adds paths to titles that several checkpoints have."""
+    """Makes titles unique: where several checkpoints have the same one, it adds their paths."""
     titles = [checkpoint.title for checkpoint in checkpoints]
     for title in {title for title in titles if titles.count(title) > 1}:
         paths = {

@@ -1,7 +1,7 @@
-"""Pictures of runs on several numbers of training pairs: data size, and effective robustness.
+"""Pictures of runs that differ in the number of training pairs: data size, and robustness.
 
 The number of pairs is `train_num_samples` in a run's params.txt. A picture is drawn if the runs of
-an evaluation have at least two different numbers. Published points are drawn beside ours.
+an evaluation have at least two different numbers of pairs. It also shows published runs.
 """
 
 import math
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from matplotlib import pyplot as plt
 
-from ..files import written_whole
+from ..files import atomic_write
 from ..losses import LOSSES
 from . import published
 from .paper import why_incomparable
@@ -22,22 +22,22 @@ from .pictures import PUBLISHED, use_style
 from .records import Result
 from .table import chance, series_of
 
-# Data set -> data sets with the same classes under a natural distribution shift.
+# Data set -> data sets with the same task under a natural distribution shift.
 SHIFTS = {
     "imagenet1k": ("imagenetv2", "imagenet-sketch", "imagenet-a", "imagenet-r"),
     "icons": ("emoji",),
 }
 # Goel et al. 2022 draw "standard training" as V2 = 1.2 * ImageNet - 9. Its source is not known.
 STANDARD_TRAINING = {"imagenetv2": (1.2, -9.0)}
-ACROSS = 2  # panels in a row
-APART = 1.2  # the smallest ratio of two numbers of pairs whose labels do not overlap
+PANELS_PER_ROW = 2
+MIN_RATIO = 1.2  # of two numbers of pairs, so that their labels on the axis do not overlap
 
 
 class Size(NamedTuple):
-    """What the points of a line differ in."""
+    """What distinguishes the points of a line."""
 
     pairs: int
-    series: str = ""  # of our runs, as the table has them: runs that differ in their seed only
+    series: str = ""  # what `table.series_of` returns for our runs; "": published
 
 
 class Line(NamedTuple):
@@ -65,7 +65,7 @@ def our_lines(result: Result, name: str) -> list[Line]:
 
 
 def all_lines(result: Result, name: str) -> list[Line]:
-    """Our lines on a data set, and the published ones if it is the paper's."""
+    """Our lines on a data set, and published lines if the data set is the paper's."""
     lines: list[Line] = []
     if not why_incomparable(name, result["data_sets"][name], "top1"):
         for model, percent in published.by_pairs(name).items():
@@ -75,7 +75,7 @@ def all_lines(result: Result, name: str) -> list[Line]:
 
 
 def several_sizes(result: Result) -> list[str]:
-    """The data sets on which runs with different numbers of training pairs were measured."""
+    """The data sets that have results of runs with different numbers of training pairs."""
     return [
         name
         for name in result["data_sets"]
@@ -84,7 +84,7 @@ def several_sizes(result: Result) -> list[str]:
 
 
 def draw_data_size(result: Result, path: Path) -> bool:
-    """Draws accuracy over the number of training pairs. Returns whether there is any."""
+    """Draws accuracy against the number of training pairs. Returns whether there was any."""
     panels = [partial(draw_size_panel, result, name) for name in several_sizes(result)]
     return draw_panels(panels, path, "Dots are means over seeds.")
 
@@ -106,23 +106,23 @@ def draw_size_panel(result: Result, name: str, ax: Any) -> None:
 
 
 def sizes_with_a_label(lines: Sequence[Line]) -> list[int]:
-    """The numbers of pairs that are written below the axis.
+    """The numbers of pairs that the axis shows.
 
-    All published ones are, and ours if their labels do not overlap with others.
+    It shows all published numbers, and ours if their labels do not overlap with other labels.
     """
     published_first = sorted((line.is_ours, size.pairs) for line in lines for size in line.percent)
     labelled: list[int] = []
     for is_ours, pairs in published_first:
-        if not is_ours or all(max(pairs / x, x / pairs) > APART for x in labelled):
+        if not is_ours or all(max(pairs / x, x / pairs) > MIN_RATIO for x in labelled):
             labelled.append(pairs)
     return sorted({*labelled})
 
 
 def draw_robustness(result: Result, path: Path) -> bool:
-    """Draws accuracy under a shift over accuracy without it. Returns whether there is any.
+    """Draws accuracy under a shift against accuracy without it. Returns whether there was any.
 
-    The axes are in %, as in the paper: nothing is transformed, and no line is fitted. A model above
-    the dashed line y = x loses nothing under the shift.
+    As in the paper, the axes are linear, in %, and no line is fitted. A model above the dashed line
+    y = x loses nothing under the shift.
     """
     drawable = several_sizes(result)
     panels = [
@@ -131,12 +131,12 @@ def draw_robustness(result: Result, path: Path) -> bool:
         for shift in shifts
         if base in drawable and shift in drawable
     ]
-    caption = "Dots differ in the number of training pairs, and are means over seeds."
+    caption = "A dot is the mean over seeds for one number of training pairs."
     return draw_panels(panels, path, caption)
 
 
 def draw_shift_panel(result: Result, base: str, shift: str, ax: Any) -> None:
-    """Draws the accuracy on a shifted data set over the accuracy on the original one."""
+    """Draws the accuracy on a shifted data set against the accuracy on the original one."""
     under_shift = {line.title: line.percent for line in all_lines(result, shift)}
     points = [0.1]
     for line in all_lines(result, base):
@@ -149,7 +149,7 @@ def draw_shift_panel(result: Result, base: str, shift: str, ax: Any) -> None:
     ax.plot([0, end], [0, end], color="black", linestyle="--", linewidth=0.8, label="y = x")
     if shift in STANDARD_TRAINING:
         slope, offset = STANDARD_TRAINING[shift]
-        start = -offset / slope  # the line is positive from here on
+        start = -offset / slope  # where the line crosses zero
         ax.plot(
             [start, max(start, end)],
             [0, slope * max(start, end) + offset],
@@ -178,18 +178,18 @@ def draw_line(ax: Any, line: Line, x: list[float], y: list[float]) -> None:
 
 
 def draw_panels(panels: Sequence[Callable[[Any], None]], path: Path, caption: str) -> bool:
-    """Draws panels with one legend. Returns whether there are any.
+    """Draws panels with one legend. Returns whether there are any panels.
 
-    panels: functions that draw into given axes.
+    panels: functions that draw on the axes that they are given.
     """
     if not panels:
         return False
     use_style()
-    across = min(ACROSS, len(panels))
-    down = math.ceil(len(panels) / across)
-    size = (5.5 * across / ACROSS if across > 1 else 4.2, 2.9 * down + 0.9)
+    columns = min(PANELS_PER_ROW, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    size = (5.5 if columns > 1 else 4.2, 2.9 * rows + 0.9)
     figure = plt.figure(figsize=size, dpi=200, layout="constrained")
-    axes = figure.subplots(down, across, squeeze=False).ravel()
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for ax in axes[len(panels) :]:
         ax.axis("off")
     legend: dict[str, Any] = {}
@@ -207,8 +207,8 @@ def draw_panels(panels: Sequence[Callable[[Any], None]], path: Path, caption: st
         title_fontsize=7.5,
         frameon=False,
     )
-    with written_whole(path) as partial:
-        figure.savefig(partial, format="png")
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png")
     plt.close(figure)
     return True
 

@@ -1,4 +1,4 @@
-"""The table of an evaluation, and the numbers in it, with published ones beside them."""
+"""Makes the table of an evaluation, with published numbers beside ours."""
 
 from collections.abc import Sequence
 from statistics import mean
@@ -20,30 +20,28 @@ from .paper import why_incomparable
 from .published import Published
 from .records import Result
 
-Bounded = tuple[float, float, float]  # a value, and the lowest and the highest
+Bounded = tuple[float, float, float]  # a value, its lower bound and its upper bound
 
 
 class Metric(NamedTuple):
-    """A number of the table.
-
-    kind: what an answer is. A query is right if one of its k best answers is.
-    """
+    """A row of the table. An accuracy is the share of queries with a right answer among k."""
 
     title: str
-    kind: str  # "class", "superclass", "text", "image"; "" if the number is no share of answers
-    question: str = ""
+    # What an answer is: "class", "superclass", "text" or "image"; "": the metric is no accuracy.
+    kind: str
+    task: str = ""  # the key in `DataSet.classes`
     k: int = 1
 
 
 class Column(NamedTuple):
-    """Runs that differ in their seed only."""
+    """A column of the table: runs that differ in their seed only."""
 
     title: str
     loss: str | None  # a key of LOSSES
-    runs: list[dict[str, Any]]  # the results of each
+    runs: list[dict[str, Any]]  # the results of each run: data set -> `measure.measure`
 
 
-# The metrics that do not depend on a data set's questions.
+# The metrics that do not belong to a task.
 COMMON = {
     "linear_probe": Metric("linear probe", "class"),
     **{f"image_to_text_r{k}": Metric(f"image → text, R@{k}", "text", k=k) for k in RECALL_AT},
@@ -56,18 +54,21 @@ COMMON = {
     "crossmodal_gap": Metric("cross-modal gap × 100", ""),
     "crossmodal_correlation": Metric("cross-modal correlation", ""),
 }
-GROUP_ENDINGS = ("top1", "_r1")  # the metrics of groups that are in table.md
-# The metrics that are on the terminal.
+# Endings of the metrics that table.md shows for each group.
+GROUP_ENDINGS = ("top1", "_r1")
+# Endings of the metrics that the terminal shows.
 SHORT_ENDINGS = (*GROUP_ENDINGS, "consistency_1", "linear_probe", "_gap", "_correlation")
-REQUIREMENTS = {  # of metrics that are published and may be missing here
+# Published metrics that our runs may lack -> what our runs would need.
+REQUIREMENTS = {
     "consistency_1": "the consistency score needs a train split",
     "linear_probe": "the linear probe needs --linear-probe and a train split",
 }
-READING = (
-    "In %, but for alignment, uniformity and gaps, where lower is better, and correlations, "
-    "where higher is more consistent. In brackets: the 95% interval (Wilson) of one run, or "
-    "the lowest and the highest of several, whose number is in the heading. chance: guessing. "
-    "n: how many were asked."
+HOW_TO_READ = (
+    "All numbers are in %, except alignment, uniformity, gaps and correlations. Alignment, "
+    "uniformity and gaps are better if lower; correlations are higher if the model is more "
+    "consistent. In brackets: the 95% interval (Wilson) of one run, or the lowest and the highest "
+    "of several runs, whose number is in the heading. chance: the accuracy of guessing. n: the "
+    "number of queries."
 )
 
 
@@ -75,56 +76,53 @@ def metrics_of(data: dict[str, Any]) -> dict[str, Metric]:
     """The metrics that a data set may have, in the order of the table."""
     found: dict[str, Metric] = {}
     for name in data["classes"]:
-        question = "" if name == "class" else name
-        prefix, label = (f"{question}_", f"{question} ") if question else ("", "")
+        task = "" if name == "class" else name
+        prefix, label = (f"{task}_", f"{task} ") if task else ("", "")
         for k in TOP:
             title = f"{label or 'zero-shot '}top-{k}"
-            found[f"{prefix}top{k}"] = Metric(title, "class", question, k)
-        for metric, title_of_metric in (
-            ("coarse", "superclass"),
-            ("fine", "within the superclass"),
-        ):
+            found[f"{prefix}top{k}"] = Metric(title, "class", task, k)
+        for metric, words in (("coarse", "superclass"), ("fine", "within the superclass")):
             for k in SUPERCLASS_TOP:
-                title = label + title_of_metric + ("" if k == 1 else f", top-{k}")
+                title = f"{label}{words}" if k == 1 else f"{label}{words}, top-{k}"
                 found[prefix + top(metric, k)] = Metric(title, "superclass")
         for k in CONSISTENCY_NEIGHBOURS:
             title = f"{label}consistency score, k = {k}"
-            found[f"{prefix}consistency_{k}"] = Metric(title, "class", question)
+            found[f"{prefix}consistency_{k}"] = Metric(title, "class", task)
     return found | COMMON
 
 
 def columns(result: Result) -> list[Column]:
     """The columns of the table: CLIP, other losses, then runs whose loss is not known.
 
-    Runs that differ in their seed only share a column. A run is called [SERIES-]LOSS-SEED or
-    SERIES-SEED.
+    Runs are called [SERIES-]LOSS-SEED or SERIES-SEED. Runs that differ in their seed only share a
+    column.
     """
     found: dict[tuple[Any, ...], Column] = {}
     for title, results in result["results"].items():
         run = result["checkpoints"][title]
         loss, series = run["loss"], series_of(title, run)
         if loss is None:
-            sort_key = (True, natural(series), 0)
+            sort_key = (True, natural_order(series), 0)
             column = Column(series, None, [])
         else:
-            sort_key = (False, natural(series), list(LOSSES).index(loss))
+            sort_key = (False, natural_order(series), list(LOSSES).index(loss))
             column = Column(f"{series} {LOSSES[loss].title}".strip(), loss, [])
         found.setdefault(sort_key, column).runs.append(results)
     return [found[sort_key] for sort_key in sorted(found)]
 
 
 def series_of(title: str, run: dict[str, Any]) -> str:
-    """What the title of a run says besides its loss and its seed; "" if it says nothing else.
+    """The title of a run without its loss and its seed; "" if nothing is left.
 
-    run: as `runs.describe_run` describes it.
+    run: what `runs.describe_run` says about it.
     """
     loss, seed = run["loss"], run["seed"]
     series = title if seed is None else title.removesuffix(f"-{seed}")
     return series if loss is None else series.removesuffix(loss).removesuffix("-")
 
 
-def natural(series: str) -> tuple[tuple[bool, float, str], ...]:
-    """A key that sorts words that are numbers as numbers: 64 before 512."""
+def natural_order(series: str) -> tuple[tuple[bool, float, str], ...]:
+    """A sort key that compares numbers in the series by value, so that 64 comes before 512."""
     keys = []
     for word in series.split("-"):
         is_word = not word.replace(".", "", 1).isdigit()
@@ -133,9 +131,9 @@ def natural(series: str) -> tuple[tuple[bool, float, str], ...]:
 
 
 def num_queries(result: Result, name: str, metric: str, group: str = "") -> int:
-    """The number of queries that a share is measured on, without pictures that cannot be read.
+    """The number of queries of an accuracy, without images that cannot be read.
 
-    If the share is a mean over styles, a thing counts once, because its drawings are alike.
+    If the accuracy is a mean over styles, each concept counts once, because its drawings are alike.
     """
     data = result["data_sets"][name]
     if group or data["mean_over"]:
@@ -143,7 +141,7 @@ def num_queries(result: Result, name: str, metric: str, group: str = "") -> int:
     if metrics_of(data)[metric].kind == "image":
         return int(data["captions"])
     readable = [run[name].get("images", 0) for run in result["results"].values() if name in run]
-    return max(readable) or int(data["images"])
+    return max(readable) or int(data["images"])  # older evaluations have no "images" in results
 
 
 def summary(
@@ -151,12 +149,12 @@ def summary(
 ) -> Bounded | None:
     """A metric of a data set, or of one of its groups: the mean over runs, and bounds.
 
-    The bounds of several runs are the lowest and the highest one. The bounds of a single run are
-    the 95% interval of its share. None if no run has the metric.
+    The bounds of several runs are the lowest and the highest run. The bounds of a single run are
+    the 95% interval of an accuracy, or the value itself. None if no run has the metric.
     """
     measured = [run[name] for run in runs if name in run]
-    numbers = [m["groups"].get(group, {}) if group else m["numbers"] for m in measured]
-    found = [n[metric] for n in numbers if metric in n]
+    numbers = [x["groups"].get(group, {}) if group else x["numbers"] for x in measured]
+    found = [x[metric] for x in numbers if metric in x]
     if not found:
         return None
     if len(found) == 1 and metrics_of(result["data_sets"][name])[metric].kind:
@@ -165,10 +163,10 @@ def summary(
 
 
 def chance(data: dict[str, Any], metric: str) -> float | None:
-    """The share of right answers by guessing; None if it is not known."""
-    _, kind, question, k = metrics_of(data)[metric]
+    """The accuracy of guessing; None if it is not known."""
+    _, kind, task, k = metrics_of(data)[metric]
     if kind == "class":
-        return float(min(1.0, k / data["classes"][question or "class"]))
+        return float(min(1.0, k / data["classes"][task or "class"]))
     if kind == "superclass":
         return data.get("superclasses", {}).get(metric)
     if kind not in ("text", "image"):
@@ -182,12 +180,12 @@ def chance(data: dict[str, Any], metric: str) -> float | None:
 
 
 def digits(share: float) -> int:
-    """The number of digits after the point with which a share is shown in %."""
+    """How many decimals a share has, if it is shown in %."""
     return 1 if share >= 0.1 else 2
 
 
 def cell(found: Bounded | None, metric: Metric) -> str:
-    """The text of a number and its bounds; "" if there is none."""
+    """A cell of the table: a number and its bounds; "" if there is no number."""
     if found is None:
         return ""
     if metric.kind:
@@ -198,7 +196,7 @@ def cell(found: Bounded | None, metric: Metric) -> str:
 
 
 def published_cell(row: Published | None, model: str) -> str:
-    """The text of a published number with its mark, and with * if a note explains it."""
+    """A cell with a published number and its mark, and with * if the number has a note."""
     if row is None or model not in row.percent:
         return ""
     return f"{row.percent[model]:.2f} {row.mark}{'*' if row.note else ''}"
@@ -207,12 +205,15 @@ def published_cell(row: Published | None, model: str) -> str:
 def comparable(
     name: str, data: dict[str, Any], measured: Sequence[str]
 ) -> tuple[list[Published], list[str]]:
-    """The published numbers that can stand beside a data set's own, and notes on them.
+    """The published numbers that are shown for a data set, and notes.
 
-    measured: the metrics that our runs have. Other metrics are shown if the paper has them.
+    Metrics that our runs do not have are shown only from the paper. Numbers that cannot be compared
+    with ours are not shown.
+
+    measured: the metrics that our runs have.
     """
     rows: list[Published] = []
-    notes: dict[str, None] = {}  # in order, each once
+    notes: dict[str, None] = {}  # a dict keeps their order, and each note once
     for row in published.for_table(name):
         if row.metric not in measured:
             if requirement := REQUIREMENTS.get(row.metric):
@@ -226,7 +227,7 @@ def comparable(
         if row.note:
             title = metrics_of(data)[row.metric].title
             notes[rf"\* {name}, {title}, {row.source}: {row.note}."] = None
-    if not rows:  # nobody then asks what our runs lack
+    if not rows:  # without published numbers, nobody misses a metric in our runs
         notes = {note: None for note in notes if "not shown" in note}
     return rows, list(notes)
 
@@ -236,27 +237,30 @@ def markdown(result: Result, short: bool = False) -> str:
 
     short: headline metrics only.
     """
-    out = [f"# Evaluation of {result['date']}", "", indent(result["command"], "    "), ""]
-    out += [f"- **Failed: {name}: {why}**" for name, why in result.get("failed", {}).items()]
-    notes, shown = [READING], dict[str, None]()
+    lines = [f"# Evaluation of {result['date']}", "", indent(result["command"], "    "), ""]
+    lines += [f"- **Failed: {name}: {why}**" for name, why in result.get("failed", {}).items()]
+    notes, sources = [HOW_TO_READ], dict[str, None]()
     for name, data in result["data_sets"].items():
-        found = [run[name] for run in result["results"].values() if name in run]
-        measured = [m for m in metrics_of(data) if any(m in run["numbers"] for run in found)]
+        runs = [run[name] for run in result["results"].values() if name in run]
+        measured = [
+            metric for metric in metrics_of(data) if any(metric in run["numbers"] for run in runs)
+        ]
         if not measured:
             continue
-        rows, remarks = comparable(name, data, measured)
-        out += data_set_table(result, name, measured, rows, short)
-        shown |= dict.fromkeys(row.source for row in rows)
-        notes += remarks
+        rows, published_notes = comparable(name, data, measured)
+        lines += data_set_table(result, name, measured, rows, short)
+        sources |= dict.fromkeys(row.source for row in rows)
+        notes += published_notes
         if data["mean_over"]:
             notes.append(f"{name}: the mean over {', '.join(data['mean_over'])}.")
-        if broken := sorted({why for run in found for why in run.get("unreadable", [])}):
-            notes.append(f"{name}: {len(broken)} unreadable, left out: {'; '.join(broken)}.")
-    notes += [f"{source}: {published.SOURCES[source]}." for source in shown]
-    if shown:
+        if unreadable := sorted({why for run in runs for why in run.get("unreadable", [])}):
+            count = len(unreadable)
+            notes.append(f"{name}: {count} unreadable, left out: {'; '.join(unreadable)}.")
+    notes += [f"{source}: {published.SOURCES[source]}." for source in sources]
+    if sources:
         notes.append("; ".join(f"{mark}: {words}" for mark, words in published.MARKS.items()) + ".")
     notes += [f"Not evaluated: {name}: {why}." for name, why in result.get("absent", {}).items()]
-    return "\n".join([*out, "", *(f"- {note}" for note in notes)]) + "\n"
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
 
 
 def data_set_table(
@@ -265,38 +269,46 @@ def data_set_table(
     """The lines of a data set's table."""
     data, our_columns = result["data_sets"][name], columns(result)
     published_columns = dict.fromkeys((row.source, model) for row in rows for model in row.percent)
-    row_of = {(row.source, row.metric): row for row in rows}
+    published_rows = {(row.source, row.metric): row for row in rows}
     headings = [""]
-    headings += [f"{c.title} ({len(c.runs)})" if len(c.runs) > 1 else c.title for c in our_columns]
+    headings += [
+        f"{column.title} ({len(column.runs)})" if len(column.runs) > 1 else column.title
+        for column in our_columns
+    ]
     headings += [f"{model}, {source}" for source, model in published_columns]
     headings += ["chance", "n"]
-    out = ["", f"## {name}: {sizes(data)}", "", f"| {' | '.join(headings)} |"]
-    out += ["|---" + "|---:" * (len(headings) - 1) + "|"]
+    lines = ["", f"## {name}: {sizes(data)}", "", f"| {' | '.join(headings)} |"]
+    lines += ["|---" + "|---:" * (len(headings) - 1) + "|"]
     metrics = metrics_of(data)
-    wanted = [(m, "") for m in metrics if m in measured or any(m == row.metric for row in rows)]
-    wanted += [(m, g) for g in data["groups"] for m in measured if m.endswith(GROUP_ENDINGS)]
-    for name_of_metric, group in wanted:
-        if short and (group or not name_of_metric.endswith(SHORT_ENDINGS)):
+    shown = {*measured, *(row.metric for row in rows)}
+    wanted = [(key, "") for key in metrics if key in shown]
+    wanted += [
+        (key, group) for group in data["groups"] for key in measured if key.endswith(GROUP_ENDINGS)
+    ]
+    for key, group in wanted:
+        if short and (group or not key.endswith(SHORT_ENDINGS)):
             continue
-        metric = metrics[name_of_metric]
+        metric = metrics[key]
         cells = [f"{group}: {metric.title}" if group else metric.title]
         for column in our_columns:
-            cells.append(cell(summary(result, column.runs, name, name_of_metric, group), metric))
+            cells.append(cell(summary(result, column.runs, name, key, group), metric))
         for source, model in published_columns:
-            row = None if group else row_of.get((source, name_of_metric))
+            row = None if group else published_rows.get((source, key))
             cells.append(published_cell(row, model))
-        known = not (group and metric.kind in ("text", "image"))
-        guess = chance(data, name_of_metric) if known else None
+        # The chance of retrieval depends on the group, and is known for the whole data set only.
+        has_chance = not (group and metric.kind in ("text", "image"))
+        guess = chance(data, key) if has_chance else None
         cells.append("" if guess is None else f"{100 * guess:.{digits(guess)}f}")
-        queries = num_queries(result, name, name_of_metric, group) if metric.kind else None
+        queries = num_queries(result, name, key, group) if metric.kind else None
         cells.append("" if queries is None else f"{queries:,}")
-        out.append(f"| {' | '.join(cells)} |")
-    return out
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def sizes(data: dict[str, Any]) -> str:
-    """The sizes of a data set: images, classes, templates and texts."""
+    """The sizes of a data set in words: images, classes, templates and texts."""
     counts = {"images": data["images"], "train images": data["train_images"]}
-    counts |= {"classes" if q == "class" else f"{q}s": n for q, n in data["classes"].items()}
+    for task, count in data["classes"].items():
+        counts["classes" if task == "class" else f"{task}s"] = count
     counts |= {"templates": data["templates"], "texts": data.get("texts", data["captions"])}
     return ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)

@@ -3,10 +3,13 @@
 clip-benchmark (https://github.com/LAION-AI/CLIP_benchmark) lays a data set out as
 
     FOLDER/test/0.tar, 1.tar, ...   samples of an image and .cls (the number of a class) or .txt
-                                    (captions, one on each line); nshards.txt: how many tars
-    FOLDER/train/...                the same
-    FOLDER/classnames.txt           and zeroshot_classification_templates.txt, {c} is the class
-    FOLDER/dataset_type.txt         "retrieval", "multilabel", or none
+                                    (captions, one on each line)
+    FOLDER/test/nshards.txt         the number of tar files; it may be missing
+    FOLDER/train/...                the same as test; it may be missing
+    FOLDER/classnames.txt           the name of each class
+    FOLDER/zeroshot_classification_templates.txt
+                                    prompts, with {c} for the class; it may be missing
+    FOLDER/dataset_type.txt         "retrieval", "multilabel", or missing
 """
 
 import json
@@ -19,16 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.samples import IMAGES, samples_in
-from .classification import classified
-from .datasets import PICTURE_TEMPLATES, Classes, DataSet, Images, Member, Unusable, lines
+from ..data.samples import IMAGE_EXTENSIONS, samples_in
+from .classification import classification_set
+from .datasets import PICTURE_TEMPLATES, Classes, DataSet, Images, Member, Unusable, read_lines
 
 
 class TarImages(Images):
     """The images of WebDataset tar files, by index, and the other fields of their samples.
 
-    The webdataset package streams samples. Here any of 1.3 million images is read by its index, so
-    their places are looked up once in the headers of the tar files.
+    The webdataset package can only stream samples. To read any image by its index, this class looks
+    up the places of all images in the headers of the tar files, once.
     """
 
     def __init__(self, shards: Sequence[Path]):
@@ -38,7 +41,7 @@ class TarImages(Images):
             try:
                 with tarfile.open(shard, "r:") as tar:
                     for files in samples_in(tar):
-                        image = next((files[e] for e in IMAGES if e in files), None)
+                        image = next((files[e] for e in IMAGE_EXTENSIONS if e in files), None)
                         if image is None:
                             continue
                         place = Member(shard, image.name, image.offset_data, image.size)
@@ -60,7 +63,7 @@ class TarImages(Images):
 
 def open_tars(folder: Path, name: str) -> DataSet:
     """A data set in clip-benchmark's layout."""
-    if "multilabel" in lines(folder / "dataset_type.txt"):
+    if "multilabel" in read_lines(folder / "dataset_type.txt"):
         raise Unusable("images with several labels each are not evaluated")
 
     def read(split: str) -> tuple[TarImages, Tensor | None]:
@@ -71,13 +74,13 @@ def open_tars(folder: Path, name: str) -> DataSet:
     images, labels = read("test")
     texts, data = images.texts("txt"), DataSet(images)
     if labels is not None:
-        names = lines(folder / "classnames.txt")
+        names = read_lines(folder / "classnames.txt")
         if not names:
             raise Unusable(f"no {folder / 'classnames.txt'}")
         if name.startswith("cifar"):
             names = [class_name.replace("_", " ") for class_name in names]
         read_train = partial(read, "train") if (folder / "train").is_dir() else None
-        data = classified(folder, name, (images, labels), names, read_train)
+        data = classification_set(folder, name, (images, labels), names, read_train)
     if texts is not None:
         data.captions = [[line for line in text.splitlines() if line] for text in texts]
         if not all(data.captions):
@@ -88,14 +91,14 @@ def open_tars(folder: Path, name: str) -> DataSet:
 
 
 def shards(folder: Path) -> list[Path]:
-    """0.tar, 1.tar, ..., as many as nshards.txt says; without it, all tar files."""
-    if count := lines(folder / "nshards.txt"):
+    """0.tar, 1.tar, ..., as many as nshards.txt says. Without nshards.txt: all tar files."""
+    if count := read_lines(folder / "nshards.txt"):
         return [folder / f"{number}.tar" for number in range(int(count[0]))]
     return sorted(folder.glob("*.tar"), key=lambda path: (len(path.name), path.name))
 
 
 def open_icons(folder: Path) -> DataSet:
-    """Held-out icons, `val-*.tar` with png, txt and json: retrieval, and zero-shot to names."""
+    """Held-out icons, `val-*.tar` with png, txt and json. The classes are their names."""
     images = TarImages(sorted(folder.glob("val-*.tar")))
     captions, infos = images.texts("txt"), images.texts("json")
     if captions is None or infos is None:

@@ -1,1 +1,1 @@
-"""Pretraining at any size: OpenCLIP's trainer with the CyCLIP loss, by presets."""
+"""Pretraining with OpenCLIP's trainer and the CyCLIP loss, with presets for its flags."""

@@ -1,14 +1,14 @@
 """Counts unreadable pairs, shuffles by `--seed`, and stops if a worker has no batch.
 
-OpenCLIP's loading of WebDatasets does none of the three. It logs "Ignoring" for a shard or a
-picture that it cannot read. It seeds its shuffle with the time and the process number. It waits
+OpenCLIP does none of the three for WebDatasets. It logs "Ignoring" for a shard or a picture that
+it cannot read. It seeds its shuffle with the time and the process number. It waits
 forever for a worker whose shards hold fewer pairs than a batch.
 
 There is no public interface for this. WebDataset's filters take an error handler and a random
 generator only when they are made, and OpenCLIP's `get_wds_dataset` makes them without an argument
-for either. A pipeline of our own would have to repeat all of OpenCLIP's data flags. So filters are
-replaced in the finished pipeline. They are recognised by the public function that makes them, and
-a pipeline without them is refused.
+for either. A pipeline of our own would have to repeat all of OpenCLIP's data flags. So this module
+replaces filters in the finished pipeline. It recognises them by the public function that made them,
+and refuses a pipeline without them.
 """
 
 import logging
@@ -28,8 +28,8 @@ from torch.utils.data import get_worker_info
 from ..command_line import Stopped, first_line
 from ..data.samples import ends_early
 
-SHOWN = 5  # shards in a message
-UNKNOWN = "shards unknown"
+MAX_SHOWN = 5  # shards in a message
+UNKNOWN_SHARD = "shards unknown"
 Filter = Callable[[Any], Iterator[Any]]
 
 
@@ -51,23 +51,24 @@ class WatchedData:
         self.shared_epoch, self.sizes = info.shared_epoch, sizes
         self.seed_and_rank = f"{args.seed} {args.rank}"
         filters = info.dataloader.pipeline[0].dataset.pipeline
-        # OpenCLIP 4 drops the shard's name before it decodes pictures.
-        self.shards = [*getattr(filters[0], "urls", []), UNKNOWN]
-        self.counts = multiprocessing.Array("q", 2 * len(self.shards))  # pairs, then shards
+        # A picture's shard may be unknown: OpenCLIP 4 drops its name before it decodes pictures.
+        self.shards = [*getattr(filters[0], "urls", []), UNKNOWN_SHARD]
+        # How many pairs of each shard were lost, and then how often each shard was cut short.
+        self.counts = multiprocessing.Array("q", 2 * len(self.shards))
         self.logged_shards: set[str] = set()
         self.epoch, self.counted = -1, set[tuple[str, str]]()  # (shard, part) of this epoch
         self.passes: Counter[int] = Counter()  # epoch -> how often it began to read the shards
         replaced = self.replace(filters)
         if not replaced >= ({"read_shards", "shuffle"} if train else {"read_shards"}):
             raise Stopped(
-                "OpenCLIP's data pipeline has another form than pretrain knows: its filters for "
-                f"shards and for the shuffle were not found in {filters}"
+                "OpenCLIP's data pipeline has a form that pretrain does not know: the filters that "
+                f"read shards and shuffle are not in {filters}"
             )
         if train:
             filters.append(require_a_batch)
 
     def replace(self, filters: list[Any]) -> set[str]:
-        """Replaces the filters in place. Returns the names of the methods that are used."""
+        """Replaces filters in place. Returns the names of the methods that replace them."""
         replaced = set()
         for i, original in enumerate(filters):
             if original is tarfile_to_samples_nothrow or is_made_by(
@@ -85,31 +86,31 @@ class WatchedData:
         return replaced
 
     def read_shards(self, original: Filter, shards: Iterator[dict[str, str]]) -> Iterator[Any]:
-        """The samples of the shards. If a shard cannot be read, the next one follows."""
+        """The samples of the shards. Counts pairs and shards that cannot be read."""
         for shard in shards:
             url, num_samples = shard["url"], 0
             errors: list[object] = []
-            # `append` returns None, which ends the shard and keeps the sample before the error.
-            for sample in call(original, iter([shard]), handler=errors.append):
+            # `append` returns None, so an error ends the shard but keeps the samples before it.
+            for sample in call_filter(original, iter([shard]), handler=errors.append):
                 num_samples += 1
                 yield sample
             # A tar that was cut between two files ends without an error.
             if (missing := self.sizes.get(url, 0) - num_samples) > 0:
-                why = f"{missing} pairs of it are missing"
-                self.count_loss(url, "(missing)", pairs=missing, why=why)
+                why = f"{missing} of its pairs are missing"
+                self.count_lost(url, "(missing)", pairs=missing, why=why)
             elif url not in self.sizes and ends_early(url):
                 errors.append("it is cut short: the end of the tar file is missing")
             if errors:
-                self.count_loss(url, "(end)", shards=1, why=errors[0])
+                self.count_lost(url, "(end)", shards=1, why=errors[0])
 
     def decode(self, original: Filter, samples: Iterator[dict[str, Any]]) -> Iterator[Any]:
-        """The decoded samples, without those that cannot be decoded."""
+        """The decoded samples. Counts the samples that cannot be decoded."""
         for sample in samples:
             errors: list[object] = []
-            yield from call(original, iter([sample]), handler=errors.append)
+            yield from call_filter(original, iter([sample]), handler=errors.append)
             if errors:
                 shard, key = sample.get("__url__", ""), sample.get("__key__", "")
-                self.count_loss(shard, key, pairs=1, why=errors[0])
+                self.count_lost(shard, key, pairs=1, why=errors[0])
 
     def shuffle(self, original: Filter, samples: Iterator[Any]) -> Iterator[Any]:
         """The samples in an order that depends on seed, rank, worker, epoch and pass."""
@@ -117,22 +118,22 @@ class WatchedData:
         self.passes[epoch] += 1
         worker_id = worker.id if worker else 0
         seed = f"{self.seed_and_rank} {worker_id} {epoch} {self.passes[epoch]}"
-        return call(original, samples, rng=random.Random(seed))
+        return call_filter(original, samples, rng=random.Random(seed))
 
-    def count_loss(
+    def count_lost(
         self, shard: str, part: str, *, pairs: int = 0, shards: int = 0, why: object
     ) -> None:
-        """Counts lost pairs, or a shard that ended early. Logs the first loss of each shard.
+        """Counts lost pairs, or a shard that is cut short. Logs the first problem of each shard.
 
-        part: the key of a pair, or a word for another loss. A worker may read its shards several
-        times in an epoch, and each part is counted once in an epoch.
+        part: what is lost: the key of a pair ("" if it is not known), "(missing)" or "(end)". A
+        worker may read its shards several times in an epoch, but counts a part only once.
         """
         if (epoch := self.shared_epoch.get_value()) != self.epoch:
             self.epoch, self.counted = epoch, set()
         if part and (shard, part) in self.counted:
             return
         self.counted.add((shard, part))
-        i = self.shards.index(shard if shard in self.shards else UNKNOWN)
+        i = self.shards.index(shard if shard in self.shards else UNKNOWN_SHARD)
         with self.counts.get_lock():
             self.counts[i] += pairs
             self.counts[len(self.shards) + i] += shards
@@ -141,32 +142,35 @@ class WatchedData:
             logging.warning("%s: %s", shard or "a picture", first_line(why))
 
     def take_counts(self) -> torch.Tensor:
-        """The counts since the last call, (2, shards + 1) int64; row 0: pairs, row 1: shards."""
+        """The counts since the last call, (2, shards + 1) int64. Row 0: pairs. Row 1: shards."""
         with self.counts.get_lock():
             taken = torch.tensor(self.counts[:]).view(2, -1)
             self.counts[:] = [0] * len(self.counts)
         return taken
 
     def describe(self, counts: torch.Tensor) -> str:
-        """ "pairs: 3 (a.tar 2, b.tar 1); shards cut short: 1 (a.tar 1)"; "" if nothing is lost."""
+        """Counts in words, largest first; "" if nothing is lost.
+
+        Such as "pairs: 3 (a.tar 2, b.tar 1); shards cut short: 1 (a.tar 1)".
+        """
         parts = []
         for row, what in zip(counts, ("pairs", "shards cut short"), strict=True):
             order = [i for i in row.argsort(descending=True).tolist() if row[i]]
-            named = [f"{self.shards[i]} {row[i]}" for i in order[:SHOWN]]
-            if len(order) > SHOWN:
-                named.append(f"{len(order) - SHOWN} more")
-            if named:
-                parts.append(f"{what}: {row.sum()} ({', '.join(named)})")
+            entries = [f"{self.shards[i]} {row[i]}" for i in order[:MAX_SHOWN]]
+            if len(order) > MAX_SHOWN:
+                entries.append(f"{len(order) - MAX_SHOWN} more")
+            if entries:
+                parts.append(f"{what}: {row.sum()} ({', '.join(entries)})")
         return "; ".join(parts)
 
 
 def is_made_by(maker: Any, candidate: Any) -> bool:
-    """Whether a filter of a pipeline was made by this function of WebDataset (`wds.shuffle`)."""
+    """Whether a filter was made by this function of WebDataset, such as `wds.shuffle`."""
     return getattr(candidate, "f", None) is maker.f
 
 
-def call(original: Any, source: Iterator[Any], **options: Any) -> Iterator[Any]:
-    """Runs a filter of WebDataset, or a function of OpenCLIP, with other options."""
+def call_filter(original: Any, source: Iterator[Any], **options: Any) -> Iterator[Any]:
+    """Calls a filter of WebDataset, or a function of OpenCLIP, with these options changed."""
     if not hasattr(original, "f"):
         return original(source, **options)
     return original.f(source, *original.args, **{**original.kw, **options})

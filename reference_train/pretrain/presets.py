@@ -1,16 +1,16 @@
-"""The flags that each preset stands for: OpenCLIP's, and those of the loss."""
+"""The presets: each is a set of flags, for OpenCLIP and for the loss."""
 
 from pathlib import Path
 
 import open_clip
 import torch
 
-WEIGHT = 0.25  # of each penalty that a loss has: the paper's λ, section 4.1
+PENALTY_WEIGHT = 0.25  # of each penalty that a loss has: λ in the paper, section 4.1
 BATCH_SIZES = {"icons": 1024, "modern": 1024, "paper": 128}  # all ranks together
 # Goel et al. 2022, section 4.1, and appendix. The authors' model is OpenAI's RN50, whose text
 # encoder has QuickGELU. With a scale and an aspect ratio of 1, timm's random crop is the largest
-# centred square, resized. That is the paper's resizing and centre crop. The warm-up has an effect
-# here and none in the authors' code, which counts its steps from the end of the first epoch.
+# centred square, resized. That is the paper's resizing and centre crop. The authors' code numbers
+# its first step as if an epoch had already run, so on CC3M its warm-up never runs. Here it runs.
 PAPER = """
 --model RN50-quickgelu --epochs 64 --lr 5e-4 --wd 0.1 --beta1 0.9 --beta2 0.999 --eps 1e-8
 --warmup 10000 --precision amp --workers 4 --aug-cfg use_timm=True scale=(1.0,1.0) ratio=(1.0,1.0)
@@ -19,7 +19,7 @@ PAPER = """
 MODERN = """
 --model RN50 --epochs 30 --lr 1e-3 --wd 0.1 --warmup 2000 --precision amp_bf16 --workers 4
 """
-# An epoch of these is a part of the data. Each epoch is validated and saved.
+# An epoch is 65,536 pairs, a part of the data. Each epoch is validated and saved.
 ICONS = """
 --train-num-samples 65536 --wd 0.1 --beta2 0.98 --log-every-n-steps 16 --aug-cfg scale=(0.8,1.0)
 """
@@ -35,12 +35,12 @@ def preset(name: str) -> list[str]:
     icons = ICONS + (ICONS_GPU if cuda else ICONS_CPU)
     flags = {"icons": icons, "modern": MODERN, "paper": PAPER}[name].split()
     if not cuda:
-        # bfloat16 is many times slower than float32 if the processor does not multiply it
-        fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-        flags += ["--precision", "amp_bf16" if name == "icons" and fast else "fp32"]
+        # On a processor without instructions for it, bfloat16 is far slower than float32.
+        has_bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+        flags += ["--precision", "amp_bf16" if name == "icons" and has_bfloat16 else "fp32"]
     return [*flags, "--reference-batch-size", "128"]
 
 
 def register_models() -> None:
-    """Adds the models of the preset `icons` to OpenCLIP's: icons-rn-32, and icons-rn-64."""
+    """Adds icons-rn-32 and icons-rn-64, the models of the preset `icons`, to OpenCLIP's."""
     open_clip.add_model_config(Path(__file__).parent / "models")

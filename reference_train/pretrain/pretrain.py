@@ -1,8 +1,8 @@
 """`python -m reference_train pretrain`: OpenCLIP's trainer with the CyCLIP loss, by presets.
 
 A preset stands for one command of `cyclip_loss.open_clip_train` (or `views`, which adds `--views`).
-`pretrain` prints this command, checks what can be checked before any work, and runs the command.
-Under `torchrun` every rank does the same.
+`pretrain` prints this command, checks its flags and data, and runs it. Under `torchrun` every rank
+checks and runs the command.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip_train import distributed as ranks
+from open_clip_train import distributed
 from open_clip_train import main as trainer
 from webdataset.shardlists import expand_urls
 
@@ -30,42 +30,42 @@ from ..data.samples import fingerprint
 from ..files import check_writable, locked
 from ..losses import LOSSES
 from . import shards, training, views
-from .presets import BATCH_SIZES, WEIGHT, preset, register_models
+from .presets import BATCH_SIZES, PENALTY_WEIGHT, preset, register_models
 from .resume import epochs_done
 
 DESCRIPTION = """\
 Pretrains with OpenCLIP's trainer and the CyCLIP loss. A preset stands for a command, which is
-printed first. Flags after -- are added to this command, so they override the preset. Flags of
-cyclip_loss.open_clip_train itself (--reference-batch-size) need no --. The same command again
-resumes after the last epoch. Across GPUs:
+printed first. Flags of OpenCLIP go after -- and override the preset. Flags that
+cyclip_loss.open_clip_train adds, such as --reference-batch-size, need no --. The same command again
+resumes after the last epoch. On several GPUs:
   torchrun --nproc-per-node 8 -m reference_train pretrain ..."""
 
 
 def main(argv: Sequence[str]) -> None:
     """Trains, or resumes the run of the same name.
 
-    argv: the command line after `pretrain`. Raises `CannotStart` if something is wrong with it.
+    argv: the arguments after `pretrain`. Raises `CannotStart` if the flags or the data are wrong.
     """
     options, launcher_flags = parse(argv)
     register_models()
-    _, rank, world_size = ranks.world_info_from_env()
-    if world_size > 1 and not ranks.is_using_distributed():
-        raise CannotStart(f"{world_size} ranks of MPI: OpenCLIP takes torchrun's and Slurm's only")
-    flags = command_line(options, launcher_flags, world_size)
+    _, rank, world_size = distributed.world_info_from_env()
+    if world_size > 1 and not distributed.is_using_distributed():
+        raise CannotStart(f"{world_size} ranks of MPI: OpenCLIP supports torchrun and Slurm only")
+    flags = launcher_command(options, launcher_flags, world_size)
     args = all_settings(flags, rank=rank, world_size=world_size)
-    sizes, shard_names = check_data(args, flags)
-    added_settings = {**shard_names, "views": options.views}
+    sizes, fingerprints = check_data(args, flags)
+    added_settings = {**fingerprints, "views": options.views}
     vars(args).update(added_settings)
     if rank == 0:
         launcher = [open_clip_train.__name__]
         if options.views:
             launcher = [views.__name__, "--views", options.views]
-        # Without "--", torchrun would take --logs for one of its own flags.
+        # Without "--", torchrun would take --logs as one of its own flags.
         print("python -m", shlex.join([*launcher, "--", *flags]), flush=True)
-    check(args)
+    check_settings(args)
     folder = Path(args.logs) / args.name
     done = epochs_done(folder, args)
-    # Rank 0 holds the folder for all ranks of a run.
+    # Rank 0 locks the folder for all ranks of a run.
     lock = locked(folder) if rank == 0 else contextlib.nullcontext()
     if options.dry_run:
         with lock if folder.exists() else contextlib.nullcontext():
@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def report(folder: Path, epochs: int, was_finished: bool) -> None:
-    """Prints the last line: the run is finished, and which epoch was the best."""
+    """Prints that the run is finished, and which epoch has the lowest loss."""
     line = f"{folder}: finished, {epochs} epochs"
     if losses := training.validations(folder / "checkpoints"):
         best = min(losses, key=losses.__getitem__)
@@ -92,13 +92,13 @@ def report(folder: Path, epochs: int, was_finished: bool) -> None:
 
 
 def train(flags: list[str], folder: Path) -> None:
-    """Runs OpenCLIP's trainer. If the disk is full, the error is one line."""
+    """Runs OpenCLIP's trainer. A full disk is a one-line error."""
     if not torch.cuda.is_available():
-        # On a CPU, PyTorch's fused attention is slower than plain products for a dozen tokens.
+        # For a dozen tokens on a CPU, fused attention is slower than matrix products.
         torch.backends.cuda.enable_flash_sdp(False)
-    # OpenCLIP does not tell wandb that it resumes. wandb would then replace its record of the run.
+    # OpenCLIP does not tell wandb that a run is resumed, and wandb would overwrite its record.
     os.environ.setdefault("WANDB_RESUME", "allow")
-    # On a full disk the log fails too. The error of the checkpoint says it once.
+    # On a full disk each line of the log fails, too. The error of the checkpoint is enough.
     logging.raiseExceptions = False
     for partial_file in (folder / "checkpoints").glob(".*.pt.*"):  # left by a save that was killed
         partial_file.unlink(missing_ok=True)
@@ -113,7 +113,7 @@ def train(flags: list[str], folder: Path) -> None:
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options of `pretrain`; then the launcher's flags and those after `--`."""
+    """Returns the options of `pretrain`, and the other flags: the launcher's and OpenCLIP's."""
     end = argv.index("--") if "--" in argv else len(argv)
     parser = Parser(
         "python -m reference_train pretrain", description=DESCRIPTION, allow_abbrev=False
@@ -124,59 +124,63 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--loss", choices=losses, default="cyclip", help="default: cyclip")
     views.add_flag(parser)
     add("--data", required=True, metavar="SHARDS", help="tar files (braces allowed), or a folder")
-    add("--val", metavar="SHARDS", help="held-out pairs; default: those in the folder --data")
-    text = "pairs in a batch, all ranks together; default: the preset's"
+    add(
+        "--val",
+        metavar="SHARDS",
+        help="held-out pairs; default: the 'val' files in the folder --data",
+    )
+    text = "pairs in a batch of all ranks together; default: the preset's"
     add("--batch-size", type=whole_number(1), metavar="N", help=text)
     add("--seed", type=int, default=0, help="default: 0")
-    # OpenCLIP's --logs would not do: torchrun would take it for an abbreviation of its own flag.
+    # The flag is not called --logs, because torchrun would take that as one of its own flags.
     add("--out", default="logs", metavar="DIR", help="the folder of all runs; default: logs")
     add("--name", help="the run's folder in DIR; default: PRESET-LOSS[-views]-SEED")
-    add("--dry-run", action="store_true", help="check and print the command, and stop")
+    add("--dry-run", action="store_true", help="print and check the command, but do not run it")
     options, others = parser.parse_known_args(argv[:end])
-    _, unknown = parsed(open_clip_train.parse, others)
+    _, unknown = parse_with(open_clip_train.parse, others)
     if unknown:
         raise CannotStart(f"{unknown[0]}: OpenCLIP's own flags go after --")
     return options, [*others, *argv[end + 1 :]]
 
 
-def command_line(
+def launcher_command(
     options: argparse.Namespace, launcher_flags: Sequence[str], world_size: int
 ) -> list[str]:
-    """The launcher's command line.
+    """The flags of the launcher: the preset's, the data's and the run's, and then the user's.
 
-    The flags of the preset come first, then those of the data and of this run, then the user's.
+    Later flags override earlier ones.
     """
     batch_size = options.batch_size or BATCH_SIZES[options.preset]
     if batch_size % world_size:
-        why = f"is for all ranks together and does not divide by {world_size}"
-        raise CannotStart(f"--batch-size {batch_size} {why}")
+        what = f"--batch-size {batch_size}, of all ranks together,"
+        raise CannotStart(f"{what} is not divisible by {world_size} ranks")
     loss = LOSSES[options.loss]
     name = f"{options.preset}-{options.loss}{'-views' if options.views else ''}-{options.seed}"
     val = options.val or (options.data if Path(options.data).is_dir() else None)
     held_out = shards.find(val, "val", needed=bool(options.val)) if val else ""
     flags = [*preset(options.preset), "--dataset-type", "webdataset"]
-    flags += ["--lambda-inmodal", str(WEIGHT * loss.inmodal)]
-    flags += ["--lambda-crossmodal", str(WEIGHT * loss.crossmodal)]
+    flags += ["--lambda-inmodal", str(PENALTY_WEIGHT * loss.inmodal)]
+    flags += ["--lambda-crossmodal", str(PENALTY_WEIGHT * loss.crossmodal)]
     flags += ["--batch-size", str(batch_size // world_size)]
     flags += ["--train-data", shards.find(options.data, "train")]
     if held_out:
         flags += ["--val-data", held_out]
     flags += ["--seed", str(options.seed), "--logs", options.out, "--name", options.name or name]
-    # The newest epoch is kept under one name and replaced whole. Without one, a run begins.
+    # Each epoch replaces epoch_latest.pt. Without this file, "--resume latest" begins a new run.
     flags += ["--save-frequency", "0", "--save-most-recent", "--resume", "latest"]
     return [*flags, *launcher_flags]
 
 
 def all_settings(flags: Sequence[str], *, rank: int, world_size: int) -> argparse.Namespace:
-    """The settings of a command line: OpenCLIP's, the launcher's, and this process's rank."""
-    launcher_args, openclip_flags = parsed(open_clip_train.parse, flags)
-    args: argparse.Namespace = parsed(trainer.parse_args, openclip_flags)
+    """The settings that the flags stand for, OpenCLIP's and the launcher's, and the rank."""
+    launcher_args, openclip_flags = parse_with(open_clip_train.parse, flags)
+    args: argparse.Namespace = parse_with(trainer.parse_args, openclip_flags)
     vars(args).update(vars(launcher_args), rank=rank, world_size=world_size)
     return args
 
 
-def parsed(parse: Callable[[Sequence[str]], Any], flags: Sequence[str]) -> Any:
-    """The result of OpenCLIP's or the launcher's parser. Its error becomes one line."""
+def parse_with(parse: Callable[[Sequence[str]], Any], flags: Sequence[str]) -> Any:
+    """The result of OpenCLIP's or the launcher's parser. Its error becomes a `CannotStart`."""
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
@@ -185,57 +189,57 @@ def parsed(parse: Callable[[Sequence[str]], Any], flags: Sequence[str]) -> Any:
         raise CannotStart(stderr.getvalue().strip().rpartition("error: ")[2]) from error
 
 
-def check(args: argparse.Namespace) -> None:
+def check_settings(args: argparse.Namespace) -> None:
     """Raises `CannotStart` for errors that OpenCLIP would raise later, or in many lines."""
     if ":" not in args.model and args.model not in open_clip.list_models():
         raise CannotStart(f"--model {args.model}: OpenCLIP has no model of this name")
     if args.world_size > 1 and not torch.cuda.is_available() and not getattr(args, "fsdp", False):
-        what = "several ranks on a CPU: OpenCLIP 3 can't train so"
-        raise CannotStart(f"{what}; OpenCLIP 4 can, by -- --fsdp --precision fp32")
+        what = "OpenCLIP 3 can't train with several ranks on a CPU"
+        raise CannotStart(f"{what}; OpenCLIP 4 can, with -- --fsdp --precision fp32")
     for package in ("tensorboard", "wandb"):
         wanted = package in args.report_to or "all" in args.report_to
         if wanted and importlib.util.find_spec(package) is None:
             raise CannotStart(f"--report-to {args.report_to}: pip install {package}")
     for flag in ("same_captions", "distill_model"):
         if args.views and getattr(args, flag, None):
-            raise CannotStart(f"--{flag.replace('_', '-')} does not go with --views")
+            raise CannotStart(f"--{flag.replace('_', '-')} can't be combined with --views")
     check_writable(Path(args.logs) / args.name)
 
 
 def check_data(args: argparse.Namespace, flags: list[str]) -> tuple[dict[str, int], dict[str, str]]:
-    """Shard -> its number of pairs, where it is known; and fingerprints of the shards.
+    """Checks the shards. Returns shard -> number of pairs, where it is known, and fingerprints.
 
-    If OpenCLIP would not find the number of training pairs, it is added to the flags. Raises
-    `CannotStart` if the data can't be used.
+    If OpenCLIP would not find the number of training pairs, this function adds it to `flags`.
+    Raises `CannotStart` if the data can't be used.
     """
     if args.dataset_type != "webdataset":
-        only = f"--dataset-type {args.dataset_type}: pretrain takes webdataset only"
-        raise CannotStart(f"{only}; python -m cyclip_loss.open_clip_train takes other types")
+        what = f"--dataset-type {args.dataset_type}: pretrain takes webdataset only"
+        raise CannotStart(f"{what}; python -m cyclip_loss.open_clip_train takes other types")
     if args.train_num_samples is not None and args.train_num_samples < 1:
         raise CannotStart(f"--train-num-samples must be >= 1, not {args.train_num_samples}")
     train = expand_urls(args.train_data)
     sizes = shards.check("--data", train, held_out=False)
     add_num_samples(args, flags, train, sizes)
     if not args.dataset_resampled:
-        shards.check_shared(train, sizes, max(args.workers, 1), args.world_size, args.batch_size)
-    names = {"train_shards": fingerprint(train)}
+        shards.check_workers(train, sizes, max(args.workers, 1), args.world_size, args.batch_size)
+    fingerprints = {"train_shards": fingerprint(train)}
     if args.val_data:
         val = expand_urls(args.val_data)
         sizes |= shards.check("--val", val, held_out=args.rank == 0)
-        names["val_shards"] = fingerprint(val)
+        fingerprints["val_shards"] = fingerprint(val)
     elif args.rank == 0:
         say("no held-out pairs (--val, or 'val' in the shards' names): no best epoch is kept")
-    return sizes, names
+    return sizes, fingerprints
 
 
 def add_num_samples(
     args: argparse.Namespace, flags: list[str], train: Sequence[str], sizes: dict[str, int]
 ) -> None:
-    """Adds `--train-num-samples` if neither the user nor OpenCLIP knows it.
+    """Adds `--train-num-samples` to `flags`, unless the user gave it or OpenCLIP can read it.
 
     train: the training shards. Raises `CannotStart` if nothing says how many pairs they hold.
     """
-    # OpenCLIP reads the first of these two files that is there, and no *_stats.json.
+    # OpenCLIP reads sizes.json or, without it, __len__. It does not read *_stats.json.
     folder = Path(train[0]).parent
     read_by_openclip = next(
         (name for name in ("sizes.json", "__len__") if (folder / name).exists()), None
@@ -245,7 +249,7 @@ def add_num_samples(
     if len(sizes) < len(train):
         raise CannotStart(
             "how many pairs the shards hold is not known (no sizes.json, *_stats.json or __len__ "
-            "beside them): say it after --, e.g. -- --train-num-samples 2905954"
+            "beside them): add it after --, e.g. -- --train-num-samples 2905954"
         )
     if read_by_openclip is None:
         args.train_num_samples = sum(sizes.values())

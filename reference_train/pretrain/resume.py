@@ -1,4 +1,4 @@
-"""Whether a run is resumed: how far it is, and whether it was begun with the same settings."""
+"""How many epochs of a run are finished, and whether its settings are still the same."""
 
 from argparse import Namespace
 from collections.abc import Mapping
@@ -8,9 +8,9 @@ from typing import Any
 from ..command_line import CannotStart
 from .runs import PARAMETERS, load_checkpoint, read_parameters
 
-# The settings that may change when a run is resumed. All others must stay the same: a flag that is
-# missing here, such as a new flag of OpenCLIP, is compared. The number of ranks is compared too:
-# ranks share out the shards, and a validation's loss is over the batches of one rank.
+# The settings that may change when a run is resumed. All other settings must stay the same,
+# including flags that a new version of OpenCLIP adds. The number of ranks must stay the same, too:
+# it decides which shards a rank reads, and which batches the validation's loss is computed on.
 MAY_DIFFER = {
     # Where files are. Shards are compared by `train_shards` and `val_shards`.
     "train_data",
@@ -69,41 +69,42 @@ MAY_DIFFER = {
 
 
 def epochs_done(folder: Path, args: Namespace) -> int:
-    """The number of epochs that a run of this name has finished.
+    """The number of epochs that the run in a folder has finished.
 
-    Raises `CannotStart` if it was begun with other settings, or its checkpoint can't be loaded.
+    Raises `CannotStart` if the run was begun with other settings, or its checkpoint can't be
+    loaded.
     """
-    # OpenCLIP 4 writes sharded checkpoints into a folder
+    # A sharded checkpoint of OpenCLIP 4 is a folder.
     latest = next((folder / "checkpoints").glob("epoch_latest*"), None)
     if latest is None:
         return 0
     done = 0 if latest.is_dir() else int(load_checkpoint(latest)["epoch"])
-    begun = settings_at_the_start(folder)
-    if begun.get("epochs") == done and args.epochs > done:  # finished, and asked for more
-        begun["epochs"] = args.epochs
-    if name := first_difference(begun, vars(args)):
-        what = f"{folder} was begun with {name} = {begun[name]}, not {getattr(args, name)}"
+    initial = initial_settings(folder)
+    if initial.get("epochs") == done and args.epochs > done:  # a finished run may get more epochs
+        initial["epochs"] = args.epochs
+    if name := first_difference(initial, vars(args)):
+        what = f"{folder} was begun with {name} = {initial[name]}, not {getattr(args, name)}"
         raise CannotStart(f"{what}: choose another --name")
     return done
 
 
-def settings_at_the_start(folder: Path) -> dict[str, Any]:
-    """The params.txt of a run, with the names that settings have today."""
+def initial_settings(folder: Path) -> dict[str, Any]:
+    """The settings that a run was begun with, under today's names."""
     settings = read_parameters(folder / PARAMETERS)
-    if settings.pop("ignore_same_captions", False):  # the flag's name until 0.3
+    if settings.pop("ignore_same_captions", False):  # the name of the flag until 0.3
         settings["same_captions"] = "ignored"
-    settings.setdefault("views", None)  # the run may be older than the flag
+    settings.setdefault("views", None)  # the run may be older than this flag
     return settings
 
 
-def first_difference(begun: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
-    """The first setting that must stay the same and does not; None if there is none.
+def first_difference(initial: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
+    """The first setting that differs but must stay the same; None if there is none.
 
-    A setting that `begun` lacks is not compared: the version that began the run did not have it.
+    A setting that `initial` lacks is not compared: the version that began the run did not have it.
     """
     for name, value in settings.items():
-        # OpenCLIP writes a list of one --force-image-size as the number
-        same = name not in begun or value in (begun[name], [begun[name]])
+        # OpenCLIP writes --force-image-size as a number if the list has only one.
+        same = name not in initial or value in (initial[name], [initial[name]])
         if not same and name not in MAY_DIFFER:
             return name
     return None

@@ -1,4 +1,4 @@
-"""The tar files of a WebDataset: finds them, knows their numbers of pairs, and checks them."""
+"""Finds and checks the tar files of a WebDataset, and looks up how many pairs they hold."""
 
 import io
 import json
@@ -14,26 +14,26 @@ from webdataset.shardlists import expand_urls
 from ..command_line import CannotStart, first_line
 from ..data.samples import count_pairs, ends_early, read_samples
 
-SHOWN = 5  # pictures in a message
+MAX_SHOWN = 5  # pictures in a message
 
 
 def find(data: str, part: str, needed: bool = True) -> str:
-    """The pattern of a folder's tar files of one part.
+    """A pattern of the training tar files, or of the held-out tar files, in a folder.
 
-    data: a folder. Anything else is returned as it is: OpenCLIP expands braces, and takes pipes and
-    addresses. part: "train" or "val"; a file belongs to it if its name has the word. Without such
-    names, all files are training data, except those with "val".
-
-    Raises `CannotStart` if the part is needed and the folder has no file of it.
+    data: a folder. Anything else is returned unchanged, because OpenCLIP expands braces and takes
+    pipes and URLs.
+    part: "train" or "val". The files with this word in their names are chosen.
+    needed: if no name has the word, all files are chosen, but for training none with "val" in its
+    name. Raises `CannotStart` if there are no such files, either.
     """
     if not Path(data).is_dir():
         return data
     found = sorted(Path(data).glob(f"*{part}*.tar"))
-    if not found and needed:  # any name will do, but training must not see held-out pairs
+    if not found and needed:  # take other names, but never train on held-out pairs
         tars = sorted(Path(data).glob("*.tar"))
         found = [path for path in tars if part == "val" or "val" not in path.name]
     if not found and needed:
-        exception = " but for validation" if part == "train" else ""
+        exception = " except for validation" if part == "train" else ""
         raise CannotStart(f"no tar file in {data}{exception}")
     names = [str(path) for path in found]
     numbers = [re.fullmatch(r"(.*?)(\d+)\.tar", name) for name in names]
@@ -45,12 +45,12 @@ def find(data: str, part: str, needed: bool = True) -> str:
 
 
 def check(argument: str, shards: Sequence[str], held_out: bool) -> dict[str, int]:
-    """Shard -> its number of pairs, where sizes.json or img2dataset's *_stats.json says it.
+    """Checks local shards. Returns shard -> number of pairs, as far as `recorded_sizes` knows it.
 
-    argument: the flag, for messages. held_out: also read every picture.
+    argument: the flag, for messages. held_out: also decode every picture.
 
-    Raises `CannotStart` if a local shard is missing, or the first shard has no pairs; with
-    held_out, also if a shard or a picture can't be read, or a shard has fewer pairs than it should.
+    Raises `CannotStart` if a shard is missing, or the first shard has no pairs; with held_out, also
+    if a shard or a picture can't be read, or a shard has fewer pairs than it should.
     """
     if any("://" in path or path.startswith("pipe:") for path in shards):
         return {}
@@ -65,9 +65,9 @@ def check(argument: str, shards: Sequence[str], held_out: bool) -> dict[str, int
 
 
 def recorded_sizes(shards: Sequence[str]) -> dict[str, int]:
-    """Shard -> the number of pairs that a file beside it says, where there is such a file.
+    """Shard -> its number of pairs, for shards with a sizes.json or *_stats.json beside them.
 
-    Raises `CannotStart` if the file can't be read.
+    img2dataset writes *_stats.json. Raises `CannotStart` if such a file can't be read.
     """
     sizes: dict[str, int] = {}
     tables: dict[Path, Any] = {}
@@ -81,7 +81,7 @@ def recorded_sizes(shards: Sequence[str]) -> dict[str, int]:
             elif (path := Path(shard.removesuffix(".tar") + "_stats.json")).exists():
                 sizes[shard] = int(json.loads(path.read_text())["successes"])
         except (OSError, ValueError, LookupError, TypeError) as error:
-            raise CannotStart(f"{path}: says no numbers of pairs: {error!r}") from error
+            raise CannotStart(f"{path}: has no numbers of pairs: {error!r}") from error
     return sizes
 
 
@@ -102,33 +102,35 @@ def check_whole(argument: str, shards: Sequence[str], sizes: Mapping[str, int]) 
         if shard not in sizes and ends_early(shard):
             raise CannotStart(f"{argument}: {shard} is cut short after {pairs} pairs")
     if broken:
-        shown = broken[:SHOWN]
-        if len(broken) > SHOWN:
-            shown.append(f"{len(broken) - SHOWN} more")
-        listed = "; ".join(shown)
-        raise CannotStart(f"{argument}: {len(broken)} pictures can't be read: {listed}")
+        shown = broken[:MAX_SHOWN]
+        if len(broken) > MAX_SHOWN:
+            shown.append(f"{len(broken) - MAX_SHOWN} more")
+        pictures = "; ".join(shown)
+        raise CannotStart(f"{argument}: {len(broken)} pictures can't be read: {pictures}")
 
 
-def check_shared(
-    shards: Sequence[str], sizes: Mapping[str, int], workers: int, ranks: int, batch: int
+def check_workers(
+    shards: Sequence[str], sizes: Mapping[str, int], workers: int, ranks: int, batch_size: int
 ) -> None:
     """Raises `CannotStart` if a worker may get no shard, or fewer pairs than its batch.
 
-    OpenCLIP gives worker i of k every k-th shard from the i-th on, in an order that changes with
-    the epoch. It waits forever for a worker whose shards make no batch.
+    OpenCLIP shuffles the shards in each epoch, and gives worker i of k the shards i, i + k, i + 2k
+    and so on. It waits forever for a worker whose shards hold less than a batch.
+
+    workers: of each rank. batch_size: of each rank.
     """
     shards_per_worker = len(shards) // (workers * ranks)
     if not shards_per_worker:
         all_workers = f"{workers * ranks} workers (--workers × ranks)"
         raise CannotStart(f"--data has {len(shards)} shards for {all_workers}: each needs one")
     local = [shard for shard in shards if shard in sizes or os.path.isfile(shard)]
-    # A shard without a known size is counted up to one batch.
-    pairs = [sizes[s] if s in sizes else count_pairs(s, batch) for s in local]
+    # In a shard without a known size, pairs are counted up to one batch.
+    pairs = [sizes[s] if s in sizes else count_pairs(s, batch_size) for s in local]
     fewest = sum(sorted(pairs)[:shards_per_worker])
-    if len(pairs) == len(shards) and fewest < batch:
+    if len(pairs) == len(shards) and fewest < batch_size:
         why = f"its {shards_per_worker} of {len(shards)} shards may hold {fewest} pairs"
         fewer_workers = f"fewer --workers (now {workers}), " if workers > 1 else ""
         raise CannotStart(
-            f"--data: a worker would wait forever, because {why} and its batch is {batch}: take "
-            f"{fewer_workers}a smaller batch or more pairs in a shard"
+            f"--data: a worker would wait forever, because {why} and its batch is {batch_size}: "
+            f"take {fewer_workers}a smaller batch or more pairs in a shard"
         )

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from cyclip_loss.metrics import consistency_metrics
 
 from ..command_line import Stopped
-from ..files import written_whole
+from ..files import atomic_write
 from .loading import NoBatch, WatchedData
 from .runs import without_wrappers
 
 LOSS = "clip_val_loss"  # OpenCLIP's name for the contrastive loss on the validation's batches
 BEST = "best.pt"
-STEPS = 10  # steps in a row without a finite loss that stop a run; GradScaler skips single steps
-COLLAPSED = -0.05  # uniformity; it was -0.02 and -0.03 in runs that had learned nothing
+MAX_BAD_STEPS = 10  # in a row, without a finite loss. GradScaler may skip single steps.
+COLLAPSED = -0.05  # a uniformity; runs that had learned nothing had -0.02 and -0.03
 Function = Callable[..., Any]
 
 
@@ -49,24 +49,24 @@ class CheckedLoader:
 
 
 class FinitenessCheck:
-    """Whether losses and weights are finite. Only `check` waits for the GPU."""
+    """Checks that losses and weights are finite. Only the method `check` waits for the GPU."""
 
     def __init__(self, args: Namespace) -> None:
-        self.args, self.limit = args, STEPS * args.accum_freq
-        # How many losses in a row were not finite: now, and at most.
+        self.args, self.limit = args, MAX_BAD_STEPS * args.accum_freq
+        # The lengths of the current and of the longest series of losses that are not finite.
         self.running = self.longest = torch.zeros((), dtype=torch.int64, device=args.device)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def note(self, _: nn.Module, inputs: Any, losses: Tensor | dict[str, Tensor]) -> None:
-        """A forward hook of the loss."""
+    def record(self, _: nn.Module, inputs: Any, losses: Tensor | dict[str, Tensor]) -> None:
+        """A forward hook of the loss, which counts losses that are not finite."""
         terms = list(losses.values()) if isinstance(losses, dict) else [losses]
         finite = torch.stack([term.detach().float() for term in terms]).isfinite().all()
         self.running = torch.where(finite, 0, self.running + 1)
         self.longest = torch.maximum(self.longest, self.running)
 
     def check(self, model: nn.Module) -> None:
-        """Raises `Stopped` on all ranks if one has `limit` bad losses in a row, or bad weights."""
-        # Of the buffers only running statistics are checked: an attention mask may hold -inf.
+        """Raises `Stopped` on all ranks if one has bad weights, or `limit` bad losses in a row."""
+        # Buffers other than running statistics may hold -inf, such as attention masks.
         statistics = [b for n, b in model.named_buffers() if n.endswith(("_mean", "_var"))]
         tensors = [t.detach() for t in (*model.parameters(), *statistics)]
         local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]  # FSDP shards
@@ -78,7 +78,7 @@ class FinitenessCheck:
         if broken:
             what = "the model's weights are"
         elif longest >= self.limit:
-            what = f"the loss of {STEPS} steps in a row was"
+            what = f"the loss of {MAX_BAD_STEPS} steps in a row was"
         else:
             return
         raise Stopped(f"{what} not finite: stopped, and nothing saved since the last epoch")
@@ -89,7 +89,7 @@ class Guards:
 
     The first argument of such a method, `original`, is the trainer's own function.
 
-    sizes: path of a shard -> its number of pairs, where it is known. settings: what is added to
+    sizes: path of a shard -> its number of pairs, where it is known. settings: settings to add to
     the run's params.txt.
     """
 
@@ -123,11 +123,11 @@ class Guards:
         if "val" in data:
             watched = WatchedData(data["val"], args, self.sizes, train=False)
 
-            def refuse_losses() -> None:
+            def refuse_lost_pairs() -> None:
                 if lost := watched.describe(watched.take_counts()):
                     raise Stopped(f"the validation lost pairs, and can't choose an epoch: {lost}")
 
-            data["val"].dataloader = CheckedLoader(data["val"].dataloader, refuse_losses)
+            data["val"].dataloader = CheckedLoader(data["val"].dataloader, refuse_lost_pairs)
         return data
 
     def train_one_epoch(
@@ -142,7 +142,7 @@ class Guards:
 
         At the end it logs which pairs could not be read on any rank.
 
-        first: OpenCLIP 4's training state, OpenCLIP 3's model.
+        first: the training state of OpenCLIP 4, or the model of OpenCLIP 3.
         """
         is_state = hasattr(first, "task")
         model, loss = (first.task, first.task.loss) if is_state else (first, positional[0])
@@ -152,7 +152,7 @@ class Guards:
             lambda: self.finiteness.check(model),
             every=self.args.log_every_n_steps * self.args.accum_freq,
         )
-        hook = loss.register_forward_hook(self.finiteness.note)
+        hook = loss.register_forward_hook(self.finiteness.record)
         try:
             result = original(first, data, *positional, **options)
         except NoBatch:
@@ -175,7 +175,7 @@ class Guards:
         return message
 
     def log_lost_pairs(self) -> None:
-        """Logs, on rank 0, what no rank could read since the last call."""
+        """Logs, on rank 0, what the ranks could not read since the last call."""
         counts = self.watched.take_counts().to(self.args.device)
         if self.args.distributed:
             torch.distributed.all_reduce(counts)
@@ -185,10 +185,13 @@ class Guards:
 
     def get_clip_metrics(self, original: Function, **features: Any) -> dict[str, Any]:
         """OpenCLIP's retrieval numbers, and those of `cyclip_loss.metrics.consistency_metrics`."""
-        both = [features[f"{kind}_features"] for kind in ("image", "text")]
         # OpenCLIP 4 passes a list of batches.
-        image, text = ((x if isinstance(x, Tensor) else torch.cat(x)).float() for x in both)
-        numbers = {name: float(x) for name, x in consistency_metrics(image, text).items()}
+        image_features, text_features = (
+            (x if isinstance(x, Tensor) else torch.cat(x)).float()
+            for x in (features["image_features"], features["text_features"])
+        )
+        consistency = consistency_metrics(image_features, text_features)
+        numbers = {name: float(value) for name, value in consistency.items()}
         for tower in ("image", "text"):
             uniformity = numbers[f"{tower}_uniformity"]
             if uniformity > COLLAPSED:
@@ -210,13 +213,14 @@ class Guards:
     ) -> dict[str, Any]:
         """OpenCLIP's evaluation. The model with the lowest loss so far is saved as best.pt."""
         metrics: dict[str, Any] = original(model, data, epoch, args, **options)
-        # On other ranks, and where nothing was validated, there is no loss. Under FSDP a rank has
-        # no whole model.
+        # Only rank 0 has a loss, and only if this epoch was validated. Under FSDP no rank has the
+        # whole model.
         if getattr(args, "save_logs", False) and LOSS in metrics and not getattr(args, "fsdp", 0):
             folder = Path(args.checkpoint_path)
             earlier = [loss for number, loss in validations(folder).items() if number < epoch]
             if metrics[LOSS] <= min(earlier, default=math.inf):
-                inner = getattr(model, "trainable_module", model)  # of a task of OpenCLIP 4
+                # OpenCLIP 4 passes a task, which holds the model.
+                inner = getattr(model, "trainable_module", model)
                 state = without_wrappers(inner.state_dict())
                 checkpoint = {"epoch": epoch, "name": args.name, LOSS: metrics[LOSS]}
                 torch.save({**checkpoint, "state_dict": state}, folder / BEST)
@@ -226,12 +230,12 @@ class Guards:
     def save(
         self, original: Function, content: Any, file: Any, *positional: Any, **options: Any
     ) -> None:
-        """`torch.save` that leaves a whole file or none. An error is one line."""
+        """`torch.save` that writes a whole file or none. Its error is one line."""
         if not isinstance(file, str | Path):
             original(content, file, *positional, **options)
         else:
-            with written_whole(Path(file)) as partial_file:
-                original(content, partial_file, *positional, **options)
+            with atomic_write(Path(file)) as temporary:
+                original(content, temporary, *positional, **options)
 
 
 def validations(checkpoints: Path) -> dict[int, float]:

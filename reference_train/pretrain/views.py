@@ -1,13 +1,12 @@
 """`--views`: two views of each training pair, and the in-modal contrastive term of these views.
 
 This is the option `--inmodal` of the CyCLIP authors' code (Goel et al. 2022). Each image has to
-find its own second view among the second views of the batch, and so has each caption. Second views
-are drawn anew in each epoch. Held-out pairs have one view. A batch has `--batch-size` pairs, as
-(N, 2, ...) tensors.
+find its own second view among the second views of the batch, and so does each caption. Second views
+are random, and differ between epochs. Held-out pairs have one view. A batch has `--batch-size`
+pairs, as (N, 2, ...) tensors.
 
-    python -m reference_train.pretrain.views --views -- FLAGS
-
-is `cyclip_loss.open_clip_train` with one more flag. `pretrain --views` adds presets and checks.
+`python -m reference_train.pretrain.views --views -- FLAGS` runs `cyclip_loss.open_clip_train` with
+this option. `pretrain --views` adds presets and checks.
 """
 
 import argparse
@@ -27,8 +26,8 @@ from cyclip_loss.functional import cyclip_loss
 
 from ..command_line import Parser, Stopped, run
 
-CHANGED = 0.1  # the share of words that are left out, or swapped (EDA's default)
-NOT_TRAINED_ON = {"val_data": None, "imagenet_val": None, "imagenet_v2": None}
+CHANGED_SHARE = 0.1  # of the words, which are left out or swapped (EDA's default)
+NO_HELD_OUT_DATA = {"val_data": None, "imagenet_val": None, "imagenet_v2": None}
 FEATURES = ("image_features", "text_features")
 Function = Callable[..., Any]
 
@@ -45,10 +44,10 @@ def add_flag(parser: argparse.ArgumentParser) -> None:
 
 
 class TwoPictures:
-    """Two views of a picture, each by the training's transform.
+    """Makes two views of a picture: the training's transform, applied twice.
 
-    how: with "autoaugment", AutoAugment changes the second view before the transform; with "own",
-    nothing does.
+    how: "autoaugment": AutoAugment changes the second picture before the transform. "own": both are
+    transforms of the same picture.
     """
 
     def __init__(self, transform: Callable[[Image.Image], Tensor], how: str) -> None:
@@ -65,15 +64,15 @@ class TwoPictures:
 class TwoCaptions:
     """A tokenizer that makes two views of one caption.
 
-    A caption of several lines is several captions: the views are two of them. A caption of one line
-    is the first view, and `reworded` is the second.
+    If the caption has several lines, the views are two of the lines. If it has one line, this line
+    is the first view, and `reworded` makes the second view of it.
     """
 
     def __init__(self, tokenizer: Function) -> None:
         self.tokenizer = tokenizer
 
     def __call__(self, text: str | list[str]) -> Tensor:
-        """(1, 2, L). text: one caption. OpenCLIP passes a caption of a CSV file in a list."""
+        """(1, 2, L). text: one caption, or a list of it (OpenCLIP does so for a CSV file)."""
         text = text if isinstance(text, str) else text[0]
         captions = [line.strip() for line in text.splitlines() if line.strip()] or [""]
         if len(captions) > 1:
@@ -94,9 +93,9 @@ def reworded(caption: str) -> str:
     if len(words) < 2:
         return caption
     if torch.rand(()) < 0.5:
-        kept = [word for word in words if torch.rand(()) >= CHANGED]
+        kept = [word for word in words if torch.rand(()) >= CHANGED_SHARE]
         return " ".join(kept or [words[int(torch.randint(len(words), ()))]])
-    for _ in range(max(1, int(CHANGED * len(words)))):
+    for _ in range(max(1, int(CHANGED_SHARE * len(words)))):
         i, j = torch.randperm(len(words))[:2].tolist()
         words[i], words[j] = words[j], words[i]
     return " ".join(words)
@@ -109,10 +108,10 @@ def forward_both_views(
     text: Tensor | None = None,
     **options: Any,
 ) -> Any:
-    """A model's forward pass of both views at once, in training.
+    """A model's forward pass. In training it encodes both views at once.
 
-    image: (N, 2, 3, H, W); text: (N, 2, L). Returns what the model returns for the first views, and
-    `augmented_image_features` and `augmented_text_features`, (N, D) each.
+    image: (N, 2, 3, H, W). text: (N, 2, L). Returns the model's output for the first views, with
+    `augmented_image_features` and `augmented_text_features`, (N, D) each, from the second views.
     """
     if not model.training:
         return forward(image, text, **options)
@@ -122,7 +121,7 @@ def forward_both_views(
         raise Stopped(f"--views: a batch came without second views: {shapes}")
     output = forward(image.flatten(0, 1), text.flatten(0, 1), **options)
     second = {f"augmented_{name}": output[name][1::2] for name in FEATURES}
-    # Other outputs may have a row for each picture or caption, too (CoCa's logits).
+    # Other outputs may also have a row for each picture or caption, such as CoCa's logits.
     first = {
         name: value[0::2] if isinstance(value, Tensor) and value.ndim else value
         for name, value in output.items()
@@ -131,7 +130,7 @@ def forward_both_views(
 
 
 class WithInmodalTerm(nn.Module):
-    """Another loss (SigLIP's, CoCa's) plus the in-modal contrastive term of the views, weight 1."""
+    """Another loss, such as SigLIP's, plus the views' in-modal contrastive term with weight 1."""
 
     def __init__(self, loss: nn.Module) -> None:
         super().__init__()
@@ -182,7 +181,8 @@ class Views:
     def install(self, main: Any) -> None:
         """Replaces functions in `open_clip_train.main`."""
         for name in ("create_model_and_transforms", "get_data", "create_loss", "create_task"):
-            if original := getattr(main, name, None):  # a version has one of the last two
+            # A version of OpenCLIP has either create_loss or create_task.
+            if original := getattr(main, name, None):
                 setattr(main, name, partial(getattr(self, name), original))
 
     def create_model_and_transforms(self, original: Function, *args: Any, **options: Any) -> Any:
@@ -203,27 +203,33 @@ class Views:
     ) -> Any:
         """OpenCLIP's data: training pairs have two views, and held-out pairs have one."""
         train, val = transforms
-        trained_on = Namespace(**{**vars(args), **NOT_TRAINED_ON})
-        held_out = Namespace(**{**vars(args), "train_data": None})
-        two_transforms = (TwoPictures(train, self.how), val)
-        data = original(trained_on, two_transforms, tokenizer=TwoCaptions(tokenizer), **options)
-        return data | original(held_out, transforms, tokenizer=tokenizer, **options)
+        training_only = Namespace(**{**vars(args), **NO_HELD_OUT_DATA})
+        held_out_only = Namespace(**{**vars(args), "train_data": None})
+        two_views = (TwoPictures(train, self.how), val)
+        data = original(training_only, two_views, tokenizer=TwoCaptions(tokenizer), **options)
+        return data | original(held_out_only, transforms, tokenizer=tokenizer, **options)
 
     def create_loss(self, original: Function, *args: Any, **options: Any) -> nn.Module:
-        """OpenCLIP's loss plus the in-modal term."""
-        loss: nn.Module = original(*args, **options)
-        # The launcher replaces `ClipLoss` by a loss that has the term.
-        return loss if type(loss).__name__ == "ClipLoss" else WithInmodalTerm(loss)
+        """OpenCLIP 3's loss plus the in-modal term."""
+        return with_inmodal_term(original(*args, **options))
 
     def create_task(self, original: Function, *args: Any, **options: Any) -> Any:
-        """OpenCLIP 4's task, which holds its loss."""
+        """OpenCLIP 4's task, with the in-modal term added to its loss."""
         task = original(*args, **options)
-        task.loss = self.create_loss(getattr, task, "loss")
+        task.loss = with_inmodal_term(task.loss)
         return task
 
 
+def with_inmodal_term(loss: nn.Module) -> nn.Module:
+    """A loss that has the in-modal term.
+
+    `ClipLoss` stays as it is, because the launcher replaces it by a loss that has the term.
+    """
+    return loss if type(loss).__name__ == "ClipLoss" else WithInmodalTerm(loss)
+
+
 def main(argv: Sequence[str]) -> None:
-    """`cyclip_loss.open_clip_train` with two views."""
+    """Runs `cyclip_loss.open_clip_train`, with two views of each pair if `--views` is given."""
     parser = Parser("python -m reference_train.pretrain.views", add_help=False, allow_abbrev=False)
     add_flag(parser)
     arguments, flags = parser.parse_known_args(argv)

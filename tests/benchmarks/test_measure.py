@@ -1,4 +1,4 @@
-"""Times, memory, inputs and tables of the benchmarks."""
+"""How the benchmarks measure time and memory, make inputs, and format tables."""
 
 import sys
 from pathlib import Path
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def test_peak_counts_memory_until_it_is_freed() -> None:
-    """Three matrices, one of which is freed before a fourth is allocated."""
+    """One of three matrices is freed before a fourth one is allocated."""
 
     def work() -> tuple[torch.Tensor, ...]:
         a, b = torch.ones(1000, 100), torch.ones(1000, 100)
@@ -42,8 +42,8 @@ assert row["outcome"] == "out of memory (had 0.0 GB)" and "ms" not in row, row
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_out_of_memory_is_an_outcome_that_says_how_much_there_was(tmp_path: Path) -> None:
-    """The formula's dozen matrices of 4 MB do not fit in 10 MB."""
+def test_out_of_memory_is_an_outcome_with_the_available_memory(tmp_path: Path) -> None:
+    """The formula's matrices, about twelve of 4 MB, do not fit in 10 MB."""
     done = run_forked("-c", MEASURE_WITH_LIMIT, str(tmp_path / "memory.max"))
     assert done.returncode == 0, done.stderr
 
@@ -55,7 +55,7 @@ def test_errors_that_mean_out_of_memory_are_recognised() -> None:
     assert describe(ValueError("\nno kernel\nfor this")) == "ValueError: no kernel"
 
 
-def test_rounds_run_all_steps_and_begin_with_the_next_one() -> None:
+def test_each_round_runs_all_steps_and_starts_with_another_one() -> None:
     calls: list[str] = []
     steps = {name: lambda name=name: calls.append(name) for name in "ab"}
     times = interleaved(steps, CPU, seconds=0, min_rounds=2)
@@ -64,31 +64,32 @@ def test_rounds_run_all_steps_and_begin_with_the_next_one() -> None:
     assert len(interleaved(steps, CPU, seconds=1000, max_rounds=4)["a"]) == 4
 
 
-def test_columns_of_times_are_median_and_percentiles() -> None:
+def test_time_columns_have_the_median_and_the_percentiles() -> None:
     assert time_columns([2.0]) == {"runs": 1, "ms": 2}
     assert time_columns([*range(11)]) == {"runs": 11, "ms": 5, "p20": 2, "p80": 8}
 
 
 def test_pairs_have_unit_length_the_given_distance_and_the_same_values_in_every_call() -> None:
     image, text = Run(CPU).pairs(64, 32)
-    near = Run(CPU).pairs(64, 32, torch.bfloat16, 0.1)
-    assert [near[0].dtype, near[1].dtype, image.dtype] == [torch.bfloat16] * 2 + [torch.float32]
-    torch.testing.assert_close(near[0], image.bfloat16())
-    for features in (image, text, near[1].float()):
+    same_image, near_text = Run(CPU).pairs(64, 32, torch.bfloat16, 0.1)
+    assert image.dtype == text.dtype == torch.float32
+    assert same_image.dtype == near_text.dtype == torch.bfloat16
+    torch.testing.assert_close(same_image, image.bfloat16())
+    for features in (image, text, near_text.float()):
         torch.testing.assert_close(features.norm(dim=1), torch.ones(64), atol=0.01, rtol=0)
-    distances = (near[1].float() - image).norm(dim=1)
+    distances = (near_text.float() - image).norm(dim=1)
     assert 0.07 < distances.min() < distances.max() < 0.11
     assert (text - image).norm(dim=1).min() > 0.5
 
 
-def test_table_has_three_digits_and_leaves_missing_cells_empty() -> None:
+def test_table_shows_three_digits_and_leaves_missing_cells_empty() -> None:
     row = {"n": 12345, "ms": 1234.56, "share": 0.012345, "0": 0.0, "large": 1e9, "small": 1e-4}
-    shown = "| n | ms | share | 0 | large | small | x |\n|---|---|---|---|---|---|---|\n"
-    shown += "| 12,345 | 1,230 | 0.0123 | 0 | 1e+09 | 0.0001 |  |\n|  |  |  |  |  |  | a\\|b |"
-    assert table([row, {"x": "a|b"}]) == shown
+    expected = "| n | ms | share | 0 | large | small | x |\n|---|---|---|---|---|---|---|\n"
+    expected += "| 12,345 | 1,230 | 0.0123 | 0 | 1e+09 | 0.0001 |  |\n|  |  |  |  |  |  | a\\|b |"
+    assert table([row, {"x": "a|b"}]) == expected
 
 
-def test_versions_have_the_library_and_its_commit_if_there_is_one(monkeypatch) -> None:
+def test_versions_have_the_version_of_the_library_and_its_commit_if_known(monkeypatch) -> None:
     def fake_run(command: str) -> tuple[int, str, str]:
         assert command == f"git -C {ROOT} describe --always --dirty"
         return 0, commit, ""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks predict`."""
+"""The tables of `python -m benchmarks predict`."""
 
 from argparse import Namespace
 
@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import predict
 
-# D, chip, and a row of its tables. Those of the H100 are worked out by hand.
+# D, chip, and a row of one of its tables. The rows of the H100 are computed by hand.
 ROWS = """
 64 A100 | 65,536 | 3.53 | 4.97 | 9.96 | 0.00970 | 0.0194 | 18.5 | 8.11 |
 64 H100 | 65,536 | 2.22 | 2.87 | 5.74 | 0.00559 | 0.0112 | 10.9 | 2.77 |
@@ -20,7 +20,7 @@ ROWS = """
 """
 
 
-def test_predicted_rows_are_those_worked_out_by_hand(capsys) -> None:
+def test_predictions_have_the_values_computed_by_hand(capsys) -> None:
     found, chip = set(), ""
     for d in (64, 768):
         assert predict.main(Namespace(d=d)) == 0
@@ -30,13 +30,13 @@ def test_predicted_rows_are_those_worked_out_by_hand(capsys) -> None:
     assert set(ROWS.strip().splitlines()) - found == set()
 
 
-def test_prediction_doubles_n_and_names_every_number_of_ranks() -> None:
+def test_tables_have_every_batch_size_and_every_number_of_ranks() -> None:
     chip = predict.CHIPS["H100"]
     rows = predict.one_gpu_rows(chip, 512)
     assert [row["N"] for row in rows] == [2**k for k in range(12, 18)]
-    for row in rows:  # the products of the rows' own N, at the library's rate
+    for row in rows:  # 8 N² D flops at the rate of cuBLAS
         milliseconds = 1e3 * 8 * row["N"] ** 2 * 512 / 794.5e12
         assert row["8 N² D flops"] == pytest.approx(milliseconds)
         assert row["all"] > row["8 N² D flops"]
-    ranks = [(row["rows a rank"], row["ranks"]) for row in predict.rank_rows(chip, 512)]
+    ranks = [(row["rows per rank"], row["ranks"]) for row in predict.rank_rows(chip, 512)]
     assert ranks == [(n, r) for n in (1024, 4096) for r in (8, 16, 64, 256, 1024, 4096)]

@@ -1,4 +1,4 @@
-"""The side-by-side benchmark: what its competitors compute, its measurements and its record."""
+"""The side-by-side benchmark: its competitors, its measurements and its record."""
 
 import json
 import math
@@ -58,19 +58,19 @@ def test_competitors_compute_their_definitions_and_definitions_differ() -> None:
         values[competitor.computes, competitor.extra] = round(value.item(), 3)
         if competitor.name != competitors.COMPILED:  # compiling takes long
             torch.testing.assert_close(competitor.loss(*inputs), value)
-    values.pop(("CyCLIP", competitors.DISTINCT_IDS))  # changes nothing, as it should
+    values.pop(("CyCLIP", competitors.DISTINCT_IDS))  # equal to the value without ids
     assert len({*values.values()}) == len(values)
 
 
-def test_tables_show_competitors_that_exist() -> None:
+def test_tables_and_pictures_show_only_competitors_that_exist() -> None:
     names = {competitor.name for competitor in competitors.COMPETITORS}
     shown = {loss for losses in competitors.TABLES.values() for loss in losses}
     assert shown <= names
-    assert {*competitors.LARGE, *report.STYLES} <= names
-    assert {*report.IN_PICTURE} <= report.STYLES.keys()
+    assert {*competitors.IN_LARGE_BATCHES, *report.STYLES} <= names
+    assert {*report.IN_COST_PICTURE} <= report.STYLES.keys()
 
 
-def test_competitor_that_is_not_installed_says_how_to_get_it(monkeypatch) -> None:
+def test_error_of_a_missing_competitor_says_how_to_install_it(monkeypatch) -> None:
     on_cuda = competitors.competitors(torch.device("cuda"))
     found = {c.name: c for c in on_cuda}
     assert {*PEERS} <= found.keys()
@@ -88,7 +88,7 @@ def test_competitor_that_is_not_installed_says_how_to_get_it(monkeypatch) -> Non
 
 
 def fake_memeff() -> ModuleType:
-    """Its options, as its page describes them: by default gradients have another scale."""
+    """memeff with its documented options. By default it scales gradients by another factor."""
     module = ModuleType("memeff")
 
     class MemoryEfficientCLIPLoss:
@@ -97,7 +97,7 @@ def fake_memeff() -> ModuleType:
 
         def __call__(self, image, text):
             if not self.normalized:
-                raise AssertionError("normalises rows of unit length once more")
+                raise AssertionError("normalises rows that already have unit length")
             logits, targets = self.scale * image @ text.T, torch.arange(len(image))
             loss = (cross_entropy(logits, targets) + cross_entropy(logits.T, targets)) / 2
             return 2 * loss - loss.detach() if self.stable else loss
@@ -107,7 +107,7 @@ def fake_memeff() -> ModuleType:
 
 
 def fake_inf_cl() -> ModuleType:
-    """A loss for each row, from rows to columns only."""
+    """inf-cl, which returns one loss for each row, in the direction from rows to columns."""
     module = ModuleType("inf_cl")
 
     def cal_flash_loss(q, k, labels=None, scale=None, head_dim=256):
@@ -118,7 +118,7 @@ def fake_inf_cl() -> ModuleType:
 
 
 def fake_siglip_kernel() -> ModuleType:
-    """SigLIP's loss, with the scale given by its logarithm."""
+    """siglip-kernel, whose SigLIP loss takes the logarithm of the scale."""
     module = ModuleType("siglip_kernel")
 
     def fused_siglip_loss(image, text, log_temperature, bias):
@@ -132,26 +132,26 @@ def fake_siglip_kernel() -> ModuleType:
 
 
 @pytest.mark.parametrize(
-    ("name", "make"),
+    ("name", "make_module"),
     [(MEMEFF, fake_memeff), (INF_CL, fake_inf_cl), (SIGLIP_KERNEL, fake_siglip_kernel)],
     ids=["memeff", "inf-cl", "siglip-kernel"],
 )
-def test_peers_are_called_so_that_they_compute_their_definitions(name, make, monkeypatch) -> None:
-    module = make()
+def test_calls_of_peers_compute_their_definitions(name, make_module, monkeypatch) -> None:
+    module = make_module()
     monkeypatch.setitem(__import__("sys").modules, module.__name__, module)
     (peer,) = (replace(c) for c in competitors.COMPETITORS if c.name == name)
     inputs = make_inputs()
-    exact = accuracy.exact_results(peer, inputs)
-    errors = accuracy.relative_errors(accuracy.results(peer.loss, inputs), exact)
+    exact = accuracy.exact_value_and_grads(peer, inputs)
+    errors = accuracy.relative_errors(accuracy.value_and_grads(peer.loss, inputs), exact)
     assert max(errors.values()) < 1e-6
     assert ("logit-scale gradient" in errors) == (name != MEMEFF)
     assert inputs[2] == pytest.approx(LOGIT_SCALE)
 
 
-def test_loss_with_other_values_is_not_timed() -> None:
+def test_loss_with_a_wrong_value_or_gradient_is_not_timed() -> None:
     ours = Competitor(OURS, lambda: competitors.authors_formula)
-    other_value = Competitor("value", lambda: lambda *x: 1.06 * competitors.authors_formula(*x))
-    other_grad = Competitor(
+    wrong_value = Competitor("value", lambda: lambda *x: 1.06 * competitors.authors_formula(*x))
+    wrong_grad = Competitor(
         "gradient",
         lambda: (
             lambda *x: (
@@ -163,19 +163,19 @@ def test_loss_with_other_values_is_not_timed() -> None:
     nan = Competitor("nan", lambda: lambda *x: math.nan * competitors.authors_formula(*x))
     no_penalties = Competitor("CLIP", lambda: CyCLIPLoss(0, 0, impl="eager"))
     near = Competitor("near", lambda: lambda *x: 1.04 * competitors.authors_formula(*x))
-    found, run = [ours, other_value, other_grad, nan, no_penalties, near], Run(CPU)
+    found, run = [ours, wrong_value, wrong_grad, nan, no_penalties, near], Run(CPU)
     with run.start_section("cost") as section:
         cost.add_costs(run, found, SMALL_PLAN)
     outcomes = {row["loss"]: row["outcome"] for row in section.rows}
     assert outcomes[OURS] == outcomes["near"] == "ok"
-    assert outcomes["value"] == "AssertionError: the value is not that of CyCLIP, by 6 %"
-    assert outcomes["gradient"] == "AssertionError: the gradient is not that of CyCLIP, by 6 %"
-    assert outcomes["nan"].startswith("AssertionError: the value is not")
-    assert outcomes["CLIP"].startswith("AssertionError: the value is not")
+    assert outcomes["value"] == "AssertionError: the value differs from CyCLIP's by 6 %"
+    assert outcomes["gradient"] == "AssertionError: the gradient differs from CyCLIP's by 6 %"
+    assert outcomes["nan"].startswith("AssertionError: the value differs")
+    assert outcomes["CLIP"].startswith("AssertionError: the value differs")
     assert {row["loss"] for row in section.rows if "ms" in row} == {OURS, "near"}
 
 
-def test_failing_competitor_does_not_affect_others() -> None:
+def test_competitors_are_measured_although_another_one_fails() -> None:
     found = [Competitor(OURS, lambda: competitors.authors_formula), Competitor("broken", fails)]
     run = Run(CPU)
     with run.start_section("cost") as section:
@@ -188,35 +188,36 @@ def test_failing_competitor_does_not_affect_others() -> None:
     assert "ms" not in broken
 
 
-def test_errors_are_relative_to_what_a_loss_computes() -> None:
-    off = Competitor("off", lambda: lambda *pairs: 1.5 * competitors.authors_formula(*pairs))
-    contrastive = Competitor("c", lambda: CyCLIPLoss(0, 0, impl="eager"), CLIP)
-    found, run = [off, contrastive, Competitor("broken", fails)], Run(CPU)
+def test_errors_are_relative_to_the_definition_of_each_loss() -> None:
+    wrong = Competitor("wrong", lambda: lambda *inputs: 1.5 * competitors.authors_formula(*inputs))
+    clip = Competitor("clip", lambda: CyCLIPLoss(0, 0, impl="eager"), CLIP)
+    found, run = [wrong, clip, Competitor("broken", fails)], Run(CPU)
     with run.start_section("error") as section:
         accuracy.add_errors(run, found, replace(PLAN, error_size=(32, 8)))
     assert len(section.rows) == 3 * len(accuracy.DISTANCES)
-    for row in section.rows[:6]:  # random pairs, and those 0.3 apart
+    for row in section.rows[:6]:  # random pairs and pairs at distance 0.3
         if row["loss"] == "broken":
             assert row["outcome"] == "RuntimeError: no kernel"
             continue
         for name in ("value", "gradient", "logit-scale gradient"):
-            assert row[name] == pytest.approx(0.5 if row["loss"] == "off" else 0.0, abs=1e-4)
+            assert row[name] == pytest.approx(0.5 if row["loss"] == "wrong" else 0.0, abs=1e-4)
 
 
 @pytest.mark.parametrize("loss", [competitors.authors_formula, lambda image, *_: image.sum()])
 def test_training_step_is_forward_backward_and_one_update(loss: competitors.Loss) -> None:
-    """Also if a loss gives no gradient to some parameters."""
-    trainer, other = (training_step.Trainer(Run(CPU), "tiny", 4) for _ in range(2))
-    loss(*other.encode()).backward()
-    other.optimizer.step()
-    loss(*trainer.encode()).backward()  # of an earlier step, to be dropped
+    """The second loss gives no gradient to some parameters."""
+    trainer, expected = (training_step.Trainer(Run(CPU), "tiny", 4) for _ in range(2))
+    loss(*expected.encode()).backward()
+    expected.optimizer.step()
+    loss(*trainer.encode()).backward()  # the step must drop these gradients
     trainer.step(loss)
-    for p, wanted in zip(trainer.model.parameters(), other.model.parameters(), strict=True):
-        torch.testing.assert_close(p, wanted)
+    parameters = trainer.model.parameters(), expected.model.parameters()
+    for actual_parameter, expected_parameter in zip(*parameters, strict=True):
+        torch.testing.assert_close(actual_parameter, expected_parameter)
 
 
-def test_ratios_are_those_worked_out_by_hand() -> None:
-    """8 N² D = 64,000 flops, twice with extra texts, at 1e9 flops per second."""
+def test_ratios_have_the_values_computed_by_hand() -> None:
+    """8 N² D is 64,000 flops, twice as many with extra texts. The rate is 1e9 flops per second."""
     losses = [
         ("failed", ""),
         (OURS, ""),
@@ -232,7 +233,7 @@ def test_ratios_are_those_worked_out_by_hand() -> None:
 
 @pytest.fixture(scope="module")
 def record_file(tmp_path_factory) -> Path:
-    """The JSON file of a tiny run of the command, with its Markdown and its pictures beside it."""
+    """The JSON file of a tiny run. The Markdown file and the pictures are in the same folder."""
     folder = tmp_path_factory.mktemp("results") / "new" / "folder"
     both = [c for c in competitors.COMPETITORS if c.name in (OURS, AUTHORS)]
     small = replace(SMALL_PLAN, batch_size=4, min_rounds=3)
@@ -264,13 +265,15 @@ def test_record_has_every_section_its_duration_and_pictures(record_file: Path) -
     assert len(list(record_file.parent.glob("*.png"))) == 2
 
 
-def test_tables_and_pictures_show_the_record_also_with_nan(record_file: Path, monkeypatch) -> None:
+def test_tables_show_recorded_values_and_nan_and_pictures_leave_nan_out(
+    record_file: Path, monkeypatch
+) -> None:
     record = json.loads(record_file.read_text())
     costs, errors = (record["sections"][name]["rows"] for name in ("cost", "error"))
     costs[0]["ms"], costs[1]["ms"], costs[3]["peak MB"] = 2.0, 3.0, math.nan
     text = report.summary(record)
     assert "| 16 | 512 | 2.00 | 3.00 (1.50 ×) |" in text.splitlines()
-    panels: list[list[list[float]]] = []  # the ordinates of their lines
+    panels: list[list[list[float]]] = []  # the y values of each line
 
     def read(figure, *_) -> None:
         panels.extend([list(line.get_ydata()) for line in ax.lines] for ax in figure.axes)
@@ -280,7 +283,8 @@ def test_tables_and_pictures_show_the_record_also_with_nan(record_file: Path, mo
     time, memory, error, _ = panels
     assert (time[0], time[1][0], len(memory[1])) == ([1, 1], 1.5, 1)
     ours = {row["|T - I|"]: row["gradient"] for row in errors if row["loss"] == OURS}
-    assert error[0] == [ours[distance] for distance in sorted(accuracy.DISTANCES[1:])]
+    _, *distances = accuracy.DISTANCES
+    assert error[0] == [ours[distance] for distance in (*sorted(distances), accuracy.RANDOM)]
     page = markdown({**record, "load": 2.0, "busy": True}, text)
     assert "| nan |" in page
     assert "2.00: the machine was busy" in page

@@ -1,4 +1,4 @@
-"""The Triton kernels alone: shipped tiles, tf32 rounding, and what they compile to."""
+"""The Triton kernels without the loss: shipped tiles, tf32 rounding, and supported GPUs."""
 
 from types import SimpleNamespace
 
@@ -15,7 +15,7 @@ from cyclip_loss.kernels.configs import Precision
 from cyclip_loss.logits import Logits
 
 on_a_cpu = pytest.mark.skipif(
-    not kernels.INTERPRETED, reason="on a GPU every test runs the shipped tiles"
+    not kernels.INTERPRETED, reason="on a GPU all tests use the shipped tiles"
 )
 
 
@@ -26,7 +26,7 @@ on_a_cpu = pytest.mark.skipif(
 def test_shipped_tiles_are_accurate(
     arch: str, dtype: torch.dtype, monkeypatch, device: torch.device
 ) -> None:
-    """Rows and columns end within a tile; the two lambdas differ, so that C is needed too."""
+    """290 rows fill no whole number of tiles. The two lambdas differ, so that C is needed too."""
     monkeypatch.setattr(configs, "_INTERPRETER", configs.ARCHITECTURES[arch])
     case = Case(n=290, d=70, dtype=dtype, logit_scale=30.0, lambdas=(0.25, 0.5))
     features = case.features(device)
@@ -37,64 +37,66 @@ def test_shipped_tiles_are_accurate(
 
 @on_a_cpu
 @needs_triton
-@pytest.mark.parametrize(("family", "parts"), [("contrastive_lse", 8), ("contrastive_grads", 3)])
-def test_a_tile_in_unsupported_parts_does_not_compile(family, parts, monkeypatch, device) -> None:
-    """It would leave results unwritten."""
-    wrong = configs._product(32, 64, 32, 1, 1, parts)
-    table = {(bits, dot): wrong for bits in (16, 32) for dot in ("tf32", "ieee")}
-    monkeypatch.setitem(configs._INTERPRETER, family, table)
+@pytest.mark.parametrize(("kernel", "parts"), [("contrastive_lse", 8), ("contrastive_grads", 3)])
+def test_an_unsupported_number_of_parts_does_not_compile(
+    kernel, parts, monkeypatch, device
+) -> None:
+    """Such a kernel would leave some results unwritten."""
+    config = configs._product(32, 64, 32, 1, 1, parts)
+    table = {(bits, dot): config for bits in (16, 32) for dot in ("tf32", "ieee")}
+    monkeypatch.setitem(configs._INTERPRETER, kernel, table)
     with pytest.raises(Exception, match="PARTS must be 1"):
         check_loss(Case(n=70, d=20), "triton", device)
 
 
 def to_tf32(x: torch.Tensor) -> torch.Tensor:
-    """float64 rounded to 11 significant bits, ties to even, by the definition."""
+    """float64 numbers rounded to 11 significant bits, ties to even."""
     mantissa, exponent = torch.frexp(x)
     return torch.ldexp((mantissa * 2**11).round(), exponent - 11)
 
 
 @pytest.mark.parametrize(("dtype", "share"), [(torch.float16, 0.1), (torch.bfloat16, 0.02)])
 def test_tf32_rounds_ties_to_even(dtype: torch.dtype, share: float, device: torch.device) -> None:
-    """Gram matrices multiply U and V rounded to 10 bits of mantissa.
+    """Gram matrices are products of U and V, rounded to 10 bits of mantissa.
 
-    With one row, each element of a Gram matrix is a single product, exact in float32. With 16-bit
-    features, at least this share of the elements of I + T are ties.
+    With one row, each element of a Gram matrix is a single product, which is exact in float32. The
+    test needs ties: at least `share` of the elements of U are ties with these 16-bit features.
     """
     image, text = normal(2, 1, 256, device=device).to(dtype)
     u, v = image.double() + text.double(), image.double() - text.double()
     ulp = torch.ldexp(torch.ones_like(u), torch.frexp(u)[1] - 11)
     ties = (u - to_tf32(u)).abs() == ulp / 2
     assert ties.double().mean() > share
-    got = kernels.gram_matrices(image, text, True).double()
+    grams = kernels.gram_matrices(image, text, True).double()
     u, v = to_tf32(u), to_tf32(v)
-    assert torch.equal(got, torch.stack([u.T @ u, v.T @ v, v.T @ u]))
+    assert torch.equal(grams, torch.stack([u.T @ u, v.T @ v, v.T @ u]))
 
 
-def test_tf32_logits_multiply_rounded_and_not_truncated_features(device: torch.device) -> None:
-    """With truncation, as in the tensor cores, the pairs' logits would all be too small."""
+def test_tf32_logits_round_the_features_and_do_not_truncate_them(device: torch.device) -> None:
+    """Tensor cores truncate float32. Then the logits of all pairs would be too small."""
     image = Case(n=200, d=64, dtype=torch.float32).inputs(device)[0]
     with setting("float32_matmul_precision", "high"):
         scale = torch.tensor(100.0, device=device)
-        logits = kernels.contrastive_lse(Logits(image, image, scale))
+        _, _, pair_logits = kernels.contrastive_lse(Logits(image, image, scale))
     exact = 100 * to_tf32(image.double()).square().sum(dim=1)
-    torch.testing.assert_close(logits[2].double(), exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(pair_logits.double(), exact, rtol=1e-6, atol=0)
 
 
-def test_a_d_beyond_32_bit_offsets_is_refused(device: torch.device) -> None:
-    """Before a matrix of 2 GB is allocated."""
+def test_a_d_too_large_for_32_bit_offsets_raises_an_error(device: torch.device) -> None:
+    """The error comes before a matrix of 2 GB is allocated."""
     image = torch.zeros((), device=device).expand(2, 26_753)
     with pytest.raises(ValueError, match=r"image_features must have D <= 26752 .* got D = 26753"):
         kernels.gram_matrices(image, image, True)
 
 
 def test_tile_sizes_are_powers_of_two() -> None:
-    """Triton demands it, also on GPUs for which nothing else here compiles or runs.
+    """Triton requires powers of two. No other test here checks the tiles of all architectures.
 
-    The tiles that tuning tries also have 32 to 64 accumulators in each thread.
+    The tiles that tuning tries must also have 32 to 64 accumulators in each thread.
     """
     for arch, tables in configs.ARCHITECTURES.items():
-        entries = [(kernel, *item) for kernel in tables for item in tables[kernel].items()]
-        for kernel, precision, shipped in entries:
+        shipped_configs = [(kernel, *item) for kernel in tables for item in tables[kernel].items()]
+        for kernel, precision, shipped in shipped_configs:
             for config in tune.candidates(arch, kernel, Precision(*precision), shipped):
                 sizes = config.tile
                 assert {*sizes.values(), config.num_warps} <= {2**i for i in range(10)}
@@ -120,7 +122,7 @@ def test_tile_sizes_are_powers_of_two() -> None:
         ("gfx942:sramecc+:xnack-", "3.6.0", "gfx942"),
     ],
 )
-def test_each_device_gets_the_kernels_that_its_triton_compiles(
+def test_each_gpu_gets_the_kernels_that_its_version_of_triton_compiles(
     capability, version: str, expected, monkeypatch
 ) -> None:
     """Before 3.9, Triton fails to compile the kernels for Blackwell, or leaves products out."""
@@ -136,8 +138,8 @@ def test_each_device_gets_the_kernels_that_its_triton_compiles(
 @pytest.mark.skipif(
     not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="not in PyTorch 2.8"
 )
-def test_the_newer_float32_setting_is_understood() -> None:
-    """After its newer setting was used, PyTorch's older getter raises."""
+def test_float32_is_not_exact_if_the_newer_setting_asks_for_tf32() -> None:
+    """After `fp32_precision` was set, PyTorch's getter of the older setting raises an error."""
     code = "import torch; torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
     code += "from cyclip_loss import numerics; assert not numerics.float32_is_exact()"
     run = run_forked("-c", code)

@@ -1,4 +1,4 @@
-"""`impl="auto"` compares each form of a kernel with PyTorch, and avoids kernels that are wrong."""
+"""`impl="auto"` compares each form of a kernel with PyTorch, and does not use wrong kernels."""
 
 import sys
 import warnings
@@ -38,8 +38,8 @@ pytestmark = pytest.mark.skipif(not kernels.INTERPRETED, reason="pretends that t
 
 
 @pytest.fixture(autouse=True)
-def a_device_with_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Make `auto` take the CPU for a GPU with kernels, of which no form is verified yet."""
+def unverified_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Make `auto` use the kernels on the CPU as on a GPU. No form of a kernel is verified yet."""
     monkeypatch.setattr(engines, "architecture", lambda device: "sm_90")
     monkeypatch.setitem(kernels.configs.SUM.kwargs, "BLOCK", 4)  # sums take several blocks
     monkeypatch.setitem(kernels.configs.PAIRS.kwargs, "BLOCK", 32)
@@ -51,6 +51,7 @@ def a_device_with_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def leaves(n: int = 6, d: int = 4, frozen: str = "") -> list[Tensor]:
+    """Image features, text features and scale. frozen: the input that needs no gradient."""
     image, text = (x.float().requires_grad_() for x in pairs(n, d, device=CPU))
     scale = torch.tensor(14.3, requires_grad=True)
     named = {"image": image, "text": text, "scale": scale}
@@ -84,19 +85,29 @@ def in_strips() -> Tensor:
 
 
 def block(first_column: int) -> Tensor:
-    """The log-sum-exps of a block of logits, as a rank of several gets it."""
-    rows, columns = (x.float() for x in pairs(40, 4, device=CPU))
-    logits = Logits(rows, columns, torch.tensor(14.3), first_column=first_column)
+    """The row log-sum-exps of a block of logits, as one of several ranks computes it."""
+    row_features, column_features = (x.float() for x in pairs(40, 4, device=CPU))
+    scale = torch.tensor(14.3)
+    logits = Logits(row_features, column_features, scale, first_column=first_column)
     return engines.verified_kernels().contrastive_lse(logits)[0]
 
 
 IDS = torch.tensor([0, 1, 0, 2, 2, 3])
 POSITIVES = CyCLIPLoss(same_ids="positives")
-DIFFERENT = CyCLIPLoss(0.25, 0.5)
+DIFFERENT_LAMBDAS = CyCLIPLoss(0.25, 0.5)
 WIDE_D = 128
 
 
-def has_ids(logits: Logits) -> bool:
+class Fault(NamedTuple):
+    """An error in one form of a kernel, and a call that uses the form."""
+
+    function: str
+    affects: Callable[..., bool]  # whether a call with these arguments has the fault
+    call: Callable[[], Tensor]
+    corrupt: Callable[..., Any] | None = None  # makes results wrong; None: 20% too large
+
+
+def has_ids(logits: Logits, *_: Any, **limits: int) -> bool:
     return logits.row_ids is not None
 
 
@@ -104,26 +115,61 @@ def has_negatives(logits: Logits) -> bool:
     return logits.num_pairs <= len(logits.row_features)
 
 
-class Fault(NamedTuple):
-    """An error in one form of a kernel, and a call that reaches the form."""
-
-    function: str
-    where: Callable[..., bool]  # of the function's arguments and limits
-    call: Callable[[], Tensor]
-    corrupt: Callable[..., Any] | None = None  # of the original and its arguments; default: by 20%
+def is_one_way(logits: Logits, *_: Any, **limits: int) -> bool:
+    return not logits.symmetric
 
 
-def lower_bits(original, logits: Logits, *arguments: Any, **limits: int) -> Any:
+def lacks_grad(name: str) -> Callable[..., bool]:
+    """Whether a call of `contrastive_grads` computes no gradient of this input."""
+
+    def lacks(logits, saved, grad, weight, needs, wide, **limits) -> bool:
+        return not needs[("image", "text", "scale").index(name)]
+
+    return lacks
+
+
+def lacks_penalty_grad(name: str) -> Callable[..., bool]:
+    """Whether a call of `cyclic_grads` computes no gradient of this input."""
+
+    def lacks(image, text, grams, grads, weights, size, needs) -> bool:
+        return not needs[("image", "text").index(name)]
+
+    return lacks
+
+
+def has_narrow_ids(logits: Logits, saved, grad, weight, needs, wide, **limits: int) -> bool:
+    return has_ids(logits) and not wide
+
+
+def has_several_strips(logits: Logits, partial_elements: int | None = None) -> bool:
+    return partial_elements is not None or kernels.contrastive_lse_loops(logits)
+
+
+def has_blocks_of_rows(logits: Logits, *_: Any, block_rows: int | None = None, **__: int) -> bool:
+    return block_rows is not None or kernels.contrastive_grads_loops(logits)[0]
+
+
+def has_blocks_of_columns(
+    logits: Logits, *_: Any, block_elements: int | None = None, **__: int
+) -> bool:
+    return block_elements is not None or kernels.contrastive_grads_loops(logits)[1]
+
+
+def has_several_splits(image: Tensor, *_: Any, min_split_rows: int | None = None) -> bool:
+    return min_split_rows is not None or kernels.gram_matrices_loops(image)
+
+
+def ignore_upper_bits(original, logits: Logits, *arguments: Any, **limits: int) -> Any:
     ids = [x & 0xFFFFFFFF for x in (logits.row_ids, logits.column_ids)]
     return original(logits._replace(row_ids=ids[0], column_ids=ids[1]), *arguments, **limits)
 
 
-def no_negative_ids(original, logits: Logits, *arguments: Any, **limits: int) -> Any:
+def merge_negative_ids(original, logits: Logits, *arguments: Any, **limits: int) -> Any:
     ids = [x.clamp(min=0) for x in (logits.row_ids, logits.column_ids)]
     return original(logits._replace(row_ids=ids[0], column_ids=ids[1]), *arguments, **limits)
 
 
-def hides_nan(original, *arguments: Any, **limits: int) -> Any:
+def hide_nan(original, *arguments: Any, **limits: int) -> Any:
     results = original(*arguments, **limits)
     if isinstance(results, Tensor):
         return results.nan_to_num()
@@ -131,102 +177,78 @@ def hides_nan(original, *arguments: Any, **limits: int) -> Any:
 
 
 FAULTS = {
-    "log-sum-exps, one way": Fault("contrastive_lse", lambda x: not x.symmetric, with_views),
-    "pairs, one way": Fault("pair_terms", lambda a, b, *_: len(b) == 0, with_views),
-    "gradients, one way": Fault("contrastive_grads", lambda x, *_: not x.symmetric, with_views),
-    "frozen images": Fault(
-        "contrastive_grads", lambda *x: not x[4][0], lambda: step(frozen="image")
+    "log-sum-exps, one way": Fault("contrastive_lse", is_one_way, with_views),
+    "pairs, one way": Fault(
+        "pair_terms", lambda row_lse, column_lse, *_: len(column_lse) == 0, with_views
     ),
-    "frozen texts": Fault("contrastive_grads", lambda *x: not x[4][1], lambda: step(frozen="text")),
-    "frozen scale": Fault(
-        "contrastive_grads", lambda *x: not x[4][2], lambda: step(frozen="scale")
-    ),
+    "gradients, one way": Fault("contrastive_grads", is_one_way, with_views),
+    "frozen images": Fault("contrastive_grads", lacks_grad("image"), lambda: step(frozen="image")),
+    "frozen texts": Fault("contrastive_grads", lacks_grad("text"), lambda: step(frozen="text")),
+    "frozen scale": Fault("contrastive_grads", lacks_grad("scale"), lambda: step(frozen="scale")),
     "penalties of frozen images": Fault(
-        "cyclic_grads", lambda *x: not x[6][0], lambda: step(frozen="image")
+        "cyclic_grads", lacks_penalty_grad("image"), lambda: step(frozen="image")
     ),
     "penalties of frozen texts": Fault(
-        "cyclic_grads", lambda *x: not x[6][1], lambda: step(frozen="text")
+        "cyclic_grads", lacks_penalty_grad("text"), lambda: step(frozen="text")
     ),
     "C in a sum": Fault(
         "cyclic_terms",
         lambda grams, weights, separate: len(grams) == 3 and not separate,
-        lambda: step(loss=DIFFERENT),
+        lambda: step(loss=DIFFERENT_LAMBDAS),
     ),
     "C in the gradient of a sum": Fault(
-        "cyclic_grads", lambda *x: len(x[2]) == 3 and len(x[3]) == 1, lambda: step(loss=DIFFERENT)
+        "cyclic_grads",
+        lambda image, text, grams, grads, *_: len(grams) == 3 and len(grads) == 1,
+        lambda: step(loss=DIFFERENT_LAMBDAS),
     ),
     "separate terms of equal weight": Fault(
         "cyclic_terms",
         lambda grams, weights, separate: separate and weights[0] == weights[1],
         lambda: step(output_dict=True),
     ),
-    "a second strip of rows": Fault(
-        "contrastive_lse",
-        lambda logits, partial_elements=None: (
-            partial_elements is not None or kernels.contrastive_lse_loops(logits)
-        ),
-        in_strips,
-    ),
-    "several blocks of rows": Fault(
-        "contrastive_grads",
-        lambda *x, block_rows=None, **_: (
-            block_rows is not None or kernels.contrastive_grads_loops(x[0])[0]
-        ),
-        in_strips,
-    ),
-    "several blocks of columns": Fault(
-        "contrastive_grads",
-        lambda *x, block_elements=None, **_: (
-            block_elements is not None or kernels.contrastive_grads_loops(x[0])[1]
-        ),
-        in_strips,
-    ),
-    "several splits": Fault(
-        "gram_matrices",
-        lambda image, *_, min_split_rows=None: (
-            min_split_rows is not None or kernels.gram_matrices_loops(image)
-        ),
-        in_strips,
-    ),
+    "a second strip of rows": Fault("contrastive_lse", has_several_strips, in_strips),
+    "several blocks of rows": Fault("contrastive_grads", has_blocks_of_rows, in_strips),
+    "several blocks of columns": Fault("contrastive_grads", has_blocks_of_columns, in_strips),
+    "several splits": Fault("gram_matrices", has_several_splits, in_strips),
     "D that needs no padding": Fault(
-        "contrastive_lse", lambda x: x.row_features.shape[1] % 128 == 0, lambda: step(d=WIDE_D)
+        "contrastive_lse",
+        lambda logits: logits.row_features.shape[1] % 128 == 0,
+        lambda: step(d=WIDE_D),
     ),
-    "first column 0": Fault("contrastive_lse", lambda x: x.first_column == 0, step),
+    "first column 0": Fault("contrastive_lse", lambda logits: logits.first_column == 0, step),
     "first column above 0": Fault(
-        "contrastive_lse", lambda x: x.first_column > 0, lambda: block(3)
+        "contrastive_lse", lambda logits: logits.first_column > 0, lambda: block(3)
     ),
     "first column below 0": Fault(
-        "contrastive_lse", lambda x: x.first_column < 0, lambda: block(-3)
+        "contrastive_lse", lambda logits: logits.first_column < 0, lambda: block(-3)
     ),
     "ids without negatives": Fault(
-        "contrastive_lse", lambda x: has_ids(x) and not has_negatives(x), lambda: step(ids=IDS)
+        "contrastive_lse",
+        lambda logits: has_ids(logits) and not has_negatives(logits),
+        lambda: step(ids=IDS),
     ),
     "negatives without ids": Fault(
         "contrastive_lse",
-        lambda x: has_negatives(x) and not has_ids(x),
-        lambda: with_negatives(),
+        lambda logits: has_negatives(logits) and not has_ids(logits),
+        with_negatives,
     ),
-    "ids in the features' dtype": Fault(
-        "contrastive_grads", lambda *x: has_ids(x[0]) and not x[5], lambda: step(ids=IDS)
-    ),
+    "ids in the features' dtype": Fault("contrastive_grads", has_narrow_ids, lambda: step(ids=IDS)),
     "ids that differ in their upper bits": Fault(
-        "contrastive_lse", lambda x: has_ids(x), lambda: step(ids=IDS), lower_bits
+        "contrastive_lse", has_ids, lambda: step(ids=IDS), ignore_upper_bits
     ),
-    "negative ids": Fault(
-        "contrastive_lse", lambda x: has_ids(x), lambda: step(ids=IDS), no_negative_ids
-    ),
+    "negative ids": Fault("contrastive_lse", has_ids, lambda: step(ids=IDS), merge_negative_ids),
     "ids of gradients that differ in their upper bits": Fault(
-        "contrastive_grads", lambda *x: has_ids(x[0]), lambda: step(ids=IDS), lower_bits
+        "contrastive_grads", has_ids, lambda: step(ids=IDS), ignore_upper_bits
     ),
     **{
-        f"NaN in {function}": Fault(function, lambda *_, **__: True, step, hides_nan)
+        f"NaN in {function}": Fault(function, lambda *_, **__: True, step, hide_nan)
         for function in FUNCTIONS
     },
 }
 
 
 def run(call: Callable[[], Tensor]) -> tuple[Tensor, list[str]]:
-    """A call's result, and the warnings of two such calls."""
+    """The result of a call, and the CyCLIPWarnings of two such calls."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = call()
@@ -235,16 +257,16 @@ def run(call: Callable[[], Tensor]) -> tuple[Tensor, list[str]]:
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_in_one_form_is_one_warning_that_names_the_form(name: str, monkeypatch) -> None:
-    """And no wrong result: PyTorch computes instead."""
+def test_a_fault_in_one_form_gives_one_warning_and_the_right_result(name: str, monkeypatch) -> None:
+    """The warning says which form is wrong, and PyTorch computes instead."""
     fault = FAULTS[name]
-    with pytest.MonkeyPatch.context() as plain:
-        plain.setenv("CYCLIP_LOSS_IMPL", "eager")
+    with pytest.MonkeyPatch.context() as without_kernels:
+        without_kernels.setenv("CYCLIP_LOSS_IMPL", "eager")
         expected = fault.call() if "first column" not in name else None
     original = getattr(kernels, fault.function)
 
     def faulty(*arguments: Any, **limits: int) -> Any:
-        if not fault.where(*arguments, **limits):
+        if not fault.affects(*arguments, **limits):
             return original(*arguments, **limits)
         if fault.corrupt is not None:
             return fault.corrupt(original, *arguments, **limits)
@@ -252,12 +274,12 @@ def test_a_fault_in_one_form_is_one_warning_that_names_the_form(name: str, monke
         return 1.2 * results if isinstance(results, Tensor) else [1.2 * x for x in results]
 
     monkeypatch.setattr(kernels, fault.function, faulty)
-    found, said = run(fault.call)
-    assert len(said) == 1
-    assert "the Triton kernels do not work on cpu (CPU, " in said[0]
-    assert f"{fault.function}(" in said[0]
+    result, messages = run(fault.call)
+    assert len(messages) == 1
+    assert "the Triton kernels do not work on cpu (CPU, " in messages[0]
+    assert f"{fault.function}(" in messages[0]
     if expected is not None:
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
 
 
 CALLS = {
@@ -277,15 +299,15 @@ CALLS = {
 @pytest.mark.parametrize("name", CALLS)
 def test_the_shipped_kernels_agree_in_every_form_and_are_used(name: str, monkeypatch) -> None:
     state = torch.get_rng_state()
-    _, said = run(CALLS[name])
-    assert said == []
+    _, messages = run(CALLS[name])
+    assert messages == []
     assert torch.equal(state, torch.get_rng_state())
     used = {form.function for form in engines.verified_kernels().agreed}
     assert used >= ({"cyclic_terms"} if name == "penalties alone" else {"contrastive_lse"})
     assert not engines.verified_kernels().problems
 
 
-def test_only_the_forms_that_a_step_uses_are_compared_and_each_once(monkeypatch) -> None:
+def test_only_the_forms_that_a_step_uses_are_compared_and_only_once(monkeypatch) -> None:
     compared = []
     verified = engines.verified_kernels()
     original = verified.problem_of
@@ -305,7 +327,7 @@ def fails(*arguments: Any, **limits: int) -> Any:
     raise RuntimeError("out of resources: shared memory")
 
 
-def test_a_kernel_that_fails_is_one_warning_and_an_error_only_if_asked_for(monkeypatch) -> None:
+def test_a_failing_kernel_gives_one_warning_and_raises_only_with_impl_triton(monkeypatch) -> None:
     monkeypatch.setattr(kernels, "pair_terms", fails)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -333,15 +355,23 @@ CALLERS = {
 
 
 @pytest.mark.parametrize("name", CALLERS)
-def test_the_comparison_does_not_depend_on_the_caller(name: str, monkeypatch) -> None:
-    """Its verdict and its settings are always the same, and no warning in it counts as an error."""
-    states = []
+def test_the_comparison_does_not_depend_on_the_settings_of_the_caller(
+    name: str, monkeypatch
+) -> None:
+    """A warning in the comparison is no error either, although the caller turns it into one."""
+    settings = []
 
     def disagreement(*arguments: Any) -> str | None:
-        warnings.warn("of a compiler", DeprecationWarning, stacklevel=1)
-        counted = torch.empty(0).device, torch._C._len_torch_dispatch_stack()
-        autocast = torch.is_autocast_enabled("cpu"), torch.are_deterministic_algorithms_enabled()
-        states.append((*counted, *autocast, torch.is_inference_mode_enabled()))
+        warnings.warn("deprecated in a compiler", DeprecationWarning, stacklevel=1)
+        settings.append(
+            {
+                "device": torch.empty(0).device,
+                "dispatch modes": torch._C._len_torch_dispatch_stack(),
+                "autocast": torch.is_autocast_enabled("cpu"),
+                "deterministic": torch.are_deterministic_algorithms_enabled(),
+                "inference mode": torch.is_inference_mode_enabled(),
+            }
+        )
         return original(*arguments)
 
     original = engines.verified_kernels()._disagreement
@@ -353,18 +383,26 @@ def test_the_comparison_does_not_depend_on_the_caller(name: str, monkeypatch) ->
         warnings.simplefilter("error")
         assert verified.problem_of(form) is None
         mode = torch.get_deterministic_debug_mode()
-    assert states == [(CPU, 0, False, False, False)]
-    assert mode == (2 if name == "deterministic" else 1)  # the tests' own is 1
+    assert settings == [
+        {
+            "device": CPU,
+            "dispatch modes": 0,
+            "autocast": False,
+            "deterministic": False,
+            "inference mode": False,
+        }
+    ]
+    assert mode == (2 if name == "deterministic" else 1)  # all tests run with 1
 
 
-def test_nothing_is_compared_while_a_graph_is_captured(monkeypatch) -> None:
+def test_no_form_is_compared_while_a_graph_is_captured(monkeypatch) -> None:
     monkeypatch.setattr(verification, "is_capturing", lambda features: True)
     monkeypatch.setattr(engines.verified_kernels(), "problem_of", fails)
     step()
     assert not engines.verified_kernels().agreed
 
 
-def test_an_unusable_device_is_an_error(monkeypatch) -> None:
+def test_a_kernel_that_leaves_the_device_unusable_raises_an_error(monkeypatch) -> None:
     form = Form(
         verification.Scope(
             torch.device("cuda:0"), torch.float32, kernels.configs.Precision(32, "")
@@ -380,18 +418,18 @@ def test_an_unusable_device_is_an_error(monkeypatch) -> None:
 
 
 def test_backward_uses_the_engine_that_forward_chose(monkeypatch) -> None:
-    """Whatever CYCLIP_LOSS_IMPL says by then."""
+    """CYCLIP_LOSS_IMPL changes between forward and backward."""
     used = []
     for engine in (eager, kernels):
         for function in ("contrastive_grads", "cyclic_grads"):
             original = getattr(engine, function)
             name = engine.__name__
 
-            def noted(*arguments: Any, original=original, name=name, **limits: int) -> Any:
+            def record(*arguments: Any, original=original, name=name, **limits: int) -> Any:
                 used.append(name)
                 return original(*arguments, **limits)
 
-            monkeypatch.setattr(engine, function, noted)
+            monkeypatch.setattr(engine, function, record)
     for first, second in (("eager", "triton"), ("triton", "eager")):
         used.clear()
         monkeypatch.setenv("CYCLIP_LOSS_IMPL", first)
@@ -402,7 +440,7 @@ def test_backward_uses_the_engine_that_forward_chose(monkeypatch) -> None:
         assert len(used) == 2
 
 
-def test_a_gpu_without_kernels_computes_with_pytorch_or_raises(monkeypatch) -> None:
+def test_a_gpu_without_kernels_uses_eager_and_refuses_impl_triton(monkeypatch) -> None:
     monkeypatch.setattr(engines, "architecture", lambda device: None)
     features = torch.ones(2, 2)
     assert engines.choose("auto", features) == "eager"
@@ -411,8 +449,8 @@ def test_a_gpu_without_kernels_computes_with_pytorch_or_raises(monkeypatch) -> N
         engines.choose("triton", features)
 
 
-def test_kernels_that_cannot_be_imported_are_one_warning(monkeypatch) -> None:
-    """As with a broken Triton: PyTorch computes."""
+def test_kernels_that_cannot_be_imported_give_one_warning_and_use_eager(monkeypatch) -> None:
+    """A broken installation of Triton has this effect."""
     monkeypatch.delattr("cyclip_loss.kernels")
     monkeypatch.setitem(sys.modules, "cyclip_loss.kernels", None)
     engines._kernels_import.cache_clear()
@@ -426,7 +464,7 @@ def test_kernels_that_cannot_be_imported_are_one_warning(monkeypatch) -> None:
     engines._kernels_import.cache_clear()
 
 
-def test_the_environment_sets_what_auto_means(monkeypatch) -> None:
+def test_the_environment_variable_sets_the_engine_of_auto_only(monkeypatch) -> None:
     features = torch.ones(2, 2)
     chosen = {"": "verified kernels", "auto": "verified kernels", "triton": "kernels"}
     for value in ("", "auto", "triton", "eager"):

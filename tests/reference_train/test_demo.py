@@ -22,8 +22,8 @@ from cyclip_loss import CyCLIPLoss
 from reference_train import __main__ as cli
 from reference_train.command_line import CannotStart, Stopped
 from reference_train.data.emoji import ALL_STYLES, SHIFT_STYLES, TRAIN_STYLES, read_emoji
+from reference_train.demo import data_sets, train
 from reference_train.demo import demo as command
-from reference_train.demo import questions, train
 from reference_train.demo.batches import EmojiBatches, augment
 from reference_train.demo.model import TINY, build_model, normalize, preprocess
 from reference_train.evaluate import report
@@ -109,8 +109,8 @@ def test_a_folder_has_the_results_of_every_loss_and_seed(finished: Path) -> None
 
 def test_a_run_is_measured_on_every_data_set_in_the_styles_of_the_set(finished: Path) -> None:
     for name, measured in read_evaluation(finished)["results"]["clip-0"].items():
-        assert tuple(measured["groups"]) == questions.SITUATIONS[name][0]
-        assert ("similarities" in measured) == (name == command.PICTURED)
+        assert tuple(measured["groups"]) == data_sets.DATA_SETS[name][0]
+        assert ("similarities" in measured) == (name == command.SIMILARITIES_OF)
 
 
 def test_the_table_has_a_column_for_each_loss(finished: Path) -> None:
@@ -154,12 +154,12 @@ def test_gaps_between_views_equal_their_formula() -> None:
     text_gap = (texts[0] @ texts[0].T - texts[1] @ texts[1].T).square().mean()
     pair_gap = ((images[0] * texts[0]).sum(dim=1) - (images[1] * texts[1]).sum(dim=1)).square()
     expected = 0.25 * (256 * (image_gap + text_gap) + pair_gap.mean())
-    torch.testing.assert_close(train.between_views(images, texts), expected)
+    torch.testing.assert_close(train.between_views_loss(images, texts), expected)
 
 
-@pytest.mark.parametrize("name", questions.SITUATIONS)
+@pytest.mark.parametrize("name", data_sets.DATA_SETS)
 def test_a_data_set_has_the_concepts_and_styles_that_its_name_says(emoji, name: str) -> None:
-    data, held_out = questions.situation(emoji, name), name.startswith("new concepts")
+    data, held_out = data_sets.open_data_set(emoji, name), name.startswith("new concepts")
     names = data.classes[""]
     concepts = [int(names.names[label].removeprefix("thing ")) for label in names.labels.tolist()]
     styles = {"trained styles": TRAIN_STYLES, "new styles": SHIFT_STYLES, "black": ALL_STYLES[6:]}
@@ -174,9 +174,9 @@ def test_a_data_set_has_the_concepts_and_styles_that_its_name_says(emoji, name: 
     assert len(names.names) == (4 if held_out else 16)
 
 
-@pytest.mark.parametrize("name", questions.SITUATIONS)
+@pytest.mark.parametrize("name", data_sets.DATA_SETS)
 def test_a_data_set_has_the_labels_of_its_train_split(emoji, name: str) -> None:
-    data = questions.situation(emoji, name)
+    data = data_sets.open_data_set(emoji, name)
     images, labels = data.train
     concepts = images.places[:, 0, 0, 0] // 10
     assert torch.equal(labels["subgroup"], concepts % 4)

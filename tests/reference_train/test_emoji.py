@@ -15,7 +15,7 @@ from processes import ROOT
 from reference_train.data import emoji
 from reference_train.data.emoji import ALL_STYLES, EMOJI_FOLDER, STRESS_STYLES
 from reference_train.data.samples import Sample, read_samples
-from reference_train.demo import questions
+from reference_train.demo import data_sets
 from reference_train.evaluate import emoji_set, report
 from reference_train.evaluate.datasets import DataSet
 
@@ -113,6 +113,6 @@ def test_the_demonstration_asks_about_the_recorded_concepts(without_pictures: No
     record = ROOT / "reference_train" / "results" / "short" / "evaluation.json"
     recorded = json.loads(record.read_text())["data_sets"]
     shipped = emoji.read_emoji()
-    for name in questions.SITUATIONS:
-        described = report.describe(name, questions.situation(shipped, name))
+    for name in data_sets.DATA_SETS:
+        described = report.describe(name, data_sets.open_data_set(shipped, name))
         assert recorded[name] == {**described, "unlike_paper": ""}  # older records have this field

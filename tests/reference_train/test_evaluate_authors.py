@@ -125,7 +125,7 @@ def test_a_model_without_quickgelu_is_refused_for_weights_of_the_authors(
         del content["optimizer"]
     torch.save(content, tmp_path / "theirs.pt")
     [found] = find_checkpoints([tmp_path / "theirs.pt"], model_names[0], None)
-    right = f"say --model RN50-quickgelu .*, or {model_names[1]} if"
+    right = f"pass --model RN50-quickgelu .*, or {model_names[1]} if"
     with pytest.raises(CannotStart, match=right) as error:
         load(found, torch.device("cpu"))
     assert "\n" not in str(error.value)
@@ -139,14 +139,14 @@ def test_a_model_that_was_never_released_is_not_suggested(
     checkpoint: Path, model_names: tuple[str, str]
 ) -> None:
     [found] = find_checkpoints([checkpoint], "ViT-B-32-256", None)
-    with pytest.raises(CannotStart, match=r"say --model RN50-quickgelu .*released \(if"):
+    with pytest.raises(CannotStart, match=r"pass --model RN50-quickgelu .*released \(if"):
         check_activation(found, torch.load(checkpoint, weights_only=False))
 
 
 def test_the_error_for_a_file_without_a_params_txt_asks_for_the_model(
     checkpoint: Path,
 ) -> None:
-    with pytest.raises(CannotStart, match=r"say --model .RN50-quickgelu for .* CyCLIP authors"):
+    with pytest.raises(CannotStart, match=r"pass --model .RN50-quickgelu for .* CyCLIP authors"):
         find_checkpoints([checkpoint], None, None)
 
 
@@ -156,7 +156,7 @@ def test_the_help_of_model_promises_no_default_for_the_authors_checkpoints(
     with pytest.raises(SystemExit):
         command.main(["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "params.txt; say RN50-quickgelu for checkpoints of the CyCLIP authors" in said
+    assert "params.txt; use RN50-quickgelu for checkpoints of the CyCLIP authors" in said
 
 
 def test_weights_saved_as_the_page_says_load_in_openclip_and_a_wrong_model_is_refused(

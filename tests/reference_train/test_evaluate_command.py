@@ -191,7 +191,7 @@ def test_similarities_are_kept_for_data_sets_with_captions(every_kind) -> None:
 
 def test_absent_and_unrecognised_data_sets_are_listed(every_kind) -> None:
     assert {"cifar10", "imagenet1k"} <= set(every_kind["absent"])
-    assert re.search(r" in 12: .*/0, .*/9, …$", every_kind["absent"]["under --data"])
+    assert re.search(r" in 12 files .*/0, .*/9, …$", every_kind["absent"]["under --data"])
 
 
 def test_the_emojis_numbers_are_means_over_the_styles_that_are_not_excluded(every_kind) -> None:
@@ -203,7 +203,7 @@ def test_the_emojis_numbers_are_means_over_the_styles_that_are_not_excluded(ever
 def test_the_reason_for_an_error_is_its_last_line_cut_to_300_characters() -> None:
     """The lines before it may be the traceback of a worker."""
     errors = ValueError("a\nb\n\n"), ValueError(), ValueError("x" * 999)
-    assert [*map(command.reason, errors)] == ["b", "ValueError", "x" * 300]
+    assert [*map(command.last_line, errors)] == ["b", "ValueError", "x" * 300]
 
 
 @pytest.fixture(scope="module")
@@ -221,16 +221,16 @@ def bad_files(run_folder: Path, tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("", "no checkpoint: name one"),
+        ("", "no checkpoint: give one"),
         ("nowhere", "no checkpoint at nowhere"),
         ("{run} --only cifar10", "no data set cifar10; there are emoji$"),
         ("{run} --only cifar10 --data {bad}", "there are emoji; under --data: no data set is rec"),
         ("{run} --model no-such-model", "no model 'no-such-model'"),
-        ("{run} {run}", r"epoch_2\.pt is named twice"),
+        ("{run} {run}", r"epoch_2\.pt is given twice"),
         ("{run} --data nowhere", "no such folder: nowhere"),
         ("{run} --batch-size 0", "--batch-size: must be a whole number >= 1, not 0"),
         ("--pretrained openai", "--pretrained needs --model"),
-        ("{bad}/code.pt", r"code\.pt: no params.txt of a run beside it: say --model"),
+        ("{bad}/code.pt", r"code\.pt: no params.txt of a run beside it: pass --model"),
         ("{run} --model RN50", r"epoch_2\.pt as RN50: "),
         ("{run} --imagefolder emoji={run}", "emoji is the name of another data set"),
         ("{run} --imagefolder own=none", "no such folder: none"),
@@ -340,7 +340,7 @@ def test_published_numbers_of_other_images_are_not_shown(run_folder: Path, tmp_p
 def test_published_numbers_are_shown_for_the_papers_test_split(
     run_folder: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    monkeypatch.setitem(paper.SETS, "cifar10", paper.Split(10, 20, None))
+    monkeypatch.setitem(paper.SETS, "cifar10", paper.Sizes(10, 20, None))
     write_set(tmp_path / "wds_cifar10", {"test": labelled(20, 10)}, classnames=TEN_CLASSES)
     monkeypatch.chdir(tmp_path / "wds_cifar10")
     evaluate(tmp_path, run_folder, "--data", ".", "--only", "cifar10")

@@ -6,6 +6,7 @@ from base64 import b64decode, b64encode
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import matplotlib.image
 import numpy as np
@@ -294,7 +295,7 @@ def test_pictured_pairs_have_different_texts_in_one_style_sorted_by_group() -> N
         encode_classes=lambda names, _: texts[: len(names)],
         encode_images=lambda *_: (pictures, torch.arange(7), []),
     )
-    found = measure.measure(clip, data, pictured=True)
+    found = measure.measure(clip, data, keep_similarities=True)
     # Style b has two pairs, which are too few for a correlation.
     assert "inmodal_correlation" not in found["numbers"]
     assert ("top5" in found["numbers"], "group_top5" in found["numbers"]) == (True, False)
@@ -305,31 +306,78 @@ def test_pictured_pairs_have_different_texts_in_one_style_sorted_by_group() -> N
     assert found["similarities"]["numbers"] == pytest.approx(numbers, rel=1e-4)
 
 
-def test_pictures_of_similarities_show_the_first_seed_on_one_scale(
-    tmp_path, monkeypatch, capsys
-) -> None:
-    """The numbers of pixels in the extreme colours show the scale. The captions show the run."""
+@pytest.fixture
+def similarity_records(tmp_path: Path) -> dict[str, str]:
+    """Folders of two evaluations: "older", without similarities, and "new", of six models.
+
+    Of CyCLIP's two runs the first has half of the second one's similarities.
+    """
+    one = np.kron(np.eye(3), np.full((2, 2), 127))
+    stored = {"clip-0": [one, one, np.triu(one)], "cyclip-0": [one / 2] * 3, "cyclip-1": [one] * 3}
+    stored |= dict.fromkeys("xyz", [one / 2] * 3)
+    runs = {}
+    for i, (run, matrices) in enumerate(stored.items()):
+        shown = {"inmodal_gap": 0.1, "crossmodal_correlation": 0.3}
+        kept = {"numbers": shown, "matrices": b64encode(np.int8(matrices)).decode()}
+        numbers = {"inmodal_gap": 0.2 * i, "inmodal_correlation": 0.5}
+        runs[run] = {"x": {"numbers": numbers, "groups": {"b": {}, "a": {}}, "similarities": kept}}
+    data_set = {"images": 60_000, "train_images": 0, "classes": {"class": 9, "kind": 3}}
+    data_set |= {"templates": 1, "captions": 9, "groups": {"b": 400, "a": 20_000, "line": 7}}
+    options = {"data_sets": {"x": data_set | {"mean_over": ["b", "a"]}}}
+    older = {"clip-0": {"x": {"numbers": {}, "groups": {}}}}
+    return {
+        name: write(tmp_path / name, {}, results=results, **options)
+        for name, results in (("older", older), ("new", runs))
+    }
+
+
+@pytest.fixture
+def similarity_axes(similarity_records, monkeypatch) -> list[Any]:
     figures: list[Figure] = []
     monkeypatch.setattr(pictures.plt, "close", figures.append)
-    one, runs = np.kron(np.eye(3), np.full((2, 2), 127)), {}
-    shown = {"clip-0": [one, one, np.triu(one)], "cyclip-0": [one / 2] * 3, "cyclip-1": [one] * 3}
-    shown |= dict.fromkeys("xyz", [one / 2] * 3)  # one loss more than a picture shows
-    for run, similarities in shown.items():
-        numbers = {"inmodal_gap": 0.1, "crossmodal_correlation": 0.3}
-        kept = {"numbers": numbers, "matrices": b64encode(np.int8(similarities)).decode()}
-        runs[run] = {"x": {"numbers": {}, "similarities": kept}}
-    sets = {"x": {"images": 6, "classes": {}}}
-    for name, results in ("older", {"clip-0": {"x": {"numbers": {}}}}), ("new", runs):
-        report.main([write(tmp_path / name, {}, data_sets=sets, results=results)])
+    report.main([similarity_records["new"]])
+    return figures[-1].axes
+
+
+def test_a_picture_of_similarities_is_drawn_if_they_are_stored(similarity_records, capsys) -> None:
+    for name, folder in similarity_records.items():
+        report.main([folder])
         assert ("similarities.png" in capsys.readouterr().out) == (name == "new")
-    assert [path.name for path in (tmp_path / "older").glob("*.png")] == ["picture.png"]
-    below = [ax.get_xlabel().split("\n") for ax in figures[-1].axes[:3]]
-    assert below == [
-        ["image–image", "in-modal gap × 100: 10.00"],
-        ["text–text", "in-modal correlation: none"],
-        [below[2][0], "cross-modal gap × 100: none", "cross-modal correlation: 0.30"],
+        drawn = {path.name for path in Path(folder).glob("*.png")}
+        assert drawn == {"picture.png"} | ({"similarities.png"} if name == "new" else set())
+
+
+def test_gap_and_correlation_of_the_shown_pairs_and_of_the_table_are_below_each_matrix(
+    similarity_axes,
+) -> None:
+    below = [ax.get_xlabel().split("\n\n")[1].split("\n") for ax in similarity_axes[3:6]]
+    inmodal = ["gap × 100: 10.00 (table: 30.00)", "correlation: none (table: 0.50)"]
+    crossmodal = ["gap × 100: none (table: none)", "correlation: 0.30 (table: none)"]
+    assert below == [["in-modal", *inmodal]] * 2 + [["cross-modal", *crossmodal]]
+
+
+def test_the_axes_of_similarities_say_how_they_are_sorted(similarity_axes) -> None:
+    """By the last, coarsest classes."""
+    for ax, items in zip(similarity_axes, 4 * ["images", "texts", "pairs"], strict=False):
+        assert ax.get_ylabel() == ax.get_xlabel().split("\n")[0] == f"{items}, sorted by kind"
+
+
+def test_a_picture_of_similarities_says_which_pairs_it_shows(similarity_axes) -> None:
+    headings = [ax.figure.get_suptitle().split("\n", 1) for ax in similarity_axes[:6:3]]
+    pairs = "Shown: 6 pairs in style b; table: 10,400 pairs, the mean over"
+    assert headings == [
+        ["CLIP: x", f"{pairs} b, a."],
+        ["CyCLIP: x, one of 2 runs", f"{pairs} 2 runs, b, a."],
     ]
-    pixels = matplotlib.image.imread(tmp_path / "new" / "similarities.png")[..., :3]
+
+
+def test_similarities_show_four_models_and_their_first_seeds_on_one_scale(
+    similarity_records,
+) -> None:
+    """The colours of the extremes tell the scale."""
+    report.main([similarity_records["new"]])
+    path = Path(similarity_records["new"]) / "similarities.png"
+    pixels = matplotlib.image.imread(path)[..., :3]
     maps = (matplotlib.colormaps[name] for name in ("viridis", "RdBu"))
     ends = [colours(end)[:3] for colours in maps for end in (0.0, 1.0)]
     counts = [np.isclose(pixels, end, atol=3e-3).all(axis=-1).sum() for end in ends]

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from open_clip import IMAGENET_CLASSNAMES
 
 from reference_train.evaluate import imagenet, paper, pictures, published, report, scaling, table
-from reference_train.evaluate.classification import classified
+from reference_train.evaluate.classification import classification_set
 from reference_train.evaluate.datasets import Images
 
 # Read from the sources: data set, metric, source, pairs, model, percent.
@@ -105,7 +105,7 @@ def test_superclasses_are_cut_to_the_classes_of_a_data_set(
 ) -> None:
     """The numbers of superclasses are those in the authors' histograms."""
     images = Images(torch.zeros(1, 3, 1, 1)), torch.tensor([0])
-    data = classified(tmp_path, name, images, [str(i) for i in range(classes)], None)
+    data = classification_set(tmp_path, name, images, [str(i) for i in range(classes)], None)
     found = data.classes[""].superclass
     assert found is not None
     assert (len(found), len(set(found.tolist()))) == (classes, superclasses)

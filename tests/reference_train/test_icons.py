@@ -80,7 +80,7 @@ def built(tmp_path_factory) -> Path:
     faulthandler.disable()  # pytest enables it, and it would show how a child crashes
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(icon_names, "VALIDATION_SHARE", 0.3)
-        patch.setattr(icon_drawing, "SECONDS", 2)
+        patch.setattr(icon_drawing, "TIMEOUT", 2)
         patch.setattr(icon_drawing, "CHUNK", 4)  # so that some are drawn before a crash
         patch.setattr(icons, "SAMPLES_PER_SHARD", 6)
         icons.main(["--out", str(folder / "out"), "--package", str(package)])
@@ -267,7 +267,7 @@ def test_another_package_than_the_expected_one_is_refused(
         ("--out out --package lacks.tgz", r"lacks\.tgz: has no json/plain\.json"),
         ("--out out --pictures-of-a-name -1", "--pictures-of-a-name: must be a whole number >= 0"),
         ("", "arguments are required: --out"),
-        ("--out .", "--out .*: is there already"),
+        ("--out .", "--out .*: already exists"),
         ("--out /proc/icons", "--out: /proc/icons can't be written"),
     ],
 )

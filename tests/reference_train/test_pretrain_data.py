@@ -75,7 +75,7 @@ def test_the_shuffle_depends_on_seed_rank_worker_epoch_and_pass(monkeypatch) -> 
 def test_a_pipeline_that_openclip_builds_in_another_way_is_refused(filters: list[Any]) -> None:
     """Otherwise nothing would be counted, or the time of day would seed the shuffle."""
     args = Namespace(seed=0, rank=0)
-    with pytest.raises(Stopped, match="OpenCLIP's data pipeline has another form"):
+    with pytest.raises(Stopped, match="OpenCLIP's data pipeline has a form that"):
         loading.WatchedData(info_of(*filters), args, {}, train=True)
     validation = info_of(wds.tarfile_to_samples(handler=None))  # is not shuffled
     loading.WatchedData(validation, args, {}, train=False)
@@ -100,7 +100,7 @@ def test_a_worker_without_a_batch_is_an_error(
 def test_pairs_that_cannot_be_read_are_counted_for_each_shard(
     pretrain, data, tmp_path, monkeypatch, caplog
 ) -> None:
-    monkeypatch.setattr(loading, "SHOWN", 2)
+    monkeypatch.setattr(loading, "MAX_SHOWN", 2)
     _, one, two, three = tars = [data / f"train-{i:05d}.tar" for i in range(4)]
     os.truncate(one, one.stat().st_size // 2)  # in its fifth picture
     break_picture(two)
@@ -145,7 +145,7 @@ def test_a_run_without_held_out_pairs_says_that_no_best_epoch_is_kept(
 def test_held_out_pictures_that_cannot_be_read_are_named_before_any_work(
     dry_run, data: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(shards, "SHOWN", 1)
+    monkeypatch.setattr(shards, "MAX_SHOWN", 1)
     one = r"can't be read: .*val-00000\.tar, 0_0: cannot identify image file"
     for last, message in (False, f"1 pictures {one}$"), (True, f"2 pictures {one}; 1 more$"):
         break_picture(data / "val-00000.tar", last)

@@ -101,7 +101,7 @@ def test_losses_that_are_not_finite_in_ten_steps_in_a_row_stop_the_run() -> None
 
     def feed(*losses: float) -> None:
         for loss in losses:
-            finiteness.note(model, (), {"a": torch.tensor(1.0), "b": torch.tensor(loss)})
+            finiteness.record(model, (), {"a": torch.tensor(1.0), "b": torch.tensor(loss)})
 
     feed(*[math.nan] * 19, 1.0, *[math.inf] * 19)
     finiteness.check(model)

@@ -129,7 +129,7 @@ def test_a_second_rank_resumes_while_the_first_rank_holds_the_lock(
 def test_a_run_refuses_a_second_process(pretrain, tmp_path: Path) -> None:
     with held_by_another_process(tmp_path / "run"):
         for ours in ([], ["--dry-run"]):
-            with pytest.raises(CannotStart, match="/run: another process is at work there: choose"):
+            with pytest.raises(CannotStart, match="/run: another process is using it: choose"):
                 pretrain(ours=ours)
 
 

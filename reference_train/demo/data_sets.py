@@ -1,0 +1,56 @@
+"""The data sets of the demonstration: styles, concepts, or both, that training never saw.
+
+Each metric is a mean over styles. Hyperparameters were tuned on other data, which no data set here
+contains: concepts of the validation split, and a fixed quarter of the training concepts.
+"""
+
+import hashlib
+
+import torch
+
+from ..data.emoji import SHIFT_STYLES, STRESS_STYLES, TRAIN_STYLES, Concept, EmojiSet
+from ..evaluate.datasets import Classes, DataSet, Images
+from .batches import NAME_TEMPLATES, SUBGROUP_TEMPLATES
+
+# Name -> styles, and whether the concepts are held out.
+DATA_SETS = {
+    "trained concepts, new styles": (SHIFT_STYLES, False),
+    "new concepts, trained styles": (TRAIN_STYLES, True),
+    "new concepts, new styles": (SHIFT_STYLES, True),
+    "trained concepts, drawn black": (STRESS_STYLES, False),
+}
+
+
+def open_data_set(emoji: EmojiSet, name: str) -> DataSet:
+    """A data set of `DATA_SETS`, with three tasks: names, subgroups and groups."""
+    styles, held_out = DATA_SETS[name]
+    concepts, trained = emoji.concepts, emoji.in_split("train")
+    candidates = emoji.in_split("test") if held_out else trained
+    shown = candidates if held_out else [i for i in trained if not is_for_tuning(concepts[i])]
+    images, image_concepts, image_styles = emoji.drawings(styles, shown)
+    train_images, train_image_concepts, _ = emoji.drawings(TRAIN_STYLES, trained)
+    name_label = torch.full((len(concepts),), -1)  # concept -> label
+    name_label[candidates] = torch.arange(len(candidates))
+    names = [concepts[i].name for i in candidates]
+    templates = list(dict.fromkeys(NAME_TEMPLATES))
+    classes = {"": Classes(name_label[image_concepts], names, templates)}
+    # No training image has the name of a held-out concept.
+    train_labels = {} if held_out else {"": name_label[train_image_concepts]}
+    for kind in ("subgroup", "group"):
+        concept_kinds = [getattr(concept, kind).replace("&", "and") for concept in concepts]
+        names = sorted(set(concept_kinds))
+        label = torch.tensor([names.index(word) for word in concept_kinds])  # concept -> label
+        classes[kind] = Classes(label[image_concepts], names, list(SUBGROUP_TEMPLATES))
+        train_labels[kind] = label[train_image_concepts]
+    return DataSet(
+        Images(images),
+        classes,
+        groups=image_styles,
+        train=(Images(train_images), train_labels),
+        across_groups=True,
+    )
+
+
+def is_for_tuning(concept: Concept) -> bool:
+    """Whether a training concept is in the quarter on which hyperparameters were tuned."""
+    return hashlib.sha256(f"query {concept.code}".encode()).digest()[0] < 64
