@@ -9,9 +9,11 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from importlib import import_module, metadata
 from importlib.util import find_spec
+from multiprocessing import get_context
 from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers with a thread per core slow each other down
@@ -20,6 +22,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers with a thread per core slow e
 import pytest
 import torch
 from hypothesis import settings
+from interpreter import speed_up
 from pool import Ranks
 
 from cyclip_loss import numerics
@@ -90,6 +93,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     Triton, and needs its interpreter to work if the kernels are interpreted.
     """
     torch.manual_seed(0)  # independent of the tests that ran before
+    speed_up()
     on_cuda = item.config.getoption("--device").startswith("cuda")
     for marker in item.iter_markers("triton"):
         if not HAS_TRITON:
@@ -148,6 +152,16 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
     ranks = Ranks("nccl", "cuda") if on_gpus else Ranks()
     yield ranks
     ranks.close()
+
+
+@pytest.fixture(scope="session")
+def uninterpreted() -> Iterator[Executor]:
+    """A process in which Triton compiles kernels: `uninterpreted.submit(function).result()`."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TRITON_INTERPRET", "0")
+            process.submit(int).result()  # it starts now
+        yield process
 
 
 @contextmanager

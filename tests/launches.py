@@ -38,6 +38,18 @@ class PyTorchLaunches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class NoMatrices(TorchDispatchMode):
+    """Computes no product and no copy of a matrix, which takes long on a CPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.mm.default:
+            left, right = args
+            return left.new_empty(left.shape[0], right.shape[1])
+        if func is torch.ops.aten._to_copy.default and args[0].ndim == 2:
+            return torch.empty_like(args[0], dtype=kwargs.get("dtype"))
+        return func(*args, **(kwargs or {}))
+
+
 # A driver that tells Triton that the device is an H100.
 H100 = SimpleNamespace(
     get_current_device=lambda: 0,
@@ -49,6 +61,7 @@ H100 = SimpleNamespace(
 @contextmanager
 def no_device() -> Iterator[tuple[list[str], dict[str, dict[str, Any]]]]:
     """Lets the Triton engine take CPU tensors. Launches are only recorded, so results are garbage.
+    The products of such results are not computed either.
 
     Yields the names of the launched kernels, and Triton's description of each binary. It does not
     work in Triton's interpreter.
@@ -66,7 +79,8 @@ def no_device() -> Iterator[tuple[list[str], dict[str, dict[str, Any]]]]:
         patch.setattr(triton.knobs.runtime, "jit_cache_hook", record)
         patch.setattr(kernels, "INTERPRETED", True)
         patch.setattr(configs, "architecture", lambda device: "sm_90")
-        yield names, binaries
+        with NoMatrices():
+            yield names, binaries
 
 
 def launched_kernels(loss: Callable[..., Tensor], n: int, d: int, dtype: torch.dtype) -> list[str]:

@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from interpreter import speed_up
 
 _own_device = torch.device("cpu")
 
@@ -85,7 +86,7 @@ class Ranks:
 
     def _start(self) -> None:
         ours, theirs = multiprocessing.Pipe()
-        context = _fork_context() if self.device == "cpu" else multiprocessing.get_context("spawn")
+        context = fork_context() if self.device == "cpu" else multiprocessing.get_context("spawn")
         arguments = (len(self._ranks), self.device, theirs)
         process = context.Process(target=_serve, args=arguments, daemon=True)
         process.start()
@@ -122,12 +123,23 @@ class Ranks:
         return [results[rank] for rank in sorted(results)]
 
 
+# What takes long to import. Triton is not among it: TRITON_INTERPRET counts when it is imported.
+PRELOADED = (
+    "torch._dynamo",
+    "torch._inductor.config",
+    "torch.distributed.fsdp",
+    "hypothesis",
+    "pytest",
+    "open_clip_train.main",
+    "cyclip_loss",
+)
+
+
 @lru_cache
-def _fork_context() -> Any:
+def fork_context() -> Any:
     """A context that forks from a process which has imported slow modules and computed nothing."""
     context = multiprocessing.get_context("forkserver")
-    modules = ["torch._dynamo", "torch._inductor.config", "torch.distributed.fsdp"]
-    context.set_forkserver_preload([*modules, "hypothesis", "pytest"])
+    context.set_forkserver_preload(list(PRELOADED))
     before = dict(os.environ)
     os.environ |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     ensure_running()
@@ -153,6 +165,7 @@ def _serve(rank: int, device: str, connection: Connection) -> None:
             command, arguments, limit = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
+        speed_up()
         # At the limit, show where the command hangs and end the process.
         faulthandler.dump_traceback_later(limit, exit=True)
         try:

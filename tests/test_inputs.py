@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from processes import run_python
+from processes import run_forked
 
 PRINT_EXAMPLES = """
 import sys
@@ -24,7 +24,7 @@ show()
 def test_examples_do_not_depend_on_which_modules_are_loaded(tmp_path: Path) -> None:
     constants = [*range(100, 400), *(i + 0.25 for i in range(100)), *(2**i for i in range(7, 31))]
     (tmp_path / "constants.py").write_text(f"CONSTANTS = {constants}\n")
-    alone = run_python("-c", PRINT_EXAMPLES)
-    with_constants = run_python("-c", PRINT_EXAMPLES, str(tmp_path))
+    alone = run_forked("-c", PRINT_EXAMPLES)
+    with_constants = run_forked("-c", PRINT_EXAMPLES, str(tmp_path))
     assert len(alone.stdout.splitlines()) >= 50, alone.stderr
     assert with_constants.stdout == alone.stdout, with_constants.stderr

@@ -1,15 +1,19 @@
 """The compile gate refuses faulty binaries, and launches use only binaries that it compiles."""
 
 from argparse import Namespace
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import pytest
-from processes import run_python
+import torch
+from inputs import Case
+from launches import no_device
 from triton.backends.compiler import GPUTarget
 
 from benchmarks.gate import compile as gate
 from benchmarks.gate.binary import CHIPS, Binary, is_serialised, nvidia_registers
+from cyclip_loss import CyCLIPLoss
 from cyclip_loss.kernels.configs import ARCHITECTURES
 from cyclip_loss.numerics import TRITON_FOR_BLACKWELL
 
@@ -69,55 +73,59 @@ def test_each_fault_is_printed_and_fails_the_gate(monkeypatch, capsys) -> None:
         assert faults == [] if fault is None else fault in "".join(faults)
 
 
-def test_gate_compiles_every_binary_that_is_launched() -> None:
-    """It runs in a separate process, because the interpreter prevents compilation in this one."""
-    code = """
-import sys, torch
-sys.path.append("tests")
-from inputs import Case
-from launches import no_device
-from cyclip_loss import CyCLIPLoss
-from benchmarks.gate import compile as gate
+Description = dict[str, tuple[str, bool, Any]]
 
-def described(signature, constants, attributes):
+
+def described(signature: dict[str, str], constants: Any, attributes: Any) -> Description:
+    """For each argument its type, whether it is a multiple of 16, and its value if constant."""
     names = list(signature)
     multiples = {names[path[0]] for path, found in attributes.items() if found}
     values = {names[path[0]]: value for path, value in constants.items()}
     return {n: (kind, n in multiples, values.get(n)) for n, kind in signature.items()}
 
-dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32 ieee": torch.float32}
-for features, dtype in dtypes.items():
-    gated = [
-        (gate.KERNELS[v.kernel].fn.__name__, described(s.signature, s.constants, s.attrs))
-        for v in gate.variants("sm_90") if v.features in (features, "float32 ieee")
-        for s in [gate.source(v)]
-    ]
+
+def gated_and_launched(features: str) -> tuple[list[Any], list[Any]]:
+    """The binaries that the gate compiles for such features, and those that three steps launch."""
+    gated = []
+    for variant in gate.variants("sm_90"):
+        if variant.features in (features, "float32 ieee"):
+            s = gate.source(variant)
+            name = gate.KERNELS[variant.kernel].fn.__name__
+            gated.append((name, described(s.signature, s.constants, s.attrs)))
+    dtype = getattr(torch, features.split()[0])
+    loss = CyCLIPLoss(0.5, 0.25, impl="triton")
     with no_device() as (_, binaries):
-        loss = CyCLIPLoss(0.5, 0.25, impl="triton")
         for d, ids in ((64, None), (70, None), (64, torch.arange(4096))):
             inputs = Case(4096, d, dtype).leaves("cpu")
             sum(loss(*inputs, ids=ids, output_dict=True).values()).backward()
-    for b in binaries.values():
-        name = b["kernel"].split(".")[-1]
-        description = described(b["signature"], b["constants"], b["configs"][0])
-        print(features, name, (name, description) in gated, description)
-"""
-    run = run_python("-c", code, interpreted=False)
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("\n") == 36
-    assert [line for line in run.stdout.splitlines() if " True " not in line] == []
+    launched = [
+        (b["kernel"].split(".")[-1], described(b["signature"], b["constants"], b["configs"][0]))
+        for b in binaries.values()
+    ]
+    return gated, launched
+
+
+@pytest.mark.parametrize("features", ["bfloat16", "float16", "float32 ieee"])
+def test_gate_compiles_every_binary_that_is_launched(
+    features: str, uninterpreted: Executor
+) -> None:
+    gated, launched = uninterpreted.submit(gated_and_launched, features).result()
+    assert len(launched) == 12
+    assert [binary for binary in launched if binary not in gated] == []
+
+
+def faults_of_the_largest_kernel() -> list[list[str]]:
+    return [
+        variant.faults(gate.build(variant))
+        for variant in gate.variants("sm_90")
+        if variant.label.startswith("contrastive_grads") and variant.features == "bfloat16"
+    ]
 
 
 @pytest.mark.slow
-def test_shipped_configurations_compile_without_spills() -> None:
+def test_shipped_configurations_compile_without_spills(uninterpreted: Executor) -> None:
     """This compiles only the largest kernel, in bfloat16; `.ci/run` compiles all kernels."""
-    code = "from benchmarks.gate.compile import build, variants\n"
-    code += "for v in variants('sm_90'):\n"
-    code += "  if v.label.startswith('contrastive_grads') and v.features == 'bfloat16':\n"
-    code += "    print(v.faults(build(v)))"
-    run = run_python("-c", code, interpreted=False)
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stdout == "[]\n" * 2
+    assert uninterpreted.submit(faults_of_the_largest_kernel).result() == [[], []]
 
 
 def test_gate_has_a_target_for_every_architecture() -> None:

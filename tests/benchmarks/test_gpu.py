@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import needs_interpreter
-from processes import ROOT, run_python
+from processes import ROOT, run_forked
 
 from benchmarks.__main__ import main
 from benchmarks.compare import cost
@@ -95,7 +95,7 @@ COLUMNS = {
 def test_dry_run_leaves_a_record_with_every_section(tmp_path: Path) -> None:
     arguments = ["--dry-run", "--out", str(tmp_path), "--budget", "9999"]
     arguments += ["--sections", *(name for name in COLUMNS if name != "ablations answer")]
-    ran = run_python("-m", "benchmarks", "gpu", *arguments)
+    ran = run_forked("-m", "benchmarks", "gpu", *arguments)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
     (file,) = tmp_path.glob("*.json")
     record = json.loads(file.read_text())

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import run_python
+from processes import run_forked
 
 from benchmarks import ROOT, measure, run
 from benchmarks.measure import interleaved, time_columns
@@ -44,7 +44,7 @@ assert row["outcome"] == "out of memory (had 0.0 GB)" and "ms" not in row, row
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_out_of_memory_is_an_outcome_with_the_available_memory(tmp_path: Path) -> None:
     """The formula's matrices, about twelve of 4 MB, do not fit in 10 MB."""
-    done = run_python("-c", MEASURE_WITH_LIMIT, str(tmp_path / "memory.max"))
+    done = run_forked("-c", MEASURE_WITH_LIMIT, str(tmp_path / "memory.max"))
     assert done.returncode == 0, done.stderr
 
 

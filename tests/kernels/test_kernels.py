@@ -7,7 +7,7 @@ import torch
 from accuracy import check, check_beside_pytorch, check_loss, evaluate
 from conftest import needs_triton, setting
 from inputs import Case, normal
-from processes import run_python
+from processes import run_forked
 
 from cyclip_loss import kernels, numerics, tune
 from cyclip_loss.kernels import configs
@@ -142,5 +142,5 @@ def test_float32_is_not_exact_if_the_newer_setting_asks_for_tf32() -> None:
     """After `fp32_precision` was set, PyTorch's getter of the older setting raises an error."""
     code = "import torch; torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
     code += "from cyclip_loss import numerics; assert not numerics.float32_is_exact()"
-    run = run_python("-c", code)
+    run = run_forked("-c", code)
     assert run.returncode == 0, run.stderr

@@ -2,6 +2,9 @@
 
 import json
 import multiprocessing
+import os
+import runpy
+import sys
 import warnings
 from functools import partial
 from importlib import import_module
@@ -9,7 +12,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from processes import run_python
 from triton.runtime.jit import KernelInterface
 
 from cyclip_loss import CyCLIPWarning, kernels, tune, usage_warnings
@@ -91,7 +93,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, times: list[float], kinds=()) -> No
 @pytest.mark.parametrize("kinds", [["is wrong"] * 4, ["spills", "fails", "is right", "spills"]])
 def test_a_faulty_candidate_is_reported_and_never_chosen(kinds, monkeypatch) -> None:
     pretend(monkeypatch, [0.1] * 4, kinds)
-    rows = list(tune.tune(CPU, [torch.float16], 40, 64, 1000))
+    rows = list(tune.tune(CPU, [torch.float16], 40, 24, 1000))
     said = {"is wrong": "is off by", "spills": "spills 12", "fails": "out of resource"}
     for row, kernel, kind in zip(rows, KERNELS, kinds, strict=True):
         assert row["kernel"].split()[0] == kernel
@@ -104,10 +106,10 @@ def test_faster_tiles_are_kept_also_after_an_interrupt(file, monkeypatch, capsys
     """Candidates are 3% faster, 1% faster and slower. Ctrl-C interrupts the fourth kernel."""
     pretend(monkeypatch, [0.97, 0.99, 2.0])
     monkeypatch.setattr(tune, "architecture", lambda device: "sm_90")
-    assert tune.main(["--dtype", "bfloat16", "--n", "40", "--d", "128"]) == 0
+    assert tune.main(["--dtype", "bfloat16", "--n", "40", "--d", "24"]) == 0
     configs.tuned.cache_clear()
     assert [tile.num_warps > 1 for tile in configs.tuned(CPU).values()] == [True, False, False]
-    assert config_for("contrastive_lse", FEATURES, PRECISION).num_warps > 1
+    assert config_for("contrastive_lse", FEATURES[:, :24], PRECISION).num_warps > 1
     out, err = capsys.readouterr()
     rows = [line.split() for line in out.splitlines() if "bfloat16" in line]
     assert [row[0] for row in rows] == list(KERNELS[:3])
@@ -252,10 +254,36 @@ def test_the_command_refuses_a_missing_gpu_and_a_bad_size(capsys, monkeypatch) -
     assert "--n" in capsys.readouterr().err
 
 
-def test_a_dry_run_turns_the_interpreter_on_and_writes_no_file(file) -> None:
-    command = ("-m", "cyclip_loss.tune", "--dry-run", "--dtype", "float32")
-    ran = run_python(*command, interpreted=False)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    assert all(f"{kernel} float32 ieee D%128" in ran.stdout for kernel in KERNELS)
-    assert "left out" not in ran.stdout
+def test_a_dry_run_starts_again_with_the_interpreter_on(monkeypatch) -> None:
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setenv("PYTHONWARNINGS", "")
+    started: list[tuple[str, list[str]]] = []
+
+    def execv(path: str, arguments: list[str]) -> None:
+        started.append((path, arguments))
+        sys.exit(0)  # the real one does not return
+
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.delitem(sys.modules, tune.__name__)  # as if it were not imported
+    monkeypatch.setattr(sys, "argv", ["tune", "--dry-run", "--dtype", "float32"])
+    with pytest.raises(SystemExit):
+        runpy.run_module("cyclip_loss.tune", run_name="__main__")
+    command = [sys.executable, "-m", "cyclip_loss.tune", "--dry-run", "--dtype", "float32"]
+    assert started == [(sys.executable, command)]
+    assert os.environ["TRITON_INTERPRET"] == "1"
+
+
+def test_a_dry_run_tunes_every_kernel_and_writes_no_file(file, monkeypatch, capsys) -> None:
+    real_tune = tune.tune
+
+    def tune_smaller(device: torch.device, dtypes: list[torch.dtype], n: int, d: int, *rest):
+        assert (n, d) == (96, 128)
+        return real_tune(device, dtypes, 40, 64, *rest)
+
+    monkeypatch.setattr(tune, "tune", tune_smaller)
+    assert tune.main(["--dry-run", "--dtype", "float32"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"{kernel} float32 ieee D%64" in out for kernel in KERNELS)
+    assert "left out" not in out
     assert not file.exists()

@@ -3,8 +3,6 @@
 import os
 import re
 import shutil
-import subprocess
-import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from pretrain_runs import results, train
-from processes import ROOT, run_python, start
+from processes import ROOT, run_forked, start_forked
 from tars import make_shards
 
 from cyclip_loss import open_clip_train
@@ -168,7 +166,7 @@ def test_openclip_loads_the_best_epoch_as_the_page_says(finished: str, tmp_path:
     page = (ROOT / "docs" / "pretraining.md").read_text()
     [block] = re.findall("```python\n(.*?)```", page, re.DOTALL)
     script = textwrap.dedent(block).replace("logs/icons-cyclip-0", str(tmp_path / "run"))
-    loaded = run_python("-c", script)
+    loaded = run_forked("-c", script)
     assert loaded.returncode == 0, loaded.stderr
 
 
@@ -223,12 +221,13 @@ def test_a_killed_run_resumes_and_finishes(flags: list[str], data: Path, tmp_pat
     argv = ["-m", "reference_train", "pretrain", "--preset", "icons", "--batch-size", "8"]
     argv += ["--data", str(data), "--out", str(tmp_path), "--name", "run", *flags]
     argv += ["--", "--epochs", "6", "--train-num-samples", "16"]
-    with start([sys.executable, *argv], stdout=subprocess.DEVNULL) as process:
-        while len(results(tmp_path)) < 2 and process.poll() is None:
-            time.sleep(0.05)
-        process.kill()
+    process = start_forked(*argv, output=[tmp_path / "stdout", tmp_path / "stderr"])
+    while len(results(tmp_path)) < 2 and process.is_alive():
+        time.sleep(0.05)
+    process.kill()
+    process.join()
     assert 2 <= len(results(tmp_path)) < 6
-    again = run_python(*argv)
+    again = run_forked(*argv)
     assert again.returncode == 0, again.stderr
     assert {line["epoch"] for line in results(tmp_path)} == set(range(1, 7))
     log = (tmp_path / "run" / "out.log").read_text()

@@ -50,11 +50,15 @@ def captions() -> list[tuple[Tensor, str, str]]:
     return found
 
 
+@lru_cache
+def tokenizer() -> open_clip.SimpleTokenizer:
+    return open_clip.SimpleTokenizer(context_length=12)
+
+
 def batch() -> tuple[Tensor, Tensor]:
     """Images (32, 3, 32, 32) and tokens (32, 12)."""
     images, names, _ = zip(*captions(), strict=True)
-    tokens = open_clip.tokenizer.SimpleTokenizer(context_length=12)(list(names))
-    return torch.stack(images) / 255, tokens
+    return torch.stack(images) / 255, tokenizer()(list(names))
 
 
 def tiny_clip() -> nn.Module:

@@ -20,7 +20,7 @@ pytest.importorskip("sybil")
 from inputs import TERMS
 from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
 from open_clip_train import scheduler as open_clip_schedules
-from processes import run_python
+from processes import TIMEOUT, run_forked, start_forked
 from recipe_cases import TEXT, VISION, blocks, captions
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
@@ -69,7 +69,7 @@ def assert_three_terms(folder: Path, count: int) -> None:
 
 def test_open_clip_trains_with_the_loss_and_logs_its_terms(tmp_path: Path) -> None:
     arguments = flags(tmp_path, "--same-captions", "positives", "--lambda-warmup", "0.5")
-    run = run_python("-m", open_clip_train.__name__, *arguments)
+    run = run_forked("-m", open_clip_train.__name__, *arguments)
     assert run.returncode == 0, run.stderr
     assert_three_terms(tmp_path, 4)
     parameters = (tmp_path / "run" / "params.txt").read_text().splitlines()
@@ -88,7 +88,7 @@ def test_the_launcher_with_views_trains_on_a_csv_file(tmp_path: Path) -> None:
     csv.write_text("\n".join(lines))
     data = ["--dataset-type", "csv", "--train-data", str(csv), "--val-data", str(csv)]
     arguments = flags(tmp_path, *data, "--batch-size", "16")
-    run = run_python("-m", "reference_train.pretrain.views", "--views", "--", *arguments)
+    run = run_forked("-m", "reference_train.pretrain.views", "--views", "--", *arguments)
     assert run.returncode == 0, run.stderr
     log = (tmp_path / "run" / "out.log").read_text()
     assert len(re.findall(r"Train Epoch.* Inmodal_contrastive_loss: [0-9.]+ ", log)) == 2
@@ -105,11 +105,19 @@ def test_the_launcher_with_views_trains_on_a_csv_file(tmp_path: Path) -> None:
     ids=["CLIP", "SigLIP"],
 )
 def test_two_ranks_train(tmp_path: Path, options: list[str]) -> None:
-    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+    """Each rank has the variables that torchrun sets, and finds the other one by a file."""
     script = str(Path(__file__).with_name("on_cpu.py"))
     arguments = flags(tmp_path, "--dist-impl", "ring", "--lambda-warmup", "2", *options)
-    run = run_python(*torchrun, script, "--", *arguments)
-    assert run.returncode == 0, run.stderr
+    running = []
+    for rank in ("0", "1"):
+        store = f"file://{tmp_path}/store?rank={rank}&world_size=2"
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+        files = [tmp_path / f"stdout-{rank}", tmp_path / f"stderr-{rank}"]
+        given = (script, "--", *arguments, "--dist-url", store)
+        running.append((start_forked(*given, output=files, **variables), files[1]))
+    for process, errors in running:
+        process.join(TIMEOUT)
+        assert process.exitcode == 0, errors.read_text()
     assert_three_terms(tmp_path, 1 if "--accum-freq" in options else 2)
 
 

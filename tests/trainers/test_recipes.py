@@ -16,8 +16,7 @@ pytest.importorskip("sybil")
 pytest.importorskip("webdataset")
 
 import recipe_cases
-from open_clip import SimpleTokenizer
-from recipe_cases import batch, captions, gradients, run, sgd, tiny_clip
+from recipe_cases import batch, captions, gradients, run, sgd, tiny_clip, tokenizer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector
@@ -150,7 +149,7 @@ def test_views_are_drawn_and_the_loss_has_their_inmodal_term() -> None:
     torch.manual_seed(0)
     random.seed(0)
     model = tiny_clip()
-    names = {"preprocess": to_tensor, "tokenizer": SimpleTokenizer(context_length=12)}
+    names = {"preprocess": to_tensor, "tokenizer": tokenizer()}
     two_views = run("Augmented views", **names)["two_views"]
     drawn = [two_views(to_pil_image(image), words) for image, *words in captions()]
     loader = [tuple(torch.stack(views) for views in zip(*drawn, strict=True))]
@@ -158,7 +157,7 @@ def test_views_are_drawn_and_the_loss_has_their_inmodal_term() -> None:
     assert not torch.equal(images[:, 0], images[:, 1])
     for image, text, (picture, *words) in zip(images, tokens, captions(), strict=True):
         assert torch.equal(image[0], picture / 255)
-        expected = SimpleTokenizer(context_length=12)(words)
+        expected = tokenizer()(words)
         assert torch.equal(text.sort(dim=0).values, expected.sort(dim=0).values)
     names = {"loader": loader, "loss_fn": CyCLIPLoss(reference_batch_size=128)}
     firsts, seconds = (model(images[:, view], tokens[:, view]) for view in (0, 1))
