@@ -8,6 +8,7 @@ import signal
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ def emoji(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "read_emoji", lambda: emoji)
         patch.setattr(command, "EMOJI_FOLDER", folder)
+        patch.setattr(open_clip, "SimpleTokenizer", lru_cache(open_clip.SimpleTokenizer))
         patch.setattr(train, "VALIDATIONS", 2)
         patch.setitem(command.PRESETS, "short", SHORT)
         patch.setitem(TINY, "text_cfg", {**TINY["text_cfg"], "width": 16, "heads": 2})

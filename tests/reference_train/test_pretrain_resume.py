@@ -3,8 +3,8 @@
 import os
 import re
 import shutil
+import signal
 import textwrap
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stdout
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from pretrain_runs import results, train
-from processes import ROOT, run_forked, start_forked
+from processes import ROOT, run_forked
 from tars import make_shards
 
 from cyclip_loss import open_clip_train
@@ -215,20 +215,37 @@ def test_wandb_continues_its_record_of_a_run_unless_told_otherwise(pretrain, mon
     assert seen == ["allow", "never"]
 
 
+# `python -m reference_train`, killed when the checkpoint of the second epoch is not yet renamed.
+KILLED = """
+import os, runpy, signal, sys
+from pathlib import Path
+
+results, replace = Path(sys.argv.pop(1)), os.replace
+
+def replace_or_die(source, target):
+    epochs = len(results.read_text().splitlines()) if results.exists() else 0
+    if Path(target).name == "epoch_latest.pt" and epochs == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+
+os.replace = replace_or_die
+runpy.run_module("reference_train", run_name="__main__")
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--views"]], ids=["pairs", "views"])
 def test_a_killed_run_resumes_and_finishes(flags: list[str], data: Path, tmp_path: Path) -> None:
-    argv = ["-m", "reference_train", "pretrain", "--preset", "icons", "--batch-size", "8"]
-    argv += ["--data", str(data), "--out", str(tmp_path), "--name", "run", *flags]
-    argv += ["--", "--epochs", "6", "--train-num-samples", "16"]
-    process = start_forked(*argv, output=[tmp_path / "stdout", tmp_path / "stderr"])
-    while len(results(tmp_path)) < 2 and process.is_alive():
-        time.sleep(0.05)
-    process.kill()
-    process.join()
-    assert 2 <= len(results(tmp_path)) < 6
-    again = run_forked(*argv)
+    argv = ["pretrain", "--preset", "icons", "--batch-size", "8", "--data", str(data)]
+    argv += ["--out", str(tmp_path), "--name", "run", *flags]
+    argv += ["--", "--epochs", "3", "--train-num-samples", "16"]
+    checkpoints = tmp_path / "run" / "checkpoints"
+    killed = run_forked("-c", KILLED, str(checkpoints / "results.jsonl"), *argv)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [line["epoch"] for line in results(tmp_path)] == [1, 2]
+    again = run_forked("-m", "reference_train", *argv)
     assert again.returncode == 0, again.stderr
-    assert {line["epoch"] for line in results(tmp_path)} == set(range(1, 7))
+    assert [line["epoch"] for line in results(tmp_path)] == [1, 2, 2, 3]
+    assert list(checkpoints.glob(".*")) == []
     log = (tmp_path / "run" / "out.log").read_text()
     assert ("Inmodal_contrastive_loss: " in log) == bool(flags)
