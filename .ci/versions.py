@@ -188,14 +188,19 @@ def table(rows: list[tuple[str, ...]]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def write_page(path: Path, command: str, rows: list[tuple[str, ...]]) -> None:
-    """Write the table as a page, with its command, date and commit. It appears whole or not."""
+def write_page(path: Path, rows: list[tuple[str, ...]], planned: int) -> None:
+    """Write the table as a page, with the command, date and commit. It appears whole or not.
+
+    planned: the number of environments that the command asked for.
+    """
+    command = " ".join(("python .ci/versions.py", *sys.argv[1:]))
+    stopped = "" if len(rows) == planned else f"Stopped after {len(rows)} of {planned}.\n"
     git = ("git", "describe", "--always", "--dirty")
     commit = subprocess.run(git, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout.strip()
     text = f"""# Tested versions
 
 `{command}`, {date.today()}, commit {commit or "unknown"}.
-`python .ci/versions.py --help` says which tests an environment runs.
+{stopped}`python .ci/versions.py --help` says which tests an environment runs.
 
 {table(rows)}
 """
@@ -235,9 +240,8 @@ def main() -> int:
             all_passed &= passed
     finally:  # also of what was tested before Ctrl-C
         print(table(rows), flush=True)
-    if arguments.output:
-        command = " ".join(("python .ci/versions.py", *sys.argv[1:]))
-        write_page(arguments.output, command, rows)
+        if arguments.output:
+            write_page(arguments.output, rows, len(names))
     return 0 if all_passed else 1
 
 
