@@ -35,7 +35,7 @@ def flags(folder: Path, *others: str) -> list[str]:
     (folder / "tiny").mkdir(exist_ok=True)
     config = json.dumps({"model_cfg": config, "preprocess_cfg": {}})
     (folder / "tiny" / "open_clip_config.json").write_text(config)
-    [command] = blocks("sh")["OpenCLIP's command line"]
+    command, _ = blocks("sh")["OpenCLIP's command line"]
     _, _, module, *from_page = shlex.split(command.replace("\\\n", ""))
     assert module == open_clip_train.__name__
     small_run = {
