@@ -80,13 +80,15 @@ def test_new_lambdas_and_batch_sizes_compile_no_new_graph(scale: str, device) ->
     """Only the first values of each kind may compile a graph. All results equal the eager ones.
 
     scale: how the logit scale is given. "none": the penalties are called, which take no scale.
-    "alone": it is the only input with a gradient. "no gradient": no input has a gradient.
+    "alone": it is the only input with a gradient. "no gradient": no input has a gradient. What a
+    lambda of 0 leaves out does not depend on the scale: it is tried with two of the five.
     """
+    schedule = [pair for pair in SCHEDULE if all(pair) or scale in ("tensor", "none")]
     torch._dynamo.reset()
     module = CyclicPenalty if scale == "none" else CyCLIPLoss
     counter, loss = CompileCounterWithBackend("aot_eager"), module()
     compiled, counts = torch.compile(loss, fullgraph=True, backend=counter), []
-    for index, lambdas in enumerate(SCHEDULE):
+    for index, lambdas in enumerate(schedule):
         loss.lambda_inmodal, loss.lambda_crossmodal = lambdas
         loss.reference_batch_size = 100 + index
         found = []
@@ -145,7 +147,7 @@ CALLS = {
     "in 16 bits": lambda i, t, s, _: LOSS(i.bfloat16(), t.bfloat16(), s),
     **{
         str(dtype): lambda i, t, s, ids, dtype=dtype: cyclip_loss(i, t, s, ids=ids.to(dtype))
-        for dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+        for dtype in (torch.int64, torch.uint8)  # with and without a cast
     },
 }
 
