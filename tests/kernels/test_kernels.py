@@ -98,6 +98,24 @@ def test_rows_without_a_partner_have_none_in_any_strip(device: torch.device) -> 
     torch.testing.assert_close(found, eager.contrastive_lse(logits), rtol=1e-5, atol=1e-5)
 
 
+def test_kernels_neither_read_nor_write_past_the_end_of_a_buffer(monkeypatch, device) -> None:
+    """NaN follows each buffer. It would spread to the results, or a write would replace it."""
+    behind: list[torch.Tensor] = []
+
+    def new_empty(tensor: torch.Tensor, *size, **options) -> torch.Tensor:
+        buffer = original(tensor, *size, **options)
+        memory = original(tensor, buffer.numel() + 64, **options).fill_(torch.nan)
+        behind.append(memory[buffer.numel() :])
+        return memory[: buffer.numel()].view(buffer.shape)
+
+    original = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    # Two strips of rows, and three by three tiles of a Gram matrix, which fill no whole block.
+    check_loss(Case(40, 130, lambdas=(0.25, 0.5), strip_rows=32), "triton", device)
+    assert len(behind) > 20
+    assert all(values.isnan().all() for values in behind)
+
+
 @pytest.mark.parametrize("far", [0, 1], ids=["images", "texts"])
 def test_rows_may_be_further_apart_than_32_bits_can_count(far: int, monkeypatch, device) -> None:
     """The first and the last row are 4 GB apart. Most of this memory is never touched."""
