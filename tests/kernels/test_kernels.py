@@ -9,7 +9,7 @@ from conftest import needs_triton, setting
 from inputs import Case, normal
 from processes import run_forked
 
-from cyclip_loss import kernels, numerics, tune
+from cyclip_loss import eager, kernels, numerics, tune
 from cyclip_loss.kernels import configs
 from cyclip_loss.kernels.configs import Precision
 from cyclip_loss.logits import Logits
@@ -87,6 +87,52 @@ def test_a_d_too_large_for_32_bit_offsets_raises_an_error(device: torch.device) 
     image = torch.zeros((), device=device).expand(2, 26_753)
     with pytest.raises(ValueError, match=r"image_features must have D <= 26752 .* got D = 26753"):
         kernels.gram_matrices(image, image, True)
+
+
+def test_rows_without_a_partner_have_none_in_any_strip(device: torch.device) -> None:
+    """Extra negative images are such rows. There are columns of the same numbers."""
+    rows, columns = normal(2, 90, 20, device=device).float()
+    scale = torch.tensor(1.0, device=device)
+    logits = Logits(rows[:70], columns, scale, num_pairs=40)
+    found = kernels.contrastive_lse(logits, partial_elements=1)
+    torch.testing.assert_close(found, eager.contrastive_lse(logits), rtol=1e-5, atol=1e-5)
+
+
+def test_kernels_neither_read_nor_write_past_the_end_of_a_buffer(monkeypatch, device) -> None:
+    """NaN follows each buffer. It would spread to the results, or a write would replace it."""
+    behind: list[torch.Tensor] = []
+
+    def new_empty(tensor: torch.Tensor, *size, **options) -> torch.Tensor:
+        buffer = original(tensor, *size, **options)
+        memory = original(tensor, buffer.numel() + 64, **options).fill_(torch.nan)
+        behind.append(memory[buffer.numel() :])
+        return memory[: buffer.numel()].view(buffer.shape)
+
+    original = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    # Two strips of rows, and three by three tiles of a Gram matrix, which fill no whole block.
+    check_loss(Case(40, 130, lambdas=(0.25, 0.5), strip_rows=32), "triton", device)
+    assert len(behind) > 20
+    assert all(values.isnan().all() for values in behind)
+
+
+@pytest.mark.parametrize("far", [0, 1], ids=["images", "texts"])
+def test_rows_may_be_further_apart_than_32_bits_can_count(far: int, monkeypatch, device) -> None:
+    """The first and the last row are 4 GB apart. Most of this memory is never touched."""
+    features = list(normal(2, 3, 64, device=device).bfloat16())
+    one, scale = torch.ones((), device=device), torch.tensor(10.0, device=device)
+
+    def results() -> list[torch.Tensor]:
+        grams = kernels.gram_matrices(*features, True)
+        weights, needs = [one, 2 * one], [True, True]
+        grads = kernels.cyclic_grads(*features, grams, [one], weights, 1, needs)
+        return [*kernels.contrastive_lse(Logits(*features, scale)), grams, *grads]
+
+    expected = results()
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    memory = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=device)
+    features[far] = memory.as_strided((3, 64), (2**30, 1)).copy_(features[far])
+    assert all(map(torch.equal, results(), expected))
 
 
 def test_tile_sizes_are_powers_of_two() -> None:

@@ -17,6 +17,7 @@ from triton.runtime.jit import KernelInterface
 from cyclip_loss import CyCLIPWarning, kernels, tune, usage_warnings
 from cyclip_loss.kernels import configs
 from cyclip_loss.kernels.configs import Precision, config_for
+from cyclip_loss.kernels.launch import launch
 
 CPU = torch.device("cpu")
 FEATURES = torch.ones(3, 256, dtype=torch.bfloat16)
@@ -100,6 +101,27 @@ def test_a_faulty_candidate_is_reported_and_never_chosen(kinds, monkeypatch) -> 
         assert (row["tile"].num_warps > 1) == (row["gain"] > 0) == (kind == "is right")
         assert len(row["left out"]) == (kind in said)
         assert all(said[kind] in why and " 8 warps, " in why for why in row["left out"])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "form"),
+    [
+        *(
+            (kernel, {"symmetric": True, "extra negatives": True, "ids": ids})
+            for kernel in KERNELS[:2]
+            for ids in (False, True)
+        ),
+        *((kernel, {"with_cross": cross}) for kernel in KERNELS[2:] for cross in (False, True)),
+    ],
+    ids=str,
+)
+def test_a_candidate_that_is_wrong_in_one_form_only_is_refused(kernel, form, monkeypatch) -> None:
+    def compare(compared) -> str | None:
+        return "is off" if form.items() <= dict(compared.switches).items() else None
+
+    monkeypatch.setattr(tune.verified_kernels(), "compare", compare)
+    one_launch = partial(launch, {(1,): lambda: None}, (1,))
+    assert "is off" in str(tune.refusal(kernel, SHIPPED, FEATURES, one_launch))
 
 
 def test_faster_tiles_are_kept_also_after_an_interrupt(file, monkeypatch, capsys) -> None:
@@ -208,11 +230,11 @@ def test_tiles_that_cannot_be_kept_give_exit_status_1(file, monkeypatch, capsys)
     file.parent.parent.write_text("not a folder")
     monkeypatch.setattr(tune, "architecture", lambda device: "sm_90")
     row = {"kernel": KEY, "shipped ms": 1.0, "best ms": 1.0, "gain": 0.0, "TFLOP/s": 1.0}
-    row |= {"of card": 0.5, "tile": SHIPPED, "left out": []}
+    row |= {"of card": 0.5, "tile": SHIPPED, "left out": ["a", "b"]}
     monkeypatch.setattr(tune, "tune", lambda *_: [row])
     with pytest.warns(CyCLIPWarning, match=r"can't be written"):
         assert tune.main([]) == 1
-    assert "kept in no file" in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith("\nleft out: a\nleft out: b\nkept in no file\n")
 
 
 def test_a_tile_in_four_parts_serves_calls_with_ids_too() -> None:
@@ -252,6 +274,14 @@ def test_the_command_refuses_a_missing_gpu_and_a_bad_size(capsys, monkeypatch) -
     with pytest.raises(SystemExit):
         tune.main(["--n", "0"])
     assert "--n" in capsys.readouterr().err
+
+
+def test_the_smallest_sizes_are_accepted(monkeypatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(tune, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(tune, "tune", lambda device, dtypes, *sizes: asked.extend(sizes) or ())
+    assert tune.main(["--n", "1", "--d", "1", "--seconds", "1"]) == 0
+    assert asked == [1, 1, 1]
 
 
 def test_a_dry_run_starts_again_with_the_interpreter_on(monkeypatch) -> None:

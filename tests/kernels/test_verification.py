@@ -92,6 +92,13 @@ def block(first_column: int) -> Tensor:
     return engines.verified_kernels().contrastive_lse(logits)[0]
 
 
+def pairs_of_a_later_rank() -> Tensor:
+    """The loss of three rows, whose partners are the last of seven columns."""
+    row_lse, column_lse = torch.arange(3.0), torch.arange(7.0)
+    arguments = (row_lse, column_lse, row_lse + 1, column_lse + 1, 4, 1 / 3)
+    return engines.verified_kernels().pair_terms(*arguments)[0]
+
+
 IDS = torch.tensor([0, 1, 0, 2, 2, 3])
 POSITIVES = CyCLIPLoss(same_ids="positives")
 DIFFERENT_LAMBDAS = CyCLIPLoss(0.25, 0.5)
@@ -191,14 +198,14 @@ FAULTS = {
     "penalties of frozen texts": Fault(
         "cyclic_grads", lacks_penalty_grad("text"), lambda: step(frozen="text")
     ),
-    "C in a sum": Fault(
+    "C in a sum of different weights": Fault(
         "cyclic_terms",
-        lambda grams, weights, separate: len(grams) == 3 and not separate,
+        lambda grams, weights, separate: not separate and weights[0] != weights[1],
         lambda: step(loss=DIFFERENT_LAMBDAS),
     ),
-    "C in the gradient of a sum": Fault(
+    "C in the gradient of such a sum": Fault(
         "cyclic_grads",
-        lambda image, text, grams, grads, *_: len(grams) == 3 and len(grads) == 1,
+        lambda image, text, grams, grads, weights, *_: len(grads) == 1 and weights[0] != weights[1],
         lambda: step(loss=DIFFERENT_LAMBDAS),
     ),
     "separate terms of equal weight": Fault(
@@ -299,6 +306,7 @@ CALLS = {
     "D that needs no padding": lambda: step(d=WIDE_D),
     "first column above 0": lambda: block(3),
     "first column below 0": lambda: block(-3),
+    "pairs of a later rank": pairs_of_a_later_rank,
     "penalties alone": lambda: CyclicPenalty()(*leaves()[:2]),
 }
 
@@ -310,7 +318,8 @@ def test_the_shipped_kernels_agree_in_every_form_and_are_used(name: str, monkeyp
     assert messages == []
     assert torch.equal(state, torch.get_rng_state())
     used = {form.function for form in engines.verified_kernels().agreed}
-    assert used >= ({"cyclic_terms"} if name == "penalties alone" else {"contrastive_lse"})
+    other = {"pairs of a later rank": "pair_terms", "penalties alone": "cyclic_terms"}
+    assert other.get(name, "contrastive_lse") in used
     assert not engines.verified_kernels().problems
 
 

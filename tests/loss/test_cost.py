@@ -15,7 +15,14 @@ from torch.nn.functional import softplus
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cyclip_loss import CyCLIPLoss, consistency_metrics, contrastive_logsumexp, cyclip_loss
+from cyclip_loss import (
+    CyclicPenalty,
+    CyCLIPLoss,
+    consistency_metrics,
+    contrastive_logsumexp,
+    cyclip_loss,
+    numerics,
+)
 
 # Interpreted kernels are too slow for N rows.
 N, N_INTERPRETED, D, STRIP_ROWS = 4096, 256, 32, 64
@@ -150,3 +157,24 @@ def test_flops_are_those_of_the_formulas(
     with CountFlops() as counter:
         results(CyCLIPLoss(*lambdas, impl="eager"), *Case(n, d).inputs(device))
     assert counter.total == expected[0] * n * n * d + expected[1] * n * d * d
+
+
+@pytest.mark.parametrize("n", [3, 15, 17, 27, 29, 60])
+@pytest.mark.parametrize(("lambdas", "gram_flops"), [((0.25, 0.25), 8), ((0.25, 0.5), 14)])
+def test_penalties_alone_take_the_cheaper_of_two_forms(
+    n: int, lambdas: tuple[float, float], gram_flops: int, device: torch.device
+) -> None:
+    """N x N matrices take 6 N^2 D flops, Gram matrices 8 N D^2 or 14 N D^2."""
+    d = 12
+    image, text, _ = Case(n, d).leaves(device)
+    with CountFlops() as counter:
+        CyclicPenalty(*lambdas, impl="eager")(image, text).backward()
+    assert counter.total == min(6 * n * n * d, gram_flops * n * d * d)
+
+
+@pytest.mark.parametrize(
+    ("num_columns", "rows"), [(4096, 1024), (8192, 512), (16384, 512), (65536, 128), (2**20, 64)]
+)
+def test_strips_on_a_cpu_are_tall_enough_for_full_speed(num_columns: int, rows: int) -> None:
+    """They have 2^22 elements; up to 512 rows may take twice as many, and 64 rows any number."""
+    assert numerics.rows_per_strip(num_columns, torch.device("cpu")) == rows

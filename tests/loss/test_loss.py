@@ -241,14 +241,14 @@ def test_16_bit_matrices_multiplied_into_float32_are_accurate(
     dtype: torch.dtype, adds: bool, monkeypatch, device
 ) -> None:
     """The eager engine uses such products on CUDA. This test imitates them."""
-    factors = set()
+    products = set()
 
     def widening(name: str, original):
         def multiply(*matrices: Tensor, out_dtype: torch.dtype | None = None, **options) -> Tensor:
             if out_dtype is not None:
                 if name == "addmm" and not adds:  # as PyTorch 2.8 to 2.10 does
                     raise RuntimeError("cannot add to a float32 matrix")
-                factors.add(matrices[-1].dtype)
+                products.add((name, matrices[-1].dtype))
                 matrices = tuple(matrix.to(out_dtype) for matrix in matrices)
             return original(*matrices, **options)
 
@@ -262,7 +262,7 @@ def test_16_bit_matrices_multiplied_into_float32_are_accurate(
         given = {"lambdas": (0.0, 0.0), "strip_rows": 7, "frozen": frozenset(frozen)}
         for logit_scale in (10.0, 100.0):
             check_loss(Case(40, 12, dtype, logit_scale=logit_scale, **given), "eager", device)
-    assert factors == {dtype}
+    assert products == {(name, dtype) for name in (("mm", "addmm") if adds else ("mm",))}
 
 
 def test_16_bit_matrices_are_widened_if_their_device_has_no_wide_products(monkeypatch) -> None:

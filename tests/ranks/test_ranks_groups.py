@@ -17,7 +17,13 @@ from test_ranks import DIST_IMPLS
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from cyclip_loss import CyclicPenalty, CyCLIPLoss, cyclic_penalty, cyclip_loss
+from cyclip_loss import (
+    CyclicPenalty,
+    CyCLIPLoss,
+    consistency_metrics,
+    cyclic_penalty,
+    cyclip_loss,
+)
 
 LAMBDAS = (0.5, 0.125)
 
@@ -102,13 +108,15 @@ def alone(rank: int, world_size: int) -> list[Tensor]:
         return []
     image, text, scale = RankCase().rank_inputs(rank)
     module = CyCLIPLoss(rank=rank, world_size=world_size, distributed=False)
-    return [module(image, text, scale), cyclic_penalty(image, text, distributed=False)]
+    losses = [module(image, text, scale), cyclic_penalty(image, text, distributed=False)]
+    return [*losses, *consistency_metrics(image, text).values()]
 
 
-def test_a_loss_with_distributed_false_waits_for_no_other_rank(ranks: Ranks) -> None:
+def test_metrics_and_a_loss_with_distributed_false_wait_for_no_other_rank(ranks: Ranks) -> None:
     image, text, scale = RankCase().rank_inputs(0)
     found, _ = ranks.run(2, alone)
-    assert found == [cyclip_loss(image, text, scale), cyclic_penalty(image, text)]
+    losses = [cyclip_loss(image, text, scale), cyclic_penalty(image, text)]
+    assert found == [*losses, *consistency_metrics(image, text).values()]
 
 
 def last_step(rank: int, world_size: int, case: RankCase, dies_in: str) -> None:

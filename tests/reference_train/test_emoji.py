@@ -15,7 +15,7 @@ from processes import ROOT
 from reference_train.data import emoji
 from reference_train.data.emoji import ALL_STYLES, EMOJI_FOLDER, STRESS_STYLES
 from reference_train.data.samples import Sample, read_samples
-from reference_train.demo import data_sets
+from reference_train.demo import data_sets, demo
 from reference_train.evaluate import emoji_set, report
 from reference_train.evaluate.datasets import DataSet
 
@@ -108,10 +108,19 @@ def test_stress_styles_are_left_out_of_the_mean_over_styles(evaluated: DataSet) 
     assert set(evaluated.groups) - evaluated.excluded_groups == {*ALL_STYLES} - {*STRESS_STYLES}
 
 
+def record(name: str) -> dict:
+    return json.loads((ROOT / "reference_train" / "results" / name).read_text())
+
+
+def test_the_recorded_results_have_the_settings_of_their_preset() -> None:
+    assert demo.PRESETS["short"].items() <= record("short/evaluation.json")["settings"].items()
+    for run in record("long/results.json")["runs"]:
+        assert demo.PRESETS["long"].items() <= run["config"].items()
+
+
 def test_the_demonstration_asks_about_the_recorded_concepts(without_pictures: None) -> None:
     """They leave out the quarter of the trained concepts on which settings were chosen."""
-    record = ROOT / "reference_train" / "results" / "short" / "evaluation.json"
-    recorded = json.loads(record.read_text())["data_sets"]
+    recorded = record("short/evaluation.json")["data_sets"]
     shipped = emoji.read_emoji()
     for name in data_sets.DATA_SETS:
         described = report.describe(name, data_sets.open_data_set(shipped, name))

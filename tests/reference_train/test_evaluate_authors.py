@@ -263,10 +263,17 @@ def test_an_error_says_what_is_wrong_in_a_labels_csv(
         open_folders(evaluation_folder, "own")
 
 
-def test_a_labels_csv_may_begin_with_a_byte_order_mark(evaluation_folder: Path) -> None:
-    path = evaluation_folder / "validation" / "labels.csv"
-    path.write_text(path.read_text(), encoding="utf-8-sig")
-    assert open_folders(evaluation_folder, "own").classes[""].labels.tolist() == [2, 0, 1, 0]
+def test_labels_csv_and_classes_py_may_begin_with_a_byte_order_mark(
+    evaluation_folder: Path,
+) -> None:
+    """As in Python's eval, which their code calls, spaces may come before the dict."""
+    folder = evaluation_folder / "validation"
+    for name, indent in (("labels.csv", ""), ("classes.py", "  ")):
+        text = indent + (folder / name).read_text()
+        (folder / name).write_text(text, encoding="utf-8-sig")
+    classes = open_folders(evaluation_folder, "own").classes[""]
+    assert classes.labels.tolist() == [2, 0, 1, 0]
+    assert classes.names == NAMES
 
 
 @pytest.mark.parametrize(

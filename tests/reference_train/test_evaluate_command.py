@@ -249,6 +249,18 @@ def test_bad_arguments_and_files_raise_a_short_error_and_leave_nothing(
     assert not list(tmp_path.glob("out/*"))
 
 
+def test_the_model_is_loaded_with_the_settings_of_the_command(
+    run_folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    def load(_: Any, device: torch.device, **settings: Any) -> None:
+        raise CannotStart(f"{device} {settings}")
+
+    monkeypatch.setattr(command, "load", load)
+    expected = "tiny: cpu {'precision': 'amp_bf16', 'batch_size': 7, 'workers': 0}"
+    with pytest.raises(CannotStart, match=re.escape(expected)):
+        evaluate(tmp_path, run_folder, "--precision", "amp_bf16", "--batch-size", 7)
+
+
 def test_two_evaluations_at_once_lose_no_column(run_folder: Path, tmp_path: Path, monkeypatch):
     """Both read --out before one of them writes there, and both write slowly."""
     fork = multiprocessing.get_context("fork")

@@ -27,6 +27,12 @@ def test_the_printed_command_trains_the_preset_with_the_lambdas_of_the_loss(
         assert args.reference_batch_size == 128
 
 
+def test_runs_are_in_the_folder_logs_by_default(data: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(data.parent)
+    command.main(["--preset", "icons", "--data", "data", "--batch-size", "8", "--dry-run"])
+    assert " --logs logs --name icons-cyclip-0 " in capsys.readouterr().out
+
+
 def test_flags_after_the_dashes_override_the_preset(dry_run) -> None:
     args = dry_run("--", "--workers", "2", "--epochs", "7", "--lr", "0.5")
     assert (args.workers, args.epochs, args.lr) == (2, 7, 0.5)
