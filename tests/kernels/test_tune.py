@@ -137,6 +137,7 @@ def test_faster_tiles_are_kept_also_after_an_interrupt(file, monkeypatch, capsys
     assert [row[0] for row in rows] == list(KERNELS[:3])
     assert [row[4:6] for row in rows] == [["1.000", "0.970"], *[["1.000", "1.000"]] * 2]
     assert [row[6] for row in rows] == ["3.0%", "0.0%", "0.0%"]
+    assert "candidate 2 of 2" in err
     assert "stopped" in err
     assert str(file) in out
 
