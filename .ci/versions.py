@@ -240,7 +240,7 @@ def main() -> int:
             all_passed &= passed
     finally:  # also of what was tested before Ctrl-C
         print(table(rows), flush=True)
-        if arguments.output:
+        if arguments.output and rows:
             write_page(arguments.output, rows, len(names))
     return 0 if all_passed else 1
 

@@ -44,13 +44,16 @@ def choose(impl: str, features: Tensor) -> str:
         if features.shape[1] > kernels.MAX_D:
             return "eager"
         return "verified kernels" if verified_kernels().work(features) else "eager"
-    if find_spec("triton") is None:
-        raise ValueError("impl='triton' needs Triton, which is not installed")
     if features.is_cuda and not has_kernels:
         # The kernels might compile nevertheless, and give wrong results.
         raise ValueError(
             f"impl='triton': the kernels do not support {features.device} (they need "
             "NVIDIA Ampere or newer, Blackwell with Triton 3.9 or newer, or AMD gfx942)"
+        )
+    if find_spec("triton") is None:
+        raise ValueError(
+            "impl='triton' needs Triton, which is not installed, and features on a CUDA or ROCm "
+            f"device, got {features.device}"
         )
     from cyclip_loss import kernels
 
@@ -81,19 +84,19 @@ def module(engine: str, features: Tensor) -> Any:
 
 @lru_cache
 def _kernels_import() -> bool:
-    """Whether the kernels can be imported. Warns if Triton, which compiles them, is missing."""
+    """Whether the kernels can be imported. Warns if not: Triton is missing or broken."""
     if find_spec("triton") is None:
         warn_once(
             "triton",
             "Triton is not installed, so PyTorch computes instead of the kernels, with the same "
             "results but slower. Install the Triton that belongs to your version of PyTorch: "
-            "`pip install triton` (Windows: `triton-windows`; ROCm: `pytorch-triton-rocm` of "
-            "PyTorch's index). CYCLIP_LOSS_IMPL=eager chooses PyTorch without this warning",
+            "`pip install triton` (Windows: `triton-windows`; ROCm: the one that PyTorch's index "
+            "lists beside it). CYCLIP_LOSS_IMPL=eager chooses PyTorch without this warning",
         )
         return False
     try:
         from cyclip_loss import kernels  # noqa: F401
-    except Exception as error:  # as with a Triton that is broken
+    except Exception as error:
         warn_once(
             "kernels",
             "the Triton kernels cannot be imported; PyTorch computes instead, with the same "

@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from importlib import metadata
+from importlib.util import find_spec
 from math import gcd
 from typing import Any
 
@@ -133,16 +134,19 @@ def architecture(device: torch.device) -> str | None:
         name = torch.cuda.get_device_properties(device).gcnArchName
         return "gfx942" if name.startswith("gfx942") else None
     major, minor = torch.cuda.get_device_capability(device)
-    if major < 8 or (major >= 10 and (0, 0) < triton_version() < TRITON_FOR_BLACKWELL):
+    if major < 8:
+        return None
+    if major >= 10 and find_spec("triton") and triton_version() < TRITON_FOR_BLACKWELL:
         return None
     exact_match = {(8, 0): "sm_80", (9, 0): "sm_90"}.get((major, minor))
     return exact_match or ("sm_100" if major == 10 else "sm_86")
 
 
 def triton_version() -> tuple[int, ...]:
-    """Major and minor version, without importing Triton; (0, 0) if it is not installed."""
-    # The second and third names are those of PyTorch's own package index.
-    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm"):
+    """Major and minor version, without importing Triton; (0, 0) if no package of it is found."""
+    # Those beside "triton" are on PyTorch's own index; the last is for Windows.
+    names = ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm", "triton-windows")
+    for name in names:
         try:
             return tuple(int(part) for part in metadata.version(name).split(".")[:2])
         except metadata.PackageNotFoundError:

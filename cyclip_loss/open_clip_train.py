@@ -78,10 +78,10 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         if ours.impl == "triton":
             device = "cuda" if cuda.is_available() else "cpu"
             engines.choose("triton", torch.empty(1, 1, device=device))
-    except ImportError:
-        parser.error("--impl triton: Triton is not installed")
+    except ImportError as error:  # a broken Triton
+        parser.error(f"--impl triton: the kernels cannot be imported: {error}")
     except ValueError as error:
-        option, _, problem = str(error).replace("='triton':", " triton:").partition(" ")
+        option, _, problem = str(error).replace("='triton'", " triton").partition(" ")
         parser.error(f"--{option.replace('_', '-')} {problem}")
     return ours, theirs
 

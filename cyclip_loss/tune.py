@@ -247,7 +247,8 @@ def remember(file: Path, device: torch.device, key: str, tile: Any) -> bool:
 def main(arguments: list[str]) -> int:
     """Tune, keep what wins, print the table.
 
-    Returns the exit status: 1 if the choices could not be kept, 2 if there is no GPU with kernels.
+    Returns the exit status: 1 if the choices could not be kept, 2 if there is no
+    Triton or no GPU with kernels.
     """
     parser = argparse.ArgumentParser(prog="python -m cyclip_loss.tune", description=__doc__)
     parser.add_argument("--n", type=int, default=8192, help="pairs (default: 8192)")
@@ -259,7 +260,10 @@ def main(arguments: list[str]) -> int:
     if min(sizes := (options.n, options.d, options.seconds)) < 1:
         parser.error(f"--n, --d and --seconds must be 1 or more, got {sizes}")
     device = torch.device("cuda" if torch.cuda.is_available() and not options.dry_run else "cpu")
-    if find_spec("triton") is None or not (options.dry_run or architecture(device)):
+    if find_spec("triton") is None:
+        print("Triton is not installed", file=sys.stderr)
+        return 2
+    if not (options.dry_run or architecture(device)):
         print("no GPU on which the kernels run: --dry-run runs without one", file=sys.stderr)
         return 2
     if options.dry_run:

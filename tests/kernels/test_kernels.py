@@ -163,13 +163,14 @@ def test_tile_sizes_are_powers_of_two() -> None:
         ((10, 3), "3.9.0", "sm_100"),
         ((12, 0), "3.8.0", None),
         ((12, 0), "3.10.1", "sm_86"),
+        ((12, 0), None, None),  # a Triton of another package, whose version is not known
         ("gfx90a:sramecc+:xnack-", "3.9.0", None),
         ("gfx1100", "3.9.0", None),
         ("gfx942:sramecc+:xnack-", "3.6.0", "gfx942"),
     ],
 )
 def test_each_gpu_gets_the_kernels_that_its_version_of_triton_compiles(
-    capability, version: str, expected, monkeypatch
+    capability, version: str | None, expected, monkeypatch
 ) -> None:
     """Before 3.9, Triton fails to compile the kernels for Blackwell, or leaves products out."""
     is_amd = isinstance(capability, str)
@@ -177,7 +178,13 @@ def test_each_gpu_gets_the_kernels_that_its_version_of_triton_compiles(
     monkeypatch.setattr(torch.version, "hip", "6.4" if is_amd else None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(numerics.metadata, "version", lambda package: version)
+
+    def version_of(package: str) -> str:
+        if version is None:
+            raise numerics.metadata.PackageNotFoundError(package)
+        return version
+
+    monkeypatch.setattr(numerics.metadata, "version", version_of)
     assert numerics.architecture.__wrapped__(torch.device("cuda")) == expected
 
 

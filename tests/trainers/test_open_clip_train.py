@@ -292,7 +292,7 @@ def test_unsupported_runs_stop_with_one_line(
         ("--lambda-inmodal", "-1", "--lambda-inmodal must be finite and >= 0"),
         ("--reference-batch-size", "-1", "--reference-batch-size must be >= 1"),
         (CAPTIONS, "same", f"argument {CAPTIONS}: invalid choice: 'same'"),
-        ("--impl", "triton", "--impl='triton' needs features on a CUDA or ROCm device, got cpu"),
+        ("--impl", "triton", "--impl triton needs features on a CUDA or ROCm device, got cpu"),
         ("--lambda-warmup", "-1", "fraction of all steps from 0.0 to 1.0, not -1"),
         ("--lambda-warmup", "1.5", "fraction of all steps from 0.0 to 1.0, not 1.5"),
         ("--lambda-warmup", "half", "fraction of all steps from 0.0 to 1.0, not half"),
