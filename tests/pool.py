@@ -123,10 +123,12 @@ class Ranks:
         return [results[rank] for rank in sorted(results)]
 
 
-# What takes long to import. Triton is not among it: TRITON_INTERPRET counts when it is imported.
+# What takes long to import. The first also imports Triton, and so its interpreter.
 PRELOADED = (
     "torch._dynamo",
     "torch._inductor.config",
+    "functorch.compile",
+    "torch.export._trace",
     "torch.distributed.fsdp",
     "hypothesis",
     "pytest",

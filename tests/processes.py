@@ -1,5 +1,6 @@
 """Python in a separate process, in the checkout. Kernels are interpreted, and it sees no GPU."""
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -65,6 +66,7 @@ def _run(arguments: tuple[str, ...], output: list[Path], variables: dict[str, st
     os.environ |= variables
     multiprocessing.set_start_method("fork", force=True)  # for data loaders, as in a new process
     speed_up()
+    gc.freeze()  # the benchmarks collect garbage often, and not what is imported
     for stream, file in enumerate(output, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
     option, *others = arguments
