@@ -95,12 +95,9 @@ COLUMNS = {
 SMALL_DRY_RUN = """
 import runpy
 from dataclasses import replace
-import triton.runtime.interpreter
 from benchmarks.compare import cost
 from benchmarks.gpu import sections
-from interpreter import speed_up
 
-speed_up()
 tune = sections.tune
 sections.tune = lambda device, dtypes, n, d, seconds: tune(device, dtypes, 40, 24, seconds)
 sections.DRY_RUN = replace(sections.DRY_RUN, sizes=((40, 32),))
