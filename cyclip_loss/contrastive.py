@@ -204,7 +204,7 @@ def input_gradients(
     tensors: tuple[Tensor, ...],
     fields: Any,
     own_columns: int,
-    settings: "Settings",
+    settings: Settings,
     traced: bool,
     needs_input_grad: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:

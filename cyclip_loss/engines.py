@@ -26,8 +26,8 @@ def choose(impl: str, features: Tensor) -> str:
     computes a D that is too large for the kernels' offsets.
 
     Raises:
-        ValueError: the kernels were asked for and do not run on the features' device, or
-            CYCLIP_LOSS_IMPL is not one of `IMPLS`.
+        ValueError: the kernels were asked for, and Triton or a device that they support is
+            missing; or CYCLIP_LOSS_IMPL is not one of `IMPLS`.
     """
     if impl == "auto":
         impl = os.environ.get("CYCLIP_LOSS_IMPL") or "auto"

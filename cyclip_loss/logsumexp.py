@@ -131,8 +131,7 @@ class _LogSumExp(torch.autograd.Function):
             # G has the size of the upstream gradients, which are too small for float16.
             fields = [fields[0].float(), fields[1].float(), *fields[2:]]
         compute = _forward_operator if traced else logsumexp_forward
-        arguments = (settings.engine, settings.strategy, *ranks.operator_arguments())
-        results: tuple[Tensor, ...] = compute(*fields, *arguments)
+        results: tuple[Tensor, ...] = compute(*fields, *settings)
         ctx.save_for_backward(*fields[:5], *results[:2])
         ctx.rest = fields[5:], own_columns, ranks, settings, traced
         return results
@@ -167,14 +166,14 @@ class _LogSumExp(torch.autograd.Function):
 
 @takes_fields
 def logsumexp_forward(
-    logits: Logits, engine: str, strategy: str, group_name: str, rows_per_rank: list[int] | None
+    logits: Logits, settings: contrastive.Settings
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The results of `_LogSumExp`. The last four arguments are as in `contrastive.Settings`."""
+    """The results of `_LogSumExp`."""
     row_features, first_column = logits.row_features, logits.first_column
-    ranks = Ranks.from_operator_arguments(group_name, rows_per_rank)
-    compute = engines.module(engine, row_features)
+    ranks = Ranks.from_operator_arguments(settings.group_name, settings.rows_per_rank)
+    compute = engines.module(settings.engine, row_features)
     with without_autocast(row_features):
-        lse = contrastive.STRATEGIES[strategy].log_sum_exps(compute, logits, ranks)
+        lse = contrastive.STRATEGIES[settings.strategy].log_sum_exps(compute, logits, ranks)
     column_lse = lse.column_negatives_lse
     if logits.symmetric and column_lse.shape[0] > row_features.shape[0]:
         # This rank's, without extra negatives. A copy, because a view would keep all of them.
@@ -183,9 +182,7 @@ def logsumexp_forward(
 
 
 @takes_fields
-def _forward_fake(
-    logits: Logits, engine: str, strategy: str, group_name: str, rows_per_rank: list[int] | None
-) -> tuple[Tensor, ...]:
+def _forward_fake(logits: Logits, settings: contrastive.Settings) -> tuple[Tensor, ...]:
     n, new = logits.row_features.shape[0], logits.logit_scale.new_empty
     return new((n,)), new((n if logits.symmetric else 0,)), new((n,))
 

@@ -3,9 +3,9 @@
 Both compare with `cyclip_loss.reference` in float64, which is dense and literal:
 
 - `check`, for any input: no element's error exceeds the bound that `rounding.py` derives for it.
-- `check_beside_pytorch`, for ordinary inputs: no result's largest error exceeds TIMES_PYTORCH times
-  the largest error of plain PyTorch, which computes the definition in the same dtype on the same
-  input. ROUNDINGS times the rounding of the largest element is added, because a scalar that
+- `check_against_pytorch`, for ordinary inputs: no result's largest error exceeds TIMES_PYTORCH
+  times the largest error of plain PyTorch, which computes the definition in the same dtype on the
+  same input. ROUNDINGS times the rounding of the largest element is added, because a scalar that
   PyTorch computes may be exact by chance.
 
 The second oracle does not use our formulas, so a mistake in the derived bounds cannot deceive it.
@@ -180,14 +180,14 @@ def check_bound(name: str, actual: Tensor, exact: list[Tensor], bound: Tensor | 
         raise AssertionError(f"{name}: error up to {error.max():.3g}, {worst:.2f} times the bound")
 
 
-def check_loss_beside_pytorch(case: Case, impl: str, device: Device) -> None:
+def check_loss_against_pytorch(case: Case, impl: str, device: Device) -> None:
     """Assert that no term or gradient is much less accurate than plain PyTorch's."""
     features = case.features(device)
     terms, grads = evaluate(case, features, impl, device, case.ids(device))
-    check_beside_pytorch(case, features, terms, grads)
+    check_against_pytorch(case, features, terms, grads)
 
 
-def check_beside_pytorch(case: Case, features: Tensors, terms: Tensors, grads: Grads) -> None:
+def check_against_pytorch(case: Case, features: Tensors, terms: Tensors, grads: Grads) -> None:
     """Assert that each result's largest error is at most a small multiple of plain PyTorch's."""
     exact_terms, exact_grads = exact_results(case, features)
     plain_terms, plain_grads = plain_results(case, features)

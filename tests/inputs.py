@@ -1,10 +1,13 @@
 """Inputs for the tests: features of every dtype, layout and geometry, the same on every device."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from hypothesis import example
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -207,6 +210,19 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     "strip_rows": st.sampled_from([None, 1, 7, 32]),
     "seed": st.integers(0, 99),
 }
+
+
+def with_cases(fixed: list[Any]) -> Callable[[Any], Any]:
+    """A decorator that adds fixed cases to those that Hypothesis draws."""
+    return lambda test: reduce(lambda found, case: example(case=case)(found), fixed, test)
+
+
+def for_kernels(fixed: list[Any]) -> list[Any]:
+    """The cases, in float32 instead of float64, which the kernels do not compute."""
+    return [
+        replace(case, dtype=torch.float32) if case.dtype == torch.float64 else case
+        for case in fixed
+    ]
 
 
 def cases(**given: st.SearchStrategy[Any]) -> st.SearchStrategy[Case]:

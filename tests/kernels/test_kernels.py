@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accuracy import check, check_beside_pytorch, check_loss, evaluate
+from accuracy import check, check_against_pytorch, check_loss, evaluate
 from conftest import needs_triton, setting
 from inputs import Case, normal
 from processes import run_forked
@@ -32,7 +32,7 @@ def test_shipped_tiles_are_accurate(
     features = case.features(device)
     terms, grads = evaluate(case, features, "triton", device)
     check(case, features, terms, grads, "triton")
-    check_beside_pytorch(case, features, terms, grads)
+    check_against_pytorch(case, features, terms, grads)
 
 
 @on_a_cpu

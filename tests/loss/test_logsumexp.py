@@ -1,17 +1,26 @@
 """`contrastive_logsumexp` against its dense definition, with gradients of losses made from it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import reduce
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import needs_triton
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from inputs import DTYPES, LAYOUTS, SIZES, lay_out, loss_dtype, normal, pairs
+from inputs import (
+    DTYPES,
+    LAYOUTS,
+    SIZES,
+    for_kernels,
+    lay_out,
+    loss_dtype,
+    normal,
+    pairs,
+    with_cases,
+)
 from torch import Tensor
 
 from cyclip_loss import contrastive_logsumexp, reference
@@ -165,17 +174,6 @@ CASES = {
 }
 
 
-# The kernels do not compute float64.
-HARD_FOR_KERNELS = [
-    replace(case, dtype=torch.float32) if case.dtype == torch.float64 else case for case in HARD
-]
-
-
-def with_cases(cases: list[LseCase]) -> Callable[[Any], Any]:
-    """Adds these cases to what Hypothesis draws."""
-    return lambda test: reduce(lambda found, case: example(case=case)(found), cases, test)
-
-
 @settings(max_examples=60)
 @given(case=st.builds(LseCase, **CASES))
 @with_cases(HARD)
@@ -186,7 +184,7 @@ def test_eager_agrees_with_the_dense_definition(case: LseCase, device: torch.dev
 @needs_triton
 @settings(max_examples=15)
 @given(case=st.builds(LseCase, **(CASES | {"dtype": st.sampled_from(DTYPES[1:])})))
-@with_cases(HARD_FOR_KERNELS)
+@with_cases(for_kernels(HARD))
 def test_kernels_agree_with_the_dense_definition(case: LseCase, device: torch.device) -> None:
     check(case, "triton", device)
 
@@ -257,7 +255,22 @@ def test_the_forward_operator_passes_opcheck(device: torch.device) -> None:
     """`opcheck` tests the schema, mutation, aliasing, and the shapes of fake tensors."""
     image, text, scale = LseCase(9, 4).tensors(device).values()
     for symmetric in (True, False):
-        arguments = (image, text, scale, None, None, 0, symmetric, 9, "eager", "local", "", None)
+        arguments = (
+            image,
+            text,
+            scale,
+            None,
+            None,
+            0,
+            symmetric,
+            9,
+            9,
+            False,
+            "eager",
+            "local",
+            "",
+            None,
+        )
         torch.library.opcheck(torch.ops.cyclip_loss.logsumexp_forward.default, arguments)
 
 

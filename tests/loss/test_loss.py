@@ -1,16 +1,14 @@
 """The loss against its definition in float64, the definition itself, NaN, and matmul precision."""
 
 import math
-from dataclasses import replace
-from functools import reduce
 
 import pytest
 import torch
-from accuracy import check_loss, check_loss_beside_pytorch
+from accuracy import check_loss, check_loss_against_pytorch
 from conftest import needs_triton, setting
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from inputs import ARGUMENT_NAMES, DTYPES, VIEWS, Case, cases, pairs
+from inputs import ARGUMENT_NAMES, DTYPES, VIEWS, Case, cases, for_kernels, pairs, with_cases
 from torch import Tensor
 
 from cyclip_loss import CyclicPenalty, CyCLIPLoss, cyclic_penalty, cyclip_loss, numerics, reference
@@ -74,17 +72,6 @@ ORDINARY = [
 ]
 
 
-# The kernels do not compute float64.
-HARD_FOR_KERNELS = [
-    replace(case, dtype=torch.float32) if case.dtype == WIDE else case for case in HARD
-]
-
-
-def with_cases(cases: list[Case]):
-    """Adds these cases to what Hypothesis draws."""
-    return lambda test: reduce(lambda found, case: example(case=case)(found), cases, test)
-
-
 @settings(max_examples=150)
 @given(case=cases())
 @with_cases(HARD)
@@ -101,7 +88,7 @@ def test_eager_engine_is_accurate_in_each_element(case: Case, device: torch.devi
         negatives=st.tuples(*[st.sampled_from([None, None, 0, 1, 50])] * 2),
     )
 )
-@with_cases(HARD_FOR_KERNELS)
+@with_cases(for_kernels(HARD))
 def test_kernels_are_accurate_in_each_element(case: Case, device: torch.device) -> None:
     check_loss(case, "triton", device)
 
@@ -110,7 +97,7 @@ def test_kernels_are_accurate_in_each_element(case: Case, device: torch.device) 
 def test_errors_are_at_most_three_times_those_of_plain_pytorch(
     case: Case, impl: str, device
 ) -> None:
-    check_loss_beside_pytorch(case, impl, device)
+    check_loss_against_pytorch(case, impl, device)
 
 
 @pytest.mark.parametrize("n", [5, 30])

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accuracy import check, check_beside_pytorch, evaluate
+from accuracy import check, check_against_pytorch, evaluate
 from hypothesis import strategies as st
 from inputs import DTYPES, NEGATIVES, STRATEGIES, Case, Grads, Tensors, loss_dtype
 from pool import Ranks, own_device
@@ -70,10 +70,10 @@ def step(rank: int, world_size: int, case: RankCase) -> tuple[Tensors, Grads]:
     )
 
 
-def check_ranks(case: RankCase, ranks: Ranks, beside_pytorch: bool = False) -> None:
+def check_ranks(case: RankCase, ranks: Ranks, against_pytorch: bool = False) -> None:
     """Assert that each rank has the terms of the whole batch, and W times the gradients.
 
-    Only the average over ranks of the scale's gradient is compared. beside_pytorch: whether to
+    Only the average over ranks of the scale's gradient is compared. against_pytorch: whether to
     compare errors with those of plain PyTorch, too.
     """
     all_terms, all_grads = zip(*ranks.run(case.world_size, step, case), strict=True)
@@ -92,8 +92,8 @@ def check_ranks(case: RankCase, ranks: Ranks, beside_pytorch: bool = False) -> N
             grads[name] = torch.cat(parts)
     features = case.features("cpu")
     check(case, features, terms, grads, case.impl)
-    if beside_pytorch:
-        check_beside_pytorch(case, features, terms, grads)
+    if against_pytorch:
+        check_against_pytorch(case, features, terms, grads)
 
 
 def rank_cases(world_size: int, impl: str) -> st.SearchStrategy[RankCase]:

@@ -55,7 +55,7 @@ def test_all_options_together_are_accurate(impl: str, dist_impl: str, ranks: Ran
         distinct_ids=4,
         negatives=(9, 3),
     )
-    check_ranks(case, ranks, beside_pytorch=True)
+    check_ranks(case, ranks, against_pytorch=True)
     uneven = {"rows_per_rank": (5, 0, 40), "strip_rows": 7, "uneven": True}
     check_ranks(replace(case, same_ids="positives", seed=1, **uneven), ranks)
 
