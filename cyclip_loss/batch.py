@@ -76,13 +76,14 @@ def prepare(
     image_features: Tensor,
     text_features: Tensor,
     logit_scale: Tensor | float,
-    augmented_image_features: Tensor | None,
-    augmented_text_features: Tensor | None,
-    ids: Tensor | None,
-    negative_image_features: Tensor | None,
-    negative_text_features: Tensor | None,
     options: LossOptions,
-    output_dict: bool,
+    output_dict: bool = False,
+    *,
+    augmented_image_features: Tensor | None = None,
+    augmented_text_features: Tensor | None = None,
+    ids: Tensor | None = None,
+    negative_image_features: Tensor | None = None,
+    negative_text_features: Tensor | None = None,
     function: str = "cyclip_loss",
     one_way: bool = False,
 ) -> Batch:
@@ -211,14 +212,14 @@ def check_features(
         second = first.view_as(first)
     if autocast:
         first, second = _autocast(first), _autocast(second)
+    shapes: Any = tuple(first.shape), tuple(second.shape)
+    if not paired:
+        shapes = first.shape[1], second.shape[1]
     compared: list[tuple[str, type[Exception], Any, Any]] = [
+        ("shape" if paired else "D", ValueError, *shapes),
         ("device", ValueError, first.device, second.device),
         ("dtype", TypeError, first.dtype, second.dtype),
     ]
-    if paired:
-        compared.insert(0, ("shape", ValueError, tuple(first.shape), tuple(second.shape)))
-    else:
-        compared.insert(0, ("D", ValueError, first.shape[1], second.shape[1]))
     for what, error, a, b in compared:
         if a != b:
             raise error(f"{' and '.join(names)} must have the same {what}, got {a} and {b}")

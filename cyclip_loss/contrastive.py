@@ -14,8 +14,8 @@ sums run over *negatives*: a_i, b_j are the log-sum-exps of row i and column j w
 Forward saves the features and vectors of N elements, no N x N matrix. Backward computes the logits
 again: 8 N^2 D flops in all, where dense autograd takes 6 N^2 D.
 
-With the N pairs spread over W ranks, the columns reach the rows by one of three strategies, a file
-each: `local.py` (one process), `gather.py` and `ring.py`.
+With the N pairs spread over W ranks, the columns reach the rows by one of two strategies, a file
+each: `gather.py` (also for one process, "local") and `ring.py`.
 
 Extra negatives are rows and columns without a pair, after the pairs. Their own log-sum-exps are
 not part of the loss, so backward gets inf for them. That makes their part of G, the gradient of the
@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cyclip_loss import distributed, engines, gather, local, ring
+from cyclip_loss import distributed, engines, gather, ring
 from cyclip_loss.batch import Batch, Plan, without_autocast
 from cyclip_loss.distributed import Ranks
 from cyclip_loss.logits import ALL_ROWS, Logits, SavedStatistics
@@ -41,14 +41,12 @@ from cyclip_loss.operators import call_backward, empty_grad_like, register, take
 from cyclip_loss.options import LossOptions
 from cyclip_loss.positives import WithPositives
 
-STRATEGIES: Any = {"local": local, "gather": gather, "ring": ring}
+STRATEGIES: Any = {"local": gather, "gather": gather, "ring": ring}
 
 
-class Gathers(NamedTuple):
-    """All-gathers that run while other terms are computed; None where nothing is sent."""
-
-    column_features: list[Tensor | None]  # of each contrastive term
-    ids: Tensor | None
+# All-gathers that run while other terms are computed: of the column features of each contrastive
+# term, and of the ids. None where nothing is sent.
+Gathers = tuple[list[Tensor | None], Tensor | None]
 
 
 def start_gathers(batch: Batch, plan: Plan) -> Gathers:
@@ -59,7 +57,7 @@ def start_gathers(batch: Batch, plan: Plan) -> Gathers:
         gathers = plan.strategy == "gather"
         column_features.append(distributed.start_gather(features, ranks) if gathers else None)
     ids = None if batch.ids is None else distributed.start_gather(batch.ids, batch.ranks)
-    return Gathers(column_features, ids)
+    return column_features, ids
 
 
 def terms(batch: Batch, plan: Plan, options: LossOptions, gathers: Gathers) -> dict[str, Tensor]:
@@ -79,16 +77,16 @@ def terms(batch: Batch, plan: Plan, options: LossOptions, gathers: Gathers) -> d
 def term_inputs(batch: Batch, plan: Plan, gathers: Gathers) -> list[tuple[Any, ...]]:
     """The inputs of the autograd function for each contrastive term: see `_Contrastive`."""
     assert batch.logit_scale is not None
+    gathered_columns, gathered_ids = gathers
     batch_ids = None
-    if gathers.ids is not None:
-        batch_ids = distributed.finish_gather(gathers.ids, batch.ranks)
+    if gathered_ids is not None:
+        batch_ids = distributed.finish_gather(gathered_ids, batch.ranks)
     elif batch.ids is not None:
         batch_ids = batch.ids.view_as(batch.ids)  # torch.compile refuses the same tensor twice
     all_inputs: list[tuple[Any, ...]] = []
     for index, row_features in enumerate(batch.row_features):
         ranks = batch.column_ranks if index == 0 else batch.ranks
         column_features = batch.column_features[index]
-        gathered = gathers.column_features[index]
         row_ids, column_ids, num_pairs = batch.ids, batch_ids, ALL_ROWS
         if batch.has_negatives and index == 0:
             num_pairs = batch.image_features.shape[0]
@@ -113,7 +111,7 @@ def term_inputs(batch: Batch, plan: Plan, gathers: Gathers) -> list[tuple[Any, .
             first_column,
             symmetric,
             num_pairs,
-            gathered,
+            gathered_columns[index],
             ranks,
             settings,
             plan.traced,
@@ -282,12 +280,11 @@ def contrastive_forward(
     return loss, row_lse, column_lse, pair_gradient
 
 
-@takes_fields
-def _forward_fake(logits: Logits, settings: Settings) -> tuple[Tensor, ...]:
+def _forward_fake(arguments: Any) -> tuple[Tensor, ...]:
     # shape[0], not len: len would make a symbolic size static, and every N would be compiled.
-    n = logits.row_features.shape[0]
-    m = logits.column_features.shape[0] if logits.symmetric else 0
-    new = logits.logit_scale.new_empty
+    n = arguments.row_features.shape[0]
+    m = arguments.column_features.shape[0] if arguments.symmetric else 0
+    new = arguments.logit_scale.new_empty
     return new(()), new((n,)), new((m,)), new((n,))
 
 
@@ -323,22 +320,12 @@ def contrastive_backward(
     return row_grad.to(row_features.dtype), column_grad.to(column_features.dtype), scale_grad
 
 
-@takes_fields
-def _backward_fake(
-    logits: Logits,
-    saved: SavedStatistics,
-    grad: Tensor,
-    needs: list[bool],
-    own_columns: int,
-    settings: Settings,
-) -> tuple[Tensor, Tensor, Tensor]:
-    column_features = logits.column_features
-    own = column_features.new_empty(own_columns, column_features.shape[1])
-    return (
-        empty_grad_like(logits.row_features, needs[0]),
-        empty_grad_like(own, needs[1]),
-        logits.logit_scale.new_empty(()),
-    )
+def _backward_fake(arguments: Any) -> tuple[Tensor, ...]:
+    column_features, needs = arguments.column_features, arguments.needs
+    own_columns = column_features.new_empty(arguments.own_columns, column_features.shape[1])
+    row_grad = empty_grad_like(arguments.row_features, needs[0])
+    column_grad = empty_grad_like(own_columns, needs[1])
+    return row_grad, column_grad, arguments.logit_scale.new_empty(())
 
 
 _backward_operator = register(contrastive_backward, _backward_fake)

@@ -156,11 +156,10 @@ def gram_matrices(
         return compute.gram_matrices(image_features, text_features, with_cross)  # type: ignore[no-any-return]
 
 
-def _gram_fake(
-    image_features: Tensor, text_features: Tensor, with_cross: bool, engine: str
-) -> Tensor:
-    d, dtype = image_features.shape[1], accumulation_dtype(image_features.dtype)
-    return image_features.new_empty(3 if with_cross else 2, d, d, dtype=dtype)
+def _gram_fake(arguments: Any) -> Tensor:
+    features: Tensor = arguments.image_features
+    d, dtype = features.shape[1], accumulation_dtype(features.dtype)
+    return features.new_empty(3 if arguments.with_cross else 2, d, d, dtype=dtype)
 
 
 _gram_operator = register(gram_matrices, _gram_fake)
@@ -184,17 +183,9 @@ def cyclic_grads(
         )
 
 
-def _grads_fake(
-    image_features: Tensor,
-    text_features: Tensor,
-    grams: Tensor,
-    grads: list[Tensor],
-    weights: list[Tensor],
-    size: int,
-    needs: list[bool],
-    engine: str,
-) -> tuple[Tensor, Tensor]:
-    return empty_grad_like(image_features, needs[0]), empty_grad_like(text_features, needs[1])
+def _grads_fake(arguments: Any) -> tuple[Tensor, ...]:
+    features = arguments.image_features, arguments.text_features
+    return tuple(empty_grad_like(x, need) for x, need in zip(features, arguments.needs))  # noqa: B905
 
 
 _grads_operator = register(cyclic_grads, _grads_fake)

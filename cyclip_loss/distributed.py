@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from cyclip_loss.numerics import on_device_of
+
 _collectives: Any = torch.ops._c10d_functional
 # Takes the place of the process group, which cannot be stored, in a stored module.
 NOT_STORED = "not stored with the module: set its attribute process_group"
@@ -151,8 +153,7 @@ def _compare(
     ranks = ranks_of(options.process_group)
     own = {**signature, **{name: getattr(options, name) for name in weights}}
     answers: list[Any] = [None] * ranks.size
-    device_of: Any = torch.cuda.device_of
-    with device_of(features):
+    with on_device_of(features):
         message = {"rows": tuple(num_rows.values()), **own}
         dist.all_gather_object(answers, message, group=ranks.group)
 
@@ -280,15 +281,11 @@ class Hop:
         target, source = (ranks.rank + 1) % ranks.size, (ranks.rank - 1) % ranks.size
         operations = []
         for tag, (outgoing, incoming) in enumerate(zip(self.sent, self.received, strict=True)):
-            for move, block, peer in (
-                (dist.isend, outgoing, target),
-                (dist.irecv, incoming, source),
-            ):
-                operations.append(
-                    dist.P2POp(move, block, group=ranks.group, tag=tag, group_peer=peer)
-                )
-        device_of: Any = torch.cuda.device_of
-        with device_of(self.sent[0]):
+            operations += [
+                dist.P2POp(dist.isend, outgoing, group=ranks.group, tag=tag, group_peer=target),
+                dist.P2POp(dist.irecv, incoming, group=ranks.group, tag=tag, group_peer=source),
+            ]
+        with on_device_of(self.sent[0]):
             self.works = dist.batch_isend_irecv(operations)
 
     def finish(self) -> list[Tensor]:

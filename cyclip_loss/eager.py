@@ -8,6 +8,9 @@ many times as fast and as exact, except that G is rounded to 16 bits.
 I, T are the row features (n, D) and the column features (m, D) of `Logits`.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,18 +20,34 @@ from cyclip_loss.logits import Logits, SavedStatistics
 from cyclip_loss.numerics import accumulation_dtype, rows_per_strip, strips
 
 
-def _how_to_multiply(
-    features: Tensor, factor_dtype: torch.dtype
-) -> tuple[bool, dict[str, torch.dtype]]:
-    """Whether to scale the rows before the product s * I T^T, and the options of `torch.mm`.
+def _factors(logits: Logits) -> Tensor:
+    """The column features in the dtype in which they are multiplied."""
+    features = logits.row_features
+    wide = numerics.has_wide_products(features)
+    return logits.column_features.to(features.dtype if wide else accumulation_dtype(features.dtype))
 
-    Scaling the smaller factor takes n * D multiplications instead of n * m. But off the CPU the
-    product may be in tf32, which holds 16-bit features exactly, but not s * I.
+
+def _strips(logits: Logits, columns: Tensor) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor]]:
+    """For each strip its first row, its end, its rows, its logits, and a buffer of their shape.
+
+    columns: `_factors` of the logits, to whose dtype the rows are cast.
     """
-    dtype = accumulation_dtype(features.dtype)
-    if factor_dtype != dtype:
-        return False, {"out_dtype": dtype}
-    return features.is_cpu, {}
+    dtype = accumulation_dtype(columns.dtype)
+    options = {} if columns.dtype == dtype else {"out_dtype": dtype}
+    # Scaling the smaller factor takes n * D multiplications instead of n * m. But off the CPU the
+    # product may be in tf32, which holds 16-bit features exactly, but not s * I.
+    scales_rows = columns.dtype == dtype and columns.is_cpu
+    n, m = len(logits.row_features), len(columns)
+    height = min(n, rows_per_strip(m, columns.device))
+    buffers = [columns.new_empty(height, m, dtype=dtype) for _ in range(2)]
+    for start, stop in strips(n, height):
+        strip, buffer = (x[: stop - start] for x in buffers)
+        rows = logits.row_features[start:stop].to(columns.dtype)
+        if scales_rows:
+            torch.mm(rows * logits.logit_scale, columns.T, out=strip)
+        else:
+            torch.mm(rows, columns.T, out=strip, **options).mul_(logits.logit_scale)
+        yield start, stop, rows, strip, buffer
 
 
 def _pairs(strip: Tensor, start: int, logits: Logits) -> tuple[Tensor, slice]:
@@ -46,28 +65,15 @@ def contrastive_lse(logits: Logits) -> tuple[Tensor, Tensor, Tensor]:
     pair_logits (n,), in the accumulation dtype. Without negatives the log-sum-exp is -inf. A row
     without a partner has pair logit 0.
     """
-    row_features, column_features, logit_scale = logits[:3]
-    n, m = len(row_features), len(column_features)
-    dtype = accumulation_dtype(row_features.dtype)
-    factor_dtype = row_features.dtype if numerics.has_wide_products(row_features) else dtype
-    scales_rows, mm_options = _how_to_multiply(row_features, factor_dtype)
-    columns_t = column_features.to(factor_dtype).T
-    height = min(n, rows_per_strip(m, row_features.device))
-    logits_buffer = columns_t.new_empty(height, m, dtype=dtype)
-    exp_buffer = torch.empty_like(logits_buffer)
-    row_negatives_lse = columns_t.new_empty(n, dtype=dtype)
-    pair_logits = columns_t.new_zeros(n, dtype=dtype)
+    columns = _factors(logits)
+    n, m, dtype = len(logits.row_features), len(columns), accumulation_dtype(columns.dtype)
+    row_negatives_lse = columns.new_empty(n, dtype=dtype)
+    pair_logits = columns.new_zeros(n, dtype=dtype)
     # Maxima are kept finite, also of rows without negatives, as -inf - (-inf) would be NaN.
     lowest = torch.finfo(dtype).min
-    column_max = columns_t.new_full((m if logits.symmetric else 0,), lowest, dtype=dtype)
+    column_max = columns.new_full((m if logits.symmetric else 0,), lowest, dtype=dtype)
     column_sum = torch.zeros_like(column_max)
-    for start, stop in strips(n, height):
-        strip, exps = logits_buffer[: stop - start], exp_buffer[: stop - start]
-        rows = row_features[start:stop].to(factor_dtype)
-        if scales_rows:
-            torch.mm(rows * logit_scale, columns_t, out=strip)
-        else:
-            torch.mm(rows, columns_t, out=strip, **mm_options).mul_(logit_scale)
+    for start, stop, _, strip, exps in _strips(logits, columns):
         pairs, paired_rows = _pairs(strip, start, logits)
         pair_logits[paired_rows] = pairs
         pairs.fill_(-torch.inf)
@@ -142,31 +148,18 @@ def contrastive_grads(
     ranks), empty where not needed; and ds, a scalar, arbitrary if not needed.
     """
     needs_rows, needs_columns, needs_scale = needs
-    row_features, column_features, logit_scale = logits[:3]
-    n, m = len(row_features), len(column_features)
-    dtype = accumulation_dtype(row_features.dtype)
-    factor_dtype = row_features.dtype if numerics.has_wide_products(row_features) else dtype
-    scales_rows, mm_options = _how_to_multiply(row_features, factor_dtype)
-    columns = column_features.to(factor_dtype)
-    height = min(n, rows_per_strip(m, row_features.device))
-    logits_buffer = columns.new_empty(height, m, dtype=dtype)
-    gradient_buffer = torch.empty_like(logits_buffer)
+    row_features, columns = logits.row_features, _factors(logits)
+    dtype = accumulation_dtype(columns.dtype)
     # float16 keeps 11 bits only above 6e-5, and most of G is smaller. So 2^14 * G is multiplied,
     # whose largest possible element, 2^15, still fits.
-    shift = 14 if factor_dtype == torch.float16 else 0
+    shift = 14 if columns.dtype == torch.float16 else 0
     weighted_grad = grad * (weight * 2.0**-shift)
-    feature_weight = weighted_grad * logit_scale
+    feature_weight = weighted_grad * logits.logit_scale
     scale_sum = saved.row_lse.new_zeros(())
     grad_dtype = dtype if wide else row_features.dtype
     row_grad = row_features.new_empty(row_features.shape if needs_rows else (0,), dtype=grad_dtype)
     column_grad = columns.new_zeros(columns.shape if needs_columns else (0,), dtype=dtype)
-    for start, stop in strips(n, height):
-        strip, gradient = logits_buffer[: stop - start], gradient_buffer[: stop - start]
-        rows = row_features[start:stop].to(factor_dtype)
-        if scales_rows:
-            torch.mm(rows * logit_scale, columns.T, out=strip)
-        else:
-            torch.mm(rows, columns.T, out=strip, **mm_options).mul_(logit_scale)
+    for start, stop, rows, strip, gradient in _strips(logits, columns):
         torch.sub(strip, saved.row_lse[start:stop, None], out=gradient).exp_()
         if logits.symmetric:
             gradient.add_(strip.sub_(saved.column_lse).exp_())
@@ -175,8 +168,8 @@ def contrastive_grads(
             gradient.masked_fill_(same, 0.0)
         pairs, paired_rows = _pairs(gradient, start, logits)
         pairs.copy_(saved.pair_gradient[paired_rows])
-        if factor_dtype != dtype:
-            gradient = gradient.mul_(2.0**shift).to(factor_dtype)
+        if columns.dtype != dtype:
+            gradient = gradient.mul_(2.0**shift).to(columns.dtype)
         # sum_ij G_ij (I_i . T_j) = sum_i I_i . (G T)_i = sum_j T_j . (G^T I)_j. From a feature
         # gradient that is computed anyway, it takes n * D multiplications.
         if needs_rows or not needs_columns:
@@ -215,16 +208,26 @@ def gram_matrices(image_features: Tensor, text_features: Tensor, with_cross: boo
 def cyclic_terms(grams: Tensor, weights: list[Tensor], separate: bool) -> list[Tensor]:
     """The weighted penalties from `gram_matrices` of all rows of the global batch.
 
-        p = <A, B>_F,  q = <C, C^T>_F,  N * P_in = (p + q) / 2,  N * P_cross = (p - q) / 2
+        p = <A, B>_F,  q = <C, C^T>_F
 
-    weights: of N * P_in and of N * P_cross, scalars on the features' device or on the CPU. Without
-    C they are equal, and the sum does not need q. Returns both if `separate`, else [their sum].
+    Without C, the weights are equal. The rest is as in `weighted_penalties`.
     """
     p = (grams[0] * grams[1]).sum()
-    if len(grams) == 2:
+    q = (grams[2] * grams[2].T).sum() if len(grams) == 3 else None
+    return weighted_penalties(p, q, weights, separate)
+
+
+def weighted_penalties(p: Tensor, q: Tensor | None, weights: Any, separate: bool) -> list[Tensor]:
+    """Both weighted penalties if `separate`, else [their sum] (Goel et al. 2022, eq. 2 and 3).
+
+        N * P_in = (p + q) / 2,  N * P_cross = (p - q) / 2
+
+    weights: of N * P_in and of N * P_cross, numbers, or scalar tensors on the device of p or on the
+    CPU. q: None if the weights are equal and only the sum is wanted, which does not need it.
+    """
+    if q is None:
         # Use both weights, so that torch.compile treats both as inputs.
         return [p * ((weights[0] + weights[1]) / 2)]
-    q = (grams[2] * grams[2].T).sum()
     # Both are sums of squares. Rounding must not make them negative; `clamp` keeps NaN.
     inmodal = (p + q).clamp_(min=0) * (weights[0] / 2)
     crossmodal = (p - q).clamp_(min=0) * (weights[1] / 2)

@@ -29,8 +29,10 @@ def choose(impl: str, features: Tensor) -> str:
         ValueError: the kernels were asked for, and Triton or a device that they support is
             missing; or CYCLIP_LOSS_IMPL is not one of `IMPLS`.
     """
+    asked = f"impl={impl!r}"
     if impl == "auto":
         impl = os.environ.get("CYCLIP_LOSS_IMPL") or "auto"
+        asked = f"CYCLIP_LOSS_IMPL={impl}"
         if impl not in IMPLS:
             raise ValueError(f"CYCLIP_LOSS_IMPL must be one of {', '.join(IMPLS)}, got {impl!r}")
     if impl == "eager" or features.dtype == torch.float64:
@@ -47,19 +49,19 @@ def choose(impl: str, features: Tensor) -> str:
     if features.is_cuda and not has_kernels:
         # The kernels might compile nevertheless, and give wrong results.
         raise ValueError(
-            f"impl='triton': the kernels do not support {features.device} (they need "
+            f"{asked}: the kernels do not support {features.device} (they need "
             "NVIDIA Ampere or newer, Blackwell with Triton 3.9 or newer, or AMD gfx942)"
         )
     if find_spec("triton") is None:
         raise ValueError(
-            "impl='triton' needs Triton, which is not installed, and features on a CUDA or ROCm "
+            f"{asked} needs Triton, which is not installed, and features on a CUDA or ROCm "
             f"device, got {features.device}"
         )
     from cyclip_loss import kernels
 
     if not (features.is_cuda or kernels.INTERPRETED):
         raise ValueError(
-            f"impl='triton' needs features on a CUDA or ROCm device, got {features.device} "
+            f"{asked} needs features on a CUDA or ROCm device, got {features.device} "
             "(TRITON_INTERPRET=1 runs the kernels on CPU, for tests)"
         )
     return "kernels"

@@ -22,7 +22,7 @@ empty, if an option has a bad value, or if the process group cannot be used.
 """
 
 from numbers import Real
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -33,9 +33,38 @@ from cyclip_loss.batch import prepare, prepare_pairs
 from cyclip_loss.options import LossOptions, PenaltyOptions, given_options
 from cyclip_loss.plan import make_plan
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = ["caption_ids", "cyclic_penalty", "cyclip_loss"]
 
 CYCLIC_TERMS = ("inmodal_cyclic_loss", "crossmodal_cyclic_loss")
+
+
+class _PenaltyKeywords(TypedDict, total=False):
+    """Keywords of both functions, for type checkers: their overloads share them."""
+
+    reference_batch_size: int | None
+    process_group: ProcessGroup | None
+    distributed: bool
+    impl: str
+
+
+class _LossKeywords(_PenaltyKeywords, total=False):
+    """Keywords of `cyclip_loss`."""
+
+    augmented_image_features: Tensor | None
+    augmented_text_features: Tensor | None
+    ids: Tensor | None
+    negative_image_features: Tensor | None
+    negative_text_features: Tensor | None
+    lambda_inmodal: float
+    lambda_crossmodal: float
+    dist_impl: str
+    same_ids: str
+    uneven: bool
+    inmodal_contrastive_weight: float | None
+    options: LossOptions | None
 
 
 @overload
@@ -46,11 +75,8 @@ def cyclic_penalty(
     lambda_crossmodal: float = 0.25,
     output_dict: Literal[False] = False,
     *,
-    reference_batch_size: int | None = None,
-    process_group: ProcessGroup | None = None,
-    distributed: bool = True,
-    impl: str = "auto",
     options: PenaltyOptions | None = None,
+    **keywords: "Unpack[_PenaltyKeywords]",
 ) -> Tensor: ...
 
 
@@ -62,11 +88,8 @@ def cyclic_penalty(
     lambda_crossmodal: float = 0.25,
     *,
     output_dict: Literal[True],
-    reference_batch_size: int | None = None,
-    process_group: ProcessGroup | None = None,
-    distributed: bool = True,
-    impl: str = "auto",
     options: PenaltyOptions | None = None,
+    **keywords: "Unpack[_PenaltyKeywords]",
 ) -> dict[str, Tensor]: ...
 
 
@@ -78,11 +101,8 @@ def cyclic_penalty(
     lambda_crossmodal: float = 0.25,
     output_dict: bool = False,
     *,
-    reference_batch_size: int | None = None,
-    process_group: ProcessGroup | None = None,
-    distributed: bool = True,
-    impl: str = "auto",
     options: PenaltyOptions | None = None,
+    **keywords: "Unpack[_PenaltyKeywords]",
 ) -> Tensor | dict[str, Tensor]: ...
 
 
@@ -140,23 +160,7 @@ def cyclip_loss(
     logit_scale: Tensor | float,
     logit_bias: Tensor | float | None = None,
     output_dict: Literal[False] = False,
-    *,
-    augmented_image_features: Tensor | None = None,
-    augmented_text_features: Tensor | None = None,
-    ids: Tensor | None = None,
-    negative_image_features: Tensor | None = None,
-    negative_text_features: Tensor | None = None,
-    lambda_inmodal: float = 0.25,
-    lambda_crossmodal: float = 0.25,
-    reference_batch_size: int | None = None,
-    process_group: ProcessGroup | None = None,
-    distributed: bool = True,
-    impl: str = "auto",
-    dist_impl: str = "gather",
-    same_ids: str = "ignored",
-    uneven: bool = False,
-    inmodal_contrastive_weight: float | None = None,
-    options: LossOptions | None = None,
+    **keywords: "Unpack[_LossKeywords]",
 ) -> Tensor: ...
 
 
@@ -168,22 +172,7 @@ def cyclip_loss(
     logit_bias: Tensor | float | None = None,
     *,
     output_dict: Literal[True],
-    augmented_image_features: Tensor | None = None,
-    augmented_text_features: Tensor | None = None,
-    ids: Tensor | None = None,
-    negative_image_features: Tensor | None = None,
-    negative_text_features: Tensor | None = None,
-    lambda_inmodal: float = 0.25,
-    lambda_crossmodal: float = 0.25,
-    reference_batch_size: int | None = None,
-    process_group: ProcessGroup | None = None,
-    distributed: bool = True,
-    impl: str = "auto",
-    dist_impl: str = "gather",
-    same_ids: str = "ignored",
-    uneven: bool = False,
-    inmodal_contrastive_weight: float | None = None,
-    options: LossOptions | None = None,
+    **keywords: "Unpack[_LossKeywords]",
 ) -> dict[str, Tensor]: ...
 
 
@@ -194,23 +183,7 @@ def cyclip_loss(
     logit_scale: Tensor | float,
     logit_bias: Tensor | float | None = None,
     output_dict: bool = False,
-    *,
-    augmented_image_features: Tensor | None = None,
-    augmented_text_features: Tensor | None = None,
-    ids: Tensor | None = None,
-    negative_image_features: Tensor | None = None,
-    negative_text_features: Tensor | None = None,
-    lambda_inmodal: float = 0.25,
-    lambda_crossmodal: float = 0.25,
-    reference_batch_size: int | None = None,
-    process_group: ProcessGroup | None = None,
-    distributed: bool = True,
-    impl: str = "auto",
-    dist_impl: str = "gather",
-    same_ids: str = "ignored",
-    uneven: bool = False,
-    inmodal_contrastive_weight: float | None = None,
-    options: LossOptions | None = None,
+    **keywords: "Unpack[_LossKeywords]",
 ) -> Tensor | dict[str, Tensor]: ...
 
 
@@ -288,13 +261,13 @@ def cyclip_loss(
         image_features,
         text_features,
         logit_scale,
-        augmented_image_features,
-        augmented_text_features,
-        ids,
-        negative_image_features,
-        negative_text_features,
         options,
         output_dict,
+        augmented_image_features=augmented_image_features,
+        augmented_text_features=augmented_text_features,
+        ids=ids,
+        negative_image_features=negative_image_features,
+        negative_text_features=negative_text_features,
     )
     plan = make_plan(batch, options, output_dict)
 
@@ -351,6 +324,7 @@ def caption_ids(tokens: Tensor) -> Tensor:
         not isinstance(tokens, Tensor)
         or tokens.ndim != 2
         or tokens.is_floating_point()
+        or tokens.is_complex()
         or tokens.dtype == torch.bool
     ):
         got = type(tokens).__name__

@@ -1,8 +1,10 @@
-"""The strategy "gather": every rank gets the text features of all ranks, (N, D).
+"""The strategies "gather" and "local": every rank has the text features of all ranks, (N, D).
 
 forward    all-gather of the text features (started early, in `contrastive.py`); all-reduces of
            the maxima and pair logits of N columns, and of their sums
 backward   reduce-scatter of the text gradients (N, D)
+
+With "local", one process has all columns, and nothing is sent.
 """
 
 from typing import Any
@@ -20,7 +22,7 @@ def log_sum_exps(compute: Any, logits: Logits, ranks: Ranks) -> LogSumExps:
     logits: this rank's rows with all columns.
     """
     row_lse, column_lse, pair_logits, *other_positives = compute.contrastive_lse(logits)
-    if not logits.symmetric:
+    if not logits.symmetric or ranks.group is None:
         return LogSumExps(row_lse, column_lse, pair_logits, None, *other_positives)
     own_pair_logits = pair_logits[: logits.num_pairs]
     column_lse, column_pair_logits = distributed.log_sum_exp(
@@ -43,6 +45,6 @@ def gradients(
     row_grad, column_grad, scale_grad = compute.contrastive_grads(
         logits, saved, grad, weight, needs, wide
     )
-    if needs[1]:
+    if needs[1] and ranks.group is not None:
         column_grad = distributed.sum_and_scatter(column_grad, ranks)
     return row_grad, column_grad, scale_grad

@@ -99,13 +99,9 @@ def contrastive_logsumexp(
         image_features,
         text_features,
         logit_scale,
-        None,
-        None,
-        ids,
-        None,
-        negative_text_features,
         options,
-        output_dict=False,
+        ids=ids,
+        negative_text_features=negative_text_features,
         function="contrastive_logsumexp",
         one_way=boolean("one_way", one_way),
     )
@@ -181,10 +177,9 @@ def logsumexp_forward(
     return lse.row_negatives_lse, column_lse, lse.pair_logits
 
 
-@takes_fields
-def _forward_fake(logits: Logits, settings: contrastive.Settings) -> tuple[Tensor, ...]:
-    n, new = logits.row_features.shape[0], logits.logit_scale.new_empty
-    return new((n,)), new((n if logits.symmetric else 0,)), new((n,))
+def _forward_fake(arguments: Any) -> tuple[Tensor, ...]:
+    n, new = arguments.row_features.shape[0], arguments.logit_scale.new_empty
+    return new((n,)), new((n if arguments.symmetric else 0,)), new((n,))
 
 
 _forward_operator = register(logsumexp_forward, _forward_fake)

@@ -2,7 +2,7 @@
 
 from copy import deepcopy
 from dataclasses import dataclass, fields
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -133,54 +133,6 @@ class CyCLIPLoss(LossOptions, _Module):
     world_size: int = 1
     use_horovod: bool = False
 
-    @overload
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | float,
-        logit_bias: Tensor | float | None = None,
-        output_dict: Literal[False] = False,
-        *,
-        augmented_image_features: Tensor | None = None,
-        augmented_text_features: Tensor | None = None,
-        ids: Tensor | None = None,
-        negative_image_features: Tensor | None = None,
-        negative_text_features: Tensor | None = None,
-    ) -> Tensor: ...
-
-    @overload
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | float,
-        logit_bias: Tensor | float | None = None,
-        *,
-        output_dict: Literal[True],
-        augmented_image_features: Tensor | None = None,
-        augmented_text_features: Tensor | None = None,
-        ids: Tensor | None = None,
-        negative_image_features: Tensor | None = None,
-        negative_text_features: Tensor | None = None,
-    ) -> dict[str, Tensor]: ...
-
-    @overload
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | float,
-        logit_bias: Tensor | float | None = None,
-        output_dict: bool = False,
-        *,
-        augmented_image_features: Tensor | None = None,
-        augmented_text_features: Tensor | None = None,
-        ids: Tensor | None = None,
-        negative_image_features: Tensor | None = None,
-        negative_text_features: Tensor | None = None,
-    ) -> Tensor | dict[str, Tensor]: ...
-
     @hint_at_misspelled
     def forward(
         self,
@@ -268,21 +220,6 @@ class CyclicPenalty(_Module):
         reference_batch_size: multiplies both by reference_batch_size / N.
         process_group, distributed, impl: as in `CyCLIPLoss`.
     """
-
-    @overload
-    def forward(
-        self, image_features: Tensor, text_features: Tensor, output_dict: Literal[False] = False
-    ) -> Tensor: ...
-
-    @overload
-    def forward(
-        self, image_features: Tensor, text_features: Tensor, output_dict: Literal[True]
-    ) -> dict[str, Tensor]: ...
-
-    @overload
-    def forward(
-        self, image_features: Tensor, text_features: Tensor, output_dict: bool = False
-    ) -> Tensor | dict[str, Tensor]: ...
 
     @hint_at_misspelled
     def forward(

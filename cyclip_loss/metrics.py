@@ -114,8 +114,10 @@ def _sums_of_rows(
     image_image, text_text = image @ images.T, text @ texts.T
     image_text, text_image = image @ texts.T, text @ images.T
     # Correlations are sums of deviations from the mean.
-    inmodal = _moments(image_image - means["image"], text_text - means["text"], rows)
-    crossmodal = _moments(image_text - means["cross"], text_image - means["cross"], rows)
+    moments = {
+        **_moments("inmodal", image_image - means["image"], text_text - means["text"], rows),
+        **_moments("crossmodal", image_text - means["cross"], text_image - means["cross"], rows),
+    }
     return {
         "inmodal_gap": (image_image - text_text).square_().sum(),
         "crossmodal_gap": (image_text - text_image).square_().sum(),
@@ -125,12 +127,7 @@ def _sums_of_rows(
         # NaN if a similarity is NaN.
         "image_to_text_accuracy": (image_text.argmax(dim=1) == rows).sum() + 0 * image_text.sum(),
         "text_to_image_accuracy": (text_image.argmax(dim=1) == rows).sum() + 0 * text_image.sum(),
-        "image_image_square": inmodal[0],
-        "text_text_square": inmodal[1],
-        "inmodal_product": inmodal[2],
-        "image_text_square": crossmodal[0],
-        "text_image_square": crossmodal[1],
-        "crossmodal_product": crossmodal[2],
+        **moments,
     }
 
 
@@ -141,8 +138,10 @@ def _metrics(sums: dict[str, Tensor], images: Tensor, texts: Tensor) -> dict[str
     length = (images.square().sum() + texts.square().sum()) / n
     rounding = pairs * (64 * torch.finfo(images.dtype).eps * length) ** 2
 
-    def correlation(first: Tensor, second: Tensor, product: Tensor) -> Tensor:
+    def correlation(name: str) -> Tensor:
+        first, second = sums[f"{name}_first_square"], sums[f"{name}_second_square"]
         is_undefined = (torch.minimum(first, second) <= rounding) | (n < 3)
+        product = sums[f"{name}_product"]
         return (product / (first * second).sqrt()).masked_fill(is_undefined, torch.nan)
 
     return {
@@ -153,24 +152,24 @@ def _metrics(sums: dict[str, Tensor], images: Tensor, texts: Tensor) -> dict[str
         "text_uniformity": (sums["text_uniformity"] / pairs).log(),
         "image_to_text_accuracy": sums["image_to_text_accuracy"] / n,
         "text_to_image_accuracy": sums["text_to_image_accuracy"] / n,
-        "inmodal_correlation": correlation(
-            sums["image_image_square"], sums["text_text_square"], sums["inmodal_product"]
-        ),
-        "crossmodal_correlation": correlation(
-            sums["image_text_square"], sums["text_image_square"], sums["crossmodal_product"]
-        ),
+        "inmodal_correlation": correlation("inmodal"),
+        "crossmodal_correlation": correlation("crossmodal"),
     }
 
 
-def _moments(first: Tensor, second: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _moments(name: str, first: Tensor, second: Tensor, rows: Tensor) -> dict[str, Tensor]:
     """The sums over i != j of the squares of both and of their product, for these rows i.
 
-    Both are overwritten.
+    name: of the correlation that is computed from them. Both tensors are overwritten.
     """
     for deviations in (first, second):
         deviations[torch.arange(len(rows), device=rows.device), rows] = 0
     x, y = first.view(-1), second.view(-1)
-    return x.dot(x), y.dot(y), x.dot(y)
+    return {
+        f"{name}_first_square": x.dot(x),
+        f"{name}_second_square": y.dot(y),
+        f"{name}_product": x.dot(y),
+    }
 
 
 def _potentials(products: Tensor, features: Tensor, rows: Tensor) -> Tensor:

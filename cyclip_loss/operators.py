@@ -9,6 +9,7 @@ function otherwise, because PyTorch's dispatcher takes about 18 microseconds.
 from collections.abc import Callable
 from functools import wraps
 from inspect import Parameter, signature
+from types import SimpleNamespace
 from typing import Any, NoReturn, get_type_hints
 
 import torch
@@ -16,16 +17,18 @@ from torch import Tensor
 from torch.library import custom_op
 
 
-def register(function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def register(function: Callable[..., Any], fake: Callable[[Any], Any]) -> Any:
     """The operator `cyclip_loss::<function's name>`; the function's annotations are its schema.
 
     Compiled code may run it under autocast, so the function has to switch autocast off.
 
     Args:
-        fake: takes the same arguments; returns tensors like the results, of any values.
+        fake: takes one object, whose attributes are the function's arguments; returns tensors of
+            the shapes and dtypes of the results.
     """
     operator: Any = custom_op(f"cyclip_loss::{function.__name__}", function, mutates_args=())
-    operator.register_fake(fake)
+    names = list(signature(function).parameters)
+    operator.register_fake(lambda *values: fake(SimpleNamespace(**dict(zip(names, values)))))  # noqa: B905
     return operator
 
 

@@ -49,13 +49,9 @@ def integer(name: str, value: Any) -> int:
 
 
 def _optional_batch_size(name: str, value: Any) -> int | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an integer >= 1 or None, got {value!r}")
-    if value < 1:
+    if value is not None and integer(name, value) < 1:
         raise ValueError(f"{name} must be >= 1, got {value}")
-    return value  # type: ignore[return-value]
+    return value  # type: ignore[no-any-return]
 
 
 def boolean(name: str, value: Any) -> bool:

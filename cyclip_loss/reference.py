@@ -74,10 +74,8 @@ def contrastive_logsumexp(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The three results of `cyclip_loss.contrastive_logsumexp`, (N,) each."""
     logits = logit_scale * image_features @ text_features.T  # (N, N)
-    is_negative = ~torch.eye(len(logits), dtype=torch.bool, device=logits.device)
-    if ids is not None:
-        is_negative &= ids[:, None] != ids
-    negatives = logits.where(is_negative, -torch.inf)
+    is_pair = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    negatives = without_same_ids(logits, ids).masked_fill(is_pair, -torch.inf)
     row_negatives = negatives
     if negative_text_features is not None:
         row_negatives = torch.cat(

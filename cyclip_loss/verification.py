@@ -9,8 +9,9 @@ first use. Nothing is compared while a CUDA graph is captured.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partialmethod
 from typing import Any, NamedTuple
 
 import torch
@@ -70,30 +71,6 @@ class VerifiedKernels:
         # multiple of a tile. The interpreter's tiles are smaller.
         self.sizes = (40, 70) if kernels.INTERPRETED else (600, 700)
 
-    def contrastive_lse(self, *arguments: Any) -> Any:
-        """As `eager.contrastive_lse`."""
-        return self._call(self._describe_lse(*arguments), arguments)
-
-    def contrastive_grads(self, *arguments: Any) -> Any:
-        """As `eager.contrastive_grads`."""
-        return self._call(self._describe_grads(*arguments), arguments)
-
-    def pair_terms(self, *arguments: Any) -> Any:
-        """As `eager.pair_terms`."""
-        return self._call(self._describe_pairs(*arguments), arguments)
-
-    def gram_matrices(self, *arguments: Any) -> Any:
-        """As `eager.gram_matrices`."""
-        return self._call(self._describe_grams(*arguments), arguments)
-
-    def cyclic_terms(self, *arguments: Any) -> Any:
-        """As `eager.cyclic_terms`."""
-        return self._call(self._describe_terms(*arguments), arguments)
-
-    def cyclic_grads(self, *arguments: Any) -> Any:
-        """As `eager.cyclic_grads`."""
-        return self._call(self._describe_cyclic_grads(*arguments), arguments)
-
     def scope_of(self, features: Tensor) -> Scope:
         """Where a wrong result for these features switches the kernels off."""
         precision = self.kernels.configs.Precision.of(features)
@@ -103,23 +80,33 @@ class VerifiedKernels:
         """Whether no form has been found wrong for such features, so far."""
         return self.scope_of(features) not in self.problems
 
-    def forget(self) -> None:
-        """Compare every form again, as a new process would."""
-        self.agreed.clear()
-        self.problems.clear()
+    def form_of(self, function: str, *arguments: Any) -> Form:
+        """The form that a call of a function uses."""
+        features = _features_of(arguments)
+        divisor = MAX_DIVISOR if features.ndim == 1 else divisor_of(features.shape[-1])
+        switches: dict[str, Any] = getattr(self, f"_{function}_switches")(*arguments)
+        return Form(self.scope_of(features), function, divisor, tuple(switches.items()))
 
-    def _call(self, form: Form, arguments: tuple[Any, ...]) -> Any:
-        """The function of the form, after a comparison if this is its first use."""
-        if form not in self.agreed and form.scope not in self.problems:
-            first = arguments[0]
-            if not is_capturing(first.row_features if isinstance(first, Logits) else first):
-                problem = self.problem_of(form)
-                if problem is None:
-                    self.agreed.add(form)
-                else:
-                    self._switch_off(form, problem)
+    def _call(self, function: str, *arguments: Any) -> Any:
+        """The function, after a comparison if this is the first use of the form."""
+        form = self.form_of(function, *arguments)
+        is_known = form in self.agreed or form.scope in self.problems
+        if not is_known and not is_capturing(_features_of(arguments)):
+            problem = self.problem_of(form)
+            if problem is None:
+                self.agreed.add(form)
+            else:
+                self._switch_off(form, problem)
         engine = self.eager if form.scope in self.problems else self.kernels
-        return getattr(engine, form.function)(*arguments)
+        return getattr(engine, function)(*arguments)
+
+    # The functions of an engine, with the arguments that they have in `eager.py`.
+    contrastive_lse = partialmethod(_call, "contrastive_lse")
+    contrastive_grads = partialmethod(_call, "contrastive_grads")
+    pair_terms = partialmethod(_call, "pair_terms")
+    gram_matrices = partialmethod(_call, "gram_matrices")
+    cyclic_terms = partialmethod(_call, "cyclic_terms")
+    cyclic_grads = partialmethod(_call, "cyclic_grads")
 
     def _switch_off(self, form: Form, problem: str) -> None:
         device, dtype, _ = form.scope
@@ -167,16 +154,10 @@ class VerifiedKernels:
         """Which results of a form are off by more than rounding; None if all agree."""
         exact = form.scope.dtype == torch.float32 and float32_is_exact()
         bound = 2.0**-14 if exact else 2.0**-6
-        cases: dict[str, Callable[[Form], Iterator[_Case]]] = {
-            "contrastive_lse": self._lse_cases,
-            "contrastive_grads": self._grads_cases,
-            "pair_terms": self._pairs_cases,
-            "gram_matrices": self._grams_cases,
-            "cyclic_terms": self._terms_cases,
-            "cyclic_grads": self._cyclic_grads_cases,
-        }
-        needs_scale = dict(form.switches).get("needs", (True, True, True))[-1]
-        for arguments, limits in cases[form.function](form):
+        switches = dict(form.switches)
+        needs_scale = switches.get("needs", (True, True, True))[-1]
+        cases: Iterator[_Case] = getattr(self, f"_{form.function}_cases")(form, switches)
+        for arguments, limits in cases:
             expected_results = getattr(self.eager, form.function)(*arguments)
             narrow = tree_map(lambda x: _narrow(x, form.scope.dtype), arguments)
             results = getattr(self.kernels, form.function)(*narrow, **limits)
@@ -190,16 +171,14 @@ class VerifiedKernels:
                     return f"result {index} {problem}"
         return None
 
-    def _describe_lse(self, logits: Logits) -> Form:
-        several_strips = self.kernels.contrastive_lse_loops(logits)
-        return Form(
-            self.scope_of(logits.row_features),
-            "contrastive_lse",
-            divisor_of(logits.row_features.shape[1]),
-            (*_logits_switches(logits), ("several strips", several_strips)),
-        )
+    # For each function, `_FUNCTION_switches` of a call, and `_FUNCTION_cases` that take the code
+    # paths of these switches.
 
-    def _describe_grads(
+    def _contrastive_lse_switches(self, logits: Logits) -> dict[str, Any]:
+        several_strips = self.kernels.contrastive_lse_loops(logits)
+        return _logits_switches(logits) | {"several strips": several_strips}
+
+    def _contrastive_grads_switches(
         self,
         logits: Logits,
         saved: SavedStatistics,
@@ -207,24 +186,17 @@ class VerifiedKernels:
         weight: float,
         needs: list[bool],
         wide: bool,
-    ) -> Form:
+    ) -> dict[str, Any]:
         rows, columns = self.kernels.contrastive_grads_loops(logits)
-        return Form(
-            self.scope_of(logits.row_features),
-            "contrastive_grads",
-            divisor_of(logits.row_features.shape[1]),
-            (
-                *_logits_switches(logits),
-                ("needs", tuple(needs)),
-                ("wide", wide),
-                ("several blocks of rows", rows),
-                ("several blocks of columns", columns),
-            ),
-        )
+        return _logits_switches(logits) | {
+            "needs": tuple(needs),
+            "wide": wide,
+            "several blocks of rows": rows,
+            "several blocks of columns": columns,
+        }
 
-    def _check_logits(self, form: Form) -> Iterator[Logits]:
-        """Logits that take the code paths of the form, without and with NaN."""
-        switches = dict(form.switches)
+    def _check_logits(self, form: Form, switches: dict[str, Any]) -> Iterator[Logits]:
+        """Logits that take the code paths of the switches, without and with NaN."""
         num_rows, num_columns = self.sizes
         rows, columns = _features(form, self.kernels.INTERPRETED, num_rows, num_columns)
         row_ids = column_ids = None
@@ -239,20 +211,18 @@ class VerifiedKernels:
         yield Logits(_with_nan(rows), columns, scale, *settings)
         yield Logits(rows, _with_nan(columns), scale, *settings)
 
-    def _lse_cases(self, form: Form) -> Iterator[_Case]:
-        several_strips = dict(form.switches)["several strips"]
-        limits = {"partial_elements": 1} if several_strips else {}
-        for logits in self._check_logits(form):
+    def _contrastive_lse_cases(self, form: Form, switches: dict[str, Any]) -> Iterator[_Case]:
+        limits = {"partial_elements": 1} if switches["several strips"] else {}
+        for logits in self._check_logits(form, switches):
             yield (logits,), limits
 
-    def _grads_cases(self, form: Form) -> Iterator[_Case]:
-        switches = dict(form.switches)
+    def _contrastive_grads_cases(self, form: Form, switches: dict[str, Any]) -> Iterator[_Case]:
         limits = {}
         if switches["several blocks of rows"]:
             limits["block_rows"] = 1
         if switches["several blocks of columns"]:
             limits["block_elements"] = 1
-        for logits in self._check_logits(form):
+        for logits in self._check_logits(form, switches):
             row_lse, column_lse, pair_logits = self.eager.contrastive_lse(logits)
             # Complete log-sum-exps, about as `pair_terms` gives them.
             row_lse = torch.logaddexp(row_lse, pair_logits)
@@ -261,7 +231,7 @@ class VerifiedKernels:
             weight = 1 / len(row_lse)
             yield (logits, saved, grad, weight, list(switches["needs"]), switches["wide"]), limits
 
-    def _describe_pairs(
+    def _pair_terms_switches(
         self,
         row_negatives_lse: Tensor,
         column_negatives_lse: Tensor,
@@ -269,16 +239,14 @@ class VerifiedKernels:
         column_pair_logits: Tensor,
         first_column: int,
         weight: float,
-    ) -> Form:
-        switches = (
-            ("symmetric", column_negatives_lse.shape[0] > 0),
-            ("first_column", "0" if first_column == 0 else "> 0"),
-            ("more columns", column_negatives_lse.shape[0] > row_negatives_lse.shape[0]),
-        )
-        return Form(self.scope_of(row_negatives_lse), "pair_terms", MAX_DIVISOR, switches)
+    ) -> dict[str, Any]:
+        return {
+            "symmetric": column_negatives_lse.shape[0] > 0,
+            "first_column": "0" if first_column == 0 else "> 0",
+            "more columns": column_negatives_lse.shape[0] > row_negatives_lse.shape[0],
+        }
 
-    def _pairs_cases(self, form: Form) -> Iterator[_Case]:
-        switches = dict(form.switches)
+    def _pair_terms_cases(self, form: Form, switches: dict[str, Any]) -> Iterator[_Case]:
         # More than one block of the kernel's vectors.
         num_rows = 3 * self.sizes[0] if self.kernels.INTERPRETED else 5 * self.sizes[0]
         first_column = 0 if switches["first_column"] == "0" else 10
@@ -298,18 +266,13 @@ class VerifiedKernels:
         bad[-1] = torch.nan
         yield (row_lse, column_lse, bad, column_pair_logits, first_column, weight), {}
 
-    def _describe_grams(
+    def _gram_matrices_switches(
         self, image_features: Tensor, text_features: Tensor, with_cross: bool
-    ) -> Form:
-        switches = (
-            ("with_cross", with_cross),
-            ("several splits", self.kernels.gram_matrices_loops(image_features)),
-        )
-        divisor = divisor_of(image_features.shape[1])
-        return Form(self.scope_of(image_features), "gram_matrices", divisor, switches)
+    ) -> dict[str, Any]:
+        several_splits = self.kernels.gram_matrices_loops(image_features)
+        return {"with_cross": with_cross, "several splits": several_splits}
 
-    def _grams_cases(self, form: Form) -> Iterator[_Case]:
-        switches = dict(form.switches)
+    def _gram_matrices_cases(self, form: Form, switches: dict[str, Any]) -> Iterator[_Case]:
         limits = {"min_split_rows": 16} if switches["several splits"] else {}
         rows, columns = _features(form, self.kernels.INTERPRETED, self.sizes[0], self.sizes[0])
         for image, text in (
@@ -319,29 +282,25 @@ class VerifiedKernels:
         ):
             yield (image, text, switches["with_cross"]), limits
 
-    def _describe_terms(self, grams: Tensor, weights: list[Tensor], separate: bool) -> Form:
-        switches = (
-            ("with_cross", len(grams) == 3),
-            ("separate", separate),
-            ("weights", weights[0].device.type),
-        )
-        divisor = divisor_of(grams.shape[1])
-        return Form(self.scope_of(grams), "cyclic_terms", divisor, switches)
+    def _cyclic_terms_switches(
+        self, grams: Tensor, weights: list[Tensor], separate: bool
+    ) -> dict[str, Any]:
+        with_cross, device = len(grams) == 3, weights[0].device.type
+        return {"with_cross": with_cross, "separate": separate, "weights": device}
 
-    def _terms_cases(self, form: Form) -> Iterator[_Case]:
-        switches = dict(form.switches)
+    def _cyclic_terms_cases(self, form: Form, switches: dict[str, Any]) -> Iterator[_Case]:
         grams = self.eager.gram_matrices(
             *_features(form, self.kernels.INTERPRETED, self.sizes[0], self.sizes[0]),
             switches["with_cross"],
         )
         grams = grams.float().double()
-        for weights in _check_weights(form):
+        for weights in _check_weights(form, switches):
             yield (grams, weights, switches["separate"]), {}
             bad = grams.clone()
             bad[0, -1, -1] = torch.nan
             yield (bad, weights, switches["separate"]), {}
 
-    def _describe_cyclic_grads(
+    def _cyclic_grads_switches(
         self,
         image_features: Tensor,
         text_features: Tensor,
@@ -350,29 +309,29 @@ class VerifiedKernels:
         weights: list[Tensor],
         size: int,
         needs: list[bool],
-    ) -> Form:
-        switches = (
-            ("with_cross", len(grams) == 3),
-            ("separate", len(grads) == 2),
-            ("weights", weights[0].device.type),
-            ("needs", tuple(needs)),
-        )
-        divisor = divisor_of(image_features.shape[1])
-        return Form(self.scope_of(image_features), "cyclic_grads", divisor, switches)
+    ) -> dict[str, Any]:
+        separate = len(grads) == 2
+        return self._cyclic_terms_switches(grams, weights, separate) | {"needs": tuple(needs)}
 
-    def _cyclic_grads_cases(self, form: Form) -> Iterator[_Case]:
-        switches = dict(form.switches)
+    def _cyclic_grads_cases(self, form: Form, switches: dict[str, Any]) -> Iterator[_Case]:
         rows, columns = _features(form, self.kernels.INTERPRETED, self.sizes[0], self.sizes[0])
         grams = self.eager.gram_matrices(rows, columns, switches["with_cross"]).float().double()
         needs = list(switches["needs"])
         one, two = rows.new_tensor(1.5), rows.new_tensor(3.0)
-        for weights in _check_weights(form):
+        for weights in _check_weights(form, switches):
             for grads in ([one, one], [one, two]) if switches["separate"] else ([one],):
                 yield (rows, columns, grams, grads, weights, 2, needs), {}
-        weights = _check_weights(form)[0]
+        weights = _check_weights(form, switches)[0]
         grads = [one, one] if switches["separate"] else [one]
         yield (_with_nan(rows), columns, grams, grads, weights, 2, needs), {}
         yield (rows, _with_nan(columns), grams, grads, weights, 2, needs), {}
+
+
+def _features_of(arguments: tuple[Any, ...]) -> Tensor:
+    """The tensor among a function's arguments whose device, dtype and D decide its form."""
+    first = arguments[0]
+    features: Tensor = first.row_features if isinstance(first, Logits) else first
+    return features
 
 
 def _difference(result: Tensor, expected: Tensor, bound: float) -> str | None:
@@ -433,23 +392,22 @@ def _ids(total: int, device: torch.device) -> Tensor:
     return number % 7 - 3 + (number // 7 % 3 - 1) * 2**32
 
 
-def _logits_switches(logits: Logits) -> tuple[tuple[str, Any], ...]:
+def _logits_switches(logits: Logits) -> dict[str, Any]:
     first_column = logits.first_column
-    return (
-        ("symmetric", logits.symmetric),
-        ("ids", logits.row_ids is not None),
-        ("extra negatives", logits.num_pairs <= logits.row_features.shape[0]),
-        ("first_column", "0" if first_column == 0 else "> 0" if first_column > 0 else "< 0"),
-    )
+    return {
+        "symmetric": logits.symmetric,
+        "ids": logits.row_ids is not None,
+        "extra negatives": logits.num_pairs <= logits.row_features.shape[0],
+        "first_column": "0" if first_column == 0 else "> 0" if first_column > 0 else "< 0",
+    }
 
 
-def _check_weights(form: Form) -> list[list[Tensor]]:
+def _check_weights(form: Form, switches: dict[str, Any]) -> list[list[Tensor]]:
     """Equal weights and, where C is there, different ones.
 
     In one process weights are numbers on the CPU; across ranks and in compiled code they are on the
     features' device, and the kernels load them.
     """
-    switches = dict(form.switches)
     device = torch.device("cpu") if switches["weights"] == "cpu" else form.scope.device
     numbers = [(0.03, 0.03)]
     if switches["with_cross"]:

@@ -78,7 +78,8 @@ class WithCyclicPenalty(CyclicPenalty):
                 )
         if not isinstance(terms, (dict, tuple)):
             return terms + super().forward(image_features, text_features)
-        merged: Any = named | super().forward(image_features, text_features, True)
+        penalties: Any = super().forward(image_features, text_features, True)
+        merged: Any = named | penalties
         if hasattr(terms, "_fields"):
             return namedtuple(type(terms).__name__, tuple(merged))(**merged)
         return merged if isinstance(terms, dict) else tuple(merged.values())
@@ -108,6 +109,8 @@ class WithCyclicPenalty(CyclicPenalty):
         own = name in self.__dict__ or hasattr(type(self), name)
         if name == "loss":
             _check(value, self.features)
+        elif name == "features" and wrapped is not None:
+            _check(wrapped, value)
         elif not own and hasattr(wrapped, name):
             return setattr(wrapped, name, value)
         super().__setattr__(name, value)

@@ -157,10 +157,7 @@ def contrastive_grads_loops(logits: Logits) -> tuple[bool, bool]:
 
 
 class _Gradient:
-    """G, computed block by block in one buffer, and the sums of its tiles for the scale's gradient.
-
-    If `shift` is not 0, the buffer holds 2^shift G, without the weights w and s.
-    """
+    """G, block by block in one buffer, and the sums of its tiles for the scale's gradient."""
 
     def __init__(
         self,
@@ -182,7 +179,7 @@ class _Gradient:
         self.saved, self.grad, self.weight = saved, grad, weight
         self.needs_scale = needs_scale
         # float16 keeps 11 bits only above 6e-5, and most of w s G is far smaller. So 2^14 G is
-        # stored: its largest possible element, 2^15, still fits.
+        # stored, without the weights: its largest possible element, 2^15, still fits.
         self.shift = 14 if features.dtype == torch.float16 else 0
         n, m = features.shape[0], logits.column_features.shape[0]
         self.height, self.width = _block_shape(self.config, n, m, *limits)
@@ -263,7 +260,7 @@ def contrastive_grads(
                 column_grad = matmul(block.T, row_features, dtype)
         else:
             row_grad, column_grad = _summed_over_blocks(
-                gradient, row_features, column_features, needs, weighted, row_grad
+                gradient, row_features, column_features, needs, weighted, grad_dtype
             )
         scale_grad = gradient.scale_grad()
     return row_grad, weighted(column_grad), scale_grad
@@ -275,14 +272,13 @@ def _summed_over_blocks(
     column_features: Tensor,
     needs: list[bool],
     weighted: Callable[[Tensor], Tensor],
-    row_grad: Tensor,
+    grad_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """dI, weighted, and the sums of dT in float32. row_grad: empty, of
-    the result's dtype, and returned as it is if dI is not needed."""
+    """dI, weighted, in `grad_dtype`, and the sums of dT in float32; empty where not needed."""
     needs_rows, needs_columns, _ = needs
     new = gradient.saved.row_lse
-    if needs_rows:
-        row_grad = row_features.new_empty(row_features.shape, dtype=row_grad.dtype)
+    row_shape = row_features.shape if needs_rows else (0,)
+    row_grad = row_features.new_empty(row_shape, dtype=grad_dtype)
     column_grad = new.new_zeros(column_features.shape if needs_columns else (0,))
     for start in range(0, row_features.shape[0], gradient.height):
         rows = row_features[start : start + gradient.height]

@@ -142,6 +142,13 @@ def test_faster_tiles_are_kept_also_after_an_interrupt(file, monkeypatch, capsys
     assert str(file) in out
 
 
+def test_no_tile_is_kept_for_a_kernel_that_has_no_usable_one(file, monkeypatch) -> None:
+    monkeypatch.setattr(tune, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(tune, "refusal", lambda *_: "is wrong")
+    assert tune.main(["--dtype", "bfloat16", "--n", "40", "--d", "24"]) == 0
+    assert not file.exists()
+
+
 def test_a_tile_is_used_for_its_own_dtype_and_divisor_of_d_only(file) -> None:
     tile = remember()
 
@@ -231,7 +238,7 @@ def test_tiles_that_cannot_be_kept_give_exit_status_1(file, monkeypatch, capsys)
     file.parent.parent.write_text("not a folder")
     monkeypatch.setattr(tune, "architecture", lambda device: "sm_90")
     row = {"kernel": KEY, "shipped ms": 1.0, "best ms": 1.0, "gain": 0.0, "TFLOP/s": 1.0}
-    row |= {"of card": 0.5, "tile": SHIPPED, "left out": ["a", "b"]}
+    row |= {"tile": SHIPPED, "left out": ["a", "b"]}
     monkeypatch.setattr(tune, "tune", lambda *_: [row])
     with pytest.warns(CyCLIPWarning, match=r"can't be written"):
         assert tune.main([]) == 1

@@ -44,10 +44,10 @@ def unverified_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(kernels.configs.SUM.kwargs, "BLOCK", 4)  # sums take several blocks
     monkeypatch.setitem(kernels.configs.PAIRS.kwargs, "BLOCK", 32)
     monkeypatch.setitem(kernels.configs.PAIRS.tile, "BLOCK", 32)
-    engines.verified_kernels().forget()
+    engines.verified_kernels.cache_clear()
     usage_warnings._warned.clear()
     yield
-    engines.verified_kernels().forget()
+    engines.verified_kernels.cache_clear()
 
 
 def leaves(n: int = 6, d: int = 4, frozen: str = "") -> list[Tensor]:
@@ -394,7 +394,7 @@ def test_the_comparison_does_not_depend_on_the_settings_of_the_caller(
     monkeypatch.setattr(engines.verified_kernels(), "_disagreement", disagreement)
     verified = engines.verified_kernels()
     image, text = (x.float() for x in pairs(6, 4, device=CPU))
-    form = verified._describe_grams(image, text, False)
+    form = verified.form_of("gram_matrices", image, text, False)
     with CALLERS[name](), warnings.catch_warnings():
         warnings.simplefilter("error")
         assert verified.problem_of(form) is None
@@ -492,3 +492,13 @@ def test_the_environment_variable_sets_the_engine_of_auto_only(monkeypatch) -> N
     monkeypatch.setenv("CYCLIP_LOSS_IMPL", "fast")
     with pytest.raises(ValueError, match=r"CYCLIP_LOSS_IMPL must be one of .* got 'fast'"):
         CyCLIPLoss()(features, features, 1.0)
+
+
+def test_the_error_for_missing_kernels_says_what_asked_for_them(monkeypatch) -> None:
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    features = torch.ones(2, 2)
+    with pytest.raises(ValueError, match=r"^impl='triton' needs features on a CUDA"):
+        engines.choose("triton", features)
+    monkeypatch.setenv("CYCLIP_LOSS_IMPL", "triton")
+    with pytest.raises(ValueError, match=r"^CYCLIP_LOSS_IMPL=triton needs features on a CUDA"):
+        engines.choose("auto", features)

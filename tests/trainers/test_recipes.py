@@ -329,7 +329,9 @@ def test_caption_ids_are_equal_if_captions_are() -> None:
     assert torch.equal(caption_ids(torch.nn.functional.pad(tokens, (0, 2))), ids)
 
 
-@pytest.mark.parametrize("tokens", [torch.ones(2, 3), torch.arange(3), [[1, 2]]], ids=str)
+@pytest.mark.parametrize(
+    "tokens", [torch.ones(2, 3), torch.ones(2, 3) * 1j, torch.arange(3), [[1, 2]]], ids=str
+)
 def test_caption_ids_refuse_tokens_that_are_not_an_integer_matrix(tokens) -> None:
     with pytest.raises(TypeError, match="tokens must be an integer tensor"):
         caption_ids(tokens)

@@ -168,6 +168,14 @@ def test_train_and_eval_switch_the_wrapper_and_the_wrapped_loss() -> None:
     assert not wrapped.loss.training
 
 
+def test_names_of_features_are_checked_also_when_they_are_set_later(features) -> None:
+    wrapped = WithCyclicPenalty(AudioLoss(), features=OTHER_NAMES)
+    with pytest.raises(TypeError, match=r"AudioLoss.forward takes .*, not \('a', 'b'\)"):
+        wrapped.features = ("a", "b")
+    wrapped.features = ("text_features", "audio_features")
+    assert wrapped(*features).isfinite()
+
+
 def test_attributes_that_only_the_wrapped_loss_has_are_read_and_written_there(features) -> None:
     wrapped = WithCyclicPenalty(SigLipLoss(rank=1, world_size=2, dist_impl="shift"))
     assert (wrapped.rank, wrapped.world_size, wrapped.dist_impl) == (1, 2, "shift")
