@@ -185,7 +185,7 @@ def cyclic_grads(
 
 def _grads_fake(arguments: Any) -> tuple[Tensor, ...]:
     features = arguments.image_features, arguments.text_features
-    return tuple(empty_grad_like(x, need) for x, need in zip(features, arguments.needs))  # noqa: B905
+    return tuple(map(empty_grad_like, features, arguments.needs))
 
 
 _grads_operator = register(cyclic_grads, _grads_fake)

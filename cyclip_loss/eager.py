@@ -20,7 +20,7 @@ from cyclip_loss.logits import Logits, SavedStatistics
 from cyclip_loss.numerics import accumulation_dtype, rows_per_strip, strips
 
 
-def _factors(logits: Logits) -> Tensor:
+def _columns_to_multiply(logits: Logits) -> Tensor:
     """The column features in the dtype in which they are multiplied."""
     features = logits.row_features
     wide = numerics.has_wide_products(features)
@@ -28,9 +28,10 @@ def _factors(logits: Logits) -> Tensor:
 
 
 def _strips(logits: Logits, columns: Tensor) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor]]:
-    """For each strip its first row, its end, its rows, its logits, and a buffer of their shape.
+    """For each strip: its first row, its end, its row features, its logits, and a buffer like them.
 
-    columns: `_factors` of the logits, to whose dtype the rows are cast.
+    Both are overwritten by the next strip, and may be by the caller. columns: the result of
+    `_columns_to_multiply`, to whose dtype the row features are cast.
     """
     dtype = accumulation_dtype(columns.dtype)
     options = {} if columns.dtype == dtype else {"out_dtype": dtype}
@@ -65,7 +66,7 @@ def contrastive_lse(logits: Logits) -> tuple[Tensor, Tensor, Tensor]:
     pair_logits (n,), in the accumulation dtype. Without negatives the log-sum-exp is -inf. A row
     without a partner has pair logit 0.
     """
-    columns = _factors(logits)
+    columns = _columns_to_multiply(logits)
     n, m, dtype = len(logits.row_features), len(columns), accumulation_dtype(columns.dtype)
     row_negatives_lse = columns.new_empty(n, dtype=dtype)
     pair_logits = columns.new_zeros(n, dtype=dtype)
@@ -148,7 +149,7 @@ def contrastive_grads(
     ranks), empty where not needed; and ds, a scalar, arbitrary if not needed.
     """
     needs_rows, needs_columns, needs_scale = needs
-    row_features, columns = logits.row_features, _factors(logits)
+    row_features, columns = logits.row_features, _columns_to_multiply(logits)
     dtype = accumulation_dtype(columns.dtype)
     # float16 keeps 11 bits only above 6e-5, and most of G is smaller. So 2^14 * G is multiplied,
     # whose largest possible element, 2^15, still fits.
@@ -250,8 +251,8 @@ def cyclic_grads(
         dU = (a+b) U B + (a-b) V C^T        dI = dU + dV
         dV = (a+b) V A + (a-b) U C          dT = dU - dV
 
-    grams, weights: as in `cyclic_terms`; without C, a = b. Returns dI and dT, (n, D), in the
-    features' dtype, empty where not needed.
+    grams: as in `cyclic_terms`; weights: as in `weighted_penalties`; without C, a = b. Returns dI
+    and dT, (n, D), in the features' dtype, empty where not needed.
     """
     needs_image, needs_text = needs
     dtype = accumulation_dtype(image_features.dtype)

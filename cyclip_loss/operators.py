@@ -23,12 +23,14 @@ def register(function: Callable[..., Any], fake: Callable[[Any], Any]) -> Any:
     Compiled code may run it under autocast, so the function has to switch autocast off.
 
     Args:
-        fake: takes one object, whose attributes are the function's arguments; returns tensors of
-            the shapes and dtypes of the results.
+        fake: takes one object, whose attributes are the operator's arguments (the fields of each
+            NamedTuple); returns tensors of the shapes and dtypes of the results.
     """
     operator: Any = custom_op(f"cyclip_loss::{function.__name__}", function, mutates_args=())
     names = list(signature(function).parameters)
-    operator.register_fake(lambda *values: fake(SimpleNamespace(**dict(zip(names, values)))))  # noqa: B905
+    operator.register_fake(
+        lambda *values: fake(SimpleNamespace(**dict(zip(names, values, strict=True))))
+    )
     return operator
 
 

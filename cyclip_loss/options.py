@@ -41,15 +41,15 @@ def _optional_weight(name: str, value: Any) -> float | None:
     return None if value is None else _weight(name, value)
 
 
-def integer(name: str, value: Any) -> int:
+def integer(name: str, value: Any, alternative: str = "") -> int:
     """The value, or TypeError unless it is an integer."""
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
+        raise TypeError(f"{name} must be an integer{alternative}, got {value!r}")
     return value  # type: ignore[return-value]
 
 
 def _optional_batch_size(name: str, value: Any) -> int | None:
-    if value is not None and integer(name, value) < 1:
+    if value is not None and integer(name, value, " or None") < 1:
         raise ValueError(f"{name} must be >= 1, got {value}")
     return value  # type: ignore[no-any-return]
 

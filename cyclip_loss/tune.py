@@ -16,7 +16,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import product
-from math import isfinite
 from pathlib import Path
 from statistics import median
 from timeit import timeit
@@ -137,8 +136,9 @@ def tune(
 ) -> Iterator[dict[str, Any]]:
     """Tune every kernel for each dtype, at N = `n` and D = `d`, in about `seconds`.
 
-    Yields a row of the table for each, with the candidates that were left out and why. Interpreted,
-    each has two candidates, and their times mean nothing.
+    Yields a row of the table for each, with the candidates that were left out and why. Its tile is
+    None if no candidate is usable. Interpreted, each has two candidates, and their times mean
+    nothing.
     """
     begun, tables, interpreted = time.perf_counter(), configs.shipped(device), kernels.INTERPRETED
     jobs = list(product(dtypes, tables))
@@ -165,7 +165,7 @@ def tune(
             "best ms": best_ms,
             "gain": 1 - best_ms / shipped_ms,
             "TFLOP/s": flops / best_ms / 1e9,
-            "tile": fastest,
+            "tile": fastest if usable else None,
             "left out": [f"{key}: {reason}" for reason in left_out],
         }
 
@@ -263,7 +263,7 @@ def main(arguments: list[str]) -> int:
     try:
         for row in tune(device, dtypes, options.n, options.d, options.seconds):
             rows.append(row)
-            if file and isfinite(row["best ms"]):  # else nothing was usable
+            if file and row["tile"]:
                 kept.append(remember(file, device, row["kernel"], row["tile"]))
     except KeyboardInterrupt:
         print("\nstopped", end="", file=sys.stderr)
@@ -272,7 +272,7 @@ def main(arguments: list[str]) -> int:
     line = "{kernel:42} {shipped ms:10.3f} {best ms:8.3f} {gain:6.1%} {TFLOP/s:8.1f}"
     print(*(f"{line.format(**row)}  {row['tile']}" for row in rows), sep="\n")
     print(*(f"left out: {why}" for row in rows for why in row["left out"]), sep="\n")
-    print(f"kept in {file if file and all(kept) else 'no file'}")
+    print(f"kept in {file if kept and all(kept) else 'no file'}")
     return 0 if all(kept) else 1
 
 

@@ -89,6 +89,9 @@ class WithCyclicPenalty(CyclicPenalty):
         if not callable(self.features):
             bound = inspect.signature(self.loss.forward).bind(*args, **kwargs)
             bound.apply_defaults()
+            for name in self.features:  # they may have been set after the loss
+                if name not in bound.arguments:
+                    _check(self.loss, self.features)
             return [bound.arguments[name] for name in self.features]
         found = self.features(*args, **kwargs)
         if not isinstance(found, (tuple, list)) or len(found) != 2:
@@ -109,8 +112,6 @@ class WithCyclicPenalty(CyclicPenalty):
         own = name in self.__dict__ or hasattr(type(self), name)
         if name == "loss":
             _check(value, self.features)
-        elif name == "features" and wrapped is not None:
-            _check(wrapped, value)
         elif not own and hasattr(wrapped, name):
             return setattr(wrapped, name, value)
         super().__setattr__(name, value)

@@ -157,7 +157,10 @@ def contrastive_grads_loops(logits: Logits) -> tuple[bool, bool]:
 
 
 class _Gradient:
-    """G, block by block in one buffer, and the sums of its tiles for the scale's gradient."""
+    """w s G block by block in one buffer, and the sums of its tiles for the scale's gradient.
+
+    If `shift` is not 0, the buffer holds 2^shift G instead.
+    """
 
     def __init__(
         self,
@@ -179,7 +182,7 @@ class _Gradient:
         self.saved, self.grad, self.weight = saved, grad, weight
         self.needs_scale = needs_scale
         # float16 keeps 11 bits only above 6e-5, and most of w s G is far smaller. So 2^14 G is
-        # stored, without the weights: its largest possible element, 2^15, still fits.
+        # stored, without w and s. Its largest possible element, 2^15, still fits.
         self.shift = 14 if features.dtype == torch.float16 else 0
         n, m = features.shape[0], logits.column_features.shape[0]
         self.height, self.width = _block_shape(self.config, n, m, *limits)

@@ -129,7 +129,7 @@ def gram_matrices(
     unpadded = image_features.shape[1]
     if unpadded > MAX_D:
         raise ValueError(
-            f"image_features must have D <= {MAX_D} for the penalties with impl='triton', "
+            f"image_features must have D <= {MAX_D} for the penalties with the kernels, "
             f"got D = {unpadded}; impl='eager' takes any D"
         )
     image, text = padded_rows(image_features, bd), padded_rows(text_features, bd)

@@ -92,7 +92,8 @@ def sweep(run: Run) -> None:
     n, d = (96, 128) if run.dry_run else (16384, 768)
     for row in tune(run.device, [torch.bfloat16], n, d, run.remaining()):
         tile, left_out = row.pop("tile"), row.pop("left out")
-        run.add_row(N=n, D=d, **row, **{"line for configs.py": config_line(row["kernel"], tile)})
+        line = config_line(row["kernel"], tile) if tile else "no usable tile"
+        run.add_row(N=n, D=d, **row, **{"line for configs.py": line})
         for reason in left_out:
             run.note(reason)
 

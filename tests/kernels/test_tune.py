@@ -142,11 +142,12 @@ def test_faster_tiles_are_kept_also_after_an_interrupt(file, monkeypatch, capsys
     assert str(file) in out
 
 
-def test_no_tile_is_kept_for_a_kernel_that_has_no_usable_one(file, monkeypatch) -> None:
+def test_no_tile_is_kept_for_a_kernel_that_has_no_usable_one(file, monkeypatch, capsys) -> None:
     monkeypatch.setattr(tune, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(tune, "refusal", lambda *_: "is wrong")
     assert tune.main(["--dtype", "bfloat16", "--n", "40", "--d", "24"]) == 0
     assert not file.exists()
+    assert capsys.readouterr().out.endswith("\nkept in no file\n")
 
 
 def test_a_tile_is_used_for_its_own_dtype_and_divisor_of_d_only(file) -> None:

@@ -3,6 +3,7 @@
 import inspect
 import re
 from dataclasses import fields
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from cyclip_loss import (
     consistency_metrics,
     cyclic_penalty,
     cyclip_loss,
+    functional,
 )
 from cyclip_loss.options import LossOptions, PenaltyOptions
 
@@ -119,6 +121,19 @@ def test_signatures_list_every_option_and_typos_get_a_hint(called) -> None:
     message = f"{called.__name__} has no argument 'refrence_batch_size': did you mean 'reference_b"
     with pytest.raises(TypeError, match=re.escape(message)):
         called(*given, refrence_batch_size=128)
+
+
+@pytest.mark.parametrize(
+    ("function", "keywords"),
+    [
+        (cyclip_loss, functional._LossKeywords),
+        (cyclic_penalty, functional._PenaltyKeywords),
+    ],
+)
+def test_type_checkers_know_every_keyword(function, keywords) -> None:
+    parameters = inspect.signature(function).parameters.values()
+    names = {parameter.name for parameter in parameters if parameter.kind == parameter.KEYWORD_ONLY}
+    assert names == {*get_type_hints(keywords), "options"}
 
 
 def test_repr_shows_the_options_that_are_set() -> None:

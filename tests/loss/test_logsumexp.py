@@ -24,6 +24,8 @@ from inputs import (
 from torch import Tensor
 
 from cyclip_loss import contrastive_logsumexp, reference
+from cyclip_loss.contrastive import Settings
+from cyclip_loss.logits import Logits
 
 
 @dataclass
@@ -255,22 +257,8 @@ def test_the_forward_operator_passes_opcheck(device: torch.device) -> None:
     """`opcheck` tests the schema, mutation, aliasing, and the shapes of fake tensors."""
     image, text, scale = LseCase(9, 4).tensors(device).values()
     for symmetric in (True, False):
-        arguments = (
-            image,
-            text,
-            scale,
-            None,
-            None,
-            0,
-            symmetric,
-            9,
-            9,
-            False,
-            "eager",
-            "local",
-            "",
-            None,
-        )
+        logits = Logits(image, text, scale, symmetric=symmetric, num_pairs=9)
+        arguments = (*logits, *Settings(9, False, "eager", "local", "", None))
         torch.library.opcheck(torch.ops.cyclip_loss.logsumexp_forward.default, arguments)
 
 
