@@ -41,6 +41,27 @@ def test_accuracy_in_the_readme_is_that_of_the_recorded_seeds() -> None:
     assert readme_cells("Accuracy") == [short, [cell("clip"), cell("cyclip"), "–"]]
 
 
+def test_accuracy_with_views_on_its_page_is_that_of_the_recorded_seeds() -> None:
+    """The mean and the range of three seeds, in the tables of equal time and of equal steps."""
+    record = ROOT / "reference_train/results/views/evaluation.json"
+    results = json.loads(record.read_text())["results"]
+    page = (ROOT / "reference_train/README.md").read_text()
+    section = page.partition("\n## Two views of each pair\n")[2].partition("\n## ")[0]
+    metrics = {"image → name": "top1", "subgroup": "subgroup_top1"}
+    tables = [part for part in section.split("\n\n") if part.startswith("|")]
+    for table, num_losses, steps in zip(tables, (6, 9), ("1178-steps-", ""), strict=True):
+        headings, _, *rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
+        losses = [heading.lower().replace(" + ", "-") for heading in headings]
+        runs = [loss if loss.endswith("views") else steps + loss for loss in losses]
+        assert (len(runs), len(rows)) == (num_losses, 8)
+        for label, *cells in rows:
+            name, metric = label.replace("black and white", "drawn black").split(": ")
+            for run, cell in zip(runs, cells, strict=True):
+                seeds = [results[f"{run}-{seed}"][name]["numbers"] for seed in range(3)]
+                percent = [100 * numbers[metrics[metric]] for numbers in seeds]
+                assert cell == f"{mean(percent):.1f} ({min(percent):.1f}–{max(percent):.1f})"
+
+
 def test_speed_and_memory_in_the_readme_match_the_linked_record() -> None:
     cost = {(row["N"], row["D"], row["loss"]): row for row in recorded_costs()}
     losses = (

@@ -167,7 +167,7 @@ def draw_similarities(result: Result, path: Path) -> bool:
     greatest = max(np.abs(similarities.matrices[2]).max() for similarities in shown) or 1.0
     similarity = {"cmap": "viridis", "vmin": lowest, "vmax": 1}
     difference = {"cmap": "RdBu", "vmin": -greatest, "vmax": greatest}
-    heights = [2.9] * len(shown) + [0.6]
+    heights = [3.1] * len(shown) + [0.6]
     figure = plt.figure(figsize=(5.5, sum(heights)), dpi=200, layout="constrained")
     *rows, bottom = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     for row, similarities in zip(rows, shown, strict=True):
