@@ -27,10 +27,12 @@ def _columns_to_multiply(logits: Logits) -> Tensor:
     return logits.column_features.to(features.dtype if wide else accumulation_dtype(features.dtype))
 
 
-def _strips(logits: Logits, columns: Tensor) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor]]:
+def _logit_strips(
+    logits: Logits, columns: Tensor
+) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor]]:
     """For each strip: its first row, its end, its row features, its logits, and a buffer like them.
 
-    Both are overwritten by the next strip, and may be by the caller. columns: the result of
+    The next strip overwrites the logits and the buffer, and the caller may. columns: the result of
     `_columns_to_multiply`, to whose dtype the row features are cast.
     """
     dtype = accumulation_dtype(columns.dtype)
@@ -74,7 +76,7 @@ def contrastive_lse(logits: Logits) -> tuple[Tensor, Tensor, Tensor]:
     lowest = torch.finfo(dtype).min
     column_max = columns.new_full((m if logits.symmetric else 0,), lowest, dtype=dtype)
     column_sum = torch.zeros_like(column_max)
-    for start, stop, _, strip, exps in _strips(logits, columns):
+    for start, stop, _, strip, exps in _logit_strips(logits, columns):
         pairs, paired_rows = _pairs(strip, start, logits)
         pair_logits[paired_rows] = pairs
         pairs.fill_(-torch.inf)
@@ -160,7 +162,7 @@ def contrastive_grads(
     grad_dtype = dtype if wide else row_features.dtype
     row_grad = row_features.new_empty(row_features.shape if needs_rows else (0,), dtype=grad_dtype)
     column_grad = columns.new_zeros(columns.shape if needs_columns else (0,), dtype=dtype)
-    for start, stop, rows, strip, gradient in _strips(logits, columns):
+    for start, stop, rows, strip, gradient in _logit_strips(logits, columns):
         torch.sub(strip, saved.row_lse[start:stop, None], out=gradient).exp_()
         if logits.symmetric:
             gradient.add_(strip.sub_(saved.column_lse).exp_())

@@ -318,10 +318,11 @@ class VerifiedKernels:
         grams = self.eager.gram_matrices(rows, columns, switches["with_cross"]).float().double()
         needs = list(switches["needs"])
         one, two = rows.new_tensor(1.5), rows.new_tensor(3.0)
-        for weights in _check_weights(form, switches):
+        all_weights = _check_weights(form, switches)
+        for weights in all_weights:
             for grads in ([one, one], [one, two]) if switches["separate"] else ([one],):
                 yield (rows, columns, grams, grads, weights, 2, needs), {}
-        weights = _check_weights(form, switches)[0]
+        weights = all_weights[0]
         grads = [one, one] if switches["separate"] else [one]
         yield (_with_nan(rows), columns, grams, grads, weights, 2, needs), {}
         yield (rows, _with_nan(columns), grams, grads, weights, 2, needs), {}
