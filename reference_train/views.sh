@@ -12,7 +12,7 @@ demonstration() { # FOLDER [FLAGS]
     python -m reference_train --seeds 3 --out "$out/$folder" "$@"
 }
 
-# A step with views takes 1.9 times as long, so 1,178 steps without views take as long as 620 with.
+# A step with views takes 1.8 to 1.9 times as long, so 1,178 steps without views take as long as 620 with.
 demonstration time --steps 1178 --loss cyclip clip c-cyclip
 demonstration views --loss clip-views cyclip-views c-cyclip-views i-cyclip-views geometric
 demonstration pairs --loss clip cyclip c-cyclip i-cyclip
