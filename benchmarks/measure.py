@@ -23,8 +23,14 @@ from torch.utils.benchmark import Timer
 FLUSH_BYTES = 256 * 10**6
 # Memory that is left to other processes when this process is limited to the available memory.
 RESERVED_BYTES = 10**9
-# Files with the memory limit of a container: cgroups, version 2 and 1.
-LIMIT_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+# The memory that a container may use, and the memory that it uses: cgroup 2 and cgroup 1.
+CONTAINER_MEMORY = tuple(
+    (Path("/sys/fs/cgroup", limit), Path("/sys/fs/cgroup", usage))
+    for limit, usage in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    )
+)
 
 
 def wall_seconds(call: Callable[[], object], min_seconds: float) -> float:
@@ -163,10 +169,12 @@ def limit_to_available() -> int | None:
         return None
     import resource
 
-    limits = [Path(file).read_text().strip() for file in LIMIT_FILES if Path(file).exists()]
-    limits_in_bytes = [int(limit) for limit in limits if limit.isdigit()]
-    smallest = min([_proc_bytes("meminfo", "MemAvailable"), *limits_in_bytes])
-    available = max(0, smallest - RESERVED_BYTES)
+    free = [_proc_bytes("meminfo", "MemAvailable")]
+    for limit_file, usage_file in CONTAINER_MEMORY:
+        text = limit_file.read_text().strip() if limit_file.exists() else ""
+        if text.isdigit():  # "max": no limit
+            free.append(int(text) - int(usage_file.read_text()))
+    available = max(0, min(free) - RESERVED_BYTES)
     limit = _proc_bytes("self/status", "VmData") + available
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     Path("/proc/self/oom_score_adj").write_text("1000")

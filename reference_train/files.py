@@ -1,12 +1,16 @@
 """Writes files and folders whole or not at all, and locks folders."""
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from .command_line import CannotStart, Stopped, first_line, say
+
+# Errors that a disk gives when it is full, or may not be written.
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @contextlib.contextmanager
@@ -37,7 +41,7 @@ def write_text(content: str, path: Path) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """Yields an empty temporary folder. If nothing raises, it is then renamed to `path` (--out).
 
-    Raises `CannotStart` if `path` exists or can't be written.
+    Raises `CannotStart` if `path` exists or can't be written, and `Stopped` if the disk is full.
     """
     if path.exists():
         raise CannotStart(f"--out {path}: already exists")
@@ -47,7 +51,12 @@ def new_folder(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=parent, prefix=f".{path.name}.") as temporary:
         folder = Path(temporary) / path.name
         folder.mkdir()
-        yield folder
+        try:
+            yield folder
+        except OSError as error:
+            if error.errno not in CANNOT_WRITE:
+                raise
+            raise Stopped(f"--out {path} can't be written: {error.strerror}") from error
         folder.replace(path)
 
 
@@ -83,8 +92,8 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
             # A record lock is not inherited by forked children, which may outlive this process.
             fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except (BlockingIOError, PermissionError) as error:
-            why = "another process is using it: choose another --name"
+            why = "another process is using it: choose another --name or --out"
             raise CannotStart(f"{folder}: {why}") from error
         except (ImportError, OSError) as error:
-            say(f"{folder} can't be locked ({error}): do not start a second run of this --name")
+            say(f"{folder} can't be locked ({error}): do not start a second command with it")
         yield

@@ -5,6 +5,7 @@
 # epochs 12. The same command again resumes where it stopped.
 # Run from the repository: sh reference_train/icons.sh
 set -eu
+export CUDA_VISIBLE_DEVICES= # on a GPU the presets train larger models, with other settings
 out=${OUT:-runs/icons}
 
 [ -d "$out/icons" ] || python -m reference_train.data.icons --out "$out/icons"

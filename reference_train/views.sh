@@ -5,6 +5,7 @@
 # runs on icons 12 to 25 minutes. The same command again resumes where it stopped.
 # Run from the repository: sh reference_train/views.sh
 set -eu
+export CUDA_VISIBLE_DEVICES= # on a GPU the presets train larger models or in another precision
 out=${OUT:-runs/views}
 demonstration() { # FOLDER [FLAGS]
     folder=$1
@@ -12,7 +13,8 @@ demonstration() { # FOLDER [FLAGS]
     python -m reference_train --seeds 3 --out "$out/$folder" "$@"
 }
 
-# A step with views takes 1.8 to 1.9 times as long, so 1,178 steps without views take as long as 620 with.
+# A step with views takes 1.8 to 1.9 times as long, so 1,178 steps without views take about as long
+# as 620 with views.
 demonstration time --steps 1178 --loss cyclip clip c-cyclip
 demonstration views --loss clip-views cyclip-views c-cyclip-views i-cyclip-views geometric
 demonstration pairs --loss clip cyclip c-cyclip i-cyclip

@@ -6,6 +6,9 @@ import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +25,18 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run Python from its start, for tests of what is imported."""
     options = {"capture_output": True, "text": True, "timeout": TIMEOUT, "env": environment()}
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, **options)
+
+
+@contextmanager
+def held_by_another_process(folder: Path) -> Iterator[None]:
+    """Another process holds the lock of a folder."""
+    from reference_train.files import locked
+
+    lock = locked(folder)
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(1, context, lock.__enter__) as other:
+        other.submit(os.getpid).result()  # returns when the process has the lock
+        yield
 
 
 def run_forked(*arguments: str) -> subprocess.CompletedProcess[str]:

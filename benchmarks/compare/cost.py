@@ -41,7 +41,7 @@ def add_costs(run: Run, losses: list[Competitor], plan: Plan) -> None:
         run.say(f"N = {n:,}, D = {d:,}")
         chosen = [c for c in losses if n <= ALL_UP_TO or c.name in IN_LARGE_BATCHES]
         try:
-            if n <= plan.timed_up_to:
+            if n <= plan.timed_up_to or run.device.type != "cpu":
                 rows = measure_in_rounds(run, chosen, n, d, plan)
             else:
                 rows = [measure_once(c.name, n, d, plan) for c in chosen]

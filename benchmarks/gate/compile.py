@@ -1,10 +1,12 @@
 """`python -m benchmarks gate`: compiles every shipped kernel for every chip, without a GPU.
 
-It uses the assembler and disassembler in Triton's wheel. The exit code is 1 if a binary
+It uses the assembler and disassembler in Triton's wheel. The exit code is 1 if a kernel does not
+compile, or a binary
 
 - spills registers,
 - needs more shared memory than its chip has,
 - multiplies 16-bit numbers without tensor cores,
+- multiplies tf32 numbers without any matrix instruction,
 - makes each tensor-core instruction of a 16-bit contrastive kernel wait for the one before it, or
 - does not fuse multiplications with additions.
 

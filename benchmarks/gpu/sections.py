@@ -67,6 +67,9 @@ def kernels(run: Run) -> None:
         for _ in range(3):
             step()
         spent = profiled(step, run.device)
+        if not spent:
+            run.fail("the profiler has no access to the GPU")
+            return
         launches = sum(count for count, _ in spent.values())
         microseconds = sum(time for _, time in spent.values())
         run.add_row(N=n, D=d, kernel="all", launches=launches, ms=microseconds / 1e3)

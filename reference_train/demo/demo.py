@@ -4,19 +4,21 @@ import argparse
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..command_line import Parser, add_device, whole_number
 from ..data.emoji import EMOJI_FOLDER, TRAIN_STYLES, EmojiSet, read_emoji
 from ..data.samples import fingerprint
-from ..evaluate import report
+from ..evaluate import records, report
 from ..evaluate.datasets import DataSet, Images
 from ..evaluate.measure import measure
+from ..files import locked
 from ..losses import LOSSES
 from .batches import EmojiBatches
 from .data_sets import DATA_SETS, open_data_set
-from .model import build_model
+from .model import build_model, precision
 from .train import train
 
 PRESETS = {
@@ -56,19 +58,26 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> None:
     """Trains what is not trained yet, evaluates it, and writes the table and the pictures."""
     arguments = parse_arguments(argv)
+    with locked(arguments.out):
+        train_and_evaluate(arguments, argv)
+
+
+def train_and_evaluate(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
+    """What `main` does, with --out locked."""
     out = arguments.out
-    settings = {**PRESETS[arguments.preset]}
+    settings: dict[str, Any] = {**PRESETS[arguments.preset]}
     if arguments.steps:
         settings["steps"] = arguments.steps
     command = shlex.join(["python", "-m", "reference_train", *argv])
     # `start` refuses other settings, so the runs in a folder differ in loss and seed only.
     shards = [str(path) for path in sorted(EMOJI_FOLDER.glob("*.tar.xz"))]
-    result = report.start(out, {**settings, "data": fingerprint(shards)}, command, arguments.device)
+    compared = {**settings, "data": fingerprint(shards), "precision": precision(arguments.device)}
+    result = records.start(out, compared, command, arguments.device)
     emoji = read_emoji()
     validation = validation_pairs(emoji)
     sets = {name: open_data_set(emoji, name) for name in DATA_SETS}
     result["data_sets"] = {name: report.describe(name, data) for name, data in sets.items()}
-    report.save(result, out)
+    records.save(result, out)
     # All losses of a seed come before the next seed: an interrupted command has runs to compare.
     seeds, losses = range(arguments.seeds), dict.fromkeys(arguments.loss)
     runs = [(loss, seed) for seed in seeds for loss in losses]
@@ -90,7 +99,7 @@ def main(argv: Sequence[str]) -> None:
             data_set: measure(clip, data, keep_similarities=data_set == SIMILARITIES_OF)
             for data_set, data in sets.items()
         }
-        report.save(result, out)
+        records.save(result, out)
     report.write(result, out)
 
 

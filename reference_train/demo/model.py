@@ -63,6 +63,11 @@ def preprocess(image: Any) -> Tensor:
     return normalize(pixels)[0]
 
 
+def precision(device: torch.device) -> str:
+    """The precision of training and evaluation on a device."""
+    return "amp_bf16" if device.type == "cuda" else "fp32"
+
+
 def build_model(name: str, logit_scale: float, device: torch.device) -> Clip:
     """A model with random weights from torch's global generator.
 
@@ -75,5 +80,5 @@ def build_model(name: str, logit_scale: float, device: torch.device) -> Clip:
         preprocess,
         open_clip.SimpleTokenizer(context_length=CONTEXT_LENGTH),
         device,
-        precision="amp_bf16" if device.type == "cuda" else "fp32",
+        precision=precision(device),
     )

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from cyclip_loss import CyCLIPLoss, cyclic_penalty
 
-from ..command_line import Stopped
+from ..command_line import CannotStart, Stopped
 from ..evaluate.checkpoints import Clip
 from ..evaluate.datasets import DataSet
 from ..evaluate.measure import measure
@@ -96,7 +96,7 @@ def train(
             history = progress["history"] + to_numbers(new_steps, last_step=done)
             history[-1] |= validate(config, clip, validation, history[-1])
             progress = {"step": done, "seconds": time.monotonic() - began, "history": history}
-            save(path, progress, model, optimizer if done < config.steps else None)
+            save(path, config, progress, model, optimizer if done < config.steps else None)
             print_progress(config, progress)
             new_steps = []
     model.eval()
@@ -131,11 +131,16 @@ def resume(
 ) -> dict[str, Any]:
     """Loads the checkpoint at `path`, if there is one. Returns its step, seconds and history.
 
-    Without a checkpoint the step is 0 and the history is empty.
+    Without a checkpoint the step is 0 and the history is empty. Raises `CannotStart` if the
+    checkpoint is of a run with other settings.
     """
     if not path.exists():
         return {"step": 0, "seconds": 0.0, "history": []}
     saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    for name, value in saved.get("config", {}).items():  # older checkpoints have no settings
+        if value != getattr(config, name):
+            what = f"{path} is of a run with {name} = {value}, not {getattr(config, name)}"
+            raise CannotStart(f"{what}: choose another --out")
     model.load_state_dict(saved["model"])
     if saved["step"] < config.steps:
         optimizer.load_state_dict(saved["optimizer"])
@@ -144,10 +149,14 @@ def resume(
 
 
 def save(
-    path: Path, progress: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer | None
+    path: Path,
+    config: Namespace,
+    progress: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
 ) -> None:
     """Writes a checkpoint. optimizer: None after the last step."""
-    content = {**progress, "model": model.state_dict()}
+    content = {**progress, "config": vars(config), "model": model.state_dict()}
     if optimizer is not None:
         content["optimizer"] = optimizer.state_dict()
     with atomic_write(path) as temporary:

@@ -89,7 +89,8 @@ class Evaluation:
 
         A result is out of date if its data set or its checkpoint has changed.
 
-        Raises `CannotStart` if the evaluation was made with other settings.
+        Raises `CannotStart` if the evaluation was made with other settings, or has results of
+        another run with the title of one of these checkpoints.
         """
         arguments = self.arguments
         settings = {"precision": arguments.precision, "linear_probe": arguments.linear_probe}
@@ -100,9 +101,15 @@ class Evaluation:
                 for results in result["results"].values():
                     results.pop(name, None)
         for checkpoint in self.checkpoints:
-            stored = result["checkpoints"].get(checkpoint.title, checkpoint.source)
-            if not stored.items() >= checkpoint.source.items():
-                result["results"].pop(checkpoint.title, None)
+            title, source = checkpoint.title, checkpoint.source
+            stored = result["checkpoints"].get(title, source)
+            if records.have_same_weights(stored, source):
+                continue
+            earlier = Path(stored["path"])
+            if checkpoint.path and earlier.resolve().parent != checkpoint.path.resolve().parent:
+                what = f"--out {arguments.out}: has results of another {title}, {earlier}"
+                raise CannotStart(f"{what}: choose another --out")
+            result["results"].pop(title, None)
         return result
 
     def add(self, checkpoint: Checkpoint, epoch: int | None, name: str, measured: Any) -> None:
@@ -224,21 +231,32 @@ def find_all(arguments: argparse.Namespace, absent: dict[str, str]) -> dict[str,
     Adds to `absent` what is not recognised. Raises `CannotStart` for folders that do not exist.
     """
     image_folders = [text.partition("=") for text in arguments.imagefolder]
+    for name, _, path in image_folders:
+        if not name or not path:
+            raise CannotStart(f"--imagefolder: must be NAME=DIR, not {name or path}")
     for folder in (*arguments.data, *(Path(path) for _, _, path in image_folders)):
         if not folder.is_dir():
             raise CannotStart(f"--data, --imagefolder NAME=DIR: no such folder: {folder}")
-    recognised, unrecognised = find(arguments.data)
+    recognised, repeated, unrecognised = find(arguments.data)
     found: dict[str, Opener] = {**recognised, "emoji": open_emoji}
     for name, _, path in image_folders:
         if name in found:
             raise CannotStart(f"--imagefolder: {name} is the name of another data set")
         found[name] = partial(open_folders, Path(path), name)
     if unrecognised:
-        names = [str(path) for path in unrecognised[:10]]
-        names += ["…"] if len(unrecognised) > 10 else []
-        what = f"{len(unrecognised)} files and folders: {', '.join(names)}"
-        absent["under --data"] = f"no data set is recognised in {what}"
+        absent["under --data"] = f"no data set is recognised in {count_and_names(unrecognised)}"
+    if repeated:
+        absent["again under --data"] = (
+            f"another data set of the same name is used instead of {count_and_names(repeated)}"
+        )
     return found
+
+
+def count_and_names(paths: Sequence[Path]) -> str:
+    """How many files and folders there are, and the first ten."""
+    names = [str(path) for path in paths[:10]]
+    names += ["…"] if len(paths) > 10 else []
+    return f"{len(paths)} files and folders: {', '.join(names)}"
 
 
 def join_reasons(reasons: dict[str, str]) -> str:

@@ -13,16 +13,22 @@ from .paper import SETS
 from .tar_sets import open_icons, open_tars
 
 
-def find(roots: Sequence[Path]) -> tuple[dict[str, Opener], list[Path]]:
-    """The data sets in `roots`, and the files and folders there that are not recognised.
+def find(roots: Sequence[Path]) -> tuple[dict[str, Opener], list[Path], list[Path]]:
+    """The data sets in `roots`, data sets with the name of another one, and what is no data set.
 
     roots: data sets, or folders of data sets. The paper's data sets come first in the result.
     """
     found: dict[str, Opener] = {}
+    repeated: list[Path] = []
     unrecognised: list[Path] = []
-    for root in (path.resolve() for path in roots):  # so that "." has a name
+
+    def add(known: tuple[str, Opener], path: Path) -> None:
+        if found.setdefault(*known) is not known[1]:
+            repeated.append(path)
+
+    for root in dict.fromkeys(path.resolve() for path in roots):  # so that "." has a name
         if known := recognise(root):
-            found.setdefault(*known)
+            add(known, root)
             continue
         for path in sorted(root.iterdir()):
             try:
@@ -30,10 +36,11 @@ def find(roots: Sequence[Path]) -> tuple[dict[str, Opener], list[Path]]:
             except PermissionError:  # a disk's lost+found, for example
                 known = None
             if known:
-                found.setdefault(*known)
+                add(known, path)
             elif not path.name.startswith("."):
                 unrecognised.append(path)
-    return {name: found[name] for name in [*SETS, *found] if name in found}, unrecognised
+    ordered = {name: found[name] for name in [*SETS, *found] if name in found}
+    return ordered, repeated, unrecognised
 
 
 def recognise(folder: Path) -> tuple[str, Opener] | None:

@@ -47,6 +47,15 @@ def use_style() -> None:
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
 
 
+def save_figure(figure: Any, path: Path) -> None:
+    """Writes a figure as a PNG, and closes it."""
+    try:
+        with atomic_write(path) as temporary:
+            figure.savefig(temporary, format="png")
+    finally:
+        plt.close(figure)
+
+
 def draw(result: Result, path: Path) -> None:
     """Draws a panel of bars for each metric of `BAR_METRICS` and each data set that has it."""
     panels = {
@@ -82,9 +91,7 @@ def draw(result: Result, path: Path) -> None:
         if mark in used_marks:
             legend += f"\n{mark}: {words.partition(' (')[0]}"
     figure.supxlabel(legend, fontsize=8)
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png")
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def draw_bars(ax: Any, found: Sequence[Bar]) -> None:
@@ -168,6 +175,7 @@ def draw_similarities(result: Result, path: Path) -> bool:
     similarity = {"cmap": "viridis", "vmin": lowest, "vmax": 1}
     difference = {"cmap": "RdBu", "vmin": -greatest, "vmax": greatest}
     heights = [3.1] * len(shown) + [0.6]
+    use_style()
     figure = plt.figure(figsize=(5.5, sum(heights)), dpi=200, layout="constrained")
     *rows, bottom = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     for row, similarities in zip(rows, shown, strict=True):
@@ -178,9 +186,7 @@ def draw_similarities(result: Result, path: Path) -> bool:
         bar = figure.colorbar(ax.images[0], cax=bar_ax, orientation="horizontal")
         bar.set_label(label, fontsize=8)
         bar_ax.tick_params(labelsize=7.5)
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png")
-    plt.close(figure)
+    save_figure(figure, path)
     return True
 
 

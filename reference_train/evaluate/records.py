@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -92,14 +92,23 @@ def merge(records: Sequence[tuple[str, Result]], only: Sequence[str] | None) -> 
     """Merges several evaluations into one.
 
     Args:
-        records: names and evaluations. If two evaluations have different results for runs of the
-            same title, the name is added to the title.
+        records: names and evaluations. If two evaluations have runs of the same title with other
+            weights or other numbers, the name is added to the title.
         only: the names of the data sets to keep; None: all.
 
     Raises `CannotStart` if evaluations have different data sets under one name.
     """
-    merged = {**records[-1][1], "command": "\n".join(record["command"] for _, record in records)}
-    merged |= {part: {} for part in PARTS}
+    results_of_all = [result for _, result in records]
+    merged = {**results_of_all[-1]}
+    merged["command"] = "\n".join(result["command"] for result in results_of_all)
+    for key in ("versions", "device"):
+        merged[key] = value_or_values(result.get(key) for result in results_of_all)
+    names = dict.fromkeys(n for result in results_of_all for n in result.get("settings", {}))
+    merged["settings"] = {
+        name: value_or_values(result.get("settings", {}).get(name) for result in results_of_all)
+        for name in names
+    }
+    merged |= {part: {} for part in (*PARTS, "history")}
     for record, result in records:
         for name, data in result["data_sets"].items():
             if only is not None and name not in only:
@@ -109,13 +118,44 @@ def merge(records: Sequence[tuple[str, Result]], only: Sequence[str] | None) -> 
                 why = f"{name} is another data set there: leave it out with --only"
                 raise CannotStart(f"{record}: {why}")
         for run, results in result["results"].items():
-            merged_results = merged["results"].get(run, {})
-            differ = any(
-                merged_results.get(name, found) != found for name, found in results.items()
-            )
-            title = f"{record}-{run}" if differ else run
+            title = run
+            if run in merged["results"]:
+                same_weights = have_same_weights(
+                    merged["checkpoints"][run], result["checkpoints"][run]
+                )
+                if not same_weights or have_other_numbers(merged["results"][run], results):
+                    title = f"{record}-{run}"
             merged["results"].setdefault(title, {}).update(results)
             merged["checkpoints"][title] = result["checkpoints"][run]
+            if run in result.get("history", {}):
+                merged["history"][title] = result["history"][run]
         for part in ("failed", "absent"):
             merged[part] |= result.get(part, {})
     return merged
+
+
+def value_or_values(values: Iterable[Any]) -> Any:
+    """The value, if all are equal, else a list of the different ones."""
+    different: list[Any] = []
+    for value in values:
+        if value not in different:
+            different.append(value)
+    return different[0] if len(different) == 1 else different
+
+
+def have_same_weights(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether two entries of "checkpoints" are of the same weights.
+
+    A file is known by the time it was written, so it may have been moved.
+    """
+    key = "written" if "written" in first or "written" in second else "path"
+    return all(first.get(name) == second.get(name) for name in ("model", key))
+
+
+def have_other_numbers(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether two runs' results differ in a data set that both have."""
+    return any(
+        first[name][part] != second[name][part]
+        for name in first.keys() & second.keys()
+        for part in ("numbers", "groups")
+    )

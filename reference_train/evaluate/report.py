@@ -3,6 +3,7 @@
 `python -m reference_train report FOLDER ...` makes them again, or one table of several folders.
 """
 
+import contextlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,16 +14,14 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from ..command_line import CannotStart, Parser
-from ..files import write_text
+from ..files import locked, write_text
 from .datasets import DataSet
 from .measure import distinct_texts
 from .metrics import SUPERCLASS_TOP, top
 from .pictures import draw, draw_similarities
-from .records import Result, merge, read_evaluation, save, start
+from .records import Result, merge, read_evaluation, save
 from .scaling import draw_data_size, draw_robustness
 from .table import markdown
-
-__all__ = ["describe", "main", "save", "start", "write"]  # the demonstration uses these
 
 
 def describe(name: str, data: DataSet) -> dict[str, Any]:
@@ -99,8 +98,12 @@ def main(argv: Sequence[str]) -> None:
     out = arguments.out or arguments.evaluations[0]
     if not arguments.out and (len(arguments.evaluations) > 1 or out.is_file()):
         raise CannotStart("report: --out is needed for several evaluations, or for a file")
-    records = [(str(path).removesuffix(".json"), path) for path in arguments.evaluations]
-    result = merge([(name, read_evaluation(path)) for name, path in records], arguments.only)
-    if not result["data_sets"]:
-        raise CannotStart(f"--only: no data set {' or '.join(arguments.only)}")
-    write(result, out)
+    if arguments.only and out.resolve() in {path.resolve() for path in arguments.evaluations}:
+        raise CannotStart(f"--only would remove the other data sets from {out}: pass another --out")
+    # `evaluate` may be adding results to the folder.
+    with locked(out, wait=True) if out.is_dir() else contextlib.nullcontext():
+        records = [(str(path).removesuffix(".json"), path) for path in arguments.evaluations]
+        result = merge([(name, read_evaluation(path)) for name, path in records], arguments.only)
+        if not result["data_sets"]:
+            raise CannotStart(f"--only: no data set {' or '.join(arguments.only)}")
+        write(result, out)

@@ -119,8 +119,8 @@ def describe_run(title: str, parameters: dict[str, Any]) -> dict[str, Any]:
     """The loss and the seed of a run, and the pairs in its epoch, for tables and pictures.
 
     The title ends with the name of the loss. ("x-c-cyclip" ends with c-cyclip, not with cyclip.) If
-    the run had other penalties than this loss, the penalties decide. The loss is None if it is not
-    known.
+    the run had other penalties or views than this loss, the run's settings decide. The loss is None
+    if it is not known.
 
     parameters: the run's params.txt.
     """
@@ -129,8 +129,13 @@ def describe_run(title: str, parameters: dict[str, Any]) -> dict[str, Any]:
     endings = [loss for loss in LOSSES if stem == loss or stem.endswith(f"-{loss}")]
     loss = max(endings, key=len, default=None)
     if "lambda_inmodal" in parameters:
-        used = [parameters[f"lambda_{kind}"] > 0 for kind in ("inmodal", "crossmodal")]
-        candidates = [name for name, x in LOSSES.items() if [x.inmodal, x.crossmodal] == used]
+        inmodal, crossmodal = (parameters[f"lambda_{k}"] > 0 for k in ("inmodal", "crossmodal"))
+        views = "contrastive" if parameters.get("views") else ""
+        candidates = [
+            name
+            for name, x in LOSSES.items()
+            if (x.inmodal, x.crossmodal, x.views) == (inmodal, crossmodal, views)
+        ]
         loss = loss if loss in candidates else candidates[0]
     return {
         "loss": loss,

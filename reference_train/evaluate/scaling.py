@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 
 from matplotlib import pyplot as plt
 
-from ..files import atomic_write
 from ..losses import LOSSES
 from . import published
 from .paper import why_incomparable
-from .pictures import PUBLISHED, use_style
+from .pictures import PUBLISHED, save_figure, use_style
 from .records import Result
 from .table import chance, series_of
 
@@ -207,9 +206,7 @@ def draw_panels(panels: Sequence[Callable[[Any], None]], path: Path, caption: st
         title_fontsize=7.5,
         frameon=False,
     )
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png")
-    plt.close(figure)
+    save_figure(figure, path)
     return True
 
 

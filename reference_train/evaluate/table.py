@@ -131,8 +131,9 @@ def natural_order(series: str) -> tuple[tuple[bool, float, str], ...]:
 
 
 def num_queries(result: Result, name: str, metric: str, group: str = "") -> int:
-    """The number of queries of an accuracy, without images that cannot be read.
+    """The number of queries of an accuracy.
 
+    Images that cannot be read do not count, except in groups and among the captions of retrieval.
     If the accuracy is a mean over styles, each concept counts once, because its drawings are alike.
     """
     data = result["data_sets"][name]

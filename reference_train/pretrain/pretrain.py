@@ -7,9 +7,9 @@ checks and runs the command.
 
 import argparse
 import contextlib
-import errno
 import importlib.util
 import io
+import json
 import logging
 import os
 import shlex
@@ -27,7 +27,7 @@ from cyclip_loss import open_clip_train
 
 from ..command_line import CannotStart, Parser, Stopped, say, whole_number
 from ..data.samples import fingerprint
-from ..files import check_writable, locked
+from ..files import CANNOT_WRITE, check_writable, locked
 from ..losses import LOSSES
 from . import shards, training, views
 from .presets import BATCH_SIZES, PENALTY_WEIGHT, preset, register_models
@@ -102,10 +102,11 @@ def train(flags: list[str], folder: Path) -> None:
     logging.raiseExceptions = False
     for partial_file in (folder / "checkpoints").glob(".*.pt.*"):  # left by a save that was killed
         partial_file.unlink(missing_ok=True)
+    training.end_last_line(folder / "checkpoints")
     try:
         open_clip_train.main(flags)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        if error.errno not in CANNOT_WRITE:
             raise
         raise Stopped(f"{error.filename or folder} can't be written: {error.strerror}") from error
     finally:
@@ -200,6 +201,10 @@ def check_settings(args: argparse.Namespace) -> None:
         wanted = package in args.report_to or "all" in args.report_to
         if wanted and importlib.util.find_spec(package) is None:
             raise CannotStart(f"--report-to {args.report_to}: pip install {package}")
+    if args.logs.lower() == "none":
+        raise CannotStart("--out none: OpenCLIP would save nothing")
+    if args.remote_sync:
+        raise CannotStart("--remote-sync: OpenCLIP can't resume from it with --save-most-recent")
     for flag in ("same_captions", "distill_model"):
         if args.views and getattr(args, flag, None):
             raise CannotStart(f"--{flag.replace('_', '-')} can't be combined with --views")
@@ -235,22 +240,24 @@ def check_data(args: argparse.Namespace, flags: list[str]) -> tuple[dict[str, in
 def add_num_samples(
     args: argparse.Namespace, flags: list[str], train: Sequence[str], sizes: dict[str, int]
 ) -> None:
-    """Adds `--train-num-samples` to `flags`, unless the user gave it or OpenCLIP can read it.
+    """Adds `--train-num-samples` to `flags`, unless the user gave it or OpenCLIP reads it right.
 
     train: the training shards. Raises `CannotStart` if nothing says how many pairs they hold.
     """
-    # OpenCLIP reads sizes.json or, without it, __len__. It does not read *_stats.json.
+    if args.train_num_samples is not None:
+        return
+    # OpenCLIP reads the first shard's folder only: sizes.json, which must have all shards, or else
+    # __len__. It does not read *_stats.json.
     folder = Path(train[0]).parent
-    read_by_openclip = next(
-        (name for name in ("sizes.json", "__len__") if (folder / name).exists()), None
-    )
-    if args.train_num_samples is not None or read_by_openclip == "__len__":
+    has_table = (folder / "sizes.json").exists()
+    if not has_table and (folder / "__len__").exists():
         return
     if len(sizes) < len(train):
         raise CannotStart(
             "how many pairs the shards hold is not known (no sizes.json, *_stats.json or __len__ "
             "beside them): add it after --, e.g. -- --train-num-samples 2905954"
         )
-    if read_by_openclip is None:
+    in_table = json.loads((folder / "sizes.json").read_text()) if has_table else {}
+    if any(Path(shard).parent != folder or Path(shard).name not in in_table for shard in train):
         args.train_num_samples = sum(sizes.values())
         flags += ["--train-num-samples", str(args.train_num_samples)]

@@ -24,11 +24,15 @@ def find(data: str, part: str, needed: bool = True) -> str:
     pipes and URLs.
     part: "train" or "val". The files with this word in their names are chosen.
     needed: if no name has the word, all files are chosen, but for training none with "val" in its
-    name. Raises `CannotStart` if there are no such files, either.
+    name. Raises `CannotStart` if there are no such files, either, or a name has both words.
     """
     if not Path(data).is_dir():
         return data
     found = sorted(Path(data).glob(f"*{part}*.tar"))
+    for path in found:
+        if "train" in path.name and "val" in path.name:
+            what = f"{path}: is it for training or held out? The name has both words"
+            raise CannotStart(f"{what}: pass patterns with --data and --val")
     if not found and needed:  # take other names, but never train on held-out pairs
         tars = sorted(Path(data).glob("*.tar"))
         found = [path for path in tars if part == "val" or "val" not in path.name]

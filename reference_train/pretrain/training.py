@@ -26,6 +26,7 @@ from .runs import without_wrappers
 
 LOSS = "clip_val_loss"  # OpenCLIP's name for the contrastive loss on the validation's batches
 BEST = "best.pt"
+RESULTS = "results.jsonl"  # OpenCLIP writes a line after each validation
 MAX_BAD_STEPS = 10  # in a row, without a finite loss. GradScaler may skip single steps.
 COLLAPSED = -0.05  # a uniformity; runs that had learned nothing had -0.02 and -0.03
 Function = Callable[..., Any]
@@ -239,8 +240,23 @@ class Guards:
 
 
 def validations(checkpoints: Path) -> dict[int, float]:
-    """Epoch -> validation loss, from OpenCLIP's results.jsonl."""
-    path = checkpoints / "results.jsonl"
-    lines = map(json.loads, path.read_text().splitlines() if path.exists() else [])
-    # A line without a loss has zero-shot accuracy only.
-    return {n["epoch"]: n[LOSS] for n in lines if math.isfinite(n.get(LOSS, math.nan))}
+    """Epoch -> validation loss, from OpenCLIP's file of results."""
+    path = checkpoints / RESULTS
+    losses: dict[int, float] = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            numbers = json.loads(line)
+        except ValueError:  # a full disk or a loss of power has cut the line
+            continue
+        # A line without a loss has zero-shot accuracy only.
+        if math.isfinite(numbers.get(LOSS, math.nan)):
+            losses[numbers["epoch"]] = numbers[LOSS]
+    return losses
+
+
+def end_last_line(checkpoints: Path) -> None:
+    """Ends the last line of OpenCLIP's file of results, which may have been cut."""
+    path = checkpoints / RESULTS
+    if path.exists() and not path.read_bytes().endswith(b"\n"):
+        with path.open("ab") as file:
+            file.write(b"\n")

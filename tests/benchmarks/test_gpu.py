@@ -146,6 +146,14 @@ def test_rates_count_each_flop_and_each_byte_read_and_written(monkeypatch) -> No
     assert copy["rate"] == pytest.approx(2 * (8 * 256**2) / 0.5 / 1e12)
 
 
+def test_kernels_fail_if_the_profiler_sees_nothing(monkeypatch) -> None:
+    monkeypatch.setattr(sections, "profiled", lambda *_: {})
+    run = Run(CPU, dry_run=True)
+    sections.kernels(run)
+    assert run.section.failures == ["the profiler has no access to the GPU"]
+    assert run.section.rows == []
+
+
 @needs_interpreter
 @pytest.mark.parametrize("sweep", SWEEPS)
 def test_ablation_computes_the_products_of_all_tiles_and_stores_only_wanted_sums(sweep) -> None:

@@ -188,6 +188,19 @@ def test_competitors_are_measured_although_another_one_fails() -> None:
     assert "ms" not in broken
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_beyond_the_timed_sizes_only_a_cpu_runs_each_loss_once(device: str, monkeypatch) -> None:
+    calls: list[str] = []
+    row = {"loss": OURS, "N": 16, "D": 4, "computes": "CyCLIP"}
+    monkeypatch.setattr(cost, "matrix_rate", lambda *_: 1.0)
+    monkeypatch.setattr(cost, "measure_once", lambda *_: calls.append("cpu") or row)
+    monkeypatch.setattr(cost, "measure_in_rounds", lambda *_: calls.append("cuda") or [row])
+    run = Run(torch.device(device))
+    with run.start_section("cost"):
+        cost.add_costs(run, [Competitor(OURS, fails)], replace(SMALL_PLAN, timed_up_to=8))
+    assert calls == [device] * len(SMALL_PLAN.sizes)
+
+
 def test_errors_are_relative_to_the_definition_of_each_loss() -> None:
     wrong = Competitor("wrong", lambda: lambda *inputs: 1.5 * competitors.authors_formula(*inputs))
     clip = Competitor("clip", lambda: CyCLIPLoss(0, 0, impl="eager"), CLIP)

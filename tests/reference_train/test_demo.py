@@ -17,6 +17,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from processes import held_by_another_process
 from tars import png, write_tar
 
 from cyclip_loss import CyCLIPLoss
@@ -137,6 +138,20 @@ def test_the_history_has_the_terms_of_each_step_and_their_sum(finished: Path) ->
 def test_a_folder_of_another_preset_is_refused(finished: Path) -> None:
     with pytest.raises(CannotStart, match="steps = 5, not 1500: choose another"):
         demonstrate("--preset", "long", "--loss", "i-cyclip", "--out", finished)
+
+
+def test_a_second_command_in_the_folder_is_refused(tmp_path: Path) -> None:
+    refused = pytest.raises(CannotStart, match="another process is using it: choose another")
+    with held_by_another_process(tmp_path), refused:
+        demonstrate("--out", tmp_path)
+
+
+def test_a_checkpoint_of_other_settings_is_refused(resumed, tmp_path: Path, monkeypatch) -> None:
+    shutil.copytree(resumed, tmp_path / "out")
+    (tmp_path / "out" / "evaluation.json").unlink()
+    monkeypatch.setitem(command.PRESETS, "short", {**SHORT, "steps": 4})
+    with pytest.raises(CannotStart, match="a run with steps = 5, not 4: choose another --out"):
+        demonstrate("--loss", "cyclip", "--out", tmp_path / "out")
 
 
 def test_the_steps_flag_overrides_the_preset_and_is_in_the_runs_name(tmp_path: Path) -> None:

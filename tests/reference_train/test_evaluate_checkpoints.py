@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from reference_train.evaluate.checkpoints import Clip, load
 from reference_train.evaluate.datasets import Images
-from reference_train.evaluate.runs import checkpoint_file, find_checkpoints
+from reference_train.evaluate.runs import checkpoint_file, describe_run, find_checkpoints
 
 CPU = torch.device("cpu")
 
@@ -50,6 +50,20 @@ def test_checkpoints_have_their_runs_as_titles_and_titles_differ(
     assert [checkpoint.title for checkpoint in found] == expected
     monkeypatch.chdir(checkpoints)
     assert [c.title for c in find_checkpoints([Path("best.pt")], None, None)] == ["run"]
+
+
+@pytest.mark.parametrize(
+    ("title", "views", "loss"),
+    [
+        ("exp-cyclip-0", "autoaugment", "cyclip-views"),
+        ("exp-cyclip-views-0", "own", "cyclip-views"),
+        ("exp-cyclip-views-0", None, "cyclip"),
+        ("c-cyclip-0", "own", "cyclip-views"),
+    ],
+)
+def test_the_settings_of_a_run_decide_its_loss(title: str, views: str | None, loss: str) -> None:
+    parameters = {"seed": 0, "lambda_inmodal": 0.25, "lambda_crossmodal": 0.25, "views": views}
+    assert describe_run(title, parameters)["loss"] == loss
 
 
 def test_a_model_of_the_hub_needs_no_file() -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import multiprocessing
+import os
 import re
 import shutil
 import time
@@ -234,6 +235,8 @@ def bad_files(run_folder: Path, tmp_path_factory) -> Path:
         ("{run} --model RN50", r"epoch_2\.pt as RN50: "),
         ("{run} --imagefolder emoji={run}", "emoji is the name of another data set"),
         ("{run} --imagefolder own=none", "no such folder: none"),
+        ("{run} --imagefolder {run}", "--imagefolder: must be NAME=DIR, not "),
+        ("{run} --imagefolder ={run}", "--imagefolder: must be NAME=DIR, not "),
         ("{bad}/code.pt --model RN50", "cut short, or holds more than weights, and was not load"),
         ("{bad}/nan.pt --model evaluate-tiny", "not finite"),
         ("{bad}/list.pt --model evaluate-tiny", "cut short, or holds more than weights"),
@@ -429,6 +432,31 @@ def test_a_checkpoint_with_other_weights_is_measured_again(interrupted, tmp_path
     result = evaluate_again(tmp_path, "--only", "x")
     assert interrupted == [2, 24, 2]
     assert set(result["results"]["tiny"]) == {"x"}
+
+
+def test_a_checkpoint_that_has_moved_is_not_measured_again(interrupted, tmp_path: Path) -> None:
+    evaluate_again(tmp_path)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "tiny").rename(tmp_path / "logs" / "tiny")
+    options = ("--data", tmp_path)
+    assert set(evaluate(tmp_path / "out", tmp_path / "logs" / "tiny", *options)["results"]["tiny"])
+    assert interrupted == [2, 24]
+
+
+def test_another_run_of_the_same_name_is_refused(interrupted, tmp_path: Path) -> None:
+    before = evaluate_again(tmp_path)
+    other = shutil.copytree(tmp_path / "tiny", tmp_path / "b" / "tiny")
+    os.utime(other / "checkpoints" / "epoch_2.pt")
+    with pytest.raises(CannotStart, match=r"has results of another tiny, .*: choose another --out"):
+        evaluate(tmp_path / "out", other, "--data", tmp_path)
+    assert records.read_evaluation(tmp_path / "out") == before
+
+
+def test_a_second_data_set_of_the_same_name_is_listed(interrupted, tmp_path: Path) -> None:
+    write_set(tmp_path / "more" / "wds_x", {"test": two_pairs()})
+    result = evaluate_again(tmp_path, tmp_path / "more")
+    assert result["absent"]["again under --data"].endswith(f": {tmp_path}/more/wds_x")
+    assert result["data_sets"]["x"]["images"] == 2
 
 
 def test_the_evaluation_lists_each_command_once(interrupted, tmp_path: Path) -> None:

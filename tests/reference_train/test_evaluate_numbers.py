@@ -19,6 +19,7 @@ from cyclip_loss import consistency_metrics
 from reference_train.command_line import CannotStart
 from reference_train.evaluate import measure, metrics, pictures, published, report, table
 from reference_train.evaluate.datasets import Classes, DataSet, Images
+from reference_train.evaluate.records import read_evaluation
 
 
 def recall_by_loops(
@@ -182,6 +183,40 @@ def test_older_evaluations_have_the_columns_that_their_names_say(tmp_path: Path)
         assert f"|  | {heads} | chance | n |\n" in (tmp_path / "out" / "table.md").read_text()
 
 
+def test_a_merged_evaluation_has_the_settings_and_steps_of_all(tmp_path: Path) -> None:
+    """A setting with several values is listed. Each run keeps its history."""
+    folders = [
+        write(tmp_path / name, {name: 0.1}, settings={"steps": steps, "lr": 1}, history={name: [1]})
+        for name, steps in (("a", 1178), ("b", 620), ("c", 620))
+    ]
+    report.main([*folders, "--out", str(tmp_path / "out")])
+    merged = read_evaluation(tmp_path / "out")
+    assert merged["settings"] == {"steps": [1178, 620], "lr": 1}
+    assert merged["history"] == {name: [1] for name in "abc"}
+
+
+def test_runs_of_the_same_weights_are_one_column_and_others_are_two(tmp_path: Path) -> None:
+    """The time that an evaluation took says nothing of the weights, nor does the file's path."""
+    first, again, other = (
+        {"model": "m", "path": path, "written": written}
+        for path, written in (("logs/run", "1"), ("/old/run", "1"), ("logs/run", "2"))
+    )
+    folders = []
+    for name, checkpoint, data_sets in (
+        ("a", first, ["icons", "emoji"]),
+        ("b", again, ["icons"]),
+        ("c", other, []),
+    ):
+        folders.append(write(tmp_path / name, {"run": 0.1}, checkpoints={"run": checkpoint}))
+        file = tmp_path / name / "evaluation.json"
+        result = json.loads(file.read_text())
+        results = result["results"]["run"]
+        result["results"]["run"] = {key: results[key] | {"seconds": name} for key in data_sets}
+        file.write_text(json.dumps(result))
+    report.main([*folders, "--out", str(tmp_path / "out")])
+    assert list(read_evaluation(tmp_path / "out")["results"]) == ["run", f"{folders[2]}-run"]
+
+
 def test_report_refuses_evaluations_that_do_not_go_together(tmp_path: Path) -> None:
     first = write(tmp_path / "a", {"clip-0": 0.1})
     other = {name: data | {"images": 99} for name, data in SETS.items()}
@@ -189,7 +224,9 @@ def test_report_refuses_evaluations_that_do_not_go_together(tmp_path: Path) -> N
     for arguments, message in (
         ([first, second], "report: --out is needed"),
         ([f"{first}/evaluation.json"], "report: --out is needed"),
-        ([first, "--only", "cifar10"], "--only: no data set cifar10"),
+        ([first, "--only", "icons"], "--only would remove the other data sets from"),
+        ([first, second, "--only", "icons", "--out", second], "--only would remove the other"),
+        ([first, "--only", "cifar10", "--out", str(tmp_path / "out")], "no data set cifar10"),
         ([first, second, "--out", str(tmp_path / "out")], "b: icons is another data set there"),
     ):
         with pytest.raises(CannotStart, match=message):

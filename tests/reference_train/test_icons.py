@@ -1,5 +1,6 @@
 """The icons, from a package made here: which are taken, and how they are named and drawn."""
 
+import errno
 import faulthandler
 import hashlib
 import io
@@ -280,6 +281,16 @@ def test_bad_arguments_and_packages_raise_an_error_and_leave_nothing(
     with pytest.raises(CannotStart, match=message):
         icons.main(arguments.split())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["lacks.tgz", "other.tgz"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
+    def build(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(icons, "build", build)
+    with pytest.raises(Stopped, match=r"--out .*new can't be written: No space left on device"):
+        icons.main(["--package", str(tmp_path / "any.tgz"), "--out", str(tmp_path / "new")])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_renderer_is_named(tmp_path: Path, monkeypatch) -> None:

@@ -1,5 +1,6 @@
 """`pretrain`: the command that it prints, and what it refuses before any work."""
 
+import json
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -115,6 +116,8 @@ def test_ranks_share_the_batch_and_the_shards(variable: str, dry_run, monkeypatc
         ("-- --dataset-type csv", "--dataset-type csv: pretrain takes webdataset only"),
         ("-- --train-num-samples 0", "--train-num-samples must be >= 1, not 0"),
         ("--out /proc/logs", "--out: /proc/logs/.* can't be written: /proc is not a writable"),
+        ("--out none", "--out none: OpenCLIP would save nothing"),
+        ("-- --remote-sync s3://b", "--remote-sync: OpenCLIP can't resume from it"),
         ("-- --report-to all", "--report-to all: pip install tensorboard"),
         ("WORLD_SIZE --batch-size 7", "--batch-size 7, of all ranks .* is not divisible by 2"),
         ("WORLD_SIZE -- --workers 2", "OpenCLIP 3 can't train with several ranks"),
@@ -165,6 +168,20 @@ def test_the_number_of_pairs_is_left_to_openclip_if_it_can_read_it(
     assert args.train_num_samples is None
 
 
+@pytest.mark.parametrize("in_second", ["sizes.json", "stats"])
+def test_pairs_of_shards_in_two_folders_are_added_up(
+    in_second: str, data: Path, counted_by_img2dataset: Path, dry_run
+) -> None:
+    """OpenCLIP would read the sizes.json of the first folder for both."""
+    if in_second == "sizes.json":
+        sizes = {f"train-{number:05}.tar": 5 + number for number in range(4)}
+        (counted_by_img2dataset / "sizes.json").write_text(json.dumps(sizes))
+    shards = "{{00000..00003}}.tar"  # `dry_run` formats its flags
+    both = f"{data}/train-{shards}::{counted_by_img2dataset}/train-{shards}"
+    args = dry_run("--data", both, "--batch-size", "5")
+    assert args.train_num_samples == 4 * 8 + 5 + 6 + 7 + 8
+
+
 def test_a_damaged_sizes_json_is_an_error(counted_by_img2dataset: Path, dry_run) -> None:
     (counted_by_img2dataset / "sizes.json").write_text("[")
     with pytest.raises(CannotStart, match=r"sizes\.json: has no numbers of pairs"):
@@ -192,6 +209,12 @@ def test_held_out_shards_are_never_trained_on(tmp_path: Path, dry_run) -> None:
     for path in data.glob("part*.tar"):
         path.unlink()
     with pytest.raises(CannotStart, match=r"no tar file in .* except for validation"):
+        dry_run("--data", str(data))
+
+
+def test_shards_with_train_and_val_in_one_name_are_refused(tmp_path: Path, dry_run) -> None:
+    data = make_shards(tmp_path / "coco", trainval=4, test=1)
+    with pytest.raises(CannotStart, match=r"trainval-00000\.tar: is it for training or held out\?"):
         dry_run("--data", str(data))
 
 

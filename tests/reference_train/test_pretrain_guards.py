@@ -58,6 +58,15 @@ def test_the_epoch_with_the_lowest_loss_is_kept(evaluate, tmp_path: Path) -> Non
     assert kept == [(epoch, "run", epoch) for epoch in (2, 3, 3, 5)]
 
 
+def test_a_line_that_was_cut_does_not_stop_the_run(tmp_path: Path) -> None:
+    file = tmp_path / training.RESULTS
+    file.write_text('{"epoch": 1, "clip_val_loss": 2.0}\n{"epoch": 2, "cli')
+    training.end_last_line(tmp_path)
+    with file.open("a") as lines:  # as OpenCLIP does
+        lines.write('{"epoch": 2, "clip_val_loss": 1.0}\n')
+    assert training.validations(tmp_path) == {1: 2.0, 2: 1.0}
+
+
 @pytest.mark.parametrize(
     ("loss", "changes"),
     [(None, {}), (0.5, {"fsdp": 1}), (0.5, {"save_logs": False})],

@@ -5,22 +5,19 @@ import re
 import shutil
 import signal
 import textwrap
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, redirect_stdout
-from multiprocessing import get_context
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pretrain_runs import results, train
-from processes import ROOT, run_forked
+from processes import ROOT, held_by_another_process, run_forked
 from tars import make_shards
 
 from cyclip_loss import open_clip_train
 from reference_train.command_line import CannotStart
-from reference_train.files import locked
 from reference_train.pretrain import pretrain as command
 from reference_train.pretrain import resume
 
@@ -100,14 +97,6 @@ def test_the_old_name_of_same_captions_is_understood(resume_run) -> None:
     resume_run(*flags, same_captions=None, ignore_same_captions=True)
     with pytest.raises(CannotStart, match="begun with same_captions = None, not ignored"):
         resume_run(*flags, same_captions=None, ignore_same_captions=False)
-
-
-@contextmanager
-def held_by_another_process(folder: Path) -> Iterator[None]:
-    lock = locked(folder)
-    with ProcessPoolExecutor(1, get_context("fork"), lock.__enter__) as other:
-        other.submit(os.getpid).result()  # returns when the process has the lock
-        yield
 
 
 def test_a_second_rank_resumes_while_the_first_rank_holds_the_lock(
