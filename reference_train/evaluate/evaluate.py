@@ -105,11 +105,12 @@ class Evaluation:
             stored = result["checkpoints"].get(title, source)
             if records.have_same_weights(stored, source):
                 continue
-            earlier = Path(stored["path"])
+            # Older evaluations have no paths.
+            earlier = Path(stored.get("path", source["path"]))
             if checkpoint.path and earlier.resolve().parent != checkpoint.path.resolve().parent:
                 what = f"--out {arguments.out}: has results of another {title}, {earlier}"
                 raise CannotStart(f"{what}: choose another --out")
-            result["results"].pop(title, None)
+            result["results"].pop(title, None)  # the run has been trained on
         return result
 
     def add(self, checkpoint: Checkpoint, epoch: int | None, name: str, measured: Any) -> None:
