@@ -19,10 +19,10 @@ import torch
 from open_clip_train import main as trainer
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 from torchvision.transforms import AutoAugment
 
-from cyclip_loss import open_clip_train
-from cyclip_loss.functional import cyclip_loss
+from cyclip_loss import contrastive_logsumexp, open_clip_train
 
 from ..command_line import Parser, Stopped, run
 
@@ -155,18 +155,17 @@ class WithInmodalTerm(nn.Module):
             output_dict=True,
             **other_inputs,
         )
-        clip_terms = cyclip_loss(
-            image_features,
-            text_features,
-            logit_scale,
-            output_dict=True,
-            augmented_image_features=augmented_image_features,
-            augmented_text_features=augmented_text_features,
-            lambda_inmodal=0.0,
-            lambda_crossmodal=0.0,
-            inmodal_contrastive_weight=1.0,
-        )
-        return {**terms, "inmodal_contrastive_loss": clip_terms["inmodal_contrastive_loss"]}
+        image_term = one_way_info_nce(image_features, augmented_image_features, logit_scale)
+        text_term = one_way_info_nce(text_features, augmented_text_features, logit_scale)
+        return {**terms, "inmodal_contrastive_loss": (image_term + text_term) / 2}
+
+
+def one_way_info_nce(features: Tensor, second_features: Tensor, logit_scale: Tensor) -> Tensor:
+    """The mean cross-entropy of this rank's rows, which find their second views on all ranks."""
+    negatives, _, pairs = contrastive_logsumexp(
+        features, second_features, logit_scale, one_way=True
+    )
+    return softplus(negatives - pairs).mean()
 
 
 class Views:
