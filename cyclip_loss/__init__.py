@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-from cyclip_loss import functional, logsumexp, reference
-from cyclip_loss.functional import caption_ids
-from cyclip_loss.logsumexp import ContrastiveLogSumExp
+from cyclip_loss import reference
+from cyclip_loss.functional import caption_ids, cyclic_penalty, cyclip_loss
+from cyclip_loss.logsumexp import ContrastiveLogSumExp, contrastive_logsumexp
 from cyclip_loss.loss import CyclicPenalty, CyCLIPLoss
 from cyclip_loss.metrics import consistency_metrics
-from cyclip_loss.options import hint_at_misspelled
 from cyclip_loss.usage_warnings import CyCLIPWarning
 from cyclip_loss.with_penalty import WithCyclicPenalty
 
@@ -25,10 +24,6 @@ __all__ = [
     "cyclip_loss",
     "reference",
 ]
-
-cyclip_loss = hint_at_misspelled(functional.cyclip_loss)
-contrastive_logsumexp = hint_at_misspelled(logsumexp.contrastive_logsumexp)
-cyclic_penalty = hint_at_misspelled(functional.cyclic_penalty)
 
 # An installation has the kernels in this folder. A checkout has them next to it, and Python started
 # in the checkout imports the package from there.

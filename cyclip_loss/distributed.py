@@ -154,18 +154,22 @@ def _compare(
     own = {**signature, **{name: getattr(options, name) for name in weights}}
     answers: list[Any] = [None] * ranks.size
     with on_device_of(features):
-        message = {"rows": tuple(num_rows.values()), **own}
-        dist.all_gather_object(answers, message, group=ranks.group)
+        dist.all_gather_object(answers, (own, num_rows), group=ranks.group)
 
-    values: Any = {name: [answer[name] for answer in answers] for name in own}
-    named_rows = list(zip(*(answer["rows"] for answer in answers), strict=True))
+    def by_name(part: int) -> dict[str, list[Any]]:
+        """Each rank's value for every name that a rank has: another function has others."""
+        names = dict.fromkeys(name for answer in answers for name in answer[part])
+        return {name: [answer[part].get(name) for answer in answers] for name in names}
+
+    values, num_rows_by_name = by_name(0), by_name(1)
     if not options.uneven:
-        for name, rows in zip(num_rows, named_rows, strict=True):
+        for name, rows in num_rows_by_name.items():
             values[f"the number of rows of {name} (unless uneven=True)"] = rows
     same = "must be the same on every rank, got"
     differing = [f"{name} {same} {_listed(x)}" for name, x in values.items() if len(set(x)) > 1]
     if differing:
         raise ValueError("; ".join(differing) + " (more: docs/troubleshooting.md)")
+    named_rows = [tuple(rows) for rows in num_rows_by_name.values()]
     if sum(named_rows[0]) == 0:
         raise ValueError("the global batch is empty: every rank's features have 0 rows")
     _agreed_in(ranks).add(tuple(signature.items()))

@@ -94,6 +94,7 @@ def _kernels_import() -> bool:
             "results but slower. Install the Triton that belongs to your version of PyTorch: "
             "`pip install triton` (Windows: `triton-windows`; ROCm: the one that PyTorch's index "
             "lists beside it). CYCLIP_LOSS_IMPL=eager chooses PyTorch without this warning",
+            every_rank=True,
         )
         return False
     try:
@@ -103,6 +104,7 @@ def _kernels_import() -> bool:
             "kernels",
             "the Triton kernels cannot be imported; PyTorch computes instead, with the same "
             f"results but slower. {type(error).__name__}: {str(error).strip()[:500]}",
+            every_rank=True,
         )
         return False
     return True

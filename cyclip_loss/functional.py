@@ -30,7 +30,7 @@ from torch.distributed import ProcessGroup
 
 from cyclip_loss import contrastive, cyclic, dense, usage_warnings
 from cyclip_loss.batch import prepare, prepare_pairs
-from cyclip_loss.options import LossOptions, PenaltyOptions, given_options
+from cyclip_loss.options import LossOptions, PenaltyOptions, given_options, hint_at_misspelled
 from cyclip_loss.plan import make_plan
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ def cyclic_penalty(
 ) -> Tensor | dict[str, Tensor]: ...
 
 
+@hint_at_misspelled
 def cyclic_penalty(
     image_features: Tensor,
     text_features: Tensor,
@@ -187,6 +188,7 @@ def cyclip_loss(
 ) -> Tensor | dict[str, Tensor]: ...
 
 
+@hint_at_misspelled
 def cyclip_loss(
     image_features: Tensor,
     text_features: Tensor,

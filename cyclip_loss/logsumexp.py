@@ -24,7 +24,7 @@ from cyclip_loss.batch import prepare, without_autocast
 from cyclip_loss.distributed import Ranks, finish_gather, start_gather
 from cyclip_loss.logits import Logits
 from cyclip_loss.operators import register, takes_fields
-from cyclip_loss.options import LossOptions, boolean
+from cyclip_loss.options import LossOptions, boolean, hint_at_misspelled
 from cyclip_loss.plan import make_plan
 
 
@@ -43,6 +43,7 @@ class ContrastiveLogSumExp(NamedTuple):
     pair_logits: Tensor
 
 
+@hint_at_misspelled
 def contrastive_logsumexp(
     image_features: Tensor,
     text_features: Tensor,

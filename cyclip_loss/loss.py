@@ -30,9 +30,16 @@ class _Module(PenaltyOptions, nn.Module):
         copy.__dict__.update(deepcopy(self.__dict__, memo))
         return copy
 
+    def __copy__(self) -> Any:
+        """A shallow copy. It shares the process group, which `__getstate__` leaves out."""
+        copy = type(self).__new__(type(self))
+        copy.__dict__.update(self.__dict__)
+        return copy
+
     def __getstate__(self) -> dict[str, Any]:
         """The state to pickle. A note replaces the process group, which cannot be pickled."""
-        return self.__dict__ | {"process_group": self.process_group and NOT_STORED}
+        process_group = self.process_group and NOT_STORED
+        return self.__dict__ | {"process_group": process_group, "_inputs_checked": False}
 
     def _check_inputs_once(self, logit_scale: Tensor | float | None, *features: Any) -> None:
         """Warn of unusual features or an unusual scale, in the first call that has rows.
@@ -165,8 +172,7 @@ class CyCLIPLoss(LossOptions, _Module):
         Returns a float32 scalar (float64 for float64 features), or a dict of them.
         `functional.cyclip_loss` has the details.
         """
-        # `is_compiling` comes first: compiled code must not depend on the flag.
-        if not torch.compiler.is_compiling() and not self._inputs_checked:
+        if not torch.compiler.is_compiling():
             self._check_rank()
         loss = functional.cyclip_loss(
             image_features,

@@ -65,7 +65,9 @@ def consistency_metrics(
     means = _mean_similarities(images, texts)
     sums: dict[str, Tensor] = {}
     own_rows = torch.arange(start, stop, device=images.device)
-    for rows in torch.split(own_rows, rows_per_strip(images.shape[0], images.device)):
+    # Six float64 matrices of a strip's size are alive at once, instead of one or two in float32.
+    height = rows_per_strip(6 * images.shape[0], images.device)
+    for rows in torch.split(own_rows, height):
         for name, part in _sums_of_rows(images, texts, rows, means).items():
             sums[name] = sums[name] + part if name in sums else part
     if ranks.size > 1:
@@ -81,7 +83,12 @@ def _gather(
 ) -> tuple[tuple[Tensor, Tensor], int, int, across.Ranks]:
     """The features of all ranks, the first of this rank's rows and their end, and the ranks."""
     n, d = pair[0].shape
-    signature = {"D": d, "dtype": pair[0].dtype, "the device type": pair[0].device.type}
+    signature = {
+        "the function": "consistency_metrics",
+        "D": d,
+        "dtype": pair[0].dtype,
+        "the device type": pair[0].device.type,
+    }
     num_rows = {"image_features and text_features": n}
     options = LossOptions(uneven=True, process_group=ranks.group)
     ranks, _ = across.check_ranks_agree(options, pair[0], num_rows, signature, ())

@@ -38,10 +38,10 @@ def divisor_of(d: int) -> int:
 
 def float32_is_exact() -> bool:
     """Whether PyTorch's settings ask for full float32 products, not tf32."""
-    try:
-        return torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # set by the newer name, fp32_precision: reading the older one raises
-        return torch.backends.cuda.matmul.fp32_precision not in ("tf32", "bf16")
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # since PyTorch 2.9; the older name sets it, too
+        return matmul.fp32_precision not in ("tf32", "bf16")
+    return torch.get_float32_matmul_precision() == "highest"
 
 
 def on_device_of(features: Tensor) -> AbstractContextManager[Any]:

@@ -8,6 +8,7 @@ first optimizer step if our loss was not called: it would train without the pena
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise SystemExit(1)
     finally:
         handle.remove()
+        swap.undo()
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -74,9 +76,13 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         print(parser.format_help(), "\nopen_clip_train's flags:\n", sep="\n", flush=True)
         return ours, ["--help"]
     try:
+        if ours.reference_batch_size < 0:
+            raise ValueError(f"reference_batch_size must be >= 0, got {ours.reference_batch_size}")
         PenaltyOptions(**_Swap(ours).penalty_options)
         if ours.impl == "triton":
-            device = "cuda" if cuda.is_available() else "cpu"
+            device = "cpu"
+            if cuda.is_available():  # the GPU that OpenCLIP gives this rank
+                device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % cuda.device_count()}"
             engines.choose("triton", torch.empty(1, 1, device=device))
     except ImportError as error:  # a broken Triton
         parser.error(f"--impl triton: the kernels cannot be imported: {error}")
@@ -109,6 +115,7 @@ class _Swap:
         self.loss: nn.Module | None = None
         self.ids: Tensor | None = None
         self.called = self.warming_up = False
+        self.replaced: list[tuple[Any, str, Any]] = []  # trainer, name, its own function
 
     def into(self, trainer: Any) -> None:
         """Replace the functions with which the trainer's main module creates its loss."""
@@ -121,7 +128,13 @@ class _Swap:
         made = ("create_model_and_transforms", "create_loss", "create_task", "parse_args")
         for name in (*made, *schedules):
             if theirs := getattr(trainer, name, None):
+                self.replaced.append((trainer, name, theirs))
                 setattr(trainer, name, partial(getattr(self, name, self.schedule), theirs))
+
+    def undo(self) -> None:
+        """Give the trainer its own functions back."""
+        for trainer, name, theirs in self.replaced:
+            setattr(trainer, name, theirs)
 
     def parse_args(self, parse: Callable[..., Any], *args: Any) -> Any:
         """OpenCLIP's parsed flags with ours added, so that params.txt lists all of them."""
@@ -130,6 +143,8 @@ class _Swap:
             raise SystemExit("cyclip_loss: --horovod is not supported: use torchrun")
         if self.options.same_captions and getattr(parsed, "accum_freq", 1) > 1:
             raise SystemExit("cyclip_loss: --same-captions excludes --accum-freq above 1")
+        if self.options.same_captions and getattr(parsed, "torchscript", False):
+            raise SystemExit("cyclip_loss: --same-captions excludes --torchscript")
         vars(parsed).update(vars(self.options))
         return parsed
 

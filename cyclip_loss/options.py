@@ -141,7 +141,8 @@ def given_options(options: Any, kind: type, **by_keyword: Any) -> Any:
     if options is None:
         return kind(**by_keyword)
     if not isinstance(options, kind):
-        raise TypeError(f"options must be a module of this package, got {type(options).__name__}")
+        wanted = "a CyCLIPLoss" if kind is LossOptions else "a CyCLIPLoss or a CyclicPenalty"
+        raise TypeError(f"options must be {wanted}, got {type(options).__name__}")
     for name, value in by_keyword.items():
         default = getattr(kind, name)
         if value is not default and value != default:

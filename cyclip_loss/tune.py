@@ -212,13 +212,14 @@ def _median_times(
 
 
 def remember(file: Path, device: torch.device, key: str, tile: Any) -> bool:
-    """Put a choice into the file. Warns, and returns False, if it can't be written."""
+    """Put a choice into the file. Warns, and returns False, if that fails."""
     try:
-        import fcntl  # not on Windows
-
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(f"{file}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
+            if find_spec("fcntl") is not None:  # not on Windows
+                import fcntl
+
+                fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
             found = json.loads(file.read_text()) if file.exists() else {}
             found.setdefault(configs.tiles_of(device), {})[key] = asdict(tile)
             unfinished = file.with_name(f".{file.name}.unfinished")
@@ -226,7 +227,7 @@ def remember(file: Path, device: torch.device, key: str, tile: Any) -> bool:
             unfinished.replace(file)
         return True
     except Exception as error:
-        warn_once("tiles", f"the tile sizes are not kept, as {file} can't be written: {error!r}")
+        warn_once("tiles", f"the tile sizes are not kept, as {file} can't be changed: {error!r}")
         return False
 
 

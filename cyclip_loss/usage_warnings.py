@@ -1,4 +1,4 @@
-"""Warnings, each given once per process, on rank 0; and those of likely mistakes in a call."""
+"""Warnings, each given once per process; and those of likely mistakes in a call."""
 
 import sys
 import warnings
@@ -24,10 +24,17 @@ class CyCLIPWarning(UserWarning):
     """The category of this package's warnings, for `warnings.filterwarnings`."""
 
 
-def warn_once(subject: str, text: str) -> None:
-    """Warn with the user's line, once per process and subject; across ranks, on rank 0 only."""
-    if subject in _warned or (dist.is_available() and dist.is_initialized() and dist.get_rank()):
+def warn_once(subject: str, text: str, every_rank: bool = False) -> None:
+    """Warn with the user's line, once per process and subject.
+
+    every_rank: warn on every rank that has the problem, because other ranks may not have it; else
+    on rank 0 only.
+    """
+    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    if subject in _warned or (rank > 0 and not every_rank):
         return
+    if rank > 0:
+        text = f"rank {rank}: {text}"
     _warned.add(subject)
     level, frame = 1, sys._getframe(0)
     libraries = ("cyclip_loss", "torch")

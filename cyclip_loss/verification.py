@@ -8,6 +8,7 @@ that dtype from then on. Nobody waits for a form that is not used, nor for the d
 first use. Nothing is compared while a CUDA graph is captured.
 """
 
+import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -55,6 +56,11 @@ class Form(NamedTuple):
 _Case = tuple[Any, dict[str, int]]
 
 
+# A comparison changes filters of warnings and the mode of deterministic algorithms, which belong to
+# the whole process.
+_one_comparison = threading.Lock()
+
+
 class VerifiedKernels:
     """An engine: the functions of the kernels, or the eager functions where a kernel is wrong.
 
@@ -90,15 +96,27 @@ class VerifiedKernels:
     def _call(self, function: str, *arguments: Any) -> Any:
         """The function, after a comparison if this is the first use of the form."""
         form = self.form_of(function, *arguments)
-        is_known = form in self.agreed or form.scope in self.problems
-        if not is_known and not is_capturing(_features_of(arguments)):
+        if not self._is_known(form) and not is_capturing(_features_of(arguments)):
+            try:
+                self._compare_once(form)
+            except torch.OutOfMemoryError:  # says nothing of the kernels, nor of the next time
+                return getattr(self.eager, function)(*arguments)
+        engine = self.eager if form.scope in self.problems else self.kernels
+        return getattr(engine, function)(*arguments)
+
+    def _is_known(self, form: Form) -> bool:
+        return form in self.agreed or form.scope in self.problems
+
+    def _compare_once(self, form: Form) -> None:
+        """Compare a form, unless another thread has. Autograd has a thread for each device."""
+        with _one_comparison:
+            if self._is_known(form):
+                return
             problem = self.problem_of(form)
             if problem is None:
                 self.agreed.add(form)
             else:
                 self._switch_off(form, problem)
-        engine = self.eager if form.scope in self.problems else self.kernels
-        return getattr(engine, function)(*arguments)
 
     # The functions of an engine, with the arguments that they have in `eager.py`.
     contrastive_lse = partialmethod(_call, "contrastive_lse")
@@ -117,6 +135,7 @@ class VerifiedKernels:
             f"the Triton kernels do not work on {device} ({name}, PyTorch {torch.__version__}, "
             f"Triton {'.'.join(map(str, triton_version()))}); PyTorch computes {dtype} instead, "
             f"with the same results but slower. {form}: {problem}",
+            every_rank=True,
         )
 
     def problem_of(self, form: Form) -> str | None:
@@ -126,6 +145,8 @@ class VerifiedKernels:
             # and other modes do not apply there.
             with ThreadPoolExecutor(1) as thread:
                 return thread.submit(self.compare, form).result()
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             problem = f"{type(error).__name__}: {str(error).strip()[:500]}"
             try:

@@ -5,6 +5,7 @@ from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -118,17 +119,20 @@ class WithCyclicPenalty(CyclicPenalty):
 
 
 def _is_a_term(name: Any, term: Any) -> bool:
-    """Whether an entry of a loss's result may be a term of a sum: a floating-point scalar.
+    """Whether an entry of a loss's result may be a term of a sum: a floating-point scalar or 0.
 
-    A total would be counted twice, and an accuracy is no loss.
+    A total would be counted twice, and an accuracy is no loss. OpenCLIP's CoCaLoss gives an integer
+    0 for a term without weight.
     """
     if name in ("loss", "total_loss", "total", *CYCLIC_TERMS):
         return False
     if isinstance(name, str) and {"acc", "accuracy"} & set(name.lower().split("_")):
         return False
     if isinstance(term, Tensor):
-        return term.numel() == 1 and term.is_floating_point()
-    return isinstance(term, (float, int)) and not isinstance(term, bool)
+        if term.numel() != 1 or term.is_floating_point() or torch.compiler.is_compiling():
+            return term.numel() == 1 and term.is_floating_point()
+        return not term.any()
+    return isinstance(term, float) or (type(term) is int and term == 0)
 
 
 def _check(loss: Any, features: Any) -> None:

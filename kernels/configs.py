@@ -215,7 +215,7 @@ def tuned(device: torch.device) -> dict[str, Config]:
     except Exception as error:
         what = f"the package's own tile sizes are used, as {file} can't be read: {error!r:.300}. "
         way_out = "Run `python -m cyclip_loss.tune` without it, or set CYCLIP_LOSS_TILES=off"
-        warn_once("tiles", what + way_out)
+        warn_once("tiles", what + way_out, every_rank=True)
         return {}
 
 

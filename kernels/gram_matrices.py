@@ -25,9 +25,11 @@ from cyclip_loss.kernels.launch import ceil_div, launch, padded_rows
 from cyclip_loss.kernels.tiles import round_to_tf32
 from cyclip_loss.numerics import on_device_of
 
-# A D x D matrix has too few tiles to fill a GPU. So the sum over rows is split into at most this
-# many parts, each a multiple of the tile's rows. 16 parts of 768 x 768 in float32 are 38 MB.
+# A D x D matrix has too few tiles to fill a GPU, unless D is large. So the sum over rows is split
+# into at most this many parts, each a multiple of the tile's rows. 16 parts of three matrices of
+# 768 x 768 in float32 are 113 MB. Parts take at most 268 MB in all.
 MAX_SPLITS = 16
+MAX_PARTS_ELEMENTS = 2**26
 MIN_SPLIT_ROWS = 1024
 # 32-bit offsets reach through three matrices of this size, 8.6 GB. A multiple of all tiles.
 MAX_D = 26752
@@ -104,13 +106,14 @@ def gram_matrices_kernel(
                 tl.store(out + 2 * matrix + mirrored, v_product)
 
 
-def _num_splits(n: int, min_split_rows: int) -> int:
-    return max(1, min(MAX_SPLITS, n // min_split_rows))
+def _num_splits(n: int, d: int, min_split_rows: int) -> int:
+    return max(1, min(MAX_SPLITS, n // min_split_rows, MAX_PARTS_ELEMENTS // (3 * d**2)))
 
 
 def gram_matrices_loops(image_features: Tensor) -> bool:
     """Whether a call splits the sum over rows."""
-    return _num_splits(image_features.shape[0], MIN_SPLIT_ROWS) > 1
+    n, d = image_features.shape
+    return _num_splits(n, d, MIN_SPLIT_ROWS) > 1
 
 
 def gram_matrices(
@@ -134,7 +137,7 @@ def gram_matrices(
         )
     image, text = padded_rows(image_features, bd), padded_rows(text_features, bd)
     n, d = image.shape
-    splits = _num_splits(n, min_split_rows or MIN_SPLIT_ROWS)
+    splits = _num_splits(n, unpadded, min_split_rows or MIN_SPLIT_ROWS)
     split_rows = ceil_div(ceil_div(n, splits), bk) * bk
     splits = ceil_div(n, split_rows)
     matrices = 3 if with_cross else 2

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from collections import defaultdict
 from statistics import mean
 
 from processes import ROOT
@@ -10,6 +11,7 @@ from processes import ROOT
 README = (ROOT / "README.md").read_text()
 BENCHMARKS = (ROOT / "benchmarks/README.md").read_text()
 RESULTS = ROOT / "benchmarks/results"
+RECORDS = ROOT / "reference_train/results"
 
 
 def readme_cells(heading: str) -> list[list[str]]:
@@ -41,24 +43,54 @@ def test_accuracy_in_the_readme_is_that_of_the_recorded_seeds() -> None:
     assert readme_cells("Accuracy") == [short, [cell("clip"), cell("cyclip"), "–"]]
 
 
+def accuracies_with_and_without_views() -> dict[tuple[str, str, str], list[float]]:
+    """(STEPS-steps-LOSS, data set, metric) -> the accuracy of each seed, from the records."""
+    accuracies: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    for name, steps in (("views/evaluation.json", "620"), ("views/evaluation-long.json", "1500")):
+        record = json.loads((RECORDS / name).read_text())
+        for run, data_sets in record["results"].items():
+            loss = run.rpartition("-")[0]
+            loss = loss if "steps" in loss else f"{steps}-steps-{loss}"
+            for data_set, measured in data_sets.items():
+                for metric, accuracy in measured["numbers"].items():
+                    accuracies[loss, data_set, metric].append(accuracy)
+    # The long runs without views have an earlier layout.
+    data_sets = {
+        "new style": "trained concepts, new styles",
+        "new concept": "new concepts, trained styles",
+        "new both": "new concepts, new styles",
+        "stress": "trained concepts, drawn black",
+    }
+    metrics = {"image_to_name": "top1", "subgroup": "subgroup_top1"}
+    for run in json.loads((RECORDS / "long/results.json").read_text())["runs"]:
+        for old_name, data_set in data_sets.items():
+            for old_metric, metric in metrics.items():
+                accuracy = run["results"]["situations"][old_name][old_metric]
+                loss = f"{run['config']['steps']}-steps-{run['config']['loss']}"
+                accuracies[loss, data_set, metric].append(accuracy)
+    return accuracies
+
+
 def test_accuracy_with_views_on_its_page_is_that_of_the_recorded_seeds() -> None:
-    """The mean and the range of three seeds, in the tables of equal time and of equal steps."""
-    record = ROOT / "reference_train/results/views/evaluation.json"
-    results = json.loads(record.read_text())["results"]
+    """The mean and the range of three seeds, in tables of equal time and of equal steps."""
+    accuracies = accuracies_with_and_without_views()
     page = (ROOT / "reference_train/README.md").read_text()
     section = page.partition("\n## Two views of each pair\n")[2].partition("\n## ")[0]
     metrics = {"image → name": "top1", "subgroup": "subgroup_top1"}
     tables = [part for part in section.split("\n\n") if part.startswith("|")]
-    for table, num_losses, steps in zip(tables, (6, 9), ("1178-steps-", ""), strict=True):
+    # The number of losses, and of steps without and with views.
+    expected = [(6, 1178, 620), (9, 620, 620), (6, 1500, 1500)]
+    for table, (num_losses, without, with_views) in zip(tables, expected, strict=True):
         headings, _, *rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
         losses = [heading.lower().replace(" + ", "-") for heading in headings]
-        runs = [loss if loss.endswith("views") else steps + loss for loss in losses]
-        assert (len(runs), len(rows)) == (num_losses, 8)
+        assert (len(losses), len(rows)) == (num_losses, 8)
         for label, *cells in rows:
-            name, metric = label.replace("black and white", "drawn black").split(": ")
-            for run, cell in zip(runs, cells, strict=True):
-                seeds = [results[f"{run}-{seed}"][name]["numbers"] for seed in range(3)]
-                percent = [100 * numbers[metrics[metric]] for numbers in seeds]
+            data_set, metric = label.replace("black and white", "drawn black").split(": ")
+            for loss, cell in zip(losses, cells, strict=True):
+                steps = with_views if loss.endswith("views") else without
+                seeds = accuracies[f"{steps}-steps-{loss}", data_set, metrics[metric]]
+                assert len(seeds) == 3
+                percent = [100 * accuracy for accuracy in seeds]
                 assert cell == f"{mean(percent):.1f} ({min(percent):.1f}–{max(percent):.1f})"
 
 

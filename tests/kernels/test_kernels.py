@@ -1,5 +1,6 @@
 """The Triton kernels without the loss: shipped tiles, tf32 rounding, and supported GPUs."""
 
+import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -197,3 +198,29 @@ def test_float32_is_not_exact_if_the_newer_setting_asks_for_tf32() -> None:
     code += "from cyclip_loss import numerics; assert not numerics.float32_is_exact()"
     run = run_forked("-c", code)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="not in PyTorch 2.8"
+)
+def test_the_setting_of_float32_products_that_came_last_counts() -> None:
+    code = """
+import torch
+from cyclip_loss.numerics import float32_is_exact
+assert float32_is_exact()
+torch.set_float32_matmul_precision("high")
+assert not float32_is_exact()
+torch.backends.cuda.matmul.fp32_precision = "ieee"
+assert float32_is_exact()
+"""
+    run = run_forked("-c", code)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("d", [64, 768, 1024, 4096, 26752])
+def test_parts_of_gram_matrices_have_bounded_memory(d: int) -> None:
+    """Up to D = 1,024 there are 16 parts, as many as 16,384 rows allow."""
+    grams = importlib.import_module("cyclip_loss.kernels.gram_matrices")  # the function hides it
+    splits = grams._num_splits(16384, d, 1024)
+    assert splits == 1 or splits * 3 * d**2 * 4 <= 2**28
+    assert splits == 16 or d > 1024

@@ -227,7 +227,7 @@ def test_an_unwritable_file_gives_one_warning_and_stays_unchanged(path, tmp_path
     path = tmp_path / "cache" / path
     path.parent.mkdir(parents=True)
     path.write_text("not ours")
-    with pytest.warns(CyCLIPWarning, match=r"can't be written"):
+    with pytest.warns(CyCLIPWarning, match=r"can't be changed"):
         remember()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -241,7 +241,7 @@ def test_tiles_that_cannot_be_kept_give_exit_status_1(file, monkeypatch, capsys)
     row = {"kernel": KEY, "shipped ms": 1.0, "best ms": 1.0, "gain": 0.0, "TFLOP/s": 1.0}
     row |= {"tile": SHIPPED, "left out": ["a", "b"]}
     monkeypatch.setattr(tune, "tune", lambda *_: [row])
-    with pytest.warns(CyCLIPWarning, match=r"can't be written"):
+    with pytest.warns(CyCLIPWarning, match=r"can't be changed"):
         assert tune.main([]) == 1
     assert capsys.readouterr().out.endswith("\nleft out: a\nleft out: b\nkept in no file\n")
 

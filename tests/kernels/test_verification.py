@@ -1,8 +1,10 @@
 """`impl="auto"` compares each form of a kernel with PyTorch, and does not use wrong kernels."""
 
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import pytest
@@ -356,6 +358,46 @@ def test_a_failing_kernel_gives_one_warning_and_raises_only_with_impl_triton(mon
     torch.testing.assert_close(loss, CyCLIPLoss(impl="eager")(*leaves()))
     with pytest.raises(RuntimeError, match="out of resources"):
         CyCLIPLoss(impl="triton")(*leaves())
+
+
+def test_a_comparison_without_memory_says_nothing_of_the_kernels(monkeypatch) -> None:
+    """PyTorch computes this call, without a warning, and the next call compares again."""
+    verified = engines.verified_kernels()
+
+    def no_memory(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("error", CyCLIPWarning)
+        patch.setattr(verified, "_disagreement", no_memory)
+        loss = CyCLIPLoss()(*leaves())
+    assert torch.equal(loss, CyCLIPLoss(impl="eager")(*leaves()))
+    assert (verified.agreed, verified.problems) == (set(), {})
+    CyCLIPLoss()(*leaves())
+    assert verified.agreed
+
+
+def test_two_threads_compare_a_form_once_and_leave_the_process_as_it_was(monkeypatch) -> None:
+    """Autograd has a thread for each device."""
+    verified, compared = engines.verified_kernels(), []
+    original = verified._disagreement
+
+    def slowly(form: Form) -> str | None:
+        compared.append(form)
+        time.sleep(0.2)
+        return original(form)
+
+    monkeypatch.setattr(verified, "_disagreement", slowly)
+    image, text = (x.float() for x in pairs(6, 4, device=CPU))
+    before = torch.get_deterministic_debug_mode(), list(warnings.filters)
+    with ThreadPoolExecutor(2) as threads:
+        calls = [
+            threads.submit(verified.gram_matrices, image, text, cross) for cross in (True, False)
+        ] + [threads.submit(verified.gram_matrices, image, text, True)]
+        for call in calls:
+            call.result()
+    assert len(compared) == 2
+    assert (torch.get_deterministic_debug_mode(), list(warnings.filters)) == before
 
 
 CALLERS = {

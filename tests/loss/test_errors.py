@@ -76,8 +76,8 @@ BAD_CALLS = [
     ({"logit_scale": 0.0}, ValueError, "logit_scale must be finite and > 0, got 0.0"),
     ({"logit_scale": -1}, ValueError, "logit_scale must be finite and > 0, got -1"),
     ({"logit_scale": torch.nan}, ValueError, "logit_scale must be finite and > 0, got nan"),
-    ({"options": {}}, TypeError, "options must be a module of this package, got dict"),
-    ({"options": CyclicPenalty()}, TypeError, "options must be a module of this package, got Cyc"),
+    ({"options": {}}, TypeError, "options must be a CyCLIPLoss, got dict"),
+    ({"options": CyclicPenalty()}, TypeError, "options must be a CyCLIPLoss, got CyclicP"),
     ({"options": CyCLIPLoss(), "uneven": True}, TypeError, "options and uneven=True were both"),
     ({"logit_scale": GOOD[:2, 0]}, ValueError, "logit_scale must have one element, got shape (2,)"),
     ({"logit_scale": GOOD[0, 0].long()}, TypeError, "floating-point tensor, got torch.int64"),
@@ -215,6 +215,11 @@ def test_a_penalty_without_weights_ignores_values_that_are_not_finite() -> None:
 
 def test_a_module_refuses_a_wrong_rank_and_positional_options() -> None:
     process = "were given, but this process is rank 0 of 1"
+    module = CyCLIPLoss(rank=3, world_size=8, distributed=False)
+    module(GOOD, GOOD, 10.0)
+    module.distributed = True
+    with pytest.raises(ValueError, match=process):
+        module(GOOD, GOOD, 10.0)
     for options, message in (
         ({"use_horovod": True}, "use_horovod=True"),
         # Raised when called, as the group may be initialised after construction.

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -15,7 +16,15 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_map_only
 
-from cyclip_loss import CyclicPenalty, CyCLIPLoss, WithCyclicPenalty, cyclip_loss
+from cyclip_loss import (
+    CyclicPenalty,
+    CyCLIPLoss,
+    WithCyclicPenalty,
+    caption_ids,
+    contrastive_logsumexp,
+    cyclic_penalty,
+    cyclip_loss,
+)
 
 # Small, as the modes do not depend on the number of tiles, and interpreted tiles are slow.
 FEW = st.integers(1, 20)
@@ -209,3 +218,10 @@ def test_a_copied_or_stored_module_computes_the_same_loss(module, device: torch.
         assert all(copied is not original for copied, original in parameters)
     assert module.state_dict().keys() <= {"loss.weight"}  # of the wrapped loss
     assert "lambda_inmodal=0." in repr(module)
+
+
+@pytest.mark.parametrize(
+    "function", [cyclip_loss, cyclic_penalty, contrastive_logsumexp, caption_ids]
+)
+def test_a_function_can_be_stored(function) -> None:
+    assert pickle.loads(pickle.dumps(function)) is function

@@ -1,5 +1,6 @@
 """Which calls warn. Each warning is given once, and shows the user's line."""
 
+import pickle
 import warnings
 from functools import partial
 from types import SimpleNamespace
@@ -107,6 +108,15 @@ def test_a_modules_first_call_warns_of_unusual_lengths_and_scales(device) -> Non
         found = messages(call)
         assert len(found) == len(expected)
         assert all(part in "".join(found) for part in expected)
+
+
+def test_a_module_that_was_stored_checks_its_first_call_again(device: torch.device) -> None:
+    image, text = pairs(8, 4, device=device)
+    module = CyCLIPLoss()
+    messages(partial(module, image, text, SCALE))
+    stored = pickle.loads(pickle.dumps(module))
+    [message] = messages(partial(stored, image, 7 * text, SCALE))
+    assert "lengths" in message
 
 
 def test_16_bit_rows_later_calls_functions_and_compiled_modules_do_not_warn(device) -> None:

@@ -16,7 +16,14 @@ from rank_cases import step as take_step
 from test_ranks import DIST_IMPLS
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from cyclip_loss import CyCLIPLoss, CyCLIPWarning, cyclic_penalty, cyclip_loss, usage_warnings
+from cyclip_loss import (
+    CyCLIPLoss,
+    CyCLIPWarning,
+    consistency_metrics,
+    cyclic_penalty,
+    cyclip_loss,
+    usage_warnings,
+)
 
 # The number of rows and the options of each rank; "no_grad": whether it computes without gradients.
 Step = list[tuple[int, dict[str, Any]]]
@@ -85,12 +92,48 @@ def test_ranks_that_differ_in_a_first_call_raise_the_same_error(
     assert set(first) == set(good) == {"right"}
 
 
+def negatives_on_rank_0_only(rank: int, world_size: int) -> str:
+    image, text, scale = RankCase(rows_per_rank=(4,) * world_size).rank_inputs(rank)
+    try:
+        cyclip_loss(image, text, scale, negative_text_features=text if rank == 0 else None)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def metrics_on_rank_0_only(rank: int, world_size: int) -> str:
+    image, text, scale = RankCase(rows_per_rank=(4,) * world_size).rank_inputs(rank)
+    try:
+        if rank == 0:
+            consistency_metrics(image, text, distributed=True)
+        else:
+            cyclip_loss(image, text, scale, uneven=True)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("calls", "name"),
+    [
+        (negatives_on_rank_0_only, "augmented and negative features are given"),
+        (metrics_on_rank_0_only, "the function must be the same on every rank, got ['consistency"),
+    ],
+)
+def test_ranks_that_pass_other_arguments_raise_the_same_error(calls, name, ranks: Ranks) -> None:
+    ranks.leave()
+    first, second = ranks.run(2, calls)
+    assert name in first
+    assert first == second
+
+
 def test_an_error_of_more_than_16_ranks_lists_each_value_once(monkeypatch) -> None:
     """Here one process pretends to be rank 0 of 20."""
 
     def answer(answers: list[Any], own: dict[str, Any], group: Any = None) -> None:
         for rank in range(20):
-            answers[rank] = own | {"reference_batch_size": None if rank % 2 else 128}
+            settings = {"reference_batch_size": None if rank % 2 else 128}
+            answers[rank] = own[0] | settings, own[1]
 
     monkeypatch.setattr(dist, "all_gather_object", answer)
     dist.init_process_group("fake", rank=0, world_size=20, store=FakeStore())
@@ -137,6 +180,20 @@ def raises_warning(rank: int, world_size: int) -> bool:
 
 def test_a_warning_that_is_raised_as_an_error_leaves_no_rank_waiting(ranks: Ranks) -> None:
     assert ranks.run(2, raises_warning) == [True, False]
+
+
+def kernel_warnings(rank: int, world_size: int) -> list[str]:
+    """The warnings if the kernels do not work on rank 1."""
+    usage_warnings._warned.clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if rank == 1:
+            usage_warnings.warn_once("kernels", "they do not work", every_rank=True)
+    return [str(warning.message).partition(" (more")[0] for warning in caught]
+
+
+def test_a_rank_without_kernels_warns_although_rank_0_has_them(ranks: Ranks) -> None:
+    assert ranks.run(2, kernel_warnings) == [[], ["rank 1: they do not work"]]
 
 
 def strong_penalty_warnings(rank: int, world_size: int, n: int) -> list[int]:

@@ -35,7 +35,7 @@ def in_subgroups(rank: int, world_size: int, dist_impl: str, uneven: bool) -> tu
     options = {"process_group": own, "dist_impl": dist_impl, "uneven": uneven}
     # Copies share the group.
     module = AveragedModel(CyCLIPLoss(*LAMBDAS, **options)).module
-    penalty = copy.deepcopy(CyclicPenalty(*LAMBDAS, process_group=own))
+    penalty = copy.copy(copy.deepcopy(CyclicPenalty(*LAMBDAS, process_group=own)))
 
     def total(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
         losses = module(image, text, scale) + cyclip_loss(image, text, scale, **options)

@@ -243,6 +243,15 @@ def test_clips_loss_is_replaced(version: str, monkeypatch: pytest.MonkeyPatch) -
     assert trainer.args.lambda_inmodal == 0.5
 
 
+def test_a_process_may_train_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second run does not get the loss of the first."""
+    trainer = Trainer(ClipLoss())
+    first = launch(trainer, monkeypatch).loss
+    second = launch(trainer, monkeypatch, "--lambda-inmodal", "0.5").loss
+    assert [type(loss) for loss in (first, second)] == [CyCLIPLoss] * 2
+    assert [loss.lambda_inmodal for loss in (first, second)] == [0.25, 0.5]
+
+
 @pytest.mark.parametrize("version", ["3", "4"])
 @pytest.mark.parametrize("theirs", [SigLipLoss(), CoCaLoss(2.0, 1.0), DistillClipLoss()])
 def test_other_losses_get_the_penalties(version: str, theirs: Any, monkeypatch) -> None:
@@ -271,6 +280,7 @@ WARM_UP = ("--skip-scheduler", "--lambda-warmup", "2")
         (Trainer(ClipLoss(), horovod=True), (), "--horovod is not supported"),
         (Trainer(ClipLoss()), WARM_UP, "--lambda-warmup needs OpenCLIP's"),
         (Trainer(ClipLoss(), accum_freq=2), IGNORED, f"{CAPTIONS} excludes --accum-freq above 1"),
+        (Trainer(ClipLoss(), torchscript=True), IGNORED, f"{CAPTIONS} excludes --torchscript"),
         (Trainer(SigLipLoss()), IGNORED, f"{CAPTIONS} needs plain CLIP's loss"),
         (Trainer(ClipLoss(), texts=False), IGNORED, f"{CAPTIONS}: the model got no captions"),
     ],
@@ -290,7 +300,7 @@ def test_unsupported_runs_stop_with_one_line(
     ("flag", "wrong", "message"),
     [
         ("--lambda-inmodal", "-1", "--lambda-inmodal must be finite and >= 0"),
-        ("--reference-batch-size", "-1", "--reference-batch-size must be >= 1"),
+        ("--reference-batch-size", "-1", "--reference-batch-size must be >= 0, got -1"),
         (CAPTIONS, "same", f"argument {CAPTIONS}: invalid choice: 'same'"),
         ("--impl", "triton", "--impl triton needs features on a CUDA or ROCm device, got cpu"),
         ("--lambda-warmup", "-1", "fraction of all steps from 0.0 to 1.0, not -1"),

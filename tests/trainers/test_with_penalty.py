@@ -72,8 +72,8 @@ def arguments_for(loss: nn.Module, features: tuple[Tensor, Tensor]) -> dict[str,
 
 @pytest.mark.parametrize(
     "loss",
-    [SigLipLoss(), CoCaLoss(2.0, 1.0), DistillClipLoss(), MarginLoss()],
-    ids=lambda loss: type(loss).__name__,
+    [SigLipLoss(), CoCaLoss(2.0, 1.0), CoCaLoss(2.0, 0.0), DistillClipLoss(), MarginLoss()],
+    ids=["SigLipLoss", "CoCaLoss", "CoCaLoss without contrastive term", "Distill", "MarginLoss"],
 )
 def test_penalties_are_added_to_what_the_loss_returns(loss, features, penalties) -> None:
     """A loss returns a scalar, a tuple or a dict. A teacher's features have no penalties."""
@@ -123,6 +123,7 @@ def test_features_are_found_by_argument_names_or_a_callable(
         (lambda loss: {"itc_loss": loss, "accuracy": 0.5 * loss}, r"\(accuracy: Tensor \(\)\)"),
         (lambda loss: (loss, loss.long()), r"\(1: Tensor \(\) torch.int64\)"),
         (lambda loss: (loss, True), r"\(1: bool \(\)\)"),
+        (lambda loss: {"itc_loss": loss, "num_pairs": 6}, r"\(num_pairs: int \(\)\)"),
         (lambda loss: loss.expand(6), r"\(result: Tensor \(6,\)\)"),
         (lambda loss: (loss, loss.expand(6)), r"\(1: Tensor \(6,\)\)"),
         (lambda loss: [loss, loss], r"\(result: list"),
