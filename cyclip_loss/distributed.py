@@ -7,7 +7,7 @@ Gradients follow DDP's convention: each rank's are W times the gradients of the 
 respect to its own features, so that DDP's average is the gradient of the whole batch's loss.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -156,12 +156,13 @@ def _compare(
     with on_device_of(features):
         dist.all_gather_object(answers, (own, num_rows), group=ranks.group)
 
-    def by_name(part: int) -> dict[str, list[Any]]:
-        """Each rank's value for every name that a rank has: another function has others."""
-        names = dict.fromkeys(name for answer in answers for name in answer[part])
-        return {name: [answer[part].get(name) for answer in answers] for name in names}
+    def by_name(dicts: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+        """Each rank's value, or None, for every name in a rank's dict. Names may differ."""
+        names = dict.fromkeys(name for values in dicts for name in values)
+        return {name: [values.get(name) for values in dicts] for name in names}
 
-    values, num_rows_by_name = by_name(0), by_name(1)
+    settings, all_num_rows = zip(*answers, strict=True)
+    values, num_rows_by_name = by_name(settings), by_name(all_num_rows)
     if not options.uneven:
         for name, rows in num_rows_by_name.items():
             values[f"the number of rows of {name} (unless uneven=True)"] = rows

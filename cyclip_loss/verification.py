@@ -99,7 +99,7 @@ class VerifiedKernels:
         if not self._is_known(form) and not is_capturing(_features_of(arguments)):
             try:
                 self._compare_once(form)
-            except torch.OutOfMemoryError:  # says nothing of the kernels, nor of the next time
+            except torch.OutOfMemoryError:  # the kernels may be right: the next call compares
                 return getattr(self.eager, function)(*arguments)
         engine = self.eager if form.scope in self.problems else self.kernels
         return getattr(engine, function)(*arguments)

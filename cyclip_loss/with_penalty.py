@@ -129,9 +129,10 @@ def _is_a_term(name: Any, term: Any) -> bool:
     if isinstance(name, str) and {"acc", "accuracy"} & set(name.lower().split("_")):
         return False
     if isinstance(term, Tensor):
-        if term.numel() != 1 or term.is_floating_point() or torch.compiler.is_compiling():
-            return term.numel() == 1 and term.is_floating_point()
-        return not term.any()
+        if term.numel() != 1:
+            return False
+        # While torch.compile traces, an integer has no value that could be compared with 0.
+        return term.is_floating_point() or not (torch.compiler.is_compiling() or term.any())
     return isinstance(term, float) or (type(term) is int and term == 0)
 
 
