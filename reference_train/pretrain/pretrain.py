@@ -53,9 +53,10 @@ def main(argv: Sequence[str]) -> None:
         raise CannotStart(f"{world_size} ranks of MPI: OpenCLIP supports torchrun and Slurm only")
     flags = launcher_command(options, launcher_flags, world_size)
     args = all_settings(flags, rank=rank, world_size=world_size)
+    args.views = options.views
     sizes, fingerprints = check_data(args, flags)
     added_settings = {**fingerprints, "views": options.views}
-    vars(args).update(added_settings)
+    vars(args).update(fingerprints)
     if rank == 0:
         launcher = [open_clip_train.__name__]
         if options.views:
@@ -205,6 +206,9 @@ def check_settings(args: argparse.Namespace) -> None:
         raise CannotStart("--out none: OpenCLIP would save nothing")
     if args.remote_sync:
         raise CannotStart("--remote-sync: OpenCLIP can't resume from it with --save-most-recent")
+    if args.views == "own" and (args.aug_cfg or {}).get("scale") == (1.0, 1.0):
+        what = "the preset's augmentation changes no picture, so both views would be equal"
+        raise CannotStart(f"--views own: {what}; take --views, or another --aug-cfg after --")
     for flag in ("same_captions", "distill_model"):
         if args.views and getattr(args, flag, None):
             raise CannotStart(f"--{flag.replace('_', '-')} can't be combined with --views")
@@ -219,7 +223,8 @@ def check_data(args: argparse.Namespace, flags: list[str]) -> tuple[dict[str, in
     """
     if args.dataset_type != "webdataset":
         what = f"--dataset-type {args.dataset_type}: pretrain takes webdataset only"
-        raise CannotStart(f"{what}; python -m cyclip_loss.open_clip_train takes other types")
+        other = f"{views.__name__} --views" if args.views else open_clip_train.__name__
+        raise CannotStart(f"{what}; python -m {other} takes other types")
     if args.train_num_samples is not None and args.train_num_samples < 1:
         raise CannotStart(f"--train-num-samples must be >= 1, not {args.train_num_samples}")
     train = expand_urls(args.train_data)

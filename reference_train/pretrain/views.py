@@ -46,13 +46,19 @@ def add_flag(parser: argparse.ArgumentParser) -> None:
 class TwoPictures:
     """Makes two views of a picture: the training's transform, applied twice.
 
-    how: "autoaugment": AutoAugment changes the second picture before the transform. "own": both are
-    transforms of the same picture.
+    transform: a `Compose` of torchvision, from a PIL image to (3, H, W). how: "autoaugment":
+    AutoAugment changes the second picture before the transform. "own": both are transforms of the
+    same picture.
     """
 
-    def __init__(self, transform: Callable[[Image.Image], Tensor], how: str) -> None:
+    def __init__(self, transform: Any, how: str) -> None:
         self.transform = transform
         self.augment = AutoAugment() if how == "autoaugment" else None
+
+    @property
+    def transforms(self) -> Any:
+        """The transform's steps. OpenCLIP reads the size of made-up pictures from them."""
+        return self.transform.transforms
 
     def __call__(self, picture: Image.Image) -> Tensor:
         """(2, 3, H, W)."""
@@ -205,16 +211,23 @@ class Views:
         training_only = Namespace(**{**vars(args), **NO_HELD_OUT_DATA})
         held_out_only = Namespace(**{**vars(args), "train_data": None})
         two_views = (TwoPictures(train, self.how), val)
-        data = original(training_only, two_views, tokenizer=TwoCaptions(tokenizer), **options)
-        return data | original(held_out_only, transforms, tokenizer=tokenizer, **options)
+        training = original(training_only, two_views, tokenizer=TwoCaptions(tokenizer), **options)
+        held_out = original(held_out_only, transforms, tokenizer=tokenizer, **options)
+        # Made-up pairs need no path, so `held_out_only` also gives some to train on.
+        return held_out | training
 
     def create_loss(self, original: Function, *args: Any, **options: Any) -> nn.Module:
         """OpenCLIP 3's loss plus the in-modal term."""
         return with_inmodal_term(original(*args, **options))
 
     def create_task(self, original: Function, *args: Any, **options: Any) -> Any:
-        """OpenCLIP 4's task, with the in-modal term added to its loss."""
+        """OpenCLIP 4's task, with the in-modal term added to its loss.
+
+        Raises `Stopped` for CoCa's task, which gives its loss no features of second views.
+        """
         task = original(*args, **options)
+        if hasattr(task, "_build_loss_inputs"):
+            raise Stopped("--views: this OpenCLIP can't train CoCa with it; 2.x and 3.x can")
         task.loss = with_inmodal_term(task.loss)
         return task
 

@@ -114,6 +114,8 @@ def test_ranks_share_the_batch_and_the_shards(variable: str, dry_run, monkeypatc
         ("--dry 3", "--dry: OpenCLIP's own flags go after --"),  # no abbreviation of --dry-run
         ("--loss geometric", "--loss: invalid choice: 'geometric'"),
         ("-- --dataset-type csv", "--dataset-type csv: pretrain takes webdataset only"),
+        ("--views -- --dataset-type csv", r"python -m [\w.]+\.views --views takes"),
+        ("--preset paper --views own", "--views own: .* both views would be equal; take"),
         ("-- --train-num-samples 0", "--train-num-samples must be >= 1, not 0"),
         ("--out /proc/logs", "--out: /proc/logs/.* can't be written: /proc is not a writable"),
         ("--out none", "--out none: OpenCLIP would save nothing"),

@@ -9,6 +9,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from open_clip_train import main as trainer
 from PIL import Image
 from pretrain_runs import logged_terms
 from torch import Tensor, nn
@@ -96,6 +97,27 @@ def test_other_losses_and_accumulated_batches_train_with_views(
         positive = {name.removesuffix("_loss") for name in terms if terms[name] > 0}
         expected = {"contrastive", "inmodal_contrastive", "crossmodal_cyclic"}
         assert positive == expected | ({"inmodal_cyclic"} if loss == "cyclip" else set())
+
+
+def test_made_up_pairs_have_two_views() -> None:
+    """OpenCLIP makes them up from the transform, also when it is asked for held-out pairs only."""
+    train, val = (open_clip.image_transform(224, is_train=x) for x in (True, False))
+    flags = ["--dataset-type", "synthetic", "--train-num-samples", "8", "--batch-size", "4"]
+    args = trainer.parse_args([*flags, "--workers", "0"])
+    args.distributed = False
+    tokenizer = open_clip.get_tokenizer("RN50")
+    data = views.Views("own").get_data(trainer.get_data, args, (train, val), tokenizer=tokenizer)
+    image, text = next(iter(data["train"].dataloader))
+    assert image.shape == (4, 2, 3, 224, 224)
+    assert text.shape == (4, 2, 77)
+
+
+def test_the_coca_task_of_openclip_4_refuses_views() -> None:
+    class CoCaTask:
+        def _build_loss_inputs(self) -> None: ...
+
+    with pytest.raises(Stopped, match=r"can't train CoCa with it; 2\.x"):
+        views.Views("own").create_task(CoCaTask)
 
 
 def encode(image: Tensor, text: Tensor) -> dict[str, Tensor]:
