@@ -230,6 +230,15 @@ def _engine(settings: Settings, features: Tensor, column_ids: Tensor | None) -> 
     return compute
 
 
+def zero_or_nan(logits: Logits, dtype: torch.dtype) -> Tensor:
+    """0, or NaN if a feature is not finite.
+
+    To be added to results with extra negatives: an infinite negative may have the logit -inf, and
+    the result would stay finite.
+    """
+    return ((logits.row_features * 0).sum() + (logits.column_features * 0).sum()).to(dtype)
+
+
 @takes_fields
 def contrastive_forward(
     logits: Logits, settings: Settings
@@ -268,9 +277,7 @@ def contrastive_forward(
             pair_gradient += directions * shares
         may_have_negatives = num_pairs <= num_rows
         if may_have_negatives:
-            # An infinite extra negative may have the logit -inf, and the loss would stay finite.
-            zero = (row_features * 0).sum() + (logits.column_features * 0).sum()
-            loss = loss + zero.to(loss.dtype)
+            loss = loss + zero_or_nan(logits, loss.dtype)
         if ranks.group is not None:
             loss = distributed.wait(distributed.start_all_reduce(loss, "sum", ranks))
         if may_have_negatives:

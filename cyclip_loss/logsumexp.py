@@ -171,11 +171,14 @@ def logsumexp_forward(
     compute = engines.module(settings.engine, row_features)
     with without_autocast(row_features):
         lse = contrastive.STRATEGIES[settings.strategy].log_sum_exps(compute, logits, ranks)
-    column_lse = lse.column_negatives_lse
+    row_lse, column_lse = lse.row_negatives_lse, lse.column_negatives_lse
+    if logits.num_pairs <= row_features.shape[0]:
+        zero = contrastive.zero_or_nan(logits, row_lse.dtype)
+        row_lse, column_lse = row_lse + zero, column_lse + zero
     if logits.symmetric and column_lse.shape[0] > row_features.shape[0]:
         # This rank's, without extra negatives. A copy, because a view would keep all of them.
         column_lse = column_lse[first_column : first_column + row_features.shape[0]].clone()
-    return lse.row_negatives_lse, column_lse, lse.pair_logits
+    return row_lse, column_lse, lse.pair_logits
 
 
 def _forward_fake(arguments: Any) -> tuple[Tensor, ...]:

@@ -68,10 +68,15 @@ def takes_fields(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _FirstDerivativesOnly(torch.autograd.Function):
-    """Calls a function that returns gradients. Differentiating these raises an error."""
+    """Calls a function that returns gradients. Differentiating these raises an error.
+
+    tensors: those in `arguments`. Autograd does not look for tensors in tuples and lists.
+    """
 
     @staticmethod
-    def forward(ctx: Any, function: Callable[..., Any], *arguments: Any) -> Any:
+    def forward(
+        ctx: Any, function: Callable[..., Any], arguments: tuple[Any, ...], *tensors: Tensor
+    ) -> Any:
         return function(*arguments)
 
     @staticmethod
@@ -90,7 +95,11 @@ def call_backward(function: Callable[..., Any], *arguments: Any) -> Any:
     With create_graph=True, differentiating them raises an error instead of silently returning zero.
     """
     if torch.is_grad_enabled():
-        return _FirstDerivativesOnly.apply(function, *arguments)  # type: ignore[no-untyped-call]
+        groups = (x if isinstance(x, list | tuple) else [x] for x in arguments)
+        tensors = [x for group in groups for x in group if isinstance(x, Tensor)]
+        return _FirstDerivativesOnly.apply(  # type: ignore[no-untyped-call]
+            function, arguments, *tensors
+        )
     return function(*arguments)
 
 

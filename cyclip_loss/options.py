@@ -175,4 +175,6 @@ def hint_at_misspelled(function: _Function) -> _Function:
                 raise TypeError(f"{called} has no argument {name!r}{hint}")
         return function(*args, **kwargs)
 
+    # torch.compile limits how often it compiles one code object, so each function has its own.
+    call.__code__ = call.__code__.replace(co_name=function.__name__)
     return call  # type: ignore[return-value]

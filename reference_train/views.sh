@@ -2,7 +2,8 @@
 # Compares losses with and without two views of each pair, at the same number of steps and in the
 # same time, with the demonstration, its long preset, and 250,000 icons. On two quiet CPU cores each
 # of the 36 short runs takes 3 to 6 minutes, each of the 9 long runs half an hour, and each of the 27
-# runs on icons 12 to 25 minutes. The same command again resumes where it stopped.
+# runs on icons 25 to 50 minutes of one core (two at once fit into two cores, with
+# OMP_NUM_THREADS=1). The same command again resumes where it stopped.
 # Run from the repository: sh reference_train/views.sh
 set -eu
 export CUDA_VISIBLE_DEVICES= # on a GPU the presets train larger models or in another precision
@@ -27,7 +28,7 @@ pretrain() { # NAME EPOCHS LOSS SEED [FLAGS]
     name=$1-$4 epochs=$2 loss=$3 seed=$4
     shift 4
     python -m reference_train pretrain --preset icons --data "$icons" --out "$out/logs" \
-        --name "$name" --loss "$loss" --seed "$seed" "$@" -- --epochs "$epochs"
+        --name "$name" --loss "$loss" --seed "$seed" "$@" -- --torchcompile --epochs "$epochs"
 }
 
 for seed in 0 1 2; do

@@ -277,6 +277,21 @@ def test_under_autocast_features_are_cast_and_results_are_float32(device: torch.
     assert torch.equal(image.grad, short[0].grad.float())
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("one_way", [False, True])
+def test_an_extra_negative_that_is_not_finite_is_never_hidden(
+    bad: float, one_way: bool, impl: str, device: torch.device
+) -> None:
+    """Its logits may be -inf, which alone would leave the sums finite."""
+    features = torch.tensor([[1.0, 0.0], [0.8, 0.6]], device=device)
+    negatives = torch.tensor([[bad, -1.0]], device=device)
+    rows, columns, _ = contrastive_logsumexp(
+        features, features, 10.0, negative_text_features=negatives, one_way=one_way, impl=impl
+    )
+    assert not rows.isfinite().any()
+    assert one_way or not columns.isfinite().any()
+
+
 def test_second_derivatives_raise_an_error(device: torch.device) -> None:
     image, text = (x.requires_grad_() for x in pairs(9, 4, device=device))
     loss = contrastive_logsumexp(image, text).row_negatives.sum()

@@ -79,6 +79,11 @@ def test_a_second_backward_has_the_same_bits_and_second_derivatives_raise(
         for grad in in_grad_mode:
             with pytest.raises(RuntimeError, match="first derivatives only"):
                 (value + grad.square().sum()).backward(retain_graph=True)
+        # Also with respect to a weight of the loss, as GradNorm does.
+        weight = torch.ones((), device=device, requires_grad=True)
+        for grad in torch.autograd.grad(weight * loss(*leaves), leaves, create_graph=True):
+            with pytest.raises(RuntimeError, match="first derivatives only"):
+                torch.autograd.grad(grad.square().sum(), weight, retain_graph=True)
 
 
 # Lambdas: equal, different, both zero, one zero; then new values of each kind.
@@ -218,6 +223,29 @@ def test_a_copied_or_stored_module_computes_the_same_loss(module, device: torch.
         assert all(copied is not original for copied, original in parameters)
     assert module.state_dict().keys() <= {"loss.weight"}  # of the wrapped loss
     assert "lambda_inmodal=0." in repr(module)
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: type(module).__name__)
+def test_a_copy_of_a_compiled_module_has_its_own_options(module, device: torch.device) -> None:
+    arguments = Case(10, 4).inputs(device)[: 2 if type(module) is CyclicPenalty else 3]
+    compiled = copy.deepcopy(module)
+    compiled.compile(backend="eager")
+    twins = copy.copy(compiled), copy.deepcopy(compiled), pickle.loads(pickle.dumps(compiled))
+    changed = copy.deepcopy(module)
+    changed.lambda_inmodal = 3.0
+    assert changed(*arguments) > module(*arguments)
+    for twin in twins:
+        assert twin(*arguments) == module(*arguments)
+        twin.lambda_inmodal = 3.0
+        assert twin(*arguments) == changed(*arguments)
+
+
+def test_each_forward_has_its_own_limit_of_compilations(device: torch.device) -> None:
+    arguments = Case(10, 4).inputs(device)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for module, count in ((CyCLIPLoss(), 3), (CyclicPenalty(), 2)):
+            compiled = torch.compile(module, backend="eager", fullgraph=True)
+            assert compiled(*arguments[:count]) == module(*arguments[:count])
 
 
 @pytest.mark.parametrize(
