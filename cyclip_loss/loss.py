@@ -27,23 +27,24 @@ class _Module(PenaltyOptions, nn.Module):
         """Copy all but the process group, which cannot be copied: the copy shares it."""
         memo[id(self.process_group)] = self.process_group
         memo[id(self)] = copy = type(self).__new__(type(self))
-        copy.__dict__.update(deepcopy(super().__getstate__(), memo))
+        copy.__dict__.update(deepcopy(self._attributes(), memo))
         return copy
 
     def __copy__(self) -> Any:
         """A shallow copy. It shares the process group, which `__getstate__` leaves out."""
         copy = type(self).__new__(type(self))
-        copy.__dict__.update(super().__getstate__())
+        copy.__dict__.update(self._attributes())
         return copy
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state to pickle. A note replaces the process group, which cannot be pickled.
-
-        `nn.Module.__getstate__` leaves out the result of `compile()`, which calls this module.
-        """
+        """The state to pickle. A note replaces the process group, which cannot be pickled."""
         process_group = self.process_group and NOT_STORED
-        state: dict[str, Any] = super().__getstate__()
-        return state | {"process_group": process_group, "_inputs_checked": False}
+        return self._attributes() | {"process_group": process_group, "_inputs_checked": False}
+
+    def _attributes(self) -> dict[str, Any]:
+        """All attributes but the result of the method `compile`, which calls this module."""
+        attributes: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return attributes
 
     def _check_inputs_once(self, logit_scale: Tensor | float | None, *features: Any) -> None:
         """Warn of unusual features or an unusual scale, in the first call that has rows.

@@ -176,5 +176,6 @@ def hint_at_misspelled(function: _Function) -> _Function:
         return function(*args, **kwargs)
 
     # torch.compile limits how often it compiles one code object, so each function has its own.
-    call.__code__ = call.__code__.replace(co_name=function.__name__)
+    code = call.__code__  # type: ignore[attr-defined]
+    call.__code__ = code.replace(co_name=function.__name__)  # type: ignore[attr-defined]
     return call  # type: ignore[return-value]
