@@ -536,6 +536,12 @@ def test_the_environment_variable_sets_the_engine_of_auto_only(monkeypatch) -> N
         CyCLIPLoss()(features, features, 1.0)
 
 
+def test_auto_uses_eager_for_a_d_that_is_too_large_for_the_kernels(monkeypatch) -> None:
+    monkeypatch.setattr(kernels, "MAX_D", 2)
+    assert engines.choose("auto", torch.ones(2, 2)) == "verified kernels"
+    assert engines.choose("auto", torch.ones(2, 3)) == "eager"
+
+
 def test_the_error_for_missing_kernels_says_what_asked_for_them(monkeypatch) -> None:
     monkeypatch.setattr(kernels, "INTERPRETED", False)
     features = torch.ones(2, 2)

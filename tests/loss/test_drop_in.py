@@ -20,7 +20,7 @@ OPENCLIP_KEYWORDS |= {"rank": 0, "world_size": 1, "use_horovod": False}
 
 
 def train(loss: nn.Module, device: torch.device) -> tuple[list[float], TwoTowers]:
-    """Eight steps the way OpenCLIP's `train_one_epoch` takes them."""
+    """Eight steps the way OpenCLIP's `train_one_epoch` takes them, in float64."""
     torch.manual_seed(0)
     model = TwoTowers().to(device, torch.float64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
@@ -38,10 +38,8 @@ def train(loss: nn.Module, device: torch.device) -> tuple[list[float], TwoTowers
     return history, model
 
 
-def test_training_without_penalties_equals_training_with_clip_loss(
-    impl: str, device: torch.device
-) -> None:
-    ours, our_model = train(CyCLIPLoss(0, 0, **OPENCLIP_KEYWORDS, impl=impl), device)
+def test_training_without_penalties_equals_training_with_clip_loss(device: torch.device) -> None:
+    ours, our_model = train(CyCLIPLoss(0, 0, **OPENCLIP_KEYWORDS), device)
     theirs, their_model = train(open_clip.ClipLoss(**OPENCLIP_KEYWORDS), device)
     assert ours == pytest.approx(theirs, rel=1e-9)
     parameters = list(our_model.parameters()), list(their_model.parameters())
@@ -67,7 +65,7 @@ def test_keywords_attributes_and_arguments_of_clip_loss_are_accepted(given: dict
 def test_logit_bias_changes_no_value_and_gets_a_zero_gradient(
     impl, output_dict, device: torch.device
 ) -> None:
-    image, text = pairs(12, 4, device=device)
+    image, text = (x.float() for x in pairs(12, 4, device=device))
     loss = CyCLIPLoss(impl=impl)
     plain = loss(image, text, 10.0, output_dict=output_dict)
     assert plain == loss(image, text, 10.0, -1.0, output_dict)
@@ -89,7 +87,7 @@ SCALE_TENSORS = [
 
 
 @pytest.mark.parametrize("form", SCALE_TENSORS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_form_of_the_logit_scale_gives_the_same_loss(
     impl: str, dtype, form: Tensor, device: torch.device
 ) -> None:

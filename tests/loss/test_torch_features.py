@@ -86,6 +86,45 @@ def test_a_second_backward_has_the_same_bits_and_second_derivatives_raise(
                 torch.autograd.grad(grad.square().sum(), weight, retain_graph=True)
 
 
+def test_compiled_code_runs_the_kernels(device: torch.device, impl: str, monkeypatch) -> None:
+    if impl != "triton":
+        pytest.skip("the eager engine has no kernels")
+    from cyclip_loss import kernels
+
+    calls = []
+    original = kernels.contrastive_lse
+
+    def count(*arguments, **options):
+        calls.append(1)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(kernels, "contrastive_lse", count)
+    torch._dynamo.reset()
+    loss, inputs = CyCLIPLoss(0.5, 0.25, impl=impl), Case(30, 6).leaves(device)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    found = [
+        (value.detach(), *torch.autograd.grad(value, inputs))
+        for value in (loss(*inputs), compiled(*inputs))
+    ]
+    torch.testing.assert_close(*found)
+    assert len(calls) == 2
+
+
+def test_a_scaled_loss_has_the_gradients_of_the_loss(device: torch.device) -> None:
+    """`GradScaler` multiplies the loss, and divides the gradients before the optimizer's step."""
+    leaves = Case(12, 4).leaves(device)
+    scaler = torch.amp.GradScaler(device.type, init_scale=1024.0)
+    optimizer = torch.optim.SGD(leaves, lr=1.0)
+    before = [leaf.detach().clone() for leaf in leaves]
+    expected = torch.autograd.grad(CyCLIPLoss()(*leaves), leaves)
+    scaler.scale(CyCLIPLoss()(*leaves)).backward()
+    scaler.step(optimizer)
+    for leaf, old, grad in zip(leaves, before, expected, strict=True):
+        torch.testing.assert_close(leaf.detach(), old - grad)
+    scaler.update()
+    assert scaler.get_scale() == 1024.0  # every gradient was finite
+
+
 # Lambdas: equal, different, both zero, one zero; then new values of each kind.
 SCHEDULE = [
     (0.25, 0.25), (0.3, 0.3), (0.4, 0.1), (0.1, 0.6), (0.0, 0.0), (0.0, 0.3), (0.2, 0.0),

@@ -14,6 +14,7 @@ from pool import RankError, Ranks, own_device
 from rank_cases import RankCase
 from rank_cases import step as take_step
 from test_ranks import DIST_IMPLS
+from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cyclip_loss import (
@@ -68,6 +69,7 @@ def on_both(n: int, **options) -> Step:
         ("reference_batch_size", {"reference_batch_size": 128}),
         ("augmented and negative features", {"views": True}),
         ("ids are given", {"distinct_ids": 3}),
+        ("same_ids", {"distinct_ids": 3, "same_ids": "positives"}),
         ("require a gradient", {"frozen": frozenset(["text"])}),
         ("require a gradient", {"no_grad": True}),
     ],
@@ -92,10 +94,23 @@ def test_ranks_that_differ_in_a_first_call_raise_the_same_error(
     assert set(first) == set(good) == {"right"}
 
 
-def negatives_on_rank_0_only(rank: int, world_size: int) -> str:
+def error_with_views(
+    rank: int, world_size: int, num_negatives: list[int | None], weights: list[float]
+) -> str:
+    """The error if ranks have these numbers of negative texts, and these in-modal weights."""
     image, text, scale = RankCase(rows_per_rank=(4,) * world_size).rank_inputs(rank)
+    options: dict[str, Any] = {"inmodal_contrastive_weight": weights[rank]}
+    if (number := num_negatives[rank]) is not None:
+        options["negative_text_features"] = text[:number]
     try:
-        cyclip_loss(image, text, scale, negative_text_features=text if rank == 0 else None)
+        cyclip_loss(
+            image,
+            text,
+            scale,
+            augmented_image_features=text,
+            augmented_text_features=image,
+            **options,
+        )
     except ValueError as error:
         return str(error)
     return ""
@@ -114,17 +129,42 @@ def metrics_on_rank_0_only(rank: int, world_size: int) -> str:
 
 
 @pytest.mark.parametrize(
-    ("calls", "name"),
+    ("num_negatives", "weights", "name"),
     [
-        (negatives_on_rank_0_only, "augmented and negative features are given"),
-        (metrics_on_rank_0_only, "the function must be the same on every rank, got ['consistency"),
+        ([4, None], [1.0, 1.0], "augmented and negative features are given"),
+        ([4, 2], [1.0, 1.0], "rows of negative_text_features (unless uneven=True) must be the"),
+        ([4, 4], [1.0, 0.5], "inmodal_contrastive_weight must be the same on every rank, got [1.0"),
     ],
 )
-def test_ranks_that_pass_other_arguments_raise_the_same_error(calls, name, ranks: Ranks) -> None:
+def test_ranks_that_pass_other_arguments_raise_the_same_error(
+    num_negatives, weights, name, ranks: Ranks
+) -> None:
     ranks.leave()
-    first, second = ranks.run(2, calls)
+    first, second = ranks.run(2, error_with_views, num_negatives, weights)
     assert name in first
     assert first == second
+
+
+def test_ranks_that_call_other_functions_raise_the_same_error(ranks: Ranks) -> None:
+    ranks.leave()
+    first, second = ranks.run(2, metrics_on_rank_0_only)
+    assert "the function must be the same on every rank, got ['consistency" in first
+    assert first == second
+
+
+def loss_with_negative_images(rank: int, world_size: int, counts: list[int]) -> Tensor:
+    image, text, scale = RankCase(rows_per_rank=(4,) * world_size).rank_inputs(rank)
+    return cyclip_loss(image, text, scale, negative_image_features=text[: counts[rank]])
+
+
+def test_ranks_may_have_different_numbers_of_negative_images(ranks: Ranks) -> None:
+    ranks.leave()
+    found = ranks.run(2, loss_with_negative_images, [3, 1])
+    case = RankCase(rows_per_rank=(4, 4))
+    image, text, scale = case.inputs(own_device())
+    negatives = torch.cat((text[:3], text[4:5]))
+    expected = cyclip_loss(image, text, scale, negative_image_features=negatives)
+    torch.testing.assert_close(found, [expected] * 2, rtol=1e-12, atol=0)
 
 
 def test_an_error_of_more_than_16_ranks_lists_each_value_once(monkeypatch) -> None:

@@ -14,18 +14,28 @@ from accuracy import results
 from pool import RankError, Ranks, own_device
 from rank_cases import RankCase, step
 from test_ranks import DIST_IMPLS
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.optim.swa_utils import AveragedModel
 
 from cyclip_loss import (
     CyclicPenalty,
     CyCLIPLoss,
+    WithCyclicPenalty,
     consistency_metrics,
+    contrastive_logsumexp,
     cyclic_penalty,
     cyclip_loss,
 )
 
 LAMBDAS = (0.5, 0.125)
+
+
+class Nothing(nn.Module):
+    """A loss to be wrapped, which is 0."""
+
+    def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        return 0 * image_features.sum()
 
 
 def in_subgroups(rank: int, world_size: int, dist_impl: str, uneven: bool) -> tuple:
@@ -36,10 +46,12 @@ def in_subgroups(rank: int, world_size: int, dist_impl: str, uneven: bool) -> tu
     # Copies share the group.
     module = AveragedModel(CyCLIPLoss(*LAMBDAS, **options)).module
     penalty = copy.copy(copy.deepcopy(CyclicPenalty(*LAMBDAS, process_group=own)))
+    wrapped = WithCyclicPenalty(Nothing(), *LAMBDAS, process_group=own)
 
     def total(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
         losses = module(image, text, scale) + cyclip_loss(image, text, scale, **options)
-        return losses + penalty(image, text) + cyclic_penalty(image, text, process_group=own)
+        penalties = penalty(image, text) + wrapped(image, text)
+        return losses + penalties + cyclic_penalty(image, text, process_group=own)
 
     return tuple(results(total, *subgroup_case(rank % 2, uneven).rank_inputs(rank_in_group)))
 
@@ -57,7 +69,7 @@ def test_each_subgroup_has_the_loss_of_its_own_batch(dist_impl, uneven, ranks: R
 
     def total(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
         losses = CyCLIPLoss(*LAMBDAS)(image, text, scale) + cyclip_loss(image, text, scale)
-        return losses + cyclic_penalty(image, text, *LAMBDAS) + cyclic_penalty(image, text)
+        return losses + 2 * cyclic_penalty(image, text, *LAMBDAS) + cyclic_penalty(image, text)
 
     for group in (0, 1):
         value, *grads = results(total, *subgroup_case(group, uneven).inputs(own_device()))
@@ -66,6 +78,25 @@ def test_each_subgroup_has_the_loss_of_its_own_batch(dist_impl, uneven, ranks: R
         for rank_grads, grad in zip(grads_per_rank, grads, strict=True):
             whole = torch.cat(rank_grads) if grad.ndim else sum(rank_grads)
             torch.testing.assert_close(whole / 2, grad, rtol=1e-11, atol=1e-14)
+
+
+def in_a_mesh(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
+    """Ranks 0 and 2, and 1 and 3, are a dimension of a mesh. The loss, and log-sum-exps."""
+    mesh = init_device_mesh(own_device().type, (2, 2), mesh_dim_names=("data", "model"))
+    group, inputs = mesh.get_group("data"), subgroup_case(rank % 2, False).rank_inputs(rank // 2)
+    negatives = contrastive_logsumexp(*inputs, process_group=group).row_negatives
+    return CyCLIPLoss(*LAMBDAS, process_group=group)(*inputs), negatives
+
+
+def test_a_dimension_of_a_device_mesh_is_a_group(ranks: Ranks) -> None:
+    found = ranks.run(4, in_a_mesh)
+    for group in (0, 1):
+        inputs = subgroup_case(group, False).inputs(own_device())
+        (loss, first), (other_loss, second) = found[group], found[group + 2]
+        expected = CyCLIPLoss(*LAMBDAS)(*inputs)
+        torch.testing.assert_close([loss, other_loss], [expected] * 2, rtol=1e-12, atol=0)
+        negatives = contrastive_logsumexp(*inputs).row_negatives
+        torch.testing.assert_close(torch.cat((first, second)), negatives, rtol=1e-12, atol=0)
 
 
 def refusals(rank: int, world_size: int) -> list[str]:
@@ -108,14 +139,25 @@ def alone(rank: int, world_size: int) -> list[Tensor]:
         return []
     image, text, scale = RankCase().rank_inputs(rank)
     module = CyCLIPLoss(rank=rank, world_size=world_size, distributed=False)
-    losses = [module(image, text, scale), cyclic_penalty(image, text, distributed=False)]
+    wrapped = WithCyclicPenalty(Nothing(), *LAMBDAS, distributed=False)
+    losses = [
+        module(image, text, scale),
+        cyclic_penalty(image, text, distributed=False),
+        wrapped(image, text),
+        contrastive_logsumexp(image, text, distributed=False).row_negatives.sum(),
+    ]
     return [*losses, *consistency_metrics(image, text).values()]
 
 
 def test_metrics_and_a_loss_with_distributed_false_wait_for_no_other_rank(ranks: Ranks) -> None:
     image, text, scale = RankCase().rank_inputs(0)
     found, _ = ranks.run(2, alone)
-    losses = [cyclip_loss(image, text, scale), cyclic_penalty(image, text)]
+    losses = [
+        cyclip_loss(image, text, scale),
+        cyclic_penalty(image, text),
+        cyclic_penalty(image, text, *LAMBDAS),
+        contrastive_logsumexp(image, text).row_negatives.sum(),
+    ]
     assert found == [*losses, *consistency_metrics(image, text).values()]
 
 
