@@ -2,7 +2,9 @@
 
 import importlib
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accuracy import check, check_against_pytorch, check_loss, evaluate
@@ -115,6 +117,78 @@ def test_kernels_neither_read_nor_write_past_the_end_of_a_buffer(monkeypatch, de
     check_loss(Case(40, 130, lambdas=(0.25, 0.5), strip_rows=32), "triton", device)
     assert len(behind) > 20
     assert all(values.isnan().all() for values in behind)
+
+
+LAUNCHING = (
+    "contrastive_lse",
+    "contrastive_grads",
+    "gram_matrices",
+    "cyclic_terms",
+    "cyclic_grads",
+    "pair_terms",
+)
+
+
+def accesses_outside(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """A list that fills with the kernel and the kind of each access outside a launch's tensors.
+
+    Triton's interpreter turns all loads and stores into masked ones. On a GPU, such an access may
+    stop the process, although its mask or its result are never used.
+    """
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    found: list[tuple[str, str]] = []
+    bounds: list[tuple[int, int]] = []
+    kernel_name = ""
+
+    def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        nonlocal kernel_name
+        kernel_name, bounds[:] = kernel.fn.__name__, []
+        for tensor in arguments:
+            if isinstance(tensor, torch.Tensor) and tensor.numel():
+                sizes = zip(tensor.shape, tensor.stride(), strict=True)
+                num_elements = 1 + sum((size - 1) * stride for size, stride in sizes)
+                start = tensor.data_ptr()
+                bounds.append((start, start + num_elements * tensor.element_size()))
+        kernel[grid](*arguments, **constants)
+
+    def checked(method: str, mask_position: int) -> None:
+        original = getattr(InterpreterBuilder, method)
+
+        def access(builder: Any, pointers: Any, *rest: Any) -> Any:
+            addresses = pointers.data[rest[mask_position].data.astype(bool)]
+            size = pointers.get_element_ty().primitive_bitwidth // 8
+            inside = [(start <= addresses) & (addresses + size <= end) for start, end in bounds]
+            if not np.any(inside, axis=0).all():
+                found.append((kernel_name, method))
+            return original(builder, pointers, *rest)
+
+        monkeypatch.setattr(InterpreterBuilder, method, access)
+
+    for name in LAUNCHING:
+        module = importlib.import_module(f"cyclip_loss.kernels.{name}")
+        monkeypatch.setattr(module, "launch", launch)
+    checked("create_masked_load", mask_position=0)
+    checked("create_masked_store", mask_position=1)
+    return found
+
+
+@on_a_cpu
+@needs_triton
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(40, 130, lambdas=(0.25, 0.5), strip_rows=32, output_dict=True),
+        Case(40, 20, lambdas=(0.25, 0.5), distinct_ids=6, negatives=(9, 5)),
+        Case(45, 64, torch.bfloat16, views=True),
+    ],
+    ids=["strips", "ids and negatives", "views"],
+)
+def test_kernels_access_only_the_tensors_of_their_launch(case: Case, monkeypatch, device) -> None:
+    """Tiles reach beyond the last row, column, id and element of a feature."""
+    found = accesses_outside(monkeypatch)
+    evaluate(case, case.features(device), "triton", device, case.ids(device))
+    assert found == []
 
 
 @pytest.mark.parametrize("far", [0, 1], ids=["images", "texts"])
