@@ -26,6 +26,7 @@ from cyclip_loss import (
 
 # Interpreted kernels are too slow for N rows.
 N, N_INTERPRETED, D, STRIP_ROWS = 4096, 256, 32, 64
+NEGATIVE_FEATURES = ("negative_image_features", "negative_text_features")
 
 
 class CollectCycles(TorchDispatchMode):
@@ -90,6 +91,26 @@ def test_no_n_by_n_matrix_is_allocated(impl: str, inputs: list[Tensor]) -> None:
         largest, peak, _ = allocated(lambda: consistency_metrics(*inputs[:2]))
         assert largest <= 2 * max(strip, features)
         assert peak * 3 <= square
+
+
+@pytest.mark.parametrize(
+    ("same_ids", "num_negatives"), [("ignored", 0), ("positives", 0), ("ignored", N)]
+)
+def test_ids_and_extra_negatives_allocate_no_n_by_n_matrix(
+    same_ids: str, num_negatives: int, device: torch.device, monkeypatch
+) -> None:
+    if device.type != "cpu":
+        pytest.skip("measures CPU memory")
+    set_strip_rows(monkeypatch, STRIP_ROWS)
+    image, text, scale = Case(N, D).leaves("cpu")
+    negatives = Case(N, D, seed=1).leaves("cpu")[:2]
+    given = dict(zip(NEGATIVE_FEATURES, negatives, strict=True)) if num_negatives else {}
+    loss = CyCLIPLoss(reference_batch_size=128, same_ids=same_ids)
+    ids = torch.arange(N, device="cpu") // 4  # four rows of each
+    largest, peak, _ = allocated(lambda: loss(image, text, scale, ids=ids, **given).backward())
+    strip, features = 4 * STRIP_ROWS * (N + num_negatives), 4 * (N + num_negatives) * D
+    assert largest <= max(strip, features)
+    assert peak <= 5 * strip + 6 * features
 
 
 @pytest.mark.parametrize("one_way", [False, True])

@@ -43,8 +43,12 @@ class Recorder(TorchDispatchMode):
 
 
 def traffic(rank: int, world_size: int, case: RankCase) -> tuple[Traffic, int]:
-    """Of the second of two steps: the collectives, and the elements of the largest result."""
-    step(rank, world_size, case)
+    """Of the second of two steps: the collectives, and the elements of the largest result.
+
+    The lambdas change between the steps, as in a schedule, which needs no new comparison.
+    """
+    inmodal, crossmodal = case.lambdas
+    step(rank, world_size, replace(case, lambdas=(inmodal / 2, crossmodal / 2)))
     features = case.rank_features(rank)
     options = {"dist_impl": case.dist_impl, "uneven": case.uneven}
     with Recorder() as recorder:
