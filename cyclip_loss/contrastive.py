@@ -275,12 +275,11 @@ def contrastive_forward(
             pairs_part = (shares * pair_logits).sum()
             loss += (pairs_part - logits.logit_scale * lse.other_positives) / total_pairs
             pair_gradient += directions * shares
-        may_have_negatives = num_pairs <= num_rows
-        if may_have_negatives:
+        if logits.has_extra_negatives:
             loss = loss + zero_or_nan(logits, loss.dtype)
         if ranks.group is not None:
             loss = distributed.wait(distributed.start_all_reduce(loss, "sum", ranks))
-        if may_have_negatives:
+        if logits.has_extra_negatives:
             row_lse = F.pad(row_lse, (0, num_rows - own_pairs), value=torch.inf)
             pair_gradient = F.pad(pair_gradient, (0, num_rows - own_pairs))
             column_lse.masked_fill_(column_pair_logits == -torch.inf, torch.inf)

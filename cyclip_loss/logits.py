@@ -23,6 +23,11 @@ class Logits(NamedTuple):
     symmetric: bool = True  # whether columns have log-sum-exps, too, or only rows
     num_pairs: int = ALL_ROWS  # later rows are extra negatives of the columns
 
+    @property
+    def has_extra_negatives(self) -> bool:
+        """Whether extra negatives were given, here or on another rank, perhaps none of them."""
+        return self.num_pairs <= self.row_features.shape[0]
+
     def same_ids(self, start: int, stop: int) -> Any:
         """Whether rows `start` to `stop` and each column have the same id: (stop - start, m).
 

@@ -172,7 +172,7 @@ def logsumexp_forward(
     with without_autocast(row_features):
         lse = contrastive.STRATEGIES[settings.strategy].log_sum_exps(compute, logits, ranks)
     row_lse, column_lse = lse.row_negatives_lse, lse.column_negatives_lse
-    if logits.num_pairs <= row_features.shape[0]:
+    if logits.has_extra_negatives:
         zero = contrastive.zero_or_nan(logits, row_lse.dtype)
         row_lse, column_lse = row_lse + zero, column_lse + zero
     if logits.symmetric and column_lse.shape[0] > row_features.shape[0]:

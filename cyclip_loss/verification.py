@@ -419,7 +419,7 @@ def _logits_switches(logits: Logits) -> dict[str, Any]:
     return {
         "symmetric": logits.symmetric,
         "ids": logits.row_ids is not None,
-        "extra negatives": logits.num_pairs <= logits.row_features.shape[0],
+        "extra negatives": logits.has_extra_negatives,
         "first_column": "0" if first_column == 0 else "> 0" if first_column > 0 else "< 0",
     }
 

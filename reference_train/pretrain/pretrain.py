@@ -30,7 +30,7 @@ from ..data.samples import fingerprint
 from ..files import CANNOT_WRITE, check_writable, locked
 from ..losses import LOSSES
 from . import shards, training, views
-from .presets import BATCH_SIZES, PENALTY_WEIGHT, preset, register_models
+from .presets import BATCH_SIZES, NO_AUGMENTATION, PENALTY_WEIGHT, preset, register_models
 from .resume import epochs_done
 
 DESCRIPTION = """\
@@ -206,7 +206,7 @@ def check_settings(args: argparse.Namespace) -> None:
         raise CannotStart("--out none: OpenCLIP would save nothing")
     if args.remote_sync:
         raise CannotStart("--remote-sync: OpenCLIP can't resume from it with --save-most-recent")
-    if args.views == "own" and (args.aug_cfg or {}).get("scale") == (1.0, 1.0):
+    if args.views == "own" and args.aug_cfg == NO_AUGMENTATION:
         what = "the preset's augmentation changes no picture, so both views would be equal"
         raise CannotStart(f"--views own: {what}; take --views, or another --aug-cfg after --")
     for flag in ("same_captions", "distill_model"):

@@ -87,7 +87,7 @@ SCALE_TENSORS = [
 
 
 @pytest.mark.parametrize("form", SCALE_TENSORS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_every_form_of_the_logit_scale_gives_the_same_loss(
     impl: str, dtype, form: Tensor, device: torch.device
 ) -> None:

@@ -31,8 +31,8 @@ from cyclip_loss import (
 LAMBDAS = (0.5, 0.125)
 
 
-class Nothing(nn.Module):
-    """A loss to be wrapped, which is 0."""
+class ZeroLoss(nn.Module):
+    """A loss to wrap. It is always 0."""
 
     def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         return 0 * image_features.sum()
@@ -46,7 +46,7 @@ def in_subgroups(rank: int, world_size: int, dist_impl: str, uneven: bool) -> tu
     # Copies share the group.
     module = AveragedModel(CyCLIPLoss(*LAMBDAS, **options)).module
     penalty = copy.copy(copy.deepcopy(CyclicPenalty(*LAMBDAS, process_group=own)))
-    wrapped = WithCyclicPenalty(Nothing(), *LAMBDAS, process_group=own)
+    wrapped = WithCyclicPenalty(ZeroLoss(), *LAMBDAS, process_group=own)
 
     def total(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
         losses = module(image, text, scale) + cyclip_loss(image, text, scale, **options)
@@ -139,7 +139,7 @@ def alone(rank: int, world_size: int) -> list[Tensor]:
         return []
     image, text, scale = RankCase().rank_inputs(rank)
     module = CyCLIPLoss(rank=rank, world_size=world_size, distributed=False)
-    wrapped = WithCyclicPenalty(Nothing(), *LAMBDAS, distributed=False)
+    wrapped = WithCyclicPenalty(ZeroLoss(), *LAMBDAS, distributed=False)
     losses = [
         module(image, text, scale),
         cyclic_penalty(image, text, distributed=False),
