@@ -35,8 +35,8 @@ def test_accuracy_in_the_readme_is_that_of_the_recorded_seeds() -> None:
         results |= json.loads(record.read_text())["results"]
 
     def cell(run: str) -> str:
-        top1 = [100 * results[f"{run}-{seed}"]["icons"]["numbers"]["top1"] for seed in range(3)]
-        return f"{mean(top1):.1f} ({min(top1):.1f}–{max(top1):.1f})"
+        seeds = [results[f"{run}-{seed}"]["icons"]["numbers"]["top1"] for seed in range(3)]
+        return mean_and_range(seeds)
 
     short = [cell(run) for run in ("clip-1024", "cyclip-1024", "warmup-1.0-1024")]
     assert readme_cells("Accuracy") == [short, [cell("clip"), cell("cyclip"), "–"]]
@@ -70,13 +70,24 @@ def accuracies_with_and_without_views() -> dict[tuple[str, str, str], list[float
     return accuracies
 
 
+def mean_and_range(accuracies: list[float]) -> str:
+    """A cell of a table, in %, from the accuracies of all seeds."""
+    percent = [100 * accuracy for accuracy in accuracies]
+    return f"{mean(percent):.1f} ({min(percent):.1f}–{max(percent):.1f})"
+
+
+def tables_with_and_without_views(heading: str) -> list[str]:
+    """The tables under a heading of reference_train/README.md."""
+    page = (ROOT / "reference_train/README.md").read_text()
+    section = page.partition(f"\n{heading}\n")[2].partition("\n##")[0]
+    return [part for part in section.split("\n\n") if part.startswith("|")]
+
+
 def test_accuracy_with_views_on_its_page_is_that_of_the_recorded_seeds() -> None:
     """The mean and the range of three seeds, in tables of equal time and of equal steps."""
     accuracies = accuracies_with_and_without_views()
-    page = (ROOT / "reference_train/README.md").read_text()
-    section = page.partition("\n## Two views of each pair\n")[2].partition("\n## ")[0]
     metrics = {"image → name": "top1", "subgroup": "subgroup_top1"}
-    tables = [part for part in section.split("\n\n") if part.startswith("|")]
+    tables = tables_with_and_without_views("## Two views of each pair")
     # The number of losses, and of steps without and with views.
     expected = [(6, 1178, 620), (9, 620, 620), (6, 1500, 1500)]
     for table, (num_losses, without, with_views) in zip(tables, expected, strict=True):
@@ -89,8 +100,47 @@ def test_accuracy_with_views_on_its_page_is_that_of_the_recorded_seeds() -> None
                 steps = with_views if loss.endswith("views") else without
                 seeds = accuracies[f"{steps}-steps-{loss}", data_set, metrics[metric]]
                 assert len(seeds) == 3
-                percent = [100 * accuracy for accuracy in seeds]
-                assert cell == f"{mean(percent):.1f} ({min(percent):.1f}–{max(percent):.1f})"
+                assert cell == mean_and_range(seeds)
+
+
+def test_accuracy_of_icons_with_views_is_that_of_the_recorded_seeds() -> None:
+    """The mean and the range of the seeds, in a table of equal time and one of equal steps."""
+    results: dict[str, dict] = {}
+    for name in ("icons/evaluation-warmup", "icons/evaluation-warmup-2", "views/evaluation-icons"):
+        results |= json.loads((RECORDS / f"{name}.json").read_text())["results"]
+    with_views = {
+        "CLIP + views": "8-epochs-clip-views",
+        "C-CyCLIP + views": "8-epochs-c-cyclip-views",
+    }
+    equal_time = {
+        "CLIP": "15-epochs-clip",
+        "CyCLIP": "15-epochs-rising-cyclip",
+        "C-CyCLIP": "15-epochs-c-cyclip",
+        **with_views,
+    }
+    equal_steps = {
+        "CLIP": "clip-1024",
+        "CyCLIP": "warmup-1.0-1024",
+        "C-CyCLIP": "8-epochs-c-cyclip",
+        "C-CyCLIP, λ rises": "8-epochs-rising-c-cyclip",
+        **with_views,
+    }
+    metrics = {
+        "name": "top1",
+        "image → caption, R@1": "image_to_text_r1",
+        "subgroup": "subgroup_top1",
+    }
+    tables = tables_with_and_without_views("### On icons")
+    for table, runs in zip(tables, (equal_time, equal_steps), strict=True):
+        header, _, *rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
+        assert header == list(runs)
+        assert len(rows) == 4
+        for label, *cells in rows:
+            data_set, metric = label.removeprefix("held-out ").split(": ")
+            for run, cell in zip(runs.values(), cells, strict=True):
+                seeds = [x[data_set] for name, x in results.items() if name[:-2] == run]
+                assert len(seeds) == (2 if "epochs" in run else 3)
+                assert cell == mean_and_range([x["numbers"][metrics[metric]] for x in seeds])
 
 
 def test_speed_and_memory_in_the_readme_match_the_linked_record() -> None:
