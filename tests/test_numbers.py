@@ -11,6 +11,7 @@ README = (ROOT / "README.md").read_text()
 BENCHMARKS = (ROOT / "benchmarks/README.md").read_text()
 RESULTS = ROOT / "benchmarks/results"
 RECORDS = ROOT / "reference_train/results"
+WARMUP = ("icons/evaluation-warmup", "icons/evaluation-warmup-2")
 
 
 def readme_cells(heading: str) -> list[list[str]]:
@@ -27,12 +28,17 @@ def recorded_costs() -> list[dict]:
     return rows
 
 
+def recorded_results(*names: str) -> dict[str, dict]:
+    """LOSS-SEED -> what was measured, from these records of evaluations."""
+    results: dict[str, dict] = {}
+    for name in names:
+        results |= json.loads((RECORDS / f"{name}.json").read_text())["results"]
+    return results
+
+
 def test_accuracy_in_the_readme_is_that_of_the_recorded_seeds() -> None:
     """The mean and the range of three seeds."""
-    results: dict[str, dict] = {}
-    for name in ("warmup", "warmup-2", "seed-0", "seeds-1-2"):
-        record = ROOT / f"reference_train/results/icons/evaluation-{name}.json"
-        results |= json.loads(record.read_text())["results"]
+    results = recorded_results(*WARMUP, "icons/evaluation-seed-0", "icons/evaluation-seeds-1-2")
 
     def cell(run: str) -> str:
         seeds = [results[f"{run}-{seed}"]["icons"]["numbers"]["top1"] for seed in range(3)]
@@ -76,7 +82,7 @@ def mean_and_range(accuracies: list[float]) -> str:
     return f"{mean(percent):.1f} ({min(percent):.1f}–{max(percent):.1f})"
 
 
-def tables_with_and_without_views(heading: str) -> list[str]:
+def tables_under(heading: str) -> list[str]:
     """The tables under a heading of reference_train/README.md."""
     page = (ROOT / "reference_train/README.md").read_text()
     section = page.partition(f"\n{heading}\n")[2].partition("\n##")[0]
@@ -87,7 +93,7 @@ def test_accuracy_with_views_on_its_page_is_that_of_the_recorded_seeds() -> None
     """The mean and the range of three seeds, in tables of equal time and of equal steps."""
     accuracies = accuracies_with_and_without_views()
     metrics = {"image → name": "top1", "subgroup": "subgroup_top1"}
-    tables = tables_with_and_without_views("## Two views of each pair")
+    tables = tables_under("## Two views of each pair")
     # The number of losses, and of steps without and with views.
     expected = [(6, 1178, 620), (9, 620, 620), (6, 1500, 1500)]
     for table, (num_losses, without, with_views) in zip(tables, expected, strict=True):
@@ -105,9 +111,7 @@ def test_accuracy_with_views_on_its_page_is_that_of_the_recorded_seeds() -> None
 
 def test_accuracy_of_icons_with_views_is_that_of_the_recorded_seeds() -> None:
     """The mean and the range of the seeds, in a table of equal time and one of equal steps."""
-    results: dict[str, dict] = {}
-    for name in ("icons/evaluation-warmup", "icons/evaluation-warmup-2", "views/evaluation-icons"):
-        results |= json.loads((RECORDS / f"{name}.json").read_text())["results"]
+    results = recorded_results(*WARMUP, "views/evaluation-icons")
     with_views = {
         "CLIP + views": "8-epochs-clip-views",
         "C-CyCLIP + views": "8-epochs-c-cyclip-views",
@@ -130,7 +134,11 @@ def test_accuracy_of_icons_with_views_is_that_of_the_recorded_seeds() -> None:
         "image → caption, R@1": "image_to_text_r1",
         "subgroup": "subgroup_top1",
     }
-    tables = tables_with_and_without_views("### On icons")
+    tables = tables_under("### On icons")
+    quoted = README.partition("In about equal time on icons")[2].partition("([which to take]")[0]
+    quoted_means = re.findall(r"\d+\.\d", quoted)
+    names_row = tables[0].splitlines()[2].strip("| ").split(" | ")
+    assert quoted_means == [cell.partition(" ")[0] for cell in names_row[1:5]]
     for table, runs in zip(tables, (equal_time, equal_steps), strict=True):
         header, _, *rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
         assert header == list(runs)
@@ -138,7 +146,9 @@ def test_accuracy_of_icons_with_views_is_that_of_the_recorded_seeds() -> None:
         for label, *cells in rows:
             data_set, metric = label.removeprefix("held-out ").split(": ")
             for run, cell in zip(runs.values(), cells, strict=True):
-                seeds = [x[data_set] for name, x in results.items() if name[:-2] == run]
+                seeds = [
+                    x[data_set] for name, x in results.items() if name.rpartition("-")[0] == run
+                ]
                 assert len(seeds) == (2 if "epochs" in run else 3)
                 assert cell == mean_and_range([x["numbers"][metrics[metric]] for x in seeds])
 
