@@ -164,6 +164,21 @@ def uninterpreted() -> Iterator[Executor]:
         yield process
 
 
+@pytest.fixture
+def unverified_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Make `auto` use the kernels on the CPU as on a GPU. No form of a kernel is verified yet."""
+    from cyclip_loss import engines, kernels, usage_warnings
+
+    monkeypatch.setattr(engines, "architecture", lambda device: "sm_90")
+    monkeypatch.setitem(kernels.configs.SUM.kwargs, "BLOCK", 4)  # sums take several blocks
+    monkeypatch.setitem(kernels.configs.PAIRS.kwargs, "BLOCK", 32)
+    monkeypatch.setitem(kernels.configs.PAIRS.tile, "BLOCK", 32)
+    engines.verified_kernels.cache_clear()
+    usage_warnings._warned.clear()
+    yield
+    engines.verified_kernels.cache_clear()
+
+
 @contextmanager
 def setting(name: str, value: Any) -> Iterator[None]:
     """Set a setting of PyTorch, such as "float32_matmul_precision", and reset it at the end."""

@@ -1,9 +1,8 @@
 """`impl="auto"` compares each form of a kernel with PyTorch, and does not use wrong kernels."""
 
-import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -18,10 +17,8 @@ from cyclip_loss import (
     CyclicPenalty,
     CyCLIPLoss,
     CyCLIPWarning,
-    eager,
     engines,
     kernels,
-    usage_warnings,
     verification,
 )
 from cyclip_loss.logits import Logits
@@ -36,20 +33,10 @@ FUNCTIONS = (
     "cyclic_terms",
     "cyclic_grads",
 )
-pytestmark = pytest.mark.skipif(not kernels.INTERPRETED, reason="pretends that the CPU is a GPU")
-
-
-@pytest.fixture(autouse=True)
-def unverified_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Make `auto` use the kernels on the CPU as on a GPU. No form of a kernel is verified yet."""
-    monkeypatch.setattr(engines, "architecture", lambda device: "sm_90")
-    monkeypatch.setitem(kernels.configs.SUM.kwargs, "BLOCK", 4)  # sums take several blocks
-    monkeypatch.setitem(kernels.configs.PAIRS.kwargs, "BLOCK", 32)
-    monkeypatch.setitem(kernels.configs.PAIRS.tile, "BLOCK", 32)
-    engines.verified_kernels.cache_clear()
-    usage_warnings._warned.clear()
-    yield
-    engines.verified_kernels.cache_clear()
+pytestmark = [
+    pytest.mark.skipif(not kernels.INTERPRETED, reason="pretends that the CPU is a GPU"),
+    pytest.mark.usefixtures("unverified_kernels"),
+]
 
 
 def leaves(n: int = 6, d: int = 4, frozen: str = "") -> list[Tensor]:
@@ -473,80 +460,3 @@ def test_a_kernel_that_leaves_the_device_unusable_raises_an_error(monkeypatch) -
     monkeypatch.setattr(torch.cuda, "synchronize", fails)
     with pytest.raises(RuntimeError, match="CYCLIP_LOSS_IMPL=eager"):
         engines.verified_kernels().problem_of(form)
-
-
-def test_backward_uses_the_engine_that_forward_chose(monkeypatch) -> None:
-    """CYCLIP_LOSS_IMPL changes between forward and backward."""
-    used = []
-    for engine in (eager, kernels):
-        for function in ("contrastive_grads", "cyclic_grads"):
-            original = getattr(engine, function)
-            name = engine.__name__
-
-            def record(*arguments: Any, original=original, name=name, **limits: int) -> Any:
-                used.append(name)
-                return original(*arguments, **limits)
-
-            monkeypatch.setattr(engine, function, record)
-    for first, second in (("eager", "triton"), ("triton", "eager")):
-        used.clear()
-        monkeypatch.setenv("CYCLIP_LOSS_IMPL", first)
-        loss = CyCLIPLoss()(*leaves(n=20))
-        monkeypatch.setenv("CYCLIP_LOSS_IMPL", second)
-        loss.backward()
-        assert set(used) == {"cyclip_loss." + {"triton": "kernels"}.get(first, first)}
-        assert len(used) == 2
-
-
-def test_a_gpu_without_kernels_uses_eager_and_refuses_impl_triton(monkeypatch) -> None:
-    monkeypatch.setattr(engines, "architecture", lambda device: None)
-    features = torch.ones(2, 2)
-    assert engines.choose("auto", features) == "eager"
-    monkeypatch.setattr(Tensor, "is_cuda", True)
-    with pytest.raises(ValueError, match="the kernels do not support cpu"):
-        engines.choose("triton", features)
-
-
-def test_kernels_that_cannot_be_imported_give_one_warning_and_use_eager(monkeypatch) -> None:
-    """A broken installation of Triton has this effect."""
-    monkeypatch.delattr("cyclip_loss.kernels")
-    monkeypatch.setitem(sys.modules, "cyclip_loss.kernels", None)
-    engines._kernels_import.cache_clear()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(2):
-            assert engines.choose("auto", torch.ones(2, 2)) == "eager"
-    [warning] = caught
-    assert warning.category is CyCLIPWarning
-    assert "kernels cannot be imported" in str(warning.message)
-    engines._kernels_import.cache_clear()
-
-
-def test_the_environment_variable_sets_the_engine_of_auto_only(monkeypatch) -> None:
-    features = torch.ones(2, 2)
-    chosen = {"": "verified kernels", "auto": "verified kernels", "triton": "kernels"}
-    for value in ("", "auto", "triton", "eager"):
-        monkeypatch.setenv("CYCLIP_LOSS_IMPL", value)
-        assert engines.choose("auto", features) == chosen.get(value, "eager")
-        assert engines.choose("eager", features) == "eager"
-        assert engines.choose("triton", features) == "kernels"
-        assert engines.choose("triton", features.double()) == "eager"
-    monkeypatch.setenv("CYCLIP_LOSS_IMPL", "fast")
-    with pytest.raises(ValueError, match=r"CYCLIP_LOSS_IMPL must be one of .* got 'fast'"):
-        CyCLIPLoss()(features, features, 1.0)
-
-
-def test_auto_uses_eager_for_a_d_that_is_too_large_for_the_kernels(monkeypatch) -> None:
-    monkeypatch.setattr(kernels, "MAX_D", 2)
-    assert engines.choose("auto", torch.ones(2, 2)) == "verified kernels"
-    assert engines.choose("auto", torch.ones(2, 3)) == "eager"
-
-
-def test_the_error_for_missing_kernels_says_what_asked_for_them(monkeypatch) -> None:
-    monkeypatch.setattr(kernels, "INTERPRETED", False)
-    features = torch.ones(2, 2)
-    with pytest.raises(ValueError, match=r"^impl='triton' needs features on a CUDA"):
-        engines.choose("triton", features)
-    monkeypatch.setenv("CYCLIP_LOSS_IMPL", "triton")
-    with pytest.raises(ValueError, match=r"^CYCLIP_LOSS_IMPL=triton needs features on a CUDA"):
-        engines.choose("auto", features)

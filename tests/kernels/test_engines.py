@@ -1,0 +1,95 @@
+"""Which engine computes a call: `impl=`, CYCLIP_LOSS_IMPL, and what an installation supports."""
+
+import sys
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from inputs import pairs
+from torch import Tensor
+
+from cyclip_loss import CyCLIPLoss, CyCLIPWarning, eager, engines, kernels
+
+pytestmark = [
+    pytest.mark.skipif(not kernels.INTERPRETED, reason="pretends that the CPU is a GPU"),
+    pytest.mark.usefixtures("unverified_kernels"),
+]
+
+
+def test_backward_uses_the_engine_that_forward_chose(monkeypatch) -> None:
+    """CYCLIP_LOSS_IMPL changes between forward and backward."""
+    used = []
+    for engine in (eager, kernels):
+        for function in ("contrastive_grads", "cyclic_grads"):
+            original = getattr(engine, function)
+            name = engine.__name__
+
+            def record(*arguments: Any, original=original, name=name, **limits: int) -> Any:
+                used.append(name)
+                return original(*arguments, **limits)
+
+            monkeypatch.setattr(engine, function, record)
+    for first, second in (("eager", "triton"), ("triton", "eager")):
+        used.clear()
+        monkeypatch.setenv("CYCLIP_LOSS_IMPL", first)
+        image, text = (x.float() for x in pairs(20, 4, device=torch.device("cpu")))
+        loss = CyCLIPLoss()(image.requires_grad_(), text, 14.3)
+        monkeypatch.setenv("CYCLIP_LOSS_IMPL", second)
+        loss.backward()
+        assert set(used) == {"cyclip_loss." + {"triton": "kernels"}.get(first, first)}
+        assert len(used) == 2
+
+
+def test_a_gpu_without_kernels_uses_eager_and_refuses_impl_triton(monkeypatch) -> None:
+    monkeypatch.setattr(engines, "architecture", lambda device: None)
+    features = torch.ones(2, 2)
+    assert engines.choose("auto", features) == "eager"
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    with pytest.raises(ValueError, match="the kernels do not support cpu"):
+        engines.choose("triton", features)
+
+
+def test_kernels_that_cannot_be_imported_give_one_warning_and_use_eager(monkeypatch) -> None:
+    """A broken installation of Triton has this effect."""
+    monkeypatch.delattr("cyclip_loss.kernels")
+    monkeypatch.setitem(sys.modules, "cyclip_loss.kernels", None)
+    engines._kernels_import.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert engines.choose("auto", torch.ones(2, 2)) == "eager"
+    [warning] = caught
+    assert warning.category is CyCLIPWarning
+    assert "kernels cannot be imported" in str(warning.message)
+    engines._kernels_import.cache_clear()
+
+
+def test_the_environment_variable_sets_the_engine_of_auto_only(monkeypatch) -> None:
+    features = torch.ones(2, 2)
+    chosen = {"": "verified kernels", "auto": "verified kernels", "triton": "kernels"}
+    for value in ("", "auto", "triton", "eager"):
+        monkeypatch.setenv("CYCLIP_LOSS_IMPL", value)
+        assert engines.choose("auto", features) == chosen.get(value, "eager")
+        assert engines.choose("eager", features) == "eager"
+        assert engines.choose("triton", features) == "kernels"
+        assert engines.choose("triton", features.double()) == "eager"
+    monkeypatch.setenv("CYCLIP_LOSS_IMPL", "fast")
+    with pytest.raises(ValueError, match=r"CYCLIP_LOSS_IMPL must be one of .* got 'fast'"):
+        CyCLIPLoss()(features, features, 1.0)
+
+
+def test_auto_uses_eager_for_a_d_that_is_too_large_for_the_kernels(monkeypatch) -> None:
+    monkeypatch.setattr(kernels, "MAX_D", 2)
+    assert engines.choose("auto", torch.ones(2, 2)) == "verified kernels"
+    assert engines.choose("auto", torch.ones(2, 3)) == "eager"
+
+
+def test_the_error_for_missing_kernels_says_what_asked_for_them(monkeypatch) -> None:
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    features = torch.ones(2, 2)
+    with pytest.raises(ValueError, match=r"^impl='triton' needs features on a CUDA"):
+        engines.choose("triton", features)
+    monkeypatch.setenv("CYCLIP_LOSS_IMPL", "triton")
+    with pytest.raises(ValueError, match=r"^CYCLIP_LOSS_IMPL=triton needs features on a CUDA"):
+        engines.choose("auto", features)
