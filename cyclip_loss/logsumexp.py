@@ -74,7 +74,7 @@ def contrastive_logsumexp(
     Args:
         image_features, text_features: (N, D), as in `cyclip_loss`; rows of any length.
         logit_scale: multiplies the products.
-        ids: (N,), integers. Rows with the same id are no negatives of each other.
+        ids: (N,), integers. Rows with the same id are not negatives of each other.
         negative_text_features: (M, D), further negatives of every image. They get gradients, but
             have no entry in the results.
         one_way: leave out the columns' log-sum-exps, which saves time.

@@ -47,7 +47,7 @@ def one_way_loss(logits: Tensor, ids: Tensor | None = None, same_ids: str = "ign
     """Mean cross-entropy of row i finding column i.
 
     logits: (N, N + M), of which the last M columns are further negatives; ids: (N,). Other columns
-    with the row's id are no negatives ("ignored"), or are found as well, with the mean over all
+    with the row's id are not negatives ("ignored"), or are found as well, with the mean over all
     that are to be found ("positives": UniCL; L_out of Khosla et al. 2020, eq. 2).
     """
     n = len(logits)

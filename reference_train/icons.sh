@@ -1,7 +1,7 @@
 #!/bin/sh
-# Pretrains on 250,000 icons, and evaluates on names and emoji that training never saw: CLIP and
-# CyCLIP with three seeds, C-CyCLIP and I-CyCLIP with one, then λ at five batch sizes, constant and
-# rising. On two CPU cores the data take 8 minutes, a run of 20 epochs about 30, and a run of 8
+# Pretrains on 250,000 icons, and evaluates on names and emoji that training never saw: CLIP,
+# CyCLIP and C-CyCLIP with three seeds, I-CyCLIP with one, then λ at five batch sizes, constant and
+# warming up. On two CPU cores the data take 8 minutes, a run of 20 epochs about 30, and a run of 8
 # epochs 12. The same command again resumes where it stopped.
 # Run from the repository: sh reference_train/icons.sh
 set -eu
@@ -18,7 +18,8 @@ pretrain() { # NAME LOSS [FLAGS]
 }
 
 # NAME is LOSS-SEED.
-for run in clip-0 cyclip-0 clip-1 cyclip-1 clip-2 cyclip-2 c-cyclip-0 i-cyclip-0; do
+for run in clip-0 cyclip-0 clip-1 cyclip-1 clip-2 cyclip-2 c-cyclip-0 c-cyclip-1 c-cyclip-2 \
+    i-cyclip-0; do
     pretrain $run "${run%-*}" --seed "${run##*-}" -- ${EPOCHS:+--epochs "$EPOCHS"}
 done
 
@@ -44,7 +45,7 @@ for batch in 128 512 2048 4096; do
     done
 done
 
-# λ rises from 0 over LENGTH: a share of the steps, or a number of steps. NAME is
+# λ warms up from 0 over LENGTH: a share of the steps, or a number of steps. NAME is
 # warmup-LENGTH-BATCH-SEED. (A run in batches of 1,024 has 512 steps.)
 rising() { # LENGTH BATCH SEED
     pretrain "warmup-$1-$2-$3" cyclip --batch-size "$2" --seed "$3" --lambda-warmup "$1" \

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Compares losses with and without two views of each pair, at the same number of steps and in the
 # same time, with the demonstration, its long preset, and 250,000 icons. On two quiet CPU cores each
-# of the 36 short runs takes 3 to 6 minutes, each of the 9 long runs half an hour, and each of the 27
+# of the 36 short runs takes 3 to 6 minutes, each of the 9 long runs half an hour, and each of the 30
 # runs on icons 25 to 50 minutes of one core (two at once fit into two cores, with
 # OMP_NUM_THREADS=1). The same command again resumes where it stopped.
 # Run from the repository: sh reference_train/views.sh
@@ -38,6 +38,7 @@ for seed in 0 1 2; do
     pretrain 8-epochs-clip-views 8 clip $seed --views own
     pretrain 8-epochs-c-cyclip-views 8 c-cyclip $seed --views own
     pretrain 8-epochs-clip 8 clip $seed
+    pretrain 8-epochs-cyclip 8 cyclip $seed
     pretrain 8-epochs-rising-cyclip 8 cyclip $seed --lambda-warmup 512
     pretrain 8-epochs-c-cyclip 8 c-cyclip $seed
     pretrain 8-epochs-rising-c-cyclip 8 c-cyclip $seed --lambda-warmup 512

@@ -98,7 +98,8 @@ def recipes_on_rank(rank: int, world_size: int) -> tuple[list[dict[str, Tensor]]
     images, tokens = batch()
     images, tokens = images.double().chunk(world_size)[rank], tokens.chunk(world_size)[rank]
     micro_batches = list(zip(images.split(6), tokens.split(6), strict=True))
-    options = {"micro_batches": micro_batches, "loader": [(images, tokens)], "warmup_steps": 1}
+    options = {"micro_batches": micro_batches, "loader": [(images, tokens)]}
+    options |= {"epochs": 1, "warmup_steps": 1}
     found = []
     for heading in ("A big batch on one card", "Weights that warm up"):
         model = DistributedDataParallel(tiny_clip().double())

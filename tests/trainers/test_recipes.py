@@ -191,9 +191,10 @@ def test_lambdas_warm_up_over_the_given_steps() -> None:
     loss_fn.register_forward_hook(
         lambda loss, *_: seen.append((loss.lambda_inmodal, loss.lambda_crossmodal))
     )
-    options = {"model": model, "loader": [batch()] * 3}
-    run("Weights that warm up", loss_fn=loss_fn, warmup_steps=2, **options)
-    assert seen == [(0.125, 0.125), (0.25, 0.25), (0.25, 0.25)]
+    options = {"model": model, "loader": [batch()] * 2, "epochs": 2}
+    run("Weights that warm up", loss_fn=loss_fn, warmup_steps=4, **options)
+    run("Weights that warm up", loss_fn=loss_fn, warmup_steps=1, **(options | {"epochs": 1}))
+    assert seen == [(share / 4, share / 4) for share in (0.25, 0.5, 0.75, 1, 1, 1)]
 
 
 def test_recipes_across_ranks_match_the_whole_batch(ranks: Ranks) -> None:
