@@ -29,9 +29,9 @@ class Batch(NamedTuple):
 
     image_features: Tensor  # (n, D)
     text_features: Tensor  # (n, D)
-    ranks: Ranks  # with the number of pairs on each
+    ranks: Ranks  # with the number of pairs on each, except for the penalties alone
     column_ranks: Ranks  # with the number of columns of the first term on each
-    total_pairs: int  # N
+    total_pairs: int  # N; of the penalties alone, if all ranks hold as many pairs as this one
     logit_scale: Tensor | None = None  # scalar of the accumulation dtype; None: penalties alone
     ids: Tensor | None = None  # (n,), int64
     row_features: tuple[Tensor, ...] = ()  # of each contrastive term
@@ -128,8 +128,8 @@ def prepare(
 
     column_ranks = ranks
     if several:
-        inputs = (*row_features, *column_features, scale)
-        signature = _collective_signature(sent, inputs, options, ids, function, one_way)
+        terms = [(row, column, scale) for row, column in zip(row_features, column_features)]  # noqa: B905
+        signature = _collective_signature(sent, terms, options, ids, function, one_way)
         ranks, column_ranks = check_ranks_agree(options, images, num_rows, signature, WEIGHTS)
     return Batch(
         images,
@@ -148,7 +148,7 @@ def prepare(
 
 def _collective_signature(
     sent: dict[str, Tensor],
-    inputs: tuple[Tensor, ...],
+    terms: list[tuple[Tensor, ...]],
     options: LossOptions,
     ids: Tensor | None,
     function: str,
@@ -156,17 +156,18 @@ def _collective_signature(
 ) -> dict[str, Hashable]:
     """What decides which collectives run, by the name that error messages use.
 
-    sent: the features that reach other ranks, by their argument's name; inputs: all that may
-    require a gradient.
+    sent: the features that reach other ranks, by their argument's name; terms: the inputs of each
+    contrastive term that may require a gradient.
     """
     features = sent["text_features"]
     grad_mode = torch.is_grad_enabled()
+    differentiated = [grad_mode and any(x.requires_grad for x in inputs) for inputs in terms]
     trained = [name for name, x in sent.items() if x.requires_grad and grad_mode]
     return {
         "the function": function,
         "one_way": one_way,
-        # If not on one rank, the others would wait for it in backward.
-        "whether an input requires a gradient": grad_mode and any(x.requires_grad for x in inputs),
+        # A term whose backward runs on some ranks only would wait for the others.
+        "whether an input of each contrastive term requires a gradient": tuple(differentiated),
         "dist_impl": options.dist_impl,
         "uneven": options.uneven,
         "D": features.shape[1],

@@ -22,6 +22,7 @@ empty, if an option has a bad value, or if the process group cannot be used.
 """
 
 from numbers import Real
+from types import NoneType
 from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
@@ -259,6 +260,7 @@ def cyclip_loss(
         uneven=uneven,
         inmodal_contrastive_weight=inmodal_contrastive_weight,
     )
+    _check_logit_bias(logit_bias)
     batch = prepare(
         image_features,
         text_features,
@@ -290,8 +292,9 @@ def cyclip_loss(
         if output_dict or plan.penalties != "none":
             penalties = [*cyclic.terms(batch, plan, options, reduced)]
 
-    if logit_bias is not None:
-        zero = _zero_of_bias(logit_bias, terms["contrastive_loss"])
+    if isinstance(logit_bias, Tensor):
+        # A gradient of 0: DDP needs a gradient for every parameter.
+        zero = (logit_bias.reshape(()) * 0).to(terms["contrastive_loss"])
         terms["contrastive_loss"] = terms["contrastive_loss"] + zero
     usage_warnings.warn_of_strong_penalties(options, batch.total_pairs)
     if augmented_image_features is None:
@@ -302,15 +305,12 @@ def cyclip_loss(
     return sum(others, loss)
 
 
-def _zero_of_bias(logit_bias: Tensor | float, loss: Tensor) -> Tensor:
-    """0 with a gradient of 0 to the bias: DDP needs a gradient for every parameter."""
-    if isinstance(logit_bias, bool) or not isinstance(logit_bias, (Tensor, Real)):
+def _check_logit_bias(logit_bias: Tensor | float | None) -> None:
+    if isinstance(logit_bias, bool) or not isinstance(logit_bias, (Tensor, Real, NoneType)):
         hint = ": pass output_dict by keyword" if isinstance(logit_bias, bool) else ""
         raise TypeError(f"logit_bias must be a tensor, a number or None, got {logit_bias!r}{hint}")
-    bias = torch.as_tensor(logit_bias)
-    if bias.numel() != 1:
-        raise ValueError(f"logit_bias must have one element, got shape {tuple(bias.shape)}")
-    return (bias.reshape(()) * 0).to(loss)
+    if isinstance(logit_bias, Tensor) and logit_bias.numel() != 1:
+        raise ValueError(f"logit_bias must have one element, got shape {tuple(logit_bias.shape)}")
 
 
 def caption_ids(tokens: Tensor) -> Tensor:

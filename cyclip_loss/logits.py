@@ -25,7 +25,7 @@ class Logits(NamedTuple):
 
     @property
     def has_extra_negatives(self) -> bool:
-        """Whether extra negatives were given, here or on another rank, perhaps none of them."""
+        """Whether this rank's call got extra negatives, perhaps an empty tensor of them."""
         return self.num_pairs <= self.row_features.shape[0]
 
     def same_ids(self, start: int, stop: int) -> Any:

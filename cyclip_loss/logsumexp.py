@@ -65,7 +65,7 @@ def contrastive_logsumexp(
 
     The loss must not fall when a log-sum-exp rises: a negative upstream gradient of a log-sum-exp
     makes the gradients NaN. A zero one contributes exactly zero. Second derivatives are an error.
-    float16 features are computed in float32.
+    float16 features are computed and, with `dist_impl="ring"`, sent in float32.
 
     Across ranks, compute each rank's loss as a mean over its own n pairs. (If ranks hold different
     numbers of pairs, take the sum times number of ranks / N.) The gradients are then those of one
@@ -136,18 +136,18 @@ class _LogSumExp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         fields, own_columns, ranks, settings, traced = ctx.rest
+        _, symmetric, _ = fields  # first_column, symmetric, num_pairs
         *logits, row_lse, column_lse = ctx.saved_tensors
+        row_grad, column_grad, pair_grad = grads
         # The logarithm of a negative gradient is NaN. Of 0 it is -inf, so r_i is inf and G_ij is 0.
         # In a row without negatives, every G_ij is left out.
-        row_lse = row_lse - grads[0].log()
+        row_lse = row_lse - row_grad.log()
         # The operator multiplies by W, and divides by the number of directions and `total_pairs`.
-        symmetric = fields[1]
-        grad = torch.full_like(logits[2], (2 if symmetric else 1) / ranks.size)
-        settings = contrastive.Settings(
-            1, False, settings.engine, settings.strategy, *ranks.operator_arguments()
-        )
+        logit_scale = logits[2]
+        grad = torch.full_like(logit_scale, (2 if symmetric else 1) / ranks.size)
+        settings = settings._replace(total_pairs=1)
         if symmetric:
-            column_lse = column_lse - grads[1].log()
+            column_lse = column_lse - column_grad.log()
             num_extra = own_columns - column_lse.shape[0]
             if num_extra > 0:  # extra negatives have no log-sum-exp of their own
                 column_lse = F.pad(column_lse, (0, num_extra), value=torch.inf)
@@ -155,7 +155,7 @@ class _LogSumExp(torch.autograd.Function):
                 gathered = start_gather(column_lse, ranks)
                 assert gathered is not None
                 column_lse = finish_gather(gathered, ranks)
-        tensors = (*logits, row_lse, column_lse, grads[2].contiguous(), grad)
+        tensors = (*logits, row_lse, column_lse, pair_grad.contiguous(), grad)
         return contrastive.input_gradients(
             tensors, fields, own_columns, settings, traced, ctx.needs_input_grad
         )

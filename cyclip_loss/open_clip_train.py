@@ -78,7 +78,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     try:
         if ours.reference_batch_size < 0:
             raise ValueError(f"reference_batch_size must be >= 0, got {ours.reference_batch_size}")
-        PenaltyOptions(**_Swap(ours).penalty_options)
+        PenaltyOptions(**penalty_options(ours))
         if ours.impl == "triton":
             device = "cpu"
             if cuda.is_available():  # the GPU that OpenCLIP gives this rank
@@ -90,6 +90,16 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         option, _, problem = str(error).replace("='triton'", " triton").partition(" ")
         parser.error(f"--{option.replace('_', '-')} {problem}")
     return ours, theirs
+
+
+def penalty_options(ours: argparse.Namespace) -> dict[str, Any]:
+    """The options of the penalties, from the launcher's flags."""
+    return {
+        "lambda_inmodal": ours.lambda_inmodal,
+        "lambda_crossmodal": ours.lambda_crossmodal,
+        "reference_batch_size": ours.reference_batch_size or None,
+        "impl": ours.impl,
+    }
 
 
 def steps_or_share(text: str) -> int | float:
@@ -109,9 +119,7 @@ class _Swap:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        names = ("lambda_inmodal", "lambda_crossmodal", "reference_batch_size", "impl")
-        self.penalty_options = {name: getattr(options, name) for name in names}
-        self.penalty_options["reference_batch_size"] = options.reference_batch_size or None
+        self.penalty_options = penalty_options(options)
         self.loss: nn.Module | None = None
         self.ids: Tensor | None = None
         self.called = self.warming_up = False

@@ -32,7 +32,8 @@ class WithPositives:
     """
 
     def __init__(self, compute: Any, batch_ids: Tensor) -> None:
-        self.compute, self.batch_ids, self.pair_terms = compute, batch_ids, compute.pair_terms
+        self.compute, self.pair_terms = compute, compute.pair_terms
+        self.ordered_ids = batch_ids.sort()[0]
 
     def contrastive_lse(self, logits: Logits) -> tuple[Tensor, ...]:
         """As `eager.contrastive_lse`, with all other columns as negatives; and sum_i I_i . R_i.
@@ -67,9 +68,8 @@ class WithPositives:
 
     def counts(self, ids: Any) -> Tensor:
         """How many columns of the global batch have each of these ids; at least 1."""
-        ordered = self.batch_ids.sort()[0]
-        after = torch.searchsorted(ordered, ids, right=True)
-        return (after - torch.searchsorted(ordered, ids)).clamp_(min=1)
+        after = torch.searchsorted(self.ordered_ids, ids, right=True)
+        return (after - torch.searchsorted(self.ordered_ids, ids)).clamp_(min=1)
 
     def _row_means(self, logits: Logits) -> Tensor:
         """R of the rows (n, D), from the columns of this block."""

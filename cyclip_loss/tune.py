@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
@@ -58,14 +58,17 @@ def candidates(arch: str | None, kernel: str, precision: Any, shipped: Any) -> l
     """Configurations that may be the fastest: the shipped one, and then the largest tiles first."""
     square, ieee, found = "BM" not in shipped.tile, precision.dot == "ieee", [shipped]
     shapes = SQUARE if square else SMALL if ieee or kernel == "cyclic_grads" else LARGE
-    depths = [(64, 3), (64, 2)] if ieee else DEPTHS.get(str(arch), HOPPER) + [(64, 2)] * square
+    depths = [(64, 3), (64, 2)] if ieee else DEPTHS.get(str(arch), HOPPER)
+    if square and not ieee:
+        depths = [*depths, (64, 2)]
     for (height, width, warps), (depth, stages) in product(shapes, depths):
         parts = 2 if height * width // (32 * warps) > 64 else 1
         sizes = {"BM": height, "BN": width, "BD": width, "PARTS": parts}
         sizes["BK"] = depth * 8 // precision.bits
         tile = {name: sizes.get(name, size) for name, size in shipped.tile.items()}
         config = replace(shipped, tile=tile, num_warps=warps, num_stages=stages)
-        found += [config] * (config not in found)
+        if config not in found:
+            found.append(config)
     return found
 
 
@@ -86,19 +89,30 @@ def launcher(kernel: str, image: Tensor, text: Tensor) -> tuple[Callable[[], obj
     return partial(getattr(kernels, kernel), *arguments), 2 * n * d * width
 
 
-def refusal(
-    kernel: str, config: Any, image: Tensor, launch: Any, compile_only: bool = False
-) -> str | None:
-    """Why a configuration must not be chosen: it fails, spills or is wrong. None if it may.
+def start_compiling(kernel: str, config: Any, image: Tensor, launch: Any) -> None:
+    """Compile a configuration, for `refusal` to find in Triton's cache. `refusal` has its errors.
 
-    compile_only: only compile it, for a later call to find in Triton's cache.
+    Does not touch the compiled kernels, because that would wait for a compilation that runs
+    beside others.
     """
+    with (
+        suppress(Exception),
+        configs.overridden(kernel, config),
+        recording(compile_only=True),
+    ):
+        for form in forms(kernel, image):
+            verified_kernels().compare(form)
+        launch()
+
+
+def refusal(kernel: str, config: Any, image: Tensor, launch: Any) -> str | None:
+    """Why a configuration must not be chosen: it fails, spills or is wrong. None if it may."""
     problem = None
     try:
-        with configs.overridden(kernel, config), recording(compile_only) as binaries:
+        with configs.overridden(kernel, config), recording() as binaries:
             for form in forms(kernel, image):
                 problem = verified_kernels().compare(form)
-                if problem and not compile_only:
+                if problem:
                     problem = f"{form}: {problem}"
                     break
             launch()
@@ -189,7 +203,7 @@ def _usable_candidates(
                 break
             with ThreadPoolExecutor() as pool, parallel(pool, ignore_errors=True):
                 for candidate in tiles[number : number + group]:
-                    refusal(kernel, candidate, image, launch, compile_only=True)
+                    start_compiling(kernel, candidate, image, launch)
         if problem := refusal(kernel, config, image, launch):
             left_out.append(f"{config}: {problem}")
         else:

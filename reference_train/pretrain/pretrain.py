@@ -188,6 +188,8 @@ def parse_with(parse: Callable[[Sequence[str]], Any], flags: Sequence[str]) -> A
         with contextlib.redirect_stderr(stderr):
             return parse(flags)
     except SystemExit as error:
+        if not error.code:  # after --help
+            raise
         raise CannotStart(stderr.getvalue().strip().rpartition("error: ")[2]) from error
 
 

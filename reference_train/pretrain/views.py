@@ -245,7 +245,9 @@ def main(argv: Sequence[str]) -> None:
     parser = Parser("python -m reference_train.pretrain.views", add_help=False, allow_abbrev=False)
     add_flag(parser)
     arguments, flags = parser.parse_known_args(argv)
-    if arguments.views and not {"-h", "--help"} & set(flags):
+    if {"-h", "--help"} & set(flags):
+        parser.print_help()
+    elif arguments.views:
         Views(arguments.views).install(trainer)
     open_clip_train.main(flags)
 

@@ -124,6 +124,26 @@ def test_a_candidate_that_is_wrong_in_one_form_only_is_refused(kernel, form, mon
     assert "is off" in str(tune.refusal(kernel, SHIPPED, FEATURES, one_launch))
 
 
+def test_starting_a_compilation_does_not_wait_for_its_end(monkeypatch) -> None:
+    """A kernel that compiles in another thread waits when one of its attributes is read."""
+    compiled, waited = [], []
+
+    class Compiling:
+        def __getattr__(self, name: str) -> int:
+            waited.append(name)
+            return 0
+
+    def warmup(**options) -> Compiling:
+        compiled.append(options["grid"])
+        return Compiling()
+
+    monkeypatch.setattr(tune.verified_kernels(), "compare", lambda form: None)
+    one_launch = partial(launch, SimpleNamespace(warmup=warmup), (1,))
+    tune.start_compiling("contrastive_lse", SHIPPED, FEATURES, one_launch)
+    assert compiled == [(1,)]
+    assert waited == []
+
+
 def test_faster_tiles_are_kept_also_after_an_interrupt(file, monkeypatch, capsys) -> None:
     """Candidates are 3% faster, 1% faster and slower. Ctrl-C interrupts the fourth kernel."""
     pretend(monkeypatch, [0.97, 0.99, 2.0])

@@ -79,6 +79,15 @@ def test_logit_bias_changes_no_value_and_gets_a_zero_gradient(
         assert torch.equal(bias.grad, torch.zeros(shape, device=device))
 
 
+def test_a_logit_bias_that_is_a_number_is_never_copied_to_a_device(impl, device) -> None:
+    """On a GPU, every call would copy it."""
+    image, text = (x.float() for x in pairs(12, 4, device=device))
+    scale = torch.tensor(10.0, device=device)
+    expected = CyCLIPLoss(impl=impl)(image, text, scale)
+    with torch.device("meta"):
+        assert torch.equal(CyCLIPLoss(impl=impl)(image, text, scale, -10.0), expected)
+
+
 SCALE_TENSORS = [
     torch.tensor(10.0, dtype=torch.float64, device="cpu"),
     torch.tensor([10.0], dtype=torch.bfloat16, device="cpu"),

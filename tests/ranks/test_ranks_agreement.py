@@ -116,6 +116,26 @@ def error_with_views(
     return ""
 
 
+def trained_images_on_rank_0_only(rank: int, world_size: int) -> str:
+    """The error if images require a gradient on rank 0 only, and texts on both."""
+    image, text = (x.detach() for x in RankCase(rows_per_rank=(4, 4)).rank_inputs(rank)[:2])
+    views = {"augmented_image_features": image.clone(), "augmented_text_features": text.clone()}
+    image.requires_grad_(rank == 0)
+    text.requires_grad_()
+    try:
+        cyclip_loss(image, text, 14.3, **views, dist_impl="ring")
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_differentiate_other_terms_raise_an_error(ranks: Ranks) -> None:
+    """With "ring", the backward of the images' views would wait for rank 1 forever."""
+    ranks.leave()
+    for error in ranks.run(2, trained_images_on_rank_0_only):
+        assert "whether an input of each contrastive term requires a gradient" in error
+
+
 def metrics_on_rank_0_only(rank: int, world_size: int) -> str:
     image, text, scale = RankCase(rows_per_rank=(4,) * world_size).rank_inputs(rank)
     try:

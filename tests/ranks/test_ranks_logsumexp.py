@@ -221,7 +221,7 @@ def no_grad_on_one_rank(rank: int, world_size: int) -> None:
     [
         (differing_directions, "one_way"),
         (differing_functions, "the function"),
-        (no_grad_on_one_rank, "whether an input requires a gradient"),
+        (no_grad_on_one_rank, "whether an input of each contrastive term requires a gradient"),
     ],
 )
 def test_ranks_whose_calls_differ_raise_an_error(task: Any, what: str, ranks: Ranks) -> None:

@@ -10,6 +10,7 @@ from tars import make_shards, write_tar
 
 from reference_train.command_line import CannotStart
 from reference_train.pretrain import pretrain as command
+from reference_train.pretrain import views
 from reference_train.pretrain.presets import BATCH_SIZES
 
 pytest_plugins = ["pretraining"]
@@ -42,6 +43,24 @@ def test_flags_after_the_dashes_override_the_preset(dry_run) -> None:
 def test_the_launchers_own_flags_need_no_dashes(dry_run) -> None:
     args = dry_run("--dist-impl", "ring", "--reference-batch-size", "64")
     assert (args.dist_impl, args.reference_batch_size) == ("ring", 64)
+
+
+def test_help_after_the_dashes_lists_all_flags_and_is_no_error(dry_run, capsys) -> None:
+    with pytest.raises(SystemExit) as exit:
+        dry_run("--", "--help")
+    assert exit.value.code == 0
+    text = capsys.readouterr().out
+    for flag in ("--lambda-warmup", "--train-num-samples"):
+        assert flag in text
+
+
+def test_the_help_of_the_module_with_views_lists_all_flags(capsys) -> None:
+    with pytest.raises(SystemExit) as exit:
+        views.main(["--help"])
+    assert exit.value.code == 0
+    text = capsys.readouterr().out
+    for flag in ("--views", "--lambda-warmup", "--train-num-samples"):
+        assert flag in text
 
 
 @pytest.mark.parametrize(
