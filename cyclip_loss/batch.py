@@ -3,7 +3,7 @@
 `Batch` and `Plan` are the two records that the later steps get.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
 from typing import Any, NamedTuple
@@ -148,7 +148,7 @@ def prepare(
 
 def _collective_signature(
     sent: dict[str, Tensor],
-    terms: list[tuple[Tensor, ...]],
+    terms: Sequence[tuple[Tensor, ...]],
     options: LossOptions,
     ids: Tensor | None,
     function: str,

@@ -28,37 +28,39 @@ def _columns_to_multiply(logits: Logits) -> Tensor:
 
 
 def _logit_strips(
-    logits: Logits, columns: Tensor
+    logits: Logits, column_features: Tensor
 ) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor]]:
     """For each strip: its first row, its end, its row features, its logits, and a buffer like them.
 
-    The next strip overwrites the logits and the buffer, and the caller may. columns: the result of
-    `_columns_to_multiply`, to whose dtype the row features are cast.
+    The next strip overwrites the logits and the buffer, and the caller may. column_features: the
+    result of `_columns_to_multiply`, to whose dtype the row features are cast.
     """
-    dtype = accumulation_dtype(columns.dtype)
-    options = {} if columns.dtype == dtype else {"out_dtype": dtype}
+    dtype = accumulation_dtype(column_features.dtype)
+    options = {} if column_features.dtype == dtype else {"out_dtype": dtype}
     # Scaling the smaller factor takes n * D multiplications instead of n * m. But off the CPU the
     # product may be in tf32, which holds 16-bit features exactly, but not s * I.
-    scales_rows = columns.dtype == dtype and columns.is_cpu
-    n, m = len(logits.row_features), len(columns)
-    height = min(n, rows_per_strip(m, columns.device))
-    buffers = [columns.new_empty(height, m, dtype=dtype) for _ in range(2)]
+    scales_rows = column_features.dtype == dtype and column_features.is_cpu
+    n, m = len(logits.row_features), len(column_features)
+    height = min(n, rows_per_strip(m, column_features.device))
+    buffers = [column_features.new_empty(height, m, dtype=dtype) for _ in range(2)]
     for start, stop in strips(n, height):
         strip, buffer = (x[: stop - start] for x in buffers)
-        rows = logits.row_features[start:stop].to(columns.dtype)
+        strip_features = logits.row_features[start:stop].to(column_features.dtype)
         if scales_rows:
-            torch.mm(rows * logits.logit_scale, columns.T, out=strip)
+            torch.mm(strip_features * logits.logit_scale, column_features.T, out=strip)
         else:
-            torch.mm(rows, columns.T, out=strip, **options).mul_(logits.logit_scale)
-        yield start, stop, rows, strip, buffer
+            torch.mm(strip_features, column_features.T, out=strip, **options).mul_(
+                logits.logit_scale
+            )
+        yield start, stop, strip_features, strip, buffer
 
 
 def _pairs(strip: Tensor, start: int, logits: Logits) -> tuple[Tensor, slice]:
     """The pairs of a strip that begins with row `start`, as a view, and their rows."""
     offset = logits.first_column + start
     first = start + max(0, -offset)
-    pairs = strip.diagonal(offset)[: max(0, logits.num_pairs - first)]
-    return pairs, slice(first, first + len(pairs))
+    diagonal = strip.diagonal(offset)[: max(0, logits.num_pairs - first)]
+    return diagonal, slice(first, first + len(diagonal))
 
 
 def contrastive_lse(logits: Logits) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,18 +70,19 @@ def contrastive_lse(logits: Logits) -> tuple[Tensor, Tensor, Tensor]:
     pair_logits (n,), in the accumulation dtype. Without negatives the log-sum-exp is -inf. A row
     without a partner has pair logit 0.
     """
-    columns = _columns_to_multiply(logits)
-    n, m, dtype = len(logits.row_features), len(columns), accumulation_dtype(columns.dtype)
-    row_negatives_lse = columns.new_empty(n, dtype=dtype)
-    pair_logits = columns.new_zeros(n, dtype=dtype)
+    column_features = _columns_to_multiply(logits)
+    n, m = len(logits.row_features), len(column_features)
+    dtype = accumulation_dtype(column_features.dtype)
+    row_negatives_lse = column_features.new_empty(n, dtype=dtype)
+    pair_logits = column_features.new_zeros(n, dtype=dtype)
     # Maxima are kept finite, also of rows without negatives, as -inf - (-inf) would be NaN.
     lowest = torch.finfo(dtype).min
-    column_max = columns.new_full((m if logits.symmetric else 0,), lowest, dtype=dtype)
+    column_max = column_features.new_full((m if logits.symmetric else 0,), lowest, dtype=dtype)
     column_sum = torch.zeros_like(column_max)
-    for start, stop, _, strip, exps in _logit_strips(logits, columns):
-        pairs, paired_rows = _pairs(strip, start, logits)
-        pair_logits[paired_rows] = pairs
-        pairs.fill_(-torch.inf)
+    for start, stop, _, strip, exps in _logit_strips(logits, column_features):
+        strip_pair_logits, paired_rows = _pairs(strip, start, logits)
+        pair_logits[paired_rows] = strip_pair_logits
+        strip_pair_logits.fill_(-torch.inf)
         same = logits.same_ids(start, stop)
         if same is not None:
             strip.masked_fill_(same, -torch.inf)
@@ -151,40 +154,42 @@ def contrastive_grads(
     ranks), empty where not needed; and ds, a scalar, arbitrary if not needed.
     """
     needs_rows, needs_columns, needs_scale = needs
-    row_features, columns = logits.row_features, _columns_to_multiply(logits)
-    dtype = accumulation_dtype(columns.dtype)
+    row_features, column_features = logits.row_features, _columns_to_multiply(logits)
+    dtype = accumulation_dtype(column_features.dtype)
     # float16 keeps 11 bits only above 6e-5, and most of G is smaller. So 2^14 * G is multiplied,
     # whose largest possible element, 2^15, still fits.
-    shift = 14 if columns.dtype == torch.float16 else 0
+    shift = 14 if column_features.dtype == torch.float16 else 0
     weighted_grad = grad * (weight * 2.0**-shift)
     feature_weight = weighted_grad * logits.logit_scale
     scale_sum = saved.row_lse.new_zeros(())
     grad_dtype = dtype if wide else row_features.dtype
     row_grad = row_features.new_empty(row_features.shape if needs_rows else (0,), dtype=grad_dtype)
-    column_grad = columns.new_zeros(columns.shape if needs_columns else (0,), dtype=dtype)
-    for start, stop, rows, strip, gradient in _logit_strips(logits, columns):
+    column_grad = column_features.new_zeros(
+        column_features.shape if needs_columns else (0,), dtype=dtype
+    )
+    for start, stop, strip_features, strip, gradient in _logit_strips(logits, column_features):
         torch.sub(strip, saved.row_lse[start:stop, None], out=gradient).exp_()
         if logits.symmetric:
             gradient.add_(strip.sub_(saved.column_lse).exp_())
         same = logits.same_ids(start, stop)
         if same is not None:
             gradient.masked_fill_(same, 0.0)
-        pairs, paired_rows = _pairs(gradient, start, logits)
-        pairs.copy_(saved.pair_gradient[paired_rows])
-        if columns.dtype != dtype:
-            gradient = gradient.mul_(2.0**shift).to(columns.dtype)
+        pair_elements, paired_rows = _pairs(gradient, start, logits)
+        pair_elements.copy_(saved.pair_gradient[paired_rows])
+        if column_features.dtype != dtype:
+            gradient = gradient.mul_(2.0**shift).to(column_features.dtype)
         # sum_ij G_ij (I_i . T_j) = sum_i I_i . (G T)_i = sum_j T_j . (G^T I)_j. From a feature
         # gradient that is computed anyway, it takes n * D multiplications.
         if needs_rows or not needs_columns:
-            strip_grad = numerics.matmul(gradient, columns, dtype)
+            strip_grad = numerics.matmul(gradient, column_features, dtype)
             if needs_scale:
-                scale_sum += torch.dot(rows.to(dtype).reshape(-1), strip_grad.view(-1))
+                scale_sum += torch.dot(strip_features.to(dtype).reshape(-1), strip_grad.view(-1))
             if needs_rows:
                 row_grad[start:stop] = strip_grad.mul_(feature_weight)
         if needs_columns:
-            numerics.add_product(column_grad, gradient.T, rows)
+            numerics.add_product(column_grad, gradient.T, strip_features)
     if needs_scale and needs_columns and not needs_rows:
-        scale_sum += torch.dot(columns.to(dtype).reshape(-1), column_grad.view(-1))
+        scale_sum += torch.dot(column_features.to(dtype).reshape(-1), column_grad.view(-1))
     column_grad = column_grad.mul_(feature_weight).to(grad_dtype)
     return row_grad, column_grad, scale_sum.mul_(weighted_grad)
 

@@ -34,11 +34,11 @@ def contrastive_loss(
     logits_per_image = logit_scale * image_features @ text_features.T  # (N, N)
     logits_per_text = logits_per_image.T
     if negative_text_features is not None:
-        more = logit_scale * image_features @ negative_text_features.T
-        logits_per_image = torch.cat((logits_per_image, more), dim=1)
+        negative_logits = logit_scale * image_features @ negative_text_features.T
+        logits_per_image = torch.cat((logits_per_image, negative_logits), dim=1)
     if negative_image_features is not None:
-        more = logit_scale * text_features @ negative_image_features.T
-        logits_per_text = torch.cat((logits_per_text, more), dim=1)
+        negative_logits = logit_scale * text_features @ negative_image_features.T
+        logits_per_text = torch.cat((logits_per_text, negative_logits), dim=1)
     image_to_text = one_way_loss(logits_per_image, ids, same_ids)
     return (image_to_text + one_way_loss(logits_per_text, ids, same_ids)) / 2
 

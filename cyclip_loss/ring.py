@@ -107,8 +107,8 @@ def _ring(
         count = ranks.count(owner, num_columns)
         part = None
         if count > 0:
-            columns, *lse = (block[:count] for block in blocks)
-            block = _block_of(logits, columns, owner, ranks)
+            column_features, *lse = (block[:count] for block in blocks)
+            block = _block_of(logits, column_features, owner, ranks)
             part = column_part(block, lse[0] if lse else None)
         received = hop.finish()
         if total is not None and step > 0:

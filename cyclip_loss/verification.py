@@ -208,29 +208,31 @@ class VerifiedKernels:
         needs: list[bool],
         wide: bool,
     ) -> dict[str, Any]:
-        rows, columns = self.kernels.contrastive_grads_loops(logits)
+        blocks_of_rows, blocks_of_columns = self.kernels.contrastive_grads_loops(logits)
         return _logits_switches(logits) | {
             "needs": tuple(needs),
             "wide": wide,
-            "several blocks of rows": rows,
-            "several blocks of columns": columns,
+            "several blocks of rows": blocks_of_rows,
+            "several blocks of columns": blocks_of_columns,
         }
 
     def _check_logits(self, form: Form, switches: dict[str, Any]) -> Iterator[Logits]:
         """Logits that take the code paths of the switches, without and with NaN."""
         num_rows, num_columns = self.sizes
-        rows, columns = _features(form, self.kernels.INTERPRETED, num_rows, num_columns)
+        row_features, column_features = _features(
+            form, self.kernels.INTERPRETED, num_rows, num_columns
+        )
         row_ids = column_ids = None
         if switches["ids"]:
-            ids = _ids(num_rows + num_columns, rows.device)
+            ids = _ids(num_rows + num_columns, row_features.device)
             row_ids, column_ids = ids.tensor_split((num_rows,))
         first_column = {"0": 0, "> 0": 10, "< 0": -10}[switches["first_column"]]
         num_pairs = num_rows - 9 if switches["extra negatives"] else ALL_ROWS
         settings = (row_ids, column_ids, first_column, switches["symmetric"], num_pairs)
-        scale = rows.new_tensor(20.0)
-        yield Logits(rows, columns, scale, *settings)
-        yield Logits(_with_nan(rows), columns, scale, *settings)
-        yield Logits(rows, _with_nan(columns), scale, *settings)
+        scale = row_features.new_tensor(20.0)
+        yield Logits(row_features, column_features, scale, *settings)
+        yield Logits(_with_nan(row_features), column_features, scale, *settings)
+        yield Logits(row_features, _with_nan(column_features), scale, *settings)
 
     def _contrastive_lse_cases(self, form: Form, switches: dict[str, Any]) -> Iterator[_Case]:
         limits = {"partial_elements": 1} if switches["several strips"] else {}
@@ -295,11 +297,13 @@ class VerifiedKernels:
 
     def _gram_matrices_cases(self, form: Form, switches: dict[str, Any]) -> Iterator[_Case]:
         limits = {"min_split_rows": 16} if switches["several splits"] else {}
-        rows, columns = _features(form, self.kernels.INTERPRETED, self.sizes[0], self.sizes[0])
+        image_features, text_features = _features(
+            form, self.kernels.INTERPRETED, self.sizes[0], self.sizes[0]
+        )
         for image, text in (
-            (rows, columns),
-            (_with_nan(rows), columns),
-            (rows, _with_nan(columns)),
+            (image_features, text_features),
+            (_with_nan(image_features), text_features),
+            (image_features, _with_nan(text_features)),
         ):
             yield (image, text, switches["with_cross"]), limits
 
@@ -335,18 +339,21 @@ class VerifiedKernels:
         return self._cyclic_terms_switches(grams, weights, separate) | {"needs": tuple(needs)}
 
     def _cyclic_grads_cases(self, form: Form, switches: dict[str, Any]) -> Iterator[_Case]:
-        rows, columns = _features(form, self.kernels.INTERPRETED, self.sizes[0], self.sizes[0])
-        grams = self.eager.gram_matrices(rows, columns, switches["with_cross"]).float().double()
+        image_features, text_features = _features(
+            form, self.kernels.INTERPRETED, self.sizes[0], self.sizes[0]
+        )
+        grams = self.eager.gram_matrices(image_features, text_features, switches["with_cross"])
+        grams = grams.float().double()
         needs = list(switches["needs"])
-        one, two = rows.new_tensor(1.5), rows.new_tensor(3.0)
+        one, two = image_features.new_tensor(1.5), image_features.new_tensor(3.0)
         all_weights = _check_weights(form, switches)
         for weights in all_weights:
             for grads in ([one, one], [one, two]) if switches["separate"] else ([one],):
-                yield (rows, columns, grams, grads, weights, 2, needs), {}
+                yield (image_features, text_features, grams, grads, weights, 2, needs), {}
         weights = all_weights[0]
         grads = [one, one] if switches["separate"] else [one]
-        yield (_with_nan(rows), columns, grams, grads, weights, 2, needs), {}
-        yield (rows, _with_nan(columns), grams, grads, weights, 2, needs), {}
+        yield (_with_nan(image_features), text_features, grams, grads, weights, 2, needs), {}
+        yield (image_features, _with_nan(text_features), grams, grads, weights, 2, needs), {}
 
 
 def _features_of(arguments: tuple[Any, ...]) -> Tensor:
@@ -394,11 +401,13 @@ def _features(
     generator = torch.Generator("cpu").manual_seed(0)
     total = num_rows + num_columns
     noise = torch.randn(total, d, generator=generator, dtype=torch.float64, device="cpu")
-    rows, columns = F.normalize(noise, dim=1).tensor_split((num_rows,))
+    row_features, column_features = F.normalize(noise, dim=1).tensor_split((num_rows,))
     paired = min(num_rows, num_columns)
-    columns[:paired:5] = F.normalize(rows[:paired:5] + 0.01 * columns[:paired:5], dim=1)
+    column_features[:paired:5] = F.normalize(
+        row_features[:paired:5] + 0.01 * column_features[:paired:5], dim=1
+    )
     device, dtype, _ = form.scope
-    return rows.to(dtype).to(device).double(), columns.to(dtype).to(device).double()
+    return row_features.to(dtype).to(device).double(), column_features.to(dtype).to(device).double()
 
 
 def _with_nan(features: Tensor) -> Tensor:
