@@ -12,6 +12,11 @@ BENCHMARKS = (ROOT / "benchmarks/README.md").read_text()
 RESULTS = ROOT / "benchmarks/results"
 RECORDS = ROOT / "reference_train/results"
 WARMUP = ("icons/evaluation-warmup", "icons/evaluation-warmup-2")
+LONG_ICON_RUNS = (
+    "icons/evaluation-seed-0",
+    "icons/evaluation-seeds-1-2",
+    "icons/evaluation-c-cyclip-20",
+)
 
 
 def readme_cells(heading: str) -> list[list[str]]:
@@ -38,7 +43,7 @@ def recorded_results(*names: str) -> dict[str, dict]:
 
 def test_accuracy_in_the_readme_is_that_of_the_recorded_seeds() -> None:
     """The mean and the range of three seeds."""
-    results = recorded_results(*WARMUP, "icons/evaluation-seed-0", "icons/evaluation-seeds-1-2")
+    results = recorded_results(*WARMUP, *LONG_ICON_RUNS)
 
     def cell(run: str) -> str:
         seeds = [results[f"{run}-{seed}"]["icons"]["numbers"]["top1"] for seed in range(3)]
@@ -111,7 +116,7 @@ def test_accuracy_with_views_on_its_page_is_that_of_the_recorded_seeds() -> None
 
 def test_accuracy_of_icons_with_views_is_that_of_the_recorded_seeds() -> None:
     """The mean and the range of the seeds, in a table of equal time and one of equal steps."""
-    results = recorded_results(*WARMUP, "views/evaluation-icons")
+    results = recorded_results("views/evaluation-icons")
     with_views = {
         "CLIP + views": "8-epochs-clip-views",
         "C-CyCLIP + views": "8-epochs-c-cyclip-views",
@@ -123,10 +128,10 @@ def test_accuracy_of_icons_with_views_is_that_of_the_recorded_seeds() -> None:
         **with_views,
     }
     equal_steps = {
-        "CLIP": "clip-1024",
-        "CyCLIP": "warmup-1.0-1024",
+        "CLIP": "8-epochs-clip",
+        "CyCLIP": "8-epochs-rising-cyclip",
         "C-CyCLIP": "8-epochs-c-cyclip",
-        "C-CyCLIP, λ rises": "8-epochs-rising-c-cyclip",
+        "C-CyCLIP, λ warm-up": "8-epochs-rising-c-cyclip",
         **with_views,
     }
     metrics = {
@@ -146,11 +151,163 @@ def test_accuracy_of_icons_with_views_is_that_of_the_recorded_seeds() -> None:
         for label, *cells in rows:
             data_set, metric = label.removeprefix("held-out ").split(": ")
             for run, cell in zip(runs.values(), cells, strict=True):
-                seeds = [
-                    x[data_set] for name, x in results.items() if name.rpartition("-")[0] == run
-                ]
-                assert len(seeds) == (2 if "epochs" in run else 3)
-                assert cell == mean_and_range([x["numbers"][metrics[metric]] for x in seeds])
+                measured = [results[f"{run}-{seed}"][data_set]["numbers"] for seed in range(3)]
+                assert cell == mean_and_range([x[metrics[metric]] for x in measured])
+
+
+def test_the_first_table_of_the_icons_page_is_that_of_the_recorded_seeds() -> None:
+    """The mean and the range of three seeds."""
+    results = recorded_results(*WARMUP, *LONG_ICON_RUNS)
+    runs = ("clip-1024", "cyclip-1024", "warmup-1.0-1024", "clip", "cyclip", "c-cyclip")
+    metrics = {
+        "name": "top1",
+        "image → caption, R@1": "image_to_text_r1",
+        "subgroup": "subgroup_top1",
+        "consistency score of names, k = 1": "consistency_1",
+    }
+    page = (RECORDS / "icons/README.md").read_text()
+    table = page.partition("\n## Results\n")[2].partition("\n| | ")[2].partition("\n\n")[0]
+    _, _, *rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
+    assert len(rows) == 7
+    for label, *cells in rows:
+        data_set, _, metric = label.removeprefix("held-out ").partition(": ")
+        for run, cell in zip(runs, cells, strict=True):
+            measured = [results[f"{run}-{seed}"] for seed in range(3)]
+            if label.startswith("in-modal gap"):
+                numbers = [x["icons"]["numbers"]["inmodal_gap"] for x in measured]
+            elif data_set == "emoji in black and white":
+                style = "fluent-emoji-high-contrast"
+                numbers = [x["emoji"]["groups"][style][metrics[metric]] for x in measured]
+            else:
+                numbers = [x[data_set]["numbers"][metrics[metric]] for x in measured]
+            assert cell == mean_and_range(numbers)
+
+
+def test_accuracy_of_icons_on_the_lambda_page_is_that_of_the_recorded_seeds() -> None:
+    """The rows of icons in the table of the page's section on penalties."""
+    results = recorded_results("views/evaluation-icons", *LONG_ICON_RUNS)
+    runs_of_each_row = {
+        "512 steps, λ constant": ("8-epochs-clip", "8-epochs-cyclip", "8-epochs-c-cyclip"),
+        "512 steps, λ warm-up": (
+            "8-epochs-clip",
+            "8-epochs-rising-cyclip",
+            "8-epochs-rising-c-cyclip",
+        ),
+        "960 steps, λ warm-up for CyCLIP, constant for C-CyCLIP": (
+            "15-epochs-clip",
+            "15-epochs-rising-cyclip",
+            "15-epochs-c-cyclip",
+        ),
+        "1,280 steps, λ constant": ("clip", "cyclip", "c-cyclip"),
+    }
+    page = (ROOT / "docs/lambda.md").read_text()
+    rows = re.findall(r"^\| icons, (.*): held-out names \| (.*) \| – \|$", page, re.MULTILINE)
+    assert [label for label, _ in rows] == list(runs_of_each_row)
+    for label, cells in rows:
+        for run, cell in zip(runs_of_each_row[label], cells.split(" | "), strict=True):
+            seeds = [results[f"{run}-{seed}"]["icons"]["numbers"]["top1"] for seed in range(3)]
+            assert cell == mean_and_range(seeds)
+
+
+def last_recalls() -> dict[str, str]:
+    """R@10 in % of each run on icons after its last epoch, by the run's heading."""
+    recalls = {}
+    for record in ("icons/runs.txt", "views/runs-icons.txt"):
+        for block in (RECORDS / record).read_text().split("\n\n"):
+            name, *lines = block.splitlines()
+            for line in lines:
+                if line.startswith("    R@10: "):
+                    recalls[re.sub(r": \d+ minutes.*", "", name)] = line.rpartition(" ")[2]
+    return recalls
+
+
+def test_the_settings_table_shows_the_recorded_differences_in_recall() -> None:
+    recalls = last_recalls()
+    compared = [("lambda-cyclip-128-0", "lambda-clip-128-0")]
+    compared += [("lambda-cyclip-512-128", "lambda-clip-512-0")]
+    compared += [(f"warmup-1.0-1024-{seed}", f"clip-1024-{seed}") for seed in range(3)]
+    compared += [(f"8-epochs-rising-cyclip-{seed}", f"8-epochs-clip-{seed}") for seed in range(3)]
+    compared += [(f"cyclip-{seed}, 20 epochs", f"clip-{seed}, 20 epochs") for seed in range(3)]
+    compared += [("warmup-512-1024-20-0", "clip-0, 20 epochs")]
+    expected = [f"{float(recalls[cyclip]) - float(recalls[clip]):.1f}" for cyclip, clip in compared]
+    table = (ROOT / "docs/choosing.md").read_text().partition("## Settings")[2]
+    rows = [line for line in table.splitlines() if line.startswith("| ")]
+    assert re.findall(r"\d+\.\d", "\n".join(rows[:5])) == expected
+
+
+def test_recall_at_several_batch_sizes_on_the_lambda_page_is_that_of_the_recorded_runs() -> None:
+    """R@10 after the last epoch. A cell has the runs with the same settings."""
+    recalls = last_recalls()
+    rows = {
+        ("4,096", "128", "0"): [
+            ("lambda-clip-4096-0", "clip-4096-0"),
+            ("lambda-cyclip-4096-0",),
+            ("lambda-cyclip-4096-128",),
+            ("quarter-4096-0",),
+            ("warmup-512-4096-0",),
+        ],
+        ("4,096", "128", "1"): [("clip-4096-1",), (), (), (), ("warmup-512-4096-1",)],
+        ("2,048", "256", "0"): [
+            ("lambda-clip-2048-0", "clip-2048-0"),
+            ("lambda-cyclip-2048-0",),
+            ("lambda-cyclip-2048-128",),
+            ("quarter-2048-0",),
+            ("warmup-512-2048-0",),
+        ],
+        ("2,048", "256", "1"): [("clip-2048-1",), (), (), (), ("warmup-512-2048-1",)],
+        **{
+            ("1,024", "512", str(seed)): [
+                (f"clip-{seed}", f"clip-1024-{seed}", f"8-epochs-clip-{seed}"),
+                (),
+                (f"cyclip-{seed}", f"cyclip-1024-{seed}", f"8-epochs-cyclip-{seed}"),
+                (f"quarter-1024-{seed}",),
+                (f"warmup-1.0-1024-{seed}", f"8-epochs-rising-cyclip-{seed}"),
+            ]
+            for seed in range(3)
+        },
+        ("512", "1,024", "0"): [
+            ("lambda-clip-512-0",),
+            ("lambda-cyclip-512-0",),
+            ("lambda-cyclip-512-128",),
+            (),
+            ("warmup-512-512-0",),
+        ],
+        ("1,024", "1,280", "0"): [
+            ("clip-0, 20 epochs", "clip-0, 20 epochs, again"),
+            (),
+            ("cyclip-0, 20 epochs", "cyclip-0, 20 epochs, again", "cyclip-1024-20-0"),
+            ("quarter-0, 20 epochs",),
+            ("warmup-512-1024-20-0",),
+        ],
+        ("1,024", "1,280", "1"): [
+            ("clip-1, 20 epochs", "clip-1, 20 epochs, again"),
+            (),
+            ("cyclip-1, 20 epochs", "cyclip-1, 20 epochs, again"),
+            ("quarter-1, 20 epochs",),
+            (),
+        ],
+        ("1,024", "1,280", "2"): [
+            ("clip-2, 20 epochs",),
+            (),
+            ("cyclip-2, 20 epochs",),
+            (),
+            (),
+        ],
+        ("128", "4,096", "0"): [
+            ("lambda-clip-128-0",),
+            ("lambda-cyclip-128-0",),
+            ("lambda-cyclip-128-0",),  # the same formula
+            (),
+            ("warmup-512-128-0",),
+        ],
+    }
+    page = (ROOT / "docs/lambda.md").read_text()
+    table = page.partition("\n| batch | steps | seed |")[2].partition("\n\n")[0]
+    _, _, *lines = [tuple(line.strip("| ").split(" | ")) for line in table.splitlines()]
+    assert [line[:3] for line in lines] == list(rows)
+    for line, runs in zip(lines, rows.values(), strict=True):
+        expected = [", ".join(recalls[run] for run in cell) or "–" for cell in runs]
+        assert list(line[3:]) == expected
 
 
 def test_speed_and_memory_in_the_readme_match_the_linked_record() -> None:

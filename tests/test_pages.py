@@ -107,26 +107,6 @@ def test_the_call_that_replaces_the_authors_code_gives_the_papers_loss() -> None
     torch.testing.assert_close(loss, sum(terms.values()))
 
 
-def last_recalls() -> dict[str, float]:
-    """R@10 in % of each run on the icons after its last epoch, by the run's heading."""
-    record = (ROOT / "reference_train/results/icons/runs.txt").read_text()
-    runs = re.findall(r"^(\S.*): \d+ minutes.*\n(?: .*\n)*? +R@10: .*?([\d.]+)$", record, re.M)
-    return {name: float(recall) for name, recall in runs}
-
-
-def test_the_settings_table_shows_the_recorded_differences_in_recall() -> None:
-    recalls = last_recalls()
-    compared = [("lambda-cyclip-128-0", "lambda-clip-128-0")]
-    compared += [("lambda-cyclip-512-128", "lambda-clip-512-0")]
-    compared += [(f"warmup-1.0-1024-{seed}", f"clip-1024-{seed}") for seed in range(3)]
-    compared += [(f"cyclip-{seed}, 20 epochs", f"clip-{seed}, 20 epochs") for seed in range(3)]
-    compared += [("warmup-512-1024-20-0", "clip-0, 20 epochs")]
-    expected = [f"{recalls[cyclip] - recalls[clip]:.1f}" for cyclip, clip in compared]
-    table = (ROOT / "docs/choosing.md").read_text().partition("## Settings")[2]
-    rows = [line for line in table.splitlines() if line.startswith("| ")]
-    assert re.findall(r"\d+\.\d", "\n".join(rows[:5])) == expected
-
-
 def test_published_numbers_in_the_readme_and_on_the_choosing_page_match_the_csv() -> None:
     with open(ROOT / "reference_train/evaluate/published.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["metric"] == "top1"]
