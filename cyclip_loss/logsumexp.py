@@ -145,7 +145,15 @@ class _LogSumExp(torch.autograd.Function):
         # The operator multiplies by W, and divides by the number of directions and `total_pairs`.
         logit_scale = logits[2]
         grad = torch.full_like(logit_scale, (2 if symmetric else 1) / ranks.size)
-        settings = settings._replace(total_pairs=1)
+        # Not `_replace`, which torch.compile of PyTorch 2.8 can't trace.
+        settings = contrastive.Settings(
+            1,
+            settings.positives,
+            settings.engine,
+            settings.strategy,
+            settings.group_name,
+            settings.rows_per_rank,
+        )
         if symmetric:
             column_lse = column_lse - column_grad.log()
             num_extra = own_columns - column_lse.shape[0]
