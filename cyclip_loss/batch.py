@@ -284,6 +284,17 @@ def check_logit_scale(logit_scale: Tensor | float, features: Tensor) -> Tensor:
     return logit_scale.reshape(()).to(device=features.device, dtype=dtype)
 
 
+def check_logit_bias(logit_bias: Tensor | float | None) -> None:
+    """Raises an error unless logit_bias is a tensor with one element, a number or None."""
+    if logit_bias is None:
+        return
+    if isinstance(logit_bias, bool) or not isinstance(logit_bias, (Tensor, Real)):
+        hint = ": pass output_dict by keyword" if isinstance(logit_bias, bool) else ""
+        raise TypeError(f"logit_bias must be a tensor, a number or None, got {logit_bias!r}{hint}")
+    if isinstance(logit_bias, Tensor) and logit_bias.numel() != 1:
+        raise ValueError(f"logit_bias must have one element, got shape {tuple(logit_bias.shape)}")
+
+
 def check_ids(ids: Tensor | None, features: Tensor, same_ids: str) -> Tensor | None:
     """ids as int64, or an error: (N,), integers, on the features' device."""
     if ids is None:

@@ -49,18 +49,16 @@ def _logit_strips(
         if scales_rows:
             torch.mm(strip_features * logits.logit_scale, column_features.T, out=strip)
         else:
-            torch.mm(strip_features, column_features.T, out=strip, **options).mul_(
-                logits.logit_scale
-            )
+            torch.mm(strip_features, column_features.T, out=strip, **options)
+            strip.mul_(logits.logit_scale)
         yield start, stop, strip_features, strip, buffer
 
 
 def _pairs(strip: Tensor, start: int, logits: Logits) -> tuple[Tensor, slice]:
     """The pairs of a strip that begins with row `start`, as a view, and their rows."""
-    offset = logits.first_column + start
-    first = start + max(0, -offset)
-    diagonal = strip.diagonal(offset)[: max(0, logits.num_pairs - first)]
-    return diagonal, slice(first, first + len(diagonal))
+    row, column, num_pairs = logits.block(start, start + len(strip)).pairs
+    first = start + row
+    return strip.diagonal(column - row)[:num_pairs], slice(first, first + num_pairs)
 
 
 def contrastive_lse(logits: Logits) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,9 +162,8 @@ def contrastive_grads(
     scale_sum = saved.row_lse.new_zeros(())
     grad_dtype = dtype if wide else row_features.dtype
     row_grad = row_features.new_empty(row_features.shape if needs_rows else (0,), dtype=grad_dtype)
-    column_grad = column_features.new_zeros(
-        column_features.shape if needs_columns else (0,), dtype=dtype
-    )
+    column_shape = column_features.shape if needs_columns else (0,)
+    column_grad = column_features.new_zeros(column_shape, dtype=dtype)
     for start, stop, strip_features, strip, gradient in _logit_strips(logits, column_features):
         torch.sub(strip, saved.row_lse[start:stop, None], out=gradient).exp_()
         if logits.symmetric:

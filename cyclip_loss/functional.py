@@ -21,8 +21,6 @@ Raises ValueError if shapes or devices do not match, on one rank or between rank
 empty, if an option has a bad value, or if the process group cannot be used.
 """
 
-from numbers import Real
-from types import NoneType
 from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
@@ -30,7 +28,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from cyclip_loss import contrastive, cyclic, dense, usage_warnings
-from cyclip_loss.batch import prepare, prepare_pairs
+from cyclip_loss.batch import check_logit_bias, prepare, prepare_pairs
 from cyclip_loss.options import LossOptions, PenaltyOptions, given_options, hint_at_misspelled
 from cyclip_loss.plan import make_plan
 
@@ -260,7 +258,7 @@ def cyclip_loss(
         uneven=uneven,
         inmodal_contrastive_weight=inmodal_contrastive_weight,
     )
-    _check_logit_bias(logit_bias)
+    check_logit_bias(logit_bias)
     batch = prepare(
         image_features,
         text_features,
@@ -303,14 +301,6 @@ def cyclip_loss(
         return {**terms, **dict(zip(CYCLIC_TERMS, penalties))}  # noqa: B905
     loss, *others = (*terms.values(), *penalties)
     return sum(others, loss)
-
-
-def _check_logit_bias(logit_bias: Tensor | float | None) -> None:
-    if isinstance(logit_bias, bool) or not isinstance(logit_bias, (Tensor, Real, NoneType)):
-        hint = ": pass output_dict by keyword" if isinstance(logit_bias, bool) else ""
-        raise TypeError(f"logit_bias must be a tensor, a number or None, got {logit_bias!r}{hint}")
-    if isinstance(logit_bias, Tensor) and logit_bias.numel() != 1:
-        raise ValueError(f"logit_bias must have one element, got shape {tuple(logit_bias.shape)}")
 
 
 def caption_ids(tokens: Tensor) -> Tensor:

@@ -28,6 +28,14 @@ class Logits(NamedTuple):
         """Whether this rank's call got extra negatives, perhaps an empty tensor of them."""
         return self.num_pairs <= self.row_features.shape[0]
 
+    @property
+    def pairs(self) -> tuple[int, int, int]:
+        """The first row and the first column that are partners, and how many pairs there are."""
+        row, column = max(0, -self.first_column), max(0, self.first_column)
+        num_rows = min(self.row_features.shape[0], self.num_pairs)
+        num_columns = self.column_features.shape[0]
+        return row, column, max(0, min(num_rows - row, num_columns - column))
+
     def same_ids(self, start: int, stop: int) -> Any:
         """Whether rows `start` to `stop` and each column have the same id: (stop - start, m).
 

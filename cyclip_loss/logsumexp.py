@@ -138,10 +138,10 @@ class _LogSumExp(torch.autograd.Function):
         fields, own_columns, ranks, settings, traced = ctx.rest
         _, symmetric, _ = fields  # first_column, symmetric, num_pairs
         *logits, row_lse, column_lse = ctx.saved_tensors
-        row_grad, column_grad, pair_grad = grads
+        row_lse_grad, column_lse_grad, pair_logits_grad = grads
         # The logarithm of a negative gradient is NaN. Of 0 it is -inf, so r_i is inf and G_ij is 0.
         # In a row without negatives, every G_ij is left out.
-        row_lse = row_lse - row_grad.log()
+        row_lse = row_lse - row_lse_grad.log()
         # The operator multiplies by W, and divides by the number of directions and `total_pairs`.
         logit_scale = logits[2]
         grad = torch.full_like(logit_scale, (2 if symmetric else 1) / ranks.size)
@@ -155,7 +155,7 @@ class _LogSumExp(torch.autograd.Function):
             settings.rows_per_rank,
         )
         if symmetric:
-            column_lse = column_lse - column_grad.log()
+            column_lse = column_lse - column_lse_grad.log()
             num_extra = own_columns - column_lse.shape[0]
             if num_extra > 0:  # extra negatives have no log-sum-exp of their own
                 column_lse = F.pad(column_lse, (0, num_extra), value=torch.inf)
@@ -163,7 +163,7 @@ class _LogSumExp(torch.autograd.Function):
                 gathered = start_gather(column_lse, ranks)
                 assert gathered is not None
                 column_lse = finish_gather(gathered, ranks)
-        tensors = (*logits, row_lse, column_lse, pair_grad.contiguous(), grad)
+        tensors = (*logits, row_lse, column_lse, pair_logits_grad.contiguous(), grad)
         return contrastive.input_gradients(
             tensors, fields, own_columns, settings, traced, ctx.needs_input_grad
         )

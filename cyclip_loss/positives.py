@@ -74,23 +74,16 @@ class WithPositives:
     def _row_means(self, logits: Logits) -> Tensor:
         """R of the rows (n, D), from the columns of this block."""
         means = _sums_by_id(logits.column_features, logits.column_ids, logits.row_ids)
-        row, column, num_pairs = _pairs_of(logits)
+        row, column, num_pairs = logits.pairs
         means[row : row + num_pairs] -= logits.column_features[column : column + num_pairs]
         return means.div_(self.counts(logits.row_ids)[:, None])
 
     def _column_means(self, logits: Logits) -> Tensor:
         """R of the columns (m, D), from the rows of this block."""
         means = _sums_by_id(logits.row_features, logits.row_ids, logits.column_ids)
-        row, column, num_pairs = _pairs_of(logits)
+        row, column, num_pairs = logits.pairs
         means[column : column + num_pairs] -= logits.row_features[row : row + num_pairs]
         return means.div_(self.counts(logits.column_ids)[:, None])
-
-
-def _pairs_of(logits: Logits) -> tuple[int, int, int]:
-    """The first row and the first column that are partners, and how many pairs there are."""
-    row, column = max(0, -logits.first_column), max(0, logits.first_column)
-    num_rows = min(len(logits.row_features), logits.num_pairs)
-    return row, column, max(0, min(num_rows - row, len(logits.column_features) - column))
 
 
 def _sums_by_id(features: Tensor, ids: Any, wanted: Any) -> Tensor:

@@ -95,11 +95,7 @@ def start_compiling(kernel: str, config: Any, image: Tensor, launch: Any) -> Non
     Does not touch the compiled kernels, because that would wait for a compilation that runs
     beside others.
     """
-    with (
-        suppress(Exception),
-        configs.overridden(kernel, config),
-        recording(compile_only=True),
-    ):
+    with suppress(Exception), configs.overridden(kernel, config), recording(compile_only=True):
         for form in forms(kernel, image):
             verified_kernels().compare(form)
         launch()

@@ -22,8 +22,13 @@ LONG_ICON_RUNS = (
 def readme_cells(heading: str) -> list[list[str]]:
     """The rows of the table under a heading of the README, without its first row and column."""
     section = README.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
-    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")]
-    return [row[1:] for row in rows[2:]]
+    _, _, *rows = table_rows(section)
+    return [row[1:] for row in rows]
+
+
+def table_rows(text: str) -> list[list[str]]:
+    """The cells of each row of the tables in a text."""
+    return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
 
 
 def recorded_costs() -> list[dict]:
@@ -41,13 +46,17 @@ def recorded_results(*names: str) -> dict[str, dict]:
     return results
 
 
+def values_by_seed(results: dict[str, dict], run: str, data_set: str, metric: str) -> list[float]:
+    """A metric of the runs RUN-0, RUN-1 and RUN-2."""
+    return [results[f"{run}-{seed}"][data_set]["numbers"][metric] for seed in range(3)]
+
+
 def test_accuracy_in_the_readme_is_that_of_the_recorded_seeds() -> None:
     """The mean and the range of three seeds."""
     results = recorded_results(*WARMUP, *LONG_ICON_RUNS)
 
     def cell(run: str) -> str:
-        seeds = [results[f"{run}-{seed}"]["icons"]["numbers"]["top1"] for seed in range(3)]
-        return mean_and_range(seeds)
+        return mean_and_range(values_by_seed(results, run, "icons", "top1"))
 
     short = [cell(run) for run in ("clip-1024", "cyclip-1024", "warmup-1.0-1024")]
     assert readme_cells("Accuracy") == [short, [cell("clip"), cell("cyclip"), "–"]]
@@ -102,7 +111,7 @@ def test_accuracy_with_views_on_its_page_is_that_of_the_recorded_seeds() -> None
     # The number of losses, and of steps without and with views.
     expected = [(6, 1178, 620), (9, 620, 620), (6, 1500, 1500)]
     for table, (num_losses, without, with_views) in zip(tables, expected, strict=True):
-        headings, _, *rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
+        headings, _, *rows = table_rows(table)
         losses = [heading.lower().replace(" + ", "-") for heading in headings]
         assert (len(losses), len(rows)) == (num_losses, 8)
         for label, *cells in rows:
@@ -142,17 +151,17 @@ def test_accuracy_of_icons_with_views_is_that_of_the_recorded_seeds() -> None:
     tables = tables_under("### On icons")
     quoted = README.partition("In about equal time on icons")[2].partition("([which to take]")[0]
     quoted_means = re.findall(r"\d+\.\d", quoted)
-    names_row = tables[0].splitlines()[2].strip("| ").split(" | ")
+    names_row = table_rows(tables[0])[2]
     assert quoted_means == [cell.partition(" ")[0] for cell in names_row[1:5]]
     for table, runs in zip(tables, (equal_time, equal_steps), strict=True):
-        header, _, *rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
+        header, _, *rows = table_rows(table)
         assert header == list(runs)
         assert len(rows) == 4
         for label, *cells in rows:
             data_set, metric = label.removeprefix("held-out ").split(": ")
             for run, cell in zip(runs.values(), cells, strict=True):
-                measured = [results[f"{run}-{seed}"][data_set]["numbers"] for seed in range(3)]
-                assert cell == mean_and_range([x[metrics[metric]] for x in measured])
+                seeds = values_by_seed(results, run, data_set, metrics[metric])
+                assert cell == mean_and_range(seeds)
 
 
 def test_the_first_table_of_the_icons_page_is_that_of_the_recorded_seeds() -> None:
@@ -166,21 +175,20 @@ def test_the_first_table_of_the_icons_page_is_that_of_the_recorded_seeds() -> No
         "consistency score of names, k = 1": "consistency_1",
     }
     page = (RECORDS / "icons/README.md").read_text()
-    table = page.partition("\n## Results\n")[2].partition("\n| | ")[2].partition("\n\n")[0]
-    _, _, *rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
+    _, _, *rows = table_rows(page.partition("\n## Results\n")[2].partition("\n![")[0])
     assert len(rows) == 7
     for label, *cells in rows:
         data_set, _, metric = label.removeprefix("held-out ").partition(": ")
         for run, cell in zip(runs, cells, strict=True):
-            measured = [results[f"{run}-{seed}"] for seed in range(3)]
             if label.startswith("in-modal gap"):
-                numbers = [x["icons"]["numbers"]["inmodal_gap"] for x in measured]
+                seeds = values_by_seed(results, run, "icons", "inmodal_gap")
             elif data_set == "emoji in black and white":
                 style = "fluent-emoji-high-contrast"
-                numbers = [x["emoji"]["groups"][style][metrics[metric]] for x in measured]
+                groups = [results[f"{run}-{seed}"]["emoji"]["groups"] for seed in range(3)]
+                seeds = [group[style][metrics[metric]] for group in groups]
             else:
-                numbers = [x[data_set]["numbers"][metrics[metric]] for x in measured]
-            assert cell == mean_and_range(numbers)
+                seeds = values_by_seed(results, run, data_set, metrics[metric])
+            assert cell == mean_and_range(seeds)
 
 
 def test_accuracy_of_icons_on_the_lambda_page_is_that_of_the_recorded_seeds() -> None:
@@ -205,8 +213,7 @@ def test_accuracy_of_icons_on_the_lambda_page_is_that_of_the_recorded_seeds() ->
     assert [label for label, _ in rows] == list(runs_of_each_row)
     for label, cells in rows:
         for run, cell in zip(runs_of_each_row[label], cells.split(" | "), strict=True):
-            seeds = [results[f"{run}-{seed}"]["icons"]["numbers"]["top1"] for seed in range(3)]
-            assert cell == mean_and_range(seeds)
+            assert cell == mean_and_range(values_by_seed(results, run, "icons", "top1"))
 
 
 def last_recalls() -> dict[str, str]:
@@ -303,11 +310,11 @@ def test_recall_at_several_batch_sizes_on_the_lambda_page_is_that_of_the_recorde
     }
     page = (ROOT / "docs/lambda.md").read_text()
     table = page.partition("\n| batch | steps | seed |")[2].partition("\n\n")[0]
-    _, _, *lines = [tuple(line.strip("| ").split(" | ")) for line in table.splitlines()]
-    assert [line[:3] for line in lines] == list(rows)
+    lines = table_rows(table)[1:]  # after the heading, which `partition` cut off
+    assert [tuple(line[:3]) for line in lines] == list(rows)
     for line, runs in zip(lines, rows.values(), strict=True):
         expected = [", ".join(recalls[run] for run in cell) or "–" for cell in runs]
-        assert list(line[3:]) == expected
+        assert line[3:] == expected
 
 
 def test_speed_and_memory_in_the_readme_match_the_linked_record() -> None:

@@ -11,10 +11,7 @@ from torch import Tensor
 
 from cyclip_loss import CyCLIPLoss, CyCLIPWarning, eager, engines, kernels
 
-pytestmark = [
-    pytest.mark.skipif(not kernels.INTERPRETED, reason="pretends that the CPU is a GPU"),
-    pytest.mark.usefixtures("unverified_kernels"),
-]
+pytestmark = pytest.mark.usefixtures("unverified_kernels")
 
 
 def test_backward_uses_the_engine_that_forward_chose(monkeypatch) -> None:

@@ -33,10 +33,7 @@ FUNCTIONS = (
     "cyclic_terms",
     "cyclic_grads",
 )
-pytestmark = [
-    pytest.mark.skipif(not kernels.INTERPRETED, reason="pretends that the CPU is a GPU"),
-    pytest.mark.usefixtures("unverified_kernels"),
-]
+pytestmark = pytest.mark.usefixtures("unverified_kernels")
 
 
 def leaves(n: int = 6, d: int = 4, frozen: str = "") -> list[Tensor]:
