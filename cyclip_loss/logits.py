@@ -1,6 +1,6 @@
-"""The arguments of the engines: a block of logits, and what forward saves of it for backward."""
+"""What engines compute with and return: a block of logits, its log-sum-exps, its gradients."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -10,7 +10,7 @@ ALL_ROWS = 2**30  # larger than any number of rows; the sum with a column number
 class Logits(NamedTuple):
     """The logits l_ij = logit_scale * row_features_i . column_features_j of a contrastive term.
 
-    Row i < `num_pairs` is paired with column `first_column + i`, if that column exists. The row's
+    Row i < `num_pairs` is paired with column `i + partner_offset`, if that column exists. The row's
     negatives are all other columns, except those with the row's id.
     """
 
@@ -19,7 +19,7 @@ class Logits(NamedTuple):
     logit_scale: Tensor  # scalar of the accumulation dtype
     row_ids: Tensor | None = None  # (n,), int64; None if `column_ids` is None
     column_ids: Tensor | None = None  # (m,), int64
-    first_column: int = 0
+    partner_offset: int = 0
     symmetric: bool = True  # whether columns have log-sum-exps, too, or only rows
     num_pairs: int = ALL_ROWS  # later rows are extra negatives of the columns
 
@@ -29,14 +29,14 @@ class Logits(NamedTuple):
         return self.num_pairs <= self.row_features.shape[0]
 
     @property
-    def pairs(self) -> tuple[int, int, int]:
-        """The first row and the first column that are partners, and how many pairs there are."""
-        row, column = max(0, -self.first_column), max(0, self.first_column)
+    def pairs(self) -> tuple[slice, slice]:
+        """The rows that have a partner in this block, and the columns that are their partners."""
+        row, column = max(0, -self.partner_offset), max(0, self.partner_offset)
         num_rows = min(self.row_features.shape[0], self.num_pairs)
-        num_columns = self.column_features.shape[0]
-        return row, column, max(0, min(num_rows - row, num_columns - column))
+        count = max(0, min(num_rows - row, self.column_features.shape[0] - column))
+        return slice(row, row + count), slice(column, column + count)
 
-    def same_ids(self, start: int, stop: int) -> Any:
+    def same_ids(self, start: int, stop: int) -> Tensor | None:
         """Whether rows `start` to `stop` and each column have the same id: (stop - start, m).
 
         None without ids.
@@ -51,7 +51,7 @@ class Logits(NamedTuple):
             self.logit_scale,
             None if self.row_ids is None else self.row_ids[start:stop],
             None if self.column_ids is None else self.column_ids[left:right],
-            self.first_column + start - left,
+            self.partner_offset + start - left,
             self.symmetric,
             self.num_pairs - start,
         )
@@ -62,19 +62,14 @@ class Logits(NamedTuple):
 
 
 class LogSumExps(NamedTuple):
-    """Log-sum-exps over the negatives of each row and column, and the logits of the pairs.
+    """Log-sum-exps over the negatives of each row and column, and the logits of the pairs."""
 
-    The columns are those that this rank needs for its loss and its backward.
-    """
-
-    row_negatives_lse: Tensor  # (n,)
+    row_negatives_lse: Tensor  # (n,), -inf without negatives
     column_negatives_lse: Tensor  # (m,), empty unless `Logits.symmetric`
     pair_logits: Tensor  # (n,), of the rows; 0 where a row has no partner
     # (m,), of the columns; -inf where a column has no partner. None: the pairs of this rank's rows
     # are the first columns, and other columns have no partner.
     column_pair_logits: Tensor | None = None
-    # The sum of the other positives' part of the loss (`positives.py`), if there are any.
-    other_positives: Tensor | None = None
 
 
 class SavedStatistics(NamedTuple):
@@ -85,3 +80,11 @@ class SavedStatistics(NamedTuple):
     # (n,): the sum of exp(pair logit - log-sum-exp) - 1 for a row and its paired column, with the
     # part of other positives. For extra negatives it is 0, and their log-sum-exps are inf.
     pair_gradient: Tensor
+
+
+class Gradients(NamedTuple):
+    """Gradients of a block's features and of the logit scale; empty tensors where not needed."""
+
+    rows: Tensor  # (n, D)
+    columns: Tensor  # (m, D)
+    scale: Tensor  # scalar

@@ -1,50 +1,32 @@
-"""The modules: `CyCLIPLoss`, a drop-in for `open_clip.ClipLoss`, and `CyclicPenalty`."""
+"""The modules: `CyCLIPLoss`, a drop-in for `open_clip.ClipLoss`, and the penalties alone.
 
-from copy import deepcopy
-from dataclasses import dataclass, fields
+A call of the loss has three steps: prepare the arguments, plan, compute the terms and add them up.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cyclip_loss import functional
-from cyclip_loss.distributed import NOT_STORED, ranks_of
+from cyclip_loss import options, usage_warnings
+from cyclip_loss.inputs import check_logit_bias, prepare, prepare_pairs
 from cyclip_loss.numerics import is_capturing
-from cyclip_loss.options import LossOptions, PenaltyOptions, hint_at_misspelled
-from cyclip_loss.plan import is_traced
-from cyclip_loss.usage_warnings import warn_of_unusual_inputs
+from cyclip_loss.options import ContrastiveOptions, PenaltyOptions, option
+from cyclip_loss.plan import is_traced, make_plan
+from cyclip_loss.ranks.groups import ranks_of
+from cyclip_loss.terms import contrastive, cyclic
 
 
 @dataclass(eq=False, repr=False)
 class _Module(PenaltyOptions, nn.Module):
-    """The base of both modules. Options are attributes, and are checked when they are set."""
+    """The base of the modules. Options are attributes, and are checked when they are set."""
 
     def __post_init__(self) -> None:
         nn.Module.__init__(self)
         self._inputs_checked = False
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Copy all but the process group, which cannot be copied: the copy shares it."""
-        memo[id(self.process_group)] = self.process_group
-        memo[id(self)] = copy = type(self).__new__(type(self))
-        copy.__dict__.update(deepcopy(self._attributes(), memo))
-        return copy
-
-    def __copy__(self) -> Any:
-        """A shallow copy. It shares the process group, which `__getstate__` leaves out."""
-        copy = type(self).__new__(type(self))
-        copy.__dict__.update(self._attributes())
-        return copy
-
-    def __getstate__(self) -> dict[str, Any]:
-        """The state to pickle. A note replaces the process group, which cannot be pickled."""
-        process_group = self.process_group and NOT_STORED
-        return self._attributes() | {"process_group": process_group, "_inputs_checked": False}
-
-    def _attributes(self) -> dict[str, Any]:
-        """All attributes but the result of the method `compile`, which calls this module."""
-        attributes: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        return attributes
 
     def _check_inputs_once(self, logit_scale: Tensor | float | None, *features: Any) -> None:
         """Warn of unusual features or an unusual scale, in the first call that has rows.
@@ -58,7 +40,8 @@ class _Module(PenaltyOptions, nn.Module):
             return
         if not image.is_meta and not is_capturing(image):
             self._inputs_checked = True
-            warn_of_unusual_inputs([x for x in features if x is not None], logit_scale)
+            given = [x for x in features if x is not None]
+            usage_warnings.warn_of_unusual_inputs(given, logit_scale)
 
     def extra_repr(self) -> str:
         """For `print(module)`: the lambdas, and the arguments that differ from their default."""
@@ -70,8 +53,8 @@ class _Module(PenaltyOptions, nn.Module):
         return ", ".join(shown)
 
 
-@dataclass(eq=False, repr=False, kw_only=True)
-class CyCLIPLoss(LossOptions, _Module):
+@dataclass(eq=False, repr=False)
+class CyCLIPLoss(ContrastiveOptions, _Module):
     """CLIP's contrastive loss with the cyclic penalties of CyCLIP (Goel et al. 2022).
 
         loss = contrastive + lambda_inmodal * P_in + lambda_crossmodal * P_cross
@@ -127,7 +110,6 @@ class CyCLIPLoss(LossOptions, _Module):
             refused: `ClipLoss(True, True)` passes `local_loss` and `gather_with_grad` by position.
         ValueError: an option has a bad value. When called: `rank` or `world_size` differs from the
             process group's, or ranks do not agree (every rank raises, and lists all differences).
-        AttributeError: an attribute that is set looks like a misspelled option.
 
     >>> import torch
     >>> loss_fn = CyCLIPLoss(reference_batch_size=128)
@@ -138,14 +120,16 @@ class CyCLIPLoss(LossOptions, _Module):
     torch.Size([8, 4])
     """
 
-    local_loss: bool = False
-    gather_with_grad: bool = False
-    cache_labels: bool = False
-    rank: int = 0
-    world_size: int = 1
-    use_horovod: bool = False
+    _: KW_ONLY
+    same_ids: str = option("ignored", options.one_of(options.SAME_IDS))
+    inmodal_contrastive_weight: float | None = option(None, options.optional_weight)
+    local_loss: bool = option(False, options.boolean)
+    gather_with_grad: bool = option(False, options.boolean)
+    cache_labels: bool = option(False, options.boolean)
+    rank: int = option(0, options.integer)
+    world_size: int = option(1, options.integer)
+    use_horovod: bool = option(False, options.no_horovod)
 
-    @hint_at_misspelled
     def forward(
         self,
         image_features: Tensor,
@@ -163,35 +147,74 @@ class CyCLIPLoss(LossOptions, _Module):
         """The loss or, with `output_dict`, its terms.
 
         Args:
-            image_features, text_features: (N, D), or (n, D) on each rank; rows of unit length, of
-                one floating dtype on one device.
-            logit_scale: scalar, already exponentiated.
-            logit_bias: scalar; changes nothing.
-            output_dict: return `contrastive_loss`, `inmodal_cyclic_loss` and
-                `crossmodal_cyclic_loss` (and `inmodal_contrastive_loss` with augmented views), each
-                weighted, which sum to the loss.
-            augmented_image_features, augmented_text_features: (N, D), of a second view of each.
-            ids: (N,), integers; rows with the same id are not negatives of each other.
-            negative_image_features, negative_text_features: (M, D), more negatives.
+            image_features, text_features: (N, D), N >= 1, D >= 1, or (n, D) on each rank, of one
+                floating dtype (float64, float32, bfloat16 or float16) on one device, with any
+                strides. Row i of one is paired with row i of the other. The formulas expect rows of
+                unit length, as OpenCLIP's models return them. Nothing is normalised here.
+            logit_scale: scalar (one element), already exponentiated. A tensor gets its gradient.
+            logit_bias: scalar. It shifts every logit equally, so it changes nothing. Its gradient
+                is zero.
+            output_dict: return the weighted terms, which sum to the loss: `contrastive_loss`,
+                `inmodal_contrastive_loss` if there are augmented views, `inmodal_cyclic_loss` and
+                `crossmodal_cyclic_loss`. Across ranks, all of them must ask for it.
+            augmented_image_features, augmented_text_features: (N, D), features of a second,
+                augmented view of the same pairs; both or neither. They add an in-modal contrastive
+                term, in which each row has to find its own augmented view (the `--inmodal` option
+                of the authors' code). It is averaged with CLIP's or, with
+                `inmodal_contrastive_weight`, added: CLIP + weight * in-modal.
+            ids: (N,), int8 to int64 or uint8, on the features' device. With `same_ids="ignored"`,
+                rows with the same id are not negatives of each other: their logits, except each
+                row's own pair, are left out of every contrastive term. With `same_ids="positives"`
+                they are positives of each other (`terms/positives.py` has the formula). Every value
+                is an id, -1 too, so give rows without an id distinct values. The penalties still
+                cover all pairs.
+            negative_image_features, negative_text_features: (M, D), either or both, of any number
+                of rows, such as hard negatives. The negative texts of all ranks are further
+                negatives of every image, and the negative images of every text. They get gradients.
+                They are in no penalty, and in no term of augmented views.
 
-        Returns a float32 scalar (float64 for float64 features), or a dict of them.
-        `functional.cyclip_loss` has the details.
+        Returns a float32 scalar (float64 for float64 features), or a dict of them. They are not
+        finite if a feature is not finite. Under `torch.autocast` the features are cast to the
+        autocast dtype (except float64, as autocast does). Logits and sums are not cast.
+
+        Raises:
+            TypeError: an argument is not a tensor or a number, or its dtype is not supported.
+            ValueError: shapes or devices do not match, on one rank or between ranks, or a batch is
+                empty.
         """
         if not torch.compiler.is_compiling():
             self._check_rank()
-        loss = functional.cyclip_loss(
+        check_logit_bias(logit_bias)
+        batch = prepare(
             image_features,
             text_features,
             logit_scale,
-            logit_bias,
+            self,
             output_dict,
             augmented_image_features=augmented_image_features,
             augmented_text_features=augmented_text_features,
             ids=ids,
             negative_image_features=negative_image_features,
             negative_text_features=negative_text_features,
-            options=self,
+            same_ids=self.same_ids,
         )
+        plan = make_plan(batch, self, output_dict, self.dist_impl)
+
+        # Across ranks, the gather of the columns runs while the Gram matrices are computed, and
+        # their all-reduce runs while the contrastive terms are.
+        gathers = contrastive.start_gathers(batch, plan)
+        reduced = cyclic.start_reducing_grams(batch, plan)
+        terms = contrastive.terms(batch, plan, gathers, self.inmodal_contrastive_weight)
+        if output_dict or plan.penalties != "none":
+            terms |= cyclic.terms(batch, plan, self, reduced)
+        if isinstance(logit_bias, Tensor):
+            # A gradient of 0: DDP needs a gradient for every parameter.
+            zero = (logit_bias.reshape(()) * 0).to(terms["contrastive_loss"])
+            terms["contrastive_loss"] = terms["contrastive_loss"] + zero
+
+        usage_warnings.warn_of_strong_penalties(self, batch.total_pairs)
+        if augmented_image_features is None:
+            usage_warnings.warn_of_unused_weight(self)
         self._check_inputs_once(
             logit_scale,
             image_features,
@@ -201,7 +224,10 @@ class CyCLIPLoss(LossOptions, _Module):
             negative_image_features,
             negative_text_features,
         )
-        return loss
+        if output_dict:
+            return terms
+        loss, *others = terms.values()
+        return sum(others, loss)
 
     def _check_rank(self) -> None:
         """Raise unless `rank` and `world_size` are the group's or OpenCLIP's defaults, 0 and 1."""
@@ -222,17 +248,24 @@ class CyclicPenalty(_Module):
 
         penalty = lambda_inmodal * P_in + lambda_crossmodal * P_cross
 
+    (Goel et al. 2022, eq. 2 and 3.) Takes O(N D^2) flops and O(N D + D^2) memory. If both lambdas
+    are 0, nothing is computed, and the result is 0 even for features that are not finite.
+
     Behaviour across ranks and errors are as in `CyCLIPLoss`. The only collective is an all-reduce
-    of 3 D^2 + 1 elements, so ranks may hold any numbers of rows (NaN if all hold none). Ranks do
-    not check that they agree on D and the lambdas.
+    of 2 D^2 + 1 elements (3 D^2 + 1 with `output_dict` or different lambdas), so ranks may hold any
+    numbers of rows (NaN if all hold none). Ranks do not check that they agree on D, the lambdas and
+    `output_dict`.
 
     Args:
         lambda_inmodal, lambda_crossmodal: the weights of the penalties. 0: off.
         reference_batch_size: multiplies both by reference_batch_size / N.
         process_group, distributed, impl: as in `CyCLIPLoss`.
+
+    >>> features = nn.functional.normalize(torch.randn(8, 4), dim=1)
+    >>> print(CyclicPenalty()(features, features))  # the same geometry in both towers
+    tensor(0.)
     """
 
-    @hint_at_misspelled
     def forward(
         self, image_features: Tensor, text_features: Tensor, output_dict: bool = False
     ) -> Tensor | dict[str, Tensor]:
@@ -240,12 +273,121 @@ class CyclicPenalty(_Module):
 
         image_features, text_features: (N, D), or (n, D) on each rank; rows of unit length.
         """
-        penalty = functional.cyclic_penalty(
-            image_features, text_features, output_dict=output_dict, options=self
-        )
+        batch = prepare_pairs(image_features, text_features, self, output_dict)
+        plan = make_plan(batch, self, output_dict)
+        reduced = cyclic.start_reducing_grams(batch, plan)
+        terms = cyclic.terms(batch, plan, self, reduced)
+        usage_warnings.warn_of_strong_penalties(self, batch.total_pairs)
         self._check_inputs_once(None, image_features, text_features)
-        return penalty
+        return terms if output_dict else terms["cyclic_loss"]
 
 
-for _module in (CyCLIPLoss, CyclicPenalty):
-    setattr(_module, "__init__", hint_at_misspelled(_module.__init__))  # noqa: B010
+class WithCyclicPenalty(CyclicPenalty):
+    """Another loss plus the cyclic penalties: `open_clip`'s SigLipLoss, CoCaLoss, or your own.
+
+    Call it like the loss that it wraps. The penalties are added to a number that it returns. A
+    tuple of terms, or a dict whose keys all end in `_loss` (OpenCLIP's convention), gets the
+    weighted terms `inmodal_cyclic_loss` and `crossmodal_cyclic_loss`, so that its values still sum
+    to the loss. Attributes that only the wrapped loss has are read from it and written to it.
+
+    Args:
+        loss: a module. It stays reachable as `.loss`.
+        lambda_inmodal, lambda_crossmodal, and the options of `CyclicPenalty`: as there, also across
+            ranks, whatever the other loss does.
+        features: the names of two arguments of `loss.forward`, (N, D), rows of unit length; or a
+            callable that takes the call's arguments and returns the two features.
+
+    Raises:
+        TypeError: `loss` is not a module, is compiled (compile the wrapper) or has these penalties
+            already; `features` does not match it. When called: the loss returned something other
+            than a number or terms of a sum, such as one value per sample. Else as `CyclicPenalty`.
+    """
+
+    def __init__(
+        self,
+        loss: nn.Module,
+        lambda_inmodal: float = 0.25,
+        lambda_crossmodal: float = 0.25,
+        *,
+        features: tuple[str, str] | Callable[..., Any] = ("image_features", "text_features"),
+        **penalty_options: Any,
+    ) -> None:
+        super().__init__(lambda_inmodal, lambda_crossmodal, **penalty_options)
+        self.features = features
+        self.loss = loss
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the wrapped loss returns for these arguments, plus the penalties."""
+        features = self._features_of(args, kwargs)
+        terms = self.loss(*args, **kwargs)
+        if isinstance(terms, dict):
+            wrong = [name for name in terms if not str(name).endswith("_loss")]
+            if wrong or set(cyclic.TERMS) & set(terms):
+                raise TypeError(self._not_terms(f"the keys {list(terms)}"))
+        several = isinstance(terms, (dict, tuple))
+        values = list(terms.values() if isinstance(terms, dict) else terms if several else [terms])
+        for value in values:
+            is_scalar = isinstance(value, Tensor) and value.numel() == 1
+            # CoCaLoss returns an integer 0 for a term without weight.
+            if not is_scalar and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                shape = tuple(getattr(value, "shape", ()))
+                raise TypeError(self._not_terms(f"{type(value).__name__} {shape}"))
+        penalties: Any = super().forward(*features, output_dict=several)
+        if isinstance(terms, dict):
+            return {**terms, **penalties}
+        return (*values, *penalties.values()) if several else terms + penalties
+
+    def _not_terms(self, got: str) -> str:
+        return (
+            f"the penalties cannot be added to what {type(self.loss).__name__} returned ({got}): "
+            "return a number, a tuple of terms of a sum, or a dict of such terms whose keys all "
+            "end in _loss; or add CyclicPenalty yourself"
+        )
+
+    def _features_of(self, args: Any, kwargs: Any) -> Any:
+        """The image and text features among the arguments of a call."""
+        if not callable(self.features):
+            bound = inspect.signature(self.loss.forward).bind(*args, **kwargs)
+            bound.apply_defaults()
+            for name in self.features:  # they may have been set after the loss
+                if name not in bound.arguments:
+                    _check_wrapped(self.loss, self.features)
+            return [bound.arguments[name] for name in self.features]
+        found = self.features(*args, **kwargs)
+        if not isinstance(found, (tuple, list)) or len(found) != 2:
+            got = (
+                f"{len(found)} values" if isinstance(found, (tuple, list)) else type(found).__name__
+            )
+            raise TypeError(f"features must return the image and the text features, got {got}")
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("loss"), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        wrapped = self.__dict__.get("_modules", {}).get("loss")
+        own = name in self.__dict__ or hasattr(type(self), name)
+        if name == "loss":
+            _check_wrapped(value, self.features)
+        elif not own and hasattr(wrapped, name):
+            return setattr(wrapped, name, value)
+        super().__setattr__(name, value)
+
+
+def _check_wrapped(loss: Any, features: Any) -> None:
+    """Raise TypeError unless `loss` can be wrapped and has the `features`."""
+    if not isinstance(loss, nn.Module):
+        raise TypeError(f"loss must be a module, got {loss!r}")
+    if hasattr(loss, "_orig_mod"):
+        raise TypeError("loss is compiled: wrap the original module, and compile the wrapper")
+    if isinstance(loss, PenaltyOptions):
+        raise TypeError(f"{loss} has the cyclic penalties already: use it without a wrapper")
+    names = list(inspect.signature(loss.forward).parameters)
+    if not callable(features) and (len(features) != 2 or not set(features) <= set(names)):
+        raise TypeError(
+            f"{type(loss).__name__}.forward takes {names}, not {features}: pass features=, two of "
+            "these names or a callable that returns the two from the call's arguments"
+        )

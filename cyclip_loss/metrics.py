@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from cyclip_loss import distributed as across
-from cyclip_loss.batch import check_features
+from cyclip_loss.inputs import check_features
 from cyclip_loss.numerics import rows_per_strip
-from cyclip_loss.options import LossOptions
+from cyclip_loss.ranks import collectives
+from cyclip_loss.ranks.agreement import check_ranks_agree
+from cyclip_loss.ranks.groups import Ranks, ranks_of
 
 
 @torch.no_grad()
@@ -48,11 +49,9 @@ def consistency_metrics(
     Takes 8 N^2 D flops in float64 (float32 on MPS), shared by the ranks, in bounded memory.
 
     Raises:
-        TypeError, ValueError: as `cyclip_loss.functional`.
+        TypeError, ValueError: as `CyCLIPLoss`.
     """
-    ranks = across.Ranks()
-    if distributed or process_group is not None:
-        ranks = across.ranks_of(process_group)
+    ranks = ranks_of(process_group, distributed or process_group is not None)
     pair = check_features(
         image_features, text_features, may_be_empty=ranks.size > 1, autocast=False
     )
@@ -73,14 +72,14 @@ def consistency_metrics(
     if ranks.size > 1:
         # A rank without rows has the sums of one empty strip.
         packed = torch.stack([*sums.values()])
-        packed = across.wait(across.start_all_reduce(packed, "sum", ranks))
+        packed = collectives.wait(collectives.start_all_reduce(packed, "sum", ranks))
         sums = dict(zip(sums, packed.unbind(), strict=True))
     return {name: value.float() for name, value in _metrics(sums, images, texts).items()}
 
 
 def _gather(
-    pair: tuple[Tensor, Tensor], ranks: across.Ranks
-) -> tuple[tuple[Tensor, Tensor], int, int, across.Ranks]:
+    pair: tuple[Tensor, Tensor], ranks: Ranks
+) -> tuple[tuple[Tensor, Tensor], int, int, Ranks]:
     """The features of all ranks, the first of this rank's rows and their end, and the ranks."""
     n, d = pair[0].shape
     signature = {
@@ -90,11 +89,10 @@ def _gather(
         "the device type": pair[0].device.type,
     }
     num_rows = {"image_features and text_features": n}
-    options = LossOptions(uneven=True, process_group=ranks.group)
-    ranks, _ = across.check_ranks_agree(options, pair[0], num_rows, signature, ())
-    gathered = across.start_gather(torch.cat(pair, dim=1), ranks)
+    ranks, _ = check_ranks_agree(ranks, pair[0], num_rows, signature, uneven=True)
+    gathered = collectives.start_gather(torch.cat(pair, dim=1), ranks)
     assert gathered is not None
-    images, texts = across.finish_gather(gathered, ranks).tensor_split((d,), dim=1)
+    images, texts = collectives.finish_gather(gathered, ranks).tensor_split((d,), dim=1)
     start = ranks.first_row(ranks.rank, n)
     return (images, texts), start, start + n, ranks
 

@@ -1,4 +1,4 @@
-"""What the engines share: dtypes, matrix products, strips; which GPUs have kernels."""
+"""What all parts share: dtypes, autocast, matrix products, strips; which GPUs have kernels."""
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
@@ -29,6 +29,21 @@ TRITON_FOR_BLACKWELL = (3, 9)
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums, log-sum-exps and losses for features of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def autocast_is_on(device_type: str) -> bool:
+    """Whether autocast is on; False for devices without autocast, such as "meta"."""
+    # PyTorch 2.8 can't trace `is_autocast_available`; compiled code does not run on "meta".
+    has_autocast = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
+    return has_autocast and torch.is_autocast_enabled(device_type)
+
+
+def without_autocast(features: Tensor) -> AbstractContextManager[Any]:
+    """Switch autocast off for the features' device; costs nothing where it is off already."""
+    device_type = features.device.type
+    if autocast_is_on(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def divisor_of(d: int) -> int:
@@ -94,9 +109,10 @@ def _try_wide_products(device: torch.device, dtype: torch.dtype, _: Any) -> tupl
         torch.mm(a, a, **options, out=product)
         multiplies = True
         torch.addmm(product, a, a, **options, out=product)  # not before PyTorch 2.11
-    except torch.OutOfMemoryError:  # says nothing of the next time
-        raise
-    except (RuntimeError, TypeError):  # NotImplementedError is a RuntimeError
+    except (RuntimeError, TypeError) as error:
+        # A failure of the device, such as a failed allocation, says nothing of the next time.
+        if isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error):
+            raise
         return multiplies, False
     return True, True
 

@@ -20,11 +20,10 @@ from torch import Tensor, cuda, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from cyclip_loss import engines
-from cyclip_loss.functional import caption_ids
-from cyclip_loss.loss import CyCLIPLoss
+from cyclip_loss.inputs import caption_ids
+from cyclip_loss.loss import CyCLIPLoss, WithCyclicPenalty
 from cyclip_loss.options import DIST_IMPLS, IMPLS, SAME_IDS, PenaltyOptions
 from cyclip_loss.usage_warnings import PAPER_BATCH_SIZE
-from cyclip_loss.with_penalty import WithCyclicPenalty
 
 
 def main(argv: Sequence[str] | None = None) -> None:

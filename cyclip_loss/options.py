@@ -1,33 +1,25 @@
-"""The options that the modules and the functions share: names, defaults and checks.
+"""The options of the modules: each is a field with its default and its check.
 
-`cyclip_loss.CyCLIPLoss` documents each of them.
+`cyclip_loss.CyCLIPLoss` documents them.
 """
 
-import inspect
 import math
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, fields
-from difflib import get_close_matches
-from functools import wraps
+from dataclasses import KW_ONLY, dataclass, field
 from numbers import Integral, Real
-from typing import Any, TypeVar
+from typing import Any
 
 from torch.distributed import ProcessGroup
 
 IMPLS = ("auto", "triton", "eager")
 DIST_IMPLS = ("gather", "ring")
 SAME_IDS = ("ignored", "positives")
-# Numbers that may change between calls. Ranks compare them only where they compare a call anyway.
-WEIGHTS = (
-    "lambda_inmodal",
-    "lambda_crossmodal",
-    "reference_batch_size",
-    "inmodal_contrastive_weight",
-)
-_Function = TypeVar("_Function", bound=Callable[..., Any])
+# Takes the place of the process group, which cannot be stored, in a stored module.
+NOT_STORED = "not stored with the module: set its attribute process_group"
 
 
-def _weight(name: str, value: Any) -> float:
+def weight(name: str, value: Any) -> float:
+    """The value as a float, or an error unless it is a number >= 0."""
     # ClipLoss(False, True) passes local_loss and gather_with_grad, which must not become weights.
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number >= 0, got {value!r}")
@@ -37,8 +29,9 @@ def _weight(name: str, value: Any) -> float:
     return number
 
 
-def _optional_weight(name: str, value: Any) -> float | None:
-    return None if value is None else _weight(name, value)
+def optional_weight(name: str, value: Any) -> float | None:
+    """As `weight`, or None."""
+    return None if value is None else weight(name, value)
 
 
 def integer(name: str, value: Any, alternative: str = "") -> int:
@@ -48,7 +41,8 @@ def integer(name: str, value: Any, alternative: str = "") -> int:
     return value  # type: ignore[return-value]
 
 
-def _optional_batch_size(name: str, value: Any) -> int | None:
+def optional_batch_size(name: str, value: Any) -> int | None:
+    """The value, or an error unless it is None or an integer >= 1."""
     if value is not None and integer(name, value, " or None") < 1:
         raise ValueError(f"{name} must be >= 1, got {value}")
     return value  # type: ignore[no-any-return]
@@ -61,7 +55,9 @@ def boolean(name: str, value: Any) -> bool:
     return value
 
 
-def _one_of(*choices: str) -> Callable[[str, Any], str]:
+def one_of(choices: tuple[str, ...]) -> Callable[[str, Any], str]:
+    """A check that the value is one of these."""
+
     def check(name: str, value: Any) -> str:
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
@@ -70,112 +66,90 @@ def _one_of(*choices: str) -> Callable[[str, Any], str]:
     return check
 
 
-def _no_horovod(name: str, value: Any) -> bool:
+def no_horovod(name: str, value: Any) -> bool:
+    """The value, or an error unless it is False."""
     if boolean(name, value):
         raise ValueError(f"{name}=True is not supported: use torch.distributed")
     return False
 
 
-CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "lambda_inmodal": _weight,
-    "lambda_crossmodal": _weight,
-    "reference_batch_size": _optional_batch_size,
-    "distributed": boolean,
-    "impl": _one_of(*IMPLS),
-    "dist_impl": _one_of(*DIST_IMPLS),
-    "same_ids": _one_of(*SAME_IDS),
-    "uneven": boolean,
-    "inmodal_contrastive_weight": _optional_weight,
-    # OpenCLIP's
-    "local_loss": boolean,
-    "gather_with_grad": boolean,
-    "cache_labels": boolean,
-    "rank": integer,
-    "world_size": integer,
-    "use_horovod": _no_horovod,
-}
+def option(default: Any, check: Callable[[str, Any], Any]) -> Any:
+    """A field; `check(name, value)` returns what is set, or raises an error."""
+    return field(default=default, metadata={"check": check})
+
+
+class _HeldGroup:
+    """A process group in a module. Copies of the module share it, and files do not hold it."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: Any) -> "_HeldGroup":
+        return self
+
+    def __reduce__(self) -> Any:
+        return _HeldGroup, (self.group and NOT_STORED,)
+
+
+class _GroupOption:
+    """The attribute `process_group`, which a module keeps in a `_HeldGroup`."""
+
+    def __get__(self, module: Any, owner: Any = None) -> Any:
+        return None if module is None else module._held_group.group
+
+    def __set__(self, module: Any, group: Any) -> None:
+        module._held_group = _HeldGroup(group)
 
 
 @dataclass(eq=False, repr=False)
-class PenaltyOptions:
-    """The options of the penalties. Each is checked when it is set, and may be set at any time."""
+class Options:
+    """The options of every function. Each is checked when it is set, and may be set at any time."""
 
-    lambda_inmodal: float = 0.25
-    lambda_crossmodal: float = 0.25
     _: KW_ONLY
-    reference_batch_size: int | None = None
-    process_group: ProcessGroup | None = None
-    distributed: bool = True
-    impl: str = "auto"
+    process_group: ProcessGroup | None = _GroupOption()  # type: ignore[assignment]
+    distributed: bool = option(True, boolean)
+    impl: str = option("auto", one_of(IMPLS))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in CHECKS:
-            value = CHECKS[name](name, value)
-        elif not name.startswith("_") and not hasattr(self, name):
-            nearest = get_close_matches(name, [option.name for option in fields(self)], 1, 0.8)
-            if nearest:
-                problem = f"{type(self).__name__} has no attribute {name!r}"
-                raise AttributeError(f"{problem}: did you mean {nearest[0]!r}?")
-        if name == "reference_batch_size":
-            # torch.compile treats an integer attribute as a constant, and a float as an input.
-            super().__setattr__("_reference", None if value is None else float(value))
+        known = type(self).__dataclass_fields__.get(name)
+        if known is not None and "check" in known.metadata:
+            value = known.metadata["check"](name, value)
         super().__setattr__(name, value)
 
 
-@dataclass(eq=False, repr=False, kw_only=True)
-class LossOptions(PenaltyOptions):
-    """The options of the whole loss."""
+@dataclass(eq=False, repr=False)
+class ContrastiveOptions(Options):
+    """The options of the contrastive terms."""
 
-    dist_impl: str = "gather"
-    same_ids: str = "ignored"
-    uneven: bool = False
-    inmodal_contrastive_weight: float | None = None
-
-
-def given_options(options: Any, kind: type, **by_keyword: Any) -> Any:
-    """The options of a function's call: `options`, or an object of `kind` with the keywords.
-
-    Raises:
-        TypeError: `options` is not of this kind, or a keyword is given as well.
-    """
-    if options is None:
-        return kind(**by_keyword)
-    if not isinstance(options, kind):
-        wanted = "a CyCLIPLoss" if kind is LossOptions else "a CyCLIPLoss or a CyclicPenalty"
-        raise TypeError(f"options must be {wanted}, got {type(options).__name__}")
-    for name, value in by_keyword.items():
-        default = getattr(kind, name)
-        if value is not default and value != default:
-            raise TypeError(f"options and {name}={value!r} were both given: set the attribute")
-    return options
+    _: KW_ONLY
+    dist_impl: str = option("gather", one_of(DIST_IMPLS))
+    uneven: bool = option(False, boolean)
 
 
-def has_penalties(options: PenaltyOptions) -> bool:
-    """Whether a lambda is not 0. (`==` would make torch.compile treat the number as static.)"""
-    return options.lambda_inmodal > 0 or options.lambda_crossmodal > 0
+@dataclass(eq=False, repr=False)
+class PenaltyOptions(Options):
+    """The options of the penalties."""
 
+    lambda_inmodal: float = option(0.25, weight)
+    lambda_crossmodal: float = option(0.25, weight)
+    _: KW_ONLY
+    reference_batch_size: int | None = option(None, optional_batch_size)
 
-def has_equal_lambdas(options: PenaltyOptions) -> bool:
-    """Whether both penalties have the same weight."""
-    difference = options.lambda_inmodal - options.lambda_crossmodal
-    return not (difference < 0 or difference > 0)
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "reference_batch_size":
+            # torch.compile treats an integer attribute as a constant, and a float as an input.
+            self._reference = None if value is None else float(value)
 
+    def has_penalties(self) -> bool:
+        """Whether a lambda is not 0. (`==` would make torch.compile treat the number as static.)"""
+        return self.lambda_inmodal > 0 or self.lambda_crossmodal > 0
 
-def hint_at_misspelled(function: _Function) -> _Function:
-    """Name the nearest argument in the error for an unknown keyword. (Python 3.13 does it too.)"""
-    names = list(inspect.signature(function).parameters)
+    def has_equal_lambdas(self) -> bool:
+        """Whether both penalties have the same weight."""
+        difference = self.lambda_inmodal - self.lambda_crossmodal
+        return not (difference < 0 or difference > 0)
 
-    @wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        for name in kwargs:
-            if name not in names:
-                nearest = get_close_matches(name, names, 1)
-                hint = f": did you mean {nearest[0]!r}?" if nearest else ""
-                called = function.__qualname__.removesuffix(".__init__")
-                raise TypeError(f"{called} has no argument {name!r}{hint}")
-        return function(*args, **kwargs)
-
-    # torch.compile limits how often it compiles one code object, so each function has its own.
-    code = call.__code__  # type: ignore[attr-defined]
-    call.__code__ = code.replace(co_name=function.__name__)  # type: ignore[attr-defined]
-    return call  # type: ignore[return-value]
+    def needs_cross(self, as_terms: bool) -> bool:
+        """Whether the penalties need the Gram matrix C: apart from each other, or weighted apart."""
+        return as_terms or not self.has_equal_lambdas()

@@ -1,55 +1,100 @@
-"""The second step of a call: decide, once, how it is computed.
+"""The two records of a call, and its second step: decide, once, how it is computed.
 
 `logging.getLogger("cyclip_loss").setLevel("DEBUG")` shows the plan of each call.
 """
 
 import logging
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cyclip_loss import engines
-from cyclip_loss.batch import Batch, Plan
-from cyclip_loss.options import PenaltyOptions, has_equal_lambdas, has_penalties
+from cyclip_loss.options import Options, PenaltyOptions
+from cyclip_loss.ranks.groups import Ranks
 
+# N / D up to which batches are dense. At N = 1,024 and D = 512, the streamed form takes 0.9 of the
+# dense form's time on a CPU.
+DENSE_LIMIT = 1.5
 _log = logging.getLogger("cyclip_loss")
 
 
+class Batch(NamedTuple):
+    """The checked arguments of one call on this rank, which has n of the N pairs.
+
+    A contrastive term compares row features with column features. There is one of images with
+    texts and, with augmented views, one of each tower's features with those of its views. Extra
+    negatives are rows or columns after the pairs of the first term.
+    """
+
+    image_features: Tensor  # (n, D)
+    text_features: Tensor  # (n, D)
+    ranks: Ranks  # with the number of pairs on each, except for the penalties alone
+    column_ranks: Ranks  # with the number of columns of the first term on each
+    total_pairs: int  # N; of the penalties alone, if all ranks hold as many pairs as this one
+    logit_scale: Tensor | None = None  # scalar of the accumulation dtype; None: penalties alone
+    ids: Tensor | None = None  # (n,), int64
+    row_features: tuple[Tensor, ...] = ()  # of each contrastive term
+    column_features: tuple[Tensor, ...] = ()
+    has_negatives: bool = False
+    positives: bool = False  # whether rows with the same id are positives of each other
+    one_way: bool = False  # whether the first term compares rows with columns only
+
+
+class Plan(NamedTuple):
+    """How a call is computed. Backward follows the plan of its forward."""
+
+    # "dense": N x N matrices, by plain PyTorch; "streamed": logits in blocks; "none": no term.
+    contrastive: str
+    # "dense"; "gram": D x D Gram matrices; "none": both lambdas are 0.
+    penalties: str
+    # "eager", "kernels", or "verified kernels". While traced, one of `options.IMPLS`: the operators
+    # choose when they run.
+    engine: str
+    # How text features reach the rows of other ranks: "local" (one process), "gather" or "ring".
+    strategy: str
+    as_terms: bool  # whether the terms are returned one by one
+    with_cross: bool  # whether the penalties need the Gram matrix C
+    positives: bool  # whether rows with the same id are positives of each other
+    traced: bool  # whether torch.compile or torch.export records the call
+
+
 def make_plan(
-    batch: Batch, options: PenaltyOptions, separate: bool, has_dense_form: bool = True
+    batch: Batch, options: Options, as_terms: bool = False, dist_impl: str = "gather"
 ) -> Plan:
     """Decide how the batch is computed. Raises ValueError if `options.impl` cannot compute it.
 
-    has_dense_form: whether `dense.py` can compute this function.
+    options: `PenaltyOptions`, unless only log-sum-exps are wanted.
     """
     features = batch.image_features
-    # Before N is compared with anything: compiled code must not depend on N.
     traced = is_traced(features, batch.text_features)
     engine = options.impl if traced else engines.choose(options.impl, features)
-    positives = batch.ids is not None and getattr(options, "same_ids", "ignored") == "positives"
-    with_cross = separate or not has_equal_lambdas(options)
     contrastive = "none" if batch.logit_scale is None else "streamed"
-    penalties = "gram" if has_penalties(options) else "none"
-    # Off the CPU, streamed products of 16-bit features are fast, and dense ones are widened.
-    may_be_dense = has_dense_form and (features.is_cpu or features.dtype.itemsize > 2)
-    if may_be_dense and not traced and engine == "eager" and batch.ranks.group is None:
-        n, d = features.shape
-        has_only_pairs = len(batch.row_features) == 1 and not batch.has_negatives and not positives
-        if contrastive == "streamed" and has_only_pairs and n <= 2 * d:
+    penalties, with_cross = "none", False
+    if isinstance(options, PenaltyOptions):
+        penalties = "gram" if options.has_penalties() else "none"
+        with_cross = options.needs_cross(as_terms)
+    # The order matters: only code that may be dense depends on N, also when it is compiled.
+    if batch.ranks.size == 1 and _may_be_dense(features, engine, traced):
+        d = features.shape[1]
+        n = features.shape[0]
+        for first_term in (*batch.row_features[:1], *batch.column_features[:1]):
+            n = max(n, first_term.shape[0])  # with extra negatives
+        if contrastive == "streamed" and not batch.positives and n <= DENSE_LIMIT * d:
             contrastive = "dense"
         # The dense form of the penalties takes 6 N^2 D flops, Gram matrices this many N D^2. Where
         # the contrastive term is dense, the penalties are dense too.
-        gram_flops = 14 if not has_equal_lambdas(options) else 10 if separate else 8
+        gram_flops = 8 if not with_cross else 10 if options.has_equal_lambdas() else 14
         if penalties == "gram" and (contrastive == "dense" or 6 * n <= gram_flops * d):
             penalties = "dense"
     plan = Plan(
         contrastive,
         penalties,
         engine,
-        "local" if batch.ranks.group is None else getattr(options, "dist_impl", "gather"),
-        separate,
+        "local" if batch.ranks.size == 1 else dist_impl,
+        as_terms,
         with_cross,
-        positives,
+        batch.positives,
         traced,
     )
     if not traced and _log.isEnabledFor(logging.DEBUG):
@@ -57,7 +102,18 @@ def make_plan(
     return plan
 
 
+def _may_be_dense(features: Tensor, engine: str, traced: bool) -> bool:
+    """Whether plain PyTorch computes small batches."""
+    if not traced:
+        # Off the CPU, streamed products of 16-bit features are fast, and dense ones are widened.
+        return engine == "eager" and (features.is_cpu or features.dtype.itemsize > 2)
+    # torch.compile makes one graph for dense and one for streamed batches. An exported program is
+    # one graph. On a GPU the operators choose when they run.
+    is_compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return is_compiled and engine != "triton" and features.is_cpu
+
+
 def is_traced(*tensors: Tensor) -> bool:
-    """Whether operations on these may be recorded, not executed, as by `torch.compile`."""
+    """Whether operations on these are recorded, not executed: by `torch.compile` or a subclass."""
     ordinary = (Tensor, torch.nn.Parameter)
     return torch.compiler.is_compiling() or any(type(x) not in ordinary for x in tensors)

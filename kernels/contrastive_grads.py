@@ -20,9 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from cyclip_loss.kernels.configs import SUM, Config, Precision, config_for
-from cyclip_loss.kernels.launch import ceil_div, launch, padded_rows
+from cyclip_loss.kernels.launch import aligned_features, ceil_div, launch
 from cyclip_loss.kernels.tiles import LN_2, LOG2_E, grouped_tile, same_ids, split, tile_product
-from cyclip_loss.logits import Logits, SavedStatistics
+from cyclip_loss.logits import Gradients, Logits, SavedStatistics
 from cyclip_loss.numerics import add_product, matmul, on_device_of
 
 # A block of G has at most this many rows and elements, so 16,384 columns: 512 MB in 16 bits, at
@@ -34,7 +34,7 @@ BLOCK_ELEMENTS = 2**28
 
 
 @triton.jit(
-    do_not_specialize=["n", "m", "first_column", "num_pairs"],
+    do_not_specialize=["n", "m", "partner_offset", "num_pairs"],
     do_not_specialize_on_alignment=[
         "logit_scale", "grad", "row_lse", "column_lse", "pair_gradient", "scale_partials",
         "row_ids", "column_ids",
@@ -58,7 +58,7 @@ def contrastive_grads_kernel(
     row_stride,
     column_stride,
     gradient_stride,
-    first_column,  # row i < num_pairs is paired with column first_column + i
+    partner_offset,  # row i < num_pairs is paired with column i + partner_offset
     num_pairs,
     weight,
     SYMMETRIC: tl.constexpr,
@@ -81,7 +81,7 @@ def contrastive_grads_kernel(
     scale = logit_scale * LOG2_E
     factor = tl.load(grad) * weight * logit_scale
     rows = first_row + tl.arange(0, BM)
-    first_pair = first_row + first_column
+    first_pair = first_row + partner_offset
     # The offset of the tile has 64 bits, offsets within it 32.
     tile_start = gradient + first_row.to(tl.int64) * gradient_stride
     tile_sum = 0.0
@@ -104,7 +104,7 @@ def contrastive_grads_kernel(
         # Whole tiles are stored, with 0 outside the matrix, as a mask on columns would prevent wide
         # stores. The pairs share the branch: a branch of their own would spill registers.
         if has_pairs | (first_row + BM > n) | (start + WIDTH > m):
-            partner = tl.where(rows < num_pairs, rows + first_column, -2)
+            partner = tl.where(rows < num_pairs, rows + partner_offset, -2)
             is_pair = partner[:, None] == columns[None, :]
             pair_value = tl.load(pair_gradient + rows, mask=rows < n, other=0.0) * (1 << SHIFT)
             g = tl.where(is_pair, pair_value[:, None], g)
@@ -136,24 +136,12 @@ def scale_grad_kernel(
     tl.store(scale_grad, tl.sum(total, axis=0) * weight * tl.load(grad))
 
 
-def _block_shape(
-    config: Config, n: int, m: int, block_rows: int, block_elements: int
-) -> tuple[int, int]:
+def _block_shape(config: Config, n: int, m: int) -> tuple[int, int]:
     """Rows and columns of one block of G, multiples of the tile's."""
     bm, bn = config.tile["BM"], config.tile["BN"]
-    height = ceil_div(min(n, block_rows), bm) * bm
-    width = max(1, block_elements // (height * bn)) * bn
+    height = ceil_div(min(n, BLOCK_ROWS), bm) * bm
+    width = max(1, BLOCK_ELEMENTS // (height * bn)) * bn
     return height, min(width, ceil_div(m, bn) * bn)
-
-
-def contrastive_grads_loops(logits: Logits) -> tuple[bool, bool]:
-    """Whether a call computes G in several blocks of rows, and of columns."""
-    features, m = logits.row_features, logits.column_features.shape[0]
-    precision, with_ids = Precision.of(features), logits.row_ids is not None
-    config = config_for("contrastive_grads", features, precision, with_ids)
-    n = features.shape[0]
-    height, width = _block_shape(config, n, m, BLOCK_ROWS, BLOCK_ELEMENTS)
-    return n > height, m > width
 
 
 class _Gradient:
@@ -169,15 +157,14 @@ class _Gradient:
         grad: Tensor,
         weight: float,
         needs_scale: bool,
-        limits: tuple[int, int],
     ) -> None:
         features = logits.row_features
         self.precision, with_ids = Precision.of(features), logits.row_ids is not None
         self.config = config_for("contrastive_grads", features, self.precision, with_ids)
         tile = self.config.tile
-        self.padded = logits._replace(
-            row_features=padded_rows(features, tile["BK"]),
-            column_features=padded_rows(logits.column_features, tile["BK"]),
+        self.aligned = logits._replace(
+            row_features=aligned_features(features, tile["BK"]),
+            column_features=aligned_features(logits.column_features, tile["BK"]),
         )
         self.saved, self.grad, self.weight = saved, grad, weight
         self.needs_scale = needs_scale
@@ -185,7 +172,7 @@ class _Gradient:
         # stored, without w and s. Its largest possible element, 2^15, still fits.
         self.shift = 14 if features.dtype == torch.float16 else 0
         n, m = features.shape[0], logits.column_features.shape[0]
-        self.height, self.width = _block_shape(self.config, n, m, *limits)
+        self.height, self.width = _block_shape(self.config, n, m)
         self.buffer = features.new_empty(self.height, self.width)
         # Tiles of all blocks: blocks consist of whole tiles.
         self.num_tiles = ceil_div(n, tile["BM"]) * ceil_div(m, tile["BN"])
@@ -194,7 +181,7 @@ class _Gradient:
 
     def block(self, start: int, left: int) -> Tensor:
         """The block of G from row `start` and column `left` on: (up to height, up to width)."""
-        part = self.padded.block(start, start + self.height, left, left + self.width)
+        part = self.aligned.block(start, start + self.height, left, left + self.width)
         (rows, d), columns = part.row_features.shape, part.column_features.shape[0]
         tile, saved = self.config.tile, self.saved
         tiles = ceil_div(rows, tile["BM"]) * ceil_div(columns, tile["BN"])
@@ -204,7 +191,7 @@ class _Gradient:
             saved.row_lse[start:], saved.column_lse[left:], saved.pair_gradient[start:],
             part.row_ids, part.column_ids, self.buffer, self.scale_partials[self.tiles_done :],
             rows, columns, d, part.row_features.stride(0), part.column_features.stride(0),
-            self.width, part.first_column, part.num_pairs, float(self.weight),
+            self.width, part.partner_offset, part.num_pairs, float(self.weight),
             SYMMETRIC=part.symmetric, NEEDS_SCALE=self.needs_scale, SHIFT=self.shift,
             PRECISION=self.precision.dot, **self.config.kwargs,
         )  # fmt: skip
@@ -212,8 +199,8 @@ class _Gradient:
         return self.buffer[:rows, :columns]
 
     def scale_grad(self) -> Tensor:
-        """ds, after all blocks; arbitrary if it is not needed."""
-        result = self.saved.row_lse.new_empty(())
+        """ds, after all blocks; empty if it is not needed."""
+        result = self.saved.row_lse.new_empty(() if self.needs_scale else (0,))
         if self.needs_scale:
             weight = self.weight * 2.0**-self.shift
             launch(
@@ -229,22 +216,15 @@ def contrastive_grads(
     grad: Tensor,
     weight: float,
     needs: list[bool],
-    wide: bool,
-    block_rows: int | None = None,
-    block_elements: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `cyclip_loss.eager.contrastive_grads`.
-
-    block_rows, block_elements: instead of BLOCK_ROWS and BLOCK_ELEMENTS, for a small batch in
-    several blocks.
-    """
+    float32_grads: bool,
+) -> Gradients:
+    """As `eager.contrastive_grads`."""
     needs_rows, needs_columns, needs_scale = needs
     row_features, column_features = logits.row_features, logits.column_features
-    limits = (block_rows or BLOCK_ROWS, block_elements or BLOCK_ELEMENTS)
-    grad_dtype = torch.float32 if wide else row_features.dtype
+    grad_dtype = torch.float32 if float32_grads else row_features.dtype
     new = saved.row_lse
     with on_device_of(row_features):
-        gradient = _Gradient(logits, saved, grad, weight, needs_scale, limits)
+        gradient = _Gradient(logits, saved, grad, weight, needs_scale)
         sum_weight = None
         if gradient.shift:
             sum_weight = grad * logits.logit_scale * (weight * 2.0**-gradient.shift)
@@ -266,7 +246,7 @@ def contrastive_grads(
                 gradient, row_features, column_features, needs, weighted, grad_dtype
             )
         scale_grad = gradient.scale_grad()
-    return row_grad, weighted(column_grad), scale_grad
+    return Gradients(row_grad, weighted(column_grad), scale_grad)
 
 
 def _summed_over_blocks(

@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cyclip_loss.kernels.configs import JOIN, Config, Precision, config_for
-from cyclip_loss.kernels.launch import ceil_div, launch, padded_rows
+from cyclip_loss.kernels.configs import JOIN_LSE, Config, Precision, config_for
+from cyclip_loss.kernels.launch import aligned_features, ceil_div, launch
 from cyclip_loss.kernels.tiles import LN_2, LOG2_E, grouped_tile, same_ids, split, tile_product
-from cyclip_loss.logits import Logits
+from cyclip_loss.logits import Logits, LogSumExps
 from cyclip_loss.numerics import on_device_of
 
 # Tiles write at most this many maxima and as many sums per strip of rows, for rows and for columns
@@ -34,7 +34,7 @@ def _finite_reference(maximum):
 
 
 @triton.jit(
-    do_not_specialize=["n", "m", "first_column", "num_pairs"],
+    do_not_specialize=["n", "m", "partner_offset", "num_pairs"],
     do_not_specialize_on_alignment=["logit_scale", "pair_logits", "row_ids", "column_ids"],
 )
 def contrastive_lse_kernel(
@@ -51,7 +51,7 @@ def contrastive_lse_kernel(
     d,  # a multiple of BK
     row_stride,
     column_stride,
-    first_column,  # row i < num_pairs is paired with column first_column + i
+    partner_offset,  # row i < num_pairs is paired with column i + partner_offset
     num_pairs,
     SYMMETRIC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -73,8 +73,8 @@ def contrastive_lse_kernel(
     row_partial = row_partials + column_tile.to(tl.int64) * PARTS * n
     row_sums = tl.cdiv(m, BN).to(tl.int64) * PARTS * n
     rows = first_row + tl.arange(0, BM)
-    partner = tl.where(rows < num_pairs, rows + first_column, -2)
-    first_pair = first_row + first_column
+    partner = tl.where(rows < num_pairs, rows + partner_offset, -2)
+    first_pair = first_row + partner_offset
     WIDTH: tl.constexpr = BN // PARTS
     parts = split(product, BM, BN, PARTS)
     for part in tl.static_range(PARTS):
@@ -140,7 +140,7 @@ def _join(
 
 @triton.jit(
     do_not_specialize=[
-        "row_parts", "column_parts", "n", "m", "num_columns", "first_column", "num_pairs", "strip",
+        "row_parts", "column_parts", "n", "m", "num_columns", "partner_offset", "num_pairs", "strip",
     ],
     do_not_specialize_on_alignment=["row_lse", "pair_logits"],
 )  # fmt: skip
@@ -155,7 +155,7 @@ def join_lse_kernel(
     n,
     m,
     num_columns,  # m, or 0 where columns have no log-sum-exps
-    first_column,
+    partner_offset,
     num_pairs,
     strip,  # how many strips of rows came before
     TILES: tl.constexpr,
@@ -168,7 +168,7 @@ def join_lse_kernel(
         first = block * BLOCK
         _join(row_partials, row_lse, row_parts, n, 0, first, TILES, BLOCK)
         rows = first + tl.arange(0, BLOCK)
-        partner = rows + first_column
+        partner = rows + partner_offset
         has_no_partner = (partner < 0) | (partner >= m) | (rows >= num_pairs)
         tl.store(
             pair_logits + rows, tl.zeros((BLOCK,), tl.float32), mask=has_no_partner & (rows < n)
@@ -188,34 +188,22 @@ def join_lse_kernel(
         )
 
 
-def _strip_height(config: Config, num_columns: int, partial_elements: int) -> int:
+def _strip_height(config: Config, num_columns: int) -> int:
     """The rows of a strip, a multiple of the tile's rows."""
     tile = config.tile
     row_parts = ceil_div(num_columns, tile["BN"]) * tile["PARTS"]
     longest = max(row_parts * tile["BM"], num_columns)
-    return int(max(1, partial_elements // longest) * tile["BM"])
+    return int(max(1, PARTIAL_ELEMENTS // longest) * tile["BM"])
 
 
-def contrastive_lse_loops(logits: Logits) -> bool:
-    """Whether a call computes several strips of rows."""
-    features = logits.row_features
-    config = config_for("contrastive_lse", features, Precision.of(features))
-    height = _strip_height(config, logits.column_features.shape[0], PARTIAL_ELEMENTS)
-    return features.shape[0] > height
-
-
-def contrastive_lse(
-    logits: Logits, partial_elements: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `cyclip_loss.eager.contrastive_lse`.
-
-    partial_elements: instead of PARTIAL_ELEMENTS, for a small batch in several strips.
-    """
+def contrastive_lse(logits: Logits) -> LogSumExps:
+    """As `eager.contrastive_lse`."""
     precision = Precision.of(logits.row_features)
     config = config_for("contrastive_lse", logits.row_features, precision)
     tile = config.tile
-    row_features, column_features = (padded_rows(x, tile["BK"]) for x in logits[:2])
-    padded = logits._replace(row_features=row_features, column_features=column_features)
+    row_features = aligned_features(logits.row_features, tile["BK"])
+    column_features = aligned_features(logits.column_features, tile["BK"])
+    aligned = logits._replace(row_features=row_features, column_features=column_features)
     (n, d), m = row_features.shape, column_features.shape[0]
     num_columns = m if logits.symmetric else 0
     row_negatives_lse = row_features.new_empty(n, dtype=torch.float32)
@@ -223,10 +211,10 @@ def contrastive_lse(
     pair_logits = row_negatives_lse.new_empty(n)
     column_tiles = ceil_div(m, tile["BN"])
     row_parts = column_tiles * tile["PARTS"]
-    height = _strip_height(config, m, partial_elements or PARTIAL_ELEMENTS)
+    height = _strip_height(config, m)
     with on_device_of(row_negatives_lse):
         for strip, start in enumerate(range(0, n, height)):
-            part = padded.block(start, start + height)
+            part = aligned.block(start, start + height)
             rows = part.row_features.shape[0]
             row_tiles = ceil_div(rows, tile["BM"])
             row_partials = row_negatives_lse.new_empty(2 * row_parts * rows)
@@ -235,15 +223,15 @@ def contrastive_lse(
                 contrastive_lse_kernel, (row_tiles * column_tiles,),
                 part.row_features, part.column_features, logits.logit_scale, row_partials,
                 column_partials, pair_logits[start:], part.row_ids, part.column_ids, rows, m, d,
-                part.row_features.stride(0), part.column_features.stride(0), part.first_column,
+                part.row_features.stride(0), part.column_features.stride(0), part.partner_offset,
                 part.num_pairs, SYMMETRIC=logits.symmetric, PRECISION=precision.dot,
                 **config.kwargs,
             )  # fmt: skip
-            block = JOIN.tile["BLOCK"]
+            block = JOIN_LSE.tile["BLOCK"]
             launch(
                 join_lse_kernel, (ceil_div(rows, block) + ceil_div(num_columns, block),),
                 row_partials, column_partials, row_negatives_lse[start:], column_negatives_lse,
                 pair_logits[start:], row_parts, row_tiles, rows, m, num_columns,
-                part.first_column, part.num_pairs, strip, **JOIN.kwargs,
+                part.partner_offset, part.num_pairs, strip, **JOIN_LSE.kwargs,
             )  # fmt: skip
-    return row_negatives_lse, column_negatives_lse, pair_logits
+    return LogSumExps(row_negatives_lse, column_negatives_lse, pair_logits)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cyclip_loss.kernels.configs import Precision, config_for
-from cyclip_loss.kernels.launch import ceil_div, launch, number_or_pointer, padded_rows
+from cyclip_loss.kernels.launch import aligned_features, ceil_div, launch, number_or_pointer
 from cyclip_loss.kernels.tiles import grouped_tile, round_to_tf32, scalar
 from cyclip_loss.numerics import on_device_of
 
@@ -109,19 +109,19 @@ def cyclic_grads(
     size: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    """As `cyclip_loss.eager.cyclic_grads`."""
+    """As `eager.cyclic_grads`."""
     needs_image, needs_text = needs
     precision = Precision.of(image_features, widened=True)
     config = config_for("cyclic_grads", image_features, precision)
     tile = config.tile
     multiple = max(tile["BD"], tile["BK"])
-    image, text = padded_rows(image_features, multiple), padded_rows(text_features, multiple)
+    image, text = aligned_features(image_features, multiple), aligned_features(text_features, multiple)
     n, d = image.shape
     unpadded = image_features.shape[1]
     if d != unpadded:
         grams = torch.nn.functional.pad(grams, (0, d - unpadded, 0, d - unpadded))
     else:
-        grams = padded_rows(grams.flatten(0, 1), d).view(grams.shape)
+        grams = aligned_features(grams.flatten(0, 1), d).view(grams.shape)
     image_grad = image.new_empty(image.shape if needs_image else (0,))
     text_grad = text.new_empty(text.shape if needs_text else (0,))
     grid = (ceil_div(n, tile["BM"]) * (d // tile["BD"]),)

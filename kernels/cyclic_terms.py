@@ -51,11 +51,11 @@ def cyclic_terms_kernel(
     partials,  # (2, length)
     weight_inmodal,  # scalars: numbers or pointers to them
     weight_crossmodal,
-    inmodal_term,  # scalar out: without SEPARATE, the sum of both terms
+    inmodal_term,  # scalar out: without AS_TERMS, the sum of both terms
     crossmodal_term,  # scalar out
     length,
     WITH_CROSS: tl.constexpr,
-    SEPARATE: tl.constexpr,
+    AS_TERMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     p_sum = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -70,19 +70,19 @@ def cyclic_terms_kernel(
     # Sums of squares, which rounding must not make negative. NaN stays NaN.
     inmodal = tl.where(p + q < 0.0, 0.0, p + q) * (scalar(weight_inmodal) * 0.5)
     crossmodal = tl.where(p - q < 0.0, 0.0, p - q) * (scalar(weight_crossmodal) * 0.5)
-    if SEPARATE:
+    if AS_TERMS:
         tl.store(inmodal_term, inmodal)
         tl.store(crossmodal_term, crossmodal)
     else:
         tl.store(inmodal_term, inmodal + crossmodal)
 
 
-def cyclic_terms(grams: Tensor, weights: list[Tensor], separate: bool) -> list[Tensor]:
-    """As `cyclip_loss.eager.cyclic_terms`."""
+def cyclic_terms(grams: Tensor, weights: list[Tensor], as_terms: bool) -> list[Tensor]:
+    """As `eager.cyclic_terms`."""
     with_cross, d = len(grams) == 3, grams.shape[1]
     programs = ceil_div(d, TRACES.tile["BD"]) ** 2
     partials = grams.new_empty(2, programs)
-    terms = [grams.new_empty(()) for _ in range(1 + separate)]
+    terms = [grams.new_empty(()) for _ in range(1 + as_terms)]
     with on_device_of(grams):
         launch(
             traces_kernel, (programs,), grams, partials, d, WITH_CROSS=with_cross, **TRACES.kwargs
@@ -90,6 +90,6 @@ def cyclic_terms(grams: Tensor, weights: list[Tensor], separate: bool) -> list[T
         launch(
             cyclic_terms_kernel, (1,),
             partials, number_or_pointer(weights[0]), number_or_pointer(weights[1]), terms[0],
-            terms[-1], programs, WITH_CROSS=with_cross, SEPARATE=separate, **SUM.kwargs,
+            terms[-1], programs, WITH_CROSS=with_cross, AS_TERMS=as_terms, **SUM.kwargs,
         )  # fmt: skip
     return terms

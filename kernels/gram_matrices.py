@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cyclip_loss.kernels.configs import Precision, config_for
-from cyclip_loss.kernels.launch import ceil_div, launch, padded_rows
+from cyclip_loss.kernels.launch import aligned_features, ceil_div, launch
 from cyclip_loss.kernels.tiles import round_to_tf32
 from cyclip_loss.numerics import on_device_of
 
@@ -106,26 +106,14 @@ def gram_matrices_kernel(
                 tl.store(out + 2 * matrix + mirrored, v_product)
 
 
-def _num_splits(n: int, d: int, min_split_rows: int) -> int:
-    return max(1, min(MAX_SPLITS, n // min_split_rows, MAX_PARTS_ELEMENTS // (3 * d**2)))
-
-
-def gram_matrices_loops(image_features: Tensor) -> bool:
-    """Whether a call splits the sum over rows."""
-    n, d = image_features.shape
-    return _num_splits(n, d, MIN_SPLIT_ROWS) > 1
+def _num_splits(n: int, d: int) -> int:
+    return max(1, min(MAX_SPLITS, n // MIN_SPLIT_ROWS, MAX_PARTS_ELEMENTS // (3 * d**2)))
 
 
 def gram_matrices(
-    image_features: Tensor,
-    text_features: Tensor,
-    with_cross: bool,
-    min_split_rows: int | None = None,
+    image_features: Tensor, text_features: Tensor, with_cross: bool
 ) -> Tensor:
-    """As `cyclip_loss.eager.gram_matrices`.
-
-    min_split_rows: instead of MIN_SPLIT_ROWS, for a small batch in several splits.
-    """
+    """As `eager.gram_matrices`."""
     precision = Precision.of(image_features, widened=True)
     config = config_for("gram_matrices", image_features, precision)
     bd, bk = config.tile["BD"], config.tile["BK"]
@@ -135,9 +123,9 @@ def gram_matrices(
             f"image_features must have D <= {MAX_D} for the penalties with the kernels, "
             f"got D = {unpadded}; impl='eager' takes any D"
         )
-    image, text = padded_rows(image_features, bd), padded_rows(text_features, bd)
+    image, text = aligned_features(image_features, bd), aligned_features(text_features, bd)
     n, d = image.shape
-    splits = _num_splits(n, unpadded, min_split_rows or MIN_SPLIT_ROWS)
+    splits = _num_splits(n, unpadded)
     split_rows = ceil_div(ceil_div(n, splits), bk) * bk
     splits = ceil_div(n, split_rows)
     matrices = 3 if with_cross else 2

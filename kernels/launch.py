@@ -41,7 +41,7 @@ def recording(compile_only: bool = False) -> Iterator[list[Any]]:
         _recorded, _compiles_only = None, False
 
 
-def padded_rows(features: Tensor, multiple: int) -> Tensor:
+def aligned_features(features: Tensor, multiple: int) -> Tensor:
     """The features with D zero-padded to a multiple, which changes no product, and rows aligned.
 
     A kernel without masks on D is simpler, and needs fewer registers. Features are copied unless D

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cyclip_loss.kernels.configs import PAIRS
+from cyclip_loss.engines.interface import PairTerms
+from cyclip_loss.kernels.configs import PAIR_TERMS
 from cyclip_loss.kernels.launch import ceil_div, launch
 from cyclip_loss.numerics import on_device_of
 
@@ -36,6 +37,13 @@ def _log1p_exp(x):
 
 
 @triton.jit
+def _logaddexp(a, b):
+    # Two equal infinities have no difference. A column without a partner has the pair logit -inf.
+    difference = tl.where(a == b, 0.0, a - b)
+    return tl.where(difference > 0.0, a, b) + _log1p_exp(difference)
+
+
+@triton.jit
 def _softplus(x):
     # Not `maximum`, which would lose a NaN.
     return tl.where(x > 0.0, x, 0.0) + _log1p_exp(x)
@@ -48,7 +56,7 @@ def _sigmoid(x):
 
 
 @triton.jit(
-    do_not_specialize=["n", "m", "first_column"],
+    do_not_specialize=["n", "m", "partner_offset"],
     do_not_specialize_on_alignment=[
         "row_negatives_lse", "column_negatives_lse", "pair_logits", "column_pair_logits",
         "row_lse", "column_lse", "pair_gradient",
@@ -65,7 +73,7 @@ def pair_terms_kernel(
     pair_gradient,  # (n,) out
     n,
     m,  # 0 if columns have no log-sum-exps
-    first_column,  # row i is paired with column first_column + i
+    partner_offset,  # row i is paired with column i + partner_offset
     weight,  # of the sum
     SYMMETRIC: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -79,7 +87,7 @@ def pair_terms_kernel(
             total += tl.where(mask, _softplus(margin), 0.0)
             if SYMMETRIC:
                 margin, _, _ = _margin(
-                    column_negatives_lse, pair_logits, rows + first_column, rows, mask
+                    column_negatives_lse, pair_logits, rows + partner_offset, rows, mask
                 )
                 total += tl.where(mask, _softplus(margin), 0.0)
         tl.store(loss, tl.sum(total, axis=0) * weight)
@@ -87,19 +95,17 @@ def pair_terms_kernel(
         index = (tl.program_id(0) - 1) * BLOCK + tl.arange(0, BLOCK)
         mask = index < n
         margin, pair, negative = _margin(row_negatives_lse, pair_logits, index, index, mask)
-        lse = tl.where(margin > 0.0, negative, pair) + _log1p_exp(margin)
-        tl.store(row_lse + index, lse, mask=mask)
+        tl.store(row_lse + index, _logaddexp(negative, pair), mask=mask)
         gradient = -_sigmoid(margin)
         if SYMMETRIC:
             margin, _, _ = _margin(
-                column_negatives_lse, pair_logits, index + first_column, index, mask
+                column_negatives_lse, pair_logits, index + partner_offset, index, mask
             )
             gradient -= _sigmoid(margin)
-            margin, pair, negative = _margin(
+            _, pair, negative = _margin(
                 column_negatives_lse, column_pair_logits, index, index, index < m
             )
-            lse = tl.where(margin > 0.0, negative, pair) + _log1p_exp(margin)
-            tl.store(column_lse + index, lse, mask=index < m)
+            tl.store(column_lse + index, _logaddexp(negative, pair), mask=index < m)
         tl.store(pair_gradient + index, gradient, mask=mask)
 
 
@@ -108,19 +114,19 @@ def pair_terms(
     column_negatives_lse: Tensor,
     pair_logits: Tensor,
     column_pair_logits: Tensor,
-    first_column: int,
+    partner_offset: int,
     weight: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `cyclip_loss.eager.pair_terms`."""
+) -> PairTerms:
+    """As `eager.pair_terms`."""
     n, m = row_negatives_lse.shape[0], column_negatives_lse.shape[0]
     loss = row_negatives_lse.new_empty(())
     row_lse, pair_gradient = row_negatives_lse.new_empty(n), row_negatives_lse.new_empty(n)
     column_lse = row_negatives_lse.new_empty(m)
     with on_device_of(row_negatives_lse):
-        programs = 1 + ceil_div(max(n, m), PAIRS.tile["BLOCK"])
+        programs = 1 + ceil_div(max(n, m), PAIR_TERMS.tile["BLOCK"])
         launch(
             pair_terms_kernel, (programs,), row_negatives_lse, column_negatives_lse, pair_logits,
-            column_pair_logits, loss, row_lse, column_lse, pair_gradient, n, m, first_column,
-            float(weight), SYMMETRIC=m > 0, **PAIRS.kwargs,
+            column_pair_logits, loss, row_lse, column_lse, pair_gradient, n, m, partner_offset,
+            float(weight), SYMMETRIC=m > 0, **PAIR_TERMS.kwargs,
         )  # fmt: skip
-    return loss, row_lse, column_lse, pair_gradient
+    return PairTerms(loss, row_lse, column_lse, pair_gradient)

@@ -1,70 +1,37 @@
-"""The first step of a call: check the arguments, cast them, and put them under one name each.
-
-`Batch` and `Plan` are the two records that the later steps get.
-"""
+"""The first step of a call: check the arguments, cast them, and put them into a `Batch`."""
 
 from collections.abc import Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cyclip_loss.distributed import Ranks, check_ranks_agree, ranks_of
-from cyclip_loss.numerics import accumulation_dtype
-from cyclip_loss.options import WEIGHTS, LossOptions, PenaltyOptions, has_penalties
+from cyclip_loss.numerics import accumulation_dtype, autocast_is_on
+from cyclip_loss.options import ContrastiveOptions, Options, PenaltyOptions
+from cyclip_loss.plan import Batch
+from cyclip_loss.ranks.agreement import check_ranks_agree
+from cyclip_loss.ranks.groups import Ranks, ranks_of
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-
-class Batch(NamedTuple):
-    """The checked arguments of one call on this rank, which has n of the N pairs.
-
-    A contrastive term compares row features with column features. There is one of images with
-    texts and, with augmented views, one of each tower's features with those of its views. Extra
-    negatives are rows or columns after the pairs of the first term.
-    """
-
-    image_features: Tensor  # (n, D)
-    text_features: Tensor  # (n, D)
-    ranks: Ranks  # with the number of pairs on each, except for the penalties alone
-    column_ranks: Ranks  # with the number of columns of the first term on each
-    total_pairs: int  # N; of the penalties alone, if all ranks hold as many pairs as this one
-    logit_scale: Tensor | None = None  # scalar of the accumulation dtype; None: penalties alone
-    ids: Tensor | None = None  # (n,), int64
-    row_features: tuple[Tensor, ...] = ()  # of each contrastive term
-    column_features: tuple[Tensor, ...] = ()
-    has_negatives: bool = False
-    one_way: bool = False  # whether the first term compares rows with columns only
-
-
-class Plan(NamedTuple):
-    """How a call is computed. Backward follows the plan of its forward."""
-
-    # "dense": N x N matrices, each computed once; "streamed": logits in blocks; "none": no term.
-    contrastive: str
-    # "dense"; "gram": D x D Gram matrices; "none": both lambdas are 0.
-    penalties: str
-    # "eager", "kernels", or "verified kernels". While traced, one of `options.IMPLS`: the operators
-    # choose when they run.
-    engine: str
-    # How text features reach the rows of other ranks: "local" (one process), "gather" or "ring".
-    strategy: str
-    separate: bool  # whether the terms are returned one by one
-    with_cross: bool  # whether the penalties need the Gram matrix C
-    positives: bool  # whether rows with the same id are positives of each other
-    traced: bool  # whether torch.compile or torch.export records the call
+# Options that are numbers, which may change between calls. Ranks compare them only in the first
+# call with a configuration.
+NUMBERS = (
+    "lambda_inmodal",
+    "lambda_crossmodal",
+    "reference_batch_size",
+    "inmodal_contrastive_weight",
+)
 
 
 def prepare_pairs(
-    image_features: Tensor, text_features: Tensor, options: PenaltyOptions, output_dict: bool
+    image_features: Tensor, text_features: Tensor, options: Options, output_dict: bool
 ) -> Batch:
-    """The batch of a call of the penalties alone. Raises as `cyclip_loss.functional`."""
+    """The batch of a call of the penalties alone. Raises as `CyCLIPLoss`."""
     if not isinstance(output_dict, bool):
         raise TypeError(f"output_dict must be a bool, got {output_dict!r}: pass no logit scale")
-    ranks = ranks_of(options.process_group) if options.distributed else Ranks()
+    ranks = ranks_of(options.process_group, options.distributed)
     image_features, text_features = check_features(
         image_features, text_features, may_be_empty=ranks.size > 1
     )
@@ -76,7 +43,7 @@ def prepare(
     image_features: Tensor,
     text_features: Tensor,
     logit_scale: Tensor | float,
-    options: LossOptions,
+    options: ContrastiveOptions,
     output_dict: bool = False,
     *,
     augmented_image_features: Tensor | None = None,
@@ -84,23 +51,23 @@ def prepare(
     ids: Tensor | None = None,
     negative_image_features: Tensor | None = None,
     negative_text_features: Tensor | None = None,
-    function: str = "cyclip_loss",
+    same_ids: str = "ignored",
     one_way: bool = False,
+    function: str = "CyCLIPLoss",
 ) -> Batch:
-    """The batch of a call of the loss. Raises as `cyclip_loss.functional`.
+    """The batch of a call of a contrastive loss. Raises as `CyCLIPLoss`.
 
-    Across ranks, compares the call with the other ranks' (`distributed.check_ranks_agree`).
+    Across ranks, compares the call with the other ranks' (`check_ranks_agree`).
     """
     if not isinstance(output_dict, bool):
         raise TypeError(f"output_dict must be a bool, got {output_dict!r}: lambdas go by keyword")
-    ranks = ranks_of(options.process_group) if options.distributed else Ranks()
+    ranks = ranks_of(options.process_group, options.distributed)
     several = ranks.size > 1
     images, texts = check_features(image_features, text_features, may_be_empty=several)
     scale = check_logit_scale(logit_scale, images)
-    ids = check_ids(ids, images, options.same_ids)
+    ids = check_ids(ids, images, same_ids)
     # Features that reach other ranks, by the argument's name.
     sent = {"text_features": texts}
-    num_rows = {"image_features and text_features": images.shape[0]}
     row_features, column_features = [images], [texts]
 
     if augmented_image_features is not None and augmented_text_features is not None:
@@ -115,6 +82,7 @@ def prepare(
         missing = "image" if augmented_image_features is None else "text"
         raise ValueError(f"augmented features go together: augmented_{missing}_features is None")
 
+    num_rows = {"image_features and text_features": images.shape[0], "negative_text_features": 0}
     if negative_image_features is not None:
         names = ("image_features", "negative_image_features")
         negatives = check_features(images, negative_image_features, names, several, paired=False)[1]
@@ -129,8 +97,17 @@ def prepare(
     column_ranks = ranks
     if several:
         terms = [(row, column, scale) for row, column in zip(row_features, column_features)]  # noqa: B905
-        signature = _collective_signature(sent, terms, options, ids, function, one_way)
-        ranks, column_ranks = check_ranks_agree(options, images, num_rows, signature, WEIGHTS)
+        signature: dict[str, Hashable] = {
+            "the function": function,
+            "one_way": one_way,
+            **_collective_signature(sent, terms, options, output_dict),
+            "whether ids are given": ids is not None,
+            "same_ids": same_ids,
+        }
+        numbers = {name: getattr(options, name) for name in NUMBERS if hasattr(options, name)}
+        ranks, column_ranks = check_ranks_agree(
+            ranks, images, num_rows, signature, numbers, options.uneven
+        )
     return Batch(
         images,
         texts,
@@ -142,6 +119,7 @@ def prepare(
         tuple(row_features),
         tuple(column_features),
         negative_image_features is not None or negative_text_features is not None,
+        ids is not None and same_ids == "positives",
         one_way,
     )
 
@@ -149,10 +127,8 @@ def prepare(
 def _collective_signature(
     sent: dict[str, Tensor],
     terms: Sequence[tuple[Tensor, ...]],
-    options: LossOptions,
-    ids: Tensor | None,
-    function: str,
-    one_way: bool,
+    options: ContrastiveOptions,
+    output_dict: bool,
 ) -> dict[str, Hashable]:
     """What decides which collectives run, by the name that error messages use.
 
@@ -163,9 +139,8 @@ def _collective_signature(
     grad_mode = torch.is_grad_enabled()
     differentiated = [grad_mode and any(x.requires_grad for x in inputs) for inputs in terms]
     trained = [name for name, x in sent.items() if x.requires_grad and grad_mode]
+    has_penalties = isinstance(options, PenaltyOptions) and options.has_penalties()
     return {
-        "the function": function,
-        "one_way": one_way,
         # A term whose backward runs on some ranks only would wait for the others.
         "whether an input of each contrastive term requires a gradient": tuple(differentiated),
         "dist_impl": options.dist_impl,
@@ -173,10 +148,12 @@ def _collective_signature(
         "D": features.shape[1],
         "dtype": features.dtype,
         "the device type": features.device.type,
-        "whether a penalty has a weight": has_penalties(options),
+        "whether a penalty has a weight": has_penalties,
+        # More is sent for penalties that are computed one by one.
+        "whether the penalties are computed apart (output_dict, or different lambdas)": (
+            has_penalties and options.needs_cross(output_dict)  # type: ignore[attr-defined]
+        ),
         "which of the augmented and negative features are given": ", ".join(sent),
-        "whether ids are given": ids is not None,
-        "same_ids": options.same_ids,
         # Their gradients are summed across ranks.
         "which of the features require a gradient": ", ".join(trained),
     }
@@ -241,21 +218,6 @@ def _autocast(features: Tensor) -> Tensor:
     return features
 
 
-def autocast_is_on(device_type: str) -> bool:
-    """Whether autocast is on; False for devices without autocast, such as "meta"."""
-    # PyTorch 2.8 can't trace `is_autocast_available`; compiled code does not run on "meta".
-    has_autocast = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
-    return has_autocast and torch.is_autocast_enabled(device_type)
-
-
-def without_autocast(features: Tensor) -> AbstractContextManager[Any]:
-    """Switch autocast off for the features' device; costs nothing where it is off already."""
-    device_type = features.device.type
-    if autocast_is_on(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
-
-
 def check_logit_scale(logit_scale: Tensor | float, features: Tensor) -> Tensor:
     """logit_scale as a 0-dim tensor of the accumulation dtype on the features' device."""
     dtype = accumulation_dtype(features.dtype)
@@ -311,3 +273,29 @@ def check_ids(ids: Tensor | None, features: Tensor, same_ids: str) -> Tensor | N
             f"{features.device}, got {tuple(ids.shape)} on {ids.device}"
         )
     return ids.to(torch.int64).contiguous()
+
+
+def caption_ids(tokens: Tensor) -> Tensor:
+    """`ids` of captions: a hash, (N,) int64, of each row of token numbers (N, context length).
+
+    It is the same on every rank, and zeros at the end of a row do not change it. Among 65,536
+    different captions, two have the same hash with a probability of 2^-33.
+
+    Raises:
+        TypeError: `tokens` is not an integer tensor of two dimensions.
+    """
+    if (
+        not isinstance(tokens, Tensor)
+        or tokens.ndim != 2
+        or tokens.is_floating_point()
+        or tokens.is_complex()
+        or tokens.dtype == torch.bool
+    ):
+        got = type(tokens).__name__
+        if isinstance(tokens, Tensor):
+            got = f"{tokens.dtype} of shape {tuple(tokens.shape)}"
+        raise TypeError(f"tokens must be an integer tensor (N, context length), got {got}")
+    # Weights from SplitMix64 (Steele et al. 2014); products and sums wrap around at 64 bits.
+    mixed = torch.arange(1, tokens.shape[1] + 1, device=tokens.device) * -0x61C8864680B583EB
+    mixed = (mixed ^ (mixed >> 30)) * -0x40A7B892E31B1A47
+    return (tokens.long() * (mixed ^ (mixed >> 27))).sum(dim=1)

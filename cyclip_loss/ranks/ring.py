@@ -10,75 +10,67 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cyclip_loss.distributed import Hop, Ranks, padded
-from cyclip_loss.logits import Logits, LogSumExps, SavedStatistics
+from cyclip_loss.logits import Gradients, Logits, LogSumExps, SavedStatistics
+from cyclip_loss.ranks.collectives import Hop, padded
+from cyclip_loss.ranks.groups import Ranks
+from cyclip_loss.ranks.strategy import BlockGrads, BlockLse
 
 
-def log_sum_exps(compute: Any, logits: Logits, ranks: Ranks) -> LogSumExps:
-    """The log-sum-exps of this rank's rows and its own columns."""
+def log_sum_exps(block_lse: BlockLse, logits: Logits, ranks: Ranks) -> LogSumExps:
+    """As in `Strategy`: of this rank's rows and its own columns."""
     num_rows, scale = logits.row_features.shape[0], logits.logit_scale
     # Running log-sum-exps are in float64, because every step rounds them.
     row_lse = scale.new_full((num_rows,), -torch.inf, dtype=torch.float64)
     pair_logits = scale.new_zeros(num_rows)
-    other_positives: list[Tensor] = []
 
     def column_part(block: Logits, _: Tensor | None) -> Tensor:
-        part: Tensor
-        row_part, part, pairs, *positives = compute.contrastive_lse(block)
-        row_lse.copy_(torch.logaddexp(row_lse, row_part.double()))
-        pair_logits.add_(pairs)  # 0 except in this rank's own block
-        other_positives.extend(positives)
-        return part.double()
+        part = block_lse(block)
+        row_lse.copy_(torch.logaddexp(row_lse, part.row_negatives_lse.double()))
+        pair_logits.add_(part.pair_logits)  # 0 except in this rank's own block
+        return part.column_negatives_lse.double()
 
     def combine(total: Tensor, part: Tensor) -> None:
         total.copy_(torch.logaddexp(total, part))
 
     initial = None
     if logits.symmetric:
-        max_rows = ranks.max_rows(logits.column_features.shape[0])
-        initial = row_lse.new_full((max_rows,), -torch.inf)
+        max_columns = ranks.max_rows(logits.column_features.shape[0])
+        initial = row_lse.new_full((max_columns,), -torch.inf)
     column_lse = _ring(logits, None, initial, column_part, combine, ranks)
     return LogSumExps(
         row_lse.to(scale.dtype),
         scale.new_empty(0) if column_lse is None else column_lse.to(scale.dtype),
         pair_logits,
-        None,
-        sum(other_positives) if other_positives else None,  # type: ignore[arg-type]
     )
 
 
 def gradients(
-    compute: Any,
+    block_grads: BlockGrads,
     logits: Logits,
     saved: SavedStatistics,
-    grad: Tensor,
-    weight: float,
     needs: list[bool],
-    wide: bool,
     ranks: Ranks,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `eager.contrastive_grads`, of this rank's rows and its own columns."""
-    needs_rows, needs_columns, _ = needs
+) -> Gradients:
+    """As in `Strategy`."""
+    needs_rows, needs_columns, needs_scale = needs
     new = saved.row_lse
     row_grad = new.new_zeros(logits.row_features.shape if needs_rows else (0,))
-    scale_grad = new.new_zeros(())
+    scale_grad = new.new_zeros(() if needs_scale else (0,))
 
     def column_part(block: Logits, column_lse: Tensor | None) -> Tensor:
         statistics = saved if column_lse is None else saved._replace(column_lse=column_lse)
-        part: Tensor
-        row_part, part, scale_part = compute.contrastive_grads(
-            block, statistics, grad, weight, needs, wide
-        )
-        scale_grad.add_(scale_part)
+        rows, columns, scale = block_grads(block, statistics)
         if needs_rows:
-            row_grad.add_(row_part)
-        return part
+            row_grad.add_(rows)
+        if needs_scale:
+            scale_grad.add_(scale)
+        return columns
 
     num_columns, d = logits.column_features.shape
     initial = new.new_zeros(ranks.max_rows(num_columns), d) if needs_columns else None
     column_lse = saved.column_lse if logits.symmetric else None
     column_grad = _ring(logits, column_lse, initial, column_part, Tensor.add_, ranks)
-    return row_grad, new.new_empty(0) if column_grad is None else column_grad, scale_grad
+    return Gradients(row_grad, new.new_empty(0) if column_grad is None else column_grad, scale_grad)
 
 
 def _ring(
@@ -129,5 +121,5 @@ def _block_of(logits: Logits, column_features: Tensor, owner: int, ranks: Ranks)
     return logits._replace(
         column_features=column_features,
         column_ids=None if ids is None else ids[start : start + len(column_features)],
-        first_column=ranks.first_row(ranks.rank, num_columns) - start,
+        partner_offset=ranks.first_row(ranks.rank, num_columns) - start,
     )

@@ -1,7 +1,8 @@
-"""Which engine computes.
+"""Where a call is computed: which engine, for which features.
 
-Two modules have the same functions: `eager.py` and, on CUDA and ROCm, the Triton kernels. With
-"auto", each form of a kernel is compared with PyTorch before it is used (`verification.py`).
+`interface.py` has the functions of an engine. Two modules define them: `eager.py` and, on CUDA and
+ROCm, the Triton kernels. With "auto", each layout of a call is compared with PyTorch before a
+kernel computes it (`verification.py`).
 """
 
 import os
@@ -12,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cyclip_loss import eager
+from cyclip_loss.engines import eager
+from cyclip_loss.engines.interface import Engine
+from cyclip_loss.engines.verification import Scope, VerifiedKernels
 from cyclip_loss.numerics import architecture
 from cyclip_loss.options import IMPLS
 from cyclip_loss.usage_warnings import warn_once
-from cyclip_loss.verification import VerifiedKernels
 
 
 def choose(impl: str, features: Tensor) -> str:
@@ -45,7 +47,7 @@ def choose(impl: str, features: Tensor) -> str:
 
         if features.shape[1] > kernels.MAX_D:
             return "eager"
-        return "verified kernels" if verified_kernels().work(features) else "eager"
+        return "eager" if verified_kernels(scope_of(features)).problem else "verified kernels"
     if features.is_cuda and not has_kernels:
         # The kernels might compile nevertheless, and give wrong results.
         raise ValueError(
@@ -67,21 +69,23 @@ def choose(impl: str, features: Tensor) -> str:
     return "kernels"
 
 
-def module(engine: str, features: Tensor) -> Any:
-    """The module or object with the functions of an engine.
+def load(engine: str, features: Tensor, needs_rows: bool = True) -> Engine:
+    """The functions of an engine, for such features.
 
-    engine: one of `IMPLS` in compiled code, whose operators can choose an engine only when they
-    run. A rank without rows gets the eager engine: no kernel can be launched for it.
+    engine: as `choose` returns it, or one of `IMPLS` in compiled code, whose operators can choose
+    only when they run. needs_rows: whether what is computed is empty on a rank without rows. For it
+    no kernel can be launched, so the eager engine computes.
     """
     if engine in ("auto", "triton"):
         engine = choose(engine, features)
-    if engine == "eager" or features.shape[0] == 0:
+    if engine == "eager" or (needs_rows and features.shape[0] == 0):
         return eager
     if engine == "kernels":
         from cyclip_loss import kernels
 
         return kernels
-    return verified_kernels()
+    verified: Any = verified_kernels(scope_of(features))
+    return verified  # type: ignore[no-any-return]
 
 
 @lru_cache
@@ -110,9 +114,16 @@ def _kernels_import() -> bool:
     return True
 
 
-@lru_cache
-def verified_kernels() -> VerifiedKernels:
-    """This process's `VerifiedKernels`, which remembers the forms that it compared."""
+def scope_of(features: Tensor) -> Scope:
+    """Where a wrong result for these features switches the kernels off."""
     from cyclip_loss import kernels
 
-    return VerifiedKernels(kernels, eager)
+    return Scope(features.device, features.dtype, kernels.configs.Precision.of(features))
+
+
+@lru_cache
+def verified_kernels(scope: Scope) -> VerifiedKernels:
+    """This process's engine for a scope, which remembers the layouts that it compared."""
+    from cyclip_loss import kernels
+
+    return VerifiedKernels(kernels, eager, scope)

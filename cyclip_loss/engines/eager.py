@@ -16,15 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cyclip_loss import numerics
-from cyclip_loss.logits import Logits, SavedStatistics
+from cyclip_loss.engines.interface import PairTerms
+from cyclip_loss.logits import Gradients, Logits, LogSumExps, SavedStatistics
 from cyclip_loss.numerics import accumulation_dtype, rows_per_strip, strips
 
 
 def _columns_to_multiply(logits: Logits) -> Tensor:
     """The column features in the dtype in which they are multiplied."""
     features = logits.row_features
-    wide = numerics.has_wide_products(features)
-    return logits.column_features.to(features.dtype if wide else accumulation_dtype(features.dtype))
+    if numerics.has_wide_products(features):
+        return logits.column_features
+    return logits.column_features.to(accumulation_dtype(features.dtype))
 
 
 def _logit_strips(
@@ -56,18 +58,13 @@ def _logit_strips(
 
 def _pairs(strip: Tensor, start: int, logits: Logits) -> tuple[Tensor, slice]:
     """The pairs of a strip that begins with row `start`, as a view, and their rows."""
-    row, column, num_pairs = logits.block(start, start + len(strip)).pairs
-    first = start + row
-    return strip.diagonal(column - row)[:num_pairs], slice(first, first + num_pairs)
+    rows, columns = logits.block(start, start + len(strip)).pairs
+    diagonal = strip.diagonal(columns.start - rows.start)[: rows.stop - rows.start]
+    return diagonal, slice(start + rows.start, start + rows.stop)
 
 
-def contrastive_lse(logits: Logits) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-sum-exps of the negatives of each row and column, and the pairs' logits, in one sweep.
-
-    Returns row_negatives_lse (n,), column_negatives_lse (m,), empty unless `symmetric`, and
-    pair_logits (n,), in the accumulation dtype. Without negatives the log-sum-exp is -inf. A row
-    without a partner has pair logit 0.
-    """
+def contrastive_lse(logits: Logits) -> LogSumExps:
+    """Log-sum-exps of the negatives of each row and column, and the pairs' logits, in one sweep."""
     column_features = _columns_to_multiply(logits)
     n, m = len(logits.row_features), len(column_features)
     dtype = accumulation_dtype(column_features.dtype)
@@ -92,7 +89,17 @@ def contrastive_lse(logits: Logits) -> tuple[Tensor, Tensor, Tensor]:
             column_sum.mul_(column_max.sub_(new_max).exp_())
             column_sum.add_(strip.sub_(new_max).exp_().sum(dim=0))
             column_max = new_max
-    return row_negatives_lse, column_sum.log_().add_(column_max), pair_logits
+    return LogSumExps(row_negatives_lse, column_sum.log_().add_(column_max), pair_logits)
+
+
+def margins(negatives_lse: Tensor, pair_logits: Tensor) -> Tensor:
+    """negatives_lse - pair_logits, NaN for an infinite pair logit, which would look perfect."""
+    return (negatives_lse - pair_logits) + (pair_logits - pair_logits)
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)). Above 40 it rounds to x in float64."""
+    return F.softplus(x, threshold=40.0)
 
 
 def pair_terms(
@@ -100,32 +107,26 @@ def pair_terms(
     column_negatives_lse: Tensor,
     pair_logits: Tensor,
     column_pair_logits: Tensor,
-    first_column: int,
+    partner_offset: int,
     weight: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> PairTerms:
     """The loss, complete log-sum-exps, and G of the pairs, from the negatives and the pair logits.
 
     row_negatives_lse, pair_logits: (n,); column_negatives_lse, column_pair_logits: (m,), of all
-    columns. Row i is paired with column `first_column + i`. With empty column_negatives_lse only
-    rows count.
-
-    Returns weight * the sum, over rows and their paired columns, of log-sum-exp - pair logit;
-    row_lse (n,) and column_lse (m,), log-sum-exps with the pairs; and pair_gradient (n,), the sum
-    of exp(pair logit - log-sum-exp) - 1 for row and column. The formulas are in `contrastive.py`.
+    columns. Row i is paired with column `i + partner_offset`. With empty column_negatives_lse only
+    rows count. The formulas are in `terms/contrastive.py`.
     """
     n = len(row_negatives_lse)
     negatives_lse = row_negatives_lse[None]
     column_lse = column_negatives_lse
     if column_negatives_lse.shape[0] > 0:
-        own_columns = column_negatives_lse[first_column : first_column + n]
+        own_columns = column_negatives_lse[partner_offset : partner_offset + n]
         negatives_lse = torch.stack((row_negatives_lse, own_columns))
         column_lse = torch.logaddexp(column_negatives_lse, column_pair_logits)
-    # An infinite pair logit would look perfectly matched. inf - inf makes the margin NaN.
-    margins = (negatives_lse - pair_logits) + (pair_logits - pair_logits)
-    # Above 40, log(1 + exp(x)) rounds to x in float64.
-    loss = F.softplus(margins, threshold=40.0).sum() * weight
+    pair_margins = margins(negatives_lse, pair_logits)
+    loss = softplus(pair_margins).sum() * weight
     row_lse = torch.logaddexp(row_negatives_lse, pair_logits)
-    return loss, row_lse, column_lse, -margins.sigmoid().sum(dim=0)
+    return PairTerms(loss, row_lse, column_lse, -pair_margins.sigmoid().sum(dim=0))
 
 
 def contrastive_grads(
@@ -134,8 +135,8 @@ def contrastive_grads(
     grad: Tensor,
     weight: float,
     needs: list[bool],
-    wide: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    float32_grads: bool,
+) -> Gradients:
     """Gradients of w * (sum_i r_i + sum_j c_j - 2 * sum_i l_ii) with w = grad * weight.
 
     r = `saved.row_lse` and c = `saved.column_lse` are log-sum-exps of all logits of a row or a
@@ -147,9 +148,8 @@ def contrastive_grads(
 
     Without `symmetric` the columns' terms are left out.
 
-    grad: scalar of the accumulation dtype; needs: which of the three are needed. Returns dI (n, D)
-    and dT (m, D) in the features' dtype or, if `wide`, in the accumulation dtype (for sums across
-    ranks), empty where not needed; and ds, a scalar, arbitrary if not needed.
+    grad: scalar of the accumulation dtype; needs: which of the three are needed. dI and dT have the
+    features' dtype or, with `float32_grads`, the accumulation dtype (for sums across ranks).
     """
     needs_rows, needs_columns, needs_scale = needs
     row_features, column_features = logits.row_features, _columns_to_multiply(logits)
@@ -160,7 +160,7 @@ def contrastive_grads(
     weighted_grad = grad * (weight * 2.0**-shift)
     feature_weight = weighted_grad * logits.logit_scale
     scale_sum = saved.row_lse.new_zeros(())
-    grad_dtype = dtype if wide else row_features.dtype
+    grad_dtype = dtype if float32_grads else row_features.dtype
     row_grad = row_features.new_empty(row_features.shape if needs_rows else (0,), dtype=grad_dtype)
     column_shape = column_features.shape if needs_columns else (0,)
     column_grad = column_features.new_zeros(column_shape, dtype=dtype)
@@ -188,7 +188,8 @@ def contrastive_grads(
     if needs_scale and needs_columns and not needs_rows:
         scale_sum += torch.dot(column_features.to(dtype).reshape(-1), column_grad.view(-1))
     column_grad = column_grad.mul_(feature_weight).to(grad_dtype)
-    return row_grad, column_grad, scale_sum.mul_(weighted_grad)
+    scale_grad = scale_sum.mul_(weighted_grad) if needs_scale else scale_sum.new_empty(0)
+    return Gradients(row_grad, column_grad, scale_grad)
 
 
 def gram_matrices(image_features: Tensor, text_features: Tensor, with_cross: bool) -> Tensor:
@@ -210,7 +211,7 @@ def gram_matrices(image_features: Tensor, text_features: Tensor, with_cross: boo
     return grams
 
 
-def cyclic_terms(grams: Tensor, weights: list[Tensor], separate: bool) -> list[Tensor]:
+def cyclic_terms(grams: Tensor, weights: list[Tensor], as_terms: bool) -> list[Tensor]:
     """The weighted penalties from `gram_matrices` of all rows of the global batch.
 
         p = <A, B>_F,  q = <C, C^T>_F
@@ -219,11 +220,11 @@ def cyclic_terms(grams: Tensor, weights: list[Tensor], separate: bool) -> list[T
     """
     p = (grams[0] * grams[1]).sum()
     q = (grams[2] * grams[2].T).sum() if len(grams) == 3 else None
-    return weighted_penalties(p, q, weights, separate)
+    return weighted_penalties(p, q, weights, as_terms)
 
 
-def weighted_penalties(p: Tensor, q: Tensor | None, weights: Any, separate: bool) -> list[Tensor]:
-    """Both weighted penalties if `separate`, else [their sum] (Goel et al. 2022, eq. 2 and 3).
+def weighted_penalties(p: Tensor, q: Tensor | None, weights: Any, as_terms: bool) -> list[Tensor]:
+    """Both weighted penalties if `as_terms`, else [their sum] (Goel et al. 2022, eq. 2 and 3).
 
         N * P_in = (p + q) / 2,  N * P_cross = (p - q) / 2
 
@@ -236,7 +237,7 @@ def weighted_penalties(p: Tensor, q: Tensor | None, weights: Any, separate: bool
     # Both are sums of squares. Rounding must not make them negative; `clamp` keeps NaN.
     inmodal = (p + q).clamp_(min=0) * (weights[0] / 2)
     crossmodal = (p - q).clamp_(min=0) * (weights[1] / 2)
-    return [inmodal, crossmodal] if separate else [inmodal + crossmodal]
+    return [inmodal, crossmodal] if as_terms else [inmodal + crossmodal]
 
 
 def cyclic_grads(
@@ -264,7 +265,7 @@ def cyclic_grads(
     inmodal = grads[0] * (weights[0] * size)
     crossmodal = grads[-1] * (weights[1] * size)
     total, difference = inmodal + crossmodal, inmodal - crossmodal
-    # If separate terms were added up, a = b may hold; on a CPU the comparison costs nothing.
+    # If the terms were added up, a = b may hold; on a CPU the comparison costs nothing.
     with_cross = len(grams) == 3 and (difference.device.type != "cpu" or difference != 0)
     weighted = grams[:2] * total
     cross = grams[2] * difference if with_cross else None

@@ -21,69 +21,67 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cyclip_loss.logits import Logits, SavedStatistics
+from cyclip_loss.logits import Gradients, Logits
 from cyclip_loss.numerics import accumulation_dtype
 
 
-class WithPositives:
-    """An engine's contrastive functions, for which rows with the same id are positives.
+class Positives:
+    """What rows with the same id add to the contrastive term and its gradients.
 
     batch_ids: (N,), of all columns of the global batch.
     """
 
-    def __init__(self, compute: Any, batch_ids: Tensor) -> None:
-        self.compute, self.pair_terms = compute, compute.pair_terms
+    def __init__(self, batch_ids: Any) -> None:
         self.ordered_ids = batch_ids.sort()[0]
+        self.row_products: Any = 0.0  # sum_i I_i . R_i over the blocks so far
 
-    def contrastive_lse(self, logits: Logits) -> tuple[Tensor, ...]:
-        """As `eager.contrastive_lse`, with all other columns as negatives; and sum_i I_i . R_i.
+    def add_row_products(self, block: Logits) -> None:
+        """Add a block's part of `row_products`."""
+        products = (block.row_features * self._row_means(block)).sum()
+        self.row_products = self.row_products + products
 
-        R sums over the columns of `logits` only.
+    def add_grads(
+        self, grads: Gradients, block: Logits, factor: Tensor, needs: list[bool]
+    ) -> Gradients:
+        """Gradients of a block, in the accumulation dtype, with those of the other positives.
+
+        `SavedStatistics.pair_gradient` has the part of the pairs. factor: by which the sum over all
+        rows is multiplied.
         """
-        other_positives = (logits.row_features * self._row_means(logits)).sum()
-        return (*self.compute.contrastive_lse(logits.without_ids()), other_positives)
+        needs_rows, needs_columns, needs_scale = needs
+        rows, columns, scale = grads
+        means = self._row_means(block)
+        if needs_scale:
+            scale = scale - factor * (block.row_features * means).sum()
+        if needs_rows:
+            rows.sub_(means.mul_(factor * block.logit_scale))
+        if needs_columns:
+            means = self._column_means(block)
+            columns.sub_(means.mul_(factor * block.logit_scale))
+        return Gradients(rows, columns, scale)
 
-    def contrastive_grads(
-        self,
-        logits: Logits,
-        saved: SavedStatistics,
-        grad: Tensor,
-        weight: float,
-        needs: list[bool],
-        wide: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `eager.contrastive_grads` with `wide`. `saved.pair_gradient` has the pairs' part."""
-        row_grad, column_grad, scale_grad = self.compute.contrastive_grads(
-            logits.without_ids(), saved, grad, weight, needs, wide
-        )
-        factor = grad * (weight * (2 if logits.symmetric else 1))
-        means = self._row_means(logits)
-        scale_grad = scale_grad - factor * (logits.row_features * means).sum()
-        if needs[0]:
-            row_grad.sub_(means.mul_(factor * logits.logit_scale))
-        if needs[1]:
-            means = self._column_means(logits)
-            column_grad.sub_(means.mul_(factor * logits.logit_scale))
-        return row_grad, column_grad, scale_grad
+    def other_shares(self, ids: Any) -> Tensor:
+        """1 - 1/k for rows with these ids."""
+        return 1 - 1 / self._counts(ids)
 
-    def counts(self, ids: Any) -> Tensor:
+    def _counts(self, ids: Any) -> Tensor:
         """How many columns of the global batch have each of these ids; at least 1."""
         after = torch.searchsorted(self.ordered_ids, ids, right=True)
         return (after - torch.searchsorted(self.ordered_ids, ids)).clamp_(min=1)
 
-    def _row_means(self, logits: Logits) -> Tensor:
+    def _row_means(self, block: Logits) -> Tensor:
         """R of the rows (n, D), from the columns of this block."""
-        means = _sums_by_id(logits.column_features, logits.column_ids, logits.row_ids)
-        row, column, num_pairs = logits.pairs
-        means[row : row + num_pairs] -= logits.column_features[column : column + num_pairs]
-        return means.div_(self.counts(logits.row_ids)[:, None])
+        means = _sums_by_id(block.column_features, block.column_ids, block.row_ids)
+        rows, columns = block.pairs
+        means[rows] -= block.column_features[columns]
+        return means.div_(self._counts(block.row_ids)[:, None])
 
-    def _column_means(self, logits: Logits) -> Tensor:
+    def _column_means(self, block: Logits) -> Tensor:
         """R of the columns (m, D), from the rows of this block."""
-        means = _sums_by_id(logits.row_features, logits.row_ids, logits.column_ids)
-        row, column, num_pairs = logits.pairs
-        means[column : column + num_pairs] -= logits.row_features[row : row + num_pairs]
-        return means.div_(self.counts(logits.column_ids)[:, None])
+        means = _sums_by_id(block.row_features, block.row_ids, block.column_ids)
+        rows, columns = block.pairs
+        means[columns] -= block.row_features[rows]
+        return means.div_(self._counts(block.column_ids)[:, None])
 
 
 def _sums_by_id(features: Tensor, ids: Any, wanted: Any) -> Tensor:

@@ -1,0 +1,69 @@
+"""The interface of an engine: six functions.
+
+`eager.py` and, as `cyclip_loss.kernels`, the Triton kernels define them. The formulas and shapes
+are in `eager.py`. Records that the functions take and return are in `cyclip_loss/logits.py`.
+"""
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from cyclip_loss.logits import Gradients, Logits, LogSumExps, SavedStatistics
+
+
+class PairTerms(NamedTuple):
+    """The loss of the pairs, and what backward needs of it."""
+
+    loss: Tensor  # weight * the sum, over rows and their paired columns, of log-sum-exp - pair logit
+    row_lse: Tensor  # (n,), with the pairs
+    column_lse: Tensor  # (m,), with the pairs
+    pair_gradient: Tensor  # (n,), the sum of exp(pair logit - log-sum-exp) - 1 for row and column
+
+
+class Engine(Protocol):
+    """Where a call is computed."""
+
+    def contrastive_lse(self, logits: Logits) -> LogSumExps:
+        """Log-sum-exps of the negatives of each row and column, and the pairs' logits."""
+
+    def pair_terms(
+        self,
+        row_negatives_lse: Tensor,
+        column_negatives_lse: Tensor,
+        pair_logits: Tensor,
+        column_pair_logits: Tensor,
+        partner_offset: int,
+        weight: float,
+    ) -> PairTerms:
+        """The loss and complete log-sum-exps, from those of the negatives and the pair logits."""
+
+    def contrastive_grads(
+        self,
+        logits: Logits,
+        saved: SavedStatistics,
+        grad: Tensor,
+        weight: float,
+        needs: list[bool],
+        float32_grads: bool,
+    ) -> Gradients:
+        """Gradients of the contrastive term."""
+
+    def gram_matrices(
+        self, image_features: Tensor, text_features: Tensor, with_cross: bool
+    ) -> Tensor:
+        """A, B and, if `with_cross`, C: (2 or 3, D, D)."""
+
+    def cyclic_terms(self, grams: Tensor, weights: list[Tensor], as_terms: bool) -> list[Tensor]:
+        """Both weighted penalties if `as_terms`, else [their sum]."""
+
+    def cyclic_grads(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        grams: Tensor,
+        grads: list[Tensor],
+        weights: list[Tensor],
+        size: int,
+        needs: list[bool],
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of the penalties; empty tensors where not needed."""

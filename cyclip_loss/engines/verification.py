@@ -1,0 +1,311 @@
+"""The kernels, each layout of which is compared with PyTorch when it is first used.
+
+A layout is what decides which binary of a kernel runs, and which branches it takes: which arguments
+are None, which are true, the sign of the partner's offset, whether there are extra negatives, the
+dtypes, and for features the divisor of D and the class of the strides. It is read from the actual
+arguments. The first call with a layout computes a small batch of the same layout, with values of
+its own, with the kernel and with the eager engine in float64. If the two disagree, or the kernel
+fails, PyTorch computes everything in that dtype from then on. Nobody waits for a layout that is not
+used, nor for the device after the first use. Nothing is compared while a CUDA graph is captured.
+
+The small batch has several tiles but one strip, split and block. More of them are tested by the
+test suite.
+"""
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from inspect import signature
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from cyclip_loss.logits import ALL_ROWS, Logits, SavedStatistics
+from cyclip_loss.numerics import (
+    MAX_DIVISOR,
+    divisor_of,
+    float32_is_exact,
+    is_capturing,
+    triton_version,
+)
+from cyclip_loss.usage_warnings import warn_once
+
+# Scalars of the small batch, by argument. Different upstream gradients, or weights of the penalties
+# where the Gram matrix C is there, need C.
+SCALARS = {"logit_scale": (20.0,), "grad": (1.5,), "grads": (1.5, 3.0), "weights": (0.03, 0.01)}
+NUMBERS = {"weight": 0.01, "size": 2}
+
+
+class Scope(NamedTuple):
+    """Where one wrong layout switches the kernels off. Features of one scope share an engine."""
+
+    device: torch.device
+    dtype: torch.dtype
+    precision: tuple[int, str]  # `kernels.configs.Precision`
+
+
+# A comparison changes filters of warnings and the mode of deterministic algorithms, which belong to
+# the whole process.
+_one_comparison = threading.Lock()
+
+
+class VerifiedKernels:
+    """An engine: the functions of the kernels, or the eager functions where a kernel is wrong.
+
+    Args:
+        kernels: the module `cyclip_loss.kernels`.
+        eager: the engine that the kernels are compared with, and that replaces them.
+        scope: of the features, also for functions that get float32 vectors or Gram matrices.
+    """
+
+    def __init__(self, kernels: Any, eager: Any, scope: Scope) -> None:
+        self.kernels, self.eager, self.scope = kernels, eager, scope
+        self.agreed: set[Any] = set()
+        self.problem: str | None = None
+        # Several tiles in each direction, and no multiple of one. The interpreter's are smaller.
+        self.num_rows, self.num_columns = (40, 70) if kernels.INTERPRETED else (600, 700)
+
+    def __getattr__(self, function: str) -> Callable[..., Any]:
+        """A function of the interface `Engine`."""
+        return partial(self._call, function)
+
+    def _call(self, function: str, *arguments: Any) -> Any:
+        """The function, after a comparison if this is the first use of the layout."""
+        layout = function, layout_of(arguments)
+        if not self._is_known(layout) and not is_capturing(tree_leaves(arguments)[0]):
+            try:
+                self._compare_once(layout, arguments)
+            except torch.OutOfMemoryError:  # the kernels may be right: the next call compares
+                return getattr(self.eager, function)(*arguments)
+        engine = self.kernels if self.problem is None else self.eager
+        return getattr(engine, function)(*arguments)
+
+    def _is_known(self, layout: Any) -> bool:
+        return layout in self.agreed or self.problem is not None
+
+    def _compare_once(self, layout: Any, arguments: Any) -> None:
+        """Compare a layout, unless another thread has. Autograd has a thread for each device."""
+        with _one_comparison:
+            if self._is_known(layout):
+                return
+            problem = self.problem_of(layout[0], arguments)
+            if problem is None:
+                self.agreed.add(layout)
+            else:
+                self._switch_off(f"{layout[0]}{layout[1]}: {problem}")
+
+    def _switch_off(self, problem: str) -> None:
+        device, dtype, _ = self.scope
+        self.problem = problem
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        warn_once(
+            f"kernels: {self.scope}",
+            f"the Triton kernels do not work on {device} ({name}, PyTorch {torch.__version__}, "
+            f"Triton {'.'.join(map(str, triton_version()))}); PyTorch computes {dtype} instead, "
+            f"with the same results but slower. {problem}",
+            every_rank=True,
+        )
+
+    def problem_of(self, function: str, arguments: Any) -> str | None:
+        """What is wrong with a function for this layout; None if it agrees with the eager engine.
+
+        arguments: of a call. Only their layout is used.
+        """
+        device = self.scope.device
+        try:
+            # Compare in a thread of its own: the caller's autocast, inference mode, default device
+            # and other modes do not apply there.
+            with ThreadPoolExecutor(1) as thread:
+                return thread.submit(self.compare, function, arguments).result()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            problem = f"{type(error).__name__}: {str(error).strip()[:500]}"
+            try:
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+            except RuntimeError:
+                raise RuntimeError(
+                    f"the Triton kernels of cyclip_loss left {device} unusable; restart with the "
+                    "environment variable CYCLIP_LOSS_IMPL=eager, which disables them"
+                ) from error
+            return problem
+
+    def compare(self, function: str, arguments: Any) -> str | None:
+        """As `problem_of`, in this thread. A kernel that fails raises its error."""
+        mode = torch.get_deterministic_debug_mode()
+        # Products would raise in this mode, unless an environment variable is set.
+        torch.set_deterministic_debug_mode("default")
+        try:
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")  # they may be errors
+                batch = self.small_batch(function, arguments)
+                return next(filter(None, self._differences(function, batch)), None)
+        finally:
+            torch.set_deterministic_debug_mode(mode)
+
+    def _differences(self, function: str, batch: list[Any]) -> Iterator[str | None]:
+        """How each result of the kernel is wrong, or None: for the batch, and with a NaN in it."""
+        exact = self.scope.dtype == torch.float32 and float32_is_exact()
+        bound = 2.0**-14 if exact else 2.0**-6
+        tensors = [x for x in tree_leaves(batch) if isinstance(x, Tensor)]
+        may_be_nan = [x for x in tensors if x.ndim and x.numel() and x.is_floating_point()]
+        for bad in (None, *may_be_nan[:2]):
+            element = () if bad is None else tuple(size // 2 for size in bad.shape)
+            if bad is not None:
+                kept = bad[element].clone()
+                bad[element] = torch.nan
+            wide = tree_map(_widened, batch)
+            expected = tree_leaves(getattr(self.eager, function)(*wide))
+            results = tree_leaves(getattr(self.kernels, function)(*batch))
+            for index, (result, right) in enumerate(zip(results, expected, strict=True)):
+                problem = _difference(result, right, bound)
+                yield problem and f"result {index} {problem}"
+            if bad is not None:
+                bad[element] = kept
+
+    def small_batch(self, function: str, arguments: Any) -> list[Any]:
+        """Arguments of the same layout, with values of our own."""
+        names = signature(getattr(self.eager, function)).parameters
+        found: dict[str, Any] = {}
+        for name, value in zip(names, arguments, strict=True):
+            found[name] = self._like(name, value, found)
+        return list(found.values())
+
+    def _like(self, name: str, value: Any, found: dict[str, Any]) -> Any:
+        """A value for the argument `name`. found: the arguments before it."""
+        if isinstance(value, Logits):
+            fields = value._asdict()
+            given = {field: self._like(field, x, found) for field, x in fields.items()}
+            has_negatives = value.has_extra_negatives
+            given["num_pairs"] = self.num_rows - 9 if has_negatives else ALL_ROWS
+            return Logits(**given)
+        if isinstance(value, SavedStatistics):  # about what `pair_terms` gives
+            lse = self.eager.contrastive_lse(tree_map(_widened, found["logits"]))
+            row_lse = torch.logaddexp(lse.row_negatives_lse, lse.pair_logits)
+            pair_gradient = -torch.sigmoid(lse.pair_logits - 5)
+            vectors = (row_lse, lse.column_negatives_lse + 0.5, pair_gradient)
+            return SavedStatistics(*(x.float() for x in vectors))
+        if name in SCALARS:
+            several = value if isinstance(value, list) else [value]
+            numbers = SCALARS[name]
+            if name == "weights" and len(found.get("grams", ())) == 2:
+                numbers = (0.03, 0.03)  # without C they have to be equal
+            scalars = [
+                torch.full((), number, device=x.device, dtype=torch.float32)
+                for number, x in zip(numbers, several, strict=False)
+            ]
+            return scalars if isinstance(value, list) else scalars[0]
+        if isinstance(value, Tensor):
+            return self._tensor_like(name, value)
+        if name == "partner_offset":
+            return 10 * _sign(value)
+        return NUMBERS.get(name, value)
+
+    def _tensor_like(self, name: str, value: Tensor) -> Tensor:
+        """Ids, features, Gram matrices or a vector of random numbers."""
+        device = self.scope.device
+        is_column = name.startswith("column")
+        count = self.num_columns if is_column else self.num_rows
+        if value.dtype == torch.int64:
+            # Some are negative, and some differ in their upper 32 bits alone.
+            number = torch.arange(count, device=device) + is_column
+            return number % 7 - 3 + (number // 7 % 3 - 1) * 2**32
+        if value.ndim == 1:
+            generator = torch.Generator("cpu").manual_seed(len(name))
+            vector = 5 * torch.randn(count, generator=generator, device="cpu")
+            return vector[: 0 if value.numel() == 0 else count].to(device)
+        row_features, column_features = self._features(divisor_of(value.shape[-1]))
+        if value.ndim == 3:
+            columns = column_features[: self.num_rows].double()
+            grams = self.eager.gram_matrices(row_features.double(), columns, len(value) == 3)
+            return grams.float()
+        features = column_features if name in ("column_features", "text_features") else row_features
+        return _with_strides_of(value, features[:count])
+
+    def _features(self, divisor: int) -> tuple[Tensor, Tensor]:
+        """Row and column features. Every fifth row is nearly aligned with the column of its number."""
+        # An odd multiple has the same `divisor_of`. The interpreter, which is slow, gets a small one.
+        d = divisor * (3 if self.kernels.INTERPRETED or divisor == MAX_DIVISOR else 1)
+        if not self.kernels.INTERPRETED and divisor < MAX_DIVISOR:
+            d += MAX_DIVISOR
+        # A generator of its own: the user's random numbers stay as they are.
+        generator = torch.Generator("cpu").manual_seed(0)
+        total = self.num_rows + self.num_columns
+        noise = torch.randn(total, d, generator=generator, dtype=torch.float64, device="cpu")
+        row_features, column_features = F.normalize(noise, dim=1).tensor_split((self.num_rows,))
+        paired = min(self.num_rows, self.num_columns)
+        column_features[:paired:5] = F.normalize(
+            row_features[:paired:5] + 0.01 * column_features[:paired:5], dim=1
+        )
+        device, dtype, _ = self.scope
+        return row_features.to(device, dtype), column_features.to(device, dtype)
+
+
+def layout_of(value: Any) -> Any:
+    """What an argument, or several, contribute to the layout of a call."""
+    if isinstance(value, Tensor):
+        if value.ndim == 2:
+            return value.dtype, divisor_of(value.shape[1]), *_strides_class(value)
+        divisor = divisor_of(value.shape[-1]) if value.ndim == 3 else 0
+        return value.ndim, divisor, value.device.type, value.numel() == 0
+    if isinstance(value, Logits):
+        return (*map(layout_of, value), value.has_extra_negatives)
+    if isinstance(value, (tuple, list)):
+        return (len(value), *map(layout_of, value))
+    if value is None or isinstance(value, bool):
+        return value
+    return _sign(value)
+
+
+def _sign(number: float) -> int:
+    return (number > 0) - (number < 0)
+
+
+def _strides_class(features: Tensor) -> tuple[int, bool]:
+    """How many elements lie between two rows, 16 for all multiples of it, and whether the base is
+    aligned. -1: the features are not rows of adjacent elements.
+    """
+    row, within = features.stride()
+    gap = row - features.shape[1]
+    if gap < 0 or within != 1:
+        return -1, True
+    return gap and (gap % 16 or 16), features.data_ptr() % 16 == 0
+
+
+def _with_strides_of(example: Tensor, features: Tensor) -> Tensor:
+    """The features in the class of strides of the example."""
+    gap, aligned = _strides_class(example)
+    if gap < 0:
+        return features.T.contiguous().T
+    n, d = features.shape
+    offset = 0 if aligned else 1
+    memory = features.new_empty(n * (d + gap) + offset)
+    return memory[offset:].view(n, d + gap)[:, :d].copy_(features)
+
+
+def _widened(argument: Any) -> Any:
+    is_float = isinstance(argument, Tensor) and argument.is_floating_point()
+    return argument.double() if is_float else argument
+
+
+def _difference(result: Tensor, expected: Tensor, bound: float) -> str | None:
+    """How a result is wrong; None if it is right, up to `bound` of the largest value."""
+    if result.shape != expected.shape:
+        return f"has shape {tuple(result.shape)}"
+    if expected.numel() == 0:
+        return None
+    # Where the eager result is not finite, the kernel's must not be either.
+    finite = expected.isfinite()
+    if bool((result.isfinite() & ~finite).any()):
+        return "is finite where it should not be"
+    error = torch.where(finite, (result - expected).abs(), 0).max().item()
+    largest = torch.where(finite, expected.abs(), 0).max().item()
+    if not error <= bound * largest:
+        return f"is off by {error:.2g}; its largest value is {largest:.2g}"
+    return None

@@ -1,0 +1,115 @@
+"""What the ranks of a call must agree on, and their comparison."""
+
+from collections.abc import Hashable, Sequence
+from hashlib import blake2b
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from cyclip_loss.numerics import on_device_of
+from cyclip_loss.ranks.collectives import finish_gather, is_gloo_on_gpu, start_gather
+from cyclip_loss.ranks.groups import Ranks
+
+# For each group, the signatures of the calls that its ranks have agreed on.
+_agreed: WeakKeyDictionary[ProcessGroup, set[Hashable]] = WeakKeyDictionary()
+
+
+def check_ranks_agree(
+    ranks: Ranks,
+    features: Tensor,
+    num_rows: dict[str, int],
+    signature: dict[str, Hashable],
+    numbers: dict[str, Hashable] | None = None,
+    uneven: bool = False,
+) -> tuple[Ranks, Ranks]:
+    """Compare the call with the other ranks'; return the ranks twice, with numbers of rows.
+
+    Ranks compare in the first call with a signature and, with `uneven`, in every call. The host
+    waits for the comparison. Other calls are not checked. Without `uneven`, nothing is compared
+    while `torch.compile` traces.
+
+    features: this rank's, for their device. num_rows: how many pairs this rank has, and how many
+    extra negatives reach other ranks, by the arguments' names. The first result has the ranks'
+    numbers of pairs, the second those of pairs and extra negatives together. signature: what
+    decides which collectives run, by name. numbers: compared in the first call only, because they
+    may change.
+
+    Raises:
+        ValueError: on every rank, listing all differences, or if no rank has pairs. In a call
+            without comparison, on a rank without pairs.
+    """
+    # Older versions of torch.compile can't look up a group in a dictionary.
+    if not uneven and (torch.compiler.is_compiling() or _have_agreed(ranks, signature)):
+        (pairs_name, num_pairs), *_ = num_rows.items()
+        if num_pairs == 0:
+            raise ValueError(f"{pairs_name} have 0 rows: that needs uneven=True")
+        return ranks, ranks
+    disable: Any = torch.compiler.disable  # not at the top: that would import the whole compiler
+    compare = disable(_compare)
+    return compare(ranks, features, num_rows, signature, numbers, uneven)  # type: ignore[no-any-return]
+
+
+def _have_agreed(ranks: Ranks, signature: dict[str, Hashable]) -> bool:
+    return tuple(signature.items()) in _agreed.get(ranks.group, ())
+
+
+def _compare(
+    ranks: Ranks,
+    features: Tensor,
+    num_rows: dict[str, int],
+    signature: dict[str, Hashable],
+    numbers: dict[str, Hashable] | None,
+    uneven: bool,
+) -> tuple[Ranks, Ranks]:
+    """The comparison of `check_ranks_agree`. The host waits.
+
+    Ranks send the numbers of rows and a hash of the rest. Only if hashes differ do they send the
+    values, for the error.
+    """
+    own = dict(signature)
+    if numbers and not _have_agreed(ranks, signature):
+        own |= numbers
+    # 7 bytes fit a positive int64.
+    digest = blake2b(repr(own).encode(), digest_size=7).digest()
+    device = torch.device("cpu") if is_gloo_on_gpu(features, ranks) else features.device
+    rows = [*num_rows.values(), 0][:2]  # two, so that calls of different functions are compared
+    sent = [int.from_bytes(digest, "big"), *rows]
+    gathered = start_gather(torch.tensor([sent], dtype=torch.int64, device=device), ranks)
+    assert gathered is not None
+    digests, *counts = zip(*finish_gather(gathered, ranks).tolist(), strict=True)
+
+    values: dict[str, Sequence[Any]] = {}
+    if len(set(digests)) > 1:
+        answers: list[Any] = [None] * ranks.size
+        with on_device_of(features):
+            dist.all_gather_object(answers, own, group=ranks.group)
+        names = dict.fromkeys(name for answer in answers for name in answer)  # they may differ
+        values = {name: [answer.get(name) for answer in answers] for name in names}
+    if not uneven:
+        for name, on_ranks in zip(num_rows, counts):  # noqa: B905
+            values[f"the number of rows of {name} (unless uneven=True)"] = on_ranks
+    same = "must be the same on every rank, got"
+    differing = [f"{name} {same} {_listed(x)}" for name, x in values.items() if len(set(x)) > 1]
+    if differing:
+        raise ValueError("; ".join(differing) + " (more: docs/troubleshooting.md)")
+    if sum(counts[0]) == 0:
+        raise ValueError("the global batch is empty: every rank's features have 0 rows")
+    _agreed.setdefault(ranks.group, set()).add(tuple(signature.items()))
+    columns = [sum(on_one_rank) for on_one_rank in zip(*counts, strict=True)]
+    return _with_counts(ranks, list(counts[0])), _with_counts(ranks, columns)
+
+
+def _with_counts(ranks: Ranks, counts: list[int]) -> Ranks:
+    """The ranks with their numbers of rows, None if these are equal."""
+    return ranks._replace(counts=counts if len(set(counts)) > 1 else None)
+
+
+def _listed(values: Sequence[Any]) -> str:
+    """The values by rank; on more than 16 ranks, up to 16 distinct values."""
+    if len(values) <= 16:
+        return f"{list(values)} (by rank)"
+    return f"{', '.join(sorted(set(map(str, values)))[:16])} on {len(values)} ranks"

@@ -1,0 +1,131 @@
+"""The collectives, and the sends of a ring.
+
+Collectives (torch.distributed's functional ones) and sends start early, and are waited for where
+the result is needed. Nothing here initialises a process group.
+
+Gradients follow DDP's convention: each rank's are W times the gradients of the global loss with
+respect to its own features, so that DDP's average is the gradient of the whole batch's loss.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cyclip_loss.numerics import on_device_of
+from cyclip_loss.ranks.groups import Ranks
+
+_collectives: Any = torch.ops._c10d_functional
+
+
+def is_gloo_on_gpu(block: Tensor, ranks: Ranks) -> bool:
+    """Whether gloo is given a GPU tensor, which its sends and one of its gathers cannot read.
+
+    They take the address for host memory: https://github.com/pytorch/pytorch/issues/152645
+    """
+    return block.is_cuda and dist.get_backend(ranks.group) == "gloo"
+
+
+def wait(tensor: Tensor) -> Tensor:
+    """The result of a collective; on CUDA the stream waits, not the host."""
+    return _collectives.wait_tensor(tensor)  # type: ignore[no-any-return]
+
+
+def start_all_reduce(tensor: Tensor, op: str, ranks: Ranks) -> Tensor:
+    """op: "sum" or "max". Do not use the result before `wait`."""
+    return _collectives.all_reduce(tensor, op, ranks.group_name)  # type: ignore[no-any-return]
+
+
+def all_reduce_lse(
+    values: Tensor, pair_logits: Tensor, columns: slice, ranks: Ranks
+) -> tuple[Tensor, Tensor]:
+    """The elementwise log-sum-exp of all ranks' `values`, and the pair logits of all columns.
+
+    values: (N,); pair_logits: (n,), of these columns, which are this rank's. They are sent in the
+    all-reduce of the maxima. Columns without a pair get -inf.
+    """
+    placed = torch.full_like(values, -torch.inf)
+    placed[columns] = pair_logits
+    maxima = wait(start_all_reduce(torch.stack((values, placed)), "max", ranks))
+    # Finite, so that a column without negatives has a sum of 0.
+    reference = maxima[0].clamp(min=torch.finfo(values.dtype).min)
+    sums = wait(start_all_reduce((values - reference).exp(), "sum", ranks))
+    return sums.log() + reference, maxima[1]
+
+
+def start_gather(features: Tensor, ranks: Ranks) -> Tensor | None:
+    """Start to gather all ranks' rows, for `finish_gather`; None in one process."""
+    if ranks.size == 1:
+        return None
+    block = padded(features.detach(), ranks)
+    # Without `out`, gloo runs allgather_coalesced, which reads GPU memory from the host. It can
+    # crash, too: gloo's threads assign its name, long enough to be on the heap, without a lock.
+    # Compiled code keeps that form, as Inductor may reuse `block` before the other form reads it.
+    if is_gloo_on_gpu(block, ranks) or (block.is_cpu and not torch.compiler.is_compiling()):
+        out = block.new_empty(ranks.size * block.shape[0], *block.shape[1:])
+        gather = _collectives.all_gather_into_tensor_out
+        return gather(block, ranks.size, ranks.group_name, out=out)  # type: ignore[no-any-return]
+    gather = _collectives.all_gather_into_tensor
+    return gather(block, ranks.size, ranks.group_name)  # type: ignore[no-any-return]
+
+
+def finish_gather(gathered: Tensor, ranks: Ranks) -> Tensor:
+    """(N, D), the rows of every rank in order."""
+    gathered = wait(gathered)
+    if ranks.counts is None:
+        return gathered
+    blocks = gathered.chunk(ranks.size)
+    return torch.cat(
+        [block[:count] for block, count in zip(blocks, ranks.counts, strict=True)]
+    )
+
+
+def sum_and_scatter(partial: Tensor, ranks: Ranks) -> Tensor:
+    """This rank's own rows of the sum across ranks of `partial`, (N, D)."""
+    if ranks.counts is not None:
+        partial = torch.cat(
+            [padded(block, ranks) for block in torch.split(partial, ranks.counts)]
+        )
+    own: Tensor = wait(
+        _collectives.reduce_scatter_tensor(partial, "sum", ranks.size, ranks.group_name)
+    )
+    return own if ranks.counts is None else own[: ranks.counts[ranks.rank]]
+
+
+def padded(block: Tensor, ranks: Ranks) -> Tensor:
+    """The rows, contiguous, padded with zeros to as many as the largest rank has."""
+    missing = ranks.max_rows(block.shape[0]) - block.shape[0]
+    if ranks.counts is None or missing == 0:
+        return block.contiguous()
+    return torch.cat((block, block.new_zeros(missing, *block.shape[1:])))
+
+
+class Hop:
+    """Sends blocks to the next rank of a ring, and receives the previous rank's."""
+
+    def __init__(self, blocks: list[Tensor], ranks: Ranks) -> None:
+        self.sent = [block.contiguous() for block in blocks]  # kept until they are sent
+        self.received = [torch.empty_like(block) for block in self.sent]
+        self.works: list[Any] = []
+        if not blocks:
+            return
+        if is_gloo_on_gpu(self.sent[0], ranks):
+            raise ValueError("dist_impl='ring' with features on a GPU needs nccl, not gloo")
+        group = ranks.group
+        target, source = (ranks.rank + 1) % ranks.size, (ranks.rank - 1) % ranks.size
+        operations = []
+        for tag, (outgoing, incoming) in enumerate(zip(self.sent, self.received, strict=True)):
+            operations += [
+                dist.P2POp(dist.isend, outgoing, group=group, tag=tag, group_peer=target),
+                dist.P2POp(dist.irecv, incoming, group=group, tag=tag, group_peer=source),
+            ]
+        with on_device_of(self.sent[0]):
+            self.works = dist.batch_isend_irecv(operations)
+
+    def finish(self) -> list[Tensor]:
+        """The received blocks; on CUDA the stream waits for them, not the host."""
+        for work in self.works:
+            work.wait()
+        received, self.sent, self.received = self.received, [], []
+        return received

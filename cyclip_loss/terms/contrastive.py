@@ -1,0 +1,385 @@
+"""The contrastive term and its autograd: a rank's image rows against the texts of all ranks.
+
+With l_ij = s * I_i . T_j, r_i and c_j the log-sum-exps of the rows and columns of l, and N pairs:
+
+    symmetric   L = 1/(2N) * (sum_i r_i + sum_j c_j - 2 * sum_i l_ii)     (Goel et al. 2022, eq. 1)
+    one way     L = 1/N * (sum_i r_i - sum_i l_ii)
+
+For a confidently matched pair, r_i - l_ii and exp(l_ii - r_i) - 1 would lose all digits. So the
+sums run over *negatives*: a_i, b_j are the log-sum-exps of row i and column j without the pair.
+
+    r_i - l_ii            = log(1 + exp(a_i - l_ii))
+    exp(l_ii - r_i) - 1   = -1 / (1 + exp(l_ii - a_i))
+
+Forward saves the features and vectors of N elements, no N x N matrix. Backward computes the logits
+again: 8 N^2 D flops in all, where dense autograd takes 6 N^2 D.
+
+With the N pairs spread over W ranks, the columns reach the rows by a strategy (`ranks/`).
+
+Extra negatives are rows and columns without a pair, after the pairs. Their own log-sum-exps are
+not part of the loss, so backward gets inf for them. That makes their part of G, the gradient of the
+logits, zero (`eager.contrastive_grads`).
+
+Gradients are summed across ranks in the accumulation dtype. Except for the gather, communication is
+inside the operators, where `torch.compile` does not see it. If it were traced, a ring would keep
+every block for backward, and a rank without rows would drop collectives whose results it does not
+use.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cyclip_loss import engines
+from cyclip_loss.engines.interface import Engine
+from cyclip_loss.logits import ALL_ROWS, Gradients, Logits, LogSumExps, SavedStatistics
+from cyclip_loss.numerics import without_autocast
+from cyclip_loss.plan import Batch, Plan
+from cyclip_loss.ranks import STRATEGIES, collectives
+from cyclip_loss.ranks.groups import Ranks
+from cyclip_loss.terms import dense
+from cyclip_loss.terms.operators import Operator, empty_grad_like, where_needed
+from cyclip_loss.terms.positives import Positives
+
+
+class Gathers(NamedTuple):
+    """All-gathers that run while other terms are computed; None where nothing is sent."""
+
+    column_features: list[Tensor | None]  # of each contrastive term
+    ids: Tensor | None
+
+
+class Term(NamedTuple):
+    """How a contrastive term is computed, in types that an operator can take."""
+
+    partner_offset: int  # this and the next two: as in `Logits`
+    symmetric: bool
+    num_pairs: int
+    # What the sum over rows and columns is divided by: 2N, or N one way. For log-sum-exps W, as
+    # their upstream gradients are those of the rank's own loss.
+    divisor: int
+    positives: bool  # whether rows with the same id are positives, not ignored
+    engine: str  # as in `Plan`
+    strategy: str
+    traced: bool
+    ranks: Ranks  # with the numbers of columns
+
+    @property
+    def directions(self) -> int:
+        """How many log-sum-exps each pair is part of."""
+        return 2 if self.symmetric else 1
+
+
+class TermInputs(NamedTuple):
+    """The inputs of the autograd function of a contrastive term."""
+
+    row_features: Tensor
+    column_features: Tensor  # this rank's own
+    logit_scale: Tensor
+    row_ids: Tensor | None
+    column_ids: Tensor | None  # of the columns of all ranks
+    gathered: Tensor | None  # from `start_gathers`
+    term: Term
+
+
+def start_gathers(batch: Batch, plan: Plan) -> Gathers:
+    """Start to gather the columns of every contrastive term and the ids, for `terms`."""
+    column_features: list[Tensor | None] = []
+    for index, features in enumerate(batch.column_features):
+        ranks = batch.column_ranks if index == 0 else batch.ranks
+        gathers = plan.strategy == "gather"
+        column_features.append(collectives.start_gather(features, ranks) if gathers else None)
+    ids = None if batch.ids is None else collectives.start_gather(batch.ids, batch.ranks)
+    return Gathers(column_features, ids)
+
+
+def terms(
+    batch: Batch, plan: Plan, gathers: Gathers, inmodal_weight: float | None
+) -> dict[str, Tensor]:
+    """The contrastive terms by name, weighted: scalars of the accumulation dtype.
+
+    inmodal_weight: of the in-modal term of augmented views; None: its mean with CLIP's.
+    """
+    losses = []
+    for inputs in term_inputs(batch, plan, gathers):
+        if plan.contrastive == "dense":
+            *tensors, _, term = inputs
+            losses.append(dense.contrastive_term(logits_of(*tensors, term), term.divisor))
+        else:
+            losses.append(_Contrastive.apply(*inputs))  # type: ignore[no-untyped-call]
+    if len(losses) == 1:
+        return {"contrastive_loss": losses[0]}
+    inmodal = (losses[1] + losses[2]) / 2
+    if inmodal_weight is None:  # the authors' mean
+        return {"contrastive_loss": losses[0] / 2, "inmodal_contrastive_loss": inmodal * 0.5}
+    return {"contrastive_loss": losses[0], "inmodal_contrastive_loss": inmodal * inmodal_weight}
+
+
+def term_inputs(batch: Batch, plan: Plan, gathers: Gathers) -> list[TermInputs]:
+    """The inputs of each contrastive term."""
+    assert batch.logit_scale is not None
+    batch_ids = None
+    if gathers.ids is not None:
+        batch_ids = collectives.finish_gather(gathers.ids, batch.ranks)
+    elif batch.ids is not None:
+        batch_ids = batch.ids.view_as(batch.ids)  # torch.compile refuses the same tensor twice
+    all_inputs: list[TermInputs] = []
+    for index, row_features in enumerate(batch.row_features):
+        ranks = batch.column_ranks if index == 0 else batch.ranks
+        column_features = batch.column_features[index]
+        row_ids, column_ids, num_pairs = batch.ids, batch_ids, ALL_ROWS
+        if batch.has_negatives and index == 0:
+            num_pairs = batch.image_features.shape[0]
+            row_ids, column_ids = _ids_with_negatives(batch, batch_ids)
+        partner_offset = 0
+        if plan.strategy == "gather":
+            partner_offset = ranks.first_row(ranks.rank, column_features.shape[0])
+        symmetric = index == 0 and not batch.one_way
+        term = Term(
+            partner_offset,
+            symmetric,
+            num_pairs,
+            batch.total_pairs * (2 if symmetric else 1),
+            plan.positives,
+            plan.engine,
+            plan.strategy,
+            plan.traced,
+            ranks,
+        )
+        inputs = TermInputs(
+            row_features,
+            column_features,
+            batch.logit_scale,
+            row_ids,
+            column_ids,
+            gathers.column_features[index],
+            term,
+        )
+        all_inputs.append(inputs)
+    return all_inputs
+
+
+def _ids_with_negatives(
+    batch: Batch, batch_ids: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Row and column ids of the first term. Extra negatives get ids that match no other.
+
+    batch_ids: of the pairs of all ranks. They are numbered from 0 on, so -2 (extra images) and -1
+    (extra texts) are free.
+    """
+    if batch.ids is None or batch_ids is None:
+        return None, None
+    ordered = batch_ids.sort()[0]
+    row_ids, column_ids = (
+        torch.searchsorted(ordered, batch.ids),
+        torch.searchsorted(ordered, batch_ids),
+    )
+    num_pairs, num_columns = batch.image_features.shape[0], batch.column_features[0].shape[0]
+    row_ids = F.pad(row_ids, (0, batch.row_features[0].shape[0] - num_pairs), value=-2)
+    pairs_per_rank = [batch.ranks.count(rank, num_pairs) for rank in range(batch.ranks.size)]
+    blocks = []
+    for rank, block in enumerate(torch.split(column_ids, pairs_per_rank)):
+        extra = batch.column_ranks.count(rank, num_columns) - pairs_per_rank[rank]
+        blocks.append(F.pad(block, (0, extra), value=-1))
+    return row_ids, torch.cat(blocks)
+
+
+class _Contrastive(torch.autograd.Function):
+    """A contrastive term of the global batch: a scalar of the accumulation dtype.
+
+    The inputs are those of `TermInputs`. Without `Term.symmetric` the loss is one way, rows to
+    columns.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        row_features: Tensor,
+        column_features: Tensor,
+        logit_scale: Tensor,
+        row_ids: Tensor | None,
+        column_ids: Tensor | None,
+        gathered: Tensor | None,
+        term: Term,
+    ) -> Tensor:
+        columns = column_features
+        if gathered is not None:
+            columns = collectives.finish_gather(gathered, term.ranks)
+        inputs = (row_features, columns, logit_scale, row_ids, column_ids)
+        loss: Tensor
+        loss, *saved = contrastive_forward(term.traced, *inputs, term)
+        ctx.save_for_backward(*inputs, *saved)
+        ctx.term, ctx.own_columns = term, column_features.shape[0]
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needs = list(ctx.needs_input_grad[:3])
+        grads = contrastive_backward(
+            ctx.term.traced, *ctx.saved_tensors, grad, needs, ctx.own_columns, ctx.term
+        )
+        return (*where_needed(grads, needs), None, None, None, None)
+
+
+def _forward(
+    row_features: Tensor,
+    column_features: Tensor,
+    logit_scale: Tensor,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    term: Term,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A contrastive term of the global batch, and the fields of `SavedStatistics`.
+
+    column_features: this rank's own or, with "gather", those of all ranks.
+    """
+    logits = logits_of(row_features, column_features, logit_scale, row_ids, column_ids, term)
+    engine = engines.load(term.engine, row_features)
+    with without_autocast(row_features):
+        positives = Positives(column_ids) if term.positives else None
+        lse = log_sum_exps(engine, logits, term, positives)
+        num_rows = row_features.shape[0]
+        own_pairs = min(num_rows, term.num_pairs)
+        pair_logits, column_pair_logits = lse.pair_logits[:own_pairs], lse.column_pair_logits
+        if column_pair_logits is None:
+            column_pair_logits = pair_logits
+            extra = lse.column_negatives_lse.shape[0] - own_pairs
+            if extra > 0:
+                column_pair_logits = F.pad(pair_logits, (0, extra), value=-torch.inf)
+        loss, row_lse, column_lse, pair_gradient = engine.pair_terms(
+            lse.row_negatives_lse[:own_pairs],
+            lse.column_negatives_lse,
+            pair_logits,
+            column_pair_logits,
+            term.partner_offset,
+            1 / term.divisor,
+        )
+        if positives is not None:
+            shares = positives.other_shares(row_ids)[:own_pairs].to(loss.dtype)
+            pairs_part = (shares * pair_logits).sum()
+            total_pairs = term.divisor // term.directions
+            loss = loss + (pairs_part - logit_scale * positives.row_products) / total_pairs
+            pair_gradient = pair_gradient + term.directions * shares
+        if logits.has_extra_negatives:
+            loss = loss + zero_or_nan(logits, loss.dtype)
+        if term.ranks.size > 1:
+            loss = collectives.wait(collectives.start_all_reduce(loss, "sum", term.ranks))
+        if logits.has_extra_negatives:
+            row_lse = F.pad(row_lse, (0, num_rows - own_pairs), value=torch.inf)
+            pair_gradient = F.pad(pair_gradient, (0, num_rows - own_pairs))
+            column_lse.masked_fill_(column_pair_logits == -torch.inf, torch.inf)
+    return loss, row_lse, column_lse, pair_gradient
+
+
+def logits_of(
+    row_features: Tensor,
+    column_features: Tensor,
+    logit_scale: Tensor,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    term: Term,
+) -> Logits:
+    return Logits(
+        row_features,
+        column_features,
+        logit_scale,
+        row_ids,
+        column_ids,
+        term.partner_offset,
+        term.symmetric,
+        term.num_pairs,
+    )
+
+
+def log_sum_exps(
+    engine: Engine, logits: Logits, term: Term, positives: Positives | None = None
+) -> LogSumExps:
+    """The log-sum-exps of the negatives, by the term's strategy.
+
+    positives: if given, all other columns are negatives, and `row_products` is summed up.
+    """
+
+    def block_lse(block: Logits) -> LogSumExps:
+        if positives is None:
+            return engine.contrastive_lse(block)
+        positives.add_row_products(block)
+        return engine.contrastive_lse(block.without_ids())
+
+    return STRATEGIES[term.strategy].log_sum_exps(block_lse, logits, term.ranks)
+
+
+def zero_or_nan(logits: Logits, dtype: torch.dtype) -> Tensor:
+    """0, or NaN if a feature is not finite.
+
+    To be added to results with extra negatives: an infinite negative may have the logit -inf, and
+    the result would stay finite.
+    """
+    return ((logits.row_features * 0).sum() + (logits.column_features * 0).sum()).to(dtype)
+
+
+def _forward_fake(given: Any) -> tuple[Tensor, ...]:
+    # shape[0], not len: len would make a symbolic size static, and every N would be compiled.
+    n = given.row_features.shape[0]
+    m = given.column_features.shape[0] if given.term.symmetric else 0
+    new = given.logit_scale.new_empty
+    return new(()), new((n,)), new((m,)), new((n,))
+
+
+contrastive_forward = Operator("contrastive_forward", _forward, _forward_fake)
+
+
+def _backward(
+    row_features: Tensor,
+    column_features: Tensor,
+    logit_scale: Tensor,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    row_lse: Tensor,
+    column_lse: Tensor,
+    pair_gradient: Tensor,
+    grad: Tensor,
+    needs: list[bool],
+    own_columns: int,
+    term: Term,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of this rank's rows and its own columns, and its part of the scale's.
+
+    Across W ranks they are W times the gradients of the global loss, as DDP averages.
+
+    column_features, column_ids: as in forward; row_lse, column_lse, pair_gradient: the fields of
+    `SavedStatistics`; grad: scalar, the upstream gradient; needs: which of the three to compute
+    (the others are empty); own_columns: how many columns are this rank's.
+    """
+    logits = logits_of(row_features, column_features, logit_scale, row_ids, column_ids, term)
+    saved = SavedStatistics(row_lse, column_lse, pair_gradient)
+    engine = engines.load(term.engine, row_features)
+    weight = term.ranks.size / term.divisor
+    # Gradients to which more is added, by other ranks or for positives, stay in float32.
+    float32_grads = term.ranks.size > 1 or term.positives
+    positives = Positives(column_ids) if term.positives else None
+
+    def block_grads(block: Logits, saved: SavedStatistics) -> Gradients:
+        if positives is None:
+            return engine.contrastive_grads(block, saved, grad, weight, needs, float32_grads)
+        grads = engine.contrastive_grads(
+            block.without_ids(), saved, grad, weight, needs, float32_grads
+        )
+        return positives.add_grads(grads, block, grad * (weight * term.directions), needs)
+
+    with without_autocast(row_features):
+        strategy = STRATEGIES[term.strategy]
+        grads = strategy.gradients(block_grads, logits, saved, needs, term.ranks)
+    rows, columns = grads.rows.to(row_features.dtype), grads.columns.to(column_features.dtype)
+    return rows, columns, grads.scale
+
+
+def _backward_fake(given: Any) -> tuple[Tensor, ...]:
+    columns = given.column_features
+    own_columns = columns.new_empty(given.own_columns, columns.shape[1])
+    inputs = (given.row_features, own_columns, given.logit_scale)
+    return tuple(map(empty_grad_like, inputs, given.needs))
+
+
+contrastive_backward = Operator("contrastive_backward", _backward, _backward_fake)

@@ -1,0 +1,208 @@
+"""The two cyclic penalties without an N x N matrix, and their autograd.
+
+With U = I + T, V = I - T, p = ||U V^T||_F^2 and q = <U V^T, V U^T>_F:
+
+    P_in    = 1/N * ||I I^T - T T^T||_F^2 = (p + q) / (2N)          (Goel et al. 2022, eq. 2)
+    P_cross = 1/N * ||I T^T - T I^T||_F^2 = (p - q) / (2N)          (Goel et al. 2022, eq. 3)
+
+because I I^T - T T^T is the symmetric part of U V^T and I T^T - T I^T its antisymmetric part, up to
+sign. p and q come from D x D Gram matrices:
+
+    A = U^T U,  B = V^T V,  C = V^T U:      p = <A, B>_F,  q = <C, C^T>_F
+
+`eager.cyclic_grads` has the formulas of the gradients. A, B and C are sums over rows. So across
+ranks, one all-reduce makes them global, no features are sent, and backward communicates nothing.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cyclip_loss import engines
+from cyclip_loss.engines import eager
+from cyclip_loss.numerics import accumulation_dtype, without_autocast
+from cyclip_loss.options import PenaltyOptions
+from cyclip_loss.plan import Batch, Plan
+from cyclip_loss.ranks import collectives
+from cyclip_loss.terms import dense
+from cyclip_loss.terms.operators import Operator, empty_grad_like, where_needed
+
+TERMS = ("inmodal_cyclic_loss", "crossmodal_cyclic_loss")
+
+
+def start_reducing_grams(batch: Batch, plan: Plan) -> Tensor | None:
+    """Start the all-reduce of the Gram matrices and the row count, for `terms`.
+
+    Returns 2 D^2 + 1 elements of the accumulation dtype, 3 D^2 + 1 with C; None in one process or
+    if both lambdas are 0.
+    """
+    if batch.ranks.size == 1 or plan.penalties == "none":
+        return None
+    with torch.no_grad():
+        grams = gram_matrices(
+            plan.traced, batch.image_features, batch.text_features, plan.with_cross, plan.engine
+        )
+    own = torch.cat((grams.reshape(-1), grams.new_full((1,), batch.image_features.shape[0])))
+    return collectives.start_all_reduce(own, "sum", batch.ranks)
+
+
+def terms(
+    batch: Batch, plan: Plan, options: PenaltyOptions, reduced: Tensor | None
+) -> dict[str, Tensor]:
+    """The weighted penalties by name if `plan.as_terms`, else {"cyclic_loss": their sum}.
+
+    The scalars have the accumulation dtype. reduced: the result of `start_reducing_grams`.
+    """
+    image_features, text_features = batch.image_features, batch.text_features
+    n, d = image_features.shape
+    if plan.penalties == "none":
+        # Zeros with zero gradients, as one penalty has if only its lambda is 0.
+        nothing = image_features[:0].sum() + text_features[:0].sum()
+        zero = nothing.to(accumulation_dtype(image_features.dtype))
+        penalties = [zero, zero.clone()] if plan.as_terms else [zero]
+    elif plan.penalties == "dense":
+        dtype = accumulation_dtype(image_features.dtype)
+        is_compiling = torch.compiler.is_compiling()
+        one = image_features.new_ones((), dtype=dtype) if is_compiling else 1.0
+        weights = numeric_weights(options, n, one)
+        penalties = dense.cyclic_terms(
+            image_features, text_features, weights, plan.with_cross, plan.as_terms
+        )
+    else:
+        if reduced is None:
+            grams, weights = None, _tensor_weights(options, n, image_features)
+        else:
+            summed = collectives.wait(reduced)
+            grams = summed[:-1].view(-1, d, d)
+            # Tensors are multiplied: torch.compile of PyTorch 2.8 would make constants of the
+            # lambdas.
+            one = summed.new_ones(()) if torch.compiler.is_compiling() else 1.0
+            weights = numeric_weights(options, summed[-1], one)
+        penalties = _CyclicPenalties.apply(  # type: ignore[no-untyped-call]
+            image_features, text_features, grams, *weights, batch.ranks.size, plan
+        )
+    names = TERMS if plan.as_terms else ("cyclic_loss",)
+    return dict(zip(names, penalties))  # noqa: B905 (PyTorch 2.8 can't trace strict)
+
+
+class _CyclicPenalties(torch.autograd.Function):
+    """(weight_in * N P_in, weight_cross * N P_cross) if `plan.as_terms`, else (their sum,).
+
+    image_features, text_features: (n, D); grams: None or, across `size` > 1 ranks, the Gram
+    matrices of the global batch; weights: scalar tensors, equal unless `plan.with_cross`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        image_features: Tensor,
+        text_features: Tensor,
+        grams: Tensor | None,
+        inmodal_weight: Tensor,
+        crossmodal_weight: Tensor,
+        size: int,
+        plan: Plan,
+    ) -> tuple[Tensor, ...]:
+        weights = [inmodal_weight, crossmodal_weight]
+        if grams is None:
+            grams = gram_matrices(
+                plan.traced, image_features, text_features, plan.with_cross, plan.engine
+            )
+        # Not an operator: a compiler can fuse these few PyTorch operations on D x D matrices. A
+        # rank without rows must compute the same bits as the others.
+        engine = eager
+        if not plan.traced:
+            engine = engines.load(plan.engine, image_features, needs_rows=False)
+        penalties = engine.cyclic_terms(grams, weights, plan.as_terms)
+        ctx.save_for_backward(image_features, text_features, grams, *weights)
+        ctx.plan, ctx.size = plan, size
+        return tuple(penalties)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        image_features, text_features, grams, *weights = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:2])
+        feature_grads = cyclic_grads(
+            ctx.plan.traced,
+            image_features,
+            text_features,
+            grams,
+            list(grads),
+            weights,
+            ctx.size,  # the gradients are multiplied by it, because DDP averages
+            needs,
+            ctx.plan.engine,
+        )
+        return (*where_needed(feature_grads, needs), None, None, None, None, None)
+
+
+def numeric_weights(options: PenaltyOptions, total: Any, one: Any = 1.0) -> tuple[Any, Any]:
+    """The weights of N * P_in and N * P_cross, which are sums over all pairs of N rows.
+
+    lambda / N in the paper's formula, lambda * R / N^2 with a reference batch size R.
+    total: N, a number or a tensor; one: 1.0, or a tensor with the value 1 to get tensors.
+    """
+    reference: float | None = options._reference
+    weights = one * options.lambda_inmodal, one * options.lambda_crossmodal
+    if reference is None:
+        return weights[0] / total, weights[1] / total
+    return weights[0] * reference / (total * total), weights[1] * reference / (total * total)
+
+
+def _tensor_weights(options: PenaltyOptions, n: int, features: Tensor) -> tuple[Any, ...]:
+    """`numeric_weights` as tensors, on the CPU: filling one on a GPU would launch a kernel.
+
+    When traced, they are on the features' device, for CUDA graphs, and the arithmetic is on
+    tensors: torch.compile would make constants of Python numbers combined with each other.
+    """
+    dtype = accumulation_dtype(features.dtype)
+    if torch.compiler.is_compiling():
+        return numeric_weights(options, n, features.new_ones((), dtype=dtype))
+    # An explicit device, as torch.set_default_device may have set another.
+    weights = numeric_weights(options, n)
+    return tuple(torch.scalar_tensor(weight, dtype=dtype, device="cpu") for weight in weights)
+
+
+def _gram_matrices(
+    image_features: Tensor, text_features: Tensor, with_cross: bool, engine: str
+) -> Tensor:
+    """The Gram matrices of this rank's rows, as in `eager.gram_matrices`."""
+    compute = engines.load(engine, image_features)
+    with without_autocast(image_features):
+        return compute.gram_matrices(image_features, text_features, with_cross)
+
+
+def _gram_fake(given: Any) -> Tensor:
+    features: Tensor = given.image_features
+    d, dtype = features.shape[1], accumulation_dtype(features.dtype)
+    return features.new_empty(3 if given.with_cross else 2, d, d, dtype=dtype)
+
+
+gram_matrices = Operator("gram_matrices", _gram_matrices, _gram_fake)
+
+
+def _cyclic_grads(
+    image_features: Tensor,
+    text_features: Tensor,
+    grams: Tensor,
+    grads: list[Tensor],
+    weights: list[Tensor],
+    size: int,
+    needs: list[bool],
+    engine: str,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of this rank's features, as in `eager.cyclic_grads`."""
+    compute = engines.load(engine, image_features)
+    with without_autocast(image_features):
+        return compute.cyclic_grads(
+            image_features, text_features, grams, grads, weights, size, needs
+        )
+
+
+def _grads_fake(given: Any) -> tuple[Tensor, ...]:
+    features = given.image_features, given.text_features
+    return tuple(map(empty_grad_like, features, given.needs))
+
+
+cyclic_grads = Operator("cyclic_grads", _cyclic_grads, _grads_fake)

@@ -1,0 +1,65 @@
+"""Both terms of a batch with few rows, from N x N matrices, in plain PyTorch.
+
+Up to about N = 1.5 D these matrices are not much larger than the features, and take no more flops
+than the streamed form. So PyTorch's autograd keeps them, and torch.compile fuses what is between
+the products. With U = I + T, V = I - T and W = U V^T:
+
+    P_in = (p + q) / (2N),  P_cross = (p - q) / (2N),       p = ||W||_F^2,  q = <W, W^T>_F
+
+The contrastive term has the formula of `contrastive.py`: its sums run over the negatives.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cyclip_loss.engines import eager
+from cyclip_loss.logits import Logits, LogSumExps
+from cyclip_loss.numerics import accumulation_dtype, without_autocast
+
+
+def log_sum_exps(logits: Logits) -> LogSumExps:
+    """The log-sum-exps of the negatives, and the pairs' logits. Row i is paired with column i."""
+    dtype = accumulation_dtype(logits.row_features.dtype)
+    with without_autocast(logits.row_features):
+        row_features, column_features = logits.row_features.to(dtype), logits.column_features.to(dtype)
+        products = (row_features * logits.logit_scale) @ column_features.T
+        pair_logits = products.diagonal()[: logits.num_pairs]
+        if logits.row_ids is None or logits.column_ids is None:
+            n, m = products.shape
+            rows = torch.arange(n, device=products.device)
+            columns = torch.arange(m, device=products.device)
+            is_left_out = rows[:, None] == columns
+        else:
+            is_left_out = logits.row_ids[:, None] == logits.column_ids
+        negatives = products.masked_fill(is_left_out, -torch.inf)
+        column_lse = negatives.logsumexp(dim=0) if logits.symmetric else products.new_empty(0)
+        return LogSumExps(negatives.logsumexp(dim=1), column_lse, pair_logits)
+
+
+def contrastive_term(logits: Logits, divisor: int) -> Tensor:
+    """The sum over the rows and columns of the pairs, divided: a scalar."""
+    lse = log_sum_exps(logits)
+    n = lse.pair_logits.shape[0]
+    negatives_lse = lse.row_negatives_lse[:n]
+    if logits.symmetric:
+        negatives_lse = torch.stack((negatives_lse, lse.column_negatives_lse[:n]))
+    return eager.softplus(eager.margins(negatives_lse, lse.pair_logits)).sum() / divisor
+
+
+def cyclic_terms(
+    image_features: Tensor,
+    text_features: Tensor,
+    weights: Any,
+    with_cross: bool,
+    as_terms: bool,
+) -> list[Tensor]:
+    """The weighted penalties, as in `eager.weighted_penalties`. Features: (N, D)."""
+    dtype = accumulation_dtype(image_features.dtype)
+    with without_autocast(image_features):
+        image, text = image_features.to(dtype), text_features.to(dtype)
+        w_matrix = (image + text) @ (image - text).T
+        p = w_matrix.square().sum()
+        q = (w_matrix * w_matrix.T).sum() if with_cross else None
+        return eager.weighted_penalties(p, q, weights, as_terms)

@@ -1,0 +1,135 @@
+"""The log-sum-exps of a contrastive term, with gradients.
+
+With l_ij = s * I_i . T_j, and sums that leave out the pair:
+
+    a_i = log sum_{j != i} exp(l_ij)      b_j = log sum_{i != j} exp(l_ij)      l_ii
+
+Given the upstream gradients g_i of a_i, h_j of b_j, and e_i of l_ii, the gradient of l_ij is
+
+    G_ij = g_i exp(l_ij - a_i) + h_j exp(l_ij - b_j)      G_ii = e_i
+
+Because g_i exp(l_ij - a_i) = exp(l_ij - (a_i - ln g_i)), `contrastive_backward` computes this G
+when it is given r_i = a_i - ln g_i and c_j = b_j - ln h_j.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cyclip_loss import engines
+from cyclip_loss.logits import LogSumExps
+from cyclip_loss.numerics import without_autocast
+from cyclip_loss.plan import Batch, Plan
+from cyclip_loss.ranks import collectives
+from cyclip_loss.terms import dense
+from cyclip_loss.terms.contrastive import (
+    Gathers,
+    Term,
+    contrastive_backward,
+    log_sum_exps as streamed_log_sum_exps,
+    logits_of,
+    term_inputs,
+    zero_or_nan,
+)
+from cyclip_loss.terms.operators import Operator, where_needed
+
+
+def log_sum_exps(batch: Batch, plan: Plan, gathers: Gathers) -> LogSumExps:
+    """The log-sum-exps of this rank's pairs, over the negatives of all ranks."""
+    (inputs,) = term_inputs(batch, plan, gathers)
+    *tensors, gathered, term = inputs
+    if plan.contrastive == "dense":
+        logits = logits_of(*tensors, term)
+        row_lse, column_lse, pair_logits, _ = dense.log_sum_exps(logits)
+        # Extra negatives have no log-sum-exp of their own.
+        return LogSumExps(row_lse, column_lse[: row_lse.shape[0]], pair_logits)
+    # The upstream gradients are those of this rank's own loss.
+    term = term._replace(divisor=term.ranks.size)
+    return LogSumExps(*_LogSumExp.apply(*tensors, gathered, term))  # type: ignore[no-untyped-call]
+
+
+class _LogSumExp(torch.autograd.Function):
+    """row_negatives_lse, column_negatives_lse (empty one way) and pair_logits, each (n,).
+
+    The inputs are those of `TermInputs`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        row_features: Tensor,
+        column_features: Tensor,
+        logit_scale: Tensor,
+        row_ids: Tensor | None,
+        column_ids: Tensor | None,
+        gathered: Tensor | None,
+        term: Term,
+    ) -> tuple[Tensor, ...]:
+        ctx.term, ctx.own_columns = term, column_features.shape[0]
+        if gathered is not None:
+            column_features = collectives.finish_gather(gathered, term.ranks)
+        if row_features.dtype == torch.float16:
+            # G has the size of the upstream gradients, which are too small for float16.
+            row_features, column_features = row_features.float(), column_features.float()
+        inputs = (row_features, column_features, logit_scale, row_ids, column_ids)
+        results: tuple[Tensor, ...] = logsumexp_forward(term.traced, *inputs, term)
+        row_lse, column_lse, _ = results
+        ctx.save_for_backward(*inputs, row_lse, column_lse)
+        return results
+
+    @staticmethod
+    def backward(
+        ctx: Any, row_lse_grad: Tensor, column_lse_grad: Tensor, pair_logits_grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        term, needs = ctx.term, list(ctx.needs_input_grad[:3])
+        *inputs, row_lse, column_lse = ctx.saved_tensors
+        # The logarithm of a negative gradient is NaN. Of 0 it is -inf, so r_i is inf and G_ij is 0.
+        # In a row without negatives, every G_ij is left out.
+        row_lse = row_lse - row_lse_grad.log()
+        if term.symmetric:
+            column_lse = column_lse - column_lse_grad.log()
+            num_extra = ctx.own_columns - column_lse.shape[0]
+            if num_extra > 0:  # extra negatives have no log-sum-exp of their own
+                column_lse = F.pad(column_lse, (0, num_extra), value=torch.inf)
+            if term.strategy == "gather":
+                gathered = collectives.start_gather(column_lse, term.ranks)
+                assert gathered is not None
+                column_lse = collectives.finish_gather(gathered, term.ranks)
+        saved = (row_lse, column_lse, pair_logits_grad.contiguous())
+        grads = contrastive_backward(
+            term.traced, *inputs, *saved, row_lse.new_ones(()), needs, ctx.own_columns, term
+        )
+        return (*where_needed(grads, needs), None, None, None, None)
+
+
+def _forward(
+    row_features: Tensor,
+    column_features: Tensor,
+    logit_scale: Tensor,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    term: Term,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The results of `_LogSumExp`."""
+    logits = logits_of(row_features, column_features, logit_scale, row_ids, column_ids, term)
+    engine = engines.load(term.engine, row_features)
+    with without_autocast(row_features):
+        lse = streamed_log_sum_exps(engine, logits, term)
+    row_lse, column_lse = lse.row_negatives_lse, lse.column_negatives_lse
+    if logits.has_extra_negatives:
+        zero = zero_or_nan(logits, row_lse.dtype)
+        row_lse, column_lse = row_lse + zero, column_lse + zero
+    if term.symmetric and column_lse.shape[0] > row_features.shape[0]:
+        # This rank's, without extra negatives. A copy, because a view would keep all of them.
+        column_lse = column_lse[logits.pairs[1]].clone()
+    return row_lse, column_lse, lse.pair_logits
+
+
+def _forward_fake(given: Any) -> tuple[Tensor, ...]:
+    n, new = given.row_features.shape[0], given.logit_scale.new_empty
+    return new((n,)), new((n if given.term.symmetric else 0,)), new((n,))
+
+
+logsumexp_forward = Operator("logsumexp_forward", _forward, _forward_fake)

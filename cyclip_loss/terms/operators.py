@@ -1,0 +1,133 @@
+"""A function that is also an operator of `torch.ops.cyclip_loss`, for `torch.compile`.
+
+`torch.compile` sees only the shapes of an operator's results. The autograd functions of this folder
+call the operator while they are traced (`torch.compile`, `torch.export`, fake tensors), and the
+Python function otherwise, because PyTorch's dispatcher takes about 18 microseconds.
+"""
+
+from collections.abc import Callable, Iterator
+from inspect import Parameter, Signature
+from types import SimpleNamespace
+from typing import Any, NoReturn, get_type_hints
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+
+class Operator:
+    """A function, and the operator `cyclip_loss::<name>`.
+
+    The function's annotations are the operator's schema. Operators take no records, so a NamedTuple
+    among the arguments is flattened here, and only here. Compiled code may run the operator under
+    autocast, so the function has to switch autocast off.
+
+    Args:
+        fake: takes one object, whose attributes are the arguments; returns tensors of the shapes
+            and dtypes of the results.
+    """
+
+    def __init__(
+        self, name: str, function: Callable[..., Any], fake: Callable[[Any], Any]
+    ) -> None:
+        self.function = function
+        annotations = get_type_hints(function)
+        returned = annotations.pop("return")
+        self.structures = tuple(map(_structure, annotations.values()))
+
+        def arguments(values: tuple[Any, ...]) -> dict[str, Any]:
+            rest = iter(values)
+            return {name: _record(kind, rest) for name, kind in annotations.items()}
+
+        def on_values(*values: Any) -> Any:
+            return function(**arguments(values))
+
+        parameters = [
+            Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, annotation=kind)
+            for argument in annotations.items()
+            for name, kind in _fields(*argument)
+        ]
+        on_values.__signature__ = Signature(  # type: ignore[attr-defined]
+            parameters, return_annotation=returned
+        )
+        self.operator: Any = custom_op(f"cyclip_loss::{name}", on_values, mutates_args=())
+        self.operator.register_fake(lambda *values: fake(SimpleNamespace(**arguments(values))))
+
+    def __call__(self, traced: bool, *arguments: Any) -> Any:
+        """The results of the function, by the operator if the call is traced.
+
+        In a backward with create_graph=True, differentiating the results raises an error instead of
+        silently returning zero.
+        """
+        if traced:
+            return self.operator(*_values(arguments, self.structures))
+        if torch.is_grad_enabled():
+            groups = (x if isinstance(x, list | tuple) else [x] for x in arguments)
+            tensors = [x for group in groups for x in group if isinstance(x, Tensor)]
+            return _FirstDerivativesOnly.apply(  # type: ignore[no-untyped-call]
+                self.function, arguments, *tensors
+            )
+        return self.function(*arguments)
+
+
+def _structure(kind: Any) -> Any:
+    """The structures of the fields of a NamedTuple; None for any other type."""
+    if not hasattr(kind, "_fields"):
+        return None
+    return tuple(map(_structure, get_type_hints(kind).values()))
+
+
+def _fields(name: str, kind: Any) -> Iterator[tuple[str, Any]]:
+    """The name and the type of each value in an argument."""
+    if not hasattr(kind, "_fields"):
+        yield name, kind
+        return
+    for field in get_type_hints(kind).items():
+        yield from _fields(*field)
+
+
+def _values(arguments: tuple[Any, ...], structures: tuple[Any, ...]) -> list[Any]:
+    """The arguments, with NamedTuples flattened."""
+    values: list[Any] = []
+    for argument, structure in zip(arguments, structures):  # noqa: B905 (PyTorch 2.8)
+        values += [argument] if structure is None else _values(argument, structure)
+    return values
+
+
+def _record(kind: Any, values: Iterator[Any]) -> Any:
+    """The next argument, of this type: the inverse of `_values`."""
+    if not hasattr(kind, "_fields"):
+        return next(values)
+    return kind(*(_record(field, values) for field in get_type_hints(kind).values()))
+
+
+class _FirstDerivativesOnly(torch.autograd.Function):
+    """Calls a function that returns gradients. Differentiating these raises an error.
+
+    tensors: those in `arguments`. Autograd does not look for tensors in tuples and lists.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, function: Callable[..., Any], arguments: tuple[Any, ...], *tensors: Tensor
+    ) -> Any:
+        return tuple(function(*arguments))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
+        raise RuntimeError(
+            "cyclip_loss has first derivatives only: its gradients cannot be differentiated again "
+            "(as a gradient penalty, or backward through create_graph=True, would). "
+            "cyclip_loss.reference.cyclip_loss has all derivatives, but builds N x N matrices "
+            "(more: docs/troubleshooting.md)"
+        )
+
+
+def where_needed(grads: Any, needs: list[bool]) -> list[Tensor | None]:
+    """The gradients that backward returns: None where not needed."""
+    return [grad if need else None for grad, need in zip(grads, needs)]  # noqa: B905
+
+
+def empty_grad_like(features: Tensor, needed: bool) -> Tensor:
+    """An uninitialised gradient of these features, without elements if it is not needed."""
+    return features.new_empty(features.shape if needed else (0,))
