@@ -11,7 +11,7 @@ from cyclip_loss.numerics import accumulation_dtype, autocast_is_on
 from cyclip_loss.options import ContrastiveOptions, Options, PenaltyOptions
 from cyclip_loss.plan import Batch
 from cyclip_loss.ranks.agreement import check_ranks_agree
-from cyclip_loss.ranks.groups import Ranks, ranks_of
+from cyclip_loss.ranks.groups import ranks_of
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

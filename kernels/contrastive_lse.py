@@ -14,7 +14,6 @@ of the sum, took a third of all instructions after the product.)
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from cyclip_loss.kernels.configs import JOIN_LSE, Config, Precision, config_for
 from cyclip_loss.kernels.launch import aligned_features, ceil_div, launch

@@ -110,9 +110,7 @@ def _num_splits(n: int, d: int) -> int:
     return max(1, min(MAX_SPLITS, n // MIN_SPLIT_ROWS, MAX_PARTS_ELEMENTS // (3 * d**2)))
 
 
-def gram_matrices(
-    image_features: Tensor, text_features: Tensor, with_cross: bool
-) -> Tensor:
+def gram_matrices(image_features: Tensor, text_features: Tensor, with_cross: bool) -> Tensor:
     """As `eager.gram_matrices`."""
     precision = Precision.of(image_features, widened=True)
     config = config_for("gram_matrices", image_features, precision)

@@ -14,31 +14,24 @@ from cyclip_loss.kernels.configs import INTERPRETED
 ALIGNMENT = 16
 
 _recorded: list[Any] | None = None
-_compiles_only = False
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Launch a kernel; while `recording`, also note its binary."""
-    if _recorded is None:
-        kernel[grid](*arguments, **constants)
-    elif _compiles_only:
-        _recorded.append(kernel.warmup(*arguments, grid=grid, **constants))
-    else:
-        _recorded.append(kernel[grid](*arguments, **constants))
+    binary = kernel[grid](*arguments, **constants)
+    if _recorded is not None:
+        _recorded.append(binary)
 
 
 @contextmanager
-def recording(compile_only: bool = False) -> Iterator[list[Any]]:
-    """Yield a list to which every launch adds its compiled kernel.
-
-    compile_only: compile, and launch nothing; results are then arbitrary.
-    """
-    global _compiles_only, _recorded
-    _recorded, _compiles_only = [], compile_only
+def recording() -> Iterator[list[Any]]:
+    """Yield a list to which every launch adds its compiled kernel."""
+    global _recorded
+    _recorded = []
     try:
         yield _recorded
     finally:
-        _recorded, _compiles_only = None, False
+        _recorded = None
 
 
 def aligned_features(features: Tensor, multiple: int) -> Tensor:

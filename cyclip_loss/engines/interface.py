@@ -14,7 +14,9 @@ from cyclip_loss.logits import Gradients, Logits, LogSumExps, SavedStatistics
 class PairTerms(NamedTuple):
     """The loss of the pairs, and what backward needs of it."""
 
-    loss: Tensor  # weight * the sum, over rows and their paired columns, of log-sum-exp - pair logit
+    loss: (
+        Tensor  # weight * the sum, over rows and their paired columns, of log-sum-exp - pair logit
+    )
     row_lse: Tensor  # (n,), with the pairs
     column_lse: Tensor  # (m,), with the pairs
     pair_gradient: Tensor  # (n,), the sum of exp(pair logit - log-sum-exp) - 1 for row and column

@@ -153,21 +153,19 @@ class VerifiedKernels:
         """How each result of the kernel is wrong, or None: for the batch, and with a NaN in it."""
         exact = self.scope.dtype == torch.float32 and float32_is_exact()
         bound = 2.0**-14 if exact else 2.0**-6
-        tensors = [x for x in tree_leaves(batch) if isinstance(x, Tensor)]
-        may_be_nan = [x for x in tensors if x.ndim and x.numel() and x.is_floating_point()]
-        for bad in (None, *may_be_nan[:2]):
-            element = () if bad is None else tuple(size // 2 for size in bad.shape)
+        can_be_nan = [x for x in _tensors(batch) if x.numel() > 1 and x.is_floating_point()]
+        for bad in (None, *can_be_nan[:2]):
             if bad is not None:
-                kept = bad[element].clone()
-                bad[element] = torch.nan
-            wide = tree_map(_widened, batch)
-            expected = tree_leaves(getattr(self.eager, function)(*wide))
-            results = tree_leaves(getattr(self.kernels, function)(*batch))
+                middle = tuple(size // 2 for size in bad.shape)
+                kept = bad[middle].clone()
+                bad[middle] = torch.nan
+            expected = _tensors(getattr(self.eager, function)(*tree_map(_widened, batch)))
+            results = _tensors(getattr(self.kernels, function)(*batch))
             for index, (result, right) in enumerate(zip(results, expected, strict=True)):
                 problem = _difference(result, right, bound)
                 yield problem and f"result {index} {problem}"
             if bad is not None:
-                bad[element] = kept
+                bad[middle] = kept
 
     def small_batch(self, function: str, arguments: Any) -> list[Any]:
         """Arguments of the same layout, with values of our own."""
@@ -287,6 +285,10 @@ def _with_strides_of(example: Tensor, features: Tensor) -> Tensor:
     offset = 0 if aligned else 1
     memory = features.new_empty(n * (d + gap) + offset)
     return memory[offset:].view(n, d + gap)[:, :d].copy_(features)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
 
 
 def _widened(argument: Any) -> Any:

@@ -76,17 +76,13 @@ def finish_gather(gathered: Tensor, ranks: Ranks) -> Tensor:
     if ranks.counts is None:
         return gathered
     blocks = gathered.chunk(ranks.size)
-    return torch.cat(
-        [block[:count] for block, count in zip(blocks, ranks.counts, strict=True)]
-    )
+    return torch.cat([block[:count] for block, count in zip(blocks, ranks.counts, strict=True)])
 
 
 def sum_and_scatter(partial: Tensor, ranks: Ranks) -> Tensor:
     """This rank's own rows of the sum across ranks of `partial`, (N, D)."""
     if ranks.counts is not None:
-        partial = torch.cat(
-            [padded(block, ranks) for block in torch.split(partial, ranks.counts)]
-        )
+        partial = torch.cat([padded(block, ranks) for block in torch.split(partial, ranks.counts)])
     own: Tensor = wait(
         _collectives.reduce_scatter_tensor(partial, "sum", ranks.size, ranks.group_name)
     )

@@ -106,7 +106,7 @@ def terms(
     for inputs in term_inputs(batch, plan, gathers):
         if plan.contrastive == "dense":
             *tensors, _, term = inputs
-            losses.append(dense.contrastive_term(logits_of(*tensors, term), term.divisor))
+            losses.append(dense.contrastive_term(logits_of(tensors, term), term.divisor))
         else:
             losses.append(_Contrastive.apply(*inputs))  # type: ignore[no-untyped-call]
     if len(losses) == 1:
@@ -194,51 +194,68 @@ class _Contrastive(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        row_features: Tensor,
-        column_features: Tensor,
-        logit_scale: Tensor,
-        row_ids: Tensor | None,
-        column_ids: Tensor | None,
-        gathered: Tensor | None,
-        term: Term,
-    ) -> Tensor:
-        columns = column_features
-        if gathered is not None:
-            columns = collectives.finish_gather(gathered, term.ranks)
-        inputs = (row_features, columns, logit_scale, row_ids, column_ids)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        *tensors, gathered, term = inputs
+        logits = logits_of(tensors, term)
+        ctx.own_columns = logits.column_features.shape[0]
+        logits = with_gathered_columns(logits, gathered, term.ranks)
         loss: Tensor
-        loss, *saved = contrastive_forward(term.traced, *inputs, term)
-        ctx.save_for_backward(*inputs, *saved)
-        ctx.term, ctx.own_columns = term, column_features.shape[0]
+        loss, *saved = contrastive_forward(term.traced, logits, term)
+        ctx.save_for_backward(*tensors_of(logits), *saved)
+        ctx.term = term
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needs = list(ctx.needs_input_grad[:3])
-        grads = contrastive_backward(
-            ctx.term.traced, *ctx.saved_tensors, grad, needs, ctx.own_columns, ctx.term
-        )
-        return (*where_needed(grads, needs), None, None, None, None)
+        *tensors, row_lse, column_lse, pair_gradient = ctx.saved_tensors
+        saved = SavedStatistics(row_lse, column_lse, pair_gradient)
+        return input_gradients(ctx, logits_of(tensors, ctx.term), saved, grad)
 
 
-def _forward(
-    row_features: Tensor,
-    column_features: Tensor,
-    logit_scale: Tensor,
-    row_ids: Tensor | None,
-    column_ids: Tensor | None,
-    term: Term,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def logits_of(tensors: Any, term: Term) -> Logits:
+    """The logits of a term. tensors: the first five fields of `Logits`."""
+    return Logits(*tensors, term.partner_offset, term.symmetric, term.num_pairs)
+
+
+def tensors_of(logits: Logits) -> tuple[Tensor | None, ...]:
+    """The inverse of `logits_of`: what autograd saves."""
+    return (
+        logits.row_features,
+        logits.column_features,
+        logits.logit_scale,
+        logits.row_ids,
+        logits.column_ids,
+    )
+
+
+def with_gathered_columns(logits: Logits, gathered: Tensor | None, ranks: Ranks) -> Logits:
+    """The logits, with the columns of all ranks if they were gathered."""
+    if gathered is None:
+        return logits
+    row_features, _, *rest = logits  # not `_replace`, which PyTorch 2.8 can't trace
+    return Logits(row_features, collectives.finish_gather(gathered, ranks), *rest)
+
+
+def input_gradients(
+    ctx: Any, logits: Logits, saved: SavedStatistics, grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """A gradient or None for each of `TermInputs`. ctx: with `term` and `own_columns`."""
+    needs = list(ctx.needs_input_grad[:3])
+    grads = contrastive_backward(
+        ctx.term.traced, logits, saved, grad, needs, ctx.own_columns, ctx.term
+    )
+    return (*where_needed(grads, needs), None, None, None, None)
+
+
+def _forward(logits: Logits, term: Term) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A contrastive term of the global batch, and the fields of `SavedStatistics`.
 
-    column_features: this rank's own or, with "gather", those of all ranks.
+    The columns are this rank's own or, with "gather", those of all ranks.
     """
-    logits = logits_of(row_features, column_features, logit_scale, row_ids, column_ids, term)
+    row_features = logits.row_features
     engine = engines.load(term.engine, row_features)
     with without_autocast(row_features):
-        positives = Positives(column_ids) if term.positives else None
+        positives = Positives(logits.column_ids) if term.positives else None
         lse = log_sum_exps(engine, logits, term, positives)
         num_rows = row_features.shape[0]
         own_pairs = min(num_rows, term.num_pairs)
@@ -257,13 +274,13 @@ def _forward(
             1 / term.divisor,
         )
         if positives is not None:
-            shares = positives.other_shares(row_ids)[:own_pairs].to(loss.dtype)
+            shares = positives.other_shares(logits.row_ids)[:own_pairs].to(loss.dtype)
             pairs_part = (shares * pair_logits).sum()
             total_pairs = term.divisor // term.directions
-            loss = loss + (pairs_part - logit_scale * positives.row_products) / total_pairs
-            pair_gradient = pair_gradient + term.directions * shares
+            loss += (pairs_part - logits.logit_scale * positives.row_products) / total_pairs
+            pair_gradient += term.directions * shares
         if logits.has_extra_negatives:
-            loss = loss + zero_or_nan(logits, loss.dtype)
+            loss += zero_or_nan(logits, loss.dtype)
         if term.ranks.size > 1:
             loss = collectives.wait(collectives.start_all_reduce(loss, "sum", term.ranks))
         if logits.has_extra_negatives:
@@ -271,26 +288,6 @@ def _forward(
             pair_gradient = F.pad(pair_gradient, (0, num_rows - own_pairs))
             column_lse.masked_fill_(column_pair_logits == -torch.inf, torch.inf)
     return loss, row_lse, column_lse, pair_gradient
-
-
-def logits_of(
-    row_features: Tensor,
-    column_features: Tensor,
-    logit_scale: Tensor,
-    row_ids: Tensor | None,
-    column_ids: Tensor | None,
-    term: Term,
-) -> Logits:
-    return Logits(
-        row_features,
-        column_features,
-        logit_scale,
-        row_ids,
-        column_ids,
-        term.partner_offset,
-        term.symmetric,
-        term.num_pairs,
-    )
 
 
 def log_sum_exps(
@@ -321,9 +318,10 @@ def zero_or_nan(logits: Logits, dtype: torch.dtype) -> Tensor:
 
 def _forward_fake(given: Any) -> tuple[Tensor, ...]:
     # shape[0], not len: len would make a symbolic size static, and every N would be compiled.
-    n = given.row_features.shape[0]
-    m = given.column_features.shape[0] if given.term.symmetric else 0
-    new = given.logit_scale.new_empty
+    logits = given.logits
+    n = logits.row_features.shape[0]
+    m = logits.column_features.shape[0] if logits.symmetric else 0
+    new = logits.logit_scale.new_empty
     return new(()), new((n,)), new((m,)), new((n,))
 
 
@@ -331,14 +329,8 @@ contrastive_forward = Operator("contrastive_forward", _forward, _forward_fake)
 
 
 def _backward(
-    row_features: Tensor,
-    column_features: Tensor,
-    logit_scale: Tensor,
-    row_ids: Tensor | None,
-    column_ids: Tensor | None,
-    row_lse: Tensor,
-    column_lse: Tensor,
-    pair_gradient: Tensor,
+    logits: Logits,
+    saved: SavedStatistics,
     grad: Tensor,
     needs: list[bool],
     own_columns: int,
@@ -348,17 +340,15 @@ def _backward(
 
     Across W ranks they are W times the gradients of the global loss, as DDP averages.
 
-    column_features, column_ids: as in forward; row_lse, column_lse, pair_gradient: the fields of
-    `SavedStatistics`; grad: scalar, the upstream gradient; needs: which of the three to compute
+    logits: as in forward; grad: scalar, the upstream gradient; needs: which of the three to compute
     (the others are empty); own_columns: how many columns are this rank's.
     """
-    logits = logits_of(row_features, column_features, logit_scale, row_ids, column_ids, term)
-    saved = SavedStatistics(row_lse, column_lse, pair_gradient)
+    row_features = logits.row_features
     engine = engines.load(term.engine, row_features)
     weight = term.ranks.size / term.divisor
     # Gradients to which more is added, by other ranks or for positives, stay in float32.
     float32_grads = term.ranks.size > 1 or term.positives
-    positives = Positives(column_ids) if term.positives else None
+    positives = Positives(logits.column_ids) if term.positives else None
 
     def block_grads(block: Logits, saved: SavedStatistics) -> Gradients:
         if positives is None:
@@ -371,14 +361,14 @@ def _backward(
     with without_autocast(row_features):
         strategy = STRATEGIES[term.strategy]
         grads = strategy.gradients(block_grads, logits, saved, needs, term.ranks)
-    rows, columns = grads.rows.to(row_features.dtype), grads.columns.to(column_features.dtype)
-    return rows, columns, grads.scale
+    dtype = row_features.dtype
+    return grads.rows.to(dtype), grads.columns.to(dtype), grads.scale
 
 
 def _backward_fake(given: Any) -> tuple[Tensor, ...]:
-    columns = given.column_features
-    own_columns = columns.new_empty(given.own_columns, columns.shape[1])
-    inputs = (given.row_features, own_columns, given.logit_scale)
+    logits = given.logits
+    own_columns = logits.row_features.new_empty(given.own_columns, logits.row_features.shape[1])
+    inputs = (logits.row_features, own_columns, logits.logit_scale)
     return tuple(map(empty_grad_like, inputs, given.needs))
 
 

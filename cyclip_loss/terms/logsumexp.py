@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cyclip_loss import engines
-from cyclip_loss.logits import LogSumExps
+from cyclip_loss.logits import Logits, LogSumExps, SavedStatistics
 from cyclip_loss.numerics import without_autocast
 from cyclip_loss.plan import Batch, Plan
 from cyclip_loss.ranks import collectives
@@ -27,13 +27,15 @@ from cyclip_loss.terms import dense
 from cyclip_loss.terms.contrastive import (
     Gathers,
     Term,
-    contrastive_backward,
-    log_sum_exps as streamed_log_sum_exps,
+    input_gradients,
     logits_of,
+    tensors_of,
     term_inputs,
+    with_gathered_columns,
     zero_or_nan,
 )
-from cyclip_loss.terms.operators import Operator, where_needed
+from cyclip_loss.terms.contrastive import log_sum_exps as streamed_log_sum_exps
+from cyclip_loss.terms.operators import Operator
 
 
 def log_sum_exps(batch: Batch, plan: Plan, gathers: Gathers) -> LogSumExps:
@@ -41,12 +43,12 @@ def log_sum_exps(batch: Batch, plan: Plan, gathers: Gathers) -> LogSumExps:
     (inputs,) = term_inputs(batch, plan, gathers)
     *tensors, gathered, term = inputs
     if plan.contrastive == "dense":
-        logits = logits_of(*tensors, term)
+        logits = logits_of(tensors, term)
         row_lse, column_lse, pair_logits, _ = dense.log_sum_exps(logits)
         # Extra negatives have no log-sum-exp of their own.
         return LogSumExps(row_lse, column_lse[: row_lse.shape[0]], pair_logits)
     # The upstream gradients are those of this rank's own loss.
-    term = term._replace(divisor=term.ranks.size)
+    term = Term(**{**term._asdict(), "divisor": term.ranks.size})
     return LogSumExps(*_LogSumExp.apply(*tensors, gathered, term))  # type: ignore[no-untyped-call]
 
 
@@ -57,34 +59,26 @@ class _LogSumExp(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        row_features: Tensor,
-        column_features: Tensor,
-        logit_scale: Tensor,
-        row_ids: Tensor | None,
-        column_ids: Tensor | None,
-        gathered: Tensor | None,
-        term: Term,
-    ) -> tuple[Tensor, ...]:
-        ctx.term, ctx.own_columns = term, column_features.shape[0]
-        if gathered is not None:
-            column_features = collectives.finish_gather(gathered, term.ranks)
-        if row_features.dtype == torch.float16:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        *tensors, gathered, term = inputs
+        logits = logits_of(tensors, term)
+        ctx.term, ctx.own_columns = term, logits.column_features.shape[0]
+        logits = with_gathered_columns(logits, gathered, term.ranks)
+        if logits.row_features.dtype == torch.float16:
             # G has the size of the upstream gradients, which are too small for float16.
-            row_features, column_features = row_features.float(), column_features.float()
-        inputs = (row_features, column_features, logit_scale, row_ids, column_ids)
-        results: tuple[Tensor, ...] = logsumexp_forward(term.traced, *inputs, term)
+            row_features, column_features, *rest = logits
+            logits = Logits(row_features.float(), column_features.float(), *rest)
+        results: tuple[Tensor, ...] = logsumexp_forward(term.traced, logits, term)
         row_lse, column_lse, _ = results
-        ctx.save_for_backward(*inputs, row_lse, column_lse)
+        ctx.save_for_backward(*tensors_of(logits), row_lse, column_lse)
         return results
 
     @staticmethod
     def backward(
         ctx: Any, row_lse_grad: Tensor, column_lse_grad: Tensor, pair_logits_grad: Tensor
     ) -> tuple[Tensor | None, ...]:
-        term, needs = ctx.term, list(ctx.needs_input_grad[:3])
-        *inputs, row_lse, column_lse = ctx.saved_tensors
+        term = ctx.term
+        *tensors, row_lse, column_lse = ctx.saved_tensors
         # The logarithm of a negative gradient is NaN. Of 0 it is -inf, so r_i is inf and G_ij is 0.
         # In a row without negatives, every G_ij is left out.
         row_lse = row_lse - row_lse_grad.log()
@@ -97,23 +91,13 @@ class _LogSumExp(torch.autograd.Function):
                 gathered = collectives.start_gather(column_lse, term.ranks)
                 assert gathered is not None
                 column_lse = collectives.finish_gather(gathered, term.ranks)
-        saved = (row_lse, column_lse, pair_logits_grad.contiguous())
-        grads = contrastive_backward(
-            term.traced, *inputs, *saved, row_lse.new_ones(()), needs, ctx.own_columns, term
-        )
-        return (*where_needed(grads, needs), None, None, None, None)
+        saved = SavedStatistics(row_lse, column_lse, pair_logits_grad.contiguous())
+        return input_gradients(ctx, logits_of(tensors, term), saved, row_lse.new_ones(()))
 
 
-def _forward(
-    row_features: Tensor,
-    column_features: Tensor,
-    logit_scale: Tensor,
-    row_ids: Tensor | None,
-    column_ids: Tensor | None,
-    term: Term,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(logits: Logits, term: Term) -> tuple[Tensor, Tensor, Tensor]:
     """The results of `_LogSumExp`."""
-    logits = logits_of(row_features, column_features, logit_scale, row_ids, column_ids, term)
+    row_features = logits.row_features
     engine = engines.load(term.engine, row_features)
     with without_autocast(row_features):
         lse = streamed_log_sum_exps(engine, logits, term)
@@ -121,15 +105,16 @@ def _forward(
     if logits.has_extra_negatives:
         zero = zero_or_nan(logits, row_lse.dtype)
         row_lse, column_lse = row_lse + zero, column_lse + zero
-    if term.symmetric and column_lse.shape[0] > row_features.shape[0]:
+    if logits.symmetric and column_lse.shape[0] > row_features.shape[0]:
         # This rank's, without extra negatives. A copy, because a view would keep all of them.
         column_lse = column_lse[logits.pairs[1]].clone()
     return row_lse, column_lse, lse.pair_logits
 
 
 def _forward_fake(given: Any) -> tuple[Tensor, ...]:
-    n, new = given.row_features.shape[0], given.logit_scale.new_empty
-    return new((n,)), new((n if given.term.symmetric else 0,)), new((n,))
+    logits = given.logits
+    n, new = logits.row_features.shape[0], logits.logit_scale.new_empty
+    return new((n,)), new((n if logits.symmetric else 0,)), new((n,))
 
 
 logsumexp_forward = Operator("logsumexp_forward", _forward, _forward_fake)

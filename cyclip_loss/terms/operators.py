@@ -27,9 +27,7 @@ class Operator:
             and dtypes of the results.
     """
 
-    def __init__(
-        self, name: str, function: Callable[..., Any], fake: Callable[[Any], Any]
-    ) -> None:
+    def __init__(self, name: str, function: Callable[..., Any], fake: Callable[[Any], Any]) -> None:
         self.function = function
         annotations = get_type_hints(function)
         returned = annotations.pop("return")
@@ -82,8 +80,8 @@ def _fields(name: str, kind: Any) -> Iterator[tuple[str, Any]]:
     if not hasattr(kind, "_fields"):
         yield name, kind
         return
-    for field in get_type_hints(kind).items():
-        yield from _fields(*field)
+    for field, its_kind in get_type_hints(kind).items():
+        yield from _fields(f"{name}_{field}", its_kind)
 
 
 def _values(arguments: tuple[Any, ...], structures: tuple[Any, ...]) -> list[Any]:
