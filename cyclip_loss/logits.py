@@ -41,7 +41,9 @@ class Logits(NamedTuple):
 
         None without ids.
         """
-        return None if self.row_ids is None else self.row_ids[start:stop, None] == self.column_ids
+        if self.row_ids is None or self.column_ids is None:
+            return None
+        return self.row_ids[start:stop, None] == self.column_ids
 
     def block(self, start: int, stop: int, left: int = 0, right: int | None = None) -> "Logits":
         """Rows `start` to `stop` and columns `left` to `right`."""

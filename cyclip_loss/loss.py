@@ -15,7 +15,7 @@ from cyclip_loss import options, usage_warnings
 from cyclip_loss.inputs import check_logit_bias, prepare, prepare_pairs
 from cyclip_loss.numerics import is_capturing
 from cyclip_loss.options import ContrastiveOptions, PenaltyOptions, option
-from cyclip_loss.plan import is_traced, make_plan
+from cyclip_loss.plan import Batch, Plan, make_plan
 from cyclip_loss.ranks.groups import ranks_of
 from cyclip_loss.terms import contrastive, cyclic
 
@@ -28,20 +28,20 @@ class _Module(PenaltyOptions, nn.Module):
         nn.Module.__init__(self)
         self._inputs_checked = False
 
-    def _check_inputs_once(self, logit_scale: Tensor | float | None, *features: Any) -> None:
+    def _check_inputs_once(self, batch: Batch, plan: Plan) -> None:
         """Warn of unusual features or an unusual scale, in the first call that has rows.
 
         The check waits for the device, once. It is skipped while `torch.compile` traces or a CUDA
-        graph is captured. features: of images and of texts; the others may be None.
+        graph is captured.
         """
-        image, text = features[:2]
-        # `is_traced` comes first: compiled code must not depend on the flag.
-        if is_traced(image, text) or self._inputs_checked or image.shape[0] == 0:
+        image = batch.image_features
+        # `traced` comes first: compiled code must not depend on the flag.
+        if plan.traced or self._inputs_checked or image.shape[0] == 0:
             return
         if not image.is_meta and not is_capturing(image):
             self._inputs_checked = True
-            given = [x for x in features if x is not None]
-            usage_warnings.warn_of_unusual_inputs(given, logit_scale)
+            features = [image, batch.text_features, *batch.row_features, *batch.column_features]
+            usage_warnings.warn_of_unusual_inputs(features, batch.logit_scale)
 
     def extra_repr(self) -> str:
         """For `print(module)`: the lambdas, and the arguments that differ from their default."""
@@ -215,15 +215,7 @@ class CyCLIPLoss(ContrastiveOptions, _Module):
         usage_warnings.warn_of_strong_penalties(self, batch.total_pairs)
         if augmented_image_features is None:
             usage_warnings.warn_of_unused_weight(self)
-        self._check_inputs_once(
-            logit_scale,
-            image_features,
-            text_features,
-            augmented_image_features,
-            augmented_text_features,
-            negative_image_features,
-            negative_text_features,
-        )
+        self._check_inputs_once(batch, plan)
         if output_dict:
             return terms
         loss, *others = terms.values()
@@ -278,7 +270,7 @@ class CyclicPenalty(_Module):
         reduced = cyclic.start_reducing_grams(batch, plan)
         terms = cyclic.terms(batch, plan, self, reduced)
         usage_warnings.warn_of_strong_penalties(self, batch.total_pairs)
-        self._check_inputs_once(None, image_features, text_features)
+        self._check_inputs_once(batch, plan)
         return terms if output_dict else terms["cyclic_loss"]
 
 
@@ -318,7 +310,7 @@ class WithCyclicPenalty(CyclicPenalty):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the wrapped loss returns for these arguments, plus the penalties."""
-        features = self._features_of(args, kwargs)
+        image_features, text_features = self._features_of(args, kwargs)
         terms = self.loss(*args, **kwargs)
         if isinstance(terms, dict):
             wrong = [name for name in terms if not str(name).endswith("_loss")]
@@ -332,7 +324,7 @@ class WithCyclicPenalty(CyclicPenalty):
             if not is_scalar and (isinstance(value, bool) or not isinstance(value, (int, float))):
                 shape = tuple(getattr(value, "shape", ()))
                 raise TypeError(self._not_terms(f"{type(value).__name__} {shape}"))
-        penalties: Any = super().forward(*features, output_dict=several)
+        penalties: Any = super().forward(image_features, text_features, several)
         if isinstance(terms, dict):
             return {**terms, **penalties}
         return (*values, *penalties.values()) if several else terms + penalties

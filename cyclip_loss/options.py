@@ -151,5 +151,5 @@ class PenaltyOptions(Options):
         return not (difference < 0 or difference > 0)
 
     def needs_cross(self, as_terms: bool) -> bool:
-        """Whether the penalties need the Gram matrix C: apart from each other, or weighted apart."""
+        """Whether the penalties need the Gram matrix C: one by one, or with different weights."""
         return as_terms or not self.has_equal_lambdas()

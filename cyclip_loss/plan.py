@@ -70,10 +70,12 @@ def make_plan(
     traced = is_traced(features, batch.text_features)
     engine = options.impl if traced else engines.choose(options.impl, features)
     contrastive = "none" if batch.logit_scale is None else "streamed"
-    penalties, with_cross = "none", False
+    penalties, with_cross, gram_flops = "none", False, 8
     if isinstance(options, PenaltyOptions):
         penalties = "gram" if options.has_penalties() else "none"
         with_cross = options.needs_cross(as_terms)
+        if with_cross:
+            gram_flops = 10 if options.has_equal_lambdas() else 14
     # The order matters: only code that may be dense depends on N, also when it is compiled.
     if batch.ranks.size == 1 and _may_be_dense(features, engine, traced):
         d = features.shape[1]
@@ -82,9 +84,8 @@ def make_plan(
             n = max(n, first_term.shape[0])  # with extra negatives
         if contrastive == "streamed" and not batch.positives and n <= DENSE_LIMIT * d:
             contrastive = "dense"
-        # The dense form of the penalties takes 6 N^2 D flops, Gram matrices this many N D^2. Where
-        # the contrastive term is dense, the penalties are dense too.
-        gram_flops = 8 if not with_cross else 10 if options.has_equal_lambdas() else 14
+        # The dense form of the penalties takes 6 N^2 D flops, Gram matrices `gram_flops` N D^2.
+        # Where the contrastive term is dense, the penalties are dense too.
         if penalties == "gram" and (contrastive == "dense" or 6 * n <= gram_flops * d):
             penalties = "dense"
     plan = Plan(

@@ -6,13 +6,15 @@ after another. One that fails, spills registers or is wrong is named and left ou
 
 import argparse
 import json
-import os
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.util import find_spec
 from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from timeit import timeit
 from typing import Any
@@ -35,22 +37,19 @@ if find_spec("triton") is not None:  # else `main` says that there is nothing to
 
 DTYPES = ["bfloat16", "float16", "float32"]
 LEAST_GAIN = 0.02  # a smaller gain is noise: keep the shipped tile
-# Height, width and warps of tiles. LARGE ones leave each thread 64 to 128 accumulators. SMALL ones,
-# for kernels with two products or wider accumulators, leave 32 to 64. SQUARE: for D x D matrices.
-LARGE = [(256, 128, 8), (128, 256, 8), (128, 128, 8), (128, 128, 4), (128, 64, 4), (64, 128, 4)]
-SMALL = [(128, 128, 8), (128, 64, 8), (128, 64, 4), (64, 128, 8), (64, 128, 4), (64, 64, 4)]
-SQUARE = [(128, 128, 8), (64, 64, 8), (64, 64, 4), (32, 32, 4)]
-# Bytes of a tile's depth, and stages: about what shared memory has room for.
-DEPTHS = {"sm_80": [(64, 4), (128, 3)], "sm_86": [(64, 3), (128, 2)], "gfx942": [(64, 2), (128, 2)]}
-HOPPER = [(128, 4), (128, 3)]  # and Blackwell
+# Height, width and warps of tiles that leave each thread 32 to 128 accumulators, the largest first.
+SHAPES = [
+    *((256, 128, 8), (128, 256, 8), (128, 128, 8), (128, 128, 4), (128, 64, 8), (64, 128, 8)),
+    *((128, 64, 4), (64, 128, 4), (64, 64, 4)),
+]
+# Bytes of a tile's depth, and stages. What does not fit into shared memory is left out.
+DEPTHS = [(128, 4), (128, 3), (64, 4), (64, 2)]
 
 
-def candidates(arch: str | None, kernel: str, precision: Any, shipped: Any) -> list[Any]:
+def candidates(precision: Any, shipped: Any) -> list[Any]:
     """Configurations that may be the fastest: the shipped one, and then the largest tiles first."""
-    square, ieee, found = "BM" not in shipped.tile, precision.dot == "ieee", [shipped]
-    shapes = SQUARE if square else SMALL if ieee or kernel == "cyclic_grads" else LARGE
-    depths = [(64, 3), (64, 2)] if ieee else DEPTHS.get(str(arch), HOPPER)
-    for (height, width, warps), (depth, stages) in product(shapes, depths):
+    found = [shipped]
+    for (height, width, warps), (depth, stages) in product(SHAPES, DEPTHS):
         parts = 2 if height * width // (32 * warps) > 64 else 1
         sizes = {"BM": height, "BN": width, "BD": width, "PARTS": parts}
         sizes["BK"] = depth * 8 // precision.bits
@@ -72,12 +71,11 @@ def calls(kernel: str, image: Tensor, text: Tensor) -> list[tuple[Any, ...]]:
     with_ids = Logits(image, text, 50 * one, ids, ids, partner_offset=1, num_pairs=n)
     saved = SavedStatistics(lse, lse, 0 * lse)
     grams, weights = torch.randn(3, d, d, device=image.device), [torch.tensor(0.25)] * 2
-    only_scale, every = [False, False, True], [True, True, True]
     found: dict[str, list[tuple[Any, ...]]] = {
         "contrastive_lse": [(logits,), (with_ids,)],
         "contrastive_grads": [
-            (logits, saved, one, 0.5 / n, only_scale, False),
-            (with_ids, saved, one, 0.5 / n, every, False),
+            (logits, saved, one, 0.5 / n, [False, False, True], False),
+            (with_ids, saved, one, 0.5 / n, [True, True, True], False),
         ],
         "gram_matrices": [(image, text, False), (image, text, True)],
         "cyclic_grads": [
@@ -90,15 +88,13 @@ def calls(kernel: str, image: Tensor, text: Tensor) -> list[tuple[Any, ...]]:
 
 def refusal(kernel: str, image: Tensor, arguments: list[tuple[Any, ...]]) -> str | None:
     """Why the kernel's current tile must not be chosen; None if it may."""
+    verified = verified_kernels(scope_of(image))
     try:
         with recording() as binaries:
-            for call in arguments:
-                problem = verified_kernels(scope_of(image)).compare(kernel, call)
-                if problem:
-                    return problem
-            getattr(kernels, kernel)(*arguments[0])
-        spills = max(getattr(binary, "n_spills", 0) for binary in binaries)
-        return f"spills {spills} registers" if spills else None
+            problems = [verified.compare(kernel, call) for call in arguments]
+        if spills := max(getattr(binary, "n_spills", 0) for binary in binaries):
+            return f"spills {spills} registers"
+        return next(filter(None, problems), None)
     except Exception as error:  # of any kind: that candidate is out
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.200}"
 
@@ -127,34 +123,27 @@ def tune(
         precision = configs.Precision.of(image, widened=widened)
         key, shipped = configs.tiles_key(kernel, image, precision), tables[kernel][precision]
         arguments = calls(kernel, image, text)
-        times: dict[int, float] = {}
+        launch = partial(getattr(kernels, kernel), *arguments[0])
+        tiles = candidates(precision, shipped)[: 2 if kernels.INTERPRETED else None]
+        found: list[tuple[float, Any]] = []
         left_out: list[str] = []
-        tiles = candidates(architecture(device), kernel, precision, shipped)
-        for index, config in enumerate(tiles[: 2 if kernels.INTERPRETED else None]):
-            if index and time.perf_counter() > begun + seconds * job / len(jobs):
-                left_out.append(f"{key}: no time for {len(tiles) - index} of {len(tiles)} tiles")
+        for index, config in enumerate(tiles, 1):
+            if index > 1 and time.perf_counter() > begun + seconds * job / len(jobs):
+                left_out.append(f"{key}: no time for the last {len(tiles) + 1 - index} tiles")
                 break
-            progress = f"{job}/{len(jobs)} {key}: candidate {index + 1} of {len(tiles)}"
+            progress = f"{job}/{len(jobs)} {key}: candidate {index} of {len(tiles)}"
             print(f"\r{progress:<79}", end="", file=sys.stderr, flush=True)
             with configs.overridden(kernel, config):
                 if problem := refusal(kernel, image, arguments):
                     left_out.append(f"{key}: {config}: {problem}")
                 else:
-                    call = getattr(kernels, kernel)
-                    times[index] = milliseconds(lambda: call(*arguments[0]), device)
-        shipped_ms = times.get(0, float("inf"))
-        fastest = min(times, key=lambda index: times[index], default=None)
-        if fastest and times[fastest] > (1 - LEAST_GAIN) * shipped_ms:
-            fastest = 0
-        best_ms = float("inf") if fastest is None else times[fastest]
-        yield {
-            "kernel": key,
-            "shipped ms": shipped_ms,
-            "best ms": best_ms,
-            "gain": 1 - best_ms / shipped_ms if fastest else 0.0,
-            "tile": None if fastest is None else tiles[fastest],
-            "left out": left_out,
-        }
+                    found.append((milliseconds(launch, device), config))
+        shipped_ms = next((ms for ms, config in found if config == shipped), math.inf)
+        best_ms, tile = min(found, key=itemgetter(0), default=(math.inf, None))
+        if best_ms > (1 - LEAST_GAIN) * shipped_ms:
+            best_ms, tile = shipped_ms, shipped
+        row = {"kernel": key, "shipped ms": shipped_ms, "best ms": best_ms, "tile": tile}
+        yield {**row, "left out": left_out}
 
 
 def remember(file: Path, device: torch.device, key: str, tile: Any) -> bool:
@@ -163,7 +152,7 @@ def remember(file: Path, device: torch.device, key: str, tile: Any) -> bool:
         file.parent.mkdir(parents=True, exist_ok=True)
         found = json.loads(file.read_text()) if file.exists() else {}
         found.setdefault(configs.tiles_of(device), {})[key] = asdict(tile)
-        unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+        unfinished = file.with_name(f".{file.name}.unfinished")
         unfinished.write_text(json.dumps(found, indent=1))
         unfinished.replace(file)
         return True
@@ -183,36 +172,32 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--d", type=int, default=768, help="features (default: 768)")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--seconds", type=int, default=300, help="in total (default: 300)")
-    parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU; keeps nothing")
     options = parser.parse_args(arguments)
     if min(sizes := (options.n, options.d, options.seconds)) < 1:
         parser.error(f"--n, --d and --seconds must be 1 or more, got {sizes}")
-    device = torch.device("cuda" if torch.cuda.is_available() and not options.dry_run else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if find_spec("triton") is None:
         print("Triton is not installed", file=sys.stderr)
         return 2
-    if not (options.dry_run or architecture(device)):
-        print("no GPU on which the kernels run: --dry-run runs without one", file=sys.stderr)
+    if not (kernels.INTERPRETED or architecture(device)):
+        print(
+            "no GPU on which the kernels run. To try the command without one, and keep nothing: "
+            "TRITON_INTERPRET=1 python -m cyclip_loss.tune --n 96 --d 128",
+            file=sys.stderr,
+        )
         return 2
-    if options.dry_run:
-        options.n, options.d = 96, 128
-        if not kernels.INTERPRETED:  # Triton reads it when it is imported. NumPy warns of infinity
-            os.environ |= {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore::RuntimeWarning"}
-            os.execv(sys.executable, [sys.executable, "-m", "cyclip_loss.tune", *arguments])
-    file = None if options.dry_run else configs.tiles_file()
-    rows, dtypes = [], [getattr(torch, name) for name in options.dtype]
+    file = None if kernels.INTERPRETED else configs.tiles_file()
+    dtypes = [getattr(torch, name) for name in options.dtype]
+    print(f"{'kernel':42} shipped ms  best ms  tile")
     kept = []
     try:
         for row in tune(device, dtypes, options.n, options.d, options.seconds):
-            rows.append(row)
+            print("\r{kernel:42} {shipped ms:10.3f} {best ms:8.3f}  {tile}".format(**row))
+            print(*(f"left out: {why}\n" for why in row["left out"]), sep="", end="", flush=True)
             if file and row["tile"]:
                 kept.append(remember(file, device, row["kernel"], row["tile"]))
     except KeyboardInterrupt:
-        print("\nstopped", end="", file=sys.stderr)
-    print(f"\n{'kernel':42} shipped ms  best ms   gain  tile")
-    line = "{kernel:42} {shipped ms:10.3f} {best ms:8.3f} {gain:6.1%}  {tile}"
-    print(*(line.format(**row) for row in rows), sep="\n")
-    print(*(f"left out: {why}" for row in rows for why in row["left out"]), sep="\n")
+        print("\nstopped", file=sys.stderr)
     print(f"kept in {file if kept and all(kept) else 'no file'}")
     return 0 if all(kept) else 1
 

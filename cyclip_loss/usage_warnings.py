@@ -75,7 +75,7 @@ def warn_of_unused_weight(options: Any) -> None:
         )
 
 
-def warn_of_unusual_inputs(features: list[Tensor], logit_scale: Tensor | float | None) -> None:
+def warn_of_unusual_inputs(features: list[Tensor], logit_scale: Tensor | None) -> None:
     """Warn of rows that are not of unit length, and of a scale that can't be CLIP's.
 
     features: (n, D) each, n >= 1 in the first, checked; logit_scale: None for the penalties alone.
@@ -95,7 +95,7 @@ def warn_of_unusual_inputs(features: list[Tensor], logit_scale: Tensor | float |
         )
     if logit_scale is None:
         return
-    scale = float(logit_scale.detach() if isinstance(logit_scale, Tensor) else logit_scale)
+    scale = float(logit_scale.detach())
     if not 0 < scale < torch.inf:
         warn_once("scale", f"logit_scale must be finite and > 0, got {scale:.3g}")
     elif scale < LEAST_SCALE:

@@ -183,22 +183,6 @@ def tiles_key(kernel: str, features: Tensor, precision: Precision) -> str:
     return f"{kernel} {dtype} {precision.dot} D%{divisor_of(features.shape[1])}"
 
 
-def _check(key: str, config: Config) -> None:
-    """Raise ValueError unless a kernel can be launched with a configuration from the file."""
-    names = _SM80[key.split()[0]][TF32].tile.keys()
-    allowed = {name: [2**i for i in range(4, 10)] for name in ("BM", "BN", "BK", "BD")}
-    allowed |= {"PARTS": [1, 2, 4], "GROUP": [2**i for i in range(10)]}
-    numbers = [*config.tile.values(), config.num_warps, config.num_stages]
-    if not (
-        config.tile.keys() == names
-        and all(type(number) is int for number in numbers)
-        and all(size in allowed[name] for name, size in config.tile.items())
-        and config.num_warps in (1, 2, 4, 8, 16)
-        and 1 <= config.num_stages <= 8
-    ):
-        raise ValueError(f"{key}: {config}")
-
-
 @lru_cache
 def tuned(device: torch.device) -> dict[str, Config]:
     """What the file has for a device, by `tiles_key`; nothing, with a warning, if it is broken."""
@@ -208,10 +192,7 @@ def tuned(device: torch.device) -> dict[str, Config]:
         return {}
     try:
         entries = json.loads(file.read_text()).get(tiles_of(device), {})
-        found = {key: Config(**entry) for key, entry in entries.items()}
-        for key, config in found.items():
-            _check(key, config)
-        return found
+        return {key: Config(**entry) for key, entry in entries.items()}
     except Exception as error:
         what = f"the package's own tile sizes are used, as {file} can't be read: {error!r:.300}. "
         way_out = "Run `python -m cyclip_loss.tune` without it, or set CYCLIP_LOSS_TILES=off"

@@ -139,7 +139,8 @@ def _join(
 
 @triton.jit(
     do_not_specialize=[
-        "row_parts", "column_parts", "n", "m", "num_columns", "partner_offset", "num_pairs", "strip",
+        "row_parts", "column_parts", "n", "m", "num_columns", "partner_offset", "num_pairs",
+        "strip",
     ],
     do_not_specialize_on_alignment=["row_lse", "pair_logits"],
 )  # fmt: skip

@@ -115,10 +115,7 @@ def cyclic_grads(
     config = config_for("cyclic_grads", image_features, precision)
     tile = config.tile
     multiple = max(tile["BD"], tile["BK"])
-    image, text = (
-        aligned_features(image_features, multiple),
-        aligned_features(text_features, multiple),
-    )
+    image, text = (aligned_features(x, multiple) for x in (image_features, text_features))
     n, d = image.shape
     unpadded = image_features.shape[1]
     if d != unpadded:

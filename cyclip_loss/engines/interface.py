@@ -14,9 +14,8 @@ from cyclip_loss.logits import Gradients, Logits, LogSumExps, SavedStatistics
 class PairTerms(NamedTuple):
     """The loss of the pairs, and what backward needs of it."""
 
-    loss: (
-        Tensor  # weight * the sum, over rows and their paired columns, of log-sum-exp - pair logit
-    )
+    # weight * the sum, over rows and their paired columns, of log-sum-exp - pair logit
+    loss: Tensor
     row_lse: Tensor  # (n,), with the pairs
     column_lse: Tensor  # (m,), with the pairs
     pair_gradient: Tensor  # (n,), the sum of exp(pair logit - log-sum-exp) - 1 for row and column

@@ -38,7 +38,6 @@ from cyclip_loss.usage_warnings import warn_once
 # Scalars of the small batch, by argument. Different upstream gradients, or weights of the penalties
 # where the Gram matrix C is there, need C.
 SCALARS = {"logit_scale": (20.0,), "grad": (1.5,), "grads": (1.5, 3.0), "weights": (0.03, 0.01)}
-NUMBERS = {"weight": 0.01, "size": 2}
 
 
 class Scope(NamedTuple):
@@ -79,49 +78,24 @@ class VerifiedKernels:
         layout = function, layout_of(arguments)
         if not self._is_known(layout) and not is_capturing(tree_leaves(arguments)[0]):
             try:
-                self._compare_once(layout, arguments)
+                with _one_comparison:  # autograd has a thread for each device
+                    if not self._is_known(layout):
+                        self._try(layout, arguments)
             except torch.OutOfMemoryError:  # the kernels may be right: the next call compares
                 return getattr(self.eager, function)(*arguments)
-        engine = self.kernels if self.problem is None else self.eager
-        return getattr(engine, function)(*arguments)
+        return getattr(self.eager if self.problem else self.kernels, function)(*arguments)
 
     def _is_known(self, layout: Any) -> bool:
         return layout in self.agreed or self.problem is not None
 
-    def _compare_once(self, layout: Any, arguments: Any) -> None:
-        """Compare a layout, unless another thread has. Autograd has a thread for each device."""
-        with _one_comparison:
-            if self._is_known(layout):
-                return
-            problem = self.problem_of(layout[0], arguments)
-            if problem is None:
-                self.agreed.add(layout)
-            else:
-                self._switch_off(f"{layout[0]}{layout[1]}: {problem}")
-
-    def _switch_off(self, problem: str) -> None:
+    def _try(self, layout: Any, arguments: Any) -> None:
+        """Compare a layout, and remember the outcome."""
         device, dtype, _ = self.scope
-        self.problem = problem
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        warn_once(
-            f"kernels: {self.scope}",
-            f"the Triton kernels do not work on {device} ({name}, PyTorch {torch.__version__}, "
-            f"Triton {'.'.join(map(str, triton_version()))}); PyTorch computes {dtype} instead, "
-            f"with the same results but slower. {problem}",
-            every_rank=True,
-        )
-
-    def problem_of(self, function: str, arguments: Any) -> str | None:
-        """What is wrong with a function for this layout; None if it agrees with the eager engine.
-
-        arguments: of a call. Only their layout is used.
-        """
-        device = self.scope.device
         try:
             # Compare in a thread of its own: the caller's autocast, inference mode, default device
             # and other modes do not apply there.
             with ThreadPoolExecutor(1) as thread:
-                return thread.submit(self.compare, function, arguments).result()
+                problem = thread.submit(self.compare, layout[0], arguments).result()
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -134,10 +108,24 @@ class VerifiedKernels:
                     f"the Triton kernels of cyclip_loss left {device} unusable; restart with the "
                     "environment variable CYCLIP_LOSS_IMPL=eager, which disables them"
                 ) from error
-            return problem
+        if problem is None:
+            self.agreed.add(layout)
+            return
+        self.problem = f"{layout[0]}{layout[1]}: {problem}"
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        warn_once(
+            f"kernels: {self.scope}",
+            f"the Triton kernels do not work on {device} ({name}, PyTorch {torch.__version__}, "
+            f"Triton {'.'.join(map(str, triton_version()))}); PyTorch computes {dtype} instead, "
+            f"with the same results but slower. {self.problem}",
+            every_rank=True,
+        )
 
     def compare(self, function: str, arguments: Any) -> str | None:
-        """As `problem_of`, in this thread. A kernel that fails raises its error."""
+        """What is wrong with a function for this layout; None if it agrees with the eager engine.
+
+        arguments: of a call. Only their layout is used. A kernel that fails raises its error.
+        """
         mode = torch.get_deterministic_debug_mode()
         # Products would raise in this mode, unless an environment variable is set.
         torch.set_deterministic_debug_mode("default")
@@ -189,21 +177,16 @@ class VerifiedKernels:
             pair_gradient = -torch.sigmoid(lse.pair_logits - 5)
             vectors = (row_lse, lse.column_negatives_lse + 0.5, pair_gradient)
             return SavedStatistics(*(x.float() for x in vectors))
+        if isinstance(value, list) and isinstance(value[0], Tensor):
+            # Without C the weights have to be equal.
+            numbers = SCALARS[name] if len(found["grams"]) == 3 else SCALARS[name][:1] * 2
+            pairs = zip(value, numbers, strict=False)
+            return [_full(x, number) for x, number in pairs]
         if name in SCALARS:
-            several = value if isinstance(value, list) else [value]
-            numbers = SCALARS[name]
-            if name == "weights" and len(found.get("grams", ())) == 2:
-                numbers = (0.03, 0.03)  # without C they have to be equal
-            scalars = [
-                torch.full((), number, device=x.device, dtype=torch.float32)
-                for number, x in zip(numbers, several, strict=False)
-            ]
-            return scalars if isinstance(value, list) else scalars[0]
+            return _full(value, *SCALARS[name])
         if isinstance(value, Tensor):
             return self._tensor_like(name, value)
-        if name == "partner_offset":
-            return 10 * _sign(value)
-        return NUMBERS.get(name, value)
+        return 10 * _sign(value) if name == "partner_offset" else value
 
     def _tensor_like(self, name: str, value: Tensor) -> Tensor:
         """Ids, features, Gram matrices or a vector of random numbers."""
@@ -216,22 +199,22 @@ class VerifiedKernels:
             return number % 7 - 3 + (number // 7 % 3 - 1) * 2**32
         if value.ndim == 1:
             generator = torch.Generator("cpu").manual_seed(len(name))
-            vector = 5 * torch.randn(count, generator=generator, device="cpu")
-            return vector[: 0 if value.numel() == 0 else count].to(device)
+            count = 0 if value.numel() == 0 else count
+            return (5 * torch.randn(count, generator=generator, device="cpu")).to(device)
         row_features, column_features = self._features(divisor_of(value.shape[-1]))
         if value.ndim == 3:
             columns = column_features[: self.num_rows].double()
-            grams = self.eager.gram_matrices(row_features.double(), columns, len(value) == 3)
+            grams: Tensor = self.eager.gram_matrices(
+                row_features.double(), columns, len(value) == 3
+            )
             return grams.float()
         features = column_features if name in ("column_features", "text_features") else row_features
         return _with_strides_of(value, features[:count])
 
     def _features(self, divisor: int) -> tuple[Tensor, Tensor]:
-        """Row and column features. Every fifth row is nearly aligned with the column of its number."""
-        # An odd multiple has the same `divisor_of`. The interpreter, which is slow, gets a small one.
-        d = divisor * (3 if self.kernels.INTERPRETED or divisor == MAX_DIVISOR else 1)
-        if not self.kernels.INTERPRETED and divisor < MAX_DIVISOR:
-            d += MAX_DIVISOR
+        """Row and column features. Every fifth row is nearly aligned with its column."""
+        # An odd multiple has the same `divisor_of`. The interpreter is slow.
+        d = 3 * divisor if self.kernels.INTERPRETED else divisor + 2 * MAX_DIVISOR
         # A generator of its own: the user's random numbers stay as they are.
         generator = torch.Generator("cpu").manual_seed(0)
         total = self.num_rows + self.num_columns
@@ -245,8 +228,12 @@ class VerifiedKernels:
         return row_features.to(device, dtype), column_features.to(device, dtype)
 
 
+def _full(example: Tensor, number: float) -> Tensor:
+    return torch.full((), number, device=example.device, dtype=torch.float32)
+
+
 def layout_of(value: Any) -> Any:
-    """What an argument, or several, contribute to the layout of a call."""
+    """What decides the layout of an argument, or several."""
     if isinstance(value, Tensor):
         if value.ndim == 2:
             return value.dtype, divisor_of(value.shape[1]), *_strides_class(value)
@@ -303,11 +290,9 @@ def _difference(result: Tensor, expected: Tensor, bound: float) -> str | None:
     if expected.numel() == 0:
         return None
     # Where the eager result is not finite, the kernel's must not be either.
-    finite = expected.isfinite()
-    if bool((result.isfinite() & ~finite).any()):
-        return "is finite where it should not be"
-    error = torch.where(finite, (result - expected).abs(), 0).max().item()
-    largest = torch.where(finite, expected.abs(), 0).max().item()
-    if not error <= bound * largest:
-        return f"is off by {error:.2g}; its largest value is {largest:.2g}"
-    return None
+    hides = torch.where(result.isfinite(), torch.inf, 0.0)
+    error = torch.where(expected.isfinite(), (result - expected).abs(), hides).max().item()
+    largest = torch.where(expected.isfinite(), expected.abs(), 0.0).max().item()
+    if error <= bound * largest:
+        return None
+    return f"is off by {error:.2g}; its largest value is {largest:.2g}"

@@ -26,10 +26,10 @@ class Ranks(NamedTuple):
         # Not at the top: PyTorch may be built without distributed.
         from torch.distributed import distributed_c10d
 
-        resolve: Any = distributed_c10d._resolve_process_group
-        return resolve(self.group_name)  # type: ignore[no-any-return]
+        c10d: Any = distributed_c10d
+        return c10d._resolve_process_group(self.group_name)  # type: ignore[no-any-return]
 
-    def count(self, rank: int, n: int) -> int:
+    def rows_on(self, rank: int, n: int) -> int:
         """The number of rows of a rank."""
         return n if self.counts is None else self.counts[rank]
 

@@ -96,7 +96,7 @@ def _ring(
             sent.append(total)
         hop = Hop(sent, ranks)
         owner = (ranks.rank - step) % ranks.size
-        count = ranks.count(owner, num_columns)
+        count = ranks.rows_on(owner, num_columns)
         part = None
         if count > 0:
             column_features, *lse = (block[:count] for block in blocks)

@@ -178,10 +178,10 @@ def _ids_with_negatives(
     )
     num_pairs, num_columns = batch.image_features.shape[0], batch.column_features[0].shape[0]
     row_ids = F.pad(row_ids, (0, batch.row_features[0].shape[0] - num_pairs), value=-2)
-    pairs_per_rank = [batch.ranks.count(rank, num_pairs) for rank in range(batch.ranks.size)]
+    pairs_per_rank = [batch.ranks.rows_on(rank, num_pairs) for rank in range(batch.ranks.size)]
     blocks = []
     for rank, block in enumerate(torch.split(column_ids, pairs_per_rank)):
-        extra = batch.column_ranks.count(rank, num_columns) - pairs_per_rank[rank]
+        extra = batch.column_ranks.rows_on(rank, num_columns) - pairs_per_rank[rank]
         blocks.append(F.pad(block, (0, extra), value=-1))
     return row_ids, torch.cat(blocks)
 
@@ -195,14 +195,10 @@ class _Contrastive(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        *tensors, gathered, term = inputs
-        logits = logits_of(tensors, term)
-        ctx.own_columns = logits.column_features.shape[0]
-        logits = with_gathered_columns(logits, gathered, term.ranks)
+        logits = gathered_logits(ctx, *inputs)
         loss: Tensor
-        loss, *saved = contrastive_forward(term.traced, logits, term)
+        loss, *saved = contrastive_forward(ctx.term.traced, logits, ctx.term)
         ctx.save_for_backward(*tensors_of(logits), *saved)
-        ctx.term = term
         return loss
 
     @staticmethod
@@ -214,10 +210,20 @@ class _Contrastive(torch.autograd.Function):
 
 def logits_of(tensors: Any, term: Term) -> Logits:
     """The logits of a term. tensors: the first five fields of `Logits`."""
-    return Logits(*tensors, term.partner_offset, term.symmetric, term.num_pairs)
+    row_features, column_features, logit_scale, row_ids, column_ids = tensors
+    return Logits(
+        row_features,
+        column_features,
+        logit_scale,
+        row_ids,
+        column_ids,
+        term.partner_offset,
+        term.symmetric,
+        term.num_pairs,
+    )
 
 
-def tensors_of(logits: Logits) -> tuple[Tensor | None, ...]:
+def tensors_of(logits: Logits) -> tuple[Any, ...]:
     """The inverse of `logits_of`: what autograd saves."""
     return (
         logits.row_features,
@@ -228,12 +234,23 @@ def tensors_of(logits: Logits) -> tuple[Tensor | None, ...]:
     )
 
 
-def with_gathered_columns(logits: Logits, gathered: Tensor | None, ranks: Ranks) -> Logits:
-    """The logits, with the columns of all ranks if they were gathered."""
-    if gathered is None:
-        return logits
-    row_features, _, *rest = logits  # not `_replace`, which PyTorch 2.8 can't trace
-    return Logits(row_features, collectives.finish_gather(gathered, ranks), *rest)
+def gathered_logits(
+    ctx: Any,
+    row_features: Tensor,
+    own_columns: Tensor,
+    logit_scale: Tensor,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    gathered: Tensor | None,
+    term: Term,
+) -> Logits:
+    """The logits, with the columns of all ranks if they were gathered.
+
+    The arguments are those of `TermInputs`. ctx gets what `input_gradients` needs.
+    """
+    ctx.term, ctx.own_columns = term, own_columns.shape[0]
+    columns = own_columns if gathered is None else collectives.finish_gather(gathered, term.ranks)
+    return logits_of((row_features, columns, logit_scale, row_ids, column_ids), term)
 
 
 def input_gradients(

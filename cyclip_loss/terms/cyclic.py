@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cyclip_loss import engines
 from cyclip_loss.engines import eager
+from cyclip_loss.engines.interface import Engine
 from cyclip_loss.numerics import accumulation_dtype, without_autocast
 from cyclip_loss.options import PenaltyOptions
 from cyclip_loss.plan import Batch, Plan
@@ -111,7 +112,7 @@ class _CyclicPenalties(torch.autograd.Function):
             )
         # Not an operator: a compiler can fuse these few PyTorch operations on D x D matrices. A
         # rank without rows must compute the same bits as the others.
-        engine = eager
+        engine: Engine = eager
         if not plan.traced:
             engine = engines.load(plan.engine, image_features, needs_rows=False)
         penalties = engine.cyclic_terms(grams, weights, plan.as_terms)

@@ -23,11 +23,8 @@ def log_sum_exps(logits: Logits) -> LogSumExps:
     """The log-sum-exps of the negatives, and the pairs' logits. Row i is paired with column i."""
     dtype = accumulation_dtype(logits.row_features.dtype)
     with without_autocast(logits.row_features):
-        row_features, column_features = (
-            logits.row_features.to(dtype),
-            logits.column_features.to(dtype),
-        )
-        products = (row_features * logits.logit_scale) @ column_features.T
+        row_features = logits.row_features.to(dtype) * logits.logit_scale
+        products = row_features @ logits.column_features.to(dtype).T
         pair_logits = products.diagonal()[: logits.num_pairs]
         if logits.row_ids is None or logits.column_ids is None:
             n, m = products.shape

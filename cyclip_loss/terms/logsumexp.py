@@ -27,11 +27,11 @@ from cyclip_loss.terms import dense
 from cyclip_loss.terms.contrastive import (
     Gathers,
     Term,
+    gathered_logits,
     input_gradients,
     logits_of,
     tensors_of,
     term_inputs,
-    with_gathered_columns,
     zero_or_nan,
 )
 from cyclip_loss.terms.contrastive import log_sum_exps as streamed_log_sum_exps
@@ -60,15 +60,12 @@ class _LogSumExp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        *tensors, gathered, term = inputs
-        logits = logits_of(tensors, term)
-        ctx.term, ctx.own_columns = term, logits.column_features.shape[0]
-        logits = with_gathered_columns(logits, gathered, term.ranks)
+        logits = gathered_logits(ctx, *inputs)
         if logits.row_features.dtype == torch.float16:
             # G has the size of the upstream gradients, which are too small for float16.
-            row_features, column_features, *rest = logits
-            logits = Logits(row_features.float(), column_features.float(), *rest)
-        results: tuple[Tensor, ...] = logsumexp_forward(term.traced, logits, term)
+            row_features, columns, *others = tensors_of(logits)
+            logits = logits_of((row_features.float(), columns.float(), *others), ctx.term)
+        results: tuple[Tensor, ...] = logsumexp_forward(ctx.term.traced, logits, ctx.term)
         row_lse, column_lse, _ = results
         ctx.save_for_backward(*tensors_of(logits), row_lse, column_lse)
         return results
