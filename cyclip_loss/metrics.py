@@ -10,6 +10,18 @@ from cyclip_loss.ranks import collectives
 from cyclip_loss.ranks.agreement import check_ranks_agree
 from cyclip_loss.ranks.groups import Ranks, ranks_of
 
+NAMES = (
+    "inmodal_gap",
+    "crossmodal_gap",
+    "alignment",
+    "image_uniformity",
+    "text_uniformity",
+    "image_to_text_accuracy",
+    "text_to_image_accuracy",
+    "inmodal_correlation",
+    "crossmodal_correlation",
+)
+
 
 @torch.no_grad()
 def consistency_metrics(
@@ -61,7 +73,11 @@ def consistency_metrics(
     wide = torch.float32 if pair[0].device.type == "mps" else torch.float64  # MPS has no float64
     images, texts = pair[0].to(wide), pair[1].to(wide)
 
-    means = _mean_similarities(images, texts)
+    crossmodal_mean = _mean_similarity(images, texts)
+    means = {
+        "inmodal": (_mean_similarity(images, images), _mean_similarity(texts, texts)),
+        "crossmodal": (crossmodal_mean, crossmodal_mean),
+    }
     sums: dict[str, Tensor] = {}
     own_rows = torch.arange(start, stop, device=images.device)
     # Six float64 matrices of a strip's size are alive at once, instead of one or two in float32.
@@ -97,43 +113,36 @@ def _gather(
     return (images, texts), start, start + n, ranks
 
 
-def _mean_similarities(images: Tensor, texts: Tensor) -> dict[str, Tensor]:
-    """The means over i != j of I_i . I_j, T_i . T_j and I_i . T_j; NaN for a single row."""
-    n = images.shape[0]
-
-    def mean(x: Tensor, y: Tensor) -> Tensor:
-        return (x.sum(dim=0).dot(y.sum(dim=0)) - (x * y).sum()) / (n * (n - 1))
-
-    return {
-        "image": mean(images, images),
-        "text": mean(texts, texts),
-        "cross": mean(images, texts),
-    }
+def _mean_similarity(x: Tensor, y: Tensor) -> Tensor:
+    """The mean over i != j of x_i . y_j; NaN for a single row."""
+    n = x.shape[0]
+    return (x.sum(dim=0).dot(y.sum(dim=0)) - (x * y).sum()) / (n * (n - 1))
 
 
 def _sums_of_rows(
-    images: Tensor, texts: Tensor, rows: Tensor, means: dict[str, Tensor]
+    images: Tensor, texts: Tensor, rows: Tensor, means: dict[str, tuple[Tensor, Tensor]]
 ) -> dict[str, Tensor]:
-    """What `_metrics` needs, summed over these rows i and all j."""
+    """What `_metrics` needs, summed over these rows i and all j. means: of the similarities."""
     image, text = images[rows], texts[rows]
-    image_image, text_text = image @ images.T, text @ texts.T
-    image_text, text_image = image @ texts.T, text @ images.T
-    # Correlations are sums of deviations from the mean.
-    moments = {
-        **_moments("inmodal", image_image - means["image"], text_text - means["text"], rows),
-        **_moments("crossmodal", image_text - means["cross"], text_image - means["cross"], rows),
+    similarities = {
+        "inmodal": (image @ images.T, text @ texts.T),
+        "crossmodal": (image @ texts.T, text @ images.T),
     }
-    return {
-        "inmodal_gap": (image_image - text_text).square_().sum(),
-        "crossmodal_gap": (image_text - text_image).square_().sum(),
-        "alignment": (image - text).square_().sum(),
-        "image_uniformity": _potentials(image_image, images, rows),
-        "text_uniformity": _potentials(text_text, texts, rows),
+    sums = {"alignment": (image - text).square_().sum()}
+    for direction, x in zip(("image_to_text", "text_to_image"), similarities["crossmodal"]):  # noqa: B905
         # NaN if a similarity is NaN.
-        "image_to_text_accuracy": (image_text.argmax(dim=1) == rows).sum() + 0 * image_text.sum(),
-        "text_to_image_accuracy": (text_image.argmax(dim=1) == rows).sum() + 0 * text_image.sum(),
-        **moments,
-    }
+        sums[f"{direction}_accuracy"] = (x.argmax(dim=1) == rows).sum() + 0 * x.sum()
+    pairs = torch.arange(len(rows), device=rows.device), rows
+    for name, (first, second) in similarities.items():
+        sums[f"{name}_gap"] = (first - second).square_().sum()
+        # Correlations are sums over i != j of deviations from the mean.
+        x, y = ((s - mean) for s, mean in zip((first, second), means[name], strict=True))
+        x[pairs] = y[pairs] = 0
+        x, y = x.view(-1), y.view(-1)
+        sums |= {f"{name}_xx": x.dot(x), f"{name}_yy": y.dot(y), f"{name}_xy": x.dot(y)}
+    sums["image_uniformity"] = _potentials(similarities["inmodal"][0], images, rows)
+    sums["text_uniformity"] = _potentials(similarities["inmodal"][1], texts, rows)
+    return sums
 
 
 def _metrics(sums: dict[str, Tensor], images: Tensor, texts: Tensor) -> dict[str, Tensor]:
@@ -142,39 +151,16 @@ def _metrics(sums: dict[str, Tensor], images: Tensor, texts: Tensor) -> dict[str
     pairs = n * (n - 1)
     length = (images.square().sum() + texts.square().sum()) / n
     rounding = pairs * (64 * torch.finfo(images.dtype).eps * length) ** 2
-
-    def correlation(name: str) -> Tensor:
-        first, second = sums[f"{name}_first_square"], sums[f"{name}_second_square"]
-        is_undefined = (torch.minimum(first, second) <= rounding) | (n < 3)
-        product = sums[f"{name}_product"]
-        return (product / (first * second).sqrt()).masked_fill(is_undefined, torch.nan)
-
-    return {
-        "inmodal_gap": sums["inmodal_gap"] / n**2,
-        "crossmodal_gap": sums["crossmodal_gap"] / n**2,
-        "alignment": sums["alignment"] / n,
-        "image_uniformity": (sums["image_uniformity"] / pairs).log(),
-        "text_uniformity": (sums["text_uniformity"] / pairs).log(),
-        "image_to_text_accuracy": sums["image_to_text_accuracy"] / n,
-        "text_to_image_accuracy": sums["text_to_image_accuracy"] / n,
-        "inmodal_correlation": correlation("inmodal"),
-        "crossmodal_correlation": correlation("crossmodal"),
-    }
-
-
-def _moments(name: str, first: Tensor, second: Tensor, rows: Tensor) -> dict[str, Tensor]:
-    """The sums over i != j of the squares of both and of their product, for these rows i.
-
-    name: of the correlation that is computed from them. Both tensors are overwritten.
-    """
-    for deviations in (first, second):
-        deviations[torch.arange(len(rows), device=rows.device), rows] = 0
-    x, y = first.view(-1), second.view(-1)
-    return {
-        f"{name}_first_square": x.dot(x),
-        f"{name}_second_square": y.dot(y),
-        f"{name}_product": x.dot(y),
-    }
+    found = {name: x / n for name, x in sums.items() if name.endswith(("alignment", "accuracy"))}
+    for tower in ("image", "text"):
+        found[f"{tower}_uniformity"] = (sums[f"{tower}_uniformity"] / pairs).log()
+    for name in ("inmodal", "crossmodal"):
+        found[f"{name}_gap"] = sums[f"{name}_gap"] / n**2
+        xx, yy = sums[f"{name}_xx"], sums[f"{name}_yy"]
+        is_undefined = (torch.minimum(xx, yy) <= rounding) | (n < 3)
+        correlation = sums[f"{name}_xy"] / (xx * yy).sqrt()
+        found[f"{name}_correlation"] = correlation.masked_fill(is_undefined, torch.nan)
+    return {name: found[name] for name in NAMES}
 
 
 def _potentials(products: Tensor, features: Tensor, rows: Tensor) -> Tensor:

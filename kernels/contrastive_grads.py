@@ -179,6 +179,13 @@ class _Gradient:
         self.tiles_done = 0
         self.scale_partials = saved.row_lse.new_empty(self.num_tiles if needs_scale else 0)
 
+    def weighted(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """What makes a gradient of the dtype out of a product with G."""
+        if not self.shift:
+            return lambda total: total.to(dtype)
+        factor = self.grad * self.aligned.logit_scale * (self.weight * 2.0**-self.shift)
+        return lambda total: total.mul_(factor).to(dtype)
+
     def block(self, start: int, left: int) -> Tensor:
         """The block of G from row `start` and column `left` on: (up to height, up to width)."""
         part = self.aligned.block(start, start + self.height, left, left + self.width)
@@ -221,58 +228,41 @@ def contrastive_grads(
     """As `eager.contrastive_grads`."""
     needs_rows, needs_columns, needs_scale = needs
     row_features, column_features = logits.row_features, logits.column_features
+    n, m = row_features.shape[0], column_features.shape[0]
     grad_dtype = torch.float32 if float32_grads else row_features.dtype
-    new = saved.row_lse
+    nothing = row_features.new_empty(0, dtype=grad_dtype)
     with on_device_of(row_features):
         gradient = _Gradient(logits, saved, grad, weight, needs_scale)
-        sum_weight = None
-        if gradient.shift:
-            sum_weight = grad * logits.logit_scale * (weight * 2.0**-gradient.shift)
-
-        def weighted(total: Tensor) -> Tensor:
-            return (total if sum_weight is None else total.mul_(sum_weight)).to(grad_dtype)
-
-        row_grad, column_grad = row_features.new_empty(0, dtype=grad_dtype), new.new_empty(0)
-        n, m = row_features.shape[0], column_features.shape[0]
-        if n <= gradient.height and m <= gradient.width:
-            block = gradient.block(0, 0)
-            dtype = torch.float32 if gradient.shift else grad_dtype
-            if needs_rows:
-                row_grad = weighted(matmul(block, column_features, dtype))
-            if needs_columns:
-                column_grad = matmul(block.T, row_features, dtype)
-        else:
-            row_grad, column_grad = _summed_over_blocks(
-                gradient, row_features, column_features, needs, weighted, grad_dtype
-            )
+        # If one block holds all of G, the products are the gradients.
+        is_sum = gradient.shift or n > gradient.height or m > gradient.width
+        dtype = torch.float32 if is_sum else grad_dtype
+        weighted = gradient.weighted(grad_dtype)
+        row_grads: list[Tensor] = []
+        column_sums: dict[int, Tensor] = {}
+        for start in range(0, n, gradient.height):
+            rows = row_features[start : start + gradient.height]
+            row_sum = None
+            for left in range(0, m, gradient.width):
+                columns = column_features[left : left + gradient.width]
+                block = gradient.block(start, left)
+                if needs_rows:
+                    row_sum = _plus_product(row_sum, block, columns, dtype)
+                if needs_columns:
+                    column_sums[left] = _plus_product(column_sums.get(left), block.T, rows, dtype)
+            if row_sum is not None:
+                row_grads.append(weighted(row_sum))
+        column_grads = [weighted(column_sums[left]) for left in column_sums]
         scale_grad = gradient.scale_grad()
-    return Gradients(row_grad, weighted(column_grad), scale_grad)
+    return Gradients(_joined(row_grads, nothing), _joined(column_grads, nothing), scale_grad)
 
 
-def _summed_over_blocks(
-    gradient: _Gradient,
-    row_features: Tensor,
-    column_features: Tensor,
-    needs: list[bool],
-    weighted: Callable[[Tensor], Tensor],
-    grad_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """dI, weighted, in `grad_dtype`, and the sums of dT in float32; empty where not needed."""
-    needs_rows, needs_columns, _ = needs
-    new = gradient.saved.row_lse
-    row_shape = row_features.shape if needs_rows else (0,)
-    row_grad = row_features.new_empty(row_shape, dtype=grad_dtype)
-    column_grad = new.new_zeros(column_features.shape if needs_columns else (0,))
-    for start in range(0, row_features.shape[0], gradient.height):
-        rows = row_features[start : start + gradient.height]
-        row_sum = new.new_zeros(rows.shape if needs_rows else (0,))
-        for left in range(0, column_features.shape[0], gradient.width):
-            block = gradient.block(start, left)
-            right = left + gradient.width
-            if needs_rows:
-                add_product(row_sum, block, column_features[left:right])
-            if needs_columns:
-                add_product(column_grad[left:right], block.T, rows)
-        if needs_rows:
-            row_grad[start : start + gradient.height] = weighted(row_sum)
-    return row_grad, column_grad
+def _plus_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """total + a b, in place; a b in the dtype without a total."""
+    if total is None:
+        return matmul(a, b, dtype)
+    add_product(total, a, b)
+    return total
+
+
+def _joined(parts: list[Tensor], nothing: Tensor) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else nothing
