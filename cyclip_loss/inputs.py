@@ -66,45 +66,37 @@ def prepare(
     images, texts = check_features(image_features, text_features, may_be_empty=several)
     scale = check_logit_scale(logit_scale, images)
     ids = check_ids(ids, images, same_ids)
-    image_view = _beside(
-        "image_features", images, "augmented_image_features", augmented_image_features, several
-    )
-    text_view = _beside(
-        "text_features", texts, "augmented_text_features", augmented_text_features, several
-    )
-    negative_images = _beside(
-        "image_features", images, "negative_image_features", negative_image_features
-    )
-    negative_texts = _beside(
-        "image_features", images, "negative_text_features", negative_text_features
-    )
+    # Features that reach other ranks, by the argument's name.
+    sent = {"text_features": texts}
     row_features, column_features = [images], [texts]
-    if image_view is not None and text_view is not None:
+
+    if augmented_image_features is not None and augmented_text_features is not None:
+        names = ("image_features", "augmented_image_features")
+        image_view = check_features(images, augmented_image_features, names, several)[1]
+        names = ("text_features", "augmented_text_features")
+        text_view = check_features(texts, augmented_text_features, names, several)[1]
+        sent |= {"augmented_image_features": image_view, "augmented_text_features": text_view}
         row_features += [images, texts]
         column_features += [image_view, text_view]
-    elif image_view is not None or text_view is not None:
-        missing = "image" if image_view is None else "text"
+    elif augmented_image_features is not None or augmented_text_features is not None:
+        missing = "image" if augmented_image_features is None else "text"
         raise ValueError(f"augmented features go together: augmented_{missing}_features is None")
-    if negative_images is not None:
-        row_features[0] = torch.cat((images, negative_images))
-    if negative_texts is not None:
-        column_features[0] = torch.cat((texts, negative_texts))
+
+    num_rows = {"image_features and text_features": images.shape[0], "negative_text_features": 0}
+    if negative_image_features is not None:
+        names = ("image_features", "negative_image_features")
+        negatives = check_features(images, negative_image_features, names, several, paired=False)[1]
+        row_features[0] = torch.cat((images, negatives))
+    if negative_text_features is not None:
+        names = ("image_features", "negative_text_features")
+        negatives = check_features(images, negative_text_features, names, several, paired=False)[1]
+        column_features[0] = torch.cat((texts, negatives))
+        sent["negative_text_features"] = negatives
+        num_rows["negative_text_features"] = negatives.shape[0]
 
     column_ranks = ranks
     if several:
-        # Features that reach other ranks, by the argument's name.
-        sent = {
-            "text_features": texts,
-            "augmented_image_features": image_view,
-            "augmented_text_features": text_view,
-            "negative_text_features": negative_texts,
-        }
-        sent = {name: x for name, x in sent.items() if x is not None}
         terms = [(row, column, scale) for row, column in zip(row_features, column_features)]  # noqa: B905
-        num_rows = {
-            "image_features and text_features": images.shape[0],
-            "negative_text_features": column_features[0].shape[0] - texts.shape[0],
-        }
         signature: dict[str, Hashable] = {
             "the function": function,
             "one_way": one_way,
@@ -126,7 +118,7 @@ def prepare(
         ids,
         tuple(row_features),
         tuple(column_features),
-        negative_images is not None or negative_texts is not None,
+        negative_image_features is not None or negative_text_features is not None,
         ids is not None and same_ids == "positives",
         one_way,
     )
@@ -165,23 +157,6 @@ def _collective_signature(
         # Their gradients are summed across ranks.
         "which of the features require a gradient": ", ".join(trained),
     }
-
-
-def _beside(
-    name: str,
-    features: Tensor,
-    other_name: str,
-    other: Tensor | None,
-    may_be_empty: bool | None = None,
-) -> Tensor | None:
-    """Other features, checked and cast, that have the rows of `features`; None if not given.
-
-    may_be_empty: whether N may be 0; None: the others have rows of their own.
-    """
-    if other is None:
-        return None
-    names, paired = (name, other_name), may_be_empty is not None
-    return check_features(features, other, names, may_be_empty is not False, paired=paired)[1]
 
 
 def check_features(
@@ -309,13 +284,7 @@ def caption_ids(tokens: Tensor) -> Tensor:
     Raises:
         TypeError: `tokens` is not an integer tensor of two dimensions.
     """
-    if (
-        not isinstance(tokens, Tensor)
-        or tokens.ndim != 2
-        or tokens.is_floating_point()
-        or tokens.is_complex()
-        or tokens.dtype == torch.bool
-    ):
+    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.dtype not in ID_DTYPES:
         got = type(tokens).__name__
         if isinstance(tokens, Tensor):
             got = f"{tokens.dtype} of shape {tuple(tokens.shape)}"

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 ALL_ROWS = 2**30  # larger than any number of rows; the sum with a column number fits 32 bits
@@ -44,6 +45,14 @@ class Logits(NamedTuple):
         if self.row_ids is None or self.column_ids is None:
             return None
         return self.row_ids[start:stop, None] == self.column_ids
+
+    def zero_or_nan(self, dtype: torch.dtype) -> Tensor:
+        """0, or NaN if a feature is not finite.
+
+        To be added to results with extra negatives: an infinite negative may have the logit -inf,
+        and the result would stay finite.
+        """
+        return ((self.row_features * 0).sum() + (self.column_features * 0).sum()).to(dtype)
 
     def block(self, start: int, stop: int, left: int = 0, right: int | None = None) -> "Logits":
         """Rows `start` to `stop` and columns `left` to `right`."""

@@ -128,7 +128,7 @@ class CyCLIPLoss(ContrastiveOptions, _Module):
     cache_labels: bool = option(False, options.boolean)
     rank: int = option(0, options.integer)
     world_size: int = option(1, options.integer)
-    use_horovod: bool = option(False, options.no_horovod)
+    use_horovod: bool = option(False, options.one_of((False,)))
 
     def forward(
         self,

@@ -55,22 +55,16 @@ def boolean(name: str, value: Any) -> bool:
     return value
 
 
-def one_of(choices: tuple[str, ...]) -> Callable[[str, Any], str]:
+def one_of(choices: tuple[Any, ...]) -> Callable[[str, Any], Any]:
     """A check that the value is one of these."""
 
-    def check(name: str, value: Any) -> str:
+    def check(name: str, value: Any) -> Any:
         if value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-        return value  # type: ignore[no-any-return]
+            allowed = ", ".join(map(str, choices))
+            raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+        return value
 
     return check
-
-
-def no_horovod(name: str, value: Any) -> bool:
-    """The value, or an error unless it is False."""
-    if boolean(name, value):
-        raise ValueError(f"{name}=True is not supported: use torch.distributed")
-    return False
 
 
 def option(default: Any, check: Callable[[str, Any], Any]) -> Any:

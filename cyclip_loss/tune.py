@@ -14,7 +14,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import product
-from operator import itemgetter
 from pathlib import Path
 from timeit import timeit
 from typing import Any
@@ -108,12 +107,12 @@ def milliseconds(launch: Callable[[], object], device: torch.device) -> float:
 
 def tune(
     device: torch.device, dtypes: list[torch.dtype], n: int, d: int, seconds: float
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[tuple[str, float, float, Any]]:
     """Tune every kernel for each dtype, at N = `n` and D = `d`, in about `seconds`.
 
-    Yields a row of the table for each, with the candidates that were left out and why. Its tile is
-    None if no candidate is usable. Interpreted, each has two candidates, and their times mean
-    nothing.
+    Prints each candidate with its time, or why it is left out. Yields for each kernel its
+    `tiles_key`, the milliseconds of the shipped and of the chosen tile, and the chosen tile; None
+    if no candidate is usable. Interpreted, times mean nothing.
     """
     begun, tables = time.perf_counter(), configs.shipped(device)
     jobs = list(product(dtypes, tables))
@@ -123,27 +122,22 @@ def tune(
         precision = configs.Precision.of(image, widened=widened)
         key, shipped = configs.tiles_key(kernel, image, precision), tables[kernel][precision]
         arguments = calls(kernel, image, text)
-        launch = partial(getattr(kernels, kernel), *arguments[0])
-        tiles = candidates(precision, shipped)[: 2 if kernels.INTERPRETED else None]
-        found: list[tuple[float, Any]] = []
-        left_out: list[str] = []
-        for index, config in enumerate(tiles, 1):
-            if index > 1 and time.perf_counter() > begun + seconds * job / len(jobs):
-                left_out.append(f"{key}: no time for the last {len(tiles) + 1 - index} tiles")
+        found: dict[float, Any] = {}
+        for config in candidates(precision, shipped)[: 2 if kernels.INTERPRETED else None]:
+            if found and time.perf_counter() > begun + seconds * job / len(jobs):
+                print(f"{key}: no time for more")
                 break
-            progress = f"{job}/{len(jobs)} {key}: candidate {index} of {len(tiles)}"
-            print(f"\r{progress:<79}", end="", file=sys.stderr, flush=True)
             with configs.overridden(kernel, config):
-                if problem := refusal(kernel, image, arguments):
-                    left_out.append(f"{key}: {config}: {problem}")
-                else:
-                    found.append((milliseconds(launch, device), config))
-        shipped_ms = next((ms for ms, config in found if config == shipped), math.inf)
-        best_ms, tile = min(found, key=itemgetter(0), default=(math.inf, None))
+                problem = refusal(kernel, image, arguments)
+                if problem is None:
+                    ms = milliseconds(partial(getattr(kernels, kernel), *arguments[0]), device)
+                    found[ms] = config
+            print(f"{key}: {config}: {problem or f'{ms:.3f} ms'}", flush=True)
+        shipped_ms = next((ms for ms, config in found.items() if config == shipped), math.inf)
+        best_ms = min(found, default=math.inf)
         if best_ms > (1 - LEAST_GAIN) * shipped_ms:
-            best_ms, tile = shipped_ms, shipped
-        row = {"kernel": key, "shipped ms": shipped_ms, "best ms": best_ms, "tile": tile}
-        yield {**row, "left out": left_out}
+            best_ms = shipped_ms
+        yield key, shipped_ms, best_ms, found.get(best_ms)
 
 
 def remember(file: Path, device: torch.device, key: str, tile: Any) -> bool:
@@ -162,10 +156,9 @@ def remember(file: Path, device: torch.device, key: str, tile: Any) -> bool:
 
 
 def main(arguments: list[str]) -> int:
-    """Tune, keep what wins, print the table.
+    """Tune, keep what wins, print the table. Returns 1 if the choices could not be kept.
 
-    Returns the exit status: 1 if the choices could not be kept, 2 if there is no Triton or no GPU
-    with kernels.
+    Without Triton or a GPU with kernels, SystemExit says so.
     """
     parser = argparse.ArgumentParser(prog="python -m cyclip_loss.tune", description=__doc__)
     parser.add_argument("--n", type=int, default=8192, help="pairs (default: 8192)")
@@ -177,27 +170,20 @@ def main(arguments: list[str]) -> int:
         parser.error(f"--n, --d and --seconds must be 1 or more, got {sizes}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if find_spec("triton") is None:
-        print("Triton is not installed", file=sys.stderr)
-        return 2
+        parser.error("Triton is not installed")
     if not (kernels.INTERPRETED or architecture(device)):
-        print(
+        parser.error(
             "no GPU on which the kernels run. To try the command without one, and keep nothing: "
-            "TRITON_INTERPRET=1 python -m cyclip_loss.tune --n 96 --d 128",
-            file=sys.stderr,
+            "TRITON_INTERPRET=1 python -m cyclip_loss.tune --n 96 --d 128"
         )
-        return 2
     file = None if kernels.INTERPRETED else configs.tiles_file()
     dtypes = [getattr(torch, name) for name in options.dtype]
-    print(f"{'kernel':42} shipped ms  best ms  tile")
-    kept = []
-    try:
-        for row in tune(device, dtypes, options.n, options.d, options.seconds):
-            print("\r{kernel:42} {shipped ms:10.3f} {best ms:8.3f}  {tile}".format(**row))
-            print(*(f"left out: {why}\n" for why in row["left out"]), sep="", end="", flush=True)
-            if file and row["tile"]:
-                kept.append(remember(file, device, row["kernel"], row["tile"]))
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
+    lines, kept = [], []
+    for key, *milliseconds_of, tile in tune(device, dtypes, options.n, options.d, options.seconds):
+        lines.append("{:42} {:10.3f} {:8.3f}  {}".format(key, *milliseconds_of, tile))
+        if file and tile:
+            kept.append(remember(file, device, key, tile))
+    print(f"\n{'kernel':42} shipped ms  best ms  tile", *lines, sep="\n")
     print(f"kept in {file if kept and all(kept) else 'no file'}")
     return 0 if all(kept) else 1
 

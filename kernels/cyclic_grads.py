@@ -15,14 +15,14 @@ from torch import Tensor
 
 from cyclip_loss.kernels.configs import Precision, config_for
 from cyclip_loss.kernels.launch import aligned_features, ceil_div, launch, number_or_pointer
-from cyclip_loss.kernels.tiles import grouped_tile, round_to_tf32, scalar
+from cyclip_loss.kernels.tiles import grouped_tile, round_to_tf32, scalar, u_and_v
 from cyclip_loss.numerics import on_device_of
 
 
 @triton.jit
-def _load_matrix(pointers, weight, TF32: tl.constexpr):
+def _load_matrix(pointers, weight, PRECISION: tl.constexpr):
     block = tl.load(pointers) * weight
-    return round_to_tf32(block) if TF32 else block
+    return round_to_tf32(block) if PRECISION == "tf32" else block
 
 
 @triton.jit(
@@ -49,7 +49,6 @@ def cyclic_grads_kernel(
     WITH_CROSS: tl.constexpr,
     NEEDS_IMAGE: tl.constexpr,
     NEEDS_TEXT: tl.constexpr,
-    TF32: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BD: tl.constexpr,
@@ -72,21 +71,17 @@ def cyclic_grads_kernel(
         text_pointers = text + row[:, None] * text_stride + inner[None, :]
         i = tl.load(image_pointers).to(tl.float32)
         t = tl.load(text_pointers).to(tl.float32)
-        u = i + t
-        v = i - t
-        if TF32:
-            u = round_to_tf32(u)
-            v = round_to_tf32(v)
+        u, v = u_and_v(i, t, PRECISION)
         # (BK, BD) blocks. A and B, which are symmetric, and C^T are read along contiguous rows.
         mirrored = grams + columns[None, :] * d + inner[:, None]
-        a = _load_matrix(mirrored, total, TF32)
-        b = _load_matrix(mirrored + d * d, total, TF32)
+        a = _load_matrix(mirrored, total, PRECISION)
+        b = _load_matrix(mirrored + d * d, total, PRECISION)
         u_grad = tl.dot(u, b, u_grad, input_precision=PRECISION)
         v_grad = tl.dot(v, a, v_grad, input_precision=PRECISION)
         if WITH_CROSS:
-            c_t = _load_matrix(mirrored + 2 * d * d, difference, TF32)
+            c_t = _load_matrix(mirrored + 2 * d * d, difference, PRECISION)
             direct = grams + inner[:, None] * d + columns[None, :]
-            c = _load_matrix(direct + 2 * d * d, difference, TF32)
+            c = _load_matrix(direct + 2 * d * d, difference, PRECISION)
             u_grad = tl.dot(v, c_t, u_grad, input_precision=PRECISION)
             v_grad = tl.dot(u, c, v_grad, input_precision=PRECISION)
 
@@ -131,7 +126,7 @@ def cyclic_grads(
             image, text, grams, grads[0], grads[-1], number_or_pointer(weights[0]),
             number_or_pointer(weights[1]), float(size), image_grad, text_grad, n, d,
             image.stride(0), text.stride(0), WITH_CROSS=len(grams) == 3, NEEDS_IMAGE=needs_image,
-            NEEDS_TEXT=needs_text, TF32=precision.dot == "tf32", PRECISION=precision.dot,
+            NEEDS_TEXT=needs_text, PRECISION=precision.dot,
             **config.kwargs,
         )  # fmt: skip
     if d == unpadded:

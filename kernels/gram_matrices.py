@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cyclip_loss.kernels.configs import Precision, config_for
 from cyclip_loss.kernels.launch import aligned_features, ceil_div, launch
-from cyclip_loss.kernels.tiles import round_to_tf32
+from cyclip_loss.kernels.tiles import u_and_v
 from cyclip_loss.numerics import on_device_of
 
 # A D x D matrix has too few tiles to fill a GPU, unless D is large. So the sum over rows is split
@@ -52,7 +52,6 @@ def gram_matrices_kernel(
     text_stride,
     split_rows,
     WITH_CROSS: tl.constexpr,
-    TF32: tl.constexpr,
     PRECISION: tl.constexpr,
     BD: tl.constexpr,
     BK: tl.constexpr,
@@ -78,15 +77,8 @@ def gram_matrices_kernel(
                 i_text *= sign
             j_image = _load_block(image, rows, j_columns, end, image_stride)
             j_text = _load_block(text, rows, j_columns, end, text_stride)
-            u_i = i_image + i_text
-            v_i = i_image - i_text
-            u_j = j_image + j_text
-            v_j = j_image - j_text
-            if TF32:
-                u_i = round_to_tf32(u_i)
-                v_i = round_to_tf32(v_i)
-                u_j = round_to_tf32(u_j)
-                v_j = round_to_tf32(v_j)
+            u_i, v_i = u_and_v(i_image, i_text, PRECISION)
+            u_j, v_j = u_and_v(j_image, j_text, PRECISION)
             u_product = tl.dot(tl.trans(u_i), u_j, u_product, input_precision=PRECISION)
             v_product = tl.dot(tl.trans(v_i), v_j, v_product, input_precision=PRECISION)
 
@@ -132,7 +124,7 @@ def gram_matrices(image_features: Tensor, text_features: Tensor, with_cross: boo
         launch(
             gram_matrices_kernel, ((d // bd) ** 2, splits, matrices - 1),
             image, text, parts, n, d, image.stride(0), text.stride(0), split_rows,
-            WITH_CROSS=with_cross, TF32=precision.dot == "tf32", PRECISION=precision.dot,
+            WITH_CROSS=with_cross, PRECISION=precision.dot,
             **config.kwargs,
         )  # fmt: skip
     grams = parts[0] if splits == 1 else parts.sum(dim=0)  # in an order that is always the same

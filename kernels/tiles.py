@@ -51,6 +51,17 @@ def round_to_tf32(x):
 
 
 @triton.jit
+def u_and_v(image, text, PRECISION: tl.constexpr):
+    """U = I + T and V = I - T in float32, rounded for the products."""
+    u = image + text
+    v = image - text
+    if PRECISION == "tf32":
+        u = round_to_tf32(u)
+        v = round_to_tf32(v)
+    return u, v
+
+
+@triton.jit
 def tile_product(
     a,  # (n, d), rows `a_stride` apart, contiguous within a row
     b,  # (m, d), rows `b_stride` apart

@@ -91,23 +91,16 @@ def load(engine: str, features: Tensor, needs_rows: bool = True) -> Engine:
 @lru_cache
 def _kernels_import() -> bool:
     """Whether the kernels can be imported. Warns if not: Triton is missing or broken."""
-    if find_spec("triton") is None:
-        warn_once(
-            "triton",
-            "Triton is not installed, so PyTorch computes instead of the kernels, with the same "
-            "results but slower. Install the Triton that belongs to your version of PyTorch: "
-            "`pip install triton` (Windows: `triton-windows`; ROCm: the one that PyTorch's index "
-            "lists beside it). CYCLIP_LOSS_IMPL=eager chooses PyTorch without this warning",
-            every_rank=True,
-        )
-        return False
     try:
         from cyclip_loss import kernels  # noqa: F401
     except Exception as error:
         warn_once(
-            "kernels",
-            "the Triton kernels cannot be imported; PyTorch computes instead, with the same "
-            f"results but slower. {type(error).__name__}: {str(error).strip()[:500]}",
+            "triton",
+            "the Triton kernels cannot be imported, so PyTorch computes instead, with the same "
+            f"results but slower. {type(error).__name__}: {str(error).strip()[:500]}. Install the "
+            "Triton that belongs to your version of PyTorch: `pip install triton` (Windows: "
+            "`triton-windows`; ROCm: the one that PyTorch's index lists beside it). "
+            "CYCLIP_LOSS_IMPL=eager chooses PyTorch without this warning",
             every_rank=True,
         )
         return False

@@ -64,7 +64,15 @@ class Term(NamedTuple):
     engine: str  # as in `Plan`
     strategy: str
     traced: bool
-    ranks: Ranks  # with the numbers of columns
+    group_name: str  # this and the next three: `Ranks`, with the numbers of columns
+    rank: int
+    size: int
+    counts: list[int] | None
+
+    @property
+    def ranks(self) -> Ranks:
+        """The ranks, with the numbers of columns."""
+        return Ranks(self.group_name, self.rank, self.size, self.counts)
 
     @property
     def directions(self) -> int:
@@ -146,7 +154,7 @@ def term_inputs(batch: Batch, plan: Plan, gathers: Gathers) -> list[TermInputs]:
             plan.engine,
             plan.strategy,
             plan.traced,
-            ranks,
+            *ranks,
         )
         inputs = TermInputs(
             row_features,
@@ -291,14 +299,14 @@ def _forward(logits: Logits, term: Term) -> tuple[Tensor, Tensor, Tensor, Tensor
             1 / term.divisor,
         )
         if positives is not None:
-            shares = positives.other_shares(logits.row_ids)[:own_pairs].to(loss.dtype)
+            shares = positives.other_shares(logits.row_ids[:own_pairs], loss.dtype)
             pairs_part = (shares * pair_logits).sum()
             total_pairs = term.divisor // term.directions
             loss += (pairs_part - logits.logit_scale * positives.row_products) / total_pairs
             pair_gradient += term.directions * shares
         if logits.has_extra_negatives:
-            loss += zero_or_nan(logits, loss.dtype)
-        if term.ranks.size > 1:
+            loss += logits.zero_or_nan(loss.dtype)
+        if term.size > 1:
             loss = collectives.wait(collectives.start_all_reduce(loss, "sum", term.ranks))
         if logits.has_extra_negatives:
             row_lse = F.pad(row_lse, (0, num_rows - own_pairs), value=torch.inf)
@@ -322,15 +330,6 @@ def log_sum_exps(
         return engine.contrastive_lse(block.without_ids())
 
     return STRATEGIES[term.strategy].log_sum_exps(block_lse, logits, term.ranks)
-
-
-def zero_or_nan(logits: Logits, dtype: torch.dtype) -> Tensor:
-    """0, or NaN if a feature is not finite.
-
-    To be added to results with extra negatives: an infinite negative may have the logit -inf, and
-    the result would stay finite.
-    """
-    return ((logits.row_features * 0).sum() + (logits.column_features * 0).sum()).to(dtype)
 
 
 def _forward_fake(given: Any) -> tuple[Tensor, ...]:
@@ -362,9 +361,9 @@ def _backward(
     """
     row_features = logits.row_features
     engine = engines.load(term.engine, row_features)
-    weight = term.ranks.size / term.divisor
+    weight = term.size / term.divisor
     # Gradients to which more is added, by other ranks or for positives, stay in float32.
-    float32_grads = term.ranks.size > 1 or term.positives
+    float32_grads = term.size > 1 or term.positives
     positives = Positives(logits.column_ids) if term.positives else None
 
     def block_grads(block: Logits, saved: SavedStatistics) -> Gradients:

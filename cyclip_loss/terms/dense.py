@@ -34,8 +34,12 @@ def log_sum_exps(logits: Logits) -> LogSumExps:
         else:
             is_left_out = logits.row_ids[:, None] == logits.column_ids
         negatives = products.masked_fill(is_left_out, -torch.inf)
+        row_lse = negatives.logsumexp(dim=1)
         column_lse = negatives.logsumexp(dim=0) if logits.symmetric else products.new_empty(0)
-        return LogSumExps(negatives.logsumexp(dim=1), column_lse, pair_logits)
+        if logits.has_extra_negatives:
+            zero = logits.zero_or_nan(dtype)
+            row_lse, column_lse = row_lse + zero, column_lse + zero
+        return LogSumExps(row_lse, column_lse, pair_logits)
 
 
 def contrastive_term(logits: Logits, divisor: int) -> Tensor:

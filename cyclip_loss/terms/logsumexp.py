@@ -32,7 +32,6 @@ from cyclip_loss.terms.contrastive import (
     logits_of,
     tensors_of,
     term_inputs,
-    zero_or_nan,
 )
 from cyclip_loss.terms.contrastive import log_sum_exps as streamed_log_sum_exps
 from cyclip_loss.terms.operators import Operator
@@ -48,7 +47,7 @@ def log_sum_exps(batch: Batch, plan: Plan, gathers: Gathers) -> LogSumExps:
         # Extra negatives have no log-sum-exp of their own.
         return LogSumExps(row_lse, column_lse[: row_lse.shape[0]], pair_logits)
     # The upstream gradients are those of this rank's own loss.
-    term = Term(**{**term._asdict(), "divisor": term.ranks.size})
+    term = Term(**{**term._asdict(), "divisor": term.size})
     return LogSumExps(*_LogSumExp.apply(*tensors, gathered, term))  # type: ignore[no-untyped-call]
 
 
@@ -100,7 +99,7 @@ def _forward(logits: Logits, term: Term) -> tuple[Tensor, Tensor, Tensor]:
         lse = streamed_log_sum_exps(engine, logits, term)
     row_lse, column_lse = lse.row_negatives_lse, lse.column_negatives_lse
     if logits.has_extra_negatives:
-        zero = zero_or_nan(logits, row_lse.dtype)
+        zero = logits.zero_or_nan(row_lse.dtype)
         row_lse, column_lse = row_lse + zero, column_lse + zero
     if logits.symmetric and column_lse.shape[0] > row_features.shape[0]:
         # This rank's, without extra negatives. A copy, because a view would keep all of them.

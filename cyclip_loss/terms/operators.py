@@ -5,8 +5,9 @@ call the operator while they are traced (`torch.compile`, `torch.export`, fake t
 Python function otherwise, because PyTorch's dispatcher takes about 18 microseconds.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from inspect import Parameter, Signature
+from itertools import islice
 from types import SimpleNamespace
 from typing import Any, NoReturn, get_type_hints
 
@@ -31,22 +32,29 @@ class Operator:
         self.function = function
         annotations = get_type_hints(function)
         returned = annotations.pop("return")
-        self.structures = tuple(map(_structure, annotations.values()))
-
-        def arguments(values: tuple[Any, ...]) -> dict[str, Any]:
-            rest = iter(values)
-            return {name: _record(kind, rest) for name, kind in annotations.items()}
+        self.are_records = [hasattr(kind, "_fields") for kind in annotations.values()]
+        values = [
+            Parameter(f"{argument}_{field}", Parameter.POSITIONAL_OR_KEYWORD, annotation=kind)
+            for argument, record in annotations.items()
+            for field, kind in (
+                get_type_hints(record) if hasattr(record, "_fields") else {"value": record}
+            ).items()
+        ]
 
         def on_values(*values: Any) -> Any:
             return function(**arguments(values))
 
-        parameters = [
-            Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, annotation=kind)
-            for argument in annotations.items()
-            for name, kind in _fields(*argument)
-        ]
+        def arguments(values: tuple[Any, ...]) -> dict[str, Any]:
+            rest = iter(values)
+            return {
+                name: kind(*islice(rest, len(kind._fields))) if is_record else next(rest)
+                for (name, kind), is_record in zip(
+                    annotations.items(), self.are_records, strict=True
+                )
+            }
+
         on_values.__signature__ = Signature(  # type: ignore[attr-defined]
-            parameters, return_annotation=returned
+            values, return_annotation=returned
         )
         self.operator: Any = custom_op(f"cyclip_loss::{name}", on_values, mutates_args=())
         self.operator.register_fake(lambda *values: fake(SimpleNamespace(**arguments(values))))
@@ -58,7 +66,10 @@ class Operator:
         silently returning zero.
         """
         if traced:
-            return self.operator(*_values(arguments, self.structures))
+            values: list[Any] = []
+            for argument, is_record in zip(arguments, self.are_records):  # noqa: B905 (PyTorch 2.8)
+                values += argument if is_record else [argument]
+            return self.operator(*values)
         if torch.is_grad_enabled():
             groups = (x if isinstance(x, list | tuple) else [x] for x in arguments)
             tensors = [x for group in groups for x in group if isinstance(x, Tensor)]
@@ -66,37 +77,6 @@ class Operator:
                 self.function, arguments, *tensors
             )
         return self.function(*arguments)
-
-
-def _structure(kind: Any) -> Any:
-    """The structures of the fields of a NamedTuple; None for any other type."""
-    if not hasattr(kind, "_fields"):
-        return None
-    return tuple(map(_structure, get_type_hints(kind).values()))
-
-
-def _fields(name: str, kind: Any) -> Iterator[tuple[str, Any]]:
-    """The name and the type of each value in an argument."""
-    if not hasattr(kind, "_fields"):
-        yield name, kind
-        return
-    for field, its_kind in get_type_hints(kind).items():
-        yield from _fields(f"{name}_{field}", its_kind)
-
-
-def _values(arguments: tuple[Any, ...], structures: tuple[Any, ...]) -> list[Any]:
-    """The arguments, with NamedTuples flattened."""
-    values: list[Any] = []
-    for argument, structure in zip(arguments, structures):  # noqa: B905 (PyTorch 2.8)
-        values += [argument] if structure is None else _values(argument, structure)
-    return values
-
-
-def _record(kind: Any, values: Iterator[Any]) -> Any:
-    """The next argument, of this type: the inverse of `_values`."""
-    if not hasattr(kind, "_fields"):
-        return next(values)
-    return kind(*(_record(field, values) for field in get_type_hints(kind).values()))
 
 
 class _FirstDerivativesOnly(torch.autograd.Function):

@@ -60,9 +60,9 @@ class Positives:
             columns.sub_(means.mul_(factor * block.logit_scale))
         return Gradients(rows, columns, scale)
 
-    def other_shares(self, ids: Any) -> Tensor:
+    def other_shares(self, ids: Any, dtype: torch.dtype) -> Tensor:
         """1 - 1/k for rows with these ids."""
-        return 1 - 1 / self._counts(ids)
+        return 1 - 1 / self._counts(ids).to(dtype)
 
     def _counts(self, ids: Any) -> Tensor:
         """How many columns of the global batch have each of these ids; at least 1."""
