@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from cyclip_loss.plan import Batch, Plan, make_plan
 from cyclip_loss.ranks.groups import ranks_of
 from cyclip_loss.terms import contrastive, cyclic
 
+# Modules whose inputs were checked. Copies of a module are checked again.
+_checked: WeakSet[nn.Module] = WeakSet()
+
 
 @dataclass(eq=False, repr=False)
 class _Module(PenaltyOptions, nn.Module):
@@ -26,7 +30,6 @@ class _Module(PenaltyOptions, nn.Module):
 
     def __post_init__(self) -> None:
         nn.Module.__init__(self)
-        self._inputs_checked = False
 
     def _check_inputs_once(self, batch: Batch, plan: Plan) -> None:
         """Warn of unusual features or an unusual scale, in the first call that has rows.
@@ -35,11 +38,11 @@ class _Module(PenaltyOptions, nn.Module):
         graph is captured.
         """
         image = batch.image_features
-        # `traced` comes first: compiled code must not depend on the flag.
-        if plan.traced or self._inputs_checked or image.shape[0] == 0:
+        # `traced` comes first: compiled code must not depend on what was checked.
+        if plan.traced or self in _checked or image.shape[0] == 0:
             return
         if not image.is_meta and not is_capturing(image):
-            self._inputs_checked = True
+            _checked.add(self)
             features = [image, batch.text_features, *batch.row_features, *batch.column_features]
             usage_warnings.warn_of_unusual_inputs(features, batch.logit_scale)
 

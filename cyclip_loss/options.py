@@ -136,13 +136,16 @@ class PenaltyOptions(Options):
             self._reference = None if value is None else float(value)
 
     def has_penalties(self) -> bool:
-        """Whether a lambda is not 0. (`==` would make torch.compile treat the number as static.)"""
-        return self.lambda_inmodal > 0 or self.lambda_crossmodal > 0
+        """Whether a lambda is not 0.
+
+        Here and below, `==` would make torch.compile treat a number as static, and each comparison
+        that it makes doubles the graphs.
+        """
+        return self.lambda_inmodal + self.lambda_crossmodal > 0
 
     def has_equal_lambdas(self) -> bool:
         """Whether both penalties have the same weight."""
-        difference = self.lambda_inmodal - self.lambda_crossmodal
-        return not (difference < 0 or difference > 0)
+        return not abs(self.lambda_inmodal - self.lambda_crossmodal) > 0
 
     def needs_cross(self, as_terms: bool) -> bool:
         """Whether the penalties need the Gram matrix C: one by one, or with different weights."""

@@ -94,7 +94,8 @@ def contrastive_lse(logits: Logits) -> LogSumExps:
 
 def margins(negatives_lse: Tensor, pair_logits: Tensor) -> Tensor:
     """negatives_lse - pair_logits, NaN for an infinite pair logit, which would look perfect."""
-    return (negatives_lse - pair_logits) + (pair_logits - pair_logits)
+    detached = pair_logits.detach()
+    return (negatives_lse - pair_logits) + (detached - detached)
 
 
 def softplus(x: Tensor) -> Tensor:

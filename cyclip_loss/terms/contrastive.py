@@ -179,12 +179,10 @@ def _ids_with_negatives(
     """
     if batch.ids is None or batch_ids is None:
         return None, None
-    ordered = batch_ids.sort()[0]
-    row_ids, column_ids = (
-        torch.searchsorted(ordered, batch.ids),
-        torch.searchsorted(ordered, batch_ids),
-    )
+    column_ids = torch.searchsorted(batch_ids.sort()[0], batch_ids)
     num_pairs, num_columns = batch.image_features.shape[0], batch.column_features[0].shape[0]
+    first = batch.ranks.first_row(batch.ranks.rank, num_pairs)
+    row_ids = column_ids[first : first + num_pairs]
     row_ids = F.pad(row_ids, (0, batch.row_features[0].shape[0] - num_pairs), value=-2)
     pairs_per_rank = [batch.ranks.rows_on(rank, num_pairs) for rank in range(batch.ranks.size)]
     blocks = []
@@ -299,7 +297,7 @@ def _forward(logits: Logits, term: Term) -> tuple[Tensor, Tensor, Tensor, Tensor
             1 / term.divisor,
         )
         if positives is not None:
-            shares = positives.other_shares(logits.row_ids[:own_pairs], loss.dtype)
+            shares = positives.other_shares(logits.row_ids, loss.dtype)[:own_pairs]
             pairs_part = (shares * pair_logits).sum()
             total_pairs = term.divisor // term.directions
             loss += (pairs_part - logits.logit_scale * positives.row_products) / total_pairs

@@ -34,12 +34,19 @@ def log_sum_exps(logits: Logits) -> LogSumExps:
         else:
             is_left_out = logits.row_ids[:, None] == logits.column_ids
         negatives = products.masked_fill(is_left_out, -torch.inf)
-        row_lse = negatives.logsumexp(dim=1)
-        column_lse = negatives.logsumexp(dim=0) if logits.symmetric else products.new_empty(0)
+        row_lse = _log_sum_exp(negatives, 1)
+        column_lse = _log_sum_exp(negatives, 0) if logits.symmetric else products.new_empty(0)
         if logits.has_extra_negatives:
             zero = logits.zero_or_nan(dtype)
             row_lse, column_lse = row_lse + zero, column_lse + zero
         return LogSumExps(row_lse, column_lse, pair_logits)
+
+
+def _log_sum_exp(logits: Tensor, dim: int) -> Tensor:
+    """The same as `torch.logsumexp`, whose backward computes the exponentials again."""
+    # Kept finite, also without negatives, as -inf - (-inf) would be NaN.
+    maxima = logits.detach().amax(dim, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)
+    return (logits - maxima).exp_().sum(dim).log() + maxima.squeeze(dim)
 
 
 def contrastive_term(logits: Logits, divisor: int) -> Tensor:
