@@ -23,17 +23,18 @@ def log_sum_exps(logits: Logits) -> LogSumExps:
     """The log-sum-exps of the negatives, and the pairs' logits. Row i is paired with column i."""
     dtype = accumulation_dtype(logits.row_features.dtype)
     with without_autocast(logits.row_features):
-        row_features = logits.row_features.to(dtype) * logits.logit_scale
-        products = row_features @ logits.column_features.to(dtype).T
+        row_features, column_features = (
+            logits.row_features.to(dtype),
+            logits.column_features.to(dtype),
+        )
+        products = (row_features @ column_features.T) * logits.logit_scale
         pair_logits = products.diagonal()[: logits.num_pairs]
         if logits.row_ids is None or logits.column_ids is None:
-            n, m = products.shape
-            rows = torch.arange(n, device=products.device)
-            columns = torch.arange(m, device=products.device)
-            is_left_out = rows[:, None] == columns
+            negatives = products.clone()
+            negatives.diagonal()[: logits.num_pairs].fill_(-torch.inf)
         else:
-            is_left_out = logits.row_ids[:, None] == logits.column_ids
-        negatives = products.masked_fill(is_left_out, -torch.inf)
+            has_same_id = logits.row_ids[:, None] == logits.column_ids
+            negatives = products.masked_fill(has_same_id, -torch.inf)
         row_lse = _log_sum_exp(negatives, 1)
         column_lse = _log_sum_exp(negatives, 0) if logits.symmetric else products.new_empty(0)
         if logits.has_extra_negatives:
