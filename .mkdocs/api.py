@@ -46,21 +46,12 @@ def public_objects() -> dict[str, list[Object | Alias]]:
     package = loader.load("cyclip_loss")
     loader.resolve_aliases(external=False)
     assert package.exports is not None
-    public = [defined(package, str(name)) for name in package.exports if str(name) != "reference"]
+    public = [package[str(name)] for name in package.exports if str(name) != "reference"]
     return {
         "The classes": [item for item in public if item.is_class],
-        "The functions": [package["functional"], *(item for item in public if item.is_function)],
+        "The functions": [item for item in public if item.is_function],
         "The definition": [package["reference"], *package["reference"].functions.values()],
     }
-
-
-def defined(package: Object | Alias, name: str) -> Object | Alias:
-    """The object of this public name. If `__init__` wraps it in a decorator, what is wrapped."""
-    item = package[name]
-    if item.is_attribute:  # such as `hint_at_misspelled(functional.cyclip_loss)`
-        module, _ = re.findall(r"(\w+)\.(\w+)\)", str(item.value))[0]
-        return package[module][name]
-    return item
 
 
 def markdown(item: Object | Alias, heading_level: int) -> str:
@@ -68,9 +59,7 @@ def markdown(item: Object | Alias, heading_level: int) -> str:
     if item.is_module:  # its docstring is the introduction of the section
         return f"{item.docstring.value}\n" if item.docstring else ""
     text = render_object_docs(item, {**CONFIG, "heading_level": heading_level})
-    text = re.sub(
-        r"`cyclip_loss\.(functional|logsumexp)\.", "`cyclip_loss.", text
-    )  # the public name
+    text = re.sub(r"`cyclip_loss\.(inputs|logsumexp)\.", "`cyclip_loss.", text)  # the public name
     # The types of arguments are in the signature. griffe2md links the types of errors to nowhere.
     text = re.sub(r" \(<code>.*?</code>\) –", " –", text)
     text = re.sub(r"<code>(.*?)</code>", lambda code: f"`{without_links(code[1])}`", text)
