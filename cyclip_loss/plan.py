@@ -76,8 +76,16 @@ def make_plan(
         with_cross = options.needs_cross(as_terms)
         if with_cross:
             gram_flops = 10 if options.has_equal_lambdas() else 14
-    # The order matters: only code that may be dense depends on N, also when it is compiled.
-    if batch.ranks.size == 1 and _may_be_dense(features, engine, traced):
+    if traced:
+        # torch.compile makes one graph for dense and one for streamed batches. An exported program
+        # is one graph. On a GPU the operators choose the engine when they run.
+        is_compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        may_be_dense = is_compiled and engine != "triton" and features.is_cpu
+    else:
+        # Off the CPU, streamed products of 16-bit features are fast, and dense ones are widened.
+        may_be_dense = engine == "eager" and (features.is_cpu or features.dtype.itemsize > 2)
+    # Only code that may be dense depends on N, also when it is compiled.
+    if may_be_dense and batch.ranks.size == 1:
         d = features.shape[1]
         n = features.shape[0]
         for first_term in (*batch.row_features[:1], *batch.column_features[:1]):
@@ -101,17 +109,6 @@ def make_plan(
     if not traced and _log.isEnabledFor(logging.DEBUG):
         _log.debug("%d pairs in all, D = %d: %s", batch.total_pairs, features.shape[1], plan)
     return plan
-
-
-def _may_be_dense(features: Tensor, engine: str, traced: bool) -> bool:
-    """Whether plain PyTorch computes small batches."""
-    if not traced:
-        # Off the CPU, streamed products of 16-bit features are fast, and dense ones are widened.
-        return engine == "eager" and (features.is_cpu or features.dtype.itemsize > 2)
-    # torch.compile makes one graph for dense and one for streamed batches. An exported program is
-    # one graph. On a GPU the operators choose when they run.
-    is_compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-    return is_compiled and engine != "triton" and features.is_cpu
 
 
 def is_traced(*tensors: Tensor) -> bool:

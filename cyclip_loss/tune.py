@@ -30,7 +30,7 @@ from cyclip_loss.usage_warnings import warn_once
 if find_spec("triton") is not None:  # else `main` says that there is nothing to tune
     import triton
 
-    from cyclip_loss import kernels
+    import cyclip_loss.kernels as kernels
     from cyclip_loss.kernels import configs
     from cyclip_loss.kernels.launch import recording
 

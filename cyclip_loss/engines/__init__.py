@@ -43,11 +43,9 @@ def choose(impl: str, features: Tensor) -> str:
     if impl == "auto":
         if not (has_kernels and _kernels_import()):
             return "eager"
-        from cyclip_loss import kernels
+        import cyclip_loss.kernels as kernels
 
-        if features.shape[1] > kernels.MAX_D:
-            return "eager"
-        return "eager" if verified_kernels(scope_of(features)).problem else "verified kernels"
+        return "eager" if features.shape[1] > kernels.MAX_D else "verified kernels"
     if features.is_cuda and not has_kernels:
         # The kernels might compile nevertheless, and give wrong results.
         raise ValueError(
@@ -59,7 +57,7 @@ def choose(impl: str, features: Tensor) -> str:
             f"{asked} needs Triton, which is not installed, and features on a CUDA or ROCm "
             f"device, got {features.device}"
         )
-    from cyclip_loss import kernels
+    import cyclip_loss.kernels as kernels
 
     if not (features.is_cuda or kernels.INTERPRETED):
         raise ValueError(
@@ -81,7 +79,7 @@ def load(engine: str, features: Tensor, needs_rows: bool = True) -> Engine:
     if engine == "eager" or (needs_rows and features.shape[0] == 0):
         return eager
     if engine == "kernels":
-        from cyclip_loss import kernels
+        import cyclip_loss.kernels as kernels
 
         return kernels
     verified: Any = verified_kernels(scope_of(features))
@@ -92,7 +90,7 @@ def load(engine: str, features: Tensor, needs_rows: bool = True) -> Engine:
 def _kernels_import() -> bool:
     """Whether the kernels can be imported. Warns if not: Triton is missing or broken."""
     try:
-        from cyclip_loss import kernels  # noqa: F401
+        import cyclip_loss.kernels  # noqa: F401
     except Exception as error:
         warn_once(
             "triton",
@@ -109,7 +107,7 @@ def _kernels_import() -> bool:
 
 def scope_of(features: Tensor) -> Scope:
     """Where a wrong result for these features switches the kernels off."""
-    from cyclip_loss import kernels
+    import cyclip_loss.kernels as kernels
 
     return Scope(features.device, features.dtype, kernels.configs.Precision.of(features))
 
@@ -117,6 +115,6 @@ def scope_of(features: Tensor) -> Scope:
 @lru_cache
 def verified_kernels(scope: Scope) -> VerifiedKernels:
     """This process's engine for a scope, which remembers the layouts that it compared."""
-    from cyclip_loss import kernels
+    import cyclip_loss.kernels as kernels
 
     return VerifiedKernels(kernels, eager, scope)

@@ -62,15 +62,7 @@ def terms(
         nothing = image_features[:0].sum() + text_features[:0].sum()
         zero = nothing.to(accumulation_dtype(image_features.dtype))
         penalties = [zero, zero.clone()] if plan.as_terms else [zero]
-    elif plan.penalties == "dense":
-        dtype = accumulation_dtype(image_features.dtype)
-        is_compiling = torch.compiler.is_compiling()
-        one = image_features.new_ones((), dtype=dtype) if is_compiling else 1.0
-        weights = numeric_weights(options, n, one)
-        penalties = dense.cyclic_terms(
-            image_features, text_features, weights, plan.with_cross, plan.as_terms
-        )
-    else:
+    elif plan.penalties == "gram":
         if reduced is None:
             grams, weights = None, _tensor_weights(options, n, image_features)
         else:
@@ -82,6 +74,14 @@ def terms(
             weights = numeric_weights(options, summed[-1], one)
         penalties = _CyclicPenalties.apply(  # type: ignore[no-untyped-call]
             image_features, text_features, grams, *weights, batch.ranks.size, plan
+        )
+    else:
+        dtype = accumulation_dtype(image_features.dtype)
+        is_compiling = torch.compiler.is_compiling()
+        one = image_features.new_ones((), dtype=dtype) if is_compiling else 1.0
+        weights = numeric_weights(options, n, one)
+        penalties = dense.cyclic_terms(
+            image_features, text_features, weights, plan.with_cross, plan.as_terms
         )
     names = TERMS if plan.as_terms else ("cyclic_loss",)
     return dict(zip(names, penalties))  # noqa: B905 (PyTorch 2.8 can't trace strict)
