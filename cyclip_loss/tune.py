@@ -59,41 +59,28 @@ def candidates(precision: Any, shipped: Any) -> list[Any]:
     return found
 
 
-def calls(kernel: str, image: Tensor, text: Tensor) -> list[tuple[Any, ...]]:
-    """Arguments for a kernel's function. The first are timed, all have to give right results.
-
-    The first make only the kernel run, without the library's products.
-    """
+def arguments_of(kernel: str, image: Tensor, text: Tensor) -> tuple[Any, ...]:
+    """Arguments for a kernel's function, with which it launches no product of the library's."""
     (n, d), one = image.shape, torch.ones((), device=image.device)
-    ids = torch.arange(n, device=image.device)
     logits, lse = Logits(image, text, 50 * one), 12 * one.repeat(n)  # about that of random logits
-    with_ids = Logits(image, text, 50 * one, ids, ids, partner_offset=1, num_pairs=n)
     saved = SavedStatistics(lse, lse, 0 * lse)
     grams, weights = torch.randn(3, d, d, device=image.device), [torch.tensor(0.25)] * 2
-    found: dict[str, list[tuple[Any, ...]]] = {
-        "contrastive_lse": [(logits,), (with_ids,)],
-        "contrastive_grads": [
-            (logits, saved, one, 0.5 / n, [False, False, True], False),
-            (with_ids, saved, one, 0.5 / n, [True, True, True], False),
-        ],
-        "gram_matrices": [(image, text, False), (image, text, True)],
-        "cyclic_grads": [
-            (image, text, grams[:2], [one], weights, n, [True, True]),
-            (image, text, grams, [one, one], weights, n, [True, True]),
-        ],
+    found: dict[str, tuple[Any, ...]] = {
+        "contrastive_lse": (logits,),
+        "contrastive_grads": (logits, saved, one, 0.5 / n, [False, False, True], False),
+        "gram_matrices": (image, text, True),
+        "cyclic_grads": (image, text, grams, [one, one], weights, n, [True, True]),
     }
     return found[kernel]
 
 
-def refusal(kernel: str, image: Tensor, arguments: list[tuple[Any, ...]]) -> str | None:
+def refusal(kernel: str, image: Tensor, arguments: tuple[Any, ...]) -> str | None:
     """Why the kernel's current tile must not be chosen; None if it may."""
-    verified = verified_kernels(scope_of(image))
     try:
         with recording() as binaries:
-            problems = [verified.compare(kernel, call) for call in arguments]
-        if spills := max(getattr(binary, "n_spills", 0) for binary in binaries):
-            return f"spills {spills} registers"
-        return next(filter(None, problems), None)
+            problem = verified_kernels(scope_of(image)).compare(kernel, arguments)
+        spills = max(getattr(binary, "n_spills", 0) for binary in binaries)
+        return f"spills {spills} registers" if spills else problem
     except Exception as error:  # of any kind: that candidate is out
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.200}"
 
@@ -121,7 +108,8 @@ def tune(
         widened = kernel in ("gram_matrices", "cyclic_grads")
         precision = configs.Precision.of(image, widened=widened)
         key, shipped = configs.tiles_key(kernel, image, precision), tables[kernel][precision]
-        arguments = calls(kernel, image, text)
+        arguments = arguments_of(kernel, image, text)
+        launch = partial(getattr(kernels, kernel), *arguments)
         found: dict[float, Any] = {}
         for config in candidates(precision, shipped)[: 2 if kernels.INTERPRETED else None]:
             if found and time.perf_counter() > begun + seconds * job / len(jobs):
@@ -130,7 +118,7 @@ def tune(
             with configs.overridden(kernel, config):
                 problem = refusal(kernel, image, arguments)
                 if problem is None:
-                    ms = milliseconds(partial(getattr(kernels, kernel), *arguments[0]), device)
+                    ms = milliseconds(launch, device)
                     found[ms] = config
             print(f"{key}: {config}: {problem or f'{ms:.3f} ms'}", flush=True)
         shipped_ms = next((ms for ms, config in found.items() if config == shipped), math.inf)
