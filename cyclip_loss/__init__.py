@@ -3,7 +3,7 @@
 from cyclip_loss import reference
 from cyclip_loss.inputs import caption_ids
 from cyclip_loss.logsumexp import ContrastiveLogSumExp, contrastive_logsumexp
-from cyclip_loss.loss import CyclicPenalty, CyCLIPLoss, WithCyclicPenalty
+from cyclip_loss.loss import CyclicPenalty, CyCLIPLoss, CySigLIPLoss, WithCyclicPenalty
 from cyclip_loss.metrics import consistency_metrics
 from cyclip_loss.usage_warnings import CyCLIPWarning
 
@@ -12,6 +12,7 @@ __all__ = [
     "ContrastiveLogSumExp",
     "CyCLIPLoss",
     "CyCLIPWarning",
+    "CySigLIPLoss",
     "CyclicPenalty",
     "WithCyclicPenalty",
     "caption_ids",

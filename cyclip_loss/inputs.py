@@ -53,6 +53,7 @@ def prepare(
     negative_text_features: Tensor | None = None,
     same_ids: str = "ignored",
     one_way: bool = False,
+    logit_bias: Tensor | float | None = None,
     function: str = "CyCLIPLoss",
 ) -> Batch:
     """The batch of a call of a contrastive loss. Raises as `CyCLIPLoss`.
@@ -64,7 +65,8 @@ def prepare(
     ranks = ranks_of(options.process_group, options.distributed)
     several = ranks.size > 1
     images, texts = check_features(image_features, text_features, may_be_empty=several)
-    scale = check_logit_scale(logit_scale, images)
+    scale = check_scalar("logit_scale", logit_scale, images)
+    bias = None if logit_bias is None else check_scalar("logit_bias", logit_bias, images)
     ids = check_ids(ids, images, same_ids)
     # Features that reach other ranks, by the argument's name.
     sent = {"text_features": texts}
@@ -96,7 +98,8 @@ def prepare(
 
     column_ranks = ranks
     if several:
-        terms = [(row, column, scale) for row, column in zip(row_features, column_features)]  # noqa: B905
+        scalars = (scale,) if bias is None else (scale, bias)
+        terms = [(x, y, *scalars) for x, y in zip(row_features, column_features)]  # noqa: B905
         signature: dict[str, Hashable] = {
             "the function": function,
             "one_way": one_way,
@@ -119,8 +122,9 @@ def prepare(
         tuple(row_features),
         tuple(column_features),
         negative_image_features is not None or negative_text_features is not None,
-        ids is not None and same_ids == "positives",
-        one_way,
+        logit_bias=bias,
+        positives=ids is not None and same_ids == "positives",
+        one_way=one_way,
     )
 
 
@@ -218,32 +222,32 @@ def _autocast(features: Tensor) -> Tensor:
     return features
 
 
-def check_logit_scale(logit_scale: Tensor | float, features: Tensor) -> Tensor:
-    """logit_scale as a 0-dim tensor of the accumulation dtype on the features' device."""
+def check_scalar(name: str, value: Tensor | float, features: Tensor) -> Tensor:
+    """The scale or the bias as a 0-dim tensor of the accumulation dtype on the features' device."""
     dtype = accumulation_dtype(features.dtype)
-    if not isinstance(logit_scale, Tensor):
-        if isinstance(logit_scale, bool) or not isinstance(logit_scale, Real):
+    if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(
-                f"logit_scale must be a scalar tensor or a number, got {type(logit_scale).__name__}"
+                f"{name} must be a scalar tensor or a number, got {type(value).__name__}"
             )
-        if not torch.compiler.is_compiling() and not 0 < logit_scale < torch.inf:
-            raise ValueError(f"logit_scale must be finite and > 0, got {logit_scale}")
+        if not torch.compiler.is_compiling():
+            if name == "logit_scale" and not 0 < value < torch.inf:
+                raise ValueError(f"{name} must be finite and > 0, got {value}")
+            if not -torch.inf < value < torch.inf:
+                raise ValueError(f"{name} must be finite, got {value}")
         # Not `new_full`: torch.compile would make the number a constant.
-        return features.new_ones((), dtype=dtype) * float(logit_scale)
-    _check_dense("logit_scale", logit_scale, "full_tensor")
-    if logit_scale.numel() != 1:
-        raise ValueError(f"logit_scale must have one element, got shape {tuple(logit_scale.shape)}")
-    if not logit_scale.is_floating_point():
-        raise TypeError(f"logit_scale must be a floating-point tensor, got {logit_scale.dtype}")
+        return features.new_ones((), dtype=dtype) * float(value)
+    _check_dense(name, value, "full_tensor")
+    if value.numel() != 1:
+        raise ValueError(f"{name} must have one element, got shape {tuple(value.shape)}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
     # As in PyTorch's own arithmetic, a 0-dim CPU tensor goes with features on any device.
-    if logit_scale.device != features.device and (
-        logit_scale.device.type != "cpu" or logit_scale.ndim != 0
-    ):
+    if value.device != features.device and (value.device.type != "cpu" or value.ndim != 0):
         raise ValueError(
-            f"logit_scale must be on the features' device {features.device}, "
-            f"got {logit_scale.device}"
+            f"{name} must be on the features' device {features.device}, got {value.device}"
         )
-    return logit_scale.reshape(()).to(device=features.device, dtype=dtype)
+    return value.reshape(()).to(device=features.device, dtype=dtype)
 
 
 def check_logit_bias(logit_bias: Tensor | float | None) -> None:

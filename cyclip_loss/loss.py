@@ -18,7 +18,7 @@ from cyclip_loss.numerics import is_capturing
 from cyclip_loss.options import ContrastiveOptions, PenaltyOptions, option
 from cyclip_loss.plan import Batch, Plan, make_plan
 from cyclip_loss.ranks.groups import ranks_of
-from cyclip_loss.terms import contrastive, cyclic
+from cyclip_loss.terms import contrastive, cyclic, sigmoid
 
 # Modules whose inputs were checked. Copies of a module are checked again.
 _checked: WeakSet[nn.Module] = WeakSet()
@@ -186,7 +186,7 @@ class CyCLIPLoss(ContrastiveOptions, _Module):
                 empty.
         """
         if not torch.compiler.is_compiling():
-            self._check_rank()
+            _check_rank(self)
         check_logit_bias(logit_bias)
         batch = prepare(
             image_features,
@@ -224,17 +224,118 @@ class CyCLIPLoss(ContrastiveOptions, _Module):
         loss, *others = terms.values()
         return sum(others, loss)
 
-    def _check_rank(self) -> None:
-        """Raise unless `rank` and `world_size` are the group's or OpenCLIP's defaults, 0 and 1."""
-        if not self.distributed or (self.rank < 1 and self.world_size < 2):
-            return
-        ranks = ranks_of(self.process_group)
-        given = max(self.rank, 0), max(self.world_size, 1)
-        if given[0] not in (0, ranks.rank) or given[1] not in (1, ranks.size):
-            raise ValueError(
-                f"rank={self.rank} and world_size={self.world_size} were given, but this process "
-                f"is rank {ranks.rank} of {ranks.size}; is torch.distributed initialised?"
-            )
+
+@dataclass(eq=False, repr=False)
+class CySigLIPLoss(ContrastiveOptions, _Module):
+    """SigLIP's sigmoid loss (Zhai et al. 2023) with the cyclic penalties, in O(N D) memory.
+
+        loss = 1/N * sum_ij log(1 + exp(-y_ij l_ij))
+               + lambda_inmodal * P_in + lambda_crossmodal * P_cross
+
+    with l_ij = logit_scale * I_i . T_j + logit_bias, and y_ij = 1 for a pair, else -1. A drop-in
+    for `open_clip.SigLipLoss`: call it with the same arguments. With both weights 0, the default,
+    it is SigLIP's loss. No N x N matrix is built: forward computes the loss and all gradients in
+    one sweep (6 N^2 D flops), and backward multiplies them by the upstream gradient. If the loss
+    is not differentiated after all, nothing but time is lost.
+
+    Args:
+        lambda_inmodal, lambda_crossmodal: the weights of the penalties; 0 by default, because no
+            weight was shown to help with this loss (docs/lambda.md). CLIP's 0.25 is too strong.
+        dist_impl: "gather" (default) or "ring". Of `SigLipLoss`'s names, "bidir" (its default) and
+            "shift" are the ring, and "reduce" is the gather.
+        same_ids: what rows with the same id in `ids` are to each other: "ignored" (left out), or
+            "positives" (y = 1).
+        cache_labels, rank, world_size, bidir, chunk_size: OpenCLIP's arguments, kept as attributes
+            without effect. The first call raises if rank or world_size differ from the process
+            group's.
+        reference_batch_size, process_group, distributed, uneven, impl: as in `CyCLIPLoss`, also
+            across ranks.
+
+    Raises:
+        TypeError, ValueError: as `CyCLIPLoss`.
+
+    >>> loss_fn = CySigLIPLoss()
+    >>> features = nn.functional.normalize(torch.randn(8, 4), dim=1).requires_grad_()
+    >>> loss_fn(features, features.detach(), logit_scale=10.0, logit_bias=-10.0).backward()
+    """
+
+    lambda_inmodal: float = option(0.0, options.weight)
+    lambda_crossmodal: float = option(0.0, options.weight)
+    _: KW_ONLY
+    dist_impl: str = option("gather", options.siglip_dist_impl)
+    same_ids: str = option("ignored", options.one_of(options.SAME_IDS))
+    cache_labels: bool = option(False, options.boolean)
+    rank: int = option(0, options.integer)
+    world_size: int = option(1, options.integer)
+    bidir: bool = option(True, options.boolean)
+    chunk_size: int | None = option(None, options.optional_batch_size)
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        output_dict: bool = False,
+        *,
+        ids: Tensor | None = None,
+        negative_image_features: Tensor | None = None,
+        negative_text_features: Tensor | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss or, with `output_dict`, its weighted terms, which sum to the loss.
+
+        The terms are `contrastive_loss`, `inmodal_cyclic_loss` and `crossmodal_cyclic_loss`. The
+        arguments are those of `CyCLIPLoss`, except that `logit_bias` counts: a scalar, whose tensor
+        gets its gradient; None is 0. There are no augmented views, which SigLIP's paper does not
+        have.
+
+        ids: rows with the same id are left out or, with `same_ids="positives"`, have y = 1.
+        negative_image_features, negative_text_features: have y = -1 with all texts, or all images.
+        """
+        if not torch.compiler.is_compiling():
+            _check_rank(self)
+        if negative_text_features is not None and ids is None:
+            # Extra images and extra texts are no negatives of each other, which ids tell.
+            rank = ranks_of(self.process_group, self.distributed).rank
+            n = image_features.shape[0]
+            ids = torch.arange(rank * 2**40, rank * 2**40 + n, device=image_features.device)
+        batch = prepare(
+            image_features,
+            text_features,
+            logit_scale,
+            self,
+            output_dict,
+            ids=ids,
+            negative_image_features=negative_image_features,
+            negative_text_features=negative_text_features,
+            same_ids=self.same_ids,
+            one_way=True,
+            logit_bias=0.0 if logit_bias is None else logit_bias,
+            function="CySigLIPLoss",
+        )
+        plan = make_plan(batch, self, output_dict, self.dist_impl)
+        gathers = contrastive.start_gathers(batch, plan)
+        reduced = cyclic.start_reducing_grams(batch, plan)
+        terms = sigmoid.terms(batch, plan, gathers)
+        if output_dict or plan.penalties != "none":
+            terms |= cyclic.terms(batch, plan, self, reduced)
+        self._check_inputs_once(batch, plan)
+        return (
+            terms if output_dict else sum(terms.values(), terms["contrastive_loss"].new_zeros(()))
+        )
+
+
+def _check_rank(loss: Any) -> None:
+    """Raise unless `rank` and `world_size` are the group's or OpenCLIP's defaults, 0 and 1."""
+    if not loss.distributed or (loss.rank < 1 and loss.world_size < 2):
+        return
+    ranks = ranks_of(loss.process_group)
+    given = max(loss.rank, 0), max(loss.world_size, 1)
+    if given[0] not in (0, ranks.rank) or given[1] not in (1, ranks.size):
+        raise ValueError(
+            f"rank={loss.rank} and world_size={loss.world_size} were given, but this process "
+            f"is rank {ranks.rank} of {ranks.size}; is torch.distributed initialised?"
+        )
 
 
 @dataclass(eq=False, repr=False)

@@ -13,6 +13,8 @@ from torch.distributed import ProcessGroup
 
 IMPLS = ("auto", "triton", "eager")
 DIST_IMPLS = ("gather", "ring")
+# The names that `open_clip.SigLipLoss` has for its exchanges, and what they are here.
+SIGLIP_DIST_IMPLS = {"bidir": "ring", "shift": "ring", "reduce": "gather"}
 SAME_IDS = ("ignored", "positives")
 # Takes the place of the process group, which cannot be stored, in a stored module.
 NOT_STORED = "not stored with the module: set its attribute process_group"
@@ -65,6 +67,14 @@ def one_of(choices: tuple[Any, ...]) -> Callable[[str, Any], Any]:
         return value
 
     return check
+
+
+def siglip_dist_impl(name: str, value: Any) -> str:
+    """The strategy for a name of ours or of `open_clip.SigLipLoss`; None is its default."""
+    known = "bidir" if value is None else value
+    if known in SIGLIP_DIST_IMPLS:
+        return SIGLIP_DIST_IMPLS[known]
+    return one_of((*DIST_IMPLS, *SIGLIP_DIST_IMPLS))(name, value)  # type: ignore[no-any-return]
 
 
 def option(default: Any, check: Callable[[str, Any], Any]) -> Any:

@@ -84,6 +84,38 @@ def contrastive_logsumexp(
     return row_negatives.logsumexp(dim=1), negatives.logsumexp(dim=0), logits.diagonal()
 
 
+def siglip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    ids: Tensor | None = None,
+    same_ids: str = "ignored",
+    negative_image_features: Tensor | None = None,
+    negative_text_features: Tensor | None = None,
+) -> Tensor:
+    """Sigmoid loss over all elements of the logits (Zhai et al. 2023, sec. 3.2).
+
+    The arguments are those of `contrastive_loss`, and the bias, a scalar. Other elements with the
+    same id are left out, or have y = 1. Returns a scalar.
+    """
+    n = len(image_features)
+    logits = logit_scale * image_features @ text_features.T + logit_bias
+    is_pair = torch.eye(n, dtype=torch.bool, device=logits.device)
+    same = is_pair if ids is None else ids[:, None] == ids
+    positive = same if same_ids == "positives" else is_pair
+    terms = F.softplus(torch.where(positive, -logits, logits), threshold=40.0)
+    total = terms.masked_fill(same & ~positive, 0.0).sum()
+    for features, negatives in (
+        (image_features, negative_text_features),
+        (text_features, negative_image_features),
+    ):
+        if negatives is not None:
+            negative_logits = logit_scale * features @ negatives.T + logit_bias
+            total = total + F.softplus(negative_logits, threshold=40.0).sum()
+    return total / n
+
+
 def inmodal_cyclic_penalty(image_features: Tensor, text_features: Tensor) -> Tensor:
     """P_in = 1/N * ||I I^T - T T^T||_F^2 (Goel et al. 2022, eq. 2). (N, D) -> scalar."""
     image_image = image_features @ image_features.T  # (N, N)

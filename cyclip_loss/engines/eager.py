@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cyclip_loss import numerics
 from cyclip_loss.engines.interface import PairTerms
-from cyclip_loss.logits import Gradients, Logits, LogSumExps, SavedStatistics
+from cyclip_loss.logits import Gradients, Logits, LogSumExps, SavedStatistics, SigmoidTerms
 from cyclip_loss.numerics import accumulation_dtype, rows_per_strip, strips
 
 
@@ -152,19 +152,19 @@ def contrastive_grads(
     grad: scalar of the accumulation dtype; needs: which of the three are needed. dI and dT have the
     features' dtype or, with `float32_grads`, the accumulation dtype (for sums across ranks).
     """
-    needs_rows, needs_columns, needs_scale = needs
-    row_features, column_features = logits.row_features, _columns_to_multiply(logits)
+    column_features = _columns_to_multiply(logits)
+    shift = _shift(column_features)
     dtype = accumulation_dtype(column_features.dtype)
-    # float16 keeps 11 bits only above 6e-5, and most of G is smaller. So 2^14 * G is multiplied,
-    # whose largest possible element, 2^15, still fits.
-    shift = 14 if column_features.dtype == torch.float16 else 0
-    weighted_grad = grad * (weight * 2.0**-shift)
-    feature_weight = weighted_grad * logits.logit_scale
-    scale_sum = saved.row_lse.new_zeros(())
-    grad_dtype = dtype if float32_grads else row_features.dtype
-    row_grad = row_features.new_empty(row_features.shape if needs_rows else (0,), dtype=grad_dtype)
-    column_shape = column_features.shape if needs_columns else (0,)
-    column_grad = column_features.new_zeros(column_shape, dtype=dtype)
+    strips_of_g = _contrastive_strips(logits, saved, column_features)
+    grad_dtype = dtype if float32_grads else logits.row_features.dtype
+    factor = grad * (weight * 2.0**-shift)
+    return _multiplied(strips_of_g, logits, column_features, factor, needs, grad_dtype)
+
+
+def _contrastive_strips(
+    logits: Logits, saved: SavedStatistics, column_features: Tensor
+) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """For each strip: its first row, its end, its row features, and G."""
     for start, stop, strip_features, strip, gradient in _logit_strips(logits, column_features):
         torch.sub(strip, saved.row_lse[start:stop, None], out=gradient).exp_()
         if logits.symmetric:
@@ -174,8 +174,41 @@ def contrastive_grads(
             gradient.masked_fill_(same, 0.0)
         pair_elements, paired_rows = _pairs(gradient, start, logits)
         pair_elements.copy_(saved.pair_gradient[paired_rows])
+        yield start, stop, strip_features, gradient
+
+
+def _shift(column_features: Tensor) -> int:
+    """The power of 2 by which G is multiplied before it is rounded.
+
+    float16 keeps 11 bits only above 6e-5, and most of G is smaller. So 2^14 * G is multiplied,
+    whose largest possible element, 2^15, still fits.
+    """
+    return 14 if column_features.dtype == torch.float16 else 0
+
+
+def _multiplied(
+    strips_of_g: Iterator[tuple[int, int, Tensor, Tensor]],
+    logits: Logits,
+    column_features: Tensor,
+    factor: Tensor,
+    needs: list[bool],
+    grad_dtype: torch.dtype,
+) -> Gradients:
+    """factor * s * 2^shift * G T, the same with G^T I, and factor * 2^shift * sum G_ij (I_i . T_j).
+
+    column_features: the result of `_columns_to_multiply`; grad_dtype: of the first two.
+    """
+    needs_rows, needs_columns, needs_scale = needs
+    row_features, dtype = logits.row_features, accumulation_dtype(column_features.dtype)
+    feature_factor = factor * logits.logit_scale
+    scale_sum = logits.logit_scale.new_zeros(())
+    row_grad = row_features.new_empty(row_features.shape if needs_rows else (0,), dtype=grad_dtype)
+    column_shape = column_features.shape if needs_columns else (0,)
+    column_grad = column_features.new_zeros(column_shape, dtype=dtype)
+    for start, stop, strip_features, gradient in strips_of_g:
         if column_features.dtype != dtype:
-            gradient = gradient.mul_(2.0**shift).to(column_features.dtype)
+            shifted = gradient.mul_(2.0 ** _shift(column_features))
+            gradient = shifted.to(column_features.dtype)
         # sum_ij G_ij (I_i . T_j) = sum_i I_i . (G T)_i = sum_j T_j . (G^T I)_j. From a feature
         # gradient that is computed anyway, it takes n * D multiplications.
         if needs_rows or not needs_columns:
@@ -183,14 +216,67 @@ def contrastive_grads(
             if needs_scale:
                 scale_sum += torch.dot(strip_features.to(dtype).reshape(-1), strip_grad.view(-1))
             if needs_rows:
-                row_grad[start:stop] = strip_grad.mul_(feature_weight)
+                row_grad[start:stop] = strip_grad.mul_(feature_factor)
         if needs_columns:
             numerics.add_product(column_grad, gradient.T, strip_features)
     if needs_scale and needs_columns and not needs_rows:
         scale_sum += torch.dot(column_features.to(dtype).reshape(-1), column_grad.view(-1))
-    column_grad = column_grad.mul_(feature_weight).to(grad_dtype)
-    scale_grad = scale_sum.mul_(weighted_grad) if needs_scale else scale_sum.new_empty(0)
+    column_grad = column_grad.mul_(feature_factor).to(grad_dtype)
+    scale_grad = scale_sum.mul_(factor) if needs_scale else scale_sum.new_empty(0)
     return Gradients(row_grad, column_grad, scale_grad)
+
+
+def sigmoid_terms(
+    logits: Logits, logit_bias: Tensor, positives: bool, weight: float, needs: list[bool]
+) -> SigmoidTerms:
+    """SigLIP's loss of a block, and its gradients times `weight`, in one sweep.
+
+    With l_ij = s * I_i . T_j + b, and y_ij = 1 for a pair, else -1 (Zhai et al. 2023, sec. 3.2):
+
+        loss = sum_ij log(1 + exp(-y_ij l_ij))        G_ij = -y_ij / (1 + exp(y_ij l_ij))
+        dI = w s G T,   dT = w s G^T I,   ds = w sum_ij G_ij (I_i . T_j),   db = w sum_ij G_ij
+
+    Other elements with the same id are left out or, with `positives`, have y = 1. Extra negatives
+    have ids below 0, and are always left out.
+
+    logit_bias: scalar; needs: of rows, columns, scale and bias. If nothing is needed, only the loss
+    is computed. The loss is not multiplied by `weight`.
+    """
+    column_features = _columns_to_multiply(logits)
+    loss, bias_sum = logits.logit_scale.new_zeros(2)
+
+    def strips_of_g() -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        for start, stop, strip_features, strip, gradient in _logit_strips(logits, column_features):
+            strip.add_(logit_bias)
+            same = logits.same_ids(start, stop)
+            pair_logits, _ = _pairs(strip, start, logits)
+            negated = pair_logits.neg()
+            if same is not None:
+                is_positive = same
+                if positives:
+                    if logits.row_ids is not None and logits.has_extra_negatives:
+                        is_positive = same & (logits.row_ids[start:stop, None] >= 0)
+                    torch.where(is_positive, -strip, strip, out=strip)
+                    same = same ^ is_positive
+                strip.masked_fill_(same, -torch.inf)
+            pair_logits.copy_(negated)
+            loss.add_(softplus(strip).sum())
+            if not any(needs):
+                continue
+            torch.sigmoid(strip, out=gradient)
+            if positives:
+                torch.where(is_positive, -gradient, gradient, out=gradient)
+            pair_elements, _ = _pairs(gradient, start, logits)
+            pair_elements.copy_(pair_elements.abs().neg_())
+            bias_sum.add_(gradient.sum())
+            yield start, stop, strip_features, gradient
+
+    factor = logits.logit_scale.new_full((), weight * 2.0 ** -_shift(column_features))
+    grads = _multiplied(
+        strips_of_g(), logits, column_features, factor, needs[:3], logits.logit_scale.dtype
+    )
+    bias_grad = bias_sum * weight if needs[3] else bias_sum.new_empty(0)
+    return SigmoidTerms(loss, *grads, bias_grad)
 
 
 def gram_matrices(image_features: Tensor, text_features: Tensor, with_cross: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""The interface of an engine: six functions.
+"""The interface of an engine: seven functions.
 
 `eager.py` and, as `cyclip_loss.kernels`, the Triton kernels define them. The formulas and shapes
 are in `eager.py`. Records that the functions take and return are in `cyclip_loss/logits.py`.
@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from cyclip_loss.logits import Gradients, Logits, LogSumExps, SavedStatistics
+from cyclip_loss.logits import Gradients, Logits, LogSumExps, SavedStatistics, SigmoidTerms
 
 
 class PairTerms(NamedTuple):
@@ -48,6 +48,11 @@ class Engine(Protocol):
         float32_grads: bool,
     ) -> Gradients:
         """Gradients of the contrastive term."""
+
+    def sigmoid_terms(
+        self, logits: Logits, logit_bias: Tensor, positives: bool, weight: float, needs: list[bool]
+    ) -> SigmoidTerms:
+        """SigLIP's loss and its gradients, in one sweep."""
 
     def gram_matrices(
         self, image_features: Tensor, text_features: Tensor, with_cross: bool

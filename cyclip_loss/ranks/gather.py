@@ -7,7 +7,9 @@ backward   reduce-scatter of the text gradients (N, D)
 With "local", one process has all columns, and nothing is sent.
 """
 
-from cyclip_loss.logits import Gradients, Logits, LogSumExps, SavedStatistics
+from typing import Any
+
+from cyclip_loss.logits import Gradients, Logits, LogSumExps
 from cyclip_loss.ranks import collectives
 from cyclip_loss.ranks.groups import Ranks
 from cyclip_loss.ranks.strategy import BlockGrads, BlockLse
@@ -28,7 +30,7 @@ def log_sum_exps(block_lse: BlockLse, logits: Logits, ranks: Ranks) -> LogSumExp
 def gradients(
     block_grads: BlockGrads,
     logits: Logits,
-    saved: SavedStatistics,
+    saved: Any,
     needs: list[bool],
     ranks: Ranks,
 ) -> Gradients:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cyclip_loss.logits import Gradients, Logits, LogSumExps, SavedStatistics
+from cyclip_loss.logits import Gradients, Logits, LogSumExps
 from cyclip_loss.ranks.collectives import Hop, padded
 from cyclip_loss.ranks.groups import Ranks
 from cyclip_loss.ranks.strategy import BlockGrads, BlockLse
@@ -47,19 +47,19 @@ def log_sum_exps(block_lse: BlockLse, logits: Logits, ranks: Ranks) -> LogSumExp
 def gradients(
     block_grads: BlockGrads,
     logits: Logits,
-    saved: SavedStatistics,
+    saved: Any,
     needs: list[bool],
     ranks: Ranks,
 ) -> Gradients:
     """As in `Strategy`."""
     needs_rows, needs_columns, needs_scale = needs
-    new = saved.row_lse
+    new = logits.logit_scale
     row_grad = new.new_zeros(logits.row_features.shape if needs_rows else (0,))
     scale_grad = new.new_zeros(() if needs_scale else (0,))
 
     def column_part(block: Logits, column_lse: Tensor | None) -> Tensor:
-        statistics = saved if column_lse is None else saved._replace(column_lse=column_lse)
-        rows, columns, scale = block_grads(block, statistics)
+        here = saved if column_lse is None else saved._replace(column_lse=column_lse)
+        rows, columns, scale = block_grads(block, here)
         if needs_rows:
             row_grad.add_(rows)
         if needs_scale:

@@ -1,14 +1,15 @@
 """The interface of a strategy: how the columns of all ranks meet the rows of this rank."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
-from cyclip_loss.logits import Gradients, Logits, LogSumExps, SavedStatistics
+from cyclip_loss.logits import Gradients, Logits, LogSumExps
 from cyclip_loss.ranks.groups import Ranks
 
 # What a strategy is given to compute a block of logits: this rank's rows with some columns.
 BlockLse = Callable[[Logits], LogSumExps]
-BlockGrads = Callable[[Logits, SavedStatistics], Gradients]
+# The second argument: `SavedStatistics`, or None if a gradient needs none.
+BlockGrads = Callable[[Logits, Any], Gradients]
 
 
 class Strategy(Protocol):
@@ -25,11 +26,11 @@ class Strategy(Protocol):
         self,
         block_grads: BlockGrads,
         logits: Logits,
-        saved: SavedStatistics,
+        saved: Any,
         needs: list[bool],
         ranks: Ranks,
     ) -> Gradients:
         """Gradients of this rank's rows and its own columns, and its part of the scale's.
 
-        needs: which of the three are needed.
+        saved: the second argument of `block_grads`. needs: which of the three are needed.
         """

@@ -60,23 +60,26 @@ class Operator:
         self.operator.register_fake(lambda *values: fake(SimpleNamespace(**arguments(values))))
 
     def __call__(self, traced: bool, *arguments: Any) -> Any:
-        """The results of the function, by the operator if the call is traced.
-
-        In a backward with create_graph=True, differentiating the results raises an error instead of
-        silently returning zero.
-        """
+        """The results of the function, by the operator if the call is traced."""
         if traced:
             values: list[Any] = []
             for argument, is_record in zip(arguments, self.are_records):  # noqa: B905 (PyTorch 2.8)
                 values += argument if is_record else [argument]
             return self.operator(*values)
-        if torch.is_grad_enabled():
-            groups = (x if isinstance(x, list | tuple) else [x] for x in arguments)
-            tensors = [x for group in groups for x in group if isinstance(x, Tensor)]
-            return _FirstDerivativesOnly.apply(  # type: ignore[no-untyped-call]
-                self.function, arguments, *tensors
-            )
-        return self.function(*arguments)
+        return call_backward(self.function, *arguments)
+
+
+def call_backward(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What the function returns.
+
+    In a backward with create_graph=True, differentiating it raises an error instead of silently
+    returning zero.
+    """
+    if not torch.is_grad_enabled():
+        return function(*arguments)
+    groups = (x if isinstance(x, list | tuple) else [x] for x in arguments)
+    tensors = [x for group in groups for x in group if isinstance(x, Tensor)]
+    return _FirstDerivativesOnly.apply(function, arguments, *tensors)  # type: ignore[no-untyped-call]
 
 
 class _FirstDerivativesOnly(torch.autograd.Function):
