@@ -320,9 +320,10 @@ class CySigLIPLoss(ContrastiveOptions, _Module):
         if output_dict or plan.penalties != "none":
             terms |= cyclic.terms(batch, plan, self, reduced)
         self._check_inputs_once(batch, plan)
-        return (
-            terms if output_dict else sum(terms.values(), terms["contrastive_loss"].new_zeros(()))
-        )
+        if output_dict:
+            return terms
+        loss, *others = terms.values()
+        return sum(others, loss)
 
 
 def _check_rank(loss: Any) -> None:

@@ -6,6 +6,8 @@ the tile sizes. Arguments and results are those of the functions with the same n
 `cyclip_loss.engines.eager`, for float32, bfloat16 and float16 features.
 """
 
+# SigLIP's loss has no kernel yet: PyTorch computes it.
+from cyclip_loss.engines.eager import sigmoid_terms
 from cyclip_loss.kernels.configs import INTERPRETED
 from cyclip_loss.kernels.contrastive_grads import contrastive_grads
 from cyclip_loss.kernels.contrastive_lse import contrastive_lse
@@ -23,4 +25,5 @@ __all__ = [
     "cyclic_terms",
     "gram_matrices",
     "pair_terms",
+    "sigmoid_terms",
 ]

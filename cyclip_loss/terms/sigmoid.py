@@ -50,13 +50,18 @@ class _Sigmoid(torch.autograd.Function):
         loss, *grads = sigmoid_step(
             ctx.term.traced, logits, logit_bias, needs, ctx.own_columns, ctx.term
         )
-        ctx.save_for_backward(*grads)
+        _, own_columns, logit_scale, *_ = inputs
+        # The inputs only tell that the gradients depend on them.
+        inputs = (logits.row_features, own_columns, logit_scale, logit_bias)
+        ctx.save_for_backward(*inputs, *grads)
         ctx.needs, ctx.dtype = needs, logits.row_features.dtype
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grads = call_backward(_times, grad, list(ctx.saved_tensors))
+        image, text, logit_scale, logit_bias, *grads = ctx.saved_tensors
+        inputs = [image, text, logit_scale, logit_bias]
+        grads = call_backward(_times, grad, grads, inputs)
         rows, columns, scale, bias = (
             found if need else None
             for found, need in zip(grads, ctx.needs)  # noqa: B905 (PyTorch 2.8)
@@ -65,8 +70,8 @@ class _Sigmoid(torch.autograd.Function):
         return (bias, None, rows, columns, scale, None, None, None, None)
 
 
-def _times(grad: Tensor, saved: list[Tensor]) -> list[Tensor]:
-    return [x * grad for x in saved]
+def _times(grad: Tensor, grads: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    return [x * grad for x in grads]
 
 
 def _step(
