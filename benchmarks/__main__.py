@@ -11,7 +11,6 @@ MODULES = {
     "compare": "benchmarks.compare.side_by_side",
     "gpu": "benchmarks.gpu.sections",
     "gate": "benchmarks.gate.compile",
-    "predict": "benchmarks.predict",
 }
 
 
@@ -38,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     gpu.add_argument(
         "--budget",
         type=float,
-        default=440.0,
+        default=540.0,
         metavar="SECONDS",
         help="time limit of the whole run (default: %(default)g)",
     )
@@ -48,11 +47,6 @@ def make_parser() -> argparse.ArgumentParser:
     gate.add_argument(
         "--arch", nargs="+", help="architectures (default: all that this Triton supports)"
     )
-
-    predict = commands.add_parser(
-        "predict", help="predict the least time and memory of a step on A100, H100 and B200"
-    )
-    predict.add_argument("--d", type=int, default=512, help="feature size")
 
     for command in (compare, gpu):
         command.add_argument(

@@ -10,7 +10,6 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from statistics import quantiles
@@ -23,14 +22,9 @@ from torch.utils.benchmark import Timer
 FLUSH_BYTES = 256 * 10**6
 # Memory that is left to other processes when this process is limited to the available memory.
 RESERVED_BYTES = 10**9
-# The memory that a container may use, and the memory that it uses: cgroup 2 and cgroup 1.
-CONTAINER_MEMORY = tuple(
-    (Path("/sys/fs/cgroup", limit), Path("/sys/fs/cgroup", usage))
-    for limit, usage in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    )
-)
+CONTAINER = Path(
+    "/sys/fs/cgroup"
+)  # memory.max: what a container may use; memory.current: what it uses
 
 
 def wall_seconds(call: Callable[[], object], min_seconds: float) -> float:
@@ -48,14 +42,12 @@ def interleaved(
     seconds: float,
     min_rounds: int = 3,
     max_rounds: int = 30,
-    sleep_cycles: int = 0,
 ) -> dict[str, list[float]]:
     """The milliseconds of each step in each round. The caller has run each step at least once.
 
     A round runs every step once. Each round starts with another step, so that background load
     affects all steps equally. (PyTorch's `Timer` times only one function.) Rounds start until
     `seconds` are over; there are at least `min_rounds` and at most `max_rounds`.
-    sleep_cycles: see `milliseconds`.
     """
     flush = torch.empty(FLUSH_BYTES // 4, device=device) if device.type == "cuda" else None
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -68,22 +60,17 @@ def interleaved(
         for name in names[first:] + names[:first]:
             if flush is not None:
                 flush.zero_()
-            times[name].append(milliseconds(steps[name], device, sleep_cycles))
+            times[name].append(milliseconds(steps[name], device))
     return times
 
 
-def milliseconds(step: Callable[[], object], device: torch.device, sleep_cycles: int = 0) -> float:
-    """The milliseconds of one run: CUDA events on a GPU, wall-clock time otherwise.
-
-    sleep_cycles: the GPU first sleeps for so many cycles, while Python launches the step's kernels.
-    """
+def milliseconds(step: Callable[[], object], device: torch.device) -> float:
+    """The milliseconds of one run: CUDA events on a GPU, wall-clock time otherwise."""
     if device.type != "cuda":
         before = time.perf_counter()
         step()
         return 1e3 * (time.perf_counter() - before)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    if sleep_cycles:
-        torch.cuda._sleep(sleep_cycles)
     start.record()
     step()
     end.record()
@@ -97,23 +84,6 @@ def time_columns(times: list[float]) -> dict[str, float | int]:
         return {"runs": 1, "ms": times[0]}
     deciles = quantiles(times, n=10, method="inclusive")
     return {"runs": len(times), "ms": deciles[4], "p20": deciles[1], "p80": deciles[7]}
-
-
-def launch_columns(step: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Columns of a row: a step's wall-clock time, its launches, and its time in a CUDA graph.
-
-    In small batches the matrix products of a step take only 20 to 200 microseconds, and Python and
-    launches take most of the wall-clock time. A CUDA graph needs neither.
-    """
-    row = {"wall ms": 1e3 * wall_seconds(step, 0.2)}
-    if kernels := profiled(step, device):
-        row["launches"] = sum(count for count, _ in kernels.values())
-    if device.type == "cuda":
-        from triton.testing import do_bench_cudagraph
-
-        with suppress(Exception):  # some libraries cannot be captured
-            row["graph ms"] = do_bench_cudagraph(step, rep=5, return_mode="median")
-    return row
 
 
 def profiled(call: Callable[[], object], device: torch.device) -> dict[str, tuple[int, float]]:
@@ -170,10 +140,10 @@ def limit_to_available() -> int | None:
     import resource
 
     free = [_proc_bytes("meminfo", "MemAvailable")]
-    for limit_file, usage_file in CONTAINER_MEMORY:
-        text = limit_file.read_text().strip() if limit_file.exists() else ""
-        if text.isdigit():  # "max": no limit
-            free.append(int(text) - int(usage_file.read_text()))
+    limit_file = CONTAINER / "memory.max"
+    text = limit_file.read_text().strip() if limit_file.exists() else ""
+    if text.isdigit():  # "max": no limit
+        free.append(int(text) - int((CONTAINER / "memory.current").read_text()))
     available = max(0, min(free) - RESERVED_BYTES)
     limit = _proc_bytes("self/status", "VmData") + available
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))

@@ -8,11 +8,12 @@ import math
 import os
 import platform
 import re
+import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from importlib import metadata
@@ -33,14 +34,10 @@ Row = dict[str, Any]  # a row of a table, by column
 SEED = 0
 BUSY = 0.25  # load per core; above it, times cannot be trusted
 OK, OUT_OF_MEMORY = "ok", "out of memory"
-# Words in error messages that mean "out of memory". "alloc_failed" is cuBLAS's: it cannot allocate
+# Parts of error messages that mean "out of memory". "alloc_failed" is cuBLAS's: it cannot allocate
 # when PyTorch's allocator has all memory of the GPU.
-OUT_OF_MEMORY_WORDS = (
-    "can't allocate memory",
-    "not enough memory",
-    "std::bad_alloc",
-    "out of memory",
-    "alloc_failed",
+OUT_OF_MEMORY_MESSAGES = (
+    r"can't allocate memory|not enough memory|std::bad_alloc|out of memory|alloc_failed"
 )
 
 
@@ -62,7 +59,7 @@ class Run:
         self.sections: dict[str, Section] = {}
         self.section = Section()
         self.deadline = math.inf  # in seconds since the run began
-        self.load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # Windows has none
+        self.load = os.getloadavg()[0]
         self.date, self._start = datetime.now(), time.perf_counter()
 
     def elapsed(self) -> float:
@@ -80,14 +77,12 @@ class Run:
     @contextmanager
     def start_section(self, name: str) -> Iterator[Section]:
         """Collect results in a new section. An exception ends the section, but not the run."""
-        outer, self.section = self.section, Section()
-        self.sections[name] = self.section
+        self.section = self.sections[name] = Section()
         self.say(name)
         try:
             yield self.section
         except Exception as error:
             self.fail(f"{first_line(error)}\n{traceback.format_exc()}")
-        self.section = outer
 
     def add_row(self, **values: Any) -> None:
         """Add a row to the section's table."""
@@ -96,8 +91,8 @@ class Run:
     @contextmanager
     def attempt(self, **values: Any) -> Iterator[Row]:
         """Add a row, which the block fills in. An exception in the block becomes its outcome."""
-        self.add_row(**values, outcome=OK)
-        row = self.section.rows[-1]
+        row = {**values, "outcome": OK}
+        self.section.rows.append(row)
         try:
             yield row
         except Exception as error:  # a failure must not end the run
@@ -132,6 +127,20 @@ class Run:
             text = normalize(image + distance * text)
         return image.to(dtype), text.to(dtype)
 
+    def record(self, versions: dict[str, str]) -> dict[str, Any]:
+        """The results so far, with the machine and versions that they depend on."""
+        return {
+            "dry_run": self.dry_run,
+            "device": device_name(self.device),
+            "date": self.date.isoformat(timespec="minutes"),
+            "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
+            "seconds": self.elapsed(),
+            "versions": versions,
+            "load": self.load,
+            "busy": self.load > BUSY * (os.cpu_count() or 1),
+            "sections": {name: asdict(section) for name, section in self.sections.items()},
+        }
+
 
 def first_line(error: BaseException) -> str:
     """The type of an error, and the first line of its message."""
@@ -140,9 +149,8 @@ def first_line(error: BaseException) -> str:
 
 def describe(error: Exception) -> str:
     """The outcome of a row with this error: "out of memory", or its type and first line."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        words in str(error).lower() for words in OUT_OF_MEMORY_WORDS
-    ):
+    is_memory_error = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    if is_memory_error or re.search(OUT_OF_MEMORY_MESSAGES, str(error), re.IGNORECASE):
         return OUT_OF_MEMORY
     return first_line(error)
 
@@ -151,10 +159,10 @@ def device_name(device: torch.device) -> str:
     """The name of the GPU, or the name of the CPU with PyTorch's number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    information = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-    found = re.search(r"model name\s*: (.*)", information)
-    threads = torch.get_num_threads()
-    return f"{found[1] if found else platform.machine()}, threads: {threads}"
+    name, processors = platform.machine(), Path("/proc/cpuinfo")
+    if processors.exists() and (found := re.search(r"model name\s*: (.*)", processors.read_text())):
+        name = found[1]
+    return f"{name}, threads: {torch.get_num_threads()}"
 
 
 def versions() -> dict[str, str]:
@@ -164,8 +172,10 @@ def versions() -> dict[str, str]:
     if torch.cuda.is_available():
         found["driver"] = str(collect_env.get_nvidia_driver_version(collect_env.run))
     found["cyclip_loss"] = __version__
-    _, commit, _ = collect_env.run(f"git -C {ROOT} describe --always --dirty")
-    return found | {"commit": commit} if commit else found
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    with suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
+        found["commit"] = subprocess.check_output(git, text=True).strip()
+    return found
 
 
 def markdown(record: dict[str, Any], summary: str = "") -> str:
@@ -203,10 +213,10 @@ def table(rows: list[Row]) -> str:
 
 def format_number(value: Any) -> str:
     """A float with three significant digits and commas between thousands. Text stays as it is."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
     if isinstance(value, int):
         return f"{value:,}"
+    if not isinstance(value, float):
+        return str(value)
     if not 1e-3 <= abs(value) < 1e9:  # also 0, NaN and infinity
         return f"{value:.3g}"
     digits = 2 - math.floor(math.log10(abs(value)))
@@ -228,11 +238,10 @@ def run_sections(
     device = re.sub(r"[^a-z0-9]+", "-", device_name(run.device).split(",")[0].lower())
     file = folder / f"{kind}-{device}-{run.date:%Y-%m-%dT%H%M}.json"
     folder.mkdir(parents=True, exist_ok=True)
-
     found_versions = versions()
 
     def save() -> dict[str, Any]:
-        record = make_record(run, found_versions)
+        record = run.record(found_versions)
         write_whole(markdown(record, summary(record)).encode(), file.with_suffix(".md"))
         write_whole(f"{json.dumps(record, indent=1)}\n".encode(), file)
         return record
@@ -246,21 +255,6 @@ def run_sections(
         run.fail("interrupted")
     run.say(f"{run.failures()} failures; record in {file} and {file.with_suffix('.md')}")
     return save(), file
-
-
-def make_record(run: Run, versions: dict[str, str]) -> dict[str, Any]:
-    """The results of the run so far, with the machine and versions that they depend on."""
-    return {
-        "dry_run": run.dry_run,
-        "device": device_name(run.device),
-        "date": run.date.isoformat(timespec="minutes"),
-        "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
-        "seconds": run.elapsed(),
-        "versions": versions,
-        "load": run.load,
-        "busy": run.load > BUSY * (os.cpu_count() or 1),
-        "sections": {name: asdict(section) for name, section in run.sections.items()},
-    }
 
 
 def write_whole(content: bytes, path: Path) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from importlib import import_module
 
-from .command_line import CannotStart, run
+from .command_line import UsageError, run
 
 COMMANDS = {
     "pretrain": ".pretrain.pretrain",
@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> None:
         module = import_module(COMMANDS[argv[0]] if is_command else ".demo.demo", __package__)
     except ImportError as error:
         extra = "pretrain" if argv[:1] == ["pretrain"] else "train"
-        raise CannotStart(f"{error}: pip install -e '.[{extra}]'") from error
+        raise UsageError(f"{error}: pip install -e '.[{extra}]'") from error
     module.main(argv[1:] if is_command else argv)
 
 

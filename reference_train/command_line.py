@@ -11,13 +11,13 @@ from typing import Any, NoReturn
 import torch
 
 
-class Stopped(Exception):
+class RunFailed(Exception):
     """The command failed after it had begun. The message is one line for the user."""
 
     exit_code = 1
 
 
-class CannotStart(Stopped):
+class UsageError(RunFailed):
     """The command can't start, for example because an argument or a data set is wrong."""
 
     exit_code = 2
@@ -43,7 +43,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     """
     try:
         main(sys.argv[1:])
-    except Stopped as error:
+    except RunFailed as error:
         # One rank of each node prints the error, because a file may be missing on one node only.
         if (os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0") == "0":
             say(error)
@@ -60,8 +60,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
     def error(self, message: str) -> NoReturn:
-        """Raises `CannotStart`."""
-        raise CannotStart(message)
+        """Raises `UsageError`."""
+        raise UsageError(message)
 
 
 def whole_number(minimum: int) -> Callable[[str], int]:

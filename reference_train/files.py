@@ -7,26 +7,35 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from .command_line import CannotStart, Stopped, first_line, say
+import filelock
+
+from .command_line import RunFailed, UsageError, first_line
 
 # Errors that a disk gives when it is full, or may not be written.
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+# The workers of a process that was killed hold its lock until they notice, after some seconds.
+PATIENCE = 10.0  # seconds
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary path to write to. If nothing raises, the file is then renamed to `path`.
 
-    Raises `Stopped` if the file can't be written.
+    Raises `RunFailed` if the file can't be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        # On a full disk PyTorch raises a RuntimeError that does not give the reason.
-        why = getattr(error, "strerror", None) or f"is the disk full? ({first_line(error)})"
-        raise Stopped(f"{path} can't be written: {why}") from error
+    except OSError as error:
+        raise RunFailed(f"{path} can't be written: {error.strerror or error}") from error
+    except RuntimeError as error:
+        if "inline_container" not in str(error):  # PyTorch's writer, which gives no reason
+            raise
+        raise RunFailed(
+            f"{path} can't be written: is the disk full? {first_line(error)}"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -41,10 +50,10 @@ def write_text(content: str, path: Path) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """Yields an empty temporary folder. If nothing raises, it is then renamed to `path` (--out).
 
-    Raises `CannotStart` if `path` exists or can't be written, and `Stopped` if the disk is full.
+    Raises `UsageError` if `path` exists or can't be written, and `RunFailed` if the disk is full.
     """
     if path.exists():
-        raise CannotStart(f"--out {path}: already exists")
+        raise UsageError(f"--out {path}: already exists")
     check_writable(path)
     parent = path.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
@@ -56,44 +65,37 @@ def new_folder(path: Path) -> Iterator[Path]:
         except OSError as error:
             if error.errno not in CANNOT_WRITE:
                 raise
-            raise Stopped(f"--out {path} can't be written: {error.strerror}") from error
+            raise RunFailed(f"--out {path} can't be written: {error.strerror}") from error
         folder.replace(path)
 
 
 def check_writable(folder: Path) -> None:
-    """Raises `CannotStart` if the folder of --out can't be created or written. Creates nothing."""
+    """Raises `UsageError` if the folder of --out can't be created or written. Creates nothing."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:  # Permission bits are not enough: /proc, for example, looks writable.
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         why = f"{existing} is not a writable folder"
-        raise CannotStart(f"--out: {folder} can't be written: {why}") from error
+        raise UsageError(f"--out: {folder} can't be written: {why}") from error
 
 
 @contextlib.contextmanager
-def locked(folder: Path, wait: bool = False) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Creates a folder, and holds its lock until the context or the process ends.
 
-    wait: wait for another process that holds the lock.
-
-    Raises `CannotStart` if another process holds the lock and wait is false, or the folder can't be
-    written.
+    Raises `UsageError` if another process holds the lock for `PATIENCE` seconds, or the folder
+    can't be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
+        lock = filelock.FileLock(folder / ".lock", timeout=PATIENCE)
+        lock.acquire()
+    except filelock.Timeout as error:
+        why = "another process is using it: choose another --name or --out"
+        raise UsageError(f"{folder}: {why}") from error
     except OSError as error:
-        raise CannotStart(f"--out: {folder} can't be written: {error}") from error
-    with file:
-        try:
-            import fcntl
-
-            # A record lock is not inherited by forked children, which may outlive this process.
-            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except (BlockingIOError, PermissionError) as error:
-            why = "another process is using it: choose another --name or --out"
-            raise CannotStart(f"{folder}: {why}") from error
-        except (ImportError, OSError) as error:
-            say(f"{folder} can't be locked ({error}): do not start a second command with it")
+        raise UsageError(f"--out: {folder} can't be written: {error}") from error
+    with lock:
+        lock.release()  # `with` has acquired it a second time
         yield

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+PENALTY_WEIGHT = 0.25  # of each penalty that a loss has: λ in the paper, section 4.1
+
 
 class Loss(NamedTuple):
     """A loss: CLIP's contrastive term, and what is added to it."""

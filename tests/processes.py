@@ -13,6 +13,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 from interpreter import speed_up
 from pool import fork_context
@@ -30,13 +31,14 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
 @contextmanager
 def held_by_another_process(folder: Path) -> Iterator[None]:
     """Another process holds the lock of a folder."""
-    from reference_train.files import locked
+    from reference_train import files
 
-    lock = locked(folder)
+    lock = files.locked(folder)
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(1, context, lock.__enter__) as other:
         other.submit(os.getpid).result()  # returns when the process has the lock
-        yield
+        with patch.object(files, "PATIENCE", 0.1):
+            yield
 
 
 def run_forked(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -7,7 +7,7 @@ The rows of the features have unit length.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import import_module
 from typing import Any
 
@@ -16,13 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid, softplus
 
 from benchmarks.compare.plan import LOGIT_SCALE
-from cyclip_loss import (
-    CyCLIPLoss,
-    contrastive_logsumexp,
-    cyclic_penalty,
-    cyclip_loss,
-    reference,
-)
+from cyclip_loss import CyclicPenalty, CyCLIPLoss, contrastive_logsumexp, reference
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 SIGLIP_BIAS = -10.0  # SigLIP's own initial value
@@ -30,7 +24,7 @@ SIGLIP_BIAS = -10.0  # SigLIP's own initial value
 OURS = "CyCLIPLoss"
 EAGER = "CyCLIPLoss, eager"
 OUR_CLIP = "CyCLIPLoss(0, 0)"
-PENALTIES_ONLY = "cyclic_penalty"
+PENALTIES_ONLY = "CyclicPenalty"
 AUTHORS = "authors' formula"
 COMPILED = "authors' formula, torch.compile"
 DENSE_PENALTIES = "dense penalties"
@@ -58,9 +52,11 @@ EXTRA_INPUTS: dict[str, Callable[[Tensor], dict[str, Any]]] = {
     "": lambda text: {},
     DISTINCT_IDS: lambda text: {"ids": _ids(text, 1)},
     DUPLICATE_IDS: lambda text: {"ids": _ids(text, 2)},
-    POSITIVES: lambda text: {"ids": _ids(text, 2), "same_ids": "positives"},
+    POSITIVES: lambda text: {"ids": _ids(text, 2)},
     EXTRA_TEXTS: lambda text: {"negative_text_features": -text},
 }
+# Options of the loss that go with extra inputs.
+EXTRA_OPTIONS = {POSITIVES: {"same_ids": "positives"}}
 # The tables of a summary: the end of each title, and its losses. Ratios are relative to the first.
 TABLES = {
     "": MAIN,
@@ -117,7 +113,8 @@ class Competitor:
     """A way to compute a loss."""
 
     name: str
-    make: Callable[[], Callable[..., Tensor]]  # returns the loss
+    # Returns the loss. It is called with the `EXTRA_OPTIONS` of `extra`.
+    make: Callable[..., Callable[..., Tensor]]
     computes: str = CYCLIP  # a key of `DEFINITIONS`
     extra: str = ""  # a key of `EXTRA_INPUTS`
     package: str = ""  # `pip install` gets what `make` imports from it
@@ -127,7 +124,7 @@ class Competitor:
     def loss(self) -> Loss:
         """The loss with its extra inputs. If a package is missing, the error says how to get it."""
         try:
-            loss = self.make()
+            loss = self.make(**EXTRA_OPTIONS.get(self.extra, {}))
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(f"{error}; pip install {self.package}") from error
         extra_inputs = EXTRA_INPUTS[self.extra]
@@ -135,7 +132,8 @@ class Competitor:
 
     def definition(self, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
         """The loss as its definition computes it."""
-        return DEFINITIONS[self.computes](image, text, scale, **EXTRA_INPUTS[self.extra](text))
+        extra = EXTRA_INPUTS[self.extra](text) | EXTRA_OPTIONS.get(self.extra, {})
+        return DEFINITIONS[self.computes](image, text, scale, **extra)
 
 
 def authors_formula(image: Tensor, text: Tensor, scale: Tensor, **extra: Any) -> Tensor:
@@ -161,6 +159,12 @@ def authors_formula(image: Tensor, text: Tensor, scale: Tensor, **extra: Any) ->
     inmodal = difference.square().mean() / scale.square() * len(image)
     crossmodal = (logits - logits.T).square().mean() / scale.square() * len(image)
     return (image_to_text + text_to_image) / 2 + 0.25 * (inmodal + crossmodal)
+
+
+def penalties_only() -> Loss:
+    """The library's penalties, without a contrastive term."""
+    penalty = CyclicPenalty()
+    return lambda image, text, scale: penalty(image, text)
 
 
 def dense_penalties(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
@@ -211,9 +215,7 @@ COMPETITORS = (
     Competitor(OURS, CyCLIPLoss),
     Competitor(EAGER, lambda: CyCLIPLoss(impl="eager"), cuda_only=True),
     Competitor(OUR_CLIP, lambda: CyCLIPLoss(0, 0), CLIP),
-    Competitor(
-        PENALTIES_ONLY, lambda: lambda image, text, _: cyclic_penalty(image, text), PENALTIES
-    ),
+    Competitor(PENALTIES_ONLY, penalties_only, PENALTIES),
     Competitor(AUTHORS, lambda: authors_formula),
     Competitor(COMPILED, lambda: torch.compile(authors_formula, dynamic=True)),
     Competitor(DENSE_PENALTIES, lambda: dense_penalties, PENALTIES),
@@ -225,14 +227,10 @@ COMPETITORS = (
     Competitor(MEMEFF, memeff_loss, CLIP, package="memeff", cuda_only=True),
     Competitor(INF_CL, inf_cl_loss, CLIP, package="inf-cl", cuda_only=True),
     Competitor(SIGLIP_KERNEL, siglip_kernel_loss, SIGLIP, package="siglip-kernel", cuda_only=True),
-    *(
-        Competitor(f"{OURS}, {extra}", lambda: cyclip_loss, extra=extra)
-        for extra in EXTRA_INPUTS
-        if extra
-    ),
+    *(Competitor(f"{OURS}, {extra}", CyCLIPLoss, extra=extra) for extra in EXTRA_INPUTS if extra),
     # The mask costs the same whether ids differ or not.
     *(
-        Competitor(f"{AUTHORS}, {extra}", lambda: authors_formula, extra=extra)
+        Competitor(f"{AUTHORS}, {extra}", partial(partial, authors_formula), extra=extra)
         for extra in (DUPLICATE_IDS, POSITIVES, EXTRA_TEXTS)
     ),
 )

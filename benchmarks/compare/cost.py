@@ -23,17 +23,17 @@ from benchmarks.compare.competitors import (
 from benchmarks.compare.plan import LOGIT_SCALE, Plan
 from benchmarks.run import OUT_OF_MEMORY, Row, Run, describe
 
-SMALL_BATCH = 128
+RATIO = f"ratio to {OURS}"
+SMALL_BATCH = 128  # values are compared in a batch of this size
 MAX_ROUNDS = 300
 # The largest N at which all competitors run. Beyond it, only `IN_LARGE_BATCHES` run.
 ALL_UP_TO = 16384
-# The largest N at which launches are counted. Beyond it, matrix products take nearly all the time.
-LAUNCHES_UP_TO = 8192
 
 
 def add_costs(run: Run, losses: list[Competitor], plan: Plan) -> None:
     """Add rows of time and memory for one size after another, until the time is over."""
-    rate = matrix_rate(run, plan)
+    rate = matmul_rate(run, plan)
+    run.note(f"torch.mm, {plan.matrix} cubed: {rate / 1e12:.3g} TFLOP/s")
     for n, d in plan.sizes:
         if run.remaining() < 3 * plan.seconds:
             run.note(f"N = {n:,}, D = {d:,} left out: no time")
@@ -62,6 +62,16 @@ def make_step(loss: Loss, leaves: list[Tensor]) -> Callable[[], object]:
     return lambda: torch.autograd.grad(loss(*leaves), leaves, allow_unused=True)
 
 
+def checked_step(competitor: Competitor, run: Run, leaves: list[Tensor]) -> Callable[[], object]:
+    """The step of a competitor, whose values in a small batch were compared with its definition.
+
+    The comparison is also the warm-up: libraries load, compile and allocate.
+    """
+    d, dtype = leaves[0].shape[1], leaves[0].dtype
+    assert_same_values(competitor, make_leaves(run, SMALL_BATCH, d, dtype))
+    return make_step(competitor.loss, leaves)
+
+
 def measure_in_rounds(run: Run, losses: list[Competitor], n: int, d: int, plan: Plan) -> list[Row]:
     """Add a row with peak memory and times for each competitor. Returns these rows.
 
@@ -70,16 +80,13 @@ def measure_in_rounds(run: Run, losses: list[Competitor], n: int, d: int, plan: 
     rows: dict[str, Row] = {}
     steps: dict[str, Callable[[], object]] = {}
     case = {"N": n, "D": d, "dtype": str(plan.dtype).removeprefix("torch.")}
-    small_batch = make_leaves(run, SMALL_BATCH, d, plan.dtype)
     leaves = make_leaves(run, n, d, plan.dtype)
     for competitor in losses:
         with run.attempt(**case, loss=competitor.name, computes=competitor.computes) as row:
-            # This is also the warm-up: libraries load, compile and allocate.
-            assert_same_values(competitor, small_batch)
-            step = make_step(competitor.loss, leaves)
+            step = checked_step(competitor, run, leaves)
             row["peak MB"] = measure.allocated_peak(run.device, step) / 1e6
-            if n <= LAUNCHES_UP_TO and (run.dry_run or run.device.type == "cuda"):
-                row |= measure.launch_columns(step, run.device)
+            if run.dry_run or run.device.type == "cuda":
+                row["wall ms"] = 1e3 * measure.wall_seconds(step, 0.2)
             steps[competitor.name] = step
         rows[competitor.name] = row
     times = measure.interleaved(steps, run.device, plan.seconds, plan.min_rounds, MAX_ROUNDS)
@@ -114,22 +121,22 @@ def _measure_with_limit(name: str, n: int, d: int, plan: Plan) -> Row:
 
 
 def add_ratios(rows: list[Row], rate: float) -> None:
-    """Add to each row its time divided by our time, and its share of the matrix rate.
+    """Add to each row its time divided by our time, and its fraction of the matmul rate.
 
     A contrastive loss that keeps no N x N matrix needs 8 N^2 D flops, and twice as many with N
-    extra texts. The share is based on these flops for every loss, although dense autograd needs
-    only 6 N^2 D. The penalties alone have no such products, so their rows have no share.
+    extra texts. The fraction is based on these flops for every loss, although dense autograd needs
+    only 6 N^2 D. The penalties alone have no such products, so their rows have no fraction.
     """
     ours = next((row["ms"] for row in rows if row["loss"] == OURS and "ms" in row), None)
     for row in (row for row in rows if "ms" in row):
         if ours is not None:
-            row["times ours"] = row["ms"] / ours
+            row[RATIO] = row["ms"] / ours
         if row["computes"] != PENALTIES:
             flops = 8 * row["N"] ** 2 * row["D"] * (2 if EXTRA_TEXTS in row["loss"] else 1)
-            row["of matrix rate"] = flops / rate / (1e-3 * row["ms"])
+            row["fraction of matmul rate"] = flops / rate / (1e-3 * row["ms"])
 
 
-def matrix_rate(run: Run, plan: Plan) -> float:
+def matmul_rate(run: Run, plan: Plan) -> float:
     """Flops per second of `torch.mm` with two square matrices."""
     matrix = torch.randn(plan.matrix, plan.matrix, device=run.device).to(plan.dtype)
     seconds = measure.wall_seconds(lambda: torch.mm(matrix, matrix), plan.matrix_seconds)

@@ -20,8 +20,8 @@ class Plan:
     error_size: tuple[int, int]  # N, D
     model: str  # of the training step
     batch_size: int
-    matrix: int  # size of the square matrices whose product gives the matrix rate
-    matrix_seconds: float = 2.0  # for the measurement of the matrix rate
+    matrix: int  # size of the square matrices whose product gives the matmul rate
+    matrix_seconds: float = 2.0  # for the measurement of the matmul rate
     seconds: float = 6.0  # for all rounds at one size
     min_rounds: int = 5
 

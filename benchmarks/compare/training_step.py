@@ -28,19 +28,16 @@ class Trainer:
     def __init__(self, run: Run, name: str, batch_size: int) -> None:
         import open_clip
 
-        scale = {"init_logit_scale": math.log(LOGIT_SCALE), "output_dict": True}
-        if name == "tiny":
-            model = open_clip.CLIP(**TINY, **scale)
-        else:
-            model = open_clip.create_model(name, load_weights=False, pretrained_text=False, **scale)
+        config = TINY if name == "tiny" else open_clip.get_model_config(name)
+        scale = math.log(LOGIT_SCALE)
+        model = open_clip.CLIP(**config, init_logit_scale=scale, output_dict=True)
         self.model = model.to(run.device, memory_format=torch.channels_last).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         # Training loops use autocast on a GPU only.
         on_cuda = run.device.type == "cuda"
         self.autocast = torch.autocast(run.device.type, torch.bfloat16, enabled=on_cuda)
-        size = model.visual.image_size
-        sides = size if isinstance(size, tuple) else (size, size)
-        images = torch.randn(batch_size, 3, *sides, device=run.device)
+        size = config["vision_cfg"]["image_size"]
+        images = torch.randn(batch_size, 3, size, size, device=run.device)
         self.images = images.contiguous(memory_format=torch.channels_last)
         tokens = torch.randint(model.vocab_size, (batch_size, model.context_length))
         self.tokens = tokens.to(run.device)

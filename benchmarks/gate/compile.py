@@ -12,176 +12,176 @@ compile, or a binary
 
 It prints a table of all binaries to stdout, and these faults to stderr.
 
-The gate compiles the binaries that launches use. Launches copy unaligned features (`padded_rows`),
-so pointers and strides are multiples of 16. The D that kernels get is padded too, except in
-`traces_kernel`, which is compiled both for multiples of 16 and for any D.
+The gate compiles the binaries that steps of the loss launch. A driver tells Triton that the device
+is the chip, and Triton describes each binary instead of launching it.
 """
 
 import argparse
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from contextlib import contextmanager
+from itertools import product
+from multiprocessing import get_context
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
+import torch
 import triton
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.compiler import ASTSource
+from triton.runtime.driver import driver
 
 from benchmarks.gate.binary import CHIPS, Binary, inspect
-from benchmarks.run import Row, table
-from cyclip_loss.kernels.configs import ARCHITECTURES, JOIN, PAIRS, SUM, TRACES, Config
-from cyclip_loss.kernels.contrastive_grads import contrastive_grads_kernel, scale_grad_kernel
-from cyclip_loss.kernels.contrastive_lse import contrastive_lse_kernel, join_lse_kernel
-from cyclip_loss.kernels.cyclic_grads import cyclic_grads_kernel
-from cyclip_loss.kernels.cyclic_terms import cyclic_terms_kernel, traces_kernel
-from cyclip_loss.kernels.gram_matrices import gram_matrices_kernel
-from cyclip_loss.kernels.pair_terms import pair_terms_kernel
+from benchmarks.run import Row, Run, table
+from cyclip_loss import CyCLIPLoss, kernels
+from cyclip_loss.kernels import configs
 from cyclip_loss.numerics import triton_version
 
-# For each dtype of the features and precision of products: Triton's names for both.
+# The features' dtype and the precision of float32 products: PyTorch's names for both.
 FEATURES = {
-    "bfloat16": ("*bf16", "tf32"),
-    "float16": ("*fp16", "tf32"),
-    "float32 tf32": ("*fp32", "tf32"),
-    "float32 ieee": ("*fp32", "ieee"),
+    "bfloat16": (torch.bfloat16, "high"),
+    "float16": (torch.float16, "high"),
+    "float32 tf32": (torch.float32, "high"),
+    "float32 ieee": (torch.float32, "highest"),
 }
-# The kernels' arguments, grouped by type. The first group has pointers to the features' dtype.
-# Arguments in none of the four groups are pointers to float32.
-FEATURE_POINTERS = {
-    "image", "text", "row_features", "column_features", "gradient", "image_grad", "text_grad",
-}  # fmt: skip
-ID_POINTERS = {"row_ids", "column_ids"}
-FLOATS = {"weight", "weight_inmodal", "weight_crossmodal", "size"}
-INTEGERS = {
-    "n", "m", "d", "num_pairs", "image_stride", "text_stride", "row_stride", "column_stride",
-    "gradient_stride", "first_column", "num_columns", "row_parts", "column_parts", "strip",
-    "length", "split_rows",
-}  # fmt: skip
+N = 4096  # the loss is streamed in blocks, and every argument that grows with N is a multiple of 16
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One binary: a kernel for one architecture, dtype, tile configuration and set of flags."""
+class Variant(NamedTuple):
+    """One binary, as a launch describes it to the compiler."""
 
     arch: str
-    kernel: str
     features: str
-    config: Config
-    flags: dict[str, Any]
-    any_d: bool = False  # D need not be a multiple of 16
+    kernel: Any  # a @triton.jit function
+    description: dict[str, Any]  # what Triton passes to its `jit_cache_hook`
+
+    @property
+    def name(self) -> str:
+        """The kernel's name."""
+        return str(self.kernel.fn.__name__).removesuffix("_kernel")
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The compile-time arguments by name."""
+        names = self.kernel.arg_names
+        return {names[path[0]]: value for path, value in self.description["constants"].items()}
 
     @property
     def label(self) -> str:
-        """The kernel's name, with the flags that distinguish its variants."""
-        has_ids = ID_POINTERS & {*KERNELS[self.kernel].arg_names} - self.flags.keys()
-        flags = {
-            "with_cross": self.flags.get("WITH_CROSS"),
-            "any D": self.any_d,
-            "ids": has_ids,
-        }
-        active = ", ".join(flag for flag, is_active in flags.items() if is_active)
-        return f"{self.kernel} ({active})" if active else self.kernel
-
-    def faults(self, built: Binary | str) -> list[str]:
-        """The reasons why this variant must not ship. built: the result of `build`."""
-        if isinstance(built, str):
-            return [built]
-        return built.faults(self.arch, self.kernel, self.features)
+        """The name, with the flags that distinguish variants of the kernel."""
+        flags = [name.lower() for name, value in self.constants.items() if value is True]
+        if str(self.description["signature"].get("row_ids")).startswith("*"):
+            flags.append("ids")
+        return f"{self.name} ({', '.join(flags)})" if flags else self.name
 
 
-KERNELS = {
-    kernel.__name__.removesuffix("_kernel"): kernel
-    for kernel in (
-        contrastive_grads_kernel,
-        contrastive_lse_kernel,
-        cyclic_grads_kernel,
-        cyclic_terms_kernel,
-        gram_matrices_kernel,
-        join_lse_kernel,
-        pair_terms_kernel,
-        scale_grad_kernel,
-        traces_kernel,
+class NoMatrices(TorchDispatchMode):
+    """Computes no product and no copy of a matrix, which takes long on a CPU."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.mm.default:
+            return args[0].new_empty(args[0].shape[0], args[1].shape[1])
+        if func is torch.ops.aten._to_copy.default and args[0].ndim == 2:
+            return torch.empty_like(args[0], dtype=kwargs.get("dtype"))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def no_device(arch: str, precision: str) -> Iterator[dict[str, tuple[Any, dict[str, Any]]]]:
+    """Lets the kernels take CPU tensors, as if on this chip. Results are garbage.
+
+    Yields, for each binary that is launched, the @triton.jit function and Triton's description.
+    """
+    binaries: dict[str, tuple[Any, dict[str, Any]]] = {}
+
+    def record(*, key: str, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        binaries[f"{fn.name} {key}"] = fn.jit_function, compile
+        return True  # nothing to compile or launch
+
+    precision_before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+
+    driver.set_active(
+        SimpleNamespace(
+            get_current_device=lambda: 0,
+            get_current_stream=lambda device: 0,
+            get_current_target=lambda: CHIPS[arch].target,
+        )
     )
-}
-
-
-def variants(arch: str) -> Iterator[Variant]:
-    """Every configuration of an architecture, with the flags that make the kernel do most work."""
-    # These kernels multiply no matrices, and are the same for all dtypes of the features.
-    for kernel, config, flags in (
-        ("join_lse", JOIN, {}),
-        ("pair_terms", PAIRS, {"SYMMETRIC": True}),
-        ("scale_grad", SUM, {}),
-        ("traces", TRACES, {"WITH_CROSS": True}),
-        ("cyclic_terms", SUM, {"WITH_CROSS": True, "SEPARATE": True}),
+    with (
+        patch.object(triton.knobs.runtime, "jit_cache_hook", record),
+        patch.object(kernels, "INTERPRETED", True),
+        patch.object(configs, "architecture", lambda device: arch),
+        NoMatrices(),
     ):
-        yield Variant(arch, kernel, "float32 ieee", config, flags)
-    yield Variant(arch, "traces", "float32 ieee", TRACES, {"WITH_CROSS": True}, any_d=True)
-    configs = ARCHITECTURES[arch]
-    for features, (pointer, dot) in FEATURES.items():
-        bits = 32 if pointer == "*fp32" else 16
-        with_ids = {"SYMMETRIC": True, "PRECISION": dot}
-        without_ids = with_ids | dict.fromkeys(ID_POINTERS)
-        config = configs["contrastive_lse"][bits, dot]
-        yield Variant(arch, "contrastive_lse", features, config, without_ids)
-        yield Variant(arch, "contrastive_lse", features, config, with_ids)
-        grad_flags = {"NEEDS_SCALE": True, "SHIFT": 14 if features == "float16" else 0}
-        config = configs["contrastive_grads"][bits, dot]
-        yield Variant(arch, "contrastive_grads", features, config, without_ids | grad_flags)
-        yield Variant(arch, "contrastive_grads", features, config.with_ids, with_ids | grad_flags)
-        for with_cross in (False, True):
-            gram_flags = {"WITH_CROSS": with_cross, "TF32": dot == "tf32", "PRECISION": dot}
-            config = configs["gram_matrices"][32, dot]
-            yield Variant(arch, "gram_matrices", features, config, gram_flags)
-            grad_flags = {"NEEDS_IMAGE": True, "NEEDS_TEXT": True}
-            config = configs["cyclic_grads"][32, dot]
-            yield Variant(arch, "cyclic_grads", features, config, gram_flags | grad_flags)
+        yield binaries
+    torch.set_float32_matmul_precision(precision_before)
 
 
-def source(variant: Variant) -> ASTSource:
-    """The kernel with the types of its arguments, as launches describe them to the compiler."""
-    kernel = KERNELS[variant.kernel]
-    constants = {**variant.flags, **variant.config.tile}
-    signature, attributes = {}, {}
-    for parameter in kernel.params:
-        name = parameter.name
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in FLOATS:
-            signature[name] = "fp32"
-        elif name in INTEGERS:
-            signature[name] = "i32"
-        elif name in ID_POINTERS:
-            signature[name] = "*i64"
-        else:
-            signature[name] = FEATURES[variant.features][0] if name in FEATURE_POINTERS else "*fp32"
-        specialised = not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
-        is_int_or_pointer = signature[name] == "i32" or signature[name].startswith("*")
-        if specialised and is_int_or_pointer and not (name == "d" and variant.any_d):
-            attributes[(parameter.num,)] = [["tt.divisibility", 16]]
-    return ASTSource(kernel, signature, constants, attributes)
+def variants(arch: str, features: str) -> list[Variant]:
+    """The binaries that a chip needs for features of a dtype, each once.
+
+    The steps differ in what selects a binary: whether D is a multiple of 16, ids, and whether each
+    penalty is wanted, which takes the product of images and texts.
+    """
+    dtype, precision = FEATURES[features]
+    with no_device(arch, precision) as binaries:
+        for (d, ids), output_dict in product(
+            ((64, None), (70, None), (64, torch.arange(N))), (True, False)
+        ):
+            inputs = [x.requires_grad_() for x in Run(torch.device("cpu")).pairs(N, d, dtype)]
+            loss = CyCLIPLoss(reference_batch_size=128, impl="triton")
+            scale = torch.tensor(14.3).requires_grad_()
+            result: Any = loss(*inputs, scale, ids=ids, output_dict=output_dict)
+            (sum(result.values()) if output_dict else result).backward()
+    return [Variant(arch, features, *binary) for binary in binaries.values()]
 
 
 def build(variant: Variant) -> Binary | str:
     """Compile one variant. Returns the compiler's error message if that fails."""
-    target = CHIPS[variant.arch].target
+    described, chip = variant.description, CHIPS[variant.arch]
     try:
-        options = variant.config.options
-        return inspect(triton.compile(source(variant), target=target, options=options))
+        source = ASTSource(
+            variant.kernel, described["signature"], variant.constants, described["configs"][0]
+        )
+        names = ("num_warps", "num_stages", "enable_fp_fusion")
+        options = {name: described[name] for name in names}
+        return inspect(triton.compile(source, target=chip.target, options=options))
     except Exception as error:
         return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
 
 
+def build_all(arch: str, features: str) -> list[tuple[Row, list[str]]]:
+    """The row and the faults of each binary of a chip and a dtype."""
+    return [
+        (make_row(variant, built), faults(variant, built))
+        for variant in variants(arch, features)
+        for built in [build(variant)]
+    ]
+
+
+def faults(variant: Variant, built: Binary | str) -> list[str]:
+    """The reasons why this variant must not ship. built: the result of `build`."""
+    name = f"FAULT {variant.arch} {variant.label} {variant.features}"
+    if isinstance(built, str):
+        found = [built]
+    else:
+        found = built.faults(variant.arch, variant.name, variant.features)
+    return [f"{name}: {fault}" for fault in found]
+
+
 def make_row(variant: Variant, built: Binary | str) -> Row:
     """The row of a variant in the printed table."""
-    config = variant.config
+    sizes = {k: v for k, v in variant.constants.items() if k.startswith("B") and k.isupper()}
     row: Row = {
         "arch": variant.arch,
         "kernel": variant.label,
         "features": variant.features,
-        "tile": " x ".join(str(size) for name, size in config.tile.items() if name != "GROUP"),
-        "warps": config.num_warps,
-        "stages": config.num_stages,
+        "tile": " x ".join(map(str, sizes.values())),
+        "warps": variant.description["num_warps"],
+        "stages": variant.description["num_stages"],
     }
     if isinstance(built, str):
         return row | {"registers": f"does not compile: {built}"}
@@ -200,14 +200,14 @@ def main(options: argparse.Namespace) -> int:
     if unknown := [arch for arch in chosen if arch not in CHIPS]:
         print(f"--arch {' '.join(unknown)}: choose from {', '.join(CHIPS)}", file=sys.stderr)
         return 2
-    everything = [variant for arch in chosen for variant in variants(arch)]
-    rows, faults = [], []
-    with ProcessPoolExecutor() as pool:
-        for variant, built in zip(everything, pool.map(build, everything), strict=True):
-            rows.append(make_row(variant, built))
-            name = f"{variant.arch} {variant.label} {variant.features}"
-            faults += [f"FAULT {name}: {fault}" for fault in variant.faults(built)]
-            print(f"\rcompiled {len(rows)} of {len(everything)}", end="", file=sys.stderr)
+    rows: list[Row] = []
+    found: list[str] = []
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        for built in pool.map(build_all, *zip(*product(chosen, FEATURES), strict=True)):
+            for row, faults_of_row in built:
+                rows.append(row)
+                found += faults_of_row
+            print(f"\rcompiled {len(rows)}", end="", file=sys.stderr)
     print(f"Compiled with Triton {triton.__version__}\n\n{table(rows)}")
-    print("", *faults, sep="\n", file=sys.stderr)
-    return 1 if faults else 0
+    print("", *found, sep="\n", file=sys.stderr)
+    return 1 if found else 0

@@ -16,15 +16,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.compare.competitors import COMPILED, EAGER, OURS, competitors
-from benchmarks.compare.cost import (
-    LAUNCHES_UP_TO,
-    add_costs,
-    make_leaves,
-    make_step,
-    matrix_rate,
-)
+from benchmarks.compare.cost import add_costs, make_leaves, make_step
 from benchmarks.compare.plan import CUDA
-from benchmarks.gpu.ablations import ablations
 from benchmarks.gpu.suite import (
     CUDA_TESTS,
     KERNEL_TESTS,
@@ -33,31 +26,17 @@ from benchmarks.gpu.suite import (
     SLOW_TESTS,
     run_tests,
 )
-from benchmarks.measure import profiled, wall_seconds
+from benchmarks.measure import profiled
 from benchmarks.run import RESULTS, Run, run_sections
 from cyclip_loss import CyCLIPLoss
-from cyclip_loss.kernels.configs import Config
 from cyclip_loss.tune import tune
 
 KERNEL_SIZES = ((512, 512), (4096, 512), (65536, 768))
 KERNELS_SHOWN = 12
+SMALL = 8192  # the largest N at which the engines are compared
 DRY_RUN = replace(
     CUDA, sizes=((96, 32),), matrix=256, matrix_seconds=0.01, seconds=0.1, min_rounds=2
 )
-
-
-def ceilings(run: Run) -> None:
-    """Measure the rates of matrix products and of copies on this GPU."""
-    plan = DRY_RUN if run.dry_run else CUDA
-    rate = matrix_rate(run, plan)
-    what = f"bfloat16 product, {plan.matrix} cubed"
-    run.add_row(what=what, rate=rate / 1e12, unit="TFLOP/s")
-    source = torch.empty(8 * plan.matrix**2, dtype=torch.uint8, device=run.device)
-    target = torch.empty_like(source)
-    seconds = wall_seconds(lambda: target.copy_(source), plan.matrix_seconds)
-    # A copy reads and writes each byte.
-    rate = 2 * source.numel() / seconds
-    run.add_row(what=f"copy of {source.numel() / 1e6:.0f} MB", rate=rate / 1e12, unit="TB/s")
 
 
 def kernels(run: Run) -> None:
@@ -86,45 +65,31 @@ def compare_with_competitors(run: Run) -> None:
     add_costs(run, losses, plan)
     # Which engine should `impl="auto"` choose for small float32 batches?
     engines = [competitor for competitor in losses if competitor.name in (OURS, EAGER)]
-    small_sizes = tuple((n, d) for n, d in plan.sizes if n <= LAUNCHES_UP_TO)
+    small_sizes = tuple((n, d) for n, d in plan.sizes if n <= SMALL)
     add_costs(run, engines, replace(plan, dtype=torch.float32, sizes=small_sizes))
 
 
 def sweep(run: Run) -> None:
-    """Run `cyclip_loss.tune` in bfloat16. Its choices are lines to paste in kernels/configs.py."""
+    """Run `cyclip_loss.tune` in bfloat16. The rows have the tiles for kernels/configs.py."""
     n, d = (96, 128) if run.dry_run else (16384, 768)
     for row in tune(run.device, [torch.bfloat16], n, d, run.remaining()):
         tile, left_out = row.pop("tile"), row.pop("left out")
-        line = config_line(row["kernel"], tile) if tile else "no usable tile"
-        run.add_row(N=n, D=d, **row, **{"line for configs.py": line})
+        run.add_row(N=n, D=d, **row, tile=str(tile) if tile else "no usable tile")
         for reason in left_out:
             run.note(reason)
 
 
-def config_line(key: str, config: Config) -> str:
-    """The line of kernels/configs.py for a configuration. key: its key in the file of tiles."""
-    kernel, dtype, dot, _ = key.split()
-    precision = "HALF" if dtype != "float32" and kernel.startswith("contrastive") else dot.upper()
-    tile = {name: size for name, size in config.tile.items() if name != "GROUP"}
-    parts = [tile.pop("PARTS")] if "PARTS" in tile else []
-    numbers = [*tile.values(), config.num_warps, config.num_stages, *parts]
-    maker = {"gram_matrices": "_gram", "cyclic_grads": "_cyclic"}.get(kernel, "_product")
-    return f"{precision}: {maker}({', '.join(map(str, numbers))}),"
-
-
-# Each section with its seconds if all sections run with the default budget, TOTAL. The last two
-# sections may use all the time that is left. So may each section if the user chooses sections.
-TOTAL = 440
+# Each section with its seconds if all sections run with the default budget: the tests first. The
+# last section may use all the time that is left. So may each section if the user chooses sections.
+TOTAL = 540.0
 SECTIONS: dict[str, tuple[Callable[[Run], None], float]] = {
     "cuda": (partial(run_tests, CUDA_TESTS, 1), 100),
     "tests": (partial(run_tests, KERNEL_TESTS, PROCESSES), 75),
-    "ceilings": (ceilings, 8),
-    "kernels": (kernels, 10),
-    "ablations": (ablations, 15),
-    "sweep": (sweep, 110),
-    "competitors": (compare_with_competitors, 122),
-    "slow": (partial(run_tests, SLOW_TESTS, PROCESSES), TOTAL),
-    "ranks": (partial(run_tests, RANK_TESTS, 1), TOTAL),
+    "ranks": (partial(run_tests, RANK_TESTS, 1), 50),
+    "slow": (partial(run_tests, SLOW_TESTS, PROCESSES), 60),
+    "kernels": (kernels, 12),
+    "competitors": (compare_with_competitors, 130),
+    "sweep": (sweep, TOTAL),
 }
 
 

@@ -5,11 +5,14 @@ If a test crashes its process, the test fails, and the remaining tests run in a 
 
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
+import tempfile
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
+from xml.etree import ElementTree
 
 from benchmarks import ROOT
 from benchmarks.run import Run
@@ -25,52 +28,59 @@ CORES = len(os.sched_getaffinity(0))
 # Several processes share the GPU, because the oracle takes most of the time, in float64 on the CPU.
 PROCESSES = max(1, min(8, CORES // 2))
 GRACE_SECONDS = 30.0  # for pytest to report when it is interrupted
-PROGRESS_SECONDS = 15.0  # between two lines of progress
-TIMED_OUT = 124  # exit code of `timeout`
-SHOWN_CHARACTERS = 30_000  # of the end of pytest's output, which describes all failures
 
 
 def run_tests(tests: Sequence[str], processes: int, run: Run) -> None:
     """Run tests with tensors on the device, until the section's time is over.
 
-    The row counts the tests by outcome, and notes say why tests were skipped. If any test fails,
-    the section fails with pytest's output.
+    The row counts the tests by outcome, and notes say why tests were skipped. Each test that fails
+    is a failure of the section.
     """
-    output, code = run_pytest(DRY_RUN_TESTS if run.dry_run else tests, processes, run)
-    for count, reason in re.findall(r"^SKIPPED \[(\d+)\] (.*)", output, re.MULTILINE):
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "junit.xml")
+        code = run_pytest(DRY_RUN_TESTS if run.dry_run else tests, processes, run, report)
+        if code is None:
+            run.note("interrupted: the time was over")
+        # pytest's exit codes: 0 means that all tests passed, 1 that some failed, 5 that there were
+        # no tests.
+        elif code not in (0, 1, 5):
+            run.fail(f"pytest ended with {code}")
+        suites = [*ElementTree.parse(report).iter("testsuite")] if report.exists() else []
+    for suite in suites:
+        counts = {name: int(suite.get(name, 0)) for name in ("failures", "errors", "skipped")}
+        passed = int(suite.get("tests", 0)) - sum(counts.values())
+        run.add_row(passed=passed, **counts)
+    skipped: Counter[str] = Counter()  # by reason
+    for case in (case for suite in suites for case in suite.iter("testcase")):
+        for result in case:
+            if result.tag == "skipped":
+                skipped[result.get("message", "")] += 1
+            elif result.tag in ("failure", "error"):
+                name = f"{case.get('classname')}.{case.get('name')}"
+                run.fail(f"{name}: {result.tag}\n{result.text}")
+    for reason, count in skipped.items():
         run.note(f"{count} skipped: {reason}")
-    summary = "".join(re.findall(r"^=+ (.*) in [\d.]+s", output, re.MULTILINE)[-1:])
-    counts = re.findall(r"(\d+) (passed|failed|skipped|error)", summary)
-    if counts:
-        run.add_row(**{kind: int(count) for count, kind in counts})
-    if code == TIMED_OUT:
-        progress = re.split(r"^[=!]{5,} (?!test session)", output, flags=re.MULTILINE)[0]
-        run.note(f"interrupted at: {''.join(progress.strip().splitlines()[-1:])}")
-    # pytest's exit codes: 0 means that all tests passed, 5 that there were no tests.
-    if code not in (0, 5, TIMED_OUT) or re.search("failed|error", summary):
-        run.fail(f"pytest ended with {code}\n{output[-SHOWN_CHARACTERS:]}")
 
 
-def run_pytest(tests: Sequence[str], processes: int, run: Run) -> tuple[str, int]:
-    """Run pytest and print some of its progress. Returns its output and exit code."""
+def run_pytest(tests: Sequence[str], processes: int, run: Run, report: Path) -> int | None:
+    """Run pytest, which prints its progress. Returns its exit code, or None at the deadline."""
     # After an illegal memory access all later tests of a process fail. Stop after 20 failures.
-    command = ["-m", "pytest", "-v", "-rs", "--maxfail", "20", "--continue-on-collection-errors"]
-    command += ["-n", str(processes), "--dist", "worksteal", "--device", run.device.type, *tests]
-    seconds = 0 if run.deadline == math.inf else max(1, run.remaining())  # 0: no limit
-    limit = ["timeout", "--signal=INT", f"--kill-after={GRACE_SECONDS}", str(seconds)]
+    options = ["-q", "--tb=short", "--maxfail=20", "--continue-on-collection-errors"]
+    options += [f"--junitxml={report}", "-n", str(processes), "--dist=worksteal"]
+    options += ["--device", run.device.type]
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, CORES // processes))}
-    output, last_progress = [], run.elapsed()
-    with subprocess.Popen(
-        [*limit, sys.executable, *command], cwd=ROOT, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    ) as process:  # fmt: skip
+    seconds = None if run.deadline == math.inf else max(1.0, run.remaining())
+    command = [sys.executable, "-m", "pytest", *options, *tests]
+    with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
         try:
-            for line in process.stdout or ():
-                output.append(line)
-                if run.elapsed() > last_progress + PROGRESS_SECONDS:
-                    last_progress = run.elapsed()
-                    run.say(line.strip())
-        except KeyboardInterrupt:
-            process.send_signal(signal.SIGINT)  # `timeout` passes it on
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            return None
+        except BaseException:
+            process.send_signal(signal.SIGINT)
             raise
-    return "".join(output), process.returncode

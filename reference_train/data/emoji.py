@@ -14,8 +14,8 @@ from .samples import decode, read_samples
 EMOJI_FOLDER = Path(__file__).parents[1] / "emoji"
 TRAIN_STYLES = ("noto", "twemoji", "fluent-emoji-flat")
 SHIFT_STYLES = ("noto-v1", "openmoji", "fluent-emoji")  # never trained on
-STRESS_STYLES = ("fluent-emoji-high-contrast",)  # black and white; means do not include it
-ALL_STYLES = TRAIN_STYLES + SHIFT_STYLES + STRESS_STYLES
+BLACK_AND_WHITE = ("fluent-emoji-high-contrast",)  # black and white; means do not include it
+ALL_STYLES = TRAIN_STYLES + SHIFT_STYLES + BLACK_AND_WHITE
 SIZE = 64  # pixels
 
 
@@ -57,7 +57,7 @@ class EmojiSet:
 def read_emoji(folder: Path = EMOJI_FOLDER) -> EmojiSet:
     """Decodes a folder of emoji shards, one for each style.
 
-    Raises `CannotStart` if a shard can't be read.
+    Raises `UsageError` if a shard can't be read.
     """
     concepts: dict[Concept, int] = {}
     images, image_concepts, image_styles = [], [], []

@@ -1,22 +1,64 @@
-"""Reads the icon sets of npm's package `@iconify/json`, except those that are left out."""
+"""Reads the icon sets of npm's package `@iconify/json`, and names, captions and draws icons."""
 
+import colorsys
+import hashlib
 import io
 import json
 import random
 import re
+import signal
 import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..command_line import CannotStart, first_line
-from .icon_names import SEED, Icon, split_name, style_words
+import numpy as np
+from PIL import Image
+
+from ..command_line import UsageError, first_line
 
 URL = "https://registry.npmjs.org/@iconify/json/-/json-2.2.535.tgz"
 SHA256 = "1a545f86fa224d6531d8fb101dcbe83aac2b28689a21cbed6fc68318a5af4d91"
+SEED = 0
+VALIDATION_SHARE = 0.02  # of the names
 DROPPED_GROUPS = {"logos", "logo", "brand", "brands", "flags", "flag"}
+# Words that say how an icon is drawn, or which variant it is, but not what it shows. They are
+# removed from the names of a set only if the set uses them often (`style_words`).
+STYLES = """
+outline outlined outlines filled fill solid line linear lines bold thin light regular duotone duo
+twotone sharp round rounded broken bulk stroke flat remix color colored colour alt glyph variant
+freehand micro mini baseline sm lg xl medium small large
+"""
+TEMPLATES = (
+    "{name}",
+    "{name}",
+    "{name}",
+    "a drawing of {name}",
+    "a picture of {name}",
+    "an icon of {name}",
+    "a small drawing of {name}",
+    "{name}, {style}",
+    "{name} icon, {set}",
+    "{name}, {group}",
+)
+SIZE = 64  # pixels
+TIMEOUT = 20  # seconds for one icon, which usually takes milliseconds
+set_alarm = getattr(signal, "alarm", lambda seconds: None)  # Windows has no alarm
+# Matches an href, in any namespace, to anything outside the icon itself.
+EXTERNAL_REFERENCE = re.compile(r"""href\s*=\s*["']\s*(?!#)""", re.IGNORECASE)
+
+
+class Icon(NamedTuple):
+    """One icon before it is drawn."""
+
+    key: str  # SET__ICON, by their names in the package
+    set: str
+    name: str  # what it shows, in words
+    style: str  # how it is drawn, in words
+    group: str  # its category in the set, or ""
+    svg: str
 
 
 def read_sets(archive: Path, left_out: Counter[str]) -> tuple[dict[str, Any], list[Icon]]:
@@ -39,7 +81,7 @@ def read_sets(archive: Path, left_out: Counter[str]) -> tuple[dict[str, Any], li
 
 
 def read_json(archive: Path, files: Sequence[str]) -> dict[str, Any]:
-    """Reads JSON files of an archive, by name. Raises `CannotStart` if one can't be read."""
+    """Reads JSON files of an archive, by name. Raises `UsageError` if one can't be read."""
     found = {}
     try:
         with tarfile.open(archive, "r|*") as tar:
@@ -47,9 +89,9 @@ def read_json(archive: Path, files: Sequence[str]) -> dict[str, Any]:
                 if (file := member.name.removeprefix("package/")) in files:
                     found[file] = json.load(tar.extractfile(member) or io.BytesIO())
     except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
-        raise CannotStart(f"{archive}: can't be read: {first_line(error)}") from error
+        raise UsageError(f"{archive}: can't be read: {first_line(error)}") from error
     if missing := set(files) - set(found):
-        raise CannotStart(f"{archive}: has no {min(missing)}: it is not the expected package")
+        raise UsageError(f"{archive}: has no {min(missing)}: it is not the expected package")
     return found
 
 
@@ -86,14 +128,7 @@ def read_set(prefix: str, content: dict[str, Any], left_out: Counter[str]) -> It
         else:
             group_words = re.sub(r"([a-z])([A-Z])", r"\1 \2", group).lower()
             svg = square_svg({**inherited, **icon})
-            yield Icon(
-                key=f"{prefix}__{key}",
-                set=prefix,
-                name=name,
-                style=" ".join(style),
-                group=group_words,
-                svg=svg,
-            )
+            yield Icon(f"{prefix}__{key}", prefix, name, " ".join(style), group_words, svg)
 
 
 def square_svg(icon: dict[str, Any]) -> str:
@@ -113,3 +148,104 @@ def square_svg(icon: dict[str, Any]) -> str:
         f'viewBox="{left:g} {top:g} {side:g} {side:g}" width="{side:g}" height="{side:g}">'
         f"{body}</svg>"
     )
+
+
+def style_words(names: Sequence[str]) -> set[str]:
+    """The words of `STYLES` that at least 2% of a set's names begin or end with."""
+    counts = Counter(
+        word for name in names if "-" in name for word in (name.split("-")[0], name.split("-")[-1])
+    )
+    return {word for word in STYLES.split() if counts[word] >= 0.02 * len(names)}
+
+
+def split_name(icon: str, styles: set[str]) -> tuple[str, list[str]]:
+    """Splits an icon's name into what it shows ("alarm clock") and the style words at its ends.
+
+    Numbers at the end are removed. They are sizes, or number the variants of an icon.
+    """
+    words = [word for word in re.split(r"[-_]+", icon.lower()) if word]
+    style = []
+    while len(words) > 1 and (words[-1] in styles or re.fullmatch(r"\d+(px)?", words[-1])):
+        style.append(words.pop())
+    while len(words) > 1 and words[0] in styles:
+        style.append(words.pop(0))
+    return " ".join(words), [word for word in style if not word[0].isdigit()]
+
+
+def is_held_out(name: str) -> bool:
+    """Whether icons of this name are validation data. It depends on the name only."""
+    digest = hashlib.sha256(f"{SEED}:{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64 < VALIDATION_SHARE
+
+
+def caption(icon: Icon, set_title: str, rng: random.Random) -> str:
+    """A random caption from the name and, in some templates, the style, the set or the group.
+
+    If the template needs a style or a group and the icon has none, the caption is the name.
+    """
+    template = rng.choice(TEMPLATES)
+    if ("{style}" in template and not icon.style) or ("{group}" in template and not icon.group):
+        template = "{name}"
+    return template.format(name=icon.name, style=icon.style, set=set_title, group=icon.group)
+
+
+class Drawn(NamedTuple):
+    """An icon's picture, or the reason why there is none."""
+
+    png: bytes = b""
+    digest: bytes = b""  # a hash of the picture before it is coloured
+    error: str = ""
+
+
+def draw(icon: Icon) -> Drawn:
+    """Draws an icon. Its key is the seed of its colours, so every run draws the same picture."""
+    # The renderer would open local files that an icon refers to.
+    if EXTERNAL_REFERENCE.search(icon.svg):
+        return Drawn(error="refers to something outside itself")
+    try:
+        set_alarm(TIMEOUT)  # the renderer can't be interrupted, so the alarm ends the process
+        image = render(icon.svg.replace("currentColor", "#000000"))
+    except ValueError:  # some icons are not valid SVG
+        return Drawn(error="blank")
+    finally:
+        set_alarm(0)
+    rgba = np.asarray(image, dtype=np.float32) / 255
+    rgb, alpha = rgba[..., :3], rgba[..., 3:]
+    is_black = not (rgb * alpha > 0.02).any()
+    ink, background = colours(random.Random(icon.key)) if is_black else (rgb, np.ones(3))
+    digest = hashlib.sha256((rgba * 15).round().astype(np.uint8).tobytes()).digest()
+    picture = alpha * ink + (1 - alpha) * background
+    if np.ptp(picture, axis=(0, 1)).max() < 0.1:
+        return Drawn(error="blank")
+    file = io.BytesIO()
+    Image.fromarray((picture * 255).round().astype(np.uint8)).save(file, "png", compress_level=3)
+    return Drawn(file.getvalue(), digest)
+
+
+def render(svg: str) -> Image.Image:
+    """Renders an SVG document as RGBA, SIZE x SIZE. Raises ValueError if it is not valid SVG."""
+    import resvg_py
+
+    # The fonts of a machine must not change a picture. No icon holds text.
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE, skip_system_fonts=True)
+    return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+
+
+def colours(rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
+    """Ink and background colour of a one-coloured icon, each (3,) in [0, 1].
+
+    50% of the icons are black on white, 20% coloured on white, 15% coloured on a pale background,
+    and 15% pale on a dark background.
+    """
+    kind, hue, background_hue = rng.random(), rng.random(), rng.random()
+    ink = colorsys.hls_to_rgb(hue, rng.uniform(0.2, 0.55), rng.uniform(0.3, 1))
+    if kind < 0.5:
+        return np.zeros(3), np.ones(3)
+    if kind < 0.7:
+        return np.array(ink), np.ones(3)
+    if kind < 0.85:
+        background = colorsys.hls_to_rgb(background_hue, rng.uniform(0.85, 0.97), 0.6)
+        return np.array(ink), np.array(background)
+    pale = colorsys.hls_to_rgb(hue, rng.uniform(0.75, 1), rng.uniform(0.3, 1))
+    dark = colorsys.hls_to_rgb(background_hue, rng.uniform(0.05, 0.3), 0.6)
+    return np.array(pale), np.array(dark)

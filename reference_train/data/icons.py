@@ -18,6 +18,8 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Generator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,19 +28,18 @@ import torch
 import webdataset as wds
 from rich.progress import track
 
-from ..command_line import Parser, Stopped, first_line, run, whole_number
+from ..command_line import Parser, RunFailed, first_line, run, whole_number
 from ..files import new_folder
-from .icon_drawing import draw_in_processes
-from .icon_names import Icon, caption, is_held_out
-from .icon_sets import SHA256, URL, licence, read_sets
+from .icon_sets import SHA256, URL, Drawn, Icon, caption, draw, is_held_out, licence, read_sets
 from .samples import count_pairs
 
 SAMPLES_PER_SHARD = 5000
+CHUNK = 64  # icons in a task of the process pool
 PICTURES_OF_A_NAME = 40  # at most, in the training shards
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments, with their defaults. Raises `CannotStart`."""
+    """The arguments, with their defaults. Raises `UsageError`."""
     parser = Parser("python -m reference_train.data.icons", description=__doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="a new folder")
@@ -59,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
     """Downloads the package, draws the icons, and writes the shards and the manifest."""
     arguments = parse_arguments(argv)
     if importlib.util.find_spec("resvg_py") is None:
-        raise Stopped("resvg_py is not installed: pip install resvg-py")
+        raise RunFailed("resvg_py is not installed: pip install resvg-py")
     # SIGTERM then raises SystemExit, so the unfinished folder is removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with new_folder(arguments.out) as folder, tempfile.TemporaryDirectory() as temporary:
@@ -78,12 +79,12 @@ def main(argv: Sequence[str]) -> None:
 
 
 def download(file: Path) -> Path:
-    """Downloads the package. Raises `Stopped` if that fails or the checksum differs."""
+    """Downloads the package. Raises `RunFailed` if that fails or the checksum differs."""
     try:
         torch.hub.download_url_to_file(URL, str(file), SHA256)
     except (OSError, RuntimeError) as error:  # RuntimeError: another checksum
         what = f"{URL}: {first_line(error)}"
-        raise Stopped(f"{what}; --package takes a file that is already on disk") from error
+        raise RunFailed(f"{what}; --package takes a file that is already on disk") from error
     return file
 
 
@@ -151,6 +152,30 @@ def distinct_pictures(
                 continue
             seen.add(drawn.digest)
             yield icon, drawn.png
+
+
+def draw_in_processes(icons: Sequence[Icon]) -> Generator[Drawn, None, None]:
+    """Draws icons in their order, in a process for each core.
+
+    Some icons crash the renderer and end its process. Then the next `CHUNK` icons are drawn one by
+    one, each in a process of its own, and the rest as before.
+    """
+    done = 0
+    while done < len(icons):
+        pool = ProcessPoolExecutor()
+        try:
+            for drawn in pool.map(draw, icons[done:], chunksize=CHUNK):
+                done += 1
+                yield drawn
+        except BrokenProcessPool:
+            if len(icons) == 1:
+                yield Drawn(error="crashes the renderer, or takes it for ever")
+            else:
+                for icon in icons[done : done + CHUNK]:
+                    yield from draw_in_processes([icon])
+            done += CHUNK
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def write_sizes(folder: Path) -> None:

@@ -18,7 +18,7 @@ import webdataset as wds
 from PIL import Image
 from webdataset.tariterators import base_plus_ext
 
-from ..command_line import CannotStart, first_line
+from ..command_line import UsageError, first_line
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 DECOMPRESSION_ERRORS = (lzma.LZMAError, zlib.error)
@@ -36,7 +36,7 @@ class Sample(NamedTuple):
 def read_samples(shards: Sequence[str]) -> Iterator[Sample]:
     """The samples of tar files that have both an image and a caption, in the order of the files.
 
-    Raises `CannotStart` for a shard that does not exist or can't be read.
+    Raises `UsageError` for a shard that does not exist or can't be read.
     """
     for shard in shards:
         pipeline = wds.DataPipeline(wds.SimpleShardList([shard]), wds.tarfile_to_samples())
@@ -48,9 +48,9 @@ def read_samples(shards: Sequence[str]) -> Iterator[Sample]:
                     caption = sample["txt"].decode().strip()
                     yield Sample(sample["__key__"], image, caption, info)
         except FileNotFoundError as error:
-            raise CannotStart(f"no such shard: {shard}") from error
+            raise UsageError(f"no such shard: {shard}") from error
         except (OSError, EOFError, ValueError, tarfile.TarError, *DECOMPRESSION_ERRORS) as error:
-            raise CannotStart(f"{shard}: can't be read: {first_line(error)}") from error
+            raise UsageError(f"{shard}: can't be read: {first_line(error)}") from error
 
 
 def samples_in(tar: tarfile.TarFile) -> Iterator[dict[str, tarfile.TarInfo]]:

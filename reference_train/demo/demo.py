@@ -11,13 +11,13 @@ import torch
 from ..command_line import Parser, add_device, whole_number
 from ..data.emoji import EMOJI_FOLDER, TRAIN_STYLES, EmojiSet, read_emoji
 from ..data.samples import fingerprint
-from ..evaluate import records, report
-from ..evaluate.datasets import DataSet, Images
-from ..evaluate.measure import measure
+from ..evaluate import report
+from ..evaluate.datasets import Dataset, Images
+from ..evaluate.metrics import measure
 from ..files import locked
 from ..losses import LOSSES
 from .batches import EmojiBatches
-from .data_sets import DATA_SETS, open_data_set
+from .datasets import DATASETS, open_dataset
 from .model import build_model, precision
 from .train import train
 
@@ -25,7 +25,7 @@ PRESETS = {
     "short": {"steps": 620, "batch_size": 256, "lr": 3e-3, "logit_scale": 33.0},
     "long": {"steps": 1500, "batch_size": 256, "lr": 2e-3, "logit_scale": 14.3},
 }
-SIMILARITIES_OF = "new concepts, trained styles"  # the data set of similarities.png
+SIMILARITIES_OF = "new concepts, trained styles"  # the dataset of similarities.png
 DESCRIPTION = """\
 Trains small CLIP models on the emoji that ship with the repository, and shows what the cyclic
 penalties change: CLIP next to CyCLIP. Without arguments it takes about six minutes on two CPU
@@ -34,11 +34,11 @@ EPILOG = """\
 other commands, each with its own --help:
   python -m reference_train pretrain   OpenCLIP's trainer with CyCLIPLoss
   python -m reference_train evaluate   evaluates any OpenCLIP checkpoint
-  python -m reference_train report     makes the table and the pictures of an evaluation again"""
+  python -m reference_train report     makes the table and the figures of an evaluation again"""
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments, with their defaults. Raises `CannotStart`."""
+    """The arguments, with their defaults. Raises `UsageError`."""
     parser = Parser("python -m reference_train", description=DESCRIPTION, epilog=EPILOG)
     add = parser.add_argument
     add(
@@ -56,7 +56,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Trains what is not trained yet, evaluates it, and writes the table and the pictures."""
+    """Trains what is not trained yet, evaluates it, and writes the table and the figures."""
     arguments = parse_arguments(argv)
     with locked(arguments.out):
         train_and_evaluate(arguments, argv)
@@ -72,12 +72,12 @@ def train_and_evaluate(arguments: argparse.Namespace, argv: Sequence[str]) -> No
     # `start` refuses other settings, so the runs in a folder differ in loss and seed only.
     shards = [str(path) for path in sorted(EMOJI_FOLDER.glob("*.tar.xz"))]
     compared = {**settings, "data": fingerprint(shards), "precision": precision(arguments.device)}
-    result = records.start(out, compared, command, arguments.device)
+    result = report.start(out, compared, command, arguments.device)
     emoji = read_emoji()
     validation = validation_pairs(emoji)
-    sets = {name: open_data_set(emoji, name) for name in DATA_SETS}
-    result["data_sets"] = {name: report.describe(name, data) for name, data in sets.items()}
-    records.save(result, out)
+    datasets = {name: open_dataset(emoji, name) for name in DATASETS}
+    result["data_sets"] = {name: report.describe(data) for name, data in datasets.items()}
+    report.save(result, out)
     # All losses of a seed come before the next seed: an interrupted command has runs to compare.
     seeds, losses = range(arguments.seeds), dict.fromkeys(arguments.loss)
     runs = [(loss, seed) for seed in seeds for loss in losses]
@@ -96,15 +96,15 @@ def train_and_evaluate(arguments: argparse.Namespace, argv: Sequence[str]) -> No
         result.setdefault("history", {})[name] = trained.pop("history")
         result["checkpoints"][name] = {**vars(config), **trained}
         result["results"][name] = {
-            data_set: measure(clip, data, keep_similarities=data_set == SIMILARITIES_OF)
-            for data_set, data in sets.items()
+            dataset: measure(clip, data, keep_similarities=dataset == SIMILARITIES_OF)
+            for dataset, data in datasets.items()
         }
-        records.save(result, out)
+        report.save(result, out)
     report.write(result, out)
 
 
-def validation_pairs(emoji: EmojiSet) -> DataSet:
+def validation_pairs(emoji: EmojiSet) -> Dataset:
     """The images and names on which a run is validated. The table has none of their concepts."""
     images, concepts, styles = emoji.drawings(TRAIN_STYLES, emoji.in_split("validation"))
     captions = [[emoji.concepts[concept].name] for concept in concepts.tolist()]
-    return DataSet(Images(images), captions=captions, groups=styles, across_groups=True)
+    return Dataset(Images(images), captions=captions, groups=styles)

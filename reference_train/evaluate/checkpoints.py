@@ -1,10 +1,11 @@
-"""Loads checkpoints, and encodes images and texts with them."""
+"""Finds checkpoints of OpenCLIP and of the CyCLIP authors' code, loads them, and encodes."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,25 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from ..command_line import CannotStart, Stopped
-from ..pretrain.runs import PARAMETERS, load_checkpoint, without_wrappers
+from ..command_line import RunFailed, UsageError
+from ..losses import LOSSES
+from ..pretrain.presets import register_models
+from ..pretrain.runs import PARAMETERS, load_checkpoint, read_parameters, without_wrappers
 from .datasets import Images, Unusable
-from .runs import RELEASED_MODEL, Checkpoint
 
 TEXT_BATCH_SIZE = 1024
+RELEASED_MODEL = "RN50-quickgelu"  # OpenCLIP's name for the model of the authors' checkpoints
+# Arguments of OpenCLIP's trainer that change the model or its preprocessing.
+MODEL_ARGUMENTS = (
+    "force_quick_gelu",
+    "force_custom_text",
+    "force_image_size",
+    "force_context_length",
+    "image_mean",
+    "image_std",
+    "image_interpolation",
+    "image_resize_mode",
+)
 # The learning rate in the authors' checkpoints is a NumPy number, which PyTorch loads only if it is
 # allowed to. NumPy 2 has given the constructor of this number another name.
 _scalar = np.float64().__reduce__()[0]
@@ -30,6 +44,118 @@ NUMPY_FLOAT64: list[Any] = [
     np.dtype,
     np.dtypes.Float64DType,
 ]
+
+
+@dataclass(eq=False)
+class Checkpoint:
+    """Where the weights of a model come from. Nothing is loaded yet."""
+
+    title: str
+    model: str  # OpenCLIP's name
+    path: Path | None  # a file; None: the weights come from `tag`
+    tag: str | None = None  # of OpenCLIP's pretrained weights
+    arguments: dict[str, Any] = field(default_factory=dict)  # for OpenCLIP's model
+    parameters: dict[str, Any] = field(default_factory=dict)  # the params.txt of its run
+
+    @cached_property
+    def source(self) -> dict[str, str]:
+        """What distinguishes these weights from others."""
+        source = {"model": self.model, "path": str(self.path or self.tag)}
+        return {**source, "written": str(self.path.stat().st_mtime_ns)} if self.path else source
+
+
+def find_checkpoints(
+    paths: Sequence[Path], model: str | None, pretrained: str | None
+) -> list[Checkpoint]:
+    """The checkpoints that the command line asks for. Each has a title of its own.
+
+    paths: files, or folders of runs. model: the model of all checkpoints; None: the model in the
+    params.txt of each run. pretrained: a tag of OpenCLIP's own weights.
+
+    Raises `UsageError` if a checkpoint or its model is missing, or a checkpoint is given twice.
+    """
+    register_models()
+    found = [from_file(checkpoint_file(path), model) for path in paths]
+    titles = [checkpoint.title for checkpoint in found]
+    for checkpoint in found:
+        if titles.count(checkpoint.title) > 1:
+            checkpoint.title = str(checkpoint.path)
+    # The name of a model on a hub ("hf-hub:...") stands for its weights, too.
+    is_on_hub = model is not None and ":" in model and not paths
+    if pretrained is not None or is_on_hub:
+        if model is None:
+            raise UsageError("--pretrained needs --model")
+        title = model if is_on_hub else f"{model} {pretrained}"
+        found.append(Checkpoint(title, model, None, pretrained))
+    if not found:
+        raise UsageError("no checkpoint: give one, or --model with --pretrained")
+    titles = [checkpoint.title for checkpoint in found]
+    for checkpoint in found:
+        if titles.count(checkpoint.title) > 1:
+            raise UsageError(f"{checkpoint.title} is given twice")
+        if ":" not in checkpoint.model and checkpoint.model not in open_clip.list_models():
+            raise UsageError(f"{checkpoint.title}: OpenCLIP has no model {checkpoint.model!r}")
+    return found
+
+
+def checkpoint_file(path: Path) -> Path:
+    """The path itself if it is a file. In a run's folder: its best epoch, or else its newest."""
+    if path.is_file():
+        return path
+    for folder in (path / "checkpoints", path):
+        epochs = sorted(folder.glob("epoch_[0-9]*.pt"), key=lambda p: (len(p.name), p.name))
+        # epoch.best.pt is the CyCLIP authors' name; epoch_latest.pt is as new as the newest epoch
+        names = ("best.pt", "epoch.best.pt", "epoch_latest.pt")
+        for file in (*(folder / name for name in names), *epochs[-1:]):
+            if file.is_file():
+                return file
+    raise UsageError(f"no checkpoint at {path}")
+
+
+def from_file(file: Path, model: str | None) -> Checkpoint:
+    """A checkpoint from a file and the params.txt of its run. Raises `UsageError`."""
+    folder = file.resolve().parent
+    run = folder.parent  # logs/NAME/checkpoints/best.pt -> NAME
+    parameters = read_parameters(run / PARAMETERS) or read_parameters(folder / PARAMETERS)
+    name = model or parameters.get("model")
+    if name is None:
+        raise UsageError(
+            f"{file}: no {PARAMETERS} of a run beside it: pass --model ({RELEASED_MODEL} for "
+            "checkpoints of the CyCLIP authors)"
+        )
+    arguments = {k: parameters[k] for k in MODEL_ARGUMENTS if parameters.get(k)}
+    if parameters.get("siglip"):  # so that the model has a bias; the weights have its value
+        arguments["init_logit_bias"] = 0.0
+    title = file.stem
+    if folder.name == "checkpoints":
+        title = run.name
+    elif folder.suffix == ".pt":  # the CyCLIP authors released cyclip.pt/best.pt
+        title = folder.stem
+    return Checkpoint(title, name, file, arguments=arguments, parameters=parameters)
+
+
+def describe_run(title: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    """The loss and the seed of a run, for tables and figures. The loss is None if it is not known.
+
+    The title ends with the name of the loss. ("x-c-cyclip" ends with c-cyclip, not with cyclip.) If
+    the run had other penalties or views than this loss, the run's settings decide.
+
+    parameters: the run's params.txt.
+    """
+    seed = parameters.get("seed")
+    stem = title if seed is None else title.removesuffix(f"-{seed}")
+    endings = [loss for loss in LOSSES if stem == loss or stem.endswith(f"-{loss}")]
+    loss = max(endings, key=len, default=None)
+    if "lambda_inmodal" in parameters:
+        inmodal, crossmodal = (parameters[f"lambda_{k}"] > 0 for k in ("inmodal", "crossmodal"))
+        views = "contrastive" if parameters.get("views") else ""
+        candidates = [
+            name
+            for name, x in LOSSES.items()
+            if (x.inmodal, x.crossmodal, x.views) == (inmodal, crossmodal, views)
+        ]
+        loss = loss if loss in candidates else candidates[0]
+    return {"loss": loss, "seed": seed}
 
 
 @dataclass
@@ -95,15 +221,21 @@ class Clip:
 
     def encode_classes(self, names: list[str], templates: list[str]) -> Tensor:
         """(C, D) features of unit length. The feature of a class is the mean over the templates."""
-        # `replace` and not `format`, because a name may contain braces.
-        texts = [template.replace("{}", name) for name in names for template in templates]
-        features = self.encode_texts(texts).view(len(names), len(templates), -1)
-        return F.normalize(features.mean(dim=1), dim=-1)
+        with self.autocast():
+            weights = open_clip.build_zero_shot_classifier(
+                self.model,
+                self.tokenizer,
+                names,
+                templates,
+                num_classes_per_batch=max(1, TEXT_BATCH_SIZE // len(templates)),
+                device=self.device,
+            )
+        return self._finite(weights.T.float().cpu())
 
     def _finite(self, features: Tensor) -> Tensor:
-        """Returns the features. Raises `Stopped` if they are not finite: metrics would be wrong."""
+        """Returns the features. Raises `RunFailed` if they are not finite."""
         if not features.isfinite().all():
-            raise Stopped(f"{self.title}: features are not finite")
+            raise RunFailed(f"{self.title}: features are not finite")
         return features
 
 
@@ -116,7 +248,7 @@ def read_batch(
 
 
 def load(checkpoint: Checkpoint, device: torch.device, **settings: Any) -> Clip:
-    """Builds the model and reads the weights. Raises `CannotStart` if either fails.
+    """Builds the model and reads the weights. Raises `UsageError` if either fails.
 
     settings: `precision`, `batch_size` and `workers` of the `Clip`.
     """
@@ -144,7 +276,7 @@ def load(checkpoint: Checkpoint, device: torch.device, **settings: Any) -> Clip:
             model.load_state_dict(without_wrappers(content.get("state_dict", content)))
     except Exception as error:  # OpenCLIP and PyTorch raise many types of errors
         message = " ".join(str(error).split())[:300]
-        raise CannotStart(f"{path or checkpoint.tag} as {name}: {message}") from error
+        raise UsageError(f"{path or checkpoint.tag} as {name}: {message}") from error
     finally:
         logging.disable(level)
     model.eval()
@@ -153,7 +285,7 @@ def load(checkpoint: Checkpoint, device: torch.device, **settings: Any) -> Clip:
 
 
 def check_activation(checkpoint: Checkpoint, content: dict[str, Any]) -> None:
-    """Raises `CannotStart` if the authors' code wrote the weights, and the model lacks QuickGELU.
+    """Raises `UsageError` if the authors' code wrote the weights, and the model lacks QuickGELU.
 
     The weights would load without an error, but give other text features.
     """
@@ -162,14 +294,11 @@ def check_activation(checkpoint: Checkpoint, content: dict[str, Any]) -> None:
         return
     if open_clip.get_model_config(name).get("quick_gelu"):
         return
-    advice = f"{RELEASED_MODEL} for the files that they released"
-    variant = f"{name}-quickgelu"
-    if variant != RELEASED_MODEL and variant in open_clip.list_models():
-        advice += f", or {variant} if their code trained {name}"
-    raise CannotStart(
+    raise UsageError(
         f"{checkpoint.path}: the CyCLIP authors' code wrote these weights, for QuickGELU; {name} "
-        f"would give other features or not load: pass --model {advice} (if OpenCLIP's trainer "
-        f"wrote them, put its {PARAMETERS} beside them)"
+        f"would give other features or not load: pass --model {RELEASED_MODEL} for the files that "
+        "they released, or another model with QuickGELU (if OpenCLIP's trainer wrote the weights, "
+        f"put its {PARAMETERS} beside them)"
     )
 
 
@@ -181,7 +310,7 @@ def from_authors_code(checkpoint: Checkpoint, content: dict[str, Any]) -> bool:
     weight decay to some batch norms.
     """
     fields = {"epoch", "name", "state_dict"}
-    if checkpoint.has_parameters or not fields <= content.keys() <= {*fields, "optimizer"}:
+    if "model" in checkpoint.parameters or not fields <= content.keys() <= {*fields, "optimizer"}:
         return False
     if "optimizer" not in content:
         return True  # OpenCLIP always saves it

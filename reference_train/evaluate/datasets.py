@@ -1,22 +1,39 @@
-"""A data set of `evaluate`: images with their labels, captions and groups."""
+"""The datasets of `evaluate`: images with labels, captions and groups, and how they are read.
 
+A new format needs a function that returns a `Dataset`, and a line in `recognise` that calls it.
+"""
+
+import ast
 import io
+import json
+import pkgutil
+import re
+import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
+import torch
+from open_clip import IMAGENET_CLASSNAMES
 from PIL import Image
+from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor
+from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
 from ..command_line import first_line
-from ..data.samples import on_white
+from ..data import emoji
+from ..data.samples import IMAGE_EXTENSIONS, on_white, samples_in
+from . import paper
 
-PICTURE_TEMPLATES = ["{}", "a drawing of {}", "a picture of {}", "an icon of {}"]
+DRAWING_TEMPLATES = ["{}", "a drawing of {}", "a picture of {}", "an icon of {}"]
+LABELS = "labels.csv"  # of the CyCLIP authors: a line for each image, with its label
 
 
 class Unusable(Exception):
-    """A data set cannot be evaluated. The table shows the message as the reason."""
+    """A dataset cannot be evaluated. The table shows the message as the reason."""
 
 
 class Member(NamedTuple):
@@ -69,21 +86,19 @@ class Classes:
 
 
 @dataclass
-class DataSet:
+class Dataset:
     """n images with labels, captions and groups. `measure` computes every metric that applies."""
 
     images: Images
     classes: dict[str, Classes] = field(default_factory=dict)  # by task; the main task is ""
     captions: list[list[str]] | None = None  # for each image, one or more
-    groups: list[str] | None = None  # the group of each image; each group also has its own metrics
+    # The drawing style of each image, if the same concepts are drawn in several. A metric is then
+    # the mean over styles. Without a train split, the neighbours of an image come from the other
+    # styles. Without captions, class names are used as captions, too.
+    groups: list[str] | None = None
     train: tuple[Images, dict[str, Tensor]] | None = None  # images, and their labels by task
-    # True if the groups are drawing styles of the same concepts. A metric is then the mean over
-    # groups. Without a train split, the neighbours of an image come from the other groups. Without
-    # captions, class names are used as captions, too.
-    across_groups: bool = False
-    # Groups that have metrics, but are not in means and not among neighbours.
+    # Styles that have metrics, but are not in means and not among neighbours.
     excluded_groups: frozenset[str] = frozenset()
-    train_error: str = ""  # why the data set's train split cannot be used
 
     def __post_init__(self) -> None:
         if not len(self.images):
@@ -93,8 +108,8 @@ class DataSet:
             if low < 0 or high >= len(classes.names):
                 raise Unusable(f"labels from {low} to {high}, but {len(classes.names)} class names")
 
-    def select(self, indices: Tensor) -> "DataSet":
-        """The data set with the labels, captions and groups of these images only.
+    def select(self, indices: Tensor) -> "Dataset":
+        """The dataset with the labels, captions and groups of these images only.
 
         indices: (m,) int64, of the images. `images` itself is not changed.
         """
@@ -108,7 +123,318 @@ class DataSet:
         return replace(self, classes=classes, captions=captions, groups=groups)
 
 
-Opener = Callable[[], DataSet]
+Opener = Callable[[], Dataset]
+LabelledImages = tuple[Images, Tensor]  # labels: (n,) int64
+
+
+def find(roots: Sequence[Path]) -> tuple[dict[str, Opener], list[Path]]:
+    """The datasets in `roots`, the paper's first, and the files and folders that are not used.
+
+    roots: datasets, or folders of datasets. Not used is what is no dataset, or has the name of an
+    earlier one.
+    """
+    found: dict[str, Opener] = {}
+    unused: list[Path] = []
+    for root in dict.fromkeys(path.resolve() for path in roots):  # so that "." has a name
+        for path in [root] if recognise(root) else sorted(root.iterdir()):
+            try:
+                known = recognise(path)
+            except PermissionError:  # a disk's lost+found, for example
+                known = None
+            if known and known[0] not in found:
+                found[known[0]] = known[1]
+            elif not path.name.startswith("."):
+                unused.append(path)
+    return {name: found[name] for name in [*paper.SETS, *found] if name in found}, unused
+
+
+def recognise(folder: Path) -> tuple[str, Opener] | None:
+    """The name of the dataset in a folder, and its opener; None if there is no dataset."""
+    name = re.sub(r"^(wds-)?(vtab-)?", "", folder.name.lower().replace("_", "-"))
+    if (folder / "test" / "nshards.txt").is_file() or (folder / "test" / "0.tar").is_file():
+        return name, partial(open_tars, folder, name)
+    if next(folder.glob("val-*.tar"), None) is not None:
+        return name, partial(open_icons, folder)
+    for kind in (CIFAR10, CIFAR100):
+        if folder.name == kind.base_folder:
+            return kind.__name__.lower(), partial(open_cifar, folder.parent, kind)
+    return None
+
+
+def open_emoji() -> Dataset:
+    """The emoji of the repository in all styles, with two tasks: their names and subgroups.
+
+    The superclass of a name is its subgroup. The names are also the captions. Means do not include
+    black-and-white drawings.
+    """
+    shipped = emoji.read_emoji()
+    images, concept, styles = shipped.drawings(emoji.ALL_STYLES, range(len(shipped.concepts)))
+    subgroups = sorted({concept.subgroup for concept in shipped.concepts})
+    subgroup = torch.tensor([subgroups.index(concept.subgroup) for concept in shipped.concepts])
+    names = [concept.name for concept in shipped.concepts]
+    return Dataset(
+        Images(images),
+        {
+            "": Classes(concept, names, DRAWING_TEMPLATES, subgroup),
+            "subgroup": Classes(subgroup[concept], subgroups, DRAWING_TEMPLATES),
+        },
+        captions=[[names[i]] for i in concept.tolist()],
+        groups=styles,
+        excluded_groups=frozenset(emoji.BLACK_AND_WHITE),
+    )
+
+
+def open_cifar(root: Path, kind: type[CIFAR10]) -> Dataset:
+    """CIFAR-10 or CIFAR-100 as torchvision downloads it. root: the folder that holds its folder."""
+    test, train = (kind(root, train=is_train) for is_train in (False, True))
+
+    def read(split: CIFAR10) -> LabelledImages:
+        return Images(torch.from_numpy(split.data).permute(0, 3, 1, 2)), torch.tensor(split.targets)
+
+    names = [name.replace("_", " ") for name in test.classes]
+    return classification(root, kind.__name__.lower(), read(test), names, read(train))
+
+
+def open_folders(folder: Path, name: str) -> Dataset:
+    """Image files: a folder for each class, or the CyCLIP authors' labels.csv.
+
+    The test images are in `test`, `val`, `validation` or `folder` itself, and the training images
+    in `train`. Class names come from `classnames.txt`; without it, from the names of the folders,
+    or from the authors' classes.py beside labels.csv. If `name` begins with "imagenet", the names
+    of folders must be WordNet identifiers or class numbers.
+    """
+    candidates = [folder / split for split in ("test", "val", "validation")]
+    test = next((path for path in candidates if path.is_dir()), folder)
+    train, names = folder / "train", read_lines(folder / "classnames.txt")
+    has_train = train.is_dir() and test != folder
+    if (test / LABELS).is_file():
+        names = names or authors_class_names(test / "classes.py")
+        return classification(
+            folder, name, read_labels(test), names, read_labels(train) if has_train else None
+        )
+    images, folders = class_folders(test)
+    names = names or [folder_name.replace("_", " ") for folder_name in folders]
+    if len(names) != len(folders):
+        raise Unusable(f"{test} has {len(folders)} classes, classnames.txt has {len(names)}")
+    numbers = None
+    if name.startswith("imagenet"):
+        numbers = imagenet_folders(test, folders)
+        names = [IMAGENET_CLASSNAMES[number] for number in numbers]
+    train_images = None
+    if has_train:
+        train_images, train_folders = class_folders(train)
+        if train_folders != folders:
+            raise Unusable(f"{train} has {len(train_folders)} classes, not those of {test}")
+    return classification(folder, name, images, names, train_images, numbers)
+
+
+def class_folders(path: Path) -> tuple[LabelledImages, list[str]]:
+    """The images of a folder for each class with their labels, and the names of the folders."""
+    try:
+        found = ImageFolder(path, allow_empty=True)
+    except OSError as error:
+        raise Unusable(f"{path} holds no folders of images, one for each class") from error
+    if not found.samples:
+        raise Unusable(f"{path}: no images")
+    images = Images([Path(file) for file, _ in found.samples])
+    return (images, torch.tensor(found.targets)), found.classes
+
+
+def read_labels(folder: Path) -> LabelledImages:
+    """The images and labels of a labels.csv. Raises `Unusable` if the file is not valid."""
+    path = folder / LABELS
+    try:
+        lines = pd.read_csv(path, encoding="utf-8-sig", dtype={"image": str, "label": int})
+        images = [folder / image for image in lines["image"]]
+        return Images(images), torch.tensor(lines["label"].to_numpy())
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        what = "its columns should be image and label, the number of a class"
+        raise Unusable(f"{path}: {what}: {first_line(error)}") from error
+
+
+def authors_class_names(path: Path) -> list[str]:
+    """The entry "classes" of the dict in a classes.py of the CyCLIP authors.
+
+    The dict also holds functions, so the file is parsed but never run.
+    """
+    try:
+        content: Any = ast.parse(path.read_text(encoding="utf-8-sig").strip(), mode="eval").body
+        keys = [ast.unparse(key) for key in content.keys]
+        names: list[str] = ast.literal_eval(content.values[keys.index("'classes'")])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise TypeError("no list of strings")
+        return names
+    except (OSError, ValueError, SyntaxError, AttributeError, TypeError) as error:
+        what = f'{path} should have a list of strings called "classes"'
+        raise Unusable(f"no class names: {what}; or write a classnames.txt") from error
+
+
+class TarImages(Images):
+    """The images of WebDataset tar files, by index, and the other fields of their samples.
+
+    The webdataset package can only stream samples. To read any image by its index, this class looks
+    up the places of all images in the headers of the tar files, once.
+    """
+
+    def __init__(self, shards: Sequence[Path]):
+        """Raises `Unusable` if a shard cannot be read."""
+        self.samples: list[dict[str, Any]] = []
+        for shard in shards:
+            try:
+                with tarfile.open(shard, "r:") as tar:
+                    for files in samples_in(tar):
+                        image = next((files[e] for e in IMAGE_EXTENSIONS if e in files), None)
+                        if image is None:
+                            continue
+                        place = Member(shard, image.name, image.offset_data, image.size)
+                        self.samples.append({"image": place})
+                        for extension in files.keys() & {"cls", "txt", "json"}:
+                            content: Any = tar.extractfile(files[extension])
+                            self.samples[-1][extension] = content.read().decode("utf-8").strip()
+            except (OSError, tarfile.TarError) as error:
+                raise Unusable(f"{shard}: {getattr(error, 'strerror', None) or error}") from error
+        super().__init__([sample["image"] for sample in self.samples])
+
+    def texts(self, extension: str) -> list[str] | None:
+        """A field of all samples; None if no sample has it. Raises `Unusable` if only some do."""
+        found = [sample[extension] for sample in self.samples if extension in sample]
+        if 0 < len(found) < len(self):
+            raise Unusable(f"{len(self) - len(found)} of {len(self)} samples have no .{extension}")
+        return found or None
+
+
+def open_tars(folder: Path, name: str) -> Dataset:
+    """A dataset in the layout of https://github.com/LAION-AI/CLIP_benchmark:
+
+    test/0.tar, 1.tar, ...   samples of an image and .cls (the number of a class) or .txt
+                             (captions, one on each line)
+    test/nshards.txt         the number of tar files; it may be missing
+    train/...                the same as test; it may be missing
+    classnames.txt           the name of each class
+    zeroshot_classification_templates.txt
+                             prompts, with {c} for the class; it may be missing
+    dataset_type.txt         "retrieval", "multilabel", or missing
+    """
+    if "multilabel" in read_lines(folder / "dataset_type.txt"):
+        raise Unusable("images with several labels each are not evaluated")
+    images = TarImages(shards(folder / "test"))
+    labels, texts, data = read_classes(images), images.texts("txt"), Dataset(images)
+    if labels is None and texts is None:
+        raise Unusable(f"the samples of {folder / 'test'} have neither .cls nor .txt")
+    if labels is not None:
+        names = read_lines(folder / "classnames.txt")
+        if not names:
+            raise Unusable(f"no {folder / 'classnames.txt'}")
+        if name.startswith("cifar"):
+            names = [class_name.replace("_", " ") for class_name in names]
+        train = None
+        if (folder / "train").is_dir():
+            train_images = TarImages(shards(folder / "train"))
+            if (train_labels := read_classes(train_images)) is None:
+                raise Unusable("the samples of the train split have no .cls")
+            train = train_images, train_labels
+        data = classification(folder, name, (images, labels), names, train)
+    if texts is not None:
+        data.captions = [[line for line in text.splitlines() if line] for text in texts]
+        if not all(data.captions):
+            raise Unusable("images without a caption")
+    return data
+
+
+def read_classes(images: TarImages) -> Tensor | None:
+    """The label of each image, (n,); None if there are none."""
+    labels = images.texts("cls")
+    return None if labels is None else torch.tensor([int(label) for label in labels])
+
+
+def shards(folder: Path) -> list[Path]:
+    """0.tar, 1.tar, ..., as many as nshards.txt says. Without nshards.txt: all tar files."""
+    if count := read_lines(folder / "nshards.txt"):
+        return [folder / f"{number}.tar" for number in range(int(count[0]))]
+    return sorted(folder.glob("*.tar"), key=lambda path: (len(path.name), path.name))
+
+
+def open_icons(folder: Path) -> Dataset:
+    """Held-out icons, `val-*.tar` with png, txt and json. The classes are their names."""
+    images = TarImages(sorted(folder.glob("val-*.tar")))
+    captions, infos = images.texts("txt"), images.texts("json")
+    if captions is None or infos is None:
+        raise Unusable(f"the samples of {folder}/val-*.tar lack .txt or .json")
+    names = [str(json.loads(info)["name"]) for info in infos]
+    classes = sorted(set(names))
+    number_of = {name: number for number, name in enumerate(classes)}
+    labels = torch.tensor([number_of[name] for name in names])
+    task = Classes(labels, classes, DRAWING_TEMPLATES)
+    return Dataset(images, {"": task}, [[caption] for caption in captions])
+
+
+def classification(
+    folder: Path,
+    name: str,
+    test: LabelledImages,
+    names: list[str],
+    train: LabelledImages | None,
+    imagenet_numbers: Sequence[int] | None = None,
+) -> Dataset:
+    """A dataset of images with one label each, with its templates and superclasses.
+
+    folder: may have a file of templates. The paper's datasets always have the paper's.
+    names: of the classes.
+    imagenet_numbers: ImageNet's number of each class; None: `name` decides.
+
+    Raises `Unusable` if a dataset of the paper has another number of classes than in the paper, or
+    if ImageNet's classes are in another order.
+    """
+    lines = read_lines(folder / "zeroshot_classification_templates.txt")
+    templates = [line.replace("{c}", "{}") for line in lines] or paper.TEMPLATES
+    superclass = None
+    if name in paper.ZERO_SHOT_SETS:
+        templates, expected = paper.TEMPLATES, paper.ZERO_SHOT_SETS[name].classes
+        if len(names) != expected:
+            raise Unusable(f"{folder} has {len(names)} classes, not {expected}")
+        if name.startswith("imagenet") and imagenet_numbers is None:
+            imagenet_numbers = imagenet_classes(name, names)
+    if imagenet_numbers is not None:
+        superclass = paper.imagenet_superclasses()[list(imagenet_numbers)]
+    elif name == "cifar100":
+        superclass = paper.cifar100_superclasses()
+    classes = Classes(test[1], names, templates, superclass)
+    train_split = None if train is None else (train[0], {"": train[1]})
+    return Dataset(test[0], {"": classes}, train=train_split)
+
+
+def imagenet_classes(name: str, names: Sequence[str]) -> list[int]:
+    """The class numbers, 0 to 999, of ImageNet's, ImageNet-A's or ImageNet-R's labels.
+
+    They are in the order of the WordNet identifiers, as OpenCLIP and timm have them. Raises
+    `Unusable` if the class names are in another order, because the labels would get superclasses
+    of other classes. Names that are not ImageNet's, such as translations, are not checked.
+    """
+    numbers = list(range(1000))
+    if name in ("imagenet-a", "imagenet-r"):
+        subset = pkgutil.get_data("timm.data", f"_info/{name.replace('-', '_')}_indices.txt")
+        numbers = [int(number) for number in (subset or b"").split()]
+    for label, (found, number) in enumerate(zip(names, numbers, strict=True)):
+        wanted = IMAGENET_CLASSNAMES[number]
+        if found != wanted and found in IMAGENET_CLASSNAMES:
+            raise Unusable(
+                f"class {label} is called {found!r}, but in ImageNet's order it is {wanted!r}: "
+                "labels and class names should be in the order of the WordNet identifiers"
+            )
+    return numbers
+
+
+def imagenet_folders(path: Path, folders: Sequence[str]) -> list[int]:
+    """The class numbers of folders whose names are WordNet identifiers or class numbers."""
+    identifiers = ImageNetInfo("imagenet-1k").label_names()
+    number_of = {identifier: number for number, identifier in enumerate(identifiers)}
+    number_of |= {str(number): number for number in range(len(identifiers))}
+    if unknown := [folder for folder in folders if folder not in number_of]:
+        raise Unusable(
+            f"{path / unknown[0]}: the folder's name should be a WordNet identifier (n01440764) or "
+            "number (0 to 999)"
+        )
+    return [number_of[folder] for folder in folders]
 
 
 def read_lines(path: Path) -> list[str]:

@@ -1,44 +1,37 @@
-"""`python -m reference_train evaluate`: measures checkpoints on data sets."""
+"""`python -m reference_train evaluate`: measures checkpoints on datasets."""
 
 import argparse
 import os
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-from ..command_line import CannotStart, Parser, Stopped, add_device, whole_number
+from ..command_line import Parser, RunFailed, UsageError, add_device, whole_number
 from ..files import locked
-from . import records, report
-from .checkpoints import load
-from .datasets import DataSet, Opener
-from .emoji_set import open_emoji
-from .find import find
-from .folder_sets import open_folders
-from .measure import measure
+from . import report
+from .checkpoints import RELEASED_MODEL, Checkpoint, describe_run, find_checkpoints, load
+from .datasets import Dataset, Opener, find, open_emoji, open_folders
+from .metrics import measure
 from .paper import ZERO_SHOT_SETS
-from .records import Result
-from .runs import RELEASED_MODEL, Checkpoint, find_checkpoints
 
 DESCRIPTION = """\
 Evaluates checkpoints of OpenCLIP, or of the CyCLIP authors' code, and shows the paper's numbers
 beside them. Nothing is downloaded except the weights of --pretrained or --model hf-hub:... If the
-command is interrupted, the same command resumes with the data sets that are missing.
-`python -m reference_train report DIR` makes the table and the pictures again."""
+command is interrupted, the same command resumes with the datasets that are missing.
+`python -m reference_train report DIR` makes the table and the figures again."""
 EPILOG = """\
-data sets of --data DIR (DIR itself, or folders in it); the emoji are always there:
+datasets of --data DIR (DIR itself, or folders in it); the emoji are always there:
   clip-benchmark's WebDatasets   as they are on the Hugging Face hub: wds_vtab-cifar10,
                                  wds_vtab-cifar100, wds_imagenet1k, wds_imagenetv2,
                                  wds_imagenet_sketch, wds_imagenet-a, wds_imagenet-r,
                                  wds_flickr30k, or any other
   torchvision's CIFAR            cifar-10-batches-py, cifar-100-python
   icons                          as python -m reference_train.data.icons makes them
-data sets of --imagefolder NAME=DIR:
+datasets of --imagefolder NAME=DIR:
   your own                       a folder of images for each class, in DIR or in DIR/test and
                                  DIR/train
   ImageNet's                     the same. NAME is imagenet1k, imagenetv2, imagenet-sketch,
@@ -48,14 +41,14 @@ data sets of --imagefolder NAME=DIR:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments, with their defaults. Raises `CannotStart`."""
+    """The arguments, with their defaults. Raises `UsageError`."""
     parser = Parser("python -m reference_train evaluate", description=DESCRIPTION, epilog=EPILOG)
     add = parser.add_argument
     add("checkpoint", nargs="*", type=Path, metavar="CHECKPOINT", help="logs/NAME, or a file")
-    add("--data", nargs="+", type=Path, default=[], metavar="DIR", help="folders of data sets")
-    text = "a data set of image folders, and the name to give it"
+    add("--data", nargs="+", type=Path, default=[], metavar="DIR", help="folders of datasets")
+    text = "a dataset of image folders, and the name to give it"
     add("--imagefolder", nargs="+", default=[], metavar="NAME=DIR", help=text)
-    add("--only", nargs="+", metavar="NAME", help="data sets to evaluate; default: all")
+    add("--only", nargs="+", metavar="NAME", help="datasets to evaluate; default: all")
     text = "OpenCLIP's name of the model; default: from the run's params.txt; use "
     add("--model", help=f"{text}{RELEASED_MODEL} for checkpoints of the CyCLIP authors")
     text = "also evaluate OpenCLIP's own weights TAG of --model"
@@ -75,106 +68,69 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-@dataclass
-class Evaluation:
-    """The evaluation in --out. Several processes may add results to it at the same time."""
-
-    arguments: argparse.Namespace
-    command: str
-    checkpoints: list[Checkpoint]
-    described: dict[str, Any] = field(default_factory=dict)  # name -> `report.describe`
-
-    def read(self) -> Result:
-        """Reads the evaluation in --out, without results that are out of date.
-
-        A result is out of date if its data set or its checkpoint has changed.
-
-        Raises `CannotStart` if the evaluation was made with other settings, or has results of
-        another run with the title of one of these checkpoints.
-        """
-        arguments = self.arguments
-        settings = {"precision": arguments.precision, "linear_probe": arguments.linear_probe}
-        result = records.start(arguments.out, settings, self.command, arguments.device)
-        for name, data in self.described.items():
-            if result["data_sets"].setdefault(name, data) != data:
-                result["data_sets"][name] = data
-                for results in result["results"].values():
-                    results.pop(name, None)
-        for checkpoint in self.checkpoints:
-            title, source = checkpoint.title, checkpoint.source
-            stored = result["checkpoints"].get(title, source)
-            if records.have_same_weights(stored, source):
-                continue
-            # Older evaluations have no paths.
-            earlier = Path(stored.get("path", source["path"]))
-            if checkpoint.path and earlier.resolve().parent != checkpoint.path.resolve().parent:
-                what = f"--out {arguments.out}: has results of another {title}, {earlier}"
-                raise CannotStart(f"{what}: choose another --out")
-            result["results"].pop(title, None)  # the run has been trained on
-        return result
-
-    def add(self, checkpoint: Checkpoint, epoch: int | None, name: str, measured: Any) -> None:
-        """Adds the results of a checkpoint on one data set."""
-        with locked(self.arguments.out, wait=True):
-            result = self.read()
-            about = {**checkpoint.source, **checkpoint.run, "epoch": epoch}
-            result["checkpoints"][checkpoint.title] = about
-            result["results"].setdefault(checkpoint.title, {})[name] = measured
-            records.save(result, self.arguments.out)
-
-    def finish(self, absent: dict[str, str], failed: dict[str, str]) -> None:
-        """Writes the table and the pictures. Raises `CannotStart` if there are no results."""
-        if not any(self.read()["results"].values()):
-            raise CannotStart(f"nothing to evaluate: {join_reasons(failed)}")
-        with locked(self.arguments.out, wait=True):
-            result = self.read()
-            titles = [checkpoint.title for checkpoint in self.checkpoints]
-            # Failures of earlier commands stay, unless this command tried the same again. They are
-            # called "DATA SET", "CHECKPOINT" or "DATA SET, CHECKPOINT".
-            tried = {*self.described, *titles, "train split"}
-            not_tried = {
-                what: why for what, why in result["failed"].items() if {*what.split(", ")} - tried
-            }
-            result["failed"] = {**not_tried, **failed}
-            result["absent"] = {
-                name: why for name, why in absent.items() if name not in result["data_sets"]
-            }
-            report.write(result, self.arguments.out)
-
-
 def main(argv: Sequence[str]) -> None:
-    """Finds checkpoints and data sets, evaluates them, and writes the table and the pictures.
+    """Finds checkpoints and datasets, evaluates them, and writes the table and the figures.
 
-    Raises `CannotStart` if nothing can be evaluated, and `Stopped` at the end if a data set or a
+    Raises `UsageError` if nothing can be evaluated, and `RunFailed` at the end if a dataset or a
     checkpoint failed.
     """
     arguments = parse_arguments(argv)
     checkpoints = find_checkpoints(arguments.checkpoint, arguments.model, arguments.pretrained)
     command = shlex.join(["python", "-m", "reference_train", "evaluate", *argv])
-    evaluation = Evaluation(arguments, command, checkpoints)
-    evaluation.read()  # raises an error for other settings before any work
+    settings = {"precision": arguments.precision, "linear_probe": arguments.linear_probe}
+    report.start(arguments.out, settings, command, arguments.device)  # raises an error before work
     absent, failed = dict[str, str](), dict[str, str]()
-    with Console().status("Looking at the data sets"):
-        sets = open_all(arguments, absent, failed)
-    evaluation.described = {name: report.describe(name, data) for name, data in sets.items()}
-    done = evaluation.read()["results"]
-    for checkpoint in checkpoints:
-        missing = [name for name in sets if name not in done.get(checkpoint.title, {})]
-        if missing:
-            evaluate(evaluation, checkpoint, {name: sets[name] for name in missing}, failed)
-    evaluation.finish(absent, failed)
+    with Console().status("Looking at the datasets"):
+        datasets = open_all(arguments, absent, failed)
+    with locked(arguments.out):
+        result = report.start(arguments.out, settings, command, arguments.device)
+        for name, data in datasets.items():
+            described = report.describe(data)
+            if result["data_sets"].setdefault(name, described) != described:
+                result["data_sets"][name] = described
+                for results in result["results"].values():
+                    results.pop(name, None)  # of another dataset
+        for checkpoint in checkpoints:
+            forget_other_weights(result, checkpoint, arguments.out)
+            done = result["results"].get(checkpoint.title, {})
+            if missing := {name: data for name, data in datasets.items() if name not in done}:
+                evaluate(result, checkpoint, missing, arguments, failed)
+        if not any(result["results"].values()):
+            raise UsageError(f"nothing to evaluate: {join_reasons(failed)}")
+        result |= {"failed": failed, "absent": absent}
+        report.write(result, arguments.out)
     if failed:
-        raise Stopped(f"not in the table: {join_reasons(failed)}")
+        raise RunFailed(f"not in the table: {join_reasons(failed)}")
+
+
+def forget_other_weights(result: report.Result, checkpoint: Checkpoint, out: Path) -> None:
+    """Removes the results of a checkpoint that has been trained on.
+
+    Raises `UsageError` if there are results of another run with its title.
+    """
+    title, source = checkpoint.title, checkpoint.source
+    stored = result["checkpoints"].get(title, source)
+    if report.have_same_weights(stored, source):
+        return
+    earlier = Path(stored["path"])
+    if checkpoint.path and earlier.resolve().parent != checkpoint.path.resolve().parent:
+        what = f"--out {out}: has results of another {title}, {earlier}"
+        raise UsageError(f"{what}: choose another --out")
+    result["results"].pop(title, None)
 
 
 def evaluate(
-    evaluation: Evaluation,
+    result: report.Result,
     checkpoint: Checkpoint,
-    sets: dict[str, DataSet],
+    datasets: dict[str, Dataset],
+    arguments: argparse.Namespace,
     failed: dict[str, str],
 ) -> None:
-    """Measures a checkpoint on data sets. Adds to `failed` what cannot be measured, and why."""
-    arguments = evaluation.arguments
+    """Measures a checkpoint on datasets, and saves the result after each.
+
+    Adds to `failed` what cannot be measured, and why.
+    """
+    title = checkpoint.title
     try:
         clip = load(
             checkpoint,
@@ -183,81 +139,76 @@ def evaluate(
             batch_size=arguments.batch_size,
             workers=arguments.workers,
         )
-    except CannotStart as error:
-        failed[checkpoint.title] = str(error)
+    except UsageError as error:
+        failed[title] = str(error)
         return
-    for name, data in sets.items():
-        clip.progress, began = f"{checkpoint.title}: {name}", time.perf_counter()
+    run = describe_run(title, checkpoint.parameters)
+    result["checkpoints"][title] = {**checkpoint.source, **run, "epoch": clip.epoch}
+    for name, data in datasets.items():
+        clip.progress, began = f"{title}: {name}", time.perf_counter()
         try:
             has_captions = data.captions is not None
             measured = measure(clip, data, arguments.linear_probe, keep_similarities=has_captions)
-        except Exception as error:  # any error: go on with the next data set
-            failed[f"{name}, {checkpoint.title}"] = last_line(error)
+        except Exception as error:  # any error: go on with the next dataset
+            failed[f"{name}, {title}"] = last_line(error)
             continue
         measured["seconds"] = time.perf_counter() - began
-        evaluation.add(checkpoint, clip.epoch, name, measured)
+        result["results"].setdefault(title, {})[name] = measured
+        report.save(result, arguments.out)
 
 
 def open_all(
     arguments: argparse.Namespace, absent: dict[str, str], failed: dict[str, str]
-) -> dict[str, DataSet]:
-    """Opens the data sets that the command asks for.
+) -> dict[str, Dataset]:
+    """Opens the datasets that the command asks for.
 
-    Adds to `absent` which data sets do not exist, and to `failed` which cannot be read, with the
-    reasons. Raises `CannotStart` if no data set can be opened.
+    Adds to `absent` which datasets do not exist, and to `failed` which cannot be read, with the
+    reasons. Raises `UsageError` if no dataset can be opened.
     """
     found = find_all(arguments, absent)
     if arguments.only is None:
         absent |= {name: "not under --data" for name in ZERO_SHOT_SETS if name not in found}
     elif missing := [name for name in arguments.only if name not in found]:
-        message = f"--only: no data set {' or '.join(missing)}; there are {', '.join(found)}"
-        raise CannotStart(f"{message}; {join_reasons(absent)}" if absent else message)
-    sets: dict[str, DataSet] = {}
+        message = f"--only: no dataset {' or '.join(missing)}; there are {', '.join(found)}"
+        raise UsageError(f"{message}; {join_reasons(absent)}" if absent else message)
+    datasets: dict[str, Dataset] = {}
     for name in arguments.only or found:
         try:
-            data = sets[name] = found[name]()
-        except Exception as error:  # any error that a damaged data set causes
+            datasets[name] = found[name]()
+        except Exception as error:  # any error that a damaged dataset causes
             failed[name] = last_line(error)
-            continue
-        if data.train_error:
-            failed[f"{name}, train split"] = data.train_error
-    if not sets:
-        raise CannotStart(f"nothing to evaluate: {join_reasons(failed)}")
-    return sets
+    if not datasets:
+        raise UsageError(f"nothing to evaluate: {join_reasons(failed)}")
+    return datasets
 
 
 def find_all(arguments: argparse.Namespace, absent: dict[str, str]) -> dict[str, Opener]:
-    """The openers of all data sets: those of --data and --imagefolder, and the emoji.
+    """The openers of all datasets: those of --data and --imagefolder, and the emoji.
 
-    Adds to `absent` what is not recognised. Raises `CannotStart` for folders that do not exist.
+    Adds to `absent` what is not used. Raises `UsageError` for folders that do not exist.
     """
-    image_folders = [text.partition("=") for text in arguments.imagefolder]
-    for name, _, path in image_folders:
+    image_folders: dict[str, Path] = {}
+    for text in arguments.imagefolder:
+        name, _, path = text.partition("=")
         if not name or not path:
-            raise CannotStart(f"--imagefolder: must be NAME=DIR, not {name or path}")
-    for folder in (*arguments.data, *(Path(path) for _, _, path in image_folders)):
+            raise UsageError(f"--imagefolder: must be NAME=DIR, not {text}")
+        if name in image_folders:
+            raise UsageError(f"--imagefolder: {name} is given twice")
+        image_folders[name] = Path(path)
+    for folder in (*arguments.data, *image_folders.values()):
         if not folder.is_dir():
-            raise CannotStart(f"--data, --imagefolder NAME=DIR: no such folder: {folder}")
-    recognised, repeated, unrecognised = find(arguments.data)
+            raise UsageError(f"--data, --imagefolder NAME=DIR: no such folder: {folder}")
+    recognised, unused = find(arguments.data)
     found: dict[str, Opener] = {**recognised, "emoji": open_emoji}
-    for name, _, path in image_folders:
+    for name, folder in image_folders.items():
         if name in found:
-            raise CannotStart(f"--imagefolder: {name} is the name of another data set")
-        found[name] = partial(open_folders, Path(path), name)
-    if unrecognised:
-        absent["under --data"] = f"no data set is recognised in {count_and_names(unrecognised)}"
-    if repeated:
-        absent["again under --data"] = (
-            f"another data set of the same name is used instead of {count_and_names(repeated)}"
-        )
+            raise UsageError(f"--imagefolder: {name} is the name of another dataset")
+        found[name] = partial(open_folders, folder, name)
+    if unused:
+        shown = ", ".join(map(str, unused[:10])) + (", …" if len(unused) > 10 else "")
+        why = "not recognised, or the name of another dataset"
+        absent[f"{len(unused)} files and folders under --data"] = f"{why}: {shown}"
     return found
-
-
-def count_and_names(paths: Sequence[Path]) -> str:
-    """How many files and folders there are, and the first ten."""
-    names = [str(path) for path in paths[:10]]
-    names += ["…"] if len(paths) > 10 else []
-    return f"{len(paths)} files and folders: {', '.join(names)}"
 
 
 def join_reasons(reasons: dict[str, str]) -> str:

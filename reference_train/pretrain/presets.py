@@ -5,7 +5,6 @@ from pathlib import Path
 import open_clip
 import torch
 
-PENALTY_WEIGHT = 0.25  # of each penalty that a loss has: λ in the paper, section 4.1
 NO_AUGMENTATION = {"use_timm": True, "scale": (1.0, 1.0), "ratio": (1.0, 1.0)}  # as in PAPER
 BATCH_SIZES = {"icons": 1024, "modern": 1024, "paper": 128}  # all ranks together
 # Goel et al. 2022, section 4.1, and appendix. The authors' model is OpenAI's RN50, whose text

@@ -7,7 +7,6 @@ checks and runs the command.
 
 import argparse
 import contextlib
-import importlib.util
 import io
 import json
 import logging
@@ -25,12 +24,12 @@ from webdataset.shardlists import expand_urls
 
 from cyclip_loss import open_clip_train
 
-from ..command_line import CannotStart, Parser, Stopped, say, whole_number
+from ..command_line import Parser, RunFailed, UsageError, say, whole_number
 from ..data.samples import fingerprint
 from ..files import CANNOT_WRITE, check_writable, locked
-from ..losses import LOSSES
-from . import shards, training, views
-from .presets import BATCH_SIZES, NO_AUGMENTATION, PENALTY_WEIGHT, preset, register_models
+from ..losses import LOSSES, PENALTY_WEIGHT
+from . import patches, shards, views
+from .presets import BATCH_SIZES, NO_AUGMENTATION, preset, register_models
 from .resume import epochs_done
 
 DESCRIPTION = """\
@@ -44,19 +43,18 @@ resumes after the last epoch. On several GPUs:
 def main(argv: Sequence[str]) -> None:
     """Trains, or resumes the run of the same name.
 
-    argv: the arguments after `pretrain`. Raises `CannotStart` if the flags or the data are wrong.
+    argv: the arguments after `pretrain`. Raises `UsageError` if the flags or the data are wrong.
     """
     options, launcher_flags = parse(argv)
     register_models()
     _, rank, world_size = distributed.world_info_from_env()
     if world_size > 1 and not distributed.is_using_distributed():
-        raise CannotStart(f"{world_size} ranks of MPI: OpenCLIP supports torchrun and Slurm only")
+        raise UsageError(f"{world_size} ranks of MPI: OpenCLIP supports torchrun and Slurm only")
     flags = launcher_command(options, launcher_flags, world_size)
     args = all_settings(flags, rank=rank, world_size=world_size)
     args.views = options.views
-    sizes, fingerprints = check_data(args, flags)
-    added_settings = {**fingerprints, "views": options.views}
-    vars(args).update(fingerprints)
+    added_settings = {**check_data(args, flags), "views": options.views}
+    vars(args).update(added_settings)
     if rank == 0:
         launcher = [open_clip_train.__name__]
         if options.views:
@@ -74,8 +72,8 @@ def main(argv: Sequence[str]) -> None:
     if done < args.epochs:
         with lock:
             if options.views:
-                views.Views(options.views).install(trainer)
-            training.Guards(sizes, added_settings).install(trainer)
+                patches.ViewPatches(options.views).install(trainer)
+            patches.TrainerPatches(added_settings).install(trainer)
             train(flags, folder)
     if rank == 0:
         report(folder, args.epochs, was_finished=done >= args.epochs)
@@ -84,9 +82,9 @@ def main(argv: Sequence[str]) -> None:
 def report(folder: Path, epochs: int, was_finished: bool) -> None:
     """Prints that the run is finished, and which epoch has the lowest loss."""
     line = f"{folder}: finished, {epochs} epochs"
-    if losses := training.validations(folder / "checkpoints"):
+    if losses := patches.validations(folder / "checkpoints"):
         best = min(losses, key=losses.__getitem__)
-        line += f"; the best was {best}, {training.LOSS} {losses[best]:.4f}"
+        line += f"; the best was {best}, {patches.LOSS} {losses[best]:.4f}"
     if was_finished:
         line += "; nothing left to do"
     print(line)
@@ -103,13 +101,13 @@ def train(flags: list[str], folder: Path) -> None:
     logging.raiseExceptions = False
     for partial_file in (folder / "checkpoints").glob(".*.pt.*"):  # left by a save that was killed
         partial_file.unlink(missing_ok=True)
-    training.end_last_line(folder / "checkpoints")
+    patches.end_last_line(folder / "checkpoints")
     try:
         open_clip_train.main(flags)
     except OSError as error:
         if error.errno not in CANNOT_WRITE:
             raise
-        raise Stopped(f"{error.filename or folder} can't be written: {error.strerror}") from error
+        raise RunFailed(f"{error.filename or folder} can't be written: {error.strerror}") from error
     finally:
         logging.disable(logging.INFO)  # PyTorch's compiler logs at exit, after our last line
 
@@ -141,7 +139,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     options, others = parser.parse_known_args(argv[:end])
     _, unknown = parse_with(open_clip_train.parse, others)
     if unknown:
-        raise CannotStart(f"{unknown[0]}: OpenCLIP's own flags go after --")
+        raise UsageError(f"{unknown[0]}: OpenCLIP's own flags go after --")
     return options, [*others, *argv[end + 1 :]]
 
 
@@ -155,7 +153,7 @@ def launcher_command(
     batch_size = options.batch_size or BATCH_SIZES[options.preset]
     if batch_size % world_size:
         what = f"--batch-size {batch_size}, of all ranks together,"
-        raise CannotStart(f"{what} is not divisible by {world_size} ranks")
+        raise UsageError(f"{what} is not divisible by {world_size} ranks")
     loss = LOSSES[options.loss]
     name = f"{options.preset}-{options.loss}{'-views' if options.views else ''}-{options.seed}"
     val = options.val or (options.data if Path(options.data).is_dir() else None)
@@ -182,7 +180,7 @@ def all_settings(flags: Sequence[str], *, rank: int, world_size: int) -> argpars
 
 
 def parse_with(parse: Callable[[Sequence[str]], Any], flags: Sequence[str]) -> Any:
-    """The result of OpenCLIP's or the launcher's parser. Its error becomes a `CannotStart`."""
+    """The result of OpenCLIP's or the launcher's parser. Its error becomes a `UsageError`."""
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
@@ -190,45 +188,43 @@ def parse_with(parse: Callable[[Sequence[str]], Any], flags: Sequence[str]) -> A
     except SystemExit as error:
         if not error.code:  # after --help
             raise
-        raise CannotStart(stderr.getvalue().strip().rpartition("error: ")[2]) from error
+        raise UsageError(stderr.getvalue().strip().rpartition("error: ")[2]) from error
 
 
 def check_settings(args: argparse.Namespace) -> None:
-    """Raises `CannotStart` for errors that OpenCLIP would raise later, or in many lines."""
+    """Raises `UsageError` for errors that OpenCLIP would raise later, or in many lines."""
     if ":" not in args.model and args.model not in open_clip.list_models():
-        raise CannotStart(f"--model {args.model}: OpenCLIP has no model of this name")
+        raise UsageError(f"--model {args.model}: OpenCLIP has no model of this name")
     if args.world_size > 1 and not torch.cuda.is_available() and not getattr(args, "fsdp", False):
         what = "OpenCLIP 3 can't train with several ranks on a CPU"
-        raise CannotStart(f"{what}; OpenCLIP 4 can, with -- --fsdp --precision fp32")
-    for package in ("tensorboard", "wandb"):
-        wanted = package in args.report_to or "all" in args.report_to
-        if wanted and importlib.util.find_spec(package) is None:
-            raise CannotStart(f"--report-to {args.report_to}: pip install {package}")
+        raise UsageError(f"{what}; OpenCLIP 4 can, with -- --fsdp --precision fp32")
     if args.logs.lower() == "none":
-        raise CannotStart("--out none: OpenCLIP would save nothing")
+        raise UsageError("--out none: OpenCLIP would save nothing")
     if args.remote_sync:
-        raise CannotStart("--remote-sync: OpenCLIP can't resume from it with --save-most-recent")
+        raise UsageError("--remote-sync: OpenCLIP can't resume from it with --save-most-recent")
     if args.views == "own" and args.aug_cfg == NO_AUGMENTATION:
         what = "the preset's augmentation changes no picture, so both views would be equal"
-        raise CannotStart(f"--views own: {what}; take --views, or another --aug-cfg after --")
-    for flag in ("same_captions", "distill_model"):
+        raise UsageError(f"--views own: {what}; take --views, or another --aug-cfg after --")
+    for flag in ("same_captions", "distill_model", "siglip"):
         if args.views and getattr(args, flag, None):
-            raise CannotStart(f"--{flag.replace('_', '-')} can't be combined with --views")
+            raise UsageError(f"--{flag.replace('_', '-')} can't be combined with --views")
+    if args.views and args.model.startswith("coca"):
+        raise UsageError("--views trains models with CLIP's loss only, not CoCa")
     check_writable(Path(args.logs) / args.name)
 
 
-def check_data(args: argparse.Namespace, flags: list[str]) -> tuple[dict[str, int], dict[str, str]]:
-    """Checks the shards. Returns shard -> number of pairs, where it is known, and fingerprints.
+def check_data(args: argparse.Namespace, flags: list[str]) -> dict[str, str]:
+    """Checks the shards. Returns their fingerprints.
 
     If OpenCLIP would not find the number of training pairs, this function adds it to `flags`.
-    Raises `CannotStart` if the data can't be used.
+    Raises `UsageError` if the data can't be used.
     """
     if args.dataset_type != "webdataset":
         what = f"--dataset-type {args.dataset_type}: pretrain takes webdataset only"
         other = f"{views.__name__} --views" if args.views else open_clip_train.__name__
-        raise CannotStart(f"{what}; python -m {other} takes other types")
+        raise UsageError(f"{what}; python -m {other} takes other types")
     if args.train_num_samples is not None and args.train_num_samples < 1:
-        raise CannotStart(f"--train-num-samples must be >= 1, not {args.train_num_samples}")
+        raise UsageError(f"--train-num-samples must be >= 1, not {args.train_num_samples}")
     train = expand_urls(args.train_data)
     sizes = shards.check("--data", train, held_out=False)
     add_num_samples(args, flags, train, sizes)
@@ -237,11 +233,11 @@ def check_data(args: argparse.Namespace, flags: list[str]) -> tuple[dict[str, in
     fingerprints = {"train_shards": fingerprint(train)}
     if args.val_data:
         val = expand_urls(args.val_data)
-        sizes |= shards.check("--val", val, held_out=args.rank == 0)
+        shards.check("--val", val, held_out=True)
         fingerprints["val_shards"] = fingerprint(val)
     elif args.rank == 0:
         say("no held-out pairs (--val, or 'val' in the shards' names): no best epoch is kept")
-    return sizes, fingerprints
+    return fingerprints
 
 
 def add_num_samples(
@@ -249,7 +245,7 @@ def add_num_samples(
 ) -> None:
     """Adds `--train-num-samples` to `flags`, unless the user gave it or OpenCLIP reads it right.
 
-    train: the training shards. Raises `CannotStart` if nothing says how many pairs they hold.
+    train: the training shards. Raises `UsageError` if nothing says how many pairs they hold.
     """
     if args.train_num_samples is not None:
         return
@@ -260,7 +256,7 @@ def add_num_samples(
     if not has_table and (folder / "__len__").exists():
         return
     if len(sizes) < len(train):
-        raise CannotStart(
+        raise UsageError(
             "how many pairs the shards hold is not known (no sizes.json, *_stats.json or __len__ "
             "beside them): add it after --, e.g. -- --train-num-samples 2905954"
         )

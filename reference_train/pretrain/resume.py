@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..command_line import CannotStart
+from ..command_line import UsageError
 from .runs import PARAMETERS, load_checkpoint, read_parameters
 
 # The settings that may change when a run is resumed. All other settings must stay the same,
@@ -71,7 +71,7 @@ MAY_DIFFER = {
 def epochs_done(folder: Path, args: Namespace) -> int:
     """The number of epochs that the run in a folder has finished.
 
-    Raises `CannotStart` if the run was begun with other settings, or its checkpoint can't be
+    Raises `UsageError` if the run was begun with other settings, or its checkpoint can't be
     loaded.
     """
     # A sharded checkpoint of OpenCLIP 4 is a folder.
@@ -84,16 +84,14 @@ def epochs_done(folder: Path, args: Namespace) -> int:
         initial["epochs"] = args.epochs
     if name := first_difference(initial, vars(args)):
         what = f"{folder} was begun with {name} = {initial[name]}, not {getattr(args, name)}"
-        raise CannotStart(f"{what}: choose another --name")
+        raise UsageError(f"{what}: choose another --name")
     return done
 
 
 def initial_settings(folder: Path) -> dict[str, Any]:
-    """The settings that a run was begun with, under today's names."""
+    """The settings that a run was begun with."""
     settings = read_parameters(folder / PARAMETERS)
-    if settings.pop("ignore_same_captions", False):  # the name of the flag until 0.3
-        settings["same_captions"] = "ignored"
-    settings.setdefault("views", None)  # the run may be older than this flag
+    settings.setdefault("views", None)  # the run may have been begun without `pretrain`
     return settings
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ..command_line import CannotStart
+from ..command_line import UsageError
 
 PARAMETERS = "params.txt"  # the run's settings
 
@@ -27,7 +27,7 @@ def read_parameters(path: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Loads a checkpoint to the CPU. Raises `CannotStart` if it holds more than plain data."""
+    """Loads a checkpoint to the CPU. Raises `UsageError` if it holds more than plain data."""
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
@@ -41,7 +41,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         # PyTorch raises many types of errors. Some messages advise loading with weights_only=False,
         # which would run code from the file.
         why = f"{path} is cut short, or holds more than weights, and was not loaded"
-        raise CannotStart(why) from error
+        raise UsageError(why) from error
 
 
 def without_wrappers(state: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Finds and checks the tar files of a WebDataset, and looks up how many pairs they hold."""
 
-import io
 import json
 import os
 import re
@@ -8,13 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from webdataset.shardlists import expand_urls
 
-from ..command_line import CannotStart, first_line
+from ..command_line import UsageError, say
 from ..data.samples import count_pairs, ends_early, read_samples
-
-MAX_SHOWN = 5  # pictures in a message
 
 
 def find(data: str, part: str, needed: bool = True) -> str:
@@ -24,7 +20,7 @@ def find(data: str, part: str, needed: bool = True) -> str:
     pipes and URLs.
     part: "train" or "val". The files with this word in their names are chosen.
     needed: if no name has the word, all files are chosen, but for training none with "val" in its
-    name. Raises `CannotStart` if there are no such files, either, or a name has both words.
+    name. Raises `UsageError` if there are no such files, either, or a name has both words.
     """
     if not Path(data).is_dir():
         return data
@@ -32,13 +28,13 @@ def find(data: str, part: str, needed: bool = True) -> str:
     for path in found:
         if "train" in path.name and "val" in path.name:
             what = f"{path}: is it for training or held out? The name has both words"
-            raise CannotStart(f"{what}: pass patterns with --data and --val")
+            raise UsageError(f"{what}: pass patterns with --data and --val")
     if not found and needed:  # take other names, but never train on held-out pairs
         tars = sorted(Path(data).glob("*.tar"))
         found = [path for path in tars if part == "val" or "val" not in path.name]
     if not found and needed:
         exception = " except for validation" if part == "train" else ""
-        raise CannotStart(f"no tar file in {data}{exception}")
+        raise UsageError(f"no tar file in {data}{exception}")
     names = [str(path) for path in found]
     numbers = [re.fullmatch(r"(.*?)(\d+)\.tar", name) for name in names]
     if len(names) > 1 and numbers[0] and numbers[-1]:
@@ -51,27 +47,26 @@ def find(data: str, part: str, needed: bool = True) -> str:
 def check(argument: str, shards: Sequence[str], held_out: bool) -> dict[str, int]:
     """Checks local shards. Returns shard -> number of pairs, as far as `recorded_sizes` knows it.
 
-    argument: the flag, for messages. held_out: also decode every picture.
-
-    Raises `CannotStart` if a shard is missing, or the first shard has no pairs; with held_out, also
-    if a shard or a picture can't be read, or a shard has fewer pairs than it should.
+    argument: the flag, for messages. Raises `UsageError` if a shard is missing, or the first shard
+    has no pairs, or a held-out shard is cut short. Training goes on with what other shards hold.
     """
     if any("://" in path or path.startswith("pipe:") for path in shards):
         return {}
     if missing := [path for path in shards if not Path(path).is_file()]:
-        raise CannotStart(f"{argument}: no such shard: {missing[0]}")
+        raise UsageError(f"{argument}: no such shard: {missing[0]}")
     if next(read_samples(shards[:1]), None) is None:
-        raise CannotStart(f"{argument}: {shards[0]} holds no image with a caption")
-    sizes = recorded_sizes(shards)
-    if held_out:
-        check_whole(argument, shards, sizes)
-    return sizes
+        raise UsageError(f"{argument}: {shards[0]} holds no image with a caption")
+    for shard in (shard for shard in shards if ends_early(shard)):
+        if held_out:
+            raise UsageError(f"{argument}: {shard} is cut short")
+        say(f"{argument}: {shard} is cut short")
+    return recorded_sizes(shards)
 
 
 def recorded_sizes(shards: Sequence[str]) -> dict[str, int]:
     """Shard -> its number of pairs, for shards with a sizes.json or *_stats.json beside them.
 
-    img2dataset writes *_stats.json. Raises `CannotStart` if such a file can't be read.
+    img2dataset writes *_stats.json. Raises `UsageError` if such a file can't be read.
     """
     sizes: dict[str, int] = {}
     tables: dict[Path, Any] = {}
@@ -85,38 +80,14 @@ def recorded_sizes(shards: Sequence[str]) -> dict[str, int]:
             elif (path := Path(shard.removesuffix(".tar") + "_stats.json")).exists():
                 sizes[shard] = int(json.loads(path.read_text())["successes"])
         except (OSError, ValueError, LookupError, TypeError) as error:
-            raise CannotStart(f"{path}: has no numbers of pairs: {error!r}") from error
+            raise UsageError(f"{path}: has no numbers of pairs: {error!r}") from error
     return sizes
-
-
-def check_whole(argument: str, shards: Sequence[str], sizes: Mapping[str, int]) -> None:
-    """Raises `CannotStart` if shards are cut short, or hold pictures that can't be decoded."""
-    broken = []
-    for shard in shards:
-        pairs = 0
-        for sample in read_samples([shard]):
-            pairs += 1
-            try:
-                with Image.open(io.BytesIO(sample.image)) as image:
-                    image.convert("RGB")
-            except Exception as error:  # Pillow raises SyntaxError for a broken PNG, for example
-                broken.append(f"{shard}, {sample.key}: {first_line(error)}")
-        if pairs < sizes.get(shard, 0):
-            raise CannotStart(f"{argument}: {shard} holds {pairs} of {sizes[shard]} pairs")
-        if shard not in sizes and ends_early(shard):
-            raise CannotStart(f"{argument}: {shard} is cut short after {pairs} pairs")
-    if broken:
-        shown = broken[:MAX_SHOWN]
-        if len(broken) > MAX_SHOWN:
-            shown.append(f"{len(broken) - MAX_SHOWN} more")
-        pictures = "; ".join(shown)
-        raise CannotStart(f"{argument}: {len(broken)} pictures can't be read: {pictures}")
 
 
 def check_workers(
     shards: Sequence[str], sizes: Mapping[str, int], workers: int, ranks: int, batch_size: int
 ) -> None:
-    """Raises `CannotStart` if a worker may get no shard, or fewer pairs than its batch.
+    """Raises `UsageError` if a worker may get no shard, or fewer pairs than its batch.
 
     OpenCLIP shuffles the shards in each epoch, and gives worker i of k the shards i, i + k, i + 2k
     and so on. It waits forever for a worker whose shards hold less than a batch.
@@ -126,7 +97,7 @@ def check_workers(
     shards_per_worker = len(shards) // (workers * ranks)
     if not shards_per_worker:
         all_workers = f"{workers * ranks} workers (--workers × ranks)"
-        raise CannotStart(f"--data has {len(shards)} shards for {all_workers}: each needs one")
+        raise UsageError(f"--data has {len(shards)} shards for {all_workers}: each needs one")
     local = [shard for shard in shards if shard in sizes or os.path.isfile(shard)]
     # In a shard without a known size, pairs are counted up to one batch.
     pairs = [sizes[s] if s in sizes else count_pairs(s, batch_size) for s in local]
@@ -134,7 +105,7 @@ def check_workers(
     if len(pairs) == len(shards) and fewest < batch_size:
         why = f"its {shards_per_worker} of {len(shards)} shards may hold {fewest} pairs"
         fewer_workers = f"fewer --workers (now {workers}), " if workers > 1 else ""
-        raise CannotStart(
+        raise UsageError(
             f"--data: a worker would wait forever, because {why} and its batch is {batch_size}: "
             f"take {fewer_workers}a smaller batch or more pairs in a shard"
         )

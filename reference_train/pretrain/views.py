@@ -10,24 +10,19 @@ this option. `pretrain --views` adds presets and checks.
 """
 
 import argparse
-from argparse import Namespace
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
-from open_clip_train import main as trainer
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.functional import softplus
 from torchvision.transforms import AutoAugment
 
-from cyclip_loss import contrastive_logsumexp, open_clip_train
+from cyclip_loss import open_clip_train
 
-from ..command_line import Parser, Stopped, run
+from ..command_line import Parser, RunFailed, run
 
 CHANGED_SHARE = 0.1  # of the words, which are left out or swapped (EDA's default)
-NO_HELD_OUT_DATA = {"val_data": None, "imagenet_val": None, "imagenet_v2": None}
 FEATURES = ("image_features", "text_features")
 Function = Callable[..., Any]
 
@@ -43,7 +38,7 @@ def add_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--views", nargs="?", choices=choices, const="autoaugment", help=text)
 
 
-class TwoPictures:
+class TwoViewsTransform:
     """Makes two views of a picture: the training's transform, applied twice.
 
     transform: a `Compose` of torchvision, from a PIL image to (3, H, W). how: "autoaugment":
@@ -67,11 +62,11 @@ class TwoPictures:
         return torch.stack((self.transform(picture), self.transform(second)))
 
 
-class TwoCaptions:
+class TwoViewsTokenizer:
     """A tokenizer that makes two views of one caption.
 
     If the caption has several lines, the views are two of the lines. If it has one line, this line
-    is the first view, and `reworded` makes the second view of it.
+    is the first view, and `drop_or_swap_words` makes the second view of it.
     """
 
     def __init__(self, tokenizer: Function) -> None:
@@ -84,12 +79,12 @@ class TwoCaptions:
         if len(captions) > 1:
             views = [captions[i] for i in torch.randperm(len(captions))[:2].tolist()]
         else:
-            views = [captions[0], reworded(captions[0])]
+            views = [captions[0], drop_or_swap_words(captions[0])]
         tokens: Tensor = self.tokenizer(views)
         return tokens[None]
 
 
-def reworded(caption: str) -> str:
+def drop_or_swap_words(caption: str) -> str:
     """A caption with words swapped or, half of the time, with some words left out.
 
     These are two of the four operations of EDA (Wei & Zou 2019, arXiv 1901.11196). The other two,
@@ -124,7 +119,7 @@ def forward_both_views(
     if image is None or text is None or image.ndim != 5 or text.ndim != 3:
         image_shape, text_shape = (x if x is None else tuple(x.shape) for x in (image, text))
         shapes = f"image {image_shape}, text {text_shape}"
-        raise Stopped(f"--views: a batch came without second views: {shapes}")
+        raise RunFailed(f"--views: a batch came without second views: {shapes}")
     output = forward(image.flatten(0, 1), text.flatten(0, 1), **options)
     second = {f"augmented_{name}": output[name][1::2] for name in FEATURES}
     # Other outputs may also have a row for each picture or caption, such as CoCa's logits.
@@ -135,111 +130,6 @@ def forward_both_views(
     return first | second
 
 
-class WithInmodalTerm(nn.Module):
-    """Another loss, such as SigLIP's, plus the views' in-modal contrastive term with weight 1."""
-
-    def __init__(self, loss: nn.Module) -> None:
-        super().__init__()
-        self.loss = loss
-
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor,
-        *,
-        augmented_image_features: Tensor,
-        augmented_text_features: Tensor,
-        output_dict: bool = True,
-        **other_inputs: Any,
-    ) -> dict[str, Tensor]:
-        """The terms of the loss, and `inmodal_contrastive_loss`."""
-        terms: dict[str, Tensor] = self.loss(
-            image_features=image_features,
-            text_features=text_features,
-            logit_scale=logit_scale,
-            output_dict=True,
-            **other_inputs,
-        )
-        image_term = one_way_info_nce(image_features, augmented_image_features, logit_scale)
-        text_term = one_way_info_nce(text_features, augmented_text_features, logit_scale)
-        return {**terms, "inmodal_contrastive_loss": (image_term + text_term) / 2}
-
-
-def one_way_info_nce(features: Tensor, second_features: Tensor, logit_scale: Tensor) -> Tensor:
-    """The mean cross-entropy of this rank's rows, which find their second views on all ranks."""
-    negatives, _, pairs = contrastive_logsumexp(
-        features, second_features, logit_scale, one_way=True
-    )
-    return softplus(negatives - pairs).mean()
-
-
-class Views:
-    """Changes OpenCLIP's trainer. A method replaces the trainer's function of the same name.
-
-    The first argument of such a method, `original`, is the trainer's own function.
-    """
-
-    def __init__(self, how: str) -> None:
-        self.how = how
-
-    def install(self, main: Any) -> None:
-        """Replaces functions in `open_clip_train.main`."""
-        for name in ("create_model_and_transforms", "get_data", "create_loss", "create_task"):
-            # A version of OpenCLIP has either create_loss or create_task.
-            if original := getattr(main, name, None):
-                setattr(main, name, partial(getattr(self, name), original))
-
-    def create_model_and_transforms(self, original: Function, *args: Any, **options: Any) -> Any:
-        """OpenCLIP's model, which takes both views in one forward pass."""
-        created = original(*args, **options)
-        model = created[0]
-        model.forward = partial(forward_both_views, model, model.forward)
-        return created
-
-    def get_data(
-        self,
-        original: Function,
-        args: Namespace,
-        transforms: Any,
-        *,
-        tokenizer: Any,
-        **options: Any,
-    ) -> Any:
-        """OpenCLIP's data: training pairs have two views, and held-out pairs have one."""
-        train, val = transforms
-        training_only = Namespace(**{**vars(args), **NO_HELD_OUT_DATA})
-        held_out_only = Namespace(**{**vars(args), "train_data": None})
-        two_views = (TwoPictures(train, self.how), val)
-        training = original(training_only, two_views, tokenizer=TwoCaptions(tokenizer), **options)
-        held_out = original(held_out_only, transforms, tokenizer=tokenizer, **options)
-        # Made-up pairs need no path, so `held_out_only` also gives some to train on.
-        return held_out | training
-
-    def create_loss(self, original: Function, *args: Any, **options: Any) -> nn.Module:
-        """OpenCLIP 3's loss plus the in-modal term."""
-        return with_inmodal_term(original(*args, **options))
-
-    def create_task(self, original: Function, *args: Any, **options: Any) -> Any:
-        """OpenCLIP 4's task, with the in-modal term added to its loss.
-
-        Raises `Stopped` for CoCa's task, which gives its loss no features of second views.
-        """
-        task = original(*args, **options)
-        if hasattr(task, "_build_loss_inputs"):
-            raise Stopped("--views: this OpenCLIP can't train CoCa with it; 2.x and 3.x can")
-        task.loss = with_inmodal_term(task.loss)
-        return task
-
-
-def with_inmodal_term(loss: nn.Module) -> nn.Module:
-    """A loss that has the in-modal term.
-
-    `ClipLoss` stays as it is, because the launcher replaces it by a loss that has the term.
-    """
-    return loss if type(loss).__name__ == "ClipLoss" else WithInmodalTerm(loss)
-
-
 def main(argv: Sequence[str]) -> None:
     """Runs `cyclip_loss.open_clip_train`, with two views of each pair if `--views` is given."""
     parser = Parser("python -m reference_train.pretrain.views", add_help=False, allow_abbrev=False)
@@ -248,7 +138,11 @@ def main(argv: Sequence[str]) -> None:
     if {"-h", "--help"} & set(flags):
         parser.print_help()
     elif arguments.views:
-        Views(arguments.views).install(trainer)
+        from open_clip_train import main as trainer
+
+        from .patches import ViewPatches  # which imports this module
+
+        ViewPatches(arguments.views).install(trainer)
     open_clip_train.main(flags)
 
 

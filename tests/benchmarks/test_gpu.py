@@ -1,7 +1,6 @@
 """The parts of `python -m benchmarks gpu` that run on a CPU: tests, timings and the record."""
 
 import json
-import re
 import signal
 from pathlib import Path
 
@@ -11,11 +10,8 @@ from conftest import needs_interpreter
 from processes import ROOT, run_forked
 
 from benchmarks.__main__ import main
-from benchmarks.compare import cost
 from benchmarks.gpu import sections, suite
-from benchmarks.gpu.ablations import SWEEPS, tile_products
 from benchmarks.run import Run
-from cyclip_loss.kernels import configs
 from cyclip_loss.kernels.configs import ARCHITECTURES
 
 CPU = torch.device("cpu")
@@ -41,6 +37,14 @@ def project(tmp_path: Path, monkeypatch) -> Path:
     return tmp_path
 
 
+def test_every_test_that_the_suite_selects_exists() -> None:
+    chosen = {*suite.CUDA_TESTS, *suite.KERNEL_TESTS, *suite.SLOW_TESTS, *suite.RANK_TESTS}
+    paths = [word.partition("::") for word in chosen if word.startswith("tests/")]
+    for path, _, name in paths:
+        place = ROOT / path
+        assert place.is_dir() or f"def {name}" in place.read_text()
+
+
 def test_record_counts_outcomes_and_has_the_text_of_failures(project: Path, monkeypatch) -> None:
     """Two processes run the tests. One of the two files cannot be imported."""
     (project / "test_missing.py").write_text("import no_such_package")
@@ -48,13 +52,12 @@ def test_record_counts_outcomes_and_has_the_text_of_failures(project: Path, monk
     run = Run(CPU, dry_run=True)
     with run.start_section("tests") as section:
         suite.run_tests(suite.CUDA_TESTS, 2, run)
-    (row,), (note,) = section.rows, section.notes
-    assert row == {"failed": 1, "passed": 2, "skipped": 1, "error": 1}
-    (failure,) = section.failures
-    assert failure.startswith("pytest ended with 1\n")
-    assert 'assert 1 == 2, "one is two"' in failure
-    assert "No module named 'no_such_package'" in failure
-    assert re.fullmatch(r"1 skipped: .*test_few.py:\d+: not today", note)
+    assert section.rows == [{"passed": 2, "failures": 1, "errors": 1, "skipped": 1}]
+    failures = "\n".join(section.failures)
+    for text in ("test_few.test_wrong: failure", "one is two", "No module named 'no_such_package'"):
+        assert text in failures
+    assert len(section.failures) == 2
+    assert section.notes == ["1 skipped: not today"]
 
 
 def test_tests_are_interrupted_at_the_deadline_with_a_note(project: Path, monkeypatch) -> None:
@@ -66,29 +69,9 @@ def test_tests_are_interrupted_at_the_deadline_with_a_note(project: Path, monkey
             suite.run_tests(suite.CUDA_TESTS, 1, run)
         if section.rows:
             break
-    (row,), (note,) = section.rows, section.notes
-    assert row == {"passed": 1}
+    assert section.rows == [{"passed": 1, "failures": 0, "errors": 0, "skipped": 0}]
+    assert section.notes == ["interrupted: the time was over"]
     assert section.failures == []
-    assert re.search(r"interrupted at: .*test_slow", note)
-
-
-def test_every_test_that_the_suite_selects_exists() -> None:
-    chosen = {*suite.CUDA_TESTS, *suite.KERNEL_TESTS, *suite.SLOW_TESTS, *suite.RANK_TESTS}
-    paths = [word.partition("::") for word in chosen if word.startswith("tests/")]
-    for path, _, name in paths:
-        place = ROOT / path
-        assert place.is_dir() or f"def {name}" in place.read_text()
-
-
-COLUMNS = {
-    "ceilings": "what, rate, unit",
-    "kernels": "N, D, kernel, launches, ms",
-    "ablations": "what, N, D, tile, outcome, runs, ms, TFLOP/s",
-    "ablations answer": "question, measured, predicted",
-    "sweep": "kernel, N, D, line for configs.py",
-    "competitors": "N, D, dtype, loss, computes, outcome, peak MB, wall ms, launches, runs, ms, "
-    "p20, p80, times ours, of matrix rate",
-}
 
 
 # `python -m benchmarks` with sizes for which the interpreter takes less time.
@@ -109,41 +92,27 @@ runpy.run_module("benchmarks", run_name="__main__")
 @needs_interpreter
 def test_dry_run_leaves_a_record_with_every_section(tmp_path: Path) -> None:
     arguments = ["--dry-run", "--out", str(tmp_path), "--budget", "9999"]
-    arguments += ["--sections", *(name for name in COLUMNS if name != "ablations answer")]
+    arguments += ["--sections", "kernels", "competitors", "sweep"]
     ran = run_forked("-c", SMALL_DRY_RUN, "gpu", *arguments)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
     (file,) = tmp_path.glob("*.json")
     record = json.loads(file.read_text())
-    assert record["command"] == " ".join(["python -m benchmarks gpu", *arguments])
     found = record["sections"]
-    assert list(found) == list(COLUMNS)
-    for name, words in COLUMNS.items():
-        assert set(words.split(", ")) <= set().union(*found[name]["rows"])
-    assert "bfloat16 product, 256 cubed" in found["ceilings"]["rows"][0]["what"]
+    assert list(found) == ["kernels", "competitors", "sweep"]
+    assert "torch.mm, 256 cubed" in found["competitors"]["notes"][0]
     whole, *parts = (row["ms"] for row in found["kernels"]["rows"])
     assert len(parts) == sections.KERNELS_SHOWN
     assert {(row["N"], row["D"]) for row in found["kernels"]["rows"]} == {(40, 32)}
     assert parts == sorted(parts, reverse=True)
     assert whole / 2 < sum(parts) <= whole
     assert {row["outcome"] for row in found["competitors"]["rows"]} == {"ok"}
-    assert all(row["launches"] > 0 < row["wall ms"] for row in found["competitors"]["rows"])
+    for row in found["competitors"]["rows"]:
+        assert min(row[name] for name in ("wall ms", "ms", "p20", "p80", "peak MB")) > 0
     assert {row["dtype"] for row in found["competitors"]["rows"]} == {"bfloat16", "float32"}
-    assert all(row["ms"] > 0 for row in found["ablations"]["rows"])
     tiles = dict.fromkeys(row["kernel"].split()[0] for row in found["sweep"]["rows"])
     assert list(tiles) == list(ARCHITECTURES["sm_90"])
     assert found["sweep"]["notes"] == []
     assert "DRY RUN" in file.with_suffix(".md").read_text()
-
-
-def test_rates_count_each_flop_and_each_byte_read_and_written(monkeypatch) -> None:
-    monkeypatch.setattr(sections, "wall_seconds", lambda call, min_seconds: 0.5)
-    monkeypatch.setattr(cost.measure, "wall_seconds", lambda call, min_seconds: 0.25)
-    run = Run(CPU, dry_run=True)
-    sections.ceilings(run)
-    product, copy = run.section.rows
-    assert product["rate"] == pytest.approx(2 * 256**3 / 0.25 / 1e12)
-    assert (copy["what"], copy["unit"]) == ("copy of 1 MB", "TB/s")
-    assert copy["rate"] == pytest.approx(2 * (8 * 256**2) / 0.5 / 1e12)
 
 
 def test_kernels_fail_if_the_profiler_sees_nothing(monkeypatch) -> None:
@@ -152,24 +121,6 @@ def test_kernels_fail_if_the_profiler_sees_nothing(monkeypatch) -> None:
     sections.kernels(run)
     assert run.section.failures == ["the profiler has no access to the GPU"]
     assert run.section.rows == []
-
-
-@needs_interpreter
-@pytest.mark.parametrize("sweep", SWEEPS)
-def test_ablation_computes_the_products_of_all_tiles_and_stores_only_wanted_sums(sweep) -> None:
-    image, text = Run(CPU).pairs(512, 64, torch.float16)
-    products = tile_products(sweep, image, text, wanted=1.0)
-    products.launch()
-    rows, columns = products.sums.shape
-    height, width = 512 // rows, 512 // columns
-    assert products.tile == f"{height} x {width}"
-    logits = image.double() @ text.double().T
-    exact = logits.view(rows, height, columns, width).sum(dim=(1, 3))
-    torch.testing.assert_close(products.sums.double(), exact, rtol=1e-4, atol=1e-3)
-
-    unwanted = tile_products(sweep, image, text)
-    unwanted.launch()
-    assert not unwanted.sums.any()
 
 
 @pytest.fixture(autouse=True)
@@ -210,13 +161,3 @@ def test_failure_and_interruption_leave_a_record(tmp_path: Path, monkeypatch, ca
         assert f"## FAILED {failed}\n\n```\n{why}" in page
         assert f"FAILED {why}\n" in printed
     assert all(words in printed for words in ("half of it\n", "2 failures; record in"))
-
-
-@needs_interpreter
-def test_line_for_configs_py_evaluates_to_the_tile() -> None:
-    for kernel, table in ARCHITECTURES["sm_90"].items():
-        for (bits, dot), tile in table.items():
-            key = f"{kernel} {'float32' if bits == 32 else 'bfloat16'} {dot} D%128"
-            assert eval(f"{{{sections.config_line(key, tile)}}}", vars(configs)) == {
-                (bits, dot): tile
-            }

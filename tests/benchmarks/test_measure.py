@@ -1,5 +1,6 @@
 """How the benchmarks measure time and memory, make inputs, and format tables."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from processes import run_forked
 
-from benchmarks import ROOT, measure, run
+from benchmarks import measure, run
 from benchmarks.measure import interleaved, time_columns
 from benchmarks.run import OUT_OF_MEMORY, Run, describe, table, versions
 from cyclip_loss import __version__
@@ -34,8 +35,8 @@ from benchmarks.compare import cost
 from benchmarks.compare.plan import CPU
 row = cost._measure_with_limit("authors' formula", 1000, 8, CPU)
 assert (row["outcome"], row["runs"], 5 * 4 < row["peak MB"] < 16 * 4) == ("ok", 1, True), row
-limit, usage = (pathlib.Path(sys.argv[1], name) for name in ("memory.max", "memory.current"))
-measure.CONTAINER_MEMORY = ((limit, usage),)
+measure.CONTAINER = pathlib.Path(sys.argv[1])
+limit, usage = (measure.CONTAINER / name for name in ("memory.max", "memory.current"))
 limit.write_text(str(measure.RESERVED_BYTES + 10**9))
 usage.write_text(str(10**9 - 10**7))
 row = cost._measure_with_limit("authors' formula", 3000, 8, CPU)
@@ -94,14 +95,13 @@ def test_table_shows_three_digits_and_leaves_missing_cells_empty() -> None:
     assert table([row, {"x": "a|b"}]) == expected
 
 
-def test_versions_have_the_version_of_the_library_and_its_commit_if_known(monkeypatch) -> None:
-    def fake_run(command: str) -> tuple[int, str, str]:
-        assert command == f"git -C {ROOT} describe --always --dirty"
-        return 0, commit, ""
-
-    monkeypatch.setattr(run.collect_env, "run", fake_run)
-    commit = "abc1234-dirty"
-    assert versions()["commit"] == commit
+def test_versions_have_the_library_and_its_commit_if_there_is_one(tmp_path, monkeypatch) -> None:
+    (copy := tmp_path / "a copy; without git").mkdir()
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    monkeypatch.setattr(run, "ROOT", copy)
     assert versions()["cyclip_loss"] == __version__
-    commit = ""
     assert "commit" not in versions()
+    git = ["git", "-C", str(copy), "-c", "user.name=x", "-c", "user.email=x@x"]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run([*git, *command], check=True)
+    assert len(versions()["commit"]) >= 7

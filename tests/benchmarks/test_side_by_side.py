@@ -7,11 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import pandas as pd
 import pytest
 import torch
+from processes import run_python
 from torch.nn.functional import cross_entropy
 
-from benchmarks.compare import accuracy, competitors, cost, report, side_by_side, training_step
+from benchmarks.compare import accuracy, competitors, cost, report, side_by_side
 from benchmarks.compare.competitors import (
     AUTHORS,
     CLIP,
@@ -67,7 +69,7 @@ def test_tables_and_pictures_show_only_competitors_that_exist() -> None:
     shown = {loss for losses in competitors.TABLES.values() for loss in losses}
     assert shown <= names
     assert {*competitors.IN_LARGE_BATCHES, *report.STYLES} <= names
-    assert {*report.IN_COST_PICTURE} <= report.STYLES.keys()
+    assert {*report.IN_COST_FIGURE} <= report.STYLES.keys()
 
 
 def test_error_of_a_missing_competitor_says_how_to_install_it(monkeypatch) -> None:
@@ -163,7 +165,8 @@ def test_loss_with_a_wrong_value_or_gradient_is_not_timed() -> None:
     nan = Competitor("nan", lambda: lambda *x: math.nan * competitors.authors_formula(*x))
     no_penalties = Competitor("CLIP", lambda: CyCLIPLoss(0, 0, impl="eager"))
     near = Competitor("near", lambda: lambda *x: 1.04 * competitors.authors_formula(*x))
-    found, run = [ours, wrong_value, wrong_grad, nan, no_penalties, near], Run(CPU)
+    found = [ours, wrong_value, wrong_grad, nan, no_penalties, near, Competitor("broken", fails)]
+    run = Run(CPU)
     with run.start_section("cost") as section:
         cost.add_costs(run, found, SMALL_PLAN)
     outcomes = {row["loss"]: row["outcome"] for row in section.rows}
@@ -172,27 +175,21 @@ def test_loss_with_a_wrong_value_or_gradient_is_not_timed() -> None:
     assert outcomes["gradient"] == "AssertionError: the gradient differs from CyCLIP's by 6 %"
     assert outcomes["nan"].startswith("AssertionError: the value differs")
     assert outcomes["CLIP"].startswith("AssertionError: the value differs")
-    assert {row["loss"] for row in section.rows if "ms" in row} == {OURS, "near"}
-
-
-def test_competitors_are_measured_although_another_one_fails() -> None:
-    found = [Competitor(OURS, lambda: competitors.authors_formula), Competitor("broken", fails)]
-    run = Run(CPU)
-    with run.start_section("cost") as section:
-        cost.add_costs(run, found, SMALL_PLAN)
-    ours, broken = section.rows
-    assert (ours["outcome"], ours["runs"], ours["times ours"]) == ("ok", 2, 1.0)
-    assert 0 < ours["of matrix rate"] < 1
-    assert ours["peak MB"] > 5 * 4 * 16**2 / 1e6
-    assert broken["outcome"] == "RuntimeError: no kernel"
-    assert "ms" not in broken
+    assert outcomes["broken"] == "RuntimeError: no kernel"
+    timed = [row for row in section.rows if "ms" in row]
+    assert [row["loss"] for row in timed] == [OURS, "near"]
+    for row in timed:
+        assert row["runs"] == 2
+        assert 0 < row["fraction of matmul rate"] < 1
+        assert row["peak MB"] > 5 * 4 * 16**2 / 1e6
+    assert timed[0][cost.RATIO] == 1
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_beyond_the_timed_sizes_only_a_cpu_runs_each_loss_once(device: str, monkeypatch) -> None:
     calls: list[str] = []
     row = {"loss": OURS, "N": 16, "D": 4, "computes": "CyCLIP"}
-    monkeypatch.setattr(cost, "matrix_rate", lambda *_: 1.0)
+    monkeypatch.setattr(cost, "matmul_rate", lambda *_: 1.0)
     monkeypatch.setattr(cost, "measure_once", lambda *_: calls.append("cpu") or row)
     monkeypatch.setattr(cost, "measure_in_rounds", lambda *_: calls.append("cuda") or [row])
     run = Run(torch.device(device))
@@ -216,19 +213,6 @@ def test_errors_are_relative_to_the_definition_of_each_loss() -> None:
             assert row[name] == pytest.approx(0.5 if row["loss"] == "wrong" else 0.0, abs=1e-4)
 
 
-@pytest.mark.parametrize("loss", [competitors.authors_formula, lambda image, *_: image.sum()])
-def test_training_step_is_forward_backward_and_one_update(loss: competitors.Loss) -> None:
-    """The second loss gives no gradient to some parameters."""
-    trainer, expected = (training_step.Trainer(Run(CPU), "tiny", 4) for _ in range(2))
-    loss(*expected.encode()).backward()
-    expected.optimizer.step()
-    loss(*trainer.encode()).backward()  # the step must drop these gradients
-    trainer.step(loss)
-    parameters = trainer.model.parameters(), expected.model.parameters()
-    for actual_parameter, expected_parameter in zip(*parameters, strict=True):
-        torch.testing.assert_close(actual_parameter, expected_parameter)
-
-
 def test_ratios_have_the_values_computed_by_hand() -> None:
     """8 N² D is 64,000 flops, twice as many with extra texts. The rate is 1e9 flops per second."""
     losses = [
@@ -240,7 +224,7 @@ def test_ratios_have_the_values_computed_by_hand() -> None:
     rows: list[dict] = [{"N": 20, "D": 20, "loss": x, "computes": y} for x, y in losses]
     rows[1]["ms"], rows[2]["ms"], rows[3]["ms"] = 0.128, 0.256, 0.064
     cost.add_ratios(rows, 1e9)
-    found = [(row.get("times ours"), row.get("of matrix rate")) for row in rows]
+    found = [(row.get(cost.RATIO), row.get("fraction of matmul rate")) for row in rows]
     assert found == [(None, None), (1, pytest.approx(0.5)), (2, pytest.approx(0.5)), (0.5, None)]
 
 
@@ -278,26 +262,55 @@ def test_record_has_every_section_its_duration_and_pictures(record_file: Path) -
     assert len(list(record_file.parent.glob("*.png"))) == 2
 
 
-def test_tables_show_recorded_values_and_nan_and_pictures_leave_nan_out(
+def test_summary_and_figures_show_recorded_values_and_leave_nan_out(
     record_file: Path, monkeypatch
 ) -> None:
     record = json.loads(record_file.read_text())
-    costs, errors = (record["sections"][name]["rows"] for name in ("cost", "error"))
+    costs = record["sections"]["cost"]["rows"]
     costs[0]["ms"], costs[1]["ms"], costs[3]["peak MB"] = 2.0, 3.0, math.nan
     text = report.summary(record)
     assert "| 16 | 512 | 2.00 | 3.00 (1.50 ×) |" in text.splitlines()
-    panels: list[list[list[float]]] = []  # the y values of each line
+    drawn: list[pd.DataFrame] = []
+    draw_lines = report.draw_lines
 
-    def read(figure, *_) -> None:
-        panels.extend([list(line.get_ydata()) for line in ax.lines] for ax in figure.axes)
+    def look(ax: object, values: pd.DataFrame, *arguments: object) -> None:
+        drawn.append(values)
+        draw_lines(ax, values, *arguments)
 
-    monkeypatch.setattr(report, "_save", read)
+    monkeypatch.setattr(report, "draw_lines", look)
     report.draw(record, record_file)
-    time, memory, error, _ = panels
-    assert (time[0], time[1][0], len(memory[1])) == ([1, 1], 1.5, 1)
-    ours = {row["|T - I|"]: row["gradient"] for row in errors if row["loss"] == OURS}
+    time, memory, error, _ = drawn
+    assert time.loc[16, [OURS, AUTHORS]].tolist() == [1, 1.5]
+    assert memory[AUTHORS].isna().tolist() == [False, True]
     _, *distances = accuracy.DISTANCES
-    assert error[0] == [ours[distance] for distance in (*sorted(distances), accuracy.RANDOM)]
+    assert error.index.tolist() == [*sorted(distances), report.RANDOM_DISTANCE]
     page = markdown({**record, "load": 2.0, "busy": True}, text)
     assert "| nan |" in page
     assert "2.00: the machine was busy" in page
+
+
+def test_pytest_benchmark_records_memory_and_ratios(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # or nothing is timed
+    command = [
+        "-m",
+        "pytest",
+        "benchmarks",
+        "-q",
+        "-k",
+        "N128 and (CyCLIPLoss-N128 or open_clip)",
+        "-p",
+    ]
+    command += ["no:cacheprovider", f"--benchmark-json={tmp_path / 'out.json'}"]
+    command += ["--benchmark-max-time=0", "--benchmark-min-rounds=1"]
+    done = run_python(*command)
+    assert done.returncode == 0, done.stdout[-3000:]
+    results = json.loads((tmp_path / "out.json").read_text())["benchmarks"]
+    ours, other = (
+        next(x for x in results if x["name"].endswith(f"[{name}-N128]"))
+        for name in (OURS, OPEN_CLIP)
+    )
+    assert ours["group"] == other["group"] == "N = 128, D = 512"
+    assert ours["extra_info"][cost.RATIO] == 1
+    ratio = other["stats"]["median"] / ours["stats"]["median"]
+    assert other["extra_info"][cost.RATIO] == pytest.approx(ratio)
+    assert other["extra_info"]["peak MB"] > 0.1

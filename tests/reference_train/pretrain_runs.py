@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from reference_train.pretrain import patches
 from reference_train.pretrain import pretrain as command
-from reference_train.pretrain import training
 
 
 def train(
@@ -28,7 +28,7 @@ def train(
     argv = ["--preset", "icons", "--batch-size", str(batch), "--data", str(data), *ours]
     argv += ["--out", str(out), "--name", "run", "--", "--train-num-samples", str(pairs)]
     with pytest.MonkeyPatch.context() as patch:
-        for module in (command.trainer, training.train):
+        for module in (command.trainer, patches.train):
             for name, value in list(vars(module).items()):
                 patch.setattr(module, name, value)
         patch.setattr(command.trainer, "setup_logging", lambda *_: None)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from reference_train import __main__ as cli
-from reference_train.command_line import CannotStart, Stopped, run
+from reference_train.command_line import RunFailed, UsageError, run
 from reference_train.demo import demo
 
 
@@ -53,7 +53,7 @@ def exit_code(error: BaseException) -> Any:
 
 @pytest.mark.parametrize(
     ("error", "code", "line"),
-    [(Stopped("why"), 1, "why"), (CannotStart("why"), 2, "why"), (KeyboardInterrupt(), 130, None)],
+    [(RunFailed("why"), 1, "why"), (UsageError("why"), 2, "why"), (KeyboardInterrupt(), 130, None)],
 )
 def test_the_exit_code_and_one_line_say_how_a_command_ended(error, code, line, capsys) -> None:
     assert exit_code(error) == code
@@ -66,7 +66,7 @@ def test_only_the_first_rank_of_a_node_says_why_a_command_ended(
 ) -> None:
     for rank, line in ("0", "reference_train: why\n"), ("1", ""):
         monkeypatch.setenv(variable, rank)
-        assert exit_code(Stopped("why")) == 1
+        assert exit_code(RunFailed("why")) == 1
         assert capsys.readouterr().err == line
 
 
@@ -78,7 +78,7 @@ def test_a_missing_package_is_named_with_its_extra(argv, extra, monkeypatch) -> 
         raise ImportError("no 'x'")
 
     monkeypatch.setattr(cli, "import_module", fail)
-    with pytest.raises(CannotStart, match=rf"'x': pip install -e '\.\[{extra}\]'"):
+    with pytest.raises(UsageError, match=rf"'x': pip install -e '\.\[{extra}\]'"):
         cli.main(argv)
 
 

@@ -1,18 +1,13 @@
 """The demonstration, on a small emoji set made here. Each image has one colour of its own."""
 
 import json
-import math
 import os
-import shutil
 import signal
-from argparse import Namespace
-from collections.abc import Callable
 from contextlib import redirect_stdout
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import open_clip
 import pytest
 import torch
@@ -20,16 +15,14 @@ from PIL import Image
 from processes import held_by_another_process
 from tars import png, write_tar
 
-from cyclip_loss import CyCLIPLoss
 from reference_train import __main__ as cli
-from reference_train.command_line import CannotStart, Stopped
+from reference_train.command_line import RunFailed, UsageError
 from reference_train.data.emoji import ALL_STYLES, SHIFT_STYLES, TRAIN_STYLES, read_emoji
-from reference_train.demo import data_sets, train
+from reference_train.demo import datasets, train
 from reference_train.demo import demo as command
 from reference_train.demo.batches import EmojiBatches, augment
-from reference_train.demo.model import TINY, build_model, normalize, preprocess
+from reference_train.demo.model import TINY, build_model
 from reference_train.evaluate import report
-from reference_train.evaluate.datasets import DataSet, Images
 from reference_train.evaluate.report import read_evaluation
 
 SHORT = {**command.PRESETS["short"], "steps": 5, "batch_size": 8}  # an epoch has two
@@ -88,8 +81,8 @@ def demonstrate(*arguments: object) -> None:
 def demonstrate_without_pictures(*arguments: object) -> None:
     """Saves the seconds that drawing takes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "draw", lambda *_: None)
-        patch.setattr(report, "draw_similarities", lambda *_: False)
+        patch.setattr(report.figures, "draw_bars", lambda *_: None)
+        patch.setattr(report.figures, "draw_similarities", lambda *_: None)
         demonstrate(*arguments)
 
 
@@ -112,7 +105,7 @@ def test_a_folder_has_the_results_of_every_loss_and_seed(finished: Path) -> None
 
 def test_a_run_is_measured_on_every_data_set_in_the_styles_of_the_set(finished: Path) -> None:
     for name, measured in read_evaluation(finished)["results"]["clip-0"].items():
-        assert tuple(measured["groups"]) == data_sets.DATA_SETS[name][0]
+        assert tuple(measured["groups"]) == datasets.DATASETS[name][0]
         assert ("similarities" in measured) == (name == command.SIMILARITIES_OF)
 
 
@@ -121,7 +114,7 @@ def test_the_table_has_a_column_for_each_loss(finished: Path) -> None:
     heads += " | C-CyCLIP + views | I-CyCLIP + views | Geometric"
     assert f"| {heads} | chance | n |" in (finished / "table.md").read_text()
     for picture in ("picture.png", "similarities.png"):
-        assert Image.open(finished / picture).width == 1100
+        assert (finished / picture).stat().st_size > 10_000
 
 
 def test_the_history_has_the_terms_of_each_step_and_their_sum(finished: Path) -> None:
@@ -136,22 +129,14 @@ def test_the_history_has_the_terms_of_each_step_and_their_sum(finished: Path) ->
 
 
 def test_a_folder_of_another_preset_is_refused(finished: Path) -> None:
-    with pytest.raises(CannotStart, match="steps = 5, not 1500: choose another"):
+    with pytest.raises(UsageError, match="steps = 5, not 1500: choose another"):
         demonstrate("--preset", "long", "--loss", "i-cyclip", "--out", finished)
 
 
 def test_a_second_command_in_the_folder_is_refused(tmp_path: Path) -> None:
-    refused = pytest.raises(CannotStart, match="another process is using it: choose another")
+    refused = pytest.raises(UsageError, match="another process is using it: choose another")
     with held_by_another_process(tmp_path), refused:
         demonstrate("--out", tmp_path)
-
-
-def test_a_checkpoint_of_other_settings_is_refused(resumed, tmp_path: Path, monkeypatch) -> None:
-    shutil.copytree(resumed, tmp_path / "out")
-    (tmp_path / "out" / "evaluation.json").unlink()
-    monkeypatch.setitem(command.PRESETS, "short", {**SHORT, "steps": 4})
-    with pytest.raises(CannotStart, match="a run with steps = 5, not 4: choose another --out"):
-        demonstrate("--loss", "cyclip", "--out", tmp_path / "out")
 
 
 def test_the_steps_flag_overrides_the_preset_and_is_in_the_runs_name(tmp_path: Path) -> None:
@@ -161,7 +146,7 @@ def test_the_steps_flag_overrides_the_preset_and_is_in_the_runs_name(tmp_path: P
     assert (name, run["loss"], run["steps"]) == ("2-steps-c-cyclip-views-0", "c-cyclip-views", 2)
     assert [line["step"] for line in result["history"][name]] == [1, 2]
     assert "| 2-steps C-CyCLIP + views |" in (tmp_path / "table.md").read_text()
-    with pytest.raises(CannotStart, match="steps = 2, not 5: choose another"):
+    with pytest.raises(UsageError, match="steps = 2, not 5: choose another"):
         demonstrate("--loss", "clip", "--out", tmp_path)
 
 
@@ -174,15 +159,18 @@ def test_gaps_between_views_equal_their_formula() -> None:
     torch.testing.assert_close(train.between_views_loss(images, texts), expected)
 
 
-@pytest.mark.parametrize("name", data_sets.DATA_SETS)
+@pytest.mark.parametrize("name", datasets.DATASETS)
 def test_a_data_set_has_the_concepts_and_styles_that_its_name_says(emoji, name: str) -> None:
-    data, held_out = data_sets.open_data_set(emoji, name), name.startswith("new concepts")
+    data, held_out = datasets.open_dataset(emoji, name), name.startswith("new concepts")
     names = data.classes[""]
     concepts = [int(names.names[label].removeprefix("thing ")) for label in names.labels.tolist()]
-    styles = {"trained styles": TRAIN_STYLES, "new styles": SHIFT_STYLES, "black": ALL_STYLES[6:]}
+    styles = {
+        "trained styles": TRAIN_STYLES,
+        "new styles": SHIFT_STYLES,
+        "black and white": ALL_STYLES[6:],
+    }
     [expected] = [styles[ending] for ending in styles if name.endswith(ending)]
     assert set(data.groups) == set(expected)
-    assert data.across_groups
     drawn = [tuple(colour) for colour in data.images.places[:, :, 0, 0].tolist()]
     pairs = zip(data.groups, concepts, strict=True)
     assert drawn == [colour_of(ALL_STYLES.index(style), concept) for style, concept in pairs]
@@ -191,9 +179,9 @@ def test_a_data_set_has_the_concepts_and_styles_that_its_name_says(emoji, name: 
     assert len(names.names) == (4 if held_out else 16)
 
 
-@pytest.mark.parametrize("name", data_sets.DATA_SETS)
+@pytest.mark.parametrize("name", datasets.DATASETS)
 def test_a_data_set_has_the_labels_of_its_train_split(emoji, name: str) -> None:
-    data = data_sets.open_data_set(emoji, name)
+    data = datasets.open_dataset(emoji, name)
     images, labels = data.train
     concepts = images.places[:, 0, 0, 0] // 10
     assert torch.equal(labels["subgroup"], concepts % 4)
@@ -242,35 +230,16 @@ def test_a_resumed_run_equals_an_uninterrupted_run_bit_for_bit(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_resumed_run_says_where_it_resumes_and_adds_up_its_time(resumed: Path) -> None:
-    checkpoint = torch.load(resumed / "cyclip-0" / "checkpoint.pt", weights_only=True)
-    assert checkpoint["seconds"] > 1e6
-    printed = (resumed / "out.txt").read_text()
-    assert "run 1 of 1: cyclip-0\n" in printed
-    assert "cyclip-0: resumes at step 2 of 5\n" in printed
-    assert ", 0 s left\n" in printed
-
-
 def test_a_finished_run_is_not_repeated(resumed: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(train, "augment", lambda *_: pytest.fail("training began"))
     demonstrate_without_pictures("--loss", "cyclip", "--out", resumed)
     assert "cyclip-0: finished before\n" in capsys.readouterr().out
 
 
-def test_a_trained_run_that_was_not_measured_is_measured(resumed, tmp_path, monkeypatch) -> None:
-    shutil.copytree(resumed, tmp_path / "out")
-    (tmp_path / "out" / "evaluation.json").unlink()
-    monkeypatch.setattr(train, "augment", lambda *_: pytest.fail("training began"))
-    demonstrate_without_pictures("--loss", "cyclip", "--out", tmp_path / "out")
-    before, after = read_evaluation(resumed), read_evaluation(tmp_path / "out")
-    for what in ("history", "results"):
-        assert after[what] == before[what]
-
-
 def test_a_nan_loss_ends_the_run(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(command.PRESETS, "short", {**SHORT, "lr": 1e30, "steps": 20})
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(Stopped, match="clip-0: the loss is nan, at step"):
+    with pytest.raises(RunFailed, match="clip-0: the loss is nan, at step"):
         demonstrate()
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["short"]
 
@@ -278,7 +247,7 @@ def test_a_nan_loss_ends_the_run(tmp_path: Path, monkeypatch) -> None:
 def test_a_run_is_validated_on_held_out_concepts_that_no_table_asks_about(emoji) -> None:
     pairs = command.validation_pairs(emoji)
     assert {split_of(int(name.split()[1])) for [name] in pairs.captions} == {"validation"}
-    assert (set(pairs.groups), pairs.across_groups) == (set(TRAIN_STYLES), True)
+    assert set(pairs.groups) == set(TRAIN_STYLES)
     concepts = [int(name.split()[1]) for [name] in pairs.captions]
     assert pairs.images.places[:, 0, 0, 0].tolist() == [10 * concept for concept in concepts]
 
@@ -320,80 +289,6 @@ def test_a_batch_depends_on_seed_and_step_alone(emoji) -> None:
     assert not torch.equal(batches.batch(5)[0], other.batch(5)[0])
     # Step 7 is at the same place in the next epoch.
     assert not torch.equal(batches.batch(5)[0], batches.batch(7)[0])
-
-
-class Uniform:
-    """A random generator whose every draw is an end of its range."""
-
-    def __init__(self, draw: Callable[[float, float], float]) -> None:
-        self.draw = draw
-
-    def uniform(self, low: float, high: float, shape: tuple[int, ...]) -> np.ndarray:
-        return np.full(shape, float(self.draw(low, high)))
-
-
-def test_a_picture_that_is_neither_moved_nor_tinted_looks_as_in_the_evaluation() -> None:
-    still = Uniform(lambda low, high: low > 0)  # factors are 1, and everything else is 0
-    pixels = torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8)
-    picture = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
-    torch.testing.assert_close(normalize(augment(pixels, 32, still))[0], preprocess(picture))
-
-
-@pytest.mark.parametrize("end", [-1, 1])
-def test_augmentation_at_both_ends_of_its_ranges_equals_its_formula(end: int) -> None:
-    """Red and green of each pixel are its coordinates, and show where it comes from."""
-    ramp = torch.arange(64, dtype=torch.uint8).expand(64, 64)
-    pixels = torch.stack([3 * ramp, 3 * ramp.T, torch.full_like(ramp, 60)])
-    draws = Uniform(lambda low, high: high if end > 0 else low)
-    moved = augment(pixels[None], 64, draws)[0]
-    x = ((2 * ramp + 1) / 64 - 1).double()
-    y, zoom, angle, shear, shift = x.T, math.exp(0.16 * end), 0.2 * end, 0.1 * end, 0.1 * end
-    cos, sin = zoom * math.cos(angle), zoom * math.sin(angle)
-    from_x = cos * x + (shear * cos - sin) * y + shift
-    from_y = sin * x + (shear * sin + cos) * y + shift
-    pixel_x, pixel_y = 32 * from_x + 31.5, 32 * from_y + 31.5
-    ink = 1 - torch.stack([3 * pixel_x, 3 * pixel_y, torch.full_like(x, 60)]) / 255
-    grey = 0.299 * ink[0] + 0.587 * ink[1] + 0.114 * ink[2]
-    saturation, tint, contrast = (0.5, 0.85, 0.8) if end < 0 else (1.3, 1.15, 1.2)
-    ink = contrast * tint * (saturation * ink + (1 - saturation) * grey) + 0.08 * end
-    inside = (pixel_x.clamp(0, 63) == pixel_x) & (pixel_y.clamp(0, 63) == pixel_y)
-    expected = (1 - ink).clamp(0, 1).float()
-    torch.testing.assert_close(moved[:, inside], expected[:, inside], atol=1e-4, rtol=0)
-    outside = torch.maximum(from_x.abs(), from_y.abs()) > 1.1
-    assert (moved[:, outside] == moved.new_tensor(1 - 0.08 * end).clamp(max=1)).all()
-
-
-def test_a_run_trains_by_its_recipe(emoji, tmp_path: Path) -> None:
-    """AdamW, a warm-up of a tenth and then a cosine, gradients clipped at 1, a scale up to 100."""
-    config = {"name": "x", "loss": "cyclip", "seed": 3, "steps": 20, "batch_size": 8, "lr": 0.003}
-    clip, plain = (build_model("x", 150.0, torch.device("cpu")) for _ in range(2))
-    plain.model.load_state_dict(clip.model.state_dict())
-    batches = EmojiBatches(emoji, clip.tokenizer, 8, seed=3)
-    pairs = DataSet(Images(torch.zeros(2, 3, 64, 64, dtype=torch.uint8)), captions=[["a"], ["b"]])
-    history = train.train(Namespace(**config), clip, batches, pairs, tmp_path)["history"]
-    model, loss_fn = plain.model, CyCLIPLoss(0.25, 0.25, reference_batch_size=256)
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    groups = [{"params": vectors, "weight_decay": 0.0}, {"params": matrices}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
-    for step, line in enumerate(history):
-        for group in optimizer.param_groups:
-            cosine = (1 + math.cos(math.pi * (step - 2) / 18)) / 2
-            group["lr"] = 0.003 * (cosine if step >= 2 else (step + 1) / 2)
-        images, tokens = batches.batch(step)
-        pixels = normalize(augment(images, 32, np.random.default_rng([3, step, 2**31])))
-        output = model(pixels, tokens[0])
-        loss = loss_fn(**output)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        model.logit_scale.data.clamp_(max=math.log(100))
-        assert line["loss"] == pytest.approx(loss.item(), rel=0.01)
-        assert line["logit_scale"] == pytest.approx(output["logit_scale"].item(), rel=1e-4)
-    unused = slice(30_000, 31_000)  # the embeddings of words in no caption decay
-    found, expected = (x.model.token_embedding.weight[unused] for x in (clip, plain))
-    torch.testing.assert_close(found, expected)
 
 
 def test_the_tiny_model_encodes_text_as_open_clip_does() -> None:

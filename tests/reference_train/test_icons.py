@@ -18,8 +18,8 @@ from PIL import Image
 from processes import start
 from tars import write_tar
 
-from reference_train.command_line import CannotStart, Stopped
-from reference_train.data import icon_drawing, icon_names, icon_sets, icons
+from reference_train.command_line import RunFailed, UsageError
+from reference_train.data import icon_sets, icons
 from reference_train.data.samples import Sample, read_samples
 
 
@@ -80,9 +80,9 @@ def built(tmp_path_factory) -> Path:
     package = make_package(folder / "icons.tgz")
     faulthandler.disable()  # pytest enables it, and it would show how a child crashes
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(icon_names, "VALIDATION_SHARE", 0.3)
-        patch.setattr(icon_drawing, "TIMEOUT", 2)
-        patch.setattr(icon_drawing, "CHUNK", 4)  # so that some are drawn before a crash
+        patch.setattr(icon_sets, "VALIDATION_SHARE", 0.3)
+        patch.setattr(icon_sets, "TIMEOUT", 2)
+        patch.setattr(icons, "CHUNK", 4)  # so that some are drawn before a crash
         patch.setattr(icons, "SAMPLES_PER_SHARD", 6)
         icons.main(["--out", str(folder / "out"), "--package", str(package)])
     faulthandler.enable(sys.__stderr__)
@@ -141,7 +141,7 @@ def test_pictures_are_64_pixels_wide_and_keep_their_colours_on_white(built: Path
 
 def test_words_of_style_are_those_that_two_percent_of_the_names_have() -> None:
     names = ["bold-cat", "bold-dog", "cat-thin", "dog-thin", "cat-light", *["thin"] * 95]
-    assert icon_names.style_words(names) == {"bold", "thin"}
+    assert icon_sets.style_words(names) == {"bold", "thin"}
 
 
 def test_a_name_loses_its_words_of_style_and_its_numbers_at_the_end() -> None:
@@ -151,7 +151,7 @@ def test_a_name_loses_its_words_of_style_and_its_numbers_at_the_end() -> None:
         ("outline", "outline", []),
         ("outline-3d_rotation", "3d rotation", ["outline"]),
     ):
-        assert icon_names.split_name(icon, {"outline"}) == (name, style)
+        assert icon_sets.split_name(icon, {"outline"}) == (name, style)
 
 
 def test_an_icon_without_a_view_box_has_that_of_its_set() -> None:
@@ -168,7 +168,7 @@ def test_an_icon_without_a_view_box_has_that_of_its_set() -> None:
 
 
 def test_one_coloured_icons_have_the_intended_shares_of_colours_and_all_can_be_seen() -> None:
-    drawn = [icon_drawing.colours(random.Random(number)) for number in range(1000)]
+    drawn = [icon_sets.colours(random.Random(number)) for number in range(1000)]
     inks, grounds = (np.array(colours) for colours in zip(*drawn, strict=True))
     assert 0 <= min(inks.min(), grounds.min()) < max(inks.max(), grounds.max()) <= 1
     lighter = inks.mean(axis=1) > grounds.mean(axis=1)
@@ -179,10 +179,10 @@ def test_one_coloured_icons_have_the_intended_shares_of_colours_and_all_can_be_s
 
 @pytest.mark.parametrize("key", list("012345678"))
 def test_a_one_coloured_icon_is_drawn_in_the_colours_of_its_key(key: str) -> None:
-    icon = icon_names.Icon(key, "set", "box", "", "", icon_sets.square_svg(square(12)))
-    with Image.open(io.BytesIO(icon_drawing.draw(icon).png)) as image:
+    icon = icon_sets.Icon(key, "set", "box", "", "", icon_sets.square_svg(square(12)))
+    with Image.open(io.BytesIO(icon_sets.draw(icon).png)) as image:
         pixels = np.asarray(image)[[20, 0], [20, 63]] / 255
-    np.testing.assert_allclose(pixels, icon_drawing.colours(random.Random(key)), atol=0.003)
+    np.testing.assert_allclose(pixels, icon_sets.colours(random.Random(key)), atol=0.003)
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +200,7 @@ def test_a_name_is_held_out_in_all_sets_or_in_none(
     most: int, trained_on: int, two_sets: str, tmp_path: Path, monkeypatch
 ) -> None:
     """A held-out name has one picture, other names as many as --pictures-of-a-name allows."""
-    monkeypatch.setattr(icon_names, "VALIDATION_SHARE", 0.5)
+    monkeypatch.setattr(icon_sets, "VALIDATION_SHARE", 0.5)
     out = tmp_path / "out"
     icons.main(["--out", str(out), "--package", two_sets, "--pictures-of-a-name", str(most)])
     manifest = manifest_of(out)
@@ -213,23 +213,12 @@ def test_a_name_is_held_out_in_all_sets_or_in_none(
     assert not [s for s in train if any(name in s.caption for name in held_out)]
 
 
-def test_by_default_a_name_has_at_most_40_pictures_to_train_on(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(icon_names, "VALIDATION_SHARE", 0.0)
-    drawings = {f"cat-{number}": {**square(12), "width": 24 + number} for number in range(43)}
-    package = make_package(tmp_path / "icons.tgz", {"plain": (a_set("Plain Icons"), drawings)})
-    icons.main(["--out", str(tmp_path / "out"), "--package", str(package)])
-    manifest = manifest_of(tmp_path / "out")
-    assert manifest["names"] == {"train": 1, "val": 0}
-    assert manifest["pairs"] == {"train": 40, "val": 0}
-    assert manifest["left_out"] == {"more pictures of a name (train)": 3}
-
-
 def test_a_caption_is_the_name_if_the_icon_lacks_what_the_template_needs() -> None:
     always = {"cat", "a small drawing of cat", "cat icon, Set"}
     always |= {f"{words} cat" for words in ("a drawing of", "a picture of", "an icon of")}
     for lacks, other in ("style", "cat, pets"), ("group", "cat, bold"):
-        icon = icon_names.Icon("key", "set", "cat", "bold", "pets", "")._replace(**{lacks: ""})
-        found = {icon_names.caption(icon, "Set", random.Random(seed)) for seed in range(300)}
+        icon = icon_sets.Icon("key", "set", "cat", "bold", "pets", "")._replace(**{lacks: ""})
+        found = {icon_sets.caption(icon, "Set", random.Random(seed)) for seed in range(300)}
         assert found == {*always, other}
 
 
@@ -255,7 +244,7 @@ def test_another_package_than_the_expected_one_is_refused(
     downloadable: None, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setattr(icons, "SHA256", "0" * 64)
-    with pytest.raises(Stopped, match=r"invalid hash value.*; --package takes a file"):
+    with pytest.raises(RunFailed, match=r"invalid hash value.*; --package takes a file"):
         icons.main(["--out", str(tmp_path / "out")])
     assert not list(tmp_path.iterdir())
 
@@ -278,7 +267,7 @@ def test_bad_arguments_and_packages_raise_an_error_and_leave_nothing(
     make_package(tmp_path / "other.tgz", without="collections")
     make_package(tmp_path / "lacks.tgz", without="json/plain")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CannotStart, match=message):
+    with pytest.raises(UsageError, match=message):
         icons.main(arguments.split())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["lacks.tgz", "other.tgz"]
 
@@ -288,14 +277,14 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(icons, "build", build)
-    with pytest.raises(Stopped, match=r"--out .*new can't be written: No space left on device"):
+    with pytest.raises(RunFailed, match=r"--out .*new can't be written: No space left on device"):
         icons.main(["--package", str(tmp_path / "any.tgz"), "--out", str(tmp_path / "new")])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_renderer_is_named(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(icons.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(Stopped, match="pip install resvg-py"):
+    with pytest.raises(RunFailed, match="pip install resvg-py"):
         icons.main(["--out", str(tmp_path / "out")])
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 from tars import make_shards, write_tar
 
-from reference_train.command_line import CannotStart
+from reference_train.command_line import UsageError
 from reference_train.pretrain import pretrain as command
-from reference_train.pretrain import views
 from reference_train.pretrain.presets import BATCH_SIZES
 
 pytest_plugins = ["pretraining"]
@@ -29,12 +28,6 @@ def test_the_printed_command_trains_the_preset_with_the_lambdas_of_the_loss(
         assert args.reference_batch_size == 128
 
 
-def test_runs_are_in_the_folder_logs_by_default(data: Path, capsys, monkeypatch) -> None:
-    monkeypatch.chdir(data.parent)
-    command.main(["--preset", "icons", "--data", "data", "--batch-size", "8", "--dry-run"])
-    assert " --logs logs --name icons-cyclip-0 " in capsys.readouterr().out
-
-
 def test_flags_after_the_dashes_override_the_preset(dry_run) -> None:
     args = dry_run("--", "--workers", "2", "--epochs", "7", "--lr", "0.5")
     assert (args.workers, args.epochs, args.lr) == (2, 7, 0.5)
@@ -43,24 +36,6 @@ def test_flags_after_the_dashes_override_the_preset(dry_run) -> None:
 def test_the_launchers_own_flags_need_no_dashes(dry_run) -> None:
     args = dry_run("--dist-impl", "ring", "--reference-batch-size", "64")
     assert (args.dist_impl, args.reference_batch_size) == ("ring", 64)
-
-
-def test_help_after_the_dashes_lists_all_flags_and_is_no_error(dry_run, capsys) -> None:
-    with pytest.raises(SystemExit) as exit:
-        dry_run("--", "--help")
-    assert exit.value.code == 0
-    text = capsys.readouterr().out
-    for flag in ("--lambda-warmup", "--train-num-samples"):
-        assert flag in text
-
-
-def test_the_help_of_the_module_with_views_lists_all_flags(capsys) -> None:
-    with pytest.raises(SystemExit) as exit:
-        views.main(["--help"])
-    assert exit.value.code == 0
-    text = capsys.readouterr().out
-    for flag in ("--views", "--lambda-warmup", "--train-num-samples"):
-        assert flag in text
 
 
 @pytest.mark.parametrize(
@@ -74,10 +49,10 @@ def test_a_command_with_views_is_run_by_the_module_that_draws_them(flags, how, d
 
 @pytest.mark.parametrize(
     "flags",
-    ["--same-captions ignored", "--distill-model RN50 --distill-pretrained openai"],
+    ["--same-captions ignored", "--distill-model RN50 --distill-pretrained openai", "--siglip"],
 )
-def test_views_refuse_same_captions_and_distillation(flags: str, dry_run) -> None:
-    with pytest.raises(CannotStart, match=f"{flags.split()[0]} can't be combined with --views"):
+def test_views_refuse_other_losses_and_same_captions(flags: str, dry_run) -> None:
+    with pytest.raises(UsageError, match=f"{flags.split()[0]} can't be combined with --views"):
         dry_run("--views", "--", *flags.split())
 
 
@@ -103,18 +78,13 @@ def test_the_paper_preset_has_the_papers_settings(dry_run_of_uncounted_pairs) ->
     assert args.aug_cfg == {"use_timm": True, "scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
 
 
-@pytest.mark.parametrize("preset", ["icons", "modern"])
-def test_the_other_presets_have_batches_of_1024(preset: str, dry_run_of_uncounted_pairs) -> None:
-    assert dry_run_of_uncounted_pairs(preset, 9).batch_size == 1024
-
-
 @pytest.mark.parametrize("variable", ["WORLD_SIZE", "SLURM_NTASKS"])  # torchrun's, srun's
 def test_ranks_share_the_batch_and_the_shards(variable: str, dry_run, monkeypatch) -> None:
     monkeypatch.setenv(variable, "2")
     monkeypatch.setattr(command.torch.cuda, "is_available", lambda: True)
     args = dry_run("--", "--workers", "2")
     assert (args.batch_size, args.precision) == (4, "amp_bf16")
-    with pytest.raises(CannotStart, match="has 4 shards for 6 workers"):
+    with pytest.raises(UsageError, match="has 4 shards for 6 workers"):
         dry_run("--", "--workers", "3")
 
 
@@ -139,7 +109,6 @@ def test_ranks_share_the_batch_and_the_shards(variable: str, dry_run, monkeypatc
         ("--out /proc/logs", "--out: /proc/logs/.* can't be written: /proc is not a writable"),
         ("--out none", "--out none: OpenCLIP would save nothing"),
         ("-- --remote-sync s3://b", "--remote-sync: OpenCLIP can't resume from it"),
-        ("-- --report-to all", "--report-to all: pip install tensorboard"),
         ("WORLD_SIZE --batch-size 7", "--batch-size 7, of all ranks .* is not divisible by 2"),
         ("WORLD_SIZE -- --workers 2", "OpenCLIP 3 can't train with several ranks"),
         # OpenCLIP counts MPI's ranks, but each of them would train alone.
@@ -150,11 +119,10 @@ def test_pretrain_refuses_before_any_work(
     change: str, message: str, dry_run, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setattr(command.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
     words = change.split()
     if words[0].isupper():
         monkeypatch.setenv(words.pop(0), "2")
-    with pytest.raises(CannotStart, match=message) as error:
+    with pytest.raises(UsageError, match=message) as error:
         dry_run(*words)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "logs").exists()
@@ -177,16 +145,8 @@ def test_numbers_of_pairs_come_from_img2datasets_files(
     run = partial(dry_run, "--data", str(counted_by_img2dataset), "--batch-size")
     args = run("5")
     assert (args.train_num_samples, args.val_data) == (5 + 6 + 7 + 8, None)  # nothing is held out
-    with pytest.raises(CannotStart, match="may hold 5 pairs and its batch is 6"):
+    with pytest.raises(UsageError, match="may hold 5 pairs and its batch is 6"):
         run("6")
-
-
-def test_the_number_of_pairs_is_left_to_openclip_if_it_can_read_it(
-    counted_by_img2dataset: Path, dry_run
-) -> None:
-    (counted_by_img2dataset / "__len__").write_text("26")
-    args = dry_run("--data", str(counted_by_img2dataset), "--batch-size", "5")
-    assert args.train_num_samples is None
 
 
 @pytest.mark.parametrize("in_second", ["sizes.json", "stats"])
@@ -203,15 +163,9 @@ def test_pairs_of_shards_in_two_folders_are_added_up(
     assert args.train_num_samples == 4 * 8 + 5 + 6 + 7 + 8
 
 
-def test_a_damaged_sizes_json_is_an_error(counted_by_img2dataset: Path, dry_run) -> None:
-    (counted_by_img2dataset / "sizes.json").write_text("[")
-    with pytest.raises(CannotStart, match=r"sizes\.json: has no numbers of pairs"):
-        dry_run("--data", str(counted_by_img2dataset))
-
-
 def test_a_first_shard_without_pairs_is_an_error(data: Path, tmp_path: Path, dry_run) -> None:
     write_tar(tmp_path / "empty.tar", {"a.txt": b"a caption"})
-    with pytest.raises(CannotStart, match=r"--data: .*empty\.tar holds no image with a caption"):
+    with pytest.raises(UsageError, match=r"--data: .*empty\.tar holds no image with a caption"):
         dry_run("--data", f"{tmp_path}/empty.tar::{data}/train-00000.tar")
 
 
@@ -229,18 +183,11 @@ def test_held_out_shards_are_never_trained_on(tmp_path: Path, dry_run) -> None:
     assert dry_run("--data", str(data)).train_data == f"{data}/part-{{00000..00003}}.tar"
     for path in data.glob("part*.tar"):
         path.unlink()
-    with pytest.raises(CannotStart, match=r"no tar file in .* except for validation"):
+    with pytest.raises(UsageError, match=r"no tar file in .* except for validation"):
         dry_run("--data", str(data))
 
 
 def test_shards_with_train_and_val_in_one_name_are_refused(tmp_path: Path, dry_run) -> None:
     data = make_shards(tmp_path / "coco", trainval=4, test=1)
-    with pytest.raises(CannotStart, match=r"trainval-00000\.tar: is it for training or held out\?"):
-        dry_run("--data", str(data))
-
-
-def test_a_held_out_shard_with_missing_pairs_is_an_error(data: Path, dry_run) -> None:
-    sizes = (data / "sizes.json").read_text().replace('"val-00000.tar": 8', '"val-00000.tar": 9')
-    (data / "sizes.json").write_text(sizes)
-    with pytest.raises(CannotStart, match=r"--val: .*val-00000.tar holds 8 of 9 pairs"):
+    with pytest.raises(UsageError, match=r"trainval-00000\.tar: is it for training or held out\?"):
         dry_run("--data", str(data))

@@ -1,7 +1,6 @@
 """`pretrain`: what stops a training, what is added to its log, and what is kept of it."""
 
 import errno
-import io
 import json
 import math
 import os
@@ -17,8 +16,9 @@ from torch import Tensor, nn
 
 from cyclip_loss import open_clip_train
 from cyclip_loss.metrics import consistency_metrics
-from reference_train.command_line import Stopped
-from reference_train.pretrain import training
+from reference_train.command_line import RunFailed
+from reference_train.files import atomic_write
+from reference_train.pretrain import patches
 
 pytest_plugins = ["pretraining"]
 
@@ -36,13 +36,13 @@ def evaluate(tmp_path: Path):
         vars(args).update(changes)
 
         def original(_: Any, data: None, epoch: int, args: Namespace) -> Any:
-            found = {} if loss is None else {training.LOSS: loss}
+            found = {} if loss is None else {patches.LOSS: loss}
             with open(tmp_path / "results.jsonl", "a") as file:
                 for line in ({**found, "epoch": epoch}, {"imagenet-zeroshot-val-top1": 0.5}):
                     file.write(json.dumps(line) + "\n")
             return found
 
-        training.Guards({}, {}).evaluate(original, task, None, epoch, args)
+        patches.TrainerPatches({}).evaluate(original, task, None, epoch, args)
 
     return run
 
@@ -52,19 +52,10 @@ def test_the_epoch_with_the_lowest_loss_is_kept(evaluate, tmp_path: Path) -> Non
     kept: list[tuple[Any, ...]] = []
     for epoch, loss in enumerate([math.nan, 3, 1, 2, 0.5], start=1):
         evaluate(epoch, loss)
-        for file in tmp_path.glob(training.BEST):
+        for file in tmp_path.glob(patches.BEST):
             saved = torch.load(file, weights_only=True)
             kept.append((saved["epoch"], saved["name"], saved["state_dict"]["weight"][0, 0]))
     assert kept == [(epoch, "run", epoch) for epoch in (2, 3, 3, 5)]
-
-
-def test_a_line_that_was_cut_does_not_stop_the_run(tmp_path: Path) -> None:
-    file = tmp_path / training.RESULTS
-    file.write_text('{"epoch": 1, "clip_val_loss": 2.0}\n{"epoch": 2, "cli')
-    training.end_last_line(tmp_path)
-    with file.open("a") as lines:  # as OpenCLIP does
-        lines.write('{"epoch": 2, "clip_val_loss": 1.0}\n')
-    assert training.validations(tmp_path) == {1: 2.0, 2: 1.0}
 
 
 @pytest.mark.parametrize(
@@ -76,12 +67,12 @@ def test_no_best_epoch_is_kept_without_a_loss_or_a_whole_model(
     loss: float | None, changes: dict[str, object], evaluate, tmp_path: Path
 ) -> None:
     evaluate(1, loss, **changes)
-    assert not (tmp_path / training.BEST).exists()
+    assert not (tmp_path / patches.BEST).exists()
 
 
 def test_gaps_and_correlations_are_added_to_the_validation() -> None:
     image, text = nn.functional.normalize(torch.randn(2, 10, 4), dim=-1)
-    metrics = partial(training.Guards({}, {}).get_clip_metrics, lambda **features: {"R@1": 0.5})
+    metrics = partial(patches.TrainerPatches({}).get_clip_metrics, lambda **features: {"R@1": 0.5})
     both = {"R@1": 0.5} | {k: float(v) for k, v in consistency_metrics(image, text).items()}
     assert metrics(image_features=image, text_features=text) == both
     assert metrics(image_features=image.split(4), text_features=text.split(4)) == both
@@ -89,7 +80,7 @@ def test_gaps_and_correlations_are_added_to_the_validation() -> None:
 
 def test_collapsed_features_give_a_warning(caplog) -> None:
     image, text = nn.functional.normalize(torch.randn(2, 10, 4), dim=-1)
-    metrics = partial(training.Guards({}, {}).get_clip_metrics, lambda **features: {})
+    metrics = partial(patches.TrainerPatches({}).get_clip_metrics, lambda **features: {})
     metrics(image_features=image, text_features=text)
     assert "collapsed" not in caplog.text
     metrics(image_features=image[:1].expand(10, 4), text_features=text)
@@ -98,7 +89,7 @@ def test_collapsed_features_give_a_warning(caplog) -> None:
 
 
 def test_weights_that_are_not_finite_are_not_saved(pretrain, tmp_path: Path) -> None:
-    with pytest.raises(Stopped, match="the model's weights are not finite: stopped"):
+    with pytest.raises(RunFailed, match="the model's weights are not finite: stopped"):
         pretrain("--lr", "1e30", "--warmup", "0", pairs=64)
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
@@ -106,7 +97,7 @@ def test_weights_that_are_not_finite_are_not_saved(pretrain, tmp_path: Path) -> 
 def test_losses_that_are_not_finite_in_ten_steps_in_a_row_stop_the_run() -> None:
     """A step has as many losses as batches are accumulated, here 2."""
     args = Namespace(device="cpu", distributed=False, accum_freq=2)
-    model, finiteness = nn.BatchNorm1d(2), training.FinitenessCheck(args)
+    model, finiteness = nn.BatchNorm1d(2), patches.FinitenessCheck(args)
 
     def feed(*losses: float) -> None:
         for loss in losses:
@@ -115,7 +106,7 @@ def test_losses_that_are_not_finite_in_ten_steps_in_a_row_stop_the_run() -> None
     feed(*[math.nan] * 19, 1.0, *[math.inf] * 19)
     finiteness.check(model)
     feed(math.nan, 1.0)
-    with pytest.raises(Stopped, match="the loss of 10 steps in a row was not finite"):
+    with pytest.raises(RunFailed, match="the loss of 10 steps in a row was not finite"):
         finiteness.check(model)
 
 
@@ -124,13 +115,13 @@ def test_running_statistics_that_are_not_finite_stop_the_run() -> None:
     model = nn.BatchNorm1d(2)
     model.running_mean.fill_(math.nan)
     args = Namespace(device="cpu", distributed=False, accum_freq=1)
-    with pytest.raises(Stopped, match="the model's weights are not finite"):
-        training.FinitenessCheck(args).check(model)
+    with pytest.raises(RunFailed, match="the model's weights are not finite"):
+        patches.FinitenessCheck(args).check(model)
 
 
 def test_a_loader_checks_after_every_few_steps_and_at_the_end() -> None:
     seen, checked_after = [], []
-    loader = training.CheckedLoader("abcdefg", lambda: checked_after.append(len(seen)), every=3)
+    loader = patches.CheckedLoader("abcdefg", lambda: checked_after.append(len(seen)), every=3)
     for batch in loader:
         seen.append(batch)
     assert checked_after == [3, 6, 7]
@@ -160,23 +151,10 @@ def test_a_number_that_is_not_finite_on_one_rank_stops_all_ranks(
     counts: list[int], message: str, other_rank: Tensor
 ) -> None:
     model = nn.Linear(1, 1)
-    training.FinitenessCheck(Namespace(**RANKS)).check(model)
+    patches.FinitenessCheck(Namespace(**RANKS)).check(model)
     other_rank.copy_(torch.tensor(counts))
-    with pytest.raises(Stopped, match=message):
-        training.FinitenessCheck(Namespace(**RANKS)).check(model)
-
-
-def test_the_first_rank_logs_the_unreadable_pairs_of_all_ranks(other_rank: Tensor, caplog) -> None:
-    guards, model = training.Guards({}, {}), nn.Linear(1, 1)
-    guards.args = Namespace(**RANKS)
-    guards.finiteness = training.FinitenessCheck(guards.args)
-    guards.watched = Namespace(take_counts=lambda: torch.tensor([4]), describe=Tensor.tolist)
-    for rank in (0, 1):
-        guards.args.rank = rank
-        data, loss = {"train": Namespace(dataloader=[])}, nn.Identity()
-        guards.train_one_epoch(lambda *_: None, model, data, loss)
-        assert not loss._forward_hooks
-    assert [r.getMessage() for r in caplog.records] == ["Not readable in this epoch: [5]"]
+    with pytest.raises(RunFailed, match=message):
+        patches.FinitenessCheck(Namespace(**RANKS)).check(model)
 
 
 def test_a_full_disk_leaves_no_partial_file(pretrain, tmp_path: Path) -> None:
@@ -184,7 +162,7 @@ def test_a_full_disk_leaves_no_partial_file(pretrain, tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
     try:
-        with pytest.raises(Stopped, match=r"best\.pt can't be written: is the disk full.+\Z"):
+        with pytest.raises(RunFailed, match=r"best\.pt can't be written: is the disk full.+\Z"):
             pretrain()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -193,7 +171,7 @@ def test_a_full_disk_leaves_no_partial_file(pretrain, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("number", "kind", "message"),
-    [(errno.ENOSPC, Stopped, "file can't be written: why"), (errno.ESTALE, OSError, "why")],
+    [(errno.ENOSPC, RunFailed, "file can't be written: why"), (errno.ESTALE, OSError, "why")],
 )
 def test_only_errors_of_a_full_disk_become_one_line(
     number: int, kind: type[Exception], message: str, pretrain, monkeypatch
@@ -206,6 +184,24 @@ def test_only_errors_of_a_full_disk_become_one_line(
         pretrain()
 
 
-def test_guards_save_to_a_buffer_too() -> None:
-    training.Guards({}, {}).save(torch.save, 1, buffer := io.BytesIO())
-    assert buffer.tell()
+def test_the_first_rank_logs_what_all_ranks_could_not_read(other_rank: Tensor, caplog) -> None:
+    trainer, model = patches.TrainerPatches({}), nn.Linear(1, 1)
+    trainer.args = Namespace(**RANKS)
+    trainer.finiteness = patches.FinitenessCheck(trainer.args)
+    trainer.pipeline = Namespace(take_lost=lambda: 4)
+    for rank in (0, 1):
+        trainer.args.rank = rank
+        data, loss = {"train": Namespace(dataloader=[])}, nn.Identity()
+        trainer.train_one_epoch(lambda *_: None, model, data, loss)
+        assert not loss._forward_hooks
+    assert [r.getMessage() for r in caplog.records] == [
+        "Unreadable in this epoch: 5 pairs or shards"
+    ]
+
+
+def test_only_errors_of_the_writer_are_taken_for_a_full_disk(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="CUDA error"), atomic_write(tmp_path / "x"):
+        raise RuntimeError("CUDA error: device-side assert")
+    with pytest.raises(RunFailed, match="x can't be written: why"), atomic_write(tmp_path / "x"):
+        raise OSError(errno.ENOSPC, "why")
+    assert not list(tmp_path.iterdir())

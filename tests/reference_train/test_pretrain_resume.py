@@ -16,8 +16,7 @@ from pretrain_runs import results, train
 from processes import ROOT, held_by_another_process, run_forked
 from tars import make_shards
 
-from cyclip_loss import open_clip_train
-from reference_train.command_line import CannotStart
+from reference_train.command_line import UsageError
 from reference_train.pretrain import pretrain as command
 from reference_train.pretrain import resume
 
@@ -62,12 +61,12 @@ def test_a_resumed_run_refuses_another_setting_of_model_data_loss_or_optimiser(
 ) -> None:
     name = change.split()[0].strip("-").replace("-", "_")
     message = f"begun with {name} = .*, not .*: choose another --name"
-    with pytest.raises(CannotStart, match=message):
+    with pytest.raises(UsageError, match=message):
         resume_run(*change.split())
 
 
 def test_a_resumed_run_refuses_views_if_it_was_begun_without(resume_run) -> None:
-    with pytest.raises(CannotStart, match="begun with views = None, not own: choose another"):
+    with pytest.raises(UsageError, match="begun with views = None, not own: choose another"):
         resume_run(ours=("--views", "own"))
 
 
@@ -83,20 +82,13 @@ def test_an_unlisted_flag_is_compared_too(resume_run, monkeypatch) -> None:
     monkeypatch.setattr(command.trainer, "parse_args", with_new_flag)
     resume_run()  # the version that began the run did not have the flag
     resume_run(brand_new_flag=2)
-    with pytest.raises(CannotStart, match="begun with brand_new_flag = 1, not 2: choose another"):
+    with pytest.raises(UsageError, match="begun with brand_new_flag = 1, not 2: choose another"):
         resume_run(brand_new_flag=1)
 
 
 def test_settings_that_change_no_result_may_differ(resume_run) -> None:
     resume_run("--log-every-n-steps", "3", "--grad-checkpointing", "--workers", "2", "--debug")
     resume_run(**dict.fromkeys(resume.MAY_DIFFER, "another value"))
-
-
-def test_the_old_name_of_same_captions_is_understood(resume_run) -> None:
-    flags = ("--same-captions", "ignored")
-    resume_run(*flags, same_captions=None, ignore_same_captions=True)
-    with pytest.raises(CannotStart, match="begun with same_captions = None, not ignored"):
-        resume_run(*flags, same_captions=None, ignore_same_captions=False)
 
 
 def test_a_second_rank_resumes_while_the_first_rank_holds_the_lock(
@@ -111,14 +103,14 @@ def test_a_second_rank_resumes_while_the_first_rank_holds_the_lock(
     with held_by_another_process(tmp_path / "logs" / "run"):
         resume_run(**settings, world_size=2)
     assert capsys.readouterr() == ("", "")
-    with pytest.raises(CannotStart, match="begun with world_size = 1, not 2: choose another"):
+    with pytest.raises(UsageError, match="begun with world_size = 1, not 2: choose another"):
         resume_run(**settings, world_size=1)
 
 
 def test_a_run_refuses_a_second_process(pretrain, tmp_path: Path) -> None:
     with held_by_another_process(tmp_path / "run"):
         for ours in ([], ["--dry-run"]):
-            with pytest.raises(CannotStart, match="/run: another process is using it: choose"):
+            with pytest.raises(UsageError, match="/run: another process is using it: choose"):
                 pretrain(ours=ours)
 
 
@@ -175,33 +167,20 @@ def test_a_finished_run_accepts_more_epochs_and_moved_data(
     last_line = f"3 epochs; the best was {best}, clip_val_loss {losses[best]:.4f}\n"
     assert capsys.readouterr().out.endswith(last_line)
     assert {path.suffix for path in checkpoints.iterdir()} == {".pt", ".jsonl"}
-    with pytest.raises(CannotStart, match="epochs = 3, not 2: choose another"):
+    with pytest.raises(UsageError, match="epochs = 3, not 2: choose another"):
         pretrain("--epochs", "2", data=data)
 
 
 def test_a_finished_run_refuses_other_shards(finished: str, pretrain, data: Path) -> None:
     (data / "train-00003.tar").unlink()
-    with pytest.raises(CannotStart, match=r"begun with train_shards = 4 shards, .* not 3 shards, "):
+    with pytest.raises(UsageError, match=r"begun with train_shards = 4 shards, .* not 3 shards, "):
         pretrain("--workers", "0")
 
 
 def test_a_checkpoint_that_is_cut_short_is_refused(finished: str, pretrain, tmp_path) -> None:
     os.truncate(tmp_path / "run" / "checkpoints" / "epoch_latest.pt", 10_000)
-    with pytest.raises(CannotStart, match=r"epoch_latest.pt is cut short, or holds more"):
+    with pytest.raises(UsageError, match=r"epoch_latest.pt is cut short, or holds more"):
         pretrain()
-
-
-def test_wandb_continues_its_record_of_a_run_unless_told_otherwise(pretrain, monkeypatch) -> None:
-    monkeypatch.setenv("WANDB_RESUME", "")  # put back afterwards
-    monkeypatch.delenv("WANDB_RESUME")
-    seen: list[str] = []
-    monkeypatch.setattr(
-        open_clip_train, "main", lambda flags: seen.append(os.environ["WANDB_RESUME"])
-    )
-    pretrain()
-    monkeypatch.setenv("WANDB_RESUME", "never")
-    pretrain()
-    assert seen == ["allow", "never"]
 
 
 # `python -m reference_train`, killed when the checkpoint of the second epoch is not yet renamed.

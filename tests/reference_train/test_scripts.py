@@ -11,7 +11,7 @@ from processes import ROOT
 
 from reference_train.demo import demo
 from reference_train.evaluate import evaluate
-from reference_train.evaluate.runs import describe_run
+from reference_train.evaluate.checkpoints import describe_run
 from reference_train.pretrain import pretrain
 from reference_train.pretrain.presets import register_models
 

@@ -1,6 +1,6 @@
-"""The data sets of the demonstration: styles, concepts, or both, that training never saw.
+"""The datasets of the demonstration: styles, concepts, or both, that training never saw.
 
-Each metric is a mean over styles. Hyperparameters were tuned on other data, which no data set here
+Each metric is a mean over styles. Hyperparameters were tuned on other data, which no dataset here
 contains: concepts of the validation split, and a fixed quarter of the training concepts.
 """
 
@@ -8,22 +8,22 @@ import hashlib
 
 import torch
 
-from ..data.emoji import SHIFT_STYLES, STRESS_STYLES, TRAIN_STYLES, Concept, EmojiSet
-from ..evaluate.datasets import Classes, DataSet, Images
+from ..data.emoji import BLACK_AND_WHITE, SHIFT_STYLES, TRAIN_STYLES, Concept, EmojiSet
+from ..evaluate.datasets import Classes, Dataset, Images
 from .batches import NAME_TEMPLATES, SUBGROUP_TEMPLATES
 
 # Name -> styles, and whether the concepts are held out.
-DATA_SETS = {
+DATASETS = {
     "trained concepts, new styles": (SHIFT_STYLES, False),
     "new concepts, trained styles": (TRAIN_STYLES, True),
     "new concepts, new styles": (SHIFT_STYLES, True),
-    "trained concepts, drawn black": (STRESS_STYLES, False),
+    "trained concepts, black and white": (BLACK_AND_WHITE, False),
 }
 
 
-def open_data_set(emoji: EmojiSet, name: str) -> DataSet:
-    """A data set of `DATA_SETS`, with three tasks: names, subgroups and groups."""
-    styles, held_out = DATA_SETS[name]
+def open_dataset(emoji: EmojiSet, name: str) -> Dataset:
+    """A dataset of `DATASETS`, with three tasks: names, subgroups and groups."""
+    styles, held_out = DATASETS[name]
     concepts, trained = emoji.concepts, emoji.in_split("train")
     candidates = emoji.in_split("test") if held_out else trained
     shown = candidates if held_out else [i for i in trained if not is_for_tuning(concepts[i])]
@@ -42,12 +42,11 @@ def open_data_set(emoji: EmojiSet, name: str) -> DataSet:
         label = torch.tensor([names.index(word) for word in concept_kinds])  # concept -> label
         classes[kind] = Classes(label[image_concepts], names, list(SUBGROUP_TEMPLATES))
         train_labels[kind] = label[train_image_concepts]
-    return DataSet(
+    return Dataset(
         Images(images),
         classes,
         groups=image_styles,
         train=(Images(train_images), train_labels),
-        across_groups=True,
     )
 
 

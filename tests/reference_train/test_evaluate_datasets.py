@@ -17,11 +17,8 @@ from miniature import (
 )
 from timm.data.imagenet_info import ImageNetInfo
 
-from reference_train.evaluate import classification, imagenet, paper
-from reference_train.evaluate.datasets import Unusable
-from reference_train.evaluate.find import find
-from reference_train.evaluate.folder_sets import open_folders
-from reference_train.evaluate.tar_sets import open_icons, open_tars
+from reference_train.evaluate import datasets, paper
+from reference_train.evaluate.datasets import Unusable, find, open_folders, open_tars
 
 IMAGE, LABEL, TEXT = {"png": picture(0)}, {"cls": b"9"}, {"txt": b"a"}
 
@@ -35,12 +32,6 @@ def test_class_names_come_from_the_folders_or_from_classnames_txt(tmp_path: Path
     (tmp_path / "classnames.txt").write_text("own 0\n")
     with pytest.raises(Unusable, match=r"3 classes, classnames\.txt has 1"):
         open_folders(tmp_path, "x")
-
-
-def test_a_folder_may_have_its_own_templates(tmp_path: Path) -> None:
-    write_image_folder(tmp_path, ["a", "b"])
-    (tmp_path / classification.TEMPLATES).write_text("{c} as I say\n")
-    assert open_folders(tmp_path, "x").classes[""].templates == ["{} as I say"]
 
 
 @pytest.mark.parametrize(
@@ -62,36 +53,6 @@ def test_an_unusable_data_set_says_what_it_lacks(
     write_set(tmp_path, {"test": samples}, **texts)
     with pytest.raises(Unusable, match=message):
         open_tars(tmp_path, "x")
-
-
-def test_held_out_icons_without_their_info_are_unusable(tmp_path: Path) -> None:
-    write_samples(tmp_path / "val-0.tar", [IMAGE | TEXT])
-    with pytest.raises(Unusable, match=r"val-\*\.tar lack \.txt or \.json"):
-        open_icons(tmp_path)
-
-
-def test_a_folder_without_folders_of_images_is_unusable(tmp_path: Path) -> None:
-    with pytest.raises(Unusable, match="holds no folders of images"):
-        open_folders(tmp_path, "x")
-
-
-def test_an_error_names_the_folder_without_images(tmp_path: Path) -> None:
-    (tmp_path / "test" / "a").mkdir(parents=True)
-    with pytest.raises(Unusable, match="/test: no images"):
-        open_folders(tmp_path, "x")
-
-
-def test_a_broken_train_split_is_left_out_and_says_why(tmp_path: Path) -> None:
-    write_image_folder(tmp_path / "own" / "test", ["a", "b"])
-    write_image_folder(tmp_path / "own" / "train", ["a"])
-    data = open_folders(tmp_path / "own", "x")
-    assert data.train is None
-    assert "has 1 classes, not those of" in data.train_error
-    splits = {"test": [IMAGE | LABEL], "train": [IMAGE]}
-    write_set(tmp_path / "tars", splits, classnames=TEN_CLASSES)
-    data = open_tars(tmp_path / "tars", "x")
-    assert data.train is None
-    assert "train split have no .cls" in data.train_error
 
 
 def test_a_subset_of_imagenet_has_the_names_of_its_classes(tmp_path: Path) -> None:
@@ -117,7 +78,7 @@ def test_folders_of_imagenet_may_have_class_numbers_as_names(tmp_path: Path) -> 
 
 def test_imagenets_class_names_in_another_order_are_refused(tmp_path: Path) -> None:
     """Otherwise each class would have a wrong superclass, and no number would show it."""
-    numbers = imagenet.class_numbers("imagenet-a")
+    numbers = datasets.imagenet_classes("imagenet-a", ["?"] * 200)
     names = [open_clip.IMAGENET_CLASSNAMES[number] for number in numbers]
     write_set(tmp_path, {"test": [IMAGE | LABEL]}, classnames="\n".join(names))
     assert open_tars(tmp_path, "imagenet-a").classes[""].names == names
@@ -132,7 +93,7 @@ def test_imagenets_class_names_in_another_order_are_refused(tmp_path: Path) -> N
 
 def test_torchvisions_cifar100_has_its_superclasses(tmp_path: Path, monkeypatch) -> None:
     (folder := tmp_path / "cifar-100-python").mkdir()
-    names = sorted(classification.CIFAR100_SUPERCLASSES.read_text().split())
+    names = sorted((paper.FOLDER / "cifar100_superclasses.txt").read_text().split())
     for split, count in (("meta", 0), ("train", 7), ("test", 5)):
         pixels = torch.randint(0, 256, (count, 3072), dtype=torch.uint8).numpy()
         content = {"data": pixels, "fine_labels": [19 * i % 100 for i in range(count)]}
@@ -146,3 +107,28 @@ def test_torchvisions_cifar100_has_its_superclasses(tmp_path: Path, monkeypatch)
     superclass = dict(zip(classes.names, classes.superclass.tolist(), strict=True))
     assert superclass["aquarium fish"] == superclass["trout"] != superclass["whale"]
     assert set(superclass.values()) == set(range(20))
+
+
+def test_what_a_folder_lacks_makes_it_unusable(tmp_path: Path) -> None:
+    with pytest.raises(Unusable, match="holds no folders of images"):
+        open_folders(tmp_path, "x")
+    write_image_folder(tmp_path / "test", ["a", "b"])
+    write_image_folder(tmp_path / "train", ["a"])
+    with pytest.raises(Unusable, match="train has 1 classes, not those of"):
+        open_folders(tmp_path, "x")
+    write_set(tmp_path, {"test": [IMAGE | LABEL], "train": [IMAGE]}, classnames=TEN_CLASSES)
+    with pytest.raises(Unusable, match=r"train split have no \.cls"):
+        open_tars(tmp_path, "x")
+    write_samples(tmp_path / "val-0.tar", [IMAGE | TEXT])
+    with pytest.raises(Unusable, match=r"val-\*\.tar lack \.txt or \.json"):
+        datasets.open_icons(tmp_path)
+
+
+def test_a_second_dataset_of_a_name_and_other_folders_are_not_used(tmp_path: Path) -> None:
+    for place in ("a/wds_x", "b/wds_x", "b/other"):
+        (tmp_path / place).mkdir(parents=True)
+    for place in ("a", "b"):
+        write_set(tmp_path / place / "wds_x", {"test": [IMAGE | TEXT]})
+    found, unused = find([tmp_path / "a", tmp_path / "b"])
+    assert list(found) == ["x"]
+    assert unused == [tmp_path / "b" / "other", tmp_path / "b" / "wds_x"]
