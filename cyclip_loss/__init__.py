@@ -1,6 +1,7 @@
 """CyCLIP's loss for PyTorch: exact, in O(N D) memory, a drop-in for `open_clip.ClipLoss`."""
 
 from cyclip_loss import reference
+from cyclip_loss.cached_backward import cached_backward
 from cyclip_loss.inputs import caption_ids
 from cyclip_loss.logsumexp import ContrastiveLogSumExp, contrastive_logsumexp
 from cyclip_loss.loss import CyclicPenalty, CyCLIPLoss, CySigLIPLoss, WithCyclicPenalty
@@ -15,6 +16,7 @@ __all__ = [
     "CySigLIPLoss",
     "CyclicPenalty",
     "WithCyclicPenalty",
+    "cached_backward",
     "caption_ids",
     "consistency_metrics",
     "contrastive_logsumexp",

@@ -19,6 +19,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 PAGES = [DOCS / "recipes.md", DOCS / "lambda.md", DOCS / "design.md"]
 VISION = {"layers": 1, "width": 32, "head_width": 16, "patch_size": 16, "image_size": 32}
 TEXT = {"layers": 1, "width": 32, "heads": 2, "context_length": 12}
+LARGE_BATCH = "A batch larger than memory"
 
 
 @lru_cache
@@ -97,11 +98,9 @@ def recipes_on_rank(rank: int, world_size: int) -> tuple[list[dict[str, Tensor]]
     """The gradients of two recipes, and the gradient of a logit scale outside of the DDP model."""
     images, tokens = batch()
     images, tokens = images.double().chunk(world_size)[rank], tokens.chunk(world_size)[rank]
-    micro_batches = list(zip(images.split(6), tokens.split(6), strict=True))
-    options = {"micro_batches": micro_batches, "loader": [(images, tokens)]}
-    options |= {"epochs": 1, "warmup_steps": 1}
+    options = {"loader": [(images, tokens)], "epochs": 1, "warmup_steps": 1}
     found = []
-    for heading in ("A big batch on one card", "Weights that warm up"):
+    for heading in (LARGE_BATCH, "Weights that warm up"):
         model = DistributedDataParallel(tiny_clip().double())
         run(heading, model=model, optimizer=sgd(model), loss_fn=CyCLIPLoss(), **options)
         found.append(gradients(model))

@@ -16,7 +16,7 @@ pytest.importorskip("sybil")
 pytest.importorskip("webdataset")
 
 import recipe_cases
-from recipe_cases import batch, captions, gradients, run, sgd, tiny_clip, tokenizer
+from recipe_cases import batch, captions, run, sgd, tiny_clip, tokenizer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector
@@ -50,7 +50,7 @@ def prepared(package: str, epochs: int, rate: float) -> dict[str, Any]:
     model, (images, tokens) = tiny_clip(), batch()
     loader = DataLoader(ConcatDataset([TensorDataset(images, tokens)] * epochs), 32)
     names = dict(model=model, images=images, tokens=tokens, loader=loader)
-    names |= dict(micro_batches=[(images, tokens)], CyCLIPLoss=CyCLIPLoss)
+    names["CyCLIPLoss"] = CyCLIPLoss
     names["optimizer"] = torch.optim.AdamW(model.parameters(), lr=rate)
     names["loss_fn"] = CyCLIPLoss(reference_batch_size=128)
     if package == "lightning":
@@ -60,17 +60,21 @@ def prepared(package: str, epochs: int, rate: float) -> dict[str, Any]:
     return names
 
 
-# The recipes that train, with the package that each needs, and those that clamp the logit scale.
+# The recipes that train and clamp the logit scale: heading, block, and the package that it needs.
 OWN_LOOP = "OpenCLIP's models, your own loop"
-PACKAGES = {OWN_LOOP: "open_clip", "Accelerate": "accelerate", "Lightning": "lightning"}
-CLAMPING = PACKAGES | {"A big batch on one card": "open_clip", "GradCache": "grad_cache"}
+TRAINING = [
+    (OWN_LOOP, 0, "open_clip"),
+    ("Accelerate", 0, "accelerate"),
+    ("Lightning", 0, "lightning"),
+]
+TRAINING += [(recipe_cases.LARGE_BATCH, i, row[2]) for i, row in enumerate(TRAINING)]
 
 
-@pytest.mark.parametrize("heading", PACKAGES)
-def test_a_recipe_lowers_the_loss(heading: str) -> None:
-    names = run(heading, **prepared(PACKAGES[heading], epochs=10, rate=1e-3))
+@pytest.mark.parametrize(("heading", "block", "package"), TRAINING)
+def test_a_recipe_lowers_the_loss(heading: str, block: int, package: str) -> None:
+    names = run(heading, block, **prepared(package, epochs=10, rate=1e-3))
     loss = names.get("loss")
-    if heading == "Lightning":
+    if package == "lightning":
         terms = names["lightning_trainer"].logged_metrics
         assert tuple(terms) == TERMS
         loss = sum(terms.values())
@@ -79,11 +83,11 @@ def test_a_recipe_lowers_the_loss(heading: str) -> None:
     assert loss < 0.7 * CyCLIPLoss(reference_batch_size=128)(**tiny_clip()(*batch()))
 
 
-@pytest.mark.parametrize("heading", CLAMPING)
-def test_a_recipe_clamps_the_logit_scale(heading: str) -> None:
-    names = prepared(CLAMPING[heading], epochs=1, rate=0.0)
+@pytest.mark.parametrize(("heading", "block", "package"), TRAINING)
+def test_a_recipe_clamps_the_logit_scale(heading: str, block: int, package: str) -> None:
+    names = prepared(package, epochs=1, rate=0.0)
     names["model"].logit_scale.data.fill_(6.0)
-    run(heading, **names)
+    run(heading, block, **names)
     assert names["model"].logit_scale.item() == pytest.approx(math.log(100))
 
 
@@ -205,43 +209,41 @@ def test_recipes_across_ranks_match_the_whole_batch(ranks: Ranks) -> None:
         torch.testing.assert_close(scale_gradient, expected["logit_scale"], rtol=1e-10, atol=0)
 
 
-def test_gradcache_has_the_gradients_of_the_whole_batch() -> None:
-    pytest.importorskip("grad_cache")
-    model = tiny_clip().double()
-    images, tokens = batch()
-    options = {"model": model, "optimizer": sgd(model), "loss_fn": CyCLIPLoss()}
-    run("GradCache", images=images.double(), tokens=tokens, **options)
-    assert_same_gradients(gradients(model), recipe_cases.whole_batch_gradients())
-
-
 class Samples(IterableDataset):
     """The batch's samples in order, in the form of Hugging Face's Trainer."""
 
     def __iter__(self) -> Any:
         for image, tokens in zip(*batch(), strict=True):
-            yield {"pixel_values": image, "input_ids": tokens}
+            mask = torch.ones_like(tokens)
+            yield {"pixel_values": image, "input_ids": tokens, "attention_mask": mask}
 
 
 # transformers imports the checkout's folder `kernels/`, as if it were the package of this name.
 @needs_triton
-def test_hugging_faces_trainer_takes_the_gradient_step_of_the_loss(tmp_path: Path) -> None:
-    """The step of the recipe with two accumulated batches, SGD and a learning rate of 1."""
+@pytest.mark.parametrize(
+    ("heading", "block", "rows"),
+    [("Hugging Face Trainer", 0, 16), (recipe_cases.LARGE_BATCH, 3, 32)],
+)
+def test_hugging_faces_trainer_takes_the_gradient_step_of_the_loss(
+    heading: str, block: int, rows: int, tmp_path: Path
+) -> None:
+    """The step of a recipe with 32 rows in accumulated batches, SGD and a learning rate of 1."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     arguments = transformers.TrainingArguments(
         str(tmp_path), optim="sgd", learning_rate=1.0, lr_scheduler_type="constant", max_steps=1,
-        max_grad_norm=0.0, per_device_train_batch_size=16, gradient_accumulation_steps=2,
+        max_grad_norm=0.0, per_device_train_batch_size=rows, gradient_accumulation_steps=32 // rows,
         report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True,
     )  # fmt: skip
 
     trained, model = recipe_cases.tiny_hugging_face(), recipe_cases.tiny_hugging_face()
     names = {"model": trained, "training_arguments": arguments, "dataset": Samples()}
-    run("Hugging Face Trainer", **names, loss_fn=CyCLIPLoss())
+    run(heading, block, **names, loss_fn=CyCLIPLoss())
     images, tokens = batch()
-    for pixel_values, input_ids in zip(images.split(16), tokens.split(16), strict=True):
+    for pixel_values, input_ids in zip(images.split(rows), tokens.split(rows), strict=True):
         out = model(pixel_values=pixel_values, input_ids=input_ids)
         loss = CyCLIPLoss()(out.image_embeds, out.text_embeds, model.logit_scale.exp())
-        (loss / 2).backward()
+        (loss * rows / 32).backward()
     grads = parameters_to_vector([p.grad for p in model.parameters()])
     before, after = (parameters_to_vector(x.parameters()).detach() for x in (model, trained))
     atol = 1e-5 * float(grads.abs().max())

@@ -1,0 +1,353 @@
+"""`cached_backward` has the gradients, buffers and traffic of one step on the whole batch."""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from pool import Ranks, own_device
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.functional import normalize
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from cyclip_loss import CyCLIPLoss, cached_backward
+
+N, IMAGE_SIZE, TEXT_SIZE = 11, 6, 5
+Names = dict[str, Any]
+
+
+class Model(nn.Module):
+    """Two towers with dropout and normalisations, called with one or two views and negatives."""
+
+    def __init__(self, inner_checkpoint: bool | None = None) -> None:
+        super().__init__()
+        self.image, self.text = (
+            nn.Sequential(
+                nn.Linear(size, 8), nn.LayerNorm(8), nn.BatchNorm1d(8), nn.Dropout(0.1), nn.GELU(),
+                nn.Linear(8, 4),
+            )
+            for size in (IMAGE_SIZE, TEXT_SIZE)
+        )  # fmt: skip
+        # Of shape (1,), because FSDP2 cannot shard 0-dim parameters.
+        self.logit_scale = nn.Parameter(torch.full((1,), 2.0))
+        self.inner_checkpoint = inner_checkpoint  # use_reentrant; None: none
+
+    def features(self, tower: nn.Module, x: Tensor) -> Tensor:
+        if self.inner_checkpoint is not None:
+            hidden = checkpoint(tower[1:], tower[0](x), use_reentrant=self.inner_checkpoint)
+            return normalize(hidden, dim=1)
+        return normalize(tower(x), dim=1)
+
+    def forward(self, images: Tensor, texts: Tensor, *others: Tensor) -> Names:
+        output = {
+            "image_features": self.features(self.image, images),
+            "text_features": self.features(self.text, texts),
+            "logit_scale": self.logit_scale.exp(),
+        }
+        if others:
+            images, texts, negatives = others
+            output["augmented_image_features"] = self.features(self.image, images)
+            output["augmented_text_features"] = self.features(self.text, texts)
+            negative_features = self.features(self.text, negatives.flatten(0, 1))
+            output["negative_text_features"] = negative_features
+        return output
+
+
+def make(training: bool = True, dtype: torch.dtype = torch.float64, **options: Any) -> Model:
+    torch.manual_seed(0)
+    model = Model(**options).to(own_device(), dtype).train(training)
+    for buffer in model.buffers():
+        buffer += 1  # unlike 0 and 1, such statistics change the features
+    return model
+
+
+def inputs(rows: int = N, others: bool = False, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    sizes = [(IMAGE_SIZE,), (TEXT_SIZE,)]
+    if others:
+        sizes += [*sizes, (2, TEXT_SIZE)]
+    made = [torch.randn(rows, *size, generator=generator, dtype=dtype) for size in sizes]
+    return [x.to(own_device()) for x in made]
+
+
+def joined_backward(
+    model: nn.Module, loss_fn: Callable[..., Any], *inputs: Tensor, count: int, **options: Any
+) -> Tensor:
+    """The expected step: one graph of all mini-batches. With a count of 1, the whole batch."""
+    autocast = options.pop("autocast", nullcontext)
+    outputs = []
+    for mini_batch in zip(*(x.tensor_split(count) for x in inputs), strict=True):
+        with autocast():
+            outputs.append(model(*mini_batch))
+    arguments = {
+        name: torch.cat([output[name] for output in outputs]) if value.dim() == 2 else value
+        for name, value in outputs[-1].items()
+    }
+    with autocast():
+        loss = loss_fn(**arguments, **options)
+    loss.backward()
+    return loss.detach()
+
+
+def results(model: nn.Module) -> dict[str, Tensor]:
+    """Gradients and buffers by name, whole on each rank."""
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    found = {}
+    for name, tensor in (grads | dict(model.named_buffers())).items():
+        for wrapper in ("_orig_mod.", "module.", "_fsdp_wrapped_"):
+            name = name.replace(wrapper, "")
+        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        found[name] = tensor.detach().clone()
+    return found
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-9) -> None:
+    """Equal up to rtol times the largest element of all; with the same names."""
+    largest = max(float(x.abs().max()) for x in expected.values())
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=1e-3 * rtol * largest)
+
+
+CASES: dict[str, Names] = {
+    "dropout": {},
+    "whole batch in evaluation": {"training": False, "expected_count": 1},
+    "whole batch in training": {"mini_batch_size": N, "expected_count": 1},
+    "one row": {"training": False, "mini_batch_size": 1, "expected_count": 1},
+    "compiled": {"wrap": lambda model: torch.compile(model, backend="aot_eager")},
+    "inner checkpoints": {"inner_checkpoint": False},
+    "inner reentrant checkpoints": {"inner_checkpoint": True},
+    "views, negatives and ids": {"others": True, "ids": torch.arange(N) % 7},
+    "positives": {"same_ids": "positives", "ids": torch.arange(N) % 7},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_and_buffers_are_those_of_one_graph(name: str) -> None:
+    case = CASES[name].copy()
+    mini_batch_size, wrap = case.pop("mini_batch_size", 4), case.pop("wrap", lambda model: model)
+    count = case.pop("expected_count", -(-N // mini_batch_size))
+    keywords = {"ids": case.pop("ids")} if "ids" in case else {}
+    loss_fn = CyCLIPLoss(same_ids=case.pop("same_ids", "ignored"), reference_batch_size=16)
+    batch = inputs(others=case.pop("others", False))
+    model, expected_model = wrap(make(**case)), make(case.get("training", True))
+    for _ in range(2):  # gradients add up
+        torch.manual_seed(2)
+        expected = joined_backward(expected_model, loss_fn, *batch, count=count, **keywords)
+        after = torch.rand(1)
+        torch.manual_seed(2)
+        loss = cached_backward(model, loss_fn, *batch, mini_batch_size=mini_batch_size, **keywords)
+        assert torch.equal(torch.rand(1), after)
+        torch.testing.assert_close(loss, expected)
+        assert not loss.requires_grad
+    assert_close(results(model), results(expected_model))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_model_runs_compiled_for_one_shape_or_two(in_place: bool) -> None:
+    torch._dynamo.reset()
+    model, counter = make(), CompileCounterWithBackend("aot_eager")
+    compiled = model if in_place else torch.compile(model, backend=counter)
+    if in_place:
+        model.compile(backend=counter)
+    counts = []
+    for rows in (8, 8, 7, 8):
+        cached_backward(compiled, CyCLIPLoss(), *inputs(rows), mini_batch_size=4)
+        counts.append(counter.frame_count)
+    assert counts == [1, 1, 2, 2]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_and_scaler_round_as_in_one_graph(dtype: torch.dtype) -> None:
+    """float32 sums over the mini-batches: one in 16 bits would be off by 1e-3 and more."""
+
+    def autocast() -> torch.autocast:
+        return torch.autocast("cpu", dtype)
+
+    model, expected_model = (make(dtype=torch.float32) for _ in range(2))
+    batch, scale, scaler = inputs(rows=64, dtype=torch.float32), 1.0, None
+    if dtype == torch.float16:
+        scale = 2.0**14
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    in_backward = []
+
+    def loss_fn(**features: Tensor) -> Tensor:
+        assert torch.is_autocast_enabled("cpu")
+        hook = lambda grad: in_backward.append(torch.is_autocast_enabled("cpu"))  # noqa: E731
+        features["image_features"].register_hook(hook)
+        return CyCLIPLoss()(**features)
+
+    torch.manual_seed(2)
+    with autocast():
+        loss = cached_backward(model, loss_fn, *batch, mini_batch_size=4, scaler=scaler)
+    assert in_backward == [False]
+    torch.manual_seed(2)
+    expected = joined_backward(
+        expected_model, lambda **x: scale * CyCLIPLoss()(**x), *batch, count=16, autocast=autocast
+    )
+    torch.testing.assert_close(scale * loss, expected)
+    assert_close(results(model), results(expected_model), rtol=1e-5)
+
+
+def test_a_locked_tower_runs_once_and_the_other_one_is_trained() -> None:
+    model, expected_model = make(), make()
+    calls: list[int] = []
+    for each in (model, expected_model):
+        each.image.requires_grad_(False)
+    model.image[0].register_forward_hook(lambda module, args, output: calls.append(len(output)))
+    torch.manual_seed(2)
+    cached_backward(model, CyCLIPLoss(), *inputs(), mini_batch_size=4)
+    torch.manual_seed(2)
+    joined_backward(expected_model, CyCLIPLoss(), *inputs(), count=3)
+    assert calls == [4, 4, 3]
+    assert_close(results(model), results(expected_model))
+    assert "forward" not in {*vars(model), *vars(model.image)}
+
+
+def test_activations_of_one_mini_batch_are_alive_at_a_time() -> None:
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    most = 0
+
+    def remember(module: nn.Module, args: Any, output: Tensor) -> None:
+        nonlocal most
+        alive.add(output.untyped_storage())
+        most = max(most, len(alive))
+
+    def loss_fn(**arguments: Any) -> Tensor:
+        assert not alive
+        return CyCLIPLoss()(**arguments)
+
+    model = make()
+    model.image[0].register_forward_hook(remember)
+    cached_backward(model, loss_fn, *inputs(), mini_batch_size=3)
+    assert most == 1
+
+
+class Reductions(TorchDispatchMode):
+    """Counts the collectives that DDP and FSDP make with gradients and buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("allreduce_", "broadcast_", "_reduce_scatter_base_"):
+            self.found[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def wrapped(model: Model, wrapper: str) -> nn.Module:
+    if wrapper == "DDP":
+        return DistributedDataParallel(model, bucket_cap_mb=1e-4)
+    if wrapper == "DDP of compiled":
+        return DistributedDataParallel(torch.compile(model, backend="aot_eager"))
+    if wrapper == "FSDP1":
+        options = {"use_orig_params": True, "device_id": own_device()}
+        model.image = FullyShardedDataParallel(model.image, **options)
+        return FullyShardedDataParallel(model, **options)
+    if wrapper == "FSDP2":
+        for part in (model.image[0], model.image, model.text):
+            fully_shard(part)
+        return fully_shard(model)
+    # The scale is outside of DDP.
+    model.image, model.text = map(DistributedDataParallel, (model.image, model.text))
+    return model
+
+
+def on_rank(
+    rank: int,
+    world_size: int,
+    wrapper: str,
+    rows: tuple[int, ...],
+    mini_batch_sizes: tuple[int, ...],
+) -> tuple[dict[str, Tensor], list[Counter[str]]]:
+    """The results of the last step, and the collectives of an ordinary and of a cached step."""
+    model = wrapped(make(training=False), wrapper)
+    loss_fn = CyCLIPLoss(uneven=len(set(rows)) > 1)
+    batch = [x.split(rows)[rank] for x in inputs(sum(rows))]
+    counts = []
+    for cached in (False, False, False, True):  # DDP makes its final buckets before the second step
+        model.zero_grad()
+        if wrapper == "DDP":  # which sends the buffers of rank 0 before the features are computed
+            for buffer in model.buffers():
+                buffer += rank
+        recorder = nullcontext() if "compiled" in wrapper else Reductions()
+        with recorder:
+            if cached:
+                options = {"mini_batch_size": mini_batch_sizes[rank]}
+                cached_backward(model, loss_fn, *batch, **options)
+            else:
+                loss_fn(**model(*batch)).backward()
+        counts.append(getattr(recorder, "found", None))
+    if wrapper == "DDP of towers":
+        torch.distributed.all_reduce(model.logit_scale.grad)
+        model.logit_scale.grad /= world_size
+    if wrapper == "FSDP1":
+        with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+            return results(model), counts[2:]
+    return results(model), counts[2:]
+
+
+@pytest.mark.parametrize(
+    ("rows", "mini_batch_sizes"),
+    [((6, 6), (2, 2)), ((3, 6, 5), (3, 2, 3)), ((1, 7), (2, 2))],
+    ids=["even", "uneven", "a rank without rows in two mini-batches"],
+)
+@pytest.mark.parametrize("wrapper", ["DDP", "DDP of compiled", "DDP of towers", "FSDP1", "FSDP2"])
+def test_ranks_have_the_gradients_and_the_traffic_of_one_step(
+    wrapper: str, rows: tuple[int, ...], mini_batch_sizes: tuple[int, ...], ranks: Ranks
+) -> None:
+    model = make(training=False)
+    joined_backward(model, CyCLIPLoss(), *inputs(sum(rows)), count=1)
+    for found, counts in ranks.run(len(rows), on_rank, wrapper, rows, mini_batch_sizes):
+        assert_close(found, results(model))
+        if "compiled" not in wrapper:
+            plain, cached = counts
+            agreed = Counter(["allreduce_"] if "FSDP" in wrapper else [])
+            assert cached == plain + agreed
+            assert plain.total() >= 2
+
+
+def test_a_mapped_output_terms_and_a_scale_outside_of_the_model() -> None:
+    def features(output: Names) -> tuple[Tensor, ...]:
+        return output["image_features"], output["text_features"]
+
+    found = []
+    for cached in (True, False):
+        model, log_scale = make(training=False), torch.tensor(2.0, requires_grad=True)
+        keywords = {"logit_scale": log_scale.exp(), "output_dict": True}
+        if cached:
+            options = {"mini_batch_size": 4, "output_transform": features} | keywords
+            terms = cached_backward(model, CyCLIPLoss(), *inputs(), **options)
+            assert not any(term.requires_grad for term in terms.values())
+        else:
+            terms = CyCLIPLoss()(*features(model(*inputs())), **keywords)
+            sum(terms.values()).backward()
+        grads = results(model) | {"log_scale": log_scale.grad.double()}
+        found.append(grads | {name: term.detach() for name, term in terms.items()})
+    assert_close(*found)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"mini_batch_size": 0}, ValueError, "mini_batch_size must be at least 1, got 0"),
+        ({"inputs": [torch.ones(3, 6), torch.ones(2, 5)]}, ValueError, r"rows, got \[3, 2\]"),
+        ({"inputs": []}, ValueError, r"rows, got \[\]"),
+        ({"output_transform": lambda output: {"logit_scale": 1.0}}, ValueError, "features"),
+        ({"output_transform": lambda output: output["image_features"]}, ValueError, "a tuple or"),
+        ({"loss_fn": lambda image_features, **_: image_features}, TypeError, "return a scalar"),
+        ({"loss_fn": lambda **_: None}, TypeError, "must return a scalar"),
+    ],
+)  # fmt: skip
+def test_a_wrong_use_is_named(options: Names, error: type[Exception], message: str) -> None:
+    arguments = {"inputs": inputs(), "loss_fn": CyCLIPLoss(), "mini_batch_size": 4} | options
+    with pytest.raises(error, match=message):
+        cached_backward(make(), arguments.pop("loss_fn"), *arguments.pop("inputs"), **arguments)
