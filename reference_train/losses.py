@@ -6,13 +6,14 @@ PENALTY_WEIGHT = 0.25  # of each penalty that a loss has: λ in the paper, secti
 
 
 class Loss(NamedTuple):
-    """A loss: CLIP's contrastive term, and what is added to it."""
+    """A loss: CLIP's or SigLIP's contrastive term, and what is added to it."""
 
     title: str
     colour: str
     inmodal: bool = False  # whether it has the in-modal penalty
     crossmodal: bool = False  # whether it has the cross-modal penalty
     views: str = ""  # the term that compares two views: "contrastive" or "geometric"; "": one view
+    siglip: bool = False  # whether the contrastive term is SigLIP's; such a loss has one view
 
 
 LOSSES = {
@@ -27,4 +28,7 @@ LOSSES = {
     "c-cyclip-views": Loss("C-CyCLIP + views", "#52b788", crossmodal=True, views="contrastive"),
     "i-cyclip-views": Loss("I-CyCLIP + views", "#c08fd0", inmodal=True, views="contrastive"),
     "geometric": Loss("Geometric", "#d9a441", inmodal=True, crossmodal=True, views="geometric"),
+    "siglip": Loss("SigLIP", "#7d5a3c", siglip=True),
+    "cysiglip": Loss("CySigLIP", "#c44569", inmodal=True, crossmodal=True, siglip=True),
+    "c-cysiglip": Loss("C-CySigLIP", "#1b7f79", crossmodal=True, siglip=True),
 }

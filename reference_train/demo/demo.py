@@ -8,22 +8,30 @@ from typing import Any
 
 import torch
 
-from ..command_line import Parser, add_device, whole_number
+from ..command_line import Parser, UsageError, add_device, whole_number
 from ..data.emoji import EMOJI_FOLDER, TRAIN_STYLES, EmojiSet, read_emoji
 from ..data.samples import fingerprint
 from ..evaluate import report
 from ..evaluate.datasets import Dataset, Images
 from ..evaluate.metrics import measure
 from ..files import locked
-from ..losses import LOSSES
+from ..losses import LOSSES, PENALTY_WEIGHT
 from .batches import EmojiBatches
 from .datasets import DATASETS, open_dataset
 from .model import build_model, precision
-from .train import train
+from .train import REFERENCE_BATCH_SIZE, train
 
 PRESETS = {
     "short": {"steps": 620, "batch_size": 256, "lr": 3e-3, "logit_scale": 33.0},
     "long": {"steps": 1500, "batch_size": 256, "lr": 2e-3, "logit_scale": 14.3},
+}
+SIGLIP_LOGIT_SCALE, SIGLIP_LOGIT_BIAS = 10.0, -10.0  # Zhai et al. 2023: at the start of training
+# Settings that an option changes -> the option's word in the names of runs.
+OPTIONS = {
+    "steps": "steps",
+    "batch_size": "batch",
+    "penalty_weight": "lambda",
+    "reference_batch_size": "reference",
 }
 SIMILARITIES_OF = "new concepts, trained styles"  # the dataset of similarities.png
 DESCRIPTION = """\
@@ -48,6 +56,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     text = "short (default): 620 steps, lr 3e-3, logit scale 33; long: 1,500, 2e-3 and 14.3"
     add("--preset", choices=PRESETS, default="short", help=text)
     add("--steps", type=whole_number(1), metavar="N", help="training steps; default: the preset's")
+    text = "concepts in a batch; default: the preset's, 256"
+    add("--batch-size", type=whole_number(1), metavar="N", help=text)
+    text = f"λ of each penalty that the loss has; default: {PENALTY_WEIGHT}"
+    add("--lambda", type=float, metavar="W", dest="penalty_weight", help=text)
+    text = f"the batch size that λ is meant for; default: {REFERENCE_BATCH_SIZE}"
+    add("--reference-batch-size", type=whole_number(1), metavar="N", help=text)
     add_device(parser)
     add("--out", type=Path, metavar="DIR", help="default: runs/PRESET")
     arguments = parser.parse_args(argv)
@@ -65,15 +79,22 @@ def main(argv: Sequence[str]) -> None:
 def train_and_evaluate(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
     """What `main` does, with --out locked."""
     out = arguments.out
-    settings: dict[str, Any] = {**PRESETS[arguments.preset]}
-    if arguments.steps:
-        settings["steps"] = arguments.steps
+    given = {name: value for name in OPTIONS if (value := getattr(arguments, name)) is not None}
+    series = "".join(f"{value:g}-{OPTIONS[name]}-" for name, value in given.items())
+    settings: dict[str, Any] = {
+        **PRESETS[arguments.preset],
+        "penalty_weight": PENALTY_WEIGHT,
+        "reference_batch_size": REFERENCE_BATCH_SIZE,
+        **given,
+    }
     command = shlex.join(["python", "-m", "reference_train", *argv])
     # `start` refuses other settings, so the runs in a folder differ in loss and seed only.
     shards = [str(path) for path in sorted(EMOJI_FOLDER.glob("*.tar.xz"))]
     compared = {**settings, "data": fingerprint(shards), "precision": precision(arguments.device)}
     result = report.start(out, compared, command, arguments.device)
     emoji = read_emoji()
+    if settings["batch_size"] > (concepts := len(emoji.in_split("train"))):
+        raise UsageError(f"--batch-size {settings['batch_size']}: there are {concepts} concepts")
     validation = validation_pairs(emoji)
     datasets = {name: open_dataset(emoji, name) for name in DATASETS}
     result["data_sets"] = {name: report.describe(data) for name, data in datasets.items()}
@@ -82,14 +103,17 @@ def train_and_evaluate(arguments: argparse.Namespace, argv: Sequence[str]) -> No
     seeds, losses = range(arguments.seeds), dict.fromkeys(arguments.loss)
     runs = [(loss, seed) for seed in seeds for loss in losses]
     for count, (loss, seed) in enumerate(runs, start=1):
-        name = f"{arguments.steps}-steps-{loss}-{seed}" if arguments.steps else f"{loss}-{seed}"
+        name = f"{series}{loss}-{seed}"
         if name in result["results"]:
             print(f"{name}: finished before")
             continue
         print(f"run {count} of {len(runs)}: {name}", flush=True)
         config = argparse.Namespace(name=name, loss=loss, seed=seed, **settings)
+        logit_bias = None
+        if LOSSES[loss].siglip:
+            config.logit_scale, logit_bias = SIGLIP_LOGIT_SCALE, SIGLIP_LOGIT_BIAS
         torch.manual_seed(seed)
-        clip = build_model(name, config.logit_scale, arguments.device)
+        clip = build_model(name, config.logit_scale, arguments.device, logit_bias)
         batches = EmojiBatches(emoji, clip.tokenizer, config.batch_size, seed)
         (out / name).mkdir(exist_ok=True)
         trained = train(config, clip, batches, validation, out / name)

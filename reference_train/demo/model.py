@@ -68,12 +68,19 @@ def precision(device: torch.device) -> str:
     return "amp_bf16" if device.type == "cuda" else "fp32"
 
 
-def build_model(name: str, logit_scale: float, device: torch.device) -> Clip:
+def build_model(
+    name: str, logit_scale: float, device: torch.device, logit_bias: float | None = None
+) -> Clip:
     """A model with random weights from torch's global generator.
 
-    logit_scale: the initial scale, exponentiated.
+    logit_scale: the initial scale, exponentiated. logit_bias: the initial bias; None: no bias.
     """
-    model = TinyCLIP(**TINY, init_logit_scale=math.log(logit_scale), output_dict=True)
+    model = TinyCLIP(
+        **TINY,
+        init_logit_scale=math.log(logit_scale),
+        init_logit_bias=logit_bias,
+        output_dict=True,
+    )
     return Clip(
         name,
         model.to(device, memory_format=torch.channels_last),

@@ -14,14 +14,14 @@ from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cyclip_loss import CyclicPenalty, CyCLIPLoss
+from cyclip_loss import CyclicPenalty, CyCLIPLoss, CySigLIPLoss
 
 from ..command_line import RunFailed, UsageError
 from ..evaluate.checkpoints import Clip
 from ..evaluate.datasets import Dataset
 from ..evaluate.metrics import measure
 from ..files import atomic_write
-from ..losses import LOSSES, PENALTY_WEIGHT, Loss
+from ..losses import LOSSES, Loss
 from .batches import EmojiBatches, augment
 from .model import IMAGE_SIZE, MAX_LOGIT_SCALE, normalize
 
@@ -34,13 +34,18 @@ WARMUP_SHARE = 0.1  # of all steps
 VALIDATIONS = 25  # in a run; after each one a checkpoint is saved
 
 
-def between_views_loss(image_features: Sequence[Tensor], text_features: Sequence[Tensor]) -> Tensor:
+def between_views_loss(
+    image_features: Sequence[Tensor], text_features: Sequence[Tensor], loss_fn: CyCLIPLoss
+) -> Tensor:
     """The term that geometric consistency adds to CyCLIP (docs/recipes.md has its formula).
 
     image_features, text_features: the features of the first and of the second views, (N, D) each.
+    loss_fn: its λ and its reference batch size are those of this term.
     """
     inmodal_penalty = CyclicPenalty(
-        PENALTY_WEIGHT, lambda_crossmodal=0, reference_batch_size=REFERENCE_BATCH_SIZE
+        loss_fn.lambda_inmodal,
+        lambda_crossmodal=0,
+        reference_batch_size=loss_fn.reference_batch_size,
     )
     first_similarities, second_similarities = (
         (image * text).sum(dim=1)  # of each pair
@@ -48,7 +53,7 @@ def between_views_loss(image_features: Sequence[Tensor], text_features: Sequence
     )
     pair_gap = F.mse_loss(first_similarities, second_similarities)
     penalties = inmodal_penalty(*image_features) + inmodal_penalty(*text_features)
-    return penalties + PENALTY_WEIGHT * pair_gap
+    return penalties + loss_fn.lambda_inmodal * pair_gap
 
 
 def train(
@@ -56,18 +61,15 @@ def train(
 ) -> dict[str, Any]:
     """Trains `clip.model` in place, and saves `folder/checkpoint.pt`.
 
-    config: name, loss, seed, steps, batch_size, lr, and the initial logit_scale (exponentiated).
+    config: name, loss, seed, steps, batch_size, lr, penalty_weight, reference_batch_size, and the
+        initial logit_scale (exponentiated).
 
     Returns {"seconds": float, "history": [the metrics of each step]}. Raises `RunFailed` if the
     loss is not finite.
     """
     model, path = clip.model, folder / "checkpoint.pt"
     loss = LOSSES[config.loss]
-    loss_fn = CyCLIPLoss(
-        lambda_inmodal=PENALTY_WEIGHT * loss.inmodal,
-        lambda_crossmodal=PENALTY_WEIGHT * loss.crossmodal,
-        reference_batch_size=REFERENCE_BATCH_SIZE,
-    )
+    loss_fn = build_loss(config, loss)
     # Gains, biases and the logit scale do not decay.
     groups = param_groups_weight_decay(model, WEIGHT_DECAY)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, eps=EPS, fused=True)
@@ -82,10 +84,10 @@ def train(
         model.train()
         set_learning_rate(step)
         pixels, tokens = model_inputs(config, clip, data, step)
-        terms, logit_scale = compute_terms(clip, loss, loss_fn, pixels, tokens)
+        terms, logits = compute_terms(clip, loss, loss_fn, pixels, tokens)
         total: Any = sum(terms.values())
         gradient_norm = update(model, optimizer, total)
-        values = {"loss": total, **terms, "logit_scale": logit_scale}
+        values = {"loss": total, **terms, **logits}
         values["gradient_norm"] = gradient_norm
         new_steps.append({name: value.detach() for name, value in values.items()})
         done = step + 1
@@ -98,6 +100,18 @@ def train(
             new_steps = []
     model.eval()
     return {"seconds": progress["seconds"], "history": progress["history"]}
+
+
+def build_loss(config: Namespace, loss: Loss) -> CyCLIPLoss | CySigLIPLoss:
+    """The loss function, with the penalties that the loss has."""
+    penalties = {
+        "lambda_inmodal": config.penalty_weight * loss.inmodal,
+        "lambda_crossmodal": config.penalty_weight * loss.crossmodal,
+        "reference_batch_size": config.reference_batch_size,
+    }
+    if loss.siglip:
+        return CySigLIPLoss(**penalties)
+    return CyCLIPLoss(**penalties)
 
 
 def validate(
@@ -181,26 +195,25 @@ def num_views(loss: Loss) -> int:
 
 
 def compute_terms(
-    clip: Clip, loss: Loss, loss_fn: CyCLIPLoss, pixels: Tensor, tokens: Tensor
-) -> tuple[dict[str, Tensor], Tensor]:
-    """The weighted terms of the loss, and the logit scale."""
+    clip: Clip, loss: Loss, loss_fn: Any, pixels: Tensor, tokens: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weighted terms of the loss; and the logit scale and, if the model has one, the bias."""
     with clip.autocast():
         output = clip.model(pixels, tokens)
     image_features = output["image_features"].chunk(num_views(loss))  # (N, D) for each view
     text_features = output["text_features"].chunk(num_views(loss))
-    logit_scale = output["logit_scale"]
+    # The model returns its bias itself, and the optimizer step changes it.
+    logits = {name: x.clone() for name, x in output.items() if name.startswith("logit_")}
     second_views = {}
     if loss.views == "contrastive":
         second_views = {
             "augmented_image_features": image_features[1],
             "augmented_text_features": text_features[1],
         }
-    terms = loss_fn(
-        image_features[0], text_features[0], logit_scale, output_dict=True, **second_views
-    )
+    terms = loss_fn(image_features[0], text_features[0], **logits, output_dict=True, **second_views)
     if loss.views == "geometric":
-        terms["between_views_loss"] = between_views_loss(image_features, text_features)
-    return terms, logit_scale
+        terms["between_views_loss"] = between_views_loss(image_features, text_features, loss_fn)
+    return terms, logits
 
 
 def update(model: Any, optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:

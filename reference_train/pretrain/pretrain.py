@@ -120,7 +120,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     add = parser.add_argument
     add("--preset", choices=BATCH_SIZES, required=True, help="model, schedule, batch size")
-    losses = [name for name, loss in LOSSES.items() if not loss.views]
+    losses = [name for name, loss in LOSSES.items() if not loss.views and not loss.siglip]
     add("--loss", choices=losses, default="cyclip", help="default: cyclip")
     views.add_flag(parser)
     add("--data", required=True, metavar="SHARDS", help="tar files (braces allowed), or a folder")

@@ -16,7 +16,7 @@ from reference_train.demo import demo
     ("arguments", "message"),
     [
         ("--seeds many", "--seeds: must be a whole number >= 1, not many"),
-        ("--loss siglip", "--loss: invalid choice: 'siglip'"),
+        ("--loss coca", "--loss: invalid choice: 'coca'"),
         ("--preset tiny", "--preset: invalid choice: 'tiny'"),
         ("pretrain", "the following arguments are required: --preset, --data"),
         ("--device cuda:99", "--device: cuda:99"),

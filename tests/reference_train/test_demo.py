@@ -15,6 +15,7 @@ from PIL import Image
 from processes import held_by_another_process
 from tars import png, write_tar
 
+from cyclip_loss import CyCLIPLoss
 from reference_train import __main__ as cli
 from reference_train.command_line import RunFailed, UsageError
 from reference_train.data.emoji import ALL_STYLES, SHIFT_STYLES, TRAIN_STYLES, read_emoji
@@ -24,6 +25,7 @@ from reference_train.demo.batches import EmojiBatches, augment
 from reference_train.demo.model import TINY, build_model
 from reference_train.evaluate import report
 from reference_train.evaluate.report import read_evaluation
+from reference_train.losses import LOSSES
 
 SHORT = {**command.PRESETS["short"], "steps": 5, "batch_size": 8}  # an epoch has two
 # The terms of each loss, except the contrastive one.
@@ -37,6 +39,9 @@ TERMS = {
     "c-cyclip-views": "inmodal_contrastive crossmodal_cyclic",
     "i-cyclip-views": "inmodal_contrastive inmodal_cyclic",
     "geometric": "inmodal_cyclic crossmodal_cyclic between_views",
+    "siglip": "",
+    "cysiglip": "inmodal_cyclic crossmodal_cyclic",
+    "c-cysiglip": "crossmodal_cyclic",
 }
 CONCEPTS = 24  # 16 to train on, 4 for validation, 4 for test
 
@@ -111,7 +116,7 @@ def test_a_run_is_measured_on_every_data_set_in_the_styles_of_the_set(finished: 
 
 def test_the_table_has_a_column_for_each_loss(finished: Path) -> None:
     heads = "CLIP (2) | CyCLIP (2) | C-CyCLIP | I-CyCLIP | CLIP + views | CyCLIP + views"
-    heads += " | C-CyCLIP + views | I-CyCLIP + views | Geometric"
+    heads += " | C-CyCLIP + views | I-CyCLIP + views | Geometric | SigLIP | CySigLIP | C-CySigLIP"
     assert f"| {heads} | chance | n |" in (finished / "table.md").read_text()
     for picture in ("picture.png", "similarities.png"):
         assert (finished / picture).stat().st_size > 10_000
@@ -150,13 +155,42 @@ def test_the_steps_flag_overrides_the_preset_and_is_in_the_runs_name(tmp_path: P
         demonstrate("--loss", "clip", "--out", tmp_path)
 
 
+def test_siglip_trains_with_a_bias_and_with_the_lambda_of_the_flags(tmp_path: Path) -> None:
+    flags = ("--lambda", 0.5, "--reference-batch-size", 4, "--batch-size", 6)
+    demonstrate_without_pictures("--loss", "siglip", "cysiglip", *flags, "--out", tmp_path)
+    result = read_evaluation(tmp_path)
+    for loss in ("siglip", "cysiglip"):
+        name = f"6-batch-0.5-lambda-4-reference-{loss}-0"
+        run, first = result["checkpoints"][name], result["history"][name][0]
+        assert (run["logit_scale"], first["logit_scale"]) == (10, pytest.approx(10))
+        assert (run["batch_size"], first["logit_bias"]) == (6, pytest.approx(-10))
+        biases = {line["logit_bias"] for line in result["history"][name]}
+        assert len(biases) == 5  # it is trained
+
+
+@pytest.mark.parametrize("loss", [name for name in LOSSES if LOSSES[name].siglip])
+def test_siglip_with_penalties_is_the_sum_of_its_terms(loss: str) -> None:
+    config = Namespace(penalty_weight=0.5, reference_batch_size=4)
+    images, texts = torch.nn.functional.normalize(torch.randn(2, 9, 5), dim=-1)
+    scale, bias = torch.tensor(10.0), torch.tensor(-10.0)
+    loss_fn = train.build_loss(config, LOSSES[loss])
+    terms = loss_fn(images, texts, logit_scale=scale, logit_bias=bias, output_dict=True)
+    signs = 2 * torch.eye(9) - 1
+    expected = torch.nn.functional.softplus(-signs * (10 * images @ texts.T - 10)).sum() / 9
+    torch.testing.assert_close(terms["contrastive_loss"], expected)
+    weights = [0.5 * LOSSES[loss].inmodal, 0.5 * LOSSES[loss].crossmodal]
+    penalty = cyclic_penalty(images, texts, *weights, reference_batch_size=4)
+    torch.testing.assert_close(sum(terms.values()), expected + penalty)
+
+
 def test_gaps_between_views_equal_their_formula() -> None:
     images, texts = torch.nn.functional.normalize(torch.randn(2, 2, 9, 5), dim=-1)
     image_gap = (images[0] @ images[0].T - images[1] @ images[1].T).square().mean()
     text_gap = (texts[0] @ texts[0].T - texts[1] @ texts[1].T).square().mean()
     pair_gap = ((images[0] * texts[0]).sum(dim=1) - (images[1] * texts[1]).sum(dim=1)).square()
     expected = 0.25 * (256 * (image_gap + text_gap) + pair_gap.mean())
-    torch.testing.assert_close(train.between_views_loss(images, texts), expected)
+    loss_fn = CyCLIPLoss(0.25, 0.25, reference_batch_size=256)
+    torch.testing.assert_close(train.between_views_loss(images, texts, loss_fn), expected)
 
 
 @pytest.mark.parametrize("name", datasets.DATASETS)
