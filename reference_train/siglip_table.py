@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
-from .evaluate.records import Result, read_evaluation
+from .evaluate.report import Result, read_evaluation
 from .losses import LOSSES
 
 SETTINGS = ("steps", "batch_size", "reference_batch_size", "lr", "loss", "penalty_weight", "seed")
@@ -21,7 +21,7 @@ METRICS = {
         "trained concepts, new styles": "trained concepts, new styles",
         "new concepts, trained styles": "new concepts, trained styles",
         "new concepts, new styles": "new concepts, new styles",
-        "trained concepts, black and white": "trained concepts, drawn black",
+        "trained concepts, black and white": "trained concepts, black and white",
     }.items()
     for metric in ("top1", "subgroup_top1", "text_to_image_r1")
 }

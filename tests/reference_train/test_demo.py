@@ -5,6 +5,7 @@ import os
 import signal
 from contextlib import redirect_stdout
 from functools import lru_cache
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from PIL import Image
 from processes import held_by_another_process
 from tars import png, write_tar
 
-from cyclip_loss import CyCLIPLoss
+from cyclip_loss import CyclicPenalty, CyCLIPLoss
 from reference_train import __main__ as cli
 from reference_train.command_line import RunFailed, UsageError
 from reference_train.data.emoji import ALL_STYLES, SHIFT_STYLES, TRAIN_STYLES, read_emoji
@@ -179,7 +180,7 @@ def test_siglip_with_penalties_is_the_sum_of_its_terms(loss: str) -> None:
     expected = torch.nn.functional.softplus(-signs * (10 * images @ texts.T - 10)).sum() / 9
     torch.testing.assert_close(terms["contrastive_loss"], expected)
     weights = [0.5 * LOSSES[loss].inmodal, 0.5 * LOSSES[loss].crossmodal]
-    penalty = cyclic_penalty(images, texts, *weights, reference_batch_size=4)
+    penalty = CyclicPenalty(*weights, reference_batch_size=4)(images, texts)
     torch.testing.assert_close(sum(terms.values()), expected + penalty)
 
 
