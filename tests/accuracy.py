@@ -31,8 +31,9 @@ from inputs import (
 )
 from rounding import bounds
 from torch import Tensor
+from torch.nn.functional import softplus
 
-from cyclip_loss import CyclicPenalty, CyCLIPLoss, reference
+from cyclip_loss import CyclicPenalty, CyCLIPLoss, contrastive_logsumexp, reference
 
 NAMES = ("value", "image", "text", "logit_scale")
 TIMES_PYTORCH, ROUNDINGS = 3.0, 4.0
@@ -56,26 +57,29 @@ def results(loss, image: Tensor, text: Tensor, logit_scale: Tensor, upstream=1.0
 
 
 def evaluate(
-    case: Case, features: Tensors, impl: str, device: Device, ids=None, **across_ranks: Any
+    case: Case,
+    features: Tensors,
+    impl: str,
+    device: Device,
+    ids: Tensor | None = None,
+    autocast: torch.dtype | None = None,
+    **across_ranks: Any,
 ) -> tuple[Tensors, Grads]:
-    """The loss's terms (or sum) and all gradients, by name. Asserts that no input is changed."""
+    """The loss's terms (or sum) and all gradients, by name. Asserts that no input is changed.
+
+    autocast: the dtype of autocast in forward. Backward runs outside of it, as PyTorch advises.
+    """
     given = features | {"logit_scale": case.scale(device)}
     leaves = {
         name: tensor.detach().requires_grad_(name not in case.frozen)
         for name, tensor in given.items()
     }
     copies = {name: leaf.detach().clone() for name, leaf in leaves.items()}
-    options = {"reference_batch_size": case.reference_batch_size, "impl": impl}
-    image, text, scale = (leaves[name] for name in NAMES[1:])
+    enabled = {"dtype": autocast, "enabled": autocast is not None}
     with pytest.MonkeyPatch.context() as monkeypatch:
         set_strip_rows(monkeypatch, case.strip_rows)
-        if case.penalties_alone:
-            terms = CyclicPenalty(*case.lambdas, **options)(image, text, case.output_dict)
-        else:
-            others = {ARGUMENT_NAMES[name]: leaves[name] for name in ARGUMENT_NAMES.keys() & leaves}
-            loss = CyCLIPLoss(*case.lambdas, **options, **case.id_options, **across_ranks)
-            terms = loss(image, text, scale, None, case.output_dict, ids=ids, **others)
-        terms = one_contrastive_term(terms) if case.output_dict else {"loss": terms}
+        with torch.autocast(torch.device(device).type, **enabled):
+            terms = forward(case, leaves, impl, ids, **across_ranks)
         weights = dict(zip(TERMS, case.weights, strict=True)) | {"loss": case.upstream[0]}
         found = {name: term.detach().clone() for name, term in terms.items()}
         for name, term in terms.items():
@@ -83,8 +87,28 @@ def evaluate(
         total = sum(terms.values())
         if total.requires_grad:
             total.backward()
-    assert all(torch.equal(leaf, copies[name]) for name, leaf in leaves.items())
+    for name, leaf in leaves.items():
+        assert torch.equal(leaf, copies[name]), f"{name} was changed"
     return found, {name: leaf.grad for name, leaf in leaves.items()}
+
+
+def forward(
+    case: Case, leaves: Tensors, impl: str, ids: Tensor | None, **across_ranks: Any
+) -> Tensors:
+    """The loss's terms (or sum), by name."""
+    image, text, scale = (leaves[name] for name in NAMES[1:])
+    others = {ARGUMENT_NAMES[name]: leaves[name] for name in ARGUMENT_NAMES.keys() & leaves}
+    options = {"reference_batch_size": case.reference_batch_size, "impl": impl}
+    if case.composed:
+        options = {"ids": ids, "impl": impl, **others, **across_ranks}
+        row, column, pair = contrastive_logsumexp(image, text, scale, **options)
+        terms = (softplus(row - pair) + softplus(column - pair)).mean() / 2
+    elif case.penalties_alone:
+        terms = CyclicPenalty(*case.lambdas, **options)(image, text, case.output_dict)
+    else:
+        loss = CyCLIPLoss(*case.lambdas, **options, **case.id_options, **across_ranks)
+        terms = loss(image, text, scale, None, case.output_dict, ids=ids, **others)
+    return one_contrastive_term(terms) if case.output_dict else {"loss": terms}
 
 
 def one_contrastive_term(terms: Tensors) -> Tensors:

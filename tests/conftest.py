@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from multiprocessing import get_context
@@ -27,6 +28,9 @@ from pool import Ranks
 
 from cyclip_loss import numerics
 
+# Their assertions, too, show the values that they compare.
+pytest.register_assert_rewrite("accuracy", "launches", "rank_cases", "recipe_cases")
+
 HAS_TRITON = find_spec("triton") is not None
 needs_triton = pytest.mark.triton
 needs_interpreter = pytest.mark.triton("interpreted")
@@ -42,10 +46,17 @@ NEEDS = {
 }
 collect_ignore = [file for file, packages in NEEDS.items() if None in map(find_spec, packages)]
 
-# Hypothesis draws the same examples in every run, so a test fails only if the code changed.
-# `inputs.py` says why the examples do not depend on which tests are collected.
-settings.register_profile("ci", derandomize=True, deadline=None, max_examples=30)
-settings.load_profile("ci")
+# By default Hypothesis draws the same examples in every run, so a test fails only if the code
+# changed. `inputs.py` says why they do not depend on which tests are collected. The workflow
+# "Nightly" draws others, with --hypothesis-profile=nightly.
+settings.register_profile("fast", derandomize=True, deadline=None, max_examples=30)
+settings.register_profile("nightly", deadline=None, max_examples=300, print_blob=True)
+settings.load_profile("fast")
+
+
+def examples(share: float) -> settings:
+    """The number of a test's examples, relative to the profile's."""
+    return settings(max_examples=max(1, round(share * settings.default.max_examples)))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -64,6 +75,13 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # macOS has no Triton. All else that the whole suite needs is in the extras.
+    missing = {file for file in collect_ignore if NEEDS[file] != ("triton",)}
+    if sys.platform == "linux":
+        missing = set(collect_ignore)
+    runs_all = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    if os.environ.get("CI") and runs_all and missing:
+        raise pytest.UsageError(f"in CI a package that tests need is missing: {missing}")
     # Triton reads TRITON_INTERPRET when it is imported. Test files or the kernels import it later.
     assert "triton" not in sys.modules
     interpreted = not config.getoption("--device").startswith("cuda")
@@ -163,25 +181,32 @@ def uninterpreted() -> Iterator[Executor]:
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TRITON_INTERPRET", "0")
-            process.submit(int).result()  # it starts now
+            process.submit(int).result(timeout=900)  # it starts now
         yield process
 
 
-@pytest.fixture
-def unverified_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Make `auto` use the kernels on the CPU as on a GPU. No form of a kernel is verified yet."""
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make `auto` use the kernels on the CPU as on a GPU. No layout is verified yet."""
     from cyclip_loss import engines, kernels, usage_warnings  # the kernels need Triton
+
+    monkeypatch.setattr(engines, "architecture", lambda device: "sm_90")
+    for config, size in ((kernels.configs.SUM, 4), (kernels.configs.PAIR_TERMS, 32)):
+        for sizes in (config.tile, config.kwargs):  # sums take several blocks
+            monkeypatch.setitem(sizes, "BLOCK", size)
+    monkeypatch.setattr(
+        engines, "verified_kernels", lru_cache(engines.verified_kernels.__wrapped__)
+    )
+    monkeypatch.setattr(usage_warnings, "_warned", set())
+
+
+@pytest.fixture
+def unverified_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`pretend_gpu`, for a test."""
+    from cyclip_loss import kernels
 
     if not kernels.INTERPRETED:
         pytest.skip("pretends that the CPU is a GPU")
-    monkeypatch.setattr(engines, "architecture", lambda device: "sm_90")
-    monkeypatch.setitem(kernels.configs.SUM.kwargs, "BLOCK", 4)  # sums take several blocks
-    monkeypatch.setitem(kernels.configs.PAIRS.kwargs, "BLOCK", 32)
-    monkeypatch.setitem(kernels.configs.PAIRS.tile, "BLOCK", 32)
-    engines.verified_kernels.cache_clear()
-    usage_warnings._warned.clear()
-    yield
-    engines.verified_kernels.cache_clear()
+    pretend_gpu(monkeypatch)
 
 
 @contextmanager
@@ -211,8 +236,8 @@ def set_strip_rows(monkeypatch: pytest.MonkeyPatch, rows: int | None) -> None:
             for name in ("contrastive_lse", "contrastive_grads", "gram_matrices")
         )
         for config, size, value in (
-            (configs.JOIN, "TILES", 2),
-            (configs.PAIRS, "BLOCK", 32),
+            (configs.JOIN_LSE, "TILES", 2),
+            (configs.PAIR_TERMS, "BLOCK", 32),
             (configs.SUM, "BLOCK", 2),
         ):
             for sizes in (config.tile, config.kwargs):  # `kwargs` is a copy, made once

@@ -11,7 +11,7 @@ from hypothesis import example
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cyclip_loss import cyclip_loss
+from cyclip_loss.reference import contrastive_loss
 
 Device = torch.device | str
 Tensors = dict[str, Tensor]
@@ -57,6 +57,7 @@ class Case:
     reference_batch_size: int | None = None
     views: bool = False  # with augmented features
     penalties_alone: bool = False
+    composed: bool = False  # the contrastive term alone, from `contrastive_logsumexp`
     output_dict: bool = False
     frozen: frozenset[str] = frozenset()  # inputs without gradient
     # The upstream gradients of the three terms. If a call returns their sum, it has the first one.
@@ -238,6 +239,5 @@ class PlainClip(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.ones((), device="cpu"))
 
     def forward(self, image_features, text_features, logit_scale, output_dict=False):
-        lambdas = {"lambda_inmodal": 0, "lambda_crossmodal": 0}
-        loss = cyclip_loss(image_features, text_features, logit_scale, **lambdas)
+        loss = contrastive_loss(image_features, text_features, logit_scale)
         return {"contrastive_loss": loss} if output_dict else loss

@@ -21,7 +21,7 @@ import torch
 from inputs import NEGATIVES, TERMS, Case, Tensors, exact_on_host, loss_dtype
 from torch import Tensor
 
-from cyclip_loss import numerics, reference
+from cyclip_loss import reference
 
 FLOAT64, FLOAT32 = torch.finfo(torch.float64).eps, torch.finfo(torch.float32).eps
 TF32 = 2.0**-10
@@ -42,7 +42,7 @@ def bounds(case: Case, features: Tensors, impl: str, tf32: bool) -> Tensors:
     The gradients are those of the sum of all terms, each times its upstream gradient.
     """
     eps = engine_eps(impl, features["image"], tf32)
-    g_is_rounded = impl == "eager" and numerics.has_wide_products(features["image"])
+    g_is_rounded = impl == "eager" and has_wide_products(features["image"])
     exact = {name: exact_on_host(tensor) for name, tensor in features.items()}
     upstream = [case.world_size * weight for weight in case.weights]
     found = dict.fromkeys((*TERMS, *features, "logit_scale"), 0.0)
@@ -73,6 +73,11 @@ def bounds(case: Case, features: Tensors, impl: str, tf32: bool) -> Tensors:
     return {name: FACTOR * bound for name, bound in found.items()}
 
 
+def has_wide_products(features: Tensor) -> bool:
+    """Whether the eager engine may multiply these features in 16 bits, as CUDA can."""
+    return features.is_cuda and features.dtype.itemsize == 2
+
+
 def engine_eps(impl: str, features: Tensor, tf32: bool = False) -> Eps:
     """The precision with which an engine computes with these features.
 
@@ -88,7 +93,7 @@ def engine_eps(impl: str, features: Tensor, tf32: bool = False) -> Eps:
     eps = torch.finfo(loss_dtype(dtype)).eps
     if tf32 and dtype != torch.float64:
         eps = max(eps, TF32)
-    return Eps(eps, torch.finfo(dtype).eps if numerics.has_wide_products(features) else eps, eps)
+    return Eps(eps, torch.finfo(dtype).eps if has_wide_products(features) else eps, eps)
 
 
 def growth(d: int, eps: float) -> float:

@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import pages
 import pytest
 import torch
 import torch.distributed as dist
@@ -31,14 +32,9 @@ class Towers(nn.Module):
         return image, text, self.log_scale.exp()
 
 
-def run(page: str, index: int = 0, **names: Any) -> dict[str, Any]:
-    """Run block number `index` of a page with these variables, and return all of its variables."""
-    text = (ROOT / page).read_text()
-    block = re.findall(r"^( *)```python\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE)[index]
-    indent, code = block
-    code = re.sub(f"^{indent}", "", code, flags=re.MULTILINE)
-    exec(compile(code, page, "exec"), names)
-    return names
+def run(page: str, **names: Any) -> dict[str, Any]:
+    """Run the first block of a page."""
+    return pages.run(pages.blocks(page)[0][1], page, **names)
 
 
 def inputs() -> dict[str, Any]:

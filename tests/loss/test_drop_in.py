@@ -50,7 +50,8 @@ def test_training_without_penalties_equals_training_with_clip_loss(device: torch
 def test_keywords_attributes_and_arguments_of_clip_loss_are_accepted(given: dict) -> None:
     """The first arguments of `forward` are ClipLoss's."""
     ours, theirs = CyCLIPLoss(**given), open_clip.ClipLoss(**given)
-    assert all(getattr(ours, name) == getattr(theirs, name) for name in OPENCLIP_KEYWORDS)
+    for name in OPENCLIP_KEYWORDS:
+        assert getattr(ours, name) == getattr(theirs, name), name
     ours.load_state_dict(theirs.state_dict())  # both have none
     our_arguments, their_arguments = (
         [(argument.name, argument.default) for argument in signature.parameters.values()]

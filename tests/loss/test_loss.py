@@ -1,19 +1,28 @@
-"""The loss against its definition in float64, the definition itself, NaN, and matmul precision."""
+"""Accuracy of the loss in every dtype, layout and geometry; the definition itself; precision."""
 
 import math
 
 import pytest
+import rounding
 import torch
 from accuracy import check_loss, check_loss_against_pytorch
-from conftest import needs_triton, setting
-from hypothesis import example, given, settings
+from conftest import examples, needs_triton, setting
+from hypothesis import given
 from hypothesis import strategies as st
-from inputs import ARGUMENT_NAMES, DTYPES, VIEWS, Case, cases, for_kernels, pairs, with_cases
+from inputs import (
+    ARGUMENT_NAMES,
+    DTYPES,
+    VIEWS,
+    Case,
+    cases,
+    for_kernels,
+    pairs,
+    with_cases,
+)
 from torch import Tensor
 
-from cyclip_loss import CyclicPenalty, CyCLIPLoss, cyclic_penalty, cyclip_loss, numerics, reference
+from cyclip_loss import CyclicPenalty, CyCLIPLoss, numerics, reference
 
-NO_PENALTIES = {"lambda_inmodal": 0, "lambda_crossmodal": 0}
 TERMS_WEIGHTED = {"output_dict": True, "upstream": (3.0, -0.5, 2.0)}
 FULL = TERMS_WEIGHTED | {"views": True, "lambdas": (0.25, 0.5)}
 IMAGE, TEXT, TOWERS = frozenset(["image"]), frozenset(["text"]), frozenset(["image", "text"])
@@ -72,7 +81,7 @@ ORDINARY = [
 ]
 
 
-@settings(max_examples=150)
+@examples(4)
 @given(case=cases())
 @with_cases(HARD)
 def test_eager_engine_is_accurate_in_each_element(case: Case, device: torch.device) -> None:
@@ -80,7 +89,7 @@ def test_eager_engine_is_accurate_in_each_element(case: Case, device: torch.devi
 
 
 @needs_triton
-@settings(max_examples=60)
+@examples(1.5)
 @given(
     case=cases(
         dtype=st.sampled_from(DTYPES[1:]),
@@ -116,9 +125,10 @@ def test_a_penalty_without_weight_has_a_zero_gradient(n: int, impl: str, device)
 def test_ids_of_each_integer_dtype_give_the_same_loss(dtype: torch.dtype, device) -> None:
     image, text = pairs(9, 4, device=device)
     ids = torch.arange(9, device=device) % 5
-    expected = cyclip_loss(image, text, 10.0, ids=ids)
-    assert torch.equal(cyclip_loss(image, text, 10.0, ids=ids.to(dtype)), expected)
-    assert expected != cyclip_loss(image, text, 10.0)
+    loss = CyCLIPLoss()
+    expected = loss(image, text, 10.0, ids=ids)
+    assert torch.equal(loss(image, text, 10.0, ids=ids.to(dtype)), expected)
+    assert expected != loss(image, text, 10.0)
 
 
 @pytest.mark.parametrize("weight", [None, 0, 0.7])
@@ -126,11 +136,12 @@ def test_the_inmodal_contrastive_term_has_its_weight(weight: float | None, devic
     case = Case(9, 6, WIDE, views=True)
     features, inputs = case.features(device), case.inputs(device)
     options = {ARGUMENT_NAMES[name]: features[name] for name in VIEWS}
-    options["inmodal_contrastive_weight"] = weight
-    terms = cyclip_loss(*inputs, output_dict=True, **options)
-    torch.testing.assert_close(terms, reference.cyclip_loss(*inputs, **options))
-    torch.testing.assert_close(sum(terms.values()), cyclip_loss(*inputs, **options))
-    assert "inmodal_contrastive_loss" not in cyclip_loss(*inputs, output_dict=True)
+    loss = CyCLIPLoss(inmodal_contrastive_weight=weight)
+    terms = loss(*inputs, output_dict=True, **options)
+    expected = reference.cyclip_loss(*inputs, **options, inmodal_contrastive_weight=weight)
+    torch.testing.assert_close(terms, expected)
+    torch.testing.assert_close(sum(terms.values()), loss(*inputs, **options))
+    assert "inmodal_contrastive_loss" not in loss(*inputs, output_dict=True)
 
 
 def test_the_definition_matches_values_computed_by_hand_and_has_second_derivatives() -> None:
@@ -150,67 +161,17 @@ def test_the_definition_matches_values_computed_by_hand_and_has_second_derivativ
     )
 
 
-@settings(max_examples=10)
-@given(
-    n=st.integers(1, 9),
-    d=st.integers(1, 6),
-    bad=st.sampled_from([torch.nan, torch.inf, -torch.inf]),
-    name=st.sampled_from(["image", "text", *VIEWS]),
-    row=st.integers(0, 8),
-    column=st.integers(0, 5),
-    sign=st.sampled_from([1, -1, None]),
-    seed=st.integers(0, 99),
-)
-@example(n=1, d=1, bad=torch.inf, name="image", row=0, column=0, sign=1, seed=0)
-@example(n=1, d=3, bad=torch.inf, name="image_view", row=0, column=0, sign=1, seed=0)
-@example(n=6, d=2, bad=-torch.inf, name="text", row=5, column=1, sign=1, seed=0)
-def test_nan_and_infinity_never_give_a_finite_loss(
-    n, d, bad, name, row, column, sign, seed, impl, device
-) -> None:
-    """The bad value is in any tower or view, and is multiplied by features of any sign."""
-    features = Case(n, d, views=True, seed=seed).features(device)
-    if sign is not None:  # all images are positive, all texts have this sign
-        for other, values in features.items():
-            features[other] = values.abs() * (sign if "text" in other else 1)
-    features[name][row % n, column % d] = bad
-    both = features["image"], features["text"]
-    views = {ARGUMENT_NAMES[view]: features[view] for view in VIEWS}
-    terms = [cyclip_loss(*both, 10.0, **NO_PENALTIES, **views, impl=impl)]
-    if name not in VIEWS:
-        terms += [
-            *cyclip_loss(*both, 10.0, None, True, impl=impl).values(),
-            cyclip_loss(*both, 10.0, impl=impl),
-            cyclip_loss(*both, 10.0, **NO_PENALTIES, impl=impl),
-        ]
-        for lambdas in ((0.25, 0.25), (0.25, 0), (0, 0.25)):
-            terms.append(cyclic_penalty(*both, *lambdas, impl=impl))
-    assert not any(term.isfinite() for term in terms), terms
-
-
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("name", ["negative_text_features", "negative_image_features"])
-def test_an_extra_negative_that_is_not_finite_never_gives_a_finite_loss(
-    name: str, bad: float, impl: str, device: torch.device
-) -> None:
-    """A logit of -inf alone would leave the loss finite."""
-    features = torch.tensor([[1.0, 0.0], [0.8, 0.6]], device=device)
-    negatives = torch.tensor([[bad, -1.0]], device=device)
-    loss = cyclip_loss(features, features, 10.0, **{name: negatives}, impl=impl)
-    assert not loss.isfinite()
-    assert cyclip_loss(features, features, 10.0, **{name: negatives[:0]}, impl=impl).isfinite()
-
-
 @pytest.mark.parametrize("d", [4, 2], ids=["dense", "streamed"])
-def test_one_infinite_logit_makes_the_loss_nan(impl: str, d: int, device: torch.device) -> None:
-    """It belongs to a pair, which would look perfectly matched, or to a negative. A NaN scale makes
-    the loss NaN, too.
+def test_one_infinite_logit_gives_no_finite_loss(impl: str, d: int, device: torch.device) -> None:
+    """It belongs to a pair, which would look perfectly matched, or to a negative. A scale of NaN
+    gives none, either.
     """
-    options = NO_PENALTIES | {"impl": impl}
+    clip = CyCLIPLoss(0, 0, impl=impl)
     for row in (0, 1):
         image, text = torch.eye(5, d, device=device), torch.eye(5, d, device=device)
         image[row, 0] = text[0, 0] = 1e30
-        assert cyclip_loss(image, text, 1.0, **options).isnan()
-        assert cyclip_loss(image / 1e30, text / 1e30, torch.tensor(torch.nan), **options).isnan()
+        assert not clip(image, text, 1.0).isfinite()
+        assert clip(image / 1e30, text / 1e30, torch.tensor(torch.nan)).isnan()
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
@@ -244,7 +205,8 @@ def test_16_bit_matrices_multiplied_into_float32_are_accurate(
     for name in ("mm", "addmm"):
         monkeypatch.setattr(torch, name, widening(name, getattr(torch, name)))
     monkeypatch.setattr(numerics, "_try_wide_products", numerics._try_wide_products.__wrapped__)
-    monkeypatch.setattr(numerics, "has_wide_products", lambda x: x.element_size() == 2)
+    for module in (numerics, rounding):
+        monkeypatch.setattr(module, "has_wide_products", lambda x: x.element_size() == 2)
     for frozen in ([], ["image"], ["text"]):
         given = {"lambdas": (0.0, 0.0), "strip_rows": 7, "frozen": frozenset(frozen)}
         for logit_scale in (10.0, 100.0):

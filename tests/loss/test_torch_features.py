@@ -8,11 +8,12 @@ from unittest.mock import Mock
 import pytest
 import torch
 from accuracy import evaluate, results
+from conftest import examples
 from functorch.compile import make_boxed_func
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from inputs import Case, Grads, PlainClip, Tensors, cases
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_map_only
@@ -21,17 +22,13 @@ from cyclip_loss import (
     CyclicPenalty,
     CyCLIPLoss,
     WithCyclicPenalty,
-    caption_ids,
-    contrastive_logsumexp,
-    cyclic_penalty,
-    cyclip_loss,
 )
 
 # Small, as the modes do not depend on the number of tiles, and interpreted tiles are slow.
 FEW = st.integers(1, 20)
 
 
-@settings(max_examples=6)
+@examples(0.2)
 @given(case=cases(n=FEW, d=FEW, negatives=st.tuples(*[st.sampled_from([None, None, 0, 1, 9])] * 2)))
 @example(case=Case(30, 6, views=True))
 @example(case=Case(10, 30, torch.float64))
@@ -61,15 +58,21 @@ def test_autocast_casts_only_features_and_other_modes_change_no_bit(
     for name, grad in grads.items():
         if grad is not None and name != "logit_scale":
             grads[name] = grad.to(case.dtype)
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        torch.testing.assert_close(step(features), (terms, grads), **same_bits)
+    under_autocast = evaluate(
+        case, features, impl, device, case.ids(device), autocast=torch.bfloat16
+    )
+    torch.testing.assert_close(under_autocast, (terms, grads), **same_bits)
+
+
+LOSSES = [CyCLIPLoss(0, 0), CyclicPenalty(), CyCLIPLoss(0.5, 0.25)]
 
 
 @pytest.mark.parametrize(("n", "d"), [(30, 6), (10, 30)], ids=["streamed", "dense"])
 def test_a_second_backward_has_the_same_bits_and_second_derivatives_raise(
     impl: str, n: int, d: int, device: torch.device
 ) -> None:
-    for loss in (CyCLIPLoss(0, 0), CyclicPenalty(), CyCLIPLoss(0.5, 0.25)):
+    """The dense form is plain PyTorch, so it has the second derivatives of the definition."""
+    for loss in map(copy.copy, LOSSES):
         loss.impl = impl
         leaves = Case(n, d).leaves(device)[: 2 if type(loss) is CyclicPenalty else 3]
         value = loss(*leaves)
@@ -77,14 +80,21 @@ def test_a_second_backward_has_the_same_bits_and_second_derivatives_raise(
         in_grad_mode = torch.autograd.grad(value, leaves, create_graph=True)
         torch.testing.assert_close(second, first, rtol=0, atol=0)
         torch.testing.assert_close(in_grad_mode, first, rtol=0, atol=0)
-        for grad in in_grad_mode:
-            with pytest.raises(RuntimeError, match="first derivatives only"):
-                (value + grad.square().sum()).backward(retain_graph=True)
         # Also with respect to a weight of the loss, as GradNorm does.
         weight = torch.ones((), device=device, requires_grad=True)
-        for grad in torch.autograd.grad(weight * loss(*leaves), leaves, create_graph=True):
+        weighted = torch.autograd.grad(weight * loss(*leaves), leaves, create_graph=True)
+        for inputs, grads in ((leaves, in_grad_mode), ([weight], weighted)):
+            penalty = sum(grad.square().sum() for grad in grads)
+            if impl == "eager" and n < d:
+                assert any(x.any() for x in torch.autograd.grad(penalty, inputs, retain_graph=True))
+                continue
             with pytest.raises(RuntimeError, match="first derivatives only"):
-                torch.autograd.grad(grad.square().sum(), weight, retain_graph=True)
+                torch.autograd.grad(penalty, inputs, retain_graph=True)
+
+
+def test_small_batches_have_the_second_derivatives_of_the_definition(device) -> None:
+    inputs = Case(4, 3, torch.float64).leaves(device)
+    assert torch.autograd.gradgradcheck(CyCLIPLoss(0.5, 0.25), inputs)
 
 
 def test_compiled_code_runs_the_kernels(device: torch.device, impl: str, monkeypatch) -> None:
@@ -103,21 +113,6 @@ def test_compiled_code_runs_the_kernels(device: torch.device, impl: str, monkeyp
     ]
     torch.testing.assert_close(*found)
     assert kernel.call_count == 2
-
-
-def test_a_scaled_loss_has_the_gradients_of_the_loss(device: torch.device) -> None:
-    """`GradScaler` multiplies the loss, and divides the gradients before the optimizer's step."""
-    leaves = Case(12, 4).leaves(device)
-    scaler = torch.amp.GradScaler(device.type, init_scale=1024.0)
-    optimizer = torch.optim.SGD(leaves, lr=1.0)
-    before = [leaf.detach().clone() for leaf in leaves]
-    expected = torch.autograd.grad(CyCLIPLoss()(*leaves), leaves)
-    scaler.scale(CyCLIPLoss()(*leaves)).backward()
-    scaler.step(optimizer)
-    for leaf, old, grad in zip(leaves, before, expected, strict=True):
-        torch.testing.assert_close(leaf.detach(), old - grad)
-    scaler.update()
-    assert scaler.get_scale() == 1024.0  # every gradient was finite
 
 
 # Lambdas: equal, different, both zero, one zero; then new values of each kind.
@@ -159,9 +154,28 @@ def test_new_lambdas_and_batch_sizes_compile_no_new_graph(scale: str, device) ->
         torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
         counts.append(counter.frame_count)
     # PyTorch first compiles with constants, then with symbols. Equal lambdas, different lambdas and
-    # no penalties are different graphs. New values of a kind add none.
-    assert counts[-1] <= 9
+    # no penalties are different graphs. New values of a kind add none. PyTorch allows 8 graphs.
+    assert counts[-1] <= 8
     assert counts[-4:] == [counts[-1]] * 4
+
+
+@pytest.mark.parametrize("module", [CyCLIPLoss, CyclicPenalty])
+def test_small_batches_compile_one_dense_and_one_streamed_graph(module: type, device) -> None:
+    """Besides the first graph, which is for one N."""
+    torch._dynamo.reset()
+    counter, loss = CompileCounterWithBackend("aot_eager"), module()
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    num_inputs = 2 if module is CyclicPenalty else 3
+    counts = []
+    for n in (8, 9, 40, 11, 50, 10, 30, 12, 60):  # D = 12: up to N = 18 they are dense
+        found = []
+        for call in (compiled, loss):
+            leaves = Case(n, 12, torch.float64).leaves(device)[:num_inputs]
+            value = call(*leaves)
+            found.append([value.detach(), *torch.autograd.grad(value, leaves)])
+        torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+        counts.append(counter.frame_count)
+    assert counts[-1] <= counts[0] + 2
 
 
 def views(x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -169,13 +183,13 @@ def views(x: Tensor, y: Tensor) -> dict[str, Tensor]:
 
 
 LOSS, ANOTHER, PENALTY = CyCLIPLoss(0.2, 0.1), WithCyclicPenalty(PlainClip()), CyclicPenalty()
-POSITIVES = CyCLIPLoss(same_ids="positives")
+POSITIVES, PAPER = CyCLIPLoss(same_ids="positives"), CyCLIPLoss()
 
 
 def as_a_trainer(i: Tensor, t: Tensor, s: Tensor, _: Tensor) -> Tensor:
     i, t = i.float(), t.float()
     with torch.autocast(i.device.type, torch.bfloat16):
-        return sum(cyclip_loss(i, t, s, -10.0, True, **views(t, i)).values())
+        return sum(PAPER(i, t, s, -10.0, True, **views(t, i)).values())
 
 
 # Calls of image, text, scale and ids.
@@ -198,7 +212,7 @@ CALLS = {
     "penalties": lambda i, t, s, _: PENALTY(i, t),
     "in 16 bits": lambda i, t, s, _: LOSS(i.bfloat16(), t.bfloat16(), s),
     **{
-        str(dtype): lambda i, t, s, ids, dtype=dtype: cyclip_loss(i, t, s, ids=ids.to(dtype))
+        str(dtype): lambda i, t, s, ids, dtype=dtype: PAPER(i, t, s, ids=ids.to(dtype))
         for dtype in (torch.int64, torch.uint8)  # with and without a cast
     },
 }
@@ -243,35 +257,31 @@ def test_an_exported_loss_with_ids_has_the_same_value(strict: bool) -> None:
 MODULES = [CyCLIPLoss(0.5, 0.125), CyclicPenalty(0.5, 0.125), WithCyclicPenalty(PlainClip())]
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: type(module).__name__)
-def test_a_copied_or_stored_module_computes_the_same_loss(module, device: torch.device) -> None:
+def test_a_copy_computes_the_same_loss_and_has_its_own_options(
+    module: nn.Module, compiled: bool, device: torch.device
+) -> None:
     arguments = Case(10, 4).inputs(device)[: 2 if type(module) is CyclicPenalty else 3]
+    expected, module = module(*arguments), copy.deepcopy(module)
+    if compiled:
+        module.compile(backend="eager")
     file = io.BytesIO()
     torch.save(module, file)
     file.seek(0)
-    for twin in (copy.deepcopy(module), torch.load(file, weights_only=False)):
-        assert twin(*arguments) == module(*arguments)
+    loaded = torch.load(file, weights_only=False)
+    twins = loaded, copy.deepcopy(module), pickle.loads(pickle.dumps(module)), copy.copy(module)
+    for twin in twins:
         assert repr(twin) == repr(module)
-        # The copy has its own parameters, so that averaging its weights leaves the original alone.
+        assert twin(*arguments) == expected
+        twin.lambda_inmodal = 3.0
+        assert twin(*arguments) > expected
+        assert module(*arguments) == expected
+        # A copy has its own parameters, so that averaging its weights leaves the original alone.
         parameters = zip(twin.parameters(), module.parameters(), strict=True)
-        assert all(copied is not original for copied, original in parameters)
+        assert twin is twins[-1] or all(own is not original for own, original in parameters)
     assert module.state_dict().keys() <= {"loss.weight"}  # of the wrapped loss
     assert "lambda_inmodal=0." in repr(module)
-
-
-@pytest.mark.parametrize("module", MODULES, ids=lambda module: type(module).__name__)
-def test_a_copy_of_a_compiled_module_has_its_own_options(module, device: torch.device) -> None:
-    arguments = Case(10, 4).inputs(device)[: 2 if type(module) is CyclicPenalty else 3]
-    compiled = copy.deepcopy(module)
-    compiled.compile(backend="eager")
-    twins = copy.copy(compiled), copy.deepcopy(compiled), pickle.loads(pickle.dumps(compiled))
-    changed = copy.deepcopy(module)
-    changed.lambda_inmodal = 3.0
-    assert changed(*arguments) > module(*arguments)
-    for twin in twins:
-        assert twin(*arguments) == module(*arguments)
-        twin.lambda_inmodal = 3.0
-        assert twin(*arguments) == changed(*arguments)
 
 
 def test_each_forward_has_its_own_limit_of_compilations(device: torch.device) -> None:
@@ -281,10 +291,3 @@ def test_each_forward_has_its_own_limit_of_compilations(device: torch.device) ->
         for module, count in ((CyCLIPLoss(), 3), (CyclicPenalty(), 2)):
             compiled = torch.compile(module, backend="eager", fullgraph=True)
             assert compiled(*arguments[:count]) == module(*arguments[:count])
-
-
-@pytest.mark.parametrize(
-    "function", [cyclip_loss, cyclic_penalty, contrastive_logsumexp, caption_ids]
-)
-def test_a_function_can_be_stored(function) -> None:
-    assert pickle.loads(pickle.dumps(function)) is function

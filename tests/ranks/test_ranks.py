@@ -8,22 +8,21 @@ from itertools import product
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import needs_triton
-from hypothesis import given, settings
+from conftest import examples, needs_triton
+from hypothesis import given
 from hypothesis import strategies as st
 from pool import Ranks, own_device
-from rank_cases import RankCase, check_ranks, rank_cases
+from rank_cases import DIST_IMPLS, RankCase, check_ranks, rank_cases
 from torch import Tensor
 
-from cyclip_loss import consistency_metrics, cyclip_loss
+from cyclip_loss import CyCLIPLoss, consistency_metrics
 
 pytestmark = pytest.mark.nccl
 WORLD_SIZES = pytest.mark.parametrize("world_size", [2, 3])
-DIST_IMPLS = pytest.mark.parametrize("dist_impl", ["gather", "ring"])
 
 
 @WORLD_SIZES
-@settings(max_examples=80)
+@examples(2)
 @given(data=st.data())
 def test_eager_engine_is_accurate_across_ranks(
     data: st.DataObject, world_size: int, ranks: Ranks
@@ -33,7 +32,7 @@ def test_eager_engine_is_accurate_across_ranks(
 
 @needs_triton
 @WORLD_SIZES
-@settings(max_examples=12)
+@examples(0.4)
 @given(data=st.data())
 def test_kernels_are_accurate_across_ranks(
     data: st.DataObject, world_size: int, ranks: Ranks
@@ -78,7 +77,7 @@ def with_a_bad_value(rank: int, world_size: int, bad: float, dist_impl: str) -> 
         features = [torch.eye(4, device=own_device()).roll(rank, 0) for _ in range(2)]
         if rank == bad_rank:
             features[tower][1, 2] = bad
-        terms = cyclip_loss(*features, 10.0, output_dict=True, dist_impl=dist_impl)
+        terms = CyCLIPLoss(dist_impl=dist_impl)(*features, 10.0, output_dict=True)
         losses += [term.item() for term in terms.values()]
     return losses
 

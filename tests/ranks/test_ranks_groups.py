@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 from accuracy import results
 from pool import RankError, Ranks, own_device
-from rank_cases import RankCase, step
-from test_ranks import DIST_IMPLS
+from rank_cases import DIST_IMPLS, RankCase, step
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim.swa_utils import AveragedModel
@@ -24,8 +23,6 @@ from cyclip_loss import (
     WithCyclicPenalty,
     consistency_metrics,
     contrastive_logsumexp,
-    cyclic_penalty,
-    cyclip_loss,
 )
 
 LAMBDAS = (0.5, 0.125)
@@ -49,9 +46,7 @@ def in_subgroups(rank: int, world_size: int, dist_impl: str, uneven: bool) -> tu
     wrapped = WithCyclicPenalty(ZeroLoss(), *LAMBDAS, process_group=own)
 
     def total(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-        losses = module(image, text, scale) + cyclip_loss(image, text, scale, **options)
-        penalties = penalty(image, text) + wrapped(image, text)
-        return losses + penalties + cyclic_penalty(image, text, process_group=own)
+        return module(image, text, scale) + penalty(image, text) + wrapped(image, text)
 
     return tuple(results(total, *subgroup_case(rank % 2, uneven).rank_inputs(rank_in_group)))
 
@@ -68,8 +63,7 @@ def test_each_subgroup_has_the_loss_of_its_own_batch(dist_impl, uneven, ranks: R
     found = ranks.run(4, in_subgroups, dist_impl, uneven)
 
     def total(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-        losses = CyCLIPLoss(*LAMBDAS)(image, text, scale) + cyclip_loss(image, text, scale)
-        return losses + 2 * cyclic_penalty(image, text, *LAMBDAS) + cyclic_penalty(image, text)
+        return CyCLIPLoss(*LAMBDAS)(image, text, scale) + 2 * CyclicPenalty(*LAMBDAS)(image, text)
 
     for group in (0, 1):
         value, *grads = results(total, *subgroup_case(group, uneven).inputs(own_device()))
@@ -142,7 +136,7 @@ def alone(rank: int, world_size: int) -> list[Tensor]:
     wrapped = WithCyclicPenalty(ZeroLoss(), *LAMBDAS, distributed=False)
     losses = [
         module(image, text, scale),
-        cyclic_penalty(image, text, distributed=False),
+        CyclicPenalty(distributed=False)(image, text),
         wrapped(image, text),
         contrastive_logsumexp(image, text, distributed=False).row_negatives.sum(),
     ]
@@ -153,9 +147,9 @@ def test_metrics_and_a_loss_with_distributed_false_wait_for_no_other_rank(ranks:
     image, text, scale = RankCase().rank_inputs(0)
     found, _ = ranks.run(2, alone)
     losses = [
-        cyclip_loss(image, text, scale),
-        cyclic_penalty(image, text),
-        cyclic_penalty(image, text, *LAMBDAS),
+        CyCLIPLoss()(image, text, scale),
+        CyclicPenalty()(image, text),
+        CyclicPenalty(*LAMBDAS)(image, text),
         contrastive_logsumexp(image, text).row_negatives.sum(),
     ]
     assert found == [*losses, *consistency_metrics(image, text).values()]

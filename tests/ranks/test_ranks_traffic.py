@@ -31,10 +31,7 @@ class Recorder(TorchDispatchMode):
         sizes = [tensor.numel() for tensor in tensors if isinstance(tensor, torch.Tensor)]
         self.largest = max([self.largest, *sizes])
         name = function.overloadpacket.__name__
-        # A comparison gathers sizes, then objects. The name depends on PyTorch's version.
-        if function.namespace == "c10d" and "allgather" in name:
-            self.found.append(("comparison", 0))
-        elif "c10d" in function.namespace and name != "wait_tensor":
+        if "c10d" in function.namespace and name != "wait_tensor":
             tensor = args[0] if name == "reduce_scatter_tensor" else result
             tensor = args[0][0] if name in ("send", "recv_") else tensor
             name = f"all_reduce {args[1]}" if name == "all_reduce" else name
@@ -62,13 +59,15 @@ def sends(times: int, size: int) -> Traffic:
 
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("output_dict", [False, True])
 @pytest.mark.parametrize("lambdas", [(0.25, 0.25), (0.5, 0.125), (0.0, 0.0)])
 def test_collectives_are_exactly_those_in_the_docs_table(
-    world_size: int, dtype: torch.dtype, lambdas, ranks: Ranks
+    world_size: int, dtype: torch.dtype, lambdas, output_dict: bool, ranks: Ranks
 ) -> None:
-    """The table is in `docs/distributed.md`. It holds with and without `output_dict`."""
+    """The table is in `docs/distributed.md`. C is sent if the penalties are computed apart."""
     loss_bytes, total_rows, block = loss_dtype(dtype).itemsize, world_size * N, N * D
-    penalties = [("all_reduce sum", loss_bytes * (3 * D * D + 1))] if any(lambdas) else []
+    matrices = 3 if output_dict or lambdas[0] != lambdas[1] else 2
+    penalties = [("all_reduce sum", loss_bytes * (matrices * D * D + 1))] if any(lambdas) else []
     form = "_out" if ranks.backend == "gloo" else ""  # gloo may crash in the other form
     gather = [
         (f"all_gather_into_tensor{form}", total_rows * D * dtype.itemsize),
@@ -83,23 +82,24 @@ def test_collectives_are_exactly_those_in_the_docs_table(
     ring = [*blocks, *lse_sums, *penalties, ("all_reduce sum", loss_bytes)]
     lse, text_grads = sends(world_size - 1, loss_bytes * N), sends(world_size, loss_bytes * block)
     ring_backward = [*blocks, *lse, *text_grads]
-    even = RankCase(d=D, dtype=dtype, rows_per_rank=(N,) * world_size, lambdas=lambdas)
-    for output_dict in (False, True):
-        case = replace(even, output_dict=output_dict)
-        for found, _ in ranks.run(world_size, traffic, case):
-            assert found == gather + gather_backward
-        for found, largest in ranks.run(world_size, traffic, replace(case, dist_impl="ring")):
-            assert Counter(found) == Counter(ring + ring_backward)  # in any order
-            # O(n D) memory: nothing grows with the number of ranks.
-            assert largest == max(block, 3 * D * D + 1 if penalties else 0)
+    case = RankCase(
+        d=D, dtype=dtype, rows_per_rank=(N,) * world_size, lambdas=lambdas, output_dict=output_dict
+    )
+    for found, _ in ranks.run(world_size, traffic, case):
+        assert found == gather + gather_backward
+    for found, largest in ranks.run(world_size, traffic, replace(case, dist_impl="ring")):
+        assert Counter(found) == Counter(ring + ring_backward)  # in any order
+        # O(n D) memory: nothing grows with the number of ranks.
+        assert largest == max(block, matrices * D * D + 1 if penalties else 0)
     # Without a gradient of the texts, backward communicates nothing.
-    case = replace(even, frozen=frozenset(["text"]))
-    assert ranks.run(world_size, traffic, case)[0][0] == gather
+    frozen = replace(case, frozen=frozenset(["text"]))
+    assert ranks.run(world_size, traffic, frozen)[0][0] == gather
     # With uneven rows, every step compares first, and blocks are padded to the longest.
-    case = replace(even, rows_per_rank=(N, *[1] * (world_size - 1)), uneven=True)
-    found, _ = ranks.run(world_size, traffic, case)[0]
-    assert found[:2] == [("comparison", 0)] * 2
-    assert {found[2], found[-1]} == {gather[0], gather_backward[0]}
+    uneven = replace(case, rows_per_rank=(N, *[1] * (world_size - 1)), uneven=True)
+    found, _ = ranks.run(world_size, traffic, uneven)[0]
+    comparison = (gather[0][0], world_size * 3 * 8)  # a hash and two counts
+    assert found[:2] == [comparison, gather[0]]
+    assert found[-1] == gather_backward[0]
     # The penalties alone, with any numbers of rows: one all-reduce, and nothing in backward.
-    case = replace(even, rows_per_rank=tuple(range(world_size)), penalties_alone=True)
-    assert ranks.run(world_size, traffic, case)[0][0] == penalties
+    alone = replace(case, rows_per_rank=tuple(range(world_size)), penalties_alone=True)
+    assert ranks.run(world_size, traffic, alone)[0][0] == penalties

@@ -8,8 +8,7 @@ import torch
 from accuracy import results
 from inputs import normal
 from pool import Ranks, own_device
-from rank_cases import RankCase
-from test_ranks import DIST_IMPLS
+from rank_cases import DIST_IMPLS, RankCase
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.fsdp import fully_shard
@@ -139,7 +138,8 @@ def test_compiled_and_eager_loss_are_equal(uneven: bool, dist_impl: str, ranks: 
             rows_per_rank=rows_per_rank,
             dist_impl=dist_impl,
             uneven=uneven,
-            lambdas=(0.3 + index, 0.2 + 2 * index),
+            # Equal lambdas need no Gram matrix C, so they have a graph of their own.
+            lambdas=(0.3 + index, 0.2 + 2 * index) if index < 3 else (0.1 * index, 0.1 * index),
         )
         for index, rows_per_rank in enumerate(steps)
     ]

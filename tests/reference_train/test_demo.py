@@ -3,9 +3,9 @@
 import json
 import os
 import signal
+from argparse import Namespace
 from contextlib import redirect_stdout
 from functools import lru_cache
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 

@@ -1,13 +1,11 @@
 """Runs the recipes on the pages of `docs/`, and makes models and data for them."""
 
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import open_clip
+import pages
 import torch
-from sybil import Sybil
-from sybil.parsers.markdown import CodeBlockParser
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -15,29 +13,21 @@ from cyclip_loss import CyCLIPLoss
 from reference_train.data.emoji import EMOJI_FOLDER
 from reference_train.data.samples import decode, read_samples
 
-DOCS = Path(__file__).parents[2] / "docs"
-PAGES = [DOCS / "recipes.md", DOCS / "lambda.md", DOCS / "design.md"]
+PAGES = ["docs/recipes.md", "docs/lambda.md", "docs/design.md"]
 VISION = {"layers": 1, "width": 32, "head_width": 16, "patch_size": 16, "image_size": 32}
 TEXT = {"layers": 1, "width": 32, "heads": 2, "context_length": 12}
 LARGE_BATCH = "A batch larger than memory"
 
 
-@lru_cache
-def blocks(language: str = "python") -> dict[str, list[str]]:
-    """The code blocks of the pages, by heading."""
-    found: dict[str, list[str]] = {}
-    for page in PAGES:
-        document = Sybil(parsers=[CodeBlockParser(language)]).parse(page)
-        for example in document.examples():
-            heading = document.text[: example.start].rpartition("\n## ")[2].partition("\n")[0]
-            found.setdefault(heading, []).append(str(example.parsed))
-    return found
+def blocks(heading: str, language: str = "python") -> list[str]:
+    """The code blocks under this heading."""
+    found = [block for page in PAGES for block in pages.blocks(page, language)]
+    return [code for above, code in found if above == heading]
 
 
 def run(heading: str, index: int = 0, **names: Any) -> dict[str, Any]:
     """Run a block under this heading with these variables, and return all of its variables."""
-    exec(compile(blocks()[heading][index], f"docs: {heading}", "exec"), names)
-    return names
+    return pages.run(blocks(heading)[index], f"docs: {heading}", **names)
 
 
 @lru_cache

@@ -1,10 +1,10 @@
 """Runs every recipe on `docs/losses.md` and compares it with its N x N form in float64."""
 
 from collections.abc import Callable
-from functools import lru_cache, partial
-from pathlib import Path
+from functools import partial
 from typing import Any
 
+import pages
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,27 +12,18 @@ from inputs import normal, pairs
 from pool import Ranks
 from torch import Tensor
 
-pytest.importorskip("sybil")
-
-from sybil import Sybil
-from sybil.parsers.markdown import CodeBlockParser
-
 import cyclip_loss
 
-PAGE = Path(__file__).parents[2] / "docs" / "losses.md"
 D, TAU, SCALE = 5, 0.03, 6.0
 FEATURES = ("image_features", "text_features", "hard_negatives")
 DENSE: dict[str, Callable[..., Tensor]] = {}
 
 
-@lru_cache
-def blocks() -> list[str]:
-    document = Sybil(parsers=[CodeBlockParser("python")]).parse(PAGE)
-    return [str(example.parsed) for example in document.examples()]
+BLOCKS = [code for _, code in pages.blocks("docs/losses.md")]
 
 
 def block_with(text: str) -> str:
-    (found,) = [block for block in blocks() if text in block]
+    (found,) = [block for block in BLOCKS if text in block]
     return found
 
 
@@ -53,7 +44,7 @@ def make_data(n: int) -> dict[str, Tensor]:
 def run_block(block: str, data: dict[str, Tensor], options: dict[str, Any], n: int) -> Tensor:
     """The loss that the block computes from these variables. n: pairs in the whole batch."""
     names: dict[str, Any] = dict(data)
-    exec(blocks()[0], names)
+    exec(BLOCKS[0], names)
     names["contrastive_logsumexp"] = partial(cyclip_loss.contrastive_logsumexp, **options)
     names |= {"queries": data["image_features"], "documents": data["text_features"]}
     names |= {"num_negatives": n - 1, "tau": TAU, "num_samples": n}
@@ -281,4 +272,4 @@ def test_uniformity_between_modalities_equals_its_dense_form() -> None:
 
 def test_every_recipe_of_the_page_is_compared() -> None:
     compared = {block_with(marker) for marker in (*DENSE, *ACROSS_RANKS.values())}
-    assert compared == {block for block in blocks() if "\nloss = " in block}
+    assert compared == {block for block in BLOCKS if "\nloss = " in block}

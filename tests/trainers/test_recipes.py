@@ -12,7 +12,6 @@ from inputs import TERMS
 from pool import Ranks
 
 pytest.importorskip("open_clip")
-pytest.importorskip("sybil")
 pytest.importorskip("webdataset")
 
 import recipe_cases
