@@ -1,7 +1,7 @@
-import sys
 
 """Which calls warn. Each warning is given once, and shows the user's line."""
 
+import sys
 import warnings
 from functools import partial
 from types import SimpleNamespace
@@ -136,7 +136,8 @@ def test_16_bit_rows_later_calls_and_compiled_modules_do_not_warn(device) -> Non
 def test_a_supported_gpu_without_triton_warns_once_what_to_install(
     has_triton: bool, gpu, warned: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(numerics, "find_spec", lambda name: has_triton or None)
+    for module in (engines, numerics):
+        monkeypatch.setattr(module, "find_spec", lambda name: has_triton or None)
     if not has_triton:  # importing them raises an error
         monkeypatch.setitem(sys.modules, "cyclip_loss.kernels", None)
     monkeypatch.setattr(torch.version, "hip", "6.4" if isinstance(gpu, str) else None)
