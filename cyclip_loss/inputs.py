@@ -257,8 +257,12 @@ def check_logit_bias(logit_bias: Tensor | float | None) -> None:
     if isinstance(logit_bias, bool) or not isinstance(logit_bias, (Tensor, Real)):
         hint = ": pass output_dict by keyword" if isinstance(logit_bias, bool) else ""
         raise TypeError(f"logit_bias must be a tensor, a number or None, got {logit_bias!r}{hint}")
-    if isinstance(logit_bias, Tensor) and logit_bias.numel() != 1:
+    if not isinstance(logit_bias, Tensor):
+        return
+    if logit_bias.numel() != 1:
         raise ValueError(f"logit_bias must have one element, got shape {tuple(logit_bias.shape)}")
+    if not logit_bias.is_floating_point():
+        raise TypeError(f"logit_bias must be a floating-point tensor, got {logit_bias.dtype}")
 
 
 def check_ids(ids: Tensor | None, features: Tensor, same_ids: str) -> Tensor | None:
@@ -293,7 +297,25 @@ def caption_ids(tokens: Tensor) -> Tensor:
         if isinstance(tokens, Tensor):
             got = f"{tokens.dtype} of shape {tuple(tokens.shape)}"
         raise TypeError(f"tokens must be an integer tensor (N, context length), got {got}")
-    # Weights from SplitMix64 (Steele et al. 2014); products and sums wrap around at 64 bits.
-    mixed = torch.arange(1, tokens.shape[1] + 1, device=tokens.device) * -0x61C8864680B583EB
-    mixed = (mixed ^ (mixed >> 30)) * -0x40A7B892E31B1A47
-    return (tokens.long() * (mixed ^ (mixed >> 27))).sum(dim=1)
+    _check_dense("tokens", tokens, "to_local")
+    length = tokens.shape[1]
+    weights = CAPTION_WEIGHTS[:length]
+    if length > len(weights):
+        weights = [_split_mix(i) for i in range(1, length + 1)]
+    factors = torch.tensor(weights, dtype=torch.int64, device=tokens.device)
+    return (tokens.long() * factors).sum(dim=1)  # wraps around at 64 bits
+
+
+def _split_mix(i: int) -> int:
+    """The i-th number of SplitMix64 (Steele et al. 2014), as a signed 64-bit number."""
+
+    def wrapped(x: int) -> int:
+        return (x + 2**63) % 2**64 - 2**63
+
+    mixed = wrapped(i * -0x61C8864680B583EB)
+    mixed = wrapped((mixed ^ (mixed >> 30)) * -0x40A7B892E31B1A47)
+    return mixed ^ (mixed >> 27)
+
+
+# Not computed in `caption_ids`: torch.compile computes constants of 64 bits wrongly.
+CAPTION_WEIGHTS = [_split_mix(i) for i in range(1, 129)]

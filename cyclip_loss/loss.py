@@ -483,7 +483,11 @@ def _check_wrapped(loss: Any, features: Any) -> None:
     if isinstance(loss, PenaltyOptions):
         raise TypeError(f"{loss} has the cyclic penalties already: use it without a wrapper")
     names = list(inspect.signature(loss.forward).parameters)
-    if not callable(features) and (len(features) != 2 or not set(features) <= set(names)):
+    if not callable(features) and (
+        not isinstance(features, (tuple, list))
+        or len(set(features)) != 2
+        or not set(features) <= set(names)
+    ):
         raise TypeError(
             f"{type(loss).__name__}.forward takes {names}, not {features}: pass features=, two of "
             "these names or a callable that returns the two from the call's arguments"

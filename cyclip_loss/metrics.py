@@ -6,6 +6,7 @@ from torch.distributed import ProcessGroup
 
 from cyclip_loss.inputs import check_features
 from cyclip_loss.numerics import rows_per_strip
+from cyclip_loss.options import boolean
 from cyclip_loss.ranks import collectives
 from cyclip_loss.ranks.agreement import check_ranks_agree
 from cyclip_loss.ranks.groups import Ranks, ranks_of
@@ -63,7 +64,8 @@ def consistency_metrics(
     Raises:
         TypeError, ValueError: as `CyCLIPLoss`.
     """
-    ranks = ranks_of(process_group, distributed or process_group is not None)
+    asks_for_ranks = boolean("distributed", distributed) or process_group is not None
+    ranks = ranks_of(process_group, asks_for_ranks)
     pair = check_features(
         image_features, text_features, may_be_empty=ranks.size > 1, autocast=False
     )

@@ -77,6 +77,8 @@ BAD_CALLS = [
     ({"logit_scale": GOOD[0, 0].as_subclass(DTensor)}, TypeError, "pass logit_scale.full_tensor()"),
     ({"logit_bias": "0"}, TypeError, "logit_bias must be a tensor, a number or None, got '0'"),
     ({"logit_bias": True}, TypeError, "got True"),
+    ({"logit_bias": torch.tensor(1j)}, TypeError, "logit_bias must be a floating-point tensor"),
+    ({"logit_bias": torch.tensor(True)}, TypeError, "got torch.bool"),
     ({"logit_bias": GOOD[:2, 0]}, ValueError, "logit_bias must have one element, got shape (2,)"),
     ({"ids": GOOD[:, 0]}, TypeError, "ids must be a tensor of int8 to int64 or uint8, got"),
     ({"ids": [0, 1, 2, 3]}, TypeError, "got list"),

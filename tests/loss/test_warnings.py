@@ -1,4 +1,3 @@
-
 """Which calls warn. Each warning is given once, and shows the user's line."""
 
 import sys

@@ -334,6 +334,15 @@ def test_caption_ids_are_equal_if_captions_are() -> None:
     assert torch.equal(caption_ids(torch.nn.functional.pad(tokens, (0, 2))), ids)
 
 
+def test_compiled_caption_ids_are_those_of_eager_code() -> None:
+    """Inductor computes 64-bit constants of a graph wrongly."""
+    torch._dynamo.reset()
+    tokens = torch.randint(1, 49408, (9, 77))
+    ids = torch.compile(caption_ids, fullgraph=True)(tokens)
+    assert torch.equal(ids, caption_ids(tokens))
+    assert torch.equal(caption_ids(torch.nn.functional.pad(tokens, (0, 200))), ids)
+
+
 @pytest.mark.parametrize(
     "tokens", [torch.ones(2, 3), torch.ones(2, 3) * 1j, torch.arange(3), [[1, 2]]], ids=str
 )

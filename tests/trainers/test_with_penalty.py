@@ -168,6 +168,12 @@ def test_a_loss_that_cannot_be_wrapped_is_refused(loss: Any, message: str) -> No
             wrap(loss)
 
 
+@pytest.mark.parametrize("features", [None, ("image_features",) * 2, ("a", "b", "c")], ids=str)
+def test_features_that_are_not_two_arguments_are_refused(features: Any) -> None:
+    with pytest.raises(TypeError, match="pass features=, two of these names"):
+        WithCyclicPenalty(SigLipLoss(), features=features)
+
+
 def test_train_and_eval_switch_the_wrapper_and_the_wrapped_loss() -> None:
     wrapped = WithCyclicPenalty(AudioLoss(), features=OTHER_NAMES)
     for training in (False, True):
