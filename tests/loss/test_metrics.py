@@ -50,11 +50,6 @@ LAYOUTS = st.sampled_from([layout for layout in inputs.LAYOUTS if layout != "exp
 
 @given(case=cases(n=SIZES.map(lambda n: n + 2), image_layout=LAYOUTS, text_layout=LAYOUTS))
 @example(case=Case(20, 30, norm=10.0))  # exp(-2 * 200) of a pair must not be lost next to exp(0)
-def test_distributed_must_be_a_bool() -> None:
-    with pytest.raises(TypeError, match="distributed must be True or False, got 'no'"):
-        consistency_metrics(torch.eye(3), torch.eye(3), distributed="no")
-
-
 def test_metrics_equal_their_dense_definitions(case: Case, device: torch.device) -> None:
     """They are computed under autocast here, which must not cast anything."""
     image, text, _ = case.inputs(device)
@@ -89,3 +84,8 @@ def test_metrics_have_no_gradient_and_are_nan_where_undefined(device: torch.devi
         metrics = consistency_metrics(*few)
         assert metrics["alignment"].item() > 0
         assert [name for name, value in metrics.items() if value.isnan()] == undefined
+
+
+def test_distributed_must_be_a_bool() -> None:
+    with pytest.raises(TypeError, match="distributed must be True or False, got 'no'"):
+        consistency_metrics(torch.eye(3), torch.eye(3), distributed="no")
