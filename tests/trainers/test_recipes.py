@@ -15,6 +15,7 @@ pytest.importorskip("open_clip")
 pytest.importorskip("webdataset")
 
 import recipe_cases
+from open_clip.loss import SigLipLoss
 from recipe_cases import batch, captions, run, sgd, tiny_clip, tokenizer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -90,13 +91,21 @@ def test_a_recipe_clamps_the_logit_scale(heading: str, block: int, package: str)
     assert names["model"].logit_scale.item() == pytest.approx(math.log(100))
 
 
-def test_siglip_and_coca_have_the_penalties_as_terms() -> None:
+def test_siglips_loss_is_open_clips() -> None:
     images, tokens = batch()
-    clip, coca = tiny_clip(), recipe_cases.tiny_coca()
+    clip = tiny_clip()
     clip.logit_bias = torch.nn.Parameter(torch.tensor(-10.0, device="cpu"))
-    options = {"siglip_model": clip, "coca_model": coca, "images": images, "tokens": tokens}
-    names = run("SigLIP, CoCa, distillation, your own loss", **options)
-    assert tuple(names["siglip_terms"]) == TERMS
+    terms = run("SigLIP", siglip_model=clip, images=images, tokens=tokens)["siglip_terms"]
+    assert tuple(terms) == TERMS
+    expected = SigLipLoss()(**clip(images, tokens))
+    torch.testing.assert_close(sum(terms.values()), expected)
+
+
+def test_coca_has_the_penalties_as_terms() -> None:
+    images, tokens = batch()
+    coca = recipe_cases.tiny_coca()
+    options = {"coca_model": coca, "images": images, "tokens": tokens}
+    names = run("CoCa, distillation, your own loss", **options)
     assert list(names["coca_terms"]) == [TERMS[0], "caption_loss", *TERMS[1:]]
     added = sum(names["coca_terms"][name] for name in TERMS[1:])
     torch.testing.assert_close(added, papers_penalty(coca(images, tokens)))
