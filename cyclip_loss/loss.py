@@ -319,6 +319,7 @@ class CySigLIPLoss(ContrastiveOptions, _Module):
         terms = sigmoid.terms(batch, plan, gathers)
         if output_dict or plan.penalties != "none":
             terms |= cyclic.terms(batch, plan, self, reduced)
+        usage_warnings.warn_of_strong_siglip_penalties(self, batch.total_pairs)
         self._check_inputs_once(batch, plan)
         if output_dict:
             return terms

@@ -65,6 +65,22 @@ def warn_of_strong_penalties(options: Any, total: int) -> None:
         )
 
 
+def warn_of_strong_siglip_penalties(options: Any, total: int) -> None:
+    """Warn of penalties that lowered the accuracy of SigLIP's loss in our experiment.
+
+    (reference_train/results/siglip.) options: a `PenaltyOptions`; total: N.
+    """
+    if torch.compiler.is_compiling():
+        return
+    weight = max(options.lambda_inmodal, options.lambda_crossmodal)
+    if weight * (options.reference_batch_size or total) >= PAPER_LAMBDA * PAPER_BATCH_SIZE:
+        warn_once(
+            "strong SigLIP penalties",
+            f"lambda = {weight:g} is as strong as CyCLIP's, which lowered the accuracy of SigLIP's "
+            "loss in our experiment: try a 32nd of it, or 0",
+        )
+
+
 def warn_of_unused_weight(options: Any) -> None:
     """Warn of a weight of the in-modal contrastive term in a call without augmented views."""
     if not torch.compiler.is_compiling() and options.inmodal_contrastive_weight is not None:
