@@ -169,7 +169,7 @@ def test_a_supported_gpu_without_triton_warns_once_what_to_install(
 @pytest.mark.parametrize(("weight", "warned"), [(0.25, True), (1 / 64, False), (0.0, False)])
 def test_penalties_of_clips_strength_with_siglips_loss_warn(weight: float, warned: bool) -> None:
     loss_fn = CySigLIPLoss(weight, weight, reference_batch_size=128)
-    image, text = pairs(6, 4)
+    image, text = pairs(6, 4, device="cpu")
     found = messages(lambda: loss_fn(image, text, 10.0, -10.0))
     assert len(found) == warned
     assert all("accuracy of SigLIP's loss" in message for message in found)
