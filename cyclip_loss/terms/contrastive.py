@@ -26,6 +26,7 @@ every block for backward, and a rank without rows would drop collectives whose r
 use.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -33,8 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cyclip_loss import engines
-from cyclip_loss.engines.interface import Engine
-from cyclip_loss.logits import ALL_ROWS, Gradients, Logits, LogSumExps, SavedStatistics
+from cyclip_loss.logits import ALL_ROWS, Gradients, Logits, SavedStatistics
 from cyclip_loss.numerics import without_autocast
 from cyclip_loss.plan import Batch, Plan
 from cyclip_loss.ranks import STRATEGIES, collectives
@@ -203,7 +203,7 @@ class _Contrastive(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         logits = gathered_logits(ctx, *inputs)
         loss: Tensor
-        loss, *saved = contrastive_forward(ctx.term.traced, logits, ctx.term)
+        loss, *saved = contrastive_forward.chosen(ctx.term.traced)(logits, ctx.term)
         ctx.save_for_backward(*tensors_of(logits), *saved)
         return loss
 
@@ -264,8 +264,8 @@ def input_gradients(
 ) -> tuple[Tensor | None, ...]:
     """A gradient or None for each of `TermInputs`. ctx: with `term` and `own_columns`."""
     needs = list(ctx.needs_input_grad[:3])
-    grads = contrastive_backward(
-        ctx.term.traced, logits, saved, grad, needs, ctx.own_columns, ctx.term
+    grads = contrastive_backward.chosen(ctx.term.traced)(
+        logits, saved, grad, needs, ctx.own_columns, ctx.term
     )
     return (*where_needed(grads, needs), None, None, None, None)
 
@@ -279,7 +279,10 @@ def _forward(logits: Logits, term: Term) -> tuple[Tensor, Tensor, Tensor, Tensor
     engine = engines.load(term.engine, row_features)
     with without_autocast(row_features):
         positives = Positives(logits.column_ids) if term.positives else None
-        lse = log_sum_exps(engine, logits, term, positives)
+        block_lse = engine.contrastive_lse
+        if positives is not None:
+            block_lse = partial(positives.block_lse, engine)
+        lse = STRATEGIES[term.strategy].log_sum_exps(block_lse, logits, term.ranks)
         num_rows = row_features.shape[0]
         own_pairs = min(num_rows, term.num_pairs)
         pair_logits, column_pair_logits = lse.pair_logits[:own_pairs], lse.column_pair_logits
@@ -311,23 +314,6 @@ def _forward(logits: Logits, term: Term) -> tuple[Tensor, Tensor, Tensor, Tensor
             pair_gradient = F.pad(pair_gradient, (0, num_rows - own_pairs))
             column_lse.masked_fill_(column_pair_logits == -torch.inf, torch.inf)
     return loss, row_lse, column_lse, pair_gradient
-
-
-def log_sum_exps(
-    engine: Engine, logits: Logits, term: Term, positives: Positives | None = None
-) -> LogSumExps:
-    """The log-sum-exps of the negatives, by the term's strategy.
-
-    positives: if given, all other columns are negatives, and `row_products` is summed up.
-    """
-
-    def block_lse(block: Logits) -> LogSumExps:
-        if positives is None:
-            return engine.contrastive_lse(block)
-        positives.add_row_products(block)
-        return engine.contrastive_lse(block.without_ids())
-
-    return STRATEGIES[term.strategy].log_sum_exps(block_lse, logits, term.ranks)
 
 
 def _forward_fake(given: Any) -> tuple[Tensor, ...]:

@@ -41,8 +41,8 @@ def start_reducing_grams(batch: Batch, plan: Plan) -> Tensor | None:
     if batch.ranks.size == 1 or plan.penalties == "none":
         return None
     with torch.no_grad():
-        grams = gram_matrices(
-            plan.traced, batch.image_features, batch.text_features, plan.with_cross, plan.engine
+        grams = gram_matrices.chosen(plan.traced)(
+            batch.image_features, batch.text_features, plan.with_cross, plan.engine
         )
     own = torch.cat((grams.reshape(-1), grams.new_full((1,), batch.image_features.shape[0])))
     return collectives.start_all_reduce(own, "sum", batch.ranks)
@@ -107,8 +107,8 @@ class _CyclicPenalties(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         weights = [inmodal_weight, crossmodal_weight]
         if grams is None:
-            grams = gram_matrices(
-                plan.traced, image_features, text_features, plan.with_cross, plan.engine
+            grams = gram_matrices.chosen(plan.traced)(
+                image_features, text_features, plan.with_cross, plan.engine
             )
         # Not an operator: a compiler can fuse these few PyTorch operations on D x D matrices. A
         # rank without rows must compute the same bits as the others.
@@ -124,8 +124,7 @@ class _CyclicPenalties(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         image_features, text_features, grams, *weights = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:2])
-        feature_grads = cyclic_grads(
-            ctx.plan.traced,
+        feature_grads = cyclic_grads.chosen(ctx.plan.traced)(
             image_features,
             text_features,
             grams,

@@ -22,7 +22,7 @@ from cyclip_loss import engines
 from cyclip_loss.logits import Logits, LogSumExps, SavedStatistics
 from cyclip_loss.numerics import without_autocast
 from cyclip_loss.plan import Batch, Plan
-from cyclip_loss.ranks import collectives
+from cyclip_loss.ranks import STRATEGIES, collectives
 from cyclip_loss.terms import dense
 from cyclip_loss.terms.contrastive import (
     Gathers,
@@ -33,7 +33,6 @@ from cyclip_loss.terms.contrastive import (
     tensors_of,
     term_inputs,
 )
-from cyclip_loss.terms.contrastive import log_sum_exps as streamed_log_sum_exps
 from cyclip_loss.terms.operators import Operator
 
 
@@ -64,7 +63,7 @@ class _LogSumExp(torch.autograd.Function):
             # G has the size of the upstream gradients, which are too small for float16.
             row_features, columns, *others = tensors_of(logits)
             logits = logits_of((row_features.float(), columns.float(), *others), ctx.term)
-        results: tuple[Tensor, ...] = logsumexp_forward(ctx.term.traced, logits, ctx.term)
+        results: tuple[Tensor, ...] = logsumexp_forward.chosen(ctx.term.traced)(logits, ctx.term)
         row_lse, column_lse, _ = results
         ctx.save_for_backward(*tensors_of(logits), row_lse, column_lse)
         return results
@@ -96,7 +95,8 @@ def _forward(logits: Logits, term: Term) -> tuple[Tensor, Tensor, Tensor]:
     row_features = logits.row_features
     engine = engines.load(term.engine, row_features)
     with without_autocast(row_features):
-        lse = streamed_log_sum_exps(engine, logits, term)
+        strategy = STRATEGIES[term.strategy]
+        lse = strategy.log_sum_exps(engine.contrastive_lse, logits, term.ranks)
     row_lse, column_lse = lse.row_negatives_lse, lse.column_negatives_lse
     if logits.has_extra_negatives:
         zero = logits.zero_or_nan(row_lse.dtype)

@@ -6,6 +6,7 @@ Python function otherwise, because PyTorch's dispatcher takes about 18 microseco
 """
 
 from collections.abc import Callable
+from functools import partial
 from inspect import Parameter, Signature
 from itertools import islice
 from types import SimpleNamespace
@@ -59,14 +60,17 @@ class Operator:
         self.operator: Any = custom_op(f"cyclip_loss::{name}", on_values, mutates_args=())
         self.operator.register_fake(lambda *values: fake(SimpleNamespace(**arguments(values))))
 
-    def __call__(self, traced: bool, *arguments: Any) -> Any:
-        """The results of the function, by the operator if the call is traced."""
+    def chosen(self, traced: bool) -> Callable[..., Any]:
+        """What to call: the operator if the call is traced, else the function."""
         if traced:
-            values: list[Any] = []
-            for argument, is_record in zip(arguments, self.are_records):  # noqa: B905 (PyTorch 2.8)
-                values += argument if is_record else [argument]
-            return self.operator(*values)
-        return call_backward(self.function, *arguments)
+            return self._call_operator
+        return partial(call_backward, self.function) if torch.is_grad_enabled() else self.function
+
+    def _call_operator(self, *arguments: Any) -> Any:
+        values: list[Any] = []
+        for argument, is_record in zip(arguments, self.are_records):  # noqa: B905 (PyTorch 2.8)
+            values += argument if is_record else [argument]
+        return self.operator(*values)
 
 
 def call_backward(function: Callable[..., Any], *arguments: Any) -> Any:

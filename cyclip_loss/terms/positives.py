@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cyclip_loss.logits import Gradients, Logits
+from cyclip_loss.engines.interface import Engine
+from cyclip_loss.logits import Gradients, Logits, LogSumExps
 from cyclip_loss.numerics import accumulation_dtype
 
 
@@ -35,10 +36,11 @@ class Positives:
         self.ordered_ids = batch_ids.sort()[0]
         self.row_products: Any = 0.0  # sum_i I_i . R_i over the blocks so far
 
-    def add_row_products(self, block: Logits) -> None:
-        """Add a block's part of `row_products`."""
+    def block_lse(self, engine: Engine, block: Logits) -> LogSumExps:
+        """The log-sum-exps over all other columns. Adds the block's part of `row_products`."""
         products = (block.row_features * self._row_means(block)).sum()
         self.row_products = self.row_products + products
+        return engine.contrastive_lse(block.without_ids())
 
     def add_grads(
         self, grads: Gradients, block: Logits, factor: Tensor, needs: list[bool]

@@ -47,8 +47,8 @@ class _Sigmoid(torch.autograd.Function):
     def forward(ctx: Any, logit_bias: Tensor, needs: list[bool], *inputs: Any) -> Tensor:
         logits = gathered_logits(ctx, *inputs)
         loss: Tensor
-        loss, *grads = sigmoid_step(
-            ctx.term.traced, logits, logit_bias, needs, ctx.own_columns, ctx.term
+        loss, *grads = sigmoid_step.chosen(ctx.term.traced)(
+            logits, logit_bias, needs, ctx.own_columns, ctx.term
         )
         _, own_columns, logit_scale, *_ = inputs
         # The inputs only tell that the gradients depend on them.
