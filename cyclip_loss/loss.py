@@ -178,7 +178,9 @@ class CyCLIPLoss(ContrastiveOptions, _Module):
 
         Returns a float32 scalar (float64 for float64 features), or a dict of them. They are not
         finite if a feature is not finite. Under `torch.autocast` the features are cast to the
-        autocast dtype (except float64, as autocast does). Logits and sums are not cast.
+        autocast dtype (except float64, as autocast does). Logits and sums are not cast. Call
+        backward outside of autocast, as PyTorch advises: inside, products of small batches would be
+        rounded.
 
         Raises:
             TypeError: an argument is not a tensor or a number, or its dtype is not supported.
