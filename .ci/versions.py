@@ -36,7 +36,6 @@ TESTS = {
 OPEN_CLIP_TESTS = (
     "tests/trainers/test_open_clip_train.py",
     "tests/trainers/test_with_penalty.py",
-    "tests/ranks/test_open_clip_flags.py",
 )
 HEAD = (
     "environment",

@@ -77,7 +77,7 @@ def warn_of_strong_siglip_penalties(options: Any, total: int) -> None:
         warn_once(
             "strong SigLIP penalties",
             f"lambda = {weight:g} is as strong as CyCLIP's, which lowered the accuracy of SigLIP's "
-            "loss in our experiment: try a 32nd of it, or 0",
+            "loss in our experiment: try an eighth of it, or 0",
         )
 
 

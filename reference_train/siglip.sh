@@ -16,7 +16,7 @@ runs() { # FOLDER [FLAGS]
 
 # Both penalties, and the cross-modal one alone. 0.00390625 = 1/256, 0.015625 = 1/64, 0.0625 = 1/16
 runs 620 --loss siglip
-for weight in 0.00390625 0.015625 0.0625 0.25; do
+for weight in 0.00390625 0.015625 0.0625 0.125 0.25; do
     runs "620-$weight" --lambda $weight --loss cysiglip
 done
 for weight in 0.00390625 0.015625; do

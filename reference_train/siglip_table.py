@@ -16,13 +16,13 @@ from .losses import LOSSES
 SETTINGS = ("steps", "batch_size", "reference_batch_size", "lr", "loss", "penalty_weight", "seed")
 # Columns of the record -> a data set and a metric of it.
 METRICS = {
-    f"{short}: {metric}": (data_set, metric)
-    for short, data_set in {
-        "trained concepts, new styles": "trained concepts, new styles",
-        "new concepts, trained styles": "new concepts, trained styles",
-        "new concepts, new styles": "new concepts, new styles",
-        "trained concepts, black and white": "trained concepts, black and white",
-    }.items()
+    f"{data_set}: {metric}": (data_set, metric)
+    for data_set in (
+        "trained concepts, new styles",
+        "new concepts, trained styles",
+        "new concepts, new styles",
+        "trained concepts, black and white",
+    )
     for metric in ("top1", "subgroup_top1", "text_to_image_r1")
 }
 GAPS = ("inmodal_gap", "crossmodal_gap", "image_uniformity")  # of the first data set
@@ -32,8 +32,7 @@ TABLE = {
     "trained concepts, new styles: name": "trained concepts, new styles: top1",
     "– subgroup": "trained concepts, new styles: subgroup_top1",
     "– name → image": "trained concepts, new styles: text_to_image_r1",
-    "new concepts, trained styles: name": "new concepts, trained styles: top1",
-    "– subgroup ": "new concepts, trained styles: subgroup_top1",
+    "new concepts: name": "new concepts, trained styles: top1",
 }
 Row = dict[str, str]
 
@@ -78,22 +77,26 @@ def sort_key(value: str) -> tuple[float, str]:
 def table(rows: Sequence[Row]) -> str:
     """The table in Markdown: the mean (lowest–highest) over seeds in %, a row for each setting.
 
-    After each number: in how many seeds it is higher than with weight 0, and whether the ranges of
-    at least three seeds are apart.
+    `cell` explains the marks after the numbers. The last column counts the differences that are
+    shown, among all accuracies of the record.
     """
     settings = [name for name in SETTINGS if name not in ("seed", "lr", "reference_batch_size")]
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row[name] for name in settings), []).append(row)
+    counts = f"ahead, behind, of {len(METRICS)}"
     lines = [
-        "| " + " | ".join(["steps", "batch", "loss", "λ", "seeds", *map(str.strip, TABLE)]) + " |",
-        "|" + "---|" * (5 + len(TABLE)),
+        "| " + " | ".join(["steps", "batch", "loss", "λ", "seeds", *TABLE, counts]) + " |",
+        "|---|---|---|---|---|" + "---:|" * (1 + len(TABLE)),
     ]
     for (steps, batch, loss, weight), runs in groups.items():
         plain = groups.get((steps, batch, "siglip", "0.0"), [])
         cells = [steps, batch, LOSSES[loss].title, fraction(float(weight)), str(len(runs))]
-        for column in TABLE.values():
-            cells.append(cell(runs, plain if loss != "siglip" else [], column))
+        others = plain if loss != "siglip" else []
+        cells += [cell(runs, others, column) for column in TABLE.values()]
+        marks = "".join(cell(runs, others, column)[-1] for column in METRICS)
+        enough = min(len(runs), len(others)) >= 3
+        cells.append(f"{marks.count('▲')}, {marks.count('▼')}" if enough else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
