@@ -1,9 +1,10 @@
 """OpenCLIP's trainer with the CyCLIP loss: `python -m cyclip_loss.open_clip_train`.
 
 Takes all of `open_clip_train`'s flags and a few of its own, and trains with whichever version of
-OpenCLIP is installed. Plain CLIP trains with `CyCLIPLoss`, other models with their own loss plus
-the penalties. OpenCLIP's versions create their loss in different places. A rank stops after its
-first optimizer step if our loss was not called: it would train without the penalties.
+OpenCLIP is installed. CLIP trains with `CyCLIPLoss`, SigLIP with `CySigLIPLoss`, and other models
+with their own loss plus the penalties. OpenCLIP's versions create their loss in different places. A
+rank stops after its first optimizer step if our loss was not called: it would train without the
+penalties.
 """
 
 import argparse
@@ -21,9 +22,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from cyclip_loss import engines
 from cyclip_loss.inputs import caption_ids
-from cyclip_loss.loss import CyCLIPLoss, WithCyclicPenalty
+from cyclip_loss.loss import CyCLIPLoss, CySigLIPLoss, WithCyclicPenalty
 from cyclip_loss.options import DIST_IMPLS, IMPLS, SAME_IDS, PenaltyOptions
-from cyclip_loss.usage_warnings import PAPER_BATCH_SIZE
+from cyclip_loss.usage_warnings import PAPER_BATCH_SIZE, PAPER_LAMBDA
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -60,17 +61,27 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     add = parser.add_argument
     add("-h", "--help", action="store_true", default=argparse.SUPPRESS, help="show all flags")
-    add("--lambda-inmodal", type=float, default=0.25, help="weight of the in-modal penalty")
-    add("--lambda-crossmodal", type=float, default=0.25, help="weight of the cross-modal penalty")
+    for penalty in ("inmodal", "crossmodal"):
+        text = f"weight of the {penalty} penalty (default: {PAPER_LAMBDA}; 0 with --siglip)"
+        add(
+            f"--lambda-{penalty}",
+            type=float,
+            default=argparse.SUPPRESS,
+            metavar="X",
+            help=text,
+        )
     text = "raise both weights from 0 over this many steps (0.5: over half of all steps)"
     add("--lambda-warmup", type=steps_or_share, default=0, metavar="STEPS", help=text)
     text = "multiply the penalties by this / global batch size; 0: the paper's formula"
     add("--reference-batch-size", type=int, default=PAPER_BATCH_SIZE, metavar="N", help=text)
     add("--impl", choices=IMPLS, default="auto", help="Triton kernels or PyTorch")
-    add("--dist-impl", choices=DIST_IMPLS, default="gather", help="across ranks (plain CLIP only)")
-    text = "what pairs with one caption are, instead of negatives (plain CLIP only)"
+    add("--dist-impl", choices=DIST_IMPLS, default="gather", help="across ranks (CLIP and SigLIP)")
+    text = "what pairs with one caption are, instead of negatives (CLIP and SigLIP)"
     add("--same-captions", choices=SAME_IDS, help=text)
     ours, theirs = parser.parse_known_args(argv)
+    default = 0.0 if "--siglip" in theirs else PAPER_LAMBDA
+    for name in ("lambda_inmodal", "lambda_crossmodal"):
+        vars(ours).setdefault(name, default)
     if "help" in ours:
         print(parser.format_help(), "\nopen_clip_train's flags:\n", sep="\n", flush=True)
         return ours, ["--help"]
@@ -177,15 +188,16 @@ class _Swap:
         """The loss to use instead of OpenCLIP's."""
         theirs = make(*args, **kwargs)
         # The exact type, as CoCa's and distillation's losses are subclasses.
-        if type(theirs).__name__ == "ClipLoss":
+        ours: Any = {"ClipLoss": CyCLIPLoss, "SigLipLoss": CySigLIPLoss}.get(type(theirs).__name__)
+        if ours is not None:
             names = ("local_loss", "gather_with_grad", "cache_labels", "rank", "world_size")
-            kept = {name: getattr(theirs, name) for name in names}
-            self.loss = CyCLIPLoss(**self.penalty_options, **kept, dist_impl=self.options.dist_impl)
+            kept = {name: getattr(theirs, name) for name in names if hasattr(theirs, name)}
+            self.loss = ours(**self.penalty_options, **kept, dist_impl=self.options.dist_impl)
             if self.options.same_captions:
                 self.loss.same_ids = self.options.same_captions
                 self.loss.register_forward_pre_hook(self.add_ids, with_kwargs=True)
         elif self.options.same_captions:
-            raise SystemExit("cyclip_loss: --same-captions needs plain CLIP's loss")
+            raise SystemExit("cyclip_loss: --same-captions needs CLIP's or SigLIP's loss")
         else:
             try:
                 self.loss = WithCyclicPenalty(theirs, **self.penalty_options)

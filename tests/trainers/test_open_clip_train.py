@@ -24,7 +24,13 @@ from recipe_cases import TEXT, VISION, blocks, captions
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
-from cyclip_loss import CyCLIPLoss, WithCyclicPenalty, caption_ids, open_clip_train
+from cyclip_loss import (
+    CyCLIPLoss,
+    CySigLIPLoss,
+    WithCyclicPenalty,
+    caption_ids,
+    open_clip_train,
+)
 from reference_train.data.emoji import EMOJI_FOLDER
 
 # Runs a module in a process in which OpenCLIP knows the tiny model of `flags`.
@@ -252,7 +258,18 @@ def test_a_process_may_train_twice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("version", ["3", "4"])
-@pytest.mark.parametrize("theirs", [SigLipLoss(), CoCaLoss(2.0, 1.0), DistillClipLoss()])
+def test_siglip_trains_with_its_own_loss_without_penalties(version: str, monkeypatch) -> None:
+    for given, expected in ((), 0.0), (("--lambda-inmodal", "0.01"), 0.01):
+        trainer = Trainer(SigLipLoss(), version)
+        trainer.main = lambda argv, it=trainer: vars(it).update(loss=it.make_loss(), finished=True)
+        loss = launch(trainer, monkeypatch, "--siglip", "--dist-impl", "ring", *given).loss
+        assert isinstance(loss, CySigLIPLoss)
+        assert (loss.lambda_inmodal, loss.lambda_crossmodal) == (expected, 0.0)
+        assert (loss.dist_impl, loss.reference_batch_size) == ("ring", 128)
+
+
+@pytest.mark.parametrize("version", ["3", "4"])
+@pytest.mark.parametrize("theirs", [CoCaLoss(2.0, 1.0), DistillClipLoss()])
 def test_other_losses_get_the_penalties(version: str, theirs: Any, monkeypatch) -> None:
     """With reference_batch_size=128, or None if the flag is 0."""
     for given, expected in ((), 128), (("--reference-batch-size", "0"), None):
@@ -280,7 +297,7 @@ WARM_UP = ("--skip-scheduler", "--lambda-warmup", "2")
         (Trainer(ClipLoss()), WARM_UP, "--lambda-warmup needs OpenCLIP's"),
         (Trainer(ClipLoss(), accum_freq=2), IGNORED, f"{CAPTIONS} excludes --accum-freq above 1"),
         (Trainer(ClipLoss(), torchscript=True), IGNORED, f"{CAPTIONS} excludes --torchscript"),
-        (Trainer(SigLipLoss()), IGNORED, f"{CAPTIONS} needs plain CLIP's loss"),
+        (Trainer(DistillClipLoss()), IGNORED, f"{CAPTIONS} needs CLIP's or SigLIP's loss"),
         (Trainer(ClipLoss(), texts=False), IGNORED, f"{CAPTIONS}: the model got no captions"),
     ],
 )
