@@ -115,7 +115,10 @@ def test_the_launcher_with_views_trains_on_a_csv_file(tmp_path: Path) -> None:
     "options",
     [
         ["--precision", "fp32", "--accum-freq", "2", "--local-loss", "--gather-with-grad"],
-        ["--siglip", "--lr-scheduler", "const-cooldown", "--epochs-cooldown", "1"],
+        [
+            *("--siglip", "--lr-scheduler", "const-cooldown", "--epochs-cooldown", "1"),
+            *("--lambda-inmodal", "0.01", "--lambda-crossmodal", "0.01"),
+        ],
     ],
     ids=["CLIP", "SigLIP"],
 )
