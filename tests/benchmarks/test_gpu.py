@@ -104,7 +104,8 @@ def test_dry_run_leaves_a_record_with_every_section(tmp_path: Path) -> None:
     assert len(parts) == sections.KERNELS_SHOWN
     assert {(row["N"], row["D"]) for row in found["kernels"]["rows"]} == {(40, 32)}
     assert parts == sorted(parts, reverse=True)
-    assert whole / 2 < sum(parts) <= whole
+    # A small batch takes some forty operations, and the record shows the dozen longest.
+    assert whole / 3 < sum(parts) <= whole
     assert {row["outcome"] for row in found["competitors"]["rows"]} == {"ok"}
     for row in found["competitors"]["rows"]:
         assert min(row[name] for name in ("wall ms", "ms", "p20", "p80", "peak MB")) > 0
