@@ -70,14 +70,14 @@ class Term(NamedTuple):
     counts: list[int] | None
 
     @property
-    def ranks(self) -> Ranks:
-        """The ranks, with the numbers of columns."""
-        return Ranks(self.group_name, self.rank, self.size, self.counts)
-
-    @property
     def directions(self) -> int:
         """How many log-sum-exps each pair is part of."""
         return 2 if self.symmetric else 1
+
+
+def ranks_of_columns(term: Term) -> Ranks:
+    """The ranks, with the numbers of columns. (PyTorch 2.8 can't trace a property of a tuple.)"""
+    return Ranks(term.group_name, term.rank, term.size, term.counts)
 
 
 class TermInputs(NamedTuple):
@@ -125,8 +125,10 @@ def terms(
     return {"contrastive_loss": losses[0], "inmodal_contrastive_loss": inmodal * inmodal_weight}
 
 
-def term_inputs(batch: Batch, plan: Plan, gathers: Gathers) -> list[TermInputs]:
-    """The inputs of each contrastive term."""
+def term_inputs(
+    batch: Batch, plan: Plan, gathers: Gathers, divisor: int | None = None
+) -> list[TermInputs]:
+    """The inputs of each contrastive term. divisor: of `Term`; None: as for the loss."""
     assert batch.logit_scale is not None
     batch_ids = None
     if gathers.ids is not None:
@@ -149,7 +151,7 @@ def term_inputs(batch: Batch, plan: Plan, gathers: Gathers) -> list[TermInputs]:
             partner_offset,
             symmetric,
             num_pairs,
-            batch.total_pairs * (2 if symmetric else 1),
+            divisor or batch.total_pairs * (2 if symmetric else 1),
             plan.positives,
             plan.engine,
             plan.strategy,
@@ -255,7 +257,11 @@ def gathered_logits(
     The arguments are those of `TermInputs`. ctx gets what `input_gradients` needs.
     """
     ctx.term, ctx.own_columns = term, own_columns.shape[0]
-    columns = own_columns if gathered is None else collectives.finish_gather(gathered, term.ranks)
+    columns = (
+        own_columns
+        if gathered is None
+        else collectives.finish_gather(gathered, ranks_of_columns(term))
+    )
     return logits_of((row_features, columns, logit_scale, row_ids, column_ids), term)
 
 
@@ -282,7 +288,7 @@ def _forward(logits: Logits, term: Term) -> tuple[Tensor, Tensor, Tensor, Tensor
         block_lse = engine.contrastive_lse
         if positives is not None:
             block_lse = partial(positives.block_lse, engine)
-        lse = STRATEGIES[term.strategy].log_sum_exps(block_lse, logits, term.ranks)
+        lse = STRATEGIES[term.strategy].log_sum_exps(block_lse, logits, ranks_of_columns(term))
         num_rows = row_features.shape[0]
         own_pairs = min(num_rows, term.num_pairs)
         pair_logits, column_pair_logits = lse.pair_logits[:own_pairs], lse.column_pair_logits
@@ -308,7 +314,9 @@ def _forward(logits: Logits, term: Term) -> tuple[Tensor, Tensor, Tensor, Tensor
         if logits.has_extra_negatives:
             loss += logits.zero_or_nan(loss.dtype)
         if term.size > 1:
-            loss = collectives.wait(collectives.start_all_reduce(loss, "sum", term.ranks))
+            loss = collectives.wait(
+                collectives.start_all_reduce(loss, "sum", ranks_of_columns(term))
+            )
         if logits.has_extra_negatives:
             row_lse = F.pad(row_lse, (0, num_rows - own_pairs), value=torch.inf)
             pair_gradient = F.pad(pair_gradient, (0, num_rows - own_pairs))
@@ -360,7 +368,7 @@ def _backward(
 
     with without_autocast(row_features):
         strategy = STRATEGIES[term.strategy]
-        grads = strategy.gradients(block_grads, logits, saved, needs, term.ranks)
+        grads = strategy.gradients(block_grads, logits, saved, needs, ranks_of_columns(term))
     dtype = row_features.dtype
     return grads.rows.to(dtype), grads.columns.to(dtype), grads.scale
 

@@ -30,6 +30,7 @@ from cyclip_loss.terms.contrastive import (
     gathered_logits,
     input_gradients,
     logits_of,
+    ranks_of_columns,
     tensors_of,
     term_inputs,
 )
@@ -38,15 +39,14 @@ from cyclip_loss.terms.operators import Operator
 
 def log_sum_exps(batch: Batch, plan: Plan, gathers: Gathers) -> LogSumExps:
     """The log-sum-exps of this rank's pairs, over the negatives of all ranks."""
-    (inputs,) = term_inputs(batch, plan, gathers)
+    # The upstream gradients are those of this rank's own loss.
+    (inputs,) = term_inputs(batch, plan, gathers, divisor=batch.ranks.size)
     *tensors, gathered, term = inputs
     if plan.contrastive == "dense":
         logits = logits_of(tensors, term)
         row_lse, column_lse, pair_logits, _ = dense.log_sum_exps(logits)
         # Extra negatives have no log-sum-exp of their own.
         return LogSumExps(row_lse, column_lse[: row_lse.shape[0]], pair_logits)
-    # The upstream gradients are those of this rank's own loss.
-    term = Term(**{**term._asdict(), "divisor": term.size})
     return LogSumExps(*_LogSumExp.apply(*tensors, gathered, term))  # type: ignore[no-untyped-call]
 
 
@@ -83,9 +83,9 @@ class _LogSumExp(torch.autograd.Function):
             if num_extra > 0:  # extra negatives have no log-sum-exp of their own
                 column_lse = F.pad(column_lse, (0, num_extra), value=torch.inf)
             if term.strategy == "gather":
-                gathered = collectives.start_gather(column_lse, term.ranks)
+                gathered = collectives.start_gather(column_lse, ranks_of_columns(term))
                 assert gathered is not None
-                column_lse = collectives.finish_gather(gathered, term.ranks)
+                column_lse = collectives.finish_gather(gathered, ranks_of_columns(term))
         saved = SavedStatistics(row_lse, column_lse, pair_logits_grad.contiguous())
         return input_gradients(ctx, logits_of(tensors, term), saved, row_lse.new_ones(()))
 
@@ -96,7 +96,7 @@ def _forward(logits: Logits, term: Term) -> tuple[Tensor, Tensor, Tensor]:
     engine = engines.load(term.engine, row_features)
     with without_autocast(row_features):
         strategy = STRATEGIES[term.strategy]
-        lse = strategy.log_sum_exps(engine.contrastive_lse, logits, term.ranks)
+        lse = strategy.log_sum_exps(engine.contrastive_lse, logits, ranks_of_columns(term))
     row_lse, column_lse = lse.row_negatives_lse, lse.column_negatives_lse
     if logits.has_extra_negatives:
         zero = logits.zero_or_nan(row_lse.dtype)

@@ -20,7 +20,13 @@ from cyclip_loss.logits import Gradients, Logits
 from cyclip_loss.numerics import without_autocast
 from cyclip_loss.plan import Batch, Plan
 from cyclip_loss.ranks import STRATEGIES, collectives
-from cyclip_loss.terms.contrastive import Gathers, Term, gathered_logits, term_inputs
+from cyclip_loss.terms.contrastive import (
+    Gathers,
+    Term,
+    gathered_logits,
+    ranks_of_columns,
+    term_inputs,
+)
 from cyclip_loss.terms.operators import Operator, call_backward, empty_grad_like
 
 
@@ -97,12 +103,14 @@ def _step(
 
     with without_autocast(logits.row_features):
         strategy = STRATEGIES[term.strategy]
-        grads = strategy.gradients(block_grads, logits, None, needs[:3], term.ranks)
+        grads = strategy.gradients(block_grads, logits, None, needs[:3], ranks_of_columns(term))
         loss.div_(term.divisor)
         if logits.has_extra_negatives:
             loss.add_(logits.zero_or_nan(loss.dtype))
         if term.size > 1:
-            loss = collectives.wait(collectives.start_all_reduce(loss, "sum", term.ranks))
+            loss = collectives.wait(
+                collectives.start_all_reduce(loss, "sum", ranks_of_columns(term))
+            )
     return loss, *grads, bias_grad
 
 
