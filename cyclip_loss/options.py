@@ -95,22 +95,12 @@ class _HeldGroup:
         return _HeldGroup, (self.group and NOT_STORED,)
 
 
-class _GroupOption:
-    """The attribute `process_group`, which a module keeps in a `_HeldGroup`."""
-
-    def __get__(self, module: Any, owner: Any = None) -> Any:
-        return None if module is None else module._held_group.group
-
-    def __set__(self, module: Any, group: Any) -> None:
-        module._held_group = _HeldGroup(group)
-
-
 @dataclass(eq=False, repr=False)
 class Options:
     """The options of every function. Each is checked when it is set, and may be set at any time."""
 
     _: KW_ONLY
-    process_group: ProcessGroup | None = _GroupOption()  # type: ignore[assignment]
+    process_group: ProcessGroup | None = None
     distributed: bool = option(True, boolean)
     impl: str = option("auto", one_of(IMPLS))
 
@@ -119,6 +109,19 @@ class Options:
         if known is not None and "check" in known.metadata:
             value = known.metadata["check"](name, value)
         super().__setattr__(name, value)
+
+
+def _held_group(options: Any) -> Any:
+    return options._held_group.group
+
+
+def _hold_group(options: Any, group: Any) -> None:
+    options._held_group = _HeldGroup(group)
+
+
+# A property, in place of the default that the dataclass has read. (PyTorch 2.8 traces no other
+# descriptor of a module.)
+setattr(Options, "process_group", property(_held_group, _hold_group))  # noqa: B010
 
 
 @dataclass(eq=False, repr=False)
