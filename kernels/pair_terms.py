@@ -95,7 +95,8 @@ def pair_terms_kernel(
         index = (tl.program_id(0) - 1) * BLOCK + tl.arange(0, BLOCK)
         mask = index < n
         margin, pair, negative = _margin(row_negatives_lse, pair_logits, index, index, mask)
-        tl.store(row_lse + index, _logaddexp(negative, pair), mask=mask)
+        lse = tl.where(margin > 0.0, negative, pair) + _log1p_exp(margin)
+        tl.store(row_lse + index, lse, mask=mask)
         gradient = -_sigmoid(margin)
         if SYMMETRIC:
             margin, _, _ = _margin(
