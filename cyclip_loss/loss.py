@@ -242,7 +242,8 @@ class CySigLIPLoss(ContrastiveOptions, _Module):
 
     Args:
         lambda_inmodal, lambda_crossmodal: the weights of the penalties; 0 by default, because no
-            weight was shown to help with this loss (docs/lambda.md). CLIP's 0.25 is too strong.
+            weight was shown to help with this loss (reference_train/results/siglip). CLIP's 0.25 is
+            too strong.
         dist_impl: "gather" (default) or "ring". Of `SigLipLoss`'s names, "bidir" (its default) and
             "shift" are the ring, and "reduce" is the gather.
         same_ids: what rows with the same id in `ids` are to each other: "ignored" (left out), or

@@ -27,7 +27,7 @@ from cyclip_loss.terms.contrastive import (
     ranks_of_columns,
     term_inputs,
 )
-from cyclip_loss.terms.operators import Operator, call_backward, empty_grad_like
+from cyclip_loss.terms.operators import Operator, call_backward, empty_grad_like, where_needed
 
 
 def terms(batch: Batch, plan: Plan, gathers: Gathers) -> dict[str, Tensor]:
@@ -68,10 +68,7 @@ class _Sigmoid(torch.autograd.Function):
         image, text, logit_scale, logit_bias, *grads = ctx.saved_tensors
         inputs = [image, text, logit_scale, logit_bias]
         grads = call_backward(_times, grad, grads, inputs)
-        rows, columns, scale, bias = (
-            found if need else None
-            for found, need in zip(grads, ctx.needs)  # noqa: B905 (PyTorch 2.8)
-        )
+        rows, columns, scale, bias = where_needed(grads, ctx.needs)
         rows, columns = (x if x is None else x.to(ctx.dtype) for x in (rows, columns))
         return (bias, None, rows, columns, scale, None, None, None, None)
 
