@@ -297,7 +297,8 @@ class CySigLIPLoss(ContrastiveOptions, _Module):
         """
         if not torch.compiler.is_compiling():
             _check_rank(self)
-        if negative_text_features is not None and ids is None:
+        needs_ids = ids is None and self.same_ids == "ignored"
+        if needs_ids and negative_text_features is not None and isinstance(image_features, Tensor):
             # Extra images and extra texts are no negatives of each other, which ids tell.
             rank = ranks_of(self.process_group, self.distributed).rank
             n = image_features.shape[0]

@@ -177,3 +177,11 @@ def test_open_clips_names_of_exchanges_are_accepted(theirs: str | None, ours: st
     assert CySigLIPLoss(dist_impl=theirs).dist_impl == ours
     with pytest.raises(ValueError, match="dist_impl must be one of"):
         CySigLIPLoss(dist_impl="star")
+
+
+def test_positives_need_ids_also_with_extra_negatives() -> None:
+    tensors = leaves(6, 4, (0, 3), torch.float32, 10.0)
+    with pytest.raises(ValueError, match="same_ids='positives' needs ids"):
+        ours("positives")(*tensors.values())
+    with pytest.raises(TypeError, match=r"image_features must be a torch\.Tensor"):
+        ours()(None, *list(tensors.values())[1:])
