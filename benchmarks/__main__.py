@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 MODULES = {
@@ -52,6 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--out", type=Path, help="folder for the record (default: benchmarks/results)"
         )
+        command.add_argument("--name", help="name of the record's files (default: with the date)")
     return parser
 
 
@@ -60,6 +62,9 @@ def main(arguments: list[str]) -> int:
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["compare", *arguments]
     options = make_parser().parse_args(arguments)
+    if options.command == "gate" and not find_spec("triton"):
+        print("`python -m benchmarks gate` needs Triton's compiler: pip install triton")
+        return 2
     # Triton reads this variable when kernels are imported, which the command does below.
     interpreted = options.command == "gpu" and options.dry_run
     os.environ["TRITON_INTERPRET"] = str(int(interpreted))

@@ -10,7 +10,7 @@ compile, or a binary
 - makes each tensor-core instruction of a 16-bit contrastive kernel wait for the one before it, or
 - does not fuse multiplications with additions.
 
-It prints a table of all binaries to stdout, and these faults to stderr.
+It prints a table of all binaries and the verdict to stdout, and these faults to stderr.
 
 The gate compiles the binaries that steps of the loss launch. A driver tells Triton that the device
 is the chip, and Triton describes each binary instead of launching it.
@@ -174,15 +174,7 @@ def faults(variant: Variant, built: Binary | str) -> list[str]:
 
 def make_row(variant: Variant, built: Binary | str) -> Row:
     """The row of a variant in the printed table."""
-    sizes = {k: v for k, v in variant.constants.items() if k.startswith("B") and k.isupper()}
-    row: Row = {
-        "arch": variant.arch,
-        "kernel": variant.label,
-        "features": variant.features,
-        "tile": " x ".join(map(str, sizes.values())),
-        "warps": variant.description["num_warps"],
-        "stages": variant.description["num_stages"],
-    }
+    row: Row = {"arch": variant.arch, "kernel": variant.label, "features": variant.features}
     if isinstance(built, str):
         return row | {"registers": f"does not compile: {built}"}
     matrix = ", ".join(f"{count} {name}" for name, count in built.matrix_instructions.items())
@@ -208,6 +200,8 @@ def main(options: argparse.Namespace) -> int:
                 rows.append(row)
                 found += faults_of_row
             print(f"\rcompiled {len(rows)}", end="", file=sys.stderr)
-    print(f"Compiled with Triton {triton.__version__}\n\n{table(rows)}")
+    print(f"Compiled with Triton {triton.__version__}\n\n{table(rows)}\n", flush=True)
     print("", *found, sep="\n", file=sys.stderr)
+    verdict = f"FAILED: {len(found)} faults" if found else "passed: no faults"
+    print(f"{verdict} in {len(rows)} binaries of {', '.join(chosen)}")
     return 1 if found else 0
