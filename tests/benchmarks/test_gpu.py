@@ -98,19 +98,17 @@ def test_dry_run_leaves_a_record_with_every_section(tmp_path: Path) -> None:
     assert list(found) == chosen
     kernels, competitors, sweep = (found[name]["rows"] for name in chosen)
     assert "torch.mm, 256 cubed" in found["competitors"]["notes"][0]
+    assert {(row["N"], row["D"]) for row in kernels} == {(40, 32)}
     whole, *parts = (row["ms"] for row in kernels)
     assert len(parts) == sections.KERNELS_SHOWN
-    assert {(row["N"], row["D"]) for row in kernels} == {(40, 32)}
     assert parts == sorted(parts, reverse=True)
     # A small batch takes some forty operations, and the record shows the dozen longest.
     assert whole / 3 < sum(parts) <= whole
-    assert {row["outcome"] for row in competitors} == {"ok"}
     for row in competitors:
-        assert min(row[name] for name in ("wall ms", "ms", "p20", "p80", "peak MB")) > 0
-    assert {row["dtype"] for row in competitors} == {"bfloat16"}
+        assert (row["outcome"], row["dtype"]) == ("ok", "bfloat16")
+        assert min(row["wall ms"], row["ms"], row["peak MB"]) > 0
     tiles = dict.fromkeys(row["kernel"].split()[0] for row in sweep)
     assert list(tiles) == list(ARCHITECTURES["sm_90"])
-    assert found["sweep"]["notes"] == []
     assert "DRY RUN" in file.with_suffix(".md").read_text()
 
 
@@ -150,29 +148,24 @@ def test_command_stops_with_one_line(arguments, message: str, monkeypatch, capsy
 def test_failure_and_interruption_leave_a_record_outside_of_results(
     tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    results, folder = tmp_path / "results", tmp_path / "temporary"
-
     def fails(run: Run) -> None:
         run.note("half of it")
         raise RuntimeError("no kernel")
 
     def terminated(run: Run) -> None:
-        run.add_row(records=len([*folder.glob("*.json")]))
+        run.add_row(records=len([*tmp_path.glob("*.json")]))
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(runs, "RESULTS", results)
-    monkeypatch.setattr(runs.tempfile, "gettempdir", lambda: str(folder))
+    monkeypatch.setattr(runs, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(runs.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setattr(sections, "SECTIONS", {"kernels": (fails, 1.0), "sizes": (terminated, 1.0)})
     assert main(["gpu", "--dry-run", "--name", "dry"]) == 1
-    assert not results.exists()
-    file = folder / "dry.json"
-    found = json.loads(file.read_text())["sections"]
-    (failure,) = found["kernels"]["failures"]
-    assert failure.startswith("RuntimeError: no kernel\nTraceback")
+    assert not (tmp_path / "results").exists()
+    found = json.loads((tmp_path / "dry.json").read_text())["sections"]
+    assert found["kernels"]["failures"][0].startswith("RuntimeError: no kernel\nTraceback")
     assert found["sizes"]["rows"] == [{"records": 1}]
-    assert found["sizes"]["failures"] == ["interrupted"]
-    printed, page = capsys.readouterr().out, file.with_suffix(".md").read_text()
-    for failed, why in ("kernels", "RuntimeError: no kernel"), ("sizes", "interrupted"):
-        assert f"## FAILED {failed}\n\n```\n{why}" in page
-        assert f"FAILED {why}\n" in printed
+    printed, page = capsys.readouterr().out, (tmp_path / "dry.md").read_text()
+    for name, failure in ("kernels", "RuntimeError: no kernel"), ("sizes", "interrupted"):
+        assert f"## FAILED {name}\n\n```\n{failure}" in page
+        assert f"FAILED {failure}\n" in printed
     assert all(words in printed for words in ("half of it\n", "2 failures; record in"))
