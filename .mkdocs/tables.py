@@ -13,9 +13,9 @@ A table stands below a comment of this form, which is not shown:
 
 The first line has the records. The second line has the heading of the first column, and then the
 other columns, each with its metric. Each further line is a row: its title, and the runs, as
-RECORD/RUN with wildcards. A cell has the mean of the runs that have the metric, with the lowest and
-the highest. ▲: the range of at least three runs is above the range of the last row with `*`; ▼:
-below it.
+RECORD/RUN with wildcards. A row that begins with `? ` is left out if no record has such a run.
+A cell has the mean of the runs that have the metric, with the lowest and the highest. ▲: the range
+of at least three runs is above the range of the last row with `*`; ▼: below it.
 """
 
 import csv
@@ -89,16 +89,18 @@ def table(spec: str) -> str:
         for title, numbers in runs_of(ROOT / folder / name)
     ]
     first, *columns = heading.split(" | ")
-    titles, metrics = zip(*(column.split(" = ") for column in columns), strict=True)
+    titles, metrics = zip(*(column.rsplit(" = ", 1) for column in columns), strict=True)
     rows = ["| " + " | ".join([first, *titles]) + " |", "|---|" + "---:|" * len(titles)]
     baseline: dict[str, list[float]] = {}
     for line in lines:
-        title, _, patterns = line.removeprefix("* ").rpartition(" = ")
+        title, _, patterns = line.removeprefix("* ").removeprefix("? ").rpartition(" = ")
         shown = [
             numbers
             for run, numbers in runs
             if any(fnmatchcase(run, pattern) for pattern in patterns.split("; "))
         ]
+        if not shown and line.startswith("? "):
+            continue
         if not shown:
             raise SystemExit(f"no run {patterns}")
         values = {name: [run[name] for run in shown if name in run] for name in metrics}

@@ -1,4 +1,8 @@
-"""Runs every recipe on `docs/losses.md` and compares it with its N x N form in float64."""
+"""Runs every recipe on `docs/losses.md` and compares it with its N x N form in float64.
+
+A new recipe is a section of the page with a block that sets `loss`, and its N x N form here, found
+by a text that only this block has. The section says whether it takes ids and works across ranks.
+"""
 
 from collections.abc import Callable
 from functools import partial
