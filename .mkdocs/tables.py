@@ -127,6 +127,7 @@ def stale(write: bool) -> list[str]:
 
 if __name__ == "__main__":
     check = "--check" in sys.argv[1:]
-    pages = stale(write=not check)
-    print("\n".join(f"{page} is stale: run `make tables`" if check else page for page in pages))
-    sys.exit(bool(check and pages))
+    changed = stale(write=not check)
+    for page in changed:
+        print(f"{page} is stale: run `make tables`" if check else page)
+    sys.exit(bool(check and changed))
