@@ -13,7 +13,7 @@ from cyclip_loss import CyCLIPLoss
 from reference_train.data.emoji import EMOJI_FOLDER
 from reference_train.data.samples import decode, read_samples
 
-PAGES = ["docs/recipes.md", "docs/lambda.md", "docs/design.md"]
+PAGES = ["docs/recipes.md", "docs/data.md", "docs/lambda.md"]
 VISION = {"layers": 1, "width": 32, "head_width": 16, "patch_size": 16, "image_size": 32}
 TEXT = {"layers": 1, "width": 32, "heads": 2, "context_length": 12}
 LARGE_BATCH = "A batch larger than memory"

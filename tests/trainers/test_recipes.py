@@ -67,7 +67,9 @@ TRAINING = [
     ("Accelerate", 0, "accelerate"),
     ("Lightning", 0, "lightning"),
 ]
-TRAINING += [(recipe_cases.LARGE_BATCH, i, row[2]) for i, row in enumerate(TRAINING)]
+TRAINING += [
+    (recipe_cases.LARGE_BATCH, i, package) for i, package in enumerate(("open_clip", "lightning"))
+]
 
 
 @pytest.mark.parametrize(("heading", "block", "package"), TRAINING)
@@ -188,16 +190,6 @@ def test_views_are_drawn_and_the_loss_has_their_inmodal_term() -> None:
     torch.testing.assert_close(penalty, papers_penalty(firsts))
 
 
-def test_geometric_consistency_equals_its_formula() -> None:
-    features = torch.randn(4, 9, 5, dtype=torch.float64, device="cpu")
-    v, t, va, ta = torch.nn.functional.normalize(features, dim=-1)
-    gaps = [v @ t.T - t @ v.T, (v * t).sum(1) - (va * ta).sum(1)]
-    gaps += [one @ one.T - other @ other.T for one, other in ((v, t), (v, va), (t, ta))]
-    found = run("Augmented views", 2, V=v, T=t, Va=va, Ta=ta)["geometric_consistency"]
-    expected = sum(gap.square().sum() for gap in gaps) / 9
-    torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
-
-
 def test_lambdas_warm_up_over_the_given_steps() -> None:
     model, seen, loss_fn = tiny_clip(), [], CyCLIPLoss()
     loss_fn.register_forward_hook(
@@ -230,7 +222,7 @@ class Samples(IterableDataset):
 @needs_triton
 @pytest.mark.parametrize(
     ("heading", "block", "rows"),
-    [("Hugging Face Trainer", 0, 16), (recipe_cases.LARGE_BATCH, 3, 32)],
+    [("Hugging Face Trainer", 0, 16), (recipe_cases.LARGE_BATCH, 2, 32)],
 )
 def test_hugging_faces_trainer_takes_the_gradient_step_of_the_loss(
     heading: str, block: int, rows: int, tmp_path: Path
@@ -292,34 +284,6 @@ def test_sentence_transformers_trains_and_takes_hard_negatives(tmp_path: Path) -
     negatives = {"negative_text_features": columns[2:].flatten(0, 1)}
     expected = CyCLIPLoss(reference_batch_size=128)(*columns[:2], 20.0, **negatives)
     torch.testing.assert_close(sum(loss(columns).values()), expected)
-
-
-def test_large_batch_ranking_loss_trains_and_equals_the_loss_of_sentence_transformers(
-    tmp_path: Path,
-) -> None:
-    given = sentence_training(tmp_path)
-    losses = pytest.importorskip("sentence_transformers.losses")
-    from sentence_transformers import SentenceTransformerTrainer
-
-    loss_class = run("sentence-transformers", 1)["LargeBatchRankingLoss"]
-    trainer = SentenceTransformerTrainer(
-        given["model"],
-        given["training_arguments"],
-        train_dataset=given["dataset"],
-        loss=loss_class(given["model"]),
-    )
-    trainer.train()
-    history = [log for log in trainer.state.log_history if "loss" in log]
-    assert history[-1]["loss"] < 0.7 * history[0]["loss"]
-    # With hard negatives too, it is the loss of sentence-transformers.
-    for count in (2, 4):
-        columns = torch.randn(count, 6, 5, device="cpu", requires_grad=True)
-        embeddings = [{"sentence_embedding": column} for column in columns]
-        ours = loss_class(lambda column: column)(embeddings)
-        theirs = losses.MultipleNegativesRankingLoss(lambda column: column)(embeddings, None)
-        torch.testing.assert_close(ours, theirs)
-        both = [torch.autograd.grad(loss, columns)[0] for loss in (ours, theirs)]
-        torch.testing.assert_close(*both)
 
 
 def duplicates() -> tuple[Tensor, Tensor, Tensor]:
@@ -384,7 +348,3 @@ def test_hugging_faces_trainer_leaves_duplicates_out_of_the_negatives() -> None:
     out = names["outputs"]
     features = out.image_embeds, out.text_embeds, model.logit_scale.exp()
     assert torch.equal(found, CyCLIPLoss()(*features, ids=ids))
-
-
-def test_the_assertions_on_the_design_page_hold() -> None:
-    run("The penalties without an N×N matrix")
