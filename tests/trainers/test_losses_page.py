@@ -26,7 +26,7 @@ NUMBERS = {"tau": TAU, "alpha": 9.0, "kappa": 0.3, "smoothing": 0.1}
 DENSE: dict[str, Callable[..., Tensor]] = {}
 
 
-BLOCKS = [code for _, code in pages.blocks("docs/losses.md")]
+BLOCKS = pages.blocks("docs/losses.md")
 
 
 def block_with(text: str) -> str:
