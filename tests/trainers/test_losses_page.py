@@ -333,21 +333,6 @@ def test_a_recipe_across_ranks_equals_its_dense_form(
         torch.testing.assert_close(found / world_size, gradient, **CLOSE, msg=name)
 
 
-def test_uniformity_between_modalities_equals_its_dense_form() -> None:
-    marker, n = "loss = torch.logsumexp(row, dim=0)", 12
-    block = block_with(marker).replace(
-        "(image_features, image_features,", "(image_features, text_features,"
-    )
-    data = with_gradients(make_data(n))
-    images, texts = (F.normalize(data[name], dim=1) for name in FEATURES[:2])
-    distances = (images[:, None] - texts).square().sum(dim=2)
-    exact = (-2 * distances)[mask(n, None)].exp().mean().log()
-    loss = run_block(block, data, {}, n)
-    torch.testing.assert_close(loss, exact)
-    found, expected = (gradients(x, data, marker) for x in (loss, exact))
-    torch.testing.assert_close(found, expected, **CLOSE)
-
-
 def test_every_recipe_of_the_page_is_compared() -> None:
     compared = {block_with(marker) for marker in (*DENSE, *ACROSS_RANKS.values())}
     assert compared == {block for block in BLOCKS if "\nloss = " in f"\n{block}"}
