@@ -112,14 +112,6 @@ def test_dry_run_leaves_a_record_with_every_section(tmp_path: Path) -> None:
     assert "DRY RUN" in file.with_suffix(".md").read_text()
 
 
-def test_kernels_fail_if_the_profiler_sees_nothing(monkeypatch) -> None:
-    monkeypatch.setattr(sections, "profiled", lambda *_: {})
-    run = Run(CPU, dry_run=True)
-    sections.kernels(run)
-    assert run.section.failures == ["the profiler has no access to the GPU"]
-    assert run.section.rows == []
-
-
 @pytest.fixture(autouse=True)
 def restore_process(monkeypatch):
     """Restore the environment variable and the signal handler that `main` sets."""

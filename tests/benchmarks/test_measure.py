@@ -95,7 +95,8 @@ def test_table_shows_three_digits_and_leaves_missing_cells_empty() -> None:
 
 def test_versions_have_the_library_and_its_commit_if_there_is_one(monkeypatch) -> None:
     monkeypatch.setattr(run.subprocess, "check_output", lambda *_, **__: "e0a504b\n")
-    assert (versions()["cyclip_loss"], versions()["commit"]) == (__version__, "e0a504b")
+    found = versions()
+    assert (found["cyclip_loss"], found["commit"]) == (__version__, "e0a504b")
     monkeypatch.undo()
     monkeypatch.setattr(run, "ROOT", "/no repository")
     assert "commit" not in versions()

@@ -68,48 +68,40 @@ def test_a_competitor_computes_its_definition(competitor: Competitor, monkeypatc
     assert ("logit-scale gradient" in found) == has_scale
 
 
-def test_definitions_differ_and_tables_show_only_competitors_that_exist(monkeypatch) -> None:
-    values = {(c.computes, c.extra): round(c.definition(*INPUTS).item(), 3) for c in ALL}
-    assert len({*values.values()}) == len(values)
+def test_tables_show_only_competitors_that_exist_and_only_a_gpu_runs_all() -> None:
     assert len({*NAMES}) == len(NAMES)
     shown = (*competitors.TABLES.values(), *competitors.IN_ERRORS.values(), report.STYLES)
     assert {name for group in shown for name in group} <= {*NAMES}
-    on_cpu = competitors.competitors(CPU)
-    assert [c for c in ALL if c not in on_cpu] == [c for c in ALL if c.cuda_only]
     assert competitors.competitors(torch.device("cuda")) == [*ALL]
+    assert competitors.competitors(CPU) == [c for c in ALL if not c.cuda_only]
 
 
-def test_loss_with_a_wrong_value_or_gradient_is_not_timed() -> None:
-    def times(factor: float) -> Any:
-        return lambda: lambda *inputs: factor * authors_formula(*inputs)
+def times(factor: float) -> Any:
+    return lambda: lambda *inputs: factor * authors_formula(*inputs)
 
-    def wrong_grad(*inputs: Any) -> torch.Tensor:
-        return 1.06 * authors_formula(*inputs) - 0.06 * authors_formula(*inputs).detach()
 
-    expected = {
-        OURS: (times(1), "ok"),
-        "near": (times(1.04), "ok"),
-        "value": (times(1.06), "AssertionError: the value differs from CyCLIP's by 6 %"),
-        "nan": (times(math.nan), "AssertionError: the value differs from CyCLIP's by nan %"),
-        "gradient": (
-            lambda: wrong_grad,
-            "AssertionError: the gradient differs from CyCLIP's by 6 %",
-        ),
-        "broken": (lambda: [][0], "IndexError: list index out of range"),
-    }
-    found = [Competitor(name, make) for name, (make, _) in expected.items()]
+def with_wrong_gradient(*inputs: Any) -> torch.Tensor:
+    return 1.06 * authors_formula(*inputs) - 0.06 * authors_formula(*inputs).detach()
+
+
+@pytest.mark.parametrize(
+    ("make", "outcome"),
+    [
+        (times(1.04), "ok"),
+        (times(1.06), "AssertionError: the value differs from CyCLIP's by 6 %"),
+        (times(math.nan), "AssertionError: the value differs from CyCLIP's by nan %"),
+        (lambda: with_wrong_gradient, "AssertionError: the gradient differs from CyCLIP's by 6 %"),
+        (lambda: [][0], "IndexError: list index out of range"),
+    ],
+)
+def test_loss_with_a_wrong_value_or_gradient_is_not_timed(make: Any, outcome: str) -> None:
     run = Run(CPU)
-    with run.start_section("cost") as section:
-        cost.add_costs(run, [*found, Competitor("for smaller N", times(1), up_to=15)], SMALL_PLAN)
-    assert {row["loss"]: row["outcome"] for row in section.rows} == {
-        name: outcome for name, (_, outcome) in expected.items()
-    }
-    timed = [row for row in section.rows if "ms" in row]
-    assert [row["loss"] for row in timed] == [OURS, "near"]
-    for row in timed:
-        assert row["runs"] == 2
-        assert 0 < row["fraction of matmul rate"] < 1
-        assert row["peak MB"] > 5 * 4 * 16**2 / 1e6
+    too_large = Competitor("for smaller N", make, up_to=15)
+    cost.add_costs(run, [Competitor(OURS, make), too_large], SMALL_PLAN)
+    (row,) = run.section.rows
+    assert (row["loss"], row["outcome"]) == (OURS, outcome)
+    assert (row.get("runs"), "ms" in row) == ((2, True) if outcome == "ok" else (None, False))
+    assert outcome != "ok" or row["peak MB"] > 5 * 4 * 16**2 / 1e6
 
 
 def test_beyond_the_timed_sizes_a_cpu_runs_each_loss_once(monkeypatch) -> None:
@@ -168,25 +160,23 @@ def test_a_run_leaves_a_record_with_a_summary_and_a_figure(tmp_path: Path, monke
     assert page.count("| 16 | 512 | ") == 4  # times and memory in the summary, and two rows
 
 
-def test_summary_and_figure_show_recorded_values_and_leave_nan_out(tmp_path, monkeypatch) -> None:
+def test_summary_and_figure_show_recorded_values(tmp_path, monkeypatch) -> None:
     rows: list[dict] = [
         {"N": n, "D": 512, "loss": loss, "outcome": "ok", "ms": ms, "peak MB": 1.0}
         for n, loss, ms in ((16, OURS, 2.0), (16, AUTHORS, 3.0), (64, OURS, 4.0), (99, OURS, 5.0))
     ]
     rows.append({"N": 64, "D": 512, "loss": AUTHORS, "outcome": "out of memory (had 1 GB)"})
     record = {"sections": {"cost": {"rows": rows}}, "device": "one"}
-    assert report.summary(record).splitlines()[4:8] == [
+    assert report.summary(record).splitlines()[4:7] == [
         "| 16 | 512 | 2.00 | 3.00 (1.50 ×) |",
         "| 64 | 512 | 4.00 | out of memory (had 1 GB) |",  # one loss alone has no line
         "",
-        "Peak memory, MB",
     ]
     drawn: list[Any] = []
     monkeypatch.setattr(report, "draw_lines", lambda ax, *arguments: drawn.append(arguments))
     report.draw(record, tmp_path / "cost.png")
-    (time, failed), (memory, _) = drawn
+    (time, failed), _ = drawn
     assert time.loc[16, [OURS, AUTHORS]].tolist() == [1, 1.5]
-    assert memory[AUTHORS].isna().tolist() == [False, True, True]
     assert failed == {AUTHORS}
 
 
