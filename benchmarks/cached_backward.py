@@ -52,7 +52,7 @@ def accumulated(model: nn.Module, loss_fn: nn.Module, *inputs: Tensor) -> None:
 
 
 def main(path: str) -> None:
-    """Measure, print, and write the record."""
+    """Measure, and write the record."""
     run = Run(torch.device("cpu"))
     model = open_clip.CLIP(embed_dim=512, vision_cfg=VISION, text_cfg=TEXT, output_dict=True)
     inputs = torch.randn(PAIRS, 3, 64, 64), torch.randint(1000, (PAIRS, 8))
@@ -74,9 +74,7 @@ def main(path: str) -> None:
             model.zero_grad()
             peak = allocated_peak(run.device, step) / 1e6
             run.add_row(step=name, **{"CPU seconds": seconds[name], "peak MB": peak})
-    text = json.dumps(run.record(versions()), indent=1)
-    print(text)
-    Path(path).write_text(text + "\n")
+    Path(path).write_text(json.dumps(run.record(versions()), indent=1) + "\n")
 
 
 if __name__ == "__main__":

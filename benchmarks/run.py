@@ -246,5 +246,5 @@ def run_sections(
             save()
     except KeyboardInterrupt:
         run.fail("interrupted")
-    run.say(f"{run.failures()} failures; record in {file} and {file.with_suffix('.md')}")
+    run.say(f"{run.failures()} failures; record in {file.with_suffix('.md')}")
     return save(), file

@@ -83,7 +83,6 @@ def draw(record: dict[str, Any], file: Path) -> None:
         ax.set(xlabel="N, pairs in the batch", title=f"{title} relative to {names.OURS}")
     figure.savefig(file)
     plt.close(figure)
-    print(f"wrote {file}")
 
 
 def draw_lines(ax: Any, values: pd.DataFrame, failed: set[str]) -> None:
