@@ -71,8 +71,7 @@ def main(arguments: list[str]) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or PyTorch's profiler logs each start
     # `timeout` sends SIGTERM. Handle it like Ctrl-C, so that the record is written.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    code: int = import_module(MODULES[options.command]).main(options)
-    return code
+    return import_module(MODULES[options.command]).main(options)
 
 
 if __name__ == "__main__":

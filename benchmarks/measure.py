@@ -32,7 +32,7 @@ def wall_seconds(call: Callable[[], object], min_seconds: float) -> float:
     Calls follow each other without waiting for the GPU, as steps of training do.
     """
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    return float(timer.blocked_autorange(min_run_time=min_seconds).median)
+    return timer.blocked_autorange(min_run_time=min_seconds).median
 
 
 def interleaved(
@@ -73,7 +73,7 @@ def milliseconds(step: Callable[[], object], device: torch.device) -> float:
     step()
     end.record()
     end.synchronize()
-    return float(start.elapsed_time(end))
+    return start.elapsed_time(end)
 
 
 def time_columns(times: list[float]) -> dict[str, float | int]:

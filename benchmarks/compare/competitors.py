@@ -76,7 +76,7 @@ TABLES = {
 
 # Losses whose errors are compared, because they compute the same function.
 IN_ERRORS = {
-    "": (OURS, EAGER, AUTHORS, COMPILED),
+    "": (OURS, AUTHORS, COMPILED),
     " of the penalties alone": (PENALTIES_ONLY, DENSE_PENALTIES),
 }
 
