@@ -233,9 +233,7 @@ def check_scalar(name: str, value: Tensor | float, features: Tensor) -> Tensor:
     dtype = accumulation_dtype(features.dtype)
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(
-                f"{name} must be a scalar tensor or a number, got {type(value).__name__}"
-            )
+            raise TypeError(f"{name} must be a scalar tensor or a number, got {value!r}")
         if not torch.compiler.is_compiling():
             if name == "logit_scale" and not 0 < value < torch.inf:
                 raise ValueError(f"{name} must be finite and > 0, got {value}")
@@ -254,21 +252,6 @@ def check_scalar(name: str, value: Tensor | float, features: Tensor) -> Tensor:
             f"{name} must be on the features' device {features.device}, got {value.device}"
         )
     return value.reshape(()).to(device=features.device, dtype=dtype)
-
-
-def check_logit_bias(logit_bias: Tensor | float | None) -> None:
-    """Raises an error unless logit_bias is a tensor with one element, a number or None."""
-    if logit_bias is None:
-        return
-    if isinstance(logit_bias, bool) or not isinstance(logit_bias, (Tensor, Real)):
-        hint = ": pass output_dict by keyword" if isinstance(logit_bias, bool) else ""
-        raise TypeError(f"logit_bias must be a tensor, a number or None, got {logit_bias!r}{hint}")
-    if not isinstance(logit_bias, Tensor):
-        return
-    if logit_bias.numel() != 1:
-        raise ValueError(f"logit_bias must have one element, got shape {tuple(logit_bias.shape)}")
-    if not logit_bias.is_floating_point():
-        raise TypeError(f"logit_bias must be a floating-point tensor, got {logit_bias.dtype}")
 
 
 def check_ids(ids: Tensor | None, features: Tensor, same_ids: str) -> Tensor | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cyclip_loss import options, usage_warnings
-from cyclip_loss.inputs import check_logit_bias, prepare, prepare_pairs
+from cyclip_loss.inputs import check_scalar, prepare, prepare_pairs
 from cyclip_loss.numerics import is_capturing
 from cyclip_loss.options import ContrastiveOptions, PenaltyOptions, option
 from cyclip_loss.plan import Batch, Plan, make_plan
@@ -57,7 +57,44 @@ class _Module(PenaltyOptions, nn.Module):
 
 
 @dataclass(eq=False, repr=False)
-class CyCLIPLoss(ContrastiveOptions, _Module):
+class _ContrastiveLoss(ContrastiveOptions, _Module):
+    """The base of the losses with a contrastive term."""
+
+    _: KW_ONLY
+    same_ids: str = option("ignored", options.one_of(options.SAME_IDS))
+    cache_labels: bool = option(False, options.boolean)
+    rank: int = option(0, options.integer)
+    world_size: int = option(1, options.integer)
+
+    def _check_rank(self) -> None:
+        """Raise unless `rank` and `world_size` are the group's or OpenCLIP's defaults, 0 and 1."""
+        if torch.compiler.is_compiling() or not self.distributed:
+            return
+        if self.rank < 1 and self.world_size < 2:
+            return
+        ranks = ranks_of(self.process_group)
+        given = max(self.rank, 0), max(self.world_size, 1)
+        if given[0] not in (0, ranks.rank) or given[1] not in (1, ranks.size):
+            raise ValueError(
+                f"rank={self.rank} and world_size={self.world_size} were given, but this process "
+                f"is rank {ranks.rank} of {ranks.size}; is torch.distributed initialised?"
+            )
+
+    def _with_penalties(
+        self, terms: dict[str, Tensor], batch: Batch, plan: Plan, reduced: Tensor | None
+    ) -> Tensor | dict[str, Tensor]:
+        """The contrastive terms and the penalties, added up unless `plan.as_terms`."""
+        if plan.as_terms or plan.penalties != "none":
+            terms |= cyclic.terms(batch, plan, self, reduced)
+        self._check_inputs_once(batch, plan)
+        if plan.as_terms:
+            return terms
+        loss, *others = terms.values()
+        return sum(others, loss)
+
+
+@dataclass(eq=False, repr=False)
+class CyCLIPLoss(_ContrastiveLoss):
     """CLIP's contrastive loss with the cyclic penalties of CyCLIP (Goel et al. 2022).
 
         loss = contrastive + lambda_inmodal * P_in + lambda_crossmodal * P_cross
@@ -124,13 +161,9 @@ class CyCLIPLoss(ContrastiveOptions, _Module):
     """
 
     _: KW_ONLY
-    same_ids: str = option("ignored", options.one_of(options.SAME_IDS))
     inmodal_contrastive_weight: float | None = option(None, options.optional_weight)
     local_loss: bool = option(False, options.boolean)
     gather_with_grad: bool = option(False, options.boolean)
-    cache_labels: bool = option(False, options.boolean)
-    rank: int = option(0, options.integer)
-    world_size: int = option(1, options.integer)
     use_horovod: bool = option(False, options.one_of((False,)))
 
     def forward(
@@ -187,9 +220,7 @@ class CyCLIPLoss(ContrastiveOptions, _Module):
             ValueError: shapes or devices do not match, on one rank or between ranks, or a batch is
                 empty.
         """
-        if not torch.compiler.is_compiling():
-            _check_rank(self)
-        check_logit_bias(logit_bias)
+        self._check_rank()
         batch = prepare(
             image_features,
             text_features,
@@ -203,6 +234,9 @@ class CyCLIPLoss(ContrastiveOptions, _Module):
             negative_text_features=negative_text_features,
             same_ids=self.same_ids,
         )
+        bias = None
+        if logit_bias is not None:
+            bias = check_scalar("logit_bias", logit_bias, batch.image_features)
         plan = make_plan(batch, self, output_dict, self.dist_impl)
 
         # Across ranks, the gather of the columns runs while the Gram matrices are computed, and
@@ -210,25 +244,17 @@ class CyCLIPLoss(ContrastiveOptions, _Module):
         gathers = contrastive.start_gathers(batch, plan)
         reduced = cyclic.start_reducing_grams(batch, plan)
         terms = contrastive.terms(batch, plan, gathers, self.inmodal_contrastive_weight)
-        if output_dict or plan.penalties != "none":
-            terms |= cyclic.terms(batch, plan, self, reduced)
-        if isinstance(logit_bias, Tensor):
+        if bias is not None:
             # A gradient of 0: DDP needs a gradient for every parameter.
-            zero = (logit_bias.reshape(()) * 0).to(terms["contrastive_loss"])
-            terms["contrastive_loss"] = terms["contrastive_loss"] + zero
-
+            terms["contrastive_loss"] = terms["contrastive_loss"] + bias * 0
         usage_warnings.warn_of_strong_penalties(self, batch.total_pairs)
         if augmented_image_features is None:
             usage_warnings.warn_of_unused_weight(self)
-        self._check_inputs_once(batch, plan)
-        if output_dict:
-            return terms
-        loss, *others = terms.values()
-        return sum(others, loss)
+        return self._with_penalties(terms, batch, plan, reduced)
 
 
 @dataclass(eq=False, repr=False)
-class CySigLIPLoss(ContrastiveOptions, _Module):
+class CySigLIPLoss(_ContrastiveLoss):
     """SigLIP's sigmoid loss (Zhai et al. 2023) with the cyclic penalties, in O(N D) memory.
 
         loss = 1/N * sum_ij log(1 + exp(-y_ij l_ij))
@@ -266,10 +292,6 @@ class CySigLIPLoss(ContrastiveOptions, _Module):
     lambda_crossmodal: float = option(0.0, options.weight)
     _: KW_ONLY
     dist_impl: str = option("gather", options.siglip_dist_impl)
-    same_ids: str = option("ignored", options.one_of(options.SAME_IDS))
-    cache_labels: bool = option(False, options.boolean)
-    rank: int = option(0, options.integer)
-    world_size: int = option(1, options.integer)
     bidir: bool = option(True, options.boolean)
     chunk_size: int | None = option(None, options.optional_batch_size)
 
@@ -295,8 +317,7 @@ class CySigLIPLoss(ContrastiveOptions, _Module):
         ids: rows with the same id are left out or, with `same_ids="positives"`, have y = 1.
         negative_image_features, negative_text_features: have y = -1 with all texts, or all images.
         """
-        if not torch.compiler.is_compiling():
-            _check_rank(self)
+        self._check_rank()
         needs_ids = ids is None and self.same_ids == "ignored"
         if needs_ids and negative_text_features is not None and isinstance(image_features, Tensor):
             # Extra images and extra texts are no negatives of each other, which ids tell.
@@ -321,27 +342,8 @@ class CySigLIPLoss(ContrastiveOptions, _Module):
         gathers = contrastive.start_gathers(batch, plan)
         reduced = cyclic.start_reducing_grams(batch, plan)
         terms = sigmoid.terms(batch, plan, gathers)
-        if output_dict or plan.penalties != "none":
-            terms |= cyclic.terms(batch, plan, self, reduced)
         usage_warnings.warn_of_strong_siglip_penalties(self, batch.total_pairs)
-        self._check_inputs_once(batch, plan)
-        if output_dict:
-            return terms
-        loss, *others = terms.values()
-        return sum(others, loss)
-
-
-def _check_rank(loss: Any) -> None:
-    """Raise unless `rank` and `world_size` are the group's or OpenCLIP's defaults, 0 and 1."""
-    if not loss.distributed or (loss.rank < 1 and loss.world_size < 2):
-        return
-    ranks = ranks_of(loss.process_group)
-    given = max(loss.rank, 0), max(loss.world_size, 1)
-    if given[0] not in (0, ranks.rank) or given[1] not in (1, ranks.size):
-        raise ValueError(
-            f"rank={loss.rank} and world_size={loss.world_size} were given, but this process "
-            f"is rank {ranks.rank} of {ranks.size}; is torch.distributed initialised?"
-        )
+        return self._with_penalties(terms, batch, plan, reduced)
 
 
 @dataclass(eq=False, repr=False)

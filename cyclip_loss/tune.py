@@ -59,35 +59,35 @@ def candidates(precision: Any, shipped: Any) -> list[Any]:
     return found
 
 
-def calls(kernel: str, image: Tensor, text: Tensor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Arguments for a kernel's function: to time, without products of the library's; to compare."""
+def calls(kernel: str, image: Tensor, text: Tensor) -> list[tuple[Any, ...]]:
+    """Arguments of calls to compare. The first is also timed, without products of the library's."""
     (n, d), one = image.shape, torch.ones((), device=image.device)
-    ids = torch.arange(n, device=image.device)
+    ids, weights = torch.arange(n, device=image.device), [torch.tensor(0.25)] * 2
     logits, lse = Logits(image, text, 50 * one), 12 * one.repeat(n)  # about that of random logits
     with_ids = Logits(image, text, one, ids, ids, partner_offset=1, num_pairs=n)
     saved = SavedStatistics(lse, lse, 0 * lse)
-    grams, weights = torch.randn(3, d, d, device=image.device), [torch.tensor(0.25)] * 2
-    to_time: dict[str, tuple[Any, ...]] = {
-        "contrastive_lse": (logits,),
-        "contrastive_grads": (logits, saved, one, 0.5 / n, [False, False, True], False),
-        "gram_matrices": (image, text, True),
-        "cyclic_grads": (image, text, grams, [one, one], weights, n, [True, True]),
-    }
-    to_compare = to_time | {
-        "contrastive_lse": (with_ids,),
-        "contrastive_grads": (with_ids, saved, one, 0.5 / n, [True, True, True], False),
-    }
-    return to_time[kernel], to_compare[kernel]
+    if kernel == "contrastive_lse":
+        return [(logits,), (with_ids,)]
+    if kernel == "contrastive_grads":
+        settings = (saved, one, 0.5 / n)
+        only_scale, everything = [False, False, True], [True, True, True]
+        return [(logits, *settings, only_scale, False), (with_ids, *settings, everything, False)]
+    if kernel == "gram_matrices":
+        return [(image, text, True)]
+    grams = torch.randn(3, d, d, device=image.device)
+    return [(image, text, grams, [one, one], weights, n, [True, True])]
 
 
-def refusal(kernel: str, image: Tensor, *arguments: tuple[Any, ...]) -> str | None:
-    """Why the kernel's current tile must not be chosen; None if it may."""
+def trial(kernel: str, config: Any, arguments: list[tuple[Any, ...]], image: Tensor) -> float | str:
+    """Milliseconds of a call with this tile, or why the tile must not be chosen."""
     verified = verified_kernels(scope_of(image))
     try:
-        with recording() as binaries:
-            problems = [verified.compare(kernel, call) for call in arguments]
-        spills = max(getattr(binary, "n_spills", 0) for binary in binaries)
-        return f"spills {spills} registers" if spills else next(filter(None, problems), None)
+        with configs.overridden(kernel, config), recording() as binaries:
+            problems = filter(None, [verified.compare(kernel, call) for call in arguments])
+            if spills := max(getattr(binary, "n_spills", 0) for binary in binaries):
+                return f"spills {spills} registers"
+            launch = partial(getattr(kernels, kernel), *arguments[0])
+            return next(problems, None) or milliseconds(launch, image.device)
     except Exception as error:  # of any kind: that candidate is out
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.200}"
 
@@ -102,37 +102,35 @@ def milliseconds(launch: Callable[[], object], device: torch.device) -> float:
 def tune(
     device: torch.device, dtypes: list[torch.dtype], n: int, d: int, seconds: float
 ) -> Iterator[tuple[str, float, float, Any]]:
-    """Tune every kernel for each dtype, at N = `n` and D = `d`, in about `seconds`.
+    """Tune every kernel for each dtype, at N = `n` and D = `d`.
 
-    Prints each candidate with its time, or why it is left out. Yields for each kernel its
-    `tiles_key`, the milliseconds of the shipped and of the chosen tile, and the chosen tile; None
-    if no candidate is usable. Interpreted, times mean nothing.
+    After `seconds`, only the shipped tiles of the other kernels are tried. Prints each candidate
+    with its time, or why it is left out. Yields for each kernel its `tiles_key`, the milliseconds
+    of the shipped and of the chosen tile, and the chosen tile; None if no candidate is usable.
+    Interpreted, times mean nothing.
     """
-    begun, tables = time.perf_counter(), configs.shipped(device)
-    jobs = list(product(dtypes, tables))
-    for job, (dtype, kernel) in enumerate(jobs, 1):
+    deadline, tables = time.monotonic() + seconds, configs.shipped(device)
+    for dtype, kernel in product(dtypes, tables):
         image, text = (normalize(torch.randn(n, d, device=device)).to(dtype) for _ in range(2))
-        widened = kernel in ("gram_matrices", "cyclic_grads")
-        precision = configs.Precision.of(image, widened=widened)
+        precision = configs.Precision.of(image, kernel in ("gram_matrices", "cyclic_grads"))
         key, shipped = configs.tiles_key(kernel, image, precision), tables[kernel][precision]
-        to_time, to_compare = calls(kernel, image, text)
-        launch = partial(getattr(kernels, kernel), *to_time)
-        found: dict[float, Any] = {}
+        arguments = calls(kernel, image, text)
+        shipped_ms = best_ms = math.inf
+        best = None
         for config in candidates(precision, shipped)[: 2 if kernels.INTERPRETED else None]:
-            if found and time.perf_counter() > begun + seconds * job / len(jobs):
+            if config != shipped and time.monotonic() > deadline:
                 print(f"{key}: no time for more")
                 break
-            with configs.overridden(kernel, config):
-                problem = refusal(kernel, image, to_time, to_compare)
-                if problem is None:
-                    ms = milliseconds(launch, device)
-                    found.setdefault(ms, config)  # the shipped one, if two are equally fast
-            print(f"{key}: {config}: {problem or f'{ms:.3f} ms'}", flush=True)
-        shipped_ms = next((ms for ms, config in found.items() if config == shipped), math.inf)
-        best_ms = min(found, default=math.inf)
-        if best_ms > (1 - LEAST_GAIN) * shipped_ms:
-            best_ms = shipped_ms
-        yield key, shipped_ms, best_ms, found.get(best_ms)
+            found = trial(kernel, config, arguments, image)
+            if isinstance(found, str):
+                print(f"{key}: {config}: {found}", flush=True)
+                continue
+            print(f"{key}: {config}: {found:.3f} ms", flush=True)
+            if config == shipped:
+                shipped_ms = found
+            if found < best_ms and (best is None or found < (1 - LEAST_GAIN) * shipped_ms):
+                best, best_ms = config, found
+        yield key, shipped_ms, best_ms, best
 
 
 def remember(file: Path, device: torch.device, key: str, tile: Any) -> bool:
@@ -161,15 +159,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--seconds", type=int, default=300, help="in total (default: 300)")
     options = parser.parse_args(arguments)
-    if min(sizes := (options.n, options.d, options.seconds)) < 1:
-        parser.error(f"--n, --d and --seconds must be 1 or more, got {sizes}")
+    if min(options.n, options.d, options.seconds) < 1:
+        parser.error("--n, --d and --seconds must be 1 or more")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if find_spec("triton") is None:
-        parser.error("Triton is not installed")
-    if not (kernels.INTERPRETED or architecture(device)):
+    if find_spec("triton") is None or not (kernels.INTERPRETED or architecture(device)):
         parser.error(
-            "no GPU on which the kernels run. To try the command without one, and keep nothing: "
-            "TRITON_INTERPRET=1 python -m cyclip_loss.tune --n 96 --d 128"
+            "no Triton, or no GPU on which the kernels run. To try the command without a GPU, and "
+            "keep nothing: TRITON_INTERPRET=1 python -m cyclip_loss.tune --n 96 --d 128"
         )
     file = None if kernels.INTERPRETED else configs.tiles_file()
     dtypes = [getattr(torch, name) for name in options.dtype]

@@ -20,44 +20,35 @@ from cyclip_loss.numerics import accumulation_dtype, without_autocast
 
 
 def log_sum_exps(logits: Logits) -> LogSumExps:
-    """The log-sum-exps of the negatives, and the pairs' logits. Row i is paired with column i."""
+    """The log-sum-exps of the negatives, and the pairs' logits. Row i is paired with column i.
+
+    Without negatives, a log-sum-exp is the lowest number of the dtype: of -inf, `torch.logsumexp`
+    has the gradient NaN.
+    """
     dtype = accumulation_dtype(logits.row_features.dtype)
     with without_autocast(logits.row_features):
-        row_features, column_features = (
-            logits.row_features.to(dtype),
-            logits.column_features.to(dtype),
-        )
+        row_features = logits.row_features.to(dtype)
+        column_features = logits.column_features.to(dtype)
         products = (row_features @ column_features.T) * logits.logit_scale
-        pair_logits = products.diagonal()[: logits.num_pairs]
-        if logits.row_ids is None or logits.column_ids is None:
-            negatives = products.clone()
-            negatives.diagonal()[: logits.num_pairs].fill_(-torch.inf)
-        else:
-            has_same_id = logits.row_ids[:, None] == logits.column_ids
-            negatives = products.masked_fill(has_same_id, -torch.inf)
-        row_lse = _log_sum_exp(negatives, 1)
-        column_lse = _log_sum_exp(negatives, 0) if logits.symmetric else products.new_empty(0)
+        pair_logits = products.diagonal()
+        left_out = logits.same_ids(0, row_features.shape[0])
+        if left_out is None:
+            left_out = torch.eye(*products.shape, dtype=torch.bool, device=products.device)
+        negatives = products.masked_fill(left_out, torch.finfo(dtype).min)
+        row_lse = negatives.logsumexp(dim=1)
+        column_lse = negatives.logsumexp(dim=0) if logits.symmetric else products.new_empty(0)
         if logits.has_extra_negatives:
-            zero = logits.zero_or_nan(dtype)
-            row_lse, column_lse = row_lse + zero, column_lse + zero
+            zero, n = logits.zero_or_nan(dtype), logits.num_pairs
+            row_lse, column_lse = row_lse[:n] + zero, column_lse[:n] + zero
+            pair_logits = pair_logits[:n]
         return LogSumExps(row_lse, column_lse, pair_logits)
-
-
-def _log_sum_exp(logits: Tensor, dim: int) -> Tensor:
-    """The same as `torch.logsumexp`, whose backward computes the exponentials again."""
-    # Kept finite, also without negatives, as -inf - (-inf) would be NaN.
-    maxima = logits.detach().amax(dim, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)
-    return (logits - maxima).exp_().sum(dim).log() + maxima.squeeze(dim)
 
 
 def contrastive_term(logits: Logits, divisor: int) -> Tensor:
     """The sum over the rows and columns of the pairs, divided: a scalar."""
-    lse = log_sum_exps(logits)
-    n = lse.pair_logits.shape[0]
-    negatives_lse = lse.row_negatives_lse[:n]
-    if logits.symmetric:
-        negatives_lse = torch.stack((negatives_lse, lse.column_negatives_lse[:n]))
-    return eager.softplus(eager.margins(negatives_lse, lse.pair_logits)).sum() / divisor
+    row_lse, column_lse, pair_logits, _ = log_sum_exps(logits)
+    negatives_lse = torch.stack((row_lse, column_lse)) if logits.symmetric else row_lse
+    return eager.softplus(eager.margins(negatives_lse, pair_logits)).sum() / divisor
 
 
 def cyclic_terms(

@@ -44,9 +44,10 @@ def log_sum_exps(batch: Batch, plan: Plan, gathers: Gathers) -> LogSumExps:
     *tensors, gathered, term = inputs
     if plan.contrastive == "dense":
         logits = logits_of(tensors, term)
-        row_lse, column_lse, pair_logits, _ = dense.log_sum_exps(logits)
-        # Extra negatives have no log-sum-exp of their own.
-        return LogSumExps(row_lse, column_lse[: row_lse.shape[0]], pair_logits)
+        *lse, pair_logits, _ = dense.log_sum_exps(logits)
+        lowest = torch.finfo(pair_logits.dtype).min
+        row_lse, column_lse = (x.masked_fill(x == lowest, -torch.inf) for x in lse)
+        return LogSumExps(row_lse, column_lse, pair_logits)
     return LogSumExps(*_LogSumExp.apply(*tensors, gathered, term))  # type: ignore[no-untyped-call]
 
 

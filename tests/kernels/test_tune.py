@@ -115,7 +115,7 @@ def test_when_the_time_is_over_only_the_shipped_tiles_are_tried(monkeypatch, cap
 
 
 def test_a_kernel_without_a_usable_tile_gets_none(monkeypatch) -> None:
-    monkeypatch.setattr(tune, "refusal", lambda *_: "is wrong")
+    monkeypatch.setattr(tune, "trial", lambda *_: "is wrong")
     for _, shipped_ms, best_ms, tile in tune.tune(CPU, [torch.bfloat16], 40, 24, 1000):
         assert (shipped_ms, best_ms, tile) == (float("inf"), float("inf"), None)
 

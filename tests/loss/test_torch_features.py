@@ -71,7 +71,7 @@ LOSSES = [CyCLIPLoss(0, 0), CyclicPenalty(), CyCLIPLoss(0.5, 0.25)]
 def test_a_second_backward_has_the_same_bits_and_second_derivatives_raise(
     impl: str, n: int, d: int, device: torch.device
 ) -> None:
-    """The dense form is plain PyTorch, so it has the second derivatives of the definition."""
+    """Except of dense penalties, which are plain PyTorch."""
     for loss in map(copy.copy, LOSSES):
         loss.impl = impl
         leaves = Case(n, d).leaves(device)[: 2 if type(loss) is CyclicPenalty else 3]
@@ -85,16 +85,11 @@ def test_a_second_backward_has_the_same_bits_and_second_derivatives_raise(
         weighted = torch.autograd.grad(weight * loss(*leaves), leaves, create_graph=True)
         for inputs, grads in ((leaves, in_grad_mode), ([weight], weighted)):
             penalty = sum(grad.square().sum() for grad in grads)
-            if impl == "eager" and n < d:
+            if impl == "eager" and n < d and type(loss) is CyclicPenalty:
                 assert any(x.any() for x in torch.autograd.grad(penalty, inputs, retain_graph=True))
                 continue
             with pytest.raises(RuntimeError, match="first derivatives only"):
                 torch.autograd.grad(penalty, inputs, retain_graph=True)
-
-
-def test_small_batches_have_the_second_derivatives_of_the_definition(device) -> None:
-    inputs = Case(4, 3, torch.float64).leaves(device)
-    assert torch.autograd.gradgradcheck(CyCLIPLoss(0.5, 0.25), inputs)
 
 
 def test_compiled_code_runs_the_kernels(device: torch.device, impl: str, monkeypatch) -> None:
