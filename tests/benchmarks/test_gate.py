@@ -151,6 +151,7 @@ def test_gate_ends_with_a_verdict_and_skips_chips_newer_than_triton(
     assert gate.main(Namespace(arch=None)) == verdict.startswith("FAILED")
     out, err = capsys.readouterr()
     assert out.splitlines()[-1].startswith(verdict)
+    assert "| sm_80 | x | bfloat16 | 200 | 0 | 1 | 4 HGMMA.64x256x16.F32.BF16 |" in out
     assert err.count("FAULT gfx942 x ") == 4 * verdict.startswith("FAILED")
     assert gate.main(Namespace(arch=["sm_80", "sm_1"])) == 2
     assert "sm_1: choose from" in capsys.readouterr().err
