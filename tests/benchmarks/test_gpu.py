@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import needs_interpreter
-from processes import ROOT, run_forked
+from processes import ROOT, run_python
 
 import benchmarks.__main__ as command
 from benchmarks import run as runs
@@ -91,7 +91,7 @@ runpy.run_module("benchmarks", run_name="__main__")
 def test_dry_run_leaves_a_record_with_every_section(tmp_path: Path) -> None:
     chosen = ["kernels", "competitors", "sweep"]
     arguments = ["--dry-run", "--out", str(tmp_path), "--budget", "9999", "--sections", *chosen]
-    ran = run_forked("-c", SMALL_DRY_RUN, "gpu", *arguments)
+    ran = run_python("-c", SMALL_DRY_RUN, "gpu", *arguments)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
     (file,) = tmp_path.glob("gpu-*.json")
     found = json.loads(file.read_text())["sections"]

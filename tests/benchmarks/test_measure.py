@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import run_forked
+from processes import run_python
 
 from benchmarks import measure, run
 from benchmarks.measure import interleaved, time_columns
@@ -49,7 +49,7 @@ def test_out_of_memory_is_an_outcome_with_the_available_memory(tmp_path: Path) -
 
     Nor do they fit in what the allocator keeps of the first run's, about twelve of 4 MB.
     """
-    done = run_forked("-c", MEASURE_WITH_LIMIT, str(tmp_path))
+    done = run_python("-c", MEASURE_WITH_LIMIT, str(tmp_path))
     assert done.returncode == 0, done.stderr
 
 

@@ -4,7 +4,8 @@ from functools import lru_cache
 
 import open_clip
 import torch
-from pages import run
+from pages import blocks as blocks
+from pages import run as run
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 

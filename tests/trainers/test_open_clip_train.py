@@ -19,9 +19,8 @@ pytest.importorskip("pandas")  # which OpenCLIP's data module needs
 from inputs import TERMS
 from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
 from open_clip_train import scheduler as open_clip_schedules
-from pages import blocks
 from processes import TIMEOUT, run_forked, start_forked
-from recipe_cases import TEXT, VISION, captions
+from recipe_cases import TEXT, VISION, blocks, captions
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
