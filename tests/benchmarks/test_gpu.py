@@ -132,6 +132,7 @@ def restore_process(monkeypatch):
 def test_command_stops_with_one_line(arguments, message: str, monkeypatch, capsys) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(command, "find_spec", lambda name: None)
+    monkeypatch.setitem(command.MODULES, "gate", "not imported")
     assert main(arguments) == 2
     (line,) = capsys.readouterr().out.splitlines()
     assert message in line
