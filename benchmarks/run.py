@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from torch.utils import collect_env
 
 from benchmarks import ROOT
 from cyclip_loss import __version__
@@ -164,8 +163,6 @@ def versions() -> dict[str, str]:
     """Versions of the packages that a measurement depends on, and git's commit if there is one."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     found |= {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES}
-    if torch.cuda.is_available():
-        found["driver"] = str(collect_env.get_nvidia_driver_version(collect_env.run))
     found["cyclip_loss"] = __version__
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     with suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository

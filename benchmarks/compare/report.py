@@ -17,7 +17,6 @@ from matplotlib import pyplot as plt
 STYLES = {
     names.OURS: ("#D55E00", "o"),
     names.OUR_COMPILED: ("#E69F00", "P"),
-    names.EAGER: ("#CC79A7", "v"),
     names.AUTHORS: ("#0072B2", "s"),
     names.COMPILED: ("#009E73", "^"),
     names.OPEN_CLIP: ("#7F7F7F", "D"),

@@ -35,7 +35,7 @@ from triton.runtime.driver import driver
 
 from benchmarks.gate.binary import CHIPS, Binary, inspect
 from benchmarks.run import Row, Run, table
-from cyclip_loss import CyCLIPLoss, kernels
+from cyclip_loss import CyCLIPLoss, CySigLIPLoss, kernels
 from cyclip_loss.kernels import configs
 from cyclip_loss.numerics import triton_version
 
@@ -123,18 +123,32 @@ def no_device(arch: str, precision: str) -> Iterator[dict[str, tuple[Any, dict[s
 def variants(arch: str, features: str) -> list[Variant]:
     """The binaries that a chip needs for features of a dtype, each once.
 
-    The steps differ in what selects a binary: whether D is a multiple of 16, ids, and whether each
-    penalty is wanted, which takes the product of images and texts.
+    The steps differ in what selects a binary: the loss, whether D is a multiple of 16, ids, what
+    they mean, extra negatives, and whether each penalty is wanted (which takes one more product).
     """
     dtype, precision = FEATURES[features]
+    ids = torch.arange(N)
+    cases = (
+        (64, None, "ignored"),
+        (70, None, "ignored"),
+        (64, ids, "ignored"),
+        (64, ids, "positives"),
+    )
     with no_device(arch, precision) as binaries:
-        for (d, ids), output_dict in product(
-            ((64, None), (70, None), (64, torch.arange(N))), (True, False)
+        for make, (d, ids, same_ids), output_dict in product(
+            (CyCLIPLoss, CySigLIPLoss), cases, (True, False)
         ):
-            inputs = [x.requires_grad_() for x in Run(torch.device("cpu")).pairs(N, d, dtype)]
-            loss = CyCLIPLoss(reference_batch_size=128, impl="triton")
+            image, text = (x.requires_grad_() for x in Run(torch.device("cpu")).pairs(N, d, dtype))
+            loss: Any = make(reference_batch_size=128, same_ids=same_ids, impl="triton")
             scale = torch.tensor(14.3).requires_grad_()
-            result: Any = loss(*inputs, scale, ids=ids, output_dict=output_dict)
+            result = loss(
+                image,
+                text,
+                scale,
+                output_dict=output_dict,
+                ids=ids,
+                negative_text_features=text if output_dict else None,
+            )
             (sum(result.values()) if output_dict else result).backward()
     return [Variant(arch, features, *binary) for binary in binaries.values()]
 

@@ -46,8 +46,7 @@ def kernels(run: Run) -> None:
         if not spent:
             run.fail("the profiler has no access to the GPU")
             return
-        launches = sum(count for count, _ in spent.values())
-        microseconds = sum(time for _, time in spent.values())
+        launches, microseconds = map(sum, zip(*spent.values(), strict=True))
         run.add_row(N=n, D=d, kernel="all", launches=launches, ms=microseconds / 1e3)
         longest = sorted(spent.items(), key=lambda item: -item[1][1])[:KERNELS_SHOWN]
         for name, (count, time) in longest:

@@ -92,7 +92,12 @@ def test_gate_compiles_every_kernel_with_and_without_ids_and_the_cross_product(
         for name in re.findall(r"^def (\w+)_kernel\(", file.read_text(), re.MULTILINE)
     }
     assert {label.partition(" (")[0] for label in labels} == shipped
-    for kernel, flag in (("contrastive_lse", "ids"), ("gram_matrices", "with_cross")):
+    for kernel, flag in (
+        ("contrastive_lse", "ids"),
+        ("gram_matrices", "with_cross"),
+        ("sigmoid_terms", "has_negatives"),
+        ("sigmoid_terms", "positives"),
+    ):
         assert {flag in label for label in labels if label.startswith(kernel)} == {True, False}
     assert run("sm_90", "float32 tf32", "")[1] == {"", "tf32"}
     assert run("gfx942", "float32 ieee", "")[1] == {"", "ieee"}
