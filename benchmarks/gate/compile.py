@@ -127,12 +127,12 @@ def variants(arch: str, features: str) -> list[Variant]:
     they mean, extra negatives, and whether each penalty is wanted (which takes one more product).
     """
     dtype, precision = FEATURES[features]
-    ids = torch.arange(N)
+    distinct = torch.arange(N)
     cases = (
         (64, None, "ignored"),
         (70, None, "ignored"),
-        (64, ids, "ignored"),
-        (64, ids, "positives"),
+        (64, distinct, "ignored"),
+        (64, distinct, "positives"),
     )
     with no_device(arch, precision) as binaries:
         for make, (d, ids, same_ids), output_dict in product(
