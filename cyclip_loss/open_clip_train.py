@@ -5,6 +5,9 @@ OpenCLIP is installed. CLIP trains with `CyCLIPLoss`, SigLIP with `CySigLIPLoss`
 with their own loss plus the penalties. OpenCLIP's versions create their loss in different places. A
 rank stops after its first optimizer step if our loss was not called: it would train without the
 penalties.
+
+A new flag is added in `parse` or, for the penalties, in `penalty_options`, and used in `_Swap`. If
+a resumed pretraining may have another value, `reference_train/pretrain/resume.py` lists it.
 """
 
 import argparse

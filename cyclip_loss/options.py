@@ -1,6 +1,8 @@
 """The options of the modules: each is a field with its default and its check.
 
-`cyclip_loss.CyCLIPLoss` documents them.
+`cyclip_loss.CyCLIPLoss` documents them. A new option is a field with its check: of `CyCLIPLoss`, or
+here if the penalties or the log-sum-exps have it too. It needs a paragraph in the docstring of
+`CyCLIPLoss`. If it decides which collectives run, `inputs._collective_signature` compares it.
 """
 
 import math
