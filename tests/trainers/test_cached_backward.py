@@ -281,7 +281,7 @@ def on_rank(
         recorder = nullcontext() if "compiled" in wrapper else Reductions()
         with recorder:
             if cached:
-                options = {"mini_batch_size": mini_batch_sizes[rank]}
+                options = {"mini_batch_size": mini_batch_sizes[rank], "uneven": "FSDP" in wrapper}
                 cached_backward(model, loss_fn, *batch, **options)
             else:
                 loss_fn(**model(*batch)).backward()
