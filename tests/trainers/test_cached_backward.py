@@ -225,10 +225,8 @@ class Adapted(Model):
 
     def __init__(self) -> None:
         super().__init__()
-        self.adapter, self.tokens = (
-            nn.Linear(IMAGE_SIZE, IMAGE_SIZE),
-            nn.Unflatten(1, (TEXT_SIZE, 1)),
-        )
+        self.adapter = nn.Linear(IMAGE_SIZE, IMAGE_SIZE)
+        self.tokens = nn.Sequential(nn.Unflatten(1, (TEXT_SIZE, 1)))
         self.image.requires_grad_(False)
 
     def forward(self, images: Tensor, texts: Tensor) -> Names:
@@ -240,7 +238,7 @@ def test_locked_modules_run_again_behind_a_trained_one_and_for_large_activations
     expected_model.load_state_dict(model.state_dict())
     calls: Counter[str] = Counter()
     for name in ("image", "tokens"):
-        getattr(model, name).register_forward_hook(lambda *_, name=name: calls.update([name]))
+        getattr(model, name)[0].register_forward_hook(lambda *_, name=name: calls.update([name]))
     cached_backward(model, CyCLIPLoss(), *inputs(), mini_batch_size=4)
     joined_backward(expected_model, CyCLIPLoss(), *inputs(), count=1)
     assert calls == {"image": 6, "tokens": 6}
