@@ -359,7 +359,7 @@ SPARSE = torch.ones(2, 3).long().to_sparse()
     "tokens", [torch.ones(2, 3), torch.ones(2, 3) * 1j, torch.arange(3), [[1, 2]], SPARSE], ids=str
 )
 def test_caption_ids_refuse_tokens_that_are_not_an_integer_matrix(tokens) -> None:
-    with pytest.raises(TypeError, match="tokens must be (an integer|a dense) tensor"):
+    with pytest.raises(TypeError, match=r"tokens must be (an integer|a dense) tensor"):
         caption_ids(tokens)
 
 
