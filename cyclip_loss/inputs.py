@@ -212,7 +212,8 @@ def _check_dense(name: str, tensor: Tensor, method: str) -> None:
     if type(tensor).__name__ == "DTensor":
         raise TypeError(f"{name} must be an ordinary tensor, got a DTensor: pass {name}.{method}()")
     if tensor.is_nested or tensor.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, not nested, got layout {tensor.layout}")
+        got = f"layout {tensor.layout}, nested: {tensor.is_nested}"
+        raise TypeError(f"{name} must be a dense tensor, got {got}")
 
 
 def _autocast(features: Tensor) -> Tensor:

@@ -16,19 +16,12 @@ from cyclip_loss import CyclicPenalty, CyCLIPLoss, WithCyclicPenalty, consistenc
 
 # Errors come before any computation, so the device does not matter.
 GOOD = torch.ones(4, 3, device="cpu")
-NESTED = torch.nested.nested_tensor([GOOD[0], GOOD[1]])
-HUGE = 10**400  # has no float
 DTensor = type("DTensor", (torch.Tensor,), {})  # the check looks at the type's name
 
 BAD_FEATURES = [
     (GOOD.tolist(), TypeError, "must be a torch.Tensor, got list"),
     (GOOD.long(), TypeError, "must be float64, float32, bfloat16 or float16, got torch.int64"),
-    (
-        GOOD.to_sparse(),
-        TypeError,
-        "a dense tensor, not nested, got layout torch.sparse_coo",
-    ),
-    (NESTED, TypeError, "a dense tensor, not nested, got layout torch.strided"),
+    (GOOD.to_sparse(), TypeError, "must be a dense tensor, got layout torch.sparse_coo"),
     (GOOD.as_subclass(DTensor), TypeError, "must be an ordinary tensor, got a DTensor: pass"),
     (GOOD[0], ValueError, "must have shape (N, D) with N >= 1 and D >= 1, got (3,)"),
     (GOOD[:0], ValueError, "got (0, 3)"),
@@ -91,12 +84,7 @@ BAD_CALLS = [
     ({"ids": [0, 1, 2, 3]}, TypeError, "got list"),
     ({"ids": GOOD[:3, 0].long()}, ValueError, "ids must have shape (4,) on the features' device"),
     ({"ids": GOOD[:, 0].long().to("meta")}, ValueError, "got (4,) on meta"),
-    ({"ids": GOOD[:, 0].long().to_sparse()}, TypeError, "ids must be a dense tensor, not nested"),
-    ({"ids": NESTED.long()}, TypeError, "ids must be a dense tensor, not nested"),
-    ({"logit_scale": HUGE}, ValueError, "logit_scale must be finite and > 0, got 1000"),
-    ({"logit_bias": -HUGE}, ValueError, "logit_bias must be finite, got -1000"),
-    ({"logit_bias": torch.nan}, ValueError, "logit_bias must be finite, got nan"),
-    ({"logit_bias": 1j}, TypeError, "logit_bias must be a scalar tensor or a number, got 1j"),
+    ({"ids": GOOD[:, 0].long().to_sparse()}, TypeError, "ids must be a dense tensor, got layout"),
     ({"output_dict": 0.25}, TypeError, "output_dict must be a bool, got 0.25: lambdas go by"),
     ({"negative_text_features": GOOD[:, :2]}, ValueError, "the same D, got 3 and 2"),
     ({"negative_image_features": GOOD.double()}, TypeError, "negative_image_features must have"),
@@ -116,12 +104,12 @@ LOSS: list[Any] = [CyCLIPLoss]
 EVERY: list[Any] = [CyCLIPLoss, CyclicPenalty, partial(WithCyclicPenalty, PlainClip())]
 WEIGHT = "inmodal_contrastive_weight"
 BAD_OPTIONS = [
-    *((EVERY, "lambda_inmodal", bad, ValueError) for bad in (-0.1, torch.nan, HUGE)),
+    *((EVERY, "lambda_inmodal", bad, ValueError) for bad in (-0.1, torch.nan)),
     (EVERY, "lambda_crossmodal", torch.inf, ValueError),
     # `ClipLoss(True, False)` passes flags by position, which must not turn into weights.
     (EVERY, "lambda_inmodal", True, TypeError),
     *((EVERY, "lambda_crossmodal", bad, TypeError) for bad in (False, "0.25")),
-    *((EVERY, "reference_batch_size", bad, ValueError) for bad in (0, HUGE)),
+    (EVERY, "reference_batch_size", 0, ValueError),
     *((EVERY, "reference_batch_size", bad, TypeError) for bad in (128.0, True)),
     (EVERY, "impl", "cuda", ValueError),
     (EVERY, "distributed", "no", TypeError),

@@ -353,7 +353,7 @@ def test_unsupported_runs_stop_with_one_line(
     ("flag", "wrong", "message"),
     [
         ("--lambda-inmodal", "-1", "--lambda-inmodal must be finite and >= 0"),
-        ("--reference-batch-size", "-1", "--reference-batch-size must be >= 1, got -1"),
+        ("--reference-batch-size", "-1", "--reference-batch-size must be >= 1 and finite"),
         (CAPTIONS, "same", f"argument {CAPTIONS}: invalid choice: 'same'"),
         ("--lambda-warmup", "-1", "fraction of all steps up to 1.0, not -1"),
         ("--lambda-warmup", "1.5", "fraction of all steps up to 1.0, not 1.5"),
