@@ -70,8 +70,8 @@ def cached_backward(
     Batch normalisation in training mode uses the statistics of each mini-batch, so the gradients
     are not those of the whole batch. Its running statistics are updated once for each mini-batch.
 
-    A tower without trainable parameters runs once if it is a direct child of the model, the model
-    is not compiled, and the tower returns one tensor (n, D) that does not require gradients.
+    A tower without trainable parameters runs once if it is a direct child of the model, neither is
+    compiled, and the tower returns one tensor (n, D) that does not require gradients.
 
     Call the function under autocast, if you use it: it then applies to the model and the loss, and
     not to backward. A compiled model is compiled for the shape of a mini-batch, and once more if N
@@ -167,7 +167,7 @@ def _run(
     with ExitStack() as stack:
         for tower in unwrapped.children():
             is_trained = any(p.requires_grad for p in tower.parameters())
-            # A compiled model would be compiled again for another forward.
-            if not (is_trained or unwrapped._compiled_call_impl):
+            # Compiled code would be compiled again for another forward (a tower: PyTorch 2.8).
+            if not (is_trained or tower._compiled_call_impl or unwrapped._compiled_call_impl):
                 stack.enter_context(patch.object(tower, "forward", partial(once, tower.forward)))
         return transform(model(*mini_batch))
