@@ -12,31 +12,26 @@ The second oracle does not use our formulas, so a mistake in the derived bounds 
 On inputs that are not ordinary, such as a few rows or equal rows, PyTorch's errors may all be 0.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from conftest import set_strip_rows
-from inputs import (
-    ARGUMENT_NAMES,
-    NEGATIVES,
-    TERMS,
-    VIEWS,
-    Case,
-    Device,
-    Grads,
-    Tensors,
-    exact_on_host,
-    loss_dtype,
-)
+from inputs import TERMS, VIEWS, Case, Device, Grads, Tensors, exact_on_host, loss_dtype
 from rounding import bounds
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from cyclip_loss import CyclicPenalty, CyCLIPLoss, contrastive_logsumexp, reference
+from cyclip_loss import CyclicPenalty, CyCLIPLoss, CySigLIPLoss, contrastive_logsumexp, reference
 
 NAMES = ("value", "image", "text", "logit_scale")
 TIMES_PYTORCH, ROUNDINGS = 3.0, 4.0
+MODULES: dict[str, Any] = {
+    "cyclip": CyCLIPLoss,
+    "siglip": CySigLIPLoss,
+    "penalties": CyclicPenalty,
+}
 
 
 class Results(NamedTuple):
@@ -48,134 +43,139 @@ class Results(NamedTuple):
     logit_scale: Tensor
 
 
-def results(loss, image: Tensor, text: Tensor, logit_scale: Tensor, upstream=1.0) -> Results:
-    """The loss, and the gradients of `upstream` times the loss."""
+def results(loss, image: Tensor, text: Tensor, logit_scale: Tensor) -> Results:
+    """The loss and its gradients."""
     leaves = [tensor.detach().requires_grad_() for tensor in (image, text, logit_scale)]
     value = loss(*leaves)
-    value.backward(torch.full_like(value, upstream))
+    value.backward()
     return Results(value.detach(), *(leaf.grad for leaf in leaves))
 
 
 def evaluate(
     case: Case,
-    features: Tensors,
+    given: Tensors,
     impl: str,
-    device: Device,
-    ids: Tensor | None = None,
     autocast: torch.dtype | None = None,
+    wrap: Callable[[Any], Any] = lambda function: function,
     **across_ranks: Any,
 ) -> tuple[Tensors, Grads]:
     """The loss's terms (or sum) and all gradients, by name. Asserts that no input is changed.
 
-    autocast: the dtype of autocast in forward. Backward runs outside of it, as PyTorch advises.
+    given: `case.arguments(device)`, or a rank's rows of them. autocast: the dtype of autocast in
+    forward. Backward runs outside of it, as PyTorch advises. wrap: compiles the function, say.
     """
-    given = features | {"logit_scale": case.scale(device)}
     leaves = {
-        name: tensor.detach().requires_grad_(name not in case.frozen)
-        for name, tensor in given.items()
+        name: x.detach().requires_grad_(name not in case.frozen and x.is_floating_point())
+        for name, x in given.items()
     }
     copies = {name: leaf.detach().clone() for name, leaf in leaves.items()}
     enabled = {"dtype": autocast, "enabled": autocast is not None}
     with pytest.MonkeyPatch.context() as monkeypatch:
         set_strip_rows(monkeypatch, case.strip_rows)
-        with torch.autocast(torch.device(device).type, **enabled):
-            terms = forward(case, leaves, impl, ids, **across_ranks)
-        weights = dict(zip(TERMS, case.weights, strict=True)) | {"loss": case.upstream[0]}
+        with torch.autocast(given["image_features"].device.type, **enabled):
+            terms = one_contrastive_term(wrap(function_of(case, impl, **across_ranks))(**leaves))
         found = {name: term.detach().clone() for name, term in terms.items()}
         for name, term in terms.items():
-            term *= weights[name]  # in place, as some trainers do
+            weight = case.weights.get(name, [*case.weights.values()][-1])
+            term *= weight / case.world_size  # in place, as some trainers do
         total = sum(terms.values())
         if total.requires_grad:
             total.backward()
     for name, leaf in leaves.items():
         assert torch.equal(leaf, copies[name]), f"{name} was changed"
-    return found, {name: leaf.grad for name, leaf in leaves.items()}
+    return found, {name: leaf.grad for name, leaf in leaves.items() if leaf.is_floating_point()}
 
 
-def forward(
-    case: Case, leaves: Tensors, impl: str, ids: Tensor | None, **across_ranks: Any
-) -> Tensors:
-    """The loss's terms (or sum), by name."""
-    image, text, scale = (leaves[name] for name in NAMES[1:])
-    others = {ARGUMENT_NAMES[name]: leaves[name] for name in ARGUMENT_NAMES.keys() & leaves}
+def function_of(case: Case, impl: str, **across_ranks: Any) -> Callable[..., Any]:
+    """The function under test, of `case.arguments`. From log-sum-exps: this rank's share."""
+    if case.function in ("log-sum-exps", "one way"):
+        one_way = case.function == "one way"
+        factor = case.world_size / case.n / (1 if one_way else 2)
+
+        def from_log_sum_exps(**given: Tensor) -> Tensor:
+            row, column, pair = contrastive_logsumexp(
+                **given, one_way=one_way, impl=impl, **across_ranks
+            )
+            margins = [x - pair for x in (row, column) if x is not None]
+            return factor * sum(softplus(x, threshold=40.0).sum() for x in margins)
+
+        return from_log_sum_exps
     options = {"reference_batch_size": case.reference_batch_size, "impl": impl}
-    if case.composed:
-        options = {"ids": ids, "impl": impl, **others, **across_ranks}
-        row, column, pair = contrastive_logsumexp(image, text, scale, **options)
-        terms = (softplus(row - pair) + softplus(column - pair)).mean() / 2
-    elif case.penalties_alone:
-        terms = CyclicPenalty(*case.lambdas, **options)(image, text, case.output_dict)
-    else:
-        loss = CyCLIPLoss(*case.lambdas, **options, **case.id_options, **across_ranks)
-        terms = loss(image, text, scale, None, case.output_dict, ids=ids, **others)
-    return one_contrastive_term(terms) if case.output_dict else {"loss": terms}
+    if case.function != "penalties":
+        options |= case.id_options | across_ranks
+    module = MODULES[case.function](*case.lambdas, **options)
+    return lambda **given: module(**given, output_dict=case.output_dict)
 
 
-def one_contrastive_term(terms: Tensors) -> Tensors:
-    """The terms, with the in-modal contrastive term added to the cross-modal one."""
-    found = dict(terms)
+def one_contrastive_term(terms: Any) -> Tensors:
+    """The terms by name, with the in-modal contrastive term added to the cross-modal one."""
+    found = dict(terms) if isinstance(terms, dict) else {"loss": terms}
     if "inmodal_contrastive_loss" in found:
         found[TERMS[0]] = found[TERMS[0]] + found.pop("inmodal_contrastive_loss")
     return found
 
 
-def defined_terms(case: Case, leaves: Tensors, with_views: bool) -> Tensors:
-    """All terms by the definition, in the dtype and on the device of the leaves."""
-    ids = case.ids(leaves["image"].device)
-    options = {"reference_batch_size": case.reference_batch_size, "ids": ids, **case.id_options}
-    names = (*NEGATIVES, *VIEWS) if with_views else NEGATIVES
-    options |= {ARGUMENT_NAMES[name]: leaves[name] for name in names if name in leaves}
-    image, text, scale = (leaves[name] for name in NAMES[1:])
-    terms = reference.cyclip_loss(image, text, scale, *case.lambdas, **options)
-    return one_contrastive_term(terms)
+def defined_terms(case: Case, given: Tensors) -> Tensors:
+    """The terms by the definition, in the dtype and on the device of the given tensors."""
+    image = given["image_features"]
+    given = {"logit_scale": image.new_ones(()), **given}
+    bias, options = given.pop("logit_bias", None), {**given, **case.id_options}
+    terms = reference.cyclip_loss(
+        **options,
+        lambda_inmodal=case.lambdas[0],
+        lambda_crossmodal=case.lambdas[1],
+        reference_batch_size=case.reference_batch_size,
+    )
+    if case.function == "siglip":
+        terms[TERMS[0]] = reference.siglip_loss(**options, logit_bias=bias)
+    elif case.function == "one way":
+        columns = [x for name, x in given.items() if "text" in name]
+        logits = given["logit_scale"] * image @ torch.cat(columns).T
+        terms[TERMS[0]] = reference.one_way_loss(logits, given.get("ids"))
+    terms = one_contrastive_term(terms)
+    return {name: terms[name] for name in case.weights}
 
 
-def exact_results(case: Case, features: Tensors) -> tuple[Tensors, dict[str, list[Tensor]]]:
+def exact_results(case: Case, given: Tensors) -> tuple[Tensors, dict[str, list[Tensor]]]:
     """Every term in float64, and for each gradient the parts that sum to it."""
-    leaves = {name: exact_on_host(tensor).requires_grad_() for name, tensor in features.items()}
-    leaves["logit_scale"] = exact_on_host(case.scale("cpu")).requires_grad_()
-    weights = [case.world_size * weight for weight in case.weights]
-    terms = defined_terms(case, leaves, with_views=False)
-    parts = [weight * term for weight, term in zip(weights, terms.values(), strict=True)]
-    if case.views:
-        terms = defined_terms(case, leaves, with_views=True)
-        parts[0] = parts[0] / 2
-        parts.append(weights[0] * terms[TERMS[0]] - parts[0])
+    leaves = {name: exact_on_host(x) for name, x in given.items()}
+    floats = {name: x.requires_grad_() for name, x in leaves.items() if x.is_floating_point()}
+    terms = defined_terms(case, leaves)
+    parts = [weight * terms[name] for name, weight in case.weights.items()]
+    if VIEWS[0] in given:
+        without_views = {name: x for name, x in leaves.items() if name not in VIEWS}
+        part = case.weights[TERMS[0]] * defined_terms(case, without_views)[TERMS[0]] / 2
+        parts = [part, parts[0] - part, *parts[1:]]
     options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-    grads = [torch.autograd.grad(part, list(leaves.values()), **options) for part in parts]
-    terms["loss"] = sum(terms[name] for name in computed_terms(case))
-    return terms, dict(zip(leaves, map(list, zip(*grads, strict=True)), strict=True))
+    grads = [torch.autograd.grad(part, list(floats.values()), **options) for part in parts]
+    terms = {name: term.detach() for name, term in terms.items()}
+    terms["loss"] = sum(terms.values())
+    return terms, dict(zip(floats, map(list, zip(*grads, strict=True)), strict=True))
 
 
-def plain_results(case: Case, features: Tensors) -> tuple[Tensors, Tensors]:
+def plain_results(case: Case, given: Tensors) -> tuple[Tensors, Grads]:
     """Every term and gradient that plain PyTorch computes in the dtype of the features."""
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in features.items()}
-    leaves["logit_scale"] = case.scale(features["image"].device).requires_grad_()
-    terms = defined_terms(case, leaves, with_views=case.views)
-    weights = [case.world_size * weight for weight in case.weights]
-    sum(weight * term for weight, term in zip(weights, terms.values(), strict=True)).backward()
-    terms["loss"] = sum(terms[name] for name in computed_terms(case))
+    leaves = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in given.items()}
+    terms = defined_terms(case, leaves)
+    sum(weight * terms[name] for name, weight in case.weights.items()).backward()
+    terms["loss"] = sum(terms.values())
     return terms, {name: leaf.grad for name, leaf in leaves.items()}
-
-
-def computed_terms(case: Case) -> tuple[str, ...]:
-    return TERMS[1:] if case.penalties_alone else TERMS
 
 
 def check_loss(case: Case, impl: str, device: Device, tf32: bool = False) -> None:
     """Assert that terms and gradients are accurate in each element."""
-    features = case.features(device)
-    check(case, features, *evaluate(case, features, impl, device, case.ids(device)), impl, tf32)
+    given = case.arguments(device)
+    check(case, given, *evaluate(case, given, impl), impl, tf32)
 
 
 def check(
-    case: Case, features: Tensors, terms: Tensors, grads: Grads, impl: str, tf32: bool = False
+    case: Case, given: Tensors, terms: Tensors, grads: Grads, impl: str, tf32: bool = False
 ) -> None:
     """Assert that terms and gradients have the right dtypes and are accurate in each element."""
-    exact_terms, exact_grads = exact_results(case, features)
-    bound = bounds(case, features, impl, tf32)
-    bound["loss"] = sum(bound[name] for name in computed_terms(case))
-    assert tuple(terms) == (computed_terms(case) if case.output_dict else ("loss",))
+    exact_terms, exact_grads = exact_results(case, given)
+    bound = bounds(case, given, exact_terms, impl, tf32)
+    several = case.output_dict and len(case.weights) > 1
+    assert tuple(terms) == (tuple(case.weights) if several else ("loss",))
     for name, term in terms.items():
         assert term.dtype == loss_dtype(case.dtype)
         assert not term < 0  # NaN fails in check_bound
@@ -186,7 +186,7 @@ def check(
         elif grad is None:  # no term depends on this input
             assert not any(part.any() for part in exact_grads[name]), name
         else:
-            assert grad.dtype == (loss_dtype(case.dtype) if name == "logit_scale" else case.dtype)
+            assert grad.dtype == given[name].dtype
             check_bound(name, grad, exact_grads[name], bound[name])
 
 
@@ -206,15 +206,14 @@ def check_bound(name: str, actual: Tensor, exact: list[Tensor], bound: Tensor | 
 
 def check_loss_against_pytorch(case: Case, impl: str, device: Device) -> None:
     """Assert that no term or gradient is much less accurate than plain PyTorch's."""
-    features = case.features(device)
-    terms, grads = evaluate(case, features, impl, device, case.ids(device))
-    check_against_pytorch(case, features, terms, grads)
+    given = case.arguments(device)
+    check_against_pytorch(case, given, *evaluate(case, given, impl))
 
 
-def check_against_pytorch(case: Case, features: Tensors, terms: Tensors, grads: Grads) -> None:
+def check_against_pytorch(case: Case, given: Tensors, terms: Tensors, grads: Grads) -> None:
     """Assert that each result's largest error is at most a small multiple of plain PyTorch's."""
-    exact_terms, exact_grads = exact_results(case, features)
-    plain_terms, plain_grads = plain_results(case, features)
+    exact_terms, exact_grads = exact_results(case, given)
+    plain_terms, plain_grads = plain_results(case, given)
     exact = exact_terms | {name: sum(parts) for name, parts in exact_grads.items()}
     plain = plain_terms | plain_grads
     for name, actual in (terms | grads).items():

@@ -11,8 +11,6 @@ from hypothesis import example
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cyclip_loss.reference import contrastive_loss
-
 Device = torch.device | str
 Tensors = dict[str, Tensor]
 Grads = dict[str, Tensor | None]
@@ -29,14 +27,18 @@ LAYOUTS = [
     "8 bytes off",
 ]
 TERMS = ("contrastive_loss", "inmodal_cyclic_loss", "crossmodal_cyclic_loss")
-VIEWS = ("image_view", "text_view")
-NEGATIVES = ("negative_text", "negative_image")
-# The arguments of the loss for these features.
-ARGUMENT_NAMES = {
-    "image_view": "augmented_image_features",
-    "text_view": "augmented_text_features",
-    "negative_text": "negative_text_features",
-    "negative_image": "negative_image_features",
+FEATURES = ("image_features", "text_features")
+INPUTS = (*FEATURES, "logit_scale")
+VIEWS = ("augmented_image_features", "augmented_text_features")
+NEGATIVES = ("negative_text_features", "negative_image_features")
+# The functions under test, with the features that may be given besides. The last two are CLIP's
+# loss, and one direction of it, from `contrastive_logsumexp`.
+FUNCTIONS = {
+    "cyclip": (*VIEWS, *NEGATIVES),
+    "siglip": NEGATIVES,
+    "penalties": (),
+    "log-sum-exps": NEGATIVES[:1],
+    "one way": NEGATIVES[:1],
 }
 
 
@@ -53,11 +55,10 @@ class Case:
     logit_scale: float = 10.0
     image_layout: str = "contiguous"
     text_layout: str = "contiguous"
+    function: str = "cyclip"
     lambdas: tuple[float, float] = (0.25, 0.25)
     reference_batch_size: int | None = None
     views: bool = False  # with augmented features
-    penalties_alone: bool = False
-    composed: bool = False  # the contrastive term alone, from `contrastive_logsumexp`
     output_dict: bool = False
     frozen: frozenset[str] = frozenset()  # inputs without gradient
     # The upstream gradients of the three terms. If a call returns their sum, it has the first one.
@@ -67,54 +68,57 @@ class Case:
     # How many extra negative texts and images there are; None: not given.
     negatives: tuple[int | None, int | None] = (None, None)
     strip_rows: int | None = None
+    logit_bias: float = -5.0  # of SigLIP's loss
     seed: int = 0
 
-    def features(self, device: Device) -> Tensors:
-        """By name: image and text features, their augmented views, and extra negatives."""
+    def arguments(self, device: Device) -> Tensors:
+        """Features, logit scale, bias and ids, by the names of the function's arguments."""
         options = {"norm": self.norm, "device": device}
-        image, text = pairs(
-            self.n, self.d, self.distance, self.anti_aligned, seed=self.seed, **options
-        )
-        values = {"image": image, "text": text}
+        found = pairs(self.n, self.d, self.distance, self.anti_aligned, seed=self.seed, **options)
+        values = dict(zip(FEATURES, found, strict=True))
         if self.views:
             values |= zip(VIEWS, pairs(self.n, self.d, seed=self.seed + 1, **options), strict=True)
-        for seed, name, count in zip(range(2), NEGATIVES, self.negatives, strict=True):
-            if count is not None and not self.penalties_alone:
-                values[name] = pairs(count, self.d, seed=self.seed + 2 + seed, **options)[0]
-        return {
+        for seed, name, count in zip((2, 3), NEGATIVES, self.negatives, strict=True):
+            if count is not None:
+                values[name] = pairs(count, self.d, seed=self.seed + seed, **options)[0]
+        given = {
             name: lay_out(
-                tensor.to(self.dtype), self.image_layout if "image" in name else self.text_layout
+                x.to(self.dtype), self.image_layout if "image" in name else self.text_layout
             )
-            for name, tensor in values.items()
+            for name, x in values.items()
+            if name in FEATURES + FUNCTIONS[self.function]
         }
+        if self.function == "penalties":
+            return given
+        scalars = ("logit_scale", "logit_bias")[: 1 + (self.function == "siglip")]
+        for name in scalars:
+            dtype = loss_dtype(self.dtype)
+            given[name] = torch.tensor(getattr(self, name), dtype=dtype, device=device)
+        if self.distinct_ids is not None:
+            given["ids"] = self.ids(self.distinct_ids).to(device)
+        return given
 
-    def scale(self, device: Device) -> Tensor:
-        """The logit scale: 0-dim, in the loss's dtype."""
-        return torch.tensor(self.logit_scale, dtype=loss_dtype(self.dtype), device=device)
-
-    def inputs(self, device: Device) -> tuple[Tensor, Tensor, Tensor]:
+    def inputs(self, device: Device) -> list[Tensor]:
         """Image and text features, and the logit scale."""
-        features = self.features(device)
-        return features["image"], features["text"], self.scale(device)
+        given = self.arguments(device)
+        return [given[name] for name in INPUTS]
 
     def leaves(self, device: Device) -> list[Tensor]:
         """The tensors of `inputs`, as leaves that require gradients."""
         return [tensor.requires_grad_() for tensor in self.inputs(device)]
 
-    def ids(self, device: Device) -> Tensor | None:
-        """(n,) or None. On the CPU they are 16 bytes apart, 8 bytes after an aligned address."""
-        if self.distinct_ids is None or self.penalties_alone:
-            return None
+    def ids(self, distinct: int) -> Tensor:
+        """(n,). On the CPU they are 16 bytes apart, 8 bytes after an aligned address."""
         size, generator = (2 * self.n + 1,), torch.Generator("cpu").manual_seed(self.seed)
-        drawn = torch.randint(0, self.distinct_ids, size, generator=generator, device="cpu")
+        drawn = torch.randint(0, distinct, size, generator=generator, device="cpu")
         # Some differ only in the high bits.
-        return (drawn % 3 - 1 + (drawn // 3 - 1) * 2**32)[1::2].to(device)
+        return (drawn % 3 - 1 + (drawn // 3 - 1) * 2**32)[1::2]
 
     @property
     def id_options(self) -> dict[str, Any]:
         """The option `same_ids`, which is "ignored" if there are no ids."""
-        has_ids = self.distinct_ids is not None and not self.penalties_alone
-        return {"same_ids": self.same_ids if has_ids else "ignored"}
+        has_positives = self.distinct_ids is not None and self.function in ("cyclip", "siglip")
+        return {"same_ids": self.same_ids if has_positives else "ignored"}
 
     @property
     def world_size(self) -> int:
@@ -122,10 +126,15 @@ class Case:
         return 1
 
     @property
-    def weights(self) -> tuple[float, float, float]:
-        """The factor of each term in the sum whose backward runs."""
-        weights = self.upstream if self.output_dict else self.upstream[:1] * 3
-        return (0.0, *weights[1:]) if self.penalties_alone else weights
+    def weights(self) -> dict[str, float]:
+        """W times the factor of each term in the sum whose backward runs."""
+        upstream = self.upstream if self.output_dict else self.upstream[:1] * 3
+        weights = dict(zip(TERMS, (self.world_size * x for x in upstream), strict=True))
+        if self.function == "penalties":
+            del weights[TERMS[0]]
+        elif self.function not in ("cyclip", "siglip"):  # no negative upstream gradient
+            return {TERMS[0]: abs(weights[TERMS[0]])}
+        return weights
 
 
 def loss_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -133,8 +142,9 @@ def loss_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def exact_on_host(tensor: Tensor) -> Tensor:
-    """The same numbers in float64 on the CPU, where exact results are computed."""
-    return tensor.detach().to("cpu", torch.float64)
+    """The same numbers, in float64 or integers, on the CPU, where exact results are computed."""
+    wide = torch.float64 if tensor.is_floating_point() else tensor.dtype
+    return tensor.detach().to("cpu", wide)
 
 
 def pairs(n, d, distance=None, anti_aligned=False, norm=1.0, seed=0, *, device: Device):
@@ -197,18 +207,19 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
         [(0.25, 0.25), (0.25, 0.0), (0.0, 0.25), (1.0, 0.125), (0.5, 8.0), (0.0, 0.0)]
     ),
     "reference_batch_size": st.sampled_from([None, None, 16]),
+    "function": st.sampled_from(["cyclip"] * 4 + list(FUNCTIONS)),
     "views": st.sampled_from([False, False, True]),
-    "penalties_alone": st.sampled_from([False, False, True]),
     "output_dict": st.booleans(),
     "frozen": st.one_of(
         st.just(frozenset()),
-        st.frozensets(st.sampled_from(["image", "text", "logit_scale", *VIEWS])),
+        st.frozensets(st.sampled_from([*FEATURES, "logit_scale", "logit_bias", *VIEWS])),
     ),
     "upstream": st.tuples(UPSTREAM, UPSTREAM, UPSTREAM),
     "distinct_ids": st.sampled_from([None, None, 1, 6, 90]),
     "same_ids": st.sampled_from(["ignored", "positives"]),
     "negatives": st.tuples(*[st.sampled_from([None, None, 0, 1, 50, 130])] * 2),
     "strip_rows": st.sampled_from([None, 1, 7, 32]),
+    "logit_bias": st.sampled_from([-10.0, -2.5, 1.0]),
     "seed": st.integers(0, 99),
 }
 
@@ -226,18 +237,13 @@ def for_kernels(fixed: list[Any]) -> list[Any]:
     ]
 
 
-def cases(**given: st.SearchStrategy[Any]) -> st.SearchStrategy[Case]:
+# Interpreted tiles are slow. 50 extra negatives are enough to reach into another tile.
+FOR_KERNELS: dict[str, st.SearchStrategy[Any]] = {
+    "dtype": st.sampled_from(DTYPES[1:]),
+    "negatives": st.tuples(*[st.sampled_from([None, None, 0, 1, 50])] * 2),
+}
+
+
+def cases(kind: type = Case, **given: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     """Draws any input of the loss. `given` replaces some of the strategies."""
-    return st.builds(Case, **(STRATEGIES | given))
-
-
-class PlainClip(torch.nn.Module):
-    """CLIP's loss with a parameter, for tests that wrap a loss."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones((), device="cpu"))
-
-    def forward(self, image_features, text_features, logit_scale, output_dict=False):
-        loss = contrastive_loss(image_features, text_features, logit_scale)
-        return {"contrastive_loss": loss} if output_dict else loss
+    return st.builds(kind, **(STRATEGIES | given))

@@ -18,7 +18,7 @@ from math import log
 from typing import Any, NamedTuple
 
 import torch
-from inputs import NEGATIVES, TERMS, Case, Tensors, exact_on_host, loss_dtype
+from inputs import FEATURES, NEGATIVES, TERMS, VIEWS, Case, Tensors, exact_on_host, loss_dtype
 from torch import Tensor
 
 from cyclip_loss import reference
@@ -36,41 +36,43 @@ class Eps(NamedTuple):
     penalties: float  # in products of U and V
 
 
-def bounds(case: Case, features: Tensors, impl: str, tf32: bool) -> Tensors:
+def bounds(case: Case, given: Tensors, terms: Tensors, impl: str, tf32: bool) -> Tensors:
     """The bounds of each term and of each gradient, by name: FACTOR times the rounding error.
 
-    The gradients are those of the sum of all terms, each times its upstream gradient.
+    The gradients are those of the sum of all terms, each times its weight. terms: exact.
     """
-    eps = engine_eps(impl, features["image"], tf32)
-    g_is_rounded = impl == "eager" and has_wide_products(features["image"])
-    exact = {name: exact_on_host(tensor) for name, tensor in features.items()}
-    upstream = [case.world_size * weight for weight in case.weights]
-    found = dict.fromkeys((*TERMS, *features, "logit_scale"), 0.0)
+    image = given["image_features"]
+    eps = engine_eps(impl, image, tf32)
+    g_is_rounded = impl == "eager" and has_wide_products(image)
+    exact = {name: exact_on_host(tensor) for name, tensor in given.items()}
+    found = dict.fromkeys((*TERMS, *given), torch.zeros((), dtype=torch.float64, device="cpu"))
 
-    # For each contrastive term: the names of its features, and its share of the loss.
-    contrastive_terms = [("image", "text", 0.5 if case.views else 1.0)]
-    if case.views:
-        contrastive_terms += [("image", "image_view", 0.25), ("text", "text_view", 0.25)]
-    for row_name, column_name, share in contrastive_terms:
-        symmetric = column_name == "text"
-        negatives = [exact.get(name) if symmetric else None for name in NEGATIVES]
-        value, *grads = contrastive_bound(
-            case, exact[row_name], exact[column_name], negatives, eps, symmetric, g_is_rounded
-        )
-        found[TERMS[0]] += share * value
-        for name, grad in zip((row_name, column_name, "logit_scale", *NEGATIVES), grads):  # noqa: B905
-            if grad is not None:
-                found[name] += share * abs(upstream[0]) * grad
+    weight = abs(case.weights.get(TERMS[0], 0.0))
+    found[TERMS[0]] = eps.logits * terms.get(TERMS[0], 0.0)
+    for row_name, column_name, share in contrastive_terms(case, given):
+        value, grads = contrastive_bound(case, exact, row_name, column_name, eps, g_is_rounded)
+        found[TERMS[0]] = found[TERMS[0]] + share * value
+        for name, grad in grads.items():
+            found[name] = found[name] + share * weight * grad
 
-    n = len(exact["image"])
+    n = case.n
     penalty_weights = [x * (case.reference_batch_size or n) / n**2 for x in case.lambdas]
-    inmodal, crossmodal = (w * u for w, u in zip(penalty_weights, upstream[1:], strict=True))
-    value, grad = penalty_bound(exact["image"], exact["text"], inmodal, crossmodal, eps.penalties)
-    for name, weight in zip(TERMS[1:], penalty_weights, strict=True):
-        found[name] += weight * value
-    for name in ("image", "text"):
-        found[name] += grad
+    pairs = [x * case.weights.get(y, 0.0) for x, y in zip(penalty_weights, TERMS[1:], strict=True)]
+    value, grad = penalty_bound(*(exact[name] for name in FEATURES), *pairs, eps.penalties)
+    for name, penalty_weight in zip(TERMS[1:], penalty_weights, strict=True):
+        found[name] = penalty_weight * value
+    for name in FEATURES:
+        found[name] = found[name] + grad
+    found["loss"] = sum(found[name] for name in case.weights)
     return {name: FACTOR * bound for name, bound in found.items()}
+
+
+def contrastive_terms(case: Case, given: Tensors) -> list[tuple[str, str, float]]:
+    """For each contrastive term: the names of its features, and its share of the loss."""
+    if VIEWS[0] in given:
+        views = [(*names, 0.25) for names in zip(FEATURES, VIEWS, strict=True)]
+        return [(*FEATURES, 0.5), *views]
+    return [] if case.function == "penalties" else [(*FEATURES, 1.0)]
 
 
 def has_wide_products(features: Tensor) -> bool:
@@ -102,22 +104,12 @@ def growth(d: int, eps: float) -> float:
 
 
 def contrastive_bound(
-    case: Case,
-    row_features: Tensor,
-    column_features: Tensor,
-    negatives: list[Tensor | None],
-    eps: Eps,
-    symmetric: bool,
-    g_is_rounded: bool,
-) -> list[Tensor | None]:
-    """The rounding error of a contrastive term's value and gradients.
+    case: Case, exact: Tensors, row_name: str, column_name: str, eps: Eps, g_is_rounded: bool
+) -> tuple[Tensor, Tensors]:
+    """The rounding error of a contrastive term's value, and of its gradients by name.
 
-    row_features, column_features: (n, D). negatives: extra negatives of the rows (more columns),
-    and of the columns (more rows); each (m, D) or None. g_is_rounded: whether G is rounded before
-    it is summed to the scale's gradient. (The kernels round it afterwards.)
-
-    Returns the errors of the value, and of the gradients of the row features, the column features,
-    the scale, and each of the negatives.
+    g_is_rounded: whether G is rounded before it is summed to the scale's gradient. (The kernels
+    round it afterwards.)
 
     A logit's rounding error is at most eps times `size`. It is a *relative* error of the logit's
     exponential, and so of G, the gradient with respect to the logits. (G of a pair is minus the sum
@@ -125,49 +117,47 @@ def contrastive_bound(
     logits from their log-sum-exp, so its own float64 error is added. (For float64 features, that is
     the whole error.)
     """
-    scale, id_options = case.logit_scale, {"ids": case.ids("cpu"), **case.id_options}
-    n, d = row_features.shape
-    # For each direction: the query features, and the candidates among which each finds its partner.
-    directions = [(row_features, with_negatives(column_features, negatives[0]))]
-    if symmetric:
-        directions.append((column_features, with_negatives(row_features, negatives[1])))
-    largest = max((queries.abs() @ candidates.abs().T).max() for queries, candidates in directions)
+    scale, n = case.logit_scale, case.n
+    siglip = case.function == "siglip"
+    # For each direction: the queries, and the candidates among which each finds its partner.
+    directions = [(row_name, [column_name])]
+    if column_name == FEATURES[1]:
+        directions[0][1].extend(name for name in NEGATIVES[:1] if name in exact)
+        if case.function != "one way":
+            directions.append((column_name, [row_name]))
+            directions[1][1].extend(name for name in NEGATIVES[1:] if name in exact)
+    candidates = [torch.cat([exact[name] for name in names]) for _, names in directions]
+    products = [
+        exact[queries].abs() @ x.abs().T
+        for (queries, _), x in zip(directions, candidates, strict=True)
+    ]
     # A whole row shares the error of its log-sum-exp, whose size is log n + the largest logit.
-    num_candidates = max(len(candidates) for _, candidates in directions)
-    size = growth(d, eps.logits) * (1 + abs(scale) * largest) + log(num_candidates)
+    largest = abs(scale) * max(x.max() for x in products) + siglip * abs(case.logit_bias)
+    size = growth(case.d, eps.logits) * (1 + largest) + log(max(map(len, candidates)))
 
-    value, scale_grad = row_features.new_zeros(()), row_features.new_zeros(())
-    grads = [torch.zeros_like(row_features), torch.zeros_like(column_features)]
-    negative_grads: list[Tensor | None] = [None, None]
-    for index, (queries, candidates) in enumerate(directions):
-        exact = gradient_sizes(scale * queries @ candidates.T, **id_options) / len(directions)
+    value, grads = torch.zeros_like(products[0][0, 0]), dict[str, Any]()
+    for index, (queries, names) in enumerate(directions):
+        logits = scale * exact[queries] @ candidates[index].T
+        if siglip:
+            sizes = sigmoid_sizes(case, logits + case.logit_bias, exact.get("ids"), index == 0)
+        else:
+            sizes = gradient_sizes(logits, exact.get("ids"), **case.id_options) / len(directions)
         # Exponentials below the smallest normal number may be lost.
-        logit_errors = eps.logits * exact
+        logit_errors = eps.logits * sizes
         logit_errors += 2.0**-126 if eps.logits > FLOAT64 else 2.0**-1022
-        logit_errors[:, :n] += FLOAT64 * exact.new_ones(n).diag()
+        logit_errors[:, :n] += FLOAT64 * sizes.new_ones(n).diag()
         logit_errors *= size / n
-        errors = logit_errors + eps.stored * exact / n
-        value += (eps.logits * exact.sum() / 2 / n + FLOAT64) * size
+        errors = logit_errors + eps.stored * sizes / n
+        value += (eps.logits * sizes.sum() / (1 if siglip else 2) / n + FLOAT64) * size
         summed = errors if g_is_rounded else logit_errors
-        scale_grad += (summed * (queries.abs() @ candidates.abs().T)).sum()
-        grads[index] += abs(scale) * errors @ candidates.abs()
-        candidate_grads = abs(scale) * errors.T @ queries.abs()
-        grads[1 - index] += candidate_grads[:n]
-        if negatives[index] is not None:
-            negative_grads[index] = candidate_grads[n:]
-    if symmetric:
-        options = dict(zip(("negative_text_features", "negative_image_features"), negatives))  # noqa: B905
-        loss = reference.contrastive_loss(
-            row_features, column_features, scale, **id_options, **options
-        )
-    else:
-        loss = reference.one_way_loss(scale * row_features @ column_features.T, **id_options)
-    value += eps.logits * loss
-    return [value, *grads, scale_grad, *negative_grads]
-
-
-def with_negatives(features: Tensor, negatives: Tensor | None) -> Tensor:
-    return features if negatives is None else torch.cat((features, negatives))
+        found = {"logit_scale": (summed * products[index]).sum(), "logit_bias": summed.sum()}
+        found[queries] = abs(scale) * errors @ candidates[index].abs()
+        rows = abs(scale) * errors.T @ exact[queries].abs()
+        found |= zip(names, rows.split([len(exact[name]) for name in names]), strict=True)
+        for name, grad in found.items():
+            if name in exact:
+                grads[name] = grads.get(name, 0.0) + grad
+    return value, grads
 
 
 def gradient_sizes(logits: Tensor, ids: Tensor | None, same_ids: str) -> Tensor:
@@ -187,6 +177,19 @@ def gradient_sizes(logits: Tensor, ids: Tensor | None, same_ids: str) -> Tensor:
     pair = sizes.sum(1) - sizes.diagonal()
     sizes.diagonal().copy_(pair + 1 - targets.diagonal())
     sizes[:, :n] += targets - targets.diag().diag()
+    return sizes
+
+
+def sigmoid_sizes(case: Case, logits: Tensor, ids: Tensor | None, has_pairs: bool) -> Tensor:
+    """(n, m): |G| of SigLIP's loss. has_pairs: of all columns, else only of extra negatives."""
+    n = case.n
+    positive = torch.eye(n, dtype=torch.bool, device=logits.device)
+    same = positive if ids is None else ids[:, None] == ids
+    if case.id_options["same_ids"] == "positives":
+        positive = same
+    sizes = logits.sigmoid()
+    pairs = torch.where(positive, (-logits[:, :n]).sigmoid(), sizes[:, :n])
+    sizes[:, :n] = pairs.masked_fill(same & ~positive, 0.0) if has_pairs else 0.0
     return sizes
 
 

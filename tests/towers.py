@@ -1,8 +1,12 @@
-"""A model with OpenCLIP's output, small enough to train in a test."""
+"""Modules small enough to train in a test: a model with OpenCLIP's output, and a loss to wrap."""
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+
+from cyclip_loss.reference import contrastive_loss
 
 IMAGE_SIZE, TEXT_SIZE = 12, 10
 
@@ -21,3 +25,15 @@ class TwoTowers(nn.Module):
             "text_features": normalize(self.textual(texts), dim=1),
             "logit_scale": self.logit_scale.exp(),
         }
+
+
+class PlainClip(nn.Module):
+    """CLIP's loss with a parameter, for tests that wrap a loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones((), device="cpu"))
+
+    def forward(self, image_features, text_features, logit_scale=10.0, output_dict=False) -> Any:
+        loss = contrastive_loss(image_features, text_features, logit_scale)
+        return {"contrastive_loss": loss} if output_dict else loss

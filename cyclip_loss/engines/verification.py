@@ -243,8 +243,9 @@ def layout_of(value: Any) -> Any:
     if isinstance(value, Tensor):
         if value.ndim == 2:
             return value.dtype, divisor_of(value.shape[1]), *_strides_class(value)
-        divisor = divisor_of(value.shape[-1]) if value.ndim == 3 else 0
-        return value.ndim, divisor, value.device.type, value.numel() == 0
+        # Of Gram matrices, C may be there or not.
+        matrices = (len(value), divisor_of(value.shape[-1])) if value.ndim == 3 else ()
+        return value.ndim, *matrices, value.device.type, value.numel() == 0
     if isinstance(value, Logits):
         return (*map(layout_of, value), value.has_extra_negatives)
     if isinstance(value, (tuple, list)):

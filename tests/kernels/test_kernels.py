@@ -1,19 +1,17 @@
 """The Triton kernels without the loss: shipped tiles, tf32 rounding, and supported GPUs."""
 
 import sys
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from accuracy import check, check_against_pytorch, check_loss, evaluate
-from conftest import needs_triton, set_strip_rows, setting
+from accuracy import check, check_against_pytorch, evaluate
+from conftest import needs_triton, pretend_architecture, setting
 from inputs import Case, normal
-from processes import run_forked
+from processes import run_python
 
 from cyclip_loss import kernels, numerics, tune
-from cyclip_loss.engines import eager
 from cyclip_loss.kernels import configs
 from cyclip_loss.kernels.configs import Precision
 from cyclip_loss.logits import Logits
@@ -33,24 +31,10 @@ def test_shipped_tiles_are_accurate(
     """290 rows fill no whole number of tiles. The two lambdas differ, so that C is needed too."""
     monkeypatch.setattr(configs, "_INTERPRETER", configs.ARCHITECTURES[arch])
     case = Case(n=290, d=70, dtype=dtype, logit_scale=30.0, lambdas=(0.25, 0.5))
-    features = case.features(device)
-    terms, grads = evaluate(case, features, "triton", device)
-    check(case, features, terms, grads, "triton")
-    check_against_pytorch(case, features, terms, grads)
-
-
-@on_a_cpu
-@needs_triton
-@pytest.mark.parametrize(("kernel", "parts"), [("contrastive_lse", 8), ("contrastive_grads", 3)])
-def test_an_unsupported_number_of_parts_does_not_compile(
-    kernel, parts, monkeypatch, device
-) -> None:
-    """Such a kernel would leave some results unwritten."""
-    config = configs._product(32, 64, 32, 1, 1, parts)
-    table = {(bits, dot): config for bits in (16, 32) for dot in ("tf32", "ieee")}
-    monkeypatch.setitem(configs._INTERPRETER, kernel, table)
-    with pytest.raises(Exception, match="PARTS must be 1"):
-        check_loss(Case(n=70, d=20), "triton", device)
+    given = case.arguments(device)
+    found = evaluate(case, given, "triton")
+    check(case, given, *found, "triton")
+    check_against_pytorch(case, given, *found)
 
 
 def to_tf32(x: torch.Tensor) -> torch.Tensor:
@@ -91,16 +75,6 @@ def test_a_d_too_large_for_32_bit_offsets_raises_an_error(device: torch.device) 
     image = torch.zeros((), device=device).expand(2, 26_753)
     with pytest.raises(ValueError, match=r"image_features must have D <= 26752 .* got D = 26753"):
         kernels.gram_matrices(image, image, True)
-
-
-def test_rows_without_a_partner_have_none_in_any_strip(monkeypatch, device) -> None:
-    """Extra negative images are such rows. There are columns of the same numbers."""
-    rows, columns = normal(2, 90, 20, device=device).float()
-    scale = torch.tensor(1.0, device=device)
-    logits = Logits(rows[:70], columns, scale, num_pairs=40)
-    set_strip_rows(monkeypatch, 32)
-    found = kernels.contrastive_lse(logits)
-    torch.testing.assert_close(found, eager.contrastive_lse(logits), rtol=1e-5, atol=1e-5)
 
 
 def accesses_outside(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
@@ -155,13 +129,14 @@ def accesses_outside(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
         Case(40, 130, lambdas=(0.25, 0.5), strip_rows=32, output_dict=True),
         Case(40, 20, lambdas=(0.25, 0.5), distinct_ids=6, negatives=(9, 5)),
         Case(45, 64, torch.bfloat16, views=True),
+        Case(45, 20, distinct_ids=6, negatives=(9, 5), function="siglip"),
     ],
-    ids=["strips", "ids and negatives", "views"],
+    ids=["strips", "ids and negatives", "views", "siglip"],
 )
 def test_kernels_access_only_the_tensors_of_their_launch(case: Case, monkeypatch, device) -> None:
     """Tiles reach beyond the last row, column, id and element of a feature."""
     found = accesses_outside(monkeypatch)
-    evaluate(case, case.features(device), "triton", device, case.ids(device))
+    evaluate(case, case.arguments(device), "triton")
     assert found == []
 
 
@@ -189,15 +164,14 @@ def test_tile_sizes_are_powers_of_two() -> None:
 
     The tiles that tuning tries must also have 32 to 64 accumulators in each thread.
     """
-    for tables in configs.ARCHITECTURES.values():
-        shipped_configs = [item for table in tables.values() for item in table.items()]
-        for precision, shipped in shipped_configs:
-            for config in tune.candidates(Precision(*precision), shipped):
-                sizes = config.tile
-                assert {*sizes.values(), config.num_warps} <= {2**i for i in range(10)}
-                if config is not shipped and "PARTS" in sizes:
-                    threads = 32 * config.num_warps * sizes["PARTS"]
-                    assert 32 <= sizes["BM"] * sizes["BN"] / threads <= 64
+    tables = [x for tables in configs.ARCHITECTURES.values() for x in tables.values()]
+    for precision, shipped in (item for table in tables for item in table.items()):
+        for config in tune.candidates(Precision(*precision), shipped):
+            sizes = config.tile
+            assert {*sizes.values(), config.num_warps} <= {2**i for i in range(10)}
+            if config is not shipped and "PARTS" in sizes:
+                threads = 32 * config.num_warps * sizes["PARTS"]
+                assert 32 <= sizes["BM"] * sizes["BN"] / threads <= 64
 
 
 @pytest.mark.parametrize(
@@ -222,11 +196,7 @@ def test_each_gpu_gets_the_kernels_that_its_version_of_triton_compiles(
     capability, version: str | None, expected, monkeypatch
 ) -> None:
     """Before 3.9, Triton fails to compile the kernels for Blackwell, or leaves products out."""
-    is_amd = isinstance(capability, str)
-    properties = SimpleNamespace(gcnArchName=capability)
-    monkeypatch.setattr(torch.version, "hip", "6.4" if is_amd else None)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    pretend_architecture(monkeypatch, capability)
 
     def version_of(package: str) -> str:
         if version is None:
@@ -254,5 +224,5 @@ if hasattr(matmul, "fp32_precision"):  # since PyTorch 2.9
 
 def test_the_setting_of_float32_products_that_came_last_counts() -> None:
     """Afterwards PyTorch's getter of the older setting may raise an error, so in a new process."""
-    run = run_forked("-c", PRECISION_CODE)
+    run = run_python("-c", PRECISION_CODE)
     assert run.returncode == 0, run.stderr

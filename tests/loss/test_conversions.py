@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from inputs import pairs
-from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import normalize
 
 from cyclip_loss import CyclicPenalty, CyCLIPLoss
+from cyclip_loss.reference import contrastive_loss
 
 PAGE = Path(__file__).parents[2] / "docs" / "lambda.md"
 SECTION = PAGE.read_text().partition("## Coming from your own loss\n")[2]
@@ -22,20 +22,13 @@ SCALE, WEIGHT = 10.0, 0.7
 IN_GAPS = (I @ I.T - T @ T.T).square()
 CROSS_GAPS = (I @ T.T - T @ I.T).square()
 OFF_DIAGONAL = ~torch.eye(N, dtype=torch.bool, device="cpu")
-
-
-def clip(logits: Tensor) -> Tensor:
-    labels = torch.arange(N, device="cpu")
-    return (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
-
-
-CLIP = clip(SCALE * I @ T.T)
+CLIP = contrastive_loss(I, T, SCALE)
 # The losses that the rows replace, in float64, by the rows' first words.
 THEIRS = {
     "The paper's": CLIP + 0.3 * N * IN_GAPS.mean() + 0.2 * N * CROSS_GAPS.mean(),
     "The *mean*": CLIP + WEIGHT * (IN_GAPS.mean() + CROSS_GAPS.mean()),
     "The local": CLIP + WEIGHT * (N // RANKS) * (IN_GAPS + CROSS_GAPS).mean(),
-    "A temperature": clip(I @ T.T / 0.07) + 0.25 * N * (IN_GAPS + CROSS_GAPS).mean(),
+    "A temperature": contrastive_loss(I, T, 1 / 0.07) + 0.25 * N * (IN_GAPS + CROSS_GAPS).mean(),
     "It normalises": CLIP + 0.25 * N * (IN_GAPS + CROSS_GAPS).mean(),
     "x-clip": WEIGHT * IN_GAPS[OFF_DIAGONAL].mean(),
     "TBPS-CLIP": 0.1 * (0.25 * IN_GAPS.mean() + 0.25 * CROSS_GAPS.mean()),

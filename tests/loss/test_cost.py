@@ -3,29 +3,21 @@
 import gc
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from itertools import accumulate
 
 import pytest
 import torch
-from accuracy import results
+from accuracy import function_of
 from conftest import set_strip_rows
-from inputs import Case
-from torch import Tensor
-from torch.nn.functional import softplus
+from inputs import Case, Tensors
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cyclip_loss import (
-    CyclicPenalty,
-    CyCLIPLoss,
-    consistency_metrics,
-    contrastive_logsumexp,
-    numerics,
-)
+from cyclip_loss import CyCLIPLoss, consistency_metrics, numerics
 
-# Interpreted kernels are too slow for N rows.
-N, N_INTERPRETED, D, STRIP_ROWS = 4096, 256, 32, 64
+D, STRIP_ROWS = 32, 64
+# Interpreted kernels are too slow for more rows.
+NUM_ROWS = {"eager": 4096, "triton": 256}
 
 
 class CollectCycles(TorchDispatchMode):
@@ -62,76 +54,71 @@ def allocated(work: Callable[[], object]) -> tuple[int, int, int]:
     return max(sizes), max(accumulate(sizes)), sum(sizes)
 
 
+def step(case: Case, given: Tensors, impl: str) -> None:
+    leaves = {name: x.requires_grad_(x.is_floating_point()) for name, x in given.items()}
+    function_of(case, impl)(**leaves).backward()
+
+
 @pytest.fixture
-def inputs(impl: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+def n(impl: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The number of rows, in several strips."""
     if device.type != "cpu":
         pytest.skip("measures CPU memory")
     set_strip_rows(monkeypatch, STRIP_ROWS)
-    return Case(N if impl == "eager" else N_INTERPRETED, D).leaves("cpu")
+    return NUM_ROWS[impl]
 
 
-def loss_step(impl: str, *inputs: Tensor) -> None:
-    CyCLIPLoss(0.5, impl=impl)(*inputs).backward()
-
-
-def step_with_ids(same_ids: str, negatives: bool, impl: str, *inputs: Tensor) -> None:
-    """Four rows have each id. As many extra negatives as rows."""
-    n = len(inputs[0])
-    given = [x.detach().roll(1, 0).requires_grad_() for x in inputs[: 2 * negatives]]
-    names = ("negative_image_features", "negative_text_features")
-    arguments = dict(zip(names, given, strict=False)) | {"ids": torch.arange(n, device="cpu") // 4}
-    CyCLIPLoss(same_ids=same_ids, impl=impl)(*inputs, **arguments).backward()
-
-
-def lse_step(one_way: bool, impl: str, *inputs: Tensor) -> None:
-    row, _, pair = contrastive_logsumexp(*inputs, one_way=one_way, impl=impl)
-    softplus(row - pair).mean().backward()
-
-
-STEPS = {
-    "loss": (loss_step, 1),
-    "ids": (partial(step_with_ids, "ignored", False), 1),
-    "positives": (partial(step_with_ids, "positives", False), 1),
-    "extra negatives": (partial(step_with_ids, "ignored", True), 2),
-    "log-sum-exps": (partial(lse_step, False), 1),
-    "one way": (partial(lse_step, True), 1),
-}
-
-
-@pytest.mark.parametrize("name", STEPS)
-def test_no_n_by_n_matrix_is_allocated(name: str, impl: str, inputs: list[Tensor]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"distinct_ids": 90},
+        {"distinct_ids": 90, "same_ids": "positives"},
+        {"negatives": (1, 1)},  # times N
+        {"function": "log-sum-exps"},
+        {"function": "one way"},
+        {"function": "siglip"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_no_n_by_n_matrix_is_allocated(options: dict, impl: str, n: int) -> None:
     """No tensor is larger than a strip or the features. At any time there are a few of these, and
     a dozen vectors of N elements.
     """
-    step, times = STEPS[name]
-    n = times * len(inputs[0])
-    strip, features = 4 * STRIP_ROWS * n, 4 * n * D
-    if impl == "triton":
-        step(impl, *Case(8, D).leaves("cpu"))  # a first call allocates more
+    if "negatives" in options:
+        options = {"negatives": (n, n)}
+    case = Case(n, D, lambdas=(0.5, 0.25), **options)
+    given = case.arguments("cpu")
+    if impl == "triton":  # a first call allocates more
+        small = Case(8, D, lambdas=(0.5, 0.25), **{**options, "negatives": (8, 8)})
+        step(small, small.arguments("cpu"), impl)
     with CollectCycles() if impl == "triton" else nullcontext():
-        largest, peak, _ = allocated(lambda: step(impl, *inputs))
+        largest, peak, _ = allocated(lambda: step(case, given, impl))
+    n *= 2 if "negatives" in options else 1
+    strip, features = 4 * STRIP_ROWS * n, 4 * n * D
     assert largest <= max(strip, features)
     assert peak <= 5 * strip + 6 * features + 16 * 4 * n
     if impl == "eager":
         assert peak * 6 <= 4 * n * n
 
 
-def test_metrics_allocate_no_n_by_n_matrix(inputs: list[Tensor]) -> None:
+def test_metrics_allocate_no_n_by_n_matrix(n: int) -> None:
     """In float64."""
-    n = len(inputs[0])
-    largest, peak, _ = allocated(lambda: consistency_metrics(*inputs[:2]))
+    features = Case(n, D).inputs("cpu")[:2]
+    largest, peak, _ = allocated(lambda: consistency_metrics(*features))
     assert largest <= 2 * max(4 * STRIP_ROWS * n, 4 * n * D)
-    assert n == N_INTERPRETED or peak * 3 <= 4 * n * n
+    assert n == NUM_ROWS["triton"] or peak * 3 <= 4 * n * n
 
 
 @pytest.mark.parametrize(("lambda_inmodal", "grams"), [(0.5, 3), (0.25, 2)])
 def test_forward_keeps_only_vectors_and_gram_matrices(
-    impl: str, inputs: list[Tensor], lambda_inmodal: float, grams: int
+    impl: str, n: int, lambda_inmodal: float, grams: int
 ) -> None:
     """Three vectors of N elements, the Gram matrices that are needed, and scalars."""
+    inputs = Case(n, D).leaves("cpu")
     *_, kept = allocated(lambda: CyCLIPLoss(lambda_inmodal, impl=impl)(*inputs))
     # The allocator may round each of a dozen tensors up to 64 bytes.
-    assert kept <= 4 * (3 * len(inputs[0]) + grams * D * D) + 1024
+    assert kept <= 4 * (3 * n + grams * D * D) + 1024
 
 
 class CountFlops(TorchDispatchMode):
@@ -150,43 +137,33 @@ class CountFlops(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("n", "d", "lambdas", "expected"),
+    ("function", "n", "lambdas", "n2d", "nd2"),
     [
-        # Streamed: 8 N^2 D for the contrastive term, 8 N D^2 for the penalties, or 14 N D^2 if the
-        # lambdas differ.
-        (40, 12, (0, 0), (8, 0)),
-        (40, 12, (0.25, 0.25), (8, 8)),
-        (40, 12, (0.25, 0.5), (8, 14)),
+        # Streamed: 8 N^2 D for the contrastive term (SigLIP's: 6), 8 N D^2 for the penalties, or
+        # 14 N D^2 if the lambdas differ.
+        ("cyclip", 40, (0, 0), 8, 0),
+        ("cyclip", 40, (0.25, 0.25), 8, 8),
+        ("cyclip", 40, (0.25, 0.5), 8, 14),
+        ("siglip", 18, (0, 0), 6, 0),
         # Dense: 6 N^2 D for the contrastive term, and 6 N^2 D for the penalties.
-        (18, 12, (0, 0), (6, 0)),
-        (18, 12, (0.25, 0.25), (12, 0)),
-        (18, 12, (0.25, 0.5), (12, 0)),
+        ("cyclip", 18, (0, 0), 6, 0),
+        ("cyclip", 18, (0.25, 0.25), 12, 0),
+        ("cyclip", 18, (0.25, 0.5), 12, 0),
+        # The penalties alone take the cheaper form.
+        *(("penalties", n, (0.25, 0.25), 6, 0) for n in (3, 15)),
+        *(("penalties", n, (0.25, 0.25), 0, 8) for n in (17, 60)),
+        *(("penalties", n, (0.25, 0.5), 6, 0) for n in (3, 27)),
+        *(("penalties", n, (0.25, 0.5), 0, 14) for n in (29, 60)),
     ],
 )
 def test_flops_are_those_of_the_formulas(
-    n: int, d: int, lambdas, expected, monkeypatch, device: torch.device
+    function: str, n: int, lambdas, n2d: int, nd2: int, monkeypatch, device: torch.device
 ) -> None:
     set_strip_rows(monkeypatch, 7)
+    case = Case(n, 12, lambdas=lambdas, function=function)
     with CountFlops() as counter:
-        results(CyCLIPLoss(*lambdas, impl="eager"), *Case(n, d).inputs(device))
-    assert counter.total == expected[0] * n * n * d + expected[1] * n * d * d
-
-
-@pytest.mark.parametrize("n", [3, 15, 17, 27, 29, 60])
-@pytest.mark.parametrize(
-    ("lambdas", "output_dict", "gram_flops"),
-    [((0.25, 0.25), False, 8), ((0.25, 0.5), False, 14), ((0.25, 0.5), True, 14)],
-)
-def test_penalties_alone_take_the_cheaper_of_two_forms(
-    n: int, lambdas: tuple[float, float], output_dict: bool, gram_flops: int, device
-) -> None:
-    """N x N matrices take 6 N^2 D flops, Gram matrices 8 N D^2 or 14 N D^2."""
-    d = 12
-    image, text, _ = Case(n, d).leaves(device)
-    with CountFlops() as counter:
-        penalty = CyclicPenalty(*lambdas, impl="eager")(image, text, output_dict)
-        (sum(penalty.values()) if output_dict else penalty).backward()
-    assert counter.total == min(6 * n * n * d, gram_flops * n * d * d)
+        step(case, case.arguments(device), "eager")
+    assert counter.total == n2d * n * n * 12 + nd2 * n * 12 * 12
 
 
 @pytest.mark.parametrize(

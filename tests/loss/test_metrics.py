@@ -46,9 +46,15 @@ def dense_metrics(image: torch.Tensor, text: torch.Tensor) -> dict[str, float]:
 
 # Equal rows tie for the nearest one.
 LAYOUTS = st.sampled_from([layout for layout in inputs.LAYOUTS if layout != "expanded"])
+PAIRS = {
+    "n": SIZES.map(lambda n: n + 2),
+    "image_layout": LAYOUTS,
+    "text_layout": LAYOUTS,
+    "function": st.just("cyclip"),
+}
 
 
-@given(case=cases(n=SIZES.map(lambda n: n + 2), image_layout=LAYOUTS, text_layout=LAYOUTS))
+@given(case=cases(**PAIRS))
 @example(case=Case(20, 30, norm=10.0))  # exp(-2 * 200) of a pair must not be lost next to exp(0)
 def test_metrics_equal_their_dense_definitions(case: Case, device: torch.device) -> None:
     """They are computed under autocast here, which must not cast anything."""

@@ -3,37 +3,39 @@
 import copy
 import io
 import pickle
+from functools import partial
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
-from accuracy import evaluate, results
+from accuracy import evaluate, function_of
 from conftest import examples
 from functorch.compile import make_boxed_func
 from hypothesis import example, given
 from hypothesis import strategies as st
-from inputs import Case, Grads, PlainClip, Tensors, cases
+from inputs import FEATURES, Case, Grads, Tensors, cases
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_map_only
+from towers import PlainClip
 
-from cyclip_loss import (
-    CyclicPenalty,
-    CyCLIPLoss,
-    WithCyclicPenalty,
-)
+from cyclip_loss import CyclicPenalty, CyCLIPLoss, WithCyclicPenalty
 
 # Small, as the modes do not depend on the number of tiles, and interpreted tiles are slow.
 FEW = st.integers(1, 20)
+SAME_BITS = {"rtol": 0, "atol": 0}
+WIDE = torch.float64
 
 
-@examples(0.2)
+@examples(0.3)
 @given(case=cases(n=FEW, d=FEW, negatives=st.tuples(*[st.sampled_from([None, None, 0, 1, 9])] * 2)))
 @example(case=Case(30, 6, views=True))
-@example(case=Case(10, 30, torch.float64))
+@example(case=Case(10, 30, WIDE))
 @example(case=Case(10, 30, torch.float16))
-@example(case=Case(10, 6, penalties_alone=True))
+@example(case=Case(10, 6, function="penalties"))
+@example(case=Case(30, 6, function="log-sum-exps"))
 def test_autocast_casts_only_features_and_other_modes_change_no_bit(
     case: Case, impl: str, device: torch.device
 ) -> None:
@@ -41,73 +43,73 @@ def test_autocast_casts_only_features_and_other_modes_change_no_bit(
     device.
     """
 
-    def step(features: Tensors) -> tuple[Tensors, Grads]:
-        return evaluate(case, features, impl, device, case.ids(device))
+    def step(given: Tensors) -> tuple[Tensors, Grads]:
+        return evaluate(case, given, impl)
 
-    features = case.features(device)
-    terms, grads = step(features)
-    same_bits = {"rtol": 0, "atol": 0}
+    given = case.arguments(device)
+    terms, grads = step(given)
     with torch.device("meta"):  # not the features' device
-        torch.testing.assert_close(step(features), (terms, grads), **same_bits)
+        torch.testing.assert_close(step(given), (terms, grads), **SAME_BITS)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
-            without_grads = step(features)
-        torch.testing.assert_close(without_grads, (terms, dict.fromkeys(grads)), **same_bits)
-    cast_dtype = torch.float64 if case.dtype == torch.float64 else torch.bfloat16
-    terms, grads = step({name: tensor.to(cast_dtype) for name, tensor in features.items()})
+            without_grads = step(given)
+        torch.testing.assert_close(without_grads, (terms, dict.fromkeys(grads)), **SAME_BITS)
+    cast_dtype = WIDE if case.dtype == WIDE else torch.bfloat16
+    cast = {name: x.to(cast_dtype) if "features" in name else x for name, x in given.items()}
+    terms, grads = step(cast)
     for name, grad in grads.items():
-        if grad is not None and name != "logit_scale":
-            grads[name] = grad.to(case.dtype)
-    under_autocast = evaluate(
-        case, features, impl, device, case.ids(device), autocast=torch.bfloat16
-    )
-    torch.testing.assert_close(under_autocast, (terms, grads), **same_bits)
+        grads[name] = None if grad is None else grad.to(given[name].dtype)
+    under_autocast = evaluate(case, given, impl, autocast=torch.bfloat16)
+    torch.testing.assert_close(under_autocast, (terms, grads), **SAME_BITS)
 
 
-LOSSES = [CyCLIPLoss(0, 0), CyclicPenalty(), CyCLIPLoss(0.5, 0.25)]
+SUMS = [{}, {"function": "penalties"}, {"lambdas": (0, 0)}, {"function": "siglip"}]
 
 
 @pytest.mark.parametrize(("n", "d"), [(30, 6), (10, 30)], ids=["streamed", "dense"])
+@pytest.mark.parametrize("options", [*SUMS, {"function": "log-sum-exps"}], ids=str)
 def test_a_second_backward_has_the_same_bits_and_second_derivatives_raise(
-    impl: str, n: int, d: int, device: torch.device
+    options: dict[str, Any], impl: str, n: int, d: int, device: torch.device
 ) -> None:
-    """Except of dense penalties, which are plain PyTorch."""
-    for loss in map(copy.copy, LOSSES):
-        loss.impl = impl
-        leaves = Case(n, d).leaves(device)[: 2 if type(loss) is CyclicPenalty else 3]
-        value = loss(*leaves)
-        first, second = (torch.autograd.grad(value, leaves, retain_graph=True) for _ in range(2))
-        in_grad_mode = torch.autograd.grad(value, leaves, create_graph=True)
-        torch.testing.assert_close(second, first, rtol=0, atol=0)
-        torch.testing.assert_close(in_grad_mode, first, rtol=0, atol=0)
-        # Also with respect to a weight of the loss, as GradNorm does.
-        weight = torch.ones((), device=device, requires_grad=True)
-        weighted = torch.autograd.grad(weight * loss(*leaves), leaves, create_graph=True)
-        for inputs, grads in ((leaves, in_grad_mode), ([weight], weighted)):
-            penalty = sum(grad.square().sum() for grad in grads)
-            if impl == "eager" and n < d and type(loss) is CyclicPenalty:
-                assert any(x.any() for x in torch.autograd.grad(penalty, inputs, retain_graph=True))
-                continue
-            with pytest.raises(RuntimeError, match="first derivatives only"):
-                torch.autograd.grad(penalty, inputs, retain_graph=True)
+    """The dense form is plain PyTorch, so it has the second derivatives of the definition."""
+    case = Case(n, d, **options)
+    given = {name: x.requires_grad_() for name, x in case.arguments(device).items()}
+    leaves, loss = list(given.values()), function_of(case, impl)
+    value = loss(**given)
+    first, second = (torch.autograd.grad(value, leaves, retain_graph=True) for _ in range(2))
+    in_grad_mode = torch.autograd.grad(value, leaves, create_graph=True)
+    torch.testing.assert_close(second, first, **SAME_BITS)
+    torch.testing.assert_close(in_grad_mode, first, **SAME_BITS)
+    # Also with respect to a weight of the loss, as GradNorm does.
+    weight = torch.ones((), device=device, requires_grad=True)
+    weighted = torch.autograd.grad(weight * loss(**given), leaves, create_graph=True)
+    for inputs, grads in ((leaves, in_grad_mode), ([weight], weighted)):
+        penalty = sum(grad.square().sum() for grad in grads)
+        if impl == "eager" and n < d and case.function != "siglip":
+            assert any(x.any() for x in torch.autograd.grad(penalty, inputs, retain_graph=True))
+            continue
+        with pytest.raises(RuntimeError, match=r"first derivatives only.*cyclip_loss\.reference"):
+            torch.autograd.grad(penalty, inputs, retain_graph=True)
 
 
-def test_compiled_code_runs_the_kernels(device: torch.device, impl: str, monkeypatch) -> None:
-    if impl != "triton":
-        pytest.skip("the eager engine has no kernels")
-    from cyclip_loss import kernels
+def test_small_batches_have_the_second_derivatives_of_the_definition(device) -> None:
+    inputs = Case(4, 3, WIDE).leaves(device)
+    assert torch.autograd.gradgradcheck(CyCLIPLoss(0.5, 0.25), inputs)
 
-    kernel = Mock(wraps=kernels.contrastive_lse)
-    monkeypatch.setattr(kernels, "contrastive_lse", kernel)
-    torch._dynamo.reset()
-    loss, inputs = CyCLIPLoss(0.5, 0.25, impl=impl), Case(30, 6).leaves(device)
-    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
-    found = [
-        (value.detach(), *torch.autograd.grad(value, inputs))
-        for value in (loss(*inputs), compiled(*inputs))
-    ]
-    torch.testing.assert_close(*found)
-    assert kernel.call_count == 2
+
+def compiled_and_eager(compiled: Any, loss: Any, given: Tensors, trained: tuple[str, ...]) -> Any:
+    """The values and gradients of both."""
+    found = []
+    for function in (compiled, loss):
+        leaves = {
+            name: x.detach().requires_grad_(name in trained) if isinstance(x, Tensor) else x
+            for name, x in given.items()
+        }
+        value = function(**leaves)
+        value = sum(value.values()) if isinstance(value, dict) else value
+        wanted = [leaves[name] for name in trained]
+        found.append([value.detach(), *(torch.autograd.grad(value, wanted) if trained else ())])
+    return found
 
 
 # Lambdas: equal, different, both zero, one zero; then new values of each kind.
@@ -117,15 +119,21 @@ SCHEDULE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("scale", ["tensor", "number", "none", "alone", "no gradient"])
-def test_new_lambdas_and_batch_sizes_compile_no_new_graph(scale: str, device) -> None:
-    """Only the first values of each kind may compile a graph. All results equal the eager ones.
-
-    scale: how the logit scale is given. "none": the penalties are called, which take no scale.
-    "alone": it is the only input with a gradient. "no gradient": no input has a gradient. What a
-    lambda of 0 leaves out does not depend on the scale: it is tried with two of the five.
-    """
-    schedule = [pair for pair in SCHEDULE if all(pair) or scale in ("tensor", "none")]
+@pytest.mark.parametrize(
+    ("scale", "trained"),
+    [
+        ("tensor", (*FEATURES, "logit_scale")),
+        ("number", FEATURES),
+        ("none", FEATURES),  # the penalties, which take no scale
+        ("tensor", ("logit_scale",)),  # frozen features
+        ("tensor", ()),  # a validation loss
+    ],
+    ids=str,
+)
+def test_new_lambdas_and_batch_sizes_compile_no_new_graph(scale: str, trained, device) -> None:
+    """Only the first values of each kind may compile a graph. All results equal the eager ones."""
+    # What a lambda of 0 leaves out does not depend on the scale.
+    schedule = [pair for pair in SCHEDULE if all(pair) or "image_features" in trained]
     torch._dynamo.reset()
     module = CyclicPenalty if scale == "none" else CyCLIPLoss
     counter, loss = CompileCounterWithBackend("aot_eager"), module()
@@ -133,19 +141,13 @@ def test_new_lambdas_and_batch_sizes_compile_no_new_graph(scale: str, device) ->
     for index, lambdas in enumerate(schedule):
         loss.lambda_inmodal, loss.lambda_crossmodal = lambdas
         loss.reference_batch_size = 100 + index
-        found = []
-        for call in (compiled, module(*lambdas, reference_batch_size=100 + index)):
-            leaves = Case(20 + 3 * index, 12, torch.float64).leaves(device)
-            if scale in ("number", "none"):
-                leaves = leaves[:2]
-            inputs = [*leaves, 10.0 + index] if scale == "number" else leaves
-            if scale in ("alone", "no gradient"):  # frozen features; a validation loss
-                inputs = [x.detach() for x in leaves[:2]] + leaves[2:]
-                leaves = leaves[2:]
-            with torch.set_grad_enabled(scale != "no gradient"):
-                value = sum(call(*inputs, output_dict=True).values())
-            grads = torch.autograd.grad(value, leaves) if value.requires_grad else ()
-            found.append([value.detach(), *grads])
+        given = Case(20 + 3 * index, 12, WIDE).arguments(device) | {"output_dict": True}
+        given |= {"number": {"logit_scale": 10.0 + index}}.get(scale, {})
+        if scale == "none":
+            del given["logit_scale"]
+        eager = module(*lambdas, reference_batch_size=100 + index)
+        with torch.set_grad_enabled(bool(trained)):
+            found = compiled_and_eager(compiled, eager, given, trained)
         torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
         counts.append(counter.frame_count)
     # PyTorch first compiles with constants, then with symbols. Equal lambdas, different lambdas and
@@ -160,63 +162,52 @@ def test_small_batches_compile_one_dense_and_one_streamed_graph(module: type, de
     torch._dynamo.reset()
     counter, loss = CompileCounterWithBackend("aot_eager"), module()
     compiled = torch.compile(loss, fullgraph=True, backend=counter)
-    num_inputs = 2 if module is CyclicPenalty else 3
-    counts = []
+    names, counts = FEATURES if module is CyclicPenalty else (*FEATURES, "logit_scale"), []
     for n in (8, 9, 40, 11, 50, 10, 30, 12, 60):  # D = 12: up to N = 18 they are dense
-        found = []
-        for call in (compiled, loss):
-            leaves = Case(n, 12, torch.float64).leaves(device)[:num_inputs]
-            value = call(*leaves)
-            found.append([value.detach(), *torch.autograd.grad(value, leaves)])
+        given = Case(n, 12, WIDE).arguments(device)
+        found = compiled_and_eager(compiled, loss, {name: given[name] for name in names}, names)
         torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
         counts.append(counter.frame_count)
     assert counts[-1] <= counts[0] + 2
 
 
-def views(x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    return {"augmented_image_features": x, "augmented_text_features": y}
+@pytest.mark.parametrize("kernel", ["contrastive_lse", "sigmoid_terms"])
+def test_compiled_code_runs_the_kernels(kernel: str, device, impl: str, monkeypatch) -> None:
+    if impl != "triton":
+        pytest.skip("the eager engine has no kernels")
+    from cyclip_loss import kernels
+
+    mock = Mock(wraps=getattr(kernels, kernel))
+    monkeypatch.setattr(kernels, kernel, mock)
+    torch._dynamo.reset()
+    case = Case(30, 6, function="siglip" if kernel == "sigmoid_terms" else "cyclip")
+    given, compile = case.arguments(device), partial(torch.compile, backend="aot_eager")
+    found = [evaluate(case, given, impl, wrap=wrap) for wrap in (lambda x: x, compile)]
+    torch.testing.assert_close(*found)
+    assert mock.call_count == 2
 
 
-LOSS, ANOTHER, PENALTY = CyCLIPLoss(0.2, 0.1), WithCyclicPenalty(PlainClip()), CyclicPenalty()
-POSITIVES, PAPER = CyCLIPLoss(same_ids="positives"), CyCLIPLoss()
+FROZEN = [{"frozen": frozenset([name])} for name in (*FEATURES, "logit_scale")]
+IDS, POSITIVES = {"distinct_ids": 5}, {"distinct_ids": 5, "same_ids": "positives"}
+CALLS = [
+    *FROZEN,
+    *({"function": name} for name in ("penalties", "siglip", "log-sum-exps", "one way")),
+    *({"function": name, "d": 8, **IDS} for name in ("cyclip", "log-sum-exps", "one way")),
+    {"function": "siglip", "negatives": (4, 2), "output_dict": True, **POSITIVES},
+    {"function": "log-sum-exps", "negatives": (4, None), "dtype": torch.float16},
+    {"function": "one way", "negatives": (4, None), "dtype": torch.float16},
+    {"views": True, **IDS},
+    {"views": True, **POSITIVES},
+    {"negatives": (9, None), "dtype": torch.bfloat16},
+    {"negatives": (9, 0), "output_dict": True, **POSITIVES},
+    {"autocast": torch.bfloat16, "views": True, "output_dict": True},
+]
 
 
-def as_a_trainer(i: Tensor, t: Tensor, s: Tensor, _: Tensor) -> Tensor:
-    i, t = i.float(), t.float()
-    with torch.autocast(i.device.type, torch.bfloat16):
-        return sum(PAPER(i, t, s, -10.0, True, **views(t, i)).values())
-
-
-# Calls of image, text, scale and ids.
-CALLS = {
-    "as a trainer": as_a_trainer,
-    "frozen images": lambda i, t, s, _: LOSS(i.detach(), t, s),
-    "frozen texts": lambda i, t, s, _: LOSS(i, t.detach(), s),
-    "frozen scale": lambda i, t, s, _: LOSS(i, t, s.detach()),
-    "image as text": lambda i, t, s, _: LOSS(i, i, s),
-    "image as its view": lambda i, t, s, ids: LOSS(i, t, s, **views(i, t), ids=ids),
-    "views": lambda i, t, s, ids: LOSS(i, t, s, **views(2 * t, i + t), ids=ids),
-    "positives": lambda i, t, s, ids: POSITIVES(i, t, s, ids=ids, **views(2 * t, i + t)),
-    "negatives": lambda i, t, s, _: LOSS(i, t, s, negative_text_features=torch.cat((i, t))),
-    "positives and negatives": lambda i, t, s, ids: POSITIVES(
-        i, t, s, ids=ids, negative_text_features=i, negative_image_features=t[:0]
-    ),
-    "terms": lambda *x: sum(LOSS(*x[:3], output_dict=True, ids=x[3]).values()),
-    "another loss": lambda i, t, s, _: ANOTHER(i, t, s),
-    "terms of another loss": lambda i, t, s, _: sum(ANOTHER(i, t, s, output_dict=True).values()),
-    "penalties": lambda i, t, s, _: PENALTY(i, t),
-    "in 16 bits": lambda i, t, s, _: LOSS(i.bfloat16(), t.bfloat16(), s),
-    **{
-        str(dtype): lambda i, t, s, ids, dtype=dtype: PAPER(i, t, s, ids=ids.to(dtype))
-        for dtype in (torch.int64, torch.uint8)  # with and without a cast
-    },
-}
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_each_form_of_call_compiles_into_one_graph(name: str, device: torch.device) -> None:
-    """Also if a tensor is given twice. Value and gradients equal the eager ones. The operators pass
-    PyTorch's `opcheck` of schemas, mutation, aliasing, and the shapes of fake tensors.
+@pytest.mark.parametrize("options", CALLS, ids=str)
+def test_each_form_of_call_compiles_into_one_graph(options: dict[str, Any], device) -> None:
+    """Value and gradients equal the eager ones. The operators pass PyTorch's `opcheck` of schemas,
+    mutation, aliasing, and the shapes of fake tensors.
     """
     calls = []
 
@@ -230,23 +221,44 @@ def test_each_form_of_call_compiles_into_one_graph(name: str, device: torch.devi
         return make_boxed_func(lambda *inputs: Recording(graph).run(*inputs))
 
     torch._dynamo.reset()
-    case, found = Case(9, 4, torch.float64, distinct_ids=5, text_layout="transposed"), []
-    ids, backend = case.ids("cpu").remainder(7).to(device), aot_autograd(fw_compiler=compiler)
-    for loss in (CALLS[name], torch.compile(CALLS[name], backend=backend, fullgraph=True)):
-        found.append(results(lambda *x, loss=loss: loss(*x, ids), *case.inputs(device)))
-    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-7)
-    if name == "as a trainer":
-        assert len(calls) == 8  # three contrastive terms and the penalties, forward and backward
+    options = {"n": 9, "d": 4, "dtype": WIDE, "text_layout": "transposed", **options}
+    autocast = options.pop("autocast", None)
+    if autocast is not None:
+        options["dtype"] = torch.float32
+    case, backend = Case(**options), aot_autograd(fw_compiler=compiler)
+    compile = partial(torch.compile, backend=backend, fullgraph=True)
+    step = partial(evaluate, case, case.arguments(device), "auto", autocast)
+    torch.testing.assert_close(step(wrap=compile), step(), rtol=1e-5, atol=1e-7)
+    if autocast is not None or case.function in ("siglip", "one way"):
+        # Under autocast: three contrastive terms and the penalties, forward and backward.
+        assert len(calls) == 8 or autocast is None
         for function, arguments in calls:
             torch.library.opcheck(function, tree_map_only(Tensor, Tensor.detach, arguments))
 
 
+def test_a_tensor_given_twice_and_a_wrapped_loss_compile_into_one_graph(device) -> None:
+    loss, another = CyCLIPLoss(0.2, 0.1), WithCyclicPenalty(PlainClip())
+
+    def function(i: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        views = {"augmented_image_features": i, "augmented_text_features": t}
+        terms = another(i, t, s, output_dict=True)
+        return loss(i, i, s) + loss(i, t, s, **views) + another(i, t, s) + sum(terms.values())
+
+    torch._dynamo.reset()
+    compiled, found = torch.compile(function, backend="aot_eager", fullgraph=True), []
+    for call in (compiled, function):
+        inputs = Case(9, 4, WIDE).leaves(device)
+        value = call(*inputs)
+        found.append((value, torch.autograd.grad(value, inputs)))
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("strict", [True, False])
 def test_an_exported_loss_with_ids_has_the_same_value(strict: bool) -> None:
-    case = Case(9, 4, distinct_ids=5)
-    inputs, ids = case.inputs("cpu"), {"ids": case.ids("cpu").contiguous()}
-    exported = torch.export.export(CyCLIPLoss(), inputs, ids, strict=strict)
-    torch.testing.assert_close(exported.module()(*inputs, **ids), CyCLIPLoss()(*inputs, **ids))
+    given = Case(9, 4, distinct_ids=5).arguments("cpu")
+    given["ids"] = given["ids"].contiguous()
+    exported = torch.export.export(CyCLIPLoss(), (), given, strict=strict)
+    torch.testing.assert_close(exported.module()(**given), CyCLIPLoss()(**given))
 
 
 MODULES = [CyCLIPLoss(0.5, 0.125), CyclicPenalty(0.5, 0.125), WithCyclicPenalty(PlainClip())]

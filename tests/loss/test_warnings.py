@@ -2,13 +2,16 @@
 
 import sys
 import warnings
-from functools import partial
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from inputs import PlainClip, pairs
+from conftest import pretend_architecture
+from inputs import pairs
 from torch.nn.functional import normalize
+from towers import PlainClip
 
 from cyclip_loss import (
     CyclicPenalty,
@@ -21,8 +24,6 @@ from cyclip_loss import (
     usage_warnings,
 )
 
-SCALE = 20.0
-
 
 @pytest.fixture(autouse=True)
 def forget_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,48 +31,59 @@ def forget_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(usage_warnings, "_warned", set())
 
 
-def messages(*calls) -> list[str]:
-    """The messages of the warnings if each call is made twice."""
+def messages(call: Callable[[], Any]) -> list[str]:
+    """The messages of the warnings if a call is made twice."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for call in (*calls, *calls):
-            call()
+        call()
+        call()
     return [str(warning.message) for warning in caught if warning.category is CyCLIPWarning]
 
 
-@pytest.mark.parametrize(
-    ("weights", "n", "reference_batch_size", "warned"),
-    [
-        ((0, 1), 64, None, 0),
-        ((0, 1), 65, None, 1),
-        ((1, 0), 65, None, 1),
-        # The lambdas are not added: each may be twice as strong as the paper's.
-        ((0.25, 0.25), 256, None, 0),
-        ((0.25, 0.25), 257, None, 1),
-        ((0, 0), 5000, None, 0),
-        ((0, 1), 2000, 128, 0),
-    ],
-)
-def test_penalties_above_twice_the_papers_strength_warn_once(
-    weights, n: int, reference_batch_size, warned: int, device: torch.device
-) -> None:
-    image, text = (features.float() for features in pairs(n, 4, device=device))
-    options = {"reference_batch_size": reference_batch_size}
-    for call in (
-        lambda: CyCLIPLoss(*weights, **options)(image, text, SCALE),
-        lambda: CyclicPenalty(*weights, **options)(image, text),
-    ):
-        usage_warnings._warned.clear()
-        assert len(messages(call)) == warned
+VIEWS = {"augmented_image_features": None, "augmented_text_features": None}
+STRONG, LENGTHS, SCALE = "as strong as", "from 1 to 7", "must be finite and > 0, got"
+# A module, the number of pairs, changes of the arguments, and a part of the only warning. `long`
+# stands for texts of which one is 7 times as long.
+CASES = [
+    (CyCLIPLoss(0, 1), 64, {}, ""),
+    (CyCLIPLoss(0, 1), 65, {}, STRONG),
+    (CyCLIPLoss(1, 0), 65, {}, STRONG),
+    # The lambdas are not added: each may be twice as strong as the paper's.
+    (CyCLIPLoss(), 256, {}, ""),
+    (CyCLIPLoss(), 257, {}, STRONG),
+    (CyclicPenalty(), 257, {}, STRONG),
+    (CyCLIPLoss(0, 0), 5000, {}, ""),
+    (CyCLIPLoss(0, 1, reference_batch_size=128), 2000, {}, ""),
+    (CySigLIPLoss(0.25, 0.25, reference_batch_size=128), 6, {}, "accuracy of SigLIP's loss"),
+    (CySigLIPLoss(1 / 64, 1 / 64, reference_batch_size=128), 6, {}, ""),
+    (CySigLIPLoss(), 6, {}, ""),
+    (CyCLIPLoss(inmodal_contrastive_weight=0.5), 9, VIEWS, ""),
+    (CyCLIPLoss(inmodal_contrastive_weight=0.5), 9, {}, "inmodal_contrastive_weight has no effect"),
+    (CyCLIPLoss(), 8, {"text_features": "long"}, LENGTHS),
+    (CyCLIPLoss(), 8, {"negative_image_features": "long"}, LENGTHS),
+    (CyCLIPLoss(), 8, {"negative_text_features": "long"}, LENGTHS),
+    (CyclicPenalty(), 8, {"image_features": "long"}, LENGTHS),
+    (WithCyclicPenalty(PlainClip()), 8, {"text_features": "long"}, LENGTHS),
+    (CyCLIPLoss(), 8, {"logit_scale": torch.tensor(2.66)}, "scale.exp()"),
+    (CyCLIPLoss(), 8, {"image_features": torch.full((8, 4), torch.nan)}, ""),
+    (CyCLIPLoss(), 8, {"logit_scale": torch.tensor([torch.nan])}, f"{SCALE} nan"),
+    (CyCLIPLoss(), 8, {"logit_scale": torch.tensor(0.0)}, f"{SCALE} 0"),
+]
 
 
-def test_a_weight_for_views_without_views_warns_once(device: torch.device) -> None:
-    image, text = (features.float() for features in pairs(9, 4, device=device))
-    loss = CyCLIPLoss(inmodal_contrastive_weight=0.5)
-    views = {"augmented_image_features": text, "augmented_text_features": image}
-    assert messages(lambda: loss(image, text, SCALE, **views)) == []
-    (message,) = messages(lambda: loss(image, text, SCALE))
-    assert message.startswith("inmodal_contrastive_weight has no effect")
+@pytest.mark.parametrize(("module", "n", "changes", "expected"), CASES)
+def test_likely_mistakes_warn_once(module: Any, n: int, changes: dict, expected: str) -> None:
+    image, text = (x.float() for x in pairs(n, 4, device="cpu"))
+    long = text.clone()
+    long[3 % n] *= 7
+    given = {"image_features": image, "text_features": text}
+    if type(module) is not CyclicPenalty:
+        given["logit_scale"] = 20.0
+    for name, value in changes.items():
+        given[name] = {"long": long, None: text}.get(value) if value in ("long", None) else value
+    found = messages(lambda: module(**given))
+    assert len(found) == bool(expected), found
+    assert all(expected in message for message in found), found
 
 
 def test_each_warning_shows_the_users_line(device: torch.device) -> None:
@@ -81,33 +93,6 @@ def test_each_warning_shows_the_users_line(device: torch.device) -> None:
     line = test_each_warning_shows_the_users_line.__code__.co_firstlineno + 3
     found = [(warning.category, warning.filename, warning.lineno) for warning in caught]
     assert found == [(CyCLIPWarning, __file__, line)] * 3
-
-
-def test_a_modules_first_call_warns_of_unusual_lengths_and_scales(device) -> None:
-    image, text = pairs(8, 4, device=device)
-    longer = text.clone()
-    longer[3] *= 7
-    good, lengths = (image, text, SCALE), ["from 1 to 7"]
-    scale = torch.tensor([2.66], device=device)
-    for call, expected in (
-        (partial(CyCLIPLoss(), image, longer, SCALE), lengths),
-        (partial(CyCLIPLoss(), *good, negative_image_features=longer), lengths),
-        (partial(CyCLIPLoss(), *good, negative_text_features=longer), lengths),
-        (partial(CyclicPenalty(), longer, image), lengths),
-        (partial(WithCyclicPenalty(PlainClip()), image, longer, 1.0), lengths),
-        (partial(CyCLIPLoss(), image, text, scale), ["scale.exp()"]),
-        (partial(CyCLIPLoss(), image * torch.nan, text, SCALE), []),
-        (
-            partial(CyCLIPLoss(), image, text, scale * torch.nan),
-            ["must be finite and > 0, got nan"],
-        ),
-        (partial(CyCLIPLoss(), image, text, 0 * scale), ["must be finite and > 0, got 0"]),
-    ):
-        usage_warnings._warned.clear()
-        found = messages(call)
-        assert len(found) == len(expected)
-        for message, part in zip(found, expected, strict=True):
-            assert part in message
 
 
 def test_16_bit_rows_later_calls_and_compiled_modules_do_not_warn(device) -> None:
@@ -140,36 +125,23 @@ def test_a_supported_gpu_without_triton_warns_once_what_to_install(
         monkeypatch.setattr(module, "find_spec", lambda name: has_triton or None)
     if not has_triton:  # importing them raises an error
         monkeypatch.setitem(sys.modules, "cyclip_loss.kernels", None)
-    monkeypatch.setattr(torch.version, "hip", "6.4" if isinstance(gpu, str) else None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: gpu)
-    properties = SimpleNamespace(gcnArchName=gpu)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    pretend_architecture(monkeypatch, gpu)
     monkeypatch.delenv("CYCLIP_LOSS_IMPL", raising=False)
-    engines.architecture.cache_clear()
-    engines._kernels_import.cache_clear()
     features = SimpleNamespace(
         device=torch.device("cuda"), dtype=torch.float32, is_cuda=True, shape=(2, 2)
     )
     try:
+        engines._kernels_import.cache_clear()
+        engines.architecture.cache_clear()
         found = messages(lambda: engines.choose("auto", features))
         assert engines.choose("auto", features) == "eager"
         assert len(found) == warned
         assert all("`pip install triton`" in message for message in found)
-        usage_warnings._warned.clear()
         assert messages(lambda: engines.choose("eager", features)) == []
         if not has_triton:
             problem = "needs Triton, which is not installed" if warned else "do not support cuda"
             with pytest.raises(ValueError, match=problem):
                 engines.choose("triton", features)
     finally:
-        engines.architecture.cache_clear()
         engines._kernels_import.cache_clear()
-
-
-@pytest.mark.parametrize(("weight", "warned"), [(0.25, True), (1 / 64, False), (0.0, False)])
-def test_penalties_of_clips_strength_with_siglips_loss_warn(weight: float, warned: bool) -> None:
-    loss_fn = CySigLIPLoss(weight, weight, reference_batch_size=128)
-    image, text = pairs(6, 4, device="cpu")
-    found = messages(lambda: loss_fn(image, text, 10.0, -10.0))
-    assert len(found) == warned
-    assert all("accuracy of SigLIP's loss" in message for message in found)
+        engines.architecture.cache_clear()

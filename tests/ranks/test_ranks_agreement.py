@@ -5,13 +5,14 @@ Warnings that depend on the whole batch are tested here, too.
 
 import contextlib
 import warnings
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from inputs import pairs
+from accuracy import evaluate
+from inputs import FEATURES, Case
+from inputs import VIEWS as VIEW_NAMES
 from pool import RankError, Ranks, own_device
 from rank_cases import DIST_IMPLS, RankCase
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -21,61 +22,33 @@ from cyclip_loss import (
     CyCLIPLoss,
     CyCLIPWarning,
     consistency_metrics,
-    contrastive_logsumexp,
     usage_warnings,
 )
 from cyclip_loss.ranks import agreement
 
+Call = dict[str, Any]  # the options of a rank's `Case`, and these of the function under test:
+ACROSS_RANKS = ("dist_impl", "uneven", "inmodal_contrastive_weight")
 
-@dataclass
-class Call:
-    """A rank's call and its backward."""
 
-    n: int = 4
-    d: int = 4
-    dtype: torch.dtype = torch.float32
-    function: str = "loss"
-    options: dict[str, Any] = field(default_factory=dict)
-    output_dict: bool = False
-    ids: bool = False
-    views: bool = False
-    negatives: int | None = None
-    frozen: str = ""  # "image", "text" or "both"
-
-    def outcome(self) -> str:
-        """ "right", or the error."""
-        given = [x.to(self.dtype) for x in pairs(self.n, self.d, device=own_device())]
-        views = [x.clone() for x in given]
-        image, text = (
-            x.requires_grad_(self.frozen not in (name, "both"))
-            for name, x in zip(("image", "text"), given, strict=True)
-        )
-        try:
-            if self.function == "metrics":
-                consistency_metrics(image, text, distributed=True)
-                return "right"
-            if self.function == "log-sum-exps":
-                value = contrastive_logsumexp(image, text, **self.options).pair_logits
-            else:
-                arguments: dict[str, Any] = {"output_dict": self.output_dict}
-                if self.ids:
-                    arguments["ids"] = torch.arange(self.n, device=image.device) % 3
-                if self.negatives is not None:
-                    arguments["negative_text_features"] = views[0][: self.negatives]
-                if self.views:
-                    names = ("augmented_image_features", "augmented_text_features")
-                    arguments |= zip(names, views, strict=True)
-                value = CyCLIPLoss(**self.options)(image, text, 10.0, **arguments)
-            value = sum(value.values()) if isinstance(value, dict) else value
-            if self.frozen != "both":
-                value.sum().backward()
-        except ValueError as error:
-            return str(error)
-        return "right"
+def outcome(call: Call) -> str:
+    """ "right", or the error."""
+    options = {"n": 4, "d": 4, **call}
+    across_ranks = {name: options.pop(name) for name in ACROSS_RANKS if name in call}
+    metrics = options.pop("metrics", False)
+    case = Case(**options)
+    given = case.arguments(own_device())
+    try:
+        if metrics:
+            consistency_metrics(*(given[name] for name in FEATURES), distributed=True)
+        else:
+            evaluate(case, given, "auto", **across_ranks)
+    except ValueError as error:
+        return str(error)
+    return "right"
 
 
 def outcomes(rank: int, world_size: int, steps: list[tuple[Call, ...]]) -> list[str]:
-    return [calls[rank].outcome() for calls in steps]
+    return [outcome(calls[rank]) for calls in steps]
 
 
 def run_steps(ranks: Ranks, *steps: tuple[Call, ...]) -> list[tuple[str, str]]:
@@ -84,34 +57,38 @@ def run_steps(ranks: Ranks, *steps: tuple[Call, ...]) -> list[tuple[str, str]]:
     return list(zip(*ranks.run(2, outcomes, list(steps)), strict=True))
 
 
-VIEWS, LSE = Call(views=True), Call(function="log-sum-exps")
-DIFFERING = [
-    ("D", Call(), Call(d=5)),
-    ("dtype", Call(), Call(dtype=torch.float16)),
-    ("dist_impl", Call(), Call(options={"dist_impl": "ring"})),
-    ("uneven", Call(), Call(options={"uneven": True})),
-    ("lambda_inmodal", Call(), Call(options={"lambda_inmodal": 0.5})),
-    ("whether a penalty has a weight", Call(), Call(options=dict.fromkeys(
-        ("lambda_inmodal", "lambda_crossmodal"), 0.0))),
-    ("lambda_crossmodal", Call(), Call(options={"lambda_crossmodal": 0.0})),
-    ("reference_batch_size", Call(), Call(options={"reference_batch_size": 128})),
-    ("inmodal_contrastive_weight", VIEWS, replace(VIEWS, options={
-        "inmodal_contrastive_weight": 0.5})),
-    ("whether the penalties are computed apart", Call(), Call(output_dict=True)),
-    ("augmented and negative features", Call(), VIEWS),
-    ("augmented and negative features", Call(), Call(negatives=4)),
-    ("rows of negative_text_features (unless uneven=True)", Call(negatives=4), Call(negatives=2)),
-    ("rows of image_features and text_features (unless uneven=True)", Call(), Call(n=3)),
-    ("ids are given", Call(), Call(ids=True)),
-    ("same_ids", Call(ids=True), Call(ids=True, options={"same_ids": "positives"})),
-    ("which of the features require a gradient", Call(), Call(frozen="text")),
-    ("whether an input of each contrastive term requires", Call(), Call(frozen="both")),
+RING, UNEVEN, IDS = {"dist_impl": "ring"}, {"uneven": True}, {"distinct_ids": 3}
+VIEWS = {"views": True}
+LSE, SIGLIP = {"function": "log-sum-exps"}, {"function": "siglip"}
+TEXT, ALL = frozenset(FEATURES[1:]), frozenset([*FEATURES, "logit_scale"])
+NO_VIEW = frozenset(["logit_scale", *VIEW_NAMES])
+DIFFERING: list[tuple[str, Call, Call]] = [
+    ("D", {}, {"d": 5}),
+    ("dtype", {}, {"dtype": torch.float16}),
+    ("dist_impl", {}, RING),
+    ("uneven", {}, UNEVEN),
+    ("lambda_inmodal", {}, {"lambdas": (0.5, 0.25)}),
+    ("whether a penalty has a weight", {}, {"lambdas": (0.0, 0.0)}),
+    ("lambda_crossmodal", {}, {"lambdas": (0.25, 0.0)}),
+    ("reference_batch_size", {}, {"reference_batch_size": 128}),
+    ("inmodal_contrastive_weight", VIEWS, VIEWS | {"inmodal_contrastive_weight": 0.5}),
+    ("whether the penalties are computed apart", {}, {"output_dict": True}),
+    ("augmented and negative features", {}, VIEWS),
+    ("augmented and negative features", {}, {"negatives": (4, None)}),
+    ("rows of negative_text_features (unless uneven=True)", *(
+        {"negatives": (count, None)} for count in (4, 2))),
+    ("rows of image_features and text_features (unless uneven=True)", {}, {"n": 3}),
+    ("ids are given", {}, IDS),
+    ("same_ids", IDS, IDS | {"same_ids": "positives"}),
+    ("which of the features require a gradient", {}, {"frozen": TEXT}),
+    ("whether an input of each contrastive term requires", {}, {"frozen": ALL}),
     # With "ring", the backward of the images' views would wait for the other rank forever.
-    ("whether an input of each contrastive term requires",
-        *(Call(views=True, frozen=f, options={"dist_impl": "ring"}) for f in ("", "image"))),
-    ("the function", Call(), LSE),
-    ("the function", Call(options={"uneven": True}), Call(function="metrics")),
-    ("one_way", LSE, replace(LSE, options={"one_way": True})),
+    ("whether an input of each contrastive term requires", *(
+        VIEWS | RING | {"frozen": NO_VIEW | set(names)} for names in ([], FEATURES[:1]))),
+    ("the function", {}, LSE),
+    ("the function", SIGLIP | {"dist_impl": "gather"}, {"dist_impl": "gather"}),
+    ("the function", UNEVEN, {"metrics": True}),
+    ("one_way", LSE, {"function": "one way"}),
 ]  # fmt: skip
 
 
@@ -121,17 +98,16 @@ def test_ranks_that_differ_in_a_first_call_raise_the_same_error(
 ) -> None:
     """The error lists all differences. Calls before it and after it work."""
     monkeypatch.setattr(ranks, "timeout", 30.0)  # a rank that waits for the other one gives up
-    before, errors, after = run_steps(
-        ranks, (Call(d=3), Call(d=3)), (first, second), (second, second)
-    )
-    assert len(set(errors)) == 1
-    assert f"{name}" in errors[0]
+    steps = ({"d": 3}, {"d": 3}), (first, second), (second, second)
+    before, errors, after = run_steps(ranks, *steps)
+    assert errors[0] == errors[1]
+    assert name in errors[0]
     assert "must be the same on every rank, got [" in errors[0]
-    assert set(before) == set(after) == {"right"}
+    assert before + after == ("right",) * 4
 
 
 def test_an_error_lists_all_differences(ranks: Ranks) -> None:
-    [(error, _)] = run_steps(ranks, (Call(), Call(n=3, d=5, options={"dist_impl": "ring"})))
+    [(error, _)] = run_steps(ranks, ({}, {"n": 3, "d": 5, **RING}))
     for part in ("D must be the same on every rank, got [4, 5] (by rank)", "dist_impl", "[4, 3]"):
         assert part in error
 
@@ -162,7 +138,7 @@ def test_later_calls_may_change_the_number_of_rows_on_all_ranks_but_not_on_one(
 ) -> None:
     """Later calls are not compared. So the collective fails on every rank, as the docs say."""
     monkeypatch.setattr(ranks, "timeout", 10.0)  # a rank may wait this long
-    by_rows = [Call(n=n, options={"dist_impl": dist_impl}) for n in (4, 4, 7, 2, 3)]
+    by_rows = [{"n": n, "dist_impl": dist_impl} for n in (4, 4, 7, 2, 3)]
     good = [(call, call) for call in by_rows]
     assert run_steps(ranks, *good) == [("right", "right")] * 5
     with pytest.raises(RankError, match=r"rank 0[\s\S]*rank 1"):
@@ -170,15 +146,13 @@ def test_later_calls_may_change_the_number_of_rows_on_all_ranks_but_not_on_one(
     ranks.leave()
 
 
-@pytest.mark.parametrize("options", [{}, {"uneven": True}, {"dist_impl": "ring"}], ids=str)
+@pytest.mark.parametrize("options", [{}, UNEVEN, RING], ids=str)
 def test_an_empty_global_batch_raises_an_error_on_every_rank(options: dict, ranks: Ranks) -> None:
-    calls = [(Call(n=n, options=options),) * 2 for n in (0, 3, 0, 3)]
+    calls = [({"n": n, **options},) * 2 for n in (0, 3, 0, 3)]
     first, _, later, after = run_steps(ranks, *calls)
-    for error in first:
-        assert "the global batch is empty" in error
-    for error in later:
-        assert "0 rows" in error
-    assert set(after) == {"right"}
+    assert all("the global batch is empty" in error for error in first), first
+    assert all("0 rows" in error for error in later), later
+    assert after == ("right", "right")
 
 
 def raises_warning(rank: int, world_size: int) -> bool:
@@ -197,18 +171,13 @@ def test_a_warning_that_is_raised_as_an_error_leaves_no_rank_waiting(ranks: Rank
 
 def warnings_by_call(rank: int, world_size: int, n: int) -> list[list[str]]:
     """The warnings of the loss, of the penalties, and of kernels that do not work on rank 1."""
-    image, text, _ = RankCase(rows_per_rank=(n,) * world_size).rank_inputs(rank)
-
-    def kernels_fail() -> None:
-        if rank == 1:
-            usage_warnings.warn_once("kernels", "they do not work", every_rank=True)
-
+    inputs = RankCase(rows_per_rank=(n,) * world_size).rank_inputs(rank)
+    calls = [lambda: CyCLIPLoss()(*inputs), lambda: CyclicPenalty()(*inputs[:2])]
+    if rank == 1:
+        fails = {"subject": "kernels", "text": "they do not work", "every_rank": True}
+        calls.append(lambda: usage_warnings.warn_once(**fails))
     found = []
-    for call in (
-        lambda: CyCLIPLoss()(image, text, 14.3),
-        lambda: CyclicPenalty()(image, text),
-        kernels_fail,
-    ):
+    for call in calls:
         usage_warnings._warned.clear()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -222,9 +191,8 @@ def test_penalties_too_strong_for_the_whole_batch_warn_on_rank_0_only(
     rows_per_rank, warned, ranks
 ) -> None:
     """The number of pairs on all ranks counts. A rank's own problem warns on that rank."""
-    (*first, own_first), (*second, own_second) = ranks.run(2, warnings_by_call, rows_per_rank)
+    first, (*second, [own]) = ranks.run(2, warnings_by_call, rows_per_rank)
     assert [len(texts) for texts in first] == [warned] * 2
     assert all("times as strong" in text for texts in first for text in texts)
     assert second == [[], []]
-    assert own_first == []
-    assert own_second[0].startswith("rank 1: they do not work")
+    assert own.startswith("rank 1: they do not work")

@@ -6,20 +6,23 @@ import pickle
 import re
 import signal
 from contextlib import closing
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from accuracy import results
+from accuracy import Results, results
 from pool import RankError, Ranks, own_device
 from rank_cases import DIST_IMPLS, RankCase, step
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim.swa_utils import AveragedModel
+from towers import PlainClip
 
 from cyclip_loss import (
     CyclicPenalty,
     CyCLIPLoss,
+    CySigLIPLoss,
     WithCyclicPenalty,
     consistency_metrics,
     contrastive_logsumexp,
@@ -28,27 +31,19 @@ from cyclip_loss import (
 LAMBDAS = (0.5, 0.125)
 
 
-class ZeroLoss(nn.Module):
-    """A loss to wrap. It is always 0."""
-
-    def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        return 0 * image_features.sum()
-
-
-def in_subgroups(rank: int, world_size: int, dist_impl: str, uneven: bool) -> tuple:
-    """Ranks 0 and 2, and ranks 1 and 3, share a batch. Returns its value and gradients."""
-    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
-    own, rank_in_group = groups[rank % 2], rank // 2
-    options = {"process_group": own, "dist_impl": dist_impl, "uneven": uneven}
+def total(inputs: list[Tensor], **options: Any) -> Results:
+    """A sum of all modules, and its gradients. (Less the wrapped loss, of this rank's rows.)"""
+    group = {name: options[name] for name in ("process_group", "distributed") if name in options}
     # Copies share the group.
-    module = AveragedModel(CyCLIPLoss(*LAMBDAS, **options)).module
-    penalty = copy.copy(copy.deepcopy(CyclicPenalty(*LAMBDAS, process_group=own)))
-    wrapped = WithCyclicPenalty(ZeroLoss(), *LAMBDAS, process_group=own)
+    loss = AveragedModel(CyCLIPLoss(*LAMBDAS, **options)).module
+    penalty = copy.copy(copy.deepcopy(CyclicPenalty(*LAMBDAS, **group)))
+    siglip, another = CySigLIPLoss(**options), WithCyclicPenalty(PlainClip(), *LAMBDAS, **group)
 
-    def total(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-        return module(image, text, scale) + penalty(image, text) + wrapped(image, text)
+    def function(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        value = loss(image, text, scale) + siglip(image, text, scale) + penalty(image, text)
+        return value + another(image, text) - another.loss(image, text)
 
-    return tuple(results(total, *subgroup_case(rank % 2, uneven).rank_inputs(rank_in_group)))
+    return results(function, *inputs)
 
 
 def subgroup_case(group: int, uneven: bool) -> RankCase:
@@ -57,40 +52,39 @@ def subgroup_case(group: int, uneven: bool) -> RankCase:
     return RankCase(rows_per_rank=rows_per_rank, seed=group)
 
 
-@DIST_IMPLS
-@pytest.mark.parametrize("uneven", [False, True])
-def test_each_subgroup_has_the_loss_of_its_own_batch(dist_impl, uneven, ranks: Ranks) -> None:
-    found = ranks.run(4, in_subgroups, dist_impl, uneven)
+def in_subgroups(rank: int, world_size: int, options: dict[str, Any]) -> tuple[Results, Tensor]:
+    """Ranks 0 and 2, and ranks 1 and 3, share a batch. Its results, and log-sum-exps."""
+    if "mesh" in options:
+        mesh = init_device_mesh(own_device().type, (2, 2), mesh_dim_names=("data", "model"))
+        own = mesh.get_group("data")
+    else:
+        own = [dist.new_group([0, 2]), dist.new_group([1, 3])][rank % 2]
+    options = {"process_group": own} | {k: x for k, x in options.items() if k != "mesh"}
+    inputs = subgroup_case(rank % 2, options["uneven"]).rank_inputs(rank // 2)
+    return total(inputs, **options), contrastive_logsumexp(*inputs, **options).row_negatives
 
-    def total(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-        return CyCLIPLoss(*LAMBDAS)(image, text, scale) + 2 * CyclicPenalty(*LAMBDAS)(image, text)
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"dist_impl": x, "uneven": y} for x in ("gather", "ring") for y in (False, True)),
+        {"uneven": False, "mesh": True},
+    ],
+    ids=str,
+)
+def test_each_subgroup_has_the_loss_of_its_own_batch(options: dict, ranks: Ranks) -> None:
+    found = ranks.run(4, in_subgroups, options)
+    close = {"rtol": 1e-11, "atol": 1e-14}
     for group in (0, 1):
-        value, *grads = results(total, *subgroup_case(group, uneven).inputs(own_device()))
-        values, *grads_per_rank = zip(found[group], found[group + 2], strict=True)
-        torch.testing.assert_close(list(values), [value] * 2, rtol=1e-12, atol=0)
-        for rank_grads, grad in zip(grads_per_rank, grads, strict=True):
-            whole = torch.cat(rank_grads) if grad.ndim else sum(rank_grads)
-            torch.testing.assert_close(whole / 2, grad, rtol=1e-11, atol=1e-14)
-
-
-def in_a_mesh(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
-    """Ranks 0 and 2, and 1 and 3, are a dimension of a mesh. The loss, and log-sum-exps."""
-    mesh = init_device_mesh(own_device().type, (2, 2), mesh_dim_names=("data", "model"))
-    group, inputs = mesh.get_group("data"), subgroup_case(rank % 2, False).rank_inputs(rank // 2)
-    negatives = contrastive_logsumexp(*inputs, process_group=group).row_negatives
-    return CyCLIPLoss(*LAMBDAS, process_group=group)(*inputs), negatives
-
-
-def test_a_dimension_of_a_device_mesh_is_a_group(ranks: Ranks) -> None:
-    found = ranks.run(4, in_a_mesh)
-    for group in (0, 1):
-        inputs = subgroup_case(group, False).inputs(own_device())
-        (loss, first), (other_loss, second) = found[group], found[group + 2]
-        expected = CyCLIPLoss(*LAMBDAS)(*inputs)
-        torch.testing.assert_close([loss, other_loss], [expected] * 2, rtol=1e-12, atol=0)
-        negatives = contrastive_logsumexp(*inputs).row_negatives
-        torch.testing.assert_close(torch.cat((first, second)), negatives, rtol=1e-12, atol=0)
+        inputs = subgroup_case(group, options["uneven"]).inputs(own_device())
+        (first, first_lse), (second, second_lse) = found[group], found[group + 2]
+        lse = contrastive_logsumexp(*inputs).row_negatives
+        torch.testing.assert_close(torch.cat((first_lse, second_lse)), lse, **close)
+        value, *grads = total(inputs)
+        torch.testing.assert_close([first.value, second.value], [value] * 2, **close)
+        for grad, *parts in zip(grads, first[1:], second[1:], strict=True):
+            whole = torch.cat(parts) if grad.ndim else sum(parts)
+            torch.testing.assert_close(whole / 2, grad, **close)
 
 
 def refusals(rank: int, world_size: int) -> list[str]:
@@ -127,32 +121,20 @@ def test_wrong_groups_and_ranks_are_refused_without_communication(ranks: Ranks) 
     assert outside[4] == "ValueError: process_group does not contain this process, rank 2"
 
 
-def alone(rank: int, world_size: int) -> list[Tensor]:
-    """The loss on the first rank only. The other ranks make no call."""
+def alone(rank: int, world_size: int) -> list[Any]:
+    """All results on the first rank only. The other ranks make no call."""
     if rank > 0:
         return []
-    image, text, scale = RankCase().rank_inputs(rank)
-    module = CyCLIPLoss(rank=rank, world_size=world_size, distributed=False)
-    wrapped = WithCyclicPenalty(ZeroLoss(), *LAMBDAS, distributed=False)
-    losses = [
-        module(image, text, scale),
-        CyclicPenalty(distributed=False)(image, text),
-        wrapped(image, text),
-        contrastive_logsumexp(image, text, distributed=False).row_negatives.sum(),
-    ]
-    return [*losses, *consistency_metrics(image, text).values()]
+    inputs = RankCase().rank_inputs(rank)
+    options = {} if world_size == 1 else {"distributed": False}
+    lse = contrastive_logsumexp(*inputs, **options).row_negatives
+    loss = CyCLIPLoss(rank=rank, world_size=world_size, **options)(*inputs)
+    return [*total(inputs, **options), lse, loss, consistency_metrics(*inputs[:2])]
 
 
 def test_metrics_and_a_loss_with_distributed_false_wait_for_no_other_rank(ranks: Ranks) -> None:
-    image, text, scale = RankCase().rank_inputs(0)
     found, _ = ranks.run(2, alone)
-    losses = [
-        CyCLIPLoss()(image, text, scale),
-        CyclicPenalty()(image, text),
-        CyclicPenalty(*LAMBDAS)(image, text),
-        contrastive_logsumexp(image, text).row_negatives.sum(),
-    ]
-    assert found == [*losses, *consistency_metrics(image, text).values()]
+    torch.testing.assert_close(found, alone(0, 1), rtol=0, atol=0)
 
 
 def last_step(rank: int, world_size: int, case: RankCase, dies_in: str) -> None:

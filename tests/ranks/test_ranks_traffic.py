@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from accuracy import evaluate
-from inputs import loss_dtype
-from pool import Ranks, own_device
+from inputs import FEATURES, loss_dtype
+from pool import Ranks
 from rank_cases import RankCase, step
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -46,10 +46,9 @@ def traffic(rank: int, world_size: int, case: RankCase) -> tuple[Traffic, int]:
     """
     inmodal, crossmodal = case.lambdas
     step(rank, world_size, replace(case, lambdas=(inmodal / 2, crossmodal / 2)))
-    features = case.rank_features(rank)
-    options = {"dist_impl": case.dist_impl, "uneven": case.uneven}
+    given = case.rank_arguments(rank)
     with Recorder() as recorder:
-        evaluate(case, features, case.impl, own_device(), **options)
+        evaluate(case, given, case.impl, **case.options)
     return recorder.found, recorder.largest
 
 
@@ -69,37 +68,45 @@ def test_collectives_are_exactly_those_in_the_docs_table(
     matrices = 3 if output_dict or lambdas[0] != lambdas[1] else 2
     penalties = [("all_reduce sum", loss_bytes * (matrices * D * D + 1))] if any(lambdas) else []
     form = "_out" if ranks.backend == "gloo" else ""  # gloo may crash in the other form
-    gather = [
-        (f"all_gather_into_tensor{form}", total_rows * D * dtype.itemsize),
-        *penalties,
-        ("all_reduce max", loss_bytes * 2 * total_rows),  # maxima and pair logits
-        ("all_reduce sum", loss_bytes * total_rows),
+    gather = f"all_gather_into_tensor{form}"
+    text = (gather, total_rows * D * dtype.itemsize)
+    column_bytes = loss_bytes * total_rows
+    # Maxima and pair logits; sums.
+    lse = [("all_reduce max", 2 * column_bytes), ("all_reduce sum", column_bytes)]
+    loss_sum, text_grad = (
         ("all_reduce sum", loss_bytes),
-    ]
-    gather_backward = [("reduce_scatter_tensor", loss_bytes * total_rows * D)]
-    blocks = sends(world_size - 1, block * dtype.itemsize)
+        ("reduce_scatter_tensor", column_bytes * D),
+    )
+    forward = [text, *penalties, *lse, loss_sum]
+    blocks, text_grads = (
+        sends(world_size - 1, block * dtype.itemsize),
+        sends(world_size, loss_bytes * block),
+    )
     lse_sums = sends(world_size, 8 * N)  # always float64
-    ring = [*blocks, *lse_sums, *penalties, ("all_reduce sum", loss_bytes)]
-    lse, text_grads = sends(world_size - 1, loss_bytes * N), sends(world_size, loss_bytes * block)
-    ring_backward = [*blocks, *lse, *text_grads]
+    ring = [*blocks, *lse_sums, *penalties, loss_sum]
+    ring_backward = [*blocks, *sends(world_size - 1, loss_bytes * N), *text_grads]
     case = RankCase(
         d=D, dtype=dtype, rows_per_rank=(N,) * world_size, lambdas=lambdas, output_dict=output_dict
     )
-    for found, _ in ranks.run(world_size, traffic, case):
-        assert found == gather + gather_backward
+
+    def sent(**changes) -> Traffic:
+        """By each rank."""
+        found, *others = (x for x, _ in ranks.run(world_size, traffic, replace(case, **changes)))
+        assert others == [found] * (world_size - 1)
+        return found
+
+    assert sent() == [*forward, text_grad]
     for found, largest in ranks.run(world_size, traffic, replace(case, dist_impl="ring")):
         assert Counter(found) == Counter(ring + ring_backward)  # in any order
         # O(n D) memory: nothing grows with the number of ranks.
         assert largest == max(block, matrices * D * D + 1 if penalties else 0)
     # Without a gradient of the texts, backward communicates nothing.
-    frozen = replace(case, frozen=frozenset(["text"]))
-    assert ranks.run(world_size, traffic, frozen)[0][0] == gather
+    assert sent(frozen=frozenset(FEATURES[1:])) == forward
     # With uneven rows, every step compares first, and blocks are padded to the longest.
-    uneven = replace(case, rows_per_rank=(N, *[1] * (world_size - 1)), uneven=True)
-    found, _ = ranks.run(world_size, traffic, uneven)[0]
-    comparison = (gather[0][0], world_size * 3 * 8)  # a hash and two counts
-    assert found[:2] == [comparison, gather[0]]
-    assert found[-1] == gather_backward[0]
+    found = sent(rows_per_rank=(N, *[1] * (world_size - 1)), uneven=True)
+    comparison = (gather, world_size * 3 * 8)  # a hash and two counts
+    assert (found[:2], found[-1]) == ([comparison, text], text_grad)
     # The penalties alone, with any numbers of rows: one all-reduce, and nothing in backward.
-    alone = replace(case, rows_per_rank=tuple(range(world_size)), penalties_alone=True)
-    assert ranks.run(world_size, traffic, alone)[0][0] == penalties
+    assert sent(rows_per_rank=tuple(range(world_size)), function="penalties") == penalties
+    assert sent(function="log-sum-exps") == [text, *lse, (gather, column_bytes), text_grad]
+    assert sent(function="one way") == [text, text_grad]

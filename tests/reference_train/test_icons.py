@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from processes import start
+from processes import start_python
 from tars import write_tar
 
 from reference_train.command_line import RunFailed, UsageError
@@ -291,8 +291,8 @@ def test_a_missing_renderer_is_named(tmp_path: Path, monkeypatch) -> None:
 def test_sigterm_leaves_no_unfinished_folder(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     os.mkfifo(tmp_path / "package")  # the command waits for its content
-    command = [sys.executable, "-m", "reference_train.data.icons", "--package"]
-    with start([*command, f"{tmp_path}/package", "--out", f"{tmp_path}/new/out"]) as process:
+    command = ("-m", "reference_train.data.icons", "--package", f"{tmp_path}/package")
+    with start_python(*command, "--out", f"{tmp_path}/new/out") as process:
         while not list(tmp_path.glob("new/.out.*/out")) and process.poll() is None:
             time.sleep(0.05)
         process.terminate()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from pretrain_runs import results, train
-from processes import ROOT, held_by_another_process, run_forked
+from processes import ROOT, held_by_another_process, run_python
 from tars import make_shards
 
 from reference_train.command_line import UsageError
@@ -147,7 +147,7 @@ def test_openclip_loads_the_best_epoch_as_the_page_says(finished: str, tmp_path:
     page = (ROOT / "docs" / "pretraining.md").read_text()
     [block] = re.findall("```python\n(.*?)```", page, re.DOTALL)
     script = textwrap.dedent(block).replace("logs/icons-cyclip-0", str(tmp_path / "run"))
-    loaded = run_forked("-c", script)
+    loaded = run_python("-c", script)
     assert loaded.returncode == 0, loaded.stderr
 
 
@@ -208,10 +208,10 @@ def test_a_killed_run_resumes_and_finishes(flags: list[str], data: Path, tmp_pat
     argv += ["--out", str(tmp_path), "--name", "run", *flags]
     argv += ["--", "--epochs", "3", "--train-num-samples", "16"]
     checkpoints = tmp_path / "run" / "checkpoints"
-    killed = run_forked("-c", KILLED, str(checkpoints / "results.jsonl"), *argv)
+    killed = run_python("-c", KILLED, str(checkpoints / "results.jsonl"), *argv)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [line["epoch"] for line in results(tmp_path)] == [1, 2]
-    again = run_forked("-m", "reference_train", *argv)
+    again = run_python("-m", "reference_train", *argv)
     assert again.returncode == 0, again.stderr
     assert [line["epoch"] for line in results(tmp_path)] == [1, 2, 2, 3]
     assert list(checkpoints.glob(".*")) == []

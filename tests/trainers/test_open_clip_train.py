@@ -19,7 +19,7 @@ pytest.importorskip("pandas")  # which OpenCLIP's data module needs
 from inputs import TERMS
 from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
 from open_clip_train import scheduler as open_clip_schedules
-from processes import TIMEOUT, run_forked, start_forked
+from processes import TIMEOUT, run_python, start_python
 from recipe_cases import TEXT, VISION, blocks, captions
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
@@ -83,7 +83,7 @@ def assert_three_terms(folder: Path, count: int) -> None:
 
 def test_open_clip_trains_with_the_loss_and_logs_its_terms(tmp_path: Path) -> None:
     file, *arguments = flags(tmp_path, "--same-captions", "positives", "--lambda-warmup", "0.5")
-    run = run_forked("-c", WITH_TINY_MODEL, file, open_clip_train.__name__, *arguments)
+    run = run_python("-c", WITH_TINY_MODEL, file, open_clip_train.__name__, *arguments)
     assert run.returncode == 0, run.stderr
     assert_three_terms(tmp_path, 4)
     parameters = (tmp_path / "run" / "params.txt").read_text().splitlines()
@@ -108,7 +108,7 @@ def test_the_launcher_with_views_trains_on_a_csv_file(tmp_path: Path) -> None:
     data = csv_flags(tmp_path)
     file, *arguments = flags(tmp_path, *data, "--val-data", data[-1], "--batch-size", "16")
     views = ("reference_train.pretrain.views", "--views", "--")
-    run = run_forked("-c", WITH_TINY_MODEL, file, *views, *arguments)
+    run = run_python("-c", WITH_TINY_MODEL, file, *views, *arguments)
     assert run.returncode == 0, run.stderr
     log = (tmp_path / "run" / "out.log").read_text()
     assert len(re.findall(r"Train Epoch.* Inmodal_contrastive_loss: [0-9.]+ ", log)) == 2
@@ -142,11 +142,12 @@ def train_on_two_ranks(folder: Path, *arguments: str) -> list[list[float]]:
         variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
         files = [folder / f"stdout-{rank}", folder / f"stderr-{rank}"]
         given = (script, *arguments, "--dist-url", store)
-        running.append((start_forked(*given, output=files, **variables), *files))
+        output, errors = (open(file, "w") for file in files)
+        process = start_python(*given, env=variables, stdout=output, stderr=errors)
+        running.append((process, *files))
     losses = []
     for process, output, errors in running:
-        process.join(TIMEOUT)
-        assert process.exitcode == 0, errors.read_text()
+        assert process.wait(TIMEOUT) == 0, errors.read_text()
         lines = re.findall(r"^loss: (.*)", output.read_text(), re.MULTILINE)
         losses.append([sum(map(float, line.split())) for line in lines])
     return losses
