@@ -142,8 +142,8 @@ def train_on_two_ranks(folder: Path, *arguments: str) -> list[list[float]]:
         variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
         files = [folder / f"stdout-{rank}", folder / f"stderr-{rank}"]
         given = (script, *arguments, "--dist-url", store)
-        output, errors = (open(file, "w") for file in files)
-        process = start_python(*given, env=variables, stdout=output, stderr=errors)
+        with files[0].open("w") as output, files[1].open("w") as errors:
+            process = start_python(*given, env=variables, stdout=output, stderr=errors)
         running.append((process, *files))
     losses = []
     for process, output, errors in running:
