@@ -3,6 +3,9 @@
 from typing import NamedTuple
 
 PENALTY_WEIGHT = 0.25  # of each penalty that a loss has: λ in the paper, section 4.1
+# For SigLIP's loss 0.25 is too much: results/siglip/README.md has a table. This is with a reference
+# batch size of 128.
+SIGLIP_PENALTY_WEIGHT = 1 / 32
 
 
 class Loss(NamedTuple):

@@ -5,26 +5,24 @@ in the folders into the CSV file RECORD, and prints its table. Without folders i
 """
 
 import argparse
-import csv
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean
 
-from .evaluate.report import Result, read_evaluation
+import pandas as pd
+
+from .evaluate.records import read_evaluation
 from .losses import LOSSES
 
-SETTINGS = ("steps", "batch_size", "reference_batch_size", "lr", "loss", "penalty_weight", "seed")
-# Columns of the record -> a data set and a metric of it.
-METRICS = {
-    f"{data_set}: {metric}": (data_set, metric)
-    for data_set in (
-        "trained concepts, new styles",
-        "new concepts, trained styles",
-        "new concepts, new styles",
-        "trained concepts, black and white",
-    )
-    for metric in ("top1", "subgroup_top1", "text_to_image_r1")
-}
+SETTINGS = ["steps", "batch_size", "reference_batch_size", "lr", "loss", "penalty_weight", "seed"]
+ONE_ROW = ["steps", "batch_size", "loss", "penalty_weight"]  # runs that are one row of the table
+DATA_SETS = (
+    "trained concepts, new styles",
+    "new concepts, trained styles",
+    "new concepts, new styles",
+    "trained concepts, black and white",
+)
+METRICS = ("top1", "subgroup_top1", "text_to_image_r1")
+ACCURACIES = [f"{data_set}: {metric}" for data_set in DATA_SETS for metric in METRICS]
 GAPS = ("inmodal_gap", "crossmodal_gap", "image_uniformity")  # of the first data set
 LAST_STEP = ("contrastive_loss", "logit_scale", "logit_bias")
 # Columns of the table -> columns of the record.
@@ -34,96 +32,64 @@ TABLE = {
     "– name → image": "trained concepts, new styles: text_to_image_r1",
     "new concepts: name": "new concepts, trained styles: top1",
 }
-Row = dict[str, str]
 
 
-def rows_of(result: Result) -> list[Row]:
-    """A row of the record for each run in an evaluation."""
+def collect(folders: Sequence[Path]) -> pd.DataFrame:
+    """The record: a row for each run in several folders of the demonstration."""
     rows = []
-    for title, run in result["checkpoints"].items():
-        row = {name: run[name] for name in SETTINGS}
-        if not (LOSSES[run["loss"]].inmodal or LOSSES[run["loss"]].crossmodal):
-            row["penalty_weight"] = 0.0
-        measured = result["results"][title]
-        for column, (data_set, metric) in METRICS.items():
-            row[column] = round(measured[data_set]["numbers"][metric], 5)
-        first = next(iter(METRICS.values()))[0]
-        row |= {name: f"{measured[first]['numbers'][name]:.5g}" for name in GAPS}
-        last_step = result["history"][title][-1]
-        row |= {name: f"{last_step[name]:.5g}" for name in LAST_STEP if name in last_step}
-        row["seconds"] = round(run["seconds"])
-        rows.append({name: str(value) for name, value in row.items()})
-    return rows
+    for result in map(read_evaluation, folders):
+        for title, run in result["checkpoints"].items():
+            numbers = {name: x["numbers"] for name, x in result["results"][title].items()}
+            row = {name: run[name] for name in SETTINGS}
+            row["penalty_weight"] *= LOSSES[run["loss"]].crossmodal  # 0 without penalties
+            row |= {f"{x}: {name}": numbers[x][name] for x in DATA_SETS for name in METRICS}
+            row |= {name: numbers[DATA_SETS[0]][name] for name in GAPS}
+            row |= {name: result["history"][title][-1][name] for name in LAST_STEP}
+            rows.append({**row, "seconds": round(run["seconds"])})
+    order = list(LOSSES).index
+    return pd.DataFrame(rows).sort_values(
+        SETTINGS, key=lambda column: column.map(order) if column.name == "loss" else column
+    )
 
 
-def collect(folders: Sequence[Path], record: Path) -> None:
-    """Writes the runs in several folders of the demonstration to one record."""
-    rows = [row for folder in folders for row in rows_of(read_evaluation(folder))]
-    rows.sort(key=lambda row: [sort_key(row[name]) for name in SETTINGS])
-    columns = [*SETTINGS, *METRICS, *GAPS, *LAST_STEP, "seconds"]
-    with record.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def sort_key(value: str) -> tuple[float, str]:
-    """Numbers by value, and then the losses in the order of LOSSES."""
-    if value in LOSSES:
-        return float(list(LOSSES).index(value)), value
-    return float(value), ""
-
-
-def table(rows: Sequence[Row]) -> str:
+def table(record: pd.DataFrame) -> str:
     """The table in Markdown: the mean (lowest–highest) over seeds in %, a row for each setting.
 
     `cell` explains the marks after the numbers. The last column counts the differences that are
     shown, among all accuracies of the record.
     """
-    settings = [name for name in SETTINGS if name not in ("seed", "lr", "reference_batch_size")]
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in settings), []).append(row)
-    counts = f"ahead, behind, of {len(METRICS)}"
-    lines = [
-        "| " + " | ".join(["steps", "batch", "loss", "λ", "seeds", *TABLE, counts]) + " |",
-        "|---|---|---|---|---|" + "---:|" * (1 + len(TABLE)),
-    ]
-    for (steps, batch, loss, weight), runs in groups.items():
-        plain = groups.get((steps, batch, "siglip", "0.0"), [])
-        cells = [steps, batch, LOSSES[loss].title, fraction(float(weight)), str(len(runs))]
-        others = plain if loss != "siglip" else []
-        cells += [cell(runs, others, column) for column in TABLE.values()]
-        marks = "".join(cell(runs, others, column)[-1] for column in METRICS)
-        enough = min(len(runs), len(others)) >= 3
+    rows = {name: runs.set_index("seed") for name, runs in record.groupby(ONE_ROW, sort=False)}
+    heading = ["steps", "batch", "loss", "λ", "seeds", *TABLE, "ahead, behind, of 12"]
+    lines = [f"| {' | '.join(heading)} |", "|---" * 5 + "|---:" * (len(TABLE) + 1) + "|"]
+    for (steps, batch, loss, weight), runs in rows.items():
+        plain = rows.get((steps, batch, "siglip", 0.0)) if loss != "siglip" else None
+        fraction = f"1/{1 / weight:g}" if 0 < weight < 1 else f"{weight:g}"
+        cells = [f"{steps}", f"{batch}", LOSSES[loss].title, fraction, f"{len(runs)}"]
+        cells += [cell(runs, plain, column) for column in TABLE.values()]
+        marks = "".join(cell(runs, plain, column)[-1] for column in ACCURACIES)
+        enough = plain is not None and len(runs) >= 3
         cells.append(f"{marks.count('▲')}, {marks.count('▼')}" if enough else "")
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def fraction(weight: float) -> str:
-    """0.25 -> "1/4"."""
-    return f"1/{1 / weight:g}" if 0 < weight < 1 else f"{weight:g}"
-
-
-def cell(runs: Sequence[Row], plain: Sequence[Row], column: str) -> str:
-    """The mean (lowest–highest) over seeds in %, and how it compares with weight 0.
+def cell(runs: pd.DataFrame, plain: pd.DataFrame | None, column: str) -> str:
+    """The mean (lowest–highest) over seeds in %, and how it compares with weight 0, `plain`.
 
     ▲ or ▼: the ranges of at least three seeds are apart. "k/n": it is higher with k of the n seeds.
     """
-    values = {row["seed"]: float(row[column]) for row in runs}
-    others = {row["seed"]: float(row[column]) for row in plain}
-    low, high = min(values.values()), max(values.values())
-    text = f"{100 * mean(values.values()):.1f} ({100 * low:.1f}–{100 * high:.1f})"
-    both = values.keys() & others.keys()
-    if not both:
+    values = 100 * runs[column]
+    text = f"{values.mean():.1f} ({values.min():.1f}–{values.max():.1f})"
+    if plain is None:
         return text
+    others = 100 * plain[column]
     if min(len(values), len(others)) >= 3:
-        if low > max(others.values()):
+        if values.min() > others.max():
             return f"{text} ▲"
-        if high < min(others.values()):
+        if values.max() < others.min():
             return f"{text} ▼"
-    return f"{text} {sum(values[seed] > others[seed] for seed in both)}/{len(both)}"
+    differences = (values - others).dropna()  # of seeds that both have
+    return f"{text} {(differences > 0).sum()}/{len(differences)}"
 
 
 def main() -> None:
@@ -133,9 +99,8 @@ def main() -> None:
     parser.add_argument("folders", type=Path, nargs="*")
     arguments = parser.parse_args()
     if arguments.folders:
-        collect(arguments.folders, arguments.record)
-    with arguments.record.open(encoding="utf-8", newline="") as file:
-        print(table(list(csv.DictReader(file))))
+        collect(arguments.folders).to_csv(arguments.record, index=False, float_format="%.6g")
+    print(table(pd.read_csv(arguments.record)))
 
 
 if __name__ == "__main__":

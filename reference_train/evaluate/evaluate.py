@@ -10,9 +10,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..command_line import Parser, RunFailed, UsageError, add_device, whole_number
+from ..command_line import Parser, RunFailed, UsageError, add_device, say, whole_number
 from ..files import locked
-from . import report
+from . import records, report
 from .checkpoints import RELEASED_MODEL, Checkpoint, describe_run, find_checkpoints, load
 from .datasets import Dataset, Opener, find, open_emoji, open_folders
 from .metrics import measure
@@ -36,8 +36,7 @@ datasets of --imagefolder NAME=DIR:
                                  DIR/train
   ImageNet's                     the same. NAME is imagenet1k, imagenetv2, imagenet-sketch,
                                  imagenet-a or imagenet-r, and the names of the folders are WordNet
-                                 identifiers or class numbers
-  the CyCLIP authors'            DIR is a folder of their code, with a labels.csv"""
+                                 identifiers or class numbers"""
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -45,9 +44,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser("python -m reference_train evaluate", description=DESCRIPTION, epilog=EPILOG)
     add = parser.add_argument
     add("checkpoint", nargs="*", type=Path, metavar="CHECKPOINT", help="logs/NAME, or a file")
-    add("--data", nargs="+", type=Path, default=[], metavar="DIR", help="folders of datasets")
+    add("--data", nargs="+", type=folder, default=[], metavar="DIR", help="folders of datasets")
     text = "a dataset of image folders, and the name to give it"
-    add("--imagefolder", nargs="+", default=[], metavar="NAME=DIR", help=text)
+    add("--imagefolder", nargs="+", type=named_folder, default=[], metavar="NAME=DIR", help=text)
     add("--only", nargs="+", metavar="NAME", help="datasets to evaluate; default: all")
     text = "OpenCLIP's name of the model; default: from the run's params.txt; use "
     add("--model", help=f"{text}{RELEASED_MODEL} for checkpoints of the CyCLIP authors")
@@ -68,6 +67,21 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
+def folder(path: str) -> Path:
+    """The type of an argument that is a folder."""
+    if not Path(path).is_dir():
+        raise argparse.ArgumentTypeError(f"no such folder: {path}")
+    return Path(path)
+
+
+def named_folder(text: str) -> tuple[str, Path]:
+    """The type of an argument that is NAME=DIR."""
+    name, _, path = text.partition("=")
+    if not name or not path:
+        raise argparse.ArgumentTypeError(f"must be NAME=DIR, not {text}")
+    return name, folder(path)
+
+
 def main(argv: Sequence[str]) -> None:
     """Finds checkpoints and datasets, evaluates them, and writes the table and the figures.
 
@@ -78,21 +92,24 @@ def main(argv: Sequence[str]) -> None:
     checkpoints = find_checkpoints(arguments.checkpoint, arguments.model, arguments.pretrained)
     command = shlex.join(["python", "-m", "reference_train", "evaluate", *argv])
     settings = {"precision": arguments.precision, "linear_probe": arguments.linear_probe}
-    report.start(arguments.out, settings, command, arguments.device)  # raises an error before work
     absent, failed = dict[str, str](), dict[str, str]()
-    with Console().status("Looking at the datasets"):
-        datasets = open_all(arguments, absent, failed)
     with locked(arguments.out):
-        result = report.start(arguments.out, settings, command, arguments.device)
+        result = records.start(arguments.out, settings, command, arguments.device)
+        with Console().status("Looking at the datasets"):
+            datasets = open_all(arguments, absent, failed)
         for name, data in datasets.items():
-            described = report.describe(data)
+            described = records.describe(data)
             if result["data_sets"].setdefault(name, described) != described:
                 result["data_sets"][name] = described
                 for results in result["results"].values():
                     results.pop(name, None)  # of another dataset
         for checkpoint in checkpoints:
-            forget_other_weights(result, checkpoint, arguments.out)
-            done = result["results"].get(checkpoint.title, {})
+            title, source = checkpoint.title, checkpoint.source
+            stored = result["checkpoints"].get(title, source)
+            if not records.have_same_weights(stored, source):
+                say(f"{title}: measured again, because its earlier results are of {stored['path']}")
+                del result["results"][title]
+            done = result["results"].get(title, {})
             if missing := {name: data for name, data in datasets.items() if name not in done}:
                 evaluate(result, checkpoint, missing, arguments, failed)
         if not any(result["results"].values()):
@@ -103,24 +120,8 @@ def main(argv: Sequence[str]) -> None:
         raise RunFailed(f"not in the table: {join_reasons(failed)}")
 
 
-def forget_other_weights(result: report.Result, checkpoint: Checkpoint, out: Path) -> None:
-    """Removes the results of a checkpoint that has been trained on.
-
-    Raises `UsageError` if there are results of another run with its title.
-    """
-    title, source = checkpoint.title, checkpoint.source
-    stored = result["checkpoints"].get(title, source)
-    if report.have_same_weights(stored, source):
-        return
-    earlier = Path(stored["path"])
-    if checkpoint.path and earlier.resolve().parent != checkpoint.path.resolve().parent:
-        what = f"--out {out}: has results of another {title}, {earlier}"
-        raise UsageError(f"{what}: choose another --out")
-    result["results"].pop(title, None)
-
-
 def evaluate(
-    result: report.Result,
+    result: records.Result,
     checkpoint: Checkpoint,
     datasets: dict[str, Dataset],
     arguments: argparse.Namespace,
@@ -154,7 +155,7 @@ def evaluate(
             continue
         measured["seconds"] = time.perf_counter() - began
         result["results"].setdefault(title, {})[name] = measured
-        report.save(result, arguments.out)
+        records.save(result, arguments.out)
 
 
 def open_all(
@@ -185,25 +186,14 @@ def open_all(
 def find_all(arguments: argparse.Namespace, absent: dict[str, str]) -> dict[str, Opener]:
     """The openers of all datasets: those of --data and --imagefolder, and the emoji.
 
-    Adds to `absent` what is not used. Raises `UsageError` for folders that do not exist.
+    Adds to `absent` what is not used. Raises `UsageError` if two datasets have the same name.
     """
-    image_folders: dict[str, Path] = {}
-    for text in arguments.imagefolder:
-        name, _, path = text.partition("=")
-        if not name or not path:
-            raise UsageError(f"--imagefolder: must be NAME=DIR, not {text}")
-        if name in image_folders:
-            raise UsageError(f"--imagefolder: {name} is given twice")
-        image_folders[name] = Path(path)
-    for folder in (*arguments.data, *image_folders.values()):
-        if not folder.is_dir():
-            raise UsageError(f"--data, --imagefolder NAME=DIR: no such folder: {folder}")
     recognised, unused = find(arguments.data)
     found: dict[str, Opener] = {**recognised, "emoji": open_emoji}
-    for name, folder in image_folders.items():
+    for name, path in arguments.imagefolder:
         if name in found:
             raise UsageError(f"--imagefolder: {name} is the name of another dataset")
-        found[name] = partial(open_folders, folder, name)
+        found[name] = partial(open_folders, path, name)
     if unused:
         shown = ", ".join(map(str, unused[:10])) + (", …" if len(unused) > 10 else "")
         why = "not recognised, or the name of another dataset"

@@ -20,7 +20,7 @@ from torchvision.transforms import AutoAugment
 
 from cyclip_loss import open_clip_train
 
-from ..command_line import Parser, RunFailed, run
+from ..command_line import Parser, run
 
 CHANGED_SHARE = 0.1  # of the words, which are left out or swapped (EDA's default)
 FEATURES = ("image_features", "text_features")
@@ -105,8 +105,8 @@ def drop_or_swap_words(caption: str) -> str:
 def forward_both_views(
     model: nn.Module,
     forward: Function,
-    image: Tensor | None = None,
-    text: Tensor | None = None,
+    image: Tensor,
+    text: Tensor,
     **options: Any,
 ) -> Any:
     """A model's forward pass. In training it encodes both views at once.
@@ -116,10 +116,6 @@ def forward_both_views(
     """
     if not model.training:
         return forward(image, text, **options)
-    if image is None or text is None or image.ndim != 5 or text.ndim != 3:
-        image_shape, text_shape = (x if x is None else tuple(x.shape) for x in (image, text))
-        shapes = f"image {image_shape}, text {text_shape}"
-        raise RunFailed(f"--views: a batch came without second views: {shapes}")
     output = forward(image.flatten(0, 1), text.flatten(0, 1), **options)
     second = {f"augmented_{name}": output[name][1::2] for name in FEATURES}
     # Other outputs may also have a row for each picture or caption, such as CoCa's logits.
