@@ -73,11 +73,3 @@ def decode(image: bytes, size: int) -> npt.NDArray[np.uint8]:
     with Image.open(io.BytesIO(image)) as opened:
         rgb = opened.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(rgb).transpose(2, 0, 1)
-
-
-def on_white(image: Image.Image) -> Image.Image:
-    """The image in RGB. Transparent parts are white."""
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return image.convert("RGB")

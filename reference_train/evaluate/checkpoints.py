@@ -138,12 +138,13 @@ def describe_run(title: str, parameters: dict[str, Any]) -> dict[str, Any]:
 
     parameters: the run's params.txt.
     """
-    loss = title if title in LOSSES else None
+    loss = parameters.get("loss", title)
+    loss = loss if loss in LOSSES else None
     if "lambda_inmodal" in parameters:
         penalties = [parameters[f"lambda_{name}"] > 0 for name in ("inmodal", "crossmodal")]
         views = "contrastive" if parameters.get("views") else ""
         settings = (*penalties, views, bool(parameters.get("siglip")))
-        loss = next((name for name, found in LOSSES.items() if found[2:] == settings), None)
+        loss = next((name for name, found in LOSSES.items() if found[1:] == settings), None)
     return {"loss": loss, "seed": parameters.get("seed")}
 
 

@@ -21,9 +21,9 @@ from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
-from ..command_line import first_line
+from ..command_line import first_line, say
 from ..data import emoji
-from ..data.samples import IMAGE_EXTENSIONS, on_white, samples_in
+from ..data.samples import IMAGE_EXTENSIONS, samples_in
 from . import paper
 
 DRAWING_TEMPLATES = ["{}", "a drawing of {}", "a picture of {}", "an icon of {}"]
@@ -56,7 +56,7 @@ class Images:
             with shard.open("rb") as file:
                 file.seek(offset)
                 with Image.open(io.BytesIO(file.read(size))) as image:
-                    return on_white(image)
+                    return image.convert("RGB")
         except Exception as error:  # Pillow raises SyntaxError for a broken PNG, for example
             raise Unusable(f"{shard} {name}: {first_line(error)}") from error
 
@@ -99,25 +99,21 @@ Opener = Callable[[], Dataset]
 LabelledImages = tuple[Images, Tensor]  # labels: (n,) int64
 
 
-def find(roots: Sequence[Path]) -> tuple[dict[str, Opener], list[Path]]:
-    """The datasets in `roots`, the paper's first, and the files and folders that are not used.
+def find(roots: Sequence[Path]) -> dict[str, Opener]:
+    """The datasets in `roots`, the paper's first. Prints which files and folders are not used.
 
     roots: datasets, or folders of datasets. Not used is what is no dataset, or has the name of an
     earlier one.
     """
     found: dict[str, Opener] = {}
-    unused: list[Path] = []
     for root in dict.fromkeys(path.resolve() for path in roots):  # so that "." has a name
         for path in [root] if recognise(root) else sorted(root.iterdir()):
-            try:
-                known = recognise(path)
-            except PermissionError:  # a disk's lost+found, for example
-                known = None
+            known = recognise(path)
             if known and known[0] not in found:
                 found[known[0]] = known[1]
             elif not path.name.startswith("."):
-                unused.append(path)
-    return {name: found[name] for name in [*paper.SETS, *found] if name in found}, unused
+                say(f"{path}: no dataset, or of the same name as another one")
+    return {name: found[name] for name in [*paper.SETS, *found] if name in found}
 
 
 def recognise(folder: Path) -> tuple[str, Opener] | None:
@@ -324,7 +320,7 @@ def classification(
     lines = read_lines(folder / "zeroshot_classification_templates.txt")
     templates = [line.replace("{c}", "{}") for line in lines] or paper.TEMPLATES
     superclass = None
-    if name in paper.ZERO_SHOT_SETS:
+    if paper.SETS.get(name, {}).get("zero_shot"):
         templates, expected = paper.TEMPLATES, paper.SETS[name]["classes"]
         if len(names) != expected:
             raise Unusable(f"{folder} has {len(names)} classes, not {expected}")

@@ -14,9 +14,8 @@ from ..command_line import Parser, RunFailed, UsageError, add_device, say, whole
 from ..files import locked
 from . import records, report
 from .checkpoints import RELEASED_MODEL, Checkpoint, describe_run, find_checkpoints, load
-from .datasets import Dataset, Opener, find, open_emoji, open_folders
+from .datasets import Dataset, find, open_emoji, open_folders
 from .metrics import measure
-from .paper import ZERO_SHOT_SETS
 
 DESCRIPTION = """\
 Evaluates checkpoints of OpenCLIP, or of the CyCLIP authors' code, and shows the paper's numbers
@@ -92,14 +91,13 @@ def main(argv: Sequence[str]) -> None:
     checkpoints = find_checkpoints(arguments.checkpoint, arguments.model, arguments.pretrained)
     command = shlex.join(["python", "-m", "reference_train", "evaluate", *argv])
     settings = {"precision": arguments.precision, "linear_probe": arguments.linear_probe}
-    absent, failed = dict[str, str](), dict[str, str]()
+    failed: dict[str, str] = {}
     with locked(arguments.out):
         result = records.start(arguments.out, settings, command, arguments.device)
         with Console().status("Looking at the datasets"):
-            datasets = open_all(arguments, absent, failed)
+            datasets = open_all(arguments, failed)
         for name, data in datasets.items():
-            described = records.describe(data)
-            if result["data_sets"].setdefault(name, described) != described:
+            if result["data_sets"].get(name) != (described := records.describe(data)):
                 result["data_sets"][name] = described
                 for results in result["results"].values():
                     results.pop(name, None)  # of another dataset
@@ -114,7 +112,7 @@ def main(argv: Sequence[str]) -> None:
                 evaluate(result, checkpoint, missing, arguments, failed)
         if not any(result["results"].values()):
             raise UsageError(f"nothing to evaluate: {join_reasons(failed)}")
-        result |= {"failed": failed, "absent": absent}
+        result["failed"] = failed
         report.write(result, arguments.out)
     if failed:
         raise RunFailed(f"not in the table: {join_reasons(failed)}")
@@ -158,20 +156,19 @@ def evaluate(
         records.save(result, arguments.out)
 
 
-def open_all(
-    arguments: argparse.Namespace, absent: dict[str, str], failed: dict[str, str]
-) -> dict[str, Dataset]:
+def open_all(arguments: argparse.Namespace, failed: dict[str, str]) -> dict[str, Dataset]:
     """Opens the datasets that the command asks for.
 
-    Adds to `absent` which datasets do not exist, and to `failed` which cannot be read, with the
-    reasons. Raises `UsageError` if no dataset can be opened.
+    Adds to `failed` which cannot be read, and why. Raises `UsageError` if two datasets have the
+    same name, or none can be opened.
     """
-    found = find_all(arguments, absent)
-    if arguments.only is None:
-        absent |= {name: "not under --data" for name in ZERO_SHOT_SETS if name not in found}
-    elif missing := [name for name in arguments.only if name not in found]:
-        message = f"--only: no dataset {' or '.join(missing)}; there are {', '.join(found)}"
-        raise UsageError(f"{message}; {join_reasons(absent)}" if absent else message)
+    found = {**find(arguments.data), "emoji": open_emoji}
+    for name, path in arguments.imagefolder:
+        if name in found:
+            raise UsageError(f"--imagefolder: {name} is the name of another dataset")
+        found[name] = partial(open_folders, path, name)
+    if missing := [name for name in arguments.only or [] if name not in found]:
+        raise UsageError(f"--only: no dataset {' or '.join(missing)}; there are {', '.join(found)}")
     datasets: dict[str, Dataset] = {}
     for name in arguments.only or found:
         try:
@@ -181,24 +178,6 @@ def open_all(
     if not datasets:
         raise UsageError(f"nothing to evaluate: {join_reasons(failed)}")
     return datasets
-
-
-def find_all(arguments: argparse.Namespace, absent: dict[str, str]) -> dict[str, Opener]:
-    """The openers of all datasets: those of --data and --imagefolder, and the emoji.
-
-    Adds to `absent` what is not used. Raises `UsageError` if two datasets have the same name.
-    """
-    recognised, unused = find(arguments.data)
-    found: dict[str, Opener] = {**recognised, "emoji": open_emoji}
-    for name, path in arguments.imagefolder:
-        if name in found:
-            raise UsageError(f"--imagefolder: {name} is the name of another dataset")
-        found[name] = partial(open_folders, path, name)
-    if unused:
-        shown = ", ".join(map(str, unused[:10])) + (", …" if len(unused) > 10 else "")
-        why = "not recognised, or the name of another dataset"
-        absent[f"{len(unused)} files and folders under --data"] = f"{why}: {shown}"
-    return found
 
 
 def join_reasons(reasons: dict[str, str]) -> str:

@@ -1,6 +1,6 @@
 """Draws picture.png and similarities.png, 5.5 inches wide so that a phone can show them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ from matplotlib import pyplot as plt
 MATRICES = ("image–image", "text–text", "image–text − its transpose")
 
 
-def draw_bars(panels: Mapping[str, pd.DataFrame], colours: Sequence[str], path: Path) -> None:
+def draw_bars(panels: Mapping[str, pd.DataFrame], path: Path) -> None:
     """Draws a panel of horizontal bars for each metric, in %.
 
     panels: title -> a table with a row for each dataset and, for "mean", "min" and "max", a column
-    for each model. colours: of the models.
+    for each model.
     """
     heights = [1 + 0.2 * table["mean"].size for table in panels.values()]
     figure = plt.figure(figsize=(5.5, sum(heights)), dpi=200, layout="constrained")
@@ -30,7 +30,7 @@ def draw_bars(panels: Mapping[str, pd.DataFrame], colours: Sequence[str], path: 
         mean = table["mean"]
         # From the mean to the lowest and to the highest: (models, 2, datasets).
         bounds = np.stack([mean - table["min"], table["max"] - mean]).transpose(2, 0, 1)
-        mean.plot.barh(ax=ax, xerr=bounds, color=colours, fontsize=7, legend=False)
+        mean.plot.barh(ax=ax, xerr=bounds, colormap="tab20", fontsize=7, legend=False)
         ax.set(title=title, ylabel="")
         ax.margins(x=0.16)  # room for the numbers
         for bars in ax.containers[1::2]:  # each is behind its error bars

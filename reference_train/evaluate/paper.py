@@ -26,7 +26,6 @@ TEMPLATES = [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
 # Name -> how many classes, test images and train images a dataset of the paper has. Names are
 # clip-benchmark's, without "wds_" and "vtab-".
 SETS = pd.read_csv(FOLDER / "datasets.csv", index_col="name").to_dict("index")
-ZERO_SHOT_SETS = [name for name, sizes in SETS.items() if sizes["zero_shot"]]
 MODELS = ("clip", "cyclip", "c-cyclip", "i-cyclip")
 DATA_SIZE = "data size"  # the source of the paper's runs with several numbers of training pairs
 MARKS = {

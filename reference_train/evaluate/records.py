@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from ..command_line import UsageError
-from ..files import check_writable, write_text
+from ..files import write_text
 from .datasets import Dataset
 
 Result = dict[str, Any]  # what evaluation.json holds
-PARTS = ("checkpoints", "data_sets", "failed", "absent", "results")
+PARTS = ("checkpoints", "data_sets", "failed", "results")
 PACKAGES = ("torch", "torchvision", "open_clip_torch")
 
 
@@ -25,10 +25,8 @@ def start(out: Path, settings: dict[str, Any], command: str, device: torch.devic
 
     settings: the settings that the numbers depend on.
 
-    Raises `UsageError` if the folder's evaluation has other settings, or the folder cannot be
-    written.
+    Raises `UsageError` if the folder's evaluation has other settings.
     """
-    check_writable(out)
     if (out / "evaluation.json").exists():
         result = read_evaluation(out)
         for name, wanted in settings.items():
@@ -86,8 +84,8 @@ def have_same_weights(first: dict[str, Any], second: dict[str, Any]) -> bool:
 
     A file is known by the time it was written, so it may have been moved.
     """
-    key = "written" if "written" in first or "written" in second else "path"
-    return all(first.get(name) == second.get(name) for name in ("model", key))
+    keys = [(x.get("model"), x.get("written") or x.get("path")) for x in (first, second)]
+    return keys[0] == keys[1]
 
 
 def merge(records: Sequence[tuple[str, Result]], only: Sequence[str] | None) -> Result:
@@ -99,19 +97,18 @@ def merge(records: Sequence[tuple[str, Result]], only: Sequence[str] | None) -> 
 
     Raises `UsageError` if evaluations have different datasets under one name.
     """
-    evaluations = [result for _, result in records]
-    merged = {**evaluations[-1], **{part: {} for part in (*PARTS, "history")}}
-    merged["command"] = "\n".join(result["command"] for result in evaluations)
+    merged: Result = {**records[-1][1], **{part: {} for part in (*PARTS, "history")}}
+    merged["command"] = "\n".join(result["command"] for _, result in records)
     for key in ("versions", "device", "settings"):
-        values = [result[key] for result in evaluations]
-        different = [value for i, value in enumerate(values) if value not in values[:i]]
-        merged[key] = different[0] if len(different) == 1 else different
+        values = [result[key] for _, result in records]
+        if any(value != values[0] for value in values):
+            merged[key] = values
     for record, result in records:
         for name, data in result["data_sets"].items():
-            earlier = merged["data_sets"].setdefault(name, data)
             if only is not None and name not in only:
-                del merged["data_sets"][name]
-            elif (earlier["images"], earlier["classes"]) != (data["images"], data["classes"]):
+                continue
+            earlier = merged["data_sets"].setdefault(name, data)
+            if (earlier["images"], earlier["classes"]) != (data["images"], data["classes"]):
                 why = f"{name} is another dataset there: leave it out with --only"
                 raise UsageError(f"{record}: {why}")
         for run, results in result["results"].items():
@@ -122,8 +119,6 @@ def merge(records: Sequence[tuple[str, Result]], only: Sequence[str] | None) -> 
             title = run if same else f"{record}-{run}"
             merged["results"].setdefault(title, {}).update(results)
             merged["checkpoints"][title] = checkpoint
-            if run in result.get("history", {}):
-                merged["history"][title] = result["history"][run]
-        for part in ("failed", "absent"):
-            merged[part] |= result[part]
+            merged["history"][title] = result.get("history", {}).get(run, [])
+        merged["failed"] |= result["failed"]
     return merged

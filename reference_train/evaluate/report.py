@@ -35,7 +35,6 @@ BAR_METRICS = {
     "image_to_text_r1": "image → text, R@1",
     "consistency_1": "consistency score, k = 1",
 }
-UNKNOWN_LOSS = "#8fa9c4"  # colour of its bars
 MAX_MODELS = 4  # whose similarities are drawn for a dataset
 HOW_TO_READ = (
     "All numbers are in %, except alignment, uniformity, gaps and correlations. Alignment, "
@@ -242,7 +241,6 @@ def markdown(result: Result, short: bool = False) -> str:
     notes += [f"{source}: {paper.SOURCES[source]}." for source in sources]
     if sources:
         notes.append("; ".join(f"{mark}: {words}" for mark, words in paper.MARKS.items()) + ".")
-    notes += [f"Not evaluated: {name}: {why}." for name, why in result["absent"].items()]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)]) + "\n"
 
 
@@ -334,9 +332,7 @@ def write(result: Result, out: Path) -> None:
     """Writes evaluation.json, table.md and the figures, and prints a shorter table."""
     save(result, out)
     write_text(markdown(result), out / "table.md")
-    losses = [column.loss for column in columns(result)]
-    colours = [LOSSES[loss].colour if loss else UNKNOWN_LOSS for loss in losses]
-    figures.draw_bars(bar_panels(result), colours, out / "picture.png")
+    figures.draw_bars(bar_panels(result), out / "picture.png")
     names = ["picture.png"]
     if models := similarities(result):
         figures.draw_similarities(models, out / "similarities.png")

@@ -86,23 +86,6 @@ def require_a_batch(batches: Iterator[Any]) -> Iterator[Any]:
         raise NoBatch
 
 
-class CheckedLoader:
-    """A loader of batches that calls `check` after every `every` steps, and at the end."""
-
-    def __init__(self, loader: Any, check: Callable[[], None], every: float = math.inf) -> None:
-        self.loader, self.check, self.every = loader, check, every
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.loader, name)  # OpenCLIP asks for num_batches and num_samples
-
-    def __iter__(self) -> Iterator[Any]:
-        for number, batch in enumerate(self.loader, start=1):
-            yield batch
-            if number % self.every == 0:
-                self.check()
-        self.check()
-
-
 def check_finite(model: nn.Module, args: Namespace) -> None:
     """Raises `RunFailed` on all ranks if one has weights that are not finite."""
     # Buffers other than running statistics may hold -inf, such as attention masks.
@@ -125,6 +108,7 @@ class TrainerPatches:
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.settings = settings
+        self.lost_val: Any = None  # the number of held-out pairs that could not be read
 
     def install(self, main: Any) -> None:
         """Replaces functions in `open_clip_train.main`, `open_clip_train.train` and torch."""
@@ -146,18 +130,11 @@ class TrainerPatches:
     def get_data(
         self, original: Function, args: Namespace, *positional: Any, **options: Any
     ) -> Any:
-        """OpenCLIP's data. Errors are counted, and a validation that had any is refused."""
+        """OpenCLIP's data. Pairs and shards that cannot be read are counted."""
         data = original(args, *positional, **options)
         self.args, self.lost = args, watch(data["train"], args, train=True)
         if "val" in data:
-            lost = watch(data["val"], args, train=False)
-
-            def refuse_lost_pairs() -> None:
-                if lost.value:
-                    why = f"the validation could not read {lost.value} pairs"
-                    raise RunFailed(f"{why}, and can't choose an epoch")
-
-            data["val"].dataloader = CheckedLoader(data["val"].dataloader, refuse_lost_pairs)
+            self.lost_val = watch(data["val"], args, train=False)
         return data
 
     def train_one_epoch(
@@ -174,10 +151,7 @@ class TrainerPatches:
 
         first: the training state of OpenCLIP 4, or the model of OpenCLIP 3.
         """
-        loader, args = data["train"].dataloader, self.args
-        check = partial(check_finite, getattr(first, "task", first), args)
-        every = args.log_every_n_steps * args.accum_freq
-        data["train"].dataloader = CheckedLoader(loader, check, every)
+        args = self.args
         try:
             result = original(first, data, *positional, **options)
         except NoBatch:
@@ -186,8 +160,7 @@ class TrainerPatches:
                 "would wait forever; take fewer --workers or a smaller batch (unreadable: "
                 f"{self.lost.value})"
             ) from None
-        finally:
-            data["train"].dataloader = loader
+        check_finite(getattr(first, "task", first), args)
         lost, self.lost.value = torch.tensor(self.lost.value, device=args.device), 0
         if args.distributed:
             torch.distributed.all_reduce(lost)
@@ -214,8 +187,13 @@ class TrainerPatches:
         args: Namespace,
         **options: Any,
     ) -> dict[str, Any]:
-        """OpenCLIP's evaluation. The model with the lowest loss so far is saved as best.pt."""
+        """OpenCLIP's evaluation. The model with the lowest loss so far is saved as best.pt.
+
+        Raises `RunFailed` if pairs could not be read: the loss could choose another epoch.
+        """
         metrics: dict[str, Any] = original(model, data, epoch, args, **options)
+        if lost := self.lost_val and self.lost_val.value:
+            raise RunFailed(f"the validation lost {lost} pairs, and can't choose an epoch")
         # Only rank 0 has a loss, and only if this epoch was validated. Under FSDP no rank has the
         # whole model.
         if getattr(args, "save_logs", False) and LOSS in metrics and not getattr(args, "fsdp", 0):

@@ -50,11 +50,6 @@ class TwoViewsTransform:
         self.transform = transform
         self.augment = AutoAugment() if how == "autoaugment" else None
 
-    @property
-    def transforms(self) -> Any:
-        """The transform's steps. OpenCLIP reads the size of made-up pictures from them."""
-        return self.transform.transforms
-
     def __call__(self, picture: Image.Image) -> Tensor:
         """(2, 3, H, W)."""
         picture = picture.convert("RGB")  # AutoAugment takes no palettes and no transparency
@@ -131,9 +126,7 @@ def main(argv: Sequence[str]) -> None:
     parser = Parser("python -m reference_train.pretrain.views", add_help=False, allow_abbrev=False)
     add_flag(parser)
     arguments, flags = parser.parse_known_args(argv)
-    if {"-h", "--help"} & set(flags):
-        parser.print_help()
-    elif arguments.views:
+    if arguments.views:
         from open_clip_train import main as trainer
 
         from .patches import ViewPatches  # which imports this module
