@@ -61,13 +61,9 @@ def main(argv: Sequence[str]) -> None:
     with new_folder(arguments.out) as folder, tempfile.TemporaryDirectory() as temporary:
         archive = arguments.package or download(Path(temporary) / "icons.tgz")
         built = build(archive, folder, arguments.limit, arguments.pictures_of_a_name)
-        manifest = {"sha256": hashlib.sha256(archive.read_bytes()).hexdigest(), **built}
-        manifest |= {
-            **vars(arguments),
-            "package": str(arguments.package or URL),
-            "out": str(arguments.out),
-        }
-        text = json.dumps(manifest, indent=1, ensure_ascii=False)
+        sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
+        source = {**vars(arguments), "package": arguments.package or URL, "sha256": sha256}
+        text = json.dumps({**source, **built}, indent=1, ensure_ascii=False, default=str)
         (folder / "manifest.json").write_text(text)
     pairs = built["pairs"]
     print(f"{arguments.out}: {pairs['train']:,} pairs to train on, {pairs['val']:,} held out")

@@ -47,9 +47,9 @@ def draw_similarities(models: Mapping[str, np.ndarray], path: Path) -> None:
     size = (5.5, 2.3 * len(models) + 0.5)
     figure = plt.figure(figsize=size, dpi=200, layout="constrained")
     rows = figure.subplots(len(models), 3, squeeze=False)
-    matrices = np.stack([(x[0], x[1], x[2] - x[2].T) for x in models.values()])
-    greatest = np.abs(matrices[:, 2]).max() or 1.0
-    similarity = {"cmap": "viridis", "vmin": matrices[:, :2].min(), "vmax": 1}
+    matrices = [np.stack((x[0], x[1], x[2] - x[2].T)) for x in models.values()]
+    greatest = max(np.abs(x[2]).max() for x in matrices) or 1.0
+    similarity = {"cmap": "viridis", "vmin": min(x[:2].min() for x in matrices), "vmax": 1}
     difference = {"cmap": "RdBu", "vmin": -greatest, "vmax": greatest}
     for row, title, shown in zip(rows, models, matrices, strict=True):
         row[0].set_title(f"{title}", loc="left", fontsize=8)

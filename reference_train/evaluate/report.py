@@ -278,7 +278,8 @@ def dataset_table(
             rows[f"{group}: {metric.title}" if group else metric.title] = row
     sources = [f"{x}, {found.source}" for found in published for x in found.percent]
     titles = dict.fromkeys([*headings.values(), *sources, "chance", "n"])
-    return pd.DataFrame.from_dict(rows, "index").reindex(columns=list(titles)).fillna("")
+    cells = [{title: row.get(title, "") for title in titles} for row in rows.values()]
+    return pd.DataFrame(cells, list(rows))
 
 
 def digits(share: float) -> int:
@@ -302,7 +303,8 @@ def cell(bounded: pd.Series, metric: Metric) -> str:
 
 def bar_panels(result: Result) -> dict[str, pd.DataFrame]:
     """The panels of `figures.draw_bars`: the metrics of `BAR_METRICS` that the runs have."""
-    numbers, panels = 100 * summarise(result).xs("", level="group"), {}
+    numbers, panels = 100 * summarise(result), {}
+    numbers = numbers[numbers.index.get_level_values("group") == ""].droplevel("group")
     titles = [column.title for column in columns(result)]
     for metric, title in BAR_METRICS.items():
         if metric in numbers.index.unique("metric"):
@@ -332,13 +334,15 @@ def write(result: Result, out: Path) -> None:
     """Writes evaluation.json, table.md and the figures, and prints a shorter table."""
     save(result, out)
     write_text(markdown(result), out / "table.md")
-    figures.draw_bars(bar_panels(result), out / "picture.png")
-    names = ["picture.png"]
+    names = []
+    if panels := bar_panels(result):
+        figures.draw_bars(panels, out / "picture.png")
+        names.append("picture.png")
     if models := similarities(result):
         figures.draw_similarities(models, out / "similarities.png")
         names.append("similarities.png")
     Console().print(Markdown(markdown(result, short=True)))
-    print(f"\nWritten to {out}: table.md has all metrics, {', '.join(names)}")
+    print(f"\nWritten to {out}: {', '.join(['table.md', *names])}")
 
 
 def main(argv: Sequence[str]) -> None:
