@@ -43,7 +43,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser("python -m reference_train evaluate", description=DESCRIPTION, epilog=EPILOG)
     add = parser.add_argument
     add("checkpoint", nargs="*", type=Path, metavar="CHECKPOINT", help="logs/NAME, or a file")
-    add("--data", nargs="+", type=folder, default=[], metavar="DIR", help="folders of datasets")
+    add("--data", nargs="+", type=Path, default=[], metavar="DIR", help="folders of datasets")
     text = "a dataset of image folders, and the name to give it"
     add("--imagefolder", nargs="+", type=named_folder, default=[], metavar="NAME=DIR", help=text)
     add("--only", nargs="+", metavar="NAME", help="datasets to evaluate; default: all")
@@ -66,19 +66,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def folder(path: str) -> Path:
-    """The type of an argument that is a folder."""
-    if not Path(path).is_dir():
-        raise argparse.ArgumentTypeError(f"no such folder: {path}")
-    return Path(path)
-
-
 def named_folder(text: str) -> tuple[str, Path]:
     """The type of an argument that is NAME=DIR."""
     name, _, path = text.partition("=")
     if not name or not path:
         raise argparse.ArgumentTypeError(f"must be NAME=DIR, not {text}")
-    return name, folder(path)
+    return name, Path(path)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -159,9 +152,12 @@ def evaluate(
 def open_all(arguments: argparse.Namespace, failed: dict[str, str]) -> dict[str, Dataset]:
     """Opens the datasets that the command asks for.
 
-    Adds to `failed` which cannot be read, and why. Raises `UsageError` if two datasets have the
-    same name, or none can be opened.
+    Adds to `failed` which cannot be read, and why. Raises `UsageError` if a folder is missing, two
+    datasets have the same name, or none can be opened.
     """
+    for path in (*arguments.data, *(path for _, path in arguments.imagefolder)):
+        if not path.is_dir():
+            raise UsageError(f"no such folder: {path}")
     found = {**find(arguments.data), "emoji": open_emoji}
     for name, path in arguments.imagefolder:
         if name in found:

@@ -1,4 +1,4 @@
-"""Tar files of pictures, a tiny CLIP model, and miniature data sets in the layouts of `evaluate`."""
+"""A tiny CLIP model, and miniature data sets in the layouts that `evaluate` reads."""
 
 import json
 from pathlib import Path

@@ -224,7 +224,9 @@ def test_a_resumed_run_equals_an_uninterrupted_run_bit_for_bit_and_is_not_repeat
             saved = torch.load(checkpoint, weights_only=True)
             saved["config"]["lr"] *= 2
             torch.save(saved, checkpoint)
-            with pytest.raises(UsageError, match="of a run with .*choose another --out"):
+            with pytest.raises(
+                UsageError, match="of a run with other settings: choose another --out"
+            ):
                 demonstrate(*options, tmp_path)
             saved["config"]["lr"] /= 2
             torch.save(saved | {"seconds": 1e6}, checkpoint)

@@ -70,7 +70,9 @@ def test_a_subset_of_imagenet_has_the_names_of_its_classes(tmp_path: Path) -> No
 def test_folders_of_imagenet_may_have_class_numbers_as_names(tmp_path: Path) -> None:
     """The folders of imagenetv2 are named so."""
     write_image_folder(tmp_path, ["0", "10", "999"])
-    assert open_folders(tmp_path, "imagenet-x").classes[""].names == [NAMES[i] for i in (0, 10, 999)]
+    assert open_folders(tmp_path, "imagenet-x").classes[""].names == [
+        NAMES[i] for i in (0, 10, 999)
+    ]
     for right, wrong in (("999", "1000"), ("1000", "dog")):
         (tmp_path / right).rename(tmp_path / wrong)
         with pytest.raises(Unusable, match=rf"/{wrong}: .* identifier \(n01440764\) or number"):

@@ -4,6 +4,7 @@ import csv
 import json
 from base64 import b64encode
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,10 @@ def write(folder: Path, runs: dict[str, Any], **fields: Any) -> str:
 
 def test_runs_that_differ_in_the_seed_only_are_one_column(tmp_path: Path) -> None:
     runs = {"clip-0": 0.10, "512-c-cyclip-0": 0.15, "64-clip-0": 0.2, "cyclip-0": 0.01}
-    folders = [write(tmp_path / "1", runs | {"other": 0.5}), write(tmp_path / "2", {"clip-1": 0.14})]
+    folders = [
+        write(tmp_path / "1", runs | {"other": 0.5}),
+        write(tmp_path / "2", {"clip-1": 0.14}),
+    ]
     report.main([*folders, "--only", "icons", "x", "--out", str(tmp_path / "out")])
     text = (tmp_path / "out" / "table.md").read_text()
     heading = "|  | CLIP (2) | CyCLIP | 64 CLIP | 512 C-CyCLIP | other | chance | n |"
@@ -141,7 +145,9 @@ def test_the_table_has_the_lines_of_one_written_by_hand(tmp_path: Path, capsys) 
     sets = {name: records.describe(x) for name, x in (("own", own), ("styles", in_styles))}
     groups = {style: {"top1": 0.25, "image_to_text_r1": 0.25} for style in "xy"}
     numbers = dict.fromkeys(report.metrics_of(sets["own"]), 0.5)
-    run = {name: {"numbers": numbers, "groups": groups if name == "styles" else {}} for name in sets}
+    run = {
+        name: {"numbers": numbers, "groups": groups if name == "styles" else {}} for name in sets
+    }
     report.main([write(tmp_path / "1", {"run": run}, data_sets=sets, failed={"b": "why"})])
     table = (tmp_path / "1" / "table.md").read_text()
     lines = iter(table.splitlines())
@@ -207,13 +213,13 @@ def test_each_published_number_has_a_source_and_no_incomparable_one_is_listed() 
 def test_figures_have_the_numbers_of_the_table(tmp_path: Path, monkeypatch) -> None:
     """And the command draws them."""
     drawn: list[Any] = []
+
+    def draw(function: Any, found: Any, path: Path) -> None:
+        drawn.append(found)
+        function(found, path)
+
     for name in ("draw_bars", "draw_similarities"):
-
-        def draw(found: Any, path: Path, draw: Any = getattr(figures, name)) -> None:
-            drawn.append(found)
-            draw(found, path)
-
-        monkeypatch.setattr(figures, name, draw)
+        monkeypatch.setattr(figures, name, partial(draw, getattr(figures, name)))
     stored = {"matrices": b64encode(np.full(3 * 4, 127, np.int8).tobytes()).decode()}
     runs = {
         f"clip-{i}": {"icons": {"numbers": {"top1": x}, "groups": {}}}
@@ -252,9 +258,7 @@ def test_the_record_of_siglips_penalties_has_the_runs_of_its_folders(tmp_path: P
         for x, s in runs
     }
     history = {name: [dict.fromkeys(siglip_table.LAST_STEP, 2.0)] for name in about}
-    folder = write(
-        tmp_path / "a", dict.fromkeys(about, found), checkpoints=about, history=history
-    )
+    folder = write(tmp_path / "a", dict.fromkeys(about, found), checkpoints=about, history=history)
     record = siglip_table.collect([Path(folder)])
     assert record[["loss", "seed", "penalty_weight"]].values.tolist() == [
         ["siglip", 0, 0.0],
