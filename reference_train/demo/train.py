@@ -59,7 +59,7 @@ def between_views_loss(
 def train(
     config: Namespace, clip: Clip, data: EmojiBatches, validation: Dataset, folder: Path
 ) -> dict[str, Any]:
-    """Trains `clip.model` in place, and saves `folder/checkpoint.pt`.
+    """Trains `clip.model` in place, and saves `folder/checkpoint.pt`, which OpenCLIP can load.
 
     config: name, loss, seed, steps, batch_size, lr, penalty_weight, reference_batch_size, and the
         initial logit_scale (exponentiated).
@@ -152,7 +152,7 @@ def resume(
         if value != getattr(config, name):
             what = f"{path} is of a run with {name} = {value}, not {getattr(config, name)}"
             raise UsageError(f"{what}: choose another --out")
-    model.load_state_dict(saved["model"])
+    model.load_state_dict(saved["state_dict"])
     if saved["step"] < config.steps:
         optimizer.load_state_dict(saved["optimizer"])
         print(f"{config.name}: resumes at step {saved['step']} of {config.steps}")
@@ -167,7 +167,7 @@ def save(
     optimizer: torch.optim.Optimizer | None,
 ) -> None:
     """Writes a checkpoint. optimizer: None after the last step."""
-    content = {**progress, "config": vars(config), "model": model.state_dict()}
+    content = {**progress, "config": vars(config), "state_dict": model.state_dict()}
     if optimizer is not None:
         content["optimizer"] = optimizer.state_dict()
     with atomic_write(path) as temporary:

@@ -22,6 +22,7 @@ MAY_DIFFER = {
     "log_local",
     "name",
     "resume",
+    "model_config",
     # What is saved and copied.
     "save_frequency",
     "save_most_recent",

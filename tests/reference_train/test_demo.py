@@ -24,7 +24,7 @@ from reference_train.demo import datasets, train
 from reference_train.demo import demo as command
 from reference_train.demo.batches import EmojiBatches, augment
 from reference_train.demo.model import TINY, build_model
-from reference_train.evaluate import report
+from reference_train.evaluate import evaluate, report
 from reference_train.evaluate.report import read_evaluation
 from reference_train.losses import LOSSES
 
@@ -261,7 +261,7 @@ def test_a_resumed_run_equals_an_uninterrupted_run_bit_for_bit(
     for what in ("history", "results"):
         assert parts[what] == {"cyclip-0": whole[what]["cyclip-0"]}
     files = [folder / "cyclip-0" / "checkpoint.pt" for folder in (finished, resumed)]
-    one, other = (torch.load(file, weights_only=True)["model"] for file in files)
+    one, other = (torch.load(file, weights_only=True)["state_dict"] for file in files)
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -269,6 +269,20 @@ def test_a_finished_run_is_not_repeated(resumed: Path, monkeypatch, capsys) -> N
     monkeypatch.setattr(train, "augment", lambda *_: pytest.fail("training began"))
     demonstrate_without_pictures("--loss", "cyclip", "--out", resumed)
     assert "cyclip-0: finished before\n" in capsys.readouterr().out
+
+
+def test_evaluate_finds_the_model_of_a_run_and_repeats_its_numbers(
+    finished: Path, emoji, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(evaluate, "read_emoji", lambda: emoji)
+    runs, name = ("clip-0", "siglip-0"), "new concepts, new styles"
+    folders = [finished / run for run in runs]
+    demonstrate_without_pictures("evaluate", *folders, "--only", name, "--out", tmp_path)
+    evaluated, trained = (read_evaluation(folder) for folder in (tmp_path, finished))
+    for run in runs:
+        numbers = evaluated["results"][run][name]["numbers"]
+        assert numbers == pytest.approx(trained["results"][run][name]["numbers"], rel=0.01)
+        assert evaluated["checkpoints"][run]["loss"] == run.removesuffix("-0")
 
 
 def test_a_nan_loss_ends_the_run(tmp_path: Path, monkeypatch) -> None:
