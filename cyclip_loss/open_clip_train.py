@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,6 +79,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--dist-impl", choices=DIST_IMPLS, default="gather", help="across ranks (CLIP and SigLIP)")
     text = "what pairs with one caption are, instead of negatives (CLIP and SigLIP)"
     add("--same-captions", choices=SAME_IDS, help=text)
+    text = "a model configuration of OpenCLIP's, FILE.json, for --model FILE"
+    add("--model-config", type=model_config, metavar="FILE.json", help=text)
     ours, theirs = parser.parse_known_args(argv)
     default = 0.0 if "--siglip" in theirs else PAPER_LAMBDA
     for name in ("lambda_inmodal", "lambda_crossmodal"):
@@ -122,6 +125,15 @@ def steps_or_share(text: str) -> int | float:
         pass
     words = "must be a number of steps >= 0, or a fraction of all steps from 0.0 to 1.0"
     raise argparse.ArgumentTypeError(f"{words}, not {text}")
+
+
+def model_config(file: str) -> str:
+    """An argument's type: a model configuration, which OpenCLIP then knows by the file's stem."""
+    open_clip = import_module("open_clip")
+    open_clip.add_model_config(file)
+    if Path(file).stem not in open_clip.list_models():
+        raise argparse.ArgumentTypeError(f"must be the JSON file of a model, not {file}")
+    return file
 
 
 class _Swap:

@@ -1,6 +1,7 @@
 """The demonstration: `python -m reference_train`, with `--help` for its options."""
 
 import argparse
+import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +14,12 @@ from ..data.emoji import EMOJI_FOLDER, read_emoji
 from ..data.samples import fingerprint
 from ..evaluate import records, report
 from ..evaluate.metrics import measure
-from ..files import locked
+from ..files import locked, write_text
 from ..losses import LOSSES, PENALTY_WEIGHT
+from ..pretrain.runs import PARAMETERS
 from .batches import EmojiBatches
 from .datasets import DATASETS, open_dataset
-from .model import build_model, precision
+from .model import MODEL, TINY, build_model, precision
 from .train import REFERENCE_BATCH_SIZE, train
 
 PRESETS = {
@@ -114,6 +116,7 @@ def train_and_evaluate(arguments: argparse.Namespace, argv: Sequence[str]) -> No
         clip = build_model(name, config.logit_scale, arguments.device, logit_bias)
         batches = EmojiBatches(emoji, clip.tokenizer, config.batch_size, seed)
         (out / name).mkdir(exist_ok=True)
+        describe_model(config, out / name)
         trained = train(config, clip, batches, out / name)
         result.setdefault("history", {})[name] = trained.pop("history")
         result["checkpoints"][name] = {**vars(config), **trained}
@@ -124,3 +127,11 @@ def train_and_evaluate(arguments: argparse.Namespace, argv: Sequence[str]) -> No
         }
         records.save(result, out)
     report.write(result, out)
+
+
+def describe_model(config: argparse.Namespace, folder: Path) -> None:
+    """Writes what OpenCLIP and `evaluate` have to know of the checkpoint beside it."""
+    write_text(json.dumps(TINY, indent=1), folder / f"{MODEL}.json")
+    settings = {"model": MODEL, **vars(config), "siglip": LOSSES[config.loss].siglip}
+    lines = (f"{name}: {value}\n" for name, value in settings.items())
+    write_text("".join(lines), folder / PARAMETERS)

@@ -12,6 +12,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from ..evaluate.checkpoints import Clip
 
 IMAGE_SIZE, CONTEXT_LENGTH = 32, 20
+MODEL = "emoji-rn-32"  # its name on OpenCLIP's command line
 TINY: dict[str, Any] = {
     "embed_dim": 128,
     # Because `layers` is a tuple, OpenCLIP builds a ModifiedResNet.

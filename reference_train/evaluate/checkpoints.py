@@ -23,6 +23,7 @@ from ..pretrain.runs import PARAMETERS, load_checkpoint, read_parameters, withou
 from .datasets import Images
 
 TEXT_BATCH_SIZE = 1024
+DEMONSTRATION = "checkpoint.pt"  # the checkpoint of a run of the demonstration
 RELEASED_MODEL = "RN50-quickgelu"  # OpenCLIP's name for the model of the authors' checkpoints
 # Arguments of OpenCLIP's trainer that change the model or its preprocessing.
 MODEL_ARGUMENTS = (
@@ -96,13 +97,16 @@ def find_checkpoints(
 
 
 def checkpoint_file(path: Path) -> Path:
-    """The path itself if it is a file. In a run's folder: its best epoch, or else its newest."""
+    """The path itself if it is a file. In a run's folder: its best epoch, or else its newest.
+
+    A run of the demonstration has one checkpoint.
+    """
     if path.is_file():
         return path
     for folder in (path / "checkpoints", path):
         epochs = sorted(folder.glob("epoch_[0-9]*.pt"), key=lambda p: (len(p.name), p.name))
         # epoch.best.pt is the CyCLIP authors' name; epoch_latest.pt is as new as the newest epoch
-        names = ("best.pt", "epoch.best.pt", "epoch_latest.pt")
+        names = ("best.pt", "epoch.best.pt", "epoch_latest.pt", DEMONSTRATION)
         for file in (*(folder / name for name in names), *epochs[-1:]):
             if file.is_file():
                 return file
@@ -120,12 +124,17 @@ def from_file(file: Path, model: str | None) -> Checkpoint:
             f"{file}: no {PARAMETERS} of a run beside it: pass --model ({RELEASED_MODEL} for "
             "checkpoints of the CyCLIP authors)"
         )
+    if name not in open_clip.list_models():
+        # A configuration of one's own: --model-config of the run, or a file beside the checkpoint.
+        open_clip.add_model_config(parameters.get("model_config") or folder)
     arguments = {k: parameters[k] for k in MODEL_ARGUMENTS if parameters.get(k)}
     if parameters.get("siglip"):  # so that the model has a bias; the weights have its value
         arguments["init_logit_bias"] = 0.0
     title = file.stem
     if folder.name == "checkpoints":
         title = run.name
+    elif file.name == DEMONSTRATION:
+        title = folder.name
     elif folder.suffix == ".pt":  # the CyCLIP authors released cyclip.pt/best.pt
         title = folder.stem
     return Checkpoint(title, name, file, arguments=arguments, parameters=parameters)

@@ -10,7 +10,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from cyclip_loss.open_clip_train import model_config
+
 from ..command_line import Parser, RunFailed, UsageError, add_device, say, whole_number
+from ..data.emoji import read_emoji
+from ..demo.datasets import DATASETS, open_dataset
 from ..files import locked
 from . import records, report
 from .checkpoints import RELEASED_MODEL, Checkpoint, describe_run, find_checkpoints, load
@@ -23,6 +27,7 @@ beside them. Nothing is downloaded except the weights of --pretrained or --model
 command is interrupted, the same command resumes with the datasets that are missing.
 `python -m reference_train report DIR` makes the table and the figures again."""
 EPILOG = """\
+datasets of the demonstration    by their names in its table: --only "new concepts, new styles" …
 datasets of --data DIR (DIR itself, or folders in it); the emoji are always there:
   clip-benchmark's WebDatasets   as they are on the Hugging Face hub: wds_vtab-cifar10,
                                  wds_vtab-cifar100, wds_imagenet1k, wds_imagenetv2,
@@ -46,9 +51,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--data", nargs="+", type=Path, default=[], metavar="DIR", help="folders of datasets")
     text = "a dataset of image folders, and the name to give it"
     add("--imagefolder", nargs="+", type=named_folder, default=[], metavar="NAME=DIR", help=text)
-    add("--only", nargs="+", metavar="NAME", help="datasets to evaluate; default: all")
+    text = "datasets to evaluate; default: all except the demonstration's"
+    add("--only", nargs="+", metavar="NAME", help=text)
     text = "OpenCLIP's name of the model; default: from the run's params.txt; use "
     add("--model", help=f"{text}{RELEASED_MODEL} for checkpoints of the CyCLIP authors")
+    text = "a model configuration of OpenCLIP's, FILE.json, for --model FILE"
+    add("--model-config", type=model_config, metavar="FILE.json", help=text)
     text = "also evaluate OpenCLIP's own weights TAG of --model"
     add("--pretrained", metavar="TAG", help=text)
     text = "also fit a linear probe on the train split, with the authors' recipe"
@@ -159,6 +167,7 @@ def open_all(arguments: argparse.Namespace, failed: dict[str, str]) -> dict[str,
         if not path.is_dir():
             raise UsageError(f"no such folder: {path}")
     found = {**find(arguments.data), "emoji": open_emoji}
+    found |= {name: partial(open_demonstration, name) for name in DATASETS}
     for name, path in arguments.imagefolder:
         if name in found:
             raise UsageError(f"--imagefolder: {name} is the name of another dataset")
@@ -166,7 +175,7 @@ def open_all(arguments: argparse.Namespace, failed: dict[str, str]) -> dict[str,
     if missing := [name for name in arguments.only or [] if name not in found]:
         raise UsageError(f"--only: no dataset {' or '.join(missing)}; there are {', '.join(found)}")
     datasets: dict[str, Dataset] = {}
-    for name in arguments.only or found:
+    for name in arguments.only or [name for name in found if name not in DATASETS]:
         try:
             datasets[name] = found[name]()
         except Exception as error:  # any error that a damaged dataset causes
@@ -174,6 +183,11 @@ def open_all(arguments: argparse.Namespace, failed: dict[str, str]) -> dict[str,
     if not datasets:
         raise UsageError(f"nothing to evaluate: {join_reasons(failed)}")
     return datasets
+
+
+def open_demonstration(name: str) -> Dataset:
+    """A dataset of the demonstration, with the emoji of the repository."""
+    return open_dataset(read_emoji(), name)
 
 
 def join_reasons(reasons: dict[str, str]) -> str:

@@ -14,7 +14,8 @@ from .runs import PARAMETERS, load_checkpoint, read_parameters
 MAY_DIFFER = " ".join(
     (
         # Where files are. Shards are compared by `train_shards` and `val_shards`.
-        "train_data val_data imagenet_val imagenet_v2 cache_dir logs log_local name resume",
+        "train_data val_data imagenet_val imagenet_v2 cache_dir logs log_local name",
+        "resume model_config",
         # What is saved and copied.
         "save_frequency save_most_recent delete_previous_checkpoint copy_codebase remote_sync",
         "remote_sync_frequency remote_sync_protocol fsdp_checkpoint",

@@ -24,7 +24,7 @@ from reference_train.demo import batches, datasets, train
 from reference_train.demo import demo as command
 from reference_train.demo.batches import EmojiBatches, augment
 from reference_train.demo.model import TINY
-from reference_train.evaluate import report
+from reference_train.evaluate import evaluate, report
 from reference_train.evaluate.records import read_evaluation
 from reference_train.losses import LOSSES
 
@@ -72,16 +72,16 @@ def demonstrate(*arguments: object) -> None:
 
 @pytest.fixture(scope="module")
 def finished(emoji, tmp_path_factory) -> Path:
-    """CLIP with two seeds, and CyCLIP with one."""
+    """CLIP with two seeds, CyCLIP and SigLIP with one."""
     out = tmp_path_factory.mktemp("finished") / "new" / "out"
     demonstrate("--loss", "clip", "--seeds", 2, "--out", out)
-    demonstrate("--loss", "cyclip", "clip", "--out", out)
+    demonstrate("--loss", "siglip", "cyclip", "clip", "--out", out)
     return out
 
 
 def test_a_folder_has_the_results_and_the_steps_of_every_run(finished: Path) -> None:
     result = read_evaluation(finished)
-    assert list(result["results"]) == ["clip-0", "clip-1", "cyclip-0"]
+    assert list(result["results"]) == ["clip-0", "clip-1", "siglip-0", "cyclip-0"]
     assert torch.__version__.startswith(result["versions"]["torch"])  # without "+cu128"
     assert 0 < result["checkpoints"]["clip-0"]["seconds"] < 600
     for name, steps in result["history"].items():
@@ -93,7 +93,7 @@ def test_a_folder_has_the_results_and_the_steps_of_every_run(finished: Path) -> 
     for name, measured in result["results"]["clip-0"].items():
         assert tuple(measured["groups"]) == datasets.DATASETS[name][0]
         assert ("similarities" in measured) == (name == command.SIMILARITIES_OF)
-    assert "| CLIP (2) | CyCLIP | chance | n |" in (finished / "table.md").read_text()
+    assert "| CLIP (2) | CyCLIP | SigLIP | chance | n |" in (finished / "table.md").read_text()
 
 
 def test_a_folder_of_other_settings_or_another_command_is_refused(finished: Path) -> None:
@@ -244,6 +244,20 @@ def test_a_resumed_run_equals_an_uninterrupted_run_bit_for_bit_and_is_not_repeat
     files = [folder / "cyclip-0" / "checkpoint.pt" for folder in (finished, tmp_path)]
     one, other = (torch.load(file, weights_only=True)["state_dict"] for file in files)
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_evaluate_finds_the_model_of_a_run_and_repeats_its_numbers(
+    finished: Path, emoji, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(evaluate, "read_emoji", lambda: emoji)
+    runs, name = ("clip-0", "siglip-0"), "new concepts, new styles"
+    folders = [finished / run for run in runs]
+    demonstrate("evaluate", *folders, "--only", name, "--out", tmp_path)
+    evaluated, trained = (read_evaluation(folder) for folder in (tmp_path, finished))
+    for run in runs:
+        numbers = evaluated["results"][run][name]["numbers"]
+        assert numbers == pytest.approx(trained["results"][run][name]["numbers"], rel=0.01)
+        assert evaluated["checkpoints"][run]["loss"] == run.removesuffix("-0")
 
 
 def test_a_nan_loss_ends_the_run(emoji, tmp_path: Path, monkeypatch) -> None:

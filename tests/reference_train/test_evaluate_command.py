@@ -150,7 +150,7 @@ def bad_files(run_folder: Path, tmp_path_factory) -> Path:
     [
         ("", "no checkpoint: give one"),
         ("nowhere", "no checkpoint at nowhere"),
-        ("{run} --only cifar10", "no dataset cifar10; there are emoji$"),
+        ("{run} --only cifar10", "no dataset cifar10; there are emoji, .* white$"),
         ("{run} --model no-such-model", "no model 'no-such-model'"),
         ("{run} --data nowhere", "no such folder: nowhere"),
         ("{run} --batch-size 0", "--batch-size: must be a whole number >= 1, not 0"),

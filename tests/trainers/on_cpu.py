@@ -1,12 +1,10 @@
-"""The launcher with several processes on a CPU: `torchrun tests/trainers/on_cpu.py MODEL_FILE ...`.
+"""The launcher with several processes on a CPU: `torchrun tests/trainers/on_cpu.py -- FLAGS`.
 
 OpenCLIP passes device_ids to DistributedDataParallel, which refuses them on a CPU.
 """
 
-import sys
 from typing import Any
 
-import open_clip
 import torch
 
 from cyclip_loss import open_clip_train
@@ -18,6 +16,5 @@ class WithoutDevices(torch.nn.parallel.DistributedDataParallel):
 
 
 if __name__ == "__main__":
-    open_clip.add_model_config(sys.argv.pop(1))
     torch.nn.parallel.DistributedDataParallel = WithoutDevices
     open_clip_train.main()

@@ -33,26 +33,16 @@ from cyclip_loss import (
 )
 from reference_train.data.emoji import EMOJI_FOLDER
 
-# Runs a module in a process in which OpenCLIP knows the tiny model of `flags`.
-WITH_TINY_MODEL = """
-import runpy, sys
-import open_clip
-open_clip.add_model_config(sys.argv.pop(1))
-runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
-"""
-
 
 def flags(folder: Path, *others: str) -> list[str]:
-    """The flags of the recipes' command line, but with a tiny model and the emoji.
-
-    Before them stands the file of the model, which OpenCLIP has to read first.
-    """
+    """The flags of the recipes' command line, but with a tiny model and the emoji."""
     file = folder / "tiny.json"
     file.write_text(json.dumps({"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}))
     command, _ = blocks("OpenCLIP's command line", "sh")
     _, _, module, *from_page = shlex.split(command.replace("\\\n", ""))
     assert module == open_clip_train.__name__
     small_run = {
+        "--model-config": str(file),
         "--model": file.stem,
         "--dataset-type": "webdataset",
         "--train-data": f"{EMOJI_FOLDER}/{{noto,twemoji}}.tar.xz",
@@ -65,7 +55,7 @@ def flags(folder: Path, *others: str) -> list[str]:
         "--logs": str(folder),
         "--name": "run",
     }
-    return [str(file), *from_page, *chain.from_iterable(small_run.items()), *others]
+    return [*from_page, *chain.from_iterable(small_run.items()), *others]
 
 
 def assert_three_terms(folder: Path, count: int) -> None:
@@ -82,8 +72,8 @@ def assert_three_terms(folder: Path, count: int) -> None:
 
 
 def test_open_clip_trains_with_the_loss_and_logs_its_terms(tmp_path: Path) -> None:
-    file, *arguments = flags(tmp_path, "--same-captions", "positives", "--lambda-warmup", "0.5")
-    run = run_forked("-c", WITH_TINY_MODEL, file, open_clip_train.__name__, *arguments)
+    arguments = flags(tmp_path, "--same-captions", "positives", "--lambda-warmup", "0.5")
+    run = run_forked("-m", open_clip_train.__name__, *arguments)
     assert run.returncode == 0, run.stderr
     assert_three_terms(tmp_path, 4)
     parameters = (tmp_path / "run" / "params.txt").read_text().splitlines()
@@ -101,9 +91,9 @@ def test_the_launcher_with_views_trains_on_a_csv_file(tmp_path: Path) -> None:
     csv = tmp_path / "pairs.csv"
     csv.write_text("\n".join(lines))
     data = ["--dataset-type", "csv", "--train-data", str(csv), "--val-data", str(csv)]
-    file, *arguments = flags(tmp_path, *data, "--batch-size", "16")
+    arguments = flags(tmp_path, *data, "--batch-size", "16")
     views = ("reference_train.pretrain.views", "--views", "--")
-    run = run_forked("-c", WITH_TINY_MODEL, file, *views, *arguments)
+    run = run_forked("-m", *views, *arguments)
     assert run.returncode == 0, run.stderr
     log = (tmp_path / "run" / "out.log").read_text()
     assert len(re.findall(r"Train Epoch.* Inmodal_contrastive_loss: [0-9.]+ ", log)) == 2
@@ -125,13 +115,13 @@ def test_the_launcher_with_views_trains_on_a_csv_file(tmp_path: Path) -> None:
 def test_two_ranks_train(tmp_path: Path, options: list[str]) -> None:
     """Each rank has the variables that torchrun sets, and finds the other one by a file."""
     script = str(Path(__file__).with_name("on_cpu.py"))
-    file, *arguments = flags(tmp_path, "--dist-impl", "ring", "--lambda-warmup", "2", *options)
+    arguments = flags(tmp_path, "--dist-impl", "ring", "--lambda-warmup", "2", *options)
     running = []
     for rank in ("0", "1"):
         store = f"file://{tmp_path}/store?rank={rank}&world_size=2"
         variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
         files = [tmp_path / f"stdout-{rank}", tmp_path / f"stderr-{rank}"]
-        given = (script, file, "--", *arguments, "--dist-url", store)
+        given = (script, "--", *arguments, "--dist-url", store)
         running.append((start_forked(*given, output=files, **variables), files[1]))
     for process, errors in running:
         process.join(TIMEOUT)
@@ -322,6 +312,7 @@ def test_unsupported_runs_stop_with_one_line(
         ("--reference-batch-size", "-1", "--reference-batch-size must be >= 0, got -1"),
         (CAPTIONS, "same", f"argument {CAPTIONS}: invalid choice: 'same'"),
         ("--impl", "triton", "--impl triton needs features on a CUDA or ROCm device, got cpu"),
+        ("--model-config", "no.json", "must be the JSON file of a model, not no.json"),
         ("--lambda-warmup", "-1", "fraction of all steps from 0.0 to 1.0, not -1"),
         ("--lambda-warmup", "1.5", "fraction of all steps from 0.0 to 1.0, not 1.5"),
         ("--lambda-warmup", "half", "fraction of all steps from 0.0 to 1.0, not half"),
