@@ -118,7 +118,6 @@ def build(archive: Path, out: Path, limit: int | None, pictures_of_a_name: int) 
     (out / "sizes.json").write_text(json.dumps(sizes))
     return {
         "pairs": {part: sum(names[part].values()) for part in max_pictures},
-        "names": {part: len(counter) for part, counter in names.items()},
         "left_out": dict(left_out.most_common()),
         "sets": {
             prefix: describe(info, used_icons[prefix])

@@ -197,13 +197,11 @@ class Clip:
 
     def encode_texts(self, texts: list[str]) -> Tensor:
         """(m, D) features of unit length, float32, on the CPU."""
-        parts = []
-        for start in range(0, len(texts), TEXT_BATCH_SIZE):
-            tokens = self.tokenizer(texts[start : start + TEXT_BATCH_SIZE]).to(self.device)
+        features = []
+        for tokens in self.tokenizer(texts).split(TEXT_BATCH_SIZE):
             with torch.inference_mode(), self.autocast():
-                features = self.model.encode_text(tokens)
-            parts.append(F.normalize(features.float(), dim=-1).cpu())
-        return self._finite(torch.cat(parts))
+                features.append(self.model.encode_text(tokens.to(self.device)).float().cpu())
+        return self._finite(F.normalize(torch.cat(features), dim=-1))
 
     def encode_classes(self, names: list[str], templates: list[str]) -> Tensor:
         """(C, D) features of unit length. The feature of a class is the mean over the templates."""

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
-
 from cyclip_loss.open_clip_train import model_config
 
 from ..command_line import Parser, RunFailed, UsageError, add_device, say, whole_number
@@ -95,8 +93,7 @@ def main(argv: Sequence[str]) -> None:
     failed: dict[str, str] = {}
     with locked(arguments.out):
         result = records.start(arguments.out, settings, command, arguments.device)
-        with Console().status("Looking at the datasets"):
-            datasets = open_all(arguments, failed)
+        datasets = open_all(arguments, failed)
         for name, data in datasets.items():
             if result["data_sets"].get(name) != (described := records.describe(data)):
                 result["data_sets"][name] = described

@@ -35,7 +35,6 @@ BAR_METRICS = {
     "image_to_text_r1": "image → text, R@1",
     "consistency_1": "consistency score, k = 1",
 }
-MAX_MODELS = 4  # whose similarities are drawn for a dataset
 HOW_TO_READ = (
     "All numbers are in %, except alignment, uniformity, gaps and correlations. Alignment, "
     "uniformity and gaps are better if lower; correlations are higher if the model is more "
@@ -318,7 +317,7 @@ def similarities(result: Result) -> dict[str, np.ndarray]:
     shown: dict[str, np.ndarray] = {}
     for name, data in result["data_sets"].items():
         order = f"sorted by {list(data['classes'])[-1]}" if data["classes"] else "unsorted"
-        for column in columns(result)[:MAX_MODELS]:
+        for column in columns(result):
             runs = [result["results"][run].get(name, {}) for run in column.runs]
             if stored := next((run["similarities"] for run in runs if "similarities" in run), None):
                 flat = np.frombuffer(base64.b64decode(stored["matrices"]), np.int8)
