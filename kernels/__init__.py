@@ -6,8 +6,6 @@ the tile sizes. Arguments and results are those of the functions with the same n
 `cyclip_loss.engines.eager`, for float32, bfloat16 and float16 features.
 """
 
-# SigLIP's loss has no kernel yet: PyTorch computes it.
-from cyclip_loss.engines.eager import sigmoid_terms
 from cyclip_loss.kernels.configs import INTERPRETED
 from cyclip_loss.kernels.contrastive_grads import contrastive_grads
 from cyclip_loss.kernels.contrastive_lse import contrastive_lse
@@ -15,6 +13,7 @@ from cyclip_loss.kernels.cyclic_grads import cyclic_grads
 from cyclip_loss.kernels.cyclic_terms import cyclic_terms
 from cyclip_loss.kernels.gram_matrices import MAX_D, gram_matrices
 from cyclip_loss.kernels.pair_terms import pair_terms
+from cyclip_loss.kernels.sigmoid_terms import sigmoid_terms
 
 __all__ = [
     "INTERPRETED",

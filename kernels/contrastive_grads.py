@@ -13,6 +13,7 @@ If one block holds all of G, the products are the gradients.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -44,14 +45,9 @@ def contrastive_grads_kernel(
     row_features,  # (n, d), rows `row_stride` apart
     column_features,  # (m, d), rows `column_stride` apart
     logit_scale,  # scalar
-    grad,  # scalar
-    row_lse,  # (n,)
-    column_lse,  # (m,)
-    pair_gradient,  # (n,): G where row i has a partner
     row_ids,  # (n,) and (m,): G is 0 where they are equal, except for pairs; or both None
     column_ids,
     gradient,  # out: weight * grad * s * G in whole tiles, rows `gradient_stride` apart
-    scale_partials,  # (tiles,) out: sum over the tile of 2^SHIFT * G_ij (I_i . T_j)
     n,
     m,
     d,  # a multiple of BK
@@ -60,6 +56,11 @@ def contrastive_grads_kernel(
     gradient_stride,
     partner_offset,  # row i < num_pairs is paired with column i + partner_offset
     num_pairs,
+    grad,  # scalar
+    row_lse,  # (n,)
+    column_lse,  # (m,)
+    pair_gradient,  # (n,): G where row i has a partner
+    scale_partials,  # (tiles,) out: sum over the tile of 2^SHIFT * G_ij (I_i . T_j)
     weight,
     SYMMETRIC: tl.constexpr,
     NEEDS_SCALE: tl.constexpr,
@@ -136,85 +137,81 @@ def scale_grad_kernel(
     tl.store(scale_grad, tl.sum(total, axis=0) * weight * tl.load(grad))
 
 
-def _block_shape(config: Config, n: int, m: int) -> tuple[int, int]:
-    """Rows and columns of one block of G, multiples of the tile's."""
-    bm, bn = config.tile["BM"], config.tile["BN"]
-    height = ceil_div(min(n, BLOCK_ROWS), bm) * bm
-    width = max(1, BLOCK_ELEMENTS // (height * bn)) * bn
-    return height, min(width, ceil_div(m, bn) * bn)
+def float16_shift(features: Tensor) -> int:
+    """The power of 2 by which G is multiplied before it is stored.
 
-
-class _Gradient:
-    """w s G block by block in one buffer, and the sums of its tiles for the scale's gradient.
-
-    If `shift` is not 0, the buffer holds 2^shift G instead.
+    float16 keeps 11 bits only above 6e-5, and most of w s G is far smaller. So 2^14 G is stored,
+    without w and s. Its largest possible element, 2^15, still fits.
     """
+    return 14 if features.dtype == torch.float16 else 0
 
-    def __init__(
-        self,
-        logits: Logits,
-        saved: SavedStatistics,
-        grad: Tensor,
-        weight: float,
-        needs_scale: bool,
-    ) -> None:
-        features = logits.row_features
-        self.precision, with_ids = Precision.of(features), logits.row_ids is not None
-        self.config = config_for("contrastive_grads", features, self.precision, with_ids)
-        tile = self.config.tile
-        self.aligned = logits._replace(
-            row_features=aligned_features(features, tile["BK"]),
-            column_features=aligned_features(logits.column_features, tile["BK"]),
-        )
-        self.saved, self.grad, self.weight = saved, grad, weight
-        self.needs_scale = needs_scale
-        # float16 keeps 11 bits only above 6e-5, and most of w s G is far smaller. So 2^14 G is
-        # stored, without w and s. Its largest possible element, 2^15, still fits.
-        self.shift = 14 if features.dtype == torch.float16 else 0
-        n, m = features.shape[0], logits.column_features.shape[0]
-        self.height, self.width = _block_shape(self.config, n, m)
-        self.buffer = features.new_empty(self.height, self.width)
-        # Tiles of all blocks: blocks consist of whole tiles.
-        self.num_tiles = ceil_div(n, tile["BM"]) * ceil_div(m, tile["BN"])
-        self.tiles_done = 0
-        self.scale_partials = saved.row_lse.new_empty(self.num_tiles if needs_scale else 0)
 
-    def weighted(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-        """What makes a gradient of the dtype out of a product with G."""
-        if not self.shift:
-            return lambda total: total.to(dtype)
-        factor = self.grad * self.aligned.logit_scale * (self.weight * 2.0**-self.shift)
-        return lambda total: total.mul_(factor).to(dtype)
+def num_tiles(logits: Logits, config: Config) -> int:
+    """How many tiles cover the logits. Blocks of G consist of whole tiles."""
+    n, m = logits.row_features.shape[0], logits.column_features.shape[0]
+    return ceil_div(n, config.tile["BM"]) * ceil_div(m, config.tile["BN"])
 
-    def block(self, start: int, left: int) -> Tensor:
-        """The block of G from row `start` and column `left` on: (up to height, up to width)."""
-        part = self.aligned.block(start, start + self.height, left, left + self.width)
-        (rows, d), columns = part.row_features.shape, part.column_features.shape[0]
-        tile, saved = self.config.tile, self.saved
-        tiles = ceil_div(rows, tile["BM"]) * ceil_div(columns, tile["BN"])
-        launch(
-            contrastive_grads_kernel, (tiles,),
-            part.row_features, part.column_features, part.logit_scale, self.grad,
-            saved.row_lse[start:], saved.column_lse[left:], saved.pair_gradient[start:],
-            part.row_ids, part.column_ids, self.buffer, self.scale_partials[self.tiles_done :],
-            rows, columns, d, part.row_features.stride(0), part.column_features.stride(0),
-            self.width, part.partner_offset, part.num_pairs, float(self.weight),
-            SYMMETRIC=part.symmetric, NEEDS_SCALE=self.needs_scale, SHIFT=self.shift,
-            PRECISION=self.precision.dot, **self.config.kwargs,
-        )  # fmt: skip
-        self.tiles_done += tiles
-        return self.buffer[:rows, :columns]
 
-    def scale_grad(self) -> Tensor:
-        """ds, after all blocks; empty if it is not needed."""
-        result = self.saved.row_lse.new_empty(() if self.needs_scale else (0,))
-        if self.needs_scale:
-            weight = self.weight * 2.0**-self.shift
+def multiplied_blocks(
+    kernel: Any,
+    logits: Logits,
+    config: Config,
+    own_arguments: Callable[[int, int, int], tuple[Any, ...]],
+    constants: dict[str, Any],
+    needs: list[bool],
+    factor: Tensor | None,
+    grad_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The products of G with the features: (n, D) and (m, D), empty where not needed.
+
+    kernel: writes a block of G; `own_arguments(start, left, tiles)`: what it takes beside the
+    block, which has rows from `start` and columns from `left` on, and comes after this many tiles;
+    constants: its constexprs; factor: of the products.
+    """
+    needs_rows, needs_columns, *_ = needs
+    row_features, column_features = logits.row_features, logits.column_features
+    bm, bn, bk = (config.tile[name] for name in ("BM", "BN", "BK"))
+    aligned = logits._replace(
+        row_features=aligned_features(row_features, bk),
+        column_features=aligned_features(column_features, bk),
+    )
+    n, m = row_features.shape[0], column_features.shape[0]
+    height = ceil_div(min(n, BLOCK_ROWS), bm) * bm
+    width = min(max(1, BLOCK_ELEMENTS // (height * bn)), ceil_div(m, bn)) * bn
+    buffer = row_features.new_empty(height, width)
+    # If one block holds all of G, the products are the gradients.
+    is_sum = factor is not None or n > height or m > width
+    dtype = torch.float32 if is_sum else grad_dtype
+    row_grads: list[Tensor] = []
+    column_grads: dict[int, Tensor] = {}
+    tiles = 0
+    for start in range(0, n, height):
+        row_grad = None
+        for left in range(0, m, width):
+            block = aligned.block(start, start + height, left, left + width)
+            a, b = block.row_features, block.column_features
             launch(
-                scale_grad_kernel, (1,), self.scale_partials, self.grad, result, self.num_tiles,
-                weight, **SUM.kwargs,
+                kernel, (num_tiles(block, config),),
+                a, b, block.logit_scale, block.row_ids, block.column_ids, buffer, a.shape[0],
+                b.shape[0], a.shape[1], a.stride(0), b.stride(0), width, block.partner_offset,
+                block.num_pairs, *own_arguments(start, left, tiles),
+                SHIFT=float16_shift(row_features), PRECISION=Precision.of(row_features).dot,
+                **constants, **config.kwargs,
             )  # fmt: skip
-        return result
+            tiles += num_tiles(block, config)
+            gradient = buffer[: a.shape[0], : b.shape[0]]
+            if needs_rows:
+                columns = column_features[left : left + width]
+                row_grad = _plus_product(row_grad, gradient, columns, dtype)
+            if needs_columns:
+                rows = row_features[start : start + height]
+                column_grads[left] = _plus_product(column_grads.get(left), gradient.T, rows, dtype)
+        if row_grad is not None:
+            row_grads.append(row_grad)
+    nothing = row_features.new_empty(0, dtype=grad_dtype)
+    joined = _joined(row_grads, nothing), _joined([*column_grads.values()], nothing)
+    row_grad, column_grad = (x if factor is None else x.mul_(factor) for x in joined)
+    return row_grad.to(grad_dtype), column_grad.to(grad_dtype)
 
 
 def contrastive_grads(
@@ -226,34 +223,35 @@ def contrastive_grads(
     float32_grads: bool,
 ) -> Gradients:
     """As `eager.contrastive_grads`."""
-    needs_rows, needs_columns, needs_scale = needs
-    row_features, column_features = logits.row_features, logits.column_features
-    n, m = row_features.shape[0], column_features.shape[0]
-    grad_dtype = torch.float32 if float32_grads else row_features.dtype
-    nothing = row_features.new_empty(0, dtype=grad_dtype)
-    with on_device_of(row_features):
-        gradient = _Gradient(logits, saved, grad, weight, needs_scale)
-        # If one block holds all of G, the products are the gradients.
-        is_sum = gradient.shift or n > gradient.height or m > gradient.width
-        dtype = torch.float32 if is_sum else grad_dtype
-        weighted = gradient.weighted(grad_dtype)
-        row_grads: list[Tensor] = []
-        column_sums: dict[int, Tensor] = {}
-        for start in range(0, n, gradient.height):
-            rows = row_features[start : start + gradient.height]
-            row_sum = None
-            for left in range(0, m, gradient.width):
-                columns = column_features[left : left + gradient.width]
-                block = gradient.block(start, left)
-                if needs_rows:
-                    row_sum = _plus_product(row_sum, block, columns, dtype)
-                if needs_columns:
-                    column_sums[left] = _plus_product(column_sums.get(left), block.T, rows, dtype)
-            if row_sum is not None:
-                row_grads.append(weighted(row_sum))
-        column_grads = [weighted(column_sums[left]) for left in column_sums]
-        scale_grad = gradient.scale_grad()
-    return Gradients(_joined(row_grads, nothing), _joined(column_grads, nothing), scale_grad)
+    features, needs_scale = logits.row_features, needs[2]
+    shift, with_ids = float16_shift(features), logits.row_ids is not None
+    config = config_for("contrastive_grads", features, Precision.of(features), with_ids)
+    tiles = num_tiles(logits, config)
+    scale_partials = saved.row_lse.new_empty(tiles if needs_scale else 0)
+
+    def own_arguments(start: int, left: int, tiles_before: int) -> tuple[Any, ...]:
+        lse = saved.row_lse[start:], saved.column_lse[left:]
+        partials = scale_partials[tiles_before:]
+        return grad, *lse, saved.pair_gradient[start:], partials, float(weight)
+
+    with on_device_of(features):
+        row_grad, column_grad = multiplied_blocks(
+            contrastive_grads_kernel,
+            logits,
+            config,
+            own_arguments,
+            {"SYMMETRIC": logits.symmetric, "NEEDS_SCALE": needs_scale},
+            needs,
+            grad * logits.logit_scale * (weight * 2.0**-shift) if shift else None,
+            torch.float32 if float32_grads else features.dtype,
+        )
+        scale_grad = scale_partials.new_empty(() if needs_scale else (0,))
+        if needs_scale:
+            launch(
+                scale_grad_kernel, (1,), scale_partials, grad, scale_grad, tiles,
+                weight * 2.0**-shift, **SUM.kwargs,
+            )  # fmt: skip
+    return Gradients(row_grad, column_grad, scale_grad)
 
 
 def _plus_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from cyclip_loss.engines.interface import PairTerms
 from cyclip_loss.kernels.configs import PAIR_TERMS
 from cyclip_loss.kernels.launch import ceil_div, launch
+from cyclip_loss.kernels.tiles import log1p_exp, sigmoid, softplus
 from cyclip_loss.numerics import on_device_of
 
 
@@ -28,31 +29,10 @@ def _margin(negatives_lse, pair_logits, index, pair_index, mask):
 
 
 @triton.jit
-def _log1p_exp(x):
-    """log(1 + exp(-|x|)), accurate also if the exponential is much smaller than 1."""
-    exp = tl.exp(-tl.abs(x))
-    above_1 = 1.0 + exp
-    # The quotient corrects the rounding of 1 + exp (the textbook log1p).
-    return tl.where(above_1 == 1.0, exp, tl.log(above_1) * (exp / (above_1 - 1.0)))
-
-
-@triton.jit
 def _logaddexp(a, b):
     # Two equal infinities have no difference. A column without a partner has the pair logit -inf.
     difference = tl.where(a == b, 0.0, a - b)
-    return tl.where(difference > 0.0, a, b) + _log1p_exp(difference)
-
-
-@triton.jit
-def _softplus(x):
-    # Not `maximum`, which would lose a NaN.
-    return tl.where(x > 0.0, x, 0.0) + _log1p_exp(x)
-
-
-@triton.jit
-def _sigmoid(x):
-    exp = tl.exp(-tl.abs(x))
-    return tl.where(x > 0.0, 1.0, exp) / (1.0 + exp)
+    return tl.where(difference > 0.0, a, b) + log1p_exp(difference)
 
 
 @triton.jit(
@@ -84,25 +64,25 @@ def pair_terms_kernel(
             rows = start + tl.arange(0, BLOCK)
             mask = rows < n
             margin, _, _ = _margin(row_negatives_lse, pair_logits, rows, rows, mask)
-            total += tl.where(mask, _softplus(margin), 0.0)
+            total += tl.where(mask, softplus(margin), 0.0)
             if SYMMETRIC:
                 margin, _, _ = _margin(
                     column_negatives_lse, pair_logits, rows + partner_offset, rows, mask
                 )
-                total += tl.where(mask, _softplus(margin), 0.0)
+                total += tl.where(mask, softplus(margin), 0.0)
         tl.store(loss, tl.sum(total, axis=0) * weight)
     else:
         index = (tl.program_id(0) - 1) * BLOCK + tl.arange(0, BLOCK)
         mask = index < n
         margin, pair, negative = _margin(row_negatives_lse, pair_logits, index, index, mask)
-        lse = tl.where(margin > 0.0, negative, pair) + _log1p_exp(margin)
+        lse = tl.where(margin > 0.0, negative, pair) + log1p_exp(margin)
         tl.store(row_lse + index, lse, mask=mask)
-        gradient = -_sigmoid(margin)
+        gradient = -sigmoid(margin)
         if SYMMETRIC:
             margin, _, _ = _margin(
                 column_negatives_lse, pair_logits, index + partner_offset, index, mask
             )
-            gradient -= _sigmoid(margin)
+            gradient -= sigmoid(margin)
             _, pair, negative = _margin(
                 column_negatives_lse, column_pair_logits, index, index, index < m
             )

@@ -130,3 +130,24 @@ def same_ids(row_ids, column_ids, rows, columns, n, m):
     row_id = tl.load(row_ids + tl.minimum(rows, n - 1))
     column_id = tl.load(column_ids + tl.minimum(columns, m - 1))
     return row_id[:, None] == column_id[None, :]
+
+
+@triton.jit
+def log1p_exp(x):
+    """log(1 + exp(-|x|)), accurate also if the exponential is much smaller than 1."""
+    exp = tl.exp(-tl.abs(x))
+    above_1 = 1.0 + exp
+    # The quotient corrects the rounding of 1 + exp (the textbook log1p).
+    return tl.where(above_1 == 1.0, exp, tl.log(above_1) * (exp / (above_1 - 1.0)))
+
+
+@triton.jit
+def softplus(x):
+    # Not `maximum`, which would lose a NaN.
+    return tl.where(x > 0.0, x, 0.0) + log1p_exp(x)
+
+
+@triton.jit
+def sigmoid(x):
+    exp = tl.exp(-tl.abs(x))
+    return tl.where(x > 0.0, 1.0, exp) / (1.0 + exp)

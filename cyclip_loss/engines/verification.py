@@ -37,7 +37,13 @@ from cyclip_loss.usage_warnings import warn_once
 
 # Scalars of the small batch, by argument. Different upstream gradients, or weights of the penalties
 # where the Gram matrix C is there, need C.
-SCALARS = {"logit_scale": (20.0,), "grad": (1.5,), "grads": (1.5, 3.0), "weights": (0.03, 0.01)}
+SCALARS = {
+    "logit_scale": (20.0,),
+    "logit_bias": (-8.0,),
+    "grad": (1.5,),
+    "grads": (1.5, 3.0),
+    "weights": (0.03, 0.01),
+}
 
 
 class Scope(NamedTuple):

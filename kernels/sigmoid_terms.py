@@ -1,0 +1,134 @@
+"""SigLIP's loss and its gradients in one sweep (Zhai et al. 2023, sec. 3.2).
+
+With l_ij = s * I_i . T_j + b, y_ij = 1 for pairs and other positives, else -1, and x = -y l:
+
+    loss = sum_ij log(1 + exp(x_ij))            G_ij = -y_ij / (1 + exp(-x_ij))
+    dI = w s G T    dT = w s G^T I    ds = w * sum_ij G_ij (I_i . T_j)    db = w * sum_ij G_ij
+
+A program writes its tile of G (of 2^14 G for float16) and its parts of the three sums. The rest is
+as in `contrastive_grads.py`: the library multiplies G with the features.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cyclip_loss.kernels.configs import Precision, config_for
+from cyclip_loss.kernels.contrastive_grads import float16_shift, multiplied_blocks, num_tiles
+from cyclip_loss.kernels.tiles import (
+    grouped_tile,
+    same_ids,
+    sigmoid,
+    softplus,
+    split,
+    tile_product,
+)
+from cyclip_loss.logits import Logits, SigmoidTerms
+from cyclip_loss.numerics import on_device_of
+
+
+@triton.jit(
+    do_not_specialize=["n", "m", "partner_offset", "num_pairs"],
+    do_not_specialize_on_alignment=[
+        "logit_scale", "logit_bias", "row_ids", "column_ids", "partials",
+    ],
+)  # fmt: skip
+def sigmoid_terms_kernel(
+    row_features,  # (n, d), rows `row_stride` apart
+    column_features,  # (m, d), rows `column_stride` apart
+    logit_scale,  # scalar
+    row_ids,  # (n,) and (m,): equal ones are left out or, with POSITIVES, have y = 1; or both None
+    column_ids,
+    gradient,  # out: 2^SHIFT * G in whole tiles, rows `gradient_stride` apart
+    n,
+    m,
+    d,  # a multiple of BK
+    row_stride,
+    column_stride,
+    gradient_stride,
+    partner_offset,  # row i < num_pairs is paired with column i + partner_offset
+    num_pairs,
+    logit_bias,  # scalar
+    partials,  # (3, all_tiles) out: of the tiles, sums of the loss, of G_ij (I_i . T_j), and of G
+    all_tiles,
+    POSITIVES: tl.constexpr,
+    HAS_NEGATIVES: tl.constexpr,  # extra ones: rows whose ids are below 0 have no positives
+    SHIFT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    PARTS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    row_tile, column_tile = grouped_tile(tl.cdiv(n, BM), tl.cdiv(m, BN), GROUP)
+    first_row = row_tile * BM
+    product = tile_product(
+        row_features, column_features, first_row, column_tile * BN, n, m, d, row_stride,
+        column_stride, PRECISION, BM, BN, BK,
+    )  # fmt: skip
+    scale = tl.load(logit_scale)
+    bias = tl.load(logit_bias)
+    rows = first_row + tl.arange(0, BM)
+    # -1 for rows outside, which no column equals.
+    partner = tl.where((rows < n) & (rows < num_pairs), rows + partner_offset, -1)
+    tile_start = gradient + first_row.to(tl.int64) * gradient_stride
+    loss_sum = 0.0
+    scale_sum = 0.0
+    g_sum = 0.0
+    WIDTH: tl.constexpr = BN // PARTS
+    parts = split(product, BM, BN, PARTS)
+    for part in tl.static_range(PARTS):
+        columns = column_tile * BN + part * WIDTH + tl.arange(0, WIDTH)
+        is_positive = partner[:, None] == columns[None, :]
+        counts = (rows < n)[:, None] & (columns < m)[None, :]
+        if row_ids is not None:
+            same = same_ids(row_ids, column_ids, rows, columns, n, m)
+            if POSITIVES and HAS_NEGATIVES:
+                row_id = tl.load(row_ids + tl.minimum(rows, n - 1))
+                is_positive |= same & (row_id >= 0)[:, None]
+            elif POSITIVES:
+                is_positive |= same
+            counts &= is_positive | ~same
+        logits = parts[part] * scale + bias
+        x = tl.where(is_positive, -logits, logits)
+        g = tl.where(counts, sigmoid(x), 0.0)
+        g = tl.where(is_positive, -g, g)
+        loss_sum += tl.sum(tl.where(counts, softplus(x), 0.0))
+        scale_sum += tl.sum(g * parts[part])
+        g_sum += tl.sum(g)
+        within = tl.arange(0, BM)[:, None] * gradient_stride + columns[None, :]
+        tl.store(tile_start + within, (g * (1 << SHIFT)).to(gradient.dtype.element_ty))
+    tile = partials + tl.program_id(0)
+    tl.store(tile, loss_sum)
+    tl.store(tile + all_tiles, scale_sum)
+    tl.store(tile + 2 * all_tiles, g_sum)
+
+
+def sigmoid_terms(
+    logits: Logits, logit_bias: Tensor, positives: bool, weight: float, needs: list[bool]
+) -> SigmoidTerms:
+    """As `eager.sigmoid_terms`. If no gradient is needed, G is not multiplied."""
+    features, with_ids = logits.row_features, logits.row_ids is not None
+    config = config_for("contrastive_grads", features, Precision.of(features), with_ids)
+    tiles = num_tiles(logits, config)
+    partials = logit_bias.new_empty(3, tiles)
+    with on_device_of(features):
+        grads = multiplied_blocks(
+            sigmoid_terms_kernel,
+            logits,
+            config,
+            lambda start, left, tiles_before: (logit_bias, partials[:, tiles_before:], tiles),
+            {"POSITIVES": positives, "HAS_NEGATIVES": logits.has_extra_negatives},
+            needs,
+            logits.logit_scale * (weight * 2.0 ** -float16_shift(features)),
+            torch.float32,
+        )
+        loss, scale_grad, bias_grad = partials.sum(dim=1)  # in an order that is always the same
+    return SigmoidTerms(
+        loss,
+        *grads,
+        scale_grad * weight if needs[2] else loss.new_empty(0),
+        bias_grad * weight if needs[3] else loss.new_empty(0),
+    )
