@@ -20,7 +20,7 @@ from cyclip_loss import CyclicPenalty
 from reference_train import __main__ as cli
 from reference_train.command_line import RunFailed, UsageError
 from reference_train.data.emoji import ALL_STYLES, SHIFT_STYLES, TRAIN_STYLES, read_emoji
-from reference_train.demo import batches, datasets, train
+from reference_train.demo import datasets, train
 from reference_train.demo import demo as command
 from reference_train.demo.batches import EmojiBatches, augment
 from reference_train.demo.model import TINY
@@ -273,29 +273,6 @@ def tokenize(texts: list[str]) -> torch.Tensor:
     """(N, 1): the number in "thing 7", else 99."""
     numbers = [int(t.split()[1].strip(",")) if t.startswith("thing ") else 99 for t in texts]
     return torch.tensor(numbers)[:, None]
-
-
-def colours(images: torch.Tensor) -> list[tuple[int, ...]]:
-    return [tuple(pixel) for pixel in images[:, :, 0, 0].tolist()]
-
-
-def test_batches_show_every_training_picture_and_caption_of_distinct_concepts(emoji) -> None:
-    data = EmojiBatches(emoji, tokenize, 8, seed=0)
-    drawn, captions = set(), []
-    for step in range(200):
-        images, tokens = data.batch(step)
-        of_step = colours(images)
-        assert len({red for red, _, _ in of_step}) == 8  # concepts
-        assert len({green for _, green, _ in of_step}) > 1  # styles
-        drawn |= set(of_step)
-        captions += tokens.flatten().tolist()
-    trained = {colour_of(style, c) for style in range(len(TRAIN_STYLES)) for c in range(16)}
-    assert drawn == trained - {colour_of(1, 0)}
-    assert set(captions) == {*range(16), 99}
-    # Two of eight name templates begin with the name, and so does the name with its subgroup.
-    shares = batches.CAPTION_SHARES
-    named = sum(caption != 99 for caption in captions) / len(captions)
-    assert named == pytest.approx(shares[0] * 2 / 8 + shares[1], abs=0.04)
 
 
 def test_a_batch_depends_on_seed_and_step_alone(emoji) -> None:

@@ -121,21 +121,21 @@ def test_the_manifest_says_where_the_icons_come_from(built: Path) -> None:
 
 
 # Each sample of `SETS` in the order of the shards: its caption, the name and the style of held-out
-# icons, and the colours of a pixel in the icon and of one outside it. The colours were checked by hand.
+# icons, and the colours of a pixel in the icon and of one outside it.
 BUILT = """
-plain__thing-ex-outline: thing ex icon, Plain Icons [206, 176, 217] on [26, 10, 7]
-plain__thing-cx-outline: a drawing of thing cx [0, 0, 0] on [255, 255, 255]
-plain__alarm-clock-outline: alarm clock [0, 0, 0] on [255, 255, 255]
-plain__thing-fx-outline: a picture of thing fx [76, 148, 100] on [255, 255, 255]
-plain__thing-hx-outline: an icon of thing hx [0, 0, 0] on [255, 255, 255]
-plain__thing-dx-outline: thing dx [79, 74, 152] on [243, 248, 225]
-plain__wide: wide [255, 255, 255] on [255, 255, 255]
-plain__alarm-clock-16: a picture of alarm clock [225, 214, 248] on [47, 25, 12]
-plain__thing-ax-outline: a drawing of thing ax [0, 0, 0] on [255, 255, 255]
-plain__thing-gx-outline: thing gx icon, Plain Icons [thing gx] [outline] [173, 224, 246] on [12, 46, 42]
-plain__traffic-light: a drawing of traffic [traffic] [light] [0, 0, 0] on [255, 255, 255]
-plain__red-box: red box [red box] [] [255, 0, 0] on [255, 255, 255]
-plain__thing-bx-outline: thing bx [thing bx] [outline] [62, 32, 225] on [228, 242, 203]
+thing-ex-outline: thing ex icon, Plain Icons [206, 176, 217] on [26, 10, 7]
+thing-cx-outline: a drawing of thing cx [0, 0, 0] on [255, 255, 255]
+alarm-clock-outline: alarm clock [0, 0, 0] on [255, 255, 255]
+thing-fx-outline: a picture of thing fx [76, 148, 100] on [255, 255, 255]
+thing-hx-outline: an icon of thing hx [0, 0, 0] on [255, 255, 255]
+thing-dx-outline: thing dx [79, 74, 152] on [243, 248, 225]
+wide: wide [255, 255, 255] on [255, 255, 255]
+alarm-clock-16: a picture of alarm clock [225, 214, 248] on [47, 25, 12]
+thing-ax-outline: a drawing of thing ax [0, 0, 0] on [255, 255, 255]
+thing-gx-outline: thing gx icon, Plain Icons [thing gx] [outline] [173, 224, 246] on [12, 46, 42]
+traffic-light: a drawing of traffic [traffic] [light] [0, 0, 0] on [255, 255, 255]
+red-box: red box [red box] [] [255, 0, 0] on [255, 255, 255]
+thing-bx-outline: thing bx [thing bx] [outline] [62, 32, 225] on [228, 242, 203]
 """
 
 
@@ -146,7 +146,7 @@ def test_the_shards_have_the_known_names_captions_and_colours(built: Path) -> No
             assert (image.size, image.mode) == ((64, 64), "RGB")
             ink, ground = np.asarray(image)[[20, 0], [20, 63]].tolist()
         info = "".join(f" [{sample.info[name]}]" for name in ("name", "style") if sample.info)
-        lines.append(f"{key}: {sample.caption}{info} {ink} on {ground}")
+        lines.append(f"{key.split('__')[1]}: {sample.caption}{info} {ink} on {ground}")
     assert lines == BUILT.strip().splitlines()
 
 
@@ -166,16 +166,6 @@ def test_an_icon_without_a_view_box_has_that_of_its_set() -> None:
     assert 'viewBox="1 0 16 16" width="16" height="16">DOG<' in dog.svg
     assert 'viewBox="0 0 16 16"' in icon_sets.square_svg({"body": ""})
     assert left_out == {"logos and flags in other sets": 1}
-
-
-def test_one_coloured_icons_have_the_intended_shares_of_colours_and_all_can_be_seen() -> None:
-    drawn = [icon_sets.colours(random.Random(number)) for number in range(1000)]
-    inks, grounds = (np.array(colours) for colours in zip(*drawn, strict=True))
-    assert 0 <= min(inks.min(), grounds.min()) < max(inks.max(), grounds.max()) <= 1
-    lighter = inks.mean(axis=1) > grounds.mean(axis=1)
-    shares = [(inks == 0).all(axis=1).mean(), (grounds == 1).all(axis=1).mean(), lighter.mean()]
-    assert shares == pytest.approx([0.5, 0.7, 0.15], abs=0.03)
-    assert np.abs(inks - grounds).max(axis=1).min() > 0.2
 
 
 @pytest.fixture(scope="module")
