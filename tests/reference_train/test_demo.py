@@ -16,7 +16,7 @@ from PIL import Image
 from processes import held_by_another_process
 from tars import png, write_tar
 
-from cyclip_loss import CyclicPenalty
+from cyclip_loss import CyCLIPLoss, CySigLIPLoss
 from reference_train import __main__ as cli
 from reference_train.command_line import RunFailed, UsageError
 from reference_train.data.emoji import ALL_STYLES, SHIFT_STYLES, TRAIN_STYLES, read_emoji
@@ -122,38 +122,29 @@ def test_siglip_trains_with_a_bias_and_the_flags_are_in_the_runs_name(emoji, tmp
 def test_the_terms_of_a_loss_are_those_of_its_name_and_compare_the_right_views(loss: str) -> None:
     """The model's features are those of all first views, and then those of all second views."""
     about, (x, y) = LOSSES[loss], torch.nn.functional.normalize(torch.randn(2, 18, 5), dim=-1)
-    scale, bias = torch.tensor(10.0), torch.tensor(-3.0)
-    output = {"image_features": x, "text_features": y, "logit_scale": scale}
-    if about.siglip:
-        output["logit_bias"] = bias
+    logits = {"logit_scale": torch.tensor(10.0)}
+    if "siglip" in loss:
+        logits["logit_bias"] = torch.tensor(-3.0)
+    output = {"image_features": x, "text_features": y, **logits}
     clip: Any = Namespace(autocast=nullcontext, model=lambda pixels, tokens: output)
     config = Namespace(penalty_weight=0.5, reference_batch_size=4)
-    loss_fn = train.build_loss(config, about)
-    terms, logits = train.compute_terms(clip, about, loss_fn, x, y)
-    assert set(logits) == output.keys() - {"image_features", "text_features"}
+    terms, found = train.compute_terms(clip, about, train.build_loss(config, about), x, y)
+    torch.testing.assert_close(found, logits)
     (i, i2), (t, t2) = (z.chunk(2) if about.views else (z, z) for z in (x, y))
-    n = len(i)
-
-    def entropy(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(scale * a @ b.T, torch.arange(n))
-
-    expected = {"contrastive_loss": (entropy(i, t) + entropy(t, i)) / 2}
-    if about.views == "contrastive":
-        expected = {"contrastive_loss": (entropy(i, t) + entropy(t, i)) / 4}
-        expected["inmodal_contrastive_loss"] = (entropy(i, i2) + entropy(t, t2)) / 4
-    if about.siglip:
-        logits = (2 * torch.eye(n) - 1) * (scale * i @ t.T + bias)
-        expected = {"contrastive_loss": torch.nn.functional.softplus(-logits).sum() / n}
-    for name, weights in ("inmodal", (0.5, 0)), ("crossmodal", (0, 0.5)):
-        penalty = CyclicPenalty(*weights, reference_batch_size=4)(i, t)
-        expected[f"{name}_cyclic_loss"] = penalty * getattr(about, name)
-    if about.views == "geometric":
+    second = {"augmented_image_features": i2, "augmented_text_features": t2}
+    has_penalties = "cy" in loss or loss == "geometric"
+    loss_fn = (CySigLIPLoss if "siglip" in loss else CyCLIPLoss)(
+        0.5 * (has_penalties and not loss.startswith("c-")),
+        0.5 * (has_penalties and not loss.startswith("i-")),
+        reference_batch_size=4,
+    )
+    options = logits | (second if loss.endswith("-views") else {})
+    expected = loss_fn(i, t, **options, output_dict=True)
+    if loss == "geometric":
         gaps = [(z @ z.T - z2 @ z2.T).square().mean() for z, z2 in ((i, i2), (t, t2))]
         pair_gap = ((i * t).sum(dim=1) - (i2 * t2).sum(dim=1)).square().mean()
         expected["between_views_loss"] = 0.5 * (4 * sum(gaps) + pair_gap)
-    for name in terms.keys() | expected.keys():
-        zero = torch.zeros(())
-        torch.testing.assert_close(terms.get(name, zero), expected.get(name, zero))
+    torch.testing.assert_close(terms, expected)
 
 
 def test_second_views_are_other_pictures_and_captions_behind_the_first(monkeypatch) -> None:
