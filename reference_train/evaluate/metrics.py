@@ -220,7 +220,7 @@ def class_numbers(encoded: Encoded, task: str, indices: Tensor) -> Numbers:
 def retrieval_numbers(encoded: Encoded, indices: Tensor) -> Numbers:
     """Recall among these images and their texts.
 
-    Without captions, recall is computed only if `across_groups`, and only from class names to
+    Without captions, recall is computed only if there are groups, and only from class names to
     images. The other direction would be zero-shot accuracy.
     """
     if encoded.data.captions is None and not encoded.data.groups:
