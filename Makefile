@@ -1,7 +1,7 @@
 # With the environment in .venv, or `make PYTHON=...`; what each does is in CONTRIBUTING.md.
 PYTHON ?= $(if $(wildcard .venv),$(CURDIR)/.venv/bin/python,python3)
 
-.PHONY: test lint versions bench gpu api docs
+.PHONY: test lint versions bench record gpu api tables docs
 
 test:
 	$(PYTHON) -m pytest -n 2 --dist worksteal
@@ -17,11 +17,18 @@ versions:
 bench:
 	$(PYTHON) -m benchmarks
 
+record:
+	$(PYTHON) -m benchmarks --name two-cpu-cores
+	$(PYTHON) .mkdocs/tables.py
+
 gpu:
 	$(PYTHON) -m benchmarks gpu
 
 api:
 	$(PYTHON) .mkdocs/api.py
+
+tables:
+	$(PYTHON) .mkdocs/tables.py
 
 docs:
 	$(PYTHON) -m mkdocs build --strict -f .mkdocs/mkdocs.yml

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 MODULES = {
@@ -52,6 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--out", type=Path, help="folder for the record (default: benchmarks/results)"
         )
+        command.add_argument("--name", help="name of the record's files (default: with the date)")
     return parser
 
 
@@ -60,14 +62,16 @@ def main(arguments: list[str]) -> int:
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["compare", *arguments]
     options = make_parser().parse_args(arguments)
+    if options.command == "gate" and not find_spec("triton"):
+        print("`python -m benchmarks gate` needs Triton's compiler: pip install triton")
+        return 2
     # Triton reads this variable when kernels are imported, which the command does below.
     interpreted = options.command == "gpu" and options.dry_run
     os.environ["TRITON_INTERPRET"] = str(int(interpreted))
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or PyTorch's profiler logs each start
     # `timeout` sends SIGTERM. Handle it like Ctrl-C, so that the record is written.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    code: int = import_module(MODULES[options.command]).main(options)
-    return code
+    return import_module(MODULES[options.command]).main(options)
 
 
 if __name__ == "__main__":

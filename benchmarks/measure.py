@@ -20,11 +20,10 @@ from torch.utils.benchmark import Timer
 
 # A buffer of this size is overwritten before each timed call, to remove inputs from the L2 cache.
 FLUSH_BYTES = 256 * 10**6
+MAX_ROUNDS = 300
 # Memory that is left to other processes when this process is limited to the available memory.
 RESERVED_BYTES = 10**9
-CONTAINER = Path(
-    "/sys/fs/cgroup"
-)  # memory.max: what a container may use; memory.current: what it uses
+CONTAINER = Path("/sys/fs/cgroup")  # a container may use memory.max, and uses memory.current
 
 
 def wall_seconds(call: Callable[[], object], min_seconds: float) -> float:
@@ -33,26 +32,25 @@ def wall_seconds(call: Callable[[], object], min_seconds: float) -> float:
     Calls follow each other without waiting for the GPU, as steps of training do.
     """
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    return float(timer.blocked_autorange(min_run_time=min_seconds).median)
+    return timer.blocked_autorange(min_run_time=min_seconds).median
 
 
 def interleaved(
     steps: dict[str, Callable[[], object]],
     device: torch.device,
     seconds: float,
-    min_rounds: int = 3,
-    max_rounds: int = 30,
+    min_rounds: int,
 ) -> dict[str, list[float]]:
     """The milliseconds of each step in each round. The caller has run each step at least once.
 
     A round runs every step once. Each round starts with another step, so that background load
     affects all steps equally. (PyTorch's `Timer` times only one function.) Rounds start until
-    `seconds` are over; there are at least `min_rounds` and at most `max_rounds`.
+    `seconds` are over; there are at least `min_rounds` and at most `MAX_ROUNDS`.
     """
     flush = torch.empty(FLUSH_BYTES // 4, device=device) if device.type == "cuda" else None
     times: dict[str, list[float]] = {name: [] for name in steps}
     start = time.perf_counter()
-    for index in range(max_rounds if steps else 0):
+    for index in range(MAX_ROUNDS if steps else 0):
         if index >= min_rounds and time.perf_counter() - start > seconds:
             break
         names = list(steps)
@@ -75,7 +73,7 @@ def milliseconds(step: Callable[[], object], device: torch.device) -> float:
     step()
     end.record()
     end.synchronize()
-    return float(start.elapsed_time(end))
+    return start.elapsed_time(end)
 
 
 def time_columns(times: list[float]) -> dict[str, float | int]:

@@ -3,6 +3,7 @@
 All tables and numbers of the benchmarks are formatted here.
 """
 
+import argparse
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from torch.utils import collect_env
 
 from benchmarks import ROOT
 from cyclip_loss import __version__
@@ -32,7 +33,6 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("triton", "numpy", "open_clip_torch", "memeff", "inf-cl", "siglip-kernel")
 Row = dict[str, Any]  # a row of a table, by column
 SEED = 0
-BUSY = 0.25  # load per core; above it, times cannot be trusted
 OK, OUT_OF_MEMORY = "ok", "out of memory"
 # Parts of error messages that mean "out of memory". "alloc_failed" is cuBLAS's: it cannot allocate
 # when PyTorch's allocator has all memory of the GPU.
@@ -82,7 +82,7 @@ class Run:
         try:
             yield self.section
         except Exception as error:
-            self.fail(f"{first_line(error)}\n{traceback.format_exc()}")
+            self.fail(f"{describe(error)}\n{traceback.format_exc()}")
 
     def add_row(self, **values: Any) -> None:
         """Add a row to the section's table."""
@@ -137,14 +137,8 @@ class Run:
             "seconds": self.elapsed(),
             "versions": versions,
             "load": self.load,
-            "busy": self.load > BUSY * (os.cpu_count() or 1),
             "sections": {name: asdict(section) for name, section in self.sections.items()},
         }
-
-
-def first_line(error: BaseException) -> str:
-    """The type of an error, and the first line of its message."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def describe(error: Exception) -> str:
@@ -152,7 +146,7 @@ def describe(error: Exception) -> str:
     is_memory_error = isinstance(error, torch.OutOfMemoryError | MemoryError)
     if is_memory_error or re.search(OUT_OF_MEMORY_MESSAGES, str(error), re.IGNORECASE):
         return OUT_OF_MEMORY
-    return first_line(error)
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def device_name(device: torch.device) -> str:
@@ -169,8 +163,6 @@ def versions() -> dict[str, str]:
     """Versions of the packages that a measurement depends on, and git's commit if there is one."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     found |= {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES}
-    if torch.cuda.is_available():
-        found["driver"] = str(collect_env.get_nvidia_driver_version(collect_env.run))
     found["cyclip_loss"] = __version__
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     with suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
@@ -180,33 +172,31 @@ def versions() -> dict[str, str]:
 
 def markdown(record: dict[str, Any], summary: str = "") -> str:
     """The record as a page: machine, versions, failures, the summary, and a table per section."""
-    lines = [f"# {record['device']}, {record['date']}", ""]
-    if record["dry_run"]:
-        lines += ["**DRY RUN** on the CPU with tiny sizes: its times mean nothing.", ""]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    lines += [f"`{record['command']}`, {record['seconds']:.0f} seconds; {versions}.", ""]
-    busy = ": the machine was busy, do not trust the times" if record["busy"] else ""
-    lines += [f"Load before the run: {record['load']:.2f}{busy}.", ""]
-    lines += ["benchmarks/README.md explains the columns.", ""]
-    for name, section in record["sections"].items():
-        for failure in section["failures"]:
-            lines += [f"## FAILED {name}", "", "```", failure, "```", ""]
-    if summary:
-        lines += ["## Summary", "", summary, ""]
-    for name, section in record["sections"].items():
-        lines += [f"## {name}", ""]
-        if section["rows"]:
-            lines += [table(section["rows"]), ""]
-        if section["notes"]:
-            lines += [*(f"- {note}" for note in section["notes"]), ""]
-    return "\n".join(lines)
+    parts = [
+        f"# {record['device']}, {record['date']}",
+        "**DRY RUN** on the CPU: its times mean nothing." if record["dry_run"] else "",
+        f"`{record['command']}`, {record['seconds']:.0f} seconds; {versions}.",
+        f"Load before the run: {record['load']:.2f}; above a quarter of the cores, distrust times.",
+        "benchmarks/README.md explains the columns.",
+    ]
+    sections = record["sections"]
+    for name, section in sections.items():
+        parts += [f"## FAILED {name}\n\n```\n{failure}\n```" for failure in section["failures"]]
+    parts += [f"## Summary\n\n{summary}"] if summary else []
+    for name, section in sections.items():
+        notes = [f"- {note}" for note in section["notes"]]
+        parts += [f"## {name}", table(section["rows"]), "\n".join(notes)]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as a Markdown table. Cells of missing values are empty."""
+    """The rows as a Markdown table. Cells of missing values are empty. No rows: an empty text."""
+    if not rows:
+        return ""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [columns, *([format_number(row.get(key, "")) for key in columns] for row in rows)]
-    head, *lines = (" | ".join(cell.replace("|", r"\|") for cell in row) for row in cells)
+    head, *lines = (" | ".join(text.replace("|", r"\|") for text in line) for line in cells)
     rule = "|---" * len(columns) + "|"
     return "\n".join([f"| {head} |", rule, *(f"| {line} |" for line in lines)])
 
@@ -225,43 +215,33 @@ def format_number(value: Any) -> str:
 
 def run_sections(
     run: Run,
-    kind: str,
+    options: argparse.Namespace,
     sections: Mapping[str, Callable[[Run], None]],
-    folder: Path,
     summary: Callable[[dict[str, Any]], str] = lambda record: "",
 ) -> tuple[dict[str, Any], Path]:
-    """Run the sections one by one. Returns the record and its JSON file, <kind>-<device>-<date>.
+    """Run the sections one by one. Returns the record and its JSON file.
 
     This file and a Markdown file with the same name are written after each section, and when the
     command is interrupted. The JSON file may have NaN, which Python reads and the standard forbids.
     """
-    device = re.sub(r"[^a-z0-9]+", "-", device_name(run.device).split(",")[0].lower())
-    file = folder / f"{kind}-{device}-{run.date:%Y-%m-%dT%H%M}.json"
+    folder = options.out or (Path(tempfile.gettempdir()) if run.dry_run else RESULTS)
     folder.mkdir(parents=True, exist_ok=True)
+    name = options.name or f"{options.command}-{run.date:%Y-%m-%dT%H%M}"
+    file = folder / f"{name}.json"
     found_versions = versions()
 
     def save() -> dict[str, Any]:
         record = run.record(found_versions)
-        write_whole(markdown(record, summary(record)).encode(), file.with_suffix(".md"))
-        write_whole(f"{json.dumps(record, indent=1)}\n".encode(), file)
+        file.with_suffix(".md").write_text(markdown(record, summary(record)), encoding="utf-8")
+        file.write_text(f"{json.dumps(record, indent=1)}\n")
         return record
 
     try:
-        for name, measure in sections.items():
-            with run.start_section(name):
+        for section, measure in sections.items():
+            with run.start_section(section):
                 measure(run)
             save()
     except KeyboardInterrupt:
         run.fail("interrupted")
-    run.say(f"{run.failures()} failures; record in {file} and {file.with_suffix('.md')}")
+    run.say(f"{run.failures()} failures; record in {file.with_suffix('.md')}")
     return save(), file
-
-
-def write_whole(content: bytes, path: Path) -> None:
-    """Write a whole file, or leave the old one unchanged."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_bytes(content)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

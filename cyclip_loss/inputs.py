@@ -1,4 +1,10 @@
-"""The first step of a call: check the arguments, cast them, and put them into a `Batch`."""
+"""The first step of a call: check the arguments, cast them, and put them into a `Batch`.
+
+A new argument of the call, such as `ids`, begins in `reference.py`. `loss.py` takes it, this file
+checks it, `Logits` carries it to both engines, and `terms/dense.py` takes it, or `plan.py` keeps
+such calls away from it. In the tests, `inputs.py`, `accuracy.py` and `rounding.py` get a value, the
+call and its bounds.
+"""
 
 from collections.abc import Hashable, Sequence
 from numbers import Real
@@ -8,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cyclip_loss.numerics import accumulation_dtype, autocast_is_on
-from cyclip_loss.options import ContrastiveOptions, Options, PenaltyOptions
+from cyclip_loss.options import LARGEST, ContrastiveOptions, Options, PenaltyOptions
 from cyclip_loss.plan import Batch
 from cyclip_loss.ranks.agreement import check_ranks_agree
 from cyclip_loss.ranks.groups import ranks_of
@@ -211,8 +217,9 @@ def check_features(
 def _check_dense(name: str, tensor: Tensor, method: str) -> None:
     if type(tensor).__name__ == "DTensor":
         raise TypeError(f"{name} must be an ordinary tensor, got a DTensor: pass {name}.{method}()")
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+    if tensor.is_nested or tensor.layout != torch.strided:
+        got = f"layout {tensor.layout}, nested: {tensor.is_nested}"
+        raise TypeError(f"{name} must be a dense tensor, got {got}")
 
 
 def _autocast(features: Tensor) -> Tensor:
@@ -229,9 +236,9 @@ def check_scalar(name: str, value: Tensor | float, features: Tensor) -> Tensor:
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} must be a scalar tensor or a number, got {value!r}")
         if not torch.compiler.is_compiling():
-            if name == "logit_scale" and not 0 < value < torch.inf:
+            if name == "logit_scale" and not 0 < value <= LARGEST:
                 raise ValueError(f"{name} must be finite and > 0, got {value}")
-            if not -torch.inf < value < torch.inf:
+            if not -LARGEST <= value <= LARGEST:
                 raise ValueError(f"{name} must be finite, got {value}")
         # Not `new_full`: torch.compile would make the number a constant.
         return features.new_ones((), dtype=dtype) * float(value)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from cyclip_loss.inputs import prepare
+from cyclip_loss.loss import check_inputs_once
 from cyclip_loss.options import ContrastiveOptions, boolean
 from cyclip_loss.plan import make_plan
 from cyclip_loss.terms import contrastive, logsumexp
@@ -50,7 +51,8 @@ def contrastive_logsumexp(
 
     Args:
         image_features, text_features: (N, D), as in `CyCLIPLoss`; rows of any length.
-        logit_scale: multiplies the products.
+        logit_scale: multiplies the products. The process's first call warns of lengths other than 1
+            and of a scale below 5, as modules do.
         ids: (N,), integers. Rows with the same id are not negatives of each other.
         negative_text_features: (M, D), further negatives of every image. They get gradients, but
             have no entry in the results.
@@ -77,6 +79,7 @@ def contrastive_logsumexp(
         function="contrastive_logsumexp",
     )
     plan = make_plan(batch, checked, dist_impl=checked.dist_impl)
+    check_inputs_once(contrastive_logsumexp, batch, plan)
     lse = logsumexp.log_sum_exps(batch, plan, contrastive.start_gathers(batch, plan))
     column_lse = None if one_way else lse.column_negatives_lse
     return ContrastiveLogSumExp(lse.row_negatives_lse, column_lse, lse.pair_logits)

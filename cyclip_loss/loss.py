@@ -20,8 +20,24 @@ from cyclip_loss.plan import Batch, Plan, make_plan
 from cyclip_loss.ranks.groups import ranks_of
 from cyclip_loss.terms import contrastive, cyclic, sigmoid
 
-# Modules whose inputs were checked. Copies of a module are checked again.
-_checked: WeakSet[nn.Module] = WeakSet()
+# Modules and functions whose inputs were checked. Copies of a module are checked again.
+_checked: WeakSet[Any] = WeakSet()
+
+
+def check_inputs_once(called: Any, batch: Batch, plan: Plan) -> None:
+    """Warn of unusual features or an unusual scale, in the first call that has rows.
+
+    The check waits for the device, once. It is skipped while `torch.compile` traces or a CUDA graph
+    is captured. called: the module or function.
+    """
+    image = batch.image_features
+    # `traced` comes first: compiled code must not depend on what was checked.
+    if plan.traced or called in _checked or image.shape[0] == 0:
+        return
+    if not image.is_meta and not is_capturing(image):
+        _checked.add(called)
+        features = [image, batch.text_features, *batch.row_features, *batch.column_features]
+        usage_warnings.warn_of_unusual_inputs(features, batch.logit_scale)
 
 
 @dataclass(eq=False, repr=False)
@@ -30,21 +46,6 @@ class _Module(PenaltyOptions, nn.Module):
 
     def __post_init__(self) -> None:
         nn.Module.__init__(self)
-
-    def _check_inputs_once(self, batch: Batch, plan: Plan) -> None:
-        """Warn of unusual features or an unusual scale, in the first call that has rows.
-
-        The check waits for the device, once. It is skipped while `torch.compile` traces or a CUDA
-        graph is captured.
-        """
-        image = batch.image_features
-        # `traced` comes first: compiled code must not depend on what was checked.
-        if plan.traced or self in _checked or image.shape[0] == 0:
-            return
-        if not image.is_meta and not is_capturing(image):
-            _checked.add(self)
-            features = [image, batch.text_features, *batch.row_features, *batch.column_features]
-            usage_warnings.warn_of_unusual_inputs(features, batch.logit_scale)
 
     def extra_repr(self) -> str:
         """For `print(module)`: the lambdas, and the arguments that differ from their default."""
@@ -86,7 +87,7 @@ class _ContrastiveLoss(ContrastiveOptions, _Module):
         """The contrastive terms and the penalties, added up unless `plan.as_terms`."""
         if plan.as_terms or plan.penalties != "none":
             terms |= cyclic.terms(batch, plan, self, reduced)
-        self._check_inputs_once(batch, plan)
+        check_inputs_once(self, batch, plan)
         if plan.as_terms:
             return terms
         loss, *others = terms.values()
@@ -382,7 +383,7 @@ class CyclicPenalty(_Module):
         reduced = cyclic.start_reducing_grams(batch, plan)
         terms = cyclic.terms(batch, plan, self, reduced)
         usage_warnings.warn_of_strong_penalties(self, batch.total_pairs)
-        self._check_inputs_once(batch, plan)
+        check_inputs_once(self, batch, plan)
         return terms if output_dict else terms["cyclic_loss"]
 
 

@@ -5,20 +5,26 @@ OpenCLIP is installed. CLIP trains with `CyCLIPLoss`, SigLIP with `CySigLIPLoss`
 with their own loss plus the penalties. OpenCLIP's versions create their loss in different places. A
 rank stops after its first optimizer step if our loss was not called: it would train without the
 penalties.
+
+A new flag is added in `parse` or, for the penalties, in `penalty_options`, and used in `_Swap`. If
+a resumed pretraining may have another value, `reference_train/pretrain/resume.py` lists it.
 """
 
 import argparse
+import io
 import logging
-import os
+import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, redirect_stderr
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from torch import Tensor, cuda, nn
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from cyclip_loss import engines
@@ -27,28 +33,43 @@ from cyclip_loss.loss import CyCLIPLoss, CySigLIPLoss, WithCyclicPenalty
 from cyclip_loss.options import DIST_IMPLS, IMPLS, SAME_IDS, PenaltyOptions
 from cyclip_loss.usage_warnings import PAPER_BATCH_SIZE, PAPER_LAMBDA
 
+Function = Callable[..., Any]
+# What the trainer's main module calls: its own functions, replaced by methods of `_Swap`, and the
+# learning rate schedules, replaced by `_Swap.schedule`.
+REPLACED = (
+    "parse_args",
+    "create_model_and_transforms",
+    "create_loss",
+    "create_task",
+    "cosine_lr",
+    "const_lr",
+    "const_lr_cooldown",
+)
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train with these arguments, by default this process's. Usage errors raise SystemExit."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
     # torchrun allows a "--" before the script's flags; some versions of Python pass it on.
-    ours, theirs = parse(argv[1:] if argv[:1] == ["--"] else argv)
-    swap = _Swap(ours)
+    ours, theirs = parse([flag for flag in argv if flag != "--"])
     try:
         trainer = import_module("open_clip_train.main")
     except ImportError as why:
-        try:  # the name in OpenCLIP 2.x and its forks
-            trainer = import_module("training.main")
-        except ImportError:
-            raise SystemExit(f"cyclip_loss: {why}: pip install open_clip_torch[training]") from why
-    swap.into(trainer)
-    handle = register_optimizer_step_post_hook(swap.check)
-    try:
-        if trainer.main(theirs):  # -1 after an error, which it has logged
-            raise SystemExit(1)
-    finally:
-        handle.remove()
-        swap.undo()
+        raise SystemExit(f"cyclip_loss: {why}: pip install open_clip_torch[training]") from why
+    swap = _Swap(ours)
+    with ExitStack() as stack, register_optimizer_step_post_hook(swap.check):
+        for name in REPLACED:
+            if function := getattr(trainer, name, None):
+                replacement = partial(getattr(swap, name, swap.schedule), function)
+                stack.enter_context(patch.object(trainer, name, replacement))
+        try:
+            if trainer.main(theirs):  # -1 after an error, which it has logged
+                raise SystemExit(1)
+        except ValueError as error:
+            if "device_ids" not in str(error):
+                raise
+            problem = "cyclip_loss: OpenCLIP 3 can't train with several ranks on a CPU; 4 can"
+            raise SystemExit(problem) from error
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -61,46 +82,50 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("-h", "--help", action="store_true", default=argparse.SUPPRESS, help="show all flags")
+    weight = 0.0 if "--siglip" in argv else PAPER_LAMBDA
     for penalty in ("inmodal", "crossmodal"):
-        text = f"weight of the {penalty} penalty (default: {PAPER_LAMBDA}; 0 with --siglip)"
         add(
             f"--lambda-{penalty}",
             type=float,
-            default=argparse.SUPPRESS,
+            default=weight,
             metavar="X",
-            help=text,
+            help=f"weight of the {penalty} penalty (with --siglip: 0)",
         )
-    text = "raise both weights from 0 over this many steps (0.5: over half of all steps)"
-    add("--lambda-warmup", type=steps_or_share, default=0, metavar="STEPS", help=text)
-    text = "multiply the penalties by this / global batch size; 0: the paper's formula"
-    add("--reference-batch-size", type=int, default=PAPER_BATCH_SIZE, metavar="N", help=text)
+    add(
+        "--lambda-warmup",
+        type=steps_or_share,
+        default=0,
+        metavar="STEPS",
+        help="raise both weights from 0 over this many steps (0.5: over half of all steps)",
+    )
+    add(
+        "--reference-batch-size",
+        type=int,
+        default=PAPER_BATCH_SIZE,
+        metavar="N",
+        help="multiply the penalties by this / global batch size; 0: the paper's formula",
+    )
     add("--impl", choices=IMPLS, default="auto", help="Triton kernels or PyTorch")
     add("--dist-impl", choices=DIST_IMPLS, default="gather", help="across ranks (CLIP and SigLIP)")
-    text = "what pairs with one caption are, instead of negatives (CLIP and SigLIP)"
-    add("--same-captions", choices=SAME_IDS, help=text)
-    text = "a model configuration of OpenCLIP's, FILE.json, for --model FILE"
-    add("--model-config", type=model_config, metavar="FILE.json", help=text)
+    add(
+        "--same-captions",
+        choices=SAME_IDS,
+        help="what pairs with one caption are, instead of negatives (CLIP and SigLIP)",
+    )
+    add(
+        "--model-config",
+        type=model_config,
+        metavar="FILE.json",
+        help="a model configuration of OpenCLIP's, FILE.json, for --model FILE",
+    )
     ours, theirs = parser.parse_known_args(argv)
-    default = 0.0 if "--siglip" in theirs else PAPER_LAMBDA
-    for name in ("lambda_inmodal", "lambda_crossmodal"):
-        vars(ours).setdefault(name, default)
-    if "help" in ours:
-        print(parser.format_help(), "\nopen_clip_train's flags:\n", sep="\n", flush=True)
-        return ours, ["--help"]
+    if {"-h", "--help"} & set(theirs):
+        parser.print_help()
+        print("\nopen_clip_train's flags:\n", flush=True)
     try:
-        if ours.reference_batch_size < 0:
-            raise ValueError(f"reference_batch_size must be >= 0, got {ours.reference_batch_size}")
         PenaltyOptions(**penalty_options(ours))
-        if ours.impl == "triton":
-            device = "cpu"
-            if cuda.is_available():  # the GPU that OpenCLIP gives this rank
-                device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % cuda.device_count()}"
-            engines.choose("triton", torch.empty(1, 1, device=device))
-    except ImportError as error:  # a broken Triton
-        parser.error(f"--impl triton: the kernels cannot be imported: {error}")
     except ValueError as error:
-        option, _, problem = str(error).replace("='triton'", " triton").partition(" ")
+        option, _, problem = str(error).partition(" ")
         parser.error(f"--{option.replace('_', '-')} {problem}")
     return ours, theirs
 
@@ -117,14 +142,11 @@ def penalty_options(ours: argparse.Namespace) -> dict[str, Any]:
 
 def steps_or_share(text: str) -> int | float:
     """An argument's type: a number of steps or, with a decimal point, a fraction of all steps."""
-    try:
-        steps = float(text) if "." in text else int(text)
-        if 0 <= steps <= (1 if isinstance(steps, float) else steps):
-            return steps
-    except ValueError:
-        pass
-    words = "must be a number of steps >= 0, or a fraction of all steps from 0.0 to 1.0"
-    raise argparse.ArgumentTypeError(f"{words}, not {text}")
+    if not re.fullmatch(r"\d+|0?\.\d+|1\.0*", text):
+        raise argparse.ArgumentTypeError(
+            f"must be a number of steps >= 0, or a fraction of all steps up to 1.0, not {text}"
+        )
+    return float(text) if "." in text else int(text)
 
 
 def model_config(file: str) -> str:
@@ -143,90 +165,79 @@ class _Swap:
         self.options = options
         self.penalty_options = penalty_options(options)
         self.loss: nn.Module | None = None
-        self.ids: Tensor | None = None
-        self.called = self.warming_up = False
-        self.replaced: list[tuple[Any, str, Any]] = []  # trainer, name, its own function
+        self.texts: Any = None  # the captions that the model saw last
+        self.called = False
 
-    def into(self, trainer: Any) -> None:
-        """Replace the functions with which the trainer's main module creates its loss."""
-        if not (hasattr(trainer, "create_loss") or hasattr(trainer, "create_task")):
-            raise SystemExit(
-                f"cyclip_loss: {trainer.__name__} creates its loss in a way that this launcher "
-                "does not support; use cyclip_loss.CyCLIPLoss in its code instead"
-            )
-        schedules = ("cosine_lr", "const_lr", "const_lr_cooldown")
-        made = ("create_model_and_transforms", "create_loss", "create_task", "parse_args")
-        for name in (*made, *schedules):
-            if theirs := getattr(trainer, name, None):
-                self.replaced.append((trainer, name, theirs))
-                setattr(trainer, name, partial(getattr(self, name, self.schedule), theirs))
-
-    def undo(self) -> None:
-        """Give the trainer its own functions back."""
-        for trainer, name, theirs in self.replaced:
-            setattr(trainer, name, theirs)
-
-    def parse_args(self, parse: Callable[..., Any], *args: Any) -> Any:
+    def parse_args(self, parse: Function, *args: Any) -> Any:
         """OpenCLIP's parsed flags with ours added, so that params.txt lists all of them."""
-        parsed = parse(*args)
-        if getattr(parsed, "horovod", False):
-            raise SystemExit("cyclip_loss: --horovod is not supported: use torchrun")
-        if self.options.same_captions and getattr(parsed, "accum_freq", 1) > 1:
-            raise SystemExit("cyclip_loss: --same-captions excludes --accum-freq above 1")
-        if self.options.same_captions and getattr(parsed, "torchscript", False):
-            raise SystemExit("cyclip_loss: --same-captions excludes --torchscript")
-        vars(parsed).update(vars(self.options))
-        return parsed
+        errors = io.StringIO()
+        try:
+            with redirect_stderr(errors):
+                parsed = parse(*args)
+        except SystemExit as error:  # OpenCLIP would print the names of all its flags
+            raise SystemExit(error.code and errors.getvalue().rpartition("error: ")[2]) from error
+        captions, warmup = self.options.same_captions, self.options.lambda_warmup
+        problems = {
+            "--horovod is not supported: use torchrun": getattr(parsed, "horovod", False),
+            "--same-captions excludes --accum-freq above 1": captions and parsed.accum_freq > 1,
+            "--lambda-warmup excludes --skip-scheduler": warmup and parsed.skip_scheduler,
+        }
+        for problem, found in problems.items():
+            if found:
+                raise SystemExit(f"cyclip_loss: {problem}")
+        return argparse.Namespace(**vars(parsed), **vars(self.options))
 
-    def create_model_and_transforms(self, make: Callable[..., Any], *args: Any, **kw: Any) -> Any:
-        """OpenCLIP's model, with a hook that keeps a hash of each caption for the loss."""
+    def create_model_and_transforms(self, make: Function, *args: Any, **kw: Any) -> Any:
+        """OpenCLIP's model, with a hook that keeps the captions for the loss."""
+        if self.options.impl == "triton":
+            try:
+                engines.choose("triton", torch.empty(1, 1, device=kw["device"]))
+            except (ImportError, ValueError) as error:  # ImportError: Triton is broken
+                raise SystemExit(f"cyclip_loss: --impl triton: {error}") from error
         made = make(*args, **kw)
 
         def keep(_: nn.Module, args: Any, kwargs: Any) -> None:
-            text = kwargs.get("text", args[1] if len(args) > 1 else None)
-            self.ids = None if text is None else caption_ids(text)
+            self.texts = kwargs.get("text", args[1] if len(args) > 1 else None)
 
         if self.options.same_captions:
             made[0].register_forward_pre_hook(keep, with_kwargs=True)
         return made
 
-    def create_task(self, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def create_task(self, make: Function, *args: Any, **kwargs: Any) -> Any:
         """OpenCLIP 4.x's task with its loss replaced. (Other versions create the loss directly.)"""
         task = make(*args, **kwargs)
-        task.loss = self.create_loss(lambda: getattr(task, "loss", None))
+        if hasattr(task, "loss"):  # not in an evaluation
+            task.loss = self.create_loss(lambda: task.loss)
         return task
 
-    def create_loss(self, make: Callable[..., Any], *args: Any, **kwargs: Any) -> nn.Module:
+    def create_loss(self, make: Function, *args: Any, **kwargs: Any) -> nn.Module:
         """The loss to use instead of OpenCLIP's."""
         theirs = make(*args, **kwargs)
         # The exact type, as CoCa's and distillation's losses are subclasses.
         ours: Any = {"ClipLoss": CyCLIPLoss, "SigLipLoss": CySigLIPLoss}.get(type(theirs).__name__)
-        if ours is not None:
-            names = ("local_loss", "gather_with_grad", "cache_labels", "rank", "world_size")
-            kept = {name: getattr(theirs, name) for name in names if hasattr(theirs, name)}
-            self.loss = ours(**self.penalty_options, **kept, dist_impl=self.options.dist_impl)
+        if ours:
+            self.loss = ours(**self.penalty_options, dist_impl=self.options.dist_impl)
             if self.options.same_captions:
                 self.loss.same_ids = self.options.same_captions
                 self.loss.register_forward_pre_hook(self.add_ids, with_kwargs=True)
-        elif self.options.same_captions:
-            raise SystemExit("cyclip_loss: --same-captions needs CLIP's or SigLIP's loss")
+        elif self.options.same_captions or self.options.dist_impl == "ring":
+            raise SystemExit(
+                "cyclip_loss: --same-captions and --dist-impl need CLIP's or SigLIP's loss"
+            )
         else:
             try:
                 self.loss = WithCyclicPenalty(theirs, **self.penalty_options)
             except TypeError as error:
                 raise SystemExit(f"cyclip_loss: cannot add the penalties: {error}") from error
         self.loss.register_forward_hook(lambda *_: setattr(self, "called", True))
-        if getattr(theirs, "rank", 0) == 0:
-            logging.info("Loss: %s instead of %s", self.loss, type(theirs).__name__)
+        logging.info("Loss: %s instead of %s", self.loss, type(theirs).__name__)
         return self.loss
 
     def add_ids(self, _: nn.Module, args: Any, kwargs: Any) -> Any:
         """The loss's arguments, plus the ids of the batch that the model saw last."""
-        if self.ids is None:
-            raise SystemExit("cyclip_loss: --same-captions: the model got no captions")
-        return args, {**kwargs, "ids": self.ids}
+        return args, {**kwargs, "ids": caption_ids(self.texts)}
 
-    def schedule(self, make: Callable[..., Any], *args: Any) -> Callable[[int], Any]:
+    def schedule(self, make: Function, *args: Any) -> Callable[[int], Any]:
         """OpenCLIP's schedule (optimizer, rate, warm-up, steps, ...), which also sets the lambdas.
 
         OpenCLIP calls it before each step with the step's number, which a resumed run continues.
@@ -235,25 +246,21 @@ class _Swap:
         length *= args[3] if isinstance(length, float) else 1
 
         def set_rate_and_lambdas(step: int) -> Any:
-            self.warming_up = True
-            if self.loss is not None:
-                for name in ("lambda_inmodal", "lambda_crossmodal"):
-                    share = min(1.0, (step + 1) / length)
-                    setattr(self.loss, name, share * self.penalty_options[name])
+            for name in ("lambda_inmodal", "lambda_crossmodal"):
+                share = min(1.0, (step + 1) / length)
+                setattr(self.loss, name, share * self.penalty_options[name])
             return set_rate(step)
 
         return set_rate_and_lambdas if length else set_rate
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def check(self, *_: Any) -> None:
-        """After an optimizer step: stop if the loss was not called, or a warm-up did not start."""
-        problem = "--lambda-warmup needs OpenCLIP's learning rate schedule, which was not called"
+        """After an optimizer step: stop if the loss was not called."""
         if not self.called:
-            made = "created but not called" if self.loss is not None else "not created"
-            problem = f"the CyCLIP loss was {made}; this version trains with a different one"
-        elif self.warming_up or not self.options.lambda_warmup:
-            return
-        raise SystemExit(f"cyclip_loss: stopped after an optimizer step: {problem}")
+            raise SystemExit(
+                "cyclip_loss: stopped after an optimizer step: this version of OpenCLIP did not "
+                "call the CyCLIP loss"
+            )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """The options of the modules: each is a field with its default and its check.
 
-`cyclip_loss.CyCLIPLoss` documents them.
+`cyclip_loss.CyCLIPLoss` documents them. A new option is a field with its check: of `CyCLIPLoss`, or
+here if the penalties or the log-sum-exps have it too. It needs a paragraph in the docstring of
+`CyCLIPLoss`. If it decides which collectives run, `inputs._collective_signature` compares it.
 """
 
-import math
+import sys
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
 from numbers import Integral, Real
@@ -16,6 +18,7 @@ DIST_IMPLS = ("gather", "ring")
 # The names that `open_clip.SigLipLoss` has for its exchanges, and what they are here.
 SIGLIP_DIST_IMPLS = {"bidir": "ring", "shift": "ring", "reduce": "gather"}
 SAME_IDS = ("ignored", "positives")
+LARGEST = sys.float_info.max  # Python's integers may be larger, and have no float
 # Takes the place of the process group, which cannot be stored, in a stored module.
 NOT_STORED = "not stored with the module: set its attribute process_group"
 
@@ -25,10 +28,9 @@ def weight(name: str, value: Any) -> float:
     # ClipLoss(False, True) passes local_loss and gather_with_grad, which must not become weights.
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number >= 0, got {value!r}")
-    number = float(value)  # always a float, so that torch.compile sees no change of type
-    if not 0 <= number < math.inf:
+    if not 0 <= value <= LARGEST:  # type: ignore[operator]
         raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
-    return number
+    return float(value)  # always a float, so that torch.compile sees no change of type
 
 
 def optional_weight(name: str, value: Any) -> float | None:
@@ -45,8 +47,8 @@ def integer(name: str, value: Any, alternative: str = "") -> int:
 
 def optional_batch_size(name: str, value: Any) -> int | None:
     """The value, or an error unless it is None or an integer >= 1."""
-    if value is not None and integer(name, value, " or None") < 1:
-        raise ValueError(f"{name} must be >= 1, got {value}")
+    if value is not None and not 1 <= integer(name, value, " or None") <= LARGEST:
+        raise ValueError(f"{name} must be >= 1 and finite, got {value}")
     return value  # type: ignore[no-any-return]
 
 

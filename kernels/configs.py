@@ -1,7 +1,9 @@
 """Tile sizes of the kernels: per architecture and precision, independent of N.
 
 `python -m benchmarks gate` compiles every configuration ahead of time, and shows registers, spills,
-shared memory and tensor-core instructions.
+shared memory and tensor-core instructions. A new architecture is a table here, with its name in
+`numerics.architecture`, its limits in `CHIPS` of `benchmarks/gate/binary.py`, and its depths in
+`cyclip_loss/tune.py`.
 """
 
 import json

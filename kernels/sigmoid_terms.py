@@ -9,6 +9,8 @@ A program writes its tile of G (of 2^14 G for float16) and its parts of the thre
 as in `contrastive_grads.py`: the library multiplies G with the features.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -71,8 +73,7 @@ def sigmoid_terms_kernel(
     scale = tl.load(logit_scale)
     bias = tl.load(logit_bias)
     rows = first_row + tl.arange(0, BM)
-    # -1 for rows outside, which no column equals.
-    partner = tl.where((rows < n) & (rows < num_pairs), rows + partner_offset, -1)
+    partner = tl.where(rows < num_pairs, rows + partner_offset, -1)
     tile_start = gradient + first_row.to(tl.int64) * gradient_stride
     loss_sum = 0.0
     scale_sum = 0.0
@@ -81,23 +82,23 @@ def sigmoid_terms_kernel(
     parts = split(product, BM, BN, PARTS)
     for part in tl.static_range(PARTS):
         columns = column_tile * BN + part * WIDTH + tl.arange(0, WIDTH)
+        x = parts[part] * scale + bias
         is_positive = partner[:, None] == columns[None, :]
         counts = (rows < n)[:, None] & (columns < m)[None, :]
         if row_ids is not None:
-            same = same_ids(row_ids, column_ids, rows, columns, n, m)
+            same = same_ids(row_ids, column_ids, rows, columns, n, m) & ~is_positive
             if POSITIVES and HAS_NEGATIVES:
                 row_id = tl.load(row_ids + tl.minimum(rows, n - 1))
                 is_positive |= same & (row_id >= 0)[:, None]
             elif POSITIVES:
                 is_positive |= same
             counts &= is_positive | ~same
-        logits = parts[part] * scale + bias
-        x = tl.where(is_positive, -logits, logits)
-        g = tl.where(counts, sigmoid(x), 0.0)
-        g = tl.where(is_positive, -g, g)
-        loss_sum += tl.sum(tl.where(counts, softplus(x), 0.0))
-        scale_sum += tl.sum(g * parts[part])
-        g_sum += tl.sum(g)
+        # -inf has no loss and no gradient.
+        x = tl.where(counts, tl.where(is_positive, -x, x), -float("inf"))
+        loss_sum += tl.sum(tl.sum(softplus(x), axis=1), axis=0)
+        g = tl.where(is_positive, -sigmoid(x), sigmoid(x))
+        scale_sum += tl.sum(tl.sum(g * parts[part], axis=1), axis=0)
+        g_sum += tl.sum(tl.sum(g, axis=1), axis=0)
         within = tl.arange(0, BM)[:, None] * gradient_stride + columns[None, :]
         tl.store(tile_start + within, (g * (1 << SHIFT)).to(gradient.dtype.element_ty))
     tile = partials + tl.program_id(0)
@@ -110,8 +111,11 @@ def sigmoid_terms(
     logits: Logits, logit_bias: Tensor, positives: bool, weight: float, needs: list[bool]
 ) -> SigmoidTerms:
     """As `eager.sigmoid_terms`. If no gradient is needed, G is not multiplied."""
-    features, with_ids = logits.row_features, logits.row_ids is not None
-    config = config_for("contrastive_grads", features, Precision.of(features), with_ids)
+    features = logits.row_features
+    config = config_for("contrastive_grads", features, Precision.of(features), with_ids=True)
+    # Larger tiles or fewer warps would spill registers.
+    sizes = {name: min(config.tile[name], 128) for name in ("BM", "BN")}
+    config = replace(config, tile=config.tile | sizes, num_warps=8)
     tiles = num_tiles(logits, config)
     partials = logit_bias.new_empty(3, tiles)
     with on_device_of(features):

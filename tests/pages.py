@@ -1,4 +1,4 @@
-"""The code on the pages of the documentation."""
+"""Runs the code on the pages of the documentation."""
 
 import re
 from functools import lru_cache
@@ -10,19 +10,20 @@ BLOCK = re.compile(r"^( *)```(\w+)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 
 
 @lru_cache
-def blocks(page: str, language: str = "python") -> list[tuple[str, str]]:
-    """The blocks of a page, each with the heading above it."""
-    text = (ROOT / page).read_text()
+def blocks(place: str, language: str = "python") -> list[str]:
+    """The blocks of code on a page, such as "README.md", or under a heading of any page."""
+    paths = [ROOT / place] if place.endswith(".md") else sorted((ROOT / "docs").glob("*.md"))
     found = []
-    for block in BLOCK.finditer(text):
-        indent, written_in, code = block.groups()
-        if written_in == language:
+    for text in (path.read_text() for path in paths):
+        for block in BLOCK.finditer(text):
             heading = text[: block.start()].rpartition("\n## ")[2].partition("\n")[0]
-            found.append((heading, re.sub(f"^{indent}", "", code, flags=re.MULTILINE)))
+            indent, written_in, code = block.groups()
+            if written_in == language and (place.endswith(".md") or heading == place):
+                found.append(re.sub(f"^{indent}", "", code, flags=re.MULTILINE))
     return found
 
 
-def run(code: str, page: str, **names: Any) -> dict[str, Any]:
-    """Run code from a page with these variables, and return all of its variables."""
-    exec(compile(code, page, "exec"), names)
+def run(place: str, index: int = 0, **names: Any) -> dict[str, Any]:
+    """Run a block with these variables, and return all of its variables."""
+    exec(compile(blocks(place)[index], f"block {index} of {place}", "exec"), names)
     return names

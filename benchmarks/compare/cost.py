@@ -1,6 +1,5 @@
 """The cost of a loss: time of the forward and backward pass, and peak memory."""
 
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -14,20 +13,17 @@ from benchmarks.compare.accuracy import assert_same_values
 from benchmarks.compare.competitors import (
     COMPETITORS,
     EXTRA_TEXTS,
-    IN_LARGE_BATCHES,
     OURS,
     PENALTIES,
+    SIGLIP,
     Competitor,
     Loss,
-)  # fmt: skip
+)
 from benchmarks.compare.plan import LOGIT_SCALE, Plan
 from benchmarks.run import OUT_OF_MEMORY, Row, Run, describe
 
 RATIO = f"ratio to {OURS}"
 SMALL_BATCH = 128  # values are compared in a batch of this size
-MAX_ROUNDS = 300
-# The largest N at which all competitors run. Beyond it, only `IN_LARGE_BATCHES` run.
-ALL_UP_TO = 16384
 
 
 def add_costs(run: Run, losses: list[Competitor], plan: Plan) -> None:
@@ -39,7 +35,7 @@ def add_costs(run: Run, losses: list[Competitor], plan: Plan) -> None:
             run.note(f"N = {n:,}, D = {d:,} left out: no time")
             continue
         run.say(f"N = {n:,}, D = {d:,}")
-        chosen = [c for c in losses if n <= ALL_UP_TO or c.name in IN_LARGE_BATCHES]
+        chosen = [c for c in losses if n <= c.up_to]
         try:
             if n <= plan.timed_up_to or run.device.type != "cpu":
                 rows = measure_in_rounds(run, chosen, n, d, plan)
@@ -65,11 +61,13 @@ def make_step(loss: Loss, leaves: list[Tensor]) -> Callable[[], object]:
 def checked_step(competitor: Competitor, run: Run, leaves: list[Tensor]) -> Callable[[], object]:
     """The step of a competitor, whose values in a small batch were compared with its definition.
 
-    The comparison is also the warm-up: libraries load, compile and allocate.
+    The step has run once: libraries have loaded, compiled and allocated.
     """
     d, dtype = leaves[0].shape[1], leaves[0].dtype
     assert_same_values(competitor, make_leaves(run, SMALL_BATCH, d, dtype))
-    return make_step(competitor.loss, leaves)
+    step = make_step(competitor.loss, leaves)
+    step()
+    return step
 
 
 def measure_in_rounds(run: Run, losses: list[Competitor], n: int, d: int, plan: Plan) -> list[Row]:
@@ -89,7 +87,7 @@ def measure_in_rounds(run: Run, losses: list[Competitor], n: int, d: int, plan: 
                 row["wall ms"] = 1e3 * measure.wall_seconds(step, 0.2)
             steps[competitor.name] = step
         rows[competitor.name] = row
-    times = measure.interleaved(steps, run.device, plan.seconds, plan.min_rounds, MAX_ROUNDS)
+    times = measure.interleaved(steps, run.device, plan.seconds, plan.min_rounds)
     for name, milliseconds in times.items():
         rows[name] |= measure.time_columns(milliseconds)
     return list(rows.values())
@@ -112,9 +110,11 @@ def _measure_with_limit(name: str, n: int, d: int, plan: Plan) -> Row:
         assert_same_values(competitor, make_leaves(run, SMALL_BATCH, d, plan.dtype))
         limit = measure.limit_to_available()
         step = make_step(competitor.loss, make_leaves(run, n, d, plan.dtype))
-        start = time.perf_counter()
-        row["peak MB"] = measure.allocated_peak(run.device, step) / 1e6
-        row |= measure.time_columns([1e3 * (time.perf_counter() - start)])
+        times: list[float] = []  # without the profiler's start, which takes seconds
+        peak = measure.allocated_peak(
+            run.device, lambda: times.append(measure.milliseconds(step, run.device))
+        )
+        row |= {"peak MB": peak / 1e6, **measure.time_columns(times)}
     if row["outcome"] == OUT_OF_MEMORY and limit is not None:
         row["outcome"] += f" (had {limit / 1e9:.1f} GB)"
     return row
@@ -123,16 +123,17 @@ def _measure_with_limit(name: str, n: int, d: int, plan: Plan) -> Row:
 def add_ratios(rows: list[Row], rate: float) -> None:
     """Add to each row its time divided by our time, and its fraction of the matmul rate.
 
-    A contrastive loss that keeps no N x N matrix needs 8 N^2 D flops, and twice as many with N
-    extra texts. The fraction is based on these flops for every loss, although dense autograd needs
-    only 6 N^2 D. The penalties alone have no such products, so their rows have no fraction.
+    A softmax loss that keeps no N x N matrix needs 8 N^2 D flops, SigLIP's 6, and both need twice
+    as many with N extra texts. The fraction is based on these flops also for dense autograd, which
+    needs only 6 N^2 D. The penalties alone have no such products, so their rows have no fraction.
     """
     ours = next((row["ms"] for row in rows if row["loss"] == OURS and "ms" in row), None)
     for row in (row for row in rows if "ms" in row):
         if ours is not None:
             row[RATIO] = row["ms"] / ours
         if row["computes"] != PENALTIES:
-            flops = 8 * row["N"] ** 2 * row["D"] * (2 if EXTRA_TEXTS in row["loss"] else 1)
+            products = 6 if row["computes"].startswith(SIGLIP) else 8
+            flops = products * row["N"] ** 2 * row["D"] * (2 if EXTRA_TEXTS in row["loss"] else 1)
             row["fraction of matmul rate"] = flops / rate / (1e-3 * row["ms"])
 
 

@@ -1,8 +1,7 @@
 """`python -m benchmarks`: compares the loss with its alternatives on this machine.
 
-It measures time, memory, errors and the share of a training step. It uses the GPU if there is one,
-and the CPU otherwise. It prints a summary, and writes a record (JSON, Markdown, pictures) to
-`results/`.
+It measures time, memory and errors. It uses the GPU if there is one, and the CPU otherwise. It
+prints a summary, and writes a record (JSON, Markdown, a figure) to `results/`.
 """
 
 import argparse
@@ -15,12 +14,11 @@ from benchmarks.compare.competitors import competitors
 from benchmarks.compare.cost import add_costs
 from benchmarks.compare.plan import CPU, CUDA
 from benchmarks.compare.report import draw, summary
-from benchmarks.compare.training_step import add_training_steps
-from benchmarks.run import RESULTS, Run, run_sections
+from benchmarks.run import Run, run_sections
 
 
 def main(options: argparse.Namespace) -> int:
-    """Measure everything, write the record and the pictures, print the summary."""
+    """Measure everything, write the record and the figure, print the summary."""
     run = Run(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     plan = CUDA if run.device.type == "cuda" else CPU
     if options.sizes:
@@ -30,9 +28,8 @@ def main(options: argparse.Namespace) -> int:
     sections = {
         "cost": lambda run: add_costs(run, losses, plan),
         "error": lambda run: add_errors(run, losses, plan),
-        "training step": lambda run: add_training_steps(run, losses, plan),
     }
-    record, file = run_sections(run, "side-by-side", sections, options.out or RESULTS, summary)
+    record, file = run_sections(run, options, sections, summary)
     print(f"\n{summary(record)}\n")
-    draw(record, file)
+    draw(record, file.with_name(f"{file.stem}-cost.png"))
     return 1 if run.failures() else 0

@@ -40,7 +40,10 @@ CHIPS = {
 MATRIX_INSTRUCTIONS = re.compile(
     rf"\b(?:{'|'.join(chip.matrix_instruction for chip in CHIPS.values())})[\w.]*"
 )
-KERNELS_WITH_PRODUCTS = ("contrastive_lse", "contrastive_grads", "gram_matrices", "cyclic_grads")
+# These multiply features as they are. All others round float32 operands in registers, and each
+# wgmma waits for that.
+LOGIT_KERNELS = ("contrastive_lse", "contrastive_grads", "sigmoid_terms")
+KERNELS_WITH_PRODUCTS = (*LOGIT_KERNELS, "gram_matrices", "cyclic_grads")
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,7 @@ class Binary:
         if kernel not in KERNELS_WITH_PRODUCTS:
             return found
         wanted = chip.matrix_instruction
-        # All other products round float32 operands in registers, and each wgmma waits for that.
-        is_16_bit_product = kernel.startswith("contrastive") and not features.startswith("float32")
+        is_16_bit_product = kernel in LOGIT_KERNELS and not features.startswith("float32")
         if self.serialised and is_16_bit_product:
             found.append("each wgmma waits for the one before it")
         if is_16_bit_product and not any(re.match(wanted, i) for i in self.matrix_instructions):

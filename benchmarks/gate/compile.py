@@ -10,7 +10,7 @@ compile, or a binary
 - makes each tensor-core instruction of a 16-bit contrastive kernel wait for the one before it, or
 - does not fuse multiplications with additions.
 
-It prints a table of all binaries to stdout, and these faults to stderr.
+It prints a table of all binaries and the verdict to stdout, and these faults to stderr.
 
 The gate compiles the binaries that steps of the loss launch. A driver tells Triton that the device
 is the chip, and Triton describes each binary instead of launching it.
@@ -35,7 +35,7 @@ from triton.runtime.driver import driver
 
 from benchmarks.gate.binary import CHIPS, Binary, inspect
 from benchmarks.run import Row, Run, table
-from cyclip_loss import CyCLIPLoss, kernels
+from cyclip_loss import CyCLIPLoss, CySigLIPLoss, kernels
 from cyclip_loss.kernels import configs
 from cyclip_loss.numerics import triton_version
 
@@ -123,18 +123,32 @@ def no_device(arch: str, precision: str) -> Iterator[dict[str, tuple[Any, dict[s
 def variants(arch: str, features: str) -> list[Variant]:
     """The binaries that a chip needs for features of a dtype, each once.
 
-    The steps differ in what selects a binary: whether D is a multiple of 16, ids, and whether each
-    penalty is wanted, which takes the product of images and texts.
+    The steps differ in what selects a binary: the loss, whether D is a multiple of 16, ids, what
+    they mean, extra negatives, and whether each penalty is wanted (which takes one more product).
     """
     dtype, precision = FEATURES[features]
+    distinct = torch.arange(N)
+    cases = (
+        (64, None, "ignored"),
+        (70, None, "ignored"),
+        (64, distinct, "ignored"),
+        (64, distinct, "positives"),
+    )
     with no_device(arch, precision) as binaries:
-        for (d, ids), output_dict in product(
-            ((64, None), (70, None), (64, torch.arange(N))), (True, False)
+        for make, (d, ids, same_ids), output_dict in product(
+            (CyCLIPLoss, CySigLIPLoss), cases, (True, False)
         ):
-            inputs = [x.requires_grad_() for x in Run(torch.device("cpu")).pairs(N, d, dtype)]
-            loss = CyCLIPLoss(reference_batch_size=128, impl="triton")
+            image, text = (x.requires_grad_() for x in Run(torch.device("cpu")).pairs(N, d, dtype))
+            loss: Any = make(reference_batch_size=128, same_ids=same_ids, impl="triton")
             scale = torch.tensor(14.3).requires_grad_()
-            result: Any = loss(*inputs, scale, ids=ids, output_dict=output_dict)
+            result = loss(
+                image,
+                text,
+                scale,
+                output_dict=output_dict,
+                ids=ids,
+                negative_text_features=text if output_dict else None,
+            )
             (sum(result.values()) if output_dict else result).backward()
     return [Variant(arch, features, *binary) for binary in binaries.values()]
 
@@ -174,15 +188,7 @@ def faults(variant: Variant, built: Binary | str) -> list[str]:
 
 def make_row(variant: Variant, built: Binary | str) -> Row:
     """The row of a variant in the printed table."""
-    sizes = {k: v for k, v in variant.constants.items() if k.startswith("B") and k.isupper()}
-    row: Row = {
-        "arch": variant.arch,
-        "kernel": variant.label,
-        "features": variant.features,
-        "tile": " x ".join(map(str, sizes.values())),
-        "warps": variant.description["num_warps"],
-        "stages": variant.description["num_stages"],
-    }
+    row: Row = {"arch": variant.arch, "kernel": variant.label, "features": variant.features}
     if isinstance(built, str):
         return row | {"registers": f"does not compile: {built}"}
     matrix = ", ".join(f"{count} {name}" for name, count in built.matrix_instructions.items())
@@ -208,6 +214,8 @@ def main(options: argparse.Namespace) -> int:
                 rows.append(row)
                 found += faults_of_row
             print(f"\rcompiled {len(rows)}", end="", file=sys.stderr)
-    print(f"Compiled with Triton {triton.__version__}\n\n{table(rows)}")
+    print(f"Compiled with Triton {triton.__version__}\n\n{table(rows)}\n", flush=True)
     print("", *found, sep="\n", file=sys.stderr)
+    verdict = f"FAILED: {len(found)} faults" if found else "passed: no faults"
+    print(f"{verdict} in {len(rows)} binaries of {', '.join(chosen)}")
     return 1 if found else 0

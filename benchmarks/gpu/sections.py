@@ -6,16 +6,14 @@ sections on a CPU, with few tests and tiny sizes. Triton's interpreter runs the 
 """
 
 import argparse
-import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 
-from benchmarks.compare.competitors import COMPILED, EAGER, OURS, competitors
+from benchmarks.compare.competitors import competitors
 from benchmarks.compare.cost import add_costs, make_leaves, make_step
 from benchmarks.compare.plan import CUDA
 from benchmarks.gpu.suite import (
@@ -27,13 +25,12 @@ from benchmarks.gpu.suite import (
     run_tests,
 )
 from benchmarks.measure import profiled
-from benchmarks.run import RESULTS, Run, run_sections
+from benchmarks.run import Run, run_sections
 from cyclip_loss import CyCLIPLoss
 from cyclip_loss.tune import tune
 
 KERNEL_SIZES = ((512, 512), (4096, 512), (65536, 768))
 KERNELS_SHOWN = 12
-SMALL = 8192  # the largest N at which the engines are compared
 DRY_RUN = replace(
     CUDA, sizes=((96, 32),), matrix=256, matrix_seconds=0.01, seconds=0.1, min_rounds=2
 )
@@ -49,8 +46,7 @@ def kernels(run: Run) -> None:
         if not spent:
             run.fail("the profiler has no access to the GPU")
             return
-        launches = sum(count for count, _ in spent.values())
-        microseconds = sum(time for _, time in spent.values())
+        launches, microseconds = map(sum, zip(*spent.values(), strict=True))
         run.add_row(N=n, D=d, kernel="all", launches=launches, ms=microseconds / 1e3)
         longest = sorted(spent.items(), key=lambda item: -item[1][1])[:KERNELS_SHOWN]
         for name, (count, time) in longest:
@@ -59,14 +55,11 @@ def kernels(run: Run) -> None:
 
 def compare_with_competitors(run: Run) -> None:
     """Measure the costs that `compare` measures, until the time is over."""
-    # The compiled competitor takes too long for a dry run.
-    losses = competitors(run.device, without=(COMPILED,) if run.dry_run else ())
-    plan = DRY_RUN if run.dry_run else CUDA
-    add_costs(run, losses, plan)
-    # Which engine should `impl="auto"` choose for small float32 batches?
-    engines = [competitor for competitor in losses if competitor.name in (OURS, EAGER)]
-    small_sizes = tuple((n, d) for n, d in plan.sizes if n <= SMALL)
-    add_costs(run, engines, replace(plan, dtype=torch.float32, sizes=small_sizes))
+    # To compile takes too long for a dry run.
+    losses = competitors(run.device)
+    if run.dry_run:
+        losses = [competitor for competitor in losses if "torch.compile" not in competitor.name]
+    add_costs(run, losses, DRY_RUN if run.dry_run else CUDA)
 
 
 def sweep(run: Run) -> None:
@@ -113,6 +106,5 @@ def main(options: argparse.Namespace) -> int:
             run.note("the budget is spent")
 
     run = Run(torch.device("cpu" if options.dry_run else "cuda"), options.dry_run)
-    folder = options.out or (Path(tempfile.gettempdir()) if options.dry_run else RESULTS)
-    run_sections(run, "gpu", {name: partial(measure_in_time, name) for name in chosen}, folder)
+    run_sections(run, options, {name: partial(measure_in_time, name) for name in chosen})
     return 1 if run.failures() else 0

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -74,13 +75,11 @@ def run_pytest(tests: Sequence[str], processes: int, run: Run, report: Path) -> 
     with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
         try:
             return process.wait(seconds)
-        except subprocess.TimeoutExpired:
+        except (subprocess.TimeoutExpired, KeyboardInterrupt) as stop:
             process.send_signal(signal.SIGINT)
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            process.kill()  # does nothing if it has ended
+            if isinstance(stop, KeyboardInterrupt):
+                raise
             return None
-        except BaseException:
-            process.send_signal(signal.SIGINT)
-            raise

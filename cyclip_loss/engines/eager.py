@@ -6,6 +6,10 @@ the contrastive term, CUDA multiplies 16-bit features as they are, with a float3
 many times as fast and as exact, except that G is rounded to 16 bits.
 
 I, T are the row features (n, D) and the column features (m, D) of `Logits`.
+
+A change to a kernel begins here, because this file defines what the functions compute. Then comes
+the file of the function's name in `kernels/`. A new constexpr needs a step that launches it in
+`variants` of `benchmarks/gate/compile.py`.
 """
 
 from collections.abc import Iterator

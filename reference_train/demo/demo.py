@@ -37,7 +37,7 @@ OPTIONS = {
 SIMILARITIES_OF = "new concepts, trained styles"  # the dataset of similarities.png
 DESCRIPTION = """\
 Trains small CLIP models on the emoji that ship with the repository, and shows what the cyclic
-penalties change: CLIP next to CyCLIP. Without arguments it takes about seven minutes on two CPU
+penalties change: CLIP next to CyCLIP. Without arguments it takes 5 to 11 minutes on two CPU
 cores. If it is interrupted, the same command resumes. Finished runs are not repeated."""
 EPILOG = """\
 other commands, each with its own --help:

@@ -35,7 +35,7 @@ CHECKPOINTS = 25  # that a run saves, and lines that it prints
 def between_views_loss(
     image_features: Sequence[Tensor], text_features: Sequence[Tensor], loss_fn: CyCLIPLoss
 ) -> Tensor:
-    """The term that geometric consistency adds to CyCLIP (docs/recipes.md has its formula).
+    """The term that geometric consistency adds to CyCLIP (Jiang et al. 2023).
 
     image_features, text_features: the features of the first and of the second views, (N, D) each.
     loss_fn: its λ and its reference batch size are those of this term.

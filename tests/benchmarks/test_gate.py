@@ -2,16 +2,18 @@
 
 import re
 from argparse import Namespace
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from triton.backends.compiler import GPUTarget
 
 from benchmarks.gate import compile as gate
-from benchmarks.gate.binary import CHIPS, Binary, is_serialised, nvidia_registers
+from benchmarks.gate.binary import CHIPS, Binary, amd_registers, is_serialised, nvidia_registers
 from cyclip_loss import kernels
 from cyclip_loss.kernels.configs import ARCHITECTURES
 from cyclip_loss.numerics import TRITON_FOR_BLACKWELL
@@ -34,19 +36,27 @@ def test_only_a_main_loop_that_waits_for_each_product_is_serialised(sass: str) -
     assert is_serialised(sass.replace("gsb0, 0x1", "gsb0, 0x0"))
 
 
-def test_stack_counts_as_spilled_only_if_it_is_accessed() -> None:
-    for instruction, stack, spilled in (
+@pytest.mark.parametrize(
+    ("instruction", "stack", "spilled"),
+    [
         ("STL.64 [R1+0x8], R4", 16, 16),
         ("@P0 LDL R3, [R1]", 16, 16),
         ("LDL.LU.128 R4, [R1]", 0, 4),
         ("STG.E.64 [R2], R4", 16, 0),  # writes to global memory, not to the stack
-    ):
-        usage = f"Function kernel:\n REG:200 STACK:{stack} SHARED:0 LOCAL:0 CONSTANT[0]:608\n"
-        sass = f"        /*0120*/                   {instruction} ;\n{LOOP}"
-        assert nvidia_registers(usage + sass) == (200, spilled), instruction
+    ],
+)
+def test_stack_counts_as_spilled_only_if_it_is_accessed(instruction, stack, spilled) -> None:
+    usage = f"Function kernel:\n REG:200 STACK:{stack} SHARED:0 LOCAL:0 CONSTANT[0]:608\n"
+    sass = f"        /*0120*/                   {instruction} ;\n{LOOP}"
+    assert nvidia_registers(usage + sass) == (200, spilled)
 
 
-CLEAN = Binary(200, 0, 1024, {"HGMMA.64x256x16.F32.BF16": 4}, serialised=False, fuses=True)
+@pytest.mark.parametrize(("stack", "spilled"), [(0, 12), (20, 20)])
+def test_spills_of_amd_are_registers_of_both_kinds_or_the_stack(stack: int, spilled: int) -> None:
+    fields = {"vgpr_count": 96, "vgpr_spill_count": 2, "sgpr_spill_count": 1}
+    fields["private_segment_fixed_size"] = stack
+    assembly = "".join(f"    .{name}: {value}\n" for name, value in fields.items())
+    assert amd_registers(assembly) == (96, spilled)
 
 
 def test_gate_has_a_target_for_every_architecture() -> None:
@@ -57,79 +67,96 @@ def test_gate_has_a_target_for_every_architecture() -> None:
         assert 64 * 1024 <= chip.shared_limit < 228 * 1024
 
 
-def labels(arch: str, features: str) -> list[str]:
-    return [variant.label for variant in gate.variants(arch, features)]
+def compiled(arch: str, features: str, first: str) -> tuple[list[str], set[str], list[str]]:
+    """The labels of all variants, their precisions, and the faults of this kernel's first one."""
+    variants = gate.variants(arch, features)
+    built = next((v for v in variants if v.name == first), None)
+    faults = gate.faults(built, gate.build(built)) if built else []
+    precisions = {variant.constants.get("PRECISION", "") for variant in variants}
+    return [variant.label for variant in variants], precisions, faults
 
 
 def test_gate_compiles_every_kernel_with_and_without_ids_and_the_cross_product(
     uninterpreted: Executor,
 ) -> None:
-    found = uninterpreted.submit(labels, "sm_90", "bfloat16").result()
+    """`.ci/run` compiles all variants."""
+
+    def run(*arguments: str) -> tuple[list[str], set[str], list[str]]:
+        return uninterpreted.submit(compiled, *arguments).result()
+
+    labels, _, faults = run("sm_90", "bfloat16", "contrastive_grads")
+    assert faults == []
     shipped = {
-        name.removesuffix("_kernel")
+        name
         for file in Path(kernels.__file__).parent.glob("*.py")
-        for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.MULTILINE)
+        for name in re.findall(r"^def (\w+)_kernel\(", file.read_text(), re.MULTILINE)
     }
-    assert {label.partition(" (")[0] for label in found} == shipped
-    for kernel, flag in (("contrastive_lse", "ids"), ("gram_matrices", "with_cross")):
-        flags = [label for label in found if label.startswith(kernel)]
-        assert {flag in label for label in flags} == {True, False}
-    assert uninterpreted.submit(labels, "gfx942", "float32 ieee").result()
+    assert {label.partition(" (")[0] for label in labels} == shipped
+    for kernel, flag in (
+        ("contrastive_lse", "ids"),
+        ("gram_matrices", "with_cross"),
+        ("sigmoid_terms", "has_negatives"),
+        ("sigmoid_terms", "positives"),
+    ):
+        assert {flag in label for label in labels if label.startswith(kernel)} == {True, False}
+    assert run("sm_90", "float32 tf32", "")[1] == {"", "tf32"}
+    assert run("gfx942", "float32 ieee", "")[1] == {"", "ieee"}
 
 
-def fault_of_a_variant(changes: dict[str, Any]) -> str:
-    """What the gate says of a binary of `contrastive_lse` with these changes, for sm_90."""
-    variant = next(v for v in gate.variants("sm_90", "bfloat16") if v.name == "contrastive_lse")
-    built = changes.get("error") or replace(CLEAN, **changes)
-    assert gate.make_row(variant, built)["arch"] == "sm_90"
-    return "; ".join(gate.faults(variant, built))
+CLEAN = Binary(200, 0, 1024, {"HGMMA.64x256x16.F32.BF16": 4}, serialised=False, fuses=True)
 
 
 @pytest.mark.parametrize(
-    ("changes", "fault"),
+    ("kernel", "features", "changes", "fault"),
     [
-        ({}, ""),
-        ({"spilled_bytes": 8}, "spills 8 bytes"),
-        ({"shared_bytes": 227 * 1024 + 1}, "bytes of shared memory, over"),
-        ({"matrix_instructions": {"HMMA.16816.F32.BF16": 4}}, "HGMMA"),
-        ({"matrix_instructions": {}}, "no matrix instruction"),
-        ({"serialised": True}, "waits for the one before it"),
-        ({"fuses": False}, "does not fuse"),
-        ({"error": "CompilationError: unknown type"}, "CompilationError: unknown type"),
+        ("contrastive_lse", "bfloat16", {}, ""),
+        ("contrastive_lse", "bfloat16", {"spilled_bytes": 8}, "spills 8 bytes"),
+        ("contrastive_lse", "bfloat16", {"shared_bytes": 227 * 1024 + 1}, "memory, over"),
+        ("contrastive_lse", "bfloat16", {"matrix_instructions": {"HMMA.16816": 4}}, "no HGMMA"),
+        ("contrastive_lse", "bfloat16", {"serialised": True}, "waits for the one before it"),
+        ("contrastive_lse", "float32 tf32", {"serialised": True}, ""),
+        ("gram_matrices", "bfloat16", {"serialised": True}, ""),
+        ("gram_matrices", "float32 tf32", {"matrix_instructions": {}}, "no matrix instruction"),
+        ("gram_matrices", "float32 ieee", {"matrix_instructions": {}}, ""),
+        ("pair_terms", "bfloat16", {"matrix_instructions": {}}, ""),
+        ("pair_terms", "bfloat16", {"fuses": False}, "does not fuse"),
     ],
 )
-def test_each_fault_is_named(changes, fault: str, uninterpreted: Executor) -> None:
-    found = uninterpreted.submit(fault_of_a_variant, changes).result()
-    assert fault in found
-    assert found.startswith("FAULT sm_90 contrastive_lse") == bool(fault)
+def test_each_fault_is_named(kernel: str, features: str, changes, fault: str) -> None:
+    variant: Any = SimpleNamespace(arch="sm_90", name=kernel, label=kernel, features=features)
+    found = gate.faults(variant, replace(CLEAN, **changes))
+    assert len(found) == bool(fault)
+    for line in found:
+        assert line.startswith(f"FAULT sm_90 {kernel} {features}: ")
+        assert fault in line
 
 
-@pytest.mark.slow
-def test_a_shipped_configuration_compiles_without_faults(uninterpreted: Executor) -> None:
-    """`.ci/run` compiles all kernels."""
-    assert uninterpreted.submit(faults_of_the_largest_kernel).result() == []
+def build_all(arch: str, features: str) -> list[tuple[Any, list[str]]]:
+    """One binary, which does not compile for an AMD GPU."""
+    built = "CompilationError: no" if arch == "gfx942" else CLEAN
+    variant: Any = SimpleNamespace(arch=arch, name="x", label="x", features=features)
+    return [(gate.make_row(variant, built), gate.faults(variant, built) if built != CLEAN else [])]
 
 
-def faults_of_the_largest_kernel() -> list[str]:
-    variants = [v for v in gate.variants("sm_90", "bfloat16") if v.name == "contrastive_grads"]
-    return gate.faults(variants[0], gate.build(variants[0]))
-
-
-def test_gate_skips_chips_newer_than_triton_and_refuses_unknown_ones(monkeypatch, capsys) -> None:
-    def build_all(arch: str, features: str) -> list[tuple[Any, list[str]]]:
-        return [({"arch": arch}, [f"FAULT {arch}"] if arch == "gfx942" else [])]
-
-    class InThisProcess(ThreadPoolExecutor):
-        def __init__(self, mp_context: Any) -> None:
-            super().__init__(1)
-
-    monkeypatch.setattr(gate, "ProcessPoolExecutor", InThisProcess)
+@pytest.mark.parametrize(
+    ("version", "verdict"),
+    [
+        ((3, 4), "passed: no faults in 12 binaries of sm_80, sm_86, sm_90"),
+        ((3, 5), "FAILED: 4 faults in 16 binaries of sm_80, sm_86, sm_90, gfx942"),
+        (TRITON_FOR_BLACKWELL, "FAILED: 4 faults in 20 binaries of "),
+    ],
+)
+def test_gate_ends_with_a_verdict_and_skips_chips_newer_than_triton(
+    version, verdict: str, monkeypatch, capsys
+) -> None:
+    pool = nullcontext(SimpleNamespace(map=map))
+    monkeypatch.setattr(gate, "ProcessPoolExecutor", lambda mp_context: pool)
     monkeypatch.setattr(gate, "build_all", build_all)
-    for version, count, code in ((3, 4), 3, 0), ((3, 5), 4, 1), (TRITON_FOR_BLACKWELL, 5, 1):
-        monkeypatch.setattr(gate, "triton_version", lambda version=version: version)
-        assert gate.main(Namespace(arch=None)) == code
-        printed = capsys.readouterr()
-        assert printed.out.count("\n| ") == 1 + count * len(gate.FEATURES)
-        assert ("FAULT gfx942" in printed.err) == bool(code)
+    monkeypatch.setattr(gate, "triton_version", lambda: version)
+    assert gate.main(Namespace(arch=None)) == verdict.startswith("FAILED")
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-1].startswith(verdict)
+    assert "| sm_80 | x | bfloat16 | 200 | 0 | 1 | 4 HGMMA.64x256x16.F32.BF16 |" in out
+    assert err.count("FAULT gfx942 x ") == 4 * verdict.startswith("FAILED")
     assert gate.main(Namespace(arch=["sm_80", "sm_1"])) == 2
     assert "sm_1: choose from" in capsys.readouterr().err

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import needs_interpreter
-from processes import ROOT, run_forked
+from processes import ROOT, run_python
 
+import benchmarks.__main__ as command
+from benchmarks import run as runs
 from benchmarks.__main__ import main
 from benchmarks.gpu import sections, suite
 from benchmarks.run import Run
@@ -27,31 +29,31 @@ def test_slow(): time.sleep(1000)
 CONFTEST = "def pytest_addoption(parser): parser.addoption('--device')"
 
 
-@pytest.fixture
-def project(tmp_path: Path, monkeypatch) -> Path:
-    """A folder of tests for a dry run. pytest loads no plugin but xdist, so that it starts fast."""
-    (tmp_path / "test_few.py").write_text(TESTS)
-    (tmp_path / "conftest.py").write_text(CONFTEST)
-    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
-    monkeypatch.setenv("PYTEST_ADDOPTS", "-p xdist")
-    return tmp_path
+def run_tests(project: Path, *options: str, processes: int, deadline: float) -> runs.Section:
+    """The section of the tests in a folder. pytest loads no plugin but xdist, to start fast."""
+    (project / "test_few.py").write_text(TESTS)
+    (project / "conftest.py").write_text(CONFTEST)
+    run = Run(CPU, dry_run=True)
+    run.deadline = deadline
+    with pytest.MonkeyPatch.context() as patch, run.start_section("tests") as section:
+        patch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+        patch.setenv("PYTEST_ADDOPTS", "-p xdist")
+        patch.setattr(suite, "DRY_RUN_TESTS", (str(project), *options))
+        suite.run_tests(suite.CUDA_TESTS, processes, run)
+    return section
 
 
 def test_every_test_that_the_suite_selects_exists() -> None:
     chosen = {*suite.CUDA_TESTS, *suite.KERNEL_TESTS, *suite.SLOW_TESTS, *suite.RANK_TESTS}
-    paths = [word.partition("::") for word in chosen if word.startswith("tests/")]
-    for path, _, name in paths:
+    for path, _, name in (word.partition("::") for word in chosen if word.startswith("tests/")):
         place = ROOT / path
         assert place.is_dir() or f"def {name}" in place.read_text()
 
 
-def test_record_counts_outcomes_and_has_the_text_of_failures(project: Path, monkeypatch) -> None:
+def test_record_counts_outcomes_and_has_the_text_of_failures(tmp_path: Path) -> None:
     """Two processes run the tests. One of the two files cannot be imported."""
-    (project / "test_missing.py").write_text("import no_such_package")
-    monkeypatch.setattr(suite, "DRY_RUN_TESTS", (str(project), "-m", "not slow"))
-    run = Run(CPU, dry_run=True)
-    with run.start_section("tests") as section:
-        suite.run_tests(suite.CUDA_TESTS, 2, run)
+    (tmp_path / "test_missing.py").write_text("import no_such_package")
+    section = run_tests(tmp_path, "-m", "not slow", processes=2, deadline=1000)
     assert section.rows == [{"passed": 2, "failures": 1, "errors": 1, "skipped": 1}]
     failures = "\n".join(section.failures)
     for text in ("test_few.test_wrong: failure", "one is two", "No module named 'no_such_package'"):
@@ -60,13 +62,9 @@ def test_record_counts_outcomes_and_has_the_text_of_failures(project: Path, monk
     assert section.notes == ["1 skipped: not today"]
 
 
-def test_tests_are_interrupted_at_the_deadline_with_a_note(project: Path, monkeypatch) -> None:
-    monkeypatch.setattr(suite, "DRY_RUN_TESTS", (str(project), "-k", "right or slow"))
+def test_tests_are_interrupted_at_the_deadline_with_a_note(tmp_path: Path) -> None:
     for deadline in (5, 50, 500):  # on a busy machine pytest starts slowly
-        run = Run(CPU, dry_run=True)
-        run.deadline = deadline
-        with run.start_section("tests") as section:
-            suite.run_tests(suite.CUDA_TESTS, 1, run)
+        section = run_tests(tmp_path, "-k", "right or slow", processes=1, deadline=deadline)
         if section.rows:
             break
     assert section.rows == [{"passed": 1, "failures": 0, "errors": 0, "skipped": 0}]
@@ -91,37 +89,27 @@ runpy.run_module("benchmarks", run_name="__main__")
 
 @needs_interpreter
 def test_dry_run_leaves_a_record_with_every_section(tmp_path: Path) -> None:
-    arguments = ["--dry-run", "--out", str(tmp_path), "--budget", "9999"]
-    arguments += ["--sections", "kernels", "competitors", "sweep"]
-    ran = run_forked("-c", SMALL_DRY_RUN, "gpu", *arguments)
+    chosen = ["kernels", "competitors", "sweep"]
+    arguments = ["--dry-run", "--out", str(tmp_path), "--budget", "9999", "--sections", *chosen]
+    ran = run_python("-c", SMALL_DRY_RUN, "gpu", *arguments)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
-    (file,) = tmp_path.glob("*.json")
-    record = json.loads(file.read_text())
-    found = record["sections"]
-    assert list(found) == ["kernels", "competitors", "sweep"]
+    (file,) = tmp_path.glob("gpu-*.json")
+    found = json.loads(file.read_text())["sections"]
+    assert list(found) == chosen
+    kernels, competitors, sweep = (found[name]["rows"] for name in chosen)
     assert "torch.mm, 256 cubed" in found["competitors"]["notes"][0]
-    whole, *parts = (row["ms"] for row in found["kernels"]["rows"])
+    assert {(row["N"], row["D"]) for row in kernels} == {(40, 32)}
+    whole, *parts = (row["ms"] for row in kernels)
     assert len(parts) == sections.KERNELS_SHOWN
-    assert {(row["N"], row["D"]) for row in found["kernels"]["rows"]} == {(40, 32)}
     assert parts == sorted(parts, reverse=True)
     # A small batch takes some forty operations, and the record shows the dozen longest.
     assert whole / 3 < sum(parts) <= whole
-    assert {row["outcome"] for row in found["competitors"]["rows"]} == {"ok"}
-    for row in found["competitors"]["rows"]:
-        assert min(row[name] for name in ("wall ms", "ms", "p20", "p80", "peak MB")) > 0
-    assert {row["dtype"] for row in found["competitors"]["rows"]} == {"bfloat16", "float32"}
-    tiles = dict.fromkeys(row["kernel"].split()[0] for row in found["sweep"]["rows"])
+    for row in competitors:
+        assert (row["outcome"], row["dtype"]) == ("ok", "bfloat16")
+        assert min(row["wall ms"], row["ms"], row["peak MB"]) > 0
+    tiles = dict.fromkeys(row["kernel"].split()[0] for row in sweep)
     assert list(tiles) == list(ARCHITECTURES["sm_90"])
-    assert found["sweep"]["notes"] == []
     assert "DRY RUN" in file.with_suffix(".md").read_text()
-
-
-def test_kernels_fail_if_the_profiler_sees_nothing(monkeypatch) -> None:
-    monkeypatch.setattr(sections, "profiled", lambda *_: {})
-    run = Run(CPU, dry_run=True)
-    sections.kernels(run)
-    assert run.section.failures == ["the profiler has no access to the GPU"]
-    assert run.section.rows == []
 
 
 @pytest.fixture(autouse=True)
@@ -133,14 +121,26 @@ def restore_process(monkeypatch):
     signal.signal(signal.SIGTERM, before)
 
 
-def test_command_refuses_a_missing_gpu_and_an_unknown_section(monkeypatch, capsys) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["gpu"], "no CUDA device"),
+        (["gpu", "--dry-run", "--sections", "x"], "x: choose"),
+        (["gate"], "pip install triton"),
+    ],
+)
+def test_command_stops_with_one_line(arguments, message: str, monkeypatch, capsys) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for options, text in ([], "no CUDA device"), (["--dry-run", "--sections", "x"], "x: choose"):
-        assert main(["gpu", *options]) == 2
-        assert text in capsys.readouterr().out
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    monkeypatch.setitem(command.MODULES, "gate", "not imported")
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().out.splitlines()
+    assert message in line
 
 
-def test_failure_and_interruption_leave_a_record(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_failure_and_interruption_leave_a_record_outside_of_results(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
     def fails(run: Run) -> None:
         run.note("half of it")
         raise RuntimeError("no kernel")
@@ -149,16 +149,16 @@ def test_failure_and_interruption_leave_a_record(tmp_path: Path, monkeypatch, ca
         run.add_row(records=len([*tmp_path.glob("*.json")]))
         signal.raise_signal(signal.SIGTERM)
 
+    monkeypatch.setattr(runs, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(runs.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setattr(sections, "SECTIONS", {"kernels": (fails, 1.0), "sizes": (terminated, 1.0)})
-    assert main(["gpu", "--dry-run", "--out", str(tmp_path)]) == 1
-    (file,) = tmp_path.glob("*.json")
-    found = json.loads(file.read_text())["sections"]
-    (failure,) = found["kernels"]["failures"]
-    assert failure.startswith("RuntimeError: no kernel\nTraceback")
+    assert main(["gpu", "--dry-run", "--name", "dry"]) == 1
+    assert not (tmp_path / "results").exists()
+    found = json.loads((tmp_path / "dry.json").read_text())["sections"]
+    assert found["kernels"]["failures"][0].startswith("RuntimeError: no kernel\nTraceback")
     assert found["sizes"]["rows"] == [{"records": 1}]
-    assert found["sizes"]["failures"] == ["interrupted"]
-    printed, page = capsys.readouterr().out, file.with_suffix(".md").read_text()
-    for failed, why in ("kernels", "RuntimeError: no kernel"), ("sizes", "interrupted"):
-        assert f"## FAILED {failed}\n\n```\n{why}" in page
-        assert f"FAILED {why}\n" in printed
+    printed, page = capsys.readouterr().out, (tmp_path / "dry.md").read_text()
+    for name, failure in ("kernels", "RuntimeError: no kernel"), ("sizes", "interrupted"):
+        assert f"## FAILED {name}\n\n```\n{failure}" in page
+        assert f"FAILED {failure}\n" in printed
     assert all(words in printed for words in ("half of it\n", "2 failures; record in"))

@@ -1,11 +1,11 @@
-"""Runs the recipes on the pages of `docs/`, and makes models and data for them."""
+"""Models, data and ranks for the recipes on the pages of `docs/`."""
 
 from functools import lru_cache
-from typing import Any
 
 import open_clip
-import pages
 import torch
+from pages import blocks as blocks
+from pages import run as run
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -13,21 +13,9 @@ from cyclip_loss import CyCLIPLoss
 from reference_train.data.emoji import EMOJI_FOLDER
 from reference_train.data.samples import decode, read_samples
 
-PAGES = ["docs/recipes.md", "docs/lambda.md", "docs/design.md"]
 VISION = {"layers": 1, "width": 32, "head_width": 16, "patch_size": 16, "image_size": 32}
 TEXT = {"layers": 1, "width": 32, "heads": 2, "context_length": 12}
 LARGE_BATCH = "A batch larger than memory"
-
-
-def blocks(heading: str, language: str = "python") -> list[str]:
-    """The code blocks under this heading."""
-    found = [block for page in PAGES for block in pages.blocks(page, language)]
-    return [code for above, code in found if above == heading]
-
-
-def run(heading: str, index: int = 0, **names: Any) -> dict[str, Any]:
-    """Run a block under this heading with these variables, and return all of its variables."""
-    return pages.run(blocks(heading)[index], f"docs: {heading}", **names)
 
 
 @lru_cache

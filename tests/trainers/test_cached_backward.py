@@ -23,13 +23,20 @@ N, IMAGE_SIZE, TEXT_SIZE = 11, 6, 5
 Names = dict[str, Any]
 
 
+class Tower(nn.Sequential):
+    """Has a forward of its own, because torch.compile skips PyTorch's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
 class Model(nn.Module):
     """Two towers with dropout and normalisations, called with one or two views and negatives."""
 
     def __init__(self, inner_checkpoint: bool | None = None) -> None:
         super().__init__()
         self.image, self.text = (
-            nn.Sequential(
+            Tower(
                 nn.Linear(size, 8), nn.LayerNorm(8), nn.BatchNorm1d(8), nn.Dropout(0.1), nn.GELU(),
                 nn.Linear(8, 4),
             )
@@ -148,16 +155,18 @@ def test_gradients_and_buffers_are_those_of_one_graph(name: str) -> None:
     assert_close(results(model), results(expected_model))
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-def test_a_compiled_model_runs_compiled_for_one_shape_or_two(in_place: bool) -> None:
+@pytest.mark.parametrize("compiled", ["a copy", "the model", "its locked tower"])
+def test_a_compiled_model_runs_compiled_for_one_shape_or_two(compiled: str) -> None:
     torch._dynamo.reset()
     model, counter = make(), CompileCounterWithBackend("aot_eager")
-    compiled = model if in_place else torch.compile(model, backend=counter)
-    if in_place:
-        model.compile(backend=counter)
+    model.image.requires_grad_(False)
+    if compiled == "a copy":
+        model = torch.compile(model, backend=counter)
+    else:
+        {"the model": model, "its locked tower": model.image}[compiled].compile(backend=counter)
     counts = []
     for rows in (8, 8, 7, 8):
-        cached_backward(compiled, CyCLIPLoss(), *inputs(rows), mini_batch_size=4)
+        cached_backward(model, CyCLIPLoss(), *inputs(rows), mini_batch_size=4)
         counts.append(counter.frame_count)
     assert counts == [1, 1, 2, 2]
     torch._dynamo.reset()
@@ -195,19 +204,45 @@ def test_autocast_and_scaler_round_as_in_one_graph(dtype: torch.dtype) -> None:
     assert_close(results(model), results(expected_model), rtol=1e-5)
 
 
-def test_a_locked_tower_runs_once_and_the_other_one_is_trained() -> None:
+@pytest.mark.parametrize("wrap", [lambda model: model, nn.DataParallel], ids=["bare", "wrapped"])
+def test_a_locked_tower_runs_once_and_the_other_one_is_trained(wrap: Any) -> None:
     model, expected_model = make(), make()
     calls: list[int] = []
     for each in (model, expected_model):
         each.image.requires_grad_(False)
     model.image[0].register_forward_hook(lambda module, args, output: calls.append(len(output)))
     torch.manual_seed(2)
-    cached_backward(model, CyCLIPLoss(), *inputs(), mini_batch_size=4)
+    cached_backward(wrap(model), CyCLIPLoss(), *inputs(), mini_batch_size=4)
     torch.manual_seed(2)
     joined_backward(expected_model, CyCLIPLoss(), *inputs(), count=3)
     assert calls == [4, 4, 3]
     assert_close(results(model), results(expected_model))
     assert "forward" not in {*vars(model), *vars(model.image)}
+
+
+class Adapted(Model):
+    """A locked image tower behind a trained layer, and a locked layer with large activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.adapter = nn.Linear(IMAGE_SIZE, IMAGE_SIZE)
+        self.tokens = nn.Sequential(nn.Unflatten(1, (TEXT_SIZE, 1)))
+        self.image.requires_grad_(False)
+
+    def forward(self, images: Tensor, texts: Tensor) -> Names:
+        return super().forward(self.adapter(images), self.tokens(texts).flatten(1))
+
+
+def test_locked_modules_run_again_behind_a_trained_one_and_for_large_activations() -> None:
+    model, expected_model = (Adapted().double().eval() for _ in range(2))
+    expected_model.load_state_dict(model.state_dict())
+    calls: Counter[str] = Counter()
+    for name in ("image", "tokens"):
+        getattr(model, name)[0].register_forward_hook(lambda *_, name=name: calls.update([name]))
+    cached_backward(model, CyCLIPLoss(), *inputs(), mini_batch_size=4)
+    joined_backward(expected_model, CyCLIPLoss(), *inputs(), count=1)
+    assert calls == {"image": 6, "tokens": 6}
+    assert_close(results(model), results(expected_model))
 
 
 def test_activations_of_one_mini_batch_are_alive_at_a_time() -> None:
@@ -281,7 +316,7 @@ def on_rank(
         recorder = nullcontext() if "compiled" in wrapper else Reductions()
         with recorder:
             if cached:
-                options = {"mini_batch_size": mini_batch_sizes[rank]}
+                options = {"mini_batch_size": mini_batch_sizes[rank], "uneven": "FSDP" in wrapper}
                 cached_backward(model, loss_fn, *batch, **options)
             else:
                 loss_fn(**model(*batch)).backward()

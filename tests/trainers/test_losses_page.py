@@ -1,8 +1,13 @@
-"""Runs every recipe on `docs/losses.md` and compares it with its N x N form in float64."""
+"""Runs every recipe on `docs/losses.md` and compares it with its N x N form in float64.
+
+A new recipe is a section of the page with a block that sets `loss`, and its N x N form here, found
+by a text that only this block has. The section says whether it takes ids and works across ranks.
+"""
 
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pages
 import pytest
@@ -15,11 +20,13 @@ from torch import Tensor
 import cyclip_loss
 
 D, TAU, SCALE = 5, 0.03, 6.0
+CONSTANTS = ("weights", "image_queue", "text_queue")
 FEATURES = ("image_features", "text_features", "hard_negatives")
+NUMBERS = {"tau": TAU, "alpha": 9.0, "kappa": 0.3, "smoothing": 0.1}
 DENSE: dict[str, Callable[..., Tensor]] = {}
 
 
-BLOCKS = [code for _, code in pages.blocks("docs/losses.md")]
+BLOCKS = pages.blocks("docs/losses.md")
 
 
 def block_with(text: str) -> str:
@@ -35,6 +42,10 @@ def make_data(n: int) -> dict[str, Tensor]:
         "image_features": image,
         "text_features": text,
         "hard_negatives": pairs(2 * n, D, seed=1, device="cpu")[0],
+        "own_negatives": pairs(3 * n, D, seed=4, device="cpu")[0].unflatten(0, (n, 3)),
+        "audio_features": pairs(n, D, seed=5, device="cpu")[0],
+        "image_queue": pairs(3 * n, D, seed=6, device="cpu")[0],
+        "text_queue": pairs(3 * n, D, seed=7, device="cpu")[0],
         "weights": weights,
         "row_scales": 3 + normal(n, seed=2, device="cpu").abs(),
         "index": torch.arange(n, device="cpu"),
@@ -46,12 +57,19 @@ def run_block(block: str, data: dict[str, Tensor], options: dict[str, Any], n: i
     names: dict[str, Any] = dict(data)
     exec(BLOCKS[0], names)
     names["contrastive_logsumexp"] = partial(cyclip_loss.contrastive_logsumexp, **options)
+    of_module = {name: x for name, x in options.items() if name != "ids"}
+    of_call = {"ids": options.get("ids")}
+    names["CyCLIPLoss"] = lambda *lambdas: partial(
+        cyclip_loss.CyCLIPLoss(*lambdas, **of_module), **of_call
+    )
     names |= {"queries": data["image_features"], "documents": data["text_features"]}
-    names |= {"num_negatives": n - 1, "tau": TAU, "num_samples": n}
+    names |= {"num_negatives": n - 1, "num_samples": n, **NUMBERS}
     if "moving_average(" in block:
         exec(block_with("class MovingAverageLoss"), names)
         names["moving_average"].double().log_u[:] = moving_averages(n)
-    exec(block, names)
+    # Shuffles within a rank are not those of the whole batch, so rows keep their order.
+    with mock.patch.object(torch, "randperm", torch.arange):
+        exec(block, names)
     loss: Tensor = names["loss"]
     return loss
 
@@ -91,7 +109,7 @@ def logits_of(data: dict[str, Tensor]) -> Tensor:
     return data["logit_scale"] * data["image_features"] @ data["text_features"].T
 
 
-@dense("loss = (softplus(row - pair) + softplus(column - pair)).mean() / 2")
+@dense("logit_scale)\nloss = (softplus(row - pair)")
 def clip(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
     logits = logits_of(data)
     return (cross_entropy(logits, negatives) + cross_entropy(logits.T, negatives)).mean() / 2
@@ -117,6 +135,63 @@ def weighted(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
     logits, weights = logits_of(data), data["weights"]
     both = cross_entropy(logits, negatives) + cross_entropy(logits.T, negatives)
     return (weights * both).mean() / 2
+
+
+@dense("own_negatives")
+def negatives_of_each_row(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+    logits = logits_of(data)
+    own = torch.einsum("nd,nkd->nk", data["image_features"], data["own_negatives"])
+    row_logits = torch.cat((logits, data["logit_scale"] * own), dim=1)
+    kept = torch.cat((negatives, negatives.new_ones(own.shape)), dim=1)
+    columns = cross_entropy(logits.T, negatives)
+    return (cross_entropy(row_logits, kept) + columns).mean() / 2
+
+
+@dense("logit_scale + alpha")
+def hardness(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+    cosines = data["image_features"] @ data["text_features"].T
+    logits = data["logit_scale"] * cosines + NUMBERS["alpha"] * cosines.where(negatives, 0.0)
+    return (cross_entropy(logits, negatives) + cross_entropy(logits.T, negatives)).mean() / 2
+
+
+@dense("kappa")
+def crowding(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+    images, texts, logits = data["image_features"], data["text_features"], logits_of(data)
+    found = []
+    for rows, x in ((logits, texts), (logits.T, images)):
+        weights = ((x @ x.T).mean(dim=1) / NUMBERS["kappa"]).exp().detach()
+        found.append((weights * cross_entropy(rows, negatives)).sum() / weights.sum())
+    return torch.stack(found).mean()
+
+
+@dense("smoothing *")
+def label_smoothing(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+    logits, target = logits_of(data), torch.arange(len(negatives), device="cpu")
+    options = {"label_smoothing": NUMBERS["smoothing"]}
+    both = F.cross_entropy(logits, target, **options), F.cross_entropy(logits.T, target, **options)
+    return torch.stack(both).mean()
+
+
+@dense("image_queue")
+def queue(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+    found = []
+    for this, other in (("image", "text"), ("text", "image")):
+        columns = torch.cat((data[f"{other}_features"], data[f"{other}_queue"]))
+        logits = data["logit_scale"] * data[f"{this}_features"] @ columns.T
+        earlier = negatives.new_ones(len(negatives), len(data[f"{other}_queue"]))
+        found.append(cross_entropy(logits, torch.cat((negatives, earlier), dim=1)).mean())
+    return torch.stack(found).mean()
+
+
+@dense("def find_partners")
+def three_modalities(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+    features = [data[f"{name}_features"] for name in ("image", "text", "audio")]
+    found = []
+    for x in features:
+        y, z = (other for other in features if other is not x)
+        logits = data["logit_scale"] * torch.einsum("id,jd,jd->ij", x, y, z)
+        found.append(cross_entropy(logits, negatives).mean())
+    return torch.stack(found).mean()
 
 
 @dense("((row - pair) + (column - pair))")
@@ -159,17 +234,22 @@ def temperatures(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
 
 
 NEED_TWO_PAIRS = (decoupled, debiased, moving_average, uniformity)
-WITH_IDS = (clip, one_way, two_kinds_of_negatives, weighted, temperatures)
 # Recipes that are written differently across ranks.
 ACROSS_RANKS = {"loss = torch.logsumexp(row, dim=0)": "torch.distributed.all_reduce(total)"}
-RECIPES = pytest.mark.parametrize("marker", DENSE, ids=lambda marker: DENSE[marker].__name__)
+
+
+def recipes(answer: str = "") -> pytest.MarkDecorator:
+    """Parametrizes a test with the recipes whose section of the page gives this answer."""
+    sections = (pages.ROOT / "docs/losses.md").read_text().split("\n## ")
+    found = [marker for marker in DENSE for text in sections if marker in text and answer in text]
+    return pytest.mark.parametrize("marker", found, ids=lambda marker: DENSE[marker].__name__)
 
 
 def with_gradients(data: dict[str, Tensor]) -> dict[str, Tensor]:
     scale = torch.tensor(SCALE, dtype=torch.float64, device="cpu")
     leaves = {**data, "logit_scale": scale}
     return {
-        name: x.detach().clone().requires_grad_(x.is_floating_point() and name != "weights")
+        name: x.detach().clone().requires_grad_(x.is_floating_point() and name not in CONSTANTS)
         for name, x in leaves.items()
     }
 
@@ -198,7 +278,7 @@ def expected(marker: str, n: int, ids: Tensor | None) -> tuple[Tensor, dict[str,
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
 
-@RECIPES
+@recipes()
 @pytest.mark.parametrize("n", [1, 2, 40])
 def test_a_recipe_equals_its_dense_form(marker: str, n: int) -> None:
     if n == 1 and DENSE[marker] in NEED_TWO_PAIRS:
@@ -211,10 +291,8 @@ def test_a_recipe_equals_its_dense_form(marker: str, n: int) -> None:
 
 
 @pytest.mark.parametrize("distinct", [1, 3])  # with 1, the only negatives are the hard ones
-@RECIPES
+@recipes("`ids`: yes")
 def test_a_recipe_with_duplicates_equals_its_dense_form(marker: str, distinct: int) -> None:
-    if DENSE[marker] not in WITH_IDS:
-        pytest.skip("takes no ids")
     data, ids = with_gradients(make_data(20)), torch.arange(20, device="cpu") % distinct
     loss = run_block(block_with(marker), data, {"ids": ids}, 20)
     torch.testing.assert_close(
@@ -236,7 +314,7 @@ def step(
     return loss.detach(), gradients(loss, data, marker)
 
 
-@RECIPES
+@recipes("Ranks: yes")
 @pytest.mark.parametrize(
     ("world_size", "dist_impl"), [(2, "gather"), (2, "ring"), (3, "gather"), (4, "ring")]
 )
@@ -255,21 +333,7 @@ def test_a_recipe_across_ranks_equals_its_dense_form(
         torch.testing.assert_close(found / world_size, gradient, **CLOSE, msg=name)
 
 
-def test_uniformity_between_modalities_equals_its_dense_form() -> None:
-    marker, n = "loss = torch.logsumexp(row, dim=0)", 12
-    block = block_with(marker).replace(
-        "(image_features, image_features,", "(image_features, text_features,"
-    )
-    data = with_gradients(make_data(n))
-    images, texts = (F.normalize(data[name], dim=1) for name in FEATURES[:2])
-    distances = (images[:, None] - texts).square().sum(dim=2)
-    exact = (-2 * distances)[mask(n, None)].exp().mean().log()
-    loss = run_block(block, data, {}, n)
-    torch.testing.assert_close(loss, exact)
-    found, expected = (gradients(x, data, marker) for x in (loss, exact))
-    torch.testing.assert_close(found, expected, **CLOSE)
-
-
 def test_every_recipe_of_the_page_is_compared() -> None:
     compared = {block_with(marker) for marker in (*DENSE, *ACROSS_RANKS.values())}
-    assert compared == {block for block in BLOCKS if "\nloss = " in block}
+    assert compared == {block for block in BLOCKS if "\nloss = " in f"\n{block}"}
+    assert len(recipes("Ranks: yes").args[1]) == len(DENSE) - 2  # two are for one process

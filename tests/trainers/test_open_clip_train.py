@@ -33,16 +33,26 @@ from cyclip_loss import (
 )
 from reference_train.data.emoji import EMOJI_FOLDER
 
+# Runs a module in a process in which OpenCLIP knows the tiny model of `flags`.
+WITH_TINY_MODEL = """
+import runpy, sys
+import open_clip
+open_clip.add_model_config(sys.argv.pop(1))
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
+
 
 def flags(folder: Path, *others: str) -> list[str]:
-    """The flags of the recipes' command line, but with a tiny model and the emoji."""
+    """The flags of the recipes' command line, but with a tiny model and the emoji.
+
+    Before them stands the file of the model, which OpenCLIP has to read first.
+    """
     file = folder / "tiny.json"
     file.write_text(json.dumps({"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}))
     command, _ = blocks("OpenCLIP's command line", "sh")
     _, _, module, *from_page = shlex.split(command.replace("\\\n", ""))
     assert module == open_clip_train.__name__
     small_run = {
-        "--model-config": str(file),
         "--model": file.stem,
         "--dataset-type": "webdataset",
         "--train-data": f"{EMOJI_FOLDER}/{{noto,twemoji}}.tar.xz",
@@ -55,7 +65,7 @@ def flags(folder: Path, *others: str) -> list[str]:
         "--logs": str(folder),
         "--name": "run",
     }
-    return [*from_page, *chain.from_iterable(small_run.items()), *others]
+    return [str(file), *from_page, *chain.from_iterable(small_run.items()), *others]
 
 
 def assert_three_terms(folder: Path, count: int) -> None:
@@ -72,8 +82,8 @@ def assert_three_terms(folder: Path, count: int) -> None:
 
 
 def test_open_clip_trains_with_the_loss_and_logs_its_terms(tmp_path: Path) -> None:
-    arguments = flags(tmp_path, "--same-captions", "positives", "--lambda-warmup", "0.5")
-    run = run_forked("-m", open_clip_train.__name__, *arguments)
+    file, *arguments = flags(tmp_path, "--same-captions", "positives", "--lambda-warmup", "0.5")
+    run = run_forked("-c", WITH_TINY_MODEL, file, open_clip_train.__name__, *arguments)
     assert run.returncode == 0, run.stderr
     assert_three_terms(tmp_path, 4)
     parameters = (tmp_path / "run" / "params.txt").read_text().splitlines()
@@ -81,19 +91,24 @@ def test_open_clip_trains_with_the_loss_and_logs_its_terms(tmp_path: Path) -> No
     assert (tmp_path / "run" / "checkpoints" / "epoch_1.pt").exists()
 
 
-@pytest.mark.slow
-def test_the_launcher_with_views_trains_on_a_csv_file(tmp_path: Path) -> None:
+def csv_flags(folder: Path) -> list[str]:
+    """The flags for training with 32 emoji of a CSV file, which is written here."""
     lines = ["filepath\ttitle"]
     for number, (picture, name, keyword) in enumerate(captions()):
-        path = tmp_path / f"{number}.png"
+        path = folder / f"{number}.png"
         to_pil_image(picture).save(path)
         lines.append(f"{path}\t{name} {keyword}")
-    csv = tmp_path / "pairs.csv"
+    csv = folder / "pairs.csv"
     csv.write_text("\n".join(lines))
-    data = ["--dataset-type", "csv", "--train-data", str(csv), "--val-data", str(csv)]
-    arguments = flags(tmp_path, *data, "--batch-size", "16")
+    return ["--dataset-type", "csv", "--train-data", str(csv)]
+
+
+@pytest.mark.slow
+def test_the_launcher_with_views_trains_on_a_csv_file(tmp_path: Path) -> None:
+    data = csv_flags(tmp_path)
+    file, *arguments = flags(tmp_path, *data, "--val-data", data[-1], "--batch-size", "16")
     views = ("reference_train.pretrain.views", "--views", "--")
-    run = run_forked("-m", *views, *arguments)
+    run = run_forked("-c", WITH_TINY_MODEL, file, *views, *arguments)
     assert run.returncode == 0, run.stderr
     log = (tmp_path / "run" / "out.log").read_text()
     assert len(re.findall(r"Train Epoch.* Inmodal_contrastive_loss: [0-9.]+ ", log)) == 2
@@ -113,20 +128,44 @@ def test_the_launcher_with_views_trains_on_a_csv_file(tmp_path: Path) -> None:
     ids=["CLIP", "SigLIP"],
 )
 def test_two_ranks_train(tmp_path: Path, options: list[str]) -> None:
-    """Each rank has the variables that torchrun sets, and finds the other one by a file."""
+    file, *arguments = flags(tmp_path, "--dist-impl", "ring", "--lambda-warmup", "2", *options)
+    train_on_two_ranks(tmp_path, file, open_clip_train.__name__, "--", *arguments)
+    assert_three_terms(tmp_path, 1 if "--accum-freq" in options else 2)
+
+
+def train_on_two_ranks(folder: Path, *arguments: str) -> list[list[float]]:
+    """The losses of each rank. It has the variables that torchrun sets, and a file to meet at."""
     script = str(Path(__file__).with_name("on_cpu.py"))
-    arguments = flags(tmp_path, "--dist-impl", "ring", "--lambda-warmup", "2", *options)
     running = []
     for rank in ("0", "1"):
-        store = f"file://{tmp_path}/store?rank={rank}&world_size=2"
+        store = f"file://{folder}/store-{arguments[1]}?rank={rank}&world_size=2"
         variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
-        files = [tmp_path / f"stdout-{rank}", tmp_path / f"stderr-{rank}"]
-        given = (script, "--", *arguments, "--dist-url", store)
-        running.append((start_forked(*given, output=files, **variables), files[1]))
-    for process, errors in running:
+        files = [folder / f"stdout-{rank}", folder / f"stderr-{rank}"]
+        given = (script, *arguments, "--dist-url", store)
+        running.append((start_forked(*given, output=files, **variables), *files))
+    losses = []
+    for process, output, errors in running:
         process.join(TIMEOUT)
         assert process.exitcode == 0, errors.read_text()
-    assert_three_terms(tmp_path, 1 if "--accum-freq" in options else 2)
+        lines = re.findall(r"^loss: (.*)", output.read_text(), re.MULTILINE)
+        losses.append([sum(map(float, line.split())) for line in lines])
+    return losses
+
+
+def test_siglip_without_penalties_trains_as_with_open_clips_loss(tmp_path: Path) -> None:
+    """Twenty steps on two ranks. OpenCLIP's loss on a rank is of its own images only."""
+    small = ("--siglip", "--precision", "fp32", "--batch-size", "3", "--epochs", "4")
+    small += (*csv_flags(tmp_path), "--workers", "0")
+    found = []
+    for module in ("open_clip_train.main", open_clip_train.__name__):
+        file, *arguments = flags(tmp_path, *small, "--name", module)
+        first, second = train_on_two_ranks(tmp_path, file, module, *arguments)
+        assert len(first) == len(second) == 20
+        found.append([(a + b) / 2 for a, b in zip(first, second, strict=True)])
+    assert found[0][-1] < 0.9 * found[0][0]
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    log = (tmp_path / open_clip_train.__name__ / "out.log").read_text()
+    assert len(re.findall(r"Train Epoch.* Inmodal_cyclic_loss: 0", log)) == 20
 
 
 class Model(nn.Module):
@@ -163,8 +202,8 @@ class Trainer(ModuleType):
 
     theirs: its loss. version: how it creates the loss. "3" and "4": as these versions of OpenCLIP.
     "own": it has the function of OpenCLIP 3, but does not call it. "": it has no such function.
-    calls: whether it calls the loss. epoch: the first epoch. texts: whether the model gets texts.
-    schedule: its learning rate schedule. options: OpenCLIP's flags.
+    calls: whether it calls the loss. epoch: the first epoch. schedule: its learning rate schedule.
+    options: OpenCLIP's flags.
     """
 
     def __init__(
@@ -174,15 +213,17 @@ class Trainer(ModuleType):
         *,
         calls: bool = True,
         epoch: int = 1,
-        texts: bool = True,
         schedule: str = "cosine_lr",
+        failure: str = "",
         **options: Any,
     ) -> None:
         super().__init__("open_clip_train.main")
-        self.parse_args = lambda argv: Namespace(argv=argv, **options)
-        self.create_model_and_transforms = lambda name, **kwargs: (Model(), None, None)
+        own = {"accum_freq": 1, "skip_scheduler": False}
+        self.parse_args = lambda argv: Namespace(argv=argv, **own | options)
+        self.create_model_and_transforms = lambda *args, **kwargs: (Model(), None, None)
         self.theirs, self.version, self.calls = theirs, version, calls
-        self.epoch, self.texts, self.schedule = epoch, texts, schedule
+        self.epoch, self.schedule, self.device = epoch, schedule, torch.device("cpu")
+        self.failure = failure
         self.rates, self.lambdas, self.terms, self.finished = [], [], [], False
         for name in SCHEDULES:
             setattr(self, name, getattr(open_clip_schedules, name))
@@ -200,15 +241,16 @@ class Trainer(ModuleType):
 
     def main(self, argv: list[str]) -> None:
         self.args = self.parse_args(argv)
-        model, *_ = self.create_model_and_transforms("tiny", output_dict=True)
+        model, *_ = self.create_model_and_transforms("tiny", device=self.device, output_dict=True)
+        if self.failure:
+            raise ValueError(self.failure)
         loss = self.loss = self.make_loss()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         set_rate = getattr(self, self.schedule)(optimizer, *SCHEDULES[self.schedule])
         for step in range(5 * self.epoch, 10):
             for _ in range(3):
-                if "--skip-scheduler" not in argv:
-                    self.rates.append(set_rate(step))
-                inputs = {"image": IMAGES} | ({"text": TEXTS} if self.texts else {})
+                self.rates.append(set_rate(step))
+                inputs = {"image": IMAGES, "text": TEXTS}
                 out = model(**inputs) if self.version == "4" else model(*inputs.values())
                 if self.calls:
                     self.terms.append(loss(**out, output_dict=True))
@@ -230,11 +272,11 @@ def launch(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, *argv: str) -> Tra
 def test_clips_loss_is_replaced(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # torchrun allows a "--" before the script's flags.
     argv = ("--", "--lambda-inmodal", "0.5", "--dist-impl", "ring", "--epochs", "3")
-    trainer = launch(Trainer(ClipLoss(local_loss=True), version), monkeypatch, *argv)
+    trainer = launch(Trainer(ClipLoss(), version), monkeypatch, *argv)
     loss = trainer.loss
     assert type(loss) is CyCLIPLoss
     assert (loss.lambda_inmodal, loss.lambda_crossmodal, loss.dist_impl) == (0.5, 0.25, "ring")
-    assert (loss.local_loss, loss.reference_batch_size) == (True, 128)
+    assert loss.reference_batch_size == 128
     assert tuple(trainer.terms[0]) == TERMS
     # OpenCLIP gets its own flags only; the parsed namespace has ours too.
     assert trainer.args.argv == ["--epochs", "3"]
@@ -275,23 +317,25 @@ def test_other_losses_get_the_penalties(version: str, theirs: Any, monkeypatch) 
 
 CAPTIONS = "--same-captions"
 IGNORED = (CAPTIONS, "ignored")
-WARM_UP = ("--skip-scheduler", "--lambda-warmup", "2")
+WARM_UP = ("--lambda-warmup", "2")
+RING = ("--dist-impl", "ring")
+NEED = f"{CAPTIONS} and --dist-impl need CLIP's or SigLIP's loss"
+DEVICES = "DistributedDataParallel device_ids ... but got device_ids ['cpu']"
 
 
 @pytest.mark.parametrize(
     ("trainer", "given", "message"),
     [
-        (Trainer(ClipLoss(), ""), (), "in a way that this launcher does not support"),
-        (Trainer(CyCLIPLoss(), "own"), (), "loss was not created"),
-        (Trainer(ClipLoss(), calls=False), (), "created but not called"),
-        (Trainer(None, "4"), (), "cannot add the penalties: loss must be a module, got None"),
+        (Trainer(CyCLIPLoss(), ""), (), "did not call the CyCLIP loss"),
+        (Trainer(CyCLIPLoss(), "own"), (), "did not call the CyCLIP loss"),
+        (Trainer(ClipLoss(), calls=False), (), "did not call the CyCLIP loss"),
         (Trainer(nn.CrossEntropyLoss()), (), "Loss.forward takes ['input', 'target']"),
         (Trainer(ClipLoss(), horovod=True), (), "--horovod is not supported"),
-        (Trainer(ClipLoss()), WARM_UP, "--lambda-warmup needs OpenCLIP's"),
+        (Trainer(ClipLoss(), skip_scheduler=True), WARM_UP, "excludes --skip-scheduler"),
         (Trainer(ClipLoss(), accum_freq=2), IGNORED, f"{CAPTIONS} excludes --accum-freq above 1"),
-        (Trainer(ClipLoss(), torchscript=True), IGNORED, f"{CAPTIONS} excludes --torchscript"),
-        (Trainer(DistillClipLoss()), IGNORED, f"{CAPTIONS} needs CLIP's or SigLIP's loss"),
-        (Trainer(ClipLoss(), texts=False), IGNORED, f"{CAPTIONS}: the model got no captions"),
+        (Trainer(DistillClipLoss()), IGNORED, NEED),
+        (Trainer(DistillClipLoss()), RING, NEED),
+        (Trainer(ClipLoss(), failure=DEVICES), (), "OpenCLIP 3 can't train with several"),
     ],
 )
 def test_unsupported_runs_stop_with_one_line(
@@ -309,22 +353,47 @@ def test_unsupported_runs_stop_with_one_line(
     ("flag", "wrong", "message"),
     [
         ("--lambda-inmodal", "-1", "--lambda-inmodal must be finite and >= 0"),
-        ("--reference-batch-size", "-1", "--reference-batch-size must be >= 0, got -1"),
+        ("--reference-batch-size", "-1", "--reference-batch-size must be >= 1 and finite"),
         (CAPTIONS, "same", f"argument {CAPTIONS}: invalid choice: 'same'"),
-        ("--impl", "triton", "--impl triton needs features on a CUDA or ROCm device, got cpu"),
-        ("--model-config", "no.json", "must be the JSON file of a model, not no.json"),
-        ("--lambda-warmup", "-1", "fraction of all steps from 0.0 to 1.0, not -1"),
-        ("--lambda-warmup", "1.5", "fraction of all steps from 0.0 to 1.0, not 1.5"),
-        ("--lambda-warmup", "half", "fraction of all steps from 0.0 to 1.0, not half"),
+        ("--lambda-warmup", "-1", "fraction of all steps up to 1.0, not -1"),
+        ("--lambda-warmup", "1.5", "fraction of all steps up to 1.0, not 1.5"),
+        ("--lambda-warmup", "half", "fraction of all steps up to 1.0, not half"),
     ],
 )
 def test_bad_flags_are_refused(flag, wrong, message, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(open_clip_train.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("cyclip_loss.kernels.INTERPRETED", False)
     with pytest.raises(SystemExit) as stopped:
         launch(Trainer(ClipLoss()), monkeypatch, flag, wrong)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_misspelled_flag_is_named_in_one_line(tmp_path: Path, capsys) -> None:
+    for flag in ("--lambda-inmodl", "--lr-schedulr"):  # ours, and OpenCLIP's
+        with pytest.raises(SystemExit) as stopped:
+            open_clip_train.main([flag, "0.5", "--logs", str(tmp_path)])
+        assert str(stopped.value).strip() == f"unrecognized arguments: {flag} 0.5"
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_triton_is_refused_where_the_kernels_do_not_run(is_broken: bool, monkeypatch) -> None:
+    """It is asked for on the device that OpenCLIP gives this rank."""
+    monkeypatch.setattr("cyclip_loss.kernels.INTERPRETED", False)
+    trainer, message = Trainer(ClipLoss()), "needs features on a CUDA or ROCm device, got meta"
+    trainer.device = torch.device("meta")
+    if is_broken:
+        monkeypatch.setitem(sys.modules, "cyclip_loss.kernels", None)
+        message = "import of cyclip_loss.kernels halted"
+    with pytest.raises(SystemExit, match=f"^cyclip_loss: --impl triton: .*{message}"):
+        launch(trainer, monkeypatch, "--impl", "triton")
+
+
+def test_an_evaluation_with_open_clip_4_has_no_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, task = Trainer(ClipLoss(), "4"), nn.Module()
+    trainer.create_task = lambda args, model: task
+    trainer.main = lambda argv: setattr(trainer, "finished", trainer.create_task([], None) is task)
+    launch(trainer, monkeypatch)
+    assert not hasattr(task, "loss")
 
 
 class Other(ClipLoss):
@@ -386,18 +455,10 @@ def test_the_command_fails_if_the_trainer_fails(monkeypatch: pytest.MonkeyPatch)
         launch(trainer, monkeypatch)
 
 
-def test_the_trainer_of_open_clip_2_gets_the_loss_or_is_refused(
+def test_without_open_clips_trainer_one_line_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name in ("open_clip_train", "open_clip_train.main", "training"):
+    for name in ("open_clip_train", "open_clip_train.main"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(SystemExit, match=r"import of open_clip_train.*pip install"):
-        open_clip_train.main([])
-    trainer = Trainer(ClipLoss())
-    monkeypatch.setitem(sys.modules, "training", ModuleType("training"))
-    monkeypatch.setitem(sys.modules, "training.main", trainer)
-    open_clip_train.main([])
-    assert trainer.finished
-    monkeypatch.delattr(trainer, "create_loss")
-    with pytest.raises(SystemExit, match="does not support"):
         open_clip_train.main([])

@@ -1,0 +1,133 @@
+"""Writes the result tables of the pages from the records.
+
+    python .mkdocs/tables.py           write them
+    python .mkdocs/tables.py --check   exit with status 1 if a page is not what this would write
+
+A table stands below a comment of this form, which is not shown:
+
+    <!-- table of reference_train/results/icons: runs.txt evaluation-8.json
+    loss, steps | R@10 = icons recall | runs = runs
+    * CLIP, 512 = runs/clip-?; evaluation-8/clip-?
+    CyCLIP, 512 = runs/cyclip-?
+    -->
+
+The first line has the records. The second line has the heading of the first column, and then the
+other columns, each with its metric. Each further line is a row: its title, and the runs, as
+RECORD/RUN with wildcards. A row that begins with `? ` is left out if no record has such a run.
+A cell has the mean of the runs that have the metric, with the lowest and the highest. ▲: the range
+of at least three runs is above the range of the last row with `*`; ▼: below it.
+"""
+
+import csv
+import json
+import re
+import sys
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from statistics import mean
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/*.md", "benchmarks/README.md", "reference_train/results/*/README.md")
+TABLE = re.compile(r"(?<=<!-- table of )(.*?)\n-->\n(?:\n(?:\|[^\n]*\n)+)?", re.DOTALL)
+NOT_ACCURACIES = ("gap", "uniformity", "correlation")  # endings of metrics without marks
+Numbers = dict[str, float]
+
+
+def runs_of(path: Path) -> Iterator[tuple[str, Numbers]]:
+    """The runs of a record, and their numbers."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".txt":  # R@10 after each epoch, in %
+        for block in text.split("\n\n"):
+            if found := re.search(r"R@10: .*?([\d.]+)$", block, re.MULTILINE):
+                title = re.sub(r": \d+ minutes.*", "", block.strip().partition("\n")[0])
+                yield title, {"icons recall": float(found[1]) / 100}
+    elif path.suffix == ".csv":
+        for row in csv.DictReader(text.splitlines()):
+            settings = ("steps", "batch_size", "loss", "penalty_weight", "seed")
+            title = " ".join(row[name] for name in settings)
+            yield title, {name: float(row[name]) for name in row if ": " in name or "_" in name}
+    elif "results" in (record := json.loads(text)):
+        for title, measured in record["results"].items():
+            numbers = {}
+            for dataset, result in measured.items():
+                for group, values in {"": result["numbers"], **result["groups"]}.items():
+                    name = f"{dataset}/{group}".rstrip("/")
+                    numbers |= {f"{name} {metric}": value for metric, value in values.items()}
+            yield title, numbers
+    else:  # times and memory of losses
+        for row in record["sections"]["cost"]["rows"]:
+            if "ms" in row:
+                size = f"{row['N']}x{row['D']}"
+                yield row["loss"], {f"{size} ms": row["ms"], f"{size} MB": row["peak MB"]}
+
+
+def cell(values: list[float], metric: str, baseline: list[float]) -> str:
+    """A cell of a table."""
+    if not values:
+        return "–"
+    if metric.endswith(("ms", "MB")):
+        (value,), unit = values, metric.rpartition(" ")[2]
+        value, unit = (value / 1000, "s") if unit == "ms" and value >= 1000 else (value, unit)
+        return f"{float(f'{value:.3g}'):,g} {unit}"
+    factor, digits = (1, 2) if metric.endswith(NOT_ACCURACIES[1:]) else (100, 1)
+    average, low, high = (f"{factor * f(values):.{digits}f}" for f in (mean, min, max))
+    bounds = f"{low} to {high}" if min(values) < 0 else f"{low}–{high}"
+    text = (average if len(values) == 1 else f"{average} ({bounds})").replace("-", "−")
+    if min(len(values), len(baseline)) >= 3 and not metric.endswith(NOT_ACCURACIES):
+        text += " ▲" * (min(values) > max(baseline)) + " ▼" * (max(values) < min(baseline))
+    return text
+
+
+def table(spec: str) -> str:
+    """The table that the text of a comment describes."""
+    records, heading, *lines = spec.splitlines()
+    folder, _, names = records.partition(": ")
+    runs = [
+        (f"{name.partition('.')[0]}/{title}", numbers)
+        for name in names.split()
+        for title, numbers in runs_of(ROOT / folder / name)
+    ]
+    first, *columns = heading.split(" | ")
+    titles, metrics = zip(*(column.rsplit(" = ", 1) for column in columns), strict=True)
+    rows = ["| " + " | ".join([first, *titles]) + " |", "|---|" + "---:|" * len(titles)]
+    baseline: dict[str, list[float]] = {}
+    for line in lines:
+        title, _, patterns = line.removeprefix("* ").removeprefix("? ").rpartition(" = ")
+        shown = [
+            numbers
+            for run, numbers in runs
+            if any(fnmatchcase(run, pattern) for pattern in patterns.split("; "))
+        ]
+        if not shown and line.startswith("? "):
+            continue
+        if not shown:
+            raise SystemExit(f"no run {patterns}")
+        values = {name: [run[name] for run in shown if name in run] for name in metrics}
+        baseline = values if line.startswith("* ") else baseline
+        cells = [cell(values[name], name, baseline.get(name, [])) for name in metrics]
+        if "runs" in metrics:
+            cells[metrics.index("runs")] = str(max(map(len, values.values())))
+        rows.append("| " + " | ".join([title, *cells]) + " |")
+    return "\n".join(rows)
+
+
+def stale(write: bool) -> list[str]:
+    """The pages whose tables are not those of the records. write: whether to mend them."""
+    found = []
+    for path in sorted(path for page in PAGES for path in ROOT.glob(page)):
+        text = path.read_text(encoding="utf-8")
+        new = TABLE.sub(lambda match: f"{match[1]}\n-->\n\n{table(match[1])}\n", text)
+        if new != text:
+            found.append(path.relative_to(ROOT).as_posix())
+            if write:
+                path.write_text(new, encoding="utf-8")
+    return found
+
+
+if __name__ == "__main__":
+    check = "--check" in sys.argv[1:]
+    changed = stale(write=not check)
+    for page in changed:
+        print(f"{page} is stale: run `make tables`" if check else page)
+    sys.exit(bool(check and changed))
