@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, redirect_stderr
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -111,6 +112,12 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         choices=SAME_IDS,
         help="what pairs with one caption are, instead of negatives (CLIP and SigLIP)",
     )
+    add(
+        "--model-config",
+        type=model_config,
+        metavar="FILE.json",
+        help="a model configuration of OpenCLIP's, FILE.json, for --model FILE",
+    )
     ours, theirs = parser.parse_known_args(argv)
     if {"-h", "--help"} & set(theirs):
         parser.print_help()
@@ -140,6 +147,15 @@ def steps_or_share(text: str) -> int | float:
             f"must be a number of steps >= 0, or a fraction of all steps up to 1.0, not {text}"
         )
     return float(text) if "." in text else int(text)
+
+
+def model_config(file: str) -> str:
+    """An argument's type: a model configuration, which OpenCLIP then knows by the file's stem."""
+    open_clip = import_module("open_clip")
+    open_clip.add_model_config(file)
+    if Path(file).stem not in open_clip.list_models():
+        raise argparse.ArgumentTypeError(f"must be the JSON file of a model, not {file}")
+    return file
 
 
 class _Swap:

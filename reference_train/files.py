@@ -1,7 +1,6 @@
 """Writes files and folders whole or not at all, and locks folders."""
 
 import contextlib
-import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -10,9 +9,6 @@ from pathlib import Path
 import filelock
 
 from .command_line import RunFailed, UsageError, first_line
-
-# Errors that a disk gives when it is full, or may not be written.
-CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 # The workers of a process that was killed hold its lock until they notice, after some seconds.
 PATIENCE = 10.0  # seconds
@@ -50,7 +46,7 @@ def write_text(content: str, path: Path) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """Yields an empty temporary folder. If nothing raises, it is then renamed to `path` (--out).
 
-    Raises `UsageError` if `path` exists or can't be written, and `RunFailed` if the disk is full.
+    Raises `UsageError` if `path` exists or can't be written.
     """
     if path.exists():
         raise UsageError(f"--out {path}: already exists")
@@ -60,12 +56,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=parent, prefix=f".{path.name}.") as temporary:
         folder = Path(temporary) / path.name
         folder.mkdir()
-        try:
-            yield folder
-        except OSError as error:
-            if error.errno not in CANNOT_WRITE:
-                raise
-            raise RunFailed(f"--out {path} can't be written: {error.strerror}") from error
+        yield folder
         folder.replace(path)
 
 

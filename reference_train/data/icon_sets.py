@@ -8,7 +8,6 @@ import random
 import re
 import signal
 import tarfile
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from ..command_line import UsageError, first_line
+from .samples import READ_ERRORS
 
 URL = "https://registry.npmjs.org/@iconify/json/-/json-2.2.535.tgz"
 SHA256 = "1a545f86fa224d6531d8fb101dcbe83aac2b28689a21cbed6fc68318a5af4d91"
@@ -88,7 +88,7 @@ def read_json(archive: Path, files: Sequence[str]) -> dict[str, Any]:
             for member in tar:
                 if (file := member.name.removeprefix("package/")) in files:
                     found[file] = json.load(tar.extractfile(member) or io.BytesIO())
-    except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
+    except READ_ERRORS as error:
         raise UsageError(f"{archive}: can't be read: {first_line(error)}") from error
     if missing := set(files) - set(found):
         raise UsageError(f"{archive}: has no {min(missing)}: it is not the expected package")

@@ -13,8 +13,6 @@ import hashlib
 import importlib.util
 import json
 import random
-import signal
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Generator, Sequence
@@ -31,7 +29,6 @@ from rich.progress import track
 from ..command_line import Parser, RunFailed, first_line, run, whole_number
 from ..files import new_folder
 from .icon_sets import SHA256, URL, Drawn, Icon, caption, draw, is_held_out, licence, read_sets
-from .samples import count_pairs
 
 SAMPLES_PER_SHARD = 5000
 CHUNK = 64  # icons in a task of the process pool
@@ -61,19 +58,13 @@ def main(argv: Sequence[str]) -> None:
     arguments = parse_arguments(argv)
     if importlib.util.find_spec("resvg_py") is None:
         raise RunFailed("resvg_py is not installed: pip install resvg-py")
-    # SIGTERM then raises SystemExit, so the unfinished folder is removed.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with new_folder(arguments.out) as folder, tempfile.TemporaryDirectory() as temporary:
         archive = arguments.package or download(Path(temporary) / "icons.tgz")
         built = build(archive, folder, arguments.limit, arguments.pictures_of_a_name)
-        source = {
-            "package": str(arguments.package or URL),
-            "sha256": hashlib.sha256(archive.read_bytes()).hexdigest(),
-            "limit": arguments.limit,
-            "pictures_of_a_name": arguments.pictures_of_a_name,
-        }
-        manifest = json.dumps({**source, **built}, indent=1, ensure_ascii=False)
-        (folder / "manifest.json").write_text(manifest)
+        sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
+        source = {**vars(arguments), "package": arguments.package or URL, "sha256": sha256}
+        text = json.dumps({**source, **built}, indent=1, ensure_ascii=False, default=str)
+        (folder / "manifest.json").write_text(text)
     pairs = built["pairs"]
     print(f"{arguments.out}: {pairs['train']:,} pairs to train on, {pairs['val']:,} held out")
 
@@ -101,6 +92,7 @@ def build(archive: Path, out: Path, limit: int | None, pictures_of_a_name: int) 
     # Part -> name -> number of its pictures.
     names: dict[str, Counter[str]] = {part: Counter() for part in max_pictures}
     used_icons: Counter[str] = Counter()  # of each set
+    sizes: Counter[str] = Counter()  # the number of pairs in each shard
     # mtime=0: every run writes the same bytes. A fractional time would need an extra header.
     writer = partial(wds.ShardWriter, maxcount=SAMPLES_PER_SHARD, mtime=0, verbose=0)
     with (
@@ -116,18 +108,16 @@ def build(archive: Path, out: Path, limit: int | None, pictures_of_a_name: int) 
             names[part][icon.name] += 1
             used_icons[icon.set] += 1
             text = caption(icon, sets[icon.set]["name"], random.Random(icon.key))
-            sample: dict[str, Any] = {
-                "__key__": icon.key.replace(".", "_"),
-                "png": png,
-                "txt": text,
-            }
+            sample: dict[str, Any] = {"__key__": icon.key.replace(".", "_")}
+            sample |= {"png": png, "txt": text}
             if part == "val":  # training does not read it, and is slower with more files in a tar
                 sample["json"] = {"name": icon.name, "style": icon.style, "set": icon.set}
-            (train if part == "train" else val).write(sample)
-    write_sizes(out)
+            shards = train if part == "train" else val
+            shards.write(sample)
+            sizes[Path(shards.fname).name] += 1
+    (out / "sizes.json").write_text(json.dumps(sizes))
     return {
         "pairs": {part: sum(names[part].values()) for part in max_pictures},
-        "names": {part: len(counter) for part, counter in names.items()},
         "left_out": dict(left_out.most_common()),
         "sets": {
             prefix: describe(info, used_icons[prefix])
@@ -176,13 +166,6 @@ def draw_in_processes(icons: Sequence[Icon]) -> Generator[Drawn, None, None]:
             done += CHUNK
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def write_sizes(folder: Path) -> None:
-    """Writes sizes.json: the number of pairs in each tar file of a folder."""
-    shards = sorted(folder.glob("*.tar"))
-    sizes = {shard.name: count_pairs(str(shard), SAMPLES_PER_SHARD) for shard in shards}
-    (folder / "sizes.json").write_text(json.dumps(sizes))
 
 
 def describe(info: dict[str, Any], icons: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from webdataset.tariterators import base_plus_ext
 from ..command_line import UsageError, first_line
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
-DECOMPRESSION_ERRORS = (lzma.LZMAError, zlib.error)
+READ_ERRORS = (OSError, EOFError, ValueError, tarfile.TarError, lzma.LZMAError, zlib.error)
 
 
 class Sample(NamedTuple):
@@ -49,7 +49,7 @@ def read_samples(shards: Sequence[str]) -> Iterator[Sample]:
                     yield Sample(sample["__key__"], image, caption, info)
         except FileNotFoundError as error:
             raise UsageError(f"no such shard: {shard}") from error
-        except (OSError, EOFError, ValueError, tarfile.TarError, *DECOMPRESSION_ERRORS) as error:
+        except READ_ERRORS as error:
             raise UsageError(f"{shard}: can't be read: {first_line(error)}") from error
 
 
@@ -57,36 +57,6 @@ def samples_in(tar: tarfile.TarFile) -> Iterator[dict[str, tarfile.TarInfo]]:
     """Yields a dict for each sample of an open tar file: extension -> header of the file."""
     for _, members in groupby(tar, key=lambda member: base_plus_ext(member.name)[0]):
         yield {(base_plus_ext(member.name)[1] or "").lower(): member for member in members}
-
-
-def count_pairs(shard: str, limit: int) -> int:
-    """The number of samples with an image and a caption in a tar file, counted up to `limit`.
-
-    Only headers are read.
-    """
-    pairs = 0
-    try:
-        with tarfile.open(shard) as tar:
-            for sample in samples_in(tar):
-                if "txt" in sample and not sample.keys().isdisjoint(IMAGE_EXTENSIONS):
-                    pairs += 1
-                if pairs == limit:
-                    break
-    except (OSError, EOFError, tarfile.TarError, *DECOMPRESSION_ERRORS):
-        pass  # samples after the damage can't be read
-    return pairs
-
-
-def ends_early(shard: str) -> bool:
-    """Whether a local tar file lacks the 1,024 zero bytes with which it should end.
-
-    False for compressed and remote files, which are not checked.
-    """
-    if not shard.endswith(".tar") or not os.path.isfile(shard):
-        return False
-    with open(shard, "rb") as file:
-        file.seek(max(0, os.path.getsize(shard) - 1024))
-        return file.read() != bytes(1024)
 
 
 def fingerprint(shards: Sequence[str]) -> str:
@@ -103,11 +73,3 @@ def decode(image: bytes, size: int) -> npt.NDArray[np.uint8]:
     with Image.open(io.BytesIO(image)) as opened:
         rgb = opened.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(rgb).transpose(2, 0, 1)
-
-
-def on_white(image: Image.Image) -> Image.Image:
-    """The image in RGB. Transparent parts are white."""
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return image.convert("RGB")

@@ -1,6 +1,7 @@
 """The demonstration: `python -m reference_train`, with `--help` for its options."""
 
 import argparse
+import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,16 +10,16 @@ from typing import Any
 import torch
 
 from ..command_line import Parser, UsageError, add_device, whole_number
-from ..data.emoji import EMOJI_FOLDER, TRAIN_STYLES, EmojiSet, read_emoji
+from ..data.emoji import EMOJI_FOLDER, read_emoji
 from ..data.samples import fingerprint
-from ..evaluate import report
-from ..evaluate.datasets import Dataset, Images
+from ..evaluate import records, report
 from ..evaluate.metrics import measure
-from ..files import locked
+from ..files import locked, write_text
 from ..losses import LOSSES, PENALTY_WEIGHT
+from ..pretrain.runs import PARAMETERS
 from .batches import EmojiBatches
 from .datasets import DATASETS, open_dataset
-from .model import build_model, precision
+from .model import MODEL, TINY, build_model, precision
 from .train import REFERENCE_BATCH_SIZE, train
 
 PRESETS = {
@@ -91,14 +92,13 @@ def train_and_evaluate(arguments: argparse.Namespace, argv: Sequence[str]) -> No
     # `start` refuses other settings, so the runs in a folder differ in loss and seed only.
     shards = [str(path) for path in sorted(EMOJI_FOLDER.glob("*.tar.xz"))]
     compared = {**settings, "data": fingerprint(shards), "precision": precision(arguments.device)}
-    result = report.start(out, compared, command, arguments.device)
+    result = records.start(out, compared, command, arguments.device)
     emoji = read_emoji()
     if settings["batch_size"] > (concepts := len(emoji.in_split("train"))):
         raise UsageError(f"--batch-size {settings['batch_size']}: there are {concepts} concepts")
-    validation = validation_pairs(emoji)
     datasets = {name: open_dataset(emoji, name) for name in DATASETS}
-    result["data_sets"] = {name: report.describe(data) for name, data in datasets.items()}
-    report.save(result, out)
+    result["data_sets"] = {name: records.describe(data) for name, data in datasets.items()}
+    records.save(result, out)
     # All losses of a seed come before the next seed: an interrupted command has runs to compare.
     seeds, losses = range(arguments.seeds), dict.fromkeys(arguments.loss)
     runs = [(loss, seed) for seed in seeds for loss in losses]
@@ -116,19 +116,22 @@ def train_and_evaluate(arguments: argparse.Namespace, argv: Sequence[str]) -> No
         clip = build_model(name, config.logit_scale, arguments.device, logit_bias)
         batches = EmojiBatches(emoji, clip.tokenizer, config.batch_size, seed)
         (out / name).mkdir(exist_ok=True)
-        trained = train(config, clip, batches, validation, out / name)
+        describe_model(config, out / name)
+        trained = train(config, clip, batches, out / name)
         result.setdefault("history", {})[name] = trained.pop("history")
         result["checkpoints"][name] = {**vars(config), **trained}
+        print(f"{name}: evaluates on {len(datasets)} datasets", flush=True)
         result["results"][name] = {
             dataset: measure(clip, data, keep_similarities=dataset == SIMILARITIES_OF)
             for dataset, data in datasets.items()
         }
-        report.save(result, out)
+        records.save(result, out)
     report.write(result, out)
 
 
-def validation_pairs(emoji: EmojiSet) -> Dataset:
-    """The images and names on which a run is validated. The table has none of their concepts."""
-    images, concepts, styles = emoji.drawings(TRAIN_STYLES, emoji.in_split("validation"))
-    captions = [[emoji.concepts[concept].name] for concept in concepts.tolist()]
-    return Dataset(Images(images), captions=captions, groups=styles)
+def describe_model(config: argparse.Namespace, folder: Path) -> None:
+    """Writes what OpenCLIP and `evaluate` have to know of the checkpoint beside it."""
+    write_text(json.dumps(TINY, indent=1), folder / f"{MODEL}.json")
+    settings = {"model": MODEL, **vars(config), "siglip": LOSSES[config.loss].siglip}
+    lines = (f"{name}: {value}\n" for name, value in settings.items())
+    write_text("".join(lines), folder / PARAMETERS)

@@ -12,6 +12,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from ..evaluate.checkpoints import Clip
 
 IMAGE_SIZE, CONTEXT_LENGTH = 32, 20
+MODEL = "emoji-rn-32"  # its name on OpenCLIP's command line
 TINY: dict[str, Any] = {
     "embed_dim": 128,
     # Because `layers` is a tuple, OpenCLIP builds a ModifiedResNet.
@@ -19,32 +20,6 @@ TINY: dict[str, Any] = {
     "text_cfg": {"layers": 2, "width": 128, "heads": 4, "context_length": CONTEXT_LENGTH},
 }
 MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
-
-
-class TinyCLIP(open_clip.CLIP):  # type: ignore[misc]
-    """`open_clip.CLIP` that computes the same text features faster, with less padding.
-
-    Tokens after the end-of-text token cannot change a caption's feature: the attention is causal,
-    and the feature is read at the end-of-text token. Most captions are far shorter than the
-    context. So the shorter half of the batch is encoded first, and then the longer half, each cut
-    to its longest caption.
-    """
-
-    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
-        """text: (N, L) token ids, zero-padded -> (N, D) features."""
-        if text.is_cuda:  # waiting for the lengths would cost more than padding does
-            features_on_gpu: Tensor = super().encode_text(text, normalize)
-            return features_on_gpu
-        end = text.argmax(dim=-1)  # end-of-text is the highest id
-        order = end.argsort(stable=True)
-        halves = []
-        for half in order.chunk(2):
-            length = int(end[half[-1]]) + 1
-            x = self.token_embedding(text[half, :length]) + self.positional_embedding[:length]
-            x = self.transformer(x, attn_mask=self.attn_mask[:length, :length])
-            halves.append(self.ln_final(x)[torch.arange(len(x)), end[half]] @ self.text_projection)
-        x = torch.cat(halves)[order.argsort()]
-        return F.normalize(x, dim=-1) if normalize else x
 
 
 def normalize(images: Tensor) -> Tensor:
@@ -75,7 +50,7 @@ def build_model(
 
     logit_scale: the initial scale, exponentiated. logit_bias: the initial bias; None: no bias.
     """
-    model = TinyCLIP(
+    model = open_clip.CLIP(
         **TINY,
         init_logit_scale=math.log(logit_scale),
         init_logit_bias=logit_bias,

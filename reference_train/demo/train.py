@@ -18,8 +18,6 @@ from cyclip_loss import CyclicPenalty, CyCLIPLoss, CySigLIPLoss
 
 from ..command_line import RunFailed, UsageError
 from ..evaluate.checkpoints import Clip
-from ..evaluate.datasets import Dataset
-from ..evaluate.metrics import measure
 from ..files import atomic_write
 from ..losses import LOSSES, Loss
 from .batches import EmojiBatches, augment
@@ -31,7 +29,7 @@ MAX_GRADIENT_NORM = 1.0
 # advised elsewhere. All records of the demonstration were made with it, with three seeds.
 REFERENCE_BATCH_SIZE = 256
 WARMUP_SHARE = 0.1  # of all steps
-VALIDATIONS = 25  # in a run; after each one a checkpoint is saved
+CHECKPOINTS = 25  # that a run saves, and lines that it prints
 
 
 def between_views_loss(
@@ -56,9 +54,7 @@ def between_views_loss(
     return penalties + loss_fn.lambda_inmodal * pair_gap
 
 
-def train(
-    config: Namespace, clip: Clip, data: EmojiBatches, validation: Dataset, folder: Path
-) -> dict[str, Any]:
+def train(config: Namespace, clip: Clip, data: EmojiBatches, folder: Path) -> dict[str, Any]:
     """Trains `clip.model` in place, and saves `folder/checkpoint.pt`.
 
     config: name, loss, seed, steps, batch_size, lr, penalty_weight, reference_batch_size, and the
@@ -77,25 +73,34 @@ def train(
     set_learning_rate = cosine_lr(optimizer, config.lr, warmup, config.steps)
     progress = resume(path, config, model, optimizer)
     began = time.monotonic() - progress["seconds"]
-    steps_between_checkpoints = max(1, config.steps // VALIDATIONS)
+    steps_between_checkpoints = max(1, config.steps // CHECKPOINTS)
     new_steps: list[dict[str, Tensor]] = []
 
+    model.train()
     for step in range(progress["step"], config.steps):
-        model.train()
         set_learning_rate(step)
         pixels, tokens = model_inputs(config, clip, data, step)
         terms, logits = compute_terms(clip, loss, loss_fn, pixels, tokens)
         total: Any = sum(terms.values())
-        gradient_norm = update(model, optimizer, total)
-        values = {"loss": total, **terms, **logits}
-        values["gradient_norm"] = gradient_norm
+        optimizer.zero_grad()
+        total.backward()
+        gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+        values = {"loss": total, **terms, **logits, "gradient_norm": gradient_norm}
         new_steps.append({name: value.detach() for name, value in values.items()})
         done = step + 1
         if done % steps_between_checkpoints == 0 or done == config.steps:
             history = progress["history"] + to_numbers(new_steps, last_step=done)
-            history[-1] |= validate(config, clip, validation, history[-1])
+            if not math.isfinite(last_loss := history[-1]["loss"]):
+                raise RunFailed(f"{config.name}: the loss is {last_loss}, at step {done}")
             progress = {"step": done, "seconds": time.monotonic() - began, "history": history}
-            save(path, config, progress, model, optimizer if done < config.steps else None)
+            content = {**progress, "config": vars(config), "state_dict": model.state_dict()}
+            if done < config.steps:
+                content["optimizer"] = optimizer.state_dict()
+            with atomic_write(path) as temporary:
+                torch.save(content, temporary)
             print_progress(config, progress)
             new_steps = []
     model.eval()
@@ -104,28 +109,12 @@ def train(
 
 def build_loss(config: Namespace, loss: Loss) -> CyCLIPLoss | CySigLIPLoss:
     """The loss function, with the penalties that the loss has."""
-    penalties = {
-        "lambda_inmodal": config.penalty_weight * loss.inmodal,
-        "lambda_crossmodal": config.penalty_weight * loss.crossmodal,
-        "reference_batch_size": config.reference_batch_size,
-    }
-    if loss.siglip:
-        return CySigLIPLoss(**penalties)
-    return CyCLIPLoss(**penalties)
-
-
-def validate(
-    config: Namespace, clip: Clip, validation: Dataset, last: dict[str, Any]
-) -> dict[str, float]:
-    """The metrics of the validation data. Raises `RunFailed` if the last step's loss is not finite.
-
-    last: the metrics of the last step.
-    """
-    if not math.isfinite(last["loss"]):
-        raise RunFailed(f"{config.name}: the loss is {last['loss']}, at step {last['step']}")
-    clip.model.eval()
-    numbers = measure(clip, validation)["numbers"]
-    return {f"validation_{name}": value for name, value in numbers.items()}
+    loss_class = CySigLIPLoss if loss.siglip else CyCLIPLoss
+    return loss_class(
+        config.penalty_weight * loss.inmodal,
+        config.penalty_weight * loss.crossmodal,
+        reference_batch_size=config.reference_batch_size,
+    )
 
 
 def print_progress(config: Namespace, progress: dict[str, Any]) -> None:
@@ -148,30 +137,13 @@ def resume(
     if not path.exists():
         return {"step": 0, "seconds": 0.0, "history": []}
     saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    for name, value in saved.get("config", {}).items():  # older checkpoints have no settings
-        if value != getattr(config, name):
-            what = f"{path} is of a run with {name} = {value}, not {getattr(config, name)}"
-            raise UsageError(f"{what}: choose another --out")
-    model.load_state_dict(saved["model"])
+    if saved["config"] != vars(config):
+        raise UsageError(f"{path} is of a run with other settings: choose another --out")
+    model.load_state_dict(saved["state_dict"])
     if saved["step"] < config.steps:
         optimizer.load_state_dict(saved["optimizer"])
         print(f"{config.name}: resumes at step {saved['step']} of {config.steps}")
     return saved
-
-
-def save(
-    path: Path,
-    config: Namespace,
-    progress: dict[str, Any],
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
-) -> None:
-    """Writes a checkpoint. optimizer: None after the last step."""
-    content = {**progress, "config": vars(config), "model": model.state_dict()}
-    if optimizer is not None:
-        content["optimizer"] = optimizer.state_dict()
-    with atomic_write(path) as temporary:
-        torch.save(content, temporary)
 
 
 def model_inputs(
@@ -184,14 +156,9 @@ def model_inputs(
     """
     images, tokens = (x.to(clip.device, non_blocking=True) for x in data.batch(step))
     rng = np.random.default_rng([config.seed, step, 2**31])
-    views = num_views(LOSSES[config.loss])
+    views = 2 if LOSSES[config.loss].views else 1
     pixels = [normalize(augment(images, IMAGE_SIZE, rng)) for _ in range(views)]
     return torch.cat(pixels), tokens[:views].flatten(0, 1)
-
-
-def num_views(loss: Loss) -> int:
-    """How many views of each pair a loss needs."""
-    return 2 if loss.views else 1
 
 
 def compute_terms(
@@ -200,31 +167,20 @@ def compute_terms(
     """The weighted terms of the loss; and the logit scale and, if the model has one, the bias."""
     with clip.autocast():
         output = clip.model(pixels, tokens)
-    image_features = output["image_features"].chunk(num_views(loss))  # (N, D) for each view
-    text_features = output["text_features"].chunk(num_views(loss))
+    # For each view (N, D).
+    image_features, text_features = (
+        output[name].chunk(2 if loss.views else 1) for name in ("image_features", "text_features")
+    )
     # The model returns its bias itself, and the optimizer step changes it.
     logits = {name: x.clone() for name, x in output.items() if name.startswith("logit_")}
-    second_views = {}
+    options: dict[str, Any] = {**logits, "output_dict": True}
     if loss.views == "contrastive":
-        second_views = {
-            "augmented_image_features": image_features[1],
-            "augmented_text_features": text_features[1],
-        }
-    terms = loss_fn(image_features[0], text_features[0], **logits, output_dict=True, **second_views)
+        options["augmented_image_features"] = image_features[1]
+        options["augmented_text_features"] = text_features[1]
+    terms = loss_fn(image_features[0], text_features[0], **options)
     if loss.views == "geometric":
         terms["between_views_loss"] = between_views_loss(image_features, text_features, loss_fn)
     return terms, logits
-
-
-def update(model: Any, optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
-    """One optimizer step. Returns the norm of the gradients before they were clipped."""
-    optimizer.zero_grad()
-    loss.backward()
-    gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
-    optimizer.step()
-    with torch.no_grad():
-        model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
-    return gradient_norm
 
 
 def to_numbers(steps: Sequence[dict[str, Tensor]], last_step: int) -> list[dict[str, Any]]:

@@ -20,9 +20,10 @@ from ..command_line import RunFailed, UsageError
 from ..losses import LOSSES
 from ..pretrain.presets import register_models
 from ..pretrain.runs import PARAMETERS, load_checkpoint, read_parameters, without_wrappers
-from .datasets import Images, Unusable
+from .datasets import Images
 
 TEXT_BATCH_SIZE = 1024
+DEMONSTRATION = "checkpoint.pt"  # the checkpoint of a run of the demonstration
 RELEASED_MODEL = "RN50-quickgelu"  # OpenCLIP's name for the model of the authors' checkpoints
 # Arguments of OpenCLIP's trainer that change the model or its preprocessing.
 MODEL_ARGUMENTS = (
@@ -72,7 +73,7 @@ def find_checkpoints(
     paths: files, or folders of runs. model: the model of all checkpoints; None: the model in the
     params.txt of each run. pretrained: a tag of OpenCLIP's own weights.
 
-    Raises `UsageError` if a checkpoint or its model is missing, or a checkpoint is given twice.
+    Raises `UsageError` if a checkpoint or its model is missing.
     """
     register_models()
     found = [from_file(checkpoint_file(path), model) for path in paths]
@@ -89,23 +90,23 @@ def find_checkpoints(
         found.append(Checkpoint(title, model, None, pretrained))
     if not found:
         raise UsageError("no checkpoint: give one, or --model with --pretrained")
-    titles = [checkpoint.title for checkpoint in found]
     for checkpoint in found:
-        if titles.count(checkpoint.title) > 1:
-            raise UsageError(f"{checkpoint.title} is given twice")
         if ":" not in checkpoint.model and checkpoint.model not in open_clip.list_models():
             raise UsageError(f"{checkpoint.title}: OpenCLIP has no model {checkpoint.model!r}")
     return found
 
 
 def checkpoint_file(path: Path) -> Path:
-    """The path itself if it is a file. In a run's folder: its best epoch, or else its newest."""
+    """The path itself if it is a file. In a run's folder: its best epoch, or else its newest.
+
+    A run of the demonstration has one checkpoint.
+    """
     if path.is_file():
         return path
     for folder in (path / "checkpoints", path):
         epochs = sorted(folder.glob("epoch_[0-9]*.pt"), key=lambda p: (len(p.name), p.name))
         # epoch.best.pt is the CyCLIP authors' name; epoch_latest.pt is as new as the newest epoch
-        names = ("best.pt", "epoch.best.pt", "epoch_latest.pt")
+        names = ("best.pt", "epoch.best.pt", "epoch_latest.pt", DEMONSTRATION)
         for file in (*(folder / name for name in names), *epochs[-1:]):
             if file.is_file():
                 return file
@@ -123,12 +124,17 @@ def from_file(file: Path, model: str | None) -> Checkpoint:
             f"{file}: no {PARAMETERS} of a run beside it: pass --model ({RELEASED_MODEL} for "
             "checkpoints of the CyCLIP authors)"
         )
+    if name not in open_clip.list_models():
+        # A configuration of one's own: --model-config of the run, or a file beside the checkpoint.
+        open_clip.add_model_config(parameters.get("model_config") or folder)
     arguments = {k: parameters[k] for k in MODEL_ARGUMENTS if parameters.get(k)}
     if parameters.get("siglip"):  # so that the model has a bias; the weights have its value
         arguments["init_logit_bias"] = 0.0
     title = file.stem
     if folder.name == "checkpoints":
         title = run.name
+    elif file.name == DEMONSTRATION:
+        title = folder.name
     elif folder.suffix == ".pt":  # the CyCLIP authors released cyclip.pt/best.pt
         title = folder.stem
     return Checkpoint(title, name, file, arguments=arguments, parameters=parameters)
@@ -137,25 +143,18 @@ def from_file(file: Path, model: str | None) -> Checkpoint:
 def describe_run(title: str, parameters: dict[str, Any]) -> dict[str, Any]:
     """The loss and the seed of a run, for tables and figures. The loss is None if it is not known.
 
-    The title ends with the name of the loss. ("x-c-cyclip" ends with c-cyclip, not with cyclip.) If
-    the run had other penalties or views than this loss, the run's settings decide.
+    The run's settings decide. The authors' checkpoints have none, but the loss as their title.
 
     parameters: the run's params.txt.
     """
-    seed = parameters.get("seed")
-    stem = title if seed is None else title.removesuffix(f"-{seed}")
-    endings = [loss for loss in LOSSES if stem == loss or stem.endswith(f"-{loss}")]
-    loss = max(endings, key=len, default=None)
+    loss = parameters.get("loss", title)
+    loss = loss if loss in LOSSES else None
     if "lambda_inmodal" in parameters:
-        inmodal, crossmodal = (parameters[f"lambda_{k}"] > 0 for k in ("inmodal", "crossmodal"))
+        penalties = [parameters[f"lambda_{name}"] > 0 for name in ("inmodal", "crossmodal")]
         views = "contrastive" if parameters.get("views") else ""
-        candidates = [
-            name
-            for name, x in LOSSES.items()
-            if (x.inmodal, x.crossmodal, x.views) == (inmodal, crossmodal, views)
-        ]
-        loss = loss if loss in candidates else candidates[0]
-    return {"loss": loss, "seed": seed}
+        settings = (*penalties, views, bool(parameters.get("siglip")))
+        loss = next((name for name, found in LOSSES.items() if found[1:] == settings), None)
+    return {"loss": loss, "seed": parameters.get("seed")}
 
 
 @dataclass
@@ -178,15 +177,10 @@ class Clip:
         dtype = torch.float16 if self.precision == "amp" else torch.bfloat16
         return torch.autocast(self.device.type, dtype, enabled=self.precision != "fp32")
 
-    def encode_images(
-        self, images: Images, indices: Tensor, split: str
-    ) -> tuple[Tensor, Tensor, list[str]]:
-        """Encodes images. Leaves out images that cannot be read.
+    def encode_images(self, images: Images, indices: Tensor, split: str) -> Tensor:
+        """(m, D) features, not normalised, float32, on the CPU.
 
         indices: (m,), of the images. split: the name that the progress bar shows.
-
-        Returns (n, D) features, not normalised, float32, on the CPU; the indices (n,) of their
-        images; and an error message for each image that is left out.
         """
         loader: Any = DataLoader(
             indices.tolist(),  # type: ignore[arg-type]
@@ -195,29 +189,19 @@ class Clip:
             pin_memory=self.device.type == "cuda",
             collate_fn=partial(read_batch, images, self.preprocess),
         )
-        description = f"{self.progress}, {split}"
-        features, readable, unreadable = [], [], []
-        for batch in track(loader, description, transient=True, disable=not self.progress):
-            unreadable += [pixels for _, pixels in batch if isinstance(pixels, str)]
-            samples = [sample for sample in batch if not isinstance(sample[1], str)]
-            if samples:
-                readable += [index for index, _ in samples]
-                pixels = torch.stack([pixels for _, pixels in samples]).to(self.device)
-                with torch.inference_mode(), self.autocast():
-                    features.append(self.model.encode_image(pixels).float().cpu())
-        if not features:
-            raise Unusable(f"no picture can be read: {unreadable[0]}")
-        return self._finite(torch.cat(features)), torch.tensor(readable), unreadable
+        description, features = f"{self.progress}, {split}", []
+        for pixels in track(loader, description, transient=True, disable=not self.progress):
+            with torch.inference_mode(), self.autocast():
+                features.append(self.model.encode_image(pixels.to(self.device)).float().cpu())
+        return self._finite(torch.cat(features))
 
     def encode_texts(self, texts: list[str]) -> Tensor:
         """(m, D) features of unit length, float32, on the CPU."""
-        parts = []
-        for start in range(0, len(texts), TEXT_BATCH_SIZE):
-            tokens = self.tokenizer(texts[start : start + TEXT_BATCH_SIZE]).to(self.device)
+        features = []
+        for tokens in self.tokenizer(texts).split(TEXT_BATCH_SIZE):
             with torch.inference_mode(), self.autocast():
-                features = self.model.encode_text(tokens)
-            parts.append(F.normalize(features.float(), dim=-1).cpu())
-        return self._finite(torch.cat(parts))
+                features.append(self.model.encode_text(tokens.to(self.device)).float().cpu())
+        return self._finite(F.normalize(torch.cat(features), dim=-1))
 
     def encode_classes(self, names: list[str], templates: list[str]) -> Tensor:
         """(C, D) features of unit length. The feature of a class is the mean over the templates."""
@@ -239,12 +223,9 @@ class Clip:
         return features
 
 
-def read_batch(
-    images: Images, preprocess: Callable[[Any], Tensor], indices: list[int]
-) -> list[tuple[int, Tensor | str]]:
-    """For each image its index, and the model's input or the reason why it cannot be read."""
-    opened = ((i, images[i]) for i in indices)  # a generator, because images may be large
-    return [(i, image if isinstance(image, str) else preprocess(image)) for i, image in opened]
+def read_batch(images: Images, preprocess: Callable[[Any], Tensor], indices: list[int]) -> Tensor:
+    """The model's input for these images."""
+    return torch.stack([preprocess(images[i]) for i in indices])
 
 
 def load(checkpoint: Checkpoint, device: torch.device, **settings: Any) -> Clip:
@@ -287,33 +268,21 @@ def load(checkpoint: Checkpoint, device: torch.device, **settings: Any) -> Clip:
 def check_activation(checkpoint: Checkpoint, content: dict[str, Any]) -> None:
     """Raises `UsageError` if the authors' code wrote the weights, and the model lacks QuickGELU.
 
-    The weights would load without an error, but give other text features.
+    The weights would load without an error, but give other text features. The authors' checkpoints
+    have the same fields as OpenCLIP's, but OpenCLIP applies no weight decay to one-dimensional
+    weights. The authors' code decides by the name of a weight, and so applies weight decay to some
+    batch norms.
     """
     name = checkpoint.model
-    if ":" in name or not from_authors_code(checkpoint, content):
+    if ":" in name or "optimizer" not in content or "model" in checkpoint.parameters:
         return
-    if open_clip.get_model_config(name).get("quick_gelu"):
-        return
-    raise UsageError(
-        f"{checkpoint.path}: the CyCLIP authors' code wrote these weights, for QuickGELU; {name} "
-        f"would give other features or not load: pass --model {RELEASED_MODEL} for the files that "
-        "they released, or another model with QuickGELU (if OpenCLIP's trainer wrote the weights, "
-        f"put its {PARAMETERS} beside them)"
-    )
-
-
-def from_authors_code(checkpoint: Checkpoint, content: dict[str, Any]) -> bool:
-    """Whether the CyCLIP authors' code wrote a checkpoint.
-
-    Its checkpoints have the same fields as OpenCLIP's, but OpenCLIP applies no weight decay to
-    one-dimensional weights. The authors' code decides by the name of a weight, and so applies
-    weight decay to some batch norms.
-    """
-    fields = {"epoch", "name", "state_dict"}
-    if "model" in checkpoint.parameters or not fields <= content.keys() <= {*fields, "optimizer"}:
-        return False
-    if "optimizer" not in content:
-        return True  # OpenCLIP always saves it
     groups = content["optimizer"]["param_groups"]
     decaying = sum(len(group["params"]) for group in groups if group["weight_decay"])
-    return decaying > sum(tensor.ndim > 1 for tensor in content["state_dict"].values())
+    from_authors = decaying > sum(tensor.ndim > 1 for tensor in content["state_dict"].values())
+    if from_authors and not open_clip.get_model_config(name).get("quick_gelu"):
+        raise UsageError(
+            f"{checkpoint.path}: the CyCLIP authors' code wrote these weights, for QuickGELU; "
+            f"{name} would give other features or not load: pass --model {RELEASED_MODEL} for the "
+            "files that they released, or another model with QuickGELU (if OpenCLIP's trainer "
+            f"wrote the weights, put its {PARAMETERS} beside them)"
+        )

@@ -3,19 +3,17 @@
 A new format needs a function that returns a `Dataset`, and a line in `recognise` that calls it.
 """
 
-import ast
 import io
 import json
 import pkgutil
 import re
 import tarfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import pandas as pd
 import torch
 from open_clip import IMAGENET_CLASSNAMES
 from PIL import Image
@@ -23,56 +21,44 @@ from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
-from ..command_line import first_line
+from ..command_line import first_line, say
 from ..data import emoji
-from ..data.samples import IMAGE_EXTENSIONS, on_white, samples_in
+from ..data.samples import IMAGE_EXTENSIONS, samples_in
 from . import paper
 
 DRAWING_TEMPLATES = ["{}", "a drawing of {}", "a picture of {}", "an icon of {}"]
-LABELS = "labels.csv"  # of the CyCLIP authors: a line for each image, with its label
 
 
 class Unusable(Exception):
     """A dataset cannot be evaluated. The table shows the message as the reason."""
 
 
-class Member(NamedTuple):
-    """A file in a tar file, and its place there."""
-
-    shard: Path
-    name: str
-    offset: int
-    size: int
-
-
 class Images:
     """Images by index, for a `torch.utils.data.DataLoader`.
 
-    places: for each image its file, its member of a tar file, or its pixels (3, S, S) uint8.
+    places: for each image its file, its place in a tar file (the file, the member's name, offset
+    and size), or its pixels (3, S, S) uint8.
     """
 
-    def __init__(self, places: Tensor | Sequence[Path | Member]):
+    def __init__(self, places: Tensor | Sequence[Path | tuple[Path, str, int, int]]):
         self.places = places
 
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getitem__(self, index: int, /) -> Image.Image | str:
-        """An RGB image or, if it cannot be decoded, the name of its file and the reason."""
+    def __getitem__(self, index: int, /) -> Image.Image:
+        """An RGB image. Raises `Unusable` with the name of its file if it cannot be decoded."""
         place = self.places[index]
         if isinstance(place, Tensor):
             return Image.fromarray(place.permute(1, 2, 0).contiguous().numpy())
+        shard, name, offset, size = place if isinstance(place, tuple) else (place, "", 0, -1)
         try:
-            file: Any = place
-            if isinstance(place, Member):
-                with place.shard.open("rb") as tar:
-                    tar.seek(place.offset)
-                    file = io.BytesIO(tar.read(place.size))
-            with Image.open(file) as image:
-                return on_white(image)
+            with shard.open("rb") as file:
+                file.seek(offset)
+                with Image.open(io.BytesIO(file.read(size))) as image:
+                    return image.convert("RGB")
         except Exception as error:  # Pillow raises SyntaxError for a broken PNG, for example
-            where = f"{place.shard}, {place.name}" if isinstance(place, Member) else place
-            return f"{where}: {first_line(error)}"
+            raise Unusable(f"{shard} {name}: {first_line(error)}") from error
 
 
 @dataclass
@@ -108,44 +94,26 @@ class Dataset:
             if low < 0 or high >= len(classes.names):
                 raise Unusable(f"labels from {low} to {high}, but {len(classes.names)} class names")
 
-    def select(self, indices: Tensor) -> "Dataset":
-        """The dataset with the labels, captions and groups of these images only.
-
-        indices: (m,) int64, of the images. `images` itself is not changed.
-        """
-        chosen = indices.tolist()
-        classes = {
-            task: replace(classes, labels=classes.labels[indices])
-            for task, classes in self.classes.items()
-        }
-        captions = self.captions and [self.captions[i] for i in chosen]
-        groups = self.groups and [self.groups[i] for i in chosen]
-        return replace(self, classes=classes, captions=captions, groups=groups)
-
 
 Opener = Callable[[], Dataset]
 LabelledImages = tuple[Images, Tensor]  # labels: (n,) int64
 
 
-def find(roots: Sequence[Path]) -> tuple[dict[str, Opener], list[Path]]:
-    """The datasets in `roots`, the paper's first, and the files and folders that are not used.
+def find(roots: Sequence[Path]) -> dict[str, Opener]:
+    """The datasets in `roots`, the paper's first. Prints which files and folders are not used.
 
     roots: datasets, or folders of datasets. Not used is what is no dataset, or has the name of an
     earlier one.
     """
     found: dict[str, Opener] = {}
-    unused: list[Path] = []
     for root in dict.fromkeys(path.resolve() for path in roots):  # so that "." has a name
         for path in [root] if recognise(root) else sorted(root.iterdir()):
-            try:
-                known = recognise(path)
-            except PermissionError:  # a disk's lost+found, for example
-                known = None
+            known = recognise(path)
             if known and known[0] not in found:
                 found[known[0]] = known[1]
             elif not path.name.startswith("."):
-                unused.append(path)
-    return {name: found[name] for name in [*paper.SETS, *found] if name in found}, unused
+                say(f"{path}: no dataset, or of the same name as another one")
+    return {name: found[name] for name in [*paper.SETS, *found] if name in found}
 
 
 def recognise(folder: Path) -> tuple[str, Opener] | None:
@@ -196,32 +164,25 @@ def open_cifar(root: Path, kind: type[CIFAR10]) -> Dataset:
 
 
 def open_folders(folder: Path, name: str) -> Dataset:
-    """Image files: a folder for each class, or the CyCLIP authors' labels.csv.
+    """Image files, in a folder for each class.
 
     The test images are in `test`, `val`, `validation` or `folder` itself, and the training images
-    in `train`. Class names come from `classnames.txt`; without it, from the names of the folders,
-    or from the authors' classes.py beside labels.csv. If `name` begins with "imagenet", the names
-    of folders must be WordNet identifiers or class numbers.
+    in `train`. Class names come from `classnames.txt`; without it, from the names of the folders.
+    If `name` begins with "imagenet", the names of folders must be WordNet identifiers or class
+    numbers.
     """
     candidates = [folder / split for split in ("test", "val", "validation")]
     test = next((path for path in candidates if path.is_dir()), folder)
-    train, names = folder / "train", read_lines(folder / "classnames.txt")
-    has_train = train.is_dir() and test != folder
-    if (test / LABELS).is_file():
-        names = names or authors_class_names(test / "classes.py")
-        return classification(
-            folder, name, read_labels(test), names, read_labels(train) if has_train else None
-        )
     images, folders = class_folders(test)
-    names = names or [folder_name.replace("_", " ") for folder_name in folders]
+    names = read_lines(folder / "classnames.txt") or [name.replace("_", " ") for name in folders]
     if len(names) != len(folders):
         raise Unusable(f"{test} has {len(folders)} classes, classnames.txt has {len(names)}")
     numbers = None
     if name.startswith("imagenet"):
         numbers = imagenet_folders(test, folders)
         names = [IMAGENET_CLASSNAMES[number] for number in numbers]
-    train_images = None
-    if has_train:
+    train_images, train = None, folder / "train"
+    if train.is_dir() and test != folder:
         train_images, train_folders = class_folders(train)
         if train_folders != folders:
             raise Unusable(f"{train} has {len(train_folders)} classes, not those of {test}")
@@ -238,35 +199,6 @@ def class_folders(path: Path) -> tuple[LabelledImages, list[str]]:
         raise Unusable(f"{path}: no images")
     images = Images([Path(file) for file, _ in found.samples])
     return (images, torch.tensor(found.targets)), found.classes
-
-
-def read_labels(folder: Path) -> LabelledImages:
-    """The images and labels of a labels.csv. Raises `Unusable` if the file is not valid."""
-    path = folder / LABELS
-    try:
-        lines = pd.read_csv(path, encoding="utf-8-sig", dtype={"image": str, "label": int})
-        images = [folder / image for image in lines["image"]]
-        return Images(images), torch.tensor(lines["label"].to_numpy())
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        what = "its columns should be image and label, the number of a class"
-        raise Unusable(f"{path}: {what}: {first_line(error)}") from error
-
-
-def authors_class_names(path: Path) -> list[str]:
-    """The entry "classes" of the dict in a classes.py of the CyCLIP authors.
-
-    The dict also holds functions, so the file is parsed but never run.
-    """
-    try:
-        content: Any = ast.parse(path.read_text(encoding="utf-8-sig").strip(), mode="eval").body
-        keys = [ast.unparse(key) for key in content.keys]
-        names: list[str] = ast.literal_eval(content.values[keys.index("'classes'")])
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise TypeError("no list of strings")
-        return names
-    except (OSError, ValueError, SyntaxError, AttributeError, TypeError) as error:
-        what = f'{path} should have a list of strings called "classes"'
-        raise Unusable(f"no class names: {what}; or write a classnames.txt") from error
 
 
 class TarImages(Images):
@@ -286,7 +218,7 @@ class TarImages(Images):
                         image = next((files[e] for e in IMAGE_EXTENSIONS if e in files), None)
                         if image is None:
                             continue
-                        place = Member(shard, image.name, image.offset_data, image.size)
+                        place = (shard, image.name, image.offset_data, image.size)
                         self.samples.append({"image": place})
                         for extension in files.keys() & {"cls", "txt", "json"}:
                             content: Any = tar.extractfile(files[extension])
@@ -388,8 +320,8 @@ def classification(
     lines = read_lines(folder / "zeroshot_classification_templates.txt")
     templates = [line.replace("{c}", "{}") for line in lines] or paper.TEMPLATES
     superclass = None
-    if name in paper.ZERO_SHOT_SETS:
-        templates, expected = paper.TEMPLATES, paper.ZERO_SHOT_SETS[name].classes
+    if paper.SETS.get(name, {}).get("zero_shot"):
+        templates, expected = paper.TEMPLATES, paper.SETS[name]["classes"]
         if len(names) != expected:
             raise Unusable(f"{folder} has {len(names)} classes, not {expected}")
         if name.startswith("imagenet") and imagenet_numbers is None:

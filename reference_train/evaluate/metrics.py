@@ -7,11 +7,12 @@ so that memory stays small.
 """
 
 import base64
-import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
 from torch import Tensor, nn
@@ -38,12 +39,12 @@ Numbers = dict[str, float]
 
 @dataclass
 class Encoded:
-    """The features of a dataset. n is the number of images that could be read.
+    """The features of a dataset of n images.
 
     Features have unit length, except for the raw ones. Tasks are the keys of `Dataset.classes`.
     """
 
-    data: Dataset  # of the n images
+    data: Dataset
     raw_image_features: Tensor  # (n, D), not normalised
     image_features: Tensor  # (n, D)
     class_features: dict[str, Tensor]  # (C, D) by task
@@ -51,31 +52,27 @@ class Encoded:
     ranked_classes: dict[str, Tensor]  # (n, up to 10) by task, the nearest class first
     group_indices: dict[str, Tensor]  # the images of each group, ascending
     text_features: Tensor  # (m, D), of distinct captions, or of class names
-    pairs: Tensor  # (P, 2), the indices of an image and its text in each row, ordered by image
-    unreadable: list[str]  # an error message for each image that could not be read
+    is_right: Tensor  # (n, m) bool, whether a text belongs to an image
     neighbour_labels: dict[str, Tensor] = field(default_factory=dict)  # (n, up to 10) by task
     probe: Numbers = field(default_factory=dict)
 
-    def first_texts(self) -> Tensor:
-        """The first text of each image: (n,)."""
-        images = torch.arange(len(self.image_features), device=self.pairs.device)
-        return self.pairs[torch.searchsorted(self.pairs[:, 0].contiguous(), images), 1]
+    def texts(self) -> Tensor:
+        """A text of each image: (n,)."""
+        return self.is_right.byte().argmax(dim=1)
 
 
 def measure(
     clip: Clip, data: Dataset, linear_probe: bool = False, keep_similarities: bool = False
 ) -> dict[str, Any]:
-    """All metrics of a dataset, as shares (not %). Images that cannot be read are left out.
+    """All metrics of a dataset, as shares (not %). Raises `Unusable` if an image can't be read.
 
     linear_probe: fit a linear probe on the whole train split, if there is one.
     keep_similarities: also return the similarities of up to `KEPT_PAIRS` pairs.
 
     Returns {"numbers": {metric: value},
              "groups": {group: {metric: value}},
-             "images": the number of images that could be read,
-             "similarities": {"matrices": str}, the result of `similarities`, if
-                 `keep_similarities`,
-             "unreadable": [an error message for each image that could not be read]}.
+             "similarities": {"matrices": the result of `kept_similarities`}, if
+                 `keep_similarities`}.
     """
     encoded = encode(clip, data)
     if data.train is not None:
@@ -85,21 +82,23 @@ def measure(
     groups = {group: numbers(encoded, indices) for group, indices in encoded.group_indices.items()}
     all_images = torch.arange(len(encoded.image_features), device=clip.device)
     if data.groups:
-        overall = mean_over_groups(groups, data.excluded_groups)
+        # The mean of each metric that all groups have.
+        included = [found for name, found in groups.items() if name not in data.excluded_groups]
+        overall = pd.DataFrame(included).dropna(axis="columns").mean().to_dict()
     else:
         overall = numbers(encoded, all_images) | encoded.probe
-    measured: dict[str, Any] = {"numbers": overall, "groups": groups, "images": len(all_images)}
+    measured: dict[str, Any] = {"numbers": overall, "groups": groups}
     if keep_similarities:
         first_group = next(iter(encoded.group_indices.values()), all_images)
         measured["similarities"] = {"matrices": kept_similarities(encoded, first_group)}
-    return measured | {"unreadable": encoded.unreadable}
+    return measured
 
 
 def encode(clip: Clip, data: Dataset) -> Encoded:
     """Encodes the images, the class names and the captions of a dataset."""
-    device, all_images = clip.device, torch.arange(len(data.images))
-    raw, readable, unreadable = clip.encode_images(data.images, all_images, "test")
-    data, raw = data.select(readable), raw.to(device)
+    device = clip.device
+    raw = clip.encode_images(data.images, torch.arange(len(data.images)), "test").to(device)
+    groups = data.groups or []
     image_features = F.normalize(raw, dim=-1)
     class_features = {
         task: clip.encode_classes(classes.names, classes.templates).to(device)
@@ -110,12 +109,17 @@ def encode(clip: Clip, data: Dataset) -> Encoded:
         for task, features in class_features.items()
     }
     if data.captions is not None:
-        texts, pairs = distinct_texts(data.captions)
+        texts = list(dict.fromkeys(text for own in data.captions for text in own))
         text_features = clip.encode_texts(texts).to(device)
+        index = {text: i for i, text in enumerate(texts)}
+        right = [[index[text] for text in own] for own in data.captions]
     else:  # class names take the place of captions
         task, classes = next(iter(data.classes.items()))
         text_features = class_features[task]
-        pairs = torch.stack((torch.arange(len(raw)), classes.labels), dim=1)
+        right = [[label] for label in classes.labels.tolist()]
+    is_right = torch.zeros(len(raw), len(text_features), dtype=torch.bool)
+    for image, texts_of_image in enumerate(right):
+        is_right[image, texts_of_image] = True
     return Encoded(
         data=data,
         raw_image_features=raw,
@@ -123,19 +127,13 @@ def encode(clip: Clip, data: Dataset) -> Encoded:
         class_features=class_features,
         labels={task: classes.labels.to(device) for task, classes in data.classes.items()},
         ranked_classes=ranked_classes,
-        group_indices=indices_by_group(data.groups or [], device),
+        group_indices={
+            group: torch.tensor([i for i, other in enumerate(groups) if other == group]).to(device)
+            for group in dict.fromkeys(groups)
+        },
         text_features=text_features,
-        pairs=pairs.to(device),
-        unreadable=unreadable,
+        is_right=is_right.to(device),
     )
-
-
-def indices_by_group(groups: list[str], device: torch.device) -> dict[str, Tensor]:
-    """The images of each group, ascending. groups: the group of each image."""
-    indices: dict[str, list[int]] = {}
-    for i, group in enumerate(groups):
-        indices.setdefault(group, []).append(i)
-    return {group: torch.tensor(members, device=device) for group, members in indices.items()}
 
 
 def use_train_split(clip: Clip, encoded: Encoded, linear_probe: bool) -> None:
@@ -148,10 +146,8 @@ def use_train_split(clip: Clip, encoded: Encoded, linear_probe: bool) -> None:
     images, labels = encoded.data.train
     gallery = sample_indices(len(images), GALLERY)
     wanted = torch.arange(len(images)) if linear_probe else gallery
-    features, readable, unreadable = clip.encode_images(images, wanted, "train")
-    features = features.to(clip.device)
-    labels = {task: label[readable].to(clip.device) for task, label in labels.items()}
-    encoded.unreadable += unreadable
+    features = clip.encode_images(images, wanted, "train").to(clip.device)
+    labels = {task: label[wanted].to(clip.device) for task, label in labels.items()}
     if linear_probe:
         encoded.probe["linear_probe"] = fit_linear_probe(
             features,
@@ -160,7 +156,7 @@ def use_train_split(clip: Clip, encoded: Encoded, linear_probe: bool) -> None:
             encoded.labels[""],
             len(encoded.data.classes[""].names),
         )
-    in_gallery = torch.isin(readable, gallery).to(clip.device)
+    in_gallery = torch.isin(wanted, gallery).to(clip.device)
     neighbours = nearest(
         encoded.image_features,
         F.normalize(features[in_gallery], dim=-1),
@@ -178,7 +174,7 @@ def use_other_groups(encoded: Encoded) -> None:
         for group in groups
     }
     k = min(max(CONSISTENCY_NEIGHBOURS), *map(len, galleries.values()))
-    neighbours = encoded.pairs.new_empty(len(encoded.image_features), k)
+    neighbours = encoded.image_features.new_empty(len(encoded.image_features), k).long()
     for group, indices in groups.items():
         gallery = galleries[group]
         found = nearest(encoded.image_features[indices], encoded.image_features[gallery], k)
@@ -196,8 +192,10 @@ def numbers(encoded: Encoded, indices: Tensor) -> Numbers:
         found |= {f"{prefix}{name}": value for name, value in task_numbers.items()}
     found |= retrieval_numbers(encoded, indices)
     sampled = indices[sample_indices(len(indices), PAIRS).to(indices.device)]
-    texts = encoded.first_texts()[sampled]
-    return found | geometry(encoded.image_features[sampled], encoded.text_features[texts])
+    texts = encoded.texts()[sampled]
+    geometry = consistency_metrics(encoded.image_features[sampled], encoded.text_features[texts])
+    # One pair has no uniformity, and two pairs have no correlations.
+    return found | {name: float(x) for name, x in geometry.items() if x.isfinite()}
 
 
 def class_numbers(encoded: Encoded, task: str, indices: Tensor) -> Numbers:
@@ -222,60 +220,35 @@ def class_numbers(encoded: Encoded, task: str, indices: Tensor) -> Numbers:
 def retrieval_numbers(encoded: Encoded, indices: Tensor) -> Numbers:
     """Recall among these images and their texts.
 
-    Without captions, recall is computed only if `across_groups`, and only from class names to
+    Without captions, recall is computed only if there are groups, and only from class names to
     images. The other direction would be zero-shot accuracy.
     """
     if encoded.data.captions is None and not encoded.data.groups:
         return {}
-    pairs, texts = select_pairs(indices, encoded.pairs)
-    image_features, text_features = encoded.image_features[indices], encoded.text_features[texts]
-    recall = retrieval(image_features, text_features, pairs)
+    is_right = encoded.is_right[indices]
+    texts = is_right.any(dim=0)
+    recall = retrieval(
+        encoded.image_features[indices], encoded.text_features[texts], is_right[:, texts]
+    )
     if encoded.data.captions is None:
         return {name: value for name, value in recall.items() if name.startswith("text_to_image")}
     return recall
 
 
-def mean_over_groups(groups: dict[str, Numbers], excluded: frozenset[str]) -> Numbers:
-    """The mean of each metric that all groups have, without the excluded groups."""
-    included = [found for group, found in groups.items() if group not in excluded]
-    names = [name for name in included[0] if all(name in found for found in included)]
-    return {name: sum(found[name] for found in included) / len(included) for name in names}
-
-
-def geometry(image_features: Tensor, text_features: Tensor) -> Numbers:
-    """`consistency_metrics` of n pairs, (n, D) each, without metrics that are not defined.
-
-    One pair has no uniformity, and two pairs have no correlations.
-    """
-    found = consistency_metrics(image_features, text_features)
-    return {name: float(value) for name, value in found.items() if math.isfinite(value)}
-
-
 def kept_similarities(encoded: Encoded, indices: Tensor) -> str:
     """The similarities of up to `KEPT_PAIRS` of these images, all with different texts.
 
-    The pairs are sorted by their labels in the last task, which is the coarsest.
+    The pairs are sorted by their labels in the last task, which is the coarsest. Returns base64 of
+    (3, n, n) int8: 127 times I_i · I_j, T_i · T_j and I_i · T_j.
     """
-    texts = encoded.first_texts()
-    first_image = {int(texts[i]): i for i in indices.flip(0).tolist()}  # text -> its first image
-    distinct = torch.tensor(sorted(first_image.values()))
-    chosen = distinct[sample_indices(len(distinct), KEPT_PAIRS)].to(texts.device)
+    texts = encoded.texts()
+    first_of_text = np.unique(texts[indices].cpu(), return_index=True)[1]
+    distinct = indices[torch.from_numpy(first_of_text).sort().values]
+    chosen = distinct[sample_indices(len(distinct), KEPT_PAIRS)]
     for labels in encoded.labels.values():  # the last sort decides
         chosen = chosen[labels[chosen].argsort(stable=True)]
-    return similarities(encoded.image_features[chosen], encoded.text_features[texts[chosen]])
-
-
-def similarities(image_features: Tensor, text_features: Tensor) -> str:
-    """The similarities of n pairs, (n, D) each, for a figure.
-
-    Base64 of (3, n, n) int8: 127 times I_i · I_j, T_i · T_j and I_i · T_j.
-    """
-    pairs = (
-        (image_features, image_features),
-        (text_features, text_features),
-        (image_features, text_features),
-    )
-    products = torch.stack([rows @ columns.T for rows, columns in pairs])
+    x, y = encoded.image_features[chosen], encoded.text_features[texts[chosen]]
+    products = torch.stack([x @ x.T, y @ y.T, x @ y.T])
     rounded = (127 * products).round().to(torch.int8).cpu().numpy()
     return base64.b64encode(rounded.tobytes()).decode()
 
@@ -284,33 +257,6 @@ def sample_indices(count: int, limit: int) -> Tensor:
     """Up to `limit` random indices below `count`, ascending. They are the same in every run."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     return order[:limit].sort().values
-
-
-def distinct_texts(captions: list[list[str]]) -> tuple[list[str], Tensor]:
-    """The distinct texts, and (P, 2) pairs: the indices of an image and its text in each row.
-
-    Pairs are ordered by image. The captions of an image keep their order.
-    """
-    index: dict[str, int] = {}  # of each text
-    pairs = [
-        (image, index.setdefault(text, len(index)))
-        for image, texts in enumerate(captions)
-        for text in dict.fromkeys(texts)
-    ]
-    return list(index), torch.tensor(pairs, dtype=torch.long).view(-1, 2)
-
-
-def select_pairs(indices: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
-    """The pairs of these images only, and the indices of their texts.
-
-    indices: (m,), of the images, ascending. pairs: (P, 2), of all images.
-
-    Returns (Q, 2) pairs, as indices among the m images and among their t texts, and the indices
-    (t,) of these texts among all texts.
-    """
-    image, text = pairs[torch.isin(pairs[:, 0], indices)].unbind(dim=1)
-    texts, text = text.unique(return_inverse=True)
-    return torch.stack((torch.searchsorted(indices, image.contiguous()), text), dim=1), texts
 
 
 def nearest(queries: Tensor, gallery: Tensor, k: int) -> Tensor:
@@ -352,57 +298,48 @@ def coarse_and_fine(
     labels: (n,) classes. superclass: (C,), the superclass of each class.
     """
     groups, group = superclass.unique(return_inverse=True)
-    max_k = max(SUPERCLASS_TOP)
-    coarse, fine = [], []
-    for features, truth in zip(
-        image_features.split(STRIP), group[labels].split(STRIP), strict=True
-    ):
-        scores = features @ class_features.T
-        superclass_scores = scores.new_full((len(scores), len(groups)), -torch.inf)
-        superclass_scores.scatter_reduce_(1, group.expand_as(scores), scores, "amax")
-        coarse.append(superclass_scores.topk(min(max_k, len(groups))).indices)
-        siblings = scores.masked_fill(group != truth[:, None], -torch.inf)
-        fine.append(siblings.topk(min(max_k, len(group))).indices)
-    answers = {"coarse": (torch.cat(coarse), group[labels]), "fine": (torch.cat(fine), labels)}
+    max_k, truth = max(SUPERCLASS_TOP), group[labels]
+    scores = image_features @ class_features.T
+    superclass_scores = scores.new_full((len(scores), len(groups)), -torch.inf)
+    superclass_scores.scatter_reduce_(1, group.expand_as(scores), scores, "amax")
+    siblings = scores.masked_fill_(group != truth[:, None], -torch.inf)
+    answers = {"coarse": (superclass_scores, truth), "fine": (siblings, labels)}
     return {
-        top(name, k): hit_rate(ranked, truth, k)
-        for name, (ranked, truth) in answers.items()
+        top(name, k): hit_rate(found.topk(min(max_k, found.shape[1])).indices, right, k)
+        for name, (found, right) in answers.items()
         for k in SUPERCLASS_TOP
     }
 
 
-def ranks(queries: Tensor, gallery: Tensor, pairs: Tensor) -> Tensor:
+def ranks(queries: Tensor, gallery: Tensor, is_right: Tensor) -> Tensor:
     """The rank of the best right candidate for each query: (Q,), 0 for the first rank.
 
     It is the number of wrong candidates with at least the same score, so an exact tie counts
     against the model.
 
-    queries: (Q, D). gallery: (G, D). pairs: (P, 2), a query and a right candidate in each row, as
-    indices. Every query is in at least one pair.
+    queries: (Q, D). gallery: (G, D). is_right: (Q, G). Every query has a right candidate.
     """
     found = []
-    for number, strip in enumerate(queries.split(STRIP)):
+    for strip, right in zip(queries.split(STRIP), is_right.split(STRIP), strict=True):
         scores = strip @ gallery.T
-        query, right = pairs[pairs[:, 0] // STRIP == number].unbind(dim=1)
-        is_right = torch.zeros_like(scores, dtype=torch.bool)
-        is_right[query % STRIP, right] = True
-        best = scores.masked_fill(~is_right, -torch.inf).amax(dim=1, keepdim=True)
-        found.append(((scores >= best) & ~is_right).sum(dim=1))
+        best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
+        found.append(((scores >= best) & ~right).sum(dim=1))
     return torch.cat(found)
 
 
-def retrieval(image_features: Tensor, text_features: Tensor, pairs: Tensor) -> dict[str, float]:
+def retrieval(image_features: Tensor, text_features: Tensor, is_right: Tensor) -> dict[str, float]:
     """Recall at 1, 5 and 10 in both directions. Every query is compared with all candidates.
 
     A query is a hit if any of its right candidates is among the first k. A text that is the caption
     of several images is one candidate, and right for each of these images. As a query it counts
     once for each image.
 
-    image_features: (n, D). text_features: (m, D), of distinct texts. pairs: (P, 2), an image and
-    its text in each row, as indices.
+    image_features: (n, D). text_features: (m, D), of distinct texts. is_right: (n, m), whether a
+    text belongs to an image.
     """
-    image_ranks = ranks(image_features, text_features, pairs)
-    text_ranks = ranks(text_features, image_features, pairs.flip(1))[pairs[:, 1]]
+    image_ranks = ranks(image_features, text_features, is_right)
+    text_ranks = ranks(text_features, image_features, is_right.T)
+    text_ranks = text_ranks.repeat_interleave(is_right.sum(dim=0))
     return {
         f"{direction}_r{k}": (found < k).float().mean().item()
         for direction, found in (("image_to_text", image_ranks), ("text_to_image", text_ranks))

@@ -1,15 +1,17 @@
 """What the paper used and published: its datasets, templates, superclasses and numbers.
 
+`datasets.csv` has the datasets: first those of the zero-shot table, then those of linear probes
+only. A number of images is 0 if it is not known.
 `published.csv` has the numbers. Its columns are the dataset; the metric; the source, as the table's
 heading shows it; the training pairs, only in rows of the source `DATA_SIZE`; a number in % for each
 model; the mark, a key of `MARKS`; where the number was read; and a note.
 """
 
-import csv
-from functools import cache
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
 from open_clip import OPENAI_IMAGENET_TEMPLATES
 from torch import Tensor
@@ -21,39 +23,9 @@ FOLDER = Path(__file__).parent
 TEMPLATES = [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
 
 
-class Sizes(NamedTuple):
-    """How many classes and images a dataset of the paper has. None: not known."""
-
-    classes: int
-    test_images: int | None
-    train_images: int | None  # on which the authors fitted the linear probe
-
-
-# Datasets for zero-shot classification in Goel et al. 2022.
-ZERO_SHOT_SETS = {
-    "cifar10": Sizes(10, 10_000, 50_000),
-    "cifar100": Sizes(100, 10_000, 50_000),
-    "imagenet1k": Sizes(1000, 50_000, None),
-    "imagenetv2": Sizes(1000, 10_000, None),
-    "imagenet-sketch": Sizes(1000, 50_889, None),
-    "imagenet-a": Sizes(200, 7_500, None),
-    "imagenet-r": Sizes(200, 30_000, None),
-}
-# Datasets for linear probes. Names are clip-benchmark's, without "wds_" and "vtab-".
-PROBE_SETS = {
-    "caltech101": Sizes(102, None, None),
-    "dtd": Sizes(47, 1_880, 3_760),
-    "fgvc-aircraft": Sizes(100, 3_333, 6_667),
-    "flowers": Sizes(102, None, None),
-    "food101": Sizes(101, 25_250, 75_750),
-    "gtsrb": Sizes(43, 12_630, 26_640),
-    "pets": Sizes(37, 3_669, 3_680),
-    "renderedsst2": Sizes(2, 1_821, 6_920),
-    "cars": Sizes(196, 8_041, 8_144),
-    "stl10": Sizes(10, 8_000, 5_000),
-    "svhn": Sizes(10, 26_032, 73_257),
-}
-SETS = {**ZERO_SHOT_SETS, **PROBE_SETS}
+# Name -> how many classes, test images and train images a dataset of the paper has. Names are
+# clip-benchmark's, without "wds_" and "vtab-".
+SETS = pd.read_csv(FOLDER / "datasets.csv", index_col="name").to_dict("index")
 MODELS = ("clip", "cyclip", "c-cyclip", "i-cyclip")
 DATA_SIZE = "data size"  # the source of the paper's runs with several numbers of training pairs
 MARKS = {
@@ -79,14 +51,12 @@ def why_incomparable(name: str, data: dict[str, Any], metric: str) -> str:
 
     name: of the dataset. data: what `report.describe` says about it.
     """
-    if name not in SETS:
-        return ""
-    sizes = SETS[name]
-    if sizes.test_images not in (None, data["images"]):
-        return f"{data['images']:,} images, the paper's test split has {sizes.test_images:,}"
-    trained = data["train_images"]
-    if metric == "linear_probe" and sizes.train_images not in (None, trained):
-        return f"the probe is fitted on {trained:,} images, the authors' on {sizes.train_images:,}"
+    sizes = SETS.get(name, {"test_images": 0, "train_images": 0})
+    if sizes["test_images"] not in (0, data["images"]):
+        return f"{data['images']:,} images, the paper's test split has {sizes['test_images']:,}"
+    fitted, theirs = data["train_images"], sizes["train_images"]
+    if metric == "linear_probe" and theirs not in (0, fitted):
+        return f"the probe is fitted on {fitted:,} images, the authors' on {theirs:,}"
     return ""
 
 
@@ -100,21 +70,20 @@ class Published(NamedTuple):
     note: str
 
 
-@cache
 def published(dataset: str) -> list[Published]:
     """The published numbers of a dataset, except those of the source `DATA_SIZE`."""
-    with (FOLDER / "published.csv").open(encoding="utf-8", newline="") as file:
-        return [
-            Published(
-                row["metric"],
-                row["source"],
-                {LOSSES[model].title: float(row[model]) for model in MODELS if row[model]},
-                row["mark"],
-                row["note"],
-            )
-            for row in csv.DictReader(file)
-            if row["data_set"] == dataset and row["source"] != DATA_SIZE
-        ]
+    table = pd.read_csv(FOLDER / "published.csv", keep_default_na=False)
+    rows = table[(table["data_set"] == dataset) & (table["source"] != DATA_SIZE)]
+    return [
+        Published(
+            row["metric"],
+            row["source"],
+            {LOSSES[model].title: float(row[model]) for model in MODELS if row[model]},
+            row["mark"],
+            row["note"],
+        )
+        for _, row in rows.iterrows()
+    ]
 
 
 def imagenet_superclasses() -> Tensor:
@@ -123,11 +92,9 @@ def imagenet_superclasses() -> Tensor:
     Each line of the file is "NAME: NUMBERS", and # begins a comment.
     """
     superclass = torch.full((1000,), -1)
-    lines = (FOLDER / "imagenet_superclasses.txt").read_text(encoding="utf-8").splitlines()
-    groups = [numbers for line in lines if (numbers := line.partition("#")[0].partition(":")[2])]
-    for group, numbers in enumerate(groups):
-        for part in numbers.split():
-            first, _, last = part.partition("-")
+    text = (FOLDER / "imagenet_superclasses.txt").read_text(encoding="utf-8")
+    for group, numbers in enumerate(re.findall(r"^[^#]*?:([^#\n]*)", text, re.MULTILINE)):
+        for first, last in re.findall(r"(\d+)(?:-(\d+))?", numbers):
             superclass[int(first) : int(last or first) + 1] = group
     return superclass
 

@@ -5,13 +5,11 @@ A patch is a method that replaces the trainer's function of the same name. Its f
 `ViewPatches` for `--views`.
 """
 
-import json
 import logging
 import math
 import multiprocessing
 import random
 from argparse import Namespace
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -22,20 +20,16 @@ import webdataset as wds
 from open_clip_train import train
 from open_clip_train.data import tarfile_to_samples_nothrow
 from torch import Tensor, nn
-from torch.utils.data import get_worker_info
 
 from cyclip_loss.metrics import consistency_metrics
 
-from ..command_line import RunFailed, first_line
+from ..command_line import RunFailed
 from ..files import atomic_write
 from . import views
-from .runs import without_wrappers
+from .runs import load_checkpoint, without_wrappers
 
 LOSS = "clip_val_loss"  # OpenCLIP's name for the contrastive loss on the validation's batches
 BEST = "best.pt"
-RESULTS = "results.jsonl"  # OpenCLIP writes a line after each validation
-MAX_BAD_STEPS = 10  # in a row, without a finite loss. GradScaler may skip single steps.
-COLLAPSED = -0.05  # a uniformity; runs that had learned nothing had -0.02 and -0.03
 NO_HELD_OUT_DATA = {"val_data": None, "imagenet_val": None, "imagenet_v2": None}
 Function = Callable[..., Any]
 
@@ -44,82 +38,43 @@ class NoBatch(RunFailed):
     """The shards of a worker hold fewer pairs than one batch."""
 
 
-class Pipeline:
-    """OpenCLIP's finished pipeline of a WebDataset, which gets an error handler and a seed.
+def watch(info: Any, args: Namespace, train: bool) -> Any:
+    """Gives OpenCLIP's pipeline of a WebDataset an error handler and a seed.
 
     OpenCLIP 3.3 only logs what it cannot read, seeds its shuffle with the time and the process
     number, and waits forever for a worker whose shards hold fewer pairs than a batch. It has no
-    arguments for these, so this class changes the filters of the pipeline, which it recognises by
-    the public function that made them.
+    arguments for these, so this function changes the filters of the pipeline, which it recognises
+    by the public function that made them.
 
-    info: OpenCLIP's `DataInfo`. Raises `RunFailed` if the pipeline has no filter that reads shards
-    or, in training, that shuffles.
+    info: OpenCLIP's `DataInfo`. Returns the number of errors, which workers count. Raises
+    `RunFailed` if the pipeline has no filter that reads shards or, in training, that shuffles.
     """
+    lost = multiprocessing.Value("q", 0)
 
-    def __init__(self, info: Any, args: Namespace, train: bool) -> None:
-        self.shared_epoch = info.shared_epoch
-        self.seed_and_rank = f"{args.seed} {args.rank}"
-        self.lost = multiprocessing.Value("q", 0)  # pairs and shards that workers could not read
-        self.epoch, self.counted = -1, set[str]()  # the places of what was lost in this epoch
-        self.passes: Counter[int] = Counter()  # epoch -> how often it began to read the shards
-        filters = info.dataloader.pipeline[0].dataset.pipeline
-        found = set()
-        for i, original in enumerate(filters):
-            maker = getattr(original, "f", original)
-            if maker in (tarfile_to_samples_nothrow, wds.tarfile_to_samples.f):
-                found.add("reads shards")
-            if maker is tarfile_to_samples_nothrow or "handler" in getattr(original, "kw", {}):
-                filters[i] = partial(self.watch, original)
-            if maker is wds.shuffle.f:
-                found.add("shuffles")
-                filters[i] = partial(self.shuffle, original)
-        if not found >= ({"reads shards", "shuffles"} if train else {"reads shards"}):
-            raise RunFailed(
-                "OpenCLIP's data pipeline has a form that pretrain does not know: the filters that "
-                f"read shards and shuffle are not in {filters}"
-            )
-        if train:
-            filters.append(require_a_batch)
+    def count(error: BaseException) -> bool:
+        with lost.get_lock():
+            lost.value += 1
+        logging.warning("Unreadable: %r", error)
+        return True  # go on
 
-    def watch(self, original: Any, items: Iterator[dict[str, Any]]) -> Iterator[Any]:
-        """What a filter yields for shards or samples, with errors counted."""
-        for item in items:
-            place = " ".join(item[key] for key in ("url", "__url__", "__key__") if key in item)
-            handler = partial(self.count, place)
-            if original is tarfile_to_samples_nothrow:
-                yield from original(iter([item]), handler=handler)
-            else:
-                options = {**original.kw, "handler": handler}
-                yield from original.f(iter([item]), *original.args, **options)
-
-    def count(self, place: str, error: BaseException) -> None:
-        """An error handler of WebDataset: counts a lost pair, or a shard with its lost end.
-
-        A worker may read its shards several times in an epoch, but counts a place only once. It
-        returns None, so an error ends a shard but keeps the samples before it.
-        """
-        if (epoch := self.shared_epoch.get_value()) != self.epoch:
-            self.epoch, self.counted = epoch, set()
-        if not place or place not in self.counted:
-            self.counted.add(place)
-            with self.lost.get_lock():
-                self.lost.value += 1
-            logging.warning("Unreadable: %s: %s", place or "a picture", first_line(error))
-
-    def take_lost(self) -> int:
-        """How many pairs and shards could not be read since the last call."""
-        with self.lost.get_lock():
-            taken, self.lost.value = self.lost.value, 0
-        return int(taken)
-
-    def shuffle(self, original: Any, samples: Iterator[Any]) -> Iterator[Any]:
-        """The samples in an order that depends on seed, rank, worker, epoch and pass."""
-        epoch, worker = self.shared_epoch.get_value(), get_worker_info()
-        self.passes[epoch] += 1
-        worker_id = worker.id if worker else 0
-        seed = f"{self.seed_and_rank} {worker_id} {epoch} {self.passes[epoch]}"
-        options = {**original.kw, "rng": random.Random(seed)}
-        return original.f(samples, *original.args, **options)
+    filters = info.dataloader.pipeline[0].dataset.pipeline
+    makers = [getattr(x, "f", x) for x in filters]
+    reads = {tarfile_to_samples_nothrow, wds.tarfile_to_samples.f} & {*makers}
+    if not reads or (train and wds.shuffle.f not in makers):
+        raise RunFailed(
+            "OpenCLIP's data pipeline has a form that pretrain does not know: the filters that "
+            f"read shards and shuffle are not in {filters}"
+        )
+    for i, maker in enumerate(makers):
+        if maker is tarfile_to_samples_nothrow:
+            filters[i] = partial(maker, handler=count)
+        elif maker is wds.shuffle.f:
+            filters[i].kw["rng"] = random.Random(f"{args.seed} {args.rank}")
+        elif "handler" in getattr(filters[i], "kw", {}):
+            filters[i].kw["handler"] = count
+    if train:
+        filters.append(require_a_batch)
+    return lost
 
 
 def require_a_batch(batches: Iterator[Any]) -> Iterator[Any]:
@@ -131,55 +86,18 @@ def require_a_batch(batches: Iterator[Any]) -> Iterator[Any]:
         raise NoBatch
 
 
-class CheckedLoader:
-    """A loader of batches that calls `check` after every `every` steps, and at the end."""
-
-    def __init__(self, loader: Any, check: Callable[[], None], every: float = math.inf) -> None:
-        self.loader, self.check, self.every = loader, check, every
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.loader, name)  # OpenCLIP asks for num_batches and num_samples
-
-    def __iter__(self) -> Iterator[Any]:
-        for number, batch in enumerate(self.loader, start=1):
-            yield batch
-            if number % self.every == 0:
-                self.check()
-        self.check()
-
-
-class FinitenessCheck:
-    """Checks that losses and weights are finite. Only the method `check` waits for the GPU."""
-
-    def __init__(self, args: Namespace) -> None:
-        self.args, self.limit = args, MAX_BAD_STEPS * args.accum_freq
-        # The lengths of the current and of the longest series of losses that are not finite.
-        self.running = self.longest = torch.zeros((), dtype=torch.int64, device=args.device)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def record(self, _: nn.Module, inputs: Any, losses: Tensor | dict[str, Tensor]) -> None:
-        """A forward hook of the loss, which counts losses that are not finite."""
-        terms = list(losses.values()) if isinstance(losses, dict) else [losses]
-        finite = torch.stack([term.detach().float() for term in terms]).isfinite().all()
-        self.running = torch.where(finite, 0, self.running + 1)
-        self.longest = torch.maximum(self.longest, self.running)
-
-    def check(self, model: nn.Module) -> None:
-        """Raises `RunFailed` on all ranks if one has bad weights or `limit` bad losses in a row."""
-        # Buffers other than running statistics may hold -inf, such as attention masks.
-        statistics = [b for n, b in model.named_buffers() if n.endswith(("_mean", "_var"))]
-        tensors = [t.detach() for t in (*model.parameters(), *statistics)]
-        local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]  # FSDP shards
-        model_is_finite = torch.stack([t.isfinite().all() for t in local]).all()
-        found = torch.stack([self.longest, (~model_is_finite).to(self.longest)])
-        if self.args.distributed:
-            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-        longest, broken = found.tolist()
-        if broken or longest >= self.limit:
-            what = "the model's weights are"
-            if not broken:
-                what = f"the loss of {MAX_BAD_STEPS} steps in a row was"
-            raise RunFailed(f"{what} not finite: stopped, and nothing saved since the last epoch")
+def check_finite(model: nn.Module, args: Namespace) -> None:
+    """Raises `RunFailed` on all ranks if one has weights that are not finite."""
+    # Buffers other than running statistics may hold -inf, such as attention masks.
+    statistics = [b for n, b in model.named_buffers() if n.endswith(("_mean", "_var"))]
+    tensors = [t.detach() for t in (*model.parameters(), *statistics)]
+    local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]  # FSDP shards
+    finite = torch.stack([t.isfinite().all() for t in local]).all().int()
+    if args.distributed:
+        torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
+    if not finite:
+        why = "stopped, and nothing saved since the last epoch"
+        raise RunFailed(f"the model's weights are not finite: {why}")
 
 
 class TrainerPatches:
@@ -190,6 +108,7 @@ class TrainerPatches:
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.settings = settings
+        self.lost_val: Any = None  # the number of held-out pairs that could not be read
 
     def install(self, main: Any) -> None:
         """Replaces functions in `open_clip_train.main`, `open_clip_train.train` and torch."""
@@ -211,18 +130,11 @@ class TrainerPatches:
     def get_data(
         self, original: Function, args: Namespace, *positional: Any, **options: Any
     ) -> Any:
-        """OpenCLIP's data. Lost pairs are counted, and a validation that lost any is refused."""
+        """OpenCLIP's data. Pairs and shards that cannot be read are counted."""
         data = original(args, *positional, **options)
-        self.args, self.finiteness = args, FinitenessCheck(args)
-        self.pipeline = Pipeline(data["train"], args, train=True)
+        self.args, self.lost = args, watch(data["train"], args, train=True)
         if "val" in data:
-            pipeline = Pipeline(data["val"], args, train=False)
-
-            def refuse_lost_pairs() -> None:
-                if lost := pipeline.take_lost():
-                    raise RunFailed(f"the validation lost {lost} pairs, and can't choose an epoch")
-
-            data["val"].dataloader = CheckedLoader(data["val"].dataloader, refuse_lost_pairs)
+            self.lost_val = watch(data["val"], args, train=False)
         return data
 
     def train_one_epoch(
@@ -233,36 +145,26 @@ class TrainerPatches:
         *positional: Any,
         **options: Any,
     ) -> Any:
-        """One epoch of training. It stops if the loss or the model is not finite.
+        """One epoch of training. It stops if the model is not finite.
 
-        At the end it logs how many pairs could not be read on any rank.
+        At the end it logs how many pairs and shards could not be read on all ranks.
 
         first: the training state of OpenCLIP 4, or the model of OpenCLIP 3.
         """
-        is_state = hasattr(first, "task")
-        model, loss = (first.task, first.task.loss) if is_state else (first, positional[0])
-        loader = data["train"].dataloader
-        data["train"].dataloader = CheckedLoader(
-            loader,
-            lambda: self.finiteness.check(model),
-            every=self.args.log_every_n_steps * self.args.accum_freq,
-        )
-        hook = loss.register_forward_hook(self.finiteness.record)
+        args = self.args
         try:
             result = original(first, data, *positional, **options)
         except NoBatch:
             raise RunFailed(
-                "the shards of a worker hold fewer pairs than its batch of "
-                f"{self.args.batch_size}: it would wait forever; take fewer --workers or a smaller "
-                f"batch (unreadable: {self.pipeline.take_lost()})"
+                f"the shards of a worker hold fewer pairs than its batch of {args.batch_size}: it "
+                "would wait forever; take fewer --workers or a smaller batch (unreadable: "
+                f"{self.lost.value})"
             ) from None
-        finally:
-            hook.remove()
-            data["train"].dataloader = loader
-        lost = torch.tensor(self.pipeline.take_lost(), device=self.args.device)
-        if self.args.distributed:
+        check_finite(getattr(first, "task", first), args)
+        lost, self.lost.value = torch.tensor(self.lost.value, device=args.device), 0
+        if args.distributed:
             torch.distributed.all_reduce(lost)
-        if lost and self.args.rank == 0:
+        if lost and args.rank == 0:
             logging.warning("Unreadable in this epoch: %d pairs or shards", lost)
         return result
 
@@ -274,16 +176,7 @@ class TrainerPatches:
             for x in (features["image_features"], features["text_features"])
         )
         consistency = consistency_metrics(image_features, text_features)
-        numbers = {name: float(value) for name, value in consistency.items()}
-        for tower in ("image", "text"):
-            uniformity = numbers[f"{tower}_uniformity"]
-            if uniformity > COLLAPSED:
-                logging.warning(
-                    f"All {tower} features are collapsed to one point (uniformity "
-                    f"{uniformity:.4f}): nothing is learned; try a smaller λ or --lr, or a longer "
-                    "--warmup"
-                )
-        return {**original(**features), **numbers}
+        return {**original(**features), **{name: float(x) for name, x in consistency.items()}}
 
     def evaluate(
         self,
@@ -294,14 +187,18 @@ class TrainerPatches:
         args: Namespace,
         **options: Any,
     ) -> dict[str, Any]:
-        """OpenCLIP's evaluation. The model with the lowest loss so far is saved as best.pt."""
+        """OpenCLIP's evaluation. The model with the lowest loss so far is saved as best.pt.
+
+        Raises `RunFailed` if pairs could not be read: the loss could choose another epoch.
+        """
         metrics: dict[str, Any] = original(model, data, epoch, args, **options)
+        if lost := self.lost_val and self.lost_val.value:
+            raise RunFailed(f"the validation lost {lost} pairs, and can't choose an epoch")
         # Only rank 0 has a loss, and only if this epoch was validated. Under FSDP no rank has the
         # whole model.
         if getattr(args, "save_logs", False) and LOSS in metrics and not getattr(args, "fsdp", 0):
             folder = Path(args.checkpoint_path)
-            earlier = [loss for number, loss in validations(folder).items() if number < epoch]
-            if metrics[LOSS] <= min(earlier, default=math.inf):
+            if metrics[LOSS] <= load_best(folder).get(LOSS, math.inf):
                 # OpenCLIP 4 passes a task, which holds the model.
                 inner = getattr(model, "trainable_module", model)
                 state = without_wrappers(inner.state_dict())
@@ -360,24 +257,7 @@ class ViewPatches:
         return held_out | training
 
 
-def validations(checkpoints: Path) -> dict[int, float]:
-    """Epoch -> validation loss, from OpenCLIP's file of results."""
-    path = checkpoints / RESULTS
-    losses: dict[int, float] = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            numbers = json.loads(line)
-        except ValueError:  # a full disk or a loss of power has cut the line
-            continue
-        # A line without a loss has zero-shot accuracy only.
-        if math.isfinite(numbers.get(LOSS, math.nan)):
-            losses[numbers["epoch"]] = numbers[LOSS]
-    return losses
-
-
-def end_last_line(checkpoints: Path) -> None:
-    """Ends the last line of OpenCLIP's file of results, which may have been cut."""
-    path = checkpoints / RESULTS
-    if path.exists() and not path.read_bytes().endswith(b"\n"):
-        with path.open("ab") as file:
-            file.write(b"\n")
+def load_best(checkpoints: Path) -> dict[str, Any]:
+    """The best epoch so far; {} if none is kept. Only the tensors that are used are read."""
+    path = checkpoints / BEST
+    return load_checkpoint(path) if path.exists() else {}

@@ -8,7 +8,6 @@ checks and runs the command.
 import argparse
 import contextlib
 import io
-import json
 import logging
 import os
 import shlex
@@ -24,10 +23,10 @@ from webdataset.shardlists import expand_urls
 
 from cyclip_loss import open_clip_train
 
-from ..command_line import Parser, RunFailed, UsageError, say, whole_number
+from ..command_line import Parser, UsageError, say, whole_number
 from ..data.samples import fingerprint
-from ..files import CANNOT_WRITE, check_writable, locked
-from ..losses import LOSSES, PENALTY_WEIGHT
+from ..files import check_writable, locked
+from ..losses import LOSSES, PENALTY_WEIGHT, SIGLIP_PENALTY_WEIGHT
 from . import patches, shards, views
 from .presets import BATCH_SIZES, NO_AUGMENTATION, preset, register_models
 from .resume import epochs_done
@@ -48,8 +47,6 @@ def main(argv: Sequence[str]) -> None:
     options, launcher_flags = parse(argv)
     register_models()
     _, rank, world_size = distributed.world_info_from_env()
-    if world_size > 1 and not distributed.is_using_distributed():
-        raise UsageError(f"{world_size} ranks of MPI: OpenCLIP supports torchrun and Slurm only")
     flags = launcher_command(options, launcher_flags, world_size)
     args = all_settings(flags, rank=rank, world_size=world_size)
     args.views = options.views
@@ -82,32 +79,22 @@ def main(argv: Sequence[str]) -> None:
 def report(folder: Path, epochs: int, was_finished: bool) -> None:
     """Prints that the run is finished, and which epoch has the lowest loss."""
     line = f"{folder}: finished, {epochs} epochs"
-    if losses := patches.validations(folder / "checkpoints"):
-        best = min(losses, key=losses.__getitem__)
-        line += f"; the best was {best}, {patches.LOSS} {losses[best]:.4f}"
-    if was_finished:
-        line += "; nothing left to do"
-    print(line)
+    if best := patches.load_best(folder / "checkpoints"):
+        line += f"; the best was {best['epoch']}, {patches.LOSS} {best[patches.LOSS]:.4f}"
+    print(line + ("; nothing left to do" if was_finished else ""))
 
 
 def train(flags: list[str], folder: Path) -> None:
-    """Runs OpenCLIP's trainer. A full disk is a one-line error."""
+    """Runs OpenCLIP's trainer."""
     if not torch.cuda.is_available():
         # For a dozen tokens on a CPU, fused attention is slower than matrix products.
         torch.backends.cuda.enable_flash_sdp(False)
     # OpenCLIP does not tell wandb that a run is resumed, and wandb would overwrite its record.
     os.environ.setdefault("WANDB_RESUME", "allow")
-    # On a full disk each line of the log fails, too. The error of the checkpoint is enough.
-    logging.raiseExceptions = False
     for partial_file in (folder / "checkpoints").glob(".*.pt.*"):  # left by a save that was killed
         partial_file.unlink(missing_ok=True)
-    patches.end_last_line(folder / "checkpoints")
     try:
         open_clip_train.main(flags)
-    except OSError as error:
-        if error.errno not in CANNOT_WRITE:
-            raise
-        raise RunFailed(f"{error.filename or folder} can't be written: {error.strerror}") from error
     finally:
         logging.disable(logging.INFO)  # PyTorch's compiler logs at exit, after our last line
 
@@ -120,8 +107,10 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     add = parser.add_argument
     add("--preset", choices=BATCH_SIZES, required=True, help="model, schedule, batch size")
-    losses = [name for name, loss in LOSSES.items() if not loss.views and not loss.siglip]
+    losses = [name for name, loss in LOSSES.items() if not loss.views]
     add("--loss", choices=losses, default="cyclip", help="default: cyclip")
+    text = "the same as --loss siglip: SigLIP's loss, without penalties"
+    add("--siglip", action="store_const", const="siglip", dest="loss", help=text)
     views.add_flag(parser)
     add("--data", required=True, metavar="SHARDS", help="tar files (braces allowed), or a folder")
     add(
@@ -159,8 +148,10 @@ def launcher_command(
     val = options.val or (options.data if Path(options.data).is_dir() else None)
     held_out = shards.find(val, "val", needed=bool(options.val)) if val else ""
     flags = [*preset(options.preset), "--dataset-type", "webdataset"]
-    flags += ["--lambda-inmodal", str(PENALTY_WEIGHT * loss.inmodal)]
-    flags += ["--lambda-crossmodal", str(PENALTY_WEIGHT * loss.crossmodal)]
+    flags += ["--siglip"] if loss.siglip else []
+    weight = SIGLIP_PENALTY_WEIGHT if loss.siglip else PENALTY_WEIGHT
+    flags += ["--lambda-inmodal", str(weight * loss.inmodal)]
+    flags += ["--lambda-crossmodal", str(weight * loss.crossmodal)]
     flags += ["--batch-size", str(batch_size // world_size)]
     flags += ["--train-data", shards.find(options.data, "train")]
     if held_out:
@@ -198,18 +189,12 @@ def check_settings(args: argparse.Namespace) -> None:
     if args.world_size > 1 and not torch.cuda.is_available() and not getattr(args, "fsdp", False):
         what = "OpenCLIP 3 can't train with several ranks on a CPU"
         raise UsageError(f"{what}; OpenCLIP 4 can, with -- --fsdp --precision fp32")
-    if args.logs.lower() == "none":
-        raise UsageError("--out none: OpenCLIP would save nothing")
-    if args.remote_sync:
-        raise UsageError("--remote-sync: OpenCLIP can't resume from it with --save-most-recent")
     if args.views == "own" and args.aug_cfg == NO_AUGMENTATION:
         what = "the preset's augmentation changes no picture, so both views would be equal"
         raise UsageError(f"--views own: {what}; take --views, or another --aug-cfg after --")
     for flag in ("same_captions", "distill_model", "siglip"):
         if args.views and getattr(args, flag, None):
             raise UsageError(f"--{flag.replace('_', '-')} can't be combined with --views")
-    if args.views and args.model.startswith("coca"):
-        raise UsageError("--views trains models with CLIP's loss only, not CoCa")
     check_writable(Path(args.logs) / args.name)
 
 
@@ -226,41 +211,24 @@ def check_data(args: argparse.Namespace, flags: list[str]) -> dict[str, str]:
     if args.train_num_samples is not None and args.train_num_samples < 1:
         raise UsageError(f"--train-num-samples must be >= 1, not {args.train_num_samples}")
     train = expand_urls(args.train_data)
-    sizes = shards.check("--data", train, held_out=False)
-    add_num_samples(args, flags, train, sizes)
+    sizes = shards.check("--data", train)
+    if args.train_num_samples is None:
+        # OpenCLIP reads sizes.json and __len__ of the first shard's folder only.
+        if len(sizes) == len(train):
+            args.train_num_samples = sum(sizes.values())
+            flags += ["--train-num-samples", str(args.train_num_samples)]
+        elif not (Path(train[0]).parent / "__len__").exists():
+            raise UsageError(
+                "how many pairs the shards hold is not known (no sizes.json, *_stats.json or "
+                "__len__ beside them): add it after --, e.g. -- --train-num-samples 2905954"
+            )
     if not args.dataset_resampled:
         shards.check_workers(train, sizes, max(args.workers, 1), args.world_size, args.batch_size)
     fingerprints = {"train_shards": fingerprint(train)}
     if args.val_data:
         val = expand_urls(args.val_data)
-        shards.check("--val", val, held_out=True)
+        shards.check("--val", val)
         fingerprints["val_shards"] = fingerprint(val)
     elif args.rank == 0:
         say("no held-out pairs (--val, or 'val' in the shards' names): no best epoch is kept")
     return fingerprints
-
-
-def add_num_samples(
-    args: argparse.Namespace, flags: list[str], train: Sequence[str], sizes: dict[str, int]
-) -> None:
-    """Adds `--train-num-samples` to `flags`, unless the user gave it or OpenCLIP reads it right.
-
-    train: the training shards. Raises `UsageError` if nothing says how many pairs they hold.
-    """
-    if args.train_num_samples is not None:
-        return
-    # OpenCLIP reads the first shard's folder only: sizes.json, which must have all shards, or else
-    # __len__. It does not read *_stats.json.
-    folder = Path(train[0]).parent
-    has_table = (folder / "sizes.json").exists()
-    if not has_table and (folder / "__len__").exists():
-        return
-    if len(sizes) < len(train):
-        raise UsageError(
-            "how many pairs the shards hold is not known (no sizes.json, *_stats.json or __len__ "
-            "beside them): add it after --, e.g. -- --train-num-samples 2905954"
-        )
-    in_table = json.loads((folder / "sizes.json").read_text()) if has_table else {}
-    if any(Path(shard).parent != folder or Path(shard).name not in in_table for shard in train):
-        args.train_num_samples = sum(sizes.values())
-        flags += ["--train-num-samples", str(args.train_num_samples)]

@@ -11,61 +11,25 @@ from .runs import PARAMETERS, load_checkpoint, read_parameters
 # The settings that may change when a run is resumed. All other settings must stay the same,
 # including flags that a new version of OpenCLIP adds. The number of ranks must stay the same, too:
 # it decides which shards a rank reads, and which batches the validation's loss is computed on.
-MAY_DIFFER = {
-    # Where files are. Shards are compared by `train_shards` and `val_shards`.
-    "train_data",
-    "val_data",
-    "imagenet_val",
-    "imagenet_v2",
-    "cache_dir",
-    "logs",
-    "log_local",
-    "name",
-    "resume",
-    # What is saved and copied.
-    "save_frequency",
-    "save_most_recent",
-    "delete_previous_checkpoint",
-    "copy_codebase",
-    "remote_sync",
-    "remote_sync_frequency",
-    "remote_sync_protocol",
-    "fsdp_checkpoint",
-    # What is logged, and when the run is validated.
-    "debug",
-    "report_to",
-    "wandb_notes",
-    "wandb_project_name",
-    "log_every_n_steps",
-    "log_metric_every_n_steps",
-    "train_loss_ema_samples",
-    "val_frequency",
-    "zeroshot_frequency",
-    "val_retrieval_chunk_size",
-    "val_retrieval_precision",
-    # How the same values are computed.
-    "workers",
-    "bucket_prefetch_pools",
-    "device",
-    "rank",
-    "dist_url",
-    "dist_backend",
-    "no_set_device_rank",
-    "ddp_static_graph",
-    "fsdp",
-    "fsdp_no_reshard_after_forward",
-    "fsdp_offload_cpu",
-    "impl",
-    "dist_impl",
-    "loss_dist_impl",
-    "grad_checkpointing",
-    "trace",
-    "torchscript",
-    "torchcompile",
-    "torchcompile_strategy",
-    "torchcompile_backend",
-    "torchcompile_mode",
-}
+MAY_DIFFER = " ".join(
+    (
+        # Where files are. Shards are compared by `train_shards` and `val_shards`.
+        "train_data val_data imagenet_val imagenet_v2 cache_dir logs log_local name",
+        "resume model_config",
+        # What is saved and copied.
+        "save_frequency save_most_recent delete_previous_checkpoint copy_codebase remote_sync",
+        "remote_sync_frequency remote_sync_protocol fsdp_checkpoint",
+        # What is logged, and when the run is validated.
+        "debug report_to wandb_notes wandb_project_name log_every_n_steps log_metric_every_n_steps",
+        "train_loss_ema_samples val_frequency zeroshot_frequency val_retrieval_chunk_size",
+        "val_retrieval_precision",
+        # How the same values are computed.
+        "workers bucket_prefetch_pools device rank dist_url dist_backend no_set_device_rank",
+        "ddp_static_graph fsdp fsdp_no_reshard_after_forward fsdp_offload_cpu impl dist_impl",
+        "loss_dist_impl grad_checkpointing trace torchscript torchcompile torchcompile_strategy",
+        "torchcompile_backend torchcompile_mode",
+    )
+).split()
 
 
 def epochs_done(folder: Path, args: Namespace) -> int:
@@ -79,20 +43,14 @@ def epochs_done(folder: Path, args: Namespace) -> int:
     if latest is None:
         return 0
     done = 0 if latest.is_dir() else int(load_checkpoint(latest)["epoch"])
-    initial = initial_settings(folder)
+    initial = read_parameters(folder / PARAMETERS)
+    initial.setdefault("views", None)  # the run may have been begun without `pretrain`
     if initial.get("epochs") == done and args.epochs > done:  # a finished run may get more epochs
         initial["epochs"] = args.epochs
     if name := first_difference(initial, vars(args)):
         what = f"{folder} was begun with {name} = {initial[name]}, not {getattr(args, name)}"
         raise UsageError(f"{what}: choose another --name")
     return done
-
-
-def initial_settings(folder: Path) -> dict[str, Any]:
-    """The settings that a run was begun with."""
-    settings = read_parameters(folder / PARAMETERS)
-    settings.setdefault("views", None)  # the run may have been begun without `pretrain`
-    return settings
 
 
 def first_difference(initial: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:

@@ -20,7 +20,7 @@ from torchvision.transforms import AutoAugment
 
 from cyclip_loss import open_clip_train
 
-from ..command_line import Parser, RunFailed, run
+from ..command_line import Parser, run
 
 CHANGED_SHARE = 0.1  # of the words, which are left out or swapped (EDA's default)
 FEATURES = ("image_features", "text_features")
@@ -49,11 +49,6 @@ class TwoViewsTransform:
     def __init__(self, transform: Any, how: str) -> None:
         self.transform = transform
         self.augment = AutoAugment() if how == "autoaugment" else None
-
-    @property
-    def transforms(self) -> Any:
-        """The transform's steps. OpenCLIP reads the size of made-up pictures from them."""
-        return self.transform.transforms
 
     def __call__(self, picture: Image.Image) -> Tensor:
         """(2, 3, H, W)."""
@@ -105,8 +100,8 @@ def drop_or_swap_words(caption: str) -> str:
 def forward_both_views(
     model: nn.Module,
     forward: Function,
-    image: Tensor | None = None,
-    text: Tensor | None = None,
+    image: Tensor,
+    text: Tensor,
     **options: Any,
 ) -> Any:
     """A model's forward pass. In training it encodes both views at once.
@@ -116,10 +111,6 @@ def forward_both_views(
     """
     if not model.training:
         return forward(image, text, **options)
-    if image is None or text is None or image.ndim != 5 or text.ndim != 3:
-        image_shape, text_shape = (x if x is None else tuple(x.shape) for x in (image, text))
-        shapes = f"image {image_shape}, text {text_shape}"
-        raise RunFailed(f"--views: a batch came without second views: {shapes}")
     output = forward(image.flatten(0, 1), text.flatten(0, 1), **options)
     second = {f"augmented_{name}": output[name][1::2] for name in FEATURES}
     # Other outputs may also have a row for each picture or caption, such as CoCa's logits.
@@ -135,9 +126,7 @@ def main(argv: Sequence[str]) -> None:
     parser = Parser("python -m reference_train.pretrain.views", add_help=False, allow_abbrev=False)
     add_flag(parser)
     arguments, flags = parser.parse_known_args(argv)
-    if {"-h", "--help"} & set(flags):
-        parser.print_help()
-    elif arguments.views:
+    if arguments.views:
         from open_clip_train import main as trainer
 
         from .patches import ViewPatches  # which imports this module

@@ -20,8 +20,9 @@ Samples = list[dict[str, bytes]]
 
 def write_run(folder: Path) -> Path:
     """logs/NAME of a tiny random model, as OpenCLIP's trainer leaves it under DDP."""
-    (folder / "evaluate-tiny.json").write_text(json.dumps(TINY))
-    open_clip.add_model_config(folder / "evaluate-tiny.json")
+    for name, quick in (("evaluate-tiny", False), ("evaluate-tiny-quickgelu", True)):
+        (folder / f"{name}.json").write_text(json.dumps({**TINY, "quick_gelu": quick}))
+        open_clip.add_model_config(folder / f"{name}.json")
     torch.manual_seed(0)
     model = open_clip.create_model("evaluate-tiny", load_weights=False)
     state = {f"module.{name}": value for name, value in model.state_dict().items()}

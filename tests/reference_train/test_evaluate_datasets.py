@@ -1,4 +1,4 @@
-"""The data sets of `evaluate`, in each layout that it reads."""
+"""The data sets of `evaluate` in each layout that it reads, and the paper's superclasses."""
 
 import pickle
 from pathlib import Path
@@ -15,12 +15,14 @@ from miniature import (
     write_samples,
     write_set,
 )
+from PIL import Image
 from timm.data.imagenet_info import ImageNetInfo
 
 from reference_train.evaluate import datasets, paper
-from reference_train.evaluate.datasets import Unusable, find, open_folders, open_tars
+from reference_train.evaluate.datasets import Images, Unusable, find, open_folders, open_tars
 
 IMAGE, LABEL, TEXT = {"png": picture(0)}, {"cls": b"9"}, {"txt": b"a"}
+NAMES = open_clip.IMAGENET_CLASSNAMES
 
 
 def test_class_names_come_from_the_folders_or_from_classnames_txt(tmp_path: Path) -> None:
@@ -60,7 +62,7 @@ def test_a_subset_of_imagenet_has_the_names_of_its_classes(tmp_path: Path) -> No
     identifiers = ImageNetInfo("imagenet-1k").label_names()
     write_image_folder(tmp_path, [identifiers[i] for i in some])
     classes = open_folders(tmp_path, "imagenet-a").classes[""]
-    assert classes.names == [open_clip.IMAGENET_CLASSNAMES[i] for i in some]
+    assert classes.names == [NAMES[i] for i in some]
     assert classes.labels.tolist() == list(range(200))
     assert classes.templates == paper.TEMPLATES
 
@@ -68,8 +70,9 @@ def test_a_subset_of_imagenet_has_the_names_of_its_classes(tmp_path: Path) -> No
 def test_folders_of_imagenet_may_have_class_numbers_as_names(tmp_path: Path) -> None:
     """The folders of imagenetv2 are named so."""
     write_image_folder(tmp_path, ["0", "10", "999"])
-    classes = open_folders(tmp_path, "imagenet-x").classes[""]
-    assert classes.names == [open_clip.IMAGENET_CLASSNAMES[i] for i in (0, 10, 999)]
+    assert open_folders(tmp_path, "imagenet-x").classes[""].names == [
+        NAMES[i] for i in (0, 10, 999)
+    ]
     for right, wrong in (("999", "1000"), ("1000", "dog")):
         (tmp_path / right).rename(tmp_path / wrong)
         with pytest.raises(Unusable, match=rf"/{wrong}: .* identifier \(n01440764\) or number"):
@@ -78,17 +81,36 @@ def test_folders_of_imagenet_may_have_class_numbers_as_names(tmp_path: Path) -> 
 
 def test_imagenets_class_names_in_another_order_are_refused(tmp_path: Path) -> None:
     """Otherwise each class would have a wrong superclass, and no number would show it."""
-    numbers = datasets.imagenet_classes("imagenet-a", ["?"] * 200)
-    names = [open_clip.IMAGENET_CLASSNAMES[number] for number in numbers]
-    write_set(tmp_path, {"test": [IMAGE | LABEL]}, classnames="\n".join(names))
-    assert open_tars(tmp_path, "imagenet-a").classes[""].names == names
-    names[3], names[7] = names[7], names[3]
-    write_set(tmp_path, {"test": [IMAGE | LABEL]}, classnames="\n".join(names))
-    with pytest.raises(Unusable, match=f"class 3 is called '{names[3]}', .* is '{names[7]}'"):
-        open_tars(tmp_path, "imagenet-a")
+    names = [NAMES[number] for number in datasets.imagenet_classes("imagenet-a", ["?"] * 200)]
+
+    def read(names: list[str]) -> list[str]:
+        write_set(tmp_path, {"test": [IMAGE | LABEL]}, classnames="\n".join(names))
+        return open_tars(tmp_path, "imagenet-a").classes[""].names
+
     translated = [f"le {name}" for name in names]
-    write_set(tmp_path, {"test": [IMAGE | LABEL]}, classnames="\n".join(translated))
-    assert open_tars(tmp_path, "imagenet-a").classes[""].names == translated
+    assert (read(names), read(translated)) == (names, translated)
+    names[3], names[7] = names[7], names[3]
+    with pytest.raises(Unusable, match=f"class 3 is called '{names[3]}', .* is '{names[7]}'"):
+        read(names)
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "superclasses"),
+    [("imagenet1k", 1000, 67), ("imagenet-a", 200, 59), ("imagenet-r", 200, 49)],
+)
+def test_superclasses_are_cut_to_the_classes_of_a_dataset(
+    name: str, classes: int, superclasses: int, tmp_path: Path
+) -> None:
+    """The numbers of superclasses are those in the authors' histograms."""
+    images = Images(torch.zeros(1, 3, 1, 1)), torch.tensor([0])
+    names = [str(i) for i in range(classes)]
+    found = datasets.classification(tmp_path, name, images, names, None).classes[""].superclass
+    assert (len(found), len(set(found.tolist()))) == (classes, superclasses)
+    whole = paper.imagenet_superclasses()
+    assert whole.unique().tolist() == [*range(67)]
+    for one, other in (("brown bear", "giant panda"), ("axolotl", "smooth newt")):
+        assert whole[NAMES.index(one)] == whole[NAMES.index(other)]
+    assert whole[836] != whole[837]  # both are called "sunglasses"
 
 
 def test_torchvisions_cifar100_has_its_superclasses(tmp_path: Path, monkeypatch) -> None:
@@ -99,7 +121,7 @@ def test_torchvisions_cifar100_has_its_superclasses(tmp_path: Path, monkeypatch)
         content = {"data": pixels, "fine_labels": [19 * i % 100 for i in range(count)]}
         (folder / split).write_bytes(pickle.dumps({**content, "fine_label_names": names}))
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
-    data = find([tmp_path])[0]["cifar100"]()
+    data = find([tmp_path])["cifar100"]()
     assert (len(data.images), len(data.train[0])) == (5, 7)
     np.testing.assert_array_equal(data.images[4], pixels[4].reshape(3, 32, 32).transpose(1, 2, 0))
     classes = data.classes[""]
@@ -124,11 +146,21 @@ def test_what_a_folder_lacks_makes_it_unusable(tmp_path: Path) -> None:
         datasets.open_icons(tmp_path)
 
 
-def test_a_second_dataset_of_a_name_and_other_folders_are_not_used(tmp_path: Path) -> None:
+def test_a_second_dataset_of_a_name_and_other_folders_are_named(tmp_path: Path, capsys) -> None:
     for place in ("a/wds_x", "b/wds_x", "b/other"):
         (tmp_path / place).mkdir(parents=True)
     for place in ("a", "b"):
         write_set(tmp_path / place / "wds_x", {"test": [IMAGE | TEXT]})
-    found, unused = find([tmp_path / "a", tmp_path / "b"])
-    assert list(found) == ["x"]
-    assert unused == [tmp_path / "b" / "other", tmp_path / "b" / "wds_x"]
+    assert list(find([tmp_path / "a", tmp_path / "b"])) == ["x"]
+    said = [line.split(": ")[1] for line in capsys.readouterr().err.splitlines()]
+    assert said == [str(tmp_path / "b" / name) for name in ("other", "wds_x")]
+
+
+def test_a_picture_is_rgb_and_a_broken_one_is_named(tmp_path: Path) -> None:
+    Image.new("P", (4, 2)).save(tmp_path / "palette.png")
+    write_samples(tmp_path / "0.tar", [IMAGE | TEXT, {"png": b"no image"} | TEXT])
+    images = datasets.TarImages([tmp_path / "0.tar"])
+    assert Images([tmp_path / "palette.png"])[0].mode == "RGB"
+    assert images[0].size == (20, 24)
+    with pytest.raises(Unusable, match=r"0\.tar 0s0001\.png: cannot identify image file"):
+        images[1]

@@ -9,44 +9,21 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from open_clip_train import main as trainer
 from PIL import Image
 from pretrain_runs import logged_terms
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
 from cyclip_loss import CyCLIPLoss
-from reference_train.command_line import RunFailed
-from reference_train.pretrain import patches, views
+from reference_train.pretrain import views
 
 pytest_plugins = ["pretraining"]
 
 FEATURES = ("image_features", "text_features")
 
 
-def by_hand(call: dict[str, Any]) -> dict[str, Tensor]:
-    """The terms of a step, from features (16, D) with a pair's two views in consecutive rows."""
-    views_of_pairs = {name: call[name].detach().double().unflatten(0, (8, 2)) for name in FEATURES}
-    images, second_images = views_of_pairs["image_features"].unbind(dim=1)
-    texts, second_texts = views_of_pairs["text_features"].unbind(dim=1)
-    scale, pairs = call["logit_scale"].detach().double(), torch.arange(8)
-
-    def entropy(row_features: Tensor, column_features: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(scale * row_features @ column_features.T, pairs)
-
-    across = entropy(images, texts) + entropy(texts, images)
-    within = entropy(images, second_images) + entropy(texts, second_texts)
-    inmodal = images @ images.T - texts @ texts.T
-    crossmodal = images @ texts.T - texts @ images.T
-    return {
-        "contrastive_loss": across / 4,
-        "inmodal_contrastive_loss": within / 4,
-        "inmodal_cyclic_loss": 0.25 * 128 * inmodal.square().mean(),
-        "crossmodal_cyclic_loss": 0.25 * 128 * crossmodal.square().mean(),
-    }
-
-
-def test_a_step_with_views_has_the_loss_computed_by_hand(pretrain, monkeypatch, caplog) -> None:
+def test_a_step_with_views_has_the_loss_of_both_views(pretrain, monkeypatch, caplog) -> None:
+    """The second views, in every second row of the model's features, are the augmented ones."""
     caplog.set_level(logging.INFO)
     calls: list[dict[str, Any]] = []
     forward, encode = CyCLIPLoss.forward, open_clip.CLIP.forward
@@ -61,9 +38,8 @@ def test_a_step_with_views_has_the_loss_computed_by_hand(pretrain, monkeypatch, 
         return output
 
     def record_terms(loss: CyCLIPLoss, **features: Any) -> Any:
-        terms = forward(loss, **features)
-        calls[-1]["terms"] = terms.copy()
-        return terms
+        calls[-1]["terms"] = terms = forward(loss, **features)
+        return terms.copy()
 
     monkeypatch.setattr(open_clip.CLIP, "forward", record_inputs)
     monkeypatch.setattr(CyCLIPLoss, "forward", record_terms)
@@ -75,39 +51,15 @@ def test_a_step_with_views_has_the_loss_computed_by_hand(pretrain, monkeypatch, 
         assert call["image"].shape == (16, 3, 32, 32)
         for name in ("image", "text", *FEATURES):
             assert not torch.equal(call[name][0::2], call[name][1::2])
-        expected = by_hand(call)
-        terms = {name: term.detach().double() for name, term in call["terms"].items()}
-        torch.testing.assert_close(terms, expected, rtol=2e-5, atol=1e-6)
+        first = {name: call[name][0::2] for name in FEATURES}
+        second = {f"augmented_{name}": call[name][1::2] for name in FEATURES}
+        loss_fn = CyCLIPLoss(0.25, 0.25, reference_batch_size=128)
+        scale = call["logit_scale"]
+        expected = forward(loss_fn, **first, **second, logit_scale=scale, output_dict=True)
+        torch.testing.assert_close(call["terms"], expected)
         loss = logged_step.pop("loss")
         assert logged_step == pytest.approx({k: float(v) for k, v in expected.items()}, rel=1e-3)
         assert loss == pytest.approx(sum(logged_step.values()), rel=1e-3)
-
-
-def test_made_up_pairs_have_two_views() -> None:
-    """OpenCLIP makes them up from the transform, also when it is asked for held-out pairs only."""
-    train, val = (open_clip.image_transform(224, is_train=x) for x in (True, False))
-    flags = ["--dataset-type", "synthetic", "--train-num-samples", "8", "--batch-size", "4"]
-    args = trainer.parse_args([*flags, "--workers", "0"])
-    args.distributed = False
-    tokenizer = open_clip.get_tokenizer("RN50")
-    data = patches.ViewPatches("own").get_data(
-        trainer.get_data, args, (train, val), tokenizer=tokenizer
-    )
-    image, text = next(iter(data["train"].dataloader))
-    assert image.shape == (4, 2, 3, 224, 224)
-    assert text.shape == (4, 2, 77)
-
-
-def encode(image: Tensor, text: Tensor) -> dict[str, Tensor]:
-    """A model for pairs of (3, 2, 2) pictures and 5 tokens; its logits have a row for each text."""
-    features = {"image_features": image.mean(dim=(2, 3)), "text_features": text[:, :3] / 9}
-    return {**features, "logits": text, "logit_scale": torch.tensor(3.0)}
-
-
-def test_a_batch_without_second_views_is_an_error() -> None:
-    image, text = torch.randn(4, 3, 2, 2), torch.randint(9, (4, 2, 5))
-    with pytest.raises(RunFailed, match=r"without second views: image \(4, 3, 2, 2\), text \("):
-        views.forward_both_views(nn.Identity(), encode, image, text)
 
 
 def tokenize(captions: list[str]) -> Tensor:
@@ -127,12 +79,9 @@ def test_views_of_several_captions_are_any_two_of_them() -> None:
     assert views_drawn("\n".join(captions) + "\n") == set(permutations(captions, 2))
 
 
-def test_both_views_of_a_caption_of_one_word_are_the_caption() -> None:
-    assert views_drawn("fox") == {("fox", "fox")}
-    assert views_drawn("") == {("", "")}
-
-
 def test_the_second_view_of_one_caption_swaps_words_or_leaves_some_out() -> None:
+    for too_short in ("fox", ""):
+        assert views_drawn(too_short) == {(too_short, too_short)}
     drawn = views_drawn("red fox jumps")
     assert {first for first, _ in drawn} == {"red fox jumps"}
     seconds = {second for _, second in drawn}
@@ -142,34 +91,22 @@ def test_the_second_view_of_one_caption_swaps_words_or_leaves_some_out() -> None
     assert seconds & shortened
 
 
-RAMP = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
-
-
-def pictures_drawn(how: str) -> list[Tensor]:
-    """Ten draws of two views of a picture with a palette."""
-    torch.manual_seed(0)
+@pytest.mark.parametrize("how", ["own", "autoaugment"])
+def test_both_pictures_are_transformed_and_autoaugment_changes_the_second(how: str) -> None:
+    ramp = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
     transformed: list[Image.Image] = []
 
     def transform(picture: Image.Image) -> Tensor:
         transformed.append(picture)
         return pil_to_tensor(picture)
 
-    picture = Image.fromarray(RAMP).convert("P")
+    picture = Image.fromarray(ramp).convert("P")  # with a palette
     drawn = [views.TwoViewsTransform(transform, how)(picture) for _ in range(10)]
     assert len(transformed) == 20  # each view is transformed on its own
-    return drawn
-
-
-def test_own_views_of_a_picture_differ_by_the_transform_alone() -> None:
-    for both in pictures_drawn("own"):
-        assert torch.equal(both, torch.from_numpy(RAMP).expand(2, 3, 8, 8))
-
-
-def test_autoaugment_changes_the_second_view_of_a_picture_before_the_transform() -> None:
-    drawn = pictures_drawn("autoaugment")
     for first, _ in drawn:
-        assert torch.equal(first, torch.from_numpy(RAMP).expand(3, 8, 8))
-    assert len({str(second.tolist()) for _, second in drawn}) > 5
+        assert torch.equal(first, torch.from_numpy(ramp).expand(3, 8, 8))
+    assert (len({str(second.tolist()) for _, second in drawn}) > 5) == (how == "autoaugment")
+    assert how != "own" or torch.equal(*drawn[0])
 
 
 def test_accumulated_batches_train_with_views(pretrain, caplog) -> None:
@@ -184,6 +121,12 @@ def test_accumulated_batches_train_with_views(pretrain, caplog) -> None:
 
 
 def test_a_model_encodes_both_views_of_a_pair() -> None:
+    """Outputs with a row for each picture or caption, such as CoCa's logits, are of first views."""
+
+    def encode(image: Tensor, text: Tensor) -> dict[str, Tensor]:
+        features = {"image_features": image.mean(dim=(2, 3)), "text_features": text[:, :3] / 9}
+        return {**features, "logits": text, "logit_scale": torch.tensor(3.0)}
+
     image, text = torch.randn(4, 2, 3, 2, 2), torch.randint(9, (4, 2, 5))
     output = views.forward_both_views(nn.Identity(), encode, image, text)
     first, second = (encode(image[:, view], text[:, view]) for view in (0, 1))

