@@ -111,7 +111,7 @@ STEPS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "functions"), STEPS, ids=str)
+@pytest.mark.parametrize(("options", "functions"), STEPS)
 def test_a_fault_in_one_layout_switches_the_kernels_off(
     options: dict[str, Any], functions: tuple[str, ...], monkeypatch
 ) -> None:
