@@ -12,6 +12,8 @@ from unittest.mock import patch
 ROOT = Path(__file__).parents[1]
 TIMEOUT = 1200.0
 ENVIRONMENT = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+# A script finds the checkout, which may not be installed.
+ENVIRONMENT["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 # Holds a lock until its input ends.
 HOLD = "import filelock, sys; filelock.FileLock(sys.argv[1]).acquire(); print(); sys.stdin.read()"
 
