@@ -63,7 +63,9 @@ def messages(call: Any) -> list[str]:
     return [str(warning.message) for warning in caught if warning.category is CyCLIPWarning]
 
 
-@pytest.mark.parametrize("make", [CyCLIPLoss, lambda: contrastive_logsumexp], ids=["loss", "log-sum-exps"])
+@pytest.mark.parametrize(
+    "make", [CyCLIPLoss, lambda: contrastive_logsumexp], ids=["loss", "log-sum-exps"]
+)
 @pytest.mark.parametrize(
     ("length", "scale", "message"),
     [
