@@ -33,19 +33,11 @@ from cyclip_loss import (
 )
 from reference_train.data.emoji import EMOJI_FOLDER
 
-# Runs a module in a process in which OpenCLIP knows the tiny model of `flags`.
-WITH_TINY_MODEL = """
-import runpy, sys
-import open_clip
-open_clip.add_model_config(sys.argv.pop(1))
-runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
-"""
-
 
 def flags(folder: Path, *others: str) -> list[str]:
     """The flags of the recipes' command line, but with a tiny model and the emoji.
 
-    Before them stands the file of the model, which OpenCLIP has to read first.
+    Before them stands the file of the model, for --model-config.
     """
     file = folder / "tiny.json"
     file.write_text(json.dumps({"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}))
@@ -83,7 +75,7 @@ def assert_three_terms(folder: Path, count: int) -> None:
 
 def test_open_clip_trains_with_the_loss_and_logs_its_terms(tmp_path: Path) -> None:
     file, *arguments = flags(tmp_path, "--same-captions", "positives", "--lambda-warmup", "0.5")
-    run = run_python("-c", WITH_TINY_MODEL, file, open_clip_train.__name__, *arguments)
+    run = run_python("-m", open_clip_train.__name__, "--model-config", file, *arguments)
     assert run.returncode == 0, run.stderr
     assert_three_terms(tmp_path, 4)
     parameters = (tmp_path / "run" / "params.txt").read_text().splitlines()
@@ -108,7 +100,7 @@ def test_the_launcher_with_views_trains_on_a_csv_file(tmp_path: Path) -> None:
     data = csv_flags(tmp_path)
     file, *arguments = flags(tmp_path, *data, "--val-data", data[-1], "--batch-size", "16")
     views = ("reference_train.pretrain.views", "--views", "--")
-    run = run_python("-c", WITH_TINY_MODEL, file, *views, *arguments)
+    run = run_python("-m", *views, "--model-config", file, *arguments)
     assert run.returncode == 0, run.stderr
     log = (tmp_path / "run" / "out.log").read_text()
     assert len(re.findall(r"Train Epoch.* Inmodal_contrastive_loss: [0-9.]+ ", log)) == 2
@@ -356,6 +348,7 @@ def test_unsupported_runs_stop_with_one_line(
         ("--lambda-inmodal", "-1", "--lambda-inmodal must be finite and >= 0"),
         ("--reference-batch-size", "-1", "--reference-batch-size must be >= 1 and finite"),
         (CAPTIONS, "same", f"argument {CAPTIONS}: invalid choice: 'same'"),
+        ("--model-config", "no.json", "must be the JSON file of a model, not no.json"),
         ("--lambda-warmup", "-1", "fraction of all steps up to 1.0, not -1"),
         ("--lambda-warmup", "1.5", "fraction of all steps up to 1.0, not 1.5"),
         ("--lambda-warmup", "half", "fraction of all steps up to 1.0, not half"),
