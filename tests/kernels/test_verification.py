@@ -1,5 +1,6 @@
 """`impl="auto"` compares each layout of a call with PyTorch, and does not use wrong kernels."""
 
+import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -169,12 +170,13 @@ def test_a_fault_with_columns_of_another_rank_is_noticed(function: str, ranks: R
         assert f" {function}(" in message
 
 
-def recorded_comparisons(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A list that gets the function of each comparison."""
+def recorded_comparisons(monkeypatch: pytest.MonkeyPatch, seconds: float = 0.0) -> list[str]:
+    """A list that gets the function of each comparison, which takes so many seconds longer."""
     compared, original = [], VerifiedKernels.compare
 
     def recorded(self: VerifiedKernels, function: str, arguments: Any) -> str | None:
         compared.append(function)
+        time.sleep(seconds)
         return original(self, function, arguments)
 
     monkeypatch.setattr(VerifiedKernels, "compare", recorded)
@@ -227,7 +229,8 @@ def test_a_comparison_without_memory_says_nothing_of_the_kernels(monkeypatch) ->
 
 def test_two_threads_compare_a_layout_once_and_leave_the_process_as_it_was(monkeypatch) -> None:
     """Autograd has a thread for each device."""
-    compared = recorded_comparisons(monkeypatch)
+    # The interpreter runs kernels of one thread at a time: launches must not overlap.
+    compared = recorded_comparisons(monkeypatch, seconds=0.2)
     image, text, _ = Case(6, 4).inputs("cpu")
     before = torch.get_deterministic_debug_mode(), list(warnings.filters)
     engine = verified(torch.float32)
