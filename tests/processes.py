@@ -15,10 +15,13 @@ ENVIRONMENT = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DE
 # A script finds the checkout, which may not be installed.
 ENVIRONMENT["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 # Holds a lock until its input ends.
-HOLD = (
-    "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); "
-    "sys.stdin.read()"
-)
+HOLD = """
+import sys, filelock
+lock = filelock.FileLock(sys.argv[1])
+lock.acquire()
+print(flush=True)
+sys.stdin.read()
+"""
 
 
 def start_python(*arguments: str, **options: Any) -> "subprocess.Popen[str]":
