@@ -145,6 +145,7 @@ class CyCLIPLoss(_ContrastiveLoss):
     Likely mistakes emit a `CyCLIPWarning`, once per process, on rank 0: penalties more than twice
     as strong as the paper's without `reference_batch_size`; in a module's first call, features
     whose rows are not of unit length, or a logit scale below 5, which is probably a logarithm.
+    Compiled code checks nothing: call the loss once before `torch.compile`.
 
     Raises:
         TypeError: a lambda is not a number, or `reference_batch_size` is not an integer. Bools are
