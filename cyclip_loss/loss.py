@@ -269,9 +269,9 @@ class CySigLIPLoss(_ContrastiveLoss):
     is not differentiated after all, nothing but time is lost.
 
     Args:
-        lambda_inmodal, lambda_crossmodal: the weights of the penalties; 0 by default, because no
-            weight was shown to help with this loss (reference_train/results/siglip). CLIP's 0.25 is
-            too strong.
+        lambda_inmodal, lambda_crossmodal: the weights of the penalties; 0 by default, because a
+            weight, 1/64, was shown to help in one setting only (reference_train/results/siglip).
+            CLIP's 0.25 is too strong.
         dist_impl: "gather" (default) or "ring". Of `SigLipLoss`'s names, "bidir" (its default) and
             "shift" are the ring, and "reduce" is the gather.
         same_ids: what rows with the same id in `ids` are to each other: "ignored" (left out), or
