@@ -58,9 +58,7 @@ TRAINING = [
     ("Accelerate", 0, "accelerate"),
     ("Lightning", 0, "lightning"),
 ]
-TRAINING += [
-    (recipe_cases.LARGE_BATCH, i, package) for i, package in enumerate(("open_clip", "lightning"))
-]
+TRAINING += [(recipe_cases.LARGE_BATCH, i, row[2]) for i, row in enumerate(TRAINING)]
 
 
 @pytest.mark.parametrize(("heading", "block", "package"), TRAINING)
@@ -197,7 +195,7 @@ class Samples(IterableDataset):
 @needs_triton
 @pytest.mark.parametrize(
     ("heading", "block", "rows"),
-    [("Hugging Face Trainer", 0, 16), (recipe_cases.LARGE_BATCH, 2, 32)],
+    [("Hugging Face Trainer", 0, 16), (recipe_cases.LARGE_BATCH, 3, 32)],
 )
 def test_hugging_faces_trainer_takes_the_gradient_step_of_the_loss(
     heading: str, block: int, rows: int, tmp_path: Path
