@@ -49,10 +49,9 @@ class Logits(NamedTuple):
     def zero_or_nan(self, dtype: torch.dtype) -> Tensor:
         """0, or NaN if a feature is not finite.
 
-        To be added to results with extra negatives: an infinite negative may have the logit -inf,
-        and the result would stay finite.
+        To be added to results that would stay finite: an infinite negative may have the logit -inf.
         """
-        return ((self.row_features * 0).sum() + (self.column_features * 0).sum()).to(dtype)
+        return (self.row_features.sum(dtype=dtype) + self.column_features.sum(dtype=dtype)) * 0
 
     def block(self, start: int, stop: int, left: int = 0, right: int | None = None) -> "Logits":
         """Rows `start` to `stop` and columns `left` to `right`."""

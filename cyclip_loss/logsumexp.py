@@ -41,8 +41,9 @@ def contrastive_logsumexp(
     Most contrastive losses are functions of these vectors. Memory is O(N D). CLIP's is the mean of
     (softplus(row_negatives - pair_logits) + softplus(column_negatives - pair_logits)) / 2.
 
-    The loss must not fall when a log-sum-exp rises: a negative upstream gradient of a log-sum-exp
-    makes the gradients NaN. A zero one contributes exactly zero. Second derivatives are an error.
+    The loss must not fall when a log-sum-exp rises: beyond N = 1.5 D, a negative upstream gradient
+    of a log-sum-exp makes the gradients NaN, and second derivatives are an error. A zero upstream
+    gradient contributes exactly zero.
     float16 features are computed and, with `dist_impl="ring"`, sent in float32.
 
     Across ranks, compute each rank's loss as a mean over its own n pairs. (If ranks hold different

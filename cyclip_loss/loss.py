@@ -101,7 +101,7 @@ class CyCLIPLoss(_ContrastiveLoss):
         loss = contrastive + lambda_inmodal * P_in + lambda_crossmodal * P_cross
 
     A drop-in for `open_clip.ClipLoss`: call it with the same arguments. Memory is O(N D): beyond
-    N = 2 D the logits are computed in blocks of bounded size. The penalties cost O(N D^2).
+    N = 1.5 D the logits are computed in blocks of bounded size. The penalties cost O(N D^2).
 
     Args:
         lambda_inmodal: weight of the in-modal penalty (`cylambda1` in the authors' code). 0: off.

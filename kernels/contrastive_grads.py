@@ -185,6 +185,10 @@ def multiplied_blocks(
     row_grads: list[Tensor] = []
     column_grads: dict[int, Tensor] = {}
     tiles = 0
+
+    def finished(total: Tensor) -> Tensor:
+        return (total if factor is None else total.mul_(factor)).to(grad_dtype)
+
     for start in range(0, n, height):
         row_grad = None
         for left in range(0, m, width):
@@ -207,11 +211,13 @@ def multiplied_blocks(
                 rows = row_features[start : start + height]
                 column_grads[left] = _plus_product(column_grads.get(left), gradient.T, rows, dtype)
         if row_grad is not None:
-            row_grads.append(row_grad)
-    nothing = row_features.new_empty(0, dtype=grad_dtype)
-    joined = _joined(row_grads, nothing), _joined([*column_grads.values()], nothing)
-    row_grad, column_grad = (x if factor is None else x.mul_(factor) for x in joined)
-    return row_grad.to(grad_dtype), column_grad.to(grad_dtype)
+            row_grads.append(finished(row_grad))
+    # Two tensors also if both are empty: results of an operator must not be the same tensor.
+    row_grads = row_grads or [row_features.new_empty(0, dtype=grad_dtype)]
+    parts = [finished(x) for x in column_grads.values()] or [
+        column_features.new_empty(0, dtype=grad_dtype)
+    ]
+    return _joined(row_grads), _joined(parts)
 
 
 def contrastive_grads(
@@ -262,5 +268,5 @@ def _plus_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype
     return total
 
 
-def _joined(parts: list[Tensor], nothing: Tensor) -> Tensor:
-    return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else nothing
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]

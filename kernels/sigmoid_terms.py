@@ -31,7 +31,7 @@ from cyclip_loss.numerics import on_device_of
 
 
 @triton.jit(
-    do_not_specialize=["n", "m", "partner_offset", "num_pairs"],
+    do_not_specialize=["n", "m", "all_tiles", "partner_offset", "num_pairs"],
     do_not_specialize_on_alignment=[
         "logit_scale", "logit_bias", "row_ids", "column_ids", "partials",
     ],
@@ -55,7 +55,7 @@ def sigmoid_terms_kernel(
     partials,  # (3, all_tiles) out: of the tiles, sums of the loss, of G_ij (I_i . T_j), and of G
     all_tiles,
     POSITIVES: tl.constexpr,
-    HAS_NEGATIVES: tl.constexpr,  # extra ones: rows whose ids are below 0 have no positives
+    HAS_NEGATIVES: tl.constexpr,  # extra ones, with POSITIVES: ids below 0 have no positives
     SHIFT: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
@@ -87,7 +87,7 @@ def sigmoid_terms_kernel(
         counts = (rows < n)[:, None] & (columns < m)[None, :]
         if row_ids is not None:
             same = same_ids(row_ids, column_ids, rows, columns, n, m) & ~is_positive
-            if POSITIVES and HAS_NEGATIVES:
+            if HAS_NEGATIVES:
                 row_id = tl.load(row_ids + tl.minimum(rows, n - 1))
                 is_positive |= same & (row_id >= 0)[:, None]
             elif POSITIVES:
@@ -124,7 +124,7 @@ def sigmoid_terms(
             logits,
             config,
             lambda start, left, tiles_before: (logit_bias, partials[:, tiles_before:], tiles),
-            {"POSITIVES": positives, "HAS_NEGATIVES": logits.has_extra_negatives},
+            {"POSITIVES": positives, "HAS_NEGATIVES": positives and logits.has_extra_negatives},
             needs,
             logits.logit_scale * (weight * 2.0 ** -float16_shift(features)),
             torch.float32,

@@ -13,7 +13,6 @@ the file of the function's name in `kernels/`. A new constexpr needs a step that
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -241,7 +240,7 @@ def sigmoid_terms(
         dI = w s G T,   dT = w s G^T I,   ds = w sum_ij G_ij (I_i . T_j),   db = w sum_ij G_ij
 
     Other elements with the same id are left out or, with `positives`, have y = 1. Extra negatives
-    have ids below 0, and are always left out.
+    have ids below 0. Those with the same id are left out in both cases.
 
     logit_bias: scalar; needs: of rows, columns, scale and bias. If nothing is needed, only the loss
     is computed. The loss is not multiplied by `weight`.
@@ -303,28 +302,19 @@ def gram_matrices(image_features: Tensor, text_features: Tensor, with_cross: boo
 
 
 def cyclic_terms(grams: Tensor, weights: list[Tensor], as_terms: bool) -> list[Tensor]:
-    """The weighted penalties from `gram_matrices` of all rows of the global batch.
-
-        p = <A, B>_F,  q = <C, C^T>_F
-
-    Without C, the weights are equal. The rest is as in `weighted_penalties`.
-    """
-    p = (grams[0] * grams[1]).sum()
-    q = (grams[2] * grams[2].T).sum() if len(grams) == 3 else None
-    return weighted_penalties(p, q, weights, as_terms)
-
-
-def weighted_penalties(p: Tensor, q: Tensor | None, weights: Any, as_terms: bool) -> list[Tensor]:
     """Both weighted penalties if `as_terms`, else [their sum] (Goel et al. 2022, eq. 2 and 3).
 
-        N * P_in = (p + q) / 2,  N * P_cross = (p - q) / 2
+        p = <A, B>_F,  q = <C, C^T>_F,  N * P_in = (p + q) / 2,  N * P_cross = (p - q) / 2
 
-    weights: of N * P_in and of N * P_cross, numbers, or scalar tensors on the device of p or on the
-    CPU. q: None if the weights are equal and only the sum is wanted, which does not need it.
+    grams: from `gram_matrices`, of all rows of the global batch; weights: of N * P_in and of
+    N * P_cross, scalar tensors on the device of the Gram matrices or on the CPU. Without C, the
+    weights are equal, and only the sum is wanted.
     """
-    if q is None:
+    p = (grams[0] * grams[1]).sum()
+    if len(grams) == 2:
         # Use both weights, so that torch.compile treats both as inputs.
         return [p * ((weights[0] + weights[1]) / 2)]
+    q = (grams[2] * grams[2].T).sum()
     # Both are sums of squares. Rounding must not make them negative; `clamp` keeps NaN.
     inmodal = (p + q).clamp_(min=0) * (weights[0] / 2)
     crossmodal = (p - q).clamp_(min=0) * (weights[1] / 2)
@@ -347,7 +337,7 @@ def cyclic_grads(
         dU = (a+b) U B + (a-b) V C^T        dI = dU + dV
         dV = (a+b) V A + (a-b) U C          dT = dU - dV
 
-    grams: as in `cyclic_terms`; weights: as in `weighted_penalties`; without C, a = b. Returns dI
+    grams: as in `cyclic_terms`; weights: as in `cyclic_terms`; without C, a = b. Returns dI
     and dT, (n, D), in the features' dtype, empty where not needed.
     """
     needs_image, needs_text = needs

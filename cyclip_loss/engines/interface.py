@@ -1,7 +1,7 @@
 """The interface of an engine: seven functions.
 
 `eager.py` and, as `cyclip_loss.kernels`, the Triton kernels define them. The formulas and shapes
-are in `eager.py`. Records that the functions take and return are in `cyclip_loss/logits.py`.
+are in `eager.py`. The other records are in `cyclip_loss/logits.py`.
 """
 
 from typing import NamedTuple, Protocol

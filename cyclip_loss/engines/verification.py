@@ -39,7 +39,7 @@ from cyclip_loss.usage_warnings import warn_once
 # where the Gram matrix C is there, need C.
 SCALARS = {
     "logit_scale": (20.0,),
-    "logit_bias": (-8.0,),
+    "logit_bias": (-5.0,),
     "grad": (1.5,),
     "grads": (1.5, 3.0),
     "weights": (0.03, 0.01),

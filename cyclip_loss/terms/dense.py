@@ -4,7 +4,7 @@ Up to about N = 1.5 D these matrices are not much larger than the features, and 
 than the streamed form. So PyTorch's autograd keeps them, and torch.compile fuses what is between
 the products. With U = I + T, V = I - T and W = U V^T:
 
-    P_in = (p + q) / (2N),  P_cross = (p - q) / (2N),       p = ||W||_F^2,  q = <W, W^T>_F
+    P_in = ||W + W^T||_F^2 / (4N)        P_cross = ||W - W^T||_F^2 / (4N)
 
 The contrastive term has the formula of `contrastive.py`: its sums run over the negatives.
 """
@@ -58,11 +58,14 @@ def cyclic_terms(
     with_cross: bool,
     as_terms: bool,
 ) -> list[Tensor]:
-    """The weighted penalties, as in `eager.weighted_penalties`. Features: (N, D)."""
+    """The weighted penalties, as in `eager.cyclic_terms`. Features: (N, D)."""
     dtype = accumulation_dtype(image_features.dtype)
     with without_autocast(image_features):
         image, text = image_features.to(dtype), text_features.to(dtype)
         w_matrix = (image + text) @ (image - text).T
-        p = w_matrix.square().sum()
-        q = (w_matrix * w_matrix.T).sum() if with_cross else None
-        return eager.weighted_penalties(p, q, weights, as_terms)
+        if not with_cross:
+            # Use both weights, so that torch.compile treats both as inputs.
+            return [w_matrix.square().sum() * ((weights[0] + weights[1]) / 2)]
+        inmodal = (w_matrix + w_matrix.T).square().sum() * (weights[0] / 4)
+        crossmodal = (w_matrix - w_matrix.T).square().sum() * (weights[1] / 4)
+        return [inmodal, crossmodal] if as_terms else [inmodal + crossmodal]

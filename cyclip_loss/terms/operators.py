@@ -103,7 +103,7 @@ class _FirstDerivativesOnly(torch.autograd.Function):
         raise RuntimeError(
             "cyclip_loss has first derivatives only: its gradients cannot be differentiated again "
             "(as a gradient penalty, or backward through create_graph=True, would). "
-            "cyclip_loss.reference.cyclip_loss has all derivatives, but builds N x N matrices "
+            "The functions of cyclip_loss.reference have all derivatives, but build N x N matrices "
             "(more: docs/troubleshooting.md)"
         )
 

@@ -38,3 +38,18 @@ def test_without_gradients_only_the_value_is_computed(monkeypatch) -> None:
 )
 def test_open_clips_names_of_exchanges_are_accepted(theirs: str | None, ours: str) -> None:
     assert CySigLIPLoss(dist_impl=theirs).dist_impl == ours
+
+
+def test_an_infinite_feature_gives_no_finite_loss(impl: str, device) -> None:
+    """Also of a pair whose logit is infinite, which looks perfectly matched."""
+    image = torch.tensor([[torch.inf, 0.5]], device=device)
+    assert CySigLIPLoss(impl=impl)(image, torch.ones_like(image), 10.0, -10.0).isnan()
+
+
+def test_compiled_evaluation_equals_eager(impl: str, device) -> None:
+    """No gradient is wanted, so an operator returns several empty tensors."""
+    torch._dynamo.reset()
+    loss, features = CySigLIPLoss(impl=impl), torch.eye(4, device=device)
+    with torch.no_grad():
+        compiled = torch.compile(loss, backend="aot_eager")(features, features, 10.0, -10.0)
+        torch.testing.assert_close(compiled, loss(features, features, 10.0, -10.0))
