@@ -102,7 +102,8 @@ def sigmoid_terms_kernel(
         within = tl.arange(0, BM)[:, None] * gradient_stride + columns[None, :]
         tl.store(tile_start + within, (g * (1 << SHIFT)).to(gradient.dtype.element_ty))
     tile = partials + tl.program_id(0)
-    tl.store(tile, loss_sum)
+    # An infinite feature may give a logit without loss. It makes the other sum NaN.
+    tl.store(tile, loss_sum + 0.0 * scale_sum)
     tl.store(tile + all_tiles, scale_sum)
     tl.store(tile + 2 * all_tiles, g_sum)
 

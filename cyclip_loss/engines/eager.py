@@ -279,7 +279,8 @@ def sigmoid_terms(
         strips_of_g(), logits, column_features, factor, needs[:3], logits.logit_scale.dtype
     )
     bias_grad = bias_sum * weight if needs[3] else bias_sum.new_empty(0)
-    return SigmoidTerms(loss, *grads, bias_grad)
+    # An infinite feature may give a logit without loss.
+    return SigmoidTerms(loss + logits.zero_or_nan(loss.dtype), *grads, bias_grad)
 
 
 def gram_matrices(image_features: Tensor, text_features: Tensor, with_cross: bool) -> Tensor:

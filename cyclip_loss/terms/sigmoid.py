@@ -102,7 +102,6 @@ def _step(
         strategy = STRATEGIES[term.strategy]
         grads = strategy.gradients(block_grads, logits, None, needs[:3], ranks_of_columns(term))
         loss.div_(term.divisor)
-        loss.add_(logits.zero_or_nan(loss.dtype))
         if term.size > 1:
             loss = collectives.wait(
                 collectives.start_all_reduce(loss, "sum", ranks_of_columns(term))
