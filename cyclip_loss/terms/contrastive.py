@@ -174,10 +174,11 @@ def term_inputs(
 def _ids_with_negatives(
     batch: Batch, batch_ids: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Row and column ids of the first term. Extra negatives get ids that match no other.
+    """Row and column ids of the first term. Extra negatives get ids that match no pair's.
 
     batch_ids: of the pairs of all ranks. They are numbered from 0 on, so -2 (extra images) and -1
-    (extra texts) are free.
+    (extra texts) are free. SigLIP's extra images get -1, too, which leaves them out of the
+    negatives of extra texts.
     """
     if batch.ids is None or batch_ids is None:
         return None, None
@@ -185,7 +186,8 @@ def _ids_with_negatives(
     num_pairs, num_columns = batch.image_features.shape[0], batch.column_features[0].shape[0]
     first = batch.ranks.first_row(batch.ranks.rank, num_pairs)
     row_ids = column_ids[first : first + num_pairs]
-    row_ids = F.pad(row_ids, (0, batch.row_features[0].shape[0] - num_pairs), value=-2)
+    extra_id = -2 if batch.logit_bias is None else -1
+    row_ids = F.pad(row_ids, (0, batch.row_features[0].shape[0] - num_pairs), value=extra_id)
     pairs_per_rank = [batch.ranks.rows_on(rank, num_pairs) for rank in range(batch.ranks.size)]
     blocks = []
     for rank, block in enumerate(torch.split(column_ids, pairs_per_rank)):

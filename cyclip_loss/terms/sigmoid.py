@@ -33,9 +33,6 @@ from cyclip_loss.terms.operators import Operator, call_backward, empty_grad_like
 def terms(batch: Batch, plan: Plan, gathers: Gathers) -> dict[str, Tensor]:
     """{"contrastive_loss": the loss}, a scalar of the accumulation dtype."""
     (inputs,) = term_inputs(batch, plan, gathers)
-    if batch.has_negatives and inputs.row_ids is not None:
-        # Extra images get the id of extra texts: they are no negatives of each other.
-        inputs = inputs._replace(row_ids=inputs.row_ids.clamp(min=-1))
     features = (inputs.row_features, inputs.column_features, inputs.logit_scale)
     differentiable = (*features, batch.logit_bias)
     needs = [torch.is_grad_enabled() and x.requires_grad for x in differentiable]  # type: ignore[union-attr]
