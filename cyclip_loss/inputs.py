@@ -9,13 +9,15 @@ call and its bounds.
 from collections.abc import Hashable, Sequence
 from numbers import Real
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
-from cyclip_loss.numerics import accumulation_dtype, autocast_is_on
+from cyclip_loss import usage_warnings
+from cyclip_loss.numerics import accumulation_dtype, autocast_is_on, is_capturing
 from cyclip_loss.options import LARGEST, ContrastiveOptions, Options, PenaltyOptions
-from cyclip_loss.plan import Batch
+from cyclip_loss.plan import Batch, Plan
 from cyclip_loss.ranks.agreement import check_ranks_agree
 from cyclip_loss.ranks.groups import ranks_of
 
@@ -29,6 +31,8 @@ NUMBERS = (
     "reference_batch_size",
     "inmodal_contrastive_weight",
 )
+# Modules and functions whose inputs were checked. Copies of a module are checked again.
+_checked: WeakSet[Any] = WeakSet()
 
 
 def prepare_pairs(
@@ -167,6 +171,22 @@ def _collective_signature(
         # Their gradients are summed across ranks.
         "which of the features require a gradient": ", ".join(trained),
     }
+
+
+def check_inputs_once(called: Any, batch: Batch, plan: Plan) -> None:
+    """Warn of unusual features or an unusual scale, in the first call that has rows.
+
+    The check waits for the device, once. It is skipped while `torch.compile` traces or a CUDA graph
+    is captured. called: the module or function.
+    """
+    image = batch.image_features
+    # `traced` comes first: compiled code must not depend on what was checked.
+    if plan.traced or called in _checked or image.shape[0] == 0:
+        return
+    if not image.is_meta and not is_capturing(image):
+        _checked.add(called)
+        features = [image, batch.text_features, *batch.row_features, *batch.column_features]
+        usage_warnings.warn_of_unusual_inputs(features, batch.logit_scale)
 
 
 def check_features(

@@ -4,8 +4,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from cyclip_loss.inputs import prepare
-from cyclip_loss.loss import check_inputs_once
+from cyclip_loss.inputs import check_inputs_once, prepare
 from cyclip_loss.options import ContrastiveOptions, boolean
 from cyclip_loss.plan import make_plan
 from cyclip_loss.terms import contrastive, logsumexp

@@ -7,37 +7,16 @@ import inspect
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from cyclip_loss import options, usage_warnings
-from cyclip_loss.inputs import check_scalar, prepare, prepare_pairs
-from cyclip_loss.numerics import is_capturing
+from cyclip_loss.inputs import check_inputs_once, check_scalar, prepare, prepare_pairs
 from cyclip_loss.options import ContrastiveOptions, PenaltyOptions, option
 from cyclip_loss.plan import Batch, Plan, make_plan
 from cyclip_loss.ranks.groups import ranks_of
 from cyclip_loss.terms import contrastive, cyclic, sigmoid
-
-# Modules and functions whose inputs were checked. Copies of a module are checked again.
-_checked: WeakSet[Any] = WeakSet()
-
-
-def check_inputs_once(called: Any, batch: Batch, plan: Plan) -> None:
-    """Warn of unusual features or an unusual scale, in the first call that has rows.
-
-    The check waits for the device, once. It is skipped while `torch.compile` traces or a CUDA graph
-    is captured. called: the module or function.
-    """
-    image = batch.image_features
-    # `traced` comes first: compiled code must not depend on what was checked.
-    if plan.traced or called in _checked or image.shape[0] == 0:
-        return
-    if not image.is_meta and not is_capturing(image):
-        _checked.add(called)
-        features = [image, batch.text_features, *batch.row_features, *batch.column_features]
-        usage_warnings.warn_of_unusual_inputs(features, batch.logit_scale)
 
 
 @dataclass(eq=False, repr=False)

@@ -82,6 +82,15 @@ def strips(num_rows: int, height: int) -> list[tuple[int, int]]:
     return [(start, min(start + height, num_rows)) for start in range(0, num_rows, max(height, 1))]
 
 
+def float16_shift(features: Tensor) -> int:
+    """The power of 2 by which G is multiplied before it is rounded to the dtype of the features.
+
+    float16 keeps 11 bits only above 6e-5, and most of G is smaller. So 2^14 G is rounded, whose
+    largest possible element, 2^15, still fits.
+    """
+    return 14 if features.dtype == torch.float16 else 0
+
+
 def has_wide_products(features: Tensor) -> bool:
     """Whether PyTorch multiplies 16-bit matrices of this dtype and device into a float32 one.
 

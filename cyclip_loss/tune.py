@@ -159,8 +159,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--seconds", type=int, default=300, help="in total (default: 300)")
     options = parser.parse_args(arguments)
-    if min(options.n, options.d, options.seconds) < 1:
-        parser.error("--n, --d and --seconds must be 1 or more")
+    if min(sizes := (options.n, options.d, options.seconds)) < 1:
+        parser.error(f"--n, --d and --seconds must be 1 or more, got {sizes}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if find_spec("triton") is None or not (kernels.INTERPRETED or architecture(device)):
         parser.error(

@@ -24,7 +24,7 @@ from cyclip_loss.kernels.configs import SUM, Config, Precision, config_for
 from cyclip_loss.kernels.launch import aligned_features, ceil_div, launch
 from cyclip_loss.kernels.tiles import LN_2, LOG2_E, grouped_tile, same_ids, split, tile_product
 from cyclip_loss.logits import Gradients, Logits, SavedStatistics
-from cyclip_loss.numerics import add_product, matmul, on_device_of
+from cyclip_loss.numerics import add_product, float16_shift, matmul, on_device_of
 
 # A block of G has at most this many rows and elements, so 16,384 columns: 512 MB in 16 bits, at
 # every N. Both products of a block sum over thousands of elements. At D = 768 they have 384 output
@@ -135,15 +135,6 @@ def scale_grad_kernel(
         index = start + tl.arange(0, BLOCK)
         total += tl.load(scale_partials + index, mask=index < length, other=0.0)
     tl.store(scale_grad, tl.sum(total, axis=0) * weight * tl.load(grad))
-
-
-def float16_shift(features: Tensor) -> int:
-    """The power of 2 by which G is multiplied before it is stored.
-
-    float16 keeps 11 bits only above 6e-5, and most of w s G is far smaller. So 2^14 G is stored,
-    without w and s. Its largest possible element, 2^15, still fits.
-    """
-    return 14 if features.dtype == torch.float16 else 0
 
 
 def num_tiles(logits: Logits, config: Config) -> int:

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cyclip_loss.kernels.configs import Precision, config_for
-from cyclip_loss.kernels.contrastive_grads import float16_shift, multiplied_blocks, num_tiles
+from cyclip_loss.kernels.contrastive_grads import multiplied_blocks, num_tiles
 from cyclip_loss.kernels.tiles import (
     grouped_tile,
     same_ids,
@@ -27,7 +27,7 @@ from cyclip_loss.kernels.tiles import (
     tile_product,
 )
 from cyclip_loss.logits import Logits, SigmoidTerms
-from cyclip_loss.numerics import on_device_of
+from cyclip_loss.numerics import float16_shift, on_device_of
 
 
 @triton.jit(

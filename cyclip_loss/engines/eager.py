@@ -21,7 +21,7 @@ from torch import Tensor
 from cyclip_loss import numerics
 from cyclip_loss.engines.interface import PairTerms
 from cyclip_loss.logits import Gradients, Logits, LogSumExps, SavedStatistics, SigmoidTerms
-from cyclip_loss.numerics import accumulation_dtype, rows_per_strip, strips
+from cyclip_loss.numerics import accumulation_dtype, float16_shift, rows_per_strip, strips
 
 
 def _columns_to_multiply(logits: Logits) -> Tensor:
@@ -156,7 +156,7 @@ def contrastive_grads(
     features' dtype or, with `float32_grads`, the accumulation dtype (for sums across ranks).
     """
     column_features = _columns_to_multiply(logits)
-    shift = _shift(column_features)
+    shift = float16_shift(column_features)
     dtype = accumulation_dtype(column_features.dtype)
     strips_of_g = _contrastive_strips(logits, saved, column_features)
     grad_dtype = dtype if float32_grads else logits.row_features.dtype
@@ -180,15 +180,6 @@ def _contrastive_strips(
         yield start, stop, strip_features, gradient
 
 
-def _shift(column_features: Tensor) -> int:
-    """The power of 2 by which G is multiplied before it is rounded.
-
-    float16 keeps 11 bits only above 6e-5, and most of G is smaller. So 2^14 * G is multiplied,
-    whose largest possible element, 2^15, still fits.
-    """
-    return 14 if column_features.dtype == torch.float16 else 0
-
-
 def _multiplied(
     strips_of_g: Iterator[tuple[int, int, Tensor, Tensor]],
     logits: Logits,
@@ -210,7 +201,7 @@ def _multiplied(
     column_grad = column_features.new_zeros(column_shape, dtype=dtype)
     for start, stop, strip_features, gradient in strips_of_g:
         if column_features.dtype != dtype:
-            shifted = gradient.mul_(2.0 ** _shift(column_features))
+            shifted = gradient.mul_(2.0 ** float16_shift(column_features))
             gradient = shifted.to(column_features.dtype)
         # sum_ij G_ij (I_i . T_j) = sum_i I_i . (G T)_i = sum_j T_j . (G^T I)_j. From a feature
         # gradient that is computed anyway, it takes n * D multiplications.
@@ -274,7 +265,7 @@ def sigmoid_terms(
             bias_sum.add_(gradient.sum())
             yield start, stop, strip_features, gradient
 
-    factor = logits.logit_scale.new_full((), weight * 2.0 ** -_shift(column_features))
+    factor = logits.logit_scale.new_full((), weight * 2.0 ** -float16_shift(column_features))
     grads = _multiplied(
         strips_of_g(), logits, column_features, factor, needs[:3], logits.logit_scale.dtype
     )
@@ -338,8 +329,8 @@ def cyclic_grads(
         dU = (a+b) U B + (a-b) V C^T        dI = dU + dV
         dV = (a+b) V A + (a-b) U C          dT = dU - dV
 
-    grams: as in `cyclic_terms`; weights: as in `cyclic_terms`; without C, a = b. Returns dI
-    and dT, (n, D), in the features' dtype, empty where not needed.
+    grams, weights: as in `cyclic_terms`; without C, a = b. Returns dI and dT, (n, D), in the
+    features' dtype, empty where not needed.
     """
     needs_image, needs_text = needs
     dtype = accumulation_dtype(image_features.dtype)

@@ -16,7 +16,7 @@ from cyclip_loss import (
     contrastive_logsumexp,
     usage_warnings,
 )
-from cyclip_loss import loss as modules
+from cyclip_loss import inputs as checks
 
 ROWS = torch.eye(4, device="cpu")
 NESTED = torch.nested.nested_tensor([ROWS[0], ROWS[1]])
@@ -55,7 +55,7 @@ def test_an_integer_without_a_float_is_refused(name: str) -> None:
 def messages(call: Any) -> list[str]:
     """The warnings of two calls. The process has not warned before, nor checked a function."""
     usage_warnings._warned.clear()
-    modules._checked.discard(contrastive_logsumexp)
+    checks._checked.discard(contrastive_logsumexp)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         call()
@@ -86,7 +86,7 @@ def test_nothing_is_checked_while_a_cuda_graph_is_captured(monkeypatch) -> None:
     """The check waits for the device. The first call after the capture is checked."""
     loss, features = CyCLIPLoss(), 3 * ROWS
     with monkeypatch.context() as capturing:
-        capturing.setattr(modules, "is_capturing", lambda features: True)
+        capturing.setattr(checks, "is_capturing", lambda features: True)
         assert messages(partial(loss, features, features, 10.0)) == []
     assert len(messages(partial(loss, features, features, 10.0))) == 1
 
