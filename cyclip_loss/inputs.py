@@ -23,14 +23,6 @@ from cyclip_loss.ranks.groups import ranks_of
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-# Options that are numbers, which may change between calls. Ranks compare them only in the first
-# call with a configuration.
-NUMBERS = (
-    "lambda_inmodal",
-    "lambda_crossmodal",
-    "reference_batch_size",
-    "inmodal_contrastive_weight",
-)
 # Modules and functions whose inputs were checked. Copies of a module are checked again.
 _checked: WeakSet[Any] = WeakSet()
 
@@ -56,19 +48,17 @@ def prepare(
     options: ContrastiveOptions,
     output_dict: bool = False,
     *,
-    augmented_image_features: Tensor | None = None,
-    augmented_text_features: Tensor | None = None,
     ids: Tensor | None = None,
-    negative_image_features: Tensor | None = None,
-    negative_text_features: Tensor | None = None,
     same_ids: str = "ignored",
     one_way: bool = False,
     logit_bias: Tensor | float | None = None,
     function: str = "CyCLIPLoss",
+    **others: Tensor | None,
 ) -> Batch:
     """The batch of a call of a contrastive loss. Raises as `CyCLIPLoss`.
 
-    Across ranks, compares the call with the other ranks' (`check_ranks_agree`).
+    Across ranks, compares the call with the other ranks' (`check_ranks_agree`). others: augmented
+    and negative features, by their argument's name.
     """
     if not isinstance(output_dict, bool):
         raise TypeError(f"output_dict must be a bool, got {output_dict!r}: lambdas go by keyword")
@@ -78,33 +68,29 @@ def prepare(
     scale = check_scalar("logit_scale", logit_scale, images)
     bias = None if logit_bias is None else check_scalar("logit_bias", logit_bias, images)
     ids = check_ids(ids, images, same_ids)
-    # Features that reach other ranks, by the argument's name.
-    sent = {"text_features": texts}
+    given: dict[str, Tensor] = {}
+    for name, features in others.items():
+        if features is not None:
+            names, is_view = ("image_features", name), name.startswith("augmented")
+            given[name] = check_features(images, features, names, several, is_view)[1]
     row_features, column_features = [images], [texts]
-
-    if augmented_image_features is not None and augmented_text_features is not None:
-        names = ("image_features", "augmented_image_features")
-        image_view = check_features(images, augmented_image_features, names, several)[1]
-        names = ("text_features", "augmented_text_features")
-        text_view = check_features(texts, augmented_text_features, names, several)[1]
-        sent |= {"augmented_image_features": image_view, "augmented_text_features": text_view}
-        row_features += [images, texts]
-        column_features += [image_view, text_view]
-    elif augmented_image_features is not None or augmented_text_features is not None:
-        missing = "image" if augmented_image_features is None else "text"
+    views = [name for name in given if name.startswith("augmented")]
+    if len(views) == 1:
+        missing = "text" if "image" in views[0] else "image"
         raise ValueError(f"augmented features go together: augmented_{missing}_features is None")
-
+    if views:
+        row_features += [images, texts]
+        column_features += [given["augmented_image_features"], given["augmented_text_features"]]
     num_rows = {"image_features and text_features": images.shape[0], "negative_text_features": 0}
-    if negative_image_features is not None:
-        names = ("image_features", "negative_image_features")
-        negatives = check_features(images, negative_image_features, names, several, paired=False)[1]
-        row_features[0] = torch.cat((images, negatives))
-    if negative_text_features is not None:
-        names = ("image_features", "negative_text_features")
-        negatives = check_features(images, negative_text_features, names, several, paired=False)[1]
+    has_negatives = len(given) > len(views)
+    if "negative_image_features" in given:
+        # They stay on this rank.
+        row_features[0] = torch.cat((images, given.pop("negative_image_features")))
+    if "negative_text_features" in given:
+        negatives = given["negative_text_features"]
         column_features[0] = torch.cat((texts, negatives))
-        sent["negative_text_features"] = negatives
         num_rows["negative_text_features"] = negatives.shape[0]
+    sent = {"text_features": texts, **given}
 
     column_ranks = ranks
     if several:
@@ -117,9 +103,8 @@ def prepare(
             "whether ids are given": ids is not None,
             "same_ids": same_ids,
         }
-        numbers = {name: getattr(options, name) for name in NUMBERS if hasattr(options, name)}
         ranks, column_ranks = check_ranks_agree(
-            ranks, images, num_rows, signature, numbers, options.uneven
+            ranks, images, num_rows, signature, options, options.uneven
         )
     return Batch(
         images,
@@ -131,7 +116,7 @@ def prepare(
         ids,
         tuple(row_features),
         tuple(column_features),
-        negative_image_features is not None or negative_text_features is not None,
+        has_negatives,
         logit_bias=bias,
         positives=ids is not None and same_ids == "positives",
         one_way=one_way,
@@ -194,13 +179,13 @@ def check_features(
     second: Tensor,
     names: tuple[str, str] = ("image_features", "text_features"),
     may_be_empty: bool = False,
-    autocast: bool = True,
     paired: bool = True,
+    autocast: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Two feature tensors (N, D), cast as autocast asks, or an error that names the argument.
 
-    may_be_empty: allow N = 0, as on one of several ranks. autocast: False casts nothing. paired:
-    False allows the second any number of rows.
+    may_be_empty: allow N = 0, as on one of several ranks. paired: False allows the second any
+    number of rows. autocast: False casts nothing.
     """
     min_rows = 0 if may_be_empty or not paired else 1
     for name, features in zip(names, (first, second)):  # noqa: B905 (PyTorch 2.8 can't trace strict)

@@ -224,7 +224,7 @@ class CyCLIPLoss(_ContrastiveLoss):
         # their all-reduce runs while the contrastive terms are.
         gathers = contrastive.start_gathers(batch, plan)
         reduced = cyclic.start_reducing_grams(batch, plan)
-        terms = contrastive.terms(batch, plan, gathers, self.inmodal_contrastive_weight)
+        terms = contrastive.terms(batch, plan, gathers, self)
         if bias is not None:
             # A gradient of 0: DDP needs a gradient for every parameter.
             terms["contrastive_loss"] = terms["contrastive_loss"] + bias * 0

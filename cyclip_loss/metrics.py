@@ -76,23 +76,17 @@ def consistency_metrics(
     images, texts = pair[0].to(wide), pair[1].to(wide)
 
     crossmodal_mean = _mean_similarity(images, texts)
-    means = {
-        "inmodal": (_mean_similarity(images, images), _mean_similarity(texts, texts)),
-        "crossmodal": (crossmodal_mean, crossmodal_mean),
-    }
-    sums: dict[str, Tensor] = {}
+    inmodal_means = _mean_similarity(images, images), _mean_similarity(texts, texts)
+    means = *inmodal_means, crossmodal_mean, crossmodal_mean
     own_rows = torch.arange(start, stop, device=images.device)
-    # Six float64 matrices of a strip's size are alive at once, instead of one or two in float32.
-    height = rows_per_strip(6 * images.shape[0], images.device)
-    for rows in torch.split(own_rows, height):
-        for name, part in _sums_of_rows(images, texts, rows, means).items():
-            sums[name] = sums[name] + part if name in sums else part
+    # Five float64 matrices of a strip's size are alive at once, instead of one or two in float32.
+    height = rows_per_strip(5 * images.shape[0], images.device)
+    # A rank without rows has one empty strip.
+    strips = torch.split(own_rows, height)
+    sums = torch.stack([_sums_of_rows(images, texts, rows, means) for rows in strips]).sum(dim=0)
     if ranks.size > 1:
-        # A rank without rows has the sums of one empty strip.
-        packed = torch.stack([*sums.values()])
-        packed = collectives.wait(collectives.start_all_reduce(packed, "sum", ranks))
-        sums = dict(zip(sums, packed.unbind(), strict=True))
-    return {name: value.float() for name, value in _metrics(sums, images, texts).items()}
+        sums = collectives.wait(collectives.start_all_reduce(sums, "sum", ranks))
+    return dict(zip(NAMES, _metrics(sums, images, texts).float(), strict=True))
 
 
 def _gather(
@@ -121,58 +115,46 @@ def _mean_similarity(x: Tensor, y: Tensor) -> Tensor:
     return (x.sum(dim=0).dot(y.sum(dim=0)) - (x * y).sum()) / (n * (n - 1))
 
 
-def _sums_of_rows(
-    images: Tensor, texts: Tensor, rows: Tensor, means: dict[str, tuple[Tensor, Tensor]]
-) -> dict[str, Tensor]:
-    """What `_metrics` needs, summed over these rows i and all j. means: of the similarities."""
+def _sums_of_rows(images: Tensor, texts: Tensor, rows: Tensor, means: tuple[Tensor, ...]) -> Tensor:
+    """What `_metrics` needs, summed over these rows i and all j: (13,).
+
+    means: of the four kinds of similarities.
+    """
     image, text = images[rows], texts[rows]
-    similarities = {
-        "inmodal": (image @ images.T, text @ texts.T),
-        "crossmodal": (image @ texts.T, text @ images.T),
-    }
-    sums = {"alignment": (image - text).square_().sum()}
-    for direction, x in zip(("image_to_text", "text_to_image"), similarities["crossmodal"]):  # noqa: B905
-        # NaN if a similarity is NaN.
-        sums[f"{direction}_accuracy"] = (x.argmax(dim=1) == rows).sum() + 0 * x.sum()
     pairs = torch.arange(len(rows), device=rows.device), rows
-    for name, (first, second) in similarities.items():
-        sums[f"{name}_gap"] = (first - second).square_().sum()
+    products = [image @ images.T, text @ texts.T, image @ texts.T, text @ images.T]
+    inmodal, crossmodal = products[:2], products[2:]
+    gaps = [(x - y).square_().sum() for x, y in (inmodal, crossmodal)]
+    alignment = (image - text).square_().sum()
+    potentials = [_potentials(x, y, pairs) for x, y in zip(inmodal, (images, texts), strict=True)]
+    # NaN if a similarity is NaN.
+    found = [(x.argmax(dim=1) == rows).sum() + 0 * x.sum() for x in crossmodal]
+    for product, mean in zip(products, means, strict=True):
         # Correlations are sums over i != j of deviations from the mean.
-        x, y = ((s - mean) for s, mean in zip((first, second), means[name], strict=True))
-        x[pairs] = y[pairs] = 0
-        x, y = x.view(-1), y.view(-1)
-        sums |= {f"{name}_xx": x.dot(x), f"{name}_yy": y.dot(y), f"{name}_xy": x.dot(y)}
-    sums["image_uniformity"] = _potentials(similarities["inmodal"][0], images, rows)
-    sums["text_uniformity"] = _potentials(similarities["inmodal"][1], texts, rows)
-    return sums
+        product.sub_(mean)[pairs] = 0
+    moments = [(a * b).sum() for x, y in (inmodal, crossmodal) for a, b in ((x, x), (y, y), (x, y))]
+    return torch.stack([*gaps, alignment, *potentials, *found, *moments])
 
 
-def _metrics(sums: dict[str, Tensor], images: Tensor, texts: Tensor) -> dict[str, Tensor]:
-    """The metrics by name, from sums over all rows."""
+def _metrics(sums: Tensor, images: Tensor, texts: Tensor) -> Tensor:
+    """The metrics in the order of `NAMES`, from sums over all rows."""
     n = images.shape[0]
     pairs = n * (n - 1)
+    means = sums[:7] / sums.new_tensor([n * n, n * n, n, pairs, pairs, n, n])
+    means[3:5].log_()
     length = (images.square().sum() + texts.square().sum()) / n
     rounding = pairs * (64 * torch.finfo(images.dtype).eps * length) ** 2
-    found = {name: x / n for name, x in sums.items() if name.endswith(("alignment", "accuracy"))}
-    for tower in ("image", "text"):
-        found[f"{tower}_uniformity"] = (sums[f"{tower}_uniformity"] / pairs).log()
-    for name in ("inmodal", "crossmodal"):
-        found[f"{name}_gap"] = sums[f"{name}_gap"] / n**2
-        xx, yy = sums[f"{name}_xx"], sums[f"{name}_yy"]
-        is_undefined = (torch.minimum(xx, yy) <= rounding) | (n < 3)
-        correlation = sums[f"{name}_xy"] / (xx * yy).sqrt()
-        found[f"{name}_correlation"] = correlation.masked_fill(is_undefined, torch.nan)
-    return {name: found[name] for name in NAMES}
+    xx, yy, xy = sums[7:].view(2, 3).T
+    is_undefined = (torch.minimum(xx, yy) <= rounding) | (n < 3)
+    correlations = (xy / (xx * yy).sqrt()).masked_fill(is_undefined, torch.nan)
+    return torch.cat((means, correlations))
 
 
-def _potentials(products: Tensor, features: Tensor, rows: Tensor) -> Tensor:
-    """The sum of exp(-2 |x_i - x_j|^2) over these rows i and all j != i.
-
-    products: x_i . x_j, overwritten.
-    """
+def _potentials(products: Tensor, features: Tensor, pairs: tuple[Tensor, Tensor]) -> Tensor:
+    """The sum of exp(-2 |x_i - x_j|^2) over these rows i and all j != i. products: x_i . x_j."""
     norms = features.square().sum(dim=1)
-    squared = products.mul_(-2).add_(norms).add_(norms[rows, None])
+    squared = (products * -2).add_(norms).add_(norms[pairs[1], None])
     potentials = squared.clamp_(min=0).mul_(-2).exp_()
     # Set to 0, not subtracted from the sum, whose other terms could be lost in rounding.
-    potentials[torch.arange(len(rows), device=rows.device), rows] = 0
+    potentials[pairs] = 0
     return potentials.sum()

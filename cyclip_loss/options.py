@@ -79,6 +79,10 @@ def siglip_dist_impl(name: str, value: Any) -> str:
     return one_of((*DIST_IMPLS, *SIGLIP_DIST_IMPLS))(name, value)  # type: ignore[no-any-return]
 
 
+# The checks of options that are numbers.
+NUMERIC = (weight, optional_weight, optional_batch_size)
+
+
 def option(default: Any, check: Callable[[str, Any], Any]) -> Any:
     """A field; `check(name, value)` returns what is set, or raises an error."""
     return field(default=default, metadata={"check": check})
@@ -111,6 +115,13 @@ class Options:
         if known is not None and "check" in known.metadata:
             value = known.metadata["check"](name, value)
         super().__setattr__(name, value)
+
+    def numbers(self) -> dict[str, Any]:
+        """The options that are numbers, by name. They may change between calls."""
+        fields = type(self).__dataclass_fields__.items()
+        return {
+            name: getattr(self, name) for name, f in fields if f.metadata.get("check") in NUMERIC
+        }
 
 
 def _held_group(options: Any) -> Any:

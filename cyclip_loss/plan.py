@@ -56,7 +56,6 @@ class Plan(NamedTuple):
     strategy: str
     as_terms: bool  # whether the terms are returned one by one
     with_cross: bool  # whether the penalties need the Gram matrix C
-    positives: bool  # whether rows with the same id are positives of each other
     traced: bool  # whether torch.compile or torch.export records the call
 
 
@@ -105,7 +104,6 @@ def make_plan(
         "local" if batch.ranks.size == 1 else dist_impl,
         as_terms,
         with_cross,
-        batch.positives,
         traced,
     )
     if not traced and _log.isEnabledFor(logging.DEBUG):

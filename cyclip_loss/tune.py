@@ -15,7 +15,6 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from timeit import timeit
 from typing import Any
 
 import torch
@@ -25,7 +24,6 @@ from torch.nn.functional import normalize
 from cyclip_loss.engines import scope_of, verified_kernels
 from cyclip_loss.logits import Logits, SavedStatistics
 from cyclip_loss.numerics import architecture
-from cyclip_loss.usage_warnings import warn_once
 
 if find_spec("triton") is not None:  # else `main` says that there is nothing to tune
     import triton
@@ -78,25 +76,29 @@ def calls(kernel: str, image: Tensor, text: Tensor) -> list[tuple[Any, ...]]:
     return [(image, text, grams, [one, one], weights, n, [True, True])]
 
 
-def trial(kernel: str, config: Any, arguments: list[tuple[Any, ...]], image: Tensor) -> float | str:
-    """Milliseconds of a call with this tile, or why the tile must not be chosen."""
+def trial(
+    kernel: str, config: Any, arguments: list[tuple[Any, ...]], image: Tensor
+) -> tuple[float, str]:
+    """Milliseconds of a call with this tile; inf, and why, if the tile must not be chosen."""
     verified = verified_kernels(scope_of(image))
     try:
         with configs.overridden(kernel, config), recording() as binaries:
             problems = filter(None, [verified.compare(kernel, call) for call in arguments])
             if spills := max(getattr(binary, "n_spills", 0) for binary in binaries):
-                return f"spills {spills} registers"
-            launch = partial(getattr(kernels, kernel), *arguments[0])
-            return next(problems, None) or milliseconds(launch, image.device)
+                return math.inf, f"spills {spills} registers"
+            if problem := next(problems, None):
+                return math.inf, problem
+            found = milliseconds(partial(getattr(kernels, kernel), *arguments[0]))
+            return found, f"{found:.3f} ms"
     except Exception as error:  # of any kind: that candidate is out
-        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.200}"
+        return math.inf, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.200}"
 
 
-def milliseconds(launch: Callable[[], object], device: torch.device) -> float:
-    """Median time per launch: CUDA events on a GPU, wall-clock time otherwise."""
-    if device.type == "cuda":
-        return float(triton.testing.do_bench(launch, return_mode="median"))
-    return 1e3 * timeit(launch, number=1)
+def milliseconds(launch: Callable[[], object]) -> float:
+    """Median time per launch; 0 if interpreted, where times mean nothing."""
+    if kernels.INTERPRETED:
+        return 0.0
+    return float(triton.testing.do_bench(launch, return_mode="median"))
 
 
 def tune(
@@ -107,7 +109,6 @@ def tune(
     After `seconds`, only the shipped tiles of the other kernels are tried. Prints each candidate
     with its time, or why it is left out. Yields for each kernel its `tiles_key`, the milliseconds
     of the shipped and of the chosen tile, and the chosen tile; None if no candidate is usable.
-    Interpreted, times mean nothing.
     """
     deadline, tables = time.monotonic() + seconds, configs.shipped(device)
     for dtype, kernel in product(dtypes, tables):
@@ -121,11 +122,8 @@ def tune(
             if config != shipped and time.monotonic() > deadline:
                 print(f"{key}: no time for more")
                 break
-            found = trial(kernel, config, arguments, image)
-            if isinstance(found, str):
-                print(f"{key}: {config}: {found}", flush=True)
-                continue
-            print(f"{key}: {config}: {found:.3f} ms", flush=True)
+            found, note = trial(kernel, config, arguments, image)
+            print(f"{key}: {config}: {note}", flush=True)
             if config == shipped:
                 shipped_ms = found
             if found < best_ms and (best is None or found < (1 - LEAST_GAIN) * shipped_ms):
@@ -133,25 +131,20 @@ def tune(
         yield key, shipped_ms, best_ms, best
 
 
-def remember(file: Path, device: torch.device, key: str, tile: Any) -> bool:
-    """Put a choice into the file. Warns, and returns False, if that fails."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        found = json.loads(file.read_text()) if file.exists() else {}
-        found.setdefault(configs.tiles_of(device), {})[key] = asdict(tile)
-        unfinished = file.with_name(f".{file.name}.unfinished")
-        unfinished.write_text(json.dumps(found, indent=1))
-        unfinished.replace(file)
-        return True
-    except Exception as error:
-        warn_once("tiles", f"the tile sizes are not kept, as {file} can't be changed: {error!r}")
-        return False
+def remember(file: Path, device: torch.device, key: str, tile: Any) -> None:
+    """Put a choice into the file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    found = json.loads(file.read_text()) if file.exists() else {}
+    found.setdefault(configs.tiles_of(device), {})[key] = asdict(tile)
+    unfinished = file.with_name(f".{file.name}.unfinished")
+    unfinished.write_text(json.dumps(found, indent=1))
+    unfinished.replace(file)
 
 
-def main(arguments: list[str]) -> int:
-    """Tune, keep what wins, print the table. Returns 1 if the choices could not be kept.
+def main(arguments: list[str]) -> None:
+    """Tune, keep what wins, print the table.
 
-    Without Triton or a GPU with kernels, SystemExit says so.
+    SystemExit says what is missing: Triton, a GPU with kernels, or a file that can be changed.
     """
     parser = argparse.ArgumentParser(prog="python -m cyclip_loss.tune", description=__doc__)
     parser.add_argument("--n", type=int, default=8192, help="pairs (default: 8192)")
@@ -169,15 +162,18 @@ def main(arguments: list[str]) -> int:
         )
     file = None if kernels.INTERPRETED else configs.tiles_file()
     dtypes = [getattr(torch, name) for name in options.dtype]
-    lines, kept = [], []
+    lines, kept_in = [], "no file"
     for key, *milliseconds_of, tile in tune(device, dtypes, options.n, options.d, options.seconds):
         lines.append("{:42} {:10.3f} {:8.3f}  {}".format(key, *milliseconds_of, tile))
         if file and tile:
-            kept.append(remember(file, device, key, tile))
+            try:
+                remember(file, device, key, tile)
+            except Exception as error:
+                parser.error(f"{file} can't be changed: {error!r}")
+            kept_in = str(file)
     print(f"\n{'kernel':42} shipped ms  best ms  tile", *lines, sep="\n")
-    print(f"kept in {file if kept and all(kept) else 'no file'}")
-    return 0 if all(kept) else 1
+    print(f"kept in {kept_in}")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

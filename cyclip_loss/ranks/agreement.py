@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from cyclip_loss.numerics import on_device_of
+from cyclip_loss.options import Options
 from cyclip_loss.ranks.collectives import finish_gather, is_gloo_on_gpu, start_gather
 from cyclip_loss.ranks.groups import Ranks
 
@@ -23,7 +24,7 @@ def check_ranks_agree(
     features: Tensor,
     num_rows: dict[str, int],
     signature: dict[str, Hashable],
-    numbers: dict[str, Hashable] | None = None,
+    options: Options | None = None,
     uneven: bool = False,
 ) -> tuple[Ranks, Ranks]:
     """Compare the call with the other ranks'; return the ranks twice, with numbers of rows.
@@ -35,8 +36,8 @@ def check_ranks_agree(
     features: this rank's, for their device. num_rows: how many pairs this rank has, and how many
     extra negatives reach other ranks, by the arguments' names. The first result has the ranks'
     numbers of pairs, the second those of pairs and extra negatives together. signature: what
-    decides which collectives run, by name. numbers: compared in the first call only, because they
-    may change.
+    decides which collectives run, by name. options: their numbers are compared in the first call
+    only, because they may change.
 
     Raises:
         ValueError: on every rank, listing all differences, or if no rank has pairs. In a call
@@ -50,7 +51,7 @@ def check_ranks_agree(
         return ranks, ranks
     disable: Any = torch.compiler.disable  # not at the top: that would import the whole compiler
     compare = disable(_compare)
-    return compare(ranks, features, num_rows, signature, numbers, uneven)  # type: ignore[no-any-return]
+    return compare(ranks, features, num_rows, signature, options, uneven)  # type: ignore[no-any-return]
 
 
 def _have_agreed(ranks: Ranks, signature: dict[str, Hashable]) -> bool:
@@ -62,7 +63,7 @@ def _compare(
     features: Tensor,
     num_rows: dict[str, int],
     signature: dict[str, Hashable],
-    numbers: dict[str, Hashable] | None,
+    options: Options | None,
     uneven: bool,
 ) -> tuple[Ranks, Ranks]:
     """The comparison of `check_ranks_agree`. The host waits.
@@ -71,8 +72,8 @@ def _compare(
     values, for the error.
     """
     own = dict(signature)
-    if numbers and not _have_agreed(ranks, signature):
-        own |= numbers
+    if options is not None and not _have_agreed(ranks, signature):
+        own |= options.numbers()
     # 7 bytes fit a positive int64.
     digest = blake2b(repr(own).encode(), digest_size=7).digest()
     device = torch.device("cpu") if is_gloo_on_gpu(features, ranks) else features.device

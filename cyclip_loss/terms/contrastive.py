@@ -103,12 +103,10 @@ def start_gathers(batch: Batch, plan: Plan) -> Gathers:
     return Gathers(column_features, ids)
 
 
-def terms(
-    batch: Batch, plan: Plan, gathers: Gathers, inmodal_weight: float | None
-) -> dict[str, Tensor]:
+def terms(batch: Batch, plan: Plan, gathers: Gathers, options: Any) -> dict[str, Tensor]:
     """The contrastive terms by name, weighted: scalars of the accumulation dtype.
 
-    inmodal_weight: of the in-modal term of augmented views; None: its mean with CLIP's.
+    options: a `CyCLIPLoss`.
     """
     losses = []
     for inputs in term_inputs(batch, plan, gathers):
@@ -120,9 +118,10 @@ def terms(
     if len(losses) == 1:
         return {"contrastive_loss": losses[0]}
     inmodal = (losses[1] + losses[2]) / 2
-    if inmodal_weight is None:  # the authors' mean
+    weight = options.inmodal_contrastive_weight
+    if weight is None:  # the authors' mean
         return {"contrastive_loss": losses[0] / 2, "inmodal_contrastive_loss": inmodal * 0.5}
-    return {"contrastive_loss": losses[0], "inmodal_contrastive_loss": inmodal * inmodal_weight}
+    return {"contrastive_loss": losses[0], "inmodal_contrastive_loss": inmodal * weight}
 
 
 def term_inputs(
@@ -152,7 +151,7 @@ def term_inputs(
             symmetric,
             num_pairs,
             divisor or batch.total_pairs * (2 if symmetric else 1),
-            plan.positives,
+            batch.positives,
             plan.engine,
             plan.strategy,
             plan.traced,
@@ -220,17 +219,8 @@ class _Contrastive(torch.autograd.Function):
 
 def logits_of(tensors: Any, term: Term) -> Logits:
     """The logits of a term. tensors: the first five fields of `Logits`."""
-    row_features, column_features, logit_scale, row_ids, column_ids = tensors
-    return Logits(
-        row_features,
-        column_features,
-        logit_scale,
-        row_ids,
-        column_ids,
-        term.partner_offset,
-        term.symmetric,
-        term.num_pairs,
-    )
+    fields: list[Any] = [*tensors, term.partner_offset, term.symmetric, term.num_pairs]
+    return Logits(*fields)
 
 
 def tensors_of(logits: Logits) -> tuple[Any, ...]:

@@ -56,30 +56,28 @@ def terms(
     The scalars have the accumulation dtype. reduced: the result of `start_reducing_grams`.
     """
     image_features, text_features = batch.image_features, batch.text_features
-    n, d = image_features.shape
+    total: Any
+    total, d = image_features.shape
+    dtype = accumulation_dtype(image_features.dtype)
     if plan.penalties == "none":
         # Zeros with zero gradients, as one penalty has if only its lambda is 0.
-        nothing = image_features[:0].sum() + text_features[:0].sum()
-        zero = nothing.to(accumulation_dtype(image_features.dtype))
+        zero = (image_features[:0].sum() + text_features[:0].sum()).to(dtype)
         penalties = [zero, zero.clone()] if plan.as_terms else [zero]
     elif plan.penalties == "gram":
-        if reduced is None:
-            grams, weights = None, _tensor_weights(options, n, image_features)
-        else:
+        grams = None
+        if reduced is not None:
             summed = collectives.wait(reduced)
-            grams = summed[:-1].view(-1, d, d)
-            # Tensors are multiplied: torch.compile of PyTorch 2.8 would make constants of the
-            # lambdas.
-            one = summed.new_ones(()) if torch.compiler.is_compiling() else 1.0
-            weights = numeric_weights(options, summed[-1], one)
+            grams, total = summed[:-1].view(-1, d, d), summed[-1]
+        # On the CPU, unless they depend on `total`: filling one on a GPU would launch a kernel.
+        tensors = [
+            x if isinstance(x, Tensor) else torch.scalar_tensor(x, dtype=dtype, device="cpu")
+            for x in weights_of(options, total, image_features)
+        ]
         penalties = _CyclicPenalties.apply(  # type: ignore[no-untyped-call]
-            image_features, text_features, grams, *weights, batch.ranks.size, plan
+            image_features, text_features, grams, *tensors, batch.ranks.size, plan
         )
     else:
-        dtype = accumulation_dtype(image_features.dtype)
-        is_compiling = torch.compiler.is_compiling()
-        one = image_features.new_ones((), dtype=dtype) if is_compiling else 1.0
-        weights = numeric_weights(options, n, one)
+        weights = weights_of(options, total, image_features)
         penalties = dense.cyclic_terms(
             image_features, text_features, weights, plan.with_cross, plan.as_terms
         )
@@ -137,31 +135,21 @@ class _CyclicPenalties(torch.autograd.Function):
         return (*where_needed(feature_grads, needs), None, None, None, None, None)
 
 
-def numeric_weights(options: PenaltyOptions, total: Any, one: Any = 1.0) -> tuple[Any, Any]:
+def weights_of(options: PenaltyOptions, total: Any, features: Tensor) -> tuple[Any, Any]:
     """The weights of N * P_in and N * P_cross, which are sums over all pairs of N rows.
 
-    lambda / N in the paper's formula, lambda * R / N^2 with a reference batch size R.
-    total: N, a number or a tensor; one: 1.0, or a tensor with the value 1 to get tensors.
+    lambda / N in the paper's formula, lambda * R / N^2 with a reference batch size R. total: N, a
+    number or a tensor. Numbers, but tensors if `total` is one or if torch.compile traces, which
+    would make constants of numbers that are combined with each other.
     """
-    reference: float | None = options._reference
+    one: Any = 1.0
+    if torch.compiler.is_compiling():
+        one = features.new_ones((), dtype=accumulation_dtype(features.dtype))
     weights = one * options.lambda_inmodal, one * options.lambda_crossmodal
+    reference: float | None = options._reference
     if reference is None:
         return weights[0] / total, weights[1] / total
     return weights[0] * reference / (total * total), weights[1] * reference / (total * total)
-
-
-def _tensor_weights(options: PenaltyOptions, n: int, features: Tensor) -> tuple[Any, ...]:
-    """`numeric_weights` as tensors, on the CPU: filling one on a GPU would launch a kernel.
-
-    When traced, they are on the features' device, for CUDA graphs, and the arithmetic is on
-    tensors: torch.compile would make constants of Python numbers combined with each other.
-    """
-    dtype = accumulation_dtype(features.dtype)
-    if torch.compiler.is_compiling():
-        return numeric_weights(options, n, features.new_ones((), dtype=dtype))
-    # An explicit device, as torch.set_default_device may have set another.
-    weights = numeric_weights(options, n)
-    return tuple(torch.scalar_tensor(weight, dtype=dtype, device="cpu") for weight in weights)
 
 
 def _gram_matrices(

@@ -22,26 +22,32 @@ from cyclip_loss.numerics import accumulation_dtype, without_autocast
 def log_sum_exps(logits: Logits) -> LogSumExps:
     """The log-sum-exps of the negatives, and the pairs' logits. Row i is paired with column i.
 
-    Without negatives, a log-sum-exp is the lowest number of the dtype: of -inf, `torch.logsumexp`
-    has the gradient NaN.
+    Without negatives, a log-sum-exp is the lowest number of the dtype: of -inf, the gradient would
+    be NaN.
     """
     dtype = accumulation_dtype(logits.row_features.dtype)
+    lowest = torch.finfo(dtype).min
     with without_autocast(logits.row_features):
         row_features = logits.row_features.to(dtype)
         column_features = logits.column_features.to(dtype)
         products = (row_features @ column_features.T) * logits.logit_scale
-        pair_logits = products.diagonal()
-        left_out = logits.same_ids(0, row_features.shape[0])
-        if left_out is None:
-            left_out = torch.eye(*products.shape, dtype=torch.bool, device=products.device)
-        negatives = products.masked_fill(left_out, torch.finfo(dtype).min)
-        row_lse = negatives.logsumexp(dim=1)
-        column_lse = negatives.logsumexp(dim=0) if logits.symmetric else products.new_empty(0)
+        pair_logits = products.diagonal().clone()
+        products.diagonal().fill_(lowest)
+        same = logits.same_ids(0, row_features.shape[0])
+        negatives = products if same is None else products.masked_fill_(same, lowest)
+        row_lse = _log_sum_exp(negatives, dim=1)
+        column_lse = _log_sum_exp(negatives, dim=0) if logits.symmetric else products.new_empty(0)
         if logits.has_extra_negatives:
             zero, n = logits.zero_or_nan(dtype), logits.num_pairs
             row_lse, column_lse = row_lse[:n] + zero, column_lse[:n] + zero
             pair_logits = pair_logits[:n]
         return LogSumExps(row_lse, column_lse, pair_logits)
+
+
+def _log_sum_exp(x: Tensor, dim: int) -> Tensor:
+    """As `torch.logsumexp`, which computes the exponentials again in backward."""
+    maximum = x.detach().amax(dim, keepdim=True)
+    return (x - maximum).exp_().sum(dim).log() + maximum.squeeze(dim)
 
 
 def contrastive_term(logits: Logits, divisor: int) -> Tensor:
@@ -65,7 +71,13 @@ def cyclic_terms(
         w_matrix = (image + text) @ (image - text).T
         if not with_cross:
             # Use both weights, so that torch.compile treats both as inputs.
-            return [w_matrix.square().sum() * ((weights[0] + weights[1]) / 2)]
-        inmodal = (w_matrix + w_matrix.T).square().sum() * (weights[0] / 4)
-        crossmodal = (w_matrix - w_matrix.T).square().sum() * (weights[1] / 4)
+            return [_sum_of_squares(w_matrix) * ((weights[0] + weights[1]) / 2)]
+        inmodal = _sum_of_squares(w_matrix + w_matrix.T) * (weights[0] / 4)
+        crossmodal = _sum_of_squares(w_matrix - w_matrix.T) * (weights[1] / 4)
         return [inmodal, crossmodal] if as_terms else [inmodal + crossmodal]
+
+
+def _sum_of_squares(matrix: Tensor) -> Tensor:
+    """On a CPU in less time than `square().sum()`."""
+    elements = matrix.view(-1)
+    return elements.dot(elements)
