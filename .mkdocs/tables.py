@@ -32,7 +32,8 @@ from statistics import mean
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/*.md", "benchmarks/README.md", "reference_train/results/*/README.md")
 BLOCKS = (ROOT / ".mkdocs/tables.txt").read_text(encoding="utf-8").split("\n\n")
-SPECS = {name: spec for name, _, spec in (block.partition("\n") for block in BLOCKS)}
+SPECS = dict(block.split("\n", 1) for block in BLOCKS)
+SETTINGS = ("run", "steps", "batch_size", "loss", "penalty_weight", "seed")  # of a run in a CSV file
 TABLE = re.compile(r"(?<=<!-- table )(\S+) -->\n(?:\n(?:\|[^\n]*\n)+)?")
 NOT_ACCURACIES = ("gap", "uniformity", "correlation")  # endings of metrics without marks
 Numbers = dict[str, float]
@@ -48,8 +49,7 @@ def runs_of(path: Path) -> Iterator[tuple[str, Numbers]]:
                 yield title, {"icons recall": float(found[1]) / 100}
     elif path.suffix == ".csv":
         for row in csv.DictReader(text.splitlines()):
-            settings = ("steps", "batch_size", "loss", "penalty_weight", "seed")
-            title = " ".join(row[name] for name in settings)
+            title = " ".join(row[name] for name in SETTINGS if name in row)
             yield title, {name: float(row[name]) for name in row if ": " in name or "_" in name}
     elif "results" in (record := json.loads(text)):
         for title, measured in record["results"].items():
