@@ -14,8 +14,7 @@ in tables.txt, a block of lines for each table:
 
 The first line is the name. The second line has the records. The third line has the heading of the
 first column, and then the other columns, each with its metric. Each further line is a row: its
-title, and the runs, as RECORD/RUN with wildcards. A row that begins with `? ` is left out if no
-record has such a run. So a new row is one line, and `make tables`.
+title, and the runs, as RECORD/RUN with wildcards. So for a new row add one line, and `make tables`.
 A cell has the mean of the runs that have the metric, with the lowest and the highest. ▲: the range
 of at least three runs is above the range of the last row with `*`; ▼: below it.
 """
@@ -33,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/*.md", "benchmarks/README.md", "reference_train/results/*/README.md")
 BLOCKS = (ROOT / ".mkdocs/tables.txt").read_text(encoding="utf-8").split("\n\n")
 SPECS = dict(block.split("\n", 1) for block in BLOCKS)
-SETTINGS = ("run", "steps", "batch_size", "loss", "penalty_weight", "seed")  # of a run in a CSV file
+SETTINGS = ("run", "steps", "batch_size", "loss", "penalty_weight", "seed")  # of a CSV file's run
 TABLE = re.compile(r"(?<=<!-- table )(\S+) -->\n(?:\n(?:\|[^\n]*\n)+)?")
 NOT_ACCURACIES = ("gap", "uniformity", "correlation")  # endings of metrics without marks
 Numbers = dict[str, float]
@@ -97,14 +96,12 @@ def table(spec: str) -> str:
     rows = ["| " + " | ".join([first, *titles]) + " |", "|---|" + "---:|" * len(titles)]
     baseline: dict[str, list[float]] = {}
     for line in lines:
-        title, _, patterns = line.removeprefix("* ").removeprefix("? ").rpartition(" = ")
+        title, _, patterns = line.removeprefix("* ").rpartition(" = ")
         shown = [
             numbers
             for run, numbers in runs
             if any(fnmatchcase(run, pattern) for pattern in patterns.split("; "))
         ]
-        if not shown and line.startswith("? "):
-            continue
         if not shown:
             raise SystemExit(f"no run {patterns}")
         values = {name: [run[name] for run in shown if name in run] for name in metrics}
