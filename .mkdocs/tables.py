@@ -3,17 +3,18 @@
     python .mkdocs/tables.py           write them
     python .mkdocs/tables.py --check   exit with status 1 if a page is not what this would write
 
-A table stands below a comment of this form, which is not shown:
+A table stands on its page below a comment with its name: `<!-- table icons -->`. What it shows is
+in tables.txt, a block of lines for each table:
 
-    <!-- table of reference_train/results/icons: runs.txt evaluation-8.json
+    icons
+    reference_train/results/icons: runs.txt evaluation-8.json
     loss, steps | R@10 = icons recall | runs = runs
     * CLIP, 512 = runs/clip-?; evaluation-8/clip-?
     CyCLIP, 512 = runs/cyclip-?
-    -->
 
-The first line has the records. The second line has the heading of the first column, and then the
-other columns, each with its metric. Each further line is a row: its title, and the runs, as
-RECORD/RUN with wildcards. A row that begins with `? ` is left out if no record has such a run.
+The first line is the name. The second line has the records. The third line has the heading of the
+first column, and then the other columns, each with its metric. Each further line is a row: its
+title, and the runs, as RECORD/RUN with wildcards. So for a new row add one line, and `make tables`.
 A cell has the mean of the runs that have the metric, with the lowest and the highest. ▲: the range
 of at least three runs is above the range of the last row with `*`; ▼: below it.
 """
@@ -29,7 +30,10 @@ from statistics import mean
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/*.md", "benchmarks/README.md", "reference_train/results/*/README.md")
-TABLE = re.compile(r"(?<=<!-- table of )(.*?)\n-->\n(?:\n(?:\|[^\n]*\n)+)?", re.DOTALL)
+BLOCKS = (ROOT / ".mkdocs/tables.txt").read_text(encoding="utf-8").split("\n\n")
+SPECS = dict(block.split("\n", 1) for block in BLOCKS)
+SETTINGS = ("run", "steps", "batch_size", "loss", "penalty_weight", "seed")  # of a CSV file's run
+TABLE = re.compile(r"(?<=<!-- table )(\S+) -->\n(?:\n(?:\|[^\n]*\n)+)?")
 NOT_ACCURACIES = ("gap", "uniformity", "correlation")  # endings of metrics without marks
 Numbers = dict[str, float]
 
@@ -44,8 +48,7 @@ def runs_of(path: Path) -> Iterator[tuple[str, Numbers]]:
                 yield title, {"icons recall": float(found[1]) / 100}
     elif path.suffix == ".csv":
         for row in csv.DictReader(text.splitlines()):
-            settings = ("steps", "batch_size", "loss", "penalty_weight", "seed")
-            title = " ".join(row[name] for name in settings)
+            title = " ".join(row[name] for name in SETTINGS if name in row)
             yield title, {name: float(row[name]) for name in row if ": " in name or "_" in name}
     elif "results" in (record := json.loads(text)):
         for title, measured in record["results"].items():
@@ -80,7 +83,7 @@ def cell(values: list[float], metric: str, baseline: list[float]) -> str:
 
 
 def table(spec: str) -> str:
-    """The table that the text of a comment describes."""
+    """The table that a block of tables.txt describes, without its name."""
     records, heading, *lines = spec.splitlines()
     folder, _, names = records.partition(": ")
     runs = [
@@ -93,14 +96,12 @@ def table(spec: str) -> str:
     rows = ["| " + " | ".join([first, *titles]) + " |", "|---|" + "---:|" * len(titles)]
     baseline: dict[str, list[float]] = {}
     for line in lines:
-        title, _, patterns = line.removeprefix("* ").removeprefix("? ").rpartition(" = ")
+        title, _, patterns = line.removeprefix("* ").rpartition(" = ")
         shown = [
             numbers
             for run, numbers in runs
             if any(fnmatchcase(run, pattern) for pattern in patterns.split("; "))
         ]
-        if not shown and line.startswith("? "):
-            continue
         if not shown:
             raise SystemExit(f"no run {patterns}")
         values = {name: [run[name] for run in shown if name in run] for name in metrics}
@@ -117,7 +118,7 @@ def stale(write: bool) -> list[str]:
     found = []
     for path in sorted(path for page in PAGES for path in ROOT.glob(page)):
         text = path.read_text(encoding="utf-8")
-        new = TABLE.sub(lambda match: f"{match[1]}\n-->\n\n{table(match[1])}\n", text)
+        new = TABLE.sub(lambda match: f"{match[1]} -->\n\n{table(SPECS[match[1]])}\n", text)
         if new != text:
             found.append(path.relative_to(ROOT).as_posix())
             if write:

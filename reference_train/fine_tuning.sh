@@ -1,8 +1,8 @@
 #!/bin/sh
 # What do the penalties do in fine-tuning? Trains the demonstration's model on emoji with CLIP's
 # loss, and fine-tunes it on emoji of another style with four losses, three seeds each. Then it
-# makes the table and the record of results/fine_tuning. Takes 40 minutes on one quiet CPU core. The
-# same command again resumes where it stopped.
+# makes the record of results/fine_tuning. Takes 40 minutes on one quiet CPU core. The same command
+# again resumes where it stopped.
 # Run from the repository: sh reference_train/fine_tuning.sh
 set -eu
 export CUDA_VISIBLE_DEVICES= # on a GPU the model trains in another precision
@@ -33,11 +33,15 @@ python -m reference_train evaluate "$out"/short/clip-? "$out"/logs/* --out "$out
 python - "$out/evaluation/evaluation.json" >reference_train/results/fine_tuning/runs.csv <<'END'
 import csv, json, sys
 
-writer = csv.writer(sys.stdout, lineterminator="\n")
-metrics = ("top1", "subgroup_top1", "text_to_image_r1")
-writer.writerow(["run", "data set", "style", *metrics])
+rows = []
 for run, measured in json.load(open(sys.argv[1]))["results"].items():
+    row = {"run": run}
     for data, found in measured.items():
-        for style, numbers in found["groups"].items():
-            writer.writerow([run, data, style, *(round(numbers[name], 5) for name in metrics)])
+        for style, numbers in {"mean": found["numbers"], **found["groups"]}.items():
+            for metric in ("top1", "subgroup_top1", "text_to_image_r1"):
+                row[f"{data}, {style}: {metric}"] = round(numbers[metric], 5)
+    rows.append(row)
+writer = csv.DictWriter(sys.stdout, rows[0], lineterminator="\n")
+writer.writeheader()
+writer.writerows(rows)
 END
