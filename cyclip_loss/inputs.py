@@ -257,7 +257,8 @@ def check_scalar(name: str, value: Tensor | float, features: Tensor) -> Tensor:
         raise ValueError(
             f"{name} must be on the features' device {features.device}, got {value.device}"
         )
-    return value.reshape(()).to(device=features.device, dtype=dtype)
+    value = value if value.ndim == 0 else value.reshape(())  # a view takes time in backward
+    return value.to(device=features.device, dtype=dtype)
 
 
 def check_ids(ids: Tensor | None, features: Tensor, same_ids: str) -> Tensor | None:

@@ -90,8 +90,7 @@ def make_plan(
         n = features.shape[0]
         for first_term in (*batch.row_features[:1], *batch.column_features[:1]):
             n = max(n, first_term.shape[0])  # with extra negatives
-        is_softmax = contrastive == "streamed" and batch.logit_bias is None
-        if is_softmax and not batch.positives and n <= DENSE_LIMIT * d:
+        if contrastive == "streamed" and not batch.positives and n <= DENSE_LIMIT * d:
             contrastive = "dense"
         # The dense form of the penalties takes 6 N^2 D flops, Gram matrices `gram_flops` N D^2.
         # Where the contrastive term is dense, the penalties are dense too.

@@ -12,6 +12,7 @@ The contrastive term has the formula of `contrastive.py`: its sums run over the 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cyclip_loss.engines import eager
@@ -28,20 +29,23 @@ def log_sum_exps(logits: Logits) -> LogSumExps:
     dtype = accumulation_dtype(logits.row_features.dtype)
     lowest = torch.finfo(dtype).min
     with without_autocast(logits.row_features):
-        row_features = logits.row_features.to(dtype)
-        column_features = logits.column_features.to(dtype)
-        products = (row_features @ column_features.T) * logits.logit_scale
-        pair_logits = products.diagonal().clone()
-        products.diagonal().fill_(lowest)
-        same = logits.same_ids(0, row_features.shape[0])
-        negatives = products if same is None else products.masked_fill_(same, lowest)
+        negatives = _products(logits, dtype) * logits.logit_scale
+        pair_logits = negatives.diagonal().clone()
+        negatives.diagonal().fill_(lowest)
+        same = logits.same_ids(0, negatives.shape[0])
+        if same is not None:
+            negatives.masked_fill_(same, lowest)
         row_lse = _log_sum_exp(negatives, dim=1)
-        column_lse = _log_sum_exp(negatives, dim=0) if logits.symmetric else products.new_empty(0)
+        column_lse = _log_sum_exp(negatives, dim=0) if logits.symmetric else negatives.new_empty(0)
         if logits.has_extra_negatives:
             zero, n = logits.zero_or_nan(dtype), logits.num_pairs
             row_lse, column_lse = row_lse[:n] + zero, column_lse[:n] + zero
             pair_logits = pair_logits[:n]
         return LogSumExps(row_lse, column_lse, pair_logits)
+
+
+def _products(logits: Logits, dtype: torch.dtype) -> Tensor:
+    return logits.row_features.to(dtype) @ logits.column_features.to(dtype).T
 
 
 def _log_sum_exp(x: Tensor, dim: int) -> Tensor:
@@ -55,6 +59,20 @@ def contrastive_term(logits: Logits, divisor: int) -> Tensor:
     row_lse, column_lse, pair_logits, _ = log_sum_exps(logits)
     negatives_lse = torch.stack((row_lse, column_lse)) if logits.symmetric else row_lse
     return eager.softplus(eager.margins(negatives_lse, pair_logits)).sum() / divisor
+
+
+def sigmoid_loss(logits: Logits, logit_bias: Tensor, divisor: int) -> Tensor:
+    """SigLIP's loss, as in `terms/sigmoid.py`, without other positives: a scalar."""
+    dtype = accumulation_dtype(logits.row_features.dtype)
+    with without_autocast(logits.row_features):
+        margins = _products(logits, dtype).mul(-logits.logit_scale).sub_(logit_bias)  # y_ij l_ij
+        margins.diagonal().neg_()
+        same = logits.same_ids(0, margins.shape[0])
+        if same is not None:
+            margins.masked_fill_(same.fill_diagonal_(False), torch.inf)
+        with torch.no_grad():  # an infinite feature may give a logit without loss
+            zero = logits.zero_or_nan(dtype)
+        return zero - F.logsigmoid(margins).sum() / divisor
 
 
 def cyclic_terms(

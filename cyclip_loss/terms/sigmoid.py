@@ -7,7 +7,7 @@ With l_ij = s * I_i . T_j + b, and y_ij = 1 for a pair, else -1:
 No row or column has to be complete before a gradient is known. So one sweep in forward computes the
 loss and all gradients, 6 N^2 D flops, and backward multiplies them by the upstream gradient. If the
 loss is not differentiated after all, nothing but time is lost. If no input requires a gradient,
-forward computes the value only.
+forward computes the value only. Small batches are dense (`dense.py`).
 """
 
 from typing import Any
@@ -20,10 +20,12 @@ from cyclip_loss.logits import Gradients, Logits
 from cyclip_loss.numerics import without_autocast
 from cyclip_loss.plan import Batch, Plan
 from cyclip_loss.ranks import STRATEGIES, collectives
+from cyclip_loss.terms import dense
 from cyclip_loss.terms.contrastive import (
     Gathers,
     Term,
     gathered_logits,
+    logits_of,
     ranks_of_columns,
     term_inputs,
 )
@@ -33,6 +35,11 @@ from cyclip_loss.terms.operators import Operator, call_backward, empty_grad_like
 def terms(batch: Batch, plan: Plan, gathers: Gathers) -> dict[str, Tensor]:
     """{"contrastive_loss": the loss}, a scalar of the accumulation dtype."""
     (inputs,) = term_inputs(batch, plan, gathers)
+    if plan.contrastive == "dense":
+        *tensors, _, term = inputs
+        assert batch.logit_bias is not None
+        loss = dense.sigmoid_loss(logits_of(tensors, term), batch.logit_bias, term.divisor)
+        return {"contrastive_loss": loss}
     features = (inputs.row_features, inputs.column_features, inputs.logit_scale)
     differentiable = (*features, batch.logit_bias)
     needs = [torch.is_grad_enabled() and x.requires_grad for x in differentiable]  # type: ignore[union-attr]

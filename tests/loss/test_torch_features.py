@@ -85,7 +85,7 @@ def test_a_second_backward_has_the_same_bits_and_second_derivatives_raise(
     weighted = torch.autograd.grad(weight * loss(**given), leaves, create_graph=True)
     for inputs, grads in ((leaves, in_grad_mode), ([weight], weighted)):
         penalty = sum(grad.square().sum() for grad in grads)
-        if impl == "eager" and n < d and case.function != "siglip":
+        if impl == "eager" and n < d:
             assert any(x.any() for x in torch.autograd.grad(penalty, inputs, retain_graph=True))
             continue
         with pytest.raises(RuntimeError, match=r"first derivatives only.*cyclip_loss\.reference"):
