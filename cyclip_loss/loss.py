@@ -89,7 +89,7 @@ class CyCLIPLoss(_ContrastiveLoss):
         reference_batch_size: multiplies both penalties by reference_batch_size / N, where N is the
             number of rows of the global batch. A lambda then has the same effect at every batch
             size; with 128, its effect in the paper's experiments. None: the paper's formula, whose
-            penalties grow with N. (docs/lambda.md has a table.)
+            penalties grow with N. (docs/lambda.md says more.)
         local_loss, gather_with_grad, cache_labels: OpenCLIP's arguments, kept as attributes without
             effect. In OpenCLIP they choose what each rank computes and how its gradients are
             scaled. Here the result is always exact.
