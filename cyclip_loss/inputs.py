@@ -71,8 +71,9 @@ def prepare(
     given: dict[str, Tensor] = {}
     for name, features in others.items():
         if features is not None:
-            names, is_view = ("image_features", name), name.startswith("augmented")
-            given[name] = check_features(images, features, names, several, is_view)[1]
+            tower, own = ("image", images) if "image" in name else ("text", texts)
+            names, is_view = (f"{tower}_features", name), name.startswith("augmented")
+            given[name] = check_features(own, features, names, several, is_view)[1]
     row_features, column_features = [images], [texts]
     views = [name for name in given if name.startswith("augmented")]
     if len(views) == 1:
