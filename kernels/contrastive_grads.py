@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cyclip_loss.kernels.configs import SUM, Config, Precision, config_for
-from cyclip_loss.kernels.launch import aligned_features, ceil_div, launch
+from cyclip_loss.kernels.launch import aligned_features, ceil_div
 from cyclip_loss.kernels.tiles import LN_2, LOG2_E, grouped_tile, same_ids, split, tile_product
 from cyclip_loss.logits import Gradients, Logits, SavedStatistics
 from cyclip_loss.numerics import add_product, float16_shift, matmul, on_device_of
@@ -185,8 +185,7 @@ def multiplied_blocks(
         for left in range(0, m, width):
             block = aligned.block(start, start + height, left, left + width)
             a, b = block.row_features, block.column_features
-            launch(
-                kernel, (num_tiles(block, config),),
+            kernel[(num_tiles(block, config),)](
                 a, b, block.logit_scale, block.row_ids, block.column_ids, buffer, a.shape[0],
                 b.shape[0], a.shape[1], a.stride(0), b.stride(0), width, block.partner_offset,
                 block.num_pairs, *own_arguments(start, left, tiles),
@@ -244,8 +243,8 @@ def contrastive_grads(
         )
         scale_grad = scale_partials.new_empty(() if needs_scale else (0,))
         if needs_scale:
-            launch(
-                scale_grad_kernel, (1,), scale_partials, grad, scale_grad, tiles,
+            scale_grad_kernel[(1,)](
+                scale_partials, grad, scale_grad, tiles,
                 weight * 2.0**-shift, **SUM.kwargs,
             )  # fmt: skip
     return Gradients(row_grad, column_grad, scale_grad)

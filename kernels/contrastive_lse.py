@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from cyclip_loss.kernels.configs import JOIN_LSE, Config, Precision, config_for
-from cyclip_loss.kernels.launch import aligned_features, ceil_div, launch
+from cyclip_loss.kernels.launch import aligned_features, ceil_div
 from cyclip_loss.kernels.tiles import LN_2, LOG2_E, grouped_tile, same_ids, split, tile_product
 from cyclip_loss.logits import Logits, LogSumExps
 from cyclip_loss.numerics import on_device_of
@@ -219,8 +219,7 @@ def contrastive_lse(logits: Logits) -> LogSumExps:
             row_tiles = ceil_div(rows, tile["BM"])
             row_partials = row_negatives_lse.new_empty(2 * row_parts * rows)
             column_partials = row_negatives_lse.new_empty(2 * row_tiles * num_columns)
-            launch(
-                contrastive_lse_kernel, (row_tiles * column_tiles,),
+            contrastive_lse_kernel[(row_tiles * column_tiles,)](
                 part.row_features, part.column_features, logits.logit_scale, row_partials,
                 column_partials, pair_logits[start:], part.row_ids, part.column_ids, rows, m, d,
                 part.row_features.stride(0), part.column_features.stride(0), part.partner_offset,
@@ -228,8 +227,7 @@ def contrastive_lse(logits: Logits) -> LogSumExps:
                 **config.kwargs,
             )  # fmt: skip
             block = JOIN_LSE.tile["BLOCK"]
-            launch(
-                join_lse_kernel, (ceil_div(rows, block) + ceil_div(num_columns, block),),
+            join_lse_kernel[(ceil_div(rows, block) + ceil_div(num_columns, block),)](
                 row_partials, column_partials, row_negatives_lse[start:], column_negatives_lse,
                 pair_logits[start:], row_parts, row_tiles, rows, m, num_columns,
                 part.partner_offset, part.num_pairs, strip, **JOIN_LSE.kwargs,

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cyclip_loss.kernels.configs import Precision, config_for
-from cyclip_loss.kernels.launch import aligned_features, ceil_div, launch, number_or_pointer
+from cyclip_loss.kernels.launch import aligned_features, ceil_div, number_or_pointer
 from cyclip_loss.kernels.tiles import grouped_tile, round_to_tf32, scalar, u_and_v
 from cyclip_loss.numerics import on_device_of
 
@@ -121,8 +121,7 @@ def cyclic_grads(
     text_grad = text.new_empty(text.shape if needs_text else (0,))
     grid = (ceil_div(n, tile["BM"]) * (d // tile["BD"]),)
     with on_device_of(image):
-        launch(
-            cyclic_grads_kernel, grid,
+        cyclic_grads_kernel[grid](
             image, text, grams, grads[0], grads[-1], number_or_pointer(weights[0]),
             number_or_pointer(weights[1]), float(size), image_grad, text_grad, n, d,
             image.stride(0), text.stride(0), WITH_CROSS=len(grams) == 3, NEEDS_IMAGE=needs_image,

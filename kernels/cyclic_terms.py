@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cyclip_loss.kernels.configs import SUM, TRACES
-from cyclip_loss.kernels.launch import ceil_div, launch, number_or_pointer
+from cyclip_loss.kernels.launch import ceil_div, number_or_pointer
 from cyclip_loss.kernels.tiles import scalar
 from cyclip_loss.numerics import on_device_of
 
@@ -84,11 +84,8 @@ def cyclic_terms(grams: Tensor, weights: list[Tensor], as_terms: bool) -> list[T
     partials = grams.new_empty(2, programs)
     terms = [grams.new_empty(()) for _ in range(1 + as_terms)]
     with on_device_of(grams):
-        launch(
-            traces_kernel, (programs,), grams, partials, d, WITH_CROSS=with_cross, **TRACES.kwargs
-        )
-        launch(
-            cyclic_terms_kernel, (1,),
+        traces_kernel[(programs,)](grams, partials, d, WITH_CROSS=with_cross, **TRACES.kwargs)
+        cyclic_terms_kernel[(1,)](
             partials, number_or_pointer(weights[0]), number_or_pointer(weights[1]), terms[0],
             terms[-1], programs, WITH_CROSS=with_cross, AS_TERMS=as_terms, **SUM.kwargs,
         )  # fmt: skip

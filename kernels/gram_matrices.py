@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cyclip_loss.kernels.configs import Precision, config_for
-from cyclip_loss.kernels.launch import aligned_features, ceil_div, launch
+from cyclip_loss.kernels.launch import aligned_features, ceil_div
 from cyclip_loss.kernels.tiles import u_and_v
 from cyclip_loss.numerics import on_device_of
 
@@ -121,8 +121,7 @@ def gram_matrices(image_features: Tensor, text_features: Tensor, with_cross: boo
     matrices = 3 if with_cross else 2
     parts = image.new_empty(splits, matrices, d, d, dtype=torch.float32)
     with on_device_of(image):
-        launch(
-            gram_matrices_kernel, ((d // bd) ** 2, splits, matrices - 1),
+        gram_matrices_kernel[((d // bd) ** 2, splits, matrices - 1)](
             image, text, parts, n, d, image.stride(0), text.stride(0), split_rows,
             WITH_CROSS=with_cross, PRECISION=precision.dot,
             **config.kwargs,

@@ -1,8 +1,4 @@
-"""What a launch needs on the host: the launch itself, aligned features, scalars as arguments."""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+"""What a launch needs on the host: aligned features, scalars as arguments."""
 
 import torch
 from torch import Tensor
@@ -12,26 +8,6 @@ from cyclip_loss.kernels.configs import INTERPRETED
 # Triton can load 16 bytes at a time if it knows that a pointer is a multiple of this many bytes and
 # that the stride between rows is a multiple of this many elements.
 ALIGNMENT = 16
-
-_recorded: list[Any] | None = None
-
-
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Launch a kernel; while `recording`, also note its binary."""
-    binary = kernel[grid](*arguments, **constants)
-    if _recorded is not None:
-        _recorded.append(binary)
-
-
-@contextmanager
-def recording() -> Iterator[list[Any]]:
-    """Yield a list to which every launch adds its compiled kernel."""
-    global _recorded
-    _recorded = []
-    try:
-        yield _recorded
-    finally:
-        _recorded = None
 
 
 def aligned_features(features: Tensor, multiple: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cyclip_loss.engines.interface import PairTerms
 from cyclip_loss.kernels.configs import PAIR_TERMS
-from cyclip_loss.kernels.launch import ceil_div, launch
+from cyclip_loss.kernels.launch import ceil_div
 from cyclip_loss.kernels.tiles import log1p_exp, sigmoid, softplus
 from cyclip_loss.numerics import on_device_of
 
@@ -105,8 +105,8 @@ def pair_terms(
     column_lse = row_negatives_lse.new_empty(m)
     with on_device_of(row_negatives_lse):
         programs = 1 + ceil_div(max(n, m), PAIR_TERMS.tile["BLOCK"])
-        launch(
-            pair_terms_kernel, (programs,), row_negatives_lse, column_negatives_lse, pair_logits,
+        pair_terms_kernel[(programs,)](
+            row_negatives_lse, column_negatives_lse, pair_logits,
             column_pair_logits, loss, row_lse, column_lse, pair_gradient, n, m, partner_offset,
             float(weight), SYMMETRIC=m > 0, **PAIR_TERMS.kwargs,
         )  # fmt: skip
