@@ -70,12 +70,10 @@ def make_plan(
     traced = is_traced(features, batch.text_features)
     engine = options.impl if traced else engines.choose(options.impl, features)
     contrastive = "none" if batch.logit_scale is None else "streamed"
-    penalties, with_cross, gram_flops = "none", False, 8
+    penalties, with_cross = "none", False
     if isinstance(options, PenaltyOptions):
         penalties = "gram" if options.has_penalties() else "none"
         with_cross = options.needs_cross(as_terms)
-        if with_cross:
-            gram_flops = 10 if options.has_equal_lambdas() else 14
     if traced:
         # torch.compile makes one graph for dense and one for streamed batches. An exported program
         # is one graph. On a GPU the operators choose the engine when they run.
@@ -86,16 +84,15 @@ def make_plan(
         may_be_dense = engine == "eager" and (features.is_cpu or features.dtype.itemsize > 2)
     # Only code that may be dense depends on N, also when it is compiled.
     if may_be_dense and batch.ranks.size == 1:
-        d = features.shape[1]
+        limit = DENSE_LIMIT * features.shape[1]
+        # The dense form of the penalties takes 6 N^2 D flops, Gram matrices 8 to 14 N D^2.
+        if penalties == "gram" and features.shape[0] <= limit:
+            penalties = "dense"
         n = features.shape[0]
         for first_term in (*batch.row_features[:1], *batch.column_features[:1]):
             n = max(n, first_term.shape[0])  # with extra negatives
-        if contrastive == "streamed" and not batch.positives and n <= DENSE_LIMIT * d:
+        if contrastive == "streamed" and not batch.positives and n <= limit:
             contrastive = "dense"
-        # The dense form of the penalties takes 6 N^2 D flops, Gram matrices `gram_flops` N D^2.
-        # Where the contrastive term is dense, the penalties are dense too.
-        if penalties == "gram" and (contrastive == "dense" or 6 * n <= gram_flops * d):
-            penalties = "dense"
     plan = Plan(
         contrastive,
         penalties,
