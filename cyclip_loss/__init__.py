@@ -2,6 +2,7 @@
 
 from cyclip_loss import reference
 from cyclip_loss.cached_backward import cached_backward
+from cyclip_loss.engines import engine_of
 from cyclip_loss.inputs import caption_ids
 from cyclip_loss.logsumexp import ContrastiveLogSumExp, contrastive_logsumexp
 from cyclip_loss.loss import CyclicPenalty, CyCLIPLoss, CySigLIPLoss, WithCyclicPenalty
@@ -20,5 +21,6 @@ __all__ = [
     "caption_ids",
     "consistency_metrics",
     "contrastive_logsumexp",
+    "engine_of",
     "reference",
 ]

@@ -21,6 +21,27 @@ from cyclip_loss.options import IMPLS
 from cyclip_loss.usage_warnings import warn_once
 
 
+def engine_of(features: Tensor, impl: str = "auto") -> str:
+    """What computes such features in this process, and why, in words to print.
+
+    Args:
+        features: only their dtype, device and D count.
+        impl: the module's option.
+
+    Raises:
+        ValueError: as a call with this `impl`.
+
+    >>> engine_of(torch.ones(8, 4))
+    'PyTorch: the kernels do not support cpu'
+    """
+    if choose(impl, features) == "kernels":
+        return "Triton kernels"
+    why_not: str | None = _why_not_kernels(_asked(impl), features)
+    # Once a kernel was found wrong, the reason is the difference.
+    why_not = why_not or verified_kernels(scope_of(features)).problem
+    return f"PyTorch: {why_not}" if why_not else "Triton kernels"
+
+
 def choose(impl: str, features: Tensor) -> str:
     """The engine for features of this dtype and device: "eager", "kernels" or "verified kernels".
 
@@ -31,40 +52,57 @@ def choose(impl: str, features: Tensor) -> str:
         ValueError: the kernels were asked for, and Triton or a device that they support is
             missing; or CYCLIP_LOSS_IMPL is not one of `IMPLS`.
     """
-    asked = f"impl={impl!r}"
-    if impl == "auto":
-        impl = os.environ.get("CYCLIP_LOSS_IMPL") or "auto"
-        asked = f"CYCLIP_LOSS_IMPL={impl}"
-        if impl not in IMPLS:
-            raise ValueError(f"CYCLIP_LOSS_IMPL must be one of {', '.join(IMPLS)}, got {impl!r}")
-    if impl == "eager" or features.dtype == torch.float64:
+    asked = _asked(impl)
+    if _why_not_kernels(asked, features):
         return "eager"
-    has_kernels = architecture(features.device) is not None
-    if impl == "auto":
-        if not (has_kernels and _kernels_import()):
-            return "eager"
-        import cyclip_loss.kernels as kernels
-
-        return "eager" if features.shape[1] > kernels.MAX_D else "verified kernels"
-    if features.is_cuda and not has_kernels:
+    if asked == "auto":
+        return "verified kernels"
+    name = f"impl={impl!r}" if impl == asked else f"CYCLIP_LOSS_IMPL={asked}"
+    if features.is_cuda and architecture(features.device) is None:
         # The kernels might compile nevertheless, and give wrong results.
         raise ValueError(
-            f"{asked}: the kernels do not support {features.device} (they need "
+            f"{name}: the kernels do not support {features.device} (they need "
             "NVIDIA Ampere or newer, Blackwell with Triton 3.9 or newer, or AMD gfx942)"
         )
     if find_spec("triton") is None:
         raise ValueError(
-            f"{asked} needs Triton, which is not installed, and features on a CUDA or ROCm "
+            f"{name} needs Triton, which is not installed, and features on a CUDA or ROCm "
             f"device, got {features.device}"
         )
     import cyclip_loss.kernels as kernels
 
     if not (features.is_cuda or kernels.INTERPRETED):
         raise ValueError(
-            f"{asked} needs features on a CUDA or ROCm device, got {features.device} "
+            f"{name} needs features on a CUDA or ROCm device, got {features.device} "
             "(TRITON_INTERPRET=1 runs the kernels on CPU, for tests)"
         )
     return "kernels"
+
+
+def _asked(impl: str) -> str:
+    """What "auto" means: one of `IMPLS`."""
+    if impl == "auto":
+        impl = os.environ.get("CYCLIP_LOSS_IMPL") or "auto"
+        if impl not in IMPLS:
+            raise ValueError(f"CYCLIP_LOSS_IMPL must be one of {', '.join(IMPLS)}, got {impl!r}")
+    return impl
+
+
+def _why_not_kernels(asked: str, features: Tensor) -> str:
+    """Why PyTorch computes such features; empty if the kernels do. asked: from `_asked`."""
+    if asked == "eager":
+        return "impl or CYCLIP_LOSS_IMPL is 'eager'"
+    if features.dtype == torch.float64:
+        return "the kernels do not compute float64"
+    if asked == "triton":
+        return ""
+    if architecture(features.device) is None:
+        return f"the kernels do not support {features.device}"
+    if not _kernels_import():
+        return "the kernels cannot be imported"
+    import cyclip_loss.kernels as kernels
+
+    return f"D is above {kernels.MAX_D}" if features.shape[1] > kernels.MAX_D else ""
 
 
 def load(engine: str, features: Tensor, needs_rows: bool = True) -> Engine:

@@ -30,6 +30,7 @@ def test_a_gpu_without_kernels_uses_eager_and_refuses_impl_triton(monkeypatch) -
     monkeypatch.setattr(engines, "architecture", lambda device: None)
     features = torch.ones(2, 2)
     assert engines.choose("auto", features) == "eager"
+    assert engines.engine_of(features) == "PyTorch: the kernels do not support cpu"
     monkeypatch.setattr(Tensor, "is_cuda", True)
     with pytest.raises(ValueError, match="the kernels do not support cpu"):
         engines.choose("triton", features)
@@ -44,6 +45,7 @@ def test_kernels_that_cannot_be_imported_give_one_warning_and_use_eager(monkeypa
         warnings.simplefilter("always")
         for _ in range(2):
             assert engines.choose("auto", torch.ones(2, 2)) == "eager"
+    assert engines.engine_of(torch.ones(2, 2)) == "PyTorch: the kernels cannot be imported"
     [warning] = caught
     assert warning.category is CyCLIPWarning
     assert "kernels cannot be imported" in str(warning.message)
@@ -59,6 +61,9 @@ def test_the_environment_variable_sets_the_engine_of_auto_only(monkeypatch) -> N
         assert engines.choose("eager", features) == "eager"
         assert engines.choose("triton", features) == "kernels"
         assert engines.choose("triton", features.double()) == "eager"
+        assert engines.engine_of(features, "triton") == "Triton kernels"
+        computes = engines.engine_of(features)
+        assert computes.startswith("PyTorch: impl or CYCLIP" if value == "eager" else "Triton")
     monkeypatch.setenv("CYCLIP_LOSS_IMPL", "fast")
     with pytest.raises(ValueError, match=r"CYCLIP_LOSS_IMPL must be one of .* got 'fast'"):
         CyCLIPLoss()(features, features, 1.0)
@@ -68,6 +73,12 @@ def test_auto_uses_eager_for_a_d_that_is_too_large_for_the_kernels(monkeypatch) 
     monkeypatch.setattr(kernels, "MAX_D", 2)
     assert engines.choose("auto", torch.ones(2, 2)) == "verified kernels"
     assert engines.choose("auto", torch.ones(2, 3)) == "eager"
+    assert engines.engine_of(torch.ones(2, 3)) == "PyTorch: D is above 2"
+    assert engines.engine_of(torch.ones(2, 2).double()).endswith("do not compute float64")
+    problem = "result 0 is off by 0.5"
+    scope = engines.scope_of(torch.ones(2, 2))
+    monkeypatch.setattr(engines.verified_kernels(scope), "problem", problem)
+    assert engines.engine_of(torch.ones(2, 2)) == f"PyTorch: {problem}"
 
 
 def test_the_error_for_missing_kernels_says_what_asked_for_them(monkeypatch) -> None:
