@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from cyclip_loss.engines import scope_of, verified_kernels
+from cyclip_loss.engines import verified
 from cyclip_loss.logits import Logits, SavedStatistics
 from cyclip_loss.numerics import architecture
 
@@ -79,11 +79,10 @@ def trial(
     kernel: str, config: Any, arguments: list[tuple[Any, ...]], image: Tensor
 ) -> tuple[float, str]:
     """Milliseconds of a call with this tile; inf, and why, if the tile must not be chosen."""
-    verified = verified_kernels(scope_of(image))
     try:
         with configs.overridden(kernel, config):
             for call in arguments:
-                if problem := verified.compare(kernel, call):
+                if problem := verified(image).compare(kernel, call):
                     return math.inf, problem
             found = milliseconds(partial(getattr(kernels, kernel), *arguments[0]))
             return found, f"{found:.3f} ms"

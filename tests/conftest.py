@@ -195,9 +195,7 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for config, size in ((kernels.configs.SUM, 4), (kernels.configs.PAIR_TERMS, 32)):
         for sizes in (config.tile, config.kwargs):  # sums take several blocks
             monkeypatch.setitem(sizes, "BLOCK", size)
-    monkeypatch.setattr(
-        engines, "verified_kernels", lru_cache(engines.verified_kernels.__wrapped__)
-    )
+    monkeypatch.setattr(engines, "_verified", lru_cache(engines._verified.__wrapped__))
     monkeypatch.setattr(usage_warnings, "_warned", set())
 
 

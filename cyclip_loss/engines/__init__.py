@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cyclip_loss.engines import eager
 from cyclip_loss.engines.interface import Engine
-from cyclip_loss.engines.verification import Scope, VerifiedKernels
+from cyclip_loss.engines.verification import VerifiedKernels
 from cyclip_loss.numerics import architecture
 from cyclip_loss.options import IMPLS
 from cyclip_loss.usage_warnings import warn_once
@@ -38,7 +38,7 @@ def engine_of(features: Tensor, impl: str = "auto") -> str:
         return "Triton kernels"
     why_not: str | None = _why_not_kernels(_asked(impl), features)
     # Once a kernel was found wrong, the reason is the difference.
-    why_not = why_not or verified_kernels(scope_of(features)).problem
+    why_not = why_not or verified(features).problem
     return f"PyTorch: {why_not}" if why_not else "Triton kernels"
 
 
@@ -120,8 +120,7 @@ def load(engine: str, features: Tensor, needs_rows: bool = True) -> Engine:
         import cyclip_loss.kernels as kernels
 
         return kernels
-    verified: Any = verified_kernels(scope_of(features))
-    return verified  # type: ignore[no-any-return]
+    return verified(features)
 
 
 @lru_cache
@@ -143,16 +142,19 @@ def _kernels_import() -> bool:
     return True
 
 
-def scope_of(features: Tensor) -> Scope:
-    """Where a wrong result for these features switches the kernels off."""
+def verified(features: Tensor) -> VerifiedKernels:
+    """The engine for such features, which remembers the layouts that it compared.
+
+    A wrong layout switches the kernels off for the features' device, dtype and precision.
+    """
     import cyclip_loss.kernels as kernels
 
-    return Scope(features.device, features.dtype, kernels.configs.Precision.of(features))
+    precision = kernels.configs.Precision.of(features)
+    return _verified(features.device, features.dtype, precision)
 
 
 @lru_cache
-def verified_kernels(scope: Scope) -> VerifiedKernels:
-    """This process's engine for a scope, which remembers the layouts that it compared."""
+def _verified(device: torch.device, dtype: torch.dtype, _: Any) -> VerifiedKernels:
     import cyclip_loss.kernels as kernels
 
-    return VerifiedKernels(kernels, eager, scope)
+    return VerifiedKernels(kernels, eager, device, dtype)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,14 +46,6 @@ SCALARS = {
 }
 
 
-class Scope(NamedTuple):
-    """Where one wrong layout switches the kernels off. Features of one scope share an engine."""
-
-    device: torch.device
-    dtype: torch.dtype
-    precision: tuple[int, str]  # `kernels.configs.Precision`
-
-
 # A comparison changes filters of warnings and the mode of deterministic algorithms, which belong to
 # the whole process.
 _one_comparison = threading.Lock()
@@ -65,11 +57,12 @@ class VerifiedKernels:
     Args:
         kernels: the module `cyclip_loss.kernels`.
         eager: the engine that the kernels are compared with, and that replaces them.
-        scope: of the features, also for functions that get float32 vectors or Gram matrices.
+        device, dtype: of the features, also for functions that get float32 vectors or Gram
+            matrices. One wrong layout switches the kernels off for both together.
     """
 
-    def __init__(self, kernels: Any, eager: Any, scope: Scope) -> None:
-        self.kernels, self.eager, self.scope = kernels, eager, scope
+    def __init__(self, kernels: Any, eager: Any, device: torch.device, dtype: torch.dtype) -> None:
+        self.kernels, self.eager, self.device, self.dtype = kernels, eager, device, dtype
         self.agreed: set[Any] = set()
         self.problem: str | None = None
         # Several tiles in each direction, and no multiple of one. The interpreter's are smaller.
@@ -96,7 +89,7 @@ class VerifiedKernels:
 
     def _try(self, layout: Any, arguments: Any) -> None:
         """Compare a layout, and remember the outcome."""
-        device, dtype, _ = self.scope
+        device = self.device
         try:
             # Compare in a thread of its own: the caller's autocast, inference mode, default device
             # and other modes do not apply there.
@@ -120,10 +113,10 @@ class VerifiedKernels:
         self.problem = f"{layout[0]}{layout[1]}: {problem}"
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         warn_once(
-            f"kernels: {self.scope}",
+            f"kernels: {device}, {self.dtype}",
             f"the Triton kernels do not work on {device} ({name}, PyTorch {torch.__version__}, "
-            f"Triton {'.'.join(map(str, triton_version()))}); PyTorch computes {dtype} instead, "
-            f"with the same results but slower. {self.problem}",
+            f"Triton {'.'.join(map(str, triton_version()))}); PyTorch computes {self.dtype} "
+            f"instead, with the same results but slower. {self.problem}",
             every_rank=True,
         )
 
@@ -132,7 +125,7 @@ class VerifiedKernels:
 
         arguments: of a call. Only their layout is used. A kernel that fails raises its error.
         """
-        exact = self.scope.dtype == torch.float32 and float32_is_exact()
+        exact = self.dtype == torch.float32 and float32_is_exact()
         bound = 2.0**-14 if exact else 2.0**-6
         mode = torch.get_deterministic_debug_mode()
         # Products would raise in this mode, unless an environment variable is set.
@@ -197,7 +190,7 @@ class VerifiedKernels:
 
     def _tensor_like(self, name: str, value: Tensor) -> Tensor:
         """Ids, features, Gram matrices or a vector of random numbers."""
-        device = self.scope.device
+        device = self.device
         is_column = name.startswith("column")
         count = self.num_columns if is_column else self.num_rows
         if value.dtype == torch.int64:
@@ -224,8 +217,8 @@ class VerifiedKernels:
         noise = _random(self.num_rows + self.num_columns, d)
         row_features, column_features = F.normalize(noise, dim=1).tensor_split((self.num_rows,))
         column_features[: self.num_rows : 5] = row_features[::5] + 0.01 * column_features[:1]
-        device, dtype, _ = self.scope
-        return row_features.to(device, dtype), column_features.to(device, dtype)
+        place = self.device, self.dtype
+        return row_features.to(*place), column_features.to(*place)
 
 
 def _random(*shape: int) -> Tensor:

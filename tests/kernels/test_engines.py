@@ -76,8 +76,7 @@ def test_auto_uses_eager_for_a_d_that_is_too_large_for_the_kernels(monkeypatch) 
     assert engines.engine_of(torch.ones(2, 3)) == "PyTorch: D is above 2"
     assert engines.engine_of(torch.ones(2, 2).double()).endswith("do not compute float64")
     problem = "result 0 is off by 0.5"
-    scope = engines.scope_of(torch.ones(2, 2))
-    monkeypatch.setattr(engines.verified_kernels(scope), "problem", problem)
+    monkeypatch.setattr(engines.verified(torch.ones(2, 2)), "problem", problem)
     assert engines.engine_of(torch.ones(2, 2)) == f"PyTorch: {problem}"
 
 

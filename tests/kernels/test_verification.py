@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from cyclip_loss import CyCLIPLoss, CyCLIPWarning, engines, kernels, usage_warnings
-from cyclip_loss.engines import verification
+from cyclip_loss.engines import eager, verification
 from cyclip_loss.engines.verification import VerifiedKernels, layout_of
 
 pytestmark = pytest.mark.usefixtures("unverified_kernels")
@@ -29,7 +29,7 @@ BFLOAT16 = torch.bfloat16
 
 
 def verified(dtype: torch.dtype) -> VerifiedKernels:
-    return engines.verified_kernels(engines.scope_of(torch.empty(0, dtype=dtype)))
+    return engines.verified(torch.empty(0, dtype=dtype))
 
 
 def step(impl: str = "auto", dist_impl: str = "gather", **options: Any) -> Any:
@@ -64,7 +64,7 @@ def with_ids(change: Callable[[Tensor], Tensor], original: Any, logits: Any, *re
 
 def forget() -> VerifiedKernels:
     """An engine that has compared nothing."""
-    engines.verified_kernels.cache_clear()
+    engines._verified.cache_clear()
     usage_warnings._warned.clear()
     return verified(BFLOAT16)
 
@@ -294,8 +294,8 @@ def test_no_layout_is_compared_while_a_graph_is_captured(monkeypatch) -> None:
 
 
 def test_a_kernel_that_leaves_the_device_unusable_raises_an_error(monkeypatch) -> None:
-    scope = engines.scope_of(torch.empty(0))._replace(device=torch.device("cuda:0"))
+    verified = VerifiedKernels(kernels, eager, torch.device("cuda:0"), torch.float32)
     monkeypatch.setattr(VerifiedKernels, "compare", fails)
     monkeypatch.setattr(torch.cuda, "synchronize", fails)
     with pytest.raises(RuntimeError, match="CYCLIP_LOSS_IMPL=eager"):
-        engines.verified_kernels(scope).gram_matrices(*Case(6, 4).inputs("cpu")[:2], False)
+        verified.gram_matrices(*Case(6, 4).inputs("cpu")[:2], False)
