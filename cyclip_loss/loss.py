@@ -299,12 +299,6 @@ class CySigLIPLoss(_ContrastiveLoss):
         negative_image_features, negative_text_features: have y = -1 with all texts, or all images.
         """
         self._check_rank()
-        needs_ids = ids is None and self.same_ids == "ignored"
-        if needs_ids and negative_text_features is not None and isinstance(image_features, Tensor):
-            # Extra images and extra texts are no negatives of each other, which ids tell.
-            rank = ranks_of(self.process_group, self.distributed).rank
-            n = image_features.shape[0]
-            ids = torch.arange(rank * 2**40, rank * 2**40 + n, device=image_features.device)
         batch = prepare(
             image_features,
             text_features,

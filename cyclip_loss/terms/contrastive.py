@@ -177,11 +177,14 @@ def _ids_with_negatives(
 
     batch_ids: of the pairs of all ranks. They are numbered from 0 on, so -2 (extra images) and -1
     (extra texts) are free. SigLIP's extra images get -1, too, which leaves them out of the
-    negatives of extra texts.
+    negatives of extra texts. That takes ids also if none were given.
     """
-    if batch.ids is None or batch_ids is None:
+    if batch_ids is not None:
+        column_ids = torch.searchsorted(batch_ids.sort()[0], batch_ids)
+    elif batch.logit_bias is not None:
+        column_ids = torch.arange(batch.total_pairs, device=batch.image_features.device)
+    else:
         return None, None
-    column_ids = torch.searchsorted(batch_ids.sort()[0], batch_ids)
     num_pairs, num_columns = batch.image_features.shape[0], batch.column_features[0].shape[0]
     first = batch.ranks.first_row(batch.ranks.rank, num_pairs)
     row_ids = column_ids[first : first + num_pairs]
