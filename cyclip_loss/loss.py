@@ -317,7 +317,7 @@ class CySigLIPLoss(_ContrastiveLoss):
         gathers = contrastive.start_gathers(batch, plan)
         reduced = cyclic.start_reducing_grams(batch, plan)
         terms = sigmoid.terms(batch, plan, gathers)
-        usage_warnings.warn_of_strong_siglip_penalties(self, batch.total_pairs)
+        usage_warnings.warn_of_strong_penalties(self, batch.total_pairs, is_siglip=True)
         return self._with_penalties(terms, batch, plan, reduced)
 
 
