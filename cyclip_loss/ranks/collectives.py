@@ -7,6 +7,7 @@ Gradients follow DDP's convention: each rank's are W times the gradients of the 
 respect to its own features, so that DDP's average is the gradient of the whole batch's loss.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -97,31 +98,33 @@ def padded(block: Tensor, ranks: Ranks) -> Tensor:
     return torch.cat((block, block.new_zeros(missing, *block.shape[1:])))
 
 
-class Hop:
-    """Sends blocks to the next rank of a ring, and receives the previous rank's."""
+def start_hop(blocks: list[Tensor], ranks: Ranks) -> Callable[[], list[Tensor]]:
+    """Send blocks to the next rank of a ring, and receive the previous rank's.
 
-    def __init__(self, blocks: list[Tensor], ranks: Ranks) -> None:
-        self.sent = [block.contiguous() for block in blocks]  # kept until they are sent
-        self.received = [torch.empty_like(block) for block in self.sent]
-        self.works: list[Any] = []
-        if not blocks:
-            return
-        if is_gloo_on_gpu(self.sent[0], ranks):
+    Returns a function that waits for them (on CUDA the stream does, not the host) and returns what
+    was received.
+    """
+    sent = [block.contiguous() for block in blocks]  # kept until they are sent
+    received = [torch.empty_like(block) for block in sent]
+    works: list[Any] = []
+    if sent:
+        if is_gloo_on_gpu(sent[0], ranks):
             raise ValueError("dist_impl='ring' with features on a GPU needs nccl, not gloo")
         group = ranks.group
         target, source = (ranks.rank + 1) % ranks.size, (ranks.rank - 1) % ranks.size
         operations = []
-        for tag, (outgoing, incoming) in enumerate(zip(self.sent, self.received, strict=True)):
+        for tag, (outgoing, incoming) in enumerate(zip(sent, received, strict=True)):
             operations += [
                 dist.P2POp(dist.isend, outgoing, group=group, tag=tag, group_peer=target),
                 dist.P2POp(dist.irecv, incoming, group=group, tag=tag, group_peer=source),
             ]
-        with on_device_of(self.sent[0]):
-            self.works = dist.batch_isend_irecv(operations)
+        with on_device_of(sent[0]):
+            works = dist.batch_isend_irecv(operations)
 
-    def finish(self) -> list[Tensor]:
-        """The received blocks; on CUDA the stream waits for them, not the host."""
-        for work in self.works:
+    def finish() -> list[Tensor]:
+        for work in works:
             work.wait()
-        received, self.sent, self.received = self.received, [], []
+        sent.clear()
         return received
+
+    return finish

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cyclip_loss.logits import Gradients, Logits, LogSumExps
-from cyclip_loss.ranks.collectives import Hop, padded
+from cyclip_loss.ranks.collectives import padded, start_hop
 from cyclip_loss.ranks.groups import Ranks
 from cyclip_loss.ranks.strategy import BlockGrads, BlockLse
 
@@ -94,7 +94,7 @@ def _ring(
         sent = [] if is_last else list(blocks)
         if total is not None and step > 0:
             sent.append(total)
-        hop = Hop(sent, ranks)
+        finish = start_hop(sent, ranks)
         owner = (ranks.rank - step) % ranks.size
         count = ranks.rows_on(owner, num_columns)
         part = None
@@ -102,7 +102,7 @@ def _ring(
             column_features, *lse = (block[:count] for block in blocks)
             block = _block_of(logits, column_features, owner, ranks)
             part = column_part(block, lse[0] if lse else None)
-        received = hop.finish()
+        received = finish()
         if total is not None and step > 0:
             total = received.pop()
         if total is not None and part is not None:
@@ -110,8 +110,8 @@ def _ring(
         if not is_last:
             blocks = received
         # Free these, each as large as a block, before the next step allocates its own.
-        del part, received, hop, sent
-    return None if total is None else Hop([total], ranks).finish()[0][:num_columns]
+        del part, received, finish, sent
+    return None if total is None else start_hop([total], ranks)()[0][:num_columns]
 
 
 def _block_of(logits: Logits, column_features: Tensor, owner: int, ranks: Ranks) -> Logits:
