@@ -60,6 +60,7 @@ HARD = [
     Case(65, 1, WIDE, logit_scale=100.0, negatives=(130, 0), distinct_ids=20, function="one way"),
     Case(70, 33, distance=0.003, logit_scale=100.0, function="log-sum-exps"),
     Case(90, 20, WIDE, distinct_ids=9, same_ids="positives", negatives=(7, 5), **SIGLIP),
+    Case(9, 20, WIDE, distinct_ids=5, negatives=(3, 2), **SIGLIP),  # dense
     Case(70, 40, torch.float16, distance=0.003, logit_scale=100.0, **SIGLIP),
 ]
 # Inputs on which plain PyTorch's errors are not 0 by chance.
