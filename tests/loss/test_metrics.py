@@ -90,8 +90,3 @@ def test_metrics_have_no_gradient_and_are_nan_where_undefined(device: torch.devi
         metrics = consistency_metrics(*few)
         assert metrics["alignment"].item() > 0
         assert [name for name, value in metrics.items() if value.isnan()] == undefined
-
-
-def test_distributed_must_be_a_bool() -> None:
-    with pytest.raises(TypeError, match="distributed must be True or False, got 'no'"):
-        consistency_metrics(torch.eye(3), torch.eye(3), distributed="no")
