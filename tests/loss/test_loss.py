@@ -140,14 +140,9 @@ def test_the_definition_matches_values_computed_by_hand() -> None:
 
 
 @pytest.mark.parametrize("d", [4, 2], ids=["dense", "streamed"])
-@pytest.mark.parametrize("row", [0, 1], ids=["pair", "negative"])
-def test_one_infinite_logit_gives_no_finite_loss(row: int, impl: str, d: int, device) -> None:
-    """Its pair would look perfectly matched. A scale of NaN gives none, either."""
-    clip = CyCLIPLoss(0, 0, impl=impl)
-    image, text = torch.eye(5, d, device=device), torch.eye(5, d, device=device)
-    assert clip(image, text, torch.tensor(torch.nan)).isnan()
-    image[row, 0] = text[0, 0] = 1e30
-    assert not clip(image, text, 1.0).isfinite()
+def test_a_scale_of_nan_gives_nan(impl: str, d: int, device) -> None:
+    features = torch.eye(5, d, device=device)
+    assert CyCLIPLoss(0, 0, impl=impl)(features, features, torch.tensor(torch.nan)).isnan()
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["rows", "columns"])
