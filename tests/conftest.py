@@ -12,10 +12,9 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
-from importlib import import_module, metadata
+from importlib import import_module
 from importlib.util import find_spec
 from multiprocessing import get_context
-from types import SimpleNamespace
 from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers with a thread per core slow each other down
@@ -33,8 +32,7 @@ from cyclip_loss import numerics
 pytest.register_assert_rewrite("accuracy", "launches", "rank_cases", "recipe_cases")
 
 HAS_TRITON = find_spec("triton") is not None
-needs_triton = pytest.mark.triton
-needs_interpreter = pytest.mark.triton("interpreted")
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 # What a test file or folder imports. Without these packages it is not collected.
 NEEDS = {
     "kernels": ("triton",),
@@ -81,9 +79,6 @@ def pytest_configure(config: pytest.Config) -> None:
     interpreted = not config.getoption("--device").startswith("cuda")
     os.environ["TRITON_INTERPRET"] = str(int(interpreted))
     os.environ.setdefault("CYCLIP_LOSS_TILES", "off")  # ignore tiles that this user has tuned
-    config.addinivalue_line(
-        "markers", "triton: launches kernels; triton('interpreted'): always in the interpreter"
-    )
     # Without it PyTorch 2.8 warns of every matrix product in deterministic mode.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # A shell script's background jobs ignore SIGINT, but some tests have to receive it.
@@ -91,32 +86,14 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def why_interpreter_fails() -> str:
-    """Why Triton's interpreter cannot run the kernels; empty if it can. Does not import Triton."""
-    numpy, triton = metadata.version("numpy"), numerics.triton_version()
-    # Older interpreters assign arrays of one element to scalars, which NumPy 2.4 refuses.
-    if triton >= (3, 7) or tuple(map(int, numpy.split(".")[:2])) < (2, 4):
-        return ""
-    version = ".".join(map(str, triton))
-    return f"Triton {version}'s interpreter fails with NumPy {numpy}: use numpy<2.4 or Triton 3.7"
-
-
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Seed PyTorch's generator, and skip tests that cannot run here.
 
-    A test marked gpu(n) needs n GPUs (by default 1) and --device cuda. A test marked triton needs
-    Triton, and needs its interpreter to work if the kernels are interpreted.
+    A test marked gpu(n) needs n GPUs (by default 1) and --device cuda.
     """
     torch.manual_seed(0)  # independent of the tests that ran before
     speed_up()
     on_cuda = item.config.getoption("--device").startswith("cuda")
-    for marker in item.iter_markers("triton"):
-        if not HAS_TRITON:
-            pytest.skip("needs Triton")
-        # Ranks compute on the CPU, except with NCCL.
-        uses_gloo = "ranks" in item.fixturenames and "nccl" not in item.name
-        if (marker.args or uses_gloo or not on_cuda) and (problem := why_interpreter_fails()):
-            pytest.skip(problem)
     for marker in item.iter_markers("gpu"):
         needed = marker.args[0] if marker.args else 1
         if not on_cuda:
@@ -179,34 +156,19 @@ def uninterpreted() -> Iterator[Executor]:
         yield process
 
 
-def pretend_architecture(monkeypatch: pytest.MonkeyPatch, gpu: Any) -> None:
-    """Make PyTorch report this GPU: its CUDA capability, or the name of its AMD architecture."""
-    properties = SimpleNamespace(gcnArchName=gpu)
-    monkeypatch.setattr(torch.version, "hip", "6.4" if isinstance(gpu, str) else None)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: gpu)
-
-
-def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make `auto` use the kernels on the CPU as on a GPU. No layout is verified yet."""
+@pytest.fixture
+def unverified_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` uses the kernels on the CPU as on a GPU. No layout is verified yet."""
     from cyclip_loss import engines, kernels, usage_warnings  # the kernels need Triton
 
+    if not kernels.INTERPRETED:
+        pytest.skip("pretends that the CPU is a GPU")
     monkeypatch.setattr(engines, "architecture", lambda device: "sm_90")
     for config, size in ((kernels.configs.SUM, 4), (kernels.configs.PAIR_TERMS, 32)):
         for sizes in (config.tile, config.kwargs):  # sums take several blocks
             monkeypatch.setitem(sizes, "BLOCK", size)
     monkeypatch.setattr(engines, "_verified", lru_cache(engines._verified.__wrapped__))
     monkeypatch.setattr(usage_warnings, "_warned", set())
-
-
-@pytest.fixture
-def unverified_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`pretend_gpu`, for a test."""
-    from cyclip_loss import kernels
-
-    if not kernels.INTERPRETED:
-        pytest.skip("pretends that the CPU is a GPU")
-    pretend_gpu(monkeypatch)
 
 
 @contextmanager

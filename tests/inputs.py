@@ -22,7 +22,6 @@ LAYOUTS = [
     "every other column",
     "every other row",
     "expanded",
-    # The elements of a row are contiguous, but the row stride or the base may be unaligned.
     "rows 8 elements wider",
     "8 bytes off",
 ]
@@ -168,20 +167,19 @@ def lay_out(values: Tensor, layout: str) -> Tensor:
     The layout "expanded" repeats the first row instead.
     """
     n, d = values.shape
-    if layout == "transposed":
-        return values.T.contiguous().T
-    if layout == "every other column":
-        return values.new_full((n, 2 * d), torch.nan)[:, ::2].copy_(values)
-    if layout == "every other row":
-        return values.new_full((2 * n + 1, d), torch.nan)[1::2].copy_(values)
     if layout == "expanded":
         return values[:1].expand(n, d)
-    if layout == "rows 8 elements wider":
-        return values.new_full((n, d + 8), torch.nan)[:, :d].copy_(values)
-    if layout == "8 bytes off":
-        offset = 8 // values.element_size()
-        return values.new_full((n * d + offset,), torch.nan)[offset:].view(n, d).copy_(values)
-    return values
+    row, column, offset = {
+        "contiguous": (d, 1, 0),
+        "transposed": (1, n, 0),
+        "every other column": (2 * d, 2, 0),
+        "every other row": (2 * d, 1, d),
+        # The elements of a row are contiguous, but the row stride or the base may be unaligned.
+        "rows 8 elements wider": (d + 8, 1, 0),
+        "8 bytes off": (d, 1, 8 // values.element_size()),
+    }[layout]
+    memory = values.new_full((offset + n * row + d * column,), torch.nan)
+    return memory.as_strided((n, d), (row, column), offset).copy_(values)
 
 
 # Hypothesis also draws constants that it finds in the loaded modules, except integers between -100

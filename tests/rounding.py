@@ -42,7 +42,10 @@ def bounds(case: Case, given: Tensors, terms: Tensors, impl: str, tf32: bool) ->
     The gradients are those of the sum of all terms, each times its weight. terms: exact.
     """
     image = given["image_features"]
-    eps = engine_eps(impl, image, tf32)
+    is_lse = case.function in ("log-sum-exps", "one way")
+    # Their upstream gradients are too small for float16, so float16 features are widened.
+    widened = image.float() if is_lse and image.dtype == torch.float16 else image
+    eps = engine_eps(impl, widened, tf32)
     g_is_rounded = impl == "eager" and has_wide_products(image)
     exact = {name: exact_on_host(tensor) for name, tensor in given.items()}
     found = dict.fromkeys((*TERMS, *given), torch.zeros((), dtype=torch.float64, device="cpu"))
@@ -137,11 +140,9 @@ def contrastive_bound(
 
     value, grads = torch.zeros_like(products[0][0, 0]), dict[str, Any]()
     for index, (queries, names) in enumerate(directions):
-        logits = scale * exact[queries] @ candidates[index].T
-        if siglip:
-            sizes = sigmoid_sizes(case, logits + case.logit_bias, exact.get("ids"), index == 0)
-        else:
-            sizes = gradient_sizes(logits, exact.get("ids"), **case.id_options) / len(directions)
+        logits = scale * exact[queries] @ candidates[index].T + siglip * case.logit_bias
+        sizes = gradient_sizes(case, logits, exact.get("ids"), index == 0)
+        sizes /= 1 if siglip else len(directions)
         # Exponentials below the smallest normal number may be lost.
         logit_errors = eps.logits * sizes
         logit_errors += 2.0**-126 if eps.logits > FLOAT64 else 2.0**-1022
@@ -160,36 +161,32 @@ def contrastive_bound(
     return value, grads
 
 
-def gradient_sizes(logits: Tensor, ids: Tensor | None, same_ids: str) -> Tensor:
-    """(n, m): for each G_ij, the sum of the absolute values of the terms that it is computed from.
+def gradient_sizes(case: Case, logits: Tensor, ids: Tensor | None, has_pairs: bool) -> Tensor:
+    """(n, m): N times the sum of the absolute values of the terms that each G_ij is computed from.
 
-    For a negative this is p. For a pair it is 1 - p, the sum of the other elements of the row. If
-    the row has k positives, it is p + 1/k for the others, and 1 - p + 1 - 1/k for the pair.
+    This is N |G_ij|. Only if the row has k positives do terms cancel: G_ij is p - 1/k for the
+    others, and 1 - p - (1 - 1/k) for the pair. has_pairs: of SigLIP's loss, whether all columns
+    count, not only extra negatives.
     """
-    n = len(logits)
-    targets = torch.eye(n, dtype=logits.dtype, device=logits.device)
-    if same_ids == "positives":
-        targets = (ids[:, None] == ids).to(logits)
-        targets /= targets.sum(1, keepdim=True)
+    n, options = case.n, case.id_options
+    leaf = logits.requires_grad_()
+    if case.function == "siglip":
+        # These logits are their product with the rows of a unit matrix.
+        unit = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
+        loss = reference.siglip_loss(
+            leaf, unit[:n], 1, 0, ids, **options, negative_text_features=unit[n:]
+        )
     else:
-        logits = reference.without_same_ids(logits, ids)
-    sizes = logits.softmax(dim=1)
-    pair = sizes.sum(1) - sizes.diagonal()
-    sizes.diagonal().copy_(pair + 1 - targets.diagonal())
-    sizes[:, :n] += targets - targets.diag().diag()
-    return sizes
-
-
-def sigmoid_sizes(case: Case, logits: Tensor, ids: Tensor | None, has_pairs: bool) -> Tensor:
-    """(n, m): |G| of SigLIP's loss. has_pairs: of all columns, else only of extra negatives."""
-    n = case.n
-    positive = torch.eye(n, dtype=torch.bool, device=logits.device)
-    same = positive if ids is None else ids[:, None] == ids
-    if case.id_options["same_ids"] == "positives":
-        positive = same
-    sizes = logits.sigmoid()
-    pairs = torch.where(positive, (-logits[:, :n]).sigmoid(), sizes[:, :n])
-    sizes[:, :n] = pairs.masked_fill(same & ~positive, 0.0) if has_pairs else 0.0
+        loss = reference.one_way_loss(leaf, ids, **options)
+    (grad,) = torch.autograd.grad(n * loss, leaf)
+    sizes = grad.abs()
+    if not has_pairs and case.function == "siglip":
+        sizes[:, :n] = 0.0
+    elif options["same_ids"] == "positives" and case.function != "siglip":
+        targets = (ids[:, None] == ids).to(grad)
+        targets /= targets.sum(1, keepdim=True)
+        sizes[:, :n] = grad[:, :n] + 2 * targets
+        sizes.diagonal().copy_(2 - 2 * targets.diagonal() - grad.diagonal())
     return sizes
 
 

@@ -3,15 +3,13 @@
 The other tests can also run on a GPU. There they check the compiled kernels.
 """
 
-import gc
 from dataclasses import replace
 
 import pytest
 import torch
-from accuracy import NAMES, Results, check_loss, results
+from accuracy import check_loss, results
 from conftest import setting
 from inputs import Case
-from torch import Tensor
 
 from cyclip_loss import CyCLIPLoss
 
@@ -62,10 +60,9 @@ def test_large_batches_are_accurate(n: int, d: int, scale: float, device: torch.
     inputs = case.inputs(device)
     actual = results(make_loss(case, impl), *inputs)
     exact = results(make_loss(case, "eager"), *(tensor.double() for tensor in inputs))
-    for name in NAMES:
-        found, right = getattr(actual, name), getattr(exact, name)
+    for index, (found, right) in enumerate(zip(actual, exact, strict=True)):
         eps = torch.finfo(found.dtype).eps * (1 if found.ndim else case.logit_scale)
-        assert (found.double() - right).abs().max() <= eps * right.abs().max(), name
+        assert (found.double() - right).abs().max() <= eps * right.abs().max(), index
 
 
 @PRODUCTS
@@ -102,7 +99,7 @@ def test_a_cuda_graph_replays_a_step_on_new_features(impl: str, device: torch.de
         for leaf, tensor in zip(leaves, inputs, strict=True):
             leaf.copy_(tensor)
     graph.replay()
-    replayed = Results(value.detach(), *(leaf.grad for leaf in leaves))
+    replayed = value.detach(), *(leaf.grad for leaf in leaves)
     torch.testing.assert_close(replayed, results(loss, *inputs))
 
 
@@ -115,7 +112,7 @@ def test_a_step_runs_on_the_current_stream_only(impl: str, device: torch.device)
     torch.cuda._sleep(10**10)  # cycles: keeps the default stream busy for five seconds
     with torch.cuda.stream(stream):
         actual = results(make_loss(SEVERAL_TILES, impl), *inputs)
-        copies = Results(*(tensor.clone() for tensor in actual))
+        copies = tuple(tensor.clone() for tensor in actual)
     stream.synchronize()
     assert not torch.cuda.default_stream(device).query(), "the step waited for the default stream"
     torch.testing.assert_close(copies, expected, rtol=0, atol=0)
@@ -157,25 +154,12 @@ def test_inductor_gives_the_same_value_and_gradients(impl: str, device: torch.de
     torch.testing.assert_close(actual, results(loss, *inputs))
 
 
-def test_no_n_by_n_matrix_is_allocated_and_forward_keeps_only_vectors_and_gram_matrices(
-    impl: str, device
-) -> None:
-    """An N x N matrix would take 17 GB in float32."""
-    n, d = 65536, 32
-    case = Case(n, d, torch.bfloat16, lambdas=(0.5, 0.125))
-    leaves = [tensor.requires_grad_() for tensor in case.inputs(device)]
-    make_loss(case, impl)(*leaves).backward()  # libraries allocate some memory in the first step
-    for leaf in leaves:
-        leaf.grad = None
-    gc.collect()
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
+def test_no_n_by_n_matrix_is_allocated(impl: str, device) -> None:
+    """It would take 17 GB in float32. (`tests/loss/test_cost.py` says what forward keeps.)"""
+    case = Case(65536, 32, torch.bfloat16, lambdas=(0.5, 0.125))
+    inputs = case.inputs(device)
+    results(make_loss(case, impl), *inputs)  # libraries allocate some memory in the first step
     torch.cuda.reset_peak_memory_stats(device)
-    value: Tensor = make_loss(case, impl)(*leaves)
-    kept = torch.cuda.memory_allocated(device) - before
-    # Log-sum-exps of rows and columns, gradients of pairs, Gram matrices, and up to 512 bytes of
-    # alignment for each of a dozen tensors.
-    assert kept <= 4 * (3 * n + 3 * d * d) + 12 * 512
-    value.backward()
-    peak = torch.cuda.max_memory_allocated(device) - before
-    assert peak <= 4 * n * n / 8
+    before = torch.cuda.memory_allocated(device)
+    results(make_loss(case, impl), *inputs)
+    assert torch.cuda.max_memory_allocated(device) - before <= case.n**2 / 2

@@ -1,15 +1,16 @@
-"""Runs the Python blocks of README.md and docs/ (not the recipes), and checks numbers on them."""
+"""The code and the tables on the pages (not the recipes), and the examples in docstrings."""
 
-import csv
-import re
+import doctest
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from pages import ROOT, run
+from pages import run
+from processes import run_python
 from towers import IMAGE_SIZE, TEXT_SIZE, TwoTowers
 
 import cyclip_loss
@@ -71,16 +72,13 @@ def test_the_troubleshooting_pages_filter_silences_only_our_warnings() -> None:
     assert [str(warning.message) for warning in caught] == ["heard"]
 
 
-def test_published_numbers_in_the_readme_and_on_the_choosing_page_match_the_csv() -> None:
-    with open(ROOT / "reference_train/evaluate/published.csv") as file:
-        rows = [row for row in csv.DictReader(file) if row["metric"] == "top1"]
-    published = {(row["data_set"], row["source"]): (row["clip"], row["cyclip"]) for row in rows}
-    shown = [("imagenet1k", "paper"), ("imagenet1k", "reproduced"), ("cifar10", "reproduced")]
-    expected = [f"{float(number):.1f}" for key in shown for number in published[key]]
-    readme = (ROOT / "README.md").read_text()
-    bullet = readme.partition("- **For accuracy")[2].partition("\n- ")[0]
-    assert re.findall(r"\d+\.\d", bullet) == expected
-    known = (ROOT / "docs/choosing.md").read_text()
-    for (_, source), numbers in published.items():
-        if source == "reproduced":
-            assert " → ".join(numbers) in known
+def test_the_tables_of_the_pages_are_made_of_the_records() -> None:
+    result = run_python(".mkdocs/tables.py", "--check")
+    assert (result.stdout.strip(), result.stderr, result.returncode) == ("", "", 0)
+
+
+@pytest.mark.parametrize("name", ["engines", "logsumexp", "loss"])
+def test_docstring_examples_print_what_they_show(name: str) -> None:
+    outcome = doctest.testmod(import_module(f"cyclip_loss.{name}"), extraglobs={"torch": torch})
+    assert outcome.attempted > 0
+    assert outcome.failed == 0

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import needs_interpreter
 from processes import ROOT, run_python
 
 import benchmarks.__main__ as command
@@ -87,7 +86,6 @@ runpy.run_module("benchmarks", run_name="__main__")
 """
 
 
-@needs_interpreter
 def test_dry_run_leaves_a_record_with_every_section(tmp_path: Path) -> None:
     chosen = ["kernels", "competitors", "sweep"]
     arguments = ["--dry-run", "--out", str(tmp_path), "--budget", "9999", "--sections", *chosen]

@@ -2,13 +2,15 @@
 
 import sys
 import warnings
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from inputs import Case
-from torch import Tensor
 
-from cyclip_loss import CyCLIPLoss, CyCLIPWarning, engines, kernels
+from cyclip_loss import CyCLIPLoss, CyCLIPWarning, engines, kernels, numerics
 from cyclip_loss.engines import eager
 
 pytestmark = pytest.mark.usefixtures("unverified_kernels")
@@ -26,30 +28,70 @@ def test_backward_uses_the_engine_that_forward_chose(first: str, second: str, mo
     loss.backward()
 
 
-def test_a_gpu_without_kernels_uses_eager_and_refuses_impl_triton(monkeypatch) -> None:
-    monkeypatch.setattr(engines, "architecture", lambda device: None)
-    features = torch.ones(2, 2)
-    assert engines.choose("auto", features) == "eager"
-    assert engines.engine_of(features) == "PyTorch: the kernels do not support cpu"
-    monkeypatch.setattr(Tensor, "is_cuda", True)
-    with pytest.raises(ValueError, match="the kernels do not support cpu"):
-        engines.choose("triton", features)
+# A CUDA capability or AMD architecture, Triton's version (None: it is not installed, ?: another
+# package has it), and the table of tiles (None: the kernels do not run).
+GPUS = [
+    ((7, 5), "3.9.0", None),
+    ((7, 5), None, None),
+    ((8, 0), "3.4.0", "sm_80"),
+    ((8, 9), "3.6.0", "sm_86"),
+    ((9, 0), "3.6.0", "sm_90"),
+    # Before 3.9, Triton fails to compile the kernels for Blackwell, or leaves products out.
+    ((10, 0), "3.8.0", None),
+    ((10, 3), "3.9.0", "sm_100"),
+    ((12, 0), "3.8.0", None),
+    ((12, 0), "3.10.1", "sm_86"),
+    ((12, 0), "?", None),
+    ((12, 0), None, "sm_86"),
+    ("gfx1100", "3.9.0", None),
+    ("gfx942:sramecc+:xnack-", "3.6.0", "gfx942"),
+    ("gfx942:sramecc+:xnack-", None, "gfx942"),
+]
 
 
-def test_kernels_that_cannot_be_imported_give_one_warning_and_use_eager(monkeypatch) -> None:
-    """A broken installation of Triton has this effect."""
-    monkeypatch.delattr("cyclip_loss.kernels")
-    monkeypatch.setitem(sys.modules, "cyclip_loss.kernels", None)
-    engines._kernels_import.cache_clear()
+@pytest.mark.parametrize(("gpu", "version", "expected"), GPUS)
+def test_each_gpu_gets_the_kernels_that_its_version_of_triton_compiles(
+    gpu: Any, version: str | None, expected: str | None, monkeypatch
+) -> None:
+    """A supported GPU without Triton warns once what to install."""
+
+    def version_of(package: str) -> str:
+        if version == "?":
+            raise numerics.metadata.PackageNotFoundError(package)
+        return version
+
+    properties = SimpleNamespace(gcnArchName=gpu)
+    monkeypatch.setattr(torch.version, "hip", "6.4" if isinstance(gpu, str) else None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: gpu)
+    monkeypatch.setattr(numerics.metadata, "version", version_of)
+    architecture = numerics.architecture.__wrapped__
+    monkeypatch.setattr(engines, "architecture", architecture)
+    monkeypatch.setattr(engines, "_kernels_import", lru_cache(engines._kernels_import.__wrapped__))
+    if version is None:
+        for module in (engines, numerics):
+            monkeypatch.setattr(module, "find_spec", lambda name: None)
+        monkeypatch.delattr("cyclip_loss.kernels")
+        monkeypatch.setitem(sys.modules, "cyclip_loss.kernels", None)  # importing them fails
+    features = SimpleNamespace(
+        device=torch.device("cuda"), dtype=torch.float32, is_cuda=True, shape=(2, 2)
+    )
+    assert architecture(features.device) == expected
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for _ in range(2):
-            assert engines.choose("auto", torch.ones(2, 2)) == "eager"
-    assert engines.engine_of(torch.ones(2, 2)) == "PyTorch: the kernels cannot be imported"
-    [warning] = caught
-    assert warning.category is CyCLIPWarning
-    assert "kernels cannot be imported" in str(warning.message)
-    engines._kernels_import.cache_clear()
+        chosen = [engines.choose("auto", features) for _ in range(2)]
+    if expected and version:
+        assert (chosen, caught) == (["verified kernels"] * 2, [])
+        return
+    reason = "cannot be imported" if expected else "do not support cuda"
+    assert engines.engine_of(features) == f"PyTorch: the kernels {reason}"
+    assert chosen == ["eager"] * 2
+    assert ["`pip install triton`" in str(warning.message) for warning in caught] == (
+        [True] if expected else []
+    )
+    assert {warning.category for warning in caught} <= {CyCLIPWarning}
+    with pytest.raises(ValueError, match="needs Triton" if expected else reason):
+        engines.choose("triton", features)
 
 
 def test_the_environment_variable_sets_the_engine_of_auto_only(monkeypatch) -> None:

@@ -1,14 +1,14 @@
 """The Triton kernels without the loss: shipped tiles, tf32 rounding, and supported GPUs."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from accuracy import check, check_against_pytorch, evaluate
-from conftest import needs_triton, pretend_architecture, setting
+from accuracy import check_loss, evaluate
+from conftest import setting
 from inputs import Case, normal
-from processes import run_python
 
 from cyclip_loss import kernels, numerics, tune
 from cyclip_loss.kernels import configs
@@ -21,7 +21,6 @@ on_a_cpu = pytest.mark.skipif(
 
 
 @on_a_cpu
-@needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
 def test_shipped_tiles_are_accurate(
@@ -30,10 +29,7 @@ def test_shipped_tiles_are_accurate(
     """290 rows fill no whole number of tiles. The two lambdas differ, so that C is needed too."""
     monkeypatch.setattr(configs, "_INTERPRETER", configs.ARCHITECTURES[arch])
     case = Case(n=290, d=70, dtype=dtype, logit_scale=30.0, lambdas=(0.25, 0.5))
-    given = case.arguments(device)
-    found = evaluate(case, given, "triton")
-    check(case, given, *found, "triton")
-    check_against_pytorch(case, given, *found)
+    check_loss(case, "triton", device)
 
 
 def to_tf32(x: torch.Tensor) -> torch.Tensor:
@@ -121,7 +117,6 @@ def accesses_outside(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
 
 @on_a_cpu
-@needs_triton
 @pytest.mark.parametrize(
     "case",
     [
@@ -159,69 +154,21 @@ def test_rows_may_be_further_apart_than_32_bits_can_count(far: int, monkeypatch,
 
 
 def test_tile_sizes_are_powers_of_two() -> None:
-    """Triton requires powers of two. No other test here checks the tiles of all architectures.
-
-    The tiles that tuning tries must also have 32 to 64 accumulators in each thread.
-    """
+    """As Triton requires, also of the tiles that tuning tries."""
     tables = [x for tables in configs.ARCHITECTURES.values() for x in tables.values()]
     for precision, shipped in (item for table in tables for item in table.items()):
         for config in tune.candidates(Precision(*precision), shipped):
-            sizes = config.tile
-            assert {*sizes.values(), config.num_warps} <= {2**i for i in range(10)}
-            if config is not shipped and "PARTS" in sizes:
-                threads = 32 * config.num_warps * sizes["PARTS"]
-                assert 32 <= sizes["BM"] * sizes["BN"] / threads <= 64
+            assert {*config.tile.values(), config.num_warps} <= {2**i for i in range(10)}
 
 
 @pytest.mark.parametrize(
-    ("capability", "version", "expected"),
-    [
-        ((7, 5), "3.9.0", None),
-        ((8, 0), "3.4.0", "sm_80"),
-        ((8, 9), "3.6.0", "sm_86"),
-        ((9, 0), "3.6.0", "sm_90"),
-        ((10, 0), "3.8.0", None),
-        ((10, 0), "3.9.0", "sm_100"),
-        ((10, 3), "3.9.0", "sm_100"),
-        ((12, 0), "3.8.0", None),
-        ((12, 0), "3.10.1", "sm_86"),
-        ((12, 0), None, None),  # a Triton of another package, whose version is not known
-        ("gfx90a:sramecc+:xnack-", "3.9.0", None),
-        ("gfx1100", "3.9.0", None),
-        ("gfx942:sramecc+:xnack-", "3.6.0", "gfx942"),
-    ],
+    ("newer", "older"), [("ieee", "high"), ("tf32", "highest"), (None, "high"), (None, "highest")]
 )
-def test_each_gpu_gets_the_kernels_that_its_version_of_triton_compiles(
-    capability, version: str | None, expected, monkeypatch
+def test_the_newer_setting_of_float32_products_counts(
+    newer: str | None, older: str, monkeypatch
 ) -> None:
-    """Before 3.9, Triton fails to compile the kernels for Blackwell, or leaves products out."""
-    pretend_architecture(monkeypatch, capability)
-
-    def version_of(package: str) -> str:
-        if version is None:
-            raise numerics.metadata.PackageNotFoundError(package)
-        return version
-
-    monkeypatch.setattr(numerics.metadata, "version", version_of)
-    assert numerics.architecture.__wrapped__(torch.device("cuda")) == expected
-
-
-PRECISION_CODE = """
-import torch
-from cyclip_loss.numerics import float32_is_exact
-assert float32_is_exact()
-torch.set_float32_matmul_precision("high")
-assert not float32_is_exact()
-matmul = torch.backends.cuda.matmul
-if hasattr(matmul, "fp32_precision"):  # since PyTorch 2.9
-    matmul.fp32_precision = "ieee"
-    assert float32_is_exact()
-    matmul.fp32_precision = "tf32"
-    assert not float32_is_exact()
-"""
-
-
-def test_the_setting_of_float32_products_that_came_last_counts() -> None:
-    """Afterwards PyTorch's getter of the older setting may raise an error, so in a new process."""
-    run = run_python("-c", PRECISION_CODE)
-    assert run.returncode == 0, run.stderr
+    """PyTorch has it since 2.9. The older setting changes it, too."""
+    settings = {} if newer is None else {"fp32_precision": newer}
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(**settings))
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: older)
+    assert numerics.float32_is_exact() == ((newer or older) in ("ieee", "highest"))

@@ -3,7 +3,6 @@
 import json
 import warnings
 from dataclasses import replace
-from functools import partial
 from itertools import count
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +20,8 @@ FEATURES = torch.ones(3, 256, dtype=BFLOAT16)
 PRECISION = Precision.of(FEATURES)
 KEY = configs.tiles_key("contrastive_lse", FEATURES, PRECISION)
 KERNELS = ("contrastive_lse", "contrastive_grads", "gram_matrices", "cyclic_grads")
-SHIPPED = configs.shipped(CPU)["contrastive_lse"][PRECISION] if kernels.INTERPRETED else None
+SHIPPED = configs._INTERPRETER["contrastive_lse"][PRECISION]
+CANDIDATES = tune.candidates(PRECISION, SHIPPED)
 pytestmark = pytest.mark.skipif(not kernels.INTERPRETED, reason="pretends that the CPU is a GPU")
 
 
@@ -39,10 +39,9 @@ def file(tmp_path, monkeypatch: pytest.MonkeyPatch):
 
 def remember(index: int = 1, device: torch.device = CPU):
     """Write the candidate with this index to the file. Candidate 0 is the shipped tile."""
-    tile = tune.candidates(PRECISION, SHIPPED)[index]
-    tune.remember(configs.tiles_file(), device, KEY, tile)
+    tune.remember(configs.tiles_file(), device, KEY, CANDIDATES[index])
     configs.tuned.cache_clear()
-    return tile
+    return CANDIDATES[index]
 
 
 def tile_of(*shape: int, dtype: torch.dtype = BFLOAT16, **options: Any):
@@ -60,76 +59,65 @@ def warned() -> list[str]:
     return [str(warning.message) for warning in caught]
 
 
-def current(kernel: str) -> bool:
-    """Whether a candidate is tried. They have more than one warp; shipped tiles, interpreted, 1."""
-    return (configs._overrides or {}).get(kernel, SHIPPED).num_warps > 1
+RIGHT, WRONG, FAILS = "ms", "is off by", "out of resource"
 
 
-def faulty(kernel: str, fault: str, original: Any, *arguments: Any) -> Any:
-    results = original(*arguments)
-    if current(kernel) and fault == "out of resource":
-        raise RuntimeError(fault)
-    if current(kernel) and fault == "is off by":
-        tree_leaves(results)[0].mul_(1.05)
-    return results
+@pytest.mark.parametrize("fault", [RIGHT, WRONG, FAILS])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_trial_says_why_a_tile_must_not_be_chosen(kernel: str, fault: str, monkeypatch) -> None:
+    precision = PRECISION if kernel.startswith("contrastive") else Precision(32, "tf32")
+    config = tune.candidates(precision, configs._INTERPRETER[kernel][precision])[1]
+    original = getattr(kernels, kernel)
 
+    def faulty(*arguments: Any) -> Any:
+        assert configs._overrides == {kernel: config}
+        results = original(*arguments)
+        if fault == FAILS:
+            raise RuntimeError(fault)
+        if fault == WRONG:
+            tree_leaves(results)[0].mul_(1.05)
+        return results
 
-RIGHT, WRONG, FAILS = "", "is off by", "out of resource"
+    monkeypatch.setattr(kernels, kernel, faulty)
+    image, text = torch.eye(40, 24, dtype=BFLOAT16), torch.ones(40, 24, dtype=BFLOAT16)
+    ms, note = tune.trial(kernel, config, tune.calls(kernel, image, text), image)
+    assert fault in note
+    assert ms == (0.0 if fault == RIGHT else torch.inf)
 
 
 @pytest.mark.parametrize(
-    "candidates",
+    ("shipped_ms", "ms", "best_ms"),
     [
-        # For each kernel: the candidate's milliseconds, where shipped tiles take 1, and its fault.
-        [(0.1, WRONG), (0.1, FAILS), (0.1, FAILS), (0.97, RIGHT)],
-        [(0.97, RIGHT), (0.1, WRONG), (1.0, RIGHT), (0.1, FAILS)],
-        [(0.99, RIGHT), (2.0, RIGHT), (0.1, WRONG), (0.1, WRONG)],
+        (1.0, 0.97, 0.97),
+        (1.0, 0.99, 1.0),
+        (1.0, torch.inf, 1.0),
+        (torch.inf, 5.0, 5.0),
+        (torch.inf, torch.inf, torch.inf),
     ],
-    ids=str,
 )
-def test_a_candidate_is_chosen_if_it_is_right_and_at_least_two_percent_faster(
-    candidates: list[tuple[float, str]], monkeypatch, capsys
+def test_a_candidate_is_chosen_if_it_is_at_least_two_percent_faster(
+    shipped_ms: float, ms: float, best_ms: float, monkeypatch, capsys
 ) -> None:
-    """Others are reported."""
-    given = dict(zip(KERNELS, candidates, strict=True))
-
-    def clock(launch: Any) -> float:
-        [kernel] = configs._overrides
-        return given[kernel][0] if current(kernel) else 1.0
-
-    monkeypatch.setattr(tune, "milliseconds", clock)
-    for kernel, (_, fault) in given.items():
-        original = getattr(kernels, kernel)
-        monkeypatch.setattr(kernels, kernel, partial(faulty, kernel, fault, original))
+    trials = {1: (shipped_ms, "the shipped tile"), CANDIDATES[1].num_warps: (ms, "a candidate")}
+    monkeypatch.setattr(tune, "trial", lambda kernel, config, *_: trials[config.num_warps])
     rows = list(tune.tune(CPU, [BFLOAT16], 40, 24, 1000))
-    lines = capsys.readouterr().out.splitlines()[1::2]  # after the shipped tile
-    for row, line, (kernel, (ms, fault)) in zip(rows, lines, given.items(), strict=True):
-        chosen = fault == RIGHT and ms < 0.98
-        key, *milliseconds, tile = row
-        assert key.split()[0] == line.split()[0] == kernel
-        assert (fault or f"{ms:.3f} ms") in line
-        assert (tile.num_warps > 1) == chosen
-        assert milliseconds == [1.0, ms if chosen else 1.0]
+    assert [key.split()[0] for key, *_ in rows] == [*KERNELS]
+    for _, *found, tile in rows:
+        assert found == [shipped_ms, best_ms]
+        expected = {ms: CANDIDATES[1].num_warps, shipped_ms: 1, torch.inf: None}[best_ms]
+        assert (tile and tile.num_warps) == expected
+    out = capsys.readouterr().out
+    assert out.count("the shipped tile") == out.count("a candidate") == 4
 
 
 def test_when_the_time_is_over_only_the_shipped_tiles_are_tried(monkeypatch, capsys) -> None:
     """The clock rises by a second for each candidate. The limit is for all kernels together."""
     clock = count()
     monkeypatch.setattr(tune, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-
-    def milliseconds(launch: Any) -> float:
-        return 0.1 if any(map(current, configs._overrides)) else 1.0
-
-    monkeypatch.setattr(tune, "milliseconds", milliseconds)
+    monkeypatch.setattr(tune, "trial", lambda kernel, config, *_: (1 / config.num_warps, ""))
     rows = list(tune.tune(CPU, [BFLOAT16], 40, 24, 2.5))
     assert [tile.num_warps > 1 for *_, tile in rows] == [True, True, False, False]
     assert capsys.readouterr().out.count("no time for more") == 2
-
-
-def test_a_kernel_without_a_usable_tile_gets_none(monkeypatch) -> None:
-    monkeypatch.setattr(tune, "trial", lambda *_: (torch.inf, "is wrong"))
-    for _, *milliseconds, tile in tune.tune(CPU, [BFLOAT16], 40, 24, 1000):
-        assert (milliseconds, tile) == ([torch.inf] * 2, None)
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, rows: Any) -> None:
@@ -200,13 +188,14 @@ def test_each_gpu_and_version_has_its_own_tiles(file, monkeypatch) -> None:
         assert remember(2, device) == configs.tuned(device)[KEY]
 
 
-@pytest.mark.parametrize("broken", [b"", b"\xff\xfe", b"[1, 2]", {"colour": "blue"}], ids=str)
-def test_a_broken_file_gives_one_warning_with_its_path(broken: bytes | dict, file) -> None:
-    remember()
-    entries = json.loads(file.read_text())
-    if isinstance(broken, dict):
-        entries[configs.tiles_of(CPU)][KEY] |= broken
-        broken = json.dumps(entries).encode()
+UNKNOWN_FIELD = {configs.tiles_of(CPU): {KEY: {"colour": "blue"}}}
+
+
+@pytest.mark.parametrize(
+    "broken", [b"", b"\xff\xfe", b"[1, 2]", json.dumps(UNKNOWN_FIELD).encode()]
+)
+def test_a_broken_file_gives_one_warning_with_its_path(broken: bytes, file) -> None:
+    file.parent.mkdir(parents=True)
     file.write_bytes(broken)
     (message,) = warned()
     assert str(file) in message
@@ -225,16 +214,13 @@ def test_an_unwritable_file_ends_the_command_with_an_error(
     assert path.read_text() == "not ours"
 
 
-def test_the_command_asks_for_all_dtypes_and_for_the_sizes_of_its_flags(monkeypatch) -> None:
+def test_the_command_asks_for_the_sizes_of_its_flags_and_needs_a_gpu(capsys, monkeypatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(tune, "tune", lambda device, *rest: asked.append(rest) or ())
-    for arguments in ([], ["--n", "1", "--d", "1", "--seconds", "1"]):
+    for arguments in ([], ["--n", "1", "--d", "2", "--seconds", "3"]):
         tune.main(arguments)
     dtypes = [BFLOAT16, torch.float16, torch.float32]
-    assert asked == [(dtypes, 8192, 768, 300), (dtypes, 1, 1, 1)]
-
-
-def test_the_command_refuses_a_missing_gpu_and_a_bad_size(capsys, monkeypatch) -> None:
+    assert asked == [(dtypes, 8192, 768, 300), (dtypes, 1, 2, 3)]
     monkeypatch.setattr(tune, "architecture", lambda device: None)
     monkeypatch.setattr(kernels, "INTERPRETED", False)
     for arguments, problem in (([], "no GPU on which the kernels run"), (["--n", "0"], "--n, --d")):

@@ -4,22 +4,22 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from accuracy import evaluate
-from conftest import pretend_gpu, setting
+from conftest import setting
 from inputs import Case
-from pool import Ranks
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from cyclip_loss import CyCLIPLoss, CyCLIPWarning, engines, kernels, usage_warnings
+from cyclip_loss import CyCLIPLoss, CyCLIPWarning, engines, kernels
 from cyclip_loss.engines import eager, verification
-from cyclip_loss.engines.verification import VerifiedKernels, layout_of
+from cyclip_loss.engines.verification import VerifiedKernels
+from cyclip_loss.logits import Logits
 
 pytestmark = pytest.mark.usefixtures("unverified_kernels")
 LSE, GRADS, TERMS = "contrastive_lse", "contrastive_grads", "pair_terms"
@@ -32,10 +32,10 @@ def verified(dtype: torch.dtype) -> VerifiedKernels:
     return engines.verified(torch.empty(0, dtype=dtype))
 
 
-def step(impl: str = "auto", dist_impl: str = "gather", **options: Any) -> Any:
+def step(impl: str = "auto", **options: Any) -> Any:
     """The loss and the gradients of a training step."""
     case = Case(6, 4, BFLOAT16, **options)
-    return evaluate(case, case.arguments("cpu"), impl, dist_impl=dist_impl)
+    return evaluate(case, case.arguments("cpu"), impl)
 
 
 def run(call: Callable[[], Any]) -> tuple[Any, list[str]]:
@@ -54,41 +54,12 @@ def scaled(index: int, original: Any, *arguments: Any) -> Any:
 
 
 def without_nan(original: Any, *arguments: Any) -> Any:
-    return tree_map(torch.nan_to_num, original(*arguments))
+    return tree_map_only(Tensor, torch.nan_to_num, original(*arguments))
 
 
 def with_ids(change: Callable[[Tensor], Tensor], original: Any, logits: Any, *rest: Any) -> Any:
     ids = {name: change(getattr(logits, name)) for name in ("row_ids", "column_ids")}
     return original(logits._replace(**ids), *rest)
-
-
-def forget() -> VerifiedKernels:
-    """An engine that has compared nothing."""
-    engines._verified.cache_clear()
-    usage_warnings._warned.clear()
-    return verified(BFLOAT16)
-
-
-@lru_cache
-def layouts(**options: Any) -> dict[Any, list[int]]:
-    """The layouts that a step uses. For each, which results are not empty or 0. They agree."""
-    found: dict[Any, list[int]] = {}
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        for function in (*PLAIN, SIGMOID):
-            original = getattr(kernels, function)
-
-            def record(*arguments: Any, function: str = function, original=original) -> Any:
-                results = original(*arguments)
-                leaves = enumerate(tree_leaves(results))
-                indices = [i for i, x in leaves if x is not None and x.any()]
-                found[function, layout_of(arguments)] = indices
-                return results
-
-            monkeypatch.setattr(kernels, function, record)
-        used = forget()
-        _, messages = run(partial(step, **options))
-    assert messages == []
-    return {layout: found[layout] for layout in used.agreed}
 
 
 FROZEN_IMAGE, FROZEN_TEXT = frozenset(["image_features"]), frozenset(["text_features"])
@@ -112,70 +83,14 @@ STEPS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "functions"), STEPS)
-def test_a_fault_in_one_layout_switches_the_kernels_off(
-    options: dict[str, Any], functions: tuple[str, ...], monkeypatch
-) -> None:
-    """With a warning that names the function; then PyTorch computes everything in this dtype."""
-    plain = layouts() if options else {}
-    new = {layout: results for layout, results in layouts(**options).items() if layout not in plain}
-    assert {function for function, _ in new} == set(functions)
-    expected = step("eager", **options)
-    for layout, results in new.items():
-        faults: list[Any] = [partial(scaled, index) for index in results]
-        faults += [] if options else [without_nan]
-        if layout[0] in (LSE, GRADS) and options == {"distinct_ids": 4}:
-            faults += [partial(with_ids, lambda ids: ids & 0xFFFFFFFF)]
-            faults += [partial(with_ids, lambda ids: ids.clamp(min=0))]
-        for fault in faults:
-            with monkeypatch.context() as patch:
-                break_new_layouts(patch, layout[0], fault, plain)
-                forget().agreed |= plain.keys() | new.keys() - {layout}
-                found, messages = run(partial(step, **options))
-            [message] = messages
-            assert "the Triton kernels do not work on cpu (CPU, " in message
-            assert "PyTorch computes torch.bfloat16 instead" in message
-            assert f" {layout[0]}(" in message
-            torch.testing.assert_close(found, expected)
-            assert verified(torch.float32).problem is None
-
-
-def break_new_layouts(
-    monkeypatch: pytest.MonkeyPatch, function: str, fault: Callable[..., Any], known: Any
-) -> None:
-    """Put a fault into a function of the kernels, in each layout that is not known."""
-    original = getattr(kernels, function)
-
-    def faulty(*arguments: Any) -> Any:
-        is_known = (function, layout_of(arguments)) in known
-        return original(*arguments) if is_known else fault(original, *arguments)
-
-    monkeypatch.setattr(kernels, function, faulty)
-
-
-def faults_of_ring(rank: int, world_size: int, function: str) -> list[str]:
-    """The warnings if a kernel is wrong for another rank's columns, which have an offset."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        pretend_gpu(monkeypatch)
-        known = layouts(lambdas=(0, 0))
-        break_new_layouts(monkeypatch, function, partial(scaled, 0), known)
-        forget().agreed |= known.keys()
-        return run(partial(step, dist_impl="ring", lambdas=(0, 0)))[1]
-
-
-@pytest.mark.parametrize("function", [LSE, GRADS])
-def test_a_fault_with_columns_of_another_rank_is_noticed(function: str, ranks: Ranks) -> None:
-    """On rank 0 the offset of rank 1's columns is negative, and on rank 1 it is positive."""
-    for [message] in ranks.run(2, faults_of_ring, function):
-        assert f" {function}(" in message
-
-
-def recorded_comparisons(monkeypatch: pytest.MonkeyPatch, seconds: float = 0.0) -> list[str]:
-    """A list that gets the function of each comparison, which takes so many seconds longer."""
+def recorded_comparisons(
+    monkeypatch: pytest.MonkeyPatch, seconds: float = 0.0
+) -> list[tuple[str, Any]]:
+    """A list that gets the function and arguments of each comparison, which takes seconds more."""
     compared, original = [], VerifiedKernels.compare
 
     def recorded(self: VerifiedKernels, function: str, arguments: Any) -> str | None:
-        compared.append(function)
+        compared.append((function, arguments))
         time.sleep(seconds)
         return original(self, function, arguments)
 
@@ -183,10 +98,60 @@ def recorded_comparisons(monkeypatch: pytest.MonkeyPatch, seconds: float = 0.0) 
     return compared
 
 
+@pytest.mark.parametrize(("options", "functions"), STEPS)
+def test_each_new_layout_is_compared_and_a_fault_is_noticed(
+    options: dict[str, Any], functions: tuple[str, ...], monkeypatch
+) -> None:
+    """In every result of every function. The step itself uses kernels that agree."""
+    with monkeypatch.context() as patch:
+        compared = recorded_comparisons(patch)
+        if options:
+            step()
+        known = len(compared)
+        step(**options)
+    engine = verified(BFLOAT16)
+    assert engine.problem is None
+    assert sorted(function for function, _ in compared[known:]) == sorted(functions)
+    for function, arguments in compared[known:]:
+        original = getattr(kernels, function)
+        results = enumerate(tree_leaves(original(*arguments)))
+        faults = [partial(scaled, index) for index, x in results if x is not None and x.any()]
+        faults += [] if options else [without_nan]
+        if function in (LSE, GRADS) and options == {"distinct_ids": 4}:
+            faults += [partial(with_ids, lambda ids: ids & 0xFFFFFFFF)]
+            faults += [partial(with_ids, lambda ids: ids.clamp(min=0))]
+        for fault in faults:
+            monkeypatch.setattr(kernels, function, partial(fault, original))
+            assert engine.compare(function, arguments) is not None, (function, fault)
+        monkeypatch.setattr(kernels, function, original)
+
+
+def test_if_a_kernel_is_wrong_pytorch_computes_everything_in_its_dtype(monkeypatch) -> None:
+    monkeypatch.setattr(kernels, GRADS, partial(scaled, 0, kernels.contrastive_grads))
+    found, [message] = run(step)
+    torch.testing.assert_close(found, step("eager"))
+    assert "the Triton kernels do not work on cpu (CPU, " in message
+    assert "PyTorch computes torch.bfloat16 instead" in message
+    assert f" {GRADS}(" in message
+    assert verified(torch.float32).problem is None
+
+
+@pytest.mark.parametrize("partner_offset", [-2, 2])
+def test_a_fault_with_columns_of_another_rank_is_noticed(partner_offset: int, monkeypatch) -> None:
+    """In a ring, their pairs are before or behind the rows."""
+    image, text, scale = Case(6, 4, BFLOAT16).inputs("cpu")
+    logits, engine = Logits(image, text, scale), verified(BFLOAT16)
+    expected = engine.contrastive_lse(logits)
+    monkeypatch.setattr(kernels, LSE, partial(scaled, 0, kernels.contrastive_lse))
+    torch.testing.assert_close(engine.contrastive_lse(logits)[0], 1.1 * expected[0])
+    with pytest.warns(CyCLIPWarning, match=rf" {LSE}\("):
+        engine.contrastive_lse(logits._replace(partner_offset=partner_offset))
+
+
 def test_only_the_layouts_that_a_step_uses_are_compared_and_only_once(monkeypatch) -> None:
     compared, state = recorded_comparisons(monkeypatch), torch.get_rng_state()
     step()
-    assert sorted(compared) == sorted(PLAIN)
+    assert sorted(function for function, _ in compared) == sorted(PLAIN)
     step()
     step(seed=1)
     assert len(compared) == 6
@@ -224,12 +189,13 @@ def test_a_comparison_without_memory_says_nothing_of_the_kernels(monkeypatch) ->
     assert messages == []
     compared = recorded_comparisons(monkeypatch)
     step()
-    assert sorted(compared) == sorted(PLAIN)
+    assert sorted(function for function, _ in compared) == sorted(PLAIN)
 
 
 def test_two_threads_compare_a_layout_once_and_leave_the_process_as_it_was(monkeypatch) -> None:
     """Autograd has a thread for each device."""
-    # The interpreter runs kernels of one thread at a time: launches must not overlap.
+    # The interpreter can run the kernels of one thread at a time only.
+    monkeypatch.setattr(kernels, GRAMS, eager.gram_matrices)
     compared = recorded_comparisons(monkeypatch, seconds=0.2)
     image, text, _ = Case(6, 4).inputs("cpu")
     before = torch.get_deterministic_debug_mode(), list(warnings.filters)
@@ -244,20 +210,7 @@ def test_two_threads_compare_a_layout_once_and_leave_the_process_as_it_was(monke
     assert (torch.get_deterministic_debug_mode(), list(warnings.filters)) == before
 
 
-CALLERS = {
-    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-    "no_grad": torch.no_grad,
-    "inference mode": torch.inference_mode,
-    "default device": lambda: torch.device("meta"),
-    "counting flops": lambda: FlopCounterMode(display=False),
-    "default dtype": lambda: setting("default_dtype", torch.float64),
-    "deterministic": lambda: setting("deterministic_debug_mode", "error"),
-    "precision": lambda: setting("float32_matmul_precision", "high"),
-}
-
-
-@pytest.mark.parametrize("name", CALLERS)
-def test_the_comparison_does_not_depend_on_the_settings_of_the_caller(name, monkeypatch) -> None:
+def test_the_comparison_does_not_depend_on_the_settings_of_the_caller(monkeypatch) -> None:
     """A warning in the comparison is no error either, although the caller turns it into one."""
     settings, original = [], VerifiedKernels.small_batch
 
@@ -277,13 +230,21 @@ def test_the_comparison_does_not_depend_on_the_settings_of_the_caller(name, monk
     monkeypatch.setattr(VerifiedKernels, "small_batch", recorded)
     image, text, _ = Case(6, 4).inputs("cpu")
     engine = verified(torch.float32)
-    with CALLERS[name](), warnings.catch_warnings():
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.inference_mode(),
+        torch.device("meta"),
+        FlopCounterMode(display=False),
+        setting("default_dtype", torch.float64),
+        setting("deterministic_debug_mode", "error"),
+        setting("float32_matmul_precision", "high"),
+        warnings.catch_warnings(),
+    ):
         warnings.filterwarnings("error", "deprecated in a compiler", DeprecationWarning)
         engine.gram_matrices(image, text, False)
-        mode = torch.get_deterministic_debug_mode()
+        assert torch.get_deterministic_debug_mode() == 2  # "error"
     assert engine.problem is None
     assert settings == [(torch.device("cpu"), 0, False, False, False)]
-    assert mode == (2 if name == "deterministic" else 1)  # all tests run with 1
 
 
 def test_no_layout_is_compared_while_a_graph_is_captured(monkeypatch) -> None:

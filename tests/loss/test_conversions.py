@@ -40,15 +40,13 @@ THEIRS = {
 def test_the_code_in_each_row_gives_the_other_loss(words: str) -> None:
     assert len(CODE) == len(THEIRS)
     [code] = [code for row, code in CODE.items() if row.startswith(words)]
-    lengths = torch.linspace(0.5, 3, N, dtype=torch.float64, device="cpu")[:, None]
-    raw = words == "It normalises"
-    found = eval(
-        code,
-        dict(CyCLIPLoss=CyCLIPLoss, CyclicPenalty=CyclicPenalty, normalize=normalize, N=N)
-        | dict(cylambda1=0.3, cylambda2=0.2, w=WEIGHT, n=N // RANKS, temperature=0.07, scale=SCALE)
-        | dict(in_modal_weight=0.4, cross_modal_weight=0.6, loss_fn=CyCLIPLoss())
-        | dict(images=lengths * I if raw else I, texts=T / lengths if raw else T),
-    )
+    lengths = torch.ones(N, 1, dtype=torch.float64, device="cpu")
+    if words == "It normalises":
+        lengths = lengths.cumsum(0)
+    names = dict(N=N, n=N // RANKS, w=WEIGHT, cylambda1=0.3, cylambda2=0.2, temperature=0.07)
+    names |= dict(scale=SCALE, in_modal_weight=0.4, cross_modal_weight=0.6, loss_fn=CyCLIPLoss())
+    names |= dict(images=lengths * I, texts=T / lengths, normalize=normalize)
+    found = eval(code, {**globals(), **names})
     if isinstance(found, torch.nn.Module):
         found = found(I, T) if isinstance(found, CyclicPenalty) else found(I, T, SCALE)
     torch.testing.assert_close(found, THEIRS[words], rtol=1e-13, atol=0)

@@ -1,27 +1,36 @@
 """Accuracy of the loss in every dtype, layout and geometry; the definition itself; precision."""
 
 import math
+from functools import partial
 
 import pytest
 import rounding
 import torch
-from accuracy import check_loss, check_loss_against_pytorch
+from accuracy import check_loss, exact_results
 from conftest import examples, needs_triton, setting
 from hypothesis import given
-from inputs import DTYPES, FEATURES, FOR_KERNELS, VIEWS, Case, cases, for_kernels, with_cases
+from inputs import (
+    DTYPES,
+    FEATURES,
+    FOR_KERNELS,
+    FUNCTIONS,
+    VIEWS,
+    Case,
+    cases,
+    for_kernels,
+    with_cases,
+)
 from torch import Tensor
 
-from cyclip_loss import CyclicPenalty, CyCLIPLoss, numerics, reference
+from cyclip_loss import CyclicPenalty, CyCLIPLoss, contrastive_logsumexp, numerics, reference
 
 TERMS_WEIGHTED = {"output_dict": True, "upstream": (3.0, -0.5, 2.0)}
 FULL = TERMS_WEIGHTED | {"views": True, "lambdas": (0.25, 0.5)}
-IMAGE, TEXT, TOWERS = (frozenset(x) for x in (FEATURES[:1], FEATURES[1:], FEATURES))
 WIDE = torch.float64
 SAME_ROWS = {"image_layout": "expanded", "text_layout": "expanded", "anti_aligned": True}
 SIGLIP = {"function": "siglip", "strip_rows": 32}
 # Cases that are always tested. Some have D = 256, because a kernel's errors grow with D.
 HARD = [
-    Case(1, 1, WIDE),
     Case(65, 10, strip_rows=32, **FULL),
     Case(65, 33, logit_scale=100.0, distance=0.003, anti_aligned=True, strip_rows=32),
     Case(64, 1, logit_scale=100.0, strip_rows=7),
@@ -29,13 +38,7 @@ HARD = [
     Case(65, 33, logit_scale=100.0, distance=0.003, **SAME_ROWS),
     # P_cross is 0. Without clamping, both engines would return a negative number.
     Case(80, 24, torch.bfloat16, norm=2.5, output_dict=True, seed=8, **SAME_ROWS),
-    *(
-        Case(n, d, WIDE, frozen=frozen, lambdas=lambdas, strip_rows=7)
-        for n, d in ((30, 6), (10, 30))
-        for frozen, lambdas in ((IMAGE, (0.5, 0.25)), (TEXT, (0.25, 0.5)), (TOWERS, (0.0, 0.0)))
-    ),
     Case(80, 24, torch.bfloat16, distinct_ids=6, strip_rows=7),  # several blocks of G
-    Case(30, 6, WIDE, distinct_ids=6, same_ids="positives", negatives=(50, 1), frozen=IMAGE),
     Case(260, 5),  # more than one group of row tiles
     # All images are equal and nearest to one text. That text's G, summed over images, overflows.
     Case(40, 3, torch.float16, logit_scale=100.0, image_layout="expanded"),
@@ -51,10 +54,8 @@ HARD = [
     Case(80, 64, torch.float16, text_layout="rows 8 elements wider", lambdas=(0.5, 0.125)),
     Case(40, 256, torch.bfloat16, distance=0.3, logit_scale=30.0),
     Case(40, 256, distance=0.003, logit_scale=5.0, strip_rows=32, output_dict=True),
-    Case(10, 30, WIDE, reference_batch_size=16, lambdas=(0.25, 0.5), **TERMS_WEIGHTED),
     # Equal lambdas, but the caller weights the two penalties differently.
     Case(10, 30, WIDE, **TERMS_WEIGHTED),
-    Case(30, 6, **TERMS_WEIGHTED),
     # From log-sum-exps, whose upstream gradients are too small for float16.
     Case(300, 8, torch.float16, distinct_ids=90, function="log-sum-exps"),
     Case(65, 1, WIDE, logit_scale=100.0, negatives=(130, 0), distinct_ids=20, function="one way"),
@@ -62,23 +63,6 @@ HARD = [
     Case(90, 20, WIDE, distinct_ids=9, same_ids="positives", negatives=(7, 5), **SIGLIP),
     Case(9, 20, WIDE, distinct_ids=5, negatives=(3, 2), **SIGLIP),  # dense
     Case(70, 40, torch.float16, distance=0.003, logit_scale=100.0, **SIGLIP),
-]
-# Inputs on which plain PyTorch's errors are not 0 by chance.
-ORDINARY = [
-    Case(32, 64),
-    Case(90, 24, strip_rows=32),
-    Case(90, 24, distance=0.3, logit_scale=30.0, lambdas=(0.5, 0.125), output_dict=True),
-    Case(32, 64, distance=0.03, logit_scale=30.0, lambdas=(0.5, 0.125), output_dict=True),
-    Case(80, 40, logit_scale=100.0, lambdas=(0.0, 0.0)),
-    Case(60, 20, views=True, lambdas=(0.0, 0.25)),
-    Case(20, 60, distinct_ids=12, lambdas=(0.25, 0.0)),
-    Case(60, 20, distinct_ids=12, same_ids="positives", negatives=(50, 30)),
-    Case(90, 40, function="penalties", output_dict=True, distance=0.03),
-    Case(60, 20, function="log-sum-exps"),
-    Case(70, 24, function="siglip"),
-    Case(70, 24, torch.bfloat16, logit_scale=100.0, function="siglip"),
-    Case(60, 40, torch.bfloat16, lambdas=(0.25, 0.5)),
-    Case(60, 40, torch.float16, logit_scale=30.0, distinct_ids=12),
 ]
 
 
@@ -97,11 +81,18 @@ def test_kernels_are_accurate_in_each_element(case: Case, device: torch.device) 
     check_loss(case, "triton", device)
 
 
-@pytest.mark.parametrize("case", ORDINARY, ids=range(len(ORDINARY)))
-def test_errors_are_at_most_three_times_those_of_plain_pytorch(
-    case: Case, impl: str, device
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize(("dtype", "most"), [(WIDE, 1e-12), (torch.float32, 2e-4)], ids=str)
+def test_the_bounds_for_ordinary_features_are_small(
+    function: str, dtype: torch.dtype, most: float
 ) -> None:
-    check_loss_against_pytorch(case, impl, device)
+    """Relative to a result's largest element. So a mistake in them can't hide one in the code."""
+    case = Case(60, 40, dtype, function=function)
+    given = case.arguments("cpu")
+    terms, grads = exact_results(case, given)
+    bounds = rounding.bounds(case, given, terms, "eager", tf32=False)
+    for name, exact in (terms | {name: sum(parts) for name, parts in grads.items()}).items():
+        assert bounds[name].max() <= most * exact.abs().max(), name
 
 
 @pytest.mark.parametrize("n", [5, 30])
@@ -136,7 +127,7 @@ def test_the_inmodal_contrastive_term_has_its_weight(weight: float | None, devic
     assert "inmodal_contrastive_loss" not in loss(**without_views, output_dict=True)
 
 
-def test_the_definition_matches_values_computed_by_hand_and_has_second_derivatives() -> None:
+def test_the_definition_matches_values_computed_by_hand() -> None:
     image = torch.eye(2, dtype=WIDE, device="cpu")
     text = torch.tensor([[0.0, 1.0], [0.0, 1.0]], dtype=WIDE, device="cpu")
     scale = torch.tensor(2.0, dtype=WIDE, device="cpu")
@@ -147,21 +138,31 @@ def test_the_definition_matches_values_computed_by_hand_and_has_second_derivativ
     # I I^T - T T^T = -[[0, 1], [1, 0]] and I T^T - T I^T = [[0, -1], [1, 0]]. The squares of each
     # sum to 2, so each penalty is 2 / N, times R / N.
     assert terms["inmodal_cyclic_loss"] == terms["crossmodal_cyclic_loss"] == 0.5
-    assert torch.autograd.gradgradcheck(
-        lambda *inputs: sum(reference.cyclip_loss(*inputs, 0.5, 0.25).values()),
-        Case(4, 3, WIDE).leaves("cpu"),
-    )
 
 
 @pytest.mark.parametrize("d", [4, 2], ids=["dense", "streamed"])
-@pytest.mark.parametrize("row", [0, 1], ids=["pair", "negative"])
-def test_one_infinite_logit_gives_no_finite_loss(row: int, impl: str, d: int, device) -> None:
-    """Its pair would look perfectly matched. A scale of NaN gives none, either."""
-    clip = CyCLIPLoss(0, 0, impl=impl)
-    image, text = torch.eye(5, d, device=device), torch.eye(5, d, device=device)
-    assert clip(image, text, torch.tensor(torch.nan)).isnan()
-    image[row, 0] = text[0, 0] = 1e30
-    assert not clip(image, text, 1.0).isfinite()
+def test_a_scale_of_nan_gives_nan(impl: str, d: int, device) -> None:
+    features = torch.eye(5, d, device=device)
+    assert CyCLIPLoss(0, 0, impl=impl)(features, features, torch.tensor(torch.nan)).isnan()
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["rows", "columns"])
+@pytest.mark.parametrize("n", [5, 9], ids=["dense", "streamed"])
+def test_a_negative_upstream_gradient_of_log_sum_exps_gives_nan_if_streamed(
+    n: int, index: int, impl: str, device
+) -> None:
+    inputs = Case(n, 4).leaves(device)
+    found, expected = (
+        torch.autograd.grad(-function(*inputs)[index].sum(), inputs)
+        for function in (
+            partial(contrastive_logsumexp, impl=impl),
+            reference.contrastive_logsumexp,
+        )
+    )
+    if impl == "triton" or n == 9:
+        assert torch.cat([x.flatten() for x in found]).isnan().all()
+    else:
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])

@@ -1,14 +1,15 @@
 """Which calls warn. Each warning is given once, and shows the user's line."""
 
-import sys
+import logging
+import re
 import warnings
 from collections.abc import Callable
-from types import SimpleNamespace
+from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
-from conftest import pretend_architecture
 from inputs import pairs
 from torch.nn.functional import normalize
 from towers import PlainClip
@@ -19,16 +20,17 @@ from cyclip_loss import (
     CyCLIPWarning,
     CySigLIPLoss,
     WithCyclicPenalty,
-    engines,
-    numerics,
+    contrastive_logsumexp,
     usage_warnings,
 )
+from cyclip_loss import inputs as checks
 
 
 @pytest.fixture(autouse=True)
 def forget_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Start each test as if the process had not warned yet."""
     monkeypatch.setattr(usage_warnings, "_warned", set())
+    monkeypatch.setattr(checks, "_checked", WeakSet())
 
 
 def messages(call: Callable[[], Any]) -> list[str]:
@@ -40,6 +42,7 @@ def messages(call: Callable[[], Any]) -> list[str]:
     return [str(warning.message) for warning in caught if warning.category is CyCLIPWarning]
 
 
+ROWS = torch.eye(4, device="cpu")
 VIEWS = {"augmented_image_features": None, "augmented_text_features": None}
 STRONG, LENGTHS, SCALE = "as strong as", "from 1 to 7", "must be finite and > 0, got"
 # A module, the number of pairs, changes of the arguments, and a part of the only warning. `long`
@@ -64,7 +67,13 @@ CASES = [
     (CyCLIPLoss(), 8, {"negative_text_features": "long"}, LENGTHS),
     (CyclicPenalty(), 8, {"image_features": "long"}, LENGTHS),
     (WithCyclicPenalty(PlainClip()), 8, {"text_features": "long"}, LENGTHS),
-    (CyCLIPLoss(), 8, {"logit_scale": torch.tensor(2.66)}, "scale.exp()"),
+    (CyCLIPLoss(), 8, {"logit_scale": torch.tensor(4.61)}, "logit_scale is 4.61"),  # ln 100
+    (CyCLIPLoss(), 8, {"logit_scale": torch.tensor(5.0)}, ""),
+    (contrastive_logsumexp, 8, {"logit_scale": torch.tensor(4.61)}, "logit_scale is 4.61"),
+    (contrastive_logsumexp, 8, {"text_features": "long"}, LENGTHS),
+    (CyCLIPLoss(), 1, {"image_features": torch.tensor([[0.94, 0, 0, 0]])}, "from 0.94 to 1"),
+    (CyCLIPLoss(), 1, {"image_features": torch.tensor([[1.04, 0, 0, 0]])}, ""),
+    (CyCLIPLoss(), 1, {"image_features": torch.tensor([[1.06, 0, 0, 0]])}, "from 1 to 1.06"),
     (CyCLIPLoss(), 8, {"image_features": torch.full((8, 4), torch.nan)}, ""),
     (CyCLIPLoss(), 8, {"logit_scale": torch.tensor([torch.nan])}, f"{SCALE} nan"),
     (CyCLIPLoss(), 8, {"logit_scale": torch.tensor(0.0)}, f"{SCALE} 0"),
@@ -106,42 +115,19 @@ def test_16_bit_rows_later_calls_and_compiled_modules_do_not_warn(device) -> Non
     assert messages(lambda: compiled(3 * image, text, torch.ones((), device=device))) == []
 
 
-@pytest.mark.parametrize(
-    ("has_triton", "gpu", "warned"),
-    [
-        (False, (8, 0), True),
-        (False, (12, 0), True),
-        (False, (7, 5), False),
-        (False, "gfx942:sramecc+:xnack-", True),
-        (False, "gfx1100", False),
-        (True, (7, 5), False),
-        (True, "gfx1100", False),
-    ],
-)
-def test_a_supported_gpu_without_triton_warns_once_what_to_install(
-    has_triton: bool, gpu, warned: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for module in (engines, numerics):
-        monkeypatch.setattr(module, "find_spec", lambda name: has_triton or None)
-    if not has_triton:  # importing them raises an error
-        monkeypatch.setitem(sys.modules, "cyclip_loss.kernels", None)
-    pretend_architecture(monkeypatch, gpu)
-    monkeypatch.delenv("CYCLIP_LOSS_IMPL", raising=False)
-    features = SimpleNamespace(
-        device=torch.device("cuda"), dtype=torch.float32, is_cuda=True, shape=(2, 2)
-    )
-    try:
-        engines._kernels_import.cache_clear()
-        engines.architecture.cache_clear()
-        found = messages(lambda: engines.choose("auto", features))
-        assert engines.choose("auto", features) == "eager"
-        assert len(found) == warned
-        assert all("`pip install triton`" in message for message in found)
-        assert messages(lambda: engines.choose("eager", features)) == []
-        if not has_triton:
-            problem = "needs Triton, which is not installed" if warned else "do not support cuda"
-            with pytest.raises(ValueError, match=problem):
-                engines.choose("triton", features)
-    finally:
-        engines._kernels_import.cache_clear()
-        engines.architecture.cache_clear()
+def test_nothing_is_checked_while_a_cuda_graph_is_captured(monkeypatch) -> None:
+    """The check waits for the device. The first call after the capture is checked."""
+    call = partial(CyCLIPLoss(), 3 * ROWS, 3 * ROWS, 10.0)
+    with monkeypatch.context() as capturing:
+        capturing.setattr(checks, "is_capturing", lambda features: True)
+        assert messages(call) == []
+    assert len(messages(call)) == 1
+
+
+def test_the_debug_log_shows_the_plan_of_each_call(caplog) -> None:
+    caplog.set_level(logging.DEBUG, "cyclip_loss")
+    for features in (ROWS, ROWS[:, :1]):
+        CyCLIPLoss()(features, features, 10.0)
+    first, second = caplog.messages
+    assert re.match(r"4 pairs in all, D = 4: .*dense", first)
+    assert re.match(r"4 pairs in all, D = 1: .*streamed", second)

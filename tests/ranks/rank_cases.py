@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import check, check_against_pytorch, evaluate
+from accuracy import check, evaluate
 from hypothesis import strategies as st
 from inputs import FOR_KERNELS, INPUTS, NEGATIVES, Case, Grads, Tensors, cases
 from pool import Ranks, own_device
@@ -74,12 +74,11 @@ def step(rank: int, world_size: int, case: RankCase) -> tuple[Tensors, Grads]:
     return evaluate(case, case.rank_arguments(rank), case.impl, **case.options)
 
 
-def check_ranks(case: RankCase, ranks: Ranks, against_pytorch: bool = False) -> None:
+def check_ranks(case: RankCase, ranks: Ranks) -> None:
     """Assert that each rank has the terms of the whole batch, and W times the gradients.
 
     Of the scalars' gradients only the average over ranks is compared, and of a loss made from
-    log-sum-exps only the average of its values. against_pytorch: whether to compare errors with
-    those of plain PyTorch, too.
+    log-sum-exps only the average of its values.
     """
     all_terms, all_grads = zip(*ranks.run(case.world_size, step, case), strict=True)
     terms = all_terms[0]
@@ -100,10 +99,7 @@ def check_ranks(case: RankCase, ranks: Ranks, against_pytorch: bool = False) -> 
             grads[name] = torch.stack(parts).double().sum().to(grad.dtype)
         else:
             grads[name] = torch.cat(parts)
-    given = case.arguments("cpu")
-    check(case, given, terms, grads, case.impl)
-    if against_pytorch:
-        check_against_pytorch(case, given, terms, grads)
+    check(case, case.arguments("cpu"), terms, grads, case.impl)
 
 
 def rank_cases(world_size: int, impl: str) -> st.SearchStrategy[RankCase]:

@@ -9,13 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from accuracy import evaluate
 from inputs import FEATURES, Case
 from inputs import VIEWS as VIEW_NAMES
-from pool import RankError, Ranks, own_device
-from rank_cases import DIST_IMPLS, RankCase
-from torch.testing._internal.distributed.fake_pg import FakeStore
+from pool import Ranks, own_device
+from rank_cases import RankCase
 
 from cyclip_loss import (
     CyclicPenalty,
@@ -112,38 +110,18 @@ def test_an_error_lists_all_differences(ranks: Ranks) -> None:
         assert part in error
 
 
-def test_an_error_of_more_than_16_ranks_lists_each_value_once(monkeypatch) -> None:
-    """Here one process pretends to be rank 0 of 20."""
-
-    def gathered(_: Any, ranks: Any) -> torch.Tensor:
-        return torch.tensor([[rank, 3, 0] for rank in range(20)], device="cpu")
-
-    def answer(answers: list[Any], own: dict[str, Any], group: Any = None) -> None:
-        answers[:] = [own | {"reference_batch_size": [128, None][rank % 2]} for rank in range(20)]
-
-    monkeypatch.setattr(agreement, "finish_gather", gathered)
-    monkeypatch.setattr(dist, "all_gather_object", answer)
-    dist.init_process_group("fake", rank=0, world_size=20, store=FakeStore())
-    try:
-        features = torch.eye(3, device="cpu")
-        with pytest.raises(ValueError, match=r"every rank, got 128, None on 20 ranks \(more: "):
-            CyCLIPLoss(reference_batch_size=128)(features, features, 10.0)
-    finally:
-        dist.destroy_process_group()
+def test_an_error_of_more_than_16_ranks_lists_each_value_once() -> None:
+    assert agreement._listed([128, None] * 10) == "128, None on 20 ranks"
 
 
-@DIST_IMPLS
-def test_later_calls_may_change_the_number_of_rows_on_all_ranks_but_not_on_one(
-    dist_impl: str, ranks: Ranks, monkeypatch
-) -> None:
-    """Later calls are not compared. So the collective fails on every rank, as the docs say."""
-    monkeypatch.setattr(ranks, "timeout", 10.0)  # a rank may wait this long
-    by_rows = [{"n": n, "dist_impl": dist_impl} for n in (4, 4, 7, 2, 3)]
-    good = [(call, call) for call in by_rows]
-    assert run_steps(ranks, *good) == [("right", "right")] * 5
-    with pytest.raises(RankError, match=r"rank 0[\s\S]*rank 1"):
-        run_steps(ranks, *good, (by_rows[0], by_rows[-1]))
-    ranks.leave()
+def test_with_uneven_a_later_call_without_penalties_is_an_error_on_both_ranks(ranks: Ranks) -> None:
+    """The other one does not begin a sum of Gram matrices that is never sent."""
+    without = UNEVEN | {"lambdas": (0.0, 0.0)}
+    _, (error, same), after = run_steps(
+        ranks, (UNEVEN, UNEVEN), (UNEVEN, without), (without, without)
+    )
+    assert "whether a penalty has a weight must be the same" in error
+    assert (same, *after) == (error, "right", "right")
 
 
 @pytest.mark.parametrize("options", [{}, UNEVEN, RING], ids=str)

@@ -1,7 +1,6 @@
 """Training across ranks equals training in one process on the whole batch: DDP, FSDP2, compiled."""
 
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -79,24 +78,19 @@ def test_compiled_ranks_are_accurate(function: str, dist_impl: str, ranks: Ranks
     check_ranks(RankCase(distinct_ids=3, negatives=(4, None), views=True, **options), ranks)
 
 
-def compiled_steps(rank: int, world_size: int, cases: list[RankCase]) -> tuple[list, list[int]]:
-    """After each case: results of the compiled and the eager loss, and the number of graphs."""
+def graphs(rank: int, world_size: int, cases: list[RankCase]) -> list[int]:
+    """The number of graphs after each case. The compiled loss equals the eager one."""
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    first = cases[0]
-    loss = CyCLIPLoss(dist_impl=first.dist_impl, uneven=first.uneven, reference_batch_size=16)
-    penalty = CyclicPenalty(reference_batch_size=16)
-
-    def total(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-        return loss(image, text, scale) + penalty(image, text)
-
-    function = torch.compile(total, fullgraph=not first.uneven, backend=counter)
-    found, counts = [], []
+    counter, uneven = CompileCounterWithBackend("aot_eager"), cases[0].uneven
+    loss = CyCLIPLoss(dist_impl=cases[0].dist_impl, uneven=uneven, reference_batch_size=16)
+    compiled, counts = torch.compile(loss, fullgraph=not uneven, backend=counter), []
     for case in cases:
         loss.lambda_inmodal, loss.lambda_crossmodal = case.lambdas
-        found.append([results(call, *case.rank_inputs(rank)) for call in (function, total)])
+        inputs = case.rank_inputs(rank)
+        found, expected = results(compiled, *inputs), results(loss, *inputs)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
         counts.append(counter.frame_count)
-    return found, counts
+    return counts
 
 
 @pytest.mark.parametrize(
@@ -109,14 +103,17 @@ def test_compiled_and_eager_loss_are_equal(uneven: bool, dist_impl: str, ranks: 
     With uneven rows there are several graphs. Ranks that have seen different numbers of rows may
     have different graphs. If the graph decided what is sent, the last step would crash.
     """
-    steps = [(4, 4), (7, 7), (9, 9), (4, 4), (5, 5), (6, 6)]
-    if uneven:
-        steps = [(4, 4), (4, 3), (1, 5), (0, 2)]
     # Equal lambdas need no Gram matrix C, so they have a graph of their own.
-    lambdas = [(0.3, 0.2), (1.3, 2.2), (2.3, 4.2), (0.3, 0.3), (0.4, 0.4), (0.5, 0.5)]
-    case = RankCase(dist_impl=dist_impl, uneven=uneven)
-    cases = [replace(case, rows_per_rank=x, lambdas=y) for x, y in zip(steps, lambdas)]  # noqa: B905
-    for found, counts in ranks.run(2, compiled_steps, cases):
-        for compiled, eager in found:
-            torch.testing.assert_close(compiled, eager, rtol=1e-9, atol=1e-12)
+    steps = [
+        ((4, 4), (0.3, 0.2)),
+        ((7, 7), (1.3, 2.2)),
+        ((9, 9), (2.3, 4.2)),
+        *(((n, n), (x, x)) for n, x in ((4, 0.3), (5, 0.4), (6, 0.5))),
+    ]
+    if uneven:
+        steps = [(rows, (0.3, 0.2)) for rows in ((4, 4), (4, 3), (1, 5), (0, 2))]
+    cases = [
+        RankCase(dist_impl=dist_impl, uneven=uneven, rows_per_rank=x, lambdas=y) for x, y in steps
+    ]
+    for counts in ranks.run(2, graphs, cases):
         assert uneven or counts[-3:] == [counts[-1]] * 3
