@@ -75,17 +75,14 @@ def calls(kernel: str, image: Tensor, text: Tensor) -> list[tuple[Any, ...]]:
     return [(image, text, grams, [one, one], weights, n, [True, True])]
 
 
-def trial(
-    kernel: str, config: Any, arguments: list[tuple[Any, ...]], image: Tensor
-) -> tuple[float, str]:
-    """Milliseconds of a call with this tile; inf, and why, if the tile must not be chosen."""
+def trial(kernel: str, arguments: list[tuple[Any, ...]], image: Tensor) -> tuple[float, str]:
+    """Milliseconds of a call; inf, and why, if its tile must not be chosen."""
     try:
-        with configs.overridden(kernel, config):
-            for call in arguments:
-                if problem := verified(image).compare(kernel, call):
-                    return math.inf, problem
-            found = milliseconds(partial(getattr(kernels, kernel), *arguments[0]))
-            return found, f"{found:.3f} ms"
+        for call in arguments:
+            if problem := verified(image).compare(kernel, call):
+                return math.inf, problem
+        found = milliseconds(partial(getattr(kernels, kernel), *arguments[0]))
+        return found, f"{found:.3f} ms"
     except Exception as error:  # of any kind: that candidate is out
         return math.inf, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.200}"
 
@@ -107,6 +104,7 @@ def tune(
     of the shipped and of the chosen tile, and the chosen tile; None if no candidate is usable.
     """
     deadline, tables = time.monotonic() + seconds, configs.shipped(device)
+    tiles = configs.tuned(device)
     for dtype, kernel in product(dtypes, tables):
         image, text = (normalize(torch.randn(n, d, device=device)).to(dtype) for _ in range(2))
         precision = configs.Precision.of(image, kernel in ("gram_matrices", "cyclic_grads"))
@@ -118,12 +116,14 @@ def tune(
             if config != shipped and time.monotonic() > deadline:
                 print(f"{key}: no time for more")
                 break
-            found, note = trial(kernel, config, arguments, image)
+            tiles[key] = config
+            found, note = trial(kernel, arguments, image)
             print(f"{key}: {config}: {note}", flush=True)
             if config == shipped:
                 shipped_ms = found
             if found < best_ms and (best is None or found < (1 - LEAST_GAIN) * shipped_ms):
                 best, best_ms = config, found
+        tiles[key] = best or shipped
         yield key, shipped_ms, best_ms, best
 
 

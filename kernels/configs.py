@@ -8,8 +8,6 @@ shared memory and tensor-core instructions. A new architecture is a table here, 
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -187,7 +185,10 @@ def tiles_key(kernel: str, features: Tensor, precision: Precision) -> str:
 
 @lru_cache
 def tuned(device: torch.device) -> dict[str, Config]:
-    """What the file has for a device, by `tiles_key`; nothing, with a warning, if it is broken."""
+    """The tiles of this process for a device, by `tiles_key`, that replace the shipped ones.
+
+    At first those of the file; none, with a warning, if it is broken.
+    """
     file = tiles_file()
     # A missing file is normal, unless CYCLIP_LOSS_TILES names it.
     if not file or not (file.exists() or os.environ.get("CYCLIP_LOSS_TILES")):
@@ -202,28 +203,11 @@ def tuned(device: torch.device) -> dict[str, Config]:
         return {}
 
 
-# Configurations by kernel, set by `overridden`. While they are set, the file is not read.
-_overrides: dict[str, Config] | None = None
-
-
-@contextmanager
-def overridden(kernel: str, config: Config) -> Iterator[None]:
-    """A context in which every launch of a kernel takes `config`, and others what is shipped."""
-    global _overrides
-    before, _overrides = _overrides, {kernel: config}
-    try:
-        yield
-    finally:
-        _overrides = before
-
-
 def config_for(
     kernel: str, features: Tensor, precision: Precision, with_ids: bool = False
 ) -> Config:
     """The configuration of a kernel: the one tuned for such features, or else the shipped one."""
     config = shipped(features.device)[kernel][precision]
-    if _overrides is not None:
-        config = _overrides.get(kernel, config)
-    elif found := tuned(features.device):
+    if found := tuned(features.device):
         config = found.get(tiles_key(kernel, features, precision), config)
     return config.with_ids if with_ids else config

@@ -65,12 +65,9 @@ RIGHT, WRONG, FAILS = "ms", "is off by", "out of resource"
 @pytest.mark.parametrize("fault", [RIGHT, WRONG, FAILS])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_trial_says_why_a_tile_must_not_be_chosen(kernel: str, fault: str, monkeypatch) -> None:
-    precision = PRECISION if kernel.startswith("contrastive") else Precision(32, "tf32")
-    config = tune.candidates(precision, configs._INTERPRETER[kernel][precision])[1]
     original = getattr(kernels, kernel)
 
     def faulty(*arguments: Any) -> Any:
-        assert configs._overrides == {kernel: config}
         results = original(*arguments)
         if fault == FAILS:
             raise RuntimeError(fault)
@@ -80,9 +77,14 @@ def test_a_trial_says_why_a_tile_must_not_be_chosen(kernel: str, fault: str, mon
 
     monkeypatch.setattr(kernels, kernel, faulty)
     image, text = torch.eye(40, 24, dtype=BFLOAT16), torch.ones(40, 24, dtype=BFLOAT16)
-    ms, note = tune.trial(kernel, config, tune.calls(kernel, image, text), image)
+    ms, note = tune.trial(kernel, tune.calls(kernel, image, text), image)
     assert fault in note
     assert ms == (0.0 if fault == RIGHT else torch.inf)
+
+
+def num_warps(kernel: str, _: Any, image: torch.Tensor) -> int:
+    """Of the tile that is tried."""
+    return config_for(kernel, image, Precision.of(image, kernel in KERNELS[2:])).num_warps
 
 
 @pytest.mark.parametrize(
@@ -99,7 +101,7 @@ def test_a_candidate_is_chosen_if_it_is_at_least_two_percent_faster(
     shipped_ms: float, ms: float, best_ms: float, monkeypatch, capsys
 ) -> None:
     trials = {1: (shipped_ms, "the shipped tile"), CANDIDATES[1].num_warps: (ms, "a candidate")}
-    monkeypatch.setattr(tune, "trial", lambda kernel, config, *_: trials[config.num_warps])
+    monkeypatch.setattr(tune, "trial", lambda *given: trials[num_warps(*given)])
     rows = list(tune.tune(CPU, [BFLOAT16], 40, 24, 1000))
     assert [key.split()[0] for key, *_ in rows] == [*KERNELS]
     for _, *found, tile in rows:
@@ -114,7 +116,7 @@ def test_when_the_time_is_over_only_the_shipped_tiles_are_tried(monkeypatch, cap
     """The clock rises by a second for each candidate. The limit is for all kernels together."""
     clock = count()
     monkeypatch.setattr(tune, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    monkeypatch.setattr(tune, "trial", lambda kernel, config, *_: (1 / config.num_warps, ""))
+    monkeypatch.setattr(tune, "trial", lambda *given: (1 / num_warps(*given), ""))
     rows = list(tune.tune(CPU, [BFLOAT16], 40, 24, 2.5))
     assert [tile.num_warps > 1 for *_, tile in rows] == [True, True, False, False]
     assert capsys.readouterr().out.count("no time for more") == 2
