@@ -4,6 +4,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -204,45 +205,37 @@ def test_autocast_and_scaler_round_as_in_one_graph(dtype: torch.dtype) -> None:
     assert_close(results(model), results(expected_model), rtol=1e-5)
 
 
+class Locked(Model):
+    """Locked: a tower, one behind a trained layer, and one with large activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.late = nn.Linear(TEXT_SIZE, TEXT_SIZE)
+        self.tokens = nn.Sequential(nn.Unflatten(1, (TEXT_SIZE, 1)))
+        self.adapter = nn.Linear(TEXT_SIZE, TEXT_SIZE)
+        for tower in (self.image, self.late):
+            tower.requires_grad_(False)
+
+    def forward(self, images: Tensor, texts: Tensor) -> Names:
+        return super().forward(images, self.late(self.adapter(self.tokens(texts).flatten(1))))
+
+
 @pytest.mark.parametrize("wrap", [lambda model: model, nn.DataParallel], ids=["bare", "wrapped"])
-def test_a_locked_tower_runs_once_and_the_other_one_is_trained(wrap: Any) -> None:
-    model, expected_model = make(), make()
-    calls: list[int] = []
-    for each in (model, expected_model):
-        each.image.requires_grad_(False)
-    model.image[0].register_forward_hook(lambda module, args, output: calls.append(len(output)))
+def test_a_locked_tower_runs_once_unless_trained_ones_or_memory_need_it(wrap: Any) -> None:
+    torch.manual_seed(0)
+    model = Locked().double()
+    expected_model = deepcopy(model)
+    calls: Counter[str] = Counter()
+    for name in ("image", "late", "tokens"):
+        tower = getattr(model, name)
+        tower.register_forward_hook(lambda *_, name=name: calls.update([name]))
     torch.manual_seed(2)
     cached_backward(wrap(model), CyCLIPLoss(), *inputs(), mini_batch_size=4)
     torch.manual_seed(2)
     joined_backward(expected_model, CyCLIPLoss(), *inputs(), count=3)
-    assert calls == [4, 4, 3]
+    assert calls == {"image": 3, "late": 6, "tokens": 6}
     assert_close(results(model), results(expected_model))
     assert "forward" not in {*vars(model), *vars(model.image)}
-
-
-class Adapted(Model):
-    """A locked image tower behind a trained layer, and a locked layer with large activations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.adapter = nn.Linear(IMAGE_SIZE, IMAGE_SIZE)
-        self.tokens = nn.Sequential(nn.Unflatten(1, (TEXT_SIZE, 1)))
-        self.image.requires_grad_(False)
-
-    def forward(self, images: Tensor, texts: Tensor) -> Names:
-        return super().forward(self.adapter(images), self.tokens(texts).flatten(1))
-
-
-def test_locked_modules_run_again_behind_a_trained_one_and_for_large_activations() -> None:
-    model, expected_model = (Adapted().double().eval() for _ in range(2))
-    expected_model.load_state_dict(model.state_dict())
-    calls: Counter[str] = Counter()
-    for name in ("image", "tokens"):
-        getattr(model, name)[0].register_forward_hook(lambda *_, name=name: calls.update([name]))
-    cached_backward(model, CyCLIPLoss(), *inputs(), mini_batch_size=4)
-    joined_backward(expected_model, CyCLIPLoss(), *inputs(), count=1)
-    assert calls == {"image": 6, "tokens": 6}
-    assert_close(results(model), results(expected_model))
 
 
 def test_activations_of_one_mini_batch_are_alive_at_a_time() -> None:
@@ -330,18 +323,28 @@ def on_rank(
     return results(model), counts[2:]
 
 
+EVEN = (6, 6), (2, 2)
+UNEVEN = (3, 6, 5), (3, 2, 3)
+A_RANK_WITHOUT_ROWS = (1, 7), (2, 2)  # in three of four mini-batches
+
+
 @pytest.mark.parametrize(
-    ("rows", "mini_batch_sizes"),
-    [((6, 6), (2, 2)), ((3, 6, 5), (3, 2, 3)), ((1, 7), (2, 2))],
-    ids=["even", "uneven", "a rank without rows in two mini-batches"],
+    ("wrapper", "case"),
+    [
+        ("DDP", UNEVEN),
+        ("DDP of compiled", EVEN),
+        ("DDP of towers", UNEVEN),
+        ("FSDP1", A_RANK_WITHOUT_ROWS),
+        ("FSDP2", A_RANK_WITHOUT_ROWS),
+        ("FSDP2", UNEVEN),
+    ],
 )
-@pytest.mark.parametrize("wrapper", ["DDP", "DDP of compiled", "DDP of towers", "FSDP1", "FSDP2"])
 def test_ranks_have_the_gradients_and_the_traffic_of_one_step(
-    wrapper: str, rows: tuple[int, ...], mini_batch_sizes: tuple[int, ...], ranks: Ranks
+    wrapper: str, case: tuple[tuple[int, ...], ...], ranks: Ranks
 ) -> None:
-    model = make(training=False)
+    model, rows = make(training=False), case[0]
     joined_backward(model, CyCLIPLoss(), *inputs(sum(rows)), count=1)
-    for found, counts in ranks.run(len(rows), on_rank, wrapper, rows, mini_batch_sizes):
+    for found, counts in ranks.run(len(rows), on_rank, wrapper, *case):
         assert_close(found, results(model))
         if "compiled" not in wrapper:
             plain, cached = counts

@@ -1,14 +1,18 @@
 """The launcher with OpenCLIP's trainer, and with a stand-in for the trainers of other versions."""
 
 import json
+import os
 import re
 import shlex
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
+from importlib import import_module
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,12 +20,16 @@ import torch
 pytest.importorskip("open_clip_train.main")
 pytest.importorskip("pandas")  # which OpenCLIP's data module needs
 
+import open_clip
 from inputs import TERMS
 from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
 from open_clip_train import scheduler as open_clip_schedules
-from processes import TIMEOUT, run_python, start_python
+from pool import Ranks
+from processes import run_python
 from recipe_cases import TEXT, VISION, blocks, captions
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms.functional import to_pil_image
 
 from cyclip_loss import (
@@ -95,64 +103,60 @@ def csv_flags(folder: Path) -> list[str]:
     return ["--dataset-type", "csv", "--train-data", str(csv)]
 
 
-@pytest.mark.slow
-def test_the_launcher_with_views_trains_on_a_csv_file(tmp_path: Path) -> None:
-    data = csv_flags(tmp_path)
-    file, *arguments = flags(tmp_path, *data, "--val-data", data[-1], "--batch-size", "16")
-    views = ("reference_train.pretrain.views", "--views", "--")
-    run = run_python("-m", *views, "--model-config", file, *arguments)
-    assert run.returncode == 0, run.stderr
-    log = (tmp_path / "run" / "out.log").read_text()
-    assert len(re.findall(r"Train Epoch.* Inmodal_contrastive_loss: [0-9.]+ ", log)) == 2
-    assert "Eval Epoch: 1 " in log
+class WithoutDevices(DistributedDataParallel):
+    """OpenCLIP passes device_ids, which DistributedDataParallel refuses on a CPU."""
+
+    def __init__(self, module: nn.Module, device_ids: Any = None, **options: Any) -> None:
+        super().__init__(module, **options)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["--precision", "fp32", "--accum-freq", "2", "--local-loss", "--gather-with-grad"],
-        [
-            *("--siglip", "--lr-scheduler", "const-cooldown", "--epochs-cooldown", "1"),
-            *("--lambda-inmodal", "0.01", "--lambda-crossmodal", "0.01"),
-        ],
-    ],
-    ids=["CLIP", "SigLIP"],
-)
-def test_two_ranks_train(tmp_path: Path, options: list[str]) -> None:
-    file, *arguments = flags(tmp_path, "--dist-impl", "ring", "--lambda-warmup", "2", *options)
-    train_on_two_ranks(tmp_path, file, open_clip_train.__name__, "--", *arguments)
-    assert_three_terms(tmp_path, 1 if "--accum-freq" in options else 2)
+def train_on_rank(
+    rank: int, world_size: int, file: str, module: str, arguments: list[str]
+) -> list[float]:
+    """The losses of the steps. The ranks have a group already."""
+    losses: list[float] = []
 
+    def keep_loss(module: nn.Module, args: Any, output: Any) -> None:
+        if type(module).__name__ in ("SigLipLoss", "CySigLIPLoss", "CyCLIPLoss"):
+            losses.append(sum(float(term.detach()) for term in output.values()))
 
-def train_on_two_ranks(folder: Path, *arguments: str) -> list[list[float]]:
-    """The losses of each rank. It has the variables that torchrun sets, and a file to meet at."""
-    script = str(Path(__file__).with_name("on_cpu.py"))
-    running = []
-    for rank in ("0", "1"):
-        store = f"file://{folder}/store-{arguments[1]}?rank={rank}&world_size=2"
-        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
-        files = [folder / f"stdout-{rank}", folder / f"stderr-{rank}"]
-        given = (script, *arguments, "--dist-url", store)
-        with files[0].open("w") as output, files[1].open("w") as errors:
-            process = start_python(*given, env=variables, stdout=output, stderr=errors)
-        running.append((process, *files))
-    losses = []
-    for process, output, errors in running:
-        assert process.wait(TIMEOUT) == 0, errors.read_text()
-        lines = re.findall(r"^loss: (.*)", output.read_text(), re.MULTILINE)
-        losses.append([sum(map(float, line.split())) for line in lines])
+    open_clip.add_model_config(file)
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
+    with (
+        patch.dict(os.environ, {name: str(value) for name, value in variables.items()}),
+        patch.object(torch.distributed, "init_process_group"),
+        patch.object(torch.nn.parallel, "DistributedDataParallel", WithoutDevices),
+        register_module_forward_hook(keep_loss),
+    ):
+        import_module(module).main(arguments)
     return losses
 
 
-def test_siglip_without_penalties_trains_as_with_open_clips_loss(tmp_path: Path) -> None:
+@pytest.fixture
+def new_ranks() -> Iterator[Ranks]:
+    """Processes of their own, because OpenCLIP changes how a process logs."""
+    ranks = Ranks()
+    yield ranks
+    ranks.close()
+
+
+def test_two_ranks_accumulate_batches_with_the_ring(tmp_path: Path, new_ranks: Ranks) -> None:
+    others = ("--workers", "0", "--accum-freq", "2", "--local-loss", "--gather-with-grad")
+    file, *arguments = flags(tmp_path, "--dist-impl", "ring", "--lambda-warmup", "2", *others)
+    new_ranks.run(2, train_on_rank, file, open_clip_train.__name__, arguments)
+    assert_three_terms(tmp_path, 1)
+
+
+def test_siglip_without_penalties_trains_as_with_open_clips_loss(
+    tmp_path: Path, new_ranks: Ranks
+) -> None:
     """Twenty steps on two ranks. OpenCLIP's loss on a rank is of its own images only."""
     small = ("--siglip", "--precision", "fp32", "--batch-size", "3", "--epochs", "4")
     small += (*csv_flags(tmp_path), "--workers", "0")
     found = []
     for module in ("open_clip_train.main", open_clip_train.__name__):
         file, *arguments = flags(tmp_path, *small, "--name", module)
-        first, second = train_on_two_ranks(tmp_path, file, module, *arguments)
+        first, second = new_ranks.run(2, train_on_rank, file, module, arguments)
         assert len(first) == len(second) == 20
         found.append([(a + b) / 2 for a, b in zip(first, second, strict=True)])
     assert found[0][-1] < 0.9 * found[0][0]
@@ -261,57 +265,58 @@ def launch(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, *argv: str) -> Tra
     return trainer
 
 
+class Other(ClipLoss):
+    """A subclass, which CyCLIPLoss must not replace."""
+
+
+OF_128 = {"reference_batch_size": 128}
+RING = ("--dist-impl", "ring")
+
+
 @pytest.mark.parametrize("version", ["3", "4"])
-def test_clips_loss_is_replaced(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # torchrun allows a "--" before the script's flags.
-    argv = ("--", "--lambda-inmodal", "0.5", "--dist-impl", "ring", "--epochs", "3")
-    trainer = launch(Trainer(ClipLoss(), version), monkeypatch, *argv)
-    loss = trainer.loss
-    assert type(loss) is CyCLIPLoss
-    assert (loss.lambda_inmodal, loss.lambda_crossmodal, loss.dist_impl) == (0.5, 0.25, "ring")
-    assert loss.reference_batch_size == 128
-    assert tuple(trainer.terms[0]) == TERMS
-    # OpenCLIP gets its own flags only; the parsed namespace has ours too.
-    assert trainer.args.argv == ["--epochs", "3"]
-    assert trainer.args.lambda_inmodal == 0.5
+@pytest.mark.parametrize(
+    ("theirs", "given", "ours"),
+    [
+        # torchrun allows a "--" before the script's flags.
+        (ClipLoss(), ("--", *RING), CyCLIPLoss(dist_impl="ring", **OF_128)),
+        (ClipLoss(), ("--lambda-inmodal", "0.5"), CyCLIPLoss(0.5, **OF_128)),
+        (SigLipLoss(), ("--siglip", *RING), CySigLIPLoss(dist_impl="ring", **OF_128)),
+        (SigLipLoss(), ("--siglip", "--lambda-inmodal", "1"), CySigLIPLoss(1.0, **OF_128)),
+        (Other(), (), WithCyclicPenalty(Other(), **OF_128)),
+        (CoCaLoss(2.0, 1.0), (), WithCyclicPenalty(CoCaLoss(2.0, 1.0), **OF_128)),
+        (
+            DistillClipLoss(),
+            ("--reference-batch-size", "0"),
+            WithCyclicPenalty(DistillClipLoss()),
+        ),
+    ],
+)
+def test_a_loss_is_replaced_or_gets_the_penalties(
+    version: str, theirs: nn.Module, given: tuple[str, ...], ours: nn.Module, monkeypatch
+) -> None:
+    trainer = Trainer(theirs, version)
+    trainer.main = lambda argv: vars(trainer).update(
+        argv=argv, loss=trainer.make_loss(), finished=True
+    )
+    loss = launch(trainer, monkeypatch, *given, "--epochs", "3").loss
+    assert repr(loss) == repr(ours)
+    assert getattr(loss, "loss", theirs) is theirs
+    assert trainer.argv == ["--epochs", "3"]  # OpenCLIP gets its own flags only
 
 
 def test_a_process_may_train_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second run does not get the loss of the first."""
     trainer = Trainer(ClipLoss())
-    first = launch(trainer, monkeypatch).loss
-    second = launch(trainer, monkeypatch, "--lambda-inmodal", "0.5").loss
-    assert [type(loss) for loss in (first, second)] == [CyCLIPLoss] * 2
-    assert [loss.lambda_inmodal for loss in (first, second)] == [0.25, 0.5]
-
-
-@pytest.mark.parametrize("version", ["3", "4"])
-def test_siglip_trains_with_its_own_loss_without_penalties(version: str, monkeypatch) -> None:
-    for given, expected in ((), 0.0), (("--lambda-inmodal", "0.01"), 0.01):
-        trainer = Trainer(SigLipLoss(), version)
-        trainer.main = lambda argv, it=trainer: vars(it).update(loss=it.make_loss(), finished=True)
-        loss = launch(trainer, monkeypatch, "--siglip", "--dist-impl", "ring", *given).loss
-        assert isinstance(loss, CySigLIPLoss)
-        assert (loss.lambda_inmodal, loss.lambda_crossmodal) == (expected, 0.0)
-        assert (loss.dist_impl, loss.reference_batch_size) == ("ring", 128)
-
-
-@pytest.mark.parametrize("version", ["3", "4"])
-@pytest.mark.parametrize("theirs", [CoCaLoss(2.0, 1.0), DistillClipLoss()])
-def test_other_losses_get_the_penalties(version: str, theirs: Any, monkeypatch) -> None:
-    """With reference_batch_size=128, or None if the flag is 0."""
-    for given, expected in ((), 128), (("--reference-batch-size", "0"), None):
-        trainer = Trainer(theirs, version)
-        trainer.main = lambda argv, it=trainer: vars(it).update(loss=it.make_loss(), finished=True)
-        loss = launch(trainer, monkeypatch, *given).loss
-        assert isinstance(loss, WithCyclicPenalty)
-        assert (loss.reference_batch_size, loss.loss) == (expected, theirs)
+    lambdas = [
+        launch(trainer, monkeypatch, "--lambda-inmodal", given).loss.lambda_inmodal
+        for given in ("1", "2")
+    ]
+    assert lambdas == [1, 2]
 
 
 CAPTIONS = "--same-captions"
 IGNORED = (CAPTIONS, "ignored")
 WARM_UP = ("--lambda-warmup", "2")
-RING = ("--dist-impl", "ring")
 NEED = f"{CAPTIONS} and --dist-impl need CLIP's or SigLIP's loss"
 DEVICES = "DistributedDataParallel device_ids ... but got device_ids ['cpu']"
 
@@ -388,10 +393,6 @@ def test_an_evaluation_with_open_clip_4_has_no_loss(monkeypatch: pytest.MonkeyPa
     trainer.main = lambda argv: setattr(trainer, "finished", trainer.create_task([], None) is task)
     launch(trainer, monkeypatch)
     assert not hasattr(task, "loss")
-
-
-class Other(ClipLoss):
-    """A subclass, which CyCLIPLoss must not replace."""
 
 
 @pytest.mark.parametrize("version", ["3", "4"])
