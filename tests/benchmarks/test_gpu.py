@@ -62,7 +62,7 @@ def test_record_counts_outcomes_and_has_the_text_of_failures(tmp_path: Path) -> 
 
 
 def test_tests_are_interrupted_at_the_deadline_with_a_note(tmp_path: Path) -> None:
-    for deadline in (5, 50, 500):  # on a busy machine pytest starts slowly
+    for deadline in (3, 30, 300):  # on a busy machine pytest starts slowly
         section = run_tests(tmp_path, "-k", "right or slow", processes=1, deadline=deadline)
         if section.rows:
             break
