@@ -138,7 +138,7 @@ def test_ratios_have_the_values_computed_by_hand() -> None:
     rows = [{"N": 20, "D": 20, "loss": x[0], "computes": x[1], "ms": x[2]} for x in expected]
     failed = {"N": 20, "D": 20, "loss": "failed", "computes": "CyCLIP"}
     cost.add_ratios([*rows, failed], 1e9)
-    assert "ms" not in failed and cost.RATIO not in failed
+    assert cost.RATIO not in failed
     for row, (_, _, _, ratio, fraction) in zip(rows, expected, strict=True):
         assert row[cost.RATIO] == pytest.approx(ratio)
         assert row.get("fraction of matmul rate") == (fraction and pytest.approx(fraction))

@@ -245,9 +245,3 @@ def test_bad_arguments_and_packages_raise_an_error_and_leave_nothing(
     with pytest.raises(UsageError, match=message):
         icons.main(arguments.split())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["lacks.tgz", "other.tgz"]
-
-
-def test_a_missing_renderer_is_named(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(icons.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RunFailed, match="pip install resvg-py"):
-        icons.main(["--out", str(tmp_path / "out")])

@@ -1,18 +1,17 @@
 """`pretrain`: a run resumes with the settings that it was begun with, and in one process only."""
 
 import os
-import re
 import shutil
 import signal
-import textwrap
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
+from pages import blocks
 from pretrain_runs import results, train
-from processes import ROOT, held_by_another_process, run_python
+from processes import held_by_another_process, run_python
 from tars import make_shards
 
 from reference_train.command_line import UsageError
@@ -135,11 +134,8 @@ def test_a_finished_run_says_so_and_which_epoch_was_the_best(
 
 
 def test_openclip_loads_the_best_epoch_as_the_page_says(finished: str, tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "pretraining.md").read_text()
-    [block] = re.findall("```python\n(.*?)```", page, re.DOTALL)
-    script = textwrap.dedent(block).replace("logs/icons-cyclip-0", str(tmp_path / "run"))
-    loaded = run_python("-c", script)
-    assert loaded.returncode == 0, loaded.stderr
+    [block] = blocks("docs/pretraining.md")
+    exec(block.replace("logs/icons-cyclip-0", str(tmp_path / "run")), {})
 
 
 def test_a_finished_run_accepts_more_epochs_and_moved_data_and_no_other_data(

@@ -12,7 +12,7 @@ import torch
 from pool import Ranks, own_device
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -109,7 +109,7 @@ def results(model: nn.Module) -> dict[str, Tensor]:
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     found = {}
     for name, tensor in (grads | dict(model.named_buffers())).items():
-        for wrapper in ("_orig_mod.", "module.", "_fsdp_wrapped_"):
+        for wrapper in ("_orig_mod.", "module."):
             name = name.replace(wrapper, "")
         tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         found[name] = tensor.detach().clone()
@@ -256,7 +256,7 @@ def test_activations_of_one_mini_batch_are_alive_at_a_time() -> None:
 
 
 class Reductions(TorchDispatchMode):
-    """Counts the collectives that DDP and FSDP make with gradients and buffers."""
+    """Counts the collectives that DDP and FSDP2 make with gradients and buffers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -274,17 +274,9 @@ def wrapped(model: Model, wrapper: str) -> nn.Module:
         return DistributedDataParallel(model, bucket_cap_mb=1e-4)
     if wrapper == "DDP of compiled":
         return DistributedDataParallel(torch.compile(model, backend="aot_eager"))
-    if wrapper == "FSDP1":
-        options = {"use_orig_params": True, "device_id": own_device()}
-        model.image = FullyShardedDataParallel(model.image, **options)
-        return FullyShardedDataParallel(model, **options)
-    if wrapper == "FSDP2":
-        for part in (model.image[0], model.image, model.text):
-            fully_shard(part)
-        return fully_shard(model)
-    # The scale is outside of DDP.
-    model.image, model.text = map(DistributedDataParallel, (model.image, model.text))
-    return model
+    for part in (model.image[0], model.image, model.text):
+        fully_shard(part)
+    return fully_shard(model)
 
 
 def on_rank(
@@ -312,12 +304,6 @@ def on_rank(
             else:
                 loss_fn(**model(*batch)).backward()
         counts.append(getattr(recorder, "found", None))
-    if wrapper == "DDP of towers":
-        torch.distributed.all_reduce(model.logit_scale.grad)
-        model.logit_scale.grad /= world_size
-    if wrapper == "FSDP1":
-        with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
-            return results(model), counts[2:]
     return results(model), counts[2:]
 
 
@@ -331,8 +317,6 @@ A_RANK_WITHOUT_ROWS = (1, 7), (2, 2)  # in three of four mini-batches
     [
         ("DDP", UNEVEN),
         ("DDP of compiled", EVEN),
-        ("DDP of towers", UNEVEN),
-        ("FSDP1", A_RANK_WITHOUT_ROWS),
         ("FSDP2", A_RANK_WITHOUT_ROWS),
         ("FSDP2", UNEVEN),
     ],

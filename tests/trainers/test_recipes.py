@@ -31,10 +31,6 @@ DUPLICATES = "Duplicates in a batch"
 INDICES = torch.arange(32, device="cpu")
 
 
-def papers_penalty(out: dict[str, Tensor]) -> Tensor:
-    return CyclicPenalty(reference_batch_size=128)(out["image_features"], out["text_features"])
-
-
 def prepared() -> dict[str, Any]:
     """The variables of all training recipes: ten steps, with a logit scale that is too high."""
     model, data = tiny_clip(), TensorDataset(*batch())
@@ -88,23 +84,18 @@ def test_a_recipe_trains_and_clamps_the_logit_scale(heading: str, block: int, pa
     torch.testing.assert_close(found, last_loss_and_scale())
 
 
-def test_siglips_loss_is_open_clips() -> None:
+def test_siglips_and_cocas_recipes_have_the_penalties_as_terms() -> None:
     images, tokens = batch()
-    clip = tiny_clip()
+    clip, coca = tiny_clip(), recipe_cases.tiny_coca()
     clip.logit_bias = torch.nn.Parameter(torch.tensor(-10.0, device="cpu"))
-    terms = run("SigLIP", siglip_model=clip, images=images, tokens=tokens)["siglip_terms"]
-    assert tuple(terms) == TERMS
+    names = {"siglip_model": clip, "coca_model": coca, "images": images, "tokens": tokens}
+    terms = run("SigLIP", **names)["siglip_terms"]
     torch.testing.assert_close(sum(terms.values()), SigLipLoss()(**clip(images, tokens)))
-
-
-def test_coca_has_the_penalties_as_terms() -> None:
-    images, tokens = batch()
-    coca = recipe_cases.tiny_coca()
-    options = {"coca_model": coca, "images": images, "tokens": tokens}
-    names = run("CoCa, distillation, your own loss", **options)
-    assert list(names["coca_terms"]) == [TERMS[0], "caption_loss", *TERMS[1:]]
-    added = sum(names["coca_terms"][name] for name in TERMS[1:])
-    torch.testing.assert_close(added, papers_penalty(coca(images, tokens)))
+    terms = run("CoCa, distillation, your own loss", **names)["coca_terms"]
+    features = [coca(images, tokens)[name] for name in FEATURES]
+    penalties = CyclicPenalty(reference_batch_size=128)(*features, output_dict=True)
+    torch.testing.assert_close({name: terms[name] for name in penalties}, penalties)
+    assert terms.keys() - penalties == {TERMS[0], "caption_loss"}
 
 
 HEADING = "Several positives: classes, persons, captions"
@@ -288,22 +279,18 @@ def test_caption_ids_refuse_tokens_that_are_not_an_integer_matrix(tokens) -> Non
 
 def test_duplicates_are_not_negatives_of_each_other() -> None:
     model, (images, tokens, ids) = tiny_clip(), duplicates()
-    names: dict[str, Any] = {"model": model, "loss_fn": CyCLIPLoss()}
-    expected = CyCLIPLoss()(**model(images, tokens), ids=ids)
-    assert expected < CyCLIPLoss()(**model(images, tokens))
-    found = run(DUPLICATES, **names, images=images, tokens=tokens)["loss"]
-    assert torch.equal(found, expected)
+    out = model(images, tokens)
+    expected = CyCLIPLoss()(**out, ids=ids)
+    assert expected < CyCLIPLoss()(**out)
     keys = [f"product {number}" for number in ids.tolist()]
-    names |= {"torch": torch, "keys": keys, "all_keys": keys}
-    assert torch.equal(run(DUPLICATES, 1, **names, images=images, tokens=tokens)["loss"], expected)
-
-
-def test_hugging_faces_padding_does_not_change_the_ids() -> None:
-    model, (images, tokens, ids) = tiny_clip(), duplicates()
+    # Hugging Face's padding is not a part of a caption.
     mask = (INDICES[:12] <= tokens.argmax(dim=1)[:, None]).long()
-    inputs = {"input_ids": tokens + INDICES[:, None] * (1 - mask), "attention_mask": mask}
-    image, text, _ = model(images, tokens).values()
-    outputs = SimpleNamespace(image_embeds=image, text_embeds=text)
-    names = {"loss_fn": CyCLIPLoss(), "caption_ids": caption_ids, "log_scale": model.logit_scale}
-    found = run(DUPLICATES, 2, inputs=inputs, outputs=outputs, **names)["loss"]
-    torch.testing.assert_close(found, CyCLIPLoss()(**model(images, tokens), ids=ids))
+    names: dict[str, Any] = {
+        "model": model, "loss_fn": CyCLIPLoss(), "images": images, "tokens": tokens,
+        "torch": torch, "keys": keys, "all_keys": keys, "caption_ids": caption_ids,
+        "inputs": {"input_ids": tokens + INDICES[:, None] * (1 - mask), "attention_mask": mask},
+        "outputs": SimpleNamespace(image_embeds=out[FEATURES[0]], text_embeds=out[FEATURES[1]]),
+        "log_scale": model.logit_scale,
+    }  # fmt: skip
+    for block in range(3):
+        torch.testing.assert_close(run(DUPLICATES, block, **names)["loss"], expected)
