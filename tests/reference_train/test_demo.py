@@ -82,7 +82,6 @@ def finished(emoji, tmp_path_factory) -> Path:
 def test_a_folder_has_the_results_and_the_steps_of_every_run(finished: Path) -> None:
     result = read_evaluation(finished)
     assert list(result["results"]) == ["clip-0", "clip-1", "siglip-0", "cyclip-0"]
-    assert torch.__version__.startswith(result["versions"]["torch"])  # without "+cu128"
     assert 0 < result["checkpoints"]["clip-0"]["seconds"] < 600
     for name, steps in result["history"].items():
         assert [line["step"] for line in steps] == [1, 2, 3, 4, 5]
@@ -90,9 +89,8 @@ def test_a_folder_has_the_results_and_the_steps_of_every_run(finished: Path) -> 
             terms = [line[term] for term in line if term.endswith("_loss")]
             assert line["loss"] == pytest.approx(sum(terms), rel=1e-5)
             assert (line["inmodal_cyclic_loss"] > 0) == name.startswith("cyclip")
-    for name, measured in result["results"]["clip-0"].items():
-        assert tuple(measured["groups"]) == datasets.DATASETS[name][0]
-        assert ("similarities" in measured) == (name == command.SIMILARITIES_OF)
+    kept = [name for name, found in result["results"]["clip-0"].items() if "similarities" in found]
+    assert kept == [command.SIMILARITIES_OF]
     assert "| CLIP (2) | CyCLIP | SigLIP | chance | n |" in (finished / "table.md").read_text()
 
 
@@ -146,11 +144,12 @@ def test_the_terms_of_a_loss_are_those_of_its_name_and_compare_the_right_views(l
 
 @pytest.mark.parametrize(
     ("name", "styles"),
-    zip(
-        datasets.DATASETS,
-        (SHIFT_STYLES, TRAIN_STYLES, SHIFT_STYLES, ALL_STYLES[6:]),
-        strict=True,
-    ),
+    [
+        ("trained concepts, new styles", SHIFT_STYLES),
+        ("new concepts, trained styles", TRAIN_STYLES),
+        ("new concepts, new styles", SHIFT_STYLES),
+        ("trained concepts, black and white", ALL_STYLES[6:]),
+    ],
 )
 def test_a_data_set_has_the_concepts_the_styles_and_the_labels_that_its_name_says(
     emoji, name: str, styles: tuple[str, ...]

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,24 +23,21 @@ pytest_plugins = ["pretraining"]
 
 
 @pytest.fixture
-def resume_run(dry_run, data: Path, tmp_path: Path) -> Callable[..., None]:
+def resume_run(dry_run, tmp_path: Path) -> Callable[..., Any]:
     """Resumes a run of one epoch with other flags, as far as --dry-run goes.
 
     begun_with: the settings in its params.txt that differ from those of the flags.
     """
-    openclip_flags = ["--workers", "1", "--force-image-size", "32"]
-    settings = {**vars(dry_run("--", *openclip_flags)), "force_image_size": 32, "rank": 0}
+    same = ["--name", "run", "--", "--workers", "1", "--force-image-size", "32"]
+    settings = {**vars(dry_run(*same)), "force_image_size": 32, "rank": 0, "world_size": 1}
     run = tmp_path / "logs" / "run"
     (run / "checkpoints").mkdir(parents=True)
     torch.save({"epoch": 1}, run / "checkpoints" / "epoch_latest.pt")
-    argv = ["--preset", "modern", "--batch-size", "8", "--data", str(data), "--dry-run"]
-    argv += ["--out", str(tmp_path / "logs"), "--name", "run"]
 
-    def again(*flags: str, ours: tuple[str, ...] = (), **begun_with: object) -> None:
-        written = {"world_size": 1, **settings, **begun_with}
-        lines = [f"{name}: {value}\n" for name, value in sorted(written.items())]
+    def again(*flags: str, ours: tuple[str, ...] = (), **begun_with: object) -> Any:
+        lines = [f"{name}: {value}\n" for name, value in {**settings, **begun_with}.items()]
         (run / "params.txt").write_text("".join(lines))
-        command.main([*argv, *ours, "--", *openclip_flags, *flags])
+        return dry_run(*ours, *same, *flags)
 
     return again
 
@@ -83,25 +81,25 @@ def test_an_unlisted_flag_is_compared_and_listed_ones_may_differ(resume_run, mon
 
 
 def test_a_second_rank_resumes_while_the_first_rank_holds_the_lock(
-    resume_run, tmp_path: Path, monkeypatch, capsys
+    resume_run, tmp_path: Path, monkeypatch
 ) -> None:
     """The first rank wrote params.txt and has locked the folder. Only the first rank prints."""
-    monkeypatch.setattr(command.torch.cuda, "is_available", lambda: True)
-    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
-    settings = {"batch_size": 4, "precision": "amp_bf16"}
-    capsys.readouterr()
-    with held_by_another_process(tmp_path / "logs" / "run"):
-        resume_run(**settings, world_size=2)
-        assert capsys.readouterr() == ("", "")
-        for name, value in {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}.items():
+
+    def pretend_rank(rank: str, world_size: str) -> None:
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}.items():
             monkeypatch.setenv(name, value)
+
+    monkeypatch.setattr(command.torch.cuda, "is_available", lambda: True)
+    settings = {"batch_size": 4, "precision": "amp_bf16"}
+    with held_by_another_process(tmp_path / "logs" / "run"):
+        pretend_rank("1", "2")
+        assert resume_run(**settings, world_size=2) is None
+        pretend_rank("0", "1")
         with pytest.raises(UsageError, match="/run: another process is using it: choose"):
-            resume_run(batch_size=8, precision="amp_bf16")
-    for name, value in {"WORLD_SIZE": "2", "RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
+            resume_run(precision="amp_bf16")
+    pretend_rank("1", "2")
     with pytest.raises(UsageError, match="begun with world_size = 1, not 2: choose another"):
-        resume_run(**settings, world_size=1)
+        resume_run(**settings)
 
 
 @pytest.fixture(scope="module")
