@@ -52,17 +52,22 @@ def make_data(n: int) -> dict[str, Tensor]:
     }
 
 
+def unit(data: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rows of unit length, for which the formulas hold. Their gradients are tangential."""
+    return {name: F.normalize(x, dim=1) if name in FEATURES else x for name, x in data.items()}
+
+
 def run_block(
     block: str, data: dict[str, Tensor], n: int, ids: Tensor | None = None, **options: Any
 ) -> Tensor:
     """The loss that the block computes from these variables. n: pairs in the whole batch."""
-    names: dict[str, Any] = dict(data)
+    names: dict[str, Any] = unit(data)
     exec(BLOCKS[0], names)
     names["contrastive_logsumexp"] = partial(cyclip_loss.contrastive_logsumexp, ids=ids, **options)
     names["CyCLIPLoss"] = lambda *lambdas: partial(
         cyclip_loss.CyCLIPLoss(*lambdas, **options), ids=ids
     )
-    names |= {"queries": data["image_features"], "documents": data["text_features"]}
+    names |= {"queries": names["image_features"], "documents": names["text_features"]}
     names |= {"num_negatives": n - 1, "num_samples": n, **NUMBERS}
     if "moving_average(" in block:
         exec(block_with("class MovingAverageLoss"), names)
@@ -222,7 +227,7 @@ def moving_average(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
 
 @dense("loss = torch.logsumexp(row, dim=0)")
 def uniformity(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
-    images = F.normalize(data["image_features"], dim=1)  # so that gradients are tangential
+    images = data["image_features"]
     distances = (images[:, None] - images).square().sum(dim=2)
     return (-2 * distances)[mask(len(images), None)].exp().mean().log()
 
@@ -253,25 +258,17 @@ def with_gradients(data: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def gradients(loss: Tensor, data: dict[str, Tensor], marker: str) -> dict[str, Tensor]:
+def gradients(loss: Tensor, data: dict[str, Tensor]) -> dict[str, Tensor]:
     leaves = {name: x for name, x in data.items() if x.requires_grad}
-    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    grads = {
-        name: torch.zeros_like(leaves[name]) if x is None else x
-        for name, x in zip(leaves, found, strict=True)
-    }
-    if DENSE[marker] is uniformity:
-        # The formula holds for rows of unit length, so only the tangential part is compared.
-        for name in FEATURES:
-            rows, gradient = leaves[name].detach(), grads[name]
-            grads[name] = gradient - (gradient * rows).sum(dim=1, keepdim=True) * rows
-    return grads
+    options = {"allow_unused": True, "materialize_grads": True}
+    found = torch.autograd.grad(loss, list(leaves.values()), **options)
+    return dict(zip(leaves, found, strict=True))
 
 
 def expected(marker: str, n: int, ids: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
     data = with_gradients(make_data(n))
-    loss = DENSE[marker](data, mask(n, ids))
-    return loss, gradients(loss, data, marker)
+    loss = DENSE[marker](unit(data), mask(n, ids))
+    return loss, gradients(loss, data)
 
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
@@ -287,9 +284,7 @@ def test_a_recipe_equals_its_dense_form(marker: str, n: int, distinct: int) -> N
     ids = torch.arange(n, device="cpu") % distinct if distinct else None
     data = with_gradients(make_data(n))
     loss = run_block(block_with(marker), data, n, ids)
-    torch.testing.assert_close(
-        (loss, gradients(loss, data, marker)), expected(marker, n, ids), **CLOSE
-    )
+    torch.testing.assert_close((loss, gradients(loss, data)), expected(marker, n, ids), **CLOSE)
 
 
 def own_part(name: str, whole: Tensor, rank: int, world_size: int) -> Tensor:
@@ -303,7 +298,7 @@ def step(
     data = with_gradients(own)
     block = block_with(ACROSS_RANKS.get(marker, marker))
     loss = run_block(block, data, n, dist_impl=dist_impl)
-    return loss.detach(), gradients(loss, data, marker)
+    return loss.detach(), gradients(loss, data)
 
 
 @pytest.mark.parametrize("marker", recipes("Ranks: yes"))
