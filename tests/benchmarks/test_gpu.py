@@ -156,7 +156,10 @@ def test_failure_and_interruption_leave_a_record_outside_of_results(
     assert found["kernels"]["failures"][0].startswith("RuntimeError: no kernel\nTraceback")
     assert found["sizes"]["rows"] == [{"records": 1}]
     printed, page = capsys.readouterr().out, (tmp_path / "dry.md").read_text()
-    for name, failure in ("kernels", "RuntimeError: no kernel"), ("sizes", "interrupted"):
-        assert f"## FAILED {name}\n\n```\n{failure}" in page
-        assert f"FAILED {failure}\n" in printed
-    assert all(words in printed for words in ("half of it\n", "2 failures; record in"))
+    for text in (
+        "## FAILED kernels\n\n```\nRuntimeError: no kernel",
+        "## FAILED sizes\n\n```\ninterrupted",
+    ):
+        assert text in page
+    for text in ("half of it\n", "FAILED RuntimeError: no kernel\n", "2 failures; record in"):
+        assert text in printed

@@ -122,33 +122,28 @@ def test_pretrain_refuses_before_any_work(
 def test_numbers_of_pairs_come_from_img2datasets_files_or_sizes_json_of_each_folder(
     data: Path, tmp_path: Path, dry_run
 ) -> None:
+    """Without such a file, OpenCLIP reads a file __len__."""
     folder = tmp_path / "img2dataset"
     folder.mkdir()
     for number, path in enumerate(sorted(data.glob("train*.tar"))):
         (folder / path.name).symlink_to(path)
         (folder / f"{path.stem}_stats.json").write_text(f'{{"successes": {5 + number}}}')
-    args = dry_run("--data", str(folder), "--batch-size", "5")
+    args = dry_run("--data", str(folder), batch=("--batch-size", "5"))
     assert (args.train_num_samples, args.val_data) == (5 + 6 + 7 + 8, None)  # nothing is held out
     with pytest.raises(UsageError, match="may hold 5 pairs and its batch is 6"):
-        dry_run("--data", str(folder), "--batch-size", "6")
+        dry_run("--data", str(folder), batch=("--batch-size", "6"))
     sizes = {f"train-{number:05}.tar": 9 + number for number in range(3)}
     (folder / "sizes.json").write_text(json.dumps(sizes))
     shards = "{{00000..00003}}.tar"  # `dry_run` formats its flags
-    args = dry_run("--data", f"{data}/train-{shards}::{folder}/train-{shards}")
-    assert args.train_num_samples == 4 * 8 + 9 + 10 + 11 + 8
+    both = f"{data}/train-{shards}::{folder}/train-{shards}"
+    assert dry_run("--data", both).train_num_samples == 4 * 8 + 9 + 10 + 11 + 8
     (folder / "sizes.json").write_text("[]")
     (folder / "train-00002_stats.json").write_text("{}")
     with pytest.raises(UsageError, match=r"00002\.tar: its number of pairs can't be read from"):
         dry_run("--data", str(folder))
-
-
-def test_without_a_table_openclip_reads_the_number_of_pairs(data: Path, dry_run) -> None:
     (data / "sizes.json").unlink()
     (data / "__len__").write_text("32")
     assert dry_run().train_num_samples is None
-
-
-def test_a_first_shard_without_pairs_is_an_error(data: Path, tmp_path: Path, dry_run) -> None:
     write_tar(tmp_path / "empty.tar", {"a.txt": b"a caption"})
     with pytest.raises(UsageError, match=r"--data: .*empty\.tar holds no image with a caption"):
         dry_run("--data", f"{tmp_path}/empty.tar::{data}/train-00000.tar")

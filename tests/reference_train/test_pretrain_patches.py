@@ -5,7 +5,6 @@ import math
 import os
 import resource
 from argparse import Namespace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +56,13 @@ def test_the_epoch_with_the_lowest_loss_is_kept(tmp_path: Path) -> None:
 
 
 def test_gaps_and_correlations_are_added_to_the_validation() -> None:
-    image, text = nn.functional.normalize(torch.randn(2, 10, 4), dim=-1)
-    metrics = partial(patches.TrainerPatches({}).get_clip_metrics, lambda **features: {"R@1": 0.5})
-    both = {"R@1": 0.5} | {k: float(v) for k, v in consistency_metrics(image, text).items()}
-    assert metrics(image_features=image, text_features=text) == both
-    assert metrics(image_features=image.split(4), text_features=text.split(4)) == both
+    """OpenCLIP 4 passes batches of features."""
+    features = nn.functional.normalize(torch.randn(2, 10, 4), dim=-1)
+    both = {"R@1": 0.5} | {k: float(v) for k, v in consistency_metrics(*features).items()}
+    for image, text in (features, [x.split(4) for x in features]):
+        given = {"image_features": image, "text_features": text}
+        trainer = patches.TrainerPatches({})
+        assert trainer.get_clip_metrics(lambda **_: {"R@1": 0.5}, **given) == both
 
 
 def test_weights_that_are_not_finite_are_not_saved(pretrain, tmp_path: Path) -> None:
@@ -103,15 +104,13 @@ def test_weights_or_statistics_that_are_not_finite_on_one_rank_stop_all(other_ra
 
 
 def test_the_first_rank_logs_what_all_ranks_could_not_read(other_rank: Tensor, caplog) -> None:
-    trainer, model = patches.TrainerPatches({}), nn.Linear(1, 1)
-    trainer.args, trainer.lost = Namespace(**RANKS), Namespace(value=0)
+    trainer = patches.TrainerPatches({})
     for rank in (0, 1):
-        trainer.args.rank, trainer.lost.value = rank, 4
-        assert trainer.train_one_epoch(lambda *_: "result", model, {}) == "result"
+        trainer.args, trainer.lost = Namespace(**RANKS, rank=rank), Namespace(value=4)
+        assert trainer.train_one_epoch(lambda *_: "result", nn.Linear(1, 1), {}) == "result"
         assert trainer.lost.value == 0
-    assert [r.getMessage() for r in caplog.records] == [
-        "Unreadable in this epoch: 5 pairs or shards"
-    ]
+    [logged] = caplog.messages
+    assert logged == "Unreadable in this epoch: 5 pairs or shards"
 
 
 def test_a_seed_fixes_the_pairs_and_the_crops(pretrain, tmp_path: Path, monkeypatch) -> None:
