@@ -178,10 +178,9 @@ runpy.run_module("reference_train", run_name="__main__")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [["--siglip"], ["--views"]], ids=["siglip", "views"])
-def test_a_killed_run_resumes_and_finishes(flags: list[str], data: Path, tmp_path: Path) -> None:
-    argv = ["pretrain", "--preset", "icons", "--batch-size", "8", "--data", str(data)]
-    argv += ["--out", str(tmp_path), "--name", "run", *flags]
+def test_a_killed_run_resumes_and_finishes(data: Path, tmp_path: Path) -> None:
+    argv = ["pretrain", "--preset", "icons", "--batch-size", "8", "--data", str(data), "--siglip"]
+    argv += ["--out", str(tmp_path), "--name", "run"]
     argv += ["--", "--epochs", "3", "--train-num-samples", "16"]
     checkpoints = tmp_path / "run" / "checkpoints"
     killed = run_python("-c", KILLED, str(checkpoints / "results.jsonl"), *argv)
@@ -191,6 +190,4 @@ def test_a_killed_run_resumes_and_finishes(flags: list[str], data: Path, tmp_pat
     assert again.returncode == 0, again.stderr
     assert [line["epoch"] for line in results(tmp_path)] == [1, 2, 2, 3]
     assert list(checkpoints.glob(".*")) == []
-    log = (tmp_path / "run" / "out.log").read_text()
-    assert ("Inmodal_contrastive_loss: " in log) == (flags == ["--views"])
-    assert ("Loss: CySigLIPLoss(" in log) == (flags == ["--siglip"])
+    assert "Loss: CySigLIPLoss(" in (tmp_path / "run" / "out.log").read_text()
