@@ -34,7 +34,7 @@ class Tower(nn.Sequential):
 class Model(nn.Module):
     """Two towers with dropout and normalisations, called with one or two views and negatives."""
 
-    def __init__(self, inner_checkpoint: bool | None = None) -> None:
+    def __init__(self, inner_checkpoints: bool = False) -> None:
         super().__init__()
         self.image, self.text = (
             Tower(
@@ -45,11 +45,11 @@ class Model(nn.Module):
         )  # fmt: skip
         # Of shape (1,), because FSDP2 cannot shard 0-dim parameters.
         self.logit_scale = nn.Parameter(torch.full((1,), 2.0))
-        self.inner_checkpoint = inner_checkpoint  # use_reentrant; None: none
+        self.inner_checkpoints = inner_checkpoints
 
     def features(self, tower: nn.Module, x: Tensor) -> Tensor:
-        if self.inner_checkpoint is not None:
-            hidden = checkpoint(tower[1:], tower[0](x), use_reentrant=self.inner_checkpoint)
+        if self.inner_checkpoints:
+            hidden = checkpoint(tower[1:], tower[0](x), use_reentrant=False)
             return normalize(hidden, dim=1)
         return normalize(tower(x), dim=1)
 
@@ -127,8 +127,7 @@ CASES: dict[str, Names] = {
     "whole batch in evaluation": {"training": False, "expected_count": 1},
     "one row": {"training": False, "mini_batch_size": 1, "expected_count": 1},
     "compiled": {"wrap": lambda model: torch.compile(model, backend="aot_eager")},
-    "inner checkpoints": {"inner_checkpoint": False},
-    "inner reentrant checkpoints": {"inner_checkpoint": True},
+    "inner checkpoints": {"inner_checkpoints": True},
     "views, negatives and ids": {"others": True, "ids": torch.arange(N) % 7},
     "positives": {"same_ids": "positives", "ids": torch.arange(N) % 7},
 }
