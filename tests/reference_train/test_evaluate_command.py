@@ -81,11 +81,9 @@ def test_numbers_are_those_of_openclips_features(run_folder: Path, tmp_path, mon
             )
             for samples in (TEST, TRAIN)
         )
-        prompts = []
-        for name in CIFAR100_NAMES:
-            texts = [t(name.replace("_", " ")) for t in open_clip.OPENAI_IMAGENET_TEMPLATES]
-            prompts.append(model.encode_text(tokenizer(texts), normalize=True).mean(dim=0))
-        classes = F.normalize(torch.stack(prompts))
+    names = [name.replace("_", " ") for name in CIFAR100_NAMES]
+    templates = open_clip.OPENAI_IMAGENET_TEMPLATES
+    classes = open_clip.build_zero_shot_classifier(model, tokenizer, names, templates).T
     labels, train_labels = (torch.tensor([int(s["cls"]) for s in x]) for x in (TEST, TRAIN))
     images = F.normalize(test)
     ranked = (images @ classes.T).argsort(dim=1, descending=True)
