@@ -162,17 +162,24 @@ def test_a_run_leaves_a_record_with_a_summary_and_a_figure(tmp_path: Path, monke
     assert page.count("| 16 | 512 | ") == 4  # times and memory in the summary, and two rows
 
 
-def test_summary_shows_recorded_values() -> None:
+def test_summary_and_figure_show_recorded_values(tmp_path, monkeypatch) -> None:
     rows: list[dict] = [
         {"N": n, "D": 512, "loss": loss, "outcome": "ok", "ms": ms, "peak MB": 1.0}
         for n, loss, ms in ((16, OURS, 2.0), (16, AUTHORS, 3.0), (64, OURS, 4.0), (99, OURS, 5.0))
     ]
     rows.append({"N": 64, "D": 512, "loss": AUTHORS, "outcome": "out of memory (had 1 GB)"})
-    assert report.summary({"sections": {"cost": {"rows": rows}}}).splitlines()[4:7] == [
+    record = {"sections": {"cost": {"rows": rows}}, "device": "one"}
+    assert report.summary(record).splitlines()[4:7] == [
         "| 16 | 512 | 2.00 | 3.00 (1.50 ×) |",
         "| 64 | 512 | 4.00 | out of memory (had 1 GB) |",  # one loss alone has no line
         "",
     ]
+    draw_lines = MagicMock()
+    monkeypatch.setattr(report, "draw_lines", draw_lines)
+    report.draw(record, tmp_path / "cost.png")
+    _, time, failed = draw_lines.call_args_list[0].args
+    assert time.loc[16, [OURS, AUTHORS]].tolist() == [1, 1.5]
+    assert failed == {AUTHORS}
 
 
 def test_pytest_benchmark_gets_memory_and_ratios() -> None:

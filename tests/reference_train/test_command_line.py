@@ -13,6 +13,7 @@ from reference_train.demo import demo
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ("--loss coca", "--loss: invalid choice: 'coca'"),
         ("--seeds many", "--seeds: must be a whole number >= 1, not many"),
         ("pretrain", "the following arguments are required: --preset, --data"),
         ("--device cuda:99", "--device: cuda:99"),

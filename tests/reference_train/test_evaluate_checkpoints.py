@@ -155,10 +155,11 @@ def test_a_checkpoint_of_the_authors_loads_with_quickgelu_only(released: Path, t
     with pytest.raises(UsageError, match="pass --model RN50-quickgelu for the files") as error:
         load(found, CPU)
     assert "\n" not in str(error.value)
-    own = save(tmp_path / "own" / "epoch_1.pt", of_openclip)
-    shutil.copy(released, tmp_path / "theirs.pt")
-    (tmp_path / "params.txt").write_text("model: evaluate-tiny\n")
-    for file, model in ((own, "evaluate-tiny"), (tmp_path / "theirs.pt", None)):
+    own = save(tmp_path / "epoch_1.pt", of_openclip)
+    (tmp_path / "run").mkdir()
+    theirs = shutil.copy(released, tmp_path / "run" / "theirs.pt")
+    (tmp_path / "run" / "params.txt").write_text("model: evaluate-tiny\n")
+    for file, model in ((own, "evaluate-tiny"), (theirs, None)):
         [found] = find_checkpoints([file], model, None)
         assert load(found, CPU).epoch == 3
 

@@ -95,6 +95,7 @@ def test_ranks_share_the_batch_and_the_shards(variable: str, dry_run, monkeypatc
         ("--batch-size 33 -- --workers 0", "hold 32 pairs and its batch is 33: take"),
         ("--lambda-inmodal nan", "--lambda-inmodal must be finite and >= 0"),
         ("--dry 3", "--dry: OpenCLIP's own flags go after --"),  # no abbreviation of --dry-run
+        ("--loss geometric", "--loss: invalid choice: 'geometric'"),
         ("-- --dataset-type csv", "--dataset-type csv: pretrain takes webdataset only"),
         ("--views -- --dataset-type csv", r"python -m [\w.]+\.views --views takes"),
         ("--preset paper --views own", "--views own: .* both views would be equal; take"),
