@@ -62,7 +62,7 @@ def test_record_counts_outcomes_and_has_the_text_of_failures(tmp_path: Path) -> 
 
 
 def test_tests_are_interrupted_at_the_deadline_with_a_note(tmp_path: Path) -> None:
-    for deadline in (5, 50, 500):  # on a busy machine pytest starts slowly
+    for deadline in (3, 30, 300):  # on a busy machine pytest starts slowly
         section = run_tests(tmp_path, "-k", "right or slow", processes=1, deadline=deadline)
         if section.rows:
             break
@@ -156,7 +156,10 @@ def test_failure_and_interruption_leave_a_record_outside_of_results(
     assert found["kernels"]["failures"][0].startswith("RuntimeError: no kernel\nTraceback")
     assert found["sizes"]["rows"] == [{"records": 1}]
     printed, page = capsys.readouterr().out, (tmp_path / "dry.md").read_text()
-    for name, failure in ("kernels", "RuntimeError: no kernel"), ("sizes", "interrupted"):
-        assert f"## FAILED {name}\n\n```\n{failure}" in page
-        assert f"FAILED {failure}\n" in printed
-    assert all(words in printed for words in ("half of it\n", "2 failures; record in"))
+    for text in (
+        "## FAILED kernels\n\n```\nRuntimeError: no kernel",
+        "## FAILED sizes\n\n```\ninterrupted",
+    ):
+        assert text in page
+    for text in ("half of it\n", "FAILED RuntimeError: no kernel\n", "2 failures; record in"):
+        assert text in printed

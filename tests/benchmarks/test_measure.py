@@ -7,10 +7,9 @@ import pytest
 import torch
 from processes import run_python
 
-from benchmarks import measure, run
+from benchmarks import measure
 from benchmarks.measure import interleaved, time_columns
-from benchmarks.run import OUT_OF_MEMORY, Run, describe, table, versions
-from cyclip_loss import __version__
+from benchmarks.run import OUT_OF_MEMORY, Run, describe, table
 
 CPU = torch.device("cpu")
 
@@ -82,8 +81,7 @@ def test_pairs_have_unit_length_the_given_distance_and_the_same_values_in_every_
     for features in (image, text, near_text.float()):
         torch.testing.assert_close(features.norm(dim=1), torch.ones(64), atol=0.01, rtol=0)
     distances = (near_text.float() - image).norm(dim=1)
-    assert 0.07 < distances.min() < distances.max() < 0.11
-    assert (text - image).norm(dim=1).min() > 0.5
+    assert 0.07 < distances.min() < distances.max() < 0.11 < (text - image).norm(dim=1).min()
 
 
 def test_table_shows_three_digits_and_leaves_missing_cells_empty() -> None:
@@ -91,12 +89,3 @@ def test_table_shows_three_digits_and_leaves_missing_cells_empty() -> None:
     expected = "| \\|n\\| | ms | share | 0 | large | small | x |\n|---|---|---|---|---|---|---|\n"
     expected += "| 12,345 | 1,230 | 0.0123 | 0 | 1e+09 | 0.0001 |  |\n|  |  |  |  |  |  | a\\|b |"
     assert table([row, {"x": "a|b"}]) == expected
-
-
-def test_versions_have_the_library_and_its_commit_if_there_is_one(monkeypatch) -> None:
-    monkeypatch.setattr(run.subprocess, "check_output", lambda *_, **__: "e0a504b\n")
-    found = versions()
-    assert (found["cyclip_loss"], found["commit"]) == (__version__, "e0a504b")
-    monkeypatch.undo()
-    monkeypatch.setattr(run, "ROOT", "/no repository")
-    assert "commit" not in versions()

@@ -20,7 +20,7 @@ from benchmarks.compare.competitors import AUTHORS, OURS, PENALTIES, Competitor,
 from benchmarks.compare.plan import CPU as PLAN
 from benchmarks.compare.plan import DISTANCES
 from benchmarks.run import Run
-from cyclip_loss import CyCLIPLoss, reference
+from cyclip_loss import CyCLIPLoss, __version__, reference
 
 CPU = torch.device("cpu")
 ALL = competitors.COMPETITORS
@@ -72,8 +72,8 @@ def test_tables_show_only_competitors_that_exist_and_only_a_gpu_runs_all() -> No
     assert len({*NAMES}) == len(NAMES)
     shown = (*competitors.TABLES.values(), *competitors.IN_ERRORS.values(), report.STYLES)
     assert {name for group in shown for name in group} <= {*NAMES}
-    assert competitors.competitors(torch.device("cuda")) == [*ALL]
-    assert competitors.competitors(CPU) == [c for c in ALL if not c.cuda_only]
+    on_gpus, on_cpu = (competitors.competitors(torch.device(x)) for x in ("cuda", "cpu"))
+    assert set(on_gpus) - set(on_cpu) == {c for c in ALL if c.cuda_only}
 
 
 def times(factor: float) -> Any:
@@ -125,23 +125,23 @@ def test_errors_are_relative_to_the_definition_of_each_loss() -> None:
             assert row[name] == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("loss", "computes", "ms", "ratio", "fraction"),
-    [
+def test_ratios_have_the_values_computed_by_hand() -> None:
+    """8 N² D is 64,000 flops, twice as many with extra texts. The rate is 1e9 flops per second."""
+    with_texts = f"{OURS}, {competitors.EXTRA_TEXTS}"
+    expected = [
+        # loss, what it computes, ms, ratio, fraction
         (OURS, "CyCLIP", 0.128, 1, 0.5),
-        (f"{OURS}, {competitors.EXTRA_TEXTS}", "CyCLIP", 0.256, 2, 0.5),
+        (with_texts, "CyCLIP", 0.256, 2, 0.5),
         ("sigmoid", competitors.SIGLIP, 0.096, 0.75, 0.5),
         ("penalties", PENALTIES, 0.064, 0.5, None),
-        ("failed", "CyCLIP", None, None, None),
-    ],
-)
-def test_ratios_have_the_values_computed_by_hand(loss, computes, ms, ratio, fraction) -> None:
-    """8 N² D is 64,000 flops, twice as many with extra texts. The rate is 1e9 flops per second."""
-    row = {"N": 20, "D": 20, "loss": loss, "computes": computes}
-    row |= {} if ms is None else {"ms": ms}
-    cost.add_ratios([row, {**row, "loss": OURS, "ms": 0.128}], 1e9)
-    assert row.get(cost.RATIO) == ratio
-    assert row.get("fraction of matmul rate") == (fraction and pytest.approx(fraction))
+    ]
+    rows = [{"N": 20, "D": 20, "loss": x[0], "computes": x[1], "ms": x[2]} for x in expected]
+    failed = {"N": 20, "D": 20, "loss": "failed", "computes": "CyCLIP"}
+    cost.add_ratios([*rows, failed], 1e9)
+    assert cost.RATIO not in failed
+    for row, (_, _, _, ratio, fraction) in zip(rows, expected, strict=True):
+        assert row[cost.RATIO] == pytest.approx(ratio)
+        assert row.get("fraction of matmul rate") == (fraction and pytest.approx(fraction))
 
 
 def test_a_run_leaves_a_record_with_a_summary_and_a_figure(tmp_path: Path, monkeypatch) -> None:
@@ -153,7 +153,9 @@ def test_a_run_leaves_a_record_with_a_summary_and_a_figure(tmp_path: Path, monke
     options = Namespace(command="compare", sizes=[16, 32], out=folder, name="tiny")
     assert side_by_side.main(options) == 0
     assert {path.name for path in folder.iterdir()} == {"tiny.json", "tiny.md", "tiny-cost.png"}
-    found = json.loads((folder / "tiny.json").read_text())["sections"]
+    record = json.loads((folder / "tiny.json").read_text())
+    assert record["versions"]["cyclip_loss"] == __version__
+    found = record["sections"]
     assert [row["N"] for row in found["cost"]["rows"]] == [16, 16, 32, 32]
     assert {row["N"] for row in found["error"]["rows"]} == {32}
     page = (folder / "tiny.md").read_text()
@@ -172,10 +174,10 @@ def test_summary_and_figure_show_recorded_values(tmp_path, monkeypatch) -> None:
         "| 64 | 512 | 4.00 | out of memory (had 1 GB) |",  # one loss alone has no line
         "",
     ]
-    drawn: list[Any] = []
-    monkeypatch.setattr(report, "draw_lines", lambda ax, *arguments: drawn.append(arguments))
+    draw_lines = MagicMock()
+    monkeypatch.setattr(report, "draw_lines", draw_lines)
     report.draw(record, tmp_path / "cost.png")
-    (time, failed), _ = drawn
+    _, time, failed = draw_lines.call_args_list[0].args
     assert time.loc[16, [OURS, AUTHORS]].tolist() == [1, 1.5]
     assert failed == {AUTHORS}
 

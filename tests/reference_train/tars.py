@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import tarfile
 from pathlib import Path
 
@@ -45,14 +44,9 @@ def make_shards(folder: Path, **parts: int) -> Path:
     return folder
 
 
-def break_picture(shard: Path, last: bool = False) -> None:
-    """Overwrites the header of a shard's first picture, or the data of its last one."""
+def break_picture(shard: Path) -> None:
+    """Overwrites the header of a shard's first picture."""
     content = bytearray(shard.read_bytes())
-    start = content.rindex(b"IDAT") + 4 if last else content.index(b"PNG")
+    start = content.index(b"PNG")
     content[start : start + 8] = bytes(8)
     shard.write_bytes(content)
-
-
-def cut_between_two_files(shard: Path) -> None:
-    """Cuts a shard before its fifth picture, whose header starts with its name."""
-    os.truncate(shard, shard.read_bytes().index(b"_4.png") - 1)

@@ -4,7 +4,7 @@ import json
 import os
 import signal
 from argparse import Namespace
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from reference_train.command_line import RunFailed, UsageError
 from reference_train.data.emoji import ALL_STYLES, SHIFT_STYLES, TRAIN_STYLES, read_emoji
 from reference_train.demo import datasets, train
 from reference_train.demo import demo as command
-from reference_train.demo.batches import EmojiBatches, augment
+from reference_train.demo.batches import augment
 from reference_train.demo.model import TINY
 from reference_train.evaluate import evaluate, report
 from reference_train.evaluate.records import read_evaluation
@@ -82,7 +82,6 @@ def finished(emoji, tmp_path_factory) -> Path:
 def test_a_folder_has_the_results_and_the_steps_of_every_run(finished: Path) -> None:
     result = read_evaluation(finished)
     assert list(result["results"]) == ["clip-0", "clip-1", "siglip-0", "cyclip-0"]
-    assert torch.__version__.startswith(result["versions"]["torch"])  # without "+cu128"
     assert 0 < result["checkpoints"]["clip-0"]["seconds"] < 600
     for name, steps in result["history"].items():
         assert [line["step"] for line in steps] == [1, 2, 3, 4, 5]
@@ -90,9 +89,8 @@ def test_a_folder_has_the_results_and_the_steps_of_every_run(finished: Path) -> 
             terms = [line[term] for term in line if term.endswith("_loss")]
             assert line["loss"] == pytest.approx(sum(terms), rel=1e-5)
             assert (line["inmodal_cyclic_loss"] > 0) == name.startswith("cyclip")
-    for name, measured in result["results"]["clip-0"].items():
-        assert tuple(measured["groups"]) == datasets.DATASETS[name][0]
-        assert ("similarities" in measured) == (name == command.SIMILARITIES_OF)
+    kept = [name for name, found in result["results"]["clip-0"].items() if "similarities" in found]
+    assert kept == [command.SIMILARITIES_OF]
     assert "| CLIP (2) | CyCLIP | SigLIP | chance | n |" in (finished / "table.md").read_text()
 
 
@@ -123,23 +121,20 @@ def test_the_terms_of_a_loss_are_those_of_its_name_and_compare_the_right_views(l
     """The model's features are those of all first views, and then those of all second views."""
     about, (x, y) = LOSSES[loss], torch.nn.functional.normalize(torch.randn(2, 18, 5), dim=-1)
     logits = {"logit_scale": torch.tensor(10.0)}
+    loss_class = CyCLIPLoss
     if "siglip" in loss:
-        logits["logit_bias"] = torch.tensor(-3.0)
+        logits["logit_bias"], loss_class = torch.tensor(-3.0), CySigLIPLoss
     output = {"image_features": x, "text_features": y, **logits}
     clip: Any = Namespace(autocast=nullcontext, model=lambda pixels, tokens: output)
     config = Namespace(penalty_weight=0.5, reference_batch_size=4)
     terms, found = train.compute_terms(clip, about, train.build_loss(config, about), x, y)
     torch.testing.assert_close(found, logits)
     (i, i2), (t, t2) = (z.chunk(2) if about.views else (z, z) for z in (x, y))
-    second = {"augmented_image_features": i2, "augmented_text_features": t2}
-    has_penalties = "cy" in loss or loss == "geometric"
-    loss_fn = (CySigLIPLoss if "siglip" in loss else CyCLIPLoss)(
-        0.5 * (has_penalties and not loss.startswith("c-")),
-        0.5 * (has_penalties and not loss.startswith("i-")),
-        reference_batch_size=4,
-    )
-    options = logits | (second if loss.endswith("-views") else {})
-    expected = loss_fn(i, t, **options, output_dict=True)
+    views = {"augmented_image_features": i2, "augmented_text_features": t2}
+    weight = 0.5 * ("cy" in loss or loss == "geometric")
+    lambdas = (0 if loss[:2] == "c-" else weight, 0 if loss[:2] == "i-" else weight)
+    loss_fn = loss_class(*lambdas, reference_batch_size=4)
+    expected = loss_fn(i, t, **logits, **views if "-views" in loss else {}, output_dict=True)
     if loss == "geometric":
         gaps = [(z @ z.T - z2 @ z2.T).square().mean() for z, z2 in ((i, i2), (t, t2))]
         pair_gap = ((i * t).sum(dim=1) - (i2 * t2).sum(dim=1)).square().mean()
@@ -147,38 +142,22 @@ def test_the_terms_of_a_loss_are_those_of_its_name_and_compare_the_right_views(l
     torch.testing.assert_close(terms, expected)
 
 
-def test_second_views_are_other_pictures_and_captions_behind_the_first(monkeypatch) -> None:
-    tokens = torch.arange(30).view(2, 3, 5)
-    data: Any = Namespace(batch=lambda step: (torch.zeros(3, 3, 4, 4), tokens))
-    clip: Any = Namespace(device=torch.device("cpu"))
-    draw = lambda images, size, rng: torch.full((3, 3, size, size), rng.random())  # noqa: E731
-    monkeypatch.setattr(train, "augment", draw)
-    config = Namespace(loss="clip", seed=1)
-    pixels, first_tokens = train.model_inputs(config, clip, data, 2)
-    config.loss = "clip-views"
-    both_pixels, both_tokens = train.model_inputs(config, clip, data, 2)
-    assert torch.equal(first_tokens, tokens[0])
-    assert torch.equal(both_tokens, tokens.flatten(0, 1))
-    assert torch.equal(both_pixels[:3], pixels)
-    assert not torch.equal(both_pixels[3:], pixels)
-    config.seed = 2
-    assert not torch.equal(train.model_inputs(config, clip, data, 2)[0][:3], pixels)
-
-
-@pytest.mark.parametrize("name", datasets.DATASETS)
+@pytest.mark.parametrize(
+    ("name", "styles"),
+    [
+        ("trained concepts, new styles", SHIFT_STYLES),
+        ("new concepts, trained styles", TRAIN_STYLES),
+        ("new concepts, new styles", SHIFT_STYLES),
+        ("trained concepts, black and white", ALL_STYLES[6:]),
+    ],
+)
 def test_a_data_set_has_the_concepts_the_styles_and_the_labels_that_its_name_says(
-    emoji, name: str
+    emoji, name: str, styles: tuple[str, ...]
 ) -> None:
     data, held_out = datasets.open_dataset(emoji, name), name.startswith("new concepts")
-    names = data.classes[""]
+    names, kinds = data.classes[""], [data.classes[kind] for kind in ("subgroup", "group")]
     concepts = [int(names.names[label].removeprefix("thing ")) for label in names.labels.tolist()]
-    styles = {
-        "trained styles": TRAIN_STYLES,
-        "new styles": SHIFT_STYLES,
-        "black and white": ALL_STYLES[6:],
-    }
-    [expected] = [styles[ending] for ending in styles if name.endswith(ending)]
-    assert set(data.groups) == set(expected)
+    assert set(data.groups) == set(styles)
     drawn = [tuple(colour) for colour in data.images.places[:, :, 0, 0].tolist()]
     pairs = zip(data.groups, concepts, strict=True)
     assert drawn == [colour_of(ALL_STYLES.index(style), concept) for style, concept in pairs]
@@ -187,15 +166,14 @@ def test_a_data_set_has_the_concepts_the_styles_and_the_labels_that_its_name_say
     assert len(names.names) == (4 if held_out else 16)
     images, labels = data.train
     trained = images.places[:, 0, 0, 0] // 10
-    assert torch.equal(labels["subgroup"], trained % 4)
-    assert torch.equal(labels["group"], trained % 2)
-    assert data.classes["subgroup"].names == [f"kind {number}" for number in range(4)]
-    assert data.classes["group"].names == ["others", "things and matters"]
-    assert ("" in labels) == (not held_out)
+    expected = {"subgroup": trained % 4, "group": trained % 2} | ({} if held_out else {"": trained})
+    torch.testing.assert_close(labels, {x: y.long() for x, y in expected.items()})
+    assert kinds[0].names == [f"kind {number}" for number in range(4)]
+    assert kinds[1].names == ["others", "things and matters"]
 
 
 def test_a_resumed_run_equals_an_uninterrupted_run_bit_for_bit_and_is_not_repeated(
-    finished: Path, tmp_path: Path
+    finished: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     """It is interrupted after step 3, and its checkpoint then says that it has taken 1e6 s."""
     augmented = []
@@ -206,35 +184,27 @@ def test_a_resumed_run_equals_an_uninterrupted_run_bit_for_bit_and_is_not_repeat
             os.kill(os.getpid(), signal.SIGINT)
         return augment(*arguments)
 
-    checkpoint, options = tmp_path / "cyclip-0" / "checkpoint.pt", ("--loss", "cyclip", "--out")
-    with pytest.MonkeyPatch.context() as patch, (tmp_path / "out.txt").open("w") as file:
-        patch.setattr(train, "augment", augment_and_press_ctrl_c)
-        with redirect_stdout(file):
-            with pytest.raises(KeyboardInterrupt):
-                demonstrate(*options, tmp_path)
-            saved = torch.load(checkpoint, weights_only=True)
-            saved["config"]["lr"] *= 2
-            torch.save(saved, checkpoint)
-            with pytest.raises(
-                UsageError, match="of a run with other settings: choose another --out"
-            ):
-                demonstrate(*options, tmp_path)
-            saved["config"]["lr"] /= 2
-            torch.save(saved | {"seconds": 1e6}, checkpoint)
-            demonstrate(*options, tmp_path)
-            assert len(augmented) == 4 + 3
-            demonstrate(*options, tmp_path)
-    assert len(augmented) == 4 + 3
-    printed = (tmp_path / "out.txt").read_text()
-    for line in ("resumes at step 2 of 5", "evaluates on 4 datasets", "finished before"):
-        assert f"cyclip-0: {line}" in printed
+    monkeypatch.setattr(train, "augment", augment_and_press_ctrl_c)
+    run = ("--loss", "cyclip", "--out", tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        demonstrate(*run)
+    checkpoint = tmp_path / "cyclip-0" / "checkpoint.pt"
+    saved = torch.load(checkpoint, weights_only=True)
+    torch.save(saved | {"config": {**saved["config"], "lr": 1.0}}, checkpoint)
+    with pytest.raises(UsageError, match="of a run with other settings: choose another --out"):
+        demonstrate(*run)
+    torch.save(saved | {"seconds": 1e6}, checkpoint)
+    for line in ("resumes at step 2 of 5", "finished before"):
+        demonstrate(*run)
+        assert len(augmented) == 4 + 3
+        assert f"cyclip-0: {line}" in capsys.readouterr().out
     whole, parts = read_evaluation(finished), read_evaluation(tmp_path)
     assert parts["checkpoints"]["cyclip-0"]["seconds"] > 1e6
     for what in ("history", "results"):
         assert parts[what] == {"cyclip-0": whole[what]["cyclip-0"]}
     files = [folder / "cyclip-0" / "checkpoint.pt" for folder in (finished, tmp_path)]
     one, other = (torch.load(file, weights_only=True)["state_dict"] for file in files)
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def test_evaluate_finds_the_model_of_a_run_and_repeats_its_numbers(
@@ -258,18 +228,3 @@ def test_a_nan_loss_ends_the_run(emoji, tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(RunFailed, match="clip-0: the loss is nan, at step"):
         demonstrate()
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["short"]
-
-
-def tokenize(texts: list[str]) -> torch.Tensor:
-    """(N, 1): the number in "thing 7", else 99."""
-    numbers = [int(t.split()[1].strip(",")) if t.startswith("thing ") else 99 for t in texts]
-    return torch.tensor(numbers)[:, None]
-
-
-def test_a_batch_depends_on_seed_and_step_alone(emoji) -> None:
-    data, again, other = (EmojiBatches(emoji, tokenize, 8, seed) for seed in (0, 0, 1))
-    again.batch(0)
-    assert all(map(torch.equal, data.batch(5), again.batch(5)))
-    assert not torch.equal(data.batch(5)[0], other.batch(5)[0])
-    # Step 7 is at the same place in the next epoch.
-    assert not torch.equal(data.batch(5)[0], data.batch(7)[0])

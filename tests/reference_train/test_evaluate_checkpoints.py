@@ -1,9 +1,9 @@
 """The checkpoints of `evaluate`: which file is taken, its title, its model, and what is refused."""
 
-import re
 import shutil
-import textwrap
 import zipfile
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,14 @@ import open_clip
 import pytest
 import torch
 from miniature import write_run
+from pages import blocks
 from PIL import Image
-from processes import ROOT
 from safetensors.torch import save_file
+from torch import Tensor
 
 from reference_train.command_line import UsageError
 from reference_train.evaluate.checkpoints import (
+    Clip,
     checkpoint_file,
     describe_run,
     find_checkpoints,
@@ -103,67 +105,63 @@ def test_a_model_has_its_runs_preprocessing_context_and_bias(run_folder, tmp_pat
     assert (clip.model.logit_bias.item(), clip.tokenizer(["a"]).shape) == (-10, (1, 9))
 
 
-@pytest.mark.parametrize(
-    ("precision", "dtype"),
-    [("amp", torch.float16), ("amp_bf16", torch.bfloat16), ("fp32", torch.float32)],
-)
-def test_the_precision_decides_the_dtype(precision: str, dtype: torch.dtype, run_folder) -> None:
-    clip = load(*find_checkpoints([run_folder], None, None), CPU, precision=precision)
-    with clip.autocast():
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+def test_the_precision_decides_the_dtype() -> None:
+    ones = torch.ones(2, 2)
+    for precision, dtype in (("amp", torch.float16), ("amp_bf16", torch.bfloat16)):
+        with Clip("", None, None, None, CPU, precision).autocast():
+            assert (ones @ ones).dtype == dtype
+    with Clip("", None, None, None, CPU).autocast():
+        assert (ones @ ones).dtype == torch.float32
 
 
-@pytest.fixture(scope="module")
-def released(run_folder: Path, tmp_path_factory) -> Path:
-    """cyclip.pt/best.pt as the CyCLIP authors' code writes it on two GPUs.
+def of_openclip(name: str, parameter: Tensor) -> bool:
+    """Whether OpenCLIP's trainer lets a weight decay."""
+    return parameter.ndim > 1
 
-    Their optimizer decides by name which weights decay. The learning rate is a NumPy number.
-    """
+
+def of_the_authors(name: str, parameter: Tensor) -> bool:
+    """Whether the code of CyCLIP's authors lets a weight decay. It knows a batch norm by "bn"."""
+    return not any(word in name for word in ("bn", "ln", "bias", "logit_scale"))
+
+
+def save(path: Path, decays: Callable[[str, Tensor], bool]) -> Path:
+    """A checkpoint of a training on two GPUs, with a NumPy number as learning rate."""
     model = open_clip.create_model(QUICK, load_weights=False)
-    exempt = ("bn", "ln", "bias", "logit_scale")
     groups: dict[bool, list[Any]] = {False: [], True: []}
     for name, parameter in model.named_parameters():
-        groups[any(word in name for word in exempt)].append(parameter)
+        groups[decays(name, parameter)].append(parameter)
     optimizer = torch.optim.AdamW(
-        [{"params": groups[free], "weight_decay": 0.1 * (not free)} for free in (True, False)]
+        [{"params": groups[decay], "weight_decay": 0.1 * decay} for decay in groups]
     )
     for group in optimizer.param_groups:
         group["lr"] = np.float64(5e-4) * (1 + np.cos(0.5)) / 2
     state = {f"module.{name}": value for name, value in model.state_dict().items()}
-    content = {"epoch": 3, "name": "x", "state_dict": state, "optimizer": optimizer.state_dict()}
-    folder = tmp_path_factory.mktemp("released") / "cyclip.pt"
-    folder.mkdir()
-    torch.save(content, folder / "best.pt")
-    return folder / "best.pt"
+    path.parent.mkdir(exist_ok=True)
+    torch.save({"epoch": 3, "state_dict": state, "optimizer": optimizer.state_dict()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def released(run_folder: Path, tmp_path_factory) -> Path:
+    """cyclip.pt/best.pt of the authors."""
+    return save(tmp_path_factory.mktemp("released") / "cyclip.pt" / "best.pt", of_the_authors)
 
 
 def test_a_checkpoint_of_the_authors_loads_with_quickgelu_only(released: Path, tmp_path) -> None:
-    """If there is a params.txt beside the file, its model is taken."""
+    """OpenCLIP's own loads with any model, and so does one with its run's params.txt beside it."""
     [found] = find_checkpoints([released], QUICK, None)
     assert (found.title, load(found, CPU).epoch) == ("cyclip", 3)
     [found] = find_checkpoints([released], "evaluate-tiny", None)
     with pytest.raises(UsageError, match="pass --model RN50-quickgelu for the files") as error:
         load(found, CPU)
     assert "\n" not in str(error.value)
-    shutil.copy(released, tmp_path / "theirs.pt")
-    (tmp_path / "params.txt").write_text("model: evaluate-tiny\n")
-    [found] = find_checkpoints([tmp_path / "theirs.pt"], None, None)
-    load(found, CPU)
-
-
-def test_openclips_checkpoints_are_not_taken_for_the_authors(run_folder, tmp_path: Path) -> None:
-    """In OpenCLIP's optimizer no one-dimensional weight decays."""
-    model = open_clip.create_model("evaluate-tiny", load_weights=False)
-    groups: dict[bool, list[Any]] = {False: [], True: []}
-    for parameter in model.parameters():
-        groups[parameter.ndim > 1].append(parameter)
-    optimizer = torch.optim.AdamW(
-        [{"params": groups[decays], "weight_decay": 0.2 * decays} for decays in (True, False)]
-    )
-    content = {"epoch": 1, "name": "x", "state_dict": model.state_dict()}
-    torch.save(content | {"optimizer": optimizer.state_dict()}, tmp_path / "epoch_1.pt")
-    [found] = find_checkpoints([tmp_path / "epoch_1.pt"], "evaluate-tiny", None)
-    load(found, CPU)
+    own = save(tmp_path / "epoch_1.pt", of_openclip)
+    (tmp_path / "run").mkdir()
+    theirs = shutil.copy(released, tmp_path / "run" / "theirs.pt")
+    (tmp_path / "run" / "params.txt").write_text("model: evaluate-tiny\n")
+    for file, model in ((own, "evaluate-tiny"), (theirs, None)):
+        [found] = find_checkpoints([file], model, None)
+        assert load(found, CPU).epoch == 3
 
 
 def test_weights_saved_as_the_page_says_load_in_openclip(
@@ -172,40 +170,39 @@ def test_weights_saved_as_the_page_says_load_in_openclip(
     """The block under "What cannot be continued" reads the file without running code in it."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(released.parent, tmp_path / released.parent.name)
-    page = (ROOT / "docs" / "from_the_authors_code.md").read_text()
-    [block] = [b for b in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "torch.load" in b]
+    [block] = [b for b in blocks("docs/from_the_authors_code.md") if "torch.load" in b]
     assert "weights_only=False" not in block
-    exec(textwrap.dedent(block), {})
+    exec(block, {})
     model = open_clip.create_model(QUICK, pretrained="cyclip-weights.pt")
     trained = torch.load(released, weights_only=False)["state_dict"]
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, trained[f"module.{name}"])
+    found = {f"module.{name}": value for name, value in model.state_dict().items()}
+    torch.testing.assert_close(found, dict(trained), rtol=0, atol=0)
 
 
-def test_checkpoints_may_hold_scalars_of_old_and_new_numpy_and_no_other_objects(
-    released: Path, tmp_path: Path
-) -> None:
-    """NumPy 1 called the constructor numpy.core.multiarray.scalar."""
-    new, old = b"cnumpy._core.multiarray\nscalar\n", b"cnumpy.core.multiarray\nscalar\n"
-    for replacement, loads in (
-        (new, True),
-        (old, True),
+NEW, OLD = b"cnumpy._core.multiarray\nscalar\n", b"cnumpy.core.multiarray\nscalar\n"
+
+
+@pytest.mark.parametrize(
+    ("constructor", "loads"),
+    [
+        (NEW, True),
+        (OLD, True),
         (b"cnumpy.core.multiarray\nfrombuffer\n", False),
         (b"cos\nsystem\n", False),
-    ):
-        with (
-            zipfile.ZipFile(released) as saved,
-            zipfile.ZipFile(tmp_path / "changed.pt", "w") as changed,  # stored, not compressed
-        ):
-            for member in saved.namelist():
-                content = saved.read(member)
-                if member.endswith("data.pkl"):
-                    assert (new in content) != (old in content)
-                    content = content.replace(new, replacement).replace(old, replacement)
-                changed.writestr(member, content)
-        [found] = find_checkpoints([tmp_path / "changed.pt"], QUICK, None)
-        if loads:
-            assert load(found, CPU).epoch == 3
-        else:
-            with pytest.raises(UsageError, match="holds more than weights"):
-                load(found, CPU)
+    ],
+)
+def test_checkpoints_may_hold_scalars_of_old_and_new_numpy_and_no_other_objects(
+    constructor: bytes, loads: bool, released: Path, tmp_path: Path
+) -> None:
+    """NumPy 1 called the constructor numpy.core.multiarray.scalar."""
+    file = tmp_path / "changed.pt"
+    with zipfile.ZipFile(released) as saved, zipfile.ZipFile(file, "w") as changed:
+        for member in saved.namelist():
+            content = saved.read(member)
+            if member.endswith("data.pkl"):
+                assert (NEW in content) != (OLD in content)
+                content = content.replace(NEW, constructor).replace(OLD, constructor)
+            changed.writestr(member, content)
+    [found] = find_checkpoints([file], QUICK, None)
+    with nullcontext() if loads else pytest.raises(UsageError, match="holds more than weights"):
+        assert load(found, CPU).epoch == 3

@@ -1,10 +1,7 @@
 """The tables and figures of `evaluate` and `report`, and the paper's numbers in them."""
 
-import csv
 import json
 from base64 import b64encode
-from collections import Counter
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ from processes import ROOT
 
 from reference_train import siglip_table
 from reference_train.command_line import UsageError
-from reference_train.evaluate import figures, paper, records, report
+from reference_train.evaluate import paper, records, report
 from reference_train.evaluate.datasets import Classes, Dataset, Images
 from reference_train.evaluate.records import read_evaluation
 from reference_train.losses import LOSSES
@@ -71,23 +68,19 @@ def test_columns_are_in_the_order_of_their_numbers_and_losses(tmp_path: Path) ->
 
 def test_a_merged_evaluation_has_the_settings_and_steps_of_all(tmp_path: Path) -> None:
     """Runs of the same weights are one column, and runs of others are two."""
-    first, moved, other = (
-        {"model": "m", "path": path, "written": written, "loss": None, "seed": None}
-        for path, written in (("logs/run", "1"), ("/old/run", "1"), ("logs/run", "2"))
-    )
     results = {"numbers": {"top1": 0.1}, "groups": {}}
     folders = [
         write(
             tmp_path / name,
-            {"run": dict.fromkeys(data_sets, results | {"seconds": seconds}), name: 0.1},
-            checkpoints={"run": checkpoint},
+            {"run": dict.fromkeys(data_sets, results | {"path": path}), name: 0.1},
+            checkpoints={"run": {"loss": None, "seed": None, "path": path, "written": written}},
             settings={"steps": steps},
             history={name: [steps]},
         )
-        for name, checkpoint, data_sets, steps, seconds in (
-            ("a", first, ["icons", "emoji"], 1178, 1),
-            ("b", moved, ["icons"], 620, 2),
-            ("c", other, [], 620, 3),
+        for name, path, written, data_sets, steps in (
+            ("a", "logs/run", "1", ["icons", "emoji"], 1178),
+            ("b", "/old/run", "1", ["icons"], 620),  # moved, and measured again
+            ("c", "logs/run", "2", [], 620),
         )
     ]
     # Without weights, other numbers are those of another run.
@@ -137,10 +130,10 @@ def test_the_table_has_the_lines_of_one_written_by_hand(tmp_path: Path, capsys) 
     classes = Classes(labels, [*"abcdefgh"], ["{}", "a {}"], superclass=coarse)
     captions = [[f"own {number}", "of all"] for number in range(8)]
     images, train = (Images(torch.zeros(count, 3, 1, 1)) for count in (8, 9))
-    sets = {"own": records.describe(Dataset(images, {"": classes}, captions, train=(train, {})))}
-    numbers = dict.fromkeys(report.metrics_of(sets["own"]), 0.5)
-    run = {"own": {"numbers": numbers, "groups": {}}}
-    report.main([write(tmp_path / "1", {"run": run}, data_sets=sets, failed={"b": "why"})])
+    described = records.describe(Dataset(images, {"": classes}, captions, train=(train, {})))
+    numbers = dict.fromkeys(report.metrics_of(described), 0.5)
+    runs = {"run": {"own": {"numbers": numbers, "groups": {}}}}
+    report.main([write(tmp_path / "1", runs, data_sets={"own": described}, failed={"b": "why"})])
     lines = iter((tmp_path / "1" / "table.md").read_text().splitlines())
     assert [line for line in BY_HAND.strip().splitlines() if line not in lines] == []  # in order
     printed = capsys.readouterr().out
@@ -156,18 +149,19 @@ def test_the_papers_numbers_are_beside_ours_in_a_table_as_wide_as_its_heading(tm
     table = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
     assert {len(line) for line in table} == {len(table[0])}
     top1 = dict(zip(table[0], table[1], strict=True))
-    assert top1["CLIP, paper"] == "46.54 q"
-    assert top1["CyCLIP, paper"] == "51.45 q"
-    assert top1["CLIP, reproduced"] == "44.95 q"
+    papers = [top1[x] for x in ("CLIP, paper", "CyCLIP, paper", "CLIP, reproduced")]
+    assert papers == ["46.54 q", "51.45 q", "44.95 q"]
     assert (top1["CLIP (2)"], top1["chance"]) == ("10.0 (10.0–10.0)", "10.0")
-    assert "| consistency score, k = 1 |  | 44.60 c | 48.81 c |" in text
-    for note in ("- paper: Goel et al.", "; q: quoted,"):
-        assert note in text
+    for line in (
+        "| consistency score, k = 1 |  | 44.60 c | 48.81 c |",
+        "- paper: Goel et al.",
+        "; q: quoted,",
+    ):
+        assert line in text
     sets["cifar10"]["images"] = 20
     report.main([write(tmp_path / "2", {"clip-0": found}, data_sets=sets)])
     text = (tmp_path / "2" / "table.md").read_text()
     assert "published numbers are not shown: 20 images, the paper's test split has 10,000" in text
-    assert "46.54 q" not in text
     assert "paper: Goel" not in text
 
 
@@ -182,67 +176,39 @@ def test_published_probes_are_hidden_if_ours_was_fitted_on_other_images() -> Non
     assert "fitted on 1,880 images, the authors' on 3,760" in note
     shown, notes = report.comparable("caltech101", base, ["linear_probe"])
     assert len(shown) == len(notes) == 2
+    sources = {row.source for row in paper.published("imagenet1k")}
+    assert sources == {"paper", "reproduced"}  # not the paper's runs on less data
 
 
-def test_each_published_number_has_a_source_and_no_incomparable_one_is_listed() -> None:
-    with (paper.FOLDER / "published.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert max(Counter(tuple(row.values())[:4] for row in rows).values()) == 1
-    assert all(row["where"] and row["mark"] in paper.MARKS for row in rows)
-    assert {row["source"] for row in rows} == {*paper.SOURCES, paper.DATA_SIZE}
-    probes = {(row["data_set"], row["source"]) for row in rows if row["metric"] == "linear_probe"}
-    # These were fitted on test images, or on an unknown part of the training images.
-    assert ("cifar100", "May 2022") not in probes
-    assert {dataset for dataset, _ in probes} <= {*paper.SETS}
-    assert not [x for x in paper.published("imagenet1k") if x.source == paper.DATA_SIZE]
-    assert paper.published("own") == []
-
-
-def test_figures_have_the_numbers_of_the_table(tmp_path: Path, monkeypatch) -> None:
-    """And the command draws them."""
-    drawn: list[Any] = []
-
-    def draw(function: Any, found: Any, path: Path) -> None:
-        drawn.append(found)
-        function(found, path)
-
-    for name in ("draw_bars", "draw_similarities"):
-        monkeypatch.setattr(figures, name, partial(draw, getattr(figures, name)))
+def test_figures_have_the_numbers_of_the_table(tmp_path: Path) -> None:
     stored = {"matrices": b64encode(np.full(3 * 4, 127, np.int8).tobytes()).decode()}
     runs = {
         f"clip-{i}": {"icons": {"numbers": {"top1": x}, "groups": {}}}
         for i, x in enumerate([0.1, 0.16])
     }
     runs["clip-1"]["icons"]["similarities"] = stored
-    report.main([write(tmp_path / "1", runs)])
-    panels, similarities = drawn
-    [(title, panel)] = panels.items()
+    result = read_evaluation(Path(write(tmp_path / "1", runs)))
+    [(title, panel)] = report.bar_panels(result).items()
     assert title == "zero-shot top-1, %"
     bounds = [panel.loc["icons", (bound, "CLIP")] for bound in ("mean", "min", "max")]
     assert bounds == pytest.approx([13, 10, 16])
-    [(title, matrices)] = similarities.items()
+    [(title, matrices)] = report.similarities(result).items()
     assert title == "CLIP: icons, 2 pairs, sorted by colour"
     np.testing.assert_array_equal(matrices, np.ones((3, 2, 2)))
-    for picture in ("picture.png", "similarities.png"):
-        assert (tmp_path / "1" / picture).stat().st_size > 10_000
 
 
 def test_the_record_of_siglips_penalties_has_the_runs_of_its_folders(tmp_path: Path) -> None:
     numbers = dict.fromkeys((*siglip_table.METRICS, *siglip_table.GAPS), 0.5)
     found = {name: {"numbers": numbers, "groups": {}} for name in siglip_table.DATA_SETS}
-    settings = {name: 1.0 for name in siglip_table.SETTINGS if name not in ("seed", "loss")}
-    runs = ("cysiglip", 0), ("siglip", 1), ("siglip", 0)
-    about = {
-        f"{x}-{s}": {**settings, "penalty_weight": 1 / 256, "loss": x, "seed": s, "seconds": 7.4}
-        for x, s in runs
+    settings = dict.fromkeys(siglip_table.SETTINGS, 1.0) | {"seconds": 7.4}
+    runs = {
+        f"{loss}-{seed}": settings | {"loss": loss, "seed": seed}
+        for loss, seed in (("cysiglip", 0), ("siglip", 1), ("siglip", 0))
     }
-    history = {name: [dict.fromkeys(siglip_table.LAST_STEP, 2.0)] for name in about}
-    folder = write(tmp_path / "a", dict.fromkeys(about, found), checkpoints=about, history=history)
+    history = {name: [dict.fromkeys(siglip_table.LAST_STEP, 2.0)] for name in runs}
+    folder = write(tmp_path / "a", dict.fromkeys(runs, found), checkpoints=runs, history=history)
     record = siglip_table.collect([Path(folder)])
-    assert record[["loss", "seed", "penalty_weight"]].values.tolist() == [
-        ["siglip", 0, 0.0],
-        ["siglip", 1, 0.0],
-        ["cysiglip", 0, 1 / 256],
-    ]
+    rows = record[["loss", "seed", "penalty_weight", "seconds"]].values.tolist()
+    assert rows == [["siglip", 0, 0, 7], ["siglip", 1, 0, 7], ["cysiglip", 0, 1, 7]]
     committed = pd.read_csv(ROOT / "reference_train/results/siglip/runs.csv")
     assert list(record) == list(committed)

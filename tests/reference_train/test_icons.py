@@ -94,8 +94,8 @@ def samples(folder: Path, files: str = "*.tar") -> dict[str, Sample]:
     return {s.key: s for s in pairs}
 
 
-def test_the_manifest_says_what_was_left_out_and_why(built: Path) -> None:
-    manifest = manifest_of(built)
+def test_the_manifest_says_what_was_left_out_and_where_the_icons_come_from(built: Path) -> None:
+    manifest, archive = manifest_of(built), built.parent / "icons.tgz"
     assert manifest["left_out"] == {
         "blank": 3,
         "crashes the renderer, or takes it for ever": 2,
@@ -106,18 +106,12 @@ def test_the_manifest_says_what_was_left_out_and_why(built: Path) -> None:
         "logos and flags in other sets": 1,
     }
     assert sum(manifest["pairs"].values()) == len(DRAWINGS) - 9
-
-
-def test_the_manifest_says_where_the_icons_come_from(built: Path) -> None:
-    manifest, archive = manifest_of(built), built.parent / "icons.tgz"
     assert {name: about["licence"] for name, about in manifest["sets"].items()} == {"plain": "MIT"}
     assert manifest["package"] == str(archive)
     assert manifest["sha256"] == hashlib.sha256(archive.read_bytes()).hexdigest()
     sizes = json.loads((built / "sizes.json").read_text())
-    assert sizes == {p.name: len(list(read_samples([str(p)]))) for p in built.glob("*.tar")}
+    assert sizes == {path.name: len(samples(built, path.name)) for path in built.glob("*.tar")}
     assert max(sizes.values()) == 6
-    things = [key for key in samples(built, "train-*.tar") if "thing" in key]
-    assert things != sorted(things)  # icons are in a random order
 
 
 # Each sample of `SETS` in the order of the shards: its caption, the name and the style of held-out
@@ -178,7 +172,7 @@ def two_sets(tmp_path_factory) -> str:
     return str(make_package(tmp_path_factory.mktemp("two") / "icons.tgz", sets))
 
 
-@pytest.mark.parametrize(("most", "trained_on"), [(0, 2), (1, 1), (3, 2)])
+@pytest.mark.parametrize(("most", "trained_on"), [(0, 2), (1, 1)])
 def test_a_name_is_held_out_in_all_sets_or_in_none(
     most: int, trained_on: int, two_sets: str, tmp_path: Path, monkeypatch
 ) -> None:
@@ -189,12 +183,11 @@ def test_a_name_is_held_out_in_all_sets_or_in_none(
     out = tmp_path / "out"
     icons.main(["--out", str(out), "--package", two_sets, "--pictures-of-a-name", str(most)])
     manifest = manifest_of(out)
-    assert manifest["pictures_of_a_name"] == most
     assert sum((*manifest["pairs"].values(), *manifest["left_out"].values())) == 16
     val, train = (samples(out, f"{part}-*.tar").values() for part in ("val", "train"))
-    held_out = [sample.info["name"] for sample in val]
-    assert 0 < len(held_out) == len(set(held_out)) < 8
-    assert len(train) == trained_on * (8 - len(held_out))
+    held_out = {sample.info["name"] for sample in val}
+    assert 0 < len(held_out) == len(val) < 8
+    assert len(train) == trained_on * (8 - len(val))
     assert not [s for s in train if any(name in s.caption for name in held_out)]
 
 
@@ -245,9 +238,3 @@ def test_bad_arguments_and_packages_raise_an_error_and_leave_nothing(
     with pytest.raises(UsageError, match=message):
         icons.main(arguments.split())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["lacks.tgz", "other.tgz"]
-
-
-def test_a_missing_renderer_is_named(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(icons.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RunFailed, match="pip install resvg-py"):
-        icons.main(["--out", str(tmp_path / "out")])

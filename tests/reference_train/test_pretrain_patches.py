@@ -5,7 +5,6 @@ import math
 import os
 import resource
 from argparse import Namespace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,52 +24,45 @@ from reference_train.pretrain import pretrain as command
 pytest_plugins = ["pretraining"]
 
 
-@pytest.fixture
-def evaluate(tmp_path: Path):
-    """Evaluates a model whose weights all equal its epoch, with a given validation loss."""
-    model: Any = nn.Linear(2, 2, bias=False)
-    # The model as DistributedDataParallel wraps it, in a task of OpenCLIP 4.
+# The validation loss of each epoch, and what the arguments of its run have besides.
+EPOCHS: list[tuple[float | None, dict[str, object]]] = [
+    (None, {}),  # not validated
+    (0.1, {"fsdp": 1}),  # no rank has the whole model
+    (0.1, {"save_logs": False}),  # another rank than the first
+    (math.nan, {}),
+    (3, {}),
+    (1, {}),
+    (2, {}),
+    (0.5, {}),
+]
+
+
+def test_the_epoch_with_the_lowest_loss_is_kept(tmp_path: Path) -> None:
+    """The model is wrapped in DistributedDataParallel, in a task of OpenCLIP 4."""
+    model = nn.Linear(1, 1, bias=False)
     task = Namespace(trainable_module=nn.ModuleDict({"module": model}))
-
-    def run(epoch: int, loss: float | None, **changes: object) -> None:
+    kept = []
+    for epoch, (loss, changes) in enumerate(EPOCHS):
         nn.init.constant_(model.weight, epoch)
-        args = Namespace(save_logs=True, checkpoint_path=str(tmp_path), name="run")
-        vars(args).update(changes)
+        given = {"save_logs": True, "checkpoint_path": str(tmp_path), "name": "run", **changes}
         found = {} if loss is None else {patches.LOSS: loss}
-        patches.TrainerPatches({}).evaluate(lambda *_: found, task, None, epoch, args)
-
-    return run
-
-
-def test_the_epoch_with_the_lowest_loss_is_kept(evaluate, tmp_path: Path) -> None:
-    """A loss that is NaN does not count."""
-    kept: list[tuple[Any, ...]] = []
-    for epoch, loss in enumerate([math.nan, 3, 1, 2, 0.5], start=1):
-        evaluate(epoch, loss)
+        patches.TrainerPatches({}).evaluate(
+            lambda *_, found=found: found, task, None, epoch, Namespace(**given)
+        )
         for file in tmp_path.glob(patches.BEST):
             saved = torch.load(file, weights_only=True)
-            kept.append((saved["epoch"], saved["name"], saved["state_dict"]["weight"][0, 0]))
-    assert kept == [(epoch, "run", epoch) for epoch in (2, 3, 3, 5)]
-
-
-@pytest.mark.parametrize(
-    ("loss", "changes"),
-    [(None, {}), (0.5, {"fsdp": 1}), (0.5, {"save_logs": False})],
-    ids=["no validation", "no whole model", "another rank"],
-)
-def test_no_best_epoch_is_kept_without_a_loss_or_a_whole_model(
-    loss: float | None, changes: dict[str, object], evaluate, tmp_path: Path
-) -> None:
-    evaluate(1, loss, **changes)
-    assert not (tmp_path / patches.BEST).exists()
+            kept.append((saved["epoch"], saved["name"], saved["state_dict"]["weight"].item()))
+    assert kept == [(epoch, "run", epoch) for epoch in (4, 5, 5, 7)]
 
 
 def test_gaps_and_correlations_are_added_to_the_validation() -> None:
-    image, text = nn.functional.normalize(torch.randn(2, 10, 4), dim=-1)
-    metrics = partial(patches.TrainerPatches({}).get_clip_metrics, lambda **features: {"R@1": 0.5})
-    both = {"R@1": 0.5} | {k: float(v) for k, v in consistency_metrics(image, text).items()}
-    assert metrics(image_features=image, text_features=text) == both
-    assert metrics(image_features=image.split(4), text_features=text.split(4)) == both
+    """OpenCLIP 4 passes batches of features."""
+    features = nn.functional.normalize(torch.randn(2, 10, 4), dim=-1)
+    both = {"R@1": 0.5} | {k: float(v) for k, v in consistency_metrics(*features).items()}
+    for image, text in (features, [x.split(4) for x in features]):
+        given = {"image_features": image, "text_features": text}
+        trainer = patches.TrainerPatches({})
+        assert trainer.get_clip_metrics(lambda **_: {"R@1": 0.5}, **given) == both
 
 
 def test_weights_that_are_not_finite_are_not_saved(pretrain, tmp_path: Path) -> None:
@@ -112,36 +104,35 @@ def test_weights_or_statistics_that_are_not_finite_on_one_rank_stop_all(other_ra
 
 
 def test_the_first_rank_logs_what_all_ranks_could_not_read(other_rank: Tensor, caplog) -> None:
-    trainer, model = patches.TrainerPatches({}), nn.Linear(1, 1)
-    trainer.args, trainer.lost = Namespace(**RANKS), Namespace(value=0)
+    trainer = patches.TrainerPatches({})
     for rank in (0, 1):
-        trainer.args.rank, trainer.lost.value = rank, 4
-        assert trainer.train_one_epoch(lambda *_: "result", model, {}) == "result"
+        trainer.args, trainer.lost = Namespace(**RANKS, rank=rank), Namespace(value=4)
+        assert trainer.train_one_epoch(lambda *_: "result", nn.Linear(1, 1), {}) == "result"
         assert trainer.lost.value == 0
-    assert [r.getMessage() for r in caplog.records] == [
-        "Unreadable in this epoch: 5 pairs or shards"
-    ]
+    [logged] = caplog.messages
+    assert logged == "Unreadable in this epoch: 5 pairs or shards"
 
 
 def test_a_seed_fixes_the_pairs_and_the_crops(pretrain, tmp_path: Path, monkeypatch) -> None:
-    trainer, seen = command.trainer, []
+    seen: list[Any] = []
 
     def look(model: Any, data: Any, loss: Any, epoch: int, *_: Any, tb_writer: Any) -> None:
         data["train"].set_epoch(epoch)
         seen.extend(data["train"].dataloader)
 
-    def record(*flags: str) -> tuple[Tensor, Tensor]:
+    def record(*flags: str) -> list[Tensor]:
+        """The images and the texts of two epochs of 32 pairs."""
         seen.clear()
         (tmp_path / "run" / "checkpoints" / "epoch_latest.pt").unlink(missing_ok=True)
         pretrain("--epochs", "2", "--workers", "2", *flags, pairs=32)
-        return torch.cat([image for image, _ in seen]), torch.cat([text for _, text in seen])
+        return [torch.cat(batches) for batches in zip(*seen, strict=True)]
 
-    monkeypatch.setattr(trainer, "train_one_epoch", look)
-    monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: {})
-    first, again, other = record(), record(), record("--seed", "1")
-    assert all(map(torch.equal, first, again))
-    assert not torch.equal(first[1], other[1])
-    assert not torch.equal(first[1][:32], first[1][32:])
+    monkeypatch.setattr(command.trainer, "train_one_epoch", look)
+    monkeypatch.setattr(command.trainer, "evaluate", lambda *_, **__: {})
+    (images, texts), again, (_, other) = record(), record(), record("--seed", "1")
+    torch.testing.assert_close(again, [images, texts], rtol=0, atol=0)
+    assert not torch.equal(texts, other)
+    assert not torch.equal(texts[:32], texts[32:])
 
 
 @pytest.mark.parametrize("filters", [[wds.shuffle(1)], [tarfile_to_samples_nothrow]])

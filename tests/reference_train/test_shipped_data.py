@@ -4,14 +4,12 @@ import hashlib
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from processes import ROOT
 
 from reference_train.data import emoji
 from reference_train.demo import datasets, demo, train
-from reference_train.demo.batches import augment
 from reference_train.evaluate import records
 from reference_train.evaluate.datasets import open_emoji
 
@@ -41,20 +39,12 @@ def test_the_data_are_those_that_were_checked() -> None:
 
 @pytest.fixture(scope="module")
 def shipped():
-    """The emoji that ship, with pictures of one pixel, which the commands read from memory."""
+    """The emoji that ship, which the commands get without reading them again."""
+    read = emoji.read_emoji()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(emoji, "decode", lambda *_: np.zeros((3, 1, 1), np.uint8))
-        read = emoji.read_emoji()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(emoji, "read_emoji", lambda: read)
+        for module in (emoji, demo):
+            patch.setattr(module, "read_emoji", lambda: read)
         yield read
-
-
-def test_a_concept_is_the_same_in_every_style_and_held_out_in_all(shipped) -> None:
-    assert len({concept.code for concept in shipped.concepts}) == len(shipped.concepts) == 1597
-    assert [len(shipped.in_split(s)) for s in ("train", "validation", "test")] == [1190, 153, 254]
-    trained = {shipped.concepts[i].subgroup for i in shipped.in_split("train")}
-    assert trained == {concept.subgroup for concept in shipped.concepts}
 
 
 def test_all_shipped_emoji_are_evaluated_with_their_names_and_subgroups(shipped) -> None:
@@ -79,25 +69,24 @@ def test_the_records_have_the_settings_and_the_concepts_of_the_demonstration(
         assert described.items() <= record["data_sets"][name].items()
 
 
-# The terms of the third step of `python -m reference_train --loss cyclip`, on a CPU.
-THIRD_STEP = {"contrastive": 7.319, "inmodal_cyclic": 3.321, "crossmodal_cyclic": 0.711}
+# The terms of the fifth step, the first of the second epoch, on a CPU.
+KNOWN = {"cyclip": [6.902, 2.172, 0.495], "cyclip-views": [3.494, 2.531, 2.024, 0.503]}
 
 
-def test_the_first_steps_on_the_shipped_emoji_have_the_known_losses(tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("loss", KNOWN)
+def test_the_first_steps_on_the_shipped_emoji_have_the_known_losses(
+    loss: str, shipped, tmp_path, monkeypatch
+) -> None:
     """They change with the data, the augmentation, the model, the optimiser and its schedule."""
-    steps = []
 
-    def stop(*arguments: object) -> torch.Tensor:
-        steps.append(arguments)
-        if len(steps) > 3:
-            raise KeyboardInterrupt
-        return augment(*arguments)
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "CHECKPOINTS", 620 // 3)  # a checkpoint after every third step
-    monkeypatch.setattr(train, "augment", stop)
+    monkeypatch.setattr(train, "CHECKPOINTS", 620 // 5)  # a checkpoint after every fifth step
+    monkeypatch.setattr(train, "print_progress", stop)
     with pytest.raises(KeyboardInterrupt):
-        demo.main(["--device", "cpu", "--loss", "cyclip", "--out", str(tmp_path)])
-    saved = torch.load(tmp_path / "cyclip-0" / "checkpoint.pt", weights_only=True)
+        demo.main(["--device", "cpu", "--loss", loss, "--out", str(tmp_path)])
+    saved = torch.load(tmp_path / f"{loss}-0" / "checkpoint.pt", weights_only=True)
     last = saved["history"][-1]
-    terms = {name: last[f"{name}_loss"] for name in THIRD_STEP}
-    assert terms == pytest.approx(THIRD_STEP, abs=2e-3)
+    terms = [value for name, value in last.items() if name.endswith("_loss")]
+    assert terms == pytest.approx(KNOWN[loss], abs=2e-3)

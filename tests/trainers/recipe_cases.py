@@ -7,7 +7,6 @@ import torch
 from pages import blocks as blocks
 from pages import run as run
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from cyclip_loss import CyCLIPLoss
 from reference_train.data.emoji import EMOJI_FOLDER
@@ -55,37 +54,15 @@ def tiny_coca() -> nn.Module:
     )
 
 
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.1)
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    found = {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}
-    return {name: grad.clone() for name, grad in found.items() if grad is not None}
-
-
-def whole_batch_gradients() -> dict[str, Tensor]:
-    """The gradients of one process on the whole batch, in float64."""
-    model = tiny_clip().double()
-    images, tokens = batch()
-    CyCLIPLoss()(**model(images.double(), tokens)).backward()
-    return gradients(model)
-
-
-def recipes_on_rank(rank: int, world_size: int) -> tuple[list[dict[str, Tensor]], Tensor]:
-    """The gradients of two recipes, and the gradient of a logit scale outside of the DDP model."""
+def scale_gradient_on_rank(rank: int, world_size: int) -> Tensor:
+    """The gradient of a logit scale outside of the DDP model, averaged over the ranks."""
     images, tokens = batch()
     images, tokens = images.double().chunk(world_size)[rank], tokens.chunk(world_size)[rank]
-    options = {"loader": [(images, tokens)], "epochs": 1, "warmup_steps": 1}
-    found = []
-    for heading in (LARGE_BATCH, "Weights that warm up"):
-        model = DistributedDataParallel(tiny_clip().double())
-        run(heading, model=model, optimizer=sgd(model), loss_fn=CyCLIPLoss(), **options)
-        found.append(gradients(model))
     model = tiny_clip().double()
     names = model(images, tokens) | {"loss_fn": CyCLIPLoss()}
     names["log_scale"] = nn.Parameter(model.logit_scale.detach().clone())
-    return found, run("A logit scale outside of DDP", **names)["log_scale"].grad
+    grad: Tensor = run("A logit scale outside of DDP", **names)["log_scale"].grad
+    return grad
 
 
 def tiny_hugging_face() -> nn.Module:

@@ -52,17 +52,22 @@ def make_data(n: int) -> dict[str, Tensor]:
     }
 
 
-def run_block(block: str, data: dict[str, Tensor], options: dict[str, Any], n: int) -> Tensor:
+def unit(data: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rows of unit length, for which the formulas hold. Their gradients are tangential."""
+    return {name: F.normalize(x, dim=1) if name in FEATURES else x for name, x in data.items()}
+
+
+def run_block(
+    block: str, data: dict[str, Tensor], n: int, ids: Tensor | None = None, **options: Any
+) -> Tensor:
     """The loss that the block computes from these variables. n: pairs in the whole batch."""
-    names: dict[str, Any] = dict(data)
+    names: dict[str, Any] = unit(data)
     exec(BLOCKS[0], names)
-    names["contrastive_logsumexp"] = partial(cyclip_loss.contrastive_logsumexp, **options)
-    of_module = {name: x for name, x in options.items() if name != "ids"}
-    of_call = {"ids": options.get("ids")}
+    names["contrastive_logsumexp"] = partial(cyclip_loss.contrastive_logsumexp, ids=ids, **options)
     names["CyCLIPLoss"] = lambda *lambdas: partial(
-        cyclip_loss.CyCLIPLoss(*lambdas, **of_module), **of_call
+        cyclip_loss.CyCLIPLoss(*lambdas, **options), ids=ids
     )
-    names |= {"queries": data["image_features"], "documents": data["text_features"]}
+    names |= {"queries": names["image_features"], "documents": names["text_features"]}
     names |= {"num_negatives": n - 1, "num_samples": n, **NUMBERS}
     if "moving_average(" in block:
         exec(block_with("class MovingAverageLoss"), names)
@@ -222,7 +227,7 @@ def moving_average(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
 
 @dense("loss = torch.logsumexp(row, dim=0)")
 def uniformity(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
-    images = F.normalize(data["image_features"], dim=1)  # so that gradients are tangential
+    images = data["image_features"]
     distances = (images[:, None] - images).square().sum(dim=2)
     return (-2 * distances)[mask(len(images), None)].exp().mean().log()
 
@@ -238,11 +243,10 @@ NEED_TWO_PAIRS = (decoupled, debiased, moving_average, uniformity)
 ACROSS_RANKS = {"loss = torch.logsumexp(row, dim=0)": "torch.distributed.all_reduce(total)"}
 
 
-def recipes(answer: str = "") -> pytest.MarkDecorator:
-    """Parametrizes a test with the recipes whose section of the page gives this answer."""
+def recipes(answer: str = "") -> list[str]:
+    """The recipes whose section of the page gives this answer."""
     sections = (pages.ROOT / "docs/losses.md").read_text().split("\n## ")
-    found = [marker for marker in DENSE for text in sections if marker in text and answer in text]
-    return pytest.mark.parametrize("marker", found, ids=lambda marker: DENSE[marker].__name__)
+    return [marker for marker in DENSE for text in sections if marker in text and answer in text]
 
 
 def with_gradients(data: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -254,50 +258,33 @@ def with_gradients(data: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def gradients(loss: Tensor, data: dict[str, Tensor], marker: str) -> dict[str, Tensor]:
+def gradients(loss: Tensor, data: dict[str, Tensor]) -> dict[str, Tensor]:
     leaves = {name: x for name, x in data.items() if x.requires_grad}
-    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    grads = {
-        name: torch.zeros_like(leaves[name]) if x is None else x
-        for name, x in zip(leaves, found, strict=True)
-    }
-    if DENSE[marker] is uniformity:
-        # The formula holds for rows of unit length, so only the tangential part is compared.
-        for name in FEATURES:
-            rows, gradient = leaves[name].detach(), grads[name]
-            grads[name] = gradient - (gradient * rows).sum(dim=1, keepdim=True) * rows
-    return grads
+    options = {"allow_unused": True, "materialize_grads": True}
+    found = torch.autograd.grad(loss, list(leaves.values()), **options)
+    return dict(zip(leaves, found, strict=True))
 
 
 def expected(marker: str, n: int, ids: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
     data = with_gradients(make_data(n))
-    loss = DENSE[marker](data, mask(n, ids))
-    return loss, gradients(loss, data, marker)
+    loss = DENSE[marker](unit(data), mask(n, ids))
+    return loss, gradients(loss, data)
 
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
+# Numbers of pairs, and of distinct ids (0: no ids). With one id, the only negatives are the hard
+# ones.
+SIZES = [(marker, n, 0) for marker in recipes() for n in (2, 40)]
+SIZES += [(marker, 1, 0) for marker in recipes() if DENSE[marker] not in NEED_TWO_PAIRS]
+SIZES += [(marker, 20, distinct) for marker in recipes("`ids`: yes") for distinct in (1, 3)]
 
 
-@recipes()
-@pytest.mark.parametrize("n", [1, 2, 40])
-def test_a_recipe_equals_its_dense_form(marker: str, n: int) -> None:
-    if n == 1 and DENSE[marker] in NEED_TWO_PAIRS:
-        pytest.skip("not defined for one pair")
+@pytest.mark.parametrize(("marker", "n", "distinct"), SIZES)
+def test_a_recipe_equals_its_dense_form(marker: str, n: int, distinct: int) -> None:
+    ids = torch.arange(n, device="cpu") % distinct if distinct else None
     data = with_gradients(make_data(n))
-    loss = run_block(block_with(marker), data, {}, n)
-    torch.testing.assert_close(
-        (loss, gradients(loss, data, marker)), expected(marker, n, None), **CLOSE
-    )
-
-
-@pytest.mark.parametrize("distinct", [1, 3])  # with 1, the only negatives are the hard ones
-@recipes("`ids`: yes")
-def test_a_recipe_with_duplicates_equals_its_dense_form(marker: str, distinct: int) -> None:
-    data, ids = with_gradients(make_data(20)), torch.arange(20, device="cpu") % distinct
-    loss = run_block(block_with(marker), data, {"ids": ids}, 20)
-    torch.testing.assert_close(
-        (loss, gradients(loss, data, marker)), expected(marker, 20, ids), **CLOSE
-    )
+    loss = run_block(block_with(marker), data, n, ids)
+    torch.testing.assert_close((loss, gradients(loss, data)), expected(marker, n, ids), **CLOSE)
 
 
 def own_part(name: str, whole: Tensor, rank: int, world_size: int) -> Tensor:
@@ -310,14 +297,12 @@ def step(
     own = {name: own_part(name, x, rank, world_size) for name, x in make_data(n).items()}
     data = with_gradients(own)
     block = block_with(ACROSS_RANKS.get(marker, marker))
-    loss = run_block(block, data, {"dist_impl": dist_impl}, n)
-    return loss.detach(), gradients(loss, data, marker)
+    loss = run_block(block, data, n, dist_impl=dist_impl)
+    return loss.detach(), gradients(loss, data)
 
 
-@recipes("Ranks: yes")
-@pytest.mark.parametrize(
-    ("world_size", "dist_impl"), [(2, "gather"), (2, "ring"), (3, "gather"), (4, "ring")]
-)
+@pytest.mark.parametrize("marker", recipes("Ranks: yes"))
+@pytest.mark.parametrize(("world_size", "dist_impl"), [(2, "gather"), (3, "ring"), (4, "gather")])
 def test_a_recipe_across_ranks_equals_its_dense_form(
     marker: str, world_size: int, dist_impl: str, ranks: Ranks
 ) -> None:
@@ -336,4 +321,4 @@ def test_a_recipe_across_ranks_equals_its_dense_form(
 def test_every_recipe_of_the_page_is_compared() -> None:
     compared = {block_with(marker) for marker in (*DENSE, *ACROSS_RANKS.values())}
     assert compared == {block for block in BLOCKS if "\nloss = " in f"\n{block}"}
-    assert len(recipes("Ranks: yes").args[1]) == len(DENSE) - 2  # two are for one process
+    assert len(recipes("Ranks: yes")) == len(DENSE) - 2  # two are for one process

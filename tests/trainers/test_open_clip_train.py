@@ -1,6 +1,7 @@
 """The launcher with OpenCLIP's trainer, and with a stand-in for the trainers of other versions."""
 
 import json
+import os
 import re
 import shlex
 import sys
@@ -9,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,10 +21,10 @@ pytest.importorskip("pandas")  # which OpenCLIP's data module needs
 from inputs import TERMS
 from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
 from open_clip_train import scheduler as open_clip_schedules
-from processes import TIMEOUT, run_python, start_python
-from recipe_cases import TEXT, VISION, blocks, captions
+from pool import Ranks
+from recipe_cases import TEXT, VISION, blocks
 from torch import Tensor, nn
-from torchvision.transforms.functional import to_pil_image
+from torch.nn.parallel import DistributedDataParallel
 
 from cyclip_loss import (
     CyCLIPLoss,
@@ -35,130 +37,65 @@ from reference_train.data.emoji import EMOJI_FOLDER
 
 
 def flags(folder: Path, *others: str) -> list[str]:
-    """The flags of the recipes' command line, but with a tiny model and the emoji.
-
-    Before them stands the file of the model, for --model-config.
-    """
+    """The flags of the recipes' command line, but with a tiny model and the emoji."""
     file = folder / "tiny.json"
     file.write_text(json.dumps({"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}))
     command, _ = blocks("OpenCLIP's command line", "sh")
     _, _, module, *from_page = shlex.split(command.replace("\\\n", ""))
     assert module == open_clip_train.__name__
     small_run = {
+        "--model-config": str(file),
         "--model": file.stem,
         "--dataset-type": "webdataset",
         "--train-data": f"{EMOJI_FOLDER}/{{noto,twemoji}}.tar.xz",
         "--train-num-samples": "128",
         "--batch-size": "32",
         "--epochs": "1",
-        "--workers": "1",
+        "--workers": "0",
         "--log-every-n-steps": "1",
         "--warmup": "1",
         "--logs": str(folder),
         "--name": "run",
     }
-    return [str(file), *from_page, *chain.from_iterable(small_run.items()), *others]
+    return [*from_page, *chain.from_iterable(small_run.items()), *others]
 
 
-def assert_three_terms(folder: Path, count: int) -> None:
-    """OpenCLIP's log has the three terms at each step, and they sum to the loss."""
-    lines = (folder / "run" / "out.log").read_text().splitlines()
+class WithoutDevices(DistributedDataParallel):
+    """OpenCLIP passes device_ids, which DistributedDataParallel refuses on a CPU."""
+
+    def __init__(self, module: nn.Module, device_ids: Any = None, **options: Any) -> None:
+        super().__init__(module, **options)
+
+
+def train_on_rank(rank: int, world_size: int, arguments: list[str]) -> None:
+    """Trains in the group that the ranks have already."""
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
+    with (
+        patch.dict(os.environ, {name: str(value) for name, value in variables.items()}),
+        patch.object(torch.distributed, "init_process_group"),
+        patch.object(torch.nn.parallel, "DistributedDataParallel", WithoutDevices),
+    ):
+        open_clip_train.main(arguments)
+
+
+def test_open_clip_trains_two_ranks_with_the_loss_and_logs_its_terms(tmp_path: Path) -> None:
+    """The terms sum to the loss."""
+    ranks = Ranks()  # of its own, because OpenCLIP changes how a process logs
+    others = ("--same-captions", "positives", "--lambda-warmup", "0.5", "--dist-impl", "ring")
+    ranks.run(2, train_on_rank, flags(tmp_path, *others))
+    ranks.close()
+    lines = (tmp_path / "run" / "out.log").read_text().splitlines()
     steps = [re.findall(r"(\w*[Ll]oss): (\S+) \(", x) for x in lines if "Train Epoch" in x]
-    assert len(steps) == count
+    assert len(steps) == 2
     for step in steps:
         terms = {name.lower(): float(value) for name, value in step}
         loss = terms.pop("loss")
         assert tuple(terms) == TERMS
         assert sum(terms.values()) == pytest.approx(loss, rel=1e-3)
         assert terms["inmodal_cyclic_loss"] > 0
-
-
-def test_open_clip_trains_with_the_loss_and_logs_its_terms(tmp_path: Path) -> None:
-    file, *arguments = flags(tmp_path, "--same-captions", "positives", "--lambda-warmup", "0.5")
-    run = run_python("-m", open_clip_train.__name__, "--model-config", file, *arguments)
-    assert run.returncode == 0, run.stderr
-    assert_three_terms(tmp_path, 4)
     parameters = (tmp_path / "run" / "params.txt").read_text().splitlines()
     assert {"same_captions: positives", "lambda_inmodal: 0.25"} <= set(parameters)
     assert (tmp_path / "run" / "checkpoints" / "epoch_1.pt").exists()
-
-
-def csv_flags(folder: Path) -> list[str]:
-    """The flags for training with 32 emoji of a CSV file, which is written here."""
-    lines = ["filepath\ttitle"]
-    for number, (picture, name, keyword) in enumerate(captions()):
-        path = folder / f"{number}.png"
-        to_pil_image(picture).save(path)
-        lines.append(f"{path}\t{name} {keyword}")
-    csv = folder / "pairs.csv"
-    csv.write_text("\n".join(lines))
-    return ["--dataset-type", "csv", "--train-data", str(csv)]
-
-
-@pytest.mark.slow
-def test_the_launcher_with_views_trains_on_a_csv_file(tmp_path: Path) -> None:
-    data = csv_flags(tmp_path)
-    file, *arguments = flags(tmp_path, *data, "--val-data", data[-1], "--batch-size", "16")
-    views = ("reference_train.pretrain.views", "--views", "--")
-    run = run_python("-m", *views, "--model-config", file, *arguments)
-    assert run.returncode == 0, run.stderr
-    log = (tmp_path / "run" / "out.log").read_text()
-    assert len(re.findall(r"Train Epoch.* Inmodal_contrastive_loss: [0-9.]+ ", log)) == 2
-    assert "Eval Epoch: 1 " in log
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["--precision", "fp32", "--accum-freq", "2", "--local-loss", "--gather-with-grad"],
-        [
-            *("--siglip", "--lr-scheduler", "const-cooldown", "--epochs-cooldown", "1"),
-            *("--lambda-inmodal", "0.01", "--lambda-crossmodal", "0.01"),
-        ],
-    ],
-    ids=["CLIP", "SigLIP"],
-)
-def test_two_ranks_train(tmp_path: Path, options: list[str]) -> None:
-    file, *arguments = flags(tmp_path, "--dist-impl", "ring", "--lambda-warmup", "2", *options)
-    train_on_two_ranks(tmp_path, file, open_clip_train.__name__, "--", *arguments)
-    assert_three_terms(tmp_path, 1 if "--accum-freq" in options else 2)
-
-
-def train_on_two_ranks(folder: Path, *arguments: str) -> list[list[float]]:
-    """The losses of each rank. It has the variables that torchrun sets, and a file to meet at."""
-    script = str(Path(__file__).with_name("on_cpu.py"))
-    running = []
-    for rank in ("0", "1"):
-        store = f"file://{folder}/store-{arguments[1]}?rank={rank}&world_size=2"
-        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
-        files = [folder / f"stdout-{rank}", folder / f"stderr-{rank}"]
-        given = (script, *arguments, "--dist-url", store)
-        with files[0].open("w") as output, files[1].open("w") as errors:
-            process = start_python(*given, env=variables, stdout=output, stderr=errors)
-        running.append((process, *files))
-    losses = []
-    for process, output, errors in running:
-        assert process.wait(TIMEOUT) == 0, errors.read_text()
-        lines = re.findall(r"^loss: (.*)", output.read_text(), re.MULTILINE)
-        losses.append([sum(map(float, line.split())) for line in lines])
-    return losses
-
-
-def test_siglip_without_penalties_trains_as_with_open_clips_loss(tmp_path: Path) -> None:
-    """Twenty steps on two ranks. OpenCLIP's loss on a rank is of its own images only."""
-    small = ("--siglip", "--precision", "fp32", "--batch-size", "3", "--epochs", "4")
-    small += (*csv_flags(tmp_path), "--workers", "0")
-    found = []
-    for module in ("open_clip_train.main", open_clip_train.__name__):
-        file, *arguments = flags(tmp_path, *small, "--name", module)
-        first, second = train_on_two_ranks(tmp_path, file, module, *arguments)
-        assert len(first) == len(second) == 20
-        found.append([(a + b) / 2 for a, b in zip(first, second, strict=True)])
-    assert found[0][-1] < 0.9 * found[0][0]
-    assert found[1] == pytest.approx(found[0], rel=1e-5)
-    log = (tmp_path / open_clip_train.__name__ / "out.log").read_text()
-    assert len(re.findall(r"Train Epoch.* Inmodal_cyclic_loss: 0", log)) == 20
 
 
 class Model(nn.Module):
@@ -195,28 +132,17 @@ class Trainer(ModuleType):
 
     theirs: its loss. version: how it creates the loss. "3" and "4": as these versions of OpenCLIP.
     "own": it has the function of OpenCLIP 3, but does not call it. "": it has no such function.
-    calls: whether it calls the loss. epoch: the first epoch. schedule: its learning rate schedule.
-    options: OpenCLIP's flags.
+    settings: OpenCLIP's flags. calls: whether it calls the loss. epoch: the first epoch. schedule:
+    its learning rate schedule. failure: the message of an error.
     """
 
-    def __init__(
-        self,
-        theirs: Any,
-        version: str = "3",
-        *,
-        calls: bool = True,
-        epoch: int = 1,
-        schedule: str = "cosine_lr",
-        failure: str = "",
-        **options: Any,
-    ) -> None:
+    def __init__(self, theirs: Any, version: str = "3", **settings: Any) -> None:
         super().__init__("open_clip_train.main")
-        own = {"accum_freq": 1, "skip_scheduler": False}
-        self.parse_args = lambda argv: Namespace(argv=argv, **own | options)
+        flags = {"accum_freq": 1, "skip_scheduler": False, "failure": "", "calls": True}
+        flags |= {"epoch": 1, "schedule": "cosine_lr", **settings}
+        self.parse_args = lambda argv: Namespace(argv=argv, **flags)
         self.create_model_and_transforms = lambda *args, **kwargs: (Model(), None, None)
-        self.theirs, self.version, self.calls = theirs, version, calls
-        self.epoch, self.schedule, self.device = epoch, schedule, torch.device("cpu")
-        self.failure = failure
+        self.theirs, self.version, self.device = theirs, version, torch.device("cpu")
         self.rates, self.lambdas, self.terms, self.finished = [], [], [], False
         for name in SCHEDULES:
             setattr(self, name, getattr(open_clip_schedules, name))
@@ -233,19 +159,19 @@ class Trainer(ModuleType):
         return self.create_loss(None) if self.version == "3" else self.theirs
 
     def main(self, argv: list[str]) -> None:
-        self.args = self.parse_args(argv)
+        args = self.args = self.parse_args(argv)
         model, *_ = self.create_model_and_transforms("tiny", device=self.device, output_dict=True)
-        if self.failure:
-            raise ValueError(self.failure)
+        if args.failure:
+            raise ValueError(args.failure)
         loss = self.loss = self.make_loss()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        set_rate = getattr(self, self.schedule)(optimizer, *SCHEDULES[self.schedule])
-        for step in range(5 * self.epoch, 10):
+        set_rate = getattr(self, args.schedule)(optimizer, *SCHEDULES[args.schedule])
+        for step in range(5 * args.epoch, 10):
             for _ in range(3):
                 self.rates.append(set_rate(step))
                 inputs = {"image": IMAGES, "text": TEXTS}
                 out = model(**inputs) if self.version == "4" else model(*inputs.values())
-                if self.calls:
+                if args.calls:
                     self.terms.append(loss(**out, output_dict=True))
                     self.lambdas.append((loss.lambda_inmodal, loss.lambda_crossmodal))
                 (out["image_features"].sum() + out["text_features"].sum()).backward()
@@ -261,57 +187,59 @@ def launch(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, *argv: str) -> Tra
     return trainer
 
 
+class Other(ClipLoss):
+    """A subclass, which CyCLIPLoss must not replace."""
+
+
+OF_128 = {"reference_batch_size": 128}
+RING = ("--dist-impl", "ring")
+
+
 @pytest.mark.parametrize("version", ["3", "4"])
-def test_clips_loss_is_replaced(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # torchrun allows a "--" before the script's flags.
-    argv = ("--", "--lambda-inmodal", "0.5", "--dist-impl", "ring", "--epochs", "3")
-    trainer = launch(Trainer(ClipLoss(), version), monkeypatch, *argv)
-    loss = trainer.loss
-    assert type(loss) is CyCLIPLoss
-    assert (loss.lambda_inmodal, loss.lambda_crossmodal, loss.dist_impl) == (0.5, 0.25, "ring")
-    assert loss.reference_batch_size == 128
-    assert tuple(trainer.terms[0]) == TERMS
-    # OpenCLIP gets its own flags only; the parsed namespace has ours too.
-    assert trainer.args.argv == ["--epochs", "3"]
-    assert trainer.args.lambda_inmodal == 0.5
+@pytest.mark.parametrize(
+    ("theirs", "given", "ours"),
+    [
+        # torchrun allows a "--" before the script's flags.
+        (ClipLoss(), ("--", *RING), CyCLIPLoss(dist_impl="ring", **OF_128)),
+        (ClipLoss(), ("--lambda-inmodal", "0.5"), CyCLIPLoss(0.5, **OF_128)),
+        (SigLipLoss(), ("--siglip", *RING), CySigLIPLoss(dist_impl="ring", **OF_128)),
+        (SigLipLoss(), ("--siglip", "--lambda-inmodal", "1"), CySigLIPLoss(1.0, **OF_128)),
+        (Other(), (), WithCyclicPenalty(Other(), **OF_128)),
+        (CoCaLoss(2.0, 1.0), (), WithCyclicPenalty(CoCaLoss(2.0, 1.0), **OF_128)),
+        (
+            DistillClipLoss(),
+            ("--reference-batch-size", "0"),
+            WithCyclicPenalty(DistillClipLoss()),
+        ),
+    ],
+)
+def test_a_loss_is_replaced_or_gets_the_penalties(
+    version: str, theirs: nn.Module, given: tuple[str, ...], ours: nn.Module, monkeypatch
+) -> None:
+    trainer = Trainer(theirs, version)
+    trainer.main = lambda argv: vars(trainer).update(
+        argv=argv, loss=trainer.make_loss(), finished=True
+    )
+    loss = launch(trainer, monkeypatch, *given, "--epochs", "3").loss
+    assert repr(loss) == repr(ours)
+    assert getattr(loss, "loss", theirs) is theirs
+    # OpenCLIP gets its own flags only.
+    assert trainer.argv == ["--siglip"] * ("--siglip" in given) + ["--epochs", "3"]
 
 
 def test_a_process_may_train_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second run does not get the loss of the first."""
     trainer = Trainer(ClipLoss())
-    first = launch(trainer, monkeypatch).loss
-    second = launch(trainer, monkeypatch, "--lambda-inmodal", "0.5").loss
-    assert [type(loss) for loss in (first, second)] == [CyCLIPLoss] * 2
-    assert [loss.lambda_inmodal for loss in (first, second)] == [0.25, 0.5]
-
-
-@pytest.mark.parametrize("version", ["3", "4"])
-def test_siglip_trains_with_its_own_loss_without_penalties(version: str, monkeypatch) -> None:
-    for given, expected in ((), 0.0), (("--lambda-inmodal", "0.01"), 0.01):
-        trainer = Trainer(SigLipLoss(), version)
-        trainer.main = lambda argv, it=trainer: vars(it).update(loss=it.make_loss(), finished=True)
-        loss = launch(trainer, monkeypatch, "--siglip", "--dist-impl", "ring", *given).loss
-        assert isinstance(loss, CySigLIPLoss)
-        assert (loss.lambda_inmodal, loss.lambda_crossmodal) == (expected, 0.0)
-        assert (loss.dist_impl, loss.reference_batch_size) == ("ring", 128)
-
-
-@pytest.mark.parametrize("version", ["3", "4"])
-@pytest.mark.parametrize("theirs", [CoCaLoss(2.0, 1.0), DistillClipLoss()])
-def test_other_losses_get_the_penalties(version: str, theirs: Any, monkeypatch) -> None:
-    """With reference_batch_size=128, or None if the flag is 0."""
-    for given, expected in ((), 128), (("--reference-batch-size", "0"), None):
-        trainer = Trainer(theirs, version)
-        trainer.main = lambda argv, it=trainer: vars(it).update(loss=it.make_loss(), finished=True)
-        loss = launch(trainer, monkeypatch, *given).loss
-        assert isinstance(loss, WithCyclicPenalty)
-        assert (loss.reference_batch_size, loss.loss) == (expected, theirs)
+    lambdas = [
+        launch(trainer, monkeypatch, "--lambda-inmodal", given).loss.lambda_inmodal
+        for given in ("1", "2")
+    ]
+    assert lambdas == [1, 2]
 
 
 CAPTIONS = "--same-captions"
 IGNORED = (CAPTIONS, "ignored")
 WARM_UP = ("--lambda-warmup", "2")
-RING = ("--dist-impl", "ring")
 NEED = f"{CAPTIONS} and --dist-impl need CLIP's or SigLIP's loss"
 DEVICES = "DistributedDataParallel device_ids ... but got device_ids ['cpu']"
 
@@ -354,44 +282,26 @@ def test_unsupported_runs_stop_with_one_line(
         ("--lambda-warmup", "half", "fraction of all steps up to 1.0, not half"),
     ],
 )
-def test_bad_flags_are_refused(flag, wrong, message, monkeypatch, capsys) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        launch(Trainer(ClipLoss()), monkeypatch, flag, wrong)
-    assert stopped.value.code == 2
+def test_bad_flags_are_refused(flag, wrong, message, capsys) -> None:
+    with pytest.raises(SystemExit, match=r"^2$"):
+        open_clip_train.main([flag, wrong])
     assert message in capsys.readouterr().err
 
 
-def test_a_misspelled_flag_is_named_in_one_line(tmp_path: Path, capsys) -> None:
-    for flag in ("--lambda-inmodl", "--lr-schedulr"):  # ours, and OpenCLIP's
-        with pytest.raises(SystemExit) as stopped:
-            open_clip_train.main([flag, "0.5", "--logs", str(tmp_path)])
-        assert str(stopped.value).strip() == f"unrecognized arguments: {flag} 0.5"
+@pytest.mark.parametrize("flag", ["--lambda-inmodl", "--lr-schedulr"])  # ours, and OpenCLIP's
+def test_a_misspelled_flag_is_named_in_one_line(flag: str, tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit, match=f"^unrecognized arguments: {flag} 0.5$"):
+        open_clip_train.main([flag, "0.5", "--logs", str(tmp_path)])
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("is_broken", [False, True])
-def test_triton_is_refused_where_the_kernels_do_not_run(is_broken: bool, monkeypatch) -> None:
+def test_triton_is_refused_where_the_kernels_do_not_run(monkeypatch) -> None:
     """It is asked for on the device that OpenCLIP gives this rank."""
     monkeypatch.setattr("cyclip_loss.kernels.INTERPRETED", False)
     trainer, message = Trainer(ClipLoss()), "needs features on a CUDA or ROCm device, got meta"
     trainer.device = torch.device("meta")
-    if is_broken:
-        monkeypatch.setitem(sys.modules, "cyclip_loss.kernels", None)
-        message = "import of cyclip_loss.kernels halted"
     with pytest.raises(SystemExit, match=f"^cyclip_loss: --impl triton: .*{message}"):
         launch(trainer, monkeypatch, "--impl", "triton")
-
-
-def test_an_evaluation_with_open_clip_4_has_no_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer, task = Trainer(ClipLoss(), "4"), nn.Module()
-    trainer.create_task = lambda args, model: task
-    trainer.main = lambda argv: setattr(trainer, "finished", trainer.create_task([], None) is task)
-    launch(trainer, monkeypatch)
-    assert not hasattr(task, "loss")
-
-
-class Other(ClipLoss):
-    """A subclass, which CyCLIPLoss must not replace."""
 
 
 @pytest.mark.parametrize("version", ["3", "4"])
@@ -416,17 +326,13 @@ def test_the_lambdas_warm_up_with_each_learning_rate_schedule(
     shares = [min(1.0, (step + 1) / length) for step in steps]
     assert trainer.lambdas == [(0.25 * share, share) for share in shares]
     assert trainer.loss.impl == "eager"
-    optimizer = torch.optim.SGD([nn.Parameter(IMAGES)], lr=0.0)
-    rate = getattr(open_clip_schedules, schedule)(optimizer, *SCHEDULES[schedule])
-    assert trainer.rates == [rate(step) for step in steps]
+    assert trainer.rates[0] == pytest.approx(0.1 if epoch else 0.05)  # OpenCLIP's own warm-up
     assert trainer.args.lambda_warmup == float(warmup)
 
 
-@pytest.mark.parametrize("flag", ["--help", "-h"])
-def test_help_prints_our_flags_and_open_clips_and_stops(flag: str, capsys) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        open_clip_train.main(["--lambda-inmodal", "0.5", flag])
-    assert not stopped.value.code
+def test_help_prints_our_flags_and_open_clips_and_stops(capsys) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        open_clip_train.main(["--lambda-inmodal", "0.5", "--help"])
     out, _ = capsys.readouterr()
     assert 0 < out.index("--lambda-crossmodal") < out.index("--train-data")
 
