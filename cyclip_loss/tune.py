@@ -104,9 +104,9 @@ def tune(
     of the shipped and of the chosen tile, and the chosen tile; None if no candidate is usable.
     """
     deadline, tables = time.monotonic() + seconds, configs.shipped(device)
-    tiles = configs.tuned(device)
     for dtype, kernel in product(dtypes, tables):
         image, text = (normalize(torch.randn(n, d, device=device)).to(dtype) for _ in range(2))
+        tiles = configs.tuned(image.device)  # `device` may have no index, which tensors have
         precision = configs.Precision.of(image, kernel in ("gram_matrices", "cyclic_grads"))
         key, shipped = configs.tiles_key(kernel, image, precision), tables[kernel][precision]
         arguments = calls(kernel, image, text)

@@ -102,7 +102,8 @@ def test_a_candidate_is_chosen_if_it_is_at_least_two_percent_faster(
 ) -> None:
     trials = {1: (shipped_ms, "the shipped tile"), CANDIDATES[1].num_warps: (ms, "a candidate")}
     monkeypatch.setattr(tune, "trial", lambda *given: trials[num_warps(*given)])
-    rows = list(tune.tune(CPU, [BFLOAT16], 40, 24, 1000))
+    # As "cuda" and "cuda:0", "cpu:0" is not equal to the device of the tensors that are made on it.
+    rows = list(tune.tune(torch.device("cpu:0"), [BFLOAT16], 40, 24, 1000))
     assert [key.split()[0] for key, *_ in rows] == [*KERNELS]
     for _, *found, tile in rows:
         assert found == [shipped_ms, best_ms]
