@@ -127,11 +127,12 @@ def tune(
         yield key, shipped_ms, best_ms, best
 
 
-def remember(file: Path, device: torch.device, key: str, tile: Any) -> None:
-    """Put a choice into the file."""
+def remember(file: Path, device: torch.device, choices: dict[str, Any]) -> None:
+    """Put the chosen tiles, by `tiles_key`, into the file, which need not be there."""
     file.parent.mkdir(parents=True, exist_ok=True)
     found = json.loads(file.read_text()) if file.exists() else {}
-    found.setdefault(configs.tiles_of(device), {})[key] = asdict(tile)
+    own = found.setdefault(configs.tiles_of(device), {})
+    own.update({key: asdict(tile) for key, tile in choices.items()})
     unfinished = file.with_name(f".{file.name}.unfinished")
     unfinished.write_text(json.dumps(found, indent=1))
     unfinished.replace(file)
@@ -157,15 +158,17 @@ def main(arguments: list[str]) -> None:
             "keep nothing: TRITON_INTERPRET=1 python -m cyclip_loss.tune --n 96 --d 128"
         )
     file = None if kernels.INTERPRETED else configs.tiles_file()
+    if file:
+        try:
+            remember(file, device, {})  # if that fails, say so before minutes of work
+        except Exception as error:
+            parser.error(f"{file} can't be changed: {error!r}")
     dtypes = [getattr(torch, name) for name in options.dtype]
     lines, kept_in = [], "no file"
     for key, *milliseconds_of, tile in tune(device, dtypes, options.n, options.d, options.seconds):
         lines.append("{:42} {:10.3f} {:8.3f}  {}".format(key, *milliseconds_of, tile))
         if file and tile:
-            try:
-                remember(file, device, key, tile)
-            except Exception as error:
-                parser.error(f"{file} can't be changed: {error!r}")
+            remember(file, device, {key: tile})
             kept_in = str(file)
     print(f"\n{'kernel':42} shipped ms  best ms  tile", *lines, sep="\n")
     print(f"kept in {kept_in}")

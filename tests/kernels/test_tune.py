@@ -39,7 +39,7 @@ def file(tmp_path, monkeypatch: pytest.MonkeyPatch):
 
 def remember(index: int = 1, device: torch.device = CPU):
     """Write the candidate with this index to the file. Candidate 0 is the shipped tile."""
-    tune.remember(configs.tiles_file(), device, KEY, CANDIDATES[index])
+    tune.remember(configs.tiles_file(), device, {KEY: CANDIDATES[index]})
     configs.tuned.cache_clear()
     return CANDIDATES[index]
 
@@ -167,6 +167,9 @@ def test_the_environment_variable_sets_the_file_of_tiles_or_turns_it_off(
 ) -> None:
     assert warned() == []  # the default file may be missing
     monkeypatch.setenv("CYCLIP_LOSS_TILES", str(tmp_path / "chosen.json"))
+    run_main(monkeypatch, [])
+    assert warned() == []  # the command has made the file before it looks up a tile
+    configs.tiles_file().unlink()
     assert len(warned()) == 1  # a file that the user chose must exist
     assert remember() == tile_of(3, 256)
     monkeypatch.setenv("CYCLIP_LOSS_TILES", "off")
