@@ -169,10 +169,6 @@ class PenaltyOptions(Options):
         """
         return self.lambda_inmodal + self.lambda_crossmodal > 0
 
-    def has_equal_lambdas(self) -> bool:
-        """Whether both penalties have the same weight."""
-        return not abs(self.lambda_inmodal - self.lambda_crossmodal) > 0
-
     def needs_cross(self, as_terms: bool) -> bool:
         """Whether the penalties need the Gram matrix C: one by one, or with different weights."""
-        return as_terms or not self.has_equal_lambdas()
+        return as_terms or abs(self.lambda_inmodal - self.lambda_crossmodal) > 0

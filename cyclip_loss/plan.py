@@ -84,11 +84,10 @@ def make_plan(
         may_be_dense = engine == "eager" and (features.is_cpu or features.dtype.itemsize > 2)
     # Only code that may be dense depends on N, also when it is compiled.
     if may_be_dense and batch.ranks.size == 1:
-        limit = DENSE_LIMIT * features.shape[1]
+        n, limit = features.shape[0], DENSE_LIMIT * features.shape[1]
         # The dense form of the penalties takes 6 N^2 D flops, Gram matrices 8 to 14 N D^2.
-        if penalties == "gram" and features.shape[0] <= limit:
+        if penalties == "gram" and n <= limit:
             penalties = "dense"
-        n = features.shape[0]
         for first_term in (*batch.row_features[:1], *batch.column_features[:1]):
             n = max(n, first_term.shape[0])  # with extra negatives
         if contrastive == "streamed" and not batch.positives and n <= limit:
