@@ -47,15 +47,16 @@ def warn_once(subject: str, text: str, every_rank: bool = False) -> None:
 def warn_of_strong_penalties(options: Any, total: int, is_siglip: bool = False) -> None:
     """Warn if lambda * N is more than STRONG times the paper's 0.25 * 128.
 
-    For SigLIP's loss, if it is as strong as the paper's: that lowered the accuracy in our
-    experiment (reference_train/results/siglip). Else nothing is checked with a reference batch
-    size, nor ever while `torch.compile` traces, as compiled code would depend on N.
+    With SigLIP's loss, the paper's strength is enough for a warning: it lowered the accuracy in our
+    experiment (reference_train/results/siglip). A reference batch size takes the place of N there,
+    and switches the warning off for other losses. While `torch.compile` traces, nothing is checked,
+    as compiled code would depend on N.
 
     options: a `PenaltyOptions`; total: N, the rows of the global batch.
     """
-    reference = options.reference_batch_size
-    if torch.compiler.is_compiling() or (reference is not None and not is_siglip):
+    if torch.compiler.is_compiling():
         return
+    reference = options.reference_batch_size
     weight = max(options.lambda_inmodal, options.lambda_crossmodal)
     times = weight * (reference or total) / (PAPER_LAMBDA * PAPER_BATCH_SIZE)
     if is_siglip and times >= 1:
@@ -64,7 +65,7 @@ def warn_of_strong_penalties(options: Any, total: int, is_siglip: bool = False) 
             f"lambda = {weight:g} is as strong as CyCLIP's, which lowered the accuracy of SigLIP's "
             "loss in our experiment: try an eighth of it, or 0",
         )
-    elif not is_siglip and times > STRONG:
+    elif not is_siglip and reference is None and times > STRONG:
         warn_once(
             "strong penalties",
             f"lambda = {weight:g} in a batch of {total} is {times:.3g} times as strong as the "
