@@ -7,7 +7,7 @@ here if the penalties or the log-sum-exps have it too. It needs a paragraph in t
 
 import sys
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
 
@@ -118,10 +118,8 @@ class Options:
 
     def numbers(self) -> dict[str, Any]:
         """The options that are numbers, by name. They may change between calls."""
-        fields = type(self).__dataclass_fields__.items()
-        return {
-            name: getattr(self, name) for name, f in fields if f.metadata.get("check") in NUMERIC
-        }
+        numeric = [f.name for f in fields(self) if f.metadata.get("check") in NUMERIC]
+        return {name: getattr(self, name) for name in numeric}
 
 
 def _held_group(options: Any) -> Any:

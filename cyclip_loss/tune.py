@@ -106,7 +106,7 @@ def tune(
     deadline, tables = time.monotonic() + seconds, configs.shipped(device)
     for dtype, kernel in product(dtypes, tables):
         image, text = (normalize(torch.randn(n, d, device=device)).to(dtype) for _ in range(2))
-        tiles = configs.tuned(image.device)  # `device` may have no index, which tensors have
+        tiles = configs.tuned(image.device)  # not `device`, which may have no index
         precision = configs.Precision.of(image, kernel in ("gram_matrices", "cyclic_grads"))
         key, shipped = configs.tiles_key(kernel, image, precision), tables[kernel][precision]
         arguments = calls(kernel, image, text)

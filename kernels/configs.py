@@ -185,9 +185,10 @@ def tiles_key(kernel: str, features: Tensor, precision: Precision) -> str:
 
 @lru_cache
 def tuned(device: torch.device) -> dict[str, Config]:
-    """The tiles of this process for a device, by `tiles_key`, that replace the shipped ones.
+    """The tiles that replace the shipped ones in this process, by `tiles_key`.
 
-    At first those of the file; none, with a warning, if it is broken.
+    At first those of the file; none, with a warning, if it is broken. `cyclip_loss.tune` changes
+    this dictionary. device: as tensors have it, with an index.
     """
     file = tiles_file()
     # A missing file is normal, unless CYCLIP_LOSS_TILES names it.

@@ -68,7 +68,7 @@ def terms(
         if reduced is not None:
             summed = collectives.wait(reduced)
             grams, total = summed[:-1].view(-1, d, d), summed[-1]
-        # On the CPU, unless they depend on `total`: filling one on a GPU would launch a kernel.
+        # Numbers become tensors on the CPU: filling one on a GPU would launch a kernel.
         tensors = [
             x if isinstance(x, Tensor) else torch.scalar_tensor(x, dtype=dtype, device="cpu")
             for x in weights_of(options, total, image_features)
@@ -139,8 +139,8 @@ def weights_of(options: PenaltyOptions, total: Any, features: Tensor) -> tuple[A
     """The weights of N * P_in and N * P_cross, which are sums over all pairs of N rows.
 
     lambda / N in the paper's formula, lambda * R / N^2 with a reference batch size R. total: N, a
-    number or a tensor. Numbers, but tensors if `total` is one or if torch.compile traces, which
-    would make constants of numbers that are combined with each other.
+    number or a tensor. Returns tensors if it is a tensor, and while torch.compile traces, which
+    would make constants of numbers that are combined with each other; otherwise numbers.
     """
     one: Any = 1.0
     if torch.compiler.is_compiling():
