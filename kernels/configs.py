@@ -2,8 +2,7 @@
 
 `python -m benchmarks gate` compiles every configuration ahead of time, and shows registers, spills,
 shared memory and tensor-core instructions. A new architecture is a table here, with its name in
-`numerics.architecture`, its limits in `CHIPS` of `benchmarks/gate/binary.py`, and its depths in
-`cyclip_loss/tune.py`.
+`numerics.architecture`, and its limits in `CHIPS` of `benchmarks/gate/binary.py`.
 """
 
 import json
