@@ -205,7 +205,7 @@ CALLS = [
 ]
 
 
-@pytest.mark.parametrize("options", CALLS, ids=str)
+@pytest.mark.parametrize("options", CALLS)
 def test_each_form_of_call_compiles_into_one_graph(options: dict[str, Any], device) -> None:
     """Value and gradients equal the eager ones. The operators pass PyTorch's `opcheck` of schemas,
     mutation, aliasing, and the shapes of fake tensors.
