@@ -7,26 +7,56 @@
 set -eu
 export CUDA_VISIBLE_DEVICES= # on a GPU the model trains in another precision
 out=${OUT:-runs/fine_tuning}
+icons=${ICONS:-runs/icons} # the folder of icons.sh
+icons_model=$icons/logs/clip-0/checkpoints/epoch_latest.pt
 
 python -m reference_train --loss clip --seeds 3 --out "$out/short"
 
-fine_tune() { # NAME [FLAGS]
-    name=$1
-    shift
-    for seed in 0 1 2; do
-        model=$out/short/clip-$seed
-        python -m cyclip_loss.open_clip_train --model-config "$model/emoji-rn-32.json" \
-            --model emoji-rn-32 --pretrained "$model/checkpoint.pt" \
-            --dataset-type webdataset --train-data reference_train/emoji/openmoji.tar.xz \
-            --train-num-samples 1536 --batch-size 128 --epochs 10 --lr 3e-4 --warmup 12 \
-            --precision fp32 --workers 1 --seed $seed --logs "$out/logs" --name "$name-$seed" \
-            --save-frequency 0 --save-most-recent --resume latest "$@"
+fine_tune() { # NAME CONFIG CHECKPOINT SHARDS [FLAGS], with $seed
+    name=$1 config=$2 checkpoint=$3 shards=$4
+    shift 4
+    for setting in "clip --lambda-inmodal 0 --lambda-crossmodal 0" \
+        "32-cyclip --reference-batch-size 32 --lambda-warmup 0.1" \
+        "128-cyclip --reference-batch-size 128 --lambda-warmup 0.1" \
+        "128-c-cyclip --lambda-inmodal 0 --reference-batch-size 128 --lambda-warmup 0.1"; do
+        # $setting has a name and flags, which are separate words.
+        python -m cyclip_loss.open_clip_train --model-config "$config" \
+            --model "$(basename "$config" .json)" --pretrained "$checkpoint" \
+            --dataset-type webdataset --train-data "$shards" --batch-size 128 --epochs 10 \
+            --precision fp32 --workers 1 --seed $seed --logs "$out/logs" \
+            --name "$name-${setting%% *}-$seed" --save-frequency 0 --save-most-recent \
+            --resume latest ${setting#* } "$@"
     done
 }
-fine_tune tuned-clip --lambda-inmodal 0 --lambda-crossmodal 0
-fine_tune tuned-32-cyclip --reference-batch-size 32 --lambda-warmup 0.1
-fine_tune tuned-128-cyclip --reference-batch-size 128 --lambda-warmup 0.1
-fine_tune tuned-128-c-cyclip --lambda-inmodal 0 --reference-batch-size 128 --lambda-warmup 0.1
+
+# The demonstration's model of each seed learns a new style.
+for seed in 0 1 2; do
+    model=$out/short/clip-$seed
+    fine_tune tuned "$model/emoji-rn-32.json" "$model/checkpoint.pt" \
+        reference_train/emoji/openmoji.tar.xz --train-num-samples 1536 --lr 3e-4 --warmup 12
+done
+
+# The model of icons, which `sh reference_train/icons.sh` trains first, learns emoji: those that the
+# demonstration trains on.
+python - "$out/emoji.tar" <<'END'
+import random, sys
+
+import webdataset as wds
+
+from reference_train.data.emoji import EMOJI_FOLDER, TRAIN_STYLES
+from reference_train.data.samples import read_samples
+
+shards = [str(EMOJI_FOLDER / f"{style}.tar.xz") for style in TRAIN_STYLES]
+samples = [sample for sample in read_samples(shards) if sample.info["split"] == "train"]
+random.Random(0).shuffle(samples)
+with wds.TarWriter(sys.argv[1]) as tar:
+    for number, sample in enumerate(samples):
+        tar.write({"__key__": str(number), "png": sample.image, "txt": sample.caption})
+END
+for seed in 0 1 2; do
+    fine_tune icons-tuned reference_train/pretrain/models/icons-rn-32.json "$icons_model" \
+        "$out/emoji.tar" --train-num-samples 3072 --lr 3e-4 --warmup 24
+done
 
 python -m reference_train evaluate "$out"/short/clip-? "$out"/logs/* --out "$out/evaluation" \
     --workers 0 --only "trained concepts, new styles" "new concepts, trained styles"

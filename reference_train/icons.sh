@@ -65,8 +65,14 @@ for batch in 2048 4096; do
     pretrain clip-$batch-1 clip --batch-size $batch --seed 1 -- $(settings $batch)
 done
 for length in 0.5 1.0 512; do pretrain warmup-$length-1024-20-0 cyclip --lambda-warmup $length; done
+# SigLIP's loss, alone and with the weight that results/siglip found: 1/32, for batches of 128
+for run in siglip-0 cysiglip-0 siglip-1 cysiglip-1 siglip-2 cysiglip-2; do
+    pretrain $run "${run%-*}" --seed "${run##*-}" -- --epochs 8
+done
 
 python -m reference_train evaluate "$out"/logs/*clip-? --data "$out/icons" --only icons emoji \
     --out "$out/evaluation"
 python -m reference_train evaluate "$out"/logs/[lqw]* "$out"/logs/clip-*-1 --data "$out/icons" \
     --only icons emoji --out "$out/evaluation-lambda"
+python -m reference_train evaluate "$out"/logs/*siglip-? --data "$out/icons" --only icons emoji \
+    --out "$out/evaluation-siglip"
