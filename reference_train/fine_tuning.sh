@@ -7,7 +7,7 @@
 set -eu
 export CUDA_VISIBLE_DEVICES= # on a GPU the model trains in another precision
 out=${OUT:-runs/fine_tuning}
-icons=${ICONS:-runs/icons} # the folder of icons.sh
+icons=${ICONS_OUT:-runs/icons} # the OUT of icons.sh
 icons_model=$icons/logs/clip-0/checkpoints/epoch_latest.pt
 
 python -m reference_train --loss clip --seeds 3 --out "$out/short"
@@ -58,9 +58,11 @@ for seed in 0 1 2; do
         "$out/emoji.tar" --train-num-samples 3072 --lr 3e-4 --warmup 24
 done
 
-python -m reference_train evaluate "$out"/short/clip-? "$out"/logs/* --out "$out/evaluation" \
-    --workers 0 --only "trained concepts, new styles" "new concepts, trained styles"
-python - "$out/evaluation/evaluation.json" >reference_train/results/fine_tuning/runs.csv <<'END'
+record() { # FILE RUNS DATASETS [FLAGS]: evaluates, and writes a row for each run
+    file=$1
+    shift
+    python -m reference_train evaluate --workers 0 --out "$out/$file" "$@"
+    python - "$out/$file/evaluation.json" >"reference_train/results/fine_tuning/$file.csv" <<'END'
 import csv, json, sys
 
 rows = []
@@ -69,9 +71,18 @@ for run, measured in json.load(open(sys.argv[1]))["results"].items():
     for data, found in measured.items():
         for style, numbers in {"mean": found["numbers"], **found["groups"]}.items():
             for metric in ("top1", "subgroup_top1", "text_to_image_r1"):
-                row[f"{data}, {style}: {metric}"] = round(numbers[metric], 5)
+                if metric in numbers:
+                    row[f"{data}, {style}: {metric}"] = round(numbers[metric], 5)
+            if data == "icons":
+                both = numbers["image_to_text_r10"] + numbers["text_to_image_r10"]
+                row["icons: recall"] = round(both / 2, 5)
     rows.append(row)
 writer = csv.DictWriter(sys.stdout, rows[0], lineterminator="\n")
 writer.writeheader()
 writer.writerows(rows)
 END
+}
+record runs "$out"/short/clip-? "$out"/logs/tuned-* \
+    --only "trained concepts, new styles" "new concepts, trained styles"
+record icons "$icons_model" "$out"/logs/icons-tuned-* --data "$icons/icons" \
+    --only icons "trained concepts, new styles" "new concepts, trained styles"
