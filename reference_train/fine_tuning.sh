@@ -1,8 +1,9 @@
 #!/bin/sh
 # What do the penalties do in fine-tuning? Trains the demonstration's model on emoji with CLIP's
 # loss, and fine-tunes it on emoji of another style with four losses, three seeds each. Then it
-# makes the record of results/fine_tuning. Takes 40 minutes on one quiet CPU core. The same command
-# again resumes where it stopped.
+# fine-tunes the first model of icons.sh on emoji in the same way, and makes the records of
+# results/fine_tuning. Takes an hour on one quiet CPU core. The same command again resumes where it
+# stopped.
 # Run from the repository: sh reference_train/fine_tuning.sh
 set -eu
 export CUDA_VISIBLE_DEVICES= # on a GPU the model trains in another precision
@@ -55,7 +56,7 @@ with wds.TarWriter(sys.argv[1]) as tar:
 END
 for seed in 0 1 2; do
     fine_tune icons-tuned reference_train/pretrain/models/icons-rn-32.json "$icons_model" \
-        "$out/emoji.tar" --train-num-samples 3072 --lr 3e-4 --warmup 24
+        "$out/emoji.tar" --train-num-samples 3072 --lr 1e-3 --warmup 24
 done
 
 record() { # FILE RUNS DATASETS [FLAGS]: evaluates, and writes a row for each run
