@@ -152,12 +152,13 @@ def draw_in_processes(icons: Sequence[Icon]) -> Generator[Drawn, None, None]:
     """
     done = 0
     while done < len(icons):
-        pool = ProcessPoolExecutor()
+        pool, is_broken = ProcessPoolExecutor(), False
         try:
             for drawn in pool.map(draw, icons[done:], chunksize=CHUNK):
                 done += 1
                 yield drawn
         except BrokenProcessPool:
+            is_broken = True
             if len(icons) == 1:
                 yield Drawn(error="crashes the renderer, or takes it for ever")
             else:
@@ -165,7 +166,9 @@ def draw_in_processes(icons: Sequence[Icon]) -> Generator[Drawn, None, None]:
                     yield from draw_in_processes([icon])
             done += CHUNK
         finally:
-            pool.shutdown(cancel_futures=True)
+            # A broken pool ends its futures itself. If they are cancelled then, its threads may wait
+            # for ever (Python 3.11).
+            pool.shutdown(cancel_futures=not is_broken)
 
 
 def describe(info: dict[str, Any], icons: int) -> dict[str, Any]:
