@@ -249,8 +249,8 @@ class CySigLIPLoss(_ContrastiveLoss):
 
     Args:
         lambda_inmodal, lambda_crossmodal: the weights of the penalties; 0 by default, because a
-            weight, 1/64, was shown to help on one small dataset only (reference_train/results/siglip).
-            CLIP's 0.25 is too strong.
+            weight, 1/64, was shown to help on one small dataset only
+            (reference_train/results/siglip). CLIP's 0.25 is too strong.
         dist_impl: "gather" (default) or "ring". Of `SigLipLoss`'s names, "bidir" (its default) and
             "shift" are the ring, and "reduce" is the gather.
         same_ids: what rows with the same id in `ids` are to each other: "ignored" (left out), or

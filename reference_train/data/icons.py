@@ -166,8 +166,8 @@ def draw_in_processes(icons: Sequence[Icon]) -> Generator[Drawn, None, None]:
                     yield from draw_in_processes([icon])
             done += CHUNK
         finally:
-            # A broken pool ends its futures itself. If they are cancelled then, its threads may wait
-            # for ever (Python 3.11).
+            # A broken pool ends its futures itself. If they are cancelled too, its threads may
+            # wait for ever (Python 3.11).
             pool.shutdown(cancel_futures=not is_broken)
 
 
