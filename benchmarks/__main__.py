@@ -62,8 +62,8 @@ def main(arguments: list[str]) -> int:
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["compare", *arguments]
     options = make_parser().parse_args(arguments)
-    if options.command == "gate" and not find_spec("triton"):
-        print("`python -m benchmarks gate` needs Triton's compiler: pip install triton")
+    if options.command != "compare" and not find_spec("triton"):
+        print(f"`python -m benchmarks {options.command}` needs Triton: pip install triton")
         return 2
     # Triton reads this variable when kernels are imported, which the command does below.
     interpreted = options.command == "gpu" and options.dry_run
