@@ -125,11 +125,12 @@ def restore_process(monkeypatch):
         (["gpu"], "no CUDA device"),
         (["gpu", "--dry-run", "--sections", "x"], "x: choose"),
         (["gate"], "pip install triton"),
+        (["gpu", "--dry-run"], "pip install triton"),
     ],
 )
 def test_command_stops_with_one_line(arguments, message: str, monkeypatch, capsys) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    monkeypatch.setattr(command, "find_spec", lambda name: None if "pip" in message else name)
     monkeypatch.setitem(command.MODULES, "gate", "not imported")
     assert main(arguments) == 2
     (line,) = capsys.readouterr().out.splitlines()
