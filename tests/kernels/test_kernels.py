@@ -78,13 +78,13 @@ def accesses_outside(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     Triton's interpreter turns all loads and stores into masked ones. On a GPU, such an access may
     stop the process, although its mask or its result are never used.
     """
-    from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
+    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
     found: list[tuple[str, str]] = []
     bounds: list[tuple[int, int]] = []
     kernel_name = ""
 
-    run = InterpretedFunction.run
+    run = GridExecutor.__call__
 
     def run_within_bounds(kernel: Any, *arguments: Any, **options: Any) -> None:
         nonlocal kernel_name
@@ -110,7 +110,7 @@ def accesses_outside(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
         monkeypatch.setattr(InterpreterBuilder, method, access)
 
-    monkeypatch.setattr(InterpretedFunction, "run", run_within_bounds)
+    monkeypatch.setattr(GridExecutor, "__call__", run_within_bounds)
     checked("create_masked_load", mask_position=0)
     checked("create_masked_store", mask_position=1)
     return found
