@@ -118,7 +118,8 @@ def _mean_similarity(x: Tensor, y: Tensor) -> Tensor:
 def _sums_of_rows(images: Tensor, texts: Tensor, rows: Tensor, means: tuple[Tensor, ...]) -> Tensor:
     """What `_metrics` needs, summed over these rows i and all j: (13,).
 
-    means: of the four kinds of similarities.
+    The first seven of `NAMES`, and then xx, yy, xy of each correlation. means: of the four kinds of
+    similarities.
     """
     image, text = images[rows], texts[rows]
     pairs = torch.arange(len(rows), device=rows.device), rows
@@ -128,12 +129,12 @@ def _sums_of_rows(images: Tensor, texts: Tensor, rows: Tensor, means: tuple[Tens
     alignment = (image - text).square_().sum()
     potentials = [_potentials(x, y, pairs) for x, y in zip(inmodal, (images, texts), strict=True)]
     # NaN if a similarity is NaN.
-    found = [(x.argmax(dim=1) == rows).sum() + 0 * x.sum() for x in crossmodal]
+    accuracies = [(x.argmax(dim=1) == rows).sum() + 0 * x.sum() for x in crossmodal]
     for product, mean in zip(products, means, strict=True):
         # Correlations are sums over i != j of deviations from the mean.
         product.sub_(mean)[pairs] = 0
     moments = [(a * b).sum() for x, y in (inmodal, crossmodal) for a, b in ((x, x), (y, y), (x, y))]
-    return torch.stack([*gaps, alignment, *potentials, *found, *moments])
+    return torch.stack([*gaps, alignment, *potentials, *accuracies, *moments])
 
 
 def _metrics(sums: Tensor, images: Tensor, texts: Tensor) -> Tensor:
@@ -141,7 +142,7 @@ def _metrics(sums: Tensor, images: Tensor, texts: Tensor) -> Tensor:
     n = images.shape[0]
     pairs = n * (n - 1)
     means = sums[:7] / sums.new_tensor([n * n, n * n, n, pairs, pairs, n, n])
-    means[3:5].log_()
+    means[3:5].log_()  # both uniformities
     length = (images.square().sum() + texts.square().sum()) / n
     rounding = pairs * (64 * torch.finfo(images.dtype).eps * length) ** 2
     xx, yy, xy = sums[7:].view(2, 3).T
