@@ -49,8 +49,13 @@ def check_ranks_agree(
         if num_pairs == 0:
             raise ValueError(f"{pairs_name} have 0 rows: that needs uneven=True")
         return ranks, ranks
-    disable: Any = torch.compiler.disable  # not at the top: that would import the whole compiler
-    compare = disable(_compare)
+    compare: Any = _compare
+    if torch.compiler.is_compiling():
+        # Not in eager mode: this imports PyTorch's compiler, and with it functions whose default
+        # arguments keep the default process group alive after its destruction. Gloo's threads
+        # would run on, and may abort a process that ends soon.
+        disable: Any = torch.compiler.disable
+        compare = disable(_compare)
     return compare(ranks, features, num_rows, signature, options, uneven)  # type: ignore[no-any-return]
 
 
