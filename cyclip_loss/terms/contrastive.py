@@ -112,7 +112,7 @@ def terms(batch: Batch, plan: Plan, gathers: Gathers, options: Any) -> dict[str,
     for inputs in term_inputs(batch, plan, gathers):
         if plan.contrastive == "dense":
             *tensors, _, term = inputs
-            losses.append(dense.contrastive_term(logits_of(tensors, term), term.divisor))
+            losses.append(dense.contrastive_term(logits_of(tensors, term)))
         else:
             losses.append(_Contrastive.apply(*inputs))  # type: ignore[no-untyped-call]
     if len(losses) == 1:

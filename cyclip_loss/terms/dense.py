@@ -54,26 +54,26 @@ def _log_sum_exp(x: Tensor, dim: int) -> Tensor:
     return (x - maximum).exp_().sum(dim).log() + maximum.squeeze(dim)
 
 
-def contrastive_term(logits: Logits, divisor: int) -> Tensor:
-    """The sum over the rows and columns of the pairs, divided: a scalar."""
+def contrastive_term(logits: Logits) -> Tensor:
+    """The mean over the rows, or the rows and columns, of the pairs: a scalar."""
     row_lse, column_lse, pair_logits, _ = log_sum_exps(logits)
     negatives_lse = torch.stack((row_lse, column_lse)) if logits.symmetric else row_lse
-    return eager.softplus(eager.margins(negatives_lse, pair_logits)).sum() / divisor
+    return eager.softplus(eager.margins(negatives_lse, pair_logits)).mean()
 
 
 def sigmoid_loss(logits: Logits, logit_bias: Tensor, divisor: int) -> Tensor:
     """SigLIP's loss, as in `terms/sigmoid.py`, without other positives: a scalar."""
     dtype = accumulation_dtype(logits.row_features.dtype)
     with without_autocast(logits.row_features):
-        margins = _products(logits, dtype).mul(-logits.logit_scale).sub_(logit_bias)  # y_ij l_ij
+        products = _products(logits, dtype)
+        zero = products.detach().sum() * 0  # NaN for an infinite feature, whose loss may be 0
+        margins = products.mul(-logits.logit_scale).sub_(logit_bias)  # y_ij l_ij
         # The diagonal goes on where extra images meet extra texts.
         margins.diagonal()[: logits.num_pairs].neg_()
         same = logits.same_ids(0, margins.shape[0])
         if same is not None:
             same.diagonal()[: logits.num_pairs].fill_(False)
             margins.masked_fill_(same, torch.inf)
-        with torch.no_grad():  # an infinite feature may give a logit without loss
-            zero = logits.zero_or_nan(dtype)
         return zero - F.logsigmoid(margins).sum() / divisor
 
 
