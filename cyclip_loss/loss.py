@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from cyclip_loss import options, usage_warnings
-from cyclip_loss.inputs import check_inputs_once, check_scalar, prepare, prepare_pairs
+from cyclip_loss.inputs import check_inputs_once, prepare, prepare_pairs
 from cyclip_loss.options import ContrastiveOptions, PenaltyOptions, option
-from cyclip_loss.plan import Batch, Plan, make_plan
+from cyclip_loss.plan import Batch, make_plan
 from cyclip_loss.ranks.groups import ranks_of
 from cyclip_loss.terms import contrastive, cyclic, sigmoid
 
@@ -60,14 +60,20 @@ class _ContrastiveLoss(ContrastiveOptions, _Module):
                 f"is rank {ranks.rank} of {ranks.size}; is torch.distributed initialised?"
             )
 
-    def _with_penalties(
-        self, terms: dict[str, Tensor], batch: Batch, plan: Plan, reduced: Tensor | None
+    def _loss(
+        self, batch: Batch, output_dict: bool, contrastive_terms: Callable[..., dict[str, Tensor]]
     ) -> Tensor | dict[str, Tensor]:
-        """The contrastive terms and the penalties, added up unless `plan.as_terms`."""
-        if plan.as_terms or plan.penalties != "none":
+        """The loss or, with `output_dict`, its terms."""
+        plan = make_plan(batch, self, output_dict, self.dist_impl)
+        # Across ranks, the gather of the columns runs while the Gram matrices are computed, and
+        # their all-reduce runs while the contrastive terms are.
+        gathers = contrastive.start_gathers(batch, plan)
+        reduced = cyclic.start_reducing_grams(batch, plan)
+        terms = contrastive_terms(batch, plan, gathers, self)
+        if output_dict or plan.penalties != "none":
             terms |= cyclic.terms(batch, plan, self, reduced)
         check_inputs_once(self, batch, plan)
-        if plan.as_terms:
+        if output_dict:
             return terms
         loss, *others = terms.values()
         return sum(others, loss)
@@ -214,24 +220,12 @@ class CyCLIPLoss(_ContrastiveLoss):
             negative_image_features=negative_image_features,
             negative_text_features=negative_text_features,
             same_ids=self.same_ids,
+            logit_bias=logit_bias,
         )
-        bias = None
-        if logit_bias is not None:
-            bias = check_scalar("logit_bias", logit_bias, batch.image_features)
-        plan = make_plan(batch, self, output_dict, self.dist_impl)
-
-        # Across ranks, the gather of the columns runs while the Gram matrices are computed, and
-        # their all-reduce runs while the contrastive terms are.
-        gathers = contrastive.start_gathers(batch, plan)
-        reduced = cyclic.start_reducing_grams(batch, plan)
-        terms = contrastive.terms(batch, plan, gathers, self)
-        if bias is not None:
-            # A gradient of 0: DDP needs a gradient for every parameter.
-            terms["contrastive_loss"] = terms["contrastive_loss"] + bias * 0
         usage_warnings.warn_of_strong_penalties(self, batch.total_pairs)
         if augmented_image_features is None:
             usage_warnings.warn_of_unused_weight(self)
-        return self._with_penalties(terms, batch, plan, reduced)
+        return self._loss(batch, output_dict, contrastive.terms)
 
 
 @dataclass(eq=False, repr=False)
@@ -313,12 +307,8 @@ class CySigLIPLoss(_ContrastiveLoss):
             logit_bias=0.0 if logit_bias is None else logit_bias,
             function="CySigLIPLoss",
         )
-        plan = make_plan(batch, self, output_dict, self.dist_impl)
-        gathers = contrastive.start_gathers(batch, plan)
-        reduced = cyclic.start_reducing_grams(batch, plan)
-        terms = sigmoid.terms(batch, plan, gathers)
         usage_warnings.warn_of_strong_penalties(self, batch.total_pairs, is_siglip=True)
-        return self._with_penalties(terms, batch, plan, reduced)
+        return self._loss(batch, output_dict, sigmoid.terms)
 
 
 @dataclass(eq=False, repr=False)
@@ -367,7 +357,7 @@ class WithCyclicPenalty(CyclicPenalty):
     Call it like the loss that it wraps. The penalties are added to a number that it returns. A
     tuple of terms, or a dict whose keys all end in `_loss` (OpenCLIP's convention), gets the
     weighted terms `inmodal_cyclic_loss` and `crossmodal_cyclic_loss`, so that its values still sum
-    to the loss. Attributes that only the wrapped loss has are read from it and written to it.
+    to the loss.
 
     Args:
         loss: a module. It stays reachable as `.loss`.
@@ -392,6 +382,7 @@ class WithCyclicPenalty(CyclicPenalty):
         **penalty_options: Any,
     ) -> None:
         super().__init__(lambda_inmodal, lambda_crossmodal, **penalty_options)
+        _check_wrapped(loss, features)
         self.features = features
         self.loss = loss
 
@@ -439,21 +430,6 @@ class WithCyclicPenalty(CyclicPenalty):
             )
             raise TypeError(f"features must return the image and the text features, got {got}")
         return found
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("loss"), name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        wrapped = self.__dict__.get("_modules", {}).get("loss")
-        own = name in self.__dict__ or hasattr(type(self), name)
-        if name == "loss":
-            _check_wrapped(value, self.features)
-        elif not own and hasattr(wrapped, name):
-            return setattr(wrapped, name, value)
-        super().__setattr__(name, value)
 
 
 def _check_wrapped(loss: Any, features: Any) -> None:

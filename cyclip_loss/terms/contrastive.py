@@ -115,6 +115,8 @@ def terms(batch: Batch, plan: Plan, gathers: Gathers, options: Any) -> dict[str,
             losses.append(dense.contrastive_term(logits_of(tensors, term)))
         else:
             losses.append(_Contrastive.apply(*inputs))  # type: ignore[no-untyped-call]
+    if batch.logit_bias is not None:
+        losses[0] = losses[0] + batch.logit_bias * 0  # DDP needs a gradient for every parameter
     if len(losses) == 1:
         return {"contrastive_loss": losses[0]}
     inmodal = (losses[1] + losses[2]) / 2
@@ -179,16 +181,17 @@ def _ids_with_negatives(
     (extra texts) are free. SigLIP's extra images get -1, too, which leaves them out of the
     negatives of extra texts. That takes ids also if none were given.
     """
+    is_siglip = batch.one_way and batch.logit_bias is not None
     if batch_ids is not None:
         column_ids = torch.searchsorted(batch_ids.sort()[0], batch_ids)
-    elif batch.logit_bias is not None:
+    elif is_siglip:
         column_ids = torch.arange(batch.total_pairs, device=batch.image_features.device)
     else:
         return None, None
     num_pairs, num_columns = batch.image_features.shape[0], batch.column_features[0].shape[0]
     first = batch.ranks.first_row(batch.ranks.rank, num_pairs)
     row_ids = column_ids[first : first + num_pairs]
-    extra_id = -2 if batch.logit_bias is None else -1
+    extra_id = -1 if is_siglip else -2
     row_ids = F.pad(row_ids, (0, batch.row_features[0].shape[0] - num_pairs), value=extra_id)
     pairs_per_rank = [batch.ranks.rows_on(rank, num_pairs) for rank in range(batch.ranks.size)]
     blocks = []

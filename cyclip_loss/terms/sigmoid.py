@@ -32,7 +32,7 @@ from cyclip_loss.terms.contrastive import (
 from cyclip_loss.terms.operators import Operator, call_backward, empty_grad_like, where_needed
 
 
-def terms(batch: Batch, plan: Plan, gathers: Gathers) -> dict[str, Tensor]:
+def terms(batch: Batch, plan: Plan, gathers: Gathers, _: Any) -> dict[str, Tensor]:
     """{"contrastive_loss": the loss}, a scalar of the accumulation dtype."""
     (inputs,) = term_inputs(batch, plan, gathers)
     if plan.contrastive == "dense":

@@ -141,10 +141,6 @@ NOT_TWO = "pass features=, two of these names"
 def test_what_cannot_be_wrapped_is_refused(loss: Any, names: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         WithCyclicPenalty(loss, features=names)
-    wrapped = WithCyclicPenalty(SigLipLoss())
-    if names is FEATURES:
-        with pytest.raises(TypeError, match=message):
-            wrapped.loss = loss
 
 
 def test_features_that_do_not_fit_the_loss_are_named_in_the_call(features) -> None:
@@ -157,18 +153,3 @@ def test_features_that_do_not_fit_the_loss_are_named_in_the_call(features) -> No
     wrapped.features = lambda *_: features[:1]
     with pytest.raises(TypeError, match="the image and the text features, got 1 values"):
         wrapped(*features)
-
-
-def test_attributes_that_only_the_wrapped_loss_has_are_read_and_written_there(features) -> None:
-    wrapped = WithCyclicPenalty(AudioLoss(), 0.0, 0.0, features=OTHER_NAMES)
-    wrapped.weight = 3.0
-    assert wrapped.weight == wrapped.loss.weight == 3
-    assert wrapped.temperature == 3.0  # an attribute of the class
-    with pytest.raises(AttributeError, match="no_such"):
-        _ = wrapped.no_such
-    wrapped.lambda_inmodal, wrapped.note = 0.5, "mine"
-    assert not {"lambda_inmodal", "note"} & set(vars(wrapped.loss))
-    assert wrapped(*features) > 3 * ClipLoss()(*features, 10.0)
-    for training in (False, True):
-        assert wrapped.train(training) is wrapped
-        assert wrapped.training == wrapped.loss.training == training
