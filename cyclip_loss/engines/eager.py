@@ -246,12 +246,11 @@ def sigmoid_terms(
             pair_logits, _ = _pairs(strip, start, logits)
             negated = pair_logits.neg()
             if same is not None:
-                is_positive = same
                 if positives:
-                    if logits.row_ids is not None and logits.has_extra_negatives:
-                        is_positive = same & (logits.row_ids[start:stop, None] >= 0)
+                    is_positive = same.clone()
+                    is_positive[max(0, logits.num_pairs - start) :] = False  # extra negatives
                     torch.where(is_positive, -strip, strip, out=strip)
-                    same = same ^ is_positive
+                    same ^= is_positive
                 strip.masked_fill_(same, -torch.inf)
             pair_logits.copy_(negated)
             loss.add_(softplus(strip).sum())
