@@ -204,8 +204,9 @@ def check_features(
             )
     if second is first:  # torch.compile refuses the same tensor twice
         second = first.view_as(first)
-    if autocast:
-        first, second = _autocast(first), _autocast(second)
+    if autocast and autocast_is_on(first.device.type):
+        dtype = torch.get_autocast_dtype(first.device.type)
+        first, second = (x if x.dtype == torch.float64 else x.to(dtype) for x in (first, second))
     shapes: Any = tuple(first.shape), tuple(second.shape)
     if not paired:
         shapes = first.shape[1], second.shape[1]
@@ -226,13 +227,6 @@ def _check_dense(name: str, tensor: Tensor, method: str) -> None:
     if tensor.is_nested or tensor.layout != torch.strided:
         got = f"layout {tensor.layout}, nested: {tensor.is_nested}"
         raise TypeError(f"{name} must be a dense tensor, got {got}")
-
-
-def _autocast(features: Tensor) -> Tensor:
-    device_type = features.device.type
-    if features.dtype != torch.float64 and autocast_is_on(device_type):
-        return features.to(torch.get_autocast_dtype(device_type))
-    return features
 
 
 def check_scalar(name: str, value: Tensor | float, features: Tensor) -> Tensor:
