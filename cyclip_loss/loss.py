@@ -419,15 +419,10 @@ class WithCyclicPenalty(CyclicPenalty):
         if not callable(self.features):
             bound = inspect.signature(self.loss.forward).bind(*args, **kwargs)
             bound.apply_defaults()
-            for name in self.features:  # they may have been set after the loss
-                if name not in bound.arguments:
-                    _check_wrapped(self.loss, self.features)
             return [bound.arguments[name] for name in self.features]
         found = self.features(*args, **kwargs)
         if not isinstance(found, (tuple, list)) or len(found) != 2:
-            got = (
-                f"{len(found)} values" if isinstance(found, (tuple, list)) else type(found).__name__
-            )
+            got = type(found).__name__
             raise TypeError(f"features must return the image and the text features, got {got}")
         return found
 
