@@ -4,7 +4,7 @@ No element's error, compared with `cyclip_loss.reference` in float64, which is d
 exceeds the bound that `rounding.py` derives for it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -24,12 +24,33 @@ MODULES: dict[str, Any] = {
 }
 
 
-def results(loss: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
-    """The loss and the gradients of all inputs."""
-    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+def results(loss: Callable[..., Tensor], *inputs: Any) -> tuple[Tensor, ...]:
+    """The loss and the gradients of all inputs that are tensors."""
+    leaves = [x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in inputs]
     value = loss(*leaves)
     value.backward()
-    return value.detach(), *(leaf.grad for leaf in leaves)
+    return value.detach(), *(leaf.grad for leaf in leaves if isinstance(leaf, Tensor))
+
+
+def graphs(
+    loss: Any, steps: Iterable[tuple[tuple[float, float], list[Any]]], fullgraph: bool = True
+) -> list[int]:
+    """The number of graphs after each step of a compiled loss, which equals the eager one.
+
+    A step has two lambdas and the inputs.
+    """
+    from torch._dynamo.testing import CompileCounterWithBackend  # slow
+
+    torch._dynamo.reset()
+    counter, counts = CompileCounterWithBackend("aot_eager"), []
+    compiled = torch.compile(loss, fullgraph=fullgraph, backend=counter)
+    for index, (lambdas, inputs) in enumerate(steps):
+        loss.lambda_inmodal, loss.lambda_crossmodal = lambdas
+        loss.reference_batch_size = 100 + index
+        found, expected = results(compiled, *inputs), results(loss, *inputs)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+        counts.append(counter.frame_count)
+    return counts
 
 
 def evaluate(

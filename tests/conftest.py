@@ -164,9 +164,7 @@ def unverified_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     if not kernels.INTERPRETED:
         pytest.skip("pretends that the CPU is a GPU")
     monkeypatch.setattr(engines, "architecture", lambda device: "sm_90")
-    for config, size in ((kernels.configs.SUM, 4), (kernels.configs.PAIR_TERMS, 32)):
-        for sizes in (config.tile, config.kwargs):  # sums take several blocks
-            monkeypatch.setitem(sizes, "BLOCK", size)
+    set_small_blocks(monkeypatch)
     monkeypatch.setattr(engines, "_verified", lru_cache(engines._verified.__wrapped__))
     monkeypatch.setattr(usage_warnings, "_warned", set())
 
@@ -182,6 +180,19 @@ def setting(name: str, value: Any) -> Iterator[None]:
         getattr(torch, f"set_{name}")(before)
 
 
+def set_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let kernels that sum take several blocks."""
+    from cyclip_loss.kernels import configs
+
+    for config, size, value in (
+        (configs.JOIN_LSE, "TILES", 2),
+        (configs.PAIR_TERMS, "BLOCK", 32),
+        (configs.SUM, "BLOCK", 2),
+    ):
+        for sizes in (config.tile, config.kwargs):  # `kwargs` is a copy, made once
+            monkeypatch.setitem(sizes, size, value)
+
+
 def set_strip_rows(monkeypatch: pytest.MonkeyPatch, rows: int | None) -> None:
     """Make strips `rows` high (one tile in kernels) and blocks small. None: change nothing."""
     if rows is None:
@@ -190,21 +201,12 @@ def set_strip_rows(monkeypatch: pytest.MonkeyPatch, rows: int | None) -> None:
     monkeypatch.setitem(numerics.STRIP_ELEMENTS, "cpu", 1)
     monkeypatch.setattr(numerics, "STRIP_ELEMENTS_OTHER_DEVICES", 1)
     if HAS_TRITON:
-        from cyclip_loss.kernels import configs
-
+        set_small_blocks(monkeypatch)
         # `kernels.contrastive_lse` is the function, so the modules are imported by their paths.
-        lse, grads, grams = (
-            import_module(f"cyclip_loss.kernels.{name}")
-            for name in ("contrastive_lse", "contrastive_grads", "gram_matrices")
-        )
-        for config, size, value in (
-            (configs.JOIN_LSE, "TILES", 2),
-            (configs.PAIR_TERMS, "BLOCK", 32),
-            (configs.SUM, "BLOCK", 2),
+        for name, limit, value in (
+            ("contrastive_lse", "PARTIAL_ELEMENTS", 1),
+            ("contrastive_grads", "BLOCK_ROWS", 1),
+            ("contrastive_grads", "BLOCK_ELEMENTS", 1),
+            ("gram_matrices", "MIN_SPLIT_ROWS", 4 * rows),
         ):
-            for sizes in (config.tile, config.kwargs):  # `kwargs` is a copy, made once
-                monkeypatch.setitem(sizes, size, value)
-        monkeypatch.setattr(lse, "PARTIAL_ELEMENTS", 1)
-        monkeypatch.setattr(grads, "BLOCK_ROWS", 1)
-        monkeypatch.setattr(grads, "BLOCK_ELEMENTS", 1)
-        monkeypatch.setattr(grams, "MIN_SPLIT_ROWS", 4 * rows)
+            monkeypatch.setattr(import_module(f"cyclip_loss.kernels.{name}"), limit, value)

@@ -182,6 +182,11 @@ def lay_out(values: Tensor, layout: str) -> Tensor:
     return memory.as_strided((n, d), (row, column), offset).copy_(values)
 
 
+def counts(*values: int) -> st.SearchStrategy[Any]:
+    """Draws `Case.negatives`."""
+    return st.tuples(*[st.sampled_from([None, None, *values])] * 2)
+
+
 # Hypothesis also draws constants that it finds in the loaded modules, except integers between -100
 # and 100. So all numbers are drawn as integers in this range, and the examples of a test do not
 # depend on which other tests are collected.
@@ -215,7 +220,7 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     "upstream": st.tuples(UPSTREAM, UPSTREAM, UPSTREAM),
     "distinct_ids": st.sampled_from([None, None, 1, 6, 90]),
     "same_ids": st.sampled_from(["ignored", "positives"]),
-    "negatives": st.tuples(*[st.sampled_from([None, None, 0, 1, 50, 130])] * 2),
+    "negatives": counts(0, 1, 50, 130),
     "strip_rows": st.sampled_from([None, 1, 7, 32]),
     "logit_bias": st.sampled_from([-10.0, -2.5, 1.0]),
     "seed": st.integers(0, 99),
@@ -238,7 +243,7 @@ def for_kernels(fixed: list[Any]) -> list[Any]:
 # Interpreted tiles are slow. 50 extra negatives are enough to reach into another tile.
 FOR_KERNELS: dict[str, st.SearchStrategy[Any]] = {
     "dtype": st.sampled_from(DTYPES[1:]),
-    "negatives": st.tuples(*[st.sampled_from([None, None, 0, 1, 50])] * 2),
+    "negatives": counts(0, 1, 50),
 }
 
 

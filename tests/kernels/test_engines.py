@@ -10,7 +10,7 @@ import pytest
 import torch
 from inputs import Case
 
-from cyclip_loss import CyCLIPLoss, CyCLIPWarning, engines, kernels, numerics
+from cyclip_loss import CyCLIPLoss, engines, kernels, numerics
 from cyclip_loss.engines import eager
 
 pytestmark = pytest.mark.usefixtures("unverified_kernels")
@@ -89,37 +89,44 @@ def test_each_gpu_gets_the_kernels_that_its_version_of_triton_compiles(
     assert ["`pip install triton`" in str(warning.message) for warning in caught] == (
         [True] if expected else []
     )
-    assert {warning.category for warning in caught} <= {CyCLIPWarning}
     with pytest.raises(ValueError, match="needs Triton" if expected else reason):
         engines.choose("triton", features)
 
 
-def test_the_environment_variable_sets_the_engine_of_auto_only(monkeypatch) -> None:
-    features = torch.ones(2, 2)
-    chosen = {"": "verified kernels", "auto": "verified kernels", "triton": "kernels"}
-    for value in ("", "auto", "triton", "eager"):
-        monkeypatch.setenv("CYCLIP_LOSS_IMPL", value)
-        assert engines.choose("auto", features) == chosen.get(value, "eager")
-        assert engines.choose("eager", features) == "eager"
-        assert engines.choose("triton", features) == "kernels"
-        assert engines.choose("triton", features.double()) == "eager"
-        assert engines.engine_of(features, "triton") == "Triton kernels"
-        computes = engines.engine_of(features)
-        assert computes.startswith("PyTorch: impl or CYCLIP" if value == "eager" else "Triton")
+SMALL, LARGE = torch.ones(2, 2), torch.ones(2, 3)
+# impl, CYCLIP_LOSS_IMPL, features, the engine, and what `engine_of` says.
+CHOICES = [
+    ("auto", "", SMALL, "verified kernels", "Triton kernels"),
+    ("auto", "auto", SMALL, "verified kernels", "Triton kernels"),
+    ("auto", "triton", SMALL, "kernels", "Triton kernels"),
+    ("auto", "eager", SMALL, "eager", "PyTorch: impl or CYCLIP_LOSS_IMPL is 'eager'"),
+    ("eager", "triton", SMALL, "eager", "PyTorch: impl or CYCLIP_LOSS_IMPL is 'eager'"),
+    ("triton", "eager", SMALL, "kernels", "Triton kernels"),
+    ("triton", "", SMALL.double(), "eager", "PyTorch: the kernels do not compute float64"),
+    ("auto", "", LARGE, "eager", "PyTorch: D is above 2"),
+]
+
+
+@pytest.mark.parametrize(("impl", "variable", "features", "engine", "computes"), CHOICES)
+def test_the_option_the_environment_and_the_features_choose_the_engine(
+    impl: str, variable: str, features: torch.Tensor, engine: str, computes: str, monkeypatch
+) -> None:
+    monkeypatch.setattr(kernels, "MAX_D", 2)
+    monkeypatch.setenv("CYCLIP_LOSS_IMPL", variable)
+    assert engines.choose(impl, features) == engine
+    assert engines.engine_of(features, impl) == computes
+
+
+def test_what_computes_is_pytorch_once_a_kernel_was_found_wrong(monkeypatch) -> None:
+    problem = "result 0 is off by 0.5"
+    monkeypatch.setattr(engines.verified(SMALL), "problem", problem)
+    assert engines.engine_of(SMALL) == f"PyTorch: {problem}"
+
+
+def test_a_bad_environment_variable_is_refused(monkeypatch) -> None:
     monkeypatch.setenv("CYCLIP_LOSS_IMPL", "fast")
     with pytest.raises(ValueError, match=r"CYCLIP_LOSS_IMPL must be one of .* got 'fast'"):
-        CyCLIPLoss()(features, features, 1.0)
-
-
-def test_auto_uses_eager_for_a_d_that_is_too_large_for_the_kernels(monkeypatch) -> None:
-    monkeypatch.setattr(kernels, "MAX_D", 2)
-    assert engines.choose("auto", torch.ones(2, 2)) == "verified kernels"
-    assert engines.choose("auto", torch.ones(2, 3)) == "eager"
-    assert engines.engine_of(torch.ones(2, 3)) == "PyTorch: D is above 2"
-    assert engines.engine_of(torch.ones(2, 2).double()).endswith("do not compute float64")
-    problem = "result 0 is off by 0.5"
-    monkeypatch.setattr(engines.verified(torch.ones(2, 2)), "problem", problem)
-    assert engines.engine_of(torch.ones(2, 2)) == f"PyTorch: {problem}"
+        CyCLIPLoss()(SMALL, SMALL, 1.0)
 
 
 def test_the_error_for_missing_kernels_says_what_asked_for_them(monkeypatch) -> None:

@@ -6,14 +6,16 @@ Without a GPU: launches are only recorded.
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import triton
 from accuracy import function_of
-from inputs import Case
+from inputs import LAYOUTS, Case
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
@@ -90,35 +92,27 @@ def step(launched: list[str], case: Case, **changes: Tensor) -> int:
     return len(launched) - before
 
 
-def shifted(x: Tensor, offset: int) -> Tensor:
-    """A copy that starts `offset` elements after an aligned address."""
-    moved = x.detach().new_empty(x.numel() + offset)[offset:].view(x.shape)
-    return moved.copy_(x.detach())
+def shifted(x: Tensor) -> Tensor:
+    """A copy that starts one element after an aligned address."""
+    return F.pad(x.detach().flatten(), (1, 0))[1:].view(x.shape)
 
 
 def compiled_binaries(dtype: torch.dtype, d: int) -> tuple[set[str], set[str]]:
     """The binaries of two aligned batches, and those that batches of other shapes add."""
-    options: dict[str, Any] = {"d": d, "dtype": dtype, "lambdas": (0.5, 0.25)}
+    binaries: list[set[str]] = []
     with no_device() as launched:
-        for n in (64, 4096):
-            step(launched, Case(n, **options))
-            step(launched, Case(n, **options), ids=torch.arange(n))
-        known = {name for name in launched if " " in name}
-        for n in (1, 2, 16, 63, 255, 257, 1000, 2049, 4099):
-            step(launched, Case(n, **options))
-        for n in (1, 16, 257):
-            case = Case(n, **options)
-            image, text, scale = case.inputs("cpu")
-            wide = [
-                x.new_empty(n, d + more)[:, :d].copy_(x) for x, more in ((image, 1), (text, 16))
-            ]
-            for features in ([shifted(image, 1), shifted(text, 3)], wide):
-                changes = dict(zip(("image_features", "text_features"), features, strict=True))
-                step(launched, case, **changes, logit_scale=shifted(scale, 1))
-            step(launched, case, ids=shifted(torch.arange(n), 1))
-            expanded = {"text_features": text[:1].expand(n, d)}
-            step(launched, case, image_features=image.T.contiguous().T, **expanded)
-    return known, {name for name in launched if " " in name} - known
+        for sizes in ((64, 4096), (1, 2, 16, 63, 255, 257, 1000, 2049, 4099)):
+            for n in sizes:
+                case = Case(n, d, dtype, lambdas=(0.5, 0.25))
+                step(launched, case)
+                step(launched, case, ids=torch.arange(n))
+                for layout in LAYOUTS if n in (1, 16, 257) else []:
+                    other = replace(case, image_layout=layout, text_layout=layout)
+                    scale = shifted(case.inputs("cpu")[2])
+                    step(launched, other, logit_scale=scale, ids=shifted(torch.arange(n)))
+            binaries.append({name for name in launched if " " in name})
+    known, found = binaries
+    return known, found - known
 
 
 def test_no_batch_makes_triton_compile_again(uninterpreted: Executor) -> None:

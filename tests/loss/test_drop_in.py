@@ -19,7 +19,7 @@ OPENCLIP_KEYWORDS |= {"rank": 0, "world_size": 1, "use_horovod": False}
 
 
 @pytest.mark.parametrize("given", [{}, OPENCLIP_KEYWORDS], ids=str)
-def test_without_penalties_it_is_clip_loss(given: dict, device: torch.device) -> None:
+def test_without_penalties_it_is_clip_loss(given: dict, device) -> None:
     ours, theirs = CyCLIPLoss(0, 0, **given), open_clip.ClipLoss(**given)
     inputs = Case(20, 6, torch.float64).inputs(device)
     torch.testing.assert_close(results(ours, *inputs), results(theirs, *inputs))
@@ -31,7 +31,7 @@ def test_without_penalties_it_is_clip_loss(given: dict, device: torch.device) ->
     ours.load_state_dict(theirs.state_dict())  # both have none
 
 
-def test_without_penalties_it_is_siglip_loss(device: torch.device) -> None:
+def test_without_penalties_it_is_siglip_loss(device) -> None:
     inputs = Case(40, 8, torch.float64).inputs(device)
     ours, theirs = CySigLIPLoss(), open_clip.loss.SigLipLoss()
     for bias in (-10.0, 1.0):
@@ -44,22 +44,18 @@ def test_without_penalties_it_is_siglip_loss(device: torch.device) -> None:
         assert CySigLIPLoss(dist_impl=theirs).dist_impl == ours
 
 
-@pytest.mark.parametrize("output_dict", [False, True])
-def test_logit_bias_changes_no_value_and_gets_a_zero_gradient(
-    impl, output_dict, device: torch.device
-) -> None:
+def test_logit_bias_changes_no_value_and_gets_a_zero_gradient(impl, device) -> None:
     image, text, _ = Case(12, 4).inputs(device)
     loss = CyCLIPLoss(impl=impl)
-    plain = loss(image, text, 10.0, output_dict=output_dict)
+    plain = loss(image, text, 10.0)
     with torch.device("meta"):  # numbers are not copied to another device
-        assert plain == loss(image, text, 10.0, -1.0, output_dict)
+        assert loss(image, text, 10.0, -1.0) == plain
     for shape in ((), (1,)):
         bias = torch.full(shape, 1e4, requires_grad=True, device=device)
-        shifted = loss(image, text, 10.0, bias, output_dict)
+        shifted = loss(image, text, 10.0, bias)
+        assert shifted.ndim == 0
         assert shifted == plain
-        total = sum(shifted.values()) if output_dict else shifted
-        assert total.ndim == 0
-        total.backward()
+        shifted.backward()
         assert torch.equal(bias.grad, torch.zeros(shape, device=device))
 
 
@@ -71,20 +67,17 @@ SCALE_TENSORS = [
 
 
 @pytest.mark.parametrize("form", SCALE_TENSORS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_every_form_of_the_logit_scale_gives_the_same_loss(
-    impl: str, dtype, form: Tensor, device: torch.device
-) -> None:
+def test_every_form_of_the_logit_scale_gives_the_same_loss(impl: str, form: Tensor, device) -> None:
     """A tensor gets a gradient of its own shape and dtype."""
-    image, text, plain = Case(20, 6, dtype).inputs(device)
+    image, text, plain = Case(20, 6).inputs(device)
     loss, logit_scale = CyCLIPLoss(impl=impl), form.to(device)
     value, _, _, scale_grad = results(loss, image, text, plain)
     found, _, _, grad = results(loss, image, text, logit_scale)
     assert (found.shape, grad.dtype, grad.shape) == ((), logit_scale.dtype, logit_scale.shape)
-    eps = max(torch.finfo(logit_scale.dtype).eps, torch.finfo(plain.dtype).eps)
-    assert grad.item() == pytest.approx(scale_grad.item(), rel=eps)
-    for number in (10, 10.0):
-        assert loss(image, text, number) == found == value
+    rel = torch.finfo(logit_scale.dtype).eps + torch.finfo(plain.dtype).eps
+    assert grad.item() == pytest.approx(scale_grad.item(), rel=rel)
+    for same in (found, loss(image, text, 10), loss(image, text, 10.0)):
+        assert same == value
 
 
 IMPORTS_LITTLE = """

@@ -8,7 +8,7 @@ import torch
 from conftest import set_strip_rows
 from hypothesis import example, given
 from hypothesis import strategies as st
-from inputs import Case, cases, pairs
+from inputs import FEATURES, Case, cases, pairs
 
 from cyclip_loss import consistency_metrics
 
@@ -48,18 +48,14 @@ def dense_metrics(image: torch.Tensor, text: torch.Tensor) -> dict[str, float]:
 
 # Equal rows tie for the nearest one.
 LAYOUTS = st.sampled_from([layout for layout in inputs.LAYOUTS if layout != "expanded"])
-PAIRS = {
-    "image_layout": LAYOUTS,
-    "text_layout": LAYOUTS,
-    "function": st.just("cyclip"),
-}
 
 
-@given(case=cases(**PAIRS))
+@given(case=cases(image_layout=LAYOUTS, text_layout=LAYOUTS))
 @example(case=Case(20, 30, norm=10.0))  # exp(-2 * 200) of a pair must not be lost next to exp(0)
-def test_metrics_equal_their_dense_definitions(case: Case, device: torch.device) -> None:
+def test_metrics_equal_their_dense_definitions(case: Case, device) -> None:
     """They are computed under autocast here, which must not cast anything."""
-    image, text, _ = case.inputs(device)
+    given = case.arguments(device)
+    image, text = (given[name] for name in FEATURES)
     with pytest.MonkeyPatch.context() as monkeypatch, torch.autocast(device.type, torch.bfloat16):
         set_strip_rows(monkeypatch, case.strip_rows)
         metrics = consistency_metrics(image, text)
@@ -72,7 +68,7 @@ def test_metrics_equal_their_dense_definitions(case: Case, device: torch.device)
         assert value.item() == pytest.approx(expected[name], rel=1e-6, abs=atol, nan_ok=True), name
 
 
-def test_metrics_have_no_gradient_and_are_nan_where_undefined(device: torch.device) -> None:
+def test_metrics_have_no_gradient_and_are_nan_where_undefined(device) -> None:
     image, text = (features.float().requires_grad_() for features in pairs(6, 3, device=device))
     assert not any(value.requires_grad for value in consistency_metrics(image, text).values())
     broken = image.detach().clone()
@@ -82,5 +78,4 @@ def test_metrics_have_no_gradient_and_are_nan_where_undefined(device: torch.devi
     assert [name for name, value in metrics.items() if not value.isnan()] == []
     # So is a correlation if the rows are all alike.
     metrics = consistency_metrics((image[:1] / 3).expand(5, -1), text[:5])
-    assert metrics["alignment"].item() > 0
     assert [name for name, value in metrics.items() if value.isnan()] == ["inmodal_correlation"]

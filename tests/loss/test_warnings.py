@@ -95,7 +95,7 @@ def test_likely_mistakes_warn_once(module: Any, n: int, changes: dict, expected:
     assert all(expected in message for message in found), found
 
 
-def test_each_warning_shows_the_users_line(device: torch.device) -> None:
+def test_each_warning_shows_the_users_line(device) -> None:
     image, text = pairs(9, 4, device=device)
     with pytest.warns() as caught:
         CyCLIPLoss(50)(3 * image, text, 1.0)

@@ -26,8 +26,11 @@ from cyclip_loss import (
 LAMBDAS = (0.5, 0.125)
 
 
-def total(inputs: list[Tensor], **options: Any) -> tuple[Tensor, ...]:
-    """A sum of all modules, and its gradients. (Less the wrapped loss, of this rank's rows.)"""
+def total(inputs: list[Tensor], share: float, **options: Any) -> tuple[Tensor, ...]:
+    """A sum of all functions, and its gradients. (Less the wrapped loss, of this rank's rows.)
+
+    share: 1 / N, times the number of ranks, as log-sum-exps are of this rank's rows only.
+    """
     group = {name: options[name] for name in ("process_group", "distributed") if name in options}
     # Copies share the group.
     loss = AveragedModel(CyCLIPLoss(*LAMBDAS, **options)).module
@@ -36,6 +39,8 @@ def total(inputs: list[Tensor], **options: Any) -> tuple[Tensor, ...]:
 
     def function(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
         value = loss(image, text, scale) + siglip(image, text, scale) + penalty(image, text)
+        lse = contrastive_logsumexp(image, text, scale, **options)
+        value = value + share * lse.row_negatives.sum()
         return value + another(image, text) - another.loss(image, text)
 
     return results(function, *inputs)
@@ -47,12 +52,11 @@ def subgroup_case(group: int, uneven: bool) -> RankCase:
     return RankCase(rows_per_rank=rows_per_rank, seed=group)
 
 
-def in_subgroups(rank: int, world_size: int, options: dict[str, Any]) -> tuple[Any, Tensor]:
-    """Ranks 0 and 2, and ranks 1 and 3, share a batch. Its results, and log-sum-exps."""
+def in_subgroups(rank: int, world_size: int, options: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Ranks 0 and 2, and ranks 1 and 3, share a batch."""
     groups = dist.new_group([0, 2]), dist.new_group([1, 3])
-    options = {**options, "process_group": groups[rank % 2]}
-    inputs = subgroup_case(rank % 2, options["uneven"]).rank_inputs(rank // 2)
-    return total(inputs, **options), contrastive_logsumexp(*inputs, **options).row_negatives
+    case = subgroup_case(rank % 2, options["uneven"])
+    return total(case.rank_inputs(rank // 2), 2 / case.n, **options, process_group=groups[rank % 2])
 
 
 @DIST_IMPLS
@@ -60,19 +64,13 @@ def in_subgroups(rank: int, world_size: int, options: dict[str, Any]) -> tuple[A
 def test_each_subgroup_has_the_loss_of_its_own_batch(
     dist_impl: str, uneven: bool, ranks: Ranks
 ) -> None:
-    options = {"dist_impl": dist_impl, "uneven": uneven}
-    found = ranks.run(4, in_subgroups, options)
-    close = {"rtol": 1e-11, "atol": 1e-14}
+    found = ranks.run(4, in_subgroups, {"dist_impl": dist_impl, "uneven": uneven})
     for group in (0, 1):
-        inputs = subgroup_case(group, uneven).inputs(own_device())
-        (first, first_lse), (second, second_lse) = found[group], found[group + 2]
-        lse = contrastive_logsumexp(*inputs).row_negatives
-        torch.testing.assert_close(torch.cat((first_lse, second_lse)), lse, **close)
-        value, *grads = total(inputs)
-        torch.testing.assert_close([first[0], second[0]], [value] * 2, **close)
-        for grad, *parts in zip(grads, first[1:], second[1:], strict=True):
-            whole = torch.cat(parts) if grad.ndim else sum(parts)
-            torch.testing.assert_close(whole / 2, grad, **close)
+        case = subgroup_case(group, uneven)
+        whole = total(case.inputs(own_device()), 1 / case.n)
+        for expected, *parts in zip(whole, found[group], found[group + 2], strict=True):
+            mean = (torch.cat(parts) if expected.ndim else sum(parts)) / 2
+            torch.testing.assert_close(mean, expected, rtol=1e-11, atol=1e-14)
 
 
 def refusals(rank: int, world_size: int) -> list[str]:
@@ -110,9 +108,8 @@ def alone(rank: int, world_size: int) -> list[Any]:
         return []
     inputs = RankCase().rank_inputs(rank)
     options = {} if world_size == 1 else {"distributed": False}
-    lse = contrastive_logsumexp(*inputs, **options).row_negatives
     loss = CyCLIPLoss(rank=rank, world_size=world_size, **options)(*inputs)
-    return [*total(inputs, **options), lse, loss, consistency_metrics(*inputs[:2])]
+    return [*total(inputs, 1.0, **options), loss, consistency_metrics(*inputs[:2])]
 
 
 def test_metrics_and_a_loss_with_distributed_false_wait_for_no_other_rank(ranks: Ranks) -> None:

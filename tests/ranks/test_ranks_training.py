@@ -5,12 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy import results
+from accuracy import graphs
 from inputs import normal
 from pool import Ranks, own_device
 from rank_cases import DIST_IMPLS, RankCase, check_ranks
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from towers import IMAGE_SIZE, TEXT_SIZE, TwoTowers
@@ -25,9 +24,10 @@ def gradients(
     world_size: int,
     rows_per_rank: tuple[int, ...],
     wrapper: str = "none",
-    **options: Any,
+    dist_impl: str = "gather",
 ) -> dict[str, Tensor]:
     """The parameters' gradients after two micro-batches, of each a rank's rows."""
+    options: dict[str, Any] = {"dist_impl": dist_impl, "uneven": len({*rows_per_rank}) > 1}
     torch.manual_seed(0)
     model: nn.Module = TwoTowers().to(own_device(), torch.float64)
     if wrapper == "DDP":
@@ -52,10 +52,6 @@ def gradients(
     return {name: x.full_tensor() if wrapper == "FSDP2" else x for name, x in grads.items()}
 
 
-def rank_gradients(rank: int, world_size: int, options: dict[str, Any]) -> dict[str, Tensor]:
-    return gradients(rank, world_size, **options)
-
-
 @DIST_IMPLS
 @pytest.mark.parametrize("wrapper", ["DDP", "FSDP2"])
 @pytest.mark.parametrize("rows_per_rank", [(6, 6), (5, 6, 7)], ids=str)
@@ -63,12 +59,11 @@ def test_every_parameter_has_the_gradient_of_one_process(
     rows_per_rank: tuple[int, ...], wrapper: str, dist_impl: str, ranks: Ranks
 ) -> None:
     """The loss takes each micro-batch by itself. The last one synchronises the gradients."""
-    options: dict[str, Any] = {"rows_per_rank": rows_per_rank, "wrapper": wrapper}
-    options |= {"dist_impl": dist_impl, "uneven": len(rows_per_rank) > 2}
     expected = gradients(0, 1, (sum(rows_per_rank),))
-    for found in ranks.run(len(rows_per_rank), rank_gradients, options):
+    for found in ranks.run(len(rows_per_rank), gradients, rows_per_rank, wrapper, dist_impl):
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12)
-        assert all(x.any() for x in found.values())
+        for name, grad in found.items():
+            assert grad.any(), name
 
 
 @DIST_IMPLS
@@ -78,19 +73,13 @@ def test_compiled_ranks_are_accurate(function: str, dist_impl: str, ranks: Ranks
     check_ranks(RankCase(distinct_ids=3, negatives=(4, None), views=True, **options), ranks)
 
 
-def graphs(rank: int, world_size: int, cases: list[RankCase]) -> list[int]:
-    """The number of graphs after each case. The compiled loss equals the eager one."""
-    torch._dynamo.reset()
-    counter, uneven = CompileCounterWithBackend("aot_eager"), cases[0].uneven
-    loss = CyCLIPLoss(dist_impl=cases[0].dist_impl, uneven=uneven, reference_batch_size=16)
-    compiled, counts = torch.compile(loss, fullgraph=not uneven, backend=counter), []
-    for case in cases:
-        loss.lambda_inmodal, loss.lambda_crossmodal = case.lambdas
-        inputs = case.rank_inputs(rank)
-        found, expected = results(compiled, *inputs), results(loss, *inputs)
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
-        counts.append(counter.frame_count)
-    return counts
+def rank_graphs(
+    rank: int, world_size: int, steps: list[tuple[Any, Any]], dist_impl: str, uneven: bool
+) -> list[int]:
+    """The number of graphs after each step with these rows per rank and lambdas."""
+    loss = CyCLIPLoss(dist_impl=dist_impl, uneven=uneven)
+    given = [(lambdas, RankCase(rows_per_rank=x).rank_inputs(rank)) for x, lambdas in steps]
+    return graphs(loss, given, fullgraph=not uneven)
 
 
 @pytest.mark.parametrize(
@@ -112,8 +101,5 @@ def test_compiled_and_eager_loss_are_equal(uneven: bool, dist_impl: str, ranks: 
     ]
     if uneven:
         steps = [(rows, (0.3, 0.2)) for rows in ((4, 4), (4, 3), (1, 5), (0, 2))]
-    cases = [
-        RankCase(dist_impl=dist_impl, uneven=uneven, rows_per_rank=x, lambdas=y) for x, y in steps
-    ]
-    for counts in ranks.run(2, graphs, cases):
+    for counts in ranks.run(2, rank_graphs, steps, dist_impl, uneven):
         assert uneven or counts[-3:] == [counts[-1]] * 3
