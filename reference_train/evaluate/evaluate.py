@@ -143,6 +143,7 @@ def evaluate(
     result["checkpoints"][title] = {**checkpoint.source, **run, "epoch": clip.epoch}
     for name, data in datasets.items():
         clip.progress, began = f"{title}: {name}", time.perf_counter()
+        print(f"{clip.progress}, {len(data.images):,} images", flush=True)  # also to a log file
         try:
             has_captions = data.captions is not None
             measured = measure(clip, data, arguments.linear_probe, keep_similarities=has_captions)
@@ -170,7 +171,8 @@ def open_all(arguments: argparse.Namespace, failed: dict[str, str]) -> dict[str,
             raise UsageError(f"--imagefolder: {name} is the name of another dataset")
         found[name] = partial(open_folders, path, name)
     if missing := [name for name in arguments.only or [] if name not in found]:
-        raise UsageError(f"--only: no dataset {' or '.join(missing)}; there are {', '.join(found)}")
+        there_are = ", ".join(map(shlex.quote, found))  # some names have commas
+        raise UsageError(f"--only: no dataset {' or '.join(missing)}; there are {there_are}")
     datasets: dict[str, Dataset] = {}
     for name in arguments.only or [name for name in found if name not in DATASETS]:
         try:

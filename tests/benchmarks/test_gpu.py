@@ -87,14 +87,13 @@ runpy.run_module("benchmarks", run_name="__main__")
 
 
 def test_dry_run_leaves_a_record_with_every_section(tmp_path: Path) -> None:
-    chosen = ["kernels", "competitors", "sweep"]
-    arguments = ["--dry-run", "--out", str(tmp_path), "--budget", "9999", "--sections", *chosen]
-    ran = run_python("-c", SMALL_DRY_RUN, "gpu", *arguments)
+    arguments = f"gpu --dry-run --out {tmp_path} --budget 9999 --sections kernels competitors sweep"
+    ran = run_python("-c", SMALL_DRY_RUN, *arguments.split())
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
     (file,) = tmp_path.glob("gpu-*.json")
     found = json.loads(file.read_text())["sections"]
-    assert list(found) == chosen
-    kernels, competitors, sweep = (found[name]["rows"] for name in chosen)
+    assert list(found) == ["kernels", "competitors", "sweep"]
+    kernels, competitors, sweep = (section["rows"] for section in found.values())
     assert "torch.mm, 256 cubed" in found["competitors"]["notes"][0]
     assert {(row["N"], row["D"]) for row in kernels} == {(40, 32)}
     whole, *parts = (row["ms"] for row in kernels)
@@ -122,17 +121,17 @@ def restore_process(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["gpu"], "no CUDA device"),
-        (["gpu", "--dry-run", "--sections", "x"], "x: choose"),
-        (["gate"], "pip install triton"),
-        (["gpu", "--dry-run"], "pip install triton"),
+        ("gpu", "no CUDA device"),
+        ("gpu --dry-run --sections x", "x: choose"),
+        ("gate", "pip install triton"),
+        ("gpu --dry-run", "pip install triton"),
     ],
 )
 def test_command_stops_with_one_line(arguments, message: str, monkeypatch, capsys) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(command, "find_spec", lambda name: None if "pip" in message else name)
     monkeypatch.setitem(command.MODULES, "gate", "not imported")
-    assert main(arguments) == 2
+    assert main(arguments.split()) == 2
     (line,) = capsys.readouterr().out.splitlines()
     assert message in line
 

@@ -3,25 +3,25 @@
 A test file uses them with `pytest_plugins = ["pretraining"]`, and must not import this file.
 """
 
+import logging
 import shlex
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from pretrain_runs import train
+import torch
 from tars import make_shards
 
 from cyclip_loss import open_clip_train
+from reference_train.pretrain import patches, views
 from reference_train.pretrain import pretrain as command
-from reference_train.pretrain import views
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """A folder of four shards to train on and one held-out shard, 8 pairs in each."""
-    return make_shards(tmp_path / "data", train=4, val=1)
+    return make_shards(tmp_path / "data")
 
 
 @pytest.fixture
@@ -31,9 +31,9 @@ def dry_run(data: Path, tmp_path: Path, capsys) -> Callable[..., Namespace | Non
     None if it prints no command.
     """
 
-    def run(*flags: str, batch: Sequence[str] = ("--batch-size", "8")) -> Namespace | None:
-        argv = ["--preset", "modern", "--data", str(data), "--out", str(tmp_path / "logs")]
-        command.main([*argv, *batch, "--dry-run", *(word.format(folder=data) for word in flags)])
+    def run(flags: str = "", batch: str = "--batch-size 8") -> Namespace | None:
+        words = f"--preset modern --data {data} --out {tmp_path}/logs {batch} --dry-run {flags}"
+        command.main(words.split())
         if not (printed := shlex.split(capsys.readouterr().out)):
             return None
         launcher = views.__name__ if "--views" in flags else open_clip_train.__name__
@@ -48,9 +48,26 @@ def dry_run(data: Path, tmp_path: Path, capsys) -> Callable[..., Namespace | Non
 
 @pytest.fixture
 def pretrain(data: Path, tmp_path: Path) -> Callable[..., None]:
-    """`pretrain_runs.train` of the folder `data` into `tmp_path`."""
+    """Trains `tmp_path` / "run" for an epoch, and undoes what that changes in this process.
 
-    def run(*flags: str, data: Path = data, **options: Any) -> None:
-        train(tmp_path, data, *flags, **options)
+    flags: OpenCLIP's flags. ours: the flags of `pretrain`. pairs: in an epoch.
+    """
+
+    def run(
+        flags: str = "", ours: str = "", data: Path | str = data, batch: int = 8, pairs: int = 16
+    ) -> None:
+        words = f"""
+            --preset icons --batch-size {batch} --data {data} --out {tmp_path} --name run {ours}
+            -- --train-num-samples {pairs} --epochs 1 {flags}
+        """
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (command.trainer, patches.train):
+                for name, value in list(vars(module).items()):
+                    patch.setattr(module, name, value)
+            patch.setattr(command.trainer, "setup_logging", lambda *_: None)
+            patch.setattr(torch, "save", torch.save)
+            patch.setattr(logging, "raiseExceptions", True)
+            patch.setattr(logging.root.manager, "disable", 0)
+            command.main(words.split())
 
     return run

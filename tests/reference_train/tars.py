@@ -24,23 +24,19 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def make_shards(folder: Path, **parts: int) -> Path:
-    """Shards of 8 pairs: a picture of noise, and a caption with its number.
-
-    parts: how many shards of each name.
-    """
+def make_shards(folder: Path) -> Path:
+    """Shards of 8 pairs: a picture of noise, and a caption with its number."""
     folder.mkdir()
+    names = [*(f"train-{number:05d}.tar" for number in range(4)), "val-00000.tar"]
     rng = np.random.default_rng(0)
-    for part, count in parts.items():
-        for number in range(count):
-            pairs: dict[str, bytes] = {}
-            for i in range(8):
-                noise = rng.integers(256, size=(40, 36, 3), dtype=np.uint8)
-                pairs[f"{number}_{i}.png"] = png(Image.fromarray(noise))
-                pairs[f"{number}_{i}.txt"] = f"no {number} {i}".encode()
-            write_tar(folder / f"{part}-{number:05d}.tar", pairs)
-    sizes = {path.name: 8 for path in folder.glob("*.tar")}
-    (folder / "sizes.json").write_text(json.dumps(sizes))
+    for name in names:
+        pairs: dict[str, bytes] = {}
+        for i in range(8):
+            noise = rng.integers(256, size=(40, 36, 3), dtype=np.uint8)
+            pairs[f"{i}.png"] = png(Image.fromarray(noise))
+            pairs[f"{i}.txt"] = f"{name} {i}".encode()
+        write_tar(folder / name, pairs)
+    (folder / "sizes.json").write_text(json.dumps(dict.fromkeys(names, 8)))
     return folder
 
 

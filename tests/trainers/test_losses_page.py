@@ -1,7 +1,7 @@
 """Runs every recipe on `docs/losses.md` and compares it with its N x N form in float64.
 
-A new recipe is a section of the page with a block that sets `loss`, and its N x N form here, found
-by a text that only this block has. The section says whether it takes ids and works across ranks.
+A new recipe is a section of the page with a block that sets `loss`, and its N x N form in `DENSE`.
+The section says whether it takes ids and works across ranks.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import pages
 import pytest
 import torch
 import torch.nn.functional as F
-from inputs import normal, pairs
+from inputs import pairs
 from pool import Ranks
 from torch import Tensor
 
@@ -23,9 +23,6 @@ D, TAU, SCALE = 5, 0.03, 6.0
 CONSTANTS = ("weights", "image_queue", "text_queue")
 FEATURES = ("image_features", "text_features", "hard_negatives")
 NUMBERS = {"tau": TAU, "alpha": 9.0, "kappa": 0.3, "smoothing": 0.1}
-DENSE: dict[str, Callable[..., Tensor]] = {}
-
-
 BLOCKS = pages.blocks("docs/losses.md")
 
 
@@ -34,21 +31,24 @@ def block_with(text: str) -> str:
     return found
 
 
+def random_features(n: int, seed: int) -> Tensor:
+    return pairs(n, D, seed=seed, device="cpu")[0]
+
+
 def make_data(n: int) -> dict[str, Tensor]:
     """The variables of the recipes for the whole batch, by name."""
     image, text = pairs(n, D, 0.5, device="cpu")
-    weights = torch.arange(n, dtype=torch.float64, device="cpu") % 3  # some are 0
     return {
         "image_features": image,
         "text_features": text,
-        "hard_negatives": pairs(2 * n, D, seed=1, device="cpu")[0],
-        "own_negatives": pairs(3 * n, D, seed=4, device="cpu")[0].unflatten(0, (n, 3)),
-        "audio_features": pairs(n, D, seed=5, device="cpu")[0],
-        "image_queue": pairs(3 * n, D, seed=6, device="cpu")[0],
-        "text_queue": pairs(3 * n, D, seed=7, device="cpu")[0],
-        "weights": weights,
-        "row_scales": 3 + normal(n, seed=2, device="cpu").abs(),
-        "index": torch.arange(n, device="cpu"),
+        "hard_negatives": random_features(2 * n, seed=1),
+        "own_negatives": random_features(3 * n, seed=4).unflatten(0, (n, 3)),
+        "audio_features": random_features(n, seed=5),
+        "image_queue": random_features(3 * n, seed=6),
+        "text_queue": random_features(3 * n, seed=7),
+        "weights": torch.arange(n).double() % 3,  # some are 0
+        "row_scales": 3 + random_features(n, seed=2)[:, 0].abs(),
+        "index": torch.arange(n),
     }
 
 
@@ -81,46 +81,37 @@ def run_block(
 
 def moving_averages(n: int) -> Tensor:
     """log u after earlier steps. The first sample was in none of them."""
-    log_u = normal(n, seed=3, device="cpu")
+    log_u = random_features(n, seed=3)[:, 0]
     log_u[0] = -torch.inf
     return log_u
 
 
 def mask(n: int, ids: Tensor | None) -> Tensor:
     """Which columns are a row's negatives."""
-    others = ~torch.eye(n, dtype=torch.bool, device="cpu")
+    others = ~torch.eye(n, dtype=torch.bool)
     return others if ids is None else others & (ids[:, None] != ids)
-
-
-def dense(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Registers the N x N form of the block that contains this text."""
-
-    def add(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        DENSE[name] = function
-        return function
-
-    return add
 
 
 def cross_entropy(logits: Tensor, negatives: Tensor) -> Tensor:
     """(N,): the cross-entropy of row i for column i among its negatives."""
     n = len(logits)
-    kept = negatives | torch.eye(n, logits.shape[1], dtype=torch.bool, device="cpu")
-    target = torch.arange(n, device="cpu")
+    kept = negatives | torch.eye(n, logits.shape[1], dtype=torch.bool)
+    target = torch.arange(n)
     return F.cross_entropy(logits.where(kept, -torch.inf), target, reduction="none")
+
+
+def both_ways(logits: Tensor, negatives: Tensor) -> Tensor:
+    return (cross_entropy(logits, negatives) + cross_entropy(logits.T, negatives)) / 2
 
 
 def logits_of(data: dict[str, Tensor]) -> Tensor:
     return data["logit_scale"] * data["image_features"] @ data["text_features"].T
 
 
-@dense("logit_scale)\nloss = (softplus(row - pair)")
 def clip(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
-    logits = logits_of(data)
-    return (cross_entropy(logits, negatives) + cross_entropy(logits.T, negatives)).mean() / 2
+    return both_ways(logits_of(data), negatives).mean()
 
 
-@dense("negative_text_features=hard_negatives")
 def one_way(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
     documents = torch.cat((data["text_features"], data["hard_negatives"]))
     logits = 20 * data["image_features"] @ documents.T
@@ -128,21 +119,16 @@ def one_way(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
     return cross_entropy(logits, torch.cat((negatives, hard), dim=1)).mean()
 
 
-@dense("other_queries, _, _")
 def two_kinds_of_negatives(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
     queries = data["image_features"]
     logits = 20 * queries @ torch.cat((data["text_features"], queries)).T
     return cross_entropy(logits, negatives.repeat(1, 2)).mean()
 
 
-@dense("loss = (weights *")
 def weighted(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
-    logits, weights = logits_of(data), data["weights"]
-    both = cross_entropy(logits, negatives) + cross_entropy(logits.T, negatives)
-    return (weights * both).mean() / 2
+    return (data["weights"] * both_ways(logits_of(data), negatives)).mean()
 
 
-@dense("own_negatives")
 def negatives_of_each_row(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
     logits = logits_of(data)
     own = torch.einsum("nd,nkd->nk", data["image_features"], data["own_negatives"])
@@ -152,61 +138,55 @@ def negatives_of_each_row(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
     return (cross_entropy(row_logits, kept) + columns).mean() / 2
 
 
-@dense("logit_scale + alpha")
 def hardness(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
     cosines = data["image_features"] @ data["text_features"].T
     logits = data["logit_scale"] * cosines + NUMBERS["alpha"] * cosines.where(negatives, 0.0)
-    return (cross_entropy(logits, negatives) + cross_entropy(logits.T, negatives)).mean() / 2
+    return both_ways(logits, negatives).mean()
 
 
-@dense("kappa")
 def crowding(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
     images, texts, logits = data["image_features"], data["text_features"], logits_of(data)
-    found = []
+    loss = 0
     for rows, x in ((logits, texts), (logits.T, images)):
         weights = ((x @ x.T).mean(dim=1) / NUMBERS["kappa"]).exp().detach()
-        found.append((weights * cross_entropy(rows, negatives)).sum() / weights.sum())
-    return torch.stack(found).mean()
+        loss += (weights * cross_entropy(rows, negatives)).sum() / weights.sum() / 2
+    return loss
 
 
-@dense("smoothing *")
 def label_smoothing(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
-    logits, target = logits_of(data), torch.arange(len(negatives), device="cpu")
-    options = {"label_smoothing": NUMBERS["smoothing"]}
-    both = F.cross_entropy(logits, target, **options), F.cross_entropy(logits.T, target, **options)
-    return torch.stack(both).mean()
+    logits, target = logits_of(data), torch.arange(len(negatives))
+    return sum(
+        F.cross_entropy(x, target, label_smoothing=NUMBERS["smoothing"]) / 2
+        for x in (logits, logits.T)
+    )
 
 
-@dense("image_queue")
 def queue(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
-    found = []
+    loss = 0
     for this, other in (("image", "text"), ("text", "image")):
         columns = torch.cat((data[f"{other}_features"], data[f"{other}_queue"]))
         logits = data["logit_scale"] * data[f"{this}_features"] @ columns.T
         earlier = negatives.new_ones(len(negatives), len(data[f"{other}_queue"]))
-        found.append(cross_entropy(logits, torch.cat((negatives, earlier), dim=1)).mean())
-    return torch.stack(found).mean()
+        loss += cross_entropy(logits, torch.cat((negatives, earlier), dim=1)).mean() / 2
+    return loss
 
 
-@dense("def find_partners")
 def three_modalities(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
     features = [data[f"{name}_features"] for name in ("image", "text", "audio")]
-    found = []
+    loss = 0
     for x in features:
         y, z = (other for other in features if other is not x)
         logits = data["logit_scale"] * torch.einsum("id,jd,jd->ij", x, y, z)
-        found.append(cross_entropy(logits, negatives).mean())
-    return torch.stack(found).mean()
+        loss += cross_entropy(logits, negatives).mean() / 3
+    return loss
 
 
-@dense("((row - pair) + (column - pair))")
 def decoupled(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
     logits = logits_of(data)
     kept = logits.where(negatives, -torch.inf)
     return (kept.logsumexp(1) + kept.logsumexp(0) - 2 * logits.diagonal()).mean() / 2
 
 
-@dense("false_negatives = ")
 def debiased(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
     exps = logits_of(data).exp()
     count = len(exps) - 1
@@ -216,7 +196,6 @@ def debiased(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
     return torch.log(1 + count * g / exps.diagonal()).mean()
 
 
-@dense("loss = moving_average(")
 def moving_average(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
     logits, n = logits_of(data), len(negatives)
     g = logits.exp().where(negatives, 0.0).sum(dim=1) / (n - 1)
@@ -225,19 +204,35 @@ def moving_average(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
     return (g / u - logits.diagonal()).mean()
 
 
-@dense("loss = torch.logsumexp(row, dim=0)")
 def uniformity(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
     images = data["image_features"]
     distances = (images[:, None] - images).square().sum(dim=2)
     return (-2 * distances)[mask(len(images), None)].exp().mean().log()
 
 
-@dense("scaled = row_scales")
 def temperatures(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
     logits = data["row_scales"][:, None] * (data["image_features"] @ data["text_features"].T)
     return cross_entropy(logits, negatives).mean()
 
 
+# A text that only this block of the page has -> its N x N form.
+DENSE: dict[str, Callable[..., Tensor]] = {
+    "logit_scale)\nloss = (softplus(row - pair)": clip,
+    "negative_text_features=hard_negatives": one_way,
+    "other_queries, _, _": two_kinds_of_negatives,
+    "loss = (weights *": weighted,
+    "own_negatives": negatives_of_each_row,
+    "logit_scale + alpha": hardness,
+    "kappa": crowding,
+    "smoothing *": label_smoothing,
+    "image_queue": queue,
+    "def find_partners": three_modalities,
+    "((row - pair) + (column - pair))": decoupled,
+    "false_negatives = ": debiased,
+    "loss = moving_average(": moving_average,
+    "loss = torch.logsumexp(row, dim=0)": uniformity,
+    "scaled = row_scales": temperatures,
+}
 NEED_TWO_PAIRS = (decoupled, debiased, moving_average, uniformity)
 # Recipes that are written differently across ranks.
 ACROSS_RANKS = {"loss = torch.logsumexp(row, dim=0)": "torch.distributed.all_reduce(total)"}
@@ -250,7 +245,7 @@ def recipes(answer: str = "") -> list[str]:
 
 
 def with_gradients(data: dict[str, Tensor]) -> dict[str, Tensor]:
-    scale = torch.tensor(SCALE, dtype=torch.float64, device="cpu")
+    scale = torch.tensor(SCALE, dtype=torch.float64)
     leaves = {**data, "logit_scale": scale}
     return {
         name: x.detach().clone().requires_grad_(x.is_floating_point() and name not in CONSTANTS)
@@ -281,20 +276,16 @@ SIZES += [(marker, 20, distinct) for marker in recipes("`ids`: yes") for distinc
 
 @pytest.mark.parametrize(("marker", "n", "distinct"), SIZES)
 def test_a_recipe_equals_its_dense_form(marker: str, n: int, distinct: int) -> None:
-    ids = torch.arange(n, device="cpu") % distinct if distinct else None
+    ids = torch.arange(n) % distinct if distinct else None
     data = with_gradients(make_data(n))
     loss = run_block(block_with(marker), data, n, ids)
     torch.testing.assert_close((loss, gradients(loss, data)), expected(marker, n, ids), **CLOSE)
 
 
-def own_part(name: str, whole: Tensor, rank: int, world_size: int) -> Tensor:
-    return whole if whole.ndim == 0 else whole.chunk(world_size)[rank]
-
-
 def step(
     rank: int, world_size: int, marker: str, n: int, dist_impl: str
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    own = {name: own_part(name, x, rank, world_size) for name, x in make_data(n).items()}
+    own = {name: x.chunk(world_size)[rank] for name, x in make_data(n).items()}
     data = with_gradients(own)
     block = block_with(ACROSS_RANKS.get(marker, marker))
     loss = run_block(block, data, n, dist_impl=dist_impl)

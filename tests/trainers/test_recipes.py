@@ -3,7 +3,6 @@
 import math
 import random
 import sys
-from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,17 +18,18 @@ pytest.importorskip("open_clip")
 pytest.importorskip("webdataset")
 
 import recipe_cases
-from recipe_cases import batch, captions, run, tiny_clip, tokenizer
+from pages import run
+from recipe_cases import batch, captions, tiny_clip, tokenizer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector
-from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 from torchvision.transforms.functional import to_pil_image, to_tensor
 
 from cyclip_loss import CyCLIPLoss, caption_ids
 
 DUPLICATES = "Duplicates in a batch"
-INDICES = torch.arange(32, device="cpu")
+INDICES = torch.arange(32)
 
 
 def prepared() -> dict[str, Any]:
@@ -45,7 +45,6 @@ def prepared() -> dict[str, Any]:
     }
 
 
-@lru_cache
 def last_loss_and_scale() -> tuple[Tensor, Tensor]:
     """Those of the ten steps, without a recipe."""
     names = prepared()
@@ -88,7 +87,7 @@ def test_a_recipe_trains_and_clamps_the_logit_scale(heading: str, block: int, pa
 def test_siglips_and_cocas_recipes_have_the_penalties_as_terms() -> None:
     images, tokens = batch()
     clip, coca = tiny_clip(), recipe_cases.tiny_coca()
-    clip.logit_bias = torch.nn.Parameter(torch.tensor(-10.0, device="cpu"))
+    clip.logit_bias = torch.nn.Parameter(torch.tensor(-10.0))
     names = {"siglip_model": clip, "coca_model": coca, "images": images, "tokens": tokens}
     assert tuple(run("SigLIP", **names)["siglip_terms"]) == TERMS
     terms = run("CoCa, distillation, your own loss", **names)["coca_terms"]
@@ -165,15 +164,6 @@ def test_a_logit_scale_outside_of_ddp_has_the_gradient_of_the_whole_batch(ranks:
         torch.testing.assert_close(found, model.logit_scale.grad, rtol=1e-10, atol=0)
 
 
-class Samples(IterableDataset):
-    """The batch's samples in order, in the form of Hugging Face's Trainer."""
-
-    def __iter__(self) -> Any:
-        for image, tokens in zip(*batch(), strict=True):
-            mask = torch.ones_like(tokens)
-            yield {"pixel_values": image, "input_ids": tokens, "attention_mask": mask}
-
-
 # transformers imports the checkout's folder `kernels/`, as if it were the package of this name.
 @needs_triton
 @pytest.mark.parametrize(
@@ -190,9 +180,13 @@ def test_hugging_faces_trainer_takes_the_gradient_step_of_the_loss(
         max_grad_norm=0.0, per_device_train_batch_size=32, save_strategy="no", use_cpu=True,
     )  # fmt: skip
     trained, model = recipe_cases.tiny_hugging_face(), recipe_cases.tiny_hugging_face()
-    names = {"model": trained, "training_arguments": arguments, "dataset": Samples()}
-    run(heading, block, **names, loss_fn=CyCLIPLoss())
     images, tokens = batch()
+    samples = [
+        {"pixel_values": image, "input_ids": text, "attention_mask": torch.ones_like(text)}
+        for image, text in zip(images, tokens, strict=True)
+    ]
+    names = {"model": trained, "training_arguments": arguments, "dataset": samples}
+    run(heading, block, **names, loss_fn=CyCLIPLoss())
     out = model(pixel_values=images, input_ids=tokens)
     CyCLIPLoss()(out.image_embeds, out.text_embeds, model.logit_scale.exp()).backward()
     grads = parameters_to_vector([p.grad for p in model.parameters()])
@@ -209,7 +203,7 @@ def test_the_loss_for_sentence_transformers_takes_hard_negatives(monkeypatch) ->
     loss = run("sentence-transformers", **names)["SentenceCyCLIPLoss"](
         lambda column: {"sentence_embedding": 3 * column}
     )
-    columns = torch.nn.functional.normalize(torch.randn(4, 6, 5, device="cpu"), dim=-1)
+    columns = torch.nn.functional.normalize(torch.randn(4, 6, 5), dim=-1)
     loss_fn = CyCLIPLoss(reference_batch_size=128)
     for negatives in (None, columns[2:].flatten(0, 1)):
         expected = loss_fn(*columns[:2], 20.0, negative_text_features=negatives)

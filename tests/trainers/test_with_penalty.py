@@ -1,5 +1,6 @@
 """`WithCyclicPenalty` around different kinds of losses."""
 
+import inspect
 import re
 from functools import partial
 from typing import Any
@@ -49,18 +50,6 @@ def penalties(features: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     return CyclicPenalty(*LAMBDAS)(*features, output_dict=True)
 
 
-def arguments_for(loss: nn.Module, features: tuple[Tensor, Tensor]) -> dict[str, Any]:
-    """The keyword arguments of a loss."""
-    device, given = features[0].device, dict(zip(FEATURES, features, strict=True))
-    if isinstance(loss, MarginLoss):
-        return given | {"margin": torch.tensor(1.0, device=device)}
-    given |= {"logit_scale": torch.tensor(10.0, device=device)}
-    if isinstance(loss, SigLipLoss):
-        return given | {"logit_bias": torch.tensor(-5.0, device=device)}
-    labels = torch.arange(18, device=device).view(6, 3) % 8 + 1
-    return given | {"labels": labels, "logits": torch.ones(6, 3, 9, device=device)}
-
-
 @pytest.mark.parametrize(
     "loss",
     [SigLipLoss(), CoCaLoss(2.0, 1.0), CoCaLoss(2.0, 0.0), MarginLoss()],
@@ -68,7 +57,13 @@ def arguments_for(loss: nn.Module, features: tuple[Tensor, Tensor]) -> dict[str,
 )
 def test_penalties_are_added_to_what_the_loss_returns(loss, features, penalties) -> None:
     """A loss returns a scalar, a tuple or a dict."""
-    wrapped, arguments = WithCyclicPenalty(loss, *LAMBDAS), arguments_for(loss, features)
+    device, given = features[0].device, dict(zip(FEATURES, features, strict=True))
+    labels = torch.arange(18, device=device).view(6, 3) % 8 + 1
+    given |= {"labels": labels, "logits": torch.ones(6, 3, 9, device=device)}
+    given |= {"margin": 1.0, "logit_scale": 10.0, "logit_bias": -5.0}
+    taken = inspect.signature(loss.forward).parameters
+    arguments = {name: value for name, value in given.items() if name in taken}
+    wrapped = WithCyclicPenalty(loss, *LAMBDAS)
     found, plain = wrapped(**arguments), loss(**arguments)
     is_tuple = isinstance(plain, tuple)
     expected = (*plain, *penalties.values()) if is_tuple else plain + sum(penalties.values())
@@ -78,10 +73,6 @@ def test_penalties_are_added_to_what_the_loss_returns(loss, features, penalties)
     if not isinstance(loss, MarginLoss):
         plain = loss(**arguments, output_dict=True)
         torch.testing.assert_close(wrapped(**arguments, output_dict=True), plain | penalties)
-
-
-def of_a_dict(outputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    return tuple(outputs.values())
 
 
 class OneDict(nn.Module):
@@ -101,7 +92,8 @@ def test_features_are_found_by_argument_names_or_a_callable(wrap, features, pena
     expected = contrastive + sum(penalties.values())
     torch.testing.assert_close(with_names(image, text_features=text), expected)
     torch.testing.assert_close(with_names(image, text, 10.0, mlp=text), expected)
-    with_callable = wrap(WithCyclicPenalty(OneDict(), *LAMBDAS, features=of_a_dict))
+    options = {"features": lambda outputs: tuple(outputs.values())}
+    with_callable = wrap(WithCyclicPenalty(OneDict(), *LAMBDAS, **options))
     terms = with_callable({"image_embed": image, "text_embed": text})
     torch.testing.assert_close(terms, (contrastive, 2.0, *penalties.values()))
 
