@@ -135,7 +135,6 @@ def _collective_signature(
     sent: the features that reach other ranks, by their argument's name; terms: the inputs of each
     contrastive term that may require a gradient.
     """
-    features = sent["text_features"]
     grad_mode = torch.is_grad_enabled()
     differentiated = [grad_mode and any(x.requires_grad for x in inputs) for inputs in terms]
     trained = [name for name, x in sent.items() if x.requires_grad and grad_mode]
@@ -145,9 +144,6 @@ def _collective_signature(
         "whether an input of each contrastive term requires a gradient": tuple(differentiated),
         "dist_impl": options.dist_impl,
         "uneven": options.uneven,
-        "D": features.shape[1],
-        "dtype": features.dtype,
-        "the device type": features.device.type,
         "whether a penalty has a weight": has_penalties,
         # More is sent for penalties that are computed one by one.
         "whether the penalties are computed apart (output_dict, or different lambdas)": (

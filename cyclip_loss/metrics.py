@@ -69,16 +69,17 @@ def consistency_metrics(
     pair = check_features(
         image_features, text_features, may_be_empty=ranks.size > 1, autocast=False
     )
-    start, stop = 0, pair[0].shape[0]
+    n = pair[0].shape[0]
     if ranks.size > 1:
-        pair, start, stop, ranks = _gather(pair, ranks)
+        pair, ranks = _gather(pair, ranks)
     wide = torch.float32 if pair[0].device.type == "mps" else torch.float64  # MPS has no float64
     images, texts = pair[0].to(wide), pair[1].to(wide)
 
     crossmodal_mean = _mean_similarity(images, texts)
     inmodal_means = _mean_similarity(images, images), _mean_similarity(texts, texts)
     means = *inmodal_means, crossmodal_mean, crossmodal_mean
-    own_rows = torch.arange(start, stop, device=images.device)
+    start = ranks.first_row(ranks.rank, n)
+    own_rows = torch.arange(start, start + n, device=images.device)
     # Five float64 matrices of a strip's size are alive at once, instead of one or two in float32.
     height = rows_per_strip(5 * images.shape[0], images.device)
     # A rank without rows has one empty strip.
@@ -89,24 +90,20 @@ def consistency_metrics(
     return dict(zip(NAMES, _metrics(sums, images, texts).float(), strict=True))
 
 
-def _gather(
-    pair: tuple[Tensor, Tensor], ranks: Ranks
-) -> tuple[tuple[Tensor, Tensor], int, int, Ranks]:
-    """The features of all ranks, the first of this rank's rows and their end, and the ranks."""
+def _gather(pair: tuple[Tensor, Tensor], ranks: Ranks) -> tuple[tuple[Tensor, Tensor], Ranks]:
+    """The features of all ranks, and the ranks with their numbers of rows."""
     n, d = pair[0].shape
-    signature = {
-        "the function": "consistency_metrics",
-        "D": d,
-        "dtype": pair[0].dtype,
-        "the device type": pair[0].device.type,
-    }
-    num_rows = {"image_features and text_features": n}
-    ranks, _ = check_ranks_agree(ranks, pair[0], num_rows, signature, uneven=True)
+    ranks, _ = check_ranks_agree(
+        ranks,
+        pair[0],
+        {"image_features and text_features": n},
+        {"the function": "consistency_metrics"},
+        uneven=True,
+    )
     gathered = collectives.start_gather(torch.cat(pair, dim=1), ranks)
     assert gathered is not None
     images, texts = collectives.finish_gather(gathered, ranks).tensor_split((d,), dim=1)
-    start = ranks.first_row(ranks.rank, n)
-    return (images, texts), start, start + n, ranks
+    return (images, texts), ranks
 
 
 def _mean_similarity(x: Tensor, y: Tensor) -> Tensor:

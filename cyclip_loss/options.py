@@ -2,12 +2,13 @@
 
 `cyclip_loss.CyCLIPLoss` documents them. A new option is a field with its check: of `CyCLIPLoss`, or
 here if the penalties or the log-sum-exps have it too. It needs a paragraph in the docstring of
-`CyCLIPLoss`. If it decides which collectives run, `inputs._collective_signature` compares it.
+`CyCLIPLoss`. If ranks must agree on it, it is one of `NUMBERS`, or, if it decides which collectives
+run, `inputs._collective_signature` compares it.
 """
 
 import sys
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
@@ -79,8 +80,13 @@ def siglip_dist_impl(name: str, value: Any) -> str:
     return one_of((*DIST_IMPLS, *SIGLIP_DIST_IMPLS))(name, value)  # type: ignore[no-any-return]
 
 
-# The checks of options that are numbers.
-NUMERIC = (weight, optional_weight, optional_batch_size)
+# The options that may change between calls, but not between ranks.
+NUMBERS = (
+    "lambda_inmodal",
+    "lambda_crossmodal",
+    "reference_batch_size",
+    "inmodal_contrastive_weight",
+)
 
 
 def option(default: Any, check: Callable[[str, Any], Any]) -> Any:
@@ -117,9 +123,8 @@ class Options:
         super().__setattr__(name, value)
 
     def numbers(self) -> dict[str, Any]:
-        """The options that are numbers, by name. They may change between calls."""
-        numeric = [f.name for f in fields(self) if f.metadata.get("check") in NUMERIC]
-        return {name: getattr(self, name) for name in numeric}
+        """Those of `NUMBERS` that the function has, by name."""
+        return {name: value for name, value in vars(self).items() if name in NUMBERS}
 
 
 def _held_group(options: Any) -> Any:

@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -24,46 +24,40 @@ from cyclip_loss.usage_warnings import warn_once
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
-class Precision(NamedTuple):
-    """How a kernel multiplies; the key of its tiles."""
+# How features are multiplied: 16-bit ones; float32 in tf32, and in full.
+HALF, TF32, IEEE = "half", "tf32", "ieee"
 
-    bits: int  # the size of an operand
-    dot: str  # Triton's input_precision of float32 operands; 16-bit operands ignore it
 
-    @staticmethod
-    def of(features: Tensor, widened: bool = False) -> "Precision":
-        """For products of the features or, if `widened`, of float32 sums of features."""
-        if features.dtype == torch.float32:
-            return Precision(32, "ieee" if float32_is_exact() else "tf32")
-        return Precision(32 if widened else 16, "tf32")
+def precision_of(features: Tensor) -> str:
+    """How such features are multiplied; the key of a kernel's tiles."""
+    if features.dtype == torch.float32:
+        return IEEE if float32_is_exact() else TF32
+    return HALF
 
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes (the kernel's constexprs) and the launch options."""
+    """The constexprs of a kernel that its tables choose, and the launch options."""
 
-    tile: dict[str, int]
+    # Sizes and, if the kernel has a product, PRECISION: Triton's input_precision of float32
+    # operands, which 16-bit operands ignore.
+    tile: dict[str, Any]
     num_warps: int
     num_stages: int
 
     def __str__(self) -> str:
-        sizes = " ".join(f"{name}={size}" for name, size in self.tile.items() if name != "GROUP")
+        sizes = " ".join(f"{name}={size}" for name, size in self.tile.items())
         return f"{sizes}, {self.num_warps} warps, {self.num_stages} stages"
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """The options of a launch and of a compilation.
+    @cached_property
+    def kwargs(self) -> dict[str, Any]:
+        """The keyword arguments of a launch.
 
         Triton 3.10 no longer fuses multiplications and additions by default, so this requests it.
         Where a product must be rounded before it is added, the kernel has an explicit `fma`.
         """
-        own = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return {**own, "enable_fp_fusion": True}
-
-    @cached_property
-    def kwargs(self) -> dict[str, Any]:
-        """Tile sizes and options, as keyword arguments of a launch."""
-        return {**self.tile, **self.options}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {**self.tile, **options, "enable_fp_fusion": True}
 
     @cached_property
     def with_ids(self) -> "Config":
@@ -71,79 +65,90 @@ class Config:
         return replace(self, tile={**self.tile, "PARTS": min(4, self.tile["PARTS"] ** 2)})
 
 
-# As in `Precision`: 16-bit features; float32 products in tf32, and in full.
-HALF, TF32, IEEE = (16, "tf32"), (32, "tf32"), (32, "ieee")
-_Tables = dict[str, dict[tuple[int, str], Config]]  # by kernel and precision
+_Tables = dict[str, dict[str, Config]]  # by kernel and precision
 
 
 def _product(bm: int, bn: int, bk: int, warps: int, stages: int, parts: int = 1) -> Config:
-    return Config({"BM": bm, "BN": bn, "BK": bk, "PARTS": parts, "GROUP": 8}, warps, stages)
+    return Config(
+        {"BM": bm, "BN": bn, "BK": bk, "PARTS": parts, "PRECISION": "tf32"}, warps, stages
+    )
 
 
 def _gram(bd: int, bk: int, warps: int, stages: int) -> Config:
-    return Config({"BD": bd, "BK": bk}, warps, stages)
+    return Config({"BD": bd, "BK": bk, "PRECISION": "tf32"}, warps, stages)
 
 
 def _cyclic(bm: int, bd: int, bk: int, warps: int, stages: int) -> Config:
-    return Config({"BM": bm, "BD": bd, "BK": bk, "GROUP": 8}, warps, stages)
+    return Config({"BM": bm, "BD": bd, "BK": bk, "PRECISION": "tf32"}, warps, stages)
 
 
 # All of NVIDIA's architectures have the same tiles for products in full float32.
-_FULL = _product(64, 64, 16, 4, 3)
-_FULL_GRAM = _gram(64, 16, 4, 2)
-_FULL_CYCLIC = _cyclic(64, 64, 16, 8, 2)
+_FULL = (_product(64, 64, 16, 4, 3), _gram(64, 16, 4, 2), _cyclic(64, 64, 16, 8, 2))
+
+
+def _tables(
+    lse: tuple[Config, Config],
+    grads: tuple[Config, Config],
+    gram: Config,
+    cyclic: Config,
+    full: tuple[Config, Config, Config] = _FULL,
+) -> _Tables:
+    """The tables of an architecture.
+
+    lse, grads: for 16-bit features, and for tf32; gram, cyclic: for both, as the kernels of the
+    penalties multiply float32 sums of features in tf32; full: of contrastive products, Gram
+    matrices and cyclic gradients in full float32.
+    """
+    full_product, full_gram, full_cyclic = (
+        replace(config, tile={**config.tile, "PRECISION": "ieee"}) for config in full
+    )
+    return {
+        "contrastive_lse": {HALF: lse[0], TF32: lse[1], IEEE: full_product},
+        "contrastive_grads": {HALF: grads[0], TF32: grads[1], IEEE: full_product},
+        "gram_matrices": {HALF: gram, TF32: gram, IEEE: full_gram},
+        "cyclic_grads": {HALF: cyclic, TF32: cyclic, IEEE: full_cyclic},
+    }
+
+
 # With 4 warps instead of 8, tiles of 128 x 128 take 13 to 24% fewer instructions (D = 768), and two
 # programs fit into an SM: one multiplies while the other sums. (For contrastive_lse in tf32, sm_80
 # has room for two programs of 8 warps.) 8 warps would compute each product of a Gram tile twice.
 _SM80_HALF = _product(128, 128, 32, 4, 4, 2)
 _SM80_TF32 = _product(128, 128, 32, 4, 3, 2)
-_SM80 = {
-    "contrastive_lse": {HALF: _SM80_HALF, TF32: _product(128, 128, 32, 8, 3), IEEE: _FULL},
-    "contrastive_grads": {HALF: _SM80_HALF, TF32: _SM80_TF32, IEEE: _FULL},
-    "gram_matrices": {TF32: _FULL_GRAM, IEEE: _FULL_GRAM},
-    "cyclic_grads": {TF32: _cyclic(64, 64, 32, 4, 3), IEEE: _FULL_CYCLIC},
-}
+_SM80_GRAM = _gram(64, 16, 4, 2)
+_SM80 = _tables(
+    lse=(_SM80_HALF, _product(128, 128, 32, 8, 3)),
+    grads=(_SM80_HALF, _SM80_TF32),
+    gram=_SM80_GRAM,
+    cyclic=_cyclic(64, 64, 32, 4, 3),
+)
 # sm_86, sm_89 and sm_120 have 99 KB of shared memory per program, where sm_80 has 163 KB.
-_SM86_SWEEP = {HALF: _SM80_HALF, TF32: _product(128, 128, 32, 4, 2, 2), IEEE: _FULL}
-_SM86 = {
-    "contrastive_lse": _SM86_SWEEP,
-    "contrastive_grads": _SM86_SWEEP,
-    "gram_matrices": _SM80["gram_matrices"],
-    "cyclic_grads": {TF32: _cyclic(64, 64, 32, 4, 2), IEEE: _FULL_CYCLIC},
-}
+_SM86_SWEEP = (_SM80_HALF, _product(128, 128, 32, 4, 2, 2))
+_SM86 = _tables(_SM86_SWEEP, _SM86_SWEEP, _SM80_GRAM, _cyclic(64, 64, 32, 4, 2))
 # Operands rounded in registers go back to shared memory, and each wgmma waits for its operands. So
 # tiles are small enough for two programs per SM: one multiplies while the other rounds.
-_SM90 = {
-    "contrastive_lse": {HALF: _product(256, 128, 64, 8, 4), TF32: _SM80_TF32, IEEE: _FULL},
-    "contrastive_grads": {HALF: _product(128, 256, 64, 8, 4, 2), TF32: _SM80_TF32, IEEE: _FULL},
-    "gram_matrices": {TF32: _gram(64, 32, 4, 4), IEEE: _FULL_GRAM},
-    "cyclic_grads": {TF32: _cyclic(128, 128, 32, 8, 3), IEEE: _FULL_CYCLIC},
-}
+_SM90_GRAM = _gram(64, 32, 4, 4)
+_SM90 = _tables(
+    lse=(_product(256, 128, 64, 8, 4), _SM80_TF32),
+    grads=(_product(128, 256, 64, 8, 4, 2), _SM80_TF32),
+    gram=_SM90_GRAM,
+    cyclic=_cyclic(128, 128, 32, 8, 3),
+)
 # The product stays in tensor memory. Registers suffice for 256 rows, but not for 256 columns.
-_SM100_SWEEP = {HALF: _product(256, 128, 64, 8, 3, 2), TF32: _SM80_TF32, IEEE: _FULL}
-_SM100 = {
-    "contrastive_lse": _SM100_SWEEP,
-    "contrastive_grads": _SM100_SWEEP,
-    "gram_matrices": _SM90["gram_matrices"],
-    "cyclic_grads": {TF32: _cyclic(128, 128, 32, 8, 2), IEEE: _FULL_CYCLIC},
-}
+_SM100_SWEEP = (_product(256, 128, 64, 8, 3, 2), _SM80_TF32)
+_SM100 = _tables(_SM100_SWEEP, _SM100_SWEEP, _SM90_GRAM, _cyclic(128, 128, 32, 8, 2))
 # 8 waves would compute each product of a 64 x 64 tile twice, as an instruction computes 32 x 32.
 _AMD_HALF = _product(128, 128, 32, 8, 2)
-_AMD_FULL = _product(64, 64, 16, 4, 2)
-_GFX942 = {
-    "contrastive_lse": {HALF: _AMD_HALF, TF32: _product(128, 64, 16, 4, 2), IEEE: _AMD_FULL},
-    "contrastive_grads": {HALF: _AMD_HALF, TF32: _product(128, 64, 32, 8, 2), IEEE: _AMD_FULL},
-    "gram_matrices": {TF32: _gram(64, 16, 4, 2), IEEE: _gram(64, 16, 4, 1)},
-    "cyclic_grads": {TF32: _cyclic(64, 64, 16, 4, 2), IEEE: _cyclic(64, 64, 16, 4, 1)},
-}
+_GFX942 = _tables(
+    lse=(_AMD_HALF, _product(128, 64, 16, 4, 2)),
+    grads=(_AMD_HALF, _product(128, 64, 32, 8, 2)),
+    gram=_gram(64, 16, 4, 2),
+    cyclic=_cyclic(64, 64, 16, 4, 2),
+    full=(_product(64, 64, 16, 4, 2), _gram(64, 16, 4, 1), _cyclic(64, 64, 16, 4, 1)),
+)
 # Small, so that small tests have several tiles.
-_SMALL = _product(32, 64, 32, 1, 1, parts=2)
-_INTERPRETER = {
-    "contrastive_lse": dict.fromkeys((HALF, TF32, IEEE), _SMALL),
-    "contrastive_grads": dict.fromkeys((HALF, TF32, IEEE), _SMALL),
-    "gram_matrices": dict.fromkeys((TF32, IEEE), _gram(64, 32, 1, 1)),
-    "cyclic_grads": dict.fromkeys((TF32, IEEE), _cyclic(64, 64, 32, 1, 1)),
-}
+_SMALL = (_product(32, 64, 32, 1, 1, parts=2), _gram(64, 32, 1, 1), _cyclic(64, 64, 32, 1, 1))
+_INTERPRETER = _tables(_SMALL[:1] * 2, _SMALL[:1] * 2, *_SMALL[1:], full=_SMALL)
 ARCHITECTURES = {
     "sm_80": _SM80, "sm_86": _SM86, "sm_90": _SM90, "sm_100": _SM100, "gfx942": _GFX942,
 }  # fmt: skip
@@ -167,19 +172,19 @@ def tiles_file() -> Path | None:
     return None if file == "off" else Path(file)
 
 
-def tiles_of(device: torch.device) -> str:
-    """The part of the file that is for this GPU, Triton and package."""
+def platform_of(device: torch.device) -> str:
+    """The GPU and the versions of Triton and this package, whose tiles a part of the file has."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return f"{name}, {architecture(device)}, Triton {triton.__version__}, cyclip-loss {__version__}"
 
 
-def tiles_key(kernel: str, features: Tensor, precision: Precision) -> str:
+def tiles_key(kernel: str, features: Tensor) -> str:
     """The name of a kernel in the file of tiles.
 
     One choice serves all N, and all D with the same `divisor_of`.
     """
     dtype = str(features.dtype).removeprefix("torch.")
-    return f"{kernel} {dtype} {precision.dot} D%{divisor_of(features.shape[1])}"
+    return f"{kernel} {dtype} {precision_of(features)} D%{divisor_of(features.shape[1])}"
 
 
 @lru_cache
@@ -194,7 +199,7 @@ def tuned(device: torch.device) -> dict[str, Config]:
     if not file or not (file.exists() or os.environ.get("CYCLIP_LOSS_TILES")):
         return {}
     try:
-        entries = json.loads(file.read_text()).get(tiles_of(device), {})
+        entries = json.loads(file.read_text()).get(platform_of(device), {})
         return {key: Config(**entry) for key, entry in entries.items()}
     except Exception as error:
         what = f"the package's own tile sizes are used, as {file} can't be read: {error!r:.300}. "
@@ -203,11 +208,9 @@ def tuned(device: torch.device) -> dict[str, Config]:
         return {}
 
 
-def config_for(
-    kernel: str, features: Tensor, precision: Precision, with_ids: bool = False
-) -> Config:
+def config_for(kernel: str, features: Tensor, with_ids: bool = False) -> Config:
     """The configuration of a kernel: the one tuned for such features, or else the shipped one."""
-    config = shipped(features.device)[kernel][precision]
+    config = shipped(features.device)[kernel][precision_of(features)]
     if found := tuned(features.device):
-        config = found.get(tiles_key(kernel, features, precision), config)
+        config = found.get(tiles_key(kernel, features), config)
     return config.with_ids if with_ids else config

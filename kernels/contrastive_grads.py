@@ -20,9 +20,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cyclip_loss.kernels.configs import SUM, Config, Precision, config_for
-from cyclip_loss.kernels.launch import aligned_features, ceil_div
-from cyclip_loss.kernels.tiles import LN_2, LOG2_E, grouped_tile, same_ids, split, tile_product
+from cyclip_loss.kernels.configs import SUM, Config, config_for
+from cyclip_loss.kernels.tiles import (
+    LN_2,
+    LOG2_E,
+    aligned_features,
+    ceil_div,
+    same_ids,
+    split,
+    sum_of,
+    tile_product,
+)
 from cyclip_loss.logits import Gradients, Logits, SavedStatistics
 from cyclip_loss.numerics import add_product, float16_shift, matmul, on_device_of
 
@@ -61,7 +69,7 @@ def contrastive_grads_kernel(
     column_lse,  # (m,)
     pair_gradient,  # (n,): G where row i has a partner
     scale_partials,  # (tiles,) out: sum over the tile of 2^SHIFT * G_ij (I_i . T_j)
-    weight,
+    weight,  # with the factor 2^-SHIFT
     SYMMETRIC: tl.constexpr,
     NEEDS_SCALE: tl.constexpr,
     SHIFT: tl.constexpr,  # if not 0, `gradient` is 2^SHIFT * G, without the weights
@@ -70,14 +78,11 @@ def contrastive_grads_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     PARTS: tl.constexpr,  # in how many parts a tile of G is computed from its logits
-    GROUP: tl.constexpr,
 ):
-    row_tile, column_tile = grouped_tile(tl.cdiv(n, BM), tl.cdiv(m, BN), GROUP)
+    row_tile, column_tile, product = tile_product(
+        row_features, column_features, n, m, d, row_stride, column_stride, PRECISION, BM, BN, BK
+    )
     first_row = row_tile * BM
-    product = tile_product(
-        row_features, column_features, first_row, column_tile * BN, n, m, d, row_stride,
-        column_stride, PRECISION, BM, BN, BK,
-    )  # fmt: skip
     logit_scale = tl.load(logit_scale)
     scale = logit_scale * LOG2_E
     factor = tl.load(grad) * weight * logit_scale
@@ -111,7 +116,7 @@ def contrastive_grads_kernel(
             g = tl.where(is_pair, pair_value[:, None], g)
             g = tl.where((rows < n)[:, None] & (columns < m)[None, :], g, 0.0)
         if NEEDS_SCALE:
-            tile_sum += tl.sum(tl.sum(g * parts[part], axis=1), axis=0)
+            tile_sum += sum_of(g * parts[part])
         within = tl.arange(0, BM)[:, None] * gradient_stride + columns[None, :]
         if SHIFT == 0:
             g *= factor
@@ -180,6 +185,11 @@ def multiplied_blocks(
     def finished(total: Tensor) -> Tensor:
         return (total if factor is None else total.mul_(factor)).to(grad_dtype)
 
+    def joined(parts: list[Tensor]) -> Tensor:
+        if not parts:  # a new tensor: results of an operator must not be the same one
+            return row_features.new_empty(0, dtype=grad_dtype)
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
     for start in range(0, n, height):
         row_grad = None
         for left in range(0, m, width):
@@ -189,8 +199,7 @@ def multiplied_blocks(
                 a, b, block.logit_scale, block.row_ids, block.column_ids, buffer, a.shape[0],
                 b.shape[0], a.shape[1], a.stride(0), b.stride(0), width, block.partner_offset,
                 block.num_pairs, *own_arguments(start, left, tiles),
-                SHIFT=float16_shift(row_features), PRECISION=Precision.of(row_features).dot,
-                **constants, **config.kwargs,
+                SHIFT=float16_shift(row_features), **constants, **config.kwargs,
             )  # fmt: skip
             tiles += num_tiles(block, config)
             gradient = buffer[: a.shape[0], : b.shape[0]]
@@ -202,12 +211,7 @@ def multiplied_blocks(
                 column_grads[left] = _plus_product(column_grads.get(left), gradient.T, rows, dtype)
         if row_grad is not None:
             row_grads.append(finished(row_grad))
-    # Two tensors also if both are empty: results of an operator must not be the same tensor.
-    row_grads = row_grads or [row_features.new_empty(0, dtype=grad_dtype)]
-    parts = [finished(x) for x in column_grads.values()] or [
-        column_features.new_empty(0, dtype=grad_dtype)
-    ]
-    return _joined(row_grads), _joined(parts)
+    return joined(row_grads), joined([finished(x) for x in column_grads.values()])
 
 
 def contrastive_grads(
@@ -221,14 +225,15 @@ def contrastive_grads(
     """As `eager.contrastive_grads`."""
     features, needs_scale = logits.row_features, needs[2]
     shift, with_ids = float16_shift(features), logits.row_ids is not None
-    config = config_for("contrastive_grads", features, Precision.of(features), with_ids)
+    weight *= 2.0**-shift
+    config = config_for("contrastive_grads", features, with_ids)
     tiles = num_tiles(logits, config)
     scale_partials = saved.row_lse.new_empty(tiles if needs_scale else 0)
 
     def own_arguments(start: int, left: int, tiles_before: int) -> tuple[Any, ...]:
         lse = saved.row_lse[start:], saved.column_lse[left:]
         partials = scale_partials[tiles_before:]
-        return grad, *lse, saved.pair_gradient[start:], partials, float(weight)
+        return grad, *lse, saved.pair_gradient[start:], partials, weight
 
     with on_device_of(features):
         row_grad, column_grad = multiplied_blocks(
@@ -238,15 +243,12 @@ def contrastive_grads(
             own_arguments,
             {"SYMMETRIC": logits.symmetric, "NEEDS_SCALE": needs_scale},
             needs,
-            grad * logits.logit_scale * (weight * 2.0**-shift) if shift else None,
+            grad * logits.logit_scale * weight if shift else None,
             torch.float32 if float32_grads else features.dtype,
         )
         scale_grad = scale_partials.new_empty(() if needs_scale else (0,))
         if needs_scale:
-            scale_grad_kernel[(1,)](
-                scale_partials, grad, scale_grad, tiles,
-                weight * 2.0**-shift, **SUM.kwargs,
-            )  # fmt: skip
+            scale_grad_kernel[(1,)](scale_partials, grad, scale_grad, tiles, weight, **SUM.kwargs)
     return Gradients(row_grad, column_grad, scale_grad)
 
 
@@ -256,7 +258,3 @@ def _plus_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype
         return matmul(a, b, dtype)
     add_product(total, a, b)
     return total
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return torch.cat(parts) if len(parts) > 1 else parts[0]

@@ -15,9 +15,16 @@ import torch
 import triton
 import triton.language as tl
 
-from cyclip_loss.kernels.configs import JOIN_LSE, Config, Precision, config_for
-from cyclip_loss.kernels.launch import aligned_features, ceil_div
-from cyclip_loss.kernels.tiles import LN_2, LOG2_E, grouped_tile, same_ids, split, tile_product
+from cyclip_loss.kernels.configs import JOIN_LSE, config_for
+from cyclip_loss.kernels.tiles import (
+    LN_2,
+    LOG2_E,
+    aligned_features,
+    ceil_div,
+    same_ids,
+    split,
+    tile_product,
+)
 from cyclip_loss.logits import Logits, LogSumExps
 from cyclip_loss.numerics import on_device_of
 
@@ -58,15 +65,12 @@ def contrastive_lse_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     PARTS: tl.constexpr,  # in how many parts a tile's maxima and sums are computed
-    GROUP: tl.constexpr,
 ):
-    row_tile, column_tile = grouped_tile(tl.cdiv(n, BM), tl.cdiv(m, BN), GROUP)
+    row_tile, column_tile, product = tile_product(
+        row_features, column_features, n, m, d, row_stride, column_stride, PRECISION, BM, BN, BK
+    )
     first_row = row_tile * BM
-    product = tile_product(
-        row_features, column_features, first_row, column_tile * BN, n, m, d, row_stride,
-        column_stride, PRECISION, BM, BN, BK,
-    )  # fmt: skip
-    scale = tl.load(logit_scale).to(tl.float32) * LOG2_E
+    scale = tl.load(logit_scale) * LOG2_E
     column_partial = column_partials + row_tile.to(tl.int64) * m
     column_sums = tl.cdiv(n, BM).to(tl.int64) * m
     row_partial = row_partials + column_tile.to(tl.int64) * PARTS * n
@@ -139,8 +143,8 @@ def _join(
 
 @triton.jit(
     do_not_specialize=[
-        "row_parts", "column_parts", "n", "m", "num_columns", "partner_offset", "num_pairs",
-        "strip",
+        "row_parts", "column_parts", "n", "m", "num_columns", "num_previous", "partner_offset",
+        "num_pairs",
     ],
     do_not_specialize_on_alignment=["row_lse", "pair_logits"],
 )  # fmt: skip
@@ -155,9 +159,9 @@ def join_lse_kernel(
     n,
     m,
     num_columns,  # m, or 0 where columns have no log-sum-exps
+    num_previous,  # num_columns, or 0 for the first strip of rows
     partner_offset,
     num_pairs,
-    strip,  # how many strips of rows came before
     TILES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -175,31 +179,15 @@ def join_lse_kernel(
         )
     else:
         first = (block - row_blocks) * BLOCK
-        num_previous = tl.where(strip > 0, num_columns, 0)
         _join(
-            column_partials,
-            column_lse,
-            column_parts,
-            num_columns,
-            num_previous,
-            first,
-            TILES,
+            column_partials, column_lse, column_parts, num_columns, num_previous, first, TILES,
             BLOCK,
-        )
-
-
-def _strip_height(config: Config, num_columns: int) -> int:
-    """The rows of a strip, a multiple of the tile's rows."""
-    tile = config.tile
-    row_parts = ceil_div(num_columns, tile["BN"]) * tile["PARTS"]
-    longest = max(row_parts * tile["BM"], num_columns)
-    return int(max(1, PARTIAL_ELEMENTS // longest) * tile["BM"])
+        )  # fmt: skip
 
 
 def contrastive_lse(logits: Logits) -> LogSumExps:
     """As `eager.contrastive_lse`."""
-    precision = Precision.of(logits.row_features)
-    config = config_for("contrastive_lse", logits.row_features, precision)
+    config = config_for("contrastive_lse", logits.row_features)
     tile = config.tile
     row_features = aligned_features(logits.row_features, tile["BK"])
     column_features = aligned_features(logits.column_features, tile["BK"])
@@ -211,9 +199,10 @@ def contrastive_lse(logits: Logits) -> LogSumExps:
     pair_logits = row_negatives_lse.new_empty(n)
     column_tiles = ceil_div(m, tile["BN"])
     row_parts = column_tiles * tile["PARTS"]
-    height = _strip_height(config, m)
+    # The rows of a strip, a multiple of the tile's rows.
+    height = max(1, PARTIAL_ELEMENTS // max(row_parts * tile["BM"], m)) * tile["BM"]
     with on_device_of(row_negatives_lse):
-        for strip, start in enumerate(range(0, n, height)):
+        for start in range(0, n, height):
             part = aligned.block(start, start + height)
             rows = part.row_features.shape[0]
             row_tiles = ceil_div(rows, tile["BM"])
@@ -223,13 +212,13 @@ def contrastive_lse(logits: Logits) -> LogSumExps:
                 part.row_features, part.column_features, logits.logit_scale, row_partials,
                 column_partials, pair_logits[start:], part.row_ids, part.column_ids, rows, m, d,
                 part.row_features.stride(0), part.column_features.stride(0), part.partner_offset,
-                part.num_pairs, SYMMETRIC=logits.symmetric, PRECISION=precision.dot,
-                **config.kwargs,
+                part.num_pairs, SYMMETRIC=logits.symmetric, **config.kwargs,
             )  # fmt: skip
             block = JOIN_LSE.tile["BLOCK"]
             join_lse_kernel[(ceil_div(rows, block) + ceil_div(num_columns, block),)](
                 row_partials, column_partials, row_negatives_lse[start:], column_negatives_lse,
                 pair_logits[start:], row_parts, row_tiles, rows, m, num_columns,
-                part.partner_offset, part.num_pairs, strip, **JOIN_LSE.kwargs,
+                num_columns if start > 0 else 0, part.partner_offset, part.num_pairs,
+                **JOIN_LSE.kwargs,
             )  # fmt: skip
     return LogSumExps(row_negatives_lse, column_negatives_lse, pair_logits)

@@ -13,9 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cyclip_loss.kernels.configs import Precision, config_for
-from cyclip_loss.kernels.launch import aligned_features, ceil_div, number_or_pointer
-from cyclip_loss.kernels.tiles import grouped_tile, round_to_tf32, scalar, u_and_v
+from cyclip_loss.kernels.configs import config_for
+from cyclip_loss.kernels.tiles import (
+    aligned_features,
+    ceil_div,
+    grouped_tile,
+    number_or_pointer,
+    round_to_tf32,
+    scalar,
+    u_and_v,
+)
 from cyclip_loss.numerics import on_device_of
 
 
@@ -53,13 +60,12 @@ def cyclic_grads_kernel(
     BM: tl.constexpr,
     BD: tl.constexpr,
     BK: tl.constexpr,
-    GROUP: tl.constexpr,
 ):
     inmodal = tl.load(inmodal_grad) * (scalar(weight_inmodal) * size)
     crossmodal = tl.load(crossmodal_grad) * (scalar(weight_crossmodal) * size)
     total = inmodal + crossmodal
     difference = inmodal - crossmodal
-    row_tile, column_tile = grouped_tile(tl.cdiv(n, BM), d // BD, GROUP)
+    row_tile, column_tile = grouped_tile(tl.cdiv(n, BM), d // BD)
     rows = row_tile * BM + tl.arange(0, BM)
     columns = column_tile * BD + tl.arange(0, BD)
     row = tl.minimum(rows, n - 1).to(tl.int64)
@@ -106,8 +112,7 @@ def cyclic_grads(
 ) -> tuple[Tensor, Tensor]:
     """As `eager.cyclic_grads`."""
     needs_image, needs_text = needs
-    precision = Precision.of(image_features, widened=True)
-    config = config_for("cyclic_grads", image_features, precision)
+    config = config_for("cyclic_grads", image_features)
     tile = config.tile
     multiple = max(tile["BD"], tile["BK"])
     image, text = (aligned_features(x, multiple) for x in (image_features, text_features))
@@ -122,16 +127,11 @@ def cyclic_grads(
     grid = (ceil_div(n, tile["BM"]) * (d // tile["BD"]),)
     with on_device_of(image):
         cyclic_grads_kernel[grid](
-            image, text, grams, grads[0], grads[-1], number_or_pointer(weights[0]),
-            number_or_pointer(weights[1]), float(size), image_grad, text_grad, n, d,
-            image.stride(0), text.stride(0), WITH_CROSS=len(grams) == 3, NEEDS_IMAGE=needs_image,
-            NEEDS_TEXT=needs_text, PRECISION=precision.dot,
+            image, text, grams, grads[0], grads[-1], *map(number_or_pointer, weights), float(size),
+            image_grad, text_grad, n, d, image.stride(0), text.stride(0),
+            WITH_CROSS=len(grams) == 3, NEEDS_IMAGE=needs_image, NEEDS_TEXT=needs_text,
             **config.kwargs,
         )  # fmt: skip
     if d == unpadded:
         return image_grad, text_grad
-    if needs_image:
-        image_grad = image_grad[:, :unpadded].contiguous()
-    if needs_text:
-        text_grad = text_grad[:, :unpadded].contiguous()
-    return image_grad, text_grad
+    return image_grad[..., :unpadded].contiguous(), text_grad[..., :unpadded].contiguous()

@@ -11,8 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cyclip_loss.kernels.configs import SUM, TRACES
-from cyclip_loss.kernels.launch import ceil_div, number_or_pointer
-from cyclip_loss.kernels.tiles import scalar
+from cyclip_loss.kernels.tiles import ceil_div, number_or_pointer, scalar, sum_of
 from cyclip_loss.numerics import on_device_of
 
 
@@ -33,13 +32,13 @@ def traces_kernel(
     b = tl.load(pointers + d * d, mask=inside, other=0.0)
     # `fma(a, b, 0)` rounds each product before it is added. Otherwise the compiler fuses a thread's
     # own product but not one from another thread, and the threads get different sums.
-    p = tl.sum(tl.sum(tl.fma(a, b, 0.0), axis=1), axis=0)
+    p = sum_of(tl.fma(a, b, 0.0))
     tl.store(partials + tl.program_id(0), p)
     if WITH_CROSS:
         mirrored = grams + rows[:, None] + columns[None, :] * d
         c = tl.load(pointers + 2 * d * d, mask=inside, other=0.0)
         c_t = tl.load(mirrored + 2 * d * d, mask=inside, other=0.0)
-        q = tl.sum(tl.sum(tl.fma(c, c_t, 0.0), axis=1), axis=0)
+        q = sum_of(tl.fma(c, c_t, 0.0))
         tl.store(partials + tl.num_programs(0) + tl.program_id(0), q)
 
 
@@ -86,7 +85,7 @@ def cyclic_terms(grams: Tensor, weights: list[Tensor], as_terms: bool) -> list[T
     with on_device_of(grams):
         traces_kernel[(programs,)](grams, partials, d, WITH_CROSS=with_cross, **TRACES.kwargs)
         cyclic_terms_kernel[(1,)](
-            partials, number_or_pointer(weights[0]), number_or_pointer(weights[1]), terms[0],
-            terms[-1], programs, WITH_CROSS=with_cross, AS_TERMS=as_terms, **SUM.kwargs,
+            partials, *map(number_or_pointer, weights), terms[0], terms[-1], programs,
+            WITH_CROSS=with_cross, AS_TERMS=as_terms, **SUM.kwargs,
         )  # fmt: skip
     return terms

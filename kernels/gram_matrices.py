@@ -20,9 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cyclip_loss.kernels.configs import Precision, config_for
-from cyclip_loss.kernels.launch import aligned_features, ceil_div
-from cyclip_loss.kernels.tiles import u_and_v
+from cyclip_loss.kernels.configs import config_for
+from cyclip_loss.kernels.tiles import aligned_features, ceil_div, u_and_v
 from cyclip_loss.numerics import on_device_of
 
 # A D x D matrix has too few tiles to fill a GPU, unless D is large. So the sum over rows is split
@@ -98,14 +97,9 @@ def gram_matrices_kernel(
                 tl.store(out + 2 * matrix + mirrored, v_product)
 
 
-def _num_splits(n: int, d: int) -> int:
-    return max(1, min(MAX_SPLITS, n // MIN_SPLIT_ROWS, MAX_PARTS_ELEMENTS // (3 * d**2)))
-
-
 def gram_matrices(image_features: Tensor, text_features: Tensor, with_cross: bool) -> Tensor:
     """As `eager.gram_matrices`."""
-    precision = Precision.of(image_features, widened=True)
-    config = config_for("gram_matrices", image_features, precision)
+    config = config_for("gram_matrices", image_features)
     bd, bk = config.tile["BD"], config.tile["BK"]
     unpadded = image_features.shape[1]
     if unpadded > MAX_D:
@@ -115,7 +109,8 @@ def gram_matrices(image_features: Tensor, text_features: Tensor, with_cross: boo
         )
     image, text = aligned_features(image_features, bd), aligned_features(text_features, bd)
     n, d = image.shape
-    splits = _num_splits(n, unpadded)
+    most = min(MAX_SPLITS, n // MIN_SPLIT_ROWS, MAX_PARTS_ELEMENTS // (3 * unpadded**2))
+    splits = max(1, most)
     split_rows = ceil_div(ceil_div(n, splits), bk) * bk
     splits = ceil_div(n, split_rows)
     matrices = 3 if with_cross else 2
@@ -123,8 +118,7 @@ def gram_matrices(image_features: Tensor, text_features: Tensor, with_cross: boo
     with on_device_of(image):
         gram_matrices_kernel[((d // bd) ** 2, splits, matrices - 1)](
             image, text, parts, n, d, image.stride(0), text.stride(0), split_rows,
-            WITH_CROSS=with_cross, PRECISION=precision.dot,
-            **config.kwargs,
+            WITH_CROSS=with_cross, **config.kwargs,
         )  # fmt: skip
     grams = parts[0] if splits == 1 else parts.sum(dim=0)  # in an order that is always the same
     return grams if d == unpadded else grams[:, :unpadded, :unpadded].contiguous()

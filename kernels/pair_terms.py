@@ -15,8 +15,7 @@ from torch import Tensor
 
 from cyclip_loss.engines.interface import PairTerms
 from cyclip_loss.kernels.configs import PAIR_TERMS
-from cyclip_loss.kernels.launch import ceil_div
-from cyclip_loss.kernels.tiles import log1p_exp, sigmoid, softplus
+from cyclip_loss.kernels.tiles import ceil_div, log1p_exp, sigmoid, softplus
 from cyclip_loss.numerics import on_device_of
 
 

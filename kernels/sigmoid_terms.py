@@ -16,16 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cyclip_loss.kernels.configs import Precision, config_for
+from cyclip_loss.kernels.configs import config_for
 from cyclip_loss.kernels.contrastive_grads import multiplied_blocks, num_tiles
-from cyclip_loss.kernels.tiles import (
-    grouped_tile,
-    same_ids,
-    sigmoid,
-    softplus,
-    split,
-    tile_product,
-)
+from cyclip_loss.kernels.tiles import same_ids, sigmoid, softplus, split, sum_of, tile_product
 from cyclip_loss.logits import Logits, SigmoidTerms
 from cyclip_loss.numerics import float16_shift, on_device_of
 
@@ -62,14 +55,11 @@ def sigmoid_terms_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     PARTS: tl.constexpr,
-    GROUP: tl.constexpr,
 ):
-    row_tile, column_tile = grouped_tile(tl.cdiv(n, BM), tl.cdiv(m, BN), GROUP)
+    row_tile, column_tile, product = tile_product(
+        row_features, column_features, n, m, d, row_stride, column_stride, PRECISION, BM, BN, BK
+    )
     first_row = row_tile * BM
-    product = tile_product(
-        row_features, column_features, first_row, column_tile * BN, n, m, d, row_stride,
-        column_stride, PRECISION, BM, BN, BK,
-    )  # fmt: skip
     scale = tl.load(logit_scale)
     bias = tl.load(logit_bias)
     rows = first_row + tl.arange(0, BM)
@@ -95,10 +85,10 @@ def sigmoid_terms_kernel(
             counts &= is_positive | ~same
         # -inf has no loss and no gradient.
         x = tl.where(counts, tl.where(is_positive, -x, x), -float("inf"))
-        loss_sum += tl.sum(tl.sum(softplus(x), axis=1), axis=0)
+        loss_sum += sum_of(softplus(x))
         g = tl.where(is_positive, -sigmoid(x), sigmoid(x))
-        scale_sum += tl.sum(tl.sum(g * parts[part], axis=1), axis=0)
-        g_sum += tl.sum(tl.sum(g, axis=1), axis=0)
+        scale_sum += sum_of(g * parts[part])
+        g_sum += sum_of(g)
         within = tl.arange(0, BM)[:, None] * gradient_stride + columns[None, :]
         tl.store(tile_start + within, (g * (1 << SHIFT)).to(gradient.dtype.element_ty))
     tile = partials + tl.program_id(0)
@@ -113,7 +103,7 @@ def sigmoid_terms(
 ) -> SigmoidTerms:
     """As `eager.sigmoid_terms`. If no gradient is needed, G is not multiplied."""
     features = logits.row_features
-    config = config_for("contrastive_grads", features, Precision.of(features), with_ids=True)
+    config = config_for("contrastive_grads", features, with_ids=True)
     # Larger tiles or fewer warps would spill registers.
     sizes = {name: min(config.tile[name], 128) for name in ("BM", "BN")}
     config = replace(config, tile=config.tile | sizes, num_warps=8)

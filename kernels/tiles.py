@@ -1,7 +1,9 @@
-"""What the kernels share: the order of tiles, the product for a tile, the rounding to tf32."""
+"""What the kernels share: their arguments, the order of tiles, the product of a tile, tf32."""
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from cyclip_loss.kernels.configs import INTERPRETED
 
@@ -10,10 +12,57 @@ from cyclip_loss.kernels.configs import INTERPRETED
 WIDENS = tl.constexpr(INTERPRETED)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+GROUP = tl.constexpr(8)  # rows of tiles, in `grouped_tile`
+
+# Triton can load 16 bytes at a time if it knows that a pointer is a multiple of this many bytes and
+# that the stride between rows is a multiple of this many elements.
+ALIGNMENT = 16
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up. (`triton.cdiv` takes 10 times as long on the host.)"""
+    return -(-a // b)
+
+
+def aligned_features(features: Tensor, multiple: int) -> Tensor:
+    """The features with D zero-padded to a multiple, which changes no product, and rows aligned.
+
+    A kernel without masks on D is simpler, and needs fewer registers. Features are copied unless D
+    is a multiple already and rows are contiguous and aligned. Triton compiles a separate binary for
+    an argument that is not a multiple of 16. For the base of the features or the stride between
+    rows, this binary would spill registers and load one element at a time. It would also be
+    compiled in the middle of training, at the first such batch.
+    """
+    n, d = features.shape
+    if d % multiple:
+        return torch.nn.functional.pad(features, (0, -d % multiple))
+    row, within = features.stride()
+    is_aligned = row % ALIGNMENT == 0 and features.data_ptr() % ALIGNMENT == 0
+    if within == 1 and row >= d and is_aligned:
+        return features
+    # Not `contiguous()`: a single row is contiguous whatever its stride.
+    return features.new_empty(n, d).copy_(features)
+
+
+def number_or_pointer(scalar: Tensor) -> Tensor | float:
+    """A scalar as a kernel argument: a number if it is on the CPU, so that nothing has to wait.
+
+    Under the interpreter, always the tensor: numbers have no type there, which `scalar` needs.
+    """
+    return scalar.item() if scalar.device.type == "cpu" and not INTERPRETED else scalar
 
 
 @triton.jit
-def grouped_tile(row_tiles, column_tiles, GROUP: tl.constexpr):
+def scalar(x):
+    """The value of an argument from `number_or_pointer`."""
+    if x.dtype.is_ptr():
+        return tl.load(x)
+    else:
+        return x
+
+
+@triton.jit
+def grouped_tile(row_tiles, column_tiles):
     """The (row, column) of this program's tile.
 
     Programs start in the order of their number. In groups of GROUP rows of tiles, programs that run
@@ -26,15 +75,6 @@ def grouped_tile(row_tiles, column_tiles, GROUP: tl.constexpr):
     height = tl.minimum(row_tiles - first_row, GROUP)
     within = program % tiles_per_group
     return first_row + within % height, within // height
-
-
-@triton.jit
-def scalar(x):
-    """The value of an argument that is a number or a pointer to one."""
-    if x.dtype.is_ptr():
-        return tl.load(x)
-    else:
-        return x
 
 
 @triton.jit
@@ -65,8 +105,6 @@ def u_and_v(image, text, PRECISION: tl.constexpr):
 def tile_product(
     a,  # (n, d), rows `a_stride` apart, contiguous within a row
     b,  # (m, d), rows `b_stride` apart
-    first_row,  # of a
-    first_column,  # row of b
     n,
     m,
     d,  # a multiple of BK
@@ -77,12 +115,13 @@ def tile_product(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """a b^T of BM rows of a and BN rows of b, summed over their d columns in float32: (BM, BN).
+    """The (row, column) of this program's tile, and the tile of a b^T in float32: (BM, BN).
 
     Past the end of a or b its last row is read again; the caller masks these values.
     """
-    row = tl.minimum(first_row + tl.arange(0, BM), n - 1)
-    column = tl.minimum(first_column + tl.arange(0, BN), m - 1)
+    row_tile, column_tile = grouped_tile(tl.cdiv(n, BM), tl.cdiv(m, BN))
+    row = tl.minimum(row_tile * BM + tl.arange(0, BM), n - 1)
+    column = tl.minimum(column_tile * BN + tl.arange(0, BN), m - 1)
     inner = tl.arange(0, BK)
     a_pointers = (a + row.to(tl.int64) * a_stride)[:, None] + inner[None, :]
     b_pointers = (b + column.to(tl.int64) * b_stride)[None, :] + inner[:, None]
@@ -100,7 +139,7 @@ def tile_product(
         product = tl.dot(a_block, b_block, product, input_precision=PRECISION)
         a_pointers += BK
         b_pointers += BK
-    return product
+    return row_tile, column_tile, product
 
 
 @triton.jit
@@ -122,6 +161,12 @@ def split(tile, BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr):
             a, b = _halves(left, BM, BN // 2)
             c, d = _halves(right, BM, BN // 2)
             return a, b, c, d
+
+
+@triton.jit
+def sum_of(tile):
+    """The sum of a tile, rows first."""
+    return tl.sum(tl.sum(tile, axis=1), axis=0)
 
 
 @triton.jit

@@ -149,7 +149,7 @@ def verified(features: Tensor) -> VerifiedKernels:
     """
     import cyclip_loss.kernels as kernels
 
-    precision = kernels.configs.Precision.of(features)
+    precision = kernels.configs.precision_of(features)
     return _verified(features.device, features.dtype, precision)
 
 

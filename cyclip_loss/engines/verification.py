@@ -26,23 +26,19 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from cyclip_loss.logits import ALL_ROWS, Logits, SavedStatistics
-from cyclip_loss.numerics import (
-    MAX_DIVISOR,
-    divisor_of,
-    float32_is_exact,
-    is_capturing,
-    triton_version,
-)
+from cyclip_loss.numerics import MAX_DIVISOR, divisor_of, float32_is_exact, is_capturing
 from cyclip_loss.usage_warnings import warn_once
 
-# Scalars of the small batch, by argument. Different upstream gradients, or weights of the penalties
-# where the Gram matrix C is there, need C.
+# Scalars of the small batch, by argument and place in its list. Different upstream gradients or
+# weights of the two penalties need the Gram matrix C where it is there.
 SCALARS = {
-    "logit_scale": (20.0,),
-    "logit_bias": (-5.0,),
-    "grad": (1.5,),
-    "grads": (1.5, 3.0),
-    "weights": (0.03, 0.01),
+    "logit_scale": 20.0,
+    "logit_bias": -5.0,
+    "grad": 1.5,
+    "grads[0]": 1.5,
+    "grads[1]": 3.0,
+    "weights[0]": 0.03,
+    "weights[1]": 0.01,
 }
 
 
@@ -75,19 +71,15 @@ class VerifiedKernels:
     def _call(self, function: str, *arguments: Any) -> Any:
         """The function, after a comparison if this is the first use of the layout."""
         layout = function, layout_of(arguments)
-        if not self._is_known(layout) and not is_capturing(tree_leaves(arguments)[0]):
-            try:
-                with _one_comparison:  # autograd has a thread for each device
-                    if not self._is_known(layout):
-                        self._try(layout, arguments)
-            except torch.OutOfMemoryError:  # the kernels may be right: the next call compares
-                return getattr(self.eager, function)(*arguments)
-        return getattr(self.eager if self.problem else self.kernels, function)(*arguments)
+        with _one_comparison:  # autograd has a thread for each device
+            trusted = self.problem is None and (
+                layout in self.agreed
+                or is_capturing(tree_leaves(arguments)[0])
+                or self._agrees(layout, arguments)
+            )
+        return getattr(self.kernels if trusted else self.eager, function)(*arguments)
 
-    def _is_known(self, layout: Any) -> bool:
-        return layout in self.agreed or self.problem is not None
-
-    def _try(self, layout: Any, arguments: Any) -> None:
+    def _agrees(self, layout: Any, arguments: Any) -> bool:
         """Compare a layout, and remember the outcome."""
         device = self.device
         try:
@@ -95,8 +87,8 @@ class VerifiedKernels:
             # and other modes do not apply there.
             with ThreadPoolExecutor(1) as thread:
                 problem = thread.submit(self.compare, layout[0], arguments).result()
-        except torch.OutOfMemoryError:
-            raise
+        except torch.OutOfMemoryError:  # the kernels may be right: the next call compares
+            return False
         except Exception as error:
             problem = f"{type(error).__name__}: {str(error).strip()[:500]}"
             try:
@@ -109,16 +101,16 @@ class VerifiedKernels:
                 ) from error
         if problem is None:
             self.agreed.add(layout)
-            return
+            return True
         self.problem = f"{layout[0]}{layout[1]}: {problem}"
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         warn_once(
             f"kernels: {device}, {self.dtype}",
-            f"the Triton kernels do not work on {device} ({name}, PyTorch {torch.__version__}, "
-            f"Triton {'.'.join(map(str, triton_version()))}); PyTorch computes {self.dtype} "
-            f"instead, with the same results but slower. {self.problem}",
+            f"the Triton kernels do not work on {device} "
+            f"({self.kernels.configs.platform_of(device)}, PyTorch {torch.__version__}); PyTorch "
+            f"computes {self.dtype} instead, with the same results but slower. {self.problem}",
             every_rank=True,
         )
+        return False
 
     def compare(self, function: str, arguments: Any) -> str | None:
         """What is wrong with a function for this layout; None if it agrees with the eager engine.
@@ -158,35 +150,32 @@ class VerifiedKernels:
     def small_batch(self, function: str, arguments: Any) -> list[Any]:
         """Arguments of the same layout, with values of our own."""
         names = signature(getattr(self.eager, function)).parameters
-        found: dict[str, Any] = {}
-        for name, value in zip(names, arguments, strict=True):
-            found[name] = self._like(name, value, found)
-        return list(found.values())
+        batch = list(map(self._like, names, arguments))
+        if function == "contrastive_grads":
+            batch[1] = self._statistics_of(batch[0])
+        return batch
 
-    def _like(self, name: str, value: Any, found: dict[str, Any]) -> Any:
-        """A value for the argument `name`. found: the arguments before it."""
+    def _like(self, name: str, value: Any) -> Any:
+        """A value for the argument or the field `name`, in the layout of `value`."""
         if isinstance(value, Logits):
-            fields = value._asdict()
-            given = {field: self._like(field, x, found) for field, x in fields.items()}
-            has_negatives = value.has_extra_negatives
-            given["num_pairs"] = self.num_rows - 9 if has_negatives else ALL_ROWS
-            return Logits(**given)
-        if isinstance(value, SavedStatistics):  # about what `pair_terms` gives
-            lse = self.eager.contrastive_lse(tree_map(_widened, found["logits"]))
-            row_lse = torch.logaddexp(lse.row_negatives_lse, lse.pair_logits)
-            pair_gradient = -torch.sigmoid(lse.pair_logits - 5)
-            vectors = (row_lse, lse.column_negatives_lse + 0.5, pair_gradient)
-            return SavedStatistics(*(x.float() for x in vectors))
-        if isinstance(value, list) and isinstance(value[0], Tensor):
-            # Without C the weights have to be equal.
-            numbers = SCALARS[name] if len(found["grams"]) == 3 else SCALARS[name][:1] * 2
-            pairs = zip(value, numbers, strict=False)
-            return [_full(x, number) for x, number in pairs]
+            return Logits(*map(self._like, value._fields, value))
+        if isinstance(value, list):
+            return [self._like(f"{name}[{i}]", x) for i, x in enumerate(value)]
         if name in SCALARS:
-            return _full(value, *SCALARS[name])
+            return torch.full((), SCALARS[name], device=value.device, dtype=torch.float32)
         if isinstance(value, Tensor):
             return self._tensor_like(name, value)
+        if name == "num_pairs" and value != ALL_ROWS:  # with extra negatives
+            return self.num_rows - 9
         return 10 * _sign(value) if name == "partner_offset" else value
+
+    def _statistics_of(self, logits: Logits) -> SavedStatistics:
+        """About what `pair_terms` gives for these logits."""
+        lse = self.eager.contrastive_lse(tree_map(_widened, logits))
+        row_lse = torch.logaddexp(lse.row_negatives_lse, lse.pair_logits)
+        pair_gradient = -torch.sigmoid(lse.pair_logits - 5)
+        vectors = (row_lse, lse.column_negatives_lse + 0.5, pair_gradient)
+        return SavedStatistics(*(x.float() for x in vectors))
 
     def _tensor_like(self, name: str, value: Tensor) -> Tensor:
         """Ids, features, Gram matrices or a vector of random numbers."""
@@ -225,10 +214,6 @@ def _random(*shape: int) -> Tensor:
     """Numbers from a generator of its own: the user's random numbers stay as they are."""
     generator = torch.Generator("cpu").manual_seed(0)
     return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
-
-
-def _full(example: Tensor, number: float) -> Tensor:
-    return torch.full((), number, device=example.device, dtype=torch.float32)
 
 
 def layout_of(value: Any) -> Any:

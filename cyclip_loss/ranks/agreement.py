@@ -33,16 +33,22 @@ def check_ranks_agree(
     waits for the comparison. Other calls are not checked. Without `uneven`, nothing is compared
     while `torch.compile` traces.
 
-    features: this rank's, for their device. num_rows: how many pairs this rank has, and how many
-    extra negatives reach other ranks, by the arguments' names. The first result has the ranks'
-    numbers of pairs, the second those of pairs and extra negatives together. signature: what
-    decides which collectives run, by name. options: their numbers are compared in the first call
-    only, because they may change.
+    features: (n, D), this rank's. Their D, dtype and device type have to agree. num_rows: how many
+    pairs this rank has, and how many extra negatives reach other ranks, by the arguments' names.
+    The first result has the ranks' numbers of pairs, the second those of pairs and extra negatives
+    together. signature: what else decides which collectives run, by name. options: their numbers
+    are compared in the first call only, because they may change.
 
     Raises:
         ValueError: on every rank, listing all differences, or if no rank has pairs. In a call
             without comparison, on a rank without pairs.
     """
+    signature = {
+        **signature,
+        "D": features.shape[1],
+        "dtype": features.dtype,
+        "the device type": features.device.type,
+    }
     # Older versions of torch.compile can't look up a group in a dictionary.
     if not uneven and (torch.compiler.is_compiling() or _have_agreed(ranks, signature)):
         (pairs_name, num_pairs), *_ = num_rows.items()

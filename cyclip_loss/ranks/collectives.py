@@ -93,7 +93,7 @@ def sum_and_scatter(partial: Tensor, ranks: Ranks) -> Tensor:
 def padded(block: Tensor, ranks: Ranks) -> Tensor:
     """The rows, contiguous, padded with zeros to as many as the largest rank has."""
     missing = ranks.max_rows(block.shape[0]) - block.shape[0]
-    if ranks.counts is None or missing == 0:
+    if missing == 0:
         return block.contiguous()
     return torch.cat((block, block.new_zeros(missing, *block.shape[1:])))
 
