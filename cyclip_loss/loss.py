@@ -268,7 +268,7 @@ class CySigLIPLoss(_ContrastiveLoss):
     _: KW_ONLY
     dist_impl: str = option("gather", options.siglip_dist_impl)
     bidir: bool = option(True, options.boolean)
-    chunk_size: float | None = option(None, options.optional_batch_size)
+    chunk_size: int | None = option(None, options.optional_batch_size)
 
     def forward(
         self,

@@ -46,13 +46,11 @@ def integer(name: str, value: Any, alternative: str = "") -> int:
     return value  # type: ignore[return-value]
 
 
-def optional_batch_size(name: str, value: Any) -> float | None:
-    """The value as a float, as in `weight`, or an error unless it is None or an integer >= 1."""
-    if value is None:
-        return None
-    if not 1 <= integer(name, value, " or None") <= LARGEST:
+def optional_batch_size(name: str, value: Any) -> int | None:
+    """The value, or an error unless it is None or an integer >= 1."""
+    if value is not None and not 1 <= integer(name, value, " or None") <= LARGEST:
         raise ValueError(f"{name} must be >= 1 and finite, got {value}")
-    return float(value)
+    return value  # type: ignore[no-any-return]
 
 
 def boolean(name: str, value: Any) -> bool:
@@ -158,7 +156,13 @@ class PenaltyOptions(Options):
     lambda_inmodal: float = option(0.25, weight)
     lambda_crossmodal: float = option(0.25, weight)
     _: KW_ONLY
-    reference_batch_size: float | None = option(None, optional_batch_size)
+    reference_batch_size: int | None = option(None, optional_batch_size)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "reference_batch_size":
+            # torch.compile treats an integer attribute as a constant, and a float as an input.
+            self._reference = None if value is None else float(value)
 
     def has_penalties(self) -> bool:
         """Whether a lambda is not 0.

@@ -146,7 +146,7 @@ def weights_of(options: PenaltyOptions, total: Any, features: Tensor) -> tuple[A
     if torch.compiler.is_compiling():
         one = features.new_ones((), dtype=accumulation_dtype(features.dtype))
     weights = one * options.lambda_inmodal, one * options.lambda_crossmodal
-    reference = options.reference_batch_size
+    reference: float | None = options._reference
     if reference is None:
         return weights[0] / total, weights[1] / total
     return weights[0] * reference / (total * total), weights[1] * reference / (total * total)
