@@ -82,6 +82,16 @@ class LogSumExps(NamedTuple):
     column_pair_logits: Tensor | None = None
 
 
+class PairTerms(NamedTuple):
+    """The loss of the pairs, and what backward needs of it."""
+
+    # weight * the sum, over rows and their paired columns, of log-sum-exp - pair logit
+    loss: Tensor
+    row_lse: Tensor  # (n,), with the pairs
+    column_lse: Tensor  # (m,), with the pairs
+    pair_gradient: Tensor  # (n,), the sum of exp(pair logit - log-sum-exp) - 1 for row and column
+
+
 class SavedStatistics(NamedTuple):
     """Log-sum-exps of all logits of a row or column, and the gradient of the pairs' logits."""
 

@@ -100,7 +100,7 @@ class CyCLIPLoss(_ContrastiveLoss):
             effect. In OpenCLIP they choose what each rank computes and how its gradients are
             scaled. Here the result is always exact.
         rank, world_size: OpenCLIP's arguments, kept as attributes. The loss asks the process group
-            instead; the first call raises if the two differ.
+            instead; a call raises if the two differ, except from 0 and 1.
         use_horovod: must be False.
         process_group: the ranks that share a batch, over nccl or gloo. None: the default group, as
             in DDP, if torch.distributed is initialised at the time of the call. The loss never
@@ -250,8 +250,8 @@ class CySigLIPLoss(_ContrastiveLoss):
         same_ids: what rows with the same id in `ids` are to each other: "ignored" (left out), or
             "positives" (y = 1).
         cache_labels, rank, world_size, bidir, chunk_size: OpenCLIP's arguments, kept as attributes
-            without effect. The first call raises if rank or world_size differ from the process
-            group's.
+            without effect. A call raises if rank or world_size differ from the process group's,
+            except from 0 and 1.
         reference_batch_size, process_group, distributed, uneven, impl: as in `CyCLIPLoss`, also
             across ranks.
 

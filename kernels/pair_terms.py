@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cyclip_loss.engines.interface import PairTerms
 from cyclip_loss.kernels.configs import PAIR_TERMS
 from cyclip_loss.kernels.tiles import ceil_div, log1p_exp, sigmoid, softplus
+from cyclip_loss.logits import PairTerms
 from cyclip_loss.numerics import on_device_of
 
 

@@ -1,4 +1,4 @@
-"""The engine in PyTorch, with bounded memory: for CPU, MPS and CUDA without Triton.
+"""The engine in PyTorch, with bounded memory: for CPU, MPS, CUDA without Triton, and float64.
 
 Everything is computed in strips: blocks of rows against all columns. Products accumulate in float32
 (float64 for float64 features). 16-bit features are widened first, so their products are exact. For
@@ -19,8 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cyclip_loss import numerics
-from cyclip_loss.engines.interface import PairTerms
-from cyclip_loss.logits import Gradients, Logits, LogSumExps, SavedStatistics, SigmoidTerms
+from cyclip_loss.logits import (
+    Gradients,
+    Logits,
+    LogSumExps,
+    PairTerms,
+    SavedStatistics,
+    SigmoidTerms,
+)
 from cyclip_loss.numerics import accumulation_dtype, float16_shift, rows_per_strip, strips
 
 

@@ -1,24 +1,21 @@
 """The interface of an engine: seven functions.
 
 `eager.py` and, as `cyclip_loss.kernels`, the Triton kernels define them. The formulas and shapes
-are in `eager.py`. The other records are in `cyclip_loss/logits.py`.
+are in `eager.py`, the records in `cyclip_loss/logits.py`.
 """
 
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
-from cyclip_loss.logits import Gradients, Logits, LogSumExps, SavedStatistics, SigmoidTerms
-
-
-class PairTerms(NamedTuple):
-    """The loss of the pairs, and what backward needs of it."""
-
-    # weight * the sum, over rows and their paired columns, of log-sum-exp - pair logit
-    loss: Tensor
-    row_lse: Tensor  # (n,), with the pairs
-    column_lse: Tensor  # (m,), with the pairs
-    pair_gradient: Tensor  # (n,), the sum of exp(pair logit - log-sum-exp) - 1 for row and column
+from cyclip_loss.logits import (
+    Gradients,
+    Logits,
+    LogSumExps,
+    PairTerms,
+    SavedStatistics,
+    SigmoidTerms,
+)
 
 
 class Engine(Protocol):

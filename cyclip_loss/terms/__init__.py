@@ -1,1 +1,1 @@
-"""What is computed, independent of where: the contrastive term, the penalties, log-sum-exps."""
+"""What is computed, independent of where: contrastive terms, penalties, log-sum-exps."""
