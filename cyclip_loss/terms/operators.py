@@ -69,7 +69,8 @@ class Operator:
     def _call_operator(self, *arguments: Any) -> Any:
         values: list[Any] = []
         for argument, is_record in zip(arguments, self.are_records):  # noqa: B905 (PyTorch 2.8)
-            values += argument if is_record else [argument]
+            # Not `+=`: PyTorch 2.11 cannot trace it with a record.
+            values.extend(list(argument) if is_record else [argument])
         return self.operator(*values)
 
 
