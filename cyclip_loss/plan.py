@@ -37,7 +37,7 @@ class Batch(NamedTuple):
     row_features: tuple[Tensor, ...] = ()  # of each contrastive term
     column_features: tuple[Tensor, ...] = ()
     has_negatives: bool = False
-    logit_bias: Tensor | None = None  # scalar of the accumulation dtype, of SigLIP's loss
+    logit_bias: Tensor | None = None  # scalar of the accumulation dtype; counts in SigLIP's loss
     positives: bool = False  # whether rows with the same id are positives of each other
     one_way: bool = False  # whether the first term compares rows with columns only
 

@@ -54,8 +54,9 @@ def candidates(dtype: torch.dtype, shipped: Any) -> list[Any]:
 
 
 def calls(kernel: str, image: Tensor) -> Any:
-    """The arguments of calls to compare, in a list. The first call, which is also timed, makes no
-    product of the library's.
+    """A list of the calls to compare, each as its arguments.
+
+    The first one is also timed. In it PyTorch multiplies no matrices beside the kernel.
     """
     (n, d), text, one = image.shape, image.flip(0), torch.ones((), device=image.device)
     logits, lse = Logits(image, text, 50 * one), 12 * one.repeat(n)  # about that of random logits
