@@ -102,16 +102,6 @@ class SavedStatistics(NamedTuple):
     pair_gradient: Tensor
 
 
-class SigmoidTerms(NamedTuple):
-    """SigLIP's loss of a block and its gradients; empty tensors where not needed."""
-
-    loss: Tensor  # scalar
-    rows: Tensor  # (n, D), this and the next two: as in `Gradients`, in the accumulation dtype
-    columns: Tensor
-    scale: Tensor
-    bias: Tensor  # scalar
-
-
 class Gradients(NamedTuple):
     """Gradients of a block's features and of the logit scale; empty tensors where not needed."""
 

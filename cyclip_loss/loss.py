@@ -72,6 +72,7 @@ class _ContrastiveLoss(ContrastiveOptions, _Module):
         terms = contrastive_terms(batch, plan, gathers, self)
         if output_dict or plan.penalties != "none":
             terms |= cyclic.terms(batch, plan, self, reduced)
+        usage_warnings.warn_of_strong_penalties(self, batch)
         check_inputs_once(self, batch, plan)
         if output_dict:
             return terms
@@ -222,7 +223,6 @@ class CyCLIPLoss(_ContrastiveLoss):
             same_ids=self.same_ids,
             logit_bias=logit_bias,
         )
-        usage_warnings.warn_of_strong_penalties(self, batch.total_pairs)
         if augmented_image_features is None:
             usage_warnings.warn_of_unused_weight(self)
         return self._loss(batch, output_dict, contrastive.terms)
@@ -307,7 +307,6 @@ class CySigLIPLoss(_ContrastiveLoss):
             logit_bias=0.0 if logit_bias is None else logit_bias,
             function="CySigLIPLoss",
         )
-        usage_warnings.warn_of_strong_penalties(self, batch.total_pairs, is_siglip=True)
         return self._loss(batch, output_dict, sigmoid.terms)
 
 
@@ -346,7 +345,7 @@ class CyclicPenalty(_Module):
         plan = make_plan(batch, self, output_dict)
         reduced = cyclic.start_reducing_grams(batch, plan)
         terms = cyclic.terms(batch, plan, self, reduced)
-        usage_warnings.warn_of_strong_penalties(self, batch.total_pairs)
+        usage_warnings.warn_of_strong_penalties(self, batch)
         check_inputs_once(self, batch, plan)
         return terms if output_dict else terms["cyclic_loss"]
 

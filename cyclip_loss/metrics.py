@@ -85,8 +85,7 @@ def consistency_metrics(
     # A rank without rows has one empty strip.
     strips = torch.split(own_rows, height)
     sums = torch.stack([_sums_of_rows(images, texts, rows, means) for rows in strips]).sum(dim=0)
-    if ranks.size > 1:
-        sums = collectives.wait(collectives.start_all_reduce(sums, "sum", ranks))
+    sums = collectives.all_reduce(sums, "sum", ranks)
     return dict(zip(NAMES, _metrics(sums, images, texts).float(), strict=True))
 
 

@@ -44,7 +44,7 @@ def warn_once(subject: str, text: str, every_rank: bool = False) -> None:
     warnings.warn(f"{text} (more: {page})", CyCLIPWarning, stacklevel=level)
 
 
-def warn_of_strong_penalties(options: Any, total: int, is_siglip: bool = False) -> None:
+def warn_of_strong_penalties(options: Any, batch: Any) -> None:
     """Warn if lambda * N is more than STRONG times the paper's 0.25 * 128.
 
     With SigLIP's loss, the paper's strength is enough for a warning: it lowered the accuracy in our
@@ -52,20 +52,20 @@ def warn_of_strong_penalties(options: Any, total: int, is_siglip: bool = False) 
     and switches the warning off for other losses. While `torch.compile` traces, nothing is checked,
     as compiled code would depend on N.
 
-    options: a `PenaltyOptions`; total: N, the rows of the global batch.
+    options: a `PenaltyOptions`; batch: a `Batch`.
     """
     if torch.compiler.is_compiling():
         return
-    reference = options.reference_batch_size
+    reference, total = options.reference_batch_size, batch.total_pairs
     weight = max(options.lambda_inmodal, options.lambda_crossmodal)
     times = weight * (reference or total) / (PAPER_LAMBDA * PAPER_BATCH_SIZE)
-    if is_siglip and times >= 1:
+    if batch.one_way and times >= 1:
         warn_once(
             "strong SigLIP penalties",
             f"lambda = {weight:g} is as strong as CyCLIP's, which lowered the accuracy of SigLIP's "
             "loss in our experiment: try an eighth of it, or 0",
         )
-    elif not is_siglip and reference is None and times > STRONG:
+    elif not batch.one_way and reference is None and times > STRONG:
         warn_once(
             "strong penalties",
             f"lambda = {weight:g} in a batch of {total} is {times:.3g} times as strong as the "

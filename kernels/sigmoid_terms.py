@@ -19,7 +19,7 @@ from torch import Tensor
 from cyclip_loss.kernels.configs import config_for
 from cyclip_loss.kernels.contrastive_grads import multiplied_blocks, num_tiles
 from cyclip_loss.kernels.tiles import same_ids, sigmoid, softplus, split, sum_of, tile_product
-from cyclip_loss.logits import Logits, SigmoidTerms
+from cyclip_loss.logits import Gradients, Logits
 from cyclip_loss.numerics import float16_shift, on_device_of
 
 
@@ -45,7 +45,7 @@ def sigmoid_terms_kernel(
     partner_offset,  # row i < num_pairs is paired with column i + partner_offset
     num_pairs,
     logit_bias,  # scalar
-    partials,  # (3, all_tiles) out: of the tiles, sums of the loss, of G_ij (I_i . T_j), and of G
+    partials,  # (3, all_tiles) out: of the tiles, sums of the loss, of G, and of G_ij (I_i . T_j)
     all_tiles,
     POSITIVES: tl.constexpr,
     HAS_NEGATIVES: tl.constexpr,  # extra ones, with POSITIVES: ids below 0 have no positives
@@ -94,13 +94,13 @@ def sigmoid_terms_kernel(
     tile = partials + tl.program_id(0)
     # An infinite feature may give a logit without loss. It makes the other sum NaN.
     tl.store(tile, loss_sum + 0.0 * scale_sum)
-    tl.store(tile + all_tiles, scale_sum)
-    tl.store(tile + 2 * all_tiles, g_sum)
+    tl.store(tile + all_tiles, g_sum)
+    tl.store(tile + 2 * all_tiles, scale_sum)
 
 
 def sigmoid_terms(
     logits: Logits, logit_bias: Tensor, positives: bool, weight: float, needs: list[bool]
-) -> SigmoidTerms:
+) -> tuple[Tensor, Gradients]:
     """As `eager.sigmoid_terms`. If no gradient is needed, G is not multiplied."""
     features = logits.row_features
     config = config_for("contrastive_grads", features, with_ids=True)
@@ -120,10 +120,8 @@ def sigmoid_terms(
             logits.logit_scale * (weight * 2.0 ** -float16_shift(features)),
             torch.float32,
         )
-        loss, scale_grad, bias_grad = partials.sum(dim=1)  # in an order that is always the same
-    return SigmoidTerms(
-        loss,
-        *grads,
-        scale_grad * weight if needs[2] else loss.new_empty(0),
-        bias_grad * weight if needs[3] else loss.new_empty(0),
-    )
+        sums = partials.sum(dim=1)  # in an order that is always the same
+    if not any(needs):
+        sums[1] = 0.0  # as the eager engine, which does not compute G then
+    scale_grad = sums[2] * weight if needs[2] else sums.new_empty(0)
+    return sums[:2], Gradients(*grads, scale_grad)

@@ -25,7 +25,6 @@ from cyclip_loss.logits import (
     LogSumExps,
     PairTerms,
     SavedStatistics,
-    SigmoidTerms,
 )
 from cyclip_loss.numerics import accumulation_dtype, float16_shift, rows_per_strip, strips
 
@@ -228,55 +227,55 @@ def _multiplied(
 
 def sigmoid_terms(
     logits: Logits, logit_bias: Tensor, positives: bool, weight: float, needs: list[bool]
-) -> SigmoidTerms:
-    """SigLIP's loss of a block, and its gradients times `weight`, in one sweep.
+) -> tuple[Tensor, Gradients]:
+    """Sums over a block of SigLIP's loss and of G, (2,), and gradients times `weight`.
+
+    One sweep computes all of them.
 
     With l_ij = s * I_i . T_j + b, and y_ij = 1 for a pair, else -1 (Zhai et al. 2023, sec. 3.2):
 
         loss = sum_ij log(1 + exp(-y_ij l_ij))        G_ij = -y_ij / (1 + exp(y_ij l_ij))
-        dI = w s G T,   dT = w s G^T I,   ds = w sum_ij G_ij (I_i . T_j),   db = w sum_ij G_ij
+        dI = w s G T,   dT = w s G^T I,   ds = w sum_ij G_ij (I_i . T_j)
 
     Other elements with the same id are left out or, with `positives`, have y = 1. Extra negatives
     have ids below 0. Those with the same id are left out in both cases.
 
-    logit_bias: scalar; needs: of rows, columns, scale and bias. If nothing is needed, only the loss
-    is computed. The loss is not multiplied by `weight`.
+    logit_bias: scalar; needs: of rows, columns and scale. If nothing is needed, G is not
+    computed, and its sum is 0. The gradients are in the accumulation dtype.
     """
     column_features = _columns_to_multiply(logits)
-    loss, bias_sum = logits.logit_scale.new_zeros(2)
+    sums = logits.logit_scale.new_zeros(2)
+    loss, g_sum = sums
+
+    def negate_positives(x: Tensor, start: int, is_positive: Tensor | None) -> None:
+        _pairs(x, start, logits)[0].neg_()
+        if is_positive is not None:
+            torch.where(is_positive, -x, x, out=x)
 
     def strips_of_g() -> Iterator[tuple[int, int, Tensor, Tensor]]:
         for start, stop, strip_features, strip, gradient in _logit_strips(logits, column_features):
             strip.add_(logit_bias)
-            same = logits.same_ids(start, stop)
-            pair_logits, _ = _pairs(strip, start, logits)
-            negated = pair_logits.neg()
+            is_positive, same = None, logits.same_ids(start, stop)
             if same is not None:
+                _pairs(same, start, logits)[0].fill_(False)
                 if positives:
                     is_positive = same.clone()
                     is_positive[max(0, logits.num_pairs - start) :] = False  # extra negatives
-                    torch.where(is_positive, -strip, strip, out=strip)
                     same ^= is_positive
                 strip.masked_fill_(same, -torch.inf)
-            pair_logits.copy_(negated)
+            negate_positives(strip, start, is_positive)
             loss.add_(softplus(strip).sum())
-            if not any(needs):
-                continue
-            torch.sigmoid(strip, out=gradient)
-            if positives:
-                torch.where(is_positive, -gradient, gradient, out=gradient)
-            pair_elements, _ = _pairs(gradient, start, logits)
-            pair_elements.copy_(pair_elements.abs().neg_())
-            bias_sum.add_(gradient.sum())
-            yield start, stop, strip_features, gradient
+            if any(needs):
+                negate_positives(torch.sigmoid(strip, out=gradient), start, is_positive)
+                g_sum.add_(gradient.sum())
+                yield start, stop, strip_features, gradient
 
     factor = logits.logit_scale.new_full((), weight * 2.0 ** -float16_shift(column_features))
     grads = _multiplied(
-        strips_of_g(), logits, column_features, factor, needs[:3], logits.logit_scale.dtype
+        strips_of_g(), logits, column_features, factor, needs, logits.logit_scale.dtype
     )
-    bias_grad = bias_sum * weight if needs[3] else bias_sum.new_empty(0)
     # An infinite feature may give a logit without loss.
-    return SigmoidTerms(loss + logits.zero_or_nan(loss.dtype), *grads, bias_grad)
+    return sums + logits.zero_or_nan(sums.dtype), grads
 
 
 def gram_matrices(image_features: Tensor, text_features: Tensor, with_cross: bool) -> Tensor:

@@ -14,7 +14,6 @@ from cyclip_loss.logits import (
     LogSumExps,
     PairTerms,
     SavedStatistics,
-    SigmoidTerms,
 )
 
 
@@ -48,8 +47,8 @@ class Engine(Protocol):
 
     def sigmoid_terms(
         self, logits: Logits, logit_bias: Tensor, positives: bool, weight: float, needs: list[bool]
-    ) -> SigmoidTerms:
-        """SigLIP's loss and its gradients, in one sweep."""
+    ) -> tuple[Tensor, Gradients]:
+        """Sums of SigLIP's loss and of the gradient of the logits, (2,), and gradients."""
 
     def gram_matrices(
         self, image_features: Tensor, text_features: Tensor, with_cross: bool

@@ -38,6 +38,11 @@ def start_all_reduce(tensor: Tensor, op: str, ranks: Ranks) -> Tensor:
     return _collectives.all_reduce(tensor, op, ranks.group_name)  # type: ignore[no-any-return]
 
 
+def all_reduce(tensor: Tensor, op: str, ranks: Ranks) -> Tensor:
+    """The reduced tensor; in one process, the tensor itself."""
+    return wait(start_all_reduce(tensor, op, ranks)) if ranks.size > 1 else tensor
+
+
 def all_reduce_lse(
     values: Tensor, pair_logits: Tensor, columns: slice, ranks: Ranks
 ) -> tuple[Tensor, Tensor]:
@@ -48,10 +53,10 @@ def all_reduce_lse(
     """
     placed = torch.full_like(values, -torch.inf)
     placed[columns] = pair_logits
-    maxima = wait(start_all_reduce(torch.stack((values, placed)), "max", ranks))
+    maxima = all_reduce(torch.stack((values, placed)), "max", ranks)
     # Finite, so that a column without negatives has a sum of 0.
     reference = maxima[0].clamp(min=torch.finfo(values.dtype).min)
-    sums = wait(start_all_reduce((values - reference).exp(), "sum", ranks))
+    sums = all_reduce((values - reference).exp(), "sum", ranks)
     return sums.log() + reference, maxima[1]
 
 

@@ -311,10 +311,7 @@ def _forward(logits: Logits, term: Term) -> tuple[Tensor, Tensor, Tensor, Tensor
             pair_gradient += term.directions * shares
         if logits.has_extra_negatives:
             loss += logits.zero_or_nan(loss.dtype)
-        if term.size > 1:
-            loss = collectives.wait(
-                collectives.start_all_reduce(loss, "sum", ranks_of_columns(term))
-            )
+        loss = collectives.all_reduce(loss, "sum", ranks_of_columns(term))
         if logits.has_extra_negatives:
             row_lse = F.pad(row_lse, (0, num_rows - own_pairs), value=torch.inf)
             pair_gradient = F.pad(pair_gradient, (0, num_rows - own_pairs))

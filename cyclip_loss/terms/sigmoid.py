@@ -35,22 +35,23 @@ from cyclip_loss.terms.operators import Operator, call_backward, empty_grad_like
 def terms(batch: Batch, plan: Plan, gathers: Gathers, _: Any) -> dict[str, Tensor]:
     """{"contrastive_loss": the loss}, a scalar of the accumulation dtype."""
     (inputs,) = term_inputs(batch, plan, gathers)
+    bias: Any = batch.logit_bias
     if plan.contrastive == "dense":
         *tensors, _, term = inputs
-        assert batch.logit_bias is not None
-        loss = dense.sigmoid_loss(logits_of(tensors, term), batch.logit_bias, term.divisor)
+        loss = dense.sigmoid_loss(logits_of(tensors, term), bias, term.divisor)
         return {"contrastive_loss": loss}
-    features = (inputs.row_features, inputs.column_features, inputs.logit_scale)
-    differentiable = (*features, batch.logit_bias)
-    needs = [torch.is_grad_enabled() and x.requires_grad for x in differentiable]  # type: ignore[union-attr]
-    loss = _Sigmoid.apply(batch.logit_bias, needs, *inputs)  # type: ignore[no-untyped-call]
+    differentiable = (*inputs[:3], bias)
+    rows, columns, *scalars = (torch.is_grad_enabled() and x.requires_grad for x in differentiable)
+    needs = [rows, columns, any(scalars)]
+    loss = _Sigmoid.apply(bias, needs, *inputs)  # type: ignore[no-untyped-call]
     return {"contrastive_loss": loss}
 
 
 class _Sigmoid(torch.autograd.Function):
     """The loss of the global batch: a scalar of the accumulation dtype.
 
-    The inputs are the bias, which gradients are needed, and those of `TermInputs`.
+    The inputs are the bias, whether gradients of the rows, the columns and the two scalars are
+    needed, and those of `TermInputs`.
     """
 
     @staticmethod
@@ -60,25 +61,20 @@ class _Sigmoid(torch.autograd.Function):
         loss, *grads = sigmoid_step.chosen(ctx.term.traced)(
             logits, logit_bias, needs, ctx.own_columns, ctx.term
         )
-        _, own_columns, logit_scale, *_ = inputs
-        # The inputs only tell that the gradients depend on them.
-        inputs = (logits.row_features, own_columns, logit_scale, logit_bias)
-        ctx.save_for_backward(*inputs, *grads)
-        ctx.needs, ctx.dtype = needs, logits.row_features.dtype
+        # The inputs only tell dtypes, and that the gradients depend on them.
+        ctx.save_for_backward(*inputs[:3], logit_bias, *grads)
+        ctx.needs = needs
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        image, text, logit_scale, logit_bias, *grads = ctx.saved_tensors
-        inputs = [image, text, logit_scale, logit_bias]
-        grads = call_backward(_times, grad, grads, inputs)
-        rows, columns, scale, bias = where_needed(grads, ctx.needs)
-        rows, columns = (x if x is None else x.to(ctx.dtype) for x in (rows, columns))
-        return (bias, None, rows, columns, scale, None, None, None, None)
+        saved = ctx.saved_tensors
+        *grads, bias = call_backward(_times, grad, saved[:4], saved[4:])
+        return (bias, None, *where_needed(grads, ctx.needs), None, None, None, None)
 
 
-def _times(grad: Tensor, grads: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    return [x * grad for x in grads]
+def _times(grad: Tensor, inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> list[Tensor]:
+    return [(x * grad).to(y.dtype) for x, y in zip(grads, inputs)]  # noqa: B905 (PyTorch 2.8)
 
 
 def _step(
@@ -86,38 +82,32 @@ def _step(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss, and gradients of this rank's rows, its own columns, the scale and the bias.
 
-    The gradients are in the accumulation dtype, and empty where not needed. Across W ranks they are
-    W times those of the global loss, as DDP averages.
+    The gradients are in the accumulation dtype. Across W ranks they are W times those of the global
+    loss, as DDP averages. The first three are empty where not needed; the bias's is not computed if
+    nothing is.
     """
     engine = engines.load(term.engine, logits.row_features)
     weight = term.size / term.divisor
-    loss = logit_bias.new_zeros(())
-    bias_grad = logit_bias.new_zeros(() if needs[3] else (0,))
+    sums = logit_bias.new_zeros(2)
 
     def block_grads(block: Logits, _: None) -> Gradients:
-        part, *grads, bias_part = engine.sigmoid_terms(
-            block, logit_bias, term.positives, weight, needs
-        )
-        loss.add_(part)
-        bias_grad.add_(bias_part)
-        return Gradients(*grads)
+        part, grads = engine.sigmoid_terms(block, logit_bias, term.positives, weight, needs)
+        sums.add_(part)
+        return grads
 
     with without_autocast(logits.row_features):
         strategy = STRATEGIES[term.strategy]
-        grads = strategy.gradients(block_grads, logits, None, needs[:3], ranks_of_columns(term))
-        loss.div_(term.divisor)
-        if term.size > 1:
-            loss = collectives.wait(
-                collectives.start_all_reduce(loss, "sum", ranks_of_columns(term))
-            )
-    return loss, *grads, bias_grad
+        grads = strategy.gradients(block_grads, logits, None, needs, ranks_of_columns(term))
+        loss = collectives.all_reduce(sums[0] / term.divisor, "sum", ranks_of_columns(term))
+    return loss, *grads, sums[1] * weight
 
 
 def _step_fake(given: Any) -> tuple[Tensor, ...]:
     logits, bias = given.logits, given.logit_bias
     rows, d = logits.row_features.shape
-    shapes = (bias.new_empty(rows, d), bias.new_empty(given.own_columns, d), bias, bias)
-    return bias.new_empty(()), *map(empty_grad_like, shapes, given.needs)
+    shapes = (bias.new_empty(rows, d), bias.new_empty(given.own_columns, d), bias)
+    new = bias.new_empty
+    return new(()), *map(empty_grad_like, shapes, given.needs), new(())
 
 
 sigmoid_step = Operator("sigmoid_step", _step, _step_fake)
