@@ -44,10 +44,12 @@ def log_sum_exps(batch: Batch, plan: Plan, gathers: Gathers) -> LogSumExps:
     *tensors, gathered, term = inputs
     if plan.contrastive == "dense":
         logits = logits_of(tensors, term)
-        *lse, pair_logits, _ = dense.log_sum_exps(logits)
-        lowest = torch.finfo(pair_logits.dtype).min
-        row_lse, column_lse = (x.masked_fill(x == lowest, -torch.inf) for x in lse)
-        return LogSumExps(row_lse, column_lse, pair_logits)
+        lse = dense.log_sum_exps(logits)
+        if logits.row_ids is None and lse.pair_logits.shape[0] > 1:  # each has a negative
+            return lse
+        lowest = torch.finfo(lse.pair_logits.dtype).min
+        rows, columns = (x.masked_fill(x == lowest, -torch.inf) for x in lse[:2])
+        return LogSumExps(rows, columns, lse.pair_logits)
     return LogSumExps(*_LogSumExp.apply(*tensors, gathered, term))  # type: ignore[no-untyped-call]
 
 
