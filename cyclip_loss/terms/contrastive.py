@@ -40,7 +40,7 @@ from cyclip_loss.plan import Batch, Plan
 from cyclip_loss.ranks import STRATEGIES, collectives
 from cyclip_loss.ranks.groups import Ranks
 from cyclip_loss.terms import dense
-from cyclip_loss.terms.operators import Operator, empty_grad_like, where_needed
+from cyclip_loss.terms.operators import Operator, empty_grad_like
 from cyclip_loss.terms.positives import Positives
 
 
@@ -266,12 +266,15 @@ def gathered_logits(
 def input_gradients(
     ctx: Any, logits: Logits, saved: SavedStatistics, grad: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """A gradient or None for each of `TermInputs`. ctx: with `term` and `own_columns`."""
+    """A gradient or None for each of `TermInputs`. ctx: with `term` and `own_columns`.
+
+    Autograd ignores the empty gradients of inputs that need none.
+    """
     needs = list(ctx.needs_input_grad[:3])
     grads = contrastive_backward.chosen(ctx.term.traced)(
         logits, saved, grad, needs, ctx.own_columns, ctx.term
     )
-    return (*where_needed(grads, needs), None, None, None, None)
+    return (*grads, None, None, None, None)
 
 
 def _forward(logits: Logits, term: Term) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -27,7 +27,7 @@ from cyclip_loss.options import PenaltyOptions
 from cyclip_loss.plan import Batch, Plan
 from cyclip_loss.ranks import collectives
 from cyclip_loss.terms import dense
-from cyclip_loss.terms.operators import Operator, empty_grad_like, where_needed
+from cyclip_loss.terms.operators import Operator, empty_grad_like
 
 TERMS = ("inmodal_cyclic_loss", "crossmodal_cyclic_loss")
 
@@ -132,7 +132,7 @@ class _CyclicPenalties(torch.autograd.Function):
             needs,
             ctx.plan.engine,
         )
-        return (*where_needed(feature_grads, needs), None, None, None, None, None)
+        return (*feature_grads, None, None, None, None, None)
 
 
 def weights_of(options: PenaltyOptions, total: Any, features: Tensor) -> tuple[Any, Any]:

@@ -109,11 +109,6 @@ class _FirstDerivativesOnly(torch.autograd.Function):
         )
 
 
-def where_needed(grads: Any, needs: list[bool]) -> list[Tensor | None]:
-    """The gradients that backward returns: None where not needed."""
-    return [grad if need else None for grad, need in zip(grads, needs)]  # noqa: B905
-
-
 def empty_grad_like(features: Tensor, needed: bool) -> Tensor:
     """An uninitialised gradient of these features, without elements if it is not needed."""
     return features.new_empty(features.shape if needed else (0,))

@@ -29,7 +29,7 @@ from cyclip_loss.terms.contrastive import (
     ranks_of_columns,
     term_inputs,
 )
-from cyclip_loss.terms.operators import Operator, call_backward, empty_grad_like, where_needed
+from cyclip_loss.terms.operators import Operator, call_backward, empty_grad_like
 
 
 def terms(batch: Batch, plan: Plan, gathers: Gathers, _: Any) -> dict[str, Tensor]:
@@ -40,8 +40,8 @@ def terms(batch: Batch, plan: Plan, gathers: Gathers, _: Any) -> dict[str, Tenso
         *tensors, _, term = inputs
         loss = dense.sigmoid_loss(logits_of(tensors, term), bias, term.divisor)
         return {"contrastive_loss": loss}
-    differentiable = (*inputs[:3], bias)
-    rows, columns, *scalars = (torch.is_grad_enabled() and x.requires_grad for x in differentiable)
+    differentiable = (inputs.row_features, inputs.column_features, inputs.logit_scale, bias)
+    rows, columns, *scalars = [torch.is_grad_enabled() and x.requires_grad for x in differentiable]
     needs = [rows, columns, any(scalars)]
     loss = _Sigmoid.apply(bias, needs, *inputs)  # type: ignore[no-untyped-call]
     return {"contrastive_loss": loss}
@@ -63,14 +63,13 @@ class _Sigmoid(torch.autograd.Function):
         )
         # The inputs only tell dtypes, and that the gradients depend on them.
         ctx.save_for_backward(*inputs[:3], logit_bias, *grads)
-        ctx.needs = needs
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         *grads, bias = call_backward(_times, grad, saved[:4], saved[4:])
-        return (bias, None, *where_needed(grads, ctx.needs), None, None, None, None)
+        return (bias, None, *grads, None, None, None, None)
 
 
 def _times(grad: Tensor, inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> list[Tensor]:
