@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from triton.backends.compiler import GPUTarget
 
+from benchmarks.__main__ import make_parser
 from benchmarks.gate import compile as gate
 from benchmarks.gate.binary import CHIPS, Binary, amd_registers, is_serialised, nvidia_registers
 from cyclip_loss import kernels
@@ -154,5 +155,5 @@ def test_gate_ends_with_a_verdict_and_skips_chips_newer_than_triton(
     assert out.splitlines()[-1].startswith(verdict)
     assert "| sm_80 | x | bfloat16 | 200 | 0 | 1 | 4 HGMMA.64x256x16.F32.BF16 |" in out
     assert err.count("FAULT gfx942 x ") == 4 * verdict.startswith("FAILED")
-    assert gate.main(Namespace(arch=["sm_80", "sm_1"])) == 2
+    assert gate.main(make_parser().parse_args(["gate", "--arch", "sm_80", "sm_1"])) == 2
     assert "sm_1: choose from" in capsys.readouterr().err

@@ -25,14 +25,15 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def dry_run(data: Path, tmp_path: Path, capsys) -> Callable[..., Namespace | None]:
+def dry_run(data: Path, tmp_path: Path, capsys, monkeypatch) -> Callable[..., Namespace | None]:
     """The arguments, as OpenCLIP and the launcher parse the command of `pretrain --dry-run`.
 
     None if it prints no command.
     """
 
     def run(flags: str = "", batch: str = "--batch-size 8") -> Namespace | None:
-        words = f"--preset modern --data {data} --out {tmp_path}/logs {batch} --dry-run {flags}"
+        monkeypatch.chdir(tmp_path)  # the runs' folder is ./logs
+        words = f"--preset modern --data {data} {batch} --dry-run {flags}"
         command.main(words.split())
         if not (printed := shlex.split(capsys.readouterr().out)):
             return None

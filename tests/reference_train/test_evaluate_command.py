@@ -90,6 +90,7 @@ def test_numbers_are_those_of_openclips_features(run_folder: Path, tmp_path, mon
         hits = (ranked[:, :k] == labels[:, None]).any(dim=1).float().mean()
         assert numbers[f"top{k}"] == pytest.approx(float(hits))
     gallery = metrics.sample_indices(60, GALLERY)
+    assert len(gallery) == GALLERY
     nearest = gallery[(images @ F.normalize(train)[gallery].T).argmax(dim=1)]
     agreement = (train_labels[nearest] == ranked[:, 0]).float().mean()
     assert numbers["consistency_1"] == pytest.approx(float(agreement))

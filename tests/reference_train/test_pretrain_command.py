@@ -43,7 +43,8 @@ def test_the_printed_command_trains_the_preset_with_the_lambdas_of_the_loss(
         assert (args.name, args.seed) == (f"{preset}-{loss}-3", 3)
         assert args.reference_batch_size == 128
         assert args.train_num_samples == (65536 if preset == "icons" else 32)
-    assert dry_run("--siglip").name == "modern-siglip-0"
+    siglip = dry_run("--siglip")
+    assert (siglip.logs, siglip.name) == ("logs", "modern-siglip-0")
 
 
 def test_the_presets_have_their_published_settings(dry_run, no_gpu, monkeypatch) -> None:
@@ -108,7 +109,6 @@ def test_ranks_share_the_batch_and_the_shards(variable: str, dry_run, monkeypatc
 def test_pretrain_refuses_before_any_work(
     change: str, message: str, dry_run, no_gpu, tmp_path: Path, monkeypatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     if change.startswith("WORLD_SIZE=2 "):
         monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match=message) as error:
