@@ -97,7 +97,7 @@ def _why_not_kernels(asked: str, features: Tensor) -> str:
     if asked == "triton":
         return ""
     if architecture(features.device) is None:
-        return f"the kernels do not support {features.device}"
+        return f"the kernels do not support {features.device.type}"
     if not _kernels_import():
         return "the kernels cannot be imported"
     import cyclip_loss.kernels as kernels
