@@ -136,7 +136,9 @@ _SM90 = _tables(
 )
 # The product stays in tensor memory. Registers suffice for 256 rows, but not for 256 columns.
 _SM100_SWEEP = (_product(256, 128, 64, 8, 3, 2), _SM80_TF32)
-_SM100 = _tables(_SM100_SWEEP, _SM100_SWEEP, _SM90_GRAM, _cyclic(128, 128, 32, 8, 2))
+# With 4 warps, the Gram matrices of 16-bit features would spill registers.
+_SM100_GRAM = _gram(64, 32, 8, 4)
+_SM100 = _tables(_SM100_SWEEP, _SM100_SWEEP, _SM100_GRAM, _cyclic(128, 128, 32, 8, 2))
 # 8 waves would compute each product of a 64 x 64 tile twice, as an instruction computes 32 x 32.
 _AMD_HALF = _product(128, 128, 32, 8, 2)
 _GFX942 = _tables(

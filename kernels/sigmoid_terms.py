@@ -103,10 +103,10 @@ def sigmoid_terms(
 ) -> tuple[Tensor, Gradients]:
     """As `eager.sigmoid_terms`. If no gradient is needed, G is not multiplied."""
     features = logits.row_features
-    config = config_for("contrastive_grads", features, with_ids=True)
-    # Larger tiles or fewer warps would spill registers.
+    config = config_for("contrastive_grads", features)
+    # Larger tiles or parts, or fewer warps, would spill registers.
     sizes = {name: min(config.tile[name], 128) for name in ("BM", "BN")}
-    config = replace(config, tile=config.tile | sizes, num_warps=8)
+    config = replace(config, tile=config.tile | sizes | {"PARTS": 4}, num_warps=8)
     tiles = num_tiles(logits, config)
     partials = logit_bias.new_empty(3, tiles)
     with on_device_of(features):
