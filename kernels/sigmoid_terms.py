@@ -106,7 +106,8 @@ def sigmoid_terms(
     config = config_for("contrastive_grads", features)
     # Larger tiles or parts, or fewer warps, would spill registers.
     sizes = {name: min(config.tile[name], 128) for name in ("BM", "BN")}
-    config = replace(config, tile=config.tile | sizes | {"PARTS": 4}, num_warps=8)
+    sizes["PARTS"] = 4 if sizes["BN"] == 128 else config.tile["PARTS"]
+    config = replace(config, tile=config.tile | sizes, num_warps=8)
     tiles = num_tiles(logits, config)
     partials = logit_bias.new_empty(3, tiles)
     with on_device_of(features):
