@@ -91,7 +91,9 @@ def test_dry_run_leaves_a_record_with_every_section(tmp_path: Path) -> None:
     ran = run_python("-c", SMALL_DRY_RUN, *arguments.split())
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
     (file,) = tmp_path.glob("gpu-*.json")
-    found = json.loads(file.read_text())["sections"]
+    record = json.loads(file.read_text())
+    assert record["command"] == f"python -m benchmarks {arguments}"
+    found = record["sections"]
     assert list(found) == ["kernels", "competitors", "sweep"]
     kernels, competitors, sweep = (section["rows"] for section in found.values())
     assert "torch.mm, 256 cubed" in found["competitors"]["notes"][0]

@@ -12,7 +12,7 @@ from processes import ROOT
 
 from reference_train import siglip_table
 from reference_train.command_line import UsageError
-from reference_train.evaluate import records, report
+from reference_train.evaluate import figures, records, report
 from reference_train.evaluate.records import read_evaluation
 
 SETS = {
@@ -187,6 +187,16 @@ def test_figures_have_the_numbers_of_the_table() -> None:
     [(title, matrices)] = report.similarities(result).items()
     assert title == "CLIP: icons, 2 pairs, sorted by colour"
     np.testing.assert_array_equal(matrices, np.ones((3, 2, 2)))
+
+
+def test_the_similarities_of_all_models_have_the_same_scales(tmp_path: Path, monkeypatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.extend(figure.axes))
+    equal, crossed = np.full((3, 2, 2), -0.5), np.zeros((3, 2, 2))
+    crossed[2, 0, 1] = 0.75
+    figures.draw_similarities({"equal": equal, "crossed": crossed}, tmp_path / "similarities.png")
+    scales = [ax.images[0].get_clim() for ax in drawn if ax.images]
+    assert scales == [(-0.5, 1), (-0.5, 1), (-0.75, 0.75)] * 2
 
 
 def test_the_record_of_siglips_penalties_has_the_runs_of_its_folders(tmp_path: Path) -> None:
