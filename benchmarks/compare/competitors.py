@@ -2,7 +2,8 @@
 
     loss(image_features (N, D), text_features (N, D), logit_scale scalar) -> scalar
 
-The rows of the features have unit length.
+The rows of the features have unit length. A new one needs a line in `COMPETITORS`, and its name in
+`TABLES`. If it is a library's, `PACKAGES` in `benchmarks/run.py` names the library, for the record.
 """
 
 import math

@@ -49,7 +49,7 @@ SOURCES = {
 def why_incomparable(name: str, data: dict[str, Any], metric: str) -> str:
     """Why our numbers of a metric cannot be compared with published ones; "" if they can.
 
-    name: of the dataset. data: what `report.describe` says about it.
+    name: of the dataset. data: what `records.describe` says about it.
     """
     sizes = SETS.get(name, {"test_images": 0, "train_images": 0})
     if sizes["test_images"] not in (0, data["images"]):

@@ -1,4 +1,7 @@
-"""The presets: each is a set of flags, for OpenCLIP and for the loss."""
+"""The presets of `pretrain`: each is a set of flags for OpenCLIP.
+
+A new one needs its flags in `preset`, and a batch size in `BATCH_SIZES`.
+"""
 
 from pathlib import Path
 
