@@ -1,8 +1,8 @@
 """The datasets of `evaluate`: images with labels, captions and groups, and how they are read.
 
-A dataset in the layout that `open_tars` reads needs no code, only `--data DIR`. A new layout needs a
-function that returns a `Dataset`, and a line in `recognise` that calls it. `datasets.csv` lists the
-paper's datasets only.
+A dataset in the layout that `open_tars` reads needs no code, only `--data DIR`. A new layout needs
+a function that returns a `Dataset`, and a line in `recognise` that calls it. `datasets.csv` lists
+the paper's datasets only.
 """
 
 import io
