@@ -65,6 +65,8 @@ def sigmoid_loss(logits: Logits, logit_bias: Tensor, divisor: int) -> Tensor:
     """SigLIP's loss, as in `terms/sigmoid.py`, without other positives: a scalar."""
     dtype = accumulation_dtype(logits.row_features.dtype)
     with without_autocast(logits.row_features):
+        with torch.no_grad():  # an infinite feature may give a logit without loss
+            zero = logits.zero_or_nan(dtype)
         margins = _products(logits, dtype).mul(-logits.logit_scale).sub_(logit_bias)  # y_ij l_ij
         # The diagonal goes on where extra images meet extra texts.
         margins.diagonal()[: logits.num_pairs].neg_()
@@ -72,8 +74,6 @@ def sigmoid_loss(logits: Logits, logit_bias: Tensor, divisor: int) -> Tensor:
         if same is not None:
             same.diagonal()[: logits.num_pairs].fill_(False)
             margins.masked_fill_(same, torch.inf)
-        with torch.no_grad():  # an infinite feature may give a logit without loss
-            zero = logits.zero_or_nan(dtype)
         return zero - F.logsigmoid(margins).sum() / divisor
 
 
