@@ -101,7 +101,7 @@ class CyCLIPLoss(_ContrastiveLoss):
             effect. In OpenCLIP they choose what each rank computes and how its gradients are
             scaled. Here the result is always exact.
         rank, world_size: OpenCLIP's arguments, kept as attributes. The loss asks the process group
-            instead; a call raises if the two differ, except from 0 and 1.
+            instead; a call raises unless they are the group's, or 0 and 1.
         use_horovod: must be False.
         process_group: the ranks that share a batch, over nccl or gloo. None: the default group, as
             in DDP, if torch.distributed is initialised at the time of the call. The loss never
@@ -131,7 +131,7 @@ class CyCLIPLoss(_ContrastiveLoss):
     Likely mistakes emit a `CyCLIPWarning`, once per process, on rank 0: penalties more than twice
     as strong as the paper's without `reference_batch_size`; in a module's first call, features
     whose rows are not of unit length, or a logit scale below 5, which is probably a logarithm.
-    Compiled code checks nothing: call the loss once before `torch.compile`.
+    Compiled code gives no warning: call the loss once before `torch.compile`.
 
     Raises:
         TypeError: a lambda is not a number, or `reference_batch_size` is not an integer. Bools are

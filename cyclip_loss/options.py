@@ -2,13 +2,13 @@
 
 `cyclip_loss.CyCLIPLoss` documents them. A new option is a field with its check: of `CyCLIPLoss`, or
 here if the penalties or the log-sum-exps have it too. It needs a paragraph in the docstring of
-`CyCLIPLoss`. If ranks must agree on it, it is one of `NUMBERS`, or, if it decides which collectives
-run, `inputs._collective_signature` compares it.
+`CyCLIPLoss`. Ranks compare it in the first call of each kind. If it decides which collectives run,
+`inputs._collective_signature` makes it part of what the kind is.
 """
 
 import sys
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
 
@@ -80,15 +80,6 @@ def siglip_dist_impl(name: str, value: Any) -> str:
     return one_of((*DIST_IMPLS, *SIGLIP_DIST_IMPLS))(name, value)  # type: ignore[no-any-return]
 
 
-# The options that may change between calls, but not between ranks.
-NUMBERS = (
-    "lambda_inmodal",
-    "lambda_crossmodal",
-    "reference_batch_size",
-    "inmodal_contrastive_weight",
-)
-
-
 def option(default: Any, check: Callable[[str, Any], Any]) -> Any:
     """A field; `check(name, value)` returns what is set, or raises an error."""
     return field(default=default, metadata={"check": check})
@@ -122,9 +113,12 @@ class Options:
             value = known.metadata["check"](name, value)
         super().__setattr__(name, value)
 
-    def numbers(self) -> dict[str, Any]:
-        """Those of `NUMBERS` that the function has, by name."""
-        return {name: value for name, value in vars(self).items() if name in NUMBERS}
+    def of_all_ranks(self) -> dict[str, Any]:
+        """The options that all ranks must set equally, by name: all but these two."""
+        own = ("rank", "impl")
+        return {
+            f.name: getattr(self, f.name) for f in fields(self) if f.metadata and f.name not in own
+        }
 
 
 def _held_group(options: Any) -> Any:

@@ -61,7 +61,10 @@ class Config:
 
     @cached_property
     def with_ids(self) -> "Config":
-        """The configuration for a call with ids: in smaller parts, as a compare takes registers."""
+        """The configuration for a call with ids: smaller parts, as a compare takes registers.
+
+        A tile in one part stays whole.
+        """
         return replace(self, tile={**self.tile, "PARTS": min(4, self.tile["PARTS"] ** 2)})
 
 

@@ -3,7 +3,7 @@
 Everything is computed in strips: blocks of rows against all columns. Products accumulate in float32
 (float64 for float64 features). 16-bit features are widened first, so their products are exact. For
 the contrastive term, CUDA multiplies 16-bit features as they are, with a float32 result. That is
-many times as fast and as exact, except that G is rounded to 16 bits.
+many times faster and equally exact, except that G is rounded to 16 bits.
 
 I, T are the row features (n, D) and the column features (m, D) of `Logits`.
 

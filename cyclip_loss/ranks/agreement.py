@@ -36,8 +36,8 @@ def check_ranks_agree(
     features: (n, D), this rank's. Their D, dtype and device type have to agree. num_rows: how many
     pairs this rank has, and how many extra negatives reach other ranks, by the arguments' names.
     The first result has the ranks' numbers of pairs, the second those of pairs and extra negatives
-    together. signature: what else decides which collectives run, by name. options: their numbers
-    are compared in the first call only, because they may change.
+    together. signature: what else decides which collectives run, by name. options: compared in the
+    first call with a signature only, because they may change.
 
     Raises:
         ValueError: on every rank, listing all differences, or if no rank has pairs. In a call
@@ -84,7 +84,7 @@ def _compare(
     """
     own = dict(signature)
     if options is not None and not _have_agreed(ranks, signature):
-        own |= options.numbers()
+        own |= options.of_all_ranks()
     # 7 bytes fit a positive int64.
     digest = blake2b(repr(own).encode(), digest_size=7).digest()
     device = torch.device("cpu") if is_gloo_on_gpu(features, ranks) else features.device

@@ -1,8 +1,8 @@
 """The interface of a strategy: how the columns of all ranks meet the rows of this rank.
 
 A new strategy is a file with these two functions, a line in `ranks/__init__.py` and a name in
-`options.DIST_IMPLS`. The comparisons with "gather" in `terms/` are where rows get all
-columns at once.
+`options.DIST_IMPLS`. If its rows get all columns at once, it joins the comparisons with "gather" in
+`terms/`.
 """
 
 from collections.abc import Callable
