@@ -250,9 +250,12 @@ def test_bad_flags_are_refused(flag, wrong, message, capsys) -> None:
 
 
 @pytest.mark.parametrize("flag", ["--lambda-inmodl", "--lr-schedulr"])  # ours, and OpenCLIP's
-def test_a_misspelled_flag_is_named_in_one_line(flag: str, tmp_path: Path, capsys) -> None:
+def test_a_misspelled_flag_is_named_in_one_line(
+    flag: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["open_clip_train", flag, "0.5", "--logs", str(tmp_path)])
     with pytest.raises(SystemExit, match=f"^unrecognized arguments: {flag} 0.5$"):
-        open_clip_train.main([flag, "0.5", "--logs", str(tmp_path)])
+        open_clip_train.main()
     assert capsys.readouterr().err == ""
 
 
