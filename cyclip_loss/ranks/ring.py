@@ -25,9 +25,9 @@ def log_sum_exps(block_lse: BlockLse, logits: Logits, ranks: Ranks) -> LogSumExp
 
     def column_part(block: Logits, _: Tensor | None) -> Tensor:
         part = block_lse(block)
-        row_lse.copy_(torch.logaddexp(row_lse, part.row_negatives_lse.double()))
+        row_lse.copy_(torch.logaddexp(row_lse, part.row_negatives_lse))
         pair_logits.add_(part.pair_logits)  # 0 except in this rank's own block
-        return part.column_negatives_lse.double()
+        return part.column_negatives_lse
 
     def combine(total: Tensor, part: Tensor) -> None:
         total.copy_(torch.logaddexp(total, part))
