@@ -140,6 +140,14 @@ def test_a_scale_of_nan_gives_nan(impl: str, device) -> None:
         assert CyCLIPLoss(0, 0, impl=impl)(features, features, torch.tensor(torch.nan)).isnan()
 
 
+def test_the_sum_of_the_pair_logits_has_their_gradient_alone(impl: str, device) -> None:
+    """The upstream gradient of a sum has the stride 0."""
+    image, text, scale = Case(9, 4).leaves(device)
+    pair_logits = contrastive_logsumexp(image, text, scale, impl=impl)[-1]
+    (grad,) = torch.autograd.grad(pair_logits.sum(), [image])
+    torch.testing.assert_close(grad, scale.detach() * text.detach())
+
+
 @pytest.mark.parametrize("index", [0, 1], ids=["rows", "columns"])
 def test_a_negative_upstream_gradient_of_log_sum_exps_gives_nan_if_streamed(
     index: int, impl: str, device
