@@ -211,11 +211,11 @@ def siglip_kernel_loss() -> Loss:
 
 
 def compiled(function: Any) -> Any:
-    """Compiles once for all sizes, up to a graph each for our dense and our streamed form.
+    """As users compile: code for the first size, and at the second size code for all others.
 
-    A compilation takes up to 15 seconds on two cores, and code for one size was no faster there.
+    Our dense and our streamed form have a graph each.
     """
-    return torch.compile(function, dynamic=True)
+    return torch.compile(function)
 
 
 ANY_SIZE = math.inf
