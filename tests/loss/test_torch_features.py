@@ -187,7 +187,7 @@ def test_the_operators_pass_pytorchs_checks(device, monkeypatch) -> None:
 
     monkeypatch.setattr(Operator, "chosen", chosen)
     for options in (
-        {"dtype": torch.bfloat16, "views": True, "output_dict": True},
+        {"dtype": torch.bfloat16, "views": True, "output_dict": True, **POSITIVES},
         {"function": "one way", **IDS},
         {"function": "siglip", "negatives": (4, 2), **POSITIVES},
         {"function": "siglip", "frozen": frozenset(FEATURES)},
