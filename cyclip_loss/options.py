@@ -2,8 +2,9 @@
 
 `cyclip_loss.CyCLIPLoss` documents them. A new option is a field with its check: of `CyCLIPLoss`, or
 here if the penalties or the log-sum-exps have it too. It needs a paragraph in the docstring of
-`CyCLIPLoss`. Ranks compare it in the first call of each kind. If it decides which collectives run,
-`inputs._collective_signature` makes it part of what the kind is.
+`CyCLIPLoss`. Ranks compare all options in the first call with a signature. An option that decides
+which collectives run belongs in `inputs._collective_signature`: then ranks compare again when it
+changes.
 """
 
 import sys
@@ -114,11 +115,10 @@ class Options:
         super().__setattr__(name, value)
 
     def of_all_ranks(self) -> dict[str, Any]:
-        """The options that all ranks must set equally, by name: all but these two."""
-        own = ("rank", "impl")
-        return {
-            f.name: getattr(self, f.name) for f in fields(self) if f.metadata and f.name not in own
-        }
+        """The options that all ranks must set equally, by name."""
+        may_differ = ("rank", "impl")
+        checked = (f.name for f in fields(self) if f.metadata)
+        return {name: getattr(self, name) for name in checked if name not in may_differ}
 
 
 def _held_group(options: Any) -> Any:

@@ -228,9 +228,7 @@ def _multiplied(
 def sigmoid_terms(
     logits: Logits, logit_bias: Tensor, positives: bool, weight: float, needs: list[bool]
 ) -> tuple[Tensor, Gradients]:
-    """Sums over a block of SigLIP's loss and of G, (2,), and gradients times `weight`.
-
-    One sweep computes all of them.
+    """The sums of SigLIP's loss and of G over a block, (2,), and gradients times `weight`.
 
     With l_ij = s * I_i . T_j + b, and y_ij = 1 for a pair, else -1 (Zhai et al. 2023, sec. 3.2):
 
@@ -240,8 +238,8 @@ def sigmoid_terms(
     Other elements with the same id are left out or, with `positives`, have y = 1. Extra negatives
     have ids below 0. Those with the same id are left out in both cases.
 
-    logit_bias: scalar; needs: of rows, columns and scale. If nothing is needed, G is not
-    computed, and its sum is 0. The gradients are in the accumulation dtype.
+    logit_bias: scalar; needs: which gradients are needed, of rows, columns and scale. If none is,
+    G is not computed, and its sum is 0. The gradients are in the accumulation dtype.
     """
     column_features = _columns_to_multiply(logits)
     sums = logits.logit_scale.new_zeros(2)

@@ -1,8 +1,8 @@
 """The interface of a strategy: how the columns of all ranks meet the rows of this rank.
 
 A new strategy is a file with these two functions, a line in `ranks/__init__.py` and a name in
-`options.DIST_IMPLS`. If its rows get all columns at once, it joins the comparisons with "gather" in
-`terms/`.
+`options.DIST_IMPLS`. If it gives rows all columns at once, as "gather" does, extend the comparisons
+with "gather" in `terms/`.
 """
 
 from collections.abc import Callable
