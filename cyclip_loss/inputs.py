@@ -17,7 +17,7 @@ from torch import Tensor
 from cyclip_loss import usage_warnings
 from cyclip_loss.numerics import accumulation_dtype, autocast_is_on, is_capturing
 from cyclip_loss.options import LARGEST, ContrastiveOptions, Options, PenaltyOptions
-from cyclip_loss.plan import Batch, Plan
+from cyclip_loss.plan import Batch
 from cyclip_loss.ranks.agreement import check_ranks_agree
 from cyclip_loss.ranks.groups import ranks_of
 
@@ -38,7 +38,7 @@ def prepare_pairs(
         image_features, text_features, may_be_empty=ranks.size > 1
     )
     total_pairs = ranks.total_rows(image_features.shape[0])
-    return Batch(image_features, text_features, ranks, ranks, total_pairs)
+    return Batch(image_features, text_features, ranks, total_pairs)
 
 
 def prepare(
@@ -68,12 +68,11 @@ def prepare(
     scale = check_scalar("logit_scale", logit_scale, images)
     bias = None if logit_bias is None else check_scalar("logit_bias", logit_bias, images)
     ids = check_ids(ids, images, same_ids)
-    given: dict[str, Tensor] = {}
-    for name, features in others.items():
-        if features is not None:
-            tower, own = ("image", images) if "image" in name else ("text", texts)
-            names, is_view = (f"{tower}_features", name), name.startswith("augmented")
-            given[name] = check_features(own, features, names, several, is_view)[1]
+    given = {name: x for name, x in others.items() if x is not None}
+    for name, features in given.items():
+        tower, own = ("image", images) if "image" in name else ("text", texts)
+        names, is_view = (f"{tower}_features", name), name.startswith("augmented")
+        given[name] = check_features(own, features, names, several, is_view)[1]
     row_features, column_features = [images], [texts]
     views = [name for name in given if name.startswith("augmented")]
     if len(views) == 1:
@@ -82,19 +81,21 @@ def prepare(
     if views:
         row_features += [images, texts]
         column_features += [given["augmented_image_features"], given["augmented_text_features"]]
-    num_rows = {"image_features and text_features": images.shape[0], "negative_text_features": 0}
     has_negatives = len(given) > len(views)
     if "negative_image_features" in given:
         # They stay on this rank.
         row_features[0] = torch.cat((images, given.pop("negative_image_features")))
     if "negative_text_features" in given:
-        negatives = given["negative_text_features"]
-        column_features[0] = torch.cat((texts, negatives))
-        num_rows["negative_text_features"] = negatives.shape[0]
-    sent = {"text_features": texts, **given}
+        column_features[0] = torch.cat((texts, given["negative_text_features"]))
 
     column_ranks = ranks
     if several:
+        sent = {"text_features": texts, **given}
+        num_pairs, num_columns = images.shape[0], column_features[0].shape[0]
+        num_rows = {
+            "image_features and text_features": num_pairs,
+            "negative_text_features": num_columns - num_pairs,
+        }
         scalars = (scale,) if bias is None else (scale, bias)
         terms = [(x, y, *scalars) for x, y in zip(row_features, column_features)]  # noqa: B905
         signature: dict[str, Hashable] = {
@@ -111,8 +112,8 @@ def prepare(
         images,
         texts,
         ranks,
-        column_ranks,
         ranks.total_rows(images.shape[0]),
+        (column_ranks, ranks, ranks),
         scale,
         ids,
         tuple(row_features),
@@ -155,17 +156,16 @@ def _collective_signature(
     }
 
 
-def check_inputs_once(called: Any, batch: Batch, plan: Plan) -> None:
+def check_inputs_once(called: Any, batch: Batch) -> None:
     """Warn of unusual features or an unusual scale, in the first call that has rows.
 
-    The check waits for the device, once. It is skipped while `torch.compile` traces or a CUDA graph
-    is captured. called: the module or function.
+    The check waits for the device, once. It is skipped while a CUDA graph is captured. Not for
+    traced calls: compiled code must not depend on what was checked. called: the module or function.
     """
-    image = batch.image_features
-    # `traced` comes first: compiled code must not depend on what was checked.
-    if plan.traced or called in _checked or image.shape[0] == 0:
+    if called in _checked:
         return
-    if not image.is_meta and not is_capturing(image):
+    image = batch.image_features
+    if image.shape[0] > 0 and not image.is_meta and not is_capturing(image):
         _checked.add(called)
         features = [image, batch.text_features, *batch.row_features, *batch.column_features]
         usage_warnings.warn_of_unusual_inputs(features, batch.logit_scale)
@@ -193,26 +193,24 @@ def check_features(
             raise TypeError(
                 f"{name} must be float64, float32, bfloat16 or float16, got {features.dtype}"
             )
-        if features.ndim != 2 or features.shape[0] < min_rows or features.shape[1] == 0:
+        shape = features.shape
+        if len(shape) != 2 or shape[0] < min_rows or shape[1] == 0:
             raise ValueError(
-                f"{name} must have shape (N, D) with N >= {min_rows} and D >= 1, "
-                f"got {tuple(features.shape)}"
+                f"{name} must have shape (N, D) with N >= {min_rows} and D >= 1, got {tuple(shape)}"
             )
     if second is first:  # torch.compile refuses the same tensor twice
         second = first.view_as(first)
-    if autocast and autocast_is_on(first.device.type):
-        dtype = torch.get_autocast_dtype(first.device.type)
+    device = first.device
+    if autocast and autocast_is_on(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
         first, second = (x if x.dtype == torch.float64 else x.to(dtype) for x in (first, second))
-    shapes: Any = tuple(first.shape), tuple(second.shape)
-    if not paired:
-        shapes = first.shape[1], second.shape[1]
-    compared: list[tuple[str, type[Exception], Any, Any]] = [
-        ("shape" if paired else "D", ValueError, *shapes),
-        ("device", ValueError, first.device, second.device),
-        ("dtype", TypeError, first.dtype, second.dtype),
-    ]
-    for what, error, a, b in compared:
+    shapes: tuple[str, Any, Any] = "D", first.shape[1], second.shape[1]
+    if paired:
+        shapes = "shape", tuple(first.shape), tuple(second.shape)
+    others = ("device", device, second.device), ("dtype", first.dtype, second.dtype)
+    for what, a, b in (shapes, *others):
         if a != b:
+            error = TypeError if what == "dtype" else ValueError
             raise error(f"{' and '.join(names)} must have the same {what}, got {a} and {b}")
     return first, second
 

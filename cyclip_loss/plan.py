@@ -16,6 +16,7 @@ from cyclip_loss.ranks.groups import Ranks
 # N / D up to which batches are dense. At N = 1,024 and D = 512, the streamed form takes 0.9 of the
 # dense form's time on a CPU.
 DENSE_LIMIT = 1.5
+ORDINARY = {Tensor, torch.nn.Parameter}
 _log = logging.getLogger("cyclip_loss")
 
 
@@ -30,8 +31,8 @@ class Batch(NamedTuple):
     image_features: Tensor  # (n, D)
     text_features: Tensor  # (n, D)
     ranks: Ranks  # with the number of pairs on each, except for the penalties alone
-    column_ranks: Ranks  # with the number of columns of the first term on each
     total_pairs: int  # N; of the penalties alone, if all ranks hold as many pairs as this one
+    column_ranks: tuple[Ranks, ...] = ()  # with the number of columns of each contrastive term
     logit_scale: Tensor | None = None  # scalar of the accumulation dtype; None: penalties alone
     ids: Tensor | None = None  # (n,), int64
     row_features: tuple[Tensor, ...] = ()  # of each contrastive term
@@ -67,7 +68,9 @@ def make_plan(
     options: `PenaltyOptions`, unless only log-sum-exps are wanted.
     """
     features = batch.image_features
-    traced = is_traced(features, batch.text_features)
+    # Operations on a subclass (fake tensors) are recorded, too.
+    types = (type(features), type(batch.text_features))
+    traced = torch.compiler.is_compiling() or not ORDINARY.issuperset(types)
     engine = options.impl if traced else engines.choose(options.impl, features)
     contrastive = "none" if batch.logit_scale is None else "streamed"
     penalties, with_cross = "none", False
@@ -84,14 +87,15 @@ def make_plan(
         may_be_dense = engine == "eager" and (features.is_cpu or features.dtype.itemsize > 2)
     # Only code that may be dense depends on N, also when it is compiled.
     if may_be_dense and batch.ranks.size == 1:
-        n, limit = features.shape[0], DENSE_LIMIT * features.shape[1]
+        n, d = features.shape
+        limit = DENSE_LIMIT * d
         # The dense form of the penalties takes 6 N^2 D flops, Gram matrices 8 to 14 N D^2.
         if penalties == "gram" and n <= limit:
             penalties = "dense"
-        for first_term in (*batch.row_features[:1], *batch.column_features[:1]):
-            n = max(n, first_term.shape[0])  # with extra negatives
-        if contrastive == "streamed" and not batch.positives and n <= limit:
-            contrastive = "dense"
+        if contrastive == "streamed" and not batch.positives:
+            n, m = batch.row_features[0].shape[0], batch.column_features[0].shape[0]
+            if max(n, m) <= limit:  # with extra negatives
+                contrastive = "dense"
     plan = Plan(
         contrastive,
         penalties,
@@ -104,9 +108,3 @@ def make_plan(
     if not traced and _log.isEnabledFor(logging.DEBUG):
         _log.debug("%d pairs in all, D = %d: %s", batch.total_pairs, features.shape[1], plan)
     return plan
-
-
-def is_traced(*tensors: Tensor) -> bool:
-    """Whether operations on these are recorded, not executed: by `torch.compile` or a subclass."""
-    ordinary = (Tensor, torch.nn.Parameter)
-    return torch.compiler.is_compiling() or any(type(x) not in ordinary for x in tensors)

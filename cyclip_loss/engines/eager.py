@@ -100,12 +100,6 @@ def contrastive_lse(logits: Logits) -> LogSumExps:
     return LogSumExps(row_negatives_lse, column_sum.log_().add_(column_max), pair_logits)
 
 
-def margins(negatives_lse: Tensor, pair_logits: Tensor) -> Tensor:
-    """negatives_lse - pair_logits, NaN for an infinite pair logit, which would look perfect."""
-    detached = pair_logits.detach()
-    return (negatives_lse - pair_logits) + (detached - detached)
-
-
 def softplus(x: Tensor) -> Tensor:
     """log(1 + exp(x)). Above 40 it rounds to x in float64."""
     return F.softplus(x, threshold=40.0)
@@ -132,10 +126,11 @@ def pair_terms(
         own_columns = column_negatives_lse[partner_offset : partner_offset + n]
         negatives_lse = torch.stack((row_negatives_lse, own_columns))
         column_lse = torch.logaddexp(column_negatives_lse, column_pair_logits)
-    pair_margins = margins(negatives_lse, pair_logits)
-    loss = softplus(pair_margins).sum() * weight
+    # NaN for an infinite pair logit, which would look perfectly matched.
+    margins = (negatives_lse - pair_logits) + (pair_logits - pair_logits)
+    loss = softplus(margins).sum() * weight
     row_lse = torch.logaddexp(row_negatives_lse, pair_logits)
-    return PairTerms(loss, row_lse, column_lse, -pair_margins.sigmoid().sum(dim=0))
+    return PairTerms(loss, row_lse, column_lse, -margins.sigmoid().sum(dim=0))
 
 
 def contrastive_grads(

@@ -80,25 +80,12 @@ def ranks_of_columns(term: Term) -> Ranks:
     return Ranks(term.group_name, term.rank, term.size, term.counts)
 
 
-class TermInputs(NamedTuple):
-    """The inputs of the autograd function of a contrastive term."""
-
-    row_features: Tensor
-    column_features: Tensor  # this rank's own
-    logit_scale: Tensor
-    row_ids: Tensor | None
-    column_ids: Tensor | None  # of the columns of all ranks
-    gathered: Tensor | None  # from `start_gathers`
-    term: Term
-
-
 def start_gathers(batch: Batch, plan: Plan) -> Gathers:
     """Start to gather the columns of every contrastive term and the ids, for `terms`."""
-    column_features: list[Tensor | None] = []
-    for index, features in enumerate(batch.column_features):
-        ranks = batch.column_ranks if index == 0 else batch.ranks
-        gathers = plan.strategy == "gather"
-        column_features.append(collectives.start_gather(features, ranks) if gathers else None)
+    column_features = [
+        collectives.start_gather(features, ranks) if plan.strategy == "gather" else None
+        for features, ranks in zip(batch.column_features, batch.column_ranks)  # noqa: B905
+    ]
     ids = None if batch.ids is None else collectives.start_gather(batch.ids, batch.ranks)
     return Gathers(column_features, ids)
 
@@ -108,12 +95,12 @@ def terms(batch: Batch, plan: Plan, gathers: Gathers, options: Any) -> dict[str,
 
     options: a `CyCLIPLoss`.
     """
-    losses = []
-    for inputs in term_inputs(batch, plan, gathers):
+    losses: list[Tensor] = []
+    for index, logits in enumerate(own_logits(batch, plan, gathers)):
         if plan.contrastive == "dense":
-            *tensors, _, term = inputs
-            losses.append(dense.contrastive_term(logits_of(tensors, term)))
+            losses.append(dense.contrastive_term(logits))
         else:
+            inputs = function_inputs(logits, index, batch, plan, gathers)
             losses.append(_Contrastive.apply(*inputs))  # type: ignore[no-untyped-call]
     if batch.logit_bias is not None:
         losses[0] = losses[0] + batch.logit_bias * 0  # DDP needs a gradient for every parameter
@@ -126,50 +113,63 @@ def terms(batch: Batch, plan: Plan, gathers: Gathers, options: Any) -> dict[str,
     return {"contrastive_loss": losses[0], "inmodal_contrastive_loss": inmodal * weight}
 
 
-def term_inputs(
-    batch: Batch, plan: Plan, gathers: Gathers, divisor: int | None = None
-) -> list[TermInputs]:
-    """The inputs of each contrastive term. divisor: of `Term`; None: as for the loss."""
+def own_logits(batch: Batch, plan: Plan, gathers: Gathers) -> list[Logits]:
+    """The logits of each contrastive term: this rank's own columns, the ids of all ranks."""
     assert batch.logit_scale is not None
     batch_ids = None
     if gathers.ids is not None:
         batch_ids = collectives.finish_gather(gathers.ids, batch.ranks)
     elif batch.ids is not None:
         batch_ids = batch.ids.view_as(batch.ids)  # torch.compile refuses the same tensor twice
-    all_inputs: list[TermInputs] = []
+    all_logits: list[Logits] = []
     for index, row_features in enumerate(batch.row_features):
-        ranks = batch.column_ranks if index == 0 else batch.ranks
         column_features = batch.column_features[index]
         row_ids, column_ids, num_pairs = batch.ids, batch_ids, ALL_ROWS
         if batch.has_negatives and index == 0:
             num_pairs = batch.image_features.shape[0]
             row_ids, column_ids = _ids_with_negatives(batch, batch_ids)
         partner_offset = 0
-        if plan.strategy == "gather":
+        if plan.strategy == "gather":  # the offset among the columns of all ranks
+            ranks = batch.column_ranks[index]
             partner_offset = ranks.first_row(ranks.rank, column_features.shape[0])
-        symmetric = index == 0 and not batch.one_way
-        term = Term(
-            partner_offset,
-            symmetric,
-            num_pairs,
-            divisor or batch.total_pairs * (2 if symmetric else 1),
-            batch.positives,
-            plan.engine,
-            plan.strategy,
-            plan.traced,
-            *ranks,
-        )
-        inputs = TermInputs(
+        logits = Logits(
             row_features,
             column_features,
             batch.logit_scale,
             row_ids,
             column_ids,
-            gathers.column_features[index],
-            term,
+            partner_offset,
+            index == 0 and not batch.one_way,
+            num_pairs,
         )
-        all_inputs.append(inputs)
-    return all_inputs
+        all_logits.append(logits)
+    return all_logits
+
+
+def function_inputs(
+    logits: Logits,
+    index: int,
+    batch: Batch,
+    plan: Plan,
+    gathers: Gathers,
+    divisor: int | None = None,
+) -> tuple[Any, ...]:
+    """What the autograd function of a streamed term takes: `gathered_logits` has the names.
+
+    logits: from `own_logits`, whose `index`-th they are; divisor: of `Term`; None: as for the loss.
+    """
+    term = Term(
+        logits.partner_offset,
+        logits.symmetric,
+        logits.num_pairs,
+        divisor or batch.total_pairs * (2 if logits.symmetric else 1),
+        batch.positives,
+        plan.engine,
+        plan.strategy,
+        plan.traced,
+        *batch.column_ranks[index],
+    )
+    return (*tensors_of(logits), gathers.column_features[index], term)
 
 
 def _ids_with_negatives(
@@ -196,7 +196,7 @@ def _ids_with_negatives(
     pairs_per_rank = [batch.ranks.rows_on(rank, num_pairs) for rank in range(batch.ranks.size)]
     blocks = []
     for rank, block in enumerate(torch.split(column_ids, pairs_per_rank)):
-        extra = batch.column_ranks.rows_on(rank, num_columns) - pairs_per_rank[rank]
+        extra = batch.column_ranks[0].rows_on(rank, num_columns) - pairs_per_rank[rank]
         blocks.append(F.pad(block, (0, extra), value=-1))
     return row_ids, torch.cat(blocks)
 
@@ -204,7 +204,7 @@ def _ids_with_negatives(
 class _Contrastive(torch.autograd.Function):
     """A contrastive term of the global batch: a scalar of the accumulation dtype.
 
-    The inputs are those of `TermInputs`. Without `Term.symmetric` the loss is one way, rows to
+    The inputs are those of `gathered_logits`. Without `Term.symmetric` the loss is one way, rows to
     columns.
     """
 
@@ -252,7 +252,8 @@ def gathered_logits(
 ) -> Logits:
     """The logits, with the columns of all ranks if they were gathered.
 
-    The arguments are those of `TermInputs`. ctx gets what `input_gradients` needs.
+    own_columns: this rank's; column_ids: of the columns of all ranks; gathered: from
+    `start_gathers`. ctx gets what `input_gradients` needs.
     """
     ctx.term, ctx.own_columns = term, own_columns.shape[0]
     columns = (
@@ -266,7 +267,7 @@ def gathered_logits(
 def input_gradients(
     ctx: Any, logits: Logits, saved: SavedStatistics, grad: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """A gradient or None for each of `TermInputs`. ctx: with `term` and `own_columns`.
+    """A gradient or None for each of `function_inputs`. ctx: with `term` and `own_columns`.
 
     Autograd ignores the empty gradients of inputs that need none.
     """

@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cyclip_loss.engines import eager
-from cyclip_loss.logits import Logits, LogSumExps
+from cyclip_loss.logits import Logits
 from cyclip_loss.numerics import accumulation_dtype, without_autocast
 
 
-def log_sum_exps(logits: Logits) -> LogSumExps:
-    """The log-sum-exps of the negatives, and the pairs' logits. Row i is paired with column i.
+def log_sum_exps(logits: Logits) -> tuple[Tensor, Tensor]:
+    """The log-sum-exps of the negatives of the pairs' rows and columns, and the pairs' logits.
 
+    Shapes (2, n), or (1, n) unless `logits.symmetric`, and (n,). Row i is paired with column i.
     Without negatives, a log-sum-exp is the lowest number of the dtype: of -inf, the gradient would
     be NaN.
     """
@@ -30,35 +31,42 @@ def log_sum_exps(logits: Logits) -> LogSumExps:
     lowest = torch.finfo(dtype).min
     with without_autocast(logits.row_features):
         negatives = _products(logits, dtype) * logits.logit_scale
-        pair_logits = negatives.diagonal().clone()
-        negatives.diagonal().fill_(lowest)
+        # x - 0 x: NaN for an infinite pair logit, which would look perfectly matched.
+        pair_logits = negatives.diagonal()
+        pair_logits = pair_logits.sub(pair_logits.detach(), alpha=0)
+        # Autograd need not see this: where the exponential is 0, the gradient is 0.
+        detached = negatives.detach()
+        detached.diagonal().fill_(lowest)
         same = logits.same_ids(0, negatives.shape[0])
         if same is not None:
-            negatives.masked_fill_(same, lowest)
-        row_lse = _log_sum_exp(negatives, dim=1)
-        column_lse = _log_sum_exp(negatives, dim=0) if logits.symmetric else negatives.new_empty(0)
+            detached.masked_fill_(same, lowest)
+        # Not `torch.logsumexp`, which computes the exponentials again in backward.
+        maxima, sums = [], []
+        for dim in (1, 0) if logits.symmetric else (1,):
+            maximum = detached.amax(dim, keepdim=True)
+            maxima.append(maximum.view(-1))
+            sums.append((negatives - maximum).exp_().sum(dim))
         if logits.has_extra_negatives:
-            zero, n = logits.zero_or_nan(dtype), logits.num_pairs
-            row_lse, column_lse = row_lse[:n] + zero, column_lse[:n] + zero
-            pair_logits = pair_logits[:n]
-        return LogSumExps(row_lse, column_lse, pair_logits)
+            n = logits.num_pairs
+            maxima, sums, pair_logits = (
+                [x[:n] for x in maxima],
+                [x[:n] for x in sums],
+                pair_logits[:n],
+            )
+        lse = torch.stack(sums).log() + torch.stack(maxima)
+        if logits.has_extra_negatives:
+            lse = lse + logits.zero_or_nan(dtype)
+        return lse, pair_logits
 
 
 def _products(logits: Logits, dtype: torch.dtype) -> Tensor:
     return logits.row_features.to(dtype) @ logits.column_features.to(dtype).T
 
 
-def _log_sum_exp(x: Tensor, dim: int) -> Tensor:
-    """As `torch.logsumexp`, which computes the exponentials again in backward."""
-    maximum = x.detach().amax(dim, keepdim=True)
-    return (x - maximum).exp_().sum(dim).log() + maximum.squeeze(dim)
-
-
 def contrastive_term(logits: Logits) -> Tensor:
     """The mean over the rows, or the rows and columns, of the pairs: a scalar."""
-    row_lse, column_lse, pair_logits, _ = log_sum_exps(logits)
-    negatives_lse = torch.stack((row_lse, column_lse)) if logits.symmetric else row_lse
-    return eager.softplus(eager.margins(negatives_lse, pair_logits)).mean()
+    negatives_lse, pair_logits = log_sum_exps(logits)
+    return eager.softplus(negatives_lse - pair_logits).mean()
 
 
 def sigmoid_loss(logits: Logits, logit_bias: Tensor, divisor: int) -> Tensor:
@@ -91,7 +99,7 @@ def cyclic_terms(
         w_matrix = (image + text) @ (image - text).T
         if not with_cross:
             # Use both weights, so that torch.compile treats both as inputs.
-            return [w_matrix.square().sum() * ((weights[0] + weights[1]) / 2)]
+            return [(w_matrix * w_matrix).sum() * ((weights[0] + weights[1]) / 2)]
         inmodal = (w_matrix + w_matrix.T).square().sum() * (weights[0] / 4)
         crossmodal = (w_matrix - w_matrix.T).square().sum() * (weights[1] / 4)
         return [inmodal, crossmodal] if as_terms else [inmodal + crossmodal]

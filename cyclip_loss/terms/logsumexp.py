@@ -27,36 +27,34 @@ from cyclip_loss.terms import dense
 from cyclip_loss.terms.contrastive import (
     Gathers,
     Term,
+    function_inputs,
     gathered_logits,
     input_gradients,
     logits_of,
+    own_logits,
     ranks_of_columns,
     tensors_of,
-    term_inputs,
 )
 from cyclip_loss.terms.operators import Operator
 
 
 def log_sum_exps(batch: Batch, plan: Plan, gathers: Gathers) -> LogSumExps:
     """The log-sum-exps of this rank's pairs, over the negatives of all ranks."""
-    # The upstream gradients are those of this rank's own loss.
-    (inputs,) = term_inputs(batch, plan, gathers, divisor=batch.ranks.size)
-    *tensors, gathered, term = inputs
+    (logits,) = own_logits(batch, plan, gathers)
     if plan.contrastive == "dense":
-        logits = logits_of(tensors, term)
-        lse = dense.log_sum_exps(logits)
-        if logits.row_ids is None and lse.pair_logits.shape[0] > 1:  # each has a negative
-            return lse
-        lowest = torch.finfo(lse.pair_logits.dtype).min
-        rows, columns = (x.masked_fill(x == lowest, -torch.inf) for x in lse[:2])
-        return LogSumExps(rows, columns, lse.pair_logits)
-    return LogSumExps(*_LogSumExp.apply(*tensors, gathered, term))  # type: ignore[no-untyped-call]
+        lse, pair_logits = dense.log_sum_exps(logits)
+        if logits.row_ids is not None or pair_logits.shape[0] == 1:  # some may have no negative
+            lse = lse.masked_fill(lse == torch.finfo(lse.dtype).min, -torch.inf)
+        return LogSumExps(lse[0], lse[1] if logits.symmetric else lse.new_empty(0), pair_logits)
+    # The upstream gradients are those of this rank's own loss.
+    inputs = function_inputs(logits, 0, batch, plan, gathers, divisor=batch.ranks.size)
+    return LogSumExps(*_LogSumExp.apply(*inputs))  # type: ignore[no-untyped-call]
 
 
 class _LogSumExp(torch.autograd.Function):
     """row_negatives_lse, column_negatives_lse (empty one way) and pair_logits, each (n,).
 
-    The inputs are those of `TermInputs`.
+    The inputs are those of `gathered_logits`.
     """
 
     @staticmethod

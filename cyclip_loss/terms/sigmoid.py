@@ -24,25 +24,25 @@ from cyclip_loss.terms import dense
 from cyclip_loss.terms.contrastive import (
     Gathers,
     Term,
+    function_inputs,
     gathered_logits,
-    logits_of,
+    own_logits,
     ranks_of_columns,
-    term_inputs,
 )
 from cyclip_loss.terms.operators import Operator, call_backward, empty_grad_like
 
 
 def terms(batch: Batch, plan: Plan, gathers: Gathers, _: Any) -> dict[str, Tensor]:
     """{"contrastive_loss": the loss}, a scalar of the accumulation dtype."""
-    (inputs,) = term_inputs(batch, plan, gathers)
+    (logits,) = own_logits(batch, plan, gathers)
     bias: Any = batch.logit_bias
     if plan.contrastive == "dense":
-        *tensors, _, term = inputs
-        loss = dense.sigmoid_loss(logits_of(tensors, term), bias, term.divisor)
+        loss = dense.sigmoid_loss(logits, bias, batch.total_pairs)
         return {"contrastive_loss": loss}
-    differentiable = (inputs.row_features, inputs.column_features, inputs.logit_scale, bias)
+    differentiable = (logits.row_features, logits.column_features, logits.logit_scale, bias)
     rows, columns, *scalars = [torch.is_grad_enabled() and x.requires_grad for x in differentiable]
     needs = [rows, columns, any(scalars)]
+    inputs = function_inputs(logits, 0, batch, plan, gathers)
     loss = _Sigmoid.apply(bias, needs, *inputs)  # type: ignore[no-untyped-call]
     return {"contrastive_loss": loss}
 
@@ -51,7 +51,7 @@ class _Sigmoid(torch.autograd.Function):
     """The loss of the global batch: a scalar of the accumulation dtype.
 
     The inputs are the bias, whether gradients of the rows, the columns and the two scalars are
-    needed, and those of `TermInputs`.
+    needed, and those of `gathered_logits`.
     """
 
     @staticmethod
