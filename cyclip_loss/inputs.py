@@ -159,8 +159,9 @@ def _collective_signature(
 def check_inputs_once(called: Any, batch: Batch) -> None:
     """Warn of unusual features or an unusual scale, in the first call that has rows.
 
-    The check waits for the device, once. It is skipped while a CUDA graph is captured. Not for
-    traced calls: compiled code must not depend on what was checked. called: the module or function.
+    The check waits for the device, once. It is skipped while a CUDA graph is captured. Callers skip
+    it in traced calls, because compiled code must not depend on what was checked. called: the
+    module or function.
     """
     if called in _checked:
         return
@@ -204,11 +205,14 @@ def check_features(
     if autocast and autocast_is_on(device.type):
         dtype = torch.get_autocast_dtype(device.type)
         first, second = (x if x.dtype == torch.float64 else x.to(dtype) for x in (first, second))
-    shapes: tuple[str, Any, Any] = "D", first.shape[1], second.shape[1]
+    compared: list[Any] = [
+        ("D", first.shape[1], second.shape[1]),
+        ("device", device, second.device),
+        ("dtype", first.dtype, second.dtype),
+    ]
     if paired:
-        shapes = "shape", tuple(first.shape), tuple(second.shape)
-    others = ("device", device, second.device), ("dtype", first.dtype, second.dtype)
-    for what, a, b in (shapes, *others):
+        compared[0] = ("shape", tuple(first.shape), tuple(second.shape))
+    for what, a, b in compared:
         if a != b:
             error = TypeError if what == "dtype" else ValueError
             raise error(f"{' and '.join(names)} must have the same {what}, got {a} and {b}")

@@ -16,7 +16,8 @@ from cyclip_loss.ranks.groups import Ranks
 # N / D up to which batches are dense. At N = 1,024 and D = 512, the streamed form takes 0.9 of the
 # dense form's time on a CPU.
 DENSE_LIMIT = 1.5
-ORDINARY = {Tensor, torch.nn.Parameter}
+# Operations on tensors of other types, such as fake tensors, may be recorded instead of executed.
+ORDINARY_TENSORS = {Tensor, torch.nn.Parameter}
 _log = logging.getLogger("cyclip_loss")
 
 
@@ -32,7 +33,8 @@ class Batch(NamedTuple):
     text_features: Tensor  # (n, D)
     ranks: Ranks  # with the number of pairs on each, except for the penalties alone
     total_pairs: int  # N; of the penalties alone, if all ranks hold as many pairs as this one
-    column_ranks: tuple[Ranks, ...] = ()  # with the number of columns of each contrastive term
+    # With the number of columns on each, for each of up to three contrastive terms.
+    column_ranks: tuple[Ranks, ...] = ()
     logit_scale: Tensor | None = None  # scalar of the accumulation dtype; None: penalties alone
     ids: Tensor | None = None  # (n,), int64
     row_features: tuple[Tensor, ...] = ()  # of each contrastive term
@@ -57,7 +59,9 @@ class Plan(NamedTuple):
     strategy: str
     as_terms: bool  # whether the terms are returned one by one
     with_cross: bool  # whether the penalties need the Gram matrix C
-    traced: bool  # whether torch.compile or torch.export records the call
+    # Whether torch.compile or torch.export records the call, or the features are of another tensor
+    # type, such as fake tensors.
+    traced: bool
 
 
 def make_plan(
@@ -68,9 +72,8 @@ def make_plan(
     options: `PenaltyOptions`, unless only log-sum-exps are wanted.
     """
     features = batch.image_features
-    # Operations on a subclass (fake tensors) are recorded, too.
     types = (type(features), type(batch.text_features))
-    traced = torch.compiler.is_compiling() or not ORDINARY.issuperset(types)
+    traced = torch.compiler.is_compiling() or not ORDINARY_TENSORS.issuperset(types)
     engine = options.impl if traced else engines.choose(options.impl, features)
     contrastive = "none" if batch.logit_scale is None else "streamed"
     penalties, with_cross = "none", False
@@ -93,8 +96,9 @@ def make_plan(
         if penalties == "gram" and n <= limit:
             penalties = "dense"
         if contrastive == "streamed" and not batch.positives:
+            # With extra negatives.
             n, m = batch.row_features[0].shape[0], batch.column_features[0].shape[0]
-            if max(n, m) <= limit:  # with extra negatives
+            if max(n, m) <= limit:
                 contrastive = "dense"
     plan = Plan(
         contrastive,

@@ -49,8 +49,8 @@ def warn_of_strong_penalties(options: Any, batch: Any) -> None:
 
     With SigLIP's loss, the paper's strength is enough for a warning: it lowered the accuracy in our
     experiment (reference_train/results/siglip). A reference batch size takes the place of N there,
-    and switches the warning off for other losses. Not for traced calls: compiled code would depend
-    on N.
+    and switches the warning off for other losses. Callers skip it in traced calls, because compiled
+    code would depend on N.
 
     options: a `PenaltyOptions`; batch: a `Batch`.
     """

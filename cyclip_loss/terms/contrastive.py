@@ -84,6 +84,7 @@ def start_gathers(batch: Batch, plan: Plan) -> Gathers:
     """Start to gather the columns of every contrastive term and the ids, for `terms`."""
     column_features = [
         collectives.start_gather(features, ranks) if plan.strategy == "gather" else None
+        # `column_ranks` may be longer.
         for features, ranks in zip(batch.column_features, batch.column_ranks)  # noqa: B905
     ]
     ids = None if batch.ids is None else collectives.start_gather(batch.ids, batch.ranks)
@@ -156,7 +157,8 @@ def function_inputs(
 ) -> tuple[Any, ...]:
     """What the autograd function of a streamed term takes: `gathered_logits` has the names.
 
-    logits: from `own_logits`, whose `index`-th they are; divisor: of `Term`; None: as for the loss.
+    logits, index: a term's logits from `own_logits`, and its place there; divisor: of `Term`; None:
+    as for the loss.
     """
     term = Term(
         logits.partner_offset,
@@ -267,7 +269,7 @@ def gathered_logits(
 def input_gradients(
     ctx: Any, logits: Logits, saved: SavedStatistics, grad: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """A gradient or None for each of `function_inputs`. ctx: with `term` and `own_columns`.
+    """A gradient or None for each of the `function_inputs`. ctx: `term`, `own_columns`.
 
     Autograd ignores the empty gradients of inputs that need none.
     """

@@ -31,15 +31,18 @@ def log_sum_exps(logits: Logits) -> tuple[Tensor, Tensor]:
     lowest = torch.finfo(dtype).min
     with without_autocast(logits.row_features):
         negatives = _products(logits, dtype) * logits.logit_scale
-        # x - 0 x: NaN for an infinite pair logit, which would look perfectly matched.
-        pair_logits = negatives.diagonal()
-        pair_logits = pair_logits.sub(pair_logits.detach(), alpha=0)
-        # Autograd need not see this: where the exponential is 0, the gradient is 0.
         detached = negatives.detach()
-        detached.diagonal().fill_(lowest)
+        diagonal = detached.diagonal()
+        # NaN for an infinite pair logit, which would look perfectly matched.
+        pair_logits = negatives.diagonal() + (diagonal - diagonal)
+        # Autograd need not see what is masked: the exponentials are 0 or, in a row without
+        # negatives, the upstream gradient is. If it does not, Inductor (PyTorch 2.13) drops the
+        # gradient of the pair logits in batches of 3 or 4 pairs.
+        masked = negatives if torch.compiler.is_compiling() else detached
+        masked.diagonal().fill_(lowest)
         same = logits.same_ids(0, negatives.shape[0])
         if same is not None:
-            detached.masked_fill_(same, lowest)
+            masked.masked_fill_(same, lowest)
         # Not `torch.logsumexp`, which computes the exponentials again in backward.
         maxima, sums = [], []
         for dim in (1, 0) if logits.symmetric else (1,):
@@ -47,16 +50,10 @@ def log_sum_exps(logits: Logits) -> tuple[Tensor, Tensor]:
             maxima.append(maximum.view(-1))
             sums.append((negatives - maximum).exp_().sum(dim))
         if logits.has_extra_negatives:
-            n = logits.num_pairs
-            maxima, sums, pair_logits = (
-                [x[:n] for x in maxima],
-                [x[:n] for x in sums],
-                pair_logits[:n],
-            )
-        lse = torch.stack(sums).log() + torch.stack(maxima)
-        if logits.has_extra_negatives:
-            lse = lse + logits.zero_or_nan(dtype)
-        return lse, pair_logits
+            n, zero = logits.num_pairs, logits.zero_or_nan(dtype)
+            maxima, sums = [x[:n] + zero for x in maxima], [x[:n] for x in sums]
+            pair_logits = pair_logits[:n]
+        return torch.stack(sums).log() + torch.stack(maxima), pair_logits
 
 
 def _products(logits: Logits, dtype: torch.dtype) -> Tensor:
@@ -98,7 +95,8 @@ def cyclic_terms(
         image, text = image_features.to(dtype), text_features.to(dtype)
         w_matrix = (image + text) @ (image - text).T
         if not with_cross:
-            # Use both weights, so that torch.compile treats both as inputs.
+            # The backward of a product takes less time than that of `square`. Use both weights, so
+            # that torch.compile treats both as inputs.
             return [(w_matrix * w_matrix).sum() * ((weights[0] + weights[1]) / 2)]
         inmodal = (w_matrix + w_matrix.T).square().sum() * (weights[0] / 4)
         crossmodal = (w_matrix - w_matrix.T).square().sum() * (weights[1] / 4)
