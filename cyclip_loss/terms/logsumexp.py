@@ -105,8 +105,7 @@ def _forward(logits: Logits, term: Term) -> tuple[Tensor, Tensor, Tensor]:
     if logits.symmetric and column_lse.shape[0] > row_features.shape[0]:
         # This rank's, without extra negatives. A copy, because a view would keep all of them.
         column_lse = column_lse[logits.pairs[1]].clone()
-    # NaN for an infinite pair logit, which would look perfectly matched.
-    return row_lse, column_lse, lse.pair_logits + (lse.pair_logits - lse.pair_logits)
+    return row_lse, column_lse, lse.pair_logits
 
 
 def _forward_fake(given: Any) -> tuple[Tensor, ...]:

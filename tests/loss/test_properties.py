@@ -16,7 +16,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from inputs import FEATURES, NEGATIVES, Case, Tensors, cases, counts
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from cyclip_loss import (
     CyclicPenalty,
@@ -339,8 +338,7 @@ def test_nan_and_infinity_in_any_feature_never_give_a_finite_loss(
         features[name][place[1] % n, place[2] % d] = bad
         given |= features
         if function == "log-sum-exps":
-            *negatives, pairs = contrastive_logsumexp(**given, impl=impl)
-            results = [softplus(lse - pairs).sum() for lse in negatives]
+            results = [x.sum() for x in contrastive_logsumexp(**given, impl=impl)]
         else:
             results = list(function_of(case, impl)(**given).values())
         if function == "log-sum-exps" or name not in FEATURES:
