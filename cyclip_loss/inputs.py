@@ -17,7 +17,7 @@ from torch import Tensor
 from cyclip_loss import usage_warnings
 from cyclip_loss.numerics import accumulation_dtype, autocast_is_on, is_capturing
 from cyclip_loss.options import LARGEST, ContrastiveOptions, Options, PenaltyOptions
-from cyclip_loss.plan import Batch
+from cyclip_loss.plan import Batch, Plan
 from cyclip_loss.ranks.agreement import check_ranks_agree
 from cyclip_loss.ranks.groups import ranks_of
 
@@ -68,11 +68,12 @@ def prepare(
     scale = check_scalar("logit_scale", logit_scale, images)
     bias = None if logit_bias is None else check_scalar("logit_bias", logit_bias, images)
     ids = check_ids(ids, images, same_ids)
-    given = {name: x for name, x in others.items() if x is not None}
-    for name, features in given.items():
-        tower, own = ("image", images) if "image" in name else ("text", texts)
-        names, is_view = (f"{tower}_features", name), name.startswith("augmented")
-        given[name] = check_features(own, features, names, several, is_view)[1]
+    given: dict[str, Tensor] = {}
+    for name, features in others.items():
+        if features is not None:
+            tower, own = ("image", images) if "image" in name else ("text", texts)
+            names, is_view = (f"{tower}_features", name), name.startswith("augmented")
+            given[name] = check_features(own, features, names, several, is_view)[1]
     row_features, column_features = [images], [texts]
     views = [name for name in given if name.startswith("augmented")]
     if len(views) == 1:
@@ -91,10 +92,9 @@ def prepare(
     column_ranks = ranks
     if several:
         sent = {"text_features": texts, **given}
-        num_pairs, num_columns = images.shape[0], column_features[0].shape[0]
         num_rows = {
-            "image_features and text_features": num_pairs,
-            "negative_text_features": num_columns - num_pairs,
+            "image_features and text_features": images.shape[0],
+            "negative_text_features": column_features[0].shape[0] - images.shape[0],
         }
         scalars = (scale,) if bias is None else (scale, bias)
         terms = [(x, y, *scalars) for x, y in zip(row_features, column_features)]  # noqa: B905
@@ -156,17 +156,17 @@ def _collective_signature(
     }
 
 
-def check_inputs_once(called: Any, batch: Batch) -> None:
+def check_inputs_once(called: Any, batch: Batch, plan: Plan) -> None:
     """Warn of unusual features or an unusual scale, in the first call that has rows.
 
-    The check waits for the device, once. It is skipped while a CUDA graph is captured. Callers skip
-    it in traced calls, because compiled code must not depend on what was checked. called: the
-    module or function.
+    The check waits for the device, once. It is skipped while `torch.compile` traces or a CUDA graph
+    is captured. called: the module or function.
     """
-    if called in _checked:
-        return
     image = batch.image_features
-    if image.shape[0] > 0 and not image.is_meta and not is_capturing(image):
+    # `traced` comes first: compiled code must not depend on what was checked.
+    if plan.traced or called in _checked or image.shape[0] == 0:
+        return
+    if not image.is_meta and not is_capturing(image):
         _checked.add(called)
         features = [image, batch.text_features, *batch.row_features, *batch.column_features]
         usage_warnings.warn_of_unusual_inputs(features, batch.logit_scale)
@@ -194,27 +194,26 @@ def check_features(
             raise TypeError(
                 f"{name} must be float64, float32, bfloat16 or float16, got {features.dtype}"
             )
-        shape = features.shape
-        if len(shape) != 2 or shape[0] < min_rows or shape[1] == 0:
+        if features.ndim != 2 or features.shape[0] < min_rows or features.shape[1] == 0:
             raise ValueError(
-                f"{name} must have shape (N, D) with N >= {min_rows} and D >= 1, got {tuple(shape)}"
+                f"{name} must have shape (N, D) with N >= {min_rows} and D >= 1, "
+                f"got {tuple(features.shape)}"
             )
     if second is first:  # torch.compile refuses the same tensor twice
         second = first.view_as(first)
-    device = first.device
-    if autocast and autocast_is_on(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
+    if autocast and autocast_is_on(first.device.type):
+        dtype = torch.get_autocast_dtype(first.device.type)
         first, second = (x if x.dtype == torch.float64 else x.to(dtype) for x in (first, second))
-    compared: list[Any] = [
-        ("D", first.shape[1], second.shape[1]),
-        ("device", device, second.device),
-        ("dtype", first.dtype, second.dtype),
+    shapes: Any = tuple(first.shape), tuple(second.shape)
+    if not paired:
+        shapes = first.shape[1], second.shape[1]
+    compared: list[tuple[str, type[Exception], Any, Any]] = [
+        ("shape" if paired else "D", ValueError, *shapes),
+        ("device", ValueError, first.device, second.device),
+        ("dtype", TypeError, first.dtype, second.dtype),
     ]
-    if paired:
-        compared[0] = ("shape", tuple(first.shape), tuple(second.shape))
-    for what, a, b in compared:
+    for what, error, a, b in compared:
         if a != b:
-            error = TypeError if what == "dtype" else ValueError
             raise error(f"{' and '.join(names)} must have the same {what}, got {a} and {b}")
     return first, second
 

@@ -79,8 +79,7 @@ def contrastive_logsumexp(
         function="contrastive_logsumexp",
     )
     plan = make_plan(batch, checked, dist_impl=checked.dist_impl)
-    if not plan.traced:
-        check_inputs_once(contrastive_logsumexp, batch)
+    check_inputs_once(contrastive_logsumexp, batch, plan)
     lse = logsumexp.log_sum_exps(batch, plan, contrastive.start_gathers(batch, plan))
     column_lse = None if one_way else lse.column_negatives_lse
     return ContrastiveLogSumExp(lse.row_negatives_lse, column_lse, lse.pair_logits)

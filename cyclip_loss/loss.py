@@ -48,9 +48,9 @@ class _ContrastiveLoss(ContrastiveOptions, _Module):
 
     def _check_rank(self) -> None:
         """Raise unless `rank` and `world_size` are the group's or OpenCLIP's defaults, 0 and 1."""
-        if self.rank < 1 and self.world_size < 2:
-            return
         if torch.compiler.is_compiling() or not self.distributed:
+            return
+        if self.rank < 1 and self.world_size < 2:
             return
         ranks = ranks_of(self.process_group)
         given = max(self.rank, 0), max(self.world_size, 1)
@@ -72,9 +72,8 @@ class _ContrastiveLoss(ContrastiveOptions, _Module):
         terms = contrastive_terms(batch, plan, gathers, self)
         if output_dict or plan.penalties != "none":
             terms |= cyclic.terms(batch, plan, self, reduced)
-        if not plan.traced:
-            usage_warnings.warn_of_strong_penalties(self, batch)
-            check_inputs_once(self, batch)
+        usage_warnings.warn_of_strong_penalties(self, batch)
+        check_inputs_once(self, batch, plan)
         if output_dict:
             return terms
         loss, *others = terms.values()
@@ -224,8 +223,8 @@ class CyCLIPLoss(_ContrastiveLoss):
             same_ids=self.same_ids,
             logit_bias=logit_bias,
         )
-        if self.inmodal_contrastive_weight is not None and augmented_image_features is None:
-            usage_warnings.warn_of_unused_weight()
+        if augmented_image_features is None:
+            usage_warnings.warn_of_unused_weight(self)
         return self._loss(batch, output_dict, contrastive.terms)
 
 
@@ -346,9 +345,8 @@ class CyclicPenalty(_Module):
         plan = make_plan(batch, self, output_dict)
         reduced = cyclic.start_reducing_grams(batch, plan)
         terms = cyclic.terms(batch, plan, self, reduced)
-        if not plan.traced:
-            usage_warnings.warn_of_strong_penalties(self, batch)
-            check_inputs_once(self, batch)
+        usage_warnings.warn_of_strong_penalties(self, batch)
+        check_inputs_once(self, batch, plan)
         return terms if output_dict else terms["cyclic_loss"]
 
 

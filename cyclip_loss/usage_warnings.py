@@ -49,11 +49,13 @@ def warn_of_strong_penalties(options: Any, batch: Any) -> None:
 
     With SigLIP's loss, the paper's strength is enough for a warning: it lowered the accuracy in our
     experiment (reference_train/results/siglip). A reference batch size takes the place of N there,
-    and switches the warning off for other losses. Callers skip it in traced calls, because compiled
-    code would depend on N.
+    and switches the warning off for other losses. While `torch.compile` traces, nothing is checked,
+    as compiled code would depend on N.
 
     options: a `PenaltyOptions`; batch: a `Batch`.
     """
+    if torch.compiler.is_compiling():
+        return
     reference, total = options.reference_batch_size, batch.total_pairs
     weight = max(options.lambda_inmodal, options.lambda_crossmodal)
     times = weight * (reference or total) / (PAPER_LAMBDA * PAPER_BATCH_SIZE)
@@ -74,9 +76,9 @@ def warn_of_strong_penalties(options: Any, batch: Any) -> None:
         )
 
 
-def warn_of_unused_weight() -> None:
+def warn_of_unused_weight(options: Any) -> None:
     """Warn of a weight of the in-modal contrastive term in a call without augmented views."""
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and options.inmodal_contrastive_weight is not None:
         warn_once(
             "inmodal_contrastive_weight",
             "inmodal_contrastive_weight has no effect in a call without augmented_image_features "

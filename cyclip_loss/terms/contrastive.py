@@ -96,7 +96,7 @@ def terms(batch: Batch, plan: Plan, gathers: Gathers, options: Any) -> dict[str,
 
     options: a `CyCLIPLoss`.
     """
-    losses: list[Tensor] = []
+    losses = []
     for index, logits in enumerate(own_logits(batch, plan, gathers)):
         if plan.contrastive == "dense":
             losses.append(dense.contrastive_term(logits))
@@ -122,7 +122,7 @@ def own_logits(batch: Batch, plan: Plan, gathers: Gathers) -> list[Logits]:
         batch_ids = collectives.finish_gather(gathers.ids, batch.ranks)
     elif batch.ids is not None:
         batch_ids = batch.ids.view_as(batch.ids)  # torch.compile refuses the same tensor twice
-    all_logits: list[Logits] = []
+    all_logits = []
     for index, row_features in enumerate(batch.row_features):
         column_features = batch.column_features[index]
         row_ids, column_ids, num_pairs = batch.ids, batch_ids, ALL_ROWS

@@ -71,19 +71,18 @@ def terms(
         # Numbers become tensors on the CPU: filling one on a GPU would launch a kernel.
         tensors = [
             x if isinstance(x, Tensor) else torch.scalar_tensor(x, dtype=dtype, device="cpu")
-            for x in weights_of(options, total, image_features, plan.traced)
+            for x in weights_of(options, total, image_features)
         ]
         penalties = _CyclicPenalties.apply(  # type: ignore[no-untyped-call]
             image_features, text_features, grams, *tensors, batch.ranks.size, plan
         )
     else:
-        weights = weights_of(options, total, image_features, plan.traced)
+        weights = weights_of(options, total, image_features)
         penalties = dense.cyclic_terms(
             image_features, text_features, weights, plan.with_cross, plan.as_terms
         )
-    if plan.as_terms:
-        return dict(zip(TERMS, penalties))  # noqa: B905 (PyTorch 2.8 can't trace strict)
-    return {"cyclic_loss": penalties[0]}
+    names = TERMS if plan.as_terms else ("cyclic_loss",)
+    return dict(zip(names, penalties))  # noqa: B905 (PyTorch 2.8 can't trace strict)
 
 
 class _CyclicPenalties(torch.autograd.Function):
@@ -136,17 +135,15 @@ class _CyclicPenalties(torch.autograd.Function):
         return (*feature_grads, None, None, None, None, None)
 
 
-def weights_of(
-    options: PenaltyOptions, total: Any, features: Tensor, traced: bool
-) -> tuple[Any, Any]:
+def weights_of(options: PenaltyOptions, total: Any, features: Tensor) -> tuple[Any, Any]:
     """The weights of N * P_in and N * P_cross, which are sums over all pairs of N rows.
 
     lambda / N in the paper's formula, lambda * R / N^2 with a reference batch size R. total: N, a
-    number or a tensor. Returns tensors if it is a tensor, and in a traced call, because
-    torch.compile would make constants of numbers that are combined with each other.
+    number or a tensor. Returns tensors if it is a tensor, and while torch.compile traces, which
+    would make constants of numbers that are combined with each other; otherwise numbers.
     """
     one: Any = 1.0
-    if traced:
+    if torch.compiler.is_compiling():
         one = features.new_ones((), dtype=accumulation_dtype(features.dtype))
     weights = one * options.lambda_inmodal, one * options.lambda_crossmodal
     reference: float | None = options._reference

@@ -35,9 +35,9 @@ def log_sum_exps(logits: Logits) -> tuple[Tensor, Tensor]:
         diagonal = detached.diagonal()
         # NaN for an infinite pair logit, which would look perfectly matched.
         pair_logits = negatives.diagonal() + (diagonal - diagonal)
-        # Autograd need not see what is masked: the exponentials are 0 or, in a row without
-        # negatives, the upstream gradient is. If it does not, Inductor (PyTorch 2.13) drops the
-        # gradient of the pair logits in batches of 3 or 4 pairs.
+        # Mask without autograd. A masked element has no gradient: its exponential is 0 or, in a row
+        # without negatives, the upstream gradient is. Not while compiling: Inductor (PyTorch 2.13)
+        # would drop the gradient of the pair logits in batches of 3 or 4 pairs.
         masked = negatives if torch.compiler.is_compiling() else detached
         masked.diagonal().fill_(lowest)
         same = logits.same_ids(0, negatives.shape[0])

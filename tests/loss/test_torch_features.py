@@ -199,7 +199,10 @@ def test_the_operators_pass_pytorchs_checks(device, monkeypatch) -> None:
 
 @pytest.mark.parametrize("n", [3, 4, 30])
 def test_inductor_keeps_all_gradients(n: int, device) -> None:
-    """PyTorch 2.13's dropped that of the pairs' logits. Most tests compile with other backends."""
+    """PyTorch 2.13's Inductor dropped the gradient of the pairs' logits in a draft of our code.
+
+    Most tests compile with other backends.
+    """
     loss, inputs = CyCLIPLoss(), Case(n, 4).inputs(device)
     torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=True)
