@@ -5,8 +5,9 @@ from cyclip_loss.cached_backward import cached_backward
 from cyclip_loss.engines import engine_of
 from cyclip_loss.inputs import caption_ids
 from cyclip_loss.logsumexp import ContrastiveLogSumExp, contrastive_logsumexp
-from cyclip_loss.loss import CyclicPenalty, CyCLIPLoss, CySigLIPLoss, WithCyclicPenalty
+from cyclip_loss.loss import CyclicPenalty, CyCLIPLoss, WithCyclicPenalty
 from cyclip_loss.metrics import consistency_metrics
+from cyclip_loss.siglip import CySigLIPLoss
 from cyclip_loss.usage_warnings import CyCLIPWarning
 
 __version__ = "0.4.0"

@@ -6,7 +6,7 @@ such calls away from it. In the tests, `inputs.py`, `accuracy.py` and `rounding.
 call and its bounds.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from numbers import Real
 from typing import Any
 from weakref import WeakSet
@@ -15,14 +15,16 @@ import torch
 from torch import Tensor
 
 from cyclip_loss import usage_warnings
+from cyclip_loss.batch import Batch, Plan, Ranks
 from cyclip_loss.numerics import accumulation_dtype, autocast_is_on, is_capturing
-from cyclip_loss.options import LARGEST, ContrastiveOptions, Options, PenaltyOptions
-from cyclip_loss.plan import Batch, Plan
+from cyclip_loss.options import LARGEST, ContrastiveModule, ContrastiveOptions, Options
 from cyclip_loss.ranks.agreement import check_ranks_agree
 from cyclip_loss.ranks.groups import ranks_of
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+# Operations on tensors of other types, such as fake tensors, may be recorded instead of executed.
+ORDINARY_TENSORS = {Tensor, torch.nn.Parameter}
 # Modules and functions whose inputs were checked. Copies of a module are checked again.
 _checked: WeakSet[Any] = WeakSet()
 
@@ -34,46 +36,52 @@ def prepare_pairs(
     if not isinstance(output_dict, bool):
         raise TypeError(f"output_dict must be a bool, got {output_dict!r}: pass no logit scale")
     ranks = ranks_of(options.process_group, options.distributed)
-    image_features, text_features = check_features(
-        image_features, text_features, may_be_empty=ranks.size > 1
-    )
-    total_pairs = ranks.total_rows(image_features.shape[0])
-    return Batch(image_features, text_features, ranks, total_pairs)
+    pair = check_features(image_features, text_features, may_be_empty=ranks.size > 1)
+    return Batch(*pair, ranks, _is_traced(*pair))
 
 
 def prepare(
+    function: str,
     image_features: Tensor,
     text_features: Tensor,
     logit_scale: Tensor | float,
     options: ContrastiveOptions,
     output_dict: bool = False,
     *,
-    ids: Tensor | None = None,
     same_ids: str = "ignored",
     one_way: bool = False,
     logit_bias: Tensor | float | None = None,
-    function: str = "CyCLIPLoss",
     **others: Tensor | None,
 ) -> Batch:
-    """The batch of a call of a contrastive loss. Raises as `CyCLIPLoss`.
+    """The batch of a call of a contrastive loss, before `agree`. Raises as `CyCLIPLoss`.
 
-    Across ranks, compares the call with the other ranks' (`check_ranks_agree`). others: augmented
-    and negative features, by their argument's name.
+    function: the public name of the loss; others: ids, and augmented and negative features, by
+    their argument's name.
     """
     if not isinstance(output_dict, bool):
         raise TypeError(f"output_dict must be a bool, got {output_dict!r}: lambdas go by keyword")
     ranks = ranks_of(options.process_group, options.distributed)
     several = ranks.size > 1
     images, texts = check_features(image_features, text_features, may_be_empty=several)
-    scale = check_scalar("logit_scale", logit_scale, images)
-    bias = None if logit_bias is None else check_scalar("logit_bias", logit_bias, images)
-    ids = check_ids(ids, images, same_ids)
-    given: dict[str, Tensor] = {}
-    for name, features in others.items():
-        if features is not None:
+    traced = _is_traced(images, texts)
+    if isinstance(options, ContrastiveModule) and options.distributed and not traced:
+        _check_rank(options, ranks)
+    scale = check_scalar("logit_scale", logit_scale, images, traced)
+    bias = None if logit_bias is None else check_scalar("logit_bias", logit_bias, images, traced)
+    given = {name: x for name, x in others.items() if x is not None}
+    for name, features in given.items():
+        if name.endswith("features"):
             tower, own = ("image", images) if "image" in name else ("text", texts)
             names, is_view = (f"{tower}_features", name), name.startswith("augmented")
             given[name] = check_features(own, features, names, several, is_view)[1]
+    for name in ("ids", "negative_image_ids", "negative_text_ids"):
+        if name in given:
+            owner = name.replace("ids", "features")
+            if name != "ids" and not (owner in given and "ids" in given):
+                raise ValueError(f"{name} needs ids and {owner}, of which one is None")
+            given[name] = check_ids(name, given[name], given.get(owner, images))
+    if same_ids == "positives" and "ids" not in given:
+        raise ValueError("same_ids='positives' needs ids, got None")
     row_features, column_features = [images], [texts]
     views = [name for name in given if name.startswith("augmented")]
     if len(views) == 1:
@@ -82,65 +90,66 @@ def prepare(
     if views:
         row_features += [images, texts]
         column_features += [given["augmented_image_features"], given["augmented_text_features"]]
-    has_negatives = len(given) > len(views)
     if "negative_image_features" in given:
-        # They stay on this rank.
-        row_features[0] = torch.cat((images, given.pop("negative_image_features")))
+        row_features[0] = torch.cat((images, given["negative_image_features"]))
     if "negative_text_features" in given:
         column_features[0] = torch.cat((texts, given["negative_text_features"]))
-
-    column_ranks = ranks
-    if several:
-        sent = {"text_features": texts, **given}
-        num_rows = {
-            "image_features and text_features": images.shape[0],
-            "negative_text_features": column_features[0].shape[0] - images.shape[0],
-        }
-        scalars = (scale,) if bias is None else (scale, bias)
-        terms = [(x, y, *scalars) for x, y in zip(row_features, column_features)]  # noqa: B905
-        signature: dict[str, Hashable] = {
-            "the function": function,
-            "one_way": one_way,
-            **_collective_signature(sent, terms, options, output_dict),
-            "whether ids are given": ids is not None,
-            "same_ids": same_ids,
-        }
-        ranks, column_ranks = check_ranks_agree(
-            ranks, images, num_rows, signature, options, options.uneven
-        )
     return Batch(
         images,
         texts,
         ranks,
-        ranks.total_rows(images.shape[0]),
-        (column_ranks, ranks, ranks),
+        traced,
+        function,
         scale,
-        ids,
+        bias,
         tuple(row_features),
         tuple(column_features),
-        has_negatives,
-        logit_bias=bias,
-        positives=ids is not None and same_ids == "positives",
+        (ranks, ranks, ranks),
+        given,
+        positives=same_ids == "positives",
         one_way=one_way,
     )
 
 
-def _collective_signature(
-    sent: dict[str, Tensor],
-    terms: Sequence[tuple[Tensor, ...]],
-    options: ContrastiveOptions,
-    output_dict: bool,
-) -> dict[str, Hashable]:
-    """What decides which collectives run, by the name that error messages use.
+def _is_traced(*features: Tensor) -> bool:
+    is_ordinary = ORDINARY_TENSORS.issuperset(map(type, features))
+    return torch.compiler.is_compiling() or not is_ordinary
 
-    sent: the features that reach other ranks, by their argument's name; terms: the inputs of each
-    contrastive term that may require a gradient.
+
+def _check_rank(options: ContrastiveModule, ranks: Ranks) -> None:
+    """Raise unless `rank` and `world_size` are the group's or OpenCLIP's defaults, 0 and 1."""
+    rank, world_size = max(options.rank, 0), max(options.world_size, 1)
+    if rank not in (0, ranks.rank) or world_size not in (1, ranks.size):
+        raise ValueError(
+            f"rank={options.rank} and world_size={options.world_size} were given, but this process "
+            f"is rank {ranks.rank} of {ranks.size}; is torch.distributed initialised?"
+        )
+
+
+def agree(batch: Batch, plan: Plan, options: ContrastiveOptions) -> Batch:
+    """The batch with the numbers of rows on each rank, after a comparison with the other ranks'.
+
+    The signature has what decides which collectives run, by the name that error messages use.
+    Raises as `check_ranks_agree`.
     """
-    grad_mode = torch.is_grad_enabled()
-    differentiated = [grad_mode and any(x.requires_grad for x in inputs) for inputs in terms]
-    trained = [name for name, x in sent.items() if x.requires_grad and grad_mode]
-    has_penalties = isinstance(options, PenaltyOptions) and options.has_penalties()
-    return {
+    if batch.ranks.size == 1:
+        return batch
+    trains = torch.is_grad_enabled()
+    scalars = [x for x in (batch.logit_scale, batch.logit_bias) if x is not None]
+    differentiated = [
+        trains and any(x.requires_grad for x in (rows, columns, *scalars))
+        for rows, columns in zip(batch.row_features, batch.column_features)  # noqa: B905
+    ]
+    # Negative images stay on their rank, and so do their ids.
+    sent = {
+        "text_features": batch.text_features,
+        **{name: x for name, x in batch.optional.items() if not name.startswith("negative_image")},
+    }
+    trained = [name for name, x in sent.items() if x.requires_grad and trains]
+    has_penalties = plan.penalties == "gram"
+    signature: dict[str, Hashable] = {
+        "the function": batch.function,
+        "one_way": batch.one_way,
         # A term whose backward runs on some ranks only would wait for the others.
         "whether an input of each contrastive term requires a gradient": tuple(differentiated),
         "dist_impl": options.dist_impl,
@@ -148,23 +157,38 @@ def _collective_signature(
         "whether a penalty has a weight": has_penalties,
         # More is sent for penalties that are computed one by one.
         "whether the penalties are computed apart (output_dict, or different lambdas)": (
-            has_penalties and options.needs_cross(output_dict)  # type: ignore[attr-defined]
+            has_penalties and plan.with_cross
         ),
-        "which of the augmented and negative features are given": ", ".join(sent),
+        "which of ids, augmented and negative features are given": ", ".join(sent),
         # Their gradients are summed across ranks.
         "which of the features require a gradient": ", ".join(trained),
     }
+    n = batch.image_features.shape[0]
+    num_rows = {
+        "image_features and text_features": n,
+        "negative_text_features": batch.column_features[0].shape[0] - n,
+    }
+    ranks, column_ranks = check_ranks_agree(
+        batch.ranks,
+        batch.image_features,
+        num_rows,
+        signature,
+        options,
+        options.uneven,
+        batch.traced,
+    )
+    return batch._replace(ranks=ranks, column_ranks=(column_ranks, ranks, ranks))
 
 
-def check_inputs_once(called: Any, batch: Batch, plan: Plan) -> None:
+def check_inputs_once(called: Any, batch: Batch) -> None:
     """Warn of unusual features or an unusual scale, in the first call that has rows.
 
-    The check waits for the device, once. It is skipped while `torch.compile` traces or a CUDA graph
-    is captured. called: the module or function.
+    The check waits for the device, once. It is skipped while a CUDA graph is captured. called: the
+    module or function.
     """
     image = batch.image_features
     # `traced` comes first: compiled code must not depend on what was checked.
-    if plan.traced or called in _checked or image.shape[0] == 0:
+    if batch.traced or called in _checked or image.shape[0] == 0:
         return
     if not image.is_meta and not is_capturing(image):
         _checked.add(called)
@@ -226,13 +250,13 @@ def _check_dense(name: str, tensor: Tensor, method: str) -> None:
         raise TypeError(f"{name} must be a dense tensor, got {got}")
 
 
-def check_scalar(name: str, value: Tensor | float, features: Tensor) -> Tensor:
+def check_scalar(name: str, value: Tensor | float, features: Tensor, traced: bool) -> Tensor:
     """The scale or the bias as a 0-dim tensor of the accumulation dtype on the features' device."""
     dtype = accumulation_dtype(features.dtype)
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} must be a scalar tensor or a number, got {value!r}")
-        if not torch.compiler.is_compiling():
+        if not traced:
             if name == "logit_scale" and not 0 < value <= LARGEST:
                 raise ValueError(f"{name} must be finite and > 0, got {value}")
             if not -LARGEST <= value <= LARGEST:
@@ -253,19 +277,15 @@ def check_scalar(name: str, value: Tensor | float, features: Tensor) -> Tensor:
     return value.to(device=features.device, dtype=dtype)
 
 
-def check_ids(ids: Tensor | None, features: Tensor, same_ids: str) -> Tensor | None:
-    """ids as int64, or an error: (N,), integers, on the features' device."""
-    if ids is None:
-        if same_ids == "positives":
-            raise ValueError("same_ids='positives' needs ids, got None")
-        return None
+def check_ids(name: str, ids: Tensor, features: Tensor) -> Tensor:
+    """ids as int64, or an error: (N,), integers, on the device of the features (N, D)."""
     if not isinstance(ids, Tensor) or ids.dtype not in ID_DTYPES:
         got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-        raise TypeError(f"ids must be a tensor of int8 to int64 or uint8, got {got}")
-    _check_dense("ids", ids, "to_local")
+        raise TypeError(f"{name} must be a tensor of int8 to int64 or uint8, got {got}")
+    _check_dense(name, ids, "to_local")
     if ids.shape != features.shape[:1] or ids.device != features.device:
         raise ValueError(
-            f"ids must have shape ({features.shape[0]},) on the features' device "
+            f"{name} must have shape ({features.shape[0]},) on the features' device "
             f"{features.device}, got {tuple(ids.shape)} on {ids.device}"
         )
     return ids.to(torch.int64).contiguous()

@@ -18,11 +18,14 @@ class Logits(NamedTuple):
     row_features: Tensor  # (n, D)
     column_features: Tensor  # (m, D)
     logit_scale: Tensor  # scalar of the accumulation dtype
-    row_ids: Tensor | None = None  # (n,), int64; None if `column_ids` is None
-    column_ids: Tensor | None = None  # (m,), int64
+    # (n,) and (m,), int64, or both None. Of SigLIP's loss and with `positives`, the ids of extra
+    # negatives are below 0 (`terms/ids.py`).
+    row_ids: Tensor | None = None
+    column_ids: Tensor | None = None
     partner_offset: int = 0
     symmetric: bool = True  # whether columns have log-sum-exps, too, or only rows
     num_pairs: int = ALL_ROWS  # later rows are extra negatives of the columns
+    positives: bool = False  # whether rows with the same id are positives, which are not left out
 
     @property
     def has_extra_negatives(self) -> bool:
@@ -46,13 +49,6 @@ class Logits(NamedTuple):
             return None
         return self.row_ids[start:stop, None] == self.column_ids
 
-    def zero_or_nan(self, dtype: torch.dtype) -> Tensor:
-        """0, or NaN if a feature is not finite.
-
-        To be added to results that would stay finite: an infinite negative may have the logit -inf.
-        """
-        return (self.row_features.sum(dtype=dtype) + self.column_features.sum(dtype=dtype)) * 0
-
     def block(self, start: int, stop: int, left: int = 0, right: int | None = None) -> "Logits":
         """Rows `start` to `stop` and columns `left` to `right`."""
         return Logits(
@@ -64,11 +60,8 @@ class Logits(NamedTuple):
             self.partner_offset + start - left,
             self.symmetric,
             self.num_pairs - start,
+            self.positives,
         )
-
-    def without_ids(self) -> "Logits":
-        """The same logits, in which every column but the partner is a negative of a row."""
-        return self._replace(row_ids=None, column_ids=None)
 
 
 class LogSumExps(NamedTuple):
@@ -77,29 +70,18 @@ class LogSumExps(NamedTuple):
     row_negatives_lse: Tensor  # (n,), -inf without negatives
     column_negatives_lse: Tensor  # (m,), empty unless `Logits.symmetric`
     pair_logits: Tensor  # (n,), of the rows; 0 where a row has no partner
-    # (m,), of the columns; -inf where a column has no partner. None: the pairs of this rank's rows
-    # are the first columns, and other columns have no partner.
-    column_pair_logits: Tensor | None = None
-
-
-class PairTerms(NamedTuple):
-    """The loss of the pairs, and what backward needs of it."""
-
-    # weight * the sum, over rows and their paired columns, of log-sum-exp - pair logit
-    loss: Tensor
-    row_lse: Tensor  # (n,), with the pairs
-    column_lse: Tensor  # (m,), with the pairs
-    pair_gradient: Tensor  # (n,), the sum of exp(pair logit - log-sum-exp) - 1 for row and column
 
 
 class SavedStatistics(NamedTuple):
-    """Log-sum-exps of all logits of a row or column, and the gradient of the pairs' logits."""
+    """What gives the gradient G of the logits: exp(l_ij - row_lse_i) + exp(l_ij - column_lse_j).
+
+    A log-sum-exp minus the logarithm of its upstream gradient; inf for extra negatives, which have
+    no log-sum-exp.
+    """
 
     row_lse: Tensor  # (n,)
     column_lse: Tensor  # (m,), empty unless `Logits.symmetric`
-    # (n,): the sum of exp(pair logit - log-sum-exp) - 1 for a row and its paired column, with the
-    # part of other positives. For extra negatives it is 0, and their log-sum-exps are inf.
-    pair_gradient: Tensor
+    pair_gradient: Tensor  # (n,), G of the pairs; 0 for extra negatives
 
 
 class Gradients(NamedTuple):

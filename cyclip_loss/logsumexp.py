@@ -1,13 +1,15 @@
 """The log-sum-exps that contrastive losses are made of, with gradients."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from cyclip_loss.inputs import check_inputs_once, prepare
+from cyclip_loss.inputs import agree, check_inputs_once, prepare
 from cyclip_loss.options import ContrastiveOptions, boolean
 from cyclip_loss.plan import make_plan
-from cyclip_loss.terms import contrastive, logsumexp
+from cyclip_loss.terms import contrastive
 
 
 class ContrastiveLogSumExp(NamedTuple):
@@ -32,8 +34,13 @@ def contrastive_logsumexp(
     *,
     ids: Tensor | None = None,
     negative_text_features: Tensor | None = None,
+    negative_text_ids: Tensor | None = None,
     one_way: bool = False,
-    **options: Any,
+    process_group: ProcessGroup | None = None,
+    distributed: bool = True,
+    dist_impl: str = "gather",
+    uneven: bool = False,
+    impl: str = "auto",
 ) -> ContrastiveLogSumExp:
     """The log-sum-exps of each row's and column's negatives, and the pairs' logits; differentiable.
 
@@ -43,7 +50,6 @@ def contrastive_logsumexp(
     The loss must not fall when a log-sum-exp rises: beyond N = 1.5 D, a negative upstream gradient
     of a log-sum-exp makes the gradients NaN, and second derivatives are an error. A zero upstream
     gradient contributes exactly zero.
-    float16 features are computed and, with `dist_impl="ring"`, sent in float32.
 
     Across ranks, compute each rank's loss as a mean over its own n pairs. (If ranks hold different
     numbers of pairs, take the sum times number of ranks / N.) The gradients are then those of one
@@ -56,9 +62,9 @@ def contrastive_logsumexp(
         ids: (N,), integers. Rows with the same id are not negatives of each other.
         negative_text_features: (M, D), further negatives of every image. They get gradients, but
             have no entry in the results.
+        negative_text_ids: (M,), their ids, as in `CyCLIPLoss`.
         one_way: leave out the columns' log-sum-exps, which saves time.
-        options: `process_group`, `distributed`, `dist_impl`, `uneven` and `impl`, as in
-            `CyCLIPLoss`.
+        process_group, distributed, dist_impl, uneven, impl: as in `CyCLIPLoss`.
 
     Raises:
         TypeError, ValueError: as `CyCLIPLoss`.
@@ -67,19 +73,32 @@ def contrastive_logsumexp(
     >>> row_negatives, _, pair_logits = contrastive_logsumexp(features, features, one_way=True)
     >>> info_nce = torch.nn.functional.softplus(row_negatives - pair_logits).mean()
     """
-    checked = ContrastiveOptions(**options)
+    options = ContrastiveOptions(
+        process_group=process_group,
+        distributed=distributed,
+        dist_impl=dist_impl,
+        uneven=uneven,
+        impl=impl,
+    )
     batch = prepare(
+        "contrastive_logsumexp",
         image_features,
         text_features,
         logit_scale,
-        checked,
+        options,
+        one_way=boolean("one_way", one_way),
         ids=ids,
         negative_text_features=negative_text_features,
-        one_way=boolean("one_way", one_way),
-        function="contrastive_logsumexp",
+        negative_text_ids=negative_text_ids,
     )
-    plan = make_plan(batch, checked, dist_impl=checked.dist_impl)
-    check_inputs_once(contrastive_logsumexp, batch, plan)
-    lse = logsumexp.log_sum_exps(batch, plan, contrastive.start_gathers(batch, plan))
-    column_lse = None if one_way else lse.column_negatives_lse
-    return ContrastiveLogSumExp(lse.row_negatives_lse, column_lse, lse.pair_logits)
+    plan = make_plan(batch, options)
+    batch = agree(batch, plan, options)
+    check_inputs_once(contrastive_logsumexp, batch)
+    gathers = contrastive.start_gathers(batch, plan)
+    (logits,) = contrastive.own_logits(batch, plan, gathers)
+    lse, pair_logits = contrastive.log_sum_exps(0, logits, batch, plan, gathers)
+    if plan.contrastive == "dense" and (ids is not None or pair_logits.shape[0] == 1):
+        # Rows without negatives have the lowest number of the dtype, which has a gradient.
+        lse = lse.masked_fill(lse == torch.finfo(lse.dtype).min, -torch.inf)
+    rows, *columns = lse.unbind()
+    return ContrastiveLogSumExp(rows, columns[0] if columns else None, pair_logits)

@@ -1,87 +1,26 @@
 """The modules: `CyCLIPLoss`, a drop-in for `open_clip.ClipLoss`, and the penalties alone.
 
-A call of the loss has three steps: prepare the arguments, plan, compute the terms and add them up.
+A call has three steps: prepare the arguments, plan, compute the terms and add them up. Across ranks,
+the gather of the columns runs while the Gram matrices are computed, and their all-reduce runs while
+the contrastive terms are.
 """
 
 import inspect
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from cyclip_loss import options, usage_warnings
-from cyclip_loss.inputs import check_inputs_once, prepare, prepare_pairs
-from cyclip_loss.options import ContrastiveOptions, PenaltyOptions, option
-from cyclip_loss.plan import Batch, make_plan
-from cyclip_loss.ranks.groups import ranks_of
-from cyclip_loss.terms import contrastive, cyclic, sigmoid
+from cyclip_loss.inputs import agree, check_inputs_once, prepare, prepare_pairs
+from cyclip_loss.options import ContrastiveModule, Module, PenaltyOptions, option
+from cyclip_loss.plan import make_plan
+from cyclip_loss.terms import contrastive, cyclic
 
 
 @dataclass(eq=False, repr=False)
-class _Module(PenaltyOptions, nn.Module):
-    """The base of the modules. Options are attributes, and are checked when they are set."""
-
-    def __post_init__(self) -> None:
-        nn.Module.__init__(self)
-
-    def extra_repr(self) -> str:
-        """For `print(module)`: the lambdas, and the arguments that differ from their default."""
-        shown = [
-            f"{f.name}={getattr(self, f.name)!r}"
-            for f in fields(self)
-            if f.name.startswith("lambda_") or getattr(self, f.name) != f.default
-        ]
-        return ", ".join(shown)
-
-
-@dataclass(eq=False, repr=False)
-class _ContrastiveLoss(ContrastiveOptions, _Module):
-    """The base of the losses with a contrastive term."""
-
-    _: KW_ONLY
-    same_ids: str = option("ignored", options.one_of(options.SAME_IDS))
-    cache_labels: bool = option(False, options.boolean)
-    rank: int = option(0, options.integer)
-    world_size: int = option(1, options.integer)
-
-    def _check_rank(self) -> None:
-        """Raise unless `rank` and `world_size` are the group's or OpenCLIP's defaults, 0 and 1."""
-        if torch.compiler.is_compiling() or not self.distributed:
-            return
-        if self.rank < 1 and self.world_size < 2:
-            return
-        ranks = ranks_of(self.process_group)
-        given = max(self.rank, 0), max(self.world_size, 1)
-        if given[0] not in (0, ranks.rank) or given[1] not in (1, ranks.size):
-            raise ValueError(
-                f"rank={self.rank} and world_size={self.world_size} were given, but this process "
-                f"is rank {ranks.rank} of {ranks.size}; is torch.distributed initialised?"
-            )
-
-    def _loss(
-        self, batch: Batch, output_dict: bool, contrastive_terms: Callable[..., dict[str, Tensor]]
-    ) -> Tensor | dict[str, Tensor]:
-        """The loss or, with `output_dict`, its terms."""
-        plan = make_plan(batch, self, output_dict, self.dist_impl)
-        # Across ranks, the gather of the columns runs while the Gram matrices are computed, and
-        # their all-reduce runs while the contrastive terms are.
-        gathers = contrastive.start_gathers(batch, plan)
-        reduced = cyclic.start_reducing_grams(batch, plan)
-        terms = contrastive_terms(batch, plan, gathers, self)
-        if output_dict or plan.penalties != "none":
-            terms |= cyclic.terms(batch, plan, self, reduced)
-        usage_warnings.warn_of_strong_penalties(self, batch)
-        check_inputs_once(self, batch, plan)
-        if output_dict:
-            return terms
-        loss, *others = terms.values()
-        return sum(others, loss)
-
-
-@dataclass(eq=False, repr=False)
-class CyCLIPLoss(_ContrastiveLoss):
+class CyCLIPLoss(ContrastiveModule):
     """CLIP's contrastive loss with the cyclic penalties of CyCLIP (Goel et al. 2022).
 
         loss = contrastive + lambda_inmodal * P_in + lambda_crossmodal * P_cross
@@ -167,6 +106,8 @@ class CyCLIPLoss(_ContrastiveLoss):
         ids: Tensor | None = None,
         negative_image_features: Tensor | None = None,
         negative_text_features: Tensor | None = None,
+        negative_image_ids: Tensor | None = None,
+        negative_text_ids: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """The loss or, with `output_dict`, its terms.
 
@@ -196,6 +137,10 @@ class CyCLIPLoss(_ContrastiveLoss):
                 of rows, such as hard negatives. The negative texts of all ranks are further
                 negatives of every image, and the negative images of every text. They get gradients.
                 They are in no penalty, and in no term of augmented views.
+            negative_image_ids, negative_text_ids: (M,), as `ids`, which they need. A negative is left
+                out for rows that have its id, whatever `same_ids` says; it is never a positive. Use
+                it for captions of the same image, or for mined negatives that are another row's
+                positive.
 
         Returns a float32 scalar (float64 for float64 features), or a dict of them. They are not
         finite if a feature is not finite. Under `torch.autocast` the features are cast to the
@@ -208,110 +153,40 @@ class CyCLIPLoss(_ContrastiveLoss):
             ValueError: shapes or devices do not match, on one rank or between ranks, or a batch is
                 empty.
         """
-        self._check_rank()
         batch = prepare(
+            "CyCLIPLoss",
             image_features,
             text_features,
             logit_scale,
             self,
             output_dict,
+            same_ids=self.same_ids,
+            logit_bias=logit_bias,
             augmented_image_features=augmented_image_features,
             augmented_text_features=augmented_text_features,
             ids=ids,
             negative_image_features=negative_image_features,
             negative_text_features=negative_text_features,
-            same_ids=self.same_ids,
-            logit_bias=logit_bias,
+            negative_image_ids=negative_image_ids,
+            negative_text_ids=negative_text_ids,
         )
-        if augmented_image_features is None:
-            usage_warnings.warn_of_unused_weight(self)
-        return self._loss(batch, output_dict, contrastive.terms)
+        plan = make_plan(batch, self, output_dict)
+        batch = agree(batch, plan, self)
+        gathers = contrastive.start_gathers(batch, plan)
+        grams = cyclic.start_grams(batch, plan)
+        weight = self.inmodal_contrastive_weight
+        terms = contrastive.terms(batch, plan, gathers, weight)
+        terms |= cyclic.terms(batch, plan, self, grams)
+        if not batch.traced:
+            usage_warnings.warn_of_strong_penalties(self, batch.total_pairs)
+            if weight is not None and augmented_image_features is None:
+                usage_warnings.warn_of_unused_weight()
+            check_inputs_once(self, batch)
+        return terms if output_dict else cyclic.total(terms)
 
 
 @dataclass(eq=False, repr=False)
-class CySigLIPLoss(_ContrastiveLoss):
-    """SigLIP's sigmoid loss (Zhai et al. 2023) with the cyclic penalties, in O(N D) memory.
-
-        loss = 1/N * sum_ij log(1 + exp(-y_ij l_ij))
-               + lambda_inmodal * P_in + lambda_crossmodal * P_cross
-
-    with l_ij = logit_scale * I_i . T_j + logit_bias, and y_ij = 1 for a pair, else -1. A drop-in
-    for `open_clip.SigLipLoss`: call it with the same arguments. With both weights 0, the default,
-    it is SigLIP's loss. Beyond N = 1.5 D no N x N matrix is built: forward computes the loss and
-    all gradients in one sweep (6 N^2 D flops), and backward multiplies them by the upstream
-    gradient. If the loss is not differentiated after all, nothing but time is lost.
-
-    Args:
-        lambda_inmodal, lambda_crossmodal: the weights of the penalties; 0 by default, because a
-            weight, 1/64, was shown to help on one small dataset only
-            (reference_train/results/siglip). CLIP's 0.25 is too strong.
-        dist_impl: "gather" (default) or "ring". Of `SigLipLoss`'s names, "bidir" (its default) and
-            "shift" are the ring, and "reduce" is the gather.
-        same_ids: what rows with the same id in `ids` are to each other: "ignored" (left out), or
-            "positives" (y = 1).
-        cache_labels, rank, world_size, bidir, chunk_size: OpenCLIP's arguments, kept as attributes
-            without effect. A call raises if rank or world_size differ from the process group's,
-            except from 0 and 1.
-        reference_batch_size, process_group, distributed, uneven, impl: as in `CyCLIPLoss`, also
-            across ranks.
-
-    Raises:
-        TypeError, ValueError: as `CyCLIPLoss`.
-
-    >>> loss_fn = CySigLIPLoss()
-    >>> features = nn.functional.normalize(torch.randn(8, 4), dim=1).requires_grad_()
-    >>> loss_fn(features, features.detach(), logit_scale=10.0, logit_bias=-10.0).backward()
-    """
-
-    lambda_inmodal: float = option(0.0, options.weight)
-    lambda_crossmodal: float = option(0.0, options.weight)
-    _: KW_ONLY
-    dist_impl: str = option("gather", options.siglip_dist_impl)
-    bidir: bool = option(True, options.boolean)
-    chunk_size: int | None = option(None, options.optional_batch_size)
-
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | float,
-        logit_bias: Tensor | float | None = None,
-        output_dict: bool = False,
-        *,
-        ids: Tensor | None = None,
-        negative_image_features: Tensor | None = None,
-        negative_text_features: Tensor | None = None,
-    ) -> Tensor | dict[str, Tensor]:
-        """The loss or, with `output_dict`, its weighted terms, which sum to the loss.
-
-        The terms are `contrastive_loss`, `inmodal_cyclic_loss` and `crossmodal_cyclic_loss`. The
-        arguments are those of `CyCLIPLoss`, except that `logit_bias` counts: a scalar, whose tensor
-        gets its gradient; None is 0. There are no augmented views, which SigLIP's paper does not
-        have.
-
-        ids: rows with the same id are left out or, with `same_ids="positives"`, have y = 1.
-        negative_image_features, negative_text_features: have y = -1 with all texts, or all images.
-        """
-        self._check_rank()
-        batch = prepare(
-            image_features,
-            text_features,
-            logit_scale,
-            self,
-            output_dict,
-            ids=ids,
-            negative_image_features=negative_image_features,
-            negative_text_features=negative_text_features,
-            same_ids=self.same_ids,
-            one_way=True,
-            logit_bias=0.0 if logit_bias is None else logit_bias,
-            function="CySigLIPLoss",
-        )
-        return self._loss(batch, output_dict, sigmoid.terms)
-
-
-@dataclass(eq=False, repr=False)
-class CyclicPenalty(_Module):
+class CyclicPenalty(Module):
     """The cyclic penalties alone, to add to another loss: SigLIP, CoCa, or your own.
 
         penalty = lambda_inmodal * P_in + lambda_crossmodal * P_cross
@@ -343,10 +218,10 @@ class CyclicPenalty(_Module):
         """
         batch = prepare_pairs(image_features, text_features, self, output_dict)
         plan = make_plan(batch, self, output_dict)
-        reduced = cyclic.start_reducing_grams(batch, plan)
-        terms = cyclic.terms(batch, plan, self, reduced)
-        usage_warnings.warn_of_strong_penalties(self, batch)
-        check_inputs_once(self, batch, plan)
+        terms = cyclic.terms(batch, plan, self, cyclic.start_grams(batch, plan))
+        if not batch.traced:
+            usage_warnings.warn_of_strong_penalties(self, batch.total_pairs)
+            check_inputs_once(self, batch)
         return terms if output_dict else terms["cyclic_loss"]
 
 

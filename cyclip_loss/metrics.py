@@ -4,12 +4,13 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from cyclip_loss.batch import Ranks
 from cyclip_loss.inputs import check_features
 from cyclip_loss.numerics import rows_per_strip
 from cyclip_loss.options import boolean
 from cyclip_loss.ranks import collectives
 from cyclip_loss.ranks.agreement import check_ranks_agree
-from cyclip_loss.ranks.groups import Ranks, ranks_of
+from cyclip_loss.ranks.groups import ranks_of
 
 NAMES = (
     "inmodal_gap",
@@ -99,9 +100,9 @@ def _gather(pair: tuple[Tensor, Tensor], ranks: Ranks) -> tuple[tuple[Tensor, Te
         {"the function": "consistency_metrics"},
         uneven=True,
     )
-    gathered = collectives.start_gather(torch.cat(pair, dim=1), ranks)
-    assert gathered is not None
-    images, texts = collectives.finish_gather(gathered, ranks).tensor_split((d,), dim=1)
+    own = torch.cat(pair, dim=1)
+    gathered = collectives.finish_gather(collectives.start_gather(own, ranks), own, ranks)
+    images, texts = gathered.tensor_split((d,), dim=1)
     return (images, texts), ranks
 
 

@@ -29,8 +29,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from cyclip_loss import engines
 from cyclip_loss.inputs import caption_ids
-from cyclip_loss.loss import CyCLIPLoss, CySigLIPLoss, WithCyclicPenalty
+from cyclip_loss.loss import CyCLIPLoss, WithCyclicPenalty
 from cyclip_loss.options import DIST_IMPLS, IMPLS, SAME_IDS, PenaltyOptions
+from cyclip_loss.siglip import CySigLIPLoss
 from cyclip_loss.usage_warnings import PAPER_BATCH_SIZE, PAPER_LAMBDA
 
 Function = Callable[..., Any]

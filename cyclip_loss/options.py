@@ -3,7 +3,7 @@
 `cyclip_loss.CyCLIPLoss` documents them. A new option is a field with its check: of `CyCLIPLoss`, or
 here if the penalties or the log-sum-exps have it too. It needs a paragraph in the docstring of
 `CyCLIPLoss`. Ranks compare all options in the first call with a signature. An option that decides
-which collectives run belongs in `inputs._collective_signature`: then ranks compare again when it
+which collectives run belongs in the signature of `inputs.agree`: then ranks compare again when it
 changes.
 """
 
@@ -13,6 +13,7 @@ from dataclasses import KW_ONLY, dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
 
+from torch import nn
 from torch.distributed import ProcessGroup
 
 IMPLS = ("auto", "triton", "eager")
@@ -166,6 +167,46 @@ class PenaltyOptions(Options):
         """
         return self.lambda_inmodal + self.lambda_crossmodal > 0
 
-    def needs_cross(self, as_terms: bool) -> bool:
+    def needs_cross(self, output_dict: bool) -> bool:
         """Whether the penalties need the Gram matrix C: one by one, or with different weights."""
-        return as_terms or abs(self.lambda_inmodal - self.lambda_crossmodal) > 0
+        return output_dict or abs(self.lambda_inmodal - self.lambda_crossmodal) > 0
+
+    def weights(self, total: Any, one: Any) -> tuple[Any, Any]:
+        """The weights of N * P_in and N * P_cross, which are sums over all pairs of N rows.
+
+        lambda / N in the paper's formula, lambda * R / N^2 with a reference batch size R. total: N,
+        a number or a tensor; one: 1, as a number or a tensor.
+        """
+        weights = one * self.lambda_inmodal, one * self.lambda_crossmodal
+        reference = self._reference
+        if reference is None:
+            return weights[0] / total, weights[1] / total
+        return weights[0] * reference / (total * total), weights[1] * reference / (total * total)
+
+
+@dataclass(eq=False, repr=False)
+class Module(PenaltyOptions, nn.Module):
+    """The base of the modules. Options are attributes, and are checked when they are set."""
+
+    def __post_init__(self) -> None:
+        nn.Module.__init__(self)
+
+    def extra_repr(self) -> str:
+        """For `print(module)`: the lambdas, and the arguments that differ from their default."""
+        shown = [
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in fields(self)
+            if f.name.startswith("lambda_") or getattr(self, f.name) != f.default
+        ]
+        return ", ".join(shown)
+
+
+@dataclass(eq=False, repr=False)
+class ContrastiveModule(ContrastiveOptions, Module):
+    """The base of the contrastive losses, with the arguments that OpenCLIP's have in common."""
+
+    _: KW_ONLY
+    same_ids: str = option("ignored", one_of(SAME_IDS))
+    cache_labels: bool = option(False, boolean)
+    rank: int = option(0, integer)
+    world_size: int = option(1, integer)

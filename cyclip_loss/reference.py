@@ -24,12 +24,14 @@ def contrastive_loss(
     same_ids: str = "ignored",
     negative_image_features: Tensor | None = None,
     negative_text_features: Tensor | None = None,
+    negative_image_ids: Tensor | None = None,
+    negative_text_ids: Tensor | None = None,
 ) -> Tensor:
     """Symmetric cross-entropy over the pairs of a batch (Goel et al. 2022, eq. 1).
 
     image_features, text_features: (N, D); logit_scale: scalar, exp'd; ids, same_ids: as in
-    `one_way_loss`. Negative features, (M, D), are more columns for the features of the other kind.
-    Returns a scalar.
+    `one_way_loss`. Negative features, (M, D), are more columns for the features of the other kind;
+    their ids: (M,). Returns a scalar.
     """
     logits_per_image = logit_scale * image_features @ text_features.T  # (N, N)
     logits_per_text = logits_per_image.T
@@ -39,30 +41,52 @@ def contrastive_loss(
     if negative_image_features is not None:
         negative_logits = logit_scale * text_features @ negative_image_features.T
         logits_per_text = torch.cat((logits_per_text, negative_logits), dim=1)
-    image_to_text = one_way_loss(logits_per_image, ids, same_ids)
-    return (image_to_text + one_way_loss(logits_per_text, ids, same_ids)) / 2
+    image_to_text = one_way_loss(logits_per_image, ids, same_ids, negative_text_ids)
+    text_to_image = one_way_loss(logits_per_text, ids, same_ids, negative_image_ids)
+    return (image_to_text + text_to_image) / 2
 
 
-def one_way_loss(logits: Tensor, ids: Tensor | None = None, same_ids: str = "ignored") -> Tensor:
+def one_way_loss(
+    logits: Tensor,
+    ids: Tensor | None = None,
+    same_ids: str = "ignored",
+    negative_ids: Tensor | None = None,
+) -> Tensor:
     """Mean cross-entropy of row i finding column i.
 
-    logits: (N, N + M), of which the last M columns are further negatives; ids: (N,). Other columns
-    with the row's id are not negatives ("ignored"), or are found as well, with the mean over all
-    that are to be found ("positives": UniCL; L_out of Khosla et al. 2020, eq. 2).
+    logits: (N, N + M), of which the last M columns are further negatives, except for rows with
+    their id; ids: (N,); negative_ids: (M,). Other columns with the row's id are not negatives
+    ("ignored"), or are found as well, with the mean over all that are to be found ("positives":
+    UniCL; L_out of Khosla et al. 2020, eq. 2).
     """
     n = len(logits)
     if ids is not None and same_ids == "positives":
-        same = (ids[:, None] == ids).to(logits)
+        same = ids[:, None] == ids
+        logits = without_same_ids(logits, ids, negative_ids, among_pairs=False)
         return -(logits.log_softmax(dim=1)[:, :n] * same / same.sum(dim=1)).sum() / n
-    return F.cross_entropy(without_same_ids(logits, ids), torch.arange(n, device=logits.device))
+    logits = without_same_ids(logits, ids, negative_ids)
+    return F.cross_entropy(logits, torch.arange(n, device=logits.device))
 
 
-def without_same_ids(logits: Tensor, ids: Tensor | None) -> Tensor:
-    """The logits (N, N + M), with -inf where i and j < N have the same id and i != j."""
+def without_same_ids(
+    logits: Tensor,
+    ids: Tensor | None,
+    negative_ids: Tensor | None = None,
+    among_pairs: bool = True,
+) -> Tensor:
+    """The logits (N, N + M), with -inf where i and j have the same id and i != j.
+
+    negative_ids: (M,), of the last M columns; None: these have no id. among_pairs: whether columns
+    j < N count.
+    """
     if ids is None:
         return logits
-    same = (ids[:, None] == ids).fill_diagonal_(False)
-    return logits.masked_fill(F.pad(same, (0, logits.shape[1] - len(ids))), -torch.inf)
+    same = (ids[:, None] == ids).fill_diagonal_(False) & among_pairs
+    if negative_ids is None:
+        same = F.pad(same, (0, logits.shape[1] - len(ids)))
+    else:
+        same = torch.cat((same, ids[:, None] == negative_ids), dim=1)
+    return logits.masked_fill(same, -torch.inf)
 
 
 def contrastive_logsumexp(
@@ -71,17 +95,17 @@ def contrastive_logsumexp(
     logit_scale: Tensor,
     ids: Tensor | None = None,
     negative_text_features: Tensor | None = None,
+    negative_text_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The three results of `cyclip_loss.contrastive_logsumexp`, (N,) each."""
-    logits = logit_scale * image_features @ text_features.T  # (N, N)
-    is_pair = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
-    negatives = without_same_ids(logits, ids).masked_fill(is_pair, -torch.inf)
-    row_negatives = negatives
+    n = len(image_features)
+    columns = text_features
     if negative_text_features is not None:
-        row_negatives = torch.cat(
-            (negatives, logit_scale * image_features @ negative_text_features.T), 1
-        )
-    return row_negatives.logsumexp(dim=1), negatives.logsumexp(dim=0), logits.diagonal()
+        columns = torch.cat((text_features, negative_text_features))
+    logits = logit_scale * image_features @ columns.T  # (N, N + M)
+    is_pair = torch.eye(n, len(columns), dtype=torch.bool, device=logits.device)
+    negatives = without_same_ids(logits, ids, negative_text_ids).masked_fill(is_pair, -torch.inf)
+    return negatives.logsumexp(dim=1), negatives[:, :n].logsumexp(dim=0), logits.diagonal()
 
 
 def siglip_loss(
@@ -93,6 +117,8 @@ def siglip_loss(
     same_ids: str = "ignored",
     negative_image_features: Tensor | None = None,
     negative_text_features: Tensor | None = None,
+    negative_image_ids: Tensor | None = None,
+    negative_text_ids: Tensor | None = None,
 ) -> Tensor:
     """Sigmoid loss over all elements of the logits (Zhai et al. 2023, sec. 3.2).
 
@@ -106,12 +132,15 @@ def siglip_loss(
     positive = same if same_ids == "positives" else is_pair
     terms = F.softplus(torch.where(positive, -logits, logits), threshold=40.0)
     total = terms.masked_fill(same & ~positive, 0.0).sum()
-    for features, negatives in (
-        (image_features, negative_text_features),
-        (text_features, negative_image_features),
+    for features, negatives, negative_ids in (
+        (image_features, negative_text_features, negative_text_ids),
+        (text_features, negative_image_features, negative_image_ids),
     ):
         if negatives is not None:
             negative_logits = logit_scale * features @ negatives.T + logit_bias
+            if ids is not None and negative_ids is not None:
+                same = ids[:, None] == negative_ids
+                negative_logits = negative_logits.masked_fill(same, -torch.inf)
             total = total + F.softplus(negative_logits, threshold=40.0).sum()
     return total / n
 
@@ -143,20 +172,33 @@ def cyclip_loss(
     same_ids: str = "ignored",
     negative_image_features: Tensor | None = None,
     negative_text_features: Tensor | None = None,
+    negative_image_ids: Tensor | None = None,
+    negative_text_ids: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The terms of the CyCLIP loss, each already weighted; their sum is the loss.
 
     image_features, text_features and, for the in-modal contrastive term, both augmented features:
-    (N, D), rows of unit length; logit_scale: scalar, exp'd; ids, same_ids and the negatives: as in
-    `contrastive_loss`. reference_batch_size: both penalties are multiplied by it / N; None: the
+    (N, D), rows of unit length; logit_scale: scalar, exp'd; ids, same_ids, the negatives and their ids: as
+    in `contrastive_loss`. reference_batch_size: both penalties are multiplied by it / N; None: the
     paper's formula. inmodal_contrastive_weight: the in-modal term, times this weight, is added to
     CLIP's; None: their mean.
     """
     if reference_batch_size is not None:
         lambda_inmodal *= reference_batch_size / len(image_features)
         lambda_crossmodal *= reference_batch_size / len(image_features)
-    settings = (logit_scale, ids, same_ids, negative_image_features, negative_text_features)
-    terms = {"contrastive_loss": contrastive_loss(image_features, text_features, *settings)}
+    terms = {
+        "contrastive_loss": contrastive_loss(
+            image_features,
+            text_features,
+            logit_scale,
+            ids,
+            same_ids,
+            negative_image_features,
+            negative_text_features,
+            negative_image_ids,
+            negative_text_ids,
+        )
+    }
     if augmented_image_features is not None and augmented_text_features is not None:
         # Each row has to find its own augmented view.
         image_logits = logit_scale * image_features @ augmented_image_features.T

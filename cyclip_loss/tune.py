@@ -60,7 +60,7 @@ def calls(kernel: str, image: Tensor) -> Any:
     """
     (n, d), text, one = image.shape, image.flip(0), torch.ones((), device=image.device)
     logits, lse = Logits(image, text, 50 * one), 12 * one.repeat(n)  # about that of random logits
-    settings = (SavedStatistics(lse, lse, 0 * lse), one, 0.5 / n)
+    settings = (SavedStatistics(lse, lse, 0 * lse), one * 0.5 / n)
     grams = torch.randn(3, d, d, device=image.device)
     return {
         "contrastive_lse": [(logits,)],

@@ -44,46 +44,50 @@ def warn_once(subject: str, text: str, every_rank: bool = False) -> None:
     warnings.warn(f"{text} (more: {page})", CyCLIPWarning, stacklevel=level)
 
 
-def warn_of_strong_penalties(options: Any, batch: Any) -> None:
+def warn_of_strong_penalties(options: Any, total: int) -> None:
     """Warn if lambda * N is more than STRONG times the paper's 0.25 * 128.
 
-    With SigLIP's loss, the paper's strength is enough for a warning: it lowered the accuracy in our
-    experiment (reference_train/results/siglip). A reference batch size takes the place of N there,
-    and switches the warning off for other losses. While `torch.compile` traces, nothing is checked,
-    as compiled code would depend on N.
-
-    options: a `PenaltyOptions`; batch: a `Batch`.
+    A reference batch size switches the warning off. options: a `PenaltyOptions`; total: N.
     """
-    if torch.compiler.is_compiling():
-        return
-    reference, total = options.reference_batch_size, batch.total_pairs
-    weight = max(options.lambda_inmodal, options.lambda_crossmodal)
-    times = weight * (reference or total) / (PAPER_LAMBDA * PAPER_BATCH_SIZE)
-    if batch.one_way and times >= 1:
-        warn_once(
-            "strong SigLIP penalties",
-            f"lambda = {weight:g} is as strong as CyCLIP's, which lowered the accuracy of SigLIP's "
-            "loss in our experiment: try an eighth of it, or 0",
-        )
-    elif not batch.one_way and reference is None and times > STRONG:
+    times = _times_the_papers(options, total)
+    if options.reference_batch_size is None and times > STRONG:
         warn_once(
             "strong penalties",
-            f"lambda = {weight:g} in a batch of {total} is {times:.3g} times as strong as the "
-            f"paper's {PAPER_LAMBDA} in a batch of {PAPER_BATCH_SIZE}: the penalties grow with the "
-            f"batch. With reference_batch_size={PAPER_BATCH_SIZE} a lambda has the same effect at "
-            "every batch size. If you want the paper's formula: warnings.filterwarnings('ignore', "
-            "category=cyclip_loss.CyCLIPWarning)",
+            f"lambda = {_largest_lambda(options):g} in a batch of {total} is {times:.3g} times as "
+            f"strong as the paper's {PAPER_LAMBDA} in a batch of {PAPER_BATCH_SIZE}: the penalties "
+            f"grow with the batch. With reference_batch_size={PAPER_BATCH_SIZE} a lambda has the "
+            "same effect at every batch size. If you want the paper's formula: "
+            "warnings.filterwarnings('ignore', category=cyclip_loss.CyCLIPWarning)",
         )
 
 
-def warn_of_unused_weight(options: Any) -> None:
-    """Warn of a weight of the in-modal contrastive term in a call without augmented views."""
-    if not torch.compiler.is_compiling() and options.inmodal_contrastive_weight is not None:
+def warn_of_strong_siglip_penalties(options: Any, total: int) -> None:
+    """Warn of the paper's strength, which lowered the accuracy of SigLIP's loss in our experiment
+    (reference_train/results/siglip). The arguments are those of `warn_of_strong_penalties`.
+    """
+    if _times_the_papers(options, options.reference_batch_size or total) >= 1:
         warn_once(
-            "inmodal_contrastive_weight",
-            "inmodal_contrastive_weight has no effect in a call without augmented_image_features "
-            "and augmented_text_features",
+            "strong SigLIP penalties",
+            f"lambda = {_largest_lambda(options):g} is as strong as CyCLIP's, which lowered the "
+            "accuracy of SigLIP's loss in our experiment: try an eighth of it, or 0",
         )
+
+
+def _largest_lambda(options: Any) -> float:
+    return max(options.lambda_inmodal, options.lambda_crossmodal)  # type: ignore[no-any-return]
+
+
+def _times_the_papers(options: Any, total: int) -> float:
+    return _largest_lambda(options) * total / (PAPER_LAMBDA * PAPER_BATCH_SIZE)
+
+
+def warn_of_unused_weight() -> None:
+    """Warn of a weight of the in-modal contrastive term in a call without augmented views."""
+    warn_once(
+        "inmodal_contrastive_weight",
+        "inmodal_contrastive_weight has no effect in a call without augmented_image_features "
+        "and augmented_text_features",
+    )
 
 
 def warn_of_unusual_inputs(features: list[Tensor], logit_scale: Tensor | None) -> None:

@@ -12,7 +12,6 @@ from cyclip_loss.kernels.contrastive_lse import contrastive_lse
 from cyclip_loss.kernels.cyclic_grads import cyclic_grads
 from cyclip_loss.kernels.cyclic_terms import cyclic_terms
 from cyclip_loss.kernels.gram_matrices import MAX_D, gram_matrices
-from cyclip_loss.kernels.pair_terms import pair_terms
 from cyclip_loss.kernels.sigmoid_terms import sigmoid_terms
 
 __all__ = [
@@ -23,6 +22,5 @@ __all__ = [
     "cyclic_grads",
     "cyclic_terms",
     "gram_matrices",
-    "pair_terms",
     "sigmoid_terms",
 ]

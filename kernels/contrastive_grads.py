@@ -1,6 +1,6 @@
 """Gradients of the contrastive term: a kernel computes blocks of G, the library multiplies them.
 
-With l_ij = s * I_i . T_j, the log-sum-exps r, c of its rows and columns, and w = weight * grad:
+With l_ij = s * I_i . T_j, the vectors r, c of `SavedStatistics`, and the scalar w = unit:
 
     G_ij = pair_gradient_i if column j is row i's partner, 0 if it has the same id,
            else exp(l_ij - r_i) + exp(l_ij - c_j)
@@ -45,7 +45,7 @@ BLOCK_ELEMENTS = 2**28
 @triton.jit(
     do_not_specialize=["n", "m", "partner_offset", "num_pairs"],
     do_not_specialize_on_alignment=[
-        "logit_scale", "grad", "row_lse", "column_lse", "pair_gradient", "scale_partials",
+        "logit_scale", "unit", "row_lse", "column_lse", "pair_gradient", "scale_partials",
         "row_ids", "column_ids",
     ],
 )  # fmt: skip
@@ -55,7 +55,7 @@ def contrastive_grads_kernel(
     logit_scale,  # scalar
     row_ids,  # (n,) and (m,): G is 0 where they are equal, except for pairs; or both None
     column_ids,
-    gradient,  # out: weight * grad * s * G in whole tiles, rows `gradient_stride` apart
+    gradient,  # out: unit * s * G in whole tiles, rows `gradient_stride` apart
     n,
     m,
     d,  # a multiple of BK
@@ -64,15 +64,14 @@ def contrastive_grads_kernel(
     gradient_stride,
     partner_offset,  # row i < num_pairs is paired with column i + partner_offset
     num_pairs,
-    grad,  # scalar
+    unit,  # scalar
     row_lse,  # (n,)
     column_lse,  # (m,)
     pair_gradient,  # (n,): G where row i has a partner
     scale_partials,  # (tiles,) out: sum over the tile of 2^SHIFT * G_ij (I_i . T_j)
-    weight,  # with the factor 2^-SHIFT
     SYMMETRIC: tl.constexpr,
     NEEDS_SCALE: tl.constexpr,
-    SHIFT: tl.constexpr,  # if not 0, `gradient` is 2^SHIFT * G, without the weights
+    SHIFT: tl.constexpr,  # if not 0, `gradient` is 2^SHIFT * G, without the factors
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -85,7 +84,7 @@ def contrastive_grads_kernel(
     first_row = row_tile * BM
     logit_scale = tl.load(logit_scale)
     scale = logit_scale * LOG2_E
-    factor = tl.load(grad) * weight * logit_scale
+    factor = tl.load(unit) * logit_scale
     rows = first_row + tl.arange(0, BM)
     first_pair = first_row + partner_offset
     # The offset of the tile has 64 bits, offsets within it 32.
@@ -125,13 +124,13 @@ def contrastive_grads_kernel(
         tl.store(scale_partials + tl.program_id(0), tile_sum)
 
 
-@triton.jit(do_not_specialize=["length"], do_not_specialize_on_alignment=["grad", "scale_grad"])
+@triton.jit(do_not_specialize=["length"], do_not_specialize_on_alignment=["unit", "scale_grad"])
 def scale_grad_kernel(
     scale_partials,  # (length,)
-    grad,  # scalar
-    scale_grad,  # scalar out: weight * grad * the sum of all parts
+    unit,  # scalar
+    scale_grad,  # scalar out: unit * 2^-SHIFT * the sum of all parts
     length,
-    weight,
+    SHIFT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """A single program, so that the sum has a fixed order."""
@@ -139,7 +138,7 @@ def scale_grad_kernel(
     for start in range(0, length, BLOCK):
         index = start + tl.arange(0, BLOCK)
         total += tl.load(scale_partials + index, mask=index < length, other=0.0)
-    tl.store(scale_grad, tl.sum(total, axis=0) * weight * tl.load(grad))
+    tl.store(scale_grad, tl.sum(total, axis=0) * tl.load(unit) / (1 << SHIFT))
 
 
 def num_tiles(logits: Logits, config: Config) -> int:
@@ -217,15 +216,13 @@ def multiplied_blocks(
 def contrastive_grads(
     logits: Logits,
     saved: SavedStatistics,
-    grad: Tensor,
-    weight: float,
+    unit: Tensor,
     needs: list[bool],
     float32_grads: bool,
 ) -> Gradients:
     """As `eager.contrastive_grads`."""
     features, needs_scale = logits.row_features, needs[2]
     shift, with_ids = float16_shift(features), logits.row_ids is not None
-    weight *= 2.0**-shift
     config = config_for("contrastive_grads", features, with_ids)
     tiles = num_tiles(logits, config)
     scale_partials = saved.row_lse.new_empty(tiles if needs_scale else 0)
@@ -233,7 +230,7 @@ def contrastive_grads(
     def own_arguments(start: int, left: int, tiles_before: int) -> tuple[Any, ...]:
         lse = saved.row_lse[start:], saved.column_lse[left:]
         partials = scale_partials[tiles_before:]
-        return grad, *lse, saved.pair_gradient[start:], partials, weight
+        return unit, *lse, saved.pair_gradient[start:], partials
 
     with on_device_of(features):
         row_grad, column_grad = multiplied_blocks(
@@ -243,12 +240,14 @@ def contrastive_grads(
             own_arguments,
             {"SYMMETRIC": logits.symmetric, "NEEDS_SCALE": needs_scale},
             needs,
-            grad * logits.logit_scale * weight if shift else None,
+            unit * logits.logit_scale * 2.0**-shift if shift else None,
             torch.float32 if float32_grads else features.dtype,
         )
         scale_grad = scale_partials.new_empty(() if needs_scale else (0,))
         if needs_scale:
-            scale_grad_kernel[(1,)](scale_partials, grad, scale_grad, tiles, weight, **SUM.kwargs)
+            scale_grad_kernel[(1,)](
+                scale_partials, unit, scale_grad, tiles, SHIFT=shift, **SUM.kwargs
+            )
     return Gradients(row_grad, column_grad, scale_grad)
 
 

@@ -50,11 +50,11 @@ def cyclic_terms_kernel(
     partials,  # (2, length)
     weight_inmodal,  # scalars: numbers or pointers to them
     weight_crossmodal,
-    inmodal_term,  # scalar out: without AS_TERMS, the sum of both terms
+    inmodal_term,  # scalar out: without OUTPUT_DICT, the sum of both terms
     crossmodal_term,  # scalar out
     length,
     WITH_CROSS: tl.constexpr,
-    AS_TERMS: tl.constexpr,
+    OUTPUT_DICT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     p_sum = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -69,23 +69,23 @@ def cyclic_terms_kernel(
     # Sums of squares, which rounding must not make negative. NaN stays NaN.
     inmodal = tl.where(p + q < 0.0, 0.0, p + q) * (scalar(weight_inmodal) * 0.5)
     crossmodal = tl.where(p - q < 0.0, 0.0, p - q) * (scalar(weight_crossmodal) * 0.5)
-    if AS_TERMS:
+    if OUTPUT_DICT:
         tl.store(inmodal_term, inmodal)
         tl.store(crossmodal_term, crossmodal)
     else:
         tl.store(inmodal_term, inmodal + crossmodal)
 
 
-def cyclic_terms(grams: Tensor, weights: list[Tensor], as_terms: bool) -> list[Tensor]:
+def cyclic_terms(grams: Tensor, weights: list[Tensor], output_dict: bool) -> list[Tensor]:
     """As `eager.cyclic_terms`."""
     with_cross, d = len(grams) == 3, grams.shape[1]
     programs = ceil_div(d, TRACES.tile["BD"]) ** 2
     partials = grams.new_empty(2, programs)
-    terms = [grams.new_empty(()) for _ in range(1 + as_terms)]
+    terms = [grams.new_empty(()) for _ in range(1 + output_dict)]
     with on_device_of(grams):
         traces_kernel[(programs,)](grams, partials, d, WITH_CROSS=with_cross, **TRACES.kwargs)
         cyclic_terms_kernel[(1,)](
             partials, *map(number_or_pointer, weights), terms[0], terms[-1], programs,
-            WITH_CROSS=with_cross, AS_TERMS=as_terms, **SUM.kwargs,
+            WITH_CROSS=with_cross, OUTPUT_DICT=output_dict, **SUM.kwargs,
         )  # fmt: skip
     return terms

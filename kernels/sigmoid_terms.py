@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cyclip_loss.kernels.configs import config_for
 from cyclip_loss.kernels.contrastive_grads import multiplied_blocks, num_tiles
-from cyclip_loss.kernels.tiles import same_ids, sigmoid, softplus, split, sum_of, tile_product
+from cyclip_loss.kernels.tiles import sigmoid, softplus, split, sum_of, tile_product
 from cyclip_loss.logits import Gradients, Logits
 from cyclip_loss.numerics import float16_shift, on_device_of
 
@@ -48,7 +48,7 @@ def sigmoid_terms_kernel(
     partials,  # (3, all_tiles) out: of the tiles, sums of the loss, of G, and of G_ij (I_i . T_j)
     all_tiles,
     POSITIVES: tl.constexpr,
-    HAS_NEGATIVES: tl.constexpr,  # extra ones, with POSITIVES: ids below 0 have no positives
+    HAS_NEGATIVES: tl.constexpr,  # extra ones, whose ids are below 0
     SHIFT: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
@@ -76,13 +76,21 @@ def sigmoid_terms_kernel(
         is_positive = partner[:, None] == columns[None, :]
         counts = (rows < n)[:, None] & (columns < m)[None, :]
         if row_ids is not None:
-            same = same_ids(row_ids, column_ids, rows, columns, n, m) & ~is_positive
+            row_id = tl.load(row_ids + tl.minimum(rows, n - 1))[:, None]
+            column_id = tl.load(column_ids + tl.minimum(columns, m - 1))[None, :]
             if HAS_NEGATIVES:
-                row_id = tl.load(row_ids + tl.minimum(rows, n - 1))
-                is_positive |= same & (row_id >= 0)[:, None]
-            elif POSITIVES:
-                is_positive |= same
-            counts &= is_positive | ~same
+                left_out = tl.abs(row_id) == tl.abs(column_id)
+                # Extra images and extra texts leave out each other.
+                left_out = (left_out | ((row_id < 0) & (column_id < 0))) & ~is_positive
+            else:
+                left_out = (row_id == column_id) & ~is_positive
+            if POSITIVES:
+                # Only among pairs do positives have equal ids.
+                other_positives = left_out & (row_id == column_id)
+                if HAS_NEGATIVES:
+                    other_positives &= row_id > 0
+                is_positive |= other_positives
+            counts &= is_positive | ~left_out
         # -inf has no loss and no gradient.
         x = tl.where(counts, tl.where(is_positive, -x, x), -float("inf"))
         loss_sum += sum_of(softplus(x))
@@ -99,7 +107,7 @@ def sigmoid_terms_kernel(
 
 
 def sigmoid_terms(
-    logits: Logits, logit_bias: Tensor, positives: bool, weight: float, needs: list[bool]
+    logits: Logits, logit_bias: Tensor, weight: float, needs: list[bool]
 ) -> tuple[Tensor, Gradients]:
     """As `eager.sigmoid_terms`. If no gradient is needed, G is not multiplied."""
     features = logits.row_features
@@ -116,7 +124,7 @@ def sigmoid_terms(
             logits,
             config,
             lambda start, left, tiles_before: (logit_bias, partials[:, tiles_before:], tiles),
-            {"POSITIVES": positives, "HAS_NEGATIVES": positives and logits.has_extra_negatives},
+            {"POSITIVES": logits.positives, "HAS_NEGATIVES": logits.has_extra_negatives},
             needs,
             logits.logit_scale * (weight * 2.0 ** -float16_shift(features)),
             torch.float32,

@@ -186,7 +186,6 @@ def set_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for config, size, value in (
         (configs.JOIN_LSE, "TILES", 2),
-        (configs.PAIR_TERMS, "BLOCK", 32),
         (configs.SUM, "BLOCK", 2),
     ):
         for sizes in (config.tile, config.kwargs):  # `kwargs` is a copy, made once

@@ -23,7 +23,6 @@ from cyclip_loss.logits import (
     Gradients,
     Logits,
     LogSumExps,
-    PairTerms,
     SavedStatistics,
 )
 from cyclip_loss.numerics import accumulation_dtype, float16_shift, rows_per_strip, strips
@@ -105,54 +104,24 @@ def softplus(x: Tensor) -> Tensor:
     return F.softplus(x, threshold=40.0)
 
 
-def pair_terms(
-    row_negatives_lse: Tensor,
-    column_negatives_lse: Tensor,
-    pair_logits: Tensor,
-    column_pair_logits: Tensor,
-    partner_offset: int,
-    weight: float,
-) -> PairTerms:
-    """The loss, complete log-sum-exps, and G of the pairs, from the negatives and the pair logits.
-
-    row_negatives_lse, pair_logits: (n,); column_negatives_lse, column_pair_logits: (m,), of all
-    columns. Row i is paired with column `i + partner_offset`. With empty column_negatives_lse only
-    rows count. The formulas are in `terms/contrastive.py`.
-    """
-    n = len(row_negatives_lse)
-    negatives_lse = row_negatives_lse[None]
-    column_lse = column_negatives_lse
-    if column_negatives_lse.shape[0] > 0:
-        own_columns = column_negatives_lse[partner_offset : partner_offset + n]
-        negatives_lse = torch.stack((row_negatives_lse, own_columns))
-        column_lse = torch.logaddexp(column_negatives_lse, column_pair_logits)
-    # NaN for an infinite pair logit, which would look perfectly matched.
-    margins = (negatives_lse - pair_logits) + (pair_logits - pair_logits)
-    loss = softplus(margins).sum() * weight
-    row_lse = torch.logaddexp(row_negatives_lse, pair_logits)
-    return PairTerms(loss, row_lse, column_lse, -margins.sigmoid().sum(dim=0))
-
-
 def contrastive_grads(
     logits: Logits,
     saved: SavedStatistics,
-    grad: Tensor,
-    weight: float,
+    unit: Tensor,
     needs: list[bool],
     float32_grads: bool,
 ) -> Gradients:
-    """Gradients of w * (sum_i r_i + sum_j c_j - 2 * sum_i l_ii) with w = grad * weight.
+    """Gradients of a contrastive term, whose logits have the gradient `unit` * G.
 
-    r = `saved.row_lse` and c = `saved.column_lse` are log-sum-exps of all logits of a row or a
-    column, other ranks' included. G_ij is pair_gradient_i if column j is row i's partner, 0 if it
-    has row i's id, and otherwise
+    With r = `saved.row_lse` and c = `saved.column_lse`, G_ij is pair_gradient_i if column j is row
+    i's partner, 0 if it has row i's id, and otherwise
 
         G_ij = exp(l_ij - r_i) + exp(l_ij - c_j)
-        dI = w * s * G T,   dT = w * s * G^T I,   ds = w * sum_ij G_ij (I_i . T_j)
+        dI = unit * s * G T,   dT = unit * s * G^T I,   ds = unit * sum_ij G_ij (I_i . T_j)
 
     Without `symmetric` the columns' terms are left out.
 
-    grad: scalar of the accumulation dtype; needs: which of the three are needed. dI and dT have the
+    unit: scalar of the accumulation dtype; needs: which of the three are needed. dI and dT have the
     features' dtype or, with `float32_grads`, the accumulation dtype (for sums across ranks).
     """
     column_features = _columns_to_multiply(logits)
@@ -160,7 +129,7 @@ def contrastive_grads(
     dtype = accumulation_dtype(column_features.dtype)
     strips_of_g = _contrastive_strips(logits, saved, column_features)
     grad_dtype = dtype if float32_grads else logits.row_features.dtype
-    factor = grad * (weight * 2.0**-shift)
+    factor = unit * 2.0**-shift
     return _multiplied(strips_of_g, logits, column_features, factor, needs, grad_dtype)
 
 
@@ -220,8 +189,30 @@ def _multiplied(
     return Gradients(row_grad, column_grad, scale_grad)
 
 
+def same_id_masks(logits: Logits, start: int, stop: int) -> tuple[Tensor | None, Tensor | None]:
+    """Which elements of SigLIP's logits are positives beside the pairs, and which are left out.
+
+    Rows `start` to `stop` and all columns, (stop - start, m) each, or None for no element. Elements
+    with the same id are positives with `positives`, else left out. Extra negatives, whose ids are
+    below 0, are never positives; those of images and those of texts leave out each other.
+    """
+    if logits.row_ids is None or logits.column_ids is None:
+        return None, None
+    rows, columns = logits.row_ids[start:stop, None], logits.column_ids
+    extra = logits.has_extra_negatives
+    same = rows.abs() == columns.abs() if extra else rows == columns
+    _pairs(same, start, logits)[0].fill_(False)
+    if not extra:
+        return (same, None) if logits.positives else (None, same)
+    left_out = same | ((rows < 0) & (columns < 0))
+    if not logits.positives:
+        return None, left_out
+    is_positive = same & (rows > 0) & (columns > 0)
+    return is_positive, left_out ^ is_positive
+
+
 def sigmoid_terms(
-    logits: Logits, logit_bias: Tensor, positives: bool, weight: float, needs: list[bool]
+    logits: Logits, logit_bias: Tensor, weight: float, needs: list[bool]
 ) -> tuple[Tensor, Gradients]:
     """The sums of SigLIP's loss and of G over a block, (2,), and gradients times `weight`.
 
@@ -230,8 +221,7 @@ def sigmoid_terms(
         loss = sum_ij log(1 + exp(-y_ij l_ij))        G_ij = -y_ij / (1 + exp(y_ij l_ij))
         dI = w s G T,   dT = w s G^T I,   ds = w sum_ij G_ij (I_i . T_j)
 
-    Other elements with the same id are left out or, with `positives`, have y = 1. Extra negatives
-    have ids below 0. Those with the same id are left out in both cases.
+    `same_id_masks` says which other elements have y = 1, and which are left out.
 
     logit_bias: scalar; needs: which gradients are needed, of rows, columns and scale. If none is,
     G is not computed, and its sum is 0. The gradients are in the accumulation dtype.
@@ -248,14 +238,11 @@ def sigmoid_terms(
     def strips_of_g() -> Iterator[tuple[int, int, Tensor, Tensor]]:
         for start, stop, strip_features, strip, gradient in _logit_strips(logits, column_features):
             strip.add_(logit_bias)
-            is_positive, same = None, logits.same_ids(start, stop)
-            if same is not None:
-                _pairs(same, start, logits)[0].fill_(False)
-                if positives:
-                    is_positive = same.clone()
-                    is_positive[max(0, logits.num_pairs - start) :] = False  # extra negatives
-                    same ^= is_positive
-                strip.masked_fill_(same, -torch.inf)
+            pairs = _pairs(strip, start, logits)[0]
+            pairs.add_(pairs - pairs)  # NaN for an infinite logit, which may have no loss
+            is_positive, left_out = same_id_masks(logits, start, stop)
+            if left_out is not None:
+                strip.masked_fill_(left_out, -torch.inf)
             negate_positives(strip, start, is_positive)
             loss.add_(softplus(strip).sum())
             if any(needs):
@@ -267,8 +254,7 @@ def sigmoid_terms(
     grads = _multiplied(
         strips_of_g(), logits, column_features, factor, needs, logits.logit_scale.dtype
     )
-    # An infinite feature may give a logit without loss.
-    return sums + logits.zero_or_nan(sums.dtype), grads
+    return sums, grads
 
 
 def gram_matrices(image_features: Tensor, text_features: Tensor, with_cross: bool) -> Tensor:
@@ -290,8 +276,8 @@ def gram_matrices(image_features: Tensor, text_features: Tensor, with_cross: boo
     return grams
 
 
-def cyclic_terms(grams: Tensor, weights: list[Tensor], as_terms: bool) -> list[Tensor]:
-    """Both weighted penalties if `as_terms`, else [their sum] (Goel et al. 2022, eq. 2 and 3).
+def cyclic_terms(grams: Tensor, weights: list[Tensor], output_dict: bool) -> list[Tensor]:
+    """Both weighted penalties if `output_dict`, else [their sum] (Goel et al. 2022, eq. 2 and 3).
 
         p = <A, B>_F,  q = <C, C^T>_F,  N * P_in = (p + q) / 2,  N * P_cross = (p - q) / 2
 
@@ -307,7 +293,7 @@ def cyclic_terms(grams: Tensor, weights: list[Tensor], as_terms: bool) -> list[T
     # Both are sums of squares. Rounding must not make them negative; `clamp` keeps NaN.
     inmodal = (p + q).clamp_(min=0) * (weights[0] / 2)
     crossmodal = (p - q).clamp_(min=0) * (weights[1] / 2)
-    return [inmodal, crossmodal] if as_terms else [inmodal + crossmodal]
+    return [inmodal, crossmodal] if output_dict else [inmodal + crossmodal]
 
 
 def cyclic_grads(

@@ -1,4 +1,4 @@
-"""The interface of an engine: seven functions.
+"""The interface of an engine: six functions.
 
 `eager.py` and, as `cyclip_loss.kernels`, the Triton kernels define them. The formulas and shapes
 are in `eager.py`, the records in `cyclip_loss/logits.py`.
@@ -12,7 +12,6 @@ from cyclip_loss.logits import (
     Gradients,
     Logits,
     LogSumExps,
-    PairTerms,
     SavedStatistics,
 )
 
@@ -23,30 +22,18 @@ class Engine(Protocol):
     def contrastive_lse(self, logits: Logits) -> LogSumExps:
         """Log-sum-exps of the negatives of each row and column, and the pairs' logits."""
 
-    def pair_terms(
-        self,
-        row_negatives_lse: Tensor,
-        column_negatives_lse: Tensor,
-        pair_logits: Tensor,
-        column_pair_logits: Tensor,
-        partner_offset: int,
-        weight: float,
-    ) -> PairTerms:
-        """The loss and complete log-sum-exps, from those of the negatives and the pair logits."""
-
     def contrastive_grads(
         self,
         logits: Logits,
         saved: SavedStatistics,
-        grad: Tensor,
-        weight: float,
+        unit: Tensor,
         needs: list[bool],
         float32_grads: bool,
     ) -> Gradients:
         """Gradients of the contrastive term."""
 
     def sigmoid_terms(
-        self, logits: Logits, logit_bias: Tensor, positives: bool, weight: float, needs: list[bool]
+        self, logits: Logits, logit_bias: Tensor, weight: float, needs: list[bool]
     ) -> tuple[Tensor, Gradients]:
         """Sums of SigLIP's loss and of the gradient of the logits, (2,), and gradients."""
 
@@ -55,8 +42,8 @@ class Engine(Protocol):
     ) -> Tensor:
         """A, B and, if `with_cross`, C: (2 or 3, D, D)."""
 
-    def cyclic_terms(self, grams: Tensor, weights: list[Tensor], as_terms: bool) -> list[Tensor]:
-        """Both weighted penalties if `as_terms`, else [their sum]."""
+    def cyclic_terms(self, grams: Tensor, weights: list[Tensor], output_dict: bool) -> list[Tensor]:
+        """Both weighted penalties if `output_dict`, else [their sum]."""
 
     def cyclic_grads(
         self,

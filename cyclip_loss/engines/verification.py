@@ -35,7 +35,7 @@ from cyclip_loss.usage_warnings import warn_once
 SCALARS = {
     "logit_scale": 20.0,
     "logit_bias": -5.0,
-    "grad": 1.5,
+    "unit": 1.5,
     "grads[0]": 1.5,
     "grads[1]": 3.0,
     "weights[0]": 0.03,
@@ -171,7 +171,7 @@ class VerifiedKernels:
         return 10 * _sign(value) if name == "partner_offset" else value
 
     def _statistics_of(self, logits: Logits) -> SavedStatistics:
-        """About what `pair_terms` gives for these logits."""
+        """About what a loss gives for these logits."""
         lse = self.eager.contrastive_lse(tree_map(_widened, logits))
         row_lse = torch.logaddexp(lse.row_negatives_lse, lse.pair_logits)
         pair_gradient = -torch.sigmoid(lse.pair_logits - 5)

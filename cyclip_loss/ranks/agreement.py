@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from cyclip_loss.batch import Ranks
 from cyclip_loss.numerics import on_device_of
 from cyclip_loss.options import Options
 from cyclip_loss.ranks.collectives import finish_gather, is_gloo_on_gpu, start_gather
-from cyclip_loss.ranks.groups import Ranks
 
 # For each group, the signatures of the calls that its ranks have agreed on.
 _agreed: WeakKeyDictionary[ProcessGroup, set[Hashable]] = WeakKeyDictionary()
@@ -26,12 +26,13 @@ def check_ranks_agree(
     signature: dict[str, Hashable],
     options: Options | None = None,
     uneven: bool = False,
+    traced: bool = False,
 ) -> tuple[Ranks, Ranks]:
     """Compare the call with the other ranks'; return the ranks twice, with numbers of rows.
 
     Ranks compare in the first call with a signature and, with `uneven`, in every call. The host
     waits for the comparison. Other calls are not checked. Without `uneven`, nothing is compared
-    while `torch.compile` traces.
+    while the call is `traced`.
 
     features: (n, D), this rank's. Their D, dtype and device type have to agree. num_rows: how many
     pairs this rank has, and how many extra negatives reach other ranks, by the arguments' names.
@@ -50,13 +51,13 @@ def check_ranks_agree(
         "the device type": features.device.type,
     }
     # Older versions of torch.compile can't look up a group in a dictionary.
-    if not uneven and (torch.compiler.is_compiling() or _have_agreed(ranks, signature)):
+    if not uneven and (traced or _have_agreed(ranks, signature)):
         (pairs_name, num_pairs), *_ = num_rows.items()
         if num_pairs == 0:
             raise ValueError(f"{pairs_name} have 0 rows: that needs uneven=True")
         return ranks, ranks
     compare: Any = _compare
-    if torch.compiler.is_compiling():
+    if traced:
         # Not in eager mode: this imports PyTorch's compiler, and with it functions whose default
         # arguments keep the default process group alive after its destruction. Gloo's threads
         # would run on, and may abort a process that ends soon.
@@ -90,9 +91,9 @@ def _compare(
     device = torch.device("cpu") if is_gloo_on_gpu(features, ranks) else features.device
     rows = [*num_rows.values(), 0][:2]  # two, so that calls of different functions are compared
     sent = [int.from_bytes(digest, "big"), *rows]
-    gathered = start_gather(torch.tensor([sent], dtype=torch.int64, device=device), ranks)
-    assert gathered is not None
-    digests, *counts = zip(*finish_gather(gathered, ranks).tolist(), strict=True)
+    own_numbers = torch.tensor([sent], dtype=torch.int64, device=device)
+    gathered = finish_gather(start_gather(own_numbers, ranks), own_numbers, ranks)
+    digests, *counts = zip(*gathered.tolist(), strict=True)
 
     values: dict[str, Sequence[Any]] = {}
     if len(set(digests)) > 1:

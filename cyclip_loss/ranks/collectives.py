@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cyclip_loss.batch import Ranks
 from cyclip_loss.numerics import on_device_of
-from cyclip_loss.ranks.groups import Ranks
 
 _collectives: Any = torch.ops._c10d_functional
 
@@ -43,24 +43,32 @@ def all_reduce(tensor: Tensor, op: str, ranks: Ranks) -> Tensor:
     return wait(start_all_reduce(tensor, op, ranks)) if ranks.size > 1 else tensor
 
 
-def all_reduce_lse(
-    values: Tensor, pair_logits: Tensor, columns: slice, ranks: Ranks
-) -> tuple[Tensor, Tensor]:
-    """The elementwise log-sum-exp of all ranks' `values`, and the pair logits of all columns.
-
-    values: (N,); pair_logits: (n,), of these columns, which are this rank's. They are sent in the
-    all-reduce of the maxima. Columns without a pair get -inf.
-    """
-    placed = torch.full_like(values, -torch.inf)
-    placed[columns] = pair_logits
-    maxima = all_reduce(torch.stack((values, placed)), "max", ranks)
+def all_reduce_lse(values: Tensor, ranks: Ranks) -> Tensor:
+    """The elementwise log-sum-exp of all ranks' `values`."""
     # Finite, so that a column without negatives has a sum of 0.
-    reference = maxima[0].clamp(min=torch.finfo(values.dtype).min)
-    sums = all_reduce((values - reference).exp(), "sum", ranks)
-    return sums.log() + reference, maxima[1]
+    reference = all_reduce(values, "max", ranks).clamp(min=torch.finfo(values.dtype).min)
+    return all_reduce((values - reference).exp(), "sum", ranks).log() + reference
 
 
-def start_gather(features: Tensor, ranks: Ranks) -> Tensor | None:
+def sum_of_ranks(own: Tensor, ranks: Ranks) -> Tensor:
+    """The sum of all ranks' scalars, whose gradients DDP averages."""
+    if ranks.size == 1:
+        return own
+    return _SumOfRanks.apply(own, ranks)  # type: ignore[no-untyped-call,no-any-return]
+
+
+class _SumOfRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, ranks: Ranks) -> Tensor:
+        ctx.size = ranks.size
+        return all_reduce(own, "sum", ranks)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.size, None
+
+
+def start_gather(features: Tensor, ranks: Ranks, traced: bool = False) -> Tensor | None:
     """Start to gather all ranks' rows, for `finish_gather`; None in one process."""
     if ranks.size == 1:
         return None
@@ -68,7 +76,7 @@ def start_gather(features: Tensor, ranks: Ranks) -> Tensor | None:
     # Without `out`, gloo runs allgather_coalesced, which reads GPU memory from the host. It can
     # crash, too: gloo's threads assign its name, long enough to be on the heap, without a lock.
     # Compiled code keeps that form, as Inductor may reuse `block` before the other form reads it.
-    if is_gloo_on_gpu(block, ranks) or (block.is_cpu and not torch.compiler.is_compiling()):
+    if is_gloo_on_gpu(block, ranks) or (block.is_cpu and not traced):
         out = block.new_empty(ranks.size * block.shape[0], *block.shape[1:])
         gather = _collectives.all_gather_into_tensor_out
         return gather(block, ranks.size, ranks.group_name, out=out)  # type: ignore[no-any-return]
@@ -76,8 +84,10 @@ def start_gather(features: Tensor, ranks: Ranks) -> Tensor | None:
     return gather(block, ranks.size, ranks.group_name)  # type: ignore[no-any-return]
 
 
-def finish_gather(gathered: Tensor, ranks: Ranks) -> Tensor:
-    """(N, D), the rows of every rank in order."""
+def finish_gather(gathered: Tensor | None, own: Any, ranks: Ranks) -> Any:
+    """(N, D), the rows of every rank in order; this rank's `own` if nothing was gathered."""
+    if gathered is None:
+        return own
     gathered = wait(gathered)
     if ranks.counts is None:
         return gathered

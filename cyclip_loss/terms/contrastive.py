@@ -1,29 +1,29 @@
-"""The contrastive term and its autograd: a rank's image rows against the texts of all ranks.
+"""The log-sum-exps of a contrastive term with their autograd, and CLIP's loss, a formula of them.
 
-With l_ij = s * I_i . T_j, r_i and c_j the log-sum-exps of the rows and columns of l, and N pairs:
+With l_ij = s * I_i . T_j, and sums over the *negatives* of row i and column j, without the pair:
 
-    symmetric   L = 1/(2N) * (sum_i r_i + sum_j c_j - 2 * sum_i l_ii)     (Goel et al. 2022, eq. 1)
-    one way     L = 1/N * (sum_i r_i - sum_i l_ii)
+    a_i = log sum_{j != i} exp(l_ij)      b_j = log sum_{i != j} exp(l_ij)      l_ii
 
-For a confidently matched pair, r_i - l_ii and exp(l_ii - r_i) - 1 would lose all digits. So the
-sums run over *negatives*: a_i, b_j are the log-sum-exps of row i and column j without the pair.
+For a confidently matched pair, the log-sum-exp r_i of the whole row is close to l_ii, and their
+difference would lose all digits. CLIP's loss for N pairs (Goel et al. 2022, eq. 1) is
 
-    r_i - l_ii            = log(1 + exp(a_i - l_ii))
-    exp(l_ii - r_i) - 1   = -1 / (1 + exp(l_ii - a_i))
+    L = 1/(2N) * sum_i softplus(a_i - l_ii) + softplus(b_i - l_ii)
+    because  r_i - l_ii = log(1 + exp(a_i - l_ii)) = softplus(a_i - l_ii)
+
+Given the upstream gradients g_i of a_i, h_j of b_j, and e_i of l_ii, the gradient of l_ij is
+
+    G_ij = g_i exp(l_ij - a_i) + h_j exp(l_ij - b_j)      G_ii = e_i
+
+and g_i exp(l_ij - a_i) = exp(l_ij - (a_i - ln g_i)). So engines compute G_ij from two vectors,
+whatever the loss is.
 
 Forward saves the features and vectors of N elements, no N x N matrix. Backward computes the logits
-again: 8 N^2 D flops in all, where dense autograd takes 6 N^2 D.
-
-With the N pairs spread over W ranks, the columns reach the rows by a strategy (`ranks/`).
-
-Extra negatives are rows and columns without a pair, after the pairs. Their own log-sum-exps are
-not part of the loss, so backward gets inf for them. That makes their part of G, the gradient of the
-logits, zero (`eager.contrastive_grads`).
-
-Gradients are summed across ranks in the accumulation dtype. Except for the gather, communication is
-inside the operators, where `torch.compile` does not see it. If it were traced, a ring would keep
-every block for backward, and a rank without rows would drop collectives whose results it does not
-use.
+again: 8 N^2 D flops in all, where dense autograd takes 6 N^2 D. Small batches are dense
+(`dense.py`). With the N pairs spread over ranks, `ranks/exchange.py` brings rows and columns
+together. Gradients are summed across ranks in the accumulation dtype. Except for the gather,
+communication is inside the operators, where `torch.compile` does not see it. If it were traced, a
+ring would keep every block for backward, and a rank without rows would drop collectives whose
+results it does not use.
 """
 
 from functools import partial
@@ -34,14 +34,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cyclip_loss import engines
+from cyclip_loss.batch import Batch, Plan, Ranks
 from cyclip_loss.logits import ALL_ROWS, Gradients, Logits, SavedStatistics
 from cyclip_loss.numerics import without_autocast
-from cyclip_loss.plan import Batch, Plan
-from cyclip_loss.ranks import STRATEGIES, collectives
-from cyclip_loss.ranks.groups import Ranks
+from cyclip_loss.ranks import collectives
+from cyclip_loss.ranks.exchange import STRATEGIES
 from cyclip_loss.terms import dense
+from cyclip_loss.terms.ids import ids_with_negatives, ranks_of_extra_texts
 from cyclip_loss.terms.operators import Operator, empty_grad_like
-from cyclip_loss.terms.positives import Positives
+from cyclip_loss.terms.positives import Positives, without_positives
 
 
 class Gathers(NamedTuple):
@@ -49,88 +50,66 @@ class Gathers(NamedTuple):
 
     column_features: list[Tensor | None]  # of each contrastive term
     ids: Tensor | None
-
-
-class Term(NamedTuple):
-    """How a contrastive term is computed, in types that an operator can take."""
-
-    partner_offset: int  # this and the next two: as in `Logits`
-    symmetric: bool
-    num_pairs: int
-    # What the sum over rows and columns is divided by: 2N, or N one way. For log-sum-exps W, as
-    # their upstream gradients are those of the rank's own loss.
-    divisor: int
-    positives: bool  # whether rows with the same id are positives, not ignored
-    engine: str  # as in `Plan`
-    strategy: str
-    traced: bool
-    group_name: str  # this and the next three: `Ranks`, with the numbers of columns
-    rank: int
-    size: int
-    counts: list[int] | None
-
-    @property
-    def directions(self) -> int:
-        """How many log-sum-exps each pair is part of."""
-        return 2 if self.symmetric else 1
-
-
-def ranks_of_columns(term: Term) -> Ranks:
-    """The ranks, with the numbers of columns. (PyTorch 2.8 can't trace a property of a tuple.)"""
-    return Ranks(term.group_name, term.rank, term.size, term.counts)
+    extra_text_ids: Tensor | None
 
 
 def start_gathers(batch: Batch, plan: Plan) -> Gathers:
-    """Start to gather the columns of every contrastive term and the ids, for `terms`."""
+    """Start to gather the columns of every contrastive term, and the ids."""
+    gathers_columns = STRATEGIES[plan.strategy].gathers_columns
+
+    def started(own: Tensor | None, ranks: Ranks) -> Tensor | None:
+        return None if own is None else collectives.start_gather(own, ranks, batch.traced)
+
     column_features = [
-        collectives.start_gather(features, ranks) if plan.strategy == "gather" else None
+        started(features, ranks) if gathers_columns else None
         # `column_ranks` may be longer.
         for features, ranks in zip(batch.column_features, batch.column_ranks)  # noqa: B905
     ]
-    ids = None if batch.ids is None else collectives.start_gather(batch.ids, batch.ranks)
-    return Gathers(column_features, ids)
+    return Gathers(
+        column_features,
+        started(batch.optional.get("ids"), batch.ranks),
+        started(batch.optional.get("negative_text_ids"), ranks_of_extra_texts(batch)),
+    )
 
 
-def terms(batch: Batch, plan: Plan, gathers: Gathers, options: Any) -> dict[str, Tensor]:
-    """The contrastive terms by name, weighted: scalars of the accumulation dtype.
+def own_logits(
+    batch: Batch, plan: Plan, gathers: Gathers, signed_ids: bool = False
+) -> list[Logits]:
+    """The logits of each contrastive term: this rank's own columns, the ids of all ranks.
 
-    options: a `CyCLIPLoss`.
+    signed_ids: SigLIP's loss needs the minus sign of extra negatives' ids, and ids even if none
+    were given, to leave out the logits of extra images and extra texts.
     """
-    losses = []
-    for index, logits in enumerate(own_logits(batch, plan, gathers)):
-        if plan.contrastive == "dense":
-            losses.append(dense.contrastive_term(logits))
-        else:
-            inputs = function_inputs(logits, index, batch, plan, gathers)
-            losses.append(_Contrastive.apply(*inputs))  # type: ignore[no-untyped-call]
-    if batch.logit_bias is not None:
-        losses[0] = losses[0] + batch.logit_bias * 0  # DDP needs a gradient for every parameter
-    if len(losses) == 1:
-        return {"contrastive_loss": losses[0]}
-    inmodal = (losses[1] + losses[2]) / 2
-    weight = options.inmodal_contrastive_weight
-    if weight is None:  # the authors' mean
-        return {"contrastive_loss": losses[0] / 2, "inmodal_contrastive_loss": inmodal * 0.5}
-    return {"contrastive_loss": losses[0], "inmodal_contrastive_loss": inmodal * weight}
-
-
-def own_logits(batch: Batch, plan: Plan, gathers: Gathers) -> list[Logits]:
-    """The logits of each contrastive term: this rank's own columns, the ids of all ranks."""
     assert batch.logit_scale is not None
-    batch_ids = None
-    if gathers.ids is not None:
-        batch_ids = collectives.finish_gather(gathers.ids, batch.ranks)
-    elif batch.ids is not None:
-        batch_ids = batch.ids.view_as(batch.ids)  # torch.compile refuses the same tensor twice
+    num_pairs = batch.image_features.shape[0]
+    ids = batch.optional.get("ids")
+    if ids is not None:
+        pair_ids = collectives.finish_gather(gathers.ids, ids, batch.ranks)
+    elif signed_ids and batch.has_negatives:
+        pair_ids = torch.arange(batch.total_pairs, device=batch.image_features.device)
+    else:
+        pair_ids = None
     all_logits = []
     for index, row_features in enumerate(batch.row_features):
         column_features = batch.column_features[index]
-        row_ids, column_ids, num_pairs = batch.ids, batch_ids, ALL_ROWS
-        if batch.has_negatives and index == 0:
-            num_pairs = batch.image_features.shape[0]
-            row_ids, column_ids = _ids_with_negatives(batch, batch_ids)
+        # A view, because torch.compile refuses the same tensor twice.
+        row_ids, column_ids = ids, None if pair_ids is None else pair_ids.view_as(pair_ids)
+        has_negatives = batch.has_negatives and index == 0
+        if has_negatives:
+            row_features, column_features = (
+                _nan_if_infinite(x, num_pairs) for x in (row_features, column_features)
+            )
+        if has_negatives and pair_ids is not None:
+            extra_ids = collectives.finish_gather(
+                gathers.extra_text_ids,
+                batch.optional.get("negative_text_ids"),
+                ranks_of_extra_texts(batch),
+            )
+            row_ids, column_ids = ids_with_negatives(batch, pair_ids, extra_ids)
+            if not (signed_ids or batch.positives):
+                row_ids, column_ids = row_ids.abs(), column_ids.abs()
         partner_offset = 0
-        if plan.strategy == "gather":  # the offset among the columns of all ranks
+        if STRATEGIES[plan.strategy].gathers_columns:
             ranks = batch.column_ranks[index]
             partner_offset = ranks.first_row(ranks.rank, column_features.shape[0])
         logits = Logits(
@@ -141,236 +120,197 @@ def own_logits(batch: Batch, plan: Plan, gathers: Gathers) -> list[Logits]:
             column_ids,
             partner_offset,
             index == 0 and not batch.one_way,
-            num_pairs,
+            num_pairs if has_negatives else ALL_ROWS,
+            batch.positives,
         )
         all_logits.append(logits)
     return all_logits
 
 
-def function_inputs(
-    logits: Logits,
-    index: int,
-    batch: Batch,
-    plan: Plan,
-    gathers: Gathers,
-    divisor: int | None = None,
-) -> tuple[Any, ...]:
-    """What the autograd function of a streamed term takes: `gathered_logits` has the names.
+def _nan_if_infinite(features: Tensor, num_pairs: int) -> Tensor:
+    """The features, where those of extra negatives are NaN instead of infinite.
 
-    logits, index: a term's logits from `own_logits`, and its place there; divisor: of `Term`; None:
-    as for the loss.
+    All logits of an infinite extra negative may be -inf, and would be lost in the sums.
     """
-    term = Term(
-        logits.partner_offset,
-        logits.symmetric,
-        logits.num_pairs,
-        divisor or batch.total_pairs * (2 if logits.symmetric else 1),
-        batch.positives,
-        plan.engine,
-        plan.strategy,
-        plan.traced,
-        *batch.column_ranks[index],
-    )
-    return (*tensors_of(logits), gathers.column_features[index], term)
+    extra = features[num_pairs:]
+    return torch.cat((features[:num_pairs], extra + (extra - extra).detach()))
 
 
-def _ids_with_negatives(
-    batch: Batch, batch_ids: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Row and column ids of the first term. Extra negatives get ids that match no pair's.
+def terms(
+    batch: Batch, plan: Plan, gathers: Gathers, inmodal_weight: float | None
+) -> dict[str, Tensor]:
+    """CLIP's loss and, with augmented views, its in-modal form, by name: weighted scalars."""
+    losses = []
+    for index, logits in enumerate(own_logits(batch, plan, gathers)):
+        lse, pair_logits, *other_logits = log_sum_exps(index, logits, batch, plan, gathers)
+        loss = F.softplus(lse - pair_logits, threshold=40.0).sum()
+        loss = loss / (batch.total_pairs * lse.shape[0])
+        if batch.positives:
+            positives = Positives(logits.column_ids)
+            ids: Any = logits.row_ids
+            shares = positives.other_shares(ids[: pair_logits.shape[0]], loss.dtype)
+            loss = loss + ((shares * pair_logits).sum() - other_logits[0]) / batch.total_pairs
+        losses.append(collectives.sum_of_ranks(loss, batch.ranks))
+    if batch.logit_bias is not None:
+        losses[0] = losses[0] + batch.logit_bias * 0  # DDP needs a gradient for every parameter
+    if len(losses) == 1:
+        return {"contrastive_loss": losses[0]}
+    inmodal = (losses[1] + losses[2]) / 2
+    if inmodal_weight is None:  # the authors' mean
+        return {"contrastive_loss": losses[0] / 2, "inmodal_contrastive_loss": inmodal * 0.5}
+    return {"contrastive_loss": losses[0], "inmodal_contrastive_loss": inmodal * inmodal_weight}
 
-    batch_ids: of the pairs of all ranks. They are numbered from 0 on, so -2 (extra images) and -1
-    (extra texts) are free. SigLIP's extra images get -1, too, which leaves them out of the
-    negatives of extra texts. That takes ids also if none were given.
+
+def log_sum_exps(
+    index: int, logits: Logits, batch: Batch, plan: Plan, gathers: Gathers
+) -> tuple[Tensor, ...]:
+    """The log-sum-exps over the negatives of all ranks, and the logits, of this rank's pairs.
+
+    Shapes (2, n), for rows and columns, or (1, n) unless `logits.symmetric`; and (n,). With
+    `logits.positives` also the sum over rows of the mean logit of their other positives, a scalar.
+    The upstream gradients are those of this rank's own loss.
+
+    logits, index: a term's from `own_logits`, and its place there.
     """
-    is_siglip = batch.one_way and batch.logit_bias is not None
-    if batch_ids is not None:
-        column_ids = torch.searchsorted(batch_ids.sort()[0], batch_ids)
-    elif is_siglip:
-        column_ids = torch.arange(batch.total_pairs, device=batch.image_features.device)
-    else:
-        return None, None
-    num_pairs, num_columns = batch.image_features.shape[0], batch.column_features[0].shape[0]
-    first = batch.ranks.first_row(batch.ranks.rank, num_pairs)
-    row_ids = column_ids[first : first + num_pairs]
-    extra_id = -1 if is_siglip else -2
-    row_ids = F.pad(row_ids, (0, batch.row_features[0].shape[0] - num_pairs), value=extra_id)
-    pairs_per_rank = [batch.ranks.rows_on(rank, num_pairs) for rank in range(batch.ranks.size)]
-    blocks = []
-    for rank, block in enumerate(torch.split(column_ids, pairs_per_rank)):
-        extra = batch.column_ranks[0].rows_on(rank, num_columns) - pairs_per_rank[rank]
-        blocks.append(F.pad(block, (0, extra), value=-1))
-    return row_ids, torch.cat(blocks)
+    if plan.contrastive == "dense":
+        return dense.log_sum_exps(logits, batch.traced)
+    settings = batch.traced, plan, batch.column_ranks[index]
+    inputs = (*logits, gathers.column_features[index], *settings)
+    return _LogSumExps.apply(*inputs)  # type: ignore[no-untyped-call,no-any-return]
 
 
-class _Contrastive(torch.autograd.Function):
-    """A contrastive term of the global batch: a scalar of the accumulation dtype.
-
-    The inputs are those of `gathered_logits`. Without `Term.symmetric` the loss is one way, rows to
-    columns.
-    """
+class _LogSumExps(torch.autograd.Function):
+    """The results of `log_sum_exps`. The inputs are those of `start_streaming`."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        logits = gathered_logits(ctx, *inputs)
-        loss: Tensor
-        loss, *saved = contrastive_forward.chosen(ctx.term.traced)(logits, ctx.term)
-        ctx.save_for_backward(*tensors_of(logits), *saved)
-        return loss
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        logits = start_streaming(ctx, *inputs)
+        results: tuple[Tensor, ...] = logsumexp_forward.chosen(ctx.traced)(
+            logits, ctx.plan, ctx.ranks
+        )
+        ctx.save_for_backward(*logits[:5], results[0])
+        return results if logits.positives else results[:2]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, row_lse, column_lse, pair_gradient = ctx.saved_tensors
-        saved = SavedStatistics(row_lse, column_lse, pair_gradient)
-        return input_gradients(ctx, logits_of(tensors, ctx.term), saved, grad)
+    def backward(
+        ctx: Any, lse_grad: Tensor, pair_grad: Tensor, other_grad: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        *tensors, lse = ctx.saved_tensors
+        logits = Logits(*tensors, *ctx.layout)
+        unit = lse.new_ones(())
+        if logits.row_features.dtype == torch.float16:
+            # Elements of G larger than 2 could overflow, and small ones vanish.
+            smallest = lse.new_full((1,), torch.finfo(lse.dtype).tiny)
+            grads = torch.cat((lse_grad.reshape(-1), pair_grad, smallest))
+            unit = collectives.all_reduce(grads.abs().amax(), "max", ctx.ranks)
+            lse_grad, pair_grad = lse_grad / unit, pair_grad / unit
+        # The logarithm of a negative gradient is NaN. Of 0 it is -inf, so G_ij is 0. In a row
+        # without negatives, every G_ij is left out.
+        lse = lse - lse_grad.log()
+        num_extra = logits.row_features.shape[0] - lse.shape[1]
+        rows, pair_grad = lse[0], pair_grad.contiguous()
+        if num_extra > 0:  # extra negatives have no log-sum-exp of their own
+            rows = F.pad(rows, (0, num_extra), value=torch.inf)
+            pair_grad = F.pad(pair_grad, (0, num_extra))
+        columns = lse.new_empty(0)
+        if logits.symmetric:
+            columns = F.pad(lse[1], (0, ctx.own_columns - lse.shape[1]), value=torch.inf)
+            if STRATEGIES[ctx.plan.strategy].gathers_columns:
+                gathered = collectives.start_gather(columns, ctx.ranks, ctx.traced)
+                columns = collectives.finish_gather(gathered, columns, ctx.ranks)
+        grads = contrastive_backward.chosen(ctx.traced)(
+            logits,
+            SavedStatistics(rows, columns, pair_grad),
+            unit,
+            other_grad,
+            list(ctx.needs_input_grad[:3]),
+            ctx.own_columns,
+            ctx.plan,
+            ctx.ranks,
+        )
+        # Autograd ignores the empty gradients of inputs that need none.
+        return (*grads, *[None] * (len(ctx.needs_input_grad) - 3))
 
 
-def logits_of(tensors: Any, term: Term) -> Logits:
-    """The logits of a term. tensors: the first five fields of `Logits`."""
-    fields: list[Any] = [*tensors, term.partner_offset, term.symmetric, term.num_pairs]
-    return Logits(*fields)
-
-
-def tensors_of(logits: Logits) -> tuple[Any, ...]:
-    """The inverse of `logits_of`: what autograd saves."""
-    return (
-        logits.row_features,
-        logits.column_features,
-        logits.logit_scale,
-        logits.row_ids,
-        logits.column_ids,
-    )
-
-
-def gathered_logits(
-    ctx: Any,
-    row_features: Tensor,
-    own_columns: Tensor,
-    logit_scale: Tensor,
-    row_ids: Tensor | None,
-    column_ids: Tensor | None,
-    gathered: Tensor | None,
-    term: Term,
-) -> Logits:
+def start_streaming(ctx: Any, *inputs: Any) -> Logits:
     """The logits, with the columns of all ranks if they were gathered.
 
-    own_columns: this rank's; column_ids: of the columns of all ranks; gathered: from
-    `start_gathers`. ctx gets what `input_gradients` needs.
+    inputs: the fields of `Logits`, with this rank's own columns; the gathered columns or None;
+    `Batch.traced`; the plan; the ranks, with their numbers of columns. ctx gets what backward needs
+    beside tensors.
     """
-    ctx.term, ctx.own_columns = term, own_columns.shape[0]
-    columns = (
-        own_columns
-        if gathered is None
-        else collectives.finish_gather(gathered, ranks_of_columns(term))
-    )
-    return logits_of((row_features, columns, logit_scale, row_ids, column_ids), term)
+    *fields, gathered, ctx.traced, ctx.plan, ctx.ranks = inputs
+    logits = Logits(*fields)
+    ctx.layout, ctx.own_columns = logits[5:], logits.column_features.shape[0]
+    columns = collectives.finish_gather(gathered, logits.column_features, ctx.ranks)
+    return logits._replace(column_features=columns)
 
 
-def input_gradients(
-    ctx: Any, logits: Logits, saved: SavedStatistics, grad: Tensor
-) -> tuple[Tensor | None, ...]:
-    """A gradient or None for each of the `function_inputs`. ctx: `term`, `own_columns`.
+def _forward(logits: Logits, plan: Plan, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
+    """The results of `log_sum_exps`; the last one is arbitrary without `logits.positives`.
 
-    Autograd ignores the empty gradients of inputs that need none.
+    The columns are this rank's own or, if the strategy gathers columns, those of all ranks.
     """
-    needs = list(ctx.needs_input_grad[:3])
-    grads = contrastive_backward.chosen(ctx.term.traced)(
-        logits, saved, grad, needs, ctx.own_columns, ctx.term
-    )
-    return (*grads, None, None, None, None)
-
-
-def _forward(logits: Logits, term: Term) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A contrastive term of the global batch, and the fields of `SavedStatistics`.
-
-    The columns are this rank's own or, with "gather", those of all ranks.
-    """
-    row_features = logits.row_features
-    engine = engines.load(term.engine, row_features)
-    with without_autocast(row_features):
-        positives = Positives(logits.column_ids) if term.positives else None
-        block_lse = engine.contrastive_lse
+    engine = engines.load(plan.engine, logits.row_features)
+    block_lse, others = engine.contrastive_lse, logits.logit_scale.new_empty(())
+    positives = Positives(logits.column_ids) if logits.positives else None
+    if positives is not None:
+        block_lse = partial(positives.block_lse, engine)
+    with without_autocast(logits.row_features):
+        found = STRATEGIES[plan.strategy].log_sum_exps(block_lse, logits, ranks)
         if positives is not None:
-            block_lse = partial(positives.block_lse, engine)
-        lse = STRATEGIES[term.strategy].log_sum_exps(block_lse, logits, ranks_of_columns(term))
-        num_rows = row_features.shape[0]
-        own_pairs = min(num_rows, term.num_pairs)
-        pair_logits, column_pair_logits = lse.pair_logits[:own_pairs], lse.column_pair_logits
-        if column_pair_logits is None:
-            column_pair_logits = pair_logits
-            extra = lse.column_negatives_lse.shape[0] - own_pairs
-            if extra > 0:
-                column_pair_logits = F.pad(pair_logits, (0, extra), value=-torch.inf)
-        loss, row_lse, column_lse, pair_gradient = engine.pair_terms(
-            lse.row_negatives_lse[:own_pairs],
-            lse.column_negatives_lse,
-            pair_logits,
-            column_pair_logits,
-            term.partner_offset,
-            1 / term.divisor,
-        )
-        if positives is not None:
-            shares = positives.other_shares(logits.row_ids, loss.dtype)[:own_pairs]
-            pairs_part = (shares * pair_logits).sum()
-            total_pairs = term.divisor // term.directions
-            loss += (pairs_part - logits.logit_scale * positives.row_products) / total_pairs
-            pair_gradient += term.directions * shares
-        if logits.has_extra_negatives:
-            loss += logits.zero_or_nan(loss.dtype)
-        loss = collectives.all_reduce(loss, "sum", ranks_of_columns(term))
-        if logits.has_extra_negatives:
-            row_lse = F.pad(row_lse, (0, num_rows - own_pairs), value=torch.inf)
-            pair_gradient = F.pad(pair_gradient, (0, num_rows - own_pairs))
-            column_lse.masked_fill_(column_pair_logits == -torch.inf, torch.inf)
-    return loss, row_lse, column_lse, pair_gradient
+            others = logits.logit_scale * positives.row_products
+    num_pairs = min(logits.row_features.shape[0], logits.num_pairs)
+    rows, pair_logits = found.row_negatives_lse[:num_pairs], found.pair_logits[:num_pairs]
+    if logits.symmetric:
+        own_columns = found.column_negatives_lse[logits.pairs[1]]
+        return torch.stack((rows, own_columns)), pair_logits.contiguous(), others
+    return rows[None], pair_logits, others
 
 
 def _forward_fake(given: Any) -> tuple[Tensor, ...]:
+    logits, new = given.logits, given.logits.logit_scale.new_empty
     # shape[0], not len: len would make a symbolic size static, and every N would be compiled.
-    logits = given.logits
-    n = logits.row_features.shape[0]
-    m = logits.column_features.shape[0] if logits.symmetric else 0
-    new = logits.logit_scale.new_empty
-    return new(()), new((n,)), new((m,)), new((n,))
+    n = logits.num_pairs if logits.has_extra_negatives else logits.row_features.shape[0]
+    return new((2 if logits.symmetric else 1, n)), new((n,)), new(())
 
 
-contrastive_forward = Operator("contrastive_forward", _forward, _forward_fake)
+logsumexp_forward = Operator("logsumexp_forward", _forward, _forward_fake)
 
 
 def _backward(
     logits: Logits,
     saved: SavedStatistics,
-    grad: Tensor,
+    unit: Tensor,
+    other_grad: Tensor | None,
     needs: list[bool],
     own_columns: int,
-    term: Term,
+    plan: Plan,
+    ranks: Ranks,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of this rank's rows and its own columns, and its part of the scale's.
 
-    Across W ranks they are W times the gradients of the global loss, as DDP averages.
-
-    logits: as in forward; grad: scalar, the upstream gradient; needs: which of the three to compute
-    (the others are empty); own_columns: how many columns are this rank's.
+    logits: as in forward; unit: scalar, by which G is multiplied; other_grad: scalar, the upstream
+    gradient of the other positives' logits; needs: which of the three to compute (the others are
+    empty); own_columns: how many columns are this rank's.
     """
-    row_features = logits.row_features
-    engine = engines.load(term.engine, row_features)
-    weight = term.size / term.divisor
+    engine = engines.load(plan.engine, logits.row_features)
     # Gradients to which more is added, by other ranks or for positives, stay in float32.
-    float32_grads = term.size > 1 or term.positives
-    positives = Positives(logits.column_ids) if term.positives else None
+    float32_grads = ranks.size > 1 or logits.positives
+    positives = Positives(logits.column_ids) if logits.positives else None
 
     def block_grads(block: Logits, saved: SavedStatistics) -> Gradients:
         if positives is None:
-            return engine.contrastive_grads(block, saved, grad, weight, needs, float32_grads)
+            return engine.contrastive_grads(block, saved, unit, needs, float32_grads)
         grads = engine.contrastive_grads(
-            block.without_ids(), saved, grad, weight, needs, float32_grads
+            without_positives(block), saved, unit, needs, float32_grads
         )
-        return positives.add_grads(grads, block, grad * (weight * term.directions), needs)
+        return positives.add_grads(grads, block, other_grad, needs)
 
-    with without_autocast(row_features):
-        strategy = STRATEGIES[term.strategy]
-        grads = strategy.gradients(block_grads, logits, saved, needs, ranks_of_columns(term))
-    dtype = row_features.dtype
+    with without_autocast(logits.row_features):
+        strategy = STRATEGIES[plan.strategy]
+        grads = strategy.gradients(block_grads, logits, saved, needs, ranks)
+    dtype = logits.row_features.dtype
     return grads.rows.to(dtype), grads.columns.to(dtype), grads.scale
 
 

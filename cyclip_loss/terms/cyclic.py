@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from cyclip_loss import engines
+from cyclip_loss.batch import Batch, Plan
 from cyclip_loss.engines import eager
 from cyclip_loss.engines.interface import Engine
 from cyclip_loss.numerics import accumulation_dtype, without_autocast
 from cyclip_loss.options import PenaltyOptions
-from cyclip_loss.plan import Batch, Plan
 from cyclip_loss.ranks import collectives
 from cyclip_loss.terms import dense
 from cyclip_loss.terms.operators import Operator, empty_grad_like
@@ -32,64 +32,84 @@ from cyclip_loss.terms.operators import Operator, empty_grad_like
 TERMS = ("inmodal_cyclic_loss", "crossmodal_cyclic_loss")
 
 
-def start_reducing_grams(batch: Batch, plan: Plan) -> Tensor | None:
-    """Start the all-reduce of the Gram matrices and the row count, for `terms`.
+def start_grams(batch: Batch, plan: Plan) -> Tensor | None:
+    """The Gram matrices for `terms`; None if the plan needs none.
 
-    Returns 2 D^2 + 1 elements of the accumulation dtype, 3 D^2 + 1 with C; None in one process or
-    if both lambdas are 0.
+    Across ranks, the start of an all-reduce of them and the row count: 2 D^2 + 1 elements of the
+    accumulation dtype, 3 D^2 + 1 with C.
     """
-    if batch.ranks.size == 1 or plan.penalties == "none":
+    if plan.penalties != "gram":
         return None
     with torch.no_grad():
-        grams = gram_matrices.chosen(plan.traced)(
+        grams: Tensor = gram_matrices.chosen(batch.traced)(
             batch.image_features, batch.text_features, plan.with_cross, plan.engine
         )
+    if batch.ranks.size == 1:
+        return grams
     own = torch.cat((grams.reshape(-1), grams.new_full((1,), batch.image_features.shape[0])))
     return collectives.start_all_reduce(own, "sum", batch.ranks)
 
 
 def terms(
-    batch: Batch, plan: Plan, options: PenaltyOptions, reduced: Tensor | None
+    batch: Batch, plan: Plan, options: PenaltyOptions, grams: Tensor | None
 ) -> dict[str, Tensor]:
-    """The weighted penalties by name if `plan.as_terms`, else {"cyclic_loss": their sum}.
+    """The weighted penalties by name if `plan.output_dict`, else {"cyclic_loss": their sum}.
 
-    The scalars have the accumulation dtype. reduced: the result of `start_reducing_grams`.
+    The scalars have the accumulation dtype. Empty if the plan needs none. grams: from
+    `start_grams`.
     """
+    if plan.penalties == "none":
+        return {}
     image_features, text_features = batch.image_features, batch.text_features
     total: Any
     total, d = image_features.shape
     dtype = accumulation_dtype(image_features.dtype)
-    if plan.penalties == "none":
+    if plan.penalties == "zero":
         # Zeros with zero gradients, as one penalty has if only its lambda is 0.
         zero = (image_features[:0].sum() + text_features[:0].sum()).to(dtype)
-        penalties = [zero, zero.clone()] if plan.as_terms else [zero]
+        penalties = [zero, zero.clone()] if plan.output_dict else [zero]
     elif plan.penalties == "gram":
-        grams = None
-        if reduced is not None:
-            summed = collectives.wait(reduced)
+        if grams is not None and batch.ranks.size > 1:
+            summed = collectives.wait(grams)
             grams, total = summed[:-1].view(-1, d, d), summed[-1]
         # Numbers become tensors on the CPU: filling one on a GPU would launch a kernel.
         tensors = [
             x if isinstance(x, Tensor) else torch.scalar_tensor(x, dtype=dtype, device="cpu")
-            for x in weights_of(options, total, image_features)
+            for x in options.weights(total, _one(batch))
         ]
         penalties = _CyclicPenalties.apply(  # type: ignore[no-untyped-call]
-            image_features, text_features, grams, *tensors, batch.ranks.size, plan
+            image_features, text_features, grams, *tensors, batch.ranks.size, batch.traced, plan
         )
     else:
-        weights = weights_of(options, total, image_features)
+        weights = options.weights(total, _one(batch))
         penalties = dense.cyclic_terms(
-            image_features, text_features, weights, plan.with_cross, plan.as_terms
+            image_features, text_features, weights, plan.with_cross, plan.output_dict
         )
-    names = TERMS if plan.as_terms else ("cyclic_loss",)
+    names = TERMS if plan.output_dict else ("cyclic_loss",)
     return dict(zip(names, penalties))  # noqa: B905 (PyTorch 2.8 can't trace strict)
 
 
-class _CyclicPenalties(torch.autograd.Function):
-    """(weight_in * N P_in, weight_cross * N P_cross) if `plan.as_terms`, else (their sum,).
+def total(terms: dict[str, Tensor]) -> Tensor:
+    """The sum of the terms of a loss."""
+    first, *others = terms.values()
+    return sum(others, first)
 
-    image_features, text_features: (n, D); grams: None or, across `size` > 1 ranks, the Gram
-    matrices of the global batch; weights: scalar tensors, equal unless `plan.with_cross`.
+
+def _one(batch: Batch) -> Any:
+    """1, as a tensor while torch.compile traces, which would make constants of numbers that are
+    combined with each other.
+    """
+    if not batch.traced:
+        return 1.0
+    features = batch.image_features
+    return features.new_ones((), dtype=accumulation_dtype(features.dtype))
+
+
+class _CyclicPenalties(torch.autograd.Function):
+    """(weight_in * N P_in, weight_cross * N P_cross) if `plan.output_dict`, else (their sum,).
+
+    image_features, text_features: (n, D); grams: the Gram matrices of the global batch, which is on
+    `size` ranks; weights: scalar tensors, equal unless `plan.with_cross`.
     """
 
     @staticmethod
@@ -97,32 +117,29 @@ class _CyclicPenalties(torch.autograd.Function):
         ctx: Any,
         image_features: Tensor,
         text_features: Tensor,
-        grams: Tensor | None,
+        grams: Tensor,
         inmodal_weight: Tensor,
         crossmodal_weight: Tensor,
         size: int,
+        traced: bool,
         plan: Plan,
     ) -> tuple[Tensor, ...]:
         weights = [inmodal_weight, crossmodal_weight]
-        if grams is None:
-            grams = gram_matrices.chosen(plan.traced)(
-                image_features, text_features, plan.with_cross, plan.engine
-            )
         # Not an operator: a compiler can fuse these few PyTorch operations on D x D matrices. A
         # rank without rows must compute the same bits as the others.
         engine: Engine = eager
-        if not plan.traced:
+        if not traced:
             engine = engines.load(plan.engine, image_features, needs_rows=False)
-        penalties = engine.cyclic_terms(grams, weights, plan.as_terms)
+        penalties = engine.cyclic_terms(grams, weights, plan.output_dict)
         ctx.save_for_backward(image_features, text_features, grams, *weights)
-        ctx.plan, ctx.size = plan, size
+        ctx.plan, ctx.traced, ctx.size = plan, traced, size
         return tuple(penalties)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         image_features, text_features, grams, *weights = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:2])
-        feature_grads = cyclic_grads.chosen(ctx.plan.traced)(
+        feature_grads = cyclic_grads.chosen(ctx.traced)(
             image_features,
             text_features,
             grams,
@@ -132,24 +149,7 @@ class _CyclicPenalties(torch.autograd.Function):
             needs,
             ctx.plan.engine,
         )
-        return (*feature_grads, None, None, None, None, None)
-
-
-def weights_of(options: PenaltyOptions, total: Any, features: Tensor) -> tuple[Any, Any]:
-    """The weights of N * P_in and N * P_cross, which are sums over all pairs of N rows.
-
-    lambda / N in the paper's formula, lambda * R / N^2 with a reference batch size R. total: N, a
-    number or a tensor. Returns tensors if it is a tensor, and while torch.compile traces, which
-    would make constants of numbers that are combined with each other; otherwise numbers.
-    """
-    one: Any = 1.0
-    if torch.compiler.is_compiling():
-        one = features.new_ones((), dtype=accumulation_dtype(features.dtype))
-    weights = one * options.lambda_inmodal, one * options.lambda_crossmodal
-    reference: float | None = options._reference
-    if reference is None:
-        return weights[0] / total, weights[1] / total
-    return weights[0] * reference / (total * total), weights[1] * reference / (total * total)
+        return (*feature_grads, *[None] * 6)
 
 
 def _gram_matrices(

@@ -12,8 +12,7 @@ The means are linear in the features, so no N x N matrix is needed. With k_i the
 
 the first part is the loss without ids. The others are exactly 0 for a row that is its own only
 positive, and sum to the same for columns as for rows. Their gradients with respect to the logits
-are 1 - 1/k_i at the pair, which joins `SavedStatistics.pair_gradient`, and -1/k_i at the other
-positives.
+are 1 - 1/k_i at the pair, where autograd adds it, and -1/k_i at the other positives.
 """
 
 from typing import Any
@@ -40,26 +39,25 @@ class Positives:
         """The log-sum-exps over all other columns. Adds the block's part of `row_products`."""
         products = (block.row_features * self._row_means(block)).sum()
         self.row_products = self.row_products + products
-        return engine.contrastive_lse(block.without_ids())
+        return engine.contrastive_lse(without_positives(block))
 
     def add_grads(
-        self, grads: Gradients, block: Logits, factor: Tensor, needs: list[bool]
+        self, grads: Gradients, block: Logits, factor: Any, needs: list[bool]
     ) -> Gradients:
         """Gradients of a block, in the accumulation dtype, with those of the other positives.
 
-        `SavedStatistics.pair_gradient` has the part of the pairs. factor: by which the sum over all
-        rows is multiplied.
+        factor: the upstream gradient of the sum of s * I_i . R_i over all rows.
         """
         needs_rows, needs_columns, needs_scale = needs
         rows, columns, scale = grads
         means = self._row_means(block)
         if needs_scale:
-            scale = scale - factor * (block.row_features * means).sum()
+            scale = scale + factor * (block.row_features * means).sum()
         if needs_rows:
-            rows.sub_(means.mul_(factor * block.logit_scale))
+            rows.add_(means.mul_(factor * block.logit_scale))
         if needs_columns:
             means = self._column_means(block)
-            columns.sub_(means.mul_(factor * block.logit_scale))
+            columns.add_(means.mul_(factor * block.logit_scale))
         return Gradients(rows, columns, scale)
 
     def other_shares(self, ids: Any, dtype: torch.dtype) -> Tensor:
@@ -73,17 +71,32 @@ class Positives:
 
     def _row_means(self, block: Logits) -> Tensor:
         """R of the rows (n, D), from the columns of this block."""
-        means = _sums_by_id(block.column_features, block.column_ids, block.row_ids)
+        row_ids = _without_extra(block)
+        means = _sums_by_id(block.column_features, block.column_ids, row_ids)
         rows, columns = block.pairs
         means[rows] -= block.column_features[columns]
-        return means.div_(self._counts(block.row_ids)[:, None])
+        return means.div_(self._counts(row_ids)[:, None])
 
     def _column_means(self, block: Logits) -> Tensor:
         """R of the columns (m, D), from the rows of this block."""
-        means = _sums_by_id(block.row_features, block.row_ids, block.column_ids)
+        means = _sums_by_id(block.row_features, _without_extra(block), block.column_ids)
         rows, columns = block.pairs
         means[columns] -= block.row_features[rows]
         return means.div_(self._counts(block.column_ids)[:, None])
+
+
+def without_positives(block: Logits) -> Logits:
+    """The same logits, of which only extra negatives with the id of a pair are left out."""
+    if not block.has_extra_negatives:
+        return block._replace(row_ids=None, column_ids=None)
+    ids: Any = block.column_ids
+    return block._replace(column_ids=-ids)
+
+
+def _without_extra(block: Logits) -> Any:
+    """The ids of the rows, 0 for extra negatives, whose own are those of no positive."""
+    ids: Any = block.row_ids
+    return ids.clamp(min=0) if block.has_extra_negatives else ids
 
 
 def _sums_by_id(features: Tensor, ids: Any, wanted: Any) -> Tensor:

@@ -1,23 +1,64 @@
-"""The strategy "ring": each rank passes a block of n text rows on to the next rank.
+"""The strategies by which the columns of all ranks meet the rows of this rank.
 
-After W steps every row has met every column, in O(n D) memory per rank. Each block's column sums
-follow it one step later, and every rank adds its rows' part.
+"gather", also in one process: every rank has the text features of all ranks, (N, D).
+
+    forward    all-gather of the text features (started early, in `terms/contrastive.py`);
+               all-reduces of the maxima of N columns, and of their sums
+    backward   all-gather of N elements; reduce-scatter of the text gradients (N, D)
+
+"ring": each rank passes a block of n text rows on to the next rank. After W steps every row has met
+every column, in O(n D) memory per rank. Each block's column sums follow it one step later, and
+every rank adds its rows' part.
+
+A new strategy is two functions with a `Strategy` here, and its name in `options.DIST_IMPLS`.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from cyclip_loss.batch import Ranks
 from cyclip_loss.logits import Gradients, Logits, LogSumExps
-from cyclip_loss.ranks.collectives import padded, start_hop
-from cyclip_loss.ranks.groups import Ranks
-from cyclip_loss.ranks.strategy import BlockGrads, BlockLse
+from cyclip_loss.ranks.collectives import all_reduce_lse, padded, start_hop, sum_and_scatter
+
+# What a strategy is given to compute a block of logits: this rank's rows with some columns.
+BlockLse = Callable[[Logits], LogSumExps]
+# The second argument: `SavedStatistics`, or None if a gradient needs none.
+BlockGrads = Callable[[Logits, Any], Gradients]
 
 
-def log_sum_exps(block_lse: BlockLse, logits: Logits, ranks: Ranks) -> LogSumExps:
-    """As in `Strategy`: of this rank's rows and its own columns."""
+class Strategy(NamedTuple):
+    """Two functions. `logits` has this rank's rows, `ranks` the number of columns on each rank."""
+
+    # Whether `logits` has the columns of all ranks, in their order, or this rank's own.
+    gathers_columns: bool
+    # (block_lse, logits, ranks): the log-sum-exps of this rank's rows and, complete, of the columns
+    # of `logits`.
+    log_sum_exps: Callable[[BlockLse, Logits, Ranks], LogSumExps]
+    # (block_grads, logits, the second argument of block_grads, which of the three are needed,
+    # ranks): gradients of this rank's rows and its own columns, and its part of the scale's.
+    gradients: Callable[[BlockGrads, Logits, Any, list[bool], Ranks], Gradients]
+
+
+def _gather_log_sum_exps(block_lse: BlockLse, logits: Logits, ranks: Ranks) -> LogSumExps:
+    own = block_lse(logits)
+    if not logits.symmetric or ranks.size == 1:
+        return own
+    return own._replace(column_negatives_lse=all_reduce_lse(own.column_negatives_lse, ranks))
+
+
+def _gather_gradients(
+    block_grads: BlockGrads, logits: Logits, saved: Any, needs: list[bool], ranks: Ranks
+) -> Gradients:
+    grads = block_grads(logits, saved)
+    if needs[1] and ranks.size > 1:
+        return grads._replace(columns=sum_and_scatter(grads.columns, ranks))
+    return grads
+
+
+def _ring_log_sum_exps(block_lse: BlockLse, logits: Logits, ranks: Ranks) -> LogSumExps:
     num_rows, scale = logits.row_features.shape[0], logits.logit_scale
     # Running log-sum-exps are in float64, because every step rounds them.
     row_lse = scale.new_full((num_rows,), -torch.inf, dtype=torch.float64)
@@ -44,14 +85,9 @@ def log_sum_exps(block_lse: BlockLse, logits: Logits, ranks: Ranks) -> LogSumExp
     )
 
 
-def gradients(
-    block_grads: BlockGrads,
-    logits: Logits,
-    saved: Any,
-    needs: list[bool],
-    ranks: Ranks,
+def _ring_gradients(
+    block_grads: BlockGrads, logits: Logits, saved: Any, needs: list[bool], ranks: Ranks
 ) -> Gradients:
-    """As in `Strategy`."""
     needs_rows, needs_columns, needs_scale = needs
     new = logits.logit_scale
     row_grad = new.new_zeros(logits.row_features.shape if needs_rows else (0,))
@@ -123,3 +159,9 @@ def _block_of(logits: Logits, column_features: Tensor, owner: int, ranks: Ranks)
         column_ids=None if ids is None else ids[start : start + len(column_features)],
         partner_offset=ranks.first_row(ranks.rank, num_columns) - start,
     )
+
+
+STRATEGIES = {
+    "gather": Strategy(True, _gather_log_sum_exps, _gather_gradients),
+    "ring": Strategy(False, _ring_log_sum_exps, _ring_gradients),
+}

@@ -1,0 +1,104 @@
+"""The records of one call: the ranks that share it, its checked arguments, and its plan."""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+class Ranks(NamedTuple):
+    """The ranks that share the batch, in types that an operator of torch.compile can take.
+
+    The methods take n, the rows of this rank. n is not a field: `torch.compile` would make a field
+    a constant, and compile for every number of rows.
+    """
+
+    group_name: str = ""  # by which collectives find the group; empty in one process
+    rank: int = 0  # of this process
+    size: int = 1  # W, how many there are
+    counts: list[int] | None = None  # rows on each rank; None: all hold equally many
+
+    @property
+    def group(self) -> ProcessGroup:
+        """The process group; an error in one process."""
+        # Not at the top: PyTorch may be built without distributed.
+        from torch.distributed import distributed_c10d
+
+        c10d: Any = distributed_c10d
+        return c10d._resolve_process_group(self.group_name)  # type: ignore[no-any-return]
+
+    def rows_on(self, rank: int, n: int) -> int:
+        """The number of rows of a rank."""
+        return n if self.counts is None else self.counts[rank]
+
+    def first_row(self, rank: int, n: int) -> int:
+        """Where a rank's rows begin in the global batch."""
+        return rank * n if self.counts is None else sum(self.counts[:rank])
+
+    def total_rows(self, n: int) -> int:
+        """N, the rows of the global batch."""
+        return self.size * n if self.counts is None else sum(self.counts)
+
+    def max_rows(self, n: int) -> int:
+        """The most rows of any rank, to which the blocks that ranks send are padded."""
+        return n if self.counts is None else max(self.counts)
+
+
+class Batch(NamedTuple):
+    """The checked arguments of one call on this rank, which has n of the N pairs.
+
+    A contrastive term compares row features with column features. There is one of images with
+    texts and, with augmented views, one of each tower's features with those of its views. Extra
+    negatives are rows or columns after the pairs of the first term.
+    """
+
+    image_features: Tensor  # (n, D)
+    text_features: Tensor  # (n, D)
+    # With the number of pairs on each, once they were compared (`inputs.agree`). The penalties
+    # alone need no comparison: their all-reduce counts the rows.
+    ranks: Ranks
+    # Whether torch.compile or torch.export records the call, or the features are of another tensor
+    # type, such as fake tensors.
+    traced: bool
+    function: str = "CyclicPenalty"  # the public name of what was called
+    logit_scale: Tensor | None = None  # scalar of the accumulation dtype; None: penalties alone
+    logit_bias: Tensor | None = None  # scalar of the accumulation dtype
+    # Of each contrastive term: the rows, this rank's columns, and the ranks with their numbers of
+    # columns.
+    row_features: tuple[Tensor, ...] = ()
+    column_features: tuple[Tensor, ...] = ()
+    column_ranks: tuple[Ranks, ...] = ()
+    # The features of views and extra negatives that were given, and all ids, int64 (n,) or (M,), by
+    # the argument's name.
+    optional: dict[str, Tensor] = {}  # noqa: RUF012 (never changed)
+    positives: bool = False  # whether rows with the same id are positives of each other
+    one_way: bool = False  # whether the first term compares rows with columns only
+
+    @property
+    def total_pairs(self) -> int:
+        """N. For the penalties alone, ranks are taken to hold equally many pairs."""
+        return self.ranks.total_rows(self.image_features.shape[0])
+
+    @property
+    def has_negatives(self) -> bool:
+        """Whether this rank's call got extra negatives, perhaps an empty tensor of them."""
+        return any(name.startswith("negative") for name in self.optional)
+
+
+class Plan(NamedTuple):
+    """How a call is computed, in types that an operator of torch.compile can take.
+
+    Backward follows the plan of its forward.
+    """
+
+    # "dense": N x N matrices, by plain PyTorch; "streamed": logits in blocks; "none": no term.
+    contrastive: str
+    # "dense"; "gram": D x D Gram matrices; "zero": both lambdas are 0, but the terms are returned;
+    # "none": both lambdas are 0.
+    penalties: str
+    # "eager", "kernels", or "verified kernels". While traced, one of `options.IMPLS`: the operators
+    # choose when they run.
+    engine: str
+    strategy: str  # how columns reach the rows of other ranks, a name in `ranks.exchange`
+    output_dict: bool  # whether the terms are returned one by one
+    with_cross: bool  # whether the penalties need the Gram matrix C

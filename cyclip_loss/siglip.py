@@ -1,0 +1,232 @@
+"""SigLIP's loss, from the module to the operator, in O(N D) memory (Zhai et al. 2023).
+
+With l_ij = s * I_i . T_j + b, and y_ij = 1 for a pair, else -1:
+
+    L = 1/N * sum_ij log(1 + exp(-y_ij l_ij))
+
+No row or column has to be complete before a gradient is known. So one sweep in forward computes the
+loss and all gradients, 6 N^2 D flops, and backward multiplies them by the upstream gradient. If the
+loss is not differentiated after all, nothing but time is lost. If no input requires a gradient,
+forward computes the value only. Small batches are dense: N x N matrices, in plain PyTorch.
+"""
+
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cyclip_loss import engines, options, usage_warnings
+from cyclip_loss.batch import Batch, Plan, Ranks
+from cyclip_loss.engines import eager
+from cyclip_loss.inputs import agree, check_inputs_once, prepare
+from cyclip_loss.logits import Gradients, Logits
+from cyclip_loss.numerics import accumulation_dtype, without_autocast
+from cyclip_loss.options import ContrastiveModule, option
+from cyclip_loss.plan import make_plan
+from cyclip_loss.ranks import collectives
+from cyclip_loss.ranks.exchange import STRATEGIES
+from cyclip_loss.terms import contrastive, cyclic
+from cyclip_loss.terms.operators import Operator, call_backward, empty_grad_like
+
+
+@dataclass(eq=False, repr=False)
+class CySigLIPLoss(ContrastiveModule):
+    """SigLIP's sigmoid loss (Zhai et al. 2023) with the cyclic penalties, in O(N D) memory.
+
+        loss = 1/N * sum_ij log(1 + exp(-y_ij l_ij))
+               + lambda_inmodal * P_in + lambda_crossmodal * P_cross
+
+    with l_ij = logit_scale * I_i . T_j + logit_bias, and y_ij = 1 for a pair, else -1. A drop-in
+    for `open_clip.SigLipLoss`: call it with the same arguments. With both weights 0, the default,
+    it is SigLIP's loss. Beyond N = 1.5 D no N x N matrix is built: forward computes the loss and
+    all gradients in one sweep (6 N^2 D flops), and backward multiplies them by the upstream
+    gradient. If the loss is not differentiated after all, nothing but time is lost.
+
+    Args:
+        lambda_inmodal, lambda_crossmodal: the weights of the penalties; 0 by default, because a
+            weight, 1/64, was shown to help on one small dataset only
+            (reference_train/results/siglip). CLIP's 0.25 is too strong.
+        dist_impl: "gather" (default) or "ring". Of `SigLipLoss`'s names, "bidir" (its default) and
+            "shift" are the ring, and "reduce" is the gather.
+        same_ids: what rows with the same id in `ids` are to each other: "ignored" (left out), or
+            "positives" (y = 1).
+        cache_labels, rank, world_size, bidir, chunk_size: OpenCLIP's arguments, kept as attributes
+            without effect. A call raises if rank or world_size differ from the process group's,
+            except from 0 and 1.
+        reference_batch_size, process_group, distributed, uneven, impl: as in `CyCLIPLoss`, also
+            across ranks.
+
+    Raises:
+        TypeError, ValueError: as `CyCLIPLoss`.
+
+    >>> loss_fn = CySigLIPLoss()
+    >>> features = nn.functional.normalize(torch.randn(8, 4), dim=1).requires_grad_()
+    >>> loss_fn(features, features.detach(), logit_scale=10.0, logit_bias=-10.0).backward()
+    """
+
+    lambda_inmodal: float = option(0.0, options.weight)
+    lambda_crossmodal: float = option(0.0, options.weight)
+    _: KW_ONLY
+    dist_impl: str = option("gather", options.siglip_dist_impl)
+    bidir: bool = option(True, options.boolean)
+    chunk_size: int | None = option(None, options.optional_batch_size)
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        output_dict: bool = False,
+        *,
+        ids: Tensor | None = None,
+        negative_image_features: Tensor | None = None,
+        negative_text_features: Tensor | None = None,
+        negative_image_ids: Tensor | None = None,
+        negative_text_ids: Tensor | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss or, with `output_dict`, its weighted terms, which sum to the loss.
+
+        The terms are `contrastive_loss`, `inmodal_cyclic_loss` and `crossmodal_cyclic_loss`. The
+        arguments are those of `CyCLIPLoss`, except that `logit_bias` counts: a scalar, whose tensor
+        gets its gradient; None is 0. There are no augmented views, which SigLIP's paper does not
+        have.
+
+        ids: rows with the same id are left out or, with `same_ids="positives"`, have y = 1.
+        negative_image_features, negative_text_features: have y = -1 with all texts, or all images.
+        negative_image_ids, negative_text_ids: (M,); logits of rows with the same id are left out.
+        """
+        batch = prepare(
+            "CySigLIPLoss",
+            image_features,
+            text_features,
+            logit_scale,
+            self,
+            output_dict,
+            same_ids=self.same_ids,
+            one_way=True,
+            logit_bias=0.0 if logit_bias is None else logit_bias,
+            ids=ids,
+            negative_image_features=negative_image_features,
+            negative_text_features=negative_text_features,
+            negative_image_ids=negative_image_ids,
+            negative_text_ids=negative_text_ids,
+        )
+        plan = make_plan(batch, self, output_dict)
+        batch = agree(batch, plan, self)
+        gathers = contrastive.start_gathers(batch, plan)
+        grams = cyclic.start_grams(batch, plan)
+        terms = {"contrastive_loss": _sigmoid_loss(batch, plan, gathers)}
+        terms |= cyclic.terms(batch, plan, self, grams)
+        if not batch.traced:
+            usage_warnings.warn_of_strong_siglip_penalties(self, batch.total_pairs)
+            check_inputs_once(self, batch)
+        return terms if output_dict else cyclic.total(terms)
+
+
+def _sigmoid_loss(batch: Batch, plan: Plan, gathers: contrastive.Gathers) -> Tensor:
+    """The loss without penalties, a scalar of the accumulation dtype."""
+    (logits,) = contrastive.own_logits(batch, plan, gathers, signed_ids=True)
+    bias: Any = batch.logit_bias
+    if plan.contrastive == "dense":
+        return _dense(logits, bias) / batch.total_pairs
+    differentiable = (logits.row_features, logits.column_features, logits.logit_scale, bias)
+    rows, columns, *scalars = [torch.is_grad_enabled() and x.requires_grad for x in differentiable]
+    needs = [rows, columns, any(scalars)]
+    settings = batch.traced, plan, batch.column_ranks[0]
+    return _Sigmoid.apply(  # type: ignore[no-untyped-call,no-any-return]
+        bias, needs, batch.total_pairs, *logits, gathers.column_features[0], *settings
+    )
+
+
+def _dense(logits: Logits, logit_bias: Tensor) -> Tensor:
+    """The sum over all elements, without other positives: a scalar."""
+    dtype = accumulation_dtype(logits.row_features.dtype)
+    with without_autocast(logits.row_features):
+        row_features, column_features = logits.row_features.to(dtype), logits.column_features
+        products = row_features @ column_features.to(dtype).T
+        margins = products.mul(-logits.logit_scale).sub_(logit_bias)  # y_ij l_ij
+        # The diagonal goes on where extra images meet extra texts.
+        pairs = margins.diagonal()[: logits.num_pairs]
+        detached = pairs.detach()
+        # NaN for an infinite pair logit, which would look perfectly matched.
+        pairs.neg_().add_(detached - detached)
+        _, left_out = eager.same_id_masks(logits, 0, margins.shape[0])
+        if left_out is not None:
+            margins.masked_fill_(left_out, torch.inf)
+        return -F.logsigmoid(margins).sum()
+
+
+class _Sigmoid(torch.autograd.Function):
+    """The loss of the global batch: a scalar of the accumulation dtype.
+
+    The inputs are the bias, whether gradients of the rows, the columns and the two scalars are
+    needed, N, and those of `contrastive.start_streaming`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logit_bias: Tensor, needs: list[bool], total_pairs: int, *inputs: Any
+    ) -> Tensor:
+        logits = contrastive.start_streaming(ctx, *inputs)
+        loss: Tensor
+        loss, *grads = sigmoid_step.chosen(ctx.traced)(
+            logits, logit_bias, needs, ctx.own_columns, total_pairs, ctx.plan, ctx.ranks
+        )
+        # The inputs only tell dtypes, and that the gradients depend on them.
+        ctx.save_for_backward(*inputs[:3], logit_bias, *grads)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        *grads, bias = call_backward(_times, grad, saved[:4], saved[4:])
+        return (bias, None, None, *grads, *[None] * (len(ctx.needs_input_grad) - 6))
+
+
+def _times(grad: Tensor, inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> list[Tensor]:
+    return [(x * grad).to(y.dtype) for x, y in zip(grads, inputs)]  # noqa: B905 (PyTorch 2.8)
+
+
+def _step(
+    logits: Logits,
+    logit_bias: Tensor,
+    needs: list[bool],
+    own_columns: int,
+    total_pairs: int,
+    plan: Plan,
+    ranks: Ranks,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss, and gradients of this rank's rows, its own columns, the scale and the bias.
+
+    The gradients are in the accumulation dtype. Across W ranks they are W times those of the global
+    loss, as DDP averages. The first three are empty where not needed; the bias's is not computed if
+    nothing is.
+    """
+    engine = engines.load(plan.engine, logits.row_features)
+    weight = ranks.size / total_pairs
+    sums = logit_bias.new_zeros(2)
+
+    def block_grads(block: Logits, _: None) -> Gradients:
+        part, grads = engine.sigmoid_terms(block, logit_bias, weight, needs)
+        sums.add_(part)
+        return grads
+
+    with without_autocast(logits.row_features):
+        strategy = STRATEGIES[plan.strategy]
+        grads = strategy.gradients(block_grads, logits, None, needs, ranks)
+        loss = collectives.all_reduce(sums[0] / total_pairs, "sum", ranks)
+    return loss, *grads, sums[1] * weight
+
+
+def _step_fake(given: Any) -> tuple[Tensor, ...]:
+    logits, bias = given.logits, given.logit_bias
+    rows, d = logits.row_features.shape
+    shapes = (bias.new_empty(rows, d), bias.new_empty(given.own_columns, d), bias)
+    new = bias.new_empty
+    return new(()), *map(empty_grad_like, shapes, given.needs), new(())
+
+
+sigmoid_step = Operator("sigmoid_step", _step, _step_fake)
