@@ -22,6 +22,7 @@ from cyclip_loss.ranks.agreement import check_ranks_agree
 from cyclip_loss.ranks.groups import ranks_of
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+NEGATIVES = ("negative_image_features", "negative_text_features")
 ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # Operations on tensors of other types, such as fake tensors, may be recorded instead of executed.
 ORDINARY_TENSORS = {Tensor, torch.nn.Parameter}
@@ -74,6 +75,11 @@ def prepare(
             tower, own = ("image", images) if "image" in name else ("text", texts)
             names, is_view = (f"{tower}_features", name), name.startswith("augmented")
             given[name] = check_features(own, features, names, several, is_view)[1]
+        if name in NEGATIVES:
+            # One that is not finite makes all of this rank's logits NaN. It might have only logits
+            # of -inf, or be left out by its id, and the loss would stay finite.
+            zero = (given[name] - given[name]).detach()
+            given[name], scale = given[name] + zero, scale + zero.sum()
     for name in ("ids", "negative_image_ids", "negative_text_ids"):
         if name in given:
             owner = name.replace("ids", "features")

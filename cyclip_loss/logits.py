@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 ALL_ROWS = 2**30  # larger than any number of rows; the sum with a column number fits 32 bits
@@ -67,21 +66,33 @@ class Logits(NamedTuple):
 class LogSumExps(NamedTuple):
     """Log-sum-exps over the negatives of each row and column, and the logits of the pairs."""
 
-    row_negatives_lse: Tensor  # (n,), -inf without negatives
-    column_negatives_lse: Tensor  # (m,), empty unless `Logits.symmetric`
-    pair_logits: Tensor  # (n,), of the rows; 0 where a row has no partner
+    # (n + m,), of the rows and then of the columns; (n,) unless `Logits.symmetric`. -inf without
+    # negatives.
+    negatives_lse: Tensor
+    pair_logits: Tensor  # (n,), of the rows; 0 where a row has no partner, NaN instead of infinite
+
+    @property
+    def of_rows(self) -> Tensor:
+        """(n,)"""
+        return self.negatives_lse[: self.pair_logits.shape[0]]
+
+    @property
+    def of_columns(self) -> Tensor:
+        """(m,), empty unless `Logits.symmetric`."""
+        return self.negatives_lse[self.pair_logits.shape[0] :]
 
 
 class SavedStatistics(NamedTuple):
-    """What gives the gradient G of the logits: exp(l_ij - row_lse_i) + exp(l_ij - column_lse_j).
+    """The gradient of the logits: unit * (exp(l_ij - row_lse_i) + exp(l_ij - column_lse_j)).
 
-    A log-sum-exp minus the logarithm of its upstream gradient; inf for extra negatives, which have
-    no log-sum-exp.
+    row_lse, column_lse: log-sum-exps minus the logarithm of their upstream gradient / unit; inf for
+    extra negatives, which have no log-sum-exp.
     """
 
     row_lse: Tensor  # (n,)
     column_lse: Tensor  # (m,), empty unless `Logits.symmetric`
-    pair_gradient: Tensor  # (n,), G of the pairs; 0 for extra negatives
+    pair_gradient: Tensor  # (n,), the gradient of the pairs' logits; 0 for extra negatives
+    unit: Tensor  # scalar
 
 
 class Gradients(NamedTuple):

@@ -100,5 +100,6 @@ def contrastive_logsumexp(
     if plan.contrastive == "dense" and (ids is not None or pair_logits.shape[0] == 1):
         # Rows without negatives have the lowest number of the dtype, which has a gradient.
         lse = lse.masked_fill(lse == torch.finfo(lse.dtype).min, -torch.inf)
-    rows, *columns = lse.unbind()
+    # NaN where a pair's logit is: an infinite feature may have negatives' logits of -inf only.
+    rows, *columns = (lse + (pair_logits - pair_logits).detach()).unbind()
     return ContrastiveLogSumExp(rows, columns[0] if columns else None, pair_logits)

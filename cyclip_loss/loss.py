@@ -1,8 +1,8 @@
 """The modules: `CyCLIPLoss`, a drop-in for `open_clip.ClipLoss`, and the penalties alone.
 
-A call has three steps: prepare the arguments, plan, compute the terms and add them up. Across ranks,
-the gather of the columns runs while the Gram matrices are computed, and their all-reduce runs while
-the contrastive terms are.
+A call has three steps: prepare the arguments, plan, compute the terms and add them up. Across
+ranks, the gather of the columns runs while the Gram matrices are computed, and their all-reduce
+runs while the contrastive terms are.
 """
 
 import inspect
@@ -137,10 +137,9 @@ class CyCLIPLoss(ContrastiveModule):
                 of rows, such as hard negatives. The negative texts of all ranks are further
                 negatives of every image, and the negative images of every text. They get gradients.
                 They are in no penalty, and in no term of augmented views.
-            negative_image_ids, negative_text_ids: (M,), as `ids`, which they need. A negative is left
-                out for rows that have its id, whatever `same_ids` says; it is never a positive. Use
-                it for captions of the same image, or for mined negatives that are another row's
-                positive.
+            negative_image_ids, negative_text_ids: (M,), as `ids`, which they need. A negative is
+                left out for rows that have its id, and is never a positive. For further captions of
+                the same images, and for mined negatives that are another row's positive.
 
         Returns a float32 scalar (float64 for float64 features), or a dict of them. They are not
         finite if a feature is not finite. Under `torch.autocast` the features are cast to the

@@ -178,10 +178,10 @@ def cyclip_loss(
     """The terms of the CyCLIP loss, each already weighted; their sum is the loss.
 
     image_features, text_features and, for the in-modal contrastive term, both augmented features:
-    (N, D), rows of unit length; logit_scale: scalar, exp'd; ids, same_ids, the negatives and their ids: as
-    in `contrastive_loss`. reference_batch_size: both penalties are multiplied by it / N; None: the
-    paper's formula. inmodal_contrastive_weight: the in-modal term, times this weight, is added to
-    CLIP's; None: their mean.
+    (N, D), rows of unit length; logit_scale: scalar, exp'd; ids, same_ids, the negatives and their
+    ids: as in `contrastive_loss`. reference_batch_size: both penalties are multiplied by it / N;
+    None: the paper's formula. inmodal_contrastive_weight: the in-modal term, times this weight, is
+    added to CLIP's; None: their mean.
     """
     if reference_batch_size is not None:
         lambda_inmodal *= reference_batch_size / len(image_features)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cyclip_loss import engines, options, usage_warnings
 from cyclip_loss.batch import Batch, Plan, Ranks

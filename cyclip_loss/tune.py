@@ -60,13 +60,12 @@ def calls(kernel: str, image: Tensor) -> Any:
     """
     (n, d), text, one = image.shape, image.flip(0), torch.ones((), device=image.device)
     logits, lse = Logits(image, text, 50 * one), 12 * one.repeat(n)  # about that of random logits
-    settings = (SavedStatistics(lse, lse, 0 * lse), one * 0.5 / n)
+    saved = SavedStatistics(lse, lse, 0 * lse, one * 0.5 / n)
     grams = torch.randn(3, d, d, device=image.device)
     return {
         "contrastive_lse": [(logits,)],
         "contrastive_grads": [
-            (logits, *settings, [multiplies, multiplies, True], False)
-            for multiplies in (False, True)
+            (logits, saved, [multiplies, multiplies, True], False) for multiplies in (False, True)
         ],
         "gram_matrices": [(image, text, True)],
         "cyclic_grads": [(image, text, grams, [one, one], [one, one], n, [True, True])],

@@ -67,7 +67,7 @@ def contrastive_grads_kernel(
     unit,  # scalar
     row_lse,  # (n,)
     column_lse,  # (m,)
-    pair_gradient,  # (n,): G where row i has a partner
+    pair_gradient,  # (n,): unit * G where row i has a partner
     scale_partials,  # (tiles,) out: sum over the tile of 2^SHIFT * G_ij (I_i . T_j)
     SYMMETRIC: tl.constexpr,
     NEEDS_SCALE: tl.constexpr,
@@ -84,7 +84,7 @@ def contrastive_grads_kernel(
     first_row = row_tile * BM
     logit_scale = tl.load(logit_scale)
     scale = logit_scale * LOG2_E
-    factor = tl.load(unit) * logit_scale
+    unit = tl.load(unit)
     rows = first_row + tl.arange(0, BM)
     first_pair = first_row + partner_offset
     # The offset of the tile has 64 bits, offsets within it 32.
@@ -111,14 +111,14 @@ def contrastive_grads_kernel(
         if has_pairs | (first_row + BM > n) | (start + WIDTH > m):
             partner = tl.where(rows < num_pairs, rows + partner_offset, -2)
             is_pair = partner[:, None] == columns[None, :]
-            pair_value = tl.load(pair_gradient + rows, mask=rows < n, other=0.0) * (1 << SHIFT)
-            g = tl.where(is_pair, pair_value[:, None], g)
+            pair_value = tl.load(pair_gradient + rows, mask=rows < n, other=0.0)
+            g = tl.where(is_pair, (pair_value * ((1 << SHIFT) / unit))[:, None], g)
             g = tl.where((rows < n)[:, None] & (columns < m)[None, :], g, 0.0)
         if NEEDS_SCALE:
             tile_sum += sum_of(g * parts[part])
         within = tl.arange(0, BM)[:, None] * gradient_stride + columns[None, :]
         if SHIFT == 0:
-            g *= factor
+            g *= unit * logit_scale
         tl.store(tile_start + within, g.to(gradient.dtype.element_ty))
     if NEEDS_SCALE:
         tl.store(scale_partials + tl.program_id(0), tile_sum)
@@ -216,7 +216,6 @@ def multiplied_blocks(
 def contrastive_grads(
     logits: Logits,
     saved: SavedStatistics,
-    unit: Tensor,
     needs: list[bool],
     float32_grads: bool,
 ) -> Gradients:
@@ -230,7 +229,7 @@ def contrastive_grads(
     def own_arguments(start: int, left: int, tiles_before: int) -> tuple[Any, ...]:
         lse = saved.row_lse[start:], saved.column_lse[left:]
         partials = scale_partials[tiles_before:]
-        return unit, *lse, saved.pair_gradient[start:], partials
+        return saved.unit, *lse, saved.pair_gradient[start:], partials
 
     with on_device_of(features):
         row_grad, column_grad = multiplied_blocks(
@@ -240,13 +239,13 @@ def contrastive_grads(
             own_arguments,
             {"SYMMETRIC": logits.symmetric, "NEEDS_SCALE": needs_scale},
             needs,
-            unit * logits.logit_scale * 2.0**-shift if shift else None,
+            saved.unit * logits.logit_scale * 2.0**-shift if shift else None,
             torch.float32 if float32_grads else features.dtype,
         )
         scale_grad = scale_partials.new_empty(() if needs_scale else (0,))
         if needs_scale:
             scale_grad_kernel[(1,)](
-                scale_partials, unit, scale_grad, tiles, SHIFT=shift, **SUM.kwargs
+                scale_partials, saved.unit, scale_grad, tiles, SHIFT=shift, **SUM.kwargs
             )
     return Gradients(row_grad, column_grad, scale_grad)
 

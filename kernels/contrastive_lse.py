@@ -89,6 +89,7 @@ def contrastive_lse_kernel(
         if has_pairs:
             is_pair = partner[:, None] == columns[None, :]
             pair = tl.sum(tl.where(is_pair, logits, 0.0), axis=1) * LN_2
+            pair += pair - pair  # NaN instead of infinite, which would look perfectly matched
             in_tile = (partner >= start) & (partner < start + WIDTH)
             tl.store(pair_logits + rows, pair, mask=in_tile & (partner < m) & (rows < n))
         # Before the mask of the edges: after it, gfx942 would run out of registers for masks.
@@ -146,7 +147,7 @@ def _join(
         "row_parts", "column_parts", "n", "m", "num_columns", "num_previous", "partner_offset",
         "num_pairs",
     ],
-    do_not_specialize_on_alignment=["row_lse", "pair_logits"],
+    do_not_specialize_on_alignment=["row_lse", "column_lse", "pair_logits"],
 )  # fmt: skip
 def join_lse_kernel(
     row_partials,  # (2, row_parts, n): maxima and sums, in units of log 2
@@ -194,20 +195,19 @@ def contrastive_lse(logits: Logits) -> LogSumExps:
     aligned = logits._replace(row_features=row_features, column_features=column_features)
     (n, d), m = row_features.shape, column_features.shape[0]
     num_columns = m if logits.symmetric else 0
-    row_negatives_lse = row_features.new_empty(n, dtype=torch.float32)
-    column_negatives_lse = row_negatives_lse.new_empty(num_columns)
-    pair_logits = row_negatives_lse.new_empty(n)
+    negatives_lse = row_features.new_empty(n + num_columns, dtype=torch.float32)
+    pair_logits = negatives_lse.new_empty(n)
     column_tiles = ceil_div(m, tile["BN"])
     row_parts = column_tiles * tile["PARTS"]
     # The rows of a strip, a multiple of the tile's rows.
     height = max(1, PARTIAL_ELEMENTS // max(row_parts * tile["BM"], m)) * tile["BM"]
-    with on_device_of(row_negatives_lse):
+    with on_device_of(negatives_lse):
         for start in range(0, n, height):
             part = aligned.block(start, start + height)
             rows = part.row_features.shape[0]
             row_tiles = ceil_div(rows, tile["BM"])
-            row_partials = row_negatives_lse.new_empty(2 * row_parts * rows)
-            column_partials = row_negatives_lse.new_empty(2 * row_tiles * num_columns)
+            row_partials = negatives_lse.new_empty(2 * row_parts * rows)
+            column_partials = negatives_lse.new_empty(2 * row_tiles * num_columns)
             contrastive_lse_kernel[(row_tiles * column_tiles,)](
                 part.row_features, part.column_features, logits.logit_scale, row_partials,
                 column_partials, pair_logits[start:], part.row_ids, part.column_ids, rows, m, d,
@@ -216,9 +216,9 @@ def contrastive_lse(logits: Logits) -> LogSumExps:
             )  # fmt: skip
             block = JOIN_LSE.tile["BLOCK"]
             join_lse_kernel[(ceil_div(rows, block) + ceil_div(num_columns, block),)](
-                row_partials, column_partials, row_negatives_lse[start:], column_negatives_lse,
+                row_partials, column_partials, negatives_lse[start:], negatives_lse[n:],
                 pair_logits[start:], row_parts, row_tiles, rows, m, num_columns,
                 num_columns if start > 0 else 0, part.partner_offset, part.num_pairs,
                 **JOIN_LSE.kwargs,
             )  # fmt: skip
-    return LogSumExps(row_negatives_lse, column_negatives_lse, pair_logits)
+    return LogSumExps(negatives_lse, pair_logits)

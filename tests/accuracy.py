@@ -131,9 +131,10 @@ def defined_terms(case: Case, given: Tensors) -> Tensors:
     if case.function == "siglip":
         terms[TERMS[0]] = reference.siglip_loss(**options, logit_bias=bias)
     elif case.function == "one way":
-        columns = [x for name, x in given.items() if "text" in name]
+        columns = [x for name, x in given.items() if "text_features" in name]
         logits = given["logit_scale"] * image @ torch.cat(columns).T
-        terms[TERMS[0]] = reference.one_way_loss(logits, given.get("ids"))
+        ids, negative_ids = given.get("ids"), given.get("negative_text_ids")
+        terms[TERMS[0]] = reference.one_way_loss(logits, ids, negative_ids=negative_ids)
     terms = one_contrastive_term(terms)
     return {name: terms[name] for name in case.weights}
 

@@ -66,6 +66,7 @@ class Case:
     same_ids: str = "ignored"
     # How many extra negative texts and images there are; None: not given.
     negatives: tuple[int | None, int | None] = (None, None)
+    negative_ids: bool = False  # whether they have ids, if pairs have
     strip_rows: int | None = None
     logit_bias: float = -5.0  # of SigLIP's loss
     seed: int = 0
@@ -94,7 +95,11 @@ class Case:
             dtype = loss_dtype(self.dtype)
             given[name] = torch.tensor(getattr(self, name), dtype=dtype, device=device)
         if self.distinct_ids is not None:
-            given["ids"] = self.ids(self.distinct_ids).to(device)
+            given["ids"] = self.ids(self.n).to(device)
+            for seed, name in enumerate(NEGATIVES, 1):
+                if self.negative_ids and name in given:
+                    ids = self.ids(len(given[name]), seed)
+                    given[name.replace("features", "ids")] = ids.to(device)
         return given
 
     def inputs(self, device: Device) -> list[Tensor]:
@@ -106,10 +111,10 @@ class Case:
         """The tensors of `inputs`, as leaves that require gradients."""
         return [tensor.requires_grad_() for tensor in self.inputs(device)]
 
-    def ids(self, distinct: int) -> Tensor:
-        """(n,). On the CPU they are 16 bytes apart, 8 bytes after an aligned address."""
-        size, generator = (2 * self.n + 1,), torch.Generator("cpu").manual_seed(self.seed)
-        drawn = torch.randint(0, distinct, size, generator=generator, device="cpu")
+    def ids(self, count: int, seed: int = 0) -> Tensor:
+        """(count,). On the CPU they are 16 bytes apart, 8 bytes after an aligned address."""
+        size, generator = (2 * count + 1,), torch.Generator("cpu").manual_seed(self.seed + seed)
+        drawn = torch.randint(0, self.distinct_ids or 1, size, generator=generator, device="cpu")
         # Some differ only in the high bits.
         return (drawn % 3 - 1 + (drawn // 3 - 1) * 2**32)[1::2]
 
@@ -221,6 +226,7 @@ STRATEGIES: dict[str, st.SearchStrategy[Any]] = {
     "distinct_ids": st.sampled_from([None, None, 1, 6, 90]),
     "same_ids": st.sampled_from(["ignored", "positives"]),
     "negatives": counts(0, 1, 50, 130),
+    "negative_ids": st.booleans(),
     "strip_rows": st.sampled_from([None, 1, 7, 32]),
     "logit_bias": st.sampled_from([-10.0, -2.5, 1.0]),
     "seed": st.integers(0, 99),

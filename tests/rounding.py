@@ -42,10 +42,7 @@ def bounds(case: Case, given: Tensors, terms: Tensors, impl: str, tf32: bool) ->
     The gradients are those of the sum of all terms, each times its weight. terms: exact.
     """
     image = given["image_features"]
-    is_lse = case.function in ("log-sum-exps", "one way")
-    # Their upstream gradients are too small for float16, so float16 features are widened.
-    widened = image.float() if is_lse and image.dtype == torch.float16 else image
-    eps = engine_eps(impl, widened, tf32)
+    eps = engine_eps(impl, image, tf32)
     g_is_rounded = impl == "eager" and has_wide_products(image)
     exact = {name: exact_on_host(tensor) for name, tensor in given.items()}
     found = dict.fromkeys((*TERMS, *given), torch.zeros((), dtype=torch.float64, device="cpu"))
@@ -141,7 +138,8 @@ def contrastive_bound(
     value, grads = torch.zeros_like(products[0][0, 0]), dict[str, Any]()
     for index, (queries, names) in enumerate(directions):
         logits = scale * exact[queries] @ candidates[index].T + siglip * case.logit_bias
-        sizes = gradient_sizes(case, logits, exact.get("ids"), index == 0)
+        negative_ids = exact.get("negative_text_ids" if index == 0 else "negative_image_ids")
+        sizes = gradient_sizes(case, logits, exact.get("ids"), negative_ids, index == 0)
         sizes /= 1 if siglip else len(directions)
         # Exponentials below the smallest normal number may be lost.
         logit_errors = eps.logits * sizes
@@ -161,7 +159,13 @@ def contrastive_bound(
     return value, grads
 
 
-def gradient_sizes(case: Case, logits: Tensor, ids: Tensor | None, has_pairs: bool) -> Tensor:
+def gradient_sizes(
+    case: Case,
+    logits: Tensor,
+    ids: Tensor | None,
+    negative_ids: Tensor | None,
+    has_pairs: bool,
+) -> Tensor:
     """(n, m): N times the sum of the absolute values of the terms that each G_ij is computed from.
 
     This is N |G_ij|. Only if the row has k positives do terms cancel: G_ij is p - 1/k for the
@@ -173,11 +177,10 @@ def gradient_sizes(case: Case, logits: Tensor, ids: Tensor | None, has_pairs: bo
     if case.function == "siglip":
         # These logits are their product with the rows of a unit matrix.
         unit = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
-        loss = reference.siglip_loss(
-            leaf, unit[:n], 1, 0, ids, **options, negative_text_features=unit[n:]
-        )
+        negatives = {"negative_text_features": unit[n:], "negative_text_ids": negative_ids}
+        loss = reference.siglip_loss(leaf, unit[:n], 1, 0, ids, **options, **negatives)
     else:
-        loss = reference.one_way_loss(leaf, ids, **options)
+        loss = reference.one_way_loss(leaf, ids, **options, negative_ids=negative_ids)
     (grad,) = torch.autograd.grad(n * loss, leaf)
     sizes = grad.abs()
     if not has_pairs and case.function == "siglip":

@@ -83,7 +83,8 @@ def contrastive_lse(logits: Logits) -> LogSumExps:
     column_sum = torch.zeros_like(column_max)
     for start, stop, _, strip, exps in _logit_strips(logits, column_features):
         strip_pair_logits, paired_rows = _pairs(strip, start, logits)
-        pair_logits[paired_rows] = strip_pair_logits
+        # NaN instead of an infinite logit, which would look perfectly matched.
+        pair_logits[paired_rows] = strip_pair_logits + (strip_pair_logits - strip_pair_logits)
         strip_pair_logits.fill_(-torch.inf)
         same = logits.same_ids(start, stop)
         if same is not None:
@@ -96,7 +97,8 @@ def contrastive_lse(logits: Logits) -> LogSumExps:
             column_sum.mul_(column_max.sub_(new_max).exp_())
             column_sum.add_(strip.sub_(new_max).exp_().sum(dim=0))
             column_max = new_max
-    return LogSumExps(row_negatives_lse, column_sum.log_().add_(column_max), pair_logits)
+    column_negatives_lse = column_sum.log_().add_(column_max)
+    return LogSumExps(torch.cat((row_negatives_lse, column_negatives_lse)), pair_logits)
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -107,29 +109,28 @@ def softplus(x: Tensor) -> Tensor:
 def contrastive_grads(
     logits: Logits,
     saved: SavedStatistics,
-    unit: Tensor,
     needs: list[bool],
     float32_grads: bool,
 ) -> Gradients:
     """Gradients of a contrastive term, whose logits have the gradient `unit` * G.
 
-    With r = `saved.row_lse` and c = `saved.column_lse`, G_ij is pair_gradient_i if column j is row
-    i's partner, 0 if it has row i's id, and otherwise
+    With r = `row_lse` and c = `column_lse`, G_ij is pair_gradient_i / unit if column j is row i's
+    partner, 0 if it has row i's id, and otherwise
 
         G_ij = exp(l_ij - r_i) + exp(l_ij - c_j)
         dI = unit * s * G T,   dT = unit * s * G^T I,   ds = unit * sum_ij G_ij (I_i . T_j)
 
     Without `symmetric` the columns' terms are left out.
 
-    unit: scalar of the accumulation dtype; needs: which of the three are needed. dI and dT have the
-    features' dtype or, with `float32_grads`, the accumulation dtype (for sums across ranks).
+    needs: which of the three are needed. dI and dT have the features' dtype or, with
+    `float32_grads`, the accumulation dtype (for sums across ranks).
     """
     column_features = _columns_to_multiply(logits)
     shift = float16_shift(column_features)
     dtype = accumulation_dtype(column_features.dtype)
     strips_of_g = _contrastive_strips(logits, saved, column_features)
     grad_dtype = dtype if float32_grads else logits.row_features.dtype
-    factor = unit * 2.0**-shift
+    factor = saved.unit * 2.0**-shift
     return _multiplied(strips_of_g, logits, column_features, factor, needs, grad_dtype)
 
 
@@ -137,6 +138,7 @@ def _contrastive_strips(
     logits: Logits, saved: SavedStatistics, column_features: Tensor
 ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
     """For each strip: its first row, its end, its row features, and G."""
+    pair_gradient = saved.pair_gradient / saved.unit
     for start, stop, strip_features, strip, gradient in _logit_strips(logits, column_features):
         torch.sub(strip, saved.row_lse[start:stop, None], out=gradient).exp_()
         if logits.symmetric:
@@ -145,7 +147,7 @@ def _contrastive_strips(
         if same is not None:
             gradient.masked_fill_(same, 0.0)
         pair_elements, paired_rows = _pairs(gradient, start, logits)
-        pair_elements.copy_(saved.pair_gradient[paired_rows])
+        pair_elements.copy_(pair_gradient[paired_rows])
         yield start, stop, strip_features, gradient
 
 

@@ -26,7 +26,6 @@ class Engine(Protocol):
         self,
         logits: Logits,
         saved: SavedStatistics,
-        unit: Tensor,
         needs: list[bool],
         float32_grads: bool,
     ) -> Gradients:

@@ -35,7 +35,6 @@ from cyclip_loss.usage_warnings import warn_once
 SCALARS = {
     "logit_scale": 20.0,
     "logit_bias": -5.0,
-    "unit": 1.5,
     "grads[0]": 1.5,
     "grads[1]": 3.0,
     "weights[0]": 0.03,
@@ -173,10 +172,11 @@ class VerifiedKernels:
     def _statistics_of(self, logits: Logits) -> SavedStatistics:
         """About what a loss gives for these logits."""
         lse = self.eager.contrastive_lse(tree_map(_widened, logits))
-        row_lse = torch.logaddexp(lse.row_negatives_lse, lse.pair_logits)
+        row_lse = torch.logaddexp(lse.of_rows, lse.pair_logits)
         pair_gradient = -torch.sigmoid(lse.pair_logits - 5)
-        vectors = (row_lse, lse.column_negatives_lse + 0.5, pair_gradient)
-        return SavedStatistics(*(x.float() for x in vectors))
+        unit = torch.full_like(logits.logit_scale, -1.5)
+        found = (row_lse, lse.of_columns + 0.5, pair_gradient, unit)
+        return SavedStatistics(*(x.float() for x in found))
 
     def _tensor_like(self, name: str, value: Tensor) -> Tensor:
         """Ids, features, Gram matrices or a vector of random numbers."""

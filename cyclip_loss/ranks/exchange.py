@@ -46,7 +46,8 @@ def _gather_log_sum_exps(block_lse: BlockLse, logits: Logits, ranks: Ranks) -> L
     own = block_lse(logits)
     if not logits.symmetric or ranks.size == 1:
         return own
-    return own._replace(column_negatives_lse=all_reduce_lse(own.column_negatives_lse, ranks))
+    columns = all_reduce_lse(own.of_columns, ranks)
+    return own._replace(negatives_lse=torch.cat((own.of_rows, columns)))
 
 
 def _gather_gradients(
@@ -66,9 +67,9 @@ def _ring_log_sum_exps(block_lse: BlockLse, logits: Logits, ranks: Ranks) -> Log
 
     def column_part(block: Logits, _: Tensor | None) -> Tensor:
         part = block_lse(block)
-        row_lse.copy_(torch.logaddexp(row_lse, part.row_negatives_lse))
+        row_lse.copy_(torch.logaddexp(row_lse, part.of_rows))
         pair_logits.add_(part.pair_logits)  # 0 except in this rank's own block
-        return part.column_negatives_lse
+        return part.of_columns
 
     def combine(total: Tensor, part: Tensor) -> None:
         total.copy_(torch.logaddexp(total, part))
@@ -78,11 +79,8 @@ def _ring_log_sum_exps(block_lse: BlockLse, logits: Logits, ranks: Ranks) -> Log
         max_columns = ranks.max_rows(logits.column_features.shape[0])
         initial = row_lse.new_full((max_columns,), -torch.inf)
     column_lse = _ring(logits, None, initial, column_part, combine, ranks)
-    return LogSumExps(
-        row_lse.to(scale.dtype),
-        scale.new_empty(0) if column_lse is None else column_lse.to(scale.dtype),
-        pair_logits,
-    )
+    both = row_lse if column_lse is None else torch.cat((row_lse, column_lse))
+    return LogSumExps(both.to(scale.dtype), pair_logits)
 
 
 def _ring_gradients(

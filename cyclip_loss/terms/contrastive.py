@@ -95,10 +95,6 @@ def own_logits(
         # A view, because torch.compile refuses the same tensor twice.
         row_ids, column_ids = ids, None if pair_ids is None else pair_ids.view_as(pair_ids)
         has_negatives = batch.has_negatives and index == 0
-        if has_negatives:
-            row_features, column_features = (
-                _nan_if_infinite(x, num_pairs) for x in (row_features, column_features)
-            )
         if has_negatives and pair_ids is not None:
             extra_ids = collectives.finish_gather(
                 gathers.extra_text_ids,
@@ -127,15 +123,6 @@ def own_logits(
     return all_logits
 
 
-def _nan_if_infinite(features: Tensor, num_pairs: int) -> Tensor:
-    """The features, where those of extra negatives are NaN instead of infinite.
-
-    All logits of an infinite extra negative may be -inf, and would be lost in the sums.
-    """
-    extra = features[num_pairs:]
-    return torch.cat((features[:num_pairs], extra + (extra - extra).detach()))
-
-
 def terms(
     batch: Batch, plan: Plan, gathers: Gathers, inmodal_weight: float | None
 ) -> dict[str, Tensor]:
@@ -143,8 +130,11 @@ def terms(
     losses = []
     for index, logits in enumerate(own_logits(batch, plan, gathers)):
         lse, pair_logits, *other_logits = log_sum_exps(index, logits, batch, plan, gathers)
-        loss = F.softplus(lse - pair_logits, threshold=40.0).sum()
-        loss = loss / (batch.total_pairs * lse.shape[0])
+        losses_of_pairs = F.softplus(lse - pair_logits, threshold=40.0)
+        if batch.ranks.size == 1:
+            loss = losses_of_pairs.mean()
+        else:
+            loss = losses_of_pairs.sum() / (batch.total_pairs * lse.shape[0])
         if batch.positives:
             positives = Positives(logits.column_ids)
             ids: Any = logits.row_ids
@@ -197,31 +187,33 @@ class _LogSumExps(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         *tensors, lse = ctx.saved_tensors
         logits = Logits(*tensors, *ctx.layout)
-        unit = lse.new_ones(())
+        # Upstream gradients of one sign, as those of a loss times a factor, have a logarithm after
+        # division by `unit`. Of 0 it is -inf, so G_ij is 0; of another sign it is NaN. In a row
+        # without negatives, every G_ij is left out.
+        # On the CPU, as filling a tensor on a GPU would launch a kernel.
+        one = torch.scalar_tensor(1.0, dtype=lse.dtype, device="cpu")
+        unit = one.copysign(lse_grad.sum())
         if logits.row_features.dtype == torch.float16:
             # Elements of G larger than 2 could overflow, and small ones vanish.
             smallest = lse.new_full((1,), torch.finfo(lse.dtype).tiny)
             grads = torch.cat((lse_grad.reshape(-1), pair_grad, smallest))
-            unit = collectives.all_reduce(grads.abs().amax(), "max", ctx.ranks)
-            lse_grad, pair_grad = lse_grad / unit, pair_grad / unit
-        # The logarithm of a negative gradient is NaN. Of 0 it is -inf, so G_ij is 0. In a row
-        # without negatives, every G_ij is left out.
-        lse = lse - lse_grad.log()
-        num_extra = logits.row_features.shape[0] - lse.shape[1]
+            unit = unit * collectives.all_reduce(grads.abs().amax(), "max", ctx.ranks)
+        lse = lse - (lse_grad / unit).log()
         rows, pair_grad = lse[0], pair_grad.contiguous()
-        if num_extra > 0:  # extra negatives have no log-sum-exp of their own
-            rows = F.pad(rows, (0, num_extra), value=torch.inf)
-            pair_grad = F.pad(pair_grad, (0, num_extra))
-        columns = lse.new_empty(0)
-        if logits.symmetric:
-            columns = F.pad(lse[1], (0, ctx.own_columns - lse.shape[1]), value=torch.inf)
-            if STRATEGIES[ctx.plan.strategy].gathers_columns:
-                gathered = collectives.start_gather(columns, ctx.ranks, ctx.traced)
-                columns = collectives.finish_gather(gathered, columns, ctx.ranks)
+        columns = lse[1] if logits.symmetric else lse.new_empty(0)
+        if logits.has_extra_negatives:  # these have no log-sum-exp of their own
+            extra_rows = logits.row_features.shape[0] - logits.num_pairs
+            rows = F.pad(rows, (0, extra_rows), value=torch.inf)
+            pair_grad = F.pad(pair_grad, (0, extra_rows))
+            if logits.symmetric:
+                extra_columns = ctx.own_columns - logits.num_pairs
+                columns = F.pad(columns, (0, extra_columns), value=torch.inf)
+        if logits.symmetric and STRATEGIES[ctx.plan.strategy].gathers_columns:
+            gathered = collectives.start_gather(columns, ctx.ranks, ctx.traced)
+            columns = collectives.finish_gather(gathered, columns, ctx.ranks)
         grads = contrastive_backward.chosen(ctx.traced)(
             logits,
-            SavedStatistics(rows, columns, pair_grad),
-            unit,
+            SavedStatistics(rows, columns, pair_grad, unit),
             other_grad,
             list(ctx.needs_input_grad[:3]),
             ctx.own_columns,
@@ -261,11 +253,12 @@ def _forward(logits: Logits, plan: Plan, ranks: Ranks) -> tuple[Tensor, Tensor, 
         if positives is not None:
             others = logits.logit_scale * positives.row_products
     num_pairs = min(logits.row_features.shape[0], logits.num_pairs)
-    rows, pair_logits = found.row_negatives_lse[:num_pairs], found.pair_logits[:num_pairs]
-    if logits.symmetric:
-        own_columns = found.column_negatives_lse[logits.pairs[1]]
-        return torch.stack((rows, own_columns)), pair_logits.contiguous(), others
-    return rows[None], pair_logits, others
+    lse, pair_logits = found.of_rows[:num_pairs][None], found.pair_logits[:num_pairs]
+    if found.negatives_lse.shape[0] == 2 * num_pairs:  # of this rank's pairs
+        lse = found.negatives_lse.view(2, num_pairs)
+    elif logits.symmetric:
+        lse = torch.stack((lse[0], found.of_columns[logits.pairs[1]]))
+    return lse.contiguous(), pair_logits.contiguous(), others
 
 
 def _forward_fake(given: Any) -> tuple[Tensor, ...]:
@@ -281,7 +274,6 @@ logsumexp_forward = Operator("logsumexp_forward", _forward, _forward_fake)
 def _backward(
     logits: Logits,
     saved: SavedStatistics,
-    unit: Tensor,
     other_grad: Tensor | None,
     needs: list[bool],
     own_columns: int,
@@ -290,9 +282,9 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of this rank's rows and its own columns, and its part of the scale's.
 
-    logits: as in forward; unit: scalar, by which G is multiplied; other_grad: scalar, the upstream
-    gradient of the other positives' logits; needs: which of the three to compute (the others are
-    empty); own_columns: how many columns are this rank's.
+    logits: as in forward; other_grad: scalar, the upstream gradient of the other positives' logits;
+    needs: which of the three to compute (the others are empty); own_columns: how many columns are
+    this rank's.
     """
     engine = engines.load(plan.engine, logits.row_features)
     # Gradients to which more is added, by other ranks or for positives, stay in float32.
@@ -301,10 +293,8 @@ def _backward(
 
     def block_grads(block: Logits, saved: SavedStatistics) -> Gradients:
         if positives is None:
-            return engine.contrastive_grads(block, saved, unit, needs, float32_grads)
-        grads = engine.contrastive_grads(
-            without_positives(block), saved, unit, needs, float32_grads
-        )
+            return engine.contrastive_grads(block, saved, needs, float32_grads)
+        grads = engine.contrastive_grads(without_positives(block), saved, needs, float32_grads)
         return positives.add_grads(grads, block, other_grad, needs)
 
     with without_autocast(logits.row_features):

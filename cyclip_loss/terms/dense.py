@@ -12,10 +12,8 @@ The contrastive term has the formula of `contrastive.py`: its sums run over the 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from cyclip_loss.engines import eager
 from cyclip_loss.logits import Logits
 from cyclip_loss.numerics import accumulation_dtype, without_autocast
 

@@ -26,6 +26,7 @@ from cyclip_loss import (
 )
 
 Rows = list[list[int]]
+IDS = ("ids", "negative_image_ids", "negative_text_ids")
 # The kernels compute in float32, and logits are at most 100 here.
 DTYPE = {"eager": torch.float64, "triton": torch.float32}
 TOLERANCE = {"eager": 1e-11, "triton": 2e-5}
@@ -39,6 +40,8 @@ class Batch:
     text_features: Rows
     negative_image_features: Rows | None  # extra negatives
     negative_text_features: Rows | None
+    negative_image_ids: list[int] | None
+    negative_text_ids: list[int] | None
     logit_scale: int
     logit_bias: int | None  # of SigLIP's loss; None: CyCLIP's loss
     ids: list[int]
@@ -51,10 +54,11 @@ class Batch:
     def arguments(self, impl: str, device: torch.device, *names: str) -> Tensors:
         """These arguments, by default all."""
         found = {}
-        for name in names or (*FEATURES, *NEGATIVES, "logit_scale", "logit_bias", "ids"):
+        all_names = (*FEATURES, *NEGATIVES, "logit_scale", "logit_bias", *IDS)
+        for name in names or all_names:
             value = getattr(self, name)
             if value is not None:
-                dtype = torch.int64 if name == "ids" else DTYPE[impl]
+                dtype = torch.int64 if name in IDS else DTYPE[impl]
                 tensor = torch.tensor(value, dtype=dtype, device=device)
                 rows = "features" in name
                 found[name] = tensor.reshape(-1, len(self.normal)) / 4 if rows else tensor
@@ -93,10 +97,12 @@ def batches(draw: st.DrawFn, siglip: bool = True) -> Batch:
 
     row = st.lists(st.integers(-4, 4), min_size=d, max_size=d)
     counts = [draw(st.sampled_from([None, 0, 2])) for _ in NEGATIVES]
+    id_counts = [None if draw(st.booleans()) else count for count in counts]
     return Batch(
         lists(row, n),
         lists(row, n),
         *[None if count is None else lists(row, count) for count in counts],
+        *[None if count is None else lists(st.integers(0, 4), count) for count in id_counts],
         draw(st.integers(1, 16)),
         draw(st.sampled_from([None, None, -9, 1])) if siglip else None,
         lists(st.integers(0, 3), n),
@@ -149,7 +155,9 @@ def test_the_loss_equals_its_definition(batch: Batch, impl: str, device) -> None
     assert_equal(batch.loss(given, impl), batch.gradients(definition, widened(given)), impl)
 
 
-WITHOUT_NEGATIVES = Batch([[1]], [[2]], None, [], 3, None, [0], "ignored", (0, 0), None, [0], [1])
+WITHOUT_NEGATIVES = Batch(
+    [[1]], [[2]], None, [], None, None, 3, None, [0], "ignored", (0, 0), None, [0], [1]
+)
 
 
 @examples(2)
@@ -164,7 +172,7 @@ def test_log_sum_exps_equal_their_definition(
 ) -> None:
     """weights: upstream gradients, those of the pair logits plus 1."""
     given = batch.arguments(impl, device)
-    given.pop("negative_image_features", None)
+    given = {name: x for name, x in given.items() if not name.startswith("negative_image")}
     upstream = torch.tensor(weights, dtype=torch.float64, device=device).view(3, 8)
     upstream[0] -= 1
 
@@ -248,10 +256,9 @@ def test_the_loss_is_linear_in_each_lambda(batch: Batch, impl: str, device) -> N
 @given(batch=batches())
 def test_distinct_ids_are_no_ids(batch: Batch, impl: str, device) -> None:
     given = batch.arguments(impl, device)
-    given["ids"] = torch.tensor(batch.order, device=device) - 2
-    found = batch.loss(given, impl)
-    del given["ids"]
-    assert_equal(found, batch.loss(given, impl), impl)
+    without = {name: x for name, x in given.items() if name not in IDS}
+    ids = torch.tensor(batch.order, device=device) - 2
+    assert_equal(batch.loss(without | {"ids": ids}, impl), batch.loss(without, impl), impl)
 
 
 @examples(0.5)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accuracy import check, evaluate
 from hypothesis import strategies as st
-from inputs import FOR_KERNELS, INPUTS, NEGATIVES, Case, Grads, Tensors, cases
+from inputs import FOR_KERNELS, INPUTS, Case, Grads, Tensors, cases
 from pool import Ranks, own_device
 from torch import Tensor
 
@@ -52,7 +52,7 @@ class RankCase(Case):
         """The rows of each rank."""
         if tensor.ndim == 0:
             return (tensor,) * self.world_size
-        if name not in NEGATIVES:
+        if not name.startswith("negative"):
             return tensor.split(self.rows_per_rank)
         if self.seed % 2 and self.uneven:  # the last rank has all extra negatives
             return tensor.split((*[0] * (self.world_size - 1), len(tensor)))
