@@ -44,18 +44,30 @@ class Ranks(NamedTuple):
         return n if self.counts is None else max(self.counts)
 
 
-class Batch(NamedTuple):
-    """The checked arguments of one call on this rank, which has n of the N pairs.
+class Comparison(NamedTuple):
+    """Features whose rows a contrastive loss compares with the columns of all ranks.
 
-    A contrastive term compares row features with column features. There is one of images with
-    texts and, with augmented views, one of each tower's features with those of its views. Extra
-    negatives are rows or columns after the pairs of the first term.
+    There is one of images with texts. With augmented views, there is one of each tower's features
+    with those of its views. With extra negatives, there is one of the images with the negative
+    texts, and one of the texts with the negative images.
     """
+
+    name: str  # of the argument with the columns
+    row_features: Tensor  # (n, D)
+    column_features: Tensor  # (m, D), this rank's
+    row_ids: Tensor | None  # (n,), int64; None if `column_ids` is None
+    column_ids: Tensor | None  # (m,)
+    has_pairs: bool  # whether row i is paired with column i; no column of extra negatives is
+    ranks: Ranks  # with the number of columns on each, once they were compared (`inputs.agree`)
+
+
+class Batch(NamedTuple):
+    """The checked arguments of one call on this rank, which has n of the N pairs."""
 
     image_features: Tensor  # (n, D)
     text_features: Tensor  # (n, D)
-    # With the number of pairs on each, once they were compared (`inputs.agree`). The penalties
-    # alone need no comparison: their all-reduce counts the rows.
+    # With the number of pairs on each, once they were compared. The penalties alone need no
+    # comparison: their all-reduce counts the rows.
     ranks: Ranks
     # Whether torch.compile or torch.export records the call, or the features are of another tensor
     # type, such as fake tensors.
@@ -63,26 +75,13 @@ class Batch(NamedTuple):
     function: str = "CyclicPenalty"  # the public name of what was called
     logit_scale: Tensor | None = None  # scalar of the accumulation dtype; None: penalties alone
     logit_bias: Tensor | None = None  # scalar of the accumulation dtype
-    # Of each contrastive term: the rows, this rank's columns, and the ranks with their numbers of
-    # columns.
-    row_features: tuple[Tensor, ...] = ()
-    column_features: tuple[Tensor, ...] = ()
-    column_ranks: tuple[Ranks, ...] = ()
-    # The features of views and extra negatives that were given, and all ids, int64 (n,) or (M,), by
-    # the argument's name.
-    optional: dict[str, Tensor] = {}  # noqa: RUF012 (never changed)
+    comparisons: tuple[Comparison, ...] = ()  # the first one is of images with texts
     positives: bool = False  # whether rows with the same id are positives of each other
-    one_way: bool = False  # whether the first term compares rows with columns only
 
     @property
     def total_pairs(self) -> int:
         """N. For the penalties alone, ranks are taken to hold equally many pairs."""
         return self.ranks.total_rows(self.image_features.shape[0])
-
-    @property
-    def has_negatives(self) -> bool:
-        """Whether this rank's call got extra negatives, perhaps an empty tensor of them."""
-        return any(name.startswith("negative") for name in self.optional)
 
 
 class Plan(NamedTuple):

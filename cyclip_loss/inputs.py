@@ -6,7 +6,7 @@ such calls away from it. In the tests, `inputs.py`, `accuracy.py` and `rounding.
 call and its bounds.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from numbers import Real
 from typing import Any
 from weakref import WeakSet
@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from cyclip_loss import usage_warnings
-from cyclip_loss.batch import Batch, Plan, Ranks
+from cyclip_loss.batch import Batch, Comparison, Plan, Ranks
 from cyclip_loss.numerics import accumulation_dtype, autocast_is_on, is_capturing
 from cyclip_loss.options import LARGEST, ContrastiveModule, ContrastiveOptions, Options
 from cyclip_loss.ranks.agreement import check_ranks_agree
 from cyclip_loss.ranks.groups import ranks_of
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-NEGATIVES = ("negative_image_features", "negative_text_features")
 ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # Operations on tensors of other types, such as fake tensors, may be recorded instead of executed.
 ORDINARY_TENSORS = {Tensor, torch.nn.Parameter}
@@ -50,7 +49,6 @@ def prepare(
     output_dict: bool = False,
     *,
     same_ids: str = "ignored",
-    one_way: bool = False,
     logit_bias: Tensor | float | None = None,
     **others: Tensor | None,
 ) -> Batch:
@@ -69,52 +67,40 @@ def prepare(
         _check_rank(options, ranks)
     scale = check_scalar("logit_scale", logit_scale, images, traced)
     bias = None if logit_bias is None else check_scalar("logit_bias", logit_bias, images, traced)
-    given = {name: x for name, x in others.items() if x is not None}
-    for name, features in given.items():
-        if name.endswith("features"):
-            tower, own = ("image", images) if "image" in name else ("text", texts)
-            names, is_view = (f"{tower}_features", name), name.startswith("augmented")
-            given[name] = check_features(own, features, names, several, is_view)[1]
-        if name in NEGATIVES:
-            # One that is not finite makes all of this rank's logits NaN. It might have only logits
-            # of -inf, or be left out by its id, and the loss would stay finite.
-            zero = (given[name] - given[name]).detach()
-            given[name], scale = given[name] + zero, scale + zero.sum()
-    for name in ("ids", "negative_image_ids", "negative_text_ids"):
-        if name in given:
-            owner = name.replace("ids", "features")
-            if name != "ids" and not (owner in given and "ids" in given):
-                raise ValueError(f"{name} needs ids and {owner}, of which one is None")
-            given[name] = check_ids(name, given[name], given.get(owner, images))
-    if same_ids == "positives" and "ids" not in given:
+    ids = check_ids("ids", others.pop("ids"), images)
+    if ids is None and same_ids == "positives":
         raise ValueError("same_ids='positives' needs ids, got None")
-    row_features, column_features = [images], [texts]
-    views = [name for name in given if name.startswith("augmented")]
-    if len(views) == 1:
-        missing = "text" if "image" in views[0] else "image"
-        raise ValueError(f"augmented features go together: augmented_{missing}_features is None")
-    if views:
-        row_features += [images, texts]
-        column_features += [given["augmented_image_features"], given["augmented_text_features"]]
-    if "negative_image_features" in given:
-        row_features[0] = torch.cat((images, given["negative_image_features"]))
-    if "negative_text_features" in given:
-        column_features[0] = torch.cat((texts, given["negative_text_features"]))
-    return Batch(
-        images,
-        texts,
-        ranks,
-        traced,
-        function,
-        scale,
-        bias,
-        tuple(row_features),
-        tuple(column_features),
-        (ranks, ranks, ranks),
-        given,
-        positives=same_ids == "positives",
-        one_way=one_way,
-    )
+    comparisons = [Comparison("text_features", images, texts, ids, ids, True, ranks)]
+    for name in ("negative_text", "negative_image", "augmented_image", "augmented_text"):
+        features, has_pairs = others.get(f"{name}_features"), name.startswith("augmented")
+        column_ids = ids if has_pairs else others.get(f"{name}_ids")
+        if features is None:
+            if column_ids is not None and not has_pairs:
+                raise ValueError(f"{name}_ids needs {name}_features, got None")
+            continue
+        tower, own = ("image", images) if "image" in name else ("text", texts)
+        names = (f"{tower}_features", f"{name}_features")
+        columns = check_features(own, features, names, several, has_pairs)[1]
+        rows = own
+        if not has_pairs:
+            column_ids = check_ids(f"{name}_ids", column_ids, columns)
+            if column_ids is not None and ids is None:
+                raise ValueError(f"{name}_ids needs ids, got None")
+            rows = texts if tower == "image" else images
+            # A negative that is not finite makes all of this rank's logits NaN. It might have only
+            # logits of -inf, or be left out by its id, and the loss would stay finite.
+            zero = (columns - columns).detach()
+            columns, scale = columns + zero, scale + zero.sum()
+        row_ids = None if column_ids is None else ids
+        comparison = Comparison(names[1], rows, columns, row_ids, column_ids, has_pairs, ranks)
+        comparisons.append(comparison)
+    given = {comparison.name for comparison in comparisons}
+    views = {"augmented_image_features", "augmented_text_features"}
+    if len(views & given) == 1:
+        (missing,) = views - given
+        raise ValueError(f"augmented features go together: {missing} is None")
+    positives = same_ids == "positives"
+    return Batch(images, texts, ranks, traced, function, scale, bias, tuple(comparisons), positives)
 
 
 def _is_traced(*features: Tensor) -> bool:
@@ -135,27 +121,21 @@ def _check_rank(options: ContrastiveModule, ranks: Ranks) -> None:
 def agree(batch: Batch, plan: Plan, options: ContrastiveOptions) -> Batch:
     """The batch with the numbers of rows on each rank, after a comparison with the other ranks'.
 
-    The signature has what decides which collectives run, by the name that error messages use.
+    Extra negatives are left out if there are none on any rank. The signature has what decides which collectives run, by the name that error messages use.
     Raises as `check_ranks_agree`.
     """
     if batch.ranks.size == 1:
-        return batch
-    trains = torch.is_grad_enabled()
+        return _without_empty(batch, batch.comparisons)
+    trains, comparisons = torch.is_grad_enabled(), batch.comparisons
     scalars = [x for x in (batch.logit_scale, batch.logit_bias) if x is not None]
     differentiated = [
-        trains and any(x.requires_grad for x in (rows, columns, *scalars))
-        for rows, columns in zip(batch.row_features, batch.column_features)  # noqa: B905
+        trains and any(x.requires_grad for x in (c.row_features, c.column_features, *scalars))
+        for c in comparisons
     ]
-    # Negative images stay on their rank, and so do their ids.
-    sent = {
-        "text_features": batch.text_features,
-        **{name: x for name, x in batch.optional.items() if not name.startswith("negative_image")},
-    }
-    trained = [name for name, x in sent.items() if x.requires_grad and trains]
+    trained = [c.name for c in comparisons if trains and c.column_features.requires_grad]
     has_penalties = plan.penalties == "gram"
     signature: dict[str, Hashable] = {
         "the function": batch.function,
-        "one_way": batch.one_way,
         # A term whose backward runs on some ranks only would wait for the others.
         "whether an input of each contrastive term requires a gradient": tuple(differentiated),
         "dist_impl": options.dist_impl,
@@ -165,16 +145,17 @@ def agree(batch: Batch, plan: Plan, options: ContrastiveOptions) -> Batch:
         "whether the penalties are computed apart (output_dict, or different lambdas)": (
             has_penalties and plan.with_cross
         ),
-        "which of ids, augmented and negative features are given": ", ".join(sent),
+        "which features are given": ", ".join(c.name for c in comparisons),
+        "which of them have ids": ", ".join(c.name for c in comparisons if c.row_ids is not None),
+        "same_ids='positives'": batch.positives,
         # Their gradients are summed across ranks.
         "which of the features require a gradient": ", ".join(trained),
     }
-    n = batch.image_features.shape[0]
-    num_rows = {
-        "image_features and text_features": n,
-        "negative_text_features": batch.column_features[0].shape[0] - n,
-    }
-    ranks, column_ranks = check_ranks_agree(
+    num_rows = {"image_features and text_features": batch.image_features.shape[0]}
+    for comparison in comparisons:
+        if not comparison.has_pairs:
+            num_rows[comparison.name] = comparison.column_features.shape[0]
+    pair_ranks, *negative_ranks = check_ranks_agree(
         batch.ranks,
         batch.image_features,
         num_rows,
@@ -183,7 +164,17 @@ def agree(batch: Batch, plan: Plan, options: ContrastiveOptions) -> Batch:
         options.uneven,
         batch.traced,
     )
-    return batch._replace(ranks=ranks, column_ranks=(column_ranks, ranks, ranks))
+    left = iter(negative_ranks)
+    with_counts = [c._replace(ranks=pair_ranks if c.has_pairs else next(left)) for c in comparisons]
+    return _without_empty(batch._replace(ranks=pair_ranks), with_counts)
+
+
+def _without_empty(batch: Batch, comparisons: Iterable[Comparison]) -> Batch:
+    """The batch with the comparisons whose columns are not empty on all ranks."""
+    kept = [
+        c for c in comparisons if c.has_pairs or c.ranks.total_rows(c.column_features.shape[0]) > 0
+    ]
+    return batch._replace(comparisons=tuple(kept))
 
 
 def check_inputs_once(called: Any, batch: Batch) -> None:
@@ -198,7 +189,7 @@ def check_inputs_once(called: Any, batch: Batch) -> None:
         return
     if not image.is_meta and not is_capturing(image):
         _checked.add(called)
-        features = [image, batch.text_features, *batch.row_features, *batch.column_features]
+        features = [image, batch.text_features, *[c.column_features for c in batch.comparisons]]
         usage_warnings.warn_of_unusual_inputs(features, batch.logit_scale)
 
 
@@ -283,8 +274,10 @@ def check_scalar(name: str, value: Tensor | float, features: Tensor, traced: boo
     return value.to(device=features.device, dtype=dtype)
 
 
-def check_ids(name: str, ids: Tensor, features: Tensor) -> Tensor:
+def check_ids(name: str, ids: Tensor | None, features: Tensor) -> Tensor | None:
     """ids as int64, or an error: (N,), integers, on the device of the features (N, D)."""
+    if ids is None:
+        return None
     if not isinstance(ids, Tensor) or ids.dtype not in ID_DTYPES:
         got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(f"{name} must be a tensor of int8 to int64 or uint8, got {got}")

@@ -4,39 +4,33 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-ALL_ROWS = 2**30  # larger than any number of rows; the sum with a column number fits 32 bits
+# The `partner_offset` of logits without pairs. Larger than any number of columns; the sum with a row
+# number fits 32 bits.
+NO_PAIRS = 2**30
 
 
 class Logits(NamedTuple):
     """The logits l_ij = logit_scale * row_features_i . column_features_j of a contrastive term.
 
-    Row i < `num_pairs` is paired with column `i + partner_offset`, if that column exists. The row's
-    negatives are all other columns, except those with the row's id.
+    Row i is paired with column `i + partner_offset`, if that column exists. The row's negatives are
+    all other columns, except those with the row's id.
     """
 
     row_features: Tensor  # (n, D)
     column_features: Tensor  # (m, D)
     logit_scale: Tensor  # scalar of the accumulation dtype
-    # (n,) and (m,), int64, or both None. Of SigLIP's loss and with `positives`, the ids of extra
-    # negatives are below 0 (`terms/ids.py`).
-    row_ids: Tensor | None = None
-    column_ids: Tensor | None = None
+    row_ids: Tensor | None = None  # (n,), int64; None if `column_ids` is None
+    column_ids: Tensor | None = None  # (m,), int64
     partner_offset: int = 0
     symmetric: bool = True  # whether columns have log-sum-exps, too, or only rows
-    num_pairs: int = ALL_ROWS  # later rows are extra negatives of the columns
-    positives: bool = False  # whether rows with the same id are positives, which are not left out
-
-    @property
-    def has_extra_negatives(self) -> bool:
-        """Whether this rank's call got extra negatives, perhaps an empty tensor of them."""
-        return self.num_pairs <= self.row_features.shape[0]
+    positives: bool = False  # whether rows with the same id are positives of each other
 
     @property
     def pairs(self) -> tuple[slice, slice]:
         """The rows that have a partner in this block, and the columns that are their partners."""
         row, column = max(0, -self.partner_offset), max(0, self.partner_offset)
-        num_rows = min(self.row_features.shape[0], self.num_pairs)
-        count = max(0, min(num_rows - row, self.column_features.shape[0] - column))
+        num_rows, num_columns = self.row_features.shape[0], self.column_features.shape[0]
+        count = max(0, min(num_rows - row, num_columns - column))
         return slice(row, row + count), slice(column, column + count)
 
     def same_ids(self, start: int, stop: int) -> Tensor | None:
@@ -58,7 +52,6 @@ class Logits(NamedTuple):
             None if self.column_ids is None else self.column_ids[left:right],
             self.partner_offset + start - left,
             self.symmetric,
-            self.num_pairs - start,
             self.positives,
         )
 
@@ -85,13 +78,12 @@ class LogSumExps(NamedTuple):
 class SavedStatistics(NamedTuple):
     """The gradient of the logits: unit * (exp(l_ij - row_lse_i) + exp(l_ij - column_lse_j)).
 
-    row_lse, column_lse: log-sum-exps minus the logarithm of their upstream gradient / unit; inf for
-    extra negatives, which have no log-sum-exp.
+    row_lse, column_lse: log-sum-exps minus the logarithm of their upstream gradient / unit.
     """
 
     row_lse: Tensor  # (n,)
     column_lse: Tensor  # (m,), empty unless `Logits.symmetric`
-    pair_gradient: Tensor  # (n,), the gradient of the pairs' logits; 0 for extra negatives
+    pair_gradient: Tensor  # (n,), the gradient of the pairs' logits
     unit: Tensor  # scalar
 
 

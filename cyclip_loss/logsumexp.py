@@ -81,12 +81,11 @@ def contrastive_logsumexp(
         impl=impl,
     )
     batch = prepare(
-        "contrastive_logsumexp",
+        "contrastive_logsumexp one way" if boolean("one_way", one_way) else "contrastive_logsumexp",
         image_features,
         text_features,
         logit_scale,
         options,
-        one_way=boolean("one_way", one_way),
         ids=ids,
         negative_text_features=negative_text_features,
         negative_text_ids=negative_text_ids,
@@ -95,11 +94,10 @@ def contrastive_logsumexp(
     batch = agree(batch, plan, options)
     check_inputs_once(contrastive_logsumexp, batch)
     gathers = contrastive.start_gathers(batch, plan)
-    (logits,) = contrastive.own_logits(batch, plan, gathers)
+    logits = contrastive.all_logits(batch, plan, gathers, symmetric=not one_way)
     lse, pair_logits = contrastive.log_sum_exps(0, logits, batch, plan, gathers)
-    if plan.contrastive == "dense" and (ids is not None or pair_logits.shape[0] == 1):
-        # Rows without negatives have the lowest number of the dtype, which has a gradient.
-        lse = lse.masked_fill(lse == torch.finfo(lse.dtype).min, -torch.inf)
+    # Rows without negatives may have the lowest number of the dtype, which has a gradient.
+    lse = lse.masked_fill(lse == torch.finfo(lse.dtype).min, -torch.inf)
     # NaN where a pair's logit is: an infinite feature may have negatives' logits of -inf only.
     rows, *columns = (lse + (pair_logits - pair_logits).detach()).unbind()
     return ContrastiveLogSumExp(rows, columns[0] if columns else None, pair_logits)

@@ -93,7 +93,7 @@ def consistency_metrics(
 def _gather(pair: tuple[Tensor, Tensor], ranks: Ranks) -> tuple[tuple[Tensor, Tensor], Ranks]:
     """The features of all ranks, and the ranks with their numbers of rows."""
     n, d = pair[0].shape
-    ranks, _ = check_ranks_agree(
+    (ranks,) = check_ranks_agree(
         ranks,
         pair[0],
         {"image_features and text_features": n},

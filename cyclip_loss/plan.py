@@ -48,9 +48,7 @@ def make_plan(batch: Batch, options: Options, output_dict: bool = False) -> Plan
         if penalties == "gram" and n <= limit:
             penalties = "dense"
         if contrastive == "streamed" and not batch.positives:
-            # With extra negatives.
-            n, m = batch.row_features[0].shape[0], batch.column_features[0].shape[0]
-            if max(n, m) <= limit:
+            if max(x.column_features.shape[0] for x in batch.comparisons) <= limit:
                 contrastive = "dense"
     strategy = "gather" if batch.ranks.size == 1 else getattr(options, "dist_impl", "gather")
     plan = Plan(contrastive, penalties, engine, strategy, output_dict, with_cross)

@@ -106,7 +106,6 @@ class CySigLIPLoss(ContrastiveModule):
             self,
             output_dict,
             same_ids=self.same_ids,
-            one_way=True,
             logit_bias=0.0 if logit_bias is None else logit_bias,
             ids=ids,
             negative_image_features=negative_image_features,
@@ -126,19 +125,22 @@ class CySigLIPLoss(ContrastiveModule):
         return terms if output_dict else cyclic.total(terms)
 
 
-def _sigmoid_loss(batch: Batch, plan: Plan, gathers: contrastive.Gathers) -> Tensor:
+def _sigmoid_loss(batch: Batch, plan: Plan, gathers: list[contrastive.Gathers]) -> Tensor:
     """The loss without penalties, a scalar of the accumulation dtype."""
-    (logits,) = contrastive.own_logits(batch, plan, gathers, signed_ids=True)
     bias: Any = batch.logit_bias
-    if plan.contrastive == "dense":
-        return _dense(logits, bias) / batch.total_pairs
-    differentiable = (logits.row_features, logits.column_features, logits.logit_scale, bias)
-    rows, columns, *scalars = [torch.is_grad_enabled() and x.requires_grad for x in differentiable]
-    needs = [rows, columns, any(scalars)]
-    settings = batch.traced, plan, batch.column_ranks[0]
-    return _Sigmoid.apply(  # type: ignore[no-untyped-call,no-any-return]
-        bias, needs, batch.total_pairs, *logits, gathers.column_features[0], *settings
-    )
+    losses = []
+    for index, logits in enumerate(contrastive.all_logits(batch, plan, gathers)):
+        if plan.contrastive == "dense":
+            losses.append(_dense(logits, bias) / batch.total_pairs)
+            continue
+        given = (logits.row_features, logits.column_features, logits.logit_scale, bias)
+        rows, columns, *scalars = [torch.is_grad_enabled() and x.requires_grad for x in given]
+        needs = [rows, columns, any(scalars)]
+        settings = batch.traced, plan, batch.comparisons[index].ranks
+        inputs = (*logits, gathers[index].column_features, *settings)
+        loss = _Sigmoid.apply(bias, needs, batch.total_pairs, *inputs)  # type: ignore[no-untyped-call]
+        losses.append(loss)
+    return sum(losses[1:], losses[0])
 
 
 def _dense(logits: Logits, logit_bias: Tensor) -> Tensor:
@@ -148,14 +150,14 @@ def _dense(logits: Logits, logit_bias: Tensor) -> Tensor:
         row_features, column_features = logits.row_features.to(dtype), logits.column_features
         products = row_features @ column_features.to(dtype).T
         margins = products.mul(-logits.logit_scale).sub_(logit_bias)  # y_ij l_ij
-        # The diagonal goes on where extra images meet extra texts.
-        pairs = margins.diagonal()[: logits.num_pairs]
-        detached = pairs.detach()
-        # NaN for an infinite pair logit, which would look perfectly matched.
-        pairs.neg_().add_(detached - detached)
-        _, left_out = eager.same_id_masks(logits, 0, margins.shape[0])
-        if left_out is not None:
-            margins.masked_fill_(left_out, torch.inf)
+        if logits.partner_offset == 0:
+            pairs = margins.diagonal()
+            detached = pairs.detach()
+            # NaN for an infinite pair logit, which would look perfectly matched.
+            pairs.neg_().add_(detached - detached)
+        same = eager.same_ids_but_pairs(logits, 0, margins.shape[0])
+        if same is not None:
+            margins.masked_fill_(same, torch.inf)
         return -F.logsigmoid(margins).sum()
 
 

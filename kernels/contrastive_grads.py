@@ -43,7 +43,7 @@ BLOCK_ELEMENTS = 2**28
 
 
 @triton.jit(
-    do_not_specialize=["n", "m", "partner_offset", "num_pairs"],
+    do_not_specialize=["n", "m", "partner_offset"],
     do_not_specialize_on_alignment=[
         "logit_scale", "unit", "row_lse", "column_lse", "pair_gradient", "scale_partials",
         "row_ids", "column_ids",
@@ -62,8 +62,7 @@ def contrastive_grads_kernel(
     row_stride,
     column_stride,
     gradient_stride,
-    partner_offset,  # row i < num_pairs is paired with column i + partner_offset
-    num_pairs,
+    partner_offset,  # row i is paired with column i + partner_offset
     unit,  # scalar
     row_lse,  # (n,)
     column_lse,  # (m,)
@@ -109,7 +108,7 @@ def contrastive_grads_kernel(
         # Whole tiles are stored, with 0 outside the matrix, as a mask on columns would prevent wide
         # stores. The pairs share the branch: a branch of their own would spill registers.
         if has_pairs | (first_row + BM > n) | (start + WIDTH > m):
-            partner = tl.where(rows < num_pairs, rows + partner_offset, -2)
+            partner = rows + partner_offset
             is_pair = partner[:, None] == columns[None, :]
             pair_value = tl.load(pair_gradient + rows, mask=rows < n, other=0.0)
             g = tl.where(is_pair, (pair_value * ((1 << SHIFT) / unit))[:, None], g)
@@ -197,7 +196,7 @@ def multiplied_blocks(
             kernel[(num_tiles(block, config),)](
                 a, b, block.logit_scale, block.row_ids, block.column_ids, buffer, a.shape[0],
                 b.shape[0], a.shape[1], a.stride(0), b.stride(0), width, block.partner_offset,
-                block.num_pairs, *own_arguments(start, left, tiles),
+                *own_arguments(start, left, tiles),
                 SHIFT=float16_shift(row_features), **constants, **config.kwargs,
             )  # fmt: skip
             tiles += num_tiles(block, config)

@@ -40,7 +40,7 @@ def _finite_reference(maximum):
 
 
 @triton.jit(
-    do_not_specialize=["n", "m", "partner_offset", "num_pairs"],
+    do_not_specialize=["n", "m", "partner_offset"],
     do_not_specialize_on_alignment=["logit_scale", "pair_logits", "row_ids", "column_ids"],
 )
 def contrastive_lse_kernel(
@@ -57,8 +57,7 @@ def contrastive_lse_kernel(
     d,  # a multiple of BK
     row_stride,
     column_stride,
-    partner_offset,  # row i < num_pairs is paired with column i + partner_offset
-    num_pairs,
+    partner_offset,  # row i is paired with column i + partner_offset
     SYMMETRIC: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
@@ -76,7 +75,7 @@ def contrastive_lse_kernel(
     row_partial = row_partials + column_tile.to(tl.int64) * PARTS * n
     row_sums = tl.cdiv(m, BN).to(tl.int64) * PARTS * n
     rows = first_row + tl.arange(0, BM)
-    partner = tl.where(rows < num_pairs, rows + partner_offset, -2)
+    partner = rows + partner_offset
     first_pair = first_row + partner_offset
     WIDTH: tl.constexpr = BN // PARTS
     parts = split(product, BM, BN, PARTS)
@@ -145,7 +144,6 @@ def _join(
 @triton.jit(
     do_not_specialize=[
         "row_parts", "column_parts", "n", "m", "num_columns", "num_previous", "partner_offset",
-        "num_pairs",
     ],
     do_not_specialize_on_alignment=["row_lse", "column_lse", "pair_logits"],
 )  # fmt: skip
@@ -162,7 +160,6 @@ def join_lse_kernel(
     num_columns,  # m, or 0 where columns have no log-sum-exps
     num_previous,  # num_columns, or 0 for the first strip of rows
     partner_offset,
-    num_pairs,
     TILES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -174,7 +171,7 @@ def join_lse_kernel(
         _join(row_partials, row_lse, row_parts, n, 0, first, TILES, BLOCK)
         rows = first + tl.arange(0, BLOCK)
         partner = rows + partner_offset
-        has_no_partner = (partner < 0) | (partner >= m) | (rows >= num_pairs)
+        has_no_partner = (partner < 0) | (partner >= m)
         tl.store(
             pair_logits + rows, tl.zeros((BLOCK,), tl.float32), mask=has_no_partner & (rows < n)
         )
@@ -212,13 +209,13 @@ def contrastive_lse(logits: Logits) -> LogSumExps:
                 part.row_features, part.column_features, logits.logit_scale, row_partials,
                 column_partials, pair_logits[start:], part.row_ids, part.column_ids, rows, m, d,
                 part.row_features.stride(0), part.column_features.stride(0), part.partner_offset,
-                part.num_pairs, SYMMETRIC=logits.symmetric, **config.kwargs,
+                SYMMETRIC=logits.symmetric, **config.kwargs,
             )  # fmt: skip
             block = JOIN_LSE.tile["BLOCK"]
             join_lse_kernel[(ceil_div(rows, block) + ceil_div(num_columns, block),)](
                 row_partials, column_partials, negatives_lse[start:], negatives_lse[n:],
                 pair_logits[start:], row_parts, row_tiles, rows, m, num_columns,
-                num_columns if start > 0 else 0, part.partner_offset, part.num_pairs,
+                num_columns if start > 0 else 0, part.partner_offset,
                 **JOIN_LSE.kwargs,
             )  # fmt: skip
     return LogSumExps(negatives_lse, pair_logits)

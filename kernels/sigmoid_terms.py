@@ -18,13 +18,13 @@ from torch import Tensor
 
 from cyclip_loss.kernels.configs import config_for
 from cyclip_loss.kernels.contrastive_grads import multiplied_blocks, num_tiles
-from cyclip_loss.kernels.tiles import sigmoid, softplus, split, sum_of, tile_product
+from cyclip_loss.kernels.tiles import same_ids, sigmoid, softplus, split, sum_of, tile_product
 from cyclip_loss.logits import Gradients, Logits
 from cyclip_loss.numerics import float16_shift, on_device_of
 
 
 @triton.jit(
-    do_not_specialize=["n", "m", "all_tiles", "partner_offset", "num_pairs"],
+    do_not_specialize=["n", "m", "all_tiles", "partner_offset"],
     do_not_specialize_on_alignment=[
         "logit_scale", "logit_bias", "row_ids", "column_ids", "partials",
     ],
@@ -42,13 +42,11 @@ def sigmoid_terms_kernel(
     row_stride,
     column_stride,
     gradient_stride,
-    partner_offset,  # row i < num_pairs is paired with column i + partner_offset
-    num_pairs,
+    partner_offset,  # row i is paired with column i + partner_offset
     logit_bias,  # scalar
     partials,  # (3, all_tiles) out: of the tiles, sums of the loss, of G, and of G_ij (I_i . T_j)
     all_tiles,
     POSITIVES: tl.constexpr,
-    HAS_NEGATIVES: tl.constexpr,  # extra ones, whose ids are below 0
     SHIFT: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
@@ -63,7 +61,7 @@ def sigmoid_terms_kernel(
     scale = tl.load(logit_scale)
     bias = tl.load(logit_bias)
     rows = first_row + tl.arange(0, BM)
-    partner = tl.where(rows < num_pairs, rows + partner_offset, -1)
+    partner = rows + partner_offset
     tile_start = gradient + first_row.to(tl.int64) * gradient_stride
     loss_sum = 0.0
     scale_sum = 0.0
@@ -76,21 +74,10 @@ def sigmoid_terms_kernel(
         is_positive = partner[:, None] == columns[None, :]
         counts = (rows < n)[:, None] & (columns < m)[None, :]
         if row_ids is not None:
-            row_id = tl.load(row_ids + tl.minimum(rows, n - 1))[:, None]
-            column_id = tl.load(column_ids + tl.minimum(columns, m - 1))[None, :]
-            if HAS_NEGATIVES:
-                left_out = tl.abs(row_id) == tl.abs(column_id)
-                # Extra images and extra texts leave out each other.
-                left_out = (left_out | ((row_id < 0) & (column_id < 0))) & ~is_positive
-            else:
-                left_out = (row_id == column_id) & ~is_positive
+            same = same_ids(row_ids, column_ids, rows, columns, n, m) & ~is_positive
             if POSITIVES:
-                # Only among pairs do positives have equal ids.
-                other_positives = left_out & (row_id == column_id)
-                if HAS_NEGATIVES:
-                    other_positives &= row_id > 0
-                is_positive |= other_positives
-            counts &= is_positive | ~left_out
+                is_positive |= same
+            counts &= is_positive | ~same
         # -inf has no loss and no gradient.
         x = tl.where(counts, tl.where(is_positive, -x, x), -float("inf"))
         loss_sum += sum_of(softplus(x))
@@ -124,7 +111,7 @@ def sigmoid_terms(
             logits,
             config,
             lambda start, left, tiles_before: (logit_bias, partials[:, tiles_before:], tiles),
-            {"POSITIVES": logits.positives, "HAS_NEGATIVES": logits.has_extra_negatives},
+            {"POSITIVES": logits.positives},
             needs,
             logits.logit_scale * (weight * 2.0 ** -float16_shift(features)),
             torch.float32,

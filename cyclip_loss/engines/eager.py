@@ -191,26 +191,12 @@ def _multiplied(
     return Gradients(row_grad, column_grad, scale_grad)
 
 
-def same_id_masks(logits: Logits, start: int, stop: int) -> tuple[Tensor | None, Tensor | None]:
-    """Which elements of SigLIP's logits are positives beside the pairs, and which are left out.
-
-    Rows `start` to `stop` and all columns, (stop - start, m) each, or None for no element. Elements
-    with the same id are positives with `positives`, else left out. Extra negatives, whose ids are
-    below 0, are never positives; those of images and those of texts leave out each other.
-    """
-    if logits.row_ids is None or logits.column_ids is None:
-        return None, None
-    rows, columns = logits.row_ids[start:stop, None], logits.column_ids
-    extra = logits.has_extra_negatives
-    same = rows.abs() == columns.abs() if extra else rows == columns
-    _pairs(same, start, logits)[0].fill_(False)
-    if not extra:
-        return (same, None) if logits.positives else (None, same)
-    left_out = same | ((rows < 0) & (columns < 0))
-    if not logits.positives:
-        return None, left_out
-    is_positive = same & (rows > 0) & (columns > 0)
-    return is_positive, left_out ^ is_positive
+def same_ids_but_pairs(logits: Logits, start: int, stop: int) -> Tensor | None:
+    """As `Logits.same_ids`, but False for the pairs."""
+    same = logits.same_ids(start, stop)
+    if same is not None:
+        _pairs(same, start, logits)[0].fill_(False)
+    return same
 
 
 def sigmoid_terms(
@@ -223,7 +209,7 @@ def sigmoid_terms(
         loss = sum_ij log(1 + exp(-y_ij l_ij))        G_ij = -y_ij / (1 + exp(y_ij l_ij))
         dI = w s G T,   dT = w s G^T I,   ds = w sum_ij G_ij (I_i . T_j)
 
-    `same_id_masks` says which other elements have y = 1, and which are left out.
+    Other elements with the same id are left out or, with `positives`, have y = 1.
 
     logit_bias: scalar; needs: which gradients are needed, of rows, columns and scale. If none is,
     G is not computed, and its sum is 0. The gradients are in the accumulation dtype.
@@ -242,9 +228,10 @@ def sigmoid_terms(
             strip.add_(logit_bias)
             pairs = _pairs(strip, start, logits)[0]
             pairs.add_(pairs - pairs)  # NaN for an infinite logit, which may have no loss
-            is_positive, left_out = same_id_masks(logits, start, stop)
-            if left_out is not None:
-                strip.masked_fill_(left_out, -torch.inf)
+            same = same_ids_but_pairs(logits, start, stop)
+            is_positive = same if logits.positives else None
+            if same is not None and not logits.positives:
+                strip.masked_fill_(same, -torch.inf)
             negate_positives(strip, start, is_positive)
             loss.add_(softplus(strip).sum())
             if any(needs):

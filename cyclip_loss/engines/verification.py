@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from cyclip_loss.logits import ALL_ROWS, Logits, SavedStatistics
+from cyclip_loss.logits import Logits, SavedStatistics
 from cyclip_loss.numerics import MAX_DIVISOR, divisor_of, float32_is_exact, is_capturing
 from cyclip_loss.usage_warnings import warn_once
 
@@ -165,8 +165,6 @@ class VerifiedKernels:
             return torch.full((), SCALARS[name], device=value.device, dtype=torch.float32)
         if isinstance(value, Tensor):
             return self._tensor_like(name, value)
-        if name == "num_pairs" and value != ALL_ROWS:  # with extra negatives
-            return self.num_rows - 9
         return 10 * _sign(value) if name == "partner_offset" else value
 
     def _statistics_of(self, logits: Logits) -> SavedStatistics:
@@ -225,8 +223,6 @@ def layout_of(value: Any) -> Any:
         # Of Gram matrices, C may be there or not.
         matrices = (len(value), divisor_of(value.shape[-1])) if value.ndim == 3 else ()
         return value.ndim, *matrices, value.device.type, value.numel() == 0
-    if isinstance(value, Logits):
-        return (*map(layout_of, value), value.has_extra_negatives)
     if isinstance(value, (tuple, list)):
         return (len(value), *map(layout_of, value))
     if value is None or isinstance(value, bool):

@@ -27,17 +27,15 @@ def check_ranks_agree(
     options: Options | None = None,
     uneven: bool = False,
     traced: bool = False,
-) -> tuple[Ranks, Ranks]:
-    """Compare the call with the other ranks'; return the ranks twice, with numbers of rows.
+) -> list[Ranks]:
+    """Compare the call with the other ranks'; return the ranks with each of the numbers of rows.
 
     Ranks compare in the first call with a signature and, with `uneven`, in every call. The host
     waits for the comparison. Other calls are not checked. Without `uneven`, nothing is compared
     while the call is `traced`.
 
     features: (n, D), this rank's. Their D, dtype and device type have to agree. num_rows: how many
-    pairs this rank has, and how many extra negatives reach other ranks, by the arguments' names.
-    The first result has the ranks' numbers of pairs, the second those of pairs and extra negatives
-    together. signature: what else decides which collectives run, by name. options: compared in the
+    pairs this rank has, and how many extra negatives, by the arguments' names. signature: what else decides which collectives run, by name. options: compared in the
     first call with a signature only, because they may change.
 
     Raises:
@@ -55,7 +53,7 @@ def check_ranks_agree(
         (pairs_name, num_pairs), *_ = num_rows.items()
         if num_pairs == 0:
             raise ValueError(f"{pairs_name} have 0 rows: that needs uneven=True")
-        return ranks, ranks
+        return [ranks] * len(num_rows)
     compare: Any = _compare
     if traced:
         # Not in eager mode: this imports PyTorch's compiler, and with it functions whose default
@@ -77,7 +75,7 @@ def _compare(
     signature: dict[str, Hashable],
     options: Options | None,
     uneven: bool,
-) -> tuple[Ranks, Ranks]:
+) -> list[Ranks]:
     """The comparison of `check_ranks_agree`. The host waits.
 
     Ranks send the numbers of rows and a hash of the rest. Only if hashes differ do they send the
@@ -89,7 +87,7 @@ def _compare(
     # 7 bytes fit a positive int64.
     digest = blake2b(repr(own).encode(), digest_size=7).digest()
     device = torch.device("cpu") if is_gloo_on_gpu(features, ranks) else features.device
-    rows = [*num_rows.values(), 0][:2]  # two, so that calls of different functions are compared
+    rows = [*num_rows.values(), 0, 0][:3]  # three, so that calls of different functions compare
     sent = [int.from_bytes(digest, "big"), *rows]
     own_numbers = torch.tensor([sent], dtype=torch.int64, device=device)
     gathered = finish_gather(start_gather(own_numbers, ranks), own_numbers, ranks)
@@ -112,8 +110,7 @@ def _compare(
     if sum(counts[0]) == 0:
         raise ValueError("the global batch is empty: every rank's features have 0 rows")
     _agreed.setdefault(ranks.group, set()).add(tuple(signature.items()))
-    columns = [sum(on_one_rank) for on_one_rank in zip(*counts, strict=True)]
-    return _with_counts(ranks, list(counts[0])), _with_counts(ranks, columns)
+    return [_with_counts(ranks, list(on_ranks)) for on_ranks, _ in zip(counts, num_rows)]  # noqa: B905
 
 
 def _with_counts(ranks: Ranks, counts: list[int]) -> Ranks:

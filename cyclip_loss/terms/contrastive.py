@@ -35,112 +35,84 @@ from torch import Tensor
 
 from cyclip_loss import engines
 from cyclip_loss.batch import Batch, Plan, Ranks
-from cyclip_loss.logits import ALL_ROWS, Gradients, Logits, SavedStatistics
+from cyclip_loss.logits import NO_PAIRS, Gradients, Logits, SavedStatistics
 from cyclip_loss.numerics import without_autocast
 from cyclip_loss.ranks import collectives
 from cyclip_loss.ranks.exchange import STRATEGIES
 from cyclip_loss.terms import dense
-from cyclip_loss.terms.ids import ids_with_negatives, ranks_of_extra_texts
 from cyclip_loss.terms.operators import Operator, empty_grad_like
 from cyclip_loss.terms.positives import Positives, without_positives
 
 
 class Gathers(NamedTuple):
-    """All-gathers that run while other terms are computed; None where nothing is sent."""
+    """All-gathers of a comparison that run while other terms are computed; None: nothing is sent."""
 
-    column_features: list[Tensor | None]  # of each contrastive term
-    ids: Tensor | None
-    extra_text_ids: Tensor | None
+    column_features: Tensor | None
+    column_ids: Tensor | None
 
 
-def start_gathers(batch: Batch, plan: Plan) -> Gathers:
-    """Start to gather the columns of every contrastive term, and the ids."""
+def start_gathers(batch: Batch, plan: Plan) -> list[Gathers]:
+    """Start to gather the columns of every comparison, and their ids."""
     gathers_columns = STRATEGIES[plan.strategy].gathers_columns
+    found: list[Gathers] = []
+    for columns in batch.comparisons:
+        features = ids = None
+        if gathers_columns:
+            features = collectives.start_gather(
+                columns.column_features, columns.ranks, batch.traced
+            )
+        if columns.has_pairs and found:  # the ids of views are those of the pairs
+            ids = found[0].column_ids
+        elif columns.column_ids is not None:
+            ids = collectives.start_gather(columns.column_ids, columns.ranks, batch.traced)
+        found.append(Gathers(features, ids))
+    return found
 
-    def started(own: Tensor | None, ranks: Ranks) -> Tensor | None:
-        return None if own is None else collectives.start_gather(own, ranks, batch.traced)
 
-    column_features = [
-        started(features, ranks) if gathers_columns else None
-        # `column_ranks` may be longer.
-        for features, ranks in zip(batch.column_features, batch.column_ranks)  # noqa: B905
-    ]
-    return Gathers(
-        column_features,
-        started(batch.optional.get("ids"), batch.ranks),
-        started(batch.optional.get("negative_text_ids"), ranks_of_extra_texts(batch)),
-    )
-
-
-def own_logits(
-    batch: Batch, plan: Plan, gathers: Gathers, signed_ids: bool = False
+def all_logits(
+    batch: Batch, plan: Plan, gathers: list[Gathers], symmetric: bool = False
 ) -> list[Logits]:
-    """The logits of each contrastive term: this rank's own columns, the ids of all ranks.
+    """The logits of each comparison: this rank's own columns, the ids of all ranks.
 
-    signed_ids: SigLIP's loss needs the minus sign of extra negatives' ids, and ids even if none
-    were given, to leave out the logits of extra images and extra texts.
+    symmetric: of the first one; the others have log-sum-exps of rows only.
     """
     assert batch.logit_scale is not None
-    num_pairs = batch.image_features.shape[0]
-    ids = batch.optional.get("ids")
-    if ids is not None:
-        pair_ids = collectives.finish_gather(gathers.ids, ids, batch.ranks)
-    elif signed_ids and batch.has_negatives:
-        pair_ids = torch.arange(batch.total_pairs, device=batch.image_features.device)
-    else:
-        pair_ids = None
-    all_logits = []
-    for index, row_features in enumerate(batch.row_features):
-        column_features = batch.column_features[index]
-        # A view, because torch.compile refuses the same tensor twice.
-        row_ids, column_ids = ids, None if pair_ids is None else pair_ids.view_as(pair_ids)
-        has_negatives = batch.has_negatives and index == 0
-        if has_negatives and pair_ids is not None:
-            extra_ids = collectives.finish_gather(
-                gathers.extra_text_ids,
-                batch.optional.get("negative_text_ids"),
-                ranks_of_extra_texts(batch),
-            )
-            row_ids, column_ids = ids_with_negatives(batch, pair_ids, extra_ids)
-            if not (signed_ids or batch.positives):
-                row_ids, column_ids = row_ids.abs(), column_ids.abs()
-        partner_offset = 0
-        if STRATEGIES[plan.strategy].gathers_columns:
-            ranks = batch.column_ranks[index]
-            partner_offset = ranks.first_row(ranks.rank, column_features.shape[0])
+    found: list[Logits] = []
+    for comparison, gathered in zip(batch.comparisons, gathers):  # noqa: B905
+        column_ids, offset, ranks = comparison.column_ids, NO_PAIRS, comparison.ranks
+        if comparison.has_pairs:
+            offset = 0
+            if STRATEGIES[plan.strategy].gathers_columns:
+                offset = ranks.first_row(ranks.rank, comparison.column_features.shape[0])
+        if comparison.has_pairs and found:
+            column_ids = found[0].column_ids
+        elif column_ids is not None:
+            column_ids = collectives.finish_gather(gathered.column_ids, column_ids, ranks)
+            column_ids = column_ids.view_as(column_ids)  # torch.compile refuses a tensor twice
         logits = Logits(
-            row_features,
-            column_features,
+            comparison.row_features,
+            comparison.column_features,
             batch.logit_scale,
-            row_ids,
+            comparison.row_ids,
             column_ids,
-            partner_offset,
-            index == 0 and not batch.one_way,
-            num_pairs if has_negatives else ALL_ROWS,
-            batch.positives,
+            offset,
+            symmetric and not found,
+            batch.positives and comparison.has_pairs,
         )
-        all_logits.append(logits)
-    return all_logits
+        found.append(logits)
+    return found
 
 
 def terms(
-    batch: Batch, plan: Plan, gathers: Gathers, inmodal_weight: float | None
+    batch: Batch, plan: Plan, gathers: list[Gathers], inmodal_weight: float | None
 ) -> dict[str, Tensor]:
     """CLIP's loss and, with augmented views, its in-modal form, by name: weighted scalars."""
-    losses = []
-    for index, logits in enumerate(own_logits(batch, plan, gathers)):
-        lse, pair_logits, *other_logits = log_sum_exps(index, logits, batch, plan, gathers)
-        losses_of_pairs = F.softplus(lse - pair_logits, threshold=40.0)
-        if batch.ranks.size == 1:
-            loss = losses_of_pairs.mean()
-        else:
-            loss = losses_of_pairs.sum() / (batch.total_pairs * lse.shape[0])
-        if batch.positives:
-            positives = Positives(logits.column_ids)
-            ids: Any = logits.row_ids
-            shares = positives.other_shares(ids[: pair_logits.shape[0]], loss.dtype)
-            loss = loss + ((shares * pair_logits).sum() - other_logits[0]) / batch.total_pairs
-        losses.append(collectives.sum_of_ranks(loss, batch.ranks))
+    logits = all_logits(batch, plan, gathers, symmetric=True)
+    losses = [
+        _clip_loss(index, logits, batch, plan, gathers)
+        for index, comparison in enumerate(batch.comparisons)
+        if comparison.has_pairs
+    ]
     if batch.logit_bias is not None:
         losses[0] = losses[0] + batch.logit_bias * 0  # DDP needs a gradient for every parameter
     if len(losses) == 1:
@@ -151,21 +123,54 @@ def terms(
     return {"contrastive_loss": losses[0], "inmodal_contrastive_loss": inmodal * inmodal_weight}
 
 
+def _clip_loss(
+    index: int, logits: list[Logits], batch: Batch, plan: Plan, gathers: list[Gathers]
+) -> Tensor:
+    """The mean over the pairs of the global batch, of rows and columns: a scalar."""
+    lse, pair_logits, *other_logits = log_sum_exps(index, logits, batch, plan, gathers)
+    losses = F.softplus(lse - pair_logits, threshold=40.0)
+    if batch.ranks.size == 1:
+        loss = losses.mean()
+    else:
+        loss = losses.sum() / (batch.total_pairs * lse.shape[0])
+    if batch.positives:
+        shares = Positives(logits[index].column_ids).other_shares(logits[index].row_ids, loss.dtype)
+        loss = loss + ((shares * pair_logits).sum() - other_logits[0]) / batch.total_pairs
+    return collectives.sum_of_ranks(loss, batch.ranks)
+
+
 def log_sum_exps(
-    index: int, logits: Logits, batch: Batch, plan: Plan, gathers: Gathers
-) -> tuple[Tensor, ...]:
+    index: int, logits: list[Logits], batch: Batch, plan: Plan, gathers: list[Gathers]
+) -> list[Tensor]:
     """The log-sum-exps over the negatives of all ranks, and the logits, of this rank's pairs.
 
-    Shapes (2, n), for rows and columns, or (1, n) unless `logits.symmetric`; and (n,). With
-    `logits.positives` also the sum over rows of the mean logit of their other positives, a scalar.
-    The upstream gradients are those of this rank's own loss.
+    Shapes (2, n), for rows and columns, or (1, n) unless `symmetric`; and (n,). With `positives`
+    also the sum over rows of the mean logit of their other positives, a scalar. The upstream
+    gradients are those of this rank's own loss.
 
-    logits, index: a term's from `own_logits`, and its place there.
+    index: of a comparison with pairs; logits: from `all_logits`.
     """
+    lse, *others = _of_comparison(index, logits[index], batch, plan, gathers)
+    negatives = [x for x in enumerate(batch.comparisons) if not x[1].has_pairs and index == 0]
+    if negatives:
+        lowest = torch.finfo(lse.dtype).min  # of two log-sum-exps of -inf, the gradient is NaN
+        parts = list(lse.clamp(min=lowest).unbind())
+        for i, comparison in negatives:
+            extra, *_ = _of_comparison(i, logits[i], batch, plan, gathers)
+            direction = int(comparison.name == "negative_image_features")
+            parts[direction] = torch.logaddexp(parts[direction], extra[0].clamp(min=lowest))
+        lse = torch.stack(parts)
+    return [lse, *others]
+
+
+def _of_comparison(
+    index: int, logits: Logits, batch: Batch, plan: Plan, gathers: list[Gathers]
+) -> tuple[Tensor, ...]:
+    """As `log_sum_exps`, of one comparison."""
     if plan.contrastive == "dense":
         return dense.log_sum_exps(logits, batch.traced)
-    settings = batch.traced, plan, batch.column_ranks[index]
-    inputs = (*logits, gathers.column_features[index], *settings)
+    settings = batch.traced, plan, batch.comparisons[index].ranks
+    inputs = (*logits, gathers[index].column_features, *settings)
     return _LogSumExps.apply(*inputs)  # type: ignore[no-untyped-call,no-any-return]
 
 
@@ -201,13 +206,6 @@ class _LogSumExps(torch.autograd.Function):
         lse = lse - (lse_grad / unit).log()
         rows, pair_grad = lse[0], pair_grad.contiguous()
         columns = lse[1] if logits.symmetric else lse.new_empty(0)
-        if logits.has_extra_negatives:  # these have no log-sum-exp of their own
-            extra_rows = logits.row_features.shape[0] - logits.num_pairs
-            rows = F.pad(rows, (0, extra_rows), value=torch.inf)
-            pair_grad = F.pad(pair_grad, (0, extra_rows))
-            if logits.symmetric:
-                extra_columns = ctx.own_columns - logits.num_pairs
-                columns = F.pad(columns, (0, extra_columns), value=torch.inf)
         if logits.symmetric and STRATEGIES[ctx.plan.strategy].gathers_columns:
             gathered = collectives.start_gather(columns, ctx.ranks, ctx.traced)
             columns = collectives.finish_gather(gathered, columns, ctx.ranks)
@@ -252,19 +250,19 @@ def _forward(logits: Logits, plan: Plan, ranks: Ranks) -> tuple[Tensor, Tensor, 
         found = STRATEGIES[plan.strategy].log_sum_exps(block_lse, logits, ranks)
         if positives is not None:
             others = logits.logit_scale * positives.row_products
-    num_pairs = min(logits.row_features.shape[0], logits.num_pairs)
-    lse, pair_logits = found.of_rows[:num_pairs][None], found.pair_logits[:num_pairs]
-    if found.negatives_lse.shape[0] == 2 * num_pairs:  # of this rank's pairs
-        lse = found.negatives_lse.view(2, num_pairs)
+    n = logits.row_features.shape[0]
+    lse, pair_logits = found.of_rows[None], found.pair_logits
+    if found.negatives_lse.shape[0] == 2 * n:  # the columns are those of this rank's pairs
+        lse = found.negatives_lse.view(2, n)
     elif logits.symmetric:
-        lse = torch.stack((lse[0], found.of_columns[logits.pairs[1]]))
-    return lse.contiguous(), pair_logits.contiguous(), others
+        lse = torch.stack((found.of_rows, found.of_columns[logits.pairs[1]]))
+    return lse, pair_logits, others
 
 
 def _forward_fake(given: Any) -> tuple[Tensor, ...]:
     logits, new = given.logits, given.logits.logit_scale.new_empty
     # shape[0], not len: len would make a symbolic size static, and every N would be compiled.
-    n = logits.num_pairs if logits.has_extra_negatives else logits.row_features.shape[0]
+    n = logits.row_features.shape[0]
     return new((2 if logits.symmetric else 1, n)), new((n,)), new(())
 
 

@@ -21,8 +21,8 @@ from cyclip_loss.numerics import accumulation_dtype, without_autocast
 def log_sum_exps(logits: Logits, traced: bool) -> tuple[Tensor, Tensor]:
     """The log-sum-exps of the negatives of the pairs' rows and columns, and the pairs' logits.
 
-    Shapes (2, n), or (1, n) unless `logits.symmetric`, and (n,). Row i is paired with column i.
-    Without negatives, a log-sum-exp is the lowest number of the dtype: of -inf, the gradient would
+    Shapes (2, n), or (1, n) unless `logits.symmetric`, and (n,). Row i is paired with column i or,
+    for extra negatives, no row has a partner, and the logits of pairs are arbitrary. Without negatives, a log-sum-exp is the lowest number of the dtype: of -inf, the gradient would
     be NaN.
     """
     dtype = accumulation_dtype(logits.row_features.dtype)
@@ -38,7 +38,8 @@ def log_sum_exps(logits: Logits, traced: bool) -> tuple[Tensor, Tensor]:
         # without negatives, the upstream gradient is. Not while compiling: Inductor (PyTorch 2.13)
         # would drop the gradient of the pair logits in batches of 3 or 4 pairs.
         masked = negatives if traced else detached
-        masked.diagonal().fill_(lowest)
+        if logits.partner_offset == 0:
+            masked.diagonal().fill_(lowest)
         same = logits.same_ids(0, negatives.shape[0])
         if same is not None:
             masked.masked_fill_(same, lowest)
@@ -48,10 +49,6 @@ def log_sum_exps(logits: Logits, traced: bool) -> tuple[Tensor, Tensor]:
             maximum = detached.amax(dim, keepdim=True)
             maxima.append(maximum.view(-1))
             sums.append((negatives - maximum).exp_().sum(dim))
-        if logits.has_extra_negatives:
-            n = logits.num_pairs
-            maxima, sums = [x[:n] for x in maxima], [x[:n] for x in sums]
-            pair_logits = pair_logits[:n]
         return torch.stack(sums).log() + torch.stack(maxima), pair_logits
 
 

@@ -71,32 +71,22 @@ class Positives:
 
     def _row_means(self, block: Logits) -> Tensor:
         """R of the rows (n, D), from the columns of this block."""
-        row_ids = _without_extra(block)
-        means = _sums_by_id(block.column_features, block.column_ids, row_ids)
+        means = _sums_by_id(block.column_features, block.column_ids, block.row_ids)
         rows, columns = block.pairs
         means[rows] -= block.column_features[columns]
-        return means.div_(self._counts(row_ids)[:, None])
+        return means.div_(self._counts(block.row_ids)[:, None])
 
     def _column_means(self, block: Logits) -> Tensor:
         """R of the columns (m, D), from the rows of this block."""
-        means = _sums_by_id(block.row_features, _without_extra(block), block.column_ids)
+        means = _sums_by_id(block.row_features, block.row_ids, block.column_ids)
         rows, columns = block.pairs
         means[columns] -= block.row_features[rows]
         return means.div_(self._counts(block.column_ids)[:, None])
 
 
 def without_positives(block: Logits) -> Logits:
-    """The same logits, of which only extra negatives with the id of a pair are left out."""
-    if not block.has_extra_negatives:
-        return block._replace(row_ids=None, column_ids=None)
-    ids: Any = block.column_ids
-    return block._replace(column_ids=-ids)
-
-
-def _without_extra(block: Logits) -> Any:
-    """The ids of the rows, 0 for extra negatives, whose own are those of no positive."""
-    ids: Any = block.row_ids
-    return ids.clamp(min=0) if block.has_extra_negatives else ids
+    """The same logits, in which every column but the partner is a negative of a row."""
+    return block._replace(row_ids=None, column_ids=None)
 
 
 def _sums_by_id(features: Tensor, ids: Any, wanted: Any) -> Tensor:
