@@ -121,8 +121,8 @@ def _check_rank(options: ContrastiveModule, ranks: Ranks) -> None:
 def agree(batch: Batch, plan: Plan, options: ContrastiveOptions) -> Batch:
     """The batch with the numbers of rows on each rank, after a comparison with the other ranks'.
 
-    Extra negatives are left out if there are none on any rank. The signature has what decides which collectives run, by the name that error messages use.
-    Raises as `check_ranks_agree`.
+    Extra negatives are left out if there are none on any rank. The signature has what decides which
+    collectives run, by the name that error messages use. Raises as `check_ranks_agree`.
     """
     if batch.ranks.size == 1:
         return _without_empty(batch, batch.comparisons)

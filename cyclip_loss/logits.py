@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-# The `partner_offset` of logits without pairs. Larger than any number of columns; the sum with a row
-# number fits 32 bits.
+# The `partner_offset` of logits without pairs. It is larger than any number of columns, and its sum
+# with a row number fits 32 bits.
 NO_PAIRS = 2**30
 
 

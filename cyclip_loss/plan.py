@@ -47,9 +47,9 @@ def make_plan(batch: Batch, options: Options, output_dict: bool = False) -> Plan
         # The dense form of the penalties takes 6 N^2 D flops, Gram matrices 8 to 14 N D^2.
         if penalties == "gram" and n <= limit:
             penalties = "dense"
-        if contrastive == "streamed" and not batch.positives:
-            if max(x.column_features.shape[0] for x in batch.comparisons) <= limit:
-                contrastive = "dense"
+        most = max([n, *[x.column_features.shape[0] for x in batch.comparisons]])
+        if contrastive == "streamed" and not batch.positives and most <= limit:
+            contrastive = "dense"
     strategy = "gather" if batch.ranks.size == 1 else getattr(options, "dist_impl", "gather")
     plan = Plan(contrastive, penalties, engine, strategy, output_dict, with_cross)
     if not batch.traced and _log.isEnabledFor(logging.DEBUG):

@@ -10,7 +10,18 @@ from typing import Any
 import pytest
 import torch
 from conftest import set_strip_rows
-from inputs import TERMS, VIEWS, Case, Device, Grads, Tensors, exact_on_host, loss_dtype
+from inputs import (
+    FEATURES,
+    NEGATIVES,
+    TERMS,
+    VIEWS,
+    Case,
+    Device,
+    Grads,
+    Tensors,
+    exact_on_host,
+    loss_dtype,
+)
 from rounding import bounds
 from torch import Tensor
 from torch.nn.functional import softplus
@@ -145,9 +156,26 @@ def exact_results(case: Case, given: Tensors) -> tuple[Tensors, dict[str, list[T
     floats = {name: x.requires_grad_() for name, x in leaves.items() if x.is_floating_point()}
     terms = defined_terms(case, leaves)
     parts = [weight * terms[name] for name, weight in case.weights.items()]
+    share = case.weights.get(TERMS[0], 0.0)
+    without_views = {name: x for name, x in leaves.items() if name not in VIEWS}
     if VIEWS[0] in given:
-        without_views = {name: x for name, x in leaves.items() if name not in VIEWS}
-        part = case.weights[TERMS[0]] * defined_terms(case, without_views)[TERMS[0]] / 2
+        share /= 2
+        part = share * defined_terms(case, without_views)[TERMS[0]]
+        parts = [part, parts[0] - part, *parts[1:]]
+    if any(name in given for name in NEGATIVES):
+        # What the features get as those of the pairs. In columns of their own, constants take their
+        # place in the logits of the extra negatives.
+        apart = dict(without_views)
+        for index, name in enumerate((*FEATURES, *NEGATIVES)):
+            if name in apart:
+                x, zeros = leaves[name], torch.zeros_like(leaves[name])
+                columns = [x, zeros, zeros]
+                if index > 1:
+                    columns = [zeros, x, zeros] if "text" in name else [zeros, zeros, x]
+                else:
+                    columns[1 + index] = x.detach()
+                apart[name] = torch.cat(columns, dim=1)
+        part = share * defined_terms(case, apart)[TERMS[0]]
         parts = [part, parts[0] - part, *parts[1:]]
     options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
     grads = [torch.autograd.grad(part, list(floats.values()), **options) for part in parts]

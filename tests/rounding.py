@@ -138,7 +138,7 @@ def contrastive_bound(
     value, grads = torch.zeros_like(products[0][0, 0]), dict[str, Any]()
     for index, (queries, names) in enumerate(directions):
         logits = scale * exact[queries] @ candidates[index].T + siglip * case.logit_bias
-        negative_ids = exact.get("negative_text_ids" if index == 0 else "negative_image_ids")
+        negative_ids = exact.get(f"{names[-1].removesuffix('features')}ids")
         sizes = gradient_sizes(case, logits, exact.get("ids"), negative_ids, index == 0)
         sizes /= 1 if siglip else len(directions)
         # Exponentials below the smallest normal number may be lost.

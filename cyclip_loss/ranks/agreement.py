@@ -35,8 +35,9 @@ def check_ranks_agree(
     while the call is `traced`.
 
     features: (n, D), this rank's. Their D, dtype and device type have to agree. num_rows: how many
-    pairs this rank has, and how many extra negatives, by the arguments' names. signature: what else decides which collectives run, by name. options: compared in the
-    first call with a signature only, because they may change.
+    pairs this rank has, and how many extra negatives, by the arguments' names. signature: what else
+    decides which collectives run, by name. options: compared in the first call with a signature
+    only, because they may change.
 
     Raises:
         ValueError: on every rank, listing all differences, or if no rank has pairs. In a call

@@ -155,7 +155,7 @@ def _block_of(logits: Logits, column_features: Tensor, owner: int, ranks: Ranks)
     return logits._replace(
         column_features=column_features,
         column_ids=None if ids is None else ids[start : start + len(column_features)],
-        partner_offset=ranks.first_row(ranks.rank, num_columns) - start,
+        partner_offset=logits.partner_offset + ranks.first_row(ranks.rank, num_columns) - start,
     )
 
 

@@ -45,7 +45,7 @@ from cyclip_loss.terms.positives import Positives, without_positives
 
 
 class Gathers(NamedTuple):
-    """All-gathers of a comparison that run while other terms are computed; None: nothing is sent."""
+    """All-gathers of a comparison, which run while other terms are computed; None: not needed."""
 
     column_features: Tensor | None
     column_ids: Tensor | None

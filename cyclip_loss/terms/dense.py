@@ -21,9 +21,9 @@ from cyclip_loss.numerics import accumulation_dtype, without_autocast
 def log_sum_exps(logits: Logits, traced: bool) -> tuple[Tensor, Tensor]:
     """The log-sum-exps of the negatives of the pairs' rows and columns, and the pairs' logits.
 
-    Shapes (2, n), or (1, n) unless `logits.symmetric`, and (n,). Row i is paired with column i or,
-    for extra negatives, no row has a partner, and the logits of pairs are arbitrary. Without negatives, a log-sum-exp is the lowest number of the dtype: of -inf, the gradient would
-    be NaN.
+    Shapes (2, n), or (1, n) unless `logits.symmetric`, and (n,). Row i is paired with column i; if
+    the columns are extra negatives, the pairs' logits are arbitrary. Without negatives, a
+    log-sum-exp is the lowest number of the dtype: of -inf, the gradient would be NaN.
     """
     dtype = accumulation_dtype(logits.row_features.dtype)
     lowest = torch.finfo(dtype).min
