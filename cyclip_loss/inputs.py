@@ -145,17 +145,23 @@ def agree(batch: Batch, plan: Plan, options: ContrastiveOptions) -> Batch:
         "whether the penalties are computed apart (output_dict, or different lambdas)": (
             has_penalties and plan.with_cross
         ),
-        "which features are given": ", ".join(c.name for c in comparisons),
-        "which of them have ids": ", ".join(c.name for c in comparisons if c.row_ids is not None),
-        "same_ids='positives'": batch.positives,
+        "which of the augmented and negative features are given": ", ".join(
+            c.name for c in comparisons[1:]
+        ),
+        "for which features ids are given": ", ".join(
+            c.name for c in comparisons if c.column_ids is not None
+        ),
+        "same_ids": "positives" if batch.positives else "ignored",
         # Their gradients are summed across ranks.
         "which of the features require a gradient": ", ".join(trained),
     }
-    num_rows = {"image_features and text_features": batch.image_features.shape[0]}
-    for comparison in comparisons:
-        if not comparison.has_pairs:
-            num_rows[comparison.name] = comparison.column_features.shape[0]
-    pair_ranks, *negative_ranks = check_ranks_agree(
+    num_rows = {
+        "image_features and text_features": batch.image_features.shape[0],
+        "negative_text_features": 0,
+        "negative_image_features": 0,
+        **{c.name: c.column_features.shape[0] for c in comparisons if not c.has_pairs},
+    }
+    found = check_ranks_agree(
         batch.ranks,
         batch.image_features,
         num_rows,
@@ -164,8 +170,8 @@ def agree(batch: Batch, plan: Plan, options: ContrastiveOptions) -> Batch:
         options.uneven,
         batch.traced,
     )
-    left = iter(negative_ranks)
-    with_counts = [c._replace(ranks=pair_ranks if c.has_pairs else next(left)) for c in comparisons]
+    pair_ranks = found["image_features and text_features"]
+    with_counts = [c._replace(ranks=found.get(c.name, pair_ranks)) for c in comparisons]
     return _without_empty(batch._replace(ranks=pair_ranks), with_counts)
 
 

@@ -81,7 +81,7 @@ def contrastive_logsumexp(
         impl=impl,
     )
     batch = prepare(
-        "contrastive_logsumexp one way" if boolean("one_way", one_way) else "contrastive_logsumexp",
+        f"contrastive_logsumexp(one_way={boolean('one_way', one_way)})",
         image_features,
         text_features,
         logit_scale,
@@ -96,8 +96,9 @@ def contrastive_logsumexp(
     gathers = contrastive.start_gathers(batch, plan)
     logits = contrastive.all_logits(batch, plan, gathers, symmetric=not one_way)
     lse, pair_logits = contrastive.log_sum_exps(0, logits, batch, plan, gathers)
-    # Rows without negatives may have the lowest number of the dtype, which has a gradient.
-    lse = lse.masked_fill(lse == torch.finfo(lse.dtype).min, -torch.inf)
+    if plan.contrastive == "dense" or len(logits) > 1:
+        # Rows without negatives may have the lowest number of the dtype, which has a gradient.
+        lse = lse.masked_fill(lse == torch.finfo(lse.dtype).min, -torch.inf)
     # NaN where a pair's logit is: an infinite feature may have negatives' logits of -inf only.
-    rows, *columns = (lse + (pair_logits - pair_logits).detach()).unbind()
+    rows, *columns = lse.add(pair_logits.detach(), alpha=0).unbind()
     return ContrastiveLogSumExp(rows, columns[0] if columns else None, pair_logits)

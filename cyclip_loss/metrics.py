@@ -93,13 +93,8 @@ def consistency_metrics(
 def _gather(pair: tuple[Tensor, Tensor], ranks: Ranks) -> tuple[tuple[Tensor, Tensor], Ranks]:
     """The features of all ranks, and the ranks with their numbers of rows."""
     n, d = pair[0].shape
-    (ranks,) = check_ranks_agree(
-        ranks,
-        pair[0],
-        {"image_features and text_features": n},
-        {"the function": "consistency_metrics"},
-        uneven=True,
-    )
+    num_rows, signature = {"both features": n}, {"the function": "consistency_metrics"}
+    ranks = check_ranks_agree(ranks, pair[0], num_rows, signature, uneven=True)["both features"]
     own = torch.cat(pair, dim=1)
     gathered = collectives.finish_gather(collectives.start_gather(own, ranks), own, ranks)
     images, texts = gathered.tensor_split((d,), dim=1)

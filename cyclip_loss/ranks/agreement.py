@@ -27,8 +27,8 @@ def check_ranks_agree(
     options: Options | None = None,
     uneven: bool = False,
     traced: bool = False,
-) -> list[Ranks]:
-    """Compare the call with the other ranks'; return the ranks with each of the numbers of rows.
+) -> dict[str, Ranks]:
+    """Compare the call with the other ranks'; return the ranks with their numbers of rows, by name.
 
     Ranks compare in the first call with a signature and, with `uneven`, in every call. The host
     waits for the comparison. Other calls are not checked. Without `uneven`, nothing is compared
@@ -54,7 +54,7 @@ def check_ranks_agree(
         (pairs_name, num_pairs), *_ = num_rows.items()
         if num_pairs == 0:
             raise ValueError(f"{pairs_name} have 0 rows: that needs uneven=True")
-        return [ranks] * len(num_rows)
+        return dict.fromkeys(num_rows, ranks)
     compare: Any = _compare
     if traced:
         # Not in eager mode: this imports PyTorch's compiler, and with it functions whose default
@@ -76,7 +76,7 @@ def _compare(
     signature: dict[str, Hashable],
     options: Options | None,
     uneven: bool,
-) -> list[Ranks]:
+) -> dict[str, Ranks]:
     """The comparison of `check_ranks_agree`. The host waits.
 
     Ranks send the numbers of rows and a hash of the rest. Only if hashes differ do they send the
@@ -111,7 +111,7 @@ def _compare(
     if sum(counts[0]) == 0:
         raise ValueError("the global batch is empty: every rank's features have 0 rows")
     _agreed.setdefault(ranks.group, set()).add(tuple(signature.items()))
-    return [_with_counts(ranks, list(on_ranks)) for on_ranks, _ in zip(counts, num_rows)]  # noqa: B905
+    return {name: _with_counts(ranks, list(x)) for name, x in zip(num_rows, counts)}  # noqa: B905
 
 
 def _with_counts(ranks: Ranks, counts: list[int]) -> Ranks:

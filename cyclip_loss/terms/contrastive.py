@@ -237,12 +237,12 @@ def start_streaming(ctx: Any, *inputs: Any) -> Logits:
 
 
 def _forward(logits: Logits, plan: Plan, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
-    """The results of `log_sum_exps`; the last one is arbitrary without `logits.positives`.
+    """The results of `log_sum_exps`; the last one is empty without `logits.positives`.
 
     The columns are this rank's own or, if the strategy gathers columns, those of all ranks.
     """
     engine = engines.load(plan.engine, logits.row_features)
-    block_lse, others = engine.contrastive_lse, logits.logit_scale.new_empty(())
+    block_lse, others = engine.contrastive_lse, logits.logit_scale.new_empty(0)
     positives = Positives(logits.column_ids) if logits.positives else None
     if positives is not None:
         block_lse = partial(positives.block_lse, engine)
@@ -263,7 +263,8 @@ def _forward_fake(given: Any) -> tuple[Tensor, ...]:
     logits, new = given.logits, given.logits.logit_scale.new_empty
     # shape[0], not len: len would make a symbolic size static, and every N would be compiled.
     n = logits.row_features.shape[0]
-    return new((2 if logits.symmetric else 1, n)), new((n,)), new(())
+    others = new(()) if logits.positives else new((0,))
+    return new((2 if logits.symmetric else 1, n)), new((n,)), others
 
 
 logsumexp_forward = Operator("logsumexp_forward", _forward, _forward_fake)

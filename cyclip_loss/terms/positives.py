@@ -86,7 +86,7 @@ class Positives:
 
 def without_positives(block: Logits) -> Logits:
     """The same logits, in which every column but the partner is a negative of a row."""
-    return block._replace(row_ids=None, column_ids=None)
+    return block._replace(row_ids=None, column_ids=None, positives=False)
 
 
 def _sums_by_id(features: Tensor, ids: Any, wanted: Any) -> Tensor:

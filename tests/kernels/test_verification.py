@@ -21,9 +21,9 @@ from cyclip_loss.engines.verification import VerifiedKernels
 from cyclip_loss.logits import Logits
 
 pytestmark = pytest.mark.usefixtures("unverified_kernels")
-LSE, GRADS, TERMS = "contrastive_lse", "contrastive_grads", "pair_terms"
+LSE, GRADS = "contrastive_lse", "contrastive_grads"
 GRAMS, CYCLIC, CYCLIC_GRADS = "gram_matrices", "cyclic_terms", "cyclic_grads"
-SIGMOID, PLAIN = "sigmoid_terms", (LSE, GRADS, TERMS, GRAMS, CYCLIC, CYCLIC_GRADS)
+SIGMOID, PLAIN = "sigmoid_terms", (LSE, GRADS, GRAMS, CYCLIC, CYCLIC_GRADS)
 BFLOAT16 = torch.bfloat16
 
 
@@ -65,7 +65,7 @@ FROZEN_IMAGE, FROZEN_TEXT = frozenset(["image_features"]), frozenset(["text_feat
 # The options of a step, and the functions that it calls in another layout than a plain step.
 STEPS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({}, PLAIN),
-    ({"views": True}, (LSE, GRADS, TERMS)),
+    ({"views": True}, (LSE, GRADS)),
     ({"function": "siglip"}, (SIGMOID,)),
     ({"function": "siglip", "distinct_ids": 4}, (SIGMOID,)),
     ({"function": "siglip", "distinct_ids": 4, "same_ids": "positives"}, (SIGMOID,)),
