@@ -94,9 +94,9 @@ def contrastive_logsumexp(
     batch = agree(batch, plan, options)
     check_inputs_once(contrastive_logsumexp, batch)
     gathers = contrastive.start_gathers(batch, plan)
-    logits = contrastive.all_logits(batch, plan, gathers, symmetric=not one_way)
-    lse, pair_logits = contrastive.log_sum_exps(0, logits, batch, plan, gathers)
-    if plan.contrastive == "dense" or len(logits) > 1:
+    found = contrastive.log_sum_exps(batch, plan, gathers, symmetric=not one_way)[0]
+    lse, pair_logits = found.negatives_lse, found.pair_logits
+    if plan.contrastive == "dense" or len(batch.comparisons) > 1:
         # Rows without negatives may have the lowest number of the dtype, which has a gradient.
         lse = lse.masked_fill(lse == torch.finfo(lse.dtype).min, -torch.inf)
     # NaN where a pair's logit is: an infinite feature may have negatives' logits of -inf only.

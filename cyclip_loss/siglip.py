@@ -129,15 +129,16 @@ def _sigmoid_loss(batch: Batch, plan: Plan, gathers: list[contrastive.Gathers]) 
     """The loss without penalties, a scalar of the accumulation dtype."""
     bias: Any = batch.logit_bias
     losses = []
-    for index, logits in enumerate(contrastive.all_logits(batch, plan, gathers)):
+    all_logits = contrastive.all_logits(batch, plan, gathers)
+    for comparison, gathered, logits in zip(batch.comparisons, gathers, all_logits):  # noqa: B905
         if plan.contrastive == "dense":
             losses.append(_dense(logits, bias) / batch.total_pairs)
             continue
         given = (logits.row_features, logits.column_features, logits.logit_scale, bias)
         rows, columns, *scalars = [torch.is_grad_enabled() and x.requires_grad for x in given]
         needs = [rows, columns, any(scalars)]
-        settings = batch.traced, plan, batch.comparisons[index].ranks
-        inputs = (*logits, gathers[index].column_features, *settings)
+        settings = batch.traced, plan, comparison.ranks
+        inputs = (*logits, gathered.column_features, *settings)
         loss = _Sigmoid.apply(bias, needs, batch.total_pairs, *inputs)  # type: ignore[no-untyped-call]
         losses.append(loss)
     return sum(losses[1:], losses[0])

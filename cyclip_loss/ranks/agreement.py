@@ -1,6 +1,6 @@
 """What the ranks of a call must agree on, and their comparison."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -23,7 +23,7 @@ def check_ranks_agree(
     ranks: Ranks,
     features: Tensor,
     num_rows: dict[str, int],
-    signature: dict[str, Hashable],
+    signature: Mapping[str, Hashable],
     options: Options | None = None,
     uneven: bool = False,
     traced: bool = False,
@@ -65,7 +65,7 @@ def check_ranks_agree(
     return compare(ranks, features, num_rows, signature, options, uneven)  # type: ignore[no-any-return]
 
 
-def _have_agreed(ranks: Ranks, signature: dict[str, Hashable]) -> bool:
+def _have_agreed(ranks: Ranks, signature: Mapping[str, Hashable]) -> bool:
     return tuple(signature.items()) in _agreed.get(ranks.group, ())
 
 
@@ -73,7 +73,7 @@ def _compare(
     ranks: Ranks,
     features: Tensor,
     num_rows: dict[str, int],
-    signature: dict[str, Hashable],
+    signature: Mapping[str, Hashable],
     options: Options | None,
     uneven: bool,
 ) -> dict[str, Ranks]:

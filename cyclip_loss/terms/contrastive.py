@@ -51,20 +51,30 @@ class Gathers(NamedTuple):
     column_ids: Tensor | None
 
 
+class PairLogSumExps(NamedTuple):
+    """What contrastive losses are functions of, for this rank's pairs and one comparison.
+
+    The sums run over the negatives of all ranks. The upstream gradients are those of this rank's
+    own loss.
+    """
+
+    negatives_lse: Tensor  # (2, n), of rows and columns; (1, n) if only rows have log-sum-exps
+    pair_logits: Tensor  # (n,)
+    # With `Batch.positives`: the sum over rows of the mean logit of all positives - the pair's.
+    other_positives: Tensor | None = None
+
+
 def start_gathers(batch: Batch, plan: Plan) -> list[Gathers]:
     """Start to gather the columns of every comparison, and their ids."""
-    gathers_columns = STRATEGIES[plan.strategy].gathers_columns
     found: list[Gathers] = []
-    for columns in batch.comparisons:
+    for _, _, columns, _, column_ids, has_pairs, ranks in batch.comparisons:
         features = ids = None
-        if gathers_columns:
-            features = collectives.start_gather(
-                columns.column_features, columns.ranks, batch.traced
-            )
-        if columns.has_pairs and found:  # the ids of views are those of the pairs
+        if STRATEGIES[plan.strategy].gathers_columns:
+            features = collectives.start_gather(columns, ranks, batch.traced)
+        if has_pairs and found:  # the ids of views are those of the pairs
             ids = found[0].column_ids
-        elif columns.column_ids is not None:
-            ids = collectives.start_gather(columns.column_ids, columns.ranks, batch.traced)
+        elif column_ids is not None:
+            ids = collectives.start_gather(column_ids, ranks, batch.traced)
         found.append(Gathers(features, ids))
     return found
 
@@ -107,12 +117,16 @@ def terms(
     batch: Batch, plan: Plan, gathers: list[Gathers], inmodal_weight: float | None
 ) -> dict[str, Tensor]:
     """CLIP's loss and, with augmented views, its in-modal form, by name: weighted scalars."""
-    logits = all_logits(batch, plan, gathers, symmetric=True)
-    losses = [
-        _clip_loss(index, logits, batch, plan, gathers)
-        for index, comparison in enumerate(batch.comparisons)
-        if comparison.has_pairs
-    ]
+    losses = []
+    for lse, pair_logits, other_positives in log_sum_exps(batch, plan, gathers):
+        of_pairs = F.softplus(lse - pair_logits, threshold=40.0)
+        if batch.ranks.size == 1:
+            loss = of_pairs.mean()
+        else:
+            loss = of_pairs.sum() / (batch.total_pairs * lse.shape[0])
+        if other_positives is not None:
+            loss = loss - other_positives / batch.total_pairs
+        losses.append(collectives.sum_of_ranks(loss, batch.ranks))
     if batch.logit_bias is not None:
         losses[0] = losses[0] + batch.logit_bias * 0  # DDP needs a gradient for every parameter
     if len(losses) == 1:
@@ -123,59 +137,42 @@ def terms(
     return {"contrastive_loss": losses[0], "inmodal_contrastive_loss": inmodal * inmodal_weight}
 
 
-def _clip_loss(
-    index: int, logits: list[Logits], batch: Batch, plan: Plan, gathers: list[Gathers]
-) -> Tensor:
-    """The mean over the pairs of the global batch, of rows and columns: a scalar."""
-    lse, pair_logits, *other_logits = log_sum_exps(index, logits, batch, plan, gathers)
-    losses = F.softplus(lse - pair_logits, threshold=40.0)
-    if batch.ranks.size == 1:
-        loss = losses.mean()
-    else:
-        loss = losses.sum() / (batch.total_pairs * lse.shape[0])
-    if batch.positives:
-        shares = Positives(logits[index].column_ids).other_shares(logits[index].row_ids, loss.dtype)
-        loss = loss + ((shares * pair_logits).sum() - other_logits[0]) / batch.total_pairs
-    return collectives.sum_of_ranks(loss, batch.ranks)
-
-
 def log_sum_exps(
-    index: int, logits: list[Logits], batch: Batch, plan: Plan, gathers: list[Gathers]
-) -> list[Tensor]:
-    """The log-sum-exps over the negatives of all ranks, and the logits, of this rank's pairs.
+    batch: Batch, plan: Plan, gathers: list[Gathers], symmetric: bool = True
+) -> list[PairLogSumExps]:
+    """The log-sum-exps of each comparison with pairs. Those of the first include extra negatives.
 
-    Shapes (2, n), for rows and columns, or (1, n) unless `symmetric`; and (n,). With `positives`
-    also the sum over rows of the mean logit of their other positives, a scalar. The upstream
-    gradients are those of this rank's own loss.
-
-    index: of a comparison with pairs; logits: from `all_logits`.
+    symmetric: whether the columns of the first have log-sum-exps, too.
     """
-    lse, *others = _of_comparison(index, logits[index], batch, plan, gathers)
-    negatives = [x for x in enumerate(batch.comparisons) if not x[1].has_pairs and index == 0]
-    if negatives:
-        lowest = torch.finfo(lse.dtype).min  # of two log-sum-exps of -inf, the gradient is NaN
-        parts = list(lse.clamp(min=lowest).unbind())
-        for i, comparison in negatives:
-            extra, *_ = _of_comparison(i, logits[i], batch, plan, gathers)
+    found: list[PairLogSumExps] = []
+    all_found = all_logits(batch, plan, gathers, symmetric)
+    for comparison, gathered, logits in zip(batch.comparisons, gathers, all_found):  # noqa: B905
+        if plan.contrastive == "dense":
+            results = dense.log_sum_exps(logits, batch.traced)
+        else:
+            settings = batch.traced, plan, comparison.ranks
+            results = _LogSumExps.apply(  # type: ignore[no-untyped-call]
+                *logits, gathered.column_features, *settings
+            )
+        if comparison.has_pairs:
+            found.append(PairLogSumExps(*results))
+        else:
             direction = int(comparison.name == "negative_image_features")
-            parts[direction] = torch.logaddexp(parts[direction], extra[0].clamp(min=lowest))
-        lse = torch.stack(parts)
-    return [lse, *others]
+            joined = _joined(found[0].negatives_lse, results[0][0], direction)
+            found[0] = found[0]._replace(negatives_lse=joined)
+    return found
 
 
-def _of_comparison(
-    index: int, logits: Logits, batch: Batch, plan: Plan, gathers: list[Gathers]
-) -> tuple[Tensor, ...]:
-    """As `log_sum_exps`, of one comparison."""
-    if plan.contrastive == "dense":
-        return dense.log_sum_exps(logits, batch.traced)
-    settings = batch.traced, plan, batch.comparisons[index].ranks
-    inputs = (*logits, gathers[index].column_features, *settings)
-    return _LogSumExps.apply(*inputs)  # type: ignore[no-untyped-call,no-any-return]
+def _joined(lse: Tensor, extra_lse: Tensor, direction: int) -> Tensor:
+    """The log-sum-exps, of which those of a direction also sum over extra negatives, (n,)."""
+    lowest = torch.finfo(lse.dtype).min  # of two log-sum-exps of -inf, the gradient would be NaN
+    parts = list(lse.clamp(min=lowest).unbind())
+    parts[direction] = torch.logaddexp(parts[direction], extra_lse.clamp(min=lowest))
+    return torch.stack(parts)
 
 
 class _LogSumExps(torch.autograd.Function):
-    """The results of `log_sum_exps`. The inputs are those of `start_streaming`."""
+    """The fields of `PairLogSumExps`. The inputs are those of `start_streaming`."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
@@ -192,17 +189,19 @@ class _LogSumExps(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         *tensors, lse = ctx.saved_tensors
         logits = Logits(*tensors, *ctx.layout)
+        # Only columns are shared with other ranks.
+        ranks = ctx.ranks if logits.symmetric else Ranks()
         # Upstream gradients of one sign, as those of a loss times a factor, have a logarithm after
         # division by `unit`. Of 0 it is -inf, so G_ij is 0; of another sign it is NaN. In a row
-        # without negatives, every G_ij is left out.
-        # On the CPU, as filling a tensor on a GPU would launch a kernel.
+        # without negatives, every G_ij is left out. (1 is on the CPU, as filling a tensor on a GPU
+        # would launch a kernel.)
         one = torch.scalar_tensor(1.0, dtype=lse.dtype, device="cpu")
-        unit = one.copysign(lse_grad.sum())
+        unit = one.copysign(collectives.all_reduce(lse_grad.sum(), "sum", ranks))
         if logits.row_features.dtype == torch.float16:
             # Elements of G larger than 2 could overflow, and small ones vanish.
             smallest = lse.new_full((1,), torch.finfo(lse.dtype).tiny)
             grads = torch.cat((lse_grad.reshape(-1), pair_grad, smallest))
-            unit = unit * collectives.all_reduce(grads.abs().amax(), "max", ctx.ranks)
+            unit = unit * collectives.all_reduce(grads.abs().amax(), "max", ranks)
         lse = lse - (lse_grad / unit).log()
         rows, pair_grad = lse[0], pair_grad.contiguous()
         columns = lse[1] if logits.symmetric else lse.new_empty(0)
@@ -237,7 +236,7 @@ def start_streaming(ctx: Any, *inputs: Any) -> Logits:
 
 
 def _forward(logits: Logits, plan: Plan, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
-    """The results of `log_sum_exps`; the last one is empty without `logits.positives`.
+    """The fields of `PairLogSumExps`; the last one is empty without `logits.positives`.
 
     The columns are this rank's own or, if the strategy gathers columns, those of all ranks.
     """
@@ -249,7 +248,9 @@ def _forward(logits: Logits, plan: Plan, ranks: Ranks) -> tuple[Tensor, Tensor, 
     with without_autocast(logits.row_features):
         found = STRATEGIES[plan.strategy].log_sum_exps(block_lse, logits, ranks)
         if positives is not None:
+            shares = positives.other_shares(logits.row_ids, others.dtype)
             others = logits.logit_scale * positives.row_products
+            others -= (shares * found.pair_logits).sum()
     n = logits.row_features.shape[0]
     lse, pair_logits = found.of_rows[None], found.pair_logits
     if found.negatives_lse.shape[0] == 2 * n:  # the columns are those of this rank's pairs
@@ -281,14 +282,18 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of this rank's rows and its own columns, and its part of the scale's.
 
-    logits: as in forward; other_grad: scalar, the upstream gradient of the other positives' logits;
-    needs: which of the three to compute (the others are empty); own_columns: how many columns are
-    this rank's.
+    logits: as in forward; other_grad: scalar, the upstream gradient of `other_positives`; needs:
+    which of the three to compute (the others are empty); own_columns: how many columns are this
+    rank's.
     """
     engine = engines.load(plan.engine, logits.row_features)
     # Gradients to which more is added, by other ranks or for positives, stay in float32.
     float32_grads = ranks.size > 1 or logits.positives
     positives = Positives(logits.column_ids) if logits.positives else None
+    if positives is not None and other_grad is not None:
+        shares = positives.other_shares(logits.row_ids, saved.pair_gradient.dtype)
+        pair_gradient = saved.pair_gradient - other_grad * shares
+        saved = saved._replace(pair_gradient=pair_gradient)
 
     def block_grads(block: Logits, saved: SavedStatistics) -> Gradients:
         if positives is None:

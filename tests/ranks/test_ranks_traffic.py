@@ -72,7 +72,7 @@ def test_collectives_are_exactly_those_in_the_docs_table(
     text = (gather, total_rows * D * dtype.itemsize)
     column_bytes = loss_bytes * total_rows
     lse = [("all_reduce max", column_bytes), ("all_reduce sum", column_bytes)]
-    lse_gather = (gather, column_bytes)
+    lse_gather = [("all_reduce sum", loss_bytes), (gather, column_bytes)]
     loss_sum, text_grad = (
         ("all_reduce sum", loss_bytes),
         ("reduce_scatter_tensor", column_bytes * D),
@@ -84,7 +84,7 @@ def test_collectives_are_exactly_those_in_the_docs_table(
     )
     lse_sums = sends(world_size, 8 * N)  # always float64
     ring = [*blocks, *lse_sums, *penalties, loss_sum]
-    ring_backward = [*blocks, *sends(world_size - 1, loss_bytes * N), *text_grads]
+    ring_backward = [lse_gather[0], *blocks, *sends(world_size - 1, loss_bytes * N), *text_grads]
     case = RankCase(
         d=D, dtype=dtype, rows_per_rank=(N,) * world_size, lambdas=lambdas, output_dict=output_dict
     )
@@ -95,18 +95,18 @@ def test_collectives_are_exactly_those_in_the_docs_table(
         assert others == [found] * (world_size - 1)
         return found
 
-    assert sent() == [*forward, lse_gather, text_grad]
+    assert sent() == [*forward, *lse_gather, text_grad]
     for found, largest in ranks.run(world_size, traffic, replace(case, dist_impl="ring")):
         assert Counter(found) == Counter(ring + ring_backward)  # in any order
         # O(n D) memory: nothing grows with the number of ranks.
         assert largest == max(block, matrices * D * D + 1 if penalties else 0)
     # Without a gradient of the texts, backward sends only log-sum-exps.
-    assert sent(frozen=frozenset(FEATURES[1:])) == [*forward, lse_gather]
+    assert sent(frozen=frozenset(FEATURES[1:])) == [*forward, *lse_gather]
     # With uneven rows, every step compares first, and blocks are padded to the longest.
     found = sent(rows_per_rank=(N, *[1] * (world_size - 1)), uneven=True)
     comparison = (gather, world_size * 4 * 8)  # a hash and three counts
     assert (found[:2], found[-1]) == ([comparison, text], text_grad)
     # The penalties alone, with any numbers of rows: one all-reduce, and nothing in backward.
     assert sent(rows_per_rank=tuple(range(world_size)), function="penalties") == penalties
-    assert sent(function="log-sum-exps") == [text, *lse, lse_gather, text_grad]
+    assert sent(function="log-sum-exps") == [text, *lse, *lse_gather, text_grad]
     assert sent(function="one way") == [text, text_grad]
