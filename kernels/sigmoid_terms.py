@@ -48,7 +48,6 @@ def sigmoid_terms_kernel(
     partials,  # (3, all_tiles) out: of the tiles, sums of the loss, of G, and of G_ij (I_i . T_j)
     all_tiles,
     POSITIVES: tl.constexpr,
-    HAS_NEGATIVES: tl.constexpr,  # extra ones, with POSITIVES: ids below 0 have no positives
     SHIFT: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
@@ -77,11 +76,8 @@ def sigmoid_terms_kernel(
         counts = (rows < n)[:, None] & (columns < m)[None, :]
         if row_ids is not None:
             same = same_ids(row_ids, column_ids, rows, columns, n, m) & ~is_positive
-            if HAS_NEGATIVES:
-                row_id = tl.load(row_ids + tl.minimum(rows, n - 1))
-                is_positive |= same & (row_id >= 0)[:, None]
-            elif POSITIVES:
-                is_positive |= same
+            if POSITIVES:
+                is_positive |= same & (rows < num_pairs)[:, None]  # extra negatives have none
             counts &= is_positive | ~same
         # -inf has no loss and no gradient.
         x = tl.where(counts, tl.where(is_positive, -x, x), -float("inf"))
@@ -116,7 +112,7 @@ def sigmoid_terms(
             logits,
             config,
             lambda start, left, tiles_before: (logit_bias, partials[:, tiles_before:], tiles),
-            {"POSITIVES": positives, "HAS_NEGATIVES": positives and logits.has_extra_negatives},
+            {"POSITIVES": positives},
             needs,
             logits.logit_scale * (weight * 2.0 ** -float16_shift(features)),
             torch.float32,

@@ -230,8 +230,8 @@ def sigmoid_terms(
         loss = sum_ij log(1 + exp(-y_ij l_ij))        G_ij = -y_ij / (1 + exp(y_ij l_ij))
         dI = w s G T,   dT = w s G^T I,   ds = w sum_ij G_ij (I_i . T_j)
 
-    Other elements with the same id are left out or, with `positives`, have y = 1. Extra negatives
-    have ids below 0. Those with the same id are left out in both cases.
+    Other elements with the same id are left out or, with `positives`, have y = 1. In the rows of
+    extra negatives they are left out in both cases.
 
     logit_bias: scalar; needs: which gradients are needed, of rows, columns and scale. If none is,
     G is not computed, and its sum is 0. The gradients are in the accumulation dtype.
