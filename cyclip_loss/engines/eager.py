@@ -72,7 +72,11 @@ def _pairs(strip: Tensor, start: int, logits: Logits) -> tuple[Tensor, slice]:
 
 
 def contrastive_lse(logits: Logits) -> LogSumExps:
-    """Log-sum-exps of the negatives of each row and column, and the pairs' logits, in one sweep."""
+    """Log-sum-exps of the negatives of each row and column, and the pairs' logits, in one sweep.
+
+    Where a pair's logit is not finite, all three are NaN. An infinite feature would leave some of
+    them finite if the logits of its negatives are -inf.
+    """
     column_features = _columns_to_multiply(logits)
     n, m = len(logits.row_features), len(column_features)
     dtype = accumulation_dtype(column_features.dtype)
@@ -97,7 +101,14 @@ def contrastive_lse(logits: Logits) -> LogSumExps:
             column_sum.mul_(column_max.sub_(new_max).exp_())
             column_sum.add_(strip.sub_(new_max).exp_().sum(dim=0))
             column_max = new_max
-    return LogSumExps(row_negatives_lse, column_sum.log_().add_(column_max), pair_logits)
+    column_negatives_lse = column_sum.log_().add_(column_max)
+    rows, columns = logits.pairs
+    zero_or_nan = pair_logits[rows] - pair_logits[rows]
+    row_negatives_lse[rows] += zero_or_nan
+    pair_logits[rows] += zero_or_nan
+    if logits.symmetric:
+        column_negatives_lse[columns] += zero_or_nan
+    return LogSumExps(row_negatives_lse, column_negatives_lse, pair_logits)
 
 
 def softplus(x: Tensor) -> Tensor:
