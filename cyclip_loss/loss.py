@@ -94,9 +94,10 @@ class CyCLIPLoss(_ContrastiveLoss):
         lambda_crossmodal: weight of the cross-modal penalty (`cylambda2`). 0: off. Both 0 is CLIP,
             lambda_inmodal = 0 is C-CyCLIP, lambda_crossmodal = 0 is I-CyCLIP.
         reference_batch_size: multiplies both penalties by reference_batch_size / N, where N is the
-            number of rows of the global batch. A lambda then has the same effect at every batch
-            size; with 128, its effect in the paper's experiments. None: the paper's formula, whose
-            penalties grow with N. (docs/lambda.md says more.)
+            number of rows of the global batch. The penalties are then as strong at every N; with
+            128, as in the paper's experiments. That suits up to 1,024 pairs of all ranks; above,
+            raise both lambdas from 0 over 512 steps. None: the paper's formula, whose penalties
+            grow with N. (docs/choosing.md and docs/lambda.md say more.)
         local_loss, gather_with_grad, cache_labels: OpenCLIP's arguments, kept as attributes without
             effect. In OpenCLIP they choose what each rank computes and how its gradients are
             scaled. Here the result is always exact.
@@ -365,7 +366,7 @@ class WithCyclicPenalty(CyclicPenalty):
         features: the names of two arguments of `loss.forward`, (N, D), rows of unit length; or a
             callable that takes the call's arguments and returns the two features.
 
-    Both may be set between calls.
+    `loss` and `features` may be set between calls.
 
     Raises:
         TypeError: `loss` is not a module, is compiled (compile the wrapper) or has these penalties
