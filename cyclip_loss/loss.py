@@ -42,9 +42,9 @@ class _ContrastiveLoss(ContrastiveOptions, _Module):
 
     _: KW_ONLY
     same_ids: str = option("ignored", options.one_of(options.SAME_IDS))
-    cache_labels: bool = option(False, options.boolean)
-    rank: int = option(0, options.integer)
-    world_size: int = option(1, options.integer)
+    cache_labels: bool = option(False, options.boolean, same_on_all_ranks=False)
+    rank: int = option(0, options.integer, same_on_all_ranks=False)
+    world_size: int = option(1, options.integer, same_on_all_ranks=False)
 
     def _check_rank(self) -> None:
         """Raise unless `rank` and `world_size` are the group's or OpenCLIP's defaults, 0 and 1."""
@@ -151,8 +151,8 @@ class CyCLIPLoss(_ContrastiveLoss):
 
     _: KW_ONLY
     inmodal_contrastive_weight: float | None = option(None, options.optional_weight)
-    local_loss: bool = option(False, options.boolean)
-    gather_with_grad: bool = option(False, options.boolean)
+    local_loss: bool = option(False, options.boolean, same_on_all_ranks=False)
+    gather_with_grad: bool = option(False, options.boolean, same_on_all_ranks=False)
     use_horovod: bool = option(False, options.one_of((False,)))
 
     def forward(
@@ -268,8 +268,8 @@ class CySigLIPLoss(_ContrastiveLoss):
     lambda_crossmodal: float = option(0.0, options.weight)
     _: KW_ONLY
     dist_impl: str = option("gather", options.siglip_dist_impl)
-    bidir: bool = option(True, options.boolean)
-    chunk_size: int | None = option(None, options.optional_batch_size)
+    bidir: bool = option(True, options.boolean, same_on_all_ranks=False)
+    chunk_size: int | None = option(None, options.optional_batch_size, same_on_all_ranks=False)
 
     def forward(
         self,

@@ -80,9 +80,13 @@ def siglip_dist_impl(name: str, value: Any) -> str:
     return SIGLIP_DIST_IMPLS.get(known, known)
 
 
-def option(default: Any, check: Callable[[str, Any], Any]) -> Any:
-    """A field; `check(name, value)` returns what is set, or raises an error."""
-    return field(default=default, metadata={"check": check})
+def option(default: Any, check: Callable[[str, Any], Any], same_on_all_ranks: bool = True) -> Any:
+    """A field; `check(name, value)` returns what is set, or raises an error.
+
+    same_on_all_ranks: False for options without effect on what other ranks compute.
+    """
+    metadata = {"check": check, "same_on_all_ranks": same_on_all_ranks}
+    return field(default=default, metadata=metadata)
 
 
 class _HeldGroup:
@@ -105,7 +109,7 @@ class Options:
     _: KW_ONLY
     process_group: ProcessGroup | None = None
     distributed: bool = option(True, boolean)
-    impl: str = option("auto", one_of(IMPLS))
+    impl: str = option("auto", one_of(IMPLS), same_on_all_ranks=False)
 
     def __setattr__(self, name: str, value: Any) -> None:
         known = type(self).__dataclass_fields__.get(name)
@@ -115,9 +119,8 @@ class Options:
 
     def of_all_ranks(self) -> dict[str, Any]:
         """The options that all ranks must set equally, by name."""
-        may_differ = ("rank", "impl")
-        checked = (f.name for f in fields(self) if f.metadata)
-        return {name: getattr(self, name) for name in checked if name not in may_differ}
+        same = (f.name for f in fields(self) if f.metadata.get("same_on_all_ranks"))
+        return {name: getattr(self, name) for name in same}
 
 
 def _held_group(options: Any) -> Any:
