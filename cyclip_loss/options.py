@@ -77,14 +77,17 @@ def one_of(choices: tuple[Any, ...]) -> Callable[[str, Any], Any]:
 def siglip_dist_impl(name: str, value: Any) -> str:
     """The strategy for a name of ours or of `open_clip.SigLipLoss`; None is its default."""
     known = "bidir" if value is None else value
-    if known in SIGLIP_DIST_IMPLS:
-        return SIGLIP_DIST_IMPLS[known]
-    return one_of((*DIST_IMPLS, *SIGLIP_DIST_IMPLS))(name, value)  # type: ignore[no-any-return]
+    one_of((*DIST_IMPLS, *SIGLIP_DIST_IMPLS))(name, known)
+    return SIGLIP_DIST_IMPLS.get(known, known)
 
 
-def option(default: Any, check: Callable[[str, Any], Any]) -> Any:
-    """A field; `check(name, value)` returns what is set, or raises an error."""
-    return field(default=default, metadata={"check": check})
+def option(default: Any, check: Callable[[str, Any], Any], same_on_all_ranks: bool = True) -> Any:
+    """A field; `check(name, value)` returns what is set, or raises an error.
+
+    same_on_all_ranks: False for options without effect on what other ranks compute.
+    """
+    metadata = {"check": check, "same_on_all_ranks": same_on_all_ranks}
+    return field(default=default, metadata=metadata)
 
 
 class _HeldGroup:
@@ -107,7 +110,7 @@ class Options:
     _: KW_ONLY
     process_group: ProcessGroup | None = None
     distributed: bool = option(True, boolean)
-    impl: str = option("auto", one_of(IMPLS))
+    impl: str = option("auto", one_of(IMPLS), same_on_all_ranks=False)
 
     def __setattr__(self, name: str, value: Any) -> None:
         known = type(self).__dataclass_fields__.get(name)
@@ -117,9 +120,8 @@ class Options:
 
     def of_all_ranks(self) -> dict[str, Any]:
         """The options that all ranks must set equally, by name."""
-        may_differ = ("rank", "impl")
-        checked = (f.name for f in fields(self) if f.metadata)
-        return {name: getattr(self, name) for name in checked if name not in may_differ}
+        same = (f.name for f in fields(self) if f.metadata.get("same_on_all_ranks"))
+        return {name: getattr(self, name) for name in same}
 
 
 def _held_group(options: Any) -> Any:
@@ -207,6 +209,6 @@ class ContrastiveModule(ContrastiveOptions, Module):
 
     _: KW_ONLY
     same_ids: str = option("ignored", one_of(SAME_IDS))
-    cache_labels: bool = option(False, boolean)
-    rank: int = option(0, integer)
-    world_size: int = option(1, integer)
+    cache_labels: bool = option(False, boolean, same_on_all_ranks=False)
+    rank: int = option(0, integer, same_on_all_ranks=False)
+    world_size: int = option(1, integer, same_on_all_ranks=False)

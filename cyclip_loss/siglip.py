@@ -70,8 +70,8 @@ class CySigLIPLoss(ContrastiveModule):
     lambda_crossmodal: float = option(0.0, options.weight)
     _: KW_ONLY
     dist_impl: str = option("gather", options.siglip_dist_impl)
-    bidir: bool = option(True, options.boolean)
-    chunk_size: int | None = option(None, options.optional_batch_size)
+    bidir: bool = option(True, options.boolean, same_on_all_ranks=False)
+    chunk_size: int | None = option(None, options.optional_batch_size, same_on_all_ranks=False)
 
     def forward(
         self,

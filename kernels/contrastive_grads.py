@@ -28,7 +28,7 @@ from cyclip_loss.kernels.tiles import (
     ceil_div,
     same_ids,
     split,
-    sum_of,
+    sum_of_products,
     tile_product,
 )
 from cyclip_loss.logits import Gradients, Logits, SavedStatistics
@@ -114,7 +114,7 @@ def contrastive_grads_kernel(
             g = tl.where(is_pair, (pair_value * ((1 << SHIFT) / unit))[:, None], g)
             g = tl.where((rows < n)[:, None] & (columns < m)[None, :], g, 0.0)
         if NEEDS_SCALE:
-            tile_sum += sum_of(g * parts[part])
+            tile_sum += sum_of_products(g, parts[part])
         within = tl.arange(0, BM)[:, None] * gradient_stride + columns[None, :]
         if SHIFT == 0:
             g *= unit * logit_scale

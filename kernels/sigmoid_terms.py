@@ -18,7 +18,15 @@ from torch import Tensor
 
 from cyclip_loss.kernels.configs import config_for
 from cyclip_loss.kernels.contrastive_grads import multiplied_blocks, num_tiles
-from cyclip_loss.kernels.tiles import same_ids, sigmoid, softplus, split, sum_of, tile_product
+from cyclip_loss.kernels.tiles import (
+    same_ids,
+    sigmoid,
+    softplus,
+    split,
+    sum_of,
+    sum_of_products,
+    tile_product,
+)
 from cyclip_loss.logits import Gradients, Logits
 from cyclip_loss.numerics import float16_shift, on_device_of
 
@@ -82,7 +90,7 @@ def sigmoid_terms_kernel(
         x = tl.where(counts, tl.where(is_positive, -x, x), -float("inf"))
         loss_sum += sum_of(softplus(x))
         g = tl.where(is_positive, -sigmoid(x), sigmoid(x))
-        scale_sum += sum_of(g * parts[part])
+        scale_sum += sum_of_products(g, parts[part])
         g_sum += sum_of(g)
         within = tl.arange(0, BM)[:, None] * gradient_stride + columns[None, :]
         tl.store(tile_start + within, (g * (1 << SHIFT)).to(gradient.dtype.element_ty))

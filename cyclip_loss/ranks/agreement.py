@@ -99,8 +99,9 @@ def _compare(
         answers: list[Any] = [None] * ranks.size
         with on_device_of(features):
             dist.all_gather_object(answers, own, group=ranks.group)
-        names = dict.fromkeys(name for answer in answers for name in answer)  # they may differ
-        values = {name: [answer.get(name) for answer in answers] for name in names}
+        # Functions have different options. If they differ, the error names the functions.
+        names = [name for name in own if all(name in answer for answer in answers)]
+        values = {name: [answer[name] for answer in answers] for name in names}
     if not uneven:
         for name, on_ranks in zip(num_rows, counts):  # noqa: B905
             values[f"the number of rows of {name} (unless uneven=True)"] = on_ranks
