@@ -128,12 +128,13 @@ _SM80 = _tables(
 # sm_86, sm_89 and sm_120 have 99 KB of shared memory per program, where sm_80 has 163 KB.
 _SM86_SWEEP = (_SM80_HALF, _product(128, 128, 32, 4, 2, 2))
 _SM86 = _tables(_SM86_SWEEP, _SM86_SWEEP, _SM80_GRAM, _cyclic(64, 64, 32, 4, 2))
-# Operands rounded in registers go back to shared memory, and each wgmma waits for its operands. So
+# In tf32 a tile has half the depth, so as many bytes as in 16 bits. The penalties' kernels round U
+# and V in registers. These go back to shared memory, and each wgmma waits for its operands. So Gram
 # tiles are small enough for two programs per SM: one multiplies while the other rounds.
 _SM90_GRAM = _gram(64, 32, 4, 4)
 _SM90 = _tables(
-    lse=(_product(256, 128, 64, 8, 4), _SM80_TF32),
-    grads=(_product(128, 256, 64, 8, 4, 2), _SM80_TF32),
+    lse=(_product(256, 128, 64, 8, 4), _product(256, 128, 32, 8, 4)),
+    grads=(_product(128, 256, 64, 8, 4, 2), _product(128, 256, 32, 8, 4, 2)),
     gram=_SM90_GRAM,
     cyclic=_cyclic(128, 128, 32, 8, 3),
 )
@@ -161,6 +162,7 @@ ARCHITECTURES = {
 # The kernels without a matrix product, for every architecture and dtype.
 JOIN_LSE = Config({"TILES": 32, "BLOCK": 128}, num_warps=4, num_stages=3)
 PAIR_TERMS = Config({"BLOCK": 2048}, num_warps=8, num_stages=1)
+ROUND = Config({"BLOCK": 4096}, num_warps=8, num_stages=1)
 SUM = Config({"BLOCK": 4096}, num_warps=8, num_stages=1)
 TRACES = Config({"BD": 64}, num_warps=8, num_stages=1)
 

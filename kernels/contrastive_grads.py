@@ -24,8 +24,8 @@ from cyclip_loss.kernels.configs import SUM, Config, config_for
 from cyclip_loss.kernels.tiles import (
     LN_2,
     LOG2_E,
-    aligned_features,
     ceil_div,
+    operand,
     same_ids,
     split,
     sum_of,
@@ -166,10 +166,10 @@ def multiplied_blocks(
     """
     needs_rows, needs_columns, *_ = needs
     row_features, column_features = logits.row_features, logits.column_features
-    bm, bn, bk = (config.tile[name] for name in ("BM", "BN", "BK"))
+    bm, bn = config.tile["BM"], config.tile["BN"]
     aligned = logits._replace(
-        row_features=aligned_features(row_features, bk),
-        column_features=aligned_features(column_features, bk),
+        row_features=operand(row_features, config.tile),
+        column_features=operand(column_features, config.tile),
     )
     n, m = row_features.shape[0], column_features.shape[0]
     height = ceil_div(min(n, BLOCK_ROWS), bm) * bm

@@ -40,8 +40,8 @@ CHIPS = {
 MATRIX_INSTRUCTIONS = re.compile(
     rf"\b(?:{'|'.join(chip.matrix_instruction for chip in CHIPS.values())})[\w.]*"
 )
-# These multiply features as they are. All others round float32 operands in registers, and each
-# wgmma waits for that.
+# These multiply their operands as they are. All others round them in registers, and each wgmma
+# waits for that.
 LOGIT_KERNELS = ("contrastive_lse", "contrastive_grads", "sigmoid_terms")
 KERNELS_WITH_PRODUCTS = (*LOGIT_KERNELS, "gram_matrices", "cyclic_grads")
 
@@ -70,7 +70,7 @@ class Binary:
             return found
         wanted = chip.matrix_instruction
         is_16_bit_product = kernel in LOGIT_KERNELS and not features.startswith("float32")
-        if self.serialised and is_16_bit_product:
+        if self.serialised and kernel in LOGIT_KERNELS:
             found.append("each wgmma waits for the one before it")
         if is_16_bit_product and not any(re.match(wanted, i) for i in self.matrix_instructions):
             found.append(f"no {wanted} in a 16-bit product")

@@ -7,7 +7,7 @@ compile, or a binary
 - needs more shared memory than its chip has,
 - multiplies 16-bit numbers without tensor cores,
 - multiplies tf32 numbers without any matrix instruction,
-- makes each tensor-core instruction of a 16-bit contrastive kernel wait for the one before it, or
+- makes each tensor-core instruction of a kernel of logits wait for the one before it, or
 - does not fuse multiplications with additions.
 
 It prints a table of all binaries and the verdict to stdout, and these faults to stderr.
