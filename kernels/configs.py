@@ -156,7 +156,8 @@ _GFX942 = _tables(
 _SMALL = (_product(32, 64, 32, 1, 1, parts=2), _gram(64, 32, 1, 1), _cyclic(64, 64, 32, 1, 1))
 _INTERPRETER = _tables(_SMALL[:1] * 2, _SMALL[:1] * 2, *_SMALL[1:], full=_SMALL)
 ARCHITECTURES = {
-    "sm_80": _SM80, "sm_86": _SM86, "sm_90": _SM90, "sm_100": _SM100, "gfx942": _GFX942,
+    "sm_80": _SM80, "sm_86": _SM86, "sm_89": _SM86, "sm_90": _SM90, "sm_100": _SM100,
+    "sm_120": _SM86, "gfx942": _GFX942,
 }  # fmt: skip
 
 # The kernels without a matrix product, for every architecture and dtype.

@@ -31,9 +31,11 @@ class Chip:
 CHIPS = {
     "sm_80": Chip(GPUTarget("cuda", 80, 32), 163 * 1024, r"HMMA\b"),
     "sm_86": Chip(GPUTarget("cuda", 86, 32), 99 * 1024, r"HMMA\b"),
+    "sm_89": Chip(GPUTarget("cuda", 89, 32), 99 * 1024, r"HMMA\b"),
     "sm_90": Chip(GPUTarget("cuda", 90, 32), 227 * 1024, r"HGMMA\b"),
-    # Older versions of Triton fail on this chip, and the package does not use them there.
+    # Older versions of Triton fail on Blackwell, and the package does not use them there.
     "sm_100": Chip(GPUTarget("cuda", 100, 32), 227 * 1024, r"UTC\w*MMA\b", TRITON_FOR_BLACKWELL),
+    "sm_120": Chip(GPUTarget("cuda", 120, 32), 99 * 1024, r"HMMA\b", TRITON_FOR_BLACKWELL),
     # Older versions of Triton have no linker for this chip.
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 64 * 1024, r"v_mfma_", (3, 5)),
 }

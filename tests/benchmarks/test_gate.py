@@ -138,9 +138,9 @@ def build_all(arch: str, features: str) -> list[tuple[Any, list[str]]]:
 @pytest.mark.parametrize(
     ("version", "verdict"),
     [
-        ((3, 4), "passed: no faults in 12 binaries of sm_80, sm_86, sm_90"),
-        ((3, 5), "FAILED: 4 faults in 16 binaries of sm_80, sm_86, sm_90, gfx942"),
-        (TRITON_FOR_BLACKWELL, "FAILED: 4 faults in 20 binaries of "),
+        ((3, 4), "passed: no faults in 16 binaries of sm_80, sm_86, sm_89, sm_90"),
+        ((3, 5), "FAILED: 4 faults in 20 binaries of sm_80, sm_86, sm_89, sm_90, gfx942"),
+        (TRITON_FOR_BLACKWELL, "FAILED: 4 faults in 28 binaries of "),
     ],
 )
 def test_gate_ends_with_a_verdict_and_skips_chips_newer_than_triton(
