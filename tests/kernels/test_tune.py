@@ -36,6 +36,18 @@ def file(tmp_path, monkeypatch: pytest.MonkeyPatch):
     configs.tuned.cache_clear()
 
 
+def test_candidates_leave_room_for_two_programs_and_split_full_float32_into_tf32() -> None:
+    """128 x 128 with 8 warps in 4 parts; three products in tf32, for full float32 only."""
+    table = configs.ARCHITECTURES["sm_90"]["contrastive_grads"]
+    wanted = {"BM": 128, "BN": 128, "PARTS": 4}
+    for precision, dtype in ((HALF, BFLOAT16), (configs.TF32, torch.float32)):
+        found = tune.candidates(dtype, table[precision])
+        assert any(wanted.items() <= x.tile.items() and x.num_warps == 8 for x in found)
+        assert {x.tile["PRECISION"] for x in found} == {"tf32"}
+    found = tune.candidates(torch.float32, table[configs.IEEE])
+    assert {x.tile["PRECISION"] for x in found} == {"ieee", "tf32x3"}
+
+
 def remember(index: int = 1):
     """Write the candidate with this index to the file. Candidate 0 is the shipped tile."""
     tune.remember(configs.tiles_file(), CPU, {KEY: asdict(CANDIDATES[index])})
