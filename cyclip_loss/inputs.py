@@ -280,12 +280,12 @@ def caption_ids(tokens: Tensor) -> Tensor:
     Raises:
         TypeError: `tokens` is not an integer tensor of two dimensions.
     """
-    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.dtype not in ID_DTYPES:
-        got = type(tokens).__name__
-        if isinstance(tokens, Tensor):
-            got = f"{tokens.dtype} of shape {tuple(tokens.shape)}"
-        raise TypeError(f"tokens must be an integer tensor (N, context length), got {got}")
-    _check_dense("tokens", tokens, "to_local")
+    must = "tokens must be an integer tensor (N, context length), got"
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"{must} {type(tokens).__name__}")
+    _check_dense("tokens", tokens, "to_local")  # first: a nested tensor has no shape
+    if tokens.ndim != 2 or tokens.dtype not in ID_DTYPES:
+        raise TypeError(f"{must} {tokens.dtype} of shape {tuple(tokens.shape)}")
     length = tokens.shape[1]
     weights = CAPTION_WEIGHTS[:length]
     if length > len(weights):

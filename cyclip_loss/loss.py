@@ -94,9 +94,10 @@ class CyCLIPLoss(_ContrastiveLoss):
         lambda_crossmodal: weight of the cross-modal penalty (`cylambda2`). 0: off. Both 0 is CLIP,
             lambda_inmodal = 0 is C-CyCLIP, lambda_crossmodal = 0 is I-CyCLIP.
         reference_batch_size: multiplies both penalties by reference_batch_size / N, where N is the
-            number of rows of the global batch. A lambda then has the same effect at every batch
-            size; with 128, its effect in the paper's experiments. None: the paper's formula, whose
-            penalties grow with N. (docs/lambda.md says more.)
+            number of rows of the global batch. The penalties are then as strong at every N; with
+            128, as in the paper's experiments. That suits up to 1,024 pairs of all ranks; above,
+            raise both lambdas from 0 over 512 steps. None: the paper's formula, whose penalties
+            grow with N. (docs/choosing.md and docs/lambda.md say more.)
         local_loss, gather_with_grad, cache_labels: OpenCLIP's arguments, kept as attributes without
             effect. In OpenCLIP they choose what each rank computes and how its gradients are
             scaled. Here the result is always exact.
@@ -365,10 +366,13 @@ class WithCyclicPenalty(CyclicPenalty):
         features: the names of two arguments of `loss.forward`, (N, D), rows of unit length; or a
             callable that takes the call's arguments and returns the two features.
 
+    `loss` and `features` may be set between calls.
+
     Raises:
         TypeError: `loss` is not a module, is compiled (compile the wrapper) or has these penalties
             already; `features` does not match it. When called: the loss returned something other
-            than a number or terms of a sum, such as one value per sample. Else as `CyclicPenalty`.
+            than a number or terms of a sum, such as one value per sample or a dict without terms.
+            Else as `CyclicPenalty`.
     """
 
     def __init__(
@@ -395,13 +399,21 @@ class WithCyclicPenalty(CyclicPenalty):
                 raise TypeError(self._not_terms(f"the keys {list(terms)}"))
         several = isinstance(terms, (dict, tuple))
         values = list(terms.values() if isinstance(terms, dict) else terms if several else [terms])
-        for value in values:
-            is_scalar = isinstance(value, Tensor) and value.numel() == 1
-            # CoCaLoss returns an integer 0 for a term without weight.
-            if not is_scalar and (isinstance(value, bool) or not isinstance(value, (int, float))):
-                shape = tuple(getattr(value, "shape", ()))
-                raise TypeError(self._not_terms(f"{type(value).__name__} {shape}"))
         penalties: Any = super().forward(image_features, text_features, several)
+        if not values:
+            raise TypeError(self._not_terms(f"an empty {type(terms).__name__}"))
+        for value in values:
+            got = type(value).__name__
+            if isinstance(value, Tensor):
+                got += f" {tuple(value.shape)} of {value.dtype} on {value.device}"
+                is_number = value.dtype != torch.bool and not value.is_complex()
+                is_term = is_number and value.numel() == 1
+                # The sum of a number and a meta tensor, which has no value, would be a meta tensor.
+                is_term &= value.is_meta == image_features.is_meta
+            else:  # CoCaLoss returns an integer 0 for a term without weight
+                is_term = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not is_term:
+                raise TypeError(self._not_terms(got))
         if isinstance(terms, dict):
             return {**terms, **penalties}
         return (*values, *penalties.values()) if several else terms + penalties
@@ -415,6 +427,7 @@ class WithCyclicPenalty(CyclicPenalty):
 
     def _features_of(self, args: Any, kwargs: Any) -> Any:
         """The image and text features among the arguments of a call."""
+        _check_wrapped(self.loss, self.features)  # they may have been set
         if not callable(self.features):
             bound = inspect.signature(self.loss.forward).bind(*args, **kwargs)
             bound.apply_defaults()
@@ -435,10 +448,9 @@ def _check_wrapped(loss: Any, features: Any) -> None:
     if isinstance(loss, PenaltyOptions):
         raise TypeError(f"{loss} has the cyclic penalties already: use it without a wrapper")
     names = list(inspect.signature(loss.forward).parameters)
-    if not callable(features) and (
-        not isinstance(features, (tuple, list))
-        or len(set(features)) != 2
-        or not set(features) <= set(names)
+    is_two = isinstance(features, (tuple, list)) and len(features) == 2
+    if not callable(features) and not (
+        is_two and features[0] != features[1] and all(name in names for name in features)
     ):
         raise TypeError(
             f"{type(loss).__name__}.forward takes {names}, not {features}: pass features=, two of "

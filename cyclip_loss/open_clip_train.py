@@ -31,7 +31,7 @@ from cyclip_loss import engines
 from cyclip_loss.inputs import caption_ids
 from cyclip_loss.loss import CyCLIPLoss, CySigLIPLoss, WithCyclicPenalty
 from cyclip_loss.options import DIST_IMPLS, IMPLS, SAME_IDS, PenaltyOptions
-from cyclip_loss.usage_warnings import PAPER_BATCH_SIZE, PAPER_LAMBDA
+from cyclip_loss.usage_warnings import LARGEST_CONSTANT, PAPER_BATCH_SIZE, PAPER_LAMBDA
 
 Function = Callable[..., Any]
 # What the trainer's main module calls: its own functions, replaced by methods of `_Swap`, and the
@@ -96,7 +96,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         type=steps_or_share,
         default=0,
         metavar="STEPS",
-        help="raise both weights from 0 over this many steps (0.5: over half of all steps)",
+        help="raise both weights from 0 over this many steps (0.5: over half of all steps); "
+        f"512 is advised above {LARGEST_CONSTANT:,} pairs of all ranks",
     )
     add(
         "--reference-batch-size",
@@ -164,7 +165,8 @@ class _Swap:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.penalty_options = penalty_options(options)
-        self.loss: nn.Module | None = None
+        self.args: Any = None  # OpenCLIP's, which adds the number of ranks
+        self.loss: Any = None
         self.texts: Any = None  # the captions that the model saw last
         self.called = False
 
@@ -185,7 +187,8 @@ class _Swap:
         for problem, found in problems.items():
             if found:
                 raise SystemExit(f"cyclip_loss: {problem}")
-        return argparse.Namespace(**vars(parsed), **vars(self.options))
+        self.args = argparse.Namespace(**vars(parsed), **vars(self.options))
+        return self.args
 
     def create_model_and_transforms(self, make: Function, *args: Any, **kw: Any) -> Any:
         """OpenCLIP's model, with a hook that keeps the captions for the loss."""
@@ -210,7 +213,7 @@ class _Swap:
             task.loss = self.create_loss(lambda: task.loss)
         return task
 
-    def create_loss(self, make: Function, *args: Any, **kwargs: Any) -> nn.Module:
+    def create_loss(self, make: Function, *args: Any, **kwargs: Any) -> Any:
         """The loss to use instead of OpenCLIP's."""
         theirs = make(*args, **kwargs)
         # The exact type, as CoCa's and distillation's losses are subclasses.
@@ -231,6 +234,16 @@ class _Swap:
                 raise SystemExit(f"cyclip_loss: cannot add the penalties: {error}") from error
         self.loss.register_forward_hook(lambda *_: setattr(self, "called", True))
         logging.info("Loss: %s instead of %s", self.loss, type(theirs).__name__)
+        # The pairs of one call.
+        total = self.args.batch_size * self.args.accum_freq * self.args.world_size
+        is_constant = self.loss.has_penalties() and not self.options.lambda_warmup
+        if total > LARGEST_CONSTANT and is_constant and ours is not CySigLIPLoss:
+            logging.warning(
+                "The lambdas are constant in batches of %s pairs. Above %s, that lowered the "
+                "accuracy in our experiment: add --lambda-warmup 512 (docs/choosing.md)",
+                f"{total:,}",
+                f"{LARGEST_CONSTANT:,}",
+            )
         return self.loss
 
     def add_ids(self, _: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -76,9 +76,8 @@ def one_of(choices: tuple[Any, ...]) -> Callable[[str, Any], Any]:
 def siglip_dist_impl(name: str, value: Any) -> str:
     """The strategy for a name of ours or of `open_clip.SigLipLoss`; None is its default."""
     known = "bidir" if value is None else value
-    if known in SIGLIP_DIST_IMPLS:
-        return SIGLIP_DIST_IMPLS[known]
-    return one_of((*DIST_IMPLS, *SIGLIP_DIST_IMPLS))(name, value)  # type: ignore[no-any-return]
+    one_of((*DIST_IMPLS, *SIGLIP_DIST_IMPLS))(name, known)
+    return SIGLIP_DIST_IMPLS.get(known, known)
 
 
 def option(default: Any, check: Callable[[str, Any], Any]) -> Any:

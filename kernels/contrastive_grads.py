@@ -28,7 +28,7 @@ from cyclip_loss.kernels.tiles import (
     operand,
     same_ids,
     split,
-    sum_of,
+    sum_of_products,
     tile_product,
 )
 from cyclip_loss.logits import Gradients, Logits, SavedStatistics
@@ -116,7 +116,7 @@ def contrastive_grads_kernel(
             g = tl.where(is_pair, pair_value[:, None], g)
             g = tl.where((rows < n)[:, None] & (columns < m)[None, :], g, 0.0)
         if NEEDS_SCALE:
-            tile_sum += sum_of(g * parts[part])
+            tile_sum += sum_of_products(g, parts[part])
         within = tl.arange(0, BM)[:, None] * gradient_stride + columns[None, :]
         if SHIFT == 0:
             g *= factor

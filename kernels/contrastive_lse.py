@@ -2,7 +2,8 @@
 
     a_i = log sum_{j != i} exp(l_ij)      b_j = log sum_{i != j} exp(l_ij)      l_ii for the pairs
 
-With ids, the sums leave out l_ij also where row i and column j have the same id.
+With ids, the sums leave out l_ij also where row i and column j have the same id. Where l_ii is not
+finite, all three are NaN: a feature may be infinite, and its negatives' logits -inf.
 
 2 n m D flops. A tile's program writes, for each row and each column of its tile, the maximum and
 the sum of exponentials relative to it. A second kernel combines them. So every sum has a fixed
@@ -90,6 +91,7 @@ def contrastive_lse_kernel(
             is_pair = partner[:, None] == columns[None, :]
             pair = tl.sum(tl.where(is_pair, logits, 0.0), axis=1) * LN_2
             in_tile = (partner >= start) & (partner < start + WIDTH)
+            pair += pair - pair  # NaN if it is infinite
             tl.store(pair_logits + rows, pair, mask=in_tile & (partner < m) & (rows < n))
         # Before the mask of the edges: after it, gfx942 would run out of registers for masks.
         if row_ids is not None:
@@ -115,14 +117,21 @@ def contrastive_lse_kernel(
 
 
 @triton.jit
-def _join(
-    partials, lse, tiles, length, num_previous, first, TILES: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Combine tiles' maxima and sums, (2, tiles, length), into `lse`, BLOCK elements from `first`.
+def _has_partner(rows, n, m, partner_offset, num_pairs):
+    partner = rows + partner_offset
+    return (rows >= 0) & (rows < n) & (rows < num_pairs) & (partner >= 0) & (partner < m)
 
-    Elements below `num_previous` hold log-sum-exps already, of earlier strips.
+
+@triton.jit
+def _join(
+    partials, lse, tiles, length, num_previous, index, pairs, TILES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Combine tiles' maxima and sums, (2, tiles, length), into elements `index` of `lse`.
+
+    Elements below `num_previous` hold log-sum-exps already, of earlier strips. pairs: the pairs'
+    logits, 0 where there is no pair.
     """
-    index = first + tl.arange(0, BLOCK)
     maximum = tl.load(lse + index, mask=index < num_previous, other=-float("inf")) * LOG2_E
     # The log-sum-exp so far is a maximum with a sum of 1.
     total = tl.where(maximum == -float("inf"), 0.0, 1.0)
@@ -138,7 +147,8 @@ def _join(
         total *= tl.exp2(maximum - reference)
         total += tl.sum(sums * tl.exp2(maxima - reference[None, :]), axis=0)
         maximum = new_maximum
-    tl.store(lse + index, (maximum + tl.log2(total)) * LN_2, mask=index < length)
+    joined = (maximum + tl.log2(total)) * LN_2 + (pairs - pairs)
+    tl.store(lse + index, joined, mask=index < length)
 
 
 @triton.jit(
@@ -169,19 +179,20 @@ def join_lse_kernel(
     row_blocks = tl.cdiv(n, BLOCK)
     block = tl.program_id(0)
     if block < row_blocks:
-        first = block * BLOCK
-        _join(row_partials, row_lse, row_parts, n, 0, first, TILES, BLOCK)
-        rows = first + tl.arange(0, BLOCK)
-        partner = rows + partner_offset
-        has_no_partner = (partner < 0) | (partner >= m) | (rows >= num_pairs)
-        tl.store(
-            pair_logits + rows, tl.zeros((BLOCK,), tl.float32), mask=has_no_partner & (rows < n)
-        )
+        rows = block * BLOCK + tl.arange(0, BLOCK)
+        has_partner = _has_partner(rows, n, m, partner_offset, num_pairs)
+        pairs = tl.load(pair_logits + rows, mask=has_partner, other=0.0)
+        _join(row_partials, row_lse, row_parts, n, 0, rows, pairs, TILES, BLOCK)
+        zeros = tl.zeros((BLOCK,), tl.float32)
+        tl.store(pair_logits + rows, zeros, mask=~has_partner & (rows < n))
     else:
-        first = (block - row_blocks) * BLOCK
+        columns = (block - row_blocks) * BLOCK + tl.arange(0, BLOCK)
+        rows = columns - partner_offset
+        has_partner = _has_partner(rows, n, m, partner_offset, num_pairs)
+        pairs = tl.load(pair_logits + rows, mask=has_partner, other=0.0)
         _join(
-            column_partials, column_lse, column_parts, num_columns, num_previous, first, TILES,
-            BLOCK,
+            column_partials, column_lse, column_parts, num_columns, num_previous, columns, pairs,
+            TILES, BLOCK,
         )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cyclip_loss.kernels.configs import SUM, TRACES
-from cyclip_loss.kernels.tiles import ceil_div, number_or_pointer, scalar, sum_of
+from cyclip_loss.kernels.tiles import ceil_div, number_or_pointer, scalar, sum_of_products
 from cyclip_loss.numerics import on_device_of
 
 
@@ -30,15 +30,13 @@ def traces_kernel(
     pointers = grams + rows[:, None] * d + columns[None, :]
     a = tl.load(pointers, mask=inside, other=0.0)
     b = tl.load(pointers + d * d, mask=inside, other=0.0)
-    # `fma(a, b, 0)` rounds each product before it is added. Otherwise the compiler fuses a thread's
-    # own product but not one from another thread, and the threads get different sums.
-    p = sum_of(tl.fma(a, b, 0.0))
+    p = sum_of_products(a, b)
     tl.store(partials + tl.program_id(0), p)
     if WITH_CROSS:
         mirrored = grams + rows[:, None] + columns[None, :] * d
         c = tl.load(pointers + 2 * d * d, mask=inside, other=0.0)
         c_t = tl.load(mirrored + 2 * d * d, mask=inside, other=0.0)
-        q = sum_of(tl.fma(c, c_t, 0.0))
+        q = sum_of_products(c, c_t)
         tl.store(partials + tl.num_programs(0) + tl.program_id(0), q)
 
 

@@ -18,7 +18,15 @@ from torch import Tensor
 
 from cyclip_loss.kernels.configs import config_for
 from cyclip_loss.kernels.contrastive_grads import multiplied_blocks, num_tiles
-from cyclip_loss.kernels.tiles import same_ids, sigmoid, softplus, split, sum_of, tile_product
+from cyclip_loss.kernels.tiles import (
+    same_ids,
+    sigmoid,
+    softplus,
+    split,
+    sum_of,
+    sum_of_products,
+    tile_product,
+)
 from cyclip_loss.logits import Gradients, Logits
 from cyclip_loss.numerics import float16_shift, on_device_of
 
@@ -48,7 +56,6 @@ def sigmoid_terms_kernel(
     partials,  # (3, all_tiles) out: of the tiles, sums of the loss, of G, and of G_ij (I_i . T_j)
     all_tiles,
     POSITIVES: tl.constexpr,
-    HAS_NEGATIVES: tl.constexpr,  # extra ones, with POSITIVES: ids below 0 have no positives
     SHIFT: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
@@ -77,17 +84,14 @@ def sigmoid_terms_kernel(
         counts = (rows < n)[:, None] & (columns < m)[None, :]
         if row_ids is not None:
             same = same_ids(row_ids, column_ids, rows, columns, n, m) & ~is_positive
-            if HAS_NEGATIVES:
-                row_id = tl.load(row_ids + tl.minimum(rows, n - 1))
-                is_positive |= same & (row_id >= 0)[:, None]
-            elif POSITIVES:
-                is_positive |= same
+            if POSITIVES:
+                is_positive |= same & (rows < num_pairs)[:, None]  # extra negatives have none
             counts &= is_positive | ~same
         # -inf has no loss and no gradient.
         x = tl.where(counts, tl.where(is_positive, -x, x), -float("inf"))
         loss_sum += sum_of(softplus(x))
         g = tl.where(is_positive, -sigmoid(x), sigmoid(x))
-        scale_sum += sum_of(g * parts[part])
+        scale_sum += sum_of_products(g, parts[part])
         g_sum += sum_of(g)
         within = tl.arange(0, BM)[:, None] * gradient_stride + columns[None, :]
         tl.store(tile_start + within, (g * (1 << SHIFT)).to(gradient.dtype.element_ty))
@@ -116,7 +120,7 @@ def sigmoid_terms(
             logits,
             config,
             lambda start, left, tiles_before: (logit_bias, partials[:, tiles_before:], tiles),
-            {"POSITIVES": positives, "HAS_NEGATIVES": positives and logits.has_extra_negatives},
+            {"POSITIVES": positives},
             needs,
             logits.logit_scale * (weight * 2.0 ** -float16_shift(features)),
             torch.float32,

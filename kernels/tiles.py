@@ -192,8 +192,18 @@ def split(tile, BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def sum_of(tile):
-    """The sum of a tile, rows first."""
+    """The sum of a tile, rows first. Of products: `sum_of_products`."""
     return tl.sum(tl.sum(tile, axis=1), axis=0)
+
+
+@triton.jit
+def sum_of_products(a, b):
+    """The sum of a * b, rows first.
+
+    `fma(a, b, 0)` rounds each product before it is added. Otherwise the compiler fuses a thread's
+    own product but not one from another thread, and the threads get different sums.
+    """
+    return sum_of(tl.fma(a, b, 0.0))
 
 
 @triton.jit

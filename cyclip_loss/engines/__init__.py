@@ -17,7 +17,7 @@ from cyclip_loss.engines import eager
 from cyclip_loss.engines.interface import Engine
 from cyclip_loss.engines.verification import VerifiedKernels
 from cyclip_loss.numerics import architecture
-from cyclip_loss.options import IMPLS
+from cyclip_loss.options import IMPLS, one_of
 from cyclip_loss.usage_warnings import warn_once
 
 
@@ -25,15 +25,19 @@ def engine_of(features: Tensor, impl: str = "auto") -> str:
     """What computes such features in this process, and why, in words to print.
 
     Args:
-        features: only their dtype, device and D count.
+        features: (N, D), cast as autocast asks. Only their dtype, device and D count.
         impl: the module's option.
 
     Raises:
-        ValueError: as a call with this `impl`.
+        TypeError, ValueError: as a call with these features and this `impl`.
 
     >>> engine_of(torch.ones(8, 4))
     'PyTorch: the kernels do not support cpu'
     """
+    from cyclip_loss.inputs import check_features  # which imports this file
+
+    one_of(IMPLS)("impl", impl)
+    features, _ = check_features(features, features, ("features",) * 2, may_be_empty=True)
     if choose(impl, features) == "kernels":
         return "Triton kernels"
     why_not: str | None = _why_not_kernels(_asked(impl), features)

@@ -72,7 +72,11 @@ def _pairs(strip: Tensor, start: int, logits: Logits) -> tuple[Tensor, slice]:
 
 
 def contrastive_lse(logits: Logits) -> LogSumExps:
-    """Log-sum-exps of the negatives of each row and column, and the pairs' logits, in one sweep."""
+    """Log-sum-exps of the negatives of each row and column, and the pairs' logits, in one sweep.
+
+    Where a pair's logit is not finite, all three are NaN. An infinite feature would leave some of
+    them finite if the logits of its negatives are -inf.
+    """
     column_features = _columns_to_multiply(logits)
     n, m = len(logits.row_features), len(column_features)
     dtype = accumulation_dtype(column_features.dtype)
@@ -97,7 +101,14 @@ def contrastive_lse(logits: Logits) -> LogSumExps:
             column_sum.mul_(column_max.sub_(new_max).exp_())
             column_sum.add_(strip.sub_(new_max).exp_().sum(dim=0))
             column_max = new_max
-    return LogSumExps(row_negatives_lse, column_sum.log_().add_(column_max), pair_logits)
+    column_negatives_lse = column_sum.log_().add_(column_max)
+    rows, columns = logits.pairs
+    zero_or_nan = pair_logits[rows] - pair_logits[rows]
+    row_negatives_lse[rows] += zero_or_nan
+    pair_logits[rows] += zero_or_nan
+    if logits.symmetric:
+        column_negatives_lse[columns] += zero_or_nan
+    return LogSumExps(row_negatives_lse, column_negatives_lse, pair_logits)
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -230,8 +241,8 @@ def sigmoid_terms(
         loss = sum_ij log(1 + exp(-y_ij l_ij))        G_ij = -y_ij / (1 + exp(y_ij l_ij))
         dI = w s G T,   dT = w s G^T I,   ds = w sum_ij G_ij (I_i . T_j)
 
-    Other elements with the same id are left out or, with `positives`, have y = 1. Extra negatives
-    have ids below 0. Those with the same id are left out in both cases.
+    Other elements with the same id are left out or, with `positives`, have y = 1. In the rows of
+    extra negatives they are left out in both cases.
 
     logit_bias: scalar; needs: which gradients are needed, of rows, columns and scale. If none is,
     G is not computed, and its sum is 0. The gradients are in the accumulation dtype.

@@ -33,8 +33,9 @@ def log_sum_exps(logits: Logits) -> tuple[Tensor, Tensor]:
         negatives = _products(logits, dtype) * logits.logit_scale
         detached = negatives.detach()
         diagonal = detached.diagonal()
-        # NaN for an infinite pair logit, which would look perfectly matched.
-        pair_logits = negatives.diagonal() + (diagonal - diagonal)
+        # All three are NaN where a pair's logit is infinite, and would look perfectly matched.
+        zero_or_nan = diagonal - diagonal
+        pair_logits = negatives.diagonal() + zero_or_nan
         # Mask without autograd. A masked element has no gradient: its exponential is 0 or, in a row
         # without negatives, the upstream gradient is. Not while compiling: Inductor (PyTorch 2.13)
         # would drop the gradient of the pair logits in batches of 3 or 4 pairs.
@@ -50,10 +51,10 @@ def log_sum_exps(logits: Logits) -> tuple[Tensor, Tensor]:
             maxima.append(maximum.view(-1))
             sums.append((negatives - maximum).exp_().sum(dim))
         if logits.has_extra_negatives:
-            n, zero = logits.num_pairs, logits.zero_or_nan(dtype)
-            maxima, sums = [x[:n] + zero for x in maxima], [x[:n] for x in sums]
+            n, zero_or_nan = logits.num_pairs, logits.zero_or_nan(dtype)
+            maxima, sums = [x[:n] for x in maxima], [x[:n] for x in sums]
             pair_logits = pair_logits[:n]
-        return torch.stack(sums).log() + torch.stack(maxima), pair_logits
+        return torch.stack(sums).log() + torch.stack(maxima) + zero_or_nan, pair_logits
 
 
 def _products(logits: Logits, dtype: torch.dtype) -> Tensor:

@@ -69,6 +69,15 @@ STEPS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"function": "siglip"}, (SIGMOID,)),
     ({"function": "siglip", "distinct_ids": 4}, (SIGMOID,)),
     ({"function": "siglip", "distinct_ids": 4, "same_ids": "positives"}, (SIGMOID,)),
+    (
+        {
+            "function": "siglip",
+            "distinct_ids": 4,
+            "same_ids": "positives",
+            "negatives": (3, 2),
+        },
+        (SIGMOID,),
+    ),
     ({"distinct_ids": 4}, (LSE, GRADS)),
     ({"distinct_ids": 4, "same_ids": "positives"}, (GRADS,)),
     ({"negatives": (3, None)}, (LSE, GRADS)),

@@ -14,8 +14,10 @@ from cyclip_loss import (
     CyCLIPLoss,
     CySigLIPLoss,
     WithCyclicPenalty,
+    caption_ids,
     consistency_metrics,
     contrastive_logsumexp,
+    engine_of,
 )
 
 # Errors come before any computation, so the device does not matter.
@@ -127,6 +129,38 @@ def test_bad_arguments_are_refused(changes: dict, message: str, error: type[Exce
         call(**changes)
 
 
+@pytest.mark.parametrize(
+    ("bad", "error", "message"), [row for row in BAD_FEATURES if "(0, 3)" not in row[2]]
+)
+def test_engine_of_refuses_what_a_call_would_refuse(
+    bad: Any, error: type[Exception], message: str
+) -> None:
+    message = message.replace("N >= 1", "N >= 0")
+    with pytest.raises(error, match=rf"^features\b.*{re.escape(message)}"):
+        engine_of(bad)
+
+
+@pytest.mark.parametrize("impl", ["cuda", None, 1, ["auto"]])
+def test_engine_of_refuses_an_unknown_impl(impl: Any) -> None:
+    with pytest.raises(ValueError, match=r"^impl must be one of auto, triton, eager, got "):
+        engine_of(GOOD, impl)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (NESTED, "nested: True"),
+        (GOOD.long().to_sparse(), "layout torch.sparse_coo"),
+        (GOOD, "got torch.float32 of shape (4, 3)"),
+        (GOOD[0].long(), "got torch.int64 of shape (3,)"),
+        ([[1]], "got list"),
+    ],
+)
+def test_caption_ids_refuses_what_is_no_matrix_of_integers(tokens: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=rf"^tokens must be .*{re.escape(message)}"):
+        caption_ids(tokens)
+
+
 # The modules that have an option; the option, a bad value, and the error.
 SIGLIP: list[Any] = [CySigLIPLoss]
 LOSS = [CyCLIPLoss, *SIGLIP]
@@ -138,7 +172,7 @@ BAD_VALUES = [
     (EVERY, "reference_batch_size", HUGE),
     (EVERY, "reference_batch_size", 0),
     (EVERY, "impl", "cuda"),
-    (LOSS, "dist_impl", "rows"),
+    *((LOSS, "dist_impl", bad) for bad in ("rows", ["gather"])),
     (LOSS, "same_ids", "equal"),
     (LOSS[:1], WEIGHT, -0.5),
     (LOSS[:1], "use_horovod", True),

@@ -338,10 +338,10 @@ def test_nan_and_infinity_in_any_feature_never_give_a_finite_loss(
         features[name][place[1] % n, place[2] % d] = bad
         given |= features
         if function == "log-sum-exps":
-            results = [x.sum() for x in contrastive_logsumexp(**given, impl=impl)]
+            results = [x.logsumexp(0) for x in contrastive_logsumexp(**given, impl=impl)]
         else:
             results = list(function_of(case, impl)(**given).values())
-        if function == "log-sum-exps" or name not in FEATURES:
+        if name not in FEATURES:
             results = [sum(results)]
         for result in results:
             assert not result.isfinite(), function

@@ -119,7 +119,8 @@ class Trainer(ModuleType):
     def __init__(self, theirs: Any, version: str = "3", **settings: Any) -> None:
         super().__init__("open_clip_train.main")
         flags = {"accum_freq": 1, "skip_scheduler": False, "failure": "", "calls": True}
-        flags |= {"epoch": 1, "schedule": "cosine_lr", **settings}
+        flags |= {"epoch": 1, "schedule": "cosine_lr", "batch_size": 6, "world_size": 1}
+        flags |= settings
         self.parse_args = lambda argv: Namespace(**flags)
         self.create_model_and_transforms = lambda *args, **kwargs: (Model(), None, None)
         self.theirs, self.version, self.device = theirs, version, torch.device("cpu")
@@ -190,7 +191,9 @@ def test_a_loss_is_replaced_or_gets_the_penalties(
     version: str, theirs: nn.Module, given: tuple[str, ...], ours: nn.Module, monkeypatch
 ) -> None:
     trainer = Trainer(theirs, version)
-    trainer.main = lambda argv: vars(trainer).update(argv=argv, loss=trainer.make_loss())
+    trainer.main = lambda argv: vars(trainer).update(
+        argv=argv, flags=trainer.parse_args(argv), loss=trainer.make_loss()
+    )
     for _ in range(2):  # a process may train twice
         loss = launch(trainer, monkeypatch, *given, "--epochs", "3").loss
         assert repr(loss) == repr(ours)
@@ -294,6 +297,33 @@ def test_the_lambdas_warm_up_with_each_learning_rate_schedule(
     assert trainer.lambdas == [(0.25 * share, share) for share in shares]
     assert trainer.loss.impl == "eager"
     assert trainer.rates[0] == pytest.approx(0.1 if epoch else 0.05)  # OpenCLIP's own warm-up
+
+
+@pytest.mark.parametrize("version", ["3", "4"])
+@pytest.mark.parametrize(
+    ("theirs", "world_size", "given", "warns"),
+    [
+        (ClipLoss(), 2, (), False),
+        (ClipLoss(), 3, (), True),
+        (CoCaLoss(2.0, 1.0), 3, (), True),
+        (ClipLoss(), 3, ("--lambda-warmup", "8"), False),
+        (ClipLoss(), 3, ("--lambda-inmodal", "0", "--lambda-crossmodal", "0"), False),
+        (SigLipLoss(), 3, ("--siglip", *ONE), False),
+    ],
+)
+def test_a_constant_lambda_for_more_than_1024_pairs_is_a_warning_in_the_log(
+    version: str, theirs: nn.Module, world_size: int, given, warns: bool, monkeypatch, caplog
+) -> None:
+    """All ranks and accumulated batches count: they are in one call."""
+    sizes = {"batch_size": 128, "accum_freq": 4, "world_size": world_size}
+    trainer = Trainer(theirs, version, **sizes)
+    trainer.main = lambda argv: vars(trainer).update(
+        flags=trainer.parse_args(argv), loss=trainer.make_loss()
+    )
+    launch(trainer, monkeypatch, *given)
+    found = [x.getMessage() for x in caplog.records if x.levelname == "WARNING"]
+    assert len(found) == warns
+    assert all("1,536 pairs" in x and "--lambda-warmup 512" in x for x in found)
 
 
 def test_help_prints_our_flags_and_open_clips_and_stops(capsys) -> None:

@@ -103,14 +103,19 @@ def test_features_are_found_by_argument_names_or_a_callable(wrap, features, pena
     [
         (lambda loss: {"itc_loss": loss, "accuracy": 0.5}, "the keys ['itc_loss', 'accuracy']"),
         (lambda loss: {"inmodal_cyclic_loss": loss}, "the keys ['inmodal_cyclic_loss']"),
-        (lambda loss: {"a_loss": loss.expand(6)}, "Tensor (6,)"),
-        (lambda loss: (loss, True), "bool ()"),
-        (lambda loss: [loss, loss], "list ()"),
+        (lambda loss: {"a_loss": loss.expand(6)}, "Tensor (6,) of torch.float64 on "),
+        (lambda loss: (loss, True), "bool"),
+        (lambda loss: [loss, loss], "list"),
+        (lambda loss: {}, "an empty dict"),
+        (lambda loss: (), "an empty tuple"),
+        (lambda loss: loss > 0, "Tensor () of torch.bool on "),
+        (lambda loss: loss + 0j, "Tensor () of torch.complex128 on "),
+        (lambda loss: (loss, loss.to("meta")), "Tensor () of torch.float64 on meta"),
     ],
 )
 def test_a_result_that_cannot_be_summed_is_refused(returned: Any, message: str, features) -> None:
     wrapped = WithCyclicPenalty(AudioLoss(returned), features=OTHER_NAMES)
-    message = f"what AudioLoss returned ({message}): return a number"
+    message = f"what AudioLoss returned ({message}"
     with pytest.raises(TypeError, match=re.escape(message)):
         wrapped(*features)
 
@@ -128,11 +133,17 @@ NOT_TWO = "pass features=, two of these names"
         (SigLipLoss(), None, NOT_TWO),
         (SigLipLoss(), FEATURES[:1] * 2, NOT_TWO),
         (SigLipLoss(), ("a", "b", "c"), NOT_TWO),
+        (SigLipLoss(), ([1], [2]), NOT_TWO),
     ],
 )
 def test_what_cannot_be_wrapped_is_refused(loss: Any, names: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         WithCyclicPenalty(loss, features=names)
+    wrapped = WithCyclicPenalty(ClipLoss())
+    wrapped.loss = loss if isinstance(loss, nn.Module) else None
+    wrapped.features = names
+    with pytest.raises(TypeError, match=message):
+        wrapped(torch.ones(2, 2), torch.ones(2, 2), 10.0)
 
 
 def test_a_callable_must_return_two_features(features) -> None:
