@@ -69,12 +69,11 @@ def calls(kernel: str, image: Tensor) -> Any:
     logits, lse = Logits(image, text, 50 * one), 12 * one.repeat(n)  # about that of random logits
     settings = (SavedStatistics(lse, lse, 0 * lse), one, 0.5 / n)
     grams = torch.randn(3, d, d, device=image.device)
+    needs = [[multiplies, multiplies, True] for multiplies in (False, True)]
     return {
         "contrastive_lse": [(logits,)],
-        "contrastive_grads": [
-            (logits, *settings, [multiplies, multiplies, True], False)
-            for multiplies in (False, True)
-        ],
+        "contrastive_grads": [(logits, *settings, x, False) for x in needs],
+        "sigmoid_terms": [(logits, -10 * one, False, 0.5 / n, x) for x in needs],
         "gram_matrices": [(image, text, True)],
         "cyclic_grads": [(image, text, grams, [one, one], [one, one], n, [True, True])],
     }[kernel]

@@ -88,6 +88,13 @@ def _cyclic(bm: int, bd: int, bk: int, warps: int, stages: int) -> Config:
     return Config({"BM": bm, "BD": bd, "BK": bk, "PRECISION": "tf32"}, warps, stages)
 
 
+def _sigmoid(config: Config) -> Config:
+    """SigLIP's, from that of `contrastive_grads`: larger tiles or parts, or fewer warps, spill."""
+    sizes = {name: min(config.tile[name], 128) for name in ("BM", "BN")}
+    parts = 4 if sizes["BN"] == 128 else config.tile["PARTS"]
+    return replace(config, tile={**config.tile, **sizes, "PARTS": parts}, num_warps=8)
+
+
 # All of NVIDIA's architectures have the same tiles for products in full float32.
 _FULL = (_product(64, 64, 16, 4, 3), _gram(64, 16, 4, 2), _cyclic(64, 64, 16, 8, 2))
 
@@ -108,11 +115,13 @@ def _tables(
     full_product, full_gram, full_cyclic = (
         replace(config, tile={**config.tile, "PRECISION": "ieee"}) for config in full
     )
+    of_grads = {HALF: grads[0], TF32: grads[1], IEEE: full_product}
     return {
         "contrastive_lse": {HALF: lse[0], TF32: lse[1], IEEE: full_product},
-        "contrastive_grads": {HALF: grads[0], TF32: grads[1], IEEE: full_product},
+        "contrastive_grads": of_grads,
         "gram_matrices": {HALF: gram, TF32: gram, IEEE: full_gram},
         "cyclic_grads": {HALF: cyclic, TF32: cyclic, IEEE: full_cyclic},
+        "sigmoid_terms": {key: _sigmoid(config) for key, config in of_grads.items()},
     }
 
 

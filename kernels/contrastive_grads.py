@@ -160,9 +160,9 @@ def multiplied_blocks(
 ) -> tuple[Tensor, Tensor]:
     """The products of G with the features: (n, D) and (m, D), empty where not needed.
 
-    kernel: writes a block of G; `own_arguments(start, left, tiles)`: what it takes beside the
-    block, which has rows from `start` and columns from `left` on, and comes after this many tiles;
-    constants: its constexprs; factor: of the products.
+    kernel: writes a block of G, unless nothing is needed; `own_arguments(start, left, tiles)`: what
+    it takes beside the block, which has rows from `start` and columns from `left` on, and comes
+    after this many tiles; constants: its constexprs; factor: of the products.
     """
     needs_rows, needs_columns, *_ = needs
     row_features, column_features = logits.row_features, logits.column_features
@@ -174,7 +174,7 @@ def multiplied_blocks(
     n, m = row_features.shape[0], column_features.shape[0]
     height = ceil_div(min(n, BLOCK_ROWS), bm) * bm
     width = min(max(1, BLOCK_ELEMENTS // (height * bn)), ceil_div(m, bn)) * bn
-    buffer = row_features.new_empty(height, width)
+    buffer = row_features.new_empty(height, width) if any(needs) else None
     # If one block holds all of G, the products are the gradients.
     is_sum = factor is not None or n > height or m > width
     dtype = torch.float32 if is_sum else grad_dtype
@@ -202,6 +202,8 @@ def multiplied_blocks(
                 SHIFT=float16_shift(row_features), **constants, **config.kwargs,
             )  # fmt: skip
             tiles += num_tiles(block, config)
+            if buffer is None:
+                continue
             gradient = buffer[: a.shape[0], : b.shape[0]]
             if needs_rows:
                 columns = column_features[left : left + width]

@@ -96,6 +96,7 @@ def test_gate_compiles_every_kernel_with_and_without_ids_and_the_cross_product(
         ("contrastive_lse", "ids"),
         ("gram_matrices", "with_cross"),
         ("sigmoid_terms", "positives"),
+        ("sigmoid_terms", "loss only"),
     ):
         assert {flag in label for label in labels if label.startswith(kernel)} == {True, False}
 
