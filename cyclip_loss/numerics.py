@@ -161,8 +161,8 @@ def architecture(device: torch.device) -> str | None:
         return None
     if major >= 10 and find_spec("triton") and triton_version() < TRITON_FOR_BLACKWELL:
         return None
-    exact_match = {(8, 0): "sm_80", (9, 0): "sm_90"}.get((major, minor))
-    return exact_match or ("sm_100" if major == 10 else "sm_86")
+    tables = {(8, 0): "sm_80", (8, 9): "sm_89", (9, 0): "sm_90", (12, 0): "sm_120"}
+    return tables.get((major, minor), "sm_100" if major == 10 else "sm_86")
 
 
 def triton_version() -> tuple[int, ...]:

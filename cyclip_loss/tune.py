@@ -33,6 +33,9 @@ DTYPES = ["bfloat16", "float16", "float32"]
 LEAST_GAIN = 0.02  # a smaller gain is noise: keep the shipped tile
 # Bytes of a tile's depth, and stages. What does not fit into shared memory is left out.
 DEPTHS = [(128, 4), (128, 3), (64, 4), (64, 2)]
+# In how many parts, by a thread's accumulators. With 8 warps and 4 parts, a tile of 128 x 128 takes
+# so few registers that two programs fit on an SM.
+PARTS = {32: [1], 64: [1, 4], 128: [2]}
 
 
 def candidates(dtype: torch.dtype, shipped: Any) -> list[Any]:
@@ -41,15 +44,19 @@ def candidates(dtype: torch.dtype, shipped: Any) -> list[Any]:
     # The kernels of the penalties, whose tiles have a BD, multiply float32 sums of the features.
     itemsize = 4 if "BD" in shipped.tile else dtype.itemsize
     sides = (256, 128, 64)
-    for height, width, warps, (depth, stages) in product(sides, sides, (8, 4), DEPTHS):
-        accumulators = height * width // (32 * warps)  # of a thread
-        parts = 2 if accumulators > 64 else 1
-        sizes = {"BM": height, "BN": width, "BD": width, "BK": depth // itemsize, "PARTS": parts}
-        tile = {name: sizes.get(name, value) for name, value in shipped.tile.items()}
-        config = replace(shipped, tile=tile, num_warps=warps, num_stages=stages)
-        is_good_shape = 32 <= accumulators <= 128 and height <= 2 * width <= 4 * height
-        if is_good_shape and config not in found:
-            found.append(config)
+    # Three products in tf32 are about as accurate as one in full float32. (`trial` compares them.)
+    precision = shipped.tile["PRECISION"]
+    precisions = [precision, "tf32x3"] if precision == "ieee" else [precision]
+    for height, width, warps, (depth, stages), precision in product(
+        sides, sides, (8, 4), DEPTHS, precisions
+    ):
+        for parts in PARTS.get(height * width // (32 * warps), []):
+            sizes = {"BM": height, "BN": width, "BD": width, "BK": depth // itemsize}
+            sizes |= {"PARTS": parts, "PRECISION": precision}
+            tile = {name: sizes.get(name, value) for name, value in shipped.tile.items()}
+            config = replace(shipped, tile=tile, num_warps=warps, num_stages=stages)
+            if height <= 2 * width <= 4 * height and config not in found:
+                found.append(config)
     return found
 
 
@@ -62,11 +69,11 @@ def calls(kernel: str, image: Tensor) -> Any:
     logits, lse = Logits(image, text, 50 * one), 12 * one.repeat(n)  # about that of random logits
     saved = SavedStatistics(lse, lse, 0 * lse, one * 0.5 / n)
     grams = torch.randn(3, d, d, device=image.device)
+    needs = [[multiplies, multiplies, True] for multiplies in (False, True)]
     return {
         "contrastive_lse": [(logits,)],
-        "contrastive_grads": [
-            (logits, saved, [multiplies, multiplies, True], False) for multiplies in (False, True)
-        ],
+        "contrastive_grads": [(logits, saved, x, False) for x in needs],
+        "sigmoid_terms": [(logits, -10 * one, 0.5 / n, x) for x in needs],
         "gram_matrices": [(image, text, True)],
         "cyclic_grads": [(image, text, grams, [one, one], [one, one], n, [True, True])],
     }[kernel]

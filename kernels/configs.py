@@ -24,6 +24,9 @@ from cyclip_loss.usage_warnings import warn_once
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
+# In how many parts a tile is computed in a call with ids.
+_PARTS_WITH_IDS = {1: 1, 2: 4, 4: 4}
+
 # How features are multiplied: 16-bit ones; float32 in tf32, and in full.
 HALF, TF32, IEEE = "half", "tf32", "ieee"
 
@@ -65,7 +68,7 @@ class Config:
 
         A tile in one part stays whole.
         """
-        return replace(self, tile={**self.tile, "PARTS": min(4, self.tile["PARTS"] ** 2)})
+        return replace(self, tile={**self.tile, "PARTS": _PARTS_WITH_IDS[self.tile["PARTS"]]})
 
 
 _Tables = dict[str, dict[str, Config]]  # by kernel and precision
@@ -83,6 +86,13 @@ def _gram(bd: int, bk: int, warps: int, stages: int) -> Config:
 
 def _cyclic(bm: int, bd: int, bk: int, warps: int, stages: int) -> Config:
     return Config({"BM": bm, "BD": bd, "BK": bk, "PRECISION": "tf32"}, warps, stages)
+
+
+def _sigmoid(config: Config) -> Config:
+    """SigLIP's, from that of `contrastive_grads`: larger tiles or parts, or fewer warps, spill."""
+    sizes = {name: min(config.tile[name], 128) for name in ("BM", "BN")}
+    parts = 4 if sizes["BN"] == 128 else config.tile["PARTS"]
+    return replace(config, tile={**config.tile, **sizes, "PARTS": parts}, num_warps=8)
 
 
 # All of NVIDIA's architectures have the same tiles for products in full float32.
@@ -105,11 +115,13 @@ def _tables(
     full_product, full_gram, full_cyclic = (
         replace(config, tile={**config.tile, "PRECISION": "ieee"}) for config in full
     )
+    of_grads = {HALF: grads[0], TF32: grads[1], IEEE: full_product}
     return {
         "contrastive_lse": {HALF: lse[0], TF32: lse[1], IEEE: full_product},
-        "contrastive_grads": {HALF: grads[0], TF32: grads[1], IEEE: full_product},
+        "contrastive_grads": of_grads,
         "gram_matrices": {HALF: gram, TF32: gram, IEEE: full_gram},
         "cyclic_grads": {HALF: cyclic, TF32: cyclic, IEEE: full_cyclic},
+        "sigmoid_terms": {key: _sigmoid(config) for key, config in of_grads.items()},
     }
 
 
@@ -128,12 +140,13 @@ _SM80 = _tables(
 # sm_86, sm_89 and sm_120 have 99 KB of shared memory per program, where sm_80 has 163 KB.
 _SM86_SWEEP = (_SM80_HALF, _product(128, 128, 32, 4, 2, 2))
 _SM86 = _tables(_SM86_SWEEP, _SM86_SWEEP, _SM80_GRAM, _cyclic(64, 64, 32, 4, 2))
-# Operands rounded in registers go back to shared memory, and each wgmma waits for its operands. So
+# In tf32 a tile has half the depth, so as many bytes as in 16 bits. The penalties' kernels round U
+# and V in registers. These go back to shared memory, and each wgmma waits for its operands. So Gram
 # tiles are small enough for two programs per SM: one multiplies while the other rounds.
 _SM90_GRAM = _gram(64, 32, 4, 4)
 _SM90 = _tables(
-    lse=(_product(256, 128, 64, 8, 4), _SM80_TF32),
-    grads=(_product(128, 256, 64, 8, 4, 2), _SM80_TF32),
+    lse=(_product(256, 128, 64, 8, 4), _product(256, 128, 32, 8, 4)),
+    grads=(_product(128, 256, 64, 8, 4, 2), _product(128, 256, 32, 8, 4, 2)),
     gram=_SM90_GRAM,
     cyclic=_cyclic(128, 128, 32, 8, 3),
 )
@@ -155,11 +168,13 @@ _GFX942 = _tables(
 _SMALL = (_product(32, 64, 32, 1, 1, parts=2), _gram(64, 32, 1, 1), _cyclic(64, 64, 32, 1, 1))
 _INTERPRETER = _tables(_SMALL[:1] * 2, _SMALL[:1] * 2, *_SMALL[1:], full=_SMALL)
 ARCHITECTURES = {
-    "sm_80": _SM80, "sm_86": _SM86, "sm_90": _SM90, "sm_100": _SM100, "gfx942": _GFX942,
+    "sm_80": _SM80, "sm_86": _SM86, "sm_89": _SM86, "sm_90": _SM90, "sm_100": _SM100,
+    "sm_120": _SM86, "gfx942": _GFX942,
 }  # fmt: skip
 
 # The kernels without a matrix product, for every architecture and dtype.
 JOIN_LSE = Config({"TILES": 32, "BLOCK": 128}, num_warps=4, num_stages=3)
+ROUND = Config({"BLOCK": 4096}, num_warps=8, num_stages=1)
 SUM = Config({"BLOCK": 4096}, num_warps=8, num_stages=1)
 TRACES = Config({"BD": 64}, num_warps=8, num_stages=1)
 

@@ -24,8 +24,8 @@ from cyclip_loss.kernels.configs import SUM, Config, config_for
 from cyclip_loss.kernels.tiles import (
     LN_2,
     LOG2_E,
-    aligned_features,
     ceil_div,
+    operand,
     same_ids,
     split,
     sum_of_products,
@@ -158,21 +158,21 @@ def multiplied_blocks(
 ) -> tuple[Tensor, Tensor]:
     """The products of G with the features: (n, D) and (m, D), empty where not needed.
 
-    kernel: writes a block of G; `own_arguments(start, left, tiles)`: what it takes beside the
-    block, which has rows from `start` and columns from `left` on, and comes after this many tiles;
-    constants: its constexprs; factor: of the products.
+    kernel: writes a block of G, unless nothing is needed; `own_arguments(start, left, tiles)`: what
+    it takes beside the block, which has rows from `start` and columns from `left` on, and comes
+    after this many tiles; constants: its constexprs; factor: of the products.
     """
     needs_rows, needs_columns, *_ = needs
     row_features, column_features = logits.row_features, logits.column_features
-    bm, bn, bk = (config.tile[name] for name in ("BM", "BN", "BK"))
+    bm, bn = config.tile["BM"], config.tile["BN"]
     aligned = logits._replace(
-        row_features=aligned_features(row_features, bk),
-        column_features=aligned_features(column_features, bk),
+        row_features=operand(row_features, config.tile),
+        column_features=operand(column_features, config.tile),
     )
     n, m = row_features.shape[0], column_features.shape[0]
     height = ceil_div(min(n, BLOCK_ROWS), bm) * bm
     width = min(max(1, BLOCK_ELEMENTS // (height * bn)), ceil_div(m, bn)) * bn
-    buffer = row_features.new_empty(height, width)
+    buffer = row_features.new_empty(height, width) if any(needs) else None
     # If one block holds all of G, the products are the gradients.
     is_sum = factor is not None or n > height or m > width
     dtype = torch.float32 if is_sum else grad_dtype
@@ -200,6 +200,8 @@ def multiplied_blocks(
                 SHIFT=float16_shift(row_features), **constants, **config.kwargs,
             )  # fmt: skip
             tiles += num_tiles(block, config)
+            if buffer is None:
+                continue
             gradient = buffer[: a.shape[0], : b.shape[0]]
             if needs_rows:
                 columns = column_features[left : left + width]

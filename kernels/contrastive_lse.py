@@ -19,8 +19,8 @@ from cyclip_loss.kernels.configs import JOIN_LSE, config_for
 from cyclip_loss.kernels.tiles import (
     LN_2,
     LOG2_E,
-    aligned_features,
     ceil_div,
+    operand,
     same_ids,
     split,
     tile_product,
@@ -187,8 +187,8 @@ def contrastive_lse(logits: Logits) -> LogSumExps:
     """As `eager.contrastive_lse`."""
     config = config_for("contrastive_lse", logits.row_features)
     tile = config.tile
-    row_features = aligned_features(logits.row_features, tile["BK"])
-    column_features = aligned_features(logits.column_features, tile["BK"])
+    row_features = operand(logits.row_features, tile)
+    column_features = operand(logits.column_features, tile)
     aligned = logits._replace(row_features=row_features, column_features=column_features)
     (n, d), m = row_features.shape, column_features.shape[0]
     num_columns = m if logits.symmetric else 0

@@ -9,8 +9,6 @@ A program writes its tile of G (of 2^14 G for float16) and its parts of the thre
 as in `contrastive_grads.py`: the library multiplies G with the features.
 """
 
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
@@ -43,7 +41,7 @@ def sigmoid_terms_kernel(
     logit_scale,  # scalar
     row_ids,  # (n,) and (m,): equal ones are left out or, with POSITIVES, have y = 1; or both None
     column_ids,
-    gradient,  # out: 2^SHIFT * G in whole tiles, rows `gradient_stride` apart
+    gradient,  # out: 2^SHIFT * G in whole tiles, rows `gradient_stride` apart; or None
     n,
     m,
     d,  # a multiple of BK
@@ -70,7 +68,6 @@ def sigmoid_terms_kernel(
     bias = tl.load(logit_bias)
     rows = first_row + tl.arange(0, BM)
     partner = rows + partner_offset
-    tile_start = gradient + first_row.to(tl.int64) * gradient_stride
     loss_sum = 0.0
     scale_sum = 0.0
     g_sum = 0.0
@@ -92,8 +89,10 @@ def sigmoid_terms_kernel(
         g = tl.where(is_positive, -sigmoid(x), sigmoid(x))
         scale_sum += sum_of_products(g, parts[part])
         g_sum += sum_of(g)
-        within = tl.arange(0, BM)[:, None] * gradient_stride + columns[None, :]
-        tl.store(tile_start + within, (g * (1 << SHIFT)).to(gradient.dtype.element_ty))
+        if gradient is not None:
+            tile_start = gradient + first_row.to(tl.int64) * gradient_stride
+            within = tl.arange(0, BM)[:, None] * gradient_stride + columns[None, :]
+            tl.store(tile_start + within, (g * (1 << SHIFT)).to(gradient.dtype.element_ty))
     tile = partials + tl.program_id(0)
     # An infinite feature may give a logit without loss. It makes the other sum NaN.
     tl.store(tile, loss_sum + 0.0 * scale_sum)
@@ -104,13 +103,9 @@ def sigmoid_terms_kernel(
 def sigmoid_terms(
     logits: Logits, logit_bias: Tensor, weight: float, needs: list[bool]
 ) -> tuple[Tensor, Gradients]:
-    """As `eager.sigmoid_terms`. If no gradient is needed, G is not multiplied."""
+    """As `eager.sigmoid_terms`. If no gradient is needed, G is neither stored nor multiplied."""
     features = logits.row_features
-    config = config_for("contrastive_grads", features)
-    # Larger tiles or parts, or fewer warps, would spill registers.
-    sizes = {name: min(config.tile[name], 128) for name in ("BM", "BN")}
-    sizes["PARTS"] = 4 if sizes["BN"] == 128 else config.tile["PARTS"]
-    config = replace(config, tile=config.tile | sizes, num_warps=8)
+    config = config_for("sigmoid_terms", features, logits.row_ids is not None)
     tiles = num_tiles(logits, config)
     partials = logit_bias.new_empty(3, tiles)
     with on_device_of(features):

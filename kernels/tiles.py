@@ -1,11 +1,14 @@
-"""What the kernels share: their arguments, the order of tiles, the product of a tile, tf32."""
+"""What the kernels share: their arguments, tf32, the order of tiles, the product of a tile."""
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from cyclip_loss.kernels.configs import INTERPRETED
+from cyclip_loss.kernels.configs import INTERPRETED, ROUND
+from cyclip_loss.numerics import on_device_of
 
 # The interpreter's products of bfloat16 are wrong (seen in Triton 3.7 and 3.9). Products of 16-bit
 # numbers are exact in float32, so it computes what the tensor cores do.
@@ -90,6 +93,32 @@ def round_to_tf32(x):
     return tl.fma(x, 8192.0, x * -8191.0)
 
 
+@triton.jit(do_not_specialize=["size"])
+def rounded_kernel(numbers, rounded, size, BLOCK: tl.constexpr):
+    """Round float32 numbers to tf32; `rounded` may be `numbers`."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(numbers + index, mask=index < size)
+    tl.store(rounded + index, round_to_tf32(x), mask=index < size)
+
+
+def operand(features: Tensor, tile: dict[str, Any]) -> Tensor:
+    """The features as `tile_product` reads them: aligned and, in tf32, rounded.
+
+    The rounded ones are a float32 copy, the only one also where alignment needs a copy.
+    """
+    aligned = aligned_features(features, tile["BK"])
+    if features.dtype != torch.float32 or tile["PRECISION"] != "tf32":
+        return aligned
+    aligned = aligned.contiguous()
+    rounded = torch.empty_like(aligned) if aligned is features else aligned
+    size = aligned.numel()
+    with on_device_of(aligned):
+        rounded_kernel[(ceil_div(size, ROUND.tile["BLOCK"]),)](
+            aligned, rounded, size, **ROUND.kwargs
+        )
+    return rounded
+
+
 @triton.jit
 def u_and_v(image, text, PRECISION: tl.constexpr):
     """U = I + T and V = I - T in float32, rounded for the products."""
@@ -117,7 +146,9 @@ def tile_product(
 ):
     """The (row, column) of this program's tile, and the tile of a b^T in float32: (BM, BN).
 
-    Past the end of a or b its last row is read again; the caller masks these values.
+    Past the end of a or b its last row is read again; the caller masks these values. For tf32 the
+    operands are rounded before the launch (`operand`): rounded here, in registers, they
+    would go back to shared memory, and each wgmma would wait for that.
     """
     row_tile, column_tile = grouped_tile(tl.cdiv(n, BM), tl.cdiv(m, BN))
     row = tl.minimum(row_tile * BM + tl.arange(0, BM), n - 1)
@@ -126,16 +157,12 @@ def tile_product(
     a_pointers = (a + row.to(tl.int64) * a_stride)[:, None] + inner[None, :]
     b_pointers = (b + column.to(tl.int64) * b_stride)[None, :] + inner[:, None]
     product = tl.zeros((BM, BN), dtype=tl.float32)
-    ROUNDS: tl.constexpr = PRECISION == "tf32" and a.dtype.element_ty == tl.float32
     for _ in range(0, d, BK):
         a_block = tl.load(a_pointers)
         b_block = tl.load(b_pointers)
         if WIDENS:
             a_block = a_block.to(tl.float32)
             b_block = b_block.to(tl.float32)
-        if ROUNDS:
-            a_block = round_to_tf32(a_block)
-            b_block = round_to_tf32(b_block)
         product = tl.dot(a_block, b_block, product, input_precision=PRECISION)
         a_pointers += BK
         b_pointers += BK

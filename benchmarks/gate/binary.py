@@ -31,17 +31,19 @@ class Chip:
 CHIPS = {
     "sm_80": Chip(GPUTarget("cuda", 80, 32), 163 * 1024, r"HMMA\b"),
     "sm_86": Chip(GPUTarget("cuda", 86, 32), 99 * 1024, r"HMMA\b"),
+    "sm_89": Chip(GPUTarget("cuda", 89, 32), 99 * 1024, r"HMMA\b"),
     "sm_90": Chip(GPUTarget("cuda", 90, 32), 227 * 1024, r"HGMMA\b"),
-    # Older versions of Triton fail on this chip, and the package does not use them there.
+    # Older versions of Triton fail on Blackwell, and the package does not use them there.
     "sm_100": Chip(GPUTarget("cuda", 100, 32), 227 * 1024, r"UTC\w*MMA\b", TRITON_FOR_BLACKWELL),
+    "sm_120": Chip(GPUTarget("cuda", 120, 32), 99 * 1024, r"HMMA\b", TRITON_FOR_BLACKWELL),
     # Older versions of Triton have no linker for this chip.
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 64 * 1024, r"v_mfma_", (3, 5)),
 }
 MATRIX_INSTRUCTIONS = re.compile(
     rf"\b(?:{'|'.join(chip.matrix_instruction for chip in CHIPS.values())})[\w.]*"
 )
-# These multiply features as they are. All others round float32 operands in registers, and each
-# wgmma waits for that.
+# These multiply their operands as they are. All others round them in registers, and each wgmma
+# waits for that.
 LOGIT_KERNELS = ("contrastive_lse", "contrastive_grads", "sigmoid_terms")
 KERNELS_WITH_PRODUCTS = (*LOGIT_KERNELS, "gram_matrices", "cyclic_grads")
 
@@ -70,7 +72,7 @@ class Binary:
             return found
         wanted = chip.matrix_instruction
         is_16_bit_product = kernel in LOGIT_KERNELS and not features.startswith("float32")
-        if self.serialised and is_16_bit_product:
+        if self.serialised and kernel in LOGIT_KERNELS:
             found.append("each wgmma waits for the one before it")
         if is_16_bit_product and not any(re.match(wanted, i) for i in self.matrix_instructions):
             found.append(f"no {wanted} in a 16-bit product")

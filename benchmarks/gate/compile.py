@@ -7,7 +7,7 @@ compile, or a binary
 - needs more shared memory than its chip has,
 - multiplies 16-bit numbers without tensor cores,
 - multiplies tf32 numbers without any matrix instruction,
-- makes each tensor-core instruction of a 16-bit contrastive kernel wait for the one before it, or
+- makes each tensor-core instruction of a kernel of logits wait for the one before it, or
 - does not fuse multiplications with additions.
 
 It prints a table of all binaries and the verdict to stdout, and these faults to stderr.
@@ -21,6 +21,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from types import SimpleNamespace
@@ -74,6 +75,8 @@ class Variant(NamedTuple):
         flags = [name.lower() for name, value in self.constants.items() if value is True]
         if str(self.description["signature"].get("row_ids")).startswith("*"):
             flags.append("ids")
+        if "gradient" in self.constants:  # None
+            flags.append("loss only")
         return f"{self.name} ({', '.join(flags)})" if flags else self.name
 
 
@@ -141,7 +144,8 @@ def variants(arch: str, features: str) -> list[Variant]:
             image, text = (x.requires_grad_() for x in Run(torch.device("cpu")).pairs(N, d, dtype))
             loss: Any = make(reference_batch_size=128, same_ids=same_ids, impl="triton")
             scale = torch.tensor(14.3).requires_grad_()
-            result = loss(
+            step = partial(
+                loss,
                 image,
                 text,
                 scale,
@@ -149,6 +153,9 @@ def variants(arch: str, features: str) -> list[Variant]:
                 ids=ids,
                 negative_text_features=text if output_dict else None,
             )
+            with torch.no_grad():
+                step()
+            result = step()
             (sum(result.values()) if output_dict else result).backward()
     return [Variant(arch, features, *binary) for binary in binaries.values()]
 

@@ -18,7 +18,9 @@ from cyclip_loss.kernels.configs import HALF, config_for
 CPU, BFLOAT16 = torch.device("cpu"), torch.bfloat16
 FEATURES = torch.ones(3, 256, dtype=BFLOAT16)
 KEY = configs.tiles_key("contrastive_lse", FEATURES)
-KERNELS = ("contrastive_lse", "contrastive_grads", "gram_matrices", "cyclic_grads")
+KERNELS = (
+    "contrastive_lse", "contrastive_grads", "gram_matrices", "cyclic_grads", "sigmoid_terms",
+)  # fmt: skip
 SHIPPED = configs._INTERPRETER["contrastive_lse"][HALF]
 CANDIDATES = tune.candidates(BFLOAT16, SHIPPED)
 pytestmark = pytest.mark.skipif(not kernels.INTERPRETED, reason="pretends that the CPU is a GPU")
@@ -34,6 +36,18 @@ def file(tmp_path, monkeypatch: pytest.MonkeyPatch):
     configs.tuned.cache_clear()
     yield tmp_path / "cache" / "cyclip_loss" / "tiles.json"
     configs.tuned.cache_clear()
+
+
+def test_candidates_leave_room_for_two_programs_and_split_full_float32_into_tf32() -> None:
+    """128 x 128 with 8 warps in 4 parts; three products in tf32, for full float32 only."""
+    table = configs.ARCHITECTURES["sm_90"]["contrastive_grads"]
+    wanted = {"BM": 128, "BN": 128, "PARTS": 4}
+    for precision, dtype in ((HALF, BFLOAT16), (configs.TF32, torch.float32)):
+        found = tune.candidates(dtype, table[precision])
+        assert any(wanted.items() <= x.tile.items() and x.num_warps == 8 for x in found)
+        assert {x.tile["PRECISION"] for x in found} == {"tf32"}
+    found = tune.candidates(torch.float32, table[configs.IEEE])
+    assert {x.tile["PRECISION"] for x in found} == {"ieee", "tf32x3"}
 
 
 def remember(index: int = 1):
@@ -84,34 +98,31 @@ def test_the_interpreted_command_tries_all_kernels_and_says_why_a_tile_is_left_o
 @pytest.mark.parametrize(
     ("shipped_ms", "ms", "chosen"),
     [
-        (1.0, 0.97, 8),
-        (1.0, 0.99, 1),
-        (1.0, torch.inf, 1),
-        (torch.inf, 5.0, 8),
-        (torch.inf, torch.inf, 1),
+        (1.0, 0.97, True),
+        (1.0, 0.99, False),
+        (1.0, torch.inf, False),
+        (torch.inf, 5.0, True),
+        (torch.inf, torch.inf, False),
     ],
 )
 def test_a_candidate_is_chosen_if_it_is_two_percent_faster_and_there_is_time_for_it(
-    shipped_ms: float, ms: float, chosen: int, monkeypatch
+    shipped_ms: float, ms: float, chosen: bool, monkeypatch
 ) -> None:
-    """chosen: the warps of the chosen tile. The shipped tile has 1 warp, the candidate has 8.
-
-    The clock rises by a second for each candidate. The limit is for all kernels together.
-    """
+    """The clock rises by a second for each candidate. The limit is for all kernels together."""
 
     def trial(kernel: str, image: torch.Tensor, _: Any, tile: Any) -> float:
-        return shipped_ms if tile.num_warps == 1 else ms
+        return shipped_ms if tile == shipped[kernel][HALF] else ms
 
-    clock = count()
+    shipped, clock = configs.shipped(CPU), count()
     monkeypatch.setattr(tune, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     monkeypatch.setattr(tune, "trial", trial)
     # As "cuda" and "cuda:0", "cpu:0" is not equal to the device of the tensors that are made on it.
     rows = list(tune.tune(torch.device("cpu:0"), [BFLOAT16], 40, 24, 2.5))
     assert [key.split()[0] for key, *_ in rows] == [*KERNELS]
-    in_time = (shipped_ms, ms if chosen == 8 else shipped_ms, chosen)
-    late = (shipped_ms, shipped_ms, 1)
-    found = [(*times, tile.num_warps) for _, *times, tile in rows]
-    assert found == [in_time, in_time, late, late]
+    in_time = (shipped_ms, ms if chosen else shipped_ms, chosen)
+    late = (shipped_ms, shipped_ms, False)
+    found = [(*times, tile != shipped[key.split()[0]][HALF]) for key, *times, tile in rows]
+    assert found == [in_time, in_time, late, late, late]
     assert configs.tuned(CPU) == {key: tile for key, *_, tile in rows}
 
 
