@@ -76,7 +76,7 @@ STEPS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
             "same_ids": "positives",
             "negatives": (3, 2),
         },
-        (SIGMOID,),
+        (SIGMOID, SIGMOID),  # extra negatives, images or texts, have a call of their own
     ),
     ({"distinct_ids": 4}, (LSE, GRADS)),
     ({"distinct_ids": 4, "same_ids": "positives"}, (GRADS,)),
