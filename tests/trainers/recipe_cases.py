@@ -13,7 +13,7 @@ from reference_train.data.samples import decode, read_samples
 
 VISION = {"layers": 1, "width": 32, "head_width": 16, "patch_size": 16, "image_size": 32}
 TEXT = {"layers": 1, "width": 32, "heads": 2, "context_length": 12}
-LARGE_BATCH = "A batch larger than memory"
+LARGE_BATCH = "cached_backward"
 
 
 @lru_cache
