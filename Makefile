@@ -19,7 +19,7 @@ bench:
 
 record:
 	$(PYTHON) -m benchmarks --name two-cpu-cores
-	$(PYTHON) .mkdocs/tables.py
+	$(MAKE) tables
 
 gpu:
 	$(PYTHON) -m benchmarks gpu
@@ -29,6 +29,7 @@ api:
 
 tables:
 	$(PYTHON) .mkdocs/tables.py
+	$(PYTHON) .mkdocs/pictures.py
 
 docs:
 	$(PYTHON) -m mkdocs build --strict -f .mkdocs/mkdocs.yml
