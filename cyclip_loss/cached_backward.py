@@ -9,14 +9,17 @@ autograd graph, so each parameter gets its gradient once, and DDP and FSDP reduc
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
+from copy import deepcopy
 from typing import Any
 from unittest.mock import patch
+from weakref import ref
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils._pytree import tree_map, tree_map_only
-from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
+from torch.utils.checkpoint import checkpoint
+
+from cyclip_loss.options import integer
 
 
 def cached_backward(
@@ -27,6 +30,7 @@ def cached_backward(
     output_transform: Callable[[Any], Any] = lambda output: output,
     scaler: torch.amp.GradScaler | None = None,
     uneven: bool = False,
+    process_group: distributed.ProcessGroup | None = None,
     **loss_kwargs: Any,
 ) -> Any:
     """Backpropagate the loss of a large batch, with the activations of one mini-batch in memory.
@@ -97,77 +101,79 @@ def cached_backward(
         >>> model.image.weight.grad.shape
         torch.Size([4, 5])
     """
+    for x in inputs:
+        if not isinstance(x, Tensor) or x.ndim == 0:
+            raise TypeError(f"inputs must be tensors with rows, got {x!r:.80}")
     rows = [len(x) for x in inputs]
     if len(set(rows)) != 1:
         raise ValueError(f"inputs must have the same number of rows, got {rows}")
-    if mini_batch_size < 1:
+    if integer("mini_batch_size", mini_batch_size) < 1:
         raise ValueError(f"mini_batch_size must be at least 1, got {mini_batch_size}")
-    count = len(torch.split(inputs[0], mini_batch_size))
+    count = len(inputs[0].split(int(mini_batch_size)))
     if uneven:
         largest = torch.tensor(count, device=inputs[0].device)
-        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+        distributed.all_reduce(largest, distributed.ReduceOp.MAX, process_group)
         count = int(largest)
 
-    first, *others = zip(*(x.tensor_split(count) for x in inputs), strict=True)
-    run = partial(checkpoint, _run, model, output_transform, use_reentrant=False)
-    outputs = [run([], *first)]
-    # DDP's forward sends buffers and prepares to reduce the gradients. It runs once, and not again
-    # in backward.
-    with patch.object(
-        nn.parallel.DistributedDataParallel,
-        "forward",
-        lambda wrapper, *args, **kwargs: wrapper.module(*args, **kwargs),
-    ):
-        outputs += [run([], *mini_batch) for mini_batch in others]
-        # Features have two dimensions or more, and a logit scale has none or one.
-        joined = tree_map(
-            lambda *x: torch.cat(x) if getattr(x[0], "ndim", 0) > 1 else x[-1], *outputs
-        )
-        args, kwargs = ((), joined) if isinstance(joined, dict) else (joined, {})
-        if not any(getattr(x, "ndim", 0) > 1 for x in (*args, *kwargs.values())):
-            raise ValueError(f"model must return a tuple or a dict with features, got {joined!r}")
+    # The buffers before the first run of each mini-batch, and finally those to keep.
+    states: dict[Any, Any] = {}
+
+    def run(index: int, *mini_batch: Tensor) -> Any:
+        # If mini-batches shared weights in 16 bits, their gradients would be summed in 16 bits.
+        torch.clear_autocast_cache()
+        if index not in states:
+            states[index] = deepcopy(_buffers(model))
+        else:  # the second run
+            states.setdefault("final", _buffers(model))
+            _set_buffers(deepcopy(states[index]))
+        with ExitStack() as stack:
+            # DDP's forward sends buffers and prepares to reduce the gradients. It runs once in a
+            # step, in the first run of all, which sees the buffers that it has received.
+            for module in model.modules():
+                if isinstance(module, nn.parallel.DistributedDataParallel):
+                    stack.enter_context(
+                        module.module.register_forward_pre_hook(
+                            lambda inner, _: states[0].extend(deepcopy(_buffers(inner)))
+                        )
+                        if len(states) == 1
+                        else patch.object(module, "forward", module.module.__call__)
+                    )
+            return output_transform(model(*mini_batch))
+
+    if count == 1:
+        outputs = [output_transform(model(*inputs))]
+    else:
+        mini_batches = zip(*(x.tensor_split(count) for x in inputs), strict=True)
+        outputs = [
+            checkpoint(run, index, *mini_batch, use_reentrant=False)
+            for index, mini_batch in enumerate(mini_batches)
+        ]
+    # Features have two dimensions or more, and a logit scale has none or one.
+    joined = tree_map(lambda *x: torch.cat(x) if getattr(x[0], "ndim", 0) > 1 else x[-1], *outputs)
+    args = joined if isinstance(joined, tuple | list) else ()
+    kwargs = joined if isinstance(joined, dict) else {}
+    if not any(getattr(x, "ndim", 0) > 1 for x in (*args, *kwargs.values())):
+        raise ValueError(f"model must return a tuple or a dict with features, got {joined!r}")
+    try:
         loss = loss_fn(*args, **kwargs, **loss_kwargs)
         total = sum(loss.values()) if isinstance(loss, dict) else loss
         if not isinstance(total, Tensor) or total.numel() != 1:
             raise TypeError(f"loss_fn must return a scalar or a dict of scalars, got {loss!r}")
-
-        buffers = [(x, x.clone()) for x in model.buffers()]
+        # The graph of an output that the loss ignores would keep activations of all mini-batches.
+        del outputs, joined, args, kwargs
         with torch.autocast(total.device.type, enabled=False):
             torch.autograd.backward(scaler.scale(total) if scaler else total)
-    for buffer, value in buffers:  # the second run has changed them again
-        buffer.copy_(value)
+    finally:
+        _set_buffers(states.get("final", []))
     return tree_map_only(Tensor, Tensor.detach, loss)
 
 
-def _run(
-    model: nn.Module, transform: Callable[..., Any], calls: list[Any], *mini_batch: Tensor
-) -> Any:
-    """The model's output for a mini-batch. The second run skips towers without gradient.
+def _buffers(model: nn.Module) -> list[Any]:
+    """Each buffer with its module and name. deepcopy does not follow the weak references."""
+    return [(ref(x), *item) for x in model.modules() for item in x._buffers.items()]
 
-    calls: what these towers returned, empty in the first run.
-    """
-    # If mini-batches shared weights cast to 16 bits, their gradients would be summed in 16 bits.
-    torch.clear_autocast_cache()
-    earlier_calls = iter(calls)  # it ends before what this run adds
 
-    def once(forward: Any, *args: Any, **kwargs: Any) -> Any:
-        if call := next(earlier_calls, None):
-            output, cpu_state, device_states = call
-            torch.set_rng_state(cpu_state)
-            set_device_states(*device_states, device_type=output.device.type)
-            return output
-        output = forward(*args, **kwargs)
-        # Not activations (n, L, D), which are large, nor what depends on a trainable parameter.
-        is_kept = getattr(output, "ndim", 0) == 2 and not output.requires_grad
-        states = torch.get_rng_state(), get_device_states(output)
-        calls.append((output, *states) if is_kept else None)
-        return output
-
-    unwrapped = getattr(model, "module", model)
-    with ExitStack() as stack:
-        for tower in unwrapped.children():
-            is_trained = any(p.requires_grad for p in tower.parameters())
-            # Compiled code would be compiled again for another forward (a tower: PyTorch 2.8).
-            if not (is_trained or tower._compiled_call_impl or unwrapped._compiled_call_impl):
-                stack.enter_context(patch.object(tower, "forward", partial(once, tower.forward)))
-        return transform(model(*mini_batch))
+def _set_buffers(buffers: list[Any]) -> None:
+    """Let the names refer to these tensors."""
+    for module, name, value in buffers:
+        module()._buffers[name] = value
