@@ -39,9 +39,11 @@ def cached_backward(
 
         loss = cached_backward(model, loss_fn, images, tokens, mini_batch_size=256)
 
-    The model runs twice on each mini-batch, forward and then forward and backward, with the same
-    random numbers. The loss is computed once. Buffers change as in one run. Memory holds the
-    activations of one mini-batch, and the features of the whole batch with their gradients.
+    The model runs twice on each mini-batch, forward and then forward and backward. The second run
+    has the random numbers of the first run, and the buffers that it saw. Then the buffers are as
+    the first runs left them. The loss is computed once. With one mini-batch, the model runs once.
+    Memory holds the activations of one mini-batch, the features of the whole batch with their
+    gradients, and a copy of the buffers for each mini-batch.
 
     Args:
         model: a module that returns a tuple or a dict, as OpenCLIP's models do. Tensors of two or
@@ -60,6 +62,7 @@ def cached_backward(
             communicates in forward, as FSDP and SyncBatchNorm do. All ranks then use the largest
             number, and some mini-batches may have 0 rows. To agree on it takes an all-reduce of 8
             bytes, for which the host waits. DDP does not need it.
+        process_group: the ranks that agree with `uneven`. None: all ranks.
         **loss_kwargs: further keywords of the loss for the whole batch, such as `ids=`. They may
             require gradients, as a logit scale outside of the model does.
 
@@ -68,14 +71,17 @@ def cached_backward(
 
     Raises:
         ValueError: `inputs` have different numbers of rows, `mini_batch_size` is below 1, or the
-            model's output has no features.
-        TypeError: the loss is not a scalar.
+            model's output is no tuple or dict, or has no features.
+        TypeError: an input is no tensor, `mini_batch_size` no integer, or the loss no scalar.
 
     Batch normalisation in training mode uses the statistics of each mini-batch, so the gradients
     are not those of the whole batch. Its running statistics are updated once for each mini-batch.
 
-    A tower without trainable parameters runs once if it is a direct child of the model, neither is
-    compiled, and the tower returns one tensor (n, D) that does not require gradients.
+    The second run does not have the random numbers of the first run if they come from Python's or
+    NumPy's generators, from a `torch.Generator`, or from a device that no input is on. Nor does it
+    have what the first run saw in attributes that are not buffers, such as a counter. If such a
+    value changes the features, the gradients are wrong: draw with PyTorch's default generators, and
+    register tensors that change as buffers. A buffer must not require gradients.
 
     Call the function under autocast, if you use it: it then applies to the model and the loss, and
     not to backward. A compiled model is compiled for the shape of a mini-batch, and once more if N
@@ -84,6 +90,10 @@ def cached_backward(
     Across ranks, DDP, FSDP1 and FSDP2 reduce each gradient once, after the last backward. Average
     the gradients of parameters outside of the wrapper by hand. With DDP, ranks may have different
     numbers of mini-batches and, if the loss allows it, of rows; with FSDP, they need `uneven`.
+    "Expected to mark a variable ready only once" is DDP's error if some mini-batches skip a layer
+    (layer drop) and it has `find_unused_parameters=True`: set False, which is right if each rank
+    runs each layer in some mini-batch. It is also its error if the model itself calls
+    `checkpoint(use_reentrant=True)`: set `use_reentrant=False`.
 
     Example:
         >>> import torch
