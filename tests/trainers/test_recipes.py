@@ -45,10 +45,11 @@ def prepared() -> dict[str, Any]:
     }
 
 
-def last_loss_and_scale() -> tuple[Tensor, Tensor]:
-    """Those of the ten steps, without a recipe."""
+def last_loss_and_scale(locked: bool = False) -> tuple[Tensor, Tensor]:
+    """Those of the ten steps, without a recipe. Locked: only the text tower is trained."""
     names = prepared()
     model = names["model"]
+    model.visual.requires_grad_(not locked)
     for images, tokens in names["loader"]:
         names["optimizer"].zero_grad()
         loss = names["loss_fn"](**model(images, tokens))
@@ -82,6 +83,14 @@ def test_a_recipe_trains_and_clamps_the_logit_scale(heading: str, block: int, pa
         loss = sum(terms.values())
     found = loss.detach(), names["model"].logit_scale.data
     torch.testing.assert_close(found, last_loss_and_scale())
+
+
+def test_a_locked_tower_keeps_its_weights_and_the_other_one_trains() -> None:
+    names = run(recipe_cases.LARGE_BATCH, 4, **prepared())
+    model, start = names["model"], prepared()["model"]
+    torch.testing.assert_close(model.visual.state_dict(), start.visual.state_dict())
+    found = names["loss"], model.logit_scale.data
+    torch.testing.assert_close(found, last_loss_and_scale(locked=True))
 
 
 def test_siglips_and_cocas_recipes_have_the_penalties_as_terms() -> None:
