@@ -22,6 +22,8 @@ What each public class and function takes, returns and raises.
 N is the number of pairs in the global batch, n the number of rows of one rank, and D the feature
 size.
 `make api` writes this page from the docstrings in [`cyclip_loss/`](../cyclip_loss).
+[`cyclip_loss.reference`](../cyclip_loss/reference.py) has the same losses as plain formulas with
+N x N matrices, also for second derivatives; the tests compare everything with it.
 """
 CONFIG = ConfigDict(
     docstring_section_style="list",
@@ -36,7 +38,7 @@ CONFIG = ConfigDict(
 
 
 def public_objects() -> dict[str, list[Object | Alias]]:
-    """The sections of the page: the objects in `__all__`, and the functions of the definition."""
+    """The sections of the page: the objects in `__all__` but for the definition, `reference`."""
     loader = GriffeLoader(
         search_paths=[ROOT],
         docstring_parser=Parser("google"),
@@ -57,14 +59,11 @@ def public_objects() -> dict[str, list[Object | Alias]]:
     return {
         "The classes": [item for item in public if item.is_class],
         "The functions": [item for item in public if item.is_function],
-        "The definition": [package["reference"], *package["reference"].functions.values()],
     }
 
 
 def markdown(item: Object | Alias, heading_level: int) -> str:
     """The documentation of one object, in Markdown that GitHub and the site show alike."""
-    if item.is_module:  # its docstring is the introduction of the section
-        return f"{item.docstring.value}\n" if item.docstring else ""
     for parameter in item.parameters:
         # A field of a module is `option(default, check)`.
         if isinstance(parameter.default, ExprCall) and str(parameter.default.function) == "option":
