@@ -18,7 +18,8 @@ quarter = runs/quarter-1024-?"""
 @pytest.fixture(scope="module")
 def tables() -> Any:
     spec = importlib.util.spec_from_file_location("tables", ROOT / ".mkdocs/tables.py")
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -65,7 +65,10 @@ TRAINING = [
     ("Accelerate", 0, "accelerate"),
     ("Lightning", 0, "lightning"),
 ]
-TRAINING += [(recipe_cases.LARGE_BATCH, i, row[2]) for i, row in enumerate(TRAINING)]
+TRAINING += [
+    (recipe_cases.LARGE_BATCH, 0, "open_clip"),
+    (recipe_cases.LARGE_BATCH, 1, "lightning"),
+]
 
 
 @pytest.mark.parametrize(("heading", "block", "package"), TRAINING)
@@ -74,6 +77,8 @@ def test_a_recipe_trains_and_clamps_the_logit_scale(heading: str, block: int, pa
     if package == "lightning":
         off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
         options = {"max_epochs": 1, "accelerator": "cpu"} | dict.fromkeys(off, False)
+        if heading != "Lightning":  # its recipe is the base class
+            names = run("Lightning", **names, lightning_trainer=MagicMock())
         names["lightning_trainer"] = module.Trainer(**options)
     names = run(heading, block, **names)
     loss = names.get("loss")
@@ -86,7 +91,7 @@ def test_a_recipe_trains_and_clamps_the_logit_scale(heading: str, block: int, pa
 
 
 def test_a_locked_tower_keeps_its_weights_and_the_other_one_trains() -> None:
-    names = run(recipe_cases.LARGE_BATCH, 4, **prepared())
+    names = run(recipe_cases.LARGE_BATCH, 3, **prepared())
     model, start = names["model"], prepared()["model"]
     torch.testing.assert_close(model.visual.state_dict(), start.visual.state_dict())
     found = names["loss"], model.logit_scale.data
@@ -179,7 +184,7 @@ def test_a_logit_scale_outside_of_ddp_has_the_gradient_of_the_whole_batch(ranks:
     ("heading", "block", "family"),
     [
         ("Hugging Face Trainer", 0, "CLIP"),
-        (recipe_cases.LARGE_BATCH, 3, "CLIP"),
+        (recipe_cases.LARGE_BATCH, 2, "CLIP"),
         ("SigLIP", 1, "Siglip"),
     ],
 )
