@@ -23,7 +23,7 @@ from benchmarks.measure import allocated_peak
 D, TAU, SCALE, TEACHER_SCALE, WIDTHS = 5, 0.03, 6.0, 30.0, (2, 5)
 TEACHER = ("teacher_images", "teacher_texts")
 CONSTANTS = ("weights", "image_queue", "text_queue", "log_weights", *TEACHER)
-FEATURES = ("image_features", "text_features", "hard_negatives")
+FEATURES = ("image_features", "text_features", "hard_negatives", "other_captions")
 NUMBERS = {"tau": TAU, "alpha": 9.0, "kappa": 0.3, "smoothing": 0.1}
 NUMBERS |= {"teacher_scale": TEACHER_SCALE, "num_classes": 3}
 BLOCKS = pages.blocks("docs/losses.md")
@@ -52,6 +52,9 @@ def make_data(n: int) -> dict[str, Tensor]:
         "weights": torch.arange(n).double() % 3,  # some are 0
         "row_scales": 3 + random_features(n, seed=2)[:, 0].abs(),
         "log_weights": 5 * random_features(n, seed=8)[:, 0],
+        "other_captions": random_features(2 * n, seed=10),
+        "image_ids": torch.arange(n) % max(n - 1, 1),  # two rows have the same image
+        "other_ids": (torch.arange(n) % max(n - 1, 1)).repeat_interleave(2),
         "index": torch.arange(n),
         "labels": torch.arange(n) % 3,
     } | dict(zip(TEACHER, pairs(n, D + 2, 0.5, seed=9, device="cpu"), strict=True))
@@ -132,6 +135,15 @@ def two_kinds_of_negatives(data: dict[str, Tensor], negatives: Tensor) -> Tensor
     queries = data["image_features"]
     logits = 20 * queries @ torch.cat((data["text_features"], queries)).T
     return cross_entropy(logits, negatives.repeat(1, 2)).mean()
+
+
+def several_captions(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+    ids, other_ids = data["image_ids"], data["other_ids"]
+    captions = torch.cat((data["text_features"], data["other_captions"]))
+    logits = data["logit_scale"] * data["image_features"] @ captions.T
+    kept = torch.cat((mask(len(ids), ids), ids[:, None] != other_ids), dim=1)
+    columns = cross_entropy(logits[:, : len(ids)].T, mask(len(ids), ids))
+    return (cross_entropy(logits, kept) + columns).mean() / 2
 
 
 def weighted(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
@@ -275,6 +287,7 @@ DENSE: dict[str, Callable[..., Tensor]] = {
     "text_features, logit_scale)\nloss = (softplus(row - pair)": clip,
     "negative_text_features=hard_negatives": one_way,
     "other_queries, _, _": two_kinds_of_negatives,
+    "negative_text_features=other_captions": several_captions,
     "loss = (weights *": weighted,
     "own_negatives": negatives_of_each_row,
     "logit_scale + alpha": hardness,
