@@ -103,6 +103,7 @@ def cached_backward(
         ...     def __init__(self):
         ...         super().__init__()
         ...         self.image, self.text = torch.nn.Linear(5, 4), torch.nn.Linear(7, 4)
+        ...
         ...     def forward(self, images, texts):
         ...         return normalize(self.image(images)), normalize(self.text(texts)), 14.3
         >>> model, loss_fn = Towers(), CyCLIPLoss(reference_batch_size=128)
