@@ -113,14 +113,14 @@ def cached_backward(
         torch.Size([4, 5])
     """
     for x in inputs:
-        if not isinstance(x, Tensor) or x.ndim == 0:
+        if not isinstance(x, Tensor) or not x.ndim:
             raise TypeError(f"inputs must be tensors with rows, got {x!r:.80}")
     rows = [len(x) for x in inputs]
     if len(set(rows)) != 1:
         raise ValueError(f"inputs must have the same number of rows, got {rows}")
     if integer("mini_batch_size", mini_batch_size) < 1:
         raise ValueError(f"mini_batch_size must be at least 1, got {mini_batch_size}")
-    count = len(inputs[0].split(int(mini_batch_size)))
+    count = len(torch.split(inputs[0], int(mini_batch_size)))
     if uneven:
         largest = torch.tensor(count, device=inputs[0].device)
         distributed.all_reduce(largest, distributed.ReduceOp.MAX, process_group)
@@ -154,10 +154,9 @@ def cached_backward(
     if count == 1:
         outputs = [output_transform(model(*inputs))]
     else:
-        mini_batches = zip(*(x.tensor_split(count) for x in inputs), strict=True)
         outputs = [
-            checkpoint(run, index, *mini_batch, use_reentrant=False)
-            for index, mini_batch in enumerate(mini_batches)
+            checkpoint(run, index, *part, use_reentrant=False)
+            for index, part in enumerate(zip(*(x.tensor_split(count) for x in inputs), strict=True))
         ]
     # Features have two dimensions or more, and a logit scale has none or one.
     joined = tree_map(lambda *x: torch.cat(x) if getattr(x[0], "ndim", 0) > 1 else x[-1], *outputs)

@@ -20,7 +20,8 @@ from benchmarks.run import Run
 
 CUDA_TESTS = ("tests/test_cuda.py", "-m", "not slow")
 SHARED_GPU = "tests/ranks/test_ranks.py::test_two_ranks_that_share_a_gpu_are_accurate"
-KERNEL_TESTS = ("tests/kernels", "tests/loss", SHARED_GPU, "-m", "not slow")
+CACHED_BACKWARD = "tests/trainers/test_cached_backward.py"
+KERNEL_TESTS = ("tests/kernels", "tests/loss", SHARED_GPU, CACHED_BACKWARD, "-m", "not slow")
 SLOW_TESTS = ("tests/test_cuda.py", "-m", "slow")
 RANK_TESTS = ("tests/ranks", "-m", "nccl")
 # A dry run only shows that tests can be started and their results read.
