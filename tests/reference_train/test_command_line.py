@@ -64,5 +64,6 @@ def test_a_missing_package_is_named_with_its_requirements(argv, folder, monkeypa
         raise ImportError("no 'x'")
 
     monkeypatch.setattr(cli, "import_module", fail)
-    with pytest.raises(UsageError, match=f"'x': pip install -r reference_train{folder}/requirements.txt"):
+    hint = f"'x': pip install -r reference_train{folder}/requirements.txt"
+    with pytest.raises(UsageError, match=hint):
         cli.main(argv)
