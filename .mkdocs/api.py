@@ -3,7 +3,8 @@
     python .mkdocs/api.py           write the page
     python .mkdocs/api.py --check   exit with status 1 if the page is not what this would write
 
-Nothing is imported: griffe2md reads the source. Needs Python 3.11 and `pip install -e ".[docs]"`.
+Nothing is imported: griffe2md reads the source. Needs Python 3.11 and
+`pip install -r .ci/requirements.txt`.
 """
 
 import re
