@@ -9,26 +9,27 @@ test:
 lint:
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	PYTHON=$(PYTHON) bash .ci/types
+	$(PYTHON) -m mypy
 
 versions:
-	$(PYTHON) .ci/versions.py
+	$(PYTHON) .ci/versions.py --output benchmarks/results/versions.md
 
 bench:
 	$(PYTHON) -m benchmarks
 
 record:
-	$(PYTHON) -m benchmarks --name two-cpu-cores
-	$(PYTHON) .mkdocs/tables.py
+	$(PYTHON) -m benchmarks --out benchmarks/results --name two-cpu-cores
+	$(MAKE) tables
 
 gpu:
-	$(PYTHON) -m benchmarks gpu
+	$(PYTHON) -m benchmarks gpu --out benchmarks/results
 
 api:
 	$(PYTHON) .mkdocs/api.py
 
 tables:
 	$(PYTHON) .mkdocs/tables.py
+	$(PYTHON) .mkdocs/pictures.py
 
 docs:
 	$(PYTHON) -m mkdocs build --strict -f .mkdocs/mkdocs.yml

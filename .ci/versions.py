@@ -1,16 +1,16 @@
 """Test with chosen versions of the dependencies, each set in a virtual environment of its own.
 
-    python .ci/versions.py            each minor version of PyTorch, from pyproject.toml's lower
-                                      bound to the newest on the index: loss, kernels, ranks
-    python .ci/versions.py 2.11 2.14  the same with these minor versions
+    python .ci/versions.py            `oldest`, `lowest`, and each minor version of PyTorch from
+                                      pyproject.toml's lower bound to the newest on the index
+    python .ci/versions.py 2.11 2.14  these minor versions of PyTorch: loss, kernels, ranks
     python .ci/versions.py oldest     the lower bound: loss, kernels, compiled across ranks
     python .ci/versions.py lowest     the lowest version of every dependency: all tests
     python .ci/versions.py open_clip-2.32
                                       this minor version of OpenCLIP: its trainer and its flags
 
 `pip install uv` first. uv resolves and installs; every PyTorch gets the Triton that it requires.
-Prints a table; `--output FILE` also writes it to a Markdown page. The exit status is 1 if anything
-failed.
+Prints a table; `--output FILE` also writes its rows into the table of a Markdown page, in the place
+of older rows of these environments. The exit status is 1 if anything failed.
 """
 
 import argparse
@@ -39,6 +39,8 @@ OPEN_CLIP_TESTS = (
 )
 HEAD = (
     "environment",
+    "date",
+    "commit",
     "PyTorch",
     "Triton",
     "Python",
@@ -59,8 +61,10 @@ print(json.dumps(versions))
 
 
 def lower_bound(name: str) -> str:
-    """The minor version in `name>=2.8` of pyproject.toml. (Python 3.10 cannot read TOML.)"""
-    return minor_version(rf'\b{name}( = ")?>=', (ROOT / "pyproject.toml").read_text())
+    """The minor version in `name>=2.8` of what the package or its tests require."""
+    files = ("pyproject.toml", "tests/requirements.txt")
+    text = "\n".join((ROOT / file).read_text() for file in files)
+    return minor_version(rf'\b{name}( = ")?>=', text)
 
 
 def minor_version(before: str, text: str) -> str:
@@ -107,18 +111,18 @@ def make_environment(name: str, folder: Path) -> Path:
     install = (*UV, "pip", "install", "--quiet", "--python", python)
     chosen: tuple[str, ...]
     if name == "lowest":
-        chosen = ("--resolution", "lowest-direct", "--editable", ".[test,benchmark]")
+        chosen = ("--resolution", "lowest-direct", "-r", "tests/requirements.txt")
     elif name.startswith("open_clip-"):
-        # pyproject.toml asks for a newer version.
+        # The requirements ask for a newer version.
         override = folder / "override.txt"
         override.write_text(f"open_clip_torch[training]=={name.removeprefix('open_clip-')}.*")
-        chosen = ("--override", str(override), "--editable", ".[test]")
+        chosen = ("--override", str(override), "-r", "tests/requirements.txt")
     else:
         torch = lower_bound("torch") if name == "oldest" else name
-        # The extra `benchmark` has what these tests import. PyTorch for CPU brings no Triton.
+        # The benchmarks require what these tests import. PyTorch for CPU brings no Triton.
         triton = f"triton>={lower_bound('triton')}; platform_system == 'Linux'"
-        chosen = ("--editable", ".[benchmark]", f"torch=={torch}.*", triton)
-    subprocess.run((*install, *chosen), cwd=ROOT, check=True)
+        chosen = ("-r", "benchmarks/requirements.txt", f"torch=={torch}.*", triton)
+    subprocess.run((*install, "--editable", ".", *chosen), cwd=ROOT, check=True)
     triton = installed(python).get("triton", "4.0")
     if tuple(map(int, triton.split(".")[:2])) < (3, 7):
         # The interpreter before Triton 3.7 does not work with a newer NumPy.
@@ -135,13 +139,16 @@ def installed(python: Path) -> dict[str, str]:
 
 def test(name: str) -> tuple[tuple[str, ...], bool]:
     """Install one environment and test in it. Returns a row of the table and whether all passed."""
+    git = ("git", "describe", "--always", "--dirty")
+    commit = subprocess.run(git, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout.strip()
+    first = (name, str(date.today()), commit or "unknown")
     with tempfile.TemporaryDirectory(prefix="cyclip-loss-") as temporary:
         folder = Path(temporary)
         try:
             python = make_environment(name, folder / "venv")
         except subprocess.CalledProcessError as error:
             print(f"{name}: could not be installed: {error}", flush=True)
-            return (name, "not installed", *["–"] * (len(HEAD) - 2)), False
+            return (*first, "not installed", *["–"] * (len(HEAD) - 4)), False
         versions = installed(python)
         packages = ("torch", "triton", "python", "numpy", "open_clip_torch")
         shown = [versions.get(package, "–") for package in packages]
@@ -161,7 +168,7 @@ def test(name: str) -> tuple[tuple[str, ...], bool]:
         status = subprocess.run(command, cwd=ROOT, env=os.environ | caches).returncode
         seconds = time.monotonic() - start
         counts = count(report)
-    return (name, *shown, *counts, f"{seconds:.0f}"), status == 0
+    return (*first, *shown, *counts, f"{seconds:.0f}"), status == 0
 
 
 def count(report: Path) -> tuple[str, str, str]:
@@ -187,29 +194,20 @@ def table(rows: list[tuple[str, ...]]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def write_page(path: Path, rows: list[tuple[str, ...]], planned: int) -> None:
-    """Write the table as a page, with the command, date and commit. It appears whole or not.
-
-    planned: the number of environments that the command asked for.
-    """
-    command = " ".join(("python .ci/versions.py", *sys.argv[1:]))
-    stopped = "" if len(rows) == planned else f"Stopped after {len(rows)} of {planned}.\n"
-    git = ("git", "describe", "--always", "--dirty")
-    commit = subprocess.run(git, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout.strip()
+def write_page(path: Path, rows: list[tuple[str, ...]]) -> None:
+    """Write the rows into the page's table, in the place of older rows of their environments."""
+    old = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = [line.strip("|").split("|") for line in old if line.startswith("|")]
+    cells = [tuple(map(str.strip, line)) for line in lines]  # two of the table's head
+    kept = {row[0]: row for row in cells[2:] if len(row) == len(HEAD)}
+    merged = kept | {row[0]: row for row in rows}
     text = f"""# Tested versions
 
-`{command}`, {date.today()}, commit {commit or "unknown"}.
-{stopped}`python .ci/versions.py --help` says which tests an environment runs.
+By `make versions`. `python .ci/versions.py --help` says which tests an environment runs.
 
-{table(rows)}
+{table(list(merged.values()))}
 """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    path.write_text(text, encoding="utf-8")
 
 
 def environment_name(text: str) -> str:
@@ -228,7 +226,7 @@ def main() -> int:
     parser.add_argument("environments", nargs="*", type=environment_name, metavar="environment")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the table here too")
     arguments = parser.parse_args()
-    names = arguments.environments or minor_versions()
+    names = arguments.environments or [*TESTS, *minor_versions()]
     rows: list[tuple[str, ...]] = []
     all_passed = True
     try:
@@ -240,7 +238,7 @@ def main() -> int:
     finally:  # also of what was tested before Ctrl-C
         print(table(rows), flush=True)
         if arguments.output and rows:
-            write_page(arguments.output, rows, len(names))
+            write_page(arguments.output, rows)
     return 0 if all_passed else 1
 
 

@@ -3,14 +3,15 @@
     python .mkdocs/api.py           write the page
     python .mkdocs/api.py --check   exit with status 1 if the page is not what this would write
 
-Nothing is imported: griffe2md reads the source. Needs Python 3.11 and `pip install -e ".[docs]"`.
+Nothing is imported: griffe2md reads the source. Needs Python 3.11 and
+`pip install -r .ci/requirements.txt`.
 """
 
 import re
 import sys
 from pathlib import Path
 
-from griffe import Alias, GriffeLoader, Object, Parser
+from griffe import Alias, ExprCall, GriffeLoader, Object, Parser
 from griffe2md import ConfigDict, render_object_docs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,6 +23,8 @@ What each public class and function takes, returns and raises.
 N is the number of pairs in the global batch, n the number of rows of one rank, and D the feature
 size.
 `make api` writes this page from the docstrings in [`cyclip_loss/`](../cyclip_loss).
+[`cyclip_loss.reference`](../cyclip_loss/reference.py) has the same losses as plain formulas with
+N x N matrices, also for second derivatives; the tests compare everything with it.
 """
 CONFIG = ConfigDict(
     docstring_section_style="list",
@@ -36,7 +39,7 @@ CONFIG = ConfigDict(
 
 
 def public_objects() -> dict[str, list[Object | Alias]]:
-    """The sections of the page: the objects in `__all__`, and the functions of the definition."""
+    """The sections of the page: the objects in `__all__` but for the definition, `reference`."""
     loader = GriffeLoader(
         search_paths=[ROOT],
         docstring_parser=Parser("google"),
@@ -46,20 +49,29 @@ def public_objects() -> dict[str, list[Object | Alias]]:
     package = loader.load("cyclip_loss")
     loader.resolve_aliases(external=False)
     assert package.exports is not None
-    public = [package[str(name)] for name in package.exports if str(name) != "reference"]
+    public = []
+    for name in map(str, package.exports):
+        item = package[name]
+        # `cached_backward` is a function, and the module that has it.
+        if item.is_module and name in item.members:
+            item = item[name]
+        if name != "reference":
+            public.append(item)
     return {
         "The classes": [item for item in public if item.is_class],
         "The functions": [item for item in public if item.is_function],
-        "The definition": [package["reference"], *package["reference"].functions.values()],
     }
 
 
 def markdown(item: Object | Alias, heading_level: int) -> str:
     """The documentation of one object, in Markdown that GitHub and the site show alike."""
-    if item.is_module:  # its docstring is the introduction of the section
-        return f"{item.docstring.value}\n" if item.docstring else ""
+    for parameter in item.parameters:
+        # A field of a module is `option(default, check)`.
+        if isinstance(parameter.default, ExprCall) and str(parameter.default.function) == "option":
+            parameter.default = parameter.default.arguments[0]
     text = render_object_docs(item, {**CONFIG, "heading_level": heading_level})
-    text = re.sub(r"`cyclip_loss\.(inputs|logsumexp)\.", "`cyclip_loss.", text)  # the public name
+    # The public name.
+    text = re.sub(r"`cyclip_loss\.(cached_backward|inputs|logsumexp)\.", "`cyclip_loss.", text)
     # The types of arguments are in the signature. griffe2md links the types of errors to nowhere.
     text = re.sub(r" \(<code>.*?</code>\) –", " –", text)
     text = re.sub(r"<code>(.*?)</code>", lambda code: f"`{without_links(code[1])}`", text)

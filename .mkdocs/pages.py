@@ -12,8 +12,8 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 ON_SITE = (
-    *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/*.md", "benchmarks/README.md"),
-    *("benchmarks/results/*.md", "benchmarks/results/*.png"),
+    *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/*.md", "docs/*.png"),
+    *("benchmarks/README.md", "benchmarks/results/*.md", "benchmarks/results/*.png"),
     *("reference_train/README.md", "reference_train/emoji/README.md"),
     *("reference_train/results/**/*.md", "reference_train/results/**/*.png"),
 )

@@ -15,8 +15,8 @@ in tables.txt, a block of lines for each table:
 The first line is the name. The second line has the records. The third line has the heading of the
 first column, and then the other columns, each with its metric. Each further line is a row: its
 title, and the runs, as RECORD/RUN with wildcards. So for a new row add one line, and `make tables`.
-A cell has the mean of the runs that have the metric, with the lowest and the highest. ▲: the range
-of at least three runs is above the range of the last row with `*`; ▼: below it.
+A row has all runs of one setting and build of the code. It is compared with the last row with `*`,
+which must be of the same build. `cell` has the rule.
 """
 
 import csv
@@ -28,13 +28,15 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import mean
 
+from scipy import stats
+
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/*.md", "benchmarks/README.md", "reference_train/results/*/README.md")
 BLOCKS = (ROOT / ".mkdocs/tables.txt").read_text(encoding="utf-8").split("\n\n")
 SPECS = dict(block.split("\n", 1) for block in BLOCKS)
 SETTINGS = ("run", "steps", "batch_size", "loss", "penalty_weight", "seed")  # of a CSV file's run
 TABLE = re.compile(r"(?<=<!-- table )(\S+) -->\n(?:\n(?:\|[^\n]*\n)+)?")
-NOT_ACCURACIES = ("gap", "uniformity", "correlation")  # endings of metrics without marks
+NOT_ACCURACIES = ("gap", "uniformity", "correlation")  # endings of metrics without intervals
 Numbers = dict[str, float]
 
 
@@ -66,7 +68,7 @@ def runs_of(path: Path) -> Iterator[tuple[str, Numbers]]:
 
 
 def cell(values: list[float], metric: str, baseline: list[float]) -> str:
-    """A cell of a table."""
+    """A cell of a table: the mean, and what `compare` says about an accuracy."""
     if not values:
         return "–"
     if metric.endswith(("ms", "MB")):
@@ -74,12 +76,25 @@ def cell(values: list[float], metric: str, baseline: list[float]) -> str:
         value, unit = (value / 1000, "s") if unit == "ms" and value >= 1000 else (value, unit)
         return f"{float(f'{value:.3g}'):,g} {unit}"
     factor, digits = (1, 2) if metric.endswith(NOT_ACCURACIES[1:]) else (100, 1)
-    average, low, high = (f"{factor * f(values):.{digits}f}" for f in (mean, min, max))
-    bounds = f"{low} to {high}" if min(values) < 0 else f"{low}–{high}"
-    text = (average if len(values) == 1 else f"{average} ({bounds})").replace("-", "−")
-    if min(len(values), len(baseline)) >= 3 and not metric.endswith(NOT_ACCURACIES):
-        text += " ▲" * (min(values) > max(baseline)) + " ▼" * (max(values) < min(baseline))
-    return text
+    text = f"{factor * mean(values):.{digits}f}"
+    if not metric.endswith(NOT_ACCURACIES):
+        text += compare(values, baseline)
+    return text.replace("-", "−")
+
+
+def compare(values: list[float], baseline: list[float]) -> str:
+    """The difference of two means with its 95% interval (Welch), and its mark, in points.
+
+    ▲ or ▼: the interval excludes 0. Without a mark no difference is shown. There is no interval for
+    fewer than three runs of either.
+    """
+    if min(len(values), len(baseline)) < 3 or values == baseline:
+        return ""
+    interval = stats.ttest_ind(values, baseline, equal_var=False).confidence_interval()
+    low, high = (100 * float(bound) for bound in interval)
+    mark = " ▲" * (low > 0) + " ▼" * (high < 0)
+    difference = 100 * (mean(values) - mean(baseline))
+    return f", {difference:+.1f} ({low:.1f} to {high:.1f}){mark}"
 
 
 def table(spec: str) -> str:

@@ -1,4 +1,7 @@
-"""Run one of the benchmarks. Without a command, `python -m benchmarks` runs `compare`."""
+"""Run one of the benchmarks. Without a command, `python -m benchmarks` runs `compare`.
+
+`torchrun --nproc-per-node 2 -m benchmarks` compares losses whose batch is spread over ranks.
+"""
 
 import argparse
 import os
@@ -8,8 +11,11 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+from benchmarks.compare.plan import DTYPES
+
 MODULES = {
     "compare": "benchmarks.compare.side_by_side",
+    "cached": "benchmarks.cached_backward",
     "gpu": "benchmarks.gpu.sections",
     "gate": "benchmarks.gate.compile",
 }
@@ -24,7 +30,35 @@ def make_parser() -> argparse.ArgumentParser:
         "compare", help="compare the loss with its alternatives on this machine"
     )
     compare.add_argument(
-        "--sizes", nargs="+", type=int, metavar="N", help="batch sizes to measure, with D = 512"
+        "--loss",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="MODULE:NAME",
+        help="measure your own losses: nn.Modules whose constructor needs no argument, or functions"
+        " of (image_features, text_features, logit_scale)",
+    )
+    compare.add_argument(
+        "--sizes", nargs="+", type=int, metavar="N", help="numbers of pairs (of all ranks together)"
+    )
+    # torchrun takes --d for an abbreviation of its own options, before Python 3.12.
+    compare.add_argument("--d", "--dim", type=int, help="feature size (default: 512)")
+    compare.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=DTYPES,
+        help="of the features; autocast: float32 features, and the loss under bfloat16 autocast",
+    )
+    compare.add_argument(
+        "--step-rate",
+        type=float,
+        metavar="R",
+        help="also print the losses' share of a training step: the pairs per second of one device, "
+        "which your trainer prints",
+    )
+
+    cached = commands.add_parser(
+        "cached", help="compare a step by cached_backward with one on the whole batch"
     )
 
     gpu = commands.add_parser(
@@ -36,24 +70,22 @@ def make_parser() -> argparse.ArgumentParser:
         help="run on the CPU: tiny sizes, kernels in Triton's interpreter",
     )
     gpu.add_argument(
-        "--budget",
-        type=float,
-        default=540.0,
-        metavar="SECONDS",
-        help="time limit of the whole run (default: %(default)g)",
+        "--sections", nargs="+", help="sections to run, each for up to nine minutes (default: all)"
     )
-    gpu.add_argument("--sections", nargs="+", help="sections to run (default: all)")
 
     gate = commands.add_parser("gate", help="compile every kernel for every chip, without a GPU")
     gate.add_argument(
         "--arch", nargs="+", help="architectures (default: all that this Triton supports)"
     )
 
-    for command in (compare, gpu):
+    for command in (compare, cached, gpu):
         command.add_argument(
-            "--out", type=Path, help="folder for the record (default: benchmarks/results)"
+            "--out",
+            type=Path,
+            default=Path("runs", "benchmarks"),
+            help="folder of the record (default: %(default)s in the current folder)",
         )
-        command.add_argument("--name", help="name of the record's files (default: with the date)")
+        command.add_argument("--name", help="name of the record's page (default: with the date)")
     return parser
 
 
@@ -62,7 +94,7 @@ def main(arguments: list[str]) -> int:
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["compare", *arguments]
     options = make_parser().parse_args(arguments)
-    if options.command != "compare" and not find_spec("triton"):
+    if options.command in ("gpu", "gate") and not find_spec("triton"):
         print(f"`python -m benchmarks {options.command}` needs Triton: pip install triton")
         return 2
     # Triton reads this variable when kernels are imported, which the command does below.

@@ -1,27 +1,22 @@
-"""CPU seconds and peak memory of a step with `cached_backward`, a ViT and 2,048 pairs.
-
-    OMP_NUM_THREADS=1 python -m benchmarks.cached_backward OUTPUT.json      (3 minutes)
+"""`python -m benchmarks cached`: a step with `cached_backward`, a small ViT and 2,048 pairs.
 
 Compares it with one step on the whole batch, and with OpenCLIP's `--accum-freq`, which computes the
-loss of the whole batch once for each mini-batch. Memory is what PyTorch allocates. CPU seconds
-hardly change if other programs run.
+loss of the whole batch once for each mini-batch. It takes 5 minutes on one core.
 """
 
-import json
-import sys
-import time
+import argparse
 from functools import partial
-from pathlib import Path
 
 import open_clip
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import allocated_peak
-from benchmarks.run import Run, versions
+from benchmarks.compare.report import summary
+from benchmarks.measure import allocated_peak, interleaved, time_columns
+from benchmarks.run import OK, Run, run_sections
 from cyclip_loss import CyCLIPLoss, cached_backward
 
-PAIRS, MINI_BATCH, ROUNDS = 2048, 64, 3
+PAIRS, D, MINI_BATCH, ROUNDS = 2048, 512, 64, 3
 VISION = {"layers": 4, "width": 128, "head_width": 32, "patch_size": 16, "image_size": 64}
 TEXT = {"layers": 4, "width": 128, "heads": 4, "context_length": 8, "vocab_size": 1000}
 FEATURES = ("image_features", "text_features")
@@ -51,31 +46,26 @@ def accumulated(model: nn.Module, loss_fn: nn.Module, *inputs: Tensor) -> None:
         loss_fn(**output).backward()
 
 
-def main(path: str) -> None:
-    """Measure, and write the record."""
-    run = Run(torch.device("cpu"))
-    model = open_clip.CLIP(embed_dim=512, vision_cfg=VISION, text_cfg=TEXT, output_dict=True)
+def measure(run: Run) -> None:
+    """Add a row for each kind of step. Gradients are allocated before they are measured."""
+    model = open_clip.CLIP(embed_dim=D, vision_cfg=VISION, text_cfg=TEXT, output_dict=True)
     inputs = torch.randn(PAIRS, 3, 64, 64), torch.randint(1000, (PAIRS, 8))
     loss_fn = CyCLIPLoss(reference_batch_size=128)
     steps = {
-        "whole batch": partial(whole, model, loss_fn, *inputs),
         "cached_backward": partial(cached, model, loss_fn, *inputs),
+        "whole batch": partial(whole, model, loss_fn, *inputs),
         "OpenCLIP's accumulation": partial(accumulated, model, loss_fn, *inputs),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(ROUNDS):
-        for name, step in steps.items():
-            model.zero_grad()
-            start = time.process_time()
-            step()
-            seconds[name].append(round(time.process_time() - start, 2))
-    with run.start_section("steps"):
-        for name, step in steps.items():
-            model.zero_grad()
-            peak = allocated_peak(run.device, step) / 1e6
-            run.add_row(step=name, **{"CPU seconds": seconds[name], "peak MB": peak})
-    Path(path).write_text(json.dumps(run.record(versions()), indent=1) + "\n")
+    steps["cached_backward"]()
+    peaks = {name: allocated_peak(run.device, step) / 1e6 for name, step in steps.items()}
+    for name, times in interleaved(steps, run.device, 0.0, ROUNDS).items():
+        case = {"N": PAIRS, "D": D, "dtype": "float32", "loss": name, "outcome": OK}
+        run.section.rows.append({**case, **time_columns(times), "peak MB": peaks[name]})
 
 
-if __name__ == "__main__":
-    main(sys.argv[1])
+def main(options: argparse.Namespace) -> int:
+    """Measure, write the record, print the summary."""
+    run = Run(torch.device("cpu"))
+    run_sections(run, options, {"cached_backward": measure}, summary)
+    print(f"\n{summary(run.sections)}\n")
+    return 1 if run.failures else 0

@@ -9,7 +9,7 @@ import gc
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import accumulate
 from pathlib import Path
 from statistics import quantiles
@@ -36,29 +36,31 @@ def wall_seconds(call: Callable[[], object], min_seconds: float) -> float:
 
 
 def interleaved(
-    steps: dict[str, Callable[[], object]],
+    steps: Mapping[str, Callable[[], object]],
     device: torch.device,
     seconds: float,
     min_rounds: int,
+    agree: Callable[[float], float] = lambda value: value,
 ) -> dict[str, list[float]]:
     """The milliseconds of each step in each round. The caller has run each step at least once.
 
     A round runs every step once. Each round starts with another step, so that background load
-    affects all steps equally. (PyTorch's `Timer` times only one function.) Rounds start until
-    `seconds` are over; there are at least `min_rounds` and at most `MAX_ROUNDS`.
+    affects all steps equally. (PyTorch's `Timer` times only one function.) The first round decides
+    how many fit into `seconds`: at least `min_rounds`, and at most `MAX_ROUNDS`.
+    agree: makes its duration the same on all ranks, as they have to run as many rounds.
     """
     flush = torch.empty(FLUSH_BYTES // 4, device=device) if device.type == "cuda" else None
     times: dict[str, list[float]] = {name: [] for name in steps}
-    start = time.perf_counter()
-    for index in range(MAX_ROUNDS if steps else 0):
-        if index >= min_rounds and time.perf_counter() - start > seconds:
-            break
-        names = list(steps)
-        first = index % len(names)
-        for name in names[first:] + names[:first]:
+    names, rounds, start = list(steps), 1, time.perf_counter()
+    while steps and len(times[names[0]]) < rounds:
+        for name in names:
             if flush is not None:
                 flush.zero_()
             times[name].append(milliseconds(steps[name], device))
+        names = names[1:] + names[:1]
+        if rounds == 1:
+            fitting = seconds / agree(time.perf_counter() - start)
+            rounds = round(min(MAX_ROUNDS, max(min_rounds, fitting)))
     return times
 
 
@@ -82,25 +84,6 @@ def time_columns(times: list[float]) -> dict[str, float | int]:
         return {"runs": 1, "ms": times[0]}
     deciles = quantiles(times, n=10, method="inclusive")
     return {"runs": len(times), "ms": deciles[4], "p20": deciles[1], "p80": deciles[7]}
-
-
-def profiled(call: Callable[[], object], device: torch.device) -> dict[str, tuple[int, float]]:
-    """For each kernel: the number of launches in a call, and their microseconds in total.
-
-    On a CPU, the result has PyTorch's operators instead of kernels. On a GPU it is empty if the
-    profiler has no access to the GPU.
-    """
-    on_cuda = device.type == "cuda"
-    kind, field = ("CUDA", "self_device_time_total") if on_cuda else ("CPU", "self_cpu_time_total")
-    with profile(activities=[getattr(ProfilerActivity, kind)]) as profiler:
-        call()
-        if on_cuda:
-            torch.cuda.synchronize()
-    return {
-        event.key: (event.count, getattr(event, field))
-        for event in profiler.key_averages()
-        if event.device_type.name == kind and getattr(event, field)
-    }
 
 
 def allocated_peak(device: torch.device, work: Callable[[], object]) -> int:

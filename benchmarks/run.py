@@ -1,22 +1,23 @@
 """One run of a benchmark command: its device, its clock, its results so far, and its record.
 
-All tables and numbers of the benchmarks are formatted here.
+All tables and numbers of the benchmarks are formatted here. A record is a page, and rows that are
+appended to `results.csv`.
 """
 
 import argparse
-import json
+import csv
 import math
 import os
 import platform
 import re
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -27,11 +28,17 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from benchmarks import ROOT
-from cyclip_loss import __version__
+from cyclip_loss import CyCLIPWarning, __version__
 
-RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("triton", "numpy", "open_clip_torch", "memeff", "inf-cl", "siglip-kernel")
 Row = dict[str, Any]  # a row of a table, by column
+# Of results.csv. Each row is one loss in one case: first what was measured and on what, then how
+# long the middle run and the runs at the 20th and 80th percentile took, memory, and errors.
+CSV_COLUMNS = (
+    *("date", "commit", "device", "torch", "triton", "section", "N", "D", "dtype", "ranks"),
+    *("|T - I|", "loss", "computes", "outcome", "runs", "ms", "p20", "p80", "peak MB", "sent MB"),
+    *("value", "gradient", "logit-scale gradient"),
+)
 SEED = 0
 OK, OUT_OF_MEMORY = "ok", "out of memory"
 # Parts of error messages that mean "out of memory". "alloc_failed" is cuBLAS's: it cannot allocate
@@ -43,21 +50,24 @@ OUT_OF_MEMORY_MESSAGES = (
 
 @dataclass
 class Section:
-    """The results of one part of a run: rows of a table, failures, and notes."""
+    """The results of one part of a run: rows of a table, and notes."""
 
     rows: list[Row] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)  # a summary in the first line, then details
     notes: list[str] = field(default_factory=list)
 
 
 class Run:
     """The device, the clock, and the sections by name. Times of a dry run mean nothing."""
 
-    def __init__(self, device: torch.device, dry_run: bool = False) -> None:
+    def __init__(self, device: torch.device, dry_run: bool = False, quiet: bool = False) -> None:
+        """quiet: print and write nothing, as all ranks but one."""
         torch.manual_seed(SEED)
-        self.device, self.dry_run = device, dry_run
+        # The losses are as the paper writes them, and large batches are measured on purpose.
+        warnings.filterwarnings("ignore", "lambda = ", CyCLIPWarning)
+        self.device, self.dry_run, self.quiet = device, dry_run, quiet
         self.sections: dict[str, Section] = {}
         self.section = Section()
+        self.failures = 0  # of all sections
         self.deadline = math.inf  # in seconds since the run began
         self.load = os.getloadavg()[0]
         self.date, self._start = datetime.now(), time.perf_counter()
@@ -72,7 +82,8 @@ class Run:
 
     def say(self, text: str) -> None:
         """Print progress with the time."""
-        print(f"[{self.elapsed():6.1f} s] {text}", flush=True)
+        if not self.quiet:
+            print(f"[{self.elapsed():6.1f} s] {text}", flush=True)
 
     @contextmanager
     def start_section(self, name: str) -> Iterator[Section]:
@@ -83,10 +94,6 @@ class Run:
             yield self.section
         except Exception as error:
             self.fail(f"{describe(error)}\n{traceback.format_exc()}")
-
-    def add_row(self, **values: Any) -> None:
-        """Add a row to the section's table."""
-        self.section.rows.append(values)
 
     @contextmanager
     def attempt(self, **values: Any) -> Iterator[Row]:
@@ -100,17 +107,13 @@ class Run:
 
     def fail(self, text: str) -> None:
         """Note and print a failure."""
-        self.section.failures.append(text)
-        self.say(f"FAILED {text}")
+        self.failures += 1
+        self.note(f"FAILED {text}")
 
     def note(self, text: str) -> None:
         """Note and print what the section left out, or why its results may be wrong."""
         self.section.notes.append(text)
         self.say(text)
-
-    def failures(self) -> int:
-        """How many failures all sections have."""
-        return sum(len(section.failures) for section in self.sections.values())
 
     def pairs(
         self, n: int, d: int, dtype: torch.dtype = torch.float32, distance: float | None = None
@@ -126,19 +129,6 @@ class Run:
         if distance is not None:
             text = normalize(image + distance * text)
         return image.to(dtype), text.to(dtype)
-
-    def record(self, versions: dict[str, str]) -> dict[str, Any]:
-        """The results so far, with the machine and versions that they depend on."""
-        return {
-            "dry_run": self.dry_run,
-            "device": device_name(self.device),
-            "date": self.date.isoformat(timespec="minutes"),
-            "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
-            "seconds": self.elapsed(),
-            "versions": versions,
-            "load": self.load,
-            "sections": {name: asdict(section) for name, section in self.sections.items()},
-        }
 
 
 def describe(error: Exception) -> str:
@@ -170,23 +160,21 @@ def versions() -> dict[str, str]:
     return found
 
 
-def markdown(record: dict[str, Any], summary: str = "") -> str:
-    """The record as a page: machine, versions, failures, the summary, and a table per section."""
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+def markdown(run: Run, found_versions: dict[str, str], summary: str) -> str:
+    """The record as a page: machine, versions, the summary, and what each section found."""
+    shown = ", ".join(f"{name} {version}" for name, version in found_versions.items())
+    command = " ".join(["python -m benchmarks", *sys.argv[1:]])
     parts = [
-        f"# {record['device']}, {record['date']}",
-        "**DRY RUN** on the CPU: its times mean nothing." if record["dry_run"] else "",
-        f"`{record['command']}`, {record['seconds']:.0f} seconds; {versions}.",
-        f"Load before the run: {record['load']:.2f}; above a quarter of the cores, distrust times.",
+        f"# {device_name(run.device)}, {run.date.isoformat(timespec='minutes')}",
+        "**DRY RUN** on the CPU: its times mean nothing." if run.dry_run else "",
+        f"`{command}`, {run.elapsed():.0f} seconds; {shown}.",
+        f"Load before the run: {run.load:.2f}; above a quarter of the cores, distrust times.",
         "benchmarks/README.md explains the columns.",
     ]
-    sections = record["sections"]
-    for name, section in sections.items():
-        parts += [f"## FAILED {name}\n\n```\n{failure}\n```" for failure in section["failures"]]
     parts += [f"## Summary\n\n{summary}"] if summary else []
-    for name, section in sections.items():
-        notes = [f"- {note}" for note in section["notes"]]
-        parts += [f"## {name}", table(section["rows"]), "\n".join(notes)]
+    for name, section in run.sections.items():
+        notes = (f"```\n{note}\n```" if "\n" in note else f"- {note}" for note in section.notes)
+        parts += [f"## {name}", table(section.rows), *notes]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -202,46 +190,53 @@ def table(rows: list[Row]) -> str:
 
 
 def format_number(value: Any) -> str:
-    """A float with three significant digits and commas between thousands. Text stays as it is."""
-    if isinstance(value, int):
-        return f"{value:,}"
-    if not isinstance(value, float):
-        return str(value)
-    if not 1e-3 <= abs(value) < 1e9:  # also 0, NaN and infinity
-        return f"{value:.3g}"
-    digits = 2 - math.floor(math.log10(abs(value)))
-    return f"{round(value, digits):,.{max(0, digits)}f}"
+    """A number with three significant digits and commas between thousands. Text stays as it is."""
+    if isinstance(value, float):
+        value = float(f"{value:.3g}")
+        return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def append(file: Path, run: Run, name: str, found_versions: dict[str, str]) -> None:
+    """Append a section's rows of losses to a CSV file. Rows that are there are never changed."""
+    common = {"date": run.date.isoformat(timespec="seconds"), "section": name}
+    common |= {"device": device_name(run.device), **found_versions}
+    is_new = not file.exists()
+    rows = [common | row for row in run.sections[name].rows if "loss" in row]
+    with file.open("a", newline="", encoding="utf-8") as opened:
+        writer = csv.DictWriter(opened, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        for row in rows:
+            digits = {key: f"{x:.6g}" for key, x in row.items() if isinstance(x, float)}
+            writer.writerow(row | digits)
 
 
 def run_sections(
     run: Run,
     options: argparse.Namespace,
     sections: Mapping[str, Callable[[Run], None]],
-    summary: Callable[[dict[str, Any]], str] = lambda record: "",
-) -> tuple[dict[str, Any], Path]:
-    """Run the sections one by one. Returns the record and its JSON file.
+    summary: Callable[[dict[str, Section]], str] = lambda sections: "",
+) -> Path:
+    """Run the sections one by one. Returns the record's page.
 
-    This file and a Markdown file with the same name are written after each section, and when the
-    command is interrupted. The JSON file may have NaN, which Python reads and the standard forbids.
+    The page and `results.csv` are written after each section, and when the command is interrupted.
     """
-    folder = options.out or (Path(tempfile.gettempdir()) if run.dry_run else RESULTS)
-    folder.mkdir(parents=True, exist_ok=True)
     name = options.name or f"{options.command}-{run.date:%Y-%m-%dT%H%M}"
-    file = folder / f"{name}.json"
-    found_versions = versions()
-
-    def save() -> dict[str, Any]:
-        record = run.record(found_versions)
-        file.with_suffix(".md").write_text(markdown(record, summary(record)), encoding="utf-8")
-        file.write_text(f"{json.dumps(record, indent=1)}\n")
-        return record
-
-    try:
-        for section, measure in sections.items():
+    page, found_versions = options.out / f"{name}.md", versions()
+    for section, measure in sections.items():
+        try:
             with run.start_section(section):
                 measure(run)
-            save()
-    except KeyboardInterrupt:
-        run.fail("interrupted")
-    run.say(f"{run.failures()} failures; record in {file.with_suffix('.md')}")
-    return save(), file
+        except KeyboardInterrupt:
+            run.fail("interrupted")
+            break
+        finally:
+            if not run.quiet:
+                page.parent.mkdir(parents=True, exist_ok=True)
+                text = markdown(run, found_versions, summary(run.sections))
+                page.write_text(text, encoding="utf-8")
+                if not run.dry_run:
+                    append(page.with_name("results.csv"), run, section, found_versions)
+    run.say(f"{run.failures} failures; record in {page}")
+    return page

@@ -9,14 +9,17 @@ autograd graph, so each parameter gets its gradient once, and DDP and FSDP reduc
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
+from copy import deepcopy
 from typing import Any
 from unittest.mock import patch
+from weakref import ref
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils._pytree import tree_map, tree_map_only
-from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
+from torch.utils.checkpoint import checkpoint
+
+from cyclip_loss.options import integer
 
 
 def cached_backward(
@@ -27,6 +30,7 @@ def cached_backward(
     output_transform: Callable[[Any], Any] = lambda output: output,
     scaler: torch.amp.GradScaler | None = None,
     uneven: bool = False,
+    process_group: distributed.ProcessGroup | None = None,
     **loss_kwargs: Any,
 ) -> Any:
     """Backpropagate the loss of a large batch, with the activations of one mini-batch in memory.
@@ -35,9 +39,11 @@ def cached_backward(
 
         loss = cached_backward(model, loss_fn, images, tokens, mini_batch_size=256)
 
-    The model runs twice on each mini-batch, forward and then forward and backward, with the same
-    random numbers. The loss is computed once. Buffers change as in one run. Memory holds the
-    activations of one mini-batch, and the features of the whole batch with their gradients.
+    The model runs twice on each mini-batch, forward and then forward and backward. The second run
+    has the random numbers of the first run, and the buffers that it saw. Then the buffers are as
+    the first runs left them. The loss is computed once. With one mini-batch, the model runs once.
+    Memory holds the activations of one mini-batch, the features of the whole batch with their
+    gradients, and a copy of the buffers for each mini-batch.
 
     Args:
         model: a module that returns a tuple or a dict, as OpenCLIP's models do. Tensors of two or
@@ -56,6 +62,7 @@ def cached_backward(
             communicates in forward, as FSDP and SyncBatchNorm do. All ranks then use the largest
             number, and some mini-batches may have 0 rows. To agree on it takes an all-reduce of 8
             bytes, for which the host waits. DDP does not need it.
+        process_group: the ranks that agree with `uneven`. None: all ranks.
         **loss_kwargs: further keywords of the loss for the whole batch, such as `ids=`. They may
             require gradients, as a logit scale outside of the model does.
 
@@ -64,14 +71,17 @@ def cached_backward(
 
     Raises:
         ValueError: `inputs` have different numbers of rows, `mini_batch_size` is below 1, or the
-            model's output has no features.
-        TypeError: the loss is not a scalar.
+            model's output is no tuple or dict, or has no features.
+        TypeError: an input is no tensor, `mini_batch_size` no integer, or the loss no scalar.
 
     Batch normalisation in training mode uses the statistics of each mini-batch, so the gradients
     are not those of the whole batch. Its running statistics are updated once for each mini-batch.
 
-    A tower without trainable parameters runs once if it is a direct child of the model, neither is
-    compiled, and the tower returns one tensor (n, D) that does not require gradients.
+    The second run does not have the random numbers of the first run if they come from Python's or
+    NumPy's generators, from a `torch.Generator`, or from a device that no input is on. Nor does it
+    have what the first run saw in attributes that are not buffers, such as a counter. If such a
+    value changes the features, the gradients are wrong: draw with PyTorch's default generators, and
+    register tensors that change as buffers. A buffer must not require gradients.
 
     Call the function under autocast, if you use it: it then applies to the model and the loss, and
     not to backward. A compiled model is compiled for the shape of a mini-batch, and once more if N
@@ -80,6 +90,10 @@ def cached_backward(
     Across ranks, DDP, FSDP1 and FSDP2 reduce each gradient once, after the last backward. Average
     the gradients of parameters outside of the wrapper by hand. With DDP, ranks may have different
     numbers of mini-batches and, if the loss allows it, of rows; with FSDP, they need `uneven`.
+    "Expected to mark a variable ready only once" is DDP's error if some mini-batches skip a layer
+    (layer drop) and it has `find_unused_parameters=True`: set False, which is right if each rank
+    runs each layer in some mini-batch. It is also its error if the model itself calls
+    `checkpoint(use_reentrant=True)`: set `use_reentrant=False`.
 
     Example:
         >>> import torch
@@ -89,6 +103,7 @@ def cached_backward(
         ...     def __init__(self):
         ...         super().__init__()
         ...         self.image, self.text = torch.nn.Linear(5, 4), torch.nn.Linear(7, 4)
+        ...
         ...     def forward(self, images, texts):
         ...         return normalize(self.image(images)), normalize(self.text(texts)), 14.3
         >>> model, loss_fn = Towers(), CyCLIPLoss(reference_batch_size=128)
@@ -97,77 +112,78 @@ def cached_backward(
         >>> model.image.weight.grad.shape
         torch.Size([4, 5])
     """
+    for x in inputs:
+        if not isinstance(x, Tensor) or not x.ndim:
+            raise TypeError(f"inputs must be tensors with rows, got {x!r:.80}")
     rows = [len(x) for x in inputs]
     if len(set(rows)) != 1:
         raise ValueError(f"inputs must have the same number of rows, got {rows}")
-    if mini_batch_size < 1:
+    if integer("mini_batch_size", mini_batch_size) < 1:
         raise ValueError(f"mini_batch_size must be at least 1, got {mini_batch_size}")
-    count = len(torch.split(inputs[0], mini_batch_size))
+    count = len(torch.split(inputs[0], int(mini_batch_size)))
     if uneven:
         largest = torch.tensor(count, device=inputs[0].device)
-        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+        distributed.all_reduce(largest, distributed.ReduceOp.MAX, process_group)
         count = int(largest)
 
-    first, *others = zip(*(x.tensor_split(count) for x in inputs), strict=True)
-    run = partial(checkpoint, _run, model, output_transform, use_reentrant=False)
-    outputs = [run([], *first)]
-    # DDP's forward sends buffers and prepares to reduce the gradients. It runs once, and not again
-    # in backward.
-    with patch.object(
-        nn.parallel.DistributedDataParallel,
-        "forward",
-        lambda wrapper, *args, **kwargs: wrapper.module(*args, **kwargs),
-    ):
-        outputs += [run([], *mini_batch) for mini_batch in others]
-        # Features have two dimensions or more, and a logit scale has none or one.
-        joined = tree_map(
-            lambda *x: torch.cat(x) if getattr(x[0], "ndim", 0) > 1 else x[-1], *outputs
-        )
-        args, kwargs = ((), joined) if isinstance(joined, dict) else (joined, {})
-        if not any(getattr(x, "ndim", 0) > 1 for x in (*args, *kwargs.values())):
-            raise ValueError(f"model must return a tuple or a dict with features, got {joined!r}")
+    # The buffers before the first run of each mini-batch, and finally those to keep.
+    states: dict[Any, Any] = {}
+
+    def run(index: int, *mini_batch: Tensor) -> Any:
+        # If mini-batches shared weights in 16 bits, their gradients would be summed in 16 bits.
+        torch.clear_autocast_cache()
+        if index not in states:
+            states[index] = deepcopy(_buffers(model))
+        else:  # the second run
+            states.setdefault("final", _buffers(model))
+            _set_buffers(deepcopy(states[index]))
+        with ExitStack() as stack:
+            # DDP's forward sends buffers and prepares to reduce the gradients. It runs once in a
+            # step, in the first run of all, which sees the buffers that it has received.
+            for module in model.modules():
+                if isinstance(module, nn.parallel.DistributedDataParallel):
+                    stack.enter_context(
+                        module.module.register_forward_pre_hook(
+                            lambda inner, _: states[0].extend(deepcopy(_buffers(inner)))
+                        )
+                        if len(states) == 1
+                        else patch.object(module, "forward", module.module.__call__)
+                    )
+            return output_transform(model(*mini_batch))
+
+    if count == 1:
+        outputs = [output_transform(model(*inputs))]
+    else:
+        outputs = [
+            checkpoint(run, index, *part, use_reentrant=False)
+            for index, part in enumerate(zip(*(x.tensor_split(count) for x in inputs), strict=True))
+        ]
+    # Features have two dimensions or more, and a logit scale has none or one.
+    joined = tree_map(lambda *x: torch.cat(x) if getattr(x[0], "ndim", 0) > 1 else x[-1], *outputs)
+    args = joined if isinstance(joined, tuple | list) else ()
+    kwargs = joined if isinstance(joined, dict) else {}
+    if not any(getattr(x, "ndim", 0) > 1 for x in (*args, *kwargs.values())):
+        raise ValueError(f"model must return a tuple or a dict with features, got {joined!r}")
+    try:
         loss = loss_fn(*args, **kwargs, **loss_kwargs)
         total = sum(loss.values()) if isinstance(loss, dict) else loss
         if not isinstance(total, Tensor) or total.numel() != 1:
             raise TypeError(f"loss_fn must return a scalar or a dict of scalars, got {loss!r}")
-
-        buffers = [(x, x.clone()) for x in model.buffers()]
+        # The graph of an output that the loss ignores would keep activations of all mini-batches.
+        del outputs, joined, args, kwargs
         with torch.autocast(total.device.type, enabled=False):
             torch.autograd.backward(scaler.scale(total) if scaler else total)
-    for buffer, value in buffers:  # the second run has changed them again
-        buffer.copy_(value)
+    finally:
+        _set_buffers(states.get("final", []))
     return tree_map_only(Tensor, Tensor.detach, loss)
 
 
-def _run(
-    model: nn.Module, transform: Callable[..., Any], calls: list[Any], *mini_batch: Tensor
-) -> Any:
-    """The model's output for a mini-batch. The second run skips towers without gradient.
+def _buffers(model: nn.Module) -> list[Any]:
+    """Each buffer with its module and name. deepcopy does not follow the weak references."""
+    return [(ref(x), *item) for x in model.modules() for item in x._buffers.items()]
 
-    calls: what these towers returned, empty in the first run.
-    """
-    # If mini-batches shared weights cast to 16 bits, their gradients would be summed in 16 bits.
-    torch.clear_autocast_cache()
-    earlier_calls = iter(calls)  # it ends before what this run adds
 
-    def once(forward: Any, *args: Any, **kwargs: Any) -> Any:
-        if call := next(earlier_calls, None):
-            output, cpu_state, device_states = call
-            torch.set_rng_state(cpu_state)
-            set_device_states(*device_states, device_type=output.device.type)
-            return output
-        output = forward(*args, **kwargs)
-        # Not activations (n, L, D), which are large, nor what depends on a trainable parameter.
-        is_kept = getattr(output, "ndim", 0) == 2 and not output.requires_grad
-        states = torch.get_rng_state(), get_device_states(output)
-        calls.append((output, *states) if is_kept else None)
-        return output
-
-    unwrapped = getattr(model, "module", model)
-    with ExitStack() as stack:
-        for tower in unwrapped.children():
-            is_trained = any(p.requires_grad for p in tower.parameters())
-            # Compiled code would be compiled again for another forward (a tower: PyTorch 2.8).
-            if not (is_trained or tower._compiled_call_impl or unwrapped._compiled_call_impl):
-                stack.enter_context(patch.object(tower, "forward", partial(once, tower.forward)))
-        return transform(model(*mini_batch))
+def _set_buffers(buffers: list[Any]) -> None:
+    """Let the names refer to these tensors."""
+    for module, name, value in buffers:
+        module()._buffers[name] = value

@@ -1,7 +1,7 @@
 """`python -m cyclip_loss.tune`: the fastest tile sizes on this GPU, remembered for later runs.
 
 Candidates for each kernel with a matrix product are compiled, compared with PyTorch and timed, one
-after another. One that fails or is wrong is named and left out (docs/tuning.md).
+after another. One that fails or is wrong is named and left out.
 """
 
 import argparse

@@ -21,8 +21,8 @@ def main(argv: Sequence[str]) -> None:
     try:
         module = import_module(COMMANDS[argv[0]] if is_command else ".demo.demo", __package__)
     except ImportError as error:
-        extra = "pretrain" if argv[:1] == ["pretrain"] else "train"
-        raise UsageError(f"{error}: pip install -e '.[{extra}]'") from error
+        folder = "reference_train/pretrain" if argv[:1] == ["pretrain"] else "reference_train"
+        raise UsageError(f"{error}: pip install -r {folder}/requirements.txt") from error
     module.main(argv[1:] if is_command else argv)
 
 

@@ -1,9 +1,8 @@
 #!/bin/sh
 # Compares losses with and without two views of each pair, at the same number of steps and in the
-# same time, with the demonstration, its long preset, and 250,000 icons. On two quiet CPU cores each
-# of the 36 short runs takes 3 to 6 minutes, each of the 9 long runs half an hour, and each of the 30
-# runs on icons 25 to 50 minutes of one core (two at once fit into two cores, with
-# OMP_NUM_THREADS=1). The same command again resumes where it stopped.
+# same time, with the demonstration, its long preset, and 250,000 icons: 36 short runs, 9 long runs
+# and 30 runs on icons, a day or more on two CPU cores; the records in results/views have the seconds
+# of each. The same command again resumes where it stopped.
 # Run from the repository: sh reference_train/views.sh
 set -eu
 export CUDA_VISIBLE_DEVICES= # on a GPU the presets train larger models or in another precision

@@ -39,7 +39,7 @@ NEEDS = {
     "test_cuda.py": ("triton",),
     "benchmarks/test_gate.py": ("triton",),
     "benchmarks/test_gpu.py": ("triton",),
-    "benchmarks/test_side_by_side.py": ("matplotlib", "open_clip", "pandas"),
+    "benchmarks/test_side_by_side.py": ("matplotlib", "open_clip"),
     "reference_train": ("open_clip", "webdataset", "pandas"),
     "reference_train/test_icons.py": ("resvg_py",),
 }

@@ -10,8 +10,11 @@ import torch
 from accuracy import check_loss, results
 from conftest import setting
 from inputs import Case
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from torch.nn.utils import parameters_to_vector
 
-from cyclip_loss import CyCLIPLoss
+from cyclip_loss import CyCLIPLoss, cached_backward
 
 pytestmark = pytest.mark.gpu
 
@@ -162,3 +165,42 @@ def test_no_n_by_n_matrix_is_allocated(impl: str, device) -> None:
     before = torch.cuda.memory_allocated(device)
     results(make_loss(case, impl), *inputs)
     assert torch.cuda.max_memory_allocated(device) - before <= case.n**2 / 2
+
+
+class WithDropout(nn.Module):
+    """Both towers are one. Its activations are 16 times as large as its inputs, or more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower = nn.Sequential(
+            nn.Linear(128, 2048), nn.Dropout(), nn.GELU(), nn.Linear(2048, 64)
+        )
+
+    def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, float]:
+        image_features, text_features = self.tower(images), self.tower(texts)
+        return normalize(image_features, dim=1), normalize(text_features, dim=1), 10.0
+
+
+def test_cached_backward_repeats_random_numbers_and_saves_memory(impl: str, device) -> None:
+    model, loss_fn = WithDropout().to(device), CyCLIPLoss(impl=impl)
+    inputs = [torch.randn(4096, 128, device=device) for _ in range(2)]
+    found = []
+    for cached in (True, False, True):  # libraries allocate some memory in the first step
+        model.zero_grad()
+        torch.manual_seed(1)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        if cached:
+            loss = cached_backward(model, loss_fn, *inputs, mini_batch_size=256)
+        else:
+            parts = zip(*(x.split(256) for x in inputs), strict=True)
+            image_features, text_features, _ = zip(*(model(*part) for part in parts), strict=True)
+            loss = loss_fn(torch.cat(image_features), torch.cat(text_features), 10.0)
+            loss.backward()
+        memory = torch.cuda.max_memory_allocated(device) - before
+        grads = parameters_to_vector([parameter.grad for parameter in model.parameters()])
+        found.append((memory, loss.detach(), grads, torch.rand(1, device=device)))
+    _, (whole_memory, *expected), (memory, *actual) = found
+    largest = float(expected[1].abs().max())
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 * largest)
+    assert memory < whole_memory / 4

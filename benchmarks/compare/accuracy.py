@@ -10,8 +10,15 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from benchmarks.compare.competitors import IN_ERRORS, Competitor, Loss
-from benchmarks.compare.plan import DISTANCES, LOGIT_SCALE, Plan
+from benchmarks.compare.competitors import (
+    CYCLIP,
+    DEFINITIONS,
+    OTHER,
+    PENALTIES,
+    Competitor,
+    Loss,
+)
+from benchmarks.compare.plan import DISTANCES, DTYPES, LOGIT_SCALE, Plan
 from benchmarks.run import Run
 
 # Rounding in bfloat16 causes much smaller errors. A missing term or factor causes larger ones.
@@ -40,39 +47,40 @@ def relative_errors(actual: dict[str, Tensor], exact: dict[str, Tensor]) -> dict
     }
 
 
-def exact_value_and_grads(competitor: Competitor, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The value and gradients of the competitor's definition in float64."""
-    return value_and_grads(competitor.definition, [tensor.double() for tensor in inputs])
+def exact_value_and_grads(computes: str, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The value and gradients of a definition in float64."""
+    return value_and_grads(DEFINITIONS[computes], [tensor.double() for tensor in inputs])
 
 
-def assert_same_values(competitor: Competitor, inputs: Sequence[Tensor]) -> None:
-    """Raise an error if a competitor's value or gradient differs from its definition's.
+def identify(competitor: Competitor, loss: Loss, inputs: Sequence[Tensor]) -> str:
+    """What the loss computes: a name in `DEFINITIONS`, or OTHER for a loss of the user's.
 
-    The gradient of the logit scale is not compared. With random pairs it is too small for a
-    relative comparison.
+    Raises an error if a competitor's value or gradient differs from its definition's. The gradient
+    of the logit scale is not compared. With random pairs it is too small for a relative comparison.
     """
-    actual = value_and_grads(competitor.loss, inputs)
-    errors = relative_errors(actual, exact_value_and_grads(competitor, inputs))
-    for name in ("value", "gradient"):
-        if not errors[name] <= MAX_RELATIVE_ERROR:  # also true for NaN
-            percent = f"{100 * errors[name]:.3g} %"
-            raise AssertionError(f"the {name} differs from {competitor.computes}'s by {percent}")
+    actual = value_and_grads(loss, inputs)
+    for computes in [competitor.computes] if competitor.computes else DEFINITIONS:
+        errors = relative_errors(actual, exact_value_and_grads(computes, inputs))
+        # Also true for NaN.
+        wrong = [x for x in ("value", "gradient") if not errors[x] <= MAX_RELATIVE_ERROR]
+        if not wrong:
+            return computes
+        if competitor.computes:
+            percent = f"{100 * errors[wrong[0]]:.3g} %"
+            raise AssertionError(f"the {wrong[0]} differs from {computes}'s by {percent}")
+    return OTHER
 
 
 def add_errors(run: Run, losses: list[Competitor], plan: Plan) -> None:
-    """Add a row of errors for each competitor of `IN_ERRORS`, each dtype and each distance."""
+    """Add a row of errors for each dtype, distance, and loss of CyCLIP or the penalties."""
     n, d = plan.error_size
-    compared = {name for names in IN_ERRORS.values() for name in names}
-    losses = [competitor for competitor in losses if competitor.name in compared]
     scale = torch.tensor(LOGIT_SCALE, device=run.device)
-    for dtype, distance in product(dict.fromkeys((torch.float32, plan.dtype)), DISTANCES):
-        inputs = (*run.pairs(n, d, dtype, distance), scale)
-        exact: dict[str, dict[str, Tensor]] = {}
-        case = {"N": n, "D": d, "dtype": str(dtype).removeprefix("torch.")}
+    for dtype, distance in product(dict.fromkeys(("float32", *plan.dtypes)), DISTANCES):
+        inputs = (*run.pairs(n, d, DTYPES[dtype], distance), scale)
+        case = {"N": n, "D": d, "dtype": dtype}
         case["|T - I|"] = "random" if distance is None else distance
-        for competitor in losses:
-            computes = competitor.computes
-            if computes not in exact:
-                exact[computes] = exact_value_and_grads(competitor, inputs)
-            with run.attempt(**case, loss=competitor.name, computes=computes) as row:
-                row |= relative_errors(value_and_grads(competitor.loss, inputs), exact[computes])
+        for computes in (CYCLIP, PENALTIES):
+            exact = exact_value_and_grads(computes, inputs)
+            for loss in (loss for loss in losses if loss.computes == computes):
+                with run.attempt(**case, loss=loss.name, computes=computes) as row:
+                    row |= relative_errors(value_and_grads(loss.under(dtype), inputs), exact)

@@ -2,14 +2,13 @@
 
     loss(image_features (N, D), text_features (N, D), logit_scale scalar) -> scalar
 
-The rows of the features have unit length. A new one needs a line in `COMPETITORS`, and its name in
-`TABLES`. If it is a library's, `PACKAGES` in `benchmarks/run.py` names the library, for the record.
+The rows of the features have unit length. A new one needs a line in `COMPETITORS`. If it is a
+library's, `PACKAGES` in `benchmarks/run.py` names the library, for the record.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from importlib import import_module
 from typing import Any
 
@@ -24,62 +23,11 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 SIGLIP_BIAS = -10.0  # SigLIP's own initial value
 
 OURS = "CyCLIPLoss"
-EAGER = "CyCLIPLoss, eager"
 OUR_COMPILED = "CyCLIPLoss, torch.compile"
 AUTHORS = "authors' formula"
 COMPILED = "authors' formula, torch.compile"
 OUR_CLIP = "CyCLIPLoss(0, 0)"
 OPEN_CLIP = "open_clip.ClipLoss, no penalties"
-MEMEFF = "memeff, no penalties, fixed scale"
-INF_CL = "inf-cl, no penalties"
-OUR_SIGLIP = "CySigLIPLoss"
-OUR_SIGLIP_WITH_PENALTIES = "CySigLIPLoss, penalties"
-OPEN_CLIP_SIGLIP = "open_clip.SigLipLoss"
-SIGLIP_KERNEL = "siglip-kernel"
-PENALTIES_ONLY = "CyclicPenalty"
-PENALTIES_COMPILED = "CyclicPenalty, torch.compile"
-DENSE_PENALTIES = "dense penalties"
-DENSE_PENALTIES_COMPILED = "dense penalties, torch.compile"
-OUR_ONE_WAY = "contrastive_logsumexp, one-way InfoNCE"
-DENSE_ONE_WAY = "dense one-way InfoNCE"
-
-# In the main tables.
-MAIN = (OURS, OUR_COMPILED, AUTHORS, COMPILED, OPEN_CLIP)
-
-# Extra inputs of a loss. They are made from the text features.
-SAME_IDS, POSITIVES, EXTRA_TEXTS = "ids, each twice", "positives", "N extra texts"
-
-
-def _ids(text: Tensor) -> dict[str, Any]:
-    return {"ids": torch.arange(len(text), device=text.device) // 2}
-
-
-EXTRA_INPUTS: dict[str, Callable[[Tensor], dict[str, Any]]] = {
-    "": lambda text: {},
-    SAME_IDS: _ids,
-    POSITIVES: _ids,
-    EXTRA_TEXTS: lambda text: {"negative_text_features": -text},
-}
-# The tables of a summary: the end of each title, and its losses. Ratios are relative to the first.
-TABLES = {
-    "": MAIN,
-    ", CLIP's loss": (OUR_CLIP, OPEN_CLIP, MEMEFF, INF_CL),
-    ", SigLIP's loss": (OUR_SIGLIP, OUR_SIGLIP_WITH_PENALTIES, OPEN_CLIP_SIGLIP, SIGLIP_KERNEL),
-    ", the penalties alone": (
-        PENALTIES_ONLY,
-        PENALTIES_COMPILED,
-        DENSE_PENALTIES,
-        DENSE_PENALTIES_COMPILED,
-    ),
-    ", one-way InfoNCE": (OUR_ONE_WAY, DENSE_ONE_WAY, OUR_CLIP),
-    ", with extra inputs": (OURS, *(f"{OURS}, {extra}" for extra in EXTRA_INPUTS if extra)),
-}
-
-# Losses whose errors are compared, because they compute the same function.
-IN_ERRORS = {
-    "": (OURS, AUTHORS, COMPILED),
-    " of the penalties alone": (PENALTIES_ONLY, DENSE_PENALTIES),
-}
 
 
 def _cyclip(image: Tensor, text: Tensor, scale: Tensor, **extra: Any) -> Tensor:
@@ -107,16 +55,34 @@ def our_one_way(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     return softplus(row_negatives - pair_logits).mean()
 
 
+def with_ids(loss: Callable[..., Tensor], **options: Any) -> Loss:
+    """A loss whose call is told that each two consecutive pairs have the same id."""
+    return lambda image, text, scale: loss(
+        image, text, scale, ids=torch.arange(len(text), device=text.device) // 2, **options
+    )
+
+
+def with_extra_texts(loss: Callable[..., Tensor]) -> Loss:
+    """A loss with N more texts, which belong to no image."""
+    return lambda image, text, scale: loss(image, text, scale, negative_text_features=-text)
+
+
 # What a competitor computes.
 CYCLIP, CLIP, ONE_WAY = "CyCLIP", "CLIP", "one-way InfoNCE"
 PENALTIES, SIGLIP, SIGLIP_WITH_PENALTIES = "penalties", "SigLIP", "SigLIP with penalties"
-DEFINITIONS: dict[str, Callable[..., Tensor]] = {
+SAME_IDS, POSITIVES = "CyCLIP, ids, each twice", "CyCLIP, positives"
+EXTRA_TEXTS = "CyCLIP, N extra texts"
+OTHER = "another loss"
+DEFINITIONS: dict[str, Loss] = {
     CYCLIP: _cyclip,
     CLIP: reference.contrastive_loss,
     ONE_WAY: dense_one_way,
     PENALTIES: dense_penalties,
     SIGLIP: _siglip,
     SIGLIP_WITH_PENALTIES: lambda *inputs: _siglip(*inputs) + dense_penalties(*inputs),
+    SAME_IDS: with_ids(_cyclip),
+    POSITIVES: with_ids(_cyclip, same_ids="positives"),
+    EXTRA_TEXTS: with_extra_texts(_cyclip),
 }
 
 
@@ -125,23 +91,33 @@ class Competitor:
     """A way to compute a loss."""
 
     name: str
-    make: Callable[[], Callable[..., Any]]  # returns the loss
-    computes: str = CYCLIP  # a key of `DEFINITIONS`
-    extra: str = ""  # a key of `EXTRA_INPUTS`
+    make: Callable[[], Loss]  # it raises ModuleNotFoundError without the loss's library
+    computes: str = CYCLIP  # a key of `DEFINITIONS`; empty if nobody knows
     cuda_only: bool = False
     up_to: float = 16384  # the largest N for which it is measured
 
-    @cached_property
-    def loss(self) -> Loss:
-        """The loss with its extra inputs. It raises ModuleNotFoundError without its library."""
-        loss, extra_inputs = self.make(), EXTRA_INPUTS[self.extra]
-        return lambda image, text, scale: loss(image, text, scale, **extra_inputs(text))
+    def under(self, dtype: str) -> Loss:
+        """The loss for features of this dtype, a key of `DTYPES`."""
+        loss = self.make()
+        if dtype != "autocast":
+            return loss
 
-    def definition(self, image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-        """The loss as its definition computes it."""
-        options = {"same_ids": "positives"} if self.extra == POSITIVES else {}
-        extra_inputs = EXTRA_INPUTS[self.extra](text)
-        return DEFINITIONS[self.computes](image, text, scale, **extra_inputs, **options)
+        def under_autocast(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+            with torch.autocast(image.device.type, torch.bfloat16):
+                return loss(image, text, scale)
+
+        return under_autocast
+
+
+def users_loss(path: str) -> Competitor:
+    """The user's loss, MODULE:NAME: a module whose constructor needs no argument, or a function."""
+    module, _, name = path.partition(":")
+    try:
+        found = getattr(import_module(module), name)
+    except (AttributeError, ImportError, ValueError) as error:
+        raise SystemExit(f"--loss {path}: not MODULE:NAME that can be imported: {error}") from error
+    make = found if isinstance(found, type) else lambda: found
+    return Competitor(path, make, computes="", up_to=ANY_SIZE)
 
 
 def authors_formula(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
@@ -169,9 +145,9 @@ def with_bias(loss: Callable[..., Any]) -> Loss:
     return lambda image, text, scale: loss(image, text, scale, SIGLIP_BIAS)
 
 
-def open_clip_loss(name: str) -> Any:
+def open_clip_loss(name: str, **options: Any) -> Any:
     """OpenCLIP's loss of this name."""
-    return getattr(import_module("open_clip.loss"), name)()
+    return getattr(import_module("open_clip.loss"), name)(**options)
 
 
 def memeff_loss() -> Loss:
@@ -221,36 +197,49 @@ def compiled(function: Any) -> Any:
 ANY_SIZE = math.inf
 COMPETITORS = (
     Competitor(OURS, CyCLIPLoss, up_to=ANY_SIZE),
-    Competitor(EAGER, lambda: CyCLIPLoss(impl="eager"), cuda_only=True, up_to=ANY_SIZE),
+    Competitor(
+        "CyCLIPLoss, eager", lambda: CyCLIPLoss(impl="eager"), cuda_only=True, up_to=ANY_SIZE
+    ),
     Competitor(OUR_COMPILED, lambda: compiled(CyCLIPLoss())),
     Competitor(AUTHORS, lambda: authors_formula, up_to=ANY_SIZE),
     Competitor(COMPILED, lambda: compiled(authors_formula), up_to=ANY_SIZE),
     Competitor(OUR_CLIP, lambda: CyCLIPLoss(0, 0), CLIP, up_to=ANY_SIZE),
     Competitor(OPEN_CLIP, lambda: open_clip_loss("ClipLoss"), CLIP, up_to=ANY_SIZE),
-    Competitor(MEMEFF, memeff_loss, CLIP, cuda_only=True, up_to=ANY_SIZE),
-    Competitor(INF_CL, inf_cl_loss, CLIP, cuda_only=True, up_to=ANY_SIZE),
-    Competitor(OUR_SIGLIP, lambda: with_bias(CySigLIPLoss()), SIGLIP, up_to=ANY_SIZE),
     Competitor(
-        OUR_SIGLIP_WITH_PENALTIES,
+        "memeff, no penalties, fixed scale", memeff_loss, CLIP, cuda_only=True, up_to=ANY_SIZE
+    ),
+    Competitor("inf-cl, no penalties", inf_cl_loss, CLIP, cuda_only=True, up_to=ANY_SIZE),
+    Competitor("CySigLIPLoss", lambda: with_bias(CySigLIPLoss()), SIGLIP, up_to=ANY_SIZE),
+    Competitor(
+        "CySigLIPLoss, penalties",
         lambda: with_bias(CySigLIPLoss(0.25, 0.25)),
         SIGLIP_WITH_PENALTIES,
     ),
     Competitor(
-        OPEN_CLIP_SIGLIP, lambda: with_bias(open_clip_loss("SigLipLoss")), SIGLIP, up_to=ANY_SIZE
+        "open_clip.SigLipLoss",
+        lambda: with_bias(open_clip_loss("SigLipLoss")),
+        SIGLIP,
+        up_to=ANY_SIZE,
     ),
-    Competitor(SIGLIP_KERNEL, siglip_kernel_loss, SIGLIP, cuda_only=True, up_to=ANY_SIZE),
-    Competitor(PENALTIES_ONLY, lambda: without_scale(CyclicPenalty()), PENALTIES),
-    Competitor(PENALTIES_COMPILED, lambda: without_scale(compiled(CyclicPenalty())), PENALTIES),
-    Competitor(DENSE_PENALTIES, lambda: dense_penalties, PENALTIES),
-    Competitor(DENSE_PENALTIES_COMPILED, lambda: compiled(dense_penalties), PENALTIES),
-    Competitor(OUR_ONE_WAY, lambda: our_one_way, ONE_WAY),
-    Competitor(DENSE_ONE_WAY, lambda: dense_one_way, ONE_WAY),
-    Competitor(f"{OURS}, {SAME_IDS}", CyCLIPLoss, extra=SAME_IDS),
-    Competitor(f"{OURS}, {POSITIVES}", lambda: CyCLIPLoss(same_ids="positives"), extra=POSITIVES),
-    Competitor(f"{OURS}, {EXTRA_TEXTS}", CyCLIPLoss, extra=EXTRA_TEXTS),
+    Competitor("siglip-kernel", siglip_kernel_loss, SIGLIP, cuda_only=True, up_to=ANY_SIZE),
+    Competitor("CyclicPenalty", lambda: without_scale(CyclicPenalty()), PENALTIES),
+    Competitor("dense penalties", lambda: dense_penalties, PENALTIES),
+    Competitor("contrastive_logsumexp, one-way InfoNCE", lambda: our_one_way, ONE_WAY),
+    Competitor("dense one-way InfoNCE", lambda: dense_one_way, ONE_WAY),
+    Competitor("CyCLIPLoss, ids, each twice", lambda: with_ids(CyCLIPLoss()), SAME_IDS),
+    Competitor(
+        "CyCLIPLoss, positives", lambda: with_ids(CyCLIPLoss(same_ids="positives")), POSITIVES
+    ),
+    Competitor("CyCLIPLoss, N extra texts", lambda: with_extra_texts(CyCLIPLoss()), EXTRA_TEXTS),
 )
+NAMES = {competitor.name for competitor in COMPETITORS}
+# What a loss of the user's is compared with.
+BESIDE_YOURS = (OURS, OUR_CLIP, OPEN_CLIP, AUTHORS, "CySigLIPLoss", "open_clip.SigLipLoss")
 
 
-def competitors(device: torch.device) -> list[Competitor]:
-    """All competitors that the device can run."""
-    return [c for c in COMPETITORS if device.type == "cuda" or not c.cuda_only]
+def competitors(users: Sequence[str] = ()) -> list[Competitor]:
+    """All competitors that run on this machine; or the user's losses and a few beside them."""
+    if users:
+        beside = [c for c in COMPETITORS if c.name in BESIDE_YOURS]
+        return [*map(users_loss, users), *beside]
+    return [c for c in COMPETITORS if torch.cuda.is_available() or not c.cuda_only]

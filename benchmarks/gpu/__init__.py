@@ -1,1 +1,1 @@
-"""`python -m benchmarks gpu`: tests, times and tile sizes on a GPU."""
+"""`python -m benchmarks gpu`: tests and times on a GPU."""

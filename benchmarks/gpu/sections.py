@@ -1,4 +1,4 @@
-"""`python -m benchmarks gpu`: tests, times and tile sizes on this machine's GPU, in one record.
+"""`python -m benchmarks gpu`: tests and times on this machine's GPU, in one record.
 
 Sections are independent. If a section fails, the record says so, the other sections still run, and
 the exit code is 1. The record also says what a section had no time for. `--dry-run` runs the
@@ -12,9 +12,10 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.compare.competitors import competitors
-from benchmarks.compare.cost import add_costs, make_leaves, make_step
+from benchmarks.compare.competitors import COMPETITORS, competitors
+from benchmarks.compare.cost import add_costs, checked_step, make_leaves
 from benchmarks.compare.plan import CUDA
 from benchmarks.gpu.suite import (
     CUDA_TESTS,
@@ -24,63 +25,45 @@ from benchmarks.gpu.suite import (
     SLOW_TESTS,
     run_tests,
 )
-from benchmarks.measure import profiled
 from benchmarks.run import Run, run_sections
-from cyclip_loss import CyCLIPLoss
-from cyclip_loss.tune import tune
 
 KERNEL_SIZES = ((512, 512), (4096, 512), (65536, 768))
 KERNELS_SHOWN = 12
-DRY_RUN = replace(
-    CUDA, sizes=((96, 32),), matrix=256, matrix_seconds=0.01, seconds=0.1, min_rounds=2
-)
+SECONDS_ALONE = 540.0  # of each section, if the user chooses sections
+DRY_RUN = replace(CUDA, sizes=((96, 32),), seconds=0.03, min_rounds=2)
 
 
 def kernels(run: Run) -> None:
-    """List the kernels that one step of the loss launches, and the time of each kernel."""
+    """Show which kernels one step of the loss launches, and how long each takes."""
+    kind = "cpu" if run.dry_run else "cuda"
     for n, d in DRY_RUN.sizes if run.dry_run else KERNEL_SIZES:
-        step = make_step(CyCLIPLoss(), make_leaves(run, n, d, torch.bfloat16))
+        leaves = make_leaves(run, n, d, "bfloat16")
+        step, _ = checked_step(COMPETITORS[0], run, leaves, "bfloat16")
         for _ in range(3):
             step()
-        spent = profiled(step, run.device)
-        if not spent:
-            run.fail("the profiler has no access to the GPU")
-            return
-        launches, microseconds = map(sum, zip(*spent.values(), strict=True))
-        run.add_row(N=n, D=d, kernel="all", launches=launches, ms=microseconds / 1e3)
-        longest = sorted(spent.items(), key=lambda item: -item[1][1])[:KERNELS_SHOWN]
-        for name, (count, time) in longest:
-            run.add_row(N=n, D=d, kernel=name[:60], launches=count, ms=time / 1e3)
+        with profile(activities=[getattr(ProfilerActivity, kind.upper())]) as profiler:
+            step()
+        spent = profiler.key_averages().table(
+            sort_by=f"self_{kind}_time_total", row_limit=KERNELS_SHOWN
+        )
+        run.note(f"N = {n:,}, D = {d:,}\n{spent}")
 
 
 def compare_with_competitors(run: Run) -> None:
     """Measure the costs that `compare` measures, until the time is over."""
     # To compile takes too long for a dry run.
-    losses = competitors(run.device)
-    if run.dry_run:
-        losses = [competitor for competitor in losses if "torch.compile" not in competitor.name]
+    losses = [c for c in competitors() if not run.dry_run or "torch.compile" not in c.name]
     add_costs(run, losses, DRY_RUN if run.dry_run else CUDA)
 
 
-def sweep(run: Run) -> None:
-    """Run `cyclip_loss.tune` in bfloat16. The rows have the tiles for kernels/configs.py."""
-    n, d = (96, 128) if run.dry_run else (16384, 768)
-    for key, shipped_ms, best_ms, tile in tune(run.device, [torch.bfloat16], n, d, run.remaining()):
-        times = {"shipped ms": shipped_ms, "best ms": best_ms}
-        run.add_row(N=n, D=d, kernel=key, **times, tile=str(tile))
-
-
-# Each section with its seconds if all sections run with the default budget: the tests first. The
-# last section may use all the time that is left. So may each section if the user chooses sections.
-TOTAL = 540.0
+# Each section with its seconds, if all sections run: the tests first.
 SECTIONS: dict[str, tuple[Callable[[Run], None], float]] = {
     "cuda": (partial(run_tests, CUDA_TESTS, 1), 100),
     "tests": (partial(run_tests, KERNEL_TESTS, PROCESSES), 75),
     "ranks": (partial(run_tests, RANK_TESTS, 1), 50),
     "slow": (partial(run_tests, SLOW_TESTS, PROCESSES), 60),
     "kernels": (kernels, 12),
-    "competitors": (compare_with_competitors, 130),
-    "sweep": (sweep, TOTAL),
+    "competitors": (compare_with_competitors, 240),
 }
 
 
@@ -98,13 +81,9 @@ def main(options: argparse.Namespace) -> int:
 
     def measure_in_time(name: str, run: Run) -> None:
         measure, seconds = SECTIONS[name]
-        share = options.budget if options.sections else seconds * options.budget / TOTAL
-        run.deadline = min(options.budget, run.elapsed() + share)
-        if run.remaining() > 0:
-            measure(run)
-        else:
-            run.note("the budget is spent")
+        run.deadline = run.elapsed() + (SECONDS_ALONE if options.sections else seconds)
+        measure(run)
 
     run = Run(torch.device("cpu" if options.dry_run else "cuda"), options.dry_run)
     run_sections(run, options, {name: partial(measure_in_time, name) for name in chosen})
-    return 1 if run.failures() else 0
+    return 1 if run.failures else 0

@@ -9,18 +9,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
-from xml.etree import ElementTree
 
 from benchmarks import ROOT
 from benchmarks.run import Run
 
 CUDA_TESTS = ("tests/test_cuda.py", "-m", "not slow")
 SHARED_GPU = "tests/ranks/test_ranks.py::test_two_ranks_that_share_a_gpu_are_accurate"
-KERNEL_TESTS = ("tests/kernels", "tests/loss", SHARED_GPU, "-m", "not slow")
+CACHED_BACKWARD = "tests/trainers/test_cached_backward.py"
+KERNEL_TESTS = ("tests/kernels", "tests/loss", SHARED_GPU, CACHED_BACKWARD, "-m", "not slow")
 SLOW_TESTS = ("tests/test_cuda.py", "-m", "slow")
 RANK_TESTS = ("tests/ranks", "-m", "nccl")
 # A dry run only shows that tests can be started and their results read.
@@ -28,53 +26,29 @@ DRY_RUN_TESTS = ("tests/loss/test_loss.py", "-k", "eager")
 CORES = len(os.sched_getaffinity(0))
 # Several processes share the GPU, because the oracle takes most of the time, in float64 on the CPU.
 PROCESSES = max(1, min(8, CORES // 2))
+NO_TESTS = 5  # pytest's exit code
 GRACE_SECONDS = 30.0  # for pytest to report when it is interrupted
 
 
 def run_tests(tests: Sequence[str], processes: int, run: Run) -> None:
     """Run tests with tensors on the device, until the section's time is over.
 
-    The row counts the tests by outcome, and notes say why tests were skipped. Each test that fails
-    is a failure of the section.
+    Notes have pytest's last line and why tests were skipped. A failure has pytest's output.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder, "junit.xml")
-        code = run_pytest(DRY_RUN_TESTS if run.dry_run else tests, processes, run, report)
-        if code is None:
-            run.note("interrupted: the time was over")
-        # pytest's exit codes: 0 means that all tests passed, 1 that some failed, 5 that there were
-        # no tests.
-        elif code not in (0, 1, 5):
-            run.fail(f"pytest ended with {code}")
-        suites = [*ElementTree.parse(report).iter("testsuite")] if report.exists() else []
-    for suite in suites:
-        counts = {name: int(suite.get(name, 0)) for name in ("failures", "errors", "skipped")}
-        passed = int(suite.get("tests", 0)) - sum(counts.values())
-        run.add_row(passed=passed, **counts)
-    skipped: Counter[str] = Counter()  # by reason
-    for case in (case for suite in suites for case in suite.iter("testcase")):
-        for result in case:
-            if result.tag == "skipped":
-                skipped[result.get("message", "")] += 1
-            elif result.tag in ("failure", "error"):
-                name = f"{case.get('classname')}.{case.get('name')}"
-                run.fail(f"{name}: {result.tag}\n{result.text}")
-    for reason, count in skipped.items():
-        run.note(f"{count} skipped: {reason}")
-
-
-def run_pytest(tests: Sequence[str], processes: int, run: Run, report: Path) -> int | None:
-    """Run pytest, which prints its progress. Returns its exit code, or None at the deadline."""
     # After an illegal memory access all later tests of a process fail. Stop after 20 failures.
-    options = ["-q", "--tb=short", "--maxfail=20", "--continue-on-collection-errors"]
-    options += [f"--junitxml={report}", "-n", str(processes), "--dist=worksteal"]
-    options += ["--device", run.device.type]
+    options = ["-q", "-rs", "--tb=short", "--maxfail=20", "--continue-on-collection-errors"]
+    options += ["-n", str(processes), "--dist=worksteal", "--device", run.device.type]
+    command = [sys.executable, "-m", "pytest", *options]
+    command += DRY_RUN_TESTS if run.dry_run else tests
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, CORES // processes))}
-    seconds = None if run.deadline == math.inf else max(1.0, run.remaining())
-    command = [sys.executable, "-m", "pytest", *options, *tests]
-    with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
+    with (
+        tempfile.TemporaryFile("w+") as output,
+        subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
+        ) as process,
+    ):
         try:
-            return process.wait(seconds)
+            code = process.wait(None if math.isinf(run.deadline) else max(1.0, run.remaining()))
         except (subprocess.TimeoutExpired, KeyboardInterrupt) as stop:
             process.send_signal(signal.SIGINT)
             with suppress(subprocess.TimeoutExpired):
@@ -82,4 +56,12 @@ def run_pytest(tests: Sequence[str], processes: int, run: Run, report: Path) -> 
             process.kill()  # does nothing if it has ended
             if isinstance(stop, KeyboardInterrupt):
                 raise
-            return None
+            run.note("interrupted: the time was over")
+            code = 0
+        output.seek(0)
+        text = output.read()
+    *lines, last = text.splitlines() or [""]
+    if code not in (0, NO_TESTS):
+        run.fail(f"pytest ended with {code}: {last}\n{text}")
+    for line in (*(x for x in lines if x.startswith("SKIPPED")), last):
+        run.note(line)

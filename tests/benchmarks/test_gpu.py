@@ -1,6 +1,6 @@
 """The parts of `python -m benchmarks gpu` that run on a CPU: tests, timings and the record."""
 
-import json
+import re
 import signal
 from pathlib import Path
 
@@ -9,11 +9,9 @@ import torch
 from processes import ROOT, run_python
 
 import benchmarks.__main__ as command
-from benchmarks import run as runs
 from benchmarks.__main__ import main
 from benchmarks.gpu import sections, suite
-from benchmarks.run import Run
-from cyclip_loss.kernels.configs import ARCHITECTURES
+from benchmarks.run import Run, Section
 
 CPU = torch.device("cpu")
 TESTS = """
@@ -28,8 +26,11 @@ def test_slow(): time.sleep(1000)
 CONFTEST = "def pytest_addoption(parser): parser.addoption('--device')"
 
 
-def run_tests(project: Path, *options: str, processes: int, deadline: float) -> runs.Section:
-    """The section of the tests in a folder. pytest loads no plugin but xdist, to start fast."""
+def run_tests(project: Path, *options: str, processes: int, deadline: float) -> tuple[Section, int]:
+    """The section of the tests in a folder, and how often it failed.
+
+    pytest loads no plugin but xdist, to start fast.
+    """
     (project / "test_few.py").write_text(TESTS)
     (project / "conftest.py").write_text(CONFTEST)
     run = Run(CPU, dry_run=True)
@@ -39,7 +40,7 @@ def run_tests(project: Path, *options: str, processes: int, deadline: float) -> 
         patch.setenv("PYTEST_ADDOPTS", "-p xdist")
         patch.setattr(suite, "DRY_RUN_TESTS", (str(project), *options))
         suite.run_tests(suite.CUDA_TESTS, processes, run)
-    return section
+    return section, run.failures
 
 
 def test_every_test_that_the_suite_selects_exists() -> None:
@@ -49,26 +50,30 @@ def test_every_test_that_the_suite_selects_exists() -> None:
         assert place.is_dir() or f"def {name}" in place.read_text()
 
 
-def test_record_counts_outcomes_and_has_the_text_of_failures(tmp_path: Path) -> None:
+def test_notes_count_outcomes_and_a_failure_has_the_output(tmp_path: Path) -> None:
     """Two processes run the tests. One of the two files cannot be imported."""
     (tmp_path / "test_missing.py").write_text("import no_such_package")
-    section = run_tests(tmp_path, "-m", "not slow", processes=2, deadline=1000)
-    assert section.rows == [{"passed": 2, "failures": 1, "errors": 1, "skipped": 1}]
-    failures = "\n".join(section.failures)
-    for text in ("test_few.test_wrong: failure", "one is two", "No module named 'no_such_package'"):
-        assert text in failures
-    assert len(section.failures) == 2
-    assert section.notes == ["1 skipped: not today"]
+    section, failures = run_tests(tmp_path, "-m", "not slow", processes=2, deadline=1000)
+    assert failures == 1
+    failed, skipped, last = section.notes
+    for text in ("FAILED pytest ended with 1", "one is two", "No module named 'no_such_package'"):
+        assert text in failed
+    assert skipped.startswith("SKIPPED [1]")
+    assert skipped.endswith("not today")
+    assert last.startswith("1 failed, 2 passed, 1 skipped, ")
+    assert "1 error in " in last
 
 
 def test_tests_are_interrupted_at_the_deadline_with_a_note(tmp_path: Path) -> None:
     for deadline in (3, 30, 300):  # on a busy machine pytest starts slowly
-        section = run_tests(tmp_path, "-k", "right or slow", processes=1, deadline=deadline)
-        if section.rows:
+        section, failures = run_tests(
+            tmp_path, "-k", "right or slow", processes=1, deadline=deadline
+        )
+        if "1 passed" in section.notes[-1]:
             break
-    assert section.rows == [{"passed": 1, "failures": 0, "errors": 0, "skipped": 0}]
-    assert section.notes == ["interrupted: the time was over"]
-    assert section.failures == []
+    assert "1 passed" in section.notes[-1]
+    assert section.notes[0] == "interrupted: the time was over"
+    assert failures == 0
 
 
 # `python -m benchmarks` with sizes for which the interpreter takes less time.
@@ -78,37 +83,23 @@ from dataclasses import replace
 from benchmarks.compare import cost
 from benchmarks.gpu import sections
 
-tune = sections.tune
-sections.tune = lambda device, dtypes, n, d, seconds: tune(device, dtypes, 40, 24, seconds)
 sections.DRY_RUN = replace(sections.DRY_RUN, sizes=((40, 32),))
 cost.SMALL_BATCH = 40
 runpy.run_module("benchmarks", run_name="__main__")
 """
 
 
-def test_dry_run_leaves_a_record_with_every_section(tmp_path: Path) -> None:
-    arguments = f"gpu --dry-run --out {tmp_path} --budget 9999 --sections kernels competitors sweep"
+def test_dry_run_leaves_a_page_with_every_section_and_no_rows(tmp_path: Path) -> None:
+    arguments = f"gpu --dry-run --out {tmp_path} --sections kernels competitors"
     ran = run_python("-c", SMALL_DRY_RUN, *arguments.split())
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
-    (file,) = tmp_path.glob("gpu-*.json")
-    record = json.loads(file.read_text())
-    assert record["command"] == f"python -m benchmarks {arguments}"
-    found = record["sections"]
-    assert list(found) == ["kernels", "competitors", "sweep"]
-    kernels, competitors, sweep = (section["rows"] for section in found.values())
-    assert "torch.mm, 256 cubed" in found["competitors"]["notes"][0]
-    assert {(row["N"], row["D"]) for row in kernels} == {(40, 32)}
-    whole, *parts = (row["ms"] for row in kernels)
-    assert len(parts) == sections.KERNELS_SHOWN
-    assert parts == sorted(parts, reverse=True)
-    # A small batch takes some forty operations, and the record shows the dozen longest.
-    assert whole / 3 < sum(parts) <= whole
-    for row in competitors:
-        assert (row["outcome"], row["dtype"]) == ("ok", "bfloat16")
-        assert min(row["wall ms"], row["ms"], row["peak MB"]) > 0
-    tiles = dict.fromkeys(row["kernel"].split()[0] for row in sweep)
-    assert list(tiles) == list(ARCHITECTURES["sm_90"])
-    assert "DRY RUN" in file.with_suffix(".md").read_text()
+    (file,) = tmp_path.iterdir()
+    page = file.read_text()
+    assert "DRY RUN" in page
+    assert f"`python -m benchmarks {arguments}`" in page
+    _, kernels, competitors = page.split("\n## ")
+    assert "aten::mm" in kernels
+    assert len(re.findall(r"\| 40 \| 32 \| bfloat16 \| .* \| ok \|", competitors)) > 10
 
 
 @pytest.fixture(autouse=True)
@@ -138,30 +129,21 @@ def test_command_stops_with_one_line(arguments, message: str, monkeypatch, capsy
     assert message in line
 
 
-def test_failure_and_interruption_leave_a_record_outside_of_results(
-    tmp_path: Path, monkeypatch, capsys
-) -> None:
+def test_failure_and_interruption_leave_a_record(tmp_path: Path, monkeypatch, capsys) -> None:
     def fails(run: Run) -> None:
         run.note("half of it")
         raise RuntimeError("no kernel")
 
     def terminated(run: Run) -> None:
-        run.add_row(records=len([*tmp_path.glob("*.json")]))
+        run.section.rows.append({"pages": len([*tmp_path.glob("*.md")])})
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(runs, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(runs.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setattr(sections, "SECTIONS", {"kernels": (fails, 1.0), "sizes": (terminated, 1.0)})
-    assert main(["gpu", "--dry-run", "--name", "dry"]) == 1
-    assert not (tmp_path / "results").exists()
-    found = json.loads((tmp_path / "dry.json").read_text())["sections"]
-    assert found["kernels"]["failures"][0].startswith("RuntimeError: no kernel\nTraceback")
-    assert found["sizes"]["rows"] == [{"records": 1}]
-    printed, page = capsys.readouterr().out, (tmp_path / "dry.md").read_text()
+    assert main(["gpu", "--dry-run", "--out", str(tmp_path), "--name", "dry"]) == 1
+    page = (tmp_path / "dry.md").read_text()
     for text in (
-        "## FAILED kernels\n\n```\nRuntimeError: no kernel",
-        "## FAILED sizes\n\n```\ninterrupted",
+        "## kernels\n\n- half of it\n\n```\nFAILED RuntimeError: no kernel\nTraceback",
+        "## sizes\n\n| pages |\n|---|\n| 1 |\n\n- FAILED interrupted",
     ):
         assert text in page
-    for text in ("half of it\n", "FAILED RuntimeError: no kernel\n", "2 failures; record in"):
-        assert text in printed
+    assert "2 failures; record in" in capsys.readouterr().out

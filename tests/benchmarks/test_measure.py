@@ -27,27 +27,32 @@ def test_peak_counts_memory_until_it_is_freed() -> None:
 
 
 MEASURE_WITH_LIMIT = """
-import pathlib, sys
+import pathlib, sys, torch
+from dataclasses import replace
 from benchmarks import measure
 from benchmarks.compare import cost
+from benchmarks.compare.competitors import AUTHORS, COMPETITORS
 from benchmarks.compare.plan import CPU
-row = cost._measure_with_limit("authors' formula", 1000, 8, CPU)
-assert (row["outcome"], row["runs"], 5 * 4 < row["peak MB"] < 16 * 4) == ("ok", 1, True), row
+from benchmarks.run import Run
+losses = [loss for loss in COMPETITORS if loss.name == AUTHORS]
+run = Run(torch.device("cpu"))
+plan = replace(CPU, seconds=0.0, timed_up_to=0)
+arguments = (run, losses, 2000, 8, "float32", plan)
+(row,) = cost.measure_in_turn(*arguments)
+assert (row["outcome"], 5 * 16 < row["peak MB"] < 16 * 16) == ("ok", True), row
 measure.CONTAINER = pathlib.Path(sys.argv[1])
 limit, usage = (measure.CONTAINER / name for name in ("memory.max", "memory.current"))
 limit.write_text(str(measure.RESERVED_BYTES + 10**9))
 usage.write_text(str(10**9 - 10**7))
-row = cost._measure_with_limit("authors' formula", 3000, 8, CPU)
-assert row["outcome"] == "out of memory (had 0.0 GB)" and "ms" not in row, row
+assert measure.limit_to_available() == 10**7
+(row,) = cost.measure_in_turn(*arguments)
+assert row["outcome"] == "out of memory" and "ms" not in row, row
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_out_of_memory_is_an_outcome_with_the_available_memory(tmp_path: Path) -> None:
-    """The formula's matrices, about twelve of 36 MB, do not fit in 10 MB.
-
-    Nor do they fit in what the allocator keeps of the first run's, about twelve of 4 MB.
-    """
+def test_a_loss_that_needs_more_than_the_available_memory_is_out_of_memory(tmp_path: Path) -> None:
+    """The formula's matrices, about twelve of 16 MB, do not fit in 10 MB."""
     done = run_python("-c", MEASURE_WITH_LIMIT, str(tmp_path))
     assert done.returncode == 0, done.stderr
 
@@ -67,6 +72,12 @@ def test_each_round_runs_all_steps_and_starts_with_another_one(monkeypatch) -> N
     assert [len(times[name]) for name in "ab"] == [2, 2]
     monkeypatch.setattr(measure, "MAX_ROUNDS", 4)
     assert len(interleaved(steps, CPU, seconds=1000, min_rounds=2)["a"]) == 4
+
+
+def test_ranks_run_as_many_rounds_as_the_slowest_has_time_for() -> None:
+    steps = {"a": lambda: None}
+    assert len(interleaved(steps, CPU, 6.0, 2, agree=lambda duration: 2.0)["a"]) == 3
+    assert interleaved({}, CPU, 6.0, 2) == {}
 
 
 def test_time_columns_have_the_median_and_the_percentiles() -> None:

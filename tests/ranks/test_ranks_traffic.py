@@ -60,10 +60,10 @@ def sends(times: int, size: int) -> Traffic:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("output_dict", [False, True])
 @pytest.mark.parametrize("lambdas", [(0.25, 0.25), (0.5, 0.125), (0.0, 0.0)])
-def test_collectives_are_exactly_those_in_the_docs_table(
+def test_a_step_sends_exactly_these_collectives(
     world_size: int, dtype: torch.dtype, lambdas, output_dict: bool, ranks: Ranks
 ) -> None:
-    """The table is in `docs/distributed.md`. C is sent if the penalties are computed apart."""
+    """`docs/distributed.md` says what is sent. C is, if the penalties are computed apart."""
     loss_bytes, total_rows, block = loss_dtype(dtype).itemsize, world_size * N, N * D
     matrices = 3 if output_dict or lambdas[0] != lambdas[1] else 2
     penalties = [("all_reduce sum", loss_bytes * (matrices * D * D + 1))] if any(lambdas) else []

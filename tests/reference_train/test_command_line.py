@@ -57,12 +57,13 @@ def test_the_first_rank_says_in_one_line_how_a_command_ended(
 
 
 @pytest.mark.parametrize(
-    ("argv", "extra"), [(["pretrain", "x"], "pretrain"), (["evaluate"], "train"), ([], "train")]
+    ("argv", "folder"), [(["pretrain", "x"], "/pretrain"), (["evaluate"], ""), ([], "")]
 )
-def test_a_missing_package_is_named_with_its_extra(argv, extra, monkeypatch) -> None:
+def test_a_missing_package_is_named_with_its_requirements(argv, folder, monkeypatch) -> None:
     def fail(*_: str) -> None:
         raise ImportError("no 'x'")
 
     monkeypatch.setattr(cli, "import_module", fail)
-    with pytest.raises(UsageError, match=rf"'x': pip install -e '\.\[{extra}\]'"):
+    hint = f"'x': pip install -r reference_train{folder}/requirements.txt"
+    with pytest.raises(UsageError, match=hint):
         cli.main(argv)

@@ -13,7 +13,7 @@ from reference_train.data.samples import decode, read_samples
 
 VISION = {"layers": 1, "width": 32, "head_width": 16, "patch_size": 16, "image_size": 32}
 TEXT = {"layers": 1, "width": 32, "heads": 2, "context_length": 12}
-LARGE_BATCH = "A batch larger than memory"
+LARGE_BATCH = "cached_backward"
 
 
 @lru_cache
@@ -64,16 +64,18 @@ def scale_gradient_on_rank(rank: int, world_size: int) -> Tensor:
     return grad
 
 
-def tiny_hugging_face() -> nn.Module:
-    from transformers import CLIPConfig, CLIPModel
+def tiny_hugging_face(family: str = "CLIP") -> nn.Module:
+    """family: "CLIP" or "Siglip"."""
+    import transformers
 
     tower = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
     tower["num_attention_heads"] = 2
+    text = {"CLIP": {"eos_token_id": 49407}, "Siglip": {"vocab_size": 49408}}[family]
+    options = {"CLIP": {"projection_dim": 16}, "Siglip": {}}[family]
     torch.manual_seed(0)
-    return CLIPModel(
-        CLIPConfig(
-            text_config=tower | {"max_position_embeddings": 12, "eos_token_id": 49407},
-            vision_config=tower | {"image_size": 32, "patch_size": 16},
-            projection_dim=16,
-        )
+    config = getattr(transformers, f"{family}Config")(
+        text_config=tower | {"max_position_embeddings": 12} | text,
+        vision_config=tower | {"image_size": 32, "patch_size": 16},
+        **options,
     )
+    return getattr(transformers, f"{family}Model")(config)

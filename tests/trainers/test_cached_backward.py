@@ -1,15 +1,19 @@
 """`cached_backward` has the gradients, buffers and traffic of one step on the whole batch."""
 
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
-from copy import deepcopy
+from dataclasses import make_dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+import pool
 import pytest
 import torch
+import torch.distributed as dist
 from pool import Ranks, own_device
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -23,6 +27,12 @@ from cyclip_loss import CyCLIPLoss, cached_backward
 
 N, IMAGE_SIZE, TEXT_SIZE = 11, 6, 5
 Names = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def models_are_on_the_device(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the process of pytest. The ranks stay on the CPU."""
+    monkeypatch.setattr(pool, "_own_device", device)
 
 
 class Tower(nn.Sequential):
@@ -58,11 +68,13 @@ class Model(nn.Module):
         return {**normalized, "logit_scale": self.logit_scale.exp()}
 
 
-def make(training: bool = True) -> Model:
+def make(training: bool = True, kind: type[Model] = Model) -> Model:
     torch.manual_seed(0)
-    model = Model().to(own_device(), torch.float64).train(training)
-    for buffer in model.buffers():
-        buffer += 1  # unlike 0 and 1, such statistics change the features
+    model = kind().to(own_device(), torch.float64).train(training)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            for buffer in module.buffers():
+                buffer += 1  # unlike 0 and 1, such statistics change the features
     return model
 
 
@@ -91,14 +103,14 @@ def joined_loss(
 
 
 def results(model: nn.Module) -> dict[str, Tensor]:
-    """Gradients and buffers by name, whole on each rank."""
+    """Gradients and buffers by name, whole on each rank, on the CPU."""
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     found = {}
     for name, tensor in (grads | dict(model.named_buffers())).items():
         for wrapper in ("_orig_mod.", "module."):
             name = name.replace(wrapper, "")
         tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        found[name] = tensor.detach().clone()
+        found[name] = tensor.detach().cpu().clone()
     return found
 
 
@@ -112,22 +124,23 @@ def compare_steps(
     training: bool = True,
     wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
     ids: Tensor | None = None,
+    kind: type[Model] = Model,
 ) -> None:
     """Two steps of `cached_backward`, and of one graph. With ids: also views and negatives.
 
     In evaluation, when rows do not depend on each other, a mini-batch has one row.
     """
-    model, expected_model = wrap(make(training)), make(training)
+    model, expected_model = wrap(make(training, kind)), make(training, kind)
     mini_batch_size, count = (4, 3) if training else (1, 1)
     loss_fn, batch = CyCLIPLoss(reference_batch_size=16), inputs(count=2 if ids is None else 5)
     for _ in range(2):  # gradients add up
         torch.manual_seed(2)
         expected = joined_loss(expected_model, loss_fn, *batch, count=count, ids=ids)
         expected.backward()
-        after = torch.rand(1)
+        after = torch.rand(1), torch.rand(1, device=own_device())
         torch.manual_seed(2)
         loss = cached_backward(model, loss_fn, *batch, mini_batch_size=mini_batch_size, ids=ids)
-        assert torch.equal(torch.rand(1), after)
+        assert (torch.rand(1), torch.rand(1, device=own_device())) == after
         torch.testing.assert_close(loss, expected.detach())
         assert not loss.requires_grad
     assert_close(results(model), results(expected_model))
@@ -171,63 +184,165 @@ def test_a_compiled_model_runs_compiled_for_one_shape_or_two(compiled: str) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_and_scaler_round_as_in_one_graph(dtype: torch.dtype) -> None:
+def test_autocast_and_scaler_round_as_in_one_graph(
+    dtype: torch.dtype, device: torch.device
+) -> None:
     """float32 sums over the mini-batches: one in 16 bits would be off by 1e-3 and more."""
     model, expected_model = (make().float() for _ in range(2))
     batch, scale, scaler = [x.float() for x in inputs(64)], 1.0, None
     if dtype == torch.float16:
         scale = 2.0**10
-        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        scaler = torch.amp.GradScaler(device.type, init_scale=scale)
     in_backward = []
 
     def loss_fn(**features: Tensor) -> Tensor:
-        assert torch.is_autocast_enabled("cpu")
-        hook = lambda grad: in_backward.append(torch.is_autocast_enabled("cpu"))  # noqa: E731
+        assert torch.is_autocast_enabled(device.type)
+        hook = lambda grad: in_backward.append(torch.is_autocast_enabled(device.type))  # noqa: E731
         features["image_features"].register_hook(hook)
         return CyCLIPLoss()(**features)
 
     torch.manual_seed(2)
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(device.type, dtype):
         loss = cached_backward(model, loss_fn, *batch, mini_batch_size=4, scaler=scaler)
     assert in_backward == [False]
     torch.manual_seed(2)
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(device.type, dtype):
         expected = joined_loss(expected_model, CyCLIPLoss(), *batch, count=16)
     (scale * expected).backward()
     torch.testing.assert_close(loss, expected.detach())
     assert_close(results(model), results(expected_model), rtol=1e-5)
 
 
-class Locked(Model):
-    """Locked: a tower, one behind a trained layer, and one with large activations."""
+class SharesLockedChild(Model):
+    """The locked tower calls an activation function that the model has, too."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.late = nn.Sequential(nn.Linear(TEXT_SIZE, TEXT_SIZE))
-        self.tokens = nn.Sequential(nn.Unflatten(1, (TEXT_SIZE, 1)))
-        self.adapter = nn.Linear(TEXT_SIZE, TEXT_SIZE)
-        for tower in (self.image, self.late):
-            tower.requires_grad_(False)
+        self.activation = nn.ReLU()
+        self.image = Tower(nn.Linear(IMAGE_SIZE, 8), self.activation, nn.Linear(8, 4))
+        self.image.requires_grad_(False)
+        self.head = nn.Linear(4, 4)
 
     def forward(self, images: Tensor, texts: Tensor) -> Names:
-        return super().forward(images, self.late(self.adapter(self.tokens(texts).flatten(1))))
+        output = super().forward(images, texts)
+        image_features = self.head(self.activation(output["image_features"]))
+        return {**output, "image_features": normalize(image_features, dim=1)}
 
 
-@pytest.mark.parametrize("wrap", [lambda model: model, nn.DataParallel], ids=["bare", "wrapped"])
-def test_a_locked_tower_runs_once_unless_trained_ones_or_memory_need_it(wrap: Any) -> None:
-    torch.manual_seed(0)
-    model = Locked().double()
-    expected_model = deepcopy(model)
-    calls: Counter[str] = Counter()
-    for name in ("image", "late", "tokens"):
-        getattr(model, name)[0].register_forward_hook(lambda *_, name=name: calls.update([name]))
-    torch.manual_seed(2)
-    cached_backward(wrap(model), CyCLIPLoss(), *inputs(), mini_batch_size=4)
-    torch.manual_seed(2)
-    joined_loss(expected_model, CyCLIPLoss(), *inputs(), count=3).backward()
-    assert calls == {"image": 3, "late": 6, "tokens": 6}
-    assert_close(results(model), results(expected_model))
-    assert "forward" not in {*vars(model), *vars(model.image)}
+class Memory(nn.Module):
+    """Returns a view of its buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("memory", torch.zeros(64, IMAGE_SIZE))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.memory[: len(images)].copy_(images)
+
+
+class ChangesLockedOutput(Model):
+    """Changes what its locked tower returns in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.locked = Memory()
+
+    def forward(self, images: Tensor, texts: Tensor) -> Names:
+        remembered = self.locked(images)
+        remembered += 1
+        return super().forward(remembered.clone(), texts)
+
+
+class ReadsAndChangesBuffers(Model):
+    """Buffers changed in place, under two names, replaced, and first set by the first batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text[0] = nn.utils.parametrizations.spectral_norm(self.text[0])
+        self.register_buffer("center", torch.zeros(IMAGE_SIZE))
+        self.image.register_buffer("tied", self.center)
+        self.register_buffer("first", None)
+        self.register_buffer("steps", torch.tensor(1.0))
+        self.register_buffer("expanded", torch.ones(1).expand(IMAGE_SIZE))
+
+    def forward(self, images: Tensor, texts: Tensor) -> Names:
+        self.steps = self.steps + 1
+        if self.first is None:
+            self.first = images.mean(0)
+            images = 2 * images
+        self.image.tied.lerp_(images.mean(0), 0.5)
+        centered = self.expanded * (images - self.center) / self.steps + self.first
+        return super().forward(centered, texts)
+
+
+class IsPartlyTraced(Model):
+    """Has a traced locked tower, a scripted normalisation, and an attribute named `module`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = "clip"
+        locked = nn.Sequential(nn.Linear(IMAGE_SIZE, IMAGE_SIZE), nn.Tanh()).requires_grad_(False)
+        self.locked = torch.jit.trace(locked, torch.ones(2, IMAGE_SIZE))
+        self.scripted = torch.jit.script(nn.BatchNorm1d(IMAGE_SIZE))
+
+    def forward(self, images: Tensor, texts: Tensor) -> Names:
+        return super().forward(self.scripted(self.locked(images)), texts)
+
+
+@pytest.mark.parametrize(
+    "kind", [SharesLockedChild, ChangesLockedOutput, ReadsAndChangesBuffers, IsPartlyTraced]
+)
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_any_kind_of_model_has_the_gradients_and_buffers_of_one_graph(kind: type[Model]) -> None:
+    compare_steps(kind=kind)
+
+
+def test_one_mini_batch_runs_once() -> None:
+    model, calls = make(), Counter()
+    model.image.register_forward_hook(lambda *_: calls.update(["image"]))
+    for mini_batch_size, expected in ((N, 1), (np.int64(6), 1 + 2 * 2)):
+        cached_backward(model, CyCLIPLoss(), *inputs(), mini_batch_size=mini_batch_size)
+        assert calls == {"image": expected}
+
+
+def test_an_error_in_backward_leaves_the_buffers_of_one_run() -> None:
+    def fail(grad: Tensor) -> None:
+        raise ArithmeticError
+
+    model, expected_model = make(), make()
+    model.image[0].weight.register_hook(fail)
+    with pytest.raises(ArithmeticError):
+        cached_backward(model, CyCLIPLoss(), *inputs(), mini_batch_size=4)
+    joined_loss(expected_model, CyCLIPLoss(), *inputs(), count=3)
+    assert_close(dict(model.named_buffers()), dict(expected_model.named_buffers()))
+
+
+def test_a_loss_may_replace_the_models_buffers_and_differentiate_the_model() -> None:
+    """So the model runs a second time before backward, and a third time in backward."""
+
+    def loss_fn(**features: Tensor) -> Tensor:
+        model.steps = model.steps + 10
+        loss = CyCLIPLoss()(**features)
+        (grad,) = torch.autograd.grad(loss, model.image[0].weight, retain_graph=True)
+        return grad.norm() * loss
+
+    found = []
+    for cached in (False, True):
+        model = make(kind=ReadsAndChangesBuffers)
+        torch.manual_seed(2)
+        if cached:
+            cached_backward(model, loss_fn, *inputs(), mini_batch_size=4)
+        else:
+            joined_loss(model, loss_fn, *inputs(), count=3).backward()
+        found.append(results(model))
+    assert_close(*found)
+
+
+class HasAnotherOutput(Model):
+    """Its third output has a graph."""
+
+    def forward(self, images: Tensor, texts: Tensor) -> Names:
+        return {**super().forward(images, texts), "other": self.image(2 * images)}
 
 
 def test_activations_of_one_mini_batch_are_alive_at_a_time() -> None:
@@ -239,14 +354,57 @@ def test_activations_of_one_mini_batch_are_alive_at_a_time() -> None:
         alive.add(output.untyped_storage())
         most = max(most, len(alive))
 
-    def loss_fn(**arguments: Any) -> Tensor:
+    def loss_fn(other: Tensor, **arguments: Any) -> Tensor:
         assert not alive
         return CyCLIPLoss()(**arguments)
 
-    model = make()
+    model = make(kind=HasAnotherOutput)
     model.image[0].register_forward_hook(remember)
     cached_backward(model, loss_fn, *inputs(), mini_batch_size=3)
-    assert most == 1
+    # The model calls this tower twice. The activations for the output that the loss ignores may
+    # live as long as the forward pass that computes them.
+    assert most <= 2
+
+
+def replaces_nothing_of_others(rank: int, world_size: int) -> bool:
+    """Two threads train a model each. The first one ends while the second one runs."""
+    second_runs, first_ended = threading.Event(), threading.Event()
+    original, seen = DistributedDataParallel.forward, []
+
+    def first_loss(**features: Tensor) -> Tensor:
+        seen.append(DistributedDataParallel.forward)
+        assert second_runs.wait(60)
+        return CyCLIPLoss(distributed=False)(**features)
+
+    def second_loss(**features: Tensor) -> Tensor:
+        second_runs.set()
+        assert first_ended.wait(60)
+        return CyCLIPLoss(distributed=False)(**features)
+
+    def step(model: nn.Module, loss_fn: Any, ended: threading.Event) -> None:
+        cached_backward(model, loss_fn, *inputs(), mini_batch_size=4)
+        ended.set()
+
+    models = []
+    for _ in range(2):
+        model = make(training=False)
+        model.image.requires_grad_(False)
+        models.append(DistributedDataParallel(model))
+    events, losses = (first_ended, threading.Event()), (first_loss, second_loss)
+    threads = [
+        threading.Thread(target=step, args=arguments)
+        for arguments in zip(models, losses, events, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    unchanged = all("forward" not in vars(module) for model in models for module in model.modules())
+    return unchanged and [DistributedDataParallel.forward, *seen] == [original] * 2
+
+
+def test_two_threads_replace_nothing_of_each_other(ranks: Ranks) -> None:
+    assert ranks.run(1, replaces_nothing_of_others) == [True]
 
 
 class Reductions(TorchDispatchMode):
@@ -268,6 +426,11 @@ def wrapped(model: Model, wrapper: str) -> nn.Module:
         return DistributedDataParallel(model, bucket_cap_mb=1e-4)
     if wrapper == "DDP of compiled":
         return DistributedDataParallel(torch.compile(model, backend="aot_eager"))
+    if wrapper == "DDP of each tower":
+        model.image, model.text = (
+            DistributedDataParallel(tower) for tower in (model.image, model.text)
+        )
+        return model
     for part in (model.image[0], model.image, model.text):
         fully_shard(part)
     return fully_shard(model)
@@ -287,7 +450,7 @@ def on_rank(
     counts = []
     for cached in (False, False, False, True):  # DDP makes its final buckets before the second step
         model.zero_grad()
-        if wrapper == "DDP":  # which sends the buffers of rank 0 before the features are computed
+        if "DDP" in wrapper:  # which sends the buffers of rank 0 before the features are computed
             for buffer in model.buffers():
                 buffer += rank
         recorder = nullcontext() if "compiled" in wrapper else Reductions()
@@ -297,6 +460,9 @@ def on_rank(
                 cached_backward(model, loss_fn, *batch, **options)
             else:
                 loss_fn(**model(*batch)).backward()
+        if wrapper == "DDP of each tower":  # which do not have the scale
+            dist.all_reduce(model.logit_scale.grad)
+            model.logit_scale.grad /= world_size
         counts.append(getattr(recorder, "found", None))
     return results(model), counts[2:]
 
@@ -306,6 +472,7 @@ def on_rank(
     [
         ("DDP", (3, 6, 5), (3, 2, 3)),
         ("DDP of compiled", (6, 6), (2, 2)),
+        ("DDP of each tower", (6, 6), (2, 6)),
         ("FSDP2", (1, 7), (2, 2)),  # a rank has no rows in three of four mini-batches
     ],
 )
@@ -323,12 +490,56 @@ def test_ranks_have_the_gradients_and_the_traffic_of_one_step(
             assert plain.total() >= 2
 
 
+class Loss(CyCLIPLoss):
+    """Has a trained head."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.head = nn.Linear(4, 4, bias=False, dtype=torch.float64)
+        nn.init.eye_(self.head.weight)
+
+    def forward(self, image_features: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(normalize(self.head(image_features), dim=1), *args, **kwargs)
+
+
+def with_a_trained_loss(rank: int, world_size: int) -> Tensor:
+    model, loss_fn = make(training=False), DistributedDataParallel(Loss(uneven=True))
+    batch = [x.split((8, 3))[rank] for x in inputs()]
+    cached_backward(DistributedDataParallel(model), loss_fn, *batch, mini_batch_size=4)
+    return loss_fn.module.head.weight.grad
+
+
+def test_ddp_reduces_the_gradients_of_a_loss(ranks: Ranks) -> None:
+    loss_fn = Loss().to(own_device())
+    joined_loss(make(training=False), loss_fn, *inputs(), count=1).backward()
+    for found in ranks.run(2, with_a_trained_loss):
+        torch.testing.assert_close(found, loss_fn.head.weight.grad.cpu())
+
+
+def number_of_runs(rank: int, world_size: int) -> int:
+    """Of three ranks the last two are a group."""
+    group = dist.new_group([1, 2])
+    if rank == 0:
+        return 0
+    model, calls = make(training=False), Counter()
+    model.register_forward_pre_hook(lambda *_: calls.update(["model"]))
+    options = {"mini_batch_size": 4 * rank, "uneven": True, "process_group": group}
+    cached_backward(model, CyCLIPLoss(distributed=False), *inputs(8), **options)
+    return calls.total()
+
+
+def test_ranks_of_a_group_agree_on_the_number_of_mini_batches(ranks: Ranks) -> None:
+    assert ranks.run(3, number_of_runs) == [0, 4, 4]
+
+
 def test_a_mapped_output_terms_and_a_scale_outside_of_the_model() -> None:
     def features(output: Names) -> tuple[Tensor, ...]:
         return output["image_features"], output["text_features"]
 
     model, expected_model = make(training=False), make(training=False)
-    log_scale, expected_scale = (torch.tensor(2.0, requires_grad=True) for _ in range(2))
+    log_scale, expected_scale = (
+        torch.tensor(2.0, device=own_device(), requires_grad=True) for _ in range(2)
+    )
     terms = cached_backward(
         model, CyCLIPLoss(), *inputs(), mini_batch_size=4, output_transform=features,
         logit_scale=log_scale.exp(), output_dict=True,
@@ -341,19 +552,32 @@ def test_a_mapped_output_terms_and_a_scale_outside_of_the_model() -> None:
     assert_close(results(model), results(expected_model))
 
 
+Output = make_dataclass("Output", ["image_features", "text_features"])
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         ({"mini_batch_size": 0}, ValueError, "mini_batch_size must be at least 1, got 0"),
+        ({"mini_batch_size": None}, TypeError, "mini_batch_size must be an integer, got None"),
+        ({"mini_batch_size": 2.5}, TypeError, "mini_batch_size must be an integer, got 2.5"),
         ({"inputs": [torch.ones(3, 6), torch.ones(2, 5)]}, ValueError, r"rows, got \[3, 2\]"),
         ({"inputs": []}, ValueError, r"rows, got \[\]"),
+        ({"inputs": [[1.0, 2.0]]}, TypeError, r"inputs must be tensors with rows, got \[1.0, 2.0"),
+        ({"inputs": [np.ones((9, 9))]}, TypeError, r"inputs must be tensors .*, got array\(\[\["),
+        ({"inputs": [None]}, TypeError, "inputs must be tensors with rows, got None"),
+        ({"inputs": [torch.tensor(1.0)]}, TypeError, r"with rows, got tensor\(1.\)"),
         ({"output_transform": lambda output: {"logit_scale": 1.0}}, ValueError, "features"),
         ({"output_transform": lambda output: output["image_features"]}, ValueError, "a tuple or"),
+        ({"output_transform": lambda output: None}, ValueError, "a tuple or a dict .* got None"),
+        ({"output_transform": lambda output: Output(1, 2)}, ValueError, "a dict .* got Output"),
         ({"loss_fn": lambda image_features, **_: image_features}, TypeError, "return a scalar"),
         ({"loss_fn": lambda **_: None}, TypeError, "must return a scalar"),
     ],
 )  # fmt: skip
 def test_a_wrong_use_is_named(options: Names, error: type[Exception], message: str) -> None:
     arguments = {"inputs": inputs(), "loss_fn": CyCLIPLoss(), "mini_batch_size": 4} | options
+    model = make()
     with pytest.raises(error, match=message):
-        cached_backward(make(), arguments.pop("loss_fn"), *arguments.pop("inputs"), **arguments)
+        cached_backward(model, arguments.pop("loss_fn"), *arguments.pop("inputs"), **arguments)
+    assert all(parameter.grad is None for parameter in model.parameters())

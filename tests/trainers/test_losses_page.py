@@ -18,11 +18,14 @@ from pool import Ranks
 from torch import Tensor
 
 import cyclip_loss
+from benchmarks.measure import allocated_peak
 
-D, TAU, SCALE = 5, 0.03, 6.0
-CONSTANTS = ("weights", "image_queue", "text_queue")
-FEATURES = ("image_features", "text_features", "hard_negatives")
+D, TAU, SCALE, TEACHER_SCALE, WIDTHS = 5, 0.03, 6.0, 30.0, (2, 5)
+TEACHER = ("teacher_images", "teacher_texts")
+CONSTANTS = ("weights", "image_queue", "text_queue", "log_weights", *TEACHER)
+FEATURES = ("image_features", "text_features", "hard_negatives", "other_captions")
 NUMBERS = {"tau": TAU, "alpha": 9.0, "kappa": 0.3, "smoothing": 0.1}
+NUMBERS |= {"teacher_scale": TEACHER_SCALE, "num_classes": 3}
 BLOCKS = pages.blocks("docs/losses.md")
 
 
@@ -48,8 +51,13 @@ def make_data(n: int) -> dict[str, Tensor]:
         "text_queue": random_features(3 * n, seed=7),
         "weights": torch.arange(n).double() % 3,  # some are 0
         "row_scales": 3 + random_features(n, seed=2)[:, 0].abs(),
+        "log_weights": 5 * random_features(n, seed=8)[:, 0],
+        "other_captions": random_features(2 * n, seed=10),
+        "image_ids": torch.arange(n) % max(n - 1, 1),  # two rows have the same image
+        "other_ids": (torch.arange(n) % max(n - 1, 1)).repeat_interleave(2),
         "index": torch.arange(n),
-    }
+        "labels": torch.arange(n) % 3,
+    } | dict(zip(TEACHER, pairs(n, D + 2, 0.5, seed=9, device="cpu"), strict=True))
 
 
 def unit(data: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -68,6 +76,10 @@ def run_block(
         cyclip_loss.CyCLIPLoss(*lambdas, **options), ids=ids
     )
     names |= {"queries": names["image_features"], "documents": names["text_features"]}
+    names |= {"first": names["image_features"], "second": names["text_features"]}
+    names |= {"loss_fn": names["CyCLIPLoss"](0, 0), "widths": WIDTHS, "gather": lambda x: x}
+    if torch.distributed.is_initialized():
+        exec(block_with("class Gather"), names)
     names |= {"num_negatives": n - 1, "num_samples": n, **NUMBERS}
     if "moving_average(" in block:
         exec(block_with("class MovingAverageLoss"), names)
@@ -125,6 +137,15 @@ def two_kinds_of_negatives(data: dict[str, Tensor], negatives: Tensor) -> Tensor
     return cross_entropy(logits, negatives.repeat(1, 2)).mean()
 
 
+def several_captions(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+    ids, other_ids = data["image_ids"], data["other_ids"]
+    captions = torch.cat((data["text_features"], data["other_captions"]))
+    logits = data["logit_scale"] * data["image_features"] @ captions.T
+    kept = torch.cat((mask(len(ids), ids), ids[:, None] != other_ids), dim=1)
+    columns = cross_entropy(logits[:, : len(ids)].T, mask(len(ids), ids))
+    return (cross_entropy(logits, kept) + columns).mean() / 2
+
+
 def weighted(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
     return (data["weights"] * both_ways(logits_of(data), negatives)).mean()
 
@@ -159,6 +180,52 @@ def label_smoothing(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
         F.cross_entropy(x, target, label_smoothing=NUMBERS["smoothing"]) / 2
         for x in (logits, logits.T)
     )
+
+
+def soft_targets(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+    logits = logits_of(data)
+    teacher = TEACHER_SCALE * data["teacher_images"] @ data["teacher_texts"].T
+    ways = ((logits, teacher), (logits.T, teacher.T))
+    return sum(F.cross_entropy(x, soft.softmax(dim=1)) / 2 for x, soft in ways)
+
+
+def continuous_weights(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+    weights = 1 + data["teacher_images"] @ data["teacher_images"].T
+    targets = weights / weights.sum(dim=1, keepdim=True)
+    logits = logits_of(data)
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+
+
+def log_q(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+    return both_ways(logits_of(data) + data["log_weights"], negatives).mean()
+
+
+def logits_of_views(data: dict[str, Tensor]) -> Tensor:
+    """Of the 2 N views with each other, without a view's with itself."""
+    views = torch.cat((data["image_features"], data["text_features"]))
+    itself = torch.eye(len(views), dtype=torch.bool)
+    return (data["logit_scale"] * views @ views.T).masked_fill(itself, -torch.inf)
+
+
+def simclr(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+    target = torch.arange(2 * len(negatives)).roll(len(negatives))
+    return F.cross_entropy(logits_of_views(data), target)
+
+
+def supcon(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+    labels = data["labels"].repeat(2)
+    positive = (labels[:, None] == labels) & mask(len(labels), None)
+    log_p = logits_of_views(data).log_softmax(dim=1).where(positive, 0.0)
+    return -(log_p.sum(dim=1) / positive.sum(dim=1)).mean()
+
+
+def matryoshka(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
+    loss = 0
+    for width in WIDTHS:
+        names = ("image_features", "text_features")
+        prefixes = {name: F.normalize(data[name][:, :width], dim=1) for name in names}
+        loss += clip(data | prefixes, negatives) / len(WIDTHS)
+    return loss
 
 
 def queue(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
@@ -217,14 +284,21 @@ def temperatures(data: dict[str, Tensor], negatives: Tensor) -> Tensor:
 
 # A text that only this block of the page has -> its N x N form.
 DENSE: dict[str, Callable[..., Tensor]] = {
-    "logit_scale)\nloss = (softplus(row - pair)": clip,
+    "text_features, logit_scale)\nloss = (softplus(row - pair)": clip,
     "negative_text_features=hard_negatives": one_way,
     "other_queries, _, _": two_kinds_of_negatives,
+    "negative_text_features=other_captions": several_captions,
     "loss = (weights *": weighted,
     "own_negatives": negatives_of_each_row,
     "logit_scale + alpha": hardness,
     "kappa": crowding,
     "smoothing *": label_smoothing,
+    "expected_partner(teacher_images": soft_targets,
+    "weighted_partner(teacher_images": continuous_weights,
+    "log_weights": log_q,
+    "index.repeat(2)": simclr,
+    "labels.repeat(2)": supcon,
+    "for width in widths": matryoshka,
     "image_queue": queue,
     "def find_partners": three_modalities,
     "((row - pair) + (column - pair))": decoupled,
@@ -312,4 +386,25 @@ def test_a_recipe_across_ranks_equals_its_dense_form(
 def test_every_recipe_of_the_page_is_compared() -> None:
     compared = {block_with(marker) for marker in (*DENSE, *ACROSS_RANKS.values())}
     assert compared == {block for block in BLOCKS if "\nloss = " in f"\n{block}"}
-    assert len(recipes("Ranks: yes")) == len(DENSE) - 2  # two are for one process
+    assert len(recipes("Ranks: yes")) == len(DENSE) - 1  # one is for one process
+
+
+def test_soft_targets_of_4096_pairs_need_no_matrix() -> None:
+    """The N x N form's loss and gradients, in less than 0.4 of its memory."""
+    n, block = 4096, block_with("expected_partner(teacher_images")
+    features = zip(FEATURES[:2], pairs(n, 512, device="cpu"), strict=True)
+    teacher = zip(TEACHER, pairs(n, 768, 1.0, seed=1, device="cpu"), strict=True)
+    leaves = with_gradients(dict((*features, *teacher)))
+    forms = {
+        "recipe": lambda: run_block(block, leaves, n),
+        "N x N": lambda: soft_targets(unit(leaves), mask(1, None)),
+    }
+    results = []
+
+    def step(form: str) -> None:
+        loss = forms[form]()
+        results.append((loss.detach(), gradients(loss, leaves)))
+
+    recipe, dense = (allocated_peak(torch.device("cpu"), partial(step, form)) for form in forms)
+    torch.testing.assert_close(*results, **CLOSE)
+    assert recipe < 0.4 * dense

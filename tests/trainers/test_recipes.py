@@ -45,10 +45,11 @@ def prepared() -> dict[str, Any]:
     }
 
 
-def last_loss_and_scale() -> tuple[Tensor, Tensor]:
-    """Those of the ten steps, without a recipe."""
+def last_loss_and_scale(locked: bool = False) -> tuple[Tensor, Tensor]:
+    """Those of the ten steps, without a recipe. Locked: only the text tower is trained."""
     names = prepared()
     model = names["model"]
+    model.visual.requires_grad_(not locked)
     for images, tokens in names["loader"]:
         names["optimizer"].zero_grad()
         loss = names["loss_fn"](**model(images, tokens))
@@ -64,7 +65,10 @@ TRAINING = [
     ("Accelerate", 0, "accelerate"),
     ("Lightning", 0, "lightning"),
 ]
-TRAINING += [(recipe_cases.LARGE_BATCH, i, row[2]) for i, row in enumerate(TRAINING)]
+TRAINING += [
+    (recipe_cases.LARGE_BATCH, 0, "open_clip"),
+    (recipe_cases.LARGE_BATCH, 1, "lightning"),
+]
 
 
 @pytest.mark.parametrize(("heading", "block", "package"), TRAINING)
@@ -73,6 +77,8 @@ def test_a_recipe_trains_and_clamps_the_logit_scale(heading: str, block: int, pa
     if package == "lightning":
         off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
         options = {"max_epochs": 1, "accelerator": "cpu"} | dict.fromkeys(off, False)
+        if heading != "Lightning":  # its recipe is the base class
+            names = run("Lightning", **names, lightning_trainer=MagicMock())
         names["lightning_trainer"] = module.Trainer(**options)
     names = run(heading, block, **names)
     loss = names.get("loss")
@@ -82,6 +88,14 @@ def test_a_recipe_trains_and_clamps_the_logit_scale(heading: str, block: int, pa
         loss = sum(terms.values())
     found = loss.detach(), names["model"].logit_scale.data
     torch.testing.assert_close(found, last_loss_and_scale())
+
+
+def test_a_locked_tower_keeps_its_weights_and_the_other_one_trains() -> None:
+    names = run(recipe_cases.LARGE_BATCH, 3, **prepared())
+    model, start = names["model"], prepared()["model"]
+    torch.testing.assert_close(model.visual.state_dict(), start.visual.state_dict())
+    found = names["loss"], model.logit_scale.data
+    torch.testing.assert_close(found, last_loss_and_scale(locked=True))
 
 
 def test_siglips_and_cocas_recipes_have_the_penalties_as_terms() -> None:
@@ -167,19 +181,28 @@ def test_a_logit_scale_outside_of_ddp_has_the_gradient_of_the_whole_batch(ranks:
 # transformers imports the checkout's folder `kernels/`, as if it were the package of this name.
 @needs_triton
 @pytest.mark.parametrize(
-    ("heading", "block"), [("Hugging Face Trainer", 0), (recipe_cases.LARGE_BATCH, 3)]
+    ("heading", "block", "family"),
+    [
+        ("Hugging Face Trainer", 0, "CLIP"),
+        (recipe_cases.LARGE_BATCH, 2, "CLIP"),
+        ("SigLIP", 1, "Siglip"),
+    ],
 )
 def test_hugging_faces_trainer_takes_the_gradient_step_of_the_loss(
-    heading: str, block: int, tmp_path: Path
+    heading: str, block: int, family: str, tmp_path: Path
 ) -> None:
-    """One step of SGD with a learning rate of 1."""
+    """One step of SGD with a learning rate of 1. SigLIP's loss is transformers' own."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     arguments = transformers.TrainingArguments(
         str(tmp_path), optim="sgd", learning_rate=1.0, lr_scheduler_type="constant", max_steps=1,
         max_grad_norm=0.0, per_device_train_batch_size=32, save_strategy="no", use_cpu=True,
     )  # fmt: skip
-    trained, model = recipe_cases.tiny_hugging_face(), recipe_cases.tiny_hugging_face()
+    trained, model = (recipe_cases.tiny_hugging_face(family) for _ in range(2))
+    if family == "Siglip":
+        for siglip in (trained, model):
+            siglip.logit_scale.data.fill_(2.0)
+            siglip.logit_bias.data.fill_(-3.0)
     images, tokens = batch()
     samples = [
         {"pixel_values": image, "input_ids": text, "attention_mask": torch.ones_like(text)}
@@ -187,15 +210,18 @@ def test_hugging_faces_trainer_takes_the_gradient_step_of_the_loss(
     ]
     names = {"model": trained, "training_arguments": arguments, "dataset": samples}
     run(heading, block, **names, loss_fn=CyCLIPLoss())
-    out = model(pixel_values=images, input_ids=tokens)
-    CyCLIPLoss()(out.image_embeds, out.text_embeds, model.logit_scale.exp()).backward()
+    out = model(pixel_values=images, input_ids=tokens, return_loss=family == "Siglip")
+    loss = out.loss
+    if family == "CLIP":
+        loss = CyCLIPLoss()(out.image_embeds, out.text_embeds, model.logit_scale.exp())
+    loss.backward()
     grads = parameters_to_vector([p.grad for p in model.parameters()])
     before, after = (parameters_to_vector(x.parameters()).detach() for x in (model, trained))
     atol = 1e-5 * float(grads.abs().max())
     torch.testing.assert_close(before - after, grads, rtol=0, atol=atol)
 
 
-def test_the_loss_for_sentence_transformers_takes_hard_negatives(monkeypatch) -> None:
+def test_the_loss_for_sentence_transformers_takes_hard_negatives_and_ids(monkeypatch) -> None:
     """The first two columns are the pairs. The library's trainer is not run."""
     library = SimpleNamespace(SentenceTransformerTrainer=MagicMock())
     monkeypatch.setitem(sys.modules, "sentence_transformers", library)
@@ -205,10 +231,14 @@ def test_the_loss_for_sentence_transformers_takes_hard_negatives(monkeypatch) ->
     )
     columns = torch.nn.functional.normalize(torch.randn(4, 6, 5), dim=-1)
     loss_fn = CyCLIPLoss(reference_batch_size=128)
-    for negatives in (None, columns[2:].flatten(0, 1)):
-        expected = loss_fn(*columns[:2], 20.0, negative_text_features=negatives)
-        found = loss(columns if negatives is not None else columns[:2])
-        torch.testing.assert_close(sum(found.values()), expected)
+    negatives, ids = columns[2:].flatten(0, 1), torch.tensor([0, 1, 0, 2, 3, 4])
+    found = loss(columns[:2]), loss(columns), loss(columns, ids)
+    for terms, given in zip(
+        found, ((None, None), (negatives, None), (negatives, ids)), strict=True
+    ):
+        options = dict(zip(("negative_text_features", "ids"), given, strict=True))
+        expected = loss_fn(*columns[:2], 20.0, **options)
+        torch.testing.assert_close(sum(terms.values()), expected)
 
 
 def duplicates() -> tuple[Tensor, Tensor, Tensor]:

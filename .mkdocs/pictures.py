@@ -1,0 +1,80 @@
+"""Draw the two pictures of the README into docs/.
+
+    python .mkdocs/pictures.py
+
+penalties.png: what the two penalties compare. cost.png: time and memory of a step, from the record
+benchmarks/results/two-cpu-cores.json. White backgrounds keep both readable in dark mode.
+"""
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only: no display needed
+from matplotlib import pyplot as plt
+from tables import ROOT, runs_of
+
+RECORD = ROOT / "benchmarks/results/two-cpu-cores.json"
+IN_MODAL, CROSS_MODAL, PAIR = "#D55E00", "#0072B2", "#999999"
+# The record's name of a loss: its label, and its style. Okabe and Ito's colours, and markers.
+LOSSES = {
+    "open_clip.ClipLoss, no penalties": ("open_clip.ClipLoss", {"color": "#7F7F7F", "marker": "D"}),
+    "authors' formula": ("CyCLIP, the authors' formula", {"color": "#0072B2", "marker": "s"}),
+    "CyCLIPLoss(0, 0)": ("CyCLIPLoss(0, 0): CLIP", {"color": "#009E73", "marker": "^"}),
+    "CyCLIPLoss": ("CyCLIPLoss(): CyCLIP", {"color": "#D55E00", "marker": "o"}),
+}
+
+
+def draw_penalties() -> None:
+    """A square of two images above their texts: equal sides, equal diagonals."""
+    figure, ax = plt.subplots(figsize=(7, 2.6), dpi=150, layout="constrained")
+    ax.set(xlim=(-0.6, 5.9), ylim=(-0.35, 1.35))
+    ax.axis("off")
+    corners = {"image A": (0, 1), "image B": (2, 1), "text A": (0, 0), "text B": (2, 0)}
+    lines = [
+        ("image A", "image B", IN_MODAL, "-"),
+        ("text A", "text B", IN_MODAL, "-"),
+        ("image A", "text B", CROSS_MODAL, "--"),
+        ("text A", "image B", CROSS_MODAL, "--"),
+        ("image A", "text A", PAIR, ":"),
+        ("image B", "text B", PAIR, ":"),
+    ]
+    for first, second, colour, style in lines:
+        ax.plot(*zip(corners[first], corners[second], strict=True), style, color=colour, lw=2.5)
+    box = {"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": "#444444"}
+    for name, (x, y) in corners.items():
+        ax.text(x, y, name, ha="center", va="center", bbox=box)
+    texts = [
+        ("in-modal penalty: equal solid similarities", IN_MODAL),
+        ("cross-modal penalty: equal dashed similarities", CROSS_MODAL),
+        ("CLIP: high dotted similarities", "#666666"),
+    ]
+    for row, (text, colour) in enumerate(texts):
+        ax.text(2.75, 0.9 - 0.4 * row, text, color=colour, va="center", weight="bold")
+    figure.savefig(ROOT / "docs/penalties.png")
+
+
+def draw_cost() -> None:
+    """Seconds and MB of forward and backward over the number of pairs, with 512 features."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), dpi=150, layout="constrained")
+    runs = list(runs_of(RECORD))
+    for loss, (label, style) in LOSSES.items():
+        numbers = {key: y for name, row in runs if name == loss for key, y in row.items()}
+        for ax, unit, factor in zip(axes, ("ms", "MB"), (1e-3, 1), strict=True):
+            sizes = sorted(
+                int(key.split("x")[0]) for key in numbers if key.endswith(f"x512 {unit}")
+            )
+            values = [factor * numbers[f"{n}x512 {unit}"] for n in sizes]
+            ax.loglog(sizes, values, **style, lw=2, label=label)
+    for ax, name in zip(axes, ("seconds", "peak MB"), strict=True):
+        ax.set(xlabel="pairs in the batch", title=f"Forward and backward: {name}")
+        sizes = (128, 512, 2048, 8192, 32768)
+        ax.set_xticks(sizes, [f"{n:,}" for n in sizes])
+        ax.minorticks_off()
+        ax.yaxis.set_major_formatter(lambda y, _: f"{y:,g}")
+        ax.grid(alpha=0.3)
+    axes[1].legend(framealpha=1, edgecolor="white")
+    figure.savefig(ROOT / "docs/cost.png")
+
+
+if __name__ == "__main__":
+    draw_penalties()
+    draw_cost()

@@ -1,0 +1,119 @@
+"""`torchrun --nproc-per-node 2 -m benchmarks`: a batch that is spread over ranks.
+
+Each rank has a GPU and NCCL, or else they share the CPU and use gloo. N is the number of pairs of
+all ranks. Times, memory, bytes and errors are those of the rank that has the most.
+"""
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.compare.accuracy import exact_value_and_grads, relative_errors, value_and_grads
+from benchmarks.compare.competitors import (
+    ANY_SIZE,
+    CLIP,
+    CYCLIP,
+    Competitor,
+    Loss,
+    open_clip_loss,
+    users_loss,
+)
+from cyclip_loss import CyCLIPLoss
+
+SIZES = (512, 2048, 8192)
+
+
+# How many times a rank sends what it contributes to a collective, in a ring, as nccl-tests counts:
+# patterns of the collective's name.
+SENT: dict[str, Callable[[int], float]] = {
+    "all_?gather": lambda ranks: ranks - 1,
+    "all_?reduce": lambda ranks: 2 * (ranks - 1) / ranks,
+    "scatter|all_?to_?all": lambda ranks: (ranks - 1) / ranks,
+    "send": lambda ranks: 1,
+    "recv|wait": lambda ranks: 0,
+}
+
+
+class _SentBytes(TorchDispatchMode):
+    count = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if "c10d" in func.namespace:
+            (times,) = (times for pattern, times in SENT.items() if re.search(pattern, name))
+            # c10d's own operators have their outputs first, unless they work in place.
+            has_outputs = func.namespace == "c10d" and not re.search("reduce_$|send|recv", name)
+            tensors = [x for x in tree_leaves(args[int(has_outputs)]) if isinstance(x, Tensor)]
+            self.count += times(size()) * sum(tensor.nbytes for tensor in tensors)
+        return func(*args, **(kwargs or {}))
+
+
+def sent_bytes(step: Callable[[], object]) -> float:
+    """How many bytes a rank sends in a step."""
+    with _SentBytes() as sent:
+        step()
+    return largest(sent.count)
+
+
+def join() -> torch.device:
+    """Join the ranks that torchrun has started. Returns this rank's device."""
+    on_gpus = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
+    device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if on_gpus else "cpu")
+    if on_gpus:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpus else "gloo")
+    return device
+
+
+def size() -> int:
+    """The number of ranks."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def largest(value: float) -> float:
+    """The largest of the ranks' values."""
+    if size() == 1:
+        return value
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    tensor = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.item()
+
+
+def competitors(users: Sequence[str]) -> list[Competitor]:
+    """The user's losses, ours, and OpenCLIP's with each combination of its flags."""
+    found = [users_loss(path) for path in users]
+    for weights, dist_impl in product(((), (0, 0)), ("gather", "ring")):
+        make = partial(CyCLIPLoss, *weights, dist_impl=dist_impl)
+        name = f"CyCLIPLoss{weights or '()'}, {dist_impl}"
+        found.append(Competitor(name, make, CLIP if weights else CYCLIP, up_to=ANY_SIZE))
+    ranks = {"rank": dist.get_rank(), "world_size": size()}
+    for flags in ((), ("local_loss",), ("gather_with_grad",), ("local_loss", "gather_with_grad")):
+        make_loss = partial(open_clip_loss, "ClipLoss", **dict.fromkeys(flags, True), **ranks)
+        name = ", ".join(("open_clip.ClipLoss", *flags))
+        found.append(Competitor(name, make_loss, CLIP, up_to=ANY_SIZE))
+    return found
+
+
+def gradient_error(competitor: Competitor, loss: Loss, inputs: Sequence[Tensor]) -> float:
+    """The relative error of the gradients of this rank's rows; NaN for a loss of the user's.
+
+    A gradient is right if its average over the ranks, which DDP takes, is the gradient of one
+    process with the whole batch. inputs: the features of the whole batch, and the scale.
+    """
+    image_features, text_features, scale = inputs
+    own = slice(dist.get_rank(), None, size())
+    found = value_and_grads(loss, (image_features[own], text_features[own], scale))["gradient"]
+    if not competitor.computes:
+        return float("nan")
+    exact = exact_value_and_grads(competitor.computes, inputs)["gradient"]
+    return largest(relative_errors({"": found / size()}, {"": exact[:, own]})[""])
