@@ -20,6 +20,7 @@ from ..command_line import RunFailed, UsageError
 from ..evaluate.checkpoints import Clip
 from ..files import atomic_write
 from ..losses import LOSSES, Loss
+from ..pretrain.runs import load_checkpoint
 from .batches import EmojiBatches, augment
 from .model import IMAGE_SIZE, MAX_LOGIT_SCALE, normalize
 
@@ -132,11 +133,11 @@ def resume(
     """Loads the checkpoint at `path`, if there is one. Returns its step, seconds and history.
 
     Without a checkpoint the step is 0 and the history is empty. Raises `UsageError` if the
-    checkpoint is of a run with other settings.
+    checkpoint can't be loaded, or is of a run with other settings.
     """
     if not path.exists():
         return {"step": 0, "seconds": 0.0, "history": []}
-    saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    saved = load_checkpoint(path)
     if saved["config"] != vars(config):
         raise UsageError(f"{path} is of a run with other settings: choose another --out")
     model.load_state_dict(saved["state_dict"])

@@ -5,6 +5,7 @@ A patch is a method that replaces the trainer's function of the same name. Its f
 `ViewPatches` for `--views`.
 """
 
+import inspect
 import logging
 import math
 import multiprocessing
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from cyclip_loss.metrics import consistency_metrics
 
-from ..command_line import RunFailed
+from ..command_line import RunFailed, UsageError
 from ..files import atomic_write
 from . import views
 from .runs import load_checkpoint, without_wrappers
@@ -50,13 +51,7 @@ def watch(info: Any, args: Namespace, train: bool) -> Any:
     `RunFailed` if the pipeline has no filter that reads shards or, in training, that shuffles.
     """
     lost = multiprocessing.Value("q", 0)
-
-    def count(error: BaseException) -> bool:
-        with lost.get_lock():
-            lost.value += 1
-        logging.warning("Unreadable: %r", error)
-        return True  # go on
-
+    count = partial(count_unreadable, lost)
     filters = info.dataloader.pipeline[0].dataset.pipeline
     makers = [getattr(x, "f", x) for x in filters]
     reads = {tarfile_to_samples_nothrow, wds.tarfile_to_samples.f} & {*makers}
@@ -72,9 +67,27 @@ def watch(info: Any, args: Namespace, train: bool) -> Any:
             filters[i].kw["rng"] = random.Random(f"{args.seed} {args.rank}")
         elif "handler" in getattr(filters[i], "kw", {}):
             filters[i].kw["handler"] = count
+        elif maker is wds.map_dict.f and inspect.isfunction(filters[i].kw.get("text")):
+            # In OpenCLIP 3.3 this is a lambda, which can't be sent to a worker that is spawned.
+            tokenizer = inspect.getclosurevars(filters[i].kw["text"]).nonlocals["tokenizer"]
+            filters[i].kw["text"] = partial(tokenize, tokenizer)
     if train:
         filters.append(require_a_batch)
     return lost
+
+
+def count_unreadable(lost: Any, error: BaseException) -> bool:
+    """Adds 1 to a number that workers share, and logs the error."""
+    with lost.get_lock():
+        lost.value += 1
+    logging.warning("Unreadable: %r", error)
+    return True  # go on
+
+
+def tokenize(tokenizer: Function, text: str) -> Tensor:
+    """The tokens of one text."""
+    tokens: Tensor = tokenizer(text)[0]
+    return tokens
 
 
 def require_a_batch(batches: Iterator[Any]) -> Iterator[Any]:
@@ -130,11 +143,19 @@ class TrainerPatches:
     def get_data(
         self, original: Function, args: Namespace, *positional: Any, **options: Any
     ) -> Any:
-        """OpenCLIP's data. Pairs and shards that cannot be read are counted."""
+        """OpenCLIP's data. Pairs and shards that cannot be read are counted.
+
+        Raises `UsageError` if held-out pairs cannot be read. All are read once.
+        """
         data = original(args, *positional, **options)
         self.args, self.lost = args, watch(data["train"], args, train=True)
         if "val" in data:
             self.lost_val = watch(data["val"], args, train=False)
+            if args.rank == 0:  # the rank that validates
+                for _ in data["val"].dataloader:
+                    pass
+            if lost := self.lost_val.value:
+                raise UsageError(f"--val: {lost} unreadable held-out pairs or shards, see above")
         return data
 
     def train_one_epoch(
@@ -189,11 +210,18 @@ class TrainerPatches:
     ) -> dict[str, Any]:
         """OpenCLIP's evaluation. The model with the lowest loss so far is saved as best.pt.
 
-        Raises `RunFailed` if pairs could not be read: the loss could choose another epoch.
+        It is not saved if pairs could not be read: their loss could choose another epoch.
         """
-        metrics: dict[str, Any] = original(model, data, epoch, args, **options)
+        try:
+            metrics: dict[str, Any] = original(model, data, epoch, args, **options)
+        except Exception:  # OpenCLIP can't validate without any pair
+            if not (self.lost_val and self.lost_val.value):
+                raise
+            metrics = {}
         if lost := self.lost_val and self.lost_val.value:
-            raise RunFailed(f"the validation lost {lost} pairs, and can't choose an epoch")
+            self.lost_val.value = 0
+            logging.warning("Unreadable held-out pairs or shards: %d; no best epoch is kept", lost)
+            return metrics
         # Only rank 0 has a loss, and only if this epoch was validated. Under FSDP no rank has the
         # whole model.
         if getattr(args, "save_logs", False) and LOSS in metrics and not getattr(args, "fsdp", 0):

@@ -1,5 +1,6 @@
 """The demonstration, on a small emoji set made here. Each image has one colour of its own."""
 
+import os
 import shlex
 import signal
 from argparse import Namespace
@@ -194,6 +195,9 @@ def test_a_resumed_run_equals_an_uninterrupted_run_bit_for_bit_and_is_not_repeat
     saved = torch.load(checkpoint, weights_only=True)
     torch.save(saved | {"config": {**saved["config"], "lr": 1.0}}, checkpoint)
     with pytest.raises(UsageError, match="of a run with other settings: choose another --out"):
+        demonstrate(run)
+    os.truncate(checkpoint, 10_000)
+    with pytest.raises(UsageError, match=r"checkpoint\.pt is cut short, or holds more"):
         demonstrate(run)
     torch.save(saved | {"seconds": 1e6}, checkpoint)
     for line in ("resumes at step 2 of 5", "finished before"):
