@@ -13,12 +13,12 @@ from ..command_line import Parser, UsageError, add_device, whole_number
 from ..data.emoji import EMOJI_FOLDER, read_emoji
 from ..data.samples import fingerprint
 from ..evaluate import records, report
+from ..evaluate.demonstration import DATASETS, open_dataset
 from ..evaluate.metrics import measure
 from ..files import locked, write_text
 from ..losses import LOSSES, PENALTY_WEIGHT
-from ..pretrain.runs import PARAMETERS
+from ..runs import PARAMETERS
 from .batches import EmojiBatches
-from .datasets import DATASETS, open_dataset
 from .model import MODEL, TINY, build_model, precision
 from .train import REFERENCE_BATCH_SIZE, train
 
@@ -38,7 +38,7 @@ SIMILARITIES_OF = "new concepts, trained styles"  # the dataset of similarities.
 DESCRIPTION = """\
 Trains small CLIP models on the emoji that ship with the repository, and shows what the cyclic
 penalties change: CLIP next to CyCLIP. Without arguments it takes 5 to 11 minutes on two CPU
-cores. If it is interrupted, the same command resumes. Finished runs are not repeated."""
+cores. If it is interrupted, the same command repeats only the run that was not finished."""
 EPILOG = """\
 other commands, each with its own --help:
   python -m reference_train pretrain   OpenCLIP's trainer with CyCLIPLoss
@@ -109,6 +109,7 @@ def train_and_evaluate(arguments: argparse.Namespace, argv: Sequence[str]) -> No
             continue
         print(f"run {count} of {len(runs)}: {name}", flush=True)
         config = argparse.Namespace(name=name, loss=loss, seed=seed, **settings)
+        config.penalty_weight *= LOSSES[loss].inmodal or LOSSES[loss].crossmodal
         logit_bias = None
         if LOSSES[loss].siglip:
             config.logit_scale, logit_bias = SIGLIP_LOGIT_SCALE, SIGLIP_LOGIT_BIAS

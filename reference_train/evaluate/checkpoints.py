@@ -18,8 +18,13 @@ from torch.utils.data import DataLoader
 
 from ..command_line import RunFailed, UsageError
 from ..losses import LOSSES
-from ..pretrain.presets import register_models
-from ..pretrain.runs import PARAMETERS, load_checkpoint, read_parameters, without_wrappers
+from ..runs import (
+    PARAMETERS,
+    load_checkpoint,
+    read_parameters,
+    register_models,
+    without_wrappers,
+)
 from .datasets import Images
 
 TEXT_BATCH_SIZE = 1024

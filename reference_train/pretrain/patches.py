@@ -1,8 +1,7 @@
-"""All patches of OpenCLIP's trainer, for open_clip_torch 3.3 and its main branch (4.2 dev).
+"""The patches of OpenCLIP's trainer, for open_clip_torch 3.3 and its main branch (4.2 dev).
 
 A patch is a method that replaces the trainer's function of the same name. Its first argument,
-`original`, is the trainer's own function. `TrainerPatches` are for every run of `pretrain`, and
-`ViewPatches` for `--views`.
+`original`, is the trainer's own function. `views.py` has those for `--views`.
 """
 
 import inspect
@@ -26,12 +25,10 @@ from cyclip_loss.metrics import consistency_metrics
 
 from ..command_line import RunFailed, UsageError
 from ..files import atomic_write
-from . import views
-from .runs import load_checkpoint, without_wrappers
+from ..runs import load_checkpoint, without_wrappers
 
 LOSS = "clip_val_loss"  # OpenCLIP's name for the contrastive loss on the validation's batches
 BEST = "best.pt"
-NO_HELD_OUT_DATA = {"val_data": None, "imagenet_val": None, "imagenet_v2": None}
 Function = Callable[..., Any]
 
 
@@ -124,14 +121,13 @@ class TrainerPatches:
         self.lost_val: Any = None  # the number of held-out pairs that could not be read
 
     def install(self, main: Any) -> None:
-        """Replaces functions in `open_clip_train.main`, `open_clip_train.train` and torch."""
+        """Replaces functions in `open_clip_train.main` and `open_clip_train.train`."""
         modules = {
             "parse_args": main,
             "get_data": main,
             "train_one_epoch": main,
             "evaluate": main,
             "get_clip_metrics": train,
-            "save": torch,
         }
         for name, module in modules.items():
             setattr(module, name, partial(getattr(self, name), getattr(module, name)))
@@ -231,58 +227,10 @@ class TrainerPatches:
                 inner = getattr(model, "trainable_module", model)
                 state = without_wrappers(inner.state_dict())
                 checkpoint = {"epoch": epoch, "name": args.name, LOSS: metrics[LOSS]}
-                torch.save({**checkpoint, "state_dict": state}, folder / BEST)
+                with atomic_write(folder / BEST) as temporary:
+                    torch.save({**checkpoint, "state_dict": state}, temporary)
                 logging.info("Epoch %d is the best so far: %s", epoch, folder / BEST)
         return metrics
-
-    def save(
-        self, original: Function, content: Any, file: Any, *positional: Any, **options: Any
-    ) -> None:
-        """`torch.save` that writes a whole file or none. Its error is one line."""
-        if not isinstance(file, str | Path):
-            original(content, file, *positional, **options)
-        else:
-            with atomic_write(Path(file)) as temporary:
-                original(content, temporary, *positional, **options)
-
-
-class ViewPatches:
-    """The patches for `--views`. how: "autoaugment" or "own", as in `views.TwoViewsTransform`."""
-
-    def __init__(self, how: str) -> None:
-        self.how = how
-
-    def install(self, main: Any) -> None:
-        """Replaces functions in `open_clip_train.main`."""
-        for name in ("create_model_and_transforms", "get_data"):
-            setattr(main, name, partial(getattr(self, name), getattr(main, name)))
-
-    def create_model_and_transforms(self, original: Function, *args: Any, **options: Any) -> Any:
-        """OpenCLIP's model, which takes both views in one forward pass."""
-        created = original(*args, **options)
-        model = created[0]
-        model.forward = partial(views.forward_both_views, model, model.forward)
-        return created
-
-    def get_data(
-        self,
-        original: Function,
-        args: Namespace,
-        transforms: Any,
-        *,
-        tokenizer: Any,
-        **options: Any,
-    ) -> Any:
-        """OpenCLIP's data: training pairs have two views, and held-out pairs have one."""
-        train_transform, val_transform = transforms
-        training_only = Namespace(**{**vars(args), **NO_HELD_OUT_DATA})
-        held_out_only = Namespace(**{**vars(args), "train_data": None})
-        two_views = (views.TwoViewsTransform(train_transform, self.how), val_transform)
-        two_captions = views.TwoViewsTokenizer(tokenizer)
-        training = original(training_only, two_views, tokenizer=two_captions, **options)
-        held_out = original(held_out_only, transforms, tokenizer=tokenizer, **options)
-        # Made-up pairs need no path, so `held_out_only` also gives some to train on.
-        return held_out | training
 
 
 def load_best(checkpoints: Path) -> dict[str, Any]:

@@ -9,8 +9,8 @@ import torch
 from processes import ROOT
 
 from reference_train.data import emoji
-from reference_train.demo import datasets, demo, train
-from reference_train.evaluate import records
+from reference_train.demo import demo, train
+from reference_train.evaluate import demonstration, records
 from reference_train.evaluate.datasets import open_emoji
 
 # The first digits of the SHA-256 of each file. Its numbers and pictures were checked by hand.
@@ -64,8 +64,8 @@ def test_the_records_have_the_settings_and_the_concepts_of_the_demonstration(
     path = Path(ROOT, "reference_train", "results", preset, "evaluation.json")
     record = json.loads(path.read_text())
     assert demo.PRESETS[preset].items() <= record["settings"].items()
-    for name in datasets.DATASETS:
-        described = records.describe(datasets.open_dataset(shipped, name))
+    for name in demonstration.DATASETS:
+        described = records.describe(demonstration.open_dataset(shipped, name))
         assert described.items() <= record["data_sets"][name].items()
 
 
