@@ -34,7 +34,6 @@ OPTIONS = {
     "penalty_weight": "lambda",
     "reference_batch_size": "reference",
 }
-SIMILARITIES_OF = "new concepts, trained styles"  # the dataset of similarities.png
 DESCRIPTION = """\
 Trains small CLIP models on the emoji that ship with the repository, and shows what the cyclic
 penalties change: CLIP next to CyCLIP. Without arguments it takes 5 to 11 minutes on two CPU
@@ -43,7 +42,7 @@ EPILOG = """\
 other commands, each with its own --help:
   python -m reference_train pretrain   OpenCLIP's trainer with CyCLIPLoss
   python -m reference_train evaluate   evaluates any OpenCLIP checkpoint
-  python -m reference_train report     makes the table and the figures of an evaluation again"""
+  python -m reference_train report     makes the table of evaluations again"""
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -71,7 +70,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Trains what is not trained yet, evaluates it, and writes the table and the figures."""
+    """Trains what is not trained yet, evaluates it, and writes the table."""
     arguments = parse_arguments(argv)
     with locked(arguments.out):
         train_and_evaluate(arguments, argv)
@@ -123,8 +122,7 @@ def train_and_evaluate(arguments: argparse.Namespace, argv: Sequence[str]) -> No
         result["checkpoints"][name] = {**vars(config), **trained}
         print(f"{name}: evaluates on {len(datasets)} datasets", flush=True)
         result["results"][name] = {
-            dataset: measure(clip, data, keep_similarities=dataset == SIMILARITIES_OF)
-            for dataset, data in datasets.items()
+            dataset: measure(clip, data) for dataset, data in datasets.items()
         }
         records.save(result, out)
     report.write(result, out)

@@ -146,7 +146,7 @@ def from_file(file: Path, model: str | None) -> Checkpoint:
 
 
 def describe_run(title: str, parameters: dict[str, Any]) -> dict[str, Any]:
-    """The loss and the seed of a run, for tables and figures. The loss is None if it is not known.
+    """The loss and the seed of a run, for tables. The loss is None if it is not known.
 
     The run's settings decide. The authors' checkpoints have none, but the loss as their title.
 

@@ -23,7 +23,7 @@ DESCRIPTION = """\
 Evaluates checkpoints of OpenCLIP, or of the CyCLIP authors' code, and shows the paper's numbers
 beside them. Nothing is downloaded except the weights of --pretrained or --model hf-hub:... If the
 command is interrupted, the same command resumes with the datasets that are missing.
-`python -m reference_train report DIR` makes the table and the figure again."""
+`python -m reference_train report DIR` makes the table again."""
 EPILOG = """\
 datasets of the demonstration    by their names in its table: --only "new concepts, new styles" …
 datasets of --data DIR (DIR itself, or folders in it); the emoji are always there:
@@ -80,7 +80,7 @@ def named_folder(text: str) -> tuple[str, Path]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Finds checkpoints and datasets, evaluates them, and writes the table and the figure.
+    """Finds checkpoints and datasets, evaluates them, and writes the table.
 
     Raises `UsageError` if nothing can be evaluated, and `RunFailed` at the end if a dataset or a
     checkpoint failed.
@@ -145,8 +145,7 @@ def evaluate(
         clip.progress, began = f"{title}: {name}", time.perf_counter()
         print(f"{clip.progress}, {len(data.images):,} images", flush=True)  # also to a log file
         try:
-            has_captions = data.captions is not None
-            measured = measure(clip, data, arguments.linear_probe, keep_similarities=has_captions)
+            measured = measure(clip, data, arguments.linear_probe)
         except Exception as error:  # any error: go on with the next dataset
             failed[f"{name}, {title}"] = last_line(error)
             continue

@@ -1,9 +1,8 @@
-"""The table and the figure of an evaluation: which metrics they show, and how they read.
+"""The table of an evaluation: which metrics it shows, and how it reads.
 
-`python -m reference_train report FOLDER ...` makes them again, or one table of several folders.
+`python -m reference_train report FOLDER ...` makes it again, or one table of several folders.
 """
 
-import base64
 import math
 import re
 from collections.abc import Sequence
@@ -11,7 +10,6 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 from rich.console import Console
 from rich.markdown import Markdown
@@ -19,7 +17,7 @@ from rich.markdown import Markdown
 from ..command_line import Parser, UsageError
 from ..files import write_text
 from ..losses import LOSSES
-from . import figures, paper
+from . import paper
 from .metrics import CONSISTENCY_NEIGHBOURS, RECALL_AT, SUPERCLASS_TOP, TOP, top
 from .records import Result, merge, read_evaluation, save
 
@@ -289,23 +287,6 @@ def cell(bounded: pd.Series, metric: Metric) -> str:
     return value if bounded["min"] == bounded["max"] else f"{value} ({low} to {high})"
 
 
-# The figure.
-
-
-def similarities(result: Result) -> dict[str, np.ndarray]:
-    """Title -> (3, n, n): the similarities of a column's first run that has some, by dataset."""
-    shown: dict[str, np.ndarray] = {}
-    for name, data in result["data_sets"].items():
-        order = f"sorted by {list(data['classes'])[-1]}" if data["classes"] else "unsorted"
-        for column in columns(result):
-            runs = [result["results"][run].get(name, {}) for run in column.runs]
-            if stored := next((run["similarities"] for run in runs if "similarities" in run), None):
-                flat = np.frombuffer(base64.b64decode(stored["matrices"]), np.int8)
-                n = math.isqrt(len(flat) // 3)
-                shown[f"{column.title}: {name}, {n} pairs, {order}"] = flat.reshape(3, n, n) / 127
-    return shown
-
-
 # The command.
 
 
@@ -331,21 +312,15 @@ def table_of_runs(result: Result) -> pd.DataFrame:
 
 
 def write(result: Result, out: Path) -> None:
-    """Writes table.md and the figure, and prints a shorter table."""
+    """Writes table.md, and prints a shorter table."""
     write_text(markdown(result), out / "table.md")
-    written = "table.md"
-    if models := similarities(result):
-        figures.draw_similarities(models, out / "similarities.png")
-        written += ", similarities.png"
     Console().print(Markdown(markdown(result, short=True)))
-    print(f"\nWritten to {out}: {written}")
+    print(f"\nWritten: {out / 'table.md'}")
 
 
 def main(argv: Sequence[str]) -> None:
     """`python -m reference_train report`."""
-    description = (
-        "Makes table.md and the figure again. Runs called NAME-SEED share the column NAME."
-    )
+    description = "Makes table.md again. Runs called NAME-SEED share the column NAME."
     parser = Parser("python -m reference_train report", description=description)
     add = parser.add_argument
     text = "a folder of evaluate, or an evaluation.json"

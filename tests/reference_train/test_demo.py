@@ -27,7 +27,7 @@ from reference_train.demo import demo as command
 from reference_train.demo import train
 from reference_train.demo.batches import augment
 from reference_train.demo.model import TINY
-from reference_train.evaluate import demonstration, evaluate, report
+from reference_train.evaluate import demonstration, evaluate
 from reference_train.evaluate.records import read_evaluation
 from reference_train.losses import LOSSES
 
@@ -62,7 +62,6 @@ def emoji():
         patch.setattr(open_clip, "SimpleTokenizer", lru_cache(open_clip.SimpleTokenizer))
         patch.setitem(command.PRESETS, "short", SHORT)
         patch.setitem(TINY, "text_cfg", {**TINY["text_cfg"], "width": 16, "heads": 2})
-        patch.setattr(report.figures, "draw_similarities", lambda *_: None)  # it takes seconds
         yield emoji
 
 
@@ -89,8 +88,6 @@ def test_a_folder_has_the_results_and_the_steps_of_every_run(finished: Path) -> 
             terms = [line[term] for term in line if term.endswith("_loss")]
             assert line["loss"] == pytest.approx(sum(terms), rel=1e-5)
             assert (line["inmodal_cyclic_loss"] > 0) == name.startswith("cyclip")
-    kept = [name for name, found in result["results"]["clip-0"].items() if "similarities" in found]
-    assert kept == [command.SIMILARITIES_OF]
     assert "| CLIP (2) | CyCLIP | SigLIP | chance | n |" in (finished / "table.md").read_text()
 
 

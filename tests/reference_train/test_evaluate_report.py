@@ -1,16 +1,14 @@
-"""The tables and figures of `evaluate` and `report`, and the paper's numbers in them."""
+"""The tables of `evaluate` and `report`, and the paper's numbers in them."""
 
 import re
-from base64 import b64encode
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from processes import ROOT
 
 from reference_train.command_line import UsageError
-from reference_train.evaluate import figures, records, report
+from reference_train.evaluate import records, report
 from reference_train.evaluate.records import read_evaluation
 
 SETS = {
@@ -167,25 +165,6 @@ def test_published_numbers_are_hidden_if_ours_are_of_other_images(
     assert {row.source for row in shown} == sources
     assert bool(notes) == bool(note)
     assert note in " ".join(notes)
-
-
-def test_the_figure_shows_the_first_run_that_has_similarities() -> None:
-    stored = {"matrices": b64encode(np.full(3 * 4, 127, np.int8).tobytes()).decode()}
-    result = evaluation({"clip-0": 0.1, "clip-1": 0.2})
-    result["results"]["clip-1"]["icons"]["similarities"] = stored
-    [(title, matrices)] = report.similarities(result).items()
-    assert title == "CLIP: icons, 2 pairs, sorted by colour"
-    np.testing.assert_array_equal(matrices, np.ones((3, 2, 2)))
-
-
-def test_the_similarities_of_all_models_have_the_same_scales(tmp_path: Path, monkeypatch) -> None:
-    drawn: list[Any] = []
-    monkeypatch.setattr(figures.plt, "close", lambda figure: drawn.extend(figure.axes))
-    equal, crossed = np.full((3, 2, 2), -0.5), np.zeros((3, 2, 2))
-    crossed[2, 0, 1] = 0.75
-    figures.draw_similarities({"equal": equal, "crossed": crossed}, tmp_path / "similarities.png")
-    scales = [ax.images[0].get_clim() for ax in drawn if ax.images]
-    assert scales == [(-0.5, 1), (-0.5, 1), (-0.75, 0.75)] * 2
 
 
 def test_the_csv_file_has_a_row_for_each_run_with_its_settings_and_numbers(tmp_path: Path) -> None:
