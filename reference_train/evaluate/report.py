@@ -293,13 +293,14 @@ def cell(bounded: pd.Series, metric: Metric) -> str:
 def table_of_runs(result: Result) -> pd.DataFrame:
     """A row for each run: its settings, the values of its last step, and its numbers, as shares.
 
-    The numbers are called "DATASET: METRIC" or "DATASET, GROUP: METRIC". The recall is the mean of
-    R@10 in both directions.
+    The values of the last step are called "last VALUE", and the numbers "DATASET: METRIC" or
+    "DATASET, GROUP: METRIC". The recall is the mean of R@10 in both directions.
     """
     rows = []
     for run, measured in result["results"].items():
         history = result.get("history", {}).get(run) or [{}]
-        row = {"run": run, **result["checkpoints"][run], **history[-1]}
+        row = {"run": run, **result["checkpoints"][run]}
+        row |= {f"last {name}": value for name, value in history[-1].items()}
         for name, found in measured.items():
             for group, numbers in {"": found["numbers"], **found["groups"]}.items():
                 prefix = f"{name}, {group}" if group else name

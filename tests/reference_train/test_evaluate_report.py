@@ -176,13 +176,13 @@ def test_the_csv_file_has_a_row_for_each_run_with_its_settings_and_numbers(tmp_p
         sets = {"icons": SETS["icons"] | {"groups": {"thin": 100}, "mean_over": ["thin"]}}
         result = evaluation({"clip-0": 0.5}, checkpoints={"clip-0": settings}, data_sets=sets)
         measured["icons"]["numbers"]["top1"] = steps / 10_000
-        result |= {"results": {"clip-0": measured}, "history": {"clip-0": [{"scale": 1 / 3}]}}
+        result |= {"results": {"clip-0": measured}, "history": {"clip-0": [{"loss": 1 / 3}]}}
         records.save(result, tmp_path / name)
     folders = [str(tmp_path / name) for name in "ab"]
     report.main([*folders, "--out", f"{tmp_path}/out", "--csv", f"{tmp_path}/runs.csv"])
     lines = (tmp_path / "runs.csv").read_text().replace(f"{tmp_path}/", "").splitlines()
     assert lines == [
-        "run,loss,seed,steps,scale,icons: top1,"
+        "run,loss,seed,steps,last loss,icons: top1,"
         '"icons, thin: image_to_text_r10","icons, thin: text_to_image_r10","icons, thin: recall"',
         "clip-0,clip,0,620,0.333333,0.062,0.1,0.2,0.15",
         "b-clip-0,clip,0,1500,0.333333,0.15,0.1,0.2,0.15",
