@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/*.md", "benchmarks/README.md", "reference_train/results/*/README.md")
 BLOCKS = (ROOT / ".mkdocs/tables.txt").read_text(encoding="utf-8").split("\n\n")
 SPECS = dict(block.split("\n", 1) for block in BLOCKS)
-SETTINGS = ("run", "steps", "batch_size", "loss", "penalty_weight", "seed")  # of a CSV file's run
+SETTINGS = ("steps", "batch_size", "loss", "penalty_weight", "seed")  # of a demonstration's run
 TABLE = re.compile(r"(?<=<!-- table )(\S+) -->\n(?:\n(?:\|[^\n]*\n)+)?")
 NOT_ACCURACIES = ("gap", "uniformity", "correlation")  # endings of metrics without intervals
 Numbers = dict[str, float]
@@ -50,8 +50,9 @@ def runs_of(path: Path) -> Iterator[tuple[str, Numbers]]:
                 yield title, {"icons recall": float(found[1]) / 100}
     elif path.suffix == ".csv":
         for row in csv.DictReader(text.splitlines()):
-            title = " ".join(row[name] for name in SETTINGS if name in row)
-            yield title, {name: float(row[name]) for name in row if ": " in name or "_" in name}
+            title = " ".join(row[x] for x in SETTINGS) if "steps" in row else row["run"]
+            numbers = {name: float(row[name]) for name in row if ": " in name and row[name]}
+            yield title, numbers
     elif "results" in (record := json.loads(text)):
         for title, measured in record["results"].items():
             numbers = {}

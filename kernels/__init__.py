@@ -4,23 +4,27 @@ One file per function of the interface (`cyclip_loss/engines/interface.py`), wit
 top. `tiles.py` has what they share, and `configs.py` the tile sizes. Arguments and results are
 those of the functions with the same names in `cyclip_loss.engines.eager`, for float32, bfloat16 and
 float16 features.
+
+In a clone, transformers finds this folder where it looks for Hugging Face's package `kernels`. So
+imported as anything but `cyclip_loss.kernels`, it is empty, and needs no Triton.
 """
 
-from cyclip_loss.kernels.configs import INTERPRETED
-from cyclip_loss.kernels.contrastive_grads import contrastive_grads
-from cyclip_loss.kernels.contrastive_lse import contrastive_lse
-from cyclip_loss.kernels.cyclic_grads import cyclic_grads
-from cyclip_loss.kernels.cyclic_terms import cyclic_terms
-from cyclip_loss.kernels.gram_matrices import MAX_D, gram_matrices
-from cyclip_loss.kernels.sigmoid_terms import sigmoid_terms
+if __name__ == "cyclip_loss.kernels":
+    from cyclip_loss.kernels.configs import INTERPRETED
+    from cyclip_loss.kernels.contrastive_grads import contrastive_grads
+    from cyclip_loss.kernels.contrastive_lse import contrastive_lse
+    from cyclip_loss.kernels.cyclic_grads import cyclic_grads
+    from cyclip_loss.kernels.cyclic_terms import cyclic_terms
+    from cyclip_loss.kernels.gram_matrices import MAX_D, gram_matrices
+    from cyclip_loss.kernels.sigmoid_terms import sigmoid_terms
 
-__all__ = [
-    "INTERPRETED",
-    "MAX_D",
-    "contrastive_grads",
-    "contrastive_lse",
-    "cyclic_grads",
-    "cyclic_terms",
-    "gram_matrices",
-    "sigmoid_terms",
-]
+    __all__ = [
+        "INTERPRETED",
+        "MAX_D",
+        "contrastive_grads",
+        "contrastive_lse",
+        "cyclic_grads",
+        "cyclic_terms",
+        "gram_matrices",
+        "sigmoid_terms",
+    ]

@@ -50,25 +50,17 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     if path.exists():
         raise UsageError(f"--out {path}: already exists")
-    check_writable(path)
     parent = path.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{path.name}.") as temporary:
-        folder = Path(temporary) / path.name
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(dir=parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise UsageError(f"--out: {path} can't be written: {error}") from error
+    with temporary:
+        folder = Path(temporary.name) / path.name
         folder.mkdir()
         yield folder
         folder.replace(path)
-
-
-def check_writable(folder: Path) -> None:
-    """Raises `UsageError` if the folder of --out can't be created or written. Creates nothing."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    try:  # Permission bits are not enough: /proc, for example, looks writable.
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        why = f"{existing} is not a writable folder"
-        raise UsageError(f"--out: {folder} can't be written: {why}") from error
 
 
 @contextlib.contextmanager
@@ -80,13 +72,11 @@ def locked(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / ".lock", timeout=PATIENCE)
-        lock.acquire()
+        lock = filelock.FileLock(folder / ".lock").acquire(timeout=PATIENCE)
     except filelock.Timeout as error:
         why = "another process is using it: choose another --name or --out"
         raise UsageError(f"{folder}: {why}") from error
     except OSError as error:
         raise UsageError(f"--out: {folder} can't be written: {error}") from error
     with lock:
-        lock.release()  # `with` has acquired it a second time
         yield

@@ -63,25 +63,8 @@ record() { # FILE RUNS DATASETS [FLAGS]: evaluates, and writes a row for each ru
     file=$1
     shift
     python -m reference_train evaluate --workers 0 --out "$out/$file" "$@"
-    python - "$out/$file/evaluation.json" >"reference_train/results/fine_tuning/$file.csv" <<'END'
-import csv, json, sys
-
-rows = []
-for run, measured in json.load(open(sys.argv[1]))["results"].items():
-    row = {"run": run}
-    for data, found in measured.items():
-        for style, numbers in {"mean": found["numbers"], **found["groups"]}.items():
-            for metric in ("top1", "subgroup_top1", "text_to_image_r1"):
-                if metric in numbers:
-                    row[f"{data}, {style}: {metric}"] = round(numbers[metric], 5)
-            if data == "icons":
-                both = numbers["image_to_text_r10"] + numbers["text_to_image_r10"]
-                row["icons: recall"] = round(both / 2, 5)
-    rows.append(row)
-writer = csv.DictWriter(sys.stdout, rows[0], lineterminator="\n")
-writer.writeheader()
-writer.writerows(rows)
-END
+    python -m reference_train report "$out/$file" \
+        --csv "reference_train/results/fine_tuning/$file.csv"
 }
 record runs "$out"/short/clip-? "$out"/logs/tuned-* \
     --only "trained concepts, new styles" "new concepts, trained styles"

@@ -35,4 +35,5 @@ for weight in 0.015625 0.25; do
     runs "1500-$weight" --preset long --lambda $weight --loss cysiglip
 done
 
-python -m reference_train.siglip_table reference_train/results/siglip/runs.csv "$out"/*/
+python -m reference_train report "$out"/[0-9]*/ --out "$out/all" \
+    --csv reference_train/results/siglip/runs.csv

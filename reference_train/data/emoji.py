@@ -17,6 +17,18 @@ SHIFT_STYLES = ("noto-v1", "openmoji", "fluent-emoji")  # never trained on
 BLACK_AND_WHITE = ("fluent-emoji-high-contrast",)  # black and white; means do not include it
 ALL_STYLES = TRAIN_STYLES + SHIFT_STYLES + BLACK_AND_WHITE
 SIZE = 64  # pixels
+# Captions with a concept's name, or with its subgroup.
+NAME_TEMPLATES = (
+    "{}",
+    "{}",
+    "a drawing of {}",
+    "a picture of {}",
+    "an emoji of {}",
+    "an icon of {}",
+    "the {} emoji",
+    "a small drawing of {}",
+)
+SUBGROUP_TEMPLATES = ("{}", "a kind of {}", "a drawing of {}", "an emoji of {}")
 
 
 class Concept(NamedTuple):

@@ -2,7 +2,7 @@
 
 A batch has N *distinct* concepts of split `train`, each in one of the training styles. The same
 concept in a second style would be a false negative of the contrastive loss. A batch depends on the
-seed and the step only, so a resumed run has the batches of an uninterrupted one.
+seed and the step only.
 """
 
 import random
@@ -13,22 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..data.emoji import TRAIN_STYLES, Concept, EmojiSet
+from ..data.emoji import NAME_TEMPLATES, SUBGROUP_TEMPLATES, TRAIN_STYLES, Concept, EmojiSet
 
 # A caption is a name in a template, a name and its subgroup, a subgroup alone, or keywords. These
 # are the shares of the four kinds, in the order of `training_captions`.
 CAPTION_SHARES = (0.50, 0.25, 0.15, 0.10)
-NAME_TEMPLATES = (
-    "{}",
-    "{}",
-    "a drawing of {}",
-    "a picture of {}",
-    "an emoji of {}",
-    "an icon of {}",
-    "the {} emoji",
-    "a small drawing of {}",
-)
-SUBGROUP_TEMPLATES = ("{}", "a kind of {}", "a drawing of {}", "an emoji of {}")
 KEYWORD_CAPTIONS = 4  # of each concept, each with up to three keywords in a random order
 
 

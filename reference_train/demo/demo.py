@@ -13,12 +13,12 @@ from ..command_line import Parser, UsageError, add_device, whole_number
 from ..data.emoji import EMOJI_FOLDER, read_emoji
 from ..data.samples import fingerprint
 from ..evaluate import records, report
+from ..evaluate.demonstration import DATASETS, open_dataset
 from ..evaluate.metrics import measure
 from ..files import locked, write_text
 from ..losses import LOSSES, PENALTY_WEIGHT
-from ..pretrain.runs import PARAMETERS
+from ..runs import PARAMETERS
 from .batches import EmojiBatches
-from .datasets import DATASETS, open_dataset
 from .model import MODEL, TINY, build_model, precision
 from .train import REFERENCE_BATCH_SIZE, train
 
@@ -34,16 +34,15 @@ OPTIONS = {
     "penalty_weight": "lambda",
     "reference_batch_size": "reference",
 }
-SIMILARITIES_OF = "new concepts, trained styles"  # the dataset of similarities.png
 DESCRIPTION = """\
 Trains small CLIP models on the emoji that ship with the repository, and shows what the cyclic
 penalties change: CLIP next to CyCLIP. Without arguments it takes 5 to 11 minutes on two CPU
-cores. If it is interrupted, the same command resumes. Finished runs are not repeated."""
+cores. If it is interrupted, the same command repeats only the run that was not finished."""
 EPILOG = """\
 other commands, each with its own --help:
   python -m reference_train pretrain   OpenCLIP's trainer with CyCLIPLoss
   python -m reference_train evaluate   evaluates any OpenCLIP checkpoint
-  python -m reference_train report     makes the table and the figures of an evaluation again"""
+  python -m reference_train report     makes the table of evaluations again"""
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -71,7 +70,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Trains what is not trained yet, evaluates it, and writes the table and the figures."""
+    """Trains what is not trained yet, evaluates it, and writes the table."""
     arguments = parse_arguments(argv)
     with locked(arguments.out):
         train_and_evaluate(arguments, argv)
@@ -109,6 +108,7 @@ def train_and_evaluate(arguments: argparse.Namespace, argv: Sequence[str]) -> No
             continue
         print(f"run {count} of {len(runs)}: {name}", flush=True)
         config = argparse.Namespace(name=name, loss=loss, seed=seed, **settings)
+        config.penalty_weight *= LOSSES[loss].inmodal or LOSSES[loss].crossmodal
         logit_bias = None
         if LOSSES[loss].siglip:
             config.logit_scale, logit_bias = SIGLIP_LOGIT_SCALE, SIGLIP_LOGIT_BIAS
@@ -122,8 +122,7 @@ def train_and_evaluate(arguments: argparse.Namespace, argv: Sequence[str]) -> No
         result["checkpoints"][name] = {**vars(config), **trained}
         print(f"{name}: evaluates on {len(datasets)} datasets", flush=True)
         result["results"][name] = {
-            dataset: measure(clip, data, keep_similarities=dataset == SIMILARITIES_OF)
-            for dataset, data in datasets.items()
+            dataset: measure(clip, data) for dataset, data in datasets.items()
         }
         records.save(result, out)
     report.write(result, out)

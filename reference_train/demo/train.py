@@ -1,4 +1,4 @@
-"""The training loop. It resumes a run from its last checkpoint, if there is one."""
+"""The training loop."""
 
 import math
 import time
@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 from open_clip_train.scheduler import cosine_lr
+from rich.progress import track
 from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cyclip_loss import CyclicPenalty, CyCLIPLoss, CySigLIPLoss
 
-from ..command_line import RunFailed, UsageError
-from ..evaluate.checkpoints import Clip
+from ..command_line import RunFailed
+from ..evaluate.checkpoints import DEMONSTRATION, Clip
 from ..files import atomic_write
 from ..losses import LOSSES, Loss
 from .batches import EmojiBatches, augment
@@ -29,7 +30,6 @@ MAX_GRADIENT_NORM = 1.0
 # advised elsewhere. All records of the demonstration were made with it, with three seeds.
 REFERENCE_BATCH_SIZE = 256
 WARMUP_SHARE = 0.1  # of all steps
-CHECKPOINTS = 25  # that a run saves, and lines that it prints
 
 
 def between_views_loss(
@@ -63,21 +63,18 @@ def train(config: Namespace, clip: Clip, data: EmojiBatches, folder: Path) -> di
     Returns {"seconds": float, "history": [the metrics of each step]}. Raises `RunFailed` if the
     loss is not finite.
     """
-    model, path = clip.model, folder / "checkpoint.pt"
-    loss = LOSSES[config.loss]
+    model, loss = clip.model, LOSSES[config.loss]
     loss_fn = build_loss(config, loss)
     # Gains, biases and the logit scale do not decay.
     groups = param_groups_weight_decay(model, WEIGHT_DECAY)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, eps=EPS, fused=True)
     warmup = max(1, round(WARMUP_SHARE * config.steps))
     set_learning_rate = cosine_lr(optimizer, config.lr, warmup, config.steps)
-    progress = resume(path, config, model, optimizer)
-    began = time.monotonic() - progress["seconds"]
-    steps_between_checkpoints = max(1, config.steps // CHECKPOINTS)
-    new_steps: list[dict[str, Tensor]] = []
+    history: list[dict[str, float]] = []
+    began = time.monotonic()
 
     model.train()
-    for step in range(progress["step"], config.steps):
+    for step in track(range(config.steps), config.name):
         set_learning_rate(step)
         pixels, tokens = model_inputs(config, clip, data, step)
         terms, logits = compute_terms(clip, loss, loss_fn, pixels, tokens)
@@ -89,22 +86,13 @@ def train(config: Namespace, clip: Clip, data: EmojiBatches, folder: Path) -> di
         with torch.no_grad():
             model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
         values = {"loss": total, **terms, **logits, "gradient_norm": gradient_norm}
-        new_steps.append({name: value.detach() for name, value in values.items()})
-        done = step + 1
-        if done % steps_between_checkpoints == 0 or done == config.steps:
-            history = progress["history"] + to_numbers(new_steps, last_step=done)
-            if not math.isfinite(last_loss := history[-1]["loss"]):
-                raise RunFailed(f"{config.name}: the loss is {last_loss}, at step {done}")
-            progress = {"step": done, "seconds": time.monotonic() - began, "history": history}
-            content = {**progress, "config": vars(config), "state_dict": model.state_dict()}
-            if done < config.steps:
-                content["optimizer"] = optimizer.state_dict()
-            with atomic_write(path) as temporary:
-                torch.save(content, temporary)
-            print_progress(config, progress)
-            new_steps = []
+        history.append({"step": step + 1, **{name: float(x) for name, x in values.items()}})
+        if not math.isfinite(last_loss := history[-1]["loss"]):
+            raise RunFailed(f"{config.name}: the loss is {last_loss}, at step {step + 1}")
     model.eval()
-    return {"seconds": progress["seconds"], "history": progress["history"]}
+    with atomic_write(folder / DEMONSTRATION) as temporary:
+        torch.save({"config": vars(config), "state_dict": model.state_dict()}, temporary)
+    return {"seconds": time.monotonic() - began, "history": history}
 
 
 def build_loss(config: Namespace, loss: Loss) -> CyCLIPLoss | CySigLIPLoss:
@@ -117,42 +105,12 @@ def build_loss(config: Namespace, loss: Loss) -> CyCLIPLoss | CySigLIPLoss:
     )
 
 
-def print_progress(config: Namespace, progress: dict[str, Any]) -> None:
-    """Prints the step, the terms of its loss, and the seconds that are left."""
-    done, last = progress["step"], progress["history"][-1]
-    terms = " + ".join(f"{last[name]:.3f}" for name in last if name.endswith("_loss"))
-    seconds_left = progress["seconds"] / done * (config.steps - done)
-    step = f"step {done}/{config.steps}"
-    print(f"{config.name}: {step}, loss {terms}, {seconds_left:.0f} s left", flush=True)
-
-
-def resume(
-    path: Path, config: Namespace, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
-    """Loads the checkpoint at `path`, if there is one. Returns its step, seconds and history.
-
-    Without a checkpoint the step is 0 and the history is empty. Raises `UsageError` if the
-    checkpoint is of a run with other settings.
-    """
-    if not path.exists():
-        return {"step": 0, "seconds": 0.0, "history": []}
-    saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    if saved["config"] != vars(config):
-        raise UsageError(f"{path} is of a run with other settings: choose another --out")
-    model.load_state_dict(saved["state_dict"])
-    if saved["step"] < config.steps:
-        optimizer.load_state_dict(saved["optimizer"])
-        print(f"{config.name}: resumes at step {saved['step']} of {config.steps}")
-    return saved
-
-
 def model_inputs(
     config: Namespace, clip: Clip, data: EmojiBatches, step: int
 ) -> tuple[Tensor, Tensor]:
     """Pixels (V·N, 3, 32, 32) and tokens (V·N, L), the first views before the second views.
 
-    V is 2 if the loss compares views, else 1. The inputs depend on the seed and the step only, so a
-    resumed run has the same inputs as an uninterrupted one.
+    V is 2 if the loss compares views, else 1. The inputs depend on the seed and the step only.
     """
     images, tokens = (x.to(clip.device, non_blocking=True) for x in data.batch(step))
     rng = np.random.default_rng([config.seed, step, 2**31])
@@ -181,13 +139,3 @@ def compute_terms(
     if loss.views == "geometric":
         terms["between_views_loss"] = between_views_loss(image_features, text_features, loss_fn)
     return terms, logits
-
-
-def to_numbers(steps: Sequence[dict[str, Tensor]], last_step: int) -> list[dict[str, Any]]:
-    """The values of several steps as Python numbers, with one GPU synchronisation."""
-    table = torch.stack([torch.stack(list(values.values())) for values in steps]).tolist()
-    first_step = last_step - len(steps) + 1
-    return [
-        {"step": step, **dict(zip(steps[0], numbers, strict=True))}
-        for step, numbers in enumerate(table, start=first_step)
-    ]

@@ -18,8 +18,13 @@ from torch.utils.data import DataLoader
 
 from ..command_line import RunFailed, UsageError
 from ..losses import LOSSES
-from ..pretrain.presets import register_models
-from ..pretrain.runs import PARAMETERS, load_checkpoint, read_parameters, without_wrappers
+from ..runs import (
+    PARAMETERS,
+    load_checkpoint,
+    read_parameters,
+    register_models,
+    without_wrappers,
+)
 from .datasets import Images
 
 TEXT_BATCH_SIZE = 1024
@@ -141,7 +146,7 @@ def from_file(file: Path, model: str | None) -> Checkpoint:
 
 
 def describe_run(title: str, parameters: dict[str, Any]) -> dict[str, Any]:
-    """The loss and the seed of a run, for tables and figures. The loss is None if it is not known.
+    """The loss and the seed of a run, for tables. The loss is None if it is not known.
 
     The run's settings decide. The authors' checkpoints have none, but the loss as their title.
 

@@ -21,7 +21,7 @@ from open_clip import IMAGENET_CLASSNAMES
 from PIL import Image
 from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torchvision.datasets import ImageFolder
 
 from ..command_line import first_line, say
 from ..data import emoji
@@ -125,9 +125,6 @@ def recognise(folder: Path) -> tuple[str, Opener] | None:
         return name, partial(open_tars, folder, name)
     if next(folder.glob("val-*.tar"), None) is not None:
         return name, partial(open_icons, folder)
-    for kind in (CIFAR10, CIFAR100):
-        if folder.name == kind.base_folder:
-            return kind.__name__.lower(), partial(open_cifar, folder.parent, kind)
     return None
 
 
@@ -152,17 +149,6 @@ def open_emoji() -> Dataset:
         groups=styles,
         excluded_groups=frozenset(emoji.BLACK_AND_WHITE),
     )
-
-
-def open_cifar(root: Path, kind: type[CIFAR10]) -> Dataset:
-    """CIFAR-10 or CIFAR-100 as torchvision downloads it. root: the folder that holds its folder."""
-    test, train = (kind(root, train=is_train) for is_train in (False, True))
-
-    def read(split: CIFAR10) -> LabelledImages:
-        return Images(torch.from_numpy(split.data).permute(0, 3, 1, 2)), torch.tensor(split.targets)
-
-    names = [name.replace("_", " ") for name in test.classes]
-    return classification(root, kind.__name__.lower(), read(test), names, read(train))
 
 
 def open_folders(folder: Path, name: str) -> Dataset:

@@ -12,18 +12,18 @@ from cyclip_loss.open_clip_train import model_config
 
 from ..command_line import Parser, RunFailed, UsageError, add_device, say, whole_number
 from ..data.emoji import read_emoji
-from ..demo.datasets import DATASETS, open_dataset
 from ..files import locked
 from . import records, report
 from .checkpoints import RELEASED_MODEL, Checkpoint, describe_run, find_checkpoints, load
 from .datasets import Dataset, find, open_emoji, open_folders
+from .demonstration import DATASETS, open_dataset
 from .metrics import measure
 
 DESCRIPTION = """\
 Evaluates checkpoints of OpenCLIP, or of the CyCLIP authors' code, and shows the paper's numbers
 beside them. Nothing is downloaded except the weights of --pretrained or --model hf-hub:... If the
 command is interrupted, the same command resumes with the datasets that are missing.
-`python -m reference_train report DIR` makes the table and the figures again."""
+`python -m reference_train report DIR` makes the table again."""
 EPILOG = """\
 datasets of the demonstration    by their names in its table: --only "new concepts, new styles" …
 datasets of --data DIR (DIR itself, or folders in it); the emoji are always there:
@@ -31,7 +31,6 @@ datasets of --data DIR (DIR itself, or folders in it); the emoji are always ther
                                  wds_vtab-cifar100, wds_imagenet1k, wds_imagenetv2,
                                  wds_imagenet_sketch, wds_imagenet-a, wds_imagenet-r,
                                  wds_flickr30k, or any other
-  torchvision's CIFAR            cifar-10-batches-py, cifar-100-python
   icons                          as python -m reference_train.data.icons makes them
 datasets of --imagefolder NAME=DIR:
   your own                       a folder of images for each class, in DIR or in DIR/test and
@@ -81,7 +80,7 @@ def named_folder(text: str) -> tuple[str, Path]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Finds checkpoints and datasets, evaluates them, and writes the table and the figures.
+    """Finds checkpoints and datasets, evaluates them, and writes the table.
 
     Raises `UsageError` if nothing can be evaluated, and `RunFailed` at the end if a dataset or a
     checkpoint failed.
@@ -111,6 +110,7 @@ def main(argv: Sequence[str]) -> None:
         if not any(result["results"].values()):
             raise UsageError(f"nothing to evaluate: {join_reasons(failed)}")
         result["failed"] = failed
+        records.save(result, arguments.out)
         report.write(result, arguments.out)
     if failed:
         raise RunFailed(f"not in the table: {join_reasons(failed)}")
@@ -145,8 +145,7 @@ def evaluate(
         clip.progress, began = f"{title}: {name}", time.perf_counter()
         print(f"{clip.progress}, {len(data.images):,} images", flush=True)  # also to a log file
         try:
-            has_captions = data.captions is not None
-            measured = measure(clip, data, arguments.linear_probe, keep_similarities=has_captions)
+            measured = measure(clip, data, arguments.linear_probe)
         except Exception as error:  # any error: go on with the next dataset
             failed[f"{name}, {title}"] = last_line(error)
             continue

@@ -7,12 +7,10 @@ without which the table leaves it out. Evaluations that are resumed do not get i
 are compared with the gallery in strips, so that memory stays small.
 """
 
-import base64
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined]
@@ -33,7 +31,6 @@ GALLERY = 50_000  # training images that may be neighbours, as in the paper for 
 # Gaps, correlations, alignment and uniformity are computed on at most this many pairs, because the
 # cost is quadratic.
 PAIRS = 10_000
-KEPT_PAIRS = 60  # pairs whose similarities are kept for a figure
 
 Numbers = dict[str, float]
 
@@ -62,18 +59,12 @@ class Encoded:
         return self.is_right.byte().argmax(dim=1)
 
 
-def measure(
-    clip: Clip, data: Dataset, linear_probe: bool = False, keep_similarities: bool = False
-) -> dict[str, Any]:
+def measure(clip: Clip, data: Dataset, linear_probe: bool = False) -> dict[str, Any]:
     """All metrics of a dataset, as shares (not %). Raises `Unusable` if an image can't be read.
 
     linear_probe: fit a linear probe on the whole train split, if there is one.
-    keep_similarities: also return the similarities of up to `KEPT_PAIRS` pairs.
 
-    Returns {"numbers": {metric: value},
-             "groups": {group: {metric: value}},
-             "similarities": {"matrices": the result of `kept_similarities`}, if
-                 `keep_similarities`}.
+    Returns {"numbers": {metric: value}, "groups": {group: {metric: value}}}.
     """
     encoded = encode(clip, data)
     if data.train is not None:
@@ -81,18 +72,14 @@ def measure(
     elif data.groups and data.classes:
         use_other_groups(encoded)
     groups = {group: numbers(encoded, indices) for group, indices in encoded.group_indices.items()}
-    all_images = torch.arange(len(encoded.image_features), device=clip.device)
     if data.groups:
         # The mean of each metric that all groups have.
         included = [found for name, found in groups.items() if name not in data.excluded_groups]
         overall = pd.DataFrame(included).dropna(axis="columns").mean().to_dict()
     else:
+        all_images = torch.arange(len(encoded.image_features), device=clip.device)
         overall = numbers(encoded, all_images) | encoded.probe
-    measured: dict[str, Any] = {"numbers": overall, "groups": groups}
-    if keep_similarities:
-        first_group = next(iter(encoded.group_indices.values()), all_images)
-        measured["similarities"] = {"matrices": kept_similarities(encoded, first_group)}
-    return measured
+    return {"numbers": overall, "groups": groups}
 
 
 def encode(clip: Clip, data: Dataset) -> Encoded:
@@ -234,24 +221,6 @@ def retrieval_numbers(encoded: Encoded, indices: Tensor) -> Numbers:
     if encoded.data.captions is None:
         return {name: value for name, value in recall.items() if name.startswith("text_to_image")}
     return recall
-
-
-def kept_similarities(encoded: Encoded, indices: Tensor) -> str:
-    """The similarities of up to `KEPT_PAIRS` of these images, all with different texts.
-
-    The pairs are sorted by their labels in the last task, which is the coarsest. Returns base64 of
-    (3, n, n) int8: 127 times I_i · I_j, T_i · T_j and I_i · T_j.
-    """
-    texts = encoded.texts()
-    first_of_text = np.unique(texts[indices].cpu(), return_index=True)[1]
-    distinct = indices[torch.from_numpy(first_of_text).sort().values]
-    chosen = distinct[sample_indices(len(distinct), KEPT_PAIRS)]
-    for labels in encoded.labels.values():  # the last sort decides
-        chosen = chosen[labels[chosen].argsort(stable=True)]
-    x, y = encoded.image_features[chosen], encoded.text_features[texts[chosen]]
-    products = torch.stack([x @ x.T, y @ y.T, x @ y.T])
-    rounded = (127 * products).round().to(torch.int8).cpu().numpy()
-    return base64.b64encode(rounded.tobytes()).decode()
 
 
 def sample_indices(count: int, limit: int) -> Tensor:

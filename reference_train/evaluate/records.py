@@ -3,7 +3,7 @@
 import json
 import platform
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -88,29 +88,26 @@ def have_same_weights(first: dict[str, Any], second: dict[str, Any]) -> bool:
     return keys[0] == keys[1]
 
 
-def merge(records: Sequence[tuple[str, Result]], only: Sequence[str] | None) -> Result:
+def merge(records: Mapping[str, Result]) -> Result:
     """Merges several evaluations into one.
 
-    records: names and evaluations. If two evaluations have runs of the same title with other
-    weights or other numbers, the name is added to the title. only: the names of the datasets to
-    keep; None: all.
+    records: the evaluations by name. If two evaluations have runs of the same title with other
+    weights or other numbers, the name is added to the title.
 
     Raises `UsageError` if evaluations have different datasets under one name.
     """
-    merged: Result = {**records[-1][1], **{part: {} for part in (*PARTS, "history")}}
-    merged["command"] = "\n".join(result["command"] for _, result in records)
+    last = list(records.values())[-1]
+    merged: Result = {**last, **{part: {} for part in (*PARTS, "history")}}
+    merged["command"] = "\n".join(result["command"] for result in records.values())
     for key in ("versions", "device", "settings"):
-        values = [result[key] for _, result in records]
+        values = [result[key] for result in records.values()]
         if any(value != values[0] for value in values):
             merged[key] = values
-    for record, result in records:
+    for record, result in records.items():
         for name, data in result["data_sets"].items():
-            if only is not None and name not in only:
-                continue
             earlier = merged["data_sets"].setdefault(name, data)
             if (earlier["images"], earlier["classes"]) != (data["images"], data["classes"]):
-                why = f"{name} is another dataset there: leave it out with --only"
-                raise UsageError(f"{record}: {why}")
+                raise UsageError(f"{record}: {name} is another dataset there")
         for run, results in result["results"].items():
             checkpoint, earlier = result["checkpoints"][run], merged["results"].get(run, {})
             same = have_same_weights(merged["checkpoints"].get(run, checkpoint), checkpoint)

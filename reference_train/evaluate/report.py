@@ -1,10 +1,8 @@
-"""The table and the figures of an evaluation: which metrics they show, and how they read.
+"""The table of an evaluation: which metrics it shows, and how it reads.
 
-`python -m reference_train report FOLDER ...` makes them again, or one table of several folders.
+`python -m reference_train report FOLDER ...` makes it again, or one table of several folders.
 """
 
-import base64
-import contextlib
 import math
 import re
 from collections.abc import Sequence
@@ -12,15 +10,14 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 from rich.console import Console
 from rich.markdown import Markdown
 
 from ..command_line import Parser, UsageError
-from ..files import locked, write_text
+from ..files import write_text
 from ..losses import LOSSES
-from . import figures, paper
+from . import paper
 from .metrics import CONSISTENCY_NEIGHBOURS, RECALL_AT, SUPERCLASS_TOP, TOP, top
 from .records import Result, merge, read_evaluation, save
 
@@ -28,13 +25,6 @@ from .records import Result, merge, read_evaluation, save
 GROUP_ENDINGS = ("top1", "_r1")
 # Endings of the metrics that the terminal shows.
 SHORT_ENDINGS = (*GROUP_ENDINGS, "consistency_1", "linear_probe", "_gap", "_correlation")
-# The panels of picture.png.
-BAR_METRICS = {
-    "top1": "zero-shot top-1",
-    "subgroup_top1": "subgroup top-1",
-    "image_to_text_r1": "image → text, R@1",
-    "consistency_1": "consistency score, k = 1",
-}
 HOW_TO_READ = (
     "All numbers are in %, except alignment, uniformity, gaps and correlations. Alignment, "
     "uniformity and gaps are better if lower; correlations are higher if the model is more "
@@ -297,74 +287,56 @@ def cell(bounded: pd.Series, metric: Metric) -> str:
     return value if bounded["min"] == bounded["max"] else f"{value} ({low} to {high})"
 
 
-# The figures.
-
-
-def bar_panels(result: Result) -> dict[str, pd.DataFrame]:
-    """The panels of `figures.draw_bars`: the metrics of `BAR_METRICS` that the runs have."""
-    numbers, panels = 100 * summarise(result), {}
-    numbers = numbers[numbers.index.get_level_values("group") == ""].droplevel("group")
-    titles = [column.title for column in columns(result)]
-    for metric, title in BAR_METRICS.items():
-        if metric in numbers.index.unique("metric"):
-            table = numbers.xs(metric, level="metric").unstack("model")
-            panels[f"{title}, %"] = table.reindex(columns=titles, level="model")
-    return panels
-
-
-def similarities(result: Result) -> dict[str, np.ndarray]:
-    """Title -> (3, n, n): the similarities of a column's first run that has some, by dataset."""
-    shown: dict[str, np.ndarray] = {}
-    for name, data in result["data_sets"].items():
-        order = f"sorted by {list(data['classes'])[-1]}" if data["classes"] else "unsorted"
-        for column in columns(result):
-            runs = [result["results"][run].get(name, {}) for run in column.runs]
-            if stored := next((run["similarities"] for run in runs if "similarities" in run), None):
-                flat = np.frombuffer(base64.b64decode(stored["matrices"]), np.int8)
-                n = math.isqrt(len(flat) // 3)
-                shown[f"{column.title}: {name}, {n} pairs, {order}"] = flat.reshape(3, n, n) / 127
-    return shown
-
-
 # The command.
 
 
+def table_of_runs(result: Result) -> pd.DataFrame:
+    """A row for each run: its settings, the values of its last step, and its numbers, as shares.
+
+    The values of the last step are called "last VALUE", and the numbers "DATASET: METRIC" or
+    "DATASET, GROUP: METRIC". The recall is the mean of R@10 in both directions.
+    """
+    rows = []
+    for run, measured in result["results"].items():
+        history = result.get("history", {}).get(run) or [{}]
+        row = {"run": run, **result["checkpoints"][run]}
+        row |= {f"last {name}": value for name, value in history[-1].items()}
+        for name, found in measured.items():
+            for group, numbers in {"": found["numbers"], **found["groups"]}.items():
+                prefix = f"{name}, {group}" if group else name
+                row |= {f"{prefix}: {metric}": value for metric, value in numbers.items()}
+                if "image_to_text_r10" in numbers:
+                    both = numbers["image_to_text_r10"] + numbers["text_to_image_r10"]
+                    row[f"{prefix}: recall"] = both / 2
+        rows.append(row)
+    return pd.DataFrame(rows).drop(columns=["path", "written"], errors="ignore")
+
+
 def write(result: Result, out: Path) -> None:
-    """Writes evaluation.json, table.md and the figures, and prints a shorter table."""
-    save(result, out)
+    """Writes table.md, and prints a shorter table."""
     write_text(markdown(result), out / "table.md")
-    names = []
-    if panels := bar_panels(result):
-        figures.draw_bars(panels, out / "picture.png")
-        names.append("picture.png")
-    if models := similarities(result):
-        figures.draw_similarities(models, out / "similarities.png")
-        names.append("similarities.png")
     Console().print(Markdown(markdown(result, short=True)))
-    print(f"\nWritten to {out}: {', '.join(['table.md', *names])}")
+    print(f"\nWritten: {out / 'table.md'}")
 
 
 def main(argv: Sequence[str]) -> None:
     """`python -m reference_train report`."""
-    description = (
-        "Makes table.md and the figures again. Runs called NAME-SEED share the column NAME."
-    )
+    description = "Makes table.md again. Runs called NAME-SEED share the column NAME."
     parser = Parser("python -m reference_train report", description=description)
     add = parser.add_argument
     text = "a folder of evaluate, or an evaluation.json"
     add("evaluations", nargs="+", type=Path, metavar="FOLDER", help=text)
-    add("--only", nargs="+", metavar="NAME", help="datasets to show; default: all")
     add("--out", type=Path, metavar="DIR", help="default: the folder")
+    text = "also write a row for each run: its settings and all its numbers"
+    add("--csv", type=Path, metavar="FILE", help=text)
     arguments = parser.parse_args(argv)
     out = arguments.out or arguments.evaluations[0]
     if not arguments.out and (len(arguments.evaluations) > 1 or out.is_file()):
         raise UsageError("report: --out is needed for several evaluations, or for a file")
-    if arguments.only and out.resolve() in {path.resolve() for path in arguments.evaluations}:
-        raise UsageError(f"--only would remove the other datasets from {out}: pass another --out")
-    # `evaluate` may be adding results to the folder.
-    with locked(out) if out.is_dir() else contextlib.nullcontext():
-        records = [(str(path).removesuffix(".json"), path) for path in arguments.evaluations]
-        result = merge([(name, read_evaluation(path)) for name, path in records], arguments.only)
-        if not result["data_sets"]:
-            raise UsageError(f"--only: no dataset {' or '.join(arguments.only)}")
-        write(result, out)
+    names = [str(path).removesuffix(".json") for path in arguments.evaluations]
+    result = merge(dict(zip(names, map(read_evaluation, arguments.evaluations), strict=True)))
+    if arguments.out:  # else `evaluate` may be adding results to the folder's record
+        save(result, out)
+    write(result, out)
+    if arguments.csv:
+        table_of_runs(result).to_csv(arguments.csv, index=False, float_format="%.6g")

@@ -1,10 +1,10 @@
-"""All patches of OpenCLIP's trainer, for open_clip_torch 3.3 and its main branch (4.2 dev).
+"""The patches of OpenCLIP's trainer, for open_clip_torch 3.3 and its main branch (4.2 dev).
 
 A patch is a method that replaces the trainer's function of the same name. Its first argument,
-`original`, is the trainer's own function. `TrainerPatches` are for every run of `pretrain`, and
-`ViewPatches` for `--views`.
+`original`, is the trainer's own function. `views.py` has those for `--views`.
 """
 
+import inspect
 import logging
 import math
 import multiprocessing
@@ -23,14 +23,12 @@ from torch import Tensor, nn
 
 from cyclip_loss.metrics import consistency_metrics
 
-from ..command_line import RunFailed
+from ..command_line import RunFailed, UsageError
 from ..files import atomic_write
-from . import views
-from .runs import load_checkpoint, without_wrappers
+from ..runs import load_checkpoint, without_wrappers
 
 LOSS = "clip_val_loss"  # OpenCLIP's name for the contrastive loss on the validation's batches
 BEST = "best.pt"
-NO_HELD_OUT_DATA = {"val_data": None, "imagenet_val": None, "imagenet_v2": None}
 Function = Callable[..., Any]
 
 
@@ -50,13 +48,7 @@ def watch(info: Any, args: Namespace, train: bool) -> Any:
     `RunFailed` if the pipeline has no filter that reads shards or, in training, that shuffles.
     """
     lost = multiprocessing.Value("q", 0)
-
-    def count(error: BaseException) -> bool:
-        with lost.get_lock():
-            lost.value += 1
-        logging.warning("Unreadable: %r", error)
-        return True  # go on
-
+    count = partial(count_unreadable, lost)
     filters = info.dataloader.pipeline[0].dataset.pipeline
     makers = [getattr(x, "f", x) for x in filters]
     reads = {tarfile_to_samples_nothrow, wds.tarfile_to_samples.f} & {*makers}
@@ -72,9 +64,27 @@ def watch(info: Any, args: Namespace, train: bool) -> Any:
             filters[i].kw["rng"] = random.Random(f"{args.seed} {args.rank}")
         elif "handler" in getattr(filters[i], "kw", {}):
             filters[i].kw["handler"] = count
+        elif maker is wds.map_dict.f and inspect.isfunction(filters[i].kw.get("text")):
+            # In OpenCLIP 3.3 this is a lambda, which can't be sent to a worker that is spawned.
+            tokenizer = inspect.getclosurevars(filters[i].kw["text"]).nonlocals["tokenizer"]
+            filters[i].kw["text"] = partial(tokenize, tokenizer)
     if train:
         filters.append(require_a_batch)
     return lost
+
+
+def count_unreadable(lost: Any, error: BaseException) -> bool:
+    """Adds 1 to a number that workers share, and logs the error."""
+    with lost.get_lock():
+        lost.value += 1
+    logging.warning("Unreadable: %r", error)
+    return True  # go on
+
+
+def tokenize(tokenizer: Function, text: str) -> Tensor:
+    """The tokens of one text."""
+    tokens: Tensor = tokenizer(text)[0]
+    return tokens
 
 
 def require_a_batch(batches: Iterator[Any]) -> Iterator[Any]:
@@ -111,14 +121,13 @@ class TrainerPatches:
         self.lost_val: Any = None  # the number of held-out pairs that could not be read
 
     def install(self, main: Any) -> None:
-        """Replaces functions in `open_clip_train.main`, `open_clip_train.train` and torch."""
+        """Replaces functions in `open_clip_train.main` and `open_clip_train.train`."""
         modules = {
             "parse_args": main,
             "get_data": main,
             "train_one_epoch": main,
             "evaluate": main,
             "get_clip_metrics": train,
-            "save": torch,
         }
         for name, module in modules.items():
             setattr(module, name, partial(getattr(self, name), getattr(module, name)))
@@ -130,11 +139,19 @@ class TrainerPatches:
     def get_data(
         self, original: Function, args: Namespace, *positional: Any, **options: Any
     ) -> Any:
-        """OpenCLIP's data. Pairs and shards that cannot be read are counted."""
+        """OpenCLIP's data. Pairs and shards that cannot be read are counted.
+
+        Raises `UsageError` if held-out pairs cannot be read. All are read once.
+        """
         data = original(args, *positional, **options)
         self.args, self.lost = args, watch(data["train"], args, train=True)
         if "val" in data:
             self.lost_val = watch(data["val"], args, train=False)
+            if args.rank == 0:  # the rank that validates
+                for _ in data["val"].dataloader:
+                    pass
+            if lost := self.lost_val.value:
+                raise UsageError(f"--val: {lost} unreadable held-out pairs or shards, see above")
         return data
 
     def train_one_epoch(
@@ -189,11 +206,18 @@ class TrainerPatches:
     ) -> dict[str, Any]:
         """OpenCLIP's evaluation. The model with the lowest loss so far is saved as best.pt.
 
-        Raises `RunFailed` if pairs could not be read: the loss could choose another epoch.
+        It is not saved if pairs could not be read: their loss could choose another epoch.
         """
-        metrics: dict[str, Any] = original(model, data, epoch, args, **options)
+        try:
+            metrics: dict[str, Any] = original(model, data, epoch, args, **options)
+        except Exception:  # OpenCLIP can't validate without any pair
+            if not (self.lost_val and self.lost_val.value):
+                raise
+            metrics = {}
         if lost := self.lost_val and self.lost_val.value:
-            raise RunFailed(f"the validation lost {lost} pairs, and can't choose an epoch")
+            self.lost_val.value = 0
+            logging.warning("Unreadable held-out pairs or shards: %d; no best epoch is kept", lost)
+            return metrics
         # Only rank 0 has a loss, and only if this epoch was validated. Under FSDP no rank has the
         # whole model.
         if getattr(args, "save_logs", False) and LOSS in metrics and not getattr(args, "fsdp", 0):
@@ -203,58 +227,10 @@ class TrainerPatches:
                 inner = getattr(model, "trainable_module", model)
                 state = without_wrappers(inner.state_dict())
                 checkpoint = {"epoch": epoch, "name": args.name, LOSS: metrics[LOSS]}
-                torch.save({**checkpoint, "state_dict": state}, folder / BEST)
+                with atomic_write(folder / BEST) as temporary:
+                    torch.save({**checkpoint, "state_dict": state}, temporary)
                 logging.info("Epoch %d is the best so far: %s", epoch, folder / BEST)
         return metrics
-
-    def save(
-        self, original: Function, content: Any, file: Any, *positional: Any, **options: Any
-    ) -> None:
-        """`torch.save` that writes a whole file or none. Its error is one line."""
-        if not isinstance(file, str | Path):
-            original(content, file, *positional, **options)
-        else:
-            with atomic_write(Path(file)) as temporary:
-                original(content, temporary, *positional, **options)
-
-
-class ViewPatches:
-    """The patches for `--views`. how: "autoaugment" or "own", as in `views.TwoViewsTransform`."""
-
-    def __init__(self, how: str) -> None:
-        self.how = how
-
-    def install(self, main: Any) -> None:
-        """Replaces functions in `open_clip_train.main`."""
-        for name in ("create_model_and_transforms", "get_data"):
-            setattr(main, name, partial(getattr(self, name), getattr(main, name)))
-
-    def create_model_and_transforms(self, original: Function, *args: Any, **options: Any) -> Any:
-        """OpenCLIP's model, which takes both views in one forward pass."""
-        created = original(*args, **options)
-        model = created[0]
-        model.forward = partial(views.forward_both_views, model, model.forward)
-        return created
-
-    def get_data(
-        self,
-        original: Function,
-        args: Namespace,
-        transforms: Any,
-        *,
-        tokenizer: Any,
-        **options: Any,
-    ) -> Any:
-        """OpenCLIP's data: training pairs have two views, and held-out pairs have one."""
-        train_transform, val_transform = transforms
-        training_only = Namespace(**{**vars(args), **NO_HELD_OUT_DATA})
-        held_out_only = Namespace(**{**vars(args), "train_data": None})
-        two_views = (views.TwoViewsTransform(train_transform, self.how), val_transform)
-        two_captions = views.TwoViewsTokenizer(tokenizer)
-        training = original(training_only, two_views, tokenizer=two_captions, **options)
-        held_out = original(held_out_only, transforms, tokenizer=tokenizer, **options)
-        # Made-up pairs need no path, so `held_out_only` also gives some to train on.
-        return held_out | training
 
 
 def load_best(checkpoints: Path) -> dict[str, Any]:

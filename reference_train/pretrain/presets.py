@@ -3,9 +3,6 @@
 A new one needs its flags in `preset`, and a batch size in `BATCH_SIZES`.
 """
 
-from pathlib import Path
-
-import open_clip
 import torch
 
 NO_AUGMENTATION = {"use_timm": True, "scale": (1.0, 1.0), "ratio": (1.0, 1.0)}  # as in PAPER
@@ -42,8 +39,3 @@ def preset(name: str) -> list[str]:
         has_bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
         flags += ["--precision", "amp_bf16" if name == "icons" and has_bfloat16 else "fp32"]
     return [*flags, "--reference-batch-size", "128"]
-
-
-def register_models() -> None:
-    """Adds icons-rn-32 and icons-rn-64, the models of the preset `icons`, to OpenCLIP's."""
-    open_clip.add_model_config(Path(__file__).parent / "models")

@@ -25,10 +25,11 @@ from cyclip_loss import open_clip_train
 
 from ..command_line import Parser, UsageError, say, whole_number
 from ..data.samples import fingerprint
-from ..files import check_writable, locked
+from ..files import locked
 from ..losses import LOSSES, PENALTY_WEIGHT, SIGLIP_PENALTY_WEIGHT
+from ..runs import register_models
 from . import patches, shards, views
-from .presets import BATCH_SIZES, NO_AUGMENTATION, preset, register_models
+from .presets import BATCH_SIZES, NO_AUGMENTATION, preset
 from .resume import epochs_done
 
 DESCRIPTION = """\
@@ -69,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
     if done < args.epochs:
         with lock:
             if options.views:
-                patches.ViewPatches(options.views).install(trainer)
+                views.ViewPatches(options.views).install(trainer)
             patches.TrainerPatches(added_settings).install(trainer)
             train(flags, folder)
     if rank == 0:
@@ -195,7 +196,6 @@ def check_settings(args: argparse.Namespace) -> None:
     for flag in ("same_captions", "distill_model", "siglip"):
         if args.views and getattr(args, flag, None):
             raise UsageError(f"--{flag.replace('_', '-')} can't be combined with --views")
-    check_writable(Path(args.logs) / args.name)
 
 
 def check_data(args: argparse.Namespace, flags: list[str]) -> dict[str, str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..command_line import UsageError
-from .runs import PARAMETERS, load_checkpoint, read_parameters
+from ..runs import PARAMETERS, load_checkpoint, read_parameters
 
 # The settings that may change when a run is resumed. All other settings must stay the same,
 # including flags that a new version of OpenCLIP adds. The number of ranks must stay the same, too:

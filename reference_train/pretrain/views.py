@@ -10,7 +10,9 @@ this option. `pretrain --views` adds presets and checks.
 """
 
 import argparse
+from argparse import Namespace
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from cyclip_loss import open_clip_train
 from ..command_line import Parser, run
 
 CHANGED_SHARE = 0.1  # of the words, which are left out or swapped (EDA's default)
+NO_HELD_OUT_DATA = {"val_data": None, "imagenet_val": None, "imagenet_v2": None}
 FEATURES = ("image_features", "text_features")
 Function = Callable[..., Any]
 
@@ -121,6 +124,45 @@ def forward_both_views(
     return first | second
 
 
+class ViewPatches:
+    """The patches for `--views`. how: "autoaugment" or "own", as in `TwoViewsTransform`."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def install(self, main: Any) -> None:
+        """Replaces functions in `open_clip_train.main`."""
+        for name in ("create_model_and_transforms", "get_data"):
+            setattr(main, name, partial(getattr(self, name), getattr(main, name)))
+
+    def create_model_and_transforms(self, original: Function, *args: Any, **options: Any) -> Any:
+        """OpenCLIP's model, which takes both views in one forward pass."""
+        created = original(*args, **options)
+        model = created[0]
+        model.forward = partial(forward_both_views, model, model.forward)
+        return created
+
+    def get_data(
+        self,
+        original: Function,
+        args: Namespace,
+        transforms: Any,
+        *,
+        tokenizer: Any,
+        **options: Any,
+    ) -> Any:
+        """OpenCLIP's data: training pairs have two views, and held-out pairs have one."""
+        train_transform, val_transform = transforms
+        training_only = Namespace(**{**vars(args), **NO_HELD_OUT_DATA})
+        held_out_only = Namespace(**{**vars(args), "train_data": None})
+        two_views = (TwoViewsTransform(train_transform, self.how), val_transform)
+        two_captions = TwoViewsTokenizer(tokenizer)
+        training = original(training_only, two_views, tokenizer=two_captions, **options)
+        held_out = original(held_out_only, transforms, tokenizer=tokenizer, **options)
+        # Made-up pairs need no path, so `held_out_only` also gives some to train on.
+        return held_out | training
+
+
 def main(argv: Sequence[str]) -> None:
     """Runs `cyclip_loss.open_clip_train`, with two views of each pair if `--views` is given."""
     parser = Parser("python -m reference_train.pretrain.views", add_help=False, allow_abbrev=False)
@@ -128,8 +170,6 @@ def main(argv: Sequence[str]) -> None:
     arguments, flags = parser.parse_known_args(argv)
     if arguments.views:
         from open_clip_train import main as trainer
-
-        from .patches import ViewPatches  # which imports this module
 
         ViewPatches(arguments.views).install(trainer)
     open_clip_train.main(flags)

@@ -136,12 +136,9 @@ def test_one_command_evaluates_every_kind_of_data_set_and_says_which_failed(
     assert result["data_sets"]["icons"]["classes"] == {"class": 6}
     captions = [result["data_sets"][name]["captions"] for name in ("flickr8k", "icons")]
     assert captions == [24, 12]
-    assert ["similarities" in x for x in found.values()] == [True, True, True, False]
     assert "cifar-10-python.tar.gz: no dataset" in capsys.readouterr().err
     mean = (found["emoji"]["groups"]["a"]["top1"] + found["emoji"]["groups"]["b"]["top1"]) / 2
     assert found["emoji"]["numbers"]["top1"] == pytest.approx(mean)
-    drawn = {path.name for path in (tmp_path / "out").glob("*.png")}
-    assert drawn == {"picture.png", "similarities.png"}
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,8 +115,13 @@ def test_a_finished_run_says_so_and_accepts_more_epochs_and_moved_data_and_no_ot
     finished = capsys.readouterr().out.splitlines()[-1]
     loss = line["clip_val_loss"]
     assert finished.endswith(f"/run: finished, 1 epochs; the best was 1, clip_val_loss {loss:.4f}")
-    [block] = blocks("docs/pretraining.md")  # OpenCLIP loads the best epoch
-    exec(block.replace("logs/icons-cyclip-0", str(tmp_path / "run")), {})
+    pushed: list[str] = []
+    hub = sys.modules["open_clip.push_to_hf_hub"]
+    monkeypatch.setattr(hub, "push_to_hf_hub", lambda **given: pushed.append(given["repo_id"]))
+    names: dict[str, Any] = {}
+    for block in blocks("docs/pretraining.md"):  # OpenCLIP loads the best epoch
+        exec(block.replace("logs/icons-cyclip-0", str(tmp_path / "run")), names)
+    assert pushed == ["NAME/icons-cyclip"]
     pretrain()
     assert capsys.readouterr().out.endswith(f"{finished}; nothing left to do\n")
     assert results(tmp_path) == [line]

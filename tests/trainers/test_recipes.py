@@ -10,7 +10,6 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from conftest import needs_triton
 from inputs import FEATURES, TERMS
 from pool import Ranks
 
@@ -19,6 +18,7 @@ pytest.importorskip("webdataset")
 
 import recipe_cases
 from pages import run
+from processes import run_python
 from recipe_cases import batch, captions, tiny_clip, tokenizer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -178,8 +178,12 @@ def test_a_logit_scale_outside_of_ddp_has_the_gradient_of_the_whole_batch(ranks:
         torch.testing.assert_close(found, model.logit_scale.grad, rtol=1e-10, atol=0)
 
 
-# transformers imports the checkout's folder `kernels/`, as if it were the package of this name.
-@needs_triton
+def test_the_checkouts_folder_kernels_imports_nothing() -> None:
+    """transformers finds it where it looks for Hugging Face's package of this name."""
+    run = run_python("-c", "import sys, kernels; sys.exit('torch' in sys.modules)")
+    assert run.returncode == 0, run.stderr
+
+
 @pytest.mark.parametrize(
     ("heading", "block", "family"),
     [

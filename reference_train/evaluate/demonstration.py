@@ -8,9 +8,16 @@ import hashlib
 
 import torch
 
-from ..data.emoji import BLACK_AND_WHITE, SHIFT_STYLES, TRAIN_STYLES, Concept, EmojiSet
-from ..evaluate.datasets import Classes, Dataset, Images
-from .batches import NAME_TEMPLATES, SUBGROUP_TEMPLATES
+from ..data.emoji import (
+    BLACK_AND_WHITE,
+    NAME_TEMPLATES,
+    SHIFT_STYLES,
+    SUBGROUP_TEMPLATES,
+    TRAIN_STYLES,
+    Concept,
+    EmojiSet,
+)
+from .datasets import Classes, Dataset, Images
 
 # Name -> styles, and whether the concepts are held out.
 DATASETS = {

@@ -1,4 +1,4 @@
-"""Reads the files that OpenCLIP's trainer writes for a run: `params.txt` and checkpoints."""
+"""What `pretrain` and `evaluate` share: models, and the files of a run of OpenCLIP's trainer."""
 
 import ast
 import re
@@ -6,12 +6,18 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import torch
 from safetensors.torch import load_file
 
-from ..command_line import UsageError
+from .command_line import UsageError
 
 PARAMETERS = "params.txt"  # the run's settings
+
+
+def register_models() -> None:
+    """Adds icons-rn-32 and icons-rn-64, the models of the preset `icons`, to OpenCLIP's."""
+    open_clip.add_model_config(Path(__file__).parent / "pretrain" / "models")
 
 
 def read_parameters(path: Path) -> dict[str, Any]:
