@@ -170,35 +170,20 @@ def cyclip_loss(
     inmodal_contrastive_weight: float | None = None,
     ids: Tensor | None = None,
     same_ids: str = "ignored",
-    negative_image_features: Tensor | None = None,
-    negative_text_features: Tensor | None = None,
-    negative_image_ids: Tensor | None = None,
-    negative_text_ids: Tensor | None = None,
+    **negatives: Tensor | None,
 ) -> dict[str, Tensor]:
     """The terms of the CyCLIP loss, each already weighted; their sum is the loss.
 
     image_features, text_features and, for the in-modal contrastive term, both augmented features:
-    (N, D), rows of unit length; logit_scale: scalar, exp'd; ids, same_ids, the negatives and their
-    ids: as in `contrastive_loss`. reference_batch_size: both penalties are multiplied by it / N;
-    None: the paper's formula. inmodal_contrastive_weight: the in-modal term, times this weight, is
+    (N, D), rows of unit length; logit_scale: scalar, exp'd; ids, same_ids, negatives: as in
+    `contrastive_loss`. reference_batch_size: both penalties are multiplied by it / N; None: the paper's formula. inmodal_contrastive_weight: the in-modal term, times this weight, is
     added to CLIP's; None: their mean.
     """
     if reference_batch_size is not None:
         lambda_inmodal *= reference_batch_size / len(image_features)
         lambda_crossmodal *= reference_batch_size / len(image_features)
-    terms = {
-        "contrastive_loss": contrastive_loss(
-            image_features,
-            text_features,
-            logit_scale,
-            ids,
-            same_ids,
-            negative_image_features,
-            negative_text_features,
-            negative_image_ids,
-            negative_text_ids,
-        )
-    }
+    pairs = image_features, text_features, logit_scale, ids, same_ids
+    terms = {"contrastive_loss": contrastive_loss(*pairs, **negatives)}
     if augmented_image_features is not None and augmented_text_features is not None:
         # Each row has to find its own augmented view.
         image_logits = logit_scale * image_features @ augmented_image_features.T

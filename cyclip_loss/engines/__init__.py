@@ -1,7 +1,8 @@
 """Where a call is computed: which engine, for which features.
 
-`interface.py` has the functions of an engine. Two modules define them: `eager.py` and, on CUDA and
-ROCm, the Triton kernels. With "auto", each layout of a call is compared with PyTorch before a
+An engine has the six functions that `eager.py` defines: `contrastive_lse`, `contrastive_grads`,
+`sigmoid_terms`, `gram_matrices`, `cyclic_terms` and `cyclic_grads`. The other engine, on CUDA and
+ROCm, is the Triton kernels. With "auto", each layout of a call is compared with PyTorch before a
 kernel computes it (`verification.py`).
 """
 
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor
 
 from cyclip_loss.engines import eager
-from cyclip_loss.engines.interface import Engine
 from cyclip_loss.engines.verification import VerifiedKernels
 from cyclip_loss.numerics import architecture
 from cyclip_loss.options import IMPLS, one_of
@@ -109,7 +109,7 @@ def _why_not_kernels(asked: str, features: Tensor) -> str:
     return f"D is above {kernels.MAX_D}" if features.shape[1] > kernels.MAX_D else ""
 
 
-def load(engine: str, features: Tensor, needs_rows: bool = True) -> Engine:
+def load(engine: str, features: Tensor, needs_rows: bool = True) -> Any:
     """The functions of an engine, for such features.
 
     engine: as `choose` returns it, or one of `IMPLS` in compiled code, whose operators can choose

@@ -65,7 +65,7 @@ class VerifiedKernels:
         self.num_rows, self.num_columns = (40, 70) if kernels.INTERPRETED else (600, 700)
 
     def __getattr__(self, function: str) -> Callable[..., Any]:
-        """A function of the interface `Engine`."""
+        """A function of an engine."""
         return partial(self._call, function)
 
     def _call(self, function: str, *arguments: Any) -> Any:

@@ -22,7 +22,6 @@ from torch import Tensor
 from cyclip_loss import engines
 from cyclip_loss.batch import Batch, Plan
 from cyclip_loss.engines import eager
-from cyclip_loss.engines.interface import Engine
 from cyclip_loss.numerics import accumulation_dtype, without_autocast
 from cyclip_loss.options import PenaltyOptions
 from cyclip_loss.ranks import collectives
@@ -127,7 +126,7 @@ class _CyclicPenalties(torch.autograd.Function):
         weights = [inmodal_weight, crossmodal_weight]
         # Not an operator: a compiler can fuse these few PyTorch operations on D x D matrices. A
         # rank without rows must compute the same bits as the others.
-        engine: Engine = eager
+        engine: Any = eager
         if not traced:
             engine = engines.load(plan.engine, image_features, needs_rows=False)
         penalties = engine.cyclic_terms(grams, weights, plan.output_dict)
