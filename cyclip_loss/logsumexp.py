@@ -93,8 +93,8 @@ def contrastive_logsumexp(
     plan = make_plan(batch, options)
     batch = agree(batch, plan, options)
     check_inputs_once(contrastive_logsumexp, batch)
-    gathers = contrastive.start_gathers(batch, plan)
-    found = contrastive.log_sum_exps(batch, plan, gathers, symmetric=not one_way)[0]
+    started = contrastive.start(batch, plan, symmetric=not one_way)
+    found = contrastive.log_sum_exps(batch, plan, started)[0]
     lse, pair_logits = found.negatives_lse, found.pair_logits
     if plan.contrastive == "dense" or len(batch.comparisons) > 1:
         # Rows without negatives may have the lowest number of the dtype, which has a gradient.

@@ -173,10 +173,10 @@ class CyCLIPLoss(ContrastiveModule):
         )
         plan = make_plan(batch, self, output_dict)
         batch = agree(batch, plan, self)
-        gathers = contrastive.start_gathers(batch, plan)
+        started = contrastive.start(batch, plan, symmetric=True)
         grams = cyclic.start_grams(batch, plan)
         weight = self.inmodal_contrastive_weight
-        terms = contrastive.terms(batch, plan, gathers, weight)
+        terms = contrastive.terms(batch, plan, started, weight)
         terms |= cyclic.terms(batch, plan, self, grams)
         if not batch.traced:
             usage_warnings.warn_of_strong_penalties(self, batch.total_pairs)

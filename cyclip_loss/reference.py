@@ -176,8 +176,9 @@ def cyclip_loss(
 
     image_features, text_features and, for the in-modal contrastive term, both augmented features:
     (N, D), rows of unit length; logit_scale: scalar, exp'd; ids, same_ids, negatives: as in
-    `contrastive_loss`. reference_batch_size: both penalties are multiplied by it / N; None: the paper's formula. inmodal_contrastive_weight: the in-modal term, times this weight, is
-    added to CLIP's; None: their mean.
+    `contrastive_loss`. reference_batch_size: both penalties are multiplied by it / N; None: the
+    paper's formula. inmodal_contrastive_weight: the in-modal term, times this weight, is added to
+    CLIP's; None: their mean.
     """
     if reference_batch_size is not None:
         lambda_inmodal *= reference_batch_size / len(image_features)

@@ -115,9 +115,9 @@ class CySigLIPLoss(ContrastiveModule):
         )
         plan = make_plan(batch, self, output_dict)
         batch = agree(batch, plan, self)
-        gathers = contrastive.start_gathers(batch, plan)
+        started = contrastive.start(batch, plan)
         grams = cyclic.start_grams(batch, plan)
-        terms = {"contrastive_loss": _sigmoid_loss(batch, plan, gathers)}
+        terms = {"contrastive_loss": _sigmoid_loss(batch, plan, started)}
         terms |= cyclic.terms(batch, plan, self, grams)
         if not batch.traced:
             usage_warnings.warn_of_strong_siglip_penalties(self, batch.total_pairs)
@@ -125,20 +125,18 @@ class CySigLIPLoss(ContrastiveModule):
         return terms if output_dict else cyclic.total(terms)
 
 
-def _sigmoid_loss(batch: Batch, plan: Plan, gathers: list[contrastive.Gathers]) -> Tensor:
+def _sigmoid_loss(batch: Batch, plan: Plan, started: list[contrastive.Started]) -> Tensor:
     """The loss without penalties, a scalar of the accumulation dtype."""
     bias: Any = batch.logit_bias
     losses = []
-    all_logits = contrastive.all_logits(batch, plan, gathers)
-    for comparison, gathered, logits in zip(batch.comparisons, gathers, all_logits):  # noqa: B905
+    for logits, *others in started:
         if plan.contrastive == "dense":
             losses.append(_dense(logits, bias) / batch.total_pairs)
             continue
         given = (logits.row_features, logits.column_features, logits.logit_scale, bias)
         rows, columns, *scalars = [torch.is_grad_enabled() and x.requires_grad for x in given]
         needs = [rows, columns, any(scalars)]
-        settings = batch.traced, plan, comparison.ranks
-        inputs = (*logits, gathered.column_features, *settings)
+        inputs = (*logits, *others, batch.traced, plan)
         loss = _Sigmoid.apply(bias, needs, batch.total_pairs, *inputs)  # type: ignore[no-untyped-call]
         losses.append(loss)
     return sum(losses[1:], losses[0])

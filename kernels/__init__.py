@@ -1,8 +1,9 @@
 """The engine in Triton: fused kernels, installed as `cyclip_loss.kernels`.
 
-One file per function of an engine (`cyclip_loss/engines/`), with its formula at the top. `tiles.py` has what they share, and `configs.py` the tile sizes. Arguments and results are
-those of the functions with the same names in `cyclip_loss.engines.eager`, for float32, bfloat16 and
-float16 features.
+One file per function of an engine (`cyclip_loss/engines/`), with its formula at the top. `tiles.py`
+has what they share, and `configs.py` the tile sizes. Arguments and results are those of the
+functions with the same names in `cyclip_loss.engines.eager`, for float32, bfloat16 and float16
+features.
 
 In a clone, transformers finds this folder where it looks for Hugging Face's package `kernels`. So
 imported as anything but `cyclip_loss.kernels`, it is empty, and needs no Triton.

@@ -44,11 +44,13 @@ from cyclip_loss.terms.operators import Operator, empty_grad_like
 from cyclip_loss.terms.positives import Positives, without_positives
 
 
-class Gathers(NamedTuple):
-    """All-gathers of a comparison, which run while other terms are computed; None: not needed."""
+class Started(NamedTuple):
+    """A comparison whose all-gathers run while other terms are computed; None: nothing is sent."""
 
-    column_features: Tensor | None
-    column_ids: Tensor | None
+    logits: Logits  # with this rank's own columns, and their ids
+    gathered_features: Tensor | None  # of the columns
+    gathered_ids: Tensor | None
+    ranks: Ranks  # with their numbers of columns
 
 
 class PairLogSumExps(NamedTuple):
@@ -64,61 +66,47 @@ class PairLogSumExps(NamedTuple):
     other_positives: Tensor | None = None
 
 
-def start_gathers(batch: Batch, plan: Plan) -> list[Gathers]:
-    """Start to gather the columns of every comparison, and their ids."""
-    found: list[Gathers] = []
-    for _, _, columns, _, column_ids, has_pairs, ranks in batch.comparisons:
-        features = ids = None
-        if STRATEGIES[plan.strategy].gathers_columns:
-            features = collectives.start_gather(columns, ranks, batch.traced)
-        if has_pairs and found:  # the ids of views are those of the pairs
-            ids = found[0].column_ids
-        elif column_ids is not None:
-            ids = collectives.start_gather(column_ids, ranks, batch.traced)
-        found.append(Gathers(features, ids))
-    return found
+def start(batch: Batch, plan: Plan, symmetric: bool = False) -> list[Started]:
+    """Start to gather the columns of every comparison, and their ids.
 
-
-def all_logits(
-    batch: Batch, plan: Plan, gathers: list[Gathers], symmetric: bool = False
-) -> list[Logits]:
-    """The logits of each comparison: this rank's own columns, the ids of all ranks.
-
-    symmetric: of the first one; the others have log-sum-exps of rows only.
+    symmetric: whether the columns of the first one have log-sum-exps, too.
     """
     assert batch.logit_scale is not None
-    found: list[Logits] = []
-    for comparison, gathered in zip(batch.comparisons, gathers):  # noqa: B905
-        column_ids, offset, ranks = comparison.column_ids, NO_PAIRS, comparison.ranks
-        if comparison.has_pairs:
-            offset = 0
-            if STRATEGIES[plan.strategy].gathers_columns:
-                offset = ranks.first_row(ranks.rank, comparison.column_features.shape[0])
-        if comparison.has_pairs and found:
-            column_ids = found[0].column_ids
-        elif column_ids is not None:
-            column_ids = collectives.finish_gather(gathered.column_ids, column_ids, ranks)
+    gathers_columns = STRATEGIES[plan.strategy].gathers_columns
+    found: list[Started] = []
+    for _, rows, columns, row_ids, column_ids, has_pairs, ranks in batch.comparisons:
+        features = ids = None
+        if gathers_columns:
+            features = collectives.start_gather(columns, ranks, batch.traced)
+        if column_ids is not None:
+            if has_pairs and found:  # the ids of views are those of the pairs
+                ids = found[0].gathered_ids
+            else:
+                ids = collectives.start_gather(column_ids, ranks, batch.traced)
             column_ids = column_ids.view_as(column_ids)  # torch.compile refuses a tensor twice
+        offset = NO_PAIRS
+        if has_pairs:
+            offset = ranks.first_row(ranks.rank, columns.shape[0]) if gathers_columns else 0
         logits = Logits(
-            comparison.row_features,
-            comparison.column_features,
+            rows,
+            columns,
             batch.logit_scale,
-            comparison.row_ids,
+            row_ids,
             column_ids,
             offset,
             symmetric and not found,
-            batch.positives and comparison.has_pairs,
+            batch.positives and has_pairs,
         )
-        found.append(logits)
+        found.append(Started(logits, features, ids, ranks))
     return found
 
 
 def terms(
-    batch: Batch, plan: Plan, gathers: list[Gathers], inmodal_weight: float | None
+    batch: Batch, plan: Plan, started: list[Started], inmodal_weight: float | None
 ) -> dict[str, Tensor]:
     """CLIP's loss and, with augmented views, its in-modal form, by name: weighted scalars."""
     losses = []
-    for lse, pair_logits, other_positives in log_sum_exps(batch, plan, gathers):
+    for lse, pair_logits, other_positives in log_sum_exps(batch, plan, started):
         of_pairs = F.softplus(lse - pair_logits, threshold=40.0)
         if batch.ranks.size == 1:
             loss = of_pairs.mean()
@@ -137,23 +125,15 @@ def terms(
     return {"contrastive_loss": losses[0], "inmodal_contrastive_loss": inmodal * inmodal_weight}
 
 
-def log_sum_exps(
-    batch: Batch, plan: Plan, gathers: list[Gathers], symmetric: bool = True
-) -> list[PairLogSumExps]:
-    """The log-sum-exps of each comparison with pairs. Those of the first include extra negatives.
-
-    symmetric: whether the columns of the first have log-sum-exps, too.
-    """
+def log_sum_exps(batch: Batch, plan: Plan, started: list[Started]) -> list[PairLogSumExps]:
+    """The log-sum-exps of each comparison with pairs. Those of the first include extra negatives."""
     found: list[PairLogSumExps] = []
-    all_found = all_logits(batch, plan, gathers, symmetric)
-    for comparison, gathered, logits in zip(batch.comparisons, gathers, all_found):  # noqa: B905
+    for comparison, (logits, *others) in zip(batch.comparisons, started):  # noqa: B905
         if plan.contrastive == "dense":
             results = dense.log_sum_exps(logits, batch.traced)
         else:
-            settings = batch.traced, plan, comparison.ranks
-            results = _LogSumExps.apply(  # type: ignore[no-untyped-call]
-                *logits, gathered.column_features, *settings
-            )
+            inputs = (*logits, *others, batch.traced, plan)
+            results = _LogSumExps.apply(*inputs)  # type: ignore[no-untyped-call]
         if comparison.has_pairs:
             found.append(PairLogSumExps(*results))
         else:
@@ -224,15 +204,16 @@ class _LogSumExps(torch.autograd.Function):
 def start_streaming(ctx: Any, *inputs: Any) -> Logits:
     """The logits, with the columns of all ranks if they were gathered.
 
-    inputs: the fields of `Logits`, with this rank's own columns; the gathered columns or None;
-    `Batch.traced`; the plan; the ranks, with their numbers of columns. ctx gets what backward needs
-    beside tensors.
+    inputs: the fields of `Logits` and the others of `Started`, `Batch.traced` and the plan. ctx
+    gets what backward needs beside tensors.
     """
-    *fields, gathered, ctx.traced, ctx.plan, ctx.ranks = inputs
+    *fields, features, ids, ctx.ranks, ctx.traced, ctx.plan = inputs
     logits = Logits(*fields)
     ctx.layout, ctx.own_columns = logits[5:], logits.column_features.shape[0]
-    columns = collectives.finish_gather(gathered, logits.column_features, ctx.ranks)
-    return logits._replace(column_features=columns)
+    return logits._replace(
+        column_features=collectives.finish_gather(features, logits.column_features, ctx.ranks),
+        column_ids=collectives.finish_gather(ids, logits.column_ids, ctx.ranks),
+    )
 
 
 def _forward(logits: Logits, plan: Plan, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
