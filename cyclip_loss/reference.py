@@ -11,6 +11,8 @@ Call it with float64 features for a reference value, or with the dtype under tes
 error that plain PyTorch itself makes.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -170,7 +172,7 @@ def cyclip_loss(
     inmodal_contrastive_weight: float | None = None,
     ids: Tensor | None = None,
     same_ids: str = "ignored",
-    **negatives: Tensor | None,
+    **negatives: Any,
 ) -> dict[str, Tensor]:
     """The terms of the CyCLIP loss, each already weighted; their sum is the loss.
 

@@ -211,6 +211,7 @@ def _step(
     sums = logit_bias.new_zeros(2)
 
     def block_grads(block: Logits, _: None) -> Gradients:
+        grads: Gradients
         part, grads = engine.sigmoid_terms(block, logit_bias, weight, needs)
         sums.add_(part)
         return grads

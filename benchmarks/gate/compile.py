@@ -160,16 +160,21 @@ def variants(arch: str, features: str) -> list[Variant]:
     return [Variant(arch, features, *binary) for binary in binaries.values()]
 
 
+def compile_variant(variant: Variant) -> Any:
+    """Triton's compiled kernel of one variant."""
+    described = variant.description
+    source = ASTSource(
+        variant.kernel, described["signature"], variant.constants, described["configs"][0]
+    )
+    names = ("num_warps", "num_stages", "enable_fp_fusion")
+    options = {name: described[name] for name in names}
+    return triton.compile(source, target=CHIPS[variant.arch].target, options=options)
+
+
 def build(variant: Variant) -> Binary | str:
     """Compile one variant. Returns the compiler's error message if that fails."""
-    described, chip = variant.description, CHIPS[variant.arch]
     try:
-        source = ASTSource(
-            variant.kernel, described["signature"], variant.constants, described["configs"][0]
-        )
-        names = ("num_warps", "num_stages", "enable_fp_fusion")
-        options = {name: described[name] for name in names}
-        return inspect(triton.compile(source, target=chip.target, options=options))
+        return inspect(compile_variant(variant))
     except Exception as error:
         return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
 

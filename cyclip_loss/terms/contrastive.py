@@ -126,7 +126,7 @@ def terms(
 
 
 def log_sum_exps(batch: Batch, plan: Plan, started: list[Started]) -> list[PairLogSumExps]:
-    """The log-sum-exps of each comparison with pairs. Those of the first include extra negatives."""
+    """The log-sum-exps of each comparison with pairs; of the first, with extra negatives."""
     found: list[PairLogSumExps] = []
     for comparison, (logits, *others) in zip(batch.comparisons, started):  # noqa: B905
         if plan.contrastive == "dense":
@@ -277,8 +277,10 @@ def _backward(
         saved = saved._replace(pair_gradient=pair_gradient)
 
     def block_grads(block: Logits, saved: SavedStatistics) -> Gradients:
+        grads: Gradients
         if positives is None:
-            return engine.contrastive_grads(block, saved, needs, float32_grads)
+            grads = engine.contrastive_grads(block, saved, needs, float32_grads)
+            return grads
         grads = engine.contrastive_grads(without_positives(block), saved, needs, float32_grads)
         return positives.add_grads(grads, block, other_grad, needs)
 

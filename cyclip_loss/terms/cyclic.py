@@ -157,7 +157,9 @@ def _gram_matrices(
     """The Gram matrices of this rank's rows, as in `eager.gram_matrices`."""
     compute = engines.load(engine, image_features)
     with without_autocast(image_features):
-        return compute.gram_matrices(image_features, text_features, with_cross)
+        return compute.gram_matrices(  # type: ignore[no-any-return]
+            image_features, text_features, with_cross
+        )
 
 
 def _gram_fake(given: Any) -> Tensor:
@@ -182,7 +184,7 @@ def _cyclic_grads(
     """Gradients of this rank's features, as in `eager.cyclic_grads`."""
     compute = engines.load(engine, image_features)
     with without_autocast(image_features):
-        return compute.cyclic_grads(
+        return compute.cyclic_grads(  # type: ignore[no-any-return]
             image_features, text_features, grams, grads, weights, size, needs
         )
 

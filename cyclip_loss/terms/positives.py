@@ -38,7 +38,7 @@ class Positives:
         """The log-sum-exps over all other columns. Adds the block's part of `row_products`."""
         products = (block.row_features * self._row_means(block)).sum()
         self.row_products = self.row_products + products
-        return engine.contrastive_lse(without_positives(block))
+        return engine.contrastive_lse(without_positives(block))  # type: ignore[no-any-return]
 
     def add_grads(
         self, grads: Gradients, block: Logits, factor: Any, needs: list[bool]

@@ -1,5 +1,8 @@
 """The Triton kernels without the loss: shipped tiles, tf32 rounding, and supported GPUs."""
 
+import re
+from concurrent.futures import Executor
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +13,7 @@ from accuracy import check_loss, evaluate, results
 from conftest import setting
 from inputs import Case, normal
 
+from benchmarks.gate import compile as gate
 from cyclip_loss import CyCLIPLoss, kernels, numerics, tune
 from cyclip_loss.kernels import configs
 from cyclip_loss.logits import Logits
@@ -137,6 +141,35 @@ def test_tile_sizes_are_powers_of_two() -> None:
             for config in tune.candidates(dtype, shipped):
                 sizes = {name: x for name, x in config.tile.items() if name != "PRECISION"}
                 assert {*sizes.values(), config.num_warps} <= {2**i for i in range(10)}
+
+
+def products_fused_across_threads() -> list[str]:
+    """The instructions of a kernel that add another thread's value to an unrounded product.
+
+    With a tile that tuning may choose, and in which a thread has one element of a row.
+    """
+    tables = configs.ARCHITECTURES["sm_80"]
+    shipped = tables["sigmoid_terms"]["ieee"]
+    config = replace(shipped, tile=shipped.tile | {"BN": 128, "BK": 32}, num_warps=8)
+    assert config in tune.candidates(torch.float32, shipped)
+    with pytest.MonkeyPatch.context() as patch:
+        tables = tables | {"sigmoid_terms": {"ieee": config}}
+        patch.setitem(configs.ARCHITECTURES, "sm_80", tables)
+        variant = next(
+            x for x in gate.variants("sm_80", "float32 ieee") if x.name == "sigmoid_terms"
+        )
+        ptx = gate.compile_variant(variant).asm["ptx"]
+    others = set(re.findall(r"shfl\.sync\.\S+\s+(%\w+)", ptx))
+    assert others
+    others |= {
+        x for x, source in re.findall(r"mov\.b32\s+(%\w+), (%\w+);", ptx) if source in others
+    }
+    return [line for line in re.findall(r"fma\..*", ptx) if re.split(r"[\s,;]+", line)[4] in others]
+
+
+def test_threads_that_store_the_same_sum_round_each_product(uninterpreted: Executor) -> None:
+    """Else a thread fuses its own product with the sum, and threads store different bits."""
+    assert uninterpreted.submit(products_fused_across_threads).result() == []
 
 
 @pytest.mark.parametrize(
