@@ -14,7 +14,6 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cyclip_loss import engines, options, usage_warnings
@@ -117,7 +116,7 @@ class CySigLIPLoss(ContrastiveModule):
         batch = agree(batch, plan, self)
         started = contrastive.start(batch, plan)
         grams = cyclic.start_grams(batch, plan)
-        terms = {"contrastive_loss": _sigmoid_loss(batch, plan, started)}
+        terms = {"contrastive_loss": elementwise_loss("sigmoid", batch, plan, started)}
         terms |= cyclic.terms(batch, plan, self, grams)
         if not batch.traced:
             usage_warnings.warn_of_strong_siglip_penalties(self, batch.total_pairs)
@@ -125,56 +124,66 @@ class CySigLIPLoss(ContrastiveModule):
         return terms if output_dict else cyclic.total(terms)
 
 
-def _sigmoid_loss(batch: Batch, plan: Plan, started: list[contrastive.Started]) -> Tensor:
-    """The loss without penalties, a scalar of the accumulation dtype."""
+def elementwise_loss(
+    function: str, batch: Batch, plan: Plan, started: list[contrastive.Started]
+) -> Tensor:
+    """The loss without penalties, a scalar of the accumulation dtype.
+
+    function: a name in `eager.ELEMENTWISE`.
+    """
     bias: Any = batch.logit_bias
     losses = []
     for logits, *others in started:
         if plan.contrastive == "dense":
-            losses.append(_dense(logits, bias) / batch.total_pairs)
+            losses.append(_dense(function, logits, bias) / batch.total_pairs)
             continue
         given = (logits.row_features, logits.column_features, logits.logit_scale, bias)
         rows, columns, *scalars = [torch.is_grad_enabled() and x.requires_grad for x in given]
         needs = [rows, columns, any(scalars)]
         inputs = (*logits, *others, batch.traced, plan)
-        loss = _Sigmoid.apply(bias, needs, batch.total_pairs, *inputs)  # type: ignore[no-untyped-call]
+        loss = _Elementwise.apply(function, bias, needs, batch.total_pairs, *inputs)  # type: ignore[no-untyped-call]
         losses.append(loss)
     return sum(losses[1:], losses[0])
 
 
-def _dense(logits: Logits, logit_bias: Tensor) -> Tensor:
+def _dense(function: str, logits: Logits, logit_bias: Tensor) -> Tensor:
     """The sum over all elements, without other positives: a scalar."""
     dtype = accumulation_dtype(logits.row_features.dtype)
     with without_autocast(logits.row_features):
         row_features, column_features = logits.row_features.to(dtype), logits.column_features
         products = row_features @ column_features.to(dtype).T
-        margins = products.mul(-logits.logit_scale).sub_(logit_bias)  # y_ij l_ij
+        x = products.mul(logits.logit_scale).add_(logit_bias)  # -y_ij l_ij
         if logits.partner_offset == 0:
-            pairs = margins.diagonal()
+            pairs = x.diagonal()
             detached = pairs.detach()
             # NaN for an infinite pair logit, which would look perfectly matched.
             pairs.neg_().add_(detached - detached)
-        same = eager.same_ids_but_pairs(logits, 0, margins.shape[0])
+        same = eager.same_ids_but_pairs(logits, 0, x.shape[0])
         if same is not None:
-            margins.masked_fill_(same, torch.inf)
-        return -F.logsigmoid(margins).sum()
+            x.masked_fill_(same, -torch.inf)
+        return eager.ELEMENTWISE[function][0](x).sum()
 
 
-class _Sigmoid(torch.autograd.Function):
+class _Elementwise(torch.autograd.Function):
     """The loss of the global batch: a scalar of the accumulation dtype.
 
-    The inputs are the bias, whether gradients of the rows, the columns and the two scalars are
+    The inputs are the name of the function, the bias, whether gradients of the rows, the columns and the two scalars are
     needed, N, and those of `contrastive.start_streaming`.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, logit_bias: Tensor, needs: list[bool], total_pairs: int, *inputs: Any
+        ctx: Any,
+        function: str,
+        logit_bias: Tensor,
+        needs: list[bool],
+        total_pairs: int,
+        *inputs: Any,
     ) -> Tensor:
         logits = contrastive.start_streaming(ctx, *inputs)
         loss: Tensor
-        loss, *grads = sigmoid_step.chosen(ctx.traced)(
-            logits, logit_bias, needs, ctx.own_columns, total_pairs, ctx.plan, ctx.ranks
+        loss, *grads = elementwise_step.chosen(ctx.traced)(
+            function, logits, logit_bias, needs, ctx.own_columns, total_pairs, ctx.plan, ctx.ranks
         )
         # The inputs only tell dtypes, and that the gradients depend on them.
         ctx.save_for_backward(*inputs[:3], logit_bias, *grads)
@@ -184,7 +193,7 @@ class _Sigmoid(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         *grads, bias = call_backward(_times, grad, saved[:4], saved[4:])
-        return (bias, None, None, *grads, *[None] * (len(ctx.needs_input_grad) - 6))
+        return (None, bias, None, None, *grads, *[None] * (len(ctx.needs_input_grad) - 7))
 
 
 def _times(grad: Tensor, inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> list[Tensor]:
@@ -192,6 +201,7 @@ def _times(grad: Tensor, inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) 
 
 
 def _step(
+    function: str,
     logits: Logits,
     logit_bias: Tensor,
     needs: list[bool],
@@ -212,7 +222,7 @@ def _step(
 
     def block_grads(block: Logits, _: None) -> Gradients:
         grads: Gradients
-        part, grads = engine.sigmoid_terms(block, logit_bias, weight, needs)
+        part, grads = engine.elementwise_terms(block, logit_bias, function, weight, needs)
         sums.add_(part)
         return grads
 
@@ -231,4 +241,4 @@ def _step_fake(given: Any) -> tuple[Tensor, ...]:
     return new(()), *map(empty_grad_like, shapes, given.needs), new(())
 
 
-sigmoid_step = Operator("sigmoid_step", _step, _step_fake)
+elementwise_step = Operator("elementwise_step", _step, _step_fake)

@@ -73,7 +73,7 @@ def calls(kernel: str, image: Tensor) -> Any:
     return {
         "contrastive_lse": [(logits,)],
         "contrastive_grads": [(logits, saved, x, False) for x in needs],
-        "sigmoid_terms": [(logits, -10 * one, 0.5 / n, x) for x in needs],
+        "elementwise_terms": [(logits, -10 * one, "sigmoid", 0.5 / n, x) for x in needs],
         "gram_matrices": [(image, text, True)],
         "cyclic_grads": [(image, text, grams, [one, one], [one, one], n, [True, True])],
     }[kernel]

@@ -121,7 +121,7 @@ def _tables(
         "contrastive_grads": of_grads,
         "gram_matrices": {HALF: gram, TF32: gram, IEEE: full_gram},
         "cyclic_grads": {HALF: cyclic, TF32: cyclic, IEEE: full_cyclic},
-        "sigmoid_terms": {key: _sigmoid(config) for key, config in of_grads.items()},
+        "elementwise_terms": {key: _sigmoid(config) for key, config in of_grads.items()},
     }
 
 

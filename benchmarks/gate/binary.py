@@ -44,7 +44,7 @@ MATRIX_INSTRUCTIONS = re.compile(
 )
 # These multiply their operands as they are. All others round them in registers, and each wgmma
 # waits for that.
-LOGIT_KERNELS = ("contrastive_lse", "contrastive_grads", "sigmoid_terms")
+LOGIT_KERNELS = ("contrastive_lse", "contrastive_grads", "elementwise_terms")
 KERNELS_WITH_PRODUCTS = (*LOGIT_KERNELS, "gram_matrices", "cyclic_grads")
 
 

@@ -13,6 +13,7 @@ the file of the function's name in `kernels/`. A new constexpr needs a step that
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -199,21 +200,29 @@ def same_ids_but_pairs(logits: Logits, start: int, stop: int) -> Tensor | None:
     return same
 
 
-def sigmoid_terms(
-    logits: Logits, logit_bias: Tensor, weight: float, needs: list[bool]
+# Losses of single logits, by name: f(x), and its derivative, which takes `out`. Both are 0 at -inf,
+# and no derivative is above 2, so that it fits float16 (`float16_shift`).
+ELEMENTWISE: dict[str, tuple[Any, Any]] = {"sigmoid": (softplus, torch.sigmoid)}
+
+
+def elementwise_terms(
+    logits: Logits, logit_bias: Tensor, function: str, weight: float, needs: list[bool]
 ) -> tuple[Tensor, Gradients]:
-    """The sums of SigLIP's loss and of G over a block, (2,), and gradients times `weight`.
+    """The sums of an elementwise loss and of G over a block, (2,), and gradients times `weight`.
 
-    With l_ij = s * I_i . T_j + b, and y_ij = 1 for a pair, else -1 (Zhai et al. 2023, sec. 3.2):
+    With l_ij = s * I_i . T_j + b, and y_ij = 1 for a pair, else -1 (Zhai et al. 2023, sec. 3.2, with
+    f(x) = log(1 + exp(x))):
 
-        loss = sum_ij log(1 + exp(-y_ij l_ij))        G_ij = -y_ij / (1 + exp(y_ij l_ij))
+        loss = sum_ij f(-y_ij l_ij)        G_ij = -y_ij f'(-y_ij l_ij)
         dI = w s G T,   dT = w s G^T I,   ds = w sum_ij G_ij (I_i . T_j)
 
     Other elements with the same id are left out or, with `positives`, have y = 1.
 
-    logit_bias: scalar; needs: which gradients are needed, of rows, columns and scale. If none is,
-    G is not computed, and its sum is 0. The gradients are in the accumulation dtype.
+    logit_bias: scalar; function: a name in `ELEMENTWISE`; needs: which gradients are needed, of
+    rows, columns and scale. If none is, G is not computed, and its sum is 0. The gradients are in
+    the accumulation dtype.
     """
+    value, derivative = ELEMENTWISE[function]
     column_features = _columns_to_multiply(logits)
     sums = logits.logit_scale.new_zeros(2)
     loss, g_sum = sums
@@ -233,9 +242,9 @@ def sigmoid_terms(
             if same is not None and not logits.positives:
                 strip.masked_fill_(same, -torch.inf)
             negate_positives(strip, start, is_positive)
-            loss.add_(softplus(strip).sum())
+            loss.add_(value(strip).sum())
             if any(needs):
-                negate_positives(torch.sigmoid(strip, out=gradient), start, is_positive)
+                negate_positives(derivative(strip, out=gradient), start, is_positive)
                 g_sum.add_(gradient.sum())
                 yield start, stop, strip_features, gradient
 

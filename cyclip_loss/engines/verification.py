@@ -225,7 +225,7 @@ def layout_of(value: Any) -> Any:
         return value.ndim, *matrices, value.device.type, value.numel() == 0
     if isinstance(value, (tuple, list)):
         return (len(value), *map(layout_of, value))
-    if value is None or isinstance(value, bool):
+    if value is None or isinstance(value, (bool, str)):
         return value
     return _sign(value)
 

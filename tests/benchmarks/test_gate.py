@@ -95,8 +95,8 @@ def test_gate_compiles_every_kernel_with_and_without_ids_and_the_cross_product(
     for kernel, flag in (
         ("contrastive_lse", "ids"),
         ("gram_matrices", "with_cross"),
-        ("sigmoid_terms", "positives"),
-        ("sigmoid_terms", "loss only"),
+        ("elementwise_terms", "positives"),
+        ("elementwise_terms", "loss only"),
     ):
         assert {flag in label for label in labels if label.startswith(kernel)} == {True, False}
 

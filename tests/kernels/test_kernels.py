@@ -149,14 +149,14 @@ def products_fused_across_threads() -> list[str]:
     With a tile that tuning may choose, and in which a thread has one element of a row.
     """
     tables = configs.ARCHITECTURES["sm_80"]
-    shipped = tables["sigmoid_terms"]["ieee"]
+    shipped = tables["elementwise_terms"]["ieee"]
     config = replace(shipped, tile=shipped.tile | {"BN": 128, "BK": 32}, num_warps=8)
     assert config in tune.candidates(torch.float32, shipped)
     with pytest.MonkeyPatch.context() as patch:
-        tables = tables | {"sigmoid_terms": {"ieee": config}}
+        tables = tables | {"elementwise_terms": {"ieee": config}}
         patch.setitem(configs.ARCHITECTURES, "sm_80", tables)
         variant = next(
-            x for x in gate.variants("sm_80", "float32 ieee") if x.name == "sigmoid_terms"
+            x for x in gate.variants("sm_80", "float32 ieee") if x.name == "elementwise_terms"
         )
         ptx = gate.compile_variant(variant).asm["ptx"]
     others = set(re.findall(r"shfl\.sync\.\S+\s+(%\w+)", ptx))

@@ -19,7 +19,7 @@ CPU, BFLOAT16 = torch.device("cpu"), torch.bfloat16
 FEATURES = torch.ones(3, 256, dtype=BFLOAT16)
 KEY = configs.tiles_key("contrastive_lse", FEATURES)
 KERNELS = (
-    "contrastive_lse", "contrastive_grads", "gram_matrices", "cyclic_grads", "sigmoid_terms",
+    "contrastive_lse", "contrastive_grads", "gram_matrices", "cyclic_grads", "elementwise_terms",
 )  # fmt: skip
 SHIPPED = configs._INTERPRETER["contrastive_lse"][HALF]
 CANDIDATES = tune.candidates(BFLOAT16, SHIPPED)

@@ -23,7 +23,7 @@ from cyclip_loss.logits import Logits
 pytestmark = pytest.mark.usefixtures("unverified_kernels")
 LSE, GRADS = "contrastive_lse", "contrastive_grads"
 GRAMS, CYCLIC, CYCLIC_GRADS = "gram_matrices", "cyclic_terms", "cyclic_grads"
-SIGMOID, PLAIN = "sigmoid_terms", (LSE, GRADS, GRAMS, CYCLIC, CYCLIC_GRADS)
+SIGMOID, PLAIN = "elementwise_terms", (LSE, GRADS, GRAMS, CYCLIC, CYCLIC_GRADS)
 BFLOAT16 = torch.bfloat16
 
 

@@ -126,7 +126,7 @@ def test_new_lambdas_and_batch_sizes_compile_no_new_graph(scale: str, device) ->
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("function", "kernel"), [("cyclip", "contrastive_lse"), ("siglip", "sigmoid_terms")]
+    ("function", "kernel"), [("cyclip", "contrastive_lse"), ("siglip", "elementwise_terms")]
 )
 def test_compiled_code_runs_the_kernels(function: str, kernel: str, device, monkeypatch) -> None:
     from cyclip_loss import kernels

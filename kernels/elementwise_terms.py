@@ -1,8 +1,8 @@
-"""SigLIP's loss and its gradients in one sweep (Zhai et al. 2023, sec. 3.2).
+"""An elementwise loss, such as SigLIP's, and its gradients in one sweep.
 
 With l_ij = s * I_i . T_j + b, y_ij = 1 for pairs and other positives, else -1, and x = -y l:
 
-    loss = sum_ij log(1 + exp(x_ij))            G_ij = -y_ij / (1 + exp(-x_ij))
+    loss = sum_ij f(x_ij)            G_ij = -y_ij f'(x_ij)
     dI = w s G T    dT = w s G^T I    ds = w * sum_ij G_ij (I_i . T_j)    db = w * sum_ij G_ij
 
 A program writes its tile of G (of 2^14 G for float16) and its parts of the three sums. The rest is
@@ -29,13 +29,20 @@ from cyclip_loss.logits import Gradients, Logits
 from cyclip_loss.numerics import float16_shift, on_device_of
 
 
+@triton.jit
+def elementwise(x, FUNCTION: tl.constexpr):
+    """f(x) and f'(x) of a name in `eager.ELEMENTWISE`."""
+    tl.static_assert(FUNCTION == "sigmoid")
+    return softplus(x), sigmoid(x)
+
+
 @triton.jit(
     do_not_specialize=["n", "m", "all_tiles", "partner_offset"],
     do_not_specialize_on_alignment=[
         "logit_scale", "logit_bias", "row_ids", "column_ids", "partials",
     ],
 )  # fmt: skip
-def sigmoid_terms_kernel(
+def elementwise_terms_kernel(
     row_features,  # (n, d), rows `row_stride` apart
     column_features,  # (m, d), rows `column_stride` apart
     logit_scale,  # scalar
@@ -52,6 +59,7 @@ def sigmoid_terms_kernel(
     logit_bias,  # scalar
     partials,  # (3, all_tiles) out: of the tiles, sums of the loss, of G, and of G_ij (I_i . T_j)
     all_tiles,
+    FUNCTION: tl.constexpr,
     POSITIVES: tl.constexpr,
     SHIFT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -85,8 +93,9 @@ def sigmoid_terms_kernel(
             counts &= is_positive | ~same
         # -inf has no loss and no gradient.
         x = tl.where(counts, tl.where(is_positive, -x, x), -float("inf"))
-        loss_sum += sum_of(softplus(x))
-        g = tl.where(is_positive, -sigmoid(x), sigmoid(x))
+        value, derivative = elementwise(x, FUNCTION)
+        loss_sum += sum_of(value)
+        g = tl.where(is_positive, -derivative, derivative)
         scale_sum += sum_of_products(g, parts[part])
         g_sum += sum_of(g)
         if gradient is not None:
@@ -100,21 +109,21 @@ def sigmoid_terms_kernel(
     tl.store(tile + 2 * all_tiles, scale_sum)
 
 
-def sigmoid_terms(
-    logits: Logits, logit_bias: Tensor, weight: float, needs: list[bool]
+def elementwise_terms(
+    logits: Logits, logit_bias: Tensor, function: str, weight: float, needs: list[bool]
 ) -> tuple[Tensor, Gradients]:
-    """As `eager.sigmoid_terms`. If no gradient is needed, G is neither stored nor multiplied."""
+    """As `eager.elementwise_terms`. If no gradient is needed, G is neither stored nor multiplied."""
     features = logits.row_features
-    config = config_for("sigmoid_terms", features, logits.row_ids is not None)
+    config = config_for("elementwise_terms", features, logits.row_ids is not None)
     tiles = num_tiles(logits, config)
     partials = logit_bias.new_empty(3, tiles)
     with on_device_of(features):
         grads = multiplied_blocks(
-            sigmoid_terms_kernel,
+            elementwise_terms_kernel,
             logits,
             config,
             lambda start, left, tiles_before: (logit_bias, partials[:, tiles_before:], tiles),
-            {"POSITIVES": logits.positives},
+            {"FUNCTION": function, "POSITIVES": logits.positives},
             needs,
             logits.logit_scale * (weight * 2.0 ** -float16_shift(features)),
             torch.float32,
