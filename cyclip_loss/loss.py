@@ -183,7 +183,7 @@ class CyCLIPLoss(ContrastiveModule):
             if weight is not None and augmented_image_features is None:
                 usage_warnings.warn_of_unused_weight()
             check_inputs_once(self, batch)
-        return terms if output_dict else cyclic.total(terms)
+        return terms if output_dict else cyclic.total(terms.values())
 
 
 @dataclass(eq=False, repr=False)

@@ -121,7 +121,7 @@ class CySigLIPLoss(ContrastiveModule):
         if not batch.traced:
             usage_warnings.warn_of_strong_siglip_penalties(self, batch.total_pairs)
             check_inputs_once(self, batch)
-        return terms if output_dict else cyclic.total(terms)
+        return terms if output_dict else cyclic.total(terms.values())
 
 
 def elementwise_loss(
@@ -132,7 +132,7 @@ def elementwise_loss(
     function: a name in `eager.ELEMENTWISE`.
     """
     bias: Any = batch.logit_bias
-    losses = []
+    losses: list[Tensor] = []
     for logits, *others in started:
         if plan.contrastive == "dense":
             losses.append(_dense(function, logits, bias) / batch.total_pairs)
@@ -143,7 +143,7 @@ def elementwise_loss(
         inputs = (*logits, *others, batch.traced, plan)
         loss = _Elementwise.apply(function, bias, needs, batch.total_pairs, *inputs)  # type: ignore[no-untyped-call]
         losses.append(loss)
-    return sum(losses[1:], losses[0])
+    return cyclic.total(losses)
 
 
 def _dense(function: str, logits: Logits, logit_bias: Tensor) -> Tensor:
@@ -161,14 +161,15 @@ def _dense(function: str, logits: Logits, logit_bias: Tensor) -> Tensor:
         same = eager.same_ids_but_pairs(logits, 0, x.shape[0])
         if same is not None:
             x.masked_fill_(same, -torch.inf)
-        return eager.ELEMENTWISE[function][0](x).sum()
+        total: Tensor = eager.ELEMENTWISE[function][0](x).sum()
+    return total
 
 
 class _Elementwise(torch.autograd.Function):
     """The loss of the global batch: a scalar of the accumulation dtype.
 
-    The inputs are the name of the function, the bias, whether gradients of the rows, the columns and the two scalars are
-    needed, N, and those of `contrastive.start_streaming`.
+    The inputs are the name of the function, the bias, whether gradients of the rows, the columns
+    and the two scalars are needed, N, and those of `contrastive.start_streaming`.
     """
 
     @staticmethod

@@ -112,7 +112,7 @@ def elementwise_terms_kernel(
 def elementwise_terms(
     logits: Logits, logit_bias: Tensor, function: str, weight: float, needs: list[bool]
 ) -> tuple[Tensor, Gradients]:
-    """As `eager.elementwise_terms`. If no gradient is needed, G is neither stored nor multiplied."""
+    """As `eager.elementwise_terms`. Without a needed gradient, G is not stored."""
     features = logits.row_features
     config = config_for("elementwise_terms", features, logits.row_ids is not None)
     tiles = num_tiles(logits, config)

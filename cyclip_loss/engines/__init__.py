@@ -1,9 +1,9 @@
 """Where a call is computed: which engine, for which features.
 
 An engine has the six functions that `eager.py` defines: `contrastive_lse`, `contrastive_grads`,
-`elementwise_terms`, `gram_matrices`, `cyclic_terms` and `cyclic_grads`. The other engine, on CUDA and
-ROCm, is the Triton kernels. With "auto", each layout of a call is compared with PyTorch before a
-kernel computes it (`verification.py`).
+`elementwise_terms`, `gram_matrices`, `cyclic_terms` and `cyclic_grads`. The other engine, on CUDA
+and ROCm, is the Triton kernels. With "auto", each layout of a call is compared with PyTorch before
+a kernel computes it (`verification.py`).
 """
 
 import os

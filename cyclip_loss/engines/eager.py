@@ -210,8 +210,8 @@ def elementwise_terms(
 ) -> tuple[Tensor, Gradients]:
     """The sums of an elementwise loss and of G over a block, (2,), and gradients times `weight`.
 
-    With l_ij = s * I_i . T_j + b, and y_ij = 1 for a pair, else -1 (Zhai et al. 2023, sec. 3.2, with
-    f(x) = log(1 + exp(x))):
+    With l_ij = s * I_i . T_j + b, and y_ij = 1 for a pair, else -1 (SigLIP's, Zhai et al. 2023,
+    sec. 3.2, has f(x) = log(1 + exp(x))):
 
         loss = sum_ij f(-y_ij l_ij)        G_ij = -y_ij f'(-y_ij l_ij)
         dI = w s G T,   dT = w s G^T I,   ds = w sum_ij G_ij (I_i . T_j)

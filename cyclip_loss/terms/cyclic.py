@@ -14,6 +14,7 @@ sign. p and q come from D x D Gram matrices:
 ranks, one all-reduce makes them global, no features are sent, and backward communicates nothing.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -88,9 +89,9 @@ def terms(
     return dict(zip(names, penalties))  # noqa: B905 (PyTorch 2.8 can't trace strict)
 
 
-def total(terms: dict[str, Tensor]) -> Tensor:
+def total(terms: Iterable[Tensor]) -> Tensor:
     """The sum of the terms of a loss."""
-    first, *others = terms.values()
+    first, *others = terms
     return sum(others, first)
 
 
