@@ -133,8 +133,8 @@ def launches_of_a_step(case: Case) -> int:
 @pytest.mark.parametrize(
     ("options", "most"),
     [
-        ({}, 17),
-        ({"lambdas": (0.5, 0.25)}, 17),
+        ({}, 16),
+        ({"lambdas": (0.5, 0.25)}, 16),
         ({"lambdas": (0, 0)}, 8),
         ({"lambdas": (0, 0), "function": "siglip"}, 25),
         # 9 and 16 of them belong to the PyTorch code of the two losses.
