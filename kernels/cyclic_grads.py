@@ -3,10 +3,9 @@
     dU = (x+y) U B + (x-y) V C^T         dI = dU + dV
     dV = (x+y) V A + (x-y) U C           dT = dU - dV
 
-x and y are size * weight * upstream gradient of the two penalties. 4 N D^2 flops, 8 with C. A first
-kernel multiplies A, B and C by these factors and rounds them, so that tiles read them as they are.
-U and V are formed in registers in float32 and never stored. Neither sum cancels: where U is large,
-B is small, and where V is small, A is large.
+x and y are size * weight * upstream gradient of the two penalties. 4 N D^2 flops, 8 with C. U and V
+are formed in registers in float32 and never stored. Neither sum cancels: where U is large, B is
+small, and where V is small, A is large.
 """
 
 import torch
@@ -14,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cyclip_loss.kernels.configs import ROUND, config_for
+from cyclip_loss.kernels.configs import config_for
 from cyclip_loss.kernels.tiles import (
     aligned_features,
     ceil_div,
@@ -27,41 +26,27 @@ from cyclip_loss.kernels.tiles import (
 from cyclip_loss.numerics import on_device_of
 
 
+@triton.jit
+def _load_matrix(pointers, weight, PRECISION: tl.constexpr):
+    block = tl.load(pointers) * weight
+    return round_to_tf32(block) if PRECISION == "tf32" else block
+
+
 @triton.jit(
+    do_not_specialize=["n"],
     do_not_specialize_on_alignment=[
-        "grams", "inmodal_grad", "crossmodal_grad", "weight_inmodal", "weight_crossmodal",
+        "inmodal_grad", "crossmodal_grad", "weight_inmodal", "weight_crossmodal",
     ],
 )  # fmt: skip
-def scaled_grams_kernel(
+def cyclic_grads_kernel(
+    image,  # (n, d), rows `image_stride` apart
+    text,  # (n, d), rows `text_stride` apart
     grams,  # (2 or 3, d, d): A, B, C
     inmodal_grad,  # scalar
     crossmodal_grad,  # scalar
     weight_inmodal,  # scalars: numbers or pointers to them
     weight_crossmodal,
     size,  # by which the gradients are multiplied
-    scaled,  # (2 or 4, d, d) out: (x+y) A, (x+y) B, (x-y) C, (x-y) C^T; rounded for the products
-    d,
-    PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    inmodal = tl.load(inmodal_grad) * (scalar(weight_inmodal) * size)
-    crossmodal = tl.load(crossmodal_grad) * (scalar(weight_crossmodal) * size)
-    matrix = tl.program_id(1)
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < d * d
-    source = tl.where(matrix == 3, index % d * d + index // d, index)
-    block = tl.load(grams + tl.minimum(matrix, 2) * d * d + source, mask=inside)
-    block *= tl.where(matrix < 2, inmodal + crossmodal, inmodal - crossmodal)
-    if PRECISION == "tf32":
-        block = round_to_tf32(block)
-    tl.store(scaled + matrix.to(tl.int64) * d * d + index, block, mask=inside)
-
-
-@triton.jit(do_not_specialize=["n"])
-def cyclic_grads_kernel(
-    image,  # (n, d), rows `image_stride` apart
-    text,  # (n, d), rows `text_stride` apart
-    grams,  # (2 or 4, d, d), from `scaled_grams_kernel`
     image_grad,  # (n, d) out, contiguous
     text_grad,  # (n, d) out, contiguous
     n,
@@ -76,6 +61,10 @@ def cyclic_grads_kernel(
     BD: tl.constexpr,
     BK: tl.constexpr,
 ):
+    inmodal = tl.load(inmodal_grad) * (scalar(weight_inmodal) * size)
+    crossmodal = tl.load(crossmodal_grad) * (scalar(weight_crossmodal) * size)
+    total = inmodal + crossmodal
+    difference = inmodal - crossmodal
     row_tile, column_tile = grouped_tile(tl.cdiv(n, BM), d // BD)
     rows = row_tile * BM + tl.arange(0, BM)
     columns = column_tile * BD + tl.arange(0, BD)
@@ -89,16 +78,18 @@ def cyclic_grads_kernel(
         i = tl.load(image_pointers).to(tl.float32)
         t = tl.load(text_pointers).to(tl.float32)
         u, v = u_and_v(i, t, PRECISION)
-        # (BK, BD) blocks, read along contiguous rows, as wgmma needs them in tf32. A and B are
-        # symmetric, and C^T stands behind C.
-        pointers = grams + columns[None, :].to(tl.int64) * d + inner[:, None]
-        a = tl.load(pointers)
-        b = tl.load(pointers + d * d)
+        # (BK, BD) blocks. A and B, which are symmetric, and C^T are read along contiguous rows.
+        mirrored = grams + columns[None, :] * d + inner[:, None]
+        a = _load_matrix(mirrored, total, PRECISION)
+        b = _load_matrix(mirrored + d * d, total, PRECISION)
         u_grad = tl.dot(u, b, u_grad, input_precision=PRECISION)
         v_grad = tl.dot(v, a, v_grad, input_precision=PRECISION)
         if WITH_CROSS:
-            u_grad = tl.dot(v, tl.load(pointers + 2 * d * d), u_grad, input_precision=PRECISION)
-            v_grad = tl.dot(u, tl.load(pointers + 3 * d * d), v_grad, input_precision=PRECISION)
+            c_t = _load_matrix(mirrored + 2 * d * d, difference, PRECISION)
+            direct = grams + inner[:, None] * d + columns[None, :]
+            c = _load_matrix(direct + 2 * d * d, difference, PRECISION)
+            u_grad = tl.dot(v, c_t, u_grad, input_precision=PRECISION)
+            v_grad = tl.dot(u, c, v_grad, input_precision=PRECISION)
 
     offset = rows.to(tl.int64)[:, None] * d + columns[None, :]
     valid = (rows < n)[:, None]
@@ -127,20 +118,17 @@ def cyclic_grads(
     image, text = (aligned_features(x, multiple) for x in (image_features, text_features))
     n, d = image.shape
     unpadded = image_features.shape[1]
-    grams = grams.contiguous()
     if d != unpadded:
         grams = torch.nn.functional.pad(grams, (0, d - unpadded, 0, d - unpadded))
-    scaled = grams.new_empty(4 if len(grams) == 3 else 2, d, d)
+    else:
+        grams = aligned_features(grams.flatten(0, 1), d).view(grams.shape)
     image_grad = image.new_empty(image.shape if needs_image else (0,))
     text_grad = text.new_empty(text.shape if needs_text else (0,))
     grid = (ceil_div(n, tile["BM"]) * (d // tile["BD"]),)
     with on_device_of(image):
-        scaled_grams_kernel[(ceil_div(d * d, ROUND.tile["BLOCK"]), len(scaled))](
-            grams, grads[0], grads[-1], *map(number_or_pointer, weights), float(size), scaled, d,
-            PRECISION=tile["PRECISION"], **ROUND.kwargs,
-        )  # fmt: skip
         cyclic_grads_kernel[grid](
-            image, text, scaled, image_grad, text_grad, n, d, image.stride(0), text.stride(0),
+            image, text, grams, grads[0], grads[-1], *map(number_or_pointer, weights), float(size),
+            image_grad, text_grad, n, d, image.stride(0), text.stride(0),
             WITH_CROSS=len(grams) == 3, NEEDS_IMAGE=needs_image, NEEDS_TEXT=needs_text,
             **config.kwargs,
         )  # fmt: skip
