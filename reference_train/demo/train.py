@@ -86,7 +86,9 @@ def train(config: Namespace, clip: Clip, data: EmojiBatches, folder: Path) -> di
         with torch.no_grad():
             model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
         values = {"loss": total, **terms, **logits, "gradient_norm": gradient_norm}
-        history.append({"step": step + 1, **{name: float(x) for name, x in values.items()}})
+        history.append(
+            {"step": step + 1, **{name: x.detach().item() for name, x in values.items()}}
+        )
         if not math.isfinite(last_loss := history[-1]["loss"]):
             raise RunFailed(f"{config.name}: the loss is {last_loss}, at step {step + 1}")
     model.eval()
