@@ -312,23 +312,15 @@ def caption_ids(tokens: Tensor) -> Tensor:
     if tokens.ndim != 2 or tokens.dtype not in ID_DTYPES:
         raise TypeError(f"{must} {tokens.dtype} of shape {tuple(tokens.shape)}")
     length = tokens.shape[1]
-    weights = CAPTION_WEIGHTS[:length]
-    if length > len(weights):
-        weights = [_split_mix(i) for i in range(1, length + 1)]
+    weights = CAPTION_WEIGHTS[:length] if length <= 128 else _caption_weights(length)
     factors = torch.tensor(weights, dtype=torch.int64, device=tokens.device)
     return (tokens.long() * factors).sum(dim=1)  # wraps around at 64 bits
 
 
-def _split_mix(i: int) -> int:
-    """The i-th number of SplitMix64 (Steele et al. 2014), as a signed 64-bit number."""
-
-    def wrapped(x: int) -> int:
-        return (x + 2**63) % 2**64 - 2**63
-
-    mixed = wrapped(i * -0x61C8864680B583EB)
-    mixed = wrapped((mixed ^ (mixed >> 30)) * -0x40A7B892E31B1A47)
-    return mixed ^ (mixed >> 27)
+def _caption_weights(length: int) -> list[int]:
+    """Powers of an odd number, as signed 64-bit numbers: the hash is a polynomial modulo 2^64."""
+    return [(pow(0x9E3779B97F4A7C15, i, 2**64) + 2**63) % 2**64 - 2**63 for i in range(length)]
 
 
 # Not computed in `caption_ids`: torch.compile computes constants of 64 bits wrongly.
-CAPTION_WEIGHTS = [_split_mix(i) for i in range(1, 129)]
+CAPTION_WEIGHTS = _caption_weights(128)

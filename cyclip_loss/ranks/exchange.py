@@ -23,7 +23,7 @@ from cyclip_loss.batch import Ranks
 from cyclip_loss.logits import Gradients, Logits, LogSumExps
 from cyclip_loss.ranks.collectives import all_reduce_lse, padded, start_hop, sum_and_scatter
 
-# What a strategy is given to compute a block of logits: this rank's rows with some columns.
+# Computes a block of logits: this rank's rows with some columns.
 BlockLse = Callable[[Logits], LogSumExps]
 # The second argument: `SavedStatistics`, or None if a gradient needs none.
 BlockGrads = Callable[[Logits, Any], Gradients]
@@ -36,10 +36,10 @@ class Strategy(NamedTuple):
     gathers_columns: bool
     # (block_lse, logits, ranks): the log-sum-exps of this rank's rows and, complete, of the columns
     # of `logits`.
-    log_sum_exps: Callable[[BlockLse, Logits, Ranks], LogSumExps]
+    log_sum_exps: Callable[..., LogSumExps]
     # (block_grads, logits, the second argument of block_grads, which of the three are needed,
     # ranks): gradients of this rank's rows and its own columns, and its part of the scale's.
-    gradients: Callable[[BlockGrads, Logits, Any, list[bool], Ranks], Gradients]
+    gradients: Callable[..., Gradients]
 
 
 def _gather_log_sum_exps(block_lse: BlockLse, logits: Logits, ranks: Ranks) -> LogSumExps:
