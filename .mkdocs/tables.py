@@ -13,7 +13,8 @@ in tables.txt, a block of lines for each table:
     CyCLIP, 512 = runs/cyclip-?
 
 The first line is the name. The second line has the records. The third line has the heading of the
-first column, and then the other columns, each with its metric. Each further line is a row: its
+first column, and then the other columns, each with its metric (A / B: of runs that have A, and of
+runs that have B). Each further line is a row: its
 title, and the runs, as RECORD/RUN with wildcards. So for a new row add one line, and `make tables`.
 A row has all runs of one setting and build of the code. It is compared with the last row with `*`,
 which must be of the same build. `cell` has the rule.
@@ -38,6 +39,7 @@ SETTINGS = ("steps", "batch_size", "loss", "penalty_weight", "seed")  # of a dem
 TABLE = re.compile(r"(?<=<!-- table )(\S+) -->\n(?:\n(?:\|[^\n]*\n)+)?")
 NOT_ACCURACIES = ("gap", "uniformity", "correlation")  # endings of metrics without intervals
 Numbers = dict[str, float]
+Values = dict[str, list[float]]  # of several runs
 
 
 def runs_of(path: Path) -> Iterator[tuple[str, Numbers]]:
@@ -60,6 +62,9 @@ def runs_of(path: Path) -> Iterator[tuple[str, Numbers]]:
                 for group, values in {"": result["numbers"], **result["groups"]}.items():
                     name = f"{dataset}/{group}".rstrip("/")
                     numbers |= {f"{name} {metric}": value for metric, value in values.items()}
+                    if "image_to_text_r10" in values:  # R@10, the mean of both directions
+                        both = (values["image_to_text_r10"], values["text_to_image_r10"])
+                        numbers[f"{name} both_r10"] = mean(both)
             yield title, numbers
     else:  # times and memory of losses
         for row in record["sections"]["cost"]["rows"]:
@@ -83,23 +88,30 @@ def cell(values: list[float], metric: str, baseline: list[float]) -> str:
     return text.replace("-", "−")
 
 
-def compare(values: list[float], baseline: list[float]) -> str:
-    """The difference of two means with its 95% interval (Welch), and its mark, in points.
-
-    ▲ or ▼: the interval excludes 0. Without a mark no difference is shown. There is no interval for
-    fewer than three runs of either.
-    """
+def interval(values: list[float], baseline: list[float]) -> tuple[float, float] | None:
+    """The 95% interval (Welch) of the difference of two means; None for fewer than three runs."""
     if min(len(values), len(baseline)) < 3 or values == baseline:
+        return None
+    found = stats.ttest_ind(values, baseline, equal_var=False).confidence_interval()
+    return float(found.low), float(found.high)
+
+
+def compare(values: list[float], baseline: list[float]) -> str:
+    """The difference of two means with its interval, in points, and its mark.
+
+    ▲ or ▼: the interval excludes 0. Without a mark no difference is shown.
+    """
+    if not (bounds := interval(values, baseline)):
         return ""
-    interval = stats.ttest_ind(values, baseline, equal_var=False).confidence_interval()
-    low, high = (100 * float(bound) for bound in interval)
-    mark = " ▲" * (low > 0) + " ▼" * (high < 0)
+    low, high = (100 * bound for bound in bounds)
     difference = 100 * (mean(values) - mean(baseline))
-    return f", {difference:+.1f} ({low:.1f} to {high:.1f}){mark}"
+    return f", {difference:+.1f} ({low:.1f} to {high:.1f})" + " ▲" * (low > 0) + " ▼" * (high < 0)
 
 
-def table(spec: str) -> str:
-    """The table that a block of tables.txt describes, without its name."""
+def compared_rows(
+    spec: str,
+) -> Iterator[tuple[str, dict[str, list[float]], dict[str, list[float]]]]:
+    """The title of each row of a table, and its numbers and its baseline's by metric."""
     records, heading, *lines = spec.splitlines()
     folder, _, names = records.partition(": ")
     runs = [
@@ -107,10 +119,8 @@ def table(spec: str) -> str:
         for name in names.split()
         for title, numbers in runs_of(ROOT / folder / name)
     ]
-    first, *columns = heading.split(" | ")
-    titles, metrics = zip(*(column.rsplit(" = ", 1) for column in columns), strict=True)
-    rows = ["| " + " | ".join([first, *titles]) + " |", "|---|" + "---:|" * len(titles)]
-    baseline: dict[str, list[float]] = {}
+    metrics = [column.rsplit(" = ", 1)[1] for column in heading.split(" | ")[1:]]
+    baseline: Values = {}
     for line in lines:
         title, _, patterns = line.removeprefix("* ").rpartition(" = ")
         shown = [
@@ -120,11 +130,26 @@ def table(spec: str) -> str:
         ]
         if not shown:
             raise SystemExit(f"no run {patterns}")
-        values = {name: [run[name] for run in shown if name in run] for name in metrics}
+        values = {
+            metric: [run[name] for run in shown for name in metric.split(" / ") if name in run]
+            for metric in metrics
+        }
         baseline = values if line.startswith("* ") else baseline
-        cells = [cell(values[name], name, baseline.get(name, [])) for name in metrics]
-        if "runs" in metrics:
-            cells[metrics.index("runs")] = str(max(map(len, values.values())))
+        yield title, values, baseline
+
+
+def table(spec: str) -> str:
+    """The table that a block of tables.txt describes, without its name."""
+    first, *columns = spec.splitlines()[1].split(" | ")
+    titles = [column.rsplit(" = ", 1)[0] for column in columns]
+    rows = ["| " + " | ".join([first, *titles]) + " |", "|---|" + "---:|" * len(titles)]
+    for title, values, baseline in compared_rows(spec):
+        cells = [
+            str(max(map(len, values.values())))
+            if name == "runs"
+            else cell(values[name], name, baseline.get(name, []))
+            for name in values
+        ]
         rows.append("| " + " | ".join([title, *cells]) + " |")
     return "\n".join(rows)
 

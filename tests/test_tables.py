@@ -49,6 +49,6 @@ def test_a_broken_record_loses_its_mark(tables: Any, tmp_path: Path, old: str, n
 def test_interval_of_a_difference_is_welchs(tables: Any) -> None:
     # Welch's t-test by hand: means 0.30 and 0.26, variances 1e-4 and 4e-4, three runs each. So the
     # standard error is sqrt(5e-4 / 3) = 0.01291, with (5e-4)^2 / ((1e-4^2 + 4e-4^2) / 2) = 2.941
-    # degrees of freedom, whose 97.5% quantile is 3.220.
+    # degrees of freedom, whose 97.5% quantile is 3.219.
     text = tables.compare([0.29, 0.30, 0.31], [0.24, 0.26, 0.28])
     assert text == ", +4.0 (-0.2 to 8.2)"

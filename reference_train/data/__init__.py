@@ -1,1 +1,1 @@
-"""Emoji and icons, and a reader of their tar files."""
+"""Emoji, icons and photographs, and a reader of their tar files."""

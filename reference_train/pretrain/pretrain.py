@@ -12,6 +12,7 @@ import logging
 import os
 import shlex
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,8 @@ def train(flags: list[str], folder: Path) -> None:
     if not torch.cuda.is_available():
         # For a dozen tokens on a CPU, fused attention is slower than matrix products.
         torch.backends.cuda.enable_flash_sdp(False)
+        # Several times faster for an embedding of 49,408 words. PyTorch doesn't choose it on a CPU.
+        trainer.optim.AdamW = partial(torch.optim.AdamW, fused=True)
     # OpenCLIP does not tell wandb that a run is resumed, and wandb would overwrite its record.
     os.environ.setdefault("WANDB_RESUME", "allow")
     for partial_file in (folder / "checkpoints").glob(".*.pt.*"):  # left by a save that was killed

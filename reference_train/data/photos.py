@@ -1,0 +1,278 @@
+"""Makes image-caption shards of photographs that public git repositories hold.
+
+It takes about a minute after the repositories (0.5 GB) are cloned. No picture of them comes with
+this project, because not all of their licences allow that. The folder gets
+  products/            36,013 photographs of products with titles: train-*.tar to train on, and in
+                       test/ others, whose titles training never sees
+  products-new-types/  products of 14 types that training never sees
+  tiny-imagenet/       Tiny-ImageNet: train-*.tar of 160 classes, and in test/ other images of them
+  tiny-imagenet-new/   the other 40 classes: test/, and train/ for a linear probe
+  manifest.json        the sources, and the size of each part
+`evaluate --data` reads the four folders. Hashes of names decide which part a photograph is in.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import networkx  # type: ignore[import-untyped]
+import pandas as pd
+import webdataset as wds
+from open_clip import IMAGENET_CLASSNAMES
+from PIL import Image
+from rich.progress import track
+from timm.data.imagenet_info import ImageNetInfo
+
+from ..command_line import Parser, RunFailed, first_line, run
+from ..files import new_folder
+
+SAMPLES_PER_SHARD = 5000
+SIZE = 64  # pixels
+PRODUCTS = "aditya-patil-00/Fashion-Recommender"
+TITLES = "animmala3942/FashionProductRecommendationSystem"
+TINY = "seshuad/IMagenet"
+SOURCES = {
+    PRODUCTS: "product photographs, of Kaggle's Fashion Product Images Small; commit 6e6ee42",
+    TITLES: "their titles and types; commit 91e8036",
+    TINY: "Tiny-ImageNet, a part of ImageNet: for research only; commit 153dbc1",
+}
+# By `check`, of these commits.
+CHECKSUMS = {
+    "products/train-%05d.tar": "f5285278a13512a5",
+    "products/test/%d.tar": "49459eb2c86d1648",
+    "products-new-types/test/%d.tar": "6f69bd32983411e0",
+    "tiny-imagenet/train-%05d.tar": "f56aef453b3bffd5",
+    "tiny-imagenet/test/%d.tar": "6725c561337f301d",
+    "tiny-imagenet-new/train/%d.tar": "f821149c4d7111bd",
+    "tiny-imagenet-new/test/%d.tar": "016558443123336d",
+}
+SUPERCLASSES = Path(__file__).parents[1] / "evaluate/imagenet_superclasses.txt"
+
+
+class Photo(NamedTuple):
+    """A photograph in a repository, and what its sample in a tar file holds beside it."""
+
+    key: str
+    blob: str  # git's name of its content
+    caption: str = ""
+    label: str = ""  # the name of its class
+
+
+Parts = dict[str, list[Photo]]  # by the pattern of the tar files
+
+
+class Repository:
+    """A clone of a repository on GitHub, bare or not. Its newest commit is read."""
+
+    def __init__(self, name: str, clones: Path) -> None:
+        """Clones it into `clones` unless it is there. Raises `RunFailed`."""
+        self.folder = clones / name.split("/")[1]
+        if not self.folder.exists():
+            url = f"https://github.com/{name}"
+            git("clone", "--depth", "1", "--no-checkout", "--progress", url, self.folder)
+        # Each entry is "MODE blob NAME\tPATH".
+        entries = self.git("ls-tree", "-r", "-z", "HEAD").decode().split("\0")[:-1]
+        self.blobs = {entry.split("\t")[1]: entry.split()[2] for entry in entries}
+
+    def git(self, *arguments: str) -> bytes:
+        """The output of a git command in this repository."""
+        return git("-C", self.folder, *arguments)
+
+    def text(self, path: str) -> str:
+        """The content of a file."""
+        return self.git("show", f"HEAD:{path}").decode()
+
+    def contents(self, blobs: Sequence[str]) -> Iterator[bytes]:
+        """The contents of blobs, in their order."""
+        with tempfile.TemporaryFile("w+") as wanted:
+            wanted.write("\n".join(blobs))
+            wanted.seek(0)
+            command = ["git", "-C", str(self.folder), "cat-file", "--batch"]
+            with subprocess.Popen(command, stdin=wanted, stdout=subprocess.PIPE) as process:
+                assert process.stdout is not None
+                for blob in blobs:
+                    size = process.stdout.readline().split()[-1]  # NAME blob SIZE, NAME missing
+                    if not size.isdigit():
+                        raise RunFailed(f"{self.folder}: lacks {blob}: remove it, and clone again")
+                    yield process.stdout.read(int(size))
+                    process.stdout.read(1)
+
+
+def git(*arguments: str | Path) -> bytes:
+    """The output of a git command, whose progress and errors are shown. Raises `RunFailed`."""
+    try:
+        return subprocess.run(["git", *arguments], check=True, stdout=subprocess.PIPE).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise RunFailed(first_line(error)) from error
+
+
+def number(text: str) -> int:
+    """A number that looks random, but depends on the text only."""
+    return int(hashlib.sha1(text.encode()).hexdigest(), 16)
+
+
+def choose(names: Sequence[str], share: float) -> set[str]:
+    """A share of the names."""
+    ordered = sorted(names, key=lambda name: number(f"new concept {name}"))
+    return set(ordered[: round(share * len(ordered))])
+
+
+def products(pictures: Repository, titles: Repository) -> Parts:
+    """The product photographs. Those that share an image or a title are in one part."""
+    # The columns of one table are in two files, line by line.
+    files = [titles.text(name) for name in ("styles.csv", "styles_text.csv")]
+    tables = [pd.read_csv(io.StringIO(text), dtype=str, skip_blank_lines=False) for text in files]
+    table = pd.concat(tables, axis="columns")
+    table["title"] = table["productDisplayName"].str.split().str.join(" ")
+    table["blob"] = ("data/images/" + table["id"] + ".jpg").map(pictures.blobs)
+    table = table.dropna(subset=["title", "blob"]).sort_values("id")
+    counts = table["articleType"].value_counts()
+    new_types = choose(list(counts[counts.between(20, 1100)].index), 0.17)
+    new = set(table[table["articleType"].isin(new_types)]["id"])
+    graph = networkx.Graph()
+    for item in table.itertuples():
+        graph.add_edges_from((item.id, x) for x in ("blob " + item.blob, "t" + item.title.lower()))
+    group = {x: group for group in networkx.connected_components(graph) for x in group}
+    parts: Parts = defaultdict(list)
+    for item in table.drop_duplicates("blob").itertuples():
+        photo = Photo(f"f{item.id}", item.blob, item.title)
+        if item.id in new:
+            photo = photo._replace(label=item.articleType)
+            parts["products-new-types/test/%d.tar"].append(photo)
+        elif group[item.id] & new:
+            continue  # too similar to one of a new type
+        elif number(f"val i{min(group[item.id])}") % 1000 < 70:
+            parts["products/test/%d.tar"].append(photo)
+        else:
+            parts["products/train-%05d.tar"].append(photo)
+    return parts
+
+
+def tiny_imagenet(repository: Repository) -> Parts:
+    """Tiny-ImageNet. The caption of a training image is its class and the superclass of this."""
+    root = "tiny-imagenet-200/"
+    lines = repository.text(f"{root}val/val_annotations.txt").splitlines()
+    class_of = dict(line.split("\t")[:2] for line in lines)
+    names = class_names(repository.text(f"{root}wnids.txt").split())
+    new = choose(list(names), 0.2)
+    images = defaultdict(list)  # by split
+    classes = defaultdict(set)  # of each training image
+    for path, blob in sorted(repository.blobs.items()):
+        if found := re.fullmatch(rf"{root}(train|val|test)/(?:(n\d+)/)?images/(.*)\.JPEG", path):
+            split, label, key = found.groups()
+            images[split].append((key, blob, label or class_of.get(f"{key}.JPEG", "")))
+            classes[blob].add(label)  # None of the images for validation and test
+    parts: Parts = defaultdict(list)
+    for key, blob, label in images["val"]:
+        folder = "tiny-imagenet-new" if label in new else "tiny-imagenet"
+        parts[f"{folder}/test/%d.tar"].append(Photo(key, blob, label=names[label]))
+    used = set()
+    for key, blob, label in images["train"]:
+        if classes[blob] != {label} or blob in used:
+            continue  # a duplicate
+        used.add(blob)
+        if label in new:
+            parts["tiny-imagenet-new/train/%d.tar"].append(Photo(key, blob, label=names[label]))
+        else:
+            parts["tiny-imagenet/train-%05d.tar"].append(Photo(key, blob, caption=names[label]))
+    return parts
+
+
+def class_names(identifiers: Sequence[str]) -> dict[str, str]:
+    """The name and the superclass of ImageNet's classes: "n02124075" -> "Egyptian Mau, cat"."""
+    superclass: dict[int, str] = {}
+    text = SUPERCLASSES.read_text(encoding="utf-8")
+    for name, numbers in re.findall(r"^([a-z ]+):(.*)", text, re.MULTILINE):
+        for first, last in re.findall(r"(\d+)(?:-(\d+))?", numbers):
+            superclass |= dict.fromkeys(range(int(first), int(last or first) + 1), name)
+    index = {x: ImageNetInfo("imagenet-1k").label_names().index(x) for x in identifiers}
+    return {x: f"{IMAGENET_CLASSNAMES[i]}, {superclass[i]}" for x, i in index.items()}
+
+
+def write(pattern: str, photos: list[Photo], repository: Repository, out: Path) -> dict[str, Any]:
+    """Writes the tar files of a part, in a random order. Returns its entry in the manifest."""
+    photos.sort(key=lambda photo: number(photo.key))
+    names = sorted({photo.label for photo in photos} - {""})
+    shards = out / pattern
+    shards.parent.mkdir(parents=True, exist_ok=True)
+    sizes: Counter[str] = Counter()
+    contents = repository.contents([photo.blob for photo in photos])
+    with wds.ShardWriter(str(shards), maxcount=SAMPLES_PER_SHARD, mtime=0, verbose=0) as writer:
+        for photo, content in zip(photos, track(contents, pattern, len(photos)), strict=True):
+            sample = {"__key__": photo.key, "jpg": square_jpeg(content)}
+            if photo.caption:
+                sample["txt"] = photo.caption
+            if photo.label:
+                sample["cls"] = str(names.index(photo.label))
+            writer.write(sample)
+            sizes[Path(writer.fname).name] += 1
+    shards.with_name("sizes.json").write_text(json.dumps(sizes))
+    if names:
+        folder = shards.parents[1]
+        (folder / "classnames.txt").write_text("\n".join(names))
+        (folder / "zeroshot_classification_templates.txt").write_text("{c}")
+    captions = len({photo.caption for photo in photos} - {""})
+    return {"photographs": len(photos), "captions": captions, "classes": names}
+
+
+def square_jpeg(content: bytes) -> bytes:
+    """A square JPEG of `SIZE` pixels, with white margins. One of this size is not changed."""
+    with Image.open(io.BytesIO(content)) as image:
+        if image.size == (SIZE, SIZE):
+            return content
+        image.thumbnail((SIZE, SIZE), Image.Resampling.LANCZOS)
+        square = Image.new("RGB", (SIZE, SIZE), "white")
+        square.paste(image, ((SIZE - image.width) // 2, (SIZE - image.height) // 2))
+    file = io.BytesIO()
+    square.save(file, "jpeg", quality=90)
+    return file.getvalue()
+
+
+def check(parts: Parts, sources: Sequence[str]) -> None:
+    """Raises `RunFailed` if the parts are not those of `CHECKSUMS`."""
+    for part, photos in parts.items():
+        found = hashlib.sha256(repr(sorted(photos)).encode()).hexdigest()[:16]
+        if found != CHECKSUMS.get(part):
+            known = "; ".join(f"https://github.com/{name}: {SOURCES[name]}" for name in sources)
+            why = "a repository has changed, or a clone is not of it"
+            raise RunFailed(f"{part}: checksum {found}, not {CHECKSUMS.get(part)}: {why} ({known})")
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments, with their defaults. Raises `UsageError`."""
+    parser = Parser("python -m reference_train.data.photos", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    text = "clones of the repositories; missing ones are cloned into it; default: %(default)s"
+    parser.add_argument("--clones", type=Path, default="runs/clones", metavar="DIR", help=text)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Clones the repositories, and writes the shards and the manifest."""
+    arguments = parse_arguments(argv)
+    with new_folder(arguments.out) as out:
+        pictures, titles, tiny = (Repository(name, arguments.clones) for name in SOURCES)
+        entries = {}
+        for parts, repository in (
+            (products(pictures, titles), pictures),
+            (tiny_imagenet(tiny), tiny),
+        ):
+            check(parts, [PRODUCTS, TITLES] if repository is pictures else [TINY])
+            for pattern, photos in parts.items():
+                entries[pattern] = write(pattern, photos, repository, out)
+        manifest = {"sources": SOURCES, "parts": entries}
+        (out / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    for pattern, entry in entries.items():
+        print(f"{arguments.out}/{pattern}: {entry['photographs']:,} photographs")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,105 @@
+"""Photographs, from small repositories made here: which part each is in, and what is refused."""
+
+import io
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from reference_train.command_line import RunFailed
+from reference_train.data import photos
+from reference_train.data.samples import read_samples
+from reference_train.evaluate.datasets import find
+
+
+def jpeg(shade: int, size: tuple[int, int]) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, (shade, shade, 255 - shade)).save(file, "jpeg")
+    return file.getvalue()
+
+
+def clone(folder: Path, files: dict[str, bytes]) -> None:
+    """A repository with one commit, as `git clone` makes it."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    for command in ("init -q", "add .", "-c user.name=a -c user.email=a@b commit -qm files"):
+        subprocess.run(["git", "-C", folder, *command.split()], check=True)
+
+
+# 33 hats and 27 shoes, of which three have the same title each. Shoe 40 has the title of a hat.
+TYPES = ["Hat" if i < 33 else "Shoe" for i in range(60)]
+TITLES = [f"{kind} {i % 9}" for i, kind in enumerate(TYPES)]
+TITLES[40] = "Hat 5"
+TITLES[57] = ""
+WNIDS = ["n01443537", "n01629819", "n01641577", "n01644900", "n01698640"]
+
+
+@pytest.fixture
+def clones(tmp_path: Path) -> Path:
+    folder = tmp_path / "clones"
+    # Shoe 59 has the picture of 58.
+    pictures = {f"data/images/{i}.jpg": jpeg(4 * min(i, 58), (60, 80)) for i in range(60)}
+    clone(folder / photos.PRODUCTS.split("/")[1], pictures)
+    rows = ["id,articleType", *(f"{i},{kind}" for i, kind in enumerate(TYPES))]
+    titles = ["productDisplayName", *TITLES]
+    tables = {"styles.csv": rows, "styles_text.csv": titles}
+    files = {name: ("\n".join(lines) + "\n").encode() for name, lines in tables.items()}
+    clone(folder / photos.TITLES.split("/")[1], files)
+    root = "tiny-imagenet-200"
+    tiny = {
+        f"{root}/train/{label}/images/{label}_{j}.JPEG": jpeg(40 * i + 10 * j, (64, 64))
+        for i, label in enumerate(WNIDS)
+        for j in range(3)
+    }
+    # The first image of the first class is also one for validation, of the second class.
+    tiny[f"{root}/val/images/val_0.JPEG"] = jpeg(0, (64, 64))
+    tiny[f"{root}/val/images/val_1.JPEG"] = jpeg(251, (64, 64))
+    annotations = "".join(f"val_{i}.JPEG\t{WNIDS[i]}\t0\t0\t9\t9\n" for i in range(2))
+    tiny[f"{root}/val/val_annotations.txt"] = annotations.encode()
+    tiny[f"{root}/wnids.txt"] = "\n".join(WNIDS).encode()
+    clone(folder / photos.TINY.split("/")[1], tiny)
+    return folder
+
+
+def test_no_title_and_no_image_is_in_two_parts(
+    clones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(photos, "check", lambda *_: None)
+    monkeypatch.setattr(photos, "choose", lambda names, share: {min(names)})
+    # Of the shoes, 34 and 35 and those with their titles are for the test.
+    monkeypatch.setattr(photos, "number", lambda text: 30 * int(re.sub(r"\D", "", text)))
+    out = tmp_path / "out"
+    photos.main(["--out", str(out), "--clones", str(clones)])
+    parts = json.loads((out / "manifest.json").read_text())["parts"]
+    assert {part: entry["photographs"] for part, entry in parts.items()} == {
+        "products-new-types/test/%d.tar": 33,
+        "products/test/%d.tar": 6,
+        "products/train-%05d.tar": 18,  # not 40, 57 and 59
+        "tiny-imagenet-new/test/%d.tar": 1,
+        "tiny-imagenet-new/train/%d.tar": 2,  # one of three is for validation, too
+        "tiny-imagenet/test/%d.tar": 1,
+        "tiny-imagenet/train-%05d.tar": 12,
+    }
+    train, test = (
+        {sample.caption for sample in read_samples([str(out / "products" / name)])}
+        for name in ("train-00000.tar", "test/0.tar")
+    )
+    assert (len(train), test) == (7, {"Shoe 7", "Shoe 8"})
+    assert not train & test
+    found = find([out])
+    new_types = found["products-new-types"]()
+    assert new_types.captions is not None
+    assert new_types.classes[""].names == ["Hat"]
+    new_classes = found["tiny-imagenet-new"]()
+    assert new_classes.train is not None
+    assert new_classes.classes[""].names == ["goldfish, fish"]
+
+
+def test_a_repository_that_has_changed_is_refused(clones: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match=r"checksum .* has changed.*commit 6e6ee42"):
+        photos.main(["--out", str(tmp_path / "out"), "--clones", str(clones)])
+    assert not (tmp_path / "out").exists()
