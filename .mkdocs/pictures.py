@@ -3,7 +3,7 @@
     python .mkdocs/pictures.py
 
 penalties.png: what the two penalties compare. cost.png: time and memory of a step, from the record
-benchmarks/results/two-cpu-cores.json. White backgrounds keep both readable in dark mode.
+benchmarks/results/results.csv. White backgrounds keep both readable in dark mode.
 """
 
 import matplotlib
@@ -12,7 +12,8 @@ matplotlib.use("Agg")  # files only: no display needed
 from matplotlib import pyplot as plt
 from tables import ROOT, runs_of
 
-RECORD = ROOT / "benchmarks/results/two-cpu-cores.json"
+RECORD = ROOT / "benchmarks/results/results.csv"
+DEVICE = "AMD EPYC, threads: 2, float32"
 IN_MODAL, CROSS_MODAL, PAIR = "#D55E00", "#0072B2", "#999999"
 # The record's name of a loss: its label, and its style. Okabe and Ito's colours, and markers.
 LOSSES = {
@@ -57,7 +58,9 @@ def draw_cost() -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), dpi=150, layout="constrained")
     runs = list(runs_of(RECORD))
     for loss, (label, style) in LOSSES.items():
-        numbers = {key: y for name, row in runs if name == loss for key, y in row.items()}
+        numbers = {
+            key: y for name, row in runs if name == f"{DEVICE}/{loss}" for key, y in row.items()
+        }
         for ax, unit, factor in zip(axes, ("ms", "MB"), (1e-3, 1), strict=True):
             sizes = sorted(
                 int(key.split("x")[0]) for key in numbers if key.endswith(f"x512 {unit}")

@@ -51,12 +51,16 @@ def runs_of(path: Path) -> Iterator[tuple[str, Numbers]]:
                 title = re.sub(r": \d+ minutes.*", "", block.strip().partition("\n")[0])
                 yield title, {"icons recall": float(found[1]) / 100}
     elif path.suffix == ".csv":
-        for row in csv.DictReader(text.splitlines()):
+        rows = list(csv.DictReader(text.splitlines()))
+        if "commit" in rows[0]:  # times and memory of losses
+            yield from costs_of(rows)
+            return
+        for row in rows:
             title = " ".join(row[x] for x in SETTINGS) if "steps" in row else row["run"]
             numbers = {name: float(row[name]) for name in row if ": " in name and row[name]}
             yield title, numbers
-    elif "results" in (record := json.loads(text)):
-        for title, measured in record["results"].items():
+    else:
+        for title, measured in json.loads(text)["results"].items():
             numbers = {}
             for dataset, result in measured.items():
                 for group, values in {"": result["numbers"], **result["groups"]}.items():
@@ -66,11 +70,17 @@ def runs_of(path: Path) -> Iterator[tuple[str, Numbers]]:
                         both = (values["image_to_text_r10"], values["text_to_image_r10"])
                         numbers[f"{name} both_r10"] = mean(both)
             yield title, numbers
-    else:  # times and memory of losses
-        for row in record["sections"]["cost"]["rows"]:
-            if "ms" in row:
-                size = f"{row['N']}x{row['D']}"
-                yield row["loss"], {f"{size} ms": row["ms"], f"{size} MB": row["peak MB"]}
+
+
+def costs_of(rows: list[dict[str, str]]) -> Iterator[tuple[str, Numbers]]:
+    """The numbers of each loss on each device. Later rows of a size replace earlier rows."""
+    found: dict[str, Numbers] = {}
+    for row in rows:
+        if row["section"] == "cost" and row["ms"] and not row["ranks"]:
+            numbers = found.setdefault(f"{row['device']}, {row['dtype']}/{row['loss']}", {})
+            for column, unit in (("ms", "ms"), ("peak MB", "MB")):
+                numbers[f"{row['N']}x{row['D']} {unit}"] = float(row[column])
+    yield from found.items()
 
 
 def cell(values: list[float], metric: str, baseline: list[float]) -> str:
