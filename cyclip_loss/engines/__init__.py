@@ -17,33 +17,8 @@ from torch import Tensor
 from cyclip_loss.engines import eager
 from cyclip_loss.engines.verification import VerifiedKernels
 from cyclip_loss.numerics import architecture
-from cyclip_loss.options import IMPLS, one_of
+from cyclip_loss.options import IMPLS
 from cyclip_loss.usage_warnings import warn_once
-
-
-def engine_of(features: Tensor, impl: str = "auto") -> str:
-    """What computes such features in this process, and why, in words to print.
-
-    Args:
-        features: (N, D), cast as autocast asks. Only their dtype, device and D count.
-        impl: the module's option.
-
-    Raises:
-        TypeError, ValueError: as a call with these features and this `impl`.
-
-    >>> engine_of(torch.ones(8, 4))
-    'PyTorch: the kernels do not support cpu'
-    """
-    from cyclip_loss.inputs import check_features  # which imports this file
-
-    one_of(IMPLS)("impl", impl)
-    features, _ = check_features(features, features, ("features",) * 2, may_be_empty=True)
-    if choose(impl, features) == "kernels":
-        return "Triton kernels"
-    why_not: str | None = _why_not_kernels(_asked(impl), features)
-    # Once a kernel was found wrong, the reason is the difference.
-    why_not = why_not or verified(features).problem
-    return f"PyTorch: {why_not}" if why_not else "Triton kernels"
 
 
 def choose(impl: str, features: Tensor) -> str:
@@ -56,8 +31,8 @@ def choose(impl: str, features: Tensor) -> str:
         ValueError: the kernels were asked for, and Triton or a device that they support is
             missing; or CYCLIP_LOSS_IMPL is not one of `IMPLS`.
     """
-    asked = _asked(impl)
-    if _why_not_kernels(asked, features):
+    asked = asked_engine(impl)
+    if why_not_kernels(asked, features):
         return "eager"
     if asked == "auto":
         return "verified kernels"
@@ -83,7 +58,7 @@ def choose(impl: str, features: Tensor) -> str:
     return "kernels"
 
 
-def _asked(impl: str) -> str:
+def asked_engine(impl: str) -> str:
     """What "auto" means: one of `IMPLS`."""
     if impl == "auto":
         impl = os.environ.get("CYCLIP_LOSS_IMPL") or "auto"
@@ -92,7 +67,7 @@ def _asked(impl: str) -> str:
     return impl
 
 
-def _why_not_kernels(asked: str, features: Tensor) -> str:
+def why_not_kernels(asked: str, features: Tensor) -> str:
     """Why PyTorch computes such features; empty if the kernels do. asked: from `_asked`."""
     if asked == "eager":
         return "impl or CYCLIP_LOSS_IMPL is 'eager'"

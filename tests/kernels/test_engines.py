@@ -10,7 +10,7 @@ import pytest
 import torch
 from inputs import Case
 
-from cyclip_loss import CyCLIPLoss, engines, kernels, numerics
+from cyclip_loss import CyCLIPLoss, engine_of, engines, kernels, numerics
 from cyclip_loss import inputs as checks
 from cyclip_loss.engines import eager
 
@@ -89,7 +89,7 @@ def test_each_gpu_gets_the_kernels_that_its_version_of_triton_compiles(
     reason = "cannot be imported" if expected else "do not support cuda"
     # It would refuse features that are no tensor.
     monkeypatch.setattr(checks, "check_features", lambda first, second, *_, **__: (first, second))
-    assert engines.engine_of(features) == f"PyTorch: the kernels {reason}"
+    assert engine_of(features) == f"PyTorch: the kernels {reason}"
     assert chosen == ["eager"] * 2
     assert ["`pip install triton`" in str(warning.message) for warning in caught] == (
         [True] if expected else []
@@ -119,13 +119,13 @@ def test_the_option_the_environment_and_the_features_choose_the_engine(
     monkeypatch.setattr(kernels, "MAX_D", 2)
     monkeypatch.setenv("CYCLIP_LOSS_IMPL", variable)
     assert engines.choose(impl, features) == engine
-    assert engines.engine_of(features, impl) == computes
+    assert engine_of(features, impl) == computes
 
 
 def test_what_computes_is_pytorch_once_a_kernel_was_found_wrong(monkeypatch) -> None:
     problem = "result 0 is off by 0.5"
     monkeypatch.setattr(engines.verified(SMALL), "problem", problem)
-    assert engines.engine_of(SMALL) == f"PyTorch: {problem}"
+    assert engine_of(SMALL) == f"PyTorch: {problem}"
 
 
 def test_a_bad_environment_variable_is_refused(monkeypatch) -> None:

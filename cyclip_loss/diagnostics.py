@@ -1,0 +1,30 @@
+"""What computes a call in this process, and why."""
+
+from torch import Tensor
+
+from cyclip_loss import engines
+from cyclip_loss.inputs import check_features
+from cyclip_loss.options import IMPLS, one_of
+
+
+def engine_of(features: Tensor, impl: str = "auto") -> str:
+    """What computes such features in this process, and why, in words to print.
+
+    Args:
+        features: (N, D), cast as autocast asks. Only their dtype, device and D count.
+        impl: the module's option.
+
+    Raises:
+        TypeError, ValueError: as a call with these features and this `impl`.
+
+    >>> engine_of(torch.ones(8, 4))
+    'PyTorch: the kernels do not support cpu'
+    """
+    one_of(IMPLS)("impl", impl)
+    features, _ = check_features(features, features, ("features",) * 2, may_be_empty=True)
+    if engines.choose(impl, features) == "kernels":
+        return "Triton kernels"
+    why_not: str | None = engines.why_not_kernels(engines.asked_engine(impl), features)
+    # Once a kernel was found wrong, the reason is the difference.
+    why_not = why_not or engines.verified(features).problem
+    return f"PyTorch: {why_not}" if why_not else "Triton kernels"
