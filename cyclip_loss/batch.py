@@ -78,7 +78,7 @@ class Batch(NamedTuple):
     comparisons: tuple[Comparison, ...] = ()  # the first one is of images with texts
     positives: bool = False  # whether rows with the same id are positives of each other
 
-    @property
+    # Not a property, which PyTorch 2.8 cannot trace.
     def total_pairs(self) -> int:
         """N. For the penalties alone, ranks are taken to hold equally many pairs."""
         return self.ranks.total_rows(self.image_features.shape[0])

@@ -6,7 +6,7 @@ such calls away from it. In the tests, `inputs.py`, `accuracy.py` and `rounding.
 call and its bounds.
 """
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from numbers import Real
 from typing import Any
 from weakref import WeakSet
@@ -103,9 +103,9 @@ def prepare(
     return Batch(images, texts, ranks, traced, function, scale, bias, tuple(comparisons), positives)
 
 
-def _is_traced(*features: Tensor) -> bool:
-    is_ordinary = ORDINARY_TENSORS.issuperset(map(type, features))
-    return torch.compiler.is_compiling() or not is_ordinary
+def _is_traced(first: Tensor, second: Tensor) -> bool:
+    types = (type(first), type(second))
+    return torch.compiler.is_compiling() or not ORDINARY_TENSORS.issuperset(types)
 
 
 def _check_rank(options: ContrastiveModule, ranks: Ranks) -> None:
@@ -125,7 +125,7 @@ def agree(batch: Batch, plan: Plan, options: ContrastiveOptions) -> Batch:
     collectives run, by the name that error messages use. Raises as `check_ranks_agree`.
     """
     if batch.ranks.size == 1:
-        return _without_empty(batch, batch.comparisons)
+        return _compared(batch, {})
     trains, comparisons = torch.is_grad_enabled(), batch.comparisons
     scalars = [x for x in (batch.logit_scale, batch.logit_bias) if x is not None]
     differentiated = [
@@ -170,17 +170,20 @@ def agree(batch: Batch, plan: Plan, options: ContrastiveOptions) -> Batch:
         options.uneven,
         batch.traced,
     )
-    pair_ranks = found["image_features and text_features"]
-    with_counts = [c._replace(ranks=found.get(c.name, pair_ranks)) for c in comparisons]
-    return _without_empty(batch._replace(ranks=pair_ranks), with_counts)
+    return _compared(batch, found)
 
 
-def _without_empty(batch: Batch, comparisons: Iterable[Comparison]) -> Batch:
-    """The batch with the comparisons whose columns are not empty on all ranks."""
-    kept = [
-        c for c in comparisons if c.has_pairs or c.ranks.total_rows(c.column_features.shape[0]) > 0
-    ]
-    return batch._replace(comparisons=tuple(kept))
+def _compared(batch: Batch, found: dict[str, Ranks]) -> Batch:
+    """The batch with these ranks, and without comparisons that no rank has columns for."""
+    pair_ranks = found.get("image_features and text_features", batch.ranks)
+    kept = []
+    for name, rows, columns, row_ids, column_ids, has_pairs, _ in batch.comparisons:
+        ranks = found.get(name, pair_ranks)
+        if has_pairs or ranks.total_rows(columns.shape[0]) > 0:
+            kept.append(Comparison(name, rows, columns, row_ids, column_ids, has_pairs, ranks))
+    # Not `_replace`, which PyTorch 2.8 cannot trace.
+    images, texts, _, traced, function, scale, bias, _, positives = batch
+    return Batch(images, texts, pair_ranks, traced, function, scale, bias, tuple(kept), positives)
 
 
 def check_inputs_once(called: Any, batch: Batch) -> None:

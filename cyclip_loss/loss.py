@@ -179,7 +179,7 @@ class CyCLIPLoss(ContrastiveModule):
         terms = contrastive.terms(batch, plan, started, weight)
         terms |= cyclic.terms(batch, plan, self, grams)
         if not batch.traced:
-            usage_warnings.warn_of_strong_penalties(self, batch.total_pairs)
+            usage_warnings.warn_of_strong_penalties(self, batch.total_pairs())
             if weight is not None and augmented_image_features is None:
                 usage_warnings.warn_of_unused_weight()
             check_inputs_once(self, batch)
@@ -221,7 +221,7 @@ class CyclicPenalty(Module):
         plan = make_plan(batch, self, output_dict)
         terms = cyclic.terms(batch, plan, self, cyclic.start_grams(batch, plan))
         if not batch.traced:
-            usage_warnings.warn_of_strong_penalties(self, batch.total_pairs)
+            usage_warnings.warn_of_strong_penalties(self, batch.total_pairs())
             check_inputs_once(self, batch)
         return terms if output_dict else terms["cyclic_loss"]
 

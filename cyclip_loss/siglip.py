@@ -119,7 +119,7 @@ class CySigLIPLoss(ContrastiveModule):
         terms = {"contrastive_loss": elementwise_loss("sigmoid", batch, plan, started)}
         terms |= cyclic.terms(batch, plan, self, grams)
         if not batch.traced:
-            usage_warnings.warn_of_strong_siglip_penalties(self, batch.total_pairs)
+            usage_warnings.warn_of_strong_siglip_penalties(self, batch.total_pairs())
             check_inputs_once(self, batch)
         return terms if output_dict else cyclic.total(terms.values())
 
@@ -135,15 +135,15 @@ def elementwise_loss(
     losses: list[Tensor] = []
     for logits, *others in started:
         if plan.contrastive == "dense":
-            losses.append(_dense(function, logits, bias) / batch.total_pairs)
+            losses.append(_dense(function, logits, bias))
             continue
         given = (logits.row_features, logits.column_features, logits.logit_scale, bias)
         rows, columns, *scalars = [torch.is_grad_enabled() and x.requires_grad for x in given]
         needs = [rows, columns, any(scalars)]
         inputs = (*logits, *others, batch.traced, plan)
-        loss = _Elementwise.apply(function, bias, needs, batch.total_pairs, *inputs)  # type: ignore[no-untyped-call]
+        loss = _Elementwise.apply(bias, needs, function, *inputs)  # type: ignore[no-untyped-call]
         losses.append(loss)
-    return cyclic.total(losses)
+    return cyclic.total(losses) / batch.total_pairs()
 
 
 def _dense(function: str, logits: Logits, logit_bias: Tensor) -> Tensor:
@@ -166,35 +166,30 @@ def _dense(function: str, logits: Logits, logit_bias: Tensor) -> Tensor:
 
 
 class _Elementwise(torch.autograd.Function):
-    """The loss of the global batch: a scalar of the accumulation dtype.
+    """The sum over all elements of the global batch: a scalar of the accumulation dtype.
 
-    The inputs are the name of the function, the bias, whether gradients of the rows, the columns
-    and the two scalars are needed, N, and those of `contrastive.start_streaming`.
+    The inputs are the bias, whether gradients of the rows, the columns and the two scalars are
+    needed, the name of the function, and those of `contrastive.start_streaming`.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        function: str,
-        logit_bias: Tensor,
-        needs: list[bool],
-        total_pairs: int,
-        *inputs: Any,
+        ctx: Any, logit_bias: Tensor, needs: list[bool], function: str, *inputs: Any
     ) -> Tensor:
         logits = contrastive.start_streaming(ctx, *inputs)
-        loss: Tensor
-        loss, *grads = elementwise_step.chosen(ctx.traced)(
-            function, logits, logit_bias, needs, ctx.own_columns, total_pairs, ctx.plan, ctx.ranks
+        total: Tensor
+        total, *grads = elementwise_step.chosen(ctx.traced)(
+            function, logits, logit_bias, needs, ctx.own_columns, ctx.plan, ctx.ranks
         )
         # The inputs only tell dtypes, and that the gradients depend on them.
         ctx.save_for_backward(*inputs[:3], logit_bias, *grads)
-        return loss
+        return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         *grads, bias = call_backward(_times, grad, saved[:4], saved[4:])
-        return (None, bias, None, None, *grads, *[None] * (len(ctx.needs_input_grad) - 7))
+        return (bias, None, None, *grads, *[None] * (len(ctx.needs_input_grad) - 6))
 
 
 def _times(grad: Tensor, inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> list[Tensor]:
@@ -207,31 +202,31 @@ def _step(
     logit_bias: Tensor,
     needs: list[bool],
     own_columns: int,
-    total_pairs: int,
     plan: Plan,
     ranks: Ranks,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss, and gradients of this rank's rows, its own columns, the scale and the bias.
+    """The sum, and gradients of this rank's rows, its own columns, the scale and the bias.
 
     The gradients are in the accumulation dtype. Across W ranks they are W times those of the global
-    loss, as DDP averages. The first three are empty where not needed; the bias's is not computed if
+    sum, as DDP averages. The first three are empty where not needed; the bias's is not computed if
     nothing is.
     """
     engine = engines.load(plan.engine, logits.row_features)
-    weight = ranks.size / total_pairs
     sums = logit_bias.new_zeros(2)
 
     def block_grads(block: Logits, _: None) -> Gradients:
         grads: Gradients
-        part, grads = engine.elementwise_terms(block, logit_bias, function, weight, needs)
+        part, grads = engine.elementwise_terms(
+            block, logit_bias, function, float(ranks.size), needs
+        )
         sums.add_(part)
         return grads
 
     with without_autocast(logits.row_features):
         strategy = STRATEGIES[plan.strategy]
         grads = strategy.gradients(block_grads, logits, None, needs, ranks)
-        loss = collectives.all_reduce(sums[0] / total_pairs, "sum", ranks)
-    return loss, *grads, sums[1] * weight
+        total = collectives.all_reduce(sums[0].clone(), "sum", ranks)
+    return total, *grads, sums[1] * ranks.size
 
 
 def _step_fake(given: Any) -> tuple[Tensor, ...]:

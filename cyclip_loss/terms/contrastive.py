@@ -111,9 +111,9 @@ def terms(
         if batch.ranks.size == 1:
             loss = of_pairs.mean()
         else:
-            loss = of_pairs.sum() / (batch.total_pairs * lse.shape[0])
+            loss = of_pairs.sum() / (batch.total_pairs() * lse.shape[0])
         if other_positives is not None:
-            loss = loss - other_positives / batch.total_pairs
+            loss = loss - other_positives / batch.total_pairs()
         losses.append(collectives.sum_of_ranks(loss, batch.ranks))
     if batch.logit_bias is not None:
         losses[0] = losses[0] + batch.logit_bias * 0  # DDP needs a gradient for every parameter
@@ -139,7 +139,8 @@ def log_sum_exps(batch: Batch, plan: Plan, started: list[Started]) -> list[PairL
         else:
             direction = int(comparison.name == "negative_image_features")
             joined = _joined(found[0].negatives_lse, results[0][0], direction)
-            found[0] = found[0]._replace(negatives_lse=joined)
+            # Not `_replace`, which PyTorch 2.8 cannot trace.
+            found[0] = PairLogSumExps(joined, found[0].pair_logits, found[0].other_positives)
     return found
 
 
@@ -160,7 +161,8 @@ class _LogSumExps(torch.autograd.Function):
         results: tuple[Tensor, ...] = logsumexp_forward.chosen(ctx.traced)(
             logits, ctx.plan, ctx.ranks
         )
-        ctx.save_for_backward(*logits[:5], results[0])
+        rows, columns, scale, row_ids, column_ids, *_ = logits
+        ctx.save_for_backward(rows, columns, scale, row_ids, column_ids, results[0])
         return results if logits.positives else results[:2]
 
     @staticmethod
@@ -208,12 +210,11 @@ def start_streaming(ctx: Any, *inputs: Any) -> Logits:
     gets what backward needs beside tensors.
     """
     *fields, features, ids, ctx.ranks, ctx.traced, ctx.plan = inputs
-    logits = Logits(*fields)
-    ctx.layout, ctx.own_columns = logits[5:], logits.column_features.shape[0]
-    return logits._replace(
-        column_features=collectives.finish_gather(features, logits.column_features, ctx.ranks),
-        column_ids=collectives.finish_gather(ids, logits.column_ids, ctx.ranks),
-    )
+    rows, columns, scale, row_ids, column_ids, *layout = fields
+    ctx.layout, ctx.own_columns = layout, columns.shape[0]
+    columns = collectives.finish_gather(features, columns, ctx.ranks)
+    column_ids = collectives.finish_gather(ids, column_ids, ctx.ranks)
+    return Logits(rows, columns, scale, row_ids, column_ids, *layout)
 
 
 def _forward(logits: Logits, plan: Plan, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:

@@ -87,7 +87,7 @@ def test_each_gpu_gets_the_kernels_that_its_version_of_triton_compiles(
         return
     reason = "cannot be imported" if expected else "do not support cuda"
     # It would refuse features that are no tensor.
-    monkeypatch.setattr(diagnostics, "check_features", lambda first, second, *_, **__: (first, second))
+    monkeypatch.setattr(diagnostics, "check_features", lambda *pair, **_: pair[:2])
     assert engine_of(features) == f"PyTorch: the kernels {reason}"
     assert chosen == ["eager"] * 2
     assert ["`pip install triton`" in str(warning.message) for warning in caught] == (
